@@ -1,0 +1,1 @@
+//! Checkpoints, resharding, Hugging Face import and export

@@ -1,0 +1,1 @@
+//! Tokenizer, token datasets, blends and samplers

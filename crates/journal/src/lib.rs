@@ -1,0 +1,1 @@
+//! The typed record of a run and its writers

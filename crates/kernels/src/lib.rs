@@ -1,0 +1,1 @@
+//! What an op does to bytes, on the CPU

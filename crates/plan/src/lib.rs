@@ -1,0 +1,1 @@
+//! Price a program in closed form and search layouts

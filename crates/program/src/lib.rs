@@ -1,0 +1,1 @@
+//! The step program: emit, derive, schedule and place

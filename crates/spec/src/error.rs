@@ -1,0 +1,99 @@
+use std::fmt;
+
+/// A result whose error a person can act on.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Whose fault an error is, which decides the exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The input was wrong: exit code 2.
+    User,
+    /// The world failed (disk full, peer lost, loss not finite): exit code 1.
+    Failure,
+}
+
+/// What went wrong, where, and what to do about it.
+///
+/// `what` names the place and the values found and expected; `hint` names the command or key to change.
+#[derive(Debug)]
+pub struct Error {
+    kind: Kind,
+    what: String,
+    hint: Option<String>,
+}
+
+impl Error {
+    /// The input was wrong.
+    pub fn user(what: impl Into<String>) -> Self {
+        Error { kind: Kind::User, what: what.into(), hint: None }
+    }
+
+    /// The world failed.
+    pub fn failure(what: impl Into<String>) -> Self {
+        Error { kind: Kind::Failure, what: what.into(), hint: None }
+    }
+
+    /// An I/O operation on `path` failed; a missing or unreadable file is the user's, the rest is the world's.
+    pub fn io(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Self {
+        use std::io::ErrorKind as K;
+        let what = format!("{doing} {}: {error}", path.display());
+        match error.kind() {
+            K::NotFound | K::PermissionDenied | K::NotADirectory | K::IsADirectory | K::ReadOnlyFilesystem => {
+                Error::user(what)
+            }
+            _ => Error::failure(what),
+        }
+    }
+
+    /// Says what to do; the first hint given stays.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint.get_or_insert_with(|| hint.into());
+        self
+    }
+
+    /// Puts the outer operation in front: `load checkpoint: read run/x: ...`.
+    #[must_use]
+    pub fn context(mut self, doing: impl fmt::Display) -> Self {
+        self.what = format!("{doing}: {}", self.what);
+        self
+    }
+
+    /// Whose fault it is.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The process exit code: 2 for the user's input, 1 for a failure.
+    pub fn exit_code(&self) -> u8 {
+        match self.kind {
+            Kind::User => 2,
+            Kind::Failure => 1,
+        }
+    }
+
+    /// What to do about it, if known.
+    pub fn hint_text(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Adds the outer operation to a failed result.
+pub trait Context<T> {
+    /// Puts `doing` in front of the error's message.
+    fn context(self, doing: impl fmt::Display) -> Result<T>;
+}
+
+impl<T> Context<T> for Result<T> {
+    fn context(self, doing: impl fmt::Display) -> Result<T> {
+        self.map_err(|e| e.context(doing))
+    }
+}

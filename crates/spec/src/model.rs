@@ -1,0 +1,143 @@
+use serde::{Deserialize, Serialize};
+
+/// The shape of a decoder-only transformer of the Llama or GPT-2 family.
+///
+/// Dims: `D` hidden, `F` ffn, `H` heads, `K` kv_heads, `h` head_dim, `V` vocab.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSpec {
+    /// What people call it.
+    pub name: String,
+    /// Vocabulary size `V`.
+    pub vocab: usize,
+    /// Number of transformer layers.
+    pub layers: usize,
+    /// Residual width `D`.
+    pub hidden: usize,
+    /// Width `F` of the feed-forward layer (of each half when gated).
+    pub ffn: usize,
+    /// Query heads `H`.
+    pub heads: usize,
+    /// Key and value heads `K`; divides `heads`.
+    pub kv_heads: usize,
+    /// Width `h` of one head.
+    pub head_dim: usize,
+    /// Which normalisation.
+    pub norm: NormKind,
+    /// Added to the variance in every norm.
+    pub norm_eps: f32,
+    /// How positions enter.
+    pub position: Position,
+    /// The feed-forward non-linearity.
+    pub activation: Activation,
+    /// Biases on the query, key and value projections.
+    pub qkv_bias: bool,
+    /// Bias on the attention output projection.
+    pub attn_out_bias: bool,
+    /// Biases in the feed-forward layer.
+    pub mlp_bias: bool,
+    /// RMSNorm over each query and key head before the rotation (Qwen 3).
+    pub qk_norm: bool,
+    /// The output projection is the embedding table.
+    pub tied_embeddings: bool,
+    /// Standard deviation of initial weights.
+    pub init_std: f32,
+}
+
+/// Which normalisation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NormKind {
+    /// Root mean square, weight only (Zhang and Sennrich 2019).
+    Rms,
+    /// Mean and variance, weight and bias (Ba et al. 2016).
+    Layer,
+}
+
+/// The feed-forward non-linearity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `silu(gate) * up` (Shazeer 2020).
+    SwiGlu,
+    /// The tanh approximation of GELU (`gelu_new` in GPT-2).
+    GeluTanh,
+    /// GELU by the error function.
+    Gelu,
+}
+
+impl Activation {
+    /// Whether the feed-forward layer has a gate beside `up`.
+    pub fn gated(self) -> bool {
+        self == Activation::SwiGlu
+    }
+}
+
+/// How positions enter.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Position {
+    /// A learned table of this many positions.
+    Learned {
+        /// Rows of the table.
+        max_positions: usize,
+    },
+    /// Rotary embedding of queries and keys (Su et al. 2021), rotate-half convention.
+    Rope(Rope),
+}
+
+/// Rotary embedding parameters.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rope {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// How frequencies are stretched for longer contexts.
+    #[serde(default)]
+    pub scaling: RopeScaling,
+    /// The longest sequence the model was made for.
+    pub max_positions: usize,
+}
+
+/// Rotary scaling variants, named as in Hugging Face `rope_scaling.rope_type`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", tag = "type")]
+pub enum RopeScaling {
+    /// Unscaled.
+    #[default]
+    Default,
+    /// Positions divided by `factor`.
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// Base enlarged when the sequence is longer than the original context (NTK-aware, dynamic).
+    Dynamic {
+        /// The stretch.
+        factor: f64,
+    },
+    /// Piecewise by wavelength (Llama 3.1).
+    Llama3 {
+        /// The stretch of low frequencies.
+        factor: f64,
+        /// Wavelengths above `original_max_positions / low_freq_factor` are stretched.
+        low_freq_factor: f64,
+        /// Wavelengths below `original_max_positions / high_freq_factor` are kept.
+        high_freq_factor: f64,
+        /// The context before stretching.
+        original_max_positions: usize,
+    },
+    /// YaRN (Peng et al. 2023).
+    Yarn {
+        /// The stretch.
+        factor: f64,
+        /// Rotations above which a dimension is kept.
+        beta_fast: f64,
+        /// Rotations below which a dimension is interpolated.
+        beta_slow: f64,
+        /// The context before stretching.
+        original_max_positions: usize,
+        /// Scale of cos and sin; `0.1 ln(factor) + 1` when absent.
+        attention_factor: Option<f64>,
+    },
+}

@@ -1,0 +1,1 @@
+//! The executor and the step loop of one rank
