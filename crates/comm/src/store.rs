@@ -1,0 +1,35 @@
+//! The key-value store where ranks and agents meet, over TCP.
+//!
+//! One process starts a [`StoreServer`]; everyone else holds a [`StoreClient`]. Values are bytes, keys are short
+//! strings. Every call has a deadline and every size a bound.
+//!
+//! ```
+//! use comm::{StoreClient, StoreServer};
+//! use std::time::Duration;
+//!
+//! let second = Duration::from_secs(1);
+//! let server = StoreServer::start("127.0.0.1:0".parse().unwrap())?;
+//! let client = StoreClient::connect(&server.addr().to_string(), second)?;
+//! client.set("color", b"blue")?;
+//! assert_eq!(client.get("color", second)?, b"blue");
+//! assert_eq!(client.add("count", 2)?, 2);
+//! # Ok::<(), spec::Error>(())
+//! ```
+//!
+//! There is no authentication: bind the server to an address that only the job can reach.
+
+mod client;
+mod server;
+mod wire;
+
+pub use client::StoreClient;
+pub use server::StoreServer;
+
+/// Longest key, bytes.
+pub const MAX_KEY_BYTES: usize = 1024;
+/// Longest value, bytes: endpoints, plans and error reports are kilobytes, so a larger one is a mistake.
+pub const MAX_VALUE_BYTES: usize = 16 << 20;
+/// Most connections a server holds at once: a few per rank of the largest job it is meant for.
+pub const MAX_CONNECTIONS: usize = 4096;
+/// Most keys in one `wait`.
+pub const MAX_WAIT_KEYS: usize = 16_384;

@@ -1,0 +1,296 @@
+use super::wire::{self, Reply, Request};
+use super::{MAX_KEY_BYTES, MAX_VALUE_BYTES, MAX_WAIT_KEYS};
+use spec::{Error, Result};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long the server may take over a call that does not wait.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// One server-side wait; a longer one is asked again, so that a dead host is noticed.
+const WAIT_SLICE: Duration = Duration::from_secs(10);
+/// Pause between attempts to reach a server that is not there yet.
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
+/// Idle connections kept for reuse.
+const MAX_IDLE: usize = 8;
+
+/// A handle on a store; clones share it, and threads may call it at once (each call takes a connection of its own).
+#[derive(Clone, Debug)]
+pub struct StoreClient {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    addr: String,
+    local: IpAddr,
+    idle: Mutex<Vec<TcpStream>>,
+}
+
+impl StoreClient {
+    /// Connects to `host:port`, trying again until `deadline` has passed: the server may start later than we do.
+    ///
+    /// # Errors
+    /// The address cannot be parsed or resolved, nobody listens there in time, or it is no store.
+    pub fn connect(addr: &str, deadline: Duration) -> Result<StoreClient> {
+        if addr.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
+            return Err(Error::user(format!("store address {addr:?}: expected host:port")));
+        }
+        let until = Instant::now() + deadline;
+        let stream = loop {
+            match open(addr, until) {
+                Ok(stream) => break stream,
+                Err(e) if e.kind() == io::ErrorKind::InvalidData => {
+                    return Err(Error::user(format!("connect to the store at {addr}: {e}")));
+                }
+                Err(e) if Instant::now() + RETRY_PAUSE >= until => {
+                    return Err(Error::failure(format!(
+                        "connect to the store at {addr}: {e} (tried for {:.1} s)",
+                        deadline.as_secs_f64()
+                    ))
+                    .hint("check that the host that serves the store is up and its port is open"));
+                }
+                Err(_) => std::thread::sleep(RETRY_PAUSE),
+            }
+        };
+        let local = stream
+            .local_addr()
+            .map_err(|e| Error::failure(format!("connect to the store at {addr}: {e}")))?
+            .ip();
+        Ok(StoreClient {
+            inner: Arc::new(Inner { addr: addr.to_string(), local, idle: Mutex::new(vec![stream]) }),
+        })
+    }
+
+    /// The server's address, as given to [`StoreClient::connect`].
+    pub fn addr(&self) -> &str {
+        &self.inner.addr
+    }
+
+    /// The address of this machine that the server sees, which other machines can most likely reach too.
+    pub fn local_ip(&self) -> IpAddr {
+        self.inner.local
+    }
+
+    /// Stores `value` under `key`, over what was there.
+    ///
+    /// # Errors
+    /// Key or value too long, or the server is gone.
+    pub fn set(&self, key: &str, value: impl AsRef<[u8]>) -> Result<()> {
+        let value = checked_value(key, value.as_ref())?;
+        match self.call(&Request::Set { key: checked_key(key)?, value }, Duration::ZERO)? {
+            Reply::Done => Ok(()),
+            other => Err(self.odd("set", key, &other)),
+        }
+    }
+
+    /// The value of `key`, waiting up to `timeout` for someone to set it.
+    ///
+    /// # Errors
+    /// Not set in time, or the server is gone.
+    pub fn get(&self, key: &str, timeout: Duration) -> Result<Vec<u8>> {
+        self.wait_sliced(timeout, |slice| {
+            let request = Request::Get { key: checked_key(key)?, timeout: slice };
+            match self.call(&request, slice)? {
+                Reply::Value(value) => Ok(Ok(value)),
+                Reply::Missing(keys) => Ok(Err(keys)),
+                other => Err(self.odd("get", key, &other)),
+            }
+        })
+    }
+
+    /// The value of `key` if it is set now.
+    ///
+    /// # Errors
+    /// The server is gone.
+    pub fn try_get(&self, key: &str) -> Result<Option<Vec<u8>>> {
+        let request = Request::Get { key: checked_key(key)?, timeout: Duration::ZERO };
+        match self.call(&request, Duration::ZERO)? {
+            Reply::Value(value) => Ok(Some(value)),
+            Reply::Missing(_) => Ok(None),
+            other => Err(self.odd("get", key, &other)),
+        }
+    }
+
+    /// Adds to the decimal number under `key` (0 if unset) and returns the sum.
+    ///
+    /// # Errors
+    /// The value is no whole number, the sum overflows, or the server is gone.
+    pub fn add(&self, key: &str, delta: i64) -> Result<i64> {
+        match self.call(&Request::Add { key: checked_key(key)?, delta }, Duration::ZERO)? {
+            Reply::Number(n) => Ok(n),
+            other => Err(self.odd("add", key, &other)),
+        }
+    }
+
+    /// Sets `key` to `new` if it now is `expect` (`None`: unset), in one step. Returns what is there afterwards:
+    /// `new` if it was set, else the value that stood in the way (empty if there is none).
+    ///
+    /// # Errors
+    /// Key or value too long, or the server is gone.
+    pub fn compare_set(&self, key: &str, expect: Option<&[u8]>, new: impl AsRef<[u8]>) -> Result<Vec<u8>> {
+        let new = checked_value(key, new.as_ref())?;
+        let expect = expect.map(|e| checked_value(key, e)).transpose()?;
+        let request = Request::CompareSet { key: checked_key(key)?, expect, new };
+        match self.call(&request, Duration::ZERO)? {
+            Reply::Value(value) => Ok(value),
+            other => Err(self.odd("compare and set", key, &other)),
+        }
+    }
+
+    /// Waits until every key is set.
+    ///
+    /// # Errors
+    /// Some were not in time (they are named), or the server is gone.
+    pub fn wait<K: AsRef<str>>(&self, keys: &[K], timeout: Duration) -> Result<()> {
+        if keys.len() > MAX_WAIT_KEYS {
+            return Err(Error::user(format!(
+                "wait for {} keys, expected at most {MAX_WAIT_KEYS}",
+                keys.len()
+            )));
+        }
+        let keys = keys.iter().map(|k| checked_key(k.as_ref())).collect::<Result<Vec<_>>>()?;
+        self.wait_sliced(timeout, |slice| {
+            match self.call(&Request::Wait { keys: keys.clone(), timeout: slice }, slice)? {
+                Reply::Done => Ok(Ok(())),
+                Reply::Missing(keys) => Ok(Err(keys)),
+                other => Err(self.odd("wait for", &keys.join(", "), &other)),
+            }
+        })
+    }
+
+    /// Removes `key`; whether it was there.
+    ///
+    /// # Errors
+    /// The server is gone.
+    pub fn delete(&self, key: &str) -> Result<bool> {
+        match self.call(&Request::Delete { key: checked_key(key)? }, Duration::ZERO)? {
+            Reply::Number(n) => Ok(n != 0),
+            other => Err(self.odd("delete", key, &other)),
+        }
+    }
+
+    /// All keys that begin with `prefix`, sorted.
+    ///
+    /// # Errors
+    /// Too many to list in one reply, or the server is gone.
+    pub fn keys(&self, prefix: &str) -> Result<Vec<String>> {
+        match self.call(&Request::Keys { prefix: checked_key(prefix)? }, Duration::ZERO)? {
+            Reply::Keys(keys) => Ok(keys),
+            other => Err(self.odd("list", prefix, &other)),
+        }
+    }
+
+    /// Asks in slices until `ask` gives a value or `timeout` has passed; then names the keys still missing.
+    fn wait_sliced<T>(
+        &self,
+        timeout: Duration,
+        mut ask: impl FnMut(Duration) -> Result<Result<T, Vec<String>>>,
+    ) -> Result<T> {
+        let until = Instant::now().checked_add(timeout);
+        loop {
+            let left = until.map_or(WAIT_SLICE, |u| u.saturating_duration_since(Instant::now()));
+            match ask(left.min(WAIT_SLICE))? {
+                Ok(value) => return Ok(value),
+                Err(missing) if left <= WAIT_SLICE && until.is_some() => {
+                    let mut shown = missing.iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", ");
+                    if missing.len() > 8 {
+                        shown += &format!(" and {} more", missing.len() - 8);
+                    }
+                    return Err(Error::failure(format!(
+                        "waited {:.1} s for key {shown} in the store at {}",
+                        timeout.as_secs_f64(),
+                        self.inner.addr
+                    )));
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn call(&self, request: &Request, wait: Duration) -> Result<Reply> {
+        let gone = |e: io::Error| {
+            let e = match e.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "no answer in time".to_string(),
+                io::ErrorKind::UnexpectedEof => "it closed the connection".to_string(),
+                _ => e.to_string(),
+            };
+            Error::failure(format!("lost the store at {}: {e}", self.inner.addr))
+        };
+        let idle = self.inner.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut stream = match idle {
+            Some(stream) => stream,
+            None => open(&self.inner.addr, Instant::now() + CALL_TIMEOUT).map_err(gone)?,
+        };
+        let body = exchange(&mut stream, request, wait).map_err(gone)?;
+        let mut idle = self.inner.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.len() < MAX_IDLE {
+            idle.push(stream);
+        }
+        drop(idle);
+        Reply::decode(&body).map_err(|e| e.context(format!("answer of the store at {}", self.inner.addr)))
+    }
+
+    fn odd(&self, doing: &str, key: &str, reply: &Reply) -> Error {
+        match reply {
+            Reply::Refused(why) => Error::failure(format!("{doing} {key}: {why}")),
+            other => {
+                Error::failure(format!("{doing} {key}: the store at {} answered {other:?}", self.inner.addr))
+            }
+        }
+    }
+}
+
+fn exchange(stream: &mut TcpStream, request: &Request, wait: Duration) -> io::Result<Vec<u8>> {
+    stream.set_read_timeout(Some(wait + CALL_TIMEOUT))?;
+    wire::write_frame(stream, &request.encode())?;
+    wire::read_frame(stream)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+fn open(addr: &str, until: Instant) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    let addrs: Vec<SocketAddr> = addr.to_socket_addrs()?.collect();
+    for addr in addrs {
+        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        match TcpStream::connect_timeout(&addr, left) {
+            Ok(stream) => return greet(stream, left),
+            Err(e) => last = e,
+        }
+    }
+    Err(last)
+}
+
+fn greet(mut stream: TcpStream, left: Duration) -> io::Result<TcpStream> {
+    stream.set_nodelay(true)?;
+    stream.set_write_timeout(Some(CALL_TIMEOUT))?;
+    stream.set_read_timeout(Some(left.min(CALL_TIMEOUT)))?;
+    stream.write_all(&wire::HELLO)?;
+    let mut hello = [0; wire::HELLO.len()];
+    stream.read_exact(&mut hello)?;
+    if hello != wire::HELLO {
+        let other = "what listens there is not a store of this version";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, other));
+    }
+    Ok(stream)
+}
+
+fn checked_key(key: &str) -> Result<String> {
+    if key.len() > MAX_KEY_BYTES {
+        return Err(Error::user(format!(
+            "store key of {} bytes, expected at most {MAX_KEY_BYTES}",
+            key.len()
+        )));
+    }
+    Ok(key.to_string())
+}
+
+fn checked_value(key: &str, value: &[u8]) -> Result<Vec<u8>> {
+    if value.len() > MAX_VALUE_BYTES {
+        return Err(Error::user(format!(
+            "value of store key {key} has {} bytes, expected at most {MAX_VALUE_BYTES}",
+            value.len()
+        )));
+    }
+    Ok(value.to_vec())
+}

@@ -1,0 +1,261 @@
+use super::wire::{self, Reply, Request};
+use super::{MAX_CONNECTIONS, MAX_KEY_BYTES, MAX_VALUE_BYTES};
+use spec::{Error, Result};
+use std::collections::{BTreeMap, HashMap};
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a client may take over the greeting or to drain a reply before it is cut off.
+const PEER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest wait of one request; clients ask again, so a vanished client does not keep its thread.
+const MAX_WAIT: Duration = Duration::from_secs(60);
+/// Stack of a connection thread: it holds no more than a frame header.
+const STACK_BYTES: usize = 128 << 10;
+
+/// A running store; dropping it closes every connection and joins every thread.
+#[derive(Debug)]
+pub struct StoreServer {
+    addr: SocketAddr,
+    shared: Arc<Shared>,
+    accept: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    stopping: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    map: BTreeMap<String, Vec<u8>>,
+    connections: HashMap<u64, TcpStream>,
+}
+
+impl StoreServer {
+    /// Listens on `bind` (port 0 picks a free one, see [`StoreServer::addr`]) and serves until dropped.
+    ///
+    /// # Errors
+    /// The address is taken or not one of this machine's.
+    pub fn start(bind: SocketAddr) -> Result<StoreServer> {
+        let listener = TcpListener::bind(bind).map_err(|e| {
+            Error::user(format!("start the store on {bind}: {e}"))
+                .hint("choose a free port, or 0 to have one chosen")
+        })?;
+        let addr =
+            listener.local_addr().map_err(|e| Error::failure(format!("start the store on {bind}: {e}")))?;
+        let shared = Arc::new(Shared::default());
+        let accept = {
+            let shared = shared.clone();
+            spawn("store-accept", move || shared.accept(&listener))?
+        };
+        Ok(StoreServer { addr, shared, accept: Some(accept) })
+    }
+
+    /// The address that clients connect to; its IP is unspecified if the server was bound to all interfaces.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+}
+
+impl Drop for StoreServer {
+    fn drop(&mut self) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        for connection in self.shared.lock().connections.values() {
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+        self.shared.changed.notify_all();
+        // `accept` has no timeout: a connection of our own ends it.
+        let mut wake = self.addr;
+        if wake.ip().is_unspecified() {
+            wake.set_ip(match wake {
+                SocketAddr::V4(_) => std::net::Ipv4Addr::LOCALHOST.into(),
+                SocketAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
+            });
+        }
+        let woken = TcpStream::connect_timeout(&wake, Duration::from_secs(1)).is_ok();
+        if let Some(accept) = self.accept.take().filter(|_| woken) {
+            let _ = accept.join();
+        }
+    }
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .stack_size(STACK_BYTES)
+        .spawn(work)
+        .map_err(|e| Error::failure(format!("start thread {name}: {e}")))
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No code under the lock can leave the map half changed, so a poisoned lock is still good.
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn accept(self: Arc<Self>, listener: &TcpListener) {
+        let mut threads: Vec<JoinHandle<()>> = Vec::new();
+        for id in 0.. {
+            let stream = listener.accept();
+            if self.stopping.load(Ordering::SeqCst) {
+                break;
+            }
+            threads.retain(|t| !t.is_finished());
+            let Ok((stream, _)) = stream else {
+                // Out of descriptors, most likely: wait for some to come back instead of spinning.
+                std::thread::park_timeout(Duration::from_millis(20));
+                continue;
+            };
+            let Ok(clone) = stream.try_clone() else { continue };
+            {
+                let mut state = self.lock();
+                if state.connections.len() >= MAX_CONNECTIONS {
+                    continue;
+                }
+                state.connections.insert(id, clone);
+            }
+            let shared = self.clone();
+            let served = spawn("store-client", move || {
+                // An error here is the client's: it sees its connection close.
+                let _ = shared.serve(stream);
+                shared.lock().connections.remove(&id);
+            });
+            match served {
+                Ok(thread) => threads.push(thread),
+                Err(_) => drop(self.lock().connections.remove(&id)),
+            }
+        }
+        // Connections accepted while `drop` was closing the others.
+        for connection in self.lock().connections.values() {
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+        for thread in threads {
+            let _ = thread.join();
+        }
+    }
+
+    fn serve(&self, mut stream: TcpStream) -> std::io::Result<()> {
+        stream.set_nodelay(true)?;
+        stream.set_write_timeout(Some(PEER_TIMEOUT))?;
+        stream.set_read_timeout(Some(PEER_TIMEOUT))?;
+        let mut hello = [0; wire::HELLO.len()];
+        stream.read_exact(&mut hello)?;
+        stream.write_all(&wire::HELLO)?;
+        if hello != wire::HELLO {
+            return Ok(());
+        }
+        stream.set_read_timeout(None)?;
+        while let Some(body) = wire::read_frame(&mut stream)? {
+            let reply = match Request::decode(&body) {
+                Ok(request) => self.answer(request),
+                Err(e) => Reply::Refused(e.to_string()),
+            };
+            wire::write_frame(&mut stream, &reply.encode())?;
+        }
+        Ok(())
+    }
+
+    fn answer(&self, request: Request) -> Reply {
+        let mut state = self.lock();
+        match request {
+            Request::Set { key, value } => {
+                state.map.insert(key, value);
+                self.changed.notify_all();
+                Reply::Done
+            }
+            Request::Get { key, timeout } => {
+                let keys = [key];
+                state = match self.wait(state, &keys, timeout) {
+                    Ok(state) => state,
+                    Err(reply) => return reply,
+                };
+                state.map.get(&keys[0]).cloned().map_or(Reply::Missing(keys.to_vec()), Reply::Value)
+            }
+            Request::Wait { keys, timeout } => match self.wait(state, &keys, timeout) {
+                Ok(_) => Reply::Done,
+                Err(reply) => reply,
+            },
+            Request::Add { key, delta } => add(&mut state.map, key, delta, || self.changed.notify_all()),
+            Request::CompareSet { key, expect, new } => {
+                let now = state.map.get(&key);
+                if now == expect.as_ref() {
+                    state.map.insert(key, new.clone());
+                    self.changed.notify_all();
+                    return Reply::Value(new);
+                }
+                Reply::Value(now.cloned().unwrap_or_default())
+            }
+            Request::Delete { key } => Reply::Number(i64::from(state.map.remove(&key).is_some())),
+            Request::Keys { prefix } => list(&state.map, &prefix),
+        }
+    }
+
+    /// Waits until all `keys` are there; the reply to give if they are not by then.
+    fn wait<'a>(
+        &self,
+        mut state: MutexGuard<'a, State>,
+        keys: &[String],
+        timeout: Duration,
+    ) -> Result<MutexGuard<'a, State>, Reply> {
+        let deadline = Instant::now() + timeout.min(MAX_WAIT);
+        loop {
+            if keys.iter().all(|k| state.map.contains_key(k)) {
+                return Ok(state);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let missing = keys.iter().filter(|k| !state.map.contains_key(*k));
+                return Err(Reply::Missing(missing.cloned().collect()));
+            }
+            if self.stopping.load(Ordering::SeqCst) {
+                return Err(Reply::Refused("the store is stopping".into()));
+            }
+            state = match self.changed.wait_timeout(state, left) {
+                Ok((state, _)) => state,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+}
+
+fn add(map: &mut BTreeMap<String, Vec<u8>>, key: String, delta: i64, changed: impl FnOnce()) -> Reply {
+    let now = match map.get(&key) {
+        None => 0,
+        Some(text) => match std::str::from_utf8(text).ok().and_then(|t| t.parse::<i64>().ok()) {
+            Some(n) => n,
+            None => {
+                return Reply::Refused(format!(
+                    "add to key {key}: its value of {} bytes is not a whole number",
+                    text.len()
+                ));
+            }
+        },
+    };
+    let Some(sum) = now.checked_add(delta) else {
+        return Reply::Refused(format!("add to key {key}: {now} + {delta} overflows"));
+    };
+    map.insert(key, sum.to_string().into_bytes());
+    changed();
+    Reply::Number(sum)
+}
+
+fn list(map: &BTreeMap<String, Vec<u8>>, prefix: &str) -> Reply {
+    let keys: Vec<String> = map
+        .range(prefix.to_string()..)
+        .map(|(k, _)| k)
+        .take_while(|k| k.starts_with(prefix))
+        .cloned()
+        .collect();
+    let bytes: usize = keys.iter().map(|k| k.len() + 4).sum();
+    if bytes > MAX_VALUE_BYTES || keys.len() > super::MAX_WAIT_KEYS {
+        return Reply::Refused(format!("{} keys begin with {prefix:?}: too many to list", keys.len()));
+    }
+    debug_assert!(keys.iter().all(|k| k.len() <= MAX_KEY_BYTES));
+    Reply::Keys(keys)
+}
