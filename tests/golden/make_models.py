@@ -1,0 +1,177 @@
+"""Make the model goldens: tiny random models, their logits, gradients and first AdamW steps.
+
+    python tests/golden/make_models.py [name ...]
+
+Float32 results come from `transformers` and torch.optim.AdamW, float64 ones from reference64.py.
+README.md says what each file holds and with which versions they were made.
+"""
+
+import json
+import pathlib
+import re
+import sys
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+
+import reference64
+
+HERE = pathlib.Path(__file__).parent
+SEQUENCES, TIME, STEPS, IGNORE = 4, 24, 10, -100
+LR, BETAS, EPS, DECAY, CLIP = 1e-2, (0.9, 0.95), 1e-8, 0.1, 1.0
+
+
+def models():
+    """Name -> (model class, config). Sizes differ between models so that swapped dims cannot hide."""
+    hf = transformers
+    llama = dict(vocab_size=67, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 head_dim=8, intermediate_size=56, rms_norm_eps=1e-5, max_position_embeddings=64, tie_word_embeddings=False)
+    llama3_rope = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                       original_max_position_embeddings=64)
+    return {
+        "llama-gqa": (hf.LlamaForCausalLM, hf.LlamaConfig(
+            **llama, rope_parameters=dict(rope_type="default", rope_theta=10000.0))),
+        "llama3-rope": (hf.LlamaForCausalLM, hf.LlamaConfig(
+            **{**llama, "max_position_embeddings": 512}, rope_parameters=llama3_rope)),
+        "qwen2-like": (hf.Qwen2ForCausalLM, hf.Qwen2Config(
+            vocab_size=53, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+            intermediate_size=40, rms_norm_eps=1e-6, max_position_embeddings=64, tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+        "qwen3-like": (hf.Qwen3ForCausalLM, hf.Qwen3Config(
+            vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=10, intermediate_size=44, rms_norm_eps=1e-6, max_position_embeddings=64, tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+        "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config(
+            vocab_size=67, n_embd=32, n_layer=2, n_head=4, n_positions=32, activation_function="gelu_new",
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)),
+    }
+
+
+def main(names):
+    torch.set_num_threads(1)
+    for seed, (name, (cls, config)) in enumerate(models().items()):
+        if not names or name in names:
+            make(HERE / name, cls, config, seed)
+
+
+def make(folder, cls, config, seed):
+    folder.mkdir(exist_ok=True)
+    config._attn_implementation = "eager"
+    rng = torch.Generator().manual_seed(1000 + seed)
+    model = cls(config).float().train()
+    randomise(model, rng)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+    batches = make_batches(config.vocab_size, rng)
+    (folder / "batch.json").write_text(dump([{k: t.tolist() for k, t in b.items()} for b in batches]))
+
+    config64 = json.loads((folder / "config.json").read_text())
+    weights64 = {k: t.double().requires_grad_() for k, t in load_file(folder / "model.safetensors").items()}
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == weights64.keys(), parameters.keys() ^ weights64.keys()
+    forward = lambda tokens: model(input_ids=tokens, use_cache=False).logits
+    forward64 = lambda tokens: reference64.logits(config64, weights64, tokens)
+
+    save_file({"logits": forward(batches[0]["tokens"]).detach()}, folder / "logits.safetensors")
+    initial = {"float32": [], "float64": []}
+    for i, batch in enumerate(batches):
+        loss, grads = gradients(forward, parameters, batch)
+        loss64, grads64 = gradients(forward64, weights64, batch)
+        initial["float32"].append(loss)
+        initial["float64"].append(loss64)
+        report(f"{folder.name} batch {i}", loss, loss64, grads, grads64)
+        if i == 0:
+            save_file(grads, folder / "grads.safetensors")
+            save_file(grads64, folder / "grads64.safetensors")
+        if i == 1:
+            save_file(grads, folder / "grads_masked.safetensors")
+
+    train = {
+        "optimiser": dict(kind="adamw", lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY, clip=CLIP),
+        "initial_losses": initial,
+        "float32": run_steps(forward, parameters, batches),
+        "float64": run_steps(forward64, weights64, batches),
+    }
+    (folder / "train.json").write_text(dump(train))
+    save_file({k: p.detach().contiguous() for k, p in parameters.items()}, folder / "after10.safetensors")
+    # Rounded to float32 on disk: the distance to the float32 run is hundreds of times that rounding.
+    save_file({k: p.detach().float() for k, p in weights64.items()}, folder / "after10_from64.safetensors")
+    worst = max((rel(parameters[k], p), k) for k, p in weights64.items())
+    print(f"{folder.name} after {STEPS}: worst {worst[0]:.1e} {worst[1]}, norms {train['float32']['grad_norms'][:3]}")
+
+
+def randomise(model, rng):
+    """Large weights, norms away from 1 and biases away from 0: no gradient tensor is near zero by accident."""
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            noise = torch.randn(p.shape, generator=rng)
+            norm = p.dim() == 1 and name.endswith("weight")
+            p.copy_(1 + 0.2 * noise if norm else (0.2 if p.dim() > 1 else 0.1) * noise)
+
+
+def make_batches(vocab, rng):
+    """Three batches of inputs and next-token targets; the second ignores targets, unevenly over its sequences."""
+    batches = []
+    for _ in range(3):
+        ids = torch.randint(0, vocab, (SEQUENCES, TIME + 1), generator=rng)
+        batches.append({"tokens": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()})
+    masked = batches[1]["targets"]
+    masked[1, :13] = IGNORE  # a prompt
+    masked[2, :-3] = IGNORE  # almost nothing left
+    masked[3, :] = IGNORE  # nothing left
+    return batches
+
+
+def mean_loss(logits, batch):
+    """Mean over the valid targets of the whole batch."""
+    return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE)
+
+
+def gradients(forward, parameters, batch):
+    loss = mean_loss(forward(batch["tokens"]), batch)
+    grads = torch.autograd.grad(loss, list(parameters.values()))
+    return loss.item(), {k: g.contiguous() for k, g in zip(parameters, grads)}
+
+
+def run_steps(forward, parameters, batches):
+    """Ten steps of AdamW at a constant rate, in place; matrices decay (embeddings too), vectors do not."""
+    groups = [
+        {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": DECAY},
+        {"params": [p for p in parameters.values() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, foreach=False, fused=False)
+    losses, norms = [], []
+    for step in range(STEPS):
+        batch = batches[step % len(batches)]
+        optimiser.zero_grad()
+        loss = mean_loss(forward(batch["tokens"]), batch)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP, foreach=False).item())
+        losses.append(loss.item())
+        optimiser.step()
+    return {"losses": losses, "grad_norms": norms}
+
+
+def rel(a, b):
+    """Distance as a share of the reference's own norm."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def report(label, loss, loss64, grads, grads64):
+    worst = sorted((rel(grads[k], grads64[k]), k) for k in grads)[-1]
+    smallest = min((g.norm().item(), k) for k, g in grads64.items())
+    print(f"{label}: loss {loss:.6f} ({loss - loss64:+.1e}), worst gradient {worst[0]:.1e} {worst[1]}, "
+          f"smallest {smallest[0]:.1e} {smallest[1]}")
+
+
+def dump(value):
+    """JSON with lists of numbers on one line each, so that diffs stay readable."""
+    text = json.dumps(value, indent=1)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]), text) + "\n"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,105 @@
+"""The same models written out once more, in float64, straight from their checkpoints.
+
+`transformers` rounds norms, rotary angles and attention weights to float32 whatever the dtype of the
+weights, so a model moved to float64 does not give float64 results. These functions do. They take a
+dict of tensors under the checkpoint's own names and the parsed `config.json`, and return logits.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def logits(config, weights, tokens):
+    """Logits [batch, time, vocab] of any model in this folder; `tokens` is [batch, time]."""
+    forward = gpt2 if config["model_type"] == "gpt2" else llama
+    return forward(config, weights, tokens)
+
+
+def llama(config, w, tokens):
+    """Llama, Qwen 2 and Qwen 3: what differs shows in which tensors the checkpoint has."""
+    eps = config["rms_norm_eps"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    batch, time = tokens.shape
+    angles = torch.arange(time, dtype=torch.float64)[:, None] * rope_frequencies(config, head_dim)
+    x = F.embedding(tokens, w["model.embed_tokens.weight"])
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+
+        def project(name, h):
+            return F.linear(h, w[at + name + ".weight"], w.get(at + name + ".bias"))
+
+        def split(name, h, count):
+            y = project(f"self_attn.{name}_proj", h).view(batch, time, count, head_dim)
+            scale = w.get(at + f"self_attn.{name}_norm.weight")
+            return (y if scale is None else rms_norm(y, scale, eps)).transpose(1, 2)
+
+        h = rms_norm(x, w[at + "input_layernorm.weight"], eps)
+        q = rotate(split("q", h, heads), angles)
+        k = rotate(split("k", h, kv_heads), angles)
+        v = split("v", h, kv_heads)
+        group = heads // kv_heads
+        y = attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+        x = x + project("self_attn.o_proj", y.transpose(1, 2).reshape(batch, time, heads * head_dim))
+        h = rms_norm(x, w[at + "post_attention_layernorm.weight"], eps)
+        x = x + project("mlp.down_proj", F.silu(project("mlp.gate_proj", h)) * project("mlp.up_proj", h))
+    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+    return F.linear(rms_norm(x, w["model.norm.weight"], eps), head)
+
+
+def gpt2(config, w, tokens):
+    """GPT-2; its linear weights are stored [in, out]."""
+    eps, heads, width = config["layer_norm_epsilon"], config["n_head"], config["n_embd"]
+    batch, time = tokens.shape
+    x = F.embedding(tokens, w["transformer.wte.weight"]) + w["transformer.wpe.weight"][:time]
+    for layer in range(config["n_layer"]):
+        at = f"transformer.h.{layer}."
+
+        def norm(name, h):
+            return F.layer_norm(h, (width,), w[at + name + ".weight"], w[at + name + ".bias"], eps)
+
+        def project(name, h):
+            return h @ w[at + name + ".weight"] + w[at + name + ".bias"]
+
+        qkv = project("attn.c_attn", norm("ln_1", x)).split(width, -1)
+        q, k, v = (z.view(batch, time, heads, width // heads).transpose(1, 2) for z in qkv)
+        y = attention(q, k, v).transpose(1, 2).reshape(batch, time, width)
+        x = x + project("attn.c_proj", y)
+        h = F.gelu(project("mlp.c_fc", norm("ln_2", x)), approximate="tanh")
+        x = x + project("mlp.c_proj", h)
+    x = F.layer_norm(x, (width,), w["transformer.ln_f.weight"], w["transformer.ln_f.bias"], eps)
+    return x @ w["transformer.wte.weight"].T
+
+
+def rms_norm(x, scale, eps):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale
+
+
+def attention(q, k, v):
+    """Causal softmax attention; all of [batch, heads, time, head_dim]."""
+    time = q.shape[2]
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+    future = torch.ones(time, time, dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -math.inf).softmax(-1) @ v
+
+
+def rotate(x, angles):
+    """Rotary position embedding in the half-split convention: dim i pairs with dim i + head_dim/2."""
+    a, b = x.chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def rope_frequencies(config, head_dim):
+    """Radians per position for each pair; `llama3` slows the long wavelengths by `factor`."""
+    rope = config["rope_parameters"]
+    f = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    if rope["rope_type"] == "default":
+        return f
+    assert rope["rope_type"] == "llama3", rope
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return f * (keep + (1 - keep) / rope["factor"])
