@@ -1,0 +1,340 @@
+use std::collections::HashMap;
+
+use spec::{DType, NormKind, Recompute};
+
+use crate::emit::{Context, Forward};
+use crate::graph::{Graph, Node, Operand, Phase, Source, ValueId};
+use crate::op::{Axis, OpKind, Sync};
+use crate::params::{Chunk, GroupId};
+
+/// Ops of a chunk's backward pass, in order: input gradients, each followed by the weight gradients that it frees.
+///
+/// Appends the loss (for the last chunk), then the derivative of every forward op in reverse. Values of the forward
+/// pass that the recompute policy does not keep are computed again just before their first use.
+pub(crate) fn backward(cx: &Context<'_>, chunk: &Chunk, f: &mut Forward) -> Vec<Node> {
+    let forward = std::mem::take(&mut f.graph.nodes);
+    let mut d = Derive { cx, g: &mut f.graph, out: Vec::new(), grads: HashMap::new(), unit: 0 };
+    if chunk.head {
+        d.loss(f.output);
+    } else {
+        d.receive(chunk, f.output);
+    }
+    for node in forward.iter().rev() {
+        d.unit = node.unit;
+        d.node(node);
+    }
+    if !chunk.embed {
+        d.unit = 1 + chunk.first_layer;
+        d.send(chunk, f.input);
+    }
+    let nodes = d.out;
+    f.graph.nodes = forward;
+    recompute(&mut f.graph, cx.layout.recompute, &f.boundaries, nodes)
+}
+
+/// The ops that turn the final norm's output into losses, one sequence at a time, so that logits of more than one
+/// sequence never exist. With `train`, also their gradients.
+pub(crate) fn loss(cx: &Context<'_>, g: &mut Graph, x: ValueId, train: bool) -> (Vec<Node>, Option<ValueId>) {
+    let mut d = Derive { cx, g, out: Vec::new(), grads: HashMap::new(), unit: 1 + cx.model.layers };
+    let dx = d.loss_ops(x, train);
+    (d.out, dx)
+}
+
+/// The op that turns one token's final norm output into logits, for generation.
+pub(crate) fn decode_logits(cx: &Context<'_>, g: &mut Graph, x: ValueId) -> Node {
+    let mut d = Derive { cx, g, out: Vec::new(), grads: HashMap::new(), unit: 1 + cx.model.layers };
+    let w = d.table();
+    let logits = d.g.value("logits", 1, cx.vocab().1, cx.dtype, Source::Node);
+    let (ins, outs) = (vec![d.g.all(x), w], vec![d.g.all(logits)]);
+    d.push(OpKind::Linear, "head.decode".into(), ins, outs, Phase::Forward).clone()
+}
+
+struct Derive<'a> {
+    cx: &'a Context<'a>,
+    g: &'a mut Graph,
+    out: Vec<Node>,
+    /// The gradient of a value, once its first contribution is known.
+    grads: HashMap<ValueId, ValueId>,
+    unit: usize,
+}
+
+impl Derive<'_> {
+    fn push(&mut self, kind: OpKind, name: String, ins: Vec<Operand>, outs: Vec<Operand>, phase: Phase) -> &mut Node {
+        let unit = self.unit;
+        let leaves = (0, 0);
+        self.out.push(Node { kind, name, ins, acc: None, outs, grads: Vec::new(), leaves, phase, unit });
+        self.out.last_mut().expect("just pushed")
+    }
+
+    /// A weight-gradient op over all sequences of the micro-batch.
+    fn weight(&mut self, kind: OpKind, name: String, ins: Vec<Operand>, params: &[Operand]) {
+        let grads = params.iter().map(|p| self.group_of(*p)).collect();
+        let leaves = (0, self.cx.layout.micro_batch);
+        let node = self.push(kind, name, ins, vec![], Phase::Weight);
+        node.grads = grads;
+        node.leaves = leaves;
+    }
+
+    fn group_of(&self, param: Operand) -> GroupId {
+        match self.g.get(param.value).source {
+            Source::Param(id) => id,
+            other => panic!("the gradient of {other:?} was asked for as a parameter's"),
+        }
+    }
+
+    /// An op whose output 0 adds to the gradient of `x`.
+    fn contribute(&mut self, kind: OpKind, name: String, ins: Vec<Operand>, x: ValueId) {
+        let dx = self.g.like(x, &name);
+        let acc = self.grads.insert(x, dx).map(|before| self.g.all(before));
+        let out = self.g.all(dx);
+        self.push(kind, name, ins, vec![out], Phase::Input).acc = acc;
+    }
+
+    /// The gradient of `y` is also one of `x`: nothing to compute unless `x` already has one.
+    fn pass(&mut self, y: ValueId, x: ValueId, name: &str) {
+        let dy = self.grads[&y];
+        if self.grads.contains_key(&x) {
+            let before = self.grads[&x];
+            let sum = self.g.like(x, &format!("{name}.dsum"));
+            let (ins, outs) = (vec![self.g.all(before), self.g.all(dy)], vec![self.g.all(sum)]);
+            self.push(OpKind::Add, format!("{name}.dsum"), ins, outs, Phase::Input);
+            self.grads.insert(x, sum);
+        } else {
+            self.grads.insert(x, dy);
+        }
+    }
+
+    /// Each op kind's own derivative.
+    fn node(&mut self, n: &Node) {
+        use OpKind::*;
+        let name = |suffix: &str| format!("{}.{suffix}", n.name);
+        if let (Send { .. } | Recv { .. }, _) | (_, None) = (&n.kind, n.outs.first()) {
+            return;
+        }
+        let y = n.outs[0].value;
+        let dy = {
+            let dy = *self.grads.get(&y).unwrap_or_else(|| panic!("{} has no gradient", n.name));
+            self.g.all(dy)
+        };
+        match &n.kind {
+            Linear => {
+                let (x, w) = (n.ins[0], n.ins[1]);
+                if let Some(acc) = n.acc {
+                    self.pass(y, acc.value, &n.name);
+                }
+                self.contribute(LinearGradInput, name("dx"), vec![dy, w], x.value);
+                self.weight(LinearGradWeight, name("dw"), vec![dy, x], &[w]);
+                if let Some(b) = n.ins.get(2) {
+                    self.weight(BiasGrad, name("db"), vec![dy], &[*b]);
+                }
+            }
+            Add => {
+                self.pass(y, n.ins[0].value, &n.name);
+                self.pass(y, n.ins[1].value, &n.name);
+                if let Some(b) = n.ins.get(2) {
+                    self.weight(BiasGrad, name("db"), vec![dy], &[*b]);
+                }
+            }
+            Norm { norm, .. } => {
+                let (x, w, stats) = (n.ins[0], n.ins[1], n.outs[1]);
+                let grad = NormGradInput { norm: *norm };
+                self.contribute(grad, name("dx"), vec![dy, x, w, stats], x.value);
+                let params: Vec<Operand> = match norm {
+                    NormKind::Rms => vec![w],
+                    NormKind::Layer => vec![w, n.ins[2]],
+                };
+                self.weight(NormGradWeight { norm: *norm }, name("dw"), vec![dy, x, stats], &params);
+            }
+            HeadNorm { heads, .. } => {
+                let (x, wq, wk, rstd) = (n.ins[0], n.ins[1], n.ins[2], n.outs[1]);
+                let grad = HeadNormGradInput { heads: *heads };
+                self.contribute(grad, name("dx"), vec![dy, x, wq, wk, rstd], x.value);
+                self.weight(HeadNormGradWeight { heads: *heads }, name("dw"), vec![dy, x, rstd], &[wq, wk]);
+            }
+            Rope { heads, .. } => {
+                self.contribute(Rope { heads: *heads, inverse: true }, name("dx"), vec![dy], n.ins[0].value);
+            }
+            Attention { heads } => {
+                let ins = vec![n.ins[0], n.outs[0], n.outs[1], dy];
+                self.contribute(AttentionGrad { heads: *heads }, name("dx"), ins, n.ins[0].value);
+            }
+            SwiGlu => self.contribute(SwiGluGrad, name("dx"), vec![dy, n.ins[0]], n.ins[0].value),
+            Gelu { tanh } => {
+                self.contribute(GeluGrad { tanh: *tanh }, name("dx"), vec![dy, n.ins[0]], n.ins[0].value);
+            }
+            AllReduce { .. } => self.pass(y, n.ins[0].value, &n.name),
+            Fork { axis } => self.contribute(AllReduce { axis: *axis }, name("dx"), vec![dy], n.ins[0].value),
+            AllGather { axis } => {
+                self.contribute(ReduceScatter { axis: *axis }, name("dx"), vec![dy], n.ins[0].value);
+            }
+            ReduceScatter { axis } => {
+                self.contribute(AllGather { axis: *axis }, name("dx"), vec![dy], n.ins[0].value);
+            }
+            Embed { vocab0, .. } => {
+                self.weight(EmbedGrad { vocab0: *vocab0 }, name("dw"), vec![n.ins[0], dy], &[n.ins[1]]);
+                if let Some(pos) = n.ins.get(2) {
+                    self.weight(PosGrad, name("dpos"), vec![dy], &[*pos]);
+                }
+            }
+            other => panic!("{} is no forward op", other.name()),
+        }
+    }
+
+    fn receive(&mut self, chunk: &Chunk, y: ValueId) {
+        let cx = self.cx;
+        let dy = self.g.like(y, "recv.grad");
+        let out = self.g.all(dy);
+        let (peer, tag) = (cx.peer(chunk.virtual_stage + 1), cx.tag(chunk.virtual_stage + 1, true));
+        self.unit = chunk.first_layer + chunk.layers;
+        self.push(OpKind::Recv { peer, tag }, format!("stage{}.recv.grad", chunk.virtual_stage), vec![], vec![out], Phase::Input);
+        self.grads.insert(y, dy);
+    }
+
+    fn send(&mut self, chunk: &Chunk, x: ValueId) {
+        let cx = self.cx;
+        let dx = self.grads[&x];
+        let dx = self.g.all(dx);
+        let (peer, tag) = (cx.peer(chunk.virtual_stage + cx.layout.pp - 1), cx.tag(chunk.virtual_stage, true));
+        self.push(OpKind::Send { peer, tag }, format!("stage{}.send.grad", chunk.virtual_stage), vec![dx], vec![], Phase::Input);
+    }
+
+    fn loss(&mut self, x: ValueId) {
+        self.unit = 1 + self.cx.model.layers;
+        if let Some(dx) = self.loss_ops(x, true) {
+            self.grads.insert(x, dx);
+        }
+    }
+
+    fn loss_ops(&mut self, x: ValueId, train: bool) -> Option<ValueId> {
+        let cx = self.cx;
+        let (vocab0, vocab) = cx.vocab();
+        let w = self.table();
+        let table = self.group_of(w);
+        let targets = self.g.value("targets", cx.tokens(), 1, DType::U32, Source::Targets);
+        let leaves = self.g.value("loss_leaves", 1, 1, DType::F64, Source::LossLeaves);
+        let dx = train.then(|| self.g.like(x, "head.dx"));
+        let t = cx.sequence;
+        for leaf in 0..cx.layout.micro_batch {
+            let rows = |value| Operand { value, row0: leaf * t, rows: t };
+            let name = |s: &str| format!("head.{leaf}{s}");
+            let logits = self.g.value(&name(""), t, vocab, cx.dtype, Source::Node);
+            let l = self.g.all(logits);
+            self.push(OpKind::Linear, name(""), vec![rows(x), w], vec![l], Phase::Input);
+            let d = self.g.like(logits, &name(".dlogits"));
+            let loss = self.g.value(&name(".loss"), t, 1, DType::F32, Source::Node);
+            let (d, loss) = (self.g.all(d), self.g.all(loss));
+            if cx.layout.tp == 1 {
+                self.push(OpKind::Xent, name(".xent"), vec![l, rows(targets)], vec![d, loss], Phase::Input);
+            } else {
+                let stats = self.vocab_stats(&name(".stats"), l, rows(targets), vocab0);
+                let ins = vec![l, rows(targets), stats];
+                self.push(OpKind::XentGrad { vocab0 }, name(".xent"), ins, vec![d, loss], Phase::Input);
+            }
+            let sums = self.g.all(leaves);
+            self.push(OpKind::LossSum, name(".sum"), vec![loss], vec![sums], Phase::Input).leaves = (leaf, 1);
+            if let Some(dx) = dx {
+                self.push(OpKind::LinearGradInput, name(".dx"), vec![d, w], vec![rows(dx)], Phase::Input);
+                // Logits of a sequence are gone after its turn, so its weight gradient cannot wait.
+                let n = self.push(OpKind::LinearGradWeight, name(".dw"), vec![d, rows(x)], vec![], Phase::Input);
+                n.grads = vec![table];
+                n.leaves = (leaf, 1);
+            }
+        }
+        dx
+    }
+
+    /// The output projection: its own matrix, or the embedding's.
+    fn table(&mut self) -> Operand {
+        let id = ["head.weight", "embed.weight"].into_iter().find_map(|n| self.cx.group(n)).expect("a head");
+        let known = self.g.values.iter().position(|v| v.source == Source::Param(id));
+        let value = known.map(|at| ValueId(at as u32)).unwrap_or_else(|| {
+            let group = &self.cx.groups[id.0 as usize];
+            self.g.value(&group.name, group.rows, group.cols, self.cx.dtype, Source::Param(id))
+        });
+        self.g.all(value)
+    }
+
+    fn vocab_stats(&mut self, name: &str, logits: Operand, targets: Operand, vocab0: usize) -> Operand {
+        let shards = self.cx.layout.tp;
+        let t = logits.rows;
+        let mine = self.g.value(name, t, 3, DType::F32, Source::Node);
+        let all = self.g.value(&format!("{name}.all"), shards * t, 3, DType::F32, Source::Node);
+        let sum = self.g.value(&format!("{name}.combined"), t, 3, DType::F32, Source::Node);
+        let (mine, all, sum) = (self.g.all(mine), self.g.all(all), self.g.all(sum));
+        let input = Phase::Input;
+        self.push(OpKind::XentStats { vocab0 }, name.to_owned(), vec![logits, targets], vec![mine], input);
+        let gather = OpKind::AllGather { axis: Axis::Tp };
+        self.push(gather, format!("{name}.gather"), vec![mine], vec![all], input);
+        self.push(OpKind::XentCombine { shards }, format!("{name}.combine"), vec![all], vec![sum], input);
+        sum
+    }
+}
+
+/// Whether gradients of a group need a sum over the tensor-parallel ranks after backward: parameters that each rank
+/// used on its own rows of the sequence.
+pub(crate) fn needs_tp_sync(cx: &Context<'_>, group: &crate::ParamGroup) -> Option<Sync> {
+    let on_rows = group.replicated_tp && group.name != "pos_embed.weight";
+    let partial_heads = group.name.ends_with("q_norm.weight") || group.name.ends_with("k_norm.weight");
+    (cx.layout.tp > 1 && on_rows && (cx.layout.sequence_parallel || partial_heads)).then_some(Sync::TensorParallel)
+}
+
+/// Puts copies of forward ops in front of the backward ops that need values which were not kept.
+fn recompute(g: &mut Graph, policy: Recompute, boundaries: &[ValueId], nodes: Vec<Node>) -> Vec<Node> {
+    if policy == Recompute::None {
+        return nodes;
+    }
+    let mut producer: HashMap<ValueId, usize> = HashMap::new();
+    for (i, n) in g.nodes.iter().enumerate() {
+        for out in &n.outs {
+            let kept = match policy {
+                Recompute::Full => boundaries.contains(&out.value) || is_tail(g, n),
+                _ => !matches!(n.kind, OpKind::Norm { .. } | OpKind::SwiGlu | OpKind::Gelu { .. }),
+            };
+            if !kept && !matches!(n.kind, OpKind::Recv { .. }) {
+                producer.insert(out.value, i);
+            }
+        }
+    }
+    let mut r = Again { g, producer, renamed: HashMap::new(), out: Vec::new() };
+    for mut node in nodes {
+        for operand in node.ins.iter_mut().chain(node.acc.iter_mut()) {
+            operand.value = r.again(operand.value);
+        }
+        r.out.push(node);
+    }
+    r.out
+}
+
+/// The final norm and what follows: its output is the loss's input and is used at once.
+fn is_tail(g: &Graph, n: &Node) -> bool {
+    g.nodes.last().is_some_and(|last| !matches!(last.kind, OpKind::Send { .. }) && n.unit == last.unit)
+}
+
+struct Again<'a> {
+    g: &'a mut Graph,
+    producer: HashMap<ValueId, usize>,
+    renamed: HashMap<ValueId, ValueId>,
+    out: Vec<Node>,
+}
+
+impl Again<'_> {
+    fn again(&mut self, value: ValueId) -> ValueId {
+        if let Some(&v) = self.renamed.get(&value) {
+            return v;
+        }
+        let Some(&at) = self.producer.get(&value) else { return value };
+        let mut node = self.g.nodes[at].clone();
+        for operand in node.ins.iter_mut().chain(node.acc.iter_mut()) {
+            operand.value = self.again(operand.value);
+        }
+        node.name.push_str(".again");
+        node.phase = Phase::Input;
+        for out in &mut node.outs {
+            let fresh = self.g.like(out.value, &node.name);
+            self.renamed.insert(out.value, fresh);
+            out.value = fresh;
+        }
+        self.out.push(node);
+        self.renamed[&value]
+    }
+}

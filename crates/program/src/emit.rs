@@ -1,0 +1,316 @@
+use spec::{Activation, DType, Layout, ModelSpec, Position};
+
+use crate::graph::{Graph, Node, Operand, Phase, Source, ValueId};
+use crate::op::{Axis, Heads, OpKind};
+use crate::params::{Chunk, GroupId, ParamGroup, share};
+
+/// What a chunk's forward pass leaves behind for the passes after it.
+pub(crate) struct Forward {
+    pub(crate) graph: Graph,
+    /// The activation received from the stage before, or the embedding's output.
+    pub(crate) input: ValueId,
+    /// The activation sent on, or the final norm's output.
+    pub(crate) output: ValueId,
+    /// Values at layer boundaries, which full recompute keeps.
+    pub(crate) boundaries: Vec<ValueId>,
+}
+
+/// Everything that shapes a rank's ops.
+pub(crate) struct Context<'a> {
+    pub(crate) model: &'a ModelSpec,
+    pub(crate) layout: &'a Layout,
+    pub(crate) sequence: usize,
+    pub(crate) dtype: DType,
+    pub(crate) tp_rank: usize,
+    pub(crate) groups: &'a [ParamGroup],
+    /// Ranks of the pipeline group, by stage.
+    pub(crate) pipeline: &'a [usize],
+    /// One token against a cache of this many positions instead of whole sequences.
+    pub(crate) decode: bool,
+}
+
+impl Context<'_> {
+    pub(crate) fn group(&self, name: &str) -> Option<GroupId> {
+        let at = self.groups.iter().position(|g| g.name == name)?;
+        Some(GroupId(u32::try_from(at).expect("fewer than 2^32 groups")))
+    }
+
+    pub(crate) fn heads(&self) -> Heads {
+        let tp = self.layout.tp;
+        Heads { q: self.model.heads / tp, kv: self.model.kv_heads / tp, dim: self.model.head_dim }
+    }
+
+    /// First row and rows of this rank's vocabulary shard.
+    pub(crate) fn vocab(&self) -> (usize, usize) {
+        share(self.model.vocab, self.layout.tp, self.tp_rank)
+    }
+
+    /// Tokens of one micro-batch.
+    pub(crate) fn tokens(&self) -> usize {
+        if self.decode { 1 } else { self.layout.micro_batch * self.sequence }
+    }
+
+    /// Rows of the residual stream that this rank holds.
+    pub(crate) fn residual_rows(&self) -> usize {
+        if self.sequence_parallel() { self.tokens() / self.layout.tp } else { self.tokens() }
+    }
+
+    pub(crate) fn sequence_parallel(&self) -> bool {
+        self.layout.sequence_parallel && !self.decode
+    }
+
+    /// The message into virtual stage `stage` (forward) or out of it (backward).
+    pub(crate) fn tag(&self, virtual_stage: usize, backward: bool) -> u32 {
+        u32::try_from(2 * virtual_stage + usize::from(backward)).expect("few stages")
+    }
+
+    pub(crate) fn peer(&self, virtual_stage: usize) -> usize {
+        self.pipeline[virtual_stage % self.layout.pp]
+    }
+}
+
+/// Emits the forward ops of one chunk on local shards, with explicit collectives.
+pub(crate) fn forward(cx: &Context<'_>, chunk: &Chunk) -> Forward {
+    let mut e = Emitter { cx, g: Graph::default(), params: vec![None; cx.groups.len()], unit: 0 };
+    let input = if chunk.embed { e.embedding() } else { e.receive(chunk) };
+    let mut x = input;
+    let mut boundaries = vec![input];
+    for layer in chunk.first_layer..chunk.first_layer + chunk.layers {
+        e.unit = 1 + layer;
+        x = e.layer(layer, x);
+        boundaries.push(x);
+    }
+    e.unit = 1 + cx.model.layers;
+    if chunk.head {
+        x = e.norm("final_norm", x);
+        x = e.enter_tp("head.in", x);
+    } else {
+        let kind = OpKind::Send {
+            peer: cx.peer(chunk.virtual_stage + 1),
+            tag: cx.tag(chunk.virtual_stage + 1, false),
+        };
+        let x = e.g.all(x);
+        e.push(kind, &format!("stage{}.send", chunk.virtual_stage), vec![x], vec![]);
+    }
+    Forward { graph: e.g, input, output: x, boundaries }
+}
+
+struct Emitter<'a> {
+    cx: &'a Context<'a>,
+    g: Graph,
+    params: Vec<Option<ValueId>>,
+    unit: usize,
+}
+
+impl Emitter<'_> {
+    fn push(&mut self, kind: OpKind, name: &str, ins: Vec<Operand>, outs: Vec<Operand>) {
+        self.g.nodes.push(Node {
+            kind,
+            name: name.to_owned(),
+            ins,
+            acc: None,
+            outs,
+            grads: Vec::new(),
+            leaves: (0, 0),
+            phase: Phase::Forward,
+            unit: self.unit,
+        });
+    }
+
+    fn act(&mut self, name: &str, rows: usize, cols: usize) -> ValueId {
+        self.g.value(name, rows, cols, self.cx.dtype, Source::Node)
+    }
+
+    fn stat(&mut self, name: &str, rows: usize, cols: usize) -> ValueId {
+        self.g.value(name, rows, cols, DType::F32, Source::Node)
+    }
+
+    /// One op with one output like its first input.
+    fn map(&mut self, kind: OpKind, name: &str, x: ValueId) -> ValueId {
+        let y = self.g.like(x, name);
+        let (x, y2) = (self.g.all(x), self.g.all(y));
+        self.push(kind, name, vec![x], vec![y2]);
+        y
+    }
+
+    fn param(&mut self, name: &str) -> Option<Operand> {
+        let id = self.cx.group(name)?;
+        let value = match self.params[id.0 as usize] {
+            Some(v) => v,
+            None => {
+                let group = &self.cx.groups[id.0 as usize];
+                let v = self.g.value(name, group.rows, group.cols, self.cx.dtype, Source::Param(id));
+                self.params[id.0 as usize] = Some(v);
+                v
+            }
+        };
+        Some(self.g.all(value))
+    }
+
+    fn must(&mut self, name: &str) -> Operand {
+        self.param(name).unwrap_or_else(|| panic!("the parameter table lacks {name}"))
+    }
+
+    fn embedding(&mut self) -> ValueId {
+        let cx = self.cx;
+        let tokens = self.g.value("tokens", cx.tokens(), 1, DType::U32, Source::Tokens);
+        let table = self.must("embed.weight");
+        let mut ins = vec![self.g.all(tokens), table];
+        ins.extend(self.param("pos_embed.weight"));
+        let x = self.act("embed", cx.tokens(), cx.model.hidden);
+        let out = self.g.all(x);
+        self.push(OpKind::Embed { vocab0: cx.vocab().0, positions: cx.tp_rank == 0 }, "embed", ins, vec![out]);
+        self.leave_tp("embed.reduce", x)
+    }
+
+    fn receive(&mut self, chunk: &Chunk) -> ValueId {
+        let cx = self.cx;
+        self.unit = 1 + chunk.first_layer;
+        let x = self.act("recv", cx.residual_rows(), cx.model.hidden);
+        let out = self.g.all(x);
+        let (peer, tag) = (cx.peer(chunk.virtual_stage + cx.layout.pp - 1), cx.tag(chunk.virtual_stage, false));
+        self.push(OpKind::Recv { peer, tag }, &format!("stage{}.recv", chunk.virtual_stage), vec![], vec![out]);
+        x
+    }
+
+    fn layer(&mut self, i: usize, x: ValueId) -> ValueId {
+        let cx = self.cx;
+        let p = |s: &str| format!("layers.{i}.{s}");
+        let heads = cx.heads();
+
+        let h = self.norm(&p("attn_norm"), x);
+        let h = self.enter_tp(&p("attn.in"), h);
+        let mut qkv = self.linear(&p("attn.qkv"), h, heads.packed(), None);
+        if cx.model.qk_norm {
+            qkv = self.head_norm(&p("attn.qk_norm"), &p("attn.q_norm.weight"), &p("attn.k_norm.weight"), qkv);
+        }
+        if matches!(cx.model.position, Position::Rope(_)) {
+            qkv = self.map(OpKind::Rope { heads, inverse: false }, &p("attn.rope"), qkv);
+        }
+        let o = self.attention(&p("attn.core"), qkv);
+        let x = self.row_parallel(&p("attn.o"), o, x);
+
+        let h = self.norm(&p("mlp_norm"), x);
+        let h = self.enter_tp(&p("mlp.in"), h);
+        let ffn = cx.model.ffn / cx.layout.tp;
+        let h = match cx.model.activation {
+            Activation::SwiGlu => {
+                let gate_up = self.linear(&p("mlp.gate_up"), h, 2 * ffn, None);
+                self.activation(OpKind::SwiGlu, &p("mlp.act"), gate_up, ffn)
+            }
+            Activation::GeluTanh | Activation::Gelu => {
+                let tanh = cx.model.activation == Activation::GeluTanh;
+                let a = self.linear(&p("mlp.up"), h, ffn, None);
+                self.activation(OpKind::Gelu { tanh }, &p("mlp.act"), a, ffn)
+            }
+        };
+        self.row_parallel(&p("mlp.down"), h, x)
+    }
+
+    fn norm(&mut self, name: &str, x: ValueId) -> ValueId {
+        let cx = self.cx;
+        let rows = self.g.get(x).rows;
+        let y = self.g.like(x, name);
+        let per_row = if cx.model.norm == spec::NormKind::Layer { 2 } else { 1 };
+        let stats = self.stat(&format!("{name}.stats"), per_row * rows, 1);
+        let w = self.must(&format!("{name}.weight"));
+        let mut ins = vec![self.g.all(x), w];
+        ins.extend(self.param(&format!("{name}.bias")));
+        let outs = vec![self.g.all(y), self.g.all(stats)];
+        self.push(OpKind::Norm { norm: cx.model.norm, eps: cx.model.norm_eps }, name, ins, outs);
+        y
+    }
+
+    fn head_norm(&mut self, name: &str, wq: &str, wk: &str, qkv: ValueId) -> ValueId {
+        let heads = self.cx.heads();
+        let rows = self.g.get(qkv).rows;
+        let y = self.g.like(qkv, name);
+        let rstd = self.stat(&format!("{name}.rstd"), rows, heads.q + heads.kv);
+        let ins = vec![self.g.all(qkv), self.must(wq), self.must(wk)];
+        let outs = vec![self.g.all(y), self.g.all(rstd)];
+        self.push(OpKind::HeadNorm { heads, eps: self.cx.model.norm_eps }, name, ins, outs);
+        y
+    }
+
+    fn attention(&mut self, name: &str, qkv: ValueId) -> ValueId {
+        let heads = self.cx.heads();
+        let rows = self.g.get(qkv).rows;
+        let o = self.act(name, rows, heads.q * heads.dim);
+        if self.cx.decode {
+            let (ins, outs) = (vec![self.g.all(qkv)], vec![self.g.all(o)]);
+            self.push(OpKind::AttentionCached { heads }, name, ins, outs);
+            return o;
+        }
+        let lse = self.stat(&format!("{name}.lse"), rows, heads.q);
+        let (ins, outs) = (vec![self.g.all(qkv)], vec![self.g.all(o), self.g.all(lse)]);
+        self.push(OpKind::Attention { heads }, name, ins, outs);
+        o
+    }
+
+    fn activation(&mut self, kind: OpKind, name: &str, a: ValueId, cols: usize) -> ValueId {
+        let rows = self.g.get(a).rows;
+        let h = self.act(name, rows, cols);
+        let (ins, outs) = (vec![self.g.all(a)], vec![self.g.all(h)]);
+        self.push(kind, name, ins, outs);
+        h
+    }
+
+    fn linear(&mut self, name: &str, x: ValueId, cols: usize, residual: Option<ValueId>) -> ValueId {
+        let rows = self.g.get(x).rows;
+        let y = self.act(name, rows, cols);
+        let w = self.must(&format!("{name}.weight"));
+        let mut ins = vec![self.g.all(x), w];
+        // A row-parallel bias must be added once, after the reduction.
+        if residual.is_some() || self.cx.layout.tp == 1 || !name.ends_with(".o") && !name.ends_with(".down") {
+            ins.extend(self.param(&format!("{name}.bias")));
+        }
+        let out = self.g.all(y);
+        let acc = residual.map(|r| self.g.all(r));
+        self.push(OpKind::Linear, name, ins, vec![out]);
+        self.g.nodes.last_mut().expect("just pushed").acc = acc;
+        y
+    }
+
+    /// `residual + x w^T + b`, where each rank holds some columns of `w`.
+    fn row_parallel(&mut self, name: &str, x: ValueId, residual: ValueId) -> ValueId {
+        if self.cx.layout.tp == 1 {
+            return self.linear(name, x, self.cx.model.hidden, Some(residual));
+        }
+        let partial = self.linear(name, x, self.cx.model.hidden, None);
+        let y = self.leave_tp(&format!("{name}.reduce"), partial);
+        let out = self.g.like(residual, &format!("{name}.add"));
+        let mut ins = vec![self.g.all(residual), self.g.all(y)];
+        ins.extend(self.param(&format!("{name}.bias")));
+        let o = self.g.all(out);
+        self.push(OpKind::Add, &format!("{name}.add"), ins, vec![o]);
+        out
+    }
+
+    /// From the residual stream into a tensor-parallel region (Megatron's f, or the gather of sequence parallelism).
+    fn enter_tp(&mut self, name: &str, x: ValueId) -> ValueId {
+        if self.cx.layout.tp == 1 {
+            return x;
+        }
+        if !self.cx.sequence_parallel() {
+            return self.map(OpKind::Fork { axis: Axis::Tp }, name, x);
+        }
+        let y = self.act(name, self.cx.tokens(), self.cx.model.hidden);
+        let (ins, outs) = (vec![self.g.all(x)], vec![self.g.all(y)]);
+        self.push(OpKind::AllGather { axis: Axis::Tp }, name, ins, outs);
+        y
+    }
+
+    /// Out of a tensor-parallel region: partial sums become the residual stream (Megatron's g).
+    fn leave_tp(&mut self, name: &str, x: ValueId) -> ValueId {
+        if self.cx.layout.tp == 1 {
+            return x;
+        }
+        if !self.cx.sequence_parallel() {
+            return self.map(OpKind::AllReduce { axis: Axis::Tp }, name, x);
+        }
+        let y = self.act(name, self.cx.residual_rows(), self.cx.model.hidden);
+        let (ins, outs) = (vec![self.g.all(x)], vec![self.g.all(y)]);
+        self.push(OpKind::ReduceScatter { axis: Axis::Tp }, name, ins, outs);
+        y
+    }
+}

@@ -1,0 +1,103 @@
+use spec::DType;
+
+use crate::op::OpKind;
+use crate::params::GroupId;
+
+/// A tensor of a graph: written once, two dims.
+#[derive(Clone, Debug)]
+pub(crate) struct Value {
+    pub(crate) name: String,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) dtype: DType,
+    pub(crate) source: Source,
+}
+
+/// Where a value comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// A parameter group.
+    Param(GroupId),
+    /// Token ids of the micro-batch.
+    Tokens,
+    /// Targets of the micro-batch.
+    Targets,
+    /// One f64 sum of losses for each sequence of the step.
+    LossLeaves,
+    /// An op.
+    Node,
+}
+
+/// Index of a value in its graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct ValueId(pub(crate) u32);
+
+/// Some rows of a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Operand {
+    pub(crate) value: ValueId,
+    pub(crate) row0: usize,
+    pub(crate) rows: usize,
+}
+
+/// When a node runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Forward.
+    Forward,
+    /// Gradients of activations, and recomputed forward ops.
+    Input,
+    /// Gradients of weights.
+    Weight,
+}
+
+/// An op on values.
+#[derive(Clone, Debug)]
+pub(crate) struct Node {
+    pub(crate) kind: OpKind,
+    pub(crate) name: String,
+    pub(crate) ins: Vec<Operand>,
+    /// Added to output 0.
+    pub(crate) acc: Option<Operand>,
+    pub(crate) outs: Vec<Operand>,
+    /// Parameter groups whose gradients this node adds to.
+    pub(crate) grads: Vec<GroupId>,
+    /// Which sequences of the micro-batch a weight gradient covers: (first, count).
+    pub(crate) leaves: (usize, usize),
+    pub(crate) phase: Phase,
+    /// Layer for recompute units and ZeRO-3 units; embeddings and head have their own numbers.
+    pub(crate) unit: usize,
+}
+
+/// Ops of one chunk in program order, with the values that they read and write.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Graph {
+    pub(crate) values: Vec<Value>,
+    pub(crate) nodes: Vec<Node>,
+}
+
+impl Graph {
+    pub(crate) fn value(&mut self, name: &str, rows: usize, cols: usize, dtype: DType, source: Source) -> ValueId {
+        self.values.push(Value { name: name.to_owned(), rows, cols, dtype, source });
+        ValueId(u32::try_from(self.values.len() - 1).expect("a chunk has fewer than 2^32 values"))
+    }
+
+    pub(crate) fn get(&self, id: ValueId) -> &Value {
+        &self.values[id.0 as usize]
+    }
+
+    /// All rows of a value.
+    pub(crate) fn all(&self, id: ValueId) -> Operand {
+        Operand { value: id, row0: 0, rows: self.get(id).rows }
+    }
+
+    /// A fresh value like `like`, written by a node.
+    pub(crate) fn like(&mut self, like: ValueId, name: &str) -> ValueId {
+        let (rows, cols, dtype) = {
+            let v = self.get(like);
+            (v.rows, v.cols, v.dtype)
+        };
+        self.value(name, rows, cols, dtype, Source::Node)
+    }
+}

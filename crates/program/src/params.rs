@@ -1,0 +1,235 @@
+use serde::Serialize;
+use spec::{Activation, Layout, ModelSpec, NormKind, Position};
+
+/// Index of a parameter group in a rank's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub struct GroupId(pub u32);
+
+/// Logical parameters that lie next to each other so that one kernel sees them as one matrix
+/// (query, key and value; gate and up).
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ParamGroup {
+    /// For example `layers.3.attn.qkv.weight`.
+    pub name: String,
+    /// Local rows.
+    pub rows: usize,
+    /// Local columns.
+    pub cols: usize,
+    /// Weight decay applies: a matrix, not a norm or a bias.
+    pub decay: bool,
+    /// The logical parameters, top to bottom.
+    pub parts: Vec<ParamPart>,
+    /// The unit that is gathered together under ZeRO 3: 0 the embedding, `1 + i` layer `i`, last the head.
+    pub unit: usize,
+    /// The same rows live on every tensor-parallel rank.
+    pub replicated_tp: bool,
+    /// Which chunk of this rank uses it first.
+    pub chunk: usize,
+}
+
+/// A box of a logical parameter: what this rank holds of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ParamPart {
+    /// Logical name, for example `layers.3.attn.q.weight`.
+    pub name: String,
+    /// Shape of the whole parameter; a vector has one row.
+    pub global: (usize, usize),
+    /// First row held.
+    pub row0: usize,
+    /// Rows held.
+    pub rows: usize,
+    /// First column held.
+    pub col0: usize,
+    /// Columns held.
+    pub cols: usize,
+    /// First row inside the group.
+    pub local_row0: usize,
+}
+
+impl ParamGroup {
+    /// Local elements.
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// Whether the shard holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// How a parameter is cut over tp.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    Whole,
+    Rows,
+    Cols,
+}
+
+/// `total` cut into `parts` as evenly as possible: (first, count) of `index`.
+pub(crate) fn share(total: usize, parts: usize, index: usize) -> (usize, usize) {
+    let at = |i: usize| total * i / parts;
+    (at(index), at(index + 1) - at(index))
+}
+
+/// Where the layers of virtual stages lie, and what else each one holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Chunk {
+    /// Position in the pipeline of virtual stages.
+    pub(crate) virtual_stage: usize,
+    pub(crate) first_layer: usize,
+    pub(crate) layers: usize,
+    pub(crate) embed: bool,
+    pub(crate) head: bool,
+}
+
+/// The chunks of pipeline stage `stage`, in order of the virtual stages that they serve.
+pub(crate) fn chunks(model: &ModelSpec, layout: &Layout, stage: usize) -> Vec<Chunk> {
+    let virtuals = layout.pp * layout.chunks;
+    let counts: Vec<usize> = if layout.stage_layers.is_empty() {
+        (0..virtuals).map(|v| share(model.layers, virtuals, v).1).collect()
+    } else {
+        layout.stage_layers.clone()
+    };
+    (0..layout.chunks)
+        .map(|c| c * layout.pp + stage)
+        .map(|v| Chunk {
+            virtual_stage: v,
+            first_layer: counts[..v].iter().sum(),
+            layers: counts[v],
+            embed: v == 0,
+            head: v + 1 == virtuals,
+        })
+        .collect()
+}
+
+/// Builds the parameter table of one rank.
+pub(crate) struct Table<'a> {
+    model: &'a ModelSpec,
+    tp: usize,
+    tp_rank: usize,
+    groups: Vec<ParamGroup>,
+    chunk: usize,
+    unit: usize,
+}
+
+/// All parameter groups of the rank with these chunks, in forward order.
+pub(crate) fn table(model: &ModelSpec, tp: usize, tp_rank: usize, chunks: &[Chunk]) -> Vec<ParamGroup> {
+    let mut t = Table { model, tp, tp_rank, groups: Vec::new(), chunk: 0, unit: 0 };
+    for (c, chunk) in chunks.iter().enumerate() {
+        t.chunk = c;
+        if chunk.embed {
+            t.unit = 0;
+            t.embedding();
+        }
+        for layer in chunk.first_layer..chunk.first_layer + chunk.layers {
+            t.unit = 1 + layer;
+            t.layer(layer);
+        }
+        if chunk.head {
+            t.unit = 1 + model.layers;
+            t.head(chunks.iter().any(|c| c.embed));
+        }
+    }
+    t.groups
+}
+
+impl Table<'_> {
+    fn embedding(&mut self) {
+        let m = self.model;
+        self.matrix("embed.weight", &[("embed.weight", m.vocab)], m.hidden, Cut::Rows);
+        if let Position::Learned { max_positions } = m.position {
+            self.matrix("pos_embed.weight", &[("pos_embed.weight", max_positions)], m.hidden, Cut::Whole);
+        }
+    }
+
+    fn layer(&mut self, i: usize) {
+        let m = self.model;
+        let (q, kv) = (m.heads * m.head_dim, m.kv_heads * m.head_dim);
+        let p = |s: &str| format!("layers.{i}.{s}");
+        self.norm(&p("attn_norm"));
+        let qkv = [(p("attn.q"), q), (p("attn.k"), kv), (p("attn.v"), kv)];
+        self.linear(&p("attn.qkv"), &qkv, m.hidden, Cut::Rows, m.qkv_bias);
+        if m.qk_norm {
+            self.vector(&p("attn.q_norm.weight"), m.head_dim);
+            self.vector(&p("attn.k_norm.weight"), m.head_dim);
+        }
+        self.linear(&p("attn.o"), &[(p("attn.o"), m.hidden)], q, Cut::Cols, m.attn_out_bias);
+        self.norm(&p("mlp_norm"));
+        if m.activation == Activation::SwiGlu {
+            let gate_up = [(p("mlp.gate"), m.ffn), (p("mlp.up"), m.ffn)];
+            self.linear(&p("mlp.gate_up"), &gate_up, m.hidden, Cut::Rows, m.mlp_bias);
+        } else {
+            self.linear(&p("mlp.up"), &[(p("mlp.up"), m.ffn)], m.hidden, Cut::Rows, m.mlp_bias);
+        }
+        self.linear(&p("mlp.down"), &[(p("mlp.down"), m.hidden)], m.ffn, Cut::Cols, m.mlp_bias);
+    }
+
+    fn head(&mut self, embed_here: bool) {
+        let m = self.model;
+        self.norm("final_norm");
+        if !m.tied_embeddings {
+            self.matrix("head.weight", &[("head.weight", m.vocab)], m.hidden, Cut::Rows);
+        } else if !embed_here {
+            // The last stage keeps its own copy of the tied table; both receive the same summed gradient.
+            self.matrix("embed.weight", &[("embed.weight", m.vocab)], m.hidden, Cut::Rows);
+        }
+    }
+
+    fn linear(&mut self, name: &str, outs: &[(String, usize)], in_dim: usize, cut: Cut, bias: bool) {
+        let weights: Vec<(String, usize)> = outs.iter().map(|(n, rows)| (format!("{n}.weight"), *rows)).collect();
+        let weights: Vec<(&str, usize)> = weights.iter().map(|(n, r)| (n.as_str(), *r)).collect();
+        self.matrix(&format!("{name}.weight"), &weights, in_dim, cut);
+        if bias {
+            let mut parts = Vec::new();
+            let mut at = 0;
+            for (n, len) in outs {
+                let (first, count) = if cut == Cut::Rows { share(*len, self.tp, self.tp_rank) } else { (0, *len) };
+                parts.push(ParamPart {
+                    name: format!("{n}.bias"),
+                    global: (1, *len),
+                    row0: 0,
+                    rows: 1,
+                    col0: first,
+                    cols: count,
+                    local_row0: at,
+                });
+                at += count;
+            }
+            // The parts of a bias lie one after another: `local_row0` counts elements there.
+            self.push(format!("{name}.bias"), 1, at, false, parts, cut != Cut::Rows);
+        }
+    }
+
+    fn matrix(&mut self, name: &str, outs: &[(&str, usize)], in_dim: usize, cut: Cut) {
+        let mut parts = Vec::new();
+        let mut at = 0;
+        let (col0, cols) = if cut == Cut::Cols { share(in_dim, self.tp, self.tp_rank) } else { (0, in_dim) };
+        for (n, total) in outs {
+            let (row0, rows) = if cut == Cut::Rows { share(*total, self.tp, self.tp_rank) } else { (0, *total) };
+            let global = (*total, in_dim);
+            parts.push(ParamPart { name: (*n).to_owned(), global, row0, rows, col0, cols, local_row0: at });
+            at += rows;
+        }
+        self.push(name.to_owned(), at, cols, true, parts, cut == Cut::Whole);
+    }
+
+    fn norm(&mut self, name: &str) {
+        let d = self.model.hidden;
+        self.vector(&format!("{name}.weight"), d);
+        if self.model.norm == NormKind::Layer {
+            self.vector(&format!("{name}.bias"), d);
+        }
+    }
+
+    fn vector(&mut self, name: &str, len: usize) {
+        let part =
+            ParamPart { name: name.to_owned(), global: (1, len), row0: 0, rows: 1, col0: 0, cols: len, local_row0: 0 };
+        self.push(name.to_owned(), 1, len, false, vec![part], true);
+    }
+
+    fn push(&mut self, name: String, rows: usize, cols: usize, decay: bool, parts: Vec<ParamPart>, whole: bool) {
+        let (unit, chunk) = (self.unit, self.chunk);
+        self.groups.push(ParamGroup { name, rows, cols, decay, parts, unit, replicated_tp: whole, chunk });
+    }
+}

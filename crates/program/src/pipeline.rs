@@ -1,0 +1,245 @@
+use serde::Serialize;
+use spec::PipelineSchedule;
+
+/// One piece of work of a pipeline stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Work {
+    /// Which of the stage's chunks.
+    pub chunk: usize,
+    /// Which micro-batch.
+    pub micro_batch: usize,
+    /// Forward, backward for inputs (with weights unless the schedule splits them), backward for weights.
+    pub pass: Pass,
+}
+
+/// Which pass over a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pass {
+    /// Forward.
+    Forward,
+    /// Gradients of inputs, and of weights unless split.
+    Backward,
+    /// Gradients of weights, when split.
+    Weight,
+}
+
+/// The order of work on every stage, by stage.
+///
+/// GPipe (Huang et al. 2019), 1F1B and interleaved 1F1B (Narayanan et al. 2021, section 2.2), and a zero-bubble
+/// schedule with the memory of 1F1B (Qi et al. 2023, ZB-H1), whose order comes from a greedy play with equal times.
+/// For each chunk, micro-batches run in index order in every pass: gradient sums rely on it.
+pub fn orders(schedule: PipelineSchedule, stages: usize, chunks: usize, micro_batches: usize) -> Vec<Vec<Work>> {
+    match schedule {
+        PipelineSchedule::Gpipe => (0..stages).map(|_| gpipe(micro_batches)).collect(),
+        PipelineSchedule::OneFOneB => {
+            (0..stages).map(|s| one_f_one_b(stages - 1 - s, micro_batches, 1, stages)).collect()
+        }
+        PipelineSchedule::Interleaved => (0..stages)
+            .map(|s| one_f_one_b((stages - 1 - s) * 2 + (chunks - 1) * stages, micro_batches, chunks, stages))
+            .collect(),
+        PipelineSchedule::ZeroBubble => zero_bubble(stages, micro_batches),
+    }
+}
+
+fn gpipe(micro_batches: usize) -> Vec<Work> {
+    let pass = |pass| (0..micro_batches).map(move |micro_batch| Work { chunk: 0, micro_batch, pass });
+    pass(Pass::Forward).chain(pass(Pass::Backward)).collect()
+}
+
+/// `warm_up` forwards, then pairs, then the backwards that are left. With several chunks, `stages` micro-batches run
+/// through a chunk before the next chunk takes over.
+fn one_f_one_b(warm_up: usize, micro_batches: usize, chunks: usize, stages: usize) -> Vec<Work> {
+    let total = micro_batches * chunks;
+    let nth = |k: usize, pass: Pass| {
+        let turn = (k / stages) % chunks;
+        let chunk = if pass == Pass::Forward { turn } else { chunks - 1 - turn };
+        let micro_batch = if chunks == 1 { k } else { k / (stages * chunks) * stages + k % stages };
+        Work { chunk: if chunks == 1 { 0 } else { chunk }, micro_batch, pass }
+    };
+    let warm_up = warm_up.min(total);
+    let mut order: Vec<Work> = (0..warm_up).map(|k| nth(k, Pass::Forward)).collect();
+    for k in warm_up..total {
+        order.push(nth(k, Pass::Forward));
+        order.push(nth(k - warm_up, Pass::Backward));
+    }
+    order.extend((total - warm_up..total).map(|k| nth(k, Pass::Backward)));
+    order
+}
+
+/// Plays all stages with F = B = W = 1: a backward that can run goes first, then a forward while fewer than `stages`
+/// micro-batches are in flight, then a weight gradient.
+fn zero_bubble(stages: usize, micro_batches: usize) -> Vec<Vec<Work>> {
+    let mut done = vec![[0usize; 3]; stages];
+    let mut orders = vec![Vec::with_capacity(3 * micro_batches); stages];
+    while done.iter().any(|d| d[2] < micro_batches) {
+        let before = done.clone();
+        for s in 0..stages {
+            let [f, b, w] = before[s];
+            let gradient_there = if s + 1 == stages { f > b } else { before[s + 1][1] > b };
+            let input_there = f < micro_batches && (s == 0 || before[s - 1][0] > f);
+            let pass = if b < micro_batches && gradient_there {
+                Pass::Backward
+            } else if input_there && f - w < stages && f - b < stages - s {
+                Pass::Forward
+            } else if w < b {
+                Pass::Weight
+            } else {
+                continue;
+            };
+            let at = pass as usize;
+            orders[s].push(Work { chunk: 0, micro_batch: done[s][at], pass });
+            done[s][at] += 1;
+        }
+    }
+    orders
+}
+
+/// What one pass over a chunk takes, in any unit of time.
+#[derive(Clone, Copy, Debug)]
+pub struct PassTimes {
+    /// Forward.
+    pub forward: f64,
+    /// Backward for inputs.
+    pub input: f64,
+    /// Backward for weights.
+    pub weight: f64,
+}
+
+/// The outcome of playing a schedule.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Played {
+    /// When the last stage is done.
+    pub makespan: f64,
+    /// Idle time of the stage that idles most, from start to makespan.
+    pub bubble: f64,
+    /// Most micro-batches in flight at once, by stage and chunk.
+    pub in_flight: Vec<Vec<usize>>,
+}
+
+/// Plays the orders with instant messages.
+///
+/// # Errors
+/// Names the work that can never start, if the orders deadlock.
+pub fn play(orders: &[Vec<Work>], chunks: usize, times: PassTimes) -> Result<Played, String> {
+    let stages = orders.len();
+    let split = orders.iter().flatten().any(|w| w.pass == Pass::Weight);
+    let micro_batches = orders[0].iter().map(|w| w.micro_batch + 1).max().unwrap_or(0);
+    let mut end = vec![vec![[None::<f64>; 3]; micro_batches]; stages * chunks];
+    let mut next = vec![0; stages];
+    let mut clock = vec![0.0f64; stages];
+    let mut busy = vec![0.0f64; stages];
+    loop {
+        let mut moved = false;
+        for s in 0..stages {
+            while let Some(w) = orders[s].get(next[s]) {
+                let v = w.chunk * stages + s;
+                let of = |v: usize, pass: Pass| end[v][w.micro_batch][pass as usize];
+                let ready = match w.pass {
+                    Pass::Forward if v == 0 => Some(0.0),
+                    Pass::Forward => of(v - 1, Pass::Forward),
+                    Pass::Backward if v + 1 == stages * chunks => of(v, Pass::Forward),
+                    Pass::Backward => of(v + 1, Pass::Backward).and(of(v, Pass::Forward)).and(of(v + 1, Pass::Backward)),
+                    Pass::Weight => of(v, Pass::Backward),
+                };
+                let Some(ready) = ready else { break };
+                let took = match w.pass {
+                    Pass::Forward => times.forward,
+                    Pass::Backward if split => times.input,
+                    Pass::Backward => times.input + times.weight,
+                    Pass::Weight => times.weight,
+                };
+                clock[s] = clock[s].max(ready) + took;
+                busy[s] += took;
+                end[v][w.micro_batch][w.pass as usize] = Some(clock[s]);
+                next[s] += 1;
+                moved = true;
+            }
+        }
+        if !moved {
+            break;
+        }
+    }
+    if let Some(s) = (0..stages).find(|&s| next[s] < orders[s].len()) {
+        return Err(format!("stage {s} waits for ever at {:?}", orders[s][next[s]]));
+    }
+    let makespan = clock.iter().copied().fold(0.0, f64::max);
+    let bubble = busy.iter().map(|b| makespan - b).fold(0.0, f64::max);
+    let in_flight = orders.iter().map(|o| in_flight(o, chunks)).collect();
+    Ok(Played { makespan, bubble, in_flight })
+}
+
+/// Most micro-batches of each chunk whose activations a stage holds at once.
+pub(crate) fn in_flight(order: &[Work], chunks: usize) -> Vec<usize> {
+    let split = order.iter().any(|w| w.pass == Pass::Weight);
+    let ends = if split { Pass::Weight } else { Pass::Backward };
+    let mut now = vec![0usize; chunks];
+    let mut most = vec![0usize; chunks];
+    for w in order {
+        if w.pass == Pass::Forward {
+            now[w.chunk] += 1;
+            most[w.chunk] = most[w.chunk].max(now[w.chunk]);
+        } else if w.pass == ends {
+            now[w.chunk] -= 1;
+        }
+    }
+    most
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIMES: PassTimes = PassTimes { forward: 1.0, input: 1.0, weight: 1.0 };
+
+    fn check(schedule: PipelineSchedule, stages: usize, chunks: usize, micro_batches: usize, bubble: f64) {
+        let orders = orders(schedule, stages, chunks, micro_batches);
+        for o in &orders {
+            assert!(o.len() % (micro_batches * chunks) == 0, "every micro-batch runs every pass");
+        }
+        let played = play(&orders, chunks, TIMES).expect("no deadlock");
+        assert_eq!(played.bubble, bubble, "{schedule:?} {stages} stages {chunks} chunks {micro_batches} micro-batches");
+    }
+
+    /// The bubble is `(p - 1)(F + B + W)` for GPipe and 1F1B, that over `v` chunks when interleaved (in units of a
+    /// chunk's time), and `(p - 1)(F + B - W)` for ZB-H1 (Qi et al. 2023, table 2).
+    #[test]
+    fn bubbles_are_those_of_the_textbook() {
+        for (p, m) in [(2, 4), (4, 8), (4, 16), (8, 16)] {
+            let q = (p - 1) as f64;
+            check(PipelineSchedule::Gpipe, p, 1, m, q * 3.0);
+            check(PipelineSchedule::OneFOneB, p, 1, m, q * 3.0);
+            check(PipelineSchedule::Interleaved, p, 2, m, q * 3.0);
+            check(PipelineSchedule::ZeroBubble, p, 1, m, q);
+        }
+    }
+
+    #[test]
+    fn one_f_one_b_holds_at_most_the_remaining_stages() {
+        let orders = orders(PipelineSchedule::OneFOneB, 4, 1, 16);
+        let played = play(&orders, 1, TIMES).expect("no deadlock");
+        assert_eq!(played.in_flight, [[4], [3], [2], [1]]);
+    }
+
+    #[test]
+    fn few_micro_batches_still_run() {
+        for p in 1..6 {
+            for m in 1..6 {
+                for s in [PipelineSchedule::Gpipe, PipelineSchedule::OneFOneB, PipelineSchedule::ZeroBubble] {
+                    play(&orders(s, p, 1, m), 1, TIMES).expect("no deadlock");
+                }
+                play(&orders(PipelineSchedule::Interleaved, p, 3, p * m), 3, TIMES).expect("no deadlock");
+            }
+        }
+    }
+
+    #[test]
+    fn a_deadlock_names_the_work() {
+        let w = |micro_batch, pass| Work { chunk: 0, micro_batch, pass };
+        let orders = vec![
+            vec![w(0, Pass::Backward), w(0, Pass::Forward)],
+            vec![w(0, Pass::Forward), w(0, Pass::Backward)],
+        ];
+        assert!(play(&orders, 1, TIMES).unwrap_err().starts_with("stage 0 waits for ever at Work"));
+    }
+}

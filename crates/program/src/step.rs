@@ -1,0 +1,140 @@
+use spec::{DType, Zero};
+
+use crate::cost::Cost;
+use crate::derive::needs_tp_sync;
+use crate::emit::Context;
+use crate::graph::Phase;
+use crate::lower::owned;
+use crate::op::{OpKind, Sync};
+use crate::params::GroupId;
+use crate::{Bucket, BufferId, GroupBuffers, Op, OpId, View};
+
+/// The tail of a step: wait for reduced gradients, settle shared ones, clip, update, hand out parameters.
+pub(crate) fn ops(cx: &Context<'_>, groups: &[GroupBuffers], buckets: &[Bucket]) -> Vec<Op> {
+    let layout = cx.layout;
+    let mut ops = Vec::new();
+    if layout.dp > 1 && layout.zero < Zero::Gradients {
+        for bucket in 0..buckets.len() {
+            ops.push(op(format!("grads.bucket{bucket}.wait"), OpKind::WaitGrads { bucket }, vec![], vec![]));
+        }
+    }
+    for (id, group, b) in each(cx, groups) {
+        if let Some(over) = needs_tp_sync(cx, group) {
+            let name = format!("grads.{}.sync", group.name);
+            ops.push(op(name, OpKind::SyncGrads { over, group: id }, vec![], vec![whole(cx, id, b.grad)]));
+        }
+        if group.name == "embed.weight" && cx.model.tied_embeddings {
+            let kind = match b.head_grad {
+                Some(_) => OpKind::TieGrads { group: id },
+                None => OpKind::SyncGrads { over: Sync::Embedding, group: id },
+            };
+            let ins = b.head_grad.iter().map(|h| whole(cx, id, *h)).collect();
+            ops.push(op("grads.embed.weight.tie".into(), kind, ins, vec![whole(cx, id, b.grad)]));
+        }
+    }
+    let all = each(cx, groups).map(|(id, _, b)| whole(cx, id, b.grad)).collect();
+    ops.push(op("grads.norm".into(), OpKind::GradNorm, all, vec![]));
+    for (id, group, b) in each(cx, groups) {
+        let kind = OpKind::AdamW { group: id, decay: group.decay };
+        let mut outs = vec![whole(cx, id, b.param)];
+        outs.extend(b.master.map(|m| whole(cx, id, m)));
+        outs.extend([whole(cx, id, b.exp_avg), whole(cx, id, b.exp_avg_sq)]);
+        let mut adamw = op(format!("optim.{}", group.name), kind, vec![whole(cx, id, b.grad)], outs);
+        let count = if layout.zero >= Zero::Optimizer { b.owned.1 } else { group.len() } as u64;
+        // Gradient, master and both moments are read, all but the gradient written, in f32; bf16 weights written too.
+        adamw.cost.bytes = count * if cx.dtype == DType::F32 { 28 } else { 30 };
+        ops.push(adamw);
+    }
+    if layout.dp > 1 && matches!(layout.zero, Zero::Optimizer | Zero::Gradients) {
+        for (id, group, b) in each(cx, groups) {
+            let mut gather = op(
+                format!("optim.{}.gather", group.name),
+                OpKind::AllGatherParams { group: id },
+                vec![],
+                vec![whole(cx, id, b.param)],
+            );
+            gather.cost.wire_bytes = (b.owned.1 * cx.dtype.bytes()) as u64;
+            ops.push(gather);
+        }
+    }
+    ops
+}
+
+/// The ops of a rank's last backward pass, with each bucket's reduction begun as soon as its gradients are complete.
+///
+/// `later` says whether a later pass of the micro-batch still adds to a buffer.
+pub(crate) fn with_reductions(
+    ops: &[Op],
+    cx: &Context<'_>,
+    buckets: &[Bucket],
+    later: &dyn Fn(BufferId) -> bool,
+) -> Vec<Op> {
+    let adds_to = |op: &Op, b: BufferId| op.grads.iter().any(|g| g.levels.last().is_some_and(|v| v.buffer == b));
+    let mut at: Vec<(usize, usize)> = Vec::new();
+    for (i, bucket) in buckets.iter().enumerate() {
+        let complete_after =
+            ops.iter().rposition(|op| bucket.grads.iter().any(|(_, buffer)| adds_to(op, *buffer)));
+        if let (Some(last), false) = (complete_after, bucket.grads.iter().any(|(_, b)| later(*b))) {
+            at.push((last, i));
+        }
+    }
+    let mut out = Vec::with_capacity(ops.len() + at.len());
+    for (i, o) in ops.iter().enumerate() {
+        out.push(o.clone());
+        for &(_, bucket) in at.iter().filter(|(last, _)| *last == i) {
+            let scatter = cx.layout.zero >= Zero::Optimizer;
+            let kind = OpKind::ReduceGrads { bucket, scatter };
+            let views = buckets[bucket].grads.iter().map(|(g, b)| whole(cx, *g, *b)).collect();
+            let mut reduce = op(format!("grads.bucket{bucket}.reduce"), kind, views, vec![]);
+            reduce.cost.wire_bytes = buckets[bucket].bytes as u64;
+            out.push(reduce);
+        }
+    }
+    out
+}
+
+fn each<'a>(
+    cx: &'a Context<'a>,
+    groups: &'a [GroupBuffers],
+) -> impl Iterator<Item = (GroupId, &'a crate::ParamGroup, &'a GroupBuffers)> {
+    let ids = (0..).map(GroupId);
+    ids.zip(cx.groups).zip(groups).map(|((id, group), b)| (id, group, b))
+}
+
+fn whole(cx: &Context<'_>, id: GroupId, buffer: BufferId) -> View {
+    View { buffer, row0: 0, rows: cx.groups[id.0 as usize].rows }
+}
+
+fn op(name: String, kind: OpKind, ins: Vec<View>, outs: Vec<View>) -> Op {
+    Op {
+        id: OpId::of(&name),
+        name,
+        kind,
+        ins,
+        acc: None,
+        outs,
+        grads: Vec::new(),
+        leaf: 0,
+        phase: Phase::Weight,
+        cost: Cost::default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn owned_ranges_tile_the_group_in_whole_chunks() {
+        for (len, dp) in [(10, 4), (4096 * 3 + 7, 2), (100_000, 8), (1, 1)] {
+            let mut at = 0;
+            for r in 0..dp {
+                let (first, count) = owned(len, dp, r);
+                assert_eq!(first, at);
+                assert!(first % crate::NORM_CHUNK == 0 || first == len);
+                at += count;
+            }
+            assert_eq!(at, len);
+        }
+    }
+}
