@@ -1,0 +1,384 @@
+//! The catalogue: what machines are made of, as data with provenance.
+
+mod parse;
+mod quantity;
+mod schema;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+pub use quantity::{Dimension, Direction, Measure, Quantity, Sparsity};
+pub use schema::EntryKind;
+use schema::{Want, keys};
+
+use crate::{Error, Result};
+
+/// The files that ship with the program.
+const BUILTIN: &[(&str, &str)] = &[
+    ("catalog/sources.toml", include_str!("../../../catalog/sources.toml")),
+    ("catalog/accelerators.toml", include_str!("../../../catalog/accelerators.toml")),
+    ("catalog/fabrics.toml", include_str!("../../../catalog/fabrics.toml")),
+    ("catalog/nodes.toml", include_str!("../../../catalog/nodes.toml")),
+    ("catalog/storage.toml", include_str!("../../../catalog/storage.toml")),
+    ("catalog/prices.toml", include_str!("../../../catalog/prices.toml")),
+    ("catalog/failures.toml", include_str!("../../../catalog/failures.toml")),
+    ("catalog/platforms.toml", include_str!("../../../catalog/platforms.toml")),
+];
+
+/// Accelerators, nodes, fabrics, storage, prices, failure rates and platforms, by name.
+///
+/// Every number carries its unit, source and date; conflicting sources are kept as ranges.
+///
+/// ```
+/// let catalog = spec::Catalog::builtin()?;
+/// let cluster = catalog.cluster("dgx-superpod-h100-64su", None)?;
+/// assert_eq!(cluster.accelerators, 16_384);
+/// # Ok::<(), spec::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Catalog {
+    sources: BTreeMap<String, Source>,
+    entries: BTreeMap<(EntryKind, String), Entry>,
+}
+
+/// Where numbers come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// The publication.
+    pub what: String,
+    /// Of publication, or of reading.
+    pub date: String,
+    /// How far to trust it.
+    pub grade: String,
+}
+
+/// One entry with what it inherits from its base.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    /// What it describes.
+    pub kind: EntryKind,
+    /// Its name.
+    pub name: String,
+    /// `file:line` where it is written.
+    pub place: String,
+    pub(crate) base: Option<String>,
+    /// Keys, dotted for tables of numbers (`peak.bf16`).
+    pub fields: BTreeMap<String, Field>,
+}
+
+/// The value of one key.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Field {
+    /// Free text or a word.
+    Text(String),
+    /// Several texts.
+    List(Vec<String>),
+    /// True or false.
+    Flag(bool),
+    /// The name of another entry.
+    Ref(String),
+    /// A number with provenance.
+    Number(Quantity),
+}
+
+/// One line of a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// What it describes.
+    pub kind: EntryKind,
+    /// Its name.
+    pub name: String,
+    /// What people call it.
+    pub title: String,
+}
+
+/// What [`Catalog::check`] counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Checked {
+    /// Entries of all kinds.
+    pub entries: usize,
+    /// Numbers, all with unit, source and date.
+    pub numbers: usize,
+    /// Numbers whose sources disagree, kept as ranges.
+    pub ranges: usize,
+    /// Platforms that resolve to a cluster.
+    pub platforms: usize,
+}
+
+impl Catalog {
+    /// The catalogue that ships with the program.
+    pub fn builtin() -> Result<Self> {
+        Self::with_files(&[])
+    }
+
+    /// The built-in catalogue and the user's files, given as (path, text). The user's entries replace built-in
+    /// ones of the same kind and name; two of the same name in the user's files are an error.
+    pub fn with_files(files: &[(&str, &str)]) -> Result<Self> {
+        let mut catalog = Catalog { sources: BTreeMap::new(), entries: BTreeMap::new() };
+        catalog.add(BUILTIN)?;
+        if !files.is_empty() {
+            catalog.add(files)?;
+        }
+        catalog.inherit()?;
+        catalog.check()?;
+        Ok(catalog)
+    }
+
+    fn add(&mut self, files: &[(&str, &str)]) -> Result<()> {
+        let mut seen: BTreeMap<(EntryKind, String), String> = BTreeMap::new();
+        for (path, text) in files {
+            let parsed = parse::file(path, text)?;
+            self.sources.extend(parsed.sources);
+            for entry in parsed.entries {
+                let id = (entry.kind, entry.name.clone());
+                if let Some(first) = seen.insert(id.clone(), entry.place.clone()) {
+                    let what = format!(
+                        "{}: {}.{} is already defined at {first}",
+                        entry.place, entry.kind, entry.name
+                    );
+                    return Err(Error::user(what).hint("rename one of them"));
+                }
+                self.entries.insert(id, entry);
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies into each entry what its chain of bases has and it lacks.
+    fn inherit(&mut self) -> Result<()> {
+        let ids: Vec<_> = self.entries.keys().cloned().collect();
+        for id in ids {
+            let mut merged = self.entries[&id].clone();
+            let mut chain = vec![id.1.clone()];
+            let mut next = merged.base.clone();
+            while let Some(name) = next {
+                let place = &merged.place;
+                if chain.contains(&name) {
+                    chain.push(name);
+                    let what =
+                        format!("{place}: {}.{} has a cycle of bases: {}", id.0, id.1, chain.join(" -> "));
+                    return Err(Error::user(what).hint("remove one `base` of the cycle"));
+                }
+                let base = self
+                    .get(id.0, &name)
+                    .map_err(|e| e.context(format!("{place}: {}.{}.base", id.0, id.1)))?;
+                for (key, field) in &base.fields {
+                    if key != "aliases" {
+                        merged.fields.entry(key.clone()).or_insert_with(|| field.clone());
+                    }
+                }
+                next = base.base.clone();
+                chain.push(name);
+            }
+            self.entries.insert(id, merged);
+        }
+        Ok(())
+    }
+
+    /// Checks that required keys are there, that references and sources exist, and that every platform resolves.
+    pub fn check(&self) -> Result<Checked> {
+        let mut checked = Checked { entries: self.entries.len(), numbers: 0, ranges: 0, platforms: 0 };
+        let mut aliases: BTreeMap<(EntryKind, &str), &str> = BTreeMap::new();
+        for entry in self.entries.values() {
+            let path = |key: &str| format!("{}: {}.{}.{key}", entry.place, entry.kind, entry.name);
+            for (key, want, required) in keys(entry.kind) {
+                let found = match want {
+                    Want::Numbers(..) => entry.fields.keys().any(|k| k.split('.').next() == Some(key)),
+                    _ => entry.fields.contains_key(*key),
+                };
+                if *required && !found {
+                    return Err(Error::user(format!("{} is missing", path(key)))
+                        .hint("add it, or a `base` that has it"));
+                }
+                if let (Want::Ref(kind), Some(Field::Ref(name))) = (want, entry.fields.get(*key)) {
+                    self.get(*kind, name).map_err(|e| e.context(path(key)))?;
+                }
+            }
+            for (key, field) in &entry.fields {
+                if let Field::Number(q) = field {
+                    checked.numbers += 1;
+                    checked.ranges += usize::from(q.measure.low < q.measure.high);
+                    self.check_source(q).map_err(|e| e.context(path(key)))?;
+                }
+            }
+            for alias in entry.aliases() {
+                if let Some(other) = aliases.insert((entry.kind, alias), &entry.name) {
+                    let what = format!("{}: \"{alias}\" already names {other}", path("aliases"));
+                    return Err(Error::user(what));
+                }
+            }
+            if entry.kind == EntryKind::Platform {
+                self.cluster(&entry.name, None).map_err(|e| e.context(&entry.place))?;
+                checked.platforms += 1;
+            }
+        }
+        Ok(checked)
+    }
+
+    /// A source is a key of the `source` tables, or text that says where to look.
+    fn check_source(&self, q: &Quantity) -> Result<()> {
+        let free_text = q.source.contains(' ') || q.source.contains("://");
+        if free_text || self.sources.contains_key(&q.source) {
+            return Ok(());
+        }
+        let error = Error::user(format!("unknown source \"{}\"", q.source));
+        Err(match nearest(&q.source, self.sources.keys().map(String::as_str)) {
+            Some(near) => error.hint(format!("did you mean `{near}`?")),
+            None => error.hint("define [source.NAME], or write the publication out"),
+        })
+    }
+
+    /// The entry of that kind and name or alias.
+    pub fn get(&self, kind: EntryKind, name: &str) -> Result<&Entry> {
+        if let Some(entry) = self.entries.get(&(kind, name.to_owned())) {
+            return Ok(entry);
+        }
+        self.of_kind(kind).find(|e| e.aliases().any(|a| a.eq_ignore_ascii_case(name))).ok_or_else(|| {
+            let known: Vec<&str> = self
+                .of_kind(kind)
+                .flat_map(|e| std::iter::once(e.name.as_str()).chain(e.aliases()))
+                .collect();
+            let error = Error::user(format!("unknown {kind} \"{name}\""));
+            match nearest(name, known.iter().copied()) {
+                Some(near) => error.hint(format!("did you mean `{near}`?")),
+                None => error.hint(format!("`phalanx catalog list {kind}` shows all names")),
+            }
+        })
+    }
+
+    fn of_kind(&self, kind: EntryKind) -> impl Iterator<Item = &Entry> {
+        self.entries.values().filter(move |e| e.kind == kind)
+    }
+
+    /// All entries, or those of one kind, by name.
+    pub fn list(&self, kind: Option<EntryKind>) -> Vec<Listed> {
+        self.entries
+            .values()
+            .filter(|e| kind.is_none_or(|k| k == e.kind))
+            .map(|e| Listed {
+                kind: e.kind,
+                name: e.name.clone(),
+                title: e.text("title").unwrap_or_default().to_owned(),
+            })
+            .collect()
+    }
+
+    /// Everything known about a name: each entry that bears it, its numbers with sources, and the sources.
+    pub fn show(&self, name: &str) -> Result<String> {
+        use std::fmt::Write;
+        let named: Vec<&Entry> =
+            EntryKind::ALL.into_iter().filter_map(|kind| self.get(kind, name).ok()).collect();
+        if named.is_empty() {
+            // A scalable-unit name is a platform too: its error has the best hint.
+            let cluster = self.cluster(name, None)?;
+            return Ok(format!("{}: {} accelerators\n", cluster.name, cluster.accelerators));
+        }
+        let mut out = String::new();
+        let mut used = BTreeSet::new();
+        for entry in named {
+            // Writing to a string cannot fail.
+            let _ = writeln!(out, "{} {} ({})", entry.kind, entry.name, entry.place);
+            for (key, field) in &entry.fields {
+                let _ = match field {
+                    Field::Text(text) | Field::Ref(text) => writeln!(out, "  {key}: {text}"),
+                    Field::List(all) => writeln!(out, "  {key}: {}", all.join(", ")),
+                    Field::Flag(flag) => writeln!(out, "  {key}: {flag}"),
+                    Field::Number(q) => {
+                        used.insert(q.source.as_str());
+                        writeln!(out, "  {key}: {q}")
+                    }
+                };
+            }
+        }
+        for key in used {
+            if let Some(s) = self.sources.get(key) {
+                let _ = writeln!(out, "[{key}] {} ({}, {})", s.what, s.date, s.grade);
+            }
+        }
+        Ok(out)
+    }
+
+    /// The source of that key.
+    pub fn source(&self, key: &str) -> Option<&Source> {
+        self.sources.get(key)
+    }
+
+    /// Names and aliases of platforms and nodes, for suggestions and completion.
+    pub fn cluster_names(&self) -> Vec<String> {
+        [EntryKind::Platform, EntryKind::Node]
+            .into_iter()
+            .flat_map(|kind| self.of_kind(kind))
+            .flat_map(|e| std::iter::once(e.name.clone()).chain(e.aliases().map(str::to_owned)))
+            .collect()
+    }
+}
+
+impl Entry {
+    /// Text of a key.
+    pub fn text(&self, key: &str) -> Option<&str> {
+        match self.fields.get(key)? {
+            Field::Text(text) | Field::Ref(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// A number of the entry in base units.
+    pub fn number(&self, key: &str) -> Option<&Quantity> {
+        match self.fields.get(key)? {
+            Field::Number(q) => Some(q),
+            _ => None,
+        }
+    }
+
+    /// Value and range of a number in base units.
+    pub fn measure(&self, key: &str) -> Option<Measure> {
+        self.number(key).map(|q| q.measure)
+    }
+
+    /// Whether a flag is set.
+    pub fn flag(&self, key: &str) -> bool {
+        matches!(self.fields.get(key), Some(Field::Flag(true)))
+    }
+
+    fn aliases(&self) -> impl Iterator<Item = &str> {
+        match self.fields.get("aliases") {
+            Some(Field::List(names)) => names.as_slice(),
+            _ => &[],
+        }
+        .iter()
+        .map(String::as_str)
+    }
+}
+
+/// The name nearest to `word`, if one is near enough to be meant: at most a third of the letters differ.
+fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let word = word.to_lowercase();
+    known
+        .map(|name| (distance(&word, &name.to_lowercase()), name))
+        .min_by_key(|(d, name)| (*d, name.len()))
+        .filter(|(d, name)| *d <= word.len().max(name.len()).div_ceil(3))
+        .map(|(_, name)| name)
+}
+
+/// [`nearest`] over owned names.
+pub(crate) fn nearest_name<'a>(word: &str, known: &'a [String]) -> Option<&'a str> {
+    nearest(word, known.iter().map(String::as_str))
+}
+
+/// Edit distance (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut corner = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let change = corner + usize::from(x != *y);
+            corner = row[j + 1];
+            row[j + 1] = change.min(row[j] + 1).min(corner + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests;

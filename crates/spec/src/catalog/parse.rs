@@ -1,0 +1,301 @@
+use std::collections::BTreeMap;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::quantity::{Dimension, Direction, Measure, Quantity, Sparsity};
+use super::schema::{EntryKind, Want, keys};
+use super::{Entry, Field, Source, nearest};
+use crate::{Error, Result};
+
+/// What one file holds.
+pub(crate) struct Parsed {
+    pub(crate) sources: Vec<(String, Source)>,
+    pub(crate) entries: Vec<Entry>,
+}
+
+/// Reads a catalogue file. `path` only names it in errors.
+pub(crate) fn file(path: &str, text: &str) -> Result<Parsed> {
+    let at = At { path, text };
+    let root = DeTable::parse(text).map_err(|e| {
+        let line = e.span().map_or(1, |s| at.line(s.start));
+        Error::user(format!("{path}:{line}: not TOML: {}", e.message().trim()))
+    })?;
+    let mut parsed = Parsed { sources: Vec::new(), entries: Vec::new() };
+    for (key, table) in root.get_ref() {
+        let name = key.get_ref().as_ref();
+        let named = at.table(name, table)?;
+        if name == "source" {
+            for (key, value) in named {
+                parsed.sources.push((key.get_ref().to_string(), source(&at, key.get_ref(), value)?));
+            }
+            continue;
+        }
+        let Some(kind) = EntryKind::parse(name) else {
+            let known: Vec<&str> = EntryKind::ALL.iter().map(|k| k.name()).chain(["source"]).collect();
+            return Err(at
+                .error(key.span().start, format!("unknown table [{name}]"))
+                .hint(format!("tables are {}", known.join(", "))));
+        };
+        for (key, value) in named {
+            parsed.entries.push(entry(&at, kind, key, value)?);
+        }
+    }
+    Ok(parsed)
+}
+
+/// The text that errors point into.
+struct At<'a> {
+    path: &'a str,
+    text: &'a str,
+}
+
+impl At<'_> {
+    fn line(&self, byte: usize) -> usize {
+        self.text.as_bytes().iter().take(byte).filter(|b| **b == b'\n').count() + 1
+    }
+
+    fn error(&self, byte: usize, what: impl std::fmt::Display) -> Error {
+        Error::user(format!("{}:{}: {what}", self.path, self.line(byte)))
+    }
+
+    fn table<'t, 'i>(&self, key: &str, value: &'t Spanned<DeValue<'i>>) -> Result<&'t DeTable<'i>> {
+        value.get_ref().as_table().ok_or_else(|| self.wrong(key, value, "a table"))
+    }
+
+    fn string(&self, key: &str, value: &Spanned<DeValue<'_>>) -> Result<String> {
+        let text = match value.get_ref() {
+            DeValue::Datetime(date) => date.to_string(),
+            v => v.as_str().ok_or_else(|| self.wrong(key, value, "a string"))?.to_owned(),
+        };
+        if text.trim().is_empty() {
+            return Err(self.error(value.span().start, format!("{key} is empty")));
+        }
+        Ok(text)
+    }
+
+    fn wrong(&self, key: &str, value: &Spanned<DeValue<'_>>, expected: &str) -> Error {
+        let found = value.get_ref().type_str();
+        self.error(value.span().start, format!("{key} is of type {found}, expected {expected}"))
+    }
+}
+
+fn source(at: &At<'_>, name: &str, value: &Spanned<DeValue<'_>>) -> Result<Source> {
+    let table = at.table(name, value)?;
+    let (mut what, mut date, mut grade) = (None, None, None);
+    for (key, v) in table {
+        let slot = match key.get_ref().as_ref() {
+            "what" => &mut what,
+            "date" => &mut date,
+            "grade" => &mut grade,
+            other => {
+                let place = key.span().start;
+                return Err(at
+                    .error(place, format!("unknown key source.{name}.{other}"))
+                    .hint("a source has what, date and grade"));
+            }
+        };
+        *slot = Some(at.string(key.get_ref(), v)?);
+    }
+    let missing = |key: &str| at.error(value.span().start, format!("source.{name} has no {key}"));
+    let date = date.ok_or_else(|| missing("date"))?;
+    check_date(&date).map_err(|e| at.error(value.span().start, format!("source.{name}: {e}")))?;
+    Ok(Source {
+        what: what.ok_or_else(|| missing("what"))?,
+        date,
+        grade: grade.ok_or_else(|| missing("grade"))?,
+    })
+}
+
+fn entry(
+    at: &At<'_>,
+    kind: EntryKind,
+    key: &Spanned<std::borrow::Cow<'_, str>>,
+    value: &Spanned<DeValue<'_>>,
+) -> Result<Entry> {
+    let name = key.get_ref().to_string();
+    let path = format!("{kind}.{name}");
+    let mut entry = Entry {
+        kind,
+        name,
+        place: format!("{}:{}", at.path, at.line(key.span().start)),
+        base: None,
+        fields: BTreeMap::new(),
+    };
+    for (key, value) in at.table(&path, value)? {
+        let name = key.get_ref().as_ref();
+        let path = format!("{path}.{name}");
+        if name == "base" {
+            entry.base = Some(at.string(&path, value)?);
+            continue;
+        }
+        let Some((_, want, _)) = keys(kind).find(|k| k.0 == name) else {
+            let known = keys(kind).map(|k| k.0);
+            let error = at.error(key.span().start, format!("unknown key {path}"));
+            return Err(match nearest(name, known.clone()) {
+                Some(near) => error.hint(format!("did you mean `{near}`?")),
+                None => error.hint(format!("keys are {}", known.collect::<Vec<_>>().join(", "))),
+            });
+        };
+        if let Want::Numbers(dimension, names) = *want {
+            for (key, value) in at.table(&path, value)? {
+                let name = key.get_ref().as_ref();
+                if !names.is_empty() && !names.contains(&name) {
+                    return Err(at
+                        .error(key.span().start, format!("unknown key {path}.{name}"))
+                        .hint(format!("names are {}", names.join(", "))));
+                }
+                let number = number(at, &format!("{path}.{name}"), value, dimension)?;
+                let leaf = path.rsplit('.').next().unwrap_or(&path);
+                entry.fields.insert(format!("{leaf}.{name}"), Field::Number(number));
+            }
+            continue;
+        }
+        entry.fields.insert(name.to_owned(), field(at, &path, value, *want)?);
+    }
+    Ok(entry)
+}
+
+fn field(at: &At<'_>, path: &str, value: &Spanned<DeValue<'_>>, want: Want) -> Result<Field> {
+    Ok(match want {
+        Want::Text => Field::Text(at.string(path, value)?),
+        Want::Ref(_) => Field::Ref(at.string(path, value)?),
+        Want::Word(words) => {
+            let text = at.string(path, value)?;
+            if !words.contains(&text.as_str()) {
+                let error = at.error(value.span().start, format!("{path} = \"{text}\""));
+                return Err(error.hint(format!("one of {}", words.join(", "))));
+            }
+            Field::Text(text)
+        }
+        Want::Flag => {
+            Field::Flag(value.get_ref().as_bool().ok_or_else(|| at.wrong(path, value, "true or false"))?)
+        }
+        Want::List => {
+            let array = value.get_ref().as_array().ok_or_else(|| at.wrong(path, value, "an array"))?;
+            Field::List(array.iter().map(|v| at.string(path, v)).collect::<Result<_>>()?)
+        }
+        Want::Number(dimension) | Want::Numbers(dimension, _) => {
+            Field::Number(number(at, path, value, dimension)?)
+        }
+    })
+}
+
+fn number(at: &At<'_>, path: &str, value: &Spanned<DeValue<'_>>, dimension: Dimension) -> Result<Quantity> {
+    let place = value.span().start;
+    let fail = |what: String| at.error(place, what);
+    let example = "a number is written { value = 80, unit = \"GB\", source = \"...\", date = \"2026-11\" }";
+    let Some(table) = value.get_ref().as_table() else {
+        return Err(fail(format!("{path} has no unit, source and date")).hint(example));
+    };
+    let mut text: BTreeMap<&str, String> = BTreeMap::new();
+    let mut numbers: BTreeMap<&str, f64> = BTreeMap::new();
+    for (key, v) in table {
+        let name = key.get_ref().as_ref();
+        match name {
+            "value" | "low" | "high" => {
+                numbers.insert(
+                    name,
+                    float(v).ok_or_else(|| at.wrong(&format!("{path}.{name}"), v, "a number"))?,
+                );
+            }
+            "unit" | "source" | "date" | "direction" | "sparsity" | "note" => {
+                text.insert(name, at.string(&format!("{path}.{name}"), v)?);
+            }
+            _ => return Err(fail(format!("unknown key {path}.{name}")).hint(example)),
+        }
+    }
+    let need =
+        |key: &str| text.get(key).cloned().ok_or_else(|| fail(format!("{path} has no {key}")).hint(example));
+    let (unit, source, date) = (need("unit")?, need("source")?, need("date")?);
+    check_date(&date).map_err(|e| fail(format!("{path}: {e}")))?;
+    let factor = dimension.factor(&unit).ok_or_else(|| {
+        fail(format!("{path} is {dimension}, and `{unit}` is no unit of it"))
+            .hint(format!("units are {}", dimension.units().join(", ")))
+    })?;
+    let direction = match (dimension, text.get("direction").map(String::as_str)) {
+        (Dimension::LinkRate, Some("one-way")) => Some(Direction::OneWay),
+        (Dimension::LinkRate, Some("both-ways")) => Some(Direction::BothWays),
+        (Dimension::LinkRate, found) => {
+            return Err(missing_word(fail, path, "direction", found, "one-way or both-ways"));
+        }
+        (_, None) => None,
+        (_, Some(_)) => return Err(fail(format!("{path} has a direction but is {dimension}"))),
+    };
+    let sparsity = match (dimension, text.get("sparsity").map(String::as_str)) {
+        (Dimension::FlopRate, Some("dense")) => Some(Sparsity::Dense),
+        (Dimension::FlopRate, Some("sparse")) => Some(Sparsity::Sparse2To4),
+        (Dimension::FlopRate, found) => {
+            return Err(missing_word(fail, path, "sparsity", found, "dense or sparse"));
+        }
+        (_, None) => None,
+        (_, Some(_)) => return Err(fail(format!("{path} has a sparsity but is {dimension}"))),
+    };
+    let written = *numbers.get("value").ok_or_else(|| fail(format!("{path} has no value")).hint(example))?;
+    let low = numbers.get("low").copied().unwrap_or(written);
+    let high = numbers.get("high").copied().unwrap_or(written);
+    for x in [written, low, high] {
+        if !x.is_finite() || x <= 0.0 {
+            return Err(fail(format!("{path} = {x} {unit}, expected a finite number above zero")));
+        }
+    }
+    if low > written || written > high {
+        return Err(fail(format!("{path} = {written} {unit} lies outside its range {low} to {high}")));
+    }
+    if dimension == Dimension::Count && written.fract() != 0.0 {
+        return Err(fail(format!("{path} = {written} {unit}, expected a whole number")));
+    }
+    let half = direction == Some(Direction::BothWays) || sparsity == Some(Sparsity::Sparse2To4);
+    let factor = if half { factor / 2.0 } else { factor };
+    Ok(Quantity {
+        measure: Measure { value: written, low, high }.scaled(factor),
+        dimension,
+        written,
+        unit,
+        direction,
+        sparsity,
+        source,
+        date,
+        note: text.remove("note"),
+    })
+}
+
+fn missing_word(
+    fail: impl Fn(String) -> Error,
+    path: &str,
+    key: &str,
+    found: Option<&str>,
+    words: &str,
+) -> Error {
+    match found {
+        Some(found) => fail(format!("{path}.{key} = \"{found}\"")).hint(format!("say {words}")),
+        None => fail(format!("{path} has no {key}")).hint(format!("say {words}: vendors print both")),
+    }
+}
+
+fn float(value: &Spanned<DeValue<'_>>) -> Option<f64> {
+    let plain = |s: &str| s.replace('_', "").parse().ok();
+    match value.get_ref() {
+        DeValue::Integer(i) if i.radix() == 10 => plain(i.as_str()),
+        DeValue::Float(x) => plain(x.as_str()),
+        _ => None,
+    }
+}
+
+/// `YYYY`, `YYYY-MM` or `YYYY-MM-DD`.
+fn check_date(date: &str) -> std::result::Result<(), String> {
+    let bad = || format!("date \"{date}\", expected YYYY, YYYY-MM or YYYY-MM-DD");
+    let parts: Vec<&str> = date.split('-').collect();
+    let widths = [4, 2, 2];
+    let bounds = [1950..=2100, 1..=12, 1..=31];
+    if parts.len() > 3 {
+        return Err(bad());
+    }
+    for ((part, width), bound) in parts.iter().zip(widths).zip(bounds) {
+        let digits = part.len() == width && part.bytes().all(|b| b.is_ascii_digit());
+        if !digits || !part.parse::<u32>().is_ok_and(|n| bound.contains(&n)) {
+            return Err(bad());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,184 @@
+use super::quantity::Dimension;
+
+/// Kinds of catalogue entries, in the order in which they refer to each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum EntryKind {
+    /// One chip (or one die where software sees dies).
+    Accelerator,
+    /// What joins nodes.
+    Fabric,
+    /// Accelerators that share a host or a rack-scale link domain.
+    Node,
+    /// Shared storage.
+    Storage,
+    /// Rent or purchase.
+    Price,
+    /// How often things break.
+    Failure,
+    /// A machine by name.
+    Platform,
+}
+
+impl EntryKind {
+    /// All kinds.
+    pub const ALL: [EntryKind; 7] = [
+        EntryKind::Accelerator,
+        EntryKind::Fabric,
+        EntryKind::Node,
+        EntryKind::Storage,
+        EntryKind::Price,
+        EntryKind::Failure,
+        EntryKind::Platform,
+    ];
+
+    /// The table name in a catalogue file.
+    pub fn name(self) -> &'static str {
+        match self {
+            EntryKind::Accelerator => "accelerator",
+            EntryKind::Fabric => "fabric",
+            EntryKind::Node => "node",
+            EntryKind::Storage => "storage",
+            EntryKind::Price => "price",
+            EntryKind::Failure => "failure",
+            EntryKind::Platform => "platform",
+        }
+    }
+
+    /// The kind of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        EntryKind::ALL.into_iter().find(|k| k.name() == name)
+    }
+}
+
+impl std::fmt::Display for EntryKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What a key of an entry holds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Want {
+    /// Free text.
+    Text,
+    /// One of these words.
+    Word(&'static [&'static str]),
+    /// Texts.
+    List,
+    /// True or false.
+    Flag,
+    /// The name of an entry of this kind.
+    Ref(EntryKind),
+    /// A number with unit, source and date.
+    Number(Dimension),
+    /// A table of such numbers under free names, or under these names.
+    Numbers(Dimension, &'static [&'static str]),
+}
+
+/// One key: its name, what it holds, and whether an entry must have it.
+pub(crate) type Key = (&'static str, Want, bool);
+
+const PRECISIONS: &[&str] = &["fp32", "tf32", "fp16", "bf16", "fp8", "fp4", "int8"];
+
+const COMMON: &[Key] =
+    &[("title", Want::Text, false), ("note", Want::Text, false), ("aliases", Want::List, false)];
+
+use Dimension as D;
+
+const ACCELERATOR: &[Key] = &[
+    ("vendor", Want::Text, true),
+    ("family", Want::Text, true),
+    ("released", Want::Text, false),
+    ("link", Want::Word(&["switch", "mesh", "torus"]), true),
+    ("peak", Want::Numbers(D::FlopRate, PRECISIONS), true),
+    ("matmul", Want::Numbers(D::FlopRate, PRECISIONS), false),
+    ("memory", Want::Number(D::Bytes), true),
+    ("memory_bandwidth", Want::Number(D::ByteRate), true),
+    ("scale_up", Want::Number(D::LinkRate), true),
+    ("peer", Want::Number(D::LinkRate), true),
+    ("domain", Want::Number(D::Count), true),
+    ("torus_dims", Want::Number(D::Count), false),
+    ("power", Want::Number(D::Power), false),
+    ("compute_units", Want::Number(D::Count), false),
+];
+
+const FABRIC: &[Key] = &[
+    ("topology", Want::Word(&["fat-tree", "rail-fat-tree", "rail-only", "dragonfly"]), true),
+    ("in_switch", Want::Word(&["none", "sharp"]), true),
+    ("port", Want::Number(D::LinkRate), true),
+    ("radix", Want::Number(D::Count), false),
+    ("hop_latency", Want::Number(D::Time), true),
+    ("efficiency", Want::Number(D::Ratio), true),
+    ("tier1", Want::Number(D::Count), false),
+    ("oversubscription1", Want::Number(D::Ratio), false),
+    ("tier2", Want::Number(D::Count), false),
+    ("oversubscription2", Want::Number(D::Ratio), false),
+];
+
+const NODE: &[Key] = &[
+    ("accelerator", Want::Ref(EntryKind::Accelerator), true),
+    ("fabric", Want::Ref(EntryKind::Fabric), true),
+    ("accelerators", Want::Number(D::Count), true),
+    ("scale_out", Want::Number(D::LinkRate), true),
+    ("disk", Want::Number(D::Bytes), false),
+    ("power", Want::Number(D::Power), false),
+    ("price", Want::Number(D::Money), false),
+];
+
+const STORAGE: &[Key] = &[
+    ("capacity", Want::Number(D::Bytes), false),
+    ("read", Want::Number(D::ByteRate), false),
+    ("write", Want::Number(D::ByteRate), false),
+    ("read_per_node", Want::Number(D::ByteRate), false),
+    ("write_per_node", Want::Number(D::ByteRate), false),
+    ("read_per_unit", Want::Number(D::ByteRate), false),
+    ("write_per_unit", Want::Number(D::ByteRate), false),
+];
+
+const PRICE: &[Key] = &[
+    ("accelerator", Want::Ref(EntryKind::Accelerator), true),
+    ("on_demand", Want::Number(D::Rent), false),
+    ("reserved_1y", Want::Number(D::Rent), false),
+    ("reserved_3y", Want::Number(D::Rent), false),
+    ("spot", Want::Number(D::Rent), false),
+    ("capacity_block", Want::Number(D::Rent), false),
+    ("purchase", Want::Number(D::Money), false),
+];
+
+const FAILURE: &[Key] = &[
+    ("rate", Want::Number(D::FailureRate), true),
+    ("cause", Want::Numbers(D::FailureRate, &[]), false),
+    ("restart", Want::Number(D::Time), false),
+    ("effective_time", Want::Number(D::Ratio), false),
+];
+
+const PLATFORM: &[Key] = &[
+    ("node", Want::Ref(EntryKind::Node), true),
+    ("fabric", Want::Ref(EntryKind::Fabric), false),
+    ("storage", Want::Ref(EntryKind::Storage), false),
+    ("price", Want::Ref(EntryKind::Price), false),
+    ("failure", Want::Ref(EntryKind::Failure), false),
+    ("nodes", Want::Number(D::Count), false),
+    ("accelerators", Want::Number(D::Count), false),
+    ("unit_nodes", Want::Number(D::Count), false),
+    ("units_max", Want::Number(D::Count), false),
+    ("spare_nodes", Want::Number(D::Count), false),
+    ("spare_units_max", Want::Number(D::Count), false),
+    ("job_max", Want::Number(D::Count), false),
+    ("shape", Want::Text, false),
+    ("multislice", Want::Flag, false),
+];
+
+/// All keys that an entry of this kind may have, except `base`.
+pub(crate) fn keys(kind: EntryKind) -> impl Iterator<Item = &'static Key> + Clone {
+    let own = match kind {
+        EntryKind::Accelerator => ACCELERATOR,
+        EntryKind::Fabric => FABRIC,
+        EntryKind::Node => NODE,
+        EntryKind::Storage => STORAGE,
+        EntryKind::Price => PRICE,
+        EntryKind::Failure => FAILURE,
+        EntryKind::Platform => PLATFORM,
+    };
+    COMMON.iter().chain(own)
+}

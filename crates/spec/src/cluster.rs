@@ -1,0 +1,506 @@
+//! A machine to plan for, resolved from the catalogue.
+
+use crate::catalog::{Catalog, Entry, EntryKind, Measure, nearest_name};
+use crate::{Error, Result};
+
+/// A machine to plan for: accelerators, the links between them, storage.
+///
+/// Rates are bytes per second in one direction and per accelerator unless a name says otherwise.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cluster {
+    /// Platform or node name as asked.
+    pub name: String,
+    /// How many accelerators the job has.
+    pub accelerators: usize,
+    /// What they are.
+    pub accelerator: Accelerator,
+    /// Accelerators of one node: those that share hosts or a rack-scale link domain.
+    pub per_node: usize,
+    /// Links inside a node (or a TPU slice).
+    pub scale_up: ScaleUp,
+    /// Links between nodes (or slices).
+    pub scale_out: ScaleOut,
+    /// Shared storage, if the catalogue knows it.
+    pub storage: Option<Storage>,
+    /// The price entry, if the platform has one.
+    pub price: Option<String>,
+    /// The failure entry, if the platform has one.
+    pub failure: Option<String>,
+    /// Power of one node in watts, if known.
+    pub node_power_w: Option<Measure>,
+    /// What had to be assumed to make this cluster.
+    pub assumptions: Vec<String>,
+}
+
+/// One accelerator.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Accelerator {
+    /// Catalogue name.
+    pub name: String,
+    /// Who makes it.
+    pub vendor: String,
+    /// Architecture: constants are fitted per family.
+    pub family: String,
+    /// Dense peaks in FLOP/s.
+    peaks: Vec<(NumberFormat, Measure)>,
+    /// Best measured large matrix products in FLOP/s.
+    matmul: Vec<(NumberFormat, Measure)>,
+    /// Memory in bytes.
+    pub memory_bytes: Measure,
+    /// Memory throughput, reads and writes together.
+    pub memory_bytes_per_s: Measure,
+    /// Units (SMs, cores) that run tiles side by side.
+    pub compute_units: usize,
+    /// Rated power in watts, if known.
+    pub power_w: Option<Measure>,
+}
+
+/// Number formats that arithmetic peaks are stated for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NumberFormat {
+    /// IEEE binary32.
+    Fp32,
+    /// TensorFloat-32.
+    Tf32,
+    /// IEEE binary16.
+    Fp16,
+    /// bfloat16.
+    Bf16,
+    /// 8-bit floating point.
+    Fp8,
+    /// 4-bit floating point.
+    Fp4,
+}
+
+impl NumberFormat {
+    const ALL: [(NumberFormat, &'static str); 6] = [
+        (NumberFormat::Fp32, "fp32"),
+        (NumberFormat::Tf32, "tf32"),
+        (NumberFormat::Fp16, "fp16"),
+        (NumberFormat::Bf16, "bf16"),
+        (NumberFormat::Fp8, "fp8"),
+        (NumberFormat::Fp4, "fp4"),
+    ];
+
+    /// The key in catalogue files.
+    pub fn name(self) -> &'static str {
+        NumberFormat::ALL[self as usize].1
+    }
+
+    /// The precision of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        NumberFormat::ALL.iter().find(|p| p.1 == name).map(|p| p.0)
+    }
+
+    /// Bytes of one element.
+    pub fn bytes(self) -> f64 {
+        match self {
+            NumberFormat::Fp32 | NumberFormat::Tf32 => 4.0,
+            NumberFormat::Fp16 | NumberFormat::Bf16 => 2.0,
+            NumberFormat::Fp8 => 1.0,
+            NumberFormat::Fp4 => 0.5,
+        }
+    }
+}
+
+impl std::fmt::Display for NumberFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Links inside a node or slice.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScaleUp {
+    /// How accelerators are joined.
+    pub kind: ScaleUpKind,
+    /// All links of one accelerator together, one way.
+    pub bytes_per_s: Measure,
+    /// What reaches one single neighbour, one way.
+    pub peer_bytes_per_s: Measure,
+    /// How many accelerators are joined.
+    pub domain: usize,
+}
+
+/// How accelerators of a node or slice are joined.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ScaleUpKind {
+    /// Every pair at full rate (NVSwitch).
+    Switch,
+    /// Every pair by a link of its own.
+    Mesh,
+    /// Neighbours on a grid of these extents, with wrap-around where an extent is whole.
+    Torus {
+        /// Accelerators along each dim.
+        extents: Vec<usize>,
+    },
+}
+
+/// Links between nodes or slices.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScaleOut {
+    /// Catalogue name of the fabric.
+    pub fabric: String,
+    /// How switches are wired.
+    pub topology: FabricTopology,
+    /// Ports of one accelerator, one way: the node's ports shared out.
+    pub bytes_per_s: Measure,
+    /// Latency of one switch.
+    pub hop_latency_s: Measure,
+    /// Share of the port rate that long transfers get.
+    pub efficiency: Measure,
+    /// Whether switches can add (SHARP).
+    pub in_switch: bool,
+    /// Switch tiers from the nodes up: accelerators reached, and downlinks over uplinks when leaving.
+    pub tiers: Vec<Tier>,
+}
+
+/// How the switches of a fabric are wired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FabricTopology {
+    /// Leaves and spines; a node's ports go to one leaf.
+    FatTree,
+    /// Leaves and spines; port `i` of every node goes to leaf `i`.
+    RailFatTree,
+    /// One switch plane a rail, nothing between rails.
+    RailOnly,
+    /// Groups joined all to all.
+    Dragonfly,
+}
+
+/// One switch tier.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Tier {
+    /// Accelerators below one switch group of this tier.
+    pub accelerators: usize,
+    /// Downlinks over uplinks when leaving it; 1 is non-blocking.
+    pub oversubscription: f64,
+}
+
+/// Shared storage as the whole job sees it, in bytes per second.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Storage {
+    /// Catalogue name.
+    pub name: String,
+    /// Read throughput.
+    pub read_bytes_per_s: Measure,
+    /// Write throughput.
+    pub write_bytes_per_s: Measure,
+}
+
+/// More accelerators than any machine has: a bound that keeps products of counts far from overflow.
+const ACCELERATORS_MAX: usize = 16_777_216;
+
+impl Accelerator {
+    /// Dense peak in FLOP/s, if the accelerator has the format.
+    pub fn peak(&self, precision: NumberFormat) -> Option<Measure> {
+        self.peaks.iter().find(|p| p.0 == precision).map(|p| p.1)
+    }
+
+    /// Best large matrix product measured in practice, in FLOP/s, if known.
+    pub fn matmul(&self, precision: NumberFormat) -> Option<Measure> {
+        self.matmul.iter().find(|p| p.0 == precision).map(|p| p.1)
+    }
+}
+
+impl Catalog {
+    /// The cluster of that name: a platform (`meta-rsc`), a platform of N scalable units
+    /// (`dgx-superpod-h100-64su`), or a node (`dgx-h100`), with `accelerators` of it or all.
+    pub fn cluster(&self, name: &str, accelerators: Option<usize>) -> Result<Cluster> {
+        if let Ok(platform) = self.get(EntryKind::Platform, name) {
+            return self.platform(platform, None, accelerators);
+        }
+        if let Some((stem, units)) = scalable_units(name)
+            && let Ok(platform) = self.get(EntryKind::Platform, stem)
+        {
+            return self.platform(platform, Some(units), accelerators);
+        }
+        if let Ok(node) = self.get(EntryKind::Node, name) {
+            return self.assemble(name, node, None, None, accelerators);
+        }
+        let known = self.cluster_names();
+        let error = Error::user(format!("unknown cluster \"{name}\""));
+        Err(match nearest_name(name, &known) {
+            Some(near) => {
+                error.hint(format!("did you mean `{near}`? `phalanx catalog list platform` shows all"))
+            }
+            None => error.hint("`phalanx catalog list platform` shows all"),
+        })
+    }
+
+    fn platform(&self, platform: &Entry, units: Option<usize>, asked: Option<usize>) -> Result<Cluster> {
+        let node = self.get(EntryKind::Node, platform.text("node").unwrap_or_default())?;
+        let per_node = count(node, "accelerators")?;
+        let name = units.map_or_else(|| platform.name.clone(), |n| format!("{}-{n}su", platform.name));
+        let has = match (opt_count(platform, "unit_nodes"), units) {
+            (Some(unit_nodes), units) => {
+                let units_max = opt_count(platform, "units_max").unwrap_or(1);
+                let units = units.unwrap_or(units_max);
+                if units == 0 || units > units_max {
+                    let what =
+                        format!("{name}: {units} scalable units, {} has 1 to {units_max}", platform.name);
+                    return Err(
+                        Error::user(what).hint(format!("{}-{units_max}su is the largest", platform.name))
+                    );
+                }
+                let spare = match opt_count(platform, "spare_units_max") {
+                    Some(max) if units <= max => opt_count(platform, "spare_nodes").unwrap_or(0),
+                    _ => 0,
+                };
+                (unit_nodes * units).saturating_sub(spare) * per_node
+            }
+            (None, Some(_)) => {
+                let what = format!("{} has no scalable units", platform.name);
+                return Err(Error::user(what).hint(format!("use `{}` with --accelerators", platform.name)));
+            }
+            (None, None) => match (opt_count(platform, "accelerators"), opt_count(platform, "nodes")) {
+                (Some(n), _) => n,
+                (None, Some(nodes)) => nodes * per_node,
+                (None, None) => {
+                    let what = format!("{}: platform.{} says no size", platform.place, platform.name);
+                    return Err(
+                        Error::user(what).hint("give nodes, accelerators, or unit_nodes and units_max")
+                    );
+                }
+            },
+        };
+        let limit = opt_count(platform, "job_max").unwrap_or(has).min(has);
+        let multislice = platform.flag("multislice");
+        if let Some(n) = asked
+            && n > limit
+            && !multislice
+        {
+            let what = format!("{n} accelerators asked, {name} has {has} and runs jobs of up to {limit}");
+            return Err(Error::user(what).hint(format!("ask for at most {limit}")));
+        }
+        self.assemble(&name, node, Some((platform, limit)), asked.or(Some(limit)).map(|n| n.min(n)), asked)
+    }
+
+    fn assemble(
+        &self,
+        name: &str,
+        node: &Entry,
+        platform: Option<(&Entry, usize)>,
+        size: Option<usize>,
+        asked: Option<usize>,
+    ) -> Result<Cluster> {
+        let mut assumptions = Vec::new();
+        let per_node = count(node, "accelerators")?;
+        let accelerators = asked.or(size).unwrap_or(per_node);
+        if accelerators == 0 || accelerators > ACCELERATORS_MAX {
+            let what =
+                format!("{accelerators} accelerators asked of {name}, expected 1 to {ACCELERATORS_MAX}");
+            return Err(Error::user(what));
+        }
+        let chip = self.get(EntryKind::Accelerator, node.text("accelerator").unwrap_or_default())?;
+        let fabric_name =
+            platform.and_then(|p| p.0.text("fabric")).or(node.text("fabric")).unwrap_or_default();
+        let fabric = self.get(EntryKind::Fabric, fabric_name)?;
+        let in_slice = platform.map_or(usize::MAX, |p| p.1);
+        let scale_up = scale_up(chip, platform.map(|p| p.0), accelerators, in_slice, per_node)?;
+        let storage = match platform.and_then(|p| p.0.text("storage")) {
+            Some(name) => Some(self.storage(name, accelerators.div_ceil(per_node), platform.map(|p| p.0))?),
+            None => None,
+        };
+        for (entry, what) in [(chip, "accelerator"), (node, "node"), (fabric, "fabric")] {
+            for (key, field) in &entry.fields {
+                if let crate::catalog::Field::Number(q) = field
+                    && ["choice", "recalled"].contains(&q.source.as_str())
+                {
+                    assumptions.push(format!(
+                        "{what} {}: {key} = {} {} ({})",
+                        entry.name, q.written, q.unit, q.source
+                    ));
+                }
+            }
+        }
+        Ok(Cluster {
+            name: name.to_owned(),
+            accelerators,
+            accelerator: accelerator(chip)?,
+            per_node,
+            scale_up,
+            scale_out: scale_out(fabric, node, per_node)?,
+            storage,
+            price: platform.and_then(|p| p.0.text("price")).map(str::to_owned),
+            failure: platform.and_then(|p| p.0.text("failure")).map(str::to_owned),
+            node_power_w: node.measure("power"),
+            assumptions,
+        })
+    }
+
+    fn storage(&self, name: &str, nodes: usize, platform: Option<&Entry>) -> Result<Storage> {
+        let entry = self.get(EntryKind::Storage, name)?;
+        let unit_nodes = platform.and_then(|p| opt_count(p, "unit_nodes")).unwrap_or(32);
+        let rate = |verb: &str| {
+            let whole = entry.measure(verb);
+            let unit = entry
+                .measure(&format!("{verb}_per_unit"))
+                .map(|m| m.scaled(nodes.div_ceil(unit_nodes) as f64));
+            let node = entry.measure(&format!("{verb}_per_node")).map(|m| m.scaled(nodes as f64));
+            let slower = |a: Measure, b: Measure| if a.value <= b.value { a } else { b };
+            [whole, unit, node].into_iter().flatten().reduce(slower).ok_or_else(|| {
+                Error::user(format!("{}: storage.{name} says no {verb} rate", entry.place))
+                    .hint(format!("give {verb}, {verb}_per_unit or {verb}_per_node"))
+            })
+        };
+        Ok(Storage {
+            name: name.to_owned(),
+            read_bytes_per_s: rate("read")?,
+            write_bytes_per_s: rate("write")?,
+        })
+    }
+}
+
+/// `dgx-superpod-h100-64su` is `dgx-superpod-h100` with 64 units.
+fn scalable_units(name: &str) -> Option<(&str, usize)> {
+    let (stem, last) = name.rsplit_once('-')?;
+    let units = last.strip_suffix("su").or_else(|| last.strip_suffix("SU"))?.parse().ok()?;
+    Some((stem, units))
+}
+
+fn accelerator(chip: &Entry) -> Result<Accelerator> {
+    let rates = |table: &str| -> Vec<(NumberFormat, Measure)> {
+        NumberFormat::ALL
+            .iter()
+            .filter_map(|(p, name)| Some((*p, chip.measure(&format!("{table}.{name}"))?)))
+            .collect()
+    };
+    Ok(Accelerator {
+        name: chip.name.clone(),
+        vendor: chip.text("vendor").unwrap_or_default().to_owned(),
+        family: chip.text("family").unwrap_or_default().to_owned(),
+        peaks: rates("peak"),
+        matmul: rates("matmul"),
+        memory_bytes: need(chip, "memory")?,
+        memory_bytes_per_s: need(chip, "memory_bandwidth")?,
+        compute_units: opt_count(chip, "compute_units").unwrap_or(1),
+        power_w: chip.measure("power"),
+    })
+}
+
+fn scale_up(
+    chip: &Entry,
+    platform: Option<&Entry>,
+    accelerators: usize,
+    slice_max: usize,
+    per_node: usize,
+) -> Result<ScaleUp> {
+    let domain = count(chip, "domain")?;
+    let kind = match chip.text("link") {
+        Some("torus") => {
+            let dims = opt_count(chip, "torus_dims").unwrap_or(2);
+            let slice = accelerators.min(domain).min(slice_max);
+            let whole =
+                platform.and_then(|p| p.text("shape")).map(|s| parse_shape(s, platform)).transpose()?;
+            let extents = match whole {
+                Some(shape) if shape.iter().product::<usize>() == slice => shape,
+                _ => even_extents(slice, dims),
+            };
+            ScaleUpKind::Torus { extents }
+        }
+        Some("mesh") => ScaleUpKind::Mesh,
+        _ => ScaleUpKind::Switch,
+    };
+    let domain = match &kind {
+        ScaleUpKind::Torus { extents } => extents.iter().product(),
+        _ => domain.min(per_node),
+    };
+    Ok(ScaleUp { kind, bytes_per_s: need(chip, "scale_up")?, peer_bytes_per_s: need(chip, "peer")?, domain })
+}
+
+/// Extents as even as possible whose product is `n`: largest prime factors first, each to the smallest extent.
+fn even_extents(n: usize, dims: usize) -> Vec<usize> {
+    let mut extents = vec![1; dims.clamp(1, 4)];
+    let (mut rest, mut factor, mut factors) = (n.max(1), 2, Vec::new());
+    while factor * factor <= rest {
+        while rest.is_multiple_of(factor) {
+            factors.push(factor);
+            rest /= factor;
+        }
+        factor += 1;
+    }
+    if rest > 1 {
+        factors.push(rest);
+    }
+    for factor in factors.into_iter().rev() {
+        if let Some(smallest) = extents.iter_mut().min() {
+            *smallest *= factor;
+        }
+    }
+    extents.sort_unstable();
+    extents
+}
+
+fn parse_shape(shape: &str, platform: Option<&Entry>) -> Result<Vec<usize>> {
+    let extents: Vec<usize> = shape.split('x').filter_map(|x| x.parse().ok()).filter(|x| *x > 0).collect();
+    if extents.is_empty() || extents.len() != shape.split('x').count() || extents.iter().any(|x| *x > 1 << 16)
+    {
+        let place = platform.map(|p| p.place.clone()).unwrap_or_default();
+        return Err(Error::user(format!("{place}: shape = \"{shape}\", expected extents as 16x16x16")));
+    }
+    Ok(extents)
+}
+
+fn scale_out(fabric: &Entry, node: &Entry, per_node: usize) -> Result<ScaleOut> {
+    let mut tiers = Vec::new();
+    for tier in 1..=2 {
+        if let Some(accelerators) = opt_count(fabric, &format!("tier{tier}")) {
+            let over = fabric.measure(&format!("oversubscription{tier}")).map_or(1.0, |m| m.value);
+            tiers.push(Tier { accelerators, oversubscription: over });
+        }
+    }
+    Ok(ScaleOut {
+        fabric: fabric.name.clone(),
+        topology: match fabric.text("topology") {
+            Some("rail-fat-tree") => FabricTopology::RailFatTree,
+            Some("rail-only") => FabricTopology::RailOnly,
+            Some("dragonfly") => FabricTopology::Dragonfly,
+            _ => FabricTopology::FatTree,
+        },
+        bytes_per_s: need(node, "scale_out")?.scaled(1.0 / per_node as f64),
+        hop_latency_s: need(fabric, "hop_latency")?,
+        efficiency: need(fabric, "efficiency")?,
+        in_switch: fabric.text("in_switch") == Some("sharp"),
+        tiers,
+    })
+}
+
+fn need(entry: &Entry, key: &str) -> Result<Measure> {
+    entry.measure(key).ok_or_else(|| {
+        Error::user(format!("{}: {}.{}.{key} is missing", entry.place, entry.kind, entry.name))
+    })
+}
+
+fn count(entry: &Entry, key: &str) -> Result<usize> {
+    let value = need(entry, key)?.value;
+    if value > ACCELERATORS_MAX as f64 {
+        let what = format!(
+            "{}: {}.{}.{key} = {value}, expected at most {ACCELERATORS_MAX}",
+            entry.place, entry.kind, entry.name
+        );
+        return Err(Error::user(what));
+    }
+    Ok(value as usize)
+}
+
+fn opt_count(entry: &Entry, key: &str) -> Option<usize> {
+    entry.measure(key).map(|m| m.value.min(ACCELERATORS_MAX as f64) as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_are_even_and_keep_the_product() {
+        let check = |n: usize, dims: usize, expected: &[usize]| assert_eq!(even_extents(n, dims), expected);
+        check(256, 2, &[16, 16]);
+        check(4096, 3, &[16, 16, 16]);
+        check(64, 3, &[4, 4, 4]);
+        check(128, 3, &[4, 4, 8]);
+        check(1, 3, &[1, 1, 1]);
+        check(7, 2, &[1, 7]);
+    }
+}
