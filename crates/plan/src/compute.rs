@@ -1,0 +1,137 @@
+//! What a kernel takes on an accelerator: a roofline with the efficiency that its shape allows.
+
+use serde::Serialize;
+use spec::{Accelerator, NumberFormat};
+
+/// Rates of an accelerator for one number format, in FLOP/s and bytes/s.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Chip {
+    /// Dense peak of the format.
+    pub peak: f64,
+    /// The best that large matrix products reach.
+    pub matmul: f64,
+    /// Memory throughput that long streams reach.
+    pub memory: f64,
+    /// Units that run output tiles side by side.
+    pub units: f64,
+    /// Whether matrix units take large square tiles (systolic arrays), where waves do not apply.
+    pub systolic: bool,
+}
+
+/// Share of the rated memory throughput that a long copy reaches (A100, H100 stream tests: 0.88 to 0.93).
+const STREAM_SHARE: f64 = 0.9;
+/// Share of peak that large matrix products reach where no measurement is in the catalogue: the median of those that are.
+const MATMUL_SHARE: f64 = 0.76;
+/// Output tiles that libraries choose from: rows, columns, and the rate relative to the largest.
+const TILES: [(f64, f64, f64); 4] =
+    [(256.0, 128.0, 1.0), (128.0, 128.0, 0.95), (128.0, 64.0, 0.82), (64.0, 64.0, 0.62)];
+/// Filling and draining the pipeline of one tile costs as much as this many steps of the inner dim.
+const TILE_OVERHEAD_K: f64 = 160.0;
+
+impl Chip {
+    /// The chip for matrix products in `format`; a format that it lacks runs at the rate of bf16.
+    pub fn of(accelerator: &Accelerator, format: NumberFormat) -> Option<Self> {
+        let format = if accelerator.peak(format).is_some() { format } else { NumberFormat::Bf16 };
+        let peak = accelerator.peak(format)?.value;
+        let matmul = accelerator.matmul(format).or(match format {
+            NumberFormat::Fp16 => accelerator.matmul(NumberFormat::Bf16),
+            _ => None,
+        });
+        let share = if accelerator.family == "tpu" { 0.93 } else { MATMUL_SHARE };
+        Some(Chip {
+            peak,
+            matmul: matmul.map_or(peak * share, |m| m.value.min(peak)),
+            memory: accelerator.memory_bytes_per_s.value * STREAM_SHARE,
+            units: accelerator.compute_units.max(1) as f64,
+            systolic: accelerator.compute_units <= 8,
+        })
+    }
+}
+
+/// Seconds of a matrix product `[m, k] x [k, n]` whose operands take `bytes` in all.
+///
+/// Tiles of the output run in waves over the chip's units; the last wave may be part empty, and short inner dims pay
+/// for filling each tile's pipeline. The library picks the best tile; memory bounds the rest.
+///
+/// Large square products reach the measured rates (A100 271, H100 794.5 TFLOP/s; MAMF, ml-engineering):
+///
+/// ```
+/// use plan::compute::{Chip, gemm_s};
+/// let catalog = spec::Catalog::builtin()?;
+/// for (name, tflops) in [("dgx-a100", 271.0), ("dgx-h100", 794.5)] {
+///     let chip = catalog.cluster(name, None)?.accelerator;
+///     let chip = Chip::of(&chip, spec::NumberFormat::Bf16).unwrap();
+///     let (m, n, k) = (13824.0, 13824.0, 16384.0);
+///     let t = gemm_s(&chip, m, n, k, 2.0 * (m * k + k * n + m * n));
+///     assert!((2.0 * m * n * k / t / 1e12 / tflops - 1.0).abs() < 0.04);
+/// }
+/// # Ok::<(), spec::Error>(())
+/// ```
+pub fn gemm_s(chip: &Chip, m: f64, n: f64, k: f64, bytes: f64) -> f64 {
+    if m <= 0.0 || n <= 0.0 || k <= 0.0 {
+        return 0.0;
+    }
+    let streamed = bytes / chip.memory;
+    if chip.systolic {
+        // Dims are padded to the array's 128 lanes.
+        let pad = |x: f64| (x / 128.0).ceil() * 128.0;
+        return (2.0 * pad(m.min(n)) * m.max(n) * pad(k) / chip.matmul).max(streamed);
+    }
+    let mut best = f64::INFINITY;
+    for (rows, cols, rate) in TILES {
+        let tiles = ((m / rows).ceil() * (n / cols).ceil()).min((m / cols).ceil() * (n / rows).ceil());
+        // Libraries split tiles of a last wave that is part empty over the inner dim; half of the gap remains.
+        let waves = tiles / chip.units;
+        let waves = if waves < 1.0 { (waves + 1.0) / 2.0 } else { (waves + waves.ceil()) / 2.0 };
+        let per_wave = 2.0 * rows * cols * (k + TILE_OVERHEAD_K) * chip.units / (chip.matmul * rate);
+        best = best.min(waves * per_wave);
+    }
+    // The measured best rate has the overhead of its own, long, inner dim in it.
+    let norm = 16384.0 / (16384.0 + TILE_OVERHEAD_K);
+    (best * norm).max(streamed)
+}
+
+/// Seconds of a kernel that only streams `bytes` through memory.
+pub fn stream_s(chip: &Chip, bytes: f64) -> f64 {
+    bytes / chip.memory
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use spec::Catalog;
+
+    fn chip(name: &str) -> Chip {
+        let cluster = Catalog::builtin().unwrap().cluster(name, None).unwrap();
+        Chip::of(&cluster.accelerator, NumberFormat::Bf16).unwrap()
+    }
+
+    #[test]
+    fn small_products_waste_units_and_thin_ones_are_bound_by_memory() {
+        let chip = chip("dgx-h100");
+        let rate = |m: f64, n: f64, k: f64| {
+            2.0 * m * n * k / gemm_s(&chip, m, n, k, 2.0 * (m * k + k * n + m * n)) / chip.peak
+        };
+        assert!(rate(8192.0, 8192.0, 8192.0) > 0.75);
+        assert!(rate(2048.0, 2048.0, 256.0) < 0.5);
+        assert!(rate(16.0, 8192.0, 8192.0) < 0.05, "reading the weights takes the time");
+        assert!(rate(256.0, 256.0, 8192.0) < 0.2, "a handful of tiles leaves units idle");
+    }
+
+    #[test]
+    fn never_faster_than_peak_or_memory_and_monotonic_in_both() {
+        for name in ["dgx-v100", "dgx-a100", "dgx-b200", "tpu-v5e-pod", "mi300x-node", "gaudi2-node"] {
+            let chip = chip(name);
+            for m in [1.0, 100.0, 2048.0, 65536.0] {
+                for k in [64.0, 4096.0, 53248.0] {
+                    let n = 12288.0;
+                    let bytes = 2.0 * (m * k + k * n + m * n);
+                    let t = gemm_s(&chip, m, n, k, bytes);
+                    assert!(t >= 2.0 * m * n * k / chip.peak && t >= bytes / chip.memory, "{name} {m} {k}");
+                    let faster = Chip { matmul: chip.matmul * 1.5, memory: chip.memory * 1.5, ..chip };
+                    assert!(gemm_s(&faster, m, n, k, bytes) < t);
+                }
+            }
+        }
+    }
+}

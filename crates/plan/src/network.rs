@@ -1,0 +1,377 @@
+//! What a collective takes on a machine: latency and bandwidth terms over the links that its group spans.
+//!
+//! Symbols: `n` members, `S` bytes (of the whole vector: gathered output, scattered input, reduced buffer, or one
+//! rank's send buffer of an all-to-all), `B` bytes per second of one accelerator in one direction, `j` members in one
+//! scale-up domain, `k = n / j` domains.
+
+use serde::Serialize;
+use spec::Cluster;
+use spec::cluster::{FabricTopology, ScaleUpKind};
+
+/// What ranks do together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Collective {
+    /// Everyone gets the sum.
+    AllReduce,
+    /// Everyone gets everyone's part.
+    AllGather,
+    /// Everyone gets one part of the sum.
+    ReduceScatter,
+    /// Everyone sends a different part to everyone.
+    AllToAll,
+    /// One rank sends to one other.
+    Send,
+}
+
+/// Which ranks take part: `size` of them, `stride` places apart in the order in which ranks fill the machine.
+///
+/// The innermost axis has stride 1; the next has the size of the innermost, and so on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct Group {
+    /// Members.
+    pub size: usize,
+    /// Places from one member to the next.
+    pub stride: usize,
+}
+
+/// Measured behaviour of a communication library on a family of links.
+///
+/// Defaults are NCCL's own tuning constants and published `nccl-tests` figures; see [`NetworkModel::of`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct NetworkModel {
+    /// Share of the scale-up rate that a ring reaches.
+    pub scale_up_ring: f64,
+    /// Share that in-switch reduction reaches in all-reduce (NVLS counts over 1: it halves the bytes), if there is one.
+    pub scale_up_in_switch: Option<f64>,
+    /// Share of the port rate that long transfers reach.
+    pub scale_out: f64,
+    /// Before the first byte of any collective, in seconds.
+    pub base_s: f64,
+    /// Each step of a ring or tree inside a domain.
+    pub scale_up_step_s: f64,
+    /// Each step between domains, switches not included.
+    pub scale_out_step_s: f64,
+    /// Added for each doubling of the bytes beyond 1 MiB: channels and protocols ramp up.
+    pub ramp_s: f64,
+}
+
+/// Bytes at which the ramp begins.
+const RAMP_FROM_BYTES: f64 = 1_048_576.0;
+
+impl NetworkModel {
+    /// The model for a cluster's links.
+    ///
+    /// NVLink ring shares: 234.9/300 (A100), 367.6/450 (H200), 682/900 (B200); in-switch 482.3/450 and 838/900
+    /// (ml-engineering at 744d01e). Step latencies: NCCL `src/graph/tuning.cc` at 5067397, Simple and LL128 protocols.
+    /// Scale-out shares come from the fabric's catalogue entry. The ramp fits the size curve of 8 H200.
+    pub fn of(cluster: &Cluster) -> Self {
+        let (ring, in_switch, base_s, step, out_step) = match cluster.accelerator.family.as_str() {
+            "volta" | "ampere" => (0.783, None, 8.4e-6, 3.4e-6, 8.5e-6),
+            "hopper" => (0.817, Some(1.072), 6.8e-6, 3.4e-6, 8.5e-6),
+            "blackwell" => (0.758, Some(0.931), 6.8e-6, 3.4e-6, 8.5e-6),
+            // Ring of two directions on the links that the group spans; ~1 us a hop (scaling book).
+            "tpu" => (0.95, None, 2e-6, 1e-6, 20e-6),
+            // 312.9 of 448 GB/s on 8 MI300X.
+            "cdna2" | "cdna3" | "cdna4" => (0.698, None, 12e-6, 5e-6, 14e-6),
+            _ => (0.7, None, 10e-6, 4e-6, 14e-6),
+        };
+        NetworkModel {
+            scale_up_ring: ring,
+            scale_up_in_switch: in_switch,
+            scale_out: cluster.scale_out.efficiency.value,
+            base_s,
+            scale_up_step_s: step,
+            scale_out_step_s: out_step + cluster.scale_out.hop_latency_s.value,
+            ramp_s: if cluster.accelerator.family == "tpu" { 0.0 } else { 10e-6 },
+        }
+    }
+}
+
+/// Which links set the time of a collective.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bound {
+    /// Steps and software, not bytes.
+    Latency,
+    /// Links inside the node or slice.
+    ScaleUp,
+    /// Ports between nodes.
+    ScaleOut,
+    /// An oversubscribed switch tier.
+    Tier,
+}
+
+/// The time of one collective.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Priced {
+    /// Start to end.
+    pub seconds: f64,
+    /// The part that does not depend on bytes.
+    pub latency_s: f64,
+    /// What bounds it.
+    pub bound: Bound,
+    /// Bytes that each member sends.
+    pub wire_bytes: f64,
+}
+
+const NOTHING: Priced = Priced { seconds: 0.0, latency_s: 0.0, bound: Bound::Latency, wire_bytes: 0.0 };
+
+/// How a group lies on the machine.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Span {
+    /// Members in one scale-up domain.
+    pub inside: f64,
+    /// Domains.
+    pub domains: f64,
+    /// Rate of each member inside its domain, in bytes per second one way.
+    pub inside_rate: f64,
+    /// Rate of each member's own port, after oversubscription and sharing.
+    pub outside_rate: f64,
+    /// Whether an oversubscribed tier, not the port, sets `outside_rate`.
+    pub tapered: bool,
+    /// Steps around the ring inside.
+    inside_steps: f64,
+}
+
+impl Span {
+    /// Where `group` lies on `cluster`.
+    pub fn of(cluster: &Cluster, net: &NetworkModel, group: Group) -> Self {
+        let domain = cluster.scale_up.domain.max(1);
+        let inside = (domain / group.stride).clamp(1, group.size);
+        let domains = group.size.div_ceil(inside);
+        let up = &cluster.scale_up;
+        let (inside_rate, inside_steps) = match &up.kind {
+            ScaleUpKind::Switch => (up.bytes_per_s.value * net.scale_up_ring, inside as f64 - 1.0),
+            ScaleUpKind::Mesh => {
+                let links = up.peer_bytes_per_s.value * (inside as f64 - 1.0).max(1.0);
+                (links.min(up.bytes_per_s.value) * net.scale_up_ring, inside as f64 - 1.0)
+            }
+            ScaleUpKind::Torus { extents } => {
+                let dims = dims_spanned(extents, group.stride, inside);
+                let link = up.peer_bytes_per_s.value;
+                // A ring uses both directions of each dim that the group spans; a line without wrap-around only one.
+                let wrap = if group.stride * inside >= 4 { 2.0 } else { 1.0 };
+                (
+                    link * wrap * dims as f64 * net.scale_up_ring,
+                    (inside as f64).powf(1.0 / dims as f64) * dims as f64 / 2.0,
+                )
+            }
+        };
+        let port = cluster.scale_out.bytes_per_s.value;
+        let reach = group.size * group.stride;
+        let mut taper: f64 = 1.0;
+        for tier in &cluster.scale_out.tiers {
+            if reach > tier.accelerators {
+                // Only the share of the traffic that leaves the tier meets the taper: a ring's steps between
+                // neighbours mostly stay below it. Charged in full, it would contradict measured runs.
+                let crossing = if group.stride >= tier.accelerators { 1.0 } else { 0.25 };
+                taper = taper.max(1.0 + (tier.oversubscription - 1.0) * crossing);
+            }
+        }
+        if cluster.scale_out.topology == FabricTopology::RailOnly && group.stride % domain != 0 {
+            // Traffic that changes rail goes through a neighbour's port first.
+            taper *= 2.0;
+        }
+        Span {
+            inside: inside as f64,
+            domains: domains as f64,
+            inside_rate,
+            outside_rate: port * net.scale_out / taper,
+            tapered: taper > 1.0,
+            inside_steps,
+        }
+    }
+}
+
+/// How many dims of a torus a group spans when ranks fill it dim by dim.
+fn dims_spanned(extents: &[usize], stride: usize, members: usize) -> usize {
+    let (mut below, mut dims) = (1, 0);
+    for extent in extents {
+        let above = below * extent;
+        if *extent > 1 && stride < above && stride * members > below {
+            dims += 1;
+        }
+        below = above;
+    }
+    dims.max(1)
+}
+
+/// Prices a collective of `bytes` over `group`.
+///
+/// An all-reduce in one domain takes `2 (n-1)/n S/B` in a ring (Thakur et al. 2005) and is faster where switches add.
+/// Over domains it is hierarchical: inside and outside run as a pipeline, so the slower of the two counts.
+///
+/// 16 GiB over 8 H200 reach 482 GB/s of bus bandwidth, 32 MiB 276 (measured, ml-engineering):
+///
+/// ```
+/// use plan::network::{Collective, Group, NetworkModel, collective};
+/// let cluster = spec::Catalog::builtin()?.cluster("dgx-h200", None)?;
+/// let net = NetworkModel::of(&cluster);
+/// let group = Group { size: 8, stride: 1 };
+/// let bus = |bytes: f64| {
+///     let t = collective(&cluster, &net, Collective::AllReduce, group, bytes).seconds;
+///     bytes / t * 2.0 * 7.0 / 8.0 / 1e9
+/// };
+/// assert!((bus(16.0 * 1073741824.0) / 482.3 - 1.0).abs() < 0.02);
+/// assert!((bus(1073741824.0) / 463.6 - 1.0).abs() < 0.03);
+/// assert!((bus(32.0 * 1048576.0) / 275.8 - 1.0).abs() < 0.08);
+/// assert!((bus(1048576.0) / 39.9 - 1.0).abs() < 0.10);
+/// # Ok::<(), spec::Error>(())
+/// ```
+pub fn collective(
+    cluster: &Cluster,
+    net: &NetworkModel,
+    what: Collective,
+    group: Group,
+    bytes: f64,
+) -> Priced {
+    if group.size <= 1 || bytes <= 0.0 {
+        return NOTHING;
+    }
+    on_span(net, what, &Span::of(cluster, net, group), group.size, bytes)
+}
+
+/// [`collective`] on a span worked out before: the inner loop of a search.
+pub fn on_span(net: &NetworkModel, what: Collective, span: &Span, size: usize, bytes: f64) -> Priced {
+    if size <= 1 || bytes <= 0.0 {
+        return NOTHING;
+    }
+    let n = size as f64;
+    let (j, k) = (span.inside, span.domains);
+    let ring_share = (n - 1.0) / n;
+    let passes = if what == Collective::AllReduce { 2.0 } else { 1.0 };
+    let (inside_bytes, outside_bytes) = match what {
+        Collective::Send if k > 1.0 => (0.0, bytes),
+        Collective::Send => (bytes, 0.0),
+        Collective::AllToAll => (bytes * (j - 1.0) / n, bytes * (n - j) / n),
+        _ => (passes * bytes * (j - 1.0) / j, passes * bytes / j * (k - 1.0) / k),
+    };
+    let in_switch = match (what, net.scale_up_in_switch) {
+        // In-switch reduction needs more than a pair; gathers gain nothing (361 against 368 GB/s measured).
+        (Collective::AllReduce, Some(share)) if j >= 4.0 => share / net.scale_up_ring,
+        _ => 1.0,
+    };
+    let inside_s = inside_bytes / (span.inside_rate * in_switch);
+    let outside_s = outside_bytes / span.outside_rate;
+    let steps = match what {
+        Collective::Send => 1.0,
+        _ if in_switch > 1.0 => 8.0,
+        Collective::AllReduce => (2.0 * span.inside_steps).min(14.0),
+        Collective::AllToAll => span.inside_steps.min(8.0),
+        _ => span.inside_steps.min(14.0),
+    };
+    let hops = match what {
+        _ if k <= 1.0 => 0.0,
+        Collective::Send => 1.0,
+        Collective::AllToAll => (k - 1.0).min(16.0),
+        // Trees between domains: up and down; gathers walk a ring but pipeline over channels.
+        _ => passes * k.log2().ceil(),
+    };
+    let ramp = net.ramp_s * (1.0 + bytes / RAMP_FROM_BYTES).log2();
+    let latency_s = net.base_s
+        + steps * net.scale_up_step_s * f64::from(u8::from(j > 1.0))
+        + hops * net.scale_out_step_s
+        + ramp;
+    let moving = inside_s.max(outside_s);
+    let bound = if latency_s > moving {
+        Bound::Latency
+    } else if inside_s >= outside_s {
+        Bound::ScaleUp
+    } else if span.tapered {
+        Bound::Tier
+    } else {
+        Bound::ScaleOut
+    };
+    let wire_bytes = match what {
+        Collective::Send => bytes,
+        Collective::AllToAll => bytes * ring_share,
+        _ => passes * bytes * ring_share,
+    };
+    Priced { seconds: latency_s + moving, latency_s, bound, wire_bytes }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use spec::Catalog;
+
+    fn bus_gb_per_s(name: &str, ranks: usize, what: Collective, bytes: f64) -> f64 {
+        let cluster = Catalog::builtin().unwrap().cluster(name, None).unwrap();
+        let net = NetworkModel::of(&cluster);
+        let p = collective(&cluster, &net, what, Group { size: ranks, stride: 1 }, bytes);
+        p.wire_bytes / p.seconds / 1e9
+    }
+
+    /// Published `nccl-tests` results: predicted within the tolerance.
+    #[test]
+    fn measured_bus_bandwidths_are_reproduced() {
+        let gib = 1073741824.0;
+        let check = |name: &str, ranks, what, bytes: f64, measured: f64, tolerance: f64| {
+            let bus = bus_gb_per_s(name, ranks, what, bytes);
+            assert!(
+                (bus / measured - 1.0).abs() < tolerance,
+                "{name} {what:?} {bytes}: {bus} against {measured}"
+            );
+        };
+        check("dgx-a100", 8, Collective::AllReduce, 16.0 * gib, 234.9, 0.02);
+        check("dgx-h200", 8, Collective::AllReduce, 16.0 * gib, 482.3, 0.02);
+        check("dgx-h200", 8, Collective::AllGather, 16.0 * gib, 361.0, 0.03);
+        check("dgx-h200", 8, Collective::ReduceScatter, 16.0 * gib, 363.0, 0.03);
+        check("dgx-b200", 8, Collective::AllReduce, 8.0 * gib, 838.0, 0.02);
+        check("mi300x-node", 8, Collective::AllReduce, 4.0 * gib, 312.9, 0.03);
+        check("mi300x-node", 2, Collective::AllReduce, 4.0 * gib, 47.7, 0.08);
+        // Four nodes over EFA v4: what leaves the node sets the time.
+        check("aws-p6-b200", 32, Collective::AllReduce, 16.0 * gib, 382.0, 0.08);
+        check("aws-p4de", 16, Collective::AllReduce, 2.0 * gib, 78.3, 0.15);
+    }
+
+    #[test]
+    fn time_never_falls_with_bytes_members_or_slower_links() {
+        let catalog = Catalog::builtin().unwrap();
+        for name in [
+            "dgx-a100",
+            "dgx-superpod-h100-64su",
+            "gb200-nvl72",
+            "tpu-v5p-pod",
+            "mi300x-node",
+            "meta-24k-roce",
+        ] {
+            let cluster = catalog.cluster(name, None).unwrap();
+            let mut slow = cluster.clone();
+            slow.scale_out.bytes_per_s = slow.scale_out.bytes_per_s.scaled(0.5);
+            slow.scale_up.bytes_per_s = slow.scale_up.bytes_per_s.scaled(0.5);
+            slow.scale_up.peer_bytes_per_s = slow.scale_up.peer_bytes_per_s.scaled(0.5);
+            let net = NetworkModel::of(&cluster);
+            for what in [
+                Collective::AllReduce,
+                Collective::AllGather,
+                Collective::ReduceScatter,
+                Collective::AllToAll,
+                Collective::Send,
+            ] {
+                for size in [2, 4, 8, 64, 512] {
+                    let group = Group { size, stride: 1 };
+                    let mut last = 0.0;
+                    for power in 10..34 {
+                        let bytes = f64::from(2u32.pow(power.min(31))) * if power > 31 { 4.0 } else { 1.0 };
+                        let t = collective(&cluster, &net, what, group, bytes).seconds;
+                        assert!(t >= last, "{name} {what:?} {size} {bytes}");
+                        assert!(collective(&slow, &net, what, group, bytes).seconds >= t);
+                        last = t;
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn strides_decide_what_crosses_nodes() {
+        let cluster = Catalog::builtin().unwrap().cluster("dgx-superpod-h100-64su", None).unwrap();
+        let net = NetworkModel::of(&cluster);
+        let inner = Span::of(&cluster, &net, Group { size: 8, stride: 1 });
+        let outer = Span::of(&cluster, &net, Group { size: 8, stride: 8 });
+        assert_eq!((inner.inside, inner.domains), (8.0, 1.0));
+        assert_eq!((outer.inside, outer.domains), (1.0, 8.0));
+    }
+}
