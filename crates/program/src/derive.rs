@@ -59,7 +59,14 @@ struct Derive<'a> {
 }
 
 impl Derive<'_> {
-    fn push(&mut self, kind: OpKind, name: String, ins: Vec<Operand>, outs: Vec<Operand>, phase: Phase) -> &mut Node {
+    fn push(
+        &mut self,
+        kind: OpKind,
+        name: String,
+        ins: Vec<Operand>,
+        outs: Vec<Operand>,
+        phase: Phase,
+    ) -> &mut Node {
         let unit = self.unit;
         let leaves = (0, 0);
         self.out.push(Node { kind, name, ins, acc: None, outs, grads: Vec::new(), leaves, phase, unit });
@@ -186,7 +193,13 @@ impl Derive<'_> {
         let out = self.g.all(dy);
         let (peer, tag) = (cx.peer(chunk.virtual_stage + 1), cx.tag(chunk.virtual_stage + 1, true));
         self.unit = chunk.first_layer + chunk.layers;
-        self.push(OpKind::Recv { peer, tag }, format!("stage{}.recv.grad", chunk.virtual_stage), vec![], vec![out], Phase::Input);
+        self.push(
+            OpKind::Recv { peer, tag },
+            format!("stage{}.recv.grad", chunk.virtual_stage),
+            vec![],
+            vec![out],
+            Phase::Input,
+        );
         self.grads.insert(y, dy);
     }
 
@@ -194,8 +207,15 @@ impl Derive<'_> {
         let cx = self.cx;
         let dx = self.grads[&x];
         let dx = self.g.all(dx);
-        let (peer, tag) = (cx.peer(chunk.virtual_stage + cx.layout.pp - 1), cx.tag(chunk.virtual_stage, true));
-        self.push(OpKind::Send { peer, tag }, format!("stage{}.send.grad", chunk.virtual_stage), vec![dx], vec![], Phase::Input);
+        let (peer, tag) =
+            (cx.peer(chunk.virtual_stage + cx.layout.pp - 1), cx.tag(chunk.virtual_stage, true));
+        self.push(
+            OpKind::Send { peer, tag },
+            format!("stage{}.send.grad", chunk.virtual_stage),
+            vec![dx],
+            vec![],
+            Phase::Input,
+        );
     }
 
     fn loss(&mut self, x: ValueId) {
@@ -235,7 +255,8 @@ impl Derive<'_> {
             if let Some(dx) = dx {
                 self.push(OpKind::LinearGradInput, name(".dx"), vec![d, w], vec![rows(dx)], Phase::Input);
                 // Logits of a sequence are gone after its turn, so its weight gradient cannot wait.
-                let n = self.push(OpKind::LinearGradWeight, name(".dw"), vec![d, rows(x)], vec![], Phase::Input);
+                let n =
+                    self.push(OpKind::LinearGradWeight, name(".dw"), vec![d, rows(x)], vec![], Phase::Input);
                 n.grads = vec![table];
                 n.leaves = (leaf, 1);
             }
@@ -275,7 +296,8 @@ impl Derive<'_> {
 pub(crate) fn needs_tp_sync(cx: &Context<'_>, group: &crate::ParamGroup) -> Option<Sync> {
     let on_rows = group.replicated_tp && group.name != "pos_embed.weight";
     let partial_heads = group.name.ends_with("q_norm.weight") || group.name.ends_with("k_norm.weight");
-    (cx.layout.tp > 1 && on_rows && (cx.layout.sequence_parallel || partial_heads)).then_some(Sync::TensorParallel)
+    (cx.layout.tp > 1 && on_rows && (cx.layout.sequence_parallel || partial_heads))
+        .then_some(Sync::TensorParallel)
 }
 
 /// Puts copies of forward ops in front of the backward ops that need values which were not kept.

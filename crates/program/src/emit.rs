@@ -159,7 +159,12 @@ impl Emitter<'_> {
         ins.extend(self.param("pos_embed.weight"));
         let x = self.act("embed", cx.tokens(), cx.model.hidden);
         let out = self.g.all(x);
-        self.push(OpKind::Embed { vocab0: cx.vocab().0, positions: cx.tp_rank == 0 }, "embed", ins, vec![out]);
+        self.push(
+            OpKind::Embed { vocab0: cx.vocab().0, positions: cx.tp_rank == 0 },
+            "embed",
+            ins,
+            vec![out],
+        );
         self.leave_tp("embed.reduce", x)
     }
 
@@ -168,8 +173,14 @@ impl Emitter<'_> {
         self.unit = 1 + chunk.first_layer;
         let x = self.act("recv", cx.residual_rows(), cx.model.hidden);
         let out = self.g.all(x);
-        let (peer, tag) = (cx.peer(chunk.virtual_stage + cx.layout.pp - 1), cx.tag(chunk.virtual_stage, false));
-        self.push(OpKind::Recv { peer, tag }, &format!("stage{}.recv", chunk.virtual_stage), vec![], vec![out]);
+        let (peer, tag) =
+            (cx.peer(chunk.virtual_stage + cx.layout.pp - 1), cx.tag(chunk.virtual_stage, false));
+        self.push(
+            OpKind::Recv { peer, tag },
+            &format!("stage{}.recv", chunk.virtual_stage),
+            vec![],
+            vec![out],
+        );
         x
     }
 

@@ -78,7 +78,14 @@ pub(crate) struct Graph {
 }
 
 impl Graph {
-    pub(crate) fn value(&mut self, name: &str, rows: usize, cols: usize, dtype: DType, source: Source) -> ValueId {
+    pub(crate) fn value(
+        &mut self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        dtype: DType,
+        source: Source,
+    ) -> ValueId {
         self.values.push(Value { name: name.to_owned(), rows, cols, dtype, source });
         ValueId(u32::try_from(self.values.len() - 1).expect("a chunk has fewer than 2^32 values"))
     }

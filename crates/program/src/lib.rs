@@ -13,22 +13,23 @@
 //!
 //! Nothing here knows clocks, hardware or files.
 
+mod cost;
+mod derive;
+mod emit;
+mod graph;
+mod lower;
 mod op;
 mod params;
-mod graph;
-mod emit;
-mod derive;
 mod pipeline;
 mod place;
-mod lower;
 mod step;
-mod cost;
 
 use serde::Serialize;
 use spec::{DType, Layout, ModelSpec, Result};
 
 pub use cost::Cost;
 pub use graph::Phase;
+pub use lower::owned as owned_range;
 pub use op::{Axis, Heads, OpKind, Sync};
 pub use params::{GroupId, ParamGroup, ParamPart};
 pub use pipeline::{Pass, PassTimes, Played, Work, orders, play};
@@ -360,7 +361,8 @@ pub struct Io {
     pub targets: BufferId,
     /// One f64 loss sum for each local sequence.
     pub loss_leaves: BufferId,
-    /// Sums of squared gradients by chunk of [`NORM_CHUNK`] elements, over the whole model.
+    /// Sums of squared gradients by chunk of [`NORM_CHUNK`] elements, over the whole model, and then the loss sums of
+    /// all sequences of the global batch.
     pub norm_chunks: BufferId,
     /// Cosine table `[sequence, head_dim / 2]`, empty without rotary positions.
     pub cos: BufferId,

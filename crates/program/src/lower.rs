@@ -9,10 +9,10 @@ use crate::graph::{Graph, Node, Operand, Phase, Source, ValueId};
 use crate::op::{Axis, OpKind};
 use crate::params::{Chunk, GroupId, chunks, table};
 use crate::pipeline::{Pass, in_flight, orders};
-use crate::place::{Span, alive_peak, aligned, place};
+use crate::place::{Span, aligned, alive_peak, place};
 use crate::{
-    Block, Bucket, Buffer, BufferId, Coords, GradOut, GroupBuffers, Home, Io, Item, Memory, NORM_CHUNK, Op, OpId,
-    Program, Request, View, WorkspaceLen, step,
+    Block, Bucket, Buffer, BufferId, Coords, GradOut, GroupBuffers, Home, Io, Item, Memory, NORM_CHUNK, Op,
+    OpId, Program, Request, View, WorkspaceLen, step,
 };
 
 /// Gradients are reduced in runs of about this many bytes: large enough for full bandwidth, small enough to begin
@@ -37,7 +37,8 @@ pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Progr
         decode: false,
     };
     let local_sequences = request.sequences / layout.dp;
-    let order = &orders(layout.schedule, layout.pp, layout.chunks, local_sequences / layout.micro_batch)[coords.pp];
+    let order =
+        &orders(layout.schedule, layout.pp, layout.chunks, local_sequences / layout.micro_batch)[coords.pp];
     let slots = in_flight(order, layout.chunks);
 
     let mut l = Lower {
@@ -72,7 +73,8 @@ pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Progr
         .iter()
         .map(|w| {
             let last = w.micro_batch + 1 == local_sequences / layout.micro_batch;
-            let block = passes.get(&(w.chunk, w.pass, last)).unwrap_or_else(|| &passes[&(w.chunk, w.pass, false)]);
+            let block =
+                passes.get(&(w.chunk, w.pass, last)).unwrap_or_else(|| &passes[&(w.chunk, w.pass, false)]);
             Item { block: *block, micro_batch: w.micro_batch }
         })
         .collect();
@@ -89,7 +91,11 @@ pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Progr
         blocks.len() - 1
     });
     let step = blocks.len();
-    blocks.push(Block { name: "step".into(), chunk: 0, ops: step::ops(&cx, &l.group_buffers, &buckets) });
+    blocks.push(Block {
+        name: "step".into(),
+        chunk: 0,
+        ops: step::ops(&cx, &l.buffers, &l.group_buffers, &buckets),
+    });
 
     let across = l.across();
     let Lower { buffers, group_buffers, at, memory, slot_sizes, scratch, .. } = l;
@@ -125,8 +131,13 @@ pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Progr
         workspace_offset: offset + scratch,
         memory,
     };
-    let floats =
-        program.blocks.iter().flat_map(|b| &b.ops).map(|op| workspace(op, &program)).max().unwrap_or_default();
+    let floats = program
+        .blocks
+        .iter()
+        .flat_map(|b| &b.ops)
+        .map(|op| workspace(op, &program))
+        .max()
+        .unwrap_or_default();
     program.memory.workspace = aligned(4 * floats);
     program.memory.total = program.workspace_offset + program.memory.workspace;
     program
@@ -176,9 +187,16 @@ impl Lower<'_> {
         let layout = self.cx.layout;
         let owned: Vec<(usize, usize)> = groups
             .iter()
-            .map(|g| if layout.zero >= Zero::Optimizer { owned(g.len(), layout.dp, self.coords.dp) } else { (0, g.len()) })
+            .map(|g| {
+                if layout.zero >= Zero::Optimizer {
+                    owned(g.len(), layout.dp, self.coords.dp)
+                } else {
+                    (0, g.len())
+                }
+            })
             .collect();
-        let whole = table(self.cx.model, layout.tp, self.coords.tp, &chunks(self.cx.model, &Default::default(), 0));
+        let whole =
+            table(self.cx.model, layout.tp, self.coords.tp, &chunks(self.cx.model, &Default::default(), 0));
         let mut chunk0 = HashMap::new();
         let mut at = 0;
         for g in &whole {
@@ -186,7 +204,7 @@ impl Lower<'_> {
             at += g.len().div_ceil(NORM_CHUNK);
         }
         let holds_embedding = stage.iter().any(|c| c.embed);
-        let mut region = |l: &mut Self, prefix: &str, dtype: DType, owned_only: bool| -> Vec<BufferId> {
+        let region = |l: &mut Self, prefix: &str, dtype: DType, owned_only: bool| -> Vec<BufferId> {
             (0..groups.len())
                 .map(|i| {
                     let (rows, cols) = if owned_only && owned[i].1 != groups[i].len() {
@@ -227,7 +245,8 @@ impl Lower<'_> {
             };
             (low > 0).then(|| l.fixed(format!("{prefix}{}", groups[i].name), rows, cols, DType::F32))
         };
-        let lows: Vec<Option<BufferId>> = (0..groups.len()).map(|i| low_of(self, i, "grad.partial.")).collect();
+        let lows: Vec<Option<BufferId>> =
+            (0..groups.len()).map(|i| low_of(self, i, "grad.partial.")).collect();
         let head_lows: Vec<Option<BufferId>> = (0..groups.len())
             .map(|i| head_grads[i].and_then(|_| low_of(self, i, "grad.head.partial.")))
             .collect();
@@ -267,10 +286,9 @@ impl Lower<'_> {
         }
         let all = SumTree::new(self.request.sequences);
         let below = all.inner(m * dp).map_or(usize::MAX, |r| r.len());
-        all.radices().get(below..).map_or_else(
-            || SumTree::new(self.request.sequences / dp / m).radices().to_vec(),
-            <[u32]>::to_vec,
-        )
+        all.radices()
+            .get(below..)
+            .map_or_else(|| SumTree::new(self.request.sequences / dp / m).radices().to_vec(), <[u32]>::to_vec)
     }
 
     fn io(&mut self, local_sequences: usize) -> Io {
@@ -278,7 +296,7 @@ impl Lower<'_> {
         let (model, sequence) = (self.cx.model, self.cx.sequence);
         let n = local_sequences * sequence;
         let whole = table(model, self.cx.layout.tp, self.coords.tp, &chunks(model, &Default::default(), 0));
-        let norm_chunks = whole.iter().map(|g| g.len().div_ceil(NORM_CHUNK)).sum();
+        let norm_chunks: usize = whole.iter().map(|g| g.len().div_ceil(NORM_CHUNK)).sum();
         let positions = sequence.max(self.request.cache);
         let half = if matches!(model.position, Position::Rope(_)) { model.head_dim / 2 } else { 0 };
         let kv = self.cx.heads().kv * model.head_dim;
@@ -288,7 +306,12 @@ impl Lower<'_> {
             tokens: self.fixed("tokens".into(), n, 1, DType::U32),
             targets: self.fixed("targets".into(), n, 1, DType::U32),
             loss_leaves: self.fixed("loss_leaves".into(), local_sequences, 1, DType::F64),
-            norm_chunks: self.fixed("norm_chunks".into(), norm_chunks, 1, DType::F64),
+            norm_chunks: self.fixed(
+                "norm_chunks".into(),
+                norm_chunks + self.request.sequences,
+                1,
+                DType::F64,
+            ),
             cos: self.fixed("rope.cos".into(), positions, half, DType::F32),
             sin: self.fixed("rope.sin".into(), positions, half, DType::F32),
             k_cache: None,
@@ -391,7 +414,14 @@ impl Lower<'_> {
     }
 
     /// Gives every value of a chunk a buffer, and turns nodes into ops.
-    fn place_chunk(&mut self, c: usize, g: &mut Graph, passes: Vec<Vec<Node>>, io: &Io, slots: bool) -> Vec<Vec<Op>> {
+    fn place_chunk(
+        &mut self,
+        c: usize,
+        g: &mut Graph,
+        passes: Vec<Vec<Node>>,
+        io: &Io,
+        slots: bool,
+    ) -> Vec<Vec<Op>> {
         let mut passes = passes;
         let zero = self.cx.layout.zero;
         if zero >= Zero::Parameters && self.cx.layout.dp > 1 {
@@ -404,7 +434,10 @@ impl Lower<'_> {
         self.partial_sums(g, &mut passes, &mut sums);
         let life = Lifetimes::of(g, &passes);
         let buffers = self.place_values(c, g, &life, io, slots);
-        passes.iter().map(|nodes| nodes.iter().filter_map(|n| self.op(g, n, &buffers, &sums)).collect()).collect()
+        passes
+            .iter()
+            .map(|nodes| nodes.iter().filter_map(|n| self.op(g, n, &buffers, &sums)).collect())
+            .collect()
     }
 
     /// Gradients of one micro-batch become values, reduced and scattered as soon as their bucket is complete.
@@ -421,7 +454,8 @@ impl Lower<'_> {
             }
         }
         for (bucket, b) in self.bucket_list.iter().enumerate() {
-            let values: Vec<ValueId> = b.grads.iter().filter_map(|(_, id)| sums.whole.get(id).copied()).collect();
+            let values: Vec<ValueId> =
+                b.grads.iter().filter_map(|(_, id)| sums.whole.get(id).copied()).collect();
             let uses = |n: &Node| n.outs.iter().any(|o| values.contains(&o.value));
             let Some(pass) = passes.iter().rposition(|p| p.iter().any(uses)) else { continue };
             let at = passes[pass].iter().rposition(uses).map_or(0, |i| i + 1);
@@ -487,7 +521,14 @@ impl Lower<'_> {
         (self.radices[..at].to_vec(), self.radices[at..].to_vec())
     }
 
-    fn place_values(&mut self, c: usize, g: &Graph, life: &Lifetimes, io: &Io, slots: bool) -> Vec<Option<BufferId>> {
+    fn place_values(
+        &mut self,
+        c: usize,
+        g: &Graph,
+        life: &Lifetimes,
+        io: &Io,
+        slots: bool,
+    ) -> Vec<Option<BufferId>> {
         let mut ids: Vec<Option<BufferId>> = vec![None; g.values.len()];
         let mut slot_spans = (Vec::new(), Vec::new());
         let mut scratch_spans = (Vec::new(), Vec::new());
@@ -501,7 +542,8 @@ impl Lower<'_> {
                     let (Some((birth, death)), true) = (life.span[i], life.root[i] == i) else { continue };
                     let span = Span { bytes: v.rows * v.cols * v.dtype.bytes(), birth, death };
                     let saved = life.block(birth) != life.block(death);
-                    let list = if saved && slots && !self.unified { &mut slot_spans } else { &mut scratch_spans };
+                    let list =
+                        if saved && slots && !self.unified { &mut slot_spans } else { &mut scratch_spans };
                     list.0.push(i);
                     list.1.push(span);
                 }
@@ -537,7 +579,9 @@ impl Lower<'_> {
 
     /// The micro-batch's rows of a whole step's input.
     fn rows_of(&mut self, whole: BufferId, v: &crate::graph::Value) -> BufferId {
-        let Home::Static { offset } = self.buffers[whole.0 as usize].home else { unreachable!("inputs are static") };
+        let Home::Static { offset } = self.buffers[whole.0 as usize].home else {
+            unreachable!("inputs are static")
+        };
         self.buffer(v.name.clone(), v.rows, v.cols, v.dtype, Home::MicroBatch { offset })
     }
 
@@ -581,7 +625,9 @@ impl Lower<'_> {
         };
         let mut levels = Vec::new();
         if n.leaves.1 < m {
-            levels.extend(sums.within.get(&group).and_then(|v| buffers[v.0 as usize]).into_iter().flat_map(stack));
+            levels.extend(
+                sums.within.get(&group).and_then(|v| buffers[v.0 as usize]).into_iter().flat_map(stack),
+            );
         }
         let top = self.grad_buffer(group, is_head(n));
         let top = match sums.whole.get(&top) {
@@ -670,7 +716,7 @@ fn phase_letter(n: &Node) -> char {
 }
 
 /// The run of elements of a group that data-parallel rank `index` updates: whole norm chunks, as even as possible.
-pub(crate) fn owned(len: usize, dp: usize, index: usize) -> (usize, usize) {
+pub fn owned(len: usize, dp: usize, index: usize) -> (usize, usize) {
     let chunks = len.div_ceil(NORM_CHUNK);
     let at = |i: usize| (chunks * i / dp * NORM_CHUNK).min(len);
     (at(index), at(index + 1) - at(index))

@@ -177,14 +177,16 @@ impl Table<'_> {
     }
 
     fn linear(&mut self, name: &str, outs: &[(String, usize)], in_dim: usize, cut: Cut, bias: bool) {
-        let weights: Vec<(String, usize)> = outs.iter().map(|(n, rows)| (format!("{n}.weight"), *rows)).collect();
+        let weights: Vec<(String, usize)> =
+            outs.iter().map(|(n, rows)| (format!("{n}.weight"), *rows)).collect();
         let weights: Vec<(&str, usize)> = weights.iter().map(|(n, r)| (n.as_str(), *r)).collect();
         self.matrix(&format!("{name}.weight"), &weights, in_dim, cut);
         if bias {
             let mut parts = Vec::new();
             let mut at = 0;
             for (n, len) in outs {
-                let (first, count) = if cut == Cut::Rows { share(*len, self.tp, self.tp_rank) } else { (0, *len) };
+                let (first, count) =
+                    if cut == Cut::Rows { share(*len, self.tp, self.tp_rank) } else { (0, *len) };
                 parts.push(ParamPart {
                     name: format!("{n}.bias"),
                     global: (1, *len),
@@ -206,7 +208,8 @@ impl Table<'_> {
         let mut at = 0;
         let (col0, cols) = if cut == Cut::Cols { share(in_dim, self.tp, self.tp_rank) } else { (0, in_dim) };
         for (n, total) in outs {
-            let (row0, rows) = if cut == Cut::Rows { share(*total, self.tp, self.tp_rank) } else { (0, *total) };
+            let (row0, rows) =
+                if cut == Cut::Rows { share(*total, self.tp, self.tp_rank) } else { (0, *total) };
             let global = (*total, in_dim);
             parts.push(ParamPart { name: (*n).to_owned(), global, row0, rows, col0, cols, local_row0: at });
             at += rows;
@@ -223,12 +226,27 @@ impl Table<'_> {
     }
 
     fn vector(&mut self, name: &str, len: usize) {
-        let part =
-            ParamPart { name: name.to_owned(), global: (1, len), row0: 0, rows: 1, col0: 0, cols: len, local_row0: 0 };
+        let part = ParamPart {
+            name: name.to_owned(),
+            global: (1, len),
+            row0: 0,
+            rows: 1,
+            col0: 0,
+            cols: len,
+            local_row0: 0,
+        };
         self.push(name.to_owned(), 1, len, false, vec![part], true);
     }
 
-    fn push(&mut self, name: String, rows: usize, cols: usize, decay: bool, parts: Vec<ParamPart>, whole: bool) {
+    fn push(
+        &mut self,
+        name: String,
+        rows: usize,
+        cols: usize,
+        decay: bool,
+        parts: Vec<ParamPart>,
+        whole: bool,
+    ) {
         let (unit, chunk) = (self.unit, self.chunk);
         self.groups.push(ParamGroup { name, rows, cols, decay, parts, unit, replicated_tp: whole, chunk });
     }

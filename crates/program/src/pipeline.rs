@@ -26,10 +26,15 @@ pub enum Pass {
 
 /// The order of work on every stage, by stage.
 ///
-/// GPipe (Huang et al. 2019), 1F1B and interleaved 1F1B (Narayanan et al. 2021, section 2.2), and a zero-bubble
-/// schedule with the memory of 1F1B (Qi et al. 2023, ZB-H1), whose order comes from a greedy play with equal times.
+/// GPipe (Huang et al. 2019), 1F1B and interleaved 1F1B (Narayanan et al. 2021, section 2.2), and the zero-bubble
+/// schedule with the memory of 1F1B (Qi et al. 2023, ZB-H1).
 /// For each chunk, micro-batches run in index order in every pass: gradient sums rely on it.
-pub fn orders(schedule: PipelineSchedule, stages: usize, chunks: usize, micro_batches: usize) -> Vec<Vec<Work>> {
+pub fn orders(
+    schedule: PipelineSchedule,
+    stages: usize,
+    chunks: usize,
+    micro_batches: usize,
+) -> Vec<Vec<Work>> {
     match schedule {
         PipelineSchedule::Gpipe => (0..stages).map(|_| gpipe(micro_batches)).collect(),
         PipelineSchedule::OneFOneB => {
@@ -38,7 +43,7 @@ pub fn orders(schedule: PipelineSchedule, stages: usize, chunks: usize, micro_ba
         PipelineSchedule::Interleaved => (0..stages)
             .map(|s| one_f_one_b((stages - 1 - s) * 2 + (chunks - 1) * stages, micro_batches, chunks, stages))
             .collect(),
-        PipelineSchedule::ZeroBubble => zero_bubble(stages, micro_batches),
+        PipelineSchedule::ZeroBubble => (0..stages).map(|s| zero_bubble(s, stages, micro_batches)).collect(),
     }
 }
 
@@ -67,32 +72,33 @@ fn one_f_one_b(warm_up: usize, micro_batches: usize, chunks: usize, stages: usiz
     order
 }
 
-/// Plays all stages with F = B = W = 1: a backward that can run goes first, then a forward while fewer than `stages`
-/// micro-batches are in flight, then a weight gradient.
-fn zero_bubble(stages: usize, micro_batches: usize) -> Vec<Vec<Work>> {
-    let mut done = vec![[0usize; 3]; stages];
-    let mut orders = vec![Vec::with_capacity(3 * micro_batches); stages];
-    while done.iter().any(|d| d[2] < micro_batches) {
-        let before = done.clone();
-        for s in 0..stages {
-            let [f, b, w] = before[s];
-            let gradient_there = if s + 1 == stages { f > b } else { before[s + 1][1] > b };
-            let input_there = f < micro_batches && (s == 0 || before[s - 1][0] > f);
-            let pass = if b < micro_batches && gradient_there {
-                Pass::Backward
-            } else if input_there && f - w < stages && f - b < stages - s {
-                Pass::Forward
-            } else if w < b {
-                Pass::Weight
-            } else {
-                continue;
-            };
-            let at = pass as usize;
-            orders[s].push(Work { chunk: 0, micro_batch: done[s][at], pass });
-            done[s][at] += 1;
+/// The warm-up of 1F1B; then stage `s` (from 0) lets `s` weight gradients pile up, so that inputs' gradients reach the
+/// stages before it early, and works the pile off while it would otherwise wait. No stage ever holds more than
+/// `stages` micro-batches.
+fn zero_bubble(stage: usize, stages: usize, micro_batches: usize) -> Vec<Work> {
+    let mut order = Vec::with_capacity(3 * micro_batches);
+    let mut done = [0usize; 3];
+    let mut run = |done: &mut [usize; 3], pass: Pass| {
+        order.push(Work { chunk: 0, micro_batch: done[pass as usize], pass });
+        done[pass as usize] += 1;
+    };
+    for _ in 0..micro_batches.min(stages - stage) {
+        run(&mut done, Pass::Forward);
+    }
+    for _ in 0..micro_batches {
+        run(&mut done, Pass::Backward);
+        let [f, b, w] = done;
+        if b - w > stage || f == micro_batches {
+            run(&mut done, Pass::Weight);
+        }
+        if f < micro_batches {
+            run(&mut done, Pass::Forward);
         }
     }
-    orders
+    while done[Pass::Weight as usize] < micro_batches {
+        run(&mut done, Pass::Weight);
+    }
+    order
 }
 
 /// What one pass over a chunk takes, in any unit of time.
@@ -139,7 +145,7 @@ pub fn play(orders: &[Vec<Work>], chunks: usize, times: PassTimes) -> Result<Pla
                     Pass::Forward if v == 0 => Some(0.0),
                     Pass::Forward => of(v - 1, Pass::Forward),
                     Pass::Backward if v + 1 == stages * chunks => of(v, Pass::Forward),
-                    Pass::Backward => of(v + 1, Pass::Backward).and(of(v, Pass::Forward)).and(of(v + 1, Pass::Backward)),
+                    Pass::Backward => of(v, Pass::Forward).and(of(v + 1, Pass::Backward)),
                     Pass::Weight => of(v, Pass::Backward),
                 };
                 let Some(ready) = ready else { break };
@@ -198,7 +204,10 @@ mod tests {
             assert!(o.len() % (micro_batches * chunks) == 0, "every micro-batch runs every pass");
         }
         let played = play(&orders, chunks, TIMES).expect("no deadlock");
-        assert_eq!(played.bubble, bubble, "{schedule:?} {stages} stages {chunks} chunks {micro_batches} micro-batches");
+        assert_eq!(
+            played.bubble, bubble,
+            "{schedule:?} {stages} stages {chunks} chunks {micro_batches} micro-batches"
+        );
     }
 
     /// The bubble is `(p - 1)(F + B + W)` for GPipe and 1F1B, that over `v` chunks when interleaved (in units of a

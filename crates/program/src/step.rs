@@ -4,13 +4,18 @@ use crate::cost::Cost;
 use crate::derive::needs_tp_sync;
 use crate::emit::Context;
 use crate::graph::Phase;
-use crate::lower::owned;
 use crate::op::{OpKind, Sync};
 use crate::params::GroupId;
-use crate::{Bucket, BufferId, GroupBuffers, Op, OpId, View};
+use crate::{Bucket, Buffer, BufferId, GroupBuffers, Op, OpId, View};
 
 /// The tail of a step: wait for reduced gradients, settle shared ones, clip, update, hand out parameters.
-pub(crate) fn ops(cx: &Context<'_>, groups: &[GroupBuffers], buckets: &[Bucket]) -> Vec<Op> {
+pub(crate) fn ops(
+    cx: &Context<'_>,
+    buffers: &[Buffer],
+    groups: &[GroupBuffers],
+    buckets: &[Bucket],
+) -> Vec<Op> {
+    let whole = |id: BufferId| View { buffer: id, row0: 0, rows: buffers[id.0 as usize].rows };
     let layout = cx.layout;
     let mut ops = Vec::new();
     if layout.dp > 1 && layout.zero < Zero::Gradients {
@@ -21,25 +26,25 @@ pub(crate) fn ops(cx: &Context<'_>, groups: &[GroupBuffers], buckets: &[Bucket])
     for (id, group, b) in each(cx, groups) {
         if let Some(over) = needs_tp_sync(cx, group) {
             let name = format!("grads.{}.sync", group.name);
-            ops.push(op(name, OpKind::SyncGrads { over, group: id }, vec![], vec![whole(cx, id, b.grad)]));
+            ops.push(op(name, OpKind::SyncGrads { over, group: id }, vec![], vec![whole(b.grad)]));
         }
         if group.name == "embed.weight" && cx.model.tied_embeddings {
             let kind = match b.head_grad {
                 Some(_) => OpKind::TieGrads { group: id },
                 None => OpKind::SyncGrads { over: Sync::Embedding, group: id },
             };
-            let ins = b.head_grad.iter().map(|h| whole(cx, id, *h)).collect();
-            ops.push(op("grads.embed.weight.tie".into(), kind, ins, vec![whole(cx, id, b.grad)]));
+            let ins = b.head_grad.iter().map(|h| whole(*h)).collect();
+            ops.push(op("grads.embed.weight.tie".into(), kind, ins, vec![whole(b.grad)]));
         }
     }
-    let all = each(cx, groups).map(|(id, _, b)| whole(cx, id, b.grad)).collect();
+    let all = each(cx, groups).map(|(id, _, b)| whole(b.grad)).collect();
     ops.push(op("grads.norm".into(), OpKind::GradNorm, all, vec![]));
     for (id, group, b) in each(cx, groups) {
         let kind = OpKind::AdamW { group: id, decay: group.decay };
-        let mut outs = vec![whole(cx, id, b.param)];
-        outs.extend(b.master.map(|m| whole(cx, id, m)));
-        outs.extend([whole(cx, id, b.exp_avg), whole(cx, id, b.exp_avg_sq)]);
-        let mut adamw = op(format!("optim.{}", group.name), kind, vec![whole(cx, id, b.grad)], outs);
+        let mut outs = vec![whole(b.param)];
+        outs.extend(b.master.map(|m| whole(m)));
+        outs.extend([whole(b.exp_avg), whole(b.exp_avg_sq)]);
+        let mut adamw = op(format!("optim.{}", group.name), kind, vec![whole(b.grad)], outs);
         let count = if layout.zero >= Zero::Optimizer { b.owned.1 } else { group.len() } as u64;
         // Gradient, master and both moments are read, all but the gradient written, in f32; bf16 weights written too.
         adamw.cost.bytes = count * if cx.dtype == DType::F32 { 28 } else { 30 };
@@ -51,7 +56,7 @@ pub(crate) fn ops(cx: &Context<'_>, groups: &[GroupBuffers], buckets: &[Bucket])
                 format!("optim.{}.gather", group.name),
                 OpKind::AllGatherParams { group: id },
                 vec![],
-                vec![whole(cx, id, b.param)],
+                vec![whole(b.param)],
             );
             gather.cost.wire_bytes = (b.owned.1 * cx.dtype.bytes()) as u64;
             ops.push(gather);
@@ -69,7 +74,8 @@ pub(crate) fn with_reductions(
     buckets: &[Bucket],
     later: &dyn Fn(BufferId) -> bool,
 ) -> Vec<Op> {
-    let adds_to = |op: &Op, b: BufferId| op.grads.iter().any(|g| g.levels.last().is_some_and(|v| v.buffer == b));
+    let adds_to =
+        |op: &Op, b: BufferId| op.grads.iter().any(|g| g.levels.last().is_some_and(|v| v.buffer == b));
     let mut at: Vec<(usize, usize)> = Vec::new();
     for (i, bucket) in buckets.iter().enumerate() {
         let complete_after =
@@ -84,7 +90,12 @@ pub(crate) fn with_reductions(
         for &(_, bucket) in at.iter().filter(|(last, _)| *last == i) {
             let scatter = cx.layout.zero >= Zero::Optimizer;
             let kind = OpKind::ReduceGrads { bucket, scatter };
-            let views = buckets[bucket].grads.iter().map(|(g, b)| whole(cx, *g, *b)).collect();
+            let view = |(g, b): &(GroupId, BufferId)| View {
+                buffer: *b,
+                row0: 0,
+                rows: cx.groups[g.0 as usize].rows,
+            };
+            let views = buckets[bucket].grads.iter().map(view).collect();
             let mut reduce = op(format!("grads.bucket{bucket}.reduce"), kind, views, vec![]);
             reduce.cost.wire_bytes = buckets[bucket].bytes as u64;
             out.push(reduce);
@@ -99,10 +110,6 @@ fn each<'a>(
 ) -> impl Iterator<Item = (GroupId, &'a crate::ParamGroup, &'a GroupBuffers)> {
     let ids = (0..).map(GroupId);
     ids.zip(cx.groups).zip(groups).map(|((id, group), b)| (id, group, b))
-}
-
-fn whole(cx: &Context<'_>, id: GroupId, buffer: BufferId) -> View {
-    View { buffer, row0: 0, rows: cx.groups[id.0 as usize].rows }
 }
 
 fn op(name: String, kind: OpKind, ins: Vec<View>, outs: Vec<View>) -> Op {
@@ -122,7 +129,7 @@ fn op(name: String, kind: OpKind, ins: Vec<View>, outs: Vec<View>) -> Op {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::lower::owned;
 
     #[test]
     fn owned_ranges_tile_the_group_in_whole_chunks() {
