@@ -4,3 +4,4 @@
 
 pub mod compute;
 pub mod network;
+pub mod shape;
