@@ -1,0 +1,163 @@
+//! The directory that holds a run's checkpoints: `step-00000123/` committed, `.step-00000123.tmp/` being written or
+//! removed, `.step-00000123.old/` put aside while its successor of the same step takes its place.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use spec::{Error, Result};
+
+use crate::disk;
+use crate::manifest::MANIFEST;
+
+/// Committed checkpoints in `dir`, oldest step first. A missing directory holds none.
+///
+/// # Errors
+/// When `dir` cannot be read.
+pub fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut found = Vec::new();
+    for (name, path) in entries(dir)? {
+        let Some((step, state)) = parse(&name) else { continue };
+        // A put-aside checkpoint counts only when a crash kept its successor from taking the name.
+        let stands = match state {
+            State::Committed => true,
+            State::Old => !dir.join(committed_name(step)).join(MANIFEST).exists(),
+            State::Temporary => false,
+        };
+        if stands && path.join(MANIFEST).is_file() {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The newest committed checkpoint in `dir`.
+///
+/// # Errors
+/// When `dir` cannot be read.
+pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
+    Ok(list(dir)?.pop().map(|(_, path)| path))
+}
+
+/// Removes all but the newest `count` checkpoints in `dir` and returns the removed steps; 0 removes none.
+///
+/// # Errors
+/// When a directory cannot be read or removed. A checkpoint is renamed before it is removed, so none is ever seen in
+/// half.
+pub fn keep(dir: &Path, count: usize) -> Result<Vec<u64>> {
+    let all = list(dir)?;
+    if count == 0 || all.len() <= count {
+        return Ok(Vec::new());
+    }
+    let mut removed = Vec::new();
+    for (step, path) in &all[..all.len() - count] {
+        let trash = temporary_path(dir, *step);
+        let doing = "remove old checkpoint";
+        disk::remove_dir(&trash).map_err(|e| Error::io(doing, &trash, &e))?;
+        disk::rename(path, &trash).map_err(|e| Error::io(doing, path, &e))?;
+        disk::remove_dir(&trash).map_err(|e| Error::io(doing, &trash, &e))?;
+        removed.push(*step);
+    }
+    Ok(removed)
+}
+
+/// Clears what interrupted saves left behind, except the temporary directory of `step`.
+pub(crate) fn clear_leftovers(dir: &Path, step: u64) -> Result<()> {
+    for (name, path) in entries(dir)? {
+        let cleared = match parse(&name) {
+            Some((s, State::Temporary)) if s != step => disk::remove_dir(&path),
+            Some((s, State::Old)) if dir.join(committed_name(s)).join(MANIFEST).exists() => {
+                disk::remove_dir(&path)
+            }
+            Some((s, State::Old)) => disk::rename(&path, &dir.join(committed_name(s))),
+            _ => Ok(()),
+        };
+        cleared.map_err(|e| Error::io("clear leftovers of an interrupted save", &path, &e))?;
+    }
+    Ok(())
+}
+
+pub(crate) fn committed_path(dir: &Path, step: u64) -> PathBuf {
+    dir.join(committed_name(step))
+}
+
+pub(crate) fn temporary_path(dir: &Path, step: u64) -> PathBuf {
+    dir.join(format!(".step-{step:08}.tmp"))
+}
+
+pub(crate) fn old_path(dir: &Path, step: u64) -> PathBuf {
+    dir.join(format!(".step-{step:08}.old"))
+}
+
+fn committed_name(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum State {
+    Committed,
+    Temporary,
+    Old,
+}
+
+/// The step in a directory's name; only names that Phalanx itself writes.
+fn parse(name: &str) -> Option<(u64, State)> {
+    let (core, state) = if let Some(core) = name.strip_prefix('.') {
+        core.strip_suffix(".tmp")
+            .map(|c| (c, State::Temporary))
+            .or_else(|| core.strip_suffix(".old").map(|c| (c, State::Old)))?
+    } else {
+        (name, State::Committed)
+    };
+    let step: u64 = core.strip_prefix("step-")?.parse().ok()?;
+    (committed_name(step) == core).then_some((step, state))
+}
+
+fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let error = |e| Error::io("read checkpoint directory", dir, &e);
+    let read = match fs::read_dir(dir) {
+        Ok(read) => read,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(error(e)),
+    };
+    let mut found = Vec::new();
+    for entry in read {
+        let entry = entry.map_err(error)?;
+        if let Ok(name) = entry.file_name().into_string() {
+            found.push((name, entry.path()));
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        assert_eq!(parse("step-00000123"), Some((123, State::Committed)));
+        assert_eq!(parse(".step-00000123.tmp"), Some((123, State::Temporary)));
+        assert_eq!(parse(".step-123456789012.old"), Some((123_456_789_012, State::Old)));
+        for other in ["step-123", "step-+0000123", "step-00000123.tmp", ".step-00000123", "x", "step-"] {
+            assert_eq!(parse(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn keeps_the_newest() {
+        let dir = tempfile::tempdir().unwrap();
+        for step in [5, 10, 15] {
+            let path = committed_path(dir.path(), step);
+            fs::create_dir(&path).unwrap();
+            fs::write(path.join(MANIFEST), "").unwrap();
+        }
+        fs::create_dir(committed_path(dir.path(), 20)).unwrap();
+        assert_eq!(keep(dir.path(), 0).unwrap(), [0u64; 0]);
+        assert_eq!(keep(dir.path(), 2).unwrap(), [5]);
+        let steps: Vec<u64> = list(dir.path()).unwrap().into_iter().map(|(s, _)| s).collect();
+        assert_eq!(steps, [10, 15], "a directory without a manifest is none");
+        assert_eq!(latest(dir.path()).unwrap(), Some(committed_path(dir.path(), 15)));
+        assert_eq!(latest(&dir.path().join("missing")).unwrap(), None);
+    }
+}

@@ -1,0 +1,478 @@
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use spec::{Error, Result};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::dir;
+use crate::header::Header;
+use crate::manifest::{Kind, MANIFEST, Manifest, TensorEntry};
+use crate::region::{Region, for_each_copy, matrix};
+
+/// A committed checkpoint, open for reading.
+///
+/// Data are read chunk by chunk into a buffer of one chunk, and every byte handed out was hashed in that buffer. The
+/// files are not mapped: a mapping would count as resident memory of the trainer, and a file cut short while mapped
+/// kills the process instead of giving an error.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    manifest: Manifest,
+    index: HashMap<(Kind, String), usize>,
+    cache: Mutex<Cache>,
+}
+
+/// What [`Checkpoint::verify`] read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verified {
+    /// Data files.
+    pub files: usize,
+    /// Checksummed chunks.
+    pub chunks: usize,
+    /// Bytes of data files.
+    pub bytes: u64,
+}
+
+/// The last chunk read: neighbouring rows and small tensors mostly lie in the same one.
+#[derive(Debug, Default)]
+struct Cache {
+    file: Option<(usize, File)>,
+    chunk: Option<(usize, u64)>,
+    bytes: Vec<u8>,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint directory `path` (`.../step-00000123`): checks the manifest, that it describes every element
+    /// of every tensor exactly once, and that all files are there at their full length. Reads no tensor data.
+    ///
+    /// # Errors
+    /// A user error naming the file at fault; the hint names the previous checkpoint that opens, if there is one.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::open_alone(path).map_err(|e| hint_previous(e, path))
+    }
+
+    fn open_alone(path: &Path) -> Result<Self> {
+        let file = path.join(MANIFEST);
+        let text = fs::read(&file).map_err(|e| Error::io("open checkpoint: read", &file, &e))?;
+        let manifest = Manifest::from_text(&text, &file)?;
+        for file in &manifest.files {
+            let path = path.join(&file.name);
+            let found = fs::metadata(&path).map_err(|e| Error::io("open checkpoint: find", &path, &e))?.len();
+            if found != file.bytes {
+                let how = if found < file.bytes { "cut short" } else { "too long" };
+                return Err(Error::user(format!(
+                    "checkpoint file {} is {how}: {found} bytes, the manifest says {}",
+                    path.display(),
+                    file.bytes
+                )));
+            }
+        }
+        let index = manifest.tensors.iter().enumerate().map(|(i, t)| ((t.kind, t.name.clone()), i)).collect();
+        Ok(Checkpoint { path: path.to_owned(), manifest, index, cache: Mutex::default() })
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What the checkpoint says of itself.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Optimiser steps done.
+    pub fn step(&self) -> u64 {
+        self.manifest.step
+    }
+
+    /// The tensor's entry.
+    ///
+    /// # Errors
+    /// When the checkpoint has no such tensor.
+    pub fn tensor(&self, name: &str, kind: Kind) -> Result<&TensorEntry> {
+        // The key is owned because HashMap looks up tuples only whole; names are short and lookups rare.
+        let at = self.index.get(&(kind, name.to_owned()));
+        at.map(|i| &self.manifest.tensors[*i])
+            .ok_or_else(|| Error::user(format!("checkpoint {} has no {kind} {name}", self.path.display())))
+    }
+
+    /// Reads a rectangle of a tensor seen as a matrix (`shape[0]` rows; a vector has one row) into `out`, row-major.
+    ///
+    /// # Errors
+    /// When the tensor or the rectangle does not exist, or a chunk that holds a part of it does not match its checksum.
+    pub fn read_box(
+        &self,
+        name: &str,
+        kind: Kind,
+        row0: usize,
+        rows: usize,
+        col0: usize,
+        cols: usize,
+        out: &mut [f32],
+    ) -> Result<()> {
+        self.read_regions(name, kind, &[Region::rect(row0, rows, col0, cols)], out)
+    }
+
+    /// Reads parts of a tensor, one after the other, into `out`: the counterpart of [`crate::Piece`].
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read_box`].
+    pub fn read_regions(&self, name: &str, kind: Kind, regions: &[Region], out: &mut [f32]) -> Result<()> {
+        let tensor = self.tensor(name, kind)?;
+        let (rows, cols) = matrix(&tensor.shape)
+            .ok_or_else(|| Error::user(format!("{kind} {name}: shape {:?} is too large", tensor.shape)))?;
+        if let Some(outside) = regions.iter().find(|r| !r.fits(rows, cols)) {
+            return Err(Error::user(format!(
+                "checkpoint {} holds {kind} {name} of shape {:?}; {outside} are outside",
+                self.path.display(),
+                tensor.shape
+            )));
+        }
+        let expected: usize = regions.iter().map(Region::len).sum();
+        if expected != out.len() {
+            return Err(Error::failure(format!(
+                "read {kind} {name}: room for {} elements, expected {expected}",
+                out.len()
+            )));
+        }
+        let mut out = out;
+        for region in regions {
+            let (now, later) = out.split_at_mut(region.len());
+            self.read_region(tensor, region, cols, now)?;
+            out = later;
+        }
+        Ok(())
+    }
+
+    fn read_region(&self, tensor: &TensorEntry, region: &Region, cols: usize, out: &mut [f32]) -> Result<()> {
+        // A panic while the lock was held leaves at worst a chunk that is marked as not there.
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        for piece in &tensor.pieces {
+            for_each_copy(&piece.region, region, cols, |run| {
+                let offset = piece.offset + (run.from * size_of::<f32>()) as u64;
+                let bytes = bytemuck::cast_slice_mut(&mut out[run.to..run.to + run.len]);
+                self.read_bytes(&mut cache, piece.file, offset, bytes)
+            })
+            .map_err(|e| hint_previous(e, &self.path))?;
+        }
+        Ok(())
+    }
+
+    /// Copies verified bytes of a file into `out`.
+    fn read_bytes(&self, cache: &mut Cache, file: usize, mut offset: u64, out: &mut [u8]) -> Result<()> {
+        let chunk_bytes = self.manifest.files[file].chunk_bytes as u64;
+        let mut out = out;
+        while !out.is_empty() {
+            let (chunk, within) = (offset / chunk_bytes, (offset % chunk_bytes) as usize);
+            self.load_chunk(cache, file, chunk)?;
+            let available = &cache.bytes[within..];
+            let n = available.len().min(out.len());
+            let (now, later) = out.split_at_mut(n);
+            now.copy_from_slice(&available[..n]);
+            offset += n as u64;
+            out = later;
+        }
+        Ok(())
+    }
+
+    /// Reads a chunk into the cache and checks it, unless it is there.
+    fn load_chunk(&self, cache: &mut Cache, file: usize, chunk: u64) -> Result<()> {
+        if cache.chunk == Some((file, chunk)) {
+            return Ok(());
+        }
+        cache.chunk = None;
+        let entry = &self.manifest.files[file];
+        let path = self.path.join(&entry.name);
+        let io = |e| Error::io("read checkpoint", &path, &e);
+        if cache.file.as_ref().is_none_or(|(open, _)| *open != file) {
+            cache.file = Some((file, File::open(&path).map_err(io)?));
+        }
+        let Some((_, handle)) = &cache.file else { unreachable!("opened above") };
+        let start = chunk * entry.chunk_bytes as u64;
+        let len = (entry.bytes - start).min(entry.chunk_bytes as u64) as usize;
+        cache.bytes.resize(len, 0);
+        handle.read_exact_at(&mut cache.bytes, start).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => {
+                Error::user(format!("checkpoint file {} was cut short", path.display()))
+            }
+            _ => io(e),
+        })?;
+        let (found, expected) = (xxh3_64(&cache.bytes), entry.checksums[chunk as usize]);
+        if found != expected {
+            return Err(Error::user(format!(
+                "checkpoint file {} is damaged in chunk {chunk} (bytes {start}..{}): checksum {found:016x}, expected {expected:016x}",
+                path.display(),
+                start + len as u64
+            )));
+        }
+        cache.chunk = Some((file, chunk));
+        Ok(())
+    }
+
+    /// Reads every byte and compares all checksums; also that the files' own headers agree with the manifest.
+    ///
+    /// # Errors
+    /// A user error naming the first damaged file and chunk, and how many more there are.
+    pub fn verify(&self) -> Result<Verified> {
+        let mut cache = Cache::default();
+        let (mut chunks, mut bad) = (0, 0);
+        let mut first: Option<Error> = None;
+        for (i, file) in self.manifest.files.iter().enumerate() {
+            for chunk in 0..file.checksums.len() {
+                if let Err(e) = self.load_chunk(&mut cache, i, chunk as u64) {
+                    bad += 1;
+                    first.get_or_insert(e);
+                }
+                chunks += 1;
+            }
+        }
+        if let Some(e) = first {
+            let e = if bad > 1 { e.context(format!("{bad} of {chunks} chunks are damaged")) } else { e };
+            return Err(hint_previous(e, &self.path));
+        }
+        for i in 0..self.manifest.files.len() {
+            self.verify_header(i).map_err(|e| hint_previous(e, &self.path))?;
+        }
+        let bytes = self.manifest.files.iter().map(|f| f.bytes).sum();
+        Ok(Verified { files: self.manifest.files.len(), chunks, bytes })
+    }
+
+    fn verify_header(&self, file: usize) -> Result<()> {
+        let path = self.path.join(&self.manifest.files[file].name);
+        let handle = File::open(&path).map_err(|e| Error::io("read checkpoint", &path, &e))?;
+        let header = Header::read(&handle, &path)?;
+        for tensor in &self.manifest.tensors {
+            for piece in tensor.pieces.iter().filter(|p| p.file == file) {
+                let agrees = header.tensors.get(&piece.key).is_some_and(|info| {
+                    let elements: usize = info.shape.iter().product();
+                    let place = header.offset(info) == piece.offset;
+                    place && info.dtype == "F32" && elements == piece.region.len()
+                });
+                if !agrees {
+                    return Err(Error::user(format!(
+                        "checkpoint file {}: piece {} is not where the manifest says",
+                        path.display(),
+                        piece.key
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Points to the newest older checkpoint beside `path` that opens.
+fn hint_previous(error: Error, path: &Path) -> Error {
+    let Some(parent) = path.parent() else { return error };
+    let Ok(all) = dir::list(parent) else { return error };
+    let older = all.iter().rev().skip_while(|(_, p)| p != path).skip(1);
+    match older.map(|(_, p)| p).find(|p| Checkpoint::open_alone(p).is_ok()) {
+        Some(good) => error.hint(format!("the previous checkpoint is {}", good.display())),
+        None => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Meta, Piece, Saver};
+
+    /// Saves one tensor of consecutive numbers, dealt out to ranks as the given regions.
+    fn save(dir: &Path, step: u64, shape: &[usize], ranks: &[Vec<Region>]) -> Result<PathBuf> {
+        let (_, cols) = matrix(shape).unwrap();
+        let all: Vec<f32> = (0..shape.iter().product::<usize>()).map(|i| i as f32).collect();
+        let whole = Region::whole(shape);
+        let mut records = Vec::new();
+        for (rank, boxes) in ranks.iter().enumerate() {
+            let mut data = Vec::new();
+            for region in boxes {
+                let mut part = vec![0.0; region.len()];
+                for_each_copy(&whole, region, cols, |r| {
+                    part[r.to..r.to + r.len].copy_from_slice(&all[r.from..r.from + r.len]);
+                    Ok::<(), ()>(())
+                })
+                .unwrap();
+                data.extend(part);
+            }
+            let kinds = Kind::ALL.map(|kind| Piece {
+                name: "w",
+                kind,
+                global_shape: shape,
+                boxes: boxes.clone(),
+                data: &data,
+            });
+            let bytes = Saver::begin(dir, step)?.write_rank(rank, kinds)?.to_bytes();
+            records.push(crate::FileRecord::from_bytes(&bytes)?);
+        }
+        // Records arrive in any order.
+        records.reverse();
+        Saver::commit(dir, step, records, Meta { world: ranks.len(), ..Meta::default() })
+    }
+
+    /// Cuts a box into `2^depth` boxes, alternating by the bits of `seed`.
+    fn cut(region: Region, depth: u32, seed: u64) -> Vec<Region> {
+        let Region::Box { row0, rows, col0, cols } = region else { return vec![region] };
+        if depth == 0 {
+            return vec![region];
+        }
+        let (left, right) = if seed & 1 == 0 {
+            let n = (seed >> 1) as usize % (rows + 1);
+            (Region::rect(row0, n, col0, cols), Region::rect(row0 + n, rows - n, col0, cols))
+        } else {
+            let n = (seed >> 1) as usize % (cols + 1);
+            (Region::rect(row0, rows, col0, n), Region::rect(row0, rows, col0 + n, cols - n))
+        };
+        [cut(left, depth - 1, seed >> 3), cut(right, depth - 1, seed >> 5)].concat()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_layout_reads_what_any_other_wrote(
+            rows in 1usize..9, cols in 1usize..9, seed: u64, world in 1usize..5, ask: [usize; 4]
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let mut ranks = vec![Vec::new(); world];
+            for (i, b) in cut(Region::rect(0, rows, 0, cols), 3, seed).into_iter().enumerate() {
+                let Region::Box { row0, rows: r, col0, cols: c } = b else { unreachable!() };
+                // Half of the boxes are dealt out as two flat ranges, as ZeRO does.
+                let middle = r * c / 2;
+                let half = |s, n| Region::of_local_range(cols, (row0, r, col0, c), s, n);
+                if i % 2 == 0 {
+                    ranks[i % world].extend(half(0, middle));
+                    ranks[(i + 1) % world].extend(half(middle, r * c - middle));
+                } else {
+                    ranks[i % world].push(b);
+                }
+            }
+            let path = save(dir.path(), 1, &[rows, cols], &ranks).unwrap();
+            let ckpt = Checkpoint::open(&path).unwrap();
+            prop_assert_eq!(ckpt.verify().unwrap().files, world);
+            let (row0, col0) = (ask[0] % rows, ask[1] % cols);
+            let (r, c) = (ask[2] % (rows - row0) + 1, ask[3] % (cols - col0) + 1);
+            let mut out = vec![-1.0; r * c];
+            ckpt.read_box("w", Kind::ExpAvg, row0, r, col0, c, &mut out).unwrap();
+            for (i, got) in out.into_iter().enumerate() {
+                prop_assert_eq!(got as usize, (row0 + i / c) * cols + col0 + i % c);
+            }
+        }
+    }
+
+    fn one_rank(dir: &Path, step: u64) -> PathBuf {
+        save(dir, step, &[3, 4], &[vec![Region::range(0, 12)]]).unwrap()
+    }
+
+    #[track_caller]
+    fn check_error<T: std::fmt::Debug>(result: Result<T>, what: &str, hint: &str) {
+        let error = result.expect_err("must fail");
+        assert_eq!(error.exit_code(), 2, "{error}");
+        assert!(error.to_string().contains(what), "{error}");
+        assert!(error.hint_text().unwrap_or_default().contains(hint), "{:?}", error.hint_text());
+    }
+
+    #[test]
+    fn a_whole_tensor_is_plain_safetensors() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes = fs::read(one_rank(dir.path(), 1).join("rank-00000.safetensors")).unwrap();
+        let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(theirs.tensor("w").unwrap().shape(), [3, 4]);
+        assert_eq!(theirs.tensor("exp_avg_sq.w").unwrap().dtype(), safetensors::Dtype::F32);
+    }
+
+    #[test]
+    fn every_flipped_byte_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        one_rank(dir.path(), 1);
+        let path = one_rank(dir.path(), 2);
+        let file = path.join("rank-00000.safetensors");
+        let good = fs::read(&file).unwrap();
+        for i in 0..good.len() {
+            let mut bad = good.clone();
+            bad[i] ^= 0x10;
+            fs::write(&file, &bad).unwrap();
+            let ckpt = Checkpoint::open(&path).unwrap();
+            check_error(ckpt.verify(), "rank-00000.safetensors is damaged in chunk 0", "step-00000001");
+            let read = ckpt.read_box("w", Kind::Param, 0, 1, 0, 1, &mut [0.0]);
+            check_error(read, "damaged in chunk 0", "step-00000001");
+        }
+    }
+
+    #[test]
+    fn what_is_cut_or_missing_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        one_rank(dir.path(), 1);
+        let path = one_rank(dir.path(), 2);
+        let file = path.join("rank-00000.safetensors");
+        let good = fs::read(&file).unwrap();
+        fs::write(&file, &good[..good.len() - 1]).unwrap();
+        check_error(Checkpoint::open(&path), "is cut short", "step-00000001");
+        fs::remove_file(&file).unwrap();
+        check_error(Checkpoint::open(&path), "rank-00000.safetensors", "step-00000001");
+        fs::write(path.join(MANIFEST), "{").unwrap();
+        check_error(Checkpoint::open(&path), "manifest.json is damaged", "step-00000001");
+        fs::remove_file(path.join(MANIFEST)).unwrap();
+        check_error(Checkpoint::open(&path), "manifest.json", "");
+        // With nothing older there is no hint.
+        let first = dir.path().join("step-00000001");
+        fs::write(first.join(MANIFEST), "{").unwrap();
+        assert_eq!(Checkpoint::open(&first).unwrap_err().hint_text(), None);
+    }
+
+    #[test]
+    fn wrong_questions_are_answered() {
+        let dir = tempfile::tempdir().unwrap();
+        let ckpt = Checkpoint::open(&one_rank(dir.path(), 1)).unwrap();
+        check_error(ckpt.read_box("v", Kind::Param, 0, 1, 0, 1, &mut [0.0]), "has no param v", "");
+        check_error(ckpt.read_box("w", Kind::Param, 2, 2, 0, 1, &mut [0.0; 2]), "rows 2..4", "");
+        let short = ckpt.read_box("w", Kind::Param, 0, 1, 0, 4, &mut [0.0]).unwrap_err();
+        assert_eq!(short.exit_code(), 1, "a wrong buffer is our own fault");
+    }
+
+    #[test]
+    fn commit_refuses_gaps_and_overlaps() {
+        let dir = tempfile::tempdir().unwrap();
+        let whole = || vec![Region::range(0, 12)];
+        for (ranks, what) in [
+            (vec![vec![Region::range(0, 11)]], "1 of 12 elements are written nowhere"),
+            (
+                vec![whole(), whole()],
+                "written twice: elements 0..12 in rank-00000.safetensors and elements 0..12 in rank-00001",
+            ),
+            (vec![vec![Region::range(3, 10)]], "reach outside"),
+        ] {
+            let error = save(dir.path(), 1, &[3, 4], &ranks).unwrap_err();
+            assert!(error.to_string().contains(what), "{error}");
+        }
+        assert_eq!(dir::list(dir.path()).unwrap(), []);
+    }
+
+    #[test]
+    fn chunks_end_inside_tensors() {
+        let dir = tempfile::tempdir().unwrap();
+        let shape = [1100, 1000];
+        let halves = [vec![Region::rect(0, 1100, 0, 300)], vec![Region::rect(0, 1100, 300, 700)]];
+        let path = save(dir.path(), 1, &shape, &halves).unwrap();
+        let ckpt = Checkpoint::open(&path).unwrap();
+        let found = ckpt.verify().unwrap();
+        assert!((13_200_000..13_201_000).contains(&found.bytes), "{found:?}");
+        assert_eq!(found.chunks, 1 + 3);
+        let mut all = vec![0.0; 1_100_000];
+        ckpt.read_box("w", Kind::ExpAvgSq, 0, 1100, 0, 1000, &mut all).unwrap();
+        assert!(all.iter().enumerate().all(|(i, x)| *x == i as f32));
+        // A flip in the last chunk is found there, and reads elsewhere still work.
+        let file = path.join("rank-00001.safetensors");
+        let mut bytes = fs::read(&file).unwrap();
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        fs::write(&file, bytes).unwrap();
+        let ckpt = Checkpoint::open(&path).unwrap();
+        check_error(ckpt.verify(), "damaged in chunk 2 (bytes 8388608..", "");
+        ckpt.read_box("w", Kind::Param, 0, 10, 0, 1000, &mut [0.0; 10_000]).unwrap();
+    }
+}

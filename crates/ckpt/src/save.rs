@@ -1,0 +1,379 @@
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use spec::{DType, Error, Result};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::dir;
+use crate::disk::{self, NewFile};
+use crate::header;
+use crate::manifest::{CHUNK_BYTES, FileEntry, Kind, MANIFEST, Manifest, Meta, PieceEntry, TensorEntry, key};
+use crate::region::{Region, matrix};
+
+/// What one rank holds of one tensor.
+#[derive(Clone, Debug)]
+pub struct Piece<'a> {
+    /// Logical name, for example `layers.3.attn.q.weight`.
+    pub name: &'a str,
+    /// Which of the parameter's tensors.
+    pub kind: Kind,
+    /// Shape of the whole tensor.
+    pub global_shape: &'a [usize],
+    /// The parts, in the order in which they follow each other in `data`.
+    pub boxes: Vec<Region>,
+    /// The elements of all parts, each part row-major.
+    pub data: &'a [f32],
+}
+
+/// What a rank wrote: sent to rank 0, which commits.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FileRecord {
+    step: u64,
+    rank: usize,
+    file: FileEntry,
+    /// The `file` of each piece is 0 until commit gives the files their order.
+    tensors: Vec<TensorEntry>,
+}
+
+impl FileRecord {
+    /// JSON, to be sent to the committing rank.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a record is plain data")
+    }
+
+    /// Reads what [`FileRecord::to_bytes`] wrote.
+    ///
+    /// # Errors
+    /// When the bytes are not a record.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        serde_json::from_slice(bytes)
+            .map_err(|e| Error::failure(format!("read checkpoint record of a rank: {e}")))
+    }
+
+    /// Length of the file in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.file.bytes
+    }
+}
+
+/// A checkpoint being written.
+///
+/// Every rank begins and writes its own file; when all records are with rank 0 it commits. Saves into one directory must
+/// not overlap in time.
+#[derive(Debug)]
+pub struct Saver {
+    dir: PathBuf,
+    temp: PathBuf,
+    step: u64,
+}
+
+impl Saver {
+    /// Makes room for the checkpoint of `step` under `dir`. Every rank may call it, in any order.
+    ///
+    /// # Errors
+    /// When the directory cannot be made.
+    pub fn begin(dir: &Path, step: u64) -> Result<Self> {
+        let temp = dir::temporary_path(dir, step);
+        disk::create_dir(&temp).map_err(|e| save_error("create", &temp, &e, dir))?;
+        Ok(Saver { dir: dir.to_owned(), temp, step })
+    }
+
+    /// Streams the parts that `rank` holds into its file and syncs it. Rank 0 first clears what interrupted saves left.
+    /// Nothing is copied; beyond the file's header no memory is used.
+    ///
+    /// # Errors
+    /// When writing fails (the rank's file is removed again), or a piece contradicts itself.
+    pub fn write_rank<'a>(
+        &self,
+        rank: usize,
+        pieces: impl IntoIterator<Item = Piece<'a>>,
+    ) -> Result<FileRecord> {
+        if rank == 0 {
+            dir::clear_leftovers(&self.dir, self.step)?;
+        }
+        let pieces: Vec<Piece<'a>> = pieces.into_iter().collect();
+        let name = format!("rank-{rank:05}.safetensors");
+        let path = self.temp.join(&name);
+        let (mut tensors, header) = plan(&pieces)?;
+        let written = write_file(&path, &header, &pieces).and_then(|sums| {
+            disk::sync_dir(&self.temp)?;
+            Ok(sums)
+        });
+        let (bytes, checksums) = written.map_err(|e| {
+            // The error to report is the first one; what cannot be removed now is cleared by the next save.
+            let _ = fs::remove_file(&path);
+            let _ = fs::remove_dir(&self.temp);
+            save_error("write", &path, &e, &self.dir)
+        })?;
+        for piece in tensors.iter_mut().flat_map(|t| &mut t.pieces) {
+            piece.offset += header.len() as u64;
+        }
+        let file = FileEntry { name, bytes, chunk_bytes: CHUNK_BYTES, checksums };
+        Ok(FileRecord { step: self.step, rank, file, tensors })
+    }
+
+    /// Checks that the records cover every tensor exactly once, writes the manifest and moves the checkpoint to its
+    /// final name, `dir/step-00000123`, which it returns. An earlier checkpoint of the same step is replaced.
+    ///
+    /// # Errors
+    /// When the records do not fit together or writing fails; the temporary directory is removed then and earlier
+    /// checkpoints are as they were.
+    pub fn commit(dir: &Path, step: u64, records: Vec<FileRecord>, meta: Meta) -> Result<PathBuf> {
+        let temp = dir::temporary_path(dir, step);
+        let prepared = merge(step, records, meta).and_then(|manifest| prepare(dir, &temp, &manifest));
+        let published = prepared.and_then(|()| publish(dir, &temp, step));
+        if let Err(e) = published {
+            let _ = disk::remove_dir(&temp);
+            return Err(e);
+        }
+        let path = dir::committed_path(dir, step);
+        let settle = || -> io::Result<()> {
+            disk::sync_dir(dir)?;
+            // Either name now holds the replaced checkpoint of the same step, if there was one.
+            disk::remove_dir(&temp)?;
+            disk::remove_dir(&dir::old_path(dir, step))
+        };
+        settle().map_err(|e| Error::io("checkpoint is written, but settle", &path, &e))?;
+        Ok(path)
+    }
+
+    /// Removes what the ranks wrote for `step`; for rank 0 when a rank failed.
+    ///
+    /// # Errors
+    /// When a file cannot be removed.
+    pub fn abort(dir: &Path, step: u64) -> Result<()> {
+        let temp = dir::temporary_path(dir, step);
+        disk::remove_dir(&temp).map_err(|e| Error::io("remove unfinished checkpoint", &temp, &e))
+    }
+
+    /// Writes and commits a checkpoint of a single rank.
+    ///
+    /// # Errors
+    /// As [`Saver::write_rank`] and [`Saver::commit`].
+    pub fn save<'a>(
+        dir: &Path,
+        step: u64,
+        pieces: impl IntoIterator<Item = Piece<'a>>,
+        meta: Meta,
+    ) -> Result<PathBuf> {
+        let record = Saver::begin(dir, step)?.write_rank(0, pieces)?;
+        Saver::commit(dir, step, vec![record], meta)
+    }
+}
+
+/// The tensor entries of a rank's pieces, with offsets from the end of the header, and the safetensors header.
+fn plan(pieces: &[Piece<'_>]) -> Result<(Vec<TensorEntry>, Vec<u8>)> {
+    let mut tensors: Vec<TensorEntry> = Vec::new();
+    let mut index = HashMap::new();
+    let mut entries = Vec::new();
+    let mut offset = 0;
+    for piece in pieces {
+        let bug = |what: String| Error::failure(format!("checkpoint {} {}: {what}", piece.kind, piece.name));
+        let shape = piece.global_shape;
+        let (rows, cols) = matrix(shape).ok_or_else(|| bug(format!("shape {shape:?} is too large")))?;
+        if let Some(outside) = piece.boxes.iter().find(|b| !b.fits(rows, cols)) {
+            return Err(bug(format!("{outside} reach outside of shape {shape:?}")));
+        }
+        let expected: usize = piece.boxes.iter().map(Region::len).sum();
+        if expected != piece.data.len() {
+            return Err(bug(format!("{} elements given for boxes of {expected}", piece.data.len())));
+        }
+        let at = *index.entry((piece.kind, piece.name)).or_insert_with(|| {
+            tensors.push(TensorEntry {
+                name: piece.name.to_owned(),
+                kind: piece.kind,
+                dtype: DType::F32,
+                shape: shape.to_vec(),
+                pieces: Vec::new(),
+            });
+            tensors.len() - 1
+        });
+        if tensors[at].shape != shape {
+            return Err(bug(format!("shape {shape:?} after {:?}", tensors[at].shape)));
+        }
+        for region in piece.boxes.iter().filter(|b| !b.is_empty()) {
+            let key = key(piece.name, piece.kind, shape, region);
+            let stored = match *region {
+                r if r == Region::whole(shape) => shape.to_vec(),
+                Region::Range { len, .. } => vec![len],
+                Region::Box { rows, cols, .. } => vec![rows, cols],
+            };
+            entries.push(header::Entry {
+                name: key.clone(),
+                dtype: "F32",
+                shape: stored,
+                bytes: 4 * region.len(),
+            });
+            tensors[at].pieces.push(PieceEntry { file: 0, key, offset, region: *region });
+            offset += (4 * region.len()) as u64;
+        }
+    }
+    let mut keys = HashSet::new();
+    if let Some(twice) = entries.iter().find(|e| !keys.insert(e.name.as_str())) {
+        return Err(Error::failure(format!("checkpoint piece {} is written twice by one rank", twice.name)));
+    }
+    let header = header::encode(&entries);
+    Ok((tensors, header))
+}
+
+/// Writes header and data; gives the length and the checksum of each chunk.
+fn write_file(path: &Path, header: &[u8], pieces: &[Piece<'_>]) -> io::Result<(u64, Vec<u64>)> {
+    let mut out = Checksummed { file: NewFile::create(path)?, bytes: 0, hash: Xxh3::new(), sums: Vec::new() };
+    out.write(header)?;
+    for piece in pieces {
+        out.write(bytemuck::cast_slice(piece.data))?;
+    }
+    out.finish()
+}
+
+/// A file whose chunks are hashed on the way to the disk.
+struct Checksummed {
+    file: NewFile,
+    bytes: u64,
+    hash: Xxh3,
+    sums: Vec<u64>,
+}
+
+impl Checksummed {
+    fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let room = CHUNK_BYTES - (self.bytes % CHUNK_BYTES as u64) as usize;
+            let (now, later) = bytes.split_at(room.min(bytes.len()));
+            self.hash.update(now);
+            self.file.write_all(now)?;
+            self.bytes += now.len() as u64;
+            if now.len() == room {
+                self.sums.push(self.hash.digest());
+                self.hash.reset();
+            }
+            bytes = later;
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> io::Result<(u64, Vec<u64>)> {
+        if !self.bytes.is_multiple_of(CHUNK_BYTES as u64) {
+            self.sums.push(self.hash.digest());
+        }
+        self.file.sync()?;
+        Ok((self.bytes, self.sums))
+    }
+}
+
+/// One manifest of all ranks' records.
+fn merge(step: u64, mut records: Vec<FileRecord>, meta: Meta) -> Result<Manifest> {
+    records.sort_by_key(|r| r.rank);
+    let mut files = Vec::with_capacity(records.len());
+    let mut tensors: Vec<TensorEntry> = Vec::new();
+    let mut index: HashMap<(Kind, String), usize> = HashMap::new();
+    for record in records {
+        if record.step != step {
+            return Err(Error::failure(format!(
+                "commit checkpoint of step {step}: rank {} wrote step {}",
+                record.rank, record.step
+            )));
+        }
+        for mut tensor in record.tensors {
+            tensor.pieces.iter_mut().for_each(|p| p.file = files.len());
+            let name = (tensor.kind, tensor.name.clone());
+            let Some(&at) = index.get(&name) else {
+                index.insert(name, tensors.len());
+                tensors.push(tensor);
+                continue;
+            };
+            if tensors[at].shape != tensor.shape {
+                return Err(Error::failure(format!(
+                    "commit checkpoint of step {step}: rank {} holds {} {} of shape {:?}, others {:?}",
+                    record.rank, tensor.kind, tensor.name, tensor.shape, tensors[at].shape
+                )));
+            }
+            tensors[at].pieces.append(&mut tensor.pieces);
+        }
+        if files.iter().any(|f: &FileEntry| f.name == record.file.name) {
+            return Err(Error::failure(format!(
+                "commit checkpoint of step {step}: two records of rank {}",
+                record.rank
+            )));
+        }
+        files.push(record.file);
+    }
+    let manifest = Manifest::new(step, meta, files, tensors);
+    manifest.check().map_err(|why| Error::failure(format!("commit checkpoint of step {step}: {why}")))?;
+    Ok(manifest)
+}
+
+/// Makes the temporary directory complete: exactly the recorded files, and the manifest last.
+fn prepare(dir: &Path, temp: &Path, manifest: &Manifest) -> Result<()> {
+    for file in &manifest.files {
+        let path = temp.join(&file.name);
+        let found = fs::metadata(&path).map_err(|e| {
+            Error::failure(format!("commit checkpoint: {} is not here: {e}", path.display()))
+                .hint("every rank must see the same run.dir")
+        })?;
+        if found.len() != file.bytes {
+            return Err(Error::failure(format!(
+                "commit checkpoint: {} has {} bytes, its rank wrote {}",
+                path.display(),
+                found.len(),
+                file.bytes
+            )));
+        }
+    }
+    let text = manifest.to_text()?;
+    let write = || -> io::Result<()> {
+        for entry in fs::read_dir(temp)? {
+            let entry = entry?;
+            if !manifest.files.iter().any(|f| entry.file_name() == *f.name) {
+                disk::remove_file(&entry.path())?;
+            }
+        }
+        let mut file = NewFile::create(&temp.join(MANIFEST))?;
+        file.write_all(text.as_bytes())?;
+        file.sync()?;
+        disk::sync_dir(temp)
+    };
+    write().map_err(|e| save_error("write manifest in", temp, &e, dir))
+}
+
+/// Moves the complete temporary directory to its final name.
+fn publish(dir: &Path, temp: &Path, step: u64) -> Result<()> {
+    let path = dir::committed_path(dir, step);
+    let swap = || -> io::Result<()> {
+        if !path.exists() {
+            return disk::rename(temp, &path);
+        }
+        if disk::exchange(temp, &path)? {
+            return Ok(());
+        }
+        // Two renames; between them the put-aside name stands for the step.
+        let old = dir::old_path(dir, step);
+        disk::remove_dir(&old)?;
+        disk::rename(&path, &old)?;
+        disk::rename(temp, &path).inspect_err(|_| {
+            let _ = disk::rename(&old, &path);
+        })
+    };
+    swap().map_err(|e| save_error("move into place", &path, &e, dir))
+}
+
+fn save_error(doing: &str, path: &Path, e: &io::Error, dir: &Path) -> Error {
+    let error = Error::io(&format!("save checkpoint: {doing}"), path, e);
+    let full = matches!(
+        e.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+    );
+    if !full {
+        return error;
+    }
+    match dir::latest(dir) {
+        Ok(Some(last)) => error.hint(format!(
+            "free space under {} or lower checkpoint.keep; the last checkpoint is {}",
+            dir.display(),
+            last.display()
+        )),
+        _ => error.hint(format!("free space under {}", dir.display())),
+    }
+}
