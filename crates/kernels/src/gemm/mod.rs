@@ -1,0 +1,86 @@
+//! Matrix products as chains of fused multiply-adds.
+//!
+//! The product is cut into register tiles of [`MR`] x [`NR`]. The right operand is packed into panels of [`NR`]
+//! columns, the left one is read in place (or packed where it would be read across its rows). Inner blocks of
+//! [`KC`] keep a panel in the first-level cache; between two blocks a tile's partial sums rest in scratch memory in
+//! `f32`, so the block size does not show in the result.
+
+mod micro;
+mod pack;
+mod product;
+mod weight;
+
+pub(crate) use micro::{Tile, tile};
+pub(crate) use pack::pack_columns;
+pub(crate) use product::{Left, Out, Right, product, product_workspace_len};
+pub(crate) use weight::{weight_gradient, weight_gradient_workspace_len};
+
+/// Rows of a register tile.
+pub(crate) const MR: usize = 6;
+/// Columns of a register tile and of a packed panel.
+pub(crate) const NR: usize = 64;
+/// Length of an inner block.
+pub(crate) const KC: usize = 256;
+
+/// Floats in a cache line; packed panels start on one.
+const LINE: usize = 16;
+
+/// Hands out aligned pieces of a workspace.
+pub(crate) struct Workspace<'a> {
+    rest: &'a mut [f32],
+}
+
+impl<'a> Workspace<'a> {
+    pub(crate) fn new(ws: &'a mut [f32]) -> Self {
+        Workspace { rest: ws }
+    }
+
+    /// The next `len` floats, starting on a cache line.
+    pub(crate) fn take(&mut self, len: usize) -> &'a mut [f32] {
+        let rest = std::mem::take(&mut self.rest);
+        let skip = rest.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE - 1);
+        assert!(
+            rest.len() >= skip + len,
+            "workspace too small: {} left of {} needed",
+            rest.len(),
+            skip + len
+        );
+        let (piece, rest) = rest[skip..].split_at_mut(len);
+        self.rest = rest;
+        piece
+    }
+
+    /// What `take` may use up for `len` floats.
+    pub(crate) const fn room(len: usize) -> usize {
+        len + LINE - 1
+    }
+}
+
+/// Cuts `len` into equal blocks of at most `most`, each a multiple of `unit`.
+fn block(len: usize, unit: usize, most: usize) -> usize {
+    let blocks = len.div_ceil(most).max(1);
+    len.div_ceil(blocks).next_multiple_of(unit)
+}
+
+/// Rows and columns of a task's part of an output: at most `most`, smaller where threads would stay idle.
+fn task_shape(rows: usize, cols: usize, most: (usize, usize), threads: usize) -> (usize, usize) {
+    /// Tasks per thread that even out unequal speed.
+    const TASKS: usize = 4;
+    let (mut mc, mut nc) = (block(rows, MR, most.0), block(cols, NR, most.1));
+    if threads == 1 {
+        return (mc, nc);
+    }
+    while rows.div_ceil(mc) * cols.div_ceil(nc) < TASKS * threads {
+        // A task reads (mc + nc) rows of operands for mc * nc outputs: keep it near a square.
+        if mc >= nc && mc > 4 * MR {
+            mc = block(mc, MR, mc.div_ceil(2));
+        } else if nc > NR {
+            nc = block(nc, NR, nc.div_ceil(2));
+        } else if mc > MR {
+            mc = block(mc, MR, mc.div_ceil(2));
+        } else {
+            break;
+        }
+    }
+    (mc, nc)
+}

@@ -1,0 +1,119 @@
+//! Operands laid out in the order in which tiles read them.
+
+use super::{MR, NR};
+use crate::simd::{LANES, kernel};
+use crate::storage::Element;
+
+kernel! {
+    /// Packs a panel of `cols <= NR` columns and `k` rows of a row-major `src` (row stride `ld`): row p goes to
+    /// `dst[p * NR..]`, filled up with zeros to whole vectors.
+    pub(crate) fn pack_rows[T: Element](src: &[T], ld: usize, k: usize, cols: usize, dst: &mut [f32]) = |s: S| {
+        for p in 0..k {
+            let from = &src[p * ld..p * ld + cols];
+            let to = &mut dst[p * NR..(p + 1) * NR];
+            if cols == NR {
+                for j in (0..NR).step_by(LANES) {
+                    s.store(&mut to[j..j + LANES], T::get(s, &from[j..j + LANES]));
+                }
+            } else {
+                for j in (0..cols).step_by(LANES) {
+                    s.store(&mut to[j..j + LANES], T::get(s, &from[j..]));
+                }
+            }
+        }
+    }
+}
+
+kernel! {
+    /// Packs a panel of `cols <= NR` columns and `k` rows of the transpose of a row-major `src` (row stride `ld`):
+    /// element (p, j) is `src[j * ld + p]`. Filled up with zeros to whole vectors.
+    pub(crate) fn pack_columns[T: Element](src: &[T], ld: usize, k: usize, cols: usize, dst: &mut [f32]) = |s: S| {
+        for j in (0..cols).step_by(LANES) {
+            let lines = LANES.min(cols - j);
+            for p in (0..k).step_by(LANES) {
+                let mut block = [s.splat(0.0); LANES];
+                if lines == LANES && p + LANES <= k {
+                    for i in 0..LANES {
+                        let at = (j + i) * ld + p;
+                        block[i] = T::get(s, &src[at..at + LANES]);
+                    }
+                    s.transpose(&mut block);
+                    for i in 0..LANES {
+                        let at = (p + i) * NR + j;
+                        s.store(&mut dst[at..at + LANES], block[i]);
+                    }
+                } else {
+                    for i in 0..lines {
+                        let at = (j + i) * ld;
+                        block[i] = T::get(s, &src[at + p..at + k]);
+                    }
+                    s.transpose(&mut block);
+                    for i in 0..LANES.min(k - p) {
+                        let at = (p + i) * NR + j;
+                        s.store(&mut dst[at..at + LANES], block[i]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+kernel! {
+    /// Packs `cols` columns and `k` rows of a row-major `src` for use as a transposed left operand: groups of [`MR`]
+    /// columns, in each of which row p is at `p * MR`.
+    pub(crate) fn pack_left[T: Element](src: &[T], ld: usize, k: usize, cols: usize, dst: &mut [f32]) = |s: S| {
+        for p in 0..k {
+            let from = &src[p * ld..p * ld + cols];
+            let (whole, rest) = from.as_chunks::<MR>();
+            let mut at = p * MR;
+            for group in whole {
+                let to = &mut dst[at..at + MR];
+                for i in 0..MR {
+                    to[i] = group[i].one();
+                }
+                at += k * MR;
+            }
+            for (i, x) in rest.iter().enumerate() {
+                dst[at + i] = x.one();
+            }
+        }
+    }
+}
+
+kernel! {
+    /// Widens `rows` rows of `k` elements (row stride `ld`) into dense rows.
+    pub(crate) fn widen[T: Element](src: &[T], ld: usize, rows: usize, k: usize, dst: &mut [f32]) = |s: S| {
+        for i in 0..rows {
+            let from = &src[i * ld..i * ld + k];
+            let to = &mut dst[i * k..(i + 1) * k];
+            for p in (0..k).step_by(LANES) {
+                s.store(&mut to[p..], T::get(s, &from[p..]));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn panels_hold_the_operand_and_zeros() {
+        for (k, cols) in [(1usize, 1usize), (16, 16), (17, 64), (40, 33), (5, 63), (33, 48)] {
+            let ld = 70;
+            let src: Vec<f32> = (0..70 * 70).map(|i| i as f32 + 1.0).collect();
+            let mut dst = vec![f32::NAN; k * NR];
+            let wide = cols.next_multiple_of(LANES);
+            pack_rows(&src, ld, k, cols, &mut dst);
+            let at = |i: usize, j: usize| if j < cols { src[i] } else { 0.0 };
+            assert!((0..k).all(|p| (0..wide).all(|j| dst[p * NR + j] == at(p * ld + j, j))));
+            pack_columns(&src, ld, k, cols, &mut dst);
+            assert!((0..k).all(|p| (0..wide).all(|j| dst[p * NR + j] == at((j * ld + p) % src.len(), j))));
+            let mut left = vec![f32::NAN; cols.next_multiple_of(MR) * k];
+            pack_left(&src, ld, k, cols, &mut left);
+            assert!(
+                (0..k).all(|p| (0..cols).all(|j| left[j / MR * k * MR + p * MR + j % MR] == src[p * ld + j]))
+            );
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! Kernels against references in double precision, and against themselves: bits must not depend on threads, on how
+//! many rows are computed together, or on the processor.
+
+mod attention;
+mod bits;
+mod linear;
+mod loss;
+mod reference;
+mod rows;
