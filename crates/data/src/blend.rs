@@ -57,7 +57,7 @@ impl Blend {
         let mut before = Vec::with_capacity(blocks * streams.len());
         let mut drawn = vec![0u64; streams.len()];
         for i in 0..samples {
-            if i as usize % BLOCK == 0 {
+            if (i as usize).is_multiple_of(BLOCK) {
                 before.extend_from_slice(&drawn);
             }
             let next = furthest_behind(&weights, &drawn, i);

@@ -1,6 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use spec::{Error, Result};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::atomic::Pending;
 use crate::indexed::{MAGIC, VERSION, bin_path, idx_path};
@@ -30,6 +31,7 @@ pub struct IndexedWriter {
     lengths: Vec<i32>,
     current: u64,
     tokens: u64,
+    hash: Xxh3,
 }
 
 /// Bytes gathered before a write reaches the file.
@@ -52,6 +54,7 @@ impl IndexedWriter {
             lengths: Vec::new(),
             current: 0,
             tokens: 0,
+            hash: Xxh3::new(),
         })
     }
 
@@ -115,12 +118,12 @@ impl IndexedWriter {
     /// # Errors
     /// Nothing was written, a document is still open, or the disk refuses.
     pub fn finish(self) -> Result<()> {
-        self.finish_with(|| Ok(()))
+        self.finish_with(|_| Ok(()))
     }
 
-    /// As [`IndexedWriter::finish`]; `between` runs when the tokens are in place and the index is not, for
-    /// files that must be there before the dataset counts as existing.
-    pub(crate) fn finish_with(mut self, between: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// As [`IndexedWriter::finish`]; `between` gets XXH3-128 of the stored tokens and runs when they are in place
+    /// and the index is not, for files that must be there before the dataset counts as existing.
+    pub(crate) fn finish_with(mut self, between: impl FnOnce(u128) -> Result<()>) -> Result<()> {
         if self.tokens == 0 || self.current != 0 {
             return Err(Error::failure(format!(
                 "finish {}: {} tokens in closed documents and {} in an open one",
@@ -140,12 +143,14 @@ impl IndexedWriter {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("replace", &old, &e)),
             _ => {}
         }
+        let hash = self.hash.digest128();
         self.bin.commit()?;
-        between()?;
+        between(hash)?;
         idx.commit()
     }
 
     fn flush(&mut self) -> Result<()> {
+        self.hash.update(&self.buffer);
         self.bin.write(&self.buffer)?;
         self.buffer.clear();
         Ok(())

@@ -148,6 +148,23 @@ impl Source {
         Ok(())
     }
 
+    /// Names the data: XXH3-128 over the sequences' lengths and the tokens (of more than 512 MiB, blocks spread
+    /// evenly), in hexadecimal. Equal for equal data, wherever it lies.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = xxhash_rust::xxh3::Xxh3::new();
+        hash.update(self.token_type().name().as_bytes());
+        for index in 0..self.sequences() {
+            hash.update(&(self.length(index) as u64).to_le_bytes());
+        }
+        for part in 0..self.parts() {
+            let bytes = self.part_bytes(part);
+            for (_, block) in checked_blocks(bytes) {
+                hash.update(block);
+            }
+        }
+        format!("{:032x}", hash.digest128())
+    }
+
     /// The error for a token outside the vocabulary found in a drawn sample.
     pub(crate) fn bad_token(&self, sequence: usize, offset: usize, id: u32, vocab: usize) -> Error {
         match self {
@@ -195,25 +212,32 @@ impl Source {
     }
 }
 
-/// Position and value of the first token at or beyond `limit` among those looked at.
-fn first_beyond(bytes: &[u8], kind: TokenType, limit: u32) -> Option<(u64, u32)> {
+/// The blocks that a check looks at, each with its byte offset: all, or of more than `FULL_CHECK_BYTES` one in several
+/// and the last.
+fn checked_blocks(bytes: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
     let blocks = bytes.len().div_ceil(CHECK_BLOCK_BYTES);
     let every = bytes.len().div_ceil(FULL_CHECK_BYTES).max(1);
-    (0..blocks).into_par_iter().filter(|block| block % every == 0 || block + 1 == blocks).find_map_first(
-        |block| {
-            let from = block * CHECK_BLOCK_BYTES;
-            let stored = &bytes[from..(from + CHECK_BLOCK_BYTES).min(bytes.len())];
-            let mut tokens = [0; 1024];
-            for (i, part) in stored.chunks(1024 * kind.size()).enumerate() {
-                let tokens = &mut tokens[..part.len() / kind.size()];
-                kind.decode(part, tokens);
-                // The common case is one pass that finds nothing, which vectorises.
-                if tokens.iter().fold(0, |max, &t| max.max(t)) >= limit {
-                    let at = tokens.iter().position(|&t| t >= limit)?;
-                    return Some(((from / kind.size() + i * 1024 + at) as u64, tokens[at]));
-                }
+    bytes
+        .chunks(CHECK_BLOCK_BYTES)
+        .enumerate()
+        .filter(move |(block, _)| block % every == 0 || block + 1 == blocks)
+        .map(|(block, bytes)| (block * CHECK_BLOCK_BYTES, bytes))
+}
+
+/// Position and value of the first token at or beyond `limit` among those looked at.
+fn first_beyond(bytes: &[u8], kind: TokenType, limit: u32) -> Option<(u64, u32)> {
+    let blocks: Vec<(usize, &[u8])> = checked_blocks(bytes).collect();
+    blocks.into_par_iter().find_map_first(|(from, stored)| {
+        let mut tokens = [0; 1024];
+        for (i, part) in stored.chunks(1024 * kind.size()).enumerate() {
+            let tokens = &mut tokens[..part.len() / kind.size()];
+            kind.decode(part, tokens);
+            // The common case is one pass that finds nothing, which vectorises.
+            if tokens.iter().fold(0, |max, &t| max.max(t)) >= limit {
+                let at = tokens.iter().position(|&t| t >= limit)?;
+                return Some(((from / kind.size() + i * 1024 + at) as u64, tokens[at]));
             }
-            None
-        },
-    )
+        }
+        None
+    })
 }

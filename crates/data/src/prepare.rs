@@ -1,0 +1,264 @@
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
+
+use spec::{Context, Error, Result};
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+use crate::atomic::{sync_directory, temporary_name};
+use crate::builder::{BuildOptions, build_inputs, train_on_inputs};
+use crate::corpus::{candidates, distinct};
+use crate::indexed::{IndexedDataset, with_suffix};
+use crate::input::{Input, resolve};
+use crate::manifest::Manifest;
+use crate::progress::{OnProgress, Progress, Stage};
+use crate::tokenizer::Tokenizer;
+
+/// Where the text of a run comes from.
+#[derive(Clone, Debug)]
+pub enum TextSource {
+    /// The crate sources under this `CARGO_HOME` (see [`crate::cargo_sources`]).
+    CargoHome(PathBuf),
+    /// Files, directories and patterns, as [`BuildOptions::inputs`].
+    Paths(Vec<PathBuf>),
+}
+
+/// Which tokenizer to use.
+#[derive(Clone, Debug)]
+pub enum TokenizerChoice {
+    /// Train one of at most this many entries on the text.
+    Train {
+        /// Entries, 257 at least.
+        vocab_size: usize,
+    },
+    /// Load this `tokenizer.json`.
+    Load(PathBuf),
+}
+
+/// A dataset that is ready to train on.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// Prefix of the `.bin/.idx` pair.
+    pub prefix: PathBuf,
+    /// The tokenizer that made it.
+    pub tokenizer_path: PathBuf,
+    /// Documents in it.
+    pub documents: u64,
+    /// Tokens in it.
+    pub tokens: u64,
+    /// All that is known about it.
+    pub manifest: Manifest,
+    /// Whether it was there already.
+    pub cached: bool,
+}
+
+/// Text that the tokenizer is trained on; more changes its merges little and takes longer.
+const TRAIN_BYTES: u64 = 6 << 20;
+/// Text of one's own is cut into about this many documents at least, so that a held-out share of 1 % has some.
+const MIN_DOCUMENTS: u64 = 256;
+/// The bounds of such a document.
+const DOCUMENT_BYTES: std::ops::RangeInclusive<u64> = (4 << 10)..=(256 << 10);
+/// Part of the cache key: raise it when the same text would give other tokens.
+const RECIPE_VERSION: u64 = 1;
+/// An unfinished preparation this old belongs to a process that was killed.
+const STALE_AFTER: Duration = Duration::from_secs(24 * 3600);
+
+/// Makes a dataset from text in `cache_dir`, or finds the one that was made from the same text before.
+///
+/// Whether the text is the same is told from names, sizes and modification times, without reading it. Several processes
+/// may prepare the same at once: each works aside and the first to finish wins.
+///
+/// # Errors
+/// As [`crate::cargo_sources`], [`crate::build`], [`Tokenizer::load`] and [`Tokenizer::train`]; a cache directory that
+/// cannot be written.
+pub fn prepare(
+    cache_dir: &Path,
+    text: &TextSource,
+    tokenizer: &TokenizerChoice,
+    progress: OnProgress<'_>,
+) -> Result<Prepared> {
+    let mut key = Xxh3::new();
+    key.update(&RECIPE_VERSION.to_le_bytes());
+    key_tokenizer(&mut key, tokenizer)?;
+    let found = Found::look(text, &mut key)?;
+    let directory = cache_dir.join(format!("corpus-{:016x}", key.digest()));
+    if let Some(prepared) = reuse(&directory, true) {
+        return Ok(prepared);
+    }
+    fs::create_dir_all(cache_dir).map_err(|e| {
+        Error::io("create cache directory", cache_dir, &e).hint("choose another with data.cache_dir")
+    })?;
+    remove_stale(cache_dir);
+    progress(Progress { stage: Stage::Collect, done_bytes: 0, total_bytes: 0 });
+    let (inputs, document_bytes) = found.inputs()?;
+    let workshop = Workshop::create(&directory)?;
+    let tokenizer = match tokenizer {
+        TokenizerChoice::Load(path) => Tokenizer::load(path)?,
+        TokenizerChoice::Train { vocab_size } => {
+            train_on_inputs(&inputs, "text", *vocab_size, TRAIN_BYTES, progress)?
+        }
+    };
+    let mut options = BuildOptions::new(Vec::new(), workshop.path.join(NAME));
+    options.document_bytes = document_bytes;
+    build_inputs(&options, &inputs, &tokenizer, progress)
+        .context(format_args!("prepare data in {}", cache_dir.display()))?;
+    workshop.publish(&directory)?;
+    reuse(&directory, false).ok_or_else(|| {
+        Error::failure(format!("{}: changed while it was being prepared", directory.display()))
+    })
+}
+
+/// The default recipe's data: [`prepare`] with the crate sources and a tokenizer trained on them.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn prepare_default(
+    cache_dir: &Path,
+    text: &TextSource,
+    vocab_size: usize,
+    progress: OnProgress<'_>,
+) -> Result<Prepared> {
+    prepare(cache_dir, text, &TokenizerChoice::Train { vocab_size }, progress)
+}
+
+/// File names inside a cache directory start with this.
+const NAME: &str = "corpus";
+
+/// The text, as far as it is known without reading it.
+enum Found {
+    Crates(Vec<crate::corpus::Candidate>),
+    Files(Vec<Input>),
+}
+
+impl Found {
+    fn look(text: &TextSource, key: &mut Xxh3) -> Result<Found> {
+        match text {
+            TextSource::CargoHome(home) => {
+                let files = candidates(home)?;
+                // Unpacked crates never change, and their names hold the version.
+                for file in &files {
+                    key.update(file.name.as_bytes());
+                    key.update(&file.bytes.to_le_bytes());
+                }
+                Ok(Found::Crates(files))
+            }
+            TextSource::Paths(paths) => {
+                let files = resolve(paths)?;
+                for file in &files {
+                    key.update(file.path.as_os_str().as_encoded_bytes());
+                    key.update(&file.bytes.to_le_bytes());
+                    key.update(&modified_ns(&file.path).to_le_bytes());
+                }
+                Ok(Found::Files(files))
+            }
+        }
+    }
+
+    /// What to read, and near which size to cut documents.
+    fn inputs(self) -> Result<(Vec<Input>, Option<u64>)> {
+        match self {
+            Found::Crates(candidates) => {
+                let mut files = distinct(candidates)?;
+                // Sorted by content hash, so that the held-out end of the data is a fair sample of all crates.
+                files.sort_by_key(|file| file.hash);
+                let inputs =
+                    files.into_iter().map(|f| Input { path: f.path.into(), bytes: f.bytes }).collect();
+                Ok((inputs, None))
+            }
+            Found::Files(files) => {
+                let total: u64 = files.iter().map(|f| f.bytes).sum();
+                let share = total / MIN_DOCUMENTS;
+                Ok((files, Some(share.clamp(*DOCUMENT_BYTES.start(), *DOCUMENT_BYTES.end()))))
+            }
+        }
+    }
+}
+
+fn key_tokenizer(key: &mut Xxh3, tokenizer: &TokenizerChoice) -> Result<()> {
+    match tokenizer {
+        TokenizerChoice::Train { vocab_size } => {
+            key.update(b"train");
+            key.update(&(*vocab_size as u64).to_le_bytes());
+            key.update(&TRAIN_BYTES.to_le_bytes());
+        }
+        TokenizerChoice::Load(path) => {
+            key.update(b"load");
+            key.update(&fs::read(path).map_err(|e| Error::io("read tokenizer", path, &e))?);
+        }
+    }
+    Ok(())
+}
+
+fn modified_ns(path: &Path) -> u64 {
+    let modified = path.metadata().and_then(|m| m.modified()).ok();
+    modified.and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |d| d.as_nanos() as u64)
+}
+
+/// The dataset in `directory`, if it is whole and its tokenizer is the one it was made with.
+fn reuse(directory: &Path, cached: bool) -> Option<Prepared> {
+    let prefix = directory.join(NAME);
+    let manifest = Manifest::load(&prefix).ok()?;
+    let dataset = IndexedDataset::open(&prefix).ok()?;
+    let tokenizer_path = with_suffix(&prefix, ".tokenizer.json");
+    let tokenizer = fs::read(&tokenizer_path).ok()?;
+    let is_whole = dataset.tokens() == manifest.tokens
+        && dataset.documents() as u64 == manifest.documents
+        && format!("{:032x}", xxh3_128(&tokenizer)) == manifest.tokenizer_xxh3;
+    is_whole.then_some(Prepared {
+        prefix,
+        tokenizer_path,
+        documents: manifest.documents,
+        tokens: manifest.tokens,
+        manifest,
+        cached,
+    })
+}
+
+/// A directory under a temporary name; dropped unpublished, it is removed.
+struct Workshop {
+    path: PathBuf,
+}
+
+impl Workshop {
+    fn create(destination: &Path) -> Result<Workshop> {
+        let path = temporary_name(destination);
+        fs::create_dir(&path).map_err(|e| {
+            Error::io("create cache directory", &path, &e).hint("choose another place with data.cache_dir")
+        })?;
+        Ok(Workshop { path })
+    }
+
+    /// Renames into place; what lies there was found broken, or has just been made by another process.
+    fn publish(self, destination: &Path) -> Result<()> {
+        if fs::rename(&self.path, destination).is_err() {
+            if reuse(destination, true).is_some() {
+                return Ok(());
+            }
+            fs::remove_dir_all(destination).map_err(|e| Error::io("replace", destination, &e))?;
+            fs::rename(&self.path, destination)
+                .map_err(|e| Error::io("rename into place", destination, &e))?;
+        }
+        sync_directory(destination);
+        Ok(())
+    }
+}
+
+impl Drop for Workshop {
+    fn drop(&mut self) {
+        // After publishing the name is gone and this finds nothing.
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// Removes what killed processes left; failing to is no reason not to go on.
+fn remove_stale(cache_dir: &Path) {
+    for entry in fs::read_dir(cache_dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let is_ours = name.starts_with(".corpus-") && name.ends_with(".tmp");
+        let age = entry.metadata().and_then(|m| m.modified()).ok().and_then(|t| t.elapsed().ok());
+        if is_ours && age.is_some_and(|age| age > STALE_AFTER) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
