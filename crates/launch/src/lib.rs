@@ -1,1 +1,57 @@
-//! Start, watch and stop ranks: the local agent
+//! Start, watch and stop ranks: the local agent.
+//!
+//! [`run`] starts one group of workers under the contract of PyTorch's `torchrun`: the same flags, environment,
+//! log folders, error files and exit status, so that an unmodified PyTorch script trains under it. [`LocalJob`] is the
+//! same agent for a program that starts its own ranks on this machine, and [`RankEnv`] is the other side: what a rank
+//! reads from the environment, whether torchrun, Slurm, MPI or Phalanx started it.
+//!
+//! ```text
+//! flags -> options -> agent --+-- worker      one child: its own session, killed with the agent
+//!                             +-- warden      outlives the agent for a moment to kill what is left
+//!                             +-- logs, tail  folders, redirects, tee
+//!                             +-- failure     error files, root cause table
+//!                             +-- rendezvous  who takes part; a pure step function and a thread that drives it
+//! ```
+//!
+//! The agent is one control thread. It blocks in `poll` on the workers' pidfds, the signal pipe and the rendezvous
+//! thread, so it reacts to a death at once, and every wait has a deadline.
+//!
+//! # Differences from torchrun
+//!
+//! - A node that vanishes, or fails for good, is told to all survivors, who stop their workers at once.
+//! - Time stamps of several machines are never compared: a node is dead when its heartbeat counter stands still.
+//! - Workers cannot outlive the agent, not even when it is killed with SIGKILL.
+//! - A launcher stopped by signal `n` exits with `128 + n` instead of 1.
+//! - `SIGUSR1` and `SIGUSR2` reach the workers, so a batch system's warning can start a checkpoint.
+//! - A program that is not a Python script is run directly, without `--no-python`.
+
+mod flags;
+mod options;
+
+mod agent;
+mod failure;
+mod local;
+mod logs;
+mod net;
+mod signals;
+mod tail;
+mod warden;
+mod worker;
+mod worker_env;
+
+pub mod rank_env;
+pub mod rendezvous;
+
+mod bootstrap;
+mod cli;
+mod torch_store;
+
+pub use agent::{Outcome, run};
+pub use bootstrap::RankStore;
+pub use cli::cli;
+pub use failure::{Failure, record_error};
+pub use flags::{Parsed, help};
+pub use local::LocalJob;
+pub use logs::Streams;
+pub use options::{Backend, NprocPerNode, Options};
+pub use rank_env::{Launcher, RankEnv};

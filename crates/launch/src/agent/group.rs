@@ -1,0 +1,324 @@
+//! The other nodes as the agent sees them: none, or behind a rendezvous.
+
+use crate::net::{self, ReservedPort};
+use crate::options::{Backend, Options};
+use crate::rendezvous::{Closed, Driver, Member, News, NodeId, Rules, Seat, Setup, Wish};
+use crate::signals::Signals;
+use comm::StoreServer;
+use rustix::event::Timespec;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fd::BorrowedFd;
+use spec::{Error, Result};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// torchrun's default ports.
+const STATIC_PORT: u16 = 29500;
+const DYNAMIC_PORT: u16 = 29400;
+
+/// Tells the agents of this process apart, so that several can take part in one job.
+static SERIAL: AtomicU32 = AtomicU32::new(0);
+
+/// The nodes of the job.
+pub(super) enum Group {
+    Single(Single),
+    Many(Many),
+}
+
+/// What came of waiting for a place.
+pub(super) enum Joined {
+    Seat(Seat),
+    Signal(i32),
+    Closed(Closed),
+}
+
+/// What came of waiting for the others to be done.
+pub(super) enum Finished {
+    Done(Closed),
+    Signal(i32),
+    Regroup(String),
+}
+
+impl Group {
+    pub(super) fn start(options: &Options, nproc: usize, run_id: &str) -> Result<Group> {
+        if options.is_single() {
+            Single::start(options, nproc).map(Group::Single)
+        } else {
+            Many::start(options, nproc, run_id).map(Group::Many)
+        }
+    }
+
+    /// `host:port` of the agents' store, for the workers.
+    pub(super) fn store(&self) -> String {
+        match self {
+            Group::Single(one) => one.server.addr().to_string(),
+            Group::Many(many) => many.endpoint.clone(),
+        }
+    }
+
+    /// Becomes readable when another node has something to say.
+    pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Group::Single(_) => None,
+            Group::Many(many) => Some(many.driver.fd()),
+        }
+    }
+
+    /// What another node said, if anything.
+    pub(super) fn news(&self) -> Option<Result<News>> {
+        match self {
+            Group::Single(_) => None,
+            Group::Many(many) => many.driver.news(),
+        }
+    }
+
+    /// Waits for a place in the next round.
+    pub(super) fn join(&mut self, signals: &Signals, stopping: &[i32]) -> Result<Joined> {
+        match self {
+            Group::Single(one) => one.seat().map(Joined::Seat),
+            Group::Many(many) => many.join(signals, stopping),
+        }
+    }
+
+    /// Says that this node's workers have succeeded, and waits for the others'.
+    pub(super) fn finish(&mut self, signals: &Signals, stopping: &[i32]) -> Result<Finished> {
+        let Group::Many(many) = self else { return Ok(Finished::Done(Closed::Succeeded)) };
+        match many.settle(Wish::Finish(many.round), signals, stopping, None)? {
+            Heard::Signal(signal) => Ok(Finished::Signal(signal)),
+            Heard::News(News::Closed(closed)) => Ok(Finished::Done(closed)),
+            Heard::News(news) => Ok(Finished::Regroup(words(&news))),
+            Heard::Nothing => Err(Error::failure("the rendezvous fell silent")),
+        }
+    }
+
+    /// Calls for a new round after a failure; says so if the job was closed meanwhile.
+    pub(super) fn regroup(&mut self, why: &str, signals: &Signals) -> Result<Option<Closed>> {
+        let Group::Many(many) = self else { return Ok(None) };
+        let wish = Wish::Regroup(many.round, why.to_owned());
+        match many.settle(wish, signals, &[], None)? {
+            Heard::News(News::Closed(closed)) => Ok(Some(closed)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Ends the job for all nodes; waits a bounded time for them to see it. Errors have nobody to go to any more.
+    pub(super) fn close(&mut self, why: &str, signals: &Signals) {
+        if let Group::Many(many) = self {
+            let until = Some(Instant::now() + many.close_timeout);
+            let _ = many.settle(Wish::Close(why.to_owned()), signals, &[], until);
+        }
+    }
+
+    /// Goes, so that the others can go on without this node at once.
+    pub(super) fn leave(&mut self, why: &str, signals: &Signals) {
+        if let Group::Many(many) = self {
+            let until = Some(Instant::now() + many.close_timeout);
+            let _ = many.settle(Wish::Leave(why.to_owned()), signals, &[], until);
+        }
+    }
+}
+
+/// This node alone.
+pub(super) struct Single {
+    nproc: usize,
+    /// The port that the user asked for; else each round gets a free one, so that a worker that clings to the last
+    /// one does no harm.
+    given: Option<u16>,
+    reserved: Option<ReservedPort>,
+    master_addr: String,
+    round: u64,
+    server: StoreServer,
+}
+
+impl Single {
+    fn start(options: &Options, nproc: usize) -> Result<Single> {
+        let server = StoreServer::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+        let given = options.master_port.filter(|_| !options.standalone);
+        let master_addr = options.local_addr.clone().unwrap_or_else(|| options.master_addr.clone());
+        Ok(Single { nproc, given, reserved: None, master_addr, round: 0, server })
+    }
+
+    fn seat(&mut self) -> Result<Seat> {
+        // The old reservation goes first: a given port is reserved anew.
+        self.reserved = None;
+        let reserved = self.given.map_or_else(ReservedPort::any, ReservedPort::at)?;
+        let master_port = reserved.port;
+        self.reserved = Some(reserved);
+        let round = self.round;
+        self.round += 1;
+        Ok(Seat {
+            round,
+            group_rank: 0,
+            group_world: 1,
+            base_rank: 0,
+            world: self.nproc,
+            role_base_rank: 0,
+            role_world: self.nproc,
+            master_addr: self.master_addr.clone(),
+            master_port,
+            nodes: vec![net::host_name()],
+        })
+    }
+}
+
+/// This node and others.
+pub(super) struct Many {
+    driver: Driver,
+    endpoint: String,
+    close_timeout: Duration,
+    round: u64,
+    reserved: Option<ReservedPort>,
+    /// Last in order, so that the driver's connections go first.
+    _server: Option<StoreServer>,
+}
+
+enum Heard {
+    Signal(i32),
+    News(News),
+    Nothing,
+}
+
+impl Many {
+    fn start(options: &Options, nproc: usize, run_id: &str) -> Result<Many> {
+        let is_static = options.backend == Backend::Static;
+        let (host, port) = match (&options.endpoint, is_static) {
+            (Some(endpoint), true) => net::split_endpoint(endpoint, STATIC_PORT)?,
+            (Some(endpoint), false) => net::split_endpoint(endpoint, DYNAMIC_PORT)?,
+            (None, _) => (options.master_addr.clone(), options.master_port.unwrap_or(STATIC_PORT)),
+        };
+        let must_host = options.is_host.or(is_static.then_some(options.node_rank == 0));
+        let server = host_store(&host, port, must_host)?;
+        let port = server.as_ref().map_or(port, |s| s.addr().port());
+        let endpoint = net::join_endpoint(&host, port);
+        let id = NodeId {
+            node_rank: options.node_rank,
+            addr: options.local_addr.clone().unwrap_or_default(),
+            pid: std::process::id(),
+            serial: SERIAL.fetch_add(1, Ordering::Relaxed),
+        };
+        let me = Member { id, host: net::host_name(), nproc, role: options.role.clone(), master_port: 0 };
+        let driver = Driver::start(Setup {
+            endpoint: endpoint.clone(),
+            run_id: run_id.to_owned(),
+            me,
+            rules: Rules { min: options.min_nodes, max: options.max_nodes, is_static },
+            times: options.times,
+            patient: options.max_restarts > 0,
+            is_host: server.is_some(),
+            interval: options.monitor_interval,
+        })?;
+        let close_timeout = options.times.close;
+        Ok(Many { driver, endpoint, close_timeout, round: 0, reserved: None, _server: server })
+    }
+
+    fn join(&mut self, signals: &Signals, stopping: &[i32]) -> Result<Joined> {
+        // A port is offered before it is known whether this node becomes group rank 0.
+        let reserved = ReservedPort::any()?;
+        self.driver.wish(Wish::Join, Some(reserved.port));
+        self.reserved = Some(reserved);
+        loop {
+            match self.hear(signals, stopping, None)? {
+                Heard::Signal(signal) => return Ok(Joined::Signal(signal)),
+                Heard::News(News::Seated(seat)) => {
+                    self.round = seat.round;
+                    return Ok(Joined::Seat(seat));
+                }
+                Heard::News(News::Closed(closed)) => return Ok(Joined::Closed(closed)),
+                // Word of a round that is over already.
+                Heard::News(_) | Heard::Nothing => {}
+            }
+        }
+    }
+
+    /// Wishes and waits for the answer: that the round or the job is over, or that this node has left.
+    fn settle(
+        &self,
+        wish: Wish,
+        signals: &Signals,
+        stopping: &[i32],
+        until: Option<Instant>,
+    ) -> Result<Heard> {
+        self.driver.wish(wish, None);
+        loop {
+            match self.hear(signals, stopping, until)? {
+                Heard::News(News::Seated(_)) => {}
+                heard => return Ok(heard),
+            }
+        }
+    }
+
+    /// Waits for a signal of `stopping` or for news; the rendezvous thread has deadlines of its own.
+    fn hear(&self, signals: &Signals, stopping: &[i32], until: Option<Instant>) -> Result<Heard> {
+        loop {
+            while let Some(signal) = signals.next() {
+                if stopping.contains(&signal) {
+                    return Ok(Heard::Signal(signal));
+                }
+            }
+            match self.driver.news() {
+                Some(Ok(News::Refused(what, hint))) => return Err(Error::failure(what).hint(hint)),
+                Some(news) => return news.map(Heard::News),
+                None => {}
+            }
+            let left = until.map(|u| u.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|l| l.is_zero()) {
+                return Ok(Heard::Nothing);
+            }
+            let mut fds = [
+                PollFd::from_borrowed_fd(signals.fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.driver.fd(), PollFlags::IN),
+            ];
+            wait_for(&mut fds, left)?;
+        }
+    }
+}
+
+/// Polls; an interruption counts as a wake-up.
+pub(super) fn wait_for(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> Result<()> {
+    let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
+    match poll(fds, timeout.as_ref()) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(e) => Err(Error::failure(format!("wait for the workers: {e}"))),
+    }
+}
+
+fn words(news: &News) -> String {
+    match news {
+        News::Regroup(why) | News::Closed(Closed::Failed(why)) => why.clone(),
+        _ => "the nodes meet again".to_owned(),
+    }
+}
+
+/// Starts the job's store if this node is to have it: `must` says so, or else the endpoint is this machine's and its
+/// port is free.
+fn host_store(host: &str, port: u16, must: Option<bool>) -> Result<Option<StoreServer>> {
+    if must == Some(false) || (must.is_none() && !net::is_local(host)) {
+        return Ok(None);
+    }
+    let bind = match host.parse::<IpAddr>() {
+        Ok(ip) => SocketAddr::new(ip, port),
+        // A name may mean a loopback address here and another one elsewhere, so listen on all.
+        Err(_) if host == "localhost" => SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+        Err(_) if net::resolve(host, port).iter().any(SocketAddr::is_ipv4) => {
+            SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))
+        }
+        Err(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)),
+    };
+    let free = TcpListener::bind(bind).map(drop);
+    match free {
+        Ok(()) => match StoreServer::start(bind) {
+            Ok(server) => Ok(Some(server)),
+            Err(_) if must.is_none() => Ok(None),
+            Err(e) => Err(e),
+        },
+        // Another agent of this machine has it.
+        Err(e) if must.is_none() && e.kind() == std::io::ErrorKind::AddrInUse => Ok(None),
+        Err(e) => Err(Error::user(format!("this node is to run the job's store at {bind}: {e}")).hint(
+            match e.kind() {
+                std::io::ErrorKind::AddrInUse => "another job may use the port: give all nodes another one",
+                _ => "the address must be one of this machine's; the other nodes take another --node-rank or is_host=0",
+            },
+        )),
+    }
+}

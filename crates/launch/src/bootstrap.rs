@@ -1,0 +1,83 @@
+//! How the ranks of a job find one store, whoever started them.
+
+use crate::net;
+use crate::rank_env::{Launcher, RankEnv};
+use crate::torch_store::TorchStore;
+use comm::{StoreClient, StoreServer};
+use spec::{Context as _, Error, Result};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+/// The store that all ranks of a job share.
+#[derive(Debug)]
+pub struct RankStore {
+    /// The connection to it.
+    pub client: StoreClient,
+    /// The store itself, on the rank that hosts it (rank 0, unless the launcher does). Keep it until all ranks are done.
+    pub server: Option<StoreServer>,
+}
+
+impl RankEnv {
+    /// Connects to the job's store within `timeout`. Under `phalanx launch` the agent hosts it; else rank 0 does, and
+    /// the others find it at the master's address: through PyTorch's store under torchrun, else at the master's port.
+    ///
+    /// # Errors
+    /// The master's address is not known, its port is taken, or nobody answers in time.
+    pub fn store(&self, timeout: Duration) -> Result<RankStore> {
+        let connect = |addr: &str| StoreClient::connect(addr, timeout).context(format!("rank {}", self.rank));
+        if let Some(addr) = &self.agent_store {
+            return Ok(RankStore { client: connect(addr)?, server: None });
+        }
+        let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        if self.world == 1 {
+            let server = StoreServer::start(any_port)?;
+            return Ok(RankStore { client: connect(&server.addr().to_string())?, server: Some(server) });
+        }
+        let (host, port) = self.master()?;
+        if self.torch_store {
+            return self.through_torch(&host, port, timeout);
+        }
+        let server = if self.rank == 0 { Some(self.host_at(&host, port)?) } else { None };
+        Ok(RankStore { client: connect(&net::join_endpoint(&host, port))?, server })
+    }
+
+    fn master(&self) -> Result<(String, u16)> {
+        let hint = match self.launcher {
+            Launcher::OpenMpi => "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<free port> ...",
+            Launcher::Pmi => "mpirun -genv MASTER_ADDR <host of rank 0> -genv MASTER_PORT <free port> ...",
+            _ => "export MASTER_ADDR=<host of rank 0> MASTER_PORT=<free port>",
+        };
+        let unknown =
+            |name: &str| Error::user(format!("{name} is not set, so the ranks cannot meet")).hint(hint);
+        let host = self.master_addr.clone().ok_or_else(|| unknown("MASTER_ADDR"))?;
+        Ok((host, self.master_port.ok_or_else(|| unknown("MASTER_PORT"))?))
+    }
+
+    fn host_at(&self, host: &str, port: u16) -> Result<StoreServer> {
+        let is_loopback = net::resolve(host, port).iter().all(|a| a.ip().is_loopback());
+        let ip = if is_loopback { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
+        StoreServer::start(SocketAddr::from((ip, port)))
+            .map_err(|e| e.hint("another job may use the port: set MASTER_PORT to a free one"))
+            .context("rank 0 hosts the job's store")
+    }
+
+    /// Rank 0 starts our store at any port and leaves its address in PyTorch's.
+    fn through_torch(&self, host: &str, port: u16, timeout: Duration) -> Result<RankStore> {
+        let mut torch = TorchStore::connect(host, port, timeout)?;
+        let key = format!("phalanx/{}/store", self.session);
+        if self.rank > 0 {
+            let value = torch.get(&key)?;
+            let addr =
+                String::from_utf8(value).map_err(|_| Error::failure(format!("{key} holds no address")))?;
+            let client = StoreClient::connect(&addr, timeout).context(format!("rank {}", self.rank))?;
+            return Ok(RankStore { client, server: None });
+        }
+        let server = StoreServer::start(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)))?;
+        let towards = net::resolve(host, port).into_iter().find_map(net::address_towards);
+        let ip = towards.unwrap_or(Ipv4Addr::LOCALHOST.into());
+        let addr = SocketAddr::new(ip, server.addr().port()).to_string();
+        torch.set(&key, addr.as_bytes())?;
+        let client = StoreClient::connect(&addr, timeout).context("rank 0")?;
+        Ok(RankStore { client, server: Some(server) })
+    }
+}

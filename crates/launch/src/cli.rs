@@ -1,0 +1,67 @@
+//! The front of `phalanx launch`.
+
+use crate::agent::{Outcome, run};
+use crate::flags::{Parsed, help};
+use crate::options::{Options, Runner};
+use spec::Result;
+use std::ffi::OsString;
+use std::path::Path;
+
+/// Runs `phalanx launch` with `args` (what follows the word `launch`) and returns the exit code: 0 all workers
+/// succeeded, 1 a worker or the job failed, 2 wrong input, 128 + n stopped by signal n. Writes to stderr only, apart
+/// from the workers' own output and the help text.
+pub fn cli(args: Vec<OsString>) -> i32 {
+    match launch(&args) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error}");
+            if let Some(hint) = error.hint_text() {
+                eprintln!("hint: {hint}");
+            }
+            i32::from(error.exit_code())
+        }
+    }
+}
+
+fn launch(args: &[OsString]) -> Result<i32> {
+    let parsed = Options::parse(args, &|name| std::env::var(name).ok())?;
+    let (options, program, args) = match parsed {
+        Parsed::Help => {
+            print!("{}", help());
+            return Ok(0);
+        }
+        Parsed::Run { options, program, args } => (options, program, args),
+    };
+    note_omp_threads(&options)?;
+    let name = match options.runner {
+        Runner::Module => format!("-m {}", program.display()),
+        _ => program.display().to_string(),
+    };
+    let outcome = run(&options, program, &args)?;
+    report(&name, &outcome);
+    Ok(outcome.exit_code)
+}
+
+fn note_omp_threads(options: &Options) -> Result<()> {
+    if options.nproc.resolve()? > 1 && std::env::var_os("OMP_NUM_THREADS").is_none() {
+        eprintln!("phalanx launch: OMP_NUM_THREADS=1 for each worker; set it to use more threads");
+    }
+    Ok(())
+}
+
+fn report(name: &str, outcome: &Outcome) {
+    if let Some(table) = outcome.table(name) {
+        eprint!("{table}");
+    }
+    if let Some(reason) = &outcome.reason {
+        eprintln!("phalanx launch: the job ended on another node: {reason}");
+    }
+    // Under another launcher: its error file gets the root cause, as torchrun does it.
+    let ours = std::env::var_os("TORCHELASTIC_ERROR_FILE").filter(|p| !p.is_empty());
+    let cause = outcome.root_cause().and_then(|f| f.error_file.as_ref());
+    if let (Some(to), Some(from)) = (ours, cause)
+        && let Err(e) = std::fs::copy(from, Path::new(&to))
+    {
+        eprintln!("phalanx launch: copy {} to {}: {e}", from.display(), to.display());
+    }
+}

@@ -1,0 +1,396 @@
+//! What a rank reads from its environment, whoever started it: Phalanx, torchrun, Slurm's srun or MPI's mpirun.
+
+use spec::{Error, Result};
+use std::collections::BTreeMap;
+
+/// Who started this rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Launcher {
+    /// `phalanx launch`, or `phalanx train --nproc`.
+    Phalanx,
+    /// PyTorch's torchrun, or anything that sets `RANK` and `WORLD_SIZE`.
+    Torchrun,
+    /// Slurm's srun.
+    Slurm,
+    /// Open MPI's or PRRTE's mpirun.
+    OpenMpi,
+    /// MPICH's or Intel MPI's mpirun, or another process manager that speaks PMI.
+    Pmi,
+}
+
+/// A rank's place in its job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RankEnv {
+    /// Who started it.
+    pub launcher: Launcher,
+    /// Rank in the job.
+    pub rank: usize,
+    /// Ranks of the job.
+    pub world: usize,
+    /// Rank on this node.
+    pub local_rank: usize,
+    /// Ranks on this node; 1 where the launcher does not say.
+    pub local_world: usize,
+    /// This node among the nodes; 0 where the launcher does not say.
+    pub node: usize,
+    /// Nodes, where the launcher says.
+    pub nodes: Option<usize>,
+    /// Restarts before this start.
+    pub restart: u32,
+    /// Name of the job and of this start of it: nothing of an earlier start carries the same.
+    pub session: String,
+    /// Address that rank 0 is reachable at, where known.
+    pub master_addr: Option<String>,
+    /// Port on it for the ranks' store.
+    pub master_port: Option<u16>,
+    /// `host:port` of a Phalanx store that the launcher runs.
+    pub agent_store: Option<String>,
+    /// PyTorch's own store listens at the master's port.
+    pub torch_store: bool,
+}
+
+/// The place of this process in a job, or `None` if no launcher started it (or what it set makes no sense: see
+/// [`RankEnv::read`] for the error).
+pub fn from_env() -> Option<RankEnv> {
+    RankEnv::read().ok().flatten()
+}
+
+impl RankEnv {
+    /// The place of this process in a job; `None` if no launcher started it.
+    ///
+    /// # Errors
+    /// Variables of a launcher are there, but are no numbers, contradict each other or lack a partner.
+    pub fn read() -> Result<Option<RankEnv>> {
+        RankEnv::from_vars(&|name| std::env::var(name).ok())
+    }
+
+    /// The same over any lookup.
+    ///
+    /// ```
+    /// use std::collections::HashMap;
+    /// let env = HashMap::from([("SLURM_PROCID", "3"), ("SLURM_NTASKS", "8"), ("SLURM_STEP_ID", "0"),
+    ///     ("SLURM_LOCALID", "1"), ("SLURM_STEP_TASKS_PER_NODE", "2(x4)"), ("SLURM_NODEID", "1")]);
+    /// let rank = launch::RankEnv::from_vars(&|name| env.get(name).map(|v| v.to_string()))?.unwrap();
+    /// assert_eq!((rank.rank, rank.world, rank.local_rank, rank.local_world), (3, 8, 1, 2));
+    /// # Ok::<(), spec::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`RankEnv::read`].
+    pub fn from_vars(lookup: &dyn Fn(&str) -> Option<String>) -> Result<Option<RankEnv>> {
+        let vars = Vars { lookup };
+        // A torchrun or mpirun inside a Slurm job sees Slurm's variables too, so the inner launcher is asked first.
+        let found = if vars.has("RANK") && vars.has("WORLD_SIZE") {
+            Some(torchrun(&vars)?)
+        } else if vars.has("OMPI_COMM_WORLD_RANK") {
+            Some(open_mpi(&vars)?)
+        } else if vars.has("PMI_RANK") && vars.has("PMI_SIZE") {
+            Some(pmi(&vars)?)
+        } else if vars.has("SLURM_PROCID") && in_slurm_step(&vars) {
+            Some(slurm(&vars)?)
+        } else {
+            None
+        };
+        let Some(mut rank) = found else { return Ok(None) };
+        if let Some(addr) = vars.text("MASTER_ADDR") {
+            rank.master_addr = Some(addr);
+        }
+        if let Some(port) = vars.number("MASTER_PORT")? {
+            rank.master_port = Some(u16::try_from(port).map_err(|_| vars.wrong("MASTER_PORT", "a port"))?);
+        }
+        if rank.rank >= rank.world || rank.local_rank >= rank.local_world || rank.local_world > rank.world {
+            return Err(Error::user(format!(
+                "the launcher's environment makes no sense: rank {} of {}, local rank {} of {}",
+                rank.rank, rank.world, rank.local_rank, rank.local_world
+            ))
+            .hint("check RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or unset them to run one rank"));
+        }
+        Ok(Some(rank))
+    }
+}
+
+struct Vars<'a> {
+    lookup: &'a dyn Fn(&str) -> Option<String>,
+}
+
+impl Vars<'_> {
+    fn text(&self, name: &str) -> Option<String> {
+        (self.lookup)(name).map(|v| v.trim().to_owned()).filter(|v| !v.is_empty())
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.text(name).is_some()
+    }
+
+    fn number(&self, name: &str) -> Result<Option<usize>> {
+        self.text(name).map(|v| v.parse().map_err(|_| self.wrong(name, "a whole number"))).transpose()
+    }
+
+    /// The first of `names` that is set.
+    fn first(&self, names: &[&str]) -> Result<Option<usize>> {
+        names.iter().find(|n| self.has(n)).map_or(Ok(None), |n| self.number(n))
+    }
+
+    fn need(&self, names: &[&str]) -> Result<usize> {
+        self.first(names)?
+            .ok_or_else(|| Error::user(format!("the launcher's environment lacks {}", names.join(" and "))))
+    }
+
+    fn wrong(&self, name: &str, wanted: &str) -> Error {
+        let found = self.text(name).unwrap_or_default();
+        Error::user(format!("environment variable {name}={found}: expected {wanted}"))
+    }
+}
+
+fn torchrun(vars: &Vars<'_>) -> Result<RankEnv> {
+    let agent_store = vars.text("PHALANX_STORE");
+    let restart = vars.number("TORCHELASTIC_RESTART_COUNT")?.unwrap_or(0);
+    let run_id = vars.text("TORCHELASTIC_RUN_ID").unwrap_or_else(|| "none".into());
+    let rank = vars.need(&["RANK"])?;
+    // Without the per-node variables (a person set RANK by hand) each rank counts as a node of its own.
+    let local_world = vars.number("LOCAL_WORLD_SIZE")?;
+    let local_rank = if local_world.is_some() { vars.number("LOCAL_RANK")?.unwrap_or(0) } else { 0 };
+    Ok(RankEnv {
+        launcher: if agent_store.is_some() { Launcher::Phalanx } else { Launcher::Torchrun },
+        rank,
+        world: vars.need(&["WORLD_SIZE"])?,
+        local_rank,
+        local_world: local_world.unwrap_or(1),
+        node: vars.number("GROUP_RANK")?.unwrap_or(0),
+        nodes: vars.number("GROUP_WORLD_SIZE")?,
+        restart: u32::try_from(restart).unwrap_or(u32::MAX),
+        session: vars.text("PHALANX_SESSION").unwrap_or_else(|| format!("{run_id}/{restart}")),
+        master_addr: None,
+        master_port: None,
+        agent_store,
+        torch_store: vars.text("TORCHELASTIC_USE_AGENT_STORE").as_deref() == Some("True"),
+    })
+}
+
+/// A rank whose launcher only counts processes.
+fn plain(launcher: Launcher, rank: usize, world: usize, local: (usize, usize), session: String) -> RankEnv {
+    RankEnv {
+        launcher,
+        rank,
+        world,
+        local_rank: local.0,
+        local_world: local.1,
+        node: 0,
+        nodes: (local.1 == world).then_some(1),
+        restart: 0,
+        master_addr: (local.1 == world).then(|| "127.0.0.1".to_owned()),
+        master_port: Some(port_of(&session)),
+        session,
+        agent_store: None,
+        torch_store: false,
+    }
+}
+
+fn open_mpi(vars: &Vars<'_>) -> Result<RankEnv> {
+    let rank = vars.need(&["OMPI_COMM_WORLD_RANK"])?;
+    let world = vars.need(&["OMPI_COMM_WORLD_SIZE"])?;
+    let local = (
+        vars.number("OMPI_COMM_WORLD_LOCAL_RANK")?.unwrap_or(0),
+        vars.number("OMPI_COMM_WORLD_LOCAL_SIZE")?.unwrap_or(1),
+    );
+    let job = ["PMIX_NAMESPACE", "OMPI_MCA_orte_hnp_uri", "OMPI_MCA_ess_base_jobid"];
+    let job = job.iter().find_map(|n| vars.text(n)).unwrap_or_else(|| "mpi".into());
+    let mut env = plain(Launcher::OpenMpi, rank, world, local, format!("mpi-{job}"));
+    // Open MPI gives the node's number only under PRRTE; rank 0's node is the first anyhow.
+    env.node = vars.first(&["OMPI_COMM_WORLD_NODE_RANK_OF_NODE", "PRTE_NODE_ID"])?.unwrap_or(0);
+    Ok(env)
+}
+
+fn pmi(vars: &Vars<'_>) -> Result<RankEnv> {
+    let (rank, world) = (vars.need(&["PMI_RANK"])?, vars.need(&["PMI_SIZE"])?);
+    let by_slurm = vars.number("SLURM_PROCID")? == Some(rank) && in_slurm_step(vars);
+    if by_slurm && !vars.has("MPI_LOCALRANKID") {
+        return slurm(vars);
+    }
+    let local = (vars.number("MPI_LOCALRANKID")?.unwrap_or(0), vars.number("MPI_LOCALNRANKS")?.unwrap_or(1));
+    let job = ["PMI_ID_JOB", "HYDRA_JOBID", "PMI_JOBID", "HYDI_CONTROL_FD", "PMI_PORT"];
+    let job = job.iter().find_map(|n| vars.text(n)).unwrap_or_else(|| "pmi".into());
+    Ok(plain(Launcher::Pmi, rank, world, local, format!("pmi-{job}")))
+}
+
+/// Slurm sets its variables in the batch script and in interactive shells too, where they name no task of a step; the
+/// step numbers of those are the topmost (`slurm/slurm.h`: batch, extern, interactive).
+fn in_slurm_step(vars: &Vars<'_>) -> bool {
+    let step = vars.text("SLURM_STEP_ID").or_else(|| vars.text("SLURM_STEPID"));
+    step.and_then(|s| s.parse::<u32>().ok()).is_some_and(|s| s < 0xffff_fff0)
+}
+
+fn slurm(vars: &Vars<'_>) -> Result<RankEnv> {
+    let rank = vars.need(&["SLURM_PROCID"])?;
+    let world = vars.need(&["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"])?;
+    let node = vars.number("SLURM_NODEID")?.unwrap_or(0);
+    let per_node = vars.text("SLURM_STEP_TASKS_PER_NODE").or_else(|| vars.text("SLURM_TASKS_PER_NODE"));
+    let counts = per_node.map(|text| {
+        tasks_per_node(&text).ok_or_else(|| vars.wrong("SLURM_STEP_TASKS_PER_NODE", "counts like 4(x2),3"))
+    });
+    let local_world = counts.transpose()?.and_then(|c| c.get(node).copied());
+    let local_rank = vars.number("SLURM_LOCALID")?.unwrap_or(0);
+    let job = vars.text("SLURM_JOB_ID").or_else(|| vars.text("SLURM_JOBID")).unwrap_or_default();
+    let step = vars.text("SLURM_STEP_ID").or_else(|| vars.text("SLURM_STEPID")).unwrap_or_default();
+    let local = (local_rank, local_world.unwrap_or(local_rank + 1));
+    let mut env = plain(Launcher::Slurm, rank, world, local, format!("slurm-{job}-{step}"));
+    env.restart = vars.number("SLURM_RESTART_COUNT")?.and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
+    env.session = format!("{}-{}", env.session, env.restart);
+    env.node = node;
+    env.nodes = vars.first(&["SLURM_STEP_NUM_NODES", "SLURM_NNODES"])?.or(env.nodes);
+    let list =
+        ["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"].iter().find_map(|n| vars.text(n));
+    if env.nodes != Some(1) {
+        env.master_addr = list.and_then(|l| first_host(&l)).or(env.master_addr);
+    }
+    Ok(env)
+}
+
+/// `4(x2),3` is 4, 4, 3.
+fn tasks_per_node(text: &str) -> Option<Vec<usize>> {
+    /// More nodes than any Slurm cluster has.
+    const MOST: usize = 1 << 20;
+    let mut counts = Vec::new();
+    for part in text.split(',') {
+        let (count, times) = match part.split_once("(x") {
+            Some((count, times)) => (count, times.strip_suffix(')')?.parse().ok()?),
+            None => (part, 1),
+        };
+        if times > MOST || counts.len() > MOST {
+            return None;
+        }
+        counts.extend(std::iter::repeat_n(count.parse::<usize>().ok()?, times));
+    }
+    Some(counts)
+}
+
+/// The first host of a Slurm node list: `gpu[003-007,010],login1` is `gpu003`.
+fn first_host(list: &str) -> Option<String> {
+    let mut name = String::new();
+    let mut rest = list.chars();
+    while let Some(c) = rest.next() {
+        match c {
+            ',' => break,
+            '[' => {
+                let inside: String = rest.by_ref().take_while(|c| *c != ']').collect();
+                name.push_str(inside.split([',', '-']).next()?);
+            }
+            c => name.push(c),
+        }
+    }
+    (!name.is_empty()).then_some(name)
+}
+
+/// A port that all ranks of a job derive alike: below the kernel's ephemeral ports (32768 on), so that nothing holds
+/// it by chance; another job of the same machine most likely derives another. `MASTER_PORT` overrides it.
+fn port_of(session: &str) -> u16 {
+    // FNV-1a: stable over versions and machines, which the standard library's hashes do not promise.
+    let hash = session
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    15_000 + u16::try_from((hash ^ (hash >> 32)) % 15_000).unwrap_or(0)
+}
+
+/// The variables that [`RankEnv::read`] understood, for people: name to value.
+pub fn seen() -> BTreeMap<String, String> {
+    const PREFIXES: &[&str] =
+        &["TORCHELASTIC_", "SLURM_", "OMPI_COMM_WORLD_", "PMI", "PMIX_", "MPI_LOCAL", "PHALANX_"];
+    const NAMES: &[&str] =
+        &["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"];
+    let of_a_launcher = |name: &str| NAMES.contains(&name) || PREFIXES.iter().any(|p| name.starts_with(p));
+    let text = std::env::vars_os().filter_map(|(n, v)| Some((n.into_string().ok()?, v.into_string().ok()?)));
+    text.filter(|(name, _)| of_a_launcher(name)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(vars: &[(&str, &str)]) -> Result<Option<RankEnv>> {
+        let map: BTreeMap<&str, &str> = vars.iter().copied().collect();
+        RankEnv::from_vars(&|name| map.get(name).map(|v| v.to_string()))
+    }
+
+    fn check(vars: &[(&str, &str)], expected: Option<(Launcher, [usize; 4], Option<&str>)>) {
+        let found = read(vars).unwrap();
+        let short = found
+            .as_ref()
+            .map(|r| (r.launcher, [r.rank, r.world, r.local_rank, r.local_world], r.master_addr.as_deref()));
+        assert_eq!(short, expected, "{vars:?}");
+    }
+
+    const TORCHRUN: &[(&str, &str)] = &[
+        ("RANK", "3"),
+        ("WORLD_SIZE", "4"),
+        ("LOCAL_RANK", "1"),
+        ("LOCAL_WORLD_SIZE", "2"),
+        ("MASTER_ADDR", "head"),
+        ("MASTER_PORT", "29500"),
+    ];
+
+    #[test]
+    fn each_launcher_is_read() {
+        check(&[], None);
+        check(TORCHRUN, Some((Launcher::Torchrun, [3, 4, 1, 2], Some("head"))));
+        check(
+            &[TORCHRUN, &[("PHALANX_STORE", "h:1")]].concat(),
+            Some((Launcher::Phalanx, [3, 4, 1, 2], Some("head"))),
+        );
+        check(&[("RANK", "0"), ("WORLD_SIZE", "2")], Some((Launcher::Torchrun, [0, 2, 0, 1], None)));
+        let slurm = [
+            ("SLURM_PROCID", "5"),
+            ("SLURM_STEP_NUM_TASKS", "7"),
+            ("SLURM_NTASKS", "100"),
+            ("SLURM_STEP_ID", "0"),
+            ("SLURM_NODEID", "1"),
+            ("SLURM_LOCALID", "1"),
+            ("SLURM_STEP_TASKS_PER_NODE", "4,3"),
+            ("SLURM_STEP_NUM_NODES", "2"),
+            ("SLURM_STEP_NODELIST", "gpu[003-004]"),
+        ];
+        check(&slurm, Some((Launcher::Slurm, [5, 7, 1, 3], Some("gpu003"))));
+        // The batch script itself is no rank.
+        check(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4"), ("SLURM_STEP_ID", "4294967291")], None);
+        check(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4")], None);
+        let mpi = [
+            ("OMPI_COMM_WORLD_RANK", "1"),
+            ("OMPI_COMM_WORLD_SIZE", "2"),
+            ("OMPI_COMM_WORLD_LOCAL_RANK", "1"),
+            ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
+        ];
+        check(&mpi, Some((Launcher::OpenMpi, [1, 2, 1, 2], Some("127.0.0.1"))));
+        check(&[&mpi[..], &slurm[..]].concat(), Some((Launcher::OpenMpi, [1, 2, 1, 2], Some("127.0.0.1"))));
+        let hydra =
+            [("PMI_RANK", "0"), ("PMI_SIZE", "2"), ("MPI_LOCALRANKID", "0"), ("MPI_LOCALNRANKS", "2")];
+        check(&hydra, Some((Launcher::Pmi, [0, 2, 0, 2], Some("127.0.0.1"))));
+        let srun_pmi2 = [&[("PMI_RANK", "5"), ("PMI_SIZE", "7")], &slurm[..]].concat();
+        check(&srun_pmi2, Some((Launcher::Slurm, [5, 7, 1, 3], Some("gpu003"))));
+    }
+
+    #[test]
+    fn nonsense_is_named() {
+        let check = |vars: &[(&str, &str)], what: &str| {
+            let error = read(vars).unwrap_err();
+            assert!(error.to_string().contains(what), "{error}");
+            assert_eq!(error.exit_code(), 2);
+        };
+        check(&[("RANK", "x"), ("WORLD_SIZE", "2")], "RANK=x");
+        check(&[("RANK", "2"), ("WORLD_SIZE", "2")], "rank 2 of 2");
+        check(&[("OMPI_COMM_WORLD_RANK", "0")], "lacks OMPI_COMM_WORLD_SIZE");
+        check(&[("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", "70000")], "MASTER_PORT=70000");
+    }
+
+    #[test]
+    fn slurm_lists() {
+        assert_eq!(tasks_per_node("4(x2),3"), Some(vec![4, 4, 3]));
+        assert_eq!(tasks_per_node("4(x99999999999)"), None);
+        assert_eq!(first_host("login1,gpu2").as_deref(), Some("login1"));
+        assert_eq!(first_host("r[01-02]n[3,5],x").as_deref(), Some("r01n3"));
+        assert_eq!(first_host(""), None);
+    }
+
+    #[test]
+    fn derived_ports_stay_below_the_ephemeral_ones() {
+        assert!((0..1000).all(|i| (15_000..30_000).contains(&port_of(&format!("slurm-{i}-0")))));
+    }
+}

@@ -1,0 +1,267 @@
+//! Carries the protocol out: a thread that reads and writes the store and keeps time for [`Node::step`].
+
+use super::{Action, Closed, Member, News, Node, NodeId, Rules, Shared, Times, Wish};
+use comm::StoreClient;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use spec::{Error, Result};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::time::{Duration, Instant};
+
+/// Writes that lose against another node's in a row before the thread takes a breath.
+const WRITES_IN_A_ROW: usize = 16;
+/// One attempt to reach the store, so that the end of the agent is noticed between two.
+const CONNECT_SLICE: Duration = Duration::from_secs(1);
+/// Added to the pause between two looks for each node, so that the store's load does not grow with their square.
+const PAUSE_PER_NODE: Duration = Duration::from_micros(500);
+
+/// What the thread needs to know.
+pub(crate) struct Setup {
+    /// `host:port` of the store.
+    pub(crate) endpoint: String,
+    pub(crate) run_id: String,
+    /// This node; an empty address is replaced by the one that reaches the store.
+    pub(crate) me: Member,
+    pub(crate) rules: Rules,
+    pub(crate) times: Times,
+    /// Whether to wait for another node in place of a lost one.
+    pub(crate) patient: bool,
+    /// Whether this agent runs the store.
+    pub(crate) is_host: bool,
+    /// Pause between two looks.
+    pub(crate) interval: Duration,
+}
+
+/// The agent's handle on the thread. The thread ends when this is dropped.
+pub(crate) struct Driver {
+    wishes: Sender<(Wish, Option<u16>)>,
+    news: Receiver<Result<News>>,
+    wake: Arc<OwnedFd>,
+}
+
+impl Driver {
+    pub(crate) fn start(setup: Setup) -> Result<Driver> {
+        let failed = |e: std::io::Error| Error::failure(format!("start the rendezvous: {e}"));
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let wake = Arc::new(eventfd(0, flags).map_err(|e| failed(e.into()))?);
+        let (wishes, wished) = channel();
+        let (told, news) = channel();
+        let teller = Teller { told, wake: Arc::clone(&wake) };
+        let thread = move || {
+            if let Err(error) = drive(setup, &wished, &teller) {
+                teller.tell(Err(error));
+            }
+        };
+        std::thread::Builder::new().name("launch-rendezvous".into()).spawn(thread).map_err(failed)?;
+        Ok(Driver { wishes, news, wake })
+    }
+
+    /// Changes what the node wants.
+    pub(crate) fn wish(&self, wish: Wish, master_port: Option<u16>) {
+        // A thread that has ended left its error in the news.
+        let _ = self.wishes.send((wish, master_port));
+    }
+
+    /// What came, if anything did. After an error nothing more comes.
+    pub(crate) fn news(&self) -> Option<Result<News>> {
+        let mut count = [0; 8];
+        let _ = rustix::io::read(&*self.wake, &mut count);
+        match self.news.try_recv() {
+            Ok(news) => Some(news),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(Err(Error::failure("the rendezvous thread has ended"))),
+        }
+    }
+
+    /// Becomes readable when there is news.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}
+
+struct Teller {
+    told: Sender<Result<News>>,
+    wake: Arc<OwnedFd>,
+}
+
+impl Teller {
+    fn tell(&self, news: Result<News>) {
+        // The agent may be gone; then nobody wants to know.
+        let _ = self.told.send(news);
+        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+/// The thread: until the agent drops its handle, or the store is lost.
+fn drive(mut setup: Setup, wished: &Receiver<(Wish, Option<u16>)>, teller: &Teller) -> Result<()> {
+    let start = Instant::now();
+    let mut early = Vec::new();
+    let Some(client) = connect(&setup, wished, &mut early)? else { return Ok(()) };
+    if setup.me.id.addr.is_empty() {
+        setup.me.id.addr = client.local_ip().to_string();
+    }
+    let prefix = format!("rdzv/{}", setup.run_id);
+    let node = Node::new(setup.me.clone(), setup.rules, setup.times, setup.patient, setup.is_host);
+    let mut seen =
+        Seen { client, prefix, raw: None, shared: Shared::default(), beats: Vec::new(), looked: None };
+    let mut this = Thread { setup, node, start, next_beat: Duration::ZERO, trouble: None };
+    early.into_iter().for_each(|(wish, port)| this.node.wish(wish, port, start.elapsed()));
+    loop {
+        let pause =
+            this.setup.interval.max(PAUSE_PER_NODE * u32::try_from(seen.shared.members.len()).unwrap_or(0));
+        match wished.recv_timeout(pause) {
+            Ok((wish, port)) => this.node.wish(wish, port, start.elapsed()),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        }
+        match this.turn(&mut seen, teller) {
+            Ok(()) => this.trouble = None,
+            Err(error) => {
+                // What is lost on a closed job is no loss.
+                if matches!(seen.shared.closed, Some(Closed::Succeeded)) {
+                    teller.tell(Ok(News::Closed(Closed::Succeeded)));
+                    return Ok(());
+                }
+                let since = *this.trouble.get_or_insert(start.elapsed());
+                if start.elapsed().saturating_sub(since) >= this.setup.times.heartbeat {
+                    return Err(error.context("the job's store is lost").hint(
+                        "the node that runs it (--rdzv-endpoint or --master-addr) is gone or cannot be reached",
+                    ));
+                }
+            }
+        }
+    }
+}
+
+/// Connects to the store within the join time; `None` if the agent has gone meanwhile.
+fn connect(
+    setup: &Setup,
+    wished: &Receiver<(Wish, Option<u16>)>,
+    early: &mut Vec<(Wish, Option<u16>)>,
+) -> Result<Option<StoreClient>> {
+    let until = Instant::now() + setup.times.join;
+    loop {
+        let slice = CONNECT_SLICE.min(until.saturating_duration_since(Instant::now()));
+        match StoreClient::connect(&setup.endpoint, slice) {
+            Ok(client) => return Ok(Some(client)),
+            Err(e) if e.kind() == spec::Kind::User => {
+                return Err(e.context("rendezvous").hint("another program may use that port"));
+            }
+            Err(e) if Instant::now() >= until => {
+                let seconds = setup.times.join.as_secs_f64();
+                return Err(e.context(format!(
+                    "the node that runs the job's store did not come within {seconds:.0} s"
+                )));
+            }
+            Err(_) => {}
+        }
+        loop {
+            match wished.try_recv() {
+                Ok(wish) => early.push(wish),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => return Ok(None),
+            }
+        }
+    }
+}
+
+struct Thread {
+    setup: Setup,
+    node: Node,
+    start: Instant,
+    next_beat: Duration,
+    trouble: Option<Duration>,
+}
+
+/// What was last seen in the store.
+struct Seen {
+    client: StoreClient,
+    prefix: String,
+    raw: Option<Vec<u8>>,
+    shared: Shared,
+    beats: Vec<(NodeId, i64)>,
+    looked: Option<Duration>,
+}
+
+impl Thread {
+    /// One look, and all the writes that follow from it.
+    fn turn(&mut self, seen: &mut Seen, teller: &Teller) -> Result<()> {
+        let now = self.start.elapsed();
+        if now >= self.next_beat {
+            seen.client.add(&seen.beat_key(self.node.id()), 1)?;
+            self.next_beat = now + self.setup.times.keep_alive_interval;
+        }
+        seen.read()?;
+        let interval = self.setup.times.keep_alive_interval / 2;
+        if seen.looked.is_none_or(|at| now.saturating_sub(at) >= interval) {
+            seen.read_beats(&self.node)?;
+            seen.looked = Some(now);
+        }
+        for _ in 0..WRITES_IN_A_ROW {
+            let actions = self.node.step(&seen.shared, &seen.beats, self.start.elapsed());
+            let mut wrote = false;
+            for action in actions {
+                match action {
+                    Action::Put(next) => {
+                        seen.write(&next)?;
+                        wrote = true;
+                    }
+                    Action::Tell(news) => teller.tell(Ok(news)),
+                }
+            }
+            if !wrote {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Seen {
+    fn key(&self) -> String {
+        format!("{}/state", self.prefix)
+    }
+
+    fn beat_key(&self, id: &NodeId) -> String {
+        format!("{}/beat/{id}", self.prefix)
+    }
+
+    fn read(&mut self) -> Result<()> {
+        let raw = self.client.try_get(&self.key())?;
+        self.take(raw)
+    }
+
+    fn take(&mut self, raw: Option<Vec<u8>>) -> Result<()> {
+        if raw == self.raw {
+            return Ok(());
+        }
+        self.shared = match &raw {
+            None => Shared::default(),
+            Some(bytes) => serde_json::from_slice(bytes).map_err(|e| {
+                Error::failure(format!("the rendezvous state under {} cannot be read: {e}", self.key()))
+                    .hint("are all nodes of the same version, and is the store the job's own?")
+            })?,
+        };
+        self.raw = raw;
+        Ok(())
+    }
+
+    /// Writes `next` if the store still holds what was seen, and sees what is there now.
+    fn write(&mut self, next: &Shared) -> Result<()> {
+        let bytes = serde_json::to_vec(next).map_err(|e| Error::failure(format!("rendezvous state: {e}")))?;
+        let there = self.client.compare_set(&self.key(), self.raw.as_deref(), &bytes)?;
+        self.take(Some(there).filter(|t| !t.is_empty()))
+    }
+
+    fn read_beats(&mut self, node: &Node) -> Result<()> {
+        self.beats.clear();
+        for id in node.watched(&self.shared) {
+            let beat = self.client.try_get(&self.beat_key(&id))?;
+            let number =
+                beat.and_then(|b| String::from_utf8(b).ok()).and_then(|t| t.parse().ok()).unwrap_or(-1);
+            self.beats.push((id, number));
+        }
+        Ok(())
+    }
+}

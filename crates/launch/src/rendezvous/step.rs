@@ -1,0 +1,542 @@
+//! The protocol, pure: no clock, no store, no randomness.
+
+use super::Times;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+/// Neighbours that each node watches: two, so that a node and its watcher may die together.
+const WATCHED: usize = 2;
+
+/// Who a node is; the order of ids is the order of group ranks.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NodeId {
+    /// The node rank that was asked for, 0 if none was.
+    pub node_rank: usize,
+    /// Its address, as the other nodes see it.
+    pub addr: String,
+    /// Process id of its agent.
+    pub pid: u32,
+    /// Tells agents of one process apart.
+    pub serial: u32,
+}
+
+impl fmt::Display for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}/{}/{}", self.node_rank, self.addr, self.pid, self.serial)
+    }
+}
+
+/// A node that takes part, or wants to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Who it is.
+    pub id: NodeId,
+    /// Its name, for people.
+    pub host: String,
+    /// Its workers.
+    pub nproc: usize,
+    /// The role of its workers.
+    pub role: String,
+    /// A port that is free on it, for the workers' own store if it becomes group rank 0.
+    pub master_port: u16,
+}
+
+/// Whether a round still forms.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Phase {
+    /// Nodes join.
+    #[default]
+    Joining,
+    /// The members have their ranks.
+    Running,
+}
+
+/// How the job ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Closed {
+    /// Every node is done.
+    Succeeded,
+    /// It cannot go on; the text names the node and the cause.
+    Failed(String),
+}
+
+/// What all nodes must agree on before they agree on anything else.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rules {
+    /// Fewest nodes.
+    pub min: usize,
+    /// Most nodes.
+    pub max: usize,
+    /// Node ranks are given and must be 0 to `max` - 1, each once.
+    pub is_static: bool,
+}
+
+/// The agreed value in the store.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shared {
+    /// Rules of the first node; others must have the same.
+    pub rules: Rules,
+    /// Number of the round, counting from 0.
+    pub round: u64,
+    /// Whether it runs.
+    pub phase: Phase,
+    /// Its nodes, sorted by id.
+    pub members: Vec<Member>,
+    /// Members whose workers have succeeded.
+    pub done: Vec<NodeId>,
+    /// Nodes that came while the round ran: new ones if there is room, else spares.
+    pub waiting: Vec<Member>,
+    /// Nodes expected back in the round that forms.
+    pub expected: Vec<NodeId>,
+    /// Why the round before ended.
+    pub why: String,
+    /// How the job ended.
+    pub closed: Option<Closed>,
+    /// Nodes that have seen it.
+    pub seen: Vec<NodeId>,
+}
+
+/// A node's place in a round.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seat {
+    /// The round.
+    pub round: u64,
+    /// Place among the nodes.
+    pub group_rank: usize,
+    /// Number of nodes.
+    pub group_world: usize,
+    /// Rank of the node's first worker.
+    pub base_rank: usize,
+    /// Number of workers on all nodes.
+    pub world: usize,
+    /// Place of the node's first worker among those with its role.
+    pub role_base_rank: usize,
+    /// Number of workers with its role.
+    pub role_world: usize,
+    /// Address of group rank 0.
+    pub master_addr: String,
+    /// Free port on it.
+    pub master_port: u16,
+    /// Host names by group rank.
+    pub nodes: Vec<String>,
+}
+
+/// What the agent wants; the last wish holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// Nothing: keep alive.
+    Wait,
+    /// A place in the next round.
+    Join,
+    /// The workers of this round run.
+    Run(u64),
+    /// The workers of this round failed: a new round.
+    Regroup(u64, String),
+    /// The workers of this round have succeeded.
+    Finish(u64),
+    /// The job cannot go on.
+    Close(String),
+    /// This node goes, the others may go on.
+    Leave(String),
+}
+
+/// What the driver does for a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Write this, if the store still holds what the step was given.
+    Put(Box<Shared>),
+    /// Tell the agent.
+    Tell(News),
+}
+
+/// What the agent is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum News {
+    /// It has a place: start the workers.
+    Seated(Seat),
+    /// The round is over: stop the workers and wish to join again.
+    Regroup(String),
+    /// The job is over.
+    Closed(Closed),
+    /// This node has left.
+    Left,
+    /// This node cannot take part; what failed and what to do.
+    Refused(String, String),
+}
+
+/// One node's side of the protocol.
+#[derive(Clone, Debug)]
+pub struct Node {
+    me: Member,
+    rules: Rules,
+    times: Times,
+    /// Whether the job may wait for another node in place of a lost one.
+    patient: bool,
+    /// The store lives in this agent, so it goes last.
+    is_host: bool,
+    wish: Wish,
+    wished_at: Duration,
+    /// The set of nodes that were joining, and since when it has not changed.
+    joining: (u64, Vec<NodeId>, Duration),
+    beats: BTreeMap<NodeId, (i64, Duration)>,
+}
+
+impl Node {
+    /// A node that wants nothing yet. Times are since any fixed moment.
+    pub fn new(me: Member, rules: Rules, times: Times, patient: bool, is_host: bool) -> Node {
+        let joining = (0, Vec::new(), Duration::ZERO);
+        let (wish, wished_at, beats) = (Wish::Wait, Duration::ZERO, BTreeMap::new());
+        Node { me, rules, times, patient, is_host, wish, wished_at, joining, beats }
+    }
+
+    /// The agent changed its mind; it may offer another port.
+    pub fn wish(&mut self, wish: Wish, master_port: Option<u16>, now: Duration) {
+        self.wish = wish;
+        self.wished_at = now;
+        self.me.master_port = master_port.unwrap_or(self.me.master_port);
+    }
+
+    /// Who this node is.
+    pub fn id(&self) -> &NodeId {
+        &self.me.id
+    }
+
+    /// What it wants now.
+    pub fn wanted(&self) -> &Wish {
+        &self.wish
+    }
+
+    /// The nodes whose counters this node should read.
+    pub fn watched(&self, shared: &Shared) -> Vec<NodeId> {
+        let here = shared.members.iter().chain(&shared.waiting).map(|m| &m.id);
+        let mut others: Vec<&NodeId> = here.chain(&shared.expected).collect();
+        others.sort();
+        others.dedup();
+        let next = others.partition_point(|id| **id <= self.me.id);
+        let ring = others.iter().cycle().skip(next).take(others.len());
+        ring.filter(|id| ***id != self.me.id).take(WATCHED).map(|id| (*id).clone()).collect()
+    }
+
+    /// Looks at what is in the store and at the counters of the watched nodes, and says what to do.
+    /// A `Put` comes alone: what follows from it is decided when it is in the store.
+    pub fn step(&mut self, shared: &Shared, beats: &[(NodeId, i64)], now: Duration) -> Vec<Action> {
+        if let Some(action) = self.closing(shared, now) {
+            return action;
+        }
+        if let Some(dead) = self.first_dead(shared, beats, now) {
+            let cause = format!("no sign of life for {:.1} s", self.times.dead_after().as_secs_f64());
+            return put(self.without(shared, &dead, &cause));
+        }
+        match self.wish.clone() {
+            Wish::Wait => Vec::new(),
+            Wish::Join => self.join(shared, now),
+            Wish::Run(round) => self.run(shared, round),
+            Wish::Finish(round) => self.finish(shared, round, now),
+            Wish::Regroup(round, why) => {
+                if shared.round == round {
+                    put(regroup(shared, why))
+                } else {
+                    self.tell(News::Regroup(shared.why.clone()))
+                }
+            }
+            Wish::Close(why) => {
+                let closed = Some(Closed::Failed(why));
+                put(Shared { closed, ..shared.clone() })
+            }
+            // The store goes with its host, and nobody can go on without it.
+            Wish::Leave(why) if self.is_host => {
+                let closed =
+                    Some(Closed::Failed(format!("{} hosted the job's store and left: {why}", self.me.host)));
+                put(Shared { closed, ..shared.clone() })
+            }
+            Wish::Leave(why) => {
+                if shared.members.iter().chain(&shared.waiting).any(|m| m.id == self.me.id) {
+                    put(self.without(shared, &self.me.id, &why))
+                } else {
+                    self.tell(News::Left)
+                }
+            }
+        }
+    }
+
+    /// Tells the agent once.
+    fn tell(&mut self, news: News) -> Vec<Action> {
+        self.wish = Wish::Wait;
+        vec![Action::Tell(news)]
+    }
+
+    /// After the job was closed: note that this node has seen it; the store's host waits for the others to.
+    fn closing(&mut self, shared: &Shared, now: Duration) -> Option<Vec<Action>> {
+        let closed = shared.closed.as_ref()?;
+        let of_the_job = |id: &NodeId| shared.members.iter().chain(&shared.waiting).any(|m| m.id == *id);
+        if of_the_job(&self.me.id) && !shared.seen.contains(&self.me.id) {
+            self.wished_at = now;
+            let mut next = shared.clone();
+            next.seen.push(self.me.id.clone());
+            return Some(put(next));
+        }
+        // A member that died unseen would be waited for in vain, so the wait has a bound.
+        let all = shared.members.iter().chain(&shared.waiting).all(|m| shared.seen.contains(&m.id));
+        let patience = self.times.close.min(self.times.dead_after());
+        if self.is_host && !all && now.saturating_sub(self.wished_at) < patience {
+            return Some(Vec::new());
+        }
+        Some(match self.wish {
+            Wish::Wait => Vec::new(),
+            _ => self.tell(News::Closed(closed.clone())),
+        })
+    }
+
+    /// A watched node whose counter has stood still for too long.
+    fn first_dead(&mut self, shared: &Shared, beats: &[(NodeId, i64)], now: Duration) -> Option<NodeId> {
+        let watched = self.watched(shared);
+        self.beats.retain(|id, _| watched.contains(id));
+        for id in watched {
+            // No counter at all is a node that died before its first sign of life.
+            let beat = beats.iter().find(|(i, _)| *i == id).map_or(-1, |(_, b)| *b);
+            let last = self.beats.entry(id.clone()).or_insert((beat, now));
+            if last.0 != beat {
+                *last = (beat, now);
+            }
+            let finished = shared.phase == Phase::Running && shared.done.contains(&id);
+            if !finished && now.saturating_sub(last.1) >= self.times.dead_after() {
+                return Some(id);
+            }
+        }
+        None
+    }
+
+    /// The shared value after `lost` went.
+    fn without(&self, shared: &Shared, lost: &NodeId, cause: &str) -> Shared {
+        let mut next = shared.clone();
+        let host = shared.members.iter().chain(&shared.waiting).find(|m| m.id == *lost);
+        let host = host.map_or_else(|| lost.addr.clone(), |m| m.host.clone());
+        let was_member = shared.members.iter().any(|m| m.id == *lost);
+        next.members.retain(|m| m.id != *lost);
+        next.waiting.retain(|m| m.id != *lost);
+        let was_expected = shared.expected.contains(lost);
+        next.expected.retain(|id| id != lost);
+        let of_a_round = if shared.phase == Phase::Joining { was_expected } else { was_member };
+        if !of_a_round || shared.done.contains(lost) {
+            return next;
+        }
+        let why = format!("node {host} (agent pid {}) is lost: {cause}", lost.pid);
+        let mut left: Vec<&NodeId> = next.members.iter().chain(&next.waiting).map(|m| &m.id).collect();
+        left.extend(&next.expected);
+        left.sort();
+        left.dedup();
+        let left = left.len();
+        if left < self.rules.min && !self.patient {
+            next.closed = Some(Closed::Failed(format!(
+                "{why}; {left} of at least {} nodes are left and no restart is allowed",
+                self.rules.min
+            )));
+            next.why.clone_from(&why);
+            return next;
+        }
+        if shared.phase == Phase::Joining {
+            return Shared { why, ..next };
+        }
+        regroup(&next, why)
+    }
+
+    fn join(&mut self, shared: &Shared, now: Duration) -> Vec<Action> {
+        let is_fresh = shared.members.is_empty() && shared.waiting.is_empty() && shared.round == 0;
+        if !is_fresh && shared.rules != self.rules {
+            let (theirs, mine) = (shared.rules, self.rules);
+            let first = shared.members.first().or(shared.waiting.first()).map_or("another node", |m| &m.host);
+            return self.tell(News::Refused(
+                format!(
+                    "{} wants --nnodes={}:{} (static: {}), but {first} started the job with --nnodes={}:{} (static: {})",
+                    self.me.host, mine.min, mine.max, mine.is_static, theirs.min, theirs.max, theirs.is_static
+                ),
+                "give all nodes the same --nnodes and --rdzv-backend, and other jobs another --rdzv-id".into(),
+            ));
+        }
+        let is_member = shared.members.iter().any(|m| m.id == self.me.id);
+        match (shared.phase, is_member) {
+            (Phase::Running, true) => match seat(shared, &self.me.id) {
+                Some(seat) => {
+                    self.wish = Wish::Run(seat.round);
+                    vec![Action::Tell(News::Seated(seat))]
+                }
+                None => Vec::new(),
+            },
+            (Phase::Running, false) => {
+                if shared.waiting.iter().any(|m| m.id == self.me.id) {
+                    return Vec::new();
+                }
+                let mut next = shared.clone();
+                next.waiting.push(self.me.clone());
+                put(next)
+            }
+            (Phase::Joining, false) => self.enter(shared),
+            (Phase::Joining, true) => self.start_or_wait(shared, now),
+        }
+    }
+
+    /// Joins the round that forms, or the spares if it is full.
+    fn enter(&mut self, shared: &Shared) -> Vec<Action> {
+        let same_rank = shared.members.iter().find(|m| m.id.node_rank == self.me.id.node_rank);
+        if let (true, Some(other)) = (self.rules.is_static, same_rank) {
+            return self.tell(News::Refused(
+                format!(
+                    "node rank {} is claimed by both {} (agent pid {}) and {} (agent pid {})",
+                    self.me.id.node_rank, other.host, other.id.pid, self.me.host, self.me.id.pid
+                ),
+                "give each node its own --node-rank".into(),
+            ));
+        }
+        let mut next = Shared { rules: self.rules, ..shared.clone() };
+        next.waiting.retain(|m| m.id != self.me.id);
+        if next.members.len() < self.rules.max {
+            next.members.push(self.me.clone());
+            next.members.sort_by(|a, b| a.id.cmp(&b.id));
+        } else {
+            if shared.waiting.iter().any(|m| m.id == self.me.id) {
+                return Vec::new();
+            }
+            next.waiting.push(self.me.clone());
+        }
+        put(next)
+    }
+
+    /// Starts the round if it is complete.
+    fn start_or_wait(&mut self, shared: &Shared, now: Duration) -> Vec<Action> {
+        let ids: Vec<NodeId> = shared.members.iter().map(|m| m.id.clone()).collect();
+        if (self.joining.0, &self.joining.1) != (shared.round, &ids) {
+            self.joining = (shared.round, ids.clone(), now);
+        }
+        let quiet = now.saturating_sub(self.joining.2);
+        let returned = !shared.expected.is_empty() && shared.expected.iter().all(|id| ids.contains(id));
+        let enough = ids.len() >= self.rules.min;
+        if ids.len() >= self.rules.max || (enough && (returned || quiet >= self.times.last_call)) {
+            return put(Shared {
+                phase: Phase::Running,
+                done: Vec::new(),
+                expected: Vec::new(),
+                ..shared.clone()
+            });
+        }
+        if !enough && now.saturating_sub(self.wished_at) >= self.times.join {
+            let (what, hint) = self.missing(shared);
+            if self.is_host {
+                return put(Shared { closed: Some(Closed::Failed(what)), ..shared.clone() });
+            }
+            return self.tell(News::Refused(what, hint));
+        }
+        Vec::new()
+    }
+
+    /// Who did not come.
+    fn missing(&self, shared: &Shared) -> (String, String) {
+        let came: Vec<String> =
+            shared.members.iter().map(|m| format!("node rank {} on {}", m.id.node_rank, m.host)).collect();
+        let absent: Vec<String> = if self.rules.is_static {
+            let is_here = |rank: &usize| shared.members.iter().any(|m| m.id.node_rank == *rank);
+            let ranks = (0..self.rules.max).filter(|r| !is_here(r)).map(|r| r.to_string());
+            vec![format!("node ranks {}", ranks.collect::<Vec<_>>().join(", "))]
+        } else if shared.expected.is_empty() {
+            vec![format!("{} more", self.rules.min - shared.members.len().min(self.rules.min))]
+        } else {
+            let is_here = |id: &&NodeId| shared.members.iter().any(|m| m.id == **id);
+            let gone = shared.expected.iter().filter(|id| !is_here(id));
+            gone.map(|id| format!("{} (agent pid {})", id.addr, id.pid)).collect()
+        };
+        let after = if shared.why.is_empty() { String::new() } else { format!(" after {}", shared.why) };
+        (
+            format!(
+                "{} of {} nodes came within {:.0} s{after}; here: {}; missing: {}",
+                shared.members.len(),
+                self.rules.min,
+                self.times.join.as_secs_f64(),
+                came.join(", "),
+                absent.join(", ")
+            ),
+            "see what became of the missing nodes, or raise join_timeout in --rdzv-conf".into(),
+        )
+    }
+
+    fn run(&mut self, shared: &Shared, round: u64) -> Vec<Action> {
+        if shared.round != round {
+            let why = shared.why.clone();
+            return self.tell(News::Regroup(why));
+        }
+        if shared.phase == Phase::Running
+            && shared.members.len() < self.rules.max
+            && let Some(new) = shared.waiting.first()
+        {
+            return put(regroup(
+                shared,
+                format!("node {} (agent pid {}) wants to join", new.host, new.id.pid),
+            ));
+        }
+        Vec::new()
+    }
+
+    fn finish(&mut self, shared: &Shared, round: u64, now: Duration) -> Vec<Action> {
+        if shared.round != round {
+            let why = shared.why.clone();
+            return self.tell(News::Regroup(why));
+        }
+        if shared.done.contains(&self.me.id) {
+            // The store must outlive the others' use of it.
+            if !self.is_host && now.saturating_sub(self.wished_at) >= self.times.exit_barrier {
+                return self.tell(News::Closed(Closed::Succeeded));
+            }
+            return Vec::new();
+        }
+        let mut next = shared.clone();
+        next.done.push(self.me.id.clone());
+        if next.members.iter().all(|m| next.done.contains(&m.id)) {
+            next.closed = Some(Closed::Succeeded);
+        }
+        put(next)
+    }
+}
+
+fn put(next: Shared) -> Vec<Action> {
+    vec![Action::Put(Box::new(next))]
+}
+
+/// Ends the round: its members, and the nodes that waited, are expected in the next.
+fn regroup(shared: &Shared, why: String) -> Shared {
+    let room = shared.rules.max.saturating_sub(shared.members.len());
+    let expected =
+        shared.members.iter().chain(shared.waiting.iter().take(room)).map(|m| m.id.clone()).collect();
+    Shared {
+        round: shared.round + 1,
+        phase: Phase::Joining,
+        members: Vec::new(),
+        done: Vec::new(),
+        expected,
+        why,
+        ..shared.clone()
+    }
+}
+
+/// The place of `id` in the round: ranks are prefix sums of the workers in the order of ids.
+fn seat(shared: &Shared, id: &NodeId) -> Option<Seat> {
+    let group_rank = shared.members.iter().position(|m| m.id == *id)?;
+    let (before, me) = (&shared.members[..group_rank], &shared.members[group_rank]);
+    let count = |members: &[Member]| members.iter().map(|m| m.nproc).sum::<usize>();
+    let of_role = |members: &[Member]| members.iter().filter(|m| m.role == me.role).map(|m| m.nproc).sum();
+    let master = shared.members.first()?;
+    Some(Seat {
+        round: shared.round,
+        group_rank,
+        group_world: shared.members.len(),
+        base_rank: count(before),
+        world: count(&shared.members),
+        role_base_rank: of_role(before),
+        role_world: of_role(&shared.members),
+        master_addr: master.id.addr.clone(),
+        master_port: master.master_port,
+        nodes: shared.members.iter().map(|m| m.host.clone()).collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests;
