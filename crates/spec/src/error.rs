@@ -38,9 +38,11 @@ impl Error {
         use std::io::ErrorKind as K;
         let what = format!("{doing} {}: {error}", path.display());
         match error.kind() {
-            K::NotFound | K::PermissionDenied | K::NotADirectory | K::IsADirectory | K::ReadOnlyFilesystem => {
-                Error::user(what)
-            }
+            K::NotFound
+            | K::PermissionDenied
+            | K::NotADirectory
+            | K::IsADirectory
+            | K::ReadOnlyFilesystem => Error::user(what),
             _ => Error::failure(what),
         }
     }

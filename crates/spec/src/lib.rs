@@ -4,14 +4,27 @@
 
 pub mod catalog;
 pub mod cluster;
+mod doc;
 mod dtype;
 mod error;
+mod hf;
 mod layout;
+mod layout_check;
+mod lr;
 mod model;
+mod model_check;
+mod model_toml;
+pub mod run;
+pub mod suggest;
+pub mod sum_tree;
+pub mod units;
 
 pub use catalog::{Catalog, EntryKind, Measure};
 pub use cluster::{Accelerator, Cluster, NumberFormat};
 pub use dtype::DType;
 pub use error::{Context, Error, Kind, Result};
 pub use layout::{Layout, PipelineSchedule, Recompute, Reduce, Zero};
+pub use lr::{LrSchedule, ScheduleKind};
 pub use model::{Activation, ModelSpec, NormKind, Position, Rope, RopeScaling};
+pub use run::RunSpec;
+pub use sum_tree::{SumTree, merge_at};

@@ -59,6 +59,7 @@ pub enum NormKind {
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
     /// `silu(gate) * up` (Shazeer 2020).
+    #[serde(rename = "swiglu")]
     SwiGlu,
     /// The tanh approximation of GELU (`gelu_new` in GPT-2).
     GeluTanh,

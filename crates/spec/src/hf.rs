@@ -1,0 +1,487 @@
+//! Hugging Face `config.json`, both ways. Defaults of absent keys are those of `transformers`' configuration classes.
+
+use crate::{Activation, Error, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
+use serde_json::{Map, Value, json};
+
+/// `model_type`, the architecture with a language-model head, and how many key and value heads an absent key means.
+struct Family {
+    model_type: &'static str,
+    architecture: &'static str,
+    default_kv_heads: Option<usize>,
+}
+
+const LLAMA: Family =
+    Family { model_type: "llama", architecture: "LlamaForCausalLM", default_kv_heads: None };
+const MISTRAL: Family =
+    Family { model_type: "mistral", architecture: "MistralForCausalLM", default_kv_heads: Some(8) };
+const QWEN2: Family =
+    Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", default_kv_heads: Some(32) };
+const QWEN3: Family =
+    Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", default_kv_heads: Some(32) };
+const GPT2: Family = Family { model_type: "gpt2", architecture: "GPT2LMHeadModel", default_kv_heads: None };
+const FAMILIES: [&Family; 5] = [&LLAMA, &MISTRAL, &QWEN2, &QWEN3, &GPT2];
+
+impl ModelSpec {
+    /// Reads the text of a `config.json` of the Llama, Mistral, Qwen 2, Qwen 3 or GPT-2 family.
+    ///
+    /// Dropout rates and token ids are ignored; anything else that would change the model is refused by name.
+    ///
+    /// ```
+    /// use spec::ModelSpec;
+    /// let config = r#"{ "model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12 }"#;
+    /// let model = ModelSpec::from_hf_config(config)?;
+    /// assert_eq!(model.param_count(), 124_439_808);
+    /// # Ok::<(), spec::Error>(())
+    /// ```
+    pub fn from_hf_config(text: &str) -> Result<ModelSpec> {
+        let json: Value =
+            serde_json::from_str(text).map_err(|e| Error::user(format!("not valid JSON: {e}")))?;
+        let Value::Object(map) = json else {
+            return Err(Error::user("not a config.json: expected an object of keys"));
+        };
+        let config = Config(&map);
+        let family = config.family()?;
+        config.refuse_unsupported(family)?;
+        let model = if family.model_type == "gpt2" { config.gpt2()? } else { config.llama(family)? };
+        model.validate()?;
+        Ok(model)
+    }
+
+    /// The class in `transformers` that computes this model, for example `LlamaForCausalLM`.
+    ///
+    /// # Errors
+    /// Combinations that none of the families has.
+    pub fn hf_architecture(&self) -> Result<&'static str> {
+        self.hf_family().map(|family| family.architecture)
+    }
+
+    /// The model as a `config.json`, with `rope_theta` and `rope_scaling` where every version of `transformers` reads
+    /// them.
+    ///
+    /// # Errors
+    /// Combinations that none of the families has.
+    pub fn to_hf_config(&self) -> Result<Value> {
+        let family = self.hf_family()?;
+        let mut config = json!({
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
+            "vocab_size": self.vocab,
+            "tie_word_embeddings": self.tied_embeddings,
+            "initializer_range": wide(self.init_std),
+        });
+        let own = match &self.position {
+            Position::Learned { max_positions } => json!({
+                "n_embd": self.hidden,
+                "n_layer": self.layers,
+                "n_head": self.heads,
+                "n_inner": self.ffn,
+                "n_positions": max_positions,
+                "n_ctx": max_positions,
+                "activation_function": if self.activation == Activation::Gelu { "gelu" } else { "gelu_new" },
+                "layer_norm_epsilon": wide(self.norm_eps),
+                "attn_pdrop": 0.0,
+                "embd_pdrop": 0.0,
+                "resid_pdrop": 0.0,
+            }),
+            Position::Rope(rope) => {
+                let mut own = json!({
+                    "hidden_size": self.hidden,
+                    "intermediate_size": self.ffn,
+                    "num_hidden_layers": self.layers,
+                    "num_attention_heads": self.heads,
+                    "num_key_value_heads": self.kv_heads,
+                    "head_dim": self.head_dim,
+                    "hidden_act": "silu",
+                    "max_position_embeddings": rope.max_positions,
+                    "rms_norm_eps": wide(self.norm_eps),
+                    "rope_theta": rope.theta,
+                    "rope_scaling": scaling_json(&rope.scaling),
+                });
+                match family.model_type {
+                    "qwen2" => own["use_sliding_window"] = json!(false),
+                    "qwen3" => {
+                        own["use_sliding_window"] = json!(false);
+                        own["attention_bias"] = json!(self.qkv_bias);
+                    }
+                    _ => {
+                        own["attention_bias"] = json!(self.qkv_bias);
+                        own["mlp_bias"] = json!(self.mlp_bias);
+                    }
+                }
+                own
+            }
+        };
+        if let (Some(config), Value::Object(own)) = (config.as_object_mut(), own) {
+            config.extend(own);
+        }
+        Ok(config)
+    }
+
+    fn hf_family(&self) -> Result<&'static Family> {
+        let refuse = |why: &str| {
+            Err(Error::user(format!("{} has no Hugging Face architecture: {why}", self.name))
+                .hint("the families that can be written are Llama, Qwen 2, Qwen 3 and GPT-2"))
+        };
+        let rope = matches!(self.position, Position::Rope(_));
+        match (self.norm, rope) {
+            (NormKind::Layer, true) => return refuse("LayerNorm with rotary positions"),
+            (NormKind::Rms, false) => return refuse("RMSNorm with learned positions"),
+            (NormKind::Layer, false) => {
+                let plain = self.kv_heads == self.heads && self.q_width() == self.hidden && !self.qk_norm;
+                return if self.activation.gated() {
+                    refuse("a gated activation with LayerNorm")
+                } else if !(self.qkv_bias && self.attn_out_bias && self.mlp_bias) {
+                    refuse("GPT-2 has biases on every projection")
+                } else if !plain {
+                    refuse(
+                        "GPT-2 has neither grouped heads nor query and key norms, and its heads fill the width",
+                    )
+                } else {
+                    Ok(&GPT2)
+                };
+            }
+            (NormKind::Rms, true) => {}
+        }
+        if !self.activation.gated() {
+            return refuse("a plain activation with RMSNorm");
+        }
+        let family = match (self.qk_norm, self.qkv_bias, self.attn_out_bias) {
+            (_, false, true) => return refuse("a bias on the attention output alone"),
+            (true, true, false) => {
+                return refuse("query and key norms with biases on query, key and value alone");
+            }
+            (true, ..) => &QWEN3,
+            (false, true, false) => &QWEN2,
+            (false, ..) => return Ok(&LLAMA),
+        };
+        if self.mlp_bias { refuse("feed-forward biases outside of Llama") } else { Ok(family) }
+    }
+}
+
+struct Config<'a>(&'a Map<String, Value>);
+
+impl<'a> Config<'a> {
+    /// `null` means absent, as in `transformers`.
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.0.get(key).filter(|v| !v.is_null())
+    }
+
+    fn wrong(&self, key: &str, expected: &str) -> Error {
+        match self.get(key) {
+            Some(value) => Error::user(format!("{key} = {}, expected {expected}", short(value))),
+            None => Error::user(format!("{key} is missing, expected {expected}")),
+        }
+    }
+
+    fn count_or(&self, key: &str, default: Option<usize>) -> Result<usize> {
+        let found = match self.get(key) {
+            Some(value) => value.as_u64().and_then(|x| usize::try_from(x).ok()),
+            None => default,
+        };
+        found.filter(|x| *x > 0).ok_or_else(|| self.wrong(key, "a whole number above 0"))
+    }
+
+    fn count(&self, key: &str) -> Result<usize> {
+        self.count_or(key, None)
+    }
+
+    fn number_or(&self, key: &str, default: Option<f64>) -> Result<f64> {
+        let found = self.get(key).map_or(default, Value::as_f64);
+        found.ok_or_else(|| self.wrong(key, "a number"))
+    }
+
+    fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
+        self.get(key).map_or(Some(default), Value::as_bool).ok_or_else(|| self.wrong(key, "true or false"))
+    }
+
+    fn text(&self, key: &str) -> Result<Option<&'a str>> {
+        self.get(key).map(|v| v.as_str().ok_or_else(|| self.wrong(key, "text"))).transpose()
+    }
+
+    fn family(&self) -> Result<&'static Family> {
+        let supported = || {
+            let names: Vec<&str> = FAMILIES.iter().map(|f| f.architecture).collect();
+            format!("supported: {}", names.join(", "))
+        };
+        let architecture = self.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str);
+        let model_type = self.text("model_type")?;
+        let family = FAMILIES.into_iter().find(|f| match (model_type, architecture) {
+            (Some(model_type), _) => f.model_type == model_type,
+            (None, Some(architecture)) => f.architecture == architecture,
+            (None, None) => false,
+        });
+        match (family, architecture) {
+            (None, _) => {
+                let name = architecture.or(model_type);
+                let what = name.map_or("model_type is missing".to_owned(), |n| {
+                    format!("architecture {n} is not supported")
+                });
+                Err(Error::user(what).hint(supported()))
+            }
+            // The same layers under another head (classification, value) are another model.
+            (Some(family), Some(architecture)) if architecture != family.architecture => {
+                Err(Error::user(format!("architecture {architecture} is not supported")).hint(supported()))
+            }
+            (Some(family), _) => Ok(family),
+        }
+    }
+
+    fn refuse_unsupported(&self, family: &Family) -> Result<()> {
+        let refuse = |key: &str, why: &str| {
+            let found = self.get(key).map(short).unwrap_or_default();
+            Err(Error::user(format!("{key} = {found} is not supported: {why}"))
+                .hint(format!("supported: {} without it", family.architecture)))
+        };
+        if self.get("quantization_config").is_some() {
+            return refuse("quantization_config", "weights are read in float32, bfloat16 or float16");
+        }
+        for key in ["partial_rotary_factor", "embedding_multiplier", "logits_scaling", "residual_multiplier"]
+        {
+            if self.number_or(key, Some(1.0))? != 1.0 {
+                return refuse(key, "only 1 is");
+            }
+        }
+        for key in ["scale_attn_by_inverse_layer_idx", "add_cross_attention"] {
+            if self.flag_or(key, false)? {
+                return refuse(key, "only false is");
+            }
+        }
+        if !self.flag_or("scale_attn_weights", true)? {
+            return refuse("scale_attn_weights", "only true is");
+        }
+        let mixed = self.get("layer_types").and_then(Value::as_array);
+        if mixed.is_some_and(|types| types.iter().any(|t| t != "full_attention")) {
+            return refuse("layer_types", "only full attention in every layer is");
+        }
+        self.refuse_sliding_window(family)
+    }
+
+    /// A window that is never narrower than the context changes nothing.
+    fn refuse_sliding_window(&self, family: &Family) -> Result<()> {
+        let (windowed, default) = match family.model_type {
+            "mistral" => (true, Some(4096)),
+            "qwen2" | "qwen3" if self.flag_or("use_sliding_window", false)? => {
+                let full_layers = self.count_or("max_window_layers", Some(28))?;
+                (full_layers < self.count("num_hidden_layers")?, Some(4096))
+            }
+            _ => (false, None),
+        };
+        // An absent key is the class's default; only a null says that there is no window.
+        let window = match self.0.get("sliding_window") {
+            Some(Value::Null) => None,
+            Some(_) => Some(self.count("sliding_window")?),
+            None => default,
+        };
+        match window {
+            Some(window) if windowed && window < self.count("max_position_embeddings")? => Err(Error::user(
+                format!("sliding_window = {window} is not supported: only full attention is"),
+            )
+            .hint(format!("supported: {} with \"sliding_window\": null", family.architecture))),
+            _ => Ok(()),
+        }
+    }
+
+    fn name(&self, family: &Family) -> Result<String> {
+        Ok(self.text("_name_or_path")?.filter(|n| !n.is_empty()).unwrap_or(family.model_type).to_owned())
+    }
+
+    fn llama(&self, family: &Family) -> Result<ModelSpec> {
+        let act = self.text("hidden_act")?.unwrap_or("silu");
+        if !["silu", "swish"].contains(&act) {
+            return Err(
+                Error::user(format!("hidden_act = \"{act}\" is not supported")).hint("supported: \"silu\"")
+            );
+        }
+        let hidden = self.count("hidden_size")?;
+        let heads = self.count("num_attention_heads")?;
+        let own_dim = match family.model_type {
+            "qwen3" => Some(128),
+            _ => (hidden.is_multiple_of(heads)).then(|| hidden / heads),
+        };
+        let attention_bias = match family.model_type {
+            "qwen2" | "mistral" => false,
+            _ => self.flag_or("attention_bias", false)?,
+        };
+        Ok(ModelSpec {
+            name: self.name(family)?,
+            vocab: self.count("vocab_size")?,
+            layers: self.count("num_hidden_layers")?,
+            hidden,
+            ffn: self.count("intermediate_size")?,
+            heads,
+            kv_heads: self.count_or("num_key_value_heads", family.default_kv_heads.or(Some(heads)))?,
+            head_dim: self.count_or("head_dim", own_dim)?,
+            norm: NormKind::Rms,
+            norm_eps: self.number_or("rms_norm_eps", Some(1e-6))? as f32,
+            position: Position::Rope(self.rope()?),
+            activation: Activation::SwiGlu,
+            qkv_bias: attention_bias || family.model_type == "qwen2",
+            attn_out_bias: attention_bias,
+            mlp_bias: family.model_type == "llama" && self.flag_or("mlp_bias", false)?,
+            qk_norm: family.model_type == "qwen3",
+            tied_embeddings: self.flag_or("tie_word_embeddings", false)?,
+            init_std: self.number_or("initializer_range", Some(0.02))? as f32,
+        })
+    }
+
+    fn gpt2(&self) -> Result<ModelSpec> {
+        let activation = match self.text("activation_function")?.unwrap_or("gelu_new") {
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
+            "gelu" => Activation::Gelu,
+            other => {
+                return Err(Error::user(format!("activation_function = \"{other}\" is not supported"))
+                    .hint("supported: \"gelu_new\", \"gelu\""));
+            }
+        };
+        let hidden = self.count("n_embd")?;
+        let heads = self.count("n_head")?;
+        if !hidden.is_multiple_of(heads) {
+            return Err(Error::user(format!("n_head = {heads} does not divide n_embd = {hidden}")));
+        }
+        Ok(ModelSpec {
+            name: self.name(&GPT2)?,
+            vocab: self.count("vocab_size")?,
+            layers: self.count("n_layer")?,
+            hidden,
+            ffn: self.count_or("n_inner", hidden.checked_mul(4))?,
+            heads,
+            kv_heads: heads,
+            head_dim: hidden / heads,
+            norm: NormKind::Layer,
+            norm_eps: self.number_or("layer_norm_epsilon", Some(1e-5))? as f32,
+            position: Position::Learned { max_positions: self.count_or("n_positions", Some(1024))? },
+            activation,
+            qkv_bias: true,
+            attn_out_bias: true,
+            mlp_bias: true,
+            qk_norm: false,
+            tied_embeddings: self.flag_or("tie_word_embeddings", true)?,
+            init_std: self.number_or("initializer_range", Some(0.02))? as f32,
+        })
+    }
+
+    /// `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
+    fn rope(&self) -> Result<Rope> {
+        let empty = Map::new();
+        let object = |key: &str| match self.get(key) {
+            Some(Value::Object(map)) => Ok(Some(map)),
+            Some(_) => Err(self.wrong(key, "an object of keys")),
+            None => Ok(None),
+        };
+        let (key, map) = match (object("rope_parameters")?, object("rope_scaling")?) {
+            (Some(map), _) => ("rope_parameters", map),
+            (None, Some(map)) => ("rope_scaling", map),
+            (None, None) => ("rope_scaling", &empty),
+        };
+        if let Some((name, _)) = map.iter().find(|(_, v)| v.is_object()) {
+            return Err(Error::user(format!(
+                "{key}.{name} is not supported: one rotary embedding for all layers is"
+            )));
+        }
+        let fields = Config(map);
+        let theta = match fields.get("rope_theta") {
+            Some(_) => fields.number_or("rope_theta", None),
+            None => self.number_or("rope_theta", Some(10_000.0)),
+        };
+        let max_positions = self.count("max_position_embeddings")?;
+        let scaling = fields.rope_scaling(max_positions).map_err(|e| e.context(key))?;
+        Ok(Rope { theta: theta?, scaling, max_positions })
+    }
+
+    fn rope_scaling(&self, max_positions: usize) -> Result<RopeScaling> {
+        if self.number_or("partial_rotary_factor", Some(1.0))? != 1.0 {
+            return Err(self.wrong("partial_rotary_factor", "1, all dims of a head are rotated"));
+        }
+        let factor = || self.number_or("factor", None);
+        let original = "original_max_position_embeddings";
+        let kind = match self.text("rope_type")? {
+            Some(kind) => kind,
+            None => self.text("type")?.unwrap_or("default"),
+        };
+        Ok(match kind {
+            "default" => RopeScaling::Default,
+            "linear" => RopeScaling::Linear { factor: factor()? },
+            "dynamic" => {
+                if self.count_or(original, Some(max_positions))? != max_positions {
+                    return Err(
+                        self.wrong(original, "the same as max_position_embeddings for dynamic scaling")
+                    );
+                }
+                RopeScaling::Dynamic { factor: factor()? }
+            }
+            "llama3" => RopeScaling::Llama3 {
+                factor: factor()?,
+                low_freq_factor: self.number_or("low_freq_factor", None)?,
+                high_freq_factor: self.number_or("high_freq_factor", None)?,
+                original_max_positions: self.count(original)?,
+            },
+            "yarn" => self.yarn(max_positions)?,
+            other => {
+                return Err(Error::user(format!("rope_type = \"{other}\" is not supported"))
+                    .hint("supported: default, linear, dynamic, llama3, yarn"));
+            }
+        })
+    }
+
+    fn yarn(&self, max_positions: usize) -> Result<RopeScaling> {
+        if !self.flag_or("truncate", true)? {
+            return Err(self.wrong("truncate", "true, the range of dims is rounded"));
+        }
+        let original_max_positions =
+            self.count_or("original_max_position_embeddings", Some(max_positions))?;
+        let factor = self.number_or("factor", Some(max_positions as f64 / original_max_positions as f64))?;
+        // DeepSeek's two scales of the logarithm come down to one attention factor.
+        let scale = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
+        let attention_factor =
+            match (self.get("attention_factor"), self.get("mscale"), self.get("mscale_all_dim")) {
+                (Some(_), ..) => Some(self.number_or("attention_factor", None)?),
+                (None, Some(_), Some(_)) => {
+                    let (one, all) =
+                        (self.number_or("mscale", None)?, self.number_or("mscale_all_dim", None)?);
+                    // Zero is read as absent there.
+                    (one != 0.0 && all != 0.0).then(|| scale(one) / scale(all))
+                }
+                _ => None,
+            };
+        Ok(RopeScaling::Yarn {
+            factor,
+            beta_fast: self.number_or("beta_fast", Some(32.0))?,
+            beta_slow: self.number_or("beta_slow", Some(1.0))?,
+            original_max_positions,
+            attention_factor,
+        })
+    }
+}
+
+fn scaling_json(scaling: &RopeScaling) -> Value {
+    if *scaling == RopeScaling::Default {
+        return Value::Null;
+    }
+    let mut map = Map::new();
+    map.insert("rope_type".to_owned(), json!(scaling.name()));
+    for (name, x) in scaling.fields() {
+        match name {
+            "original_max_positions" => {
+                map.insert("original_max_position_embeddings".to_owned(), json!(x as u64))
+            }
+            _ => map.insert(name.to_owned(), json!(x)),
+        };
+    }
+    Value::Object(map)
+}
+
+/// The double that has the same shortest decimal: `1e-5`, not `9.999999747378752e-6`.
+fn wide(x: f32) -> f64 {
+    x.to_string().parse().unwrap_or(f64::from(x))
+}
+
+/// A value in a message, cut where it gets long.
+fn short(value: &Value) -> String {
+    const SHOWN: usize = 60;
+    let text = value.to_string();
+    if text.chars().count() <= SHOWN { text } else { text.chars().take(SHOWN).chain("...".chars()).collect() }
+}
+
+#[cfg(test)]
+#[path = "hf_tests.rs"]
+mod tests;

@@ -1,0 +1,283 @@
+use super::*;
+use proptest::prelude::*;
+
+const LLAMA_31: &str = r#"{
+  "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 128000,
+  "hidden_act": "silu", "hidden_size": 16384, "initializer_range": 0.02, "intermediate_size": 53248,
+  "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama", "num_attention_heads": 128,
+  "num_hidden_layers": 126, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+  "rope_scaling": { "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192, "rope_type": "llama3" },
+  "rope_theta": 500000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "vocab_size": 128256
+}"#;
+
+/// A small config of the family with `extra` keys on top.
+fn config(model_type: &str, extra: Value) -> Value {
+    let mut config = match model_type {
+        "gpt2" => json!({ "model_type": "gpt2", "vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4 }),
+        _ => json!({
+            "model_type": model_type, "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 64, "sliding_window": null,
+        }),
+    };
+    for (key, value) in extra.as_object().expect("keys") {
+        config[key] = value.clone();
+    }
+    config
+}
+
+fn read(model_type: &str, extra: Value) -> ModelSpec {
+    ModelSpec::from_hf_config(&config(model_type, extra).to_string()).expect("supported")
+}
+
+fn check_refused(model_type: &str, extra: Value, expected: &str) {
+    let refused = ModelSpec::from_hf_config(&config(model_type, extra).to_string()).expect_err(expected);
+    assert_eq!(refused.to_string(), expected);
+}
+
+fn scaling(extra: Value) -> RopeScaling {
+    match read("llama", extra).position {
+        Position::Rope(rope) => rope.scaling,
+        Position::Learned { .. } => RopeScaling::Default,
+    }
+}
+
+#[test]
+fn published_config_is_the_preset() {
+    let read = ModelSpec::from_hf_config(LLAMA_31).expect("supported");
+    let preset = ModelSpec::preset("llama3-405b").expect("a preset");
+    assert_eq!(ModelSpec { name: preset.name.clone(), ..read }, preset);
+}
+
+#[test]
+fn families() {
+    let qwen2 = read("qwen2", json!({}));
+    assert!((qwen2.qkv_bias, qwen2.attn_out_bias, qwen2.qk_norm) == (true, false, false));
+    let qwen3 = read("qwen3", json!({ "tie_word_embeddings": true }));
+    assert_eq!((qwen3.qk_norm, qwen3.head_dim, qwen3.tied_embeddings), (true, 128, true));
+    let biased = read("llama", json!({ "attention_bias": true, "mlp_bias": true, "head_dim": 16 }));
+    assert!(biased.qkv_bias && biased.attn_out_bias && biased.mlp_bias && biased.head_dim == 16);
+    let gpt2 = read("gpt2", json!({ "n_inner": null, "activation_function": "gelu" }));
+    assert_eq!((gpt2.ffn, gpt2.activation, gpt2.tied_embeddings), (128, Activation::Gelu, true));
+    assert_eq!(read("mistral", json!({})), ModelSpec { name: "mistral".into(), ..read("llama", json!({})) });
+    let grouped_by_default = json!({ "num_key_value_heads": null });
+    assert_eq!(read("llama", grouped_by_default).kv_heads, 4);
+    let named = read(
+        "llama",
+        json!({ "_name_or_path": "me/small", "model_type": null, "architectures": ["LlamaForCausalLM"] }),
+    );
+    assert_eq!(named.name, "me/small");
+}
+
+#[test]
+fn rope_in_every_spelling() {
+    let llama3 = RopeScaling::Llama3 {
+        factor: 8.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_max_positions: 8192,
+    };
+    let fields = |key: &str| {
+        json!({ key: "llama3", "factor": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192 })
+    };
+    assert_eq!(scaling(json!({ "rope_scaling": fields("rope_type") })), llama3);
+    assert_eq!(scaling(json!({ "rope_scaling": fields("type") })), llama3);
+    let mut new = fields("rope_type");
+    new["rope_theta"] = json!(5e5);
+    let model = read("llama", json!({ "rope_parameters": new }));
+    assert_eq!(model.position, Position::Rope(Rope { theta: 5e5, scaling: llama3, max_positions: 64 }));
+    let linear = json!({ "type": "linear", "factor": 2.0 });
+    assert_eq!(scaling(json!({ "rope_scaling": linear })), RopeScaling::Linear { factor: 2.0 });
+    let dynamic = json!({ "type": "dynamic", "factor": 2.0 });
+    assert_eq!(scaling(json!({ "rope_scaling": dynamic })), RopeScaling::Dynamic { factor: 2.0 });
+    assert_eq!(scaling(json!({ "rope_scaling": {} })), RopeScaling::Default);
+    assert_eq!(
+        scaling(json!({ "rope_parameters": { "rope_type": "default", "rope_theta": 1e6 } })),
+        RopeScaling::Default
+    );
+}
+
+#[test]
+fn yarn_defaults() {
+    let yarn = |attention_factor| RopeScaling::Yarn {
+        factor: 4.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        original_max_positions: 16,
+        attention_factor,
+    };
+    let base = json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16 });
+    let with = |extra: Value| {
+        let mut map = base.clone();
+        for (key, value) in extra.as_object().expect("keys") {
+            map[key] = value.clone();
+        }
+        scaling(json!({ "rope_scaling": map }))
+    };
+    assert_eq!(with(json!({})), yarn(None));
+    assert_eq!(with(json!({ "factor": null })), yarn(None));
+    assert_eq!(with(json!({ "attention_factor": 1.5 })), yarn(Some(1.5)));
+    assert_eq!(with(json!({ "mscale": 1.0, "mscale_all_dim": 1.0 })), yarn(Some(1.0)));
+    assert_eq!(with(json!({ "mscale": 1.0, "mscale_all_dim": 0 })), yarn(None));
+}
+
+#[test]
+fn refusals() {
+    check_refused("mixtral", json!({}), "architecture mixtral is not supported");
+    check_refused(
+        "llama",
+        json!({ "architectures": ["LlamaForSequenceClassification"] }),
+        "architecture LlamaForSequenceClassification is not supported",
+    );
+    check_refused("llama", json!({ "model_type": null }), "model_type is missing");
+    check_refused("llama", json!({ "hidden_act": "gelu" }), "hidden_act = \"gelu\" is not supported");
+    check_refused(
+        "gpt2",
+        json!({ "activation_function": "relu" }),
+        "activation_function = \"relu\" is not supported",
+    );
+    check_refused("gpt2", json!({ "n_head": 5 }), "n_head = 5 does not divide n_embd = 32");
+    check_refused(
+        "llama",
+        json!({ "rope_scaling": { "rope_type": "longrope" } }),
+        "rope_scaling: rope_type = \"longrope\" is not supported",
+    );
+    check_refused(
+        "llama",
+        json!({ "rope_scaling": { "rope_type": "linear" } }),
+        "rope_scaling: factor is missing, expected a number",
+    );
+    check_refused(
+        "llama",
+        json!({ "rope_parameters": { "full_attention": { "rope_type": "default" } } }),
+        "rope_parameters.full_attention is not supported: one rotary embedding for all layers is",
+    );
+    check_refused(
+        "mistral",
+        json!({ "sliding_window": 32 }),
+        "sliding_window = 32 is not supported: only full attention is",
+    );
+    check_refused(
+        "qwen2",
+        json!({ "sliding_window": 32, "use_sliding_window": true, "max_window_layers": 1 }),
+        "sliding_window = 32 is not supported: only full attention is",
+    );
+    check_refused(
+        "qwen3",
+        json!({ "layer_types": ["full_attention", "sliding_attention"] }),
+        "layer_types = [\"full_attention\",\"sliding_attention\"] is not supported: only full attention in every layer is",
+    );
+    check_refused("llama", json!({ "vocab_size": -1 }), "vocab_size = -1, expected a whole number above 0");
+    check_refused(
+        "llama",
+        json!({ "hidden_size": null }),
+        "hidden_size is missing, expected a whole number above 0",
+    );
+    check_refused(
+        "llama",
+        json!({ "num_attention_heads": 5 }),
+        "head_dim is missing, expected a whole number above 0",
+    );
+    check_refused(
+        "llama",
+        json!({ "num_key_value_heads": 3 }),
+        "model.kv_heads = 3 does not divide model.heads = 4",
+    );
+    check_refused("llama", json!({ "rms_norm_eps": "tiny" }), "rms_norm_eps = \"tiny\", expected a number");
+    check_refused(
+        "llama",
+        json!({ "tie_word_embeddings": 1 }),
+        "tie_word_embeddings = 1, expected true or false",
+    );
+    check_refused(
+        "llama",
+        json!({ "quantization_config": { "bits": 4 } }),
+        "quantization_config = {\"bits\":4} is not supported: weights are read in float32, bfloat16 or float16",
+    );
+    for text in ["", "[]", "{", "nul"] {
+        assert!(ModelSpec::from_hf_config(text).is_err(), "{text}");
+    }
+}
+
+#[test]
+fn windows_as_wide_as_the_context_are_fine() {
+    read("mistral", json!({ "sliding_window": 64 }));
+    read("qwen2", json!({ "sliding_window": 32, "use_sliding_window": false }));
+    read("qwen2", json!({ "sliding_window": 32, "use_sliding_window": true, "max_window_layers": 2 }));
+}
+
+#[test]
+fn every_preset_survives_the_round_trip() {
+    for name in ModelSpec::preset_names() {
+        check_round_trip(&ModelSpec::preset(name).expect(name));
+    }
+}
+
+#[test]
+fn models_without_an_architecture() {
+    let tiny = ModelSpec::preset("tiny").expect("a preset");
+    let gpt2 = ModelSpec::preset("gpt2").expect("a preset");
+    for model in [
+        ModelSpec { norm: NormKind::Layer, ..tiny.clone() },
+        ModelSpec { activation: Activation::Gelu, ..tiny.clone() },
+        ModelSpec { attn_out_bias: true, ..tiny.clone() },
+        ModelSpec { qk_norm: true, mlp_bias: true, ..tiny },
+        ModelSpec { norm: NormKind::Rms, ..gpt2.clone() },
+        ModelSpec { kv_heads: 6, ..gpt2.clone() },
+        ModelSpec { mlp_bias: false, ..gpt2 },
+    ] {
+        let refused = model.to_hf_config().expect_err("no such family");
+        assert!(refused.to_string().contains("has no Hugging Face architecture"), "{refused}");
+    }
+}
+
+fn check_round_trip(model: &ModelSpec) {
+    let config = model.to_hf_config().expect("a family").to_string();
+    let back = ModelSpec::from_hf_config(&config).expect("readable");
+    assert_eq!(ModelSpec { name: model.name.clone(), ..back }, *model, "{config}");
+}
+
+fn any_scaling() -> impl Strategy<Value = RopeScaling> {
+    let factor = 1.0..64.0;
+    prop_oneof![
+        Just(RopeScaling::Default),
+        factor.clone().prop_map(|factor| RopeScaling::Linear { factor }),
+        factor.clone().prop_map(|factor| RopeScaling::Dynamic { factor }),
+        (factor.clone(), 1usize..9999).prop_map(|(factor, original_max_positions)| RopeScaling::Llama3 {
+            factor,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_positions
+        }),
+        (factor, 1usize..9999, prop::option::of(0.5..2.0)).prop_map(
+            |(factor, original_max_positions, attention_factor)| {
+                RopeScaling::Yarn {
+                    factor,
+                    beta_fast: 32.0,
+                    beta_slow: 1.0,
+                    original_max_positions,
+                    attention_factor,
+                }
+            }
+        ),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn llama_like_round_trip(scaling in any_scaling(), theta in 2.0..1e7, eps in 1e-9f32..0.1, tied: bool, bias: bool,
+                             qk_norm: bool, qwen_bias: bool, groups in 1usize..4, half_dim in 1usize..40) {
+        let out_bias = bias && !qwen_bias;
+        let base = ModelSpec::preset("tiny").expect("a preset");
+        let model = ModelSpec {
+            heads: 2 * groups, kv_heads: 2, head_dim: 2 * half_dim, norm_eps: eps, init_std: eps,
+            position: Position::Rope(Rope { theta, scaling, max_positions: 77 }),
+            tied_embeddings: tied, qkv_bias: bias, attn_out_bias: out_bias, qk_norm: qk_norm && bias == out_bias, ..base
+        };
+        check_round_trip(&model);
+        // The model file keeps everything too.
+        prop_assert_eq!(ModelSpec::from_toml("m.toml", &model.to_toml()).expect("readable"), model);
+    }
+}

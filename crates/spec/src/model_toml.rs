@@ -1,0 +1,284 @@
+use crate::doc::Doc;
+use crate::run::keys::{KEYS, ORIGIN_KEYS};
+use crate::{Activation, Error, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, suggest};
+
+macro_rules! catalogue {
+    ($($name:literal),* $(,)?) => {
+        &[$(($name, include_str!(concat!("../../../catalog/models/", $name, ".toml")))),*]
+    };
+}
+
+/// The models that ship with the program: `catalog/models/NAME.toml`.
+const PRESETS: &[(&str, &str)] = catalogue![
+    "tiny",
+    "llama-tiny-ref",
+    "gpt2",
+    "gpt2-medium",
+    "gpt2-large",
+    "gpt2-xl",
+    "tinyllama-1.1b",
+    "llama2-7b",
+    "llama2-13b",
+    "llama2-70b",
+    "llama3-8b",
+    "llama3-70b",
+    "llama3-405b",
+    "llama3.2-1b",
+    "mistral-7b-v0.3",
+    "qwen2-0.5b",
+    "qwen2.5-7b",
+    "qwen3-0.6b",
+    "qwen3-8b",
+];
+
+impl ModelSpec {
+    /// The model of that name in the catalogue; an unknown name is refused with the nearest known one.
+    ///
+    /// ```
+    /// use spec::ModelSpec;
+    /// assert_eq!(ModelSpec::preset("llama3-8b")?.kv_heads, 8);
+    /// let refused = ModelSpec::preset("lama3-8b").unwrap_err();
+    /// assert_eq!(refused.to_string(), "no model is called `lama3-8b`");
+    /// assert_eq!(refused.hint_text(), Some("did you mean `llama3-8b`?"));
+    /// # Ok::<(), spec::Error>(())
+    /// ```
+    pub fn preset(name: &str) -> Result<ModelSpec> {
+        let Some((name, text)) = PRESETS.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)) else {
+            return Err(Error::user(format!("no model is called `{name}`"))
+                .hint(suggest::hint(name, Self::preset_names())));
+        };
+        let path = format!("catalog/models/{name}.toml");
+        let doc = model_doc(&path, text)?;
+        for key in ["model.source", "model.date"] {
+            // A catalogue number without a source is hearsay.
+            if doc.text(key)?.is_empty() {
+                return Err(doc.wrong(key, "text that is not empty"));
+            }
+        }
+        from_doc(&doc)
+    }
+
+    /// Names that [`ModelSpec::preset`] knows, small models first.
+    pub fn preset_names() -> impl Iterator<Item = &'static str> + Clone {
+        PRESETS.iter().map(|(name, _)| *name)
+    }
+
+    /// Reads a model file: the keys of a run file's `[model]` section. `path` is for messages only.
+    ///
+    /// `name`, `vocab`, `layers`, `hidden`, `ffn`, `heads` and `max_positions` are required, the rest defaults to the
+    /// first Llama: as many `kv_heads` as heads, RMSNorm, RoPE, SwiGLU, no biases, untied.
+    pub fn from_toml(path: &str, text: &str) -> Result<ModelSpec> {
+        from_doc(&model_doc(path, text)?)
+    }
+}
+
+fn model_doc(path: &str, text: &str) -> Result<Doc> {
+    let starts = ["model.preset", "model.config"];
+    let keys = KEYS.iter().filter(|k| k.section() == "model" && !starts.contains(&k.path)).chain(ORIGIN_KEYS);
+    let mut doc = Doc::new(keys.collect(), "model.");
+    doc.add_file(path, text)?;
+    Ok(doc)
+}
+
+fn from_doc(doc: &Doc) -> Result<ModelSpec> {
+    let model = read_model(doc, None)?;
+    model.validate()?;
+    Ok(model)
+}
+
+/// The model that `doc` describes on top of `base`, not yet validated.
+pub(crate) fn read_model(doc: &Doc, base: Option<&ModelSpec>) -> Result<ModelSpec> {
+    let count = |key: &str, base: Option<usize>| match base {
+        Some(base) if !doc.written(key) => Ok(base),
+        _ => doc.count(key),
+    };
+    let flag = |key: &str, base: Option<bool>| {
+        if doc.written(key) { doc.flag(key) } else { Ok(base.unwrap_or(false)) }
+    };
+    let single = |key: &str, base: Option<f32>, default: f32| {
+        Ok::<f32, Error>(doc.number_if_set(key)?.map_or(base.unwrap_or(default), |x| x as f32))
+    };
+    let hidden = count("model.hidden", base.map(|b| b.hidden))?;
+    let heads = count("model.heads", base.map(|b| b.heads))?;
+    // What followed from the heads in the base model follows from the new heads too.
+    let grouped = base.filter(|b| b.kv_heads != b.heads);
+    let kv_heads = count("model.kv_heads", Some(grouped.map_or(heads, |b| b.kv_heads)))?;
+    let own_dim = base.filter(|b| b.q_width() != b.hidden).map(|b| b.head_dim);
+    let head_dim = match own_dim {
+        _ if doc.written("model.head_dim") => doc.count("model.head_dim")?,
+        Some(head_dim) => head_dim,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
+        None => {
+            return Err(Error::user(format!(
+                "model.heads = {heads} does not divide model.hidden = {hidden}"
+            ))
+            .hint("change one of them, or set model.head_dim"));
+        }
+    };
+    let name = match (doc.text_or_none("model.name")?, base) {
+        (Some(name), _) => name,
+        (None, Some(base)) => base.name.clone(),
+        (None, None) => return Err(doc.wrong("model.name", "a name in quotes")),
+    };
+    Ok(ModelSpec {
+        name,
+        vocab: count("model.vocab", base.map(|b| b.vocab))?,
+        layers: count("model.layers", base.map(|b| b.layers))?,
+        hidden,
+        ffn: count("model.ffn", base.map(|b| b.ffn))?,
+        heads,
+        kv_heads,
+        head_dim,
+        norm: match word(doc, "model.norm")? {
+            Some("layer") => NormKind::Layer,
+            Some(_) => NormKind::Rms,
+            None => base.map_or(NormKind::Rms, |b| b.norm),
+        },
+        norm_eps: single("model.norm_eps", base.map(|b| b.norm_eps), 1e-5)?,
+        position: read_position(doc, base)?,
+        activation: match word(doc, "model.activation")? {
+            Some("gelu_tanh") => Activation::GeluTanh,
+            Some("gelu") => Activation::Gelu,
+            Some(_) => Activation::SwiGlu,
+            None => base.map_or(Activation::SwiGlu, |b| b.activation),
+        },
+        qkv_bias: flag("model.qkv_bias", base.map(|b| b.qkv_bias))?,
+        attn_out_bias: flag("model.attn_out_bias", base.map(|b| b.attn_out_bias))?,
+        mlp_bias: flag("model.mlp_bias", base.map(|b| b.mlp_bias))?,
+        qk_norm: flag("model.qk_norm", base.map(|b| b.qk_norm))?,
+        tied_embeddings: flag("model.tied_embeddings", base.map(|b| b.tied_embeddings))?,
+        init_std: single("model.init_std", base.map(|b| b.init_std), 0.02)?,
+    })
+}
+
+fn word(doc: &Doc, key: &str) -> Result<Option<&'static str>> {
+    if doc.written(key) { doc.choice(key).map(Some) } else { Ok(None) }
+}
+
+fn read_position(doc: &Doc, base: Option<&ModelSpec>) -> Result<Position> {
+    let base_rope = base.and_then(|b| if let Position::Rope(rope) = &b.position { Some(rope) } else { None });
+    let learned = match word(doc, "model.position")? {
+        Some(word) => word == "learned",
+        None => base.is_some() && base_rope.is_none(),
+    };
+    let max_positions = match base {
+        Some(base) if !doc.written("model.max_positions") => base.max_positions(),
+        _ => doc.count("model.max_positions")?,
+    };
+    if learned {
+        return match doc.written_under("model.rope_").next() {
+            Some(key) => Err(Error::user(format!("{} has no meaning with learned positions", doc.at(key)))
+                .hint("remove it, or set model.position=rope")),
+            None => Ok(Position::Learned { max_positions }),
+        };
+    }
+    let theta = doc.number_if_set("model.rope_theta")?.unwrap_or(base_rope.map_or(10_000.0, |r| r.theta));
+    let scaling = read_scaling(doc, base_rope.map_or(&RopeScaling::Default, |r| &r.scaling), max_positions)?;
+    Ok(Position::Rope(Rope { theta, scaling, max_positions }))
+}
+
+fn read_scaling(doc: &Doc, base: &RopeScaling, max_positions: usize) -> Result<RopeScaling> {
+    let kind = word(doc, "model.rope_scaling.type")?;
+    // Another type starts from nothing.
+    let kept: Vec<(&str, f64)> =
+        if kind.is_none_or(|k| k == base.name()) { base.fields() } else { Vec::new() };
+    let kind = kind.unwrap_or(base.name());
+    let wanted: &[&str] = match kind {
+        "linear" | "dynamic" => &["factor"],
+        "llama3" => &["factor", "low_freq_factor", "high_freq_factor", "original_max_positions"],
+        "yarn" => &["factor", "beta_fast", "beta_slow", "original_max_positions", "attention_factor"],
+        _ => &[],
+    };
+    let prefix = "model.rope_scaling.";
+    for key in doc.written_under(prefix) {
+        let field = &key[prefix.len()..];
+        if field != "type" && !wanted.contains(&field) {
+            return Err(Error::user(format!(
+                "{} has no meaning with rope_scaling.type = \"{kind}\"",
+                doc.at(key)
+            ))
+            .hint(if wanted.is_empty() {
+                "set model.rope_scaling.type too".to_owned()
+            } else {
+                format!("fields of {kind}: {}", wanted.join(", "))
+            }));
+        }
+    }
+    let optional = |field: &str| -> Result<Option<f64>> {
+        let key = format!("{prefix}{field}");
+        let written = doc.written(&key);
+        let base = kept.iter().find(|(name, _)| *name == field).map(|(_, x)| *x);
+        if written { doc.number_if_set(&key) } else { Ok(base) }
+    };
+    let number = |field: &str| {
+        optional(field)?.ok_or_else(|| {
+            Error::user(format!(
+                "model.rope_scaling.{field} is missing, rope_scaling.type = \"{kind}\" needs it"
+            ))
+        })
+    };
+    let original = || -> Result<usize> {
+        let key = "model.rope_scaling.original_max_positions";
+        if doc.written(key) {
+            return doc.count(key);
+        }
+        Ok(optional("original_max_positions")?.map_or(max_positions, |x| x as usize))
+    };
+    Ok(match kind {
+        "linear" => RopeScaling::Linear { factor: number("factor")? },
+        "dynamic" => RopeScaling::Dynamic { factor: number("factor")? },
+        "llama3" => RopeScaling::Llama3 {
+            factor: number("factor")?,
+            low_freq_factor: number("low_freq_factor")?,
+            high_freq_factor: number("high_freq_factor")?,
+            original_max_positions: original()?,
+        },
+        "yarn" => RopeScaling::Yarn {
+            factor: number("factor")?,
+            beta_fast: optional("beta_fast")?.unwrap_or(32.0),
+            beta_slow: optional("beta_slow")?.unwrap_or(1.0),
+            original_max_positions: original()?,
+            attention_factor: optional("attention_factor")?,
+        },
+        _ => RopeScaling::Default,
+    })
+}
+
+impl RopeScaling {
+    /// As written in a model file, and as `rope_type` in a `config.json`.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            RopeScaling::Default => "default",
+            RopeScaling::Linear { .. } => "linear",
+            RopeScaling::Dynamic { .. } => "dynamic",
+            RopeScaling::Llama3 { .. } => "llama3",
+            RopeScaling::Yarn { .. } => "yarn",
+        }
+    }
+
+    /// The numbers by name, as in a model file.
+    pub(crate) fn fields(&self) -> Vec<(&'static str, f64)> {
+        match *self {
+            RopeScaling::Default => Vec::new(),
+            RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor } => vec![("factor", factor)],
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
+                vec![
+                    ("factor", factor),
+                    ("low_freq_factor", low_freq_factor),
+                    ("high_freq_factor", high_freq_factor),
+                    ("original_max_positions", original_max_positions as f64),
+                ]
+            }
+            RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, attention_factor } => {
+                let mut fields = vec![
+                    ("factor", factor),
+                    ("beta_fast", beta_fast),
+                    ("beta_slow", beta_slow),
+                    ("original_max_positions", original_max_positions as f64),
+                ];
+                fields.extend(attention_factor.map(|x| ("attention_factor", x)));
+                fields
+            }
+        }
+    }
+}

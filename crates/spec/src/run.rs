@@ -1,0 +1,223 @@
+//! The run file: everything that says what a training run is, as one checked value.
+
+pub(crate) mod keys;
+mod read;
+mod write;
+
+pub use keys::{Key, KeyKind};
+pub use write::Difference;
+
+use crate::units::Tokens;
+use crate::{DType, Layout, LrSchedule, ModelSpec, ScheduleKind};
+use std::path::PathBuf;
+
+/// A training run: model, data, batch, optimiser, schedule, precision, layout, checkpoints, seed.
+///
+/// Made by [`RunSpec::load`], so every value has been checked, alone and against the others.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunSpec {
+    /// What is trained.
+    pub model: ModelSpec,
+    /// On what.
+    pub data: DataSpec,
+    /// In which portions.
+    pub batch: BatchSpec,
+    /// By which update.
+    pub optim: OptimSpec,
+    /// With which learning rates.
+    pub schedule: ScheduleSpec,
+    /// For how long, how precisely, watched how often.
+    pub train: TrainSpec,
+    /// Spread how.
+    pub layout: Layout,
+    /// Saved how often.
+    pub checkpoint: CheckpointSpec,
+    /// Where.
+    pub run: RunDirSpec,
+    /// How text is generated.
+    pub sample: SampleSpec,
+}
+
+/// `[data]`: what to train on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DataSpec {
+    /// Where tokens come from.
+    pub source: DataSource,
+    /// A `tokenizer.json`; `None` trains one from the text.
+    pub tokenizer: Option<PathBuf>,
+    /// Vocabulary of the tokenizer that is trained.
+    pub vocab_size: usize,
+    /// Weights of the train, validation and test splits; not negative, the first above zero, in any scale.
+    pub split: [f64; 3],
+    /// Where prepared data is kept; `None` leaves the choice to the program.
+    pub cache_dir: Option<PathBuf>,
+}
+
+/// Where tokens come from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DataSource {
+    /// Nothing was named: the sources of the crates that cargo fetched.
+    CargoSources,
+    /// Files, folders or globs of text.
+    Text(Vec<PathBuf>),
+    /// A tokenised dataset `PREFIX.bin` and `PREFIX.idx`.
+    Prefix(PathBuf),
+    /// Several tokenised datasets.
+    Blend(Vec<BlendPart>),
+}
+
+/// One dataset of a blend.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlendPart {
+    /// `PREFIX.bin` and `PREFIX.idx`.
+    pub prefix: PathBuf,
+    /// Its share, above zero, in any scale.
+    pub weight: f64,
+}
+
+/// `[batch]`: the global batch of one optimiser step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchSpec {
+    /// Tokens of a sequence.
+    pub sequence: usize,
+    /// Sequences of the global batch.
+    pub sequences: usize,
+}
+
+impl BatchSpec {
+    /// Tokens of the global batch.
+    pub fn tokens(&self) -> Tokens {
+        Tokens(self.sequence as u64 * self.sequences as u64)
+    }
+}
+
+/// `[optim]`: AdamW with decoupled decay (Loshchilov and Hutter 2019).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OptimSpec {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decay of weights per unit of learning rate; not on norms and biases.
+    pub weight_decay: f64,
+    /// Largest global gradient norm; `None` does not clip.
+    pub grad_clip: Option<f64>,
+}
+
+/// `[schedule]`: the course of the learning rate.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ScheduleSpec {
+    /// Course after warmup.
+    pub kind: ScheduleKind,
+    /// Steps of linear warmup.
+    pub warmup_steps: usize,
+    /// Steps of the final decay; 0 unless the kind is WSD.
+    pub decay_steps: usize,
+    /// Learning rate at the end.
+    pub min_lr: MinLr,
+}
+
+/// The learning rate at the end of a run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum MinLr {
+    /// As such.
+    Rate(f64),
+    /// As a share of the peak.
+    Ratio(f64),
+}
+
+impl MinLr {
+    /// The rate for this peak.
+    pub fn rate(self, peak: f64) -> f64 {
+        match self {
+            MinLr::Rate(rate) => rate,
+            MinLr::Ratio(ratio) => peak * ratio,
+        }
+    }
+}
+
+/// `[train]`: length, precision and what is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TrainSpec {
+    /// Optimiser steps.
+    pub steps: usize,
+    /// Storage of parameters and activations: [`DType::F32`], or [`DType::Bf16`] with f32 master weights.
+    pub precision: DType,
+    /// Steps between evaluations; `None` never evaluates.
+    pub eval_every: Option<usize>,
+    /// Global batches of one evaluation.
+    pub eval_batches: usize,
+    /// Steps between printed lines.
+    pub log_every: usize,
+    /// Seed of weights and data order.
+    pub seed: u64,
+    /// Tokens sampled when training ends; 0 samples nothing.
+    pub sample_tokens: usize,
+}
+
+/// `[checkpoint]`: what is saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CheckpointSpec {
+    /// Steps between checkpoints; `None` saves none before the end.
+    pub every: Option<usize>,
+    /// Newest checkpoints kept; `None` keeps all.
+    pub keep: Option<usize>,
+}
+
+/// `[run]`: where the run lives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunDirSpec {
+    /// Journal, checkpoints and the resolved run file.
+    pub dir: PathBuf,
+    /// Threads of a rank; `None` takes its share of the machine's cores.
+    pub threads: Option<usize>,
+}
+
+/// `[sample]`: how text is generated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SampleSpec {
+    /// Text to continue.
+    pub prompt: String,
+    /// Tokens to generate.
+    pub tokens: usize,
+    /// Divides the logits; 0 takes the likeliest token.
+    pub temperature: f64,
+    /// Sample among this many likeliest tokens; `None` among all.
+    pub top_k: Option<usize>,
+    /// Sample among the likeliest tokens that hold this share of the probability, above 0; 1 is all.
+    pub top_p: f64,
+}
+
+impl RunSpec {
+    /// The learning rate of every step, as a value.
+    pub fn lr_schedule(&self) -> LrSchedule {
+        LrSchedule {
+            kind: self.schedule.kind,
+            peak: self.optim.lr,
+            min: self.schedule.min_lr.rate(self.optim.lr),
+            steps: self.train.steps,
+            warmup_steps: self.schedule.warmup_steps,
+            decay_steps: self.schedule.decay_steps,
+        }
+    }
+
+    /// The learning rate of `step`, which counts from 1.
+    ///
+    /// ```
+    /// use spec::RunSpec;
+    /// let set = ["optim.lr=0.4", "schedule.warmup_steps=4", "schedule.min_lr=0", "train.steps=8"].map(String::from);
+    /// let run = RunSpec::load(None, &set, &RunSpec::no_files)?;
+    /// assert_eq!([run.lr_at(1), run.lr_at(4), run.lr_at(8)], [0.1, 0.4, 0.0]);
+    /// # Ok::<(), spec::Error>(())
+    /// ```
+    pub fn lr_at(&self, step: usize) -> f64 {
+        self.lr_schedule().at(step)
+    }
+}
+
+#[cfg(test)]
+mod tests;

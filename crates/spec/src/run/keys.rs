@@ -1,0 +1,298 @@
+//! Every key of a run file: its type, default and meaning, from which parsing, help and documentation are made.
+
+use crate::layout_check::MAX_WORLD;
+use crate::model_check::MAX_POSITIONS;
+
+/// Longest run.
+pub(super) const MAX_STEPS: usize = 1 << 40;
+/// Most tokens of a global batch, so that tokens times any width of a model stay far inside 64 bits.
+pub(super) const MAX_BATCH_TOKENS: usize = 1 << 32;
+
+/// One key of a run file.
+#[derive(Debug)]
+pub struct Key {
+    /// Section and name: `train.steps`.
+    pub path: &'static str,
+    /// What may be written.
+    pub kind: KeyKind,
+    /// The default as written in TOML; empty when there is none.
+    pub default: &'static str,
+    /// One line on what it means.
+    pub doc: &'static str,
+}
+
+/// What may be written for a key.
+#[derive(Debug)]
+pub enum KeyKind {
+    /// A whole number in a range.
+    Count {
+        /// Least.
+        min: usize,
+        /// Most.
+        max: usize,
+    },
+    /// A whole number, or 0 for off.
+    CountOrOff {
+        /// Most.
+        max: usize,
+    },
+    /// A finite number.
+    Number {
+        /// The range in words.
+        expected: &'static str,
+        /// Whether a number is in it.
+        ok: fn(f64) -> bool,
+    },
+    /// `true` or `false`.
+    Flag,
+    /// Text.
+    Text,
+    /// A file or folder, relative to the working directory.
+    Path,
+    /// One path or a list of them.
+    Paths,
+    /// One of some words.
+    Choice(&'static [&'static str]),
+    /// A list of whole numbers.
+    Counts,
+    /// A list of `{ prefix = "path", weight = 0.5 }`.
+    Blend,
+}
+
+impl Key {
+    /// The type in a word or two, or the words to choose from.
+    pub fn type_text(&self) -> String {
+        match &self.kind {
+            KeyKind::Count { .. } => "count".to_owned(),
+            KeyKind::CountOrOff { .. } => "count, 0 = off".to_owned(),
+            KeyKind::Number { .. } => "number".to_owned(),
+            KeyKind::Flag => "true | false".to_owned(),
+            KeyKind::Text => "text".to_owned(),
+            KeyKind::Path => "path".to_owned(),
+            KeyKind::Paths => "path or list".to_owned(),
+            KeyKind::Choice(words) => words.join(" | "),
+            KeyKind::Counts => "list of counts".to_owned(),
+            KeyKind::Blend => "list of { prefix, weight }".to_owned(),
+        }
+    }
+
+    /// The default for people: without quotes, `-` when there is none.
+    pub fn default_text(&self) -> &'static str {
+        match self.default.trim_matches('"') {
+            "" if self.default.is_empty() => "-",
+            "" => "\"\"",
+            text => text,
+        }
+    }
+
+    /// The part before the first dot.
+    pub fn section(&self) -> &'static str {
+        self.path.split('.').next().unwrap_or_default()
+    }
+}
+
+const fn count(min: usize, max: usize) -> KeyKind {
+    KeyKind::Count { min, max }
+}
+
+const fn off(max: usize) -> KeyKind {
+    KeyKind::CountOrOff { max }
+}
+
+const ABOVE_ZERO: KeyKind =
+    KeyKind::Number { expected: "above 0 and at most 1e6", ok: |x| x > 0.0 && x <= 1e6 };
+const ZERO_UP: KeyKind = KeyKind::Number { expected: "from 0 to 1e6", ok: |x| (0.0..=1e6).contains(&x) };
+const BELOW_ONE: KeyKind =
+    KeyKind::Number { expected: "at least 0 and below 1", ok: |x| (0.0..1.0).contains(&x) };
+const SHARE: KeyKind = KeyKind::Number { expected: "from 0 to 1", ok: |x| (0.0..=1.0).contains(&x) };
+const PART: KeyKind = KeyKind::Number { expected: "above 0 and at most 1", ok: |x| x > 0.0 && x <= 1.0 };
+/// Model keys: `ModelSpec::validate` knows their range.
+const SIZE: KeyKind = count(1, 1 << 26);
+const ANY: KeyKind = KeyKind::Number { expected: "that is finite", ok: |_| true };
+
+const fn key(path: &'static str, kind: KeyKind, default: &'static str, doc: &'static str) -> Key {
+    Key { path, kind, default, doc }
+}
+
+/// The keys in the order of a run file. The defaults are the default recipe: a few minutes on two CPU cores.
+pub(crate) static KEYS: &[Key] = &[
+    key("model.preset", KeyKind::Text, "\"llama-tiny-ref\"", "model of the catalogue to start from"),
+    key("model.config", KeyKind::Path, "", "Hugging Face config.json to start from, instead of a preset"),
+    key("model.name", KeyKind::Text, "", "what people call the model"),
+    key("model.vocab", SIZE, "", "vocabulary size"),
+    key("model.layers", SIZE, "", "transformer layers"),
+    key("model.hidden", SIZE, "", "residual width"),
+    key("model.ffn", SIZE, "", "width of the feed-forward layer (of each half when gated)"),
+    key("model.heads", SIZE, "", "query heads"),
+    key("model.kv_heads", SIZE, "", "key and value heads; as many as heads unless the preset groups them"),
+    key("model.head_dim", SIZE, "", "width of one head; hidden / heads unless the preset differs"),
+    key("model.norm", KeyKind::Choice(&["rms", "layer"]), "", "normalisation"),
+    key("model.norm_eps", ANY, "", "added to the variance in every norm"),
+    key("model.position", KeyKind::Choice(&["rope", "learned"]), "", "how positions enter"),
+    key("model.max_positions", SIZE, "", "longest sequence the model takes, in tokens"),
+    key("model.rope_theta", ANY, "", "base of the rotary frequencies"),
+    key(
+        "model.rope_scaling.type",
+        KeyKind::Choice(&["default", "linear", "dynamic", "llama3", "yarn"]),
+        "",
+        "how rotary frequencies are stretched",
+    ),
+    key("model.rope_scaling.factor", ANY, "", "how far"),
+    key("model.rope_scaling.low_freq_factor", ANY, "", "llama3: longer wavelengths are stretched fully"),
+    key("model.rope_scaling.high_freq_factor", ANY, "", "llama3: shorter wavelengths are kept"),
+    key("model.rope_scaling.beta_fast", ANY, "", "yarn: rotations above which a dim is kept"),
+    key("model.rope_scaling.beta_slow", ANY, "", "yarn: rotations below which a dim is stretched fully"),
+    key(
+        "model.rope_scaling.original_max_positions",
+        SIZE,
+        "",
+        "llama3, yarn: context before stretching, in tokens",
+    ),
+    key(
+        "model.rope_scaling.attention_factor",
+        ANY,
+        "",
+        "yarn: scale of cos and sin; 0.1 ln(factor) + 1 if absent",
+    ),
+    key(
+        "model.activation",
+        KeyKind::Choice(&["swiglu", "gelu_tanh", "gelu"]),
+        "",
+        "feed-forward non-linearity",
+    ),
+    key("model.qkv_bias", KeyKind::Flag, "", "biases on query, key and value projections"),
+    key("model.attn_out_bias", KeyKind::Flag, "", "bias on the attention output projection"),
+    key("model.mlp_bias", KeyKind::Flag, "", "biases in the feed-forward layer"),
+    key("model.qk_norm", KeyKind::Flag, "", "RMSNorm on query and key heads"),
+    key("model.tied_embeddings", KeyKind::Flag, "", "the output projection is the embedding table"),
+    key("model.init_std", ANY, "", "standard deviation of initial weights"),
+    key("data.text", KeyKind::Paths, "", "files, folders or globs of text to train on"),
+    key("data.prefix", KeyKind::Path, "", "tokenised dataset PREFIX.bin and PREFIX.idx, instead of text"),
+    key("data.blend", KeyKind::Blend, "", "tokenised datasets and their weights, instead of text"),
+    key("data.tokenizer", KeyKind::Path, "", "tokenizer.json; trained from the text if absent"),
+    key("data.vocab_size", count(257, 1 << 24), "4096", "vocabulary of the tokenizer that is trained"),
+    key("data.split", KeyKind::Text, "\"99,1,0\"", "weights of the train, validation and test splits"),
+    key("data.cache_dir", KeyKind::Path, "", "where prepared data is kept"),
+    key("batch.sequence", count(1, MAX_POSITIONS), "256", "tokens of a sequence"),
+    key("batch.sequences", count(1, MAX_WORLD), "8", "global batch in sequences"),
+    key("batch.tokens", count(1, MAX_BATCH_TOKENS), "", "global batch in tokens, instead of sequences"),
+    key("optim.lr", ABOVE_ZERO, "1e-3", "peak learning rate of AdamW"),
+    key("optim.beta1", BELOW_ONE, "0.9", "decay of the first moment"),
+    key("optim.beta2", BELOW_ONE, "0.95", "decay of the second moment"),
+    key(
+        "optim.eps",
+        KeyKind::Number { expected: "above 0 and below 1", ok: |x| x > 0.0 && x < 1.0 },
+        "1e-8",
+        "added to the root of the second moment",
+    ),
+    key("optim.weight_decay", ZERO_UP, "0.1", "decoupled decay, not on norms and biases"),
+    key("optim.grad_clip", ZERO_UP, "1.0", "largest global gradient norm; 0 = off"),
+    key(
+        "schedule.kind",
+        KeyKind::Choice(&["cosine", "wsd", "linear", "constant"]),
+        "\"cosine\"",
+        "course of the learning rate after warmup",
+    ),
+    key(
+        "schedule.warmup_steps",
+        count(0, MAX_STEPS),
+        "",
+        "steps of linear warmup; a tenth of the steps, at most 100, if absent",
+    ),
+    key(
+        "schedule.decay_steps",
+        count(1, MAX_STEPS),
+        "",
+        "wsd: steps of the final decay; a fifth of the steps if absent",
+    ),
+    key("schedule.min_lr", ZERO_UP, "", "learning rate at the end"),
+    key("schedule.min_lr_ratio", SHARE, "0.1", "learning rate at the end over the peak, instead of min_lr"),
+    key("train.steps", count(1, MAX_STEPS), "400", "optimiser steps"),
+    key(
+        "train.precision",
+        KeyKind::Choice(&["f32", "bf16"]),
+        "\"f32\"",
+        "storage of parameters and activations; bf16 keeps f32 master weights",
+    ),
+    key("train.seed", count(0, i64::MAX as usize), "42", "seed of weights and data order"),
+    key("train.eval_every", off(MAX_STEPS), "100", "steps between evaluations on the validation split"),
+    key("train.eval_batches", count(1, MAX_STEPS), "8", "global batches of one evaluation"),
+    key("train.log_every", count(1, MAX_STEPS), "1", "steps between printed lines"),
+    key(
+        "train.sample_tokens",
+        count(0, MAX_POSITIONS),
+        "64",
+        "tokens sampled from the model when training ends; 0 = none",
+    ),
+    key("layout.dp", count(1, MAX_WORLD), "1", "data-parallel ranks"),
+    key("layout.tp", count(1, MAX_WORLD), "1", "tensor-parallel ranks"),
+    key("layout.pp", count(1, MAX_WORLD), "1", "pipeline stages"),
+    key(
+        "layout.sequence_parallel",
+        KeyKind::Flag,
+        "false",
+        "split activations along the sequence between tensor-parallel regions",
+    ),
+    key(
+        "layout.zero",
+        count(0, 3),
+        "0",
+        "shard over dp: 1 optimiser state, 2 and gradients, 3 and parameters",
+    ),
+    key(
+        "layout.schedule",
+        KeyKind::Choice(&["gpipe", "1f1b", "interleaved", "zero-bubble"]),
+        "\"1f1b\"",
+        "order of forward and backward work on the stages",
+    ),
+    key("layout.chunks", count(1, MAX_WORLD), "1", "model chunks per stage (interleaved)"),
+    key(
+        "layout.stage_layers",
+        KeyKind::Counts,
+        "[]",
+        "layers of each stage (times chunks); as even as possible if empty",
+    ),
+    key(
+        "layout.micro_batch",
+        count(1, MAX_WORLD),
+        "1",
+        "sequences executed at once; never changes the numbers",
+    ),
+    key(
+        "layout.recompute",
+        KeyKind::Choice(&["none", "selective", "full"]),
+        "\"none\"",
+        "activations recomputed in backward",
+    ),
+    key(
+        "layout.reduce",
+        KeyKind::Choice(&["tree", "ring"]),
+        "\"tree\"",
+        "gradient sums: tree is bit-identical for every layout",
+    ),
+    key("checkpoint.every", off(MAX_STEPS), "200", "steps between checkpoints"),
+    key("checkpoint.keep", off(MAX_STEPS), "2", "newest checkpoints kept; 0 = all"),
+    key(
+        "run.dir",
+        KeyKind::Path,
+        "\"runs/default\"",
+        "where journal, checkpoints and the resolved run file go",
+    ),
+    key("run.threads", off(1 << 16), "0", "threads of a rank; 0 = its share of the machine's cores"),
+    key("sample.prompt", KeyKind::Text, "\"\"", "text to continue"),
+    key("sample.tokens", count(1, MAX_POSITIONS), "128", "tokens to generate"),
+    key(
+        "sample.temperature",
+        KeyKind::Number { expected: "from 0 to 100", ok: |x| (0.0..=100.0).contains(&x) },
+        "0.8",
+        "0 takes the likeliest token",
+    ),
+    key("sample.top_k", off(1 << 24), "50", "sample among this many likeliest tokens"),
+    key("sample.top_p", PART, "1.0", "sample among the likeliest tokens that hold this share"),
+];
+
+/// What a model file of the catalogue says about itself, besides the model keys.
+pub(crate) static ORIGIN_KEYS: &[Key] = &[
+    key("model.source", KeyKind::Text, "", "where the numbers come from"),
+    key("model.date", KeyKind::Text, "", "when they were published or read"),
+];

@@ -1,0 +1,329 @@
+use super::keys::{KEYS, Key, MAX_BATCH_TOKENS};
+use super::*;
+use crate::doc::{Doc, Val};
+use crate::model_toml::read_model;
+use crate::{Error, PipelineSchedule, Recompute, Reduce, Result, Zero};
+use std::path::Path;
+
+impl RunSpec {
+    /// Reads a run: defaults, then the file as `(path, text)`, then overrides `key=value`, later ones winning.
+    ///
+    /// Override values are TOML; what is not TOML is text, so `run.dir=runs/a` needs no quotes. `none` unsets a key
+    /// that may be absent. Of keys that exclude each other (`batch.sequences` and `batch.tokens`) the later wins;
+    /// `model.preset` or `model.config` drops the model keys written before it.
+    ///
+    /// The function itself reads nothing: `load_file` gives the text of the `config.json` that `model.config` names.
+    ///
+    /// # Errors
+    /// Unknown keys, wrong types, values out of range and contradictions, each with its place and a hint.
+    ///
+    /// ```
+    /// use spec::RunSpec;
+    /// let file = "[train]\nsteps = 100\n\n[batch]\ntokens = 4096\n";
+    /// let run = RunSpec::load(Some(("run.toml", file)), &["train.steps=200".into()], &RunSpec::no_files)?;
+    /// assert_eq!((run.train.steps, run.batch.sequences), (200, 16));
+    ///
+    /// let file = "[train]\nstep = 100\n";
+    /// let refused = RunSpec::load(Some(("run.toml", file)), &[], &RunSpec::no_files).unwrap_err();
+    /// assert_eq!(refused.to_string(), "unknown key train.step in run.toml:2");
+    /// assert_eq!(refused.hint_text(), Some("did you mean `train.steps`?"));
+    /// # Ok::<(), spec::Error>(())
+    /// ```
+    pub fn load(
+        file: Option<(&str, &str)>,
+        overrides: &[String],
+        load_file: &dyn Fn(&Path) -> Result<String>,
+    ) -> Result<RunSpec> {
+        let mut doc = Doc::new(KEYS.iter().collect(), "");
+        if let Some((path, text)) = file {
+            doc.add_file(path, text)?;
+        }
+        for text in overrides {
+            doc.add_override(text)?;
+        }
+        doc.starts_anew("model.preset", "model.");
+        doc.starts_anew("model.config", "model.");
+        doc.starts_anew("model.rope_scaling.type", "model.rope_scaling.");
+        doc.exclusive(&["model.preset", "model.config"])?;
+        doc.exclusive(&["data.text", "data.prefix", "data.blend"])?;
+        doc.exclusive(&["batch.sequences", "batch.tokens"])?;
+        doc.exclusive(&["schedule.min_lr", "schedule.min_lr_ratio"])?;
+
+        let model = read_whole_model(&doc, load_file)?;
+        let train = read_train(&doc)?;
+        let optim = read_optim(&doc)?;
+        let spec = RunSpec {
+            data: read_data(&doc)?,
+            batch: read_batch(&doc)?,
+            schedule: read_schedule(&doc, train.steps, optim.lr)?,
+            layout: read_layout(&doc)?,
+            checkpoint: CheckpointSpec {
+                every: doc.count_or_off("checkpoint.every")?,
+                keep: doc.count_or_off("checkpoint.keep")?,
+            },
+            run: RunDirSpec { dir: path(&doc, "run.dir")?, threads: doc.count_or_off("run.threads")? },
+            sample: SampleSpec {
+                prompt: doc.text("sample.prompt")?,
+                tokens: doc.count("sample.tokens")?,
+                temperature: doc.number("sample.temperature")?,
+                top_k: doc.count_or_off("sample.top_k")?,
+                top_p: doc.number("sample.top_p")?,
+            },
+            model,
+            train,
+            optim,
+        };
+        spec.check_together(&doc)?;
+        Ok(spec)
+    }
+
+    /// For [`RunSpec::load`] where no other file may be read.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn no_files(path: &Path) -> Result<String> {
+        Err(Error::user(format!("{} cannot be read here", path.display())))
+    }
+
+    /// Every key with its type, default and meaning, in the order of a run file.
+    pub fn keys() -> &'static [Key] {
+        KEYS
+    }
+
+    fn check_together(&self, doc: &Doc) -> Result<()> {
+        let BatchSpec { sequence, sequences } = self.batch;
+        let longest = self.model.max_positions();
+        if sequence > longest {
+            return Err(doc
+                .wrong("batch.sequence", format!("at most the {longest} positions of {}", self.model.name))
+                .hint(format!("set batch.sequence={longest}, or model.max_positions={sequence}")));
+        }
+        let trains_tokenizer = self.data.tokenizer.is_none()
+            && matches!(self.data.source, DataSource::CargoSources | DataSource::Text(_));
+        if trains_tokenizer && self.data.vocab_size > self.model.vocab {
+            return Err(doc
+                .wrong(
+                    "data.vocab_size",
+                    format!("at most the vocabulary of {} of {}", self.model.vocab, self.model.name),
+                )
+                .hint(format!(
+                    "set data.vocab_size={}, or model.vocab={}",
+                    self.model.vocab, self.data.vocab_size
+                )));
+        }
+        self.layout.validate(&self.model, sequences, sequence).map_err(|e| doc.locate(e))
+    }
+}
+
+fn read_whole_model(doc: &Doc, load_file: &dyn Fn(&Path) -> Result<String>) -> Result<ModelSpec> {
+    let base = match (doc.text_or_none("model.config")?, doc.text_or_none("model.preset")?) {
+        (Some(config), _) => {
+            let text = load_file(Path::new(&config)).map_err(|e| e.context("read model.config"))?;
+            Some(ModelSpec::from_hf_config(&text).map_err(|e| e.context(&config))?)
+        }
+        (None, Some(preset)) => {
+            Some(ModelSpec::preset(&preset).map_err(|e| e.context(doc.at("model.preset")))?)
+        }
+        (None, None) => None,
+    };
+    let model = read_model(doc, base.as_ref())?;
+    model.validate().map_err(|e| doc.locate(e))?;
+    Ok(model)
+}
+
+fn path(doc: &Doc, key: &str) -> Result<PathBuf> {
+    match doc.text_or_none(key)? {
+        Some(text) => Ok(text.into()),
+        None => Err(doc.wrong(key, "a path")),
+    }
+}
+
+fn read_data(doc: &Doc) -> Result<DataSpec> {
+    let text = doc.texts("data.text")?;
+    let source = if let Some(prefix) = doc.text_or_none("data.prefix")? {
+        DataSource::Prefix(prefix.into())
+    } else if doc.has("data.blend") {
+        DataSource::Blend(read_blend(doc)?)
+    } else if text.is_empty() {
+        DataSource::CargoSources
+    } else {
+        DataSource::Text(text.into_iter().map(PathBuf::from).collect())
+    };
+    Ok(DataSpec {
+        source,
+        tokenizer: doc.text_or_none("data.tokenizer")?.map(PathBuf::from),
+        vocab_size: doc.count("data.vocab_size")?,
+        split: read_split(doc)?,
+        cache_dir: doc.text_or_none("data.cache_dir")?.map(PathBuf::from),
+    })
+}
+
+fn read_blend(doc: &Doc) -> Result<Vec<BlendPart>> {
+    const KEY: &str = "data.blend";
+    let wrong = || doc.wrong(KEY, "a list of { prefix = \"path\", weight = 0.5 } with weights above 0");
+    let Some(Val::List(items)) = doc.entry(KEY).map(|e| &e.value) else { return Err(wrong()) };
+    let mut parts = Vec::new();
+    for item in items {
+        let Val::Table(fields) = item else { return Err(wrong()) };
+        let (mut prefix, mut weight) = (None, None);
+        for (name, value) in fields {
+            match (name.as_str(), value) {
+                ("prefix", Val::Text(text)) if !text.is_empty() => prefix = Some(PathBuf::from(text)),
+                ("weight", value) => weight = value.number().filter(|w| *w > 0.0 && w.is_finite()),
+                _ => return Err(wrong()),
+            }
+        }
+        let (Some(prefix), Some(weight)) = (prefix, weight) else { return Err(wrong()) };
+        parts.push(BlendPart { prefix, weight });
+    }
+    if parts.is_empty() { Err(wrong()) } else { Ok(parts) }
+}
+
+fn read_split(doc: &Doc) -> Result<[f64; 3]> {
+    let wrong = || doc.wrong("data.split", "three weights like \"99,1,0\", none negative, the first above 0");
+    let text = doc.text("data.split")?;
+    let mut split = [0.0; 3];
+    let parts: Vec<&str> = text.split(',').collect();
+    if parts.len() > split.len() {
+        return Err(wrong());
+    }
+    for (weight, part) in split.iter_mut().zip(parts) {
+        *weight = part.trim().parse().map_err(|_| wrong())?;
+    }
+    let fine = split[0] > 0.0 && split.iter().all(|w| (0.0..=1e9).contains(w));
+    if fine { Ok(split) } else { Err(wrong()) }
+}
+
+fn read_batch(doc: &Doc) -> Result<BatchSpec> {
+    let sequence = doc.count("batch.sequence")?;
+    let sequences = if doc.has("batch.tokens") {
+        let tokens = doc.count("batch.tokens")?;
+        if !tokens.is_multiple_of(sequence) {
+            let below = tokens / sequence * sequence;
+            let near = if below == 0 { String::new() } else { format!("{below} or ") };
+            return Err(Error::user(format!(
+                "{} is not a multiple of batch.sequence = {sequence}",
+                doc.at("batch.tokens")
+            ))
+            .hint(format!("set batch.tokens={near}{}", below + sequence)));
+        }
+        tokens / sequence
+    } else {
+        doc.count("batch.sequences")?
+    };
+    if sequence.saturating_mul(sequences) > MAX_BATCH_TOKENS {
+        return Err(Error::user(format!(
+            "batch.sequence x sequences = {sequence} x {sequences} tokens, expected at most {MAX_BATCH_TOKENS}"
+        )));
+    }
+    Ok(BatchSpec { sequence, sequences })
+}
+
+fn read_optim(doc: &Doc) -> Result<OptimSpec> {
+    let clip = doc.number_if_set("optim.grad_clip")?.unwrap_or(0.0);
+    Ok(OptimSpec {
+        lr: doc.number("optim.lr")?,
+        beta1: doc.number("optim.beta1")?,
+        beta2: doc.number("optim.beta2")?,
+        eps: doc.number("optim.eps")?,
+        weight_decay: doc.number("optim.weight_decay")?,
+        grad_clip: (clip > 0.0).then_some(clip),
+    })
+}
+
+fn read_schedule(doc: &Doc, steps: usize, lr: f64) -> Result<ScheduleSpec> {
+    /// Longer warmups are asked for, not assumed.
+    const MOST_DEFAULT_WARMUP: usize = 100;
+    let kind = match doc.choice("schedule.kind")? {
+        "wsd" => ScheduleKind::Wsd,
+        "linear" => ScheduleKind::Linear,
+        "constant" => ScheduleKind::Constant,
+        _ => ScheduleKind::Cosine,
+    };
+    let warmup_steps = match doc.has("schedule.warmup_steps") {
+        true => doc.count("schedule.warmup_steps")?,
+        false => (steps / 10).min(MOST_DEFAULT_WARMUP),
+    };
+    if warmup_steps >= steps {
+        return Err(doc.wrong("schedule.warmup_steps", format!("less than train.steps = {steps}")).hint(
+            format!(
+                "set schedule.warmup_steps={}, or train.steps={}",
+                steps / 10,
+                warmup_steps.saturating_mul(10)
+            ),
+        ));
+    }
+    let set_decay = doc.has("schedule.decay_steps");
+    if set_decay && kind != ScheduleKind::Wsd {
+        return Err(Error::user(format!(
+            "{} has no meaning with schedule.kind = \"{}\"",
+            doc.at("schedule.decay_steps"),
+            kind.name()
+        ))
+        .hint("set schedule.decay_steps=none, or schedule.kind=wsd"));
+    }
+    let decay_steps = match (kind, set_decay) {
+        (ScheduleKind::Wsd, true) => doc.count("schedule.decay_steps")?,
+        (ScheduleKind::Wsd, false) => (steps / 5).max(1).min(steps - warmup_steps),
+        _ => 0,
+    };
+    if warmup_steps.saturating_add(decay_steps) > steps {
+        let most = steps - warmup_steps;
+        return Err(doc
+            .wrong("schedule.decay_steps", format!("at most the {most} steps after warmup"))
+            .hint(format!("set schedule.decay_steps={most}, or a larger train.steps")));
+    }
+    let min_lr = match doc.number_if_set("schedule.min_lr")? {
+        Some(rate) => MinLr::Rate(rate),
+        None => MinLr::Ratio(doc.number_if_set("schedule.min_lr_ratio")?.unwrap_or(0.0)),
+    };
+    if min_lr.rate(lr) > lr {
+        return Err(doc
+            .wrong("schedule.min_lr", format!("at most optim.lr = {lr:?}"))
+            .hint("set schedule.min_lr_ratio=0.1 instead"));
+    }
+    Ok(ScheduleSpec { kind, warmup_steps, decay_steps, min_lr })
+}
+
+fn read_train(doc: &Doc) -> Result<TrainSpec> {
+    Ok(TrainSpec {
+        steps: doc.count("train.steps")?,
+        precision: if doc.choice("train.precision")? == "bf16" { DType::Bf16 } else { DType::F32 },
+        eval_every: doc.count_or_off("train.eval_every")?,
+        eval_batches: doc.count("train.eval_batches")?,
+        log_every: doc.count("train.log_every")?,
+        seed: doc.count("train.seed")? as u64,
+        sample_tokens: doc.count("train.sample_tokens")?,
+    })
+}
+
+fn read_layout(doc: &Doc) -> Result<Layout> {
+    let zero = match doc.count("layout.zero")? {
+        1 => Zero::Optimizer,
+        2 => Zero::Gradients,
+        3 => Zero::Parameters,
+        _ => Zero::Off,
+    };
+    Ok(Layout {
+        dp: doc.count("layout.dp")?,
+        tp: doc.count("layout.tp")?,
+        pp: doc.count("layout.pp")?,
+        sequence_parallel: doc.flag("layout.sequence_parallel")?,
+        zero,
+        schedule: match doc.choice("layout.schedule")? {
+            "gpipe" => PipelineSchedule::Gpipe,
+            "interleaved" => PipelineSchedule::Interleaved,
+            "zero-bubble" => PipelineSchedule::ZeroBubble,
+            _ => PipelineSchedule::OneFOneB,
+        },
+        chunks: doc.count("layout.chunks")?,
+        stage_layers: doc.counts("layout.stage_layers")?,
+        micro_batch: doc.count("layout.micro_batch")?,
+        recompute: match doc.choice("layout.recompute")? {
+            "selective" => Recompute::Selective,
+            "full" => Recompute::Full,
+            _ => Recompute::None,
+        },
+        reduce: if doc.choice("layout.reduce")? == "ring" { Reduce::Ring } else { Reduce::Tree },
+    })
+}

@@ -1,0 +1,282 @@
+use super::keys::KEYS;
+use super::*;
+use crate::{Activation, Error, NormKind, Position, Recompute, Reduce, Result};
+use std::fmt;
+use std::path::Path;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// A key whose value differs between two runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// Section and name.
+    pub key: &'static str,
+    /// The value in the run at hand, as written in a run file.
+    pub here: String,
+    /// The value in the other run.
+    pub there: String,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} = {}, was {}", self.key, self.here, self.there)
+    }
+}
+
+impl RunSpec {
+    /// The whole run as a run file: every choice spelled out, nothing left to a default. Loading it gives this value.
+    ///
+    /// ```
+    /// use spec::RunSpec;
+    /// let run = RunSpec::load(None, &["model.preset=gpt2".into()], &RunSpec::no_files)?;
+    /// let text = run.to_toml();
+    /// assert!(text.contains("[batch]\nsequence = 256\nsequences = 8\n"));
+    /// assert_eq!(RunSpec::load(Some(("run.toml", &text)), &[], &RunSpec::no_files)?, run);
+    /// # Ok::<(), spec::Error>(())
+    /// ```
+    pub fn to_toml(&self) -> String {
+        let mut text = String::new();
+        let mut section = "";
+        for (key, value) in self.values() {
+            let (of, name) = key.split_once('.').unwrap_or((key, ""));
+            if of != section {
+                let gap = if section.is_empty() { "" } else { "\n" };
+                text += &format!("{gap}[{of}]\n");
+                section = of;
+            }
+            text += &format!("{name} = {value}\n");
+        }
+        text
+    }
+
+    /// A hash of everything that decides the trained weights: model, data, batch, optimiser, schedule, steps, seed and
+    /// precision. The layout is not part of it, because it does not change them.
+    ///
+    /// ```
+    /// use spec::RunSpec;
+    /// let load = |set: &str| RunSpec::load(None, &[set.to_owned()], &RunSpec::no_files);
+    /// assert_eq!(load("layout.micro_batch=2")?.fingerprint(), load("run.dir=elsewhere")?.fingerprint());
+    /// assert_ne!(load("optim.lr=2e-3")?.fingerprint(), load("train.seed=1")?.fingerprint());
+    /// # Ok::<(), spec::Error>(())
+    /// ```
+    pub fn fingerprint(&self) -> String {
+        let text: String = self.numerics().iter().map(|(key, value)| format!("{key} = {value}\n")).collect();
+        format!("{:016x}", xxh3_64(text.as_bytes()))
+    }
+
+    /// The keys that decide the trained weights and differ between two runs; empty when the fingerprints are equal.
+    pub fn differences(&self, other: &RunSpec) -> Vec<Difference> {
+        let (here, there) = (self.numerics(), other.numerics());
+        let value = |of: &[(&'static str, String)], key: &str| {
+            of.iter().find(|(k, _)| *k == key).map_or_else(|| "none".to_owned(), |(_, v)| v.clone())
+        };
+        KEYS.iter()
+            .map(|k| Difference { key: k.path, here: value(&here, k.path), there: value(&there, k.path) })
+            .filter(|d| d.here != d.there)
+            .collect()
+    }
+
+    /// Refuses to continue `earlier` with this run when that would change the trained weights, naming what differs.
+    pub fn check_continues(&self, earlier: &RunSpec) -> Result<()> {
+        let differences = self.differences(earlier);
+        if differences.is_empty() {
+            return Ok(());
+        }
+        let list: Vec<String> = differences.iter().map(Difference::to_string).collect();
+        Err(Error::user(format!(
+            "this is not the run that was started in {}: {}",
+            self.run.dir.display(),
+            list.join("; ")
+        ))
+        .hint("set these keys back, or start another run with run.dir=PATH"))
+    }
+
+    fn numerics(&self) -> Vec<(&'static str, String)> {
+        let decides = |key: &str| match key.split_once('.') {
+            Some(("model", name)) => name != "name",
+            Some(("data", name)) => name != "cache_dir",
+            Some(("train", name)) => ["steps", "precision", "seed"].contains(&name),
+            Some((section, _)) => ["batch", "optim", "schedule"].contains(&section),
+            None => false,
+        };
+        self.values().into_iter().filter(|(key, _)| decides(key)).collect()
+    }
+
+    /// Keys and values as written in a run file, in its order.
+    fn values(&self) -> Vec<(&'static str, String)> {
+        let mut values = model_values(&self.model);
+        self.data_values(&mut values);
+        let (optim, schedule, train) = (&self.optim, &self.schedule, &self.train);
+        values.extend([
+            ("batch.sequence", self.batch.sequence.to_string()),
+            ("batch.sequences", self.batch.sequences.to_string()),
+            ("optim.lr", float(optim.lr)),
+            ("optim.beta1", float(optim.beta1)),
+            ("optim.beta2", float(optim.beta2)),
+            ("optim.eps", float(optim.eps)),
+            ("optim.weight_decay", float(optim.weight_decay)),
+            ("optim.grad_clip", float(optim.grad_clip.unwrap_or(0.0))),
+            ("schedule.kind", quoted(schedule.kind.name())),
+            ("schedule.warmup_steps", schedule.warmup_steps.to_string()),
+        ]);
+        if schedule.kind == ScheduleKind::Wsd {
+            values.push(("schedule.decay_steps", schedule.decay_steps.to_string()));
+        }
+        values.extend([
+            match schedule.min_lr {
+                MinLr::Rate(rate) => ("schedule.min_lr", float(rate)),
+                MinLr::Ratio(ratio) => ("schedule.min_lr_ratio", float(ratio)),
+            },
+            ("train.steps", train.steps.to_string()),
+            ("train.precision", quoted(&train.precision.to_string())),
+            ("train.seed", train.seed.to_string()),
+            ("train.eval_every", off(train.eval_every)),
+            ("train.eval_batches", train.eval_batches.to_string()),
+            ("train.log_every", train.log_every.to_string()),
+            ("train.sample_tokens", train.sample_tokens.to_string()),
+        ]);
+        layout_values(&self.layout, &mut values);
+        let sample = &self.sample;
+        values.extend([
+            ("checkpoint.every", off(self.checkpoint.every)),
+            ("checkpoint.keep", off(self.checkpoint.keep)),
+            ("run.dir", path(&self.run.dir)),
+            ("run.threads", off(self.run.threads)),
+            ("sample.prompt", quoted(&sample.prompt)),
+            ("sample.tokens", sample.tokens.to_string()),
+            ("sample.temperature", float(sample.temperature)),
+            ("sample.top_k", off(sample.top_k)),
+            ("sample.top_p", float(sample.top_p)),
+        ]);
+        values
+    }
+
+    fn data_values(&self, values: &mut Vec<(&'static str, String)>) {
+        let data = &self.data;
+        let list = |items: Vec<String>| format!("[{}]", items.join(", "));
+        match &data.source {
+            DataSource::CargoSources => {}
+            DataSource::Text(paths) => {
+                values.push(("data.text", list(paths.iter().map(|p| path(p)).collect())))
+            }
+            DataSource::Prefix(prefix) => values.push(("data.prefix", path(prefix))),
+            DataSource::Blend(parts) => {
+                let item = |p: &BlendPart| {
+                    format!("{{ prefix = {}, weight = {} }}", path(&p.prefix), float(p.weight))
+                };
+                values.push(("data.blend", list(parts.iter().map(item).collect())));
+            }
+        }
+        values.extend(data.tokenizer.as_deref().map(|p| ("data.tokenizer", path(p))));
+        let [train, valid, test] = data.split;
+        values.push(("data.vocab_size", data.vocab_size.to_string()));
+        values.push(("data.split", quoted(&format!("{train},{valid},{test}"))));
+        values.extend(data.cache_dir.as_deref().map(|p| ("data.cache_dir", path(p))));
+    }
+}
+
+impl ModelSpec {
+    /// The model as a model file; [`ModelSpec::from_toml`] reads it back.
+    pub fn to_toml(&self) -> String {
+        model_values(self)
+            .into_iter()
+            .map(|(key, value)| format!("{} = {value}\n", &key["model.".len()..]))
+            .collect()
+    }
+}
+
+fn model_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
+    let mut values = vec![
+        ("model.name", quoted(&model.name)),
+        ("model.vocab", model.vocab.to_string()),
+        ("model.layers", model.layers.to_string()),
+        ("model.hidden", model.hidden.to_string()),
+        ("model.ffn", model.ffn.to_string()),
+        ("model.heads", model.heads.to_string()),
+        ("model.kv_heads", model.kv_heads.to_string()),
+        ("model.head_dim", model.head_dim.to_string()),
+        ("model.norm", quoted(if model.norm == NormKind::Layer { "layer" } else { "rms" })),
+        ("model.norm_eps", single(model.norm_eps)),
+    ];
+    match &model.position {
+        Position::Learned { max_positions } => values.extend([
+            ("model.position", quoted("learned")),
+            ("model.max_positions", max_positions.to_string()),
+        ]),
+        Position::Rope(rope) => {
+            values.extend([
+                ("model.position", quoted("rope")),
+                ("model.max_positions", rope.max_positions.to_string()),
+                ("model.rope_theta", float(rope.theta)),
+                ("model.rope_scaling.type", quoted(rope.scaling.name())),
+            ]);
+            for (name, x) in rope.scaling.fields() {
+                let full = format!("model.rope_scaling.{name}");
+                let key = KEYS.iter().find(|k| k.path == full).map_or("", |k| k.path);
+                values.push((key, if name == "original_max_positions" { format!("{x}") } else { float(x) }));
+            }
+        }
+    }
+    values.extend([
+        (
+            "model.activation",
+            quoted(match model.activation {
+                Activation::SwiGlu => "swiglu",
+                Activation::GeluTanh => "gelu_tanh",
+                Activation::Gelu => "gelu",
+            }),
+        ),
+        ("model.qkv_bias", model.qkv_bias.to_string()),
+        ("model.attn_out_bias", model.attn_out_bias.to_string()),
+        ("model.mlp_bias", model.mlp_bias.to_string()),
+        ("model.qk_norm", model.qk_norm.to_string()),
+        ("model.tied_embeddings", model.tied_embeddings.to_string()),
+        ("model.init_std", single(model.init_std)),
+    ]);
+    values
+}
+
+fn layout_values(layout: &Layout, values: &mut Vec<(&'static str, String)>) {
+    values.extend([
+        ("layout.dp", layout.dp.to_string()),
+        ("layout.tp", layout.tp.to_string()),
+        ("layout.pp", layout.pp.to_string()),
+        ("layout.sequence_parallel", layout.sequence_parallel.to_string()),
+        ("layout.zero", u8::from(layout.zero).to_string()),
+        ("layout.schedule", quoted(layout.schedule.name())),
+        ("layout.chunks", layout.chunks.to_string()),
+        ("layout.stage_layers", format!("{:?}", layout.stage_layers)),
+        ("layout.micro_batch", layout.micro_batch.to_string()),
+        (
+            "layout.recompute",
+            quoted(match layout.recompute {
+                Recompute::None => "none",
+                Recompute::Selective => "selective",
+                Recompute::Full => "full",
+            }),
+        ),
+        ("layout.reduce", quoted(if layout.reduce == Reduce::Ring { "ring" } else { "tree" })),
+    ]);
+}
+
+fn quoted(text: &str) -> String {
+    toml::Value::from(text).to_string()
+}
+
+fn path(path: &Path) -> String {
+    quoted(&path.to_string_lossy())
+}
+
+/// The shortest decimal that reads back as the same number.
+fn float(x: f64) -> String {
+    format!("{x:?}")
+}
+
+fn single(x: f32) -> String {
+    let short = format!("{x:?}");
+    let same = short.parse::<f64>().is_ok_and(|wide| wide as f32 == x);
+    if same { short } else { float(f64::from(x)) }
+}
+
+fn off(count: Option<usize>) -> String {
+    count.unwrap_or(0).to_string()
+}
