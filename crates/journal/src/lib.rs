@@ -1,1 +1,34 @@
-//! The typed record of a run and its writers
+//! The typed record of a run, and writers for the tools that people look at runs with.
+//!
+//! The journal is the one source: append-only JSON lines, one file per rank. TensorBoard event files, the Prometheus
+//! page and the Perfetto trace are made from the same records. No function here reads a clock: times are arguments, in
+//! microseconds since the Unix epoch.
+//!
+//! ```
+//! use journal::{Journal, Record};
+//! # fn main() -> spec::Result<()> {
+//! # let run = tempfile::tempdir().unwrap();
+//! let mut journal = Journal::create(run.path(), 0, false)?;
+//! journal.write(&Record::Eval { time_us: 1, step: 10, loss: f64::NAN, tokens: 4096 })?;
+//!
+//! let records = journal::read(&journal::path(run.path(), 0))?;
+//! assert!(matches!(records[0], Record::Eval { step: 10, loss, .. } if loss.is_nan()));
+//! # Ok(())
+//! # }
+//! ```
+
+mod record;
+
+mod read;
+mod write;
+
+pub mod perfetto;
+pub mod prometheus;
+pub mod tensorboard;
+
+mod crc32c;
+mod float;
+
+pub use read::{Reader, files, read};
+pub use record::{Lane, Record, Span};
+pub use write::{Journal, path};

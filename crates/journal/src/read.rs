@@ -1,0 +1,167 @@
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use spec::{Error, Result};
+
+use crate::record::Record;
+
+/// Longest line read: a step's spans of thousands of ops and micro-batches fit many times over, and a file that is no
+/// journal does not fill the memory.
+const MAX_LINE_BYTES: usize = 256 << 20;
+
+/// All records of a journal file.
+///
+/// # Errors
+/// As [`Reader::next_record`].
+pub fn read(path: &Path) -> Result<Vec<Record>> {
+    Reader::open(path)?.collect()
+}
+
+/// The journal files of a run, by rank.
+///
+/// # Errors
+/// When `dir` cannot be read.
+pub fn files(dir: &Path) -> Result<Vec<(usize, PathBuf)>> {
+    let io = |e| Error::io("read run directory", dir, &e);
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(io)? {
+        let entry = entry.map_err(io)?;
+        let name = entry.file_name().into_string().unwrap_or_default();
+        let rank = name.strip_prefix("journal-").and_then(|n| n.strip_suffix(".jsonl"));
+        if let Some(rank) = rank.and_then(|r| r.parse().ok()) {
+            found.push((rank, entry.path()));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Reads a journal record by record, also while it is being written.
+#[derive(Debug)]
+pub struct Reader {
+    file: BufReader<File>,
+    path: PathBuf,
+    /// Offset of the next line.
+    offset: u64,
+    line: usize,
+    buffer: Vec<u8>,
+}
+
+impl Reader {
+    /// Opens a journal file.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|e| Error::io("open journal", path, &e))?;
+        Ok(Reader {
+            file: BufReader::new(file),
+            path: path.to_owned(),
+            offset: 0,
+            line: 0,
+            buffer: Vec::new(),
+        })
+    }
+
+    /// The next record, or `None` at the end for now: a later call sees what was appended meanwhile. A last line without
+    /// its newline is being written or was torn by a crash; it is not read.
+    ///
+    /// # Errors
+    /// A whole line that is no record, with file and line.
+    pub fn next_record(&mut self) -> Result<Option<Record>> {
+        use std::io::Read;
+        let io = |e| Error::io("read journal", &self.path, &e);
+        self.buffer.clear();
+        let read = self.file.by_ref().take(MAX_LINE_BYTES as u64).read_until(b'\n', &mut self.buffer);
+        let read = read.map_err(io)?;
+        if self.buffer.last() != Some(&b'\n') {
+            if read == MAX_LINE_BYTES {
+                return Err(self.bad("longer than any record"));
+            }
+            self.file.seek(SeekFrom::Start(self.offset)).map_err(io)?;
+            return Ok(None);
+        }
+        self.offset += read as u64;
+        self.line += 1;
+        match serde_json::from_slice(&self.buffer) {
+            Ok(record) => Ok(Some(record)),
+            Err(e) => {
+                self.line -= 1;
+                Err(self.bad(&e.to_string()))
+            }
+        }
+    }
+
+    fn bad(&self, why: &str) -> Error {
+        Error::user(format!("journal {}:{}: not a record: {why}", self.path.display(), self.line + 1))
+    }
+}
+
+impl Iterator for Reader {
+    type Item = Result<Record>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.next_record().transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::record::tests::step;
+
+    #[test]
+    fn torn_anywhere_the_whole_lines_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal-00000.jsonl");
+        let lines: Vec<String> =
+            (0..3).map(|i| serde_json::to_string(&step(i, 0.5)).unwrap() + "\n").collect();
+        let text = lines.concat();
+        for end in 0..=text.len() {
+            fs::write(&path, &text[..end]).unwrap();
+            let whole = text[..end].matches('\n').count();
+            assert_eq!(read(&path).unwrap().len(), whole);
+        }
+    }
+
+    #[test]
+    fn a_damaged_line_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("j");
+        let good = serde_json::to_string(&step(1, 0.5)).unwrap();
+        for bad in ["", "{", "{\"kind\":\"dance\"}", "\u{0}\u{0}"] {
+            fs::write(&path, format!("{good}\n{bad}\n{good}\n")).unwrap();
+            let error = read(&path).unwrap_err();
+            assert!(error.to_string().contains("j:2: not a record"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_reader_follows_the_writer() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("j");
+        let mut file = File::create(&path).unwrap();
+        let mut reader = Reader::open(&path).unwrap();
+        let line = serde_json::to_string(&step(1, 0.5)).unwrap() + "\n";
+        for _ in 0..3 {
+            assert_eq!(reader.next_record().unwrap(), None);
+            file.write_all(&line.as_bytes()[..20]).unwrap();
+            assert_eq!(reader.next_record().unwrap(), None);
+            file.write_all(&line.as_bytes()[20..]).unwrap();
+            assert_eq!(reader.next_record().unwrap(), Some(step(1, 0.5)));
+        }
+    }
+
+    #[test]
+    fn files_by_rank() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["journal-00010.jsonl", "journal-00002.jsonl", "journal-x.jsonl", "other"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        let ranks: Vec<usize> = files(dir.path()).unwrap().into_iter().map(|(r, _)| r).collect();
+        assert_eq!(ranks, [2, 10]);
+    }
+}

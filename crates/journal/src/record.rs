@@ -1,0 +1,306 @@
+use serde::{Deserialize, Serialize};
+
+use crate::float;
+
+/// One line of the journal. Times are microseconds since the Unix epoch.
+///
+/// Readers skip fields that they do not know, so that newer writers may add some.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Record {
+    /// A rank began, or began again after an interruption.
+    RunStarted {
+        /// When.
+        time_us: u64,
+        /// Version of Phalanx.
+        version: String,
+        /// Fingerprint of everything that defines the run's numbers.
+        fingerprint: String,
+        /// Ranks.
+        world: usize,
+        /// This rank.
+        rank: usize,
+        /// Host name.
+        host: String,
+        /// What the ranks run on, for people.
+        device: String,
+        /// Parameters of the model.
+        parameters: u64,
+    },
+    /// An optimiser step was done.
+    Step {
+        /// When it ended.
+        time_us: u64,
+        /// Steps done, this one included.
+        step: u64,
+        /// Mean loss per valid token, in nats.
+        #[serde(with = "float")]
+        loss: f64,
+        /// Norm of the gradient before clipping.
+        #[serde(with = "float")]
+        grad_norm: f64,
+        /// Learning rate.
+        #[serde(with = "float")]
+        lr: f64,
+        /// Tokens trained on since the first step.
+        tokens: u64,
+        /// Tokens of this step that count in the loss.
+        valid_tokens: u64,
+        /// Tokens per second of all ranks.
+        #[serde(with = "float")]
+        tokens_per_s: f64,
+        /// Model FLOPs utilisation, 0 to 1; absent when the machine's peak is not known.
+        #[serde(with = "float::option", default, skip_serializing_if = "Option::is_none")]
+        mfu: Option<f64>,
+        /// Duration in seconds.
+        #[serde(with = "float")]
+        step_s: f64,
+        /// Bytes that the placed program allocated on this rank.
+        memory_bytes: u64,
+        /// Seconds of communication that no computation hid; absent for a single rank.
+        #[serde(with = "float::option", default, skip_serializing_if = "Option::is_none")]
+        exposed_comm_s: Option<f64>,
+    },
+    /// The held-out split was evaluated.
+    Eval {
+        /// When.
+        time_us: u64,
+        /// Steps done.
+        step: u64,
+        /// Mean loss per token, in nats.
+        #[serde(with = "float")]
+        loss: f64,
+        /// Tokens evaluated.
+        tokens: u64,
+    },
+    /// Text was sampled from the model.
+    Sample {
+        /// When.
+        time_us: u64,
+        /// Steps done.
+        step: u64,
+        /// Prompt and continuation.
+        text: String,
+    },
+    /// A checkpoint was committed.
+    Checkpoint {
+        /// When.
+        time_us: u64,
+        /// Steps done.
+        step: u64,
+        /// Its directory.
+        path: String,
+        /// Bytes of its files.
+        bytes: u64,
+        /// Seconds that it took.
+        #[serde(with = "float")]
+        save_s: f64,
+    },
+    /// Training went on from a checkpoint. Steps above `step` that come before this record were lost.
+    Resumed {
+        /// When.
+        time_us: u64,
+        /// Steps done in the checkpoint.
+        step: u64,
+        /// Its directory.
+        path: String,
+    },
+    /// What a rank did in a step, op by op.
+    Spans {
+        /// Which rank.
+        rank: usize,
+        /// In which step.
+        step: u64,
+        /// In order of their start.
+        spans: Vec<Span>,
+    },
+    /// Something that a person should know of and that did not stop the run.
+    Warning {
+        /// When.
+        time_us: u64,
+        /// What.
+        text: String,
+    },
+    /// The run ended as planned.
+    Finished {
+        /// When.
+        time_us: u64,
+        /// Steps done.
+        step: u64,
+        /// Why it ended: all steps done, asked to stop.
+        reason: String,
+    },
+    /// The run failed.
+    Failed {
+        /// When.
+        time_us: u64,
+        /// Steps done.
+        step: u64,
+        /// What failed.
+        error: String,
+        /// What to do about it, if known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hint: Option<String>,
+    },
+}
+
+impl Record {
+    /// When it happened, in microseconds since the Unix epoch; spans have times of their own.
+    pub fn time_us(&self) -> Option<u64> {
+        match *self {
+            Record::RunStarted { time_us, .. }
+            | Record::Step { time_us, .. }
+            | Record::Eval { time_us, .. }
+            | Record::Sample { time_us, .. }
+            | Record::Checkpoint { time_us, .. }
+            | Record::Resumed { time_us, .. }
+            | Record::Warning { time_us, .. }
+            | Record::Finished { time_us, .. }
+            | Record::Failed { time_us, .. } => Some(time_us),
+            Record::Spans { .. } => None,
+        }
+    }
+}
+
+/// One execution of one op.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Span {
+    /// Stable id of the op in the step program.
+    pub op: u32,
+    /// What people call it.
+    pub name: String,
+    /// What it occupied.
+    #[serde(default)]
+    pub lane: Lane,
+    /// Micro-batch it worked on; absent for work once a step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub micro_batch: Option<u32>,
+    /// When it began.
+    pub start_us: u64,
+    /// When it ended.
+    pub end_us: u64,
+    /// Bytes that it moved between ranks; 0 for a kernel.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub bytes: u64,
+}
+
+/// What a span occupies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Lane {
+    /// The rank's arithmetic.
+    #[default]
+    Compute,
+    /// The rank's links.
+    Comm,
+}
+
+impl std::fmt::Display for Lane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Lane::Compute => "compute",
+            Lane::Comm => "comm",
+        })
+    }
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    pub(crate) fn step(step: u64, loss: f64) -> Record {
+        Record::Step {
+            time_us: 1_700_000_000_000_000 + step,
+            step,
+            loss,
+            grad_norm: 1.0,
+            lr: 3e-4,
+            tokens: 2048 * step,
+            valid_tokens: 2048,
+            tokens_per_s: 1000.5,
+            mfu: Some(0.5),
+            step_s: 2.0,
+            memory_bytes: 1 << 30,
+            exposed_comm_s: None,
+        }
+    }
+
+    fn float() -> impl Strategy<Value = f64> {
+        prop_oneof![
+            any::<f64>(),
+            any::<f32>().prop_map(f64::from),
+            Just(f64::NAN),
+            Just(f64::INFINITY),
+            Just(-0.0)
+        ]
+    }
+
+    fn bits(x: f64) -> u64 {
+        // The payload of a NaN is not kept.
+        if x.is_nan() { f64::NAN.to_bits() } else { x.to_bits() }
+    }
+
+    proptest! {
+        #[test]
+        fn floats_keep_their_bits(loss in float(), mfu in proptest::option::of(float())) {
+            let Record::Step { time_us, step, tokens, .. } = step(1, 0.0) else { unreachable!() };
+            let record = Record::Step {
+                time_us, step, loss, grad_norm: -loss, lr: loss, tokens, valid_tokens: 0, tokens_per_s: 1.0, mfu,
+                step_s: 0.0, memory_bytes: 0, exposed_comm_s: mfu,
+            };
+            let text = serde_json::to_string(&record).unwrap();
+            let Record::Step { loss: l, grad_norm: g, mfu: m, exposed_comm_s: e, .. } =
+                serde_json::from_str(&text).unwrap() else { unreachable!() };
+            prop_assert_eq!((bits(l), bits(g), m.map(bits), e.map(bits)), (bits(loss), bits(-loss), mfu.map(bits), mfu.map(bits)));
+        }
+
+        #[test]
+        fn text_is_one_line(text: String) {
+            let record = Record::Sample { time_us: 0, step: 1, text };
+            let line = serde_json::to_string(&record).unwrap();
+            prop_assert!(!line.contains('\n'));
+            prop_assert_eq!(serde_json::from_str::<Record>(&line).unwrap(), record);
+        }
+    }
+
+    #[test]
+    fn shape_of_the_lines() {
+        let spans = Record::Spans {
+            rank: 1,
+            step: 2,
+            spans: vec![Span {
+                op: 7,
+                name: "linear".into(),
+                lane: Lane::Compute,
+                micro_batch: None,
+                start_us: 5,
+                end_us: 9,
+                bytes: 0,
+            }],
+        };
+        assert_eq!(
+            serde_json::to_string(&spans).unwrap(),
+            r#"{"kind":"spans","rank":1,"step":2,"spans":[{"op":7,"name":"linear","lane":"compute","start_us":5,"end_us":9}]}"#
+        );
+        let eval = Record::Eval { time_us: 3, step: 1, loss: f64::NEG_INFINITY, tokens: 4 };
+        assert_eq!(
+            serde_json::to_string(&eval).unwrap(),
+            r#"{"kind":"eval","time_us":3,"step":1,"loss":"-inf","tokens":4}"#
+        );
+        let newer = r#"{"kind":"warning","time_us":1,"text":"x","colour":"red"}"#;
+        assert_eq!(
+            serde_json::from_str::<Record>(newer).unwrap(),
+            Record::Warning { time_us: 1, text: "x".into() }
+        );
+        assert!(
+            serde_json::from_str::<Record>(r#"{"kind":"eval","time_us":3,"step":1,"loss":"big","tokens":4}"#)
+                .is_err()
+        );
+    }
+}

@@ -1,0 +1,221 @@
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use spec::{Error, Result};
+
+use crate::record::Record;
+
+/// The journal file of a rank inside a run's directory.
+pub fn path(dir: &Path, rank: usize) -> PathBuf {
+    dir.join(format!("journal-{rank:05}.jsonl"))
+}
+
+/// A rank's journal, open for appending. Each record is one line in one write.
+#[derive(Debug)]
+pub struct Journal<F = File> {
+    file: F,
+    path: PathBuf,
+    /// Length of the file up to the last whole line.
+    bytes: u64,
+    line: Vec<u8>,
+    /// Records not written since the last one that was.
+    failing: u64,
+    lost: u64,
+}
+
+impl Journal {
+    /// Opens the journal of `rank` in `dir`, which is made if need be. With `resume` it appends, after cutting off a line
+    /// that a crash tore.
+    ///
+    /// # Errors
+    /// When the file cannot be opened, or holds records already and `resume` is false.
+    pub fn create(dir: &Path, rank: usize, resume: bool) -> Result<Self> {
+        fs::create_dir_all(dir).map_err(|e| Error::io("create run directory", dir, &e))?;
+        let path = path(dir, rank);
+        let io = |e: io::Error| Error::io("open journal", &path, &e);
+        let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path).map_err(io)?;
+        let bytes = whole_lines(&mut file).map_err(io)?;
+        if bytes > 0 && !resume {
+            return Err(Error::user(format!("journal {} has records of an earlier run", path.display()))
+                .hint("resume that run, or set run.dir to another directory"));
+        }
+        file.set_len(bytes).map_err(io)?;
+        Ok(Journal { file, path, bytes, line: Vec::new(), failing: 0, lost: 0 })
+    }
+}
+
+impl<F: Write + Truncate> Journal<F> {
+    /// Appends a record.
+    ///
+    /// # Errors
+    /// On the first write that fails after one that did not, so that a full disk is reported once and training decides
+    /// what to do. Later records are tried too; once one gets through, a warning record says how many were lost.
+    pub fn write(&mut self, record: &Record) -> Result<()> {
+        if self.failing > 0 {
+            let note = Record::Warning {
+                time_us: record.time_us().unwrap_or(0),
+                text: format!("{} journal records were lost: writing failed", self.failing),
+            };
+            if self.append(&note).is_err() {
+                self.missed();
+                return Ok(());
+            }
+            self.failing = 0;
+        }
+        self.append(record).map_err(|e| {
+            self.missed();
+            Error::io("write journal", &self.path, &e).hint("free space for run.dir")
+        })
+    }
+
+    /// Records that could not be written.
+    pub fn lost(&self) -> u64 {
+        self.lost
+    }
+
+    /// Where it is written.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn missed(&mut self) {
+        self.failing += 1;
+        self.lost += 1;
+    }
+
+    fn append(&mut self, record: &Record) -> io::Result<()> {
+        self.line.clear();
+        serde_json::to_writer(&mut self.line, record)?;
+        self.line.push(b'\n');
+        match self.file.write_all(&self.line) {
+            Ok(()) => {
+                self.bytes += self.line.len() as u64;
+                Ok(())
+            }
+            Err(e) => {
+                // A part may be there; cut it off so that what follows is not glued to it.
+                self.file.truncate(self.bytes)?;
+                Err(e)
+            }
+        }
+    }
+}
+
+/// Cutting a file back to a length. A trait so that tests can write to something that fails.
+pub trait Truncate {
+    /// Keeps the first `bytes` bytes.
+    ///
+    /// # Errors
+    /// When the file cannot be cut.
+    fn truncate(&mut self, bytes: u64) -> io::Result<()>;
+}
+
+impl Truncate for File {
+    fn truncate(&mut self, bytes: u64) -> io::Result<()> {
+        self.set_len(bytes)
+    }
+}
+
+/// Length up to and including the last newline.
+fn whole_lines(file: &mut File) -> io::Result<u64> {
+    const BLOCK: u64 = 64 << 10;
+    let mut end = file.metadata()?.len();
+    let mut block = Vec::new();
+    while end > 0 {
+        let start = end.saturating_sub(BLOCK);
+        file.seek(SeekFrom::Start(start))?;
+        block.resize((end - start) as usize, 0);
+        file.read_exact(&mut block)?;
+        if let Some(at) = block.iter().rposition(|b| *b == b'\n') {
+            return Ok(start + at as u64 + 1);
+        }
+        end = start;
+    }
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::read;
+    use crate::record::tests::step;
+
+    /// A disk with room for a number of bytes.
+    struct Disk {
+        bytes: Vec<u8>,
+        room: usize,
+    }
+
+    impl Write for Disk {
+        fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+            let n = data.len().min(self.room - self.bytes.len());
+            if n == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.bytes.extend(&data[..n]);
+            Ok(n)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Truncate for Disk {
+        fn truncate(&mut self, bytes: u64) -> io::Result<()> {
+            self.bytes.truncate(bytes as usize);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_reported_once_and_lines_stay_whole() {
+        let file = Disk { bytes: Vec::new(), room: 600 };
+        let mut journal = Journal { file, path: "j".into(), bytes: 0, line: Vec::new(), failing: 0, lost: 0 };
+        let mut errors = Vec::new();
+        for i in 0..10 {
+            errors.extend(journal.write(&step(i, 1.0)).err());
+        }
+        assert_eq!(errors.len(), 1);
+        assert_eq!(errors[0].exit_code(), 1);
+        let written = 10 - journal.lost();
+        journal.file.room = 10_000;
+        journal.write(&step(10, 1.0)).unwrap();
+        let lines: Vec<Record> = journal
+            .file
+            .bytes
+            .split(|b| *b == b'\n')
+            .filter(|l| !l.is_empty())
+            .map(|l| serde_json::from_slice(l).unwrap())
+            .collect();
+        assert_eq!(lines.len() as u64, written + 2);
+        let lost = format!("{} journal records were lost: writing failed", 10 - written);
+        assert!(matches!(&lines[written as usize], Record::Warning { text, .. } if *text == lost));
+    }
+
+    #[test]
+    fn resume_cuts_a_torn_line_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = path(dir.path(), 3);
+        Journal::create(dir.path(), 3, false).unwrap().write(&step(1, 1.0)).unwrap();
+        for torn in [b"{\"kind\":\"st".to_vec(), vec![0; 200_000], Vec::new()] {
+            let before = fs::metadata(&path).unwrap().len();
+            OpenOptions::new().append(true).open(&path).unwrap().write_all(&torn).unwrap();
+            let mut journal = Journal::create(dir.path(), 3, true).unwrap();
+            assert_eq!(fs::metadata(&path).unwrap().len(), before);
+            journal.write(&step(2, 2.0)).unwrap();
+        }
+        assert_eq!(read(&path).unwrap().len(), 4);
+    }
+
+    #[test]
+    fn a_new_run_does_not_append_to_an_old_one() {
+        let dir = tempfile::tempdir().unwrap();
+        Journal::create(dir.path(), 0, false).unwrap();
+        // Nothing was written: still new.
+        Journal::create(dir.path(), 0, false).unwrap().write(&step(1, 1.0)).unwrap();
+        let error = Journal::create(dir.path(), 0, false).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert_eq!(read(&path(dir.path(), 0)).unwrap().len(), 1);
+    }
+}
