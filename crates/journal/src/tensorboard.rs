@@ -325,6 +325,26 @@ mod tests {
         assert!(f32::from_le_bytes(loss.try_into().unwrap()).is_nan());
     }
 
+    /// The same four events as written by tensorboard 2.21.0 (its `RecordWriter` over its own `Event` messages).
+    const GOLDEN: &str = concat!(
+        "1800000000000000a37f4b2209000000000000f83f1a0d627261696e2e4576656e743a322a28646c",
+        "2100000000000000017becf609000000000000024010ac022a130a110a0a747261696e2f6c6f7373",
+        "1500002040d3a123993200000000000000241956ec09000000000000084010ad022a240a220a0673",
+        "616d706c65420c0807120412020801420268694a0a0a060a04746578742002cd2525831000000000",
+        "00000095fbfe1809000000000000104010ad023a020801257e5d51",
+    );
+
+    #[test]
+    fn bytes_are_those_of_tensorboard() {
+        let bytes = write(|w| {
+            w.scalar(2_250_000, 300, "train/loss", 2.5).unwrap();
+            w.text(3_000_000, 301, "sample", "hi").unwrap();
+            w.resumed(4_000_000, 300).unwrap();
+        });
+        let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(hex, GOLDEN);
+    }
+
     #[test]
     fn files_of_one_second_are_kept_apart() {
         let dir = tempfile::tempdir().unwrap();

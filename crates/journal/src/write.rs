@@ -13,8 +13,8 @@ pub fn path(dir: &Path, rank: usize) -> PathBuf {
 
 /// A rank's journal, open for appending. Each record is one line in one write.
 #[derive(Debug)]
-pub struct Journal<F = File> {
-    file: F,
+pub struct Journal {
+    file: File,
     path: PathBuf,
     /// Length of the file up to the last whole line.
     bytes: u64,
@@ -22,6 +22,9 @@ pub struct Journal<F = File> {
     /// Records not written since the last one that was.
     failing: u64,
     lost: u64,
+    /// Tests let the disk have room for this many bytes of the file.
+    #[cfg(test)]
+    room: Option<u64>,
 }
 
 impl Journal {
@@ -41,11 +44,18 @@ impl Journal {
                 .hint("resume that run, or set run.dir to another directory"));
         }
         file.set_len(bytes).map_err(io)?;
-        Ok(Journal { file, path, bytes, line: Vec::new(), failing: 0, lost: 0 })
+        Ok(Journal {
+            file,
+            path,
+            bytes,
+            line: Vec::new(),
+            failing: 0,
+            lost: 0,
+            #[cfg(test)]
+            room: None,
+        })
     }
-}
 
-impl<F: Write + Truncate> Journal<F> {
     /// Appends a record.
     ///
     /// # Errors
@@ -88,32 +98,30 @@ impl<F: Write + Truncate> Journal<F> {
         self.line.clear();
         serde_json::to_writer(&mut self.line, record)?;
         self.line.push(b'\n');
-        match self.file.write_all(&self.line) {
+        match self.put() {
             Ok(()) => {
                 self.bytes += self.line.len() as u64;
                 Ok(())
             }
             Err(e) => {
                 // A part may be there; cut it off so that what follows is not glued to it.
-                self.file.truncate(self.bytes)?;
+                self.file.set_len(self.bytes)?;
                 Err(e)
             }
         }
     }
-}
 
-/// Cutting a file back to a length. A trait so that tests can write to something that fails.
-pub trait Truncate {
-    /// Keeps the first `bytes` bytes.
-    ///
-    /// # Errors
-    /// When the file cannot be cut.
-    fn truncate(&mut self, bytes: u64) -> io::Result<()>;
-}
+    #[cfg(not(test))]
+    fn put(&mut self) -> io::Result<()> {
+        self.file.write_all(&self.line)
+    }
 
-impl Truncate for File {
-    fn truncate(&mut self, bytes: u64) -> io::Result<()> {
-        self.set_len(bytes)
+    #[cfg(test)]
+    fn put(&mut self) -> io::Result<()> {
+        let fits =
+            self.room.map_or(self.line.len(), |room| (room - self.bytes) as usize).min(self.line.len());
+        self.file.write_all(&self.line[..fits])?;
+        if fits < self.line.len() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
     }
 }
 
@@ -141,56 +149,23 @@ mod tests {
     use crate::read;
     use crate::record::tests::step;
 
-    /// A disk with room for a number of bytes.
-    struct Disk {
-        bytes: Vec<u8>,
-        room: usize,
-    }
-
-    impl Write for Disk {
-        fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-            let n = data.len().min(self.room - self.bytes.len());
-            if n == 0 {
-                return Err(io::ErrorKind::StorageFull.into());
-            }
-            self.bytes.extend(&data[..n]);
-            Ok(n)
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    impl Truncate for Disk {
-        fn truncate(&mut self, bytes: u64) -> io::Result<()> {
-            self.bytes.truncate(bytes as usize);
-            Ok(())
-        }
-    }
-
     #[test]
     fn a_full_disk_is_reported_once_and_lines_stay_whole() {
-        let file = Disk { bytes: Vec::new(), room: 600 };
-        let mut journal = Journal { file, path: "j".into(), bytes: 0, line: Vec::new(), failing: 0, lost: 0 };
-        let mut errors = Vec::new();
-        for i in 0..10 {
-            errors.extend(journal.write(&step(i, 1.0)).err());
-        }
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::create(dir.path(), 0, false).unwrap();
+        journal.room = Some(600);
+        let errors: Vec<Error> = (0..10).filter_map(|i| journal.write(&step(i, 1.0)).err()).collect();
         assert_eq!(errors.len(), 1);
         assert_eq!(errors[0].exit_code(), 1);
-        let written = 10 - journal.lost();
-        journal.file.room = 10_000;
+        let lost = journal.lost();
+        assert!((1..10).contains(&lost));
+        assert_eq!(read(journal.path()).unwrap().len() as u64, 10 - lost);
+        journal.room = None;
         journal.write(&step(10, 1.0)).unwrap();
-        let lines: Vec<Record> = journal
-            .file
-            .bytes
-            .split(|b| *b == b'\n')
-            .filter(|l| !l.is_empty())
-            .map(|l| serde_json::from_slice(l).unwrap())
-            .collect();
-        assert_eq!(lines.len() as u64, written + 2);
-        let lost = format!("{} journal records were lost: writing failed", 10 - written);
-        assert!(matches!(&lines[written as usize], Record::Warning { text, .. } if *text == lost));
+        let records = read(journal.path()).unwrap();
+        assert_eq!(records.len() as u64, 10 - lost + 2);
+        let note = format!("{lost} journal records were lost: writing failed");
+        assert!(matches!(&records[10 - lost as usize], Record::Warning { text, .. } if *text == note));
     }
 
     #[test]
