@@ -2,6 +2,12 @@
 //!
 //! Nothing here does I/O: clusters, models and tables come in as values, answers go out as values with their reasons.
 
+pub mod calibration;
 pub mod compute;
+pub mod mesh;
 pub mod network;
+pub mod price;
+pub mod runs;
 pub mod shape;
+pub mod software;
+pub mod template;

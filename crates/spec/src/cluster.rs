@@ -71,16 +71,19 @@ pub enum NumberFormat {
     Fp8,
     /// 4-bit floating point.
     Fp4,
+    /// 8-bit integers.
+    Int8,
 }
 
 impl NumberFormat {
-    const ALL: [(NumberFormat, &'static str); 6] = [
+    const ALL: [(NumberFormat, &'static str); 7] = [
         (NumberFormat::Fp32, "fp32"),
         (NumberFormat::Tf32, "tf32"),
         (NumberFormat::Fp16, "fp16"),
         (NumberFormat::Bf16, "bf16"),
         (NumberFormat::Fp8, "fp8"),
         (NumberFormat::Fp4, "fp4"),
+        (NumberFormat::Int8, "int8"),
     ];
 
     /// The key in catalogue files.
@@ -98,7 +101,7 @@ impl NumberFormat {
         match self {
             NumberFormat::Fp32 | NumberFormat::Tf32 => 4.0,
             NumberFormat::Fp16 | NumberFormat::Bf16 => 2.0,
-            NumberFormat::Fp8 => 1.0,
+            NumberFormat::Fp8 | NumberFormat::Int8 => 1.0,
             NumberFormat::Fp4 => 0.5,
         }
     }
@@ -201,6 +204,19 @@ impl Accelerator {
     /// Best large matrix product measured in practice, in FLOP/s, if known.
     pub fn matmul(&self, precision: NumberFormat) -> Option<Measure> {
         self.matmul.iter().find(|p| p.0 == precision).map(|p| p.1)
+    }
+}
+
+impl Cluster {
+    /// The same machine cut into slices of so many accelerators: a torus shrinks to one slice, switches stay.
+    #[must_use]
+    pub fn in_slices(mut self, slice: usize) -> Self {
+        if let ScaleUpKind::Torus { extents } = &mut self.scale_up.kind {
+            let slice = slice.clamp(1, self.scale_up.domain.max(1));
+            *extents = even_extents(slice, extents.len());
+            self.scale_up.domain = slice;
+        }
+        self
     }
 }
 

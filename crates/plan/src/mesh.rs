@@ -1,0 +1,70 @@
+//! How a priced step is spread over accelerators: the layout that trains, and the axes that are priced only.
+
+use serde::Serialize;
+use spec::{Layout, NumberFormat};
+
+/// A layout with the choices that are priced beside it.
+///
+/// Ranks are placed tp innermost, then cp, dp, pp, unless [`Mesh::order`] says otherwise. Experts are spread over the
+/// ranks of `cp x dp`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Mesh {
+    /// Axes, schedule, ZeRO stage and recompute as the trainer knows them. Its `dp` does not include `cp`.
+    pub layout: Layout,
+    /// Context-parallel ranks: each holds a part of every sequence.
+    pub cp: usize,
+    /// Expert-parallel ranks.
+    pub ep: usize,
+    /// Data-parallel ranks over which ZeRO shards; all of `dp x cp` if larger.
+    pub shard: usize,
+    /// Format of the matrix products.
+    #[serde(serialize_with = "format_name")]
+    pub format: NumberFormat,
+    /// Which axis lies on which links.
+    pub order: Order,
+}
+
+fn format_name<S: serde::Serializer>(format: &NumberFormat, s: S) -> Result<S::Ok, S::Error> {
+    s.serialize_str(format.name())
+}
+
+/// The order in which axes fill the machine, innermost first; tp and cp always come before the rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// Megatron's default: replicas of a stage are near, stages are far.
+    #[default]
+    TpCpDpPp,
+    /// Stages are near, replicas are far.
+    TpCpPpDp,
+}
+
+impl Mesh {
+    /// A mesh that only uses what trains.
+    pub fn of(layout: Layout, format: NumberFormat) -> Self {
+        Mesh { shard: layout.dp, layout, cp: 1, ep: 1, format, order: Order::default() }
+    }
+
+    /// Accelerators.
+    pub fn world(&self) -> usize {
+        self.layout.world() * self.cp
+    }
+
+    /// Places from one data-parallel neighbour to the next.
+    pub fn dp_stride(&self) -> usize {
+        let inner = self.layout.tp * self.cp;
+        match self.order {
+            Order::TpCpDpPp => inner,
+            Order::TpCpPpDp => inner * self.layout.pp,
+        }
+    }
+
+    /// Places from one stage to the next.
+    pub fn pp_stride(&self) -> usize {
+        let inner = self.layout.tp * self.cp;
+        match self.order {
+            Order::TpCpDpPp => inner * self.layout.dp,
+            Order::TpCpPpDp => inner,
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! Published training runs: rows of a table as problems to price.
+
+mod csv;
+mod known;
+mod layouts;
+
+use serde::Serialize;
+use spec::catalog::EntryKind;
+use spec::{Catalog, Cluster, Error, NumberFormat, Result};
+
+use crate::mesh::Mesh;
+use crate::shape::{Shape, Sizes, dense};
+use crate::software::Software;
+use csv::{Row, Table};
+
+/// A published run that gives enough to be priced.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// Its name in the table.
+    pub id: String,
+    /// Where it was published.
+    pub source: String,
+    /// Runs of one publisher and stack, left out together in cross-validation: the letters that the id begins with.
+    pub family: String,
+    /// The model.
+    pub shape: Shape,
+    /// Layouts that agree with what was published: one, or several where choices were not.
+    pub meshes: Vec<Mesh>,
+    /// Tokens of a sequence.
+    pub sequence: usize,
+    /// Sequences of the global batch.
+    pub sequences: usize,
+    /// The machine.
+    pub cluster: Cluster,
+    /// The training stack.
+    pub software: Software,
+    /// Numeric recipe, for which constants are fitted: `bf16`, `fp16`, `fp8`, `mxfp8`, `nvfp4`, `int8`.
+    pub recipe: &'static str,
+    /// Measured time of a step.
+    pub step_s: f64,
+    /// Which figure of the row `step_s` comes from.
+    pub measured: Measured,
+    /// What was not published and had to be assumed.
+    pub assumptions: Vec<String>,
+}
+
+/// Which published figure a step time comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Measured {
+    /// Printed as such.
+    StepTime,
+    /// From tokens per second.
+    TokensPerSecond,
+    /// From TFLOP/s, in the source's way of counting.
+    Tflops,
+    /// From model FLOPs utilisation, in the source's way of counting.
+    Mfu,
+}
+
+/// A row that cannot be priced, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NotPriced {
+    /// Its name in the table.
+    pub id: String,
+    /// Line of the file.
+    pub line: usize,
+    /// Why not.
+    pub reason: String,
+}
+
+/// A table of published runs.
+#[derive(Clone, Debug)]
+pub struct Runs {
+    /// Rows to price.
+    pub runs: Vec<Run>,
+    /// Rows that do not give enough, or that are priced by no model here.
+    pub not_priced: Vec<NotPriced>,
+}
+
+/// Columns without which a table is none of runs.
+const REQUIRED: &[&str] = &["id", "accelerator", "n_accel", "layers", "hidden", "seq_len", "global_batch"];
+
+impl Runs {
+    /// Reads a table with the columns of `published_runs.csv`. `path` only names it in errors.
+    ///
+    /// # Errors
+    /// If the text is no such table, or a cell holds no sensible number.
+    pub fn parse(path: &str, text: &str, catalog: &Catalog) -> Result<Self> {
+        let table = Table::parse(path, text, REQUIRED)?;
+        let mut out = Runs { runs: Vec::new(), not_priced: Vec::new() };
+        for row in &table.rows {
+            let id = table.text(row, "id").to_owned();
+            match (Reader { path, table: &table, row, catalog, assumptions: Vec::new() }).run()? {
+                Ok(run) => out.runs.push(run),
+                Err(reason) => out.not_priced.push(NotPriced { id, line: row.line, reason }),
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// `Err(reason)` inside `Ok`: the row is sound but cannot be priced.
+type Priceable<T> = std::result::Result<T, String>;
+
+struct Reader<'a> {
+    path: &'a str,
+    table: &'a Table,
+    row: &'a Row,
+    catalog: &'a Catalog,
+    assumptions: Vec<String>,
+}
+
+/// Unwraps the inner result or hands its reason out.
+macro_rules! priceable {
+    ($e:expr) => {
+        match $e? {
+            Ok(value) => value,
+            Err(reason) => return Ok(Err(reason)),
+        }
+    };
+}
+
+impl Reader<'_> {
+    fn text(&self, column: &str) -> &str {
+        self.table.text(self.row, column)
+    }
+
+    fn count(&self, column: &str) -> Result<Option<usize>> {
+        self.table.count(self.path, self.row, column)
+    }
+
+    fn number(&self, column: &str) -> Result<Option<f64>> {
+        self.table.number(self.path, self.row, column)
+    }
+
+    fn assume(&mut self, what: impl Into<String>) {
+        self.assumptions.push(what.into());
+    }
+
+    fn run(mut self) -> Result<Priceable<Run>> {
+        let id = self.text("id").to_owned();
+        if id.is_empty() {
+            return Err(Error::user(format!("{}:{}: the row has no id", self.path, self.row.line)));
+        }
+        let source = self.text("source").to_owned();
+        let shape = priceable!(self.shape());
+        let Some(n) = self.count("n_accel")? else {
+            return Ok(Err("number of accelerators not published".into()));
+        };
+        let Some(sequence) = self.count("seq_len")? else {
+            return Ok(Err("sequence length not published".into()));
+        };
+        let Some(sequences) = self.count("global_batch")? else {
+            return Ok(Err("global batch not published".into()));
+        };
+        let accelerator = self.text("accelerator").to_owned();
+        let Ok(chip) = self.catalog.get(EntryKind::Accelerator, &accelerator) else {
+            return Ok(Err(format!("accelerator \"{accelerator}\" is not in the catalogue")));
+        };
+        let family = chip.text("family").unwrap_or_default().to_owned();
+        let conditions = known::conditions(&source, &id, &chip.name, &family);
+        let cluster = match self.catalog.cluster(&conditions.cluster, Some(n)) {
+            Ok(cluster) => cluster,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        if !conditions.stated {
+            self.assume(format!("fabric not published: that of {} taken", conditions.cluster));
+        }
+        let (recipe, format) = self.format(&family);
+        let problem = layouts::Problem {
+            shape: &shape,
+            n,
+            sequences,
+            sequence,
+            format,
+            software: &conditions.software,
+        };
+        let (meshes, slice) = priceable!(layouts::meshes(&mut self, &problem));
+        let cluster = match slice {
+            Some(slice) => cluster.in_slices(slice),
+            None => cluster,
+        };
+        let (step_s, measured) = priceable!(self.measured(&shape, n, sequences, sequence, &cluster, format));
+        let run_family: String = id.chars().take_while(char::is_ascii_alphabetic).collect();
+        Ok(Ok(Run {
+            id,
+            source,
+            family: run_family,
+            shape,
+            meshes,
+            sequence,
+            sequences,
+            cluster,
+            software: conditions.software,
+            recipe,
+            step_s,
+            measured,
+            assumptions: self.assumptions,
+        }))
+    }
+
+    fn format(&mut self, family: &str) -> (&'static str, NumberFormat) {
+        let text = self.text("precision").to_ascii_lowercase();
+        match text.as_str() {
+            t if t.contains("int8") => ("int8", NumberFormat::Int8),
+            t if t.starts_with("nvfp4") || t.starts_with("fp4") => ("nvfp4", NumberFormat::Fp4),
+            t if t.starts_with("mxfp8") || t == "fp8-mx" => ("mxfp8", NumberFormat::Fp8),
+            t if t.starts_with("fp8 row") => ("fp8-rowwise", NumberFormat::Fp8),
+            t if t.starts_with("fp8") => ("fp8", NumberFormat::Fp8),
+            "fp16" => ("bf16", NumberFormat::Fp16),
+            "bf16" => ("bf16", NumberFormat::Bf16),
+            _ => {
+                self.assume(format!("precision not published: 16 bit on {family}"));
+                ("bf16", NumberFormat::Bf16)
+            }
+        }
+    }
+
+    fn shape(&mut self) -> Result<Priceable<Shape>> {
+        let name = self.text("model name").split(" (").next().unwrap_or_default().trim().to_owned();
+        if self.text("notes").contains("sliding-window aware")
+            || self.text("flops_kind").contains("sliding-window")
+        {
+            return Ok(Err("sliding-window attention is not priced".into()));
+        }
+        let layers = self.count("layers")?;
+        let has_experts = self.count("experts")?.is_some();
+        let found = Shape::find(&name)?;
+        if has_experts
+            || (self.count("hidden")?.is_none() && found.as_ref().is_some_and(|f| f.experts.is_some()))
+        {
+            let Some(mut shape) = found else {
+                return Ok(Err(format!("the mixture \"{name}\" is not in catalog/shapes.toml")));
+            };
+            if let Some(layers) = layers {
+                shape.model.layers = layers;
+            }
+            if let (Some(experts), Some(first)) =
+                (shape.experts.as_mut(), self.text("notes").split("dense_layers=").nth(1))
+            {
+                let digits: String = first.chars().take_while(char::is_ascii_digit).collect();
+                experts.dense_layers = digits.parse().unwrap_or(experts.dense_layers);
+            }
+            return Ok(Ok(shape));
+        }
+        let params = self.number("params_b")?.map(|b| b * 1e9);
+        let Some(hidden) = self.count("hidden")? else {
+            return Ok(Err("the model's shape was not published".into()));
+        };
+        let heads = match self.count("heads")? {
+            Some(heads) => heads,
+            None => {
+                self.assume("number of heads not published: 128 wide");
+                (hidden / 128).max(1)
+            }
+        };
+        let kv_heads = self.count("kv_heads")?.unwrap_or(heads);
+        let vocab = match self.count("vocab")? {
+            Some(vocab) => vocab,
+            None => {
+                self.assume("vocabulary not published: 51200");
+                51_200
+            }
+        };
+        if !heads.is_multiple_of(kv_heads) {
+            return Ok(Err(format!("{kv_heads} key and value heads do not divide {heads} heads")));
+        }
+        let ffn = self.count("ffn_hidden")?;
+        let layers = match (layers, params, ffn) {
+            (Some(layers), _, _) => layers,
+            (None, Some(params), Some(ffn)) if ffn == 4 * hidden => {
+                let per_layer = 12.0 * (hidden as f64).powi(2);
+                let layers = ((params - (vocab * hidden) as f64) / per_layer).round().max(1.0) as usize;
+                self.assume(format!("layers not published: {layers} from the parameter count"));
+                layers
+            }
+            _ => return Ok(Err("the model's shape was not published".into())),
+        };
+        let model = known::closest(&name, layers, hidden, ffn, heads, kv_heads, vocab, params);
+        if ffn.is_none() {
+            self.assume(format!("feed-forward width not published: {}", model.ffn));
+        }
+        Ok(Ok(Shape::from_model(dense(
+            if name.is_empty() { "model" } else { &name },
+            Sizes { layers, hidden, heads, kv_heads, vocab, ..model },
+        ))))
+    }
+
+    /// The step time in seconds, converted from other figures in the source's own way of counting.
+    fn measured(
+        &mut self,
+        shape: &Shape,
+        n: usize,
+        sequences: usize,
+        sequence: usize,
+        cluster: &Cluster,
+        format: NumberFormat,
+    ) -> Result<Priceable<(f64, Measured)>> {
+        if let Some(t) = self.number("step_time_s")? {
+            return Ok(Ok((t, Measured::StepTime)));
+        }
+        if let Some(t) = self.number("derived_step_time_s")? {
+            return Ok(Ok((t, Measured::TokensPerSecond)));
+        }
+        let tokens = sequences as f64 * sequence as f64;
+        if let Some(rate) = self.number("tokens_per_sec_per_gpu")? {
+            return Ok(Ok((tokens / rate / n as f64, Measured::TokensPerSecond)));
+        }
+        let per_s = match (self.number("tflops_per_gpu")?, self.number("mfu_pct")?) {
+            (Some(t), _) => Some((t * 1e12, Measured::Tflops)),
+            (None, Some(mfu)) => {
+                cluster.accelerator.peak(format).map(|p| (p.value * mfu / 100.0, Measured::Mfu))
+            }
+            (None, None) => None,
+        };
+        let Some((per_s, measured)) = per_s else {
+            return Ok(Err("no time, rate or utilisation published".into()));
+        };
+        let kind = self.text("flops_kind");
+        let s = sequence as f64;
+        let per_token = if kind.starts_with("hardware") {
+            // Narayanan et al. 2021, equation 3: the layers' forward pass counts twice.
+            let model = shape.flops_per_token(s, false);
+            let head = 6.0 * shape.table_params();
+            (model - head) * 4.0 / 3.0 + head
+        } else if kind.starts_with("model") {
+            let causal = kind.contains("(causal");
+            let table = if kind.contains("embedding excluded") || shape.model.tied_embeddings {
+                0.0
+            } else {
+                shape.table_params()
+            };
+            shape.flops_per_token(s, causal) + 6.0 * table
+        } else {
+            return Ok(Err(format!("TFLOP/s counted in an unknown way (\"{kind}\")")));
+        };
+        Ok(Ok((per_token * tokens / per_s / n as f64, measured)))
+    }
+}

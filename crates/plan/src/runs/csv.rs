@@ -1,0 +1,173 @@
+use std::collections::HashMap;
+
+use spec::{Error, Result};
+
+/// A table read from comma-separated text (RFC 4180), cells found by the names in its first line.
+pub(crate) struct Table {
+    columns: HashMap<String, usize>,
+    pub(crate) rows: Vec<Row>,
+}
+
+/// One record and the line on which it begins.
+pub(crate) struct Row {
+    pub(crate) line: usize,
+    cells: Vec<String>,
+}
+
+/// More cells than any table of runs has: a file beyond it is not one.
+const CELLS_MAX: usize = 1 << 10;
+
+impl Table {
+    /// Reads a table. `path` only names it in errors.
+    pub(crate) fn parse(path: &str, text: &str, required: &[&str]) -> Result<Self> {
+        let mut records = records(path, text)?;
+        if records.is_empty() {
+            return Err(
+                Error::user(format!("{path}: no header line")).hint("the first line names the columns")
+            );
+        }
+        let header = records.remove(0);
+        let mut columns = HashMap::new();
+        for (at, name) in header.cells.iter().enumerate() {
+            let name = name.trim().trim_start_matches('\u{feff}').to_owned();
+            if columns.insert(name.clone(), at).is_some() {
+                return Err(Error::user(format!("{path}:1: column \"{name}\" is there twice")));
+            }
+        }
+        for name in required {
+            if !columns.contains_key(*name) {
+                let error = Error::user(format!("{path}:1: no column \"{name}\""));
+                return Err(error.hint(
+                    "columns are those of published_runs.csv: id, source, model name, layers, hidden, ...",
+                ));
+            }
+        }
+        for row in &records {
+            if row.cells.len() != header.cells.len() {
+                return Err(Error::user(format!(
+                    "{path}:{}: {} cells, the header has {}",
+                    row.line,
+                    row.cells.len(),
+                    header.cells.len()
+                ))
+                .hint("a cell with a comma or a quote in it has to be in double quotes"));
+            }
+        }
+        Ok(Table { columns, rows: records })
+    }
+
+    /// The text of a cell; empty if there is no such column.
+    pub(crate) fn text<'a>(&self, row: &'a Row, column: &str) -> &'a str {
+        self.columns.get(column).map_or("", |at| row.cells[*at].trim())
+    }
+
+    /// A number above zero, or `None` if the cell is empty.
+    pub(crate) fn number(&self, path: &str, row: &Row, column: &str) -> Result<Option<f64>> {
+        let text = self.text(row, column);
+        if text.is_empty() {
+            return Ok(None);
+        }
+        match text.parse::<f64>() {
+            Ok(x) if x.is_finite() && x > 0.0 => Ok(Some(x)),
+            _ => Err(Error::user(format!(
+                "{path}:{}: {column} = \"{text}\", expected a number above zero",
+                row.line
+            ))
+            .hint("leave the cell empty if the figure was not published")),
+        }
+    }
+
+    /// A whole number above zero, or `None` if the cell is empty.
+    pub(crate) fn count(&self, path: &str, row: &Row, column: &str) -> Result<Option<usize>> {
+        match self.number(path, row, column)? {
+            None => Ok(None),
+            Some(x) if x.fract() == 0.0 && x < 1e9 => Ok(Some(x as usize)),
+            Some(x) => Err(Error::user(format!(
+                "{path}:{}: {column} = {x}, expected a whole number below 1e9",
+                row.line
+            ))),
+        }
+    }
+}
+
+fn records(path: &str, text: &str) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    let mut row = Row { line: 1, cells: Vec::new() };
+    let (mut cell, mut quoted, mut was_quoted, mut line) = (String::new(), false, false, 1);
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        line += usize::from(c == '\n');
+        match c {
+            '"' if quoted && chars.peek() == Some(&'"') => {
+                chars.next();
+                cell.push('"');
+            }
+            '"' if quoted => quoted = false,
+            '"' if cell.is_empty() && !was_quoted => (quoted, was_quoted) = (true, true),
+            _ if quoted => cell.push(c),
+            ',' | '\n' => {
+                row.cells.push(std::mem::take(&mut cell));
+                was_quoted = false;
+                if row.cells.len() > CELLS_MAX {
+                    return Err(Error::user(format!("{path}:{}: more than {CELLS_MAX} cells", row.line)));
+                }
+                if c == '\n' {
+                    let done = std::mem::replace(&mut row, Row { line, cells: Vec::new() });
+                    push(&mut rows, done);
+                }
+            }
+            '\r' => {}
+            _ => cell.push(c),
+        }
+    }
+    if quoted {
+        return Err(Error::user(format!("{path}:{}: a quote is opened and never closed", row.line)));
+    }
+    if !cell.is_empty() || !row.cells.is_empty() {
+        row.cells.push(cell);
+        push(&mut rows, row);
+    }
+    Ok(rows)
+}
+
+/// Blank lines are no rows.
+fn push(rows: &mut Vec<Row>, row: Row) {
+    if row.cells.iter().any(|c| !c.trim().is_empty()) {
+        rows.push(row);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quotes_commas_and_line_breaks_stay_in_their_cell() {
+        let table = Table::parse("t.csv", "a,b\r\n1,\"x, \"\"y\"\"\nz\"\n\n2,\n", &["a"]).unwrap();
+        assert_eq!(table.rows.len(), 2);
+        assert_eq!(table.text(&table.rows[0], "b"), "x, \"y\"\nz");
+        assert_eq!(table.rows[1].line, 5);
+        assert_eq!(table.count("t.csv", &table.rows[1], "a").unwrap(), Some(2));
+        assert_eq!(table.count("t.csv", &table.rows[1], "b").unwrap(), None);
+        assert_eq!(table.text(&table.rows[1], "nothing"), "");
+    }
+
+    #[test]
+    fn nonsense_says_file_and_line() {
+        let check = |text: &str, part: &str| {
+            let read = Table::parse("t.csv", text, &["a"])
+                .and_then(|t| t.rows.iter().map(|r| t.count("t.csv", r, "a")).collect::<Result<Vec<_>>>());
+            let error = read.expect_err(text).to_string();
+            assert!(error.contains(part), "{error}");
+        };
+        check("", "no header");
+        check("b\n1\n", "t.csv:1: no column \"a\"");
+        check("a,a\n1,2\n", "twice");
+        check("a,b\n1\n", "t.csv:2: 1 cells, the header has 2");
+        check("a\nx\n", "t.csv:2: a = \"x\"");
+        check("a\n1\n-1\n", "t.csv:3");
+        check("a\nnan\n", "above zero");
+        check("a\n1.5\n", "whole number");
+        check("a\n\"1\n", "never closed");
+    }
+}

@@ -1,0 +1,177 @@
+use crate::shape::{Shape, Sizes, dense};
+use crate::software::Software;
+
+/// What is known of where and with what a source ran. Facts from the sources, no fitted figure.
+pub(crate) struct Conditions {
+    /// Node or platform of the catalogue.
+    pub(crate) cluster: String,
+    /// Whether the source states the fabric.
+    pub(crate) stated: bool,
+    /// The training stack.
+    pub(crate) software: Software,
+}
+
+/// Part of a source's name, part of the accelerator's name, cluster (empty: the usual), software (empty: the usual).
+/// The first line that matches counts.
+const SOURCES: &[(&str, &str, &str, &str)] = &[
+    ("ZeRO-3", "a100", "dgx-a100", "deepspeed-zero3"),
+    ("2104.04473", "a100", "dgx-a100", "megatron-2021"),
+    ("2205.05198", "a100", "dgx-a100", "megatron-2022"),
+    ("Megatron-LM@2e90a342f5 README.md (GPT-3 Example)", "a100", "dgx-a100", "megatron-2021"),
+    ("VIA-Research/vTrain", "a100", "hgx-a100-ib-800", "megatron-deepspeed"),
+    ("bigscience", "a100", "jean-zay-a100", "megatron-deepspeed"),
+    ("GLM-130B", "a100", "", "megatron-deepspeed"),
+    ("NeMo-Framework-Launcher", "a100", "dgx-a100", "megatron-2022"),
+    ("2402.15627", "a100", "megascale", "megatron-2022"),
+    ("InternEvo", "a100", "hgx-a100-roce-400", "internevo"),
+    ("llm-foundry", "a100-80", "hgx-a100-roce-1600", "fsdp-2023"),
+    ("llm-foundry", "a100-40", "hgx-a100-40-roce-1600", "fsdp-2023"),
+    ("llm-foundry", "h100", "", "fsdp-2023"),
+    ("fms-fsdp", "a100", "", "fsdp-2023"),
+    ("torchtitan", "500w", "grand-teton-h100-500w", "torchtitan"),
+    ("torchtitan", "", "", "torchtitan"),
+    ("maxtext/configs/gpu/a3", "h100", "gcp-a3-mega", "maxtext"),
+    ("maxtext", "", "", "maxtext"),
+    ("tpu-recipes", "", "", "maxtext"),
+    ("ColossalAI", "", "", "fsdp-2023"),
+    ("2407.21783", "h100", "meta-24k-roce", "megatron-core-2024"),
+    ("Megatron-LM images", "h100", "dgx-h100", "megatron-core-2024"),
+    ("Megatron-LM examples", "h100", "dgx-h100", "megatron-core-2024"),
+    ("2406.11704", "h100", "dgx-h100", "megatron-core-2024"),
+    ("training_results_v4", "h100", "dgx-h100", "megatron-core-2024"),
+    ("training_results_v5", "h100", "dgx-h100", "megatron-core-2025"),
+    ("training_results_v5", "", "", "megatron-core-2025"),
+    ("(25.", "", "", "megatron-core-2025"),
+    ("(26.", "", "", "megatron-core-2026"),
+    ("SimuMax", "", "", "megatron-core-2025"),
+];
+
+/// The node or platform that an accelerator usually comes in.
+const USUAL: &[(&str, &str)] = &[
+    ("v100-sxm2", "dgx-v100"),
+    ("a100-40-sxm", "dgx-a100-40"),
+    ("a100-80-sxm", "dgx-a100"),
+    ("h100-sxm5", "dgx-h100"),
+    ("h100-sxm5-500w", "grand-teton-h100-500w"),
+    ("h800-sxm", "hgx-h800"),
+    ("h200-sxm", "dgx-h200"),
+    ("b200-sxm", "dgx-b200"),
+    ("b300-sxm", "dgx-b300"),
+    ("gb200", "gb200-nvl72"),
+    ("gb300", "gb300-nvl72"),
+    ("mi250x-gcd", "frontier-node"),
+    ("mi300x", "mi300x-node"),
+    ("mi325x", "mi325x-node"),
+    ("mi355x", "mi355x-node"),
+    ("trainium1", "aws-trn1"),
+    ("trainium2", "aws-trn2"),
+    ("gaudi2", "gaudi2-node"),
+    ("gaudi3", "gaudi3-node"),
+    ("ascend-910b", "ascend-910b-node"),
+    ("tpu-v3", "tpu-v3-pod"),
+    ("tpu-v4", "tpu-v4-pod"),
+    ("tpu-v5e", "tpu-v5e-pod"),
+    ("tpu-v5p", "tpu-v5p-pod"),
+    ("tpu-v6e", "tpu-v6e-pod"),
+    ("tpu-v7x", "tpu-v7x-pod"),
+];
+
+pub(crate) fn conditions(source: &str, id: &str, accelerator: &str, family: &str) -> Conditions {
+    let usual = || {
+        USUAL.iter().find(|u| u.0 == accelerator).map_or_else(|| accelerator.to_owned(), |u| u.1.to_owned())
+    };
+    let line = SOURCES.iter().find(|(part, chip, _, _)| {
+        (source.contains(part) || id.contains(part)) && accelerator.contains(chip)
+    });
+    match line {
+        Some((_, _, cluster, software)) => Conditions {
+            cluster: if cluster.is_empty() { usual() } else { (*cluster).to_owned() },
+            stated: !cluster.is_empty() || family == "tpu",
+            software: Software::named(software).unwrap_or_else(|| Software::usual(family)),
+        },
+        None => Conditions { cluster: usual(), stated: false, software: Software::usual(family) },
+    }
+}
+
+/// Head widths that models use when it is not hidden over heads.
+const HEAD_DIMS: [usize; 4] = [64, 128, 192, 256];
+
+/// The kind of transformer whose parameter count comes closest to the published one: gated or plain, tables tied or
+/// not, and the width of heads. Without a count, a feed-forward layer of four times the residual is plain.
+pub(crate) fn closest(
+    name: &str,
+    layers: usize,
+    hidden: usize,
+    ffn: Option<usize>,
+    heads: usize,
+    kv_heads: usize,
+    vocab: usize,
+    params: Option<f64>,
+) -> Sizes {
+    let square = (hidden / heads).max(1);
+    let intern = name.to_ascii_lowercase().contains("intern");
+    // InternLM 7B is the one model in the tables without a width that is gated: 8/3 of the residual, rounded to 256.
+    let ffns: &[usize] =
+        &[ffn.unwrap_or(if intern { (hidden * 8 / 3).next_multiple_of(256) } else { 4 * hidden })];
+    let mut best = None;
+    for &ffn in ffns {
+        for gated in [false, true] {
+            for tied in [true, false] {
+                for head_dim in std::iter::once(square).chain(HEAD_DIMS) {
+                    let sizes = Sizes { layers, hidden, ffn, heads, kv_heads, head_dim, vocab, gated, tied };
+                    let found = Shape::from_model(dense("", sizes)).params();
+                    let off = match params {
+                        Some(p) => (found / p).ln().abs(),
+                        None => f64::from(u8::from((ffn == 4 * hidden) == gated)),
+                    };
+                    // What people usually do wins unless the count speaks clearly against it.
+                    let odd_dim = if head_dim == square { 0.0 } else { 0.04 };
+                    let odd_gate = if (ffn == 4 * hidden) == gated { 0.03 } else { 0.0 };
+                    let odd_tie = if tied == gated { 0.005 } else { 0.0 };
+                    let cost = off + odd_dim + odd_gate + odd_tie;
+                    if best.is_none_or(|(c, _)| cost < c) {
+                        best = Some((cost, sizes));
+                    }
+                }
+            }
+        }
+    }
+    best.map_or(
+        Sizes {
+            layers,
+            hidden,
+            ffn: 4 * hidden,
+            heads,
+            kv_heads,
+            head_dim: square,
+            vocab,
+            gated: false,
+            tied: true,
+        },
+        |b| b.1,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_of_transformers_are_told_apart_by_their_parameters() {
+        let check = |args: (usize, usize, Option<usize>, usize, usize, usize),
+                     billions: f64,
+                     gated: bool,
+                     tied: bool,
+                     dim: usize| {
+            let (l, h, f, a, kv, v) = args;
+            let s = closest("", l, h, f, a, kv, v, Some(billions * 1e9));
+            assert_eq!((s.gated, s.tied, s.head_dim), (gated, tied, dim), "{args:?}");
+        };
+        check((80, 8192, Some(28672), 64, 8, 128_256), 70.6, true, false, 128);
+        check((32, 4096, Some(14336), 32, 8, 128_256), 8.03, true, false, 128);
+        check((96, 12288, Some(49152), 96, 96, 51_200), 175.0, false, true, 128);
+        check((32, 4096, Some(28672), 64, 64, 32_000), 16.0, true, false, 128);
+        check((96, 12288, Some(49152), 128, 128, 64_000), 175.0, false, true, 96);
+        check((80, 8192, Some(32768), 64, 64, 50_368), 64.862, false, true, 128);
+    }
+}

@@ -1,0 +1,138 @@
+//! What a training stack does with a program: which kernels, what it overlaps, what it keeps.
+
+use serde::Serialize;
+
+/// A generation of a training stack. Facts about code, not fitted constants; those are in [`crate::calibration`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Software {
+    /// Its name; constants are fitted per generation.
+    pub name: &'static str,
+    /// Scores live in memory (before flash attention), computed for the whole square.
+    pub unfused_attention: bool,
+    /// Full recompute runs the whole layer again, also what backward does not need.
+    pub recompute_whole_layers: bool,
+    /// Tensor-parallel gathers and scatters overlap with the matrix products beside them.
+    pub overlap_tp: bool,
+    /// Gradients are reduced while backward still runs.
+    pub overlap_grads: bool,
+    /// Updated or sharded parameters are gathered while compute runs.
+    pub overlap_params: bool,
+    /// Stage to stage messages overlap with compute.
+    pub overlap_p2p: bool,
+    /// Expert dispatch overlaps with compute.
+    pub overlap_experts: bool,
+    /// Bytes of a gradient element on the wire.
+    pub grad_wire_bytes: f64,
+    /// Kernels are launched one by one from Python, else from graphs or compiled programs.
+    pub eager: bool,
+    /// Dropout and its masks are in the model.
+    pub dropout: bool,
+    /// Parameters are also kept sharded during compute by default ("FSDP").
+    pub fsdp: bool,
+}
+
+const MEGATRON_2021: Software = Software {
+    name: "megatron-2021",
+    unfused_attention: true,
+    recompute_whole_layers: true,
+    overlap_tp: false,
+    overlap_grads: false,
+    overlap_params: false,
+    overlap_p2p: false,
+    overlap_experts: false,
+    grad_wire_bytes: 4.0,
+    eager: true,
+    dropout: true,
+    fsdp: false,
+};
+
+const MEGATRON_CORE: Software = Software {
+    name: "megatron-core-2024",
+    unfused_attention: false,
+    recompute_whole_layers: true,
+    overlap_tp: true,
+    overlap_grads: true,
+    overlap_params: true,
+    overlap_p2p: true,
+    overlap_experts: false,
+    grad_wire_bytes: 4.0,
+    eager: true,
+    dropout: false,
+    fsdp: false,
+};
+
+const FSDP: Software = Software {
+    name: "fsdp-2023",
+    unfused_attention: false,
+    recompute_whole_layers: true,
+    overlap_tp: false,
+    overlap_grads: true,
+    overlap_params: true,
+    overlap_p2p: false,
+    overlap_experts: false,
+    grad_wire_bytes: 2.0,
+    eager: true,
+    dropout: false,
+    fsdp: true,
+};
+
+/// All generations.
+pub const ALL: [Software; 12] = [
+    MEGATRON_2021,
+    Software { name: "megatron-2022", ..MEGATRON_2021 },
+    Software { name: "megatron-deepspeed", ..MEGATRON_2021 },
+    Software {
+        name: "deepspeed-zero3",
+        overlap_params: true,
+        overlap_grads: true,
+        fsdp: true,
+        grad_wire_bytes: 2.0,
+        ..MEGATRON_2021
+    },
+    Software {
+        name: "internevo",
+        overlap_grads: true,
+        overlap_params: true,
+        grad_wire_bytes: 2.0,
+        ..MEGATRON_CORE
+    },
+    MEGATRON_CORE,
+    Software { name: "megatron-core-2025", grad_wire_bytes: 2.0, ..MEGATRON_CORE },
+    Software { name: "megatron-core-2026", grad_wire_bytes: 2.0, eager: false, ..MEGATRON_CORE },
+    FSDP,
+    Software { name: "torchtitan", ..FSDP },
+    Software { name: "maxtext", overlap_tp: true, eager: false, ..FSDP },
+    Software { name: "phalanx", recompute_whole_layers: false, eager: false, ..MEGATRON_CORE },
+];
+
+impl Software {
+    /// The generation of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        ALL.iter().find(|s| s.name == name).cloned()
+    }
+
+    /// What people would use today on an accelerator of this family.
+    pub fn usual(family: &str) -> Self {
+        let name = match family {
+            "tpu" | "trainium" => "maxtext",
+            "volta" => "megatron-2021",
+            "ampere" => "megatron-core-2024",
+            "hopper" => "megatron-core-2025",
+            _ => "megatron-core-2026",
+        };
+        Self::named(name).unwrap_or(MEGATRON_CORE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_family_has_a_usual_stack() {
+        for family in ["volta", "ampere", "hopper", "blackwell", "tpu", "cdna3", "gaudi", "what"] {
+            assert!(ALL.contains(&Software::usual(family)));
+        }
+        assert!(Software::named("nothing").is_none());
+    }
+}
