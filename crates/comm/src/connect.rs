@@ -1,0 +1,446 @@
+//! How ranks that are processes find each other: cards in the store, then a connection for every pair.
+
+use crate::control::{CONTROL_BYTES, Control, MAX_LOCAL};
+use crate::inner::{Core, Failure, Near, Peer, Transport};
+use crate::link::Io;
+use crate::memory::Mapping;
+use crate::world::{Bootstrap, TransportChoice, patience};
+use rustix::event::{PollFd, PollFlags};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags,
+};
+use spec::{Error, Result};
+use std::hash::{BuildHasher, Hasher};
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener, UnixStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How often a rank that waits for others looks whether one of them has given up.
+const LOOK: Duration = Duration::from_millis(250);
+/// First bytes on every connection; the last one is the version.
+const MAGIC: [u8; 8] = *b"PHXCOM\0\x01";
+const HELLO_BYTES: usize = 32;
+
+/// Identifies this host among the hosts of a job: its name, its boot, and its network namespace. Ranks for which it
+/// is equal can share memory.
+pub fn host_id() -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_string();
+    let name = read("/proc/sys/kernel/hostname");
+    let boot = read("/proc/sys/kernel/random/boot_id");
+    let net = std::fs::read_link("/proc/self/ns/net").map(|p| p.display().to_string()).unwrap_or_default();
+    let net: String = net.chars().filter(char::is_ascii_digit).collect();
+    format!("{name}/{}-{net}", boot.get(..8).unwrap_or("unknown"))
+}
+
+/// What a rank tells the others through the store.
+#[derive(Clone, Debug, PartialEq)]
+struct Card {
+    fingerprint: u128,
+    host: String,
+    pid: u32,
+    /// Name of the Unix socket, in the abstract namespace: it leaves nothing behind.
+    near: String,
+    far: SocketAddr,
+    /// Shown by those who connect, so that strangers are told apart.
+    token: u128,
+}
+
+impl Card {
+    fn encode(&self) -> String {
+        let Card { fingerprint, host, pid, near, far, token } = self;
+        format!("{fingerprint:032x}\n{host}\n{pid}\n{near}\n{far}\n{token:032x}")
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Card> {
+        let mut lines = std::str::from_utf8(bytes).ok()?.split('\n');
+        Some(Card {
+            fingerprint: u128::from_str_radix(lines.next()?, 16).ok()?,
+            host: lines.next()?.into(),
+            pid: lines.next()?.parse().ok()?,
+            near: lines.next()?.into(),
+            far: lines.next()?.parse().ok()?,
+            token: u128::from_str_radix(lines.next()?, 16).ok()?,
+        })
+    }
+
+    fn place(&self) -> String {
+        format!("pid {} on {}", self.pid, self.host.split('/').next().unwrap_or(&self.host))
+    }
+}
+
+fn random() -> u64 {
+    // The standard library seeds its hash maps from the kernel.
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}
+
+pub(crate) fn connect(b: &Bootstrap) -> Result<Arc<Core>> {
+    if b.rank >= b.world || b.world > crate::sum::MAX_RANKS {
+        return Err(Error::user(format!("rank {} of {} ranks", b.rank, b.world))
+            .hint(format!("ranks count from 0, and there are at most {}", crate::sum::MAX_RANKS)));
+    }
+    let gave_up = format!("{}/gave-up", b.session);
+    join(b, &gave_up).inspect_err(|error| {
+        // So that the others need not wait for their own deadlines. If the store is gone they know anyway.
+        let _ = b.store.compare_set(&gave_up, None, format!("rank {}: {error}", b.rank));
+    })
+}
+
+fn join(b: &Bootstrap, gave_up: &str) -> Result<Arc<Core>> {
+    let until = Instant::now() + b.timeout;
+    let wait = Wait { b, gave_up, until };
+    let doors = Doors::open(b)?;
+    let own = publish(b, &doors)?;
+    let cards = collect(&wait, &own)?;
+    check_fingerprints(b, &cards)?;
+    let near = neighbours(b, &cards)?;
+    let (mapping, file) = Mapping::shared("phalanx-control", CONTROL_BYTES)?;
+    let control = Control::new(Arc::new(mapping), false);
+    let met = meet(&wait, &cards, &near, &doors, &file)?;
+
+    let mut sockets = Vec::with_capacity(b.world);
+    let mut peers = Vec::with_capacity(b.world);
+    let mut hosts: Vec<&str> = Vec::new();
+    for (rank, met) in met.into_iter().enumerate() {
+        let index = near.iter().position(|&r| r == rank);
+        let (socket, memory) = met.map_or((None, None), |m| (Some(m.socket), m.memory));
+        let theirs = match memory {
+            Some(file) => Some(Control::new(Arc::new(Mapping::of_file(&file, CONTROL_BYTES)?), false)),
+            None if rank == b.rank => Some(control.clone()),
+            None => None,
+        };
+        let host = match (b.transport, hosts.iter().position(|h| *h == cards[rank].host)) {
+            (TransportChoice::Tcp, _) => rank,
+            (_, Some(host)) => host,
+            (_, None) => {
+                hosts.push(&cards[rank].host);
+                hosts.len() - 1
+            }
+        };
+        peers.push(Peer {
+            place: cards[rank].place(),
+            host,
+            transport: if index.is_some() { Transport::Shm } else { Transport::Tcp },
+            near: theirs.zip(index).map(|(control, index)| Near { control, index }),
+        });
+        sockets.push(socket);
+    }
+    let patience = patience(near.len().max(b.local_world));
+    let core = Arc::new(Core::new(b.rank, b.timeout, patience, peers, Arc::new(Failure::default()))?);
+    Io::start(&core, sockets)?;
+    Ok(core)
+}
+
+/// Waiting for other ranks while connecting.
+struct Wait<'a> {
+    b: &'a Bootstrap,
+    gave_up: &'a str,
+    until: Instant,
+}
+
+impl Wait<'_> {
+    /// The time until the next look; fails if the deadline has passed or a rank has given up.
+    fn next(&self, missing: impl Fn() -> String) -> Result<Duration> {
+        if let Some(why) = self.b.store.try_get(self.gave_up)? {
+            return Err(Error::failure(format!("the job did not start: {}", String::from_utf8_lossy(&why))));
+        }
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Error::failure(format!(
+                "rank {} of {} waited {:.1} s for {}",
+                self.b.rank,
+                self.b.world,
+                self.b.timeout.as_secs_f64(),
+                missing()
+            ))
+            .hint("check that every rank was started, with the same world size and rendezvous address"));
+        }
+        Ok(left.min(LOOK))
+    }
+}
+
+fn names(ranks: impl IntoIterator<Item = usize>) -> String {
+    const SHOWN: usize = 8;
+    let ranks: Vec<usize> = ranks.into_iter().collect();
+    let shown: Vec<String> = ranks.iter().take(SHOWN).map(|r| format!("rank {r}")).collect();
+    let more = ranks.len().saturating_sub(SHOWN);
+    shown.join(", ") + &if more > 0 { format!(" and {more} more") } else { String::new() }
+}
+
+fn key(b: &Bootstrap, rank: usize) -> String {
+    format!("{}/rank/{rank}", b.session)
+}
+
+/// Puts this rank's card into the store, where there must not be another one.
+fn publish(b: &Bootstrap, doors: &Doors) -> Result<Card> {
+    let own = Card {
+        fingerprint: u128::from_be_bytes(b.fingerprint),
+        host: b.host.replace('\n', " "),
+        pid: std::process::id(),
+        near: doors.name.clone(),
+        far: doors.far.local_addr().map_err(|e| Error::failure(format!("listen for other ranks: {e}")))?,
+        token: u128::from(random()) << 64 | u128::from(random()),
+    };
+    let there = b.store.compare_set(&key(b, b.rank), None, own.encode())?;
+    if there == own.encode().as_bytes() {
+        return Ok(own);
+    }
+    let other = Card::decode(&there).map_or_else(|| "another process".into(), |card| card.place());
+    Err(Error::user(format!("rank {} of session {} was already taken by {other}", b.rank, b.session))
+        .hint("give every process a rank of its own, and every job a session of its own"))
+}
+
+fn collect(wait: &Wait<'_>, own: &Card) -> Result<Vec<Card>> {
+    let b = wait.b;
+    let keys: Vec<String> = (0..b.world).map(|rank| key(b, rank)).collect();
+    loop {
+        let there = || b.store.keys(&format!("{}/rank/", b.session)).unwrap_or_default();
+        let missing = || {
+            let there = there();
+            names((0..b.world).filter(|rank| !there.contains(&keys[*rank]))) + " to come"
+        };
+        let slice = wait.next(missing)?;
+        if b.store.wait(&keys, slice).is_ok() {
+            break;
+        }
+    }
+    let card = |rank: usize| {
+        if rank == b.rank {
+            return Ok(own.clone());
+        }
+        let bytes = b.store.get(&keys[rank], LOOK)?;
+        Card::decode(&bytes)
+            .ok_or_else(|| Error::failure(format!("rank {rank} left a card that cannot be read")))
+    };
+    (0..b.world).map(card).collect()
+}
+
+fn check_fingerprints(b: &Bootstrap, cards: &[Card]) -> Result<()> {
+    let Some(other) = cards.iter().position(|c| c.fingerprint != cards[0].fingerprint) else { return Ok(()) };
+    let show = |rank: usize| {
+        let short = format!("{:032x}", cards[rank].fingerprint);
+        format!("rank {rank} ({}) has {}", cards[rank].place(), &short[..8])
+    };
+    Err(Error::user(format!(
+        "ranks of session {} were started with different configurations or binaries: {}, {}",
+        b.session,
+        show(0),
+        show(other)
+    ))
+    .hint("start all ranks from one binary, with the same run file and overrides"))
+}
+
+/// The ranks that share memory with this one, itself included, ascending.
+fn neighbours(b: &Bootstrap, cards: &[Card]) -> Result<Vec<usize>> {
+    let same = |rank: &usize| cards[*rank].host == cards[b.rank].host;
+    match b.transport {
+        TransportChoice::Tcp => return Ok(vec![b.rank]),
+        TransportChoice::Shm => {
+            if let Some(other) = (0..b.world).find(|rank| !same(rank)) {
+                return Err(Error::user(format!(
+                    "transport shm: rank {} is {}, but rank {other} is {}",
+                    b.rank,
+                    cards[b.rank].place(),
+                    cards[other].place()
+                ))
+                .hint("use transport auto or tcp for ranks on several hosts"));
+            }
+        }
+        TransportChoice::Auto => {}
+    }
+    let near: Vec<usize> = (0..b.world).filter(same).collect();
+    if near.len() > MAX_LOCAL {
+        return Err(Error::user(format!("{} ranks on one host, expected at most {MAX_LOCAL}", near.len())));
+    }
+    Ok(near)
+}
+
+/// Where other ranks knock.
+struct Doors {
+    near: UnixListener,
+    name: String,
+    far: TcpListener,
+}
+
+impl Doors {
+    fn open(b: &Bootstrap) -> Result<Doors> {
+        let name = format!("phalanx-{:016x}-{}", random(), b.rank);
+        let ip = b.bind.unwrap_or_else(|| b.store.local_ip());
+        let failed = |e: std::io::Error| {
+            Error::failure(format!("listen for other ranks on {ip}: {e}"))
+                .hint("give an address of this host that the others can reach")
+        };
+        let near =
+            UnixAddr::from_abstract_name(&name).and_then(|a| UnixListener::bind_addr(&a)).map_err(failed)?;
+        let far = TcpListener::bind((ip, 0)).map_err(failed)?;
+        near.set_nonblocking(true).map_err(failed)?;
+        far.set_nonblocking(true).map_err(failed)?;
+        Ok(Doors { near, name, far })
+    }
+}
+
+/// A connection to another rank, and its control memory if it is a neighbour.
+struct Met {
+    socket: OwnedFd,
+    memory: Option<OwnedFd>,
+}
+
+/// Makes a connection to every other rank: this one calls those below it and answers those above. A call needs no
+/// answer to go through, so nobody waits in a circle.
+fn meet(
+    wait: &Wait<'_>,
+    cards: &[Card],
+    near: &[usize],
+    doors: &Doors,
+    file: &OwnedFd,
+) -> Result<Vec<Option<Met>>> {
+    let b = wait.b;
+    let mut met: Vec<Option<Met>> = (0..b.world).map(|_| None).collect();
+    for rank in 0..b.rank {
+        let is_near = near.contains(&rank);
+        let failed = |e: std::io::Error| {
+            Error::failure(format!("rank {} cannot reach rank {rank} ({}): {e}", b.rank, cards[rank].place()))
+        };
+        let left = wait.next(|| names([rank]))?.max(Duration::from_secs(1)).max(wait.until - Instant::now());
+        let socket: OwnedFd = if is_near {
+            UnixAddr::from_abstract_name(&cards[rank].near)
+                .and_then(|a| UnixStream::connect_addr(&a))
+                .map_err(failed)?
+                .into()
+        } else {
+            let stream = TcpStream::connect_timeout(&cards[rank].far, left).map_err(failed)?;
+            stream.set_nodelay(true).map_err(failed)?;
+            stream.into()
+        };
+        say_hello(&socket, cards[rank].token, b.rank, is_near.then_some(file)).map_err(failed)?;
+        met[rank] = Some(Met { socket, memory: None });
+    }
+    while met[b.rank + 1..].iter().any(Option::is_none) {
+        answer(wait, cards, near, doors, file, &mut met)?;
+    }
+    for rank in 0..b.rank {
+        let Some(Met { socket, memory }) = &mut met[rank] else { continue };
+        let lost = |e: std::io::Error| {
+            Error::failure(format!(
+                "rank {rank} ({}) did not answer rank {}: {e}",
+                cards[rank].place(),
+                b.rank
+            ))
+        };
+        await_readable(wait, socket, || names([rank]) + " to answer")?;
+        let (token, from, file) = hear_hello(socket).map_err(lost)?;
+        if (token, from) != (cards[b.rank].token, rank) || (file.is_none() && near.contains(&rank)) {
+            return Err(lost(std::io::Error::other("not a rank of this job")));
+        }
+        *memory = file;
+    }
+    Ok(met)
+}
+
+/// Lets one caller in, if it is a rank that is expected.
+fn answer(
+    wait: &Wait<'_>,
+    cards: &[Card],
+    near: &[usize],
+    doors: &Doors,
+    file: &OwnedFd,
+    met: &mut [Option<Met>],
+) -> Result<()> {
+    let b = wait.b;
+    let slice = wait.next(|| names((b.rank + 1..b.world).filter(|r| met[*r].is_none())) + " to connect")?;
+    let mut doors_polled = [PollFd::new(&doors.near, PollFlags::IN), PollFd::new(&doors.far, PollFlags::IN)];
+    let _ = rustix::event::poll(&mut doors_polled, Some(&timespec(slice)));
+    let socket: OwnedFd = if let Ok((stream, _)) = doors.near.accept() {
+        stream.into()
+    } else if let Ok((stream, _)) = doors.far.accept() {
+        let _ = stream.set_nodelay(true);
+        stream.into()
+    } else {
+        return Ok(());
+    };
+    // A stranger, or a rank that died meanwhile: the one is none of ours, the other will be missed by name.
+    let _ = rustix::io::ioctl_fionbio(&socket, false);
+    let _ = rustix::net::sockopt::set_socket_timeout(
+        &socket,
+        rustix::net::sockopt::Timeout::Recv,
+        Some(4 * LOOK),
+    );
+    let Ok((token, rank, memory)) = hear_hello(&socket) else { return Ok(()) };
+    let is_near = near.contains(&rank);
+    if token != cards[b.rank].token
+        || rank <= b.rank
+        || rank >= b.world
+        || met[rank].is_some()
+        || memory.is_some() != is_near
+    {
+        return Ok(());
+    }
+    let failed = |e: std::io::Error| {
+        Error::failure(format!("rank {rank} ({}) hung up on rank {}: {e}", cards[rank].place(), b.rank))
+    };
+    say_hello(&socket, cards[rank].token, b.rank, is_near.then_some(file)).map_err(failed)?;
+    met[rank] = Some(Met { socket, memory });
+    Ok(())
+}
+
+fn timespec(t: Duration) -> rustix::event::Timespec {
+    rustix::event::Timespec { tv_sec: t.as_secs() as i64, tv_nsec: i64::from(t.subsec_nanos()) }
+}
+
+fn await_readable(wait: &Wait<'_>, socket: &OwnedFd, missing: impl Fn() -> String) -> Result<()> {
+    loop {
+        let slice = wait.next(&missing)?;
+        let mut polled = [PollFd::new(socket, PollFlags::IN)];
+        if rustix::event::poll(&mut polled, Some(&timespec(slice))).is_ok_and(|n| n > 0) {
+            return Ok(());
+        }
+    }
+}
+
+/// Shows the other side its own token, says who calls, and hands over control memory.
+fn say_hello(socket: &OwnedFd, token: u128, rank: usize, file: Option<&OwnedFd>) -> std::io::Result<()> {
+    let mut hello = [0; HELLO_BYTES];
+    hello[..8].copy_from_slice(&MAGIC);
+    hello[8..24].copy_from_slice(&token.to_le_bytes());
+    hello[24..].copy_from_slice(&(rank as u64).to_le_bytes());
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let files: Vec<_> = file.into_iter().map(AsFd::as_fd).collect();
+    if !files.is_empty() {
+        control.push(SendAncillaryMessage::ScmRights(&files));
+    }
+    // So few bytes always fit the buffer of a fresh socket.
+    let sent = rustix::net::sendmsg(socket, &[IoSlice::new(&hello)], &mut control, SendFlags::NOSIGNAL)?;
+    if sent == hello.len() { Ok(()) } else { Err(std::io::ErrorKind::WriteZero.into()) }
+}
+
+fn hear_hello(socket: &OwnedFd) -> std::io::Result<(u128, usize, Option<OwnedFd>)> {
+    let mut hello = [0; HELLO_BYTES];
+    let mut file = None;
+    let mut got = 0;
+    while got < hello.len() {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let parts = &mut [IoSliceMut::new(&mut hello[got..])];
+        let message = rustix::net::recvmsg(socket, parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+        if message.bytes == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        got += message.bytes;
+        for part in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(files) = part {
+                file = file.or(files.last());
+            }
+        }
+    }
+    if hello[..8] != MAGIC {
+        return Err(std::io::ErrorKind::InvalidData.into());
+    }
+    let word = |at: usize| u64::from_le_bytes(hello[at..at + 8].try_into().unwrap_or_default());
+    Ok((u128::from(word(8)) | u128::from(word(16)) << 64, word(24) as usize, file))
+}

@@ -1,0 +1,321 @@
+//! One rank's view of the world: its peers, how to reach each, and what it shares with them.
+
+use crate::control::{Control, publish};
+use crate::link::Io;
+use crate::memory::Mapping;
+use crate::p2p::{Inbox, Outbox};
+use crate::progress::{Patience, Worker};
+use spec::{Error, Result};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::time::Duration;
+
+/// What carries messages between two ranks. NCCL and MPI will be further ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Transport {
+    /// Memory of one process.
+    Threads,
+    /// Memory shared by the processes of a host.
+    Shm,
+    /// Sockets between hosts.
+    Tcp,
+}
+
+impl Transport {
+    /// The name in lower case, as in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Transport::Threads => "threads",
+            Transport::Shm => "shm",
+            Transport::Tcp => "tcp",
+        }
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+pub(crate) struct Core {
+    pub(crate) rank: usize,
+    pub(crate) timeout: Duration,
+    pub(crate) patience: Patience,
+    pub(crate) peers: Vec<Peer>,
+    /// This rank's own control segment.
+    pub(crate) control: Control,
+    /// This rank's place among the ranks of its host.
+    pub(crate) neighbour: usize,
+    pub(crate) failure: Arc<Failure>,
+    pub(crate) segments: Segments,
+    pub(crate) inbox: Mutex<Inbox>,
+    pub(crate) outbox: Mutex<Outbox>,
+    pub(crate) worker: Worker,
+    pub(crate) groups: AtomicUsize,
+    /// Sockets to the other ranks; none between threads.
+    pub(crate) io: OnceLock<Io>,
+}
+
+/// Another rank, or this one.
+pub(crate) struct Peer {
+    /// Where it runs, for messages: `pid 12 on host-a`.
+    pub(crate) place: String,
+    /// Number of its host, the same on all ranks.
+    pub(crate) host: usize,
+    pub(crate) transport: Transport,
+    /// Its control segment and its place among this host's ranks, if it is a neighbour.
+    pub(crate) near: Option<Near>,
+}
+
+pub(crate) struct Near {
+    pub(crate) control: Control,
+    pub(crate) index: usize,
+}
+
+impl Core {
+    /// A rank without sockets; its own entry in `peers` has its control segment.
+    pub(crate) fn new(
+        rank: usize,
+        timeout: Duration,
+        patience: Patience,
+        peers: Vec<Peer>,
+        failure: Arc<Failure>,
+    ) -> Result<Core> {
+        let own = peers.get(rank).and_then(|p| p.near.as_ref());
+        let own =
+            own.ok_or_else(|| Error::failure(format!("rank {rank} is not among {} ranks", peers.len())))?;
+        Ok(Core {
+            rank,
+            timeout,
+            patience,
+            control: own.control.clone(),
+            neighbour: own.index,
+            peers,
+            failure,
+            segments: Segments::default(),
+            inbox: Mutex::default(),
+            outbox: Mutex::default(),
+            worker: Worker::default(),
+            groups: AtomicUsize::new(0),
+            io: OnceLock::new(),
+        })
+    }
+
+    pub(crate) fn size(&self) -> usize {
+        self.peers.len()
+    }
+
+    pub(crate) fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn outbox(&self) -> MutexGuard<'_, Outbox> {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The control segment of a neighbour.
+    pub(crate) fn near(&self, rank: usize) -> Result<&Near> {
+        self.peers[rank]
+            .near
+            .as_ref()
+            .ok_or_else(|| Error::failure(format!("rank {rank} shares no memory with rank {}", self.rank)))
+    }
+
+    /// Whether a neighbour has closed its world in good order.
+    pub(crate) fn has_left(&self, rank: usize) -> bool {
+        match &self.peers[rank].near {
+            Some(near) => near.control.left().load(Ordering::Acquire) != 0,
+            None => self.io.get().is_some_and(|io| io.has_left(rank)),
+        }
+    }
+
+    /// Ends every operation of every rank with `why`; the first reason stays, and comes back as the error.
+    pub(crate) fn fail(&self, why: &str) -> Error {
+        let first = self.failure.set(why);
+        if first {
+            if let Some(io) = self.io.get() {
+                io.abort(why);
+            }
+            self.wake_neighbours();
+        }
+        self.failure.get().unwrap_or_else(|| Error::failure(why))
+    }
+
+    /// Rings the bells that this rank can reach: its own and, between threads, everyone's.
+    pub(crate) fn wake_neighbours(&self) {
+        publish();
+        for near in self.peers.iter().filter_map(|p| p.near.as_ref()) {
+            near.control.bell().ring();
+        }
+    }
+
+    pub(crate) fn timed_out(&self, missing: &str) -> Error {
+        let silent = self.io.get().map(|io| io.silent_ranks()).unwrap_or_default();
+        let mut why = format!("rank {}: waited {:.1} s for {missing}", self.rank, self.timeout.as_secs_f64());
+        for (rank, age) in silent {
+            why += &format!(
+                "; rank {rank} ({}) has given no sign of life for {:.1} s",
+                self.peers[rank].place,
+                age.as_secs_f64()
+            );
+        }
+        self.fail(&why)
+    }
+
+    /// A range of this rank's memory as others can name it.
+    pub(crate) fn locate(&self, ptr: *const u8, bytes: usize) -> Location {
+        if self.io.get().is_none() {
+            return Location { segment: DIRECT, offset: ptr as u64 };
+        }
+        let own = self.segments.own();
+        own.iter()
+            .find_map(|(id, mapping)| mapping.offset_of(ptr, bytes).map(|offset| (*id, offset)))
+            .map_or(Location::NONE, |(segment, offset)| Location { segment, offset: offset as u64 })
+    }
+
+    /// The address here of what `rank` named; `None` until its segment has arrived.
+    pub(crate) fn resolve(&self, rank: usize, location: Location, bytes: usize) -> Option<Result<Address>> {
+        if location.segment == DIRECT && self.io.get().is_none() {
+            return Some(Ok(Address(location.offset as *mut u8)));
+        }
+        if rank == self.rank {
+            let own = self.segments.own();
+            let mapping = own.iter().find(|(id, _)| *id == location.segment).map(|(_, m)| m.clone());
+            return Some(inside(mapping.as_deref(), rank, location, bytes));
+        }
+        let peers = self.segments.peers();
+        let mapping = peers.iter().find(|s| s.rank == rank && s.id == location.segment)?;
+        Some(inside(Some(&mapping.mapping), rank, location, bytes))
+    }
+}
+
+fn inside(mapping: Option<&Mapping>, rank: usize, location: Location, bytes: usize) -> Result<Address> {
+    mapping
+        .filter(|m| (location.offset as usize).checked_add(bytes).is_some_and(|end| end <= m.bytes()))
+        .map(|m| Address(m.ptr().wrapping_add(location.offset as usize)))
+        .ok_or_else(|| Error::failure(format!("rank {rank} named {bytes} bytes outside its shared memory")))
+}
+
+/// An address that may cross threads; the operation that holds it answers for the memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Address(pub(crate) *mut u8);
+
+impl Address {
+    /// The address `bytes` further on.
+    pub(crate) fn plus(self, bytes: usize) -> Address {
+        Address(self.0.wrapping_add(bytes))
+    }
+}
+
+// SAFETY: an address is a number; whoever dereferences it answers for the memory.
+unsafe impl Send for Address {}
+// SAFETY: as above.
+unsafe impl Sync for Address {}
+
+/// Where a buffer lies, in words that mean the same to all neighbours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Location {
+    pub(crate) segment: u64,
+    pub(crate) offset: u64,
+}
+
+/// The segment of plain addresses, between threads.
+const DIRECT: u64 = u64::MAX;
+
+impl Location {
+    /// Memory that neighbours cannot reach.
+    pub(crate) const NONE: Location = Location { segment: u64::MAX - 1, offset: 0 };
+
+    pub(crate) fn is_shared(self) -> bool {
+        self.segment != Location::NONE.segment
+    }
+}
+
+/// Memory that this rank shows its neighbours, and theirs as mapped here.
+#[derive(Default)]
+pub(crate) struct Segments {
+    own: RwLock<Vec<(u64, Arc<Mapping>)>>,
+    peers: RwLock<Vec<PeerSegment>>,
+    made: AtomicUsize,
+}
+
+pub(crate) struct PeerSegment {
+    pub(crate) rank: usize,
+    pub(crate) id: u64,
+    pub(crate) mapping: Mapping,
+}
+
+impl Segments {
+    fn own(&self) -> std::sync::RwLockReadGuard<'_, Vec<(u64, Arc<Mapping>)>> {
+        self.own.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn peers(&self) -> std::sync::RwLockReadGuard<'_, Vec<PeerSegment>> {
+        self.peers.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn add_peer(&self, segment: PeerSegment) {
+        self.peers.write().unwrap_or_else(PoisonError::into_inner).push(segment);
+    }
+
+    pub(crate) fn drop_peer(&self, rank: usize, id: u64) {
+        let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
+        peers.retain(|s| s.rank != rank || s.id != id);
+    }
+}
+
+impl Core {
+    /// Makes memory that neighbours can reach by [`Core::locate`].
+    pub(crate) fn share(&self, bytes: usize) -> Result<(u64, Arc<Mapping>)> {
+        let id = self.segments.made.fetch_add(1, Ordering::Relaxed) as u64;
+        let Some(io) = self.io.get() else {
+            return Ok((id, Arc::new(Mapping::anonymous(bytes)?)));
+        };
+        let (mapping, file) = Mapping::shared("phalanx-arena", bytes)?;
+        mapping.populate()?;
+        let mapping = Arc::new(mapping);
+        let mut own = self.segments.own.write().unwrap_or_else(PoisonError::into_inner);
+        own.push((id, mapping.clone()));
+        drop(own);
+        io.share(self, id, bytes, &file)?;
+        Ok((id, mapping))
+    }
+
+    /// Takes it back; no operation may be using it.
+    pub(crate) fn unshare(&self, id: u64) {
+        let mut own = self.segments.own.write().unwrap_or_else(PoisonError::into_inner);
+        own.retain(|(other, _)| *other != id);
+        drop(own);
+        if let Some(io) = self.io.get() {
+            io.unshare(self, id);
+        }
+    }
+}
+
+/// Why the world has failed, if it has.
+#[derive(Debug, Default)]
+pub(crate) struct Failure {
+    set: AtomicBool,
+    why: Mutex<Option<String>>,
+}
+
+impl Failure {
+    /// Whether this was the first.
+    pub(crate) fn set(&self, why: &str) -> bool {
+        let mut first = self.why.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_first = first.is_none();
+        first.get_or_insert_with(|| why.to_string());
+        self.set.store(true, Ordering::Release);
+        is_first
+    }
+
+    pub(crate) fn get(&self) -> Option<Error> {
+        if !self.set.load(Ordering::Acquire) {
+            return None;
+        }
+        let why = self.why.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Some(Error::failure(why.unwrap_or_default()))
+    }
+}

@@ -1,0 +1,609 @@
+//! Sockets to the other ranks, served by one thread per rank.
+//!
+//! Every pair of ranks has a connection: TCP between hosts, which carries messages; a Unix socket within one, which
+//! carries nothing but the files of shared memory. Both bring bad news: a connection that ends without a farewell is
+//! a rank that died, and an abort is passed to all.
+
+use crate::control::publish;
+use crate::element::Span;
+use crate::header::{Header, Space, mismatch};
+use crate::inner::{Address, Core, PeerSegment};
+use crate::memory::Mapping;
+use crate::p2p::{Incoming, Lane, Payload, Target, Waiting, here_or_left};
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags,
+};
+use spec::{Error, Result};
+use std::collections::VecDeque;
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How often a rank shows that it is alive.
+const BEAT: Duration = Duration::from_millis(250);
+/// Without a beat for so long a rank is mentioned when a wait times out: six beats, so not for a busy machine.
+const SILENT: Duration = Duration::from_millis(1500);
+/// How long a closing rank waits for its last words to be read.
+const LINGER: Duration = Duration::from_secs(2);
+/// Most bytes read from one connection before the others get a turn.
+const TURN_BYTES: usize = 8 << 20;
+/// Longest reason of an abort that travels.
+const MAX_TEXT_BYTES: usize = 16 << 10;
+/// A frame's head: kind, payload bytes, and the words of a header.
+const HEAD_BYTES: usize = 80;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+enum Kind {
+    Message = 1,
+    /// A message was taken by its receive.
+    Credit = 2,
+    Beat = 3,
+    Abort = 4,
+    Farewell = 5,
+    /// Shared memory, with its file: words hold its id and size.
+    Share = 6,
+    Unshare = 7,
+}
+
+impl Kind {
+    const ALL: [Kind; 7] =
+        [Kind::Message, Kind::Credit, Kind::Beat, Kind::Abort, Kind::Farewell, Kind::Share, Kind::Unshare];
+}
+
+/// The connections of a rank.
+pub(crate) struct Io {
+    links: Vec<Option<Link>>,
+    wake: OwnedFd,
+    closing: AtomicBool,
+    thread: Mutex<Option<std::thread::JoinHandle<()>>>,
+    began: Instant,
+}
+
+struct Link {
+    socket: OwnedFd,
+    out: Mutex<VecDeque<Frame>>,
+    left: AtomicBool,
+    /// Milliseconds after `Io::began` at which the peer last showed life.
+    heard: AtomicU64,
+    /// The last heartbeat seen in shared memory.
+    beat: AtomicU64,
+}
+
+struct Frame {
+    head: [u8; HEAD_BYTES],
+    body: Body,
+    file: Option<OwnedFd>,
+    written: usize,
+}
+
+enum Body {
+    Owned(Vec<u8>),
+    /// The sender waits until the flag is set.
+    InPlace(Span, Arc<AtomicBool>),
+}
+
+impl Frame {
+    fn new(kind: Kind, words: &[u64; 8], body: Vec<u8>) -> Frame {
+        Frame { head: head(kind, body.len(), words), body: Body::Owned(body), file: None, written: 0 }
+    }
+
+    fn body(&self) -> &[u8] {
+        match &self.body {
+            Body::Owned(bytes) => bytes,
+            // SAFETY: the sender keeps the buffer until the flag is set or the frame is withdrawn under the lock.
+            Body::InPlace(span, _) => unsafe { std::slice::from_raw_parts(span.as_ptr(), span.bytes()) },
+        }
+    }
+
+    /// Writes what the socket takes; whether that was all.
+    fn write(&mut self, socket: &OwnedFd) -> Result<bool, Errno> {
+        let total = HEAD_BYTES + self.body().len();
+        while self.written < total {
+            let from = self.written.saturating_sub(HEAD_BYTES);
+            let parts = [
+                IoSlice::new(&self.head[self.written.min(HEAD_BYTES)..]),
+                IoSlice::new(&self.body()[from..]),
+            ];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let files: Vec<_> = self.file.iter().filter(|_| self.written == 0).map(AsFd::as_fd).collect();
+            if !files.is_empty() {
+                control.push(SendAncillaryMessage::ScmRights(&files));
+            }
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match rustix::net::sendmsg(socket, &parts, &mut control, flags) {
+                Ok(n) => self.written += n,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(e) => return Err(e),
+            }
+        }
+        if let Body::InPlace(_, sent) = &self.body {
+            sent.store(true, Ordering::Release);
+        }
+        Ok(true)
+    }
+}
+
+fn head(kind: Kind, bytes: usize, words: &[u64; 8]) -> [u8; HEAD_BYTES] {
+    let mut head = [0; HEAD_BYTES];
+    let all = [kind as u64, bytes as u64].into_iter().chain(*words);
+    for (place, word) in head.chunks_exact_mut(8).zip(all) {
+        place.copy_from_slice(&word.to_le_bytes());
+    }
+    head
+}
+
+impl Link {
+    fn out(&self) -> MutexGuard<'_, VecDeque<Frame>> {
+        self.out.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes as much of the queue as the socket takes; whether it is empty.
+    fn flush(&self) -> bool {
+        let mut out = self.out();
+        while let Some(frame) = out.front_mut() {
+            match frame.write(&self.socket) {
+                Ok(true) => drop(out.pop_front()),
+                Ok(false) => return false,
+                // The reading side will find the connection closed and say so.
+                Err(_) => out.clear(),
+            }
+        }
+        true
+    }
+
+    /// Queues a frame and writes what can be written; whether anything is left for the thread.
+    fn push(&self, frame: Frame) -> bool {
+        self.out().push_back(frame);
+        !self.flush()
+    }
+}
+
+/// Sends a message to another host.
+///
+/// # Safety
+/// As [`crate::p2p::send`].
+pub(crate) async unsafe fn send(
+    core: &Core,
+    header: Header,
+    to: usize,
+    buffer: Span,
+    payload: Payload,
+) -> Result<()> {
+    let (io, link) = link(core, to)?;
+    let sent = Arc::new(AtomicBool::new(false));
+    let head = head(Kind::Message, buffer.bytes(), &header.encode());
+    let mut frame = Frame { head, body: Body::InPlace(buffer, sent.clone()), file: None, written: 0 };
+    {
+        let mut out = link.out();
+        if out.is_empty() && frame.write(&link.socket).unwrap_or(false) {
+            return Ok(());
+        }
+        if payload == Payload::Copied {
+            frame.body = Body::Owned(frame.body().to_vec());
+        }
+        out.push_back(frame);
+    }
+    io.wake();
+    if payload == Payload::Copied {
+        return Ok(());
+    }
+    let _withdraw = Withdraw { link, sent: &sent };
+    let what = || format!("rank {to} ({}) to take {header}", core.peers[to].place);
+    here_or_left(core, to, what, || sent.load(Ordering::Acquire).then_some(Ok(()))).await
+}
+
+/// Keeps the queue away from a buffer that is about to go: a frame that is half written is ended from a copy.
+struct Withdraw<'a> {
+    link: &'a Link,
+    sent: &'a Arc<AtomicBool>,
+}
+
+impl Drop for Withdraw<'_> {
+    fn drop(&mut self) {
+        if !self.sent.load(Ordering::Acquire) {
+            let ours = |f: &Frame| matches!(&f.body, Body::InPlace(_, sent) if Arc::ptr_eq(sent, self.sent));
+            let mut out = self.link.out();
+            out.retain(|frame| !ours(frame) || frame.written > 0);
+            if let Some(frame) = out.iter_mut().find(|f| ours(f)) {
+                frame.body = Body::Owned(frame.body().to_vec());
+            }
+        }
+    }
+}
+
+/// Tells the sender that one of its messages was received.
+pub(crate) fn credit(core: &Core, header: &Header, to: usize) {
+    if header.group.space == Space::User
+        && let Ok((io, link)) = link(core, to)
+        && link.push(Frame::new(Kind::Credit, &header.encode(), Vec::new()))
+    {
+        io.wake();
+    }
+}
+
+fn link(core: &Core, rank: usize) -> Result<(&Io, &Link)> {
+    core.io
+        .get()
+        .and_then(|io| Some((io, io.links[rank].as_ref()?)))
+        .ok_or_else(|| Error::failure(format!("rank {} has no connection to rank {rank}", core.rank)))
+}
+
+impl Io {
+    /// Takes over one socket per rank (none for the rank itself) and starts the thread.
+    pub(crate) fn start(core: &Arc<Core>, sockets: Vec<Option<OwnedFd>>) -> Result<()> {
+        let failed = |e: Errno| Error::failure(format!("set up the connections of rank {}: {e}", core.rank));
+        let link = |socket: OwnedFd| {
+            rustix::io::ioctl_fionbio(&socket, true).map_err(failed)?;
+            let (heard, beat) = Default::default();
+            Ok(Link { socket, out: Mutex::default(), left: AtomicBool::new(false), heard, beat })
+        };
+        let links = sockets.into_iter().map(|s| s.map(link).transpose()).collect::<Result<Vec<_>>>()?;
+        let wake =
+            rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed)?;
+        let (closing, thread) = Default::default();
+        let io = core.io.get_or_init(|| Io { links, wake, closing, thread, began: Instant::now() });
+        let serving = core.clone();
+        let thread = std::thread::Builder::new()
+            .name(format!("link-{}", core.rank))
+            .spawn(move || {
+                if let Some(io) = serving.io.get() {
+                    io.serve(&serving);
+                }
+            })
+            .map_err(|e| Error::failure(format!("start the connection thread: {e}")))?;
+        *io.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(())
+    }
+
+    fn each(&self) -> impl Iterator<Item = (usize, &Link)> {
+        self.links.iter().enumerate().filter_map(|(rank, link)| Some((rank, link.as_ref()?)))
+    }
+
+    fn wake(&self) {
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    pub(crate) fn has_left(&self, rank: usize) -> bool {
+        self.links[rank].as_ref().is_some_and(|l| l.left.load(Ordering::Acquire))
+    }
+
+    pub(crate) fn abort(&self, why: &str) {
+        let mut end = why.len().min(MAX_TEXT_BYTES);
+        while !why.is_char_boundary(end) {
+            end -= 1;
+        }
+        for (_, link) in self.each() {
+            link.push(Frame::new(Kind::Abort, &[0; 8], why[..end].into()));
+        }
+        self.wake();
+    }
+
+    /// Sends the file of new shared memory to all neighbours.
+    pub(crate) fn share(&self, core: &Core, id: u64, bytes: usize, file: &OwnedFd) -> Result<()> {
+        for (_, link) in self.each().filter(|(rank, _)| core.peers[*rank].near.is_some()) {
+            let mut frame = Frame::new(Kind::Share, &[id, bytes as u64, 0, 0, 0, 0, 0, 0], Vec::new());
+            let copy = file.try_clone().map_err(|e| Error::failure(format!("share memory: {e}")))?;
+            frame.file = Some(copy);
+            link.push(frame);
+        }
+        self.wake();
+        Ok(())
+    }
+
+    pub(crate) fn unshare(&self, core: &Core, id: u64) {
+        for (_, link) in self.each().filter(|(rank, _)| core.peers[*rank].near.is_some()) {
+            link.push(Frame::new(Kind::Unshare, &[id, 0, 0, 0, 0, 0, 0, 0], Vec::new()));
+        }
+        self.wake();
+    }
+
+    /// Ranks that have shown no sign of life for a while, and for how long.
+    pub(crate) fn silent_ranks(&self) -> Vec<(usize, Duration)> {
+        let now = self.began.elapsed();
+        let age = |link: &Link| now.saturating_sub(Duration::from_millis(link.heard.load(Ordering::Relaxed)));
+        let alive = |(_, link): &(usize, &Link)| !link.left.load(Ordering::Relaxed);
+        self.each().filter(alive).map(|(rank, l)| (rank, age(l))).filter(|(_, age)| *age > SILENT).collect()
+    }
+
+    /// Says farewell, waits a little for it to be read, and ends the thread.
+    pub(crate) fn close(&self, core: &Core) {
+        for (_, link) in self.each().filter(|(rank, _)| core.peers[*rank].near.is_none()) {
+            link.push(Frame::new(Kind::Farewell, &[0; 8], Vec::new()));
+        }
+        self.closing.store(true, Ordering::SeqCst);
+        self.wake();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+
+    fn heard(&self, link: &Link) {
+        link.heard.store(self.began.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    fn serve(&self, core: &Core) {
+        let mut readers: Vec<Option<Reader>> =
+            self.links.iter().map(|l| l.as_ref().map(|_| Reader::new())).collect();
+        let mut next_beat = Instant::now();
+        let mut closing = None;
+        loop {
+            let now = Instant::now();
+            if now >= next_beat {
+                next_beat = now + BEAT;
+                self.beat(core, &readers);
+            }
+            if self.closing.load(Ordering::SeqCst) {
+                let until = *closing.get_or_insert_with(|| now + LINGER);
+                if now >= until || self.may_close(core, &readers) {
+                    return;
+                }
+            }
+            let ready = self.poll(&readers, next_beat.saturating_duration_since(now));
+            for rank in ready {
+                let Some(link) = &self.links[rank] else { continue };
+                link.flush();
+                let Some(reader) = &mut readers[rank] else { continue };
+                if let Err(end) = reader.read(core, self, rank, link) {
+                    self.ended(core, rank, link, &end);
+                    readers[rank] = None;
+                }
+            }
+        }
+    }
+
+    /// Waits for something to do; the ranks whose sockets have it.
+    fn poll(&self, readers: &[Option<Reader>], at_most: Duration) -> Vec<usize> {
+        let mut ranks = vec![usize::MAX];
+        let mut polled = vec![PollFd::new(&self.wake, PollFlags::IN)];
+        for (rank, link) in self.each().filter(|(rank, _)| readers[*rank].is_some()) {
+            let writing = if link.out().is_empty() { PollFlags::empty() } else { PollFlags::OUT };
+            polled.push(PollFd::new(&link.socket, PollFlags::IN | writing));
+            ranks.push(rank);
+        }
+        let timeout = rustix::event::Timespec {
+            tv_sec: at_most.as_secs() as i64,
+            tv_nsec: i64::from(at_most.subsec_nanos()),
+        };
+        let _ = rustix::event::poll(&mut polled, Some(&timeout));
+        if !polled[0].revents().is_empty() {
+            let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        }
+        let ready = polled.iter().zip(ranks).skip(1).filter(|(p, _)| !p.revents().is_empty());
+        ready.map(|(_, rank)| rank).collect()
+    }
+
+    /// Shows that this rank lives, and looks who else does.
+    fn beat(&self, core: &Core, readers: &[Option<Reader>]) {
+        core.control.heartbeat().fetch_add(1, Ordering::Relaxed);
+        for (rank, link) in self.each().filter(|(rank, _)| readers[*rank].is_some()) {
+            match &core.peers[rank].near {
+                Some(near) => {
+                    let beat = near.control.heartbeat().load(Ordering::Relaxed);
+                    if link.beat.swap(beat, Ordering::Relaxed) != beat {
+                        self.heard(link);
+                    }
+                }
+                None => {
+                    // A queue that does not move needs no more beats behind it.
+                    if link.out().is_empty() {
+                        link.push(Frame::new(Kind::Beat, &[0; 8], Vec::new()));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Everything is written, and the far ranks are gone too: closing a socket with unread bytes in it would destroy
+    /// what the other side has not read yet.
+    fn may_close(&self, core: &Core, readers: &[Option<Reader>]) -> bool {
+        self.each().filter(|(rank, _)| readers[*rank].is_some()).all(|(rank, link)| {
+            let far = core.peers[rank].near.is_none();
+            link.flush() && (!far || link.left.load(Ordering::Acquire))
+        })
+    }
+
+    fn ended(&self, core: &Core, rank: usize, link: &Link, how: &str) {
+        link.out().clear();
+        if core.has_left(rank) || self.closing.load(Ordering::SeqCst) || core.failure.get().is_some() {
+            link.left.store(true, Ordering::Release);
+            core.ring();
+            return;
+        }
+        core.fail(&format!("rank {rank} ({}) was lost: {how}", core.peers[rank].place));
+        core.ring();
+    }
+}
+
+/// What is being read from one connection.
+struct Reader {
+    head: [u8; HEAD_BYTES],
+    got: usize,
+    files: VecDeque<OwnedFd>,
+    payload: Option<Reading>,
+}
+
+struct Reading {
+    sink: Sink,
+    bytes: usize,
+    done: usize,
+}
+
+enum Sink {
+    Waiting(Arc<Waiting>),
+    Incoming(Arc<Incoming>),
+    Text(Vec<u8>),
+}
+
+impl Reader {
+    fn new() -> Reader {
+        Reader { head: [0; HEAD_BYTES], got: 0, files: VecDeque::new(), payload: None }
+    }
+
+    /// Reads what there is, up to a turn's worth. An error says how the connection ended.
+    fn read(&mut self, core: &Core, io: &Io, rank: usize, link: &Link) -> Result<(), String> {
+        let mut budget = TURN_BYTES;
+        while budget > 0 {
+            let read = match &mut self.payload {
+                Some(reading) => reading.read(&link.socket),
+                None => receive(&link.socket, &mut self.head[self.got..], &mut self.files)
+                    .inspect(|n| self.got += n),
+            };
+            match read {
+                Ok(0) => return Err("its connection closed".into()),
+                Ok(n) => budget = budget.saturating_sub(n),
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => continue,
+                Err(e) => return Err(format!("its connection failed: {e}")),
+            }
+            io.heard(link);
+            if self.payload.as_ref().is_some_and(|r| r.done == r.bytes) {
+                if let Some(reading) = self.payload.take() {
+                    reading.finish(core);
+                }
+            } else if self.got == HEAD_BYTES {
+                self.got = 0;
+                self.begin(core, rank, link)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A frame's head is complete.
+    fn begin(&mut self, core: &Core, rank: usize, link: &Link) -> Result<(), String> {
+        let mut words = [0; 10];
+        for (word, bytes) in words.iter_mut().zip(self.head.chunks_exact(8)) {
+            *word = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
+        }
+        let bytes = words[1] as usize;
+        let kind = Kind::ALL.into_iter().find(|k| *k as u64 == words[0]);
+        let header =
+            || Header::decode(&words[2..]).ok_or_else(|| "it sent a message that cannot be read".to_string());
+        match kind.ok_or_else(|| format!("it sent a frame of unknown kind {}", words[0]))? {
+            Kind::Message => {
+                let header = header()?;
+                if header.bytes() != bytes {
+                    return Err(format!("it sent {bytes} bytes as {header}"));
+                }
+                let target = core.inbox().begin(rank, header);
+                let sink = match target {
+                    Ok(Target::Waiting(waiting)) => Sink::Waiting(waiting),
+                    Ok(Target::Incoming(incoming)) => {
+                        let mut payload = incoming.payload.lock().unwrap_or_else(PoisonError::into_inner);
+                        payload
+                            .try_reserve_exact(bytes)
+                            .map_err(|e| format!("no memory for {header}: {e}"))?;
+                        payload.resize(bytes, 0);
+                        drop(payload);
+                        Sink::Incoming(incoming)
+                    }
+                    Err(ours) => {
+                        core.fail(&mismatch(core.rank, &ours, rank, &header));
+                        core.ring();
+                        return Err("it did something else".into());
+                    }
+                };
+                let reading = Reading { sink, bytes, done: 0 };
+                match bytes {
+                    0 => reading.finish(core),
+                    _ => self.payload = Some(reading),
+                }
+            }
+            Kind::Credit => {
+                let header = header()?;
+                core.outbox().taken(&Lane { peer: rank, group: header.group, channel: header.channel });
+                core.ring();
+            }
+            Kind::Beat => {}
+            Kind::Abort => {
+                let bytes = bytes.min(MAX_TEXT_BYTES);
+                self.payload =
+                    (bytes > 0).then(|| Reading { sink: Sink::Text(vec![0; bytes]), bytes, done: 0 });
+            }
+            Kind::Farewell => {
+                link.left.store(true, Ordering::Release);
+                core.ring();
+            }
+            Kind::Share => {
+                let file = self.files.pop_front().ok_or("it shared memory without its file")?;
+                let mapping = Mapping::of_file(&file, words[3] as usize).map_err(|e| e.to_string())?;
+                core.segments.add_peer(PeerSegment { rank, id: words[2], mapping });
+                core.ring();
+            }
+            Kind::Unshare => core.segments.drop_peer(rank, words[2]),
+        }
+        Ok(())
+    }
+}
+
+impl Reading {
+    fn read(&mut self, socket: &OwnedFd) -> Result<usize, Errno> {
+        let n = match &mut self.sink {
+            Sink::Waiting(waiting) => {
+                let cancelled = waiting.cancelled.lock().unwrap_or_else(PoisonError::into_inner);
+                if *cancelled {
+                    let mut waste = [0; 4096];
+                    let n = waste.len().min(self.bytes - self.done);
+                    receive_plain(socket, &mut waste[..n])
+                } else {
+                    let at = Address(waiting.buffer.as_ptr().wrapping_add(self.done));
+                    // SAFETY: the receive keeps its buffer of `bytes` bytes until it sets `cancelled`, whose lock we hold.
+                    receive_plain(socket, unsafe {
+                        std::slice::from_raw_parts_mut(at.0, self.bytes - self.done)
+                    })
+                }
+            }
+            Sink::Incoming(incoming) => {
+                let mut payload = incoming.payload.lock().unwrap_or_else(PoisonError::into_inner);
+                receive_plain(socket, &mut payload[self.done..])
+            }
+            Sink::Text(text) => receive_plain(socket, &mut text[self.done..]),
+        }?;
+        self.done += n;
+        Ok(n)
+    }
+
+    fn finish(self, core: &Core) {
+        match self.sink {
+            Sink::Waiting(waiting) => waiting.complete.store(true, Ordering::Release),
+            Sink::Incoming(incoming) => incoming.complete.store(true, Ordering::Release),
+            Sink::Text(text) => drop(core.failure.set(&String::from_utf8_lossy(&text))),
+        }
+        core.ring();
+    }
+}
+
+fn receive_plain(socket: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
+    rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT).map(|(n, _)| n)
+}
+
+/// Receives bytes and the files that come with them.
+fn receive(socket: &OwnedFd, buffer: &mut [u8], files: &mut VecDeque<OwnedFd>) -> Result<usize, Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let message = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, flags)?;
+    for part in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = part {
+            files.extend(received);
+        }
+    }
+    Ok(message.bytes)
+}
+
+impl Core {
+    /// Wakes this rank's own threads after progress made for them.
+    pub(crate) fn ring(&self) {
+        publish();
+        self.control.bell().ring();
+    }
+}
