@@ -12,6 +12,8 @@ use toml::de::{DeTable, DeValue};
 pub(crate) enum Val {
     Text(String),
     Int(i128),
+    /// A whole number too long for any use, by its digits.
+    Huge(usize),
     Float(f64),
     Flag(bool),
     Date(String),
@@ -68,6 +70,7 @@ impl fmt::Display for Val {
         match self {
             Val::Text(text) => write!(f, "{text:?}"),
             Val::Int(x) => write!(f, "{x}"),
+            Val::Huge(digits) => write!(f, "a number of {digits} digits"),
             Val::Float(x) if x.is_nan() => f.write_str("nan"),
             Val::Float(x) => write!(f, "{x:?}"),
             Val::Flag(x) => write!(f, "{x}"),
@@ -441,8 +444,7 @@ fn convert(value: &DeValue<'_>) -> Val {
         DeValue::String(text) => Val::Text(text.to_string()),
         DeValue::Integer(x) => match i128::from_str_radix(x.as_str(), x.radix()) {
             Ok(x) => Val::Int(x),
-            // Too long even for 128 bits: a number, though no count.
-            Err(_) => Val::Float(f64::INFINITY),
+            Err(_) => Val::Huge(x.as_str().len()),
         },
         DeValue::Float(x) => Val::Float(x.as_str().parse().unwrap_or(f64::NAN)),
         DeValue::Boolean(x) => Val::Flag(*x),

@@ -34,6 +34,11 @@ impl ModelSpec {
     /// # Ok::<(), spec::Error>(())
     /// ```
     pub fn from_hf_config(text: &str) -> Result<ModelSpec> {
+        let hint = "expected the config.json that transformers writes beside the weights";
+        Self::parse_hf_config(text).map_err(|e| e.hint(hint))
+    }
+
+    fn parse_hf_config(text: &str) -> Result<ModelSpec> {
         let json: Value =
             serde_json::from_str(text).map_err(|e| Error::user(format!("not valid JSON: {e}")))?;
         let Value::Object(map) = json else {

@@ -34,6 +34,7 @@ fn read(model_type: &str, extra: Value) -> ModelSpec {
 fn check_refused(model_type: &str, extra: Value, expected: &str) {
     let refused = ModelSpec::from_hf_config(&config(model_type, extra).to_string()).expect_err(expected);
     assert_eq!(refused.to_string(), expected);
+    assert!(refused.hint_text().is_some(), "{expected}");
 }
 
 fn scaling(extra: Value) -> RopeScaling {

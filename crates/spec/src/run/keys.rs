@@ -3,8 +3,8 @@
 use crate::layout_check::MAX_WORLD;
 use crate::model_check::MAX_POSITIONS;
 
-/// Longest run.
-pub(super) const MAX_STEPS: usize = 1 << 40;
+/// Longest run: steps times the largest batch still count tokens in 63 bits.
+pub(super) const MAX_STEPS: usize = 1 << 30;
 /// Most tokens of a global batch, so that tokens times any width of a model stay far inside 64 bits.
 pub(super) const MAX_BATCH_TOKENS: usize = 1 << 32;
 

@@ -34,6 +34,14 @@ impl RunSpec {
         overrides: &[String],
         load_file: &dyn Fn(&Path) -> Result<String>,
     ) -> Result<RunSpec> {
+        Self::read(file, overrides, load_file).map_err(hint_from_key)
+    }
+
+    fn read(
+        file: Option<(&str, &str)>,
+        overrides: &[String],
+        load_file: &dyn Fn(&Path) -> Result<String>,
+    ) -> Result<RunSpec> {
         let mut doc = Doc::new(KEYS.iter().collect(), "");
         if let Some((path, text)) = file {
             doc.add_file(path, text)?;
@@ -112,6 +120,18 @@ impl RunSpec {
                 )));
         }
         self.layout.validate(&self.model, sequences, sequence).map_err(|e| doc.locate(e))
+    }
+}
+
+/// An error without a hint gets the meaning and default of the first key that it speaks of.
+fn hint_from_key(error: Error) -> Error {
+    let message = error.to_string();
+    let mut words = message.split([' ', ':', ',']);
+    let key = words.find_map(|word| KEYS.iter().find(|k| k.path == word));
+    match key {
+        Some(key) if key.default.is_empty() => error.hint(format!("{}: {}", key.path, key.doc)),
+        Some(key) => error.hint(format!("{}: {} (default {})", key.path, key.doc, key.default_text())),
+        None => error,
     }
 }
 

@@ -117,39 +117,39 @@ fn syntax_and_types() {
     assert!(message.starts_with("run.toml:3: "), "{message}");
     check(
         "[train]\nsteps = \"many\"\n",
-        "train.steps = \"many\" in run.toml:2, expected a whole number from 1 to 1099511627776 | no hint",
+        "train.steps = \"many\" in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 400)",
     );
     check(
         "[train]\nsteps = 0\n",
-        "train.steps = 0 in run.toml:2, expected a whole number from 1 to 1099511627776 | no hint",
+        "train.steps = 0 in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 400)",
     );
     check(
         "[train]\nsteps = -3\n",
-        "train.steps = -3 in run.toml:2, expected a whole number from 1 to 1099511627776 | no hint",
+        "train.steps = -3 in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 400)",
     );
     check(
         "[train]\nsteps = 99999999999999999999999999999999999999999999\n",
-        "train.steps = inf in run.toml:2, expected a whole number from 1 to 1099511627776 | no hint",
+        "train.steps = a number of 44 digits in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 400)",
     );
     check(
         "[train]\nsteps = 2.5\n",
-        "train.steps = 2.5 in run.toml:2, expected a whole number from 1 to 1099511627776 | no hint",
+        "train.steps = 2.5 in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 400)",
     );
     check(
         "[optim]\nlr = nan\n",
-        "optim.lr = nan in run.toml:2, expected a number above 0 and at most 1e6 | no hint",
+        "optim.lr = nan in run.toml:2, expected a number above 0 and at most 1e6 | optim.lr: peak learning rate of AdamW (default 1e-3)",
     );
     check(
         "[optim]\nlr = inf\n",
-        "optim.lr = inf in run.toml:2, expected a number above 0 and at most 1e6 | no hint",
+        "optim.lr = inf in run.toml:2, expected a number above 0 and at most 1e6 | optim.lr: peak learning rate of AdamW (default 1e-3)",
     );
     check(
         "[optim]\nbeta2 = 1.0\n",
-        "optim.beta2 = 1.0 in run.toml:2, expected a number at least 0 and below 1 | no hint",
+        "optim.beta2 = 1.0 in run.toml:2, expected a number at least 0 and below 1 | optim.beta2: decay of the second moment (default 0.95)",
     );
     check(
         "[layout]\nsequence_parallel = 1\n",
-        "layout.sequence_parallel = 1 in run.toml:2, expected true or false | no hint",
+        "layout.sequence_parallel = 1 in run.toml:2, expected true or false | layout.sequence_parallel: split activations along the sequence between tensor-parallel regions (default false)",
     );
     check(
         "[schedule]\nkind = \"cosin\"\n",
@@ -157,23 +157,23 @@ fn syntax_and_types() {
     );
     check(
         "[layout]\nzero = 4\n",
-        "layout.zero = 4 in run.toml:2, expected a whole number from 0 to 3 | no hint",
+        "layout.zero = 4 in run.toml:2, expected a whole number from 0 to 3 | layout.zero: shard over dp: 1 optimiser state, 2 and gradients, 3 and parameters (default 0)",
     );
     check(
         "[run]\ndir = 2020-01-01\n",
-        "run.dir = 2020-01-01 in run.toml:2, expected text in quotes, not empty | no hint",
+        "run.dir = 2020-01-01 in run.toml:2, expected text in quotes, not empty | run.dir: where journal, checkpoints and the resolved run file go (default runs/default)",
     );
     check(
         "[run]\ndir = \"\"\n",
-        "run.dir = \"\" in run.toml:2, expected text in quotes, not empty | no hint",
+        "run.dir = \"\" in run.toml:2, expected text in quotes, not empty | run.dir: where journal, checkpoints and the resolved run file go (default runs/default)",
     );
     check(
         "[data]\nsplit = \"0,1\"\n",
-        "data.split = \"0,1\" in run.toml:2, expected three weights like \"99,1,0\", none negative, the first above 0 | no hint",
+        "data.split = \"0,1\" in run.toml:2, expected three weights like \"99,1,0\", none negative, the first above 0 | data.split: weights of the train, validation and test splits (default 99,1,0)",
     );
     check(
         "[[data.blend]]\nprefix = \"a\"\n",
-        "data.blend = a list in run.toml:1, expected a list of { prefix = \"path\", weight = 0.5 } with weights above 0 | no hint",
+        "data.blend = a list in run.toml:1, expected a list of { prefix = \"path\", weight = 0.5 } with weights above 0 | data.blend: tokenised datasets and their weights, instead of text",
     );
     check_set(&["layout.stage_layers=[1,"], &refused("", &["layout.stage_layers=[1,"]));
 }
@@ -194,7 +194,7 @@ fn contradictions() {
     );
     check_set(
         &["batch.sequence=2000", "batch.sequences=10000000", "model.max_positions=2000"],
-        "batch.sequence x sequences = 2000 x 10000000 tokens, expected at most 4294967296 | no hint",
+        "batch.sequence x sequences = 2000 x 10000000 tokens, expected at most 4294967296 | batch.sequence: tokens of a sequence (default 256)",
     );
     check(
         "[schedule]\nwarmup_steps = 400\n",
@@ -240,7 +240,10 @@ fn layout_and_model_refusals_name_the_place() {
         "[model]\npreset = \"llama-3-8b\"\n",
         "model.preset = \"llama-3-8b\" in run.toml:2: no model is called `llama-3-8b` | did you mean `llama3-8b`?",
     );
-    check("[model]\nconfig = \"no.json\"\n", "read model.config: no such file: no.json | no hint");
+    check(
+        "[model]\nconfig = \"no.json\"\n",
+        "read model.config: no such file: no.json | model.config: Hugging Face config.json to start from, instead of a preset",
+    );
     check(
         "[model]\nheads = 7\n",
         "model.heads = 7 does not divide model.hidden = 384 | change one of them, or set model.head_dim",
