@@ -235,5 +235,22 @@ mod tests {
             }).collect();
             prop_assert_eq!(counter(&outer, &rank_sums), whole(&tree));
         }
+
+        /// From ZeRO 2 on the ranks reduce each micro-batch at once: together they hold a run of `ranks * micro_batch`
+        /// leaves, whose sums the counter then adds.
+        #[test]
+        fn reducing_each_micro_batch_is_the_same_expression(twos in 0u32..5, odd in prop::sample::select(vec![1usize, 3, 5, 9, 15]),
+                                                            rank_twos in 0u32..4, micro_batch in 1usize..30) {
+            let n = (1 << twos) * odd;
+            let tree = SumTree::new(n);
+            let ranks = 1usize << rank_twos;
+            let (Some(inner), Some(outer)) = (tree.inner(micro_batch), tree.outer(micro_batch * ranks)) else { return Ok(()) };
+            let across = SumTree::new(ranks);
+            let sums: Vec<String> = names(n).chunks(ranks * micro_batch).map(|together| {
+                let of_ranks: Vec<String> = together.chunks(micro_batch).map(|m| counter(&inner, m)).collect();
+                counter(across.radices(), &of_ranks)
+            }).collect();
+            prop_assert_eq!(counter(&outer, &sums), whole(&tree));
+        }
     }
 }
