@@ -250,6 +250,7 @@ impl Emitter<'_> {
         if self.cx.decode {
             let (ins, outs) = (vec![self.g.all(qkv)], vec![self.g.all(o)]);
             self.push(OpKind::AttentionCached { heads }, name, ins, outs);
+            self.g.nodes.last_mut().expect("just pushed").leaves = (self.unit - 1, 1);
             return o;
         }
         let lse = self.stat(&format!("{name}.lse"), rows, heads.q);

@@ -167,14 +167,16 @@ pub struct View {
 /// Where a weight gradient goes.
 ///
 /// Per-sequence gradients are summed in a fixed tree (`spec::SumTree`). The tree inside the op has radices `inner`
-/// (bottom-up); the op's result then arrives at the counter with radices `outer`, whose partial sums lie in `levels`,
-/// lowest first; the last of them holds the sum of all of this rank's sequences in the end.
+/// (bottom-up); the op's result then arrives at the counter with radices `outer`, whose partial sums lie one after
+/// another in `levels`, lowest first; the last of them is `sum` in the end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct GradOut {
     /// Whose gradient.
     pub group: GroupId,
+    /// The buffer of all of this rank's sum, once the step's micro-batches are done.
+    pub sum: BufferId,
     /// Partial sums, each shaped like the group.
-    pub levels: Vec<View>,
+    pub levels: View,
     /// Radices of the tree over the sequences that the op covers.
     pub inner: Vec<u32>,
     /// Radices of the counter over the op's results in one step.
@@ -212,7 +214,8 @@ pub struct Op {
     pub outs: Vec<View>,
     /// Weight gradients added to.
     pub grads: Vec<GradOut>,
-    /// Which sequence of the micro-batch a [`OpKind::LossSum`] stands for.
+    /// Which sequence of the micro-batch a [`OpKind::LossSum`] stands for; which layer of the cache an
+    /// [`OpKind::AttentionCached`] uses.
     pub leaf: usize,
     /// Forward, input gradient or weight gradient.
     pub phase: Phase,
@@ -249,12 +252,12 @@ pub struct GroupBuffers {
     pub master: Option<BufferId>,
     /// The sum of this rank's gradients, then of all ranks'.
     pub grad: BufferId,
-    /// Partial sums over micro-batches, one group after another.
-    pub low: Option<BufferId>,
+    /// The same with the partial sums before it, one after another; `grad` is the last.
+    pub grad_levels: BufferId,
     /// A tied table's gradients as the head saw them.
     pub head_grad: Option<BufferId>,
-    /// Their partial sums.
-    pub head_low: Option<BufferId>,
+    /// With their partial sums.
+    pub head_grad_levels: Option<BufferId>,
     /// First moment of the owned range.
     pub exp_avg: BufferId,
     /// Second moment of the owned range.
@@ -318,6 +321,8 @@ pub struct Program {
     pub local_sequences: usize,
     /// Element type of parameters and activations.
     pub precision: DType,
+    /// Positions of the generation cache, 0 without one.
+    pub cache: usize,
     /// Parameter groups of the rank, in forward order.
     pub groups: Vec<ParamGroup>,
     /// Their buffers.

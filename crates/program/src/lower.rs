@@ -21,7 +21,11 @@ const BUCKET_BYTES: usize = 8 << 20;
 
 /// Turns chunks into blocks over placed buffers.
 pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Program {
-    let (model, layout) = (request.model, request.layout);
+    let model = request.model;
+    // One data-parallel rank has nobody to shard with.
+    let zero = if request.layout.dp > 1 { request.layout.zero } else { Zero::Off };
+    let layout = &spec::Layout { zero, ..request.layout.clone() };
+    let request = &Request { layout, ..*request };
     let coords = Coords::of(request.rank, layout);
     let stage = chunks(model, layout, coords.pp);
     let groups = table(model, layout.tp, coords.tp, &stage);
@@ -114,6 +118,7 @@ pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Progr
         sequences: request.sequences,
         local_sequences,
         precision: request.precision,
+        cache: request.cache,
         groups: groups.clone(),
         group_buffers,
         buckets,
@@ -221,34 +226,14 @@ impl Lower<'_> {
         let masters = (self.cx.dtype != DType::F32).then(|| region(self, "master.", DType::F32, true));
         self.memory.master = self.at - self.memory.params;
         let before = self.at;
-        let grads = region(self, "grad.", DType::F32, layout.zero >= Zero::Gradients);
-        let head_grads: Vec<Option<BufferId>> = (0..groups.len())
+        let grads: Vec<(BufferId, BufferId)> =
+            (0..groups.len()).map(|i| self.grad_levels(i, owned[i].1, holds_embedding, false)).collect();
+        let head_grads: Vec<Option<(BufferId, BufferId)>> = (0..groups.len())
             .map(|i| {
-                let tied_here = self.cx.model.tied_embeddings
-                    && holds_embedding
-                    && stage.iter().any(|c| c.head)
-                    && groups[i].name == "embed.weight";
-                tied_here.then(|| {
-                    let (rows, cols) = (groups[i].rows, groups[i].cols);
-                    let sharded = layout.zero >= Zero::Gradients;
-                    let (rows, cols) = if sharded { (1, owned[i].1) } else { (rows, cols) };
-                    self.fixed(format!("grad.head.{}", groups[i].name), rows, cols, DType::F32)
-                })
+                let tied_here = self.cx.model.tied_embeddings && groups[i].name == "embed.weight";
+                (tied_here && holds_embedding && stage.iter().any(|c| c.head))
+                    .then(|| self.grad_levels(i, owned[i].1, holds_embedding, true))
             })
-            .collect();
-        let low = self.low_count();
-        let low_of = |l: &mut Self, i: usize, prefix: &str| {
-            let (rows, cols) = if layout.zero >= Zero::Gradients {
-                (low, owned[i].1)
-            } else {
-                (low * groups[i].rows, groups[i].cols)
-            };
-            (low > 0).then(|| l.fixed(format!("{prefix}{}", groups[i].name), rows, cols, DType::F32))
-        };
-        let lows: Vec<Option<BufferId>> =
-            (0..groups.len()).map(|i| low_of(self, i, "grad.partial.")).collect();
-        let head_lows: Vec<Option<BufferId>> = (0..groups.len())
-            .map(|i| head_grads[i].and_then(|_| low_of(self, i, "grad.head.partial.")))
             .collect();
         self.memory.grads = self.at - before;
         let before = self.at;
@@ -260,10 +245,10 @@ impl Lower<'_> {
             self.group_buffers.push(GroupBuffers {
                 param: params[i],
                 master: masters.as_ref().map(|m| m[i]),
-                grad: grads[i],
-                low: lows[i],
-                head_grad: head_grads[i],
-                head_low: head_lows[i],
+                grad_levels: grads[i].0,
+                grad: grads[i].1,
+                head_grad_levels: head_grads[i].map(|h| h.0),
+                head_grad: head_grads[i].map(|h| h.1),
                 exp_avg: exp_avg[i],
                 exp_avg_sq: exp_avg_sq[i],
                 owned: owned[i],
@@ -273,9 +258,25 @@ impl Lower<'_> {
         }
     }
 
-    /// How many partial sums of each gradient live across micro-batches, besides the last.
-    fn low_count(&self) -> usize {
-        self.across().len().max(1) - 1
+    /// The gradient sums of a group: all levels, and the last one, which holds the sum in the end.
+    fn grad_levels(&mut self, i: usize, owned: usize, holds_embedding: bool, head: bool) -> (BufferId, BufferId) {
+        let g = &self.cx.groups[i];
+        let from_head = head || g.name == "head.weight" || g.name == "embed.weight" && !holds_embedding;
+        let (levels, rows, cols) = if self.cx.layout.zero >= Zero::Gradients {
+            (self.across().len().max(1), 1, owned)
+        } else {
+            (self.levels_of(if from_head { 1 } else { self.cx.layout.micro_batch }), g.rows, g.cols)
+        };
+        let prefix = if head { "grad.head." } else { "grad." };
+        let all = self.fixed(format!("{prefix}{}.levels", g.name), levels * rows, cols, DType::F32);
+        let Home::Static { offset } = self.buffers[all.0 as usize].home else { unreachable!("just made") };
+        let home = Home::Static { offset: offset + 4 * (levels - 1) * rows * cols };
+        (all, self.buffer(format!("{prefix}{}", g.name), rows, cols, DType::F32, home))
+    }
+
+    /// Partial sums kept for a gradient whose ops cover `leaves` sequences each.
+    fn levels_of(&self, leaves: usize) -> usize {
+        self.split_radices(leaves).1.len().max(1)
     }
 
     /// Radices of the counter over this rank's micro-batches, bottom-up.
@@ -373,7 +374,7 @@ impl Lower<'_> {
         let mut done: Vec<(usize, BufferId)> = Vec::new();
         for (i, ops) in lowered.iter().enumerate() {
             for op in ops {
-                done.extend(op.grads.iter().map(|g| (i, g.levels[g.levels.len() - 1].buffer)));
+                done.extend(op.grads.iter().map(|g| (i, g.sum)));
             }
         }
         for (i, ops) in lowered.into_iter().enumerate() {
@@ -424,14 +425,13 @@ impl Lower<'_> {
     ) -> Vec<Vec<Op>> {
         let mut passes = passes;
         let zero = self.cx.layout.zero;
-        if zero >= Zero::Parameters && self.cx.layout.dp > 1 {
+        if zero >= Zero::Parameters {
             passes = passes.into_iter().map(|p| gather_params(g, p, self.cx)).collect();
         }
         let mut sums = Sums::default();
-        if zero >= Zero::Gradients && self.cx.layout.dp > 1 {
+        if zero >= Zero::Gradients {
             self.scatter_grads(g, &mut passes, &mut sums);
         }
-        self.partial_sums(g, &mut passes, &mut sums);
         let life = Lifetimes::of(g, &passes);
         let buffers = self.place_values(c, g, &life, io, slots);
         passes
@@ -446,8 +446,10 @@ impl Lower<'_> {
             for &group in &n.grads {
                 let of = &self.cx.groups[group.0 as usize];
                 let buffer = self.grad_buffer(group, is_head(n));
+                let levels = self.levels_of(n.leaves.1);
                 let v = *sums.whole.entry(buffer).or_insert_with(|| {
-                    g.value(&format!("{}.micro_batch", of.name), of.rows, of.cols, DType::F32, Source::Node)
+                    let name = format!("{}.micro_batch", of.name);
+                    g.value(&name, levels * of.rows, of.cols, DType::F32, Source::Node)
                 });
                 sums.hidden.insert(v);
                 n.outs.push(g.all(v));
@@ -477,30 +479,6 @@ impl Lower<'_> {
                 node(OpKind::ShardGrads { bucket }, "shard"),
             ];
             passes[pass].splice(at..at, nodes);
-        }
-    }
-
-    /// Values for the partial sums of gradients that arrive several times in one block (the head's).
-    fn partial_sums(&self, g: &mut Graph, passes: &mut [Vec<Node>], sums: &mut Sums) {
-        let m = self.cx.layout.micro_batch;
-        for n in passes.iter_mut().flatten() {
-            let Some(&group) = n.grads.first() else { continue };
-            if n.leaves.1 == m {
-                continue;
-            }
-            let (inner, outer) = self.split_radices(n.leaves.1);
-            let within = self.split_radices(m).0.len() - inner.len();
-            let stored = within.min(outer.len().max(1) - 1);
-            if stored == 0 {
-                continue;
-            }
-            let of = &self.cx.groups[group.0 as usize];
-            let v = *sums.within.entry(group).or_insert_with(|| {
-                let name = format!("{}.partial_sums", of.name);
-                g.value(&name, stored * of.rows, of.cols, DType::F32, Source::Node)
-            });
-            sums.hidden.insert(v);
-            n.outs.push(g.all(v));
         }
     }
 
@@ -619,28 +597,15 @@ impl Lower<'_> {
         // Rows that are not whole sequences (sequence parallelism) have no tree inside.
         let rows = n.ins.iter().map(|o| o.rows).min().unwrap_or(0);
         let whole = rows == n.leaves.1 * self.cx.sequence || !self.cx.layout.sequence_parallel;
-        let stack = |buffer: BufferId| {
-            let count = self.buffers[buffer.0 as usize].rows / of.rows;
-            (0..count).map(move |i| View { buffer, row0: i * of.rows, rows: of.rows })
-        };
-        let mut levels = Vec::new();
-        if n.leaves.1 < m {
-            levels.extend(
-                sums.within.get(&group).and_then(|v| buffers[v.0 as usize]).into_iter().flat_map(stack),
-            );
-        }
-        let top = self.grad_buffer(group, is_head(n));
-        let top = match sums.whole.get(&top) {
+        let sum = self.grad_buffer(group, is_head(n));
+        let levels = match sums.whole.get(&sum) {
             Some(v) => buffers[v.0 as usize].expect("gradients of a micro-batch are placed"),
-            None => {
-                let low = if is_head(n) && b.head_grad.is_some() { b.head_low } else { b.low };
-                levels.extend(low.into_iter().flat_map(stack));
-                top
-            }
+            None if is_head(n) => b.head_grad_levels.unwrap_or(b.grad_levels),
+            None => b.grad_levels,
         };
-        levels.push(View { buffer: top, row0: 0, rows: of.rows });
+        let levels = View { buffer: levels, row0: 0, rows: self.levels_of(n.leaves.1) * of.rows };
         let inner = if whole { inner } else { Vec::new() };
-        GradOut { group, levels, inner, outer, turn: (m / n.leaves.1, n.leaves.0 / n.leaves.1) }
+        GradOut { group, sum, levels, inner, outer, turn: (m / n.leaves.1, n.leaves.0 / n.leaves.1) }
     }
 }
 
@@ -649,9 +614,7 @@ impl Lower<'_> {
 struct Sums {
     /// Gradients of one micro-batch, by the static buffer that they end in (ZeRO 2 and 3).
     whole: HashMap<BufferId, ValueId>,
-    /// Partial sums inside one block.
-    within: HashMap<GroupId, ValueId>,
-    /// Both: written by weight-gradient ops besides their outputs.
+    /// The same: written by weight-gradient ops besides their outputs.
     hidden: HashSet<ValueId>,
 }
 

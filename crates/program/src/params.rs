@@ -34,6 +34,8 @@ pub struct ParamPart {
     pub name: String,
     /// Shape of the whole parameter; a vector has one row.
     pub global: (usize, usize),
+    /// The same as a slice.
+    pub dims: [usize; 2],
     /// First row held.
     pub row0: usize,
     /// Rows held.
@@ -190,6 +192,7 @@ impl Table<'_> {
                 parts.push(ParamPart {
                     name: format!("{n}.bias"),
                     global: (1, *len),
+                    dims: [1, *len],
                     row0: 0,
                     rows: 1,
                     col0: first,
@@ -211,7 +214,8 @@ impl Table<'_> {
             let (row0, rows) =
                 if cut == Cut::Rows { share(*total, self.tp, self.tp_rank) } else { (0, *total) };
             let global = (*total, in_dim);
-            parts.push(ParamPart { name: (*n).to_owned(), global, row0, rows, col0, cols, local_row0: at });
+            let dims = [*total, in_dim];
+            parts.push(ParamPart { name: (*n).to_owned(), global, dims, row0, rows, col0, cols, local_row0: at });
             at += rows;
         }
         self.push(name.to_owned(), at, cols, true, parts, cut == Cut::Whole);
@@ -229,6 +233,7 @@ impl Table<'_> {
         let part = ParamPart {
             name: name.to_owned(),
             global: (1, len),
+            dims: [1, len],
             row0: 0,
             rows: 1,
             col0: 0,

@@ -37,7 +37,7 @@ pub(crate) fn ops(
             ops.push(op("grads.embed.weight.tie".into(), kind, ins, vec![whole(b.grad)]));
         }
     }
-    let all = each(cx, groups).map(|(id, _, b)| whole(b.grad)).collect();
+    let all = each(cx, groups).map(|(_, _, b)| whole(b.grad)).collect();
     ops.push(op("grads.norm".into(), OpKind::GradNorm, all, vec![]));
     for (id, group, b) in each(cx, groups) {
         let kind = OpKind::AdamW { group: id, decay: group.decay };
@@ -75,7 +75,7 @@ pub(crate) fn with_reductions(
     later: &dyn Fn(BufferId) -> bool,
 ) -> Vec<Op> {
     let adds_to =
-        |op: &Op, b: BufferId| op.grads.iter().any(|g| g.levels.last().is_some_and(|v| v.buffer == b));
+        |op: &Op, b: BufferId| op.grads.iter().any(|g| g.sum == b);
     let mut at: Vec<(usize, usize)> = Vec::new();
     for (i, bucket) in buckets.iter().enumerate() {
         let complete_after =

@@ -106,7 +106,7 @@ fn check_op(p: &Program, op: &Op) {
         };
         (at + v.row0 * row, at + (v.row0 + v.rows) * row)
     };
-    let levels = op.grads.iter().flat_map(|g| &g.levels);
+    let levels = op.grads.iter().map(|g| &g.levels);
     let outs: Vec<(usize, usize)> = op.outs.iter().chain(levels).map(range).collect();
     let apart = |a: (usize, usize), b: (usize, usize)| a.1 <= b.0 || b.1 <= a.0;
     for (i, a) in outs.iter().enumerate() {

@@ -1,0 +1,89 @@
+use spec::{Error, Result};
+
+/// One run of zeroed bytes for everything a rank computes with: the program says what lies where.
+pub struct Arena {
+    base: *mut u8,
+    len: usize,
+    /// Whether `base` was mapped here (and is unmapped on drop) or lent by a transport.
+    owned: bool,
+}
+
+// SAFETY: the arena is plain memory; who may touch which part when is the executor's business.
+unsafe impl Send for Arena {}
+// SAFETY: as above.
+unsafe impl Sync for Arena {}
+
+impl Arena {
+    /// Maps `len` zeroed bytes, aligned to a page.
+    ///
+    /// # Errors
+    /// If the system has no such memory.
+    pub fn new(len: usize) -> Result<Arena> {
+        let len = len.max(1);
+        // SAFETY: a fresh private anonymous mapping; the result is checked.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(Error::failure(format!(
+                "map {len} bytes for the step: {}",
+                std::io::Error::last_os_error()
+            ))
+            .hint("a smaller layout.micro_batch, layout.recompute = \"full\" or more ranks take less memory"));
+        }
+        Ok(Arena { base: base.cast(), len, owned: true })
+    }
+
+    /// Uses memory that somebody else keeps alive and unmaps, zeroed and aligned to a page.
+    ///
+    /// # Safety
+    /// `base` must be valid for reads and writes of `len` bytes for the arena's life.
+    pub unsafe fn lent(base: *mut u8, len: usize) -> Arena {
+        Arena { base, len, owned: false }
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// First byte.
+    pub fn base(&self) -> *mut u8 {
+        self.base
+    }
+
+    /// `count` elements from byte `offset` on.
+    ///
+    /// # Safety
+    /// Nobody else may use a part of them mutably while the slice lives (or at all, if it is used mutably).
+    #[expect(clippy::mut_from_ref, reason = "disjointness comes from the program's placement")]
+    pub(crate) unsafe fn slice<T: bytemuck::Pod>(&self, offset: usize, count: usize) -> &mut [T] {
+        let bytes = count * size_of::<T>();
+        assert!(offset + bytes <= self.len, "bytes {offset}..{} of an arena of {}", offset + bytes, self.len);
+        assert!(offset.is_multiple_of(align_of::<T>()), "offset {offset} is not aligned");
+        // SAFETY: in bounds and aligned (the base is page-aligned); any bits are a valid `Pod`; the caller guarantees
+        // exclusive use.
+        unsafe { std::slice::from_raw_parts_mut(self.base.add(offset).cast::<T>(), count) }
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        if self.owned {
+            // SAFETY: the mapping was made in `new` with this length and nobody holds slices of it any more.
+            unsafe { libc::munmap(self.base.cast(), self.len) };
+        }
+    }
+}

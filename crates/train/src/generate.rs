@@ -1,0 +1,153 @@
+use half::bf16;
+use spec::{DType, Error, Result};
+
+use crate::exec::{Executor, Turn};
+use crate::init::mix;
+
+/// How to pick the next token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 takes the likeliest token.
+    pub temperature: f64,
+    /// Only this many of the likeliest tokens; 0 for all.
+    pub top_k: usize,
+    /// Only the likeliest tokens that together hold this share.
+    pub top_p: f64,
+    /// Seed of the draws.
+    pub seed: u64,
+}
+
+impl Executor {
+    /// Continues `prompt` by up to `tokens` tokens, calling `each` with every one; stops early at `stop` or when `each`
+    /// returns false.
+    ///
+    /// # Errors
+    /// If the prompt is empty, longer than the cache, or holds ids outside the vocabulary.
+    pub fn generate(
+        &mut self,
+        prompt: &[u32],
+        tokens: usize,
+        sampling: Sampling,
+        stop: Option<u32>,
+        each: &mut dyn FnMut(u32) -> bool,
+    ) -> Result<()> {
+        let vocab = self.logits_len();
+        if prompt.is_empty() || prompt.len() >= self.tables {
+            return Err(Error::user(format!("a prompt of {} tokens, expected 1 to {}", prompt.len(), self.tables - 1))
+                .hint("shorten sample.prompt, or train with a longer batch.sequence"));
+        }
+        if let Some(bad) = prompt.iter().find(|&&t| t as usize >= vocab) {
+            return Err(Error::user(format!("prompt token {bad} is outside the vocabulary of {vocab}"))
+                .hint("the tokenizer does not belong to this model"));
+        }
+        let mut candidates = Vec::with_capacity(vocab);
+        let mut last = 0;
+        for (position, &token) in prompt.iter().enumerate() {
+            self.feed(token, position)?;
+            last = position;
+        }
+        for n in 0..tokens {
+            let token = self.pick(&mut candidates, sampling, n as u64);
+            if Some(token) == stop || !each(token) {
+                return Ok(());
+            }
+            last += 1;
+            if n + 1 == tokens || last >= self.tables {
+                return Ok(());
+            }
+            self.feed(token, last)?;
+        }
+        Ok(())
+    }
+
+    /// Runs one token through the model; the logits of the next one are then in the block's output.
+    fn feed(&mut self, token: u32, position: usize) -> Result<()> {
+        let io = self.program.io;
+        self.whole::<u32>(io.tokens)[0] = token;
+        let block = self.program.decode.ok_or_else(|| Error::failure("the program has no generation block"))?;
+        self.block(block, Turn { micro_batch: 0, position, scale: 0.0 })
+    }
+
+    fn logits(&self) -> program::View {
+        let block = self.program.decode.expect("generation begins with feed");
+        let ops = &self.program.blocks[block].ops;
+        ops[ops.len() - 1].outs[0]
+    }
+
+    fn logits_len(&self) -> usize {
+        self.program.decode.map_or(0, |_| self.program.buffer(self.logits().buffer).cols)
+    }
+
+    fn pick(&self, candidates: &mut Vec<(f64, u32)>, s: Sampling, draw: u64) -> u32 {
+        let view = self.logits();
+        candidates.clear();
+        let indexed = 0u32..;
+        match self.program.precision {
+            DType::Bf16 => {
+                let logits = self.at::<bf16>(view, Turn::default());
+                candidates.extend(logits.iter().map(|l| f64::from(l.to_f32())).zip(indexed));
+            }
+            _ => candidates.extend(self.at::<f32>(view, Turn::default()).iter().map(|&l| f64::from(l)).zip(indexed)),
+        }
+        sample(candidates, s, draw)
+    }
+}
+
+/// Draws from (logit, token) pairs.
+fn sample(candidates: &mut Vec<(f64, u32)>, s: Sampling, draw: u64) -> u32 {
+    // Ties go to the lower id, so that the draw does not depend on the sort.
+    candidates.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    if s.temperature <= 0.0 {
+        return candidates[0].1;
+    }
+    if s.top_k > 0 {
+        candidates.truncate(s.top_k);
+    }
+    let top = candidates[0].0;
+    let mut total = 0.0;
+    for c in candidates.iter_mut() {
+        c.0 = ((c.0 - top) / s.temperature).exp();
+        total += c.0;
+    }
+    let mut held = 0.0;
+    let keep = candidates.iter().position(|c| {
+        held += c.0;
+        held >= s.top_p * total
+    });
+    candidates.truncate(keep.map_or(candidates.len(), |k| k + 1));
+    let total: f64 = candidates.iter().map(|c| c.0).sum();
+    let mut at = (mix(mix(s.seed) ^ draw) >> 11) as f64 / (1u64 << 53) as f64 * total;
+    for c in candidates.iter() {
+        at -= c.0;
+        if at < 0.0 {
+            return c.1;
+        }
+    }
+    candidates[candidates.len() - 1].1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(temperature: f64, top_k: usize, top_p: f64, allowed: &[u32]) {
+        let logits = [1.0, 3.0, 2.0, -1.0];
+        let mut seen = Vec::new();
+        for draw in 0..500 {
+            let mut candidates: Vec<(f64, u32)> = logits.iter().copied().zip(0..).collect();
+            seen.push(sample(&mut candidates, Sampling { temperature, top_k, top_p, seed: 5 }, draw));
+        }
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen, allowed);
+    }
+
+    #[test]
+    fn only_what_the_bounds_allow_is_drawn() {
+        check(0.0, 0, 1.0, &[1]);
+        check(1.0, 2, 1.0, &[1, 2]);
+        check(1.0, 0, 0.6, &[1]);
+        check(1.0, 0, 0.8, &[1, 2]);
+        check(3.0, 0, 1.0, &[0, 1, 2, 3]);
+    }
+}

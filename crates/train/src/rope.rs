@@ -1,0 +1,62 @@
+use spec::{Rope, RopeScaling};
+
+/// Fills cosine and sine tables `[positions, half]` for a model trained or run at `positions` tokens.
+///
+/// Frequencies are `theta^(-2i/h)`, stretched as Hugging Face's `rope_type` of the same name does; angles are computed
+/// in f64 and rounded once.
+pub(crate) fn tables(rope: &Rope, head_dim: usize, positions: usize, cos: &mut [f32], sin: &mut [f32]) {
+    let half = head_dim / 2;
+    let (frequencies, amplitude) = frequencies(rope, head_dim, positions);
+    for p in 0..positions {
+        for (i, f) in frequencies.iter().enumerate() {
+            let angle = p as f64 * f;
+            cos[p * half + i] = (angle.cos() * amplitude) as f32;
+            sin[p * half + i] = (angle.sin() * amplitude) as f32;
+        }
+    }
+}
+
+fn frequencies(rope: &Rope, head_dim: usize, positions: usize) -> (Vec<f64>, f64) {
+    let d = head_dim as f64;
+    let at = |theta: f64| (0..head_dim / 2).map(move |i| theta.powf(-2.0 * i as f64 / d));
+    let plain = || at(rope.theta);
+    match rope.scaling {
+        RopeScaling::Default => (plain().collect(), 1.0),
+        RopeScaling::Linear { factor } => (plain().map(|f| f / factor).collect(), 1.0),
+        RopeScaling::Dynamic { factor } => {
+            let original = rope.max_positions as f64;
+            let stretch = (factor * (positions as f64).max(original) / original - (factor - 1.0)).powf(d / (d - 2.0));
+            (at(rope.theta * stretch).collect(), 1.0)
+        }
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
+            let original = original_max_positions as f64;
+            let scaled = plain().map(|f| {
+                let wavelength = std::f64::consts::TAU / f;
+                if wavelength > original / low_freq_factor {
+                    f / factor
+                } else if wavelength < original / high_freq_factor {
+                    f
+                } else {
+                    let smooth =
+                        (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    (1.0 - smooth) * f / factor + smooth * f
+                }
+            });
+            (scaled.collect(), 1.0)
+        }
+        RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, attention_factor } => {
+            // The dim at which a full context makes `rotations` turns (Peng et al. 2023, section 3.2).
+            let dim = |rotations: f64| {
+                d * (original_max_positions as f64 / (rotations * std::f64::consts::TAU)).ln() / (2.0 * rope.theta.ln())
+            };
+            let low = dim(beta_fast).floor().max(0.0);
+            let high = dim(beta_slow).ceil().min(d - 1.0);
+            let blended = plain().enumerate().map(|(i, f)| {
+                let ramp = ((i as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
+                f / factor * ramp + f * (1.0 - ramp)
+            });
+            let amplitude = attention_factor.unwrap_or(if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 });
+            (blended.collect(), amplitude)
+        }
+    }
+}

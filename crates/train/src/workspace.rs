@@ -1,0 +1,37 @@
+use program::{Op, OpKind, Program, View};
+
+/// Elements of f32 work space that an op's kernel wants with this many threads.
+pub fn workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
+    use OpKind::*;
+    let rows = |i: usize| op.ins[i].rows;
+    let cols = |v: View| p.buffer(v.buffer).cols;
+    let inner = || op.grads[0].inner.as_slice();
+    match &op.kind {
+        Linear => kernels::linear_workspace_len(rows(0), cols(op.ins[0]), rows(1), threads),
+        LinearGradInput => kernels::linear_dx_workspace_len(rows(0), cols(op.ins[1]), cols(op.ins[0]), threads),
+        LinearGradWeight => {
+            kernels::linear_dw_workspace_len(rows(0), cols(op.ins[1]), cols(op.ins[0]), inner(), threads)
+        }
+        BiasGrad => kernels::bias_grad_workspace_len(cols(op.ins[0]), inner()),
+        EmbedGrad { .. } => {
+            let g = p.group(op.grads[0].group);
+            kernels::embed_grad_workspace_len(rows(0), g.rows, g.cols, inner(), threads)
+        }
+        PosGrad => {
+            let g = p.group(op.grads[0].group);
+            kernels::pos_grad_workspace_len(g.cols, inner(), threads)
+        }
+        NormGradWeight { .. } => kernels::norm_dw_workspace_len(cols(op.ins[0]), inner()),
+        HeadNormGradWeight { heads: h } => kernels::qk_norm_dw_workspace_len(h.dim, inner()),
+        Attention { heads: h } => {
+            kernels::attention_workspace_len(p.sequence, h.q, h.kv, h.dim, threads)
+        }
+        AttentionGrad { heads: h } => {
+            kernels::attention_dx_workspace_len(p.sequence, h.q, h.kv, h.dim, threads)
+        }
+        AttentionCached { heads: h } => {
+            kernels::attention_decode_workspace_len(p.cache, h.dim, threads)
+        }
+        _ => 0,
+    }
+}
