@@ -48,7 +48,7 @@ mod save;
 mod tools;
 
 mod header;
-// pub mod hf;
+pub mod hf;
 
 pub use dir::{keep, latest, list};
 pub use manifest::{FileEntry, Kind, Manifest, Meta, PieceEntry, TensorEntry};

@@ -1,0 +1,291 @@
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use half::bf16;
+use spec::{DType, Error, ModelSpec, Result};
+
+use super::names::{self, HfTensor, Part};
+use super::{INDEX, SINGLE, STAGING_BYTES, TURNED_ROWS};
+use crate::disk::{self, NewFile};
+use crate::header;
+
+/// Files that go with a tokenizer, copied from beside it where they are there.
+const TOKENIZER_COMPANIONS: [&str; 3] =
+    ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"];
+
+/// What [`export`] wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exported {
+    /// Safetensors files.
+    pub files: usize,
+    /// Tensors in them.
+    pub tensors: usize,
+    /// Bytes of tensor data.
+    pub bytes: u64,
+}
+
+/// Writes a model that `transformers` loads: `config.json` and `model.safetensors`, or shards with an index when the
+/// tensors take more than `max_shard_bytes`.
+///
+/// `source` gives one logical parameter at a time, whole and row-major; not more than one tensor of the result is in
+/// memory at once. `tokenizer` is a `tokenizer.json` to copy along. The directory appears whole or not at all.
+///
+/// # Errors
+/// When the model belongs to no family, `dtype` is neither float32 nor bfloat16, `out_dir` exists and holds something,
+/// `source` fails, or writing does.
+pub fn export(
+    spec: &ModelSpec,
+    source: impl Fn(&str) -> Result<Vec<f32>>,
+    out_dir: &Path,
+    dtype: DType,
+    max_shard_bytes: u64,
+    tokenizer: Option<&Path>,
+) -> Result<Exported> {
+    let element = match dtype {
+        DType::F32 => "F32",
+        DType::Bf16 => "BF16",
+        other => return Err(Error::user(format!("export as {other}: expected f32 or bf16"))),
+    };
+    let table = names::table(spec)?;
+    let temp = prepare(out_dir)?;
+    let writer = Writer { spec, source: &source, dir: &temp, dtype, element };
+    let written = writer.config().and_then(|()| {
+        tokenizer.map_or(Ok(()), |path| copy_tokenizer(path, &temp))?;
+        writer.shards(&table, max_shard_bytes)
+    });
+    let finished = written.and_then(|done| {
+        let finish = || -> io::Result<()> {
+            disk::sync_dir(&temp)?;
+            disk::rename(&temp, out_dir)?;
+            parent(out_dir).map_or(Ok(()), disk::sync_dir)
+        };
+        finish().map_err(|e| Error::io("export: move into place", out_dir, &e))?;
+        Ok(done)
+    });
+    finished.inspect_err(|_| {
+        // The first error is the one to report; the next export clears what is left.
+        let _ = disk::remove_dir(&temp);
+    })
+}
+
+/// Checks that `out_dir` is free and makes the temporary directory beside it.
+fn prepare(out_dir: &Path) -> Result<PathBuf> {
+    let name = out_dir.file_name().ok_or_else(|| {
+        Error::user(format!("export to {}: expected the name of a new directory", out_dir.display()))
+    })?;
+    match fs::read_dir(out_dir) {
+        Ok(mut entries) => {
+            if entries.next().is_some() {
+                return Err(Error::user(format!(
+                    "export to {}: the directory is not empty",
+                    out_dir.display()
+                ))
+                .hint("name a new directory"));
+            }
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(Error::io("export to", out_dir, &e)),
+    }
+    let temp = out_dir.with_file_name(format!(".{}.tmp", name.to_string_lossy()));
+    disk::remove_dir(&temp)
+        .and_then(|()| disk::create_dir(&temp))
+        .map_err(|e| Error::io("export: create", &temp, &e))?;
+    Ok(temp)
+}
+
+/// The directory that holds `path`; a bare name lies in the current one.
+fn parent(path: &Path) -> Option<&Path> {
+    path.parent().map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p })
+}
+
+fn copy_tokenizer(tokenizer: &Path, temp: &Path) -> Result<()> {
+    let copy = |from: &Path, name: &str| -> Result<()> {
+        let bytes = fs::read(from).map_err(|e| Error::io("export: read tokenizer", from, &e))?;
+        write_whole(&temp.join(name), &bytes)
+    };
+    copy(tokenizer, "tokenizer.json")?;
+    for name in TOKENIZER_COMPANIONS {
+        let beside = tokenizer.with_file_name(name);
+        if beside.is_file() {
+            copy(&beside, name)?;
+        }
+    }
+    Ok(())
+}
+
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || -> io::Result<()> {
+        let mut file = NewFile::create(path)?;
+        file.write_all(bytes)?;
+        file.sync()
+    };
+    write().map_err(|e| Error::io("export: write", path, &e))
+}
+
+struct Writer<'a, S> {
+    spec: &'a ModelSpec,
+    source: &'a S,
+    dir: &'a Path,
+    dtype: DType,
+    element: &'static str,
+}
+
+impl<S: Fn(&str) -> Result<Vec<f32>>> Writer<'_, S> {
+    fn config(&self) -> Result<()> {
+        let mut config = self.spec.to_hf_config()?;
+        // Absent, they would be the family's defaults: ids that mean something else in another vocabulary.
+        config["bos_token_id"] = serde_json::Value::Null;
+        config["eos_token_id"] = serde_json::Value::Null;
+        config["torch_dtype"] = if self.dtype == DType::F32 { "float32" } else { "bfloat16" }.into();
+        write_whole(&self.dir.join("config.json"), &pretty(&config))
+    }
+
+    fn shards(&self, table: &[HfTensor], max_shard_bytes: u64) -> Result<Exported> {
+        let sizes: Vec<u64> = table.iter().map(|t| (t.elements() * self.dtype.bytes()) as u64).collect();
+        let shards = cut(&sizes, max_shard_bytes);
+        let mut weight_map = serde_json::Map::new();
+        for (i, range) in shards.iter().enumerate() {
+            let name = match shards.len() {
+                1 => SINGLE.to_owned(),
+                n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
+            };
+            let tensors = &table[range.clone()];
+            self.shard(&self.dir.join(&name), tensors)?;
+            weight_map.extend(tensors.iter().map(|t| (self.full_name(t), name.clone().into())));
+        }
+        let bytes = sizes.iter().sum();
+        if shards.len() > 1 {
+            let index = serde_json::json!({"metadata": {"total_size": bytes}, "weight_map": weight_map});
+            write_whole(&self.dir.join(INDEX), &pretty(&index))?;
+        }
+        Ok(Exported { files: shards.len(), tensors: table.len(), bytes })
+    }
+
+    fn full_name(&self, tensor: &HfTensor) -> String {
+        let prefix = if tensor.in_body { names::prefix(self.spec) } else { "" };
+        format!("{prefix}{}", tensor.name)
+    }
+
+    fn shard(&self, path: &Path, tensors: &[HfTensor]) -> Result<()> {
+        let io = |e: io::Error| Error::io("export: write", path, &e);
+        let entries: Vec<header::Entry> = tensors
+            .iter()
+            .map(|t| header::Entry {
+                name: self.full_name(t),
+                dtype: self.element,
+                shape: t.shape(),
+                bytes: t.elements() * self.dtype.bytes(),
+            })
+            .collect();
+        let mut file = NewFile::create(path).map_err(io)?;
+        file.write_all(&header::encode(&entries)).map_err(io)?;
+        let mut out = Converted { file: &mut file, dtype: self.dtype, staging: Vec::new() };
+        for tensor in tensors {
+            if tensor.transposed {
+                let parts = tensor.parts.iter().map(|p| self.load(p)).collect::<Result<Vec<_>>>()?;
+                out.write_turned(tensor, &parts).map_err(io)?;
+            } else {
+                for part in &tensor.parts {
+                    out.write(&self.load(part)?).map_err(io)?;
+                }
+            }
+        }
+        file.sync().map_err(io)
+    }
+
+    fn load(&self, part: &Part) -> Result<Vec<f32>> {
+        let data = (self.source)(&part.name)?;
+        let expected: usize = part.shape.iter().product();
+        if data.len() != expected {
+            return Err(Error::failure(format!(
+                "export: parameter {} has {} elements, expected {expected} for shape {:?}",
+                part.name,
+                data.len(),
+                part.shape
+            )));
+        }
+        Ok(data)
+    }
+}
+
+/// Consecutive tensors of at most `max_bytes` together; a larger one stands alone.
+fn cut(sizes: &[u64], max_bytes: u64) -> Vec<std::ops::Range<usize>> {
+    let mut shards = Vec::new();
+    let (mut first, mut bytes) = (0, 0u64);
+    for (i, size) in sizes.iter().enumerate() {
+        if i > first && bytes.saturating_add(*size) > max_bytes {
+            shards.push(first..i);
+            (first, bytes) = (i, 0);
+        }
+        bytes = bytes.saturating_add(*size);
+    }
+    shards.push(first..sizes.len());
+    shards
+}
+
+/// Writes float32 as the wanted type.
+struct Converted<'a> {
+    file: &'a mut NewFile,
+    dtype: DType,
+    staging: Vec<u8>,
+}
+
+impl Converted<'_> {
+    fn write(&mut self, data: &[f32]) -> io::Result<()> {
+        if self.dtype == DType::F32 {
+            return self.file.write_all(bytemuck::cast_slice(data));
+        }
+        for part in data.chunks(STAGING_BYTES / 2) {
+            self.staging.clear();
+            self.staging.extend(part.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()));
+            self.file.write_all(&self.staging)?;
+        }
+        Ok(())
+    }
+
+    /// The parts, each `[out, in]`, as `[in, all outs]`.
+    fn write_turned(&mut self, tensor: &HfTensor, parts: &[Vec<f32>]) -> io::Result<()> {
+        let stored = tensor.shape();
+        let (rows, cols) = (stored[0], stored[1]);
+        let mut block = vec![0.0; TURNED_ROWS.min(rows) * cols];
+        for r0 in (0..rows).step_by(TURNED_ROWS) {
+            let n = TURNED_ROWS.min(rows - r0);
+            let mut col = 0;
+            for data in parts {
+                for from in data.chunks_exact(rows) {
+                    for i in 0..n {
+                        block[i * cols + col] = from[r0 + i];
+                    }
+                    col += 1;
+                }
+            }
+            self.write(&block[..n * cols])?;
+        }
+        Ok(())
+    }
+}
+
+fn pretty(value: &serde_json::Value) -> Vec<u8> {
+    format!("{value:#}\n").into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_are_cut_in_order() {
+        for (sizes, max, ends) in [
+            (&[4, 4, 4][..], 100, &[3][..]),
+            (&[4, 4, 4], 8, &[2, 3]),
+            (&[9, 1, 1, 9], 8, &[1, 3, 4]),
+            (&[1, 1], 0, &[1, 2]),
+            (&[u64::MAX, u64::MAX], u64::MAX, &[2]),
+        ] {
+            let shards = cut(sizes, max);
+            assert_eq!(shards.iter().map(|r| r.end).collect::<Vec<_>>(), ends, "{sizes:?} by {max}");
+            assert_eq!(shards.iter().map(|r| r.len()).sum::<usize>(), sizes.len());
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! Models as Hugging Face keeps them: `config.json` and `model.safetensors`, whole or in shards with an index.
+//!
+//! Logical parameters (`layers.0.attn.q.weight`, linear weights `[out, in]`) are mapped to the tensors of the Llama,
+//! Mistral, Qwen 2, Qwen 3 and GPT-2 families; GPT-2's fused and transposed ones are split and turned on the way.
+
+mod export;
+mod names;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use serde::Deserialize;
+use spec::{Context, Error, ModelSpec, Result};
+
+use crate::header::{Header, Info};
+use crate::region::matrix;
+use names::HfTensor;
+
+pub use export::{Exported, export};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Bytes read at a time where elements must be converted.
+const STAGING_BYTES: usize = 1 << 20;
+
+/// Rows of a transposed tensor turned at a time: a cache line of each target row.
+const TURNED_ROWS: usize = 16;
+
+/// Problems listed in one message; a wrong config makes hundreds of the same kind.
+const MAX_PROBLEMS: usize = 8;
+
+/// Reads the model in `dir`: what it is, and its weights, open for reading.
+///
+/// # Errors
+/// A user error when `config.json` or the weights are missing, damaged or of an unsupported kind, or do not fit each
+/// other; every missing, unexpected or wrongly shaped tensor is named.
+pub fn import(dir: &Path) -> Result<(ModelSpec, HfWeights)> {
+    let path = dir.join("config.json");
+    let text = fs::read_to_string(&path).map_err(|e| {
+        Error::io("import: read", &path, &e)
+            .hint("give the directory that holds config.json and model.safetensors")
+    })?;
+    let spec = ModelSpec::from_hf_config(&text).context(format!("import {}", path.display()))?;
+    let weights = HfWeights::open(dir, &spec)?;
+    Ok((spec, weights))
+}
+
+/// The weights of a Hugging Face model under their logical names, as float32.
+#[derive(Debug)]
+pub struct HfWeights {
+    files: Vec<(PathBuf, File)>,
+    parameters: HashMap<String, Source>,
+    /// Names in the order of the forward pass.
+    order: Vec<String>,
+}
+
+/// Where a logical parameter lies.
+#[derive(Clone, Debug)]
+struct Source {
+    file: usize,
+    /// Offset in bytes of the tensor that holds it.
+    offset: u64,
+    kind: Float,
+    shape: Vec<usize>,
+    place: Place,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// Row-major, from this element of the tensor on.
+    Rows { first: usize },
+    /// Transposed: logical rows are stored columns from `first` on, of `stored_cols`.
+    Columns { first: usize, stored_cols: usize },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Float {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Float {
+    fn parse(dtype: &str) -> Option<Self> {
+        Some(match dtype {
+            "F32" => Float::F32,
+            "BF16" => Float::Bf16,
+            "F16" => Float::F16,
+            _ => return None,
+        })
+    }
+
+    fn bytes(self) -> usize {
+        if self == Float::F32 { 4 } else { 2 }
+    }
+}
+
+impl HfWeights {
+    /// Opens the weights of `spec` in `dir`.
+    ///
+    /// # Errors
+    /// As [`import`].
+    pub fn open(dir: &Path, spec: &ModelSpec) -> Result<Self> {
+        let table = names::table(spec)?;
+        let mut files = Vec::new();
+        let mut found: BTreeMap<String, (usize, u64, Info)> = BTreeMap::new();
+        let mut problems = Vec::new();
+        let index = weight_files(dir)?;
+        for name in &index.files {
+            let path = dir.join(name);
+            let file = File::open(&path).map_err(|e| Error::io("import: open", &path, &e))?;
+            let header = Header::read(&file, &path)?;
+            for (tensor, info) in &header.tensors {
+                let plain = tensor.strip_prefix(names::prefix(spec)).unwrap_or(tensor);
+                let entry = (files.len(), header.offset(info), info.clone());
+                if found.insert(plain.to_owned(), entry).is_some() {
+                    problems.push(format!("tensor {tensor} is there twice"));
+                }
+            }
+            for tensor in index.promised.get(name).into_iter().flatten() {
+                if !header.tensors.contains_key(tensor) {
+                    problems.push(format!("tensor {tensor} is not in {name}, where the index says it is"));
+                }
+            }
+            files.push((path, file));
+        }
+        let mut weights = HfWeights { files, parameters: HashMap::new(), order: Vec::new() };
+        for tensor in &table {
+            match found.remove(&tensor.name) {
+                None => problems.push(format!("tensor {} {:?} is missing", tensor.name, tensor.shape())),
+                Some((file, offset, info)) => {
+                    weights.add(tensor, file, offset, &info).unwrap_or_else(|problem| problems.push(problem));
+                }
+            }
+        }
+        let unexpected = found.keys().filter(|name| !names::ignored(spec, name));
+        problems.extend(unexpected.map(|name| format!("tensor {name} is unexpected")));
+        if problems.is_empty() { Ok(weights) } else { Err(misfit(dir, spec, &problems)) }
+    }
+
+    fn add(&mut self, tensor: &HfTensor, file: usize, offset: u64, info: &Info) -> Result<(), String> {
+        let (name, stored) = (&tensor.name, tensor.shape());
+        if info.shape != stored {
+            return Err(format!("tensor {name} has shape {:?}, expected {stored:?}", info.shape));
+        }
+        let kind = Float::parse(&info.dtype)
+            .ok_or_else(|| format!("tensor {name} is of type {}, expected F32, BF16 or F16", info.dtype))?;
+        let mut rows = 0;
+        for part in &tensor.parts {
+            let row_elements: usize = part.shape[1..].iter().product();
+            let place = if tensor.transposed {
+                Place::Columns { first: rows, stored_cols: stored[1] }
+            } else {
+                Place::Rows { first: rows * row_elements }
+            };
+            let source = Source { file, offset, kind, shape: part.shape.clone(), place };
+            self.parameters.insert(part.name.clone(), source);
+            self.order.push(part.name.clone());
+            rows += part.shape[0];
+        }
+        Ok(())
+    }
+
+    /// The logical names, in the order of the forward pass.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.order.iter().map(String::as_str)
+    }
+
+    /// The logical shape of a parameter.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.parameters.get(name).map(|s| s.shape.as_slice())
+    }
+
+    /// Reads whole rows of a parameter, row-major, as float32. A vector has one row.
+    ///
+    /// # Errors
+    /// As [`HfWeights::read_box`].
+    pub fn read(&self, name: &str, row0: usize, rows: usize, out: &mut [f32]) -> Result<()> {
+        let cols = self.parameters.get(name).and_then(|s| matrix(&s.shape)).map_or(0, |(_, cols)| cols);
+        self.read_box(name, row0, rows, 0, cols, out)
+    }
+
+    /// Reads a rectangle of a parameter seen as a matrix, row-major, as float32.
+    ///
+    /// # Errors
+    /// When there is no such parameter or rectangle, or the file cannot be read.
+    pub fn read_box(
+        &self,
+        name: &str,
+        row0: usize,
+        rows: usize,
+        col0: usize,
+        cols: usize,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let no_such = || Error::user(format!("the imported model has no parameter {name}"));
+        let source = self.parameters.get(name).ok_or_else(no_such)?;
+        let (all_rows, all_cols) = matrix(&source.shape).ok_or_else(no_such)?;
+        let inside = row0.checked_add(rows).is_some_and(|end| end <= all_rows)
+            && col0.checked_add(cols).is_some_and(|end| end <= all_cols);
+        if !inside || rows * cols != out.len() {
+            return Err(Error::failure(format!(
+                "read {name} of shape {:?}: {rows} rows from {row0}, {cols} columns from {col0} into {} elements",
+                source.shape,
+                out.len()
+            )));
+        }
+        if out.is_empty() {
+            return Ok(());
+        }
+        let (path, file) = &self.files[source.file];
+        let mut reader = Elements { file, source, staging: Vec::new() };
+        match source.place {
+            Place::Rows { first } if cols == all_cols => reader.read(first + row0 * all_cols, out),
+            Place::Rows { first } => out
+                .chunks_exact_mut(cols)
+                .zip(row0..)
+                .try_for_each(|(row, r)| reader.read(first + r * all_cols + col0, row)),
+            Place::Columns { first, stored_cols } => {
+                reader.read_turned(first + row0, rows, stored_cols, col0, cols, out)
+            }
+        }
+        .map_err(|e| Error::io("read", path, &e))
+    }
+}
+
+/// Reads elements of one tensor as float32.
+struct Elements<'a> {
+    file: &'a File,
+    source: &'a Source,
+    staging: Vec<u8>,
+}
+
+impl Elements<'_> {
+    /// Elements from `first` of the stored tensor on.
+    fn read(&mut self, first: usize, out: &mut [f32]) -> std::io::Result<()> {
+        let size = self.source.kind.bytes();
+        let mut offset = self.source.offset + (first * size) as u64;
+        if self.source.kind == Float::F32 {
+            return self.file.read_exact_at(bytemuck::cast_slice_mut(out), offset);
+        }
+        for part in out.chunks_mut(STAGING_BYTES / size) {
+            self.staging.resize(part.len() * size, 0);
+            self.file.read_exact_at(&mut self.staging, offset)?;
+            for (x, b) in part.iter_mut().zip(self.staging.chunks_exact(2)) {
+                let bits = u16::from_le_bytes([b[0], b[1]]);
+                *x = match self.source.kind {
+                    Float::F16 => f16::from_bits(bits).to_f32(),
+                    _ => bf16::from_bits(bits).to_f32(),
+                };
+            }
+            offset += self.staging.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Stored columns `first..first + rows` of stored rows `col0..col0 + cols`, turned into `rows` rows of `cols`.
+    fn read_turned(
+        &mut self,
+        first: usize,
+        rows: usize,
+        stored_cols: usize,
+        col0: usize,
+        cols: usize,
+        out: &mut [f32],
+    ) -> std::io::Result<()> {
+        let mut block = vec![0.0; TURNED_ROWS * rows];
+        for c0 in (0..cols).step_by(TURNED_ROWS) {
+            let n = TURNED_ROWS.min(cols - c0);
+            for (i, line) in block.chunks_exact_mut(rows).take(n).enumerate() {
+                self.read((col0 + c0 + i) * stored_cols + first, line)?;
+            }
+            for (r, row) in out.chunks_exact_mut(cols).enumerate() {
+                for i in 0..n {
+                    row[c0 + i] = block[i * rows + r];
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The files of a model.
+struct WeightFiles {
+    files: BTreeSet<String>,
+    /// Tensors that the index places in each file.
+    promised: BTreeMap<String, Vec<String>>,
+}
+
+fn weight_files(dir: &Path) -> Result<WeightFiles> {
+    if dir.join(SINGLE).exists() {
+        return Ok(WeightFiles { files: [SINGLE.to_owned()].into(), promised: BTreeMap::new() });
+    }
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let path = dir.join(INDEX);
+    let text = fs::read_to_string(&path).map_err(|e| {
+        let error = Error::io("import: read", &path, &e);
+        if e.kind() != std::io::ErrorKind::NotFound {
+            return error;
+        }
+        Error::user(format!("import: {} holds neither {SINGLE} nor {INDEX}", dir.display()))
+            .hint("weights in other formats must be saved as safetensors first")
+    })?;
+    let index: Index = serde_json::from_str(&text)
+        .map_err(|e| Error::user(format!("import: {} is damaged: {e}", path.display())))?;
+    let mut promised: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (tensor, file) in index.weight_map {
+        // An index from elsewhere must not reach outside of its directory.
+        if file.contains(['/', '\\']) || file.starts_with('.') {
+            return Err(Error::user(format!(
+                "import: {} places tensor {tensor} in {file:?}, expected a plain file name",
+                path.display()
+            )));
+        }
+        promised.entry(file).or_default().push(tensor);
+    }
+    Ok(WeightFiles { files: promised.keys().cloned().collect(), promised })
+}
+
+fn misfit(dir: &Path, spec: &ModelSpec, problems: &[String]) -> Error {
+    let shown = problems[..problems.len().min(MAX_PROBLEMS)].join("; ");
+    let more = match problems.len() - problems.len().min(MAX_PROBLEMS) {
+        0 => String::new(),
+        n => format!("; and {n} more"),
+    };
+    Error::user(format!("import: the weights in {} do not fit its config.json: {shown}{more}", dir.display()))
+        .hint(format!(
+            "config.json describes {} layers of width {}, {} heads, vocabulary {}",
+            spec.layers, spec.hidden, spec.heads, spec.vocab
+        ))
+}

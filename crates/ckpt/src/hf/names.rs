@@ -1,0 +1,164 @@
+//! The one table of names: which Hugging Face tensor holds which logical parameters, and how.
+
+use spec::{ModelSpec, NormKind, Position, Result};
+
+/// A tensor in a Hugging Face file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct HfTensor {
+    /// Without the prefix of the model's body.
+    pub(crate) name: String,
+    /// Whether the prefix belongs in front: the head stands outside of the body.
+    pub(crate) in_body: bool,
+    /// Stored `[in, out]` (GPT-2's Conv1D) where logical weights are `[out, in]`.
+    pub(crate) transposed: bool,
+    /// The logical parameters, concatenated along their first dim before any transposing.
+    pub(crate) parts: Vec<Part>,
+}
+
+/// A logical parameter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+}
+
+impl HfTensor {
+    /// The shape in the file.
+    pub(crate) fn shape(&self) -> Vec<usize> {
+        let mut shape = self.parts[0].shape.clone();
+        shape[0] = self.parts.iter().map(|p| p.shape[0]).sum();
+        if self.transposed {
+            shape.reverse();
+        }
+        shape
+    }
+
+    pub(crate) fn elements(&self) -> usize {
+        self.shape().iter().product()
+    }
+}
+
+/// What the names of a family's body start with in files of the whole model.
+pub(crate) fn prefix(spec: &ModelSpec) -> &'static str {
+    if gpt2(spec) { "transformer." } else { "model." }
+}
+
+/// Whether a tensor that the table does not list may be there all the same: buffers of old versions, and the head of a
+/// model that ties it.
+pub(crate) fn ignored(spec: &ModelSpec, name: &str) -> bool {
+    let buffer = if gpt2(spec) {
+        name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")
+    } else {
+        name.ends_with("rotary_emb.inv_freq")
+    };
+    buffer || (spec.tied_embeddings && name == HEAD)
+}
+
+const HEAD: &str = "lm_head.weight";
+
+fn gpt2(spec: &ModelSpec) -> bool {
+    matches!(spec.position, Position::Learned { .. })
+}
+
+/// Every tensor of the model, in the order of the forward pass.
+///
+/// # Errors
+/// When none of the families has such a model.
+pub(crate) fn table(spec: &ModelSpec) -> Result<Vec<HfTensor>> {
+    spec.hf_architecture()?;
+    let mut t = Table { spec, tensors: Vec::new() };
+    if gpt2(spec) {
+        t.gpt2()
+    } else {
+        t.llama()
+    }
+    if !spec.tied_embeddings {
+        t.plain(HEAD, "head.weight", &[spec.vocab, spec.hidden]);
+        t.tensors.iter_mut().filter(|x| x.name == HEAD).for_each(|x| x.in_body = false);
+    }
+    Ok(t.tensors)
+}
+
+struct Table<'a> {
+    spec: &'a ModelSpec,
+    tensors: Vec<HfTensor>,
+}
+
+impl Table<'_> {
+    fn plain(&mut self, hf: &str, name: &str, shape: &[usize]) {
+        self.push(hf, false, vec![Part { name: name.to_owned(), shape: shape.to_vec() }]);
+    }
+
+    fn push(&mut self, hf: &str, transposed: bool, parts: Vec<Part>) {
+        self.tensors.push(HfTensor { name: hf.to_owned(), in_body: true, transposed, parts });
+    }
+
+    fn llama(&mut self) {
+        let m = self.spec;
+        let (q, kv) = (m.heads * m.head_dim, m.kv_heads * m.head_dim);
+        self.plain("embed_tokens.weight", "embed.weight", &[m.vocab, m.hidden]);
+        for i in 0..m.layers {
+            let (hf, own) = (format!("layers.{i}"), format!("layers.{i}"));
+            let h = |s: &str| format!("{hf}.{s}");
+            let p = |s: &str| format!("{own}.{s}");
+            self.norm(&h("input_layernorm"), &p("attn_norm"));
+            self.linear(&h("self_attn.q_proj"), &p("attn.q"), q, m.hidden, m.qkv_bias);
+            self.linear(&h("self_attn.k_proj"), &p("attn.k"), kv, m.hidden, m.qkv_bias);
+            self.linear(&h("self_attn.v_proj"), &p("attn.v"), kv, m.hidden, m.qkv_bias);
+            if m.qk_norm {
+                self.plain(&h("self_attn.q_norm.weight"), &p("attn.q_norm.weight"), &[m.head_dim]);
+                self.plain(&h("self_attn.k_norm.weight"), &p("attn.k_norm.weight"), &[m.head_dim]);
+            }
+            self.linear(&h("self_attn.o_proj"), &p("attn.o"), m.hidden, q, m.attn_out_bias);
+            self.norm(&h("post_attention_layernorm"), &p("mlp_norm"));
+            self.linear(&h("mlp.gate_proj"), &p("mlp.gate"), m.ffn, m.hidden, m.mlp_bias);
+            self.linear(&h("mlp.up_proj"), &p("mlp.up"), m.ffn, m.hidden, m.mlp_bias);
+            self.linear(&h("mlp.down_proj"), &p("mlp.down"), m.hidden, m.ffn, m.mlp_bias);
+        }
+        self.norm("norm", "final_norm");
+    }
+
+    fn gpt2(&mut self) {
+        let m = self.spec;
+        let d = m.hidden;
+        self.plain("wte.weight", "embed.weight", &[m.vocab, d]);
+        if let Position::Learned { max_positions } = m.position {
+            self.plain("wpe.weight", "pos_embed.weight", &[max_positions, d]);
+        }
+        for i in 0..m.layers {
+            let h = |s: &str| format!("h.{i}.{s}");
+            let p = |s: &str| format!("layers.{i}.{s}");
+            self.norm(&h("ln_1"), &p("attn_norm"));
+            self.conv(&h("attn.c_attn"), &[p("attn.q"), p("attn.k"), p("attn.v")], d, d);
+            self.conv(&h("attn.c_proj"), &[p("attn.o")], d, d);
+            self.norm(&h("ln_2"), &p("mlp_norm"));
+            self.conv(&h("mlp.c_fc"), &[p("mlp.up")], m.ffn, d);
+            self.conv(&h("mlp.c_proj"), &[p("mlp.down")], d, m.ffn);
+        }
+        self.norm("ln_f", "final_norm");
+    }
+
+    fn norm(&mut self, hf: &str, own: &str) {
+        let d = self.spec.hidden;
+        self.plain(&format!("{hf}.weight"), &format!("{own}.weight"), &[d]);
+        if self.spec.norm == NormKind::Layer {
+            self.plain(&format!("{hf}.bias"), &format!("{own}.bias"), &[d]);
+        }
+    }
+
+    fn linear(&mut self, hf: &str, own: &str, out_dim: usize, in_dim: usize, bias: bool) {
+        self.plain(&format!("{hf}.weight"), &format!("{own}.weight"), &[out_dim, in_dim]);
+        if bias {
+            self.plain(&format!("{hf}.bias"), &format!("{own}.bias"), &[out_dim]);
+        }
+    }
+
+    /// A Conv1D: each of `own` has `out_dim` rows, side by side in the stored columns.
+    fn conv(&mut self, hf: &str, own: &[String], out_dim: usize, in_dim: usize) {
+        let parts = |what: &str, shape: &[usize]| {
+            own.iter().map(|p| Part { name: format!("{p}.{what}"), shape: shape.to_vec() }).collect()
+        };
+        self.push(&format!("{hf}.weight"), true, parts("weight", &[out_dim, in_dim]));
+        self.push(&format!("{hf}.bias"), false, parts("bias", &[out_dim]));
+    }
+}

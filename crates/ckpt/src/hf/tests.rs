@@ -1,0 +1,293 @@
+use std::fs;
+use std::path::Path;
+
+use spec::{Activation, DType, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
+
+use super::*;
+
+fn llama() -> ModelSpec {
+    ModelSpec {
+        name: "llama".into(),
+        vocab: 11,
+        layers: 2,
+        hidden: 12,
+        ffn: 20,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 6,
+        norm: NormKind::Rms,
+        norm_eps: 1e-5,
+        position: Position::Rope(Rope { theta: 1e4, scaling: RopeScaling::Default, max_positions: 32 }),
+        activation: Activation::SwiGlu,
+        qkv_bias: false,
+        attn_out_bias: false,
+        mlp_bias: false,
+        qk_norm: false,
+        tied_embeddings: false,
+        init_std: 0.02,
+    }
+}
+
+fn gpt2() -> ModelSpec {
+    ModelSpec {
+        name: "gpt2".into(),
+        kv_heads: 4,
+        head_dim: 3,
+        norm: NormKind::Layer,
+        position: Position::Learned { max_positions: 7 },
+        activation: Activation::GeluTanh,
+        qkv_bias: true,
+        attn_out_bias: true,
+        mlp_bias: true,
+        tied_embeddings: true,
+        ..llama()
+    }
+}
+
+fn families() -> Vec<ModelSpec> {
+    let qwen2 = ModelSpec { name: "qwen2".into(), qkv_bias: true, tied_embeddings: true, ..llama() };
+    let qwen3 = ModelSpec { name: "qwen3".into(), qk_norm: true, ..llama() };
+    let biased = ModelSpec { qkv_bias: true, attn_out_bias: true, mlp_bias: true, ..llama() };
+    vec![llama(), biased, qwen2, qwen3, gpt2(), ModelSpec { tied_embeddings: false, ..gpt2() }]
+}
+
+/// A weight that tells its name and place; every third needs more than bfloat16.
+fn value(name: &str, i: usize) -> f32 {
+    let seed = name.bytes().fold(7u32, |a, b| a.wrapping_mul(31).wrapping_add(u32::from(b)));
+    (seed % 1000) as f32 + i as f32 * if i.is_multiple_of(3) { 1.001 } else { 0.5 }
+}
+
+fn weights(spec: &ModelSpec) -> impl Fn(&str) -> Result<Vec<f32>> + use<> {
+    let parts: HashMap<String, usize> = names::table(spec)
+        .unwrap()
+        .into_iter()
+        .flat_map(|t| t.parts)
+        .map(|p| (p.name, p.shape.iter().product()))
+        .collect();
+    move |name: &str| Ok((0..parts[name]).map(|i| value(name, i)).collect())
+}
+
+fn read_all(weights: &HfWeights, name: &str) -> Vec<f32> {
+    let (rows, cols) = matrix(weights.shape(name).unwrap()).unwrap();
+    let mut out = vec![f32::NAN; rows * cols];
+    weights.read(name, 0, rows, &mut out).unwrap();
+    out
+}
+
+#[test]
+fn round_trip_of_every_family() {
+    for spec in families() {
+        for max_shard_bytes in [u64::MAX, 2000] {
+            let dir = tempfile::tempdir().unwrap();
+            let out = dir.path().join("out");
+            let done = export(&spec, weights(&spec), &out, DType::F32, max_shard_bytes, None).unwrap();
+            assert_eq!(done.bytes, 4 * spec.param_count(), "{}: every parameter once", spec.name);
+            assert_eq!(done.files > 1, max_shard_bytes == 2000);
+            let (found, read) = import(&out).unwrap();
+            assert_eq!(ModelSpec { name: spec.name.clone(), ..found }, spec);
+            assert_eq!(read.names().count(), read.parameters.len());
+            for name in read.names() {
+                let all = read_all(&read, name);
+                assert!(all.iter().enumerate().all(|(i, x)| *x == value(name, i)), "{name}");
+            }
+            // And out again: the same files.
+            let again = dir.path().join("again");
+            export(&spec, |name| Ok(read_all(&read, name)), &again, DType::F32, max_shard_bytes, None)
+                .unwrap();
+            for entry in fs::read_dir(&out).unwrap() {
+                let name = entry.unwrap().file_name();
+                assert_eq!(
+                    fs::read(out.join(&name)).unwrap(),
+                    fs::read(again.join(&name)).unwrap(),
+                    "{name:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn boxes() {
+    let spec = gpt2();
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    export(&spec, weights(&spec), &out, DType::F32, u64::MAX, None).unwrap();
+    let (_, read) = import(&out).unwrap();
+    for name in
+        ["embed.weight", "layers.1.attn.k.weight", "layers.0.mlp.up.weight", "layers.0.mlp.down.weight"]
+    {
+        let cols = read.shape(name).unwrap()[1];
+        let mut part = [0.0; 3 * 5];
+        read.read_box(name, 2, 3, 1, 5, &mut part).unwrap();
+        for (i, x) in part.into_iter().enumerate() {
+            assert_eq!(x, value(name, (2 + i / 5) * cols + 1 + i % 5), "{name} {i}");
+        }
+        let mut rows = vec![0.0; 2 * cols];
+        read.read(name, 4, 2, &mut rows).unwrap();
+        assert_eq!(rows[cols + 1], value(name, 5 * cols + 1));
+    }
+    let mut middle = [0.0; 4];
+    read.read_box("layers.1.attn.v.bias", 0, 1, 3, 4, &mut middle).unwrap();
+    assert_eq!(middle[1], value("layers.1.attn.v.bias", 4));
+    assert!(read.read("nothing", 0, 1, &mut []).is_err());
+    assert!(read.read("embed.weight", 10, 2, &mut [0.0; 24]).is_err());
+}
+
+#[test]
+fn sixteen_bits() {
+    let spec = gpt2();
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    export(&spec, weights(&spec), &out, DType::Bf16, u64::MAX, None).unwrap();
+    let (_, read) = import(&out).unwrap();
+    for name in read.names() {
+        let all = read_all(&read, name);
+        assert!(all.iter().enumerate().all(|(i, x)| *x == bf16::from_f32(value(name, i)).to_f32()), "{name}");
+    }
+}
+
+/// Writes a float16 model with the reference crate, `change` applied to its tensors (name, shape, values).
+fn write_f16(
+    dir: &Path,
+    spec: &ModelSpec,
+    prefix: &str,
+    change: impl FnOnce(&mut BTreeMap<String, Vec<usize>>),
+) {
+    fs::write(dir.join("config.json"), spec.to_hf_config().unwrap().to_string()).unwrap();
+    let mut shapes: BTreeMap<String, Vec<usize>> = names::table(spec)
+        .unwrap()
+        .iter()
+        .map(|t| (if t.in_body { format!("{prefix}{}", t.name) } else { t.name.clone() }, t.shape()))
+        .collect();
+    change(&mut shapes);
+    let data: Vec<(String, Vec<usize>, Vec<u8>)> = shapes
+        .into_iter()
+        .map(|(name, shape)| {
+            let bytes =
+                (0..shape.iter().product()).flat_map(|i: usize| f16::from_f32(i as f32).to_le_bytes());
+            (name, shape, bytes.collect())
+        })
+        .collect();
+    let views = data.iter().map(|(name, shape, bytes)| {
+        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F16, shape.clone(), bytes).unwrap())
+    });
+    fs::write(dir.join(SINGLE), safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+#[test]
+fn names_with_and_without_prefix_and_known_extras() {
+    for spec in [llama(), gpt2()] {
+        for prefix in ["", names::prefix(&spec)] {
+            let dir = tempfile::tempdir().unwrap();
+            write_f16(dir.path(), &spec, prefix, |shapes| {
+                let (buffer, shape) = match spec.position {
+                    Position::Learned { .. } => ("h.0.attn.bias", vec![1, 1, 7, 7]),
+                    Position::Rope(_) => ("layers.0.self_attn.rotary_emb.inv_freq", vec![3]),
+                };
+                shapes.insert(format!("{prefix}{buffer}"), shape);
+                shapes.insert("lm_head.weight".into(), vec![11, 12]);
+            });
+            let (_, read) = import(dir.path()).unwrap();
+            assert_eq!(read_all(&read, "embed.weight")[13], 13.0);
+        }
+    }
+}
+
+#[track_caller]
+fn check_misfit(spec: &ModelSpec, change: impl FnOnce(&mut BTreeMap<String, Vec<usize>>), expected: &[&str]) {
+    let dir = tempfile::tempdir().unwrap();
+    write_f16(dir.path(), spec, names::prefix(spec), change);
+    let error = import(dir.path()).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    for text in expected {
+        assert!(error.to_string().contains(text), "{error}");
+    }
+}
+
+#[test]
+fn misfits_are_named() {
+    check_misfit(
+        &llama(),
+        |shapes| {
+            shapes.remove("model.layers.1.self_attn.k_proj.weight");
+            shapes.insert("model.layers.2.mlp.up_proj.weight".into(), vec![2]);
+            shapes.insert("model.norm.weight".into(), vec![13]);
+        },
+        &[
+            "tensor layers.1.self_attn.k_proj.weight [12, 12] is missing",
+            "tensor layers.2.mlp.up_proj.weight is unexpected",
+            "tensor norm.weight has shape [13], expected [12]",
+        ],
+    );
+    check_misfit(&gpt2(), |shapes| shapes.retain(|name, _| name.contains("wte")), &["; and 19 more"]);
+}
+
+#[track_caller]
+fn check_refused(dir: &Path, expected: &str) {
+    let error = import(dir).unwrap_err();
+    assert_eq!(error.exit_code(), 2, "{error}");
+    assert!(error.to_string().contains(expected), "{error}");
+}
+
+#[test]
+fn damaged_models_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    check_refused(dir, "config.json");
+    fs::write(dir.join("config.json"), "{").unwrap();
+    check_refused(dir, "config.json");
+    fs::write(dir.join("config.json"), llama().to_hf_config().unwrap().to_string()).unwrap();
+    check_refused(dir, "neither model.safetensors nor");
+    fs::write(dir.join(INDEX), r#"{"weight_map": {"a": "../../secret"}}"#).unwrap();
+    check_refused(dir, "expected a plain file name");
+    fs::write(dir.join(INDEX), r#"{"weight_map": {"a": "gone.safetensors"}}"#).unwrap();
+    check_refused(dir, "gone.safetensors");
+    fs::write(dir.join(INDEX), "[]").unwrap();
+    check_refused(dir, "is damaged");
+    write_f16(dir, &llama(), "model.", |_| ());
+    let bytes = fs::read(dir.join(SINGLE)).unwrap();
+    fs::write(dir.join(SINGLE), &bytes[..bytes.len() - 3]).unwrap();
+    check_refused(dir, "model.safetensors is damaged: cut short");
+}
+
+#[test]
+fn an_index_that_lies_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    export(&llama(), weights(&llama()), &out, DType::F32, 2000, None).unwrap();
+    let path = out.join(INDEX);
+    let text = fs::read_to_string(&path).unwrap();
+    let first = "model-00001-of-";
+    let last = text.rfind("model-000").unwrap();
+    let lying = format!("{}{first}{}", &text[..last], &text[last + first.len()..]);
+    fs::write(&path, lying).unwrap();
+    check_refused(&out, "is not in model-00001-of-");
+}
+
+#[test]
+fn export_is_whole_or_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let spec = llama();
+    let failing = |name: &str| match name {
+        "final_norm.weight" => Err(Error::failure("checkpoint chunk 3 is damaged")),
+        _ => weights(&spec)(name),
+    };
+    let error = export(&spec, failing, &out, DType::F32, u64::MAX, None).unwrap_err();
+    assert!(error.to_string().contains("chunk 3"));
+    let short = |name: &str| weights(&spec)(name).map(|v| v[1..].to_vec());
+    assert!(export(&spec, short, &out, DType::F32, u64::MAX, None).is_err());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left");
+
+    fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
+    fs::write(dir.path().join("tokenizer_config.json"), "{}").unwrap();
+    fs::create_dir(&out).unwrap();
+    let tokenizer = dir.path().join("tokenizer.json");
+    export(&spec, weights(&spec), &out, DType::F32, u64::MAX, Some(&tokenizer)).unwrap();
+    assert!(out.join("tokenizer.json").exists() && out.join("tokenizer_config.json").exists());
+
+    let again = export(&spec, weights(&spec), &out, DType::F32, u64::MAX, None).unwrap_err();
+    assert!(again.to_string().contains("not empty"), "{again}");
+    let wrong = export(&spec, weights(&spec), &out, DType::U32, u64::MAX, None).unwrap_err();
+    assert_eq!(wrong.exit_code(), 2);
+}
