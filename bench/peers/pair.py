@@ -7,6 +7,12 @@ Starts all programs, lets each warm up, then asks one after the other for a step
 round. A ratio is the median over rounds of peer's seconds by ours in the same round: above 1, Phalanx is faster.
 What slows the machine for a while slows both sides of a pair. Any program will do that answers every line `step` on
 its input with a line of seconds.
+
+On a CPU that is not Intel's, PyTorch's matrix products (oneMKL) leave AVX-512 out. To measure against a PyTorch that
+has it too, build a library that says otherwise and hand it to the peers; say which of the two a figure comes from:
+
+    echo 'int mkl_serv_intel_cpu_true(void) { return 1; }' | gcc -shared -fPIC -x c -o /tmp/mkl.so -
+    python bench/peers/pair.py --threads 1 --preload /tmp/mkl.so
 """
 
 import argparse
@@ -27,10 +33,11 @@ STEP_TIMEOUT_S = 600
 
 def main():
     args = parse_args()
+    preload = ["env", f"LD_PRELOAD={args.preload.resolve()}"] if args.preload else []
     programs = {"ours": Program("ours", shlex.split(args.ours or OURS.format(threads=args.threads)))}
     for peer in args.peers.split(","):
-        programs[peer] = Program(peer, [args.python, str(HERE / "reference_step.py"), "--threads", str(args.threads),
-                                        *PEERS[peer], *(["--rotary"] if args.rotary else [])])
+        programs[peer] = Program(peer, [*preload, args.python, str(HERE / "reference_step.py"),
+                                        "--threads", str(args.threads), *PEERS[peer], *(["--rotary"] if args.rotary else [])])
     try:
         seconds = measure(programs, args)
     finally:
@@ -49,16 +56,19 @@ def parse_args():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peers", default="eager,compiled", help="eager, compiled or both (default)")
     parser.add_argument("--rotary", action="store_true", help="give the peers rotary positions too")
+    parser.add_argument("--preload", type=pathlib.Path, help="a shared library to load into the peers first")
     parser.add_argument("--ours", help=f"command of our side (default: {OURS})")
     parser.add_argument("--python", default=sys.executable, help="a Python that has torch")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3, help="steps of each that do not count")
-    parser.add_argument("--pause-ms", type=int, default=30, help="rest before a step, for the other's threads to go to sleep")
+    parser.add_argument("--pause-ms", type=int, default=30, help="rest before each step, so that idle threads sleep")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens in a step")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if unknown := set(args.peers.split(",")) - PEERS.keys():
         parser.error(f"unknown peer {', '.join(unknown)}; known: {', '.join(PEERS)}")
+    if args.preload and not args.preload.is_file():
+        parser.error(f"--preload: no file {args.preload}")
     if args.rounds < 1 or args.warmup < 0 or args.threads < 1:
         parser.error("--rounds and --threads start at 1, --warmup at 0")
     return args
@@ -115,7 +125,8 @@ def measure(programs, args):
 
 
 def summary(seconds, args):
-    result = {"threads": args.threads, "rounds": args.rounds, "cpu": cpu_name(), "load_average": os.getloadavg()[0]}
+    result = {"threads": args.threads, "rounds": args.rounds, "preload": bool(args.preload),
+              "cpu": cpu_name(), "load_average": os.getloadavg()[0]}
     for name, times in seconds.items():
         middle = statistics.median(times)
         result[name] = {"median_s": middle, "best_s": min(times), "tokens_per_s": args.tokens / middle}
@@ -130,7 +141,9 @@ def summary(seconds, args):
 
 
 def table(result):
-    lines = [f"{result['threads']} threads, {result['rounds']} rounds, load {result['load_average']:.1f}, {result['cpu']}",
+    preloaded = "library preloaded, " if result["preload"] else ""
+    lines = [f"{result['threads']} threads, {result['rounds']} rounds, {preloaded}"
+             f"load {result['load_average']:.1f}, {result['cpu']}",
              f"{'':10}{'median':>10}{'best':>10}{'tokens/s':>10}  peer / ours: paired (quartiles), best"]
     for name in ("ours", *(p for p in PEERS if p in result)):
         r = result[name]
