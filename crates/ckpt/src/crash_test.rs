@@ -40,12 +40,12 @@ fn hidden(dir: &Path) -> Vec<String> {
 }
 
 /// Saves value 1 at step 1, then value 2 at `step` with a fault at every operation in turn.
-fn check(step: u64, fault: Fault) {
+fn check(step: u64, fault: Fault, exchange: bool) {
     for at in 0.. {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path();
         save(dir, 1, 1.0).unwrap();
-        let (result, operations) = fault::with(fault, at, || save(dir, step, 2.0));
+        let (result, operations) = fault::with(fault, at, exchange, || save(dir, step, 2.0));
         if operations <= at {
             result.expect("no fault was met");
             assert!(at > 10, "the save has more operations than {at}");
@@ -75,18 +75,20 @@ fn check(step: u64, fault: Fault) {
 
 #[test]
 fn a_crash_leaves_the_old_or_the_new() {
-    check(2, Fault::Crash);
+    check(2, Fault::Crash, true);
 }
 
 #[test]
 fn a_crash_while_replacing_a_step_leaves_the_old_or_the_new() {
-    check(1, Fault::Crash);
+    check(1, Fault::Crash, true);
+    check(1, Fault::Crash, false);
 }
 
 #[test]
 fn a_full_disk_leaves_the_old() {
-    check(2, Fault::Full);
-    check(1, Fault::Full);
+    check(2, Fault::Full, true);
+    check(1, Fault::Full, true);
+    check(1, Fault::Full, false);
 }
 
 #[test]

@@ -54,6 +54,9 @@ pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
 /// Swaps two directories in one step; false where the file system cannot.
 pub(crate) fn exchange(a: &Path, b: &Path) -> io::Result<bool> {
     fault::point()?;
+    if fault::no_exchange() {
+        return Ok(false);
+    }
     #[cfg(target_os = "linux")]
     {
         use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -101,6 +104,9 @@ mod fault {
     pub(super) fn point() -> std::io::Result<()> {
         Ok(())
     }
+    pub(super) fn no_exchange() -> bool {
+        false
+    }
     pub(super) fn unsynced(_: &std::path::Path) {}
     pub(super) fn synced(_: &std::path::Path) {}
 }
@@ -125,6 +131,7 @@ pub(crate) mod fault {
     #[derive(Default)]
     struct State {
         armed: Option<(Fault, usize)>,
+        no_exchange: bool,
         done: usize,
         unsynced: BTreeSet<PathBuf>,
     }
@@ -134,8 +141,11 @@ pub(crate) mod fault {
     }
 
     /// Runs `work` with a fault at operation `at` (counted from 0); also returns how many operations it began.
-    pub(crate) fn with<T>(fault: Fault, at: usize, work: impl FnOnce() -> T) -> (T, usize) {
-        STATE.with_borrow_mut(|s| *s = State { armed: Some((fault, at)), ..State::default() });
+    /// `exchange` says whether the file system swaps directories in one step.
+    pub(crate) fn with<T>(fault: Fault, at: usize, exchange: bool, work: impl FnOnce() -> T) -> (T, usize) {
+        STATE.with_borrow_mut(|s| {
+            *s = State { armed: Some((fault, at)), no_exchange: !exchange, ..State::default() };
+        });
         let result = work();
         let state = STATE.take();
         if fault == Fault::Crash && state.done > at {
@@ -157,6 +167,10 @@ pub(crate) mod fault {
                 _ => Ok(()),
             }
         })
+    }
+
+    pub(super) fn no_exchange() -> bool {
+        STATE.with_borrow(|s| s.no_exchange)
     }
 
     pub(super) fn unsynced(path: &Path) {

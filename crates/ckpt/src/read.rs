@@ -14,7 +14,7 @@ use crate::region::{Region, for_each_copy, matrix};
 
 /// A committed checkpoint, open for reading.
 ///
-/// Data are read chunk by chunk into a buffer of one chunk, and every byte handed out was hashed in that buffer. The
+/// Data are read chunk by chunk into buffers of a few chunks, and every byte handed out was hashed there. The
 /// files are not mapped: a mapping would count as resident memory of the trainer, and a file cut short while mapped
 /// kills the process instead of giving an error.
 #[derive(Debug)]
@@ -36,11 +36,22 @@ pub struct Verified {
     pub bytes: u64,
 }
 
-/// The last chunk read: neighbouring rows and small tensors mostly lie in the same one.
+/// Chunks kept: one for a parameter, each of its moments, and the piece that follows. Neighbouring rows and small
+/// tensors mostly lie in the same chunk.
+const CACHED_CHUNKS: usize = 4;
+
+/// The chunks read last, most recent first, and the file they came from.
 #[derive(Debug, Default)]
 struct Cache {
     file: Option<(usize, File)>,
-    chunk: Option<(usize, u64)>,
+    chunks: Vec<Chunk>,
+}
+
+/// A verified chunk of a file.
+#[derive(Debug)]
+struct Chunk {
+    file: usize,
+    index: u64,
     bytes: Vec<u8>,
 }
 
@@ -149,7 +160,7 @@ impl Checkpoint {
     }
 
     fn read_region(&self, tensor: &TensorEntry, region: &Region, cols: usize, out: &mut [f32]) -> Result<()> {
-        // A panic while the lock was held leaves at worst a chunk that is marked as not there.
+        // A panic while the lock was held leaves at worst a chunk less in the list.
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         for piece in &tensor.pieces {
             for_each_copy(&piece.region, region, cols, |run| {
@@ -168,8 +179,7 @@ impl Checkpoint {
         let mut out = out;
         while !out.is_empty() {
             let (chunk, within) = (offset / chunk_bytes, (offset % chunk_bytes) as usize);
-            self.load_chunk(cache, file, chunk)?;
-            let available = &cache.bytes[within..];
+            let available = &self.chunk(cache, file, chunk)?[within..];
             let n = available.len().min(out.len());
             let (now, later) = out.split_at_mut(n);
             now.copy_from_slice(&available[..n]);
@@ -179,12 +189,17 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Reads a chunk into the cache and checks it, unless it is there.
-    fn load_chunk(&self, cache: &mut Cache, file: usize, chunk: u64) -> Result<()> {
-        if cache.chunk == Some((file, chunk)) {
-            return Ok(());
+    /// The bytes of a chunk, read and checked unless they are in the cache.
+    fn chunk<'c>(&self, cache: &'c mut Cache, file: usize, chunk: u64) -> Result<&'c [u8]> {
+        if let Some(at) = cache.chunks.iter().position(|c| (c.file, c.index) == (file, chunk)) {
+            cache.chunks[..=at].rotate_right(1);
+            return Ok(&cache.chunks[0].bytes);
         }
-        cache.chunk = None;
+        // Out of the list while it is filled: what fails to verify must not stay.
+        let mut bytes = match cache.chunks.len() {
+            CACHED_CHUNKS => cache.chunks.pop().map(|c| c.bytes).unwrap_or_default(),
+            _ => Vec::new(),
+        };
         let entry = &self.manifest.files[file];
         let path = self.path.join(&entry.name);
         let io = |e| Error::io("read checkpoint", &path, &e);
@@ -194,14 +209,14 @@ impl Checkpoint {
         let Some((_, handle)) = &cache.file else { unreachable!("opened above") };
         let start = chunk * entry.chunk_bytes as u64;
         let len = (entry.bytes - start).min(entry.chunk_bytes as u64) as usize;
-        cache.bytes.resize(len, 0);
-        handle.read_exact_at(&mut cache.bytes, start).map_err(|e| match e.kind() {
+        bytes.resize(len, 0);
+        handle.read_exact_at(&mut bytes, start).map_err(|e| match e.kind() {
             std::io::ErrorKind::UnexpectedEof => {
                 Error::user(format!("checkpoint file {} was cut short", path.display()))
             }
             _ => io(e),
         })?;
-        let (found, expected) = (xxh3_64(&cache.bytes), entry.checksums[chunk as usize]);
+        let (found, expected) = (xxh3_64(&bytes), entry.checksums[chunk as usize]);
         if found != expected {
             return Err(Error::user(format!(
                 "checkpoint file {} is damaged in chunk {chunk} (bytes {start}..{}): checksum {found:016x}, expected {expected:016x}",
@@ -209,8 +224,8 @@ impl Checkpoint {
                 start + len as u64
             )));
         }
-        cache.chunk = Some((file, chunk));
-        Ok(())
+        cache.chunks.insert(0, Chunk { file, index: chunk, bytes });
+        Ok(&cache.chunks[0].bytes)
     }
 
     /// Reads every byte and compares all checksums; also that the files' own headers agree with the manifest.
@@ -223,7 +238,7 @@ impl Checkpoint {
         let mut first: Option<Error> = None;
         for (i, file) in self.manifest.files.iter().enumerate() {
             for chunk in 0..file.checksums.len() {
-                if let Err(e) = self.load_chunk(&mut cache, i, chunk as u64) {
+                if let Err(e) = self.chunk(&mut cache, i, chunk as u64) {
                     bad += 1;
                     first.get_or_insert(e);
                 }
