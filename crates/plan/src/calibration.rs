@@ -1,6 +1,8 @@
 //! Constants that turn a roofline into what stacks reach: a handful for each accelerator family, numeric recipe and
 //! software generation.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// What a stack makes of the hardware.
@@ -40,3 +42,82 @@ impl Constants {
 /// What is assumed where nothing was fitted: mid-range figures of well-kept stacks.
 pub const PRIOR: Constants =
     Constants { gemm: 0.88, attention: 0.45, stream: 0.6, network: 0.8, host_s: 6e-6, step_s: 0.02 };
+
+/// Bounds of each constant: outside of them it would not mean what its name says.
+const BOUNDS: [(f64, f64); 6] = [(0.3, 1.1), (0.05, 0.9), (0.1, 1.2), (0.1, 1.2), (1e-7, 5e-5), (1e-4, 0.3)];
+
+/// What a factor belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Effect {
+    /// An accelerator family.
+    Family(String),
+    /// A numeric recipe.
+    Recipe(String),
+    /// A software generation.
+    Software(String),
+}
+
+/// Logarithms of factors on the prior, by family, recipe and software generation; what is absent is one.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Calibration {
+    /// By accelerator family.
+    pub family: BTreeMap<String, [f64; 6]>,
+    /// By numeric recipe.
+    pub recipe: BTreeMap<String, [f64; 6]>,
+    /// By software generation.
+    pub software: BTreeMap<String, [f64; 6]>,
+}
+
+impl Calibration {
+    /// The constants for a combination.
+    pub fn constants(&self, family: &str, recipe: &str, software: &str) -> Constants {
+        let mut v = PRIOR.get();
+        for factors in [self.family.get(family), self.recipe.get(recipe), self.software.get(software)]
+            .into_iter()
+            .flatten()
+        {
+            for (x, f) in v.iter_mut().zip(factors) {
+                *x *= f.exp();
+            }
+        }
+        for (x, (low, high)) in v.iter_mut().zip(BOUNDS) {
+            *x = x.clamp(low, high);
+        }
+        Constants::from_values(v)
+    }
+
+    fn slot(&mut self, effect: &Effect) -> &mut [f64; 6] {
+        match effect {
+            Effect::Family(name) => self.family.entry(name.clone()).or_default(),
+            Effect::Recipe(name) => self.recipe.entry(name.clone()).or_default(),
+            Effect::Software(name) => self.software.entry(name.clone()).or_default(),
+        }
+    }
+
+    /// Adds to the logarithm of one factor.
+    pub fn nudge(&mut self, effect: &Effect, constant: usize, by: f64) {
+        self.slot(effect)[constant] += by;
+    }
+
+    /// The logarithm of one factor.
+    pub fn factor(&self, effect: &Effect, constant: usize) -> f64 {
+        let found = match effect {
+            Effect::Family(name) => self.family.get(name),
+            Effect::Recipe(name) => self.recipe.get(name),
+            Effect::Software(name) => self.software.get(name),
+        };
+        found.map_or(0.0, |f| f[constant])
+    }
+
+    /// Keeps each factor within e to the plus or minus two.
+    pub fn clamp(&mut self) {
+        for table in [&mut self.family, &mut self.recipe, &mut self.software] {
+            for factors in table.values_mut() {
+                for f in factors {
+                    *f = f.clamp(-2.0, 2.0);
+                }
+            }
+        }
+    }
+}

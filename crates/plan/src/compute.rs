@@ -14,6 +14,8 @@ pub struct Chip {
     pub memory: f64,
     /// Units that run output tiles side by side.
     pub units: f64,
+    /// Share of a last wave's idle units that libraries put to work.
+    pub split: f64,
     /// Whether matrix units take large square tiles (systolic arrays), where waves do not apply.
     pub systolic: bool,
 }
@@ -43,6 +45,7 @@ impl Chip {
             matmul: matmul.map_or(peak * share, |m| m.value.min(peak)),
             memory: accelerator.memory_bytes_per_s.value * STREAM_SHARE,
             units: accelerator.compute_units.max(1) as f64,
+            split: if ["volta", "ampere"].contains(&accelerator.family.as_str()) { 0.2 } else { 0.5 },
             systolic: accelerator.compute_units <= 8,
         })
     }
@@ -80,9 +83,9 @@ pub fn gemm_s(chip: &Chip, m: f64, n: f64, k: f64, bytes: f64) -> f64 {
     let mut best = f64::INFINITY;
     for (rows, cols, rate) in TILES {
         let tiles = ((m / rows).ceil() * (n / cols).ceil()).min((m / cols).ceil() * (n / rows).ceil());
-        // Libraries split tiles of a last wave that is part empty over the inner dim; half of the gap remains.
         let waves = tiles / chip.units;
-        let waves = if waves < 1.0 { (waves + 1.0) / 2.0 } else { (waves + waves.ceil()) / 2.0 };
+        // Newer libraries split tiles of a last wave that is part empty over the inner dim: part of the gap remains.
+        let waves = waves.ceil() - chip.split * (waves.ceil() - waves);
         let per_wave = 2.0 * rows * cols * (k + TILE_OVERHEAD_K) * chip.units / (chip.matmul * rate);
         best = best.min(waves * per_wave);
     }

@@ -4,6 +4,7 @@
 
 pub mod calibration;
 pub mod compute;
+pub mod fit;
 pub mod mesh;
 pub mod network;
 pub mod price;

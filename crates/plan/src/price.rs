@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::Serialize;
-use spec::{Cluster, Error, NumberFormat, Recompute, Result, Zero};
+use spec::{Cluster, Error, NumberFormat, Result, Zero};
 
 use crate::calibration::Constants;
 use crate::compute::{Chip, gemm_s, stream_s};
@@ -132,6 +132,8 @@ pub struct Price {
 
 /// Context, libraries and communication buffers of one process on a GPU, and what else lives there for good.
 const FRAMEWORK_BYTES: f64 = 3e9;
+/// The same where a compiler plans all memory ahead.
+const COMPILED_BYTES: f64 = 0.5e9;
 /// Share of activations lost to fragmentation in caching allocators.
 const FRAGMENTATION: f64 = 0.04;
 /// Share of a gathered or reduced byte stream that cannot hide: the first bucket forward, the last one backward.
@@ -396,6 +398,10 @@ impl<'a> Pricer<'a> {
 
     fn attention(&self, flops: f64, bytes: f64, scores: f64, backward: bool) -> f64 {
         let c = &self.problem.constants;
+        let dim = flops / scores / if backward { 5.0 } else { 2.0 };
+        // Tensor units want rows of 16 bytes; libraries fall back to slower kernels without (head width 150 in BLOOM's
+        // layout tests).
+        let misaligned = if (dim / 8.0).fract() > 1e-6 { 3.0 } else { 1.0 };
         if self.problem.software.unfused_attention {
             // The whole square is computed (backward four products instead of five), and scores pass through memory:
             // written, scaled and masked, softmax, dropout, read again.
@@ -529,8 +535,13 @@ impl<'a> Pricer<'a> {
         let all = Group { size: replicas, stride };
         let near = Group { size: shard, stride };
         let far = Group { size: replicas / shard, stride: stride * shard };
-        let expert_group = Group { size: (replicas / mesh.ep).max(1), stride: stride * mesh.ep };
-        let grad = software.grad_wire_bytes;
+        let expert_group = Group { size: (replicas * l.tp / mesh.ep).max(1), stride: mesh.ep };
+        // Megatron sums 16-bit floating point gradients as they are, bfloat16 ones in 32 bit.
+        let grad = if mesh.format == NumberFormat::Fp16 {
+            software.grad_wire_bytes.min(2.0)
+        } else {
+            software.grad_wire_bytes
+        };
         let (forward_s, backward_s) = (slowest.0.compute(), slowest.1.compute());
 
         if l.zero == Zero::Parameters {
@@ -593,11 +604,13 @@ impl<'a> Pricer<'a> {
         let dense = most * ((1.0 - mix) * t.layer.params + mix * t.expert_layer.params) + tables;
         let experts = most * mix * t.expert_layer.expert_params;
         let shard = mesh.shard.clamp(1, replicas) as f64;
-        let expert_shard = (replicas as f64 / mesh.ep as f64).max(1.0).min(shard);
+        let expert_shard = ((replicas * l.tp) as f64 / mesh.ep as f64).max(1.0);
         let over = |stage: Zero| {
             if l.zero >= stage { dense / shard + experts / expert_shard } else { dense + experts }
         };
         let kept = (1.0 - mix) * t.layer.kept + mix * t.expert_layer.kept;
+        // Inputs of products are kept in the products' format: about half of what is kept.
+        let kept = if mesh.format.bytes() < 2.0 { kept * 0.75 } else { kept };
         let (pp, chunks) = (l.pp as f64, l.chunks as f64);
         let in_flight = match l.schedule {
             spec::PipelineSchedule::Gpipe => micro_batches,
@@ -607,7 +620,11 @@ impl<'a> Pricer<'a> {
         let activations = in_flight * (most * kept + t.embed.kept);
         let gathered = if l.zero == Zero::Parameters { 2.0 * 2.0 * dense / most.max(1.0) } else { 0.0 };
         let working = t.layer.working.max(t.expert_layer.working).max(t.head.working) + gathered;
-        let framework = FRAMEWORK_BYTES + FRAGMENTATION * (activations + working);
+        let framework = if self.chip.systolic {
+            COMPILED_BYTES
+        } else {
+            FRAMEWORK_BYTES + FRAGMENTATION * (activations + working)
+        };
         MemoryUse {
             params: 2.0 * over(Zero::Parameters),
             grads: 4.0 * over(Zero::Gradients),
@@ -630,7 +647,8 @@ impl Links {
     fn of(cluster: &Cluster, net: &NetworkModel, mesh: &Mesh) -> Self {
         let tp = mesh.layout.tp;
         let span = |size, stride| (Span::of(cluster, net, Group { size, stride }), size);
-        Links { tp: span(tp, 1), cp: span(mesh.cp, tp), ep: span(mesh.ep, tp) }
+        // Experts are not cut by tensor parallelism: their ranks are the innermost ones.
+        Links { tp: span(tp, 1), cp: span(mesh.cp, tp), ep: span(mesh.ep, 1) }
     }
 
     fn get(&self, axis: TalkAxis) -> (&Span, usize) {
@@ -664,9 +682,4 @@ fn stage_layers(mesh: &Mesh, layers: usize, software: &Software) -> (f64, f64) {
     let last = full - missing.div_ceil(2).min(full - 1);
     let most = if l.pp > 2 { full } else { full.max(last) };
     (most as f64, last as f64)
-}
-
-/// Whether recompute is among what a key distinguishes.
-pub fn recomputes() -> [Recompute; 3] {
-    [Recompute::None, Recompute::Selective, Recompute::Full]
 }

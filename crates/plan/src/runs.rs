@@ -252,7 +252,7 @@ impl Reader<'_> {
             Some(heads) => heads,
             None => {
                 self.assume("number of heads not published: 128 wide");
-                (hidden / 128).max(1)
+                (hidden / 128).next_multiple_of(8)
             }
         };
         let kv_heads = self.count("kv_heads")?.unwrap_or(heads);

@@ -27,6 +27,8 @@ pub struct Software {
     pub eager: bool,
     /// Dropout and its masks are in the model.
     pub dropout: bool,
+    /// The residual stream is split along the sequence between tensor-parallel regions unless told otherwise.
+    pub sequence_parallel: bool,
     /// Parameters are also kept sharded during compute by default ("FSDP").
     pub fsdp: bool,
 }
@@ -43,6 +45,7 @@ const MEGATRON_2021: Software = Software {
     grad_wire_bytes: 4.0,
     eager: true,
     dropout: true,
+    sequence_parallel: false,
     fsdp: false,
 };
 
@@ -58,6 +61,7 @@ const MEGATRON_CORE: Software = Software {
     grad_wire_bytes: 4.0,
     eager: true,
     dropout: false,
+    sequence_parallel: true,
     fsdp: false,
 };
 
@@ -73,13 +77,14 @@ const FSDP: Software = Software {
     grad_wire_bytes: 2.0,
     eager: true,
     dropout: false,
+    sequence_parallel: true,
     fsdp: true,
 };
 
 /// All generations.
-pub const ALL: [Software; 12] = [
+pub const ALL: [Software; 14] = [
     MEGATRON_2021,
-    Software { name: "megatron-2022", ..MEGATRON_2021 },
+    Software { name: "megatron-2022", sequence_parallel: true, ..MEGATRON_2021 },
     Software { name: "megatron-deepspeed", ..MEGATRON_2021 },
     Software {
         name: "deepspeed-zero3",
@@ -99,9 +104,11 @@ pub const ALL: [Software; 12] = [
     MEGATRON_CORE,
     Software { name: "megatron-core-2025", grad_wire_bytes: 2.0, ..MEGATRON_CORE },
     Software { name: "megatron-core-2026", grad_wire_bytes: 2.0, eager: false, ..MEGATRON_CORE },
+    Software { name: "megatron-core-2026h2", grad_wire_bytes: 2.0, eager: false, ..MEGATRON_CORE },
     FSDP,
     Software { name: "torchtitan", ..FSDP },
-    Software { name: "maxtext", overlap_tp: true, eager: false, ..FSDP },
+    Software { name: "maxtext-2024", overlap_tp: true, eager: false, ..FSDP },
+    Software { name: "maxtext-2025", overlap_tp: true, eager: false, ..FSDP },
     Software { name: "phalanx", recompute_whole_layers: false, eager: false, ..MEGATRON_CORE },
 ];
 
@@ -114,7 +121,7 @@ impl Software {
     /// What people would use today on an accelerator of this family.
     pub fn usual(family: &str) -> Self {
         let name = match family {
-            "tpu" | "trainium" => "maxtext",
+            "tpu" | "trainium" => "maxtext-2025",
             "volta" => "megatron-2021",
             "ampere" => "megatron-core-2024",
             "hopper" => "megatron-core-2025",

@@ -22,7 +22,7 @@ const CHUNKS: [usize; 8] = [1, 2, 3, 4, 5, 6, 8, 12];
 
 /// The layouts that agree with the row, and the accelerators of one slice if the machine is a torus in slices.
 pub(crate) fn meshes(r: &mut Reader<'_>, p: &Problem<'_>) -> Result<Priceable<(Vec<Mesh>, Option<usize>)>> {
-    let torus = p.software.name == "maxtext";
+    let torus = p.software.name.starts_with("maxtext");
     let (tp, pp) = (r.count("tp")?, r.count("pp")?);
     if (tp.is_none() || pp.is_none()) && !torus {
         return Ok(Err("tensor and pipeline parallelism not published".into()));
@@ -112,11 +112,14 @@ fn context_from_notes(notes: &str) -> usize {
 
 fn zero(text: &str, software: &Software) -> Zero {
     let t = text.to_ascii_lowercase();
-    if t.contains("zero-2") || t.contains("shard-grad-op") {
+    if t.contains("dist. optimizer") {
+        // Megatron's sharded optimiser scatters once a step, whatever the sources call it.
+        Zero::Optimizer
+    } else if t.contains("zero-2") || t.contains("shard-grad-op") {
         Zero::Gradients
     } else if t.contains("zero-3") || t.starts_with("fsdp") {
         Zero::Parameters
-    } else if t.contains("zero-1") || t.contains("dist. opt") {
+    } else if t.contains("zero-1") {
         Zero::Optimizer
     } else if t.is_empty() && software.fsdp {
         Zero::Parameters
@@ -141,7 +144,7 @@ fn sequence_parallel(text: &str, p: &Problem<'_>, tp: usize) -> bool {
     match text {
         "yes" => true,
         "no" => false,
-        _ => (p.software.overlap_tp || p.software.fsdp) && p.sequence.is_multiple_of(tp),
+        _ => p.software.sequence_parallel && p.sequence.is_multiple_of(tp),
     }
 }
 

@@ -1,0 +1,240 @@
+//! Fitting the constants on published runs, and judging them on sources left out.
+//!
+//! A constant is the prior times a factor each for the accelerator family, the numeric recipe and the software
+//! generation. Factors are found by damped Gauss-Newton on the logarithm of predicted over published step time, drawn
+//! to one by a ridge, with outliers counting less (Huber). No factor belongs to a row or a source.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use rayon::prelude::*;
+use spec::Result;
+
+use crate::calibration::{Calibration, Constants, Effect, PRIOR};
+use crate::price::{Price, Pricer, Problem};
+use crate::runs::Run;
+use crate::template::{Key, Template};
+
+/// Constants that are fitted.
+const N: usize = Constants::NAMES.len();
+/// Steps of Gauss-Newton; it settles in about ten.
+const STEPS: usize = 14;
+/// Errors beyond this (in log) count linearly.
+const HUBER: f64 = 0.12;
+/// How strongly a factor is drawn to one, by kind of effect, and by constant relative to that.
+const RIDGE: [(fn(&Run) -> Effect, f64); 3] = [
+    (|r| Effect::Family(r.cluster.accelerator.family.clone()), 0.1),
+    (|r| Effect::Recipe(r.recipe.to_owned()), 0.15),
+    (|r| Effect::Software(r.software.name.to_owned()), 0.15),
+];
+
+/// A run ready to be priced many times.
+pub struct Prepared {
+    problem: Problem,
+    run: Run,
+    /// Which of the run's layouts is taken.
+    chosen: usize,
+    templates: HashMap<Key, Arc<Template>>,
+}
+
+/// A published run that had a bigger memory than the model believes still ran: up to this factor counts as fitting.
+const MEMORY_TOLERANCE: f64 = 1.3;
+
+impl Prepared {
+    /// Folds the programs of a run's layouts.
+    ///
+    /// # Errors
+    /// If the model allows none of them.
+    pub fn new(run: &Run) -> Result<Self> {
+        let problem = Problem {
+            shape: run.shape.clone(),
+            cluster: run.cluster.clone(),
+            software: run.software.clone(),
+            constants: PRIOR,
+            sequence: run.sequence,
+            sequences: run.sequences,
+        };
+        let mut prepared = Prepared { problem, run: run.clone(), chosen: 0, templates: HashMap::new() };
+        prepared.choose(PRIOR)?;
+        Ok(prepared)
+    }
+
+    /// Takes the fastest layout that fits under these constants.
+    ///
+    /// # Errors
+    /// If the model allows none.
+    pub fn choose(&mut self, constants: Constants) -> Result<Price> {
+        self.problem.constants = constants;
+        let mut pricer = Pricer::new(&self.problem, self.run.meshes[0].format)?
+            .with_templates(std::mem::take(&mut self.templates));
+        let room = self.problem.cluster.accelerator.memory_bytes.value * MEMORY_TOLERANCE;
+        let mut best: Option<((f64, f64), Price, usize)> = None;
+        let mut refused = None;
+        for (i, mesh) in self.run.meshes.iter().enumerate() {
+            match pricer.price(mesh) {
+                Ok(price) => {
+                    // What does not fit is ranked by how far it is from fitting.
+                    let over = (price.memory.total() / room).max(1.0);
+                    if best.is_none_or(|(b, _, _)| (over, price.step_s) < b) {
+                        best = Some(((over, price.step_s), price, i));
+                    }
+                }
+                Err(error) => refused = Some(error),
+            }
+        }
+        self.templates = pricer.templates();
+        match (best, refused) {
+            (Some((_, price, i)), _) => {
+                self.chosen = i;
+                Ok(price)
+            }
+            (None, Some(error)) => Err(error),
+            (None, None) => Err(spec::Error::user(format!("{}: no layout", self.run.id))),
+        }
+    }
+
+    /// The run.
+    pub fn run(&self) -> &Run {
+        &self.run
+    }
+
+    /// The layout taken.
+    pub fn mesh(&self) -> &crate::mesh::Mesh {
+        &self.run.meshes[self.chosen]
+    }
+
+    /// Prices the chosen layout.
+    pub fn price(&mut self, constants: Constants) -> Result<Price> {
+        self.problem.constants = constants;
+        let mut pricer = Pricer::new(&self.problem, self.run.meshes[0].format)?
+            .with_templates(std::mem::take(&mut self.templates));
+        let price = pricer.price(&self.run.meshes[self.chosen]);
+        self.templates = pricer.templates();
+        price
+    }
+
+    /// Logarithm of predicted over published.
+    fn residual(&mut self, calibration: &Calibration) -> f64 {
+        let constants = calibration.constants(
+            &self.run.cluster.accelerator.family,
+            self.run.recipe,
+            self.run.software.name,
+        );
+        self.price(constants).map_or(0.0, |p| (p.step_s / self.run.step_s).ln())
+    }
+}
+
+/// Fits factors on the runs.
+pub fn fit(runs: &mut [Prepared]) -> Calibration {
+    let mut calibration = Calibration::default();
+    let mut effects: BTreeMap<Effect, (f64, Vec<usize>)> = BTreeMap::new();
+    let mut size: BTreeMap<&str, f64> = BTreeMap::new();
+    for (i, p) in runs.iter().enumerate() {
+        *size.entry(p.run.family.as_str()).or_default() += 1.0;
+        for (effect, ridge) in RIDGE {
+            effects.entry(effect(&p.run)).or_insert((ridge, Vec::new())).1.push(i);
+        }
+    }
+    // Rows of one source share what the model lacks: many of them say less than as many sources would.
+    let weights: Vec<f64> = runs.iter().map(|p| size[p.run.family.as_str()].powf(-0.25)).collect();
+    let effects: Vec<(Effect, f64, Vec<usize>)> =
+        effects.into_iter().map(|(e, (r, rows))| (e, r, rows)).collect();
+    for step in 0..STEPS {
+        if step % 4 == 0 {
+            runs.par_iter_mut().for_each(|p| {
+                let c = calibration.constants(
+                    &p.run.cluster.accelerator.family,
+                    p.run.recipe,
+                    p.run.software.name,
+                );
+                // A layout that could be priced before can be again.
+                let _ = p.choose(c);
+            });
+        }
+        let base: Vec<f64> = runs.par_iter_mut().map(|p| p.residual(&calibration)).collect();
+        let columns = effects.len() * N;
+        const NUDGE: f64 = 0.02;
+        let jacobian: Vec<Vec<(usize, f64)>> = (0..columns)
+            .map(|column| {
+                let (effect, _, rows) = &effects[column / N];
+                let mut nudged = calibration.clone();
+                nudged.nudge(effect, column % N, NUDGE);
+                let touched: std::collections::HashSet<usize> = rows.iter().copied().collect();
+                runs.par_iter_mut()
+                    .enumerate()
+                    .filter(|(i, _)| touched.contains(i))
+                    .map(|(i, p)| (i, (p.residual(&nudged) - base[i]) / NUDGE))
+                    .collect()
+            })
+            .collect();
+        let robust: Vec<f64> =
+            base.iter().zip(&weights).map(|(r, w)| w * (HUBER / r.abs().max(HUBER)).sqrt()).collect();
+        let mut normal = vec![vec![0.0; columns]; columns];
+        let mut right = vec![0.0; columns];
+        let dense: Vec<HashMap<usize, f64>> = jacobian.iter().map(|c| c.iter().copied().collect()).collect();
+        for a in 0..columns {
+            for (i, x) in &jacobian[a] {
+                right[a] -= x * base[*i] * robust[*i].powi(2);
+            }
+            for b in a..columns {
+                let dot: f64 = jacobian[a]
+                    .iter()
+                    .filter_map(|(i, x)| Some(x * dense[b].get(i)? * robust[*i].powi(2)))
+                    .sum();
+                normal[a][b] = dot;
+                normal[b][a] = dot;
+            }
+            let (effect, ridge, _) = &effects[a / N];
+            let value = calibration.factor(effect, a % N);
+            normal[a][a] += ridge;
+            right[a] -= ridge * value;
+        }
+        let delta = solve(normal, right);
+        for (a, d) in delta.iter().enumerate() {
+            let (effect, _, _) = &effects[a / N];
+            calibration.nudge(effect, a % N, d.clamp(-0.25, 0.25));
+        }
+        calibration.clamp();
+    }
+    calibration
+}
+
+/// Solves a symmetric positive definite system by Gaussian elimination with pivots.
+fn solve(mut a: Vec<Vec<f64>>, mut b: Vec<f64>) -> Vec<f64> {
+    let n = b.len();
+    for i in 0..n {
+        let pivot = (i..n).max_by(|x, y| a[*x][i].abs().total_cmp(&a[*y][i].abs())).unwrap_or(i);
+        a.swap(i, pivot);
+        b.swap(i, pivot);
+        let row = a[i].clone();
+        if row[i].abs() < 1e-12 {
+            continue;
+        }
+        for j in i + 1..n {
+            let by = a[j][i] / row[i];
+            if by != 0.0 {
+                for k in i..n {
+                    a[j][k] -= by * row[k];
+                }
+                b[j] -= by * b[i];
+            }
+        }
+    }
+    let mut x = vec![0.0; n];
+    for i in (0..n).rev() {
+        let sum: f64 = (i + 1..n).map(|k| a[i][k] * x[k]).sum();
+        x[i] = if a[i][i].abs() < 1e-12 { 0.0 } else { (b[i] - sum) / a[i][i] };
+    }
+    x
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_system_is_solved() {
+        let x = solve(vec![vec![4.0, 1.0], vec![1.0, 3.0]], vec![1.0, 2.0]);
+        assert!((x[0] - 1.0 / 11.0).abs() < 1e-12 && (x[1] - 7.0 / 11.0).abs() < 1e-12);
+    }
+}
