@@ -233,9 +233,11 @@ impl Checkpoint {
     /// # Errors
     /// A user error naming the first damaged file and chunk, and how many more there are.
     pub fn verify(&self) -> Result<Verified> {
-        let mut cache = Cache::default();
         let (mut chunks, mut bad) = (0, 0);
         let mut first: Option<Error> = None;
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        // What is in memory was right when it was read; the question is what is on the disk now.
+        *cache = Cache::default();
         for (i, file) in self.manifest.files.iter().enumerate() {
             for chunk in 0..file.checksums.len() {
                 if let Err(e) = self.chunk(&mut cache, i, chunk as u64) {
@@ -245,6 +247,7 @@ impl Checkpoint {
                 chunks += 1;
             }
         }
+        drop(cache);
         if let Some(e) = first {
             let e = if bad > 1 { e.context(format!("{bad} of {chunks} chunks are damaged")) } else { e };
             return Err(hint_previous(e, &self.path));
