@@ -30,9 +30,10 @@ thread_local! {
 /// How long to poll before sleeping.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patience {
+    /// Polling without a pause: the one waited for is running and about to be done.
     pub(crate) spin: Duration,
-    /// Whether to let another thread have the core between polls: there are more ranks than cores.
-    pub(crate) yields: u32,
+    /// After that, polling and offering the core to others in turn: it may be waiting for this core.
+    pub(crate) offer: Duration,
 }
 
 /// Waits until `check` gives a value. When the deadline passes, the world fails with what `missing` says.
@@ -106,7 +107,7 @@ pub(crate) fn drive<F: Future>(core: &Core, future: F) -> F::Output {
 }
 
 fn spin<T>(patience: Patience, poll: &mut impl FnMut() -> Option<T>) -> Option<T> {
-    let mut until = None;
+    let mut began = None;
     loop {
         for _ in 0..POLLS_PER_LOOK {
             if let Some(output) = poll() {
@@ -116,11 +117,12 @@ fn spin<T>(patience: Patience, poll: &mut impl FnMut() -> Option<T>) -> Option<T
         }
         RUNNABLE.set(false);
         let now = Instant::now();
-        if now >= *until.get_or_insert(now + patience.spin) {
+        if now - *began.get_or_insert(now) >= patience.spin {
             break;
         }
     }
-    for _ in 0..patience.yields {
+    let began = Instant::now();
+    while began.elapsed() < patience.offer {
         std::thread::yield_now();
         if let Some(output) = poll() {
             return Some(output);
@@ -211,7 +213,7 @@ impl Worker {
                 let idle = active.len() == before && !RUNNABLE.take();
                 (!idle).then_some(())
             };
-            let patience = Patience { spin: Duration::ZERO, yields: 0 };
+            let patience = Patience { spin: Duration::ZERO, offer: Duration::ZERO };
             if spin(patience, &mut sweep).is_some() {
                 continue;
             }

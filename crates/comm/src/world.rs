@@ -16,11 +16,11 @@ use std::time::Duration;
 /// that a stopped job is noticed the same minute.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a caller polls before it sleeps, where every rank has a core: about the wake-up time of a thread.
-const SPIN: Duration = Duration::from_micros(40);
-/// The same where ranks outnumber cores: the core is better given to the rank that is waited for.
-const SPIN_CROWDED: Duration = Duration::ZERO;
-const YIELDS_CROWDED: u32 = 8;
+/// How long a caller polls before it sleeps, where every rank has a core. Waking a thread on an idle core takes about
+/// 50 us on a virtual machine: with less patience than that, ranks in step would take turns to put each other to sleep.
+const PATIENT: Patience = Patience { spin: Duration::from_micros(4), offer: Duration::from_micros(100) };
+/// The same where ranks outnumber cores: the rank that is waited for needs this core.
+const CROWDED: Patience = Patience { spin: Duration::ZERO, offer: Duration::from_micros(100) };
 
 /// Which transports a world may use between ranks of one host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -211,11 +211,7 @@ impl Drop for World {
 /// How to wait, given the ranks of this host.
 pub(crate) fn patience(local_world: usize) -> Patience {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    if local_world <= cores {
-        Patience { spin: SPIN, yields: 0 }
-    } else {
-        Patience { spin: SPIN_CROWDED, yields: YIELDS_CROWDED }
-    }
+    if local_world <= cores { PATIENT } else { CROWDED }
 }
 
 /// Memory that neighbours can reach; freed on drop, which must come after the last operation that uses it.

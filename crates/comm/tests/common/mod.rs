@@ -63,14 +63,15 @@ pub(crate) fn run<T: Send>(kind: Kind, n: usize, work: impl Fn(World) -> T + Syn
 }
 
 /// The sum as the contract defines it: halves first, then odd primes ascending, children from left to right.
-pub(crate) fn tree_sum(x: &[f32]) -> f32 {
-    if x.len() == 1 {
-        return x[0];
+pub(crate) fn tree_sum(rows: &[Vec<f32>]) -> Vec<f32> {
+    if rows.len() == 1 {
+        return rows[0].clone();
     }
     let radix =
-        if x.len().is_multiple_of(2) { 2 } else { (3..).find(|p| x.len().is_multiple_of(*p)).unwrap() };
-    let parts: Vec<f32> = x.chunks(x.len() / radix).map(tree_sum).collect();
-    parts[1..].iter().fold(parts[0], |a, b| a + b)
+        if rows.len().is_multiple_of(2) { 2 } else { (3..).find(|p| rows.len().is_multiple_of(*p)).unwrap() };
+    let mut parts = rows.chunks(rows.len() / radix).map(tree_sum);
+    let first = parts.next().unwrap();
+    parts.fold(first, |a, b| a.iter().zip(&b).map(|(a, b)| a + b).collect())
 }
 
 /// Values whose sum depends on the order of additions.
@@ -85,7 +86,7 @@ pub(crate) fn values(rank: usize, count: usize) -> Vec<f32> {
 }
 
 pub(crate) fn summed(ranks: &[usize], count: usize) -> Vec<f32> {
-    (0..count).map(|i| tree_sum(&ranks.iter().map(|&r| value(r, i)).collect::<Vec<_>>())).collect()
+    tree_sum(&ranks.iter().map(|&r| values(r, count)).collect::<Vec<_>>())
 }
 
 pub(crate) fn to_bf16(x: &[f32]) -> Vec<bf16> {
@@ -93,6 +94,6 @@ pub(crate) fn to_bf16(x: &[f32]) -> Vec<bf16> {
 }
 
 pub(crate) fn summed_bf16(ranks: &[usize], count: usize) -> Vec<bf16> {
-    let column = |i: usize| ranks.iter().map(|&r| bf16::from_f32(value(r, i)).to_f32()).collect::<Vec<_>>();
-    (0..count).map(|i| bf16::from_f32(tree_sum(&column(i)))).collect()
+    let rounded = |r: &usize| to_bf16(&values(*r, count)).iter().map(|x| x.to_f32()).collect();
+    to_bf16(&tree_sum(&ranks.iter().map(rounded).collect::<Vec<_>>()))
 }
