@@ -1,2 +1,51 @@
-//! The command line.
-fn main() {}
+//! `phalanx`: plan, rehearse and run the training of large models.
+//!
+//! Flags, rendering, hints and exit codes; everything else lives in the libraries.
+
+mod args;
+mod bench;
+mod data;
+mod live;
+mod models;
+mod output;
+mod program;
+mod show;
+mod train;
+
+use clap::Parser;
+
+use crate::args::{Args, Command};
+
+/// Exit codes: 0 done, 1 something failed, 2 the input was wrong, 130 interrupted.
+fn main() -> std::process::ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(e) => {
+            // Help and version go to stdout and are no error; clap prints usage errors with the nearest flag itself.
+            let code = if e.use_stderr() { 2 } else { 0 };
+            let _ = e.print();
+            return code.into();
+        }
+    };
+    let done = match args.command {
+        Command::Train(a) => train::train(&a),
+        Command::Generate(a) => models::generate(&a),
+        Command::Logits(a) => models::logits(&a),
+        Command::Import(a) => models::import(&a),
+        Command::Export(a) => models::export(&a),
+        Command::Program(a) => program::run(&a),
+        Command::Data(a) => data::run(&a),
+        Command::Bench(a) => bench::run(&a),
+        Command::Keys => {
+            output::print(&models::keys());
+            Ok(0)
+        }
+    };
+    match done {
+        Ok(code) => code.into(),
+        Err(e) => {
+            output::error(&e);
+            e.exit_code().into()
+        }
+    }
+}

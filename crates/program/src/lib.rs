@@ -49,7 +49,8 @@ pub struct Request<'a> {
     pub precision: DType,
     /// Whose program.
     pub rank: usize,
-    /// Positions of the key and value cache of the generation block, if one is wanted (tp = pp = 1).
+    /// Above 0, the program generates instead of training: one token at a time against a cache of this many positions
+    /// (one rank alone).
     pub cache: usize,
 }
 

@@ -67,7 +67,9 @@ pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Progr
     let mut blocks = Vec::new();
     let mut passes: HashMap<(usize, Pass, bool), usize> = HashMap::new();
     let split = order.iter().any(|w| w.pass == Pass::Weight);
-    for (c, chunk) in stage.iter().enumerate() {
+    let inference = request.cache > 0;
+    let order: &[_] = if inference { &[] } else { order };
+    for (c, chunk) in stage.iter().enumerate().filter(|_| !inference) {
         for (pass, last, block) in l.train_blocks(c, chunk, &io, split, &buckets) {
             passes.insert((c, pass, last), blocks.len());
             blocks.push(block);
@@ -85,12 +87,13 @@ pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Progr
     let eval: Vec<usize> = stage
         .iter()
         .enumerate()
+        .filter(|_| !inference)
         .map(|(c, chunk)| {
             blocks.push(l.eval_block(c, chunk, &io));
             blocks.len() - 1
         })
         .collect();
-    let decode = (request.cache > 0).then(|| {
+    let decode = inference.then(|| {
         blocks.push(l.decode_block(&stage[0], &io));
         blocks.len() - 1
     });
@@ -210,9 +213,12 @@ impl Lower<'_> {
         }
         let holds_embedding = stage.iter().any(|c| c.embed);
         let region = |l: &mut Self, prefix: &str, dtype: DType, owned_only: bool| -> Vec<BufferId> {
+            let training = l.request.cache == 0;
             (0..groups.len())
                 .map(|i| {
-                    let (rows, cols) = if owned_only && owned[i].1 != groups[i].len() {
+                    let (rows, cols) = if !training && !prefix.is_empty() {
+                        (0, groups[i].cols)
+                    } else if owned_only && owned[i].1 != groups[i].len() {
                         (1, owned[i].1)
                     } else {
                         (groups[i].rows, groups[i].cols)
@@ -223,7 +229,7 @@ impl Lower<'_> {
         };
         let params = region(self, "", self.cx.dtype, layout.zero >= Zero::Parameters);
         self.memory.params = self.at;
-        let masters = (self.cx.dtype != DType::F32).then(|| region(self, "master.", DType::F32, true));
+        let masters = (self.cx.dtype != DType::F32 && self.request.cache == 0).then(|| region(self, "master.", DType::F32, true));
         self.memory.master = self.at - self.memory.params;
         let before = self.at;
         let grads: Vec<(BufferId, BufferId)> =
@@ -262,7 +268,9 @@ impl Lower<'_> {
     fn grad_levels(&mut self, i: usize, owned: usize, holds_embedding: bool, head: bool) -> (BufferId, BufferId) {
         let g = &self.cx.groups[i];
         let from_head = head || g.name == "head.weight" || g.name == "embed.weight" && !holds_embedding;
-        let (levels, rows, cols) = if self.cx.layout.zero >= Zero::Gradients {
+        let (levels, rows, cols) = if self.request.cache > 0 {
+            (1, 0, g.cols)
+        } else if self.cx.layout.zero >= Zero::Gradients {
             (self.across().len().max(1), 1, owned)
         } else {
             (self.levels_of(if from_head { 1 } else { self.cx.layout.micro_batch }), g.rows, g.cols)
@@ -295,7 +303,7 @@ impl Lower<'_> {
     fn io(&mut self, local_sequences: usize) -> Io {
         let before = self.at;
         let (model, sequence) = (self.cx.model, self.cx.sequence);
-        let n = local_sequences * sequence;
+        let n = if self.request.cache > 0 { 1 } else { local_sequences * sequence };
         let whole = table(model, self.cx.layout.tp, self.coords.tp, &chunks(model, &Default::default(), 0));
         let norm_chunks: usize = whole.iter().map(|g| g.len().div_ceil(NORM_CHUNK)).sum();
         let positions = sequence.max(self.request.cache);

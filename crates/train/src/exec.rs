@@ -75,6 +75,16 @@ impl Executor {
         Ok(Executor { program, arena, pool: Pool::new(threads), mesh, spans, tables })
     }
 
+    /// Bytes that the executor holds for the step: what the program placed.
+    pub fn allocated_bytes(&self) -> usize {
+        self.arena.len()
+    }
+
+    /// The best rate of this machine's matrix products with this rank's threads, in GFLOP/s; takes a moment.
+    pub fn peak_gflops(&self) -> f64 {
+        kernels::gemm_peak_gflops(&self.pool)
+    }
+
     /// Token ids of this rank's sequences in one step, `[local_sequences, sequence]`, to be filled in.
     pub fn tokens(&mut self) -> &mut [u32] {
         self.whole(self.program.io.tokens)

@@ -31,15 +31,8 @@ impl Executor {
         stop: Option<u32>,
         each: &mut dyn FnMut(u32) -> bool,
     ) -> Result<()> {
+        self.check_prompt(prompt)?;
         let vocab = self.logits_len();
-        if prompt.is_empty() || prompt.len() >= self.tables {
-            return Err(Error::user(format!("a prompt of {} tokens, expected 1 to {}", prompt.len(), self.tables - 1))
-                .hint("shorten sample.prompt, or train with a longer batch.sequence"));
-        }
-        if let Some(bad) = prompt.iter().find(|&&t| t as usize >= vocab) {
-            return Err(Error::user(format!("prompt token {bad} is outside the vocabulary of {vocab}"))
-                .hint("the tokenizer does not belong to this model"));
-        }
         let mut candidates = Vec::with_capacity(vocab);
         let mut last = 0;
         for (position, &token) in prompt.iter().enumerate() {
@@ -56,6 +49,37 @@ impl Executor {
                 return Ok(());
             }
             self.feed(token, last)?;
+        }
+        Ok(())
+    }
+
+    /// The logits after each of these tokens.
+    ///
+    /// # Errors
+    /// As [`Executor::generate`].
+    pub fn all_logits(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
+        self.check_prompt(tokens)?;
+        let mut all = Vec::with_capacity(tokens.len());
+        for (position, &token) in tokens.iter().enumerate() {
+            self.feed(token, position)?;
+            let view = self.logits();
+            all.push(match self.program.precision {
+                DType::Bf16 => self.at::<bf16>(view, Turn::default()).iter().map(|l| l.to_f32()).collect(),
+                _ => self.at::<f32>(view, Turn::default()).to_vec(),
+            });
+        }
+        Ok(all)
+    }
+
+    fn check_prompt(&self, prompt: &[u32]) -> Result<()> {
+        let vocab = self.logits_len();
+        if prompt.is_empty() || prompt.len() > self.tables {
+            return Err(Error::user(format!("a prompt of {} tokens, expected 1 to {}", prompt.len(), self.tables))
+                .hint("shorten the prompt, or train with a longer batch.sequence"));
+        }
+        if let Some(bad) = prompt.iter().find(|&&t| t as usize >= vocab) {
+            return Err(Error::user(format!("prompt token {bad} is outside the vocabulary of {vocab}"))
+                .hint("the tokenizer does not belong to this model"));
         }
         Ok(())
     }

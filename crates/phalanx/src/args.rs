@@ -1,0 +1,238 @@
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+
+/// Plan, rehearse and run the training of large models
+#[derive(Debug, Parser)]
+#[command(name = "phalanx", version, max_term_width = 100)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Train a model; continues where an earlier run of the same directory stopped
+    Train(Train),
+    /// Continue text with the newest checkpoint of a run
+    Generate(Generate),
+    /// Print the logits after each of some tokens
+    Logits(Logits),
+    /// Make a run of a Hugging Face model directory
+    Import(Import),
+    /// Write the newest checkpoint of a run as a Hugging Face model directory
+    Export(Export),
+    /// Look into the step program
+    Program(Program),
+    /// Build and inspect token datasets
+    Data(Data),
+    /// Measure this machine
+    Bench(Bench),
+    /// List every key of a run file with its default
+    Keys,
+}
+
+/// A run file and what overrides it.
+#[derive(Clone, Debug, ClapArgs)]
+pub(crate) struct RunArgs {
+    /// Run file (TOML); every key has a default
+    #[arg(value_name = "RUN.toml")]
+    pub(crate) file: Option<PathBuf>,
+    /// Override a key, for example --set train.steps=200; see `phalanx keys`
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Text to train on: file, folder or glob; the same as --set data.text=PATH
+    #[arg(long, value_name = "PATH")]
+    pub(crate) text: Option<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Train {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// Demand that there is a checkpoint to continue from
+    #[arg(long, conflicts_with = "fresh")]
+    pub(crate) resume: bool,
+    /// Move an earlier run of the same directory aside and begin anew
+    #[arg(long)]
+    pub(crate) fresh: bool,
+    /// Begin with the weights of another run, or of an imported model
+    #[arg(long, value_name = "RUN_DIR")]
+    pub(crate) init: Option<PathBuf>,
+    /// Stop after this step with a checkpoint, as if interrupted
+    #[arg(long, value_name = "STEP")]
+    pub(crate) stop_after: Option<u64>,
+    /// Record start and end of every op in the journal
+    #[arg(long)]
+    pub(crate) trace: bool,
+    /// Print records as JSON lines on stdout instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Generate {
+    /// Directory of a run
+    pub(crate) run_dir: PathBuf,
+    /// Text to continue; the run's sample.prompt if absent
+    #[arg(long)]
+    pub(crate) prompt: Option<String>,
+    /// Token ids to continue, instead of text
+    #[arg(long, value_name = "IDS", conflicts_with = "prompt")]
+    pub(crate) tokens: Option<String>,
+    /// Tokens to generate
+    #[arg(short = 'n', long)]
+    pub(crate) count: Option<usize>,
+    /// 0 takes the likeliest token
+    #[arg(long)]
+    pub(crate) temperature: Option<f64>,
+    /// Sample among this many likeliest tokens; 0 for all
+    #[arg(long)]
+    pub(crate) top_k: Option<usize>,
+    /// Sample among the likeliest tokens that hold this share
+    #[arg(long)]
+    pub(crate) top_p: Option<f64>,
+    /// Seed of the draws
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Threads; 0 for all cores
+    #[arg(long, default_value_t = 0)]
+    pub(crate) threads: usize,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Logits {
+    /// Directory of a run
+    pub(crate) run_dir: PathBuf,
+    /// Token ids, separated by spaces or commas
+    #[arg(long, value_name = "IDS")]
+    pub(crate) tokens: String,
+    /// Print a JSON array of arrays
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Import {
+    /// Directory with config.json and model.safetensors
+    pub(crate) hf_dir: PathBuf,
+    /// Run directory to make
+    pub(crate) run_dir: PathBuf,
+    /// Override a key of the run file to be written
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Export {
+    /// Directory of a run
+    pub(crate) run_dir: PathBuf,
+    /// Model directory to make
+    pub(crate) out_dir: PathBuf,
+    /// Element type: f32 or bf16
+    #[arg(long, default_value = "f32")]
+    pub(crate) dtype: String,
+    /// Split into files of at most this many bytes
+    #[arg(long, default_value_t = 5_000_000_000, value_name = "BYTES")]
+    pub(crate) max_shard_bytes: u64,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Program {
+    #[command(subcommand)]
+    pub(crate) what: ProgramCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ProgramCommand {
+    /// Print blocks, ops, shapes, FLOPs, bytes, lifetimes and the memory map of a rank
+    Show {
+        #[command(flatten)]
+        run: RunArgs,
+        /// Whose program
+        #[arg(long, default_value_t = 0)]
+        rank: usize,
+        /// Leave out the ops
+        #[arg(long)]
+        brief: bool,
+        /// Print the whole program as JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Data {
+    #[command(subcommand)]
+    pub(crate) what: DataCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DataCommand {
+    /// Tokenise files, folders, globs or JSONL into PREFIX.bin and PREFIX.idx
+    Build {
+        /// Files, folders or globs
+        #[arg(required = true)]
+        inputs: Vec<PathBuf>,
+        /// Prefix of the dataset to make
+        #[arg(short, long)]
+        output: PathBuf,
+        /// tokenizer.json to use; trained from the text if absent
+        #[arg(long)]
+        tokenizer: Option<PathBuf>,
+        /// Vocabulary of the tokenizer that is trained
+        #[arg(long, default_value_t = 4096)]
+        vocab_size: usize,
+        /// Field of JSONL objects that holds the text
+        #[arg(long, default_value = "text")]
+        field: String,
+        /// Threads; 0 for all cores
+        #[arg(long, default_value_t = 0)]
+        threads: usize,
+        /// Print the facts about the dataset as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what is in a dataset: PREFIX of .bin/.idx, or llm.c shards
+    Show {
+        /// Prefix, file or folder
+        path: PathBuf,
+        /// tokenizer.json to decode with; the one beside the data if absent
+        #[arg(long)]
+        tokenizer: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Bench {
+    #[command(subcommand)]
+    pub(crate) what: BenchCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Time the training step of a model (the 13.8M-parameter reference by default)
+    Step {
+        /// Threads; 0 for all cores
+        #[arg(long, default_value_t = 0)]
+        threads: usize,
+        /// Timed steps
+        #[arg(long, default_value_t = 10)]
+        steps: usize,
+        /// Override a key of the run file
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        set: Vec<String>,
+        /// Print time by op as well
+        #[arg(long)]
+        ops: bool,
+        /// Read lines `step` on stdin and answer each with the seconds that a step took
+        #[arg(long)]
+        resident: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}

@@ -1,0 +1,90 @@
+//! `phalanx data`.
+
+use std::path::Path;
+
+use data::{BuildOptions, Source, Summary, Tokenizer, tokenizer_path};
+use spec::Result;
+
+use crate::args::{Data, DataCommand};
+use crate::live::Bytes;
+use crate::output;
+
+/// Bytes of text that a tokenizer is trained on: more hardly changes a small vocabulary.
+const SAMPLE_BYTES: u64 = 8 << 20;
+
+pub(crate) fn run(args: &Data) -> Result<u8> {
+    match &args.what {
+        DataCommand::Build { inputs, output, tokenizer, vocab_size, field, threads, json } => {
+            let mut options = BuildOptions::new(inputs.clone(), output);
+            options.json_field.clone_from(field);
+            options.threads = (*threads > 0).then_some(*threads);
+            build(&options, tokenizer.as_deref(), *vocab_size, *json)
+        }
+        DataCommand::Show { path, tokenizer, json } => show(path, tokenizer.as_deref(), *json),
+    }
+}
+
+fn build(options: &BuildOptions, tokenizer: Option<&Path>, vocab_size: usize, json: bool) -> Result<u8> {
+    let bytes = Bytes::new();
+    let progress = |p| bytes.update(p);
+    let tokenizer = match tokenizer {
+        Some(path) => Tokenizer::load(path)?,
+        None => data::train_tokenizer(options, vocab_size, SAMPLE_BYTES, &progress)?,
+    };
+    let report = data::build(options, &tokenizer, &progress)?;
+    bytes.done();
+    let m = &report.manifest;
+    if json {
+        output::print(&serde_json::to_string_pretty(m).expect("facts are plain data"));
+    } else {
+        output::print(&format!("{}  {} documents  {} tokens", options.prefix.display(), m.documents, m.tokens));
+    }
+    let s = &report.skipped;
+    for (count, why) in [(s.not_utf8, "not UTF-8"), (s.empty, "without text"), (s.unreadable, "not readable")] {
+        if count > 0 {
+            output::say(&format!("warning: left out {count} inputs {why}"));
+        }
+    }
+    s.messages.iter().for_each(|m| output::say(&format!("warning: {m}")));
+    Ok(0)
+}
+
+fn show(path: &Path, tokenizer: Option<&Path>, json: bool) -> Result<u8> {
+    let source = Source::open(path)?;
+    let beside = tokenizer_path(path);
+    let tokenizer = tokenizer.or(beside.exists().then_some(beside.as_path())).map(Tokenizer::load).transpose()?;
+    let summary = data::show(&source, tokenizer.as_ref())?;
+    output::print(&if json {
+        serde_json::to_string_pretty(&summary).expect("a summary is plain data")
+    } else {
+        text(&summary)
+    });
+    Ok(0)
+}
+
+fn text(s: &Summary) -> String {
+    let mut out = format!(
+        "{}\ndocuments  {}\nsequences  {}\ntokens     {} ({})\nlength     {} to {}, median {}, mean {:.1}\nentropy    {:.4} nats per token (unigram), {} distinct, largest {}\n",
+        s.name,
+        s.documents,
+        s.sequences,
+        s.tokens,
+        s.token_type,
+        s.lengths.min,
+        s.lengths.max,
+        s.lengths.median,
+        s.lengths.mean,
+        s.unigram_entropy_nats,
+        s.distinct_tokens,
+        s.max_token,
+    );
+    let most = s.lengths.histogram.iter().map(|b| b.sequences).max().unwrap_or(1).max(1);
+    for b in &s.lengths.histogram {
+        let bar = "#".repeat((40 * b.sequences).div_ceil(most) as usize);
+        out += &format!("  {:>9}.. {:>9}  {bar}\n", b.from, b.sequences);
+    }
+    if let Some(first) = &s.first_text {
+        out += &format!("first document\n{first}\n");
+    }
+    out
+}

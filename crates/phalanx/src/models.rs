@@ -1,0 +1,134 @@
+//! `phalanx generate`, `logits`, `import`, `export` and `keys`.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+
+use ckpt::{Checkpoint, Kind};
+use spec::{DType, Error, Result, RunSpec};
+use train::{Generator, RunDir, Sampling};
+
+use crate::args::{Export, Generate, Import, Logits};
+use crate::output;
+
+pub(crate) fn generate(args: &Generate) -> Result<u8> {
+    let mut g = Generator::open(&args.run_dir, output::threads(args.threads))?;
+    let s = g.run().sample.clone();
+    let sampling = Sampling {
+        temperature: args.temperature.unwrap_or(s.temperature),
+        top_k: args.top_k.unwrap_or(s.top_k.unwrap_or(0)),
+        top_p: args.top_p.unwrap_or(s.top_p),
+        seed: args.seed,
+    };
+    check(sampling)?;
+    let count = args.count.unwrap_or(s.tokens);
+    if let Some(tokens) = &args.tokens {
+        let ids: Vec<String> = g.ids(&parse(tokens)?, count, sampling)?.iter().map(u32::to_string).collect();
+        output::print(&ids.join(" "));
+        return Ok(0);
+    }
+    let prompt = args.prompt.clone().unwrap_or(s.prompt);
+    let mut out = std::io::stdout().lock();
+    // A reader that has seen enough closes the pipe; the rest of the text then goes nowhere.
+    let _ = write!(out, "{prompt}");
+    g.text(&prompt, count, sampling, &mut |t| {
+        let _ = write!(out, "{t}").and_then(|()| out.flush());
+    })?;
+    let _ = writeln!(out);
+    Ok(0)
+}
+
+fn check(s: Sampling) -> Result<()> {
+    if !(0.0..=100.0).contains(&s.temperature) {
+        return Err(Error::user(format!("temperature {}, expected 0 to 100", s.temperature)));
+    }
+    if !(s.top_p > 0.0 && s.top_p <= 1.0) {
+        return Err(Error::user(format!("top-p {}, expected above 0 and at most 1", s.top_p)));
+    }
+    Ok(())
+}
+
+pub(crate) fn logits(args: &Logits) -> Result<u8> {
+    let mut g = Generator::open(&args.run_dir, output::threads(0))?;
+    let all = g.logits(&parse(&args.tokens)?)?;
+    if args.json {
+        output::print(&serde_json::to_string(&all).expect("numbers are JSON"));
+        return Ok(0);
+    }
+    for row in all {
+        let row: Vec<String> = row.iter().map(f32::to_string).collect();
+        output::print(&row.join(" "));
+    }
+    Ok(0)
+}
+
+fn parse(ids: &str) -> Result<Vec<u32>> {
+    ids.split([' ', ',', '[', ']'])
+        .filter(|t| !t.is_empty())
+        .map(|t| t.parse().map_err(|_| Error::user(format!("token id '{t}', expected a whole number from 0"))))
+        .collect()
+}
+
+/// A run at step 0 that holds the weights of a Hugging Face model.
+pub(crate) fn import(args: &Import) -> Result<u8> {
+    let (model, weights) = ckpt::hf::import(&args.hf_dir)?;
+    let dir = RunDir::new(&args.run_dir);
+    if ckpt::latest(&dir.checkpoints())?.is_some() {
+        return Err(Error::user(format!("{} already holds a run", args.run_dir.display()))
+            .hint("import into a new directory"));
+    }
+    let toml = model.to_toml();
+    let section = format!("[model]\n{toml}");
+    let mut set = vec![format!("run.dir={}", serde_json::to_string(&args.run_dir.display().to_string()).expect("text"))];
+    let limit = model.max_positions();
+    if limit < 256 {
+        set.push(format!("batch.sequence={limit}"));
+    }
+    set.extend(args.set.iter().cloned());
+    let run = RunSpec::load(Some(("the imported model", &section)), &set, &train::read)?;
+    let tokenizer = args.hf_dir.join("tokenizer.json");
+    dir.create(&run, tokenizer.exists().then_some(tokenizer.as_path()))?;
+    let path = train::import_weights(&run, &dir, &weights)?;
+    output::say(&format!("{}: {:.1}M parameters", model.name, model.param_count() as f64 / 1e6));
+    output::print(&path.display().to_string());
+    Ok(0)
+}
+
+pub(crate) fn export(args: &Export) -> Result<u8> {
+    let dtype = match args.dtype.as_str() {
+        "f32" => DType::F32,
+        "bf16" => DType::Bf16,
+        other => return Err(Error::user(format!("dtype {other}, expected f32 or bf16"))),
+    };
+    let dir = RunDir::new(&args.run_dir);
+    let run = dir.load()?;
+    let checkpoint = Checkpoint::open(&dir.newest_checkpoint()?)?;
+    let source = |name: &str| {
+        let shape = &checkpoint.tensor(name, Kind::Param)?.shape;
+        let (rows, cols) = if shape.len() == 2 { (shape[0], shape[1]) } else { (1, shape[0]) };
+        let mut out = vec![0.0; rows * cols];
+        checkpoint.read_box(name, Kind::Param, 0, rows, 0, cols, &mut out)?;
+        Ok(out)
+    };
+    let tokenizer = dir.tokenizer();
+    let done =
+        ckpt::hf::export(&run.model, source, &args.out_dir, dtype, args.max_shard_bytes, tokenizer.as_deref())?;
+    output::say(&format!(
+        "step {}: {} tensors in {} files, {}",
+        checkpoint.step(),
+        done.tensors,
+        done.files,
+        crate::show::binary(done.bytes as usize)
+    ));
+    output::print(&args.out_dir.display().to_string());
+    Ok(0)
+}
+
+/// Every key of a run file.
+pub(crate) fn keys() -> String {
+    let mut out = String::new();
+    for key in RunSpec::keys() {
+        writeln!(out, "{:<46} {:<22} {:<16} {}", key.path, key.type_text(), key.default_text(), key.doc)
+            .expect("writing to a string");
+    }
+    out
+}

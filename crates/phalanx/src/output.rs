@@ -1,0 +1,38 @@
+//! Data on stdout, talk on stderr.
+
+use std::io::{IsTerminal, Write};
+
+use spec::Error;
+
+/// One message: what and where, then what to do.
+pub(crate) fn error(e: &Error) {
+    let red = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let label = if red { "\u{1b}[31merror\u{1b}[0m" } else { "error" };
+    say(&format!("{label}: {e}"));
+    if let Some(hint) = e.hint_text() {
+        say(&format!("hint: {hint}"));
+    }
+}
+
+/// A line for people.
+pub(crate) fn say(text: &str) {
+    // Nobody is left to tell when stderr is closed.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Data. A reader that has seen enough (a closed pipe) is no error.
+pub(crate) fn print(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let newline = if text.ends_with('\n') { "" } else { "\n" };
+    if let Err(e) = write!(out, "{text}{newline}").and_then(|()| out.flush())
+        && e.kind() != std::io::ErrorKind::BrokenPipe
+    {
+        say(&format!("error: write to stdout: {e}"));
+        std::process::exit(1);
+    }
+}
+
+/// Threads to use: what was asked for, or all cores.
+pub(crate) fn threads(asked: usize) -> usize {
+    if asked > 0 { asked } else { std::thread::available_parallelism().map_or(1, usize::from) }
+}

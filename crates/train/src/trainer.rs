@@ -1,0 +1,475 @@
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use data::{Order, Prepared, Split, StreamOptions, Streams, TextSource, TokenizerChoice};
+use journal::{Journal, Record, tensorboard::EventWriter};
+use program::Request;
+use serde_json::json;
+use spec::run::DataSource;
+use spec::{Context, Error, Result, RunSpec};
+
+use crate::exec::{Executor, StepInputs};
+use crate::mesh::Mesh;
+use crate::run_dir::RunDir;
+
+/// One rank of a run: data, executor, journal and checkpoints around the step loop.
+pub struct Trainer {
+    run: RunSpec,
+    dir: RunDir,
+    exec: Executor,
+    streams: Streams,
+    journal: Journal,
+    events: Option<EventWriter>,
+    /// Steps done.
+    step: u64,
+    sample: Vec<u32>,
+    peak_flops_per_s: f64,
+    resumed: Option<PathBuf>,
+}
+
+/// Where weights come from when a run has no checkpoint yet.
+#[derive(Clone, Debug)]
+pub enum Start {
+    /// Random from the run's seed.
+    Seed,
+    /// The newest checkpoint of another run, or an imported model.
+    Run(PathBuf),
+}
+
+/// What happened, for whoever shows it to people. The journal has it already.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A record was written.
+    Record(Record),
+    /// A line was measured: progress of the run as a whole.
+    Eta {
+        /// Seconds to the last step at the present rate.
+        seconds: f64,
+    },
+}
+
+/// How the loop ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are done.
+    Finished,
+    /// Asked to stop; a checkpoint was saved.
+    Stopped,
+}
+
+/// Prepares the data that a run asks for: tokenises text unless that was done before.
+///
+/// # Errors
+/// If the text, the tokenizer or the dataset cannot be used.
+pub fn prepare(run: &RunSpec, progress: data::OnProgress<'_>) -> Result<Option<Prepared>> {
+    let source = match &run.data.source {
+        DataSource::CargoSources => {
+            let home = data::default_cargo_home().ok_or_else(|| {
+                Error::user("no CARGO_HOME and no home directory: the default text, sources of crates, is not there")
+                    .hint("give text to train on: phalanx train --text PATH")
+            })?;
+            TextSource::CargoHome(home)
+        }
+        DataSource::Text(paths) => TextSource::Paths(paths.clone()),
+        DataSource::Prefix(_) | DataSource::Blend(_) => return Ok(None),
+    };
+    let tokenizer = match &run.data.tokenizer {
+        Some(path) => TokenizerChoice::Load(path.clone()),
+        None => TokenizerChoice::Train { vocab_size: run.data.vocab_size },
+    };
+    let cache = run.data.cache_dir.clone().unwrap_or_else(|| default_cache(&run.run.dir));
+    let prepared = data::prepare(&cache, &source, &tokenizer, progress)?;
+    Ok(Some(prepared))
+}
+
+/// Beside the run, so that runs in one folder share it.
+fn default_cache(run_dir: &Path) -> PathBuf {
+    run_dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).join("cache")
+}
+
+impl Trainer {
+    /// Opens data, compiles the program, and takes weights from the run's newest checkpoint, or from `start`.
+    ///
+    /// # Errors
+    /// If run file, data, layout and checkpoint do not fit together, or files cannot be written.
+    pub fn open(
+        run: RunSpec,
+        prepared: Option<&Prepared>,
+        rank: usize,
+        mesh: Mesh,
+        threads: usize,
+        start: &Start,
+        trace: bool,
+    ) -> Result<Trainer> {
+        let dir = RunDir::new(&run.run.dir);
+        let streams = open_data(&run, prepared)?;
+        let request = Request {
+            model: &run.model,
+            layout: &run.layout,
+            sequence: run.batch.sequence,
+            sequences: run.batch.sequences,
+            precision: run.train.precision,
+            rank,
+            cache: 0,
+        };
+        let checkpoint = ckpt::latest(&dir.checkpoints())?;
+        if checkpoint.is_some() {
+            check_continues(&run, &dir, checkpoint.as_deref())?;
+        }
+        let mut exec = Executor::new(&request, threads, mesh, trace)?;
+        let mut step = 0;
+        exec.set_tables(&run.model);
+        match (&checkpoint, start) {
+            (Some(path), _) => step = restore(&mut exec, &run, path)?,
+            (None, Start::Seed) => exec.initialise(&run.model, run.train.seed)?,
+            (None, Start::Run(from)) => adopt(&mut exec, &run, from)?,
+        }
+        if rank == 0 {
+            let tokenizer = prepared.map(|p| p.tokenizer_path.clone()).or_else(|| tokenizer_of(&run));
+            dir.create(&run, tokenizer.as_deref())?;
+        }
+        let peak_flops_per_s = 1e9 * exec.peak_gflops();
+        let journal = Journal::create(dir.path(), rank, checkpoint.is_some())?;
+        let events =
+            if rank == 0 { Some(EventWriter::create(&dir.tensorboard(), now_us(), &host(), rank)?) } else { None };
+        let sample = vec![0; run.batch.sequence + 1];
+        let resumed = checkpoint;
+        let mut t =
+            Trainer { run, dir, exec, streams, journal, events, step, sample, peak_flops_per_s, resumed };
+        t.announce(rank)?;
+        Ok(t)
+    }
+
+    /// The executor, for whoever looks into the program or the weights.
+    pub fn executor(&mut self) -> &mut Executor {
+        &mut self.exec
+    }
+
+    /// Steps done so far.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    fn announce(&mut self, rank: usize) -> Result<()> {
+        let time_us = now_us();
+        let started = Record::RunStarted {
+            time_us,
+            version: env!("CARGO_PKG_VERSION").into(),
+            fingerprint: self.run.fingerprint(),
+            world: self.run.layout.world(),
+            rank,
+            host: host(),
+            device: format!("cpu, {} threads", self.exec.pool.threads()),
+            parameters: self.run.model.param_count() as u64,
+        };
+        self.journal.write(&started)?;
+        if let Some(path) = &self.resumed {
+            let path = path.display().to_string();
+            self.journal.write(&Record::Resumed { time_us, step: self.step, path })?;
+            if let Some(events) = &mut self.events {
+                events.resumed(time_us, self.step)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Trains to the last step, or until `stop` is set or `stop_after` steps are done; saves a checkpoint in the end.
+    ///
+    /// # Errors
+    /// If the loss is not finite, a file cannot be written, or a peer is lost.
+    pub fn train(
+        &mut self,
+        stop: &AtomicBool,
+        stop_after: Option<u64>,
+        each: &mut dyn FnMut(Event),
+    ) -> Result<Outcome> {
+        let last = self.run.train.steps as u64;
+        let began = Instant::now();
+        let first = self.step;
+        while self.step < last {
+            let record = match self.one_step() {
+                Ok(record) => record,
+                Err(e) => {
+                    let (time_us, step) = (now_us(), self.step + 1);
+                    let hint = e.hint_text().map(str::to_owned);
+                    // The failure itself is what the caller must see, even if the journal's disk is full too.
+                    let _ = self.journal.write(&Record::Failed { time_us, step, error: e.to_string(), hint });
+                    return Err(e);
+                }
+            };
+            self.note(record, each)?;
+            let rate = began.elapsed().as_secs_f64() / (self.step - first) as f64;
+            each(Event::Eta { seconds: rate * (last - self.step) as f64 });
+            if self.due(self.run.train.eval_every) || self.step == last {
+                self.evaluate(each)?;
+            }
+            let stopping = stop.load(Ordering::Relaxed) || stop_after.is_some_and(|n| self.step >= n);
+            if self.due(self.run.checkpoint.every) || self.step == last || stopping {
+                self.save(each)?;
+            }
+            if stopping && self.step < last {
+                let reason = "stopped on request".to_owned();
+                self.note(Record::Finished { time_us: now_us(), step: self.step, reason }, each)?;
+                return Ok(Outcome::Stopped);
+            }
+        }
+        let reason = "all steps done".to_owned();
+        self.note(Record::Finished { time_us: now_us(), step: self.step, reason }, each)?;
+        Ok(Outcome::Finished)
+    }
+
+    fn due(&self, every: Option<usize>) -> bool {
+        every.is_some_and(|n| self.step.is_multiple_of(n as u64))
+    }
+
+    fn note(&mut self, record: Record, each: &mut dyn FnMut(Event)) -> Result<()> {
+        self.journal.write(&record)?;
+        if let Some(events) = &mut self.events {
+            events.record(&record)?;
+        }
+        each(Event::Record(record));
+        Ok(())
+    }
+
+    /// Loads the batch of the next step and runs it.
+    fn one_step(&mut self) -> Result<Record> {
+        let start = Instant::now();
+        load(&mut self.exec, self.streams.train.as_ref(), self.step, &mut self.sample)?;
+        let step = self.step + 1;
+        let (batch, optim) = (&self.run.batch, &self.run.optim);
+        let tokens = (batch.sequence * batch.sequences) as u64;
+        let lr = self.run.lr_at(step as usize);
+        let inputs = StepInputs {
+            valid_tokens: tokens,
+            lr,
+            step,
+            beta1: optim.beta1,
+            beta2: optim.beta2,
+            eps: optim.eps,
+            weight_decay: optim.weight_decay,
+            clip: optim.grad_clip,
+        };
+        let out = self.exec.step(&inputs)?;
+        self.step = step;
+        let step_s = start.elapsed().as_secs_f64();
+        let tokens_per_s = tokens as f64 / step_s;
+        let flops_per_s = self.run.model.flops_per_token(batch.sequence).0 * tokens_per_s;
+        let mfu = Some(flops_per_s / (self.peak_flops_per_s * self.run.layout.world() as f64));
+        Ok(Record::Step {
+            time_us: now_us(),
+            step,
+            loss: out.loss,
+            grad_norm: out.grad_norm,
+            lr,
+            tokens: step * tokens,
+            valid_tokens: tokens,
+            tokens_per_s,
+            mfu,
+            step_s,
+            memory_bytes: self.exec.program.memory.total as u64,
+            exposed_comm_s: None,
+        })
+    }
+
+    fn evaluate(&mut self, each: &mut dyn FnMut(Event)) -> Result<()> {
+        let Some(valid) = &self.streams.valid else { return Ok(()) };
+        let sequences = self.run.batch.sequences as u64;
+        let batches = (valid.len() / sequences).min(self.run.train.eval_batches as u64);
+        if batches == 0 {
+            return Ok(());
+        }
+        let mut sum = 0.0;
+        for b in 0..batches {
+            load(&mut self.exec, valid.as_ref(), b, &mut self.sample)?;
+            sum += self.exec.evaluate()?;
+        }
+        let tokens = batches * sequences * self.run.batch.sequence as u64;
+        let record = Record::Eval { time_us: now_us(), step: self.step, loss: sum / tokens as f64, tokens };
+        self.note(record, each)
+    }
+
+    /// Saves a checkpoint and removes the oldest beyond `checkpoint.keep`.
+    fn save(&mut self, each: &mut dyn FnMut(Event)) -> Result<()> {
+        let start = Instant::now();
+        let batch = &self.run.batch;
+        let meta = ckpt::Meta {
+            tokens: self.step * (batch.sequence * batch.sequences) as u64,
+            fingerprint: self.run.fingerprint(),
+            world: self.run.layout.world(),
+            state: json!({ "next_sample": self.step * batch.sequences as u64, "data": self.streams.fingerprint }),
+        };
+        let Some((path, bytes)) = self.exec.save(&self.dir.checkpoints(), self.step, meta)? else { return Ok(()) };
+        if let Some(keep) = self.run.checkpoint.keep {
+            ckpt::keep(&self.dir.checkpoints(), keep)?;
+        }
+        let save_s = start.elapsed().as_secs_f64();
+        let path = path.display().to_string();
+        self.note(Record::Checkpoint { time_us: now_us(), step: self.step, path, bytes, save_s }, each)
+    }
+
+    /// Writes the spans of the last step to the journal.
+    pub fn record_spans(&mut self) -> Result<()> {
+        let spans = self.exec.journal_spans();
+        let rank = self.exec.program.rank;
+        self.journal.write(&Record::Spans { rank, step: self.step, spans })
+    }
+
+    /// Adds a text sampled from the model to the journal.
+    pub fn note_sample(&mut self, text: String) -> Result<()> {
+        let record = Record::Sample { time_us: now_us(), step: self.step, text };
+        self.note(record, &mut |_| {})
+    }
+}
+
+impl Executor {
+    /// Writes this rank's share of a checkpoint; the last word is rank 0's, which commits it and returns its path and
+    /// size.
+    fn save(&mut self, dir: &Path, step: u64, meta: ckpt::Meta) -> Result<Option<(PathBuf, u64)>> {
+        let saver = ckpt::Saver::begin(dir, step)?;
+        let record = saver.write_rank(self.program.rank, self.pieces())?;
+        let records = self.mesh.gather_records(record)?;
+        let Some(records) = records else { return Ok(None) };
+        let bytes = records.iter().map(ckpt::FileRecord::bytes).sum();
+        let path = ckpt::Saver::commit(dir, step, records, meta)?;
+        Ok(Some((path, bytes)))
+    }
+
+    /// The spans of the last step as the journal keeps them: microseconds since the executor was made.
+    pub fn journal_spans(&self) -> Vec<journal::Span> {
+        let of = |s: &crate::spans::Span| {
+            let op = &self.program.blocks[s.block as usize].ops[s.op as usize];
+            let lane = if op.kind.is_communication() { journal::Lane::Comm } else { journal::Lane::Compute };
+            journal::Span {
+                op: op.id.0,
+                name: op.name.clone(),
+                lane,
+                micro_batch: Some(s.micro_batch),
+                start_us: s.start_ns / 1000,
+                end_us: s.end_ns / 1000,
+                bytes: op.cost.wire_bytes.max(op.cost.bytes),
+            }
+        };
+        self.spans.all().iter().map(of).collect()
+    }
+}
+
+/// Writes an imported model as the checkpoint of step 0 of a run.
+///
+/// # Errors
+/// If a tensor is missing or the checkpoint cannot be written.
+pub fn import_weights(run: &RunSpec, dir: &RunDir, weights: &ckpt::hf::HfWeights) -> Result<PathBuf> {
+    let layout = spec::Layout::default();
+    let (sequence, sequences) = (run.batch.sequence, 1);
+    let request =
+        Request { model: &run.model, layout: &layout, sequence, sequences, precision: spec::DType::F32, rank: 0, cache: 0 };
+    let mut exec = Executor::new(&request, 1, Mesh::alone(), false)?;
+    exec.set_params(&mut |part, out| {
+        weights.read_box(&part.name, part.row0, part.rows, part.col0, part.cols, out)
+    })?;
+    let meta = ckpt::Meta { fingerprint: run.fingerprint(), world: 1, ..ckpt::Meta::default() };
+    let saved = exec.save(&dir.checkpoints(), 0, meta)?;
+    saved.map(|(path, _)| path).ok_or_else(|| Error::failure("one rank alone commits its checkpoint"))
+}
+
+/// Copies this rank's sequences of batch `index` into the executor.
+fn load(exec: &mut Executor, stream: &dyn data::TokenStream, index: u64, sample: &mut [u32]) -> Result<()> {
+    let sequence = exec.program.sequence;
+    let m = exec.program.micro_batch();
+    for i in 0..exec.program.local_sequences {
+        let at = exec.program.first_sequence(i / m) + i % m;
+        stream.sample(index * exec.program.sequences as u64 + at as u64, sample)?;
+        exec.tokens()[i * sequence..(i + 1) * sequence].copy_from_slice(&sample[..sequence]);
+        exec.targets()[i * sequence..(i + 1) * sequence].copy_from_slice(&sample[1..]);
+    }
+    Ok(())
+}
+
+fn open_data(run: &RunSpec, prepared: Option<&Prepared>) -> Result<Streams> {
+    if run.model.max_positions() < run.batch.sequence {
+        return Err(Error::user(format!(
+            "batch.sequence = {} tokens, but the model takes at most {}",
+            run.batch.sequence,
+            run.model.max_positions()
+        ))
+        .hint("lower batch.sequence, or raise model.max_positions"));
+    }
+    let parts = match (&run.data.source, prepared) {
+        (_, Some(p)) => vec![(p.prefix.clone(), 1.0)],
+        (DataSource::Prefix(prefix), _) => vec![(prefix.clone(), 1.0)],
+        (DataSource::Blend(parts), _) => parts.iter().map(|p| (p.prefix.clone(), p.weight)).collect(),
+        _ => return Err(Error::failure("text was not prepared before training")),
+    };
+    let [train, valid, test] = run.data.split;
+    let sequences = run.batch.sequences as u64;
+    data::open_streams(&StreamOptions {
+        parts,
+        split: Split::parse(&format!("{train},{valid},{test}"))?,
+        sequence: run.batch.sequence,
+        seed: run.train.seed as u32,
+        vocab: Some(run.model.vocab),
+        train_samples: run.train.steps as u64 * sequences,
+        valid_samples: run.train.eval_batches as u64 * sequences,
+        order: Order::Endless,
+    })
+}
+
+fn tokenizer_of(run: &RunSpec) -> Option<PathBuf> {
+    let beside = match &run.data.source {
+        DataSource::Prefix(prefix) => Some(data::tokenizer_path(prefix)),
+        DataSource::Blend(parts) => parts.first().map(|p| data::tokenizer_path(&p.prefix)),
+        _ => None,
+    };
+    run.data.tokenizer.clone().or(beside).filter(|p| p.exists())
+}
+
+/// A checkpoint of this run, read; returns its step.
+fn restore(exec: &mut Executor, run: &RunSpec, path: &Path) -> Result<u64> {
+    let checkpoint = ckpt::Checkpoint::open(path)?;
+    exec.restore(&checkpoint).context(format!("resume from {}", path.display()))?;
+    if checkpoint.step() > run.train.steps as u64 {
+        return Err(Error::user(format!(
+            "the newest checkpoint is of step {}, beyond train.steps = {}",
+            checkpoint.step(),
+            run.train.steps
+        ))
+        .hint("raise train.steps, or start another run with run.dir=PATH"));
+    }
+    Ok(checkpoint.step())
+}
+
+/// Weights of another run's newest checkpoint, with fresh optimiser state.
+fn adopt(exec: &mut Executor, run: &RunSpec, from: &Path) -> Result<()> {
+    let other = RunDir::new(from);
+    let theirs = other.load()?;
+    let mut shape = theirs.model.clone();
+    shape.name.clone_from(&run.model.name);
+    shape.init_std = run.model.init_std;
+    if shape != run.model {
+        return Err(Error::user(format!("the model of {} is not the model of this run", from.display()))
+            .hint(format!("take its [model] section from {}", other.run_file().display())));
+    }
+    let checkpoint = ckpt::Checkpoint::open(&other.newest_checkpoint()?)?;
+    exec.set_params(&mut |part, out| {
+        checkpoint.read_box(&part.name, ckpt::Kind::Param, part.row0, part.rows, part.col0, part.cols, out)
+    })
+}
+
+/// Refuses to continue a run whose numbers would change. More steps are fine while the past learning rates stay.
+fn check_continues(run: &RunSpec, dir: &RunDir, checkpoint: Option<&Path>) -> Result<()> {
+    let Ok(earlier) = dir.load() else { return Ok(()) };
+    let done = checkpoint.map(ckpt::Checkpoint::open).transpose()?.map_or(0, |c| c.step());
+    let only_length = run.differences(&earlier).iter().all(|d| d.key == "train.steps" || d.key.starts_with("schedule."));
+    let same_past = (1..=done as usize).all(|s| run.lr_at(s).to_bits() == earlier.lr_at(s).to_bits());
+    if only_length && same_past { Ok(()) } else { run.check_continues(&earlier) }
+}
+
+/// Microseconds since 1970.
+pub fn now_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX))
+}
+
+/// This machine's name.
+pub fn host() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "localhost".into(), |h| h.trim().to_owned())
+}
