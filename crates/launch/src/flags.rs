@@ -27,7 +27,7 @@ const fn short(short: char, name: &'static str, value: Option<&'static str>, hel
 const FLAGS: &[Flag] = &[
     flag("nnodes", Some("N|MIN:MAX"), "number of nodes, or its range [1]"),
     flag("nproc-per-node", Some("N|auto|cpu|gpu"), "workers on this node [1]"),
-    flag("standalone", None, "one node, nothing to meet: the default for one node"),
+    flag("standalone", None, "one node, nothing to meet (default for one)"),
     flag("rdzv-backend", Some("static|c10d"), "how nodes meet [static]"),
     flag("rdzv-endpoint", Some("HOST[:PORT]"), "where nodes meet [port 29400]"),
     flag("rdzv-id", Some("ID"), "name of the job [none]"),
@@ -44,7 +44,7 @@ const FLAGS: &[Flag] = &[
     flag("role", Some("NAME"), "role of the workers [default]"),
     short('m', "module", None, "run the program as a Python module"),
     flag("no-python", None, "run the program directly, never through Python"),
-    flag("run-path", None, "run the script through Python, whatever its name"),
+    flag("run-path", None, "run the script through Python in any case"),
     flag("log-dir", Some("DIR"), "folder of the log files"),
     short('r', "redirects", Some("N|RANK:N,.."), "to files: 1 stdout, 2 stderr, 3 both [0]"),
     short('t', "tee", Some("N|RANK:N,.."), "to files and console, in the same form [0]"),
@@ -245,10 +245,10 @@ pub fn help() -> String {
     for f in FLAGS {
         let short = f.short.map_or(String::new(), |s| format!("-{s}, "));
         let left = format!("{short}--{} {}", f.name, f.value.unwrap_or(""));
-        if left.len() > 34 {
-            let _ = writeln!(text, "  {left}\n  {:34} {}", "", f.help);
+        if left.len() > 30 {
+            let _ = writeln!(text, "  {left}\n  {:30} {}", "", f.help);
         } else {
-            let _ = writeln!(text, "  {left:34} {}", f.help);
+            let _ = writeln!(text, "  {left:30} {}", f.help);
         }
     }
     text.push_str(

@@ -17,6 +17,8 @@ pub(crate) const MARKER: &str = "PHALANX_JOB";
 
 /// A killed process takes a moment to go, and may have forked meanwhile: rounds of looking, and the pause between.
 const SWEEP_ROUNDS: usize = 100;
+/// A process in the middle of an exec has no environment yet, so one look without a find proves nothing.
+const CLEAN_ROUNDS: usize = 2;
 const SWEEP_PAUSE_NS: i64 = 2_000_000;
 
 /// The agent's side.
@@ -120,8 +122,10 @@ fn watch(pipe: i32, marker: &[u8]) -> ! {
 /// Kills every process whose environment holds `marker`, until a look at all of them finds none.
 /// Makes only system calls and does not allocate.
 fn sweep(marker: &[u8]) {
+    let mut clean = 0;
     for _ in 0..SWEEP_ROUNDS {
-        if kill_marked(marker) == 0 {
+        clean = if kill_marked(marker) == 0 { clean + 1 } else { 0 };
+        if clean == CLEAN_ROUNDS {
             return;
         }
         let pause = libc::timespec { tv_sec: 0, tv_nsec: SWEEP_PAUSE_NS };
@@ -213,7 +217,11 @@ fn contains(file: i32, marker: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::Command;
+    use std::process::{Command, Stdio};
+
+    fn id(pid: u32) -> i32 {
+        i32::try_from(pid).unwrap()
+    }
 
     #[test]
     fn marked_processes_are_found_and_no_others() {
@@ -222,10 +230,16 @@ mod tests {
         let long = "x".repeat(40_000);
         let start = |value: &str| {
             let mut command = Command::new("sleep");
-            command.arg("1000").env("A_LONG_ONE", &long).env(MARKER, value).spawn().unwrap()
+            let child =
+                command.arg("1000").env("A_LONG_ONE", &long).env(MARKER, value).stdout(Stdio::null()).spawn();
+            let child = child.unwrap();
+            // The environment appears in /proc a moment after the exec that ends `spawn`.
+            while !has_marker(id(child.id()), format!("{MARKER}={value}").as_bytes()) {
+                std::thread::yield_now();
+            }
+            child
         };
         let (mut marked, mut other) = (start(&marker), start("something else"));
-        let id = |pid: u32| i32::try_from(pid).unwrap();
         assert!(has_marker(id(marked.id()), &text));
         assert!(!has_marker(id(other.id()), &text));
         assert!(!has_marker(i32::MAX, &text));

@@ -1,6 +1,6 @@
 //! Carries the protocol out: a thread that reads and writes the store and keeps time for [`Node::step`].
 
-use super::{Action, Closed, Member, News, Node, NodeId, Rules, Shared, Times, Wish};
+use super::{Action, Member, News, Node, NodeId, Rules, Shared, Times, Wish};
 use comm::StoreClient;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -47,7 +47,7 @@ impl Driver {
         let wake = Arc::new(eventfd(0, flags).map_err(|e| failed(e.into()))?);
         let (wishes, wished) = channel();
         let (told, news) = channel();
-        let teller = Teller { told, wake: Arc::clone(&wake) };
+        let teller = Teller { told: Some(told), wake: Arc::clone(&wake) };
         let thread = move || {
             if let Err(error) = drive(setup, &wished, &teller) {
                 teller.tell(Err(error));
@@ -81,15 +81,29 @@ impl Driver {
 }
 
 struct Teller {
-    told: Sender<Result<News>>,
+    told: Option<Sender<Result<News>>>,
     wake: Arc<OwnedFd>,
 }
 
 impl Teller {
     fn tell(&self, news: Result<News>) {
-        // The agent may be gone; then nobody wants to know.
-        let _ = self.told.send(news);
+        if let Some(told) = &self.told {
+            // The agent may be gone; then nobody wants to know.
+            let _ = told.send(news);
+        }
+        self.wake();
+    }
+
+    fn wake(&self) {
         let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+impl Drop for Teller {
+    fn drop(&mut self) {
+        // In this order: who wakes must find that nothing more comes.
+        self.told = None;
+        self.wake();
     }
 }
 
@@ -119,8 +133,8 @@ fn drive(mut setup: Setup, wished: &Receiver<(Wish, Option<u16>)>, teller: &Tell
             Ok(()) => this.trouble = None,
             Err(error) => {
                 // What is lost on a closed job is no loss.
-                if matches!(seen.shared.closed, Some(Closed::Succeeded)) {
-                    teller.tell(Ok(News::Closed(Closed::Succeeded)));
+                if let Some(closed) = seen.shared.closed.take() {
+                    teller.tell(Ok(News::Closed(closed)));
                     return Ok(());
                 }
                 let since = *this.trouble.get_or_insert(start.elapsed());
