@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+/// Number of constants.
+const COUNT: usize = 7;
+
 /// What a stack makes of the hardware.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -22,29 +25,33 @@ pub struct Constants {
     pub host_s: f64,
     /// Once a step: data, norms, synchronisation, in seconds.
     pub step_s: f64,
+    /// Grouped products of experts, as a share of the rate of dense ones.
+    pub experts: f64,
 }
 
 impl Constants {
     /// Names of the constants, in the order of [`Constants::get`].
-    pub const NAMES: [&'static str; 6] = ["gemm", "attention", "stream", "network", "host_s", "step_s"];
+    pub const NAMES: [&'static str; COUNT] =
+        ["gemm", "attention", "stream", "network", "host_s", "step_s", "experts"];
 
     /// All constants in order.
-    pub fn get(&self) -> [f64; 6] {
-        [self.gemm, self.attention, self.stream, self.network, self.host_s, self.step_s]
+    pub fn get(&self) -> [f64; COUNT] {
+        [self.gemm, self.attention, self.stream, self.network, self.host_s, self.step_s, self.experts]
     }
 
     /// Constants from their values in order.
-    pub fn from_values(v: [f64; 6]) -> Self {
-        Constants { gemm: v[0], attention: v[1], stream: v[2], network: v[3], host_s: v[4], step_s: v[5] }
+    pub fn from_values(v: [f64; COUNT]) -> Self {
+        Constants { gemm: v[0], attention: v[1], stream: v[2], network: v[3], host_s: v[4], step_s: v[5], experts: v[6] }
     }
 }
 
 /// What is assumed where nothing was fitted: mid-range figures of well-kept stacks.
 pub const PRIOR: Constants =
-    Constants { gemm: 0.88, attention: 0.45, stream: 0.6, network: 0.8, host_s: 6e-6, step_s: 0.02 };
+    Constants { gemm: 0.88, attention: 0.45, stream: 0.6, network: 0.8, host_s: 6e-6, step_s: 0.02, experts: 0.75 };
 
 /// Bounds of each constant: outside of them it would not mean what its name says.
-const BOUNDS: [(f64, f64); 6] = [(0.3, 1.1), (0.05, 0.9), (0.1, 1.2), (0.1, 1.2), (1e-7, 5e-5), (1e-4, 0.3)];
+const BOUNDS: [(f64, f64); COUNT] =
+    [(0.3, 1.1), (0.05, 0.9), (0.1, 1.2), (0.1, 1.2), (1e-7, 5e-5), (1e-4, 0.3), (0.15, 1.1)];
 
 /// What a factor belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -62,11 +69,11 @@ pub enum Effect {
 #[serde(deny_unknown_fields)]
 pub struct Calibration {
     /// By accelerator family.
-    pub family: BTreeMap<String, [f64; 6]>,
+    pub family: BTreeMap<String, [f64; COUNT]>,
     /// By numeric recipe.
-    pub recipe: BTreeMap<String, [f64; 6]>,
+    pub recipe: BTreeMap<String, [f64; COUNT]>,
     /// By software generation.
-    pub software: BTreeMap<String, [f64; 6]>,
+    pub software: BTreeMap<String, [f64; COUNT]>,
 }
 
 impl Calibration {
@@ -87,7 +94,7 @@ impl Calibration {
         Constants::from_values(v)
     }
 
-    fn slot(&mut self, effect: &Effect) -> &mut [f64; 6] {
+    fn slot(&mut self, effect: &Effect) -> &mut [f64; COUNT] {
         match effect {
             Effect::Family(name) => self.family.entry(name.clone()).or_default(),
             Effect::Recipe(name) => self.recipe.entry(name.clone()).or_default(),

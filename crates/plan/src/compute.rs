@@ -39,7 +39,7 @@ impl Chip {
             NumberFormat::Fp16 => accelerator.matmul(NumberFormat::Bf16),
             _ => None,
         });
-        let share = if accelerator.family == "tpu" { 0.93 } else { MATMUL_SHARE };
+        let share = if accelerator.family.starts_with("tpu") { 0.93 } else { MATMUL_SHARE };
         Some(Chip {
             peak,
             matmul: matmul.map_or(peak * share, |m| m.value.min(peak)),

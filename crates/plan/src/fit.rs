@@ -39,6 +39,8 @@ pub struct Prepared {
 
 /// A published run that had a bigger memory than the model believes still ran: up to this factor counts as fitting.
 const MEMORY_TOLERANCE: f64 = 1.3;
+/// Superchips keep activations in the host's memory, over a link of its own: what counts as room grows by this.
+const HOST_MEMORY: f64 = 3.0;
 
 impl Prepared {
     /// Folds the programs of a run's layouts.
@@ -67,7 +69,9 @@ impl Prepared {
         self.problem.constants = constants;
         let mut pricer = Pricer::new(&self.problem, self.run.meshes[0].format)?
             .with_templates(std::mem::take(&mut self.templates));
-        let room = self.problem.cluster.accelerator.memory_bytes.value * MEMORY_TOLERANCE;
+        let accelerator = &self.problem.cluster.accelerator;
+        let host = if accelerator.name.starts_with("gb") { HOST_MEMORY } else { 1.0 };
+        let room = accelerator.memory_bytes.value * MEMORY_TOLERANCE * host;
         let mut best: Option<((f64, f64), Price, usize)> = None;
         let mut refused = None;
         for (i, mesh) in self.run.meshes.iter().enumerate() {

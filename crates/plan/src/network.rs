@@ -71,7 +71,7 @@ impl NetworkModel {
             "hopper" => (0.817, Some(1.072), 6.8e-6, 3.4e-6, 8.5e-6),
             "blackwell" => (0.758, Some(0.931), 6.8e-6, 3.4e-6, 8.5e-6),
             // Ring of two directions on the links that the group spans; ~1 us a hop (scaling book).
-            "tpu" => (0.95, None, 2e-6, 1e-6, 20e-6),
+            "tpu" | "tpu-256" => (0.95, None, 2e-6, 1e-6, 20e-6),
             // 312.9 of 448 GB/s on 8 MI300X.
             "cdna2" | "cdna3" | "cdna4" => (0.698, None, 12e-6, 5e-6, 14e-6),
             _ => (0.7, None, 10e-6, 4e-6, 14e-6),
@@ -83,7 +83,7 @@ impl NetworkModel {
             base_s,
             scale_up_step_s: step,
             scale_out_step_s: out_step + cluster.scale_out.hop_latency_s.value,
-            ramp_s: if cluster.accelerator.family == "tpu" { 0.0 } else { 10e-6 },
+            ramp_s: if cluster.accelerator.family.starts_with("tpu") { 0.0 } else { 10e-6 },
         }
     }
 }
@@ -131,7 +131,7 @@ pub struct Span {
     /// Whether an oversubscribed tier, not the port, sets `outside_rate`.
     pub tapered: bool,
     /// Steps around the ring inside.
-    inside_steps: f64,
+    pub(crate) inside_steps: f64,
 }
 
 impl Span {

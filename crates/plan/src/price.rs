@@ -15,7 +15,7 @@ use crate::mesh::Mesh;
 use crate::network::{Collective, Group, NetworkModel, Span, on_span};
 use crate::shape::Shape;
 use crate::software::Software;
-use crate::template::{Key, Section, TalkAxis, Task, Template};
+use crate::template::{Key, LAUNCHES_PER_TASK, Section, TalkAxis, Task, Template};
 
 /// What is trained, where, and with what.
 #[derive(Clone, Debug)]
@@ -332,6 +332,8 @@ impl<'a> Pricer<'a> {
             kept: s.kept_bytes,
             working: s.working_bytes,
         };
+        p.forward.kernels += s.launches;
+        p.backward.kernels += s.launches;
         hide(&mut p.forward);
         hide(&mut p.backward);
         p
@@ -340,7 +342,7 @@ impl<'a> Pricer<'a> {
     fn times(&self, tasks: &[Task], mesh: &Mesh, links: &Links) -> Times {
         let mut t = Times::default();
         for task in tasks {
-            t.kernels += 1.0;
+            t.kernels += LAUNCHES_PER_TASK;
             match *task {
                 Task::Gemm { m, n, k, batch, bytes, head } => {
                     t.gemm += self.gemm(m, n, k, batch, bytes, head, &mut t.stream, mesh)
@@ -353,7 +355,10 @@ impl<'a> Pricer<'a> {
                 }
                 Task::Talk { what, axis, bytes } => {
                     let (span, size) = links.get(axis);
-                    let priced = on_span(&self.net, what, span, size, bytes);
+                    let priced = match (axis, self.problem.shape.experts) {
+                        (TalkAxis::Ep, Some(e)) => dispatch(&self.net, span, size, bytes, e.top_k),
+                        _ => on_span(&self.net, what, span, size, bytes),
+                    };
                     let s = priced.latency_s
                         + (priced.seconds - priced.latency_s) / self.problem.constants.network;
                     match axis {
@@ -392,7 +397,9 @@ impl<'a> Pricer<'a> {
             *stream += stream_s(&self.chip16, m * k * batch * (2.0 + 2.0 * mesh.format.bytes()))
                 / self.problem.constants.stream;
         }
-        let slowed = Chip { matmul: chip.matmul * self.problem.constants.gemm, ..*chip };
+        let c = &self.problem.constants;
+        let share = if batch > 1.0 { c.gemm * c.experts } else { c.gemm };
+        let slowed = Chip { matmul: chip.matmul * share, ..*chip };
         gemm_s(&slowed, rows, n, k, bytes)
     }
 
@@ -584,9 +591,11 @@ impl<'a> Pricer<'a> {
                 }
             };
             // With chunks the gradients of early ones are ready while later ones still run.
-            let window = backward_s * if l.chunks > 1 { 1.0 } else { 0.9 };
+            let chunks = l.chunks as f64;
+            let share = if l.chunks > 1 { micro_batches.min(l.pp as f64) * (chunks - 1.0) / chunks } else { 0.9 };
+            let window = backward_s * share;
             d.data_s = exposed(reduce, window, software.overlap_grads) * times
-                + exposed(gather, forward_s * 0.9, software.overlap_params);
+                + exposed(gather, forward_s * share, software.overlap_params);
         }
         // Gradient, master and two moments read and written in 32 bit, parameters in 16; norm reads gradients again.
         let owners = if l.zero == Zero::Off { 1.0 } else { shard as f64 };
@@ -634,6 +643,18 @@ impl<'a> Pricer<'a> {
             framework,
         }
     }
+}
+
+/// All-to-all of tokens to experts: a token goes to each domain once, however many of its experts are there, and is
+/// handed on inside.
+fn dispatch(net: &NetworkModel, span: &Span, size: usize, bytes: f64, top_k: usize) -> crate::network::Priced {
+    let k = span.domains;
+    if k <= 1.0 {
+        return on_span(net, Collective::AllToAll, span, size, bytes);
+    }
+    let reached = k * (1.0 - (1.0 - 1.0 / k).powi(top_k as i32)) / top_k as f64;
+    let slim = Span { outside_rate: span.outside_rate / reached, ..*span };
+    on_span(net, Collective::AllToAll, &slim, size, bytes)
 }
 
 /// Groups that talk inside layers, on their links.

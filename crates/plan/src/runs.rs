@@ -224,6 +224,9 @@ impl Reader<'_> {
         {
             return Ok(Err("sliding-window attention is not priced".into()));
         }
+        if self.text("id").contains("-MegaScale-") && self.text("notes").contains("parallel block") {
+            return Ok(Err("parallel blocks and sliding-window attention are not priced".into()));
+        }
         let layers = self.count("layers")?;
         let has_experts = self.count("experts")?.is_some();
         let found = Shape::find(&name)?;

@@ -82,10 +82,11 @@ const FSDP: Software = Software {
 };
 
 /// All generations.
-pub const ALL: [Software; 14] = [
+pub const ALL: [Software; 15] = [
     MEGATRON_2021,
     Software { name: "megatron-2022", sequence_parallel: true, ..MEGATRON_2021 },
     Software { name: "megatron-deepspeed", ..MEGATRON_2021 },
+    Software { name: "nemo-2022", sequence_parallel: true, ..MEGATRON_2021 },
     Software {
         name: "deepspeed-zero3",
         overlap_params: true,
@@ -103,7 +104,7 @@ pub const ALL: [Software; 14] = [
     },
     MEGATRON_CORE,
     Software { name: "megatron-core-2025", grad_wire_bytes: 2.0, ..MEGATRON_CORE },
-    Software { name: "megatron-core-2026", grad_wire_bytes: 2.0, eager: false, ..MEGATRON_CORE },
+    Software { name: "megatron-core-2026", grad_wire_bytes: 2.0, ..MEGATRON_CORE },
     Software { name: "megatron-core-2026h2", grad_wire_bytes: 2.0, eager: false, ..MEGATRON_CORE },
     FSDP,
     Software { name: "torchtitan", ..FSDP },
@@ -121,7 +122,7 @@ impl Software {
     /// What people would use today on an accelerator of this family.
     pub fn usual(family: &str) -> Self {
         let name = match family {
-            "tpu" | "trainium" => "maxtext-2025",
+            "tpu" | "tpu-256" | "trainium" => "maxtext-2025",
             "volta" => "megatron-2021",
             "ampere" => "megatron-core-2024",
             "hopper" => "megatron-core-2025",

@@ -84,7 +84,14 @@ pub struct Section {
     pub kept_bytes: f64,
     /// Bytes of the largest working set beside what is kept.
     pub working_bytes: f64,
+    /// Kernels that an eager stack launches beyond [`LAUNCHES_PER_TASK`] for each task, in each pass.
+    pub launches: f64,
 }
+
+/// Kernels that an eager stack launches for what the program fuses into one op.
+pub const LAUNCHES_PER_TASK: f64 = 2.5;
+/// Kernels and waits of the host for routing, permutation and token counts of one expert layer, in each pass.
+const EXPERT_LAUNCHES: f64 = 250.0;
 
 /// What a template depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -407,6 +414,7 @@ impl Emit<'_> {
         s.params =
             dense.params - dense_mlp + (gates + 1.0) * h * e.shared_ffn as f64 / tp + h * e.count as f64;
         s.expert_params = (gates + 1.0) * h * f * local;
+        s.launches = EXPERT_LAUNCHES;
         let width = gates * f + f;
         s.kept_bytes = dense.kept_bytes - 2.0 * t * (gates + 1.0) * m.ffn as f64 / tp
             + 2.0 * routed * (2.0 * h + width)

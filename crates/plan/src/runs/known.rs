@@ -21,7 +21,7 @@ const SOURCES: &[(&str, &str, &str, &str)] = &[
     ("VIA-Research/vTrain", "a100", "hgx-a100-ib-800", "megatron-2021"),
     ("bigscience", "a100", "jean-zay-a100", "megatron-deepspeed"),
     ("GLM-130B", "a100", "", "megatron-deepspeed"),
-    ("NeMo-Framework-Launcher", "a100", "dgx-a100", "megatron-2022"),
+    ("NeMo-Framework-Launcher", "a100", "dgx-a100", "nemo-2022"),
     ("2402.15627", "a100", "megascale", "megatron-2022"),
     ("InternEvo", "a100", "hgx-a100-roce-400", "internevo"),
     ("llm-foundry", "a100-80", "hgx-a100-roce-1600", "fsdp-2023"),
@@ -89,7 +89,7 @@ pub(crate) fn conditions(source: &str, id: &str, accelerator: &str, family: &str
     match line {
         Some((_, _, cluster, software)) => Conditions {
             cluster: if cluster.is_empty() { usual() } else { (*cluster).to_owned() },
-            stated: !cluster.is_empty() || family == "tpu",
+            stated: !cluster.is_empty() || family.starts_with("tpu"),
             software: Software::named(software).unwrap_or_else(|| Software::usual(family)),
         },
         None => Conditions { cluster: usual(), stated: false, software: Software::usual(family) },
