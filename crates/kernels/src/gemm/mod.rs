@@ -19,8 +19,14 @@ pub(crate) use weight::{weight_gradient, weight_gradient_workspace_len};
 pub(crate) const MR: usize = 6;
 /// Columns of a register tile and of a packed panel.
 pub(crate) const NR: usize = 64;
-/// Length of an inner block.
-pub(crate) const KC: usize = 256;
+/// The longest inner block: with a few rows of the left operand a panel of it stays in the second-level cache while it
+/// streams through the first.
+pub(crate) const KC: usize = 384;
+/// The most floats of a right operand that are packed at a time (16 MiB), whatever the size of the model.
+const PACKED: usize = 4 << 20;
+/// The most rows and columns of a task: its partial sums, its rows of the left operand and a panel of the right one
+/// stay in the second-level cache.
+const TASK: (usize, usize) = (16 * MR, 6 * NR);
 
 /// Floats in a cache line; packed panels start on one.
 const LINE: usize = 16;
@@ -62,16 +68,16 @@ fn block(len: usize, unit: usize, most: usize) -> usize {
     len.div_ceil(blocks).next_multiple_of(unit)
 }
 
-/// Rows and columns of a task's part of an output: at most `most`, smaller where threads would stay idle.
-fn task_shape(rows: usize, cols: usize, most: (usize, usize), threads: usize) -> (usize, usize) {
+/// Rows and columns of a task's part of an output: at most [`TASK`], smaller where threads would stay idle.
+fn task_shape(rows: usize, cols: usize, threads: usize) -> (usize, usize) {
     /// Tasks per thread that even out unequal speed.
     const TASKS: usize = 4;
-    let (mut mc, mut nc) = (block(rows, MR, most.0), block(cols, NR, most.1));
+    let (mut mc, mut nc) = (block(rows, MR, TASK.0), block(cols, NR, TASK.1));
     if threads == 1 {
         return (mc, nc);
     }
     while rows.div_ceil(mc) * cols.div_ceil(nc) < TASKS * threads {
-        // A task reads (mc + nc) rows of operands for mc * nc outputs: keep it near a square.
+        // A task reads mc + nc rows of operands for mc * nc outputs: keep it near a square.
         if mc >= nc && mc > 4 * MR {
             mc = block(mc, MR, mc.div_ceil(2));
         } else if nc > NR {

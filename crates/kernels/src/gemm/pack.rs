@@ -1,8 +1,15 @@
 //! Operands laid out in the order in which tiles read them.
 
+use std::ops::Range;
+
 use super::{MR, NR};
+use crate::pool::Parts;
 use crate::simd::{LANES, kernel};
 use crate::storage::Element;
+
+/// How far ahead of their use rows and columns are asked for: enough to hide memory behind the copying.
+const AHEAD_ROWS: usize = 16;
+const AHEAD_COLUMNS: usize = 2 * LANES;
 
 kernel! {
     /// Packs a panel of `cols <= NR` columns and `k` rows of a row-major `src` (row stride `ld`): row p goes to
@@ -11,12 +18,31 @@ kernel! {
         for p in 0..k {
             let from = &src[p * ld..p * ld + cols];
             let to = &mut dst[p * NR..(p + 1) * NR];
-            if cols == NR {
-                for j in (0..NR).step_by(LANES) {
-                    s.store(&mut to[j..j + LANES], T::get(s, &from[j..j + LANES]));
-                }
-            } else {
-                for j in (0..cols).step_by(LANES) {
+            let ahead = from.as_ptr().wrapping_add(AHEAD_ROWS * ld);
+            for j in (0..cols).step_by(LANES) {
+                s.prefetch(ahead.wrapping_add(j).cast());
+                s.store(&mut to[j..j + LANES], T::get(s, &from[j..]));
+            }
+        }
+    }
+}
+
+kernel! {
+    /// Packs all columns of `src` (dense rows of `cols`) into panels that are `stride` apart; row p of a panel goes to
+    /// `dst[p * NR..]`.
+    ///
+    /// The panels are parts of a whole that other tasks fill for other rows; `at` is the offset of the first row.
+    pub(crate) fn pack_all_rows[T: Element](
+        src: &[T], cols: usize, whole: &Parts<'_, f32>, at: usize, stride: usize
+    ) = |s: S| {
+        for (p, from) in src.chunks_exact(cols.max(1)).enumerate() {
+            let ahead = from.as_ptr().wrapping_add(AHEAD_ROWS / 4 * cols);
+            for (panel, from) in from.chunks(NR).enumerate() {
+                let to = panel * stride + at + p * NR;
+                // SAFETY: a row of a panel belongs to one task.
+                let to = unsafe { whole.part(to..to + NR) };
+                for j in (0..from.len()).step_by(LANES) {
+                    s.prefetch(ahead.wrapping_add(panel * NR + j).cast());
                     s.store(&mut to[j..j + LANES], T::get(s, &from[j..]));
                 }
             }
@@ -35,23 +61,19 @@ kernel! {
                 if lines == LANES && p + LANES <= k {
                     for i in 0..LANES {
                         let at = (j + i) * ld + p;
+                        s.prefetch(src.as_ptr().wrapping_add(at + AHEAD_COLUMNS).cast());
                         block[i] = T::get(s, &src[at..at + LANES]);
-                    }
-                    s.transpose(&mut block);
-                    for i in 0..LANES {
-                        let at = (p + i) * NR + j;
-                        s.store(&mut dst[at..at + LANES], block[i]);
                     }
                 } else {
                     for i in 0..lines {
                         let at = (j + i) * ld;
                         block[i] = T::get(s, &src[at + p..at + k]);
                     }
-                    s.transpose(&mut block);
-                    for i in 0..LANES.min(k - p) {
-                        let at = (p + i) * NR + j;
-                        s.store(&mut dst[at..at + LANES], block[i]);
-                    }
+                }
+                s.transpose(&mut block);
+                for i in 0..LANES.min(k - p) {
+                    let at = (p + i) * NR + j;
+                    s.store(&mut dst[at..at + LANES], block[i]);
                 }
             }
         }
@@ -59,23 +81,51 @@ kernel! {
 }
 
 kernel! {
-    /// Packs `cols` columns and `k` rows of a row-major `src` for use as a transposed left operand: groups of [`MR`]
-    /// columns, in each of which row p is at `p * MR`.
+    /// Packs `cols` columns and `k` rows of a row-major `src` (row stride `ld`) for use as a transposed left operand:
+    /// groups of [`MR`] columns, in each of which row p is at `p * MR`.
     pub(crate) fn pack_left[T: Element](src: &[T], ld: usize, k: usize, cols: usize, dst: &mut [f32]) = |s: S| {
-        for p in 0..k {
-            let from = &src[p * ld..p * ld + cols];
-            let (whole, rest) = from.as_chunks::<MR>();
-            let mut at = p * MR;
-            for group in whole {
-                let to = &mut dst[at..at + MR];
-                for i in 0..MR {
-                    to[i] = group[i].one();
+        for p0 in (0..k).step_by(AHEAD_ROWS) {
+            let rows = AHEAD_ROWS.min(k - p0);
+            for i in 0..AHEAD_ROWS {
+                for j in (0..cols).step_by(LANES) {
+                    s.prefetch(src.as_ptr().wrapping_add((p0 + AHEAD_ROWS + i) * ld + j).cast());
                 }
-                at += k * MR;
             }
-            for (i, x) in rest.iter().enumerate() {
-                dst[at + i] = x.one();
+            // A few rows group by group: they are read from the first-level cache and written in one run.
+            for (g, j) in (0..cols).step_by(MR).enumerate() {
+                let from = &src[p0 * ld + j..(p0 + rows - 1) * ld + cols];
+                let to = &mut dst[(g * k + p0) * MR..(g * k + p0 + rows) * MR];
+                // One register in place of two where the next row overwrites the excess.
+                let long = if j + LEFT <= cols { rows - 1 } else { 0 };
+                copy_groups::<T, LEFT>(from, ld, 0..long, to);
+                if j + MR <= cols {
+                    copy_groups::<T, MR>(from, ld, long..rows, to);
+                } else {
+                    for i in 0..rows {
+                        for e in 0..cols - j {
+                            to[i * MR + e] = from[i * ld + e].one();
+                        }
+                    }
+                }
             }
+        }
+    }
+}
+
+/// What is copied of a row where that does not reach beyond the matrix.
+const LEFT: usize = 8;
+
+/// Copies `N` elements of each of `rows` (stride `ld`) to every [`MR`]th place.
+#[inline(always)]
+fn copy_groups<T: Element, const N: usize>(from: &[T], ld: usize, rows: Range<usize>, to: &mut [f32]) {
+    if rows.is_empty() {
+        return;
+    }
+    assert!((rows.end - 1) * ld + N <= from.len() && (rows.end - 1) * MR + N <= to.len());
+    for i in rows {
+        for e in 0..N {
+            // SAFETY: in bounds by the assertion, as i < rows.end.
+            unsafe { *to.get_unchecked_mut(i * MR + e) = from.get_unchecked(i * ld + e).one() };
         }
     }
 }

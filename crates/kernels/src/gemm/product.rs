@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::micro::{Tile, tile};
 use super::pack::{pack_columns, pack_rows, widen};
-use super::{KC, LINE, MR, NR, Workspace, task_shape};
+use super::{KC, LINE, MR, NR, PACKED, Workspace, block, task_shape};
 use crate::pool::{Parts, Pool};
 use crate::simd::{LANES, kernel};
 use crate::storage::{Acc, Element};
@@ -35,12 +35,6 @@ pub(crate) struct Out<'a, T> {
     pub(crate) bias: Option<&'a [T]>,
 }
 
-/// The most rows and columns of a task: its partial sums and its rows of the left operand stay in the second-level
-/// cache.
-const TASK: (usize, usize) = (192, 384);
-/// The most floats of the right operand that are packed at a time (16 MiB), whatever the size of the model.
-const PACKED: usize = 4 << 20;
-
 /// Columns packed at a time.
 fn strip(k: usize, cols: usize) -> usize {
     let most = (PACKED / k.max(1) / NR).max(4) * NR;
@@ -56,7 +50,8 @@ fn scratch_len(k: usize, (mc, nc): (usize, usize)) -> (usize, usize) {
 /// Floats of workspace for [`product`], for any storage type.
 pub(crate) fn product_workspace_len(rows: usize, k: usize, cols: usize, threads: usize) -> usize {
     let strip = strip(k, cols);
-    let (sums, left) = scratch_len(k, task_shape(rows, strip, TASK, threads));
+    // The shape of one thread is the largest, so that more threads never need less.
+    let (sums, left) = scratch_len(k, task_shape(rows, strip, 1));
     Workspace::room(strip * k) + Workspace::room(threads * (sums + left))
 }
 
@@ -81,7 +76,7 @@ pub(crate) fn product<T: Element>(
         assert_eq!(from.len(), rows * cols, "accumulator");
     }
     let step = strip(k, cols);
-    let shape = task_shape(rows, step, TASK, pool.threads());
+    let shape = task_shape(rows, step, pool.threads());
     let (sums, widened) = scratch_len(k, shape);
     let mut ws = Workspace::new(ws);
     let packed = ws.take(step * k);
@@ -145,8 +140,9 @@ impl<T: Element> Job<'_, T> {
         let k = self.k;
         let tiles_down = rows.len().div_ceil(MR);
         // At least one round, so that an empty inner dimension gives zeros.
-        for k0 in (0..k.max(1)).step_by(KC) {
-            let kc = KC.min(k - k0);
+        let step = block(k, 1, KC).max(1);
+        for k0 in (0..k.max(1)).step_by(step) {
+            let kc = step.min(k - k0);
             let (a, a_row) = self.left_block(rows.clone(), k0..k0 + kc, widened);
             for (across, j) in cols.clone().step_by(NR).enumerate() {
                 let n = NR.min(cols.end - j);

@@ -3,21 +3,25 @@
 use std::ops::Range;
 
 use super::micro::{Tile, tile};
-use super::pack::{pack_left, pack_rows};
-use super::{KC, LINE, MR, NR, Workspace, task_shape};
+use super::pack::{pack_all_rows, pack_left, pack_rows};
+use super::{KC, LINE, MR, NR, PACKED, Workspace, block, task_shape};
 use crate::pool::{Parts, Pool};
-use crate::simd::{LANES, kernel};
+use crate::simd::{LANES, kernel, prefetch_far};
 use crate::storage::Element;
-use crate::tree::{Merge, Step, depth, split, step};
+use crate::tree::{Merge, Step, depth, leaves, split, step};
 
-/// The most rows and columns of a task. Both operands are packed per task, so a task must be large in both.
-const TASK: (usize, usize) = (192, 384);
+/// Floats of the right operand packed once for all tasks; 0 if it is too large, and each task packs its part.
+fn shared_len(n: usize, ins: usize) -> usize {
+    let len = n * ins.next_multiple_of(NR);
+    if len <= PACKED { len } else { 0 }
+}
 
 /// Scratch floats of one thread: packed left, packed right, one tile or all partial sums, levels of the tree.
-fn scratch_len(rows: usize, (mc, nc): (usize, usize), tree: &[u32]) -> [usize; 4] {
-    let sums = if rows > KC { mc * nc } else { MR * NR };
+fn scratch_len(n: usize, rows: usize, ins: usize, (mc, nc): (usize, usize), tree: &[u32]) -> [usize; 4] {
     let kc = KC.min(rows);
-    [mc * kc, nc * kc, sums, depth(tree) * mc * nc].map(|len| len.next_multiple_of(LINE))
+    let right = if shared_len(n, ins) == 0 { nc * kc } else { 0 };
+    let sums = if rows > KC { mc * nc } else { MR * NR };
+    [mc * kc, right, sums, depth(tree) * mc * nc].map(|len| len.next_multiple_of(LINE))
 }
 
 /// Floats of workspace for [`weight_gradient`], for any storage type.
@@ -29,8 +33,9 @@ pub(crate) fn weight_gradient_workspace_len(
     threads: usize,
 ) -> usize {
     let (_, rows) = split(n, tree);
-    let lens = scratch_len(rows, task_shape(outs, ins, TASK, threads), tree);
-    Workspace::room(threads * lens.iter().sum::<usize>())
+    // The shape of one thread is the largest, so that more threads never need less.
+    let lens = scratch_len(n, rows, ins, task_shape(outs, ins, 1), tree);
+    Workspace::room(shared_len(n, ins)) + Workspace::room(threads * lens.iter().sum::<usize>())
 }
 
 /// Adds dy^T x to the levels of `grad` (each `outs` x `ins`); `dy` is `n` x `outs` and `x` is `n` x `ins`.
@@ -48,11 +53,19 @@ pub(crate) fn weight_gradient<T: Element>(
     assert_eq!(x.len(), n * ins, "input");
     assert!(grad.len() >= merge.levels() * outs * ins, "gradient levels");
     let (_, rows) = split(n, tree);
-    let shape = task_shape(outs, ins, TASK, pool.threads());
-    let lens = scratch_len(rows, shape, tree);
+    let shape = task_shape(outs, ins, pool.threads());
+    let lens = scratch_len(n, rows, ins, shape, tree);
     let own_len = lens.iter().sum::<usize>();
-    let scratch = Parts::new(Workspace::new(ws).take(pool.threads() * own_len));
-    let job = Job { dy, x, grad: &Parts::new(grad), ins, outs, rows, tree, merge };
+    let mut ws = Workspace::new(ws);
+    let packed = ws.take(shared_len(n, ins));
+    let scratch = Parts::new(ws.take(pool.threads() * own_len));
+    if !packed.is_empty() {
+        let packed = Parts::new(packed);
+        pool.rows(n, ins, &|range, _| {
+            pack_all_rows(&x[range.start * ins..range.end * ins], ins, &packed, range.start * NR, n * NR);
+        });
+    }
+    let job = Job { dy, x, packed, grad: &Parts::new(grad), n, ins, outs, rows, tree, merge };
     let across = ins.div_ceil(shape.1);
     pool.run(outs.div_ceil(shape.0) * across, &|task, thread| {
         let (i, j) = (task / across * shape.0, task % across * shape.1);
@@ -76,7 +89,10 @@ struct Scratch<'a> {
 struct Job<'a, T> {
     dy: &'a [T],
     x: &'a [T],
+    /// All of `x` in panels, or nothing.
+    packed: &'a [f32],
     grad: &'a Parts<'a, f32>,
+    n: usize,
     ins: usize,
     outs: usize,
     /// Rows of a leaf.
@@ -89,60 +105,112 @@ impl<T: Element> Job<'_, T> {
     fn block(&self, outs: Range<usize>, ins: Range<usize>, scratch: Scratch<'_>) {
         let Scratch { left, right, sums, levels } = scratch;
         let (tiles_down, tiles_across) = (outs.len().div_ceil(MR), ins.len().div_ceil(NR));
-        let level_len = tiles_down * tiles_across * MR * NR;
-        for leaf in 0..crate::tree::leaves(self.tree) {
+        let tiles = tiles_down * tiles_across;
+        // At least one round for an empty leaf, which gives zeros.
+        let kc_most = block(self.rows, 1, KC).max(1);
+        for leaf in 0..leaves(self.tree) {
             let at_leaf = step(self.tree, leaf);
-            for k0 in (0..self.rows.max(1)).step_by(KC) {
-                let kc = KC.min(self.rows - k0);
+            for k0 in (0..self.rows.max(1)).step_by(kc_most) {
+                let kc = kc_most.min(self.rows - k0);
                 let row = leaf * self.rows + k0;
-                if kc > 0 {
-                    pack_left(&self.dy[row * self.outs + outs.start..], self.outs, kc, outs.len(), left);
-                    for (panel, j) in ins.clone().step_by(NR).enumerate() {
-                        let to = &mut right[panel * NR * kc..(panel + 1) * NR * kc];
-                        pack_rows(&self.x[row * self.ins + j..], self.ins, kc, NR.min(ins.end - j), to);
+                self.pack(row, kc, &outs, &ins, left, right);
+                for index in 0..tiles {
+                    let (across, down) = (index / tiles_down, index % tiles_down);
+                    let (i, j) = (outs.start + down * MR, ins.start + across * NR);
+                    let (m, n) = (MR.min(outs.end - i), NR.min(ins.end - j));
+                    let at = if self.rows > KC { index * MR * NR } else { 0 };
+                    let c = &mut sums[at..at + MR * NR];
+                    let t = Tile {
+                        k: kc,
+                        a: left[down * MR * kc..].as_ptr(),
+                        a_row: 1,
+                        a_col: MR,
+                        b: self.right(row, j, across, kc, right),
+                        b_row: NR,
+                        c: c.as_mut_ptr(),
+                        c_row: NR,
+                        load: k0 > 0,
+                    };
+                    self.ask(row + kc, kc, &outs, index, tiles);
+                    // SAFETY: the packed operands hold kc rows of MR and of NR, and `c` MR rows of NR.
+                    unsafe { tile(m, n, &t) };
+                    if k0 + kc < self.rows {
+                        continue;
                     }
-                }
-                for across in 0..tiles_across {
-                    let j = ins.start + across * NR;
-                    let n = NR.min(ins.end - j);
-                    for down in 0..tiles_down {
-                        let i = outs.start + down * MR;
-                        let m = MR.min(outs.end - i);
-                        let index = across * tiles_down + down;
-                        let at = if self.rows > KC { index * MR * NR } else { 0 };
-                        let c = &mut sums[at..at + MR * NR];
-                        let t = Tile {
-                            k: kc,
-                            a: left[down * MR * kc..].as_ptr(),
-                            a_row: 1,
-                            a_col: MR,
-                            b: right[across * NR * kc..].as_ptr(),
-                            b_row: NR,
-                            c: c.as_mut_ptr(),
-                            c_row: NR,
-                            load: k0 > 0,
-                        };
-                        // SAFETY: the packed operands hold kc rows of MR and of NR, and `c` MR rows of NR.
-                        unsafe { tile(m, n, &t) };
-                        if k0 + kc == self.rows {
-                            // A tree of one leaf has no levels.
-                            let tree = levels.get_mut(index * MR * NR..).unwrap_or_default();
-                            match at_leaf {
-                                Step::Keep(merge) => keep(c, n, tree, level_len, merge),
-                                Step::Root { merge } => {
-                                    let at = i * self.ins + j;
-                                    let (grad, len) = (self.grad, self.outs * self.ins);
-                                    root(
-                                        c, m, n, tree, level_len, merge, grad, at, self.ins, len, self.merge,
-                                    );
-                                }
-                            }
+                    // A tree of one leaf has no levels.
+                    let levels = levels.get_mut(index * MR * NR..).unwrap_or_default();
+                    match at_leaf {
+                        Step::Keep(merge) => keep(c, n, levels, tiles * MR * NR, merge),
+                        Step::Root { merge } => {
+                            let tree = Levels { levels, len: tiles * MR * NR, merge };
+                            root(
+                                c,
+                                m,
+                                n,
+                                tree,
+                                self.grad,
+                                i * self.ins + j,
+                                self.ins,
+                                self.outs * self.ins,
+                                self.merge,
+                            );
                         }
                     }
                 }
             }
         }
     }
+
+    /// Packs `kc` rows from `row` on of the left operand's columns `outs`, and of the right one's if that is not shared.
+    fn pack(
+        &self,
+        row: usize,
+        kc: usize,
+        outs: &Range<usize>,
+        ins: &Range<usize>,
+        left: &mut [f32],
+        right: &mut [f32],
+    ) {
+        if kc == 0 {
+            return;
+        }
+        pack_left(&self.dy[row * self.outs + outs.start..], self.outs, kc, outs.len(), left);
+        if self.packed.is_empty() {
+            for (panel, j) in ins.clone().step_by(NR).enumerate() {
+                let to = &mut right[panel * NR * kc..(panel + 1) * NR * kc];
+                pack_rows(&self.x[row * self.ins + j..], self.ins, kc, NR.min(ins.end - j), to);
+            }
+        }
+    }
+
+    /// The packed right operand from `row` on of the panel at column `j`, the task's panel number `across`.
+    fn right(&self, row: usize, j: usize, across: usize, kc: usize, own: &[f32]) -> *const f32 {
+        if self.packed.is_empty() {
+            own[across * NR * kc..].as_ptr()
+        } else {
+            self.packed[(j / NR * self.n + row) * NR..].as_ptr()
+        }
+    }
+
+    /// Asks for a share, one of `tiles`, of the next `kc` rows of the left operand, so that packing them does not wait
+    /// for memory.
+    fn ask(&self, row: usize, kc: usize, outs: &Range<usize>, index: usize, tiles: usize) {
+        let share = kc.div_ceil(tiles);
+        for row in row + index * share..row + ((index + 1) * share).min(kc) {
+            let from = self.dy.as_ptr().wrapping_add(row * self.outs);
+            for j in outs.clone().step_by(LANES) {
+                prefetch_far(from.wrapping_add(j));
+            }
+        }
+    }
+}
+
+/// The levels of the tree of leaves for one tile, `len` apart, of which the first `merge` go into the root.
+#[derive(Clone, Copy)]
+struct Levels<'a> {
+    levels: &'a [f32],
+    len: usize,
+    merge: usize,
 }
 
 kernel! {
@@ -164,15 +232,15 @@ kernel! {
 kernel! {
     /// Completes the tree of leaves and folds the result into the levels of the gradient, which are `grad_len` apart.
     fn root(
-        tile: &[f32], rows: usize, cols: usize, levels: &[f32], len: usize, tree_merge: usize,
+        tile: &[f32], rows: usize, cols: usize, tree: Levels<'_>,
         grad: &Parts<'_, f32>, at: usize, ld: usize, grad_len: usize, merge: Merge,
     ) = |s: S| {
         for i in 0..rows {
             for j in (0..cols).step_by(LANES) {
                 let from = i * NR + j;
                 let mut r = s.load(&tile[from..from + LANES]);
-                for level in 0..tree_merge {
-                    r = s.add(s.load(&levels[level * len + from..][..LANES]), r);
+                for level in 0..tree.merge {
+                    r = s.add(s.load(&tree.levels[level * tree.len + from..][..LANES]), r);
                 }
                 let to = at + i * ld + j;
                 let n = LANES.min(cols - j);

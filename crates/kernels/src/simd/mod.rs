@@ -151,6 +151,19 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn transpose(self, rows: &mut [Self::V; LANES]);
 }
 
+/// Asks for the cache line at `p`, which need not be readable, in the second-level cache.
+#[inline(always)]
+pub(crate) fn prefetch_far<T>(p: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults, and every x86-64 has it.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 /// Compiles a kernel, a function over a backend `s: S`, for each backend, and gives it a front that picks one.
 ///
 /// `kernel! { fn name[T: Element](x: &[T]) -> f32 = |s: S| { body } }`; `S` and `s` are named by the caller.

@@ -154,6 +154,25 @@ fn long_chains_are_one_chain() {
     assert_eq!(bits(&grad), bits(&want));
 }
 
+/// An input too large to be packed at once.
+#[test]
+fn many_rows() {
+    let (n, k, m) = (34_000, 120, 3);
+    let mut r = Numbers::new(8);
+    let (dy, x) = (r.vec(n * m), r.vec(n * k));
+    let leaves: Vec<Vec<f32>> = (0..2)
+        .map(|leaf| {
+            let half = n / 2;
+            let dy = transpose(&dy[leaf * half * m..(leaf + 1) * half * m], half, m);
+            chain(&dy, &transpose(&x[leaf * half * k..(leaf + 1) * half * k], half, k), m, half, k)
+        })
+        .collect();
+    let mut grad = vec![0.0; m * k];
+    let mut ws = scratch(linear_dw_workspace_len(n, k, m, &[2], 2));
+    linear_dw(&pool(), &dy, &x, &mut grad, n, k, m, &[2], Merge { merge: 0, store: 0 }, &mut ws);
+    assert_eq!(bits(&grad), bits(&add_tree(&leaves, &[2])));
+}
+
 #[test]
 fn bf16_storage_is_rounded_f32() {
     let (n, k, m) = (13, 300, 77);
