@@ -60,6 +60,8 @@ pub struct BuildReport {
     pub skipped: Skipped,
 }
 
+/// Text for the tokenizer to learn from is taken in parts of this size.
+const SAMPLE_BYTES: usize = 64 << 10;
 /// Text gathered before the encoding threads share it.
 const BATCH_BYTES: u64 = 8 << 20;
 /// Batches read ahead of the encoder; with the one being read and the one being encoded, four are in memory.
@@ -122,6 +124,7 @@ pub(crate) fn build_inputs(
                     sender.send(std::mem::take(&mut batch)).is_ok()
                 },
                 document_bytes,
+                piece_bytes: tokenizer.piece_bytes(),
                 skipped: Skipped::default(),
             };
             reader.read_all(inputs)?;
@@ -362,6 +365,7 @@ pub(crate) fn train_on_inputs(
             true
         },
         document_bytes: u64::MAX,
+        piece_bytes: SAMPLE_BYTES,
         skipped: Skipped::default(),
     };
     reader.read_all(inputs)?;

@@ -9,7 +9,6 @@ use spec::{Error, Result};
 
 use crate::glob::{entries, expand, has_wildcards};
 use crate::pieces::{cut, pieces};
-use crate::tokenizer::PIECE_BYTES;
 
 /// A file to read.
 #[derive(Clone, Debug)]
@@ -99,6 +98,8 @@ pub(crate) struct Reader<F> {
     pub(crate) emit: F,
     /// Cut documents of plain text near this many bytes.
     pub(crate) document_bytes: u64,
+    /// Size of the parts of a text.
+    pub(crate) piece_bytes: usize,
     pub(crate) skipped: Skipped,
 }
 
@@ -164,12 +165,12 @@ impl<F: FnMut(Item) -> bool> Reader<F> {
     /// Reads a large file that was found to be text.
     fn stream_pieces(&mut self, input: &Input) -> Result<(), Stop> {
         let mut file = File::open(&input.path).map_err(Stop::Unreadable)?;
-        let target = self.piece_bytes();
+        let target = self.target_bytes();
         let mut in_document = 0;
         stream_text(&mut file, |text, is_last| {
             let mut used = 0;
             // A cut may look two targets ahead; with less in hand it would depend on the block's size.
-            while used < text.len() && (is_last || text.len() - used > 2 * target + 4) {
+            while used < text.len() && (is_last || text.len() - used > 2 * target + 8) {
                 let end = used + cut(&text[used..], target);
                 let last = is_last && end == text.len();
                 self.emit_piece(&text[used..end], last, &mut in_document)?;
@@ -185,7 +186,7 @@ impl<F: FnMut(Item) -> bool> Reader<F> {
         }
         let mut in_document = 0;
         let mut left = text.len();
-        for piece in pieces(text, self.piece_bytes()) {
+        for piece in pieces(text, self.target_bytes()) {
             left -= piece.len();
             self.emit_piece(piece, left == 0, &mut in_document)?;
         }
@@ -205,8 +206,8 @@ impl<F: FnMut(Item) -> bool> Reader<F> {
         })
     }
 
-    fn piece_bytes(&self) -> usize {
-        self.document_bytes.clamp(1, PIECE_BYTES as u64) as usize
+    fn target_bytes(&self) -> usize {
+        self.document_bytes.clamp(1, self.piece_bytes as u64) as usize
     }
 
     fn read_lines(&mut self, input: &Input) -> Result<(), Stop> {

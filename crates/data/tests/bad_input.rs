@@ -224,7 +224,7 @@ fn building_from_bad_text() {
         let text = dir.path().join(name);
         fs::write(&text, content).unwrap();
         let options = BuildOptions::new(vec![text], dir.path().join("out/data"));
-        let error = data::build(&options, &tokenizer, &|_| {}).err().expect("a bad text was built");
+        let error = data::build(&options, &tokenizer, &|_| {}).expect_err("a bad text was built");
         let left = fs::read_dir(dir.path().join("out")).map_or(0, |d| d.count());
         assert_eq!(left, 0, "something half-written stayed after {error}");
         error
