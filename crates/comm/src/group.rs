@@ -47,7 +47,13 @@ enum Path {
     /// They do not.
     Mesh(Mesh),
     /// Equal numbers of members on each host, side by side: first within the host, then across.
-    Hosts { near: Neighbours, across: Mesh, all: Mesh },
+    Hosts(Box<TwoLevels>),
+}
+
+struct TwoLevels {
+    near: Neighbours,
+    across: Mesh,
+    all: Mesh,
 }
 
 impl Group {
@@ -88,7 +94,7 @@ impl Group {
         } else if let Some(local) = even_hosts(core, &ranks) {
             let across: Vec<usize> = ranks.iter().skip(me % local).step_by(local).copied().collect();
             let across = Mesh::new(across, me / local, GroupKey { id, space: Space::Across });
-            Path::Hosts { near: neighbours()?, across, all: mesh(Space::Collective) }
+            Path::Hosts(Box::new(TwoLevels { near: neighbours()?, across, all: mesh(Space::Collective) }))
         } else {
             Path::Mesh(mesh(Space::Collective))
         };
@@ -293,10 +299,12 @@ async fn join(core: &Core, ranks: &[usize], id: u32, slot: usize) -> Result<Vec<
         root: 0,
         group: key,
         channel: 0,
-        seq: lane(),
+        seq: 0,
         tag: OpTag::default(),
         count: count as u64,
         detail: members,
+        message: lane(),
+        part: count as u64,
     };
     let lane = |peer| Lane { peer, group: key, channel: 0 };
     let card = (slot as u64).to_le_bytes();
@@ -356,7 +364,10 @@ impl Work {
             _ => (op.kind(), 0, group.next.fetch_add(1, Ordering::Relaxed), Space::Collective),
         };
         let group = GroupKey { id: group.id, space };
-        Ok(Work { header: Header { kind, element, order, root, group, channel, seq, tag, count, detail } })
+        let (message, part) = if space == Space::User { (seq, count) } else { (0, 0) };
+        let header =
+            Header { kind, element, order, root, group, channel, seq, tag, count, detail, message, part };
+        Ok(Work { header })
     }
 
     /// # Safety
@@ -380,7 +391,7 @@ impl Work {
             _ => {}
         }
         let turn = || (group.turn.load(Ordering::Acquire) == header.seq).then_some(Ok(()));
-        until(core, || format!("earlier operations of group {}", group.id), turn).await?;
+        until(core, || format!("earlier operations of {}", header.group), turn).await?;
         let began = Instant::now();
         // SAFETY: passed on from the caller.
         unsafe { self.collective(group, op).await? };
@@ -400,7 +411,8 @@ impl Work {
             match &group.path {
                 Path::Near(near) => near_collective(&Meeting { core, near, header }, op).await,
                 Path::Mesh(mesh) => mesh_collective(&Exchange { core, mesh, header }, op).await,
-                Path::Hosts { near, across, all } => {
+                Path::Hosts(levels) => {
+                    let TwoLevels { near, across, all } = &**levels;
                     let hosts = Hosts {
                         near: Meeting { core, near, header },
                         across: Exchange { core, mesh: across, header },

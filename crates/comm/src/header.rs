@@ -76,9 +76,13 @@ pub(crate) struct Header {
     /// Number of the operation in its group, or of the message on its channel.
     pub(crate) seq: u64,
     pub(crate) tag: OpTag,
+    /// Elements of the whole operation.
     pub(crate) count: u64,
-    /// Hash of the ranges, or the part of a longer operation that a message carries.
+    /// Hash of the ranges.
     pub(crate) detail: u64,
+    /// Number of the message among those between two ranks, and the elements in it.
+    pub(crate) message: u64,
+    pub(crate) part: u64,
 }
 
 /// A group id, and which of its inner conversations.
@@ -86,6 +90,15 @@ pub(crate) struct Header {
 pub(crate) struct GroupKey {
     pub(crate) id: u32,
     pub(crate) space: Space,
+}
+
+impl fmt::Display for GroupKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.id {
+            u32::MAX => f.write_str("the group of all"),
+            id => write!(f, "group {id}"),
+        }
+    }
 }
 
 /// The conversations of a group, which do not mix.
@@ -116,11 +129,11 @@ impl Header {
             | (self.group.space as u64) << 24
             | u64::from(self.root) << 32;
         let place = u64::from(self.group.id) | u64::from(self.channel) << 32;
-        [kinds, place, self.seq, self.tag.0, self.count, self.detail, 0, 0]
+        [kinds, place, self.seq, self.tag.0, self.count, self.detail, self.message, self.part]
     }
 
     pub(crate) fn decode(words: &[u64]) -> Option<Header> {
-        let &[kinds, place, seq, tag, count, detail, ..] = words else { return None };
+        let &[kinds, place, seq, tag, count, detail, message, part, ..] = words else { return None };
         Some(Header {
             kind: *OpKind::ALL.get((kinds & 0xff) as usize)?,
             element: *ElementType::ALL.get((kinds >> 8 & 0xff) as usize)?,
@@ -132,11 +145,14 @@ impl Header {
             tag: OpTag(tag),
             count,
             detail,
+            message,
+            part,
         })
     }
 
+    /// Bytes of the message.
     pub(crate) fn bytes(&self) -> usize {
-        (self.count as usize).saturating_mul(self.element.bytes())
+        (self.part as usize).saturating_mul(self.element.bytes())
     }
 }
 
@@ -159,9 +175,9 @@ impl fmt::Display for Header {
 
 /// What to say when two ranks are not doing the same thing.
 pub(crate) fn mismatch(here: usize, ours: &Header, there: usize, theirs: &Header) -> String {
-    let hidden = Header { detail: theirs.detail, ..*ours } == *theirs;
+    let hidden = Header { detail: theirs.detail, part: theirs.part, ..*ours } == *theirs;
     let note = if hidden { ", with other ranges" } else { "" };
-    format!("group {}: rank {here} is in {ours}, but rank {there} is in {theirs}{note}", ours.group.id)
+    format!("{}: rank {here} is in {ours}, but rank {there} is in {theirs}{note}", ours.group)
 }
 
 pub(crate) fn hash_ranges(ranges: &[Range<usize>]) -> u64 {
@@ -189,6 +205,8 @@ mod tests {
                 tag: OpTag(u64::MAX),
                 count: 12,
                 detail: 3,
+                message: 8,
+                part: 5,
             };
             assert_eq!(Header::decode(&header.encode()), Some(header));
         }

@@ -70,6 +70,8 @@ struct Link {
     socket: OwnedFd,
     out: Mutex<VecDeque<Frame>>,
     left: AtomicBool,
+    /// This side has ended its stream.
+    ended: AtomicBool,
     /// Milliseconds after `Io::began` at which the peer last showed life.
     heard: AtomicU64,
     /// The last heartbeat seen in shared memory.
@@ -243,8 +245,8 @@ impl Io {
         let failed = |e: Errno| Error::failure(format!("set up the connections of rank {}: {e}", core.rank));
         let link = |socket: OwnedFd| {
             rustix::io::ioctl_fionbio(&socket, true).map_err(failed)?;
-            let (heard, beat) = Default::default();
-            Ok(Link { socket, out: Mutex::default(), left: AtomicBool::new(false), heard, beat })
+            let (out, left, ended, heard, beat) = Default::default();
+            Ok(Link { socket, out, left, ended, heard, beat })
         };
         let links = sockets.into_iter().map(|s| s.map(link).transpose()).collect::<Result<Vec<_>>>()?;
         let wake =
@@ -314,10 +316,16 @@ impl Io {
         self.each().filter(alive).map(|(rank, l)| (rank, age(l))).filter(|(_, age)| *age > SILENT).collect()
     }
 
-    /// Says farewell, waits a little for it to be read, and ends the thread.
+    /// Says farewell, or why not, waits a little for it to be read, and ends the thread.
     pub(crate) fn close(&self, core: &Core) {
-        for (_, link) in self.each().filter(|(rank, _)| core.peers[*rank].near.is_none()) {
-            link.push(Frame::new(Kind::Farewell, &[0; 8], Vec::new()));
+        match core.failure.get() {
+            // Whoever told us may not have told all others yet; they must not take our end for the cause.
+            Some(why) => self.abort(&why.to_string()),
+            None => {
+                for (_, link) in self.each() {
+                    link.push(Frame::new(Kind::Farewell, &[0; 8], Vec::new()));
+                }
+            }
         }
         self.closing.store(true, Ordering::SeqCst);
         self.wake();
@@ -403,17 +411,24 @@ impl Io {
         }
     }
 
-    /// Everything is written, and the far ranks are gone too: closing a socket with unread bytes in it would destroy
-    /// what the other side has not read yet.
+    /// Whether everything is written and read: closing a socket with unread bytes in it would destroy what the other
+    /// side has not read yet, so this side ends its stream first and waits for the other to do the same.
     fn may_close(&self, core: &Core, readers: &[Option<Reader>]) -> bool {
-        self.each().filter(|(rank, _)| readers[*rank].is_some()).all(|(rank, link)| {
+        let open = self.each().filter(|(rank, _)| readers[*rank].is_some());
+        open.fold(true, |all, (rank, link)| {
+            let flushed = link.flush();
             let far = core.peers[rank].near.is_none();
-            link.flush() && (!far || link.left.load(Ordering::Acquire))
+            if flushed && far && !link.ended.swap(true, Ordering::Relaxed) {
+                let _ = rustix::net::shutdown(&link.socket, rustix::net::Shutdown::Write);
+            }
+            all && flushed && !far
         })
     }
 
     fn ended(&self, core: &Core, rank: usize, link: &Link, how: &str) {
         link.out().clear();
+        // The other side may be waiting for ours to end.
+        let _ = rustix::net::shutdown(&link.socket, rustix::net::Shutdown::Both);
         if core.has_left(rank) || self.closing.load(Ordering::SeqCst) || core.failure.get().is_some() {
             link.left.store(true, Ordering::Release);
             core.ring();

@@ -105,12 +105,9 @@ impl Exchange<'_> {
         (1..n).map(move |i| (me + i) % n)
     }
 
-    fn header(&self, channel: u32, buffer: Span, seq: u64) -> Header {
-        let (count, element) = (buffer.count as u64, buffer.element);
-        // A message has a number and a count of its own; those of the operation go into the detail.
-        let whole = self.header.seq.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ self.header.count.rotate_left(32);
-        let detail = self.header.detail ^ whole;
-        Header { channel, count, element, seq, detail, group: self.mesh.key, ..self.header }
+    fn header(&self, channel: u32, buffer: Span, message: u64) -> Header {
+        let (part, element, group) = (buffer.count as u64, buffer.element, self.mesh.key);
+        Header { channel, part, element, message, group, ..self.header }
     }
 
     /// # Safety

@@ -124,8 +124,8 @@ impl Meeting<'_> {
             near.controls[m].left().load(Ordering::Acquire) != 0 && !near.has_come(m, step) && m != near.me
         })?;
         let why = format!(
-            "rank {} left while rank {} waited for it in {} of group {}",
-            near.ranks[gone], self.core.rank, self.header, self.header.group.id
+            "rank {} left while rank {} waited for it in {} of {}",
+            near.ranks[gone], self.core.rank, self.header, self.header.group
         );
         Some(Err(self.core.fail(&why)))
     }
@@ -136,7 +136,7 @@ impl Meeting<'_> {
             .filter(|&m| !near.has_come(m, step))
             .map(|m| format!("rank {} ({})", near.ranks[m], self.core.peers[near.ranks[m]].place))
             .collect();
-        format!("{} to come to {} of group {}", missing.join(", "), self.header, self.header.group.id)
+        format!("{} to come to {} of {}", missing.join(", "), self.header, self.header.group)
     }
 
     /// What a member brought to the last meeting.

@@ -67,10 +67,10 @@ impl Outbox {
         lane.next - 1
     }
 
-    /// Whether message `seq` may be posted when `depth` are allowed on their way.
-    fn has_room(&self, lane: &Lane, seq: u64, depth: usize) -> bool {
+    /// Whether a message may be posted when `depth` are allowed on their way.
+    fn has_room(&self, lane: &Lane, message: u64, depth: usize) -> bool {
         let taken = self.lanes.get(lane).map_or(0, |l| l.taken);
-        seq < taken.saturating_add(depth as u64)
+        message < taken.saturating_add(depth as u64)
     }
 
     pub(crate) fn taken(&mut self, lane: &Lane) {
@@ -192,9 +192,9 @@ impl Inbox {
     }
 
     /// The message of a number, if it is here.
-    fn take(&mut self, lane: &Lane, seq: u64) -> Option<Arrived> {
+    fn take(&mut self, lane: &Lane, message: u64) -> Option<Arrived> {
         let arrived = &mut self.lanes.get_mut(lane)?.arrived;
-        let at = arrived.iter().position(|a| a.header.seq == seq)?;
+        let at = arrived.iter().position(|a| a.header.message == message)?;
         arrived.remove(at)
     }
 
@@ -202,7 +202,7 @@ impl Inbox {
     pub(crate) fn begin(&mut self, from: usize, header: Header) -> Result<Target, Header> {
         let lane = Lane { peer: from, group: header.group, channel: header.channel };
         let lane = self.lanes.entry(lane).or_default();
-        if let Some(at) = lane.waiting.iter().position(|w| w.header.seq == header.seq)
+        if let Some(at) = lane.waiting.iter().position(|w| w.header.message == header.message)
             && let Some(waiting) = lane.waiting.remove(at)
         {
             return if waiting.header == header { Ok(Target::Waiting(waiting)) } else { Err(waiting.header) };
@@ -247,8 +247,10 @@ pub(crate) async unsafe fn send(
     let lane = Lane { peer: to, group: header.group, channel: header.channel };
     let what = || format!("rank {to} ({}) to take {header}", core.peers[to].place);
     if core.peers[to].near.is_none() {
-        here_or_left(core, to, what, || core.outbox().has_room(&lane, header.seq, depth).then_some(Ok(())))
-            .await?;
+        here_or_left(core, to, what, || {
+            core.outbox().has_room(&lane, header.message, depth).then_some(Ok(()))
+        })
+        .await?;
         // SAFETY: passed on from the caller.
         return unsafe { crate::link::send(core, header, to, buffer, payload).await };
     }
@@ -257,7 +259,7 @@ pub(crate) async unsafe fn send(
     let slot = here_or_left(core, to, what, || {
         let mut outbox = core.outbox();
         outbox.reclaim(core);
-        if !outbox.has_room(&lane, header.seq, depth) {
+        if !outbox.has_room(&lane, header.message, depth) {
             return None;
         }
         outbox.slot().map(Ok)
@@ -348,7 +350,7 @@ pub(crate) async unsafe fn recv(core: &Core, header: Header, from: usize, buffer
     let message = here_or_left(core, from, what, || {
         let mut inbox = core.inbox();
         match inbox.drain(core, from) {
-            Ok(()) => inbox.take(&lane, header.seq).map(Ok),
+            Ok(()) => inbox.take(&lane, header.message).map(Ok),
             Err(error) => Some(Err(error)),
         }
     })
@@ -377,7 +379,7 @@ async unsafe fn recv_far(core: &Core, header: Header, lane: Lane, buffer: Span) 
     let what = || format!("rank {from} ({}) to send {header}", core.peers[from].place);
     let (message, waiting) = {
         let mut inbox = core.inbox();
-        match inbox.take(&lane, header.seq) {
+        match inbox.take(&lane, header.message) {
             Some(message) => (Some(message), None),
             None => {
                 let (complete, cancelled) = (AtomicBool::new(false), Mutex::new(false));

@@ -280,6 +280,9 @@ unsafe fn general<S: Summand, D: Stored<S::Wide>>(sum: &Sum<'_>, start: usize, t
     }
 }
 
+/// Puts a leaf into a block, or adds it to the block if it is not the first.
+type Leaf<'a, W> = dyn Fn(usize, &mut [W], bool) + 'a;
+
 /// Leaves the sum of `leaves` leaves from `first` on in `levels[0]`.
 fn subtree<S: Summand>(
     radices: &[usize],
@@ -287,7 +290,7 @@ fn subtree<S: Summand>(
     leaves: usize,
     n: usize,
     levels: &mut [[S::Wide; BLOCK]],
-    leaf: &dyn Fn(usize, &mut [S::Wide], bool),
+    leaf: &Leaf<'_, S::Wide>,
 ) {
     let Some((&radix, below)) = radices.split_first() else {
         return leaf(first, &mut levels[0], true);
@@ -343,7 +346,8 @@ mod tests {
         #[test]
         fn sums_are_those_of_the_definition(n in 1usize..=33, count in 0usize..1300, seed in any::<u32>()) {
             let value = |r: usize, i: usize| {
-                let h = (seed ^ (r as u32 * 0x9e37_79b9) ^ (i as u32 * 0x85eb_ca6b)).wrapping_mul(0xc2b2_ae35);
+                let h = seed ^ (r as u32).wrapping_mul(0x9e37_79b9) ^ (i as u32).wrapping_mul(0x85eb_ca6b);
+                let h = h.wrapping_mul(0xc2b2_ae35);
                 (h >> 8) as f32 / 65536.0 - 100.0
             };
             let rows: Vec<Vec<f32>> = (0..n).map(|r| (0..count).map(|i| value(r, i)).collect()).collect();

@@ -7,7 +7,7 @@
 /// assert_eq!(comm::tree_radices(8), [2, 2, 2]); // ((0+1)+(2+3)) + ((4+5)+(6+7))
 /// assert_eq!(comm::tree_radices(6), [3, 2]);    // ((0+1)+2) + ((3+4)+5)
 /// assert_eq!(comm::tree_radices(60), [5, 3, 2, 2]);
-/// assert_eq!(comm::tree_radices(1), []);
+/// assert!(comm::tree_radices(1).is_empty());
 /// ```
 pub fn tree_radices(n: usize) -> Vec<usize> {
     let mut radices = Vec::new();

@@ -1,5 +1,5 @@
 use crate::connect;
-use crate::control::{CONTROL_BYTES, Control, MAX_LOCAL, publish};
+use crate::control::{CONTROL_BYTES, Control, MAX_LOCAL};
 use crate::element::{ElementType, OpTag, Span};
 use crate::group::Group;
 use crate::inner::{Core, Failure, Near, Peer, Transport};
@@ -199,9 +199,10 @@ impl Drop for World {
             self.core.fail(&format!("rank {} panicked", self.core.rank));
         }
         self.core.worker.stop(&self.core);
-        self.core.control.left().store(1, Ordering::SeqCst);
-        publish();
-        self.core.wake_neighbours();
+        if self.core.failure.get().is_none() {
+            self.core.control.left().store(1, Ordering::SeqCst);
+            self.core.wake_neighbours();
+        }
         if let Some(io) = self.core.io.get() {
             io.close(&self.core);
         }
