@@ -44,11 +44,12 @@ pub(crate) fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
 }
 
-/// Asserts that `got` is within `tolerance` of `want`, relative to the largest magnitude in `want`.
+/// Asserts that `got` is within `tolerance` of `want`, relative to the largest magnitude in `want` or, as inputs
+/// are of unit size and results may cancel, to 1.
 #[track_caller]
 pub(crate) fn close(got: &[f32], want: &[f64], tolerance: f64) {
     assert_eq!(got.len(), want.len());
-    let size = want.iter().fold(1e-3f64, |m, x| m.max(x.abs()));
+    let size = want.iter().fold(1.0f64, |m, x| m.max(x.abs()));
     for (i, (&got, &want)) in got.iter().zip(want).enumerate() {
         let error = (f64::from(got) - want).abs();
         assert!(error <= tolerance * size, "element {i}: {got}, expected {want}, size {size}");
