@@ -1,0 +1,119 @@
+//! Helpers of the integration tests: tiny models, fixed batches, weights as maps.
+
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses some of it")]
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use program::Request;
+use spec::{Activation, DType, Layout, ModelSpec, NormKind, Position, Rope, RopeScaling};
+use train::{Executor, Mesh, StepInputs, StepOutputs};
+
+pub const SEQUENCE: usize = 16;
+
+/// A small model with every parameter kind of its family.
+pub fn model(layers: usize, tied: bool, gpt2: bool) -> ModelSpec {
+    let rope = Rope { theta: 10000.0, scaling: RopeScaling::Default, max_positions: 64 };
+    ModelSpec {
+        name: "test".into(),
+        vocab: 96,
+        layers,
+        hidden: 32,
+        ffn: 48,
+        heads: 4,
+        kv_heads: if gpt2 { 4 } else { 2 },
+        head_dim: 8,
+        norm: if gpt2 { NormKind::Layer } else { NormKind::Rms },
+        norm_eps: 1e-5,
+        position: if gpt2 { Position::Learned { max_positions: 64 } } else { Position::Rope(rope) },
+        activation: if gpt2 { Activation::GeluTanh } else { Activation::SwiGlu },
+        qkv_bias: gpt2,
+        attn_out_bias: gpt2,
+        mlp_bias: gpt2,
+        qk_norm: !gpt2 && tied,
+        tied_embeddings: tied,
+        init_std: 0.08,
+    }
+}
+
+pub fn executor(model: &ModelSpec, layout: &Layout, sequences: usize, precision: DType, threads: usize) -> Executor {
+    let request = Request { model, layout, sequence: SEQUENCE, sequences, precision, rank: 0, cache: 0 };
+    let mut exec = Executor::new(&request, threads, Mesh::alone(), false).expect("a valid layout");
+    exec.initialise(model, 11).expect("weights");
+    exec
+}
+
+/// Token `i` of sequence `s` of step `k`: any fixed noise will do.
+pub fn token(k: u64, s: usize, i: usize, vocab: usize) -> u32 {
+    let mut x = k.wrapping_mul(0x9e37_79b9) ^ (s as u64) << 20 ^ i as u64 ^ 0x5bd1_e995;
+    for _ in 0..3 {
+        x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        x ^= x >> 29;
+    }
+    (x % vocab as u64) as u32
+}
+
+/// Every third target of odd sequences is ignored, so that sequences differ in valid tokens.
+pub fn target(k: u64, s: usize, i: usize, vocab: usize) -> u32 {
+    if s % 2 == 1 && i % 3 == 0 { u32::MAX } else { token(k, s, i + 1, vocab) }
+}
+
+/// Fills in this rank's sequences of step `k` and returns the valid targets of the global batch.
+pub fn fill(exec: &mut Executor, vocab: usize, k: u64) -> u64 {
+    let (m, t, all) = (exec.program.micro_batch(), exec.program.sequence, exec.program.sequences);
+    for i in 0..exec.program.local_sequences {
+        let s = exec.program.first_sequence(i / m) + i % m;
+        for j in 0..t {
+            exec.tokens()[i * t + j] = token(k, s, j, vocab);
+            exec.targets()[i * t + j] = target(k, s, j, vocab);
+        }
+    }
+    let valid = |s: usize| (0..t).filter(|&j| target(k, s, j, vocab) != u32::MAX).count() as u64;
+    (0..all).map(valid).sum()
+}
+
+pub fn inputs(step: u64, valid_tokens: u64) -> StepInputs {
+    StepInputs {
+        valid_tokens,
+        lr: 1e-2,
+        step,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        clip: Some(1.0),
+    }
+}
+
+/// Runs steps `from..to` (from 1) and returns each one's outputs.
+pub fn steps(exec: &mut Executor, vocab: usize, from: u64, to: u64) -> Vec<StepOutputs> {
+    (from..to)
+        .map(|k| {
+            let valid = fill(exec, vocab, k);
+            exec.step(&inputs(k, valid)).expect("a step")
+        })
+        .collect()
+}
+
+/// All weights by name, as bits.
+pub fn weights(exec: &Executor) -> BTreeMap<String, Vec<u32>> {
+    let mut all = BTreeMap::new();
+    exec.each_param(&mut |part, values| {
+        all.insert(part.name.clone(), values.iter().map(|v| v.to_bits()).collect());
+    });
+    all
+}
+
+/// The first parameter in which two sets of weights differ.
+pub fn first_difference(a: &BTreeMap<String, Vec<u32>>, b: &BTreeMap<String, Vec<u32>>) -> Option<String> {
+    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+    a.iter().find(|(name, bits)| b[*name] != **bits).map(|(name, bits)| {
+        let at = bits.iter().zip(&b[name]).position(|(x, y)| x != y).unwrap_or(0);
+        format!("{name}[{at}]: {} against {}", f32::from_bits(bits[at]), f32::from_bits(b[name][at]))
+    })
+}
+
+/// The repository's `tests/golden`.
+pub fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(name)
+}
