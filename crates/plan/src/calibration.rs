@@ -74,7 +74,86 @@ pub struct Calibration {
     pub recipe: BTreeMap<String, [f64; COUNT]>,
     /// By software generation.
     pub software: BTreeMap<String, [f64; COUNT]>,
+    /// What predictions missed by on sources that the fit had not seen.
+    #[serde(default)]
+    pub spread: Spreads,
 }
+
+/// Errors on sources left out of the fit.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spreads {
+    /// By accelerator family and software generation.
+    pub both: Vec<Spread>,
+    /// By accelerator family.
+    pub family: Vec<Spread>,
+    /// By software generation.
+    pub software: Vec<Spread>,
+}
+
+/// How far predictions were off for a combination.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spread {
+    /// Which combination, joined with `/`.
+    pub name: String,
+    /// Rows behind it.
+    pub rows: usize,
+    /// Nine in ten published times lay within the prediction divided and multiplied by this.
+    pub factor: f64,
+    /// The most accelerators of any of these rows.
+    pub accelerators: usize,
+}
+
+/// One prediction on a source that the fit had not seen.
+#[derive(Clone, Debug)]
+pub struct Miss {
+    /// Accelerator family.
+    pub family: String,
+    /// Software generation.
+    pub software: String,
+    /// Accelerators.
+    pub accelerators: usize,
+    /// Logarithm of predicted over published.
+    pub log_error: f64,
+}
+
+/// How good the evidence behind a prediction is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Evidence {
+    /// Runs of this accelerator family with this software were predicted unseen.
+    Validated,
+    /// Runs of this family with other software were.
+    Family,
+    /// Runs with this software on other accelerators were.
+    Software,
+    /// Nothing near was: outside of what was validated.
+    Extrapolated,
+}
+
+/// The width of an interval and what it rests on.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Grade {
+    /// The interval is the prediction divided and multiplied by this.
+    pub factor: f64,
+    /// Rows behind it.
+    pub rows: usize,
+    /// How near they are.
+    pub evidence: Evidence,
+    /// The most accelerators of any of them.
+    pub accelerators: usize,
+}
+
+/// How much an interval widens (as a power) for each doubling of accelerators beyond those validated.
+const WIDER_PER_DOUBLING: f64 = 0.15;
+
+/// Fewer rows than this say little about a spread.
+const SPREAD_ROWS_MIN: usize = 5;
+/// No interval is narrower: runs of the same job differ by more than this.
+const FACTOR_MIN: f64 = 1.05;
+/// The interval where nothing near was validated.
+const FACTOR_UNKNOWN: f64 = 1.6;
 
 impl Calibration {
     /// The constants for a combination.
@@ -92,6 +171,97 @@ impl Calibration {
             *x = x.clamp(low, high);
         }
         Constants::from_values(v)
+    }
+
+    /// How wide an interval has to be for a combination, and on what evidence.
+    pub fn spread(&self, family: &str, software: &str, accelerators: usize) -> Grade {
+        let both = format!("{family}/{software}");
+        let find = |list: &[Spread], name: &str, widen: f64, evidence| {
+            list.iter()
+                .find(|s| s.name == name && s.rows >= SPREAD_ROWS_MIN)
+                .map(|s| {
+                    let beyond = (accelerators as f64 / s.accelerators.max(1) as f64).log2().max(0.0);
+                    let widen = widen + WIDER_PER_DOUBLING * beyond;
+                    Grade { factor: s.factor.powf(widen), rows: s.rows, evidence, accelerators: s.accelerators }
+                })
+        };
+        find(&self.spread.both, &both, 1.0, Evidence::Validated)
+            .or_else(|| find(&self.spread.family, family, 1.25, Evidence::Family))
+            .or_else(|| find(&self.spread.software, software, 1.5, Evidence::Software))
+            .unwrap_or(Grade { factor: FACTOR_UNKNOWN, rows: 0, evidence: Evidence::Extrapolated, accelerators: 0 })
+    }
+
+    /// Learns spreads from errors on unseen sources.
+    pub fn learn_spread(&mut self, errors: &[Miss]) {
+        let learn = |name: &dyn Fn(&Miss) -> String| {
+            let mut groups: BTreeMap<String, (Vec<f64>, usize)> = BTreeMap::new();
+            for e in errors {
+                let group = groups.entry(name(e)).or_default();
+                group.0.push(e.log_error.abs());
+                group.1 = group.1.max(e.accelerators);
+            }
+            let spread = |(name, (mut abs, accelerators)): (String, (Vec<f64>, usize))| {
+                abs.sort_by(f64::total_cmp);
+                let at = ((abs.len() as f64 * 0.9).ceil() as usize).clamp(1, abs.len()) - 1;
+                Spread { name, rows: abs.len(), factor: abs[at].exp().max(FACTOR_MIN), accelerators }
+            };
+            groups.into_iter().map(spread).collect()
+        };
+        self.spread = Spreads {
+            both: learn(&|e| format!("{}/{}", e.family, e.software)),
+            family: learn(&|e| e.family.clone()),
+            software: learn(&|e| e.software.clone()),
+        };
+    }
+
+    /// The calibration fitted on the published runs that this project collected.
+    ///
+    /// # Errors
+    /// If the embedded file is broken, which the tests exclude.
+    pub fn builtin() -> spec::Result<Self> {
+        Self::parse("catalog/calibration.toml", include_str!("../../../catalog/calibration.toml"))
+    }
+
+    /// Reads a calibration file. `path` only names it in errors.
+    ///
+    /// # Errors
+    /// If the text is none.
+    pub fn parse(path: &str, text: &str) -> spec::Result<Self> {
+        toml::from_str(text).map_err(|e| {
+            let line = e.span().map_or(1, |s| text[..s.start].lines().count().max(1));
+            spec::Error::user(format!("{path}:{line}: {}", e.message()))
+                .hint("a calibration file is written by `phalanx validate --fit`")
+        })
+    }
+
+    /// The calibration as a file.
+    pub fn to_toml(&self) -> String {
+        use std::fmt::Write;
+        let mut out = String::from(
+            "# Fitted on published runs. Logarithms of factors on the priors, in the order\n# ",
+        );
+        out.push_str(&Constants::NAMES.join(", "));
+        out.push('\n');
+        for (name, table) in [("family", &self.family), ("recipe", &self.recipe), ("software", &self.software)] {
+            let _ = writeln!(out, "\n[{name}]");
+            for (key, factors) in table {
+                let list: Vec<String> = factors.iter().map(|f| format!("{f:.4}")).collect();
+                let _ = writeln!(out, "{key} = [{}]", list.join(", "));
+            }
+        }
+        out.push_str("\n# Nine in ten published times of sources left out lay within the prediction over and times `factor`.\n[spread]\n");
+        for (name, list) in [("both", &self.spread.both), ("family", &self.spread.family), ("software", &self.spread.software)] {
+            let _ = writeln!(out, "{name} = [");
+            for s in list {
+                let Spread { name, rows, factor, accelerators } = s;
+                let _ = writeln!(
+                    out,
+                    "    {{ name = \"{name}\", rows = {rows}, factor = {factor:.3}, accelerators = {accelerators} }},"
+                );
+            }
+            out.push_str("]\n");
+        }
+        out
     }
 
     fn slot(&mut self, effect: &Effect) -> &mut [f64; COUNT] {

@@ -19,6 +19,10 @@ use crate::template::{Key, Template};
 const N: usize = Constants::NAMES.len();
 /// Steps of Gauss-Newton; it settles in about ten.
 const STEPS: usize = 14;
+/// Steps when some runs are left out: the start is close.
+const LEAVE_OUT_STEPS: usize = 4;
+/// How far a logarithm is moved to find a slope.
+const NUDGE: f64 = 0.02;
 /// Errors beyond this (in log) count linearly.
 const HUBER: f64 = 0.12;
 /// How strongly a factor is drawn to one, by kind of effect, and by constant relative to that.
@@ -117,90 +121,141 @@ impl Prepared {
         price
     }
 
+    /// The constants for this run.
+    pub fn constants(&self, calibration: &Calibration) -> Constants {
+        calibration.constants(&self.run.cluster.accelerator.family, self.run.recipe, self.run.software.name)
+    }
+
     /// Logarithm of predicted over published.
     fn residual(&mut self, calibration: &Calibration) -> f64 {
-        let constants = calibration.constants(
-            &self.run.cluster.accelerator.family,
-            self.run.recipe,
-            self.run.software.name,
-        );
-        self.price(constants).map_or(0.0, |p| (p.step_s / self.run.step_s).ln())
+        self.price(self.constants(calibration)).map_or(0.0, |p| (p.step_s / self.run.step_s).ln())
     }
 }
 
 /// Fits factors on the runs.
 pub fn fit(runs: &mut [Prepared]) -> Calibration {
     let mut calibration = Calibration::default();
-    let mut effects: BTreeMap<Effect, (f64, Vec<usize>)> = BTreeMap::new();
-    let mut size: BTreeMap<&str, f64> = BTreeMap::new();
-    for (i, p) in runs.iter().enumerate() {
-        *size.entry(p.run.family.as_str()).or_default() += 1.0;
-        for (effect, ridge) in RIDGE {
-            effects.entry(effect(&p.run)).or_insert((ridge, Vec::new())).1.push(i);
-        }
-    }
-    // Rows of one source share what the model lacks: many of them say less than as many sources would.
-    let weights: Vec<f64> = runs.iter().map(|p| size[p.run.family.as_str()].powf(-0.25)).collect();
-    let effects: Vec<(Effect, f64, Vec<usize>)> =
-        effects.into_iter().map(|(e, (r, rows))| (e, r, rows)).collect();
     for step in 0..STEPS {
         if step % 4 == 0 {
-            runs.par_iter_mut().for_each(|p| {
-                let c = calibration.constants(
-                    &p.run.cluster.accelerator.family,
-                    p.run.recipe,
-                    p.run.software.name,
-                );
-                // A layout that could be priced before can be again.
-                let _ = p.choose(c);
-            });
+            choose_all(runs, &calibration);
         }
-        let base: Vec<f64> = runs.par_iter_mut().map(|p| p.residual(&calibration)).collect();
-        let columns = effects.len() * N;
-        const NUDGE: f64 = 0.02;
-        let jacobian: Vec<Vec<(usize, f64)>> = (0..columns)
+        let linear = Linear::of(runs, &calibration);
+        let all = vec![true; runs.len()];
+        linear.step(&mut calibration, &linear.base, &all);
+    }
+    choose_all(runs, &calibration);
+    calibration
+}
+
+fn choose_all(runs: &mut [Prepared], calibration: &Calibration) {
+    // A layout that could be priced before can be again: errors cannot come up here.
+    runs.par_iter_mut().for_each(|p| drop(p.choose(p.constants(calibration))));
+}
+
+/// The fit with each group of runs left out in turn, by what `group` says: the calibration that has not seen it.
+///
+/// Each starts from the fit on all runs and takes steps with that fit's slopes, which change little; what it misses by
+/// that is far below the errors it is to judge.
+pub fn leave_out(
+    runs: &mut [Prepared],
+    fitted: &Calibration,
+    group: impl Fn(&Run) -> String,
+) -> BTreeMap<String, Calibration> {
+    let linear = Linear::of(runs, fitted);
+    let groups: std::collections::BTreeSet<String> = runs.iter().map(|p| group(&p.run)).collect();
+    let mut out = BTreeMap::new();
+    for name in groups {
+        let kept: Vec<bool> = runs.iter().map(|p| group(&p.run) != name).collect();
+        let mut calibration = fitted.clone();
+        linear.step(&mut calibration, &linear.base, &kept);
+        for _ in 1..LEAVE_OUT_STEPS {
+            let base = residuals(runs, &calibration);
+            linear.step(&mut calibration, &base, &kept);
+        }
+        out.insert(name, calibration);
+    }
+    out
+}
+
+fn residuals(runs: &mut [Prepared], calibration: &Calibration) -> Vec<f64> {
+    runs.par_iter_mut().map(|p| p.residual(calibration)).collect()
+}
+
+/// Residuals and their slopes at one calibration.
+struct Linear {
+    /// Each effect, its ridge, and the runs that it touches.
+    effects: Vec<(Effect, f64)>,
+    /// Slopes by column (effect, constant): of which run, how steep.
+    jacobian: Vec<Vec<(usize, f64)>>,
+    base: Vec<f64>,
+    weights: Vec<f64>,
+}
+
+impl Linear {
+    fn of(runs: &mut [Prepared], calibration: &Calibration) -> Self {
+        let mut effects: BTreeMap<Effect, (f64, Vec<bool>)> = BTreeMap::new();
+        let mut size: BTreeMap<&str, f64> = BTreeMap::new();
+        for (i, p) in runs.iter().enumerate() {
+            *size.entry(p.run.family.as_str()).or_default() += 1.0;
+            for (effect, ridge) in RIDGE {
+                let slot = effects.entry(effect(&p.run)).or_insert_with(|| (ridge, vec![false; runs.len()]));
+                slot.1[i] = true;
+            }
+        }
+        // Rows of one source share what the model lacks: many of them say less than as many sources would.
+        let weights = runs.iter().map(|p| size[p.run.family.as_str()].powf(-0.25)).collect();
+        let base = residuals(runs, calibration);
+        let effects: Vec<(Effect, f64, Vec<bool>)> = effects.into_iter().map(|(e, (r, rows))| (e, r, rows)).collect();
+        let jacobian = (0..effects.len() * N)
             .map(|column| {
-                let (effect, _, rows) = &effects[column / N];
+                let (effect, _, touched) = &effects[column / N];
                 let mut nudged = calibration.clone();
                 nudged.nudge(effect, column % N, NUDGE);
-                let touched: std::collections::HashSet<usize> = rows.iter().copied().collect();
                 runs.par_iter_mut()
                     .enumerate()
-                    .filter(|(i, _)| touched.contains(i))
+                    .filter(|(i, _)| touched[*i])
                     .map(|(i, p)| (i, (p.residual(&nudged) - base[i]) / NUDGE))
                     .collect()
             })
             .collect();
-        let robust: Vec<f64> =
-            base.iter().zip(&weights).map(|(r, w)| w * (HUBER / r.abs().max(HUBER)).sqrt()).collect();
+        Linear { effects: effects.into_iter().map(|(e, r, _)| (e, r)).collect(), jacobian, base, weights }
+    }
+
+    /// One Gauss-Newton step on the runs kept, from residuals `base`.
+    fn step(&self, calibration: &mut Calibration, base: &[f64], kept: &[bool]) {
+        let columns = self.jacobian.len();
+        let robust: Vec<f64> = (0..base.len())
+            .map(|i| {
+                let w = self.weights[i] * (HUBER / base[i].abs().max(HUBER)).sqrt();
+                if kept[i] { w * w } else { 0.0 }
+            })
+            .collect();
+        let mut by_run: Vec<Vec<(usize, f64)>> = vec![Vec::new(); base.len()];
+        for (column, slopes) in self.jacobian.iter().enumerate() {
+            for (i, x) in slopes {
+                by_run[*i].push((column, *x));
+            }
+        }
         let mut normal = vec![vec![0.0; columns]; columns];
         let mut right = vec![0.0; columns];
-        let dense: Vec<HashMap<usize, f64>> = jacobian.iter().map(|c| c.iter().copied().collect()).collect();
-        for a in 0..columns {
-            for (i, x) in &jacobian[a] {
-                right[a] -= x * base[*i] * robust[*i].powi(2);
+        for (i, slopes) in by_run.iter().enumerate() {
+            for (a, x) in slopes {
+                right[*a] -= x * base[i] * robust[i];
+                for (b, y) in slopes {
+                    normal[*a][*b] += x * y * robust[i];
+                }
             }
-            for b in a..columns {
-                let dot: f64 = jacobian[a]
-                    .iter()
-                    .filter_map(|(i, x)| Some(x * dense[b].get(i)? * robust[*i].powi(2)))
-                    .sum();
-                normal[a][b] = dot;
-                normal[b][a] = dot;
-            }
-            let (effect, ridge, _) = &effects[a / N];
-            let value = calibration.factor(effect, a % N);
-            normal[a][a] += ridge;
-            right[a] -= ridge * value;
         }
-        let delta = solve(normal, right);
-        for (a, d) in delta.iter().enumerate() {
-            let (effect, _, _) = &effects[a / N];
-            calibration.nudge(effect, a % N, d.clamp(-0.25, 0.25));
+        for a in 0..columns {
+            let (effect, ridge) = &self.effects[a / N];
+            normal[a][a] += ridge;
+            right[a] -= ridge * calibration.factor(effect, a % N);
+        }
+        for (a, d) in solve(normal, right).iter().enumerate() {
+            calibration.nudge(&self.effects[a / N].0, a % N, d.clamp(-0.25, 0.25));
         }
         calibration.clamp();
     }
-    calibration
 }
 
 /// Solves a symmetric positive definite system by Gaussian elimination with pivots.

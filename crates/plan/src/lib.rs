@@ -9,6 +9,8 @@ pub mod mesh;
 pub mod network;
 pub mod price;
 pub mod runs;
+pub mod search;
 pub mod shape;
 pub mod software;
 pub mod template;
+pub mod validate;

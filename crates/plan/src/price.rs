@@ -273,6 +273,24 @@ impl<'a> Pricer<'a> {
         Ok(self.combine(mesh, &timed))
     }
 
+    /// A time that no price of this layout is below, and its bytes: compute of the fullest stage, once for each
+    /// micro-batch, without communication, bubble, host or optimiser.
+    ///
+    /// # Errors
+    /// If the model does not allow the layout.
+    pub fn bound(&mut self, mesh: &Mesh) -> Result<(f64, f64)> {
+        let t = self.timed(mesh)?;
+        let p = self.problem;
+        let l = &mesh.layout;
+        let micro_batches = (p.sequences as f64 / (l.dp * l.micro_batch) as f64).max(1.0);
+        let layers = p.shape.model.layers;
+        let mix = self.expert_layers / layers as f64;
+        let (most, _) = stage_layers(mesh, layers, &p.software);
+        let compute = |s: &Passes| s.forward.compute() + s.backward.compute();
+        let stage = most * (compute(&t.layer) * (1.0 - mix) + compute(&t.expert_layer) * mix);
+        Ok((stage * micro_batches, self.memory(mesh, &t, most, micro_batches, mix).total()))
+    }
+
     fn timed(&mut self, mesh: &Mesh) -> Result<Timed> {
         let key = self.key(mesh);
         let timed_key = TimedKey { key, format: mesh.format, tp_stride: 1 };
@@ -413,9 +431,10 @@ impl<'a> Pricer<'a> {
             // The whole square is computed (backward four products instead of five), and scores pass through memory:
             // written, scaled and masked, softmax, dropout, read again.
             let products = if backward { 1.6 * flops } else { 2.0 * flops };
-            let traffic = scores * if backward { 14.0 } else { 12.0 };
-            return products / (self.chip16.matmul * c.gemm * 0.75)
-                + stream_s(&self.chip16, traffic) / c.stream;
+            let traffic = scores * if backward { 13.0 } else { 9.0 };
+            let took = products * misaligned / (self.chip16.matmul * c.gemm * 0.75)
+                + stream_s(&self.chip16, traffic);
+            return took * crate::calibration::PRIOR.attention / c.attention;
         }
         let rate = self.chip16.peak * c.attention * if backward { 0.8 } else { 1.0 };
         (flops / rate).max(stream_s(&self.chip16, bytes))

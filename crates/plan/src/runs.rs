@@ -18,6 +18,8 @@ use csv::{Row, Table};
 pub struct Run {
     /// Its name in the table.
     pub id: String,
+    /// Line of the file.
+    pub line: usize,
     /// Where it was published.
     pub source: String,
     /// Runs of one publisher and stack, left out together in cross-validation: the letters that the id begins with.
@@ -184,6 +186,7 @@ impl Reader<'_> {
         let (step_s, measured) = priceable!(self.measured(&shape, n, sequences, sequence, &cluster, format));
         let run_family: String = id.chars().take_while(char::is_ascii_alphabetic).collect();
         Ok(Ok(Run {
+            line: self.row.line,
             id,
             source,
             family: run_family,

@@ -1,0 +1,346 @@
+//! The search over layouts: every axis, placement, schedule, ZeRO stage, recompute policy and micro-batch.
+//!
+//! Exhaustive. A layout is left out only if its lower bound (compute of its fullest stage, no communication, no bubble)
+//! is above the worst of the best kept, and a layout already priced is at least as fast with no more memory; then it
+//! can be neither among the best nor on the front.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rayon::prelude::*;
+use serde::Serialize;
+use spec::{Error, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Zero};
+
+use crate::mesh::{Mesh, Order};
+use crate::price::{Price, Pricer, Problem};
+
+/// What to search over.
+#[derive(Clone, Debug)]
+pub struct Space {
+    /// Accelerators to use, all of them.
+    pub accelerators: usize,
+    /// Format of the matrix products.
+    pub format: NumberFormat,
+    /// How many of the best to keep.
+    pub keep: usize,
+    /// Largest micro-batch.
+    pub micro_batch_max: usize,
+    /// Leave axes out that do not train yet (context and expert parallelism).
+    pub trainable_only: bool,
+}
+
+/// A layout with its price.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Found {
+    /// The layout.
+    pub mesh: Mesh,
+    /// Its price.
+    pub price: Price,
+}
+
+/// What a search found.
+#[derive(Clone, Debug, Serialize)]
+pub struct Searched {
+    /// The fastest that fit, best first.
+    pub best: Vec<Found>,
+    /// No layout is both faster and smaller than one of these; fastest first.
+    pub pareto: Vec<Found>,
+    /// Layouts priced in full.
+    pub layouts_priced: usize,
+    /// Layouts left out by their bound.
+    pub layouts_pruned: usize,
+    /// Layouts that the model or the batch does not allow, or that do not fit, by reason.
+    pub refused: BTreeMap<&'static str, usize>,
+}
+
+/// Axes that layouts share a template by: one job of the search.
+#[derive(Clone, Copy)]
+struct Job {
+    tp: usize,
+    cp: usize,
+    ep: usize,
+    sequence_parallel: bool,
+    micro_batch: usize,
+    recompute: Recompute,
+}
+
+/// Chunks a stage are tried up to this many.
+const CHUNKS_MAX: usize = 32;
+/// Tensor parallelism beyond this leaves slivers of matrices.
+const TP_MAX: usize = 64;
+
+/// Searches the space. `progress` is told jobs done and in all; it may be called from several threads.
+///
+/// # Errors
+/// If no layout is allowed, or none fits: then the message says what the smallest one lacks.
+pub fn search(problem: &Problem, space: &Space, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Searched> {
+    let jobs = jobs(problem, space);
+    let done = AtomicUsize::new(0);
+    let parts: Vec<Result<Part>> = jobs
+        .par_iter()
+        .map(|job| {
+            let part = run(problem, space, *job);
+            progress(done.fetch_add(1, Ordering::Relaxed) + 1, jobs.len());
+            part
+        })
+        .collect();
+    let mut all = Part::default();
+    for part in parts {
+        all.merge(part?, space.keep);
+    }
+    if all.best.is_empty() {
+        return Err(nothing(problem, space, &all));
+    }
+    Ok(Searched {
+        best: all.best,
+        pareto: all.front,
+        layouts_priced: all.priced,
+        layouts_pruned: all.pruned,
+        refused: all.refused,
+    })
+}
+
+fn nothing(problem: &Problem, space: &Space, all: &Part) -> Error {
+    let name = &problem.shape.model.name;
+    let room = problem.cluster.accelerator.memory_bytes.value;
+    match &all.smallest {
+        Some(found) => {
+            let m = found.price.memory;
+            let gb = |x: f64| x / 1e9;
+            let what = format!(
+                "no layout of {name} fits {} x {}: the smallest takes {:.1} GB of {:.1} GB on the fullest rank \
+                 (parameters {:.1}, gradients {:.1}, optimiser {:.1}, activations {:.1}, working set {:.1}, framework {:.1})",
+                space.accelerators,
+                problem.cluster.accelerator.name,
+                gb(m.total()),
+                gb(room),
+                gb(m.params),
+                gb(m.grads),
+                gb(m.optimizer),
+                gb(m.activations),
+                gb(m.working),
+                gb(m.framework),
+            );
+            let need = space.accelerators as f64 * m.total() / room;
+            Error::user(what).hint(format!("about {:.0} accelerators would fit", need.ceil()))
+        }
+        None => {
+            let reasons: Vec<String> = all.refused.iter().map(|(why, n)| format!("{why} ({n})")).collect();
+            Error::user(format!(
+                "no layout of {name} uses {} accelerators with {} sequences: {}",
+                space.accelerators,
+                problem.sequences,
+                reasons.join(", ")
+            ))
+            .hint("a number of accelerators and sequences with small factors has more layouts")
+        }
+    }
+}
+
+fn divisors(n: usize) -> Vec<usize> {
+    (1..=n).take_while(|d| d * d <= n).filter(|d| n.is_multiple_of(*d)).flat_map(|d| [d, n / d]).collect::<std::collections::BTreeSet<_>>().into_iter().collect()
+}
+
+fn jobs(problem: &Problem, space: &Space) -> Vec<Job> {
+    let m = &problem.shape.model;
+    let n = space.accelerators;
+    let splits = |tp: usize| m.heads.is_multiple_of(tp) && m.kv_heads.is_multiple_of(tp) && m.ffn.is_multiple_of(tp);
+    let tps: Vec<usize> = divisors(n).into_iter().filter(|tp| *tp <= TP_MAX && splits(*tp)).collect();
+    let contexts: Vec<usize> = if space.trainable_only || problem.sequence < 16_384 {
+        vec![1]
+    } else {
+        [1, 2, 4, 8, 16, 32].into_iter().filter(|cp| n.is_multiple_of(*cp) && problem.sequence.is_multiple_of(2 * cp)).collect()
+    };
+    let experts: Vec<usize> = match problem.shape.experts {
+        Some(e) if !space.trainable_only => divisors(e.count).into_iter().filter(|ep| n.is_multiple_of(*ep)).collect(),
+        _ => vec![1],
+    };
+    let micro_batches: Vec<usize> =
+        divisors(problem.sequences).into_iter().filter(|b| *b <= space.micro_batch_max).collect();
+    let mut jobs = Vec::new();
+    for &tp in &tps {
+        for &cp in &contexts {
+            for &ep in &experts {
+                for &micro_batch in &micro_batches {
+                    for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
+                        let can = tp > 1 && (problem.sequence / cp).is_multiple_of(tp);
+                        let modes: &[bool] = if can { &[true, false] } else { &[false] };
+                        for &sequence_parallel in modes {
+                            jobs.push(Job { tp, cp, ep, sequence_parallel, micro_batch, recompute });
+                        }
+                    }
+                }
+            }
+        }
+    }
+    jobs
+}
+
+/// What a job found.
+#[derive(Default)]
+struct Part {
+    best: Vec<Found>,
+    front: Vec<Found>,
+    smallest: Option<Found>,
+    priced: usize,
+    pruned: usize,
+    refused: BTreeMap<&'static str, usize>,
+}
+
+impl Part {
+    fn refuse(&mut self, why: &'static str) {
+        *self.refused.entry(why).or_default() += 1;
+    }
+
+    fn take(&mut self, found: Found, keep: usize) {
+        if !found.price.fits {
+            self.refuse("does not fit in memory");
+            let total = |f: &Found| f.price.memory.total();
+            if self.smallest.as_ref().is_none_or(|s| total(&found) < total(s)) {
+                self.smallest = Some(found);
+            }
+            return;
+        }
+        self.to_front(&found);
+        let at = self.best.partition_point(|b| better(b, &found));
+        if at < keep {
+            self.best.insert(at, found);
+            self.best.truncate(keep);
+        }
+    }
+
+    fn to_front(&mut self, found: &Found) {
+        let (t, m) = (found.price.step_s, found.price.memory.total());
+        // Sorted by time: only faster ones can dominate.
+        let at = self.front.partition_point(|f| f.price.step_s < t);
+        if self.dominated(at, t, m) {
+            return;
+        }
+        self.front.insert(at, found.clone());
+        let mut i = at + 1;
+        while i < self.front.len() {
+            if self.front[i].price.memory.total() >= m {
+                self.front.remove(i);
+            } else {
+                i += 1;
+            }
+        }
+    }
+
+    /// Whether a layout of the front is no slower than `t` and no larger than `m`. Memory falls along the front.
+    fn dominated(&self, at: usize, t: f64, m: f64) -> bool {
+        let here = self.front.get(at).is_some_and(|f| f.price.step_s <= t && f.price.memory.total() <= m);
+        here || at > 0 && self.front[at - 1].price.memory.total() <= m
+    }
+
+    fn merge(&mut self, other: Part, keep: usize) {
+        for found in other.best {
+            let at = self.best.partition_point(|b| better(b, &found));
+            if at < keep {
+                self.best.insert(at, found);
+                self.best.truncate(keep);
+            }
+        }
+        for found in &other.front {
+            self.to_front(found);
+        }
+        let total = |f: &Found| f.price.memory.total();
+        if let Some(found) = other.smallest
+            && self.smallest.as_ref().is_none_or(|s| total(&found) < total(s))
+        {
+            self.smallest = Some(found);
+        }
+        self.priced += other.priced;
+        self.pruned += other.pruned;
+        for (why, n) in other.refused {
+            *self.refused.entry(why).or_default() += n;
+        }
+    }
+}
+
+/// Faster first; of equally fast ones the smaller, then the one with fewer ranks that talk.
+fn better(a: &Found, b: &Found) -> bool {
+    let key = |f: &Found| (f.price.step_s, f.price.memory.total(), f.mesh.layout.tp * f.mesh.layout.pp);
+    key(a) <= key(b)
+}
+
+/// The dp x pp x schedule x ZeRO x placement part of the space under one template.
+fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
+    let mut part = Part::default();
+    let layers = problem.shape.model.layers;
+    let rest = space.accelerators / job.tp / job.cp;
+    if rest * job.tp * job.cp != space.accelerators {
+        part.refuse("axes do not multiply to the accelerators");
+        return Ok(part);
+    }
+    let mut pricer = Pricer::new(problem, space.format)?;
+    for pp in divisors(rest) {
+        if pp > layers {
+            part.refuse("more stages than layers");
+            continue;
+        }
+        let dp = rest / pp;
+        if !problem.sequences.is_multiple_of(dp * job.micro_batch) {
+            part.refuse("micro-batches do not divide the batch");
+            continue;
+        }
+        if job.ep > 1 && !(dp * job.cp * job.tp).is_multiple_of(job.ep) {
+            part.refuse("experts do not divide the ranks of a stage");
+            continue;
+        }
+        let micro_batches = problem.sequences / dp / job.micro_batch;
+        for (schedule, chunks) in schedules(pp, layers, micro_batches) {
+            for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
+                if dp * job.cp == 1 && zero != Zero::Off {
+                    continue;
+                }
+                let orders: &[Order] = if pp > 1 && dp > 1 { &[Order::TpCpDpPp, Order::TpCpPpDp] } else { &[Order::TpCpDpPp] };
+                for &order in orders {
+                    let layout = Layout {
+                        dp,
+                        tp: job.tp,
+                        pp,
+                        sequence_parallel: job.sequence_parallel,
+                        zero,
+                        schedule,
+                        chunks,
+                        stage_layers: Vec::new(),
+                        micro_batch: job.micro_batch,
+                        recompute: job.recompute,
+                        reduce: Reduce::Ring,
+                    };
+                    let mesh = Mesh { layout, cp: job.cp, ep: job.ep, shard: dp * job.cp, format: space.format, order };
+                    let (least_s, memory) = pricer.bound(&mesh)?;
+                    let worst = part.best.get(space.keep.saturating_sub(1)).map_or(f64::INFINITY, |b| b.price.step_s);
+                    let fits = memory <= problem.cluster.accelerator.memory_bytes.value;
+                    if fits && least_s > worst {
+                        let at = part.front.partition_point(|f| f.price.step_s < least_s);
+                        if part.dominated(at, least_s, memory) {
+                            part.pruned += 1;
+                            continue;
+                        }
+                    }
+                    let price = pricer.price(&mesh)?;
+                    part.priced += 1;
+                    part.take(Found { mesh, price }, space.keep);
+                }
+            }
+        }
+    }
+    Ok(part)
+}
+
+fn schedules(pp: usize, layers: usize, micro_batches: usize) -> Vec<(PipelineSchedule, usize)> {
+    let mut out = vec![(PipelineSchedule::OneFOneB, 1)];
+    if pp > 1 {
+        out.push((PipelineSchedule::ZeroBubble, 1));
+        if micro_batches.is_multiple_of(pp) {
+            let most = (layers / pp).min(CHUNKS_MAX);
+            out.extend((2..=most).filter(|c| layers.is_multiple_of(c * pp) || (layers + 2).is_multiple_of(c * pp)).map(|c| (PipelineSchedule::Interleaved, c)));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests;

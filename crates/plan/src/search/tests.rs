@@ -1,0 +1,113 @@
+use super::*;
+use crate::calibration::Calibration;
+use crate::shape::Shape;
+use crate::software::Software;
+use spec::Catalog;
+
+fn problem(model: &str, cluster: &str, n: usize, sequences: usize, sequence: usize) -> Problem {
+    let shape = Shape::find(model).unwrap().unwrap();
+    let cluster = Catalog::builtin().unwrap().cluster(cluster, Some(n)).unwrap();
+    let software = Software::usual(&cluster.accelerator.family);
+    let constants = Calibration::builtin().unwrap().constants(&cluster.accelerator.family, "bf16", software.name);
+    Problem { shape, cluster, software, constants, sequence, sequences }
+}
+
+fn space(accelerators: usize) -> Space {
+    Space { accelerators, format: NumberFormat::Bf16, keep: 5, micro_batch_max: 4, trainable_only: true }
+}
+
+/// Every layout, priced one by one without bounds.
+fn brute_force(problem: &Problem, space: &Space) -> (f64, usize) {
+    let mut best = f64::INFINITY;
+    let mut count = 0;
+    for job in jobs(problem, space) {
+        let rest = space.accelerators / job.tp / job.cp;
+        let mut pricer = Pricer::new(problem, space.format).unwrap();
+        for pp in divisors(rest).into_iter().filter(|pp| *pp <= problem.shape.model.layers) {
+            let dp = rest / pp;
+            if !problem.sequences.is_multiple_of(dp * job.micro_batch) {
+                continue;
+            }
+            for (schedule, chunks) in schedules(pp, problem.shape.model.layers, problem.sequences / dp / job.micro_batch) {
+                for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
+                    if dp == 1 && zero != Zero::Off {
+                        continue;
+                    }
+                    for order in [Order::TpCpDpPp, Order::TpCpPpDp] {
+                        if (pp == 1 || dp == 1) && order == Order::TpCpPpDp {
+                            continue;
+                        }
+                        let layout = Layout {
+                            dp,
+                            tp: job.tp,
+                            pp,
+                            sequence_parallel: job.sequence_parallel,
+                            zero,
+                            schedule,
+                            chunks,
+                            micro_batch: job.micro_batch,
+                            recompute: job.recompute,
+                            reduce: Reduce::Ring,
+                            stage_layers: Vec::new(),
+                        };
+                        let mesh = Mesh { layout, cp: 1, ep: 1, shard: dp, format: space.format, order };
+                        let price = pricer.price(&mesh).unwrap();
+                        count += 1;
+                        if price.fits {
+                            best = best.min(price.step_s);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    (best, count)
+}
+
+#[test]
+fn bounds_lose_nothing() {
+    let problem = problem("gpt3-13b", "dgx-a100", 64, 256, 2048);
+    let space = space(64);
+    let found = search(&problem, &space, &|_, _| ()).unwrap();
+    let (best, count) = brute_force(&problem, &space);
+    assert_eq!(found.best[0].price.step_s, best);
+    assert_eq!(found.layouts_priced + found.layouts_pruned, count);
+    assert!(found.layouts_pruned > 0);
+}
+
+#[test]
+fn the_front_is_sorted_and_undominated_and_the_best_leads_it() {
+    let problem = problem("gpt3-13b", "dgx-a100", 64, 256, 2048);
+    let found = search(&problem, &space(64), &|_, _| ()).unwrap();
+    for pair in found.pareto.windows(2) {
+        assert!(pair[0].price.step_s < pair[1].price.step_s);
+        assert!(pair[0].price.memory.total() > pair[1].price.memory.total());
+    }
+    assert_eq!(found.pareto[0].price.step_s, found.best[0].price.step_s);
+    assert!(found.best.windows(2).all(|p| p[0].price.step_s <= p[1].price.step_s));
+}
+
+#[test]
+fn what_cannot_fit_says_which_bytes_and_how_many_would() {
+    let problem = problem("gpt3-175b", "dgx-a100", 8, 64, 2048);
+    let error = search(&problem, &space(8), &|_, _| ()).unwrap_err();
+    let message = error.to_string();
+    for part in ["no layout of gpt3-175b fits 8 x a100-80-sxm", "parameters", "optimiser", "of 80.0 GB"] {
+        assert!(message.contains(part), "{message}");
+    }
+    assert!(error.hint_text().unwrap().contains("accelerators would fit"));
+}
+
+#[test]
+fn a_search_is_deterministic_and_reports_progress() {
+    let problem = problem("gpt3-6.7b", "dgx-h100", 16, 128, 2048);
+    let calls = AtomicUsize::new(0);
+    let count = |_, _| {
+        calls.fetch_add(1, Ordering::Relaxed);
+    };
+    let a = search(&problem, &space(16), &count).unwrap();
+    let b = search(&problem, &space(16), &|_, _| ()).unwrap();
+    assert_eq!(a.best, b.best);
+    assert_eq!((a.layouts_priced, a.layouts_pruned), (b.layouts_priced, b.layouts_pruned));
+    assert!(calls.load(Ordering::Relaxed) > 10);
+}

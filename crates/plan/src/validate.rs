@@ -1,0 +1,288 @@
+//! How right the planner is: published runs priced with their published layouts.
+
+use std::collections::BTreeMap;
+
+use rayon::prelude::*;
+use serde::Serialize;
+use spec::{Catalog, Result};
+
+use crate::calibration::{Calibration, Miss};
+use crate::fit::{self, Prepared};
+use crate::runs::{Measured, NotPriced, Runs};
+
+/// Errors of predicted step times on a table of published runs.
+#[derive(Clone, Debug, Serialize)]
+pub struct Validation {
+    /// Rows priced.
+    pub priced: usize,
+    /// Median of |predicted / published - 1|.
+    pub median_abs_error: f64,
+    /// 90th percentile of the same.
+    pub p90_abs_error: f64,
+    /// Share of published times inside the predicted interval.
+    pub inside_interval: f64,
+    /// Whether each row was priced with constants that had not seen its source.
+    pub held_out: bool,
+    /// By source.
+    pub sources: Vec<SourceErrors>,
+    /// Layout sweeps: how well the order of layouts is predicted.
+    pub sweeps: Vec<Sweep>,
+    /// Rows that were not priced, and why.
+    pub not_priced: Vec<NotPriced>,
+    /// Rows priced.
+    pub rows: Vec<RowError>,
+}
+
+/// Errors on one source.
+#[derive(Clone, Debug, Serialize)]
+pub struct SourceErrors {
+    /// As the table names it.
+    pub source: String,
+    /// Rows priced.
+    pub rows: usize,
+    /// Mean of predicted / published - 1.
+    pub mean_error: f64,
+    /// Median of its absolute value.
+    pub median_abs_error: f64,
+    /// 90th percentile of the same.
+    pub p90_abs_error: f64,
+}
+
+/// One row.
+#[derive(Clone, Debug, Serialize)]
+pub struct RowError {
+    /// Its name.
+    pub id: String,
+    /// Its source.
+    pub source: String,
+    /// Predicted step time in seconds.
+    pub predicted: f64,
+    /// Low end of the interval.
+    pub low: f64,
+    /// High end of the interval.
+    pub high: f64,
+    /// Published step time in seconds, converted if another figure was published.
+    pub published: f64,
+    /// predicted / published - 1.
+    pub error: f64,
+    /// Which published figure was used.
+    pub measured: Measured,
+    /// What bounds the step.
+    pub bound: &'static str,
+    /// What had to be assumed.
+    pub assumptions: Vec<String>,
+}
+
+/// Runs of one model on one number of accelerators under several layouts.
+#[derive(Clone, Debug, Serialize)]
+pub struct Sweep {
+    /// Model, accelerators and source.
+    pub name: String,
+    /// Layouts.
+    pub layouts: usize,
+    /// Kendall's tau between predicted and published order: 1 the same, -1 reversed.
+    pub kendall_tau: f64,
+    /// How much slower the layout predicted best is than the best, as a fraction.
+    pub regret: f64,
+}
+
+/// Sources that are secondary statements or sums over whole trainings: no step times to judge by.
+const NOT_STEPS: [&str; 3] = ["frontier", "ledger", "gpuhours"];
+
+/// Prices the rows of a table with fitted constants.
+///
+/// # Errors
+/// If the text is no table of runs.
+pub fn validate(path: &str, text: &str, catalog: &Catalog, calibration: &Calibration) -> Result<Validation> {
+    let (mut prepared, not_priced) = prepare(path, text, catalog)?;
+    let rows = prepared.par_iter_mut().map(|p| row(p, calibration)).collect();
+    Ok(summary(rows, &prepared, not_priced, false))
+}
+
+/// Prices each row with constants fitted on the rows of all other sources.
+///
+/// # Errors
+/// If the text is no table of runs.
+pub fn cross_validate(path: &str, text: &str, catalog: &Catalog) -> Result<Validation> {
+    cross_validate_by(path, text, catalog, |run| run.source.clone())
+}
+
+/// [`cross_validate`] with what is left out together said by `group`.
+///
+/// # Errors
+/// If the text is no table of runs.
+pub fn cross_validate_by(
+    path: &str,
+    text: &str,
+    catalog: &Catalog,
+    group: impl Fn(&crate::runs::Run) -> String + Sync,
+) -> Result<Validation> {
+    let (mut prepared, not_priced) = prepare(path, text, catalog)?;
+    let fitted = fit::fit(&mut prepared);
+    let unseen = fit::leave_out(&mut prepared, &fitted, &group);
+    let rows = prepared.par_iter_mut().map(|p| {
+        let calibration = unseen.get(&group(p.run())).unwrap_or(&fitted);
+        row(p, calibration)
+    });
+    let rows = rows.collect();
+    Ok(summary(rows, &prepared, not_priced, true))
+}
+
+/// Fits the constants on all rows of a table.
+///
+/// # Errors
+/// If the text is no table of runs.
+pub fn calibrate(path: &str, text: &str, catalog: &Catalog) -> Result<Calibration> {
+    let (mut prepared, _) = prepare(path, text, catalog)?;
+    let mut calibration = fit::fit(&mut prepared);
+    let unseen = fit::leave_out(&mut prepared, &calibration, |run| run.source.clone());
+    let errors: Vec<Miss> = prepared
+        .par_iter_mut()
+        .filter_map(|p| {
+            let c = unseen.get(&p.run().source)?;
+            let price = p.choose(p.constants(c)).ok()?;
+            let run = p.run();
+            Some(Miss {
+                family: run.cluster.accelerator.family.clone(),
+                software: run.software.name.to_owned(),
+                accelerators: run.cluster.accelerators,
+                log_error: (price.step_s / run.step_s).ln(),
+            })
+        })
+        .collect();
+    calibration.learn_spread(&errors);
+    Ok(calibration)
+}
+
+fn prepare(path: &str, text: &str, catalog: &Catalog) -> Result<(Vec<Prepared>, Vec<NotPriced>)> {
+    let Runs { runs, mut not_priced } = Runs::parse(path, text, catalog)?;
+    let mut prepared = Vec::new();
+    let made: Vec<_> = runs.par_iter().map(|run| (run, Prepared::new(run))).collect();
+    for (run, made) in made {
+        if NOT_STEPS.contains(&run.family.as_str()) {
+            let reason = "the source states no step times of its own".to_owned();
+            not_priced.push(NotPriced { id: run.id.clone(), line: run.line, reason });
+            continue;
+        }
+        match made {
+            Ok(p) => prepared.push(p),
+            Err(e) => not_priced.push(NotPriced { id: run.id.clone(), line: run.line, reason: e.to_string() }),
+        }
+    }
+    not_priced.sort_by_key(|n| n.line);
+    Ok((prepared, not_priced))
+}
+
+fn row(p: &mut Prepared, calibration: &Calibration) -> Option<RowError> {
+    let price = p.choose(p.constants(calibration)).ok()?;
+    let run = p.run();
+    let family = &run.cluster.accelerator.family;
+    let spread = calibration.spread(family, run.software.name, run.cluster.accelerators).factor;
+    Some(RowError {
+        id: run.id.clone(),
+        source: run.source.clone(),
+        predicted: price.step_s,
+        low: price.step_s / spread,
+        high: price.step_s * spread,
+        published: run.step_s,
+        error: price.step_s / run.step_s - 1.0,
+        measured: run.measured,
+        bound: price.breakdown.bound(),
+        assumptions: run.assumptions.clone(),
+    })
+}
+
+fn summary(rows: Vec<Option<RowError>>, prepared: &[Prepared], not_priced: Vec<NotPriced>, held_out: bool) -> Validation {
+    let sweeps = sweeps(prepared, &rows);
+    let rows: Vec<RowError> = rows.into_iter().flatten().collect();
+    let mut by_source: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    for r in &rows {
+        by_source.entry(&r.source).or_default().push(r.error);
+    }
+    let sources = by_source
+        .into_iter()
+        .map(|(source, errors)| SourceErrors {
+            source: source.to_owned(),
+            rows: errors.len(),
+            mean_error: errors.iter().sum::<f64>() / errors.len() as f64,
+            median_abs_error: quantile(&errors, 0.5),
+            p90_abs_error: quantile(&errors, 0.9),
+        })
+        .collect();
+    let errors: Vec<f64> = rows.iter().map(|r| r.error).collect();
+    let inside = rows.iter().filter(|r| (r.low..=r.high).contains(&r.published)).count();
+    Validation {
+        priced: rows.len(),
+        median_abs_error: quantile(&errors, 0.5),
+        p90_abs_error: quantile(&errors, 0.9),
+        inside_interval: inside as f64 / rows.len().max(1) as f64,
+        held_out,
+        sources,
+        sweeps,
+        not_priced,
+        rows,
+    }
+}
+
+/// The `q` quantile of absolute values (nearest rank); 0 of none.
+fn quantile(errors: &[f64], q: f64) -> f64 {
+    let mut abs: Vec<f64> = errors.iter().map(|e| e.abs()).collect();
+    abs.sort_by(f64::total_cmp);
+    let at = ((abs.len() as f64 * q).ceil() as usize).clamp(1, abs.len().max(1)) - 1;
+    abs.get(at).copied().unwrap_or(0.0)
+}
+
+/// Fewer layouts than this make no sweep.
+const SWEEP_MIN: usize = 5;
+
+/// A problem under several layouts: (source, model, accelerators, sequences).
+type SweepKey = (String, String, usize, usize);
+
+fn sweeps(prepared: &[Prepared], rows: &[Option<RowError>]) -> Vec<Sweep> {
+    let mut groups: BTreeMap<SweepKey, Vec<(f64, f64)>> = BTreeMap::new();
+    for (p, r) in prepared.iter().zip(rows) {
+        let Some(r) = r else { continue };
+        let run = p.run();
+        let layers = run.shape.model.layers;
+        let name = format!("{} ({layers} layers)", run.shape.model.name);
+        let key = (run.source.clone(), name, run.cluster.accelerators, run.sequences);
+        groups.entry(key).or_default().push((r.predicted, r.published));
+    }
+    let sweep = |((source, model, n, sequences), times): (SweepKey, Vec<(f64, f64)>)| {
+        let best = times.iter().map(|t| t.1).fold(f64::INFINITY, f64::min);
+        let taken = times.iter().min_by(|a, b| a.0.total_cmp(&b.0)).map_or(best, |t| t.1);
+        Sweep {
+            name: format!("{model}, {n} accelerators, {sequences} sequences: {source}"),
+            layouts: times.len(),
+            kendall_tau: kendall_tau(&times),
+            regret: taken / best - 1.0,
+        }
+    };
+    groups.into_iter().filter(|(_, times)| times.len() >= SWEEP_MIN).map(sweep).collect()
+}
+
+fn kendall_tau(pairs: &[(f64, f64)]) -> f64 {
+    let (mut agree, mut all) = (0.0, 0.0);
+    for (i, a) in pairs.iter().enumerate() {
+        for b in &pairs[i + 1..] {
+            let product = (a.0 - b.0) * (a.1 - b.1);
+            agree += if product == 0.0 { 0.0 } else { product.signum() };
+            all += 1.0;
+        }
+    }
+    if all > 0.0 { agree / all } else { 1.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn order_and_quantiles_are_the_textbooks() {
+        assert_eq!(kendall_tau(&[(1.0, 1.0), (2.0, 2.0), (3.0, 3.0)]), 1.0);
+        assert_eq!(kendall_tau(&[(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)]), -1.0);
+        assert_eq!(quantile(&[0.1, -0.2, 0.3], 0.5), 0.2);
+        assert_eq!(quantile(&[0.1, -0.2, 0.3], 0.9), 0.3);
+        assert_eq!(quantile(&[], 0.9), 0.0);
+    }
+}
