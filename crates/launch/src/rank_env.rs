@@ -61,7 +61,19 @@ impl RankEnv {
     /// # Errors
     /// Variables of a launcher are there, but are no numbers, contradict each other or lack a partner.
     pub fn read() -> Result<Option<RankEnv>> {
-        RankEnv::from_vars(&|name| std::env::var(name).ok())
+        let mut found = RankEnv::from_vars(&|name| std::env::var(name).ok())?;
+        if let Some(rank) = &mut found
+            && rank.session == format!("pmi-{NO_JOB}")
+            && rank.local_world == rank.world
+        {
+            // MPICH names no job, but the ranks of one machine have one parent, and no two jobs the same.
+            let parent = rustix::process::getppid().map_or(0, |p| p.as_raw_nonzero().get());
+            rank.session = format!("pmi-parent-{parent}");
+            if std::env::var_os("MASTER_PORT").is_none() {
+                rank.master_port = Some(port_of(&rank.session));
+            }
+        }
+        Ok(found)
     }
 
     /// The same over any lookup.
@@ -108,6 +120,9 @@ impl RankEnv {
         Ok(Some(rank))
     }
 }
+
+/// Stands for the name of a job that the launcher does not name.
+const NO_JOB: &str = "unnamed";
 
 struct Vars<'a> {
     lookup: &'a dyn Fn(&str) -> Option<String>,
@@ -195,10 +210,7 @@ fn open_mpi(vars: &Vars<'_>) -> Result<RankEnv> {
     );
     let job = ["PMIX_NAMESPACE", "OMPI_MCA_orte_hnp_uri", "OMPI_MCA_ess_base_jobid"];
     let job = job.iter().find_map(|n| vars.text(n)).unwrap_or_else(|| "mpi".into());
-    let mut env = plain(Launcher::OpenMpi, rank, world, local, format!("mpi-{job}"));
-    // Open MPI gives the node's number only under PRRTE; rank 0's node is the first anyhow.
-    env.node = vars.first(&["OMPI_COMM_WORLD_NODE_RANK_OF_NODE", "PRTE_NODE_ID"])?.unwrap_or(0);
-    Ok(env)
+    Ok(plain(Launcher::OpenMpi, rank, world, local, format!("mpi-{job}")))
 }
 
 fn pmi(vars: &Vars<'_>) -> Result<RankEnv> {
@@ -208,8 +220,7 @@ fn pmi(vars: &Vars<'_>) -> Result<RankEnv> {
         return slurm(vars);
     }
     let local = (vars.number("MPI_LOCALRANKID")?.unwrap_or(0), vars.number("MPI_LOCALNRANKS")?.unwrap_or(1));
-    let job = ["PMI_ID_JOB", "HYDRA_JOBID", "PMI_JOBID", "HYDI_CONTROL_FD", "PMI_PORT"];
-    let job = job.iter().find_map(|n| vars.text(n)).unwrap_or_else(|| "pmi".into());
+    let job = ["PMI_JOBID", "PMI_PORT"].iter().find_map(|n| vars.text(n)).unwrap_or_else(|| NO_JOB.into());
     Ok(plain(Launcher::Pmi, rank, world, local, format!("pmi-{job}")))
 }
 

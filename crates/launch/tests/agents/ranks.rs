@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 const TIMEOUT: Duration = Duration::from_secs(30);
-const FOLDER: &str = "LAUNCH_TEST_FOLDER";
+pub(crate) const FOLDER: &str = "LAUNCH_TEST_FOLDER";
 
 /// When started as a rank: meets the others in the store and writes what it knows.
 #[test]
@@ -36,7 +36,7 @@ fn as_rank() {
 }
 
 /// The command of a rank: this test binary, running only `as_rank`.
-fn rank() -> [String; 4] {
+pub(crate) fn rank() -> [String; 4] {
     let binary = std::env::current_exe().unwrap().to_str().unwrap().to_owned();
     [binary, "--exact".into(), "ranks::as_rank".into(), "--nocapture".into()]
 }
