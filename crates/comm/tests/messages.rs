@@ -187,7 +187,8 @@ fn a_late_rank_is_named_at_the_deadline() {
         };
         let error = worlds[0].barrier().unwrap_err().to_string();
         assert!(error.contains("waited 0.3 s for rank 1"), "{kind:?}: {error}");
-        let error = worlds[1].barrier().unwrap_err().to_string();
+        // Rank 0 did come to the barrier, so the news may reach the late rank only in its next operation.
+        let error = worlds[1].barrier().and_then(|()| worlds[1].barrier()).unwrap_err().to_string();
         assert!(error.contains("rank 0: waited 0.3 s for rank 1"), "{kind:?}: {error}");
     }
 }
