@@ -89,8 +89,8 @@ pub fn numpy_shuffle<T>(state: &mut Mt19937, items: &mut [T]) {
     }
 }
 
-/// Below this many items torch draws 32 bits an item, from it on 64 (`randperm` in ATen's tensor factories).
-const TORCH_WIDE_DRAWS_FROM: u64 = (u32::MAX / 20) as u64;
+/// From this many items on torch draws 64 bits an item and shuffles inside out (`randperm_cpu` in ATen's tensor factories).
+const TORCH_WIDE_FROM: u64 = (u32::MAX / 20) as u64;
 
 /// `torch.randperm(n, generator)` on the CPU for a generator seeded with `seed`, of which MT19937 takes the low 32 bits.
 ///
@@ -99,12 +99,26 @@ const TORCH_WIDE_DRAWS_FROM: u64 = (u32::MAX / 20) as u64;
 /// ```
 pub fn torch_randperm(n: u64, seed: u64) -> Vec<u64> {
     let mut state = Mt19937::new(seed as u32);
+    if n < TORCH_WIDE_FROM { forward(n, &mut state) } else { inside_out(n, &mut state) }
+}
+
+/// Each position takes one of the items from it on.
+fn forward(n: u64, state: &mut Mt19937) -> Vec<u64> {
     let mut order: Vec<u64> = (0..n).collect();
     for i in 0..n.saturating_sub(1) {
-        let left = n - i;
-        let draw =
-            if n < TORCH_WIDE_DRAWS_FROM { u64::from(state.next_u32()) } else { state.next_u64() } % left;
+        let draw = u64::from(state.next_u32()) % (n - i);
         order.swap(i as usize, (i + draw) as usize);
+    }
+    order
+}
+
+/// Each item takes one of the positions up to its own.
+fn inside_out(n: u64, state: &mut Mt19937) -> Vec<u64> {
+    let mut order = Vec::with_capacity(n as usize);
+    for i in 0..n {
+        let draw = state.next_u64() % (i + 1);
+        order.push(i);
+        order.swap(i as usize, draw as usize);
     }
     order
 }
@@ -122,6 +136,14 @@ mod tests {
         numpy_shuffle(&mut state, &mut first);
         numpy_shuffle(&mut state, &mut second);
         assert_eq!(second, [7, 3, 5, 1, 4, 8, 0, 2, 6, 9]);
+    }
+
+    #[test]
+    fn inside_out_is_a_permutation() {
+        // Equality with torch needs 214,748,364 items, whose permutation under seed 7 starts 93268064, 63068233.
+        let mut order = inside_out(1000, &mut Mt19937::new(7));
+        order.sort_unstable();
+        assert!(order.into_iter().eq(0..1000));
     }
 
     #[test]
