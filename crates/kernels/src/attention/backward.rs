@@ -1,15 +1,14 @@
 //! The derivative: probabilities are computed again from the kept logarithms, block by block.
 
-use super::{KEYS, SCORES, Shape, copy_scaled, pack_keys};
+use super::{AHEAD, KEYS, SCORES, Shape, copy_scaled, pack_keys};
 use crate::gemm::{MR, NR, Tile, Workspace, tile};
 use crate::math::exp;
 use crate::pool::{Parts, Pool};
 use crate::simd::{LANES, kernel};
 use crate::storage::{Element, Storage};
 
-/// Queries whose probabilities are kept at a time. Sums over queries pause at each such group, so it is longer than
-/// in the forward pass.
-const QUERIES: usize = 16 * MR;
+/// Queries whose probabilities are kept at a time; sums over queries pause at each such group.
+const QUERIES: usize = 8 * MR;
 
 /// The gradient of [`super::attention`]'s qkv, given its inputs, its outputs `o` and `lse`, and the gradient `do_` of
 /// `o`. The gradients of a key head's group of query heads are summed head after head.
@@ -156,28 +155,37 @@ impl<T: Element> Job<'_, T> {
 
     /// Writes the gradient of one head of qkv.
     fn write(&self, sequence: usize, head: usize, from: &[f32], scale: f32) {
-        let (h, wide) = (self.shape.head_dim, self.shape.wide());
-        for row in 0..self.shape.seq {
-            let at = (sequence * self.shape.seq + row) * self.shape.ld() + head * h;
+        let (h, ld) = (self.shape.head_dim, self.shape.ld());
+        let rows = self.shape.seq * self.shape.wide();
+        write_scaled(&from[..rows], scale, self.dqkv, sequence * self.shape.seq * ld + head * h, ld, h);
+    }
+}
+
+kernel! {
+    /// Writes rows, times `scale`, into rows of `cols` elements of `y`, from `at` on, `ld` apart.
+    fn write_scaled[T: Element](
+        from: &[f32], scale: f32, y: &Parts<'_, T>, at: usize, ld: usize, cols: usize
+    ) = |s: S| {
+        let scale = s.splat(scale);
+        for (i, x) in from.chunks_exact(cols.next_multiple_of(LANES)).enumerate() {
             // SAFETY: a head of a sequence belongs to one task.
-            let to = unsafe { self.dqkv.part(at..at + h) };
-            scaled(&from[row * wide..row * wide + h], scale, to);
+            let y = unsafe { y.part(at + i * ld..at + i * ld + cols) };
+            let ahead = y.as_ptr().wrapping_add(AHEAD * ld);
+            for j in (0..cols).step_by(LANES) {
+                s.prefetch(ahead.wrapping_add(j).cast());
+                T::put(s, &mut y[j..], s.mul(s.load(&x[j..]), scale));
+            }
         }
     }
 }
 
-kernel! { fn scaled[T: Element](x: &[f32], scale: f32, y: &mut [T]) = |s: S| {
-    let scale = s.splat(scale);
-    for j in (0..x.len()).step_by(LANES) {
-        T::put(s, &mut y[j..], s.mul(s.load(&x[j..]), scale));
-    }
-} }
-
 kernel! { fn row_dots[T: Element](a: &[T], b: &[T], ld: usize, len: usize, dots: &mut [f32]) = |s: S| {
     for (i, dot) in dots.iter_mut().enumerate() {
         let (a, b) = (&a[i * ld..i * ld + len], &b[i * ld..i * ld + len]);
+        let ahead = a.as_ptr().wrapping_add(AHEAD * ld);
         let mut sum = s.splat(0.0);
         for j in (0..len).step_by(LANES) {
+            s.prefetch(ahead.wrapping_add(j).cast());
             sum = s.fma(T::get(s, &a[j..]), T::get(s, &b[j..]), sum);
         }
         *dot = s.sum(sum);

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{KEYS, SCORES, Shape, copy_scaled, pack_keys};
+use super::{AHEAD, KEYS, SCORES, Shape, copy_scaled, pack_keys};
 use crate::gemm::{MR, NR, Tile, Workspace, tile};
 use crate::math::{exp, ln};
 use crate::pool::{Parts, Pool};
@@ -146,24 +146,36 @@ impl<T: Element> Job<'_, T> {
             let at = (sequence * shape.heads + head) * shape.seq;
             // SAFETY: rows of a sequence and head belong to one task.
             let lse = unsafe { self.lse.part(at + rows.start..at + rows.end) };
-            for i in 0..n {
-                let row = g * n + i;
-                lse[i] = max[row] + ln(total[row]);
-                let to = (sequence * shape.seq + rows.start + i) * shape.o_ld() + head * h;
-                // SAFETY: as above.
-                let o = unsafe { self.o.part(to..to + h) };
-                divide(&sums[row * wide..row * wide + h], total[row], o);
-            }
+            let own = g * n..(g + 1) * n;
+            logarithms(&max[own.clone()], &total[own.clone()], lse);
+            let to = (sequence * shape.seq + rows.start) * shape.o_ld() + head * h;
+            divide(&sums[own.start * wide..own.end * wide], &total[own], self.o, to, shape.o_ld(), h);
         }
     }
 }
 
-kernel! { fn divide[T: Element](x: &[f32], by: f32, y: &mut [T]) = |s: S| {
-    let inverse = s.splat(1.0 / by);
-    for j in (0..x.len()).step_by(LANES) {
-        T::put(s, &mut y[j..], s.mul(s.load(&x[j..]), inverse));
+kernel! { fn logarithms(max: &[f32], total: &[f32], lse: &mut [f32]) = |s: S| {
+    for ((lse, &max), &total) in lse.iter_mut().zip(max).zip(total) {
+        *lse = max + ln(total);
     }
 } }
+
+kernel! {
+    /// Divides rows of sums by their totals into rows of `cols` elements of `o`, from `at` on, `ld` apart.
+    fn divide[T: Element](sums: &[f32], total: &[f32], o: &Parts<'_, T>, at: usize, ld: usize, cols: usize) = |s: S| {
+        let wide = cols.next_multiple_of(LANES);
+        for (i, (x, &total)) in sums.chunks_exact(wide).zip(total).enumerate() {
+            let inverse = s.splat(1.0 / total);
+            // SAFETY: a head of a sequence's rows belongs to one task.
+            let y = unsafe { o.part(at + i * ld..at + i * ld + cols) };
+            let ahead = y.as_ptr().wrapping_add(AHEAD * ld);
+            for j in (0..cols).step_by(LANES) {
+                s.prefetch(ahead.wrapping_add(j).cast());
+                T::put(s, &mut y[j..], s.mul(s.load(&x[j..]), inverse));
+            }
+        }
+    }
+}
 
 /// A few queries against a block of keys.
 struct Block<'a> {

@@ -16,7 +16,7 @@ pub use decode::{attention_decode, attention_decode_workspace_len};
 pub use forward::{attention, attention_workspace_len};
 
 use crate::gemm::NR;
-use crate::simd::{LANES, kernel};
+use crate::simd::{LANES, kernel, prefetch_far};
 use crate::storage::Element;
 
 /// Keys of a block.
@@ -69,6 +69,9 @@ impl Shape {
     }
 }
 
+/// Rows that are asked for ahead of their use: heads are strided, which processors do not foresee.
+const AHEAD: usize = 16;
+
 kernel! {
     /// Copies `rows` rows of `cols` elements (row stride `ld`), times `scale`, into rows of `wide` floats filled up
     /// with zeros.
@@ -78,8 +81,10 @@ kernel! {
         let scale = s.splat(scale);
         for i in 0..rows {
             let from = &src[i * ld..i * ld + cols];
+            let ahead = from.as_ptr().wrapping_add(AHEAD * ld);
             let to = &mut dst[i * wide..(i + 1) * wide];
             for j in (0..cols).step_by(LANES) {
+                s.prefetch(ahead.wrapping_add(j).cast());
                 s.store(&mut to[j..j + LANES], s.mul(T::get(s, &from[j..]), scale));
             }
         }
@@ -90,6 +95,11 @@ kernel! {
 fn pack_keys<T: Element>(src: &[T], ld: usize, keys: usize, head_dim: usize, panels: &mut [f32]) {
     for (panel, first) in (0..keys).step_by(NR).enumerate() {
         let to = &mut panels[panel * NR * head_dim..(panel + 1) * NR * head_dim];
+        for row in first + NR..keys.min(first + 2 * NR) {
+            for j in (0..head_dim).step_by(LANES) {
+                prefetch_far(src.as_ptr().wrapping_add(row * ld + j));
+            }
+        }
         crate::gemm::pack_columns(&src[first * ld..], ld, head_dim, NR.min(keys - first), to);
     }
 }

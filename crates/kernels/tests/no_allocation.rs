@@ -1,0 +1,100 @@
+//! No kernel allocates once its pool exists.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use kernels::*;
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is passed on to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: by the caller's contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: by the caller's contract.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+#[test]
+fn kernels_do_not_allocate() {
+    const N: usize = 64;
+    const DIM: usize = 48;
+    const LD: usize = 3 * DIM;
+    let (heads, h, seq) = (3, 16, 32);
+    let pool = Pool::new(3);
+    let threads = pool.threads();
+    let tree = [2];
+    let m = Merge { merge: 1, store: 1 };
+    let vec = |len: usize| (0..len).map(|i| (i % 17) as f32 * 0.1 - 0.8).collect::<Vec<f32>>();
+    let (x, w, wqkv, tokens) = (vec(N * DIM), vec(DIM), vec(LD * DIM), vec![7u32; N]);
+    let (mut y, mut z, mut stats, mut rstd) = (x.clone(), x.clone(), vec(2 * N), vec(N));
+    let (mut qkv, mut dqkv, mut lse) = (vec(N * LD), vec(N * LD), vec(N * heads));
+    let (mut head_rstd, wq) = (vec(N * 2 * heads), vec(h));
+    let (cos, sin) = (vec(seq * h / 2), vec(seq * h / 2));
+    let (mut grad, mut grad2, mut grad3) = (vec(2 * LD * DIM), vec(2 * LD), vec(2 * LD));
+    let (mut moment, mut moment2, mut partials) = (vec(LD), vec(LD), vec![0.0; 4]);
+    let lens = [
+        linear_workspace_len(N, DIM, LD, threads),
+        linear_dx_workspace_len(N, DIM, LD, threads),
+        linear_dw_workspace_len(N, DIM, LD, &tree, threads),
+        bias_grad_workspace_len(LD, &tree),
+        norm_dw_workspace_len(DIM, &tree),
+        qk_norm_dw_workspace_len(h, &tree),
+        attention_workspace_len(seq, heads, heads, h, threads),
+        attention_dx_workspace_len(seq, heads, heads, h, threads),
+        attention_decode_workspace_len(seq, h, threads),
+        embed_grad_workspace_len(N, LD, DIM, &tree, threads),
+        pos_grad_workspace_len(DIM, &tree, threads),
+    ];
+    let mut ws = vec(lens.into_iter().max().unwrap_or(0));
+    let adam =
+        AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.0, step: 1, grad_scale: 1.0 };
+    let mut run = || {
+        let (ws, pool) = (&mut ws[..], &pool);
+        embed(pool, &tokens, &wqkv, 0, Some(&x), seq, &mut y, DIM);
+        embed_grad(pool, &tokens, 0, LD, &x, &mut grad, DIM, &tree, m, ws);
+        pos_grad(pool, &x, &mut grad, seq, seq, DIM, &tree, m, ws);
+        rms_norm(pool, &x, &w, &mut y, &mut rstd, N, DIM, 1e-5);
+        rms_norm_dx(pool, &x, &x, &w, &rstd, Acc::None, &mut z, N, DIM);
+        rms_norm_dw(pool, &x, &x, &rstd, &mut grad2, N, DIM, &tree, m, ws);
+        layer_norm(pool, &x, &w, &w, &mut y, &mut stats, N, DIM, 1e-5);
+        layer_norm_dx(pool, &x, &x, &w, &stats, Acc::InPlace, &mut z, N, DIM);
+        layer_norm_dw(pool, &x, &x, &stats, &mut grad2, &mut grad3, N, DIM, &tree, m, ws);
+        linear(pool, &x, &wqkv, None, Acc::None, &mut qkv, N, DIM, LD, ws);
+        rope(pool, &mut qkv, &cos, &sin, N, seq, heads, heads, h, 0, false);
+        qk_norm(pool, &qkv, &wq, &wq, &mut dqkv, &mut head_rstd, N, heads, heads, h, 1e-5);
+        qk_norm_dx(pool, &qkv, &qkv, &wq, &wq, &head_rstd, &mut dqkv, N, heads, heads, h);
+        qk_norm_dw(pool, &qkv, &qkv, &head_rstd, &mut grad2, &mut grad3, N, heads, heads, h, &tree, m, ws);
+        attention(pool, &qkv, &mut y, &mut lse, N / seq, seq, heads, heads, h, 0.3, ws);
+        attention_dx(pool, &qkv, &y, &lse, &x, &mut dqkv, N / seq, seq, heads, heads, h, 0.3, ws);
+        attention_decode(pool, &x, DIM, &x, &x, &[seq, 5], &mut z[..2 * DIM], seq, heads, heads, h, 0.3, ws);
+        linear_dx(pool, &dqkv, &wqkv, Acc::None, &mut z, N, DIM, LD, ws);
+        linear_dw(pool, &dqkv, &x, &mut grad, N, DIM, LD, &tree, m, ws);
+        bias_grad(pool, &dqkv, &mut grad2, N, LD, &tree, m, ws);
+        swiglu(pool, &qkv[..2 * N * DIM], &mut y, N, DIM);
+        swiglu_dx(pool, &x, &qkv[..2 * N * DIM], &mut dqkv[..2 * N * DIM], N, DIM);
+        gelu(pool, Gelu::Erf, &x, &mut y);
+        gelu_dx(pool, Gelu::Tanh, &x, &x, &mut y);
+        add(pool, &x, &x, &mut y);
+        xent_fused(pool, &mut qkv, &tokens, 0.1, &mut rstd, N, LD);
+        adamw(pool, &adam, &mut grad2[..LD], &mut moment, &mut moment2, &grad3[..LD]);
+        sum_squares(pool, &x, &mut partials, N * DIM / 4);
+        copy(pool, &x, &mut y);
+        fill(pool, &mut y, 0.0);
+    };
+    run();
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    run();
+    assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), before);
+}
