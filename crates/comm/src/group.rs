@@ -361,7 +361,7 @@ impl Work {
             Op::Recv { from, channel, .. } => {
                 (OpKind::Send, channel, group.core.inbox().number(lane(from, channel)), Space::User)
             }
-            _ => (op.kind(), 0, group.next.fetch_add(1, Ordering::Relaxed), Space::Collective),
+            _ => (op.kind(), 0, group.next.fetch_add(1, Ordering::SeqCst), Space::Collective),
         };
         let group = GroupKey { id: group.id, space };
         let (message, part) = if space == Space::User { (seq, count) } else { (0, 0) };

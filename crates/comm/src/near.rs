@@ -15,8 +15,11 @@ use spec::Result;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Up to this size a buffer is staged even if it is shared: one meeting instead of two.
+/// Up to this size a buffer is staged before the members meet: one meeting instead of two.
 const SMALL_BYTES: usize = 16 << 10;
+/// The same for buffers that are shared, between two members: copying more costs more than a second meeting. Among
+/// more members, who are likely to share cores, a meeting costs more than the copy.
+const TINY_BYTES: usize = 2 << 10;
 /// Up to as many members everyone adds the whole of a staged chunk instead of a share: again one meeting less.
 const ADD_ALL_MAX: usize = 4;
 /// Bytes worked on before other operations of the rank get a turn.
@@ -181,16 +184,20 @@ impl Meeting<'_> {
     /// # Safety
     /// `buffer` is this rank's alone, readable and writable, until the future has ended.
     pub(crate) async unsafe fn all_reduce(&self, buffer: Span) -> Result<()> {
-        if buffer.bytes() > SMALL_BYTES {
-            self.meet(self.shared(buffer)).await?;
-            if let Some(buffers) = self.buffers(|_| buffer.bytes()).await? {
-                // SAFETY: as the caller's, of every member.
-                return unsafe { self.all_reduce_in_place(buffer, &buffers).await };
-            }
-        } else {
+        let small = buffer.bytes() <= SMALL_BYTES;
+        let always_staged = if self.near.size() == 2 { TINY_BYTES } else { SMALL_BYTES };
+        let here = if buffer.bytes() <= always_staged { Location::NONE } else { self.shared(buffer) };
+        let staged = small && !here.is_shared();
+        if staged {
             // SAFETY: passed on from the caller.
             unsafe { self.stage_in(buffer, 0..buffer.count) };
-            self.meet(Location::NONE).await?;
+        }
+        self.meet(here).await?;
+        if let Some(buffers) = self.buffers(|_| buffer.bytes()).await? {
+            // SAFETY: as the caller's, of every member.
+            return unsafe { self.all_reduce_in_place(buffer, &buffers).await };
+        }
+        if staged && (0..self.near.size()).all(|m| !self.location(m).is_shared()) {
             // SAFETY: passed on from the caller.
             unsafe { self.add_all(buffer) };
             return Ok(());

@@ -8,8 +8,9 @@ use crate::inner::Address;
 use crate::tree::tree_radices;
 use half::bf16;
 
-/// Elements added at once in registers.
+/// Elements of a buffer added at once: eight buffers of them fill the widest registers.
 const LANES: usize = 64;
+const LANES_OF_EIGHT: usize = 32;
 /// Elements per temporary in the general tree.
 const BLOCK: usize = 512;
 /// Deepest tree: 1024 leaves, all radices two.
@@ -187,11 +188,24 @@ unsafe fn sum_all<S: Summand, D: Stored<S::Wide>>(sum: &Sum<'_>, start: usize, t
     // SAFETY: passed on from the caller; the slices have the lengths matched on.
     unsafe {
         match (sum.sources, sum.destinations) {
-            (&[a, b], &[d]) => fixed::<S, D, 2, 1>([a, b].map(source), [destination(d)], count),
-            (&[a, b], &[d, e]) => fixed::<S, D, 2, 2>([a, b].map(source), [d, e].map(destination), count),
-            (&[a, b, c, d], &[e]) => fixed::<S, D, 4, 1>([a, b, c, d].map(source), [destination(e)], count),
+            (&[a, b], &[d]) => fixed::<S, D, 2, 1, LANES>([a, b].map(source), [destination(d)], count),
+            (&[a, b], &[d, e]) => {
+                fixed::<S, D, 2, 2, LANES>([a, b].map(source), [d, e].map(destination), count)
+            }
+            (&[a, b, c, d], &[e]) => {
+                fixed::<S, D, 4, 1, LANES>([a, b, c, d].map(source), [destination(e)], count)
+            }
             (&[a, b, c, d], &[e, f, g, h]) => {
-                fixed::<S, D, 4, 4>([a, b, c, d].map(source), [e, f, g, h].map(destination), count)
+                fixed::<S, D, 4, 4, LANES>([a, b, c, d].map(source), [e, f, g, h].map(destination), count)
+            }
+            _ if sum.sources.len() == 8 && sum.destinations.len() == 1 => {
+                let sources = std::array::from_fn(|k| source(sum.sources[k]));
+                fixed::<S, D, 8, 1, LANES_OF_EIGHT>(sources, [destination(sum.destinations[0])], count)
+            }
+            _ if sum.sources.len() == 8 && sum.destinations.len() == 8 => {
+                let sources = std::array::from_fn(|k| source(sum.sources[k]));
+                let destinations = std::array::from_fn(|k| destination(sum.destinations[k]));
+                fixed::<S, D, 8, 8, LANES_OF_EIGHT>(sources, destinations, count)
             }
             _ => general::<S, D>(sum, start, to, count),
         }
@@ -200,23 +214,23 @@ unsafe fn sum_all<S: Summand, D: Stored<S::Wide>>(sum: &Sum<'_>, start: usize, t
 
 /// Sums `N` (a power of two) buffers in registers.
 #[inline(always)]
-unsafe fn fixed<S: Summand, D: Stored<S::Wide>, const N: usize, const M: usize>(
+unsafe fn fixed<S: Summand, D: Stored<S::Wide>, const N: usize, const M: usize, const L: usize>(
     sources: [*const S; N],
     destinations: [*mut D; M],
     count: usize,
 ) {
-    let whole = count / LANES * LANES;
+    let whole = count / L * L;
     let mut i = 0;
     while i < whole {
-        // SAFETY: `i + LANES <= count`.
+        // SAFETY: `i + L <= count`.
         unsafe {
-            let wide = pairwise::<S, N, LANES>(&sources, i);
-            let out: [D; LANES] = std::array::from_fn(|k| D::store(wide[k]));
+            let wide = pairwise::<S, N, L>(&sources, i);
+            let out: [D; L] = std::array::from_fn(|k| D::store(wide[k]));
             for d in destinations {
-                d.add(i).cast::<[D; LANES]>().write_unaligned(out);
+                d.add(i).cast::<[D; L]>().write_unaligned(out);
             }
         }
-        i += LANES;
+        i += L;
     }
     while i < count {
         // SAFETY: `i < count`.

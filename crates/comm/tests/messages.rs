@@ -98,6 +98,34 @@ fn started_messages_and_collectives_overlap() {
     }
 }
 
+/// Ranks that start operations of two groups in different orders do not wait in a circle.
+#[test]
+fn groups_do_not_wait_for_each_other() {
+    for kind in [Kind::Threads, Kind::Shm, Kind::Tcp, Kind::Hosts(2)] {
+        run(kind, 4, |world| {
+            let everyone = world.group(&[0, 1, 2, 3], 1).unwrap();
+            let reversed = world.group(&[3, 2, 1, 0], 2).unwrap();
+            for round in 0..20u64 {
+                let mut buffers = [values(world.rank(), 5000), values(world.rank(), 5000)];
+                let mut groups = [&everyone, &reversed];
+                let spans = buffers.each_mut().map(|b| Span::of(b));
+                if world.rank() % 2 == 1 {
+                    groups.reverse();
+                }
+                // SAFETY: the buffers are left alone until the handles are done.
+                let handles = [0, 1].map(|i| unsafe {
+                    let op = Op::AllReduce { buffer: spans[i], order: Order::Tree };
+                    groups[i].start(OpTag(round), op).unwrap()
+                });
+                for handle in handles {
+                    handle.wait().unwrap();
+                }
+            }
+            world.barrier().unwrap();
+        });
+    }
+}
+
 /// What all ranks report when each does its own thing; they must name both ranks.
 fn disagree(kind: Kind, n: usize, work: impl Fn(&World) -> spec::Result<()> + Sync) -> Vec<String> {
     run(kind, n, |world| {
