@@ -41,13 +41,28 @@ impl Constants {
 
     /// Constants from their values in order.
     pub fn from_values(v: [f64; COUNT]) -> Self {
-        Constants { gemm: v[0], attention: v[1], stream: v[2], network: v[3], host_s: v[4], step_s: v[5], experts: v[6] }
+        Constants {
+            gemm: v[0],
+            attention: v[1],
+            stream: v[2],
+            network: v[3],
+            host_s: v[4],
+            step_s: v[5],
+            experts: v[6],
+        }
     }
 }
 
 /// What is assumed where nothing was fitted: mid-range figures of well-kept stacks.
-pub const PRIOR: Constants =
-    Constants { gemm: 0.88, attention: 0.45, stream: 0.6, network: 0.8, host_s: 6e-6, step_s: 0.02, experts: 0.75 };
+pub const PRIOR: Constants = Constants {
+    gemm: 0.88,
+    attention: 0.45,
+    stream: 0.6,
+    network: 0.8,
+    host_s: 6e-6,
+    step_s: 0.02,
+    experts: 0.75,
+};
 
 /// Bounds of each constant: outside of them it would not mean what its name says.
 const BOUNDS: [(f64, f64); COUNT] =
@@ -177,18 +192,21 @@ impl Calibration {
     pub fn spread(&self, family: &str, software: &str, accelerators: usize) -> Grade {
         let both = format!("{family}/{software}");
         let find = |list: &[Spread], name: &str, widen: f64, evidence| {
-            list.iter()
-                .find(|s| s.name == name && s.rows >= SPREAD_ROWS_MIN)
-                .map(|s| {
-                    let beyond = (accelerators as f64 / s.accelerators.max(1) as f64).log2().max(0.0);
-                    let widen = widen + WIDER_PER_DOUBLING * beyond;
-                    Grade { factor: s.factor.powf(widen), rows: s.rows, evidence, accelerators: s.accelerators }
-                })
+            list.iter().find(|s| s.name == name && s.rows >= SPREAD_ROWS_MIN).map(|s| {
+                let beyond = (accelerators as f64 / s.accelerators.max(1) as f64).log2().max(0.0);
+                let widen = widen + WIDER_PER_DOUBLING * beyond;
+                Grade { factor: s.factor.powf(widen), rows: s.rows, evidence, accelerators: s.accelerators }
+            })
         };
         find(&self.spread.both, &both, 1.0, Evidence::Validated)
             .or_else(|| find(&self.spread.family, family, 1.25, Evidence::Family))
             .or_else(|| find(&self.spread.software, software, 1.5, Evidence::Software))
-            .unwrap_or(Grade { factor: FACTOR_UNKNOWN, rows: 0, evidence: Evidence::Extrapolated, accelerators: 0 })
+            .unwrap_or(Grade {
+                factor: FACTOR_UNKNOWN,
+                rows: 0,
+                evidence: Evidence::Extrapolated,
+                accelerators: 0,
+            })
     }
 
     /// Learns spreads from errors on unseen sources.
@@ -237,12 +255,13 @@ impl Calibration {
     /// The calibration as a file.
     pub fn to_toml(&self) -> String {
         use std::fmt::Write;
-        let mut out = String::from(
-            "# Fitted on published runs. Logarithms of factors on the priors, in the order\n# ",
-        );
+        let mut out =
+            String::from("# Fitted on published runs. Logarithms of factors on the priors, in the order\n# ");
         out.push_str(&Constants::NAMES.join(", "));
         out.push('\n');
-        for (name, table) in [("family", &self.family), ("recipe", &self.recipe), ("software", &self.software)] {
+        for (name, table) in
+            [("family", &self.family), ("recipe", &self.recipe), ("software", &self.software)]
+        {
             let _ = writeln!(out, "\n[{name}]");
             for (key, factors) in table {
                 let list: Vec<String> = factors.iter().map(|f| format!("{f:.4}")).collect();
@@ -250,7 +269,11 @@ impl Calibration {
             }
         }
         out.push_str("\n# Nine in ten published times of sources left out lay within the prediction over and times `factor`.\n[spread]\n");
-        for (name, list) in [("both", &self.spread.both), ("family", &self.spread.family), ("software", &self.spread.software)] {
+        for (name, list) in [
+            ("both", &self.spread.both),
+            ("family", &self.spread.family),
+            ("software", &self.spread.software),
+        ] {
             let _ = writeln!(out, "{name} = [");
             for s in list {
                 let Spread { name, rows, factor, accelerators } = s;

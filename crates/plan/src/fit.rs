@@ -205,7 +205,8 @@ impl Linear {
         // Rows of one source share what the model lacks: many of them say less than as many sources would.
         let weights = runs.iter().map(|p| size[p.run.family.as_str()].powf(-0.25)).collect();
         let base = residuals(runs, calibration);
-        let effects: Vec<(Effect, f64, Vec<bool>)> = effects.into_iter().map(|(e, (r, rows))| (e, r, rows)).collect();
+        let effects: Vec<(Effect, f64, Vec<bool>)> =
+            effects.into_iter().map(|(e, (r, rows))| (e, r, rows)).collect();
         let jacobian = (0..effects.len() * N)
             .map(|column| {
                 let (effect, _, touched) = &effects[column / N];

@@ -2,8 +2,10 @@
 //!
 //! Nothing here does I/O: clusters, models and tables come in as values, answers go out as values with their reasons.
 
+pub mod answer;
 pub mod calibration;
 pub mod compute;
+pub mod emit;
 pub mod fit;
 pub mod mesh;
 pub mod network;

@@ -194,6 +194,10 @@ struct Timed {
     boundary: f64,
 }
 
+/// What layouts under one template share: opaque, from [`Pricer::shared`].
+#[derive(Clone, Copy, Debug)]
+pub struct Shared(Timed);
+
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct TimedKey {
     key: Key,
@@ -273,13 +277,23 @@ impl<'a> Pricer<'a> {
         Ok(self.combine(mesh, &timed))
     }
 
-    /// A time that no price of this layout is below, and its bytes: compute of the fullest stage, once for each
-    /// micro-batch, without communication, bubble, host or optimiser.
+    /// What all layouts share that differ from `mesh` only in dp, pp, schedule, chunks, ZeRO stage and placement.
     ///
     /// # Errors
     /// If the model does not allow the layout.
-    pub fn bound(&mut self, mesh: &Mesh) -> Result<(f64, f64)> {
-        let t = self.timed(mesh)?;
+    pub fn shared(&mut self, mesh: &Mesh) -> Result<Shared> {
+        Ok(Shared(self.timed(mesh)?))
+    }
+
+    /// Prices one layout from what it shares with others.
+    pub fn price_shared(&self, mesh: &Mesh, shared: &Shared) -> Price {
+        self.combine(mesh, &shared.0)
+    }
+
+    /// A time that no price of this layout is below, and its bytes: compute of the fullest stage, once for each
+    /// micro-batch, without communication, bubble, host or optimiser.
+    pub fn bound(&self, mesh: &Mesh, shared: &Shared) -> (f64, f64) {
+        let t = &shared.0;
         let p = self.problem;
         let l = &mesh.layout;
         let micro_batches = (p.sequences as f64 / (l.dp * l.micro_batch) as f64).max(1.0);
@@ -288,7 +302,7 @@ impl<'a> Pricer<'a> {
         let (most, _) = stage_layers(mesh, layers, &p.software);
         let compute = |s: &Passes| s.forward.compute() + s.backward.compute();
         let stage = most * (compute(&t.layer) * (1.0 - mix) + compute(&t.expert_layer) * mix);
-        Ok((stage * micro_batches, self.memory(mesh, &t, most, micro_batches, mix).total()))
+        (stage * micro_batches, self.memory(mesh, t, most, micro_batches, mix).total())
     }
 
     fn timed(&mut self, mesh: &Mesh) -> Result<Timed> {
@@ -328,7 +342,8 @@ impl<'a> Pricer<'a> {
         backward.add(&weight, 1.0);
         let hide = |t: &mut Times| {
             let p = self.problem;
-            if p.software.overlap_tp && mesh.layout.tp > 1 {
+            // Between nodes nothing hides: the kernels that do it move data by loads and stores.
+            if p.software.overlap_tp && mesh.layout.tp > 1 && links.tp.0.domains <= 1.0 {
                 // Pieces of a gather arrive while others are multiplied: the first piece shows, and what is longer
                 // than half of the products beside it.
                 let first = t.tensor / mesh.layout.tp as f64;
@@ -611,7 +626,8 @@ impl<'a> Pricer<'a> {
             };
             // With chunks the gradients of early ones are ready while later ones still run.
             let chunks = l.chunks as f64;
-            let share = if l.chunks > 1 { micro_batches.min(l.pp as f64) * (chunks - 1.0) / chunks } else { 0.9 };
+            let share =
+                if l.chunks > 1 { micro_batches.min(l.pp as f64) * (chunks - 1.0) / chunks } else { 0.9 };
             let window = backward_s * share;
             d.data_s = exposed(reduce, window, software.overlap_grads) * times
                 + exposed(gather, forward_s * share, software.overlap_params);
@@ -666,7 +682,13 @@ impl<'a> Pricer<'a> {
 
 /// All-to-all of tokens to experts: a token goes to each domain once, however many of its experts are there, and is
 /// handed on inside.
-fn dispatch(net: &NetworkModel, span: &Span, size: usize, bytes: f64, top_k: usize) -> crate::network::Priced {
+fn dispatch(
+    net: &NetworkModel,
+    span: &Span,
+    size: usize,
+    bytes: f64,
+    top_k: usize,
+) -> crate::network::Priced {
     let k = span.domains;
     if k <= 1.0 {
         return on_span(net, Collective::AllToAll, span, size, bytes);
@@ -711,7 +733,8 @@ fn stage_layers(mesh: &Mesh, layers: usize, software: &Software) -> (f64, f64) {
         let most = (0..l.pp).map(|s| own(s, &of)).max().unwrap_or(layers);
         return (most as f64, own(l.pp - 1, &of) as f64);
     }
-    if software.name == "phalanx" || layers < virtuals {
+    // Some stacks let the embedding and the head count as a layer each: their chunks may hold nothing else.
+    if software.name == "phalanx" || layers + 2 < virtuals {
         let of = |v: usize| layers * (v + 1) / virtuals - layers * v / virtuals;
         let most = (0..l.pp).map(|s| own(s, &of)).max().unwrap_or(layers);
         return (most as f64, own(l.pp - 1, &of) as f64);

@@ -73,7 +73,11 @@ const TP_MAX: usize = 64;
 ///
 /// # Errors
 /// If no layout is allowed, or none fits: then the message says what the smallest one lacks.
-pub fn search(problem: &Problem, space: &Space, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Searched> {
+pub fn search(
+    problem: &Problem,
+    space: &Space,
+    progress: &(dyn Fn(usize, usize) + Sync),
+) -> Result<Searched> {
     let jobs = jobs(problem, space);
     let done = AtomicUsize::new(0);
     let parts: Vec<Result<Part>> = jobs
@@ -138,21 +142,33 @@ fn nothing(problem: &Problem, space: &Space, all: &Part) -> Error {
 }
 
 fn divisors(n: usize) -> Vec<usize> {
-    (1..=n).take_while(|d| d * d <= n).filter(|d| n.is_multiple_of(*d)).flat_map(|d| [d, n / d]).collect::<std::collections::BTreeSet<_>>().into_iter().collect()
+    (1..=n)
+        .take_while(|d| d * d <= n)
+        .filter(|d| n.is_multiple_of(*d))
+        .flat_map(|d| [d, n / d])
+        .collect::<std::collections::BTreeSet<_>>()
+        .into_iter()
+        .collect()
 }
 
 fn jobs(problem: &Problem, space: &Space) -> Vec<Job> {
     let m = &problem.shape.model;
     let n = space.accelerators;
-    let splits = |tp: usize| m.heads.is_multiple_of(tp) && m.kv_heads.is_multiple_of(tp) && m.ffn.is_multiple_of(tp);
+    let splits =
+        |tp: usize| m.heads.is_multiple_of(tp) && m.kv_heads.is_multiple_of(tp) && m.ffn.is_multiple_of(tp);
     let tps: Vec<usize> = divisors(n).into_iter().filter(|tp| *tp <= TP_MAX && splits(*tp)).collect();
     let contexts: Vec<usize> = if space.trainable_only || problem.sequence < 16_384 {
         vec![1]
     } else {
-        [1, 2, 4, 8, 16, 32].into_iter().filter(|cp| n.is_multiple_of(*cp) && problem.sequence.is_multiple_of(2 * cp)).collect()
+        [1, 2, 4, 8, 16, 32]
+            .into_iter()
+            .filter(|cp| n.is_multiple_of(*cp) && problem.sequence.is_multiple_of(2 * cp))
+            .collect()
     };
     let experts: Vec<usize> = match problem.shape.experts {
-        Some(e) if !space.trainable_only => divisors(e.count).into_iter().filter(|ep| n.is_multiple_of(*ep)).collect(),
+        Some(e) if !space.trainable_only => {
+            divisors(e.count).into_iter().filter(|ep| n.is_multiple_of(*ep)).collect()
+        }
         _ => vec![1],
     };
     let micro_batches: Vec<usize> =
@@ -274,6 +290,7 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
         return Ok(part);
     }
     let mut pricer = Pricer::new(problem, space.format)?;
+    let mut shared = None;
     for pp in divisors(rest) {
         if pp > layers {
             part.refuse("more stages than layers");
@@ -289,12 +306,14 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
             continue;
         }
         let micro_batches = problem.sequences / dp / job.micro_batch;
-        for (schedule, chunks) in schedules(pp, layers, micro_batches) {
+        let ends = !space.trainable_only && problem.software.name != "phalanx";
+        for (schedule, chunks) in schedules(pp, layers, micro_batches, ends) {
             for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
                 if dp * job.cp == 1 && zero != Zero::Off {
                     continue;
                 }
-                let orders: &[Order] = if pp > 1 && dp > 1 { &[Order::TpCpDpPp, Order::TpCpPpDp] } else { &[Order::TpCpDpPp] };
+                let orders: &[Order] =
+                    if pp > 1 && dp > 1 { &[Order::TpCpDpPp, Order::TpCpPpDp] } else { &[Order::TpCpDpPp] };
                 for &order in orders {
                     let layout = Layout {
                         dp,
@@ -309,9 +328,21 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
                         recompute: job.recompute,
                         reduce: Reduce::Ring,
                     };
-                    let mesh = Mesh { layout, cp: job.cp, ep: job.ep, shard: dp * job.cp, format: space.format, order };
-                    let (least_s, memory) = pricer.bound(&mesh)?;
-                    let worst = part.best.get(space.keep.saturating_sub(1)).map_or(f64::INFINITY, |b| b.price.step_s);
+                    let mesh = Mesh {
+                        layout,
+                        cp: job.cp,
+                        ep: job.ep,
+                        shard: dp * job.cp,
+                        format: space.format,
+                        order,
+                    };
+                    let shared = match &shared {
+                        Some(shared) => shared,
+                        None => shared.insert(pricer.shared(&mesh)?),
+                    };
+                    let (least_s, memory) = pricer.bound(&mesh, shared);
+                    let worst =
+                        part.best.get(space.keep.saturating_sub(1)).map_or(f64::INFINITY, |b| b.price.step_s);
                     let fits = memory <= problem.cluster.accelerator.memory_bytes.value;
                     if fits && least_s > worst {
                         let at = part.front.partition_point(|f| f.price.step_s < least_s);
@@ -320,7 +351,7 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
                             continue;
                         }
                     }
-                    let price = pricer.price(&mesh)?;
+                    let price = pricer.price_shared(&mesh, shared);
                     part.priced += 1;
                     part.take(Found { mesh, price }, space.keep);
                 }
@@ -330,13 +361,21 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
     Ok(part)
 }
 
-fn schedules(pp: usize, layers: usize, micro_batches: usize) -> Vec<(PipelineSchedule, usize)> {
+/// Schedules and chunks a stage. With `empty_ends` the embedding and the head may have chunks of their own.
+fn schedules(
+    pp: usize,
+    layers: usize,
+    micro_batches: usize,
+    empty_ends: bool,
+) -> Vec<(PipelineSchedule, usize)> {
     let mut out = vec![(PipelineSchedule::OneFOneB, 1)];
     if pp > 1 {
         out.push((PipelineSchedule::ZeroBubble, 1));
         if micro_batches.is_multiple_of(pp) {
-            let most = (layers / pp).min(CHUNKS_MAX);
-            out.extend((2..=most).filter(|c| layers.is_multiple_of(c * pp) || (layers + 2).is_multiple_of(c * pp)).map(|c| (PipelineSchedule::Interleaved, c)));
+            let all = layers + if empty_ends { 2 } else { 0 };
+            let most = (all / pp).min(CHUNKS_MAX);
+            let even = |c: &usize| layers.is_multiple_of(c * pp) || (layers + 2).is_multiple_of(c * pp);
+            out.extend((2..=most).filter(even).map(|c| (PipelineSchedule::Interleaved, c)));
         }
     }
     out

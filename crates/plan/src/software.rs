@@ -124,8 +124,7 @@ impl Software {
         let name = match family {
             "tpu" | "tpu-256" | "trainium" => "maxtext-2025",
             "volta" => "megatron-2021",
-            "ampere" => "megatron-core-2024",
-            "hopper" => "megatron-core-2025",
+            "ampere" | "hopper" => "megatron-core-2024",
             _ => "megatron-core-2026",
         };
         Self::named(name).unwrap_or(MEGATRON_CORE)

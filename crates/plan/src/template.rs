@@ -156,7 +156,9 @@ impl Template {
             *max_positions = (*max_positions).max(tokens);
         }
         // Frameworks rerun whole layers: their backward is the plain one with the forward pass in front.
-        let recompute = if key.whole_layers { Recompute::None } else { key.recompute };
+        // Norms and activations run again alike in both.
+        let whole = key.whole_layers && (key.recompute == Recompute::Full || key.unfused_attention);
+        let recompute = if whole { Recompute::None } else { key.recompute };
         let layout = Layout {
             dp: 1,
             tp: key.tp,
@@ -429,6 +431,20 @@ impl Emit<'_> {
             return;
         }
         let m = &self.shape.model;
+        let gathers: Vec<Task> = layer
+            .forward
+            .iter()
+            .filter(|t| matches!(t, Task::Talk { what: Collective::AllGather, axis: TalkAxis::Tp, .. }))
+            .copied()
+            .collect();
+        for task in gathers {
+            // Stacks keep the rank's own rows and gather again for the weight gradients (Korthikanti et al. 2022,
+            // section 4.2.2); the program keeps what it gathered.
+            if let Task::Talk { bytes, .. } = task {
+                layer.kept_bytes -= bytes * (1.0 - 1.0 / self.key.tp as f64);
+                layer.input.push(task);
+            }
+        }
         match self.key.recompute {
             Recompute::None => {}
             Recompute::Selective if self.key.unfused_attention => {
@@ -437,12 +453,8 @@ impl Emit<'_> {
                     layer.forward.iter().filter(|t| matches!(t, Task::Attention { .. })).copied().collect();
                 layer.input.splice(0..0, again);
             }
-            Recompute::Selective => {
-                let again: Vec<Task> =
-                    layer.forward.iter().filter(|t| matches!(t, Task::Stream { .. })).copied().collect();
-                layer.input.splice(0..0, again);
-                layer.kept_bytes *= 0.75;
-            }
+            // Already in the program's blocks.
+            Recompute::Selective => {}
             Recompute::Full => {
                 let again = layer.forward.clone();
                 layer.input.splice(0..0, again);

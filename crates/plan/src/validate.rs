@@ -166,7 +166,9 @@ fn prepare(path: &str, text: &str, catalog: &Catalog) -> Result<(Vec<Prepared>, 
         }
         match made {
             Ok(p) => prepared.push(p),
-            Err(e) => not_priced.push(NotPriced { id: run.id.clone(), line: run.line, reason: e.to_string() }),
+            Err(e) => {
+                not_priced.push(NotPriced { id: run.id.clone(), line: run.line, reason: e.to_string() })
+            }
         }
     }
     not_priced.sort_by_key(|n| n.line);
@@ -192,7 +194,12 @@ fn row(p: &mut Prepared, calibration: &Calibration) -> Option<RowError> {
     })
 }
 
-fn summary(rows: Vec<Option<RowError>>, prepared: &[Prepared], not_priced: Vec<NotPriced>, held_out: bool) -> Validation {
+fn summary(
+    rows: Vec<Option<RowError>>,
+    prepared: &[Prepared],
+    not_priced: Vec<NotPriced>,
+    held_out: bool,
+) -> Validation {
     let sweeps = sweeps(prepared, &rows);
     let rows: Vec<RowError> = rows.into_iter().flatten().collect();
     let mut by_source: BTreeMap<&str, Vec<f64>> = BTreeMap::new();

@@ -207,7 +207,50 @@ impl Accelerator {
     }
 }
 
+/// A property of a machine that a what-if question changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Knob {
+    /// Arithmetic peaks and measured matrix products.
+    Flops,
+    /// Memory throughput.
+    MemoryBandwidth,
+    /// Memory capacity.
+    MemoryCapacity,
+    /// Links inside a node or slice.
+    ScaleUp,
+    /// Ports between nodes.
+    ScaleOut,
+}
+
+impl Knob {
+    /// All of them.
+    pub const ALL: [Knob; 5] =
+        [Knob::Flops, Knob::MemoryBandwidth, Knob::MemoryCapacity, Knob::ScaleUp, Knob::ScaleOut];
+}
+
 impl Cluster {
+    /// The same machine with one property scaled.
+    #[must_use]
+    pub fn scaled(mut self, knob: Knob, by: f64) -> Self {
+        match knob {
+            Knob::Flops => {
+                let rates = self.accelerator.peaks.iter_mut().chain(&mut self.accelerator.matmul);
+                rates.for_each(|rate| rate.1 = rate.1.scaled(by));
+            }
+            Knob::MemoryBandwidth => {
+                self.accelerator.memory_bytes_per_s = self.accelerator.memory_bytes_per_s.scaled(by);
+            }
+            Knob::MemoryCapacity => self.accelerator.memory_bytes = self.accelerator.memory_bytes.scaled(by),
+            Knob::ScaleUp => {
+                self.scale_up.bytes_per_s = self.scale_up.bytes_per_s.scaled(by);
+                self.scale_up.peer_bytes_per_s = self.scale_up.peer_bytes_per_s.scaled(by);
+            }
+            Knob::ScaleOut => self.scale_out.bytes_per_s = self.scale_out.bytes_per_s.scaled(by),
+        }
+        self
+    }
+
     /// The same machine cut into slices of so many accelerators: a torus shrinks to one slice, switches stay.
     #[must_use]
     pub fn in_slices(mut self, slice: usize) -> Self {

@@ -172,7 +172,7 @@ fn chunks(published: Option<usize>, pp: usize, p: &Problem<'_>, micro_batches: f
     // Interleaving wants whole rounds of stages; layers are spread evenly, but for the first and last stage.
     let rounds = (micro_batches / pp as f64).fract() == 0.0;
     let even = |c: usize| layers.is_multiple_of(c * pp) || (layers + 2).is_multiple_of(c * pp);
-    let fits = |c: &usize| *c == 1 || (rounds && c * pp <= layers && even(*c));
+    let fits = |c: &usize| *c == 1 || (rounds && c * pp <= layers + 2 && even(*c));
     CHUNKS.into_iter().filter(fits).collect()
 }
 

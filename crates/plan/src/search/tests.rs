@@ -8,7 +8,8 @@ fn problem(model: &str, cluster: &str, n: usize, sequences: usize, sequence: usi
     let shape = Shape::find(model).unwrap().unwrap();
     let cluster = Catalog::builtin().unwrap().cluster(cluster, Some(n)).unwrap();
     let software = Software::usual(&cluster.accelerator.family);
-    let constants = Calibration::builtin().unwrap().constants(&cluster.accelerator.family, "bf16", software.name);
+    let constants =
+        Calibration::builtin().unwrap().constants(&cluster.accelerator.family, "bf16", software.name);
     Problem { shape, cluster, software, constants, sequence, sequences }
 }
 
@@ -28,7 +29,9 @@ fn brute_force(problem: &Problem, space: &Space) -> (f64, usize) {
             if !problem.sequences.is_multiple_of(dp * job.micro_batch) {
                 continue;
             }
-            for (schedule, chunks) in schedules(pp, problem.shape.model.layers, problem.sequences / dp / job.micro_batch) {
+            for (schedule, chunks) in
+                schedules(pp, problem.shape.model.layers, problem.sequences / dp / job.micro_batch, false)
+            {
                 for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
                     if dp == 1 && zero != Zero::Off {
                         continue;

@@ -1,0 +1,433 @@
+//! A planning question and its answer: the best layouts, how sure they are, and why.
+
+use serde::Serialize;
+use serde_json::{Value, json};
+use spec::cluster::Knob;
+use spec::{Cluster, DType, Error, NumberFormat, Result};
+
+use crate::calibration::{Calibration, Evidence, Grade};
+use crate::mesh::Mesh;
+use crate::price::{Breakdown, MemoryUse, Price, Pricer, Problem};
+use crate::search::{Found, Searched, Space, search};
+use crate::shape::Shape;
+use crate::software::Software;
+
+/// What is to be planned.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// The model.
+    pub shape: Shape,
+    /// The machine, with the accelerators that the job gets.
+    pub cluster: Cluster,
+    /// The training stack; the usual one for the accelerator if `None`.
+    pub software: Option<Software>,
+    /// Format of the matrix products.
+    pub format: NumberFormat,
+    /// Tokens of a sequence; see [`default_batch`].
+    pub sequence: usize,
+    /// Sequences of the global batch.
+    pub sequences: usize,
+    /// Tokens to train on, for the time of the whole run.
+    pub tokens: Option<f64>,
+    /// How many of the best layouts to give.
+    pub keep: usize,
+    /// Only layouts that this program can train.
+    pub trainable_only: bool,
+}
+
+/// One layout of an answer.
+#[derive(Clone, Debug, Serialize)]
+pub struct Choice {
+    /// Axes, schedule and policies, flat.
+    pub layout: LayoutOut,
+    /// Time of a step in seconds.
+    pub step_s: f64,
+    /// Low end of the interval.
+    pub step_low_s: f64,
+    /// High end of the interval.
+    pub step_high_s: f64,
+    /// Model FLOPs utilisation.
+    pub mfu: f64,
+    /// Tokens per second of the whole job.
+    pub tokens_per_s: f64,
+    /// Days to train the tokens asked for, at this rate without interruptions.
+    pub train_days: Option<f64>,
+    /// Bytes of the fullest accelerator.
+    pub memory_bytes: f64,
+    /// Where they go.
+    pub memory: MemoryUse,
+    /// Where the time goes.
+    pub breakdown: Breakdown,
+    /// The largest part of the time.
+    pub bound: &'static str,
+    /// What it loses to the best, by part: positive where it takes longer. Empty for the best.
+    pub loses_s: Vec<(&'static str, f64)>,
+    #[serde(skip)]
+    mesh: Mesh,
+}
+
+impl Choice {
+    /// The layout as it was priced.
+    pub fn mesh(&self) -> &Mesh {
+        &self.mesh
+    }
+}
+
+/// A layout as flat keys, named as in the run file.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LayoutOut {
+    /// Data-parallel ranks.
+    pub dp: usize,
+    /// Tensor-parallel ranks.
+    pub tp: usize,
+    /// Pipeline stages.
+    pub pp: usize,
+    /// Context-parallel ranks.
+    pub cp: usize,
+    /// Expert-parallel ranks.
+    pub ep: usize,
+    /// ZeRO stage.
+    pub zero: u8,
+    /// Residual stream split along the sequence.
+    pub sequence_parallel: bool,
+    /// Pipeline schedule.
+    pub schedule: spec::PipelineSchedule,
+    /// Chunks a stage.
+    pub chunks: usize,
+    /// Sequences at once.
+    pub micro_batch: usize,
+    /// What is recomputed.
+    pub recompute: spec::Recompute,
+    /// Order in which axes fill the machine, innermost first.
+    pub order: crate::mesh::Order,
+}
+
+impl LayoutOut {
+    /// Flattens a mesh.
+    pub fn of(mesh: &Mesh) -> Self {
+        let l = &mesh.layout;
+        LayoutOut {
+            dp: l.dp,
+            tp: l.tp,
+            pp: l.pp,
+            cp: mesh.cp,
+            ep: mesh.ep,
+            zero: l.zero.into(),
+            sequence_parallel: l.sequence_parallel,
+            schedule: l.schedule,
+            chunks: l.chunks,
+            micro_batch: l.micro_batch,
+            recompute: l.recompute,
+            order: mesh.order,
+        }
+    }
+}
+
+/// An answer with its reasons.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The question.
+    pub question: Question,
+    /// The problem as priced.
+    pub problem: Problem,
+    /// Best first.
+    pub best: Vec<Choice>,
+    /// Time against memory: no layout is both faster and smaller.
+    pub pareto: Vec<Choice>,
+    /// How wide the intervals are, and on what evidence.
+    pub grade: Grade,
+    /// What was assumed.
+    pub assumptions: Vec<String>,
+    /// Counts of the search.
+    pub searched: Searched,
+}
+
+/// How the best layout's time follows a property of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Sensitivity {
+    /// Which property.
+    pub of: Knob,
+    /// Change of the best layout's step time in percent for one percent more of it.
+    pub elasticity: f64,
+    /// Step time of the best layout found when there is a quarter more of it.
+    pub step_s_with_quarter_more: f64,
+}
+
+/// A batch for a model where none is asked for: (sequences, tokens of a sequence).
+///
+/// Half a million tokens below 3 billion parameters, 2 below 30, 4 below 300, then 16 (GPT-3, Llama 2 and Llama 3.1
+/// used 3.2, 4 and 16 million); sequences of 2048 for learned positions, else up to 8192.
+pub fn default_batch(shape: &Shape) -> (usize, usize) {
+    let sequence = match &shape.model.position {
+        spec::Position::Learned { max_positions } => (*max_positions).min(2048),
+        spec::Position::Rope(rope) => rope.max_positions.min(8192),
+    };
+    let params = shape.params();
+    let tokens: usize = match params {
+        p if p < 3e9 => 1 << 19,
+        p if p < 30e9 => 1 << 21,
+        p if p < 300e9 => 1 << 22,
+        _ => 1 << 24,
+    };
+    ((tokens / sequence.max(1)).max(1), sequence.max(1))
+}
+
+/// Answers a question. `progress` is told search jobs done and in all.
+///
+/// # Errors
+/// If the model is refused, or no layout is allowed or fits.
+pub fn plan(
+    question: Question,
+    calibration: &Calibration,
+    progress: &(dyn Fn(usize, usize) + Sync),
+) -> Result<Answer> {
+    question.shape.model.validate()?;
+    if question.sequence == 0 || question.sequences == 0 {
+        return Err(Error::user("the batch has no tokens").hint("give at least one sequence of one token"));
+    }
+    let family = question.cluster.accelerator.family.clone();
+    let software = question.software.clone().unwrap_or_else(|| Software::usual(&family));
+    let constants = calibration.constants(&family, recipe(question.format), software.name);
+    let grade = calibration.spread(&family, software.name, question.cluster.accelerators);
+    let problem = Problem {
+        shape: question.shape.clone(),
+        cluster: question.cluster.clone(),
+        software,
+        constants,
+        sequence: question.sequence,
+        sequences: question.sequences,
+    };
+    let space = space(&question);
+    let searched = search(&problem, &space, progress)?;
+    let first = searched.best.first().map(|f| f.price);
+    let best = searched.best.iter().map(|f| choice(&question, &grade, f, first.as_ref())).collect();
+    let pareto = searched.pareto.iter().map(|f| choice(&question, &grade, f, first.as_ref())).collect();
+    let assumptions = assumptions(&question, &problem, &grade);
+    Ok(Answer { question, problem, best, pareto, grade, assumptions, searched })
+}
+
+fn space(question: &Question) -> Space {
+    Space {
+        accelerators: question.cluster.accelerators,
+        format: question.format,
+        keep: question.keep.max(1),
+        micro_batch_max: 32,
+        trainable_only: question.trainable_only,
+    }
+}
+
+/// The numeric recipe whose constants a format takes.
+pub fn recipe(format: NumberFormat) -> &'static str {
+    match format {
+        NumberFormat::Fp8 => "fp8",
+        NumberFormat::Fp4 => "nvfp4",
+        NumberFormat::Int8 => "int8",
+        _ => "bf16",
+    }
+}
+
+fn choice(question: &Question, grade: &Grade, found: &Found, best: Option<&Price>) -> Choice {
+    let price = &found.price;
+    let tokens = (question.sequences * question.sequence) as f64;
+    let tokens_per_s = tokens / price.step_s;
+    let loses_s = match best {
+        Some(best) if best.step_s < price.step_s => {
+            let parts = price.breakdown.parts().into_iter().zip(best.breakdown.parts());
+            let mut loses: Vec<(&str, f64)> =
+                parts.map(|(a, b)| (a.0, a.1 - b.1)).filter(|l| l.1 != 0.0).collect();
+            loses.sort_by(|a, b| b.1.abs().total_cmp(&a.1.abs()));
+            loses
+        }
+        _ => Vec::new(),
+    };
+    Choice {
+        layout: LayoutOut::of(&found.mesh),
+        step_s: price.step_s,
+        step_low_s: price.step_s / grade.factor,
+        step_high_s: price.step_s * grade.factor,
+        mfu: price.mfu,
+        tokens_per_s,
+        train_days: question.tokens.map(|t| t / tokens_per_s / 86_400.0),
+        memory_bytes: price.memory.total(),
+        memory: price.memory,
+        breakdown: price.breakdown,
+        bound: price.breakdown.bound(),
+        loses_s,
+        mesh: found.mesh.clone(),
+    }
+}
+
+fn assumptions(question: &Question, problem: &Problem, grade: &Grade) -> Vec<String> {
+    let mut out = vec![
+        format!("training stack: {}", problem.software.name),
+        format!("batch: {} sequences of {} tokens", question.sequences, question.sequence),
+    ];
+    let family = &question.cluster.accelerator.family;
+    out.push(match grade.evidence {
+        Evidence::Validated => format!(
+            "{} published runs of {family} with this stack, up to {} accelerators, were predicted unseen; nine in ten lay in the interval",
+            grade.rows, grade.accelerators
+        ),
+        Evidence::Family => format!("{} published runs of {family} with other stacks were predicted unseen", grade.rows),
+        Evidence::Software => format!("{} published runs of this stack on other accelerators were predicted unseen", grade.rows),
+        Evidence::Extrapolated => "outside of what was validated: no published run is near".to_owned(),
+    });
+    if grade.accelerators > 0 && question.cluster.accelerators > grade.accelerators {
+        out.push(format!(
+            "extrapolated in size: {} accelerators asked, {} validated; the interval is wider",
+            question.cluster.accelerators, grade.accelerators
+        ));
+    }
+    if question.shape.experts.is_some() {
+        out.push("experts are balanced: every rank gets as many tokens".to_owned());
+    }
+    out.push("no failures, no checkpoints, data always there".to_owned());
+    out.extend(question.cluster.assumptions.iter().cloned());
+    out
+}
+
+impl Answer {
+    /// The answer as the interface prints it. `seconds` and `threads` are what the search took, which the caller measures.
+    pub fn to_json(&self, seconds: f64, threads: usize) -> Value {
+        let q = &self.question;
+        json!({
+            "model": q.shape.model.name,
+            "params": q.shape.params(),
+            "cluster": q.cluster.name,
+            "accelerator": q.cluster.accelerator.name,
+            "accelerators": q.cluster.accelerators,
+            "software": self.problem.software.name,
+            "format": q.format.name(),
+            "sequence": q.sequence,
+            "sequences": q.sequences,
+            "tokens": q.tokens,
+            "search": {
+                "layouts_priced": self.searched.layouts_priced,
+                "layouts_pruned": self.searched.layouts_pruned,
+                "layouts_per_s": self.searched.layouts_priced as f64 / seconds.max(1e-9),
+                "seconds": seconds,
+                "threads": threads,
+                "refused": self.searched.refused,
+            },
+            "evidence": self.grade,
+            "best": self.best,
+            "pareto": self.pareto,
+            "assumptions": self.assumptions,
+        })
+    }
+
+    /// What would help: how the time follows the machine, for the best layout and with the layout chosen again.
+    ///
+    /// # Errors
+    /// If the changed machine allows no layout, which more of anything excludes.
+    pub fn explain(&self) -> Result<Vec<Sensitivity>> {
+        const STEP: f64 = 1.01;
+        let Some(best) = self.best.first() else { return Ok(Vec::new()) };
+        let space = space(&self.question);
+        Knob::ALL
+            .into_iter()
+            .map(|of| {
+                let changed = |by: f64| Problem {
+                    cluster: self.problem.cluster.clone().scaled(of, by),
+                    ..self.problem.clone()
+                };
+                let nudged = changed(STEP);
+                let price = Pricer::new(&nudged, self.question.format)?.price(&best.mesh)?;
+                let more = search(&changed(1.25), &space, &|_, _| ())?;
+                Ok(Sensitivity {
+                    of,
+                    elasticity: (price.step_s / best.step_s).ln() / STEP.ln(),
+                    step_s_with_quarter_more: more.best.first().map_or(best.step_s, |f| f.price.step_s),
+                })
+            })
+            .collect()
+    }
+}
+
+/// Bytes of the fullest rank from the placed program itself: every stage's program is built and the largest counts.
+///
+/// # Errors
+/// If the layout does not train (context or expert parallelism, a shape beyond the dense transformer, or a batch that
+/// the trainer refuses).
+pub fn program_memory(problem: &Problem, mesh: &Mesh) -> Result<usize> {
+    if mesh.cp > 1 || mesh.ep > 1 || problem.shape.experts.is_some() || problem.shape.latent.is_some() {
+        return Err(Error::user(
+            "context and expert parallelism, mixtures and latent attention do not train yet",
+        ));
+    }
+    let layout = &mesh.layout;
+    let precision = if mesh.format == NumberFormat::Fp32 { DType::F32 } else { DType::Bf16 };
+    let mut most = 0;
+    for stage in 0..layout.pp {
+        let request = program::Request {
+            model: &problem.shape.model,
+            layout,
+            sequence: problem.sequence,
+            sequences: problem.sequences,
+            precision,
+            rank: stage * layout.dp * layout.tp,
+            cache: 0,
+        };
+        let program = program::Program::build(&request, &|_, _| 0)?;
+        most = most.max(program.memory.total);
+    }
+    Ok(most)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use spec::Catalog;
+
+    fn question(model: &str, cluster: &str, n: usize) -> Question {
+        let shape = Shape::find(model).unwrap().unwrap();
+        let (sequences, sequence) = default_batch(&shape);
+        Question {
+            cluster: Catalog::builtin().unwrap().cluster(cluster, Some(n)).unwrap(),
+            shape,
+            software: None,
+            format: NumberFormat::Bf16,
+            sequence,
+            sequences,
+            tokens: Some(300e9),
+            keep: 3,
+            trainable_only: true,
+        }
+    }
+
+    fn ask(q: Question) -> Answer {
+        plan(q, &Calibration::builtin().unwrap(), &|_, _| ()).unwrap()
+    }
+
+    #[test]
+    fn an_answer_has_an_interval_its_evidence_and_its_parts() {
+        let answer = ask(question("gpt3-13b", "dgx-h100", 64));
+        let best = &answer.best[0];
+        assert!(best.step_low_s < best.step_s && best.step_s < best.step_high_s);
+        assert!(best.mfu > 0.2 && best.mfu < 0.7, "{}", best.mfu);
+        let parts: f64 = best.breakdown.parts().iter().map(|p| p.1).sum();
+        assert!((parts / best.step_s - 1.0).abs() < 1e-9);
+        assert_eq!(answer.grade.evidence, Evidence::Validated);
+        assert!(answer.best[1].loses_s.iter().map(|l| l.1).sum::<f64>() >= 0.0);
+        let json = answer.to_json(1.0, 1);
+        assert!(json["search"]["layouts_priced"].as_u64().unwrap() > 100);
+        assert!(json["best"][0]["layout"]["tp"].is_u64() && json["best"][0]["memory_bytes"].is_f64());
+    }
+
+    #[test]
+    fn far_from_what_was_validated_says_so() {
+        let answer = ask(question("gpt3-13b", "gaudi3-node", 64));
+        assert_eq!(answer.grade.evidence, Evidence::Software);
+        let near = ask(question("gpt3-13b", "dgx-h100", 64));
+        assert!(answer.grade.factor > near.grade.factor);
+    }
+
+    #[test]
+    fn more_of_anything_never_hurts() {
+        let answer = ask(question("gpt3-13b", "dgx-a100", 32));
+        for s in answer.explain().unwrap() {
+            assert!(s.elasticity <= 1e-9, "{s:?}");
+            assert!(s.step_s_with_quarter_more <= answer.best[0].step_s * (1.0 + 1e-9), "{s:?}");
+        }
+    }
+}
