@@ -1,8 +1,6 @@
 //! Operands laid out in the order in which tiles read them.
 
-use std::ops::Range;
-
-use super::{MR, NR};
+use super::NR;
 use crate::pool::Parts;
 use crate::simd::{LANES, kernel};
 use crate::storage::Element;
@@ -81,51 +79,18 @@ kernel! {
 }
 
 kernel! {
-    /// Packs `cols` columns and `k` rows of a row-major `src` (row stride `ld`) for use as a transposed left operand:
-    /// groups of [`MR`] columns, in each of which row p is at `p * MR`.
+    /// Copies `k` rows of `cols` elements (row stride `ld`) into rows of whole vectors, for use as a transposed left
+    /// operand.
     pub(crate) fn pack_left[T: Element](src: &[T], ld: usize, k: usize, cols: usize, dst: &mut [f32]) = |s: S| {
-        for p0 in (0..k).step_by(AHEAD_ROWS) {
-            let rows = AHEAD_ROWS.min(k - p0);
-            for i in 0..AHEAD_ROWS {
-                for j in (0..cols).step_by(LANES) {
-                    s.prefetch(src.as_ptr().wrapping_add((p0 + AHEAD_ROWS + i) * ld + j).cast());
-                }
+        let wide = cols.next_multiple_of(LANES);
+        for p in 0..k {
+            let from = &src[p * ld..p * ld + cols];
+            let to = &mut dst[p * wide..(p + 1) * wide];
+            let ahead = from.as_ptr().wrapping_add(AHEAD_ROWS * ld);
+            for j in (0..cols).step_by(LANES) {
+                s.prefetch(ahead.wrapping_add(j).cast());
+                s.store(&mut to[j..j + LANES], T::get(s, &from[j..]));
             }
-            // A few rows group by group: they are read from the first-level cache and written in one run.
-            for (g, j) in (0..cols).step_by(MR).enumerate() {
-                let from = &src[p0 * ld + j..(p0 + rows - 1) * ld + cols];
-                let to = &mut dst[(g * k + p0) * MR..(g * k + p0 + rows) * MR];
-                // One register in place of two where the next row overwrites the excess.
-                let long = if j + LEFT <= cols { rows - 1 } else { 0 };
-                copy_groups::<T, LEFT>(from, ld, 0..long, to);
-                if j + MR <= cols {
-                    copy_groups::<T, MR>(from, ld, long..rows, to);
-                } else {
-                    for i in 0..rows {
-                        for e in 0..cols - j {
-                            to[i * MR + e] = from[i * ld + e].one();
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// What is copied of a row where that does not reach beyond the matrix.
-const LEFT: usize = 8;
-
-/// Copies `N` elements of each of `rows` (stride `ld`) to every [`MR`]th place.
-#[inline(always)]
-fn copy_groups<T: Element, const N: usize>(from: &[T], ld: usize, rows: Range<usize>, to: &mut [f32]) {
-    if rows.is_empty() {
-        return;
-    }
-    assert!((rows.end - 1) * ld + N <= from.len() && (rows.end - 1) * MR + N <= to.len());
-    for i in rows {
-        for e in 0..N {
-            // SAFETY: in bounds by the assertion, as i < rows.end.
-            unsafe { *to.get_unchecked_mut(i * MR + e) = from.get_unchecked(i * ld + e).one() };
         }
     }
 }

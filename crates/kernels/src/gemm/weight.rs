@@ -21,7 +21,8 @@ fn scratch_len(n: usize, rows: usize, ins: usize, (mc, nc): (usize, usize), tree
     let kc = KC.min(rows);
     let right = if shared_len(n, ins) == 0 { nc * kc } else { 0 };
     let sums = if rows > KC { mc * nc } else { MR * NR };
-    [mc * kc, right, sums, depth(tree) * mc * nc].map(|len| len.next_multiple_of(LINE))
+    [mc.next_multiple_of(LANES) * kc, right, sums, depth(tree) * mc * nc]
+        .map(|len| len.next_multiple_of(LINE))
 }
 
 /// Floats of workspace for [`weight_gradient`], for any storage type.
@@ -122,9 +123,9 @@ impl<T: Element> Job<'_, T> {
                     let c = &mut sums[at..at + MR * NR];
                     let t = Tile {
                         k: kc,
-                        a: left[down * MR * kc..].as_ptr(),
+                        a: left[down * MR..].as_ptr(),
                         a_row: 1,
-                        a_col: MR,
+                        a_col: outs.len().next_multiple_of(LANES),
                         b: self.right(row, j, across, kc, right),
                         b_row: NR,
                         c: c.as_mut_ptr(),
@@ -132,7 +133,7 @@ impl<T: Element> Job<'_, T> {
                         load: k0 > 0,
                     };
                     self.ask(row + kc, kc, &outs, index, tiles);
-                    // SAFETY: the packed operands hold kc rows of MR and of NR, and `c` MR rows of NR.
+                    // SAFETY: the packed operands hold kc rows with the tile's m and NR columns, and `c` MR rows of NR.
                     unsafe { tile(m, n, &t) };
                     if k0 + kc < self.rows {
                         continue;
