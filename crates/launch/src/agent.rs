@@ -66,14 +66,15 @@ pub fn run(options: &Options, program: OsString, args: &[OsString]) -> Result<Ou
     command.extend(args.iter().cloned());
     let caught: Vec<i32> =
         options.signals_to_handle.iter().chain(&options.signals_to_forward).copied().collect();
+    signals::let_children_be_waited_for();
     let signals = Signals::catch(&caught)?;
+    let is_unnamed = options.is_single() && options.run_id == "none";
+    let run_id = if is_unnamed { random_hex() } else { options.run_id.clone() };
     let marker = random_hex();
-    let run_id =
-        if options.is_single() && options.run_id == "none" { marker.clone() } else { options.run_id.clone() };
     let logs = Logs::create(options, &run_id)?;
     // Forked before there are threads of ours.
     let warden = Warden::start(&marker)?;
-    let group = Group::start(options, nproc, &run_id)?;
+    let group = Group::start(options, nproc, &run_id).inspect_err(|_| logs.finish(options, true))?;
     let mut agent = Agent {
         options,
         command,

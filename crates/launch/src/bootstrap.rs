@@ -13,8 +13,29 @@ use std::time::Duration;
 pub struct RankStore {
     /// The connection to it.
     pub client: StoreClient,
-    /// The store itself, on the rank that hosts it (rank 0, unless the launcher does). Keep it until all ranks are done.
+    /// The store itself, on the rank that hosts it (rank 0, unless the launcher does).
+    /// It must outlive the others' use of it: see [`RankStore::leave`].
     pub server: Option<StoreServer>,
+    rank: usize,
+    world: usize,
+    session: String,
+}
+
+impl RankStore {
+    /// Ends this rank's use of the store. The rank that hosts it waits up to `timeout` for the others to leave.
+    ///
+    /// # Errors
+    /// On the host: the ranks that have not left in time.
+    pub fn leave(self, timeout: Duration) -> Result<()> {
+        let key = |rank: usize| format!("{}/left/{rank}", self.session);
+        if self.server.is_none() {
+            // The host may go as soon as it has this, before its answer arrives.
+            let _ = self.client.set(&key(self.rank), b"");
+            return Ok(());
+        }
+        let others: Vec<String> = (0..self.world).filter(|r| *r != self.rank).map(key).collect();
+        self.client.wait(&others, timeout).context("wait for the other ranks to leave the job's store")
+    }
 }
 
 impl RankEnv {
@@ -26,19 +47,23 @@ impl RankEnv {
     pub fn store(&self, timeout: Duration) -> Result<RankStore> {
         let connect = |addr: &str| StoreClient::connect(addr, timeout).context(format!("rank {}", self.rank));
         if let Some(addr) = &self.agent_store {
-            return Ok(RankStore { client: connect(addr)?, server: None });
+            return Ok(self.rank_store(connect(addr)?, None));
         }
         let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         if self.world == 1 {
             let server = StoreServer::start(any_port)?;
-            return Ok(RankStore { client: connect(&server.addr().to_string())?, server: Some(server) });
+            return Ok(self.rank_store(connect(&server.addr().to_string())?, Some(server)));
         }
         let (host, port) = self.master()?;
         if self.torch_store {
             return self.through_torch(&host, port, timeout);
         }
         let server = if self.rank == 0 { Some(self.host_at(&host, port)?) } else { None };
-        Ok(RankStore { client: connect(&net::join_endpoint(&host, port))?, server })
+        Ok(self.rank_store(connect(&net::join_endpoint(&host, port))?, server))
+    }
+
+    fn rank_store(&self, client: StoreClient, server: Option<StoreServer>) -> RankStore {
+        RankStore { client, server, rank: self.rank, world: self.world, session: self.session.clone() }
     }
 
     fn master(&self) -> Result<(String, u16)> {
@@ -70,7 +95,7 @@ impl RankEnv {
             let addr =
                 String::from_utf8(value).map_err(|_| Error::failure(format!("{key} holds no address")))?;
             let client = StoreClient::connect(&addr, timeout).context(format!("rank {}", self.rank))?;
-            return Ok(RankStore { client, server: None });
+            return Ok(self.rank_store(client, None));
         }
         let server = StoreServer::start(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)))?;
         let towards = net::resolve(host, port).into_iter().find_map(net::address_towards);
@@ -78,6 +103,6 @@ impl RankEnv {
         let addr = SocketAddr::new(ip, server.addr().port()).to_string();
         torch.set(&key, addr.as_bytes())?;
         let client = StoreClient::connect(&addr, timeout).context("rank 0")?;
-        Ok(RankStore { client, server: Some(server) })
+        Ok(self.rank_store(client, Some(server)))
     }
 }

@@ -33,6 +33,9 @@ fn launch(args: &[OsString]) -> Result<i32> {
         Parsed::Run { options, program, args } => (options, program, args),
     };
     note_omp_threads(&options)?;
+    for flag in &options.without_effect {
+        eprintln!("phalanx launch: {flag} is accepted and has no effect yet");
+    }
     let name = match options.runner {
         Runner::Module => format!("-m {}", program.display()),
         _ => program.display().to_string(),

@@ -1,6 +1,7 @@
 //! The command line of `torchrun`, as one table: parsing, `PET_*` defaults and the help text all read it.
 
 use crate::options::Options;
+use spec::suggest::nearest;
 use spec::{Error, Result};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -211,27 +212,13 @@ fn find(name: &str) -> Result<&'static Flag> {
 }
 
 fn unknown(shown: &str, name: &str) -> Error {
-    let nearest = FLAGS.iter().map(|f| (distance(name, f.name), f.name)).min();
     let error = Error::user(format!("unknown flag {shown}"));
-    match nearest {
-        Some((d, near)) if d <= 3.max(name.len() / 3) => error.hint(format!("did you mean --{near}?")),
-        _ => error.hint("phalanx launch --help lists the flags; the program's own flags follow the program"),
-    }
-}
-
-/// Edit distance between two short names.
-pub(crate) fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let best = (diagonal + usize::from(x != *y)).min(row[j] + 1).min(row[j + 1] + 1);
-            diagonal = std::mem::replace(&mut row[j + 1], best);
+    match nearest(name, FLAGS.iter().map(|f| f.name)) {
+        Some(near) => error.hint(format!("did you mean --{near}?")),
+        None => {
+            error.hint("phalanx launch --help lists the flags; the program's own flags follow the program")
         }
     }
-    row[b.len()]
 }
 
 /// The help text of `phalanx launch`: at most 80 columns.
@@ -342,6 +329,7 @@ mod tests {
         check_error("--nnodes 1:2 --rdzv-backend c10d x", "--rdzv-endpoint", "");
         check_error("--signals-to-handle SIGTREM x", "SIGTREM", "SIGTERM");
         check_error("--signals-to-handle SIGKILL x", "SIGKILL", "");
+        check_error("--standalone --nnodes 2 x", "--nnodes=2: expected 1 with --standalone", "");
         check_error("", "no program", "phalanx launch");
         assert!(matches!(parse("--help", &[]), Ok(Parsed::Help)));
         assert!(help().lines().all(|l| l.len() <= 80), "help fits 80 columns");

@@ -16,6 +16,9 @@
 //! The agent is one control thread. It blocks in `poll` on the workers' pidfds, the signal pipe and the rendezvous
 //! thread, so it reacts to a death at once, and every wait has a deadline.
 //!
+//! Beyond torchrun's variables a worker gets `PHALANX_STORE` (`host:port` of the agents' store), `PHALANX_SESSION` (run
+//! id and round, a prefix for keys in it) and `PHALANX_JOB` (marks the processes of the launch, so that none is left).
+//!
 //! # Differences from torchrun
 //!
 //! - A node that vanishes, or fails for good, is told to all survivors, who stop their workers at once.

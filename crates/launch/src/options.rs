@@ -1,9 +1,10 @@
 //! What a launch is asked to do, checked.
 
-use crate::flags::{Values, distance};
+use crate::flags::Values;
 use crate::logs::Streams;
 use crate::rendezvous::Times;
 use crate::signals;
+use spec::suggest::nearest;
 use spec::{Error, Result};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -70,6 +71,8 @@ pub struct Options {
     pub virtual_local_rank: bool,
     /// Variables for the workers, over those of the agent; not a flag.
     pub env: Vec<(String, String)>,
+    /// Flags that were accepted and do nothing, for the user to know.
+    pub without_effect: Vec<String>,
 }
 
 /// The value of `--nproc-per-node`.
@@ -139,6 +142,7 @@ impl Default for Options {
             stderr_filters: Vec::new(),
             virtual_local_rank: false,
             env: Vec::new(),
+            without_effect: Vec::new(),
         }
     }
 }
@@ -163,6 +167,11 @@ impl Options {
 
     /// What no single flag can tell.
     fn check(&self, v: &Values) -> Result<()> {
+        if self.standalone && self.min_nodes > 1 {
+            return Err(v
+                .bad("nnodes", "1 with --standalone")
+                .hint("without --standalone the nodes meet each other"));
+        }
         if self.is_single() {
             return Ok(());
         }
@@ -294,9 +303,10 @@ fn conf(o: &mut Options, key: &str, value: &str) -> Result<()> {
         }
         _ if IGNORED.contains(&key) => {}
         _ => {
-            let known = Times::KEYS.iter().min_by_key(|k| distance(key, k)).copied().unwrap_or("");
+            let near = nearest(key, Times::KEYS.iter().copied());
+            let start = near.map_or(String::new(), |n| format!("did you mean {n}? "));
             return Err(Error::user(format!("unknown key {key} in --rdzv-conf"))
-                .hint(format!("did you mean {known}? known: {}", Times::KEYS.join(", "))));
+                .hint(format!("{start}known: {}", Times::KEYS.join(", "))));
         }
     }
     Ok(())
@@ -350,6 +360,9 @@ fn workers(o: &mut Options, v: &Values, env: &dyn Fn(&str) -> Option<String>) ->
         return Err(v.bad("start-method", "spawn, fork or forkserver"));
     }
     o.virtual_local_rank = v.on("virtual-local-rank")?;
+    let inert =
+        ["numa-binding", "event-log-handler", "logs-specs"].into_iter().filter(|name| v.text(name).is_some());
+    o.without_effect = inert.map(|name| format!("--{name}")).collect();
     Ok(())
 }
 

@@ -158,9 +158,12 @@ impl Vars<'_> {
 }
 
 fn torchrun(vars: &Vars<'_>) -> Result<RankEnv> {
-    let agent_store = vars.text("PHALANX_STORE");
     let restart = vars.number("TORCHELASTIC_RESTART_COUNT")?.unwrap_or(0);
     let run_id = vars.text("TORCHELASTIC_RUN_ID").unwrap_or_else(|| "none".into());
+    // A torchrun inside one of our ranks leaves our variables in place, with another run id beside them.
+    let session =
+        vars.text("PHALANX_SESSION").filter(|s| s.rsplit_once('/').is_some_and(|(id, _)| id == run_id));
+    let agent_store = vars.text("PHALANX_STORE").filter(|_| session.is_some());
     let rank = vars.need(&["RANK"])?;
     // Without the per-node variables (a person set RANK by hand) each rank counts as a node of its own.
     let local_world = vars.number("LOCAL_WORLD_SIZE")?;
@@ -174,7 +177,7 @@ fn torchrun(vars: &Vars<'_>) -> Result<RankEnv> {
         node: vars.number("GROUP_RANK")?.unwrap_or(0),
         nodes: vars.number("GROUP_WORLD_SIZE")?,
         restart: u32::try_from(restart).unwrap_or(u32::MAX),
-        session: vars.text("PHALANX_SESSION").unwrap_or_else(|| format!("{run_id}/{restart}")),
+        session: session.unwrap_or_else(|| format!("{run_id}/{restart}")),
         master_addr: None,
         master_port: None,
         agent_store,
@@ -343,10 +346,10 @@ mod tests {
     fn each_launcher_is_read() {
         check(&[], None);
         check(TORCHRUN, Some((Launcher::Torchrun, [3, 4, 1, 2], Some("head"))));
-        check(
-            &[TORCHRUN, &[("PHALANX_STORE", "h:1")]].concat(),
-            Some((Launcher::Phalanx, [3, 4, 1, 2], Some("head"))),
-        );
+        let ours = [("PHALANX_STORE", "h:1"), ("PHALANX_SESSION", "a/b/0"), ("TORCHELASTIC_RUN_ID", "a/b")];
+        check(&[TORCHRUN, &ours].concat(), Some((Launcher::Phalanx, [3, 4, 1, 2], Some("head"))));
+        let inner = [("PHALANX_STORE", "h:1"), ("PHALANX_SESSION", "a/b/0"), ("TORCHELASTIC_RUN_ID", "c")];
+        check(&[TORCHRUN, &inner].concat(), Some((Launcher::Torchrun, [3, 4, 1, 2], Some("head"))));
         check(&[("RANK", "0"), ("WORLD_SIZE", "2")], Some((Launcher::Torchrun, [0, 2, 0, 1], None)));
         let slurm = [
             ("SLURM_PROCID", "5"),

@@ -127,6 +127,14 @@ fn is_ignored(signal: i32) -> bool {
     }
 }
 
+/// Some parents start their programs with SIGCHLD ignored; then the kernel throws exit codes away.
+pub(crate) fn let_children_be_waited_for() {
+    if is_ignored(libc::SIGCHLD) {
+        // SAFETY: sets the default action, which runs no code of ours.
+        unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+    }
+}
+
 /// Without this a handled signal would stay swallowed after the last agent of the process is gone.
 fn emulate_default_when_idle(signal: i32) -> std::io::Result<()> {
     let mut done = WITH_DEFAULT.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

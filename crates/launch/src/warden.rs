@@ -12,7 +12,8 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use spec::{Error, Result};
 use std::os::fd::AsRawFd;
 
-/// The environment variable that every process of a launch carries, with a value of its own.
+/// The environment variable that every process of a launch carries: the markers of the launches it is part of, the
+/// innermost last. A marker is random and appears nowhere else.
 pub(crate) const MARKER: &str = "PHALANX_JOB";
 
 /// A killed process takes a moment to go, and may have forked meanwhile: rounds of looking, and the pause between.
@@ -29,11 +30,11 @@ pub(crate) struct Warden {
 }
 
 impl Warden {
-    /// Forks the warden; `marker` is the value of [`MARKER`] for this launch.
+    /// Forks the warden; `marker` is this launch's own in [`MARKER`].
     pub(crate) fn start(marker: &str) -> Result<Warden> {
         let failed =
             |e: std::io::Error| Error::failure(format!("start the process that watches for orphans: {e}"));
-        let marker = format!("{MARKER}={marker}").into_bytes();
+        let marker = marker.as_bytes().to_vec();
         let (read, write) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
         // SAFETY: the child runs `watch` alone, which makes only async-signal-safe calls and never returns.
         let pid = unsafe { libc::fork() };
@@ -225,8 +226,8 @@ mod tests {
 
     #[test]
     fn marked_processes_are_found_and_no_others() {
-        let marker = format!("test{}", std::process::id());
-        let text = format!("{MARKER}={marker}").into_bytes();
+        let marker = crate::logs::random_hex();
+        let text = marker.clone().into_bytes();
         let long = "x".repeat(40_000);
         let start = |value: &str| {
             let mut command = Command::new("sleep");
@@ -234,7 +235,7 @@ mod tests {
                 command.arg("1000").env("A_LONG_ONE", &long).env(MARKER, value).stdout(Stdio::null()).spawn();
             let child = child.unwrap();
             // The environment appears in /proc a moment after the exec that ends `spawn`.
-            while !has_marker(id(child.id()), format!("{MARKER}={value}").as_bytes()) {
+            while !has_marker(id(child.id()), value.as_bytes()) {
                 std::thread::yield_now();
             }
             child

@@ -55,7 +55,8 @@ pub(crate) fn variables(
     }
     set("PHALANX_STORE", shared.store.to_owned());
     set("PHALANX_SESSION", format!("{}/{}", shared.run_id, seat.round));
-    set(MARKER, shared.marker.to_owned());
+    let outer = inherited(MARKER).map_or(String::new(), |m| m + ":");
+    set(MARKER, outer + shared.marker);
     if options.virtual_local_rank {
         set("LOCAL_RANK", "0".to_owned());
         for (name, value) in visible_gpu(local_rank, &inherited)? {

@@ -43,7 +43,10 @@ fn workers_see_torchruns_environment() {
 #[test]
 fn a_failed_worker_ends_the_others_and_is_the_root_cause() {
     let folder = Folder::new();
-    let script = worker(&folder, "if [ $RANK = 1 ]; then exit 7; fi; exec sleep 1000");
+    let script = worker(
+        &folder,
+        "if [ $RANK = 1 ]; then while ! [ -s $D/pid0 -a -s $D/pid2 ]; do sleep 0.01; done; exit 7; fi; exec sleep 1000",
+    );
     let ended = run(&["--nproc-per-node", "3", "sh", "-c", &script]);
     ended.check(
         1,
@@ -167,6 +170,37 @@ fn nothing_outlives_a_killed_launcher() {
     running.signal(libc::SIGKILL);
     drop(running.end());
     until_gone(&pids);
+}
+
+#[test]
+fn nothing_outlives_a_killed_launcher_inside_a_launch() {
+    let folder = Folder::new();
+    let script = worker(&folder, "sleep 1000 & echo $! > $D/child; wait");
+    let inner = crate::common::launcher(&["sh", "-c", &script]);
+    let text = |a: &std::ffi::OsStr| a.to_str().unwrap().to_owned();
+    // Through a file: the arguments of one launcher cannot stand in those of another.
+    let sets = inner.get_envs().filter_map(|(k, v)| Some(format!("export {}='{}'\n", text(k), text(v?))));
+    let args: Vec<String> = inner.get_args().map(text).collect();
+    let start =
+        format!("{}exec {} {}\n", sets.collect::<String>(), text(inner.get_program()), args.join(" "));
+    let path = folder.path().join("inner.sh");
+    std::fs::write(&path, start).unwrap();
+    let running = Running::start(&["sh", path.to_str().unwrap()]);
+    let pids = [folder.pid("pid0"), folder.pid("child")];
+    running.signal(libc::SIGKILL);
+    drop(running.end());
+    until_gone(&pids);
+}
+
+#[test]
+fn exit_codes_are_seen_where_a_parent_ignores_its_children() {
+    let inner = crate::common::launcher(&["sh", "-c", "exit 7"]);
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", "trap '' CHLD; exec \"$@\"", "sh"]).arg(inner.get_program()).args(inner.get_args());
+    shell.envs(inner.get_envs().filter_map(|(k, v)| Some((k, v?))));
+    let output = shell.output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("exitcode  : 7"));
 }
 
 #[test]

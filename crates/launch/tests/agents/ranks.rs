@@ -25,14 +25,7 @@ fn as_rank() {
         env.launcher, env.rank, env.world, env.local_rank, env.local_world, env.node, env.restart
     );
     std::fs::write(std::path::Path::new(&folder).join(format!("rank{}", env.rank)), text).unwrap();
-    // The host of the store goes last.
-    let gone = store.client.add("gone", 1).unwrap();
-    if gone == i64::try_from(env.world).unwrap() {
-        store.client.set("all gone", b"").unwrap();
-    }
-    if store.server.is_some() {
-        store.client.get("all gone", TIMEOUT).unwrap();
-    }
+    store.leave(TIMEOUT).unwrap();
 }
 
 /// The command of a rank: this test binary, running only `as_rank`.
