@@ -28,6 +28,10 @@ pub(crate) enum Command {
     Data(Data),
     /// Measure this machine
     Bench(Bench),
+    /// Start any program's ranks, with torchrun's flags and environment
+    Launch(Launch),
+    /// Write a Perfetto file of a run that was trained with --trace
+    Trace(Trace),
     /// List every key of a run file with its default
     Keys,
 }
@@ -50,6 +54,9 @@ pub(crate) struct RunArgs {
 pub(crate) struct Train {
     #[command(flatten)]
     pub(crate) run: RunArgs,
+    /// Ranks to start on this machine; layout.dp follows unless it is set
+    #[arg(long, value_name = "N")]
+    pub(crate) nproc: Option<usize>,
     /// Demand that there is a checkpoint to continue from
     #[arg(long, conflicts_with = "fresh")]
     pub(crate) resume: bool,
@@ -68,6 +75,23 @@ pub(crate) struct Train {
     /// Print records as JSON lines on stdout instead of text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+#[command(disable_help_flag = true)]
+pub(crate) struct Launch {
+    /// torchrun's flags, then the program and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) args: Vec<std::ffi::OsString>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Trace {
+    /// Directory of a run
+    pub(crate) run_dir: PathBuf,
+    /// File to write; open it at ui.perfetto.dev
+    #[arg(short, long, default_value = "trace.json")]
+    pub(crate) output: PathBuf,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -231,6 +255,21 @@ pub(crate) enum BenchCommand {
         /// Read lines `step` on stdin and answer each with the seconds that a step took
         #[arg(long)]
         resident: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Time collectives and messages between ranks of this machine
+    Collectives {
+        /// Ranks
+        #[arg(long, default_value_t = 2)]
+        ranks: usize,
+        /// auto (shared memory), tcp, or threads of one process
+        #[arg(long, default_value = "auto")]
+        transport: String,
+        /// Largest buffer in bytes
+        #[arg(long, default_value_t = 256 << 20, value_name = "BYTES")]
+        max_bytes: usize,
         /// Print JSON
         #[arg(long)]
         json: bool,

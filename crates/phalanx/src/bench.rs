@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::io::BufRead;
 use std::time::Instant;
 
+use comm::{BenchOp, Row, TransportChoice};
 use program::Request;
 use serde_json::json;
 use spec::{Result, RunSpec};
@@ -12,6 +13,7 @@ use train::{Executor, Mesh, StepInputs};
 
 use crate::args::{Bench, BenchCommand};
 use crate::output;
+use crate::ranks::{self, Rank};
 
 pub(crate) fn run(args: &Bench) -> Result<u8> {
     match &args.what {
@@ -19,6 +21,74 @@ pub(crate) fn run(args: &Bench) -> Result<u8> {
             let mut s = Stepper::new(output::threads(*threads), set, *ops)?;
             if *resident { s.serve() } else { s.report((*steps).max(1), *ops, *json) }
         }
+        BenchCommand::Collectives { ranks, transport, max_bytes, json } => {
+            collectives(*ranks, transport, *max_bytes, *json)
+        }
+    }
+}
+
+/// `phalanx bench collectives`: ranks of this machine, as processes or threads.
+fn collectives(ranks: usize, transport: &str, max_bytes: usize, as_json: bool) -> Result<u8> {
+    let choice = match transport {
+        "auto" | "shm" => TransportChoice::Shm,
+        "tcp" => TransportChoice::Tcp,
+        "threads" => {
+            let rows = on_threads(ranks, max_bytes)?;
+            print_rows(&rows, as_json);
+            return Ok(0);
+        }
+        other => {
+            return Err(spec::Error::user(format!("transport {other}, expected auto, shm, tcp or threads")));
+        }
+    };
+    let Some(rank) = Rank::from_env()? else {
+        if ranks < 2 {
+            return Err(spec::Error::user(format!("{ranks} ranks, expected 2 or more")));
+        }
+        return ranks::start(ranks);
+    };
+    let world = rank.world("bench collectives", choice)?;
+    let rows = comm::bench_collectives(&world, &BenchOp::ALL, &sizes(max_bytes))?;
+    if world.rank() == 0 {
+        print_rows(&rows, as_json);
+    }
+    drop(world);
+    rank.leave().map(|()| 0)
+}
+
+fn sizes(max_bytes: usize) -> Vec<usize> {
+    comm::BENCH_SIZES.iter().copied().filter(|&s| s <= max_bytes).collect()
+}
+
+fn on_threads(ranks: usize, max_bytes: usize) -> Result<Vec<Row>> {
+    let worlds = comm::World::threads(ranks)?;
+    std::thread::scope(|scope| {
+        let run = |w: comm::World| comm::bench_collectives(&w, &BenchOp::ALL, &sizes(max_bytes));
+        let all: Vec<_> = worlds.into_iter().map(|w| scope.spawn(move || run(w))).collect();
+        let mut rows: Vec<Result<Vec<Row>>> =
+            all.into_iter().map(|t| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect();
+        rows.swap_remove(0)
+    })
+}
+
+fn print_rows(rows: &[Row], as_json: bool) {
+    if as_json {
+        let list: Vec<_> = rows
+            .iter()
+            .map(|r| {
+                json!({ "op": r.op, "transport": r.transport, "shared": r.shared, "ranks": r.ranks, "bytes": r.bytes,
+                    "us": r.us, "bus_gb_per_s": r.bus_gb_per_s })
+            })
+            .collect();
+        output::print(&serde_json::to_string_pretty(&json!({ "results": list })).expect("numbers are JSON"));
+        return;
+    }
+    for r in rows {
+        let place = if r.shared { "placed" } else { "private" };
+        output::print(&format!(
+            "{:<15} {:<8} {:<8} {} ranks {:>12} B {:>12.1} us {:>9.3} GB/s",
+            r.op, r.transport, place, r.ranks, r.bytes, r.us, r.bus_gb_per_s
+        ));
     }
 }
 
@@ -72,6 +142,7 @@ impl Stepper {
             eps: 1e-8,
             weight_decay: 0.01,
             clip: Some(1.0),
+            stop: false,
         })?;
         self.loss = out.loss;
         Ok(start.elapsed().as_secs_f64())

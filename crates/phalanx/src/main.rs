@@ -9,6 +9,7 @@ mod live;
 mod models;
 mod output;
 mod program;
+mod ranks;
 mod show;
 mod train;
 
@@ -36,6 +37,8 @@ fn main() -> std::process::ExitCode {
         Command::Program(a) => program::run(&a),
         Command::Data(a) => data::run(&a),
         Command::Bench(a) => bench::run(&a),
+        Command::Launch(a) => Ok(u8::try_from(launch::cli(a.args)).unwrap_or(1)),
+        Command::Trace(a) => models::trace(&a),
         Command::Keys => {
             output::print(&models::keys());
             Ok(0)

@@ -4,10 +4,12 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 
 use ckpt::{Checkpoint, Kind};
+use journal::Record;
+use journal::perfetto::TraceWriter;
 use spec::{DType, Error, Result, RunSpec};
 use train::{Generator, RunDir, Sampling};
 
-use crate::args::{Export, Generate, Import, Logits};
+use crate::args::{Export, Generate, Import, Logits, Trace};
 use crate::output;
 
 pub(crate) fn generate(args: &Generate) -> Result<u8> {
@@ -120,6 +122,31 @@ pub(crate) fn export(args: &Export) -> Result<u8> {
         crate::show::binary(done.bytes as usize)
     ));
     output::print(&args.out_dir.display().to_string());
+    Ok(0)
+}
+
+/// Writes what ranks did when, from their journals.
+pub(crate) fn trace(args: &Trace) -> Result<u8> {
+    let write = |e: std::io::Error| Error::io("write trace", &args.output, &e);
+    let mut all = Vec::new();
+    for (_, path) in journal::files(&args.run_dir)? {
+        all.extend(journal::read(&path)?);
+    }
+    let spans = all.iter().filter_map(|r| match r {
+        Record::Spans { spans, .. } => spans.iter().map(|s| s.start_us).min(),
+        _ => None,
+    });
+    let Some(origin) = spans.min() else {
+        return Err(Error::user(format!("no ops are recorded in {}", args.run_dir.display()))
+            .hint("train with --trace"));
+    };
+    let file = std::fs::File::create(&args.output).map_err(write)?;
+    let mut writer = TraceWriter::new(file).map_err(write)?;
+    for record in &all {
+        writer.record(record, origin).map_err(write)?;
+    }
+    writer.finish().map_err(write)?;
+    output::print(&args.output.display().to_string());
     Ok(0)
 }
 

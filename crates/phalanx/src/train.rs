@@ -4,57 +4,131 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use comm::TransportChoice;
 use spec::{Error, Result, RunSpec};
 use train::{Mesh, Outcome, RunDir, Sampling, Start, Trainer};
 
 use crate::args::{RunArgs, Train};
 use crate::live::{Bytes, Live};
 use crate::output;
+use crate::ranks::{self, Rank};
 
 /// The exit code of a run that was interrupted and has saved its state.
 const INTERRUPTED: u8 = 130;
 
 pub(crate) fn train(args: &Train) -> Result<u8> {
-    let run = load(&args.run)?;
+    if let Some(rank) = Rank::from_env()? {
+        let me = rank.env.rank;
+        let code = as_rank(args, &rank).map_err(|e| e.context(format!("rank {me}")))?;
+        rank.leave()?;
+        return Ok(code);
+    }
+    let nproc = args.nproc.unwrap_or(1);
+    let run = load(&args.run, nproc)?;
+    begin(args, &run)?;
+    let prepared = prepare(&run)?;
+    if nproc > 1 {
+        return ranks::start(nproc);
+    }
+    let threads = output::threads(run.run.threads.unwrap_or(0));
+    go(args, &run, prepared.as_ref(), 0, Mesh::alone(), threads)
+}
+
+/// One rank of several. Rank 0 prepares and speaks; whoever started the ranks may have prepared already.
+fn as_rank(args: &Train, rank: &Rank) -> Result<u8> {
+    let run = load(&args.run, rank.env.world)?;
+    let world = rank.world(&run.to_toml(), TransportChoice::Auto)?;
+    let first = rank.env.rank == 0;
+    let started_by_us = args.nproc.is_some();
+    let prepared = if first {
+        if !started_by_us {
+            begin(args, &run)?;
+        }
+        train::prepare(&run, &|_| {})?
+    } else {
+        None
+    };
+    world.barrier()?;
+    let prepared = if first { prepared } else { train::prepare(&run, &|_| {})? };
+    let threads = run.run.threads.unwrap_or_else(|| rank.threads());
+    let mesh = Mesh::new(world, &run.layout)?;
+    go(args, &run, prepared.as_ref(), rank.env.rank, mesh, threads)
+}
+
+/// What is checked and moved before any rank opens the run.
+fn begin(args: &Train, run: &RunSpec) -> Result<()> {
     let dir = RunDir::new(&run.run.dir);
     if args.fresh {
         move_aside(dir.path())?;
     }
-    let saved = ckpt::latest(&dir.checkpoints())?;
-    if args.resume && saved.is_none() {
+    if args.resume && ckpt::latest(&dir.checkpoints())?.is_none() {
         return Err(Error::user(format!("nothing to resume: no checkpoint in {}", dir.checkpoints().display()))
             .hint("leave out --resume to begin anew"));
     }
-    run.layout.validate_world(1)?;
-    let prepared = prepare(&run)?;
+    run.layout.validate(&run.model, run.batch.sequences, run.batch.sequence)
+}
+
+fn go(args: &Train, run: &RunSpec, prepared: Option<&data::Prepared>, rank: usize, mesh: Mesh, threads: usize) -> Result<u8> {
+    let saved = ckpt::latest(&RunDir::new(&run.run.dir).checkpoints())?;
     let start = args.init.clone().map_or(Start::Seed, Start::Run);
-    let threads = output::threads(run.run.threads.unwrap_or(0));
-    let mut trainer = Trainer::open(run.clone(), prepared.as_ref(), 0, Mesh::alone(), threads, &start, args.trace)?;
-    announce(&run, &mut trainer, threads, saved.as_deref());
+    let mut trainer = Trainer::open(run.clone(), prepared, rank, mesh, threads, &start, args.trace)?;
+    if rank == 0 {
+        announce(run, &mut trainer, threads, saved.as_deref());
+    }
     let steps = run.train.steps as u64;
     if trainer.step() >= steps {
-        output::say(&format!("all {steps} steps were done before; --fresh begins anew, train.steps goes on"));
+        if rank == 0 {
+            output::say(&format!("all {steps} steps were done before; --fresh begins anew, train.steps goes on"));
+        }
         return Ok(0);
     }
-    let mut live = Live::new(steps, trainer.step(), run.train.log_every as u64, args.json);
     let stop = stop_flag()?;
-    let outcome = trainer.train(&stop, args.stop_after, &mut |e| live.event(e));
-    live.done();
+    let mut live =
+        (rank == 0).then(|| Live::new(steps, trainer.step(), run.train.log_every as u64, args.json));
+    let outcome = trainer.train(&stop, args.stop_after, &mut |e| {
+        if let Some(live) = &mut live {
+            live.event(e);
+        }
+    });
+    if let Some(live) = live {
+        live.done();
+    }
     if args.trace && outcome.is_ok() {
         trainer.record_spans()?;
     }
     match outcome? {
-        Outcome::Finished => sample(&run, &mut trainer, threads, args.json).map(|()| 0),
+        Outcome::Finished if rank == 0 => sample(run, &mut trainer, threads, args.json).map(|()| 0),
+        Outcome::Finished => Ok(0),
         Outcome::Stopped => {
-            output::say("stopped; the same command goes on from the checkpoint");
+            if rank == 0 {
+                output::say("stopped; the same command goes on from the checkpoint");
+            }
             Ok(if args.stop_after.is_some_and(|n| trainer.step() >= n) { 0 } else { INTERRUPTED })
         }
     }
 }
 
 /// Reads the run file and its overrides.
-pub(crate) fn load(args: &RunArgs) -> Result<RunSpec> {
-    let mut overrides = args.set.clone();
+pub(crate) fn load(args: &RunArgs, world: usize) -> Result<RunSpec> {
+    let run = load_with(args, None)?;
+    let model_ranks = run.layout.tp * run.layout.pp;
+    if run.layout.world() == world {
+        return Ok(run);
+    }
+    // Data parallelism fills the ranks that are left, unless it was set.
+    if run.layout.dp == 1 && world.is_multiple_of(model_ranks) {
+        let filled = load_with(args, Some(world / model_ranks))?;
+        if filled.layout.world() == world {
+            return Ok(filled);
+        }
+    }
+    run.layout.validate_world(world).map(|()| run)
+}
+
+/// Reads the run file and its overrides, for any number of ranks.
+pub(crate) fn load_with(args: &RunArgs, dp: Option<usize>) -> Result<RunSpec> {
+    let mut overrides: Vec<String> = dp.map(|n| format!("layout.dp={n}")).into_iter().collect();
+    overrides.extend(args.set.iter().cloned());
     if let Some(text) = &args.text {
         overrides.push(format!("data.text={}", toml_string(text)));
     }

@@ -367,8 +367,8 @@ pub struct Io {
     pub targets: BufferId,
     /// One f64 loss sum for each local sequence.
     pub loss_leaves: BufferId,
-    /// Sums of squared gradients by chunk of [`NORM_CHUNK`] elements, over the whole model, and then the loss sums of
-    /// all sequences of the global batch.
+    /// Sums of squared gradients by chunk of [`NORM_CHUNK`] elements, over the whole model, then the loss sums of
+    /// all sequences of the global batch, then the number of ranks that want to stop.
     pub norm_chunks: BufferId,
     /// Cosine table `[sequence, head_dim / 2]`, empty without rotary positions.
     pub cos: BufferId,

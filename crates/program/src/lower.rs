@@ -654,23 +654,28 @@ fn gather_params(g: &mut Graph, nodes: Vec<Node>, cx: &Context<'_>) -> Vec<Node>
             o.value = v;
         }
     }
+    let comm = |g: &Graph, kind: OpKind, name: &str, ids: &[GroupId], at: &Node| Node {
+        kind,
+        name: format!("{name}.{}", phase_letter(at)),
+        ins: Vec::new(),
+        acc: None,
+        outs: ids.iter().map(|id| g.all(fresh[id])).collect(),
+        grads: Vec::new(),
+        leaves: (0, 0),
+        phase: at.phase,
+        unit: at.unit,
+    };
     let mut out = Vec::new();
     for (at, n) in nodes.into_iter().enumerate() {
         for (i, (unit, ids)) in units.iter().enumerate() {
-            let prefetch_at = if i == 0 { first_use[0] } else { first_use[i - 1] };
-            if prefetch_at == at {
-                let outs = ids.iter().map(|id| g.all(fresh[id])).collect();
-                out.push(Node {
-                    kind: OpKind::GatherParams { groups: ids.clone() },
-                    name: format!("gather.{}.{}", unit, phase_letter(&n)),
-                    ins: Vec::new(),
-                    acc: None,
-                    outs,
-                    grads: Vec::new(),
-                    leaves: (0, 0),
-                    phase: n.phase,
-                    unit: *unit,
-                });
+            if at == first_use[i.saturating_sub(1)] {
+                let gather = OpKind::GatherParams { unit: *unit, groups: ids.clone() };
+                out.push(comm(g, gather, &format!("gather.{unit}"), ids, &n));
+            }
+        }
+        for (i, (unit, ids)) in units.iter().enumerate() {
+            if at == first_use[i] {
+                out.push(comm(g, OpKind::WaitParams { unit: *unit }, &format!("gather.{unit}.wait"), ids, &n));
             }
         }
         out.push(n);

@@ -154,8 +154,15 @@ pub enum OpKind {
     },
     /// Parameters of a range from their shards (ZeRO 3).
     GatherParams {
+        /// The embedding, a layer or the head.
+        unit: usize,
         /// The groups gathered together.
         groups: Vec<GroupId>,
+    },
+    /// Waits for an earlier [`OpKind::GatherParams`].
+    WaitParams {
+        /// Of which unit.
+        unit: usize,
     },
     /// Gradients of a bucket, summed over dp: to every rank, or each shard to its owner.
     ReduceGrads {
@@ -285,6 +292,7 @@ impl OpKind {
             Send { .. } => "send",
             Recv { .. } => "recv",
             GatherParams { .. } => "gather_params",
+            WaitParams { .. } => "wait_params",
             ReduceGrads { .. } => "reduce_grads",
             ShardGrads { .. } => "shard_grads",
             WaitGrads { .. } => "wait_grads",
@@ -308,6 +316,7 @@ impl OpKind {
                 | Send { .. }
                 | Recv { .. }
                 | GatherParams { .. }
+                | WaitParams { .. }
                 | ReduceGrads { .. }
                 | WaitGrads { .. }
                 | SyncGrads { .. }

@@ -4,8 +4,8 @@ use spec::{Error, Result};
 pub struct Arena {
     base: *mut u8,
     len: usize,
-    /// Whether `base` was mapped here (and is unmapped on drop) or lent by a transport.
-    owned: bool,
+    /// The transport's memory, if neighbours reach it; else `base` was mapped here.
+    shared: Option<comm::SharedArena>,
 }
 
 // SAFETY: the arena is plain memory; who may touch which part when is the executor's business.
@@ -38,15 +38,12 @@ impl Arena {
             ))
             .hint("a smaller layout.micro_batch, layout.recompute = \"full\" or more ranks take less memory"));
         }
-        Ok(Arena { base: base.cast(), len, owned: true })
+        Ok(Arena { base: base.cast(), len, shared: None })
     }
 
-    /// Uses memory that somebody else keeps alive and unmaps, zeroed and aligned to a page.
-    ///
-    /// # Safety
-    /// `base` must be valid for reads and writes of `len` bytes for the arena's life.
-    pub unsafe fn lent(base: *mut u8, len: usize) -> Arena {
-        Arena { base, len, owned: false }
+    /// Uses memory of a transport.
+    pub fn shared(shared: comm::SharedArena) -> Arena {
+        Arena { base: shared.as_ptr(), len: shared.bytes(), shared: Some(shared) }
     }
 
     /// Bytes.
@@ -81,7 +78,7 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        if self.owned {
+        if self.shared.is_none() {
             // SAFETY: the mapping was made in `new` with this length and nobody holds slices of it any more.
             unsafe { libc::munmap(self.base.cast(), self.len) };
         }

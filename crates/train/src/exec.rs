@@ -3,7 +3,7 @@ use program::{GradOut, Home, Op, OpKind, Program, Request, View};
 use spec::{DType, NormKind, Result};
 
 use crate::arena::Arena;
-use crate::mesh::Mesh;
+use crate::mesh::{Mesh, coalesce};
 use crate::spans::Spans;
 use crate::workspace::workspace_len;
 
@@ -16,6 +16,10 @@ pub struct Executor {
     pub(crate) mesh: Mesh,
     /// Start and end of every op of a step, when recorded.
     pub spans: Spans,
+    /// What each bucket's reduction touches.
+    pub(crate) bucket_runs: Vec<Vec<(usize, usize)>>,
+    /// Time in which this step waited for other ranks.
+    pub(crate) comm_ns: u64,
     /// `sequence`, or the cache's length: the stretch of the rotary tables.
     pub(crate) tables: usize,
 }
@@ -39,6 +43,8 @@ pub struct StepInputs {
     pub weight_decay: f64,
     /// Largest norm of the gradient, if bounded.
     pub clip: Option<f64>,
+    /// This rank was asked to stop after the step.
+    pub stop: bool,
 }
 
 /// What a step yields.
@@ -48,6 +54,15 @@ pub struct StepOutputs {
     pub loss: f64,
     /// Global norm of the gradient before clipping.
     pub grad_norm: f64,
+    /// Some rank was asked to stop: all do after this step.
+    pub stop: bool,
+}
+
+impl Executor {
+    /// Seconds of the last step in which this rank did nothing but wait for others.
+    pub fn exposed_comm_s(&self) -> f64 {
+        self.comm_ns as f64 / 1e9
+    }
 }
 
 /// The micro-batch that a block runs on.
@@ -58,6 +73,8 @@ pub(crate) struct Turn {
     pub(crate) position: usize,
     /// Scale of the loss gradient.
     pub(crate) scale: f32,
+    /// Block and op that run.
+    pub(crate) at: (usize, usize),
 }
 
 impl Executor {
@@ -67,12 +84,16 @@ impl Executor {
     /// If the layout does not fit the model and the batch, or there is no memory for it.
     pub fn new(request: &Request<'_>, threads: usize, mesh: Mesh, record: bool) -> Result<Executor> {
         let program = Program::build(request, &|op, p| workspace_len(op, p, threads))?;
-        let arena = Arena::new(program.memory.total)?;
+        let arena = match mesh.shared(program.memory.total)? {
+            Some(shared) => Arena::shared(shared),
+            None => Arena::new(program.memory.total)?,
+        };
+        let bucket_runs = program.buckets.iter().map(|b| coalesce(&program, b)).collect();
         let ops = |b: usize| program.blocks[b].ops.len();
         let room = program.schedule.iter().map(|i| ops(i.block)).sum::<usize>() + ops(program.step);
         let tables = program.sequence.max(program.cache);
         let spans = Spans::new(room, record);
-        Ok(Executor { program, arena, pool: Pool::new(threads), mesh, spans, tables })
+        Ok(Executor { program, arena, pool: Pool::new(threads), mesh, spans, bucket_runs, tables, comm_ns: 0 })
     }
 
     /// Bytes that the executor holds for the step: what the program placed.
@@ -102,7 +123,7 @@ impl Executor {
     pub fn evaluate(&mut self) -> Result<f64> {
         for micro_batch in 0..self.program.micro_batches() {
             for chunk in 0..self.program.eval.len() {
-                self.block(self.program.eval[chunk], Turn { micro_batch, position: 0, scale: 0.0 })?;
+                self.block(self.program.eval[chunk], Turn { micro_batch, ..Turn::default() })?;
             }
         }
         self.loss_sum()
@@ -114,10 +135,11 @@ impl Executor {
     /// If a peer is lost, or the loss or the gradient norm is NaN or infinite (parameters are then as before the step).
     pub fn step(&mut self, inputs: &StepInputs) -> Result<StepOutputs> {
         self.spans.begin();
+        self.comm_ns = 0;
         let scale = (1.0 / inputs.valid_tokens.max(1) as f64) as f32;
         for i in 0..self.program.schedule.len() {
             let item = self.program.schedule[i];
-            self.block(item.block, Turn { micro_batch: item.micro_batch, position: 0, scale })?;
+            self.block(item.block, Turn { micro_batch: item.micro_batch, position: 0, scale, ..Turn::default() })?;
         }
         self.finish(inputs)
     }
@@ -127,17 +149,31 @@ impl Executor {
         for i in 0..self.program.blocks[block].ops.len() {
             let start = self.spans.now();
             let op = &self.program.blocks[block].ops[i];
+            let turn = Turn { at: (block, i), ..turn };
             match self.program.precision {
                 DType::Bf16 => self.run::<half::bf16>(op, turn)?,
                 _ => self.run::<f32>(op, turn)?,
             }
-            self.spans.push(block, i, turn.micro_batch, start);
+            self.ran(block, i, turn.micro_batch, start);
         }
         Ok(())
     }
 
+    /// Notes that an op ended now, and what went on beside it and is over.
+    pub(crate) fn ran(&mut self, block: usize, i: usize, micro_batch: usize, start_ns: u64) {
+        let kind = &self.program.blocks[block].ops[i].kind;
+        let begins = matches!(kind, OpKind::GatherParams { .. }) || self.mesh.is_under_way(kind);
+        let end = if begins { self.spans.now() } else { self.spans.push(block, i, micro_batch, start_ns) };
+        if kind.is_communication() {
+            self.comm_ns += end - start_ns;
+        }
+        for ((block, i), began, ended) in self.mesh.finished.borrow_mut().drain(..) {
+            self.spans.push_between(block, i, micro_batch, began, ended);
+        }
+    }
+
     /// First byte of a view for a turn.
-    fn offset(&self, view: View, turn: Turn) -> usize {
+    pub(crate) fn offset(&self, view: View, turn: Turn) -> usize {
         let p = &self.program;
         let b = p.buffer(view.buffer);
         let base = match b.home {
@@ -357,7 +393,7 @@ impl Executor {
                     *g += h;
                 }
             }
-            GradNorm | AdamW { .. } | AllGatherParams { .. } => unreachable!("the tail of the step runs these"),
+            GradNorm | AdamW { .. } => unreachable!("the tail of the step runs these"),
             Fork { .. } => unreachable!("forks are dropped when blocks are made"),
             _ => self.communicate::<T>(op, turn)?,
         }

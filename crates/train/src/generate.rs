@@ -89,7 +89,7 @@ impl Executor {
         let io = self.program.io;
         self.whole::<u32>(io.tokens)[0] = token;
         let block = self.program.decode.ok_or_else(|| Error::failure("the program has no generation block"))?;
-        self.block(block, Turn { micro_batch: 0, position, scale: 0.0 })
+        self.block(block, Turn { position, ..Turn::default() })
     }
 
     fn logits(&self) -> program::View {

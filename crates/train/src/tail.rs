@@ -25,7 +25,7 @@ impl Executor {
                     _ => self.tail_op::<f32>(op)?,
                 },
             }
-            self.spans.push(block, i, 0, start);
+            self.ran(block, i, 0, start);
         }
         Ok(outputs)
     }
@@ -48,11 +48,14 @@ impl Executor {
             let at = b.norm_chunk0 + first / NORM_CHUNK;
             kernels::sum_squares(&self.pool, grad, &mut sums[at..at + chunks], NORM_CHUNK);
         }
-        let losses = sums.len() - p.sequences;
-        self.spread_losses(&mut sums[losses..]);
+        let votes = sums.len() - 1;
+        let losses = votes - p.sequences;
+        self.spread_losses(&mut sums[losses..votes]);
+        sums[votes] = f64::from(u8::from(inputs.stop));
         self.mesh.sum_all(id, sums)?;
-        let (norms, losses) = sums.split_at(losses);
+        let (norms, losses) = sums[..votes].split_at(losses);
         Ok(StepOutputs {
+            stop: sums[votes] > 0.0,
             grad_norm: norms.iter().sum::<f64>().sqrt(),
             loss: losses.iter().sum::<f64>() / inputs.valid_tokens.max(1) as f64,
         })
@@ -74,8 +77,8 @@ impl Executor {
     pub(crate) fn loss_sum(&self) -> Result<f64> {
         let p = &self.program;
         let sums = self.whole::<f64>(p.io.norm_chunks);
-        let losses = sums.len() - p.sequences;
-        let losses = &mut sums[losses..];
+        let votes = sums.len() - 1;
+        let losses = &mut sums[votes - p.sequences..votes];
         losses.fill(0.0);
         self.spread_losses(losses);
         self.mesh.sum_all(program::OpId::of("eval.loss"), losses)?;

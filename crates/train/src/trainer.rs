@@ -125,6 +125,8 @@ impl Trainer {
             (None, Start::Seed) => exec.initialise(&run.model, run.train.seed)?,
             (None, Start::Run(from)) => adopt(&mut exec, &run, from)?,
         }
+        // Nobody may look at the directory after rank 0 has begun to write it.
+        exec.mesh.barrier()?;
         if rank == 0 {
             let tokenizer = prepared.map(|p| p.tokenizer_path.clone()).or_else(|| tokenizer_of(&run));
             dir.create(&run, tokenizer.as_deref())?;
@@ -188,11 +190,12 @@ impl Trainer {
         let began = Instant::now();
         let first = self.step;
         while self.step < last {
-            let record = match self.one_step() {
-                Ok(record) => record,
+            let (record, stopping) = match self.one_step(stop.load(Ordering::Relaxed)) {
+                Ok(done) => done,
                 Err(e) => {
                     let (time_us, step) = (now_us(), self.step + 1);
                     let hint = e.hint_text().map(str::to_owned);
+                    self.exec.mesh.abort(&e.to_string());
                     // The failure itself is what the caller must see, even if the journal's disk is full too.
                     let _ = self.journal.write(&Record::Failed { time_us, step, error: e.to_string(), hint });
                     return Err(e);
@@ -204,7 +207,7 @@ impl Trainer {
             if self.due(self.run.train.eval_every) || self.step == last {
                 self.evaluate(each)?;
             }
-            let stopping = stop.load(Ordering::Relaxed) || stop_after.is_some_and(|n| self.step >= n);
+            let stopping = stopping || stop_after.is_some_and(|n| self.step >= n);
             if self.due(self.run.checkpoint.every) || self.step == last || stopping {
                 self.save(each)?;
             }
@@ -232,8 +235,8 @@ impl Trainer {
         Ok(())
     }
 
-    /// Loads the batch of the next step and runs it.
-    fn one_step(&mut self) -> Result<Record> {
+    /// Loads the batch of the next step and runs it; says whether some rank was asked to stop.
+    fn one_step(&mut self, stop: bool) -> Result<(Record, bool)> {
         let start = Instant::now();
         load(&mut self.exec, self.streams.train.as_ref(), self.step, &mut self.sample)?;
         let step = self.step + 1;
@@ -249,6 +252,7 @@ impl Trainer {
             eps: optim.eps,
             weight_decay: optim.weight_decay,
             clip: optim.grad_clip,
+            stop,
         };
         let out = self.exec.step(&inputs)?;
         self.step = step;
@@ -256,7 +260,7 @@ impl Trainer {
         let tokens_per_s = tokens as f64 / step_s;
         let flops_per_s = self.run.model.flops_per_token(batch.sequence).0 * tokens_per_s;
         let mfu = Some(flops_per_s / (self.peak_flops_per_s * self.run.layout.world() as f64));
-        Ok(Record::Step {
+        let record = Record::Step {
             time_us: now_us(),
             step,
             loss: out.loss,
@@ -268,8 +272,9 @@ impl Trainer {
             mfu,
             step_s,
             memory_bytes: self.exec.program.memory.total as u64,
-            exposed_comm_s: None,
-        })
+            exposed_comm_s: (self.run.layout.world() > 1).then(|| self.exec.exposed_comm_s()),
+        };
+        Ok((record, out.stop))
     }
 
     fn evaluate(&mut self, each: &mut dyn FnMut(Event)) -> Result<()> {
@@ -315,6 +320,11 @@ impl Trainer {
         self.journal.write(&Record::Spans { rank, step: self.step, spans })
     }
 
+    /// Tells the other ranks that this one gives up.
+    pub fn abort(&self, reason: &str) {
+        self.exec.mesh.abort(reason);
+    }
+
     /// Adds a text sampled from the model to the journal.
     pub fn note_sample(&mut self, text: String) -> Result<()> {
         let record = Record::Sample { time_us: now_us(), step: self.step, text };
@@ -325,17 +335,35 @@ impl Trainer {
 impl Executor {
     /// Writes this rank's share of a checkpoint; the last word is rank 0's, which commits it and returns its path and
     /// size.
-    fn save(&mut self, dir: &Path, step: u64, meta: ckpt::Meta) -> Result<Option<(PathBuf, u64)>> {
-        let saver = ckpt::Saver::begin(dir, step)?;
-        let record = saver.write_rank(self.program.rank, self.pieces())?;
-        let records = self.mesh.gather_records(record)?;
-        let Some(records) = records else { return Ok(None) };
-        let bytes = records.iter().map(ckpt::FileRecord::bytes).sum();
-        let path = ckpt::Saver::commit(dir, step, records, meta)?;
-        Ok(Some((path, bytes)))
+    ///
+    /// # Errors
+    /// If any rank cannot write; the checkpoints before stay as they are.
+    pub fn save(&mut self, dir: &Path, step: u64, meta: ckpt::Meta) -> Result<Option<(PathBuf, u64)>> {
+        let rank = self.program.rank;
+        let written =
+            ckpt::Saver::begin(dir, step).and_then(|saver| saver.write_rank(rank, self.pieces())).map(|r| r.to_bytes());
+        // An empty record says that a rank could not write: then nobody's share becomes a checkpoint.
+        let all = self.mesh.exchange(written.as_deref().unwrap_or_default())?;
+        let failed = all.iter().position(Vec::is_empty);
+        let committed = match failed {
+            None if rank == 0 => commit(dir, step, &all, meta).map(Some),
+            None => Ok(None),
+            Some(_) if rank == 0 => ckpt::Saver::abort(dir, step).map(|()| None),
+            Some(_) => Ok(None),
+        };
+        let verdict = self.mesh.exchange(&[u8::from(committed.is_ok())])?;
+        written?;
+        if let Some(other) = failed {
+            return Err(Error::failure(format!("checkpoint of step {step}: rank {other} could not write its share")));
+        }
+        let committed = committed?;
+        if verdict[0] != [1] {
+            return Err(Error::failure(format!("checkpoint of step {step}: rank 0 could not commit it")));
+        }
+        Ok(committed)
     }
 
-    /// The spans of the last step as the journal keeps them: microseconds since the executor was made.
+    /// The spans of the last step as the journal keeps them.
     pub fn journal_spans(&self) -> Vec<journal::Span> {
         let of = |s: &crate::spans::Span| {
             let op = &self.program.blocks[s.block as usize].ops[s.op as usize];
@@ -345,13 +373,19 @@ impl Executor {
                 name: op.name.clone(),
                 lane,
                 micro_batch: Some(s.micro_batch),
-                start_us: s.start_ns / 1000,
-                end_us: s.end_ns / 1000,
+                start_us: self.spans.origin_us() + s.start_ns / 1000,
+                end_us: self.spans.origin_us() + s.end_ns / 1000,
                 bytes: op.cost.wire_bytes.max(op.cost.bytes),
             }
         };
         self.spans.all().iter().map(of).collect()
     }
+}
+
+fn commit(dir: &Path, step: u64, records: &[Vec<u8>], meta: ckpt::Meta) -> Result<(PathBuf, u64)> {
+    let records = records.iter().map(|r| ckpt::FileRecord::from_bytes(r)).collect::<Result<Vec<_>>>()?;
+    let bytes = records.iter().map(ckpt::FileRecord::bytes).sum();
+    Ok((ckpt::Saver::commit(dir, step, records, meta)?, bytes))
 }
 
 /// Writes an imported model as the checkpoint of step 0 of a run.

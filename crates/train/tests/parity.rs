@@ -73,6 +73,7 @@ impl Golden {
             eps: 1e-8,
             weight_decay: 0.1,
             clip: Some(1.0),
+        stop: false,
         };
         exec.step(&inputs).expect("a step")
     }

@@ -82,6 +82,7 @@ pub fn inputs(step: u64, valid_tokens: u64) -> StepInputs {
         eps: 1e-8,
         weight_decay: 0.1,
         clip: Some(1.0),
+        stop: false,
     }
 }
 

@@ -1,0 +1,68 @@
+//! Being one rank of several, and starting them.
+
+use std::ffi::OsString;
+use std::time::Duration;
+
+use comm::{Bootstrap, TransportChoice, World};
+use launch::{LocalJob, RankEnv, RankStore};
+use spec::{Context, Error, Result};
+
+/// How long ranks wait for each other at the start: a shared file system may hold some up.
+const MEET_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// One rank's way to the others.
+pub(crate) struct Rank {
+    pub(crate) env: RankEnv,
+    store: RankStore,
+}
+
+impl Rank {
+    /// This process's place in a job, if a launcher (ours, torchrun, Slurm, MPI) started it as one of several.
+    pub(crate) fn from_env() -> Result<Option<Rank>> {
+        let Some(env) = RankEnv::read()? else { return Ok(None) };
+        if env.world == 1 {
+            return Ok(None);
+        }
+        let store = env.store(MEET_TIMEOUT).context("meet the other ranks")?;
+        Ok(Some(Rank { env, store }))
+    }
+
+    /// Meets all ranks; those whose `identity` differs are named.
+    pub(crate) fn world(&self, identity: &str, transport: TransportChoice) -> Result<World> {
+        let mut b =
+            Bootstrap::new(self.env.rank, self.env.world, self.store.client.clone(), self.env.session.clone());
+        b.local_rank = self.env.local_rank;
+        b.local_world = self.env.local_world;
+        b.fingerprint = fingerprint(identity);
+        b.transport = transport;
+        World::connect(&b)
+    }
+
+    /// Ends this rank's part; the rank that hosts the store stays until all have left.
+    pub(crate) fn leave(self) -> Result<()> {
+        self.store.leave(MEET_TIMEOUT)
+    }
+
+    /// This rank's share of the machine's cores, at least one.
+    pub(crate) fn threads(&self) -> usize {
+        (crate::output::threads(0) / self.env.local_world.max(1)).max(1)
+    }
+}
+
+/// 128 bits of FNV-1a over configuration and version: ranks of another build or run file must not mix in.
+fn fingerprint(identity: &str) -> [u8; 16] {
+    let text = format!("{} {identity}", env!("CARGO_PKG_VERSION"));
+    let hash = text.bytes().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128, |h, b| {
+        (h ^ u128::from(b)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+    });
+    hash.to_le_bytes()
+}
+
+/// Starts this same command as `nproc` ranks and waits for them; the exit code is that of the first rank that failed.
+pub(crate) fn start(nproc: usize) -> Result<u8> {
+    let program = std::env::current_exe().map_err(|e| Error::failure(format!("find this program: {e}")))?;
+    let mut command: Vec<OsString> = vec![program.into()];
+    command.extend(std::env::args_os().skip(1));
+    let outcome = LocalJob::new(nproc, command).run()?;
+    Ok(u8::try_from(outcome.worker_code()).unwrap_or(1))
+}

@@ -1,0 +1,195 @@
+//! The invariance matrix: weights after some steps are bit-identical for every data-parallel degree, ZeRO stage,
+//! pipeline degree and schedule and accumulation split; tensor parallelism agrees within a stated tolerance.
+
+mod common;
+
+use std::collections::BTreeMap;
+
+use common::{SEQUENCE, executor, fill, first_difference, inputs, model, steps, weights};
+use comm::World;
+use program::Request;
+use proptest::prelude::*;
+use spec::{DType, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
+use train::{Executor, Mesh, StepInputs, StepOutputs};
+
+const STEPS: u64 = 10;
+const SEQUENCES: usize = 8;
+
+type Weights = BTreeMap<String, Vec<u32>>;
+
+/// Trains on as many threads as the layout has ranks; returns outputs, and weights read back from a checkpoint that
+/// all ranks wrote.
+fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> (Vec<StepOutputs>, Weights) {
+    let dir = tempfile::tempdir().expect("a folder");
+    let worlds = World::threads(layout.world()).expect("ranks");
+    let outputs: Vec<Vec<StepOutputs>> = std::thread::scope(|scope| {
+        let ranks: Vec<_> = worlds
+            .into_iter()
+            .map(|world| {
+                let dir = dir.path();
+                scope.spawn(move || {
+                    let rank = world.rank();
+                    let mesh = Mesh::new(world, layout).expect("groups");
+                    let request =
+                        Request { model: m, layout, sequence: SEQUENCE, sequences: SEQUENCES, precision, rank, cache: 0 };
+                    let mut exec = Executor::new(&request, 1, mesh, false).expect("a program");
+                    assert_eq!(exec.allocated_bytes(), exec.program.memory.total);
+                    exec.initialise(m, 11).expect("weights");
+                    let out = (1..=STEPS)
+                        .map(|k| {
+                            let valid = fill(&mut exec, m.vocab, k);
+                            exec.step(&StepInputs { lr, ..inputs(k, valid) }).unwrap_or_else(|e| panic!("rank {rank} step {k}: {e}"))
+                        })
+                        .collect();
+                    exec.save(dir, STEPS, ckpt::Meta::default()).expect("saved");
+                    out
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|r| r.join().expect("a rank")).collect()
+    });
+    for other in &outputs[1..] {
+        assert_eq!(outputs[0], *other, "all ranks report the same loss and norm");
+    }
+    let mut one = executor(m, &Layout::default(), SEQUENCES, precision, 1);
+    let checkpoint = ckpt::Checkpoint::open(&ckpt::latest(dir.path()).expect("a folder").expect("a checkpoint"));
+    one.restore(&checkpoint.expect("whole")).expect("restored");
+    (outputs[0].clone(), weights(&one))
+}
+
+fn reference(m: &ModelSpec, precision: DType) -> (Vec<StepOutputs>, Weights) {
+    let mut one = executor(m, &Layout::default(), SEQUENCES, precision, 1);
+    (steps(&mut one, m.vocab, 1, STEPS + 1), weights(&one))
+}
+
+/// A rate that moves every bit of the weights.
+const LR: f64 = 1e-2;
+
+fn check(m: &ModelSpec, layout: &Layout, precision: DType, expected: &(Vec<StepOutputs>, Weights)) {
+    let (outputs, weights) = run(m, layout, precision, LR);
+    assert_eq!(outputs, expected.0, "losses and norms under {layout:?}");
+    if let Some(difference) = first_difference(&expected.1, &weights) {
+        panic!("{difference} under {layout:?} in {precision}");
+    }
+}
+
+fn zeros() -> [Zero; 4] {
+    [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters]
+}
+
+fn schedules() -> [(PipelineSchedule, usize); 4] {
+    [
+        (PipelineSchedule::Gpipe, 1),
+        (PipelineSchedule::OneFOneB, 1),
+        (PipelineSchedule::ZeroBubble, 1),
+        (PipelineSchedule::Interleaved, 2),
+    ]
+}
+
+fn models() -> [ModelSpec; 3] {
+    [model(4, false, false), model(4, true, false), model(4, true, true)]
+}
+
+#[test]
+fn data_parallel_and_zero() {
+    for precision in [DType::F32, DType::Bf16] {
+        for m in models() {
+            let expected = reference(&m, precision);
+            for zero in zeros() {
+                for (dp, micro_batch) in [(2, 1), (2, 2), (4, 1), (4, 2), (8, 1)] {
+                    check(&m, &Layout { dp, zero, micro_batch, ..Layout::default() }, precision, &expected);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn pipelines() {
+    for precision in [DType::F32, DType::Bf16] {
+        for m in models() {
+            let expected = reference(&m, precision);
+            for (schedule, chunks) in schedules() {
+                for (pp, micro_batch) in [(2, 1), (2, 2), (4, 1)] {
+                    if pp * chunks <= m.layers {
+                        check(&m, &Layout { pp, schedule, chunks, micro_batch, ..Layout::default() }, precision, &expected);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn pipelines_with_uneven_stages_and_recompute() {
+    let m = model(4, true, false);
+    let expected = reference(&m, DType::F32);
+    for recompute in [Recompute::Selective, Recompute::Full] {
+        let layout = Layout { pp: 2, stage_layers: vec![1, 3], recompute, ..Layout::default() };
+        check(&m, &layout, DType::F32, &expected);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Products of the axes.
+    #[test]
+    fn products(dp in 1u32..3, zero in 0usize..4, schedule in 0usize..4, mb in 0u32..2, recompute in 0usize..3, bf16: bool, which in 0usize..3) {
+        let (schedule, chunks) = schedules()[schedule];
+        let recompute = [Recompute::None, Recompute::Selective, Recompute::Full][recompute];
+        let layout = Layout {
+            dp: 1 << dp,
+            pp: 2,
+            zero: zeros()[zero],
+            schedule,
+            chunks,
+            micro_batch: 1 << mb,
+            recompute,
+            ..Layout::default()
+        };
+        let m = &models()[which];
+        prop_assume!(layout.validate(m, SEQUENCES, SEQUENCE).is_ok());
+        let precision = if bf16 { DType::Bf16 } else { DType::F32 };
+        check(m, &layout, precision, &reference(m, precision));
+    }
+}
+
+/// Tensor parallelism changes the order of sums inside products: losses agree to 1e-5 in float32.
+#[test]
+fn tensor_parallel_within_tolerance() {
+    // A rate at which training does not amplify the last bit of a sum a hundredfold in ten steps.
+    let lr = 1e-3;
+    for m in models() {
+        let (expected, _) = run(&m, &Layout::default(), DType::F32, lr);
+        for (tp, dp, pp, sequence_parallel) in
+            [(2, 1, 1, false), (2, 1, 1, true), (2, 2, 1, false), (2, 1, 2, true), (2, 2, 2, true)]
+        {
+            for zero in [Zero::Off, Zero::Parameters] {
+                let layout = Layout { tp, dp, pp, sequence_parallel, zero, ..Layout::default() };
+                let (outputs, _) = run(&m, &layout, DType::F32, lr);
+                for (k, (a, b)) in outputs.iter().zip(&expected).enumerate() {
+                    let off = (a.loss / b.loss - 1.0).abs();
+                    assert!(off < 1e-5, "step {}: loss {} against {} under {layout:?}", k + 1, a.loss, b.loss);
+                    let off = (a.grad_norm / b.grad_norm - 1.0).abs();
+                    assert!(off < 1e-3, "step {}: norm {} against {} under {layout:?}", k + 1, a.grad_norm, b.grad_norm);
+                }
+            }
+        }
+    }
+}
+
+/// ZeRO 3 over four ranks holds little more than a quarter of parameters, gradients and moments.
+#[test]
+fn zero_3_shards_the_state() {
+    let m = ModelSpec::preset("llama-tiny-ref").expect("a preset");
+    let state = |dp: usize, zero: Zero| {
+        let layout = Layout { dp, zero, ..Layout::default() };
+        let request =
+            Request { model: &m, layout: &layout, sequence: 64, sequences: 4, precision: DType::F32, rank: dp - 1, cache: 0 };
+        let p = program::Program::build(&request, &|op, p| train::workspace_len(op, p, 1)).expect("a program");
+        p.memory.params + p.memory.grads + p.memory.moments
+    };
+    let share = state(4, Zero::Parameters) as f64 / state(1, Zero::Off) as f64;
+    assert!(share <= 0.30, "{share}");
+}
