@@ -93,6 +93,16 @@ impl Control {
         self.word32(RINGS + to * RING_BYTES + LINE + (at as usize % MAX_SENDS) * 4)
     }
 
+    /// How many of the rank's operations are reading or writing memory of other threads right now.
+    pub(crate) fn touching(&self) -> &AtomicU32 {
+        self.word32(LINE + 12)
+    }
+
+    /// Whether the ranks are threads of one process.
+    pub(crate) fn is_private(&self) -> bool {
+        self.private
+    }
+
     pub(crate) fn send_state(&self, send: usize) -> &AtomicU32 {
         debug_assert!(send < MAX_SENDS);
         self.word32(SENDS + send * SEND_BYTES)

@@ -241,7 +241,8 @@ impl Group {
     pub unsafe fn run(&self, tag: OpTag, op: Op<'_>) -> Result<()> {
         let work = Work::new(&self.inner, tag, &op)?;
         // SAFETY: passed on from the caller.
-        drive(&self.inner.core, unsafe { work.perform(&self.inner, &op, Payload::Copied) }).map(|_| ())
+        let done = drive(&self.inner.core, unsafe { work.perform(&self.inner, &op, Payload::Copied) });
+        done.map(|_| ()).inspect_err(|_| self.inner.core.quiesce())
     }
 
     /// Starts an operation, which goes on while the caller computes, and returns its handle. A send from shared
@@ -259,7 +260,7 @@ impl Group {
         let eager = matches!(op, Op::Send { .. } | Op::Recv { .. });
         Handle::start(&self.inner.core, tag, eager, async move {
             // SAFETY: passed on from the caller.
-            unsafe { work.perform(&inner, &op, Payload::InPlace).await }
+            unsafe { work.perform(&inner, &op, Payload::InPlace).await }.inspect_err(|_| inner.core.quiesce())
         })
     }
 }

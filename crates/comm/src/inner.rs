@@ -7,7 +7,7 @@ use crate::p2p::{Inbox, Outbox};
 use crate::progress::{Patience, Worker};
 use spec::{Error, Result};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -283,22 +283,64 @@ impl Core {
         Ok((id, mapping))
     }
 
-    /// Takes it back; no operation may be using it.
+    /// Takes it back; no operation may be using it. After a failure neighbours keep it: they may not know yet.
     pub(crate) fn unshare(&self, id: u64) {
         let mut own = self.segments.own.write().unwrap_or_else(PoisonError::into_inner);
         own.retain(|(other, _)| *other != id);
         drop(own);
-        if let Some(io) = self.io.get() {
+        if let Some(io) = self.io.get().filter(|_| self.failure.get().is_none()) {
             io.unshare(self, id);
+        }
+    }
+
+    /// Held while memory of other ranks is read or written, and refused once the world has failed: see
+    /// [`Core::quiesce`].
+    pub(crate) fn touch(&self) -> Result<Touch<'_>> {
+        if !self.control.is_private() {
+            return Ok(Touch(None));
+        }
+        let word = self.control.touching();
+        word.fetch_add(1, Ordering::SeqCst);
+        let touch = Touch(Some(word));
+        publish();
+        match self.failure.get() {
+            Some(error) => Err(error),
+            None => Ok(touch),
+        }
+    }
+
+    /// After a failure, waits until no other thread is inside this rank's buffers, which are about to be given back.
+    /// Between processes there is no need: shared memory stays mapped by those who use it.
+    pub(crate) fn quiesce(&self) {
+        if !self.control.is_private() {
+            return;
+        }
+        publish();
+        for (_, near) in self.peers.iter().enumerate().filter(|(rank, _)| *rank != self.rank) {
+            while near.near.as_ref().is_some_and(|n| n.control.touching().load(Ordering::SeqCst) != 0) {
+                std::thread::yield_now();
+            }
         }
     }
 }
 
-/// Why the world has failed, if it has.
+/// See [`Core::touch`].
+pub(crate) struct Touch<'a>(Option<&'a AtomicU32>);
+
+impl Drop for Touch<'_> {
+    fn drop(&mut self) {
+        if let Some(word) = self.0 {
+            word.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Why the world has failed, if it has. Threads share it, and with it what must outlive each of them.
 #[derive(Debug, Default)]
 pub(crate) struct Failure {
     set: AtomicBool,
     why: Mutex<Option<String>>,
+    kept: Mutex<Vec<Arc<Mapping>>>,
 }
 
 impl Failure {
@@ -309,6 +351,11 @@ impl Failure {
         first.get_or_insert_with(|| why.to_string());
         self.set.store(true, Ordering::Release);
         is_first
+    }
+
+    /// Keeps memory that messages of a thread lie in until all threads are gone: they may be read after it has left.
+    pub(crate) fn keep(&self, mapping: Arc<Mapping>) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(mapping);
     }
 
     pub(crate) fn get(&self) -> Option<Error> {

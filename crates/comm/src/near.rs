@@ -8,7 +8,7 @@
 use crate::control::{Control, MAX_LOCAL, STAGE_BYTES, WORDS, publish};
 use crate::element::{Span, aligned_range};
 use crate::header::{Header, mismatch};
-use crate::inner::{Address, Core, Location};
+use crate::inner::{Address, Core, Location, Touch};
 use crate::progress::{give_way, until};
 use crate::sum::{Into, Sum, Tree};
 use spec::Result;
@@ -153,8 +153,9 @@ impl Meeting<'_> {
         Location { segment: words[8], offset: words[9] }
     }
 
-    /// Where the members' buffers of `bytes(member)` bytes lie, if all are shared.
-    async fn buffers(&self, bytes: impl Fn(usize) -> usize) -> Result<Option<Vec<Address>>> {
+    /// Where the members' buffers of `bytes(member)` bytes lie, if all are shared. They may be used until the guard
+    /// is dropped, which comes before the next meeting.
+    async fn buffers(&self, bytes: impl Fn(usize) -> usize) -> Result<Option<(Vec<Address>, Touch<'_>)>> {
         let locations: Vec<_> = (0..self.near.size()).map(|m| self.location(m)).collect();
         if !locations.iter().all(|l| l.is_shared()) {
             return Ok(None);
@@ -166,7 +167,7 @@ impl Meeting<'_> {
             addresses
                 .push(until(self.core, what, || self.core.resolve(rank, location, bytes(member))).await?);
         }
-        Ok(Some(addresses))
+        Ok(Some((addresses, self.core.touch()?)))
     }
 
     fn shared(&self, buffer: Span) -> Location {
@@ -193,9 +194,11 @@ impl Meeting<'_> {
             unsafe { self.stage_in(buffer, 0..buffer.count) };
         }
         self.meet(here).await?;
-        if let Some(buffers) = self.buffers(|_| buffer.bytes()).await? {
+        if let Some((buffers, touch)) = self.buffers(|_| buffer.bytes()).await? {
             // SAFETY: as the caller's, of every member.
-            return unsafe { self.all_reduce_in_place(buffer, &buffers).await };
+            unsafe { self.add_share(buffer, &buffers).await };
+            drop(touch);
+            return self.come().await;
         }
         if staged && (0..self.near.size()).all(|m| !self.location(m).is_shared()) {
             // SAFETY: passed on from the caller.
@@ -244,7 +247,8 @@ impl Meeting<'_> {
         unsafe { self.sum(to, stages, &[Address(to.as_ptr())]).run(0, 0, to.count) };
     }
 
-    async unsafe fn all_reduce_in_place(&self, buffer: Span, buffers: &[Address]) -> Result<()> {
+    /// Adds up this member's share of all buffers, in all buffers.
+    async unsafe fn add_share(&self, buffer: Span, buffers: &[Address]) {
         let share = aligned_range(buffer.count, self.near.size(), self.near.me);
         let turn = TURN_BYTES / buffer.element.bytes();
         for start in share.clone().step_by(turn) {
@@ -255,7 +259,6 @@ impl Meeting<'_> {
                 give_way().await;
             }
         }
-        self.come().await
     }
 
     /// Sums everyone's `ranges[me]` to `output`.
@@ -273,10 +276,11 @@ impl Meeting<'_> {
         self.meet(self.shared(input)).await?;
         let own = &ranges[self.near.me];
         let destinations = [output];
-        if let Some(buffers) = self.buffers(|_| input.bytes()).await? {
+        if let Some((buffers, touch)) = self.buffers(|_| input.bytes()).await? {
             let sum = Sum { into, ..self.sum(input, &buffers, &destinations) };
             // SAFETY: members write their own range of their own input at most; others do not read that.
             unsafe { sum.run(own.start, 0, own.len()) };
+            drop(touch);
             return self.come().await;
         }
         let chunk = STAGE_BYTES / self.near.size() / input.element.bytes();
@@ -318,12 +322,13 @@ impl Meeting<'_> {
         }
         if bytes(longest) > SMALL_BYTES {
             self.meet(self.shared(input)).await?;
-            if let Some(buffers) = self.buffers(|m| bytes(ranges[m].len())).await? {
+            if let Some((buffers, touch)) = self.buffers(|m| bytes(ranges[m].len())).await? {
                 for member in self.others() {
                     let to = output.part(&ranges[member]);
                     // SAFETY: the member's input stays as it is until the next meeting.
                     unsafe { self.copy_in_turns(buffers[member], to).await };
                 }
+                drop(touch);
                 return self.come().await;
             }
         }
@@ -399,13 +404,14 @@ impl Meeting<'_> {
         }
         let end =
             |m: usize| (0..n).map(|to| words(m, to)).map(|[s, l]| s + l).max().unwrap_or(0) * element.bytes();
-        if let Some(buffers) = self.buffers(end).await? {
+        if let Some((buffers, touch)) = self.buffers(end).await? {
             for member in self.others().chain([near.me]) {
                 let [start, _] = words(member, near.me);
                 let from = buffers[member].plus(start * element.bytes());
                 // SAFETY: the member's input stays as it is until the next meeting.
                 unsafe { self.copy_in_turns(from, output.part(&output_ranges[member])).await };
             }
+            drop(touch);
             return self.come().await;
         }
         let chunk = STAGE_BYTES / n / element.bytes();
@@ -446,6 +452,7 @@ impl Meeting<'_> {
                 let from =
                     until(self.core, what, || self.core.resolve(rank, location, buffer.bytes())).await?;
                 if !is_root {
+                    let _touch = self.core.touch()?;
                     // SAFETY: the root's buffer stays as it is until the next meeting.
                     unsafe { self.copy_in_turns(from, buffer).await };
                 }

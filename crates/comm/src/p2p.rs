@@ -117,6 +117,9 @@ impl Outbox {
             return Ok(i);
         }
         let (_, mapping) = core.share(bytes.max(4096).next_power_of_two())?;
+        if core.control.is_private() {
+            core.failure.keep(mapping.clone());
+        }
         self.pool.push(Block { mapping, busy: false });
         Ok(self.pool.len() - 1)
     }
@@ -361,8 +364,10 @@ pub(crate) async unsafe fn recv(core: &Core, header: Header, from: usize, buffer
     };
     let bytes = buffer.bytes();
     let source = until(core, what, || core.resolve(from, location, bytes)).await?;
+    let touch = core.touch()?;
     // SAFETY: the sender keeps the payload until the message is marked as taken; the caller vouches for the buffer.
     unsafe { std::ptr::copy_nonoverlapping(source.0, buffer.as_ptr(), bytes) };
+    drop(touch);
     let near = core.near(from)?;
     near.control.send_state(slot).store(TAKEN, Ordering::Release);
     publish();
