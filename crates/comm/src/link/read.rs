@@ -1,0 +1,194 @@
+//! The reading side of a connection: frames come in pieces, and payloads go straight to where they are wanted.
+
+use super::{HEAD_BYTES, Io, Kind, Link, MAX_TEXT_BYTES};
+use crate::header::{Header, mismatch};
+use crate::inner::{Address, Core, PeerSegment};
+use crate::memory::Mapping;
+use crate::p2p::{Incoming, Lane, Target, Waiting};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use std::collections::VecDeque;
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+
+/// Most bytes read from one connection before the others get a turn.
+const TURN_BYTES: usize = 8 << 20;
+
+/// What is being read from one connection.
+pub(super) struct Reader {
+    head: [u8; HEAD_BYTES],
+    got: usize,
+    files: VecDeque<OwnedFd>,
+    payload: Option<Reading>,
+}
+
+struct Reading {
+    sink: Sink,
+    bytes: usize,
+    done: usize,
+}
+
+enum Sink {
+    Waiting(Arc<Waiting>),
+    Incoming(Arc<Incoming>),
+    Text(Vec<u8>),
+}
+
+impl Reader {
+    pub(super) fn new() -> Reader {
+        Reader { head: [0; HEAD_BYTES], got: 0, files: VecDeque::new(), payload: None }
+    }
+
+    /// Reads what there is, up to a turn's worth. An error says how the connection ended.
+    pub(super) fn read(&mut self, core: &Core, io: &Io, rank: usize, link: &Link) -> Result<(), String> {
+        let mut budget = TURN_BYTES;
+        while budget > 0 {
+            let read = match &mut self.payload {
+                Some(reading) => reading.read(&link.socket),
+                None => receive(&link.socket, &mut self.head[self.got..], &mut self.files)
+                    .inspect(|n| self.got += n),
+            };
+            match read {
+                Ok(0) => return Err("its connection closed".into()),
+                Ok(n) => budget = budget.saturating_sub(n),
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => continue,
+                Err(e) => return Err(format!("its connection failed: {e}")),
+            }
+            io.heard(link);
+            if self.payload.as_ref().is_some_and(|r| r.done == r.bytes) {
+                if let Some(reading) = self.payload.take() {
+                    reading.finish(core);
+                }
+            } else if self.got == HEAD_BYTES {
+                self.got = 0;
+                self.begin(core, rank, link)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A frame's head is complete.
+    fn begin(&mut self, core: &Core, rank: usize, link: &Link) -> Result<(), String> {
+        let mut words = [0; 10];
+        for (word, bytes) in words.iter_mut().zip(self.head.chunks_exact(8)) {
+            *word = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
+        }
+        let bytes = words[1] as usize;
+        let kind = Kind::ALL.into_iter().find(|k| *k as u64 == words[0]);
+        let header =
+            || Header::decode(&words[2..]).ok_or_else(|| "it sent a message that cannot be read".to_string());
+        match kind.ok_or_else(|| format!("it sent a frame of unknown kind {}", words[0]))? {
+            Kind::Message => {
+                let header = header()?;
+                if header.bytes() != bytes {
+                    return Err(format!("it sent {bytes} bytes as {header}"));
+                }
+                let target = core.inbox().begin(rank, header);
+                let sink = match target {
+                    Ok(Target::Waiting(waiting)) => Sink::Waiting(waiting),
+                    Ok(Target::Incoming(incoming)) => {
+                        let mut payload = incoming.payload.lock().unwrap_or_else(PoisonError::into_inner);
+                        payload
+                            .try_reserve_exact(bytes)
+                            .map_err(|e| format!("no memory for {header}: {e}"))?;
+                        payload.resize(bytes, 0);
+                        drop(payload);
+                        Sink::Incoming(incoming)
+                    }
+                    Err(ours) => {
+                        core.fail(&mismatch(core.rank, &ours, rank, &header));
+                        core.ring();
+                        return Err("it did something else".into());
+                    }
+                };
+                let reading = Reading { sink, bytes, done: 0 };
+                match bytes {
+                    0 => reading.finish(core),
+                    _ => self.payload = Some(reading),
+                }
+            }
+            Kind::Credit => {
+                let header = header()?;
+                core.outbox().taken(&Lane { peer: rank, group: header.group, channel: header.channel });
+                core.ring();
+            }
+            Kind::Beat => {}
+            Kind::Abort => {
+                let bytes = bytes.min(MAX_TEXT_BYTES);
+                self.payload =
+                    (bytes > 0).then(|| Reading { sink: Sink::Text(vec![0; bytes]), bytes, done: 0 });
+            }
+            Kind::Farewell => {
+                link.left.store(true, Ordering::Release);
+                core.ring();
+            }
+            Kind::Share => {
+                let file = self.files.pop_front().ok_or("it shared memory without its file")?;
+                let mapping = Mapping::of_file(&file, words[3] as usize).map_err(|e| e.to_string())?;
+                core.segments.add_peer(PeerSegment { rank, id: words[2], mapping });
+                core.ring();
+            }
+            Kind::Unshare => core.segments.drop_peer(rank, words[2]),
+        }
+        Ok(())
+    }
+}
+
+impl Reading {
+    fn read(&mut self, socket: &OwnedFd) -> Result<usize, Errno> {
+        let n = match &mut self.sink {
+            Sink::Waiting(waiting) => {
+                let cancelled = waiting.cancelled.lock().unwrap_or_else(PoisonError::into_inner);
+                if *cancelled {
+                    let mut waste = [0; 4096];
+                    let n = waste.len().min(self.bytes - self.done);
+                    receive_plain(socket, &mut waste[..n])
+                } else {
+                    let at = Address(waiting.buffer.as_ptr().wrapping_add(self.done));
+                    // SAFETY: the receive keeps its buffer of `bytes` bytes until it sets `cancelled`, whose lock we hold.
+                    receive_plain(socket, unsafe {
+                        std::slice::from_raw_parts_mut(at.0, self.bytes - self.done)
+                    })
+                }
+            }
+            Sink::Incoming(incoming) => {
+                let mut payload = incoming.payload.lock().unwrap_or_else(PoisonError::into_inner);
+                receive_plain(socket, &mut payload[self.done..])
+            }
+            Sink::Text(text) => receive_plain(socket, &mut text[self.done..]),
+        }?;
+        self.done += n;
+        Ok(n)
+    }
+
+    fn finish(self, core: &Core) {
+        match self.sink {
+            Sink::Waiting(waiting) => waiting.complete.store(true, Ordering::Release),
+            Sink::Incoming(incoming) => incoming.complete.store(true, Ordering::Release),
+            Sink::Text(text) => drop(core.failure.set(&String::from_utf8_lossy(&text))),
+        }
+        core.ring();
+    }
+}
+
+fn receive_plain(socket: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
+    rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT).map(|(n, _)| n)
+}
+
+/// Receives bytes and the files that come with them.
+fn receive(socket: &OwnedFd, buffer: &mut [u8], files: &mut VecDeque<OwnedFd>) -> Result<usize, Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let message = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, flags)?;
+    for part in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = part {
+            files.extend(received);
+        }
+    }
+    Ok(message.bytes)
+}
