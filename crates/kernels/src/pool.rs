@@ -5,7 +5,7 @@ use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 /// How often an idle worker looks for work before it parks: some tens of microseconds, longer than the gap
@@ -66,15 +66,21 @@ impl Pool {
             finished: Condvar::new(),
             panic: Mutex::new(None),
         });
+        // A thread allocates while it starts, so all have started when this returns.
+        let started = Arc::new(Barrier::new(threads.max(1)));
         let workers = (1..threads)
             .map(|thread| {
-                let shared = Arc::clone(&shared);
+                let (shared, started) = (Arc::clone(&shared), Arc::clone(&started));
                 std::thread::Builder::new()
                     .name(format!("kernels-{thread}"))
-                    .spawn(move || shared.serve(thread))
+                    .spawn(move || {
+                        started.wait();
+                        shared.serve(thread);
+                    })
                     .expect("start a worker thread")
             })
             .collect();
+        started.wait();
         Pool { shared, turn: Mutex::new(()), workers }
     }
 
