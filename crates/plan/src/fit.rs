@@ -25,11 +25,14 @@ const LEAVE_OUT_STEPS: usize = 4;
 const NUDGE: f64 = 0.02;
 /// Errors beyond this (in log) count linearly.
 const HUBER: f64 = 0.12;
+/// Which effect of a kind a run has.
+type EffectOf = fn(&Run) -> Effect;
+
 /// How strongly a factor is drawn to one, by kind of effect, and by constant relative to that.
-const RIDGE: [(fn(&Run) -> Effect, f64); 3] = [
-    (|r| Effect::Family(r.cluster.accelerator.family.clone()), 0.1),
-    (|r| Effect::Recipe(r.recipe.to_owned()), 0.15),
-    (|r| Effect::Software(r.software.name.to_owned()), 0.15),
+const RIDGE: [(EffectOf, f64); 3] = [
+    (|r| Effect::Family(r.cluster.accelerator.family.clone()), 0.02),
+    (|r| Effect::Recipe(r.recipe.to_owned()), 0.02),
+    (|r| Effect::Software(r.software.name.to_owned()), 0.05),
 ];
 
 /// A run ready to be priced many times.

@@ -83,7 +83,11 @@ impl NetworkModel {
             base_s,
             scale_up_step_s: step,
             scale_out_step_s: out_step + cluster.scale_out.hop_latency_s.value,
-            ramp_s: if cluster.accelerator.family.starts_with("tpu") { 0.0 } else { 10e-6 },
+            ramp_s: match cluster.accelerator.family.as_str() {
+                family if family.starts_with("tpu") => 0.0,
+                "volta" | "ampere" => 3e-6,
+                _ => 10e-6,
+            },
         }
     }
 }
@@ -169,7 +173,7 @@ impl Span {
                 taper = taper.max(1.0 + (tier.oversubscription - 1.0) * crossing);
             }
         }
-        if cluster.scale_out.topology == FabricTopology::RailOnly && group.stride % domain != 0 {
+        if cluster.scale_out.topology == FabricTopology::RailOnly && !group.stride.is_multiple_of(domain) {
             // Traffic that changes rail goes through a neighbour's port first.
             taper *= 2.0;
         }
@@ -265,8 +269,9 @@ pub fn on_span(net: &NetworkModel, what: Collective, span: &Span, size: usize, b
         _ if k <= 1.0 => 0.0,
         Collective::Send => 1.0,
         Collective::AllToAll => (k - 1.0).min(16.0),
-        // Trees between domains: up and down; gathers walk a ring but pipeline over channels.
-        _ => passes * k.log2().ceil(),
+        // Trees between domains, up and down; gathers and scatters walk a ring.
+        Collective::AllReduce => 2.0 * k.log2().ceil(),
+        _ => k - 1.0,
     };
     let ramp = net.ramp_s * (1.0 + bytes / RAMP_FROM_BYTES).log2();
     let latency_s = net.base_s

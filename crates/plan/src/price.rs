@@ -441,7 +441,7 @@ impl<'a> Pricer<'a> {
         let dim = flops / scores / if backward { 5.0 } else { 2.0 };
         // Tensor units want rows of 16 bytes; libraries fall back to slower kernels without (head width 150 in BLOOM's
         // layout tests).
-        let misaligned = if (dim / 8.0).fract() > 1e-6 { 3.0 } else { 1.0 };
+        let misaligned = if (dim / 8.0).fract() > 1e-6 { 6.0 } else { 1.0 };
         if self.problem.software.unfused_attention {
             // The whole square is computed (backward four products instead of five), and scores pass through memory:
             // written, scaled and masked, softmax, dropout, read again.
@@ -568,10 +568,17 @@ impl<'a> Pricer<'a> {
         let experts = most * mix * t.expert_layer.expert_params;
         let shard = mesh.shard.clamp(1, replicas);
         let stride = (mesh.dp_stride() / mesh.cp).max(1);
+        let units = (most + 1.0).max(2.0);
+        let calls = if l.zero == Zero::Parameters { units } else { BUCKETS };
         let talk = |what, group: Group, bytes: f64| {
             let span = Span::of(&p.cluster, &self.net, group);
+            let span = if software.flat_collectives {
+                Span { outside_rate: span.outside_rate / span.inside, ..span }
+            } else {
+                span
+            };
             let priced = on_span(&self.net, what, &span, group.size, bytes);
-            priced.latency_s + (priced.seconds - priced.latency_s) / c.network
+            priced.latency_s * calls + (priced.seconds - priced.latency_s) / c.network
         };
         let all = Group { size: replicas, stride };
         let near = Group { size: shard, stride };
@@ -591,7 +598,6 @@ impl<'a> Pricer<'a> {
             let gather = talk(Collective::AllGather, near, 2.0 * dense);
             let scatter = talk(Collective::ReduceScatter, near, grad * dense)
                 + talk(Collective::AllReduce, far, grad * dense / shard as f64) / micro_batches;
-            let units = (most + 1.0).max(2.0);
             let exposed = |comm: f64, compute: f64| {
                 if software.overlap_params {
                     comm / units

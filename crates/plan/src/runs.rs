@@ -169,6 +169,15 @@ impl Reader<'_> {
         if !conditions.stated {
             self.assume(format!("fabric not published: that of {} taken", conditions.cluster));
         }
+        let mut conditions = conditions;
+        if conditions.software.name == "torchtitan" {
+            let said = format!("{} {}", id, self.text("notes")).to_ascii_lowercase();
+            conditions.software.overlap_tp = said.contains("async");
+        }
+        if self.text("model name").contains("tokendrop") {
+            // Fixed capacities: the host need not wait for token counts.
+            conditions.software.eager = false;
+        }
         let (recipe, format) = self.format(&family);
         let problem = layouts::Problem {
             shape: &shape,

@@ -217,7 +217,7 @@ impl Part {
             }
             return;
         }
-        self.to_front(&found);
+        self.offer(&found);
         let at = self.best.partition_point(|b| better(b, &found));
         if at < keep {
             self.best.insert(at, found);
@@ -225,7 +225,7 @@ impl Part {
         }
     }
 
-    fn to_front(&mut self, found: &Found) {
+    fn offer(&mut self, found: &Found) {
         let (t, m) = (found.price.step_s, found.price.memory.total());
         // Sorted by time: only faster ones can dominate.
         let at = self.front.partition_point(|f| f.price.step_s < t);
@@ -258,7 +258,7 @@ impl Part {
             }
         }
         for found in &other.front {
-            self.to_front(found);
+            self.offer(found);
         }
         let total = |f: &Found| f.price.memory.total();
         if let Some(found) = other.smallest

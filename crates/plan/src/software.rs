@@ -23,6 +23,8 @@ pub struct Software {
     pub overlap_experts: bool,
     /// Bytes of a gradient element on the wire.
     pub grad_wire_bytes: f64,
+    /// Gathers and scatters use one port of a node at a time, not all of them (DeepSpeed of 2021).
+    pub flat_collectives: bool,
     /// Kernels are launched one by one from Python, else from graphs or compiled programs.
     pub eager: bool,
     /// Dropout and its masks are in the model.
@@ -43,6 +45,7 @@ const MEGATRON_2021: Software = Software {
     overlap_p2p: false,
     overlap_experts: false,
     grad_wire_bytes: 4.0,
+    flat_collectives: false,
     eager: true,
     dropout: true,
     sequence_parallel: false,
@@ -59,6 +62,7 @@ const MEGATRON_CORE: Software = Software {
     overlap_p2p: true,
     overlap_experts: false,
     grad_wire_bytes: 4.0,
+    flat_collectives: false,
     eager: true,
     dropout: false,
     sequence_parallel: true,
@@ -75,6 +79,7 @@ const FSDP: Software = Software {
     overlap_p2p: false,
     overlap_experts: false,
     grad_wire_bytes: 2.0,
+    flat_collectives: false,
     eager: true,
     dropout: false,
     sequence_parallel: true,
@@ -93,19 +98,26 @@ pub const ALL: [Software; 15] = [
         overlap_grads: true,
         fsdp: true,
         grad_wire_bytes: 2.0,
+        flat_collectives: true,
         ..MEGATRON_2021
     },
     Software {
         name: "internevo",
         overlap_grads: true,
-        overlap_params: true,
+        overlap_params: false,
         grad_wire_bytes: 2.0,
         ..MEGATRON_CORE
     },
     MEGATRON_CORE,
     Software { name: "megatron-core-2025", grad_wire_bytes: 2.0, ..MEGATRON_CORE },
     Software { name: "megatron-core-2026", grad_wire_bytes: 2.0, ..MEGATRON_CORE },
-    Software { name: "megatron-core-2026h2", grad_wire_bytes: 2.0, eager: false, ..MEGATRON_CORE },
+    Software {
+        name: "megatron-core-2026h2",
+        grad_wire_bytes: 2.0,
+        eager: false,
+        overlap_experts: true,
+        ..MEGATRON_CORE
+    },
     FSDP,
     Software { name: "torchtitan", ..FSDP },
     Software { name: "maxtext-2024", overlap_tp: true, eager: false, ..FSDP },

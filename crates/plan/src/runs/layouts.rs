@@ -123,7 +123,9 @@ fn zero(text: &str, software: &Software) -> Zero {
         Zero::Optimizer
     } else if t.is_empty() && software.fsdp {
         Zero::Parameters
-    } else if t.is_empty() && software.name.starts_with("megatron-core") {
+    } else if t.is_empty()
+        && (software.name.starts_with("megatron-core") || software.name.starts_with("nemo"))
+    {
         Zero::Optimizer
     } else {
         Zero::Off

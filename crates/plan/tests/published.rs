@@ -1,0 +1,95 @@
+//! Published training runs, one folder for each paper, report or table: priced with the layouts that were published.
+//!
+//! Each folder's `tolerance.toml` says how many rows are priced and how far off the median and the 90th percentile may
+//! be. They are ratchets: a change that makes a source worse fails here; one that makes it better should lower them.
+
+use std::path::Path;
+
+use plan::calibration::Calibration;
+use plan::validate::{Validation, cross_validate, cross_validate_by, validate};
+use spec::Catalog;
+
+#[derive(serde::Deserialize)]
+struct Tolerance {
+    priced: usize,
+    median_abs_error: f64,
+    p90_abs_error: f64,
+}
+
+fn folders() -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/published");
+    let mut folders: Vec<_> = std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path()).collect();
+    folders.sort();
+    let read = |path: &Path| {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        (name, std::fs::read_to_string(path.join("runs.csv")).unwrap())
+    };
+    folders.iter().map(|p| read(p)).collect()
+}
+
+/// All folders as one table.
+fn all() -> String {
+    let mut out = String::new();
+    for (i, (_, text)) in folders().into_iter().enumerate() {
+        let body = if i == 0 { text.as_str() } else { text.split_once('\n').unwrap().1 };
+        out.push_str(body);
+    }
+    out
+}
+
+#[test]
+fn every_source_stays_within_its_tolerance() {
+    let catalog = Catalog::builtin().unwrap();
+    let calibration = Calibration::builtin().unwrap();
+    let mut failures = Vec::new();
+    for (name, text) in folders() {
+        let path =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/published").join(&name).join("tolerance.toml");
+        let tolerance: Tolerance = toml::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let v = validate(&name, &text, &catalog, &calibration).unwrap();
+        let found = (v.priced, v.median_abs_error, v.p90_abs_error);
+        if v.priced < tolerance.priced
+            || v.median_abs_error > tolerance.median_abs_error
+            || v.p90_abs_error > tolerance.p90_abs_error
+        {
+            failures.push(format!(
+                "{name}: {found:?}, allowed ({}, {}, {})",
+                tolerance.priced, tolerance.median_abs_error, tolerance.p90_abs_error
+            ));
+        }
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+/// The honest figure: every source predicted with constants that have not seen it.
+#[test]
+fn unseen_sources_are_predicted() {
+    let catalog = Catalog::builtin().unwrap();
+    let text = all();
+    let check = |v: &Validation, median: f64, p90: f64| {
+        assert!(v.held_out && v.priced > 580, "{}", v.priced);
+        assert!(v.median_abs_error < median, "median {}", v.median_abs_error);
+        assert!(v.p90_abs_error < p90, "90th percentile {}", v.p90_abs_error);
+    };
+    let by_source = cross_validate("published", &text, &catalog).unwrap();
+    check(&by_source, 0.08, 0.215);
+    // Whole publishers left out: all releases of one vendor's tables at once.
+    check(&cross_validate_by("published", &text, &catalog, |run| run.family.clone()).unwrap(), 0.11, 0.37);
+
+    let sweeps = &by_source.sweeps;
+    assert!(sweeps.len() > 12);
+    let mean = sweeps.iter().map(|s| s.kendall_tau).sum::<f64>() / sweeps.len() as f64;
+    assert!(mean > 0.6, "layouts are ordered at a mean tau of {mean}");
+    let regret = sweeps.iter().map(|s| s.regret).sum::<f64>() / sweeps.len() as f64;
+    assert!(regret < 0.06, "layouts predicted best are {regret} slower than the best");
+}
+
+#[test]
+fn intervals_hold_nine_in_ten_and_reasons_are_given() {
+    let catalog = Catalog::builtin().unwrap();
+    let v = validate("published", &all(), &catalog, &Calibration::builtin().unwrap()).unwrap();
+    assert!(v.inside_interval > 0.9, "{}", v.inside_interval);
+    assert_eq!(v.priced + v.not_priced.len(), 696);
+    assert!(v.not_priced.iter().all(|n| !n.reason.is_empty() && n.line > 1));
+    assert!(v.rows.iter().all(|r| r.low < r.predicted && r.predicted < r.high));
+}
