@@ -225,7 +225,8 @@ impl Stepper {
         rows.sort_by_key(|(_, (ns, _))| std::cmp::Reverse(*ns));
         let mut out = String::new();
         for (name, (ns, flops)) in rows {
-            let rate = if flops > 0 { format!("{:.1} GFLOP/s", flops as f64 / ns as f64) } else { String::new() };
+            let rate =
+                if flops > 0 { format!("{:.1} GFLOP/s", flops as f64 / ns as f64) } else { String::new() };
             writeln!(out, "{name:<34} {:>9.3} ms  {rate}", ns as f64 / 1e6).expect("writing to a string");
         }
         out

@@ -37,10 +37,16 @@ fn build(options: &BuildOptions, tokenizer: Option<&Path>, vocab_size: usize, js
     if json {
         output::print(&serde_json::to_string_pretty(m).expect("facts are plain data"));
     } else {
-        output::print(&format!("{}  {} documents  {} tokens", options.prefix.display(), m.documents, m.tokens));
+        output::print(&format!(
+            "{}  {} documents  {} tokens",
+            options.prefix.display(),
+            m.documents,
+            m.tokens
+        ));
     }
     let s = &report.skipped;
-    for (count, why) in [(s.not_utf8, "not UTF-8"), (s.empty, "without text"), (s.unreadable, "not readable")] {
+    for (count, why) in [(s.not_utf8, "not UTF-8"), (s.empty, "without text"), (s.unreadable, "not readable")]
+    {
         if count > 0 {
             output::say(&format!("warning: left out {count} inputs {why}"));
         }
@@ -52,7 +58,8 @@ fn build(options: &BuildOptions, tokenizer: Option<&Path>, vocab_size: usize, js
 fn show(path: &Path, tokenizer: Option<&Path>, json: bool) -> Result<u8> {
     let source = Source::open(path)?;
     let beside = tokenizer_path(path);
-    let tokenizer = tokenizer.or(beside.exists().then_some(beside.as_path())).map(Tokenizer::load).transpose()?;
+    let tokenizer =
+        tokenizer.or(beside.exists().then_some(beside.as_path())).map(Tokenizer::load).transpose()?;
     let summary = data::show(&source, tokenizer.as_ref())?;
     output::print(&if json {
         serde_json::to_string_pretty(&summary).expect("a summary is plain data")

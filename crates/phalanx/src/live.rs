@@ -63,7 +63,10 @@ impl Live {
             train::Event::Eta { seconds } => {
                 self.eta = seconds;
                 if let Some(bar) = &self.bar {
-                    bar.set_prefix(format!("eta {}", HumanDuration(Duration::from_secs_f64(seconds.max(0.0)))));
+                    bar.set_prefix(format!(
+                        "eta {}",
+                        HumanDuration(Duration::from_secs_f64(seconds.max(0.0)))
+                    ));
                 }
             }
             train::Event::Record(record) if self.json => {
@@ -81,7 +84,8 @@ impl Live {
                 bar.set_message(text);
             }
             (Some(bar), _) => bar.println(text),
-            (None, Record::Step { step, .. }) if !step.is_multiple_of(self.log_every) && *step != self.steps => {}
+            (None, Record::Step { step, .. })
+                if !step.is_multiple_of(self.log_every) && *step != self.steps => {}
             (None, _) => output::print(&text),
         }
     }
@@ -120,5 +124,9 @@ fn line(record: &Record, steps: u64, eta: f64) -> Option<String> {
 
 fn clock(seconds: f64) -> String {
     let s = seconds.max(0.0) as u64;
-    if s >= 3600 { format!("{}:{:02}:{:02}", s / 3600, s / 60 % 60, s % 60) } else { format!("{}:{:02}", s / 60, s % 60) }
+    if s >= 3600 {
+        format!("{}:{:02}:{:02}", s / 3600, s / 60 % 60, s % 60)
+    } else {
+        format!("{}:{:02}", s / 60, s % 60)
+    }
 }

@@ -66,7 +66,9 @@ pub(crate) fn logits(args: &Logits) -> Result<u8> {
 fn parse(ids: &str) -> Result<Vec<u32>> {
     ids.split([' ', ',', '[', ']'])
         .filter(|t| !t.is_empty())
-        .map(|t| t.parse().map_err(|_| Error::user(format!("token id '{t}', expected a whole number from 0"))))
+        .map(|t| {
+            t.parse().map_err(|_| Error::user(format!("token id '{t}', expected a whole number from 0")))
+        })
         .collect()
 }
 
@@ -80,7 +82,10 @@ pub(crate) fn import(args: &Import) -> Result<u8> {
     }
     let toml = model.to_toml();
     let section = format!("[model]\n{toml}");
-    let mut set = vec![format!("run.dir={}", serde_json::to_string(&args.run_dir.display().to_string()).expect("text"))];
+    let mut set = vec![format!(
+        "run.dir={}",
+        serde_json::to_string(&args.run_dir.display().to_string()).expect("text")
+    )];
     let limit = model.max_positions();
     if limit < 256 {
         set.push(format!("batch.sequence={limit}"));
@@ -112,8 +117,14 @@ pub(crate) fn export(args: &Export) -> Result<u8> {
         Ok(out)
     };
     let tokenizer = dir.tokenizer();
-    let done =
-        ckpt::hf::export(&run.model, source, &args.out_dir, dtype, args.max_shard_bytes, tokenizer.as_deref())?;
+    let done = ckpt::hf::export(
+        &run.model,
+        source,
+        &args.out_dir,
+        dtype,
+        args.max_shard_bytes,
+        tokenizer.as_deref(),
+    )?;
     output::say(&format!(
         "step {}: {} tensors in {} files, {}",
         checkpoint.step(),

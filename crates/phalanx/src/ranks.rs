@@ -29,8 +29,12 @@ impl Rank {
 
     /// Meets all ranks; those whose `identity` differs are named.
     pub(crate) fn world(&self, identity: &str, transport: TransportChoice) -> Result<World> {
-        let mut b =
-            Bootstrap::new(self.env.rank, self.env.world, self.store.client.clone(), self.env.session.clone());
+        let mut b = Bootstrap::new(
+            self.env.rank,
+            self.env.world,
+            self.store.client.clone(),
+            self.env.session.clone(),
+        );
         b.local_rank = self.env.local_rank;
         b.local_world = self.env.local_world;
         b.fingerprint = fingerprint(identity);

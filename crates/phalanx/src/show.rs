@@ -23,14 +23,31 @@ pub(crate) fn render(p: &Program, ops: bool) -> String {
 fn summary(s: &mut String, p: &Program) -> std::fmt::Result {
     let l = &p.layout;
     let params: usize = p.groups.iter().map(program::ParamGroup::len).sum();
-    writeln!(s, "rank {} of {}: dp {} tp {} pp {}", p.rank, l.world(), p.coords.dp, p.coords.tp, p.coords.pp)?;
+    writeln!(
+        s,
+        "rank {} of {}: dp {} tp {} pp {}",
+        p.rank,
+        l.world(),
+        p.coords.dp,
+        p.coords.tp,
+        p.coords.pp
+    )?;
     writeln!(
         s,
         "layout dp={} tp={} pp={} zero={} micro_batch={} sequence={} sequences={} ({} here), {}",
-        l.dp, l.tp, l.pp, u8::from(l.zero), l.micro_batch, p.sequence, p.sequences, p.local_sequences, p.precision
+        l.dp,
+        l.tp,
+        l.pp,
+        u8::from(l.zero),
+        l.micro_batch,
+        p.sequence,
+        p.sequences,
+        p.local_sequences,
+        p.precision
     )?;
     writeln!(s, "parameters {params} in {} groups, {} gradient buckets", p.groups.len(), p.buckets.len())?;
-    let order: Vec<String> = p.schedule.iter().map(|i| format!("{}:{}", p.blocks[i.block].name, i.micro_batch)).collect();
+    let order: Vec<String> =
+        p.schedule.iter().map(|i| format!("{}:{}", p.blocks[i.block].name, i.micro_batch)).collect();
     let shown = order.len().min(24);
     let more = if order.len() > shown { format!(" ... ({} in all)", order.len()) } else { String::new() };
     writeln!(s, "schedule {}{more} {}", order[..shown].join(" "), p.blocks[p.step].name)
@@ -55,7 +72,11 @@ fn memory(s: &mut String, p: &Program) -> std::fmt::Result {
     }
     if m.scratch_bound > 0 {
         let over = 100.0 * (m.scratch as f64 / m.scratch_bound as f64 - 1.0);
-        writeln!(s, "  scratch is {over:.1} % above the most that is ever alive at once ({})", binary(m.scratch_bound))?;
+        writeln!(
+            s,
+            "  scratch is {over:.1} % above the most that is ever alive at once ({})",
+            binary(m.scratch_bound)
+        )?;
     }
     Ok(())
 }
@@ -84,7 +105,8 @@ fn line(s: &mut String, p: &Program, op: &Op) -> std::fmt::Result {
 
 fn view(p: &Program, v: &View) -> String {
     let b: &Buffer = p.buffer(v.buffer);
-    let rows = if v.rows == b.rows { String::new() } else { format!(" rows {}..{}", v.row0, v.row0 + v.rows) };
+    let rows =
+        if v.rows == b.rows { String::new() } else { format!(" rows {}..{}", v.row0, v.row0 + v.rows) };
     let place = match b.home {
         Home::Static { offset } => format!("@{offset:#x}"),
         Home::Slot { offset, alive, .. } => format!("@slot+{offset:#x} alive {}..{}", alive.0, alive.1),

@@ -62,13 +62,23 @@ fn begin(args: &Train, run: &RunSpec) -> Result<()> {
         move_aside(dir.path())?;
     }
     if args.resume && ckpt::latest(&dir.checkpoints())?.is_none() {
-        return Err(Error::user(format!("nothing to resume: no checkpoint in {}", dir.checkpoints().display()))
-            .hint("leave out --resume to begin anew"));
+        return Err(Error::user(format!(
+            "nothing to resume: no checkpoint in {}",
+            dir.checkpoints().display()
+        ))
+        .hint("leave out --resume to begin anew"));
     }
     run.layout.validate(&run.model, run.batch.sequences, run.batch.sequence)
 }
 
-fn go(args: &Train, run: &RunSpec, prepared: Option<&data::Prepared>, rank: usize, mesh: Mesh, threads: usize) -> Result<u8> {
+fn go(
+    args: &Train,
+    run: &RunSpec,
+    prepared: Option<&data::Prepared>,
+    rank: usize,
+    mesh: Mesh,
+    threads: usize,
+) -> Result<u8> {
     let saved = ckpt::latest(&RunDir::new(&run.run.dir).checkpoints())?;
     let start = args.init.clone().map_or(Start::Seed, Start::Run);
     let mut trainer = Trainer::open(run.clone(), prepared, rank, mesh, threads, &start, args.trace)?;
@@ -78,7 +88,9 @@ fn go(args: &Train, run: &RunSpec, prepared: Option<&data::Prepared>, rank: usiz
     let steps = run.train.steps as u64;
     if trainer.step() >= steps {
         if rank == 0 {
-            output::say(&format!("all {steps} steps were done before; --fresh begins anew, train.steps goes on"));
+            output::say(&format!(
+                "all {steps} steps were done before; --fresh begins anew, train.steps goes on"
+            ));
         }
         return Ok(0);
     }
@@ -149,7 +161,12 @@ fn prepare(run: &RunSpec) -> Result<Option<data::Prepared>> {
     let prepared = prepared?;
     if let Some(p) = &prepared {
         let how = if p.cached { "from cache" } else { "built" };
-        output::say(&format!("data {} {how}: {} documents, {} tokens", p.prefix.display(), p.documents, p.tokens));
+        output::say(&format!(
+            "data {} {how}: {} documents, {} tokens",
+            p.prefix.display(),
+            p.documents,
+            p.tokens
+        ));
     }
     Ok(prepared)
 }
@@ -169,7 +186,11 @@ fn announce(run: &RunSpec, trainer: &mut Trainer, threads: usize, saved: Option<
         run.train.precision,
         crate::show::binary(bytes),
     ));
-    output::say(&format!("run {}: {steps} steps of {tokens} tokens, seed {}", run.run.dir.display(), run.train.seed));
+    output::say(&format!(
+        "run {}: {steps} steps of {tokens} tokens, seed {}",
+        run.run.dir.display(),
+        run.train.seed
+    ));
     if let Some(path) = saved {
         output::say(&format!("resumed from {} at step {}", path.display(), trainer.step()));
     }
@@ -179,7 +200,8 @@ fn announce(run: &RunSpec, trainer: &mut Trainer, threads: usize, saved: Option<
 fn stop_flag() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        let armed = signal_hook::flag::register_conditional_shutdown(signal, i32::from(INTERRUPTED), stop.clone());
+        let armed =
+            signal_hook::flag::register_conditional_shutdown(signal, i32::from(INTERRUPTED), stop.clone());
         armed
             .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
             .map_err(|e| Error::failure(format!("catch signal {signal}: {e}")))?;
@@ -195,8 +217,12 @@ fn sample(run: &RunSpec, trainer: &mut Trainer, threads: usize, json: bool) -> R
     }
     let mut generator = train::Generator::open(&run.run.dir, threads)?;
     let s = &run.sample;
-    let sampling =
-        Sampling { temperature: s.temperature, top_k: s.top_k.unwrap_or(0), top_p: s.top_p, seed: run.train.seed };
+    let sampling = Sampling {
+        temperature: s.temperature,
+        top_k: s.top_k.unwrap_or(0),
+        top_p: s.top_p,
+        seed: run.train.seed,
+    };
     let mut text = s.prompt.clone();
     generator.text(&s.prompt, run.train.sample_tokens, sampling, &mut |t| text.push_str(t))?;
     if !json {

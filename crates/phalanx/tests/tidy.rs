@@ -74,5 +74,8 @@ fn sources(dir: &Path) -> Vec<PathBuf> {
 fn the_readme_shows_the_commands_that_ci_runs() {
     let (readme, ci) = (read("README.md"), read(".ci/run"));
     assert!(readme.contains("cargo run --release -- train"));
-    assert!(readme.contains("cargo test --workspace --release") && ci.contains("cargo test --workspace --release"));
+    assert!(
+        readme.contains("cargo test --workspace --release")
+            && ci.contains("cargo test --workspace --release")
+    );
 }

@@ -229,7 +229,8 @@ impl Lower<'_> {
         };
         let params = region(self, "", self.cx.dtype, layout.zero >= Zero::Parameters);
         self.memory.params = self.at;
-        let masters = (self.cx.dtype != DType::F32 && self.request.cache == 0).then(|| region(self, "master.", DType::F32, true));
+        let masters = (self.cx.dtype != DType::F32 && self.request.cache == 0)
+            .then(|| region(self, "master.", DType::F32, true));
         self.memory.master = self.at - self.memory.params;
         let before = self.at;
         let grads: Vec<(BufferId, BufferId)> =
@@ -265,7 +266,13 @@ impl Lower<'_> {
     }
 
     /// The gradient sums of a group: all levels, and the last one, which holds the sum in the end.
-    fn grad_levels(&mut self, i: usize, owned: usize, holds_embedding: bool, head: bool) -> (BufferId, BufferId) {
+    fn grad_levels(
+        &mut self,
+        i: usize,
+        owned: usize,
+        holds_embedding: bool,
+        head: bool,
+    ) -> (BufferId, BufferId) {
         let g = &self.cx.groups[i];
         let from_head = head || g.name == "head.weight" || g.name == "embed.weight" && !holds_embedding;
         let (levels, rows, cols) = if self.request.cache > 0 {
@@ -675,7 +682,13 @@ fn gather_params(g: &mut Graph, nodes: Vec<Node>, cx: &Context<'_>) -> Vec<Node>
         }
         for (i, (unit, ids)) in units.iter().enumerate() {
             if at == first_use[i] {
-                out.push(comm(g, OpKind::WaitParams { unit: *unit }, &format!("gather.{unit}.wait"), ids, &n));
+                out.push(comm(
+                    g,
+                    OpKind::WaitParams { unit: *unit },
+                    &format!("gather.{unit}.wait"),
+                    ids,
+                    &n,
+                ));
             }
         }
         out.push(n);

@@ -215,7 +215,16 @@ impl Table<'_> {
                 if cut == Cut::Rows { share(*total, self.tp, self.tp_rank) } else { (0, *total) };
             let global = (*total, in_dim);
             let dims = [*total, in_dim];
-            parts.push(ParamPart { name: (*n).to_owned(), global, dims, row0, rows, col0, cols, local_row0: at });
+            parts.push(ParamPart {
+                name: (*n).to_owned(),
+                global,
+                dims,
+                row0,
+                rows,
+                col0,
+                cols,
+                local_row0: at,
+            });
             at += rows;
         }
         self.push(name.to_owned(), at, cols, true, parts, cut == Cut::Whole);

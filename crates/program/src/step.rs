@@ -42,7 +42,7 @@ pub(crate) fn ops(
     for (id, group, b) in each(cx, groups) {
         let kind = OpKind::AdamW { group: id, decay: group.decay };
         let mut outs = vec![whole(b.param)];
-        outs.extend(b.master.map(|m| whole(m)));
+        outs.extend(b.master.map(whole));
         outs.extend([whole(b.exp_avg), whole(b.exp_avg_sq)]);
         let mut adamw = op(format!("optim.{}", group.name), kind, vec![whole(b.grad)], outs);
         let count = if layout.zero >= Zero::Optimizer { b.owned.1 } else { group.len() } as u64;
@@ -74,8 +74,7 @@ pub(crate) fn with_reductions(
     buckets: &[Bucket],
     later: &dyn Fn(BufferId) -> bool,
 ) -> Vec<Op> {
-    let adds_to =
-        |op: &Op, b: BufferId| op.grads.iter().any(|g| g.sum == b);
+    let adds_to = |op: &Op, b: BufferId| op.grads.iter().any(|g| g.sum == b);
     let mut at: Vec<(usize, usize)> = Vec::new();
     for (i, bucket) in buckets.iter().enumerate() {
         let complete_after =

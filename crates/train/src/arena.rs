@@ -36,7 +36,9 @@ impl Arena {
                 "map {len} bytes for the step: {}",
                 std::io::Error::last_os_error()
             ))
-            .hint("a smaller layout.micro_batch, layout.recompute = \"full\" or more ranks take less memory"));
+            .hint(
+                "a smaller layout.micro_batch, layout.recompute = \"full\" or more ranks take less memory",
+            ));
         }
         Ok(Arena { base: base.cast(), len, shared: None })
     }

@@ -93,7 +93,16 @@ impl Executor {
         let room = program.schedule.iter().map(|i| ops(i.block)).sum::<usize>() + ops(program.step);
         let tables = program.sequence.max(program.cache);
         let spans = Spans::new(room, record);
-        Ok(Executor { program, arena, pool: Pool::new(threads), mesh, spans, bucket_runs, tables, comm_ns: 0 })
+        Ok(Executor {
+            program,
+            arena,
+            pool: Pool::new(threads),
+            mesh,
+            spans,
+            bucket_runs,
+            tables,
+            comm_ns: 0,
+        })
     }
 
     /// Bytes that the executor holds for the step: what the program placed.
@@ -139,7 +148,10 @@ impl Executor {
         let scale = (1.0 / inputs.valid_tokens.max(1) as f64) as f32;
         for i in 0..self.program.schedule.len() {
             let item = self.program.schedule[i];
-            self.block(item.block, Turn { micro_batch: item.micro_batch, position: 0, scale, ..Turn::default() })?;
+            self.block(
+                item.block,
+                Turn { micro_batch: item.micro_batch, position: 0, scale, ..Turn::default() },
+            )?;
         }
         self.finish(inputs)
     }
@@ -167,8 +179,8 @@ impl Executor {
         if kind.is_communication() {
             self.comm_ns += end - start_ns;
         }
-        for ((block, i), began, ended) in self.mesh.finished.borrow_mut().drain(..) {
-            self.spans.push_between(block, i, micro_batch, began, ended);
+        for f in self.mesh.finished.borrow_mut().drain(..) {
+            self.spans.push_between(f.at.0, f.at.1, micro_batch, f.began, f.ended);
         }
     }
 
@@ -218,6 +230,7 @@ impl Executor {
         }
     }
 
+    #[expect(clippy::mut_from_ref, reason = "one op runs at a time")]
     pub(crate) fn workspace(&self) -> &mut [f32] {
         // SAFETY: the work space belongs to the one op that runs.
         unsafe { self.arena.slice(self.program.workspace_offset, self.program.memory.workspace / 4) }
@@ -248,7 +261,9 @@ impl Executor {
         match &op.kind {
             Embed { vocab0, positions } => {
                 let dim = self.cols(op.outs[0]);
-                let pos = opt(2).filter(|_| *positions).map(|p| if turn.position > 0 { &p[turn.position * dim..] } else { p });
+                let pos = opt(2)
+                    .filter(|_| *positions)
+                    .map(|p| if turn.position > 0 { &p[turn.position * dim..] } else { p });
                 kernels::embed(pool, self.at::<u32>(op.ins[0], turn), ins(1), *vocab0, pos, seq, out(0), dim);
             }
             EmbedGrad { vocab0 } => {
@@ -256,7 +271,16 @@ impl Executor {
                 let of = p.group(op.grads[0].group);
                 let tokens = self.at::<u32>(op.ins[0], turn);
                 kernels::embed_grad(
-                    pool, tokens, *vocab0, of.rows, ins(1), levels, of.cols, &op.grads[0].inner, merge, ws,
+                    pool,
+                    tokens,
+                    *vocab0,
+                    of.rows,
+                    ins(1),
+                    levels,
+                    of.cols,
+                    &op.grads[0].inner,
+                    merge,
+                    ws,
                 );
             }
             PosGrad => {
@@ -267,9 +291,21 @@ impl Executor {
             Norm { norm, eps } => {
                 let (n, dim) = (rows(0), cols(0));
                 match norm {
-                    NormKind::Rms => kernels::rms_norm(pool, ins(0), ins(1), out(0), out_floats(1), n, dim, *eps),
+                    NormKind::Rms => {
+                        kernels::rms_norm(pool, ins(0), ins(1), out(0), out_floats(1), n, dim, *eps)
+                    }
                     NormKind::Layer => {
-                        kernels::layer_norm(pool, ins(0), ins(1), ins(2), out(0), out_floats(1), n, dim, *eps);
+                        kernels::layer_norm(
+                            pool,
+                            ins(0),
+                            ins(1),
+                            ins(2),
+                            out(0),
+                            out_floats(1),
+                            n,
+                            dim,
+                            *eps,
+                        );
                     }
                 }
             }
@@ -277,7 +313,9 @@ impl Executor {
                 let (n, dim) = (rows(0), cols(0));
                 let acc = self.acc(op, turn);
                 match norm {
-                    NormKind::Rms => kernels::rms_norm_dx(pool, ins(0), ins(1), ins(2), floats(3), acc, out(0), n, dim),
+                    NormKind::Rms => {
+                        kernels::rms_norm_dx(pool, ins(0), ins(1), ins(2), floats(3), acc, out(0), n, dim)
+                    }
                     NormKind::Layer => {
                         kernels::layer_norm_dx(pool, ins(0), ins(1), ins(2), floats(3), acc, out(0), n, dim);
                     }
@@ -289,19 +327,50 @@ impl Executor {
                 let (levels, merge) = self.levels(g, turn);
                 match norm {
                     NormKind::Rms => {
-                        kernels::rms_norm_dw(pool, ins(0), ins(1), floats(2), levels, n, dim, &g.inner, merge, ws);
+                        kernels::rms_norm_dw(
+                            pool,
+                            ins(0),
+                            ins(1),
+                            floats(2),
+                            levels,
+                            n,
+                            dim,
+                            &g.inner,
+                            merge,
+                            ws,
+                        );
                     }
                     NormKind::Layer => {
                         let (bias, _) = self.levels(&op.grads[1], turn);
                         kernels::layer_norm_dw(
-                            pool, ins(0), ins(1), floats(2), levels, bias, n, dim, &g.inner, merge, ws,
+                            pool,
+                            ins(0),
+                            ins(1),
+                            floats(2),
+                            levels,
+                            bias,
+                            n,
+                            dim,
+                            &g.inner,
+                            merge,
+                            ws,
                         );
                     }
                 }
             }
             HeadNorm { heads: h, eps } => {
                 kernels::qk_norm(
-                    pool, ins(0), ins(1), ins(2), out(0), out_floats(1), rows(0), h.q, h.kv, h.dim, *eps,
+                    pool,
+                    ins(0),
+                    ins(1),
+                    ins(2),
+                    out(0),
+                    out_floats(1),
+                    rows(0),
+                    h.q,
+                    h.kv,
+                    h.dim,
+                    *eps,
                 );
             }
             HeadNormGradInput { heads: h } => {
@@ -313,7 +382,19 @@ impl Executor {
                 let (dq, merge) = self.levels(g, turn);
                 let (dk, _) = self.levels(&op.grads[1], turn);
                 kernels::qk_norm_dw(
-                    pool, ins(0), ins(1), floats(2), dq, dk, rows(0), h.q, h.kv, h.dim, &g.inner, merge, ws,
+                    pool,
+                    ins(0),
+                    ins(1),
+                    floats(2),
+                    dq,
+                    dk,
+                    rows(0),
+                    h.q,
+                    h.kv,
+                    h.dim,
+                    &g.inner,
+                    merge,
+                    ws,
                 );
             }
             Linear => {
@@ -327,7 +408,18 @@ impl Executor {
             LinearGradWeight => {
                 let g = &op.grads[0];
                 let (levels, merge) = self.levels(g, turn);
-                kernels::linear_dw(pool, ins(0), ins(1), levels, rows(0), cols(1), cols(0), &g.inner, merge, ws);
+                kernels::linear_dw(
+                    pool,
+                    ins(0),
+                    ins(1),
+                    levels,
+                    rows(0),
+                    cols(1),
+                    cols(0),
+                    &g.inner,
+                    merge,
+                    ws,
+                );
             }
             BiasGrad => {
                 let g = &op.grads[0];
@@ -371,12 +463,24 @@ impl Executor {
                 let targets = self.at::<u32>(op.ins[1], turn);
                 kernels::xent_stats(pool, ins(0), targets, *vocab0, out_floats(0), rows(0), cols(0));
             }
-            XentCombine { shards } => kernels::xent_combine(floats(0), *shards, out_floats(0), rows(0) / shards),
+            XentCombine { shards } => {
+                kernels::xent_combine(floats(0), *shards, out_floats(0), rows(0) / shards)
+            }
             XentGrad { vocab0 } => {
                 let targets = self.at::<u32>(op.ins[1], turn);
                 let stats = floats(2);
                 let loss = out_floats(1);
-                kernels::xent_dlogits(pool, out(0), targets, *vocab0, stats, turn.scale, loss, rows(0), cols(0));
+                kernels::xent_dlogits(
+                    pool,
+                    out(0),
+                    targets,
+                    *vocab0,
+                    stats,
+                    turn.scale,
+                    loss,
+                    rows(0),
+                    cols(0),
+                );
             }
             LossSum => {
                 let sum = floats(0).iter().map(|&l| f64::from(l)).sum::<f64>();
@@ -395,7 +499,7 @@ impl Executor {
             }
             GradNorm | AdamW { .. } => unreachable!("the tail of the step runs these"),
             Fork { .. } => unreachable!("forks are dropped when blocks are made"),
-            _ => self.communicate::<T>(op, turn)?,
+            _ => self.communicate(op, turn)?,
         }
         Ok(())
     }

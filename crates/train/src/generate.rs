@@ -74,8 +74,12 @@ impl Executor {
     fn check_prompt(&self, prompt: &[u32]) -> Result<()> {
         let vocab = self.logits_len();
         if prompt.is_empty() || prompt.len() > self.tables {
-            return Err(Error::user(format!("a prompt of {} tokens, expected 1 to {}", prompt.len(), self.tables))
-                .hint("shorten the prompt, or train with a longer batch.sequence"));
+            return Err(Error::user(format!(
+                "a prompt of {} tokens, expected 1 to {}",
+                prompt.len(),
+                self.tables
+            ))
+            .hint("shorten the prompt, or train with a longer batch.sequence"));
         }
         if let Some(bad) = prompt.iter().find(|&&t| t as usize >= vocab) {
             return Err(Error::user(format!("prompt token {bad} is outside the vocabulary of {vocab}"))
@@ -88,7 +92,8 @@ impl Executor {
     fn feed(&mut self, token: u32, position: usize) -> Result<()> {
         let io = self.program.io;
         self.whole::<u32>(io.tokens)[0] = token;
-        let block = self.program.decode.ok_or_else(|| Error::failure("the program has no generation block"))?;
+        let block =
+            self.program.decode.ok_or_else(|| Error::failure("the program has no generation block"))?;
         self.block(block, Turn { position, ..Turn::default() })
     }
 
@@ -111,7 +116,8 @@ impl Executor {
                 let logits = self.at::<bf16>(view, Turn::default());
                 candidates.extend(logits.iter().map(|l| f64::from(l.to_f32())).zip(indexed));
             }
-            _ => candidates.extend(self.at::<f32>(view, Turn::default()).iter().map(|&l| f64::from(l)).zip(indexed)),
+            _ => candidates
+                .extend(self.at::<f32>(view, Turn::default()).iter().map(|&l| f64::from(l)).zip(indexed)),
         }
         sample(candidates, s, draw)
     }

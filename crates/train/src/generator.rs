@@ -38,7 +38,15 @@ impl Generator {
         let mut exec = Executor::new(&request, threads, Mesh::alone(), false)?;
         exec.set_tables(&run.model);
         exec.set_params(&mut |part, out| {
-            checkpoint.read_box(&part.name, ckpt::Kind::Param, part.row0, part.rows, part.col0, part.cols, out)
+            checkpoint.read_box(
+                &part.name,
+                ckpt::Kind::Param,
+                part.row0,
+                part.rows,
+                part.col0,
+                part.cols,
+                out,
+            )
         })?;
         let tokenizer = dir.tokenizer().map(|p| Tokenizer::load(&p)).transpose()?;
         Ok(Generator { exec, tokenizer, run })
@@ -61,7 +69,8 @@ impl Generator {
         each: &mut dyn FnMut(&str),
     ) -> Result<()> {
         let tokenizer = self.tokenizer.as_ref().ok_or_else(|| {
-            Error::user("the run has no tokenizer").hint("give token ids: phalanx generate --tokens \"1 2 3\"")
+            Error::user("the run has no tokenizer")
+                .hint("give token ids: phalanx generate --tokens \"1 2 3\"")
         })?;
         let mut ids = tokenizer.encode_prompt(prompt)?;
         if ids.is_empty() {

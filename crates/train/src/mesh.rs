@@ -4,7 +4,6 @@ use std::ops::Range;
 use std::time::Instant;
 
 use comm::{ElementType, Group, Handle, OpTag, Order, Span, World};
-use kernels::Storage;
 use program::{Axis, Bucket, BufferId, Coords, GroupId, Op, OpId, OpKind, Program, Sync, View};
 use spec::{DType, Error, Layout, Reduce, Result, Zero};
 
@@ -25,7 +24,14 @@ pub struct Mesh {
     /// Gathers of parameters under way, by unit.
     gathers: RefCell<HashMap<usize, UnderWay>>,
     /// Operations that went on beside others and were waited for since this was last looked at.
-    pub(crate) finished: RefCell<Vec<((usize, usize), Instant, Instant)>>,
+    pub(crate) finished: RefCell<Vec<Finished>>,
+}
+
+/// When an op (block and index) that went on beside others really ran.
+pub(crate) struct Finished {
+    pub(crate) at: (usize, usize),
+    pub(crate) began: Instant,
+    pub(crate) ended: Instant,
 }
 
 /// The messages of an op (block and index) that goes on beside others.
@@ -128,7 +134,7 @@ impl Mesh {
         let Some(UnderWay { at, handles }) = under_way else { return Ok(()) };
         for handle in handles {
             let times = handle.wait()?;
-            self.finished.borrow_mut().push((at, times.began, times.ended));
+            self.finished.borrow_mut().push(Finished { at, began: times.began, ended: times.ended });
         }
         Ok(())
     }
@@ -164,7 +170,9 @@ pub(crate) fn coalesce(p: &Program, bucket: &Bucket) -> Vec<(usize, usize)> {
     for (at, bytes) in runs {
         match out.last_mut() {
             // Alignment leaves gaps of less than a cache line, which hold zeros.
-            Some((first, len)) if at >= *first + *len && at - (*first + *len) < 64 => *len = at + bytes - *first,
+            Some((first, len)) if at >= *first + *len && at - (*first + *len) < 64 => {
+                *len = at + bytes - *first
+            }
             _ => out.push((at, bytes)),
         }
     }
@@ -198,7 +206,7 @@ impl Executor {
     }
 
     /// Runs an op in which ranks talk.
-    pub(crate) fn communicate<T: Storage + bytemuck::Pod>(&self, op: &Op, turn: Turn) -> Result<()> {
+    pub(crate) fn communicate(&self, op: &Op, turn: Turn) -> Result<()> {
         use OpKind::*;
         let mesh = &self.mesh;
         let id = tag(op.id);
@@ -254,7 +262,7 @@ impl Executor {
             WaitParams { unit } => {
                 let under_way = mesh.gathers.borrow_mut().remove(unit);
                 mesh.wait(under_way)
-            },
+            }
             ReduceGrads { bucket, .. } if self.program.layout.zero >= Zero::Gradients => {
                 self.scatter_micro_batch(op, *bucket, turn)
             }
@@ -262,7 +270,7 @@ impl Executor {
             WaitGrads { bucket } => {
                 let under_way = mesh.reductions.borrow_mut().remove(bucket);
                 mesh.wait(under_way)
-            },
+            }
             ShardGrads { bucket } => {
                 self.add_to_shards(op, *bucket, turn);
                 Ok(())

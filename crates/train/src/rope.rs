@@ -25,7 +25,8 @@ fn frequencies(rope: &Rope, head_dim: usize, positions: usize) -> (Vec<f64>, f64
         RopeScaling::Linear { factor } => (plain().map(|f| f / factor).collect(), 1.0),
         RopeScaling::Dynamic { factor } => {
             let original = rope.max_positions as f64;
-            let stretch = (factor * (positions as f64).max(original) / original - (factor - 1.0)).powf(d / (d - 2.0));
+            let stretch =
+                (factor * (positions as f64).max(original) / original - (factor - 1.0)).powf(d / (d - 2.0));
             (at(rope.theta * stretch).collect(), 1.0)
         }
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
@@ -47,7 +48,8 @@ fn frequencies(rope: &Rope, head_dim: usize, positions: usize) -> (Vec<f64>, f64
         RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, attention_factor } => {
             // The dim at which a full context makes `rotations` turns (Peng et al. 2023, section 3.2).
             let dim = |rotations: f64| {
-                d * (original_max_positions as f64 / (rotations * std::f64::consts::TAU)).ln() / (2.0 * rope.theta.ln())
+                d * (original_max_positions as f64 / (rotations * std::f64::consts::TAU)).ln()
+                    / (2.0 * rope.theta.ln())
             };
             let low = dim(beta_fast).floor().max(0.0);
             let high = dim(beta_slow).ceil().min(d - 1.0);
@@ -55,7 +57,8 @@ fn frequencies(rope: &Rope, head_dim: usize, positions: usize) -> (Vec<f64>, f64
                 let ramp = ((i as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
                 f / factor * ramp + f * (1.0 - ramp)
             });
-            let amplitude = attention_factor.unwrap_or(if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 });
+            let amplitude =
+                attention_factor.unwrap_or(if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 });
             (blended.collect(), amplitude)
         }
     }

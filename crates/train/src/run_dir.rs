@@ -56,8 +56,9 @@ impl RunDir {
     /// # Errors
     /// If the directory cannot be written.
     pub fn create(&self, run: &RunSpec, tokenizer: Option<&Path>) -> Result<()> {
-        std::fs::create_dir_all(&self.path)
-            .map_err(|e| Error::io("create run directory", &self.path, &e).hint("set run.dir to a writable place"))?;
+        std::fs::create_dir_all(&self.path).map_err(|e| {
+            Error::io("create run directory", &self.path, &e).hint("set run.dir to a writable place")
+        })?;
         replace(&self.run_file(), run.to_toml().as_bytes())?;
         if let Some(from) = tokenizer {
             let bytes = std::fs::read(from).map_err(|e| Error::io("read tokenizer", from, &e))?;

@@ -26,7 +26,12 @@ pub struct Spans {
 impl Spans {
     /// A recorder that is off, with room for `ops` ops when on.
     pub fn new(ops: usize, on: bool) -> Spans {
-        Spans { origin: Instant::now(), origin_us: crate::now_us(), on, spans: Vec::with_capacity(if on { ops } else { 0 }) }
+        Spans {
+            origin: Instant::now(),
+            origin_us: crate::now_us(),
+            on,
+            spans: Vec::with_capacity(if on { ops } else { 0 }),
+        }
     }
 
     /// When the recorder was made, in microseconds since 1970: spans of several ranks share one time line.
@@ -48,17 +53,38 @@ impl Spans {
         let end_ns = self.now();
         // Room is fixed so that recording never allocates; a program that outgrows it loses its last ops.
         if self.on && self.spans.len() < self.spans.capacity() {
-            self.spans.push(Span { block: block as u32, op: op as u32, micro_batch: micro_batch as u32, start_ns, end_ns });
+            self.spans.push(Span {
+                block: block as u32,
+                op: op as u32,
+                micro_batch: micro_batch as u32,
+                start_ns,
+                end_ns,
+            });
         }
         end_ns
     }
 
     /// Records an op that went on beside others.
-    pub(crate) fn push_between(&mut self, block: usize, op: usize, micro_batch: usize, began: Instant, ended: Instant) {
-        let ns = |t: Instant| u64::try_from(t.saturating_duration_since(self.origin).as_nanos()).unwrap_or(u64::MAX);
+    pub(crate) fn push_between(
+        &mut self,
+        block: usize,
+        op: usize,
+        micro_batch: usize,
+        began: Instant,
+        ended: Instant,
+    ) {
+        let ns = |t: Instant| {
+            u64::try_from(t.saturating_duration_since(self.origin).as_nanos()).unwrap_or(u64::MAX)
+        };
         if self.on && self.spans.len() < self.spans.capacity() {
             let (start_ns, end_ns) = (ns(began), ns(ended));
-            self.spans.push(Span { block: block as u32, op: op as u32, micro_batch: micro_batch as u32, start_ns, end_ns });
+            self.spans.push(Span {
+                block: block as u32,
+                op: op as u32,
+                micro_batch: micro_batch as u32,
+                start_ns,
+                end_ns,
+            });
         }
     }
 

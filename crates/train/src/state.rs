@@ -100,13 +100,20 @@ impl Executor {
         let groups = p.groups.iter().zip(&p.group_buffers).filter(|(_, b)| b.counts);
         groups.flat_map(move |(group, b)| {
             let (first, count) = program::owned_range(group.len(), p.layout.dp, p.coords.dp);
-            let kinds =
-                [(Kind::Param, b.master.unwrap_or(b.param)), (Kind::ExpAvg, b.exp_avg), (Kind::ExpAvgSq, b.exp_avg_sq)];
+            let kinds = [
+                (Kind::Param, b.master.unwrap_or(b.param)),
+                (Kind::ExpAvg, b.exp_avg),
+                (Kind::ExpAvgSq, b.exp_avg_sq),
+            ];
             kinds.into_iter().flat_map(move |(kind, buffer)| {
                 let whole = p.buffer(buffer).len() == group.len();
                 let data: &[f32] = self.whole(buffer);
                 runs(group, first..first + count).map(move |run| {
-                    let at = if whole { run.local.clone() } else { run.local.start - first..run.local.end - first };
+                    let at = if whole {
+                        run.local.clone()
+                    } else {
+                        run.local.start - first..run.local.end - first
+                    };
                     let part = run.part;
                     Piece {
                         name: &part.name,

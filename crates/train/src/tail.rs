@@ -116,7 +116,9 @@ impl Executor {
         let m = &mut self.whole::<f32>(b.exp_avg)[cut(b.exp_avg)];
         let v = &mut self.whole::<f32>(b.exp_avg_sq)[cut(b.exp_avg_sq)];
         match b.master {
-            None => kernels::adamw(&self.pool, &config, &mut self.whole::<f32>(b.param)[cut(b.param)], m, v, grad),
+            None => {
+                kernels::adamw(&self.pool, &config, &mut self.whole::<f32>(b.param)[cut(b.param)], m, v, grad)
+            }
             Some(master) => {
                 let w = &mut self.whole::<f32>(master)[cut(master)];
                 let out = &mut self.whole::<half::bf16>(b.param)[cut(b.param)];

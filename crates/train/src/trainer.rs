@@ -66,8 +66,10 @@ pub fn prepare(run: &RunSpec, progress: data::OnProgress<'_>) -> Result<Option<P
     let source = match &run.data.source {
         DataSource::CargoSources => {
             let home = data::default_cargo_home().ok_or_else(|| {
-                Error::user("no CARGO_HOME and no home directory: the default text, sources of crates, is not there")
-                    .hint("give text to train on: phalanx train --text PATH")
+                Error::user(
+                    "no CARGO_HOME and no home directory: the default text, sources of crates, is not there",
+                )
+                .hint("give text to train on: phalanx train --text PATH")
             })?;
             TextSource::CargoHome(home)
         }
@@ -133,8 +135,11 @@ impl Trainer {
         }
         let peak_flops_per_s = 1e9 * exec.peak_gflops();
         let journal = Journal::create(dir.path(), rank, checkpoint.is_some())?;
-        let events =
-            if rank == 0 { Some(EventWriter::create(&dir.tensorboard(), now_us(), &host(), rank)?) } else { None };
+        let events = if rank == 0 {
+            Some(EventWriter::create(&dir.tensorboard(), now_us(), &host(), rank)?)
+        } else {
+            None
+        };
         let sample = vec![0; run.batch.sequence + 1];
         let resumed = checkpoint;
         let mut t =
@@ -163,7 +168,7 @@ impl Trainer {
             rank,
             host: host(),
             device: format!("cpu, {} threads", self.exec.pool.threads()),
-            parameters: self.run.model.param_count() as u64,
+            parameters: self.run.model.param_count(),
         };
         self.journal.write(&started)?;
         if let Some(path) = &self.resumed {
@@ -304,7 +309,9 @@ impl Trainer {
             world: self.run.layout.world(),
             state: json!({ "next_sample": self.step * batch.sequences as u64, "data": self.streams.fingerprint }),
         };
-        let Some((path, bytes)) = self.exec.save(&self.dir.checkpoints(), self.step, meta)? else { return Ok(()) };
+        let Some((path, bytes)) = self.exec.save(&self.dir.checkpoints(), self.step, meta)? else {
+            return Ok(());
+        };
         if let Some(keep) = self.run.checkpoint.keep {
             ckpt::keep(&self.dir.checkpoints(), keep)?;
         }
@@ -340,8 +347,9 @@ impl Executor {
     /// If any rank cannot write; the checkpoints before stay as they are.
     pub fn save(&mut self, dir: &Path, step: u64, meta: ckpt::Meta) -> Result<Option<(PathBuf, u64)>> {
         let rank = self.program.rank;
-        let written =
-            ckpt::Saver::begin(dir, step).and_then(|saver| saver.write_rank(rank, self.pieces())).map(|r| r.to_bytes());
+        let written = ckpt::Saver::begin(dir, step)
+            .and_then(|saver| saver.write_rank(rank, self.pieces()))
+            .map(|r| r.to_bytes());
         // An empty record says that a rank could not write: then nobody's share becomes a checkpoint.
         let all = self.mesh.exchange(written.as_deref().unwrap_or_default())?;
         let failed = all.iter().position(Vec::is_empty);
@@ -354,7 +362,9 @@ impl Executor {
         let verdict = self.mesh.exchange(&[u8::from(committed.is_ok())])?;
         written?;
         if let Some(other) = failed {
-            return Err(Error::failure(format!("checkpoint of step {step}: rank {other} could not write its share")));
+            return Err(Error::failure(format!(
+                "checkpoint of step {step}: rank {other} could not write its share"
+            )));
         }
         let committed = committed?;
         if verdict[0] != [1] {
@@ -395,8 +405,15 @@ fn commit(dir: &Path, step: u64, records: &[Vec<u8>], meta: ckpt::Meta) -> Resul
 pub fn import_weights(run: &RunSpec, dir: &RunDir, weights: &ckpt::hf::HfWeights) -> Result<PathBuf> {
     let layout = spec::Layout::default();
     let (sequence, sequences) = (run.batch.sequence, 1);
-    let request =
-        Request { model: &run.model, layout: &layout, sequence, sequences, precision: spec::DType::F32, rank: 0, cache: 0 };
+    let request = Request {
+        model: &run.model,
+        layout: &layout,
+        sequence,
+        sequences,
+        precision: spec::DType::F32,
+        rank: 0,
+        cache: 0,
+    };
     let mut exec = Executor::new(&request, 1, Mesh::alone(), false)?;
     exec.set_params(&mut |part, out| {
         weights.read_box(&part.name, part.row0, part.rows, part.col0, part.cols, out)
@@ -493,17 +510,21 @@ fn adopt(exec: &mut Executor, run: &RunSpec, from: &Path) -> Result<()> {
 fn check_continues(run: &RunSpec, dir: &RunDir, checkpoint: Option<&Path>) -> Result<()> {
     let Ok(earlier) = dir.load() else { return Ok(()) };
     let done = checkpoint.map(ckpt::Checkpoint::open).transpose()?.map_or(0, |c| c.step());
-    let only_length = run.differences(&earlier).iter().all(|d| d.key == "train.steps" || d.key.starts_with("schedule."));
+    let only_length =
+        run.differences(&earlier).iter().all(|d| d.key == "train.steps" || d.key.starts_with("schedule."));
     let same_past = (1..=done as usize).all(|s| run.lr_at(s).to_bits() == earlier.lr_at(s).to_bits());
     if only_length && same_past { Ok(()) } else { run.check_continues(&earlier) }
 }
 
 /// Microseconds since 1970.
 pub fn now_us() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX))
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX))
 }
 
 /// This machine's name.
 pub fn host() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "localhost".into(), |h| h.trim().to_owned())
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map_or_else(|_| "localhost".into(), |h| h.trim().to_owned())
 }

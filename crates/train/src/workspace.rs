@@ -8,7 +8,9 @@ pub fn workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
     let inner = || op.grads[0].inner.as_slice();
     match &op.kind {
         Linear => kernels::linear_workspace_len(rows(0), cols(op.ins[0]), rows(1), threads),
-        LinearGradInput => kernels::linear_dx_workspace_len(rows(0), cols(op.ins[1]), cols(op.ins[0]), threads),
+        LinearGradInput => {
+            kernels::linear_dx_workspace_len(rows(0), cols(op.ins[1]), cols(op.ins[0]), threads)
+        }
         LinearGradWeight => {
             kernels::linear_dw_workspace_len(rows(0), cols(op.ins[1]), cols(op.ins[0]), inner(), threads)
         }
@@ -23,15 +25,11 @@ pub fn workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
         }
         NormGradWeight { .. } => kernels::norm_dw_workspace_len(cols(op.ins[0]), inner()),
         HeadNormGradWeight { heads: h } => kernels::qk_norm_dw_workspace_len(h.dim, inner()),
-        Attention { heads: h } => {
-            kernels::attention_workspace_len(p.sequence, h.q, h.kv, h.dim, threads)
-        }
+        Attention { heads: h } => kernels::attention_workspace_len(p.sequence, h.q, h.kv, h.dim, threads),
         AttentionGrad { heads: h } => {
             kernels::attention_dx_workspace_len(p.sequence, h.q, h.kv, h.dim, threads)
         }
-        AttentionCached { heads: h } => {
-            kernels::attention_decode_workspace_len(p.cache, h.dim, threads)
-        }
+        AttentionCached { heads: h } => kernels::attention_decode_workspace_len(p.cache, h.dim, threads),
         _ => 0,
     }
 }

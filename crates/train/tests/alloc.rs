@@ -31,9 +31,11 @@ static COUNTING: Counting = Counting;
 
 #[test]
 fn steps_after_the_first_allocate_nothing() {
-    for (gpt2, precision, recompute) in
-        [(false, DType::F32, Recompute::None), (true, DType::Bf16, Recompute::Full), (false, DType::F32, Recompute::Selective)]
-    {
+    for (gpt2, precision, recompute) in [
+        (false, DType::F32, Recompute::None),
+        (true, DType::Bf16, Recompute::Full),
+        (false, DType::F32, Recompute::Selective),
+    ] {
         let m = model(2, true, gpt2);
         let layout = Layout { micro_batch: 2, recompute, ..Layout::default() };
         let mut exec = executor(&m, &layout, 8, precision, 2);

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{executor, first_difference, fill, inputs, model, steps, weights};
+use common::{executor, fill, first_difference, inputs, model, steps, weights};
 use spec::{DType, Layout, Recompute};
 
 fn check(what: &str, precision: DType, layout: &Layout, threads: usize) {
@@ -70,7 +70,8 @@ fn survive_a_checkpoint_at_any_step() {
             let dir = tempfile::tempdir().expect("a folder");
             let mut first = executor(&m, &Layout { micro_batch: 2, ..Layout::default() }, 4, precision, 2);
             steps(&mut first, m.vocab, 1, stop + 1);
-            let path = ckpt::Saver::save(dir.path(), stop, first.pieces(), ckpt::Meta::default()).expect("saved");
+            let path =
+                ckpt::Saver::save(dir.path(), stop, first.pieces(), ckpt::Meta::default()).expect("saved");
             let mut second = executor(&m, &Layout::default(), 4, precision, 1);
             second.restore(&ckpt::Checkpoint::open(&path).expect("a checkpoint")).expect("restored");
             steps(&mut second, m.vocab, stop + 1, 6);

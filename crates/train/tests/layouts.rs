@@ -5,8 +5,8 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use common::{SEQUENCE, executor, fill, first_difference, inputs, model, steps, weights};
 use comm::World;
+use common::{SEQUENCE, executor, fill, first_difference, inputs, model, steps, weights};
 use program::Request;
 use proptest::prelude::*;
 use spec::{DType, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
@@ -30,15 +30,23 @@ fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> (Vec<StepOu
                 scope.spawn(move || {
                     let rank = world.rank();
                     let mesh = Mesh::new(world, layout).expect("groups");
-                    let request =
-                        Request { model: m, layout, sequence: SEQUENCE, sequences: SEQUENCES, precision, rank, cache: 0 };
+                    let request = Request {
+                        model: m,
+                        layout,
+                        sequence: SEQUENCE,
+                        sequences: SEQUENCES,
+                        precision,
+                        rank,
+                        cache: 0,
+                    };
                     let mut exec = Executor::new(&request, 1, mesh, false).expect("a program");
                     assert_eq!(exec.allocated_bytes(), exec.program.memory.total);
                     exec.initialise(m, 11).expect("weights");
                     let out = (1..=STEPS)
                         .map(|k| {
                             let valid = fill(&mut exec, m.vocab, k);
-                            exec.step(&StepInputs { lr, ..inputs(k, valid) }).unwrap_or_else(|e| panic!("rank {rank} step {k}: {e}"))
+                            exec.step(&StepInputs { lr, ..inputs(k, valid) })
+                                .unwrap_or_else(|e| panic!("rank {rank} step {k}: {e}"))
                         })
                         .collect();
                     exec.save(dir, STEPS, ckpt::Meta::default()).expect("saved");
@@ -52,7 +60,8 @@ fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> (Vec<StepOu
         assert_eq!(outputs[0], *other, "all ranks report the same loss and norm");
     }
     let mut one = executor(m, &Layout::default(), SEQUENCES, precision, 1);
-    let checkpoint = ckpt::Checkpoint::open(&ckpt::latest(dir.path()).expect("a folder").expect("a checkpoint"));
+    let checkpoint =
+        ckpt::Checkpoint::open(&ckpt::latest(dir.path()).expect("a folder").expect("a checkpoint"));
     one.restore(&checkpoint.expect("whole")).expect("restored");
     (outputs[0].clone(), weights(&one))
 }
@@ -112,7 +121,12 @@ fn pipelines() {
             for (schedule, chunks) in schedules() {
                 for (pp, micro_batch) in [(2, 1), (2, 2), (4, 1)] {
                     if pp * chunks <= m.layers {
-                        check(&m, &Layout { pp, schedule, chunks, micro_batch, ..Layout::default() }, precision, &expected);
+                        check(
+                            &m,
+                            &Layout { pp, schedule, chunks, micro_batch, ..Layout::default() },
+                            precision,
+                            &expected,
+                        );
                     }
                 }
             }
@@ -170,9 +184,21 @@ fn tensor_parallel_within_tolerance() {
                 let (outputs, _) = run(&m, &layout, DType::F32, lr);
                 for (k, (a, b)) in outputs.iter().zip(&expected).enumerate() {
                     let off = (a.loss / b.loss - 1.0).abs();
-                    assert!(off < 1e-5, "step {}: loss {} against {} under {layout:?}", k + 1, a.loss, b.loss);
+                    assert!(
+                        off < 1e-5,
+                        "step {}: loss {} against {} under {layout:?}",
+                        k + 1,
+                        a.loss,
+                        b.loss
+                    );
                     let off = (a.grad_norm / b.grad_norm - 1.0).abs();
-                    assert!(off < 1e-3, "step {}: norm {} against {} under {layout:?}", k + 1, a.grad_norm, b.grad_norm);
+                    assert!(
+                        off < 1e-3,
+                        "step {}: norm {} against {} under {layout:?}",
+                        k + 1,
+                        a.grad_norm,
+                        b.grad_norm
+                    );
                 }
             }
         }
@@ -185,9 +211,17 @@ fn zero_3_shards_the_state() {
     let m = ModelSpec::preset("llama-tiny-ref").expect("a preset");
     let state = |dp: usize, zero: Zero| {
         let layout = Layout { dp, zero, ..Layout::default() };
-        let request =
-            Request { model: &m, layout: &layout, sequence: 64, sequences: 4, precision: DType::F32, rank: dp - 1, cache: 0 };
-        let p = program::Program::build(&request, &|op, p| train::workspace_len(op, p, 1)).expect("a program");
+        let request = Request {
+            model: &m,
+            layout: &layout,
+            sequence: 64,
+            sequences: 4,
+            precision: DType::F32,
+            rank: dp - 1,
+            cache: 0,
+        };
+        let p =
+            program::Program::build(&request, &|op, p| train::workspace_len(op, p, 1)).expect("a program");
         p.memory.params + p.memory.grads + p.memory.moments
     };
     let share = state(4, Zero::Parameters) as f64 / state(1, Zero::Off) as f64;

@@ -73,7 +73,7 @@ impl Golden {
             eps: 1e-8,
             weight_decay: 0.1,
             clip: Some(1.0),
-        stop: false,
+            stop: false,
         };
         exec.step(&inputs).expect("a step")
     }
@@ -134,8 +134,18 @@ fn check(name: &'static str, weights_tolerance: f64) {
     let (losses, norms) = (g.numbers("/float64/losses"), g.numbers("/float64/grad_norms"));
     for k in 0..10 {
         let out = g.step(&mut exec, k % 3, k as u64 + 1, 1e-2);
-        assert!((out.loss / losses[k] - 1.0).abs() < 3e-5, "{name} step {k}: {} against {}", out.loss, losses[k]);
-        assert!((out.grad_norm / norms[k] - 1.0).abs() < 3e-4, "{name} step {k}: {} / {}", out.grad_norm, norms[k]);
+        assert!(
+            (out.loss / losses[k] - 1.0).abs() < 3e-5,
+            "{name} step {k}: {} against {}",
+            out.loss,
+            losses[k]
+        );
+        assert!(
+            (out.grad_norm / norms[k] - 1.0).abs() < 3e-4,
+            "{name} step {k}: {} / {}",
+            out.grad_norm,
+            norms[k]
+        );
     }
     let ours = collect(|f| exec.each_param(f));
     let (off, tensor) = distance(&ours, &g.tensors("after10.safetensors"), &g.model);
@@ -184,7 +194,8 @@ fn logits_agree_with_transformers() {
         };
         let mut exec = Executor::new(&request, 1, Mesh::alone(), false).expect("a program");
         exec.set_tables(&g.model);
-        exec.set_params(&mut |p, out| weights.read_box(&p.name, p.row0, p.rows, p.col0, p.cols, out)).expect("weights");
+        exec.set_params(&mut |p, out| weights.read_box(&p.name, p.row0, p.rows, p.col0, p.cols, out))
+            .expect("weights");
         let expected = logits(&golden(name));
         let vocab = g.model.vocab;
         let rows = exec.all_logits(&g.batches[0].0[..SEQUENCE]).expect("logits");

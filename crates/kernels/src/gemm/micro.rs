@@ -2,8 +2,8 @@
 
 use super::{MR, NR};
 #[cfg(target_arch = "x86_64")]
-use crate::simd::{Avx2, Avx512};
-use crate::simd::{Backend, LANES, Scalar, Simd, backend};
+use crate::simd::{Avx2, Avx512, Backend};
+use crate::simd::{LANES, Scalar, Simd, backend};
 
 /// The arguments of a tile: c = (load ? c : 0) + a b.
 #[derive(Clone, Copy)]

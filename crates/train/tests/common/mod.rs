@@ -36,7 +36,13 @@ pub fn model(layers: usize, tied: bool, gpt2: bool) -> ModelSpec {
     }
 }
 
-pub fn executor(model: &ModelSpec, layout: &Layout, sequences: usize, precision: DType, threads: usize) -> Executor {
+pub fn executor(
+    model: &ModelSpec,
+    layout: &Layout,
+    sequences: usize,
+    precision: DType,
+    threads: usize,
+) -> Executor {
     let request = Request { model, layout, sequence: SEQUENCE, sequences, precision, rank: 0, cache: 0 };
     let mut exec = Executor::new(&request, threads, Mesh::alone(), false).expect("a valid layout");
     exec.initialise(model, 11).expect("weights");
@@ -55,7 +61,7 @@ pub fn token(k: u64, s: usize, i: usize, vocab: usize) -> u32 {
 
 /// Every third target of odd sequences is ignored, so that sequences differ in valid tokens.
 pub fn target(k: u64, s: usize, i: usize, vocab: usize) -> u32 {
-    if s % 2 == 1 && i % 3 == 0 { u32::MAX } else { token(k, s, i + 1, vocab) }
+    if !s.is_multiple_of(2) && i.is_multiple_of(3) { u32::MAX } else { token(k, s, i + 1, vocab) }
 }
 
 /// Fills in this rank's sequences of step `k` and returns the valid targets of the global batch.
