@@ -17,22 +17,25 @@ mod cost;
 mod derive;
 mod emit;
 mod graph;
+mod lifetimes;
 mod lower;
 mod op;
 mod params;
 mod pipeline;
 mod place;
+mod statics;
 mod step;
+mod zero;
 
 use serde::Serialize;
 use spec::{DType, Layout, ModelSpec, Result};
 
 pub use cost::Cost;
 pub use graph::Phase;
-pub use lower::owned as owned_range;
 pub use op::{Axis, Heads, OpKind, Sync};
 pub use params::{GroupId, ParamGroup, ParamPart};
 pub use pipeline::{Pass, PassTimes, Played, Work, orders, play};
+pub use zero::owned as owned_range;
 
 /// What to build a program for.
 #[derive(Clone, Copy, Debug)]

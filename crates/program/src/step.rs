@@ -128,7 +128,7 @@ fn op(name: String, kind: OpKind, ins: Vec<View>, outs: Vec<View>) -> Op {
 
 #[cfg(test)]
 mod tests {
-    use crate::lower::owned;
+    use crate::zero::owned;
 
     #[test]
     fn owned_ranges_tile_the_group_in_whole_chunks() {

@@ -1,0 +1,201 @@
+//! Buffers that live as long as the run: parameters, gradients, moments, inputs.
+
+use std::collections::HashMap;
+
+use spec::{DType, Position, SumTree, Zero};
+
+use crate::lower::Lower;
+use crate::params::{Chunk, GroupId, chunks, table};
+use crate::place::aligned;
+use crate::zero::owned;
+use crate::{Bucket, BufferId, GroupBuffers, Home, Io, NORM_CHUNK};
+
+/// Gradients are reduced in runs of about this many bytes: large enough for full bandwidth, small enough to begin
+/// while most of the backward pass is still ahead.
+const BUCKET_BYTES: usize = 8 << 20;
+
+impl Lower<'_> {
+    pub(crate) fn fixed(&mut self, name: String, rows: usize, cols: usize, dtype: DType) -> BufferId {
+        let home = Home::Static { offset: self.at };
+        self.at += aligned(rows * cols * dtype.bytes());
+        self.buffer(name, rows, cols, dtype, home)
+    }
+
+    /// Parameters, masters, gradients and moments, each region in forward order.
+    pub(crate) fn statics(&mut self, stage: &[Chunk]) {
+        let groups = self.cx.groups;
+        let layout = self.cx.layout;
+        let owned: Vec<(usize, usize)> = groups
+            .iter()
+            .map(|g| {
+                if layout.zero >= Zero::Optimizer {
+                    owned(g.len(), layout.dp, self.coords.dp)
+                } else {
+                    (0, g.len())
+                }
+            })
+            .collect();
+        let whole =
+            table(self.cx.model, layout.tp, self.coords.tp, &chunks(self.cx.model, &Default::default(), 0));
+        let mut chunk0 = HashMap::new();
+        let mut at = 0;
+        for g in &whole {
+            chunk0.insert(g.name.as_str(), at);
+            at += g.len().div_ceil(NORM_CHUNK);
+        }
+        let holds_embedding = stage.iter().any(|c| c.embed);
+        let region = |l: &mut Self, prefix: &str, dtype: DType, owned_only: bool| -> Vec<BufferId> {
+            let training = l.request.cache == 0;
+            (0..groups.len())
+                .map(|i| {
+                    let (rows, cols) = if !training && !prefix.is_empty() {
+                        (0, groups[i].cols)
+                    } else if owned_only && owned[i].1 != groups[i].len() {
+                        (1, owned[i].1)
+                    } else {
+                        (groups[i].rows, groups[i].cols)
+                    };
+                    l.fixed(format!("{prefix}{}", groups[i].name), rows, cols, dtype)
+                })
+                .collect()
+        };
+        let params = region(self, "", self.cx.dtype, layout.zero >= Zero::Parameters);
+        self.memory.params = self.at;
+        let masters = (self.cx.dtype != DType::F32 && self.request.cache == 0)
+            .then(|| region(self, "master.", DType::F32, true));
+        self.memory.master = self.at - self.memory.params;
+        let before = self.at;
+        let grads: Vec<(BufferId, BufferId)> =
+            (0..groups.len()).map(|i| self.grad_levels(i, owned[i].1, holds_embedding, false)).collect();
+        let head_grads: Vec<Option<(BufferId, BufferId)>> = (0..groups.len())
+            .map(|i| {
+                let tied_here = self.cx.model.tied_embeddings && groups[i].name == "embed.weight";
+                (tied_here && holds_embedding && stage.iter().any(|c| c.head))
+                    .then(|| self.grad_levels(i, owned[i].1, holds_embedding, true))
+            })
+            .collect();
+        self.memory.grads = self.at - before;
+        let before = self.at;
+        let exp_avg = region(self, "exp_avg.", DType::F32, true);
+        let exp_avg_sq = region(self, "exp_avg_sq.", DType::F32, true);
+        self.memory.moments = self.at - before;
+        for (i, g) in groups.iter().enumerate() {
+            let copy_of_tied = g.name == "embed.weight" && !holds_embedding;
+            self.group_buffers.push(GroupBuffers {
+                param: params[i],
+                master: masters.as_ref().map(|m| m[i]),
+                grad_levels: grads[i].0,
+                grad: grads[i].1,
+                head_grad_levels: head_grads[i].map(|h| h.0),
+                head_grad: head_grads[i].map(|h| h.1),
+                exp_avg: exp_avg[i],
+                exp_avg_sq: exp_avg_sq[i],
+                owned: owned[i],
+                norm_chunk0: chunk0[g.name.as_str()],
+                counts: !copy_of_tied && (!g.replicated_tp || self.coords.tp == 0),
+            });
+        }
+    }
+
+    /// The gradient sums of a group: all levels, and the last one, which holds the sum in the end.
+    pub(crate) fn grad_levels(
+        &mut self,
+        i: usize,
+        owned: usize,
+        holds_embedding: bool,
+        head: bool,
+    ) -> (BufferId, BufferId) {
+        let g = &self.cx.groups[i];
+        let from_head = head || g.name == "head.weight" || g.name == "embed.weight" && !holds_embedding;
+        let (levels, rows, cols) = if self.request.cache > 0 {
+            (1, 0, g.cols)
+        } else if self.cx.layout.zero >= Zero::Gradients {
+            (self.across().len().max(1), 1, owned)
+        } else {
+            (self.levels_of(if from_head { 1 } else { self.cx.layout.micro_batch }), g.rows, g.cols)
+        };
+        let prefix = if head { "grad.head." } else { "grad." };
+        let all = self.fixed(format!("{prefix}{}.levels", g.name), levels * rows, cols, DType::F32);
+        let Home::Static { offset } = self.buffers[all.0 as usize].home else { unreachable!("just made") };
+        let home = Home::Static { offset: offset + 4 * (levels - 1) * rows * cols };
+        (all, self.buffer(format!("{prefix}{}", g.name), rows, cols, DType::F32, home))
+    }
+
+    /// Partial sums kept for a gradient whose ops cover `leaves` sequences each.
+    pub(crate) fn levels_of(&self, leaves: usize) -> usize {
+        self.split_radices(leaves).1.len().max(1)
+    }
+
+    /// Radices of the counter over this rank's micro-batches, bottom-up.
+    pub(crate) fn across(&self) -> Vec<u32> {
+        let (m, dp) = (self.cx.layout.micro_batch, self.cx.layout.dp);
+        if self.cx.layout.zero < Zero::Gradients {
+            return self.split_radices(m).1;
+        }
+        let all = SumTree::new(self.request.sequences);
+        let below = all.inner(m * dp).map_or(usize::MAX, |r| r.len());
+        all.radices()
+            .get(below..)
+            .map_or_else(|| SumTree::new(self.request.sequences / dp / m).radices().to_vec(), <[u32]>::to_vec)
+    }
+
+    pub(crate) fn io(&mut self, local_sequences: usize) -> Io {
+        let before = self.at;
+        let (model, sequence) = (self.cx.model, self.cx.sequence);
+        let n = if self.request.cache > 0 { 1 } else { local_sequences * sequence };
+        let whole = table(model, self.cx.layout.tp, self.coords.tp, &chunks(model, &Default::default(), 0));
+        let norm_chunks: usize = whole.iter().map(|g| g.len().div_ceil(NORM_CHUNK)).sum();
+        let positions = sequence.max(self.request.cache);
+        let half = if matches!(model.position, Position::Rope(_)) { model.head_dim / 2 } else { 0 };
+        let kv = self.cx.heads().kv * model.head_dim;
+        let cache = self.request.cache * model.layers;
+        let dtype = self.cx.dtype;
+        let mut io = Io {
+            tokens: self.fixed("tokens".into(), n, 1, DType::U32),
+            targets: self.fixed("targets".into(), n, 1, DType::U32),
+            loss_leaves: self.fixed("loss_leaves".into(), local_sequences, 1, DType::F64),
+            norm_chunks: self.fixed(
+                "norm_chunks".into(),
+                norm_chunks + self.request.sequences,
+                1,
+                DType::F64,
+            ),
+            cos: self.fixed("rope.cos".into(), positions, half, DType::F32),
+            sin: self.fixed("rope.sin".into(), positions, half, DType::F32),
+            k_cache: None,
+            v_cache: None,
+        };
+        if cache > 0 {
+            io.k_cache = Some(self.fixed("cache.k".into(), cache, kv, dtype));
+            io.v_cache = Some(self.fixed("cache.v".into(), cache, kv, dtype));
+        }
+        self.memory.other = self.at - before;
+        io
+    }
+
+    /// Gradient buffers in the order in which backward completes them, cut into runs.
+    pub(crate) fn buckets(&self, stage: &[Chunk]) -> Vec<Bucket> {
+        let mut list: Vec<(usize, GroupId, BufferId)> = Vec::new();
+        for (i, b) in self.group_buffers.iter().enumerate().rev() {
+            let id = GroupId(u32::try_from(i).expect("few groups"));
+            if let Some(head) = b.head_grad {
+                list.insert(0, (stage.len() - 1, id, head));
+            }
+            list.push((self.cx.groups[i].chunk, id, b.grad));
+        }
+        // Backward runs through the last chunk first.
+        list.sort_by_key(|(chunk, _, _)| std::cmp::Reverse(*chunk));
+        let mut buckets: Vec<(usize, Bucket)> = Vec::new();
+        for (chunk, group, buffer) in list {
+            let bytes = 4 * self.cx.groups[group.0 as usize].len();
+            match buckets.last_mut() {
+                Some((c, b)) if *c == chunk && b.bytes < BUCKET_BYTES => {
+                    b.grads.push((group, buffer));
+                    b.bytes += bytes;
+                }
+                _ => buckets.push((chunk, Bucket { grads: vec![(group, buffer)], bytes })),
+            }
+        }
+        buckets.into_iter().map(|(_, b)| b).collect()
+    }
+}
