@@ -2,7 +2,7 @@
 
 use super::NR;
 use crate::pool::Parts;
-use crate::simd::{LANES, kernel};
+use crate::simd::{LANES, Simd, kernel};
 use crate::storage::Element;
 
 /// How far ahead of their use rows and columns are asked for: enough to hide memory behind the copying.
@@ -55,18 +55,15 @@ kernel! {
         for j in (0..cols).step_by(LANES) {
             let lines = LANES.min(cols - j);
             for p in (0..k).step_by(LANES) {
-                let mut block = [s.splat(0.0); LANES];
                 if lines == LANES && p + LANES <= k {
-                    for i in 0..LANES {
-                        let at = (j + i) * ld + p;
-                        s.prefetch(src.as_ptr().wrapping_add(at + AHEAD_COLUMNS).cast());
-                        block[i] = T::get(s, &src[at..at + LANES]);
-                    }
-                } else {
-                    for i in 0..lines {
-                        let at = (j + i) * ld;
-                        block[i] = T::get(s, &src[at + p..at + k]);
-                    }
+                    let from = &src[j * ld + p..(j + LANES - 1) * ld + p + LANES];
+                    transpose_block(s, from, ld, &mut dst[p * NR + j..(p + LANES - 1) * NR + j + LANES]);
+                    continue;
+                }
+                let mut block = [s.splat(0.0); LANES];
+                for i in 0..lines {
+                    let at = (j + i) * ld;
+                    block[i] = T::get(s, &src[at + p..at + k]);
                 }
                 s.transpose(&mut block);
                 for i in 0..LANES.min(k - p) {
@@ -75,6 +72,25 @@ kernel! {
                 }
             }
         }
+    }
+}
+
+/// Transposes a whole block from rows that are `ld` apart into rows that are [`NR`] apart, and asks for what will be
+/// needed soon.
+#[inline(always)]
+fn transpose_block<S: Simd, T: Element>(s: S, src: &[T], ld: usize, dst: &mut [f32]) {
+    assert!(src.len() == (LANES - 1) * ld + LANES && dst.len() == (LANES - 1) * NR + LANES);
+    let mut block = [s.splat(0.0); LANES];
+    for (i, row) in block.iter_mut().enumerate() {
+        // SAFETY: row i of the block lies inside `src` by the assertion.
+        let from = unsafe { src.get_unchecked(i * ld..i * ld + LANES) };
+        s.prefetch(from.as_ptr().wrapping_add(AHEAD_COLUMNS).cast());
+        *row = T::get(s, from);
+    }
+    s.transpose(&mut block);
+    for (i, &row) in block.iter().enumerate() {
+        // SAFETY: row i of the result lies inside `dst` by the assertion.
+        unsafe { s.store_at(dst.as_mut_ptr().add(i * NR), row) };
     }
 }
 
