@@ -28,6 +28,12 @@ pub(crate) enum Command {
     Data(Data),
     /// Measure this machine
     Bench(Bench),
+    /// Find the best layouts of a model on a cluster
+    Plan(Plan),
+    /// Price published runs and compare
+    Validate(Validate),
+    /// Accelerators, clusters, prices and failure rates, with their sources
+    Catalog(Catalog),
     /// Start any program's ranks, with torchrun's flags and environment
     Launch(Launch),
     /// Write a Perfetto file of a run that was trained with --trace
@@ -75,6 +81,92 @@ pub(crate) struct Train {
     /// Print records as JSON lines on stdout instead of text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Plan {
+    /// Name of the catalogue, a Hugging Face config.json, or a run file
+    #[arg(long)]
+    pub(crate) model: String,
+    /// Cluster of the catalogue, for example dgx-superpod-h100-64su
+    #[arg(long)]
+    pub(crate) cluster: String,
+    /// Accelerators to use; all of the cluster if absent
+    #[arg(long)]
+    pub(crate) accelerators: Option<usize>,
+    /// Tokens to train on, for example 15.6T
+    #[arg(long)]
+    pub(crate) tokens: Option<String>,
+    /// Tokens of a sequence; usual for the model if absent
+    #[arg(long)]
+    pub(crate) sequence: Option<usize>,
+    /// Sequences of the global batch; usual for the model's size if absent
+    #[arg(long)]
+    pub(crate) sequences: Option<usize>,
+    /// Number format of the matrix products: bf16, fp16, fp8 or fp4
+    #[arg(long, default_value = "bf16")]
+    pub(crate) format: String,
+    /// Layouts to print
+    #[arg(long, default_value_t = 5)]
+    pub(crate) keep: usize,
+    /// Only layouts that `phalanx train` runs today
+    #[arg(long)]
+    pub(crate) trainable_only: bool,
+    /// Threads of the search; 0 for all cores
+    #[arg(long, default_value_t = 0)]
+    pub(crate) threads: usize,
+    /// Say what would help: step time against bandwidth, latency, FLOP/s and memory
+    #[arg(long)]
+    pub(crate) explain: bool,
+    /// Write the best layout for another stack: megatron, torchtitan, deepspeed or maxtext
+    #[arg(long, value_name = "STACK")]
+    pub(crate) emit: Option<String>,
+    /// More catalogue files
+    #[arg(long, value_name = "FILE.toml")]
+    pub(crate) catalog: Vec<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Validate {
+    /// Table of published runs (CSV)
+    pub(crate) file: PathBuf,
+    /// Fit on the table itself, leaving each source out of its own fit
+    #[arg(long)]
+    pub(crate) held_out: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Catalog {
+    #[command(subcommand)]
+    pub(crate) what: CatalogCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CatalogCommand {
+    /// List entries
+    List {
+        /// Only of this kind
+        kind: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show an entry with every number's unit, source and date
+    Show {
+        /// Name
+        name: String,
+    },
+    /// Check the built-in catalogue, with your files over it
+    Check {
+        /// Files to add
+        files: Vec<PathBuf>,
+    },
 }
 
 #[derive(Debug, ClapArgs)]

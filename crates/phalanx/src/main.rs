@@ -8,6 +8,7 @@ mod data;
 mod live;
 mod models;
 mod output;
+mod planner;
 mod program;
 mod ranks;
 mod show;
@@ -37,6 +38,9 @@ fn main() -> std::process::ExitCode {
         Command::Program(a) => program::run(&a),
         Command::Data(a) => data::run(&a),
         Command::Bench(a) => bench::run(&a),
+        Command::Plan(a) => planner::plan(&a),
+        Command::Validate(a) => planner::validate(&a),
+        Command::Catalog(a) => planner::catalog_command(&a),
         Command::Launch(a) => Ok(u8::try_from(launch::cli(a.args)).unwrap_or(1)),
         Command::Trace(a) => models::trace(&a),
         Command::Keys => {
