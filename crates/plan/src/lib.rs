@@ -9,6 +9,7 @@ pub mod emit;
 pub mod fit;
 pub mod mesh;
 pub mod network;
+pub mod pipeline;
 pub mod price;
 pub mod runs;
 pub mod search;

@@ -13,6 +13,7 @@ use crate::calibration::Constants;
 use crate::compute::{Chip, gemm_s, stream_s};
 use crate::mesh::Mesh;
 use crate::network::{Collective, Group, NetworkModel, Span, on_span};
+use crate::pipeline::{Pipeline, wait_s};
 use crate::shape::Shape;
 use crate::software::Software;
 use crate::template::{Key, LAUNCHES_PER_TASK, Section, TalkAxis, Task, Template};
@@ -519,19 +520,18 @@ impl<'a> Pricer<'a> {
             d.pipeline_s =
                 if hidden { 2.0 * (pp - 1.0) * hop_s } else { 2.0 * hop_s * chunks * micro_batches };
         }
-        // Fill and drain: every other stage's one micro-batch, cut into chunks.
         if l.pp > 1 {
-            let others = (pp - 2.0).max(0.0) * time(&middle) + time(&begin) + time(&end) - time(&slowest);
-            let split = l.schedule == spec::PipelineSchedule::ZeroBubble;
-            let saved = if split { 2.0 * slowest.2 * (pp - 1.0) } else { 0.0 };
-            let rounds = (micro_batches / pp).fract();
-            // A round that is not full leaves stages idle between chunks.
-            let ragged = if l.chunks > 1 && rounds > 0.0 {
-                (1.0 - rounds) * time(&slowest) * (chunks - 1.0) / chunks
-            } else {
-                0.0
-            };
-            d.bubble_s = ((others - saved) / chunks).max(0.0) + ragged + (pp - 1.0) * hop_s;
+            d.bubble_s = (pp - 1.0) * hop_s
+                + wait_s(&Pipeline {
+                    schedule: l.schedule,
+                    stages: pp,
+                    chunks,
+                    micro_batches,
+                    slowest_s: time(&slowest),
+                    weight_s: slowest.2,
+                    others_s: (pp - 2.0).max(0.0) * time(&middle) + time(&begin) + time(&end)
+                        - time(&slowest),
+                });
         }
         self.data_parallel(mesh, t, most, &slowest, micro_batches, mix, &mut d);
         d.step_s = c.step_s;
@@ -662,6 +662,12 @@ impl<'a> Pricer<'a> {
         // Inputs of products are kept in the products' format: about half of what is kept.
         let kept = if mesh.format.bytes() < 2.0 { kept * 0.75 } else { kept };
         let (pp, chunks) = (l.pp as f64, l.chunks as f64);
+        // A counter over the micro-batches holds one partial sum for each of its digits.
+        let sums = if self.problem.software.tree_sums {
+            prime_factors(micro_batches as usize).max(1.0)
+        } else {
+            1.0
+        };
         let in_flight = match l.schedule {
             spec::PipelineSchedule::Gpipe => micro_batches,
             _ if l.chunks > 1 => ((2.0 * (pp - 1.0) + (chunks - 1.0) * pp + 1.0) / chunks).min(micro_batches),
@@ -677,7 +683,7 @@ impl<'a> Pricer<'a> {
         };
         MemoryUse {
             params: 2.0 * over(Zero::Parameters),
-            grads: 4.0 * over(Zero::Gradients),
+            grads: 4.0 * over(Zero::Gradients) * sums,
             optimizer: 12.0 * over(Zero::Optimizer),
             activations,
             working,
@@ -727,6 +733,19 @@ impl Links {
         };
         (span, *size)
     }
+}
+
+/// How many prime factors a number has, counted with their multiplicity.
+fn prime_factors(mut n: usize) -> f64 {
+    let (mut count, mut factor) = (0.0, 2);
+    while factor * factor <= n {
+        while n.is_multiple_of(factor) {
+            n /= factor;
+            count += 1.0;
+        }
+        factor += 1;
+    }
+    if n > 1 { count + 1.0 } else { count }
 }
 
 /// Layers of the fullest stage and of the last one.

@@ -25,6 +25,8 @@ pub struct Software {
     pub grad_wire_bytes: f64,
     /// Gathers and scatters use one port of a node at a time, not all of them (DeepSpeed of 2021).
     pub flat_collectives: bool,
+    /// Gradients of micro-batches are summed in a fixed tree, whose partial sums are kept.
+    pub tree_sums: bool,
     /// Kernels are launched one by one from Python, else from graphs or compiled programs.
     pub eager: bool,
     /// Dropout and its masks are in the model.
@@ -46,6 +48,7 @@ const MEGATRON_2021: Software = Software {
     overlap_experts: false,
     grad_wire_bytes: 4.0,
     flat_collectives: false,
+    tree_sums: false,
     eager: true,
     dropout: true,
     sequence_parallel: false,
@@ -63,6 +66,7 @@ const MEGATRON_CORE: Software = Software {
     overlap_experts: false,
     grad_wire_bytes: 4.0,
     flat_collectives: false,
+    tree_sums: false,
     eager: true,
     dropout: false,
     sequence_parallel: true,
@@ -80,6 +84,7 @@ const FSDP: Software = Software {
     overlap_experts: false,
     grad_wire_bytes: 2.0,
     flat_collectives: false,
+    tree_sums: false,
     eager: true,
     dropout: false,
     sequence_parallel: true,
@@ -122,7 +127,13 @@ pub const ALL: [Software; 15] = [
     Software { name: "torchtitan", ..FSDP },
     Software { name: "maxtext-2024", overlap_tp: true, eager: false, ..FSDP },
     Software { name: "maxtext-2025", overlap_tp: true, eager: false, ..FSDP },
-    Software { name: "phalanx", recompute_whole_layers: false, eager: false, ..MEGATRON_CORE },
+    Software {
+        name: "phalanx",
+        tree_sums: true,
+        recompute_whole_layers: false,
+        eager: false,
+        ..MEGATRON_CORE
+    },
 ];
 
 impl Software {
