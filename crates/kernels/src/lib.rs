@@ -22,6 +22,30 @@
 //! `*_workspace_len` says how many `f32` that must hold.
 //!
 //! Lengths are asserted at entry: shapes come from a checked program, so a mismatch is a bug, not an input error.
+//!
+//! # Example
+//!
+//! A linear layer of 2 inputs and 3 outputs on 4 rows, and the gradient of its weight with each pair of rows a leaf:
+//!
+//! ```
+//! use kernels::*;
+//!
+//! let pool = Pool::new(2);
+//! let (rows, ins, outs, tree) = (4, 2, 3, [2]);
+//! let x = [1.0f32, 0.0, 0.0, 1.0, 1.0, 1.0, 2.0, 0.0];
+//! let w = [1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0];
+//! let mut y = [0.0f32; 12];
+//! let len = linear_workspace_len(rows, ins, outs, pool.threads());
+//! linear(&pool, &x, &w, None, Acc::None, &mut y, rows, ins, outs, &mut vec![0.0; len]);
+//! assert_eq!(y, [1.0, 3.0, 5.0, 2.0, 4.0, 6.0, 3.0, 7.0, 11.0, 2.0, 6.0, 10.0]);
+//!
+//! let dy = [1.0f32; 12];
+//! let mut dw = [0.0f32; 6];
+//! let len = linear_dw_workspace_len(rows, ins, outs, &tree, pool.threads());
+//! let merge = Merge { merge: 0, store: 0 };
+//! linear_dw(&pool, &dy, &x, &mut dw, rows, ins, outs, &tree, merge, &mut vec![0.0; len]);
+//! assert_eq!(dw, [4.0, 2.0, 4.0, 2.0, 4.0, 2.0]);
+//! ```
 
 pub use crate::act::{Gelu, add, gelu, gelu_dx, swiglu, swiglu_dx};
 pub use crate::attention::{

@@ -5,7 +5,7 @@ use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Barrier, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 /// How often an idle worker looks for work before it parks: some tens of microseconds, longer than the gap
@@ -36,6 +36,9 @@ struct Shared {
     sleepers: AtomicUsize,
     caller_waits: AtomicBool,
     stop: AtomicBool,
+    /// Workers that have begun to serve.
+    started: Mutex<usize>,
+    ready: Condvar,
     lock: Mutex<()>,
     work: Condvar,
     finished: Condvar,
@@ -49,10 +52,8 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Pool {
-    /// Starts `threads - 1` workers (at least the caller takes part: 0 counts as 1).
-    ///
-    /// # Panics
-    /// If the system refuses a thread.
+    /// Starts `threads - 1` workers; the caller is the other thread (0 counts as 1). Where the system refuses a thread
+    /// the pool has fewer, which changes no result.
     pub fn new(threads: usize) -> Pool {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
@@ -61,26 +62,25 @@ impl Pool {
             sleepers: AtomicUsize::new(0),
             caller_waits: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            started: Mutex::new(0),
+            ready: Condvar::new(),
             lock: Mutex::new(()),
             work: Condvar::new(),
             finished: Condvar::new(),
             panic: Mutex::new(None),
         });
+        let start = |thread| {
+            let shared = Arc::clone(&shared);
+            let name = format!("kernels-{thread}");
+            std::thread::Builder::new().name(name).spawn(move || shared.serve(thread)).ok()
+        };
+        let workers: Vec<_> = (1..threads).map_while(start).collect();
         // A thread allocates while it starts, so all have started when this returns.
-        let started = Arc::new(Barrier::new(threads.max(1)));
-        let workers = (1..threads)
-            .map(|thread| {
-                let (shared, started) = (Arc::clone(&shared), Arc::clone(&started));
-                std::thread::Builder::new()
-                    .name(format!("kernels-{thread}"))
-                    .spawn(move || {
-                        started.wait();
-                        shared.serve(thread);
-                    })
-                    .expect("start a worker thread")
-            })
-            .collect();
-        started.wait();
+        let mut started = lock(&shared.started);
+        while *started < workers.len() {
+            started = shared.ready.wait(started).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(started);
         Pool { shared, turn: Mutex::new(()), workers }
     }
 
@@ -156,6 +156,8 @@ impl Drop for Pool {
 
 impl Shared {
     fn serve(&self, thread: usize) {
+        *lock(&self.started) += 1;
+        self.ready.notify_one();
         let mut spins = 0;
         while !self.stop.load(Ordering::Relaxed) {
             if self.claim_and_call(thread) {
