@@ -103,10 +103,7 @@ struct Stepper {
 
 impl Stepper {
     fn new(threads: usize, set: &[String], record: bool) -> Result<Stepper> {
-        // The reference step runs its batch of 8 sequences at once.
-        let mut overrides = vec!["layout.micro_batch=8".to_owned()];
-        overrides.extend(set.iter().cloned());
-        let run = RunSpec::load(None, &overrides, &train::read)?;
+        let run = RunSpec::load(None, set, &train::read)?;
         run.layout.validate_world(1)?;
         let request = Request {
             model: &run.model,
