@@ -102,10 +102,24 @@ impl Live {
 /// A record for people.
 fn line(record: &Record, steps: u64, eta: f64) -> Option<String> {
     Some(match record {
-        Record::Step { step, loss, grad_norm, lr, tokens_per_s, mfu, memory_bytes, .. } => {
+        Record::Step {
+            step,
+            loss,
+            grad_norm,
+            lr,
+            tokens_per_s,
+            mfu,
+            memory_bytes,
+            exposed_comm_s,
+            step_s,
+            ..
+        } => {
             let mfu = mfu.map(|m| format!("  mfu {:.1} %", 100.0 * m)).unwrap_or_default();
+            // The share of the step in which this rank did nothing but wait for others.
+            let comm =
+                exposed_comm_s.map(|c| format!("  comm {:.1} %", 100.0 * c / step_s)).unwrap_or_default();
             format!(
-                "step {step}/{steps}  loss {loss:.4}  norm {grad_norm:.3}  lr {lr:.2e}  {tokens_per_s:.0} tokens/s{mfu}  memory {}  eta {}",
+                "step {step}/{steps}  loss {loss:.4}  norm {grad_norm:.3}  lr {lr:.2e}  {tokens_per_s:.0} tokens/s{mfu}{comm}  memory {}  eta {}",
                 HumanBytes(*memory_bytes),
                 clock(eta),
             )
