@@ -185,7 +185,17 @@ pub fn plan(
     if question.sequence == 0 || question.sequences == 0 {
         return Err(Error::user("the batch has no tokens").hint("give at least one sequence of one token"));
     }
-    let family = question.cluster.accelerator.family.clone();
+    let accelerator = &question.cluster.accelerator;
+    if accelerator.peak(question.format).is_none() {
+        let has: Vec<&str> =
+            NumberFormat::all().filter(|f| accelerator.peak(*f).is_some()).map(NumberFormat::name).collect();
+        let what = format!(
+            "accelerator {} has no {} matrix products in the catalogue",
+            accelerator.name, question.format
+        );
+        return Err(Error::user(what).hint(format!("it has {}", has.join(", "))));
+    }
+    let family = accelerator.family.clone();
     let software = question.software.clone().unwrap_or_else(|| Software::usual(&family));
     let constants = calibration.constants(&family, recipe(question.format), software.name);
     let grade = calibration.spread(&family, software.name, question.cluster.accelerators);
@@ -412,6 +422,14 @@ mod tests {
         let json = answer.to_json(1.0, 1);
         assert!(json["search"]["layouts_priced"].as_u64().unwrap() > 100);
         assert!(json["best"][0]["layout"]["tp"].is_u64() && json["best"][0]["memory_bytes"].is_f64());
+    }
+
+    #[test]
+    fn a_format_that_the_accelerator_lacks_is_refused() {
+        let q = Question { format: NumberFormat::Fp8, ..question("gpt3-13b", "dgx-a100", 64) };
+        let error = plan(q, &Calibration::builtin().unwrap(), &|_, _| ()).unwrap_err();
+        assert!(error.to_string().contains("a100-80-sxm has no fp8"), "{error}");
+        assert!(error.hint_text().unwrap().contains("bf16"));
     }
 
     #[test]

@@ -248,7 +248,7 @@ impl Calibration {
         toml::from_str(text).map_err(|e| {
             let line = e.span().map_or(1, |s| text[..s.start].lines().count().max(1));
             spec::Error::user(format!("{path}:{line}: {}", e.message()))
-                .hint("a calibration file is written by `phalanx validate --fit`")
+                .hint("a calibration file holds [family], [recipe], [software] and [spread] as `Calibration::to_toml` writes them")
         })
     }
 

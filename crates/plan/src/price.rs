@@ -154,6 +154,8 @@ struct Times {
     tensor: f64,
     context: f64,
     expert: f64,
+    /// Compute that hides other communication already: the same second hides one message.
+    spent: f64,
 }
 
 impl Times {
@@ -165,10 +167,16 @@ impl Times {
         self.tensor += o.tensor * by;
         self.context += o.context * by;
         self.expert += o.expert * by;
+        self.spent += o.spent * by;
     }
 
     fn compute(&self) -> f64 {
         self.gemm + self.attention + self.stream
+    }
+
+    /// Kernels and messages one after another.
+    fn busy(&self) -> f64 {
+        self.compute() + self.tensor + self.context + self.expert
     }
 }
 
@@ -349,12 +357,18 @@ impl<'a> Pricer<'a> {
                 // than half of the products beside it.
                 let first = t.tensor / mesh.layout.tp as f64;
                 t.tensor = first + (t.tensor - first - 0.5 * t.gemm).max(0.0);
+                t.spent += 0.5 * t.gemm;
             }
             // A ring of keys and values hides behind the attention of the piece before.
             let first = t.context / mesh.cp as f64;
             t.context = first + (t.context - first - t.attention).max(0.0);
-            if p.software.overlap_experts {
-                t.expert = (t.expert - 0.8 * t.compute()).max(0.1 * t.expert);
+            if mesh.cp > 1 {
+                t.spent += t.attention;
+            }
+            if p.software.overlap_experts && t.expert > 0.0 {
+                let free = 0.8 * (t.compute() - t.spent);
+                t.expert = (t.expert - free).max(0.1 * t.expert);
+                t.spent += free;
             }
         };
         let mut p = Passes {
@@ -485,9 +499,8 @@ impl<'a> Pricer<'a> {
             }
             (f, b, w)
         };
-        let host =
-            |t: &Times| if p.software.eager { (t.kernels * c.host_s - t.compute()).max(0.0) } else { 0.0 };
-        let shown = |t: &Times| t.compute() + host(t) + t.tensor + t.context + t.expert;
+        let host = |t: &Times| self.host_wait(t);
+        let shown = |t: &Times| t.busy() + host(t);
         let single = l.pp == 1;
         let middle = stage(most, single, single);
         let end = if single { middle } else { stage(last, false, true) };
@@ -545,6 +558,14 @@ impl<'a> Pricer<'a> {
         Price { step_s, mfu: self.flops / step_s / peak, breakdown: d, memory, fits: memory.total() <= room }
     }
 
+    /// The accelerator waits where kernels take longer to launch than to run.
+    fn host_wait(&self, t: &Times) -> f64 {
+        if !self.problem.software.eager {
+            return 0.0;
+        }
+        (t.kernels * self.problem.constants.host_s - t.busy()).max(0.0)
+    }
+
     /// Gradients, sharded parameters and the optimiser.
     fn data_parallel(
         &self,
@@ -590,7 +611,8 @@ impl<'a> Pricer<'a> {
         } else {
             software.grad_wire_bytes
         };
-        let (forward_s, backward_s) = (slowest.0.compute(), slowest.1.compute());
+        let free = |t: &Times| (t.compute() - t.spent).max(0.0) + self.host_wait(t);
+        let (forward_s, backward_s) = (free(&slowest.0), free(&slowest.1));
 
         if l.zero == Zero::Parameters {
             // Gathered forward and backward for every micro-batch, gradients scattered; the next unit's gather runs

@@ -314,6 +314,7 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
                 }
                 let orders: &[Order] =
                     if pp > 1 && dp > 1 { &[Order::TpCpDpPp, Order::TpCpPpDp] } else { &[Order::TpCpDpPp] };
+                let mut twin = None;
                 for &order in orders {
                     let layout = Layout {
                         dp,
@@ -353,6 +354,11 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
                     }
                     let price = pricer.price_shared(&mesh, shared);
                     part.priced += 1;
+                    // Where placement makes no difference the usual one stands for both.
+                    if order != Order::default() && twin == Some(price.step_s) {
+                        continue;
+                    }
+                    twin = Some(price.step_s);
                     part.take(Found { mesh, price }, space.keep);
                 }
             }

@@ -50,7 +50,7 @@ fn layouts() -> impl Strategy<Value = (Layout, Order)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn prices_obey_the_roofline_and_the_machine(

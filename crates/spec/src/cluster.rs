@@ -86,6 +86,11 @@ impl NumberFormat {
         (NumberFormat::Int8, "int8"),
     ];
 
+    /// All formats.
+    pub fn all() -> impl Iterator<Item = NumberFormat> {
+        NumberFormat::ALL.iter().map(|p| p.0)
+    }
+
     /// The key in catalogue files.
     pub fn name(self) -> &'static str {
         NumberFormat::ALL[self as usize].1
