@@ -31,7 +31,8 @@ fn build(options: &BuildOptions, tokenizer: Option<&Path>, vocab_size: usize, js
         Some(path) => Tokenizer::load(path)?,
         None => data::train_tokenizer(options, vocab_size, SAMPLE_BYTES, &progress)?,
     };
-    let report = data::build(options, &tokenizer, &progress)?;
+    let report = data::build(options, &tokenizer, &progress)
+        .map_err(|e| e.hint("give --output a prefix in a writable place with free space"))?;
     bytes.done();
     let m = &report.manifest;
     if json {

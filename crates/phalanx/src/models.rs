@@ -31,20 +31,24 @@ pub(crate) fn generate(args: &Generate) -> Result<u8> {
     let prompt = args.prompt.clone().unwrap_or(s.prompt);
     let mut out = std::io::stdout().lock();
     // A reader that has seen enough closes the pipe; the rest of the text then goes nowhere.
-    let _ = write!(out, "{prompt}");
+    let mut shown = Some(prompt.as_str());
     g.text(&prompt, count, sampling, &mut |t| {
-        let _ = write!(out, "{t}").and_then(|()| out.flush());
+        // The prompt waits for the first token: a refused one is not echoed.
+        let before = shown.take().unwrap_or_default();
+        let _ = write!(out, "{before}{t}").and_then(|()| out.flush());
     })?;
-    let _ = writeln!(out);
+    let _ = writeln!(out, "{}", shown.unwrap_or_default());
     Ok(0)
 }
 
 fn check(s: Sampling) -> Result<()> {
     if !(0.0..=100.0).contains(&s.temperature) {
-        return Err(Error::user(format!("temperature {}, expected 0 to 100", s.temperature)));
+        return Err(Error::user(format!("temperature {}, expected 0 to 100", s.temperature))
+            .hint("0 takes the likeliest token, 1 draws as the model predicts"));
     }
     if !(s.top_p > 0.0 && s.top_p <= 1.0) {
-        return Err(Error::user(format!("top-p {}, expected above 0 and at most 1", s.top_p)));
+        return Err(Error::user(format!("top-p {}, expected above 0 and at most 1", s.top_p))
+            .hint("1 draws among all tokens"));
     }
     Ok(())
 }
@@ -67,7 +71,10 @@ fn parse(ids: &str) -> Result<Vec<u32>> {
     ids.split([' ', ',', '[', ']'])
         .filter(|t| !t.is_empty())
         .map(|t| {
-            t.parse().map_err(|_| Error::user(format!("token id '{t}', expected a whole number from 0")))
+            t.parse().map_err(|_| {
+                Error::user(format!("token id '{t}', expected a whole number from 0"))
+                    .hint("write ids like --tokens \"1 2 3\"")
+            })
         })
         .collect()
 }
@@ -104,7 +111,10 @@ pub(crate) fn export(args: &Export) -> Result<u8> {
     let dtype = match args.dtype.as_str() {
         "f32" => DType::F32,
         "bf16" => DType::Bf16,
-        other => return Err(Error::user(format!("dtype {other}, expected f32 or bf16"))),
+        other => {
+            return Err(Error::user(format!("dtype {other}, expected f32 or bf16"))
+                .hint("give --dtype f32 or --dtype bf16"));
+        }
     };
     let dir = RunDir::new(&args.run_dir);
     let run = dir.load()?;
@@ -124,7 +134,8 @@ pub(crate) fn export(args: &Export) -> Result<u8> {
         dtype,
         args.max_shard_bytes,
         tokenizer.as_deref(),
-    )?;
+    )
+    .map_err(|e| e.hint("give an output directory in a writable place with free space"))?;
     output::say(&format!(
         "step {}: {} tensors in {} files, {}",
         checkpoint.step(),
@@ -138,9 +149,11 @@ pub(crate) fn export(args: &Export) -> Result<u8> {
 
 /// Writes what ranks did when, from their journals.
 pub(crate) fn trace(args: &Trace) -> Result<u8> {
-    let write = |e: std::io::Error| Error::io("write trace", &args.output, &e);
+    let write = |e: std::io::Error| {
+        Error::io("write trace", &args.output, &e).hint("name a writable file with --output")
+    };
     let mut all = Vec::new();
-    for (_, path) in journal::files(&args.run_dir)? {
+    for (_, path) in journal::files(&args.run_dir).map_err(|e| e.hint("give the directory of a run"))? {
         all.extend(journal::read(&path)?);
     }
     let spans = all.iter().filter_map(|r| match r {

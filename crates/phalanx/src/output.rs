@@ -4,8 +4,13 @@ use std::io::{IsTerminal, Write};
 
 use spec::Error;
 
-/// One message: what and where, then what to do.
+/// One message: what and where, then what to do. A rank that this program started leaves it to its starter, who knows
+/// which rank failed first.
 pub(crate) fn error(e: &Error) {
+    let hint = e.hint_text().map(|h| format!("\nhint: {h}")).unwrap_or_default();
+    if launch::record_error("error", &format!("{e}{hint}")) && crate::ranks::started_by_us() {
+        return;
+    }
     let red = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let label = if red { "\u{1b}[31merror\u{1b}[0m" } else { "error" };
     say(&format!("{label}: {e}"));
@@ -27,7 +32,10 @@ pub(crate) fn print(text: &str) {
     if let Err(e) = write!(out, "{text}{newline}").and_then(|()| out.flush())
         && e.kind() != std::io::ErrorKind::BrokenPipe
     {
-        say(&format!("error: write to stdout: {e}"));
+        error(
+            &Error::failure(format!("write to stdout: {e}"))
+                .hint("free space there, or send stdout elsewhere"),
+        );
         std::process::exit(1);
     }
 }

@@ -7,6 +7,9 @@ use comm::{Bootstrap, TransportChoice, World};
 use launch::{LocalJob, RankEnv, RankStore};
 use spec::{Context, Error, Result};
 
+/// The exit code of a run that was interrupted and has saved its state.
+pub(crate) const INTERRUPTED: u8 = 130;
+
 /// How long ranks wait for each other at the start: a shared file system may hold some up.
 const MEET_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -62,11 +65,46 @@ fn fingerprint(identity: &str) -> [u8; 16] {
     hash.to_le_bytes()
 }
 
-/// Starts this same command as `nproc` ranks and waits for them; the exit code is that of the first rank that failed.
+/// Set for ranks that [`start`] started.
+const STARTED: &str = "PHALANX_STARTED_BY";
+
+/// Whether [`start`] started this process and tells people what it fails of.
+pub(crate) fn started_by_us() -> bool {
+    std::env::var_os(STARTED).is_some_and(|by| by == parent().as_str())
+}
+
+/// A process that a rank itself starts inherits the variable, but not the parent.
+fn parent() -> String {
+    std::os::unix::process::parent_id().to_string()
+}
+
+/// Starts this same command as `nproc` ranks and waits for them; the failure of the first rank that failed is its own.
 pub(crate) fn start(nproc: usize) -> Result<u8> {
     let program = std::env::current_exe().map_err(|e| Error::failure(format!("find this program: {e}")))?;
     let mut command: Vec<OsString> = vec![program.into()];
     command.extend(std::env::args_os().skip(1));
-    let outcome = LocalJob::new(nproc, command).run()?;
-    Ok(u8::try_from(outcome.worker_code()).unwrap_or(1))
+    let mut job = LocalJob::new(nproc, command);
+    job.env.push((STARTED.to_owned(), std::process::id().to_string()));
+    let outcome = job.run()?;
+    if outcome.signal.is_some() {
+        return Ok(INTERRUPTED);
+    }
+    match outcome.root_cause() {
+        Some(cause) if cause.code != Some(i32::from(INTERRUPTED)) => Err(blame(cause)),
+        Some(_) => Ok(INTERRUPTED),
+        None => Ok(u8::try_from(outcome.exit_code).unwrap_or(1)),
+    }
+}
+
+/// The failure of a rank, in its own words if it had time for any.
+fn blame(cause: &launch::Failure) -> Error {
+    let words = cause.error_file.as_ref().and_then(|_| cause.message.strip_prefix("error: "));
+    let Some(words) = words else {
+        return Error::failure(cause.summary()).hint(
+            "the same command goes on from the last checkpoint; if the system killed the rank, it was short of memory",
+        );
+    };
+    let (what, hint) = words.split_once("\nhint: ").unwrap_or((words, ""));
+    let e = if cause.code == Some(2) { Error::user(what) } else { Error::failure(what) };
+    e.hint(if hint.is_empty() { "the same command goes on from the last checkpoint" } else { hint })
 }

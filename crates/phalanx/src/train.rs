@@ -11,10 +11,7 @@ use train::{Mesh, Outcome, RunDir, Sampling, Start, Trainer};
 use crate::args::{RunArgs, Train};
 use crate::live::{Bytes, Live};
 use crate::output;
-use crate::ranks::{self, Rank};
-
-/// The exit code of a run that was interrupted and has saved its state.
-const INTERRUPTED: u8 = 130;
+use crate::ranks::{self, INTERRUPTED, Rank};
 
 pub(crate) fn train(args: &Train) -> Result<u8> {
     if let Some(rank) = Rank::from_env()? {
@@ -24,6 +21,14 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
         return Ok(code);
     }
     let nproc = args.nproc.unwrap_or(1);
+    if nproc == 0 {
+        return Err(Error::user("--nproc 0, expected at least one rank").hint("leave it out for one rank"));
+    }
+    if args.stop_after == Some(0) {
+        return Err(
+            Error::user("--stop-after 0, expected a step from 1").hint("leave it out to train to the end")
+        );
+    }
     let run = load(&args.run, nproc)?;
     begin(args, &run)?;
     let prepared = prepare(&run)?;
@@ -68,6 +73,7 @@ fn begin(args: &Train, run: &RunSpec) -> Result<()> {
         ))
         .hint("leave out --resume to begin anew"));
     }
+    Trainer::check(run)?;
     run.layout.validate(&run.model, run.batch.sequences, run.batch.sequence)
 }
 
@@ -129,12 +135,24 @@ pub(crate) fn load(args: &RunArgs, world: usize) -> Result<RunSpec> {
     }
     // Data parallelism fills the ranks that are left, unless it was set.
     if run.layout.dp == 1 && world.is_multiple_of(model_ranks) {
-        let filled = load_with(args, Some(world / model_ranks))?;
+        let dp = world / model_ranks;
+        let filled = load_with(args, Some(dp)).map_err(|e| not_asked(&e, dp, world))?;
         if filled.layout.world() == world {
             return Ok(filled);
         }
     }
     run.layout.validate_world(world).map(|()| run)
+}
+
+/// Names the flag that was given in place of the override that it stands for.
+fn not_asked(e: &Error, dp: usize, world: usize) -> Error {
+    let what = e.to_string();
+    let what = match what.strip_prefix(&format!("--set layout.dp={dp}: ")) {
+        Some(rest) => format!("{world} ranks: {rest}"),
+        None => what,
+    };
+    let named = if e.kind() == spec::Kind::User { Error::user(what) } else { Error::failure(what) };
+    named.hint(e.hint_text().unwrap_or("set layout.dp, layout.tp and layout.pp to fit the ranks"))
 }
 
 /// Reads the run file and its overrides, for any number of ranks.
@@ -144,7 +162,8 @@ pub(crate) fn load_with(args: &RunArgs, dp: Option<usize>) -> Result<RunSpec> {
     if let Some(text) = &args.text {
         overrides.push(format!("data.text={}", toml_string(text)));
     }
-    let text = args.file.as_deref().map(train::read).transpose()?;
+    let text = args.file.as_deref().map(train::read).transpose();
+    let text = text.map_err(|e| e.hint("give the path of a run file, or none for the defaults"))?;
     let name = args.file.as_deref().map(|p| p.display().to_string());
     RunSpec::load(name.as_deref().zip(text.as_deref()), &overrides, &train::read)
 }
@@ -196,16 +215,17 @@ fn announce(run: &RunSpec, trainer: &mut Trainer, threads: usize, saved: Option<
     }
 }
 
-/// Set by SIGINT and SIGTERM: the run ends after its step, with a checkpoint. A second signal ends it at once.
+/// Set by SIGINT and SIGTERM: the run ends after its step, with a checkpoint. A second SIGINT ends it at once; a second
+/// SIGTERM does not, because schedulers send one to every process of a job and the launcher passes it on once more.
 fn stop_flag() -> Result<Arc<AtomicBool>> {
+    use signal_hook::consts::{SIGINT, SIGTERM};
+    use signal_hook::flag::{register, register_conditional_shutdown};
     let stop = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        let armed =
-            signal_hook::flag::register_conditional_shutdown(signal, i32::from(INTERRUPTED), stop.clone());
-        armed
-            .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
-            .map_err(|e| Error::failure(format!("catch signal {signal}: {e}")))?;
-    }
+    let twice = register_conditional_shutdown(SIGINT, i32::from(INTERRUPTED), stop.clone());
+    twice
+        .and_then(|_| register(SIGINT, stop.clone()))
+        .and_then(|_| register(SIGTERM, stop.clone()))
+        .map_err(|e| Error::failure(format!("catch signals: {e}")))?;
     Ok(stop)
 }
 
@@ -236,7 +256,13 @@ fn move_aside(dir: &Path) -> Result<()> {
     if !dir.exists() {
         return Ok(());
     }
-    let free = (1..).map(|n| dir.with_extension(format!("old-{n}"))).find(|p| !p.exists());
+    // Not `with_extension`: names like `lr-0.1` have no extension to replace.
+    let old = |n: u32| {
+        let mut name = dir.as_os_str().to_owned();
+        name.push(format!(".old-{n}"));
+        std::path::PathBuf::from(name)
+    };
+    let free = (1..).map(old).find(|p| !p.exists());
     let to = free.expect("some number is free");
     std::fs::rename(dir, &to).map_err(|e| Error::io("move earlier run", dir, &e))?;
     output::say(&format!("moved the earlier run to {}", to.display()));

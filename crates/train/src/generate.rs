@@ -73,9 +73,14 @@ impl Executor {
 
     fn check_prompt(&self, prompt: &[u32]) -> Result<()> {
         let vocab = self.logits_len();
-        if prompt.is_empty() || prompt.len() > self.tables {
+        if prompt.is_empty() {
+            return Err(
+                Error::user("a prompt of no tokens, expected at least one").hint("give token ids from 0")
+            );
+        }
+        if prompt.len() > self.tables {
             return Err(Error::user(format!(
-                "a prompt of {} tokens, expected 1 to {}",
+                "a prompt of {} tokens, expected at most {}",
                 prompt.len(),
                 self.tables
             ))
@@ -83,7 +88,10 @@ impl Executor {
         }
         if let Some(bad) = prompt.iter().find(|&&t| t as usize >= vocab) {
             return Err(Error::user(format!("prompt token {bad} is outside the vocabulary of {vocab}"))
-                .hint("the tokenizer does not belong to this model"));
+                .hint(format!(
+                    "give ids from 0 to {}; a tokenizer that gives others is not this model's",
+                    vocab - 1
+                )));
         }
         Ok(())
     }

@@ -47,7 +47,8 @@ impl Generator {
                 part.cols,
                 out,
             )
-        })?;
+        })
+        .map_err(|e| e.hint("run.toml and the checkpoint must be of the same run"))?;
         let tokenizer = dir.tokenizer().map(|p| Tokenizer::load(&p)).transpose()?;
         Ok(Generator { exec, tokenizer, run })
     }

@@ -46,7 +46,7 @@ impl RunDir {
     /// If there is none, or it cannot be read.
     pub fn load(&self) -> Result<RunSpec> {
         let path = self.run_file();
-        let text = read(&path)?;
+        let text = read(&path).map_err(|e| e.hint("give the directory of a run, as its run.dir says"))?;
         let name = path.display().to_string();
         RunSpec::load(Some((&name, &text)), &[], &read).context("read the run's own file")
     }
@@ -92,7 +92,7 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let temp = path.with_extension(format!("{}.tmp", std::process::id()));
     let io = |e: std::io::Error| {
         let _ = std::fs::remove_file(&temp);
-        Error::io("write", path, &e)
+        Error::io("write", path, &e).hint("set run.dir to a writable place with free space")
     };
     let written = std::fs::File::create(&temp).and_then(|mut f| {
         std::io::Write::write_all(&mut f, bytes)?;

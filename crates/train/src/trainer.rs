@@ -105,6 +105,7 @@ impl Trainer {
         trace: bool,
     ) -> Result<Trainer> {
         let dir = RunDir::new(&run.run.dir);
+        let checkpoint = Self::check(&run)?;
         let streams = open_data(&run, prepared)?;
         let request = Request {
             model: &run.model,
@@ -115,11 +116,8 @@ impl Trainer {
             rank,
             cache: 0,
         };
-        let checkpoint = ckpt::latest(&dir.checkpoints())?;
-        if checkpoint.is_some() {
-            check_continues(&run, &dir, checkpoint.as_deref())?;
-        }
         let mut exec = Executor::new(&request, threads, mesh, trace)?;
+        check_memory(exec.program.memory.total)?;
         let mut step = 0;
         exec.set_tables(&run.model);
         match (&checkpoint, start) {
@@ -146,6 +144,22 @@ impl Trainer {
             Trainer { run, dir, exec, streams, journal, events, step, sample, peak_flops_per_s, resumed };
         t.announce(rank)?;
         Ok(t)
+    }
+
+    /// What can be refused before data is prepared and ranks are started; gives the checkpoint to continue from.
+    ///
+    /// # Errors
+    /// If the run directory, the checkpoint, the tokenizer and the run file do not fit together.
+    pub fn check(run: &RunSpec) -> Result<Option<PathBuf>> {
+        check_positions(run)?;
+        check_tokenizer(run)?;
+        let dir = RunDir::new(&run.run.dir);
+        let checkpoint = ckpt::latest(&dir.checkpoints())
+            .map_err(|e| e.hint("set run.dir to a directory, or to a new name"))?;
+        if checkpoint.is_some() {
+            check_continues(run, &dir, checkpoint.as_deref())?;
+        }
+        Ok(checkpoint)
     }
 
     /// The executor, for whoever looks into the program or the weights.
@@ -350,26 +364,22 @@ impl Executor {
         let written = ckpt::Saver::begin(dir, step)
             .and_then(|saver| saver.write_rank(rank, self.pieces()))
             .map(|r| r.to_bytes());
-        // An empty record says that a rank could not write: then nobody's share becomes a checkpoint.
-        let all = self.mesh.exchange(written.as_deref().unwrap_or_default())?;
-        let failed = all.iter().position(Vec::is_empty);
-        let committed = match failed {
-            None if rank == 0 => commit(dir, step, &all, meta).map(Some),
-            None => Ok(None),
-            Some(_) if rank == 0 => ckpt::Saver::abort(dir, step).map(|()| None),
-            Some(_) => Ok(None),
-        };
-        let verdict = self.mesh.exchange(&[u8::from(committed.is_ok())])?;
-        written?;
-        if let Some(other) = failed {
-            return Err(Error::failure(format!(
-                "checkpoint of step {step}: rank {other} could not write its share"
-            )));
+        // Nobody's share becomes a checkpoint if one rank could not write.
+        let shares = agree(&self.mesh, rank, written);
+        let (mut committed, mut done) = (None, Ok(Vec::new()));
+        if rank == 0 {
+            match &shares {
+                Ok(all) => match commit(dir, step, all, meta) {
+                    Ok(saved) => committed = Some(saved),
+                    Err(e) => done = Err(e),
+                },
+                // The shares' own failure is what the caller must hear.
+                Err(_) => _ = ckpt::Saver::abort(dir, step),
+            }
         }
-        let committed = committed?;
-        if verdict[0] != [1] {
-            return Err(Error::failure(format!("checkpoint of step {step}: rank 0 could not commit it")));
-        }
+        let verdict = agree(&self.mesh, rank, done);
+        shares?;
+        verdict?;
         Ok(committed)
     }
 
@@ -389,6 +399,28 @@ impl Executor {
             }
         };
         self.spans.all().iter().map(of).collect()
+    }
+}
+
+/// What every rank has to say, or the first rank's failure in its own words.
+fn agree(mesh: &Mesh, rank: usize, mine: Result<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
+    const FAILED: u8 = 1;
+    let mut said = match &mine {
+        Ok(bytes) => bytes.clone(),
+        Err(e) => format!("{e}\n{}", e.hint_text().unwrap_or_default()).into_bytes(),
+    };
+    said.push(if mine.is_ok() { 0 } else { FAILED });
+    let mut all = mesh.exchange(&said)?;
+    let failed = all.iter_mut().position(|said| said.pop() == Some(FAILED));
+    match failed {
+        None => Ok(all),
+        Some(who) if who == rank => mine.map(|_| all),
+        Some(who) => {
+            let words = String::from_utf8_lossy(&all[who]);
+            let (what, hint) = words.split_once('\n').unwrap_or((&words, ""));
+            let e = Error::failure(format!("rank {who}: {what}"));
+            Err(if hint.is_empty() { e } else { e.hint(hint) })
+        }
     }
 }
 
@@ -436,7 +468,40 @@ fn load(exec: &mut Executor, stream: &dyn data::TokenStream, index: u64, sample:
     Ok(())
 }
 
-fn open_data(run: &RunSpec, prepared: Option<&Prepared>) -> Result<Streams> {
+/// Refuses a step that this machine can never hold: the system would hand the memory out and then kill the process.
+fn check_memory(bytes: usize) -> Result<()> {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = text
+        .lines()
+        .find_map(|l| l.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<usize>().ok());
+    match kib {
+        Some(kib) if bytes / 1024 > kib => Err(Error::user(format!(
+            "the step takes {:.1} GiB, but this machine has {:.1} GiB of memory",
+            bytes as f64 / (1u64 << 30) as f64,
+            kib as f64 / (1 << 20) as f64
+        ))
+        .hint("a smaller model, batch or layout.micro_batch, layout.recompute = \"full\" or more ranks take less")),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a tokenizer that gives ids which the model has no embedding for.
+fn check_tokenizer(run: &RunSpec) -> Result<()> {
+    let Some(path) = tokenizer_of(run) else { return Ok(()) };
+    let (entries, vocab) = (data::Tokenizer::load(&path)?.vocab_size(), run.model.vocab);
+    if entries > vocab {
+        return Err(Error::user(format!(
+            "{} has {entries} entries, but the model's vocabulary has {vocab}",
+            path.display()
+        ))
+        .hint(format!(
+            "set model.vocab to at least {entries}, or train a tokenizer of at most {vocab} entries (data.vocab_size)"
+        )));
+    }
+    Ok(())
+}
+
+fn check_positions(run: &RunSpec) -> Result<()> {
     if run.model.max_positions() < run.batch.sequence {
         return Err(Error::user(format!(
             "batch.sequence = {} tokens, but the model takes at most {}",
@@ -445,6 +510,10 @@ fn open_data(run: &RunSpec, prepared: Option<&Prepared>) -> Result<Streams> {
         ))
         .hint("lower batch.sequence, or raise model.max_positions"));
     }
+    Ok(())
+}
+
+fn open_data(run: &RunSpec, prepared: Option<&Prepared>) -> Result<Streams> {
     let parts = match (&run.data.source, prepared) {
         (_, Some(p)) => vec![(p.prefix.clone(), 1.0)],
         (DataSource::Prefix(prefix), _) => vec![(prefix.clone(), 1.0)],
@@ -471,7 +540,7 @@ fn tokenizer_of(run: &RunSpec) -> Option<PathBuf> {
         DataSource::Blend(parts) => parts.first().map(|p| data::tokenizer_path(&p.prefix)),
         _ => None,
     };
-    run.data.tokenizer.clone().or(beside).filter(|p| p.exists())
+    run.data.tokenizer.clone().or(beside.filter(|p| p.exists()))
 }
 
 /// A checkpoint of this run, read; returns its step.
