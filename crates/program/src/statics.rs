@@ -156,7 +156,7 @@ impl Lower<'_> {
             loss_leaves: self.fixed("loss_leaves".into(), local_sequences, 1, DType::F64),
             norm_chunks: self.fixed(
                 "norm_chunks".into(),
-                norm_chunks + self.request.sequences,
+                norm_chunks + self.request.sequences + 1,
                 1,
                 DType::F64,
             ),
