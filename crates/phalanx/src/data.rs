@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use data::{BuildOptions, Source, Summary, Tokenizer, tokenizer_path};
-use spec::Result;
+use spec::{Error, Result};
 
 use crate::args::{Data, DataCommand};
 use crate::live::Bytes;
@@ -25,6 +25,14 @@ pub(crate) fn run(args: &Data) -> Result<u8> {
 }
 
 fn build(options: &BuildOptions, tokenizer: Option<&Path>, vocab_size: usize, json: bool) -> Result<u8> {
+    if let Some(file) = options.prefix.ancestors().skip(1).find(|p| p.exists() && !p.is_dir()) {
+        return Err(Error::user(format!(
+            "--output {}: {} is a file",
+            options.prefix.display(),
+            file.display()
+        ))
+        .hint("give a prefix in a directory"));
+    }
     let bytes = Bytes::new();
     let progress = |p| bytes.update(p);
     let tokenizer = match tokenizer {

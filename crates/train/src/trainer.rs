@@ -125,6 +125,11 @@ impl Trainer {
             (None, Start::Seed) => exec.initialise(&run.model, run.train.seed)?,
             (None, Start::Run(from)) => adopt(&mut exec, &run, from)?,
         }
+        let mut sample = vec![0; run.batch.sequence + 1];
+        if step < run.train.steps as u64 {
+            // The first batch tells data of another tokenizer before anything is written.
+            load(&mut exec, streams.train.as_ref(), step, &mut sample)?;
+        }
         // Nobody may look at the directory after rank 0 has begun to write it.
         exec.mesh.barrier()?;
         if rank == 0 {
@@ -138,7 +143,6 @@ impl Trainer {
         } else {
             None
         };
-        let sample = vec![0; run.batch.sequence + 1];
         let resumed = checkpoint;
         let mut t =
             Trainer { run, dir, exec, streams, journal, events, step, sample, peak_flops_per_s, resumed };

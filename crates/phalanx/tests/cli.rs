@@ -1,0 +1,303 @@
+//! The program as people meet it: trains, stops, resumes, spreads over ranks, refuses bad input.
+
+mod common;
+
+use std::fs;
+
+use common::{Lab, Started, losses, sets, tiny};
+use rustix::process::Signal;
+
+#[test]
+fn every_step_line_shows_its_loss() {
+    let lab = Lab::new();
+    let found = losses(&lab.train("run", ""));
+    assert_eq!(found.len(), 6);
+    assert!((found[0] - 300f64.ln()).abs() < 0.2, "a random model knows nothing: {found:?}");
+    assert!(found[5] < found[0], "it learns: {found:?}");
+    let again = lab.run(&tiny("run", ""));
+    assert!(again.err.contains("all 6 steps were done before"), "{}", again.err);
+}
+
+#[test]
+fn a_run_that_was_stopped_ends_as_if_it_had_not_been() {
+    let lab = Lab::new();
+    let args = "--set train.steps=80 --set checkpoint.keep=0 --set train.eval_every=0";
+    lab.train("whole", args);
+    let expected = lab.files(&lab.newest("whole"));
+
+    lab.train("asked", &format!("{args} --stop-after 5"));
+    lab.train("asked", args);
+    assert_eq!(lab.files(&lab.newest("asked")), expected, "--stop-after");
+
+    for (signal, code) in [(Signal::KILL, None), (Signal::INT, Some(130)), (Signal::TERM, Some(130))] {
+        let run = format!("signal-{}", signal.as_raw());
+        // Its stdout is read no further than step 5, so it cannot have reached the end.
+        let mut started = lab.start(&tiny(&run, args));
+        started.wait_for("step 5/");
+        Started::signal(started.child.id() as i32, signal);
+        let (status, err) = started.end();
+        assert_eq!(status.code(), code, "{signal:?}: {err}");
+        assert!(lab.newest(&run) < lab.path(&run).join("checkpoints/step-00000080"));
+        lab.train(&run, args);
+        assert_eq!(lab.files(&lab.newest(&run)), expected, "{signal:?}");
+    }
+}
+
+#[test]
+fn layouts_end_in_the_same_bits() {
+    let lab = Lab::new();
+    let args = "--set data.cache_dir=cache --set train.eval_every=0";
+    let expected = losses(&lab.train("one", args));
+    let check = |run: &str, layout: &str| {
+        let found = losses(&lab.train(run, &format!("{args} {layout}")));
+        let difference = ckpt::diff(&lab.newest("one"), &lab.newest(run)).expect("two checkpoints");
+        assert!(difference.bit_equal(), "{layout}: {difference:?}");
+        assert_eq!(found, expected, "{layout}");
+    };
+    check("dp", "--nproc 2");
+    check("pp", "--nproc 2 --set layout.pp=2");
+    check("zero", "--nproc 4 --set layout.zero=3");
+    check("micro", "--set layout.micro_batch=4");
+
+    // A run may go on under another layout.
+    lab.train("moved", &format!("{args} --nproc 2 --stop-after 3"));
+    lab.train("moved", &format!("{args} --nproc 4 --set layout.zero=2 --set layout.pp=2"));
+    let difference = ckpt::diff(&lab.newest("one"), &lab.newest("moved")).expect("two checkpoints");
+    assert!(difference.bit_equal(), "moved: {difference:?}");
+
+    let found = losses(&lab.train("tp", &format!("{args} --nproc 2 --set layout.tp=2")));
+    // Printed with four decimals.
+    let apart = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(apart < 2e-4, "tp: {found:?} against {expected:?}");
+}
+
+#[test]
+fn a_killed_rank_ends_the_others_with_one_message() {
+    let lab = Lab::new();
+    let mut started = lab.start(&tiny("run", "--nproc 4 --set train.steps=200"));
+    started.wait_for("step 4/");
+    let rank = started.rank(2);
+    Started::signal(rank, Signal::KILL);
+    let (status, err) = started.end();
+    assert_eq!(status.code(), Some(1), "{err}");
+    let errors: Vec<&str> = err.lines().filter(|l| l.starts_with("error:")).collect();
+    assert_eq!(errors.len(), 1, "{err}");
+    assert!(errors[0].contains("rank 2") && errors[0].contains(&rank.to_string()), "{err}");
+    assert!(err.contains("\nhint: "), "{err}");
+    lab.newest("run");
+}
+
+#[test]
+fn a_model_goes_to_hugging_face_and_back() {
+    let lab = Lab::new();
+    lab.train("run", "");
+    lab.ok("export run out-1");
+    lab.ok("import out-1 again --set data.vocab_size=300");
+    lab.ok("export again out-2");
+    let (a, b) = (lab.files(&lab.path("out-1")), lab.files(&lab.path("out-2")));
+    let names: Vec<&str> = a.iter().map(|(name, _)| name.as_str()).collect();
+    assert!(names.contains(&"config.json") && names.contains(&"model.safetensors"), "{names:?}");
+    assert!(a == b, "export, import and export again give other bytes in {names:?}");
+}
+
+#[test]
+fn text_is_drawn_by_seed() {
+    let lab = Lab::new();
+    lab.train("run", "");
+    let draw = |args: &str| lab.ok(&format!("generate run --threads 1 -n 20 {args}"));
+    assert_eq!(draw("--prompt mesh --seed 7"), draw("--prompt mesh --seed 7"));
+    assert_ne!(draw("--tokens 1,2,3 --seed 7"), draw("--tokens 1,2,3 --seed 8"));
+    assert_eq!(
+        draw("--tokens 1,2,3 --temperature 0 --seed 7"),
+        draw("--tokens 1,2,3 --temperature 0 --seed 8")
+    );
+    assert_eq!(draw("--tokens 1,2,3").split(' ').count(), 20);
+    let logits = lab.json("logits run --tokens 1,2,3 --json");
+    assert_eq!((logits.as_array().map(Vec::len), logits[0].as_array().map(Vec::len)), (Some(3), Some(300)));
+}
+
+#[test]
+fn the_program_shows_the_memory_that_a_step_takes() {
+    let lab = Lab::new();
+    let keys = format!("{} --set layout.micro_batch=4", sets());
+    let program = lab.json(&format!("program show {keys} --json"));
+    let step = lab.json(&format!("bench step {keys} --threads 1 --steps 1 --json"));
+    let total = &program["memory"]["total"];
+    assert!(total.as_u64().is_some_and(|bytes| bytes > 0), "{total}");
+    assert_eq!((&step["peak_bytes_placed"], &step["peak_bytes_allocated"]), (total, total));
+    for key in ["tokens_per_s", "model_gflops", "gemm_peak_gflops"] {
+        assert!(step[key].as_f64().is_some_and(|v| v > 0.0), "{key}: {step}");
+    }
+}
+
+#[test]
+fn a_dataset_is_built_shown_and_trained_on() {
+    let lab = Lab::new();
+    let built = lab.json("data build text.txt --output set --vocab-size 300 --json");
+    let shown = lab.json("data show set --json");
+    assert!(built["tokens"].as_u64().is_some_and(|n| n > 1000), "{built}");
+    assert_eq!((&built["tokens"], &built["documents"]), (&shown["tokens"], &shown["documents"]));
+    assert!(lab.ok("data show set").contains("mesh"), "the first document is shown as text");
+    let out = lab.ok(&format!("train {} --set run.dir=run --set data.prefix=set", sets()));
+    assert_eq!(losses(&out).len(), 6);
+}
+
+#[test]
+fn a_trace_has_both_lanes_of_every_rank() {
+    let lab = Lab::new();
+    lab.train("run", "--nproc 2 --trace");
+    lab.ok("trace run --output trace.json");
+    let trace: serde_json::Value =
+        serde_json::from_slice(&fs::read(lab.path("trace.json")).expect("a trace")).expect("JSON");
+    let events = trace["traceEvents"].as_array().expect("events");
+    for rank in 0..2 {
+        for lane in ["compute", "comm"] {
+            let has = events.iter().any(|e| e["ph"] == "X" && e["pid"] == rank && e["cat"] == lane);
+            assert!(has, "no {lane} of rank {rank}");
+        }
+    }
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    let lab = Lab::new();
+    let mut started = lab.start(&tiny("run", ""));
+    started.wait_for("step 1/");
+    let status = started.close();
+    assert!(status.success(), "{status}");
+    assert!(lab.newest("run").ends_with("step-00000006"));
+}
+
+/// Runs `args`, which must fail with `code`, say `first` in its last error line and give a hint, and leave no run.
+#[track_caller]
+fn check(lab: &Lab, args: &str, code: i32, first: &str) {
+    let ran = lab.run(args);
+    assert_eq!(ran.code, Some(code), "{args}\n{}{}", ran.out, ran.err);
+    let errors: Vec<&str> = ran.err.lines().filter(|l| l.starts_with("error: ")).collect();
+    assert_eq!(errors.len(), 1, "one message: {args}\n{}", ran.err);
+    assert!(errors[0].contains(first), "{args}\nfound    {}\nexpected {first}", errors[0]);
+    let hints = ran.err.lines().filter(|l| l.starts_with("hint: ")).count();
+    assert_eq!(hints, 1, "one hint: {args}\n{}", ran.err);
+    assert!(!ran.err.contains("panicked"), "{}", ran.err);
+    assert!(!lab.path("bad").exists(), "{args} left a run behind");
+}
+
+#[test]
+fn bad_input_is_refused_with_a_hint() {
+    let lab = Lab::new();
+    lab.write("empty.txt", "");
+    lab.write("file", "not a directory");
+    let bad = |keys: &str, first: &str| {
+        let set: String = keys.split_whitespace().map(|k| format!("--set {k} ")).collect();
+        check(&lab, &tiny("bad", &set), 2, first);
+    };
+    bad("train.stepz=3", "unknown key train.stepz");
+    bad("train.steps=-3", "train.steps = -3");
+    bad("train.steps=0", "train.steps = 0");
+    bad("model.layers=0", "model.layers = 0");
+    bad("batch.sequences=9000000000000000000", "batch.sequences = 9000000000000000000");
+    bad("model.kv_heads=3", "model.kv_heads = 3 does not divide model.heads = 2");
+    bad("optim.lr=nan", "optim.lr = nan");
+    bad("data.prefix=set", "contradicts data.text");
+    bad("data.vocab_size=400", "data.vocab_size = 400");
+    bad("data.tokenizer=none.json", "read tokenizer none.json");
+    bad("layout.micro_batch=3", "layout.micro_batch = 3 does not divide");
+    bad("layout.dp=2", "but 1 rank was started");
+    bad("batch.sequence=50000 model.max_positions=50000", "one sample of sequence 50000 takes 50001");
+
+    // Refusals before any rank starts, and one message where every rank fails.
+    check(&lab, &tiny("bad", "--nproc 0"), 2, "--nproc 0");
+    check(
+        &lab,
+        &tiny("bad", "--nproc 3"),
+        2,
+        "3 ranks: layout.dp = 3 does not divide the global batch of 4 sequences",
+    );
+    check(&lab, &tiny("bad", "--nproc 3 --set layout.tp=2"), 2, "but 3 ranks were started");
+    let long = "--nproc 2 --set batch.sequence=50000 --set model.max_positions=50000";
+    check(&lab, &tiny("bad", long), 2, "one sample of sequence 50000 takes 50001");
+
+    check(&lab, &tiny("bad", "--stop-after 0"), 2, "--stop-after 0");
+    check(&lab, &tiny("bad", "--resume"), 2, "nothing to resume");
+    check(&lab, &tiny("bad", "--init none"), 2, "read none/run.toml");
+    check(&lab, &tiny("file", ""), 2, "file/checkpoints: Not a directory");
+    check(&lab, &format!("train {} --set run.dir=bad --text none.txt", sets()), 2, "open none.txt");
+    check(&lab, &format!("train {} --set run.dir=bad --text empty.txt", sets()), 2, "no text in the input");
+    check(&lab, "train none.toml", 2, "read none.toml");
+    check(&lab, "generate none", 2, "read none/run.toml");
+    check(&lab, "export none out", 2, "read none/run.toml");
+    check(&lab, "import none bad", 2, "read none/config.json");
+    check(&lab, "trace none", 2, "none");
+    check(&lab, "data show none", 2, "none.idx");
+    check(&lab, "data build none.txt --output set", 2, "open none.txt");
+    check(&lab, "data build text.txt --output file/set --vocab-size 300", 2, "file");
+}
+
+#[test]
+fn a_tokenizer_too_large_for_the_model_is_refused_before_text_is_read() {
+    let lab = Lab::new();
+    lab.ok("data build text.txt --output set --vocab-size 290");
+    let keys = "--set model.vocab=280 --set data.vocab_size=280 --set data.cache_dir=cache";
+    let args = tiny("bad", &format!("{keys} --set data.tokenizer=set.tokenizer.json"));
+    check(&lab, &args, 2, "set.tokenizer.json has 290 entries, but the model's vocabulary has 280");
+    let err = lab.run(&args).err;
+    assert!(err.contains("model.vocab") && err.contains("data.vocab_size"), "{err}");
+    assert!(!lab.path("cache").exists(), "nothing was tokenised");
+}
+
+#[test]
+fn damage_is_noticed_and_nothing_is_overwritten() {
+    let lab = Lab::new();
+    lab.train("run", "--stop-after 4");
+    let checkpoint = lab.newest("run");
+    let tensors = checkpoint.join("rank-00000.safetensors");
+    let good = fs::read(&tensors).expect("a checkpoint");
+    let fails = |args: &str, first: &str| {
+        let before = lab.files(&checkpoint);
+        check(&lab, args, 2, first);
+        assert!(lab.files(&checkpoint) == before && lab.newest("run") == checkpoint, "{args}");
+    };
+
+    fails(&tiny("run", "--set train.seed=3"), "train.seed = 3, was 42");
+    fails(&tiny("run", "--set model.layers=1"), "model.layers = 1, was 2");
+
+    fs::write(&tensors, &good[..good.len() - 100]).expect("cut it short");
+    fails(&tiny("run", ""), "is cut short");
+    fails("export run out", "is cut short");
+    let mut flipped = good.clone();
+    flipped[good.len() / 2] ^= 1;
+    fs::write(&tensors, &flipped).expect("flip a bit");
+    fails(&tiny("run", ""), "is damaged");
+    fails(&tiny("run", "--nproc 2"), "is damaged");
+    fails("generate run", "is damaged");
+    assert!(!lab.path("out").exists());
+
+    lab.ok("data build text.txt --output set --vocab-size 300");
+    let bin = fs::read(lab.path("set.bin")).expect("a dataset");
+    let train = format!("train {} --set run.dir=bad --set data.prefix=set", sets());
+    lab.write("set.bin", &bin[..1000]);
+    check(&lab, &train, 2, "set.bin: cut short: 1000 bytes");
+    lab.write("set.bin", bin.iter().map(|_| 0x7f).collect::<Vec<u8>>());
+    check(&lab, &train, 2, "has id 32639, but the model's vocabulary has 300 entries");
+    lab.write("set.bin", "");
+    check(&lab, &train, 2, "set.bin: empty file");
+}
+
+#[test]
+fn a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint() {
+    for ranks in ["", "--nproc 2"] {
+        let lab = Lab::new();
+        let wild = "--set optim.lr=1e6 --set optim.grad_clip=0 --set checkpoint.every=1 --set train.steps=50";
+        let ran = lab.run(&tiny("run", &format!("{wild} {ranks}")));
+        assert_eq!(ran.code, Some(1), "{}", ran.err);
+        let errors: Vec<&str> = ran.err.lines().filter(|l| l.starts_with("error: ")).collect();
+        assert_eq!(errors.len(), 1, "{}", ran.err);
+        assert!(
+            errors[0].contains("step ") && errors[0].contains("the weights were not updated"),
+            "{}",
+            ran.err
+        );
+        assert!(ran.err.contains("hint: resume from the last checkpoint"), "{}", ran.err);
+        ckpt::verify(&lab.newest("run")).expect("a sound checkpoint");
+    }
+}
