@@ -63,6 +63,9 @@ pub(crate) struct Train {
     /// Ranks to start on this machine; layout.dp follows unless it is set
     #[arg(long, value_name = "N")]
     pub(crate) nproc: Option<usize>,
+    /// How ranks talk: auto (shared memory within a machine), shm or tcp; never changes the numbers
+    #[arg(long, default_value = "auto", value_parser = ["auto", "shm", "tcp"])]
+    pub(crate) transport: String,
     /// Demand that there is a checkpoint to continue from
     #[arg(long, conflicts_with = "fresh")]
     pub(crate) resume: bool,

@@ -103,7 +103,10 @@ struct Stepper {
 
 impl Stepper {
     fn new(threads: usize, set: &[String], record: bool) -> Result<Stepper> {
-        let run = RunSpec::load(None, set, &train::read)?;
+        // The reference step runs its batch of 8 sequences at once.
+        let mut overrides = vec!["layout.micro_batch=8".to_owned()];
+        overrides.extend(set.iter().cloned());
+        let run = RunSpec::load(None, &overrides, &train::read)?;
         run.layout.validate_world(1)?;
         let request = Request {
             model: &run.model,

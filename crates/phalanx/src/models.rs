@@ -81,7 +81,8 @@ fn parse(ids: &str) -> Result<Vec<u32>> {
 
 /// A run at step 0 that holds the weights of a Hugging Face model.
 pub(crate) fn import(args: &Import) -> Result<u8> {
-    let (model, weights) = ckpt::hf::import(&args.hf_dir)?;
+    let (model, weights) =
+        ckpt::hf::import(&args.hf_dir).map_err(|e| e.hint("copy the model's files again"))?;
     let dir = RunDir::new(&args.run_dir);
     if ckpt::latest(&dir.checkpoints())?.is_some() {
         return Err(Error::user(format!("{} already holds a run", args.run_dir.display()))

@@ -85,7 +85,9 @@ pub(crate) fn start(nproc: usize) -> Result<u8> {
     command.extend(std::env::args_os().skip(1));
     let mut job = LocalJob::new(nproc, command);
     job.env.push((STARTED.to_owned(), std::process::id().to_string()));
-    let outcome = job.run()?;
+    let outcome = job
+        .run()
+        .map_err(|e| e.hint("start fewer ranks here; each takes a process and a folder in TMPDIR"))?;
     if outcome.signal.is_some() {
         return Ok(INTERRUPTED);
     }

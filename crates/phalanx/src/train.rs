@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use comm::TransportChoice;
-use spec::{Error, Result, RunSpec};
+use spec::{Error, Layout, Result, RunSpec};
 use train::{Mesh, Outcome, RunDir, Sampling, Start, Trainer};
 
 use crate::args::{RunArgs, Train};
@@ -42,7 +42,12 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
 /// One rank of several. Rank 0 prepares and speaks; whoever started the ranks may have prepared already.
 fn as_rank(args: &Train, rank: &Rank) -> Result<u8> {
     let run = load(&args.run, rank.env.world)?;
-    let world = rank.world(&run.to_toml(), TransportChoice::Auto)?;
+    let transport = match args.transport.as_str() {
+        "shm" => TransportChoice::Shm,
+        "tcp" => TransportChoice::Tcp,
+        _ => TransportChoice::Auto,
+    };
+    let world = rank.world(&run.to_toml(), transport)?;
     let first = rank.env.rank == 0;
     let started_by_us = args.nproc.is_some();
     let prepared = if first {
@@ -128,6 +133,39 @@ fn go(
 
 /// Reads the run file and its overrides.
 pub(crate) fn load(args: &RunArgs, world: usize) -> Result<RunSpec> {
+    let mut run = load_for(args, world)?;
+    widen_micro_batch(args, &mut run)?;
+    Ok(run)
+}
+
+/// Unless it was set: as many sequences at once as make [`TOKENS_AT_ONCE`]. Larger products are faster, and no number
+/// changes; a pipeline wants many small micro-batches instead.
+fn widen_micro_batch(args: &RunArgs, run: &mut RunSpec) -> Result<()> {
+    let in_file =
+        args.file.as_deref().map(train::read).transpose()?.is_some_and(|t| t.contains("micro_batch"));
+    if in_file
+        || run.layout.pp > 1
+        || args.set.iter().any(|s| s.trim_start().starts_with("layout.micro_batch"))
+    {
+        return Ok(());
+    }
+    let batch = &run.batch;
+    let fits = |m: usize| {
+        let layout = Layout { micro_batch: m, ..run.layout.clone() };
+        m * batch.sequence <= TOKENS_AT_ONCE
+            && layout.validate(&run.model, batch.sequences, batch.sequence).is_ok()
+    };
+    if let Some(m) = [8, 4, 2].into_iter().find(|m| fits(*m)) {
+        run.layout.micro_batch = m;
+    }
+    Ok(())
+}
+
+/// Beyond this many rows products gain nothing more on a CPU, and activations outgrow its caches.
+const TOKENS_AT_ONCE: usize = 2048;
+
+/// Reads the run file and its overrides for so many ranks.
+fn load_for(args: &RunArgs, world: usize) -> Result<RunSpec> {
     let run = load_with(args, None)?;
     let model_ranks = run.layout.tp * run.layout.pp;
     if run.layout.world() == world {

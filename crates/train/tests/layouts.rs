@@ -15,14 +15,19 @@ use train::{Executor, Mesh, StepInputs, StepOutputs};
 const STEPS: u64 = 10;
 const SEQUENCES: usize = 8;
 
-type Weights = BTreeMap<String, Vec<u32>>;
+/// What a run leaves: outputs of its steps, the loss of an evaluation, and weights.
+struct Trained {
+    outputs: Vec<StepOutputs>,
+    eval: f64,
+    weights: BTreeMap<String, Vec<u32>>,
+}
 
 /// Trains on as many threads as the layout has ranks; returns outputs, and weights read back from a checkpoint that
 /// all ranks wrote.
-fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> (Vec<StepOutputs>, Weights) {
+fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> Trained {
     let dir = tempfile::tempdir().expect("a folder");
     let worlds = World::threads(layout.world()).expect("ranks");
-    let outputs: Vec<Vec<StepOutputs>> = std::thread::scope(|scope| {
+    let outputs: Vec<(Vec<StepOutputs>, f64)> = std::thread::scope(|scope| {
         let ranks: Vec<_> = worlds
             .into_iter()
             .map(|world| {
@@ -50,7 +55,8 @@ fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> (Vec<StepOu
                         })
                         .collect();
                     exec.save(dir, STEPS, ckpt::Meta::default()).expect("saved");
-                    out
+                    fill(&mut exec, m.vocab, STEPS + 1);
+                    (out, exec.evaluate().expect("evaluated"))
                 })
             })
             .collect();
@@ -63,21 +69,25 @@ fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> (Vec<StepOu
     let checkpoint =
         ckpt::Checkpoint::open(&ckpt::latest(dir.path()).expect("a folder").expect("a checkpoint"));
     one.restore(&checkpoint.expect("whole")).expect("restored");
-    (outputs[0].clone(), weights(&one))
+    let (outputs, eval) = outputs[0].clone();
+    Trained { outputs, eval, weights: weights(&one) }
 }
 
-fn reference(m: &ModelSpec, precision: DType) -> (Vec<StepOutputs>, Weights) {
+fn reference(m: &ModelSpec, precision: DType) -> Trained {
     let mut one = executor(m, &Layout::default(), SEQUENCES, precision, 1);
-    (steps(&mut one, m.vocab, 1, STEPS + 1), weights(&one))
+    let outputs = steps(&mut one, m.vocab, 1, STEPS + 1);
+    fill(&mut one, m.vocab, STEPS + 1);
+    Trained { outputs, eval: one.evaluate().expect("evaluated"), weights: weights(&one) }
 }
 
 /// A rate that moves every bit of the weights.
 const LR: f64 = 1e-2;
 
-fn check(m: &ModelSpec, layout: &Layout, precision: DType, expected: &(Vec<StepOutputs>, Weights)) {
-    let (outputs, weights) = run(m, layout, precision, LR);
-    assert_eq!(outputs, expected.0, "losses and norms under {layout:?}");
-    if let Some(difference) = first_difference(&expected.1, &weights) {
+fn check(m: &ModelSpec, layout: &Layout, precision: DType, expected: &Trained) {
+    let got = run(m, layout, precision, LR);
+    assert_eq!(got.outputs, expected.outputs, "losses and norms under {layout:?}");
+    assert_eq!(got.eval.to_bits(), expected.eval.to_bits(), "evaluation under {layout:?}");
+    if let Some(difference) = first_difference(&expected.weights, &got.weights) {
         panic!("{difference} under {layout:?} in {precision}");
     }
 }
@@ -175,14 +185,15 @@ fn tensor_parallel_within_tolerance() {
     // A rate at which training does not amplify the last bit of a sum a hundredfold in ten steps.
     let lr = 1e-3;
     for m in models() {
-        let (expected, _) = run(&m, &Layout::default(), DType::F32, lr);
+        let expected = run(&m, &Layout::default(), DType::F32, lr);
         for (tp, dp, pp, sequence_parallel) in
             [(2, 1, 1, false), (2, 1, 1, true), (2, 2, 1, false), (2, 1, 2, true), (2, 2, 2, true)]
         {
             for zero in [Zero::Off, Zero::Parameters] {
                 let layout = Layout { tp, dp, pp, sequence_parallel, zero, ..Layout::default() };
-                let (outputs, _) = run(&m, &layout, DType::F32, lr);
-                for (k, (a, b)) in outputs.iter().zip(&expected).enumerate() {
+                let got = run(&m, &layout, DType::F32, lr);
+                assert!((got.eval / expected.eval - 1.0).abs() < 1e-5, "evaluation under {layout:?}");
+                for (k, (a, b)) in got.outputs.iter().zip(&expected.outputs).enumerate() {
                     let off = (a.loss / b.loss - 1.0).abs();
                     assert!(
                         off < 1e-5,

@@ -256,7 +256,7 @@ pub(crate) static KEYS: &[Key] = &[
         "layout.micro_batch",
         count(1, MAX_WORLD),
         "1",
-        "sequences executed at once; never changes the numbers",
+        "sequences executed at once; never changes the numbers; train picks up to 8 if it is not set",
     ),
     key(
         "layout.recompute",
