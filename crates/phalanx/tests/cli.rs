@@ -227,6 +227,7 @@ fn bad_input_is_refused_with_a_hint() {
     check(&lab, "generate none", 2, "read none/run.toml");
     check(&lab, "export none out", 2, "read none/run.toml");
     check(&lab, "import none bad", 2, "read none/config.json");
+    check(&lab, &tiny("bad", "--nproc 8192 --set batch.sequences=8192"), 2, "8192 workers on one node");
     check(&lab, "trace none", 2, "none");
     check(&lab, "data show none", 2, "none.idx");
     check(&lab, "data build none.txt --output set", 2, "open none.txt");
