@@ -209,6 +209,9 @@ impl Trainer {
         stop_after: Option<u64>,
         each: &mut dyn FnMut(Event),
     ) -> Result<Outcome> {
+        if let Some(text) = self.why_no_evaluation() {
+            self.note(Record::Warning { time_us: now_us(), text }, each)?;
+        }
         let last = self.run.train.steps as u64;
         let began = Instant::now();
         let first = self.step;
@@ -298,6 +301,23 @@ impl Trainer {
             exposed_comm_s: (self.run.layout.world() > 1).then(|| self.exec.exposed_comm_s()),
         };
         Ok((record, out.stop))
+    }
+
+    /// Why the run is not evaluated although it should be.
+    fn why_no_evaluation(&self) -> Option<String> {
+        self.run.train.eval_every?;
+        let why = match &self.streams.valid {
+            None => self.streams.valid_missing.clone()?,
+            Some(valid) if valid.len() < self.run.batch.sequences as u64 => {
+                format!(
+                    "the validation split holds {} samples, a batch {}",
+                    valid.len(),
+                    self.run.batch.sequences
+                )
+            }
+            Some(_) => return None,
+        };
+        Some(format!("no evaluation: {why}"))
     }
 
     fn evaluate(&mut self, each: &mut dyn FnMut(Event)) -> Result<()> {

@@ -170,7 +170,12 @@ pub(crate) static KEYS: &[Key] = &[
     key("data.prefix", KeyKind::Path, "", "tokenised dataset PREFIX.bin and PREFIX.idx, instead of text"),
     key("data.blend", KeyKind::Blend, "", "tokenised datasets and their weights, instead of text"),
     key("data.tokenizer", KeyKind::Path, "", "tokenizer.json; trained from the text if absent"),
-    key("data.vocab_size", count(257, 1 << 24), "4096", "vocabulary of the tokenizer that is trained"),
+    key(
+        "data.vocab_size",
+        count(257, 1 << 24),
+        "4096",
+        "vocabulary of the tokenizer that is trained; at most the model's",
+    ),
     key("data.split", KeyKind::Text, "\"99,1,0\"", "weights of the train, validation and test splits"),
     key("data.cache_dir", KeyKind::Path, "", "where prepared data is kept"),
     key("batch.sequence", count(1, MAX_POSITIONS), "256", "tokens of a sequence"),

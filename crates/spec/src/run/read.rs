@@ -60,8 +60,13 @@ impl RunSpec {
         let model = read_whole_model(&doc, load_file)?;
         let train = read_train(&doc)?;
         let optim = read_optim(&doc)?;
+        let mut data = read_data(&doc)?;
+        if !doc.written("data.vocab_size") {
+            // A smaller model gets a tokenizer that fits; the bytes alone take 257 entries.
+            data.vocab_size = data.vocab_size.min(model.vocab).max(257);
+        }
         let spec = RunSpec {
-            data: read_data(&doc)?,
+            data,
             batch: read_batch(&doc)?,
             schedule: read_schedule(&doc, train.steps, optim.lr)?,
             layout: read_layout(&doc)?,
