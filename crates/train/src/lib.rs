@@ -2,6 +2,7 @@
 
 mod arena;
 mod cache;
+mod checkpoint;
 mod exec;
 mod generate;
 mod generator;
@@ -16,11 +17,12 @@ mod trainer;
 mod workspace;
 
 pub use arena::Arena;
+pub use checkpoint::import_weights;
 pub use exec::{Executor, StepInputs, StepOutputs};
 pub use generate::Sampling;
 pub use generator::Generator;
 pub use mesh::Mesh;
 pub use run_dir::{RunDir, read};
 pub use spans::{Span, Spans};
-pub use trainer::{Event, Outcome, Start, Trainer, host, import_weights, now_us, prepare};
+pub use trainer::{Event, Outcome, Start, Trainer, host, now_us, prepare};
 pub use workspace::workspace_len;

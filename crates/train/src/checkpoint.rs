@@ -1,0 +1,144 @@
+//! Checkpoints of a run: every rank writes its share, rank 0 commits; weights taken from another run or model.
+
+use std::path::{Path, PathBuf};
+
+use program::Request;
+use spec::{Context, Error, Result, RunSpec};
+
+use crate::exec::Executor;
+use crate::mesh::Mesh;
+use crate::run_dir::RunDir;
+
+impl Executor {
+    /// Writes this rank's share of a checkpoint; the last word is rank 0's, which commits it and returns its path and
+    /// size.
+    ///
+    /// # Errors
+    /// If any rank cannot write; the checkpoints before stay as they are.
+    pub fn save(&mut self, dir: &Path, step: u64, meta: ckpt::Meta) -> Result<Option<(PathBuf, u64)>> {
+        let rank = self.program.rank;
+        let written = ckpt::Saver::begin(dir, step)
+            .and_then(|saver| saver.write_rank(rank, self.pieces()))
+            .map(|r| r.to_bytes());
+        // Nobody's share becomes a checkpoint if one rank could not write.
+        let shares = agree(&self.mesh, rank, written);
+        let (mut committed, mut done) = (None, Ok(Vec::new()));
+        if rank == 0 {
+            match &shares {
+                Ok(all) => match commit(dir, step, all, meta) {
+                    Ok(saved) => committed = Some(saved),
+                    Err(e) => done = Err(e),
+                },
+                // The shares' own failure is what the caller must hear.
+                Err(_) => _ = ckpt::Saver::abort(dir, step),
+            }
+        }
+        let verdict = agree(&self.mesh, rank, done);
+        shares?;
+        verdict?;
+        Ok(committed)
+    }
+
+    /// The spans of the last step as the journal keeps them.
+    pub fn journal_spans(&self) -> Vec<journal::Span> {
+        let of = |s: &crate::spans::Span| {
+            let op = &self.program.blocks[s.block as usize].ops[s.op as usize];
+            let lane = if op.kind.is_communication() { journal::Lane::Comm } else { journal::Lane::Compute };
+            journal::Span {
+                op: op.id.0,
+                name: op.name.clone(),
+                lane,
+                micro_batch: Some(s.micro_batch),
+                start_us: self.spans.origin_us() + s.start_ns / 1000,
+                end_us: self.spans.origin_us() + s.end_ns / 1000,
+                bytes: op.cost.wire_bytes.max(op.cost.bytes),
+            }
+        };
+        self.spans.all().iter().map(of).collect()
+    }
+}
+
+/// What every rank has to say, or the first rank's failure in its own words.
+fn agree(mesh: &Mesh, rank: usize, mine: Result<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
+    const FAILED: u8 = 1;
+    let mut said = match &mine {
+        Ok(bytes) => bytes.clone(),
+        Err(e) => format!("{e}\n{}", e.hint_text().unwrap_or_default()).into_bytes(),
+    };
+    said.push(if mine.is_ok() { 0 } else { FAILED });
+    let mut all = mesh.exchange(&said)?;
+    let failed = all.iter_mut().position(|said| said.pop() == Some(FAILED));
+    match failed {
+        None => Ok(all),
+        Some(who) if who == rank => mine.map(|_| all),
+        Some(who) => {
+            let words = String::from_utf8_lossy(&all[who]);
+            let (what, hint) = words.split_once('\n').unwrap_or((&words, ""));
+            let e = Error::failure(format!("rank {who}: {what}"));
+            Err(if hint.is_empty() { e } else { e.hint(hint) })
+        }
+    }
+}
+
+fn commit(dir: &Path, step: u64, records: &[Vec<u8>], meta: ckpt::Meta) -> Result<(PathBuf, u64)> {
+    let records = records.iter().map(|r| ckpt::FileRecord::from_bytes(r)).collect::<Result<Vec<_>>>()?;
+    let bytes = records.iter().map(ckpt::FileRecord::bytes).sum();
+    Ok((ckpt::Saver::commit(dir, step, records, meta)?, bytes))
+}
+
+/// Writes an imported model as the checkpoint of step 0 of a run.
+///
+/// # Errors
+/// If a tensor is missing or the checkpoint cannot be written.
+pub fn import_weights(run: &RunSpec, dir: &RunDir, weights: &ckpt::hf::HfWeights) -> Result<PathBuf> {
+    let layout = spec::Layout::default();
+    let (sequence, sequences) = (run.batch.sequence, 1);
+    let request = Request {
+        model: &run.model,
+        layout: &layout,
+        sequence,
+        sequences,
+        precision: spec::DType::F32,
+        rank: 0,
+        cache: 0,
+    };
+    let mut exec = Executor::new(&request, 1, Mesh::alone(), false)?;
+    exec.set_params(&mut |part, out| {
+        weights.read_box(&part.name, part.row0, part.rows, part.col0, part.cols, out)
+    })?;
+    let meta = ckpt::Meta { fingerprint: run.fingerprint(), world: 1, ..ckpt::Meta::default() };
+    let saved = exec.save(&dir.checkpoints(), 0, meta)?;
+    saved.map(|(path, _)| path).ok_or_else(|| Error::failure("one rank alone commits its checkpoint"))
+}
+
+/// A checkpoint of this run, read; returns its step.
+pub(crate) fn restore(exec: &mut Executor, run: &RunSpec, path: &Path) -> Result<u64> {
+    let checkpoint = ckpt::Checkpoint::open(path)?;
+    exec.restore(&checkpoint).context(format!("resume from {}", path.display()))?;
+    if checkpoint.step() > run.train.steps as u64 {
+        return Err(Error::user(format!(
+            "the newest checkpoint is of step {}, beyond train.steps = {}",
+            checkpoint.step(),
+            run.train.steps
+        ))
+        .hint("raise train.steps, or start another run with run.dir=PATH"));
+    }
+    Ok(checkpoint.step())
+}
+
+/// Weights of another run's newest checkpoint, with fresh optimiser state.
+pub(crate) fn adopt(exec: &mut Executor, run: &RunSpec, from: &Path) -> Result<()> {
+    let other = RunDir::new(from);
+    let theirs = other.load()?;
+    let mut shape = theirs.model.clone();
+    shape.name.clone_from(&run.model.name);
+    shape.init_std = run.model.init_std;
+    if shape != run.model {
+        return Err(Error::user(format!("the model of {} is not the model of this run", from.display()))
+            .hint(format!("take its [model] section from {}", other.run_file().display())));
+    }
+    let checkpoint = ckpt::Checkpoint::open(&other.newest_checkpoint()?)?;
+    exec.set_params(&mut |part, out| {
+        checkpoint.read_box(&part.name, ckpt::Kind::Param, part.row0, part.rows, part.col0, part.cols, out)
+    })
+}
