@@ -116,9 +116,6 @@ fn go(
     if let Some(live) = live {
         live.done();
     }
-    if args.trace && outcome.is_ok() {
-        trainer.record_spans()?;
-    }
     match outcome? {
         Outcome::Finished if rank == 0 => sample(run, &mut trainer, threads, args.json).map(|()| 0),
         Outcome::Finished => Ok(0),

@@ -229,6 +229,7 @@ impl Trainer {
                 }
             };
             self.note(record, each)?;
+            self.record_spans()?;
             let rate = began.elapsed().as_secs_f64() / (self.step - first) as f64;
             each(Event::Eta { seconds: rate * (last - self.step) as f64 });
             if self.due(self.run.train.eval_every) || self.step == last {
@@ -359,8 +360,11 @@ impl Trainer {
         self.note(Record::Checkpoint { time_us: now_us(), step: self.step, path, bytes, save_s }, each)
     }
 
-    /// Writes the spans of the last step to the journal.
-    pub fn record_spans(&mut self) -> Result<()> {
+    /// Writes start, end and bytes of every op of the last step to the journal, if they are recorded.
+    fn record_spans(&mut self) -> Result<()> {
+        if !self.exec.spans.is_on() {
+            return Ok(());
+        }
         let spans = self.exec.journal_spans();
         let rank = self.exec.program.rank;
         self.journal.write(&Record::Spans { rank, step: self.step, spans })
