@@ -138,7 +138,5 @@ pub(crate) fn adopt(exec: &mut Executor, run: &RunSpec, from: &Path) -> Result<(
             .hint(format!("take its [model] section from {}", other.run_file().display())));
     }
     let checkpoint = ckpt::Checkpoint::open(&other.newest_checkpoint()?)?;
-    exec.set_params(&mut |part, out| {
-        checkpoint.read_box(&part.name, ckpt::Kind::Param, part.row0, part.rows, part.col0, part.cols, out)
-    })
+    exec.set_params_from(&checkpoint)
 }

@@ -511,7 +511,7 @@ impl Executor {
         }
     }
 
-    /// The range of elements of a gradient buffer that this rank settles, clips and updates.
+    /// The range of elements of a group's buffer, whole or sharded, that this rank settles, clips and updates.
     pub(crate) fn owned_in(&self, group: usize, buffer: program::BufferId) -> (usize, usize) {
         let b = &self.program.group_buffers[group];
         let shard = self.program.buffer(buffer).len() != self.program.groups[group].len();

@@ -37,18 +37,8 @@ impl Generator {
         };
         let mut exec = Executor::new(&request, threads, Mesh::alone(), false)?;
         exec.set_tables(&run.model);
-        exec.set_params(&mut |part, out| {
-            checkpoint.read_box(
-                &part.name,
-                ckpt::Kind::Param,
-                part.row0,
-                part.rows,
-                part.col0,
-                part.cols,
-                out,
-            )
-        })
-        .map_err(|e| e.hint("run.toml and the checkpoint must be of the same run"))?;
+        exec.set_params_from(&checkpoint)
+            .map_err(|e| e.hint("run.toml and the checkpoint must be of the same run"))?;
         let tokenizer = dir.tokenizer().map(|p| Tokenizer::load(&p)).transpose()?;
         Ok(Generator { exec, tokenizer, run })
     }

@@ -73,6 +73,13 @@ impl Executor {
         Ok(())
     }
 
+    /// Sets every parameter from a checkpoint that any layout wrote.
+    pub(crate) fn set_params_from(&mut self, checkpoint: &ckpt::Checkpoint) -> Result<()> {
+        self.set_params(&mut |part, out| {
+            checkpoint.read_box(&part.name, Kind::Param, part.row0, part.rows, part.col0, part.cols, out)
+        })
+    }
+
     /// Writes a whole group's values into parameters and masters.
     fn store_param(&self, g: usize, values: &[f32]) {
         let b = &self.program.group_buffers[g];
@@ -129,9 +136,7 @@ impl Executor {
 
     /// Reads parameters and moments from a checkpoint that any layout wrote.
     pub fn restore(&mut self, checkpoint: &ckpt::Checkpoint) -> Result<()> {
-        self.set_params(&mut |part, out| {
-            checkpoint.read_box(&part.name, Kind::Param, part.row0, part.rows, part.col0, part.cols, out)
-        })?;
+        self.set_params_from(checkpoint)?;
         for (group, b) in self.program.groups.iter().zip(&self.program.group_buffers) {
             let (first, count) = b.owned;
             for (kind, buffer) in [(Kind::ExpAvg, b.exp_avg), (Kind::ExpAvgSq, b.exp_avg_sq)] {

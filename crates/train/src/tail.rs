@@ -1,6 +1,6 @@
 use kernels::AdamW;
 use program::{GroupId, NORM_CHUNK, Op, OpKind};
-use spec::{DType, Error, Result, Zero};
+use spec::{DType, Error, Result};
 
 use crate::exec::{Executor, StepInputs, StepOutputs, Turn};
 
@@ -41,7 +41,8 @@ impl Executor {
         let sums = self.whole::<f64>(p.io.norm_chunks);
         sums.fill(0.0);
         for (g, b) in p.group_buffers.iter().enumerate().filter(|(_, b)| b.counts) {
-            let (first, count) = self.norm_share(g);
+            // What this rank owns under ZeRO, else its share of what all data-parallel ranks hold.
+            let (first, count) = program::owned_range(p.groups[g].len(), p.layout.dp, p.coords.dp);
             let chunks = count.div_ceil(NORM_CHUNK);
             let offset = if p.buffer(b.grad).len() == p.groups[g].len() { first } else { 0 };
             let grad = &self.whole::<f32>(b.grad)[offset..offset + count];
@@ -85,23 +86,12 @@ impl Executor {
         Ok(losses.iter().sum())
     }
 
-    /// The elements whose squares this rank sums: what it owns, or its share of what all data-parallel ranks hold.
-    fn norm_share(&self, group: usize) -> (usize, usize) {
-        let p = &self.program;
-        if p.layout.zero >= Zero::Optimizer {
-            p.group_buffers[group].owned
-        } else {
-            program::owned_range(p.groups[group].len(), p.layout.dp, p.coords.dp)
-        }
-    }
-
     fn update(&self, group: GroupId, decay: bool, inputs: &StepInputs, factor: f32) {
         let p = &self.program;
         let b = &p.group_buffers[group.0 as usize];
-        let (first, count) = b.owned;
         let cut = |id| {
-            let whole = p.buffer(id).len() == p.group(group).len();
-            if whole { first..first + count } else { 0..count }
+            let (first, count) = self.owned_in(group.0 as usize, id);
+            first..first + count
         };
         let config = AdamW {
             lr: inputs.lr,
