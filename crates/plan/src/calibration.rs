@@ -56,7 +56,7 @@ impl Constants {
 /// What is assumed where nothing was fitted: mid-range figures of well-kept stacks.
 pub const PRIOR: Constants = Constants {
     gemm: 0.88,
-    attention: 0.45,
+    attention: 0.85,
     stream: 0.6,
     network: 0.8,
     host_s: 6e-6,
@@ -66,7 +66,7 @@ pub const PRIOR: Constants = Constants {
 
 /// Bounds of each constant: outside of them it would not mean what its name says.
 const BOUNDS: [(f64, f64); COUNT] =
-    [(0.3, 1.1), (0.05, 0.9), (0.1, 1.2), (0.1, 1.2), (1e-7, 5e-5), (1e-4, 0.3), (0.15, 1.1)];
+    [(0.3, 1.1), (0.2, 1.3), (0.1, 1.2), (0.1, 1.2), (1e-7, 5e-5), (1e-4, 0.3), (0.15, 1.1)];
 
 /// What a factor belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -15,7 +15,7 @@ use crate::mesh::Mesh;
 use crate::network::{Collective, Group, NetworkModel, Span, on_span};
 use crate::pipeline::{Pipeline, wait_s};
 use crate::shape::Shape;
-use crate::software::Software;
+use crate::software::{AttentionKernel, Software};
 use crate::template::{Key, LAUNCHES_PER_TASK, Section, TalkAxis, Task, Template};
 
 /// What is trained, where, and with what.
@@ -272,7 +272,8 @@ impl<'a> Pricer<'a> {
             micro_batch: l.micro_batch,
             recompute: l.recompute,
             whole_layers: self.problem.software.recompute_whole_layers,
-            unfused_attention: self.problem.software.unfused_attention,
+            stops_early: self.problem.software.recompute_stops_early,
+            unfused_attention: self.problem.software.attention == AttentionKernel::Unfused,
             sequence: self.problem.sequence,
         }
     }
@@ -396,7 +397,7 @@ impl<'a> Pricer<'a> {
                     t.gemm += self.gemm(m, n, k, batch, bytes, head, &mut t.stream, mesh)
                 }
                 Task::Attention { flops, bytes, scores, backward } => {
-                    t.attention += self.attention(flops, bytes, scores, backward);
+                    t.attention += self.attention(flops, bytes, scores, backward, mesh.cp);
                 }
                 Task::Stream { bytes } => {
                     t.stream += stream_s(&self.chip16, bytes) / self.problem.constants.stream
@@ -451,13 +452,13 @@ impl<'a> Pricer<'a> {
         gemm_s(&slowed, rows, n, k, bytes)
     }
 
-    fn attention(&self, flops: f64, bytes: f64, scores: f64, backward: bool) -> f64 {
+    fn attention(&self, flops: f64, bytes: f64, scores: f64, backward: bool, cp: usize) -> f64 {
         let c = &self.problem.constants;
         let dim = flops / scores / if backward { 5.0 } else { 2.0 };
         // Tensor units want rows of 16 bytes; libraries fall back to slower kernels without (head width 150 in BLOOM's
         // layout tests).
         let misaligned = if (dim / 8.0).fract() > 1e-6 { 6.0 } else { 1.0 };
-        if self.problem.software.unfused_attention {
+        if self.problem.software.attention == AttentionKernel::Unfused {
             // The whole square is computed (backward four products instead of five), and scores pass through memory:
             // written, scaled and masked, softmax, dropout, read again.
             let products = if backward { 1.6 * flops } else { 2.0 * flops };
@@ -466,7 +467,9 @@ impl<'a> Pricer<'a> {
                 + stream_s(&self.chip16, traffic);
             return took * crate::calibration::PRIOR.attention / c.attention;
         }
-        let rate = self.chip16.peak * c.attention * if backward { 0.8 } else { 1.0 };
+        let sequence = self.problem.sequence as f64 / cp as f64;
+        let tuned = self.problem.software.attention == AttentionKernel::Tuned;
+        let rate = self.chip16.attention(tuned, sequence, dim, backward) * c.attention;
         (flops / rate).max(stream_s(&self.chip16, bytes))
     }
 

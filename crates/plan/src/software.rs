@@ -7,10 +7,13 @@ use serde::Serialize;
 pub struct Software {
     /// Its name; constants are fitted per generation.
     pub name: &'static str,
-    /// Scores live in memory (before flash attention), computed for the whole square.
-    pub unfused_attention: bool,
+    /// Which kernels compute attention.
+    pub attention: AttentionKernel,
     /// Full recompute runs the whole layer again, also what backward does not need.
     pub recompute_whole_layers: bool,
+    /// Recompute leaves a layer's last product out: PyTorch's checkpoints stop once all that backward saved is there
+    /// again (`set_checkpoint_early_stop`), and compilers drop what nothing reads.
+    pub recompute_stops_early: bool,
     /// Tensor-parallel gathers and scatters overlap with the matrix products beside them.
     pub overlap_tp: bool,
     /// Gradients are reduced while backward still runs.
@@ -37,10 +40,23 @@ pub struct Software {
     pub fsdp: bool,
 }
 
+/// How attention is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AttentionKernel {
+    /// Scores live in memory, computed for the whole square.
+    Unfused,
+    /// Tiles in one kernel, written for the Ampere generation (Dao 2023, arXiv 2307.08691).
+    Flash2,
+    /// Written for the accelerator's own generation: cuDNN, FlashAttention 3, TPU splash attention.
+    Tuned,
+}
+
 const MEGATRON_2021: Software = Software {
     name: "megatron-2021",
-    unfused_attention: true,
+    attention: AttentionKernel::Unfused,
     recompute_whole_layers: true,
+    recompute_stops_early: false,
     overlap_tp: false,
     overlap_grads: false,
     overlap_params: false,
@@ -57,8 +73,9 @@ const MEGATRON_2021: Software = Software {
 
 const MEGATRON_CORE: Software = Software {
     name: "megatron-core-2024",
-    unfused_attention: false,
+    attention: AttentionKernel::Tuned,
     recompute_whole_layers: true,
+    recompute_stops_early: false,
     overlap_tp: true,
     overlap_grads: true,
     overlap_params: true,
@@ -75,8 +92,9 @@ const MEGATRON_CORE: Software = Software {
 
 const FSDP: Software = Software {
     name: "fsdp-2023",
-    unfused_attention: false,
+    attention: AttentionKernel::Flash2,
     recompute_whole_layers: true,
+    recompute_stops_early: true,
     overlap_tp: false,
     overlap_grads: true,
     overlap_params: true,
@@ -108,6 +126,7 @@ pub const ALL: [Software; 15] = [
     },
     Software {
         name: "internevo",
+        attention: AttentionKernel::Flash2,
         overlap_grads: true,
         overlap_params: false,
         grad_wire_bytes: 2.0,
@@ -125,8 +144,8 @@ pub const ALL: [Software; 15] = [
     },
     FSDP,
     Software { name: "torchtitan", ..FSDP },
-    Software { name: "maxtext-2024", overlap_tp: true, eager: false, ..FSDP },
-    Software { name: "maxtext-2025", overlap_tp: true, eager: false, ..FSDP },
+    Software { name: "maxtext-2024", attention: AttentionKernel::Tuned, overlap_tp: true, eager: false, ..FSDP },
+    Software { name: "maxtext-2025", attention: AttentionKernel::Tuned, overlap_tp: true, eager: false, ..FSDP },
     Software {
         name: "phalanx",
         tree_sums: true,

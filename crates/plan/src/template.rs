@@ -110,6 +110,8 @@ pub struct Key {
     pub recompute: Recompute,
     /// Recompute runs whole layers again, as frameworks do; the program only what backward needs.
     pub whole_layers: bool,
+    /// Recompute ends before the last product of a layer, whose output no gradient needs.
+    pub stops_early: bool,
     /// Scores live in memory.
     pub unfused_attention: bool,
     /// Tokens of a sequence.
@@ -119,7 +121,8 @@ pub struct Key {
 impl std::hash::Hash for Key {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
         (self.tp, self.cp, self.ep, self.micro_batch, self.sequence).hash(state);
-        (self.sequence_parallel, self.whole_layers, self.unfused_attention, self.recompute as u8).hash(state);
+        (self.sequence_parallel, self.whole_layers, self.stops_early, self.unfused_attention).hash(state);
+        (self.recompute as u8).hash(state);
     }
 }
 
@@ -456,7 +459,12 @@ impl Emit<'_> {
             // Already in the program's blocks.
             Recompute::Selective => {}
             Recompute::Full => {
-                let again = layer.forward.clone();
+                let mut again = layer.forward.clone();
+                if self.key.stops_early
+                    && let Some(last) = again.iter().rposition(|t| matches!(t, Task::Gemm { .. }))
+                {
+                    again.truncate(last);
+                }
                 layer.input.splice(0..0, again);
                 let rows =
                     if self.key.sequence_parallel { self.tokens / self.key.tp as f64 } else { self.tokens };
