@@ -36,7 +36,7 @@ const TILES: [(f64, f64, f64); 4] =
 const TILE_OVERHEAD_K: f64 = 160.0;
 
 /// Share of the rate lost for each factor of two that a dim falls short of [`ALIGNMENT`].
-const UNALIGNED: f64 = 0.04;
+const UNALIGNED: f64 = 0.06;
 /// Tensor units are fed best by rows of 128 bytes (NVIDIA's matrix multiplication guide, section 2.1).
 const ALIGNMENT: u64 = 64;
 
@@ -55,7 +55,13 @@ impl Chip {
             NumberFormat::Fp16 => accelerator.matmul(NumberFormat::Bf16),
             _ => None,
         });
-        let share = if accelerator.family.starts_with("tpu") { 0.93 } else { MATMUL_SHARE };
+        // What the chip reaches in 16 bit says what it would reach in another format.
+        let known = accelerator.matmul(NumberFormat::Bf16).zip(accelerator.peak(NumberFormat::Bf16));
+        let share = match known {
+            _ if accelerator.family.starts_with("tpu") => 0.93,
+            Some((matmul, peak)) => (matmul.value / peak.value).min(MATMUL_SHARE),
+            None => MATMUL_SHARE,
+        };
         Some(Chip {
             peak,
             matmul: matmul.map_or(peak * share, |m| m.value.min(peak)),
@@ -80,7 +86,8 @@ impl Chip {
     pub fn attention(&self, tuned: bool, sequence: f64, dim: f64, backward: bool) -> f64 {
         let share = if tuned { self.flash.0 } else { self.flash.1 };
         let narrow = if dim < 96.0 { 0.8 } else { 1.0 };
-        self.peak * share * narrow * sequence / (sequence + self.flash_half) * if backward { 0.85 } else { 1.0 }
+        self.peak * share * narrow * sequence / (sequence + self.flash_half)
+            * if backward { 0.85 } else { 1.0 }
     }
 }
 

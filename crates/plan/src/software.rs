@@ -7,6 +7,8 @@ use serde::Serialize;
 pub struct Software {
     /// Its name; constants are fitted per generation.
     pub name: &'static str,
+    /// What it is a generation of; constants that all generations share are fitted per lineage.
+    pub lineage: &'static str,
     /// Which kernels compute attention.
     pub attention: AttentionKernel,
     /// Full recompute runs the whole layer again, also what backward does not need.
@@ -23,9 +25,11 @@ pub struct Software {
     /// Stage to stage messages overlap with compute.
     pub overlap_p2p: bool,
     /// Expert dispatch overlaps with compute.
-    pub overlap_experts: bool,
+    pub overlap_experts: Overlap,
     /// Bytes of a gradient element on the wire.
     pub grad_wire_bytes: f64,
+    /// Activations and parameters are gathered in the format of the products (torchao's float8 all-gather).
+    pub low_precision_gathers: bool,
     /// Gathers and scatters use one port of a node at a time, not all of them (DeepSpeed of 2021).
     pub flat_collectives: bool,
     /// Gradients of micro-batches are summed in a fixed tree, whose partial sums are kept.
@@ -38,6 +42,18 @@ pub struct Software {
     pub sequence_parallel: bool,
     /// Parameters are also kept sharded during compute by default ("FSDP").
     pub fsdp: bool,
+}
+
+/// When messages run beside compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Overlap {
+    /// One after another.
+    Never,
+    /// Where the group spans nodes: recipes turn it on there (Megatron-Bridge `moe_a2a_overlap`).
+    BetweenNodes,
+    /// Everywhere.
+    Always,
 }
 
 /// How attention is computed.
@@ -54,6 +70,7 @@ pub enum AttentionKernel {
 
 const MEGATRON_2021: Software = Software {
     name: "megatron-2021",
+    lineage: "megatron",
     attention: AttentionKernel::Unfused,
     recompute_whole_layers: true,
     recompute_stops_early: false,
@@ -61,8 +78,9 @@ const MEGATRON_2021: Software = Software {
     overlap_grads: false,
     overlap_params: false,
     overlap_p2p: false,
-    overlap_experts: false,
+    overlap_experts: Overlap::Never,
     grad_wire_bytes: 4.0,
+    low_precision_gathers: false,
     flat_collectives: false,
     tree_sums: false,
     eager: true,
@@ -73,6 +91,7 @@ const MEGATRON_2021: Software = Software {
 
 const MEGATRON_CORE: Software = Software {
     name: "megatron-core-2024",
+    lineage: "megatron-core",
     attention: AttentionKernel::Tuned,
     recompute_whole_layers: true,
     recompute_stops_early: false,
@@ -80,8 +99,9 @@ const MEGATRON_CORE: Software = Software {
     overlap_grads: true,
     overlap_params: true,
     overlap_p2p: true,
-    overlap_experts: false,
+    overlap_experts: Overlap::Never,
     grad_wire_bytes: 4.0,
+    low_precision_gathers: false,
     flat_collectives: false,
     tree_sums: false,
     eager: true,
@@ -92,6 +112,7 @@ const MEGATRON_CORE: Software = Software {
 
 const FSDP: Software = Software {
     name: "fsdp-2023",
+    lineage: "fsdp",
     attention: AttentionKernel::Flash2,
     recompute_whole_layers: true,
     recompute_stops_early: true,
@@ -99,8 +120,9 @@ const FSDP: Software = Software {
     overlap_grads: true,
     overlap_params: true,
     overlap_p2p: false,
-    overlap_experts: false,
+    overlap_experts: Overlap::Never,
     grad_wire_bytes: 2.0,
+    low_precision_gathers: false,
     flat_collectives: false,
     tree_sums: false,
     eager: true,
@@ -110,13 +132,14 @@ const FSDP: Software = Software {
 };
 
 /// All generations.
-pub const ALL: [Software; 15] = [
+pub const ALL: [Software; 18] = [
     MEGATRON_2021,
     Software { name: "megatron-2022", sequence_parallel: true, ..MEGATRON_2021 },
     Software { name: "megatron-deepspeed", ..MEGATRON_2021 },
     Software { name: "nemo-2022", sequence_parallel: true, ..MEGATRON_2021 },
     Software {
         name: "deepspeed-zero3",
+        lineage: "deepspeed",
         overlap_params: true,
         overlap_grads: true,
         fsdp: true,
@@ -126,6 +149,7 @@ pub const ALL: [Software; 15] = [
     },
     Software {
         name: "internevo",
+        lineage: "internevo",
         attention: AttentionKernel::Flash2,
         overlap_grads: true,
         overlap_params: false,
@@ -134,18 +158,47 @@ pub const ALL: [Software; 15] = [
     },
     MEGATRON_CORE,
     Software { name: "megatron-core-2025", grad_wire_bytes: 2.0, ..MEGATRON_CORE },
-    Software { name: "megatron-core-2026", grad_wire_bytes: 2.0, ..MEGATRON_CORE },
+    Software { name: "megatron-core-2025h2", grad_wire_bytes: 2.0, ..MEGATRON_CORE },
+    Software {
+        name: "megatron-core-2026",
+        grad_wire_bytes: 2.0,
+        overlap_experts: Overlap::BetweenNodes,
+        ..MEGATRON_CORE
+    },
     Software {
         name: "megatron-core-2026h2",
         grad_wire_bytes: 2.0,
         eager: false,
-        overlap_experts: true,
+        overlap_experts: Overlap::Always,
         ..MEGATRON_CORE
     },
     FSDP,
     Software { name: "torchtitan", ..FSDP },
-    Software { name: "maxtext-2024", attention: AttentionKernel::Tuned, overlap_tp: true, eager: false, ..FSDP },
-    Software { name: "maxtext-2025", attention: AttentionKernel::Tuned, overlap_tp: true, eager: false, ..FSDP },
+    Software {
+        name: "maxtext-2024",
+        lineage: "maxtext",
+        attention: AttentionKernel::Tuned,
+        overlap_tp: true,
+        eager: false,
+        ..FSDP
+    },
+    Software {
+        name: "maxtext-2025",
+        lineage: "maxtext",
+        attention: AttentionKernel::Tuned,
+        overlap_tp: true,
+        eager: false,
+        ..FSDP
+    },
+    Software {
+        name: "maxtext-gpu",
+        lineage: "maxtext-gpu",
+        attention: AttentionKernel::Tuned,
+        overlap_tp: true,
+        eager: false,
+        ..FSDP
+    },
+    Software { name: "neuronx", lineage: "neuronx", overlap_tp: false, eager: false, ..MEGATRON_CORE },
     Software {
         name: "phalanx",
         tree_sums: true,
@@ -164,7 +217,8 @@ impl Software {
     /// What people would use today on an accelerator of this family.
     pub fn usual(family: &str) -> Self {
         let name = match family {
-            "tpu" | "tpu-256" | "trainium" => "maxtext-2025",
+            "tpu" | "tpu-256" => "maxtext-2025",
+            "trainium" => "neuronx",
             "volta" => "megatron-2021",
             "ampere" | "hopper" => "megatron-core-2024",
             _ => "megatron-core-2026",

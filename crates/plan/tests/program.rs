@@ -78,6 +78,7 @@ fn the_folded_template_adds_up_to_the_whole_program() {
                 micro_batch: layout.micro_batch,
                 recompute: layout.recompute,
                 whole_layers: false,
+                stops_early: false,
                 unfused_attention: false,
                 sequence: SEQUENCE,
             };
