@@ -1,8 +1,24 @@
-//! Waiting in a pipeline, in closed form.
+//! How long a pipeline takes, in closed form.
 
 use spec::PipelineSchedule;
 
-/// What a pipeline's schedule depends on.
+/// One micro-batch on one stage, all chunks, in seconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Stage {
+    /// Forward.
+    pub forward_s: f64,
+    /// Backward, weight gradients included.
+    pub backward_s: f64,
+}
+
+impl Stage {
+    /// Both passes.
+    pub fn both_s(&self) -> f64 {
+        self.forward_s + self.backward_s
+    }
+}
+
+/// What the time of a pipeline depends on. Stages between the first and the last are alike.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pipeline {
     /// Order of work.
@@ -13,50 +29,81 @@ pub struct Pipeline {
     pub chunks: f64,
     /// Micro-batches `m`.
     pub micro_batches: f64,
-    /// Forward and backward of one micro-batch on the slowest stage, all chunks.
-    pub slowest_s: f64,
-    /// The weight gradients in it.
+    /// The first stage, with the embedding.
+    pub first: Stage,
+    /// Stages between.
+    pub middle: Stage,
+    /// The last stage, with the head.
+    pub last: Stage,
+    /// Weight gradients of one micro-batch on a middle stage.
     pub weight_s: f64,
-    /// Forward and backward of one micro-batch on all other stages together.
-    pub others_s: f64,
 }
 
-/// Time that the slowest stage waits in one step.
+/// Time from the first micro-batch's start to the last one's end.
 ///
-/// The first micro-batch goes through every stage and back before the last stage's share of the rest can follow: with
-/// `v` chunks only one of `v` parts of it. That is `(p - 1) (F + B) / v` for even stages (Narayanan et al. 2021,
-/// section 2.2). Of uneven stages the others hide part of that while a slow one warms up: for a stage a fifth slower
-/// than the rest the wait is at most 6 % of the step too long. Weight gradients fill `2 W` of each stage's share under ZB-H1 (Qi et al. 2023, table 2).
+/// Under 1F1B stage `s` begins when the stages before it have passed the first micro-batch on, and these have to take
+/// the last one back: the sum of their times. Of its own `m` micro-batches it first does `p - s` forward passes, then
+/// waits for what the stages behind need for the first micro-batch there and back less its own `p - s - 1` forward
+/// passes meanwhile; when the forward passes are done it waits likewise less as many backward passes. The slowest of
+/// these paths is the pipeline's time. For even stages that is `m (F + B) + (p - 1) (F + B)` (Narayanan et al. 2021,
+/// section 2.2); of chunks only one part in `v` fills the pipeline. Weight gradients fill `2 W` of each stage's share
+/// under ZB-H1 (Qi et al. 2023, table 2).
 ///
 /// ```
-/// use plan::pipeline::{Pipeline, wait_s};
-/// let even = Pipeline {
+/// use plan::pipeline::{Pipeline, Stage, makespan_s};
+/// let even = Stage { forward_s: 1.0, backward_s: 2.0 };
+/// let p = Pipeline {
 ///     schedule: spec::PipelineSchedule::Interleaved,
 ///     stages: 8.0,
 ///     chunks: 4.0,
 ///     micro_batches: 16.0,
-///     slowest_s: 3.0,
+///     first: even,
+///     middle: even,
+///     last: even,
 ///     weight_s: 1.0,
-///     others_s: 7.0 * 3.0,
 /// };
-/// assert_eq!(wait_s(&even), 7.0 * 3.0 / 4.0);
+/// assert_eq!(makespan_s(&p), 16.0 * 3.0 + 7.0 * 3.0 / 4.0);
 /// ```
-pub fn wait_s(p: &Pipeline) -> f64 {
+pub fn makespan_s(p: &Pipeline) -> f64 {
     if p.stages <= 1.0 {
-        return 0.0;
+        return p.micro_batches * p.middle.both_s();
+    }
+    if p.schedule == PipelineSchedule::Gpipe {
+        return wave_s(p, |s| s.forward_s) + wave_s(p, |s| s.backward_s);
     }
     let saved = match p.schedule {
-        PipelineSchedule::ZeroBubble => 2.0 * p.weight_s * (p.stages - 1.0),
+        PipelineSchedule::ZeroBubble => 2.0 * p.weight_s,
         _ => 0.0,
     };
     let rounds = (p.micro_batches / p.stages).fract();
     // A round that is not full leaves stages idle between chunks.
-    let ragged = if p.chunks > 1.0 && rounds > 0.0 {
-        (1.0 - rounds) * p.slowest_s * (p.chunks - 1.0) / p.chunks
-    } else {
-        0.0
+    let ragged = if p.chunks > 1.0 && rounds > 0.0 { (1.0 - rounds) * (p.chunks - 1.0) / p.chunks } else { 0.0 };
+    let path = |stage: &Stage, before: f64, behind: f64, count_behind: f64| {
+        let hidden = |pass_s: f64| (behind - count_behind * pass_s).max(0.0);
+        let waits = hidden(stage.forward_s) + hidden(stage.backward_s);
+        let fill = (before + waits - saved * (p.stages - 1.0)).max(0.0) / p.chunks;
+        p.micro_batches * stage.both_s() + fill + ragged * stage.both_s()
     };
-    ((p.others_s - saved) / p.chunks).max(0.0) + ragged
+    let (first, middle, last) = (p.first.both_s(), p.middle.both_s(), p.last.both_s());
+    let between = (p.stages - 2.0).max(0.0);
+    let mut longest = path(&p.first, 0.0, between * middle + last, p.stages - 1.0);
+    longest = longest.max(path(&p.last, first + between * middle, 0.0, 0.0));
+    if between > 0.0 {
+        // Along alike stages the path's length is convex: an end has the longest.
+        for behind in [between - 1.0, 0.0] {
+            let before = first + (between - 1.0 - behind) * middle;
+            longest = longest.max(path(&p.middle, before, behind * middle + last, behind + 1.0));
+        }
+    }
+    longest
+}
+
+/// All micro-batches through all stages in one direction.
+fn wave_s(p: &Pipeline, pass: impl Fn(&Stage) -> f64) -> f64 {
+    let (first, middle, last) = (pass(&p.first), pass(&p.middle), pass(&p.last));
+    let between = (p.stages - 2.0).max(0.0);
+    let slowest = if between > 0.0 { first.max(middle).max(last) } else { first.max(last) };
+    first + between * middle + last + (p.micro_batches - 1.0) * slowest
 }
 
 #[cfg(test)]
@@ -66,22 +113,22 @@ mod tests {
 
     /// The closed form against the schedule itself, played.
     #[test]
-    fn even_pipelines_wait_as_their_schedule_says() {
+    fn even_pipelines_take_as_long_as_their_schedule_says() {
         let times = PassTimes { forward: 1.0, input: 1.0, weight: 1.0 };
         let check = |schedule, stages: usize, chunks: usize, micro_batches: usize| {
             let played = play(&orders(schedule, stages, chunks, micro_batches), chunks, times).unwrap();
-            let chunk = 3.0;
+            let stage = Stage { forward_s: chunks as f64, backward_s: 2.0 * chunks as f64 };
             let p = Pipeline {
                 schedule,
                 stages: stages as f64,
                 chunks: chunks as f64,
                 micro_batches: micro_batches as f64,
-                slowest_s: chunk * chunks as f64,
+                first: stage,
+                middle: stage,
+                last: stage,
                 weight_s: chunks as f64,
-                others_s: (stages - 1) as f64 * chunk * chunks as f64,
             };
-            let busy = chunk * (chunks * micro_batches) as f64;
-            let closed = busy + wait_s(&p);
+            let closed = makespan_s(&p);
             assert!(
                 (closed / played.makespan - 1.0).abs() < 1e-9,
                 "{schedule:?} {stages} {chunks} {micro_batches}"
@@ -97,27 +144,28 @@ mod tests {
         }
     }
 
-    /// Plays 1F1B with a time of its own for each stage.
-    fn makespan(stage_s: &[f64], micro_batches: usize) -> f64 {
-        let stages = stage_s.len();
-        let orders = orders(PipelineSchedule::OneFOneB, stages, 1, micro_batches);
-        let mut end = vec![[vec![None; micro_batches], vec![None; micro_batches]]; stages];
-        let mut next = vec![0; stages];
-        let mut clock = vec![0.0f64; stages];
-        while (0..stages).any(|s| next[s] < orders[s].len()) {
-            for s in 0..stages {
+    /// Plays a schedule without chunks with times of its own for each stage.
+    fn played(schedule: PipelineSchedule, stages: &[Stage], micro_batches: usize) -> f64 {
+        let count = stages.len();
+        let orders = orders(schedule, count, 1, micro_batches);
+        let mut end = vec![[vec![None; micro_batches], vec![None; micro_batches]]; count];
+        let mut next = vec![0; count];
+        let mut clock = vec![0.0f64; count];
+        while (0..count).any(|s| next[s] < orders[s].len()) {
+            for s in 0..count {
                 let Some(w) = orders[s].get(next[s]) else { continue };
                 let m = w.micro_batch;
                 let ready: Option<f64> = match w.pass {
                     Pass::Forward if s == 0 => Some(0.0),
                     Pass::Forward => end[s - 1][0][m],
-                    _ if s + 1 == stages => end[s][0][m],
+                    _ if s + 1 == count => end[s][0][m],
                     _ => end[s + 1][1][m],
                 };
                 let Some(ready) = ready else { continue };
-                let share = if w.pass == Pass::Forward { 1.0 / 3.0 } else { 2.0 / 3.0 };
-                clock[s] = clock[s].max(ready) + share * stage_s[s];
-                end[s][usize::from(w.pass != Pass::Forward)][m] = Some(clock[s]);
+                let forward = w.pass == Pass::Forward;
+                let took = if forward { stages[s].forward_s } else { stages[s].backward_s };
+                clock[s] = clock[s].max(ready) + took;
+                end[s][usize::from(!forward)][m] = Some(clock[s]);
                 next[s] += 1;
             }
         }
@@ -125,29 +173,34 @@ mod tests {
     }
 
     #[test]
-    fn uneven_pipelines_follow_their_slowest_stage() {
-        for stage_s in
-            [vec![3.0, 3.4, 3.0, 3.0], vec![3.0, 3.0, 3.0, 3.6], vec![3.3, 3.0, 3.0, 3.0, 3.0, 3.5]]
-        {
-            for micro_batches in [8, 24] {
-                let slowest = stage_s.iter().copied().fold(0.0, f64::max);
-                let p = Pipeline {
-                    schedule: PipelineSchedule::OneFOneB,
-                    stages: stage_s.len() as f64,
-                    chunks: 1.0,
-                    micro_batches: micro_batches as f64,
-                    slowest_s: slowest,
-                    weight_s: 0.0,
-                    others_s: stage_s.iter().sum::<f64>() - slowest,
-                };
-                let closed = slowest * micro_batches as f64 + wait_s(&p);
-                let played = makespan(&stage_s, micro_batches);
-                // A slow stage in the middle hides part of what the first micro-batch waits for.
-                let ratio = closed / played;
-                assert!(
-                    (0.999..1.06).contains(&ratio),
-                    "{stage_s:?} {micro_batches}: {closed} against {played}"
-                );
+    fn uneven_pipelines_take_as_long_as_their_schedule_says() {
+        let stage = |t: f64| Stage { forward_s: t / 3.0, backward_s: 2.0 * t / 3.0 };
+        for schedule in [PipelineSchedule::OneFOneB, PipelineSchedule::Gpipe] {
+            for stages in [2, 3, 4, 7, 16] {
+                for (first, middle, last) in
+                    [(3.2, 3.0, 3.6), (3.0, 3.4, 2.0), (3.6, 3.0, 3.0), (2.0, 3.0, 2.5), (3.0, 3.0, 6.0)]
+                {
+                    for micro_batches in [stages, 2 * stages, 8 * stages] {
+                        let p = Pipeline {
+                            schedule,
+                            stages: stages as f64,
+                            chunks: 1.0,
+                            micro_batches: micro_batches as f64,
+                            first: stage(first),
+                            middle: stage(middle),
+                            last: stage(last),
+                            weight_s: 0.0,
+                        };
+                        let mut all = vec![stage(middle); stages];
+                        all[0] = stage(first);
+                        all[stages - 1] = stage(last);
+                        let ratio = makespan_s(&p) / played(schedule, &all, micro_batches);
+                        assert!(
+                            (0.985..1.015).contains(&ratio),
+                            "{schedule:?} {stages} {first} {middle} {last} {micro_batches}: {ratio}"
+                        );
+                    }
+                }
             }
         }
     }

@@ -13,7 +13,7 @@ use crate::calibration::Constants;
 use crate::compute::{Chip, gemm_s, stream_s};
 use crate::mesh::Mesh;
 use crate::network::{Collective, Group, NetworkModel, Span, on_span};
-use crate::pipeline::{Pipeline, wait_s};
+use crate::pipeline::{Pipeline, Stage, makespan_s};
 use crate::shape::Shape;
 use crate::software::{AttentionKernel, Overlap, Software};
 use crate::template::{Key, LAUNCHES_PER_TASK, Section, TalkAxis, Task, Template};
@@ -551,17 +551,18 @@ impl<'a> Pricer<'a> {
                 if hidden { 2.0 * (pp - 1.0) * hop_s } else { 2.0 * hop_s * chunks * micro_batches };
         }
         if l.pp > 1 {
-            d.bubble_s = (pp - 1.0) * hop_s
-                + wait_s(&Pipeline {
-                    schedule: l.schedule,
-                    stages: pp,
-                    chunks,
-                    micro_batches,
-                    slowest_s: time(&slowest),
-                    weight_s: slowest.2,
-                    others_s: (pp - 2.0).max(0.0) * time(&middle) + time(&begin) + time(&end)
-                        - time(&slowest),
-                });
+            let passes = |s: &(Times, Times, f64)| Stage { forward_s: shown(&s.0), backward_s: shown(&s.1) };
+            let all = makespan_s(&Pipeline {
+                schedule: l.schedule,
+                stages: pp,
+                chunks,
+                micro_batches,
+                first: passes(&begin),
+                middle: passes(&middle),
+                last: passes(&end),
+                weight_s: middle.2,
+            });
+            d.bubble_s = (pp - 1.0) * hop_s + (all - micro_batches * time(&slowest)).max(0.0);
         }
         self.data_parallel(mesh, t, most, &slowest, micro_batches, mix, &mut d);
         d.step_s = c.step_s;
