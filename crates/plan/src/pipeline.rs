@@ -77,7 +77,8 @@ pub fn makespan_s(p: &Pipeline) -> f64 {
     };
     let rounds = (p.micro_batches / p.stages).fract();
     // A round that is not full leaves stages idle between chunks.
-    let ragged = if p.chunks > 1.0 && rounds > 0.0 { (1.0 - rounds) * (p.chunks - 1.0) / p.chunks } else { 0.0 };
+    let ragged =
+        if p.chunks > 1.0 && rounds > 0.0 { (1.0 - rounds) * (p.chunks - 1.0) / p.chunks } else { 0.0 };
     let path = |stage: &Stage, before: f64, behind: f64, count_behind: f64| {
         let hidden = |pass_s: f64| (behind - count_behind * pass_s).max(0.0);
         let waits = hidden(stage.forward_s) + hidden(stage.backward_s);

@@ -1,0 +1,80 @@
+//! Bytes of the fullest accelerator.
+
+use spec::{PipelineSchedule, Zero};
+
+use crate::mesh::Mesh;
+
+use super::section::Timed;
+use super::step::Stages;
+use super::{MemoryUse, Pricer};
+
+/// Context, libraries and communication buffers of one process on a GPU, and what else lives there for good.
+const FRAMEWORK_BYTES: f64 = 3e9;
+/// The same where a compiler plans all memory ahead.
+const COMPILED_BYTES: f64 = 0.5e9;
+/// Share of activations lost to fragmentation in caching allocators.
+const FRAGMENTATION: f64 = 0.04;
+
+impl Pricer<'_> {
+    pub(super) fn memory(&self, mesh: &Mesh, t: &Timed, stages: &Stages) -> MemoryUse {
+        let l = &mesh.layout;
+        let micro_batches = stages.micro_batches;
+        let replicas = l.dp * mesh.cp;
+        let both = l.pp == 1;
+        let head = if both && self.problem.shape.model.tied_embeddings { 0.0 } else { t.head.params };
+        let tables = if both { t.embed.params + head } else { t.embed.params.max(head) };
+        let dense = stages.per_layer(t.layer.params, t.expert_layer.params) + tables;
+        let experts = stages.per_layer(0.0, t.expert_layer.expert_params);
+        let shard = mesh.shard.clamp(1, replicas) as f64;
+        let expert_shard = ((replicas * l.tp) as f64 / mesh.ep as f64).max(1.0);
+        let over = |stage: Zero| {
+            if l.zero >= stage { dense / shard + experts / expert_shard } else { dense + experts }
+        };
+        let kept = stages.per_layer(t.layer.kept, t.expert_layer.kept);
+        // Inputs of products are kept in the products' format: about half of what is kept.
+        let kept = if mesh.format.bytes() < 2.0 { kept * 0.75 } else { kept };
+        let (pp, chunks) = (l.pp as f64, l.chunks as f64);
+        // A counter over the micro-batches holds one partial sum for each of its digits.
+        let sums = if self.problem.software.tree_sums {
+            prime_factors(micro_batches as usize).max(1.0)
+        } else {
+            1.0
+        };
+        let in_flight = match l.schedule {
+            PipelineSchedule::Gpipe => micro_batches,
+            _ if l.chunks > 1 => ((2.0 * (pp - 1.0) + (chunks - 1.0) * pp + 1.0) / chunks).min(micro_batches),
+            _ => pp.min(micro_batches),
+        };
+        let activations = in_flight * (kept + t.embed.kept);
+        // The unit at work and the next one are there whole.
+        let unit = (dense + experts) / stages.most.max(1.0);
+        let gathered = if l.zero == Zero::Parameters { 2.0 * 2.0 * unit } else { 0.0 };
+        let working = t.layer.working.max(t.expert_layer.working).max(t.head.working) + gathered;
+        let framework = if self.chip.systolic {
+            COMPILED_BYTES
+        } else {
+            FRAMEWORK_BYTES + FRAGMENTATION * (activations + working)
+        };
+        MemoryUse {
+            params: 2.0 * over(Zero::Parameters),
+            grads: 4.0 * over(Zero::Gradients) * sums,
+            optimizer: 12.0 * over(Zero::Optimizer),
+            activations,
+            working,
+            framework,
+        }
+    }
+}
+
+/// How many prime factors a number has, counted with their multiplicity.
+fn prime_factors(mut n: usize) -> f64 {
+    let (mut count, mut factor) = (0.0, 2);
+    while factor * factor <= n {
+        while n.is_multiple_of(factor) {
+            n /= factor;
+            count += 1.0;
+        }
+        factor += 1;
+    }
+    if n > 1 { count + 1.0 } else { count }
+}

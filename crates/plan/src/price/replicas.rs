@@ -1,0 +1,170 @@
+//! What replicas of a stage say to each other: gradients, sharded parameters, and the optimiser between.
+
+use spec::{NumberFormat, Zero};
+
+use crate::compute::stream_s;
+use crate::mesh::Mesh;
+use crate::network::{Collective, Group, Span, on_span};
+
+use super::section::{Timed, Times};
+use super::step::Stages;
+use super::{Breakdown, Pricer};
+
+/// Gradients and parameters travel in so many pieces: the first forward and the last backward cannot hide.
+const BUCKETS: f64 = 12.0;
+/// Kernels slow down while collectives inside a node run beside them: they share units and memory.
+const OVERLAP_TAX: f64 = 0.2;
+/// The same between nodes, where ports move most of the data.
+const OVERLAP_TAX_FAR: f64 = 0.06;
+
+/// Which ranks hold the same parameters, and how many.
+struct Replicas {
+    /// Parameters of a rank outside of experts.
+    dense: f64,
+    /// Parameters of a rank's experts.
+    experts: f64,
+    /// Ranks with the same dense parameters.
+    all: Group,
+    /// Those that a parameter is sharded over.
+    near: Group,
+    /// Those with the same shard.
+    far: Group,
+    /// Ranks with the same experts.
+    expert: Group,
+    /// Ranks that a parameter's optimiser state is sharded over: dense, experts.
+    owners: (f64, f64),
+    /// Bytes of a gradient's element on the wire.
+    grad_bytes: f64,
+    /// Calls of each collective in one pass.
+    calls: f64,
+    /// Time that kernels lose for each second of a collective beside them.
+    tax: f64,
+}
+
+impl Pricer<'_> {
+    fn replicas(&self, mesh: &Mesh, t: &Timed, stages: &Stages) -> Replicas {
+        let p = self.problem;
+        let l = &mesh.layout;
+        let size = l.dp * mesh.cp;
+        let shard = mesh.shard.clamp(1, size);
+        let stride = (mesh.dp_stride() / mesh.cp).max(1);
+        let all = Group { size, stride };
+        let expert = Group { size: (size * l.tp / mesh.ep).max(1), stride: mesh.ep };
+        let head = t.head.params * f64::from(u8::from(!p.shape.model.tied_embeddings));
+        let tables = t.embed.params + if l.pp == 1 { head } else { 0.0 };
+        let sharded = l.zero != Zero::Off;
+        let wire = p.software.grad_wire_bytes;
+        Replicas {
+            dense: stages.per_layer(t.layer.params, t.expert_layer.params) + tables,
+            experts: stages.per_layer(0.0, t.expert_layer.expert_params),
+            all,
+            near: Group { size: shard, stride },
+            far: Group { size: size / shard, stride: stride * shard },
+            expert,
+            owners: if sharded { (shard as f64, expert.size as f64) } else { (1.0, 1.0) },
+            // Megatron sums 16-bit floating point gradients as they are, bfloat16 ones in 32 bit.
+            grad_bytes: if mesh.format == NumberFormat::Fp16 { wire.min(2.0) } else { wire },
+            calls: if l.zero == Zero::Parameters { units(stages) } else { BUCKETS },
+            tax: if self.span(all).domains <= 1.0 { OVERLAP_TAX } else { OVERLAP_TAX_FAR },
+        }
+    }
+
+    fn span(&self, group: Group) -> Span {
+        Span::of(&self.problem.cluster, &self.net, group)
+    }
+
+    fn talk(&self, r: &Replicas, what: Collective, group: Group, bytes: f64) -> f64 {
+        let span = self.span(group);
+        let span = if self.problem.software.flat_collectives {
+            Span { outside_rate: span.outside_rate / span.inside, ..span }
+        } else {
+            span
+        };
+        let priced = on_span(&self.net, what, &span, group.size, bytes);
+        priced.latency_s * r.calls + (priced.seconds - priced.latency_s) / self.problem.constants.network
+    }
+
+    /// Parameters of all units from their shards.
+    fn gather_s(&self, mesh: &Mesh, r: &Replicas) -> f64 {
+        self.talk(r, Collective::AllGather, r.near, self.gathered_bytes(mesh) * r.dense)
+            + self.talk(r, Collective::AllGather, r.expert, self.gathered_bytes(mesh) * r.experts)
+    }
+
+    /// Gradients, sharded parameters and the optimiser, into `d`. `busy_port_s` of each micro-batch the ports between
+    /// nodes carry messages of stages that compute hides: what replicas say has to wait for those.
+    pub(super) fn data_parallel(
+        &self,
+        mesh: &Mesh,
+        t: &Timed,
+        stages: &Stages,
+        slowest: &(Times, Times, f64),
+        busy_port_s: f64,
+        d: &mut Breakdown,
+    ) {
+        let r = self.replicas(mesh, t, stages);
+        let port_s = if self.span(r.all).domains > 1.0 { busy_port_s } else { 0.0 };
+        let free = |t: &Times| ((t.compute() - t.spent).max(0.0) + self.host_wait(t) - port_s).max(0.0);
+        let windows = (free(&slowest.0), free(&slowest.1));
+        d.data_s = if mesh.layout.zero == Zero::Parameters {
+            self.sharded_s(mesh, &r, stages, windows)
+        } else {
+            self.replicated_s(mesh, &r, stages, windows)
+        };
+        // Gradient, master and two moments read and written in 32 bit, parameters in 16; norm reads gradients again.
+        let elements = r.dense / r.owners.0 + r.experts / r.owners.1;
+        d.optimizer_s = stream_s(&self.chip16, elements * 34.0 + 4.0 * (r.dense + r.experts))
+            / self.problem.constants.stream.min(1.0);
+    }
+
+    /// ZeRO 3: parameters are gathered forward and backward for every micro-batch, gradients scattered; the next
+    /// unit's gather runs beside this unit's compute.
+    fn sharded_s(&self, mesh: &Mesh, r: &Replicas, stages: &Stages, windows: (f64, f64)) -> f64 {
+        let gather = self.gather_s(mesh, r);
+        let far = r.grad_bytes * r.dense / r.near.size as f64;
+        let scatter = self.talk(r, Collective::ReduceScatter, r.near, r.grad_bytes * r.dense)
+            + self.talk(r, Collective::ReduceScatter, r.expert, r.grad_bytes * r.experts)
+            + self.talk(r, Collective::AllReduce, r.far, far) / stages.micro_batches;
+        let units = units(stages);
+        let exposed = |talk: f64, compute: f64| {
+            if !self.problem.software.overlap_params {
+                return talk;
+            }
+            talk / units + (talk * (1.0 - 1.0 / units) - compute).max(0.0) + r.tax * talk.min(compute)
+        };
+        (exposed(gather, windows.0) + exposed(gather + scatter, windows.1)) * stages.micro_batches
+    }
+
+    /// ZeRO 0 to 2: gradients are summed in the backward pass of the last micro-batch (ZeRO 2: of each), updated
+    /// parameters gathered in the forward pass of the first.
+    fn replicated_s(&self, mesh: &Mesh, r: &Replicas, stages: &Stages, windows: (f64, f64)) -> f64 {
+        let l = &mesh.layout;
+        let software = &self.problem.software;
+        let bytes = r.grad_bytes * r.dense;
+        let (reduce, gather) = if l.zero == Zero::Off {
+            (self.talk(r, Collective::AllReduce, r.all, bytes), 0.0)
+        } else {
+            let scatter = self.talk(r, Collective::ReduceScatter, r.near, bytes);
+            let far = self.talk(r, Collective::AllReduce, r.far, bytes / r.near.size as f64);
+            (scatter + far, self.gather_s(mesh, r))
+        };
+        let reduce = reduce + self.talk(r, Collective::AllReduce, r.expert, r.grad_bytes * r.experts);
+        let exposed = |talk: f64, window: f64, overlap: bool| {
+            if !overlap {
+                return talk;
+            }
+            (talk / BUCKETS).max(talk - window) + r.tax * talk.min(window)
+        };
+        // With chunks the gradients of early ones are ready while later ones still run.
+        let chunks = l.chunks as f64;
+        let share =
+            if l.chunks > 1 { stages.micro_batches.min(l.pp as f64) * (chunks - 1.0) / chunks } else { 0.9 };
+        let times = if l.zero == Zero::Gradients { stages.micro_batches } else { 1.0 };
+        exposed(reduce, windows.1 * share, software.overlap_grads) * times
+            + exposed(gather, windows.0 * share, software.overlap_params)
+    }
+}
+
+/// Units that parameters are gathered by: the layers and the tables.
+fn units(stages: &Stages) -> f64 {
+    (stages.most + 1.0).max(2.0)
+}

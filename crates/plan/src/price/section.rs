@@ -1,0 +1,254 @@
+//! Times of the sections of a model: kernels by roofline, collectives by the links that their groups span.
+
+use crate::compute::{Chip, gemm_s, stream_s};
+use crate::mesh::Mesh;
+use crate::network::{Collective, Group, NetworkModel, Priced, Span, on_span};
+use crate::software::{AttentionKernel, Overlap};
+use crate::template::{LAUNCHES_PER_TASK, Section, TalkAxis, Task};
+use spec::Cluster;
+
+use super::Pricer;
+
+/// Width of an expert at which grouped products reach half their rate on systolic arrays (fits MaxText's on TPUs).
+const HALF_WIDTH: f64 = 2500.0;
+
+/// Times of one section for one micro-batch.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Times {
+    pub(super) gemm: f64,
+    pub(super) attention: f64,
+    pub(super) stream: f64,
+    pub(super) kernels: f64,
+    pub(super) tensor: f64,
+    pub(super) context: f64,
+    pub(super) expert: f64,
+    /// Compute that hides other communication already: the same second hides one message.
+    pub(super) spent: f64,
+}
+
+impl Times {
+    pub(super) fn add(&mut self, o: &Times, by: f64) {
+        self.gemm += o.gemm * by;
+        self.attention += o.attention * by;
+        self.stream += o.stream * by;
+        self.kernels += o.kernels * by;
+        self.tensor += o.tensor * by;
+        self.context += o.context * by;
+        self.expert += o.expert * by;
+        self.spent += o.spent * by;
+    }
+
+    pub(super) fn compute(&self) -> f64 {
+        self.gemm + self.attention + self.stream
+    }
+
+    /// Kernels and messages one after another.
+    pub(super) fn busy(&self) -> f64 {
+        self.compute() + self.tensor + self.context + self.expert
+    }
+}
+
+/// A section, both passes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Passes {
+    pub(super) forward: Times,
+    pub(super) backward: Times,
+    /// The part of backward that is weight gradients.
+    pub(super) weight: f64,
+    pub(super) params: f64,
+    pub(super) expert_params: f64,
+    pub(super) kept: f64,
+    pub(super) working: f64,
+}
+
+/// A template with times: what is kept for all layouts that share a key.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Timed {
+    pub(super) embed: Passes,
+    pub(super) layer: Passes,
+    pub(super) expert_layer: Passes,
+    pub(super) head: Passes,
+    pub(super) boundary: f64,
+}
+
+impl Pricer<'_> {
+    pub(super) fn passes(&self, s: &Section, mesh: &Mesh, links: &Links) -> Passes {
+        let forward = self.times(&s.forward, mesh, links);
+        let weight = self.times(&s.weight, mesh, links);
+        let mut backward = self.times(&s.input, mesh, links);
+        backward.add(&weight, 1.0);
+        let hide = |t: &mut Times| {
+            let p = self.problem;
+            // Between nodes nothing hides: the kernels that do it move data by loads and stores.
+            if p.software.overlap_tp && mesh.layout.tp > 1 && links.tp.0.domains <= 1.0 {
+                // Pieces of a gather arrive while others are multiplied: the first piece shows, and what is longer
+                // than half of the products beside it.
+                let first = t.tensor / mesh.layout.tp as f64;
+                t.tensor = first + (t.tensor - first - 0.5 * t.gemm).max(0.0);
+                t.spent += 0.5 * t.gemm;
+            }
+            // A ring of keys and values hides behind the attention of the piece before.
+            let first = t.context / mesh.cp as f64;
+            t.context = first + (t.context - first - t.attention).max(0.0);
+            if mesh.cp > 1 {
+                t.spent += t.attention;
+            }
+            let overlaps = match p.software.overlap_experts {
+                Overlap::Never => false,
+                Overlap::BetweenNodes => links.ep.0.domains > 1.0,
+                Overlap::Always => true,
+            };
+            if overlaps && t.expert > 0.0 {
+                let free = 0.8 * (t.compute() - t.spent);
+                t.expert = (t.expert - free).max(0.1 * t.expert);
+                t.spent += free;
+            }
+        };
+        let mut p = Passes {
+            forward,
+            backward,
+            weight: weight.compute(),
+            params: s.params,
+            expert_params: s.expert_params,
+            kept: s.kept_bytes,
+            working: s.working_bytes,
+        };
+        p.forward.kernels += s.launches;
+        p.backward.kernels += s.launches;
+        hide(&mut p.forward);
+        hide(&mut p.backward);
+        p
+    }
+
+    fn times(&self, tasks: &[Task], mesh: &Mesh, links: &Links) -> Times {
+        let mut t = Times::default();
+        for task in tasks {
+            t.kernels += LAUNCHES_PER_TASK;
+            match *task {
+                Task::Gemm { m, n, k, batch, bytes, head } => {
+                    t.gemm += self.gemm(m, n, k, batch, bytes, head, &mut t.stream, mesh)
+                }
+                Task::Attention { flops, bytes, scores, backward } => {
+                    t.attention += self.attention(flops, bytes, scores, backward, mesh.cp);
+                }
+                Task::Stream { bytes } => {
+                    t.stream += stream_s(&self.chip16, bytes) / self.problem.constants.stream
+                }
+                Task::Talk { what, axis, bytes } => {
+                    let gathers = axis == TalkAxis::Tp && what == Collective::AllGather;
+                    let bytes = if gathers { bytes * self.gathered_bytes(mesh) / 2.0 } else { bytes };
+                    let (span, size) = links.get(axis);
+                    let priced = match (axis, self.problem.shape.experts) {
+                        (TalkAxis::Ep, Some(e)) => dispatch(&self.net, span, size, bytes, e.top_k),
+                        _ => on_span(&self.net, what, span, size, bytes),
+                    };
+                    let s = priced.latency_s
+                        + (priced.seconds - priced.latency_s) / self.problem.constants.network;
+                    match axis {
+                        TalkAxis::Tp => t.tensor += s,
+                        TalkAxis::Cp => t.context += s,
+                        TalkAxis::Ep => t.expert += s,
+                    }
+                }
+            }
+        }
+        t
+    }
+
+    fn gemm(
+        &self,
+        m: f64,
+        n: f64,
+        k: f64,
+        batch: f64,
+        bytes: f64,
+        head: bool,
+        stream: &mut f64,
+        mesh: &Mesh,
+    ) -> f64 {
+        let low = !head && mesh.format.bytes() < 2.0;
+        let chip = if low { &self.chip } else { &self.chip16 };
+        let rows = if batch > 1.0 {
+            // Tiles of different experts run side by side, each padded on its own.
+            (m / 128.0).ceil() * 128.0 * batch
+        } else {
+            m
+        };
+        let bytes = if low { bytes * (0.5 + mesh.format.bytes() / 4.0) } else { bytes };
+        if low {
+            // Inputs are cast, and transposed for the other pass: read in 16 bit, written twice.
+            *stream += stream_s(&self.chip16, m * k * batch * (2.0 + 2.0 * mesh.format.bytes()))
+                / self.problem.constants.stream;
+        }
+        let c = &self.problem.constants;
+        let share = if batch > 1.0 { c.gemm * c.experts } else { c.gemm };
+        // Grouped products of narrow experts fill large systolic arrays badly.
+        let share =
+            if batch > 1.0 && chip.systolic { share * n.min(k) / (n.min(k) + HALF_WIDTH) } else { share };
+        let slowed = Chip { matmul: chip.matmul * share, ..*chip };
+        gemm_s(&slowed, rows, n, k, bytes)
+    }
+
+    fn attention(&self, flops: f64, bytes: f64, scores: f64, backward: bool, cp: usize) -> f64 {
+        let c = &self.problem.constants;
+        let dim = flops / scores / if backward { 5.0 } else { 2.0 };
+        // Tensor units want rows of 16 bytes; libraries fall back to slower kernels without (head width 150 in BLOOM's
+        // layout tests).
+        let misaligned = if (dim / 8.0).fract() > 1e-6 { 6.0 } else { 1.0 };
+        if self.problem.software.attention == AttentionKernel::Unfused {
+            // The whole square is computed (backward four products instead of five), and scores pass through memory:
+            // written, scaled and masked, softmax, dropout, read again.
+            let products = if backward { 1.6 * flops } else { 2.0 * flops };
+            let traffic = scores * if backward { 13.0 } else { 9.0 };
+            let took = products * misaligned / (self.chip16.matmul * c.gemm * 0.75)
+                + stream_s(&self.chip16, traffic);
+            return took * crate::calibration::PRIOR.attention / c.attention;
+        }
+        let sequence = self.problem.sequence as f64 / cp as f64;
+        let tuned = self.problem.software.attention == AttentionKernel::Tuned;
+        let rate = self.chip16.attention(tuned, sequence, dim, backward) * c.attention;
+        (flops / rate).max(stream_s(&self.chip16, bytes))
+    }
+
+    /// Bytes of an element where activations and parameters are gathered.
+    pub(super) fn gathered_bytes(&self, mesh: &Mesh) -> f64 {
+        if self.problem.software.low_precision_gathers { mesh.format.bytes().min(2.0) } else { 2.0 }
+    }
+}
+
+/// All-to-all of tokens to experts: a token goes to each domain once, however many of its experts are there, and is
+/// handed on inside.
+fn dispatch(net: &NetworkModel, span: &Span, size: usize, bytes: f64, top_k: usize) -> Priced {
+    let k = span.domains;
+    if k <= 1.0 {
+        return on_span(net, Collective::AllToAll, span, size, bytes);
+    }
+    let reached = k * (1.0 - (1.0 - 1.0 / k).powi(top_k as i32)) / top_k as f64;
+    let slim = Span { outside_rate: span.outside_rate / reached, ..*span };
+    on_span(net, Collective::AllToAll, &slim, size, bytes)
+}
+
+/// Groups that talk inside layers, on their links.
+pub(super) struct Links {
+    tp: (Span, usize),
+    cp: (Span, usize),
+    ep: (Span, usize),
+}
+
+impl Links {
+    pub(super) fn of(cluster: &Cluster, net: &NetworkModel, mesh: &Mesh) -> Self {
+        let tp = mesh.layout.tp;
+        let span = |size, stride| (Span::of(cluster, net, Group { size, stride }), size);
+        // Experts are not cut by tensor parallelism: their ranks are the innermost ones.
+        Links { tp: span(tp, 1), cp: span(mesh.cp, tp), ep: span(mesh.ep, 1) }
+    }
+
+    fn get(&self, axis: TalkAxis) -> (&Span, usize) {
+        let (span, size) = match axis {
+            TalkAxis::Tp => &self.tp,
+            TalkAxis::Cp => &self.cp,
+            TalkAxis::Ep => &self.ep,
+        };
+        (span, *size)
+    }
+}
