@@ -91,7 +91,9 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
             let usual = tp > 1
                 && problem.software.sequence_parallel
                 && (problem.sequence / cp).is_multiple_of(tp);
-            fill("sequence_parallel", usual.to_string());
+            if tp > 1 {
+                fill("sequence_parallel", usual.to_string());
+            }
             usual
         }
         Some("true" | "yes" | "on" | "1") => true,

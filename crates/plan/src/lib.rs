@@ -9,6 +9,7 @@ pub mod emit;
 pub mod fit;
 pub mod given;
 pub mod mesh;
+pub mod models;
 pub mod network;
 pub mod pipeline;
 pub mod price;

@@ -409,9 +409,10 @@ impl Entry {
     }
 }
 
-/// Letters and digits only, in lower case: `DGX SuperPOD H100` and `dgx-superpod-h100` are one name.
+/// Letters, digits and dots in lower case: `DGX SuperPOD H100` and `dgx-superpod-h100` are one name.
 fn plain(name: &str) -> String {
-    name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
+    let kept = |c: &char| c.is_ascii_alphanumeric() || *c == '.';
+    name.chars().filter(kept).map(|c| c.to_ascii_lowercase()).collect()
 }
 
 /// The name nearest to `word`, if one is near enough to be meant: the shortest that has all its parts in any order,
