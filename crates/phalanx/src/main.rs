@@ -4,7 +4,9 @@
 
 mod args;
 mod bench;
+mod catalog;
 mod data;
+mod files;
 mod live;
 mod models;
 mod output;
@@ -40,7 +42,7 @@ fn main() -> std::process::ExitCode {
         Command::Bench(a) => bench::run(&a),
         Command::Plan(a) => planner::plan(&a),
         Command::Validate(a) => planner::validate(&a),
-        Command::Catalog(a) => planner::catalog_command(&a),
+        Command::Catalog(a) => catalog::run(&a),
         Command::Launch(a) => Ok(u8::try_from(launch::cli(a.args)).unwrap_or(1)),
         Command::Trace(a) => models::trace(&a),
         Command::Keys => {

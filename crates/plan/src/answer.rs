@@ -357,12 +357,7 @@ fn choice(
     }
 }
 
-fn assumptions(
-    question: &Question,
-    problem: &Problem,
-    grade: &Grade,
-    best: Option<&Choice>,
-) -> Vec<String> {
+fn assumptions(question: &Question, problem: &Problem, grade: &Grade, best: Option<&Choice>) -> Vec<String> {
     let mut out = vec![
         format!("training stack: {}", problem.software.name),
         format!("batch: {} sequences of {} tokens", question.sequences, question.sequence),

@@ -88,9 +88,8 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
     }
     let sequence_parallel = match word("sequence_parallel").as_deref() {
         None => {
-            let usual = tp > 1
-                && problem.software.sequence_parallel
-                && (problem.sequence / cp).is_multiple_of(tp);
+            let usual =
+                tp > 1 && problem.software.sequence_parallel && (problem.sequence / cp).is_multiple_of(tp);
             if tp > 1 {
                 fill("sequence_parallel", usual.to_string());
             }
@@ -182,20 +181,22 @@ fn split(text: &str) -> Result<BTreeMap<&'static str, String>> {
                 .hint(suggest::hint(&plain, KEYS.iter().map(|k| k.0))));
         };
         if written.insert(*known, value.trim().to_owned()).is_some() {
-            return Err(Error::user(format!("layout {text}: {known} is written twice"))
-                .hint("keep one of the two"));
+            return Err(
+                Error::user(format!("layout {text}: {known} is written twice")).hint("keep one of the two")
+            );
         }
     }
     if written.is_empty() {
-        return Err(Error::user("the layout is empty").hint("write it like --layout tp=8,pp=16,micro_batch=1"));
+        return Err(
+            Error::user("the layout is empty").hint("write it like --layout tp=8,pp=16,micro_batch=1")
+        );
     }
     Ok(written)
 }
 
 fn wrong(key: &str, value: &str, expected: &str) -> Error {
     let takes = KEYS.iter().find(|k| k.0 == key).map_or("", |k| k.1);
-    Error::user(format!("layout key {key}={value}, expected {expected}"))
-        .hint(format!("{key} takes {takes}"))
+    Error::user(format!("layout key {key}={value}, expected {expected}")).hint(format!("{key} takes {takes}"))
 }
 
 /// Why this layout is impossible, if it is.
@@ -212,10 +213,14 @@ fn check(mesh: &Mesh, p: &Problem) -> Result<()> {
         }
     }
     if l.sequence_parallel && l.tp == 1 {
-        return not("sequence_parallel needs tp above 1".into(), "give sequence_parallel=false, or a larger tp");
+        return not(
+            "sequence_parallel needs tp above 1".into(),
+            "give sequence_parallel=false, or a larger tp",
+        );
     }
     if !p.sequence.is_multiple_of(2 * mesh.cp) && mesh.cp > 1 {
-        let what = format!("cp={} wants a sequence of a multiple of {}, found {}", mesh.cp, 2 * mesh.cp, p.sequence);
+        let what =
+            format!("cp={} wants a sequence of a multiple of {}, found {}", mesh.cp, 2 * mesh.cp, p.sequence);
         return not(what, "each rank takes two pieces of the sequence, one from each end");
     }
     if l.sequence_parallel && !(p.sequence / mesh.cp).is_multiple_of(l.tp) {
@@ -223,7 +228,10 @@ fn check(mesh: &Mesh, p: &Problem) -> Result<()> {
         return not(what, "give sequence_parallel=false");
     }
     if l.pp > m.layers {
-        return not(format!("pp={} exceeds the {} layers of {}", l.pp, m.layers, m.name), "give at most one stage a layer");
+        return not(
+            format!("pp={} exceeds the {} layers of {}", l.pp, m.layers, m.name),
+            "give at most one stage a layer",
+        );
     }
     if !p.sequences.is_multiple_of(l.dp * l.micro_batch) {
         let what = format!(
@@ -245,12 +253,16 @@ fn check(mesh: &Mesh, p: &Problem) -> Result<()> {
             return not("schedule=interleaved needs pp above 1".into(), "leave chunks out");
         }
         (PipelineSchedule::Interleaved, _) if !micro_batches.is_multiple_of(l.pp) => {
-            let what = format!("interleaving wants a multiple of pp={} micro-batches, found {micro_batches}", l.pp);
+            let what =
+                format!("interleaving wants a multiple of pp={} micro-batches, found {micro_batches}", l.pp);
             return not(what, "change --sequences, dp or micro_batch");
         }
         (PipelineSchedule::Interleaved, _) | (_, 1) => {}
         (_, chunks) => {
-            return not(format!("chunks={chunks} belongs to schedule=interleaved"), "leave schedule or chunks out");
+            return not(
+                format!("chunks={chunks} belongs to schedule=interleaved"),
+                "leave schedule or chunks out",
+            );
         }
     }
     match p.shape.experts {
@@ -258,12 +270,19 @@ fn check(mesh: &Mesh, p: &Problem) -> Result<()> {
             return not(format!("ep={} on {}, which has no experts", mesh.ep, m.name), "leave ep out");
         }
         Some(e) if !e.count.is_multiple_of(mesh.ep) => {
-            return not(format!("ep={} does not divide the {} experts", mesh.ep, e.count), "choose a divisor");
+            return not(
+                format!("ep={} does not divide the {} experts", mesh.ep, e.count),
+                "choose a divisor",
+            );
         }
         _ => {}
     }
     if !(l.dp * mesh.cp * l.tp).is_multiple_of(mesh.ep) {
-        let what = format!("ep={} does not divide the dp x cp x tp = {} ranks of a stage", mesh.ep, l.dp * mesh.cp * l.tp);
+        let what = format!(
+            "ep={} does not divide the dp x cp x tp = {} ranks of a stage",
+            mesh.ep,
+            l.dp * mesh.cp * l.tp
+        );
         return not(what, "choose a divisor of both");
     }
     if !(l.dp * mesh.cp).is_multiple_of(mesh.shard) {

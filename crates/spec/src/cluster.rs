@@ -385,10 +385,11 @@ impl Catalog {
         let fabric = self.get(EntryKind::Fabric, fabric_name)?;
         let in_slice = platform.map_or(usize::MAX, |p| p.1);
         let scale_up = scale_up(chip, platform.map(|p| p.0), accelerators, in_slice, per_node)?;
-        let storage_name = platform.and_then(|p| p.0.text("storage")).or(node.text("storage")).unwrap_or_else(|| {
-            assumptions.push(format!("storage: no figures for {name}, {STORAGE_USUAL} stands in"));
-            STORAGE_USUAL
-        });
+        let storage_name =
+            platform.and_then(|p| p.0.text("storage")).or(node.text("storage")).unwrap_or_else(|| {
+                assumptions.push(format!("storage: no figures for {name}, {STORAGE_USUAL} stands in"));
+                STORAGE_USUAL
+            });
         let storage =
             Some(self.storage(storage_name, accelerators.div_ceil(per_node), platform.map(|p| p.0))?);
         for (entry, what) in [(chip, "accelerator"), (node, "node"), (fabric, "fabric")] {

@@ -17,10 +17,16 @@ pub(super) fn config(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
         );
     }
     if l.schedule == PipelineSchedule::ZeroBubble {
-        return refuse("zero-bubble schedule".into(), "plan with schedule=1f1b, or --emit megatron-deepspeed");
+        return refuse(
+            "zero-bubble schedule".into(),
+            "plan with schedule=1f1b, or --emit megatron-deepspeed",
+        );
     }
     if mesh.ep > 1 {
-        return refuse("expert parallelism by configuration alone".into(), "plan with ep=1, or --emit megatron-deepspeed");
+        return refuse(
+            "expert parallelism by configuration alone".into(),
+            "plan with ep=1, or --emit megatron-deepspeed",
+        );
     }
     let mut file = base(p, mesh);
     if l.tp > 1 {
@@ -93,7 +99,10 @@ pub(super) fn megatron(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
                 "emit for megatron",
             ));
         }
-        args.push(format!("--num-experts {} --topk {} --moe-expert-parallel-size {}", e.count, e.top_k, mesh.ep));
+        args.push(format!(
+            "--num-experts {} --topk {} --moe-expert-parallel-size {}",
+            e.count, e.top_k, mesh.ep
+        ));
     }
     if l.sequence_parallel {
         args.push("--sequence-parallel".into());
@@ -124,16 +133,25 @@ fn common(name: &str, mesh: &Mesh) -> Result<()> {
         return refuse(format!("{} schedule", schedule_name(l.schedule)), "plan with schedule=1f1b");
     }
     if mesh.cp > 1 {
-        return refuse("ring of context-parallel ranks (it has all-to-all over heads)".into(), "plan with cp=1");
+        return refuse(
+            "ring of context-parallel ranks (it has all-to-all over heads)".into(),
+            "plan with cp=1",
+        );
     }
     if l.dp > 1 && l.pp > 1 && mesh.order != Order::TpCpDpPp {
-        return refuse("order in which stages lie nearer than replicas".into(), "plan with order=tp-cp-dp-pp");
+        return refuse(
+            "order in which stages lie nearer than replicas".into(),
+            "plan with order=tp-cp-dp-pp",
+        );
     }
     if !matches!(mesh.format, NumberFormat::Bf16 | NumberFormat::Fp16) {
         return refuse(format!("{} training", mesh.format), "plan with --format bf16");
     }
     if mesh.shard < l.dp && l.zero != Zero::Off && l.zero != Zero::Parameters {
-        return refuse(format!("ZeRO {} over a part of the replicas", u8::from(l.zero)), "leave shard out of the layout");
+        return refuse(
+            format!("ZeRO {} over a part of the replicas", u8::from(l.zero)),
+            "leave shard out of the layout",
+        );
     }
     Ok(())
 }

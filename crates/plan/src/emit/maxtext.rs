@@ -31,7 +31,10 @@ pub(super) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     let fsdp = if l.zero == Zero::Parameters {
         let inner = mesh.cp.max(1);
         if !mesh.shard.is_multiple_of(inner) || !replicas.is_multiple_of(mesh.shard / inner) {
-            return refuse(format!("shards over {} ranks beside cp={}", mesh.shard, mesh.cp), "leave shard out");
+            return refuse(
+                format!("shards over {} ranks beside cp={}", mesh.shard, mesh.cp),
+                "leave shard out",
+            );
         }
         mesh.shard / inner
     } else {
@@ -80,8 +83,7 @@ pub(super) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
         );
     }
     // With stages one pass takes the whole batch; without them the gradient is accumulated over passes.
-    let (passes, batch) =
-        if l.pp > 1 { (1, p.sequences) } else { (micro_batches, l.dp * l.micro_batch) };
+    let (passes, batch) = if l.pp > 1 { (1, p.sequences) } else { (micro_batches, l.dp * l.micro_batch) };
     let per_device = batch as f64 / mesh.world() as f64;
     let _ = writeln!(out, "per_device_batch_size: {per_device:?}");
     let _ = writeln!(out, "gradient_accumulation_steps: {passes}");
@@ -105,7 +107,8 @@ pub(super) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
         other => return refuse(format!("{other} training"), "plan with --format bf16, fp8 or int8"),
     }
     model(p, &mut out);
-    let notes = vec![format!("one slice is {domain} accelerators; train with this file as the configuration")];
+    let notes =
+        vec![format!("one slice is {domain} accelerators; train with this file as the configuration")];
     Ok(Emitted { text: out, notes })
 }
 

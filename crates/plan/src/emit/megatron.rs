@@ -128,7 +128,9 @@ fn stages(p: &Problem, mesh: &Mesh) -> Result<Vec<String>> {
     let per_chunk = if layers.is_multiple_of(virtuals) {
         Some(layers / virtuals)
     } else if (layers + 2).is_multiple_of(virtuals) {
-        args.push("--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split".to_owned());
+        args.push(
+            "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split".to_owned(),
+        );
         Some((layers + 2) / virtuals)
     } else {
         None
@@ -177,10 +179,13 @@ fn replicas(p: &Problem, mesh: &Mesh) -> Result<Vec<String>> {
         }
         Zero::Gradients | Zero::Parameters => {
             if mesh.shard < replicas {
-                return Err(lacks(NAME, "ZeRO 2 or 3 over a part of the replicas", "leave shard out of the layout"));
+                return Err(lacks(
+                    NAME,
+                    "ZeRO 2 or 3 over a part of the replicas",
+                    "leave shard out of the layout",
+                ));
             }
-            let strategy =
-                if l.zero == Zero::Gradients { "optim_grads" } else { "optim_grads_params" };
+            let strategy = if l.zero == Zero::Gradients { "optim_grads" } else { "optim_grads_params" };
             args.push("--use-megatron-fsdp".into());
             args.push(format!("--data-parallel-sharding-strategy {strategy}"));
             args.push("--use-distributed-optimizer --ckpt-format fsdp_dtensor".into());

@@ -182,11 +182,12 @@ fn torchtitan_reads_the_layout_that_was_written() {
                 let replicas = of("data_parallel_replicate_degree");
                 let dp = replicas * of("data_parallel_shard_degree");
                 let word = |section: &str, key: &str| file[section][key].as_str().unwrap().to_owned();
-                let read_zero = match (replicas == dp, word("parallelism", "fsdp_reshard_after_forward").as_str()) {
-                    (true, _) => Zero::Off,
-                    (false, "never") => Zero::Gradients,
-                    _ => Zero::Parameters,
-                };
+                let read_zero =
+                    match (replicas == dp, word("parallelism", "fsdp_reshard_after_forward").as_str()) {
+                        (true, _) => Zero::Off,
+                        (false, "never") => Zero::Gradients,
+                        _ => Zero::Parameters,
+                    };
                 let micro_batch = if pp > 1 {
                     of("pipeline_parallel_microbatch_size")
                 } else {
@@ -194,7 +195,12 @@ fn torchtitan_reads_the_layout_that_was_written() {
                 };
                 let virtuals = if pp > 1 { 40 / of("pipeline_parallel_layers_per_stage") } else { 1 };
                 assert_eq!(
-                    (dp, of("tensor_parallel_degree"), of("pipeline_parallel_degree"), virtuals / pp.min(virtuals)),
+                    (
+                        dp,
+                        of("tensor_parallel_degree"),
+                        of("pipeline_parallel_degree"),
+                        virtuals / pp.min(virtuals)
+                    ),
                     (l.dp, l.tp, l.pp, chunks),
                     "{text}"
                 );
@@ -241,7 +247,10 @@ fn maxtext_reads_the_layout_that_was_written() {
         let text = emit("maxtext", &p, &mesh(l.clone())).unwrap().text;
         let read = read_lines(&text, ":");
         let axis = |name: &str| {
-            (count(&read, &format!("ici_{name}_parallelism")), count(&read, &format!("dcn_{name}_parallelism")))
+            (
+                count(&read, &format!("ici_{name}_parallelism")),
+                count(&read, &format!("dcn_{name}_parallelism")),
+            )
         };
         let tp = axis(if sequence_parallel { "tensor_sequence" } else { "tensor" });
         assert_eq!(tp, (4, 1), "{text}");

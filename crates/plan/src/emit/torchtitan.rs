@@ -21,18 +21,30 @@ pub(super) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
         return refuse("replicas beside context parallelism: it shards over cp".into(), "plan with zero=3");
     }
     if l.tp > 1 && !l.sequence_parallel {
-        return refuse("tensor parallelism without sequence parallelism".into(), "plan with sequence_parallel=true");
+        return refuse(
+            "tensor parallelism without sequence parallelism".into(),
+            "plan with sequence_parallel=true",
+        );
     }
     if mesh.order != Order::TpCpDpPp {
-        return refuse("order in which stages lie nearer than replicas".into(), "plan with order=tp-cp-dp-pp");
+        return refuse(
+            "order in which stages lie nearer than replicas".into(),
+            "plan with order=tp-cp-dp-pp",
+        );
     }
     let shard = match l.zero {
         Zero::Off => 1,
         _ if mesh.shard.is_multiple_of(mesh.cp) => mesh.shard / mesh.cp,
-        _ => return refuse(format!("shards over {} of cp={} ranks", mesh.shard, mesh.cp), "shard over whole cp groups"),
+        _ => {
+            return refuse(
+                format!("shards over {} of cp={} ranks", mesh.shard, mesh.cp),
+                "shard over whole cp groups",
+            );
+        }
     };
     let mut notes = vec![
-        "for torchtitan 0.2.2, the last release with TOML; add [model] name and flavor of this model".to_owned(),
+        "for torchtitan 0.2.2, the last release with TOML; add [model] name and flavor of this model"
+            .to_owned(),
     ];
     let mut out = String::new();
     if mesh.format != NumberFormat::Bf16 {

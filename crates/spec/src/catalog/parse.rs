@@ -106,8 +106,7 @@ fn source(at: &At<'_>, name: &str, value: &Spanned<DeValue<'_>>) -> Result<Sourc
             .hint("a source has what, date and grade")
     };
     let date = date.ok_or_else(|| missing("date"))?;
-    check_date(&date)
-        .map_err(|e| at.error(value.span().start, format!("source.{name}: {e}")).hint(DATES))?;
+    check_date(&date).map_err(|e| at.error(value.span().start, format!("source.{name}: {e}")).hint(DATES))?;
     Ok(Source {
         what: what.ok_or_else(|| missing("what"))?,
         date,
