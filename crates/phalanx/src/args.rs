@@ -107,7 +107,7 @@ pub(crate) struct Plan {
     #[arg(long, value_name = "NAME")]
     pub(crate) cluster: String,
     /// Accelerators to use; all of the cluster if absent
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) accelerators: Option<usize>,
     /// Tokens to train on, for example 15.6T
     #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
@@ -137,7 +137,7 @@ pub(crate) struct Plan {
     #[arg(long)]
     pub(crate) trainable_only: bool,
     /// Threads of the search; 0 for all cores
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(long, default_value_t = 0, value_name = "N", allow_negative_numbers = true)]
     pub(crate) threads: usize,
     /// Say what would help: step time against bandwidth, FLOP/s and memory
     #[arg(long)]

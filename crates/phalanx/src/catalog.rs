@@ -116,7 +116,16 @@ fn show(catalog: &Catalog, name: &str, as_json: bool) -> Result<String> {
     let models: Vec<Known> =
         models::all()?.into_iter().filter(|m| wanted.as_ref() == Some(&m.name)).collect();
     if models.is_empty() {
-        let entries = entries.map_err(|e| or_model(e, name))?;
+        let entries = entries.map_err(|e| {
+            // The nearest of both lists.
+            let (entries, models) = (catalog.names(), models::all().unwrap_or_default());
+            let names =
+                models.iter().flat_map(|m| std::iter::once(&m.name).chain(&m.aliases)).chain(&entries);
+            match suggest::nearest(name, names.map(String::as_str)) {
+                Some(near) => Error::user(e.to_string()).hint(format!("did you mean `{near}`?")),
+                None => e,
+            }
+        })?;
         return if as_json { Ok(pretty(&entries_json(catalog, name, &entries))) } else { catalog.show(name) };
     }
     if as_json {
@@ -164,17 +173,6 @@ fn show(catalog: &Catalog, name: &str, as_json: bool) -> Result<String> {
         );
     }
     Ok(out)
-}
-
-/// The nearest of both lists.
-fn or_model(error: Error, name: &str) -> Error {
-    let near = error.hint_text().is_some_and(|h| h.starts_with("did you mean"));
-    match models::find(name).err() {
-        Some(model) if !near && model.hint_text().is_some_and(|h| h.starts_with("did you mean")) => {
-            Error::user(error.to_string()).hint(model.hint_text().unwrap_or_default())
-        }
-        _ => error,
-    }
 }
 
 fn entries_json(catalog: &Catalog, name: &str, entries: &[&Entry]) -> Value {

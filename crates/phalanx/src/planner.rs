@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use plan::answer::{Answer, Choice, Question, default_batch};
+use plan::answer::{Answer, Choice, Question, default_batch, sequences_for};
 use plan::calibration::Calibration;
 use plan::emit::{self, Emitted};
 use plan::models;
@@ -29,6 +29,9 @@ pub(crate) fn plan(args: &Plan) -> Result<u8> {
     if args.threads > THREADS_MAX {
         return Err(Error::user(format!("--threads {}, expected 0 to {THREADS_MAX}", args.threads))
             .hint("0 takes all cores"));
+    }
+    if let Some(path) = &args.rank_map {
+        rank_format(path)?;
     }
     let question = question(args)?;
     let threads = output::threads(args.threads);
@@ -69,7 +72,7 @@ fn question(args: &Plan) -> Result<Question> {
     let catalog = files::catalog(&args.catalog)?;
     let cluster = catalog.cluster(&args.cluster, args.accelerators)?;
     let shape = model(&args.model)?;
-    let (sequences, sequence) = default_batch(&shape);
+    let usual = default_batch(&shape);
     let formats = || NumberFormat::all().map(NumberFormat::name);
     let format = NumberFormat::parse(&args.format.to_lowercase()).ok_or_else(|| {
         Error::user(format!("unknown number format \"{}\"", args.format))
@@ -84,7 +87,7 @@ fn question(args: &Plan) -> Result<Question> {
             .hint(format!("leave --{flag} out for what is usual for the model"))),
         n => Ok(n),
     };
-    let sequence = positive("sequence", args.sequence)?.unwrap_or(sequence);
+    let sequence = positive("sequence", args.sequence)?.unwrap_or(usual.1);
     let sequences = match &args.batch {
         Some(batch) => {
             let tokens = tokens("--batch", batch)?;
@@ -92,14 +95,10 @@ fn question(args: &Plan) -> Result<Question> {
             output::say(&format!("--batch {batch}: {sequences} sequences of {sequence} tokens"));
             sequences
         }
-        None => match (positive("sequences", args.sequences)?, args.sequence) {
-            (Some(n), _) => n,
+        None => match positive("sequences", args.sequences)? {
+            Some(n) => n,
             // The usual tokens of a step, in sequences of the length asked for.
-            (None, Some(_)) => {
-                let (usual, of) = default_batch(&shape);
-                (usual.saturating_mul(of) / sequence).max(1)
-            }
-            (None, None) => sequences,
+            None => sequences_for((usual.0.saturating_mul(usual.1) / sequence).max(1), cluster.accelerators),
         },
     };
     let keep = if args.emit.is_some() { args.keep.max(KEEP_TO_EMIT) } else { args.keep };
@@ -173,17 +172,27 @@ fn first_emitted<'a>(stack: &str, answer: &'a Answer) -> Result<(&'a Choice, Emi
     Err(refused.unwrap_or_else(|| Error::failure("the search found nothing")))
 }
 
+enum RankFormat {
+    Csv,
+    Json,
+}
+
+fn rank_format(path: &Path) -> Result<RankFormat> {
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("csv") => Ok(RankFormat::Csv),
+        Some("json") => Ok(RankFormat::Json),
+        _ => Err(Error::user(format!("--rank-map {}: neither .csv nor .json", path.display()))
+            .hint("name it ranks.csv or ranks.json")),
+    }
+}
+
 fn write_ranks(path: &Path, answer: &Answer, choice: &Choice) -> Result<()> {
     let per_node = answer.problem.cluster.per_node;
-    let content = match path.extension().and_then(|e| e.to_str()) {
-        Some("csv") => emit::rank_csv(choice.mesh(), per_node),
-        Some("json") => {
+    let content = match rank_format(path)? {
+        RankFormat::Csv => emit::rank_csv(choice.mesh(), per_node),
+        RankFormat::Json => {
             let all: Vec<emit::Place> = emit::ranks(choice.mesh(), per_node).collect();
             serde_json::to_string(&all).expect("numbers are JSON") + "\n"
-        }
-        _ => {
-            return Err(Error::user(format!("--rank-map {}: neither .csv nor .json", path.display()))
-                .hint("name it ranks.csv or ranks.json"));
         }
     };
     std::fs::write(path, content).map_err(|e| {
@@ -242,6 +251,10 @@ pub(crate) fn validate(args: &Validate) -> Result<u8> {
     } else {
         plan::validate::validate(&name, &table, &catalog, &Calibration::builtin()?)?
     };
+    if v.priced + v.not_priced.len() == 0 {
+        return Err(Error::user(format!("{name}: a header without rows"))
+            .hint("each line after the header is one published run"));
+    }
     if args.json {
         output::print(&serde_json::to_string_pretty(&v).expect("numbers are JSON"));
         return Ok(0);

@@ -189,6 +189,26 @@ pub fn default_batch(shape: &Shape) -> (usize, usize) {
     ((tokens / sequence.max(1)).max(1), sequence.max(1))
 }
 
+/// A number of sequences near `usual` that `accelerators` split well: within a quarter, the one that shares the largest
+/// divisor with them, and of those the nearest.
+///
+/// ```
+/// use plan::answer::sequences_for;
+/// assert_eq!(sequences_for(2048, 16_384), 2048);
+/// assert_eq!(sequences_for(2048, 100_000), 2000);
+/// assert_eq!(sequences_for(1024, 72), 1008);
+/// ```
+pub fn sequences_for(usual: usize, accelerators: usize) -> usize {
+    let divisor = |mut a: usize, mut b: usize| {
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    let near = usual.saturating_sub(usual / 4).max(1)..=usual + usual / 4;
+    near.max_by_key(|s| (divisor(*s, accelerators), std::cmp::Reverse(s.abs_diff(usual)))).unwrap_or(usual)
+}
+
 /// Answers a question. `progress` is told search jobs done and in all.
 ///
 /// # Errors
@@ -235,13 +255,9 @@ fn pose(question: &Question, calibration: &Calibration) -> Result<(Problem, Grad
     if question.sequence == 0 || question.sequences == 0 {
         return Err(Error::user("the batch has no tokens").hint("give at least one sequence of one token"));
     }
-    let limit = question.shape.model.max_positions();
-    if question.sequence > limit {
-        let what = format!(
-            "sequences of {} tokens, {} has positions for {limit}",
-            question.sequence, question.shape.model.name
-        );
-        return Err(Error::user(what).hint(format!("give --sequence of at most {limit}")));
+    if question.sequence > SEQUENCE_MAX {
+        let what = format!("sequences of {} tokens, expected at most {SEQUENCE_MAX}", question.sequence);
+        return Err(Error::user(what).hint("give a shorter --sequence"));
     }
     if question.sequences > SEQUENCES_MAX {
         let what = format!("{} sequences a step, expected at most {SEQUENCES_MAX}", question.sequences);
@@ -262,7 +278,7 @@ fn pose(question: &Question, calibration: &Calibration) -> Result<(Problem, Grad
     let constants = calibration.constants(family, recipe(question.format), software.name);
     let grade = calibration.spread(family, software.name, question.cluster.accelerators);
     let problem = Problem {
-        shape: question.shape.clone(),
+        shape: stretched(&question.shape, question.sequence),
         cluster: question.cluster.clone(),
         software,
         constants,
@@ -272,6 +288,17 @@ fn pose(question: &Question, calibration: &Calibration) -> Result<(Problem, Grad
     Ok((problem, grade))
 }
 
+/// The same model with positions for `sequence` tokens: longer contexts are planned for before they are trained.
+fn stretched(shape: &Shape, sequence: usize) -> Shape {
+    let mut shape = shape.clone();
+    let (spec::Position::Learned { max_positions } | spec::Position::Rope(spec::Rope { max_positions, .. })) =
+        &mut shape.model.position;
+    *max_positions = sequence.max(*max_positions);
+    shape
+}
+
+/// Longer than any context.
+const SEQUENCE_MAX: usize = 1 << 24;
 /// More sequences than any batch has; keeps products of counts far from overflow.
 const SEQUENCES_MAX: usize = 1 << 30;
 
@@ -383,6 +410,10 @@ fn assumptions(question: &Question, problem: &Problem, grade: &Grade, best: Opti
     }
     if best.is_some_and(|b| b.loading_s > 0.0) {
         out.push("storage is slower than the step: tokens are waited for".to_owned());
+    }
+    let positions = question.shape.model.max_positions();
+    if question.sequence > positions {
+        out.push(format!("{} positions are assumed, the model has {positions}", question.sequence));
     }
     out.push("no failures and no time for checkpoints in the step; tokens are read ahead".to_owned());
     out.extend(question.cluster.assumptions.iter().cloned());

@@ -350,7 +350,8 @@ impl Catalog {
         Ok(out)
     }
 
-    fn names(&self) -> Vec<String> {
+    /// Names and aliases of all entries, for suggestions and completion.
+    pub fn names(&self) -> Vec<String> {
         let names = |e: &Entry| {
             std::iter::once(e.name.clone()).chain(e.aliases().map(str::to_owned)).collect::<Vec<_>>()
         };

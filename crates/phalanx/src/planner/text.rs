@@ -153,7 +153,7 @@ fn front(out: &mut String, answer: &Answer) -> std::fmt::Result {
 fn storage_lines(out: &mut String, s: &StoragePrice) -> std::fmt::Result {
     let limit = |limit: StorageLimit| match limit {
         StorageLimit::Filesystem => "the filesystem",
-        StorageLimit::Unit => "the servers of its scalable units",
+        StorageLimit::Unit => "its scalable units' servers",
         StorageLimit::Node => "what each node gets",
     };
     let range = |t: &Seconds| {
@@ -166,14 +166,14 @@ fn storage_lines(out: &mut String, s: &StoragePrice) -> std::fmt::Result {
     writeln!(out, "\nstorage {}", s.storage)?;
     writeln!(
         out,
-        "  data loading  {} of tokens a step in {}, read ahead; {} sets the rate",
+        "  data loading  {} of tokens a step in {}, read ahead; limited by {}",
         bytes(s.load_bytes),
         range(&s.load),
         limit(s.load_limit)
     )?;
     writeln!(
         out,
-        "  checkpoint    {}: {} to write while training waits; {} sets the rate",
+        "  checkpoint    {}: {} to write while training waits; limited by {}",
         bytes(s.checkpoint_bytes),
         range(&s.write),
         limit(s.write_limit)

@@ -215,13 +215,18 @@ fn torchtitan_reads_the_layout_that_was_written() {
 #[test]
 fn deepspeed_reads_the_layout_that_was_written() {
     let p = problem("gpt3-13b", 64);
-    for (zero, pp) in [(Zero::Off, 2), (Zero::Optimizer, 2), (Zero::Gradients, 1), (Zero::Parameters, 1)] {
-        let l = Layout { zero, pp, dp: 16 / pp, sequence_parallel: false, ..layout() };
+    for (zero, pp, tp) in
+        [(Zero::Off, 2, 4), (Zero::Optimizer, 2, 4), (Zero::Gradients, 1, 4), (Zero::Parameters, 1, 1)]
+    {
+        let l = Layout { zero, pp, tp, dp: 64 / pp / tp, sequence_parallel: false, ..layout() };
         let text = emit("deepspeed", &p, &mesh(l.clone())).unwrap().text;
         let file: serde_json::Value = serde_json::from_str(&text).unwrap();
         let at = |path: &str| file.pointer(path).and_then(|v| v.as_u64()).unwrap() as usize;
         assert_eq!(at("/zero_optimization/stage"), usize::from(u8::from(zero)));
-        assert_eq!(at("/tensor_parallel/autotp_size"), 4);
+        assert_eq!(
+            file.pointer("/tensor_parallel/autotp_size").map_or(1, |n| n.as_u64().unwrap()),
+            tp as u64
+        );
         // DeepSpeed holds these to one another.
         assert_eq!(
             at("/train_batch_size"),
