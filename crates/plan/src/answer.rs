@@ -189,7 +189,7 @@ pub fn default_batch(shape: &Shape) -> (usize, usize) {
     ((tokens / sequence.max(1)).max(1), sequence.max(1))
 }
 
-/// A number of sequences near `usual` that `accelerators` split well: within a quarter, the one that shares the largest
+/// A number of sequences near `usual` that `accelerators` split well: within an eighth, the one that shares the largest
 /// divisor with them, and of those the nearest.
 ///
 /// ```
@@ -205,7 +205,7 @@ pub fn sequences_for(usual: usize, accelerators: usize) -> usize {
         }
         a
     };
-    let near = usual.saturating_sub(usual / 4).max(1)..=usual + usual / 4;
+    let near = usual.saturating_sub(usual / 8).max(1)..=usual + usual / 8;
     near.max_by_key(|s| (divisor(*s, accelerators), std::cmp::Reverse(s.abs_diff(usual)))).unwrap_or(usual)
 }
 

@@ -1,12 +1,11 @@
 //! The planner as people meet it: answers, layouts given and emitted, the catalogue, and input that makes no sense.
 
-mod common;
-
 use std::fs;
 use std::process::Stdio;
 
-use common::Lab;
 use serde_json::Value;
+
+use crate::common::Lab;
 
 /// A model and a machine that are searched in a fraction of a second.
 const SMALL: &str = "plan --model gpt3-1.3b --cluster dgx-superpod-h100 --accelerators 16 --threads 1";
