@@ -320,7 +320,7 @@ impl Catalog {
         for entry in self.named(name)? {
             // Writing to a string cannot fail.
             let _ = writeln!(out, "{} {} ({})", entry.kind, entry.name, entry.place);
-            let width = entry.fields.keys().map(String::len).max().unwrap_or(0);
+            let width = entry.fields.keys().map(String::len).max().unwrap_or(0).max("largest job".len());
             for (key, field) in &entry.fields {
                 let _ = match field {
                     Field::Text(text) | Field::Ref(text) => writeln!(out, "  {key:<width$}  {text}"),
