@@ -86,49 +86,76 @@ pub(crate) struct Train {
     pub(crate) json: bool,
 }
 
+const PLAN_EXAMPLES: &str = "\
+Examples:
+  The best layouts of Llama 3 405B on a large SuperPOD, and what would make it faster:
+    phalanx plan --model llama3-405b --cluster dgx-superpod-h100-64su --tokens 15.6T --explain
+  What a published layout costs:
+    phalanx plan --model gpt3-175b --cluster dgx-superpod-a100 --accelerators 1024 \\
+      --sequence 2048 --sequences 1536 --layout tp=8,pp=8,chunks=12,micro_batch=1,zero=1
+  Arguments and rank map for Megatron-LM:
+    phalanx plan --model llama3-70b --cluster nd-h100-v5 --accelerators 512 \\
+      --emit megatron --rank-map ranks.csv";
+
 #[derive(Debug, ClapArgs)]
+#[command(after_help = PLAN_EXAMPLES)]
 pub(crate) struct Plan {
-    /// Name of the catalogue, a Hugging Face config.json, or a run file
-    #[arg(long)]
+    /// Model of the catalogue, Hugging Face config.json, or run file
+    #[arg(long, value_name = "NAME|FILE")]
     pub(crate) model: String,
-    /// Cluster of the catalogue, for example dgx-superpod-h100-64su
-    #[arg(long)]
+    /// Platform or node of the catalogue, for example dgx-superpod-h100-64su
+    #[arg(long, value_name = "NAME")]
     pub(crate) cluster: String,
     /// Accelerators to use; all of the cluster if absent
-    #[arg(long)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) accelerators: Option<usize>,
     /// Tokens to train on, for example 15.6T
-    #[arg(long)]
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
     pub(crate) tokens: Option<String>,
     /// Tokens of a sequence; usual for the model if absent
-    #[arg(long)]
+    #[arg(long, value_name = "TOKENS")]
     pub(crate) sequence: Option<usize>,
     /// Sequences of the global batch; usual for the model's size if absent
-    #[arg(long)]
+    #[arg(long, value_name = "N")]
     pub(crate) sequences: Option<usize>,
+    /// Global batch in tokens instead of sequences, for example 16M
+    #[arg(long, value_name = "TOKENS", conflicts_with = "sequences", allow_negative_numbers = true)]
+    pub(crate) batch: Option<String>,
     /// Number format of the matrix products: bf16, fp16, fp8 or fp4
     #[arg(long, default_value = "bf16")]
     pub(crate) format: String,
+    /// Training stack to price for; the usual one for the accelerator if absent
+    #[arg(long, value_name = "NAME")]
+    pub(crate) software: Option<String>,
+    /// Price this layout instead of searching, for example tp=8,pp=16,zero=1
+    #[arg(long, value_name = "KEY=VALUE,...", conflicts_with_all = ["keep", "trainable_only"])]
+    pub(crate) layout: Option<String>,
     /// Layouts to print
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_name = "N")]
     pub(crate) keep: usize,
     /// Only layouts that `phalanx train` runs today
     #[arg(long)]
     pub(crate) trainable_only: bool,
     /// Threads of the search; 0 for all cores
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_name = "N", allow_negative_numbers = true)]
     pub(crate) threads: usize,
-    /// Say what would help: step time against bandwidth, latency, FLOP/s and memory
+    /// Say what would help: step time against bandwidth, FLOP/s and memory
     #[arg(long)]
     pub(crate) explain: bool,
-    /// Write the best layout for another stack: megatron, torchtitan, deepspeed or maxtext
+    /// Write the best layout for megatron, megatron-deepspeed, deepspeed, torchtitan or maxtext
     #[arg(long, value_name = "STACK")]
     pub(crate) emit: Option<String>,
-    /// More catalogue files
+    /// Write which node, axes and stage each rank of the best layout has
+    #[arg(long, value_name = "FILE.csv|FILE.json")]
+    pub(crate) rank_map: Option<PathBuf>,
+    /// More catalogue files, over the built-in ones
     #[arg(long, value_name = "FILE.toml")]
     pub(crate) catalog: Vec<PathBuf>,
+    /// Constants that `phalanx validate --fit` wrote, instead of the built-in ones
+    #[arg(long, value_name = "FILE.toml")]
+    pub(crate) calibration: Option<PathBuf>,
     /// Print JSON
-    #[arg(long)]
+    #[arg(long, conflicts_with = "emit")]
     pub(crate) json: bool,
 }
 
@@ -137,8 +164,14 @@ pub(crate) struct Validate {
     /// Table of published runs (CSV)
     pub(crate) file: PathBuf,
     /// Fit on the table itself, leaving each source out of its own fit
-    #[arg(long)]
+    #[arg(long, conflicts_with = "calibration")]
     pub(crate) held_out: bool,
+    /// Fitted constants to use instead of the built-in ones
+    #[arg(long, value_name = "FILE.toml")]
+    pub(crate) calibration: Option<PathBuf>,
+    /// Fit the constants on the table and write them
+    #[arg(long, value_name = "FILE.toml", conflicts_with_all = ["held_out", "calibration", "json"])]
+    pub(crate) fit: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -152,23 +185,38 @@ pub(crate) struct Catalog {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum CatalogCommand {
-    /// List entries
+    /// List entries: accelerators, fabrics, nodes, storage, prices, failure rates, platforms, models
     List {
         /// Only of this kind
         kind: Option<String>,
+        /// The same as the argument
+        #[arg(long = "kind", value_name = "KIND", conflicts_with = "kind")]
+        only: Option<String>,
+        /// More catalogue files, over the built-in ones
+        #[arg(long, value_name = "FILE.toml")]
+        catalog: Vec<PathBuf>,
         /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Show an entry with every number's unit, source and date
+    /// Show an entry or a model with every number's unit, source and date
     Show {
         /// Name
         name: String,
+        /// More catalogue files, over the built-in ones
+        #[arg(long, value_name = "FILE.toml")]
+        catalog: Vec<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Check the built-in catalogue, with your files over it
     Check {
         /// Files to add
         files: Vec<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
 }
 

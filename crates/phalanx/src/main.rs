@@ -4,7 +4,9 @@
 
 mod args;
 mod bench;
+mod catalog;
 mod data;
+mod files;
 mod live;
 mod models;
 mod output;
@@ -13,6 +15,7 @@ mod program;
 mod ranks;
 mod show;
 mod train;
+mod validate;
 
 use clap::Parser;
 
@@ -39,8 +42,8 @@ fn main() -> std::process::ExitCode {
         Command::Data(a) => data::run(&a),
         Command::Bench(a) => bench::run(&a),
         Command::Plan(a) => planner::plan(&a),
-        Command::Validate(a) => planner::validate(&a),
-        Command::Catalog(a) => planner::catalog_command(&a),
+        Command::Validate(a) => validate::run(&a),
+        Command::Catalog(a) => catalog::run(&a),
         Command::Launch(a) => Ok(u8::try_from(launch::cli(a.args)).unwrap_or(1)),
         Command::Trace(a) => models::trace(&a),
         Command::Keys => {

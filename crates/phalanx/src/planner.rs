@@ -1,249 +1,241 @@
-//! `phalanx plan`, `validate` and `catalog`.
+//! `phalanx plan`.
 
-use std::fmt::Write as _;
+mod text;
+
 use std::path::Path;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use plan::answer::{Answer, Choice, Question, default_batch};
-use plan::calibration::Calibration;
+use plan::answer::{Answer, Choice, Question, default_batch, sequences_for};
+use plan::emit::{self, Emitted};
+use plan::models;
 use plan::shape::Shape;
-use spec::{Catalog, EntryKind, Error, ModelSpec, NumberFormat, Result, RunSpec};
+use plan::software::{self, Software};
+use spec::{Error, ModelSpec, NumberFormat, Result, RunSpec, suggest};
 
-use crate::args::{Catalog as CatalogArgs, CatalogCommand, Plan, Validate};
-use crate::output;
+use crate::args::Plan;
+use crate::{files, output};
+
+/// More layouts than anyone reads; each is held while the search runs.
+const KEEP_MAX: usize = 10_000;
+/// More threads than any machine has cores.
+const THREADS_MAX: usize = 1024;
+/// Layouts kept to find one that another stack can run.
+const KEEP_TO_EMIT: usize = 256;
 
 pub(crate) fn plan(args: &Plan) -> Result<u8> {
-    let catalog = catalog(&args.catalog)?;
+    if args.threads > THREADS_MAX {
+        return Err(Error::user(format!("--threads {}, expected 0 to {THREADS_MAX}", args.threads))
+            .hint("0 takes all cores"));
+    }
+    if let Some(path) = &args.rank_map {
+        rank_format(path)?;
+    }
+    let question = question(args)?;
+    let threads = output::threads(args.threads);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|e| {
+        Error::failure(format!("start {threads} threads: {e}")).hint("give fewer with --threads")
+    })?;
+    let (answer, seconds) = pool.install(|| answer(question, args))?;
+
+    let mut chosen = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
+    let mut emitted = None;
+    if let Some(stack) = &args.emit {
+        let (choice, e) = first_emitted(stack, &answer)?;
+        chosen = choice;
+        emitted = Some(e);
+    }
+    if let Some(path) = &args.rank_map {
+        write_ranks(path, &answer, chosen)?;
+    }
+    if let Some(e) = emitted {
+        output::print(&e.text);
+        e.notes.iter().for_each(|note| output::say(&format!("note: {note}")));
+        output::say(&format!("layout: {}", chosen.mesh()));
+    } else if args.json {
+        let mut json = answer.to_json(seconds, threads);
+        if args.explain {
+            json["explain"] =
+                serde_json::to_value(pool.install(|| answer.explain())?).expect("numbers are JSON");
+        }
+        output::print(&serde_json::to_string_pretty(&json).expect("numbers are JSON"));
+    } else {
+        let explained = if args.explain { Some(pool.install(|| answer.explain())?) } else { None };
+        output::print(&text::answer(&answer, seconds, threads, explained.as_deref()));
+    }
+    Ok(0)
+}
+
+fn question(args: &Plan) -> Result<Question> {
+    let catalog = files::catalog(&args.catalog)?;
     let cluster = catalog.cluster(&args.cluster, args.accelerators)?;
     let shape = model(&args.model)?;
-    let (sequences, sequence) = default_batch(&shape);
-    let format = NumberFormat::parse(&args.format)
-        .ok_or_else(|| Error::user(format!("format {}, expected bf16, fp16, fp8 or fp4", args.format)))?;
-    let threads = output::threads(args.threads);
-    let question = Question {
+    let usual = default_batch(&shape);
+    let formats = || NumberFormat::all().map(NumberFormat::name);
+    let format = NumberFormat::parse(&args.format.to_lowercase()).ok_or_else(|| {
+        Error::user(format!("unknown number format \"{}\"", args.format))
+            .hint(suggest::hint(&args.format, formats().collect::<Vec<_>>()))
+    })?;
+    if !(1..=KEEP_MAX).contains(&args.keep) {
+        return Err(Error::user(format!("--keep {}, expected 1 to {KEEP_MAX}", args.keep))
+            .hint("the best layouts are printed, this many"));
+    }
+    let positive = |flag: &str, n: Option<usize>| match n {
+        Some(0) => Err(Error::user(format!("--{flag} 0, expected at least 1"))
+            .hint(format!("leave --{flag} out for what is usual for the model"))),
+        n => Ok(n),
+    };
+    let sequence = positive("sequence", args.sequence)?.unwrap_or(usual.1);
+    let sequences = match &args.batch {
+        Some(batch) => {
+            let tokens = tokens("--batch", batch)?;
+            let sequences = (tokens / sequence as f64).round().max(1.0) as usize;
+            output::say(&format!("--batch {batch}: {sequences} sequences of {sequence} tokens"));
+            sequences
+        }
+        None => match positive("sequences", args.sequences)? {
+            Some(n) => n,
+            // The usual tokens of a step, in sequences of the length asked for.
+            None => sequences_for((usual.0.saturating_mul(usual.1) / sequence).max(1), cluster.accelerators),
+        },
+    };
+    let keep = if args.emit.is_some() { args.keep.max(KEEP_TO_EMIT) } else { args.keep };
+    let wanted = match (&args.software, &args.emit) {
+        (Some(name), _) => Some(stack(name)?),
+        (None, Some(target)) => Some(stack(emit::software(target)?)?),
+        (None, None) => None,
+    };
+    Ok(Question {
         shape,
         cluster,
-        software: None,
+        software: wanted,
         format,
-        sequence: args.sequence.unwrap_or(sequence),
-        sequences: args.sequences.unwrap_or(sequences),
-        tokens: args.tokens.as_deref().map(tokens).transpose()?,
-        keep: args.keep.max(1),
+        sequence,
+        sequences,
+        tokens: args.tokens.as_deref().map(|t| tokens("--tokens", t)).transpose()?,
+        keep,
         trainable_only: args.trainable_only,
-    };
+    })
+}
+
+fn stack(name: &str) -> Result<Software> {
+    let wanted = name.to_lowercase();
+    Software::named(&wanted).ok_or_else(|| {
+        Error::user(format!("unknown training stack \"{name}\""))
+            .hint(suggest::hint(&wanted, software::ALL.iter().map(|s| s.name)))
+    })
+}
+
+/// The answer, and the seconds that it took.
+fn answer(question: Question, args: &Plan) -> Result<(Answer, f64)> {
+    let calibration = files::calibration(args.calibration.as_deref())?;
+    let start = Instant::now();
+    if let Some(layout) = &args.layout {
+        let answer = plan::answer::price_given(question, layout, &calibration)?;
+        return Ok((answer, start.elapsed().as_secs_f64()));
+    }
     let bar = ProgressBar::new(0);
     if let Ok(style) = ProgressStyle::with_template("{wide_bar} {pos}/{len} searches") {
         bar.set_style(style);
     }
-    let start = Instant::now();
-    let answer = plan::answer::plan(question, &Calibration::builtin()?, &|done, all| {
+    let answer = plan::answer::plan(question, &calibration, &|done, all| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     });
     let seconds = start.elapsed().as_secs_f64();
     bar.finish_and_clear();
-    let answer = answer?;
-    if let Some(stack) = &args.emit {
-        let best = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
-        output::print(&plan::emit::emit(stack, &answer.problem, best.mesh())?);
-        output::say(&plan::emit::rank_map(&answer.problem, best.mesh()));
-        return Ok(0);
-    }
-    if args.json {
-        let mut json = answer.to_json(seconds, threads);
-        if args.explain {
-            json["explain"] = serde_json::to_value(answer.explain()?).expect("numbers are JSON");
+    Ok((answer?, seconds))
+}
+
+/// The best layout that the stack can run, written for it.
+fn first_emitted<'a>(stack: &str, answer: &'a Answer) -> Result<(&'a Choice, Emitted)> {
+    let mut refused: Option<Error> = None;
+    for choice in answer.best.iter().chain(&answer.pareto) {
+        match emit::emit(stack, &answer.problem, choice.mesh()) {
+            Ok(emitted) => {
+                if let Some(why) = refused {
+                    let best = &answer.best[0];
+                    output::say(&format!(
+                        "note: not the fastest layout ({}, {}), since {why}; this one takes {}",
+                        best.mesh(),
+                        text::seconds(best.step_s),
+                        text::seconds(choice.step_s)
+                    ));
+                }
+                return Ok((choice, emitted));
+            }
+            Err(e) => refused = Some(refused.unwrap_or(e)),
         }
-        output::print(&serde_json::to_string_pretty(&json).expect("numbers are JSON"));
-    } else {
-        output::print(&text(&answer, seconds, args.explain)?);
     }
-    Ok(0)
+    Err(refused.unwrap_or_else(|| Error::failure("the search found nothing")))
 }
 
-/// The built-in catalogue with the user's files over it.
-fn catalog(files: &[std::path::PathBuf]) -> Result<Catalog> {
-    let read: Vec<(String, String)> =
-        files.iter().map(|p| Ok((p.display().to_string(), train::read(p)?))).collect::<Result<_>>()?;
-    let pairs: Vec<(&str, &str)> = read.iter().map(|(p, t)| (p.as_str(), t.as_str())).collect();
-    if pairs.is_empty() { Catalog::builtin() } else { Catalog::with_files(&pairs) }
+enum RankFormat {
+    Csv,
+    Json,
 }
 
-/// A name of the catalogue, a Hugging Face config.json, or a run file.
+fn rank_format(path: &Path) -> Result<RankFormat> {
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("csv") => Ok(RankFormat::Csv),
+        Some("json") => Ok(RankFormat::Json),
+        _ => Err(Error::user(format!("--rank-map {}: neither .csv nor .json", path.display()))
+            .hint("name it ranks.csv or ranks.json")),
+    }
+}
+
+fn write_ranks(path: &Path, answer: &Answer, choice: &Choice) -> Result<()> {
+    let per_node = answer.problem.cluster.per_node;
+    let content = match rank_format(path)? {
+        RankFormat::Csv => emit::rank_csv(choice.mesh(), per_node),
+        RankFormat::Json => {
+            let all: Vec<emit::Place> = emit::ranks(choice.mesh(), per_node).collect();
+            serde_json::to_string(&all).expect("numbers are JSON") + "\n"
+        }
+    };
+    std::fs::write(path, content).map_err(|e| {
+        Error::io("write", path, &e).hint("name a writable file with --rank-map, with free space")
+    })
+}
+
+/// A name of the catalogue, a Hugging Face config.json or its directory, or a run file.
 fn model(name: &str) -> Result<Shape> {
     let path = Path::new(name);
     match path.extension().and_then(|e| e.to_str()) {
-        Some("json") => Ok(Shape::from_model(ModelSpec::from_hf_config(&train::read(path)?)?)),
+        Some("json") => config(path),
         Some("toml") => {
-            let run = RunSpec::load(Some((name, &train::read(path)?)), &[], &train::read)?;
+            let run = RunSpec::load(Some((name, &files::read(path)?)), &[], &files::read)?;
             Ok(Shape::from_model(run.model))
         }
-        _ => match Shape::find(name)? {
-            Some(shape) => Ok(shape),
-            None => ModelSpec::preset(name).map(Shape::from_model),
-        },
+        _ => models::find(name).or_else(|unknown| {
+            let inside = path.join("config.json");
+            if inside.is_file() { config(&inside) } else { Err(unknown) }
+        }),
     }
 }
 
-/// A count with a decimal suffix: `15.6T`.
-fn tokens(text: &str) -> Result<f64> {
+fn config(path: &Path) -> Result<Shape> {
+    let model = ModelSpec::from_hf_config(&files::read(path)?).map_err(|e| {
+        e.context(path.display()).hint("give the config.json of a Llama, Qwen, Mistral or GPT-2 model")
+    })?;
+    Ok(Shape::from_model(model))
+}
+
+/// A count of tokens with a decimal suffix: `15.6T`.
+fn tokens(flag: &str, text: &str) -> Result<f64> {
     let (digits, scale) = match text.char_indices().last() {
         Some((at, 'k' | 'K')) => (&text[..at], 1e3),
-        Some((at, 'M')) => (&text[..at], 1e6),
-        Some((at, 'B')) => (&text[..at], 1e9),
-        Some((at, 'T')) => (&text[..at], 1e12),
+        Some((at, 'm' | 'M')) => (&text[..at], 1e6),
+        Some((at, 'b' | 'B')) => (&text[..at], 1e9),
+        Some((at, 't' | 'T')) => (&text[..at], 1e12),
         _ => (text, 1.0),
     };
-    let value = digits.parse::<f64>().ok().map(|v| v * scale).filter(|v| v.is_finite() && *v >= 1.0);
-    value.ok_or_else(|| Error::user(format!("tokens '{text}', expected a number such as 300B or 15.6T")))
-}
-
-fn text(answer: &Answer, seconds: f64, explain: bool) -> Result<String> {
-    let q = &answer.question;
-    let mut out = String::new();
-    let best = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
-    let write = |out: &mut String| -> std::fmt::Result {
-        writeln!(
-            out,
-            "{} ({:.1}B parameters) on {} x {} of {}, {} sequences of {} tokens",
-            q.shape.model.name,
-            q.shape.params() / 1e9,
-            q.cluster.accelerators,
-            q.cluster.accelerator.name,
-            q.cluster.name,
-            q.sequences,
-            q.sequence
-        )?;
-        writeln!(
-            out,
-            "{} layouts priced, {} pruned, in {seconds:.2} s\n",
-            answer.searched.layouts_priced, answer.searched.layouts_pruned
-        )?;
-        for (i, c) in answer.best.iter().enumerate() {
-            row(out, i + 1, c)?;
-        }
-        writeln!(out, "\nwhere the best one's time goes")?;
-        for (name, s) in best.breakdown.parts().into_iter().filter(|(_, s)| *s > 0.0) {
-            writeln!(out, "  {name:<24} {:>10.3} s  {:>5.1} %", s, 100.0 * s / best.step_s)?;
-        }
-        writeln!(out, "\nassumed")?;
-        answer.assumptions.iter().try_for_each(|a| writeln!(out, "  {a}"))
-    };
-    write(&mut out).expect("writing to a string");
-    if explain {
-        writeln!(out, "\nwhat would help (one percent more of it changes the step by; a quarter more gives)")
-            .expect("text");
-        for s in answer.explain()? {
-            writeln!(out, "  {:?}: {:+.2} %  {:.3} s", s.of, s.elasticity, s.step_s_with_quarter_more)
-                .expect("text");
-        }
-    }
-    Ok(out)
-}
-
-fn row(out: &mut String, n: usize, c: &Choice) -> std::fmt::Result {
-    let days = c.train_days.map(|d| format!("  {d:.1} days")).unwrap_or_default();
-    let layout = serde_json::to_value(&c.layout).expect("a layout is plain data");
-    let keys: Vec<String> = layout
-        .as_object()
-        .into_iter()
-        .flatten()
-        .filter(|(_, v)| !v.is_null() && v.as_bool() != Some(false) && v.as_u64() != Some(1))
-        .map(|(k, v)| format!("{k}={}", v.to_string().trim_matches('"')))
-        .collect();
-    writeln!(
-        out,
-        "{n}. {:.3} s ({:.3} to {:.3})  mfu {:.1} %  {:.1} GB  bound by {}{days}\n   {}",
-        c.step_s,
-        c.step_low_s,
-        c.step_high_s,
-        100.0 * c.mfu,
-        c.memory_bytes / 1e9,
-        c.bound,
-        keys.join(" ")
-    )?;
-    if let Some((part, loss)) = c.loses_s.first() {
-        writeln!(out, "   loses to the best mostly in {part}: {loss:+.3} s")?;
-    }
-    Ok(())
-}
-
-pub(crate) fn validate(args: &Validate) -> Result<u8> {
-    let catalog = Catalog::builtin()?;
-    let name = args.file.display().to_string();
-    let table = train::read(&args.file)?;
-    let v = if args.held_out {
-        plan::validate::cross_validate(&name, &table, &catalog)?
-    } else {
-        plan::validate::validate(&name, &table, &catalog, &Calibration::builtin()?)?
-    };
-    if args.json {
-        output::print(&serde_json::to_string_pretty(&v).expect("numbers are JSON"));
-        return Ok(0);
-    }
-    let mut out = String::new();
-    let percent = |x: f64| format!("{:.1} %", 100.0 * x);
-    let mut write = || -> std::fmt::Result {
-        writeln!(
-            out,
-            "{} rows priced{}: median error {}, 90th percentile {}, {} inside the interval",
-            v.priced,
-            if v.held_out { ", each source left out of its own fit" } else { "" },
-            percent(v.median_abs_error),
-            percent(v.p90_abs_error),
-            percent(v.inside_interval)
-        )?;
-        for s in &v.sources {
-            let source: String = s.source.chars().take(60).collect();
-            writeln!(
-                out,
-                "  {source:<60} {:>4} rows  signed {:>8}  median {:>7}  p90 {:>7}",
-                s.rows,
-                percent(s.mean_error),
-                percent(s.median_abs_error),
-                percent(s.p90_abs_error)
-            )?;
-        }
-        writeln!(out, "{} rows not priced", v.not_priced.len())
-    };
-    write().expect("writing to a string");
-    output::print(&out);
-    Ok(0)
-}
-
-pub(crate) fn catalog_command(args: &CatalogArgs) -> Result<u8> {
-    match &args.what {
-        CatalogCommand::List { kind, json } => {
-            let kind = kind.as_deref().map(parse_kind).transpose()?;
-            let listed = Catalog::builtin()?.list(kind);
-            let lines: Vec<String> =
-                listed.iter().map(|l| format!("{:<12} {:<36} {}", l.kind.name(), l.name, l.title)).collect();
-            output::print(&if *json {
-                let rows: Vec<_> = listed
-                    .iter()
-                    .map(|l| serde_json::json!({ "kind": l.kind.name(), "name": l.name, "title": l.title }))
-                    .collect();
-                serde_json::to_string_pretty(&rows).expect("text is JSON")
-            } else {
-                lines.join("\n")
-            });
-        }
-        CatalogCommand::Show { name } => output::print(&Catalog::builtin()?.show(name)?),
-        CatalogCommand::Check { files } => {
-            let c = catalog(files)?.check()?;
-            output::print(&format!(
-                "{} entries, {} numbers with unit, source and date, {} of them ranges, {} platforms",
-                c.entries, c.numbers, c.ranges, c.platforms
-            ));
-        }
-    }
-    Ok(0)
-}
-
-fn parse_kind(name: &str) -> Result<EntryKind> {
-    EntryKind::parse(name).ok_or_else(|| {
-        Error::user(format!("kind {name} of the catalogue"))
-            .hint("phalanx catalog list shows the kinds that there are")
+    let value = digits.parse::<f64>().ok().map(|v| v * scale).filter(|v| (1.0..=TOKENS_MAX).contains(v));
+    value.ok_or_else(|| {
+        Error::user(format!("{flag} {text}, expected a number of tokens from 1 to {TOKENS_MAX:e}"))
+            .hint("write it like 300B or 15.6T")
     })
 }
+
+/// More text than there is.
+const TOKENS_MAX: f64 = 1e18;

@@ -1,6 +1,7 @@
 //! The program as people meet it: trains, stops, resumes, spreads over ranks, refuses bad input.
 
 mod common;
+mod planner;
 
 use std::fs;
 

@@ -6,11 +6,13 @@ use spec::cluster::Knob;
 use spec::{Cluster, DType, Error, NumberFormat, Result};
 
 use crate::calibration::{Calibration, Evidence, Grade};
+use crate::given;
 use crate::mesh::Mesh;
 use crate::price::{Breakdown, MemoryUse, Price, Pricer, Problem};
 use crate::search::{Found, Searched, Space, search};
 use crate::shape::Shape;
 use crate::software::Software;
+use crate::storage::{self, StoragePrice};
 
 /// What is to be planned.
 #[derive(Clone, Debug)]
@@ -52,8 +54,12 @@ pub struct Choice {
     pub tokens_per_s: f64,
     /// Days to train the tokens asked for, at this rate without interruptions.
     pub train_days: Option<f64>,
+    /// Part of the step that waits for tokens from shared storage: 0 unless reading outlasts the rest.
+    pub loading_s: f64,
     /// Bytes of the fullest accelerator.
     pub memory_bytes: f64,
+    /// Whether they fit; always true of layouts that a search found.
+    pub fits: bool,
     /// Where they go.
     pub memory: MemoryUse,
     /// Where the time goes.
@@ -67,6 +73,13 @@ pub struct Choice {
 }
 
 impl Choice {
+    /// Names and values of the parts of the step, which add up to it.
+    pub fn parts(&self) -> Vec<(&'static str, f64)> {
+        let mut parts = self.breakdown.parts().to_vec();
+        parts.push(("data loading", self.loading_s));
+        parts
+    }
+
     /// The layout as it was priced.
     pub fn mesh(&self) -> &Mesh {
         &self.mesh
@@ -138,8 +151,12 @@ pub struct Answer {
     pub grade: Grade,
     /// What was assumed.
     pub assumptions: Vec<String>,
+    /// Data loading and checkpoints, if the cluster's storage is known.
+    pub storage: Option<StoragePrice>,
     /// Counts of the search.
     pub searched: Searched,
+    /// The layout was given, not searched for.
+    pub given: bool,
 }
 
 /// How the best layout's time follows a property of the machine.
@@ -172,6 +189,26 @@ pub fn default_batch(shape: &Shape) -> (usize, usize) {
     ((tokens / sequence.max(1)).max(1), sequence.max(1))
 }
 
+/// A number of sequences near `usual` that `accelerators` split well: within an eighth, the one that shares the largest
+/// divisor with them, and of those the nearest.
+///
+/// ```
+/// use plan::answer::sequences_for;
+/// assert_eq!(sequences_for(2048, 16_384), 2048);
+/// assert_eq!(sequences_for(2048, 100_000), 2000);
+/// assert_eq!(sequences_for(1024, 72), 1008);
+/// ```
+pub fn sequences_for(usual: usize, accelerators: usize) -> usize {
+    let divisor = |mut a: usize, mut b: usize| {
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    let near = usual.saturating_sub(usual / 8).max(1)..=usual + usual / 8;
+    near.max_by_key(|s| (divisor(*s, accelerators), std::cmp::Reverse(s.abs_diff(usual)))).unwrap_or(usual)
+}
+
 /// Answers a question. `progress` is told search jobs done and in all.
 ///
 /// # Errors
@@ -181,9 +218,50 @@ pub fn plan(
     calibration: &Calibration,
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<Answer> {
+    let (problem, grade) = pose(&question, calibration)?;
+    let searched = search(&problem, &space(&question), progress)?;
+    Ok(answer(question, problem, grade, searched))
+}
+
+/// Prices one layout, written as [`given::parse`] reads it, instead of searching. It need not fit: see [`Choice::fits`].
+///
+/// # Errors
+/// If the model is refused, or the layout is unreadable or impossible.
+pub fn price_given(question: Question, layout: &str, calibration: &Calibration) -> Result<Answer> {
+    let (problem, grade) = pose(&question, calibration)?;
+    let given = given::parse(layout, &problem, question.format)?;
+    let price = Pricer::new(&problem, question.format)?
+        .price(&given.mesh)
+        .map_err(|e| e.context(format!("layout {layout}")).hint("the model does not allow this layout"))?;
+    let found = vec![Found { mesh: given.mesh, price }];
+    let searched = Searched {
+        pareto: found.clone(),
+        best: found,
+        layouts_priced: 1,
+        layouts_pruned: 0,
+        refused: Default::default(),
+    };
+    let mut answer = answer(question, problem, grade, searched);
+    answer.given = true;
+    if !given.filled.is_empty() {
+        answer.assumptions.insert(0, format!("not in the layout given: {}", given.filled.join(", ")));
+    }
+    Ok(answer)
+}
+
+/// The problem behind a question, and how sure an answer will be.
+fn pose(question: &Question, calibration: &Calibration) -> Result<(Problem, Grade)> {
     question.shape.model.validate()?;
     if question.sequence == 0 || question.sequences == 0 {
         return Err(Error::user("the batch has no tokens").hint("give at least one sequence of one token"));
+    }
+    if question.sequence > SEQUENCE_MAX {
+        let what = format!("sequences of {} tokens, expected at most {SEQUENCE_MAX}", question.sequence);
+        return Err(Error::user(what).hint("give a shorter --sequence"));
+    }
+    if question.sequences > SEQUENCES_MAX {
+        let what = format!("{} sequences a step, expected at most {SEQUENCES_MAX}", question.sequences);
+        return Err(Error::user(what).hint("sequences are counted, not tokens"));
     }
     let accelerator = &question.cluster.accelerator;
     if accelerator.peak(question.format).is_none() {
@@ -195,25 +273,54 @@ pub fn plan(
         );
         return Err(Error::user(what).hint(format!("it has {}", has.join(", "))));
     }
-    let family = accelerator.family.clone();
-    let software = question.software.clone().unwrap_or_else(|| Software::usual(&family));
-    let constants = calibration.constants(&family, &accelerator.name, recipe(question.format), &software);
-    let grade = calibration.spread(&family, software.name, question.cluster.accelerators);
+    let family = &accelerator.family;
+    let software = question.software.clone().unwrap_or_else(|| Software::usual(family));
+    let constants = calibration.constants(family, &accelerator.name, recipe(question.format), &software);
+    let grade = calibration.spread(family, software.name, question.cluster.accelerators);
     let problem = Problem {
-        shape: question.shape.clone(),
+        shape: stretched(&question.shape, question.sequence),
         cluster: question.cluster.clone(),
         software,
         constants,
         sequence: question.sequence,
         sequences: question.sequences,
     };
-    let space = space(&question);
-    let searched = search(&problem, &space, progress)?;
+    Ok((problem, grade))
+}
+
+/// The same model with positions for `sequence` tokens: longer contexts are planned for before they are trained.
+fn stretched(shape: &Shape, sequence: usize) -> Shape {
+    let mut shape = shape.clone();
+    let (spec::Position::Learned { max_positions } | spec::Position::Rope(spec::Rope { max_positions, .. })) =
+        &mut shape.model.position;
+    *max_positions = sequence.max(*max_positions);
+    shape
+}
+
+/// Longer than any context.
+const SEQUENCE_MAX: usize = 1 << 24;
+/// More sequences than any batch has; keeps products of counts far from overflow.
+const SEQUENCES_MAX: usize = 1 << 30;
+
+fn answer(question: Question, problem: Problem, grade: Grade, searched: Searched) -> Answer {
+    let storage = price_storage(&question, &problem);
     let first = searched.best.first().map(|f| f.price);
-    let best = searched.best.iter().map(|f| choice(&question, &grade, f, first.as_ref())).collect();
-    let pareto = searched.pareto.iter().map(|f| choice(&question, &grade, f, first.as_ref())).collect();
-    let assumptions = assumptions(&question, &problem, &grade);
-    Ok(Answer { question, problem, best, pareto, grade, assumptions, searched })
+    let all = |found: &[Found]| -> Vec<Choice> {
+        found.iter().map(|f| choice(&question, &grade, storage.as_ref(), f, first.as_ref())).collect()
+    };
+    let (best, pareto) = (all(&searched.best), all(&searched.pareto));
+    let assumptions = assumptions(&question, &problem, &grade, best.first());
+    Answer { question, problem, best, pareto, grade, assumptions, storage, searched, given: false }
+}
+
+fn price_storage(question: &Question, problem: &Problem) -> Option<StoragePrice> {
+    let per_param = match problem.software.name {
+        "phalanx" => storage::OWN_BYTES_PER_PARAM,
+        _ => storage::CHECKPOINT_BYTES_PER_PARAM,
+    };
+    let tokens = question.sequences as f64 * question.sequence as f64;
+    let load_bytes = tokens * storage::bytes_per_token(question.shape.model.vocab);
+    storage::price_state(&problem.cluster, question.shape.params() * per_param, load_bytes)
 }
 
 fn space(question: &Question) -> Space {
@@ -236,10 +343,18 @@ pub fn recipe(format: NumberFormat) -> &'static str {
     }
 }
 
-fn choice(question: &Question, grade: &Grade, found: &Found, best: Option<&Price>) -> Choice {
+fn choice(
+    question: &Question,
+    grade: &Grade,
+    storage: Option<&StoragePrice>,
+    found: &Found,
+    best: Option<&Price>,
+) -> Choice {
     let price = &found.price;
-    let tokens = (question.sequences * question.sequence) as f64;
-    let tokens_per_s = tokens / price.step_s;
+    let loading_s = storage.map_or(0.0, |s| s.exposed_s(price.step_s));
+    let step_s = price.step_s + loading_s;
+    let tokens = question.sequences as f64 * question.sequence as f64;
+    let tokens_per_s = tokens / step_s;
     let loses_s = match best {
         Some(best) if best.step_s < price.step_s => {
             let parts = price.breakdown.parts().into_iter().zip(best.breakdown.parts());
@@ -252,22 +367,24 @@ fn choice(question: &Question, grade: &Grade, found: &Found, best: Option<&Price
     };
     Choice {
         layout: LayoutOut::of(&found.mesh),
-        step_s: price.step_s,
-        step_low_s: price.step_s / grade.factor,
-        step_high_s: price.step_s * grade.factor,
-        mfu: price.mfu,
+        step_s,
+        step_low_s: step_s / grade.factor,
+        step_high_s: step_s * grade.factor,
+        mfu: price.mfu * price.step_s / step_s,
         tokens_per_s,
         train_days: question.tokens.map(|t| t / tokens_per_s / 86_400.0),
+        loading_s,
         memory_bytes: price.memory.total(),
+        fits: price.fits,
         memory: price.memory,
         breakdown: price.breakdown,
-        bound: price.breakdown.bound(),
+        bound: if loading_s > price.step_s { "data loading" } else { price.breakdown.bound() },
         loses_s,
         mesh: found.mesh.clone(),
     }
 }
 
-fn assumptions(question: &Question, problem: &Problem, grade: &Grade) -> Vec<String> {
+fn assumptions(question: &Question, problem: &Problem, grade: &Grade, best: Option<&Choice>) -> Vec<String> {
     let mut out = vec![
         format!("training stack: {}", problem.software.name),
         format!("batch: {} sequences of {} tokens", question.sequences, question.sequence),
@@ -291,7 +408,14 @@ fn assumptions(question: &Question, problem: &Problem, grade: &Grade) -> Vec<Str
     if question.shape.experts.is_some() {
         out.push("experts are balanced: every rank gets as many tokens".to_owned());
     }
-    out.push("no failures, no checkpoints, data always there".to_owned());
+    if best.is_some_and(|b| b.loading_s > 0.0) {
+        out.push("storage is slower than the step: tokens are waited for".to_owned());
+    }
+    let positions = question.shape.model.max_positions();
+    if question.sequence > positions {
+        out.push(format!("{} positions are assumed, the model has {positions}", question.sequence));
+    }
+    out.push("no failures and no time for checkpoints in the step; tokens are read ahead".to_owned());
     out.extend(question.cluster.assumptions.iter().cloned());
     out
 }
@@ -322,6 +446,7 @@ impl Answer {
             "evidence": self.grade,
             "best": self.best,
             "pareto": self.pareto,
+            "storage": self.storage,
             "assumptions": self.assumptions,
         })
     }
@@ -341,13 +466,21 @@ impl Answer {
                     cluster: self.problem.cluster.clone().scaled(of, by),
                     ..self.problem.clone()
                 };
-                let nudged = changed(STEP);
-                let price = Pricer::new(&nudged, self.question.format)?.price(&best.mesh)?;
-                let more = search(&changed(1.25), &space, &|_, _| ())?;
+                let with = |by: f64| -> Result<f64> {
+                    Ok(Pricer::new(&changed(by), self.question.format)?.price(&best.mesh)?.step_s)
+                };
+                let more = if self.given {
+                    with(1.25)?
+                } else {
+                    let more = search(&changed(1.25), &space, &|_, _| ())?;
+                    more.best.first().map_or(best.step_s, |f| f.price.step_s)
+                };
+                // Faster machines wait for the same storage.
+                let priced = best.step_s - best.loading_s;
                 Ok(Sensitivity {
                     of,
-                    elasticity: (price.step_s / best.step_s).ln() / STEP.ln(),
-                    step_s_with_quarter_more: more.best.first().map_or(best.step_s, |f| f.price.step_s),
+                    elasticity: (with(STEP)? / priced).ln() / STEP.ln(),
+                    step_s_with_quarter_more: more.max(if best.loading_s > 0.0 { best.step_s } else { 0.0 }),
                 })
             })
             .collect()
@@ -422,6 +555,42 @@ mod tests {
         let json = answer.to_json(1.0, 1);
         assert!(json["search"]["layouts_priced"].as_u64().unwrap() > 100);
         assert!(json["best"][0]["layout"]["tp"].is_u64() && json["best"][0]["memory_bytes"].is_f64());
+    }
+
+    #[test]
+    fn a_given_layout_costs_what_the_search_says_it_does() {
+        let calibration = Calibration::builtin().unwrap();
+        let searched = ask(question("gpt3-13b", "dgx-h100", 64));
+        for choice in &searched.best {
+            let text = choice.mesh().to_string();
+            let given = price_given(question("gpt3-13b", "dgx-h100", 64), &text, &calibration).unwrap();
+            assert_eq!(given.best[0].mesh(), choice.mesh(), "{text}");
+            assert_eq!(given.best[0].step_s, choice.step_s, "{text}");
+            assert!(given.given && given.best[0].fits && given.assumptions[0].starts_with("training stack"));
+        }
+        let short = price_given(question("gpt3-13b", "dgx-h100", 64), "tp=8", &calibration).unwrap();
+        assert!(short.assumptions[0].contains("dp=8") && short.searched.layouts_priced == 1);
+        let tight = price_given(question("gpt3-175b", "dgx-h100", 64), "tp=8,zero=0", &calibration).unwrap();
+        assert!(!tight.best[0].fits);
+        for s in short.explain().unwrap() {
+            assert!(s.step_s_with_quarter_more <= short.best[0].step_s, "{s:?}");
+        }
+    }
+
+    #[test]
+    fn a_step_that_waits_for_tokens_says_so() {
+        let mut q = question("gpt3-13b", "dgx-h100", 64);
+        let free = ask(q.clone());
+        assert_eq!(free.best[0].loading_s, 0.0);
+        let storage = q.cluster.storage.as_mut().unwrap();
+        storage.read_bytes_per_s = spec::Measure::exact(1e5);
+        let bound = ask(q);
+        let best = &bound.best[0];
+        let load = bound.storage.as_ref().unwrap().load.value;
+        assert!((best.step_s / load - 1.0).abs() < 1e-9 && best.bound == "data loading");
+        assert!((best.parts().iter().map(|p| p.1).sum::<f64>() / best.step_s - 1.0).abs() < 1e-9);
+        assert!((best.mfu * best.step_s / (free.best[0].mfu * free.best[0].step_s) - 1.0).abs() < 1e-9);
+        assert!(bound.assumptions.iter().any(|a| a.contains("storage is slower")));
     }
 
     #[test]

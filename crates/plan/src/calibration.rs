@@ -70,6 +70,9 @@ pub const PRIOR: Constants = Constants {
 const BOUNDS: [(f64, f64); COUNT] =
     [(0.3, 1.1), (0.2, 1.3), (0.1, 1.2), (0.1, 1.2), (1e-7, 5e-5), (1e-4, 0.3), (0.15, 1.1)];
 
+/// The largest logarithm of a factor, either way.
+const FACTOR_MAX: f64 = 2.0;
+
 /// What a factor belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Effect {
@@ -263,11 +266,28 @@ impl Calibration {
     /// # Errors
     /// If the text is none.
     pub fn parse(path: &str, text: &str) -> spec::Result<Self> {
-        toml::from_str(text).map_err(|e| {
+        let hint = "a calibration file is what `phalanx validate --fit` writes";
+        let read: Self = toml::from_str(text).map_err(|e| {
             let line = e.span().map_or(1, |s| text[..s.start].lines().count().max(1));
-            spec::Error::user(format!("{path}:{line}: {}", e.message()))
-                .hint("a calibration file holds [family], [chip], [recipe], [lineage], [software] and [spread] as `Calibration::to_toml` writes them")
-        })
+            spec::Error::user(format!("{path}:{line}: {}", e.message())).hint(hint)
+        })?;
+        let tables = [&read.family, &read.chip, &read.recipe, &read.lineage, &read.software];
+        let factors = tables.into_iter().flatten().flat_map(|(name, f)| f.iter().map(move |f| (name, *f)));
+        for (name, f) in factors {
+            if !f.is_finite() || f.abs() > FACTOR_MAX {
+                let what =
+                    format!("{path}: a factor of {name} is {f}, expected {FACTOR_MAX} at most either way");
+                return Err(spec::Error::user(what).hint(hint));
+            }
+        }
+        let spreads = [&read.spread.both, &read.spread.family, &read.spread.software];
+        for s in spreads.into_iter().flatten() {
+            if !s.factor.is_finite() || s.factor < 1.0 {
+                let what = format!("{path}: the spread of {} is {}, expected 1 or more", s.name, s.factor);
+                return Err(spec::Error::user(what).hint(hint));
+            }
+        }
+        Ok(read)
     }
 
     /// The calibration as a file.
@@ -336,14 +356,14 @@ impl Calibration {
         found.map_or(0.0, |f| f[constant])
     }
 
-    /// Keeps each factor within e to the plus or minus two.
+    /// Keeps the logarithm of each factor within [`FACTOR_MAX`].
     pub fn clamp(&mut self) {
         for table in
             [&mut self.family, &mut self.recipe, &mut self.software, &mut self.chip, &mut self.lineage]
         {
             for factors in table.values_mut() {
                 for f in factors {
-                    *f = f.clamp(-2.0, 2.0);
+                    *f = f.clamp(-FACTOR_MAX, FACTOR_MAX);
                 }
             }
         }

@@ -1,7 +1,9 @@
 //! How a priced step is spread over accelerators: the layout that trains, and the axes that are priced only.
 
+use std::fmt;
+
 use serde::Serialize;
-use spec::{Layout, NumberFormat};
+use spec::{Layout, NumberFormat, PipelineSchedule, Recompute, Zero};
 
 /// A layout with the choices that are priced beside it.
 ///
@@ -37,6 +39,38 @@ pub enum Order {
     TpCpDpPp,
     /// Stages are near, replicas are far.
     TpCpPpDp,
+}
+
+impl fmt::Display for Mesh {
+    /// As [`crate::given::parse`] reads it, without what goes without saying.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let l = &self.layout;
+        write!(f, "tp={},pp={},dp={}", l.tp, l.pp, l.dp)?;
+        for (key, value) in [("cp", self.cp), ("ep", self.ep), ("chunks", l.chunks)] {
+            if value > 1 {
+                write!(f, ",{key}={value}")?;
+            }
+        }
+        match l.schedule {
+            PipelineSchedule::ZeroBubble => f.write_str(",schedule=zero-bubble")?,
+            PipelineSchedule::Gpipe => f.write_str(",schedule=gpipe")?,
+            PipelineSchedule::OneFOneB | PipelineSchedule::Interleaved => {}
+        }
+        write!(f, ",micro_batch={},zero={}", l.micro_batch, u8::from(l.zero))?;
+        if self.shard < l.dp * self.cp && l.zero != Zero::Off {
+            write!(f, ",shard={}", self.shard)?;
+        }
+        if l.tp > 1 {
+            write!(f, ",sequence_parallel={}", l.sequence_parallel)?;
+        }
+        let recompute = match l.recompute {
+            Recompute::None => "none",
+            Recompute::Selective => "selective",
+            Recompute::Full => "full",
+        };
+        write!(f, ",recompute={recompute}")?;
+        if self.order == Order::TpCpPpDp { f.write_str(",order=tp-cp-pp-dp") } else { Ok(()) }
+    }
 }
 
 impl Mesh {

@@ -78,6 +78,20 @@ pub fn search(
     space: &Space,
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<Searched> {
+    let all = explore(problem, space, progress)?;
+    if all.best.is_empty() {
+        return Err(nothing(problem, space, &all));
+    }
+    Ok(Searched {
+        best: all.best,
+        pareto: all.front,
+        layouts_priced: all.priced,
+        layouts_pruned: all.pruned,
+        refused: all.refused,
+    })
+}
+
+fn explore(problem: &Problem, space: &Space, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Part> {
     let jobs = jobs(problem, space);
     let done = AtomicUsize::new(0);
     let parts: Vec<Result<Part>> = jobs
@@ -92,16 +106,7 @@ pub fn search(
     for part in parts {
         all.merge(part?, space.keep);
     }
-    if all.best.is_empty() {
-        return Err(nothing(problem, space, &all));
-    }
-    Ok(Searched {
-        best: all.best,
-        pareto: all.front,
-        layouts_priced: all.priced,
-        layouts_pruned: all.pruned,
-        refused: all.refused,
-    })
+    Ok(all)
 }
 
 fn nothing(problem: &Problem, space: &Space, all: &Part) -> Error {
@@ -109,27 +114,17 @@ fn nothing(problem: &Problem, space: &Space, all: &Part) -> Error {
     let room = problem.cluster.accelerator.memory_bytes.value;
     match &all.smallest {
         Some(found) => {
-            let m = found.price.memory;
-            let gb = |x: f64| x / 1e9;
             let what = format!(
-                "no layout of {name} fits {} x {}: the smallest takes {:.1} GB of {:.1} GB on the fullest rank \
-                 (parameters {:.1}, gradients {:.1}, optimiser {:.1}, activations {:.1}, working set {:.1}, framework {:.1})",
+                "no layout of {name} fits {} x {}: {}",
                 space.accelerators,
                 problem.cluster.accelerator.name,
-                gb(m.total()),
-                gb(room),
-                gb(m.params),
-                gb(m.grads),
-                gb(m.optimizer),
-                gb(m.activations),
-                gb(m.working),
-                gb(m.framework),
+                overfull(found, room)
             );
-            let need = space.accelerators as f64 * m.total() / room;
-            Error::user(what).hint(format!("about {:.0} accelerators would fit", need.ceil()))
+            Error::user(what).hint(what_would_fit(problem, space))
         }
         None => {
             let reasons: Vec<String> = all.refused.iter().map(|(why, n)| format!("{why} ({n})")).collect();
+            let reasons = if reasons.is_empty() { vec!["no axis divides both".to_owned()] } else { reasons };
             Error::user(format!(
                 "no layout of {name} uses {} accelerators with {} sequences: {}",
                 space.accelerators,
@@ -139,6 +134,66 @@ fn nothing(problem: &Problem, space: &Space, all: &Part) -> Error {
             .hint("a number of accelerators and sequences with small factors has more layouts")
         }
     }
+}
+
+/// Which rank a layout overfills, and with what, largest first.
+pub(crate) fn overfull(found: &Found, room: f64) -> String {
+    let m = found.price.memory;
+    let gb = |x: f64| x / 1e9;
+    let mut parts = [
+        ("parameters", m.params),
+        ("gradients", m.grads),
+        ("optimiser", m.optimizer),
+        ("activations", m.activations),
+        ("working set", m.working),
+        ("framework", m.framework),
+    ];
+    parts.sort_by(|a, b| b.1.total_cmp(&a.1));
+    let parts: Vec<String> = parts.iter().map(|(what, x)| format!("{what} {:.1}", gb(*x))).collect();
+    // The first stage keeps the most micro-batches in flight.
+    let rank = match found.mesh.layout.pp {
+        1 => "every rank".to_owned(),
+        pp => format!("rank 0 (stage 0 of {pp})"),
+    };
+    format!(
+        "the smallest, {}, takes {:.1} GB of {:.1} GB on {rank} ({})",
+        found.mesh,
+        gb(m.total()),
+        gb(room),
+        parts.join(", ")
+    )
+}
+
+/// No more accelerators than this, or sixteen times those asked, are tried before giving up.
+const TRIED_MAX: usize = 1 << 18;
+
+/// The smallest number of accelerators found on which some layout fits, by doubling and then halving the gap.
+fn what_would_fit(problem: &Problem, space: &Space) -> String {
+    let fits = |n: usize| -> Option<Found> {
+        let mut problem = problem.clone();
+        problem.cluster.accelerators = n;
+        // A larger micro-batch never takes less.
+        let space = Space { accelerators: n, keep: 1, micro_batch_max: 1, ..space.clone() };
+        explore(&problem, &space, &|_, _| ()).ok()?.best.into_iter().next()
+    };
+    let n = space.accelerators;
+    let end = TRIED_MAX.max(16 * n);
+    let tries = std::iter::successors(Some(2 * n), |many| Some(2 * many)).take_while(|many| *many <= end);
+    let Some((mut most, mut found)) = tries.into_iter().find_map(|many| Some((many, fits(many)?))) else {
+        return format!(
+            "not even {end} accelerators would do: a shorter --sequence takes less, and so does a smaller model"
+        );
+    };
+    let per_node = problem.cluster.per_node.max(1);
+    let mut least = most / 2;
+    while most - least > per_node {
+        let middle = least + ((most - least) / 2).next_multiple_of(per_node).min(most - least - 1);
+        match fits(middle) {
+            Some(fitting) => (most, found) = (middle, fitting),
+            None => least = middle,
+        }
+    }
+    format!("{most} accelerators would fit it ({})", found.mesh)
 }
 
 fn divisors(n: usize) -> Vec<usize> {

@@ -192,7 +192,10 @@ impl Shape {
     pub fn find(name: &str) -> Result<Option<Self>> {
         let wanted = plain(name);
         let hit = |k: &&Known| plain(&k.name) == wanted || k.aliases.iter().any(|a| plain(a) == wanted);
-        Ok(known()?.iter().find(hit).map(Known::shape))
+        let all = known()?;
+        // Without its dot gpt3-1.3b would be gpt3-13b.
+        let exact = all.iter().find(|k| k.name.eq_ignore_ascii_case(name));
+        Ok(exact.or_else(|| all.iter().find(hit)).map(Known::shape))
     }
 
     /// Names in `catalog/shapes.toml`.
@@ -313,6 +316,7 @@ mod tests {
         check("kimi-k2", 1026.0, 32.9);
         check("llama4-maverick", 400.0, 17.2);
         check("gpt3-175b", 174.6, 175.2);
+        check("gpt3-1.3b", 1.32, 1.42);
         check("megatron-1t", 1008.0, 1009.0);
     }
 

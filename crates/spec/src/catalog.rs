@@ -89,6 +89,8 @@ pub struct Listed {
     pub name: String,
     /// What people call it.
     pub title: String,
+    /// Accelerators of a platform or node; of a platform, what its largest job gets.
+    pub accelerators: Option<usize>,
 }
 
 /// What [`Catalog::check`] counted.
@@ -111,7 +113,8 @@ impl Catalog {
     }
 
     /// The built-in catalogue and the user's files, given as (path, text). The user's entries replace built-in
-    /// ones of the same kind and name; two of the same name in the user's files are an error.
+    /// ones of the same kind and name, or change them where `base` is their own name; two of the same name in the
+    /// user's files are an error.
     pub fn with_files(files: &[(&str, &str)]) -> Result<Self> {
         let mut catalog = Catalog { sources: BTreeMap::new(), entries: BTreeMap::new() };
         catalog.add(BUILTIN)?;
@@ -128,7 +131,7 @@ impl Catalog {
         for (path, text) in files {
             let parsed = parse::file(path, text)?;
             self.sources.extend(parsed.sources);
-            for entry in parsed.entries {
+            for mut entry in parsed.entries {
                 let id = (entry.kind, entry.name.clone());
                 if let Some(first) = seen.insert(id.clone(), entry.place.clone()) {
                     let what = format!(
@@ -136,6 +139,14 @@ impl Catalog {
                         entry.place, entry.kind, entry.name
                     );
                     return Err(Error::user(what).hint("rename one of them"));
+                }
+                if let Some(old) = self.entries.get(&id)
+                    && entry.base.as_ref() == Some(&entry.name)
+                {
+                    entry.base.clone_from(&old.base);
+                    for (key, field) in &old.fields {
+                        entry.fields.entry(key.clone()).or_insert_with(|| field.clone());
+                    }
                 }
                 self.entries.insert(id, entry);
             }
@@ -177,7 +188,10 @@ impl Catalog {
     /// Checks that required keys are there, that references and sources exist, and that every platform resolves.
     pub fn check(&self) -> Result<Checked> {
         let mut checked = Checked { entries: self.entries.len(), numbers: 0, ranges: 0, platforms: 0 };
-        let mut aliases: BTreeMap<(EntryKind, &str), &str> = BTreeMap::new();
+        let mut names: BTreeMap<(EntryKind, String), &Entry> = BTreeMap::new();
+        for entry in self.entries.values() {
+            names.insert((entry.kind, plain(&entry.name)), entry);
+        }
         for entry in self.entries.values() {
             let path = |key: &str| format!("{}: {}.{}.{key}", entry.place, entry.kind, entry.name);
             for (key, want, required) in keys(entry.kind) {
@@ -201,9 +215,11 @@ impl Catalog {
                 }
             }
             for alias in entry.aliases() {
-                if let Some(other) = aliases.insert((entry.kind, alias), &entry.name) {
-                    let what = format!("{}: \"{alias}\" already names {other}", path("aliases"));
-                    return Err(Error::user(what));
+                if let Some(other) = names.insert((entry.kind, plain(alias)), entry)
+                    && other.name != entry.name
+                {
+                    let what = format!("{}: \"{alias}\" already names {}", path("aliases"), other.name);
+                    return Err(Error::user(what).hint("a name stands for one entry: take another alias"));
                 }
             }
             if entry.kind == EntryKind::Platform {
@@ -227,12 +243,14 @@ impl Catalog {
         })
     }
 
-    /// The entry of that kind and name or alias.
+    /// The entry of that kind and name or alias; case, blanks and dashes do not matter.
     pub fn get(&self, kind: EntryKind, name: &str) -> Result<&Entry> {
         if let Some(entry) = self.entries.get(&(kind, name.to_owned())) {
             return Ok(entry);
         }
-        self.of_kind(kind).find(|e| e.aliases().any(|a| a.eq_ignore_ascii_case(name))).ok_or_else(|| {
+        let wanted = plain(name);
+        let named = |e: &&Entry| plain(&e.name) == wanted || e.aliases().any(|a| plain(a) == wanted);
+        self.of_kind(kind).find(named).ok_or_else(|| {
             let known: Vec<&str> = self
                 .of_kind(kind)
                 .flat_map(|e| std::iter::once(e.name.as_str()).chain(e.aliases()))
@@ -258,35 +276,70 @@ impl Catalog {
                 kind: e.kind,
                 name: e.name.clone(),
                 title: e.text("title").unwrap_or_default().to_owned(),
+                accelerators: match e.kind {
+                    EntryKind::Platform => self.cluster(&e.name, None).ok().map(|c| c.accelerators),
+                    EntryKind::Node => e.measure("accelerators").map(|m| m.value as usize),
+                    _ => None,
+                },
             })
             .collect()
     }
 
+    /// Every entry that bears that name, of any kind.
+    ///
+    /// # Errors
+    /// If there is none, with the nearest name of any kind.
+    pub fn named(&self, name: &str) -> Result<Vec<&Entry>> {
+        let mut named: Vec<&Entry> =
+            EntryKind::ALL.into_iter().filter_map(|kind| self.get(kind, name).ok()).collect();
+        if named.is_empty()
+            && let Ok(cluster) = self.cluster(name, None)
+        {
+            // A platform of so many scalable units is an entry without them.
+            let stem = cluster.name.rsplit_once('-').map_or("", |s| s.0);
+            named.extend(self.get(EntryKind::Platform, stem));
+        }
+        if named.is_empty() {
+            let error = Error::user(format!("nothing in the catalogue is called \"{name}\""));
+            return Err(match nearest_name(name, &self.names()) {
+                Some(near) => error.hint(format!("did you mean `{near}`?")),
+                None => error.hint("`phalanx catalog list` shows all names"),
+            });
+        }
+        Ok(named)
+    }
+
     /// Everything known about a name: each entry that bears it, its numbers with sources, and the sources.
+    ///
+    /// # Errors
+    /// If there is none, with the nearest name of any kind.
     pub fn show(&self, name: &str) -> Result<String> {
         use std::fmt::Write;
-        let named: Vec<&Entry> =
-            EntryKind::ALL.into_iter().filter_map(|kind| self.get(kind, name).ok()).collect();
-        if named.is_empty() {
-            // A scalable-unit name is a platform too: its error has the best hint.
-            let cluster = self.cluster(name, None)?;
-            return Ok(format!("{}: {} accelerators\n", cluster.name, cluster.accelerators));
-        }
         let mut out = String::new();
         let mut used = BTreeSet::new();
-        for entry in named {
+        for entry in self.named(name)? {
             // Writing to a string cannot fail.
             let _ = writeln!(out, "{} {} ({})", entry.kind, entry.name, entry.place);
+            let width = entry.fields.keys().map(String::len).max().unwrap_or(0).max("largest job".len());
             for (key, field) in &entry.fields {
                 let _ = match field {
-                    Field::Text(text) | Field::Ref(text) => writeln!(out, "  {key}: {text}"),
-                    Field::List(all) => writeln!(out, "  {key}: {}", all.join(", ")),
-                    Field::Flag(flag) => writeln!(out, "  {key}: {flag}"),
+                    Field::Text(text) | Field::Ref(text) => writeln!(out, "  {key:<width$}  {text}"),
+                    Field::List(all) => writeln!(out, "  {key:<width$}  {}", all.join(", ")),
+                    Field::Flag(flag) => writeln!(out, "  {key:<width$}  {flag}"),
                     Field::Number(q) => {
                         used.insert(q.source.as_str());
-                        writeln!(out, "  {key}: {q}")
+                        writeln!(out, "  {key:<width$}  {q}")
                     }
                 };
+            }
+            if entry.kind == EntryKind::Platform
+                && let Ok(cluster) = self.cluster(name, None)
+            {
+                let _ = writeln!(
+                    out,
+                    "  {:<width$}  {} of {}",
+                    "largest job", cluster.accelerators, cluster.accelerator.name
+                );
             }
         }
         for key in used {
@@ -295,6 +348,14 @@ impl Catalog {
             }
         }
         Ok(out)
+    }
+
+    /// Names and aliases of all entries, for suggestions and completion.
+    pub fn names(&self) -> Vec<String> {
+        let names = |e: &Entry| {
+            std::iter::once(e.name.clone()).chain(e.aliases().map(str::to_owned)).collect::<Vec<_>>()
+        };
+        self.entries.values().flat_map(names).collect()
     }
 
     /// The source of that key.
@@ -349,9 +410,31 @@ impl Entry {
     }
 }
 
-/// The name nearest to `word`, if one is near enough to be meant: at most a third of the letters differ.
-fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+/// Letters, digits and dots in lower case: `DGX SuperPOD H100` and `dgx-superpod-h100` are one name.
+fn plain(name: &str) -> String {
+    let kept = |c: &char| c.is_ascii_alphanumeric() || *c == '.';
+    name.chars().filter(kept).map(|c| c.to_ascii_lowercase()).collect()
+}
+
+/// The name nearest to `word`, if one is near enough to be meant: the shortest that has all its parts in any order,
+/// else one of whose letters at most a third differ.
+fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
     let word = word.to_lowercase();
+    let parts = |name: &str| -> Vec<String> {
+        name.to_lowercase()
+            .split(|c: char| !c.is_ascii_alphanumeric())
+            .filter(|p| !p.is_empty())
+            .map(str::to_owned)
+            .collect()
+    };
+    let wanted = parts(&word);
+    let whole = known.clone().filter(|name| {
+        let has = parts(name);
+        !wanted.is_empty() && wanted.iter().all(|part| has.contains(part))
+    });
+    if let Some(name) = whole.min_by_key(|name| name.len()) {
+        return Some(name);
+    }
     known
         .map(|name| (distance(&word, &name.to_lowercase()), name))
         .min_by_key(|(d, name)| (*d, name.len()))

@@ -51,6 +51,8 @@ pub struct Accelerator {
     pub memory_bytes_per_s: Measure,
     /// Units (SMs, cores) that run tiles side by side.
     pub compute_units: usize,
+    /// The link to the memory of its host, one way, if known.
+    pub host_bytes_per_s: Option<Measure>,
     /// Rated power in watts, if known.
     pub power_w: Option<Measure>,
 }
@@ -193,9 +195,28 @@ pub struct Storage {
     pub name: String,
     /// Read throughput.
     pub read_bytes_per_s: Measure,
+    /// What sets it.
+    pub read_limit: StorageLimit,
     /// Write throughput.
     pub write_bytes_per_s: Measure,
+    /// What sets it.
+    pub write_limit: StorageLimit,
 }
+
+/// What sets the rate at which a job reaches its storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StorageLimit {
+    /// The filesystem as a whole.
+    Filesystem,
+    /// The servers that come with each scalable unit.
+    Unit,
+    /// What each node of the job gets.
+    Node,
+}
+
+/// Storage of platforms that the catalogue knows none of, and of bare nodes.
+const STORAGE_USUAL: &str = "cloud-object";
 
 /// More accelerators than any machine has: a bound that keeps products of counts far from overflow.
 const ACCELERATORS_MAX: usize = 16_777_216;
@@ -272,16 +293,17 @@ impl Catalog {
     /// The cluster of that name: a platform (`meta-rsc`), a platform of N scalable units
     /// (`dgx-superpod-h100-64su`), or a node (`dgx-h100`), with `accelerators` of it or all.
     pub fn cluster(&self, name: &str, accelerators: Option<usize>) -> Result<Cluster> {
-        if let Ok(platform) = self.get(EntryKind::Platform, name) {
+        let tidy = name.trim().to_lowercase().replace([' ', '_'], "-");
+        if let Ok(platform) = self.get(EntryKind::Platform, &tidy) {
             return self.platform(platform, None, accelerators);
         }
-        if let Some((stem, units)) = scalable_units(name)
+        if let Some((stem, units)) = scalable_units(&tidy)
             && let Ok(platform) = self.get(EntryKind::Platform, stem)
         {
             return self.platform(platform, Some(units), accelerators);
         }
-        if let Ok(node) = self.get(EntryKind::Node, name) {
-            return self.assemble(name, node, None, None, accelerators);
+        if let Ok(node) = self.get(EntryKind::Node, &tidy) {
+            return self.assemble(&node.name, node, None, None, accelerators);
         }
         let known = self.cluster_names();
         let error = Error::user(format!("unknown cluster \"{name}\""));
@@ -355,7 +377,7 @@ impl Catalog {
         if accelerators == 0 || accelerators > ACCELERATORS_MAX {
             let what =
                 format!("{accelerators} accelerators asked of {name}, expected 1 to {ACCELERATORS_MAX}");
-            return Err(Error::user(what));
+            return Err(Error::user(what).hint("give --accelerators a number in that range"));
         }
         let chip = self.get(EntryKind::Accelerator, node.text("accelerator").unwrap_or_default())?;
         let fabric_name =
@@ -363,10 +385,13 @@ impl Catalog {
         let fabric = self.get(EntryKind::Fabric, fabric_name)?;
         let in_slice = platform.map_or(usize::MAX, |p| p.1);
         let scale_up = scale_up(chip, platform.map(|p| p.0), accelerators, in_slice, per_node)?;
-        let storage = match platform.and_then(|p| p.0.text("storage")) {
-            Some(name) => Some(self.storage(name, accelerators.div_ceil(per_node), platform.map(|p| p.0))?),
-            None => None,
-        };
+        let storage_name =
+            platform.and_then(|p| p.0.text("storage")).or(node.text("storage")).unwrap_or_else(|| {
+                assumptions.push(format!("storage: no figures for {name}, {STORAGE_USUAL} stands in"));
+                STORAGE_USUAL
+            });
+        let storage =
+            Some(self.storage(storage_name, accelerators.div_ceil(per_node), platform.map(|p| p.0))?);
         for (entry, what) in [(chip, "accelerator"), (node, "node"), (fabric, "fabric")] {
             for (key, field) in &entry.fields {
                 if let crate::catalog::Field::Number(q) = field
@@ -403,24 +428,27 @@ impl Catalog {
                 .measure(&format!("{verb}_per_unit"))
                 .map(|m| m.scaled(nodes.div_ceil(unit_nodes) as f64));
             let node = entry.measure(&format!("{verb}_per_node")).map(|m| m.scaled(nodes as f64));
-            let slower = |a: Measure, b: Measure| if a.value <= b.value { a } else { b };
-            [whole, unit, node].into_iter().flatten().reduce(slower).ok_or_else(|| {
+            let limits = [
+                whole.map(|m| (m, StorageLimit::Filesystem)),
+                unit.map(|m| (m, StorageLimit::Unit)),
+                node.map(|m| (m, StorageLimit::Node)),
+            ];
+            let slowest = limits.into_iter().flatten().min_by(|a, b| a.0.value.total_cmp(&b.0.value));
+            slowest.ok_or_else(|| {
                 Error::user(format!("{}: storage.{name} says no {verb} rate", entry.place))
                     .hint(format!("give {verb}, {verb}_per_unit or {verb}_per_node"))
             })
         };
-        Ok(Storage {
-            name: name.to_owned(),
-            read_bytes_per_s: rate("read")?,
-            write_bytes_per_s: rate("write")?,
-        })
+        let (read_bytes_per_s, read_limit) = rate("read")?;
+        let (write_bytes_per_s, write_limit) = rate("write")?;
+        Ok(Storage { name: name.to_owned(), read_bytes_per_s, read_limit, write_bytes_per_s, write_limit })
     }
 }
 
 /// `dgx-superpod-h100-64su` is `dgx-superpod-h100` with 64 units.
 fn scalable_units(name: &str) -> Option<(&str, usize)> {
     let (stem, last) = name.rsplit_once('-')?;
-    let units = last.strip_suffix("su").or_else(|| last.strip_suffix("SU"))?.parse().ok()?;
+    let units = last.strip_suffix("su")?.parse().ok()?;
     Some((stem, units))
 }
 
@@ -440,6 +468,7 @@ fn accelerator(chip: &Entry) -> Result<Accelerator> {
         memory_bytes: need(chip, "memory")?,
         memory_bytes_per_s: need(chip, "memory_bandwidth")?,
         compute_units: opt_count(chip, "compute_units").unwrap_or(1),
+        host_bytes_per_s: chip.measure("host_link"),
         power_w: chip.measure("power"),
     })
 }
@@ -502,7 +531,8 @@ fn parse_shape(shape: &str, platform: Option<&Entry>) -> Result<Vec<usize>> {
     if extents.is_empty() || extents.len() != shape.split('x').count() || extents.iter().any(|x| *x > 1 << 16)
     {
         let place = platform.map(|p| p.place.clone()).unwrap_or_default();
-        return Err(Error::user(format!("{place}: shape = \"{shape}\", expected extents as 16x16x16")));
+        return Err(Error::user(format!("{place}: shape = \"{shape}\", expected extents as 16x16x16"))
+            .hint("one extent for each dim of the torus, with x between them"));
     }
     Ok(extents)
 }
@@ -534,6 +564,7 @@ fn scale_out(fabric: &Entry, node: &Entry, per_node: usize) -> Result<ScaleOut> 
 fn need(entry: &Entry, key: &str) -> Result<Measure> {
     entry.measure(key).ok_or_else(|| {
         Error::user(format!("{}: {}.{}.{key} is missing", entry.place, entry.kind, entry.name))
+            .hint("add it, or a `base` that has it")
     })
 }
 
@@ -544,7 +575,7 @@ fn count(entry: &Entry, key: &str) -> Result<usize> {
             "{}: {}.{}.{key} = {value}, expected at most {ACCELERATORS_MAX}",
             entry.place, entry.kind, entry.name
         );
-        return Err(Error::user(what));
+        return Err(Error::user(what).hint("no machine has as many"));
     }
     Ok(value as usize)
 }

@@ -19,7 +19,9 @@ pub(crate) fn file(path: &str, text: &str) -> Result<Parsed> {
     let at = At { path, text };
     let root = DeTable::parse(text).map_err(|e| {
         let line = e.span().map_or(1, |s| at.line(s.start));
-        Error::user(format!("{path}:{line}: not TOML: {}", e.message().trim()))
+        let message = e.message().split_whitespace().collect::<Vec<_>>().join(" ");
+        Error::user(format!("{path}:{line}: not TOML: {message}"))
+            .hint("a catalogue file has tables such as [node.NAME] of lines KEY = VALUE")
     })?;
     let mut parsed = Parsed { sources: Vec::new(), entries: Vec::new() };
     for (key, table) in root.get_ref() {
@@ -69,7 +71,8 @@ impl At<'_> {
             v => v.as_str().ok_or_else(|| self.wrong(key, value, "a string"))?.to_owned(),
         };
         if text.trim().is_empty() {
-            return Err(self.error(value.span().start, format!("{key} is empty")));
+            let hint = format!("give {key} a text, or leave it out");
+            return Err(self.error(value.span().start, format!("{key} is empty")).hint(hint));
         }
         Ok(text)
     }
@@ -77,6 +80,7 @@ impl At<'_> {
     fn wrong(&self, key: &str, value: &Spanned<DeValue<'_>>, expected: &str) -> Error {
         let found = value.get_ref().type_str();
         self.error(value.span().start, format!("{key} is of type {found}, expected {expected}"))
+            .hint(format!("write {key} as {expected}"))
     }
 }
 
@@ -97,9 +101,12 @@ fn source(at: &At<'_>, name: &str, value: &Spanned<DeValue<'_>>) -> Result<Sourc
         };
         *slot = Some(at.string(key.get_ref(), v)?);
     }
-    let missing = |key: &str| at.error(value.span().start, format!("source.{name} has no {key}"));
+    let missing = |key: &str| {
+        at.error(value.span().start, format!("source.{name} has no {key}"))
+            .hint("a source has what, date and grade")
+    };
     let date = date.ok_or_else(|| missing("date"))?;
-    check_date(&date).map_err(|e| at.error(value.span().start, format!("source.{name}: {e}")))?;
+    check_date(&date).map_err(|e| at.error(value.span().start, format!("source.{name}: {e}")).hint(DATES))?;
     Ok(Source {
         what: what.ok_or_else(|| missing("what"))?,
         date,
@@ -208,7 +215,7 @@ fn number(at: &At<'_>, path: &str, value: &Spanned<DeValue<'_>>, dimension: Dime
     let need =
         |key: &str| text.get(key).cloned().ok_or_else(|| fail(format!("{path} has no {key}")).hint(example));
     let (unit, source, date) = (need("unit")?, need("source")?, need("date")?);
-    check_date(&date).map_err(|e| fail(format!("{path}: {e}")))?;
+    check_date(&date).map_err(|e| fail(format!("{path}: {e}")).hint(DATES))?;
     let factor = dimension.factor(&unit).ok_or_else(|| {
         fail(format!("{path} is {dimension}, and `{unit}` is no unit of it"))
             .hint(format!("units are {}", dimension.units().join(", ")))
@@ -220,7 +227,10 @@ fn number(at: &At<'_>, path: &str, value: &Spanned<DeValue<'_>>, dimension: Dime
             return Err(missing_word(fail, path, "direction", found, "one-way or both-ways"));
         }
         (_, None) => None,
-        (_, Some(_)) => return Err(fail(format!("{path} has a direction but is {dimension}"))),
+        (_, Some(_)) => {
+            return Err(fail(format!("{path} has a direction but is {dimension}"))
+                .hint("remove direction: only link rates have one"));
+        }
     };
     let sparsity = match (dimension, text.get("sparsity").map(String::as_str)) {
         (Dimension::FlopRate, Some("dense")) => Some(Sparsity::Dense),
@@ -229,21 +239,27 @@ fn number(at: &At<'_>, path: &str, value: &Spanned<DeValue<'_>>, dimension: Dime
             return Err(missing_word(fail, path, "sparsity", found, "dense or sparse"));
         }
         (_, None) => None,
-        (_, Some(_)) => return Err(fail(format!("{path} has a sparsity but is {dimension}"))),
+        (_, Some(_)) => {
+            return Err(fail(format!("{path} has a sparsity but is {dimension}"))
+                .hint("remove sparsity: only arithmetic rates have one"));
+        }
     };
     let written = *numbers.get("value").ok_or_else(|| fail(format!("{path} has no value")).hint(example))?;
     let low = numbers.get("low").copied().unwrap_or(written);
     let high = numbers.get("high").copied().unwrap_or(written);
     for x in [written, low, high] {
         if !x.is_finite() || x <= 0.0 {
-            return Err(fail(format!("{path} = {x} {unit}, expected a finite number above zero")));
+            return Err(fail(format!("{path} = {x} {unit}, expected a finite number above zero"))
+                .hint("leave a number out that is not known; zero and infinity are never measured"));
         }
     }
     if low > written || written > high {
-        return Err(fail(format!("{path} = {written} {unit} lies outside its range {low} to {high}")));
+        return Err(fail(format!("{path} = {written} {unit} lies outside its range {low} to {high}"))
+            .hint("low <= value <= high"));
     }
     if dimension == Dimension::Count && written.fract() != 0.0 {
-        return Err(fail(format!("{path} = {written} {unit}, expected a whole number")));
+        return Err(fail(format!("{path} = {written} {unit}, expected a whole number"))
+            .hint("counts are whole; use a unit that makes it so"));
     }
     let half = direction == Some(Direction::BothWays) || sparsity == Some(Sparsity::Sparse2To4);
     let factor = if half { factor / 2.0 } else { factor };
@@ -281,6 +297,8 @@ fn float(value: &Spanned<DeValue<'_>>) -> Option<f64> {
         _ => None,
     }
 }
+
+const DATES: &str = "the date of publication, or of reading where none is printed";
 
 /// `YYYY`, `YYYY-MM` or `YYYY-MM-DD`.
 fn check_date(date: &str) -> std::result::Result<(), String> {

@@ -98,6 +98,7 @@ const ACCELERATOR: &[Key] = &[
     ("peer", Want::Number(D::LinkRate), true),
     ("domain", Want::Number(D::Count), true),
     ("torus_dims", Want::Number(D::Count), false),
+    ("host_link", Want::Number(D::LinkRate), false),
     ("power", Want::Number(D::Power), false),
     ("compute_units", Want::Number(D::Count), false),
 ];
@@ -118,6 +119,7 @@ const FABRIC: &[Key] = &[
 const NODE: &[Key] = &[
     ("accelerator", Want::Ref(EntryKind::Accelerator), true),
     ("fabric", Want::Ref(EntryKind::Fabric), true),
+    ("storage", Want::Ref(EntryKind::Storage), false),
     ("accelerators", Want::Number(D::Count), true),
     ("scale_out", Want::Number(D::LinkRate), true),
     ("disk", Want::Number(D::Bytes), false),

@@ -170,8 +170,8 @@ fn jobs_do_not_outgrow_their_machine() {
 fn show_prints_numbers_with_direction_source_and_date() {
     let catalog = Catalog::builtin().unwrap();
     let text = catalog.show("h100-sxm5").unwrap();
-    assert!(text.contains("scale_up: 450 GB/s one way [ml 2026-08-22]"), "{text}");
-    assert!(text.contains("peak.bf16: 989 TFLOP/s dense"), "{text}");
+    assert!(text.contains("  scale_up          450 GB/s one way [ml 2026-08-22]"), "{text}");
+    assert!(text.contains("  peak.bf16         989 TFLOP/s dense"), "{text}");
     assert!(text.contains("[ml] github.com/stas00"), "{text}");
     assert!(catalog.list(Some(EntryKind::Platform)).iter().any(|l| l.name == "xai-colossus"));
 }

@@ -1,0 +1,91 @@
+//! `phalanx validate`.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use plan::validate::{Validation, calibrate, cross_validate, validate};
+use spec::{Catalog, Error, Result};
+
+use crate::args::Validate;
+use crate::{files, output};
+
+/// Reasons printed for rows that were not priced; `--json` has each row's.
+const REASONS_SHOWN: usize = 8;
+
+pub(crate) fn run(args: &Validate) -> Result<u8> {
+    let catalog = Catalog::builtin()?;
+    let name = args.file.display().to_string();
+    let table = files::read(&args.file)?;
+    if let Some(path) = &args.fit {
+        let fitted = calibrate(&name, &table, &catalog)?;
+        files::write(path, &fitted.to_toml())?;
+        output::say(&format!("wrote {}; --calibration takes it", path.display()));
+        return Ok(0);
+    }
+    let v = if args.held_out {
+        cross_validate(&name, &table, &catalog)?
+    } else {
+        validate(&name, &table, &catalog, &files::calibration(args.calibration.as_deref())?)?
+    };
+    if v.priced + v.not_priced.len() == 0 {
+        return Err(Error::user(format!("{name}: a header without rows"))
+            .hint("each line after the header is one published run"));
+    }
+    output::print(&if args.json {
+        serde_json::to_string_pretty(&v).expect("numbers are JSON")
+    } else {
+        let mut out = String::new();
+        text(&mut out, &v).expect("writing to a string");
+        out
+    });
+    Ok(0)
+}
+
+fn text(out: &mut String, v: &Validation) -> std::fmt::Result {
+    let percent = |x: f64| format!("{:.1} %", 100.0 * x);
+    writeln!(
+        out,
+        "{} rows priced{}: median error {}, 90th percentile {}, {} inside the interval",
+        v.priced,
+        if v.held_out { ", each source left out of its own fit" } else { "" },
+        percent(v.median_abs_error),
+        percent(v.p90_abs_error),
+        percent(v.inside_interval)
+    )?;
+    for s in &v.sources {
+        let source: String = s.source.chars().take(60).collect();
+        writeln!(
+            out,
+            "  {source:<60} {:>4} rows  signed {:>8}  median {:>7}  p90 {:>7}",
+            s.rows,
+            percent(s.mean_error),
+            percent(s.median_abs_error),
+            percent(s.p90_abs_error)
+        )?;
+    }
+    if !v.sweeps.is_empty() {
+        writeln!(out, "layouts of one job, in the order predicted")?;
+    }
+    for s in &v.sweeps {
+        let name: String = s.name.chars().take(60).collect();
+        writeln!(
+            out,
+            "  {name:<60} {:>4} layouts  tau {:>5.2}  best predicted is {} slower than the best",
+            s.layouts,
+            s.kendall_tau,
+            percent(s.regret)
+        )?;
+    }
+    let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
+    for row in &v.not_priced {
+        *reasons.entry(&row.reason).or_default() += 1;
+    }
+    let mut reasons: Vec<_> = reasons.into_iter().collect();
+    reasons.sort_by_key(|r| std::cmp::Reverse(r.1));
+    writeln!(out, "{} rows not priced", v.not_priced.len())?;
+    for (reason, rows) in reasons.iter().take(REASONS_SHOWN) {
+        writeln!(out, "  {rows:>4}  {reason}")?;
+    }
+    let more = reasons.len().saturating_sub(REASONS_SHOWN);
+    if more > 0 { writeln!(out, "        and {more} more reasons in --json") } else { Ok(()) }
+}

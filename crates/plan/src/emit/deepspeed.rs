@@ -1,0 +1,177 @@
+use serde_json::json;
+use spec::{NumberFormat, PipelineSchedule, Position, Recompute, Result, Zero};
+
+use super::{Emitted, arguments, lacks, schedule_name};
+use crate::mesh::{Mesh, Order};
+use crate::price::Problem;
+
+/// A DeepSpeed configuration: for models whose stages and checkpoints are set in code.
+pub(super) fn config(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
+    let l = &mesh.layout;
+    common("DeepSpeed", mesh)?;
+    let refuse = |what: String, instead: &str| Err(lacks("DeepSpeed", what, instead));
+    if l.sequence_parallel {
+        return refuse(
+            "sequence parallelism beside automatic tensor parallelism".into(),
+            "plan with sequence_parallel=false, or --emit megatron-deepspeed",
+        );
+    }
+    if l.schedule == PipelineSchedule::ZeroBubble {
+        return refuse(
+            "zero-bubble schedule".into(),
+            "plan with schedule=1f1b, or --emit megatron-deepspeed",
+        );
+    }
+    if mesh.ep > 1 {
+        return refuse(
+            "expert parallelism by configuration alone".into(),
+            "plan with ep=1, or --emit megatron-deepspeed",
+        );
+    }
+    let mut file = base(p, mesh);
+    if l.tp > 1 {
+        file["tensor_parallel"] = json!({ "autotp_size": l.tp });
+    }
+    let mut notes = Vec::new();
+    if l.pp > 1 {
+        notes.push(format!("in the model: PipelineModule(..., num_stages={})", l.pp));
+    }
+    match l.recompute {
+        Recompute::None => {}
+        Recompute::Selective => notes.push("in the model: checkpoint norms and activations".into()),
+        Recompute::Full => notes.push("in the model: checkpoint every layer".into()),
+    }
+    Ok(Emitted { text: format!("{file:#}\n"), notes })
+}
+
+/// Arguments of Megatron-DeepSpeed; its configuration file goes to the notes.
+pub(super) fn megatron(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
+    const NAME: &str = "Megatron-DeepSpeed";
+    let l = &mesh.layout;
+    let m = &p.shape.model;
+    common(NAME, mesh)?;
+    if p.shape.latent.is_some() {
+        return Err(lacks(NAME, "latent attention", "emit for megatron"));
+    }
+    let mut args = vec![
+        format!("--num-layers {}", m.layers),
+        format!("--hidden-size {}", m.hidden),
+        format!("--ffn-hidden-size {}", m.ffn),
+        format!("--num-attention-heads {}", m.heads),
+        format!("--kv-channels {}", m.head_dim),
+        format!("--seq-length {}", p.sequence),
+        format!("--max-position-embeddings {}", p.sequence),
+        format!("--micro-batch-size {}", l.micro_batch),
+        format!("--global-batch-size {}", p.sequences),
+        format!("--tensor-model-parallel-size {}", l.tp),
+        format!("--pipeline-model-parallel-size {}", l.pp),
+    ];
+    if l.pp == 1 {
+        args.push("--no-pipeline-parallel".into());
+    }
+    if l.schedule == PipelineSchedule::ZeroBubble && l.pp > 1 {
+        args.push("--enable-zbh1-pipeline".into());
+    }
+    if m.kv_heads != m.heads {
+        args.push(format!("--num-key-value-heads {}", m.kv_heads));
+    }
+    if let Position::Rope(rope) = &m.position {
+        args.push("--use-rotary-position-embeddings".into());
+        args.push(format!("--rotary-position-embeddings-theta {}", rope.theta));
+    }
+    if m.norm == spec::NormKind::Rms {
+        args.push("--normalization rmsnorm".into());
+    }
+    if m.activation.gated() {
+        args.push("--swiglu".into());
+    }
+    if !m.mlp_bias {
+        args.push("--disable-bias-linear".into());
+    }
+    if !m.tied_embeddings {
+        args.push("--untie-embeddings-and-output-weights".into());
+    }
+    if let Some(e) = p.shape.experts {
+        if e.top_k > 2 || e.shared_ffn > 0 || e.ffn != m.ffn {
+            return Err(lacks(
+                NAME,
+                "experts beyond the best two, shared ones, or of another width than the dense layers",
+                "emit for megatron",
+            ));
+        }
+        args.push(format!(
+            "--num-experts {} --topk {} --moe-expert-parallel-size {}",
+            e.count, e.top_k, mesh.ep
+        ));
+    }
+    if l.sequence_parallel {
+        args.push("--sequence-parallel".into());
+    }
+    args.push(if mesh.format == NumberFormat::Fp16 { "--fp16".into() } else { "--bf16".into() });
+    match l.recompute {
+        Recompute::None => {}
+        Recompute::Selective => args.push("--recompute-granularity selective".into()),
+        Recompute::Full => {
+            args.push("--recompute-granularity full --recompute-method uniform".into());
+            args.push("--recompute-num-layers 1 --deepspeed-activation-checkpointing".into());
+        }
+    }
+    args.push(format!("--zero-stage {}", u8::from(l.zero)));
+    args.push("--deepspeed --deepspeed_config ds_config.json".into());
+    let notes = vec![format!("ds_config.json: {}", base(p, mesh))];
+    Ok(Emitted { text: arguments(&args), notes })
+}
+
+/// What neither can express.
+fn common(name: &str, mesh: &Mesh) -> Result<()> {
+    let l = &mesh.layout;
+    let refuse = |what: String, instead: &str| Err(lacks(name, what, instead));
+    if l.zero >= Zero::Gradients && l.pp > 1 {
+        return refuse(format!("ZeRO {} with pipeline stages", u8::from(l.zero)), "plan with zero=1 or pp=1");
+    }
+    if l.chunks > 1 || l.schedule == PipelineSchedule::Gpipe && l.pp > 1 {
+        return refuse(format!("{} schedule", schedule_name(l.schedule)), "plan with schedule=1f1b");
+    }
+    if mesh.cp > 1 {
+        return refuse(
+            "ring of context-parallel ranks (it has all-to-all over heads)".into(),
+            "plan with cp=1",
+        );
+    }
+    if l.dp > 1 && l.pp > 1 && mesh.order != Order::TpCpDpPp {
+        return refuse(
+            "order in which stages lie nearer than replicas".into(),
+            "plan with order=tp-cp-dp-pp",
+        );
+    }
+    if !matches!(mesh.format, NumberFormat::Bf16 | NumberFormat::Fp16) {
+        return refuse(format!("{} training", mesh.format), "plan with --format bf16");
+    }
+    if mesh.shard < l.dp && l.zero != Zero::Off && l.zero != Zero::Parameters {
+        return refuse(
+            format!("ZeRO {} over a part of the replicas", u8::from(l.zero)),
+            "leave shard out of the layout",
+        );
+    }
+    Ok(())
+}
+
+fn base(p: &Problem, mesh: &Mesh) -> serde_json::Value {
+    let l = &mesh.layout;
+    let mut zero = json!({ "stage": u8::from(l.zero) });
+    if l.zero != Zero::Off {
+        zero["overlap_comm"] = json!(p.software.overlap_grads);
+        zero["contiguous_gradients"] = json!(true);
+    }
+    if l.zero == Zero::Parameters && mesh.shard < l.dp {
+        zero["mics_shard_size"] = json!(mesh.shard);
+    }
+    let mut file = json!({
+        "train_batch_size": p.sequences,
+        "train_micro_batch_size_per_gpu": l.micro_batch,
+        "gradient_accumulation_steps": p.sequences / (l.dp * l.micro_batch).max(1),
+        "zero_optimization": zero,
+    });
+    file[if mesh.format == NumberFormat::Fp16 { "fp16" } else { "bf16" }] = json!({ "enabled": true });
+    file
+}

@@ -1,0 +1,159 @@
+use std::fmt::Write;
+
+use spec::{NumberFormat, PipelineSchedule, Recompute, Result, Zero};
+
+use super::{Emitted, lacks, schedule_name};
+use crate::mesh::{Mesh, Order};
+use crate::price::Problem;
+
+const NAME: &str = "MaxText";
+
+pub(super) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
+    let l = &mesh.layout;
+    let refuse = |what: String, instead: &str| Err(lacks(NAME, what, instead));
+    if l.zero == Zero::Gradients {
+        return refuse("ZeRO 2".into(), "plan with zero=1 (shard_optimizer_over_data) or zero=3 (fsdp)");
+    }
+    if l.pp > 1 && l.schedule != PipelineSchedule::Gpipe {
+        return refuse(
+            format!("{} schedule: its pipeline runs all forward passes first", schedule_name(l.schedule)),
+            "plan with pp=1, or price --layout ...,schedule=gpipe",
+        );
+    }
+    let micro_batches = p.sequences / (l.dp * l.micro_batch).max(1);
+    if l.pp > 1 && !(micro_batches.is_multiple_of(l.pp) && p.shape.model.layers.is_multiple_of(l.pp)) {
+        return refuse(
+            format!("{micro_batches} micro-batches of {} layers over {} stages", p.shape.model.layers, l.pp),
+            "plan with a pp that divides both",
+        );
+    }
+    let replicas = l.dp;
+    let fsdp = if l.zero == Zero::Parameters {
+        let inner = mesh.cp.max(1);
+        if !mesh.shard.is_multiple_of(inner) || !replicas.is_multiple_of(mesh.shard / inner) {
+            return refuse(
+                format!("shards over {} ranks beside cp={}", mesh.shard, mesh.cp),
+                "leave shard out",
+            );
+        }
+        mesh.shard / inner
+    } else {
+        1
+    };
+    let sharded = if l.zero == Zero::Parameters { fsdp } else { replicas };
+    if !sharded.is_multiple_of(mesh.ep) {
+        return refuse(
+            format!("ep={} beside {sharded} replicas: its expert axis is a part of them", mesh.ep),
+            "plan with an ep that divides dp",
+        );
+    }
+    // The expert axis takes its ranks from the axis that shards, or else from plain replicas.
+    let (data, fsdp) = match l.zero {
+        Zero::Parameters => (replicas / fsdp, fsdp / mesh.ep),
+        _ => (replicas / mesh.ep, 1),
+    };
+    let tensor = if l.sequence_parallel { "tensor_sequence" } else { "tensor" };
+    let mut axes = vec![(tensor, l.tp), ("context", mesh.cp)];
+    let near = [("expert", mesh.ep), ("fsdp", fsdp), ("data", data)];
+    match mesh.order {
+        Order::TpCpDpPp => {
+            axes.extend(near);
+            axes.push(("pipeline", l.pp));
+        }
+        Order::TpCpPpDp => {
+            axes.push(("pipeline", l.pp));
+            axes.extend(near);
+        }
+    }
+    let domain = p.cluster.scale_up.domain.min(mesh.world());
+    let mut room = domain;
+    let mut out = String::from("base_config: \"base.yml\"\n");
+    for (name, size) in axes {
+        let inside = (1..=size.min(room)).rev().find(|d| size.is_multiple_of(*d) && room.is_multiple_of(*d));
+        let inside = inside.unwrap_or(1);
+        room /= inside;
+        // Writing to a string cannot fail.
+        let _ = writeln!(out, "ici_{name}_parallelism: {inside}");
+        let _ = writeln!(out, "dcn_{name}_parallelism: {}", size / inside);
+    }
+    if room > 1 {
+        return refuse(
+            format!("way to lay these axes on slices of {domain}: {room} places are left over"),
+            "plan with axes whose sizes divide the slice",
+        );
+    }
+    // With stages one pass takes the whole batch; without them the gradient is accumulated over passes.
+    let (passes, batch) = if l.pp > 1 { (1, p.sequences) } else { (micro_batches, l.dp * l.micro_batch) };
+    let per_device = batch as f64 / mesh.world() as f64;
+    let _ = writeln!(out, "per_device_batch_size: {per_device:?}");
+    let _ = writeln!(out, "gradient_accumulation_steps: {passes}");
+    let _ = writeln!(out, "max_target_length: {}", p.sequence);
+    if l.pp > 1 {
+        let _ = writeln!(out, "num_pipeline_microbatches: {micro_batches}");
+        let _ = writeln!(out, "num_layers_per_pipeline_stage: {}", p.shape.model.layers / l.pp);
+    }
+    let _ = writeln!(out, "shard_optimizer_over_data: {}", l.zero == Zero::Optimizer);
+    let policy = match l.recompute {
+        Recompute::None => "none",
+        Recompute::Selective => "minimal_with_context",
+        Recompute::Full => "full",
+    };
+    let _ = writeln!(out, "remat_policy: \"{policy}\"");
+    let _ = writeln!(out, "dtype: \"bfloat16\"");
+    match mesh.format {
+        NumberFormat::Bf16 => {}
+        NumberFormat::Fp8 => out += "quantization: \"fp8\"\n",
+        NumberFormat::Int8 => out += "quantization: \"int8\"\n",
+        other => return refuse(format!("{other} training"), "plan with --format bf16, fp8 or int8"),
+    }
+    model(p, &mut out);
+    let notes =
+        vec![format!("one slice is {domain} accelerators; train with this file as the configuration")];
+    Ok(Emitted { text: out, notes })
+}
+
+fn model(p: &Problem, out: &mut String) {
+    let m = &p.shape.model;
+    let block = match (p.shape.latent, p.shape.experts, m.activation.gated()) {
+        (Some(_), _, _) => "deepseek",
+        (None, Some(_), _) => "mixtral",
+        (None, None, true) => "llama2",
+        (None, None, false) => "gpt3",
+    };
+    let _ = write!(
+        out,
+        "decoder_block: \"{block}\"\nbase_emb_dim: {}\nbase_num_query_heads: {}\nbase_num_kv_heads: {}\n\
+         base_mlp_dim: {}\nbase_num_decoder_layers: {}\nhead_dim: {}\nvocab_size: {}\nlogits_via_embedding: {}\n\
+         mlp_activations: {}\n",
+        m.hidden,
+        m.heads,
+        m.kv_heads,
+        m.ffn,
+        m.layers,
+        m.head_dim,
+        m.vocab,
+        m.tied_embeddings,
+        if m.activation.gated() { "[\"silu\", \"linear\"]" } else { "[\"gelu\"]" },
+    );
+    if let Some(e) = p.shape.experts {
+        let _ = write!(
+            out,
+            "num_experts: {}\nnum_experts_per_tok: {}\nbase_moe_mlp_dim: {}\nshared_experts: {}\n\
+             first_num_dense_layers: {}\ninterleave_moe_layer_step: {}\n",
+            e.count,
+            e.top_k,
+            e.ffn,
+            e.shared_ffn / e.ffn.max(1),
+            e.dense_layers,
+            e.every,
+        );
+    }
+    if let Some(a) = p.shape.latent {
+        let _ = write!(
+            out,
+            "attention_type: \"mla\"\nq_lora_rank: {}\nkv_lora_rank: {}\nqk_nope_head_dim: {}\n\
+             qk_rope_head_dim: {}\nv_head_dim: {}\n",
+            a.query_rank, a.kv_rank, a.nope_dim, a.rope_dim, a.value_dim,
+        );
+    }
+}

@@ -1,0 +1,227 @@
+use spec::{NumberFormat, PipelineSchedule, Position, Recompute, Result, Zero};
+
+use super::{Emitted, arguments, lacks, schedule_name, uneven_stages};
+use crate::mesh::{Mesh, Order};
+use crate::price::Problem;
+use crate::software::AttentionKernel;
+
+const NAME: &str = "Megatron-LM";
+
+pub(super) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
+    let l = &mesh.layout;
+    let mut args = model(p);
+    let mut notes = Vec::new();
+    args.push(format!("--seq-length {}", p.sequence));
+    args.push(format!("--max-position-embeddings {}", p.sequence));
+    args.push(format!("--micro-batch-size {}", l.micro_batch));
+    args.push(format!("--global-batch-size {}", p.sequences));
+    args.push(format!("--tensor-model-parallel-size {}", l.tp));
+    args.push(format!("--pipeline-model-parallel-size {}", l.pp));
+    args.push(format!("--context-parallel-size {}", mesh.cp));
+    if p.shape.experts.is_some() {
+        args.push(format!("--expert-model-parallel-size {}", mesh.ep));
+        args.push("--expert-tensor-parallel-size 1".into());
+    }
+    if l.sequence_parallel {
+        args.push("--sequence-parallel".into());
+        if p.software.overlap_tp {
+            args.push("--tp-comm-overlap".into());
+        }
+    }
+    args.extend(stages(p, mesh)?);
+    if l.pp > 1 && l.chunks > 1 && !p.software.overlap_p2p {
+        args.push("--no-overlap-p2p-communication".into());
+    }
+    args.extend(replicas(p, mesh)?);
+    args.extend(recompute(p, mesh, &mut notes));
+    args.extend(match mesh.format {
+        NumberFormat::Fp16 => vec!["--fp16".to_owned()],
+        NumberFormat::Fp8 => vec!["--bf16".to_owned(), "--fp8-format hybrid".to_owned()],
+        NumberFormat::Fp4 => vec!["--bf16".to_owned(), "--fp4-format e2m1".to_owned()],
+        NumberFormat::Bf16 => vec!["--bf16".to_owned()],
+        other => return Err(lacks(NAME, format!("{other} training"), "plan with --format bf16 or fp8")),
+    });
+    if mesh.order == Order::TpCpPpDp {
+        args.push("--use-tp-pp-dp-mapping".into());
+    }
+    let fsdp = l.zero >= Zero::Gradients;
+    if fsdp {
+        notes.push("leave CUDA_DEVICE_MAX_CONNECTIONS unset: Megatron-FSDP refuses 1".into());
+    } else if l.tp > 1 || mesh.cp > 1 {
+        notes.push("set CUDA_DEVICE_MAX_CONNECTIONS=1 before Blackwell".into());
+    }
+    Ok(Emitted { text: arguments(&args), notes })
+}
+
+fn model(p: &Problem) -> Vec<String> {
+    let m = &p.shape.model;
+    let mut args = vec![
+        format!("--num-layers {}", m.layers),
+        format!("--hidden-size {}", m.hidden),
+        format!("--ffn-hidden-size {}", m.ffn),
+        format!("--num-attention-heads {}", m.heads),
+    ];
+    match p.shape.latent {
+        Some(a) => args.extend([
+            "--multi-latent-attention".to_owned(),
+            format!("--q-lora-rank {}", a.query_rank),
+            format!("--kv-lora-rank {}", a.kv_rank),
+            format!("--qk-head-dim {}", a.nope_dim),
+            format!("--qk-pos-emb-head-dim {}", a.rope_dim),
+            format!("--v-head-dim {}", a.value_dim),
+        ]),
+        None => {
+            args.push(format!("--kv-channels {}", m.head_dim));
+            if m.kv_heads != m.heads {
+                args.push(format!("--group-query-attention --num-query-groups {}", m.kv_heads));
+            }
+        }
+    }
+    if let Position::Rope(rope) = &m.position {
+        args.push("--position-embedding-type rope".into());
+        args.push(format!("--rotary-base {}", rope.theta));
+    }
+    if m.norm == spec::NormKind::Rms {
+        args.push("--normalization RMSNorm".into());
+    }
+    if m.activation.gated() {
+        args.push("--swiglu".into());
+    }
+    if !m.mlp_bias {
+        args.push("--disable-bias-linear".into());
+    }
+    if !m.tied_embeddings {
+        args.push("--untie-embeddings-and-output-weights".into());
+    }
+    if let Some(e) = p.shape.experts {
+        args.push(format!("--num-experts {} --moe-router-topk {}", e.count, e.top_k));
+        args.push(format!("--moe-ffn-hidden-size {}", e.ffn));
+        args.push("--moe-grouped-gemm --moe-token-dispatcher-type alltoall".into());
+        if e.shared_ffn > 0 {
+            args.push(format!("--moe-shared-expert-intermediate-size {}", e.shared_ffn));
+        }
+        if p.shape.expert_layers() < m.layers {
+            let pattern: Vec<&str> =
+                (0..m.layers).map(|i| if p.shape.has_experts(i) { "1" } else { "0" }).collect();
+            args.push(format!("--moe-layer-freq '[{}]'", pattern.join(",")));
+        }
+    }
+    args
+}
+
+/// The schedule, and how layers are spread over stages and chunks.
+fn stages(p: &Problem, mesh: &Mesh) -> Result<Vec<String>> {
+    let l = &mesh.layout;
+    let layers = p.shape.model.layers;
+    if l.pp == 1 {
+        return Ok(Vec::new());
+    }
+    if !matches!(l.schedule, PipelineSchedule::OneFOneB | PipelineSchedule::Interleaved) {
+        return Err(lacks(
+            NAME,
+            format!("{} schedule", schedule_name(l.schedule)),
+            "it runs 1F1B and interleaved 1F1B: plan with --layout ...,schedule=1f1b; Megatron-DeepSpeed has ZB-H1 \
+             (--emit megatron-deepspeed)",
+        ));
+    }
+    let virtuals = l.pp * l.chunks;
+    let mut args = Vec::new();
+    let per_chunk = if layers.is_multiple_of(virtuals) {
+        Some(layers / virtuals)
+    } else if (layers + 2).is_multiple_of(virtuals) {
+        args.push(
+            "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split".to_owned(),
+        );
+        Some((layers + 2) / virtuals)
+    } else {
+        None
+    };
+    match per_chunk {
+        Some(n) if l.chunks > 1 => args.push(format!("--num-layers-per-virtual-pipeline-stage {n}")),
+        Some(_) => {}
+        None => {
+            let stages = uneven_stages(layers, virtuals);
+            let last = stages.len() - 1;
+            let text: Vec<String> = stages
+                .iter()
+                .enumerate()
+                .map(|(i, n)| {
+                    let (first, end) = (if i == 0 { "E" } else { "" }, if i == last { "L" } else { "" });
+                    format!("{first}t*{n}{end}")
+                })
+                .collect();
+            args.push(format!("--pipeline-model-parallel-layout '{}'", text.join("|")));
+        }
+    }
+    Ok(args)
+}
+
+fn replicas(p: &Problem, mesh: &Mesh) -> Result<Vec<String>> {
+    let l = &mesh.layout;
+    let replicas = l.dp * mesh.cp;
+    let mut args: Vec<String> = Vec::new();
+    match l.zero {
+        Zero::Off => {
+            if p.software.overlap_grads && replicas > 1 {
+                args.push("--overlap-grad-reduce".into());
+            }
+        }
+        Zero::Optimizer => {
+            args.push("--use-distributed-optimizer".into());
+            if p.software.overlap_grads {
+                args.push("--overlap-grad-reduce".into());
+                if p.software.overlap_params {
+                    args.push("--overlap-param-gather".into());
+                }
+            }
+            if mesh.shard < replicas {
+                args.push(format!("--num-distributed-optimizer-instances {}", replicas / mesh.shard.max(1)));
+            }
+        }
+        Zero::Gradients | Zero::Parameters => {
+            if mesh.shard < replicas {
+                return Err(lacks(
+                    NAME,
+                    "ZeRO 2 or 3 over a part of the replicas",
+                    "leave shard out of the layout",
+                ));
+            }
+            let strategy = if l.zero == Zero::Gradients { "optim_grads" } else { "optim_grads_params" };
+            args.push("--use-megatron-fsdp".into());
+            args.push(format!("--data-parallel-sharding-strategy {strategy}"));
+            args.push("--use-distributed-optimizer --ckpt-format fsdp_dtensor".into());
+            args.push("--no-gradient-accumulation-fusion".into());
+            args.push("--overlap-grad-reduce --overlap-param-gather".into());
+        }
+    }
+    if p.software.grad_wire_bytes < 4.0 && l.zero < Zero::Gradients && replicas > 1 {
+        args.push("--grad-reduce-in-bf16".into());
+    }
+    Ok(args)
+}
+
+fn recompute(p: &Problem, mesh: &Mesh, notes: &mut Vec<String>) -> Vec<String> {
+    match mesh.layout.recompute {
+        Recompute::None => Vec::new(),
+        Recompute::Full => vec![
+            "--recompute-granularity full".into(),
+            "--recompute-method uniform".into(),
+            "--recompute-num-layers 1".into(),
+        ],
+        Recompute::Selective => {
+            let modules = match (p.software.attention == AttentionKernel::Unfused, p.shape.experts) {
+                (true, _) => "core_attn",
+                (false, Some(_)) => "layernorm moe_act",
+                (false, None) => {
+                    notes.push(
+                        "recompute: Megatron-LM has no recompute of the activation alone; `mlp` runs the first \
+                         product of the feed-forward layer again too, which is slower than priced"
+                            .into(),
+                    );
+                    "layernorm mlp"
+                }
+            };
+            vec!["--recompute-granularity selective".into(), format!("--recompute-modules {modules}")]
+        }
+    }
+}

@@ -1,0 +1,114 @@
+use spec::{NumberFormat, PipelineSchedule, Recompute, Result, Zero};
+
+use super::{Emitted, lacks, schedule_name};
+use crate::mesh::{Mesh, Order};
+use crate::price::Problem;
+
+const NAME: &str = "torchtitan";
+
+pub(super) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
+    let l = &mesh.layout;
+    let layers = p.shape.model.layers;
+    let refuse = |what: String, instead: &str| Err(lacks(NAME, what, instead));
+    if l.zero == Zero::Optimizer {
+        return refuse(
+            "ZeRO 1: it shards parameters and gathers them for forward only (2), for both passes (3), or shards nothing"
+                .into(),
+            "plan with --software torchtitan, or --layout ...,zero=3",
+        );
+    }
+    if l.zero == Zero::Off && mesh.cp > 1 {
+        return refuse("replicas beside context parallelism: it shards over cp".into(), "plan with zero=3");
+    }
+    if l.tp > 1 && !l.sequence_parallel {
+        return refuse(
+            "tensor parallelism without sequence parallelism".into(),
+            "plan with sequence_parallel=true",
+        );
+    }
+    if mesh.order != Order::TpCpDpPp {
+        return refuse(
+            "order in which stages lie nearer than replicas".into(),
+            "plan with order=tp-cp-dp-pp",
+        );
+    }
+    let shard = match l.zero {
+        Zero::Off => 1,
+        _ if mesh.shard.is_multiple_of(mesh.cp) => mesh.shard / mesh.cp,
+        _ => {
+            return refuse(
+                format!("shards over {} of cp={} ranks", mesh.shard, mesh.cp),
+                "shard over whole cp groups",
+            );
+        }
+    };
+    let mut notes = vec![
+        "for torchtitan 0.2.2, the last release with TOML; add [model] name and flavor of this model"
+            .to_owned(),
+    ];
+    let mut out = String::new();
+    if mesh.format != NumberFormat::Bf16 {
+        if mesh.format != NumberFormat::Fp8 {
+            return refuse(format!("{} training", mesh.format), "plan with --format bf16 or fp8");
+        }
+        out += "[model]\nconverters = [\"quantize.linear.float8\"]\n\n[quantize.linear.float8]\n\
+                enable_fsdp_float8_all_gather = true\nprecompute_float8_dynamic_scale_for_fsdp = true\n\n";
+    }
+    // Without stages one forward pass takes the local batch, and the global batch is reached by accumulation.
+    let local = if l.pp > 1 { p.sequences / l.dp.max(1) } else { l.micro_batch };
+    out += &format!(
+        "[training]\nlocal_batch_size = {local}\nglobal_batch_size = {}\nseq_len = {}\n\
+         mixed_precision_param = \"bfloat16\"\nmixed_precision_reduce = \"float32\"\n\n\
+         [parallelism]\ndata_parallel_replicate_degree = {}\ndata_parallel_shard_degree = {shard}\n\
+         fsdp_reshard_after_forward = \"{}\"\ntensor_parallel_degree = {}\ncontext_parallel_degree = {}\n",
+        p.sequences,
+        p.sequence,
+        l.dp / shard.max(1),
+        if l.zero == Zero::Gradients { "never" } else { "always" },
+        l.tp,
+        mesh.cp,
+    );
+    if p.shape.experts.is_some() {
+        out += &format!("expert_parallel_degree = {}\nexpert_tensor_parallel_degree = 1\n", mesh.ep);
+    }
+    out += &format!("pipeline_parallel_degree = {}\n", l.pp);
+    if l.pp > 1 {
+        let (name, virtuals) = match l.schedule {
+            PipelineSchedule::Gpipe => ("GPipe", l.pp),
+            PipelineSchedule::OneFOneB => ("1F1B", l.pp),
+            PipelineSchedule::Interleaved => ("Interleaved1F1B", l.pp * l.chunks),
+            PipelineSchedule::ZeroBubble => {
+                return refuse(
+                    format!("{} schedule with one chunk a stage", schedule_name(l.schedule)),
+                    "it runs GPipe, 1F1B and interleaved 1F1B: plan with --layout ...,schedule=1f1b",
+                );
+            }
+        };
+        // It counts virtual stages as (layers + what the ends weigh) / layers a stage, rounded up.
+        let ends = if layers.is_multiple_of(virtuals) { 0 } else { 1 };
+        let per_stage = (layers + 2 * ends).div_ceil(virtuals);
+        if (layers + 2 * ends).div_ceil(per_stage) != virtuals {
+            return refuse(
+                format!("split of {layers} layers into {virtuals} stages"),
+                "plan with a pp x chunks that divides the layers, or the layers and two",
+            );
+        }
+        out += &format!(
+            "pipeline_parallel_schedule = \"{name}\"\npipeline_parallel_microbatch_size = {}\n\
+             pipeline_parallel_layers_per_stage = {per_stage}\n\
+             pipeline_parallel_first_stage_less_layers = {ends}\n\
+             pipeline_parallel_last_stage_less_layers = {ends}\n",
+            l.micro_batch,
+        );
+    }
+    let mode = match l.recompute {
+        Recompute::None => "mode = \"none\"",
+        Recompute::Selective => {
+            notes.push("selective recompute by op keeps products and attention, as priced".to_owned());
+            "mode = \"selective\"\nselective_ac_option = \"op\""
+        }
+        Recompute::Full => "mode = \"full\"",
+    };
+    out += &format!("\n[activation_checkpoint]\n{mode}\n");
+    Ok(Emitted { text: out, notes })
+}

@@ -1,0 +1,351 @@
+//! A layout as people write it: `tp=8,pp=16,micro_batch=1,zero=1`.
+
+use std::collections::BTreeMap;
+
+use spec::{Error, Layout, PipelineSchedule, Recompute, Reduce, Result, Zero, suggest};
+
+use crate::mesh::{Mesh, Order};
+use crate::price::Problem;
+
+/// Keys of a written layout, named as in answers, and what they take.
+const KEYS: [(&str, &str); 13] = [
+    ("dp", "a count"),
+    ("tp", "a count"),
+    ("pp", "a count"),
+    ("cp", "a count"),
+    ("ep", "a count"),
+    ("shard", "a count"),
+    ("zero", "0, 1, 2 or 3"),
+    ("sequence_parallel", "true or false"),
+    ("schedule", "1f1b, interleaved, zero-bubble or gpipe"),
+    ("chunks", "a count"),
+    ("micro_batch", "a count"),
+    ("recompute", "none, selective or full"),
+    ("order", "tp-cp-dp-pp or tp-cp-pp-dp"),
+];
+
+/// Short names that other planners and papers use.
+const ALSO: [(&str, &str); 8] = [
+    ("sp", "sequence_parallel"),
+    ("vpp", "chunks"),
+    ("vp", "chunks"),
+    ("mbs", "micro_batch"),
+    ("fsdp", "shard"),
+    ("ckpt", "recompute"),
+    ("activation_recompute", "recompute"),
+    ("mb", "micro_batch"),
+];
+
+/// A layout and which of its choices were not written but filled in.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Given {
+    /// The layout.
+    pub mesh: Mesh,
+    /// What was filled in, as `key=value`.
+    pub filled: Vec<String>,
+}
+
+/// Reads a layout for `problem`. What is not written takes what the training stack does by default: `dp` follows from
+/// the accelerators, ZeRO is 3 for stacks that shard parameters and else 1, the sequence is split where the stack does.
+///
+/// # Errors
+/// If a key or value is unknown, or the layout is impossible on this problem: the message says why.
+pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Result<Given> {
+    let written = split(text)?;
+    let count = |key: &str| -> Result<Option<usize>> {
+        let Some(value) = written.get(key) else { return Ok(None) };
+        match value.parse() {
+            Ok(n) if (1..=MAX).contains(&n) => Ok(Some(n)),
+            _ => Err(wrong(key, value, &format!("a count from 1 to {MAX}"))),
+        }
+    };
+    let word = |key: &str| written.get(key).map(|v| v.to_ascii_lowercase());
+    let mut filled = Vec::new();
+    let mut fill = |key: &str, value: String| filled.push(format!("{key}={value}"));
+
+    let n = problem.cluster.accelerators;
+    let (tp, pp, cp) = (count("tp")?.unwrap_or(1), count("pp")?.unwrap_or(1), count("cp")?.unwrap_or(1));
+    let inner = tp * pp * cp;
+    let dp = match count("dp")? {
+        Some(dp) => dp,
+        None if n.is_multiple_of(inner) => {
+            fill("dp", (n / inner).to_string());
+            n / inner
+        }
+        None => {
+            return Err(Error::user(format!(
+                "layout {text}: tp x pp x cp = {tp} x {pp} x {cp} = {inner} does not divide {n} accelerators"
+            ))
+            .hint(format!("--accelerators {} is the nearest multiple", n.div_ceil(inner) * inner)));
+        }
+    };
+    if dp * inner != n {
+        return Err(Error::user(format!(
+            "layout {text}: dp x tp x pp x cp = {dp} x {tp} x {pp} x {cp} = {} is not the {n} accelerators",
+            dp * inner
+        ))
+        .hint(format!("give --accelerators {}, or leave dp out", dp * inner)));
+    }
+    let sequence_parallel = match word("sequence_parallel").as_deref() {
+        None => {
+            let usual =
+                tp > 1 && problem.software.sequence_parallel && (problem.sequence / cp).is_multiple_of(tp);
+            if tp > 1 {
+                fill("sequence_parallel", usual.to_string());
+            }
+            usual
+        }
+        Some("true" | "yes" | "on" | "1") => true,
+        Some("false" | "no" | "off" | "0") => false,
+        Some(value) => return Err(wrong("sequence_parallel", value, "true or false")),
+    };
+    let zero = match word("zero") {
+        None => {
+            let usual = match (dp * cp, problem.software.fsdp) {
+                (1, _) => 0,
+                (_, true) => 3,
+                (_, false) => 1,
+            };
+            fill("zero", usual.to_string());
+            usual
+        }
+        Some(value) => value.parse().map_err(|_| wrong("zero", &value, "0, 1, 2 or 3"))?,
+    };
+    let zero = Zero::try_from(zero).map_err(|e| Error::user(e).hint("0 shards nothing, 3 everything"))?;
+    let chunks = count("chunks")?;
+    let schedule = match word("schedule").as_deref() {
+        None if chunks.unwrap_or(1) > 1 => PipelineSchedule::Interleaved,
+        None => PipelineSchedule::OneFOneB,
+        Some("1f1b") => PipelineSchedule::OneFOneB,
+        Some("interleaved") => PipelineSchedule::Interleaved,
+        Some("zero-bubble" | "zb" | "zb-h1") => PipelineSchedule::ZeroBubble,
+        Some("gpipe") => PipelineSchedule::Gpipe,
+        Some(value) => return Err(wrong("schedule", value, "1f1b, interleaved, zero-bubble or gpipe")),
+    };
+    let recompute = match word("recompute").as_deref() {
+        None => {
+            fill("recompute", "none".to_owned());
+            Recompute::None
+        }
+        Some("none") => Recompute::None,
+        Some("selective") => Recompute::Selective,
+        Some("full") => Recompute::Full,
+        Some(value) => return Err(wrong("recompute", value, "none, selective or full")),
+    };
+    let order = match word("order").as_deref() {
+        None | Some("tp-cp-dp-pp") => Order::TpCpDpPp,
+        Some("tp-cp-pp-dp") => Order::TpCpPpDp,
+        Some(value) => return Err(wrong("order", value, "tp-cp-dp-pp or tp-cp-pp-dp")),
+    };
+    let micro_batch = match count("micro_batch")? {
+        Some(micro_batch) => micro_batch,
+        None => {
+            fill("micro_batch", "1".to_owned());
+            1
+        }
+    };
+    let layout = Layout {
+        dp,
+        tp,
+        pp,
+        sequence_parallel,
+        zero,
+        schedule,
+        chunks: chunks.unwrap_or(1),
+        stage_layers: Vec::new(),
+        micro_batch,
+        recompute,
+        reduce: Reduce::Ring,
+    };
+    let ep = count("ep")?.unwrap_or(1);
+    let shard = count("shard")?.unwrap_or(dp * cp);
+    let mesh = Mesh { layout, cp, ep, shard, format, order };
+    check(&mesh, problem).map_err(|e| e.context(format!("layout {text}")))?;
+    Ok(Given { mesh, filled })
+}
+
+/// More ranks than any axis has; keeps products of axes far from overflow.
+const MAX: usize = 1 << 15;
+
+fn split(text: &str) -> Result<BTreeMap<&'static str, String>> {
+    let mut written = BTreeMap::new();
+    for part in text.split([',', ' ', ';']).filter(|p| !p.is_empty()) {
+        let Some((key, value)) = part.split_once('=') else {
+            return Err(Error::user(format!("layout {text}: `{part}` is not KEY=VALUE"))
+                .hint("write it like --layout tp=8,pp=16,micro_batch=1"));
+        };
+        let plain = key.trim().to_ascii_lowercase().replace('-', "_");
+        let name = ALSO.iter().find(|a| a.0 == plain).map_or(plain.as_str(), |a| a.1);
+        let Some((known, _)) = KEYS.iter().find(|k| k.0 == name) else {
+            return Err(Error::user(format!("layout {text}: unknown key {key}"))
+                .hint(suggest::hint(&plain, KEYS.iter().map(|k| k.0))));
+        };
+        if written.insert(*known, value.trim().to_owned()).is_some() {
+            return Err(
+                Error::user(format!("layout {text}: {known} is written twice")).hint("keep one of the two")
+            );
+        }
+    }
+    if written.is_empty() {
+        return Err(
+            Error::user("the layout is empty").hint("write it like --layout tp=8,pp=16,micro_batch=1")
+        );
+    }
+    Ok(written)
+}
+
+fn wrong(key: &str, value: &str, expected: &str) -> Error {
+    let takes = KEYS.iter().find(|k| k.0 == key).map_or("", |k| k.1);
+    Error::user(format!("layout key {key}={value}, expected {expected}")).hint(format!("{key} takes {takes}"))
+}
+
+/// Why this layout is impossible, if it is.
+fn check(mesh: &Mesh, p: &Problem) -> Result<()> {
+    let l = &mesh.layout;
+    let m = &p.shape.model;
+    let not = |what: String, hint: &str| Err(Error::user(what).hint(hint.to_owned()));
+    for (name, size) in [("heads", m.heads), ("key and value heads", m.kv_heads), ("ffn width", m.ffn)] {
+        if !size.is_multiple_of(l.tp) {
+            return not(
+                format!("tp={} does not divide the {size} {name} of {}", l.tp, m.name),
+                "choose a tp that divides heads, key and value heads and the width of the feed-forward layer",
+            );
+        }
+    }
+    if l.sequence_parallel && l.tp == 1 {
+        return not(
+            "sequence_parallel needs tp above 1".into(),
+            "give sequence_parallel=false, or a larger tp",
+        );
+    }
+    if !p.sequence.is_multiple_of(2 * mesh.cp) && mesh.cp > 1 {
+        let what =
+            format!("cp={} wants a sequence of a multiple of {}, found {}", mesh.cp, 2 * mesh.cp, p.sequence);
+        return not(what, "each rank takes two pieces of the sequence, one from each end");
+    }
+    if l.sequence_parallel && !(p.sequence / mesh.cp).is_multiple_of(l.tp) {
+        let what = format!("tp={} does not divide the {} tokens that a rank has", l.tp, p.sequence / mesh.cp);
+        return not(what, "give sequence_parallel=false");
+    }
+    if l.pp > m.layers {
+        return not(
+            format!("pp={} exceeds the {} layers of {}", l.pp, m.layers, m.name),
+            "give at most one stage a layer",
+        );
+    }
+    if !p.sequences.is_multiple_of(l.dp * l.micro_batch) {
+        let what = format!(
+            "dp x micro_batch = {} x {} does not divide the global batch of {} sequences",
+            l.dp, l.micro_batch, p.sequences
+        );
+        return not(what, "change --sequences, or split into a dp and micro_batch that divide it");
+    }
+    let micro_batches = p.sequences / (l.dp * l.micro_batch);
+    match (l.schedule, l.chunks) {
+        (PipelineSchedule::Interleaved, 1) => {
+            return not("schedule=interleaved needs chunks above 1".into(), "give chunks, or schedule=1f1b");
+        }
+        (PipelineSchedule::Interleaved, chunks) if l.pp * chunks > m.layers + 2 => {
+            let what = format!("pp x chunks = {} x {chunks} exceeds the {} layers", l.pp, m.layers);
+            return not(what, "each chunk holds a layer at least");
+        }
+        (PipelineSchedule::Interleaved, _) if l.pp == 1 => {
+            return not("schedule=interleaved needs pp above 1".into(), "leave chunks out");
+        }
+        (PipelineSchedule::Interleaved, _) if !micro_batches.is_multiple_of(l.pp) => {
+            let what =
+                format!("interleaving wants a multiple of pp={} micro-batches, found {micro_batches}", l.pp);
+            return not(what, "change --sequences, dp or micro_batch");
+        }
+        (PipelineSchedule::Interleaved, _) | (_, 1) => {}
+        (_, chunks) => {
+            return not(
+                format!("chunks={chunks} belongs to schedule=interleaved"),
+                "leave schedule or chunks out",
+            );
+        }
+    }
+    match p.shape.experts {
+        None if mesh.ep > 1 => {
+            return not(format!("ep={} on {}, which has no experts", mesh.ep, m.name), "leave ep out");
+        }
+        Some(e) if !e.count.is_multiple_of(mesh.ep) => {
+            return not(
+                format!("ep={} does not divide the {} experts", mesh.ep, e.count),
+                "choose a divisor",
+            );
+        }
+        _ => {}
+    }
+    if !(l.dp * mesh.cp * l.tp).is_multiple_of(mesh.ep) {
+        let what = format!(
+            "ep={} does not divide the dp x cp x tp = {} ranks of a stage",
+            mesh.ep,
+            l.dp * mesh.cp * l.tp
+        );
+        return not(what, "choose a divisor of both");
+    }
+    if !(l.dp * mesh.cp).is_multiple_of(mesh.shard) {
+        let what = format!("shard={} does not divide dp x cp = {}", mesh.shard, l.dp * mesh.cp);
+        return not(what, "ZeRO shards over a part of the replicas that divides them");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::calibration::PRIOR;
+    use crate::shape::Shape;
+    use crate::software::Software;
+    use spec::{Catalog, NumberFormat};
+
+    fn problem(model: &str, n: usize) -> Problem {
+        let cluster = Catalog::builtin().unwrap().cluster("dgx-superpod-h100", Some(n)).unwrap();
+        Problem {
+            shape: Shape::find(model).unwrap().unwrap(),
+            software: Software::usual(&cluster.accelerator.family),
+            cluster,
+            constants: PRIOR,
+            sequence: 2048,
+            sequences: 1536,
+        }
+    }
+
+    #[test]
+    fn the_rest_is_filled_in_and_said() {
+        let p = problem("gpt3-175b", 1024);
+        let given = parse("tp=8, pp=16, vpp=6, mbs=1, zero=1", &p, NumberFormat::Bf16).unwrap();
+        let l = &given.mesh.layout;
+        assert_eq!((l.dp, l.tp, l.pp, l.chunks, l.zero), (8, 8, 16, 6, Zero::Optimizer));
+        assert_eq!(l.schedule, PipelineSchedule::Interleaved);
+        assert!(l.sequence_parallel);
+        assert_eq!(given.filled, ["dp=8", "sequence_parallel=true", "recompute=none"]);
+    }
+
+    #[test]
+    fn impossible_layouts_are_refused_with_the_reason() {
+        let check = |model: &str, n: usize, text: &str, part: &str| {
+            let error = parse(text, &problem(model, n), NumberFormat::Bf16).unwrap_err();
+            assert!(error.to_string().contains(part), "{text}: {error}");
+            assert!(error.hint_text().is_some(), "{text}");
+        };
+        check("gpt3-175b", 1024, "tp=7", "7 does not divide 1024 accelerators");
+        check("gpt3-175b", 1024, "tp=64", "tp=64 does not divide the 96 heads");
+        check("gpt3-175b", 1024, "pp=128", "pp=128 exceeds the 96 layers");
+        check("gpt3-175b", 1024, "dp=1000,tp=1", "is not the 1024 accelerators");
+        check("gpt3-175b", 1024, "tp=8,pp=16,micro_batch=7", "does not divide the global batch of 1536");
+        check("gpt3-175b", 1024, "tp=8,pp=16,chunks=7", "exceeds the 96 layers");
+        check("gpt3-175b", 1024, "tp=8,ep=2", "has no experts");
+        check("mixtral-8x7b", 64, "ep=3", "does not divide the 8 experts");
+        check("gpt3-175b", 1024, "tp=8,schedule=zb,chunks=2", "belongs to schedule=interleaved");
+        check("gpt3-175b", 1024, "tp", "is not KEY=VALUE");
+        check("gpt3-175b", 1024, "tpp=8", "unknown key tpp");
+        check("gpt3-175b", 1024, "tp=8,tp=4", "tp is written twice");
+        check("gpt3-175b", 1024, "tp=0", "expected a count from 1");
+        check("gpt3-175b", 1024, "tp=18446744073709551616", "expected a count from 1");
+        check("gpt3-175b", 1024, "zero=4", "zero = 4");
+        check("gpt3-175b", 1024, "tp=8,shard=3", "shard=3 does not divide");
+        check("gpt3-175b", 1024, "", "the layout is empty");
+    }
+}
