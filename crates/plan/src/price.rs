@@ -453,7 +453,7 @@ impl<'a> Pricer<'a> {
 
     fn attention(&self, flops: f64, bytes: f64, scores: f64, backward: bool) -> f64 {
         let c = &self.problem.constants;
-        let dim = flops / scores / if backward { 5.0 } else { 2.0 };
+        let dim = self.problem.shape.latent.map_or(self.problem.shape.model.head_dim, |l| l.key_dim()) as f64;
         // Tensor units want rows of 16 bytes; libraries fall back to slower kernels without (head width 150 in BLOOM's
         // layout tests).
         let misaligned = if (dim / 8.0).fract() > 1e-6 { 6.0 } else { 1.0 };
