@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use plan::answer::{Answer, Choice, Question, default_batch};
 use plan::calibration::Calibration;
 use plan::shape::Shape;
-use spec::{Catalog, EntryKind, Error, ModelSpec, NumberFormat, Result, RunSpec};
+use spec::{Catalog, EntryKind, Error, HfModel, ModelSpec, NumberFormat, Result, RunSpec};
 
 use crate::args::{Catalog as CatalogArgs, CatalogCommand, Plan, Validate};
 use crate::output;
@@ -74,7 +74,13 @@ fn catalog(files: &[std::path::PathBuf]) -> Result<Catalog> {
 fn model(name: &str) -> Result<Shape> {
     let path = Path::new(name);
     match path.extension().and_then(|e| e.to_str()) {
-        Some("json") => Ok(Shape::from_model(ModelSpec::from_hf_config(&train::read(path)?)?)),
+        Some("json") => {
+            let found = HfModel::read(&train::read(path)?).map_err(|e| e.context(name))?;
+            for note in found.inexact {
+                output::say(&format!("{name}: {note}"));
+            }
+            Ok(Shape::from_model(found.model))
+        }
         Some("toml") => {
             let run = RunSpec::load(Some((name, &train::read(path)?)), &[], &train::read)?;
             Ok(Shape::from_model(run.model))

@@ -164,7 +164,7 @@ const TOKENS_AT_ONCE: usize = 2048;
 /// Reads the run file and its overrides for so many ranks.
 fn load_for(args: &RunArgs, world: usize) -> Result<RunSpec> {
     let run = load_with(args, None)?;
-    let model_ranks = run.layout.tp * run.layout.pp;
+    let model_ranks = run.layout.tp * run.layout.pp * run.layout.cp;
     if run.layout.world() == world {
         return Ok(run);
     }

@@ -148,11 +148,8 @@ impl Template {
     /// If the shape does not allow the layout.
     pub fn build(shape: &Shape, key: &Key) -> Result<Self> {
         let expert_layers = shape.expert_layers();
-        let dense = if expert_layers < shape.model.layers {
-            Some(StandIn::build(shape, key, false)?)
-        } else {
-            None
-        };
+        let dense =
+            if expert_layers < shape.model.layers { Some(StandIn::build(shape, key, false)?) } else { None };
         let expert = if expert_layers > 0 { Some(StandIn::build(shape, key, true)?) } else { None };
         let sides = [&dense, &expert].map(|s| s.as_ref());
         let any = sides.into_iter().flatten().next().expect("a model has layers");
@@ -183,7 +180,8 @@ impl Template {
 fn run_again(layer: &mut Section, key: &Key, boundary: f64) {
     let into_products = |t: &&Task| {
         // Without sequence parallelism only the outcome of sliced experts is gathered, which no product needs again.
-        key.sequence_parallel && matches!(t, Task::Talk { what: Collective::AllGather, axis: TalkAxis::Tp, .. })
+        key.sequence_parallel
+            && matches!(t, Task::Talk { what: Collective::AllGather, axis: TalkAxis::Tp, .. })
     };
     let gathers: Vec<Task> = layer.forward.iter().filter(into_products).copied().collect();
     for task in gathers {

@@ -218,14 +218,20 @@ impl Derive<'_> {
                 let ins = vec![dy, arrived, n.ins[1]];
                 self.contribute_each(AllToAll { axis: *axis }, name("dx"), ins, &[n.ins[0].value]);
             }
-            Slice { axis } => self.contribute_each(AllGather { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value]),
-            Unslice { axis } => self.contribute_each(Slice { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value]),
+            Slice { axis } => {
+                self.contribute_each(AllGather { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value])
+            }
+            Unslice { axis } => {
+                self.contribute_each(Slice { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value])
+            }
             SwiGlu => self.contribute(SwiGluGrad, name("dx"), vec![dy, n.ins[0]], n.ins[0].value),
             Gelu { tanh } => {
                 self.contribute(GeluGrad { tanh: *tanh }, name("dx"), vec![dy, n.ins[0]], n.ins[0].value);
             }
             AllReduce { .. } => self.pass(y, n.ins[0].value, &n.name),
-            Fork { axis } => self.contribute_each(AllReduce { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value]),
+            Fork { axis } => {
+                self.contribute_each(AllReduce { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value])
+            }
             AllGather { axis } => {
                 self.contribute_each(ReduceScatter { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value]);
             }
@@ -368,8 +374,7 @@ pub(crate) fn needs_tp_sync(cx: &Context<'_>, group: &crate::ParamGroup) -> Opti
     let on_rows = group.replicated_tp && group.name != "pos_embed.weight";
     let used_apart = ["q_norm.weight", "k_norm.weight", "latent_norm.weight", "router.weight"];
     let partial = used_apart.iter().any(|end| group.name.ends_with(end));
-    (cx.layout.tp > 1 && on_rows && (cx.layout.sequence_parallel || partial))
-        .then_some(Sync::TensorParallel)
+    (cx.layout.tp > 1 && on_rows && (cx.layout.sequence_parallel || partial)).then_some(Sync::TensorParallel)
 }
 
 /// Puts copies of forward ops in front of the backward ops that need values which were not kept.

@@ -21,8 +21,8 @@ use crate::{
 pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Program {
     let model = request.model;
     // A rank that shares no parameter has nobody to shard with.
-    let shares = request.layout.replicas() > 1
-        || model.experts.is_some() && request.layout.expert_replicas() > 1;
+    let shares =
+        request.layout.replicas() > 1 || model.experts.is_some() && request.layout.expert_replicas() > 1;
     let zero = if shares { request.layout.zero } else { Zero::Off };
     let layout = &spec::Layout { zero, ..request.layout.clone() };
     let request = &Request { layout, ..*request };

@@ -133,12 +133,7 @@ pub(crate) struct Table<'a> {
 }
 
 /// All parameter groups of the rank at `coords` with these chunks, in forward order.
-pub(crate) fn table(
-    model: &ModelSpec,
-    layout: &Layout,
-    coords: Coords,
-    chunks: &[Chunk],
-) -> Vec<ParamGroup> {
+pub(crate) fn table(model: &ModelSpec, layout: &Layout, coords: Coords, chunks: &[Chunk]) -> Vec<ParamGroup> {
     let experts = share(model.experts.map_or(0, |e| e.count), layout.ep, coords.ep(layout));
     let (tp, tp_rank) = (layout.tp, coords.tp);
     let mut t = Table { model, tp, tp_rank, experts, groups: Vec::new(), chunk: 0, unit: 0 };
@@ -237,7 +232,8 @@ impl Table<'_> {
         let p = |s: &str| format!("layers.{i}.mlp.{s}");
         self.linear(&p("router"), &[(p("router"), e.count)], m.hidden, Cut::Whole, false);
         let (first, count) = self.experts;
-        let of = |j: usize, part: &str, rows: usize| (format!("layers.{i}.mlp.experts.{j}.{part}.weight"), rows);
+        let of =
+            |j: usize, part: &str, rows: usize| (format!("layers.{i}.mlp.experts.{j}.{part}.weight"), rows);
         let held = first..first + count;
         let (name, up): (_, Vec<(String, usize)>) = match m.activation.gated() {
             true => {

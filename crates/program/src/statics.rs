@@ -194,8 +194,7 @@ impl Lower<'_> {
                     b.bytes += bytes;
                 }
                 _ => {
-                    let bucket =
-                        Bucket { grads: vec![(group, buffer)], replication: of.replication, bytes };
+                    let bucket = Bucket { grads: vec![(group, buffer)], replication: of.replication, bytes };
                     buckets.push((chunk, bucket));
                 }
             }

@@ -188,7 +188,8 @@ impl Layout {
         }
         let local = sequence / self.cp;
         if self.sequence_parallel && !divides(local) {
-            let part = if self.cp == 1 { "the sequence" } else { "a context-parallel rank's part of the sequence," };
+            let part =
+                if self.cp == 1 { "the sequence" } else { "a context-parallel rank's part of the sequence," };
             return Err(Error::user(format!(
                 "layout.sequence_parallel = true needs layout.tp = {tp} to divide {part} of {local} tokens"
             ))

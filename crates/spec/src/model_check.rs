@@ -80,14 +80,14 @@ impl ModelSpec {
             ("every", e.every, 1, self.layers),
         ] {
             if size < least || size > most {
-                return Err(Error::user(format!(
-                    "model.experts.{key} = {size}, expected {least} to {most}"
-                )));
+                return Err(Error::user(format!("model.experts.{key} = {size}, expected {least} to {most}")));
             }
         }
         if self.mlp_bias {
-            return Err(Error::user("model.mlp_bias = true with model.experts, expected experts without biases")
-                .hint("set model.mlp_bias=false"));
+            return Err(Error::user(
+                "model.mlp_bias = true with model.experts, expected experts without biases",
+            )
+            .hint("set model.mlp_bias=false"));
         }
         if self.expert_layers() == 0 {
             return Err(Error::user(format!(
@@ -143,8 +143,9 @@ impl ModelSpec {
             (None, Some(_)) => "latent attention",
             (Some(_), Some(_)) => "a mixture of experts and latent attention",
         };
-        Err(Error::user(format!("{} has {lacks}: it can be planned, it does not train yet", self.name))
-            .hint("phalanx plan --model NAME prices it; dense models of the Llama, Qwen and GPT-2 families train"))
+        Err(Error::user(format!("{} has {lacks}: it can be planned, it does not train yet", self.name)).hint(
+            "phalanx plan --model NAME prices it; dense models of the Llama, Qwen and GPT-2 families train",
+        ))
     }
 
     fn check_constants(&self) -> Result<()> {

@@ -141,7 +141,8 @@ impl ModelSpec {
         let rest = self.attention_sum() + 2 * self.norm_sum();
         match self.experts.filter(|_| experts) {
             Some(e) => {
-                let base = rest + hidden * e.count as u128 + if e.shared_ffn > 0 { mlp(e.shared_ffn) } else { 0 };
+                let base =
+                    rest + hidden * e.count as u128 + if e.shared_ffn > 0 { mlp(e.shared_ffn) } else { 0 };
                 (base + mlp(e.ffn) * e.count as u128, base + mlp(e.ffn) * e.top_k as u128)
             }
             None => (rest + mlp(self.ffn), rest + mlp(self.ffn)),

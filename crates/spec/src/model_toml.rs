@@ -1,6 +1,8 @@
 use crate::doc::Doc;
 use crate::run::keys::{KEYS, ORIGIN_KEYS};
-use crate::{Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, suggest};
+use crate::{
+    Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, suggest,
+};
 
 macro_rules! catalogue {
     ($($name:literal),* $(,)?) => {
@@ -208,9 +210,8 @@ fn read_latent(doc: &Doc, base: Option<Latent>) -> Result<Option<Latent>> {
 fn alone(doc: &Doc, prefix: &str, key: &str) -> Result<()> {
     let unset = |k: &&str| *k != key && doc.has(k);
     match doc.written_under(prefix).find(unset) {
-        Some(found) => {
-            Err(Error::user(format!("{} has no meaning without {key}", doc.at(found))).hint(format!("set {key} too")))
-        }
+        Some(found) => Err(Error::user(format!("{} has no meaning without {key}", doc.at(found)))
+            .hint(format!("set {key} too"))),
         None => Ok(()),
     }
 }

@@ -97,10 +97,10 @@ impl StandIn {
     }
 
     pub(super) fn head(&self) -> Section {
-        let mut s =
-            section(&self.last, |name| name.starts_with("head") || name.starts_with("final_norm"));
+        let mut s = section(&self.last, |name| name.starts_with("head") || name.starts_with("final_norm"));
         // Without a copy of its own the table is the embedding's, on the last stage too.
-        let params = |name: &str| name.starts_with("embed") || name.starts_with("head") || name.starts_with("final");
+        let params =
+            |name: &str| name.starts_with("embed") || name.starts_with("head") || name.starts_with("final");
         s.params = parameters(&self.last, Replication::Data, params);
         s.working_bytes = self.last.memory.scratch as f64;
         s

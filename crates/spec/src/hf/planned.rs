@@ -61,16 +61,12 @@ const GPT_LIKE: Planned = Planned {
     ..LLAMA_LIKE
 };
 
-const GEMMA_NOTES: &str = "embeddings are scaled, norms come after the halves of a layer too, logits may be capped";
+const GEMMA_NOTES: &str =
+    "embeddings are scaled, norms come after the halves of a layer too, logits may be capped";
 
 static PLANNED: &[Planned] = &[
     Planned { model_type: "mixtral", kv_heads: Some(8), ..LLAMA_LIKE },
-    Planned {
-        model_type: "qwen2_moe",
-        qkv_bias: true,
-        note: "shared experts have a gate",
-        ..LLAMA_LIKE
-    },
+    Planned { model_type: "qwen2_moe", qkv_bias: true, note: "shared experts have a gate", ..LLAMA_LIKE },
     Planned { model_type: "qwen3_moe", qk_norm: true, ..LLAMA_LIKE },
     Planned { model_type: "olmoe", qk_norm: true, note: "query and key norms span all heads", ..LLAMA_LIKE },
     Planned { model_type: "deepseek_v2", note: "scores of experts are limited by group", ..LLAMA_LIKE },
@@ -156,8 +152,7 @@ static PLANNED: &[Planned] = &[
     Planned { model_type: "opt", tied: true, position: Positions::Learned, act: "relu", ..GPT_LIKE },
 ];
 
-const DEEPSEEK_V3: &str =
-    "experts are scored by sigmoids with a correction and limited by group; prediction heads of later tokens are left out";
+const DEEPSEEK_V3: &str = "experts are scored by sigmoids with a correction and limited by group; prediction heads of later tokens are left out";
 const PARALLEL: &str = "attention and feed-forward run side by side on the same norm";
 
 /// Wrappers around a text model, by the `model_type` of the model inside where that is not written.
@@ -165,7 +160,8 @@ const WRAPPERS: [(&str, &str); 2] = [("llama4", "llama4_text"), ("gemma3", "gemm
 
 /// Whether models of this type can be planned.
 pub(super) fn knows(model_type: &str) -> bool {
-    PLANNED.iter().any(|p| p.model_type == model_type) || WRAPPERS.iter().any(|(outer, _)| *outer == model_type)
+    PLANNED.iter().any(|p| p.model_type == model_type)
+        || WRAPPERS.iter().any(|(outer, _)| *outer == model_type)
 }
 
 fn names() -> String {
@@ -257,10 +253,7 @@ impl Config<'_> {
         let gemma3 = p.model_type == "gemma3_text";
         let hidden = self.first_count(&["hidden_size", "d_model", "n_embed", "n_embd"], None)?;
         let layers = self.first_count(&["num_hidden_layers", "n_layers", "n_layer"], None)?;
-        let heads = self.first_count(
-            &["num_attention_heads", "n_heads", "n_head"],
-            gemma3.then_some(8),
-        )?;
+        let heads = self.first_count(&["num_attention_heads", "n_heads", "n_head"], gemma3.then_some(8))?;
         let own_dim = hidden.is_multiple_of(heads).then(|| hidden / heads);
         let gated = ["silu", "gelu_gated"].contains(&p.act);
         if !p.note.is_empty() {
@@ -374,7 +367,8 @@ impl Config<'_> {
             notes.push("the activation is a ReLU, planned as a GELU".to_owned());
         }
         if self.get("quantization_config").is_some() {
-            notes.push("weights are stored quantised; training is planned in the format asked for".to_owned());
+            notes
+                .push("weights are stored quantised; training is planned in the format asked for".to_owned());
         }
         Ok(())
     }
@@ -430,18 +424,24 @@ impl Config<'_> {
         if self.get("moe_layer_freq").is_some() && !self.get("moe_layer_freq").is_some_and(Value::is_array) {
             let every = self.count("moe_layer_freq")?;
             // Layers count from 0 there: those that are multiples of the step.
-            return Ok(if every == 1 { (first, 1) } else { (first.max(1).next_multiple_of(every) + 1 - every, every) });
+            return Ok(if every == 1 {
+                (first, 1)
+            } else {
+                (first.max(1).next_multiple_of(every) + 1 - every, every)
+            });
         }
-        let every =
-            self.first_count(&["decoder_sparse_step", "interleave_moe_layer_step"], Some(1))?;
+        let every = self.first_count(&["decoder_sparse_step", "interleave_moe_layer_step"], Some(1))?;
         let dense: Vec<usize> = match self.get("mlp_only_layers").and_then(Value::as_array) {
-            Some(list) => list.iter().filter_map(|v| v.as_u64().and_then(|x| usize::try_from(x).ok())).collect(),
+            Some(list) => {
+                list.iter().filter_map(|v| v.as_u64().and_then(|x| usize::try_from(x).ok())).collect()
+            }
             None => Vec::new(),
         };
         let leading = (0..layers).take_while(|i| dense.contains(i)).count();
         if leading != dense.len() || (leading > 0 && every > 1) {
-            return Err(self
-                .wrong("mlp_only_layers", "the first layers, with experts in all layers after them"));
+            return Err(
+                self.wrong("mlp_only_layers", "the first layers, with experts in all layers after them")
+            );
         }
         Ok((first.max(leading), every))
     }

@@ -225,9 +225,6 @@ fn layers_with_experts_follow_the_step() {
     assert_eq!(layers(json!({})).expect("all"), (0..8).collect::<Vec<_>>());
     assert_eq!(layers(json!({ "decoder_sparse_step": 2 })).expect("odd"), [1, 3, 5, 7]);
     assert_eq!(layers(json!({ "mlp_only_layers": [0, 1] })).expect("later"), (2..8).collect::<Vec<_>>());
-    assert_eq!(
-        layers(json!({ "first_k_dense_replace": 1, "moe_layer_freq": 2 })).expect("even"),
-        [2, 4, 6]
-    );
+    assert_eq!(layers(json!({ "first_k_dense_replace": 1, "moe_layer_freq": 2 })).expect("even"), [2, 4, 6]);
     assert!(layers(json!({ "mlp_only_layers": [3] })).is_err());
 }

@@ -166,7 +166,12 @@ pub(crate) static KEYS: &[Key] = &[
     key("model.qk_norm", KeyKind::Flag, "", "RMSNorm on query and key heads"),
     key("model.tied_embeddings", KeyKind::Flag, "", "the output projection is the embedding table"),
     key("model.init_std", ANY, "", "standard deviation of initial weights"),
-    key("model.experts.count", off(1 << 16), "", "routed experts of a layer; 0 = none (planned, not trained yet)"),
+    key(
+        "model.experts.count",
+        off(1 << 16),
+        "",
+        "routed experts of a layer; 0 = none (planned, not trained yet)",
+    ),
     key("model.experts.top_k", SIZE, "", "experts that each token goes to"),
     key("model.experts.ffn", SIZE, "", "width of one expert (of each half when gated)"),
     key("model.experts.shared_ffn", off(1 << 22), "", "width of all shared experts together; 0 = none"),
