@@ -44,6 +44,7 @@ fn layouts() -> impl Strategy<Value = (Layout, Order)> {
             micro_batch: 1 << micro_batch,
             recompute: [Recompute::None, Recompute::Selective, Recompute::Full][choices],
             reduce: Reduce::Ring,
+            ..Layout::default()
         };
         (layout, if flag { Order::TpCpDpPp } else { Order::TpCpPpDp })
     })

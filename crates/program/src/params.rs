@@ -231,23 +231,10 @@ impl Table<'_> {
         let m = self.model;
         let p = |s: &str| format!("layers.{i}.mlp.{s}");
         self.linear(&p("router"), &[(p("router"), e.count)], m.hidden, Cut::Whole, false);
-        let (first, count) = self.experts;
-        let of =
-            |j: usize, part: &str, rows: usize| (format!("layers.{i}.mlp.experts.{j}.{part}.weight"), rows);
-        let held = first..first + count;
-        let (name, up): (_, Vec<(String, usize)>) = match m.activation.gated() {
-            true => {
-                ("gate_up", held.clone().flat_map(|j| [of(j, "gate", e.ffn), of(j, "up", e.ffn)]).collect())
-            }
-            false => ("up", held.clone().map(|j| of(j, "up", e.ffn)).collect()),
-        };
-        let down: Vec<(String, usize)> = held.map(|j| of(j, "down", m.hidden)).collect();
-        for (name, weights, in_dim) in [(name, &up, m.hidden), ("down", &down, e.ffn)] {
-            let weights: Vec<(&str, usize)> = weights.iter().map(|(n, rows)| (n.as_str(), *rows)).collect();
-            self.matrix(&p(&format!("experts.{name}.weight")), &weights, in_dim, Cut::Whole);
-            let group = self.groups.last_mut().expect("just pushed");
-            (group.replication, group.replicated_tp) = (Replication::Expert, false);
-            group.unit = 2 + m.layers + i;
+        let up = if m.activation.gated() { ("gate_up", 2 * e.ffn) } else { ("up", e.ffn) };
+        for ((name, rows), in_dim) in [(up, m.hidden), (("down", m.hidden), e.ffn)] {
+            self.stack(&p(&format!("experts.{name}.weight")), rows, in_dim, e.count);
+            self.groups.last_mut().expect("just pushed").unit = 2 + m.layers + i;
         }
         if e.shared_ffn > 0 {
             self.mlp(&p("shared"), e.shared_ffn);
@@ -315,6 +302,23 @@ impl Table<'_> {
             at += rows;
         }
         self.push(name.to_owned(), at, cols, true, parts, cut == Cut::Whole);
+    }
+
+    /// The held ones of `count` experts' matrices, one logical parameter of all experts from top to bottom.
+    fn stack(&mut self, name: &str, rows: usize, in_dim: usize, count: usize) {
+        let (first, held) = self.experts;
+        let part = ParamPart {
+            name: name.to_owned(),
+            global: (count * rows, in_dim),
+            dims: [count * rows, in_dim],
+            row0: first * rows,
+            rows: held * rows,
+            col0: 0,
+            cols: in_dim,
+            local_row0: 0,
+        };
+        self.push(name.to_owned(), held * rows, in_dim, true, vec![part], false);
+        self.groups.last_mut().expect("just pushed").replication = Replication::Expert;
     }
 
     fn norm(&mut self, name: &str) {
