@@ -147,12 +147,12 @@ impl Template {
     /// # Errors
     /// If the shape does not allow the layout.
     pub fn build(shape: &Shape, key: &Key) -> Result<Self> {
-        let expert_layers = shape.expert_layers();
-        let dense =
-            if expert_layers < shape.model.layers { Some(StandIn::build(shape, key, false)?) } else { None };
-        let expert = if expert_layers > 0 { Some(StandIn::build(shape, key, true)?) } else { None };
-        let sides = [&dense, &expert].map(|s| s.as_ref());
-        let any = sides.into_iter().flatten().next().expect("a model has layers");
+        let with = shape.expert_layers();
+        let without = with == 0 || with < shape.model.layers;
+        let dense = without.then(|| StandIn::build(shape, key, false, true)).transpose()?;
+        // One head is enough.
+        let expert = (with > 0).then(|| StandIn::build(shape, key, true, !without)).transpose()?;
+        let any = dense.as_ref().or(expert.as_ref()).expect("layers are of one kind at least");
         let mut expert_layer = expert.as_ref().map(StandIn::layer);
         if let Some(layer) = &mut expert_layer {
             layer.launches = EXPERT_LAUNCHES;

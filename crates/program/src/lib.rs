@@ -35,6 +35,7 @@ pub use graph::Phase;
 pub use op::{Axis, Heads, OpKind, Sync};
 pub use params::{GroupId, ParamGroup, ParamPart, Replication};
 pub use pipeline::{Pass, PassTimes, Played, Work, orders, play};
+pub use place::ALIGN;
 pub use zero::owned as owned_range;
 
 /// What to build a program for.

@@ -55,6 +55,7 @@ pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Progr
         bucket_list: Vec::new(),
         at: 0,
         memory: Memory::default(),
+        norm_chunks: 0,
         unified: slots.iter().sum::<usize>() <= 1,
         slot_sizes: vec![0; layout.chunks],
         scratch: 0,
@@ -171,6 +172,8 @@ pub(crate) struct Lower<'a> {
     /// Bytes of static buffers so far.
     pub(crate) at: usize,
     pub(crate) memory: Memory,
+    /// Chunks of the gradient norm over the whole model, known with the statics.
+    pub(crate) norm_chunks: usize,
     /// One micro-batch in flight: activations share the scratch region.
     pub(crate) unified: bool,
     pub(crate) slot_sizes: Vec<usize>,

@@ -34,10 +34,9 @@ impl Lower<'_> {
             .collect();
         let whole = table(self.cx.model, layout, self.coords, &chunks(self.cx.model, &Default::default(), 0));
         let mut chunk0 = HashMap::new();
-        let mut at = 0;
         for g in &whole {
-            chunk0.insert(g.name.as_str(), at);
-            at += g.len().div_ceil(NORM_CHUNK);
+            chunk0.insert(g.name.as_str(), self.norm_chunks);
+            self.norm_chunks += g.len().div_ceil(NORM_CHUNK);
         }
         let holds_embedding = stage.iter().any(|c| c.embed);
         let region = |l: &mut Self, prefix: &str, dtype: DType, owned_only: bool| -> Vec<BufferId> {
@@ -139,8 +138,7 @@ impl Lower<'_> {
         let before = self.at;
         let (model, sequence) = (self.cx.model, self.cx.sequence);
         let n = if self.request.cache > 0 { 1 } else { local_sequences * sequence };
-        let whole = table(model, self.cx.layout, self.coords, &chunks(model, &Default::default(), 0));
-        let norm_chunks: usize = whole.iter().map(|g| g.len().div_ceil(NORM_CHUNK)).sum();
+        let norm_chunks = self.norm_chunks;
         let positions = sequence.max(self.request.cache);
         let rotated = model.latent.map_or(model.head_dim, |l| l.rope_dim);
         let half = if matches!(model.position, Position::Rope(_)) { rotated / 2 } else { 0 };

@@ -1,23 +1,26 @@
-use program::{Phase, Program, Replication, Request};
-use spec::{DType, Layout, ModelSpec, PipelineSchedule, Position, Recompute, Reduce, Result, Zero};
+use std::collections::BTreeMap;
+
+use program::{ALIGN, Home, Phase, Program, Replication, Request};
+use spec::{DType, Layout, PipelineSchedule, Position, Recompute, Reduce, Result, Zero};
 
 use super::tasks::tasks;
 use super::{Key, Section};
 use crate::shape::Shape;
 
+/// Layers of each of the two stages.
+const LAYERS: usize = 2;
+
 /// Programs of a small model whose layers are all of one kind and have the local shapes of the model asked for.
 pub(super) struct StandIn {
     /// First of two stages, two layers.
     first: Program,
-    /// First of two stages, one layer: the difference is what a layer keeps.
-    shorter: Program,
-    /// Last of two stages.
-    last: Program,
+    /// Last of two stages, with the head.
+    last: Option<Program>,
 }
 
 impl StandIn {
-    /// Layers all with experts, or all without.
-    pub(super) fn build(shape: &Shape, key: &Key, experts: bool) -> Result<Self> {
+    /// Layers all with experts, or all without; with the stage that holds the head only if asked for.
+    pub(super) fn build(shape: &Shape, key: &Key, experts: bool, head: bool) -> Result<Self> {
         let mut model = shape.model.clone();
         // Fewer key and value heads than ranks: each rank holds a copy of one.
         model.kv_heads = model.kv_heads.max(key.tp);
@@ -62,8 +65,8 @@ impl StandIn {
             recompute: if whole { Recompute::None } else { key.recompute },
             reduce: Reduce::Ring,
         };
-        let program = |rank, layers: usize| {
-            let model = ModelSpec { layers, ..model.clone() };
+        model.layers = 2 * LAYERS;
+        let program = |rank| {
             let request = Request {
                 model: &model,
                 layout: &layout,
@@ -76,16 +79,17 @@ impl StandIn {
             Program::build(&request, &|_, _| 0)
         };
         Ok(StandIn {
-            first: program(0, 4)?,
-            shorter: program(0, 2)?,
-            last: program(layout.stage_ranks(), 4)?,
+            first: program(0)?,
+            last: if head { Some(program(layout.stage_ranks())?) } else { None },
         })
     }
 
     pub(super) fn embed(&self) -> Section {
         let of = |name: &str| name.starts_with("embed") || name.starts_with("pos_embed");
         let mut s = section(&self.first, of);
-        s.kept_bytes = (slot(&self.shorter) - self.layer_kept()).max(0.0);
+        // What the stage keeps beside its layers.
+        let slot = self.first.slot_bytes.first().map_or(0, |s| s.0) as f64;
+        s.kept_bytes = (slot - LAYERS as f64 * self.layer_kept()).max(0.0);
         s
     }
 
@@ -97,12 +101,13 @@ impl StandIn {
     }
 
     pub(super) fn head(&self) -> Section {
-        let mut s = section(&self.last, |name| name.starts_with("head") || name.starts_with("final_norm"));
+        let Some(last) = &self.last else { return Section::default() };
+        let mut s = section(last, |name| name.starts_with("head") || name.starts_with("final_norm"));
         // Without a copy of its own the table is the embedding's, on the last stage too.
         let params =
             |name: &str| name.starts_with("embed") || name.starts_with("head") || name.starts_with("final");
-        s.params = parameters(&self.last, Replication::Data, params);
-        s.working_bytes = self.last.memory.scratch as f64;
+        s.params = parameters(last, Replication::Data, params);
+        s.working_bytes = last.memory.scratch as f64;
         s
     }
 
@@ -114,13 +119,18 @@ impl StandIn {
             .fold(0.0, f64::max)
     }
 
+    /// Bytes of a slot that hold what the first layer leaves for backward, its output for the next layer among it. All
+    /// of a slot is alive when forward ends, so that every place in it is one value's.
     fn layer_kept(&self) -> f64 {
-        slot(&self.first) - slot(&self.shorter)
+        let mut places = BTreeMap::new();
+        for b in self.first.buffers.iter().filter(|b| b.name.starts_with("layers.0.")) {
+            if let Home::Slot { offset, .. } = b.home {
+                let bytes = places.entry(offset).or_insert(0);
+                *bytes = b.bytes().next_multiple_of(ALIGN).max(*bytes);
+            }
+        }
+        places.into_values().sum::<usize>() as f64
     }
-}
-
-fn slot(p: &Program) -> f64 {
-    p.slot_bytes.first().map_or(0.0, |s| s.0 as f64)
 }
 
 fn parameters(p: &Program, replication: Replication, part: impl Fn(&str) -> bool) -> f64 {
