@@ -238,7 +238,12 @@ fn bad_input_is_refused_with_a_hint() {
 fn what_does_not_train_yet_is_planned_and_refused_by_name() {
     let lab = Lab::new();
     let experts = "--set model.experts.count=4 --set model.experts.top_k=2 --set model.experts.ffn=16";
-    check(&lab, &tiny("bad", experts), 2, "has a mixture of experts: it can be planned, it does not train yet");
+    check(
+        &lab,
+        &tiny("bad", experts),
+        2,
+        "has a mixture of experts: it can be planned, it does not train yet",
+    );
     check(&lab, &tiny("bad", "--set layout.cp=2"), 2, "layout.cp = 2: context parallelism can be planned");
     check(&lab, &tiny("bad", "--set layout.ep=2"), 2, "layout.ep = 2, but llama-tiny-ref has no experts");
 

@@ -197,7 +197,7 @@ pub fn plan(
     }
     let family = accelerator.family.clone();
     let software = question.software.clone().unwrap_or_else(|| Software::usual(&family));
-    let constants = calibration.constants(&family, recipe(question.format), software.name);
+    let constants = calibration.constants(&family, &accelerator.name, recipe(question.format), &software);
     let grade = calibration.spread(&family, software.name, question.cluster.accelerators);
     let problem = Problem {
         shape: question.shape.clone(),

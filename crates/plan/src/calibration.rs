@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::software::Software;
+
 /// Number of constants.
 const COUNT: usize = 7;
 
@@ -56,7 +58,7 @@ impl Constants {
 /// What is assumed where nothing was fitted: mid-range figures of well-kept stacks.
 pub const PRIOR: Constants = Constants {
     gemm: 0.88,
-    attention: 0.45,
+    attention: 0.85,
     stream: 0.6,
     network: 0.8,
     host_s: 6e-6,
@@ -66,7 +68,7 @@ pub const PRIOR: Constants = Constants {
 
 /// Bounds of each constant: outside of them it would not mean what its name says.
 const BOUNDS: [(f64, f64); COUNT] =
-    [(0.3, 1.1), (0.05, 0.9), (0.1, 1.2), (0.1, 1.2), (1e-7, 5e-5), (1e-4, 0.3), (0.15, 1.1)];
+    [(0.3, 1.1), (0.2, 1.3), (0.1, 1.2), (0.1, 1.2), (1e-7, 5e-5), (1e-4, 0.3), (0.15, 1.1)];
 
 /// What a factor belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -77,9 +79,13 @@ pub enum Effect {
     Recipe(String),
     /// A software generation.
     Software(String),
+    /// One accelerator of a family.
+    Chip(String),
+    /// All generations of a stack.
+    Lineage(String),
 }
 
-/// Logarithms of factors on the prior, by family, recipe and software generation; what is absent is one.
+/// Logarithms of factors on the prior; what is absent is one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Calibration {
@@ -89,6 +95,12 @@ pub struct Calibration {
     pub recipe: BTreeMap<String, [f64; COUNT]>,
     /// By software generation.
     pub software: BTreeMap<String, [f64; COUNT]>,
+    /// By accelerator.
+    #[serde(default)]
+    pub chip: BTreeMap<String, [f64; COUNT]>,
+    /// By lineage of software.
+    #[serde(default)]
+    pub lineage: BTreeMap<String, [f64; COUNT]>,
     /// What predictions missed by on sources that the fit had not seen.
     #[serde(default)]
     pub spread: Spreads,
@@ -172,11 +184,17 @@ const FACTOR_UNKNOWN: f64 = 1.6;
 
 impl Calibration {
     /// The constants for a combination.
-    pub fn constants(&self, family: &str, recipe: &str, software: &str) -> Constants {
+    pub fn constants(&self, family: &str, chip: &str, recipe: &str, software: &Software) -> Constants {
         let mut v = PRIOR.get();
-        for factors in [self.family.get(family), self.recipe.get(recipe), self.software.get(software)]
-            .into_iter()
-            .flatten()
+        for factors in [
+            self.family.get(family),
+            self.recipe.get(recipe),
+            self.software.get(software.name),
+            self.lineage.get(software.lineage),
+            self.chip.get(chip),
+        ]
+        .into_iter()
+        .flatten()
         {
             for (x, f) in v.iter_mut().zip(factors) {
                 *x *= f.exp();
@@ -248,7 +266,7 @@ impl Calibration {
         toml::from_str(text).map_err(|e| {
             let line = e.span().map_or(1, |s| text[..s.start].lines().count().max(1));
             spec::Error::user(format!("{path}:{line}: {}", e.message()))
-                .hint("a calibration file holds [family], [recipe], [software] and [spread] as `Calibration::to_toml` writes them")
+                .hint("a calibration file holds [family], [chip], [recipe], [lineage], [software] and [spread] as `Calibration::to_toml` writes them")
         })
     }
 
@@ -259,9 +277,13 @@ impl Calibration {
             String::from("# Fitted on published runs. Logarithms of factors on the priors, in the order\n# ");
         out.push_str(&Constants::NAMES.join(", "));
         out.push('\n');
-        for (name, table) in
-            [("family", &self.family), ("recipe", &self.recipe), ("software", &self.software)]
-        {
+        for (name, table) in [
+            ("family", &self.family),
+            ("chip", &self.chip),
+            ("recipe", &self.recipe),
+            ("lineage", &self.lineage),
+            ("software", &self.software),
+        ] {
             let _ = writeln!(out, "\n[{name}]");
             for (key, factors) in table {
                 let list: Vec<String> = factors.iter().map(|f| format!("{f:.4}")).collect();
@@ -292,6 +314,8 @@ impl Calibration {
             Effect::Family(name) => self.family.entry(name.clone()).or_default(),
             Effect::Recipe(name) => self.recipe.entry(name.clone()).or_default(),
             Effect::Software(name) => self.software.entry(name.clone()).or_default(),
+            Effect::Chip(name) => self.chip.entry(name.clone()).or_default(),
+            Effect::Lineage(name) => self.lineage.entry(name.clone()).or_default(),
         }
     }
 
@@ -306,13 +330,17 @@ impl Calibration {
             Effect::Family(name) => self.family.get(name),
             Effect::Recipe(name) => self.recipe.get(name),
             Effect::Software(name) => self.software.get(name),
+            Effect::Chip(name) => self.chip.get(name),
+            Effect::Lineage(name) => self.lineage.get(name),
         };
         found.map_or(0.0, |f| f[constant])
     }
 
     /// Keeps each factor within e to the plus or minus two.
     pub fn clamp(&mut self) {
-        for table in [&mut self.family, &mut self.recipe, &mut self.software] {
+        for table in
+            [&mut self.family, &mut self.recipe, &mut self.software, &mut self.chip, &mut self.lineage]
+        {
             for factors in table.values_mut() {
                 for f in factors {
                     *f = f.clamp(-2.0, 2.0);

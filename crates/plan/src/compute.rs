@@ -16,6 +16,11 @@ pub struct Chip {
     pub units: f64,
     /// Share of a last wave's idle units that libraries put to work.
     pub split: f64,
+    /// Fused attention forward at unbounded length: share of the peak by kernels of this generation and by those of
+    /// Ampere's.
+    pub flash: (f64, f64),
+    /// Tokens at which attention reaches half of that.
+    pub flash_half: f64,
     /// Whether matrix units take large square tiles (systolic arrays), where waves do not apply.
     pub systolic: bool,
 }
@@ -30,6 +35,17 @@ const TILES: [(f64, f64, f64); 4] =
 /// Filling and draining the pipeline of one tile costs as much as this many steps of the inner dim.
 const TILE_OVERHEAD_K: f64 = 160.0;
 
+/// Share of the rate lost for each factor of two that a dim falls short of [`ALIGNMENT`].
+const UNALIGNED: f64 = 0.06;
+/// Tensor units are fed best by rows of 128 bytes (NVIDIA's matrix multiplication guide, section 2.1).
+const ALIGNMENT: u64 = 64;
+
+/// How many more factors of two `dim` would need.
+fn doublings_short(dim: f64) -> f64 {
+    let twos = (dim as u64).trailing_zeros().min(ALIGNMENT.trailing_zeros());
+    f64::from(ALIGNMENT.trailing_zeros() - twos)
+}
+
 impl Chip {
     /// The chip for matrix products in `format`; a format that it lacks runs at the rate of bf16.
     pub fn of(accelerator: &Accelerator, format: NumberFormat) -> Option<Self> {
@@ -39,15 +55,39 @@ impl Chip {
             NumberFormat::Fp16 => accelerator.matmul(NumberFormat::Bf16),
             _ => None,
         });
-        let share = if accelerator.family.starts_with("tpu") { 0.93 } else { MATMUL_SHARE };
+        // What the chip reaches in 16 bit says what it would reach in another format.
+        let known = accelerator.matmul(NumberFormat::Bf16).zip(accelerator.peak(NumberFormat::Bf16));
+        let share = match known {
+            _ if accelerator.family.starts_with("tpu") => 0.93,
+            Some((matmul, peak)) => (matmul.value / peak.value).min(MATMUL_SHARE),
+            None => MATMUL_SHARE,
+        };
         Some(Chip {
             peak,
             matmul: matmul.map_or(peak * share, |m| m.value.min(peak)),
             memory: accelerator.memory_bytes_per_s.value * STREAM_SHARE,
             units: accelerator.compute_units.max(1) as f64,
             split: if ["volta", "ampere"].contains(&accelerator.family.as_str()) { 0.2 } else { 0.5 },
+            flash: match accelerator.family.as_str() {
+                "volta" | "ampere" => (0.63, 0.63),
+                "hopper" => (0.68, 0.38),
+                "blackwell" => (0.68, 0.3),
+                _ => (0.55, 0.4),
+            },
+            flash_half: match accelerator.family.as_str() {
+                "volta" | "ampere" => 450.0,
+                _ => 1000.0,
+            },
             systolic: accelerator.compute_units <= 8,
         })
+    }
+
+    /// FLOP/s of causal attention, FLOPs at the causal half, over sequences of this length and heads of this width.
+    pub fn attention(&self, tuned: bool, sequence: f64, dim: f64, backward: bool) -> f64 {
+        let share = if tuned { self.flash.0 } else { self.flash.1 };
+        let narrow = if dim < 96.0 { 0.8 } else { 1.0 };
+        self.peak * share * narrow * sequence / (sequence + self.flash_half)
+            * if backward { 0.85 } else { 1.0 }
     }
 }
 
@@ -80,6 +120,7 @@ pub fn gemm_s(chip: &Chip, m: f64, n: f64, k: f64, bytes: f64) -> f64 {
         let pad = |x: f64| (x / 128.0).ceil() * 128.0;
         return (2.0 * pad(m.min(n)) * m.max(n) * pad(k) / chip.matmul).max(streamed);
     }
+    let aligned = 1.0 - UNALIGNED * (doublings_short(n) + doublings_short(k));
     let mut best = f64::INFINITY;
     for (rows, cols, rate) in TILES {
         let tiles = ((m / rows).ceil() * (n / cols).ceil()).min((m / cols).ceil() * (n / rows).ceil());
@@ -91,7 +132,7 @@ pub fn gemm_s(chip: &Chip, m: f64, n: f64, k: f64, bytes: f64) -> f64 {
     }
     // The measured best rate has the overhead of its own, long, inner dim in it.
     let norm = 16384.0 / (16384.0 + TILE_OVERHEAD_K);
-    (best * norm).max(streamed)
+    (best * norm / aligned).max(streamed)
 }
 
 /// Seconds of a kernel that only streams `bytes` through memory.

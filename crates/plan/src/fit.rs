@@ -28,11 +28,19 @@ const HUBER: f64 = 0.12;
 /// Which effect of a kind a run has.
 type EffectOf = fn(&Run) -> Effect;
 
+/// What sets one accelerator apart from its family: its clock under its power limit, its links, and how well it does
+/// grouped products. Indices into [`Constants::get`].
+const OF_CHIP: [usize; 3] = [0, 3, 6];
+/// The ridge of constants that an effect does not have.
+const FIXED: f64 = 1e9;
+
 /// How strongly a factor is drawn to one, by kind of effect, and by constant relative to that.
-const RIDGE: [(EffectOf, f64); 3] = [
+const RIDGE: [(EffectOf, f64); 5] = [
     (|r| Effect::Family(r.cluster.accelerator.family.clone()), 0.02),
     (|r| Effect::Recipe(r.recipe.to_owned()), 0.02),
-    (|r| Effect::Software(r.software.name.to_owned()), 0.05),
+    (|r| Effect::Lineage(r.software.lineage.to_owned()), 0.03),
+    (|r| Effect::Software(r.software.name.to_owned()), 0.1),
+    (|r| Effect::Chip(r.cluster.accelerator.name.clone()), 0.2),
 ];
 
 /// A run ready to be priced many times.
@@ -126,7 +134,12 @@ impl Prepared {
 
     /// The constants for this run.
     pub fn constants(&self, calibration: &Calibration) -> Constants {
-        calibration.constants(&self.run.cluster.accelerator.family, self.run.recipe, self.run.software.name)
+        calibration.constants(
+            &self.run.cluster.accelerator.family,
+            &self.run.cluster.accelerator.name,
+            self.run.recipe,
+            &self.run.software,
+        )
     }
 
     /// Logarithm of predicted over published.
@@ -252,6 +265,8 @@ impl Linear {
         }
         for a in 0..columns {
             let (effect, ridge) = &self.effects[a / N];
+            let fixed = matches!(effect, Effect::Chip(_)) && !OF_CHIP.contains(&(a % N));
+            let ridge = if fixed { FIXED } else { *ridge };
             normal[a][a] += ridge;
             right[a] -= ridge * calibration.factor(effect, a % N);
         }

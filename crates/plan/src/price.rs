@@ -15,7 +15,7 @@ use crate::mesh::Mesh;
 use crate::network::{Collective, Group, NetworkModel, Span, on_span};
 use crate::pipeline::{Pipeline, wait_s};
 use crate::shape::Shape;
-use crate::software::Software;
+use crate::software::{AttentionKernel, Overlap, Software};
 use crate::template::{Key, LAUNCHES_PER_TASK, Section, TalkAxis, Task, Template};
 
 /// What is trained, where, and with what.
@@ -139,8 +139,12 @@ const COMPILED_BYTES: f64 = 0.5e9;
 const FRAGMENTATION: f64 = 0.04;
 /// Share of a gathered or reduced byte stream that cannot hide: the first bucket forward, the last one backward.
 const BUCKETS: f64 = 12.0;
-/// Kernels slow down while collectives run beside them: they share units and memory.
-const OVERLAP_TAX: f64 = 0.06;
+/// Kernels slow down while collectives inside a node run beside them: they share units and memory.
+const OVERLAP_TAX: f64 = 0.2;
+/// The same between nodes, where ports move most of the data.
+const OVERLAP_TAX_FAR: f64 = 0.06;
+/// Width of an expert at which grouped products reach half their rate on systolic arrays (fits MaxText's on TPUs).
+const HALF_WIDTH: f64 = 2500.0;
 /// Standard deviation of node speed, and the expected maximum of n normal variables is sd sqrt(2 ln n).
 const NODE_SPREAD: f64 = 0.006;
 
@@ -272,7 +276,8 @@ impl<'a> Pricer<'a> {
             micro_batch: l.micro_batch,
             recompute: l.recompute,
             whole_layers: self.problem.software.recompute_whole_layers,
-            unfused_attention: self.problem.software.unfused_attention,
+            stops_early: self.problem.software.recompute_stops_early,
+            unfused_attention: self.problem.software.attention == AttentionKernel::Unfused,
             sequence: self.problem.sequence,
         }
     }
@@ -365,7 +370,12 @@ impl<'a> Pricer<'a> {
             if mesh.cp > 1 {
                 t.spent += t.attention;
             }
-            if p.software.overlap_experts && t.expert > 0.0 {
+            let overlaps = match p.software.overlap_experts {
+                Overlap::Never => false,
+                Overlap::BetweenNodes => links.ep.0.domains > 1.0,
+                Overlap::Always => true,
+            };
+            if overlaps && t.expert > 0.0 {
                 let free = 0.8 * (t.compute() - t.spent);
                 t.expert = (t.expert - free).max(0.1 * t.expert);
                 t.spent += free;
@@ -396,12 +406,14 @@ impl<'a> Pricer<'a> {
                     t.gemm += self.gemm(m, n, k, batch, bytes, head, &mut t.stream, mesh)
                 }
                 Task::Attention { flops, bytes, scores, backward } => {
-                    t.attention += self.attention(flops, bytes, scores, backward);
+                    t.attention += self.attention(flops, bytes, scores, backward, mesh.cp);
                 }
                 Task::Stream { bytes } => {
                     t.stream += stream_s(&self.chip16, bytes) / self.problem.constants.stream
                 }
                 Task::Talk { what, axis, bytes } => {
+                    let gathers = axis == TalkAxis::Tp && what == Collective::AllGather;
+                    let bytes = if gathers { bytes * self.gathered_bytes(mesh) / 2.0 } else { bytes };
                     let (span, size) = links.get(axis);
                     let priced = match (axis, self.problem.shape.experts) {
                         (TalkAxis::Ep, Some(e)) => dispatch(&self.net, span, size, bytes, e.top_k),
@@ -447,17 +459,20 @@ impl<'a> Pricer<'a> {
         }
         let c = &self.problem.constants;
         let share = if batch > 1.0 { c.gemm * c.experts } else { c.gemm };
+        // Grouped products of narrow experts fill large systolic arrays badly.
+        let share =
+            if batch > 1.0 && chip.systolic { share * n.min(k) / (n.min(k) + HALF_WIDTH) } else { share };
         let slowed = Chip { matmul: chip.matmul * share, ..*chip };
         gemm_s(&slowed, rows, n, k, bytes)
     }
 
-    fn attention(&self, flops: f64, bytes: f64, scores: f64, backward: bool) -> f64 {
+    fn attention(&self, flops: f64, bytes: f64, scores: f64, backward: bool, cp: usize) -> f64 {
         let c = &self.problem.constants;
         let dim = self.problem.shape.latent.map_or(self.problem.shape.model.head_dim, |l| l.key_dim()) as f64;
         // Tensor units want rows of 16 bytes; libraries fall back to slower kernels without (head width 150 in BLOOM's
         // layout tests).
         let misaligned = if (dim / 8.0).fract() > 1e-6 { 6.0 } else { 1.0 };
-        if self.problem.software.unfused_attention {
+        if self.problem.software.attention == AttentionKernel::Unfused {
             // The whole square is computed (backward four products instead of five), and scores pass through memory:
             // written, scaled and masked, softmax, dropout, read again.
             let products = if backward { 1.6 * flops } else { 2.0 * flops };
@@ -466,7 +481,9 @@ impl<'a> Pricer<'a> {
                 + stream_s(&self.chip16, traffic);
             return took * crate::calibration::PRIOR.attention / c.attention;
         }
-        let rate = self.chip16.peak * c.attention * if backward { 0.8 } else { 1.0 };
+        let sequence = self.problem.sequence as f64 / cp as f64;
+        let tuned = self.problem.software.attention == AttentionKernel::Tuned;
+        let rate = self.chip16.attention(tuned, sequence, dim, backward) * c.attention;
         (flops / rate).max(stream_s(&self.chip16, bytes))
     }
 
@@ -558,6 +575,11 @@ impl<'a> Pricer<'a> {
         Price { step_s, mfu: self.flops / step_s / peak, breakdown: d, memory, fits: memory.total() <= room }
     }
 
+    /// Bytes of an element where activations and parameters are gathered.
+    fn gathered_bytes(&self, mesh: &Mesh) -> f64 {
+        if self.problem.software.low_precision_gathers { mesh.format.bytes().min(2.0) } else { 2.0 }
+    }
+
     /// The accelerator waits where kernels take longer to launch than to run.
     fn host_wait(&self, t: &Times) -> f64 {
         if !self.problem.software.eager {
@@ -580,6 +602,9 @@ impl<'a> Pricer<'a> {
         let p = self.problem;
         let (c, l, software) = (&p.constants, &mesh.layout, &p.software);
         let replicas = l.dp * mesh.cp;
+        let all = Group { size: replicas, stride: mesh.dp_stride() };
+        let near_by = Span::of(&p.cluster, &self.net, all).domains <= 1.0;
+        let tax = if near_by { OVERLAP_TAX } else { OVERLAP_TAX_FAR };
         let tables = if l.pp == 1 {
             t.embed.params + t.head.params * f64::from(u8::from(!p.shape.model.tied_embeddings))
         } else {
@@ -617,14 +642,12 @@ impl<'a> Pricer<'a> {
         if l.zero == Zero::Parameters {
             // Gathered forward and backward for every micro-batch, gradients scattered; the next unit's gather runs
             // beside this unit's compute.
-            let gather = talk(Collective::AllGather, near, 2.0 * dense);
+            let gather = talk(Collective::AllGather, near, self.gathered_bytes(mesh) * dense);
             let scatter = talk(Collective::ReduceScatter, near, grad * dense)
                 + talk(Collective::AllReduce, far, grad * dense / shard as f64) / micro_batches;
             let exposed = |comm: f64, compute: f64| {
                 if software.overlap_params {
-                    comm / units
-                        + (comm * (1.0 - 1.0 / units) - compute).max(0.0)
-                        + OVERLAP_TAX * comm.min(compute)
+                    comm / units + (comm * (1.0 - 1.0 / units) - compute).max(0.0) + tax * comm.min(compute)
                 } else {
                     comm
                 }
@@ -640,14 +663,14 @@ impl<'a> Pricer<'a> {
             let gather = if l.zero == Zero::Off {
                 0.0
             } else {
-                talk(Collective::AllGather, near, 2.0 * dense)
+                talk(Collective::AllGather, near, self.gathered_bytes(mesh) * dense)
                     + talk(Collective::AllGather, expert_group, 2.0 * experts)
             };
             // Under ZeRO 2 every micro-batch's gradients are scattered.
             let times = if l.zero == Zero::Gradients { micro_batches } else { 1.0 };
             let exposed = |comm: f64, window: f64, overlap: bool| {
                 if overlap {
-                    (comm / BUCKETS.max(1.0)).max(comm - window) + OVERLAP_TAX * comm.min(window)
+                    (comm / BUCKETS.max(1.0)).max(comm - window) + tax * comm.min(window)
                 } else {
                     comm
                 }

@@ -179,12 +179,16 @@ impl Reader<'_> {
             conditions.software.eager = false;
         }
         let (recipe, format) = self.format(&family);
+        // Its float8 recipe gathers in 8 bit; scales by rows do not allow that.
+        conditions.software.low_precision_gathers =
+            conditions.software.name == "torchtitan" && recipe == "fp8";
         let problem = layouts::Problem {
             shape: &shape,
             n,
             sequences,
             sequence,
             format,
+            units: if family == "trainium" { cluster.accelerator.compute_units as usize } else { 1 },
             software: &conditions.software,
         };
         let (meshes, slice) = priceable!(layouts::meshes(&mut self, &problem));
@@ -266,8 +270,9 @@ impl Reader<'_> {
         let heads = match self.count("heads")? {
             Some(heads) => heads,
             None => {
-                self.assume("number of heads not published: 128 wide");
-                (hidden / 128).next_multiple_of(8)
+                let heads = known::usual_heads(hidden);
+                self.assume(format!("number of heads not published: {heads}"));
+                heads
             }
         };
         let kv_heads = self.count("kv_heads")?.unwrap_or(heads);

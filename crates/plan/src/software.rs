@@ -7,10 +7,15 @@ use serde::Serialize;
 pub struct Software {
     /// Its name; constants are fitted per generation.
     pub name: &'static str,
-    /// Scores live in memory (before flash attention), computed for the whole square.
-    pub unfused_attention: bool,
+    /// What it is a generation of; constants that all generations share are fitted per lineage.
+    pub lineage: &'static str,
+    /// Which kernels compute attention.
+    pub attention: AttentionKernel,
     /// Full recompute runs the whole layer again, also what backward does not need.
     pub recompute_whole_layers: bool,
+    /// Recompute leaves a layer's last product out: PyTorch's checkpoints stop once all that backward saved is there
+    /// again (`set_checkpoint_early_stop`), and compilers drop what nothing reads.
+    pub recompute_stops_early: bool,
     /// Tensor-parallel gathers and scatters overlap with the matrix products beside them.
     pub overlap_tp: bool,
     /// Gradients are reduced while backward still runs.
@@ -20,9 +25,11 @@ pub struct Software {
     /// Stage to stage messages overlap with compute.
     pub overlap_p2p: bool,
     /// Expert dispatch overlaps with compute.
-    pub overlap_experts: bool,
+    pub overlap_experts: Overlap,
     /// Bytes of a gradient element on the wire.
     pub grad_wire_bytes: f64,
+    /// Activations and parameters are gathered in the format of the products (torchao's float8 all-gather).
+    pub low_precision_gathers: bool,
     /// Gathers and scatters use one port of a node at a time, not all of them (DeepSpeed of 2021).
     pub flat_collectives: bool,
     /// Gradients of micro-batches are summed in a fixed tree, whose partial sums are kept.
@@ -37,16 +44,43 @@ pub struct Software {
     pub fsdp: bool,
 }
 
+/// When messages run beside compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Overlap {
+    /// One after another.
+    Never,
+    /// Where the group spans nodes: recipes turn it on there (Megatron-Bridge `moe_a2a_overlap`).
+    BetweenNodes,
+    /// Everywhere.
+    Always,
+}
+
+/// How attention is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AttentionKernel {
+    /// Scores live in memory, computed for the whole square.
+    Unfused,
+    /// Tiles in one kernel, written for the Ampere generation (Dao 2023, arXiv 2307.08691).
+    Flash2,
+    /// Written for the accelerator's own generation: cuDNN, FlashAttention 3, TPU splash attention.
+    Tuned,
+}
+
 const MEGATRON_2021: Software = Software {
     name: "megatron-2021",
-    unfused_attention: true,
+    lineage: "megatron",
+    attention: AttentionKernel::Unfused,
     recompute_whole_layers: true,
+    recompute_stops_early: false,
     overlap_tp: false,
     overlap_grads: false,
     overlap_params: false,
     overlap_p2p: false,
-    overlap_experts: false,
+    overlap_experts: Overlap::Never,
     grad_wire_bytes: 4.0,
+    low_precision_gathers: false,
     flat_collectives: false,
     tree_sums: false,
     eager: true,
@@ -57,14 +91,17 @@ const MEGATRON_2021: Software = Software {
 
 const MEGATRON_CORE: Software = Software {
     name: "megatron-core-2024",
-    unfused_attention: false,
+    lineage: "megatron-core",
+    attention: AttentionKernel::Tuned,
     recompute_whole_layers: true,
+    recompute_stops_early: false,
     overlap_tp: true,
     overlap_grads: true,
     overlap_params: true,
     overlap_p2p: true,
-    overlap_experts: false,
+    overlap_experts: Overlap::Never,
     grad_wire_bytes: 4.0,
+    low_precision_gathers: false,
     flat_collectives: false,
     tree_sums: false,
     eager: true,
@@ -75,14 +112,17 @@ const MEGATRON_CORE: Software = Software {
 
 const FSDP: Software = Software {
     name: "fsdp-2023",
-    unfused_attention: false,
+    lineage: "fsdp",
+    attention: AttentionKernel::Flash2,
     recompute_whole_layers: true,
+    recompute_stops_early: true,
     overlap_tp: false,
     overlap_grads: true,
     overlap_params: true,
     overlap_p2p: false,
-    overlap_experts: false,
+    overlap_experts: Overlap::Never,
     grad_wire_bytes: 2.0,
+    low_precision_gathers: false,
     flat_collectives: false,
     tree_sums: false,
     eager: true,
@@ -92,13 +132,14 @@ const FSDP: Software = Software {
 };
 
 /// All generations.
-pub const ALL: [Software; 15] = [
+pub const ALL: [Software; 18] = [
     MEGATRON_2021,
     Software { name: "megatron-2022", sequence_parallel: true, ..MEGATRON_2021 },
     Software { name: "megatron-deepspeed", ..MEGATRON_2021 },
     Software { name: "nemo-2022", sequence_parallel: true, ..MEGATRON_2021 },
     Software {
         name: "deepspeed-zero3",
+        lineage: "deepspeed",
         overlap_params: true,
         overlap_grads: true,
         fsdp: true,
@@ -108,6 +149,8 @@ pub const ALL: [Software; 15] = [
     },
     Software {
         name: "internevo",
+        lineage: "internevo",
+        attention: AttentionKernel::Flash2,
         overlap_grads: true,
         overlap_params: false,
         grad_wire_bytes: 2.0,
@@ -115,18 +158,47 @@ pub const ALL: [Software; 15] = [
     },
     MEGATRON_CORE,
     Software { name: "megatron-core-2025", grad_wire_bytes: 2.0, ..MEGATRON_CORE },
-    Software { name: "megatron-core-2026", grad_wire_bytes: 2.0, ..MEGATRON_CORE },
+    Software { name: "megatron-core-2025h2", grad_wire_bytes: 2.0, ..MEGATRON_CORE },
+    Software {
+        name: "megatron-core-2026",
+        grad_wire_bytes: 2.0,
+        overlap_experts: Overlap::BetweenNodes,
+        ..MEGATRON_CORE
+    },
     Software {
         name: "megatron-core-2026h2",
         grad_wire_bytes: 2.0,
         eager: false,
-        overlap_experts: true,
+        overlap_experts: Overlap::Always,
         ..MEGATRON_CORE
     },
     FSDP,
     Software { name: "torchtitan", ..FSDP },
-    Software { name: "maxtext-2024", overlap_tp: true, eager: false, ..FSDP },
-    Software { name: "maxtext-2025", overlap_tp: true, eager: false, ..FSDP },
+    Software {
+        name: "maxtext-2024",
+        lineage: "maxtext",
+        attention: AttentionKernel::Tuned,
+        overlap_tp: true,
+        eager: false,
+        ..FSDP
+    },
+    Software {
+        name: "maxtext-2025",
+        lineage: "maxtext",
+        attention: AttentionKernel::Tuned,
+        overlap_tp: true,
+        eager: false,
+        ..FSDP
+    },
+    Software {
+        name: "maxtext-gpu",
+        lineage: "maxtext-gpu",
+        attention: AttentionKernel::Tuned,
+        overlap_tp: true,
+        eager: false,
+        ..FSDP
+    },
+    Software { name: "neuronx", lineage: "neuronx", overlap_tp: false, eager: false, ..MEGATRON_CORE },
     Software {
         name: "phalanx",
         tree_sums: true,
@@ -145,7 +217,8 @@ impl Software {
     /// What people would use today on an accelerator of this family.
     pub fn usual(family: &str) -> Self {
         let name = match family {
-            "tpu" | "tpu-256" | "trainium" => "maxtext-2025",
+            "tpu" | "tpu-256" => "maxtext-2025",
+            "trainium" => "neuronx",
             "volta" => "megatron-2021",
             "ampere" | "hopper" => "megatron-core-2024",
             _ => "megatron-core-2026",

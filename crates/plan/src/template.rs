@@ -113,6 +113,8 @@ pub struct Key {
     pub recompute: Recompute,
     /// Recompute runs whole layers again, as frameworks do; the program only what backward needs.
     pub whole_layers: bool,
+    /// Recompute ends before the last product of a layer, whose output no gradient needs.
+    pub stops_early: bool,
     /// Scores live in memory.
     pub unfused_attention: bool,
     /// Tokens of a sequence.
@@ -122,7 +124,8 @@ pub struct Key {
 impl std::hash::Hash for Key {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
         (self.tp, self.cp, self.ep, self.micro_batch, self.sequence).hash(state);
-        (self.sequence_parallel, self.whole_layers, self.unfused_attention, self.recompute as u8).hash(state);
+        (self.sequence_parallel, self.whole_layers, self.stops_early, self.unfused_attention).hash(state);
+        (self.recompute as u8).hash(state);
     }
 }
 
@@ -203,7 +206,14 @@ fn run_again(layer: &mut Section, key: &Key, boundary: f64) {
         // Already in the program's blocks.
         Recompute::Selective => {}
         Recompute::Full => {
-            let again = layer.forward.clone();
+            let mut again = layer.forward.clone();
+            // The outputs of experts are needed: the gradients of their weights in the sum follow from them.
+            if key.stops_early
+                && layer.expert_params == 0.0
+                && let Some(last) = again.iter().rposition(|t| matches!(t, Task::Gemm { .. }))
+            {
+                again.truncate(last);
+            }
             layer.input.splice(0..0, again);
             layer.working_bytes += layer.kept_bytes;
             layer.kept_bytes = boundary;

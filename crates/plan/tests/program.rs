@@ -103,6 +103,7 @@ fn check_fold(model: &ModelSpec, layout: &Layout) {
         micro_batch: layout.micro_batch,
         recompute: layout.recompute,
         whole_layers: false,
+        stops_early: false,
         unfused_attention: false,
         sequence: SEQUENCE,
     };

@@ -271,6 +271,42 @@ mod tests {
         );
     }
 
+    #[test]
+    fn mixtures_and_latents() {
+        let experts = Experts { count: 8, top_k: 2, ffn: 16, shared_ffn: 0, dense_layers: 1, every: 1 };
+        let with = |change: fn(&mut Experts)| {
+            move |m: &mut ModelSpec| {
+                let mut e = experts;
+                change(&mut e);
+                m.experts = Some(e);
+            }
+        };
+        check(with(|_| ()), "ok");
+        check(with(|e| e.top_k = 9), "model.experts.top_k = 9, expected 1 to 8");
+        check(with(|e| e.every = 0), "model.experts.every = 0, expected 1 to 2");
+        check(
+            with(|e| e.dense_layers = 2),
+            "model.experts.dense_layers = 2 and every = 1 leave none of the 2 layers with experts",
+        );
+        let latent = Latent { query_rank: None, kv_rank: 8, nope_dim: 4, rope_dim: 4, value_dim: 4 };
+        check(|m| m.latent = Some(latent), "ok");
+        check(
+            |m| m.latent = Some(Latent { rope_dim: 3, ..latent }),
+            "model.latent.rope_dim = 3 is odd, but rotary embedding turns pairs of dims",
+        );
+        check(
+            |m| (m.latent, m.qk_norm) = (Some(latent), true),
+            "model.qk_norm = true has no meaning with model.latent",
+        );
+        let tiny = ModelSpec::preset("tiny").expect("a preset");
+        assert!(tiny.check_trains().is_ok());
+        let refused = ModelSpec { latent: Some(latent), ..tiny }.check_trains().expect_err("not yet");
+        assert_eq!(
+            refused.to_string(),
+            "tiny has latent attention: it can be planned, it does not train yet"
+        );
+    }
+
     /// Counts published with the weights, rounded by nobody.
     #[test]
     fn parameter_counts_match_published_weights() {

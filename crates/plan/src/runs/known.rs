@@ -18,7 +18,7 @@ const SOURCES: &[(&str, &str, &str, &str)] = &[
     ("2104.04473", "a100", "dgx-a100", "megatron-2021"),
     ("2205.05198", "a100", "dgx-a100", "megatron-2022"),
     ("Megatron-LM@2e90a342f5 README.md (GPT-3 Example)", "a100", "dgx-a100", "megatron-2021"),
-    ("VIA-Research/vTrain", "a100", "hgx-a100-ib-800", "megatron-2021"),
+    ("VIA-Research/vTrain", "a100", "hgx-a100-ib-800", "megatron-2022"),
     ("bigscience", "a100", "jean-zay-a100", "megatron-deepspeed"),
     ("GLM-130B", "a100", "", "megatron-deepspeed"),
     ("NeMo-Framework-Launcher", "a100", "dgx-a100", "nemo-2022"),
@@ -30,7 +30,7 @@ const SOURCES: &[(&str, &str, &str, &str)] = &[
     ("fms-fsdp", "a100", "", "fsdp-2023"),
     ("torchtitan", "500w", "grand-teton-h100-500w", "torchtitan"),
     ("torchtitan", "", "", "torchtitan"),
-    ("maxtext/configs/gpu/a3", "h100", "gcp-a3-mega", "maxtext-2024"),
+    ("maxtext/configs/gpu/a3", "h100", "gcp-a3-mega", "maxtext-gpu"),
     ("maxtext", "", "", "maxtext-2024"),
     ("tpu-recipes", "", "", "maxtext-2025"),
     ("Google/results", "", "", "maxtext-2024"),
@@ -42,7 +42,10 @@ const SOURCES: &[(&str, &str, &str, &str)] = &[
     ("training_results_v4", "h100", "dgx-h100", "megatron-core-2024"),
     ("training_results_v5", "h100", "dgx-h100", "megatron-core-2025"),
     ("training_results_v5", "", "", "megatron-core-2025"),
+    ("(25.11", "", "", "megatron-core-2025h2"),
     ("(25.", "", "", "megatron-core-2025"),
+    ("(26.06", "h100", "", "megatron-core-2026"),
+    ("(26.08", "h100", "", "megatron-core-2026"),
     ("(26.06", "", "", "megatron-core-2026h2"),
     ("(26.08", "", "", "megatron-core-2026h2"),
     ("(26.", "", "", "megatron-core-2026"),
@@ -153,6 +156,14 @@ pub(crate) fn closest(
         },
         |b| b.1,
     )
+}
+
+/// Heads for a residual of this width where none are published: a multiple of eight whose width is a multiple of eight
+/// and as near to 128 as can be.
+pub(crate) fn usual_heads(hidden: usize) -> usize {
+    let off = |heads: &usize| ((hidden / heads) as f64 / 128.0).ln().abs();
+    let even = (1..=hidden / 64).map(|e| 8 * e).filter(|h| hidden.is_multiple_of(8 * h));
+    even.min_by(|a, b| off(a).total_cmp(&off(b))).unwrap_or((hidden / 128).max(1))
 }
 
 #[cfg(test)]

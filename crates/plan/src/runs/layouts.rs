@@ -12,6 +12,8 @@ pub(crate) struct Problem<'a> {
     pub(crate) sequences: usize,
     pub(crate) sequence: usize,
     pub(crate) format: NumberFormat,
+    /// Cores of an accelerator, where software sees each.
+    pub(crate) units: usize,
     pub(crate) software: &'a Software,
 }
 
@@ -22,7 +24,7 @@ const CHUNKS: [usize; 8] = [1, 2, 3, 4, 5, 6, 8, 12];
 
 /// The layouts that agree with the row, and the accelerators of one slice if the machine is a torus in slices.
 pub(crate) fn meshes(r: &mut Reader<'_>, p: &Problem<'_>) -> Result<Priceable<(Vec<Mesh>, Option<usize>)>> {
-    let torus = p.software.name.starts_with("maxtext");
+    let torus = p.software.lineage == "maxtext";
     let (tp, pp) = (r.count("tp")?, r.count("pp")?);
     if (tp.is_none() || pp.is_none()) && !torus {
         return Ok(Err("tensor and pipeline parallelism not published".into()));
@@ -34,6 +36,11 @@ pub(crate) fn meshes(r: &mut Reader<'_>, p: &Problem<'_>) -> Result<Priceable<(V
     let cp = r.count("cp")?.unwrap_or_else(|| context_from_notes(r.text("notes")));
     let ep = r.count("ep")?.unwrap_or(1);
     let zero = zero(r.text("zero_fsdp"), p.software);
+    // Some count an accelerator's cores.
+    let units = p.units.max(1);
+    let all = tp.unwrap_or(1) * pp * cp * r.count("dp")?.unwrap_or(1);
+    let tp = tp
+        .map(|tp| if units > 1 && all == p.n * units && tp.is_multiple_of(units) { tp / units } else { tp });
     let tps = tp.map_or_else(|| vec![1, 2, 4, 8], |tp| vec![tp]);
     let recomputes = recomputes(r, p.software);
     let mut out = Vec::new();
@@ -63,6 +70,10 @@ pub(crate) fn meshes(r: &mut Reader<'_>, p: &Problem<'_>) -> Result<Priceable<(V
         }
         let share = p.sequences as f64 / dp as f64;
         let micro_batches: Vec<usize> = match r.count("micro_batch")? {
+            // MaxText counts sequences for each device of a replica, and takes them all at once.
+            Some(m) if torus => {
+                vec![(m * model_ranks).min((share as usize).max(1))]
+            }
             Some(m) => vec![m],
             None => MICRO_BATCHES.into_iter().filter(|m| *m as f64 <= share.max(1.0)).collect(),
         };

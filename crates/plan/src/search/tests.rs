@@ -8,8 +8,12 @@ fn problem(model: &str, cluster: &str, n: usize, sequences: usize, sequence: usi
     let shape = Shape::find(model).unwrap().unwrap();
     let cluster = Catalog::builtin().unwrap().cluster(cluster, Some(n)).unwrap();
     let software = Software::usual(&cluster.accelerator.family);
-    let constants =
-        Calibration::builtin().unwrap().constants(&cluster.accelerator.family, "bf16", software.name);
+    let constants = Calibration::builtin().unwrap().constants(
+        &cluster.accelerator.family,
+        &cluster.accelerator.name,
+        "bf16",
+        &software,
+    );
     Problem { shape, cluster, software, constants, sequence, sequences }
 }
 

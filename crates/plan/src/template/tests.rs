@@ -9,6 +9,7 @@ fn key() -> Key {
         micro_batch: 1,
         recompute: Recompute::None,
         whole_layers: false,
+        stops_early: false,
         unfused_attention: false,
         sequence: 2048,
     }
