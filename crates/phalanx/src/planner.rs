@@ -11,7 +11,7 @@ use plan::emit::{self, Emitted};
 use plan::models;
 use plan::shape::Shape;
 use plan::software::{self, Software};
-use spec::{Error, ModelSpec, NumberFormat, Result, RunSpec, suggest};
+use spec::{Error, HfModel, NumberFormat, Result, RunSpec, suggest};
 
 use crate::args::Plan;
 use crate::{files, output};
@@ -215,10 +215,12 @@ fn model(name: &str) -> Result<Shape> {
 }
 
 fn config(path: &Path) -> Result<Shape> {
-    let model = ModelSpec::from_hf_config(&files::read(path)?).map_err(|e| {
-        e.context(path.display()).hint("give the config.json of a Llama, Qwen, Mistral or GPT-2 model")
-    })?;
-    Ok(Shape::from_model(model))
+    let name = path.display();
+    let found = HfModel::read(&files::read(path)?).map_err(|e| e.context(&name))?;
+    for note in found.inexact {
+        output::say(&format!("{name}: {note}"));
+    }
+    Ok(Shape::from_model(found.model))
 }
 
 /// A count of tokens with a decimal suffix: `15.6T`.

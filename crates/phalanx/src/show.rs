@@ -45,6 +45,12 @@ fn summary(s: &mut String, p: &Program) -> std::fmt::Result {
         p.local_sequences,
         p.precision
     )?;
+    if l.cp > 1 {
+        writeln!(s, "sequences over {} ranks, this is number {}", l.cp, p.coords.cp)?;
+    }
+    if l.ep > 1 {
+        writeln!(s, "experts over {} ranks, this is number {}", l.ep, p.coords.ep(l))?;
+    }
     writeln!(s, "parameters {params} in {} groups, {} gradient buckets", p.groups.len(), p.buckets.len())?;
     let order: Vec<String> =
         p.schedule.iter().map(|i| format!("{}:{}", p.blocks[i.block].name, i.micro_batch)).collect();

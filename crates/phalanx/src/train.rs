@@ -164,6 +164,8 @@ const TOKENS_AT_ONCE: usize = 2048;
 /// Reads the run file and its overrides for so many ranks.
 fn load_for(args: &RunArgs, world: usize) -> Result<RunSpec> {
     let run = load_with(args, None)?;
+    run.model.check_trains()?;
+    run.layout.check_trains()?;
     let model_ranks = run.layout.tp * run.layout.pp;
     if run.layout.world() == world {
         return Ok(run);

@@ -490,15 +490,9 @@ impl Answer {
 /// Bytes of the fullest rank from the placed program itself: every stage's program is built and the largest counts.
 ///
 /// # Errors
-/// If the layout does not train (context or expert parallelism, a shape beyond the dense transformer, or a batch that
-/// the trainer refuses).
+/// If the model or the batch does not allow the layout.
 pub fn program_memory(problem: &Problem, mesh: &Mesh) -> Result<usize> {
-    if mesh.cp > 1 || mesh.ep > 1 || problem.shape.experts.is_some() || problem.shape.latent.is_some() {
-        return Err(Error::user(
-            "context and expert parallelism, mixtures and latent attention do not train yet",
-        ));
-    }
-    let layout = &mesh.layout;
+    let layout = &mesh.step();
     let precision = if mesh.format == NumberFormat::Fp32 { DType::F32 } else { DType::Bf16 };
     let mut most = 0;
     for stage in 0..layout.pp {
@@ -508,7 +502,7 @@ pub fn program_memory(problem: &Problem, mesh: &Mesh) -> Result<usize> {
             sequence: problem.sequence,
             sequences: problem.sequences,
             precision,
-            rank: stage * layout.dp * layout.tp,
+            rank: stage * layout.stage_ranks(),
             cache: 0,
         };
         let program = program::Program::build(&request, &|_, _| 0)?;

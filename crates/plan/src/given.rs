@@ -156,6 +156,7 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
         micro_batch,
         recompute,
         reduce: Reduce::Ring,
+        ..Layout::default()
     };
     let ep = count("ep")?.unwrap_or(1);
     let shard = count("shard")?.unwrap_or(dp * cp);

@@ -11,7 +11,8 @@ use spec::{Layout, NumberFormat, PipelineSchedule, Recompute, Zero};
 /// ranks of `cp x dp`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Mesh {
-    /// Axes, schedule, ZeRO stage and recompute as the trainer knows them. Its `dp` does not include `cp`.
+    /// Axes, schedule, ZeRO stage and recompute as the trainer knows them. Its `dp` does not include `cp`, and its own
+    /// `cp` and `ep` are 1: [`Mesh::step`] puts those of the mesh in.
     pub layout: Layout,
     /// Context-parallel ranks: each holds a part of every sequence.
     pub cp: usize,
@@ -74,9 +75,16 @@ impl fmt::Display for Mesh {
 }
 
 impl Mesh {
-    /// A mesh that only uses what trains.
+    /// The mesh of a step's layout.
     pub fn of(layout: Layout, format: NumberFormat) -> Self {
-        Mesh { shard: layout.dp, layout, cp: 1, ep: 1, format, order: Order::default() }
+        let (cp, ep, shard) = (layout.cp, layout.ep, layout.replicas());
+        let layout = Layout { cp: 1, ep: 1, ..layout };
+        Mesh { shard, layout, cp, ep, format, order: Order::default() }
+    }
+
+    /// The layout of the step that is priced.
+    pub fn step(&self) -> Layout {
+        Layout { cp: self.cp, ep: self.ep, ..self.layout.clone() }
     }
 
     /// Accelerators.

@@ -383,6 +383,7 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
                         micro_batch: job.micro_batch,
                         recompute: job.recompute,
                         reduce: Reduce::Ring,
+                        ..Layout::default()
                     };
                     let mesh = Mesh {
                         layout,

@@ -1,50 +1,31 @@
-//! A model as it is priced: the dense transformer of [`spec::ModelSpec`], with experts and latent attention beside it.
+//! A model as it is priced: [`spec::ModelSpec`] with the sums that pricing asks for, and the shapes of
+//! `catalog/shapes.toml`.
+
+use std::ops::{Deref, DerefMut};
 
 use serde::{Deserialize, Serialize};
-use spec::{Activation, Error, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
+use spec::{Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
 
-/// A model to price.
+/// A model to price: reads like its [`ModelSpec`], so that `shape.experts` is the model's.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(transparent)]
 pub struct Shape {
-    /// The dense part; its `ffn` is that of layers without experts.
+    /// The model.
     pub model: ModelSpec,
-    /// Mixture of experts, if any.
-    pub experts: Option<Experts>,
-    /// Multi-head latent attention, if any.
-    pub latent: Option<Latent>,
 }
 
-/// Mixture of experts in place of the feed-forward layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Experts {
-    /// Routed experts of a layer.
-    pub count: usize,
-    /// Experts that each token goes to.
-    pub top_k: usize,
-    /// Width of one expert.
-    pub ffn: usize,
-    /// Width of all shared experts together; 0 without.
-    pub shared_ffn: usize,
-    /// First layers without experts.
-    pub dense_layers: usize,
-    /// Every how many layers one has experts.
-    pub every: usize,
+impl Deref for Shape {
+    type Target = ModelSpec;
+
+    fn deref(&self) -> &ModelSpec {
+        &self.model
+    }
 }
 
-/// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Latent {
-    /// Rank of the compressed queries.
-    pub query_rank: usize,
-    /// Rank of the compressed keys and values.
-    pub kv_rank: usize,
-    /// Width of a head's unrotated part.
-    pub nope_dim: usize,
-    /// Width of a head's rotated part.
-    pub rope_dim: usize,
-    /// Width of a head's values.
-    pub value_dim: usize,
+impl DerefMut for Shape {
+    fn deref_mut(&mut self) -> &mut ModelSpec {
+        &mut self.model
+    }
 }
 
 #[derive(Deserialize)]
@@ -118,6 +99,8 @@ pub fn dense(name: &str, sizes: Sizes) -> ModelSpec {
         qk_norm: false,
         tied_embeddings: tied,
         init_std: 0.02,
+        experts: None,
+        latent: None,
     }
 }
 
@@ -165,7 +148,7 @@ impl Known {
             dense_layers: self.dense_layers,
             every: self.expert_every,
         });
-        Shape { model: dense(&self.name, sizes), experts, latent: self.latent }
+        Shape { model: ModelSpec { experts, latent: self.latent, ..dense(&self.name, sizes) } }
     }
 }
 
@@ -181,9 +164,9 @@ fn plain(name: &str) -> String {
 }
 
 impl Shape {
-    /// A dense model.
+    /// A model of one's own.
     pub fn from_model(model: ModelSpec) -> Self {
-        Shape { model, experts: None, latent: None }
+        Shape { model }
     }
 
     /// The shape of that name in `catalog/shapes.toml`: mixtures, latent attention and large dense models.
@@ -203,60 +186,6 @@ impl Shape {
         Ok(known()?.into_iter().map(|k| k.name).collect())
     }
 
-    /// Whether layer `i` has experts.
-    pub fn has_experts(&self, i: usize) -> bool {
-        self.experts
-            .is_some_and(|e| i >= e.dense_layers && (i + 1 - e.dense_layers).is_multiple_of(e.every.max(1)))
-    }
-
-    /// Layers with experts.
-    pub fn expert_layers(&self) -> usize {
-        (0..self.model.layers).filter(|i| self.has_experts(*i)).count()
-    }
-
-    /// Weights of one layer's attention.
-    pub fn attention_params(&self) -> f64 {
-        let m = &self.model;
-        let h = m.hidden as f64;
-        match self.latent {
-            Some(l) => {
-                let heads = m.heads as f64;
-                let (q, kv) = (l.query_rank as f64, l.kv_rank as f64);
-                let head = (l.nope_dim + l.rope_dim) as f64;
-                h * q
-                    + q * heads * head
-                    + h * (kv + l.rope_dim as f64)
-                    + kv * heads * (l.nope_dim + l.value_dim) as f64
-                    + heads * l.value_dim as f64 * h
-            }
-            None => h * ((2 * m.heads + 2 * m.kv_heads) * m.head_dim) as f64,
-        }
-    }
-
-    /// Weights of a feed-forward layer of this width.
-    fn mlp_params(&self, ffn: usize) -> f64 {
-        let matrices = if self.model.activation.gated() { 3.0 } else { 2.0 };
-        matrices * self.model.hidden as f64 * ffn as f64
-    }
-
-    /// Weights of one layer: (all, those that one token uses).
-    pub fn layer_params(&self, expert_layer: bool) -> (f64, f64) {
-        let attention = self.attention_params();
-        let norms = 2.0 * self.model.hidden as f64;
-        match (self.experts, expert_layer) {
-            (Some(e), true) => {
-                let shared = self.mlp_params(e.shared_ffn) + (self.model.hidden * e.count) as f64;
-                let one = self.mlp_params(e.ffn);
-                let base = attention + norms + shared;
-                (base + one * e.count as f64, base + one * e.top_k as f64)
-            }
-            _ => {
-                let all = attention + norms + self.mlp_params(self.model.ffn);
-                (all, all)
-            }
-        }
-    }
-
     /// Parameters of the embedding table.
     pub fn table_params(&self) -> f64 {
         (self.model.vocab * self.model.hidden) as f64
@@ -264,30 +193,25 @@ impl Shape {
 
     /// All parameters, tied tables once.
     pub fn params(&self) -> f64 {
-        let tables = if self.model.tied_embeddings { 1.0 } else { 2.0 };
-        self.layers_params().0 + tables * self.table_params()
+        self.model.param_count() as f64
     }
 
-    /// Weights of all layers: (all, those that one token uses).
+    /// Weights of all layers: (all, those that one token meets).
     pub fn layers_params(&self) -> (f64, f64) {
-        let with = self.expert_layers() as f64;
+        let with = self.model.expert_layers() as f64;
         let without = self.model.layers as f64 - with;
-        let (a, b) = (self.layer_params(true), self.layer_params(false));
+        let of = |experts| {
+            let (all, active) = self.model.layer_params(experts);
+            (all as f64, active as f64)
+        };
+        let (a, b) = (of(true), of(false));
         (a.0 * with + b.0 * without, a.1 * with + b.1 * without)
-    }
-
-    /// Width over which scores and values are computed: query heads times head width (mean of keys' and values').
-    pub fn attention_width(&self) -> f64 {
-        match self.latent {
-            Some(l) => self.model.heads as f64 * (l.nope_dim + l.rope_dim + l.value_dim) as f64 / 2.0,
-            None => (self.model.heads * self.model.head_dim) as f64,
-        }
     }
 
     /// Model FLOPs of one token, forward and backward: 6 for each weight used except the input table, and attention
     /// over `sequence` tokens, whole or at the causal half (PaLM, arXiv 2204.02311 appendix B).
     pub fn flops_per_token(&self, sequence: f64, causal: bool) -> f64 {
-        let attention = 12.0 * self.model.layers as f64 * self.attention_width() * sequence;
+        let attention = 12.0 * self.model.layers as f64 * self.model.score_width() * sequence;
         let attention = if causal { attention / 2.0 } else { attention };
         6.0 * (self.layers_params().1 + self.table_params()) + attention
     }

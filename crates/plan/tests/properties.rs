@@ -20,7 +20,8 @@ fn problem(model: &str, cluster: &str, n: usize, sequences: usize, sequence: usi
     let cluster = Catalog::builtin().unwrap().cluster(cluster, Some(n)).unwrap();
     let software = Software::usual(&cluster.accelerator.family);
     let calibration = Calibration::builtin().unwrap();
-    let constants = calibration.constants(&cluster.accelerator.family, "bf16", software.name);
+    let constants =
+        calibration.constants(&cluster.accelerator.family, &cluster.accelerator.name, "bf16", &software);
     Problem { shape, cluster, software, constants, sequence, sequences }
 }
 
@@ -44,6 +45,7 @@ fn layouts() -> impl Strategy<Value = (Layout, Order)> {
             micro_batch: 1 << micro_batch,
             recompute: [Recompute::None, Recompute::Selective, Recompute::Full][choices],
             reduce: Reduce::Ring,
+            ..Layout::default()
         };
         (layout, if flag { Order::TpCpDpPp } else { Order::TpCpPpDp })
     })

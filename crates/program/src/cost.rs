@@ -1,7 +1,7 @@
 use serde::Serialize;
 
 use crate::graph::{Graph, Node};
-use crate::op::OpKind;
+use crate::op::{Heads, OpKind};
 
 /// What an op takes, from its shapes alone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -14,7 +14,7 @@ pub struct Cost {
     pub wire_bytes: u64,
 }
 
-/// The cost of a node; `sequence` tokens make one causal block of attention.
+/// The cost of a node; `sequence` tokens, over all context-parallel ranks, make one causal block of attention.
 pub(crate) fn cost(g: &Graph, n: &Node, sequence: usize, grad_elements: usize) -> Cost {
     use OpKind::*;
     let rows = |i: usize| n.ins[i].rows as u64;
@@ -23,21 +23,42 @@ pub(crate) fn cost(g: &Graph, n: &Node, sequence: usize, grad_elements: usize) -
         Linear => 2 * rows(0) * cols(0) * rows(1),
         LinearGradInput => 2 * rows(0) * cols(0) * cols(1),
         LinearGradWeight => 2 * rows(0) * cols(0) * cols(1),
+        GroupedLinear { experts } => 2 * rows(0) * cols(0) * (rows(1) / (*experts as u64).max(1)),
+        GroupedLinearGradInput { .. } => 2 * rows(0) * cols(0) * cols(1),
+        GroupedLinearGradWeight { .. } => 2 * rows(0) * cols(0) * cols(1),
         // Scores and values: 2 products over half of the T x T square.
-        Attention { heads } => 2 * rows(0) * sequence as u64 * (heads.q * heads.dim) as u64,
-        // Scores again, dV, dP, dQ, dK: 5 products.
-        AttentionGrad { heads } => 5 * rows(0) * sequence as u64 * (heads.q * heads.dim) as u64,
+        Attention { heads } | RingAttention { heads, .. } => {
+            rows(0) * sequence as u64 * (heads.q * (heads.dim + heads.value_dim)) as u64
+        }
+        // Scores again, dQ and dK; dV and dP: 5 products.
+        AttentionGrad { heads } | RingAttentionGrad { heads, .. } => {
+            rows(0) * sequence as u64 * (heads.q * (3 * heads.dim + 2 * heads.value_dim)) as u64
+        }
         _ => 0,
     };
     let bytes_of = |o: &crate::graph::Operand| {
         let v = g.get(o.value);
         (o.rows * v.cols * v.dtype.bytes()) as u64
     };
-    let moved: u64 = n.ins.iter().chain(&n.acc).chain(&n.outs).map(bytes_of).sum();
+    let moved: u64 = match &n.kind {
+        // Rows that are left out are not read.
+        Slice { .. } => 2 * n.outs.iter().map(bytes_of).sum::<u64>(),
+        _ => n.ins.iter().chain(&n.acc).chain(&n.outs).map(bytes_of).sum(),
+    };
+    let ring = |heads: &Heads| {
+        let dtype = g.get(n.ins[0].value).dtype;
+        rows(0) * (heads.kv_cols() * dtype.bytes()) as u64
+    };
     let wire_bytes = match &n.kind {
-        AllReduce { .. } | AllGather { .. } | ReduceScatter { .. } | Send { .. } => {
-            n.ins.first().map_or(0, bytes_of)
-        }
+        AllReduce { .. }
+        | AllGather { .. }
+        | ReduceScatter { .. }
+        | AllToAll { .. }
+        | Unslice { .. }
+        | Send { .. } => n.ins.first().map_or(0, bytes_of),
+        // The rank's keys and values walk the ring; backward, their gradients too.
+        RingAttention { heads, .. } => ring(heads),
+        RingAttentionGrad { heads, .. } => 2 * ring(heads),
         _ => 0,
     };
     Cost { flops, bytes: moved + 4 * grad_elements as u64, wire_bytes }

@@ -97,6 +97,21 @@ impl Derive<'_> {
         self.push(kind, name, ins, vec![out], Phase::Input).acc = acc;
     }
 
+    /// An op that cannot accumulate, with one output for each of `xs`: a gradient of each. Those that have one already
+    /// get the sum.
+    fn contribute_each(&mut self, kind: OpKind, name: String, ins: Vec<Operand>, xs: &[ValueId]) {
+        let fresh: Vec<ValueId> = xs.iter().map(|x| self.g.like(*x, &name)).collect();
+        let outs = fresh.iter().map(|v| self.g.all(*v)).collect();
+        self.push(kind, name.clone(), ins, outs, Phase::Input);
+        for (i, (&x, &dx)) in xs.iter().zip(&fresh).enumerate() {
+            let Some(before) = self.grads.insert(x, dx) else { continue };
+            let sum = self.g.like(x, &format!("{name}.{i}.dsum"));
+            let (ins, outs) = (vec![self.g.all(before), self.g.all(dx)], vec![self.g.all(sum)]);
+            self.push(OpKind::Add, format!("{name}.{i}.dsum"), ins, outs, Phase::Input);
+            self.grads.insert(x, sum);
+        }
+    }
+
     /// The gradient of `y` is also one of `x`: nothing to compute unless `x` already has one.
     fn pass(&mut self, y: ValueId, x: ValueId, name: &str) {
         let dy = self.grads[&y];
@@ -165,17 +180,63 @@ impl Derive<'_> {
                 let ins = vec![n.ins[0], n.outs[0], n.outs[1], dy];
                 self.contribute(AttentionGrad { heads: *heads }, name("dx"), ins, n.ins[0].value);
             }
+            RingAttention { heads, axis } => {
+                let ins = vec![n.ins[0], n.outs[0], n.outs[1], dy];
+                let grad = RingAttentionGrad { heads: *heads, axis: *axis };
+                self.contribute(grad, name("dx"), ins, n.ins[0].value);
+            }
+            LatentNorm { .. } => self.latent_norm(n),
+            LatentRope { heads, rope_dim } => {
+                let inputs: Vec<ValueId> = n.ins.iter().map(|o| o.value).collect();
+                let grad = LatentRopeGrad { heads: *heads, rope_dim: *rope_dim };
+                self.contribute_each(grad, name("dx"), vec![dy], &inputs);
+            }
+            Route { .. } => {
+                let ins = vec![dy, n.ins[0], n.outs[1]];
+                self.contribute(RouteGrad, name("dx"), ins, n.ins[0].value);
+            }
+            Permute { .. } => {
+                self.contribute(PermuteGrad, name("dx"), vec![dy, n.ins[1]], n.ins[0].value);
+            }
+            Unpermute { .. } => {
+                if let Some(acc) = n.acc {
+                    self.pass(y, acc.value, &n.name);
+                }
+                let (copies, gates, index) = (n.ins[0], n.ins[1], n.ins[2]);
+                let ins = vec![dy, copies, gates, index];
+                self.contribute_each(UnpermuteGrad, name("dx"), ins, &[copies.value, gates.value]);
+            }
+            GroupedLinear { experts } => {
+                let (x, w, counts, experts) = (n.ins[0], n.ins[1], n.ins[2], *experts);
+                let grad = GroupedLinearGradInput { experts };
+                self.contribute(grad, name("dx"), vec![dy, w, counts], x.value);
+                self.weight(GroupedLinearGradWeight { experts }, name("dw"), vec![dy, x, counts], &[w]);
+            }
+            // The rows go back the way that they came: what arrived leaves, what left arrives.
+            AllToAll { axis } => {
+                let arrived = *n.outs.get(1).unwrap_or(&n.ins[n.ins.len() - 1]);
+                let ins = vec![dy, arrived, n.ins[1]];
+                self.contribute_each(AllToAll { axis: *axis }, name("dx"), ins, &[n.ins[0].value]);
+            }
+            Slice { axis } => {
+                self.contribute_each(AllGather { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value])
+            }
+            Unslice { axis } => {
+                self.contribute_each(Slice { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value])
+            }
             SwiGlu => self.contribute(SwiGluGrad, name("dx"), vec![dy, n.ins[0]], n.ins[0].value),
             Gelu { tanh } => {
                 self.contribute(GeluGrad { tanh: *tanh }, name("dx"), vec![dy, n.ins[0]], n.ins[0].value);
             }
             AllReduce { .. } => self.pass(y, n.ins[0].value, &n.name),
-            Fork { axis } => self.contribute(AllReduce { axis: *axis }, name("dx"), vec![dy], n.ins[0].value),
+            Fork { axis } => {
+                self.contribute_each(AllReduce { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value])
+            }
             AllGather { axis } => {
-                self.contribute(ReduceScatter { axis: *axis }, name("dx"), vec![dy], n.ins[0].value);
+                self.contribute_each(ReduceScatter { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value]);
             }
             ReduceScatter { axis } => {
-                self.contribute(AllGather { axis: *axis }, name("dx"), vec![dy], n.ins[0].value);
+                self.contribute_each(AllGather { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value]);
             }
             Embed { vocab0, .. } => {
                 self.weight(EmbedGrad { vocab0: *vocab0 }, name("dw"), vec![n.ins[0], dy], &[n.ins[1]]);
@@ -185,6 +246,22 @@ impl Derive<'_> {
             }
             other => panic!("{} is no forward op", other.name()),
         }
+    }
+
+    fn latent_norm(&mut self, n: &Node) {
+        let dy = |d: &Self, out: usize| d.g.all(d.grads[&n.outs[out].value]);
+        let name = |suffix: &str| format!("{}.{suffix}", n.name);
+        let (c, weights, rstd) = (n.ins[0], &n.ins[1..], n.outs[2]);
+        let queries = n.outs.get(3).map(|_| dy(self, 3));
+        let mut ins = vec![dy(self, 0), dy(self, 1)];
+        ins.extend(queries);
+        ins.extend([c, weights[0], rstd]);
+        ins.extend(weights.get(1));
+        self.contribute(OpKind::LatentNormGradInput, name("dx"), ins, c.value);
+        let mut ins = vec![dy(self, 0)];
+        ins.extend(queries);
+        ins.extend([c, rstd]);
+        self.weight(OpKind::LatentNormGradWeight, name("dw"), ins, weights);
     }
 
     fn receive(&mut self, chunk: &Chunk, y: ValueId) {
@@ -292,12 +369,12 @@ impl Derive<'_> {
 }
 
 /// Whether gradients of a group need a sum over the tensor-parallel ranks after backward: parameters that each rank
-/// used on its own rows of the sequence.
+/// used on its own rows of the sequence or for its own heads.
 pub(crate) fn needs_tp_sync(cx: &Context<'_>, group: &crate::ParamGroup) -> Option<Sync> {
     let on_rows = group.replicated_tp && group.name != "pos_embed.weight";
-    let partial_heads = group.name.ends_with("q_norm.weight") || group.name.ends_with("k_norm.weight");
-    (cx.layout.tp > 1 && on_rows && (cx.layout.sequence_parallel || partial_heads))
-        .then_some(Sync::TensorParallel)
+    let used_apart = ["q_norm.weight", "k_norm.weight", "latent_norm.weight", "router.weight"];
+    let partial = used_apart.iter().any(|end| group.name.ends_with(end));
+    (cx.layout.tp > 1 && on_rows && (cx.layout.sequence_parallel || partial)).then_some(Sync::TensorParallel)
 }
 
 /// Puts copies of forward ops in front of the backward ops that need values which were not kept.
@@ -310,7 +387,10 @@ fn recompute(g: &mut Graph, policy: Recompute, boundaries: &[ValueId], nodes: Ve
         for out in &n.outs {
             let kept = match policy {
                 Recompute::Full => boundaries.contains(&out.value) || is_tail(g, n),
-                _ => !matches!(n.kind, OpKind::Norm { .. } | OpKind::SwiGlu | OpKind::Gelu { .. }),
+                _ => !matches!(
+                    n.kind,
+                    OpKind::Norm { .. } | OpKind::LatentNorm { .. } | OpKind::SwiGlu | OpKind::Gelu { .. }
+                ),
             };
             if !kept && !matches!(n.kind, OpKind::Recv { .. }) {
                 producer.insert(out.value, i);

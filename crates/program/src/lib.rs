@@ -33,8 +33,9 @@ use spec::{DType, Layout, ModelSpec, Result};
 pub use cost::Cost;
 pub use graph::Phase;
 pub use op::{Axis, Heads, OpKind, Sync};
-pub use params::{GroupId, ParamGroup, ParamPart};
+pub use params::{GroupId, ParamGroup, ParamPart, Replication};
 pub use pipeline::{Pass, PassTimes, Played, Work, orders, play};
+pub use place::ALIGN;
 pub use zero::owned as owned_range;
 
 /// What to build a program for.
@@ -57,13 +58,15 @@ pub struct Request<'a> {
     pub cache: usize,
 }
 
-/// A rank's place on each axis. Ranks count tp fastest, then dp, then pp.
+/// A rank's place on each axis. Ranks count tp fastest, then cp, dp, pp.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Coords {
     /// Data-parallel index.
     pub dp: usize,
     /// Tensor-parallel index.
     pub tp: usize,
+    /// Context-parallel index.
+    pub cp: usize,
     /// Pipeline stage.
     pub pp: usize,
 }
@@ -71,21 +74,68 @@ pub struct Coords {
 impl Coords {
     /// Where `rank` lies.
     pub fn of(rank: usize, layout: &Layout) -> Coords {
-        Coords { tp: rank % layout.tp, dp: rank / layout.tp % layout.dp, pp: rank / (layout.tp * layout.dp) }
+        let (tp, rest) = (rank % layout.tp, rank / layout.tp);
+        let (cp, rest) = (rest % layout.cp, rest / layout.cp);
+        Coords { tp, cp, dp: rest % layout.dp, pp: rest / layout.dp }
     }
 
     /// The rank at these coordinates.
     pub fn rank(self, layout: &Layout) -> usize {
-        (self.pp * layout.dp + self.dp) * layout.tp + self.tp
+        self.pp * layout.stage_ranks() + self.in_stage(layout)
     }
 
-    /// The ranks that differ from this one along `axis` only, by their place on it.
+    /// The ranks that differ from this one along `axis` only, by their place on it. Along ep these are the neighbours
+    /// that hold all experts together.
     pub fn peers(self, axis: Axis, layout: &Layout) -> Vec<usize> {
         match axis {
             Axis::Dp => (0..layout.dp).map(|dp| Coords { dp, ..self }.rank(layout)).collect(),
             Axis::Tp => (0..layout.tp).map(|tp| Coords { tp, ..self }.rank(layout)).collect(),
             Axis::Pp => (0..layout.pp).map(|pp| Coords { pp, ..self }.rank(layout)).collect(),
+            Axis::Cp => (0..layout.cp).map(|cp| Coords { cp, ..self }.rank(layout)).collect(),
+            Axis::Ep => {
+                let first = self.rank(layout) - self.ep(layout);
+                (first..first + layout.ep).collect()
+            }
         }
+    }
+
+    /// Expert-parallel index.
+    pub fn ep(self, layout: &Layout) -> usize {
+        self.in_stage(layout) % layout.ep
+    }
+
+    /// How many ranks hold the same elements of a parameter, and which of them this one is: (count, index).
+    ///
+    /// ```
+    /// use program::{Coords, Replication};
+    /// let layout = spec::Layout { dp: 2, cp: 2, tp: 2, ep: 4, ..spec::Layout::default() };
+    /// let coords = Coords::of(5, &layout);
+    /// assert_eq!(coords.replicas(Replication::Data, &layout), (4, 2));
+    /// assert_eq!(coords.replica_ranks(Replication::Data, &layout), [1, 3, 5, 7]);
+    /// assert_eq!(coords.replicas(Replication::Expert, &layout), (2, 1));
+    /// assert_eq!(coords.replica_ranks(Replication::Expert, &layout), [1, 5]);
+    /// ```
+    pub fn replicas(self, replication: Replication, layout: &Layout) -> (usize, usize) {
+        match replication {
+            Replication::Data => (layout.replicas(), self.dp * layout.cp + self.cp),
+            Replication::Expert => (layout.expert_replicas(), self.in_stage(layout) / layout.ep),
+        }
+    }
+
+    /// Those ranks, by their index.
+    pub fn replica_ranks(self, replication: Replication, layout: &Layout) -> Vec<usize> {
+        let (count, index) = self.replicas(replication, layout);
+        let apart = match replication {
+            Replication::Data => layout.tp,
+            Replication::Expert => layout.ep,
+        };
+        let first = self.rank(layout) - index * apart;
+        (0..count).map(|i| first + i * apart).collect()
+    }
+
+    /// Counted over the ranks of the stage.
+    fn in_stage(self, layout: &Layout) -> usize {
+        (self.dp * layout.cp + self.cp) * layout.tp + self.tp
     }
 }
 
@@ -279,6 +329,8 @@ pub struct GroupBuffers {
 pub struct Bucket {
     /// The gradient buffers, main and of tied heads, with the group that each belongs to.
     pub grads: Vec<(GroupId, BufferId)>,
+    /// Over which ranks.
+    pub replication: Replication,
     /// Bytes.
     pub bytes: usize,
 }
@@ -317,7 +369,7 @@ pub struct Program {
     pub coords: Coords,
     /// The layout it was built for.
     pub layout: Layout,
-    /// Tokens of a sequence.
+    /// Tokens of a sequence, over all context-parallel ranks.
     pub sequence: usize,
     /// Sequences of the global batch.
     pub sequences: usize,
@@ -364,7 +416,7 @@ pub struct Program {
 /// Static buffers of a step's inputs and sums.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Io {
-    /// Token ids `[local_sequences * sequence]`.
+    /// Token ids `[local_sequences * sequence / cp]`.
     pub tokens: BufferId,
     /// Target ids, `u32::MAX` where ignored.
     pub targets: BufferId,
@@ -373,7 +425,7 @@ pub struct Io {
     /// Sums of squared gradients by chunk of [`NORM_CHUNK`] elements, over the whole model, then the loss sums of
     /// all sequences of the global batch, then the number of ranks that want to stop.
     pub norm_chunks: BufferId,
-    /// Cosine table `[sequence, head_dim / 2]`, empty without rotary positions.
+    /// Cosine table of this rank's positions `[sequence / cp, rotated dims / 2]`, empty without rotary positions.
     pub cos: BufferId,
     /// Sine table.
     pub sin: BufferId,
@@ -394,9 +446,15 @@ impl Program {
     /// Compiles the program of one rank.
     ///
     /// # Errors
-    /// If the layout is not valid for the model and the batch.
+    /// If the layout is not valid for the model and the batch, or a model with experts or latent attention is asked to
+    /// generate.
     pub fn build(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Result<Program> {
         request.layout.validate(request.model, request.sequences, request.sequence)?;
+        if request.cache > 0 {
+            // Generation is of what trains: one token has no expert's share and no part of a sequence.
+            request.model.check_trains()?;
+            request.layout.check_trains()?;
+        }
         Ok(lower::lower(request, workspace))
     }
 
@@ -413,6 +471,11 @@ impl Program {
     /// Sequences executed at once.
     pub fn micro_batch(&self) -> usize {
         self.layout.micro_batch
+    }
+
+    /// Tokens of a sequence on this rank: its part where cp cuts sequences.
+    pub fn local_sequence(&self) -> usize {
+        self.sequence / self.layout.cp
     }
 
     /// Micro-batches of this rank in one step.

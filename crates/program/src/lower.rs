@@ -8,7 +8,7 @@ use crate::emit::{Context, Forward, forward};
 use crate::graph::{Graph, Node, Operand, Phase, Source};
 use crate::lifetimes::Lifetimes;
 use crate::op::{Axis, OpKind};
-use crate::params::{Chunk, GroupId, chunks, table};
+use crate::params::{Chunk, GroupId, Replication, chunks, table};
 use crate::pipeline::{Pass, in_flight, orders};
 use crate::place::{Span, aligned, alive_peak, place};
 use crate::zero::{Sums, gather_params, is_head};
@@ -20,20 +20,22 @@ use crate::{
 /// Turns chunks into blocks over placed buffers.
 pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Program {
     let model = request.model;
-    // One data-parallel rank has nobody to shard with.
-    let zero = if request.layout.dp > 1 { request.layout.zero } else { Zero::Off };
+    // A rank that shares no parameter has nobody to shard with.
+    let shares =
+        request.layout.replicas() > 1 || model.experts.is_some() && request.layout.expert_replicas() > 1;
+    let zero = if shares { request.layout.zero } else { Zero::Off };
     let layout = &spec::Layout { zero, ..request.layout.clone() };
     let request = &Request { layout, ..*request };
     let coords = Coords::of(request.rank, layout);
     let stage = chunks(model, layout, coords.pp);
-    let groups = table(model, layout.tp, coords.tp, &stage);
+    let groups = table(model, layout, coords, &stage);
     let pipeline = coords.peers(Axis::Pp, layout);
     let cx = Context {
         model,
         layout,
-        sequence: request.sequence,
+        sequence: request.sequence / layout.cp,
         dtype: request.precision,
-        tp_rank: coords.tp,
+        coords,
         groups: &groups,
         pipeline: &pipeline,
         decode: false,
@@ -53,6 +55,7 @@ pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Progr
         bucket_list: Vec::new(),
         at: 0,
         memory: Memory::default(),
+        norm_chunks: 0,
         unified: slots.iter().sum::<usize>() <= 1,
         slot_sizes: vec![0; layout.chunks],
         scratch: 0,
@@ -169,6 +172,8 @@ pub(crate) struct Lower<'a> {
     /// Bytes of static buffers so far.
     pub(crate) at: usize,
     pub(crate) memory: Memory,
+    /// Chunks of the gradient norm over the whole model, known with the statics.
+    pub(crate) norm_chunks: usize,
     /// One micro-batch in flight: activations share the scratch region.
     pub(crate) unified: bool,
     pub(crate) slot_sizes: Vec<usize>,
@@ -219,7 +224,7 @@ impl Lower<'_> {
                 continue;
             }
             let name = format!("{letter}{c}");
-            if pass != Pass::Forward && self.cx.layout.dp > 1 && self.cx.layout.zero < Zero::Gradients {
+            if pass != Pass::Forward && self.cx.reduces() && self.cx.layout.zero < Zero::Gradients {
                 let later = |b: BufferId| done.iter().any(|&(pass, buffer)| buffer == b && pass > i);
                 let last = step::with_reductions(&ops, self.cx, buckets, &later);
                 out.push((pass, true, Block { name: format!("{name}.last"), chunk: c, ops: last }));
@@ -379,7 +384,7 @@ impl Lower<'_> {
             grads,
             leaf: n.leaves.0,
             phase: n.phase,
-            cost: cost(g, n, self.cx.sequence, grad_elements),
+            cost: cost(g, n, self.cx.context(), grad_elements),
         })
     }
 
@@ -394,9 +399,12 @@ impl Lower<'_> {
         let b = &self.group_buffers[group.0 as usize];
         let (inner, outer) = self.split_radices(n.leaves.1);
         let m = self.cx.layout.micro_batch;
-        // Rows that are not whole sequences (sequence parallelism) have no tree inside.
+        // Rows that are not whole sequences (sequence parallelism, tokens in the order of their experts) have no tree
+        // inside.
         let rows = n.ins.iter().map(|o| o.rows).min().unwrap_or(0);
-        let whole = rows == n.leaves.1 * self.cx.sequence || !self.cx.layout.sequence_parallel;
+        let parts = self.cx.layout.sequence_parallel || of.name.ends_with("router.weight");
+        let whole = of.replication == Replication::Data
+            && (rows == n.leaves.1 * self.cx.sequence || self.cx.layout.tp == 1 || !parts);
         let sum = self.grad_buffer(group, is_head(n));
         let levels = match sums.whole.get(&sum) {
             Some(v) => buffers[v.0 as usize].expect("gradients of a micro-batch are placed"),

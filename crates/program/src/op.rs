@@ -73,6 +73,31 @@ pub enum OpKind {
         /// Rotates back.
         inverse: bool,
     },
+    /// `(c [n, q+r+t], wkv, [wq]) -> (latent of keys and values [n, r], shared key part [n, t], rstd, [latent of
+    /// queries [n, q]])`: takes the compressed projections apart and norms the latents by root mean square.
+    LatentNorm {
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// `(dlatent, dshared, [dqueries], c, wkv, rstd, [wq]) -> dc`.
+    LatentNormGradInput,
+    /// `(dlatent, [dqueries], c, rstd) -> grads of wkv, [wq]`.
+    LatentNormGradWeight,
+    /// `(q [n, H(d+t)], kv [n, H(d+v)], shared key part [n, t]) -> qkv [n, H(2(d+t)+v)]`: rotates the last `t` dims of
+    /// each query and the key part that all heads share, and packs queries, keys and values for attention.
+    LatentRope {
+        /// Head counts and widths after packing.
+        heads: Heads,
+        /// Width of the rotated part `t`.
+        rope_dim: usize,
+    },
+    /// `(dqkv) -> (dq, dkv, dshared)`.
+    LatentRopeGrad {
+        /// Head counts and widths after packing.
+        heads: Heads,
+        /// Width of the rotated part.
+        rope_dim: usize,
+    },
     /// `(qkv [n, (H+2K)h]) -> (o [n, Hh], lse)`: causal grouped-query attention.
     Attention {
         /// Head counts and width.
@@ -82,6 +107,60 @@ pub enum OpKind {
     AttentionGrad {
         /// Head counts and width.
         heads: Heads,
+    },
+    /// [`OpKind::Attention`] over sequences that are spread along an axis: keys and values walk a ring of ranks while
+    /// each rank's queries attend to those at hand (Liu et al. 2023, arXiv 2310.01889). Each rank holds one piece from
+    /// the front of a sequence and its mirror from the back, so that causal work is even.
+    RingAttention {
+        /// Head counts and width.
+        heads: Heads,
+        /// Over which ranks.
+        axis: Axis,
+    },
+    /// `(qkv, o, lse, do) -> dqkv`: keys and values walk the ring again, their gradients with them.
+    RingAttentionGrad {
+        /// Head counts and width.
+        heads: Heads,
+        /// Over which ranks.
+        axis: Axis,
+    },
+    /// `(logits [n, E]) -> (gates [n, k], index [n, k], counts [E])`: each token's `k` best experts, their weights, the
+    /// place of each copy in the order by expert, and the copies of each expert.
+    Route {
+        /// Experts of a token.
+        top_k: usize,
+    },
+    /// `(dgates, logits, index) -> dlogits`.
+    RouteGrad,
+    /// `(x [n, D], index) -> copies [n k, D]` in the order of their experts.
+    Permute {
+        /// Copies of a token.
+        top_k: usize,
+    },
+    /// `(dcopies, index) -> dx`, accumulating: the sum over a token's copies.
+    PermuteGrad,
+    /// `(copies [n k, D], gates, index) -> y [n, D]`, accumulating: the weighted sum of a token's copies.
+    Unpermute {
+        /// Copies of a token.
+        top_k: usize,
+    },
+    /// `(dy, copies, gates, index) -> (dcopies, dgates)`.
+    UnpermuteGrad,
+    /// `(x [m, in], w [experts out, in], counts) -> y [m, out]`: rows lie in the order of their experts, each expert has
+    /// a matrix of its own.
+    GroupedLinear {
+        /// Experts of this rank.
+        experts: usize,
+    },
+    /// `(dy, w, counts) -> dx`.
+    GroupedLinearGradInput {
+        /// Experts of this rank.
+        experts: usize,
+    },
+    /// `(dy, x, counts) -> grad of w`.
+    GroupedLinearGradWeight {
+        /// Experts of this rank.
+        experts: usize,
     },
     /// `(gate_up [n, 2F]) -> h [n, F]`.
     SwiGlu,
@@ -133,6 +212,22 @@ pub enum OpKind {
         /// Over which ranks.
         axis: Axis,
     },
+    /// `(rows, counts that leave, [counts that arrive]) -> (rows, [counts that arrived])`: every rank sends each peer the
+    /// rows of its experts, or back. Routing is balanced in static shapes: as many rows come in as go out.
+    AllToAll {
+        /// Over which ranks.
+        axis: Axis,
+    },
+    /// `(all rows) -> (this rank's rows)` of what every rank of the axis holds alike; backward gathers.
+    Slice {
+        /// Over which ranks.
+        axis: Axis,
+    },
+    /// The same bytes as [`OpKind::AllGather`], of rows that every rank then uses alike; backward slices.
+    Unslice {
+        /// Over which ranks.
+        axis: Axis,
+    },
     /// `(x) -> x`, nothing forward; backward sums over the axis. Dropped when blocks are made.
     Fork {
         /// Over which ranks.
@@ -154,7 +249,7 @@ pub enum OpKind {
     },
     /// Parameters of a range from their shards (ZeRO 3).
     GatherParams {
-        /// The embedding, a layer or the head.
+        /// The embedding, a layer, its experts or the head.
         unit: usize,
         /// The groups gathered together.
         groups: Vec<GroupId>,
@@ -164,7 +259,7 @@ pub enum OpKind {
         /// Of which unit.
         unit: usize,
     },
-    /// Gradients of a bucket, summed over dp: to every rank, or each shard to its owner.
+    /// Gradients of a bucket, summed over the ranks that hold the same parameters ([`crate::Replication`]): to every rank, or each shard to its owner.
     ReduceGrads {
         /// Which bucket.
         bucket: usize,
@@ -231,14 +326,26 @@ pub struct Heads {
     pub q: usize,
     /// Key and value heads.
     pub kv: usize,
-    /// Width of one head.
+    /// Width of one head's queries and keys.
     pub dim: usize,
+    /// Width of one head's values.
+    pub value_dim: usize,
 }
 
 impl Heads {
     /// Columns of the packed query, key and value projections.
     pub fn packed(self) -> usize {
-        (self.q + 2 * self.kv) * self.dim
+        (self.q + self.kv) * self.dim + self.kv * self.value_dim
+    }
+
+    /// Columns of the keys and values alone.
+    pub fn kv_cols(self) -> usize {
+        self.kv * (self.dim + self.value_dim)
+    }
+
+    /// Columns of the attention's output.
+    pub fn out_cols(self) -> usize {
+        self.q * self.value_dim
     }
 }
 
@@ -252,6 +359,10 @@ pub enum Axis {
     Tp,
     /// Pipeline parallel.
     Pp,
+    /// Context parallel.
+    Cp,
+    /// Expert parallel: neighbours among the ranks of a stage.
+    Ep,
 }
 
 impl OpKind {
@@ -275,6 +386,25 @@ impl OpKind {
             Rope { .. } => "rope",
             Attention { .. } => "attention",
             AttentionGrad { .. } => "attention_grad",
+            LatentNorm { .. } => "latent_norm",
+            LatentNormGradInput => "latent_norm_grad_input",
+            LatentNormGradWeight => "latent_norm_grad_weight",
+            LatentRope { .. } => "latent_rope",
+            LatentRopeGrad { .. } => "latent_rope_grad",
+            RingAttention { .. } => "ring_attention",
+            RingAttentionGrad { .. } => "ring_attention_grad",
+            Route { .. } => "route",
+            RouteGrad => "route_grad",
+            Permute { .. } => "permute",
+            PermuteGrad => "permute_grad",
+            Unpermute { .. } => "unpermute",
+            UnpermuteGrad => "unpermute_grad",
+            GroupedLinear { .. } => "grouped_linear",
+            GroupedLinearGradInput { .. } => "grouped_linear_grad_input",
+            GroupedLinearGradWeight { .. } => "grouped_linear_grad_weight",
+            AllToAll { .. } => "all_to_all",
+            Slice { .. } => "slice",
+            Unslice { .. } => "unslice",
             SwiGlu => "swiglu",
             SwiGluGrad => "swiglu_grad",
             Gelu { .. } => "gelu",
@@ -313,6 +443,10 @@ impl OpKind {
             AllReduce { .. }
                 | AllGather { .. }
                 | ReduceScatter { .. }
+                | AllToAll { .. }
+                | Unslice { .. }
+                | RingAttention { .. }
+                | RingAttentionGrad { .. }
                 | Send { .. }
                 | Recv { .. }
                 | GatherParams { .. }

@@ -1,5 +1,7 @@
 use serde::Serialize;
-use spec::{Activation, Layout, ModelSpec, NormKind, Position};
+use spec::{Activation, Experts, Latent, Layout, ModelSpec, NormKind, Position};
+
+use crate::Coords;
 
 /// Index of a parameter group in a rank's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -19,10 +21,13 @@ pub struct ParamGroup {
     pub decay: bool,
     /// The logical parameters, top to bottom.
     pub parts: Vec<ParamPart>,
-    /// The unit that is gathered together under ZeRO 3: 0 the embedding, `1 + i` layer `i`, last the head.
+    /// The unit that is gathered together under ZeRO 3: 0 the embedding, `1 + i` layer `i`, `1 + layers` the head,
+    /// `2 + layers + i` the experts of layer `i`, which come from other ranks.
     pub unit: usize,
-    /// The same rows live on every tensor-parallel rank.
+    /// The same rows live on every tensor-parallel rank. Never of experts, which are spread over ranks their own way.
     pub replicated_tp: bool,
+    /// Which ranks hold the same elements: gradients are summed over them, ZeRO shards over them.
+    pub replication: Replication,
     /// Which chunk of this rank uses it first.
     pub chunk: usize,
 }
@@ -46,6 +51,16 @@ pub struct ParamPart {
     pub cols: usize,
     /// First row inside the group.
     pub local_row0: usize,
+}
+
+/// Which ranks hold the same elements of a parameter, so that their gradients are one sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Replication {
+    /// The ranks along dp and cp.
+    Data,
+    /// The ranks of a stage that hold the same experts: `dp * cp * tp / ep` of them, `ep` apart.
+    Expert,
 }
 
 impl ParamGroup {
@@ -110,14 +125,18 @@ pub(crate) struct Table<'a> {
     model: &'a ModelSpec,
     tp: usize,
     tp_rank: usize,
+    /// First expert held and how many.
+    experts: (usize, usize),
     groups: Vec<ParamGroup>,
     chunk: usize,
     unit: usize,
 }
 
-/// All parameter groups of the rank with these chunks, in forward order.
-pub(crate) fn table(model: &ModelSpec, tp: usize, tp_rank: usize, chunks: &[Chunk]) -> Vec<ParamGroup> {
-    let mut t = Table { model, tp, tp_rank, groups: Vec::new(), chunk: 0, unit: 0 };
+/// All parameter groups of the rank at `coords` with these chunks, in forward order.
+pub(crate) fn table(model: &ModelSpec, layout: &Layout, coords: Coords, chunks: &[Chunk]) -> Vec<ParamGroup> {
+    let experts = share(model.experts.map_or(0, |e| e.count), layout.ep, coords.ep(layout));
+    let (tp, tp_rank) = (layout.tp, coords.tp);
+    let mut t = Table { model, tp, tp_rank, experts, groups: Vec::new(), chunk: 0, unit: 0 };
     for (c, chunk) in chunks.iter().enumerate() {
         t.chunk = c;
         if chunk.embed {
@@ -147,9 +166,23 @@ impl Table<'_> {
 
     fn layer(&mut self, i: usize) {
         let m = self.model;
-        let (q, kv) = (m.heads * m.head_dim, m.kv_heads * m.head_dim);
         let p = |s: &str| format!("layers.{i}.{s}");
         self.norm(&p("attn_norm"));
+        match m.latent {
+            Some(latent) => self.latent(i, latent),
+            None => self.attention(i),
+        }
+        self.norm(&p("mlp_norm"));
+        match m.experts.filter(|_| m.has_experts(i)) {
+            Some(experts) => self.experts(i, experts),
+            None => self.mlp(&p("mlp"), m.ffn),
+        }
+    }
+
+    fn attention(&mut self, i: usize) {
+        let m = self.model;
+        let (q, kv) = (m.heads * m.head_dim, m.kv_heads * m.head_dim);
+        let p = |s: &str| format!("layers.{i}.{s}");
         let qkv = [(p("attn.q"), q), (p("attn.k"), kv), (p("attn.v"), kv)];
         self.linear(&p("attn.qkv"), &qkv, m.hidden, Cut::Rows, m.qkv_bias);
         if m.qk_norm {
@@ -157,14 +190,55 @@ impl Table<'_> {
             self.vector(&p("attn.k_norm.weight"), m.head_dim);
         }
         self.linear(&p("attn.o"), &[(p("attn.o"), m.hidden)], q, Cut::Cols, m.attn_out_bias);
-        self.norm(&p("mlp_norm"));
-        if m.activation == Activation::SwiGlu {
-            let gate_up = [(p("mlp.gate"), m.ffn), (p("mlp.up"), m.ffn)];
-            self.linear(&p("mlp.gate_up"), &gate_up, m.hidden, Cut::Rows, m.mlp_bias);
+    }
+
+    /// The projections into the latents are whole on every rank, those out of them are cut by head.
+    fn latent(&mut self, i: usize, l: Latent) {
+        let m = self.model;
+        let p = |s: &str| format!("layers.{i}.attn.{s}");
+        let mut down = Vec::new();
+        down.extend(l.query_rank.map(|q| (p("q_down"), q)));
+        down.push((p("kv_down"), l.kv_rank + l.rope_dim));
+        self.linear(&p("down"), &down, m.hidden, Cut::Whole, false);
+        let queries = m.heads * l.key_dim();
+        if let Some(q) = l.query_rank {
+            self.vector(&p("q_latent_norm.weight"), q);
+            self.vector(&p("kv_latent_norm.weight"), l.kv_rank);
+            self.linear(&p("q_up"), &[(p("q_up"), queries)], q, Cut::Rows, false);
         } else {
-            self.linear(&p("mlp.up"), &[(p("mlp.up"), m.ffn)], m.hidden, Cut::Rows, m.mlp_bias);
+            self.vector(&p("kv_latent_norm.weight"), l.kv_rank);
+            self.linear(&p("q"), &[(p("q"), queries)], m.hidden, Cut::Rows, false);
         }
-        self.linear(&p("mlp.down"), &[(p("mlp.down"), m.hidden)], m.ffn, Cut::Cols, m.mlp_bias);
+        let up = m.heads * (l.nope_dim + l.value_dim);
+        self.linear(&p("kv_up"), &[(p("kv_up"), up)], l.kv_rank, Cut::Rows, false);
+        self.linear(&p("o"), &[(p("o"), m.hidden)], m.heads * l.value_dim, Cut::Cols, false);
+    }
+
+    fn mlp(&mut self, name: &str, ffn: usize) {
+        let m = self.model;
+        let p = |s: &str| format!("{name}.{s}");
+        if m.activation == Activation::SwiGlu {
+            let gate_up = [(p("gate"), ffn), (p("up"), ffn)];
+            self.linear(&p("gate_up"), &gate_up, m.hidden, Cut::Rows, m.mlp_bias);
+        } else {
+            self.linear(&p("up"), &[(p("up"), ffn)], m.hidden, Cut::Rows, m.mlp_bias);
+        }
+        self.linear(&p("down"), &[(p("down"), m.hidden)], ffn, Cut::Cols, m.mlp_bias);
+    }
+
+    /// The router is whole on every rank, shared experts are cut by tp, routed ones are whole experts.
+    fn experts(&mut self, i: usize, e: Experts) {
+        let m = self.model;
+        let p = |s: &str| format!("layers.{i}.mlp.{s}");
+        self.linear(&p("router"), &[(p("router"), e.count)], m.hidden, Cut::Whole, false);
+        let up = if m.activation.gated() { ("gate_up", 2 * e.ffn) } else { ("up", e.ffn) };
+        for ((name, rows), in_dim) in [(up, m.hidden), (("down", m.hidden), e.ffn)] {
+            self.stack(&p(&format!("experts.{name}.weight")), rows, in_dim, e.count);
+            self.groups.last_mut().expect("just pushed").unit = 2 + m.layers + i;
+        }
+        if e.shared_ffn > 0 {
+            self.mlp(&p("shared"), e.shared_ffn);
+        }
     }
 
     fn head(&mut self, embed_here: bool) {
@@ -230,6 +304,23 @@ impl Table<'_> {
         self.push(name.to_owned(), at, cols, true, parts, cut == Cut::Whole);
     }
 
+    /// The held ones of `count` experts' matrices, one logical parameter of all experts from top to bottom.
+    fn stack(&mut self, name: &str, rows: usize, in_dim: usize, count: usize) {
+        let (first, held) = self.experts;
+        let part = ParamPart {
+            name: name.to_owned(),
+            global: (count * rows, in_dim),
+            dims: [count * rows, in_dim],
+            row0: first * rows,
+            rows: held * rows,
+            col0: 0,
+            cols: in_dim,
+            local_row0: 0,
+        };
+        self.push(name.to_owned(), held * rows, in_dim, true, vec![part], false);
+        self.groups.last_mut().expect("just pushed").replication = Replication::Expert;
+    }
+
     fn norm(&mut self, name: &str) {
         let d = self.model.hidden;
         self.vector(&format!("{name}.weight"), d);
@@ -262,6 +353,16 @@ impl Table<'_> {
         whole: bool,
     ) {
         let (unit, chunk) = (self.unit, self.chunk);
-        self.groups.push(ParamGroup { name, rows, cols, decay, parts, unit, replicated_tp: whole, chunk });
+        self.groups.push(ParamGroup {
+            name,
+            rows,
+            cols,
+            decay,
+            parts,
+            unit,
+            replicated_tp: whole,
+            replication: Replication::Data,
+            chunk,
+        });
     }
 }

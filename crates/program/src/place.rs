@@ -1,5 +1,5 @@
 /// Offsets are multiples of this many bytes: a cache line, and one AVX-512 vector.
-pub(crate) const ALIGN: usize = 64;
+pub const ALIGN: usize = 64;
 
 /// A buffer that needs bytes from one op to another.
 #[derive(Clone, Copy, Debug)]

@@ -28,20 +28,15 @@ impl Lower<'_> {
         let owned: Vec<(usize, usize)> = groups
             .iter()
             .map(|g| {
-                if layout.zero >= Zero::Optimizer {
-                    owned(g.len(), layout.dp, self.coords.dp)
-                } else {
-                    (0, g.len())
-                }
+                let (count, index) = self.cx.replicas(g.replication);
+                if layout.zero >= Zero::Optimizer { owned(g.len(), count, index) } else { (0, g.len()) }
             })
             .collect();
-        let whole =
-            table(self.cx.model, layout.tp, self.coords.tp, &chunks(self.cx.model, &Default::default(), 0));
+        let whole = table(self.cx.model, layout, self.coords, &chunks(self.cx.model, &Default::default(), 0));
         let mut chunk0 = HashMap::new();
-        let mut at = 0;
         for g in &whole {
-            chunk0.insert(g.name.as_str(), at);
-            at += g.len().div_ceil(NORM_CHUNK);
+            chunk0.insert(g.name.as_str(), self.norm_chunks);
+            self.norm_chunks += g.len().div_ceil(NORM_CHUNK);
         }
         let holds_embedding = stage.iter().any(|c| c.embed);
         let region = |l: &mut Self, prefix: &str, dtype: DType, owned_only: bool| -> Vec<BufferId> {
@@ -143,10 +138,10 @@ impl Lower<'_> {
         let before = self.at;
         let (model, sequence) = (self.cx.model, self.cx.sequence);
         let n = if self.request.cache > 0 { 1 } else { local_sequences * sequence };
-        let whole = table(model, self.cx.layout.tp, self.coords.tp, &chunks(model, &Default::default(), 0));
-        let norm_chunks: usize = whole.iter().map(|g| g.len().div_ceil(NORM_CHUNK)).sum();
+        let norm_chunks = self.norm_chunks;
         let positions = sequence.max(self.request.cache);
-        let half = if matches!(model.position, Position::Rope(_)) { model.head_dim / 2 } else { 0 };
+        let rotated = model.latent.map_or(model.head_dim, |l| l.rope_dim);
+        let half = if matches!(model.position, Position::Rope(_)) { rotated / 2 } else { 0 };
         let kv = self.cx.heads().kv * model.head_dim;
         let cache = self.request.cache * model.layers;
         let dtype = self.cx.dtype;
@@ -187,13 +182,19 @@ impl Lower<'_> {
         list.sort_by_key(|(chunk, _, _)| std::cmp::Reverse(*chunk));
         let mut buckets: Vec<(usize, Bucket)> = Vec::new();
         for (chunk, group, buffer) in list {
-            let bytes = 4 * self.cx.groups[group.0 as usize].len();
-            match buckets.last_mut() {
+            let of = &self.cx.groups[group.0 as usize];
+            let bytes = 4 * of.len();
+            // Experts meet other ranks than the rest: their buckets fill beside those of the rest.
+            let open = buckets.iter_mut().rev().find(|(_, b)| b.replication == of.replication);
+            match open {
                 Some((c, b)) if *c == chunk && b.bytes < BUCKET_BYTES => {
                     b.grads.push((group, buffer));
                     b.bytes += bytes;
                 }
-                _ => buckets.push((chunk, Bucket { grads: vec![(group, buffer)], bytes })),
+                _ => {
+                    let bucket = Bucket { grads: vec![(group, buffer)], replication: of.replication, bytes };
+                    buckets.push((chunk, bucket));
+                }
             }
         }
         buckets.into_iter().map(|(_, b)| b).collect()

@@ -18,8 +18,8 @@ pub(crate) fn ops(
     let whole = |id: BufferId| View { buffer: id, row0: 0, rows: buffers[id.0 as usize].rows };
     let layout = cx.layout;
     let mut ops = Vec::new();
-    if layout.dp > 1 && layout.zero < Zero::Gradients {
-        for bucket in 0..buckets.len() {
+    if layout.zero < Zero::Gradients {
+        for (bucket, _) in buckets.iter().enumerate().filter(|(_, b)| cx.replicas(b.replication).0 > 1) {
             ops.push(op(format!("grads.bucket{bucket}.wait"), OpKind::WaitGrads { bucket }, vec![], vec![]));
         }
     }
@@ -50,8 +50,9 @@ pub(crate) fn ops(
         adamw.cost.bytes = count * if cx.dtype == DType::F32 { 28 } else { 30 };
         ops.push(adamw);
     }
-    if layout.dp > 1 && matches!(layout.zero, Zero::Optimizer | Zero::Gradients) {
-        for (id, group, b) in each(cx, groups) {
+    if matches!(layout.zero, Zero::Optimizer | Zero::Gradients) {
+        let shared = |group: &crate::ParamGroup| cx.replicas(group.replication).0 > 1;
+        for (id, group, b) in each(cx, groups).filter(|(_, group, _)| shared(group)) {
             let mut gather = op(
                 format!("optim.{}.gather", group.name),
                 OpKind::AllGatherParams { group: id },
@@ -76,7 +77,7 @@ pub(crate) fn with_reductions(
 ) -> Vec<Op> {
     let adds_to = |op: &Op, b: BufferId| op.grads.iter().any(|g| g.sum == b);
     let mut at: Vec<(usize, usize)> = Vec::new();
-    for (i, bucket) in buckets.iter().enumerate() {
+    for (i, bucket) in buckets.iter().enumerate().filter(|(_, b)| cx.replicas(b.replication).0 > 1) {
         let complete_after =
             ops.iter().rposition(|op| bucket.grads.iter().any(|(_, buffer)| adds_to(op, *buffer)));
         if let (Some(last), false) = (complete_after, bucket.grads.iter().any(|(_, b)| later(*b))) {

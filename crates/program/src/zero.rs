@@ -11,10 +11,11 @@ use crate::op::OpKind;
 use crate::params::GroupId;
 use crate::{BufferId, NORM_CHUNK};
 
-/// The run of elements of a group that data-parallel rank `index` updates: whole norm chunks, as even as possible.
-pub fn owned(len: usize, dp: usize, index: usize) -> (usize, usize) {
+/// The run of elements of a group that the rank `index` of `replicas` updates ([`crate::Coords::replicas`]): whole norm
+/// chunks, as even as possible.
+pub fn owned(len: usize, replicas: usize, index: usize) -> (usize, usize) {
     let chunks = len.div_ceil(NORM_CHUNK);
-    let at = |i: usize| (chunks * i / dp * NORM_CHUNK).min(len);
+    let at = |i: usize| (chunks * i / replicas * NORM_CHUNK).min(len);
     (at(index), at(index + 1) - at(index))
 }
 
@@ -76,7 +77,7 @@ pub(crate) fn is_head(n: &Node) -> bool {
     n.name.starts_with("head.")
 }
 
-/// Gathers the parameters of a unit (a layer, the embedding, the head) one unit before their first use in a pass.
+/// Gathers the parameters of a unit (a layer, its experts, the embedding, the head) one unit before their first use in a pass.
 pub(crate) fn gather_params(g: &mut Graph, nodes: Vec<Node>, cx: &Context<'_>) -> Vec<Node> {
     let mut fresh: HashMap<GroupId, ValueId> = HashMap::new();
     let mut units: Vec<(usize, Vec<GroupId>)> = Vec::new();

@@ -1,6 +1,10 @@
 //! Hugging Face `config.json`, both ways. Defaults of absent keys are those of `transformers`' configuration classes.
 
-use crate::{Activation, Error, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
+mod planned;
+
+pub use planned::HfModel;
+
+use crate::{Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
 use serde_json::{Map, Value, json};
 
 /// `model_type`, the architecture with a language-model head, and how many key and value heads an absent key means.
@@ -22,9 +26,10 @@ const GPT2: Family = Family { model_type: "gpt2", architecture: "GPT2LMHeadModel
 const FAMILIES: [&Family; 5] = [&LLAMA, &MISTRAL, &QWEN2, &QWEN3, &GPT2];
 
 impl ModelSpec {
-    /// Reads the text of a `config.json` of the Llama, Mistral, Qwen 2, Qwen 3 or GPT-2 family.
+    /// Reads the text of a `config.json` of the Llama, Mistral, Qwen 2, Qwen 3 or GPT-2 family, to train it.
     ///
     /// Dropout rates and token ids are ignored; anything else that would change the model is refused by name.
+    /// [`HfModel::read`] takes many more, to plan them.
     ///
     /// ```
     /// use spec::ModelSpec;
@@ -46,8 +51,11 @@ impl ModelSpec {
         };
         let config = Config(&map);
         let family = config.family()?;
-        config.refuse_unsupported(family)?;
-        let model = if family.model_type == "gpt2" { config.gpt2()? } else { config.llama(family)? };
+        if let Some(first) = config.unsupported(family)?.into_iter().next() {
+            return Err(first);
+        }
+        let rope = |c: &Config<'_>| c.rope();
+        let model = if family.model_type == "gpt2" { config.gpt2()? } else { config.llama(family, rope)? };
         model.validate()?;
         Ok(model)
     }
@@ -123,6 +131,7 @@ impl ModelSpec {
     }
 
     fn hf_family(&self) -> Result<&'static Family> {
+        self.check_trains()?;
         let refuse = |why: &str| {
             Err(Error::user(format!("{} has no Hugging Face architecture: {why}", self.name))
                 .hint("the families that can be written are Llama, Qwen 2, Qwen 3 and GPT-2"))
@@ -218,8 +227,10 @@ impl<'a> Config<'a> {
         match (family, architecture) {
             (None, _) => {
                 let name = architecture.or(model_type);
-                let what = name.map_or("model_type is missing".to_owned(), |n| {
-                    format!("architecture {n} is not supported")
+                let planned = model_type.is_some_and(planned::knows);
+                let what = name.map_or("model_type is missing".to_owned(), |n| match planned {
+                    true => format!("architecture {n} can be planned, it does not train yet"),
+                    false => format!("architecture {n} is not supported"),
                 });
                 Err(Error::user(what).hint(supported()))
             }
@@ -231,38 +242,43 @@ impl<'a> Config<'a> {
         }
     }
 
-    fn refuse_unsupported(&self, family: &Family) -> Result<()> {
-        let refuse = |key: &str, why: &str| {
-            let found = self.get(key).map(short).unwrap_or_default();
-            Err(Error::user(format!("{key} = {found} is not supported: {why}"))
-                .hint(format!("supported: {} without it", family.architecture)))
+    /// What the model does that the trainer does not.
+    fn unsupported(&self, family: &Family) -> Result<Vec<Error>> {
+        let mut found = Vec::new();
+        let mut refuse = |key: &str, why: &str| {
+            let value = self.get(key).map(short).unwrap_or_default();
+            found.push(
+                Error::user(format!("{key} = {value} is not supported: {why}"))
+                    .hint(format!("supported: {} without it", family.architecture)),
+            );
         };
         if self.get("quantization_config").is_some() {
-            return refuse("quantization_config", "weights are read in float32, bfloat16 or float16");
+            refuse("quantization_config", "weights are read in float32, bfloat16 or float16");
         }
         for key in ["partial_rotary_factor", "embedding_multiplier", "logits_scaling", "residual_multiplier"]
         {
             if self.number_or(key, Some(1.0))? != 1.0 {
-                return refuse(key, "only 1 is");
+                refuse(key, "only 1 is");
             }
         }
         for key in ["scale_attn_by_inverse_layer_idx", "add_cross_attention"] {
             if self.flag_or(key, false)? {
-                return refuse(key, "only false is");
+                refuse(key, "only false is");
             }
         }
         if !self.flag_or("scale_attn_weights", true)? {
-            return refuse("scale_attn_weights", "only true is");
+            refuse("scale_attn_weights", "only true is");
         }
         let mixed = self.get("layer_types").and_then(Value::as_array);
         if mixed.is_some_and(|types| types.iter().any(|t| t != "full_attention")) {
-            return refuse("layer_types", "only full attention in every layer is");
+            refuse("layer_types", "only full attention in every layer is");
         }
-        self.refuse_sliding_window(family)
+        found.extend(self.sliding_window(family)?);
+        Ok(found)
     }
 
     /// A window that is never narrower than the context changes nothing.
-    fn refuse_sliding_window(&self, family: &Family) -> Result<()> {
+    fn sliding_window(&self, family: &Family) -> Result<Option<Error>> {
         let (windowed, default) = match family.model_type {
             "mistral" => (true, Some(4096)),
             "qwen2" | "qwen3" if self.flag_or("use_sliding_window", false)? => {
@@ -278,11 +294,11 @@ impl<'a> Config<'a> {
             None => default,
         };
         match window {
-            Some(window) if windowed && window < self.count("max_position_embeddings")? => Err(Error::user(
-                format!("sliding_window = {window} is not supported: only full attention is"),
-            )
-            .hint(format!("supported: {} with \"sliding_window\": null", family.architecture))),
-            _ => Ok(()),
+            Some(window) if windowed && window < self.count("max_position_embeddings")? => Ok(Some(
+                Error::user(format!("sliding_window = {window} is not supported: only full attention is"))
+                    .hint(format!("supported: {} with \"sliding_window\": null", family.architecture)),
+            )),
+            _ => Ok(None),
         }
     }
 
@@ -290,7 +306,7 @@ impl<'a> Config<'a> {
         Ok(self.text("_name_or_path")?.filter(|n| !n.is_empty()).unwrap_or(family.model_type).to_owned())
     }
 
-    fn llama(&self, family: &Family) -> Result<ModelSpec> {
+    fn llama(&self, family: &Family, rope: impl FnOnce(&Self) -> Result<Rope>) -> Result<ModelSpec> {
         let act = self.text("hidden_act")?.unwrap_or("silu");
         if !["silu", "swish"].contains(&act) {
             return Err(
@@ -318,7 +334,7 @@ impl<'a> Config<'a> {
             head_dim: self.count_or("head_dim", own_dim)?,
             norm: NormKind::Rms,
             norm_eps: self.number_or("rms_norm_eps", Some(1e-6))? as f32,
-            position: Position::Rope(self.rope()?),
+            position: Position::Rope(rope(self)?),
             activation: Activation::SwiGlu,
             qkv_bias: attention_bias || family.model_type == "qwen2",
             attn_out_bias: attention_bias,
@@ -326,6 +342,8 @@ impl<'a> Config<'a> {
             qk_norm: family.model_type == "qwen3",
             tied_embeddings: self.flag_or("tie_word_embeddings", false)?,
             init_std: self.number_or("initializer_range", Some(0.02))? as f32,
+            experts: None,
+            latent: None,
         })
     }
 
@@ -362,6 +380,8 @@ impl<'a> Config<'a> {
             qk_norm: false,
             tied_embeddings: self.flag_or("tie_word_embeddings", true)?,
             init_std: self.number_or("initializer_range", Some(0.02))? as f32,
+            experts: None,
+            latent: None,
         })
     }
 

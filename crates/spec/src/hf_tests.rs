@@ -126,7 +126,8 @@ fn yarn_defaults() {
 
 #[test]
 fn refusals() {
-    check_refused("mixtral", json!({}), "architecture mixtral is not supported");
+    check_refused("mixtral", json!({}), "architecture mixtral can be planned, it does not train yet");
+    check_refused("mamba", json!({}), "architecture mamba is not supported");
     check_refused(
         "llama",
         json!({ "architectures": ["LlamaForSequenceClassification"] }),

@@ -2,7 +2,9 @@ use serde::{Deserialize, Serialize};
 
 /// How a step is spread over ranks and time: axes, schedule, ZeRO stage, recompute.
 ///
-/// World size is `dp * tp * pp`. Ranks are numbered with tp fastest, then dp, then pp (Megatron's order tp-dp-pp).
+/// World size is `dp * cp * tp * pp`. Ranks are numbered with tp fastest, then cp, dp, pp (Megatron's order
+/// tp-cp-dp-pp). Experts are spread over `ep` neighbours among the `dp * cp * tp` ranks of a stage, so `ep` is no factor
+/// of the world.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Layout {
@@ -12,6 +14,10 @@ pub struct Layout {
     pub tp: usize,
     /// Pipeline stages.
     pub pp: usize,
+    /// Context-parallel ranks: each holds a part of every sequence.
+    pub cp: usize,
+    /// Expert-parallel ranks: each holds a part of every layer's routed experts, whole ones.
+    pub ep: usize,
     /// Activations between tensor-parallel regions are split along the sequence.
     pub sequence_parallel: bool,
     /// What is sharded over dp.
@@ -36,6 +42,8 @@ impl Default for Layout {
             dp: 1,
             tp: 1,
             pp: 1,
+            cp: 1,
+            ep: 1,
             sequence_parallel: false,
             zero: Zero::Off,
             schedule: PipelineSchedule::OneFOneB,
@@ -51,7 +59,22 @@ impl Default for Layout {
 impl Layout {
     /// Number of ranks.
     pub fn world(&self) -> usize {
-        self.dp * self.tp * self.pp
+        self.stage_ranks() * self.pp
+    }
+
+    /// Ranks of one pipeline stage.
+    pub fn stage_ranks(&self) -> usize {
+        self.dp * self.cp * self.tp
+    }
+
+    /// Ranks that hold the same dense parameters: gradients are summed over them and ZeRO shards over them.
+    pub fn replicas(&self) -> usize {
+        self.dp * self.cp
+    }
+
+    /// Ranks that hold the same experts: their gradients are summed over these, and ZeRO shards them over these.
+    pub fn expert_replicas(&self) -> usize {
+        self.stage_ranks() / self.ep.max(1)
     }
 }
 

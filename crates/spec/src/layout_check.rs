@@ -20,7 +20,9 @@ impl Layout {
     /// ```
     pub fn validate(&self, model: &ModelSpec, sequences: usize, sequence: usize) -> Result<()> {
         self.check_sizes(sequences)?;
+        self.check_context(sequence)?;
         self.check_tensor(model, sequence)?;
+        self.check_experts(model, sequence)?;
         self.check_pipeline(model)?;
         self.check_data(sequences)?;
         self.check_interleaving(sequences)
@@ -36,16 +38,14 @@ impl Layout {
     /// assert_eq!(refused.hint_text(), Some("set layout.dp=2, or start 6 ranks"));
     /// ```
     pub fn validate_world(&self, world: usize) -> Result<()> {
-        let model_ranks = self.tp.saturating_mul(self.pp);
+        let model_ranks = self.tp.saturating_mul(self.pp).saturating_mul(self.cp);
         let product = self.dp.saturating_mul(model_ranks);
         if product == world {
             return Ok(());
         }
         let what = format!(
-            "layout.dp x tp x pp = {} x {} x {} = {product}, but {world} {} started",
-            self.dp,
-            self.tp,
-            self.pp,
+            "{} = {product}, but {world} {} started",
+            self.axes(),
             if world == 1 { "rank was" } else { "ranks were" },
         );
         let start = format!("start {product} {}", if product == 1 { "rank" } else { "ranks" });
@@ -58,11 +58,40 @@ impl Layout {
         Err(Error::user(what).hint(hint))
     }
 
+    /// Checks that the trainer knows how to run the layout: planning knows more.
+    ///
+    /// # Errors
+    /// Names the axis that does not train yet.
+    pub fn check_trains(&self) -> Result<()> {
+        for (key, size, what) in
+            [("cp", self.cp, "context parallelism"), ("ep", self.ep, "expert parallelism")]
+        {
+            if size > 1 {
+                return Err(Error::user(format!(
+                    "layout.{key} = {size}: {what} can be planned, it does not train yet"
+                ))
+                .hint(format!("set layout.{key}=1")));
+            }
+        }
+        Ok(())
+    }
+
+    /// `layout.dp x tp x pp = 1 x 2 x 3`, with cp where it is used.
+    fn axes(&self) -> String {
+        let Layout { dp, tp, pp, cp, .. } = *self;
+        match cp {
+            1 => format!("layout.dp x tp x pp = {dp} x {tp} x {pp}"),
+            _ => format!("layout.dp x cp x tp x pp = {dp} x {cp} x {tp} x {pp}"),
+        }
+    }
+
     fn check_sizes(&self, sequences: usize) -> Result<()> {
         let sizes = [
             ("layout.dp", self.dp),
             ("layout.tp", self.tp),
             ("layout.pp", self.pp),
+            ("layout.cp", self.cp),
+            ("layout.ep", self.ep),
             ("layout.chunks", self.chunks),
             ("layout.micro_batch", self.micro_batch),
             ("global batch in sequences", sequences),
@@ -72,28 +101,78 @@ impl Layout {
                 return Err(Error::user(format!("{name} = {size}, expected 1 to {MAX_WORLD}")));
             }
         }
-        let world = self.dp.checked_mul(self.tp).and_then(|x| x.checked_mul(self.pp));
+        let world =
+            [self.tp, self.pp, self.cp].into_iter().try_fold(self.dp, |world, size| world.checked_mul(size));
         match world {
             Some(world) if world <= MAX_WORLD => Ok(()),
-            _ => Err(Error::user(format!(
-                "layout.dp x tp x pp = {} x {} x {} ranks, expected at most {MAX_WORLD}",
-                self.dp, self.tp, self.pp
-            ))),
+            _ => Err(Error::user(format!("{} ranks, expected at most {MAX_WORLD}", self.axes()))),
         }
+    }
+
+    /// Causal work grows along the sequence: each rank takes one piece from the front and its mirror from the back.
+    fn check_context(&self, sequence: usize) -> Result<()> {
+        let cp = self.cp;
+        let works = |cp: usize| cp == 1 || sequence.is_multiple_of(2 * cp);
+        if works(cp) {
+            return Ok(());
+        }
+        let what = format!(
+            "layout.cp = {cp} cuts a sequence into {} pieces, which do not divide its {sequence} tokens",
+            2 * cp
+        );
+        Err(Error::user(what).hint(values("layout.cp", divisors(sequence).filter(|&c| works(c)))))
+    }
+
+    fn check_experts(&self, model: &ModelSpec, sequence: usize) -> Result<()> {
+        let Layout { tp, ep, .. } = *self;
+        let Some(experts) = &model.experts else {
+            if ep == 1 {
+                return Ok(());
+            }
+            return Err(Error::user(format!("layout.ep = {ep}, but {} has no experts", model.name))
+                .hint("set layout.ep=1"));
+        };
+        let ranks = self.stage_ranks();
+        let works = |ep: usize| ranks.is_multiple_of(ep) && experts.count.is_multiple_of(ep);
+        if !works(ep) {
+            let (size, what) = if experts.count.is_multiple_of(ep) {
+                (ranks, "ranks of a stage (dp x cp x tp)".to_owned())
+            } else {
+                (experts.count, format!("experts of {}", model.name))
+            };
+            return Err(Error::user(format!("layout.ep = {ep} does not divide the {size} {what}"))
+                .hint(values("layout.ep", divisors(experts.count).filter(|&e| works(e)))));
+        }
+        if !experts.shared_ffn.is_multiple_of(tp) {
+            return Err(Error::user(format!(
+                "layout.tp = {tp} does not divide the {} columns of the shared experts of {}",
+                experts.shared_ffn, model.name
+            ))
+            .hint(values("layout.tp", divisors(experts.shared_ffn))));
+        }
+        // Each tensor-parallel rank routes its own share of the tokens.
+        let tokens = self.micro_batch.saturating_mul(sequence / self.cp);
+        if !tokens.is_multiple_of(tp) {
+            return Err(Error::user(format!(
+                "layout.tp = {tp} does not divide the {tokens} tokens of a micro-batch, which experts need"
+            ))
+            .hint(values("layout.tp", divisors(tokens))));
+        }
+        Ok(())
     }
 
     fn check_tensor(&self, model: &ModelSpec, sequence: usize) -> Result<()> {
         let tp = self.tp;
         let divides = |n: usize| n.is_multiple_of(tp);
-        for (what, size) in [
-            ("query heads", model.heads),
-            ("key and value heads", model.kv_heads),
-            ("ffn columns", model.ffn),
-        ] {
+        let mut cut = vec![("query heads", model.heads)];
+        // Keys and values of latent attention are as many as queries.
+        cut.extend(model.latent.is_none().then_some(("key and value heads", model.kv_heads)));
+        // A model of nothing but experts has no other feed-forward layer.
+        cut.extend((model.expert_layers() < model.layers).then_some(("ffn columns", model.ffn)));
+        for &(what, size) in &cut {
             if !divides(size) {
-                let works = (1..=model.kv_heads).filter(|t| {
-                    [model.heads, model.kv_heads, model.ffn].iter().all(|n| n.is_multiple_of(*t))
-                });
+                let most = cut.iter().map(|(_, n)| *n).min().unwrap_or(1);
+                let works = (1..=most).filter(|t| cut.iter().all(|(_, n)| n.is_multiple_of(*t)));
                 return Err(Error::user(format!(
                     "layout.tp = {tp} does not divide the {size} {what} of {}",
                     model.name
@@ -107,13 +186,16 @@ impl Layout {
             )
             .hint("set layout.sequence_parallel=false, or layout.tp=2"));
         }
-        if self.sequence_parallel && !divides(sequence) {
+        let local = sequence / self.cp;
+        if self.sequence_parallel && !divides(local) {
+            let part =
+                if self.cp == 1 { "the sequence" } else { "a context-parallel rank's part of the sequence," };
             return Err(Error::user(format!(
-                "layout.sequence_parallel = true needs layout.tp = {tp} to divide the sequence of {sequence} tokens"
+                "layout.sequence_parallel = true needs layout.tp = {tp} to divide {part} of {local} tokens"
             ))
             .hint(format!(
                 "set batch.sequence={}, or layout.sequence_parallel=false",
-                sequence.next_multiple_of(tp)
+                local.next_multiple_of(tp) * self.cp
             )));
         }
         Ok(())

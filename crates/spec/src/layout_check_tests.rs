@@ -1,4 +1,5 @@
 use super::*;
+use crate::Experts;
 use proptest::prelude::*;
 
 fn tiny() -> ModelSpec {
@@ -117,6 +118,58 @@ fn data_parallel() {
         Layout { dp: 2, micro_batch: 1, zero: Zero::Gradients, ..one() },
         "layout.micro_batch = 1 is not a whole subtree of the sum over 24 sequences in 2 shares | \
          values of layout.micro_batch that work: 3, 6, 12",
+    );
+}
+
+#[test]
+fn contexts_and_experts() {
+    check(Layout { cp: 4, ..one() }, "ok");
+    check(
+        Layout { cp: 3, ..one() },
+        "layout.cp = 3 cuts a sequence into 6 pieces, which do not divide its 128 tokens | \
+         values of layout.cp that work: 1, 2, 4, 8, 16, 32, 64",
+    );
+    check(Layout { cp: 32, tp: 4, dp: 2, sequence_parallel: true, ..one() }, "ok");
+    check(
+        Layout { cp: 64, tp: 4, sequence_parallel: true, ..one() },
+        "layout.sequence_parallel = true needs layout.tp = 4 to divide a context-parallel rank's part of the \
+         sequence, of 2 tokens | set batch.sequence=256, or layout.sequence_parallel=false",
+    );
+    check(Layout { ep: 2, dp: 2, ..one() }, "layout.ep = 2, but tiny has no experts | set layout.ep=1");
+
+    let experts = Experts { count: 12, top_k: 2, ffn: 8, shared_ffn: 10, dense_layers: 0, every: 1 };
+    let mixed = ModelSpec { experts: Some(experts), ffn: 97, ..tiny() };
+    let verdict = |layout: Layout| {
+        layout
+            .validate(&mixed, 24, 128)
+            .map_or_else(|e| format!("{e} | {}", e.hint_text().unwrap_or("no hint")), |()| "ok".to_owned())
+    };
+    // No layer has the odd width.
+    assert_eq!(
+        verdict(Layout { ep: 6, dp: 1, cp: 2, tp: 2, pp: 2, ..one() }),
+        "layout.ep = 6 does not divide the 4 ranks of a stage (dp x cp x tp) | values of layout.ep that work: 1, 2, 4"
+    );
+    assert_eq!(verdict(Layout { ep: 4, dp: 2, cp: 2, tp: 2, pp: 2, ..one() }), "ok");
+    assert_eq!(
+        verdict(Layout { ep: 8, dp: 8, ..one() }),
+        "layout.ep = 8 does not divide the 12 experts of tiny | values of layout.ep that work: 1, 2, 4"
+    );
+    assert_eq!(
+        verdict(Layout { tp: 4, ..one() }),
+        "layout.tp = 4 does not divide the 10 columns of the shared experts of tiny | \
+         values of layout.tp that work: 1, 2, 5, 10"
+    );
+    let world = Layout { dp: 2, cp: 2, tp: 2, ep: 4, ..one() };
+    assert_eq!((world.world(), world.replicas(), world.expert_replicas()), (8, 4, 2));
+    let refused = world.validate_world(16).expect_err("half of it");
+    assert_eq!(
+        refused.to_string(),
+        "layout.dp x cp x tp x pp = 2 x 2 x 2 x 1 = 8, but 16 ranks were started"
+    );
+    assert_eq!(refused.hint_text(), Some("set layout.dp=4, or start 8 ranks"));
+    assert_eq!(
+        world.check_trains().expect_err("not yet").to_string(),
+        "layout.cp = 2: context parallelism can be planned, it does not train yet"
     );
 }
 

@@ -1,6 +1,7 @@
 use serde::{Deserialize, Serialize};
 
-/// The shape of a decoder-only transformer of the Llama or GPT-2 family.
+/// The shape of a decoder-only transformer of the Llama or GPT-2 family, with experts and latent attention where a
+/// model has them.
 ///
 /// Dims: `D` hidden, `F` ffn, `H` heads, `K` kv_heads, `h` head_dim, `V` vocab.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -14,7 +15,7 @@ pub struct ModelSpec {
     pub layers: usize,
     /// Residual width `D`.
     pub hidden: usize,
-    /// Width `F` of the feed-forward layer (of each half when gated).
+    /// Width `F` of the feed-forward layer (of each half when gated) in layers without experts.
     pub ffn: usize,
     /// Query heads `H`.
     pub heads: usize,
@@ -42,6 +43,55 @@ pub struct ModelSpec {
     pub tied_embeddings: bool,
     /// Standard deviation of initial weights.
     pub init_std: f32,
+    /// A mixture of experts in place of the feed-forward layer, in some or all layers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<Experts>,
+    /// Keys and values from a low-rank latent instead of projections of their own; then `kv_heads` and `head_dim` say
+    /// nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latent: Option<Latent>,
+}
+
+/// Mixture of experts in place of the feed-forward layer (Shazeer et al. 2017, arXiv 1701.06538).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experts {
+    /// Routed experts of a layer.
+    pub count: usize,
+    /// Experts that each token goes to.
+    pub top_k: usize,
+    /// Width of one expert (of each half when gated).
+    pub ffn: usize,
+    /// Width of all shared experts together, which every token goes to; 0 without.
+    pub shared_ffn: usize,
+    /// First layers without experts.
+    pub dense_layers: usize,
+    /// After those, every how many layers one has experts: the last of each run.
+    pub every: usize,
+}
+
+/// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1): keys and values of all heads come from one
+/// latent of low rank, and a part of each key that all heads share carries the rotation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Latent {
+    /// Rank of the compressed queries; `None` projects queries from the residual stream.
+    pub query_rank: Option<usize>,
+    /// Rank of the compressed keys and values.
+    pub kv_rank: usize,
+    /// Width of a head's unrotated part.
+    pub nope_dim: usize,
+    /// Width of a head's rotated part.
+    pub rope_dim: usize,
+    /// Width of a head's values.
+    pub value_dim: usize,
+}
+
+impl Latent {
+    /// Width of a head's queries and keys.
+    pub fn key_dim(self) -> usize {
+        self.nope_dim.saturating_add(self.rope_dim)
+    }
 }
 
 /// Which normalisation.

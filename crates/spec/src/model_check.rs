@@ -1,5 +1,4 @@
-use crate::units::Flops;
-use crate::{Error, ModelSpec, NormKind, Position, Result, RopeScaling};
+use crate::{Error, Experts, Latent, ModelSpec, Position, Result, RopeScaling};
 
 /// Upper bounds of a model's sizes: above any model known, and low enough that products of them (parameters, bytes,
 /// FLOPs) stay far inside 64 bits.
@@ -9,6 +8,7 @@ const MAX_HIDDEN: usize = 1 << 20;
 const MAX_FFN: usize = 1 << 22;
 const MAX_HEADS: usize = 1 << 14;
 const MAX_HEAD_DIM: usize = 1 << 14;
+const MAX_EXPERTS: usize = 1 << 16;
 /// Longest context.
 pub(crate) const MAX_POSITIONS: usize = 1 << 26;
 /// Ten thousand times the largest model trained.
@@ -55,6 +55,12 @@ impl ModelSpec {
                 self.heads, self.head_dim
             )));
         }
+        if let Some(experts) = &self.experts {
+            self.check_experts(experts)?;
+        }
+        if let Some(latent) = &self.latent {
+            self.check_latent(latent)?;
+        }
         let params = self.param_sum();
         if params > MAX_PARAMS {
             return Err(Error::user(format!(
@@ -64,6 +70,84 @@ impl ModelSpec {
         self.check_constants()
     }
 
+    fn check_experts(&self, e: &Experts) -> Result<()> {
+        for (key, size, least, most) in [
+            ("count", e.count, 1, MAX_EXPERTS),
+            ("top_k", e.top_k, 1, e.count),
+            ("ffn", e.ffn, 1, MAX_FFN),
+            ("shared_ffn", e.shared_ffn, 0, MAX_FFN),
+            ("dense_layers", e.dense_layers, 0, self.layers),
+            ("every", e.every, 1, self.layers),
+        ] {
+            if size < least || size > most {
+                return Err(Error::user(format!("model.experts.{key} = {size}, expected {least} to {most}")));
+            }
+        }
+        if self.mlp_bias {
+            return Err(Error::user(
+                "model.mlp_bias = true with model.experts, expected experts without biases",
+            )
+            .hint("set model.mlp_bias=false"));
+        }
+        if self.expert_layers() == 0 {
+            return Err(Error::user(format!(
+                "model.experts.dense_layers = {} and every = {} leave none of the {} layers with experts",
+                e.dense_layers, e.every, self.layers
+            ))
+            .hint("set model.experts.dense_layers=0, or model.experts.count=0"));
+        }
+        Ok(())
+    }
+
+    fn check_latent(&self, l: &Latent) -> Result<()> {
+        for (key, size, most) in [
+            ("query_rank", l.query_rank.unwrap_or(1), MAX_HIDDEN),
+            ("kv_rank", l.kv_rank, MAX_HIDDEN),
+            ("nope_dim", l.nope_dim, MAX_HEAD_DIM),
+            ("rope_dim", l.rope_dim, MAX_HEAD_DIM),
+            ("value_dim", l.value_dim, MAX_HEAD_DIM),
+        ] {
+            if size == 0 || size > most {
+                return Err(Error::user(format!("model.latent.{key} = {size}, expected 1 to {most}")));
+            }
+        }
+        if !l.rope_dim.is_multiple_of(2) {
+            return Err(Error::user(format!(
+                "model.latent.rope_dim = {} is odd, but rotary embedding turns pairs of dims",
+                l.rope_dim
+            ))
+            .hint(format!("set model.latent.rope_dim={}", l.rope_dim + 1)));
+        }
+        if !matches!(self.position, Position::Rope(_)) {
+            return Err(Error::user("model.latent needs rotary positions").hint("set model.position=rope"));
+        }
+        for (key, on) in
+            [("qkv_bias", self.qkv_bias), ("attn_out_bias", self.attn_out_bias), ("qk_norm", self.qk_norm)]
+        {
+            if on {
+                return Err(Error::user(format!("model.{key} = true has no meaning with model.latent"))
+                    .hint(format!("set model.{key}=false")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that the trainer knows how to compute the model: planning knows more.
+    ///
+    /// # Errors
+    /// Names what does not train yet.
+    pub fn check_trains(&self) -> Result<()> {
+        let lacks = match (self.experts, self.latent) {
+            (None, None) => return Ok(()),
+            (Some(_), None) => "a mixture of experts",
+            (None, Some(_)) => "latent attention",
+            (Some(_), Some(_)) => "a mixture of experts and latent attention",
+        };
+        Err(Error::user(format!("{} has {lacks}: it can be planned, it does not train yet", self.name)).hint(
+            "phalanx plan --model NAME prices it; dense models of the Llama, Qwen and GPT-2 families train",
+        ))
+    }
+
     fn check_constants(&self) -> Result<()> {
         for (key, x) in [("norm_eps", self.norm_eps), ("init_std", self.init_std)] {
             if !(x > 0.0 && x < 1.0) {
@@ -71,7 +155,7 @@ impl ModelSpec {
             }
         }
         let Position::Rope(rope) = &self.position else { return Ok(()) };
-        if !self.head_dim.is_multiple_of(2) {
+        if self.latent.is_none() && !self.head_dim.is_multiple_of(2) {
             return Err(Error::user(format!(
                 "model.head_dim = {} is odd, but rotary embedding turns pairs of dims",
                 self.head_dim
@@ -122,95 +206,6 @@ impl ModelSpec {
             }
             _ => Ok(()),
         }
-    }
-
-    /// Width of all query heads together, `H h`.
-    pub fn q_width(&self) -> usize {
-        self.heads.saturating_mul(self.head_dim)
-    }
-
-    /// Width of all key heads together, `K h`; the values are as wide.
-    pub fn kv_width(&self) -> usize {
-        self.kv_heads.saturating_mul(self.head_dim)
-    }
-
-    /// Query heads that share a key and value head, `H / K`.
-    pub fn heads_per_kv(&self) -> usize {
-        self.heads / self.kv_heads.max(1)
-    }
-
-    /// The longest sequence the model takes.
-    pub fn max_positions(&self) -> usize {
-        match &self.position {
-            Position::Learned { max_positions } => *max_positions,
-            Position::Rope(rope) => rope.max_positions,
-        }
-    }
-
-    /// Number of parameters; tied embeddings count once.
-    ///
-    /// ```
-    /// use spec::ModelSpec;
-    /// assert_eq!(ModelSpec::preset("gpt2")?.param_count(), 124_439_808);
-    /// assert_eq!(ModelSpec::preset("llama3-8b")?.param_count(), 8_030_261_248);
-    /// # Ok::<(), spec::Error>(())
-    /// ```
-    pub fn param_count(&self) -> u64 {
-        u64::try_from(self.param_sum()).unwrap_or(u64::MAX)
-    }
-
-    /// Parameters that take part in a matrix product or a norm for each token: all but the tables that are only
-    /// looked up (token and position embeddings). A tied table counts, as the output projection.
-    pub fn active_param_count(&self) -> u64 {
-        let rows = if self.tied_embeddings { 0 } else { self.vocab };
-        let positions = match self.position {
-            Position::Learned { max_positions } => max_positions,
-            Position::Rope(_) => 0,
-        };
-        let looked_up = rows.saturating_add(positions).saturating_mul(self.hidden);
-        self.param_count().saturating_sub(looked_up as u64)
-    }
-
-    /// Model FLOPs of one token of a training step on sequences of `sequence` tokens: forward and backward.
-    ///
-    /// `6 N + 6 L T H h`: `N` parameters without lookup tables, a multiply-add is 2 FLOPs and backward is twice
-    /// forward (Kaplan et al. 2020, section 2.1); scores and weighted values of `L` layers cost `2 T H h` each in
-    /// forward (Chowdhery et al. 2022, appendix B: `12 L H Q T` with backward), halved because attention is causal.
-    /// Recomputation never counts: this is the numerator of MFU.
-    ///
-    /// ```
-    /// use spec::ModelSpec;
-    /// let model = ModelSpec::preset("llama-tiny-ref")?;
-    /// let weights = 6 * (12_189_696 + 13 * 384); // matrices and norms
-    /// let attention = 6 * 6 * 256 * 384;
-    /// assert_eq!(model.flops_per_token(256).0, f64::from(weights + attention));
-    /// # Ok::<(), spec::Error>(())
-    /// ```
-    pub fn flops_per_token(&self, sequence: usize) -> Flops {
-        let weights = 6.0 * self.active_param_count() as f64;
-        let attention = 6.0 * self.layers as f64 * sequence as f64 * self.q_width() as f64;
-        Flops(weights + attention)
-    }
-
-    fn param_sum(&self) -> u128 {
-        let [vocab, layers, hidden, ffn] =
-            [self.vocab, self.layers, self.hidden, self.ffn].map(|x| x as u128);
-        let (q, kv, head_dim) = (self.q_width() as u128, self.kv_width() as u128, self.head_dim as u128);
-        let bias = |on: bool, width: u128| if on { width } else { 0 };
-        let norm = if self.norm == NormKind::Layer { 2 * hidden } else { hidden };
-        let attention = hidden * (q + 2 * kv)
-            + bias(self.qkv_bias, q + 2 * kv)
-            + q * hidden
-            + bias(self.attn_out_bias, hidden)
-            + bias(self.qk_norm, 2 * head_dim);
-        let ups = if self.activation.gated() { 2 } else { 1 };
-        let mlp = (ups + 1) * hidden * ffn + bias(self.mlp_bias, ups * ffn + hidden);
-        let tables = if self.tied_embeddings { 1 } else { 2 } * vocab * hidden;
-        let positions = match self.position {
-            Position::Learned { max_positions } => max_positions as u128 * hidden,
-            Position::Rope(_) => 0,
-        };
-        tables + positions + layers * (attention + mlp + 2 * norm) + norm
     }
 }
 
@@ -273,6 +268,42 @@ mod tests {
                 );
             },
             "model.rope_scaling.low_freq_factor = 4 and high_freq_factor = 4, expected 0 < low < high",
+        );
+    }
+
+    #[test]
+    fn mixtures_and_latents() {
+        let experts = Experts { count: 8, top_k: 2, ffn: 16, shared_ffn: 0, dense_layers: 1, every: 1 };
+        let with = |change: fn(&mut Experts)| {
+            move |m: &mut ModelSpec| {
+                let mut e = experts;
+                change(&mut e);
+                m.experts = Some(e);
+            }
+        };
+        check(with(|_| ()), "ok");
+        check(with(|e| e.top_k = 9), "model.experts.top_k = 9, expected 1 to 8");
+        check(with(|e| e.every = 0), "model.experts.every = 0, expected 1 to 2");
+        check(
+            with(|e| e.dense_layers = 2),
+            "model.experts.dense_layers = 2 and every = 1 leave none of the 2 layers with experts",
+        );
+        let latent = Latent { query_rank: None, kv_rank: 8, nope_dim: 4, rope_dim: 4, value_dim: 4 };
+        check(|m| m.latent = Some(latent), "ok");
+        check(
+            |m| m.latent = Some(Latent { rope_dim: 3, ..latent }),
+            "model.latent.rope_dim = 3 is odd, but rotary embedding turns pairs of dims",
+        );
+        check(
+            |m| (m.latent, m.qk_norm) = (Some(latent), true),
+            "model.qk_norm = true has no meaning with model.latent",
+        );
+        let tiny = ModelSpec::preset("tiny").expect("a preset");
+        assert!(tiny.check_trains().is_ok());
+        let refused = ModelSpec { latent: Some(latent), ..tiny }.check_trains().expect_err("not yet");
+        assert_eq!(
+            refused.to_string(),
+            "tiny has latent attention: it can be planned, it does not train yet"
         );
     }
 

@@ -1,6 +1,8 @@
 use crate::doc::Doc;
 use crate::run::keys::{KEYS, ORIGIN_KEYS};
-use crate::{Activation, Error, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, suggest};
+use crate::{
+    Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, suggest,
+};
 
 macro_rules! catalogue {
     ($($name:literal),* $(,)?) => {
@@ -148,7 +150,70 @@ pub(crate) fn read_model(doc: &Doc, base: Option<&ModelSpec>) -> Result<ModelSpe
         qk_norm: flag("model.qk_norm", base.map(|b| b.qk_norm))?,
         tied_embeddings: flag("model.tied_embeddings", base.map(|b| b.tied_embeddings))?,
         init_std: single("model.init_std", base.map(|b| b.init_std), 0.02)?,
+        experts: read_experts(doc, base.and_then(|b| b.experts))?,
+        latent: read_latent(doc, base.and_then(|b| b.latent))?,
     })
+}
+
+fn read_experts(doc: &Doc, base: Option<Experts>) -> Result<Option<Experts>> {
+    const COUNT: &str = "model.experts.count";
+    let count = match base {
+        _ if doc.written(COUNT) => doc.count_or_off(COUNT)?,
+        Some(base) => Some(base.count),
+        None => None,
+    };
+    let Some(count) = count else { return alone(doc, "model.experts.", COUNT).map(|()| None) };
+    let field = |key: &str, base: Option<usize>, default: Option<usize>| match base.or(default) {
+        Some(known) if !doc.written(key) => Ok(known),
+        _ => Ok::<usize, Error>(doc.count_or_off(key)?.unwrap_or(0)),
+    };
+    // A width has no default: a mixture without it is no shape.
+    let width = |key: &str, base: Option<usize>| match base {
+        Some(known) if !doc.written(key) => Ok(known),
+        _ => doc.count(key),
+    };
+    Ok(Some(Experts {
+        count,
+        top_k: width("model.experts.top_k", base.map(|b| b.top_k))?,
+        ffn: width("model.experts.ffn", base.map(|b| b.ffn))?,
+        shared_ffn: field("model.experts.shared_ffn", base.map(|b| b.shared_ffn), Some(0))?,
+        dense_layers: field("model.experts.dense_layers", base.map(|b| b.dense_layers), Some(0))?,
+        every: field("model.experts.every", base.map(|b| b.every), Some(1))?,
+    }))
+}
+
+fn read_latent(doc: &Doc, base: Option<Latent>) -> Result<Option<Latent>> {
+    const RANK: &str = "model.latent.kv_rank";
+    let kv_rank = match base {
+        _ if doc.written(RANK) => doc.count_or_off(RANK)?,
+        Some(base) => Some(base.kv_rank),
+        None => None,
+    };
+    let Some(kv_rank) = kv_rank else { return alone(doc, "model.latent.", RANK).map(|()| None) };
+    let width = |key: &str, base: Option<usize>| match base {
+        Some(known) if !doc.written(key) => Ok(known),
+        _ => doc.count(key),
+    };
+    const QUERY: &str = "model.latent.query_rank";
+    let query_rank =
+        if doc.written(QUERY) { doc.count_or_off(QUERY)? } else { base.and_then(|b| b.query_rank) };
+    Ok(Some(Latent {
+        query_rank,
+        kv_rank,
+        nope_dim: width("model.latent.nope_dim", base.map(|b| b.nope_dim))?,
+        rope_dim: width("model.latent.rope_dim", base.map(|b| b.rope_dim))?,
+        value_dim: width("model.latent.value_dim", base.map(|b| b.value_dim))?,
+    }))
+}
+
+/// Refuses keys under `prefix` that mean nothing without `key`.
+fn alone(doc: &Doc, prefix: &str, key: &str) -> Result<()> {
+    let unset = |k: &&str| *k != key && doc.has(k);
+    match doc.written_under(prefix).find(unset) {
+        Some(found) => Err(Error::user(format!("{} has no meaning without {key}", doc.at(found)))
+            .hint(format!("set {key} too"))),
+        None => Ok(()),
+    }
 }
 
 fn word(doc: &Doc, key: &str) -> Result<Option<&'static str>> {

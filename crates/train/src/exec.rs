@@ -81,8 +81,11 @@ impl Executor {
     /// Compiles a rank's program and maps its memory. Weights are zero until they are set.
     ///
     /// # Errors
-    /// If the layout does not fit the model and the batch, or there is no memory for it.
+    /// If the model or the layout does not train yet or they do not fit each other and the batch, or there is no memory
+    /// for it.
     pub fn new(request: &Request<'_>, threads: usize, mesh: Mesh, record: bool) -> Result<Executor> {
+        request.model.check_trains()?;
+        request.layout.check_trains()?;
         let program = Program::build(request, &|op, p| workspace_len(op, p, threads))?;
         let arena = match mesh.shared(program.memory.total)? {
             Some(shared) => Arena::shared(shared),

@@ -154,8 +154,11 @@ impl Trainer {
     /// What can be refused before data is prepared and ranks are started; gives the checkpoint to continue from.
     ///
     /// # Errors
-    /// If the run directory, the checkpoint, the tokenizer and the run file do not fit together.
+    /// If the model or the layout does not train yet, or the run directory, the checkpoint, the tokenizer and the run
+    /// file do not fit together.
     pub fn check(run: &RunSpec) -> Result<Option<PathBuf>> {
+        run.model.check_trains()?;
+        run.layout.check_trains()?;
         check_positions(run)?;
         check_tokenizer(run)?;
         let dir = RunDir::new(&run.run.dir);

@@ -25,6 +25,8 @@ fn llama() -> ModelSpec {
         qk_norm: false,
         tied_embeddings: false,
         init_std: 0.02,
+        experts: None,
+        latent: None,
     }
 }
 

@@ -153,7 +153,11 @@ fn model(p: &Problem, out: &mut String) {
             out,
             "attention_type: \"mla\"\nq_lora_rank: {}\nkv_lora_rank: {}\nqk_nope_head_dim: {}\n\
              qk_rope_head_dim: {}\nv_head_dim: {}\n",
-            a.query_rank, a.kv_rank, a.nope_dim, a.rope_dim, a.value_dim,
+            a.query_rank.unwrap_or(0),
+            a.kv_rank,
+            a.nope_dim,
+            a.rope_dim,
+            a.value_dim,
         );
     }
 }

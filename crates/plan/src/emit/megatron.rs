@@ -62,14 +62,16 @@ fn model(p: &Problem) -> Vec<String> {
         format!("--num-attention-heads {}", m.heads),
     ];
     match p.shape.latent {
-        Some(a) => args.extend([
-            "--multi-latent-attention".to_owned(),
-            format!("--q-lora-rank {}", a.query_rank),
-            format!("--kv-lora-rank {}", a.kv_rank),
-            format!("--qk-head-dim {}", a.nope_dim),
-            format!("--qk-pos-emb-head-dim {}", a.rope_dim),
-            format!("--v-head-dim {}", a.value_dim),
-        ]),
+        Some(a) => {
+            args.push("--multi-latent-attention".to_owned());
+            args.extend(a.query_rank.map(|rank| format!("--q-lora-rank {rank}")));
+            args.extend([
+                format!("--kv-lora-rank {}", a.kv_rank),
+                format!("--qk-head-dim {}", a.nope_dim),
+                format!("--qk-pos-emb-head-dim {}", a.rope_dim),
+                format!("--v-head-dim {}", a.value_dim),
+            ]);
+        }
         None => {
             args.push(format!("--kv-channels {}", m.head_dim));
             if m.kv_heads != m.heads {

@@ -191,7 +191,8 @@ impl Pricer<'_> {
 
     fn attention(&self, flops: f64, bytes: f64, scores: f64, backward: bool, cp: usize) -> f64 {
         let c = &self.problem.constants;
-        let dim = flops / scores / if backward { 5.0 } else { 2.0 };
+        let shape = &self.problem.shape;
+        let dim = shape.latent.map_or(shape.model.head_dim, |l| l.key_dim()) as f64;
         // Tensor units want rows of 16 bytes; libraries fall back to slower kernels without (head width 150 in BLOOM's
         // layout tests).
         let misaligned = if (dim / 8.0).fract() > 1e-6 { 6.0 } else { 1.0 };

@@ -96,6 +96,7 @@ pub(crate) fn meshes(r: &mut Reader<'_>, p: &Problem<'_>) -> Result<Priceable<(V
                         micro_batch,
                         recompute,
                         reduce: Reduce::Ring,
+                        ..Layout::default()
                     };
                     let shard = per_group.unwrap_or(dp * cp).min(dp * cp);
                     out.push(Mesh { layout, cp, ep, shard, format: p.format, order: Order::default() });

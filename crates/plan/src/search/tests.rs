@@ -55,7 +55,7 @@ fn brute_force(problem: &Problem, space: &Space) -> (f64, usize) {
                             micro_batch: job.micro_batch,
                             recompute: job.recompute,
                             reduce: Reduce::Ring,
-                            stage_layers: Vec::new(),
+                            ..Layout::default()
                         };
                         let mesh = Mesh { layout, cp: 1, ep: 1, shard: dp, format: space.format, order };
                         let price = pricer.price(&mesh).unwrap();

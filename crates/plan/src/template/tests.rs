@@ -36,7 +36,9 @@ fn sections_hold_the_models_flops() {
         let without = shape.model.layers as f64 - with;
         let of = |s: &Section| flops(&s.forward) + flops(&s.input) + flops(&s.weight);
         let layers = of(&t.layer) * without + t.expert_layer.as_ref().map_or(0.0, of) * with;
-        let again = 2.0 * 2048.0f64.powi(2) / 2.0 * shape.attention_width() * shape.model.layers as f64;
+        // The scores, over the causal half.
+        let keys = shape.model.heads * shape.latent.map_or(shape.model.head_dim, |l| l.key_dim());
+        let again = 2048.0f64.powi(2) * keys as f64 * shape.model.layers as f64;
         let found = layers + of(&t.head) - again;
         let expected = shape.flops_per_token(2048.0, true) * 2048.0;
         assert!((found / expected - 1.0).abs() < 0.01, "{name}: {found:e} against {expected:e}");

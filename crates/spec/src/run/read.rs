@@ -333,6 +333,8 @@ fn read_layout(doc: &Doc) -> Result<Layout> {
         dp: doc.count("layout.dp")?,
         tp: doc.count("layout.tp")?,
         pp: doc.count("layout.pp")?,
+        cp: doc.count("layout.cp")?,
+        ep: doc.count("layout.ep")?,
         sequence_parallel: doc.flag("layout.sequence_parallel")?,
         zero,
         schedule: match doc.choice("layout.schedule")? {

@@ -72,6 +72,13 @@ fn every_key_is_read_and_documented() {
         if key.path == "schedule.decay_steps" {
             all.push("schedule.kind=wsd".to_owned());
         }
+        if key.path.starts_with("model.experts.") {
+            all.extend(["count=4", "top_k=2", "ffn=8"].map(|s| format!("model.experts.{s}")));
+        }
+        if key.path.starts_with("model.latent.") {
+            let widths = ["kv_rank=4", "nope_dim=2", "rope_dim=2", "value_dim=2"];
+            all.extend(widths.map(|s| format!("model.latent.{s}")));
+        }
         all.push(set);
         let all: Vec<&str> = all.iter().map(String::as_str).collect();
         let message = refused("", &all);
@@ -109,7 +116,7 @@ fn unknown_keys_name_the_place_and_the_nearest() {
 fn syntax_and_types() {
     check(
         "layout = \"auto\"",
-        "layout = \"auto\" in run.toml:1, expected a section [layout] | keys of [layout]: dp, tp, pp, sequence_parallel, zero, schedule, chunks, stage_layers, micro_batch, recompute, reduce",
+        "layout = \"auto\" in run.toml:1, expected a section [layout] | keys of [layout]: dp, tp, pp, cp, ep, sequence_parallel, zero, schedule, chunks, stage_layers, micro_batch, recompute, reduce",
     );
     let message = refused("[train]\nsteps = \n", &[]);
     assert!(message.starts_with("run.toml:2: ") && !message.contains('\n'), "{message}");

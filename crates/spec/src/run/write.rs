@@ -232,6 +232,25 @@ fn model_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
         ("model.tied_embeddings", model.tied_embeddings.to_string()),
         ("model.init_std", single(model.init_std)),
     ]);
+    if let Some(e) = &model.experts {
+        values.extend([
+            ("model.experts.count", e.count.to_string()),
+            ("model.experts.top_k", e.top_k.to_string()),
+            ("model.experts.ffn", e.ffn.to_string()),
+            ("model.experts.shared_ffn", e.shared_ffn.to_string()),
+            ("model.experts.dense_layers", e.dense_layers.to_string()),
+            ("model.experts.every", e.every.to_string()),
+        ]);
+    }
+    if let Some(l) = &model.latent {
+        values.extend([
+            ("model.latent.kv_rank", l.kv_rank.to_string()),
+            ("model.latent.query_rank", off(l.query_rank)),
+            ("model.latent.nope_dim", l.nope_dim.to_string()),
+            ("model.latent.rope_dim", l.rope_dim.to_string()),
+            ("model.latent.value_dim", l.value_dim.to_string()),
+        ]);
+    }
     values
 }
 
@@ -240,6 +259,8 @@ fn layout_values(layout: &Layout, values: &mut Vec<(&'static str, String)>) {
         ("layout.dp", layout.dp.to_string()),
         ("layout.tp", layout.tp.to_string()),
         ("layout.pp", layout.pp.to_string()),
+        ("layout.cp", layout.cp.to_string()),
+        ("layout.ep", layout.ep.to_string()),
         ("layout.sequence_parallel", layout.sequence_parallel.to_string()),
         ("layout.zero", u8::from(layout.zero).to_string()),
         ("layout.schedule", quoted(layout.schedule.name())),

@@ -33,6 +33,8 @@ pub fn model(layers: usize, tied: bool, gpt2: bool) -> ModelSpec {
         qk_norm: !gpt2 && tied,
         tied_embeddings: tied,
         init_std: 0.08,
+        experts: None,
+        latent: None,
     }
 }
 

@@ -1,8 +1,15 @@
-use spec::{Activation, DType, Layout, ModelSpec, Position};
+//! Layers as ops: what each half of a layer emits lies in a file of its own.
 
+mod attention;
+mod experts;
+mod latent;
+
+use spec::{Activation, DType, Layout, ModelSpec};
+
+use crate::Coords;
 use crate::graph::{Graph, Node, Operand, Phase, Source, ValueId};
 use crate::op::{Axis, Heads, OpKind};
-use crate::params::{Chunk, GroupId, ParamGroup, share};
+use crate::params::{Chunk, GroupId, ParamGroup, Replication, share};
 
 /// What a chunk's forward pass leaves behind for the passes after it.
 pub(crate) struct Forward {
@@ -19,9 +26,10 @@ pub(crate) struct Forward {
 pub(crate) struct Context<'a> {
     pub(crate) model: &'a ModelSpec,
     pub(crate) layout: &'a Layout,
+    /// Tokens of a sequence on this rank: its part where cp cuts sequences.
     pub(crate) sequence: usize,
     pub(crate) dtype: DType,
-    pub(crate) tp_rank: usize,
+    pub(crate) coords: Coords,
     pub(crate) groups: &'a [ParamGroup],
     /// Ranks of the pipeline group, by stage.
     pub(crate) pipeline: &'a [usize],
@@ -36,13 +44,32 @@ impl Context<'_> {
     }
 
     pub(crate) fn heads(&self) -> Heads {
-        let tp = self.layout.tp;
-        Heads { q: self.model.heads / tp, kv: self.model.kv_heads / tp, dim: self.model.head_dim }
+        let (m, tp) = (self.model, self.layout.tp);
+        let q = m.heads / tp;
+        match m.latent {
+            Some(l) => Heads { q, kv: q, dim: l.key_dim(), value_dim: l.value_dim },
+            None => Heads { q, kv: m.kv_heads / tp, dim: m.head_dim, value_dim: m.head_dim },
+        }
+    }
+
+    /// Tokens of a sequence on all ranks together.
+    pub(crate) fn context(&self) -> usize {
+        self.sequence * self.layout.cp
+    }
+
+    /// How many ranks hold the same elements of a group, and which of them this one is: (count, index).
+    pub(crate) fn replicas(&self, replication: Replication) -> (usize, usize) {
+        self.coords.replicas(replication, self.layout)
+    }
+
+    /// Whether some parameter is held by several ranks, so that gradients meet.
+    pub(crate) fn reduces(&self) -> bool {
+        self.groups.iter().any(|g| self.replicas(g.replication).0 > 1)
     }
 
     /// First row and rows of this rank's vocabulary shard.
     pub(crate) fn vocab(&self) -> (usize, usize) {
-        share(self.model.vocab, self.layout.tp, self.tp_rank)
+        share(self.model.vocab, self.layout.tp, self.coords.tp)
     }
 
     /// Tokens of one micro-batch.
@@ -160,7 +187,7 @@ impl Emitter<'_> {
         let x = self.act("embed", cx.tokens(), cx.model.hidden);
         let out = self.g.all(x);
         self.push(
-            OpKind::Embed { vocab0: cx.vocab().0, positions: cx.tp_rank == 0 },
+            OpKind::Embed { vocab0: cx.vocab().0, positions: cx.coords.tp == 0 },
             "embed",
             ins,
             vec![out],
@@ -187,35 +214,29 @@ impl Emitter<'_> {
     fn layer(&mut self, i: usize, x: ValueId) -> ValueId {
         let cx = self.cx;
         let p = |s: &str| format!("layers.{i}.{s}");
-        let heads = cx.heads();
-
         let h = self.norm(&p("attn_norm"), x);
-        let h = self.enter_tp(&p("attn.in"), h);
-        let mut qkv = self.linear(&p("attn.qkv"), h, heads.packed(), None);
-        if cx.model.qk_norm {
-            qkv = self.head_norm(&p("attn.qk_norm"), &p("attn.q_norm.weight"), &p("attn.k_norm.weight"), qkv);
-        }
-        if matches!(cx.model.position, Position::Rope(_)) {
-            qkv = self.map(OpKind::Rope { heads, inverse: false }, &p("attn.rope"), qkv);
-        }
-        let o = self.attention(&p("attn.core"), qkv);
-        let x = self.row_parallel(&p("attn.o"), o, x);
-
-        let h = self.norm(&p("mlp_norm"), x);
-        let h = self.enter_tp(&p("mlp.in"), h);
-        let ffn = cx.model.ffn / cx.layout.tp;
-        let h = match cx.model.activation {
-            Activation::SwiGlu => {
-                let gate_up = self.linear(&p("mlp.gate_up"), h, 2 * ffn, None);
-                self.activation(OpKind::SwiGlu, &p("mlp.act"), gate_up, ffn)
-            }
-            Activation::GeluTanh | Activation::Gelu => {
-                let tanh = cx.model.activation == Activation::GeluTanh;
-                let a = self.linear(&p("mlp.up"), h, ffn, None);
-                self.activation(OpKind::Gelu { tanh }, &p("mlp.act"), a, ffn)
-            }
+        let o = match cx.model.latent {
+            Some(latent) => self.latent(&p("attn"), latent, h),
+            None => self.grouped_queries(&p("attn"), h),
         };
-        self.row_parallel(&p("mlp.down"), h, x)
+        let x = self.row_parallel(&p("attn.o"), o, x);
+        let h = self.norm(&p("mlp_norm"), x);
+        match cx.model.experts.filter(|_| cx.model.has_experts(i)) {
+            Some(experts) => self.experts(&p("mlp"), &experts, h, x),
+            None => self.mlp(&p("mlp"), cx.model.ffn, h, x),
+        }
+    }
+
+    /// `residual + mlp(h)`, cut over tp along its width.
+    fn mlp(&mut self, name: &str, ffn: usize, h: ValueId, residual: ValueId) -> ValueId {
+        let p = |s: &str| format!("{name}.{s}");
+        let h = self.enter_tp(&p("in"), h);
+        let ffn = ffn / self.cx.layout.tp;
+        let up = if self.cx.model.activation.gated() { "gate_up" } else { "up" };
+        let cols = if self.cx.model.activation.gated() { 2 * ffn } else { ffn };
+        let a = self.linear(&p(up), h, cols, None);
+        let h = self.activation(&p("act"), a, ffn);
+        self.row_parallel(&p("down"), h, residual)
     }
 
     fn norm(&mut self, name: &str, x: ValueId) -> ValueId {
@@ -232,34 +253,12 @@ impl Emitter<'_> {
         y
     }
 
-    fn head_norm(&mut self, name: &str, wq: &str, wk: &str, qkv: ValueId) -> ValueId {
-        let heads = self.cx.heads();
-        let rows = self.g.get(qkv).rows;
-        let y = self.g.like(qkv, name);
-        let rstd = self.stat(&format!("{name}.rstd"), rows, heads.q + heads.kv);
-        let ins = vec![self.g.all(qkv), self.must(wq), self.must(wk)];
-        let outs = vec![self.g.all(y), self.g.all(rstd)];
-        self.push(OpKind::HeadNorm { heads, eps: self.cx.model.norm_eps }, name, ins, outs);
-        y
-    }
-
-    fn attention(&mut self, name: &str, qkv: ValueId) -> ValueId {
-        let heads = self.cx.heads();
-        let rows = self.g.get(qkv).rows;
-        let o = self.act(name, rows, heads.q * heads.dim);
-        if self.cx.decode {
-            let (ins, outs) = (vec![self.g.all(qkv)], vec![self.g.all(o)]);
-            self.push(OpKind::AttentionCached { heads }, name, ins, outs);
-            self.g.nodes.last_mut().expect("just pushed").leaves = (self.unit - 1, 1);
-            return o;
-        }
-        let lse = self.stat(&format!("{name}.lse"), rows, heads.q);
-        let (ins, outs) = (vec![self.g.all(qkv)], vec![self.g.all(o), self.g.all(lse)]);
-        self.push(OpKind::Attention { heads }, name, ins, outs);
-        o
-    }
-
-    fn activation(&mut self, kind: OpKind, name: &str, a: ValueId, cols: usize) -> ValueId {
+    fn activation(&mut self, name: &str, a: ValueId, cols: usize) -> ValueId {
+        let kind = match self.cx.model.activation {
+            Activation::SwiGlu => OpKind::SwiGlu,
+            Activation::GeluTanh => OpKind::Gelu { tanh: true },
+            Activation::Gelu => OpKind::Gelu { tanh: false },
+        };
         let rows = self.g.get(a).rows;
         let h = self.act(name, rows, cols);
         let (ins, outs) = (vec![self.g.all(a)], vec![self.g.all(h)]);
@@ -306,7 +305,7 @@ impl Emitter<'_> {
         if !self.cx.sequence_parallel() {
             return self.map(OpKind::Fork { axis: Axis::Tp }, name, x);
         }
-        let y = self.act(name, self.cx.tokens(), self.cx.model.hidden);
+        let y = self.act(name, self.cx.tokens(), self.g.get(x).cols);
         let (ins, outs) = (vec![self.g.all(x)], vec![self.g.all(y)]);
         self.push(OpKind::AllGather { axis: Axis::Tp }, name, ins, outs);
         y

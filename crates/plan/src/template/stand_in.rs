@@ -1,0 +1,166 @@
+use std::collections::BTreeMap;
+
+use program::{ALIGN, Home, Phase, Program, Replication, Request};
+use spec::{DType, Layout, PipelineSchedule, Position, Recompute, Reduce, Result, Zero};
+
+use super::tasks::tasks;
+use super::{Key, Section};
+use crate::shape::Shape;
+
+/// Layers of each of the two stages.
+const LAYERS: usize = 2;
+
+/// Programs of a small model whose layers are all of one kind and have the local shapes of the model asked for.
+pub(super) struct StandIn {
+    /// First of two stages, two layers.
+    first: Program,
+    /// Last of two stages, with the head.
+    last: Option<Program>,
+}
+
+impl StandIn {
+    /// Layers all with experts, or all without; with the stage that holds the head only if asked for.
+    pub(super) fn build(shape: &Shape, key: &Key, experts: bool, head: bool) -> Result<Self> {
+        let mut model = shape.model.clone();
+        // Fewer key and value heads than ranks: each rank holds a copy of one.
+        model.kv_heads = model.kv_heads.max(key.tp);
+        model.heads = model.heads.next_multiple_of(model.kv_heads);
+        if model.latent.is_some() {
+            model.heads = shape.model.heads.next_multiple_of(key.tp);
+            model.kv_heads = model.heads;
+        }
+        model.ffn = model.ffn.next_multiple_of(key.tp);
+        model.experts = model.experts.filter(|_| experts);
+        if let Some(e) = &mut model.experts {
+            (e.dense_layers, e.every) = (0, 1);
+            e.count = e.count.next_multiple_of(key.ep);
+            e.shared_ffn = e.shared_ffn.next_multiple_of(key.tp);
+        }
+        // Context parallelism cuts in halves, tensor parallelism takes equal shares.
+        let halves = if key.cp > 1 { 2 } else { 1 };
+        let shares = if key.sequence_parallel || experts { key.tp } else { 1 };
+        let local = key.sequence.div_ceil(key.cp).next_multiple_of(lcm(halves, shares));
+        let sequence = local * key.cp;
+        if let Position::Learned { max_positions } = &mut model.position {
+            *max_positions = (*max_positions).max(sequence);
+        }
+        let ep = if experts { key.ep } else { 1 };
+        let inner = key.tp * key.cp;
+        // Frameworks rerun whole layers: their backward is the plain one with the forward pass in front.
+        // Norms and activations run again alike in both.
+        let whole = key.whole_layers && (key.recompute == Recompute::Full || key.unfused_attention);
+        let layout = Layout {
+            // As many as the experts' ranks take.
+            dp: lcm(ep, inner) / inner,
+            tp: key.tp,
+            pp: 2,
+            cp: key.cp,
+            ep,
+            sequence_parallel: key.sequence_parallel,
+            zero: Zero::Off,
+            schedule: PipelineSchedule::OneFOneB,
+            chunks: 1,
+            stage_layers: Vec::new(),
+            micro_batch: key.micro_batch,
+            recompute: if whole { Recompute::None } else { key.recompute },
+            reduce: Reduce::Ring,
+        };
+        model.layers = 2 * LAYERS;
+        let program = |rank| {
+            let request = Request {
+                model: &model,
+                layout: &layout,
+                sequence,
+                sequences: 2 * key.micro_batch * layout.dp,
+                precision: DType::Bf16,
+                rank,
+                cache: 0,
+            };
+            Program::build(&request, &|_, _| 0)
+        };
+        Ok(StandIn {
+            first: program(0)?,
+            last: if head { Some(program(layout.stage_ranks())?) } else { None },
+        })
+    }
+
+    pub(super) fn embed(&self) -> Section {
+        let of = |name: &str| name.starts_with("embed") || name.starts_with("pos_embed");
+        let mut s = section(&self.first, of);
+        // What the stage keeps beside its layers.
+        let slot = self.first.slot_bytes.first().map_or(0, |s| s.0) as f64;
+        s.kept_bytes = (slot - LAYERS as f64 * self.layer_kept()).max(0.0);
+        s
+    }
+
+    pub(super) fn layer(&self) -> Section {
+        let mut s = section(&self.first, |name| name.starts_with("layers.0."));
+        s.kept_bytes = self.layer_kept();
+        s.working_bytes = self.first.memory.scratch as f64;
+        s
+    }
+
+    pub(super) fn head(&self) -> Section {
+        let Some(last) = &self.last else { return Section::default() };
+        let mut s = section(last, |name| name.starts_with("head") || name.starts_with("final_norm"));
+        // Without a copy of its own the table is the embedding's, on the last stage too.
+        let params =
+            |name: &str| name.starts_with("embed") || name.starts_with("head") || name.starts_with("final");
+        s.params = parameters(last, Replication::Data, params);
+        s.working_bytes = last.memory.scratch as f64;
+        s
+    }
+
+    /// Bytes of the activation between stages.
+    pub(super) fn boundary_bytes(&self) -> f64 {
+        let ops = self.first.blocks.iter().flat_map(|b| &b.ops);
+        ops.filter(|op| matches!(op.kind, program::OpKind::Send { .. }))
+            .map(|op| op.cost.wire_bytes as f64)
+            .fold(0.0, f64::max)
+    }
+
+    /// Bytes of a slot that hold what the first layer leaves for backward, its output for the next layer among it. All
+    /// of a slot is alive when forward ends, so that every place in it is one value's.
+    fn layer_kept(&self) -> f64 {
+        let mut places = BTreeMap::new();
+        for b in self.first.buffers.iter().filter(|b| b.name.starts_with("layers.0.")) {
+            if let Home::Slot { offset, .. } = b.home {
+                let bytes = places.entry(offset).or_insert(0);
+                *bytes = b.bytes().next_multiple_of(ALIGN).max(*bytes);
+            }
+        }
+        places.into_values().sum::<usize>() as f64
+    }
+}
+
+fn parameters(p: &Program, replication: Replication, part: impl Fn(&str) -> bool) -> f64 {
+    let groups = p.groups.iter().filter(|g| g.replication == replication && part(&g.name));
+    groups.map(program::ParamGroup::len).sum::<usize>() as f64
+}
+
+/// The ops of one micro-batch whose names fit, by phase, and their parameters.
+fn section(p: &Program, part: impl Fn(&str) -> bool) -> Section {
+    let mut s = Section {
+        params: parameters(p, Replication::Data, &part),
+        expert_params: parameters(p, Replication::Expert, &part),
+        ..Section::default()
+    };
+    let first = p.schedule.iter().filter(|item| item.micro_batch == 0);
+    for op in first.flat_map(|item| &p.blocks[item.block].ops).filter(|op| part(&op.name)) {
+        let of = match op.phase {
+            Phase::Forward => &mut s.forward,
+            Phase::Input => &mut s.input,
+            Phase::Weight => &mut s.weight,
+        };
+        of.extend(tasks(p, op));
+    }
+    s
+}
+
+fn lcm(a: usize, b: usize) -> usize {
+    let (mut x, mut y) = (a, b);
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    a / x.max(1) * b
+}

@@ -1,0 +1,54 @@
+use spec::Position;
+
+use super::Emitter;
+use crate::graph::ValueId;
+use crate::op::{Axis, OpKind};
+
+impl Emitter<'_> {
+    /// Grouped-query attention on the normed residual stream, up to the output projection.
+    pub(super) fn grouped_queries(&mut self, name: &str, h: ValueId) -> ValueId {
+        let p = |s: &str| format!("{name}.{s}");
+        let heads = self.cx.heads();
+        let h = self.enter_tp(&p("in"), h);
+        let mut qkv = self.linear(&p("qkv"), h, heads.packed(), None);
+        if self.cx.model.qk_norm {
+            qkv = self.head_norm(&p("qk_norm"), &p("q_norm.weight"), &p("k_norm.weight"), qkv);
+        }
+        if matches!(self.cx.model.position, Position::Rope(_)) {
+            qkv = self.map(OpKind::Rope { heads, inverse: false }, &p("rope"), qkv);
+        }
+        self.attention(&p("core"), qkv)
+    }
+
+    fn head_norm(&mut self, name: &str, wq: &str, wk: &str, qkv: ValueId) -> ValueId {
+        let heads = self.cx.heads();
+        let rows = self.g.get(qkv).rows;
+        let y = self.g.like(qkv, name);
+        let rstd = self.stat(&format!("{name}.rstd"), rows, heads.q + heads.kv);
+        let ins = vec![self.g.all(qkv), self.must(wq), self.must(wk)];
+        let outs = vec![self.g.all(y), self.g.all(rstd)];
+        self.push(OpKind::HeadNorm { heads, eps: self.cx.model.norm_eps }, name, ins, outs);
+        y
+    }
+
+    /// Attention over packed queries, keys and values.
+    pub(super) fn attention(&mut self, name: &str, qkv: ValueId) -> ValueId {
+        let heads = self.cx.heads();
+        let rows = self.g.get(qkv).rows;
+        let o = self.act(name, rows, heads.out_cols());
+        if self.cx.decode {
+            let (ins, outs) = (vec![self.g.all(qkv)], vec![self.g.all(o)]);
+            self.push(OpKind::AttentionCached { heads }, name, ins, outs);
+            self.g.nodes.last_mut().expect("just pushed").leaves = (self.unit - 1, 1);
+            return o;
+        }
+        let lse = self.stat(&format!("{name}.lse"), rows, heads.q);
+        let (ins, outs) = (vec![self.g.all(qkv)], vec![self.g.all(o), self.g.all(lse)]);
+        let kind = match self.cx.layout.cp {
+            1 => OpKind::Attention { heads },
+            _ => OpKind::RingAttention { heads, axis: Axis::Cp },
+        };
+        self.push(kind, name, ins, outs);
+        o
+    }
+}

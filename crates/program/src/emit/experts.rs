@@ -1,0 +1,90 @@
+use spec::{DType, Experts};
+
+use super::Emitter;
+use crate::graph::{Source, ValueId};
+use crate::op::{Axis, OpKind};
+
+impl Emitter<'_> {
+    /// `residual + experts(h)`: route, send copies of tokens to their experts, multiply by group, bring them back.
+    ///
+    /// Each tensor-parallel rank routes its own share of the tokens, experts are whole: under sequence parallelism that
+    /// share is what the rank holds anyway, else it is sliced out and the outcome gathered. Shapes are static: routing
+    /// is taken as balanced, so that a rank gets `n k` rows for the `n` tokens that it routes (capacity factor 1).
+    pub(super) fn experts(&mut self, name: &str, e: &Experts, h: ValueId, residual: ValueId) -> ValueId {
+        let p = |s: &str| format!("{name}.{s}");
+        let residual = match e.shared_ffn {
+            0 => residual,
+            ffn => self.mlp(&p("shared"), ffn, h, residual),
+        };
+        let cx = self.cx;
+        let sliced = cx.layout.tp > 1 && !cx.sequence_parallel();
+        let x = if sliced { self.slice(&p("slice"), h) } else { h };
+        let (rows, hidden) = (self.g.get(x).rows, cx.model.hidden);
+        let copies = rows * e.top_k;
+        let local = e.count / cx.layout.ep;
+
+        let logits = self.linear(&p("router"), x, e.count, None);
+        let gates = self.stat(&p("route"), rows, e.top_k);
+        let index = self.g.value(&p("route.index"), rows, e.top_k, DType::U32, Source::Node);
+        let counts = self.g.value(&p("route.counts"), e.count, 1, DType::U32, Source::Node);
+        let [gates_all, index_all, counts_all] = [gates, index, counts].map(|v| self.g.all(v));
+        let ins = vec![self.g.all(logits)];
+        self.push(OpKind::Route { top_k: e.top_k }, &p("route"), ins, vec![gates_all, index_all, counts_all]);
+
+        let mut y = self.act(&p("permute"), copies, hidden);
+        let (ins, outs) = (vec![self.g.all(x), index_all], vec![self.g.all(y)]);
+        self.push(OpKind::Permute { top_k: e.top_k }, &p("permute"), ins, outs);
+        let mut held = counts_all;
+        if cx.layout.ep > 1 {
+            let arrived = self.g.value(&p("dispatch.counts"), e.count, 1, DType::U32, Source::Node);
+            held = self.g.all(arrived);
+            let sent = self.act(&p("dispatch"), copies, hidden);
+            let (ins, outs) = (vec![self.g.all(y), counts_all], vec![self.g.all(sent), held]);
+            self.push(OpKind::AllToAll { axis: Axis::Ep }, &p("dispatch"), ins, outs);
+            y = sent;
+        }
+
+        let gated = cx.model.activation.gated();
+        let (up, cols) = if gated { ("experts.gate_up", 2 * e.ffn) } else { ("experts.up", e.ffn) };
+        for (part, cols) in [(up, cols), ("experts.down", hidden)] {
+            if part == "experts.down" {
+                y = self.activation(&p("experts.act"), y, e.ffn);
+            }
+            let out = self.act(&p(part), copies, cols);
+            let ins = vec![self.g.all(y), self.must(&p(&format!("{part}.weight"))), held];
+            let outs = vec![self.g.all(out)];
+            self.push(OpKind::GroupedLinear { experts: local }, &p(part), ins, outs);
+            y = out;
+        }
+
+        if cx.layout.ep > 1 {
+            let back = self.act(&p("combine"), copies, hidden);
+            let (ins, outs) = (vec![self.g.all(y), held, counts_all], vec![self.g.all(back)]);
+            self.push(OpKind::AllToAll { axis: Axis::Ep }, &p("combine"), ins, outs);
+            y = back;
+        }
+        let out = self.act(&p("unpermute"), rows, hidden);
+        let (ins, outs) = (vec![self.g.all(y), gates_all, index_all], vec![self.g.all(out)]);
+        self.push(OpKind::Unpermute { top_k: e.top_k }, &p("unpermute"), ins, outs);
+        if !sliced {
+            self.g.nodes.last_mut().expect("just pushed").acc = Some(self.g.all(residual));
+            return out;
+        }
+        let whole = self.act(&p("unslice"), cx.tokens(), hidden);
+        let (ins, outs) = (vec![self.g.all(out)], vec![self.g.all(whole)]);
+        self.push(OpKind::Unslice { axis: Axis::Tp }, &p("unslice"), ins, outs);
+        let sum = self.g.like(residual, &p("add"));
+        let (ins, outs) = (vec![self.g.all(residual), self.g.all(whole)], vec![self.g.all(sum)]);
+        self.push(OpKind::Add, &p("add"), ins, outs);
+        sum
+    }
+
+    /// This rank's share of rows that every tensor-parallel rank holds.
+    fn slice(&mut self, name: &str, x: ValueId) -> ValueId {
+        let (rows, cols) = (self.g.get(x).rows, self.g.get(x).cols);
+        let y = self.act(name, rows / self.cx.layout.tp, cols);
+        let (ins, outs) = (vec![self.g.all(x)], vec![self.g.all(y)]);
+        self.push(OpKind::Slice { axis: Axis::Tp }, name, ins, outs);
+        y
+    }
+}

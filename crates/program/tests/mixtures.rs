@@ -1,0 +1,432 @@
+//! What must hold for mixtures of experts, latent attention and context parallelism, alone and together.
+
+mod common;
+
+use std::collections::{BTreeMap, HashMap};
+
+use common::{build, check_memory, check_messages, model};
+use program::{Axis, Coords, OpKind, Phase, Program, Replication, Sync};
+use spec::{Experts, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
+
+const SEQUENCES: usize = 8;
+const SEQUENCE: usize = 16;
+
+fn experts(model: ModelSpec, shared_ffn: usize, dense_layers: usize) -> ModelSpec {
+    let experts = Experts { count: 8, top_k: 2, ffn: 16, shared_ffn, dense_layers, every: 1 };
+    ModelSpec { experts: Some(experts), ..model }
+}
+
+fn latent(model: ModelSpec, query_rank: Option<usize>) -> ModelSpec {
+    let latent = Latent { query_rank, kv_rank: 12, nope_dim: 8, rope_dim: 4, value_dim: 6 };
+    ModelSpec { latent: Some(latent), qk_norm: false, kv_heads: model.heads, ..model }
+}
+
+/// Mixtral, a mixture with plain activations, DeepSeek-V3, DeepSeek-V2-Lite and latent attention alone, in small.
+fn models() -> Vec<ModelSpec> {
+    let gelu = ModelSpec { mlp_bias: false, ..model(4, false, true) };
+    vec![
+        experts(model(4, false, false), 0, 0),
+        experts(gelu, 32, 0),
+        experts(latent(model(4, false, false), Some(20)), 32, 1),
+        experts(latent(model(4, true, false), None), 32, 1),
+        latent(model(4, false, false), Some(20)),
+    ]
+}
+
+/// dp, cp, tp, sequence parallelism and ep that fit 8 experts.
+const AXES: [(usize, usize, usize, bool, usize); 9] = [
+    (1, 1, 1, false, 1),
+    (2, 1, 1, false, 2),
+    (1, 2, 1, false, 1),
+    (1, 1, 2, false, 1),
+    (1, 1, 2, true, 2),
+    (2, 1, 2, true, 4),
+    (2, 2, 2, false, 8),
+    (2, 2, 2, true, 2),
+    (4, 1, 2, true, 8),
+];
+
+const PIPELINES: [(usize, usize, PipelineSchedule); 4] = [
+    (1, 1, PipelineSchedule::OneFOneB),
+    (2, 1, PipelineSchedule::OneFOneB),
+    (2, 2, PipelineSchedule::Interleaved),
+    (2, 1, PipelineSchedule::ZeroBubble),
+];
+
+const POLICIES: [(Zero, Recompute); 7] = [
+    (Zero::Off, Recompute::None),
+    (Zero::Off, Recompute::Full),
+    (Zero::Optimizer, Recompute::Selective),
+    (Zero::Gradients, Recompute::None),
+    (Zero::Gradients, Recompute::Full),
+    (Zero::Parameters, Recompute::Selective),
+    (Zero::Parameters, Recompute::Full),
+];
+
+fn layouts(model: &ModelSpec) -> Vec<Layout> {
+    let mut all = Vec::new();
+    for (dp, cp, tp, sequence_parallel, ep) in AXES {
+        let ep = if model.experts.is_some() { ep } else { 1 };
+        for (pp, chunks, schedule) in PIPELINES {
+            for (zero, recompute) in POLICIES {
+                let base = Layout { dp, cp, tp, ep, pp, chunks, schedule, ..Layout::default() };
+                all.push(Layout { sequence_parallel, zero, recompute, ..base });
+            }
+        }
+    }
+    all
+}
+
+/// One layout of each combination of axes and pipeline.
+fn plain_layouts(model: &ModelSpec) -> impl Iterator<Item = Layout> {
+    layouts(model).into_iter().filter(|l| l.zero == Zero::Off && l.recompute == Recompute::None)
+}
+
+fn programs(m: &ModelSpec, layout: &Layout) -> Vec<Program> {
+    (0..layout.world()).map(|rank| build(m, layout, SEQUENCES, rank)).collect()
+}
+
+#[test]
+fn buffers_that_live_together_never_share_bytes() {
+    for m in models() {
+        for layout in layouts(&m) {
+            // The first rank, a middle one and the last: the rest have the same shapes.
+            for rank in [0, layout.world() / 2, layout.world() - 1] {
+                check_memory(&build(&m, &layout, SEQUENCES, rank));
+            }
+        }
+    }
+}
+
+#[test]
+fn sends_and_receives_match() {
+    for m in models() {
+        for layout in plain_layouts(&m).filter(|l| l.pp > 1) {
+            check_messages(&m, &layout);
+        }
+    }
+}
+
+/// FLOPs of all ranks together follow from the parameters that a token meets: each rank of an expert group multiplies
+/// its share, whatever the mesh (DeepSeek-V3 report, arXiv 2412.19437: 6 N of active parameters a token, and attention).
+#[test]
+fn flops_of_all_ranks_follow_from_the_active_parameters() {
+    for m in models() {
+        let one = build(&m, &Layout::default(), SEQUENCES, 0);
+        let matrices = |replication| -> usize {
+            let groups = one.groups.iter().filter(|g| g.decay && g.replication == replication);
+            groups.filter(|g| !g.name.contains("embed.weight") || m.tied_embeddings).map(|g| g.len()).sum()
+        };
+        let tokens = SEQUENCES * SEQUENCE;
+        let (k, count) = m.experts.map_or((0, 1), |e| (e.top_k, e.count));
+        let routed = 6 * tokens * matrices(Replication::Expert) * k / count;
+        let (key, value) = m.latent.map_or((m.head_dim, m.head_dim), |l| (l.key_dim(), l.value_dim));
+        let scores = tokens * SEQUENCE * m.heads * m.layers;
+        let rest = 6 * tokens * matrices(Replication::Data) + scores * (4 * key + 3 * value);
+        // Without sequence parallelism every tensor-parallel rank projects all tokens into the latents.
+        for layout in plain_layouts(&m).filter(|l| l.tp == 1 || l.sequence_parallel || m.latent.is_none()) {
+            let mut found = [0u64; 2];
+            for p in programs(&m, &layout) {
+                for op in p.schedule.iter().flat_map(|item| &p.blocks[item.block].ops) {
+                    let grouped = matches!(
+                        op.kind,
+                        OpKind::GroupedLinear { .. }
+                            | OpKind::GroupedLinearGradInput { .. }
+                            | OpKind::GroupedLinearGradWeight { .. }
+                    );
+                    found[usize::from(grouped)] += op.cost.flops;
+                }
+            }
+            assert_eq!(found, [rest as u64, routed as u64], "{} {layout:?}", m.name);
+        }
+    }
+}
+
+/// Ranks that do not hold copies of each other hold the model exactly once.
+#[test]
+fn parameter_shards_tile_the_model() {
+    for m in models() {
+        for layout in plain_layouts(&m) {
+            let mut elements: HashMap<String, usize> = HashMap::new();
+            let mut total = 0;
+            for p in programs(&m, &layout) {
+                for g in &p.groups {
+                    let (_, replica) = p.coords.replicas(g.replication, &layout);
+                    let copy_of_tied = g.name == "embed.weight" && p.coords.pp > 0;
+                    if replica > 0 || g.replicated_tp && p.coords.tp > 0 || copy_of_tied {
+                        continue;
+                    }
+                    total += g.len();
+                    for part in &g.parts {
+                        *elements.entry(part.name.clone()).or_default() += part.rows * part.cols;
+                    }
+                }
+            }
+            assert_eq!(total as u64, m.param_count(), "{layout:?}");
+            let one = build(&m, &Layout::default(), SEQUENCES, 0);
+            for part in one.groups.iter().flat_map(|g| &g.parts) {
+                assert_eq!(elements[&part.name], part.global.0 * part.global.1, "{}", part.name);
+            }
+        }
+    }
+}
+
+/// Under ZeRO the ranks that hold the same elements own each of them once: experts over other ranks than the rest.
+#[test]
+fn owned_ranges_tile_every_group_over_its_replicas() {
+    let m = experts(model(4, false, false), 32, 0);
+    let m = ModelSpec { experts: m.experts.map(|e| Experts { ffn: 640, ..e }), ..m };
+    for layout in layouts(&m).into_iter().filter(|l| l.zero >= Zero::Optimizer) {
+        let all = programs(&m, &layout);
+        for p in &all {
+            for (i, g) in p.groups.iter().enumerate() {
+                let ranks = p.coords.replica_ranks(g.replication, &layout);
+                assert!(ranks.contains(&p.rank));
+                let mut at = 0;
+                for rank in ranks {
+                    assert_eq!(all[rank].groups[i].parts, g.parts, "{layout:?}");
+                    let (first, count) = all[rank].group_buffers[i].owned;
+                    assert_eq!(first, at, "{} {layout:?}", g.name);
+                    at += count;
+                }
+                assert_eq!(at, g.len(), "{} {layout:?}", g.name);
+            }
+            for b in &p.buckets {
+                assert!(b.grads.iter().all(|(id, _)| p.group(*id).replication == b.replication));
+            }
+        }
+    }
+}
+
+/// What goes out forward comes back backward: gather against scatter, all-to-all against itself, a ring twice (keys and
+/// values, then those and their gradients).
+#[test]
+fn messages_of_both_passes_mirror_each_other() {
+    for m in models() {
+        for layout in plain_layouts(&m) {
+            for p in programs(&m, &layout) {
+                // Whole vectors, so that a gather and a scatter of the same rows count alike.
+                let mut bytes: BTreeMap<(&str, bool), u64> = BTreeMap::new();
+                let ops = p.schedule.iter().flat_map(|item| &p.blocks[item.block].ops);
+                for op in ops.filter(|op| !op.name.starts_with("head") && !op.name.starts_with("embed")) {
+                    let size = |axis: &Axis| p.coords.peers(*axis, &layout).len() as u64;
+                    let (what, times) = match &op.kind {
+                        OpKind::AllToAll { .. } => ("exchange", 1),
+                        OpKind::AllReduce { .. } => ("sum", 1),
+                        OpKind::AllGather { axis } | OpKind::Unslice { axis } => ("gather", size(axis)),
+                        OpKind::ReduceScatter { .. } => ("scatter", 1),
+                        OpKind::RingAttention { .. } => ("ring", 2),
+                        OpKind::RingAttentionGrad { .. } => ("ring", 1),
+                        _ => continue,
+                    };
+                    *bytes.entry((what, op.phase == Phase::Forward)).or_default() +=
+                        op.cost.wire_bytes * times;
+                }
+                let of = |what, forward| bytes.get(&(what, forward)).copied().unwrap_or(0);
+                assert_eq!(of("exchange", true), of("exchange", false), "{layout:?}");
+                assert_eq!(of("ring", true), of("ring", false), "{layout:?}");
+                assert!(layout.ep == 1 || of("exchange", true) > 0 || p.coords.pp == 0, "{layout:?}");
+                assert_eq!(layout.cp > 1, of("ring", true) > 0);
+                if layout.sequence_parallel {
+                    assert_eq!(of("gather", true), of("scatter", false), "{layout:?}");
+                    assert_eq!(of("scatter", true), of("gather", false), "{layout:?}");
+                }
+            }
+        }
+    }
+}
+
+/// A rank routes its own tokens, so that all ranks together send every token's copies once.
+#[test]
+fn every_copy_of_a_token_is_sent_once() {
+    let m = experts(model(4, false, false), 0, 0);
+    for layout in plain_layouts(&m).filter(|l| l.ep > 1) {
+        let (mut rows, mut sent) = (0, 0);
+        for p in programs(&m, &layout) {
+            for op in p.schedule.iter().flat_map(|item| &p.blocks[item.block].ops) {
+                if op.phase != Phase::Forward {
+                    continue;
+                }
+                match op.kind {
+                    OpKind::AllToAll { .. } => sent += op.ins[0].rows,
+                    OpKind::GroupedLinear { .. } => rows += op.ins[0].rows,
+                    _ => {}
+                }
+            }
+        }
+        let copies = m.layers * SEQUENCES * SEQUENCE * 2;
+        // Out and back; two products of each copy.
+        assert_eq!((sent, rows), (2 * copies, 2 * copies), "{layout:?}");
+    }
+}
+
+#[test]
+fn full_recompute_keeps_the_layers_inputs_alone() {
+    for m in models() {
+        let of = |recompute| {
+            let layout = Layout { recompute, micro_batch: 4, pp: 2, ..Layout::default() };
+            build(&m, &layout, SEQUENCES, 0)
+        };
+        let [none, selective, full] = [Recompute::None, Recompute::Selective, Recompute::Full].map(of);
+        let slot = |p: &Program| p.slot_bytes[0].0;
+        assert!(slot(&full) < slot(&selective) && slot(&selective) < slot(&none), "{}", m.name);
+        let rows = 4 * SEQUENCE * m.hidden * 4;
+        // One boundary for each of the two layers of the stage; what the first reads is the embedding's output.
+        assert!(slot(&full) <= 3 * rows, "{} of {rows}", slot(&full));
+        let flops = |p: &Program| {
+            p.schedule.iter().flat_map(|i| &p.blocks[i.block].ops).map(|o| o.cost.flops).sum::<u64>()
+        };
+        assert_eq!(flops(&none), flops(&selective));
+        assert!(flops(&full) > flops(&none));
+    }
+}
+
+/// What a rank does for others, in its order.
+#[derive(Clone, Debug, PartialEq)]
+enum Event {
+    Send(usize, u32, usize),
+    Recv(usize, u32, usize),
+    /// These ranks meet, at this op.
+    Meet(Vec<usize>, u32),
+}
+
+fn events(p: &Program) -> Vec<Event> {
+    let layout = &p.layout;
+    let items = p.schedule.iter().map(|i| (i.block, i.micro_batch)).chain([(p.step, 0)]);
+    let mut out = Vec::new();
+    for (block, micro_batch) in items {
+        for op in &p.blocks[block].ops {
+            let ranks = match &op.kind {
+                OpKind::Send { peer, tag } => {
+                    out.push(Event::Send(*peer, *tag, micro_batch));
+                    continue;
+                }
+                OpKind::Recv { peer, tag } => {
+                    out.push(Event::Recv(*peer, *tag, micro_batch));
+                    continue;
+                }
+                OpKind::AllReduce { axis }
+                | OpKind::AllGather { axis }
+                | OpKind::ReduceScatter { axis }
+                | OpKind::AllToAll { axis }
+                | OpKind::Unslice { axis }
+                | OpKind::RingAttention { axis, .. }
+                | OpKind::RingAttentionGrad { axis, .. } => p.coords.peers(*axis, layout),
+                OpKind::GatherParams { groups, .. } => {
+                    p.coords.replica_ranks(p.group(groups[0]).replication, layout)
+                }
+                OpKind::ReduceGrads { bucket, .. } => {
+                    p.coords.replica_ranks(p.buckets[*bucket].replication, layout)
+                }
+                OpKind::AllGatherParams { group } => {
+                    p.coords.replica_ranks(p.group(*group).replication, layout)
+                }
+                OpKind::SyncGrads { over: Sync::TensorParallel, .. } => p.coords.peers(Axis::Tp, layout),
+                OpKind::SyncGrads { over: Sync::Embedding, .. } => {
+                    let ends = p.coords.peers(Axis::Pp, layout);
+                    vec![ends[0], ends[ends.len() - 1]]
+                }
+                OpKind::GradNorm => (0..layout.world()).collect(),
+                _ => continue,
+            };
+            out.push(Event::Meet(ranks, op.id.0));
+        }
+    }
+    out
+}
+
+/// Plays all ranks' messages and meetings, a step at a time: none waits for ever, and those who meet do the same op.
+fn check_progress(all: &[Program]) {
+    let events: Vec<Vec<Event>> = all.iter().map(events).collect();
+    let mut next = vec![0; all.len()];
+    let mut sent: HashMap<(usize, usize, u32, usize), usize> = HashMap::new();
+    loop {
+        let mut moved = false;
+        for rank in 0..all.len() {
+            while let Some(event) = events[rank].get(next[rank]) {
+                match event {
+                    Event::Send(to, tag, micro_batch) => {
+                        *sent.entry((rank, *to, *tag, *micro_batch)).or_default() += 1;
+                    }
+                    Event::Recv(from, tag, micro_batch) => {
+                        match sent.get_mut(&(*from, rank, *tag, *micro_batch)) {
+                            Some(n) if *n > 0 => *n -= 1,
+                            _ => break,
+                        }
+                    }
+                    Event::Meet(ranks, _) => {
+                        if ranks.iter().any(|r| events[*r].get(next[*r]) != Some(event)) {
+                            break;
+                        }
+                        for r in ranks.iter().filter(|r| **r != rank) {
+                            next[*r] += 1;
+                        }
+                    }
+                }
+                next[rank] += 1;
+                moved = true;
+            }
+        }
+        if !moved {
+            break;
+        }
+    }
+    for (rank, at) in next.iter().enumerate() {
+        assert!(
+            *at == events[rank].len(),
+            "rank {rank} waits for ever at {:?} under {:?}",
+            events[rank][*at],
+            all[rank].layout
+        );
+    }
+    assert!(sent.values().all(|n| *n == 0), "a message was never received");
+}
+
+#[test]
+fn no_rank_waits_for_ever() {
+    for m in models() {
+        for layout in
+            layouts(&m).into_iter().filter(|l| l.recompute == Recompute::Full || l.zero == Zero::Off)
+        {
+            check_progress(&programs(&m, &layout));
+        }
+    }
+}
+
+#[test]
+fn ids_are_unique_within_a_block_and_stable_over_layouts() {
+    for m in models() {
+        let mut names: HashMap<u32, String> = HashMap::new();
+        for layout in layouts(&m) {
+            let p = build(&m, &layout, SEQUENCES, 0);
+            for block in &p.blocks {
+                let mut seen: HashMap<u32, &str> = HashMap::new();
+                for op in &block.ops {
+                    if let Some(before) = seen.insert(op.id.0, &op.name) {
+                        panic!("{before} and {} share id {} in {}", op.name, op.id.0, block.name);
+                    }
+                    let known = names.entry(op.id.0).or_insert_with(|| op.name.clone());
+                    assert_eq!(*known, op.name);
+                }
+            }
+        }
+    }
+}
+
+/// Ranks of an expert group are neighbours and hold all experts together, each once.
+#[test]
+fn expert_groups_hold_every_expert_once() {
+    let m = experts(model(4, false, false), 0, 0);
+    for layout in plain_layouts(&m) {
+        for rank in 0..layout.world() {
+            let coords = Coords::of(rank, &layout);
+            assert_eq!(coords.rank(&layout), rank);
+            let peers = coords.peers(Axis::Ep, &layout);
+            assert!(peers.contains(&rank) && peers.windows(2).all(|w| w[1] == w[0] + 1));
+            let stages = peers.iter().map(|r| Coords::of(*r, &layout).pp);
+            assert!(stages.into_iter().all(|pp| pp == coords.pp));
+            let places: Vec<usize> = peers.iter().map(|r| Coords::of(*r, &layout).ep(&layout)).collect();
+            assert_eq!(places, (0..layout.ep).collect::<Vec<_>>());
+        }
+    }
+}

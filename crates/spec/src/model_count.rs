@@ -1,0 +1,167 @@
+//! How many parameters a model has, and the FLOPs that follow from them.
+
+use crate::units::Flops;
+use crate::{ModelSpec, NormKind, Position};
+
+impl ModelSpec {
+    /// Width of all query heads together, `H h`.
+    pub fn q_width(&self) -> usize {
+        self.heads.saturating_mul(self.head_dim)
+    }
+
+    /// Width of all key heads together, `K h`; the values are as wide.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads.saturating_mul(self.head_dim)
+    }
+
+    /// Query heads that share a key and value head, `H / K`.
+    pub fn heads_per_kv(&self) -> usize {
+        self.heads / self.kv_heads.max(1)
+    }
+
+    /// The longest sequence the model takes.
+    pub fn max_positions(&self) -> usize {
+        match &self.position {
+            Position::Learned { max_positions } => *max_positions,
+            Position::Rope(rope) => rope.max_positions,
+        }
+    }
+
+    /// Number of parameters; tied embeddings count once.
+    ///
+    /// ```
+    /// use spec::ModelSpec;
+    /// assert_eq!(ModelSpec::preset("gpt2")?.param_count(), 124_439_808);
+    /// assert_eq!(ModelSpec::preset("llama3-8b")?.param_count(), 8_030_261_248);
+    /// # Ok::<(), spec::Error>(())
+    /// ```
+    pub fn param_count(&self) -> u64 {
+        u64::try_from(self.param_sum()).unwrap_or(u64::MAX)
+    }
+
+    /// Parameters that take part in a matrix product or a norm for each token: all but the tables that are only
+    /// looked up (token and position embeddings) and the experts that a token does not go to. A tied table counts, as
+    /// the output projection.
+    pub fn active_param_count(&self) -> u64 {
+        let rows = if self.tied_embeddings { 0 } else { self.vocab };
+        let positions = match self.position {
+            Position::Learned { max_positions } => max_positions,
+            Position::Rope(_) => 0,
+        };
+        let looked_up = rows.saturating_add(positions).saturating_mul(self.hidden) as u64;
+        let (all, active) = self.layer_params(true);
+        let idle = (all - active).saturating_mul(self.expert_layers() as u64);
+        self.param_count().saturating_sub(looked_up).saturating_sub(idle)
+    }
+
+    /// Model FLOPs of one token of a training step on sequences of `sequence` tokens: forward and backward.
+    ///
+    /// `6 N + 6 L T H h`: `N` parameters that a token meets, a multiply-add is 2 FLOPs and backward is twice
+    /// forward (Kaplan et al. 2020, section 2.1); scores and weighted values of `L` layers cost `2 T H h` each in
+    /// forward (Chowdhery et al. 2022, appendix B: `12 L H Q T` with backward), halved because attention is causal.
+    /// Recomputation never counts: this is the numerator of MFU.
+    ///
+    /// ```
+    /// use spec::ModelSpec;
+    /// let model = ModelSpec::preset("llama-tiny-ref")?;
+    /// let weights = 6 * (12_189_696 + 13 * 384); // matrices and norms
+    /// let attention = 6 * 6 * 256 * 384;
+    /// assert_eq!(model.flops_per_token(256).0, f64::from(weights + attention));
+    /// # Ok::<(), spec::Error>(())
+    /// ```
+    pub fn flops_per_token(&self, sequence: usize) -> Flops {
+        let weights = 6.0 * self.active_param_count() as f64;
+        let attention = 6.0 * self.layers as f64 * sequence as f64 * self.score_width();
+        Flops(weights + attention)
+    }
+
+    /// Width over which scores and values are computed: query heads times head width, the mean of keys' and values'
+    /// where those differ.
+    pub fn score_width(&self) -> f64 {
+        match self.latent {
+            Some(l) => self.heads as f64 * (l.key_dim() + l.value_dim) as f64 / 2.0,
+            None => self.q_width() as f64,
+        }
+    }
+
+    /// Whether layer `i` has experts.
+    pub fn has_experts(&self, i: usize) -> bool {
+        let after = |dense: usize| (i + 1).checked_sub(dense).filter(|n| *n > 0);
+        self.experts.is_some_and(|e| after(e.dense_layers).is_some_and(|n| n.is_multiple_of(e.every.max(1))))
+    }
+
+    /// Layers with experts.
+    pub fn expert_layers(&self) -> usize {
+        self.experts.map_or(0, |e| self.layers.saturating_sub(e.dense_layers) / e.every.max(1))
+    }
+
+    /// Parameters of one layer's attention, without the norm before it.
+    pub fn attention_params(&self) -> u64 {
+        narrow(self.attention_sum())
+    }
+
+    /// Parameters of a layer with or without experts: (all, those that one token meets).
+    pub fn layer_params(&self, experts: bool) -> (u64, u64) {
+        let (all, active) = self.layer_sum(experts);
+        (narrow(all), narrow(active))
+    }
+
+    fn attention_sum(&self) -> u128 {
+        let hidden = self.hidden as u128;
+        if let Some(l) = self.latent {
+            let [heads, kv, rope] = [self.heads, l.kv_rank, l.rope_dim].map(|x| x as u128);
+            let [key, up, value] =
+                [l.key_dim(), l.nope_dim.saturating_add(l.value_dim), l.value_dim].map(|x| x as u128);
+            let queries = match l.query_rank.map(|q| q as u128) {
+                Some(q) => hidden * q + q + q * heads * key,
+                None => hidden * heads * key,
+            };
+            return queries + hidden * (kv + rope) + kv + kv * heads * up + heads * value * hidden;
+        }
+        let (q, kv) = (self.q_width() as u128, self.kv_width() as u128);
+        let bias = |on: bool, width: u128| if on { width } else { 0 };
+        hidden * (q + 2 * kv)
+            + bias(self.qkv_bias, q + 2 * kv)
+            + q * hidden
+            + bias(self.attn_out_bias, hidden)
+            + bias(self.qk_norm, 2 * self.head_dim as u128)
+    }
+
+    fn norm_sum(&self) -> u128 {
+        self.hidden as u128 * if self.norm == NormKind::Layer { 2 } else { 1 }
+    }
+
+    fn layer_sum(&self, experts: bool) -> (u128, u128) {
+        let hidden = self.hidden as u128;
+        let ups: u128 = if self.activation.gated() { 2 } else { 1 };
+        let mlp = |ffn: usize| {
+            let ffn = ffn as u128;
+            (ups + 1) * hidden * ffn + if self.mlp_bias { ups * ffn + hidden } else { 0 }
+        };
+        let rest = self.attention_sum() + 2 * self.norm_sum();
+        match self.experts.filter(|_| experts) {
+            Some(e) => {
+                let base =
+                    rest + hidden * e.count as u128 + if e.shared_ffn > 0 { mlp(e.shared_ffn) } else { 0 };
+                (base + mlp(e.ffn) * e.count as u128, base + mlp(e.ffn) * e.top_k as u128)
+            }
+            None => (rest + mlp(self.ffn), rest + mlp(self.ffn)),
+        }
+    }
+
+    pub(crate) fn param_sum(&self) -> u128 {
+        let tables = if self.tied_embeddings { 1 } else { 2 } * self.vocab as u128 * self.hidden as u128;
+        let positions = match self.position {
+            Position::Learned { max_positions } => max_positions as u128 * self.hidden as u128,
+            Position::Rope(_) => 0,
+        };
+        let with = self.expert_layers() as u128;
+        let without = self.layers as u128 - with;
+        let layers = with * self.layer_sum(true).0 + without * self.layer_sum(false).0;
+        tables + positions + layers + self.norm_sum()
+    }
+}
+
+fn narrow(params: u128) -> u64 {
+    u64::try_from(params).unwrap_or(u64::MAX)
+}
