@@ -7,6 +7,7 @@ pub mod calibration;
 pub mod compute;
 pub mod emit;
 pub mod fit;
+pub mod machine;
 pub mod mesh;
 pub mod network;
 pub mod pipeline;

@@ -3,7 +3,7 @@ use program::{GradOut, Home, Op, OpKind, Program, Request, View};
 use spec::{DType, NormKind, Result};
 
 use crate::arena::Arena;
-use crate::mesh::{Mesh, coalesce};
+use crate::mesh::Mesh;
 use crate::spans::Spans;
 use crate::workspace::workspace_len;
 
@@ -88,7 +88,7 @@ impl Executor {
             Some(shared) => Arena::shared(shared),
             None => Arena::new(program.memory.total)?,
         };
-        let bucket_runs = program.buckets.iter().map(|b| coalesce(&program, b)).collect();
+        let bucket_runs = program.buckets.iter().map(|b| program.bucket_runs(b)).collect();
         let ops = |b: usize| program.blocks[b].ops.len();
         let room = program.schedule.iter().map(|i| ops(i.block)).sum::<usize>() + ops(program.step);
         let tables = program.sequence.max(program.cache);
