@@ -10,8 +10,7 @@ use std::time::{Duration, Instant};
 pub const BENCH_SIZES: [usize; 10] =
     [1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20];
 
-/// Time spent on one operation and size, roughly, and the bounds on its repetitions.
-const BUDGET: Duration = Duration::from_millis(250);
+/// Bounds on the repetitions of one operation and size.
 const MIN_REPEATS: usize = 5;
 const MAX_REPEATS: usize = 2000;
 const WARM_UP: usize = 3;
@@ -59,12 +58,17 @@ pub struct Row {
     pub bus_gb_per_s: f64,
 }
 
-/// Measures `ops` at each of `sizes` (bytes of f32) over all ranks. Collective: every rank calls it alike and gets
-/// the same rows.
+/// Measures `ops` at each of `sizes` (bytes of f32) over all ranks, each for about `budget`. Collective: every rank
+/// calls it alike and gets the same rows.
 ///
 /// # Errors
 /// Memory for the buffers is short, or an operation fails.
-pub fn bench_collectives(world: &World, ops: &[BenchOp], sizes: &[usize]) -> Result<Vec<Row>> {
+pub fn bench_collectives(
+    world: &World,
+    ops: &[BenchOp],
+    sizes: &[usize],
+    budget: Duration,
+) -> Result<Vec<Row>> {
     let largest = sizes.iter().copied().max().unwrap_or(0).next_multiple_of(4096);
     let arena = world.alloc_shared(2 * largest.max(4096))?;
     let mut private = vec![1.0f32; if ops.iter().any(|op| !op.shared) { largest / 4 } else { 0 }];
@@ -78,7 +82,7 @@ pub fn bench_collectives(world: &World, ops: &[BenchOp], sizes: &[usize]) -> Res
                 let span = crate::element::Span::of(&mut private[..count]);
                 (span, span)
             };
-            let us = measure(world, || {
+            let us = measure(world, budget, || {
                 let op = operation(world, op.kind, input, output)?;
                 // SAFETY: the spans are parts of the arena or of `private`, which nothing else uses.
                 op.into_iter().try_for_each(|op| unsafe { world.all().run(OpTag(0), op) })
@@ -138,13 +142,13 @@ fn operation<'a>(
 }
 
 /// Median time of `once` in microseconds, of the rank where that is longest.
-fn measure(world: &World, mut once: impl FnMut() -> Result<()>) -> Result<f64> {
+fn measure(world: &World, budget: Duration, mut once: impl FnMut() -> Result<()>) -> Result<f64> {
     let began = Instant::now();
     for _ in 0..WARM_UP {
         once()?;
     }
     let each = began.elapsed() / WARM_UP as u32;
-    let fits = BUDGET.as_nanos() / each.as_nanos().max(1);
+    let fits = budget.as_nanos() / each.as_nanos().max(1);
     // Ranks must agree on the number: the fewest of all.
     let mut repeats = [(fits as usize).clamp(MIN_REPEATS, MAX_REPEATS) as u32];
     let mut all = vec![0; world.size()];
@@ -194,7 +198,9 @@ mod tests {
             let worlds = World::threads(2).unwrap();
             let ranks: Vec<_> = worlds
                 .into_iter()
-                .map(|w| s.spawn(move || bench_collectives(&w, &BenchOp::ALL, &[1024]).unwrap()))
+                .map(|w| s.spawn(move || {
+                        bench_collectives(&w, &BenchOp::ALL, &[1024], Duration::from_millis(250)).unwrap()
+                    }))
                 .collect();
             ranks.into_iter().map(|r| r.join().unwrap()).collect::<Vec<_>>()
         });

@@ -4,8 +4,10 @@
 
 mod args;
 mod bench;
+mod compare;
 mod data;
 mod live;
+mod machine;
 mod models;
 mod output;
 mod planner;
@@ -39,6 +41,7 @@ fn main() -> std::process::ExitCode {
         Command::Data(a) => data::run(&a),
         Command::Bench(a) => bench::run(&a),
         Command::Plan(a) => planner::plan(&a),
+        Command::Compare(a) => compare::run(&a),
         Command::Validate(a) => planner::validate(&a),
         Command::Catalog(a) => planner::catalog_command(&a),
         Command::Launch(a) => Ok(u8::try_from(launch::cli(a.args)).unwrap_or(1)),

@@ -14,6 +14,9 @@ use crate::args::{Catalog as CatalogArgs, CatalogCommand, Plan, Validate};
 use crate::output;
 
 pub(crate) fn plan(args: &Plan) -> Result<u8> {
+    if args.cluster == "this" {
+        return crate::machine::plan(args);
+    }
     let catalog = catalog(&args.catalog)?;
     let cluster = catalog.cluster(&args.cluster, args.accelerators)?;
     let shape = model(&args.model)?;

@@ -110,6 +110,14 @@ impl Executor {
         self.arena.len()
     }
 
+    /// Everybody's bytes, on every rank, in rank order.
+    ///
+    /// # Errors
+    /// If a peer is lost.
+    pub fn exchange(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.mesh.exchange(mine)
+    }
+
     /// The best rate of this machine's matrix products with this rank's threads, in GFLOP/s; takes a moment.
     pub fn peak_gflops(&self) -> f64 {
         kernels::gemm_peak_gflops(&self.pool)

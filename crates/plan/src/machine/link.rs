@@ -31,7 +31,7 @@ impl LinkOp {
 }
 
 /// The messages that an op sends one after another: operation and bytes of the whole buffer.
-pub fn messages(op: &Op, p: &Program) -> Vec<(LinkOp, f64)> {
+pub(super) fn messages(op: &Op, p: &Program) -> Vec<(LinkOp, f64)> {
     use OpKind::*;
     let view = |v: &program::View| (v.rows * p.buffer(v.buffer).cols * p.buffer(v.buffer).dtype.bytes()) as f64;
     let group = |g: program::GroupId| p.group(g).len() as f64;
@@ -67,7 +67,7 @@ pub fn messages(op: &Op, p: &Program) -> Vec<(LinkOp, f64)> {
 }
 
 /// The ranks that an op's messages go between: this one's peers along an axis, the ends of its pipeline, or all.
-pub fn members(op: &Op, p: &Program, rank: usize) -> Vec<usize> {
+pub(super) fn members(op: &Op, p: &Program, rank: usize) -> Vec<usize> {
     use program::{Axis, Coords};
     let coords = Coords::of(rank, &p.layout);
     let along = |axis| coords.peers(axis, &p.layout);
@@ -93,7 +93,7 @@ pub fn members(op: &Op, p: &Program, rank: usize) -> Vec<usize> {
 ///
 /// # Errors
 /// If nothing was measured.
-pub fn seconds(m: &Machine, transport: &str, op: LinkOp, ranks: usize, bytes: f64) -> Result<f64> {
+pub(super) fn seconds(m: &Machine, transport: &str, op: LinkOp, ranks: usize, bytes: f64) -> Result<f64> {
     let of = m.links.iter().filter(|(k, _)| k.transport == transport && k.op == op.name());
     let at: Vec<(&LinkKey, f64)> = of.map(|(k, messages)| (k, by_size(messages, bytes))).collect();
     let exact = |(k, s): &(&LinkKey, f64)| (k.ranks == ranks || op == LinkOp::Send).then_some(*s);
