@@ -405,7 +405,7 @@ pub(crate) struct BenchPredict {
     #[arg(long, default_value_t = 4, value_name = "N")]
     pub(crate) nproc_max: usize,
     /// Timed steps of a layout in each round
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 3)]
     pub(crate) steps: usize,
     /// Rounds in which the layouts take turns
     #[arg(long, default_value_t = 2)]

@@ -11,7 +11,7 @@ pub mod table;
 
 use std::collections::HashMap;
 
-use program::{Op, OpId, OpKind, Program, Request, WorkspaceLen};
+use program::{Coords, Op, OpId, OpKind, Program, Request, WorkspaceLen};
 use serde::Serialize;
 use spec::{DType, Error, Layout, ModelSpec, Result, Zero};
 
@@ -308,13 +308,16 @@ impl Pricer<'_> {
         }
         // A message takes half its time to be copied out by one rank, half to be copied in by the other.
         let mail = |from, to, channel| Mail { from, to, channel, micro_batch: 0 };
+        // A program may stand for another data-parallel rank's, whose peers lie in its own pipeline.
+        let mine = Coords::of(rank, &p.layout);
+        let own = |peer| Coords { pp: Coords::of(peer, &p.layout).pp, ..mine }.rank(&p.layout);
         match op.kind {
             OpKind::Send { peer, tag } => {
-                let message = mail(rank, peer, tag);
+                let message = mail(rank, own(peer), tag);
                 return Ok(Some(vec![Act::Send { at, message, s: times[0] / 2.0 }]));
             }
             OpKind::Recv { peer, tag } => {
-                let message = mail(peer, rank, tag);
+                let message = mail(own(peer), rank, tag);
                 return Ok(Some(vec![Act::Recv { at, message, s: times[0] / 2.0 }]));
             }
             _ => {}

@@ -56,61 +56,49 @@ const MEMORY_SHARE: f64 = 0.9;
 /// # Errors
 /// If no layout is allowed, or none fits in the memory; then the message says what the smallest one takes.
 pub fn search(machine: &Machine, job: &Job<'_>, ranks: usize) -> Result<Chosen> {
-    let all = layouts(job, ranks);
-    let (allowed, refused): (Vec<_>, Vec<_>) = all
-        .into_iter()
-        .map(|l| l.validate(job.model, job.sequences, job.sequence).map(|()| l))
-        .partition(|l| l.is_ok());
-    let not_allowed = refused.len();
-    let Some(first_refusal) = (match allowed.is_empty() {
-        true => Some(refused.into_iter().find_map(Result::err)),
-        false => None,
-    }) else {
-        return choose(machine, job, allowed.into_iter().flatten().collect(), not_allowed);
-    };
-    let why = first_refusal.unwrap_or_else(|| Error::user("no layout"));
-    let what = format!("no layout of {ranks} ranks trains {} on {} sequences: {why}", job.model.name, job.sequences);
-    Err(Error::user(what).hint(why.hint_text().unwrap_or("start another number of ranks")))
-}
-
-fn choose(machine: &Machine, job: &Job<'_>, layouts: Vec<Layout>, not_allowed: usize) -> Result<Chosen> {
-    let priced: Vec<Choice> =
-        layouts.par_iter().map(|layout| quick(machine, job, layout)).collect::<Result<_>>()?;
-    let layouts_priced = priced.len();
-    let most = MEMORY_SHARE * machine.memory_bytes as f64;
-    let (mut fit, large): (Vec<_>, Vec<_>) = priced.into_iter().partition(|c| c.total_bytes as f64 <= most);
-    let Some(smallest) = (match fit.is_empty() {
-        true => Some(large.iter().map(|c| c.total_bytes).min().unwrap_or(0)),
-        false => None,
-    }) else {
-        // A stable sort: of equals the first in the order of the search stays first, on every rank.
-        fit.sort_by(|a, b| a.step_s.total_cmp(&b.step_s));
-        let (same, other): (Vec<_>, Vec<_>) = fit.into_iter().partition(|c| c.layout.tp == 1);
-        let (best, faster) = match (same.is_empty(), other.into_iter().next()) {
-            (true, Some(first)) => (vec![first], None),
-            (_, first) => {
-                let faster = first.filter(|f| same.first().is_some_and(|best| f.step_s < best.step_s));
-                (same, faster)
+    let (mut allowed, mut not_allowed, mut why) = (Vec::new(), 0, None);
+    for layout in layouts(job, ranks) {
+        match layout.validate(job.model, job.sequences, job.sequence) {
+            Ok(()) => allowed.push(layout),
+            Err(e) => {
+                not_allowed += 1;
+                why.get_or_insert(e);
             }
-        };
-        let best: Vec<Choice> = best.into_iter().take(KEEP).collect();
-        let best = best.iter().map(|c| exact(machine, job, c)).collect::<Result<_>>()?;
-        return Ok(Chosen {
-            best,
-            faster_with_other_bits: faster,
-            layouts_priced,
-            too_large: large.len(),
-            not_allowed,
-        });
-    };
-    let gib = |bytes: f64| bytes / (1u64 << 30) as f64;
-    Err(Error::user(format!(
-        "no layout fits: the smallest takes {:.1} GiB in all ranks, and {} has {:.1} GiB of memory",
-        gib(smallest as f64),
-        machine.host,
-        gib(machine.memory_bytes as f64)
-    ))
-    .hint("a smaller model or batch takes less"))
+        }
+    }
+    if allowed.is_empty() {
+        let name = &job.model.name;
+        let why = why.unwrap_or_else(|| Error::user(format!("{} sequences", job.sequences)));
+        return Err(Error::user(format!("no layout of {ranks} ranks trains {name}: {why}"))
+            .hint(why.hint_text().unwrap_or("start another number of ranks, or set batch.sequences")));
+    }
+    let priced: Vec<Choice> =
+        allowed.par_iter().map(|layout| quick(machine, job, layout)).collect::<Result<_>>()?;
+    let layouts_priced = priced.len();
+    let smallest = priced.iter().map(|c| c.total_bytes).min().unwrap_or(0);
+    let most = MEMORY_SHARE * machine.memory_bytes as f64;
+    let mut fit: Vec<Choice> = priced.into_iter().filter(|c| c.total_bytes as f64 <= most).collect();
+    if fit.is_empty() {
+        let gib = |bytes: f64| bytes / (1u64 << 30) as f64;
+        return Err(Error::user(format!(
+            "no layout of {ranks} ranks fits: the smallest takes {:.1} GiB, and runs may take {:.1} GiB of {}",
+            gib(smallest as f64),
+            gib(most),
+            machine.host
+        ))
+        .hint("a smaller model or batch takes less"));
+    }
+    let too_large = layouts_priced - fit.len();
+    // A stable sort: of equals the first in the order of the search stays first, on every rank.
+    fit.sort_by(|a, b| a.step_s.total_cmp(&b.step_s));
+    let (mut same, mut other): (Vec<_>, Vec<_>) = fit.into_iter().partition(|c| c.layout.tp == 1);
+    if same.is_empty() {
+        std::mem::swap(&mut same, &mut other);
+    }
+    let faster_with_other_bits = other.into_iter().next().filter(|f| f.step_s < same[0].step_s);
+    same.truncate(KEEP);
+    let best = same.iter().map(|c| exact(machine, job, c)).collect::<Result<_>>()?;
+    Ok(Chosen { best, faster_with_other_bits, layouts_priced, too_large, not_allowed })
 }
 
 /// The price with one program for each stage and tensor shard: data-parallel ranks differ in rounding only.
