@@ -53,6 +53,8 @@ pub struct Row {
     pub bytes: usize,
     /// Median time of the slowest rank, microseconds.
     pub us: f64,
+    /// The same for the lower quartile: what the operation takes where nothing else disturbs it.
+    pub quartile_us: f64,
     /// Bus bandwidth as nccl-tests define it: bytes that a ring would move per link, over the time, 10^9 bytes/s.
     /// 0 for a barrier.
     pub bus_gb_per_s: f64,
@@ -82,12 +84,13 @@ pub fn bench_collectives(
                 let span = crate::element::Span::of(&mut private[..count]);
                 (span, span)
             };
-            let us = measure(world, budget, || {
+            let [us, quartile_us] = measure(world, budget, || {
                 let op = operation(world, op.kind, input, output)?;
                 // SAFETY: the spans are parts of the arena or of `private`, which nothing else uses.
                 op.into_iter().try_for_each(|op| unsafe { world.all().run(OpTag(0), op) })
             })?;
-            let us = if op.kind == OpKind::Send { us / 2.0 } else { us };
+            let half = if op.kind == OpKind::Send { 0.5 } else { 1.0 };
+            let (us, quartile_us) = (us * half, quartile_us * half);
             rows.push(Row {
                 op: op.kind.name(),
                 transport: slowest_transport(world).name(),
@@ -95,6 +98,7 @@ pub fn bench_collectives(
                 ranks: world.size(),
                 bytes,
                 us,
+                quartile_us,
                 bus_gb_per_s: bus_bytes(op.kind, world.size(), bytes) / us / 1e3,
             });
         }
@@ -141,8 +145,8 @@ fn operation<'a>(
     }])
 }
 
-/// Median time of `once` in microseconds, of the rank where that is longest.
-fn measure(world: &World, budget: Duration, mut once: impl FnMut() -> Result<()>) -> Result<f64> {
+/// Median and lower quartile of the time of `once` in microseconds, each of the rank where it is longest.
+fn measure(world: &World, budget: Duration, mut once: impl FnMut() -> Result<()>) -> Result<[f64; 2]> {
     let began = Instant::now();
     for _ in 0..WARM_UP {
         once()?;
@@ -163,10 +167,14 @@ fn measure(world: &World, budget: Duration, mut once: impl FnMut() -> Result<()>
         times.push(began.elapsed());
     }
     times.sort_unstable();
-    let mut medians = vec![0.0f64; world.size()];
-    medians[world.rank()] = times[times.len() / 2].as_secs_f64() * 1e6;
-    world.all().all_gather(OpTag(0), &mut medians, &even_ranges(world.size(), world.size()))?;
-    Ok(medians.into_iter().fold(0.0, f64::max))
+    let mut longest = [0.0; 2];
+    for (longest, at) in longest.iter_mut().zip([times.len() / 2, times.len() / 4]) {
+        let mut all = vec![0.0f64; world.size()];
+        all[world.rank()] = times[at].as_secs_f64() * 1e6;
+        world.all().all_gather(OpTag(0), &mut all, &even_ranges(world.size(), world.size()))?;
+        *longest = all.into_iter().fold(0.0, f64::max);
+    }
+    Ok(longest)
 }
 
 fn slowest_transport(world: &World) -> Transport {

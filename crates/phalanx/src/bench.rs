@@ -84,7 +84,7 @@ fn print_rows(rows: &[Row], as_json: bool) {
             .iter()
             .map(|r| {
                 json!({ "op": r.op, "transport": r.transport, "shared": r.shared, "ranks": r.ranks, "bytes": r.bytes,
-                    "us": r.us, "bus_gb_per_s": r.bus_gb_per_s })
+                    "us": r.us, "quartile_us": r.quartile_us, "bus_gb_per_s": r.bus_gb_per_s })
             })
             .collect();
         output::print(&serde_json::to_string_pretty(&json!({ "results": list })).expect("numbers are JSON"));

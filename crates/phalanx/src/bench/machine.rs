@@ -14,7 +14,7 @@ use plan::machine::table::{KernelKey, LinkKey, Message, Sample};
 use plan::machine::{Conditions, Machine, kernel};
 use serde_json::{Value, json};
 use spec::{Context, Error, Result, RunSpec};
-use train::Mesh;
+use train::{CpuClock, Mesh};
 
 use super::step::Stepper;
 use crate::output;
@@ -60,6 +60,8 @@ const LINK_BYTES_MAX: usize = 16 << 20;
 /// The operations of the links' tables.
 const LINK_OPS: [&str; 4] = ["all_reduce", "all_gather", "reduce_scatter", "send"];
 
+/// What others take of the machine while it is measured is not its own noise.
+const SPREAD_MAX: f64 = 0.25;
 /// Repetitions within this factor of the fastest were not disturbed: other work on the machine makes some slower,
 /// nothing makes them faster.
 const UNDISTURBED: f64 = 1.1;
@@ -102,7 +104,14 @@ pub(crate) fn measure(path: &Path, quick: bool) -> Result<Machine> {
 struct Runs {
     work: f64,
     /// By block, op and micro-batch: the seconds of each step.
-    places: BTreeMap<(u32, u32, u32), Vec<f64>>,
+    places: BTreeMap<(u32, u32, u32), Vec<Took>>,
+}
+
+/// Seconds on the clock, and seconds of work for each of the rank's threads (0 if not known).
+#[derive(Clone, Copy, Debug)]
+struct Took {
+    wall_s: f64,
+    cpu_s: f64,
 }
 
 struct Calibration {
@@ -166,7 +175,16 @@ impl Calibration {
         for run in &programs {
             for &at in &conditions {
                 self.bar.set_message(format!("width {}, {} x {} threads", run.model.hidden, at.beside, at.threads));
-                let open = |_| Stepper::open(run.clone(), at.threads, true, 0, Mesh::alone());
+                let open = |_| {
+                    let mut stepper = Stepper::open(run.clone(), at.threads, true, 0, Mesh::alone())?;
+                    match at {
+                        Conditions { threads: 1, .. } => stepper.exec.spans.watch_cpu(CpuClock::Thread),
+                        Conditions { beside: 1, .. } => stepper.exec.spans.watch_cpu(CpuClock::Process),
+                        // The threads of ranks side by side in this process cannot be told apart.
+                        _ => {}
+                    }
+                    Ok(stepper)
+                };
                 let steppers = (0..at.beside).map(open).collect::<Result<Vec<_>>>()?;
                 let budget = self.budget();
                 for stepper in side_by_side(steppers, budget)? {
@@ -221,7 +239,8 @@ impl Calibration {
             false => Vec::new(),
         };
         for step in steps {
-            for &(block, i, micro_batch, s) in &step.ops {
+            for &(block, i, micro_batch, Took { wall_s, cpu_s }) in &step.ops {
+                let s = Took { wall_s, cpu_s: cpu_s / at.threads as f64 };
                 let op = &p.blocks[block as usize].ops[i as usize];
                 let Some(k) = kernel(op, p).filter(|k| k.work > 0.0) else { continue };
                 if before.iter().any(|b| b == k.kind) {
@@ -284,7 +303,7 @@ impl Calibration {
                     .map_err(|_| Error::failure(format!("{n} ranks over {transport} could not be measured")))?;
                 for row in found["results"].as_array().into_iter().flatten() {
                     let op = row["op"].as_str().unwrap_or_default();
-                    let (bytes, us) = (row["bytes"].as_f64().unwrap_or(0.0), row["us"].as_f64().unwrap_or(0.0));
+                    let (bytes, us) = (row["bytes"].as_f64().unwrap_or(0.0), row["quartile_us"].as_f64().unwrap_or(0.0));
                     if row["shared"] == true && LINK_OPS.contains(&op) && bytes > 0.0 && us > 0.0 {
                         let key = LinkKey { transport: transport.into(), op: op.into(), ranks: n };
                         links.entry(key).or_default().push(Message { bytes, s: us / 1e6 });
@@ -306,9 +325,11 @@ impl Calibration {
         for ((key, shape), runs) in self.runs {
             let (mut usual, mut taken) = (0.0, 0.0);
             let places = runs.places.len() as f64;
-            for (_, mut s) in runs.places {
-                usual += quantile(&mut s, 0.5) / places;
-                taken += undisturbed(&s) / places;
+            for (_, took) in runs.places {
+                let mut wall: Vec<f64> = took.iter().map(|t| t.wall_s).collect();
+                let cpu: Vec<f64> = took.iter().map(|t| t.cpu_s).collect();
+                usual += quantile(&mut wall, 0.5) / places;
+                taken += seconds(&wall, &cpu) / places;
             }
             // Spans are of whole nanoseconds.
             let taken = taken.max(1e-9);
@@ -325,7 +346,7 @@ impl Calibration {
             phalanx: env!("CARGO_PKG_VERSION").into(),
             measured: iso_date(train::now_us() / 1_000_000),
             op_gap_s: quantile(&mut gaps, 0.5),
-            spread: (all_usual / f64::max(all_taken, 1e-9) - 1.0).max(0.0),
+            spread: (all_usual / f64::max(all_taken, 1e-9) - 1.0).clamp(0.0, SPREAD_MAX),
             crowding,
             kernels,
             links,
@@ -338,8 +359,8 @@ struct Recorded {
     wall_s: f64,
     /// Seconds between ops, on average.
     gap_s: f64,
-    /// Block, op, micro-batch and seconds.
-    ops: Vec<(u32, u32, u32, f64)>,
+    /// Block, op, micro-batch and what it took.
+    ops: Vec<(u32, u32, u32, Took)>,
 }
 
 /// Lets ranks that do not talk step at the same time until the budget is spent, and gives back what each recorded.
@@ -386,9 +407,12 @@ fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> 
 
 fn record(stepper: &Stepper, wall_s: f64) -> Recorded {
     let spans = stepper.exec.spans.all();
-    let seconds = |s: &train::Span| (s.end_ns - s.start_ns) as f64 / 1e9;
-    let ops: Vec<_> = spans.iter().map(|s| (s.block, s.op, s.micro_batch, seconds(s))).collect();
-    let busy: f64 = ops.iter().map(|o| o.3).sum();
+    let took = |s: &train::Span| Took {
+        wall_s: (s.end_ns - s.start_ns) as f64 / 1e9,
+        cpu_s: s.cpu_ns as f64 / 1e9,
+    };
+    let ops: Vec<_> = spans.iter().map(|s| (s.block, s.op, s.micro_batch, took(s))).collect();
+    let busy: f64 = ops.iter().map(|o| o.3.wall_s).sum();
     let gap_s = (wall_s - busy).max(0.0) / ops.len().max(1) as f64;
     Recorded { wall_s, gap_s, ops }
 }
@@ -398,6 +422,14 @@ fn load(keys: &str) -> Result<RunSpec> {
     let vocab = set.iter().find_map(|k| k.strip_prefix("model.vocab=")?.parse::<usize>().ok()).unwrap_or(4096);
     set.push(format!("data.vocab_size={}", vocab.min(4096)));
     RunSpec::load(None, &set, &RunSpec::no_files).context("a program of the calibration")
+}
+
+/// What an op takes on a machine of its own: the clock's word, unless it is far above the work done, because
+/// something else had the cores every time.
+fn seconds(wall: &[f64], cpu: &[f64]) -> f64 {
+    const FAR: f64 = 1.15;
+    let (wall, cpu) = (undisturbed(wall), undisturbed(cpu));
+    if cpu > 0.0 && wall > FAR * cpu { cpu } else { wall }
 }
 
 /// The mean of the values near the least.
@@ -505,6 +537,9 @@ mod tests {
     fn disturbed_repetitions_do_not_count() {
         assert_eq!(undisturbed(&[2.0, 9.0, 2.1, 2.3]), 2.05);
         assert_eq!(undisturbed(&[3.0]), 3.0);
+        assert_eq!(seconds(&[9.0, 8.0], &[4.0, 4.0]), 4.0, "never undisturbed");
+        assert_eq!(seconds(&[4.2, 8.0], &[4.0, 4.0]), 4.2);
+        assert_eq!(seconds(&[9.0], &[0.0]), 9.0, "no word on the work");
     }
 
     #[test]
