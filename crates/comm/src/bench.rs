@@ -206,9 +206,11 @@ mod tests {
             let worlds = World::threads(2).unwrap();
             let ranks: Vec<_> = worlds
                 .into_iter()
-                .map(|w| s.spawn(move || {
+                .map(|w| {
+                    s.spawn(move || {
                         bench_collectives(&w, &BenchOp::ALL, &[1024], Duration::from_millis(250)).unwrap()
-                    }))
+                    })
+                })
                 .collect();
             ranks.into_iter().map(|r| r.join().unwrap()).collect::<Vec<_>>()
         });

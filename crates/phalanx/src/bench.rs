@@ -98,4 +98,3 @@ fn print_rows(rows: &[Row], as_json: bool) {
         ));
     }
 }
-

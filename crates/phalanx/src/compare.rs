@@ -114,7 +114,8 @@ impl Measured {
             }
             Record::Spans { step, spans, .. } => {
                 for s in spans {
-                    let (_, steps) = self.ops.entry(s.op).or_insert_with(|| (s.name.clone(), BTreeMap::new()));
+                    let (_, steps) =
+                        self.ops.entry(s.op).or_insert_with(|| (s.name.clone(), BTreeMap::new()));
                     *steps.entry(step).or_default() += s.end_us.saturating_sub(s.start_us) as f64 / 1e6;
                 }
             }
@@ -173,7 +174,7 @@ fn report(dir: &Path, run: &RunSpec, measured: &[Measured], price: &StepPrice) -
         let predicted: BTreeSet<u32> = p.ops.iter().map(|o| o.id.0).collect();
         let strange = m.ops.iter().filter(|(id, _)| !predicted.contains(id));
         unmatched.extend(strange.map(|(_, (name, _))| format!("rank {rank}: {name}, not predicted")));
-        let missing = p.ops.iter().filter(|o| !m.ops.contains_key(&o.id.0) && is_recorded(o));
+        let missing = p.ops.iter().filter(|o| !m.ops.contains_key(&o.id.0));
         unmatched.extend(missing.map(|o| format!("rank {rank}: {}, not measured", o.name)));
         for o in &p.ops {
             let row = row(Some(o.id.0), &o.name, o.kind, rank, o.s, m.op_s(o.id.0));
@@ -204,7 +205,6 @@ fn report(dir: &Path, run: &RunSpec, measured: &[Measured], price: &StepPrice) -
     let comm = |of: &dyn Fn(&OpPrice) -> f64| -> f64 {
         price.ranks[most].ops.iter().filter(|o| talks(o.kind)).map(of).sum()
     };
-    // Waiting for what goes on beside is in both, as the wait and as the work.
     let measured_step_s = measured.iter().map(|m| median(m.step_s.values())).fold(0.0, f64::max);
     let predicted_bytes: Vec<u64> = price.ranks.iter().map(|r| r.memory_bytes as u64).collect();
     let measured_bytes: Vec<u64> = measured.iter().map(|m| m.memory_bytes).collect();
@@ -228,11 +228,6 @@ fn report(dir: &Path, run: &RunSpec, measured: &[Measured], price: &StepPrice) -
         kinds: by_loss(by_kind.into_values().collect()),
         ops: by_loss(ops.into_values().collect()),
     })
-}
-
-/// Whether the executor leaves a span of the op: one that only begins what a later one waits for has its span there.
-fn is_recorded(o: &OpPrice) -> bool {
-    o.runs > 0
 }
 
 /// Kinds in which ranks talk and do not wait for what was begun earlier.

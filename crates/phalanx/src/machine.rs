@@ -7,7 +7,7 @@ use std::time::Instant;
 use plan::machine::search::{Choice, Chosen, search};
 use plan::machine::{Job, Machine};
 use serde_json::json;
-use spec::{DType, Error, Layout, NumberFormat, Recompute, Result, RunSpec};
+use spec::{DType, Error, Layout, ModelSpec, NumberFormat, Recompute, Result, RunSpec};
 use train::RunDir;
 
 use crate::args::Plan;
@@ -49,7 +49,9 @@ pub(crate) fn choose(
     let machine = if path.exists() || missing == Missing::Refuse {
         load(path)?
     } else {
-        output::say(&format!("layout auto: no calibration in {FILE} yet, measuring this machine for some 20 s"));
+        output::say(&format!(
+            "layout auto: no calibration in {FILE} yet, measuring this machine for some 20 s"
+        ));
         bench::measure(path, true)?
     };
     let chosen = on(&machine, run, nproc, if transport == "tcp" { "tcp" } else { "shm" })?;
@@ -184,8 +186,8 @@ pub(crate) fn take_over(run: &mut RunSpec) -> Result<bool> {
         return Ok(false);
     }
     let Ok(text) = std::env::var(CHOSEN) else { return Ok(false) };
-    let layout = serde_json::from_str(&text)
-        .map_err(|e| Error::failure(format!("{CHOSEN} holds no layout: {e}")))?;
+    let layout =
+        serde_json::from_str(&text).map_err(|e| Error::failure(format!("{CHOSEN} holds no layout: {e}")))?;
     set(run, layout);
     Ok(true)
 }
@@ -225,14 +227,25 @@ fn question(args: &Plan) -> Result<RunSpec> {
         .into_iter()
         .filter_map(|(key, n)| n.map(|n| format!("batch.{key}={n}")))
         .collect();
+    // Planning reads no data, so that no tokenizer has to fit the model.
+    let no_data = || "data.prefix=unread".to_owned();
+    // Models of the catalogue that take less than the default recipe's sequences get what they take.
+    let shorten = |set: &mut Vec<String>, model: &ModelSpec| {
+        let usual = RunSpec::load(None, &[], &train::read).map_or(usize::MAX, |run| run.batch.sequence);
+        if args.sequence.is_none() && model.max_positions() < usual {
+            set.push(format!("batch.sequence={}", model.max_positions()));
+        }
+    };
     let run = match path.extension().and_then(|e| e.to_str()) {
         Some("toml") => RunSpec::load(Some((&args.model, &train::read(path)?)), &set, &train::read)?,
         Some("json") => {
-            set.push(format!("model.config={quoted}"));
+            shorten(&mut set, &ModelSpec::from_hf_config(&train::read(path)?)?);
+            set.extend([no_data(), format!("model.config={quoted}")]);
             RunSpec::load(None, &set, &train::read)?
         }
         _ => {
-            set.push(format!("model.preset={quoted}"));
+            shorten(&mut set, &ModelSpec::preset(&args.model)?);
+            set.extend([no_data(), format!("model.preset={quoted}")]);
             RunSpec::load(None, &set, &train::read)?
         }
     };
@@ -243,8 +256,11 @@ fn question(args: &Plan) -> Result<RunSpec> {
         Some(NumberFormat::Fp32) => DType::F32,
         Some(NumberFormat::Bf16) => DType::Bf16,
         _ => {
-            return Err(Error::user(format!("format {}, expected bf16 or fp32 on this machine", args.format))
-                .hint("give --format bf16 or --format fp32"));
+            return Err(Error::user(format!(
+                "format {}, expected bf16 or fp32 on this machine",
+                args.format
+            ))
+            .hint("give --format bf16 or --format fp32"));
         }
     };
     Ok(RunSpec { train: spec::run::TrainSpec { precision, ..run.train }, ..run })
@@ -255,9 +271,7 @@ fn mfu(c: &Choice, machine: &Machine, run: &RunSpec) -> f64 {
     let tokens = run.batch.tokens().0 as f64;
     let flops = run.model.flops_per_token(run.batch.sequence).0 * tokens;
     let rates = machine.kernels.iter().filter(|(k, _)| k.kind == "linear");
-    let peak = rates
-        .flat_map(|(k, s)| s.iter().map(move |s| s.per_s * k.beside as f64))
-        .fold(0.0, f64::max);
+    let peak = rates.flat_map(|(k, s)| s.iter().map(move |s| s.per_s * k.beside as f64)).fold(0.0, f64::max);
     flops / c.step_s / peak.max(1.0)
 }
 

@@ -1,5 +1,6 @@
 //! The planner on this machine: `layout = "auto"`, `compare` and `plan --cluster this` from a calibration file.
 
+#[allow(dead_code, reason = "each test binary uses some of it")]
 mod common;
 
 use common::{Lab, sets, tiny};
@@ -105,7 +106,8 @@ fn an_automatic_layout_is_chosen_kept_and_trains_to_the_same_bits() {
 #[test]
 fn an_automatic_layout_from_a_run_file_spreads_over_any_ranks() {
     let lab = lab();
-    let keys: Vec<String> = sets().split("--set ").filter(|k| !k.trim().is_empty()).map(str::to_owned).collect();
+    let keys: Vec<String> =
+        sets().split("--set ").filter(|k| !k.trim().is_empty()).map(str::to_owned).collect();
     let body: String = keys.iter().map(|k| format!("{}\n", k.trim().replacen('=', " = ", 1))).collect();
     lab.write("run.toml", format!("layout = \"auto\"\n{body}"));
     for ranks in [1, 2, 4] {
@@ -165,7 +167,10 @@ fn this_machine_is_planned_for_like_a_cluster() {
     let best = &plan["best"][0];
     assert_eq!((&plan["cluster"], &plan["accelerators"]), (&Value::from("this"), &Value::from(2)));
     assert!(plan["search"]["layouts_priced"].as_u64().is_some_and(|n| n > 10), "{plan}");
-    assert!(best["step_s"].as_f64().is_some_and(|s| s > 0.0) && best["memory_bytes"].as_u64() > Some(0), "{plan}");
+    assert!(
+        best["step_s"].as_f64().is_some_and(|s| s > 0.0) && best["memory_bytes"].as_u64() > Some(0),
+        "{plan}"
+    );
     let axis = |name: &str| best["layout"][name].as_u64().expect("an axis");
     assert_eq!(axis("dp") * axis("tp") * axis("pp"), 2, "{best}");
     assert!(lab.ok("plan --cluster this --model tiny --format fp32").contains("layouts priced"));
@@ -179,7 +184,10 @@ fn a_calibration_that_cannot_be_used_is_refused() {
         let ran = lab.run(args);
         assert_eq!(ran.code, Some(2), "{args}\n{}{}", ran.out, ran.err);
         let errors: Vec<&str> = ran.err.lines().filter(|l| l.starts_with("error: ")).collect();
-        assert!(errors.len() == 1 && errors[0].contains(first), "{args}\nfound    {errors:?}\nexpected {first}");
+        assert!(
+            errors.len() == 1 && errors[0].contains(first),
+            "{args}\nfound    {errors:?}\nexpected {first}"
+        );
         assert!(ran.err.contains(&format!("hint: {hint}")), "{}", ran.err);
         assert!(!ran.err.contains("panicked") && !lab.path("bad").exists(), "{}", ran.err);
     };
@@ -198,23 +206,42 @@ fn a_calibration_that_cannot_be_used_is_refused() {
     lab.write("runs/machine.toml", &good[..good.len() / 2]);
     check(&auto, "runs/machine.toml:", "measure this machine again: phalanx bench machine");
     lab.write("runs/machine.toml", &good);
-    check(&tiny("bad", "--nproc 2 --set layout=auto --set layout.dp=2"), "contradicts layout.auto", "leave out layout.dp");
+    check(
+        &tiny("bad", "--nproc 2 --set layout=auto --set layout.dp=2"),
+        "contradicts layout.auto",
+        "leave out layout.dp",
+    );
     check(&tiny("bad", "--nproc 3 --set layout=auto"), "no layout of 3 ranks trains", "values of layout");
     check("program show --set layout=auto", "chosen when training starts", "set layout keys instead");
     check("bench step --set layout=auto", "chosen when training starts", "set layout keys instead");
-    check("plan --cluster this --model tiny --explain", "--explain with --cluster this", "leave out --explain");
+    check(
+        "plan --cluster this --model tiny --explain",
+        "--explain with --cluster this",
+        "leave out --explain",
+    );
     check("plan --cluster this --model tiny --format fp8", "format fp8", "give --format bf16");
 
     lab.train("plain", "");
     check("compare plain", "no ops are recorded in plain", "train with --trace");
     check("compare none", "read none/run.toml", "give the directory of a run");
     lab.train("traced", "--trace");
-    check("compare traced --machine none.toml", "read none.toml", "measure this machine first: phalanx bench machine");
-    check("plan --cluster this --model tiny --machine none.toml", "read none.toml", "measure this machine first");
+    check(
+        "compare traced --machine none.toml",
+        "read none.toml",
+        "measure this machine first: phalanx bench machine",
+    );
+    check(
+        "plan --cluster this --model tiny --machine none.toml",
+        "read none.toml",
+        "measure this machine first",
+    );
     check("bench predict --machine none.toml", "read none.toml", "measure this machine first");
 
     // Ranks that another launcher started do not measure each other's noise.
     std::fs::remove_file(lab.path("runs/machine.toml")).expect("the file was there");
-    let ran = lab.run(&format!("launch --standalone --nproc-per-node 2 --no-python {} {auto}", env!("CARGO_BIN_EXE_phalanx")));
+    let ran = lab.run(&format!(
+        "launch --standalone --nproc-per-node 2 --no-python {} {auto}",
+        env!("CARGO_BIN_EXE_phalanx")
+    ));
     assert!(ran.code != Some(0) && ran.err.contains("phalanx bench machine"), "{:?} {}", ran.code, ran.err);
 }

@@ -89,8 +89,14 @@ impl Executor {
             None => Arena::new(program.memory.total)?,
         };
         let bucket_runs = program.buckets.iter().map(|b| program.bucket_runs(b)).collect();
-        let ops = |b: usize| program.blocks[b].ops.len();
-        let room = program.schedule.iter().map(|i| ops(i.block)).sum::<usize>() + ops(program.step);
+        // What goes on beside others leaves a span for each of its messages.
+        let spans_of = |op: &Op| match &op.kind {
+            OpKind::GatherParams { groups, .. } => groups.len(),
+            OpKind::ReduceGrads { bucket, .. } => program.buckets[*bucket].grads.len().max(1),
+            _ => 1,
+        };
+        let spans = |b: usize| program.blocks[b].ops.iter().map(spans_of).sum::<usize>();
+        let room = program.schedule.iter().map(|i| spans(i.block)).sum::<usize>() + spans(program.step);
         let tables = program.sequence.max(program.cache);
         let spans = Spans::new(room, record);
         Ok(Executor {

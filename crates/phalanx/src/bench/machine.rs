@@ -62,6 +62,8 @@ const LINK_OPS: [&str; 4] = ["all_reduce", "all_gather", "reduce_scatter", "send
 
 /// What others take of the machine while it is measured is not its own noise.
 const SPREAD_MAX: f64 = 0.25;
+/// Share of the steps that nothing interrupts between two ops, however busy the machine.
+const UNDISTURBED_SHARE: f64 = 0.05;
 /// Repetitions within this factor of the fastest were not disturbed: other work on the machine makes some slower,
 /// nothing makes them faster.
 const UNDISTURBED: f64 = 1.1;
@@ -80,6 +82,7 @@ pub(super) fn run(path: &Path, quick: bool, as_json: bool) -> Result<u8> {
 pub(crate) fn measure(path: &Path, quick: bool) -> Result<Machine> {
     let start = Instant::now();
     let cores = output::threads(0);
+    let busy = load_average().filter(|load| *load > 0.5 * cores as f64);
     let mut bench = Calibration::new(quick, cores);
     bench.kernels()?;
     bench.split_kinds()?;
@@ -88,14 +91,19 @@ pub(crate) fn measure(path: &Path, quick: bool) -> Result<Machine> {
     let took = start.elapsed().as_secs_f64();
     let machine = bench.table(cores, crowding, links);
     write(path, &machine.to_toml())?;
-    let load = load_average().map(|l| format!("; load average {l}")).unwrap_or_default();
     output::say(&format!(
-        "measured {} ({cores} cores) in {took:.0} s{load}: {} kernel tables, {} link tables in {}",
+        "measured {} ({cores} cores) in {took:.0} s: {} kernel tables, {} link tables in {}",
         machine.cpu,
         machine.kernels.len(),
         machine.links.len(),
         path.display()
     ));
+    if let Some(load) = busy {
+        output::say(&format!(
+            "other work had the machine (load average {load} before the start): rates of kernels and messages may be low; \
+             measure again when it is quiet"
+        ));
+    }
     Ok(machine)
 }
 
@@ -174,7 +182,10 @@ impl Calibration {
         self.bar.set_length((programs.len() * conditions.len()) as u64);
         for run in &programs {
             for &at in &conditions {
-                self.bar.set_message(format!("width {}, {} x {} threads", run.model.hidden, at.beside, at.threads));
+                self.bar.set_message(format!(
+                    "width {}, {} x {} threads",
+                    run.model.hidden, at.beside, at.threads
+                ));
                 let open = |_| {
                     let mut stepper = Stepper::open(run.clone(), at.threads, true, 0, Mesh::alone())?;
                     match at {
@@ -285,7 +296,8 @@ impl Calibration {
     /// Messages between processes, over each transport.
     fn links(&self) -> Result<BTreeMap<LinkKey, Vec<Message>>> {
         let mut links: BTreeMap<LinkKey, Vec<Message>> = BTreeMap::new();
-        let program = std::env::current_exe().map_err(|e| Error::failure(format!("find this program: {e}")))?;
+        let program =
+            std::env::current_exe().map_err(|e| Error::failure(format!("find this program: {e}")))?;
         let budget = if self.quick { "10" } else { "30" };
         let mut ranks = vec![2, 4];
         ranks.extend((3..).map(|i| 1 << i).take_while(|n| *n <= self.cores));
@@ -299,11 +311,13 @@ impl Calibration {
                     .stderr(Stdio::inherit())
                     .output()
                     .map_err(|e| Error::failure(format!("start ranks to measure messages: {e}")))?;
-                let found: Value = serde_json::from_slice(&output.stdout)
-                    .map_err(|_| Error::failure(format!("{n} ranks over {transport} could not be measured")))?;
+                let found: Value = serde_json::from_slice(&output.stdout).map_err(|_| {
+                    Error::failure(format!("{n} ranks over {transport} could not be measured"))
+                })?;
                 for row in found["results"].as_array().into_iter().flatten() {
                     let op = row["op"].as_str().unwrap_or_default();
-                    let (bytes, us) = (row["bytes"].as_f64().unwrap_or(0.0), row["quartile_us"].as_f64().unwrap_or(0.0));
+                    let (bytes, us) =
+                        (row["bytes"].as_f64().unwrap_or(0.0), row["quartile_us"].as_f64().unwrap_or(0.0));
                     if row["shared"] == true && LINK_OPS.contains(&op) && bytes > 0.0 && us > 0.0 {
                         let key = LinkKey { transport: transport.into(), op: op.into(), ranks: n };
                         links.entry(key).or_default().push(Message { bytes, s: us / 1e6 });
@@ -314,12 +328,7 @@ impl Calibration {
         Ok(links)
     }
 
-    fn table(
-        self,
-        cores: usize,
-        crowding: f64,
-        links: BTreeMap<LinkKey, Vec<Message>>,
-    ) -> Machine {
+    fn table(self, cores: usize, crowding: f64, links: BTreeMap<LinkKey, Vec<Message>>) -> Machine {
         let mut kernels: BTreeMap<KernelKey, Vec<Sample>> = BTreeMap::new();
         let (mut all_usual, mut all_taken) = (0.0, 0.0);
         for ((key, shape), runs) in self.runs {
@@ -345,7 +354,7 @@ impl Calibration {
             memory_bytes: memory_bytes(),
             phalanx: env!("CARGO_PKG_VERSION").into(),
             measured: iso_date(train::now_us() / 1_000_000),
-            op_gap_s: quantile(&mut gaps, 0.5),
+            op_gap_s: quantile(&mut gaps, UNDISTURBED_SHARE),
             spread: (all_usual / f64::max(all_taken, 1e-9) - 1.0).clamp(0.0, SPREAD_MAX),
             crowding,
             kernels,
@@ -407,10 +416,8 @@ fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> 
 
 fn record(stepper: &Stepper, wall_s: f64) -> Recorded {
     let spans = stepper.exec.spans.all();
-    let took = |s: &train::Span| Took {
-        wall_s: (s.end_ns - s.start_ns) as f64 / 1e9,
-        cpu_s: s.cpu_ns as f64 / 1e9,
-    };
+    let took =
+        |s: &train::Span| Took { wall_s: (s.end_ns - s.start_ns) as f64 / 1e9, cpu_s: s.cpu_ns as f64 / 1e9 };
     let ops: Vec<_> = spans.iter().map(|s| (s.block, s.op, s.micro_batch, took(s))).collect();
     let busy: f64 = ops.iter().map(|o| o.3.wall_s).sum();
     let gap_s = (wall_s - busy).max(0.0) / ops.len().max(1) as f64;
@@ -419,7 +426,8 @@ fn record(stepper: &Stepper, wall_s: f64) -> Recorded {
 
 fn load(keys: &str) -> Result<RunSpec> {
     let mut set: Vec<String> = keys.split_whitespace().map(str::to_owned).collect();
-    let vocab = set.iter().find_map(|k| k.strip_prefix("model.vocab=")?.parse::<usize>().ok()).unwrap_or(4096);
+    let vocab =
+        set.iter().find_map(|k| k.strip_prefix("model.vocab=")?.parse::<usize>().ok()).unwrap_or(4096);
     set.push(format!("data.vocab_size={}", vocab.min(4096)));
     RunSpec::load(None, &set, &RunSpec::no_files).context("a program of the calibration")
 }

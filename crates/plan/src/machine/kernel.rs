@@ -52,7 +52,8 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
             ([bytes / each, all as f64, 1.0], bytes)
         }
         GradNorm => {
-            let mine = |(g, _): (usize, _)| program::owned_range(p.groups[g].len(), p.layout.dp, p.coords.dp).1;
+            let mine =
+                |(g, _): (usize, _)| program::owned_range(p.groups[g].len(), p.layout.dp, p.coords.dp).1;
             let counted = p.group_buffers.iter().enumerate().filter(|(_, b)| b.counts).map(mine);
             let elements = counted.sum::<usize>() as f64;
             let sums = p.buffer(p.io.norm_chunks).len() as f64;

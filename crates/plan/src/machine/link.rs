@@ -33,7 +33,8 @@ impl LinkOp {
 /// The messages that an op sends one after another: operation and bytes of the whole buffer.
 pub(super) fn messages(op: &Op, p: &Program) -> Vec<(LinkOp, f64)> {
     use OpKind::*;
-    let view = |v: &program::View| (v.rows * p.buffer(v.buffer).cols * p.buffer(v.buffer).dtype.bytes()) as f64;
+    let view =
+        |v: &program::View| (v.rows * p.buffer(v.buffer).cols * p.buffer(v.buffer).dtype.bytes()) as f64;
     let group = |g: program::GroupId| p.group(g).len() as f64;
     let storage = p.precision.bytes() as f64;
     match &op.kind {
@@ -72,7 +73,9 @@ pub(super) fn members(op: &Op, p: &Program, rank: usize) -> Vec<usize> {
     let coords = Coords::of(rank, &p.layout);
     let along = |axis| coords.peers(axis, &p.layout);
     match &op.kind {
-        OpKind::AllReduce { axis } | OpKind::AllGather { axis } | OpKind::ReduceScatter { axis } => along(*axis),
+        OpKind::AllReduce { axis } | OpKind::AllGather { axis } | OpKind::ReduceScatter { axis } => {
+            along(*axis)
+        }
         OpKind::GatherParams { .. } | OpKind::ReduceGrads { .. } | OpKind::AllGatherParams { .. } => {
             along(Axis::Dp)
         }
@@ -106,7 +109,10 @@ pub(super) fn seconds(m: &Machine, transport: &str, op: LinkOp, ranks: usize, by
     };
     // Keys are in the order of their ranks.
     let above = at.iter().position(|(k, _)| k.ranks > ranks).unwrap_or(at.len());
-    let (low, high) = (above.saturating_sub(1).min(at.len().saturating_sub(2)), above.max(1).min(at.len().saturating_sub(1)));
+    let (low, high) = (
+        above.saturating_sub(1).min(at.len().saturating_sub(2)),
+        above.max(1).min(at.len().saturating_sub(1)),
+    );
     let (low, high) = (at.get(low).ok_or_else(missing)?, at.get(high.max(low)).ok_or_else(missing)?);
     let log = |n: usize| (n.max(1) as f64).log2();
     if low.0.ranks == high.0.ranks {

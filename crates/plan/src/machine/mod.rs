@@ -131,18 +131,13 @@ fn price_programs(machine: &Machine, job: &Job<'_>, programs: &[&Program]) -> Re
         transport: job.transport,
         rates: levels
             .iter()
-            .map(|&beside| {
-                Rates::new(machine, job.precision, Conditions { threads: job.threads, beside })
-            })
+            .map(|&beside| Rates::new(machine, job.precision, Conditions { threads: job.threads, beside }))
             .collect(),
         groups: Vec::new(),
         spread: Spread::default(),
     };
-    let priced: Vec<Priced> = programs
-        .iter()
-        .enumerate()
-        .map(|(rank, p)| pricer.rank(p, rank))
-        .collect::<Result<_>>()?;
+    let priced: Vec<Priced> =
+        programs.iter().enumerate().map(|(rank, p)| pricer.rank(p, rank)).collect::<Result<_>>()?;
     let scripts: Vec<&Script> = priced.iter().map(|p| &p.script).collect();
     let groups: Vec<Vec<usize>> = pricer.groups.iter().map(|(_, ranks)| ranks.clone()).collect();
     let played = play(&scripts, &groups, &cores)?;

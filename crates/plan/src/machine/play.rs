@@ -102,11 +102,19 @@ enum State {
     /// About to take its next act.
     Ready,
     /// Share of the segment that is left.
-    Computes { segment: usize, left: f64 },
+    Computes {
+        segment: usize,
+        left: f64,
+    },
     /// Seconds of copying that are left.
-    Copies { left: f64 },
+    Copies {
+        left: f64,
+    },
     /// Waits for an operation of a group, or for a message.
-    Waits { on: On, since: f64 },
+    Waits {
+        on: On,
+        since: f64,
+    },
     Done,
 }
 
@@ -433,8 +441,7 @@ mod tests {
         let message = Mail { from: 0, to: 1, channel: 0, micro_batch: 0 };
         let mut first = computes(&[2.0]);
         first.acts.push(Act::Send { at: (0, 1), message, s: 0.25 });
-        let second =
-            Script { acts: vec![Act::Recv { at: (0, 0), message, s: 0.25 }], ..Script::default() };
+        let second = Script { acts: vec![Act::Recv { at: (0, 0), message, s: 0.25 }], ..Script::default() };
         let played = play(&[&first, &second], &[], &cores(2, vec![1])).unwrap();
         close(played.makespan, 2.5);
         close(played.ranks[1].talk[&(0, 0)], 2.5);

@@ -100,7 +100,10 @@ impl Machine {
     }
 
     fn write(&self, out: &mut String) -> std::fmt::Result {
-        writeln!(out, "# Written by `phalanx bench machine`; `phalanx train`, `plan` and `compare` read it.")?;
+        writeln!(
+            out,
+            "# Written by `phalanx bench machine`; `phalanx train`, `plan` and `compare` read it."
+        )?;
         writeln!(out, "version = {VERSION}\n\n[machine]")?;
         for (key, value) in [
             ("host", &self.host),
@@ -291,18 +294,11 @@ impl Reader<'_> {
     fn number(&self, section: &Section<'_>, key: &str, least: f64) -> Result<f64> {
         let value = self.field(section, key)?;
         let x = float(value.get_ref()).filter(|x| x.is_finite() && *x >= least);
-        x.ok_or_else(|| {
-            self.wrong(self.at(value), &format!("{key}, expected a finite number from {least}"))
-        })
+        x.ok_or_else(|| self.wrong(self.at(value), &format!("{key}, expected a finite number from {least}")))
     }
 
     /// The tables of an array; none if it is absent.
-    fn list<'s>(
-        &self,
-        section: &Section<'s>,
-        key: &str,
-        name: &'static str,
-    ) -> Result<Vec<Section<'s>>> {
+    fn list<'s>(&self, section: &Section<'s>, key: &str, name: &'static str) -> Result<Vec<Section<'s>>> {
         let Some((_, value)) = section.table.iter().find(|(k, _)| k.get_ref() == key) else {
             return Ok(Vec::new());
         };

@@ -230,7 +230,10 @@ fn what_cannot_be_is_refused_with_a_reason() {
     let mut lacks = machine(1e9, 1.0);
     lacks.kernels.retain(|k, _| k.kind != "linear");
     let e = price(&lacks, &job(&model), &Layout::default()).expect_err("no products");
-    assert_eq!((e.to_string().as_str(), e.kind()), ("the calibration of test knows nothing of linear", Kind::User));
+    assert_eq!(
+        (e.to_string().as_str(), e.kind()),
+        ("the calibration of test knows nothing of linear", Kind::User)
+    );
 }
 
 #[test]
@@ -259,7 +262,10 @@ fn a_bad_file_is_refused_with_its_line() {
     let check = |text: &str, expected: &str| {
         let e = Machine::parse("m.toml", text).expect_err(expected);
         assert!(e.to_string().starts_with(expected), "found    {e}\nexpected {expected}");
-        assert_eq!((e.kind(), e.hint_text()), (Kind::User, Some("measure this machine again: phalanx bench machine")));
+        assert_eq!(
+            (e.kind(), e.hint_text()),
+            (Kind::User, Some("measure this machine again: phalanx bench machine"))
+        );
     };
     let swap = |from: &str, to: &str| good.replacen(from, to, 1);
     check("", "m.toml:1: version is missing in the file");
@@ -269,9 +275,14 @@ fn a_bad_file_is_refused_with_its_line() {
     check(&swap("cores = 64", "cores = \"64\""), "m.toml:9: cores, expected a whole number from 0");
     check(&swap("spread = 0.1000", "spread = -1.0"), "m.toml:12: spread, expected a finite number from 0");
     check(&swap("spread = 0.1000", "spread = inf"), "m.toml:12: spread, expected a finite number from 0");
-    check(&swap("crowding = 1.0000", "crowding = 0.5"), "m.toml:13: crowding, expected a finite number from 1");
+    check(
+        &swap("crowding = 1.0000", "crowding = 0.5"),
+        "m.toml:13: crowding, expected a finite number from 1",
+    );
     check(&swap("host = ", "hast = "), "m.toml:5: unknown key hast in [machine]");
-    for (rate, said) in [("nan", "NaN"), ("0.0", "0"), ("-1e9", "-1000000000"), ("inf", "inf"), ("\"x\"", "no number")] {
+    for (rate, said) in
+        [("nan", "NaN"), ("0.0", "0"), ("-1e9", "-1000000000"), ("inf", "inf"), ("\"x\"", "no number")]
+    {
         let expected = format!("m.toml:24: rate of a sample is {said}, expected a finite number above 0");
         check(&swap("1.0000e9", rate), &expected);
     }
@@ -280,6 +291,8 @@ fn a_bad_file_is_refused_with_its_line() {
     // Cut at the end of a table the rest is still TOML.
     let at = good.rfind("\n[[link]]").expect("a link");
     check(&good[..at], "m.toml:");
-    assert!(Machine::parse("m", &good[..at]).expect_err("short").to_string().contains("cut short: 3 of 4 links"));
+    assert!(
+        Machine::parse("m", &good[..at]).expect_err("short").to_string().contains("cut short: 3 of 4 links")
+    );
     check(&good[..good.len() - 10], "m.toml:");
 }

@@ -431,5 +431,8 @@ fn an_automatic_layout_is_written_either_way_and_excludes_others() {
         &["layout=auto", "layout.zero=1"],
         "layout.zero = 1 in --set layout.zero=1 contradicts layout.auto = true in --set layout=auto | leave out layout.zero, or layout.auto",
     );
-    assert!(refused("layout = \"auto\"", &["layout.pp=2"]).starts_with("layout.pp = 2 in --set layout.pp=2 contradicts"));
+    assert!(
+        refused("layout = \"auto\"", &["layout.pp=2"])
+            .starts_with("layout.pp = 2 in --set layout.pp=2 contradicts")
+    );
 }
