@@ -57,7 +57,12 @@ struct Row {
 
 pub(super) fn run(args: &BenchPredict) -> Result<u8> {
     let table = machine::load(&args.machine)?;
-    let layouts: Vec<_> = LAYOUTS.into_iter().filter(|(ranks, _, _)| *ranks <= args.nproc_max).collect();
+    // The model itself has to be right; a layout that it does not allow is left out.
+    reference(&args.set, false)?;
+    let layouts: Vec<_> = LAYOUTS
+        .into_iter()
+        .filter(|(ranks, _, keys)| *ranks <= args.nproc_max && reference(&sets(args, keys), false).is_ok())
+        .collect();
     let mut steps: Vec<Vec<f64>> = vec![Vec::new(); layouts.len()];
     let mut bytes: Vec<Vec<u64>> = vec![Vec::new(); layouts.len()];
     for round in 0..args.rounds.max(1) {
