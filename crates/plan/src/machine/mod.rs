@@ -10,6 +10,7 @@ pub mod search;
 pub mod table;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use program::{Coords, Op, OpId, OpKind, Program, Request, WorkspaceLen};
 use serde::Serialize;
@@ -217,10 +218,10 @@ impl Pricer<'_> {
         // A block's acts are the same for every micro-batch, but for the numbers of messages.
         let mut folded: HashMap<usize, Vec<Act>> = HashMap::new();
         for &block in &used {
-            if !folded.contains_key(&block) {
+            if let Entry::Vacant(entry) = folded.entry(block) {
                 let (acts, s) = self.block(p, rank, block, &mut script.segments)?;
                 ops[block] = s;
-                folded.insert(block, acts);
+                entry.insert(acts);
             }
         }
         let items = p.schedule.iter().map(|i| (i.block, i.micro_batch)).chain([(p.step, 0)]);
