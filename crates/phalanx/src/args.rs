@@ -345,7 +345,7 @@ pub(crate) enum BenchCommand {
         /// File to write
         #[arg(short, long, default_value = crate::machine::FILE)]
         output: PathBuf,
-        /// Fewer shapes and repetitions: about 20 s instead of 80
+        /// Fewer shapes and repetitions
         #[arg(long)]
         quick: bool,
         /// Print what was measured as JSON

@@ -50,7 +50,7 @@ pub(crate) fn choose(
         load(path)?
     } else {
         output::say(&format!(
-            "layout auto: no calibration in {FILE} yet, measuring this machine for some 20 s"
+            "layout auto: no calibration in {FILE} yet, measuring this machine quickly"
         ));
         bench::measure(path, true)?
     };
