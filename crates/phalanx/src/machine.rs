@@ -49,9 +49,7 @@ pub(crate) fn choose(
     let machine = if path.exists() || missing == Missing::Refuse {
         load(path)?
     } else {
-        output::say(&format!(
-            "layout auto: no calibration in {FILE} yet, measuring this machine quickly"
-        ));
+        output::say(&format!("layout auto: no calibration in {FILE} yet, measuring this machine quickly"));
         bench::measure(path, true)?
     };
     let chosen = on(&machine, run, nproc, if transport == "tcp" { "tcp" } else { "shm" })?;
