@@ -17,7 +17,7 @@ fn main() -> spec::Result<()> {
         let all = args.iter().any(|a| a == "all");
         let reduce: Vec<_> =
             BenchOp::ALL.into_iter().filter(|op| all || op.kind == OpKind::AllReduce).collect();
-        let rows = comm::bench_collectives(&world, &reduce, &BENCH_SIZES[..9])?;
+        let rows = comm::bench_collectives(&world, &reduce, &BENCH_SIZES[..9], second / 4)?;
         for r in rows.iter().filter(|_| world.rank() == 0) {
             let kib = r.bytes / 1024;
             let buffers = if r.shared { "shared" } else { "private" };

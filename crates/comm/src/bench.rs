@@ -10,8 +10,7 @@ use std::time::{Duration, Instant};
 pub const BENCH_SIZES: [usize; 10] =
     [1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20];
 
-/// Time spent on one operation and size, roughly, and the bounds on its repetitions.
-const BUDGET: Duration = Duration::from_millis(250);
+/// Bounds on the repetitions of one operation and size.
 const MIN_REPEATS: usize = 5;
 const MAX_REPEATS: usize = 2000;
 const WARM_UP: usize = 3;
@@ -54,17 +53,24 @@ pub struct Row {
     pub bytes: usize,
     /// Median time of the slowest rank, microseconds.
     pub us: f64,
+    /// The same for the lower quartile: what the operation takes where nothing else disturbs it.
+    pub quartile_us: f64,
     /// Bus bandwidth as nccl-tests define it: bytes that a ring would move per link, over the time, 10^9 bytes/s.
     /// 0 for a barrier.
     pub bus_gb_per_s: f64,
 }
 
-/// Measures `ops` at each of `sizes` (bytes of f32) over all ranks. Collective: every rank calls it alike and gets
-/// the same rows.
+/// Measures `ops` at each of `sizes` (bytes of f32) over all ranks, each for about `budget`. Collective: every rank
+/// calls it alike and gets the same rows.
 ///
 /// # Errors
 /// Memory for the buffers is short, or an operation fails.
-pub fn bench_collectives(world: &World, ops: &[BenchOp], sizes: &[usize]) -> Result<Vec<Row>> {
+pub fn bench_collectives(
+    world: &World,
+    ops: &[BenchOp],
+    sizes: &[usize],
+    budget: Duration,
+) -> Result<Vec<Row>> {
     let largest = sizes.iter().copied().max().unwrap_or(0).next_multiple_of(4096);
     let arena = world.alloc_shared(2 * largest.max(4096))?;
     let mut private = vec![1.0f32; if ops.iter().any(|op| !op.shared) { largest / 4 } else { 0 }];
@@ -78,12 +84,13 @@ pub fn bench_collectives(world: &World, ops: &[BenchOp], sizes: &[usize]) -> Res
                 let span = crate::element::Span::of(&mut private[..count]);
                 (span, span)
             };
-            let us = measure(world, || {
+            let [us, quartile_us] = measure(world, budget, || {
                 let op = operation(world, op.kind, input, output)?;
                 // SAFETY: the spans are parts of the arena or of `private`, which nothing else uses.
                 op.into_iter().try_for_each(|op| unsafe { world.all().run(OpTag(0), op) })
             })?;
-            let us = if op.kind == OpKind::Send { us / 2.0 } else { us };
+            let half = if op.kind == OpKind::Send { 0.5 } else { 1.0 };
+            let (us, quartile_us) = (us * half, quartile_us * half);
             rows.push(Row {
                 op: op.kind.name(),
                 transport: slowest_transport(world).name(),
@@ -91,6 +98,7 @@ pub fn bench_collectives(world: &World, ops: &[BenchOp], sizes: &[usize]) -> Res
                 ranks: world.size(),
                 bytes,
                 us,
+                quartile_us,
                 bus_gb_per_s: bus_bytes(op.kind, world.size(), bytes) / us / 1e3,
             });
         }
@@ -137,14 +145,14 @@ fn operation<'a>(
     }])
 }
 
-/// Median time of `once` in microseconds, of the rank where that is longest.
-fn measure(world: &World, mut once: impl FnMut() -> Result<()>) -> Result<f64> {
+/// Median and lower quartile of the time of `once` in microseconds, each of the rank where it is longest.
+fn measure(world: &World, budget: Duration, mut once: impl FnMut() -> Result<()>) -> Result<[f64; 2]> {
     let began = Instant::now();
     for _ in 0..WARM_UP {
         once()?;
     }
     let each = began.elapsed() / WARM_UP as u32;
-    let fits = BUDGET.as_nanos() / each.as_nanos().max(1);
+    let fits = budget.as_nanos() / each.as_nanos().max(1);
     // Ranks must agree on the number: the fewest of all.
     let mut repeats = [(fits as usize).clamp(MIN_REPEATS, MAX_REPEATS) as u32];
     let mut all = vec![0; world.size()];
@@ -159,10 +167,14 @@ fn measure(world: &World, mut once: impl FnMut() -> Result<()>) -> Result<f64> {
         times.push(began.elapsed());
     }
     times.sort_unstable();
-    let mut medians = vec![0.0f64; world.size()];
-    medians[world.rank()] = times[times.len() / 2].as_secs_f64() * 1e6;
-    world.all().all_gather(OpTag(0), &mut medians, &even_ranges(world.size(), world.size()))?;
-    Ok(medians.into_iter().fold(0.0, f64::max))
+    let mut longest = [0.0; 2];
+    for (longest, at) in longest.iter_mut().zip([times.len() / 2, times.len() / 4]) {
+        let mut all = vec![0.0f64; world.size()];
+        all[world.rank()] = times[at].as_secs_f64() * 1e6;
+        world.all().all_gather(OpTag(0), &mut all, &even_ranges(world.size(), world.size()))?;
+        *longest = all.into_iter().fold(0.0, f64::max);
+    }
+    Ok(longest)
 }
 
 fn slowest_transport(world: &World) -> Transport {
@@ -194,7 +206,11 @@ mod tests {
             let worlds = World::threads(2).unwrap();
             let ranks: Vec<_> = worlds
                 .into_iter()
-                .map(|w| s.spawn(move || bench_collectives(&w, &BenchOp::ALL, &[1024]).unwrap()))
+                .map(|w| {
+                    s.spawn(move || {
+                        bench_collectives(&w, &BenchOp::ALL, &[1024], Duration::from_millis(250)).unwrap()
+                    })
+                })
                 .collect();
             ranks.into_iter().map(|r| r.join().unwrap()).collect::<Vec<_>>()
         });

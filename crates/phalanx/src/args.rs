@@ -28,8 +28,10 @@ pub(crate) enum Command {
     Data(Data),
     /// Measure this machine
     Bench(Bench),
-    /// Find the best layouts of a model on a cluster
+    /// Find the best layouts of a model on a cluster, or on this machine
     Plan(Plan),
+    /// Join predicted with measured times of a run, op by op
+    Compare(Compare),
     /// Price published runs and compare
     Validate(Validate),
     /// Accelerators, clusters, prices and failure rates, with their sources
@@ -103,10 +105,13 @@ pub(crate) struct Plan {
     /// Model of the catalogue, Hugging Face config.json, or run file
     #[arg(long, value_name = "NAME|FILE")]
     pub(crate) model: String,
-    /// Platform or node of the catalogue, for example dgx-superpod-h100-64su
+    /// Platform or node of the catalogue, for example dgx-superpod-h100-64su; `this` for the machine at hand
     #[arg(long, value_name = "NAME")]
     pub(crate) cluster: String,
-    /// Accelerators to use; all of the cluster if absent
+    /// Calibration file of the machine at hand, with --cluster this
+    #[arg(long, default_value = crate::machine::FILE, value_name = "FILE")]
+    pub(crate) machine: PathBuf,
+    /// Accelerators to use, or ranks of this machine; all of the cluster, or one for each core, if absent
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) accelerators: Option<usize>,
     /// Tokens to train on, for example 15.6T
@@ -382,26 +387,21 @@ pub(crate) struct Bench {
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
     /// Time the training step of a model (the 13.8M-parameter reference by default)
-    Step {
-        /// Threads; 0 for all cores
-        #[arg(long, default_value_t = 0)]
-        threads: usize,
-        /// Timed steps
-        #[arg(long, default_value_t = 10)]
-        steps: usize,
-        /// Override a key of the run file
-        #[arg(long = "set", value_name = "KEY=VALUE")]
-        set: Vec<String>,
-        /// Print time by op as well
+    Step(BenchStep),
+    /// Measure kernels, messages and the sharing of cores, for layout = "auto" and compare
+    Machine {
+        /// File to write
+        #[arg(short, long, default_value = crate::machine::FILE)]
+        output: PathBuf,
+        /// Fewer shapes and repetitions
         #[arg(long)]
-        ops: bool,
-        /// Read lines `step` on stdin and answer each with the seconds that a step took
-        #[arg(long)]
-        resident: bool,
-        /// Print JSON
+        quick: bool,
+        /// Print what was measured as JSON
         #[arg(long)]
         json: bool,
     },
+    /// Predict steps of the reference model under many layouts, measure them, and compare
+    Predict(BenchPredict),
     /// Time collectives and messages between ranks of this machine
     Collectives {
         /// Ranks
@@ -413,8 +413,70 @@ pub(crate) enum BenchCommand {
         /// Largest buffer in bytes
         #[arg(long, default_value_t = 256 << 20, value_name = "BYTES")]
         max_bytes: usize,
+        /// Milliseconds spent on each operation and size
+        #[arg(long, default_value_t = 250, value_name = "MS")]
+        budget_ms: u64,
         /// Print JSON
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct BenchStep {
+    /// Ranks to start on this machine; layout.dp, tp and pp must multiply to it
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) nproc: usize,
+    /// Threads of a rank; 0 for its share of the cores
+    #[arg(long, default_value_t = 0)]
+    pub(crate) threads: usize,
+    /// Timed steps
+    #[arg(long, default_value_t = 10)]
+    pub(crate) steps: usize,
+    /// Override a key of the run file
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Print time by op as well
+    #[arg(long)]
+    pub(crate) ops: bool,
+    /// Read lines `step` on stdin and answer each with the seconds that a step took
+    #[arg(long)]
+    pub(crate) resident: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct BenchPredict {
+    /// Most ranks
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    pub(crate) nproc_max: usize,
+    /// Timed steps of a layout in each round
+    #[arg(long, default_value_t = 3)]
+    pub(crate) steps: usize,
+    /// Rounds in which the layouts take turns
+    #[arg(long, default_value_t = 2)]
+    pub(crate) rounds: usize,
+    /// Override a key of the run file that is not part of the layout
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Calibration file of this machine
+    #[arg(long, default_value = crate::machine::FILE, value_name = "FILE")]
+    pub(crate) machine: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Compare {
+    /// Directory of a run that was trained with --trace
+    pub(crate) run_dir: PathBuf,
+    /// Calibration file of the machine that it was trained on
+    #[arg(long, default_value = crate::machine::FILE, value_name = "FILE")]
+    pub(crate) machine: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }

@@ -5,9 +5,11 @@
 mod args;
 mod bench;
 mod catalog;
+mod compare;
 mod data;
 mod files;
 mod live;
+mod machine;
 mod models;
 mod output;
 mod planner;
@@ -44,6 +46,7 @@ fn main() -> std::process::ExitCode {
         Command::Plan(a) => planner::plan(&a),
         Command::Validate(a) => validate::run(&a),
         Command::Catalog(a) => catalog::run(&a),
+        Command::Compare(a) => compare::run(&a),
         Command::Launch(a) => Ok(u8::try_from(launch::cli(a.args)).unwrap_or(1)),
         Command::Trace(a) => models::trace(&a),
         Command::Keys => {

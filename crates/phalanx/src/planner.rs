@@ -24,6 +24,9 @@ const THREADS_MAX: usize = 1024;
 const KEEP_TO_EMIT: usize = 256;
 
 pub(crate) fn plan(args: &Plan) -> Result<u8> {
+    if args.cluster == "this" {
+        return crate::machine::plan(args);
+    }
     if args.threads > THREADS_MAX {
         return Err(Error::user(format!("--threads {}, expected 0 to {THREADS_MAX}", args.threads))
             .hint("0 takes all cores"));

@@ -78,13 +78,15 @@ fn parent() -> String {
     std::os::unix::process::parent_id().to_string()
 }
 
-/// Starts this same command as `nproc` ranks and waits for them; the failure of the first rank that failed is its own.
-pub(crate) fn start(nproc: usize) -> Result<u8> {
+/// Starts this same command as `nproc` ranks, with variables `env` set, and waits for them; the failure of the first
+/// rank that failed is its own.
+pub(crate) fn start(nproc: usize, env: &[(String, String)]) -> Result<u8> {
     let program = std::env::current_exe().map_err(|e| Error::failure(format!("find this program: {e}")))?;
     let mut command: Vec<OsString> = vec![program.into()];
     command.extend(std::env::args_os().skip(1));
     let mut job = LocalJob::new(nproc, command);
     job.env.push((STARTED.to_owned(), std::process::id().to_string()));
+    job.env.extend(env.iter().cloned());
     let outcome = job
         .run()
         .map_err(|e| e.hint("start fewer ranks here; each takes a process and a folder in TMPDIR"))?;

@@ -10,6 +10,7 @@ use train::{Mesh, Outcome, RunDir, Sampling, Start, Trainer};
 
 use crate::args::{RunArgs, Train};
 use crate::live::{Bytes, Live};
+use crate::machine;
 use crate::output;
 use crate::ranks::{self, INTERRUPTED, Rank};
 
@@ -29,11 +30,16 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
             Error::user("--stop-after 0, expected a step from 1").hint("leave it out to train to the end")
         );
     }
-    let run = load(&args.run, nproc)?;
+    let mut run = load(&args.run, nproc)?;
+    let mut env = Vec::new();
+    if run.auto_layout {
+        machine::choose(&mut run, nproc, &args.transport, machine::Missing::Measure, args.fresh)?;
+        env.push(machine::hand_over(&run.layout));
+    }
     begin(args, &run)?;
     let prepared = prepare(&run)?;
     if nproc > 1 {
-        return ranks::start(nproc);
+        return ranks::start(nproc, &env);
     }
     let threads = output::threads(run.run.threads.unwrap_or(0));
     go(args, &run, prepared.as_ref(), 0, Mesh::alone(), threads)
@@ -41,7 +47,10 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
 
 /// One rank of several. Rank 0 prepares and speaks; whoever started the ranks may have prepared already.
 fn as_rank(args: &Train, rank: &Rank) -> Result<u8> {
-    let run = load(&args.run, rank.env.world)?;
+    let mut run = load(&args.run, rank.env.world)?;
+    if run.auto_layout && !machine::take_over(&mut run)? {
+        machine::choose(&mut run, rank.env.world, &args.transport, machine::Missing::Refuse, args.fresh)?;
+    }
     let transport = match args.transport.as_str() {
         "shm" => TransportChoice::Shm,
         "tcp" => TransportChoice::Tcp,
@@ -131,7 +140,19 @@ fn go(
 /// Reads the run file and its overrides.
 pub(crate) fn load(args: &RunArgs, world: usize) -> Result<RunSpec> {
     let mut run = load_for(args, world)?;
+    if run.auto_layout {
+        return Ok(run);
+    }
     widen_micro_batch(args, &mut run)?;
+    Ok(run)
+}
+
+/// A run whose layout is written down.
+pub(crate) fn fixed(run: RunSpec) -> Result<RunSpec> {
+    if run.auto_layout {
+        return Err(Error::user("layout = \"auto\" is chosen when training starts")
+            .hint("set layout keys instead, or see phalanx plan --cluster this --model RUN.toml"));
+    }
     Ok(run)
 }
 
@@ -167,7 +188,7 @@ fn load_for(args: &RunArgs, world: usize) -> Result<RunSpec> {
     run.model.check_trains()?;
     run.layout.check_trains()?;
     let model_ranks = run.layout.tp * run.layout.pp;
-    if run.layout.world() == world {
+    if run.auto_layout || run.layout.world() == world {
         return Ok(run);
     }
     // Data parallelism fills the ranks that are left, unless it was set.

@@ -8,6 +8,7 @@ pub mod compute;
 pub mod emit;
 pub mod fit;
 pub mod given;
+pub mod machine;
 pub mod mesh;
 pub mod models;
 pub mod network;

@@ -483,6 +483,29 @@ impl Program {
         self.local_sequences / self.layout.micro_batch
     }
 
+    /// Runs of a bucket's gradients that lie next to each other, as (bytes from the start of the arena, f32 elements):
+    /// each is reduced with one message.
+    pub fn bucket_runs(&self, bucket: &Bucket) -> Vec<(usize, usize)> {
+        let offset = |id: BufferId| match self.buffer(id).home {
+            Home::Static { offset } => offset,
+            _ => unreachable!("gradient sums are static"),
+        };
+        let mut runs: Vec<(usize, usize)> =
+            bucket.grads.iter().map(|(_, b)| (offset(*b), 4 * self.buffer(*b).len())).collect();
+        runs.sort_unstable();
+        let mut out: Vec<(usize, usize)> = Vec::new();
+        for (at, bytes) in runs {
+            match out.last_mut() {
+                // Alignment leaves gaps of less than a cache line, which hold zeros.
+                Some((first, len)) if at >= *first + *len && at - (*first + *len) < 64 => {
+                    *len = at + bytes - *first
+                }
+                _ => out.push((at, bytes)),
+            }
+        }
+        out.into_iter().map(|(at, bytes)| (at, bytes / 4)).collect()
+    }
+
     /// The index in the global batch of the first sequence of a micro-batch.
     ///
     /// Ranks hold aligned runs of the batch, so that their local sums are subtrees. When gradients are scattered after

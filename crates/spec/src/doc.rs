@@ -84,16 +84,8 @@ impl fmt::Display for Val {
 impl Doc {
     /// Nothing written yet: the defaults.
     pub(crate) fn new(keys: Vec<&'static Key>, section: &'static str) -> Self {
-        let mut doc = Doc { entries: BTreeMap::new(), section, keys };
-        for key in &doc.keys {
-            if let Ok(value) = DeValue::parse(key.default)
-                && !key.default.is_empty()
-            {
-                let value = convert(value.get_ref());
-                doc.entries.insert(key.path, Entry { value, raw: None, origin: Origin::Default });
-            }
-        }
-        doc
+        let entries = keys.iter().filter_map(|k| Some((k.path, default_of(k)?))).collect();
+        Doc { entries, section, keys }
     }
 
     /// Adds the keys of a TOML file.
@@ -155,12 +147,22 @@ impl Doc {
                 .insert(key.path, Entry { value, raw: raw.map(str::to_owned), origin: origin.clone() });
             return Ok(());
         }
+        if value == Val::Text("auto".to_owned())
+            && let Some(key) = self.keys.iter().find(|k| k.path.strip_suffix(".auto") == Some(&full))
+        {
+            // `layout = "auto"` says the same as `layout.auto = true`.
+            let entry = Entry { value: Val::Flag(true), raw: None, origin: origin.clone() };
+            self.entries.insert(key.path, entry);
+            return Ok(());
+        }
         match value {
             Val::Table(inner) if self.is_section(path) => inner
                 .into_iter()
                 .try_for_each(|(key, value)| self.add(&join(path, &key), value, None, origin)),
             value if self.is_section(path) => {
-                Err(Error::user(format!("{path} = {value} in {origin}, expected a section [{path}]"))
+                let auto = self.names(path).contains(&"auto");
+                let or = if auto { "\"auto\" or " } else { "" };
+                Err(Error::user(format!("{path} = {value} in {origin}, expected {or}a section [{path}]"))
                     .hint(format!("keys of [{path}]: {}", self.names(path).join(", "))))
             }
             value => Err(self.unknown(path, &value, origin)),
@@ -270,6 +272,23 @@ impl Doc {
         if self.has(path) {
             self.entries.retain(|key, entry| !key.starts_with(prefix) || entry.origin.level() >= level);
         }
+    }
+
+    /// `path` stands for all keys under `prefix`: those written in the same place or a later one contradict it, those
+    /// from earlier places go back to their defaults.
+    pub(crate) fn excludes_others(&mut self, path: &str, prefix: &str) -> Result<()> {
+        let others: Vec<&'static str> = self.written_under(prefix).filter(|k| *k != path).collect();
+        for key in others {
+            if self.level(key) >= self.level(path) {
+                return Err(Error::user(format!("{} contradicts {}", self.at(key), self.at(path)))
+                    .hint(format!("leave out {}, or {}", self.shown(key), self.shown(path))));
+            }
+            match self.key(key).and_then(default_of) {
+                Some(entry) => self.entries.insert(key, entry),
+                None => self.entries.remove(key),
+            };
+        }
+        Ok(())
     }
 
     /// The keys under `prefix` that a person wrote.
@@ -428,6 +447,12 @@ impl Val {
             _ => None,
         }
     }
+}
+
+/// A key's default as an entry, if it has one.
+fn default_of(key: &Key) -> Option<Entry> {
+    let value = DeValue::parse(key.default).ok().filter(|_| !key.default.is_empty())?;
+    Some(Entry { value: convert(value.get_ref()), raw: None, origin: Origin::Default })
 }
 
 fn join(prefix: &str, key: &str) -> String {

@@ -30,6 +30,8 @@ pub struct RunSpec {
     pub train: TrainSpec,
     /// Spread how.
     pub layout: Layout,
+    /// The layout is still to be chosen for the machine at hand; until then [`RunSpec::layout`] is the default one.
+    pub auto_layout: bool,
     /// Saved how often.
     pub checkpoint: CheckpointSpec,
     /// Where.

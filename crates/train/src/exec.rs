@@ -3,7 +3,7 @@ use program::{GradOut, Home, Op, OpKind, Program, Request, View};
 use spec::{DType, NormKind, Result};
 
 use crate::arena::Arena;
-use crate::mesh::{Mesh, coalesce};
+use crate::mesh::Mesh;
 use crate::spans::Spans;
 use crate::workspace::workspace_len;
 
@@ -91,9 +91,15 @@ impl Executor {
             Some(shared) => Arena::shared(shared),
             None => Arena::new(program.memory.total)?,
         };
-        let bucket_runs = program.buckets.iter().map(|b| coalesce(&program, b)).collect();
-        let ops = |b: usize| program.blocks[b].ops.len();
-        let room = program.schedule.iter().map(|i| ops(i.block)).sum::<usize>() + ops(program.step);
+        let bucket_runs = program.buckets.iter().map(|b| program.bucket_runs(b)).collect();
+        // What goes on beside others leaves a span for each of its messages.
+        let spans_of = |op: &Op| match &op.kind {
+            OpKind::GatherParams { groups, .. } => groups.len(),
+            OpKind::ReduceGrads { bucket, .. } => program.buckets[*bucket].grads.len().max(1),
+            _ => 1,
+        };
+        let spans = |b: usize| program.blocks[b].ops.iter().map(spans_of).sum::<usize>();
+        let room = program.schedule.iter().map(|i| spans(i.block)).sum::<usize>() + spans(program.step);
         let tables = program.sequence.max(program.cache);
         let spans = Spans::new(room, record);
         Ok(Executor {
@@ -111,6 +117,14 @@ impl Executor {
     /// Bytes that the executor holds for the step: what the program placed.
     pub fn allocated_bytes(&self) -> usize {
         self.arena.len()
+    }
+
+    /// Everybody's bytes, on every rank, in rank order.
+    ///
+    /// # Errors
+    /// If a peer is lost.
+    pub fn exchange(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.mesh.exchange(mine)
     }
 
     /// The best rate of this machine's matrix products with this rank's threads, in GFLOP/s; takes a moment.

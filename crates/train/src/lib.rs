@@ -23,6 +23,6 @@ pub use generate::Sampling;
 pub use generator::Generator;
 pub use mesh::Mesh;
 pub use run_dir::{RunDir, read};
-pub use spans::{Span, Spans};
+pub use spans::{CpuClock, Span, Spans};
 pub use trainer::{Event, Outcome, Start, Trainer, host, now_us, prepare};
 pub use workspace::workspace_len;

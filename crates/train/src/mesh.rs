@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use comm::{ElementType, Group, Handle, OpTag, Order, Span, World};
-use program::{Axis, Bucket, BufferId, Coords, GroupId, Op, OpId, OpKind, Program, Sync, View};
+use program::{Axis, BufferId, Coords, GroupId, Op, OpId, OpKind, Sync, View};
 use spec::{DType, Error, Layout, Reduce, Result, Zero};
 
 use crate::exec::{Executor, Turn};
@@ -155,28 +155,6 @@ fn element(dtype: DType) -> ElementType {
         DType::U32 => ElementType::U32,
         DType::F64 => ElementType::F64,
     }
-}
-
-/// Runs of bytes of a bucket's gradients that lie next to each other, as (offset, elements): reduced with one message.
-pub(crate) fn coalesce(p: &Program, bucket: &Bucket) -> Vec<(usize, usize)> {
-    let offset = |id: BufferId| match p.buffer(id).home {
-        program::Home::Static { offset } => offset,
-        _ => unreachable!("gradient sums are static"),
-    };
-    let mut runs: Vec<(usize, usize)> =
-        bucket.grads.iter().map(|(_, b)| (offset(*b), 4 * p.buffer(*b).len())).collect();
-    runs.sort_unstable();
-    let mut out: Vec<(usize, usize)> = Vec::new();
-    for (at, bytes) in runs {
-        match out.last_mut() {
-            // Alignment leaves gaps of less than a cache line, which hold zeros.
-            Some((first, len)) if at >= *first + *len && at - (*first + *len) < 64 => {
-                *len = at + bytes - *first
-            }
-            _ => out.push((at, bytes)),
-        }
-    }
-    out.into_iter().map(|(at, bytes)| (at, bytes / 4)).collect()
 }
 
 impl Executor {

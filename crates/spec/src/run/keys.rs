@@ -250,6 +250,12 @@ pub(crate) static KEYS: &[Key] = &[
         "64",
         "tokens sampled from the model when training ends; 0 = none",
     ),
+    key(
+        "layout.auto",
+        KeyKind::Flag,
+        "false",
+        "let train choose the layout for this machine; also written layout = \"auto\"",
+    ),
     key("layout.dp", count(1, MAX_WORLD), "1", "data-parallel ranks"),
     key("layout.tp", count(1, MAX_WORLD), "1", "tensor-parallel ranks"),
     key("layout.pp", count(1, MAX_WORLD), "1", "pipeline stages"),

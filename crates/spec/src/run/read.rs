@@ -56,6 +56,10 @@ impl RunSpec {
         doc.exclusive(&["data.text", "data.prefix", "data.blend"])?;
         doc.exclusive(&["batch.sequences", "batch.tokens"])?;
         doc.exclusive(&["schedule.min_lr", "schedule.min_lr_ratio"])?;
+        let auto_layout = doc.flag("layout.auto")?;
+        if auto_layout {
+            doc.excludes_others("layout.auto", "layout.")?;
+        }
 
         let model = read_whole_model(&doc, load_file)?;
         let train = read_train(&doc)?;
@@ -70,6 +74,7 @@ impl RunSpec {
             batch: read_batch(&doc)?,
             schedule: read_schedule(&doc, train.steps, optim.lr)?,
             layout: read_layout(&doc)?,
+            auto_layout,
             checkpoint: CheckpointSpec {
                 every: doc.count_or_off("checkpoint.every")?,
                 keep: doc.count_or_off("checkpoint.keep")?,

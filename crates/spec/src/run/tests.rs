@@ -115,8 +115,8 @@ fn unknown_keys_name_the_place_and_the_nearest() {
 #[test]
 fn syntax_and_types() {
     check(
-        "layout = \"auto\"",
-        "layout = \"auto\" in run.toml:1, expected a section [layout] | keys of [layout]: dp, tp, pp, cp, ep, sequence_parallel, zero, schedule, chunks, stage_layers, micro_batch, recompute, reduce",
+        "layout = \"fast\"",
+        "layout = \"fast\" in run.toml:1, expected \"auto\" or a section [layout] | keys of [layout]: auto, dp, tp, pp, cp, ep, sequence_parallel, zero, schedule, chunks, stage_layers, micro_batch, recompute, reduce",
     );
     let message = refused("[train]\nsteps = \n", &[]);
     assert!(message.starts_with("run.toml:2: ") && !message.contains('\n'), "{message}");
@@ -412,4 +412,34 @@ proptest! {
             prop_assert_eq!(schedule.at(steps + 1), settled);
         }
     }
+}
+
+#[test]
+fn an_automatic_layout_is_written_either_way_and_excludes_others() {
+    for run in [
+        good("layout = \"auto\"", &[]),
+        good("[layout]\nauto = true", &[]),
+        good("", &["layout=auto"]),
+        good("", &["layout.auto=true"]),
+        // A later place wins over an earlier one.
+        good("[layout]\ndp = 4\nzero = 1", &["layout=auto"]),
+    ] {
+        assert!(run.auto_layout);
+        assert_eq!(run.layout, Layout::default());
+        assert!(run.to_toml().contains("[layout]\nauto = true\n"), "{}", run.to_toml());
+        assert_eq!(good(&run.to_toml(), &[]), run);
+    }
+    assert!(!good("layout = \"auto\"", &["layout.auto=false"]).auto_layout);
+    check(
+        "[layout]\nauto = true\ndp = 2",
+        "layout.dp = 2 in run.toml:3 contradicts layout.auto = true in run.toml:2 | leave out layout.dp, or layout.auto",
+    );
+    check_set(
+        &["layout=auto", "layout.zero=1"],
+        "layout.zero = 1 in --set layout.zero=1 contradicts layout.auto = true in --set layout=auto | leave out layout.zero, or layout.auto",
+    );
+    assert!(
+        refused("layout = \"auto\"", &["layout.pp=2"])
+            .starts_with("layout.pp = 2 in --set layout.pp=2 contradicts")
+    );
 }

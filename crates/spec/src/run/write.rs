@@ -134,7 +134,11 @@ impl RunSpec {
             ("train.log_every", train.log_every.to_string()),
             ("train.sample_tokens", train.sample_tokens.to_string()),
         ]);
-        layout_values(&self.layout, &mut values);
+        if self.auto_layout {
+            values.push(("layout.auto", "true".to_owned()));
+        } else {
+            layout_values(&self.layout, &mut values);
+        }
         let sample = &self.sample;
         values.extend([
             ("checkpoint.every", off(self.checkpoint.every)),

@@ -1,0 +1,369 @@
+//! The machine at hand: its calibration file, `layout = "auto"`, and `phalanx plan --cluster this`.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::time::Instant;
+
+use plan::machine::search::{Choice, Chosen, search};
+use plan::machine::{Job, Machine};
+use serde_json::json;
+use spec::{DType, Error, Layout, ModelSpec, NumberFormat, Recompute, Result, RunSpec};
+use train::RunDir;
+
+use crate::args::Plan;
+use crate::{bench, output, ranks};
+
+/// Where the calibration of this machine lies unless another file is named.
+pub(crate) const FILE: &str = "runs/machine.toml";
+
+/// Reads a calibration file.
+pub(crate) fn load(path: &Path) -> Result<Machine> {
+    let text = train::read(path).map_err(|e| e.hint("measure this machine first: phalanx bench machine"))?;
+    Machine::parse(&path.display().to_string(), &text)
+}
+
+/// What to do when there is no calibration file yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Missing {
+    /// Measure, quickly: this process alone decides.
+    Measure,
+    /// Refuse: ranks that somebody else started would disturb each other.
+    Refuse,
+}
+
+/// Gives a run whose layout is left to this machine the fastest that fits, and says why. A run that was begun under
+/// as many ranks keeps its layout.
+pub(crate) fn choose(
+    run: &mut RunSpec,
+    nproc: usize,
+    transport: &str,
+    missing: Missing,
+    fresh: bool,
+) -> Result<()> {
+    if !fresh && let Some(layout) = begun_with(run, nproc)? {
+        output::say(&format!("layout auto: kept from {}: {}", run.run.dir.display(), keys(&layout)));
+        set(run, layout);
+        return Ok(());
+    }
+    let path = Path::new(FILE);
+    let machine = if path.exists() || missing == Missing::Refuse {
+        load(path)?
+    } else {
+        output::say(&format!("layout auto: no calibration in {FILE} yet, measuring this machine quickly"));
+        bench::measure(path, true)?
+    };
+    let chosen = on(&machine, run, nproc, if transport == "tcp" { "tcp" } else { "shm" })?;
+    explain(&chosen, &machine);
+    set(run, chosen.best[0].layout.clone());
+    Ok(())
+}
+
+fn set(run: &mut RunSpec, layout: Layout) {
+    run.layout = layout;
+    run.auto_layout = false;
+}
+
+/// The layout of a run that has saved a checkpoint, if it is one of so many ranks.
+fn begun_with(run: &RunSpec, nproc: usize) -> Result<Option<Layout>> {
+    let dir = RunDir::new(&run.run.dir);
+    if ckpt::latest(&dir.checkpoints())?.is_none() {
+        return Ok(None);
+    }
+    let Ok(earlier) = dir.load() else { return Ok(None) };
+    let works = earlier.layout.world() == nproc
+        && earlier.layout.validate(&run.model, run.batch.sequences, run.batch.sequence).is_ok();
+    Ok(works.then_some(earlier.layout))
+}
+
+/// Searches the layouts of a run on a machine. What its ranks compute with depends on the file alone, so that every
+/// rank that reads it comes to the same answer.
+fn on(machine: &Machine, run: &RunSpec, ranks: usize, transport: &str) -> Result<Chosen> {
+    let threads = run.run.threads.unwrap_or_else(|| (machine.cores / ranks.max(1)).max(1));
+    let job = Job {
+        model: &run.model,
+        sequence: run.batch.sequence,
+        sequences: run.batch.sequences,
+        precision: run.train.precision,
+        threads,
+        transport,
+        workspace: &move |op, p| train::workspace_len(op, p, threads),
+    };
+    search(machine, &job, ranks)
+}
+
+fn explain(chosen: &Chosen, machine: &Machine) {
+    let mut say = String::new();
+    let mut write = || -> std::fmt::Result {
+        write!(say, "layout auto: {} layouts priced from {FILE}", chosen.layouts_priced)?;
+        if chosen.too_large > 0 {
+            write!(say, ", {} of them too large", chosen.too_large)?;
+        }
+        if machine.cpu != bench::cpu() || machine.cores != output::threads(0) {
+            write!(say, "; it was measured on {} with {} cores", machine.cpu, machine.cores)?;
+        }
+        let best = &chosen.best[0];
+        write!(
+            say,
+            "\nlayout auto: {} takes {} a step ({} to {}) and {} a rank",
+            keys(&best.layout),
+            ms(best.step_s),
+            ms(best.step_low_s),
+            ms(best.step_high_s),
+            crate::show::binary(best.memory_bytes)
+        )?;
+        if let Some(next) = chosen.best.get(1) {
+            write!(
+                say,
+                "\nlayout auto: next best is {}: {}, {:+.1} %",
+                keys(&next.layout),
+                ms(next.step_s),
+                100.0 * (next.step_s / best.step_s - 1.0)
+            )?;
+        }
+        if best.layout.tp > 1 {
+            write!(say, "\nlayout auto: only tensor parallelism fits, which changes the last bits of sums")?;
+        }
+        if let Some(faster) = &chosen.faster_with_other_bits {
+            write!(
+                say,
+                "\nlayout auto: {} would take {}, but changes the last bits of sums; set it by hand to have it",
+                keys(&faster.layout),
+                ms(faster.step_s)
+            )?;
+        }
+        Ok(())
+    };
+    write().expect("writing to a string");
+    output::say(&say);
+}
+
+fn ms(s: f64) -> String {
+    format!("{:.1} ms", 1e3 * s)
+}
+
+/// The keys of a layout that differ from the default, as in a run file.
+pub(crate) fn keys(l: &Layout) -> String {
+    let mut out = Vec::new();
+    for (key, n) in [("dp", l.dp), ("tp", l.tp), ("pp", l.pp)] {
+        if n > 1 {
+            out.push(format!("{key}={n}"));
+        }
+    }
+    if l.sequence_parallel {
+        out.push("sequence_parallel=true".into());
+    }
+    if u8::from(l.zero) > 0 {
+        out.push(format!("zero={}", u8::from(l.zero)));
+    }
+    if l.pp > 1 {
+        out.push(format!("schedule={}", l.schedule.name()));
+    }
+    if l.chunks > 1 {
+        out.push(format!("chunks={}", l.chunks));
+    }
+    out.push(format!("micro_batch={}", l.micro_batch));
+    match l.recompute {
+        Recompute::None => {}
+        Recompute::Selective => out.push("recompute=selective".into()),
+        Recompute::Full => out.push("recompute=full".into()),
+    }
+    out.join(" ")
+}
+
+/// Tells ranks that this process starts which layout it chose.
+const CHOSEN: &str = "PHALANX_LAYOUT";
+
+/// The variable that hands a chosen layout to ranks.
+pub(crate) fn hand_over(layout: &Layout) -> (String, String) {
+    (CHOSEN.to_owned(), serde_json::to_string(layout).expect("a layout is plain data"))
+}
+
+/// Takes the layout that the starter of this rank chose; false if somebody else started it.
+pub(crate) fn take_over(run: &mut RunSpec) -> Result<bool> {
+    if !ranks::started_by_us() {
+        return Ok(false);
+    }
+    let Ok(text) = std::env::var(CHOSEN) else { return Ok(false) };
+    let layout =
+        serde_json::from_str(&text).map_err(|e| Error::failure(format!("{CHOSEN} holds no layout: {e}")))?;
+    set(run, layout);
+    Ok(true)
+}
+
+/// `phalanx plan --cluster this`.
+pub(crate) fn plan(args: &Plan) -> Result<u8> {
+    let machine = load(&args.machine)?;
+    let run = question(args)?;
+    let n = args.accelerators.unwrap_or(machine.cores);
+    if n == 0 {
+        return Err(Error::user("--accelerators 0, expected at least one rank")
+            .hint("leave it out for one rank on each core"));
+    }
+    for (flag, given) in [("--explain", args.explain), ("--emit", args.emit.is_some())] {
+        if given {
+            return Err(Error::user(format!("{flag} with --cluster this"))
+                .hint(format!("leave out {flag}, or name a cluster of the catalogue")));
+        }
+    }
+    let start = Instant::now();
+    let chosen = on(&machine, &run, n, "shm")?;
+    let seconds = start.elapsed().as_secs_f64();
+    if args.json {
+        let out = answer(&chosen, &machine, &run, n, seconds, args.keep);
+        output::print(&serde_json::to_string_pretty(&out).expect("numbers are JSON"));
+    } else {
+        output::print(&text(&chosen, &machine, &run, n, seconds, args.keep));
+    }
+    Ok(0)
+}
+
+/// What to plan for: a run file, or a model with the batch of the default recipe.
+fn question(args: &Plan) -> Result<RunSpec> {
+    let path = Path::new(&args.model);
+    let quoted = serde_json::to_string(&args.model).expect("text");
+    let mut set: Vec<String> = [("sequence", args.sequence), ("sequences", args.sequences)]
+        .into_iter()
+        .filter_map(|(key, n)| n.map(|n| format!("batch.{key}={n}")))
+        .collect();
+    // Planning reads no data, so that no tokenizer has to fit the model.
+    let no_data = || "data.prefix=unread".to_owned();
+    // Models of the catalogue that take less than the default recipe's sequences get what they take.
+    let shorten = |set: &mut Vec<String>, model: &ModelSpec| {
+        let usual = RunSpec::load(None, &[], &train::read).map_or(usize::MAX, |run| run.batch.sequence);
+        if args.sequence.is_none() && model.max_positions() < usual {
+            set.push(format!("batch.sequence={}", model.max_positions()));
+        }
+    };
+    let run = match path.extension().and_then(|e| e.to_str()) {
+        Some("toml") => RunSpec::load(Some((&args.model, &train::read(path)?)), &set, &train::read)?,
+        Some("json") => {
+            shorten(&mut set, &ModelSpec::from_hf_config(&train::read(path)?)?);
+            set.extend([no_data(), format!("model.config={quoted}")]);
+            RunSpec::load(None, &set, &train::read)?
+        }
+        _ => {
+            shorten(&mut set, &ModelSpec::preset(&args.model)?);
+            set.extend([no_data(), format!("model.preset={quoted}")]);
+            RunSpec::load(None, &set, &train::read)?
+        }
+    };
+    if path.extension().is_some_and(|e| e == "toml") {
+        return Ok(run);
+    }
+    let precision = match NumberFormat::parse(&args.format) {
+        Some(NumberFormat::Fp32) => DType::F32,
+        Some(NumberFormat::Bf16) => DType::Bf16,
+        _ => {
+            return Err(Error::user(format!(
+                "format {}, expected bf16 or fp32 on this machine",
+                args.format
+            ))
+            .hint("give --format bf16 or --format fp32"));
+        }
+    };
+    Ok(RunSpec { train: spec::run::TrainSpec { precision, ..run.train }, ..run })
+}
+
+/// Model FLOP/s over the best product rate of as many cores as the ranks use.
+fn mfu(c: &Choice, machine: &Machine, run: &RunSpec) -> f64 {
+    let tokens = run.batch.tokens().0 as f64;
+    let flops = run.model.flops_per_token(run.batch.sequence).0 * tokens;
+    let rates = machine.kernels.iter().filter(|(k, _)| k.kind == "linear");
+    let peak = rates.flat_map(|(k, s)| s.iter().map(move |s| s.per_s * k.beside as f64)).fold(0.0, f64::max);
+    flops / c.step_s / peak.max(1.0)
+}
+
+fn answer(
+    chosen: &Chosen,
+    machine: &Machine,
+    run: &RunSpec,
+    ranks: usize,
+    seconds: f64,
+    keep: usize,
+) -> serde_json::Value {
+    let best: Vec<_> = chosen
+        .best
+        .iter()
+        .take(keep.max(1))
+        .map(|c| {
+            let mut row = serde_json::to_value(c).expect("numbers are JSON");
+            row["mfu"] = json!(mfu(c, machine, run));
+            row
+        })
+        .collect();
+    json!({
+        "model": run.model.name,
+        "params": run.model.param_count(),
+        "cluster": "this",
+        "accelerator": machine.cpu,
+        "accelerators": ranks,
+        "format": run.train.precision.to_string(),
+        "sequence": run.batch.sequence,
+        "sequences": run.batch.sequences,
+        "search": {
+            "layouts_priced": chosen.layouts_priced,
+            "layouts_per_s": chosen.layouts_priced as f64 / seconds.max(1e-9),
+            "seconds": seconds,
+            "too_large": chosen.too_large,
+            "not_allowed": chosen.not_allowed,
+        },
+        "best": best,
+        "faster_with_other_bits": chosen.faster_with_other_bits,
+        "assumptions": assumptions(machine),
+    })
+}
+
+fn assumptions(machine: &Machine) -> Vec<String> {
+    vec![
+        format!("rates measured on {} ({} cores) at {}", machine.cpu, machine.cores, machine.measured),
+        "nothing else runs on the machine; tokens are at hand when a step begins".to_owned(),
+        "tensor-parallel layouts are set apart, because they change the order of sums".to_owned(),
+    ]
+}
+
+fn text(
+    chosen: &Chosen,
+    machine: &Machine,
+    run: &RunSpec,
+    ranks: usize,
+    seconds: f64,
+    keep: usize,
+) -> String {
+    let mut out = String::new();
+    let mut write = || -> std::fmt::Result {
+        writeln!(
+            out,
+            "{} ({:.1}M parameters) on {ranks} ranks of this machine ({}), {} sequences of {} tokens",
+            run.model.name,
+            run.model.param_count() as f64 / 1e6,
+            machine.cpu,
+            run.batch.sequences,
+            run.batch.sequence
+        )?;
+        writeln!(
+            out,
+            "{} layouts priced in {seconds:.2} s, {} too large, {} not allowed\n",
+            chosen.layouts_priced, chosen.too_large, chosen.not_allowed
+        )?;
+        for (i, c) in chosen.best.iter().take(keep.max(1)).enumerate() {
+            writeln!(
+                out,
+                "{}. {} ({} to {})  mfu {:.1} %  {} a rank\n   {}",
+                i + 1,
+                ms(c.step_s),
+                ms(c.step_low_s),
+                ms(c.step_high_s),
+                100.0 * mfu(c, machine, run),
+                crate::show::binary(c.memory_bytes),
+                keys(&c.layout)
+            )?;
+        }
+        if let Some(c) = &chosen.faster_with_other_bits {
+            writeln!(out, "\nfaster, with other bits: {}  {}", ms(c.step_s), keys(&c.layout))?;
+        }
+        writeln!(out, "\nassumed")?;
+        assumptions(machine).iter().try_for_each(|a| writeln!(out, "  {a}"))
+    };
+    write().expect("writing to a string");
+    out
+}

@@ -1,0 +1,199 @@
+//! What a compute op is to the tables: kind, shape and work; and its time from measured rates.
+
+use std::collections::HashMap;
+
+use program::{NORM_CHUNK, Op, OpKind, Program, View};
+use spec::{DType, Error, NormKind, Result};
+
+use super::table::{KernelKey, Machine, Sample};
+
+/// An op as the tables know it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Kernel {
+    /// Which kernel runs: the op's kind, with the variant where variants differ much.
+    pub kind: &'static str,
+    /// Rows, then two sizes: inner and outer width of a product, sequence and width of attention.
+    pub shape: [f64; 3],
+    /// FLOPs of products and attention, bytes read and written of all others.
+    pub work: f64,
+}
+
+/// What a compute op's kernel is; `None` for ops in which ranks only talk.
+pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
+    use OpKind::*;
+    let rows = |i: usize| op.ins[i].rows as f64;
+    let width = |v: View| p.buffer(v.buffer).cols as f64;
+    let cols = |i: usize| width(op.ins[i]);
+    let storage = p.precision.bytes() as f64;
+    let owned = |group: program::GroupId| p.group_buffers[group.0 as usize].owned.1 as f64;
+    let (flops, bytes) = (op.cost.flops as f64, op.cost.bytes as f64);
+    let (shape, work) = match &op.kind {
+        Linear => ([rows(0), cols(0), rows(1)], flops),
+        LinearGradInput => ([rows(0), cols(1), cols(0)], flops),
+        LinearGradWeight => ([rows(0), cols(1), cols(0)], flops),
+        Attention { heads } | AttentionGrad { heads } => {
+            ([rows(0), p.sequence as f64, (heads.q * heads.dim) as f64], flops)
+        }
+        // Only the rows that occur are read, not the whole table.
+        Embed { .. } => {
+            let (n, dim) = (op.outs[0].rows as f64, width(op.outs[0]));
+            ([n, dim, rows(1)], 2.0 * n * dim * storage)
+        }
+        EmbedGrad { .. } => {
+            let table = p.group(op.grads[0].group);
+            ([rows(1), cols(1), table.rows as f64], bytes)
+        }
+        // Short sums of a few numbers a row.
+        XentCombine { .. } | LossSum => ([rows(0), cols(0), 1.0], (op.ins[0].rows as f64) * cols(0) * 4.0),
+        AdamW { .. } => {
+            let each = if p.precision == DType::F32 { 28.0 } else { 30.0 };
+            // Parameters that all fit in a cache are updated faster than those that stream from memory.
+            let all: usize = p.group_buffers.iter().map(|b| b.owned.1).sum();
+            ([bytes / each, all as f64, 1.0], bytes)
+        }
+        GradNorm => {
+            let mine =
+                |(g, _): (usize, _)| program::owned_range(p.groups[g].len(), p.layout.dp, p.coords.dp).1;
+            let counted = p.group_buffers.iter().enumerate().filter(|(_, b)| b.counts).map(mine);
+            let elements = counted.sum::<usize>() as f64;
+            let sums = p.buffer(p.io.norm_chunks).len() as f64;
+            ([elements, NORM_CHUNK as f64, sums], 4.0 * elements + 16.0 * sums)
+        }
+        TieGrads { group } => ([owned(*group), 1.0, 1.0], 12.0 * owned(*group)),
+        ShardGrads { bucket } => {
+            let elements: f64 = p.buckets[*bucket].grads.iter().map(|(g, _)| owned(*g)).sum();
+            ([elements, 1.0, 1.0], 12.0 * elements)
+        }
+        kind if kind.is_communication() => return None,
+        Fork { .. } | AttentionCached { .. } => return None,
+        _ => {
+            let of = op.ins.first().copied().unwrap_or_else(|| op.outs[0]);
+            ([of.rows as f64, width(of), 1.0], bytes)
+        }
+    };
+    let kind = match &op.kind {
+        Norm { norm: NormKind::Layer, .. } => "layer_norm",
+        NormGradInput { norm: NormKind::Layer } => "layer_norm_grad_input",
+        NormGradWeight { norm: NormKind::Layer } => "layer_norm_grad_weight",
+        Gelu { tanh: false } => "gelu_erf",
+        GeluGrad { tanh: false } => "gelu_erf_grad",
+        Add if op.ins.len() > 2 => "add_bias",
+        kind => kind.name(),
+    };
+    Some(Kernel { kind, shape, work })
+}
+
+/// Threads of a rank, and ranks that compute at the same time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Conditions {
+    /// Threads of each rank.
+    pub threads: usize,
+    /// Ranks that compute at the same time.
+    pub beside: usize,
+}
+
+/// Rates of one machine for one storage type and condition, with what was looked up before.
+pub struct Rates<'a> {
+    machine: &'a Machine,
+    storage: String,
+    conditions: Conditions,
+    seen: HashMap<(&'static str, [u64; 3]), (f64, f64)>,
+}
+
+impl<'a> Rates<'a> {
+    /// Rates for `storage` under `conditions`.
+    pub fn new(machine: &'a Machine, storage: DType, conditions: Conditions) -> Rates<'a> {
+        Rates { machine, storage: storage.to_string(), conditions, seen: HashMap::new() }
+    }
+
+    /// Seconds of a kernel, and how far its shape is from the nearest that was measured, in factors of two.
+    ///
+    /// # Errors
+    /// If the tables know nothing of its kind.
+    pub fn seconds(&mut self, k: &Kernel) -> Result<(f64, f64)> {
+        if k.work == 0.0 {
+            return Ok((0.0, 0.0));
+        }
+        let at = (k.kind, k.shape.map(f64::to_bits));
+        let (rate, distance) = match self.seen.get(&at) {
+            Some(known) => *known,
+            None => {
+                let (samples, scale) = self.samples(k.kind)?;
+                let (rate, distance) = interpolate(samples, k.shape);
+                *self.seen.entry(at).or_insert((rate * scale, distance))
+            }
+        };
+        Ok((k.work / rate, distance))
+    }
+
+    /// The samples measured under the conditions nearest to these, and what their rates are multiplied by.
+    fn samples(&self, kind: &str) -> Result<(&'a [Sample], f64)> {
+        let Conditions { threads, beside } = self.conditions;
+        let apart = |a: usize, b: usize| (a as f64 / b as f64).log2().abs();
+        // A number of threads that was not measured misleads more than a number of ranks, and other storage most.
+        let far = |k: &KernelKey| {
+            let storage = if k.storage == self.storage { 0.0 } else { 100.0 };
+            storage + 4.0 * apart(k.threads, threads) + apart(k.beside, beside)
+        };
+        let of_kind = self.machine.kernels.iter().filter(|(k, _)| k.kind == kind);
+        let nearest = of_kind.min_by(|(a, _), (b, _)| far(a).total_cmp(&far(b)));
+        let (key, samples) = nearest.ok_or_else(|| {
+            Error::user(format!("the calibration of {} knows nothing of {kind}", self.machine.host))
+                .hint("measure this machine again: phalanx bench machine")
+        })?;
+        Ok((samples, threads.min(self.machine.cores) as f64 / key.threads.min(self.machine.cores) as f64))
+    }
+}
+
+/// The mean of the logarithms of measured rates, weighted by the inverse fourth power of the distance between shapes
+/// in factors of two (Shepard 1968): a measured shape has its measured rate, and every rate counts with the same sign,
+/// so that faster samples never make a slower price. Also gives the distance to the nearest.
+fn interpolate(samples: &[Sample], shape: [f64; 3]) -> (f64, f64) {
+    const MEASURED: f64 = 1e-9;
+    let (mut sum, mut weights, mut nearest) = (0.0, 0.0, f64::INFINITY);
+    for s in samples {
+        let apart = |i: usize| (s.shape[i].max(1.0) / shape[i].max(1.0)).log2();
+        let d2: f64 = (0..3).map(|i| apart(i) * apart(i)).sum();
+        if d2 < MEASURED {
+            return (s.per_s, 0.0);
+        }
+        nearest = d2.min(nearest);
+        let weight = 1.0 / (d2 * d2);
+        sum += weight * s.per_s.ln();
+        weights += weight;
+    }
+    ((sum / weights).exp(), nearest.sqrt())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(rows: f64, per_s: f64) -> Sample {
+        Sample { shape: [rows, 64.0, 64.0], per_s }
+    }
+
+    #[test]
+    fn a_measured_shape_has_its_rate_and_others_lie_between() {
+        let samples = [sample(64.0, 1e9), sample(256.0, 4e9), sample(1024.0, 5e9)];
+        assert_eq!(interpolate(&samples, [256.0, 64.0, 64.0]), (4e9, 0.0));
+        let (rate, distance) = interpolate(&samples, [128.0, 64.0, 64.0]);
+        assert!(1e9 < rate && rate < 4e9, "{rate}");
+        assert_eq!(distance, 1.0);
+        let (far, _) = interpolate(&samples, [1e6, 64.0, 64.0]);
+        assert!(far < 5e9, "never beyond what was measured: {far}");
+    }
+
+    #[test]
+    fn a_faster_sample_never_makes_a_slower_rate() {
+        let mut samples = vec![sample(64.0, 1e9), sample(256.0, 4e9), sample(1024.0, 5e9)];
+        for rows in [10.0, 70.0, 128.0, 300.0, 5000.0] {
+            let before = interpolate(&samples, [rows, 64.0, 64.0]).0;
+            for i in 0..3 {
+                samples[i].per_s *= 2.0;
+                assert!(interpolate(&samples, [rows, 64.0, 64.0]).0 > before, "{rows} {i}");
+                samples[i].per_s /= 2.0;
+            }
+        }
+    }
+}

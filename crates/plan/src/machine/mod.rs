@@ -1,0 +1,416 @@
+//! Prices on the machine at hand: a step program as the executor runs it, from a calibration file.
+//!
+//! `table` is the file, `kernel` what an op is to it, `link` what messages take, `play` lets all ranks go through
+//! their programs at once on the cores that they share, and `search` takes the fastest layout that fits.
+
+mod kernel;
+mod link;
+mod play;
+pub mod search;
+pub mod table;
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+
+use program::{Coords, Op, OpId, OpKind, Program, Request, WorkspaceLen};
+use serde::Serialize;
+use spec::{DType, Error, Layout, ModelSpec, Result, Zero};
+
+pub use kernel::{Conditions, Kernel, Rates, kernel};
+pub use link::LinkOp;
+pub use table::Machine;
+
+use play::{Act, Cores, Key, Mail, Script, Segment, play};
+
+/// What is trained on the machine, whatever the layout.
+#[derive(Clone, Copy)]
+pub struct Job<'a> {
+    /// The model.
+    pub model: &'a ModelSpec,
+    /// Tokens of a sequence.
+    pub sequence: usize,
+    /// Sequences of the global batch.
+    pub sequences: usize,
+    /// Storage of parameters and activations.
+    pub precision: DType,
+    /// Threads of a rank.
+    pub threads: usize,
+    /// How ranks talk: `shm` or `tcp`.
+    pub transport: &'a str,
+    /// Elements of f32 work space of an op, as the executor asks for.
+    pub workspace: &'a (dyn Fn(&Op, &Program) -> usize + Sync),
+}
+
+/// What a step takes on a machine.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepPrice {
+    /// Seconds of a step.
+    pub step_s: f64,
+    /// It should not be faster.
+    pub low_s: f64,
+    /// Nor slower, as long as nothing else runs on the machine.
+    pub high_s: f64,
+    /// By rank.
+    pub ranks: Vec<RankPrice>,
+}
+
+impl StepPrice {
+    /// Bytes of the rank that takes most.
+    pub fn memory_bytes(&self) -> usize {
+        self.ranks.iter().map(|r| r.memory_bytes).max().unwrap_or(0)
+    }
+
+    /// Bytes of all ranks, which share the machine's memory.
+    pub fn total_bytes(&self) -> usize {
+        self.ranks.iter().map(|r| r.memory_bytes).sum()
+    }
+}
+
+/// One rank's part of a step.
+#[derive(Clone, Debug, Serialize)]
+pub struct RankPrice {
+    /// Bytes that the program places: exactly what the executor allocates.
+    pub memory_bytes: usize,
+    /// Seconds of communication that no computation hides, as the executor counts them: ops in which ranks do nothing
+    /// but talk, waiting for each other included.
+    pub exposed_comm_s: f64,
+    /// Its ops in the order of the program.
+    pub ops: Vec<OpPrice>,
+}
+
+/// One op's part of a step.
+#[derive(Clone, Debug, Serialize)]
+pub struct OpPrice {
+    /// The op's id, which joins it with what was measured.
+    pub id: OpId,
+    /// Its name.
+    pub name: String,
+    /// Its kind.
+    pub kind: &'static str,
+    /// How often it runs in a step.
+    pub runs: usize,
+    /// Seconds of all runs, waiting for other ranks included.
+    pub s: f64,
+}
+
+/// Prices one layout, every rank with its own program.
+///
+/// # Errors
+/// If the layout is not valid for the model and the batch, or the calibration lacks a kind of op.
+pub fn price(machine: &Machine, job: &Job<'_>, layout: &Layout) -> Result<StepPrice> {
+    let build = |rank| program_of(job, layout, rank);
+    let programs: Vec<Program> = (0..layout.world()).map(build).collect::<Result<_>>()?;
+    price_programs(machine, job, &programs.iter().collect::<Vec<_>>())
+}
+
+/// The program of one rank, with the executor's work space.
+fn program_of(job: &Job<'_>, layout: &Layout, rank: usize) -> Result<Program> {
+    let request = Request {
+        model: job.model,
+        layout,
+        sequence: job.sequence,
+        sequences: job.sequences,
+        precision: job.precision,
+        rank,
+        cache: 0,
+    };
+    let workspace: WorkspaceLen<'_> = job.workspace;
+    Program::build(&request, workspace)
+}
+
+/// Prices the programs of all ranks of one layout; a program may stand for several ranks.
+fn price_programs(machine: &Machine, job: &Job<'_>, programs: &[&Program]) -> Result<StepPrice> {
+    let levels = levels(machine, job.threads, programs.len());
+    let cores = Cores {
+        cores: machine.cores,
+        threads: job.threads,
+        levels: levels.clone(),
+        crowding: machine.crowding,
+    };
+    let mut pricer = Pricer {
+        machine,
+        transport: job.transport,
+        rates: levels
+            .iter()
+            .map(|&beside| Rates::new(machine, job.precision, Conditions { threads: job.threads, beside }))
+            .collect(),
+        groups: Vec::new(),
+        spread: Spread::default(),
+    };
+    let priced: Vec<Priced> =
+        programs.iter().enumerate().map(|(rank, p)| pricer.rank(p, rank)).collect::<Result<_>>()?;
+    let scripts: Vec<&Script> = priced.iter().map(|p| &p.script).collect();
+    let groups: Vec<Vec<usize>> = pricer.groups.iter().map(|(_, ranks)| ranks.clone()).collect();
+    let played = play(&scripts, &groups, &cores)?;
+    let ranks = programs
+        .iter()
+        .zip(&priced)
+        .zip(played.ranks)
+        .map(|((p, priced), played)| rank_price(p, priced, &played))
+        .collect();
+    let step_s = played.makespan;
+    let share = pricer.spread.share();
+    Ok(StepPrice {
+        step_s,
+        low_s: step_s * (1.0 - share),
+        high_s: step_s * (1.0 + share + machine.spread),
+        ranks,
+    })
+}
+
+/// Numbers of ranks at work that were measured for so many threads, up to the ranks that there are.
+fn levels(machine: &Machine, threads: usize, world: usize) -> Vec<usize> {
+    let apart = |t: usize| (t as f64 / threads as f64).log2().abs();
+    let near = machine.kernels.keys().map(|k| k.threads).min_by(|a, b| apart(*a).total_cmp(&apart(*b)));
+    let of = machine.kernels.keys().filter(|k| Some(k.threads) == near).map(|k| k.beside);
+    let mut levels: Vec<usize> = of.filter(|b| *b <= world.max(1)).collect();
+    levels.sort_unstable();
+    levels.dedup();
+    if levels.is_empty() { vec![1] } else { levels }
+}
+
+/// How sure a price is: what is measured in place is known within [`Spread::MEASURED`], and every factor of two
+/// between a shape and the nearest measured one adds [`Spread::PER_OCTAVE`]. Means weighted by time.
+#[derive(Clone, Copy, Debug, Default)]
+struct Spread {
+    seconds: f64,
+    octaves: f64,
+}
+
+impl Spread {
+    const MEASURED: f64 = 0.05;
+    const PER_OCTAVE: f64 = 0.06;
+
+    fn add(&mut self, seconds: f64, octaves: f64) {
+        self.seconds += seconds;
+        self.octaves += seconds * octaves;
+    }
+
+    fn share(self) -> f64 {
+        let far = if self.seconds > 0.0 { self.octaves / self.seconds } else { 0.0 };
+        (Self::MEASURED + Self::PER_OCTAVE * far).min(0.9)
+    }
+}
+
+struct Pricer<'a> {
+    machine: &'a Machine,
+    transport: &'a str,
+    /// By level.
+    rates: Vec<Rates<'a>>,
+    /// Which group (axis, world or ends of the pipeline) of which ranks.
+    groups: Vec<(u8, Vec<usize>)>,
+    spread: Spread,
+}
+
+/// A rank's script, with the seconds of every op by block.
+struct Priced {
+    script: Script,
+    /// By block and op: seconds of its kernel alone at the highest level.
+    ops: Vec<Vec<f64>>,
+}
+
+impl Pricer<'_> {
+    fn rank(&mut self, p: &Program, rank: usize) -> Result<Priced> {
+        let mut used: Vec<usize> = p.schedule.iter().map(|i| i.block).collect();
+        used.push(p.step);
+        let mut ops = vec![Vec::new(); p.blocks.len()];
+        let mut script = Script::default();
+        // A block's acts are the same for every micro-batch, but for the numbers of messages.
+        let mut folded: HashMap<usize, Vec<Act>> = HashMap::new();
+        for &block in &used {
+            if let Entry::Vacant(entry) = folded.entry(block) {
+                let (acts, s) = self.block(p, rank, block, &mut script.segments)?;
+                ops[block] = s;
+                entry.insert(acts);
+            }
+        }
+        let items = p.schedule.iter().map(|i| (i.block, i.micro_batch)).chain([(p.step, 0)]);
+        for (block, micro_batch) in items {
+            script.acts.extend(folded[&block].iter().cloned().map(|act| act.of(micro_batch)));
+        }
+        Ok(Priced { script, ops })
+    }
+
+    /// The acts of one block, and the seconds of its ops at the highest level.
+    fn block(
+        &mut self,
+        p: &Program,
+        rank: usize,
+        block: usize,
+        segments: &mut Vec<Segment>,
+    ) -> Result<(Vec<Act>, Vec<f64>)> {
+        let mut acts = Vec::new();
+        let mut alone = Vec::new();
+        let mut open: Option<Segment> = None;
+        let list = &p.blocks[block].ops;
+        let mut close = |open: &mut Option<Segment>, acts: &mut Vec<Act>| {
+            if let Some(segment) = open.take() {
+                segments.push(segment);
+                acts.push(Act::Compute { segment: segments.len() - 1 });
+            }
+        };
+        for (i, op) in list.iter().enumerate() {
+            let s = self.compute(op, p)?;
+            alone.push(s.last().copied().unwrap_or(0.0));
+            let segment =
+                open.get_or_insert_with(|| Segment { ops: (block, i, i), s: vec![0.0; self.rates.len()] });
+            segment.ops.2 = i + 1;
+            segment.s.iter_mut().zip(&s).for_each(|(sum, s)| *sum += s);
+            if let Some(talk) = self.talk(op, p, rank, (block, i))? {
+                close(&mut open, &mut acts);
+                acts.extend(talk);
+            }
+        }
+        close(&mut open, &mut acts);
+        Ok((acts, alone))
+    }
+
+    /// Seconds of an op's own arithmetic by level, and between it and the next op.
+    fn compute(&mut self, op: &Op, p: &Program) -> Result<Vec<f64>> {
+        let gap = self.machine.op_gap_s;
+        let Some(k) = kernel(op, p) else { return Ok(vec![gap; self.rates.len()]) };
+        let mut out = Vec::with_capacity(self.rates.len());
+        let mut far = (0.0, 0.0);
+        for rates in &mut self.rates {
+            let (s, octaves) = rates.seconds(&k)?;
+            far = (s, octaves);
+            out.push(gap + s);
+        }
+        self.spread.add(far.0, far.1);
+        Ok(out)
+    }
+
+    /// What an op says to other ranks.
+    fn talk(&mut self, op: &Op, p: &Program, rank: usize, at: (usize, usize)) -> Result<Option<Vec<Act>>> {
+        let waits = match &op.kind {
+            OpKind::WaitParams { unit } => Some(Key::Unit(*unit)),
+            OpKind::WaitGrads { bucket } => Some(Key::Bucket(*bucket)),
+            _ => None,
+        };
+        if let Some(key) = waits {
+            return Ok(Some(vec![Act::Wait { at, key }]));
+        }
+        let messages = link::messages(op, p);
+        if messages.is_empty() || p.layout.world() == 1 {
+            return Ok(None);
+        }
+        let mut members = link::members(op, p, rank);
+        members.sort_unstable();
+        members.dedup();
+        let n = members.len();
+        let mut times = Vec::with_capacity(messages.len());
+        for (kind, bytes) in messages {
+            times.push(link::seconds(self.machine, self.transport, kind, n.max(2), bytes)?);
+        }
+        // A message takes half its time to be copied out by one rank, half to be copied in by the other.
+        let mail = |from, to, channel| Mail { from, to, channel, micro_batch: 0 };
+        // A program may stand for another data-parallel rank's, whose peers lie in its own pipeline.
+        let mine = Coords::of(rank, &p.layout);
+        let own = |peer| Coords { pp: Coords::of(peer, &p.layout).pp, ..mine }.rank(&p.layout);
+        match op.kind {
+            OpKind::Send { peer, tag } => {
+                let message = mail(rank, own(peer), tag);
+                return Ok(Some(vec![Act::Send { at, message, s: times[0] / 2.0 }]));
+            }
+            OpKind::Recv { peer, tag } => {
+                let message = mail(own(peer), rank, tag);
+                return Ok(Some(vec![Act::Recv { at, message, s: times[0] / 2.0 }]));
+            }
+            _ => {}
+        }
+        let blocks = !goes_on_beside(op, p);
+        let key = match &op.kind {
+            OpKind::GatherParams { unit, .. } => Key::Unit(*unit),
+            OpKind::ReduceGrads { bucket, .. } => Key::Bucket(*bucket),
+            _ => Key::None,
+        };
+        let group = self.group(op, members);
+        Ok(Some(times.into_iter().map(|s| Act::Join { at, group, s, blocks, key }).collect()))
+    }
+
+    fn group(&mut self, op: &Op, members: Vec<usize>) -> usize {
+        use program::{Axis, Sync};
+        let id = match &op.kind {
+            OpKind::AllReduce { axis } | OpKind::AllGather { axis } | OpKind::ReduceScatter { axis } => {
+                1 + *axis as u8
+            }
+            OpKind::SyncGrads { over: Sync::TensorParallel, .. } => 1 + Axis::Tp as u8,
+            OpKind::SyncGrads { over: Sync::Embedding, .. } => 4,
+            OpKind::GradNorm => 0,
+            _ => 1 + Axis::Dp as u8,
+        };
+        let known = self.groups.iter().position(|(i, m)| *i == id && *m == members);
+        known.unwrap_or_else(|| {
+            self.groups.push((id, members));
+            self.groups.len() - 1
+        })
+    }
+}
+
+/// Whether an op only begins what a later one waits for.
+fn goes_on_beside(op: &Op, p: &Program) -> bool {
+    match op.kind {
+        OpKind::GatherParams { .. } => true,
+        OpKind::ReduceGrads { .. } => p.layout.zero < Zero::Gradients,
+        _ => false,
+    }
+}
+
+impl Act {
+    /// The act in a micro-batch: messages are told apart by it.
+    fn of(mut self, micro_batch: usize) -> Act {
+        if let Act::Send { message, .. } | Act::Recv { message, .. } = &mut self {
+            message.micro_batch = micro_batch;
+        }
+        self
+    }
+}
+
+/// Adds up what was played by op: a segment's seconds go to its ops in the proportion of their own.
+fn rank_price(p: &Program, priced: &Priced, played: &play::PlayedRank) -> RankPrice {
+    let mut seconds: HashMap<(usize, usize), f64> = played.talk.clone();
+    for (segment, s) in priced.script.segments.iter().zip(&played.segments) {
+        let (block, first, end) = segment.ops;
+        let own = &priced.ops[block][first..end];
+        let sum: f64 = own.iter().sum();
+        for (i, o) in own.iter().enumerate().filter(|(_, o)| **o > 0.0) {
+            *seconds.entry((block, first + i)).or_default() += s * o / sum;
+        }
+    }
+    let mut runs = vec![0usize; p.blocks.len()];
+    p.schedule.iter().for_each(|i| runs[i.block] += 1);
+    runs[p.step] += 1;
+    let mut ops: Vec<OpPrice> = Vec::new();
+    let mut known: HashMap<OpId, usize> = HashMap::new();
+    let mut exposed_comm_s = 0.0;
+    for (b, block) in p.blocks.iter().enumerate().filter(|(b, _)| runs[*b] > 0) {
+        for (i, op) in block.ops.iter().enumerate() {
+            let at = *known.entry(op.id).or_insert_with(|| {
+                ops.push(OpPrice { id: op.id, name: op.name.clone(), kind: op.kind.name(), runs: 0, s: 0.0 });
+                ops.len() - 1
+            });
+            ops[at].runs += runs[b];
+            let s = seconds.get(&(b, i)).copied().unwrap_or(0.0);
+            ops[at].s += s;
+            if op.kind.is_communication() && !goes_on_beside(op, p) {
+                exposed_comm_s += s;
+            }
+        }
+    }
+    RankPrice { memory_bytes: p.memory.total, exposed_comm_s, ops }
+}
+
+/// Checks that a file was measured with as many cores as there are.
+///
+/// # Errors
+/// Never for another processor, whose rates differ but whose layouts work; the caller may say so.
+pub fn check_cores(machine: &Machine, path: &str, cores: usize) -> Result<()> {
+    if machine.cores == cores {
+        return Ok(());
+    }
+    Err(Error::user(format!("{path} was measured on {} cores, but there are {cores} here", machine.cores))
+        .hint("measure this machine again: phalanx bench machine"))
+}
+
+#[cfg(test)]
+mod tests;

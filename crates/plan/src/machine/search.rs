@@ -1,0 +1,178 @@
+//! The fastest layout of a run on the machine at hand.
+
+use std::collections::BTreeMap;
+
+use program::{Coords, Program};
+use rayon::prelude::*;
+use serde::Serialize;
+use spec::{Error, Layout, PipelineSchedule, Recompute, Result, Zero};
+
+use super::{Job, Machine, StepPrice, price, price_programs, program_of};
+
+/// A layout with its price.
+#[derive(Clone, Debug, Serialize)]
+pub struct Choice {
+    /// The layout.
+    pub layout: Layout,
+    /// Seconds of a step.
+    pub step_s: f64,
+    /// It should not be faster.
+    pub step_low_s: f64,
+    /// Nor slower.
+    pub step_high_s: f64,
+    /// Bytes of the rank that takes most.
+    pub memory_bytes: usize,
+    /// Bytes of all ranks together.
+    pub total_bytes: usize,
+}
+
+/// What the search found, and why.
+#[derive(Clone, Debug, Serialize)]
+pub struct Chosen {
+    /// The fastest that fit and keep the promise of equal bits, then the next ones.
+    pub best: Vec<Choice>,
+    /// The fastest tensor-parallel layout that fits, if one is faster than the best: it changes the order of sums.
+    pub faster_with_other_bits: Option<Choice>,
+    /// Layouts priced.
+    pub layouts_priced: usize,
+    /// Layouts that do not fit in the memory.
+    pub too_large: usize,
+    /// Layouts that the model or the batch does not allow.
+    pub not_allowed: usize,
+}
+
+/// Layouts kept, the best included.
+const KEEP: usize = 5;
+/// Chunks a stage are tried up to this many.
+const CHUNKS_MAX: usize = 4;
+/// Share of the machine's memory that the ranks of a run may take together: the rest is the system's and the data's.
+const MEMORY_SHARE: f64 = 0.9;
+
+/// Prices every layout of `ranks` ranks that the trainer runs and takes the fastest that fits.
+///
+/// Tensor parallelism changes the order of sums inside products, so what is trained would depend on the machine. It is
+/// taken only where no other layout of so many ranks is allowed or fits.
+///
+/// # Errors
+/// If no layout is allowed, or none fits in the memory; then the message says what the smallest one takes.
+pub fn search(machine: &Machine, job: &Job<'_>, ranks: usize) -> Result<Chosen> {
+    let (mut allowed, mut not_allowed, mut why) = (Vec::new(), 0, None);
+    for layout in layouts(job, ranks) {
+        match layout.validate(job.model, job.sequences, job.sequence) {
+            Ok(()) => allowed.push(layout),
+            Err(e) => {
+                not_allowed += 1;
+                why.get_or_insert(e);
+            }
+        }
+    }
+    if allowed.is_empty() {
+        let name = &job.model.name;
+        let why = why.unwrap_or_else(|| Error::user(format!("{} sequences", job.sequences)));
+        return Err(Error::user(format!("no layout of {ranks} ranks trains {name}: {why}"))
+            .hint(why.hint_text().unwrap_or("start another number of ranks, or set batch.sequences")));
+    }
+    let priced: Vec<Choice> =
+        allowed.par_iter().map(|layout| quick(machine, job, layout)).collect::<Result<_>>()?;
+    let layouts_priced = priced.len();
+    let smallest = priced.iter().map(|c| c.total_bytes).min().unwrap_or(0);
+    let most = MEMORY_SHARE * machine.memory_bytes as f64;
+    let mut fit: Vec<Choice> = priced.into_iter().filter(|c| c.total_bytes as f64 <= most).collect();
+    if fit.is_empty() {
+        let gib = |bytes: f64| bytes / (1u64 << 30) as f64;
+        return Err(Error::user(format!(
+            "no layout of {ranks} ranks fits: the smallest takes {:.1} GiB, and runs may take {:.1} GiB of {}",
+            gib(smallest as f64),
+            gib(most),
+            machine.host
+        ))
+        .hint("a smaller model or batch takes less"));
+    }
+    let too_large = layouts_priced - fit.len();
+    // A stable sort: of equals the first in the order of the search stays first, on every rank.
+    fit.sort_by(|a, b| a.step_s.total_cmp(&b.step_s));
+    let (mut same, mut other): (Vec<_>, Vec<_>) = fit.into_iter().partition(|c| c.layout.tp == 1);
+    if same.is_empty() {
+        std::mem::swap(&mut same, &mut other);
+    }
+    let faster_with_other_bits = other.into_iter().next().filter(|f| f.step_s < same[0].step_s);
+    same.truncate(KEEP);
+    let best = same.iter().map(|c| exact(machine, job, c)).collect::<Result<_>>()?;
+    Ok(Chosen { best, faster_with_other_bits, layouts_priced, too_large, not_allowed })
+}
+
+/// The price with one program for each stage and tensor shard: data-parallel ranks differ in rounding only.
+fn quick(machine: &Machine, job: &Job<'_>, layout: &Layout) -> Result<Choice> {
+    // The last data-parallel rank owns the most under ZeRO.
+    let of = |rank: usize| Coords { dp: layout.dp - 1, tp: 0, ..Coords::of(rank, layout) };
+    let mut built: BTreeMap<usize, Program> = BTreeMap::new();
+    for rank in 0..layout.world() {
+        let stands = of(rank).rank(layout);
+        if let std::collections::btree_map::Entry::Vacant(v) = built.entry(stands) {
+            v.insert(program_of(job, layout, stands)?);
+        }
+    }
+    let programs: Vec<&Program> = (0..layout.world()).map(|rank| &built[&of(rank).rank(layout)]).collect();
+    price_programs(machine, job, &programs).map(|p| choice(layout, &p))
+}
+
+fn exact(machine: &Machine, job: &Job<'_>, c: &Choice) -> Result<Choice> {
+    price(machine, job, &c.layout).map(|p| Choice { step_s: c.step_s, ..choice(&c.layout, &p) })
+}
+
+fn choice(layout: &Layout, price: &StepPrice) -> Choice {
+    Choice {
+        layout: layout.clone(),
+        step_s: price.step_s,
+        step_low_s: price.low_s,
+        step_high_s: price.high_s,
+        memory_bytes: price.memory_bytes(),
+        total_bytes: price.total_bytes(),
+    }
+}
+
+/// Every layout of so many ranks, valid or not, simple ones first.
+fn layouts(job: &Job<'_>, ranks: usize) -> Vec<Layout> {
+    let divisors = |n: usize| (1..=n).filter(move |d| n.is_multiple_of(*d));
+    let mut out = Vec::new();
+    for tp in divisors(ranks) {
+        for pp in divisors(ranks / tp) {
+            let dp = ranks / tp / pp;
+            for (schedule, chunks) in schedules(pp) {
+                for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
+                    for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
+                        for sequence_parallel in [false, true] {
+                            for micro_batch in divisors(job.sequences / dp) {
+                                if (dp == 1 && zero != Zero::Off) || (tp == 1 && sequence_parallel) {
+                                    continue;
+                                }
+                                out.push(Layout {
+                                    dp,
+                                    tp,
+                                    pp,
+                                    sequence_parallel,
+                                    zero,
+                                    schedule,
+                                    chunks,
+                                    micro_batch,
+                                    recompute,
+                                    ..Layout::default()
+                                });
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    out
+}
+
+fn schedules(pp: usize) -> Vec<(PipelineSchedule, usize)> {
+    if pp == 1 {
+        return vec![(PipelineSchedule::OneFOneB, 1)];
+    }
+    let plain = [PipelineSchedule::OneFOneB, PipelineSchedule::Gpipe, PipelineSchedule::ZeroBubble];
+    let interleaved = (2..=CHUNKS_MAX).map(|chunks| (PipelineSchedule::Interleaved, chunks));
+    plain.into_iter().map(|s| (s, 1)).chain(interleaved).collect()
+}

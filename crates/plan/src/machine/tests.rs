@@ -1,0 +1,298 @@
+//! The table as text, and prices from tables that are made up so that the sums are known.
+
+use std::collections::BTreeMap;
+
+use program::{OpKind, Program};
+use spec::{DType, Kind, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
+
+use super::search::search;
+use super::table::{KernelKey, LinkKey, Machine, Message, Sample};
+use super::*;
+
+/// Every kernel runs at `rate`, every message takes `message_s`.
+fn machine(rate: f64, message_s: f64) -> Machine {
+    const KINDS: [&str; 27] = [
+        "adamw",
+        "add",
+        "add_bias",
+        "attention",
+        "attention_grad",
+        "bias_grad",
+        "embed",
+        "embed_grad",
+        "gelu",
+        "gelu_grad",
+        "grad_norm",
+        "layer_norm",
+        "layer_norm_grad_input",
+        "layer_norm_grad_weight",
+        "linear",
+        "linear_grad_input",
+        "linear_grad_weight",
+        "loss_sum",
+        "norm",
+        "norm_grad_input",
+        "norm_grad_weight",
+        "pos_grad",
+        "rope",
+        "shard_grads",
+        "swiglu",
+        "swiglu_grad",
+        "xent",
+    ];
+    let mut kinds = KINDS.to_vec();
+    kinds.extend(["tie_grads", "xent_combine", "xent_grad", "xent_stats"]);
+    let key = |kind: &str| KernelKey { kind: kind.into(), storage: "f32".into(), threads: 1, beside: 1 };
+    let sample = Sample { shape: [64.0, 64.0, 64.0], per_s: rate };
+    let link = |op: &str| LinkKey { transport: "shm".into(), op: op.into(), ranks: 2 };
+    let message = Message { bytes: 1e12, s: message_s };
+    Machine {
+        host: "test".into(),
+        cpu: "made up".into(),
+        cores: 64,
+        memory_bytes: 1 << 34,
+        phalanx: "0.1.0".into(),
+        measured: "2026-01-01T00:00:00Z".into(),
+        op_gap_s: 0.0,
+        spread: 0.1,
+        crowding: 1.0,
+        kernels: kinds.iter().map(|k| (key(k), vec![sample])).collect(),
+        links: ["all_reduce", "all_gather", "reduce_scatter", "send"]
+            .iter()
+            .map(|op| (link(op), vec![message]))
+            .collect(),
+    }
+}
+
+fn tiny() -> ModelSpec {
+    ModelSpec::preset("tiny").expect("a preset")
+}
+
+fn no_workspace(_: &Op, _: &Program) -> usize {
+    0
+}
+
+fn job(model: &ModelSpec) -> Job<'_> {
+    Job {
+        model,
+        sequence: 16,
+        sequences: 8,
+        precision: DType::F32,
+        threads: 1,
+        transport: "shm",
+        workspace: &no_workspace,
+    }
+}
+
+/// The work of a step, counted apart from the price: every run of every op.
+fn work(model: &ModelSpec, layout: &Layout, rank: usize) -> f64 {
+    let p = program_of(&job(model), layout, rank).expect("a program");
+    let runs = p.schedule.iter().map(|i| i.block).chain([p.step]);
+    runs.flat_map(|b| &p.blocks[b].ops).filter_map(|op| kernel(op, &p)).map(|k| k.work).sum()
+}
+
+fn close(found: f64, expected: f64) {
+    assert!((found - expected).abs() <= 1e-9 * expected.abs(), "{found}, expected {expected}");
+}
+
+#[test]
+fn a_step_alone_takes_the_sum_of_its_work_over_the_rates() {
+    let model = tiny();
+    for layout in [
+        Layout::default(),
+        Layout { micro_batch: 8, ..Layout::default() },
+        Layout { micro_batch: 2, recompute: Recompute::Full, ..Layout::default() },
+    ] {
+        let found = price(&machine(1e9, 1.0), &job(&model), &layout).expect("a price");
+        close(found.step_s, work(&model, &layout, 0) / 1e9);
+        close(found.ranks[0].ops.iter().map(|o| o.s).sum(), found.step_s);
+        assert!(found.low_s < found.step_s && found.step_s < found.high_s);
+        assert_eq!(found.ranks[0].exposed_comm_s, 0.0);
+    }
+}
+
+#[test]
+fn a_gap_between_ops_counts_once_for_every_run() {
+    let model = tiny();
+    let with_gap = Machine { op_gap_s: 1e-3, ..machine(1e9, 1.0) };
+    let found = price(&with_gap, &job(&model), &Layout::default()).expect("a price");
+    let runs: usize = found.ranks[0].ops.iter().map(|o| o.runs).sum();
+    close(found.step_s, work(&model, &Layout::default(), 0) / 1e9 + 1e-3 * runs as f64);
+}
+
+#[test]
+fn data_parallel_ranks_halve_the_work_and_pay_for_messages() {
+    let model = tiny();
+    let layout = Layout { dp: 2, micro_batch: 4, ..Layout::default() };
+    let free = price(&machine(1e9, 1e-30), &job(&model), &layout).expect("a price");
+    close(free.step_s, work(&model, &layout, 0).max(work(&model, &layout, 1)) / 1e9);
+    // Messages that take longer than all the compute cannot hide behind it.
+    let dear = price(&machine(1e9, 1e9), &job(&model), &layout).expect("a price");
+    assert!(dear.step_s > 2.0 * free.step_s);
+    let exposed = dear.ranks[0].exposed_comm_s;
+    assert!(exposed > 0.0 && exposed < dear.step_s, "{exposed} of {}", dear.step_s);
+}
+
+#[test]
+fn every_layout_is_priced_and_faster_machines_are_never_slower() {
+    let model = tiny();
+    let base = Layout::default();
+    for layout in [
+        base.clone(),
+        Layout { dp: 2, zero: Zero::Optimizer, ..base.clone() },
+        Layout { dp: 2, zero: Zero::Gradients, ..base.clone() },
+        Layout { dp: 4, zero: Zero::Parameters, ..base.clone() },
+        Layout { tp: 2, ..base.clone() },
+        Layout { tp: 2, sequence_parallel: true, ..base.clone() },
+        Layout { pp: 2, ..base.clone() },
+        Layout { pp: 2, schedule: PipelineSchedule::ZeroBubble, ..base.clone() },
+        Layout { dp: 2, pp: 2, schedule: PipelineSchedule::Gpipe, ..base.clone() },
+        Layout { dp: 2, tp: 2, pp: 2, zero: Zero::Optimizer, ..base },
+    ] {
+        let at = |rate: f64, message_s: f64, cores: usize| {
+            let m = Machine { cores, ..machine(rate, message_s) };
+            price(&m, &job(&model), &layout).unwrap_or_else(|e| panic!("{layout:?}: {e}")).step_s
+        };
+        let usual = at(1e9, 1e3, 64);
+        assert!(usual.is_finite() && usual > 0.0, "{layout:?}");
+        assert!(at(2e9, 1e3, 64) <= usual, "faster kernels: {layout:?}");
+        assert!(at(1e9, 5e2, 64) <= usual, "faster messages: {layout:?}");
+        assert!(at(1e9, 1e3, 1) >= usual, "fewer cores: {layout:?}");
+        let busiest = (0..layout.world()).map(|r| work(&model, &layout, r) / 1e9).fold(0.0, f64::max);
+        assert!(usual >= busiest * (1.0 - 1e-9), "never under its own work: {layout:?}");
+    }
+}
+
+#[test]
+fn memory_is_that_of_the_placed_program_of_every_rank() {
+    let model = tiny();
+    let layout = Layout { dp: 2, pp: 2, zero: Zero::Optimizer, ..Layout::default() };
+    let found = price(&machine(1e9, 1.0), &job(&model), &layout).expect("a price");
+    for (rank, r) in found.ranks.iter().enumerate() {
+        assert_eq!(r.memory_bytes, program_of(&job(&model), &layout, rank).expect("a program").memory.total);
+    }
+    assert_eq!(found.total_bytes(), found.ranks.iter().map(|r| r.memory_bytes).sum::<usize>());
+}
+
+#[test]
+fn ops_keep_their_ids_and_counts() {
+    let model = tiny();
+    let layout = Layout { pp: 2, micro_batch: 2, ..Layout::default() };
+    let found = price(&machine(1e9, 1.0), &job(&model), &layout).expect("a price");
+    for (rank, r) in found.ranks.iter().enumerate() {
+        let p = program_of(&job(&model), &layout, rank).expect("a program");
+        let mut runs: BTreeMap<_, usize> = BTreeMap::new();
+        for b in p.schedule.iter().map(|i| i.block).chain([p.step]) {
+            p.blocks[b].ops.iter().for_each(|op| *runs.entry(op.id).or_default() += 1);
+        }
+        let found: BTreeMap<_, usize> = r.ops.iter().map(|o| (o.id, o.runs)).collect();
+        assert_eq!(found, runs);
+    }
+}
+
+#[test]
+fn the_search_takes_the_fastest_that_keeps_the_bits_and_is_the_same_every_time() {
+    let model = tiny();
+    // Cheap messages make two ranks twice as fast; tensor parallelism would be as fast, with other bits.
+    let m = machine(1e9, 1e-30);
+    let found = search(&m, &job(&model), 2).expect("a choice");
+    assert_eq!(found.best[0].layout.tp, 1);
+    assert!(found.best.windows(2).all(|w| w[0].step_s <= w[1].step_s));
+    assert!(found.layouts_priced > 10);
+    let again = search(&m, &job(&model), 2).expect("a choice");
+    assert_eq!(found.best[0].layout, again.best[0].layout);
+    assert_eq!(found.best[0].step_s.to_bits(), again.best[0].step_s.to_bits());
+    for c in &found.best {
+        c.layout.validate(&model, 8, 16).expect("a layout that trains");
+        c.layout.validate_world(2).expect("two ranks");
+        assert!(c.total_bytes < m.memory_bytes);
+    }
+    // A program that stands for several ranks' gives the price of all their own.
+    for ranks in [4, 8] {
+        for c in search(&m, &job(&model), ranks).expect("a choice").best {
+            let exact = price(&m, &job(&model), &c.layout).expect("a price");
+            assert!((c.step_s / exact.step_s - 1.0).abs() < 0.05, "{:?}", c.layout);
+        }
+    }
+    // Where one rank alone must do, there is nothing to share.
+    assert_eq!(search(&m, &job(&model), 1).expect("a choice").best[0].layout.world(), 1);
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_a_reason() {
+    let model = tiny();
+    let small = Machine { memory_bytes: 1 << 18, ..machine(1e9, 1.0) };
+    let e = search(&small, &job(&model), 1).expect_err("no room");
+    assert!(e.to_string().starts_with("no layout of 1 ranks fits: the smallest takes"), "{e}");
+    let e = search(&machine(1e9, 1.0), &job(&model), 7).expect_err("seven divides nothing");
+    assert!(e.to_string().starts_with("no layout of 7 ranks trains tiny: "), "{e}");
+    assert!(e.hint_text().is_some());
+    let mut lacks = machine(1e9, 1.0);
+    lacks.kernels.retain(|k, _| k.kind != "linear");
+    let e = price(&lacks, &job(&model), &Layout::default()).expect_err("no products");
+    assert_eq!(
+        (e.to_string().as_str(), e.kind()),
+        ("the calibration of test knows nothing of linear", Kind::User)
+    );
+}
+
+#[test]
+fn kernels_are_told_apart_from_words() {
+    let model = tiny();
+    let p = program_of(&job(&model), &Layout { dp: 2, ..Layout::default() }, 0).expect("a program");
+    for op in p.blocks.iter().flat_map(|b| &b.ops) {
+        let silent = kernel(op, &p).is_some();
+        assert_eq!(silent, !op.kind.is_communication(), "{}", op.name);
+        if let OpKind::AdamW { .. } = op.kind {
+            let k = kernel(op, &p).expect("a kernel");
+            assert_eq!(k.work, 28.0 * k.shape[0]);
+        }
+    }
+}
+
+#[test]
+fn the_file_reads_back() {
+    let m = machine(1.25e9, 1e-5);
+    assert_eq!(Machine::parse("machine.toml", &m.to_toml()).expect("its own text"), m);
+}
+
+#[test]
+fn a_bad_file_is_refused_with_its_line() {
+    let good = machine(1e9, 1.0).to_toml();
+    let check = |text: &str, expected: &str| {
+        let e = Machine::parse("m.toml", text).expect_err(expected);
+        assert!(e.to_string().starts_with(expected), "found    {e}\nexpected {expected}");
+        assert_eq!(
+            (e.kind(), e.hint_text()),
+            (Kind::User, Some("measure this machine again: phalanx bench machine"))
+        );
+    };
+    let swap = |from: &str, to: &str| good.replacen(from, to, 1);
+    check("", "m.toml:1: version is missing in the file");
+    check("version = \n", "m.toml:1: not TOML, or cut short: ");
+    check(&swap("version = 1", "version = 2"), "m.toml:2: version, expected 1");
+    check(&swap("cores = 64", "cores = 0"), "m.toml:9: cores = 0, expected a whole number from 1");
+    check(&swap("cores = 64", "cores = \"64\""), "m.toml:9: cores, expected a whole number from 0");
+    check(&swap("spread = 0.1000", "spread = -1.0"), "m.toml:12: spread, expected a finite number from 0");
+    check(&swap("spread = 0.1000", "spread = inf"), "m.toml:12: spread, expected a finite number from 0");
+    check(
+        &swap("crowding = 1.0000", "crowding = 0.5"),
+        "m.toml:13: crowding, expected a finite number from 1",
+    );
+    check(&swap("host = ", "hast = "), "m.toml:5: unknown key hast in [machine]");
+    for (rate, said) in
+        [("nan", "NaN"), ("0.0", "0"), ("-1e9", "-1000000000"), ("inf", "inf"), ("\"x\"", "no number")]
+    {
+        let expected = format!("m.toml:24: rate of a sample is {said}, expected a finite number above 0");
+        check(&swap("1.0000e9", rate), &expected);
+    }
+    check(&swap(", 1.0000e9]", "]"), "m.toml:24: a sample, expected [rows, a size, a size, a rate]");
+    check(&swap("kind = \"adamw\"", "kind = \"add\""), "m.toml:27: this kernel is there twice");
+    // Cut at the end of a table the rest is still TOML.
+    let at = good.rfind("\n[[link]]").expect("a link");
+    check(&good[..at], "m.toml:");
+    assert!(
+        Machine::parse("m", &good[..at]).expect_err("short").to_string().contains("cut short: 3 of 4 links")
+    );
+    check(&good[..good.len() - 10], "m.toml:");
+}
