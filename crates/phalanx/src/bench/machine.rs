@@ -55,6 +55,8 @@ const OTHERS: [&str; 3] = [
      model.qk_norm=true batch.sequence=256 batch.sequences=4",
 ];
 
+/// Rounds in which programs and conditions take turns: machines are slow and fast by the minute.
+const ROUNDS: usize = 2;
 /// Sizes of messages, bytes.
 const LINK_BYTES_MAX: usize = 16 << 20;
 /// The operations of the links' tables.
@@ -64,9 +66,6 @@ const LINK_OPS: [&str; 4] = ["all_reduce", "all_gather", "reduce_scatter", "send
 const SPREAD_MAX: f64 = 0.25;
 /// Share of the steps that nothing interrupts between two ops, however busy the machine.
 const UNDISTURBED_SHARE: f64 = 0.05;
-/// Repetitions within this factor of the fastest were not disturbed: other work on the machine makes some slower,
-/// nothing makes them faster.
-const UNDISTURBED: f64 = 1.1;
 
 pub(super) fn run(path: &Path, quick: bool, as_json: bool) -> Result<u8> {
     let m = measure(path, quick)?;
@@ -139,9 +138,9 @@ impl Calibration {
         Calibration { quick, cores, bar, runs: BTreeMap::new(), gaps: Vec::new() }
     }
 
-    /// Seconds for one program under one condition.
+    /// Seconds for one program under one condition in one round.
     fn budget(&self) -> Duration {
-        Duration::from_millis(if self.quick { 120 } else { 300 })
+        Duration::from_millis(if self.quick { 60 } else { 120 })
     }
 
     fn programs(&self) -> Result<Vec<RunSpec>> {
@@ -179,8 +178,8 @@ impl Calibration {
 
     fn kernels(&mut self) -> Result<()> {
         let (programs, conditions) = (self.programs()?, self.conditions());
-        self.bar.set_length((programs.len() * conditions.len()) as u64);
-        for run in &programs {
+        self.bar.set_length((ROUNDS * programs.len() * conditions.len()) as u64);
+        for run in (0..ROUNDS).flat_map(|_| &programs) {
             for &at in &conditions {
                 self.bar.set_message(format!(
                     "width {}, {} x {} threads",
@@ -330,22 +329,23 @@ impl Calibration {
 
     fn table(self, cores: usize, crowding: f64, links: BTreeMap<LinkKey, Vec<Message>>) -> Machine {
         let mut kernels: BTreeMap<KernelKey, Vec<Sample>> = BTreeMap::new();
-        let (mut all_usual, mut all_taken) = (0.0, 0.0);
+        let (mut all_slow, mut all_taken) = (0.0, 0.0);
         for ((key, shape), runs) in self.runs {
-            let (mut usual, mut taken) = (0.0, 0.0);
+            let (mut slow, mut taken) = (0.0, 0.0);
             let places = runs.places.len() as f64;
             for (_, took) in runs.places {
                 let mut wall: Vec<f64> = took.iter().map(|t| t.wall_s).collect();
                 let cpu: Vec<f64> = took.iter().map(|t| t.cpu_s).collect();
-                usual += quantile(&mut wall, 0.5) / places;
+                slow += quantile(&mut wall, 0.75) / places;
                 taken += seconds(&wall, &cpu) / places;
             }
             // Spans are of whole nanoseconds.
             let taken = taken.max(1e-9);
-            (all_usual, all_taken) = (all_usual + usual, all_taken + taken);
+            (all_slow, all_taken) = (all_slow + slow, all_taken + taken);
             let sample = Sample { shape: shape.map(f64::from_bits), per_s: runs.work / taken };
             kernels.entry(key).or_default().push(sample);
         }
+        no_faster_side_by_side(&mut kernels);
         let mut gaps = self.gaps;
         Machine {
             host: train::host(),
@@ -355,7 +355,7 @@ impl Calibration {
             phalanx: env!("CARGO_PKG_VERSION").into(),
             measured: iso_date(train::now_us() / 1_000_000),
             op_gap_s: quantile(&mut gaps, UNDISTURBED_SHARE),
-            spread: (all_usual / f64::max(all_taken, 1e-9) - 1.0).clamp(0.0, SPREAD_MAX),
+            spread: (all_slow / f64::max(all_taken, 1e-9) - 1.0).clamp(0.0, SPREAD_MAX),
             crowding,
             kernels,
             links,
@@ -374,7 +374,7 @@ struct Recorded {
 
 /// Lets ranks that do not talk step at the same time until the budget is spent, and gives back what each recorded.
 fn side_by_side(steppers: Vec<Stepper>, budget: Duration) -> Result<Vec<(Stepper, Vec<Recorded>)>> {
-    const LEAST: usize = 3;
+    const LEAST: usize = 2;
     const MOST: usize = 60;
     let barrier = Barrier::new(steppers.len());
     let first = std::sync::Mutex::new(Duration::ZERO);
@@ -432,19 +432,27 @@ fn load(keys: &str) -> Result<RunSpec> {
     RunSpec::load(None, &set, &RunSpec::no_files).context("a program of the calibration")
 }
 
-/// What an op takes on a machine of its own: the clock's word, unless it is far above the work done, because
-/// something else had the cores every time.
+/// What an op usually takes: the clock's word, unless it is far above the work done, because something else had the
+/// cores. The fastest runs would promise what a machine that others share seldom gives, and side by side they are the
+/// ones in which the other ranks happened to rest.
 fn seconds(wall: &[f64], cpu: &[f64]) -> f64 {
     const FAR: f64 = 1.15;
-    let (wall, cpu) = (undisturbed(wall), undisturbed(cpu));
+    let median = |values: &[f64]| quantile(&mut values.to_vec(), 0.5);
+    let (wall, cpu) = (median(wall), median(cpu));
     if cpu > 0.0 && wall > FAR * cpu { cpu } else { wall }
 }
 
-/// The mean of the values near the least.
-fn undisturbed(values: &[f64]) -> f64 {
-    let most = UNDISTURBED * values.iter().copied().fold(f64::INFINITY, f64::min);
-    let near = values.iter().filter(|v| **v <= most);
-    near.clone().sum::<f64>() / near.count().max(1) as f64
+/// Others at work make no kernel faster: where it seems so, the rank alone was disturbed less.
+fn no_faster_side_by_side(kernels: &mut BTreeMap<KernelKey, Vec<Sample>>) {
+    let alone: BTreeMap<KernelKey, Vec<Sample>> =
+        kernels.iter().filter(|(k, _)| k.beside == 1).map(|(k, s)| (k.clone(), s.clone())).collect();
+    for (key, samples) in kernels.iter_mut().filter(|(k, _)| k.beside > 1) {
+        let Some(alone) = alone.get(&KernelKey { beside: 1, ..key.clone() }) else { continue };
+        for sample in samples {
+            let same = alone.iter().find(|a| a.shape == sample.shape);
+            sample.per_s = same.map_or(sample.per_s, |a| sample.per_s.min(a.per_s));
+        }
+    }
 }
 
 /// The value that the share `q` of `values` is not above.
@@ -543,10 +551,8 @@ mod tests {
 
     #[test]
     fn disturbed_repetitions_do_not_count() {
-        assert_eq!(undisturbed(&[2.0, 9.0, 2.1, 2.3]), 2.05);
-        assert_eq!(undisturbed(&[3.0]), 3.0);
         assert_eq!(seconds(&[9.0, 8.0], &[4.0, 4.0]), 4.0, "never undisturbed");
-        assert_eq!(seconds(&[4.2, 8.0], &[4.0, 4.0]), 4.2);
+        assert_eq!(seconds(&[4.2, 4.5, 9.9], &[4.0, 4.1, 4.6]), 4.5);
         assert_eq!(seconds(&[9.0], &[0.0]), 9.0, "no word on the work");
     }
 

@@ -63,22 +63,9 @@ pub(super) fn run(args: &BenchPredict) -> Result<u8> {
         .into_iter()
         .filter(|(ranks, _, keys)| *ranks <= args.nproc_max && reference(&sets(args, keys), false).is_ok())
         .collect();
-    let mut steps: Vec<Vec<f64>> = vec![Vec::new(); layouts.len()];
-    let mut bytes: Vec<Vec<u64>> = vec![Vec::new(); layouts.len()];
-    for round in 0..args.rounds.max(1) {
-        for (i, (ranks, threads, keys)) in layouts.iter().enumerate() {
-            output::say(&format!("round {}: {ranks} ranks, {keys}", round + 1));
-            let found = measure(args, *ranks, *threads, keys)?;
-            let list = |key: &str| found[key].as_array().cloned().unwrap_or_default();
-            steps[i].extend(list("steps_s").iter().filter_map(Value::as_f64));
-            bytes[i] = list("rank_bytes").iter().filter_map(Value::as_u64).collect();
-        }
-    }
-    let rows: Vec<Row> = layouts
+    let prices: Vec<(usize, StepPrice)> = layouts
         .iter()
-        .zip(steps)
-        .zip(bytes)
-        .map(|((&(ranks, threads, keys), steps), bytes)| {
+        .map(|&(ranks, threads, keys)| {
             let threads = if threads > 0 { threads } else { (table.cores / ranks).max(1) };
             let run = reference(&sets(args, keys), false)?;
             let job = Job {
@@ -90,9 +77,33 @@ pub(super) fn run(args: &BenchPredict) -> Result<u8> {
                 transport: "shm",
                 workspace: &move |op, p| train::workspace_len(op, p, threads),
             };
-            Ok(row(ranks, threads, keys, &price(&table, &job, &run.layout)?, steps, bytes))
+            Ok((threads, price(&table, &job, &run.layout)?))
         })
         .collect::<Result<_>>()?;
+    let mut steps: Vec<Vec<f64>> = vec![Vec::new(); layouts.len()];
+    let mut bytes: Vec<Vec<u64>> = vec![Vec::new(); layouts.len()];
+    for round in 0..args.rounds.max(1) {
+        for (i, (ranks, threads, keys)) in layouts.iter().enumerate() {
+            let found = measure(args, *ranks, *threads, keys)?;
+            let list = |key: &str| found[key].as_array().cloned().unwrap_or_default();
+            steps[i].extend(list("steps_s").iter().filter_map(Value::as_f64));
+            bytes[i] = list("rank_bytes").iter().filter_map(Value::as_u64).collect();
+            output::say(&format!(
+                "round {}: {ranks} ranks, {keys}: {:.1} ms predicted, {:.1} ms measured so far",
+                round + 1,
+                1e3 * prices[i].1.step_s,
+                1e3 * quantile(&mut steps[i].clone(), 0.5)
+            ));
+        }
+    }
+    let rows: Vec<Row> = layouts
+        .iter()
+        .zip(prices)
+        .zip(steps.into_iter().zip(bytes))
+        .map(|((&(ranks, _, keys), (threads, price)), (steps, bytes))| {
+            row(ranks, threads, keys, &price, steps, bytes)
+        })
+        .collect();
     print(&rows, args.json);
     Ok(0)
 }

@@ -152,7 +152,7 @@ fn price_programs(machine: &Machine, job: &Job<'_>, programs: &[&Program]) -> Re
     let share = pricer.spread.share();
     Ok(StepPrice {
         step_s,
-        low_s: step_s * (1.0 - share),
+        low_s: step_s / (1.0 + share + machine.spread),
         high_s: step_s * (1.0 + share + machine.spread),
         ranks,
     })
