@@ -356,7 +356,7 @@ impl Calibration {
         found.map_or(0.0, |f| f[constant])
     }
 
-    /// Keeps the logarithm of each factor within [`FACTOR_MAX`].
+    /// Keeps the logarithm of each factor within what a file may hold.
     pub fn clamp(&mut self) {
         for table in
             [&mut self.family, &mut self.recipe, &mut self.software, &mut self.chip, &mut self.lineage]

@@ -188,7 +188,7 @@ impl Reader<'_> {
             sequences,
             sequence,
             format,
-            units: if family == "trainium" { cluster.accelerator.compute_units as usize } else { 1 },
+            units: if family == "trainium" { cluster.accelerator.compute_units } else { 1 },
             software: &conditions.software,
         };
         let (meshes, slice) = priceable!(layouts::meshes(&mut self, &problem));

@@ -95,6 +95,7 @@ fn megatron_layout(read: &Read, world: usize, layers: usize) -> Mesh {
             _ => Recompute::Full,
         },
         reduce: spec::Reduce::Ring,
+        ..Layout::default()
     };
     Mesh {
         layout,
