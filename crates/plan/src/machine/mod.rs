@@ -14,7 +14,7 @@ use std::collections::hash_map::Entry;
 
 use program::{Coords, Op, OpId, OpKind, Program, Request, WorkspaceLen};
 use serde::Serialize;
-use spec::{DType, Error, Layout, ModelSpec, Result, Zero};
+use spec::{DType, Layout, ModelSpec, Result, Zero};
 
 pub use kernel::{Conditions, Kernel, Rates, kernel};
 pub use link::LinkOp;
@@ -398,18 +398,6 @@ fn rank_price(p: &Program, priced: &Priced, played: &play::PlayedRank) -> RankPr
         }
     }
     RankPrice { memory_bytes: p.memory.total, exposed_comm_s, ops }
-}
-
-/// Checks that a file was measured with as many cores as there are.
-///
-/// # Errors
-/// Never for another processor, whose rates differ but whose layouts work; the caller may say so.
-pub fn check_cores(machine: &Machine, path: &str, cores: usize) -> Result<()> {
-    if machine.cores == cores {
-        return Ok(());
-    }
-    Err(Error::user(format!("{path} was measured on {} cores, but there are {cores} here", machine.cores))
-        .hint("measure this machine again: phalanx bench machine"))
 }
 
 #[cfg(test)]

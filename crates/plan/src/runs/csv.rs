@@ -68,10 +68,11 @@ impl Table {
             return Ok(None);
         }
         match text.parse::<f64>() {
-            Ok(x) if x.is_finite() && x > 0.0 => Ok(Some(x)),
+            Ok(x) if x > 0.0 && x <= NUMBER_MAX => Ok(Some(x)),
             _ => Err(Error::user(format!(
-                "{path}:{}: {column} = \"{text}\", expected a number above zero",
-                row.line
+                "{path}:{}: {column} = \"{}\", expected a number above zero and at most {NUMBER_MAX:e}",
+                row.line,
+                text.chars().take(SHOWN_MAX).collect::<String>()
             ))
             .hint("leave the cell empty if the figure was not published")),
         }
@@ -83,12 +84,18 @@ impl Table {
             None => Ok(None),
             Some(x) if x.fract() == 0.0 && x < 1e9 => Ok(Some(x as usize)),
             Some(x) => Err(Error::user(format!(
-                "{path}:{}: {column} = {x}, expected a whole number below 1e9",
+                "{path}:{}: {column} = {x:e}, expected a whole number below 1e9",
                 row.line
-            ))),
+            ))
+            .hint("leave the cell empty if the figure was not published")),
         }
     }
 }
+
+/// Larger than any published figure: tokens of a training, FLOP/s, parameters.
+const NUMBER_MAX: f64 = 1e18;
+/// Characters of a cell that errors show.
+const SHOWN_MAX: usize = 40;
 
 fn records(path: &str, text: &str) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
@@ -168,6 +175,7 @@ mod tests {
         check("a\n1\n-1\n", "t.csv:3");
         check("a\nnan\n", "above zero");
         check("a\n1.5\n", "whole number");
+        check("a\n1e300\n", "at most 1e18");
         check("a\n\"1\n", "never closed");
     }
 }
