@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use journal::Record;
-use plan::machine::{Job, OpPrice, StepPrice, price};
+use plan::machine::{OpPrice, StepPrice, price};
 use serde::Serialize;
 use spec::{Error, Result, RunSpec};
 use train::RunDir;
@@ -154,16 +154,7 @@ fn predict(table: &plan::machine::Machine, run: &RunSpec, measured: &[Measured])
         .hint("compare a run whose ranks were all traced, with --fresh if their number changed"));
     }
     let threads = measured[0].threads.unwrap_or_else(|| (table.cores / world).max(1));
-    let job = Job {
-        model: &run.model,
-        sequence: run.batch.sequence,
-        sequences: run.batch.sequences,
-        precision: run.train.precision,
-        threads,
-        transport: "shm",
-        workspace: &move |op, p| train::workspace_len(op, p, threads),
-    };
-    price(table, &job, &run.layout)
+    machine::with_job(run, threads, "shm", |job| price(table, job, &run.layout))
 }
 
 fn report(dir: &Path, run: &RunSpec, measured: &[Measured], price: &StepPrice) -> Result<Report> {

@@ -79,16 +79,25 @@ fn begun_with(run: &RunSpec, nproc: usize) -> Result<Option<Layout>> {
 /// rank that reads it comes to the same answer.
 fn on(machine: &Machine, run: &RunSpec, ranks: usize, transport: &str) -> Result<Chosen> {
     let threads = run.run.threads.unwrap_or_else(|| (machine.cores / ranks.max(1)).max(1));
-    let job = Job {
+    with_job(run, threads, transport, |job| search(machine, job, ranks))
+}
+
+/// What the planner is told of a run: its model and batch, and the work space that the executor's kernels take.
+pub(crate) fn with_job<T>(
+    run: &RunSpec,
+    threads: usize,
+    transport: &str,
+    f: impl FnOnce(&Job<'_>) -> Result<T>,
+) -> Result<T> {
+    f(&Job {
         model: &run.model,
         sequence: run.batch.sequence,
         sequences: run.batch.sequences,
         precision: run.train.precision,
         threads,
         transport,
-        workspace: &move |op, p| train::workspace_len(op, p, threads),
-    };
-    search(machine, &job, ranks)
+        workspace: &|op, p| train::workspace_len(op, p, threads),
+    })
 }
 
 fn explain(chosen: &Chosen, machine: &Machine) {

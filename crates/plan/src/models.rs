@@ -47,35 +47,6 @@ struct Shapes {
     model: Vec<About>,
 }
 
-macro_rules! models {
-    ($($name:literal),* $(,)?) => {
-        &[$(include_str!(concat!("../../../catalog/models/", $name, ".toml"))),*]
-    };
-}
-
-/// The files behind [`ModelSpec::preset_names`].
-const PRESETS: &[&str] = models![
-    "tiny",
-    "llama-tiny-ref",
-    "gpt2",
-    "gpt2-medium",
-    "gpt2-large",
-    "gpt2-xl",
-    "tinyllama-1.1b",
-    "llama2-7b",
-    "llama2-13b",
-    "llama2-70b",
-    "llama3-8b",
-    "llama3-70b",
-    "llama3-405b",
-    "llama3.2-1b",
-    "mistral-7b-v0.3",
-    "qwen2-0.5b",
-    "qwen2.5-7b",
-    "qwen3-0.6b",
-    "qwen3-8b",
-];
-
 /// Other names of models in `catalog/models`, whose files have none.
 const ALSO: [(&str, &str); 6] = [
     ("llama3.1-8b", "llama3-8b"),
@@ -92,7 +63,7 @@ const ALSO: [(&str, &str); 6] = [
 /// Only if the catalogue that ships with the program is broken.
 pub fn all() -> Result<Vec<Known>> {
     let mut all = Vec::new();
-    for text in PRESETS {
+    for (_, text) in ModelSpec::preset_files() {
         let about: About = toml::from_str(text).map_err(broken)?;
         let shape = Shape::from_model(ModelSpec::preset(&about.name)?);
         all.push(known(about, &shape, true));

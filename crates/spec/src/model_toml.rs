@@ -62,7 +62,12 @@ impl ModelSpec {
 
     /// Names that [`ModelSpec::preset`] knows, small models first.
     pub fn preset_names() -> impl Iterator<Item = &'static str> + Clone {
-        PRESETS.iter().map(|(name, _)| *name)
+        Self::preset_files().map(|(name, _)| name)
+    }
+
+    /// Names and files behind them: title, source and date stand there beside the model.
+    pub fn preset_files() -> impl Iterator<Item = (&'static str, &'static str)> + Clone {
+        PRESETS.iter().copied()
     }
 
     /// Reads a model file: the keys of a run file's `[model]` section. `path` is for messages only.

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::process::{Command, Stdio};
 
-use plan::machine::{Job, StepPrice, price};
+use plan::machine::{StepPrice, price};
 use serde::Serialize;
 use serde_json::Value;
 use spec::{Error, Result};
@@ -68,16 +68,8 @@ pub(super) fn run(args: &BenchPredict) -> Result<u8> {
         .map(|&(ranks, threads, keys)| {
             let threads = if threads > 0 { threads } else { (table.cores / ranks).max(1) };
             let run = reference(&sets(args, keys), false)?;
-            let job = Job {
-                model: &run.model,
-                sequence: run.batch.sequence,
-                sequences: run.batch.sequences,
-                precision: run.train.precision,
-                threads,
-                transport: "shm",
-                workspace: &move |op, p| train::workspace_len(op, p, threads),
-            };
-            Ok((threads, price(&table, &job, &run.layout)?))
+            let price = machine::with_job(&run, threads, "shm", |job| price(&table, job, &run.layout))?;
+            Ok((threads, price))
         })
         .collect::<Result<_>>()?;
     let mut steps: Vec<Vec<f64>> = vec![Vec::new(); layouts.len()];

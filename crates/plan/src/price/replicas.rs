@@ -37,6 +37,8 @@ struct Replicas {
     grad_bytes: f64,
     /// Calls of each collective in one pass.
     calls: f64,
+    /// Whether ranks with the same dense parameters lie on several nodes.
+    between_nodes: bool,
     /// Time that kernels lose for each second of a collective beside them.
     tax: f64,
 }
@@ -53,6 +55,7 @@ impl Pricer<'_> {
         let head = t.head.params * f64::from(u8::from(!p.shape.model.tied_embeddings));
         let tables = t.embed.params + if l.pp == 1 { head } else { 0.0 };
         let sharded = l.zero != Zero::Off;
+        let between_nodes = self.span(all).domains > 1.0;
         let wire = p.software.grad_wire_bytes;
         Replicas {
             dense: stages.per_layer(t.layer.params, t.expert_layer.params) + tables,
@@ -65,7 +68,8 @@ impl Pricer<'_> {
             // Megatron sums 16-bit floating point gradients as they are, bfloat16 ones in 32 bit.
             grad_bytes: if mesh.format == NumberFormat::Fp16 { wire.min(2.0) } else { wire },
             calls: if l.zero == Zero::Parameters { units(stages) } else { BUCKETS },
-            tax: if self.span(all).domains <= 1.0 { OVERLAP_TAX } else { OVERLAP_TAX_FAR },
+            between_nodes,
+            tax: if between_nodes { OVERLAP_TAX_FAR } else { OVERLAP_TAX },
         }
     }
 
@@ -102,7 +106,7 @@ impl Pricer<'_> {
         d: &mut Breakdown,
     ) {
         let r = self.replicas(mesh, t, stages);
-        let port_s = if self.span(r.all).domains > 1.0 { busy_port_s } else { 0.0 };
+        let port_s = if r.between_nodes { busy_port_s } else { 0.0 };
         let free = |t: &Times| ((t.compute() - t.spent).max(0.0) + self.host_wait(t) - port_s).max(0.0);
         let windows = (free(&slowest.0), free(&slowest.1));
         d.data_s = if mesh.layout.zero == Zero::Parameters {
