@@ -109,7 +109,7 @@ pub(crate) struct Plan {
     #[arg(long, value_name = "NAME")]
     pub(crate) cluster: String,
     /// Calibration file of the machine at hand, with --cluster this
-    #[arg(long, default_value = crate::machine::FILE, value_name = "FILE")]
+    #[arg(long, default_value = crate::this_machine::FILE, value_name = "FILE")]
     pub(crate) machine: PathBuf,
     /// Accelerators to use, or ranks of this machine; all of the cluster, or one for each core, if absent
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
@@ -391,7 +391,7 @@ pub(crate) enum BenchCommand {
     /// Measure kernels, messages and the sharing of cores, for layout = "auto" and compare
     Machine {
         /// File to write
-        #[arg(short, long, default_value = crate::machine::FILE)]
+        #[arg(short, long, default_value = crate::this_machine::FILE)]
         output: PathBuf,
         /// Fewer shapes and repetitions
         #[arg(long)]
@@ -462,7 +462,7 @@ pub(crate) struct BenchPredict {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
     /// Calibration file of this machine
-    #[arg(long, default_value = crate::machine::FILE, value_name = "FILE")]
+    #[arg(long, default_value = crate::this_machine::FILE, value_name = "FILE")]
     pub(crate) machine: PathBuf,
     /// Print JSON
     #[arg(long)]
@@ -474,7 +474,7 @@ pub(crate) struct Compare {
     /// Directory of a run that was trained with --trace
     pub(crate) run_dir: PathBuf,
     /// Calibration file of the machine that it was trained on
-    #[arg(long, default_value = crate::machine::FILE, value_name = "FILE")]
+    #[arg(long, default_value = crate::this_machine::FILE, value_name = "FILE")]
     pub(crate) machine: PathBuf,
     /// Print JSON
     #[arg(long)]

@@ -5,13 +5,13 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use journal::Record;
-use plan::machine::{OpPrice, StepPrice, price};
+use machine::{OpPrice, StepPrice, price};
 use serde::Serialize;
 use spec::{Error, Result, RunSpec};
 use train::RunDir;
 
 use crate::args::Compare;
-use crate::{machine, output};
+use crate::{output, this_machine};
 
 /// What one rank's journal says about its steps.
 #[derive(Default)]
@@ -70,7 +70,7 @@ struct Report {
 pub(crate) fn run(args: &Compare) -> Result<u8> {
     let run = RunDir::new(&args.run_dir).load()?;
     let measured = read(&args.run_dir)?;
-    let table = machine::load(&args.machine)?;
+    let table = this_machine::load(&args.machine)?;
     let report = report(&args.run_dir, &run, &measured, &predict(&table, &run, &measured)?)?;
     if args.json {
         output::print(&serde_json::to_string_pretty(&report).expect("numbers are JSON"));
@@ -143,7 +143,7 @@ fn median<'a>(values: impl Iterator<Item = &'a f64>) -> f64 {
 }
 
 /// The price of the program that the run ran.
-fn predict(table: &plan::machine::Machine, run: &RunSpec, measured: &[Measured]) -> Result<StepPrice> {
+fn predict(table: &machine::Machine, run: &RunSpec, measured: &[Measured]) -> Result<StepPrice> {
     let world = run.layout.world();
     if measured.len() != world {
         return Err(Error::user(format!(
@@ -154,7 +154,7 @@ fn predict(table: &plan::machine::Machine, run: &RunSpec, measured: &[Measured])
         .hint("compare a run whose ranks were all traced, with --fresh if their number changed"));
     }
     let threads = measured[0].threads.unwrap_or_else(|| (table.cores / world).max(1));
-    machine::with_job(run, threads, "shm", |job| price(table, job, &run.layout))
+    this_machine::with_job(run, threads, "shm", |job| price(table, job, &run.layout))
 }
 
 fn report(dir: &Path, run: &RunSpec, measured: &[Measured], price: &StepPrice) -> Result<Report> {

@@ -9,13 +9,13 @@ mod compare;
 mod data;
 mod files;
 mod live;
-mod machine;
 mod models;
 mod output;
 mod planner;
 mod program;
 mod ranks;
 mod show;
+mod this_machine;
 mod train;
 mod validate;
 

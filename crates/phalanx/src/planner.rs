@@ -7,11 +7,11 @@ use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use plan::answer::{Answer, Choice, Question, default_batch, sequences_for};
-use plan::emit::{self, Emitted};
 use plan::models;
 use plan::shape::Shape;
 use plan::software::{self, Software};
 use spec::{Error, HfModel, NumberFormat, Result, RunSpec, suggest};
+use stacks::Emitted;
 
 use crate::args::Plan;
 use crate::{files, output};
@@ -25,7 +25,7 @@ const KEEP_TO_EMIT: usize = 256;
 
 pub(crate) fn plan(args: &Plan) -> Result<u8> {
     if args.cluster == "this" {
-        return crate::machine::plan(args);
+        return crate::this_machine::plan(args);
     }
     if args.threads > THREADS_MAX {
         return Err(Error::user(format!("--threads {}, expected 0 to {THREADS_MAX}", args.threads))
@@ -105,7 +105,7 @@ fn question(args: &Plan) -> Result<Question> {
     let keep = if args.emit.is_some() { args.keep.max(KEEP_TO_EMIT) } else { args.keep };
     let wanted = match (&args.software, &args.emit) {
         (Some(name), _) => Some(stack(name)?),
-        (None, Some(target)) => Some(stack(emit::software(target)?)?),
+        (None, Some(target)) => Some(stack(stacks::software(target)?)?),
         (None, None) => None,
     };
     Ok(Question {
@@ -154,7 +154,7 @@ fn answer(question: Question, args: &Plan) -> Result<(Answer, f64)> {
 fn first_emitted<'a>(stack: &str, answer: &'a Answer) -> Result<(&'a Choice, Emitted)> {
     let mut refused: Option<Error> = None;
     for choice in answer.best.iter().chain(&answer.pareto) {
-        match emit::emit(stack, &answer.problem, choice.mesh()) {
+        match stacks::emit(stack, &answer.problem, choice.mesh()) {
             Ok(emitted) => {
                 if let Some(why) = refused {
                     let best = &answer.best[0];
@@ -190,9 +190,9 @@ fn rank_format(path: &Path) -> Result<RankFormat> {
 fn write_ranks(path: &Path, answer: &Answer, choice: &Choice) -> Result<()> {
     let per_node = answer.problem.cluster.per_node;
     let content = match rank_format(path)? {
-        RankFormat::Csv => emit::rank_csv(choice.mesh(), per_node),
+        RankFormat::Csv => stacks::rank_csv(choice.mesh(), per_node),
         RankFormat::Json => {
-            let all: Vec<emit::Place> = emit::ranks(choice.mesh(), per_node).collect();
+            let all: Vec<stacks::Place> = stacks::ranks(choice.mesh(), per_node).collect();
             serde_json::to_string(&all).expect("numbers are JSON") + "\n"
         }
     };

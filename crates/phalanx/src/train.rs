@@ -10,9 +10,9 @@ use train::{Mesh, Outcome, RunDir, Sampling, Start, Trainer};
 
 use crate::args::{RunArgs, Train};
 use crate::live::{Bytes, Live};
-use crate::machine;
 use crate::output;
 use crate::ranks::{self, INTERRUPTED, Rank};
+use crate::this_machine;
 
 pub(crate) fn train(args: &Train) -> Result<u8> {
     if let Some(rank) = Rank::from_env()? {
@@ -33,8 +33,8 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
     let mut run = load(&args.run, nproc)?;
     let mut env = Vec::new();
     if run.auto_layout {
-        machine::choose(&mut run, nproc, &args.transport, machine::Missing::Measure, args.fresh)?;
-        env.push(machine::hand_over(&run.layout));
+        this_machine::choose(&mut run, nproc, &args.transport, this_machine::Missing::Measure, args.fresh)?;
+        env.push(this_machine::hand_over(&run.layout));
     }
     begin(args, &run)?;
     let prepared = prepare(&run)?;
@@ -48,8 +48,14 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
 /// One rank of several. Rank 0 prepares and speaks; whoever started the ranks may have prepared already.
 fn as_rank(args: &Train, rank: &Rank) -> Result<u8> {
     let mut run = load(&args.run, rank.env.world)?;
-    if run.auto_layout && !machine::take_over(&mut run)? {
-        machine::choose(&mut run, rank.env.world, &args.transport, machine::Missing::Refuse, args.fresh)?;
+    if run.auto_layout && !this_machine::take_over(&mut run)? {
+        this_machine::choose(
+            &mut run,
+            rank.env.world,
+            &args.transport,
+            this_machine::Missing::Refuse,
+            args.fresh,
+        )?;
     }
     let transport = match args.transport.as_str() {
         "shm" => TransportChoice::Shm,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use plan::validate::{Validation, calibrate, cross_validate, validate};
+use published::validate::{Validation, calibrate, cross_validate, validate};
 use spec::{Catalog, Error, Result};
 
 use crate::args::Validate;

@@ -3,15 +3,15 @@
 use std::fmt::Write as _;
 use std::process::{Command, Stdio};
 
-use plan::machine::{StepPrice, price};
+use machine::{StepPrice, price};
 use serde::Serialize;
 use serde_json::Value;
 use spec::{Error, Result};
 
-use super::machine::{load_average, quantile};
+use super::calibrate::{load_average, quantile};
 use super::step::reference;
 use crate::args::BenchPredict;
-use crate::{machine, output};
+use crate::{output, this_machine};
 
 /// Ranks, threads of a rank (0 for its share of the cores), and layout keys without their section.
 const LAYOUTS: [(usize, usize, &str); 16] = [
@@ -56,7 +56,7 @@ struct Row {
 }
 
 pub(super) fn run(args: &BenchPredict) -> Result<u8> {
-    let table = machine::load(&args.machine)?;
+    let table = this_machine::load(&args.machine)?;
     // The model itself has to be right; a layout that it does not allow is left out.
     reference(&args.set, false)?;
     let layouts: Vec<_> = LAYOUTS
@@ -68,7 +68,7 @@ pub(super) fn run(args: &BenchPredict) -> Result<u8> {
         .map(|&(ranks, threads, keys)| {
             let threads = if threads > 0 { threads } else { (table.cores / ranks).max(1) };
             let run = reference(&sets(args, keys), false)?;
-            let price = machine::with_job(&run, threads, "shm", |job| price(&table, job, &run.layout))?;
+            let price = this_machine::with_job(&run, threads, "shm", |job| price(&table, job, &run.layout))?;
             Ok((threads, price))
         })
         .collect::<Result<_>>()?;

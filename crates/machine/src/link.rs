@@ -3,7 +3,7 @@
 use program::{Op, OpKind, Program, Sync};
 use spec::{Error, Result, Zero};
 
-use super::table::{LinkKey, Machine, Message};
+use crate::table::{LinkKey, Machine, Message};
 
 /// The operations of the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,7 +31,7 @@ impl LinkOp {
 }
 
 /// The messages that an op sends one after another: operation and bytes of the whole buffer.
-pub(super) fn messages(op: &Op, p: &Program) -> Vec<(LinkOp, f64)> {
+pub(crate) fn messages(op: &Op, p: &Program) -> Vec<(LinkOp, f64)> {
     use OpKind::*;
     let view =
         |v: &program::View| (v.rows * p.buffer(v.buffer).cols * p.buffer(v.buffer).dtype.bytes()) as f64;
@@ -68,7 +68,7 @@ pub(super) fn messages(op: &Op, p: &Program) -> Vec<(LinkOp, f64)> {
 }
 
 /// The ranks that an op's messages go between: this one's peers along an axis, the ends of its pipeline, or all.
-pub(super) fn members(op: &Op, p: &Program, rank: usize) -> Vec<usize> {
+pub(crate) fn members(op: &Op, p: &Program, rank: usize) -> Vec<usize> {
     use program::{Axis, Coords};
     let coords = Coords::of(rank, &p.layout);
     let along = |axis| coords.peers(axis, &p.layout);
@@ -96,7 +96,7 @@ pub(super) fn members(op: &Op, p: &Program, rank: usize) -> Vec<usize> {
 ///
 /// # Errors
 /// If nothing was measured.
-pub(super) fn seconds(m: &Machine, transport: &str, op: LinkOp, ranks: usize, bytes: f64) -> Result<f64> {
+pub(crate) fn seconds(m: &Machine, transport: &str, op: LinkOp, ranks: usize, bytes: f64) -> Result<f64> {
     let of = m.links.iter().filter(|(k, _)| k.transport == transport && k.op == op.name());
     let at: Vec<(&LinkKey, f64)> = of.map(|(k, messages)| (k, by_size(messages, bytes))).collect();
     let exact = |(k, s): &(&LinkKey, f64)| (k.ranks == ranks || op == LinkOp::Send).then_some(*s);

@@ -1,14 +1,14 @@
 use std::fmt::Write;
 
+use plan::mesh::{Mesh, Order};
+use plan::price::Problem;
 use spec::{NumberFormat, PipelineSchedule, Recompute, Result, Zero};
 
-use super::{Emitted, lacks, schedule_name};
-use crate::mesh::{Mesh, Order};
-use crate::price::Problem;
+use crate::{Emitted, lacks, schedule_name};
 
 const NAME: &str = "MaxText";
 
-pub(super) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
+pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     let l = &mesh.layout;
     let refuse = |what: String, instead: &str| Err(lacks(NAME, what, instead));
     if l.zero == Zero::Gradients {

@@ -7,13 +7,13 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use plan::calibration::{Calibration, Constants, Effect, PRIOR};
+use plan::price::{Price, Pricer, Problem};
+use plan::template::{Key, Template};
 use rayon::prelude::*;
 use spec::Result;
 
-use crate::calibration::{Calibration, Constants, Effect, PRIOR};
-use crate::price::{Price, Pricer, Problem};
 use crate::runs::Run;
-use crate::template::{Key, Template};
 
 /// Constants that are fitted.
 const N: usize = Constants::NAMES.len();
@@ -118,7 +118,7 @@ impl Prepared {
     }
 
     /// The layout taken.
-    pub fn mesh(&self) -> &crate::mesh::Mesh {
+    pub fn mesh(&self) -> &plan::mesh::Mesh {
         &self.run.meshes[self.chosen]
     }
 

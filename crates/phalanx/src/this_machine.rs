@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Instant;
 
-use plan::machine::search::{Choice, Chosen, search};
-use plan::machine::{Job, Machine};
+use machine::search::{Choice, Chosen, search};
+use machine::{Job, Machine};
 use serde_json::json;
 use spec::{DType, Error, Layout, ModelSpec, NumberFormat, Recompute, Result, RunSpec};
 use train::RunDir;

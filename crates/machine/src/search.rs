@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use spec::{Error, Layout, PipelineSchedule, Recompute, Result, Zero};
 
-use super::{Job, Machine, StepPrice, price, price_programs, program_of};
+use crate::{Job, Machine, StepPrice, price, price_programs, program_of};
 
 /// A layout with its price.
 #[derive(Clone, Debug, Serialize)]

@@ -1,9 +1,9 @@
+use plan::mesh::{Mesh, Order};
+use plan::shape::Shape;
+use plan::software::Software;
 use spec::{Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Zero};
 
 use super::{Priceable, Reader};
-use crate::mesh::{Mesh, Order};
-use crate::shape::Shape;
-use crate::software::Software;
 
 /// What a row's layout has to fit.
 pub(crate) struct Problem<'a> {

@@ -1,12 +1,12 @@
+use plan::mesh::{Mesh, Order};
+use plan::price::Problem;
 use serde_json::json;
 use spec::{NumberFormat, PipelineSchedule, Position, Recompute, Result, Zero};
 
-use super::{Emitted, arguments, lacks, schedule_name};
-use crate::mesh::{Mesh, Order};
-use crate::price::Problem;
+use crate::{Emitted, arguments, lacks, schedule_name};
 
 /// A DeepSpeed configuration: for models whose stages and checkpoints are set in code.
-pub(super) fn config(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
+pub(crate) fn config(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     let l = &mesh.layout;
     common("DeepSpeed", mesh)?;
     let refuse = |what: String, instead: &str| Err(lacks("DeepSpeed", what, instead));
@@ -45,7 +45,7 @@ pub(super) fn config(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
 }
 
 /// Arguments of Megatron-DeepSpeed; its configuration file goes to the notes.
-pub(super) fn megatron(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
+pub(crate) fn megatron(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     const NAME: &str = "Megatron-DeepSpeed";
     let l = &mesh.layout;
     let m = &p.shape.model;

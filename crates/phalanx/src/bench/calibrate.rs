@@ -10,8 +10,8 @@ use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use plan::machine::table::{KernelKey, LinkKey, Message, Sample};
-use plan::machine::{Conditions, Machine, kernel};
+use machine::table::{KernelKey, LinkKey, Message, Sample};
+use machine::{Conditions, Machine, kernel};
 use serde_json::{Value, json};
 use spec::{Context, Error, Result, RunSpec};
 use train::{CpuClock, Mesh};

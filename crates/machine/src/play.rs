@@ -10,7 +10,7 @@ use spec::{Error, Result};
 
 /// One thing that a rank does.
 #[derive(Clone, Debug)]
-pub(super) enum Act {
+pub(crate) enum Act {
     /// Runs a segment of ops.
     Compute {
         /// Which of the script's segments.
@@ -37,7 +37,7 @@ pub(super) enum Act {
 
 /// What goes on beside compute: a bucket's reduction or a unit's gather.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Key {
+pub(crate) enum Key {
     None,
     Bucket(usize),
     Unit(usize),
@@ -45,57 +45,57 @@ pub(super) enum Key {
 
 /// A message of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Mail {
-    pub(super) from: usize,
-    pub(super) to: usize,
-    pub(super) channel: u32,
-    pub(super) micro_batch: usize,
+pub(crate) struct Mail {
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    pub(crate) channel: u32,
+    pub(crate) micro_batch: usize,
 }
 
 /// Ops that run without a word to other ranks.
 #[derive(Clone, Debug)]
-pub(super) struct Segment {
+pub(crate) struct Segment {
     /// Block, first op and the one after the last.
-    pub(super) ops: (usize, usize, usize),
+    pub(crate) ops: (usize, usize, usize),
     /// Seconds by [`Cores::levels`].
-    pub(super) s: Vec<f64>,
+    pub(crate) s: Vec<f64>,
 }
 
 /// What one rank does in a step.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Script {
-    pub(super) acts: Vec<Act>,
-    pub(super) segments: Vec<Segment>,
+pub(crate) struct Script {
+    pub(crate) acts: Vec<Act>,
+    pub(crate) segments: Vec<Segment>,
 }
 
 /// What the ranks share.
 #[derive(Clone, Debug)]
-pub(super) struct Cores {
-    pub(super) cores: usize,
+pub(crate) struct Cores {
+    pub(crate) cores: usize,
     /// Threads of a rank.
-    pub(super) threads: usize,
+    pub(crate) threads: usize,
     /// Numbers of ranks at work for which segments have times, ascending.
-    pub(super) levels: Vec<usize>,
+    pub(crate) levels: Vec<usize>,
     /// Factor on time when more threads want to run than there are cores.
-    pub(super) crowding: f64,
+    pub(crate) crowding: f64,
 }
 
 /// What came of it.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Played {
+pub(crate) struct Played {
     /// When the last rank was done, seconds.
-    pub(super) makespan: f64,
+    pub(crate) makespan: f64,
     /// By rank.
-    pub(super) ranks: Vec<PlayedRank>,
+    pub(crate) ranks: Vec<PlayedRank>,
 }
 
 /// What one rank did when.
 #[derive(Clone, Debug, Default)]
-pub(super) struct PlayedRank {
+pub(crate) struct PlayedRank {
     /// Seconds of each segment, all its runs together.
-    pub(super) segments: Vec<f64>,
+    pub(crate) segments: Vec<f64>,
     /// Seconds of each op in which ranks talk, waiting included, as the executor records them.
-    pub(super) talk: HashMap<(usize, usize), f64>,
+    pub(crate) talk: HashMap<(usize, usize), f64>,
 }
 
 enum State {
@@ -153,7 +153,7 @@ struct Table<'a> {
 }
 
 /// Plays `scripts`, one for each rank; acts name members of `groups` by index.
-pub(super) fn play(scripts: &[&Script], groups: &[Vec<usize>], cores: &Cores) -> Result<Played> {
+pub(crate) fn play(scripts: &[&Script], groups: &[Vec<usize>], cores: &Cores) -> Result<Played> {
     let ranks = scripts
         .iter()
         .map(|s| PlayedRank { segments: vec![0.0; s.segments.len()], ..PlayedRank::default() })

@@ -1,12 +1,12 @@
+use plan::mesh::{Mesh, Order};
+use plan::price::Problem;
 use spec::{NumberFormat, PipelineSchedule, Recompute, Result, Zero};
 
-use super::{Emitted, lacks, schedule_name};
-use crate::mesh::{Mesh, Order};
-use crate::price::Problem;
+use crate::{Emitted, lacks, schedule_name};
 
 const NAME: &str = "torchtitan";
 
-pub(super) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
+pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     let l = &mesh.layout;
     let layers = p.shape.model.layers;
     let refuse = |what: String, instead: &str| Err(lacks(NAME, what, instead));

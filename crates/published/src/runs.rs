@@ -4,13 +4,13 @@ mod csv;
 mod known;
 mod layouts;
 
+use plan::mesh::Mesh;
+use plan::shape::{Shape, Sizes, dense};
+use plan::software::Software;
 use serde::Serialize;
 use spec::catalog::EntryKind;
 use spec::{Catalog, Cluster, Error, NumberFormat, Result};
 
-use crate::mesh::Mesh;
-use crate::shape::{Shape, Sizes, dense};
-use crate::software::Software;
 use csv::{Row, Table};
 
 /// A published run that gives enough to be priced.

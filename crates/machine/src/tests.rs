@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use program::{OpKind, Program};
 use spec::{DType, Kind, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
 
-use super::search::search;
-use super::table::{KernelKey, LinkKey, Machine, Message, Sample};
 use super::*;
+use crate::search::search;
+use crate::table::{KernelKey, LinkKey, Machine, Message, Sample};
 
 /// Every kernel runs at `rate`, every message takes `message_s`.
 fn machine(rate: f64, message_s: f64) -> Machine {

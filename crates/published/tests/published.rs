@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use plan::calibration::Calibration;
-use plan::validate::{Validation, calibrate, cross_validate, cross_validate_by, validate};
+use published::validate::{Validation, calibrate, cross_validate, cross_validate_by, validate};
 use spec::Catalog;
 
 #[derive(serde::Deserialize)]

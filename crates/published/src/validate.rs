@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use plan::calibration::{Calibration, Miss};
 use rayon::prelude::*;
 use serde::Serialize;
 use spec::{Catalog, Result};
 
-use crate::calibration::{Calibration, Miss};
 use crate::fit::{self, Prepared};
 use crate::runs::{Measured, NotPriced, Runs};
 

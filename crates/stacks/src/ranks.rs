@@ -1,8 +1,7 @@
 use std::fmt::Write;
 
+use plan::mesh::{Mesh, Order};
 use serde::Serialize;
-
-use crate::mesh::{Mesh, Order};
 
 /// Where one rank lies and what it holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -1,5 +1,5 @@
-use crate::shape::{Shape, Sizes, dense};
-use crate::software::Software;
+use plan::shape::{Shape, Sizes, dense};
+use plan::software::Software;
 
 /// What is known of where and with what a source ran. Facts from the sources, no fitted figure.
 pub(crate) struct Conditions {

@@ -11,10 +11,9 @@ mod torchtitan;
 
 pub use ranks::{Place, rank_csv, ranks};
 
+use plan::mesh::Mesh;
+use plan::price::Problem;
 use spec::{Error, PipelineSchedule, Result, suggest};
-
-use crate::mesh::Mesh;
-use crate::price::Problem;
 
 /// Stacks that arguments can be written for, each with the training stack whose layouts suit it.
 pub const STACKS: [(&str, &str); 5] = [
@@ -49,7 +48,7 @@ pub fn emit(stack: &str, problem: &Problem, mesh: &Mesh) -> Result<Emitted> {
     }
 }
 
-/// The training stack (of [`crate::software::ALL`]) whose layouts suit `stack`.
+/// The training stack (of [`plan::software::ALL`]) whose layouts suit `stack`.
 ///
 /// # Errors
 /// If the stack is unknown.

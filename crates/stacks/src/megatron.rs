@@ -1,13 +1,13 @@
+use plan::mesh::{Mesh, Order};
+use plan::price::Problem;
+use plan::software::AttentionKernel;
 use spec::{NumberFormat, PipelineSchedule, Position, Recompute, Result, Zero};
 
-use super::{Emitted, arguments, lacks, schedule_name, uneven_stages};
-use crate::mesh::{Mesh, Order};
-use crate::price::Problem;
-use crate::software::AttentionKernel;
+use crate::{Emitted, arguments, lacks, schedule_name, uneven_stages};
 
 const NAME: &str = "Megatron-LM";
 
-pub(super) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
+pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     let l = &mesh.layout;
     let mut args = model(p);
     let mut notes = Vec::new();

@@ -1,11 +1,12 @@
 use std::collections::BTreeMap;
 
-use super::*;
-use crate::calibration::PRIOR;
-use crate::mesh::Order;
-use crate::shape::Shape;
-use crate::software::Software;
+use plan::calibration::PRIOR;
+use plan::mesh::Order;
+use plan::shape::Shape;
+use plan::software::Software;
 use spec::{Catalog, Layout, NumberFormat, Recompute, Zero};
+
+use super::*;
 
 fn problem(model: &str, n: usize) -> Problem {
     let cluster = Catalog::builtin().unwrap().cluster("dgx-superpod-h100", Some(n)).unwrap();

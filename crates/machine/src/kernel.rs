@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use program::{NORM_CHUNK, Op, OpKind, Program, View};
 use spec::{DType, Error, NormKind, Result};
 
-use super::table::{KernelKey, Machine, Sample};
+use crate::table::{KernelKey, Machine, Sample};
 
 /// An op as the tables know it.
 #[derive(Clone, Debug, PartialEq)]

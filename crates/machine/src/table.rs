@@ -43,7 +43,7 @@ pub struct Machine {
 /// Which kernel, on which storage, under which conditions.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KernelKey {
-    /// The op's kind, see [`super::kernel::kernel`].
+    /// The op's kind, see [`crate::kernel`].
     pub kind: String,
     /// Storage of parameters and activations: `f32` or `bf16`.
     pub storage: String,
