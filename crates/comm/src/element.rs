@@ -1,5 +1,6 @@
 use crate::inner::Address;
 use half::bf16;
+use spec::shares;
 use std::fmt;
 use std::ops::Range;
 
@@ -155,24 +156,11 @@ pub enum Order {
     Ring,
 }
 
-/// Splits `count` elements over `parts` as evenly as possible, the longer parts first.
+/// The [even](shares::even) shares of all members.
 ///
 /// ```
 /// assert_eq!(comm::even_ranges(7, 3), [0..3, 3..5, 5..7]);
 /// ```
 pub fn even_ranges(count: usize, parts: usize) -> Vec<Range<usize>> {
-    (0..parts).map(|i| even_range(count, parts, i)).collect()
-}
-
-pub(crate) fn even_range(count: usize, parts: usize, index: usize) -> Range<usize> {
-    let (base, longer) = (count / parts, count % parts);
-    let start = index * base + index.min(longer);
-    start..start + base + usize::from(index < longer)
-}
-
-/// Like [`even_range`] with boundaries on multiples of 64 elements, so that no two ranks write one cache line.
-pub(crate) fn aligned_range(count: usize, parts: usize, index: usize) -> Range<usize> {
-    const ALIGN: usize = 64;
-    let blocks = even_range(count.div_ceil(ALIGN), parts, index);
-    (blocks.start * ALIGN).min(count)..(blocks.end * ALIGN).min(count)
+    (0..parts).map(|i| shares::even(count, parts, i)).collect()
 }

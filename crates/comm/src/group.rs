@@ -1,5 +1,5 @@
 use crate::control::MAX_GROUPS;
-use crate::element::{Element, ElementType, OpTag, Order, Span, aligned_range};
+use crate::element::{Element, ElementType, OpTag, Order, Span};
 use crate::header::{GroupKey, Header, OpKind, Space};
 use crate::inner::{Address, Core};
 use crate::mesh::{Exchange, Mesh};
@@ -9,7 +9,7 @@ use crate::p2p::{self, Lane, Payload};
 use crate::progress::{Handle, drive, until};
 use crate::sum::{Into, MAX_RANKS, round};
 use crate::tree::is_subtree;
-use spec::{Error, Result};
+use spec::{Error, Result, shares};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -37,6 +37,8 @@ struct Inner {
     /// Number of the next operation, and of the one whose turn it is.
     next: AtomicU64,
     turn: AtomicU64,
+    /// See [`Group::sent_bytes`].
+    sent: Arc<AtomicU64>,
     path: Path,
 }
 
@@ -100,7 +102,10 @@ impl Group {
         };
         let (next, turn) = Default::default();
         let depth = AtomicUsize::new(DEFAULT_DEPTH);
-        Ok(Group { inner: Arc::new(Inner { core: core.clone(), id, ranks, me, depth, next, turn, path }) })
+        let sent = core.sent.counter(id);
+        Ok(Group {
+            inner: Arc::new(Inner { core: core.clone(), id, ranks, me, depth, next, turn, sent, path }),
+        })
     }
 
     /// This rank's place in the group.
@@ -121,6 +126,26 @@ impl Group {
     /// The group's id.
     pub fn id(&self) -> u32 {
         self.inner.id
+    }
+
+    /// Payload bytes that this rank has sent in operations of this group that have ended.
+    ///
+    /// What an operation sends is a matter of its definition, not of its way: with `n` members, and `S` bytes in all,
+    ///
+    /// | operation | bytes |
+    /// | --- | --- |
+    /// | send | `S` |
+    /// | receive, barrier, founding the group | 0 |
+    /// | all-gather | own range, times `n - 1` |
+    /// | reduce-scatter | the ranges of the others |
+    /// | all-reduce | a reduce-scatter and an all-gather over [`spec::shares::aligned`] shares |
+    /// | all-to-all | the ranges for the others |
+    /// | broadcast | `S (n - 1)` at the root, else 0 |
+    ///
+    /// Where no two members share memory, sockets carry exactly this, but for two ways of passing on: a broadcast goes
+    /// along a tree, and [`Order::Ring`] deals without alignment. There the sum over all members is the same.
+    pub fn sent_bytes(&self) -> u64 {
+        self.inner.sent.load(Ordering::Relaxed)
     }
 
     /// How many messages per (channel, receiver) may be on their way before a send waits.
@@ -371,9 +396,18 @@ impl Work {
         Ok(Work { header })
     }
 
+    /// Does the operation and counts what it sent; the time at which its turn came.
+    ///
     /// # Safety
     /// As [`Group::run`], until the future has ended.
     async unsafe fn perform(&self, group: &Inner, op: &Op<'_>, payload: Payload) -> Result<Instant> {
+        // SAFETY: passed on from the caller.
+        let began = unsafe { self.in_turn(group, op, payload).await? };
+        group.sent.fetch_add(op.sent_bytes(group.ranks.len(), group.me), Ordering::Relaxed);
+        Ok(began)
+    }
+
+    async unsafe fn in_turn(&self, group: &Inner, op: &Op<'_>, payload: Payload) -> Result<Instant> {
         let core = &*group.core;
         let header = self.header;
         match *op {
@@ -507,7 +541,7 @@ impl Hosts<'_> {
 
     async unsafe fn all_reduce(&self, buffer: Span) -> Result<()> {
         let (n, me, wide) = (self.near.near.ranks.len(), self.near.near.me, Hosts::wide(buffer.element));
-        let shares: Vec<_> = (0..n).map(|m| aligned_range(buffer.count, n, m)).collect();
+        let shares: Vec<_> = (0..n).map(|m| shares::aligned(buffer.count, n, m)).collect();
         let own = buffer.part(&shares[me]);
         let mut scratch = self.across.mesh.scratch(own.count * wide.bytes());
         let sum = Span::new(scratch.at(0).0, own.count, wide);

@@ -7,7 +7,7 @@ use crate::p2p::{Inbox, Outbox};
 use crate::progress::{Patience, Worker};
 use spec::{Error, Result};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -54,6 +54,7 @@ pub(crate) struct Core {
     pub(crate) outbox: Mutex<Outbox>,
     pub(crate) worker: Worker,
     pub(crate) groups: AtomicUsize,
+    pub(crate) sent: Sent,
     /// Sockets to the other ranks; none between threads.
     pub(crate) io: OnceLock<Io>,
 }
@@ -99,6 +100,7 @@ impl Core {
             outbox: Mutex::default(),
             worker: Worker::default(),
             groups: AtomicUsize::new(0),
+            sent: Sent::default(),
             io: OnceLock::new(),
         })
     }
@@ -213,6 +215,26 @@ impl Address {
 unsafe impl Send for Address {}
 // SAFETY: as above.
 unsafe impl Sync for Address {}
+
+/// Payload bytes sent, by group: a counter for each, which lives as long as the world.
+#[derive(Default)]
+pub(crate) struct Sent(Mutex<Vec<(u32, Arc<AtomicU64>)>>);
+
+impl Sent {
+    fn groups(&self) -> MutexGuard<'_, Vec<(u32, Arc<AtomicU64>)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn counter(&self, group: u32) -> Arc<AtomicU64> {
+        let counter = Arc::new(AtomicU64::new(0));
+        self.groups().push((group, counter.clone()));
+        counter
+    }
+
+    pub(crate) fn by_group(&self) -> Vec<(u32, u64)> {
+        self.groups().iter().map(|(group, bytes)| (*group, bytes.load(Ordering::Relaxed))).collect()
+    }
+}
 
 /// Where a buffer lies, in words that mean the same to all neighbours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -61,6 +61,8 @@ pub(crate) struct Io {
     closing: AtomicBool,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
     began: Instant,
+    /// Payload bytes of messages.
+    sent: AtomicU64,
 }
 
 struct Link {
@@ -178,6 +180,7 @@ pub(crate) async unsafe fn send(
     payload: Payload,
 ) -> Result<()> {
     let (io, link) = link(core, to)?;
+    io.sent.fetch_add(buffer.bytes() as u64, Ordering::Relaxed);
     let sent = Arc::new(AtomicBool::new(false));
     let head = head(Kind::Message, buffer.bytes(), &header.encode());
     let mut frame = Frame { head, body: Body::InPlace(buffer, sent.clone()), file: None, written: 0 };
@@ -248,8 +251,8 @@ impl Io {
         let links = sockets.into_iter().map(|s| s.map(link).transpose()).collect::<Result<Vec<_>>>()?;
         let wake =
             rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed)?;
-        let (closing, thread) = Default::default();
-        let io = core.io.get_or_init(|| Io { links, wake, closing, thread, began: Instant::now() });
+        let (closing, thread, sent) = Default::default();
+        let io = core.io.get_or_init(|| Io { links, wake, closing, thread, began: Instant::now(), sent });
         let serving = core.clone();
         let thread = std::thread::Builder::new()
             .name(format!("link-{}", core.rank))
@@ -269,6 +272,10 @@ impl Io {
 
     fn wake(&self) {
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    pub(crate) fn sent_bytes(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
     }
 
     pub(crate) fn has_left(&self, rank: usize) -> bool {

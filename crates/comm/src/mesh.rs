@@ -3,12 +3,12 @@
 //! A reduction sends each share of the buffer to the member that owns it, which adds all of them in tree order and
 //! sends the sum back: per rank the same bytes as a ring, in two hops, and with bits that depend on nothing.
 
-use crate::element::{ElementType, Order, Span, aligned_range, even_range};
+use crate::element::{ElementType, Order, Span};
 use crate::header::{GroupKey, Header};
 use crate::inner::{Address, Core};
 use crate::p2p::{self, Lane, Payload};
 use crate::sum::{Into, Sum, Tree};
-use spec::Result;
+use spec::{Result, shares};
 use std::future::poll_fn;
 use std::ops::Range;
 use std::pin::Pin;
@@ -158,12 +158,12 @@ impl Exchange<'_> {
         }
         let n = self.size();
         let chunk = (CHUNK_BYTES / buffer.element.bytes()).max(1);
-        let longest = aligned_range(buffer.count, n, 0).len();
+        let longest = shares::aligned(buffer.count, n, 0).len();
         let rounds = longest.div_ceil(chunk).max(1);
         let chains = (0..CHAINS.min(rounds)).map(|chain| -> Part<'_> {
             Box::pin(async move {
                 let part_of = |member: usize, round: usize| {
-                    let share = aligned_range(buffer.count, n, member);
+                    let share = shares::aligned(buffer.count, n, member);
                     let start = (share.start + round * chunk).min(share.end);
                     buffer.part(&(start..(start + chunk).min(share.end)))
                 };
@@ -219,7 +219,7 @@ impl Exchange<'_> {
     /// Sums along a ring and passes the sums on: one neighbour to talk to in each direction, bits in ring order.
     async unsafe fn ring(&self, buffer: Span) -> Result<()> {
         let (me, n) = (self.mesh.me, self.size());
-        let part = |i: usize| buffer.part(&even_range(buffer.count, n, i % n));
+        let part = |i: usize| buffer.part(&shares::even(buffer.count, n, i % n));
         let (right, left) = ((me + 1) % n, (me + n - 1) % n);
         let pair = Tree::new(2);
         let mut scratch = self.mesh.scratch(part(0).bytes().max(8));

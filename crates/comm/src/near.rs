@@ -6,12 +6,12 @@
 //! next but one, because nobody comes to the next before having read it.
 
 use crate::control::{Control, MAX_LOCAL, STAGE_BYTES, WORDS, publish};
-use crate::element::{Span, aligned_range};
+use crate::element::Span;
 use crate::header::{Header, mismatch};
 use crate::inner::{Address, Core, Location, Touch};
 use crate::progress::{give_way, until};
 use crate::sum::{Into, Sum, Tree};
-use spec::Result;
+use spec::{Result, shares};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -217,7 +217,7 @@ impl Meeting<'_> {
                 continue;
             }
             let stages = self.stages(self.next() - 1);
-            let share = aligned_range(part.count, self.near.size(), self.near.me);
+            let share = shares::aligned(part.count, self.near.size(), self.near.me);
             // SAFETY: between two meetings each member touches its own share of all stages.
             unsafe { self.sum(part, stages, stages).run(share.start, share.start, share.len()) };
             self.come().await?;
@@ -249,7 +249,7 @@ impl Meeting<'_> {
 
     /// Adds up this member's share of all buffers, in all buffers.
     async unsafe fn add_share(&self, buffer: Span, buffers: &[Address]) {
-        let share = aligned_range(buffer.count, self.near.size(), self.near.me);
+        let share = shares::aligned(buffer.count, self.near.size(), self.near.me);
         let turn = TURN_BYTES / buffer.element.bytes();
         for start in share.clone().step_by(turn) {
             let count = turn.min(share.end - start);

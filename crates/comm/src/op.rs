@@ -1,6 +1,6 @@
 use crate::element::{ElementType, Order, Span};
 use crate::header::{OpKind, hash_ranges};
-use spec::{Error, Result};
+use spec::{Error, Result, shares};
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -113,6 +113,26 @@ impl Op<'_> {
             Op::Recv { buffer, from, channel } => Op::Recv { buffer, from, channel },
             Op::Barrier => Op::Barrier,
         }
+    }
+
+    /// Payload bytes that member `me` of `size` sends, as [`Group::sent_bytes`](crate::Group::sent_bytes) defines them.
+    pub(crate) fn sent_bytes(&self, size: usize, me: usize) -> u64 {
+        let of_others = |ranges: &[Range<usize>]| -> usize {
+            ranges.iter().enumerate().filter(|(member, _)| *member != me).map(|(_, r)| r.len()).sum()
+        };
+        let (elements, element) = match self {
+            Op::AllReduce { buffer, .. } => {
+                let own = shares::aligned(buffer.count, size, me).len();
+                (buffer.count - own + own * (size - 1), buffer.element)
+            }
+            Op::ReduceScatter { input, ranges, .. } => (of_others(ranges), input.element),
+            Op::AllGather { output, ranges, .. } => (ranges[me].len() * (size - 1), output.element),
+            Op::AllToAll { input, input_ranges, .. } => (of_others(input_ranges), input.element),
+            Op::Broadcast { buffer, root } if *root == me => (buffer.count * (size - 1), buffer.element),
+            Op::Send { buffer, .. } => (buffer.count, buffer.element),
+            Op::Broadcast { .. } | Op::Recv { .. } | Op::Barrier => return 0,
+        };
+        elements as u64 * element.bytes() as u64
     }
 
     /// The part of the header that must be equal on all members.

@@ -164,6 +164,17 @@ impl World {
         &self.all
     }
 
+    /// [Payload bytes](Group::sent_bytes) that this rank has sent so far, for each group by its id in the order in which
+    /// it joined them; the group of all comes first.
+    pub fn sent(&self) -> Vec<(u32, u64)> {
+        self.core.sent.by_group()
+    }
+
+    /// Payload bytes of messages that this rank has given to sockets so far, whatever operation they were part of.
+    pub fn sent_by_socket(&self) -> u64 {
+        self.core.io.get().map_or(0, |io| io.sent_bytes())
+    }
+
     /// Memory of this rank that its neighbours can reach, so that collectives on it copy nothing. Every rank makes
     /// its own, of any size; nobody waits.
     ///

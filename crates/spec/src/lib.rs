@@ -16,6 +16,7 @@ mod model_check;
 mod model_count;
 mod model_toml;
 pub mod run;
+pub mod shares;
 pub mod suggest;
 pub mod sum_tree;
 pub mod units;
