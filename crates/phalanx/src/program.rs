@@ -8,7 +8,7 @@ use crate::{output, show, train};
 
 pub(crate) fn run(args: &Args) -> Result<u8> {
     let ProgramCommand::Show { run, rank, brief, json } = &args.what;
-    let run = train::fixed(train::load_with(run, None)?)?;
+    let run = train::fixed(train::resolve(run)?.run)?;
     let world = run.layout.world();
     if *rank >= world {
         return Err(Error::user(format!("rank {rank} of a layout of {world} ranks"))

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use comm::TransportChoice;
-use spec::{Error, Layout, Result, RunSpec};
+use spec::run::Resolved;
+use spec::{Error, Layout, Origin, Result, RunSpec};
 use train::{Mesh, Outcome, RunDir, Sampling, Start, Trainer};
 
 use crate::args::{RunArgs, Train};
@@ -143,13 +144,18 @@ fn go(
     }
 }
 
-/// Reads the run file and its overrides.
+/// Reads the run file and its overrides, and fills what they leave open of the layout for so many ranks.
 pub(crate) fn load(args: &RunArgs, world: usize) -> Result<RunSpec> {
-    let mut run = load_for(args, world)?;
-    if run.auto_layout {
-        return Ok(run);
+    let read = resolve(args)?;
+    read.run.model.check_trains()?;
+    read.run.layout.check_trains()?;
+    if read.run.auto_layout {
+        return Ok(read.run);
     }
-    widen_micro_batch(args, &mut run)?;
+    let mut run = fill_ranks(&read, world)?;
+    if *read.set_by("layout.micro_batch") == Origin::Default {
+        widen_micro_batch(&mut run);
+    }
     Ok(run)
 }
 
@@ -162,16 +168,11 @@ pub(crate) fn fixed(run: RunSpec) -> Result<RunSpec> {
     Ok(run)
 }
 
-/// Unless it was set: as many sequences at once as make [`TOKENS_AT_ONCE`]. Larger products are faster, and no number
-/// changes; a pipeline wants many small micro-batches instead.
-fn widen_micro_batch(args: &RunArgs, run: &mut RunSpec) -> Result<()> {
-    let in_file =
-        args.file.as_deref().map(train::read).transpose()?.is_some_and(|t| t.contains("micro_batch"));
-    if in_file
-        || run.layout.pp > 1
-        || args.set.iter().any(|s| s.trim_start().starts_with("layout.micro_batch"))
-    {
-        return Ok(());
+/// As many sequences at once as make [`TOKENS_AT_ONCE`]. Larger products are faster, and no number changes; a pipeline
+/// wants many small micro-batches instead.
+fn widen_micro_batch(run: &mut RunSpec) {
+    if run.layout.pp > 1 {
+        return;
     }
     let batch = &run.batch;
     let fits = |m: usize| {
@@ -182,54 +183,41 @@ fn widen_micro_batch(args: &RunArgs, run: &mut RunSpec) -> Result<()> {
     if let Some(m) = [8, 4, 2].into_iter().find(|m| fits(*m)) {
         run.layout.micro_batch = m;
     }
-    Ok(())
 }
 
 /// Beyond this many rows products gain nothing more on a CPU, and activations outgrow its caches.
 const TOKENS_AT_ONCE: usize = 2048;
 
-/// Reads the run file and its overrides for so many ranks.
-fn load_for(args: &RunArgs, world: usize) -> Result<RunSpec> {
-    let run = load_with(args, None)?;
-    run.model.check_trains()?;
-    run.layout.check_trains()?;
+/// Data parallelism fills the ranks that a layout leaves over, unless a flag says how many there are.
+fn fill_ranks(read: &Resolved, world: usize) -> Result<RunSpec> {
+    let run = &read.run;
     let model_ranks = run.layout.tp * run.layout.pp;
-    if run.auto_layout || run.layout.world() == world {
-        return Ok(run);
+    let asked = matches!(read.set_by("layout.dp"), Origin::Set(_));
+    if run.layout.dp != 1 || asked || !world.is_multiple_of(model_ranks) {
+        return run.layout.validate_world(world).map(|()| run.clone());
     }
-    // Data parallelism fills the ranks that are left, unless it was set.
-    if run.layout.dp == 1 && world.is_multiple_of(model_ranks) {
-        let dp = world / model_ranks;
-        let filled = load_with(args, Some(dp)).map_err(|e| not_asked(&e, dp, world))?;
-        if filled.layout.world() == world {
-            return Ok(filled);
-        }
-    }
-    run.layout.validate_world(world).map(|()| run)
-}
-
-/// Names the flag that was given in place of the override that it stands for.
-fn not_asked(e: &Error, dp: usize, world: usize) -> Error {
-    let what = e.to_string();
-    let what = match what.strip_prefix(&format!("--set layout.dp={dp}: ")) {
-        Some(rest) => format!("{world} ranks: {rest}"),
-        None => what,
-    };
-    let named = if e.kind() == spec::Kind::User { Error::user(what) } else { Error::failure(what) };
-    named.hint(e.hint_text().unwrap_or("set layout.dp, layout.tp and layout.pp to fit the ranks"))
+    let layout = Layout { dp: world / model_ranks, ..run.layout.clone() };
+    layout.validate(&run.model, run.batch.sequences, run.batch.sequence).map_err(|e| {
+        let e = if e.to_string().starts_with("layout.dp ") {
+            e.context(format!("{world} ranks"))
+        } else {
+            read.locate(e)
+        };
+        e.hint("set layout.dp, layout.tp and layout.pp to fit the ranks")
+    })?;
+    Ok(RunSpec { layout, ..run.clone() })
 }
 
 /// Reads the run file and its overrides, for any number of ranks.
-pub(crate) fn load_with(args: &RunArgs, dp: Option<usize>) -> Result<RunSpec> {
-    let mut overrides: Vec<String> = dp.map(|n| format!("layout.dp={n}")).into_iter().collect();
-    overrides.extend(args.set.iter().cloned());
+pub(crate) fn resolve(args: &RunArgs) -> Result<Resolved> {
+    let mut overrides = args.set.clone();
     if let Some(text) = &args.text {
         overrides.push(format!("data.text={}", toml_string(text)));
     }
     let text = args.file.as_deref().map(train::read).transpose();
     let text = text.map_err(|e| e.hint("give the path of a run file, or none for the defaults"))?;
     let name = args.file.as_deref().map(|p| p.display().to_string());
-    RunSpec::load(name.as_deref().zip(text.as_deref()), &overrides, &train::read)
+    RunSpec::resolve(name.as_deref().zip(text.as_deref()), &overrides, &train::read)
 }
 
 /// A string in TOML's quotes.

@@ -235,6 +235,31 @@ fn bad_input_is_refused_with_a_hint() {
     check(&lab, "data build text.txt --output file/set --vocab-size 300", 2, "file");
 }
 
+/// A micro-batch and a degree of data parallelism that nobody set are chosen, whatever comments speak of.
+#[test]
+fn what_a_run_file_leaves_open_is_filled_and_comments_set_nothing() {
+    let lab = Lab::new();
+    let check = |name: &str, file: &str, args: &str, micro_batch: usize, dp: usize| {
+        lab.write("run-file.toml", file);
+        lab.ok(&format!("train run-file.toml {} --text text.txt --set run.dir={name} {args}", sets()));
+        let run = fs::read_to_string(lab.path(name).join("run.toml")).expect("the resolved run file");
+        for line in [format!("micro_batch = {micro_batch}"), format!("dp = {dp}")] {
+            assert!(run.lines().any(|l| l == line), "{line} after {file:?} {args}, in\n{run}");
+        }
+    };
+    check("comment", "# micro_batch = 1, dp = 1\n", "", 4, 1);
+    check("file", "[layout]\nmicro_batch = 2\n", "", 2, 1);
+    check("flag", "[layout]\nmicro_batch = 2\n", "--set layout.micro_batch=1", 1, 1);
+    check("ranks", "[layout]\ndp = 1\n", "--nproc 2", 2, 2);
+    check_refused(&lab, "--nproc 2 --set layout.dp=1", "but 2 ranks were started");
+    lab.write("run-file.toml", "[layout]\nzero = 1\nmicro_batch = 4\n");
+    check_refused(&lab, "--nproc 2", "run-file.toml:3: layout.micro_batch = 4 does not divide");
+}
+
+fn check_refused(lab: &Lab, args: &str, first: &str) {
+    check(lab, &format!("train run-file.toml {} --text text.txt --set run.dir=no {args}", sets()), 2, first);
+}
+
 #[test]
 fn what_does_not_train_yet_is_planned_and_refused_by_name() {
     let lab = Lab::new();

@@ -1,5 +1,6 @@
 //! A tree of keys read from text, each with the place where it was written, so that every refusal can name it.
 
+use crate::origin::Origin;
 use crate::run::keys::{Key, KeyKind};
 use crate::units::Tokens;
 use crate::{Error, Result, suggest};
@@ -21,14 +22,6 @@ pub(crate) enum Val {
     Table(Vec<(String, Val)>),
 }
 
-/// Where a value was written; later ones win.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Origin {
-    Default,
-    File { path: String, line: usize },
-    Set(String),
-}
-
 #[derive(Clone, Debug)]
 pub(crate) struct Entry {
     pub(crate) value: Val,
@@ -43,26 +36,6 @@ pub(crate) struct Doc {
     entries: BTreeMap<&'static str, Entry>,
     /// Cut off the front of key names in messages, for files that hold a single section.
     section: &'static str,
-}
-
-impl Origin {
-    fn level(&self) -> u8 {
-        match self {
-            Origin::Default => 0,
-            Origin::File { .. } => 1,
-            Origin::Set(_) => 2,
-        }
-    }
-}
-
-impl fmt::Display for Origin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Origin::Default => f.write_str("the defaults"),
-            Origin::File { path, line } => write!(f, "{path}:{line}"),
-            Origin::Set(text) => write!(f, "--set {text}"),
-        }
-    }
 }
 
 impl fmt::Display for Val {
@@ -240,12 +213,12 @@ impl Doc {
 
     /// Puts the place of the key that a message starts with in front of it.
     pub(crate) fn locate(&self, error: Error) -> Error {
-        let message = error.to_string();
-        let first = message.split([' ', '[']).next().unwrap_or_default();
-        match self.entry(first) {
-            Some(entry) if entry.origin != Origin::Default => error.context(&entry.origin),
-            _ => error,
-        }
+        Origin::locate(error, |key| self.entry(key).map(|e| &e.origin))
+    }
+
+    /// Who wrote each key that has a value.
+    pub(crate) fn into_origins(self) -> BTreeMap<&'static str, Origin> {
+        self.entries.into_iter().map(|(key, entry)| (key, entry.origin)).collect()
     }
 
     /// Of keys that exclude each other, the one written last stays; two written in one place contradict each other.

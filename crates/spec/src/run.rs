@@ -8,7 +8,8 @@ pub use keys::{Key, KeyKind};
 pub use write::Difference;
 
 use crate::units::Tokens;
-use crate::{DType, Layout, LrSchedule, ModelSpec, ScheduleKind};
+use crate::{DType, Layout, LrSchedule, ModelSpec, Origin, ScheduleKind};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// A training run: model, data, batch, optimiser, schedule, precision, layout, checkpoints, seed.
@@ -38,6 +39,14 @@ pub struct RunSpec {
     pub run: RunDirSpec,
     /// How text is generated.
     pub sample: SampleSpec,
+}
+
+/// A run as read, and who set its keys: what was left open may still be chosen for the machine at hand.
+#[derive(Clone, Debug)]
+pub struct Resolved {
+    /// The run.
+    pub run: RunSpec,
+    origins: BTreeMap<&'static str, Origin>,
 }
 
 /// `[data]`: what to train on.

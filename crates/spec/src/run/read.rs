@@ -34,6 +34,18 @@ impl RunSpec {
         overrides: &[String],
         load_file: &dyn Fn(&Path) -> Result<String>,
     ) -> Result<RunSpec> {
+        Ok(Self::resolve(file, overrides, load_file)?.run)
+    }
+
+    /// As [`RunSpec::load`], and who set which key.
+    ///
+    /// # Errors
+    /// Those of [`RunSpec::load`].
+    pub fn resolve(
+        file: Option<(&str, &str)>,
+        overrides: &[String],
+        load_file: &dyn Fn(&Path) -> Result<String>,
+    ) -> Result<Resolved> {
         Self::read(file, overrides, load_file).map_err(hint_from_key)
     }
 
@@ -41,7 +53,7 @@ impl RunSpec {
         file: Option<(&str, &str)>,
         overrides: &[String],
         load_file: &dyn Fn(&Path) -> Result<String>,
-    ) -> Result<RunSpec> {
+    ) -> Result<Resolved> {
         let mut doc = Doc::new(KEYS.iter().collect(), "");
         if let Some((path, text)) = file {
             doc.add_file(path, text)?;
@@ -69,7 +81,7 @@ impl RunSpec {
             // A smaller model gets a tokenizer that fits; the bytes alone take 257 entries.
             data.vocab_size = data.vocab_size.min(model.vocab).max(257);
         }
-        let spec = RunSpec {
+        let run = RunSpec {
             data,
             batch: read_batch(&doc)?,
             schedule: read_schedule(&doc, train.steps, optim.lr)?,
@@ -91,8 +103,8 @@ impl RunSpec {
             train,
             optim,
         };
-        spec.check_together(&doc)?;
-        Ok(spec)
+        run.check_together(&doc)?;
+        Ok(Resolved { run, origins: doc.into_origins() })
     }
 
     /// For [`RunSpec::load`] where no other file may be read.
@@ -130,6 +142,18 @@ impl RunSpec {
                 )));
         }
         self.layout.validate(&self.model, sequences, sequence).map_err(|e| doc.locate(e))
+    }
+}
+
+impl Resolved {
+    /// Who set `key`, which is written like `layout.dp`.
+    pub fn set_by(&self, key: &str) -> &Origin {
+        self.origins.get(key).unwrap_or(&Origin::Default)
+    }
+
+    /// Puts the place where the key was written that a message starts with in front of it.
+    pub fn locate(&self, error: Error) -> Error {
+        Origin::locate(error, |key| self.origins.get(key))
     }
 }
 

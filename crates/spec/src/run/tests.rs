@@ -44,6 +44,21 @@ fn defaults() {
 }
 
 #[test]
+fn who_set_a_key_is_known() {
+    let file = "# layout.tp, layout.micro_batch = 8\n[layout]\ndp = 2\nzero = 1\n";
+    let set = ["layout.zero=2".to_owned()];
+    let read = RunSpec::resolve(Some(("run.toml", file)), &set, &RunSpec::no_files).expect("a run");
+    let check = |key: &str, expected: Origin| assert_eq!(*read.set_by(key), expected, "{key}");
+    check("layout.micro_batch", Origin::Default);
+    check("layout.dp", Origin::File { path: "run.toml".to_owned(), line: 3 });
+    check("layout.zero", Origin::Set("layout.zero=2".to_owned()));
+    check("data.text", Origin::Default);
+    let at = |what: &str| read.locate(Error::user(what)).to_string();
+    assert_eq!(at("layout.dp = 2 is odd"), "run.toml:3: layout.dp = 2 is odd");
+    assert_eq!(at("layout.tp = 1 is odd"), "layout.tp = 1 is odd");
+}
+
+#[test]
 fn every_key_is_read_and_documented() {
     for key in RunSpec::keys() {
         assert!(!key.doc.is_empty() && !key.type_text().is_empty() && key.path.contains('.'), "{}", key.path);
