@@ -110,7 +110,11 @@ fn join(b: &Bootstrap, gave_up: &str) -> Result<Arc<Core>> {
         let index = near.iter().position(|&r| r == rank);
         let (socket, memory) = met.map_or((None, None), |m| (Some(m.socket), m.memory));
         let theirs = match memory {
-            Some(file) => Some(Control::new(Arc::new(Mapping::of_file(&file, CONTROL_BYTES)?), false)),
+            Some(file) => {
+                let mapping = Mapping::of_file(&file, CONTROL_BYTES)
+                    .map_err(|e| e.context(format!("rank {rank} ({})", cards[rank].place())))?;
+                Some(Control::new(Arc::new(mapping), false))
+            }
             None if rank == b.rank => Some(control.clone()),
             None => None,
         };

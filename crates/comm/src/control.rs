@@ -56,13 +56,13 @@ impl Control {
     }
 
     fn word32(&self, offset: usize) -> &AtomicU32 {
-        debug_assert!(offset + 4 <= CONTROL_BYTES && offset.is_multiple_of(4));
+        assert!(offset <= CONTROL_BYTES - 4 && offset.is_multiple_of(4));
         // SAFETY: inside the mapping and aligned; all access is atomic.
         unsafe { &*self.mapping.ptr().add(offset).cast::<AtomicU32>() }
     }
 
     fn word64(&self, offset: usize) -> &AtomicU64 {
-        debug_assert!(offset + 8 <= CONTROL_BYTES && offset.is_multiple_of(8));
+        assert!(offset <= CONTROL_BYTES - 8 && offset.is_multiple_of(8));
         // SAFETY: inside the mapping and aligned; all access is atomic.
         unsafe { &*self.mapping.ptr().add(offset).cast::<AtomicU64>() }
     }

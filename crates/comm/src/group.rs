@@ -347,7 +347,11 @@ async fn join(core: &Core, ranks: &[usize], id: u32, slot: usize) -> Result<Vec<
             // SAFETY: the buffer lives beyond the await.
             unsafe { p2p::recv(core, header, peer, Span::of(&mut theirs)).await? };
         }
-        slots.push(u64::from_le_bytes(theirs) as usize % MAX_GROUPS);
+        let slot = u64::from_le_bytes(theirs);
+        if slot >= MAX_GROUPS as u64 {
+            return Err(core.broken(peer, &format!("keeps {key} in slot {slot} of {MAX_GROUPS}")));
+        }
+        slots.push(slot as usize);
     }
     Ok(slots)
 }

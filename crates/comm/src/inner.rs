@@ -153,6 +153,14 @@ impl Core {
         }
     }
 
+    /// A peer has shown or sent what no rank of this program does.
+    pub(crate) fn broken(&self, rank: usize, how: &str) -> Error {
+        self.fail(&format!(
+            "rank {rank} ({}) {how}: its memory or this program is damaged",
+            self.peers[rank].place
+        ))
+    }
+
     pub(crate) fn timed_out(&self, missing: &str) -> Error {
         let silent = self.io.get().map(|io| io.silent_ranks()).unwrap_or_default();
         let mut why = format!("rank {}: waited {:.1} s for {missing}", self.rank, self.timeout.as_secs_f64());
@@ -177,7 +185,8 @@ impl Core {
             .map_or(Location::NONE, |(segment, offset)| Location { segment, offset: offset as u64 })
     }
 
-    /// The address here of what `rank` named; `None` until its segment has arrived.
+    /// The address here of what `rank` named; `None` until its segment has arrived. It may be used for as long as a
+    /// [`Core::touch`] is held that was taken before.
     pub(crate) fn resolve(&self, rank: usize, location: Location, bytes: usize) -> Option<Result<Address>> {
         if location.segment == DIRECT && self.io.get().is_none() {
             return Some(Ok(Address(location.offset as *mut u8)));
@@ -185,19 +194,25 @@ impl Core {
         if rank == self.rank {
             let own = self.segments.own();
             let mapping = own.iter().find(|(id, _)| *id == location.segment).map(|(_, m)| m.clone());
-            return Some(inside(mapping.as_deref(), rank, location, bytes));
+            return Some(self.inside(mapping.as_deref(), rank, location, bytes));
         }
         let peers = self.segments.peers();
         let mapping = peers.iter().find(|s| s.rank == rank && s.id == location.segment)?;
-        Some(inside(Some(&mapping.mapping), rank, location, bytes))
+        Some(self.inside(Some(&mapping.mapping), rank, location, bytes))
     }
-}
 
-fn inside(mapping: Option<&Mapping>, rank: usize, location: Location, bytes: usize) -> Result<Address> {
-    mapping
-        .filter(|m| (location.offset as usize).checked_add(bytes).is_some_and(|end| end <= m.bytes()))
-        .map(|m| Address(m.ptr().wrapping_add(location.offset as usize)))
-        .ok_or_else(|| Error::failure(format!("rank {rank} named {bytes} bytes outside its shared memory")))
+    fn inside(
+        &self,
+        mapping: Option<&Mapping>,
+        rank: usize,
+        location: Location,
+        bytes: usize,
+    ) -> Result<Address> {
+        mapping
+            .filter(|m| (location.offset as usize).checked_add(bytes).is_some_and(|end| end <= m.bytes()))
+            .map(|m| Address(m.ptr().wrapping_add(location.offset as usize)))
+            .ok_or_else(|| self.broken(rank, &format!("named {bytes} bytes outside its shared memory")))
+    }
 }
 
 /// An address that may cross threads; the operation that holds it answers for the memory.
@@ -261,6 +276,10 @@ pub(crate) struct Segments {
     own: RwLock<Vec<(u64, Arc<Mapping>)>>,
     peers: RwLock<Vec<PeerSegment>>,
     made: AtomicUsize,
+    /// Operations that may be inside memory of peers, and what peers have taken back meanwhile.
+    touching: AtomicUsize,
+    retired: Mutex<Vec<PeerSegment>>,
+    has_retired: AtomicBool,
 }
 
 pub(crate) struct PeerSegment {
@@ -282,9 +301,29 @@ impl Segments {
         self.peers.write().unwrap_or_else(PoisonError::into_inner).push(segment);
     }
 
+    /// A peer takes memory back; it is unmapped once no operation can be inside it.
     pub(crate) fn drop_peer(&self, rank: usize, id: u64) {
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
-        peers.retain(|s| s.rank != rank || s.id != id);
+        let Some(at) = peers.iter().position(|s| s.rank == rank && s.id == id) else { return };
+        let segment = peers.swap_remove(at);
+        drop(peers);
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner).push(segment);
+        self.has_retired.store(true, Ordering::SeqCst);
+        self.unmap_retired();
+    }
+
+    #[cfg(test)]
+    pub(crate) fn retired(&self) -> usize {
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    fn unmap_retired(&self) {
+        let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        // Looked at under the lock: whoever found a retired segment before it was retired counts here.
+        if self.touching.load(Ordering::SeqCst) == 0 {
+            self.has_retired.store(false, Ordering::SeqCst);
+            retired.clear();
+        }
     }
 }
 
@@ -319,11 +358,12 @@ impl Core {
     /// [`Core::quiesce`].
     pub(crate) fn touch(&self) -> Result<Touch<'_>> {
         if !self.control.is_private() {
-            return Ok(Touch(None));
+            self.segments.touching.fetch_add(1, Ordering::SeqCst);
+            return Ok(Touch::Mapped(&self.segments));
         }
         let word = self.control.touching();
         word.fetch_add(1, Ordering::SeqCst);
-        let touch = Touch(Some(word));
+        let touch = Touch::Private(word);
         publish();
         match self.failure.get() {
             Some(error) => Err(error),
@@ -332,7 +372,7 @@ impl Core {
     }
 
     /// After a failure, waits until no other thread is inside this rank's buffers, which are about to be given back.
-    /// Between processes there is no need: shared memory stays mapped by those who use it.
+    /// Between processes there is no need: shared memory stays mapped while a [`Touch`] is held.
     pub(crate) fn quiesce(&self) {
         if !self.control.is_private() {
             return;
@@ -347,12 +387,23 @@ impl Core {
 }
 
 /// See [`Core::touch`].
-pub(crate) struct Touch<'a>(Option<&'a AtomicU32>);
+pub(crate) enum Touch<'a> {
+    /// Of threads' own memory.
+    Private(&'a AtomicU32),
+    /// Of memory that a peer may take back at any time.
+    Mapped(&'a Segments),
+}
 
 impl Drop for Touch<'_> {
     fn drop(&mut self) {
-        if let Some(word) = self.0 {
-            word.fetch_sub(1, Ordering::SeqCst);
+        match self {
+            Touch::Private(word) => drop(word.fetch_sub(1, Ordering::SeqCst)),
+            Touch::Mapped(segments) => {
+                let last = segments.touching.fetch_sub(1, Ordering::SeqCst) == 1;
+                if last && segments.has_retired.load(Ordering::SeqCst) {
+                    segments.unmap_retired();
+                }
+            }
         }
     }
 }

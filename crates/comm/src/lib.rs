@@ -55,6 +55,8 @@ mod control;
 mod element;
 mod group;
 mod header;
+#[cfg(test)]
+mod hostile;
 mod inner;
 mod link;
 mod memory;

@@ -48,13 +48,17 @@ impl Mapping {
 
     /// Maps a memory file received from a peer.
     pub(crate) fn of_file(fd: impl AsFd, bytes: usize) -> Result<Mapping> {
-        let size = rustix::fs::fstat(&fd)
-            .map_err(|e| Error::failure(format!("look at shared memory: {e}")))?
-            .st_size;
-        if size < bytes as i64 {
-            return Err(Error::failure(format!("shared memory of {size} bytes, expected {bytes}")));
+        // In this order: the size of a file that can shrink means nothing. Other files than memory have no seals.
+        let seals = rustix::fs::fcntl_get_seals(&fd).unwrap_or(SealFlags::empty());
+        if !seals.contains(SealFlags::SHRINK) {
+            return Err(Error::failure("shared memory that is not sealed against shrinking"));
         }
-        // SAFETY: a fresh mapping of a file that is sealed against shrinking.
+        let stat =
+            rustix::fs::fstat(&fd).map_err(|e| Error::failure(format!("look at shared memory: {e}")))?;
+        if u64::try_from(stat.st_size).is_ok_and(|size| size < bytes as u64) {
+            return Err(Error::failure(format!("shared memory of {} bytes, expected {bytes}", stat.st_size)));
+        }
+        // SAFETY: a fresh mapping of a file that has so many bytes and cannot shrink.
         let ptr = unsafe {
             rustix::mm::mmap(
                 std::ptr::null_mut(),

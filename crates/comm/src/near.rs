@@ -11,7 +11,7 @@ use crate::header::{Header, mismatch};
 use crate::inner::{Address, Core, Location, Touch};
 use crate::progress::{give_way, until};
 use crate::sum::{Into, Sum, Tree};
-use spec::{Result, shares};
+use spec::{Error, Result, shares};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -72,23 +72,31 @@ impl Meeting<'_> {
         self.near.step.load(Ordering::Relaxed) + 1
     }
 
-    /// Comes to the next meeting with a header, which must equal everyone's.
-    async fn meet(&self, location: Location) -> Result<()> {
+    /// Comes to the next meeting with a header, which must equal everyone's, and gives everyone's locations.
+    async fn meet(&self, location: Location) -> Result<Vec<Location>> {
         let (near, step) = (self.near, self.next());
         let mut words = [0; WORDS];
         words[..8].copy_from_slice(&self.header.encode());
         words[8..].copy_from_slice(&[location.segment, location.offset]);
         near.controls[near.me].header(near.slots[near.me], step).write(&words);
         self.come().await?;
+        let mut locations = Vec::with_capacity(near.size());
         for member in 0..near.size() {
+            // Read once: what is compared is what is used, whatever the member does to its memory.
             let theirs = self.words(member);
             if theirs[..8] != words[..8] {
-                let theirs = Header::decode(&theirs).unwrap_or(self.header);
-                let why = mismatch(self.core.rank, &self.header, near.ranks[member], &theirs);
-                return Err(self.core.fail(&why));
+                return Err(self.disagreement(near.ranks[member], &theirs));
             }
+            locations.push(Location { segment: theirs[8], offset: theirs[9] });
         }
-        Ok(())
+        Ok(locations)
+    }
+
+    fn disagreement(&self, rank: usize, words: &[u64]) -> Error {
+        match Header::decode(words) {
+            Some(theirs) => self.core.fail(&mismatch(self.core.rank, &self.header, rank, &theirs)),
+            None => self.core.broken(rank, "came to a meeting with a header that cannot be read"),
+        }
     }
 
     /// Comes to the next meeting of an operation that is known to be everyone's.
@@ -148,26 +156,28 @@ impl Meeting<'_> {
         self.near.controls[member].header(self.near.slots[member], step).read()
     }
 
-    fn location(&self, member: usize) -> Location {
-        let words = self.words(member);
-        Location { segment: words[8], offset: words[9] }
-    }
-
     /// Where the members' buffers of `bytes(member)` bytes lie, if all are shared. They may be used until the guard
     /// is dropped, which comes before the next meeting.
-    async fn buffers(&self, bytes: impl Fn(usize) -> usize) -> Result<Option<(Vec<Address>, Touch<'_>)>> {
-        let locations: Vec<_> = (0..self.near.size()).map(|m| self.location(m)).collect();
+    async fn buffers(
+        &self,
+        locations: &[Location],
+        bytes: impl Fn(usize) -> usize,
+    ) -> Result<Option<(Vec<Address>, Touch<'_>)>> {
         if !locations.iter().all(|l| l.is_shared()) {
             return Ok(None);
         }
+        let touch = self.core.touch()?;
         let mut addresses = Vec::with_capacity(locations.len());
-        for (member, location) in locations.into_iter().enumerate() {
-            let rank = self.near.ranks[member];
-            let what = || format!("the shared memory of rank {rank}");
-            addresses
-                .push(until(self.core, what, || self.core.resolve(rank, location, bytes(member))).await?);
+        for (member, location) in locations.iter().enumerate() {
+            addresses.push(self.resolve(member, *location, bytes(member)).await?);
         }
-        Ok(Some((addresses, self.core.touch()?)))
+        Ok(Some((addresses, touch)))
+    }
+
+    async fn resolve(&self, member: usize, location: Location, bytes: usize) -> Result<Address> {
+        let rank = self.near.ranks[member];
+        let what = || format!("the shared memory of rank {rank}");
+        until(self.core, what, || self.core.resolve(rank, location, bytes)).await
     }
 
     fn shared(&self, buffer: Span) -> Location {
@@ -179,7 +189,7 @@ impl Meeting<'_> {
     }
 
     pub(crate) async fn barrier(&self) -> Result<()> {
-        self.meet(Location::NONE).await
+        self.meet(Location::NONE).await.map(drop)
     }
 
     /// # Safety
@@ -193,14 +203,14 @@ impl Meeting<'_> {
             // SAFETY: passed on from the caller.
             unsafe { self.stage_in(buffer, 0..buffer.count) };
         }
-        self.meet(here).await?;
-        if let Some((buffers, touch)) = self.buffers(|_| buffer.bytes()).await? {
+        let locations = self.meet(here).await?;
+        if let Some((buffers, touch)) = self.buffers(&locations, |_| buffer.bytes()).await? {
             // SAFETY: as the caller's, of every member.
             unsafe { self.add_share(buffer, &buffers).await };
             drop(touch);
             return self.come().await;
         }
-        if staged && (0..self.near.size()).all(|m| !self.location(m).is_shared()) {
+        if staged && locations.iter().all(|l| !l.is_shared()) {
             // SAFETY: passed on from the caller.
             unsafe { self.add_all(buffer) };
             return Ok(());
@@ -273,10 +283,10 @@ impl Meeting<'_> {
         into: Into,
         ranges: &[Range<usize>],
     ) -> Result<()> {
-        self.meet(self.shared(input)).await?;
+        let locations = self.meet(self.shared(input)).await?;
         let own = &ranges[self.near.me];
         let destinations = [output];
-        if let Some((buffers, touch)) = self.buffers(|_| input.bytes()).await? {
+        if let Some((buffers, touch)) = self.buffers(&locations, |_| input.bytes()).await? {
             let sum = Sum { into, ..self.sum(input, &buffers, &destinations) };
             // SAFETY: members write their own range of their own input at most; others do not read that.
             unsafe { sum.run(own.start, 0, own.len()) };
@@ -321,8 +331,8 @@ impl Meeting<'_> {
             unsafe { copy(input.as_ptr(), own.as_ptr(), own.bytes()) };
         }
         if bytes(longest) > SMALL_BYTES {
-            self.meet(self.shared(input)).await?;
-            if let Some((buffers, touch)) = self.buffers(|m| bytes(ranges[m].len())).await? {
+            let locations = self.meet(self.shared(input)).await?;
+            if let Some((buffers, touch)) = self.buffers(&locations, |m| bytes(ranges[m].len())).await? {
                 for member in self.others() {
                     let to = output.part(&ranges[member]);
                     // SAFETY: the member's input stays as it is until the next meeting.
@@ -390,11 +400,12 @@ impl Meeting<'_> {
         }
         let words =
             |member: usize, to: usize| table(member, to, step).map(|w| w.load(Ordering::Relaxed) as usize);
-        self.meet(self.shared(input)).await?;
-        for member in 0..n {
-            let [_, theirs] = words(member, near.me);
+        let locations = self.meet(self.shared(input)).await?;
+        // Read once: what is checked is what is used, whatever the member does to its table.
+        let runs: Vec<[usize; 2]> = (0..n).map(|member| words(member, near.me)).collect();
+        for (member, [_, theirs]) in runs.iter().enumerate() {
             let ours = output_ranges[member].len();
-            if theirs != ours {
+            if *theirs != ours {
                 let why = format!(
                     "{}: rank {} sends {theirs} {element} to rank {}, which expects {ours}",
                     self.header, near.ranks[member], self.core.rank
@@ -402,12 +413,10 @@ impl Meeting<'_> {
                 return Err(self.core.fail(&why));
             }
         }
-        let end =
-            |m: usize| (0..n).map(|to| words(m, to)).map(|[s, l]| s + l).max().unwrap_or(0) * element.bytes();
-        if let Some((buffers, touch)) = self.buffers(end).await? {
+        let end = |m: usize| runs[m][0].saturating_add(runs[m][1]).saturating_mul(element.bytes());
+        if let Some((buffers, touch)) = self.buffers(&locations, end).await? {
             for member in self.others().chain([near.me]) {
-                let [start, _] = words(member, near.me);
-                let from = buffers[member].plus(start * element.bytes());
+                let from = buffers[member].plus(runs[member][0] * element.bytes());
                 // SAFETY: the member's input stays as it is until the next meeting.
                 unsafe { self.copy_in_turns(from, output.part(&output_ranges[member])).await };
             }
@@ -444,15 +453,11 @@ impl Meeting<'_> {
     pub(crate) async unsafe fn broadcast(&self, buffer: Span, root: usize) -> Result<()> {
         let is_root = self.near.me == root;
         if buffer.bytes() > SMALL_BYTES {
-            self.meet(self.shared(buffer)).await?;
-            let location = self.location(root);
+            let location = self.meet(self.shared(buffer)).await?[root];
             if location.is_shared() {
-                let rank = self.near.ranks[root];
-                let what = || format!("the shared memory of rank {rank}");
-                let from =
-                    until(self.core, what, || self.core.resolve(rank, location, buffer.bytes())).await?;
                 if !is_root {
                     let _touch = self.core.touch()?;
+                    let from = self.resolve(root, location, buffer.bytes()).await?;
                     // SAFETY: the root's buffer stays as it is until the next meeting.
                     unsafe { self.copy_in_turns(from, buffer).await };
                 }

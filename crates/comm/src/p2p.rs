@@ -75,7 +75,7 @@ impl Outbox {
 
     pub(crate) fn taken(&mut self, lane: &Lane) {
         if let Some(lane) = self.lanes.get_mut(lane) {
-            lane.taken += 1;
+            lane.taken = lane.next.min(lane.taken + 1);
         }
     }
 
@@ -128,9 +128,17 @@ impl Outbox {
 /// What has arrived for this rank and what it waits for.
 #[derive(Default)]
 pub(crate) struct Inbox {
-    /// How many sends of each neighbour were read off its ring.
-    heads: HashMap<usize, u64>,
+    rings: HashMap<usize, Ring>,
     lanes: HashMap<Lane, RecvLane>,
+}
+
+/// How far the ring of a neighbour was read.
+#[derive(Default)]
+struct Ring {
+    /// Sends read off it.
+    head: u64,
+    /// Those of them that no receive has taken.
+    kept: u64,
 }
 
 #[derive(Default)]
@@ -178,14 +186,19 @@ impl Inbox {
     /// Reads descriptors off the ring of neighbour `from`.
     fn drain(&mut self, core: &Core, from: usize) -> Result<()> {
         let near = core.near(from)?;
-        let head = self.heads.entry(from).or_default();
+        let ring = self.rings.entry(from).or_default();
         let tail = near.control.ring_tail(core.neighbour).load(Ordering::Acquire);
-        while *head < tail {
-            let slot = near.control.ring_entry(core.neighbour, *head).load(Ordering::Relaxed) as usize;
-            *head += 1;
-            let words = near.control.send_header(slot.min(MAX_SENDS - 1)).read();
-            let header = Header::decode(&words)
-                .ok_or_else(|| core.fail(&format!("rank {from} sent a message that cannot be read")))?;
+        if tail.wrapping_sub(ring.head) > MAX_SENDS as u64 - ring.kept {
+            return Err(core.broken(from, "has more messages on their way than it may"));
+        }
+        while ring.head < tail {
+            // Read once, each word: what is checked is what is used, whatever the neighbour does to its memory.
+            let slot = near.control.ring_entry(core.neighbour, ring.head).load(Ordering::Relaxed) as usize;
+            let words = (slot < MAX_SENDS).then(|| near.control.send_header(slot).read());
+            let Some((words, header)) = words.and_then(|w| Some((w, Header::decode(&w)?))) else {
+                return Err(core.broken(from, "sent a message that cannot be read"));
+            };
+            (ring.head, ring.kept) = (ring.head + 1, ring.kept + 1);
             let location = Location { segment: words[8], offset: words[9] };
             let lane = Lane { peer: from, group: header.group, channel: header.channel };
             let body = Body::Near { slot, location };
@@ -198,7 +211,11 @@ impl Inbox {
     fn take(&mut self, lane: &Lane, message: u64) -> Option<Arrived> {
         let arrived = &mut self.lanes.get_mut(lane)?.arrived;
         let at = arrived.iter().position(|a| a.header.message == message)?;
-        arrived.remove(at)
+        let message = arrived.remove(at)?;
+        if let (Body::Near { .. }, Some(ring)) = (&message.body, self.rings.get_mut(&lane.peer)) {
+            ring.kept -= 1;
+        }
+        Some(message)
     }
 
     /// A message from another host begins: the receive that waits for it (with what that expects), or a new place.
@@ -363,8 +380,8 @@ pub(crate) async unsafe fn recv(core: &Core, header: Header, from: usize, buffer
         return Err(core.fail("a neighbour's message came over a socket"));
     };
     let bytes = buffer.bytes();
-    let source = until(core, what, || core.resolve(from, location, bytes)).await?;
     let touch = core.touch()?;
+    let source = until(core, what, || core.resolve(from, location, bytes)).await?;
     // SAFETY: the sender keeps the payload until the message is marked as taken; the caller vouches for the buffer.
     unsafe { std::ptr::copy_nonoverlapping(source.0, buffer.as_ptr(), bytes) };
     drop(touch);

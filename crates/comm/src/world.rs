@@ -83,7 +83,7 @@ impl Bootstrap {
 /// One rank's membership of a job. Dropping it leaves the job in good order; operations that others still expect of
 /// this rank then fail and name it.
 pub struct World {
-    core: Arc<Core>,
+    pub(crate) core: Arc<Core>,
     all: Group,
 }
 

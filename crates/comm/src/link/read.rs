@@ -17,6 +17,9 @@ use std::sync::{Arc, PoisonError};
 /// Most bytes read from one connection before the others get a turn.
 const TURN_BYTES: usize = 8 << 20;
 
+/// Memory for a message that no receive waits for, before any of it has arrived.
+const FIRST_BYTES: usize = 64 << 10;
+
 /// What is being read from one connection.
 pub(super) struct Reader {
     head: [u8; HEAD_BYTES],
@@ -79,9 +82,18 @@ impl Reader {
         }
         let bytes = words[1] as usize;
         let kind = Kind::ALL.into_iter().find(|k| *k as u64 == words[0]);
+        let kind = kind.ok_or_else(|| format!("it sent a frame of unknown kind {}", words[0]))?;
+        if bytes > 0 && !matches!(kind, Kind::Message | Kind::Abort)
+            || bytes > MAX_TEXT_BYTES && kind == Kind::Abort
+        {
+            return Err(format!("it sent a frame of kind {} with {bytes} bytes", words[0]));
+        }
+        if kind != Kind::Share && !self.files.is_empty() {
+            return Err("it sent a file that was not asked for".into());
+        }
         let header =
             || Header::decode(&words[2..]).ok_or_else(|| "it sent a message that cannot be read".to_string());
-        match kind.ok_or_else(|| format!("it sent a frame of unknown kind {}", words[0]))? {
+        match kind {
             Kind::Message => {
                 let header = header()?;
                 if header.bytes() != bytes {
@@ -90,15 +102,7 @@ impl Reader {
                 let target = core.inbox().begin(rank, header);
                 let sink = match target {
                     Ok(Target::Waiting(waiting)) => Sink::Waiting(waiting),
-                    Ok(Target::Incoming(incoming)) => {
-                        let mut payload = incoming.payload.lock().unwrap_or_else(PoisonError::into_inner);
-                        payload
-                            .try_reserve_exact(bytes)
-                            .map_err(|e| format!("no memory for {header}: {e}"))?;
-                        payload.resize(bytes, 0);
-                        drop(payload);
-                        Sink::Incoming(incoming)
-                    }
+                    Ok(Target::Incoming(incoming)) => Sink::Incoming(incoming),
                     Err(ours) => {
                         core.fail(&mismatch(core.rank, &ours, rank, &header));
                         core.ring();
@@ -118,7 +122,6 @@ impl Reader {
             }
             Kind::Beat => {}
             Kind::Abort => {
-                let bytes = bytes.min(MAX_TEXT_BYTES);
                 self.payload =
                     (bytes > 0).then(|| Reading { sink: Sink::Text(vec![0; bytes]), bytes, done: 0 });
             }
@@ -127,8 +130,11 @@ impl Reader {
                 core.ring();
             }
             Kind::Share => {
-                let file = self.files.pop_front().ok_or("it shared memory without its file")?;
-                let mapping = Mapping::of_file(&file, words[3] as usize).map_err(|e| e.to_string())?;
+                let (Some(file), true) = (self.files.pop_front(), self.files.is_empty()) else {
+                    return Err("it shared memory without its file, or with others".into());
+                };
+                let mapping = Mapping::of_file(&file, words[3] as usize)
+                    .map_err(|e| format!("it shared memory that cannot be used: {e}"))?;
                 core.segments.add_peer(PeerSegment { rank, id: words[2], mapping });
                 core.ring();
             }
@@ -157,6 +163,12 @@ impl Reading {
             }
             Sink::Incoming(incoming) => {
                 let mut payload = incoming.payload.lock().unwrap_or_else(PoisonError::into_inner);
+                if self.done == payload.len() {
+                    // Grows as bytes arrive: a length alone cannot make this rank allocate.
+                    let more = (self.bytes - self.done).min(self.done.max(FIRST_BYTES));
+                    payload.try_reserve_exact(more).map_err(|_| Errno::NOMEM)?;
+                    payload.resize(self.done + more, 0);
+                }
                 receive_plain(socket, &mut payload[self.done..])
             }
             Sink::Text(text) => receive_plain(socket, &mut text[self.done..]),
