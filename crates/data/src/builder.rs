@@ -9,6 +9,7 @@ use serde_json::Value;
 use spec::{Error, Result};
 
 use crate::atomic::write_file;
+use crate::fingerprint::Fingerprint;
 use crate::index_writer::IndexedWriter;
 use crate::indexed::with_suffix;
 use crate::input::{Body, Input, Item, Reader, Skipped, resolve};
@@ -31,6 +32,8 @@ pub struct BuildOptions {
     pub append_end: bool,
     /// Cut plain text into documents of about this many bytes.
     pub document_bytes: Option<u64>,
+    /// Recorded in the manifest of a prepared dataset.
+    pub(crate) text_key: Option<Fingerprint>,
     /// Threads that encode; `None` for rayon's own number. The result does not depend on it.
     pub threads: Option<usize>,
 }
@@ -44,6 +47,7 @@ impl BuildOptions {
             json_field: "text".to_owned(),
             append_end: true,
             document_bytes: None,
+            text_key: None,
             threads: None,
         }
     }
@@ -258,10 +262,12 @@ impl<'a> Encoder<'a> {
             unigram_entropy_nats: entropy_nats(&self.counts),
             end_of_document: self.tokenizer.eod().filter(|_| self.options.append_end),
             tokenizer_xxh3: format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&tokenizer_json)),
+            tokenizer_fingerprint: Some(Fingerprint::of_tokenizer(&tokenizer_json)?),
             tokens_xxh3: String::new(),
             not_utf8: skipped.not_utf8,
             unreadable: skipped.unreadable,
             empty: skipped.empty,
+            text_key: self.options.text_key,
         };
         self.writer.finish_with(|hash| {
             manifest.tokens_xxh3 = format!("{hash:032x}");

@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use spec::{Error, Result};
 
+use crate::fingerprint::Fingerprint;
 use crate::indexed::with_suffix;
 
 /// What is known about a dataset that was built here, kept beside it as `PREFIX.json`.
@@ -28,6 +29,9 @@ pub struct Manifest {
     pub end_of_document: Option<u32>,
     /// XXH3-128 of the tokenizer file, in hexadecimal.
     pub tokenizer_xxh3: String,
+    /// What the tokenizer's ids depend on; absent in datasets built before it was recorded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer_fingerprint: Option<Fingerprint>,
     /// XXH3-128 of the stored tokens, in hexadecimal.
     pub tokens_xxh3: String,
     /// Inputs left out because they are not UTF-8.
@@ -36,6 +40,9 @@ pub struct Manifest {
     pub unreadable: u64,
     /// Inputs left out because they hold no text.
     pub empty: u64,
+    /// Of a prepared dataset: names, sizes and times of the text files, hashed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text_key: Option<Fingerprint>,
 }
 
 /// The version written.

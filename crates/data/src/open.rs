@@ -71,8 +71,8 @@ pub fn open_streams(options: &StreamOptions) -> Result<Streams> {
             source.check_vocab(vocab)?;
         }
         fingerprints.push(match options.parts.len() {
-            1 => source.fingerprint(),
-            _ => format!("{}*{weight}", source.fingerprint()),
+            1 => source.fingerprint()?.to_string(),
+            _ => format!("{}*{weight}", source.fingerprint()?),
         });
         sources.push(Arc::new(source));
     }

@@ -8,6 +8,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 use crate::atomic::{sync_directory, temporary_name};
 use crate::builder::{BuildOptions, build_inputs, train_on_inputs};
 use crate::corpus::{candidates, distinct};
+use crate::fingerprint::{Fingerprint, tokenizer_fingerprint};
 use crate::indexed::{IndexedDataset, with_suffix};
 use crate::input::{Input, resolve};
 use crate::manifest::Manifest;
@@ -65,7 +66,8 @@ const STALE_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 /// Makes a dataset from text in `cache_dir`, or finds the one that was made from the same text before.
 ///
-/// Whether the text is the same is told from names, sizes and modification times, without reading it. Several processes
+/// Whether the text is the same is told from names, sizes and modification times, without reading it. A dataset that was
+/// made with a tokenizer trained on the same text is found by that tokenizer too ([`TokenizerChoice::Load`]). Several processes
 /// may prepare the same at once: each works aside and the first to finish wins.
 ///
 /// # Errors
@@ -77,12 +79,20 @@ pub fn prepare(
     tokenizer: &TokenizerChoice,
     progress: OnProgress<'_>,
 ) -> Result<Prepared> {
+    let mut text_key = Xxh3::new();
+    let found = Found::look(text, &mut text_key)?;
     let mut key = Xxh3::new();
     key.update(&RECIPE_VERSION.to_le_bytes());
     key_tokenizer(&mut key, tokenizer)?;
-    let found = Found::look(text, &mut key)?;
+    key.update(&text_key.digest128().to_le_bytes());
+    let text_key = Fingerprint::of(&text_key);
     let directory = cache_dir.join(format!("corpus-{:016x}", key.digest()));
     if let Some(prepared) = reuse(&directory, true) {
+        return Ok(prepared);
+    }
+    if let TokenizerChoice::Load(path) = tokenizer
+        && let Some(prepared) = find(cache_dir, text_key, tokenizer_fingerprint(path)?)
+    {
         return Ok(prepared);
     }
     fs::create_dir_all(cache_dir).map_err(|e| {
@@ -100,6 +110,7 @@ pub fn prepare(
     };
     let mut options = BuildOptions::new(Vec::new(), workshop.path.join(NAME));
     options.document_bytes = document_bytes;
+    options.text_key = Some(text_key);
     build_inputs(&options, &inputs, &tokenizer, progress)
         .context(format_args!("prepare data in {}", cache_dir.display()))?;
     workshop.publish(&directory)?;
@@ -211,6 +222,18 @@ fn reuse(directory: &Path, cached: bool) -> Option<Prepared> {
         tokens: manifest.tokens,
         manifest,
         cached,
+    })
+}
+
+/// The dataset that was made of the same text with an equal tokenizer, such as the one that an earlier run trained.
+fn find(cache_dir: &Path, text_key: Fingerprint, tokenizer: Fingerprint) -> Option<Prepared> {
+    let mut entries: Vec<_> = fs::read_dir(cache_dir).ok()?.flatten().collect();
+    entries.sort_by_key(|entry| entry.file_name());
+    entries.iter().filter(|e| e.file_name().to_string_lossy().starts_with("corpus-")).find_map(|entry| {
+        let manifest = Manifest::load(&entry.path().join(NAME)).ok()?;
+        let is_same =
+            manifest.text_key == Some(text_key) && manifest.tokenizer_fingerprint == Some(tokenizer);
+        if is_same { reuse(&entry.path(), true) } else { None }
     })
 }
 

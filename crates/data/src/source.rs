@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use spec::{Error, Result};
 
+use crate::fingerprint::Fingerprint;
 use crate::glob::{expand, has_wildcards};
 use crate::indexed::{IndexedDataset, bin_path, idx_path, strip_extension};
 use crate::manifest::Manifest;
@@ -149,8 +150,11 @@ impl Source {
     }
 
     /// Names the data: XXH3-128 over the sequences' lengths and the tokens (of more than 512 MiB, blocks spread
-    /// evenly), in hexadecimal. Equal for equal data, wherever it lies.
-    pub fn fingerprint(&self) -> String {
+    /// evenly). Equal for equal data, wherever it lies; always taken from the tokens themselves.
+    ///
+    /// # Errors
+    /// The tokens cannot be read.
+    pub fn fingerprint(&self) -> Result<Fingerprint> {
         let mut hash = xxhash_rust::xxh3::Xxh3::new();
         hash.update(self.token_type().name().as_bytes());
         for index in 0..self.sequences() {
@@ -162,7 +166,7 @@ impl Source {
                 hash.update(block);
             }
         }
-        format!("{:032x}", hash.digest128())
+        Ok(Fingerprint::of(&hash))
     }
 
     /// The error for a token outside the vocabulary found in a drawn sample.

@@ -13,6 +13,7 @@ use tokenizers::{
 };
 
 use crate::atomic::write_file;
+use crate::fingerprint::Fingerprint;
 use crate::pieces::pieces;
 use crate::progress::{OnProgress, Progress, Stage};
 
@@ -185,6 +186,15 @@ impl Tokenizer {
     /// As [`Tokenizer::to_json`].
     pub fn hash(&self) -> Result<String> {
         Ok(format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&self.to_json()?)))
+    }
+
+    /// Names what token ids depend on: vocabulary, merges, added tokens, normalizer and pre-tokenizer. Equal for tokenizers
+    /// that give equal ids by the same rules, however their files are written; templates and decoders do not count.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::to_json`].
+    pub fn fingerprint(&self) -> Result<Fingerprint> {
+        Fingerprint::of_tokenizer(&self.to_json()?)
     }
 
     /// The size of pieces to cut a long text into before encoding.

@@ -142,7 +142,7 @@ fn the_fingerprint_names_the_content() {
     let dir = tempfile::tempdir().unwrap();
     let print = |name: &str, lengths: &[usize]| {
         write(&dir.path().join(name), lengths);
-        Source::open(&dir.path().join(name)).unwrap().fingerprint()
+        Source::open(&dir.path().join(name)).unwrap().fingerprint().unwrap()
     };
     let a = print("a", &[5, 6]);
     assert_eq!(a, print("b", &[5, 6]));
