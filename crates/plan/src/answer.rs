@@ -123,8 +123,8 @@ impl LayoutOut {
             dp: l.dp,
             tp: l.tp,
             pp: l.pp,
-            cp: mesh.cp,
-            ep: mesh.ep,
+            cp: mesh.layout.cp,
+            ep: mesh.layout.ep,
             zero: l.zero.into(),
             sequence_parallel: l.sequence_parallel,
             schedule: l.schedule,
@@ -492,7 +492,7 @@ impl Answer {
 /// # Errors
 /// If the model or the batch does not allow the layout.
 pub fn program_memory(problem: &Problem, mesh: &Mesh) -> Result<usize> {
-    let layout = &mesh.step();
+    let layout = &mesh.layout;
     let precision = if mesh.format == NumberFormat::Fp32 { DType::F32 } else { DType::Bf16 };
     let mut most = 0;
     for stage in 0..layout.pp {

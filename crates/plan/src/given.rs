@@ -156,11 +156,11 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
         micro_batch,
         recompute,
         reduce: Reduce::Ring,
-        ..Layout::default()
+        cp,
+        ep: count("ep")?.unwrap_or(1),
     };
-    let ep = count("ep")?.unwrap_or(1);
     let shard = count("shard")?.unwrap_or(dp * cp);
-    let mesh = Mesh { layout, cp, ep, shard, format, order };
+    let mesh = Mesh { layout, shard, format, order };
     check(&mesh, problem).map_err(|e| e.context(format!("layout {text}")))?;
     Ok(Given { mesh, filled })
 }
@@ -219,13 +219,13 @@ fn check(mesh: &Mesh, p: &Problem) -> Result<()> {
             "give sequence_parallel=false, or a larger tp",
         );
     }
-    if !p.sequence.is_multiple_of(2 * mesh.cp) && mesh.cp > 1 {
+    if !p.sequence.is_multiple_of(2 * mesh.layout.cp) && mesh.layout.cp > 1 {
         let what =
-            format!("cp={} wants a sequence of a multiple of {}, found {}", mesh.cp, 2 * mesh.cp, p.sequence);
+            format!("cp={} wants a sequence of a multiple of {}, found {}", mesh.layout.cp, 2 * mesh.layout.cp, p.sequence);
         return not(what, "each rank takes two pieces of the sequence, one from each end");
     }
-    if l.sequence_parallel && !(p.sequence / mesh.cp).is_multiple_of(l.tp) {
-        let what = format!("tp={} does not divide the {} tokens that a rank has", l.tp, p.sequence / mesh.cp);
+    if l.sequence_parallel && !(p.sequence / mesh.layout.cp).is_multiple_of(l.tp) {
+        let what = format!("tp={} does not divide the {} tokens that a rank has", l.tp, p.sequence / mesh.layout.cp);
         return not(what, "give sequence_parallel=false");
     }
     if l.pp > m.layers {
@@ -267,27 +267,27 @@ fn check(mesh: &Mesh, p: &Problem) -> Result<()> {
         }
     }
     match p.shape.experts {
-        None if mesh.ep > 1 => {
-            return not(format!("ep={} on {}, which has no experts", mesh.ep, m.name), "leave ep out");
+        None if mesh.layout.ep > 1 => {
+            return not(format!("ep={} on {}, which has no experts", mesh.layout.ep, m.name), "leave ep out");
         }
-        Some(e) if !e.count.is_multiple_of(mesh.ep) => {
+        Some(e) if !e.count.is_multiple_of(mesh.layout.ep) => {
             return not(
-                format!("ep={} does not divide the {} experts", mesh.ep, e.count),
+                format!("ep={} does not divide the {} experts", mesh.layout.ep, e.count),
                 "choose a divisor",
             );
         }
         _ => {}
     }
-    if !(l.dp * mesh.cp * l.tp).is_multiple_of(mesh.ep) {
+    if !(l.dp * mesh.layout.cp * l.tp).is_multiple_of(mesh.layout.ep) {
         let what = format!(
             "ep={} does not divide the dp x cp x tp = {} ranks of a stage",
-            mesh.ep,
-            l.dp * mesh.cp * l.tp
+            mesh.layout.ep,
+            l.dp * mesh.layout.cp * l.tp
         );
         return not(what, "choose a divisor of both");
     }
-    if !(l.dp * mesh.cp).is_multiple_of(mesh.shard) {
-        let what = format!("shard={} does not divide dp x cp = {}", mesh.shard, l.dp * mesh.cp);
+    if !(l.dp * mesh.layout.cp).is_multiple_of(mesh.shard) {
+        let what = format!("shard={} does not divide dp x cp = {}", mesh.shard, l.dp * mesh.layout.cp);
         return not(what, "ZeRO shards over a part of the replicas that divides them");
     }
     Ok(())

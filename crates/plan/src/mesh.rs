@@ -11,13 +11,8 @@ use spec::{Layout, NumberFormat, PipelineSchedule, Recompute, Zero};
 /// ranks of `cp x dp`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Mesh {
-    /// Axes, schedule, ZeRO stage and recompute as the trainer knows them. Its `dp` does not include `cp`, and its own
-    /// `cp` and `ep` are 1: [`Mesh::step`] puts those of the mesh in.
+    /// Axes, schedule, ZeRO stage and recompute as the trainer knows them.
     pub layout: Layout,
-    /// Context-parallel ranks: each holds a part of every sequence.
-    pub cp: usize,
-    /// Expert-parallel ranks.
-    pub ep: usize,
     /// Data-parallel ranks over which ZeRO shards; all of `dp x cp` if larger.
     pub shard: usize,
     /// Format of the matrix products.
@@ -47,7 +42,7 @@ impl fmt::Display for Mesh {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let l = &self.layout;
         write!(f, "tp={},pp={},dp={}", l.tp, l.pp, l.dp)?;
-        for (key, value) in [("cp", self.cp), ("ep", self.ep), ("chunks", l.chunks)] {
+        for (key, value) in [("cp", l.cp), ("ep", l.ep), ("chunks", l.chunks)] {
             if value > 1 {
                 write!(f, ",{key}={value}")?;
             }
@@ -58,7 +53,7 @@ impl fmt::Display for Mesh {
             PipelineSchedule::OneFOneB | PipelineSchedule::Interleaved => {}
         }
         write!(f, ",micro_batch={},zero={}", l.micro_batch, u8::from(l.zero))?;
-        if self.shard < l.dp * self.cp && l.zero != Zero::Off {
+        if self.shard < l.replicas() && l.zero != Zero::Off {
             write!(f, ",shard={}", self.shard)?;
         }
         if l.tp > 1 {
@@ -77,24 +72,12 @@ impl fmt::Display for Mesh {
 impl Mesh {
     /// The mesh of a step's layout.
     pub fn of(layout: Layout, format: NumberFormat) -> Self {
-        let (cp, ep, shard) = (layout.cp, layout.ep, layout.replicas());
-        let layout = Layout { cp: 1, ep: 1, ..layout };
-        Mesh { shard, layout, cp, ep, format, order: Order::default() }
-    }
-
-    /// The layout of the step that is priced.
-    pub fn step(&self) -> Layout {
-        Layout { cp: self.cp, ep: self.ep, ..self.layout.clone() }
-    }
-
-    /// Accelerators.
-    pub fn world(&self) -> usize {
-        self.layout.world() * self.cp
+        Mesh { shard: layout.replicas(), layout, format, order: Order::default() }
     }
 
     /// Places from one data-parallel neighbour to the next.
     pub fn dp_stride(&self) -> usize {
-        let inner = self.layout.tp * self.cp;
+        let inner = self.layout.tp * self.layout.cp;
         match self.order {
             Order::TpCpDpPp => inner,
             Order::TpCpPpDp => inner * self.layout.pp,
@@ -103,7 +86,7 @@ impl Mesh {
 
     /// Places from one stage to the next.
     pub fn pp_stride(&self) -> usize {
-        let inner = self.layout.tp * self.cp;
+        let inner = self.layout.tp * self.layout.cp;
         match self.order {
             Order::TpCpDpPp => inner * self.layout.dp,
             Order::TpCpPpDp => inner,

@@ -200,8 +200,8 @@ impl<'a> Pricer<'a> {
         let l = &mesh.layout;
         Key {
             tp: l.tp,
-            cp: mesh.cp,
-            ep: mesh.ep,
+            cp: mesh.layout.cp,
+            ep: mesh.layout.ep,
             sequence_parallel: l.sequence_parallel,
             micro_batch: l.micro_batch,
             recompute: l.recompute,

@@ -383,12 +383,11 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
                         micro_batch: job.micro_batch,
                         recompute: job.recompute,
                         reduce: Reduce::Ring,
-                        ..Layout::default()
+                        cp: job.cp,
+                        ep: job.ep,
                     };
                     let mesh = Mesh {
                         layout,
-                        cp: job.cp,
-                        ep: job.ep,
                         shard: dp * job.cp,
                         format: space.format,
                         order,

@@ -205,6 +205,6 @@ fn check_closed_form(model: ModelSpec, layout: Layout, tolerance: f64) {
     assert!(
         (closed / placed - 1.0).abs() < tolerance,
         "{:?}: {closed:e} against {placed:e} {memory:?}",
-        mesh.step()
+        mesh.layout
     );
 }

@@ -68,7 +68,7 @@ proptest! {
         prop_assert!((parts.iter().map(|p| p.1).sum::<f64>() / price.step_s - 1.0).abs() < 1e-9);
         let chip = Chip::of(&problem.cluster.accelerator, mesh.format).unwrap();
         let flops = problem.shape.flops_per_token(2048.0, true) * 128.0 * 2048.0;
-        prop_assert!(price.step_s > flops / chip.peak / mesh.world() as f64);
+        prop_assert!(price.step_s > flops / chip.peak / mesh.layout.world() as f64);
         prop_assert!(price.mfu > 0.0 && price.mfu < 1.0);
         for knob in Knob::ALL {
             let better = Problem { cluster: problem.cluster.clone().scaled(knob, 1.3), ..problem.clone() };

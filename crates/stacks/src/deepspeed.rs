@@ -22,7 +22,7 @@ pub(crate) fn config(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
             "plan with schedule=1f1b, or --emit megatron-deepspeed",
         );
     }
-    if mesh.ep > 1 {
+    if mesh.layout.ep > 1 {
         return refuse(
             "expert parallelism by configuration alone".into(),
             "plan with ep=1, or --emit megatron-deepspeed",
@@ -101,7 +101,7 @@ pub(crate) fn megatron(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
         }
         args.push(format!(
             "--num-experts {} --topk {} --moe-expert-parallel-size {}",
-            e.count, e.top_k, mesh.ep
+            e.count, e.top_k, mesh.layout.ep
         ));
     }
     if l.sequence_parallel {
@@ -132,7 +132,7 @@ fn common(name: &str, mesh: &Mesh) -> Result<()> {
     if l.chunks > 1 || l.schedule == PipelineSchedule::Gpipe && l.pp > 1 {
         return refuse(format!("{} schedule", schedule_name(l.schedule)), "plan with schedule=1f1b");
     }
-    if mesh.cp > 1 {
+    if mesh.layout.cp > 1 {
         return refuse(
             "ring of context-parallel ranks (it has all-to-all over heads)".into(),
             "plan with cp=1",

@@ -29,10 +29,10 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     }
     let replicas = l.dp;
     let fsdp = if l.zero == Zero::Parameters {
-        let inner = mesh.cp.max(1);
+        let inner = mesh.layout.cp.max(1);
         if !mesh.shard.is_multiple_of(inner) || !replicas.is_multiple_of(mesh.shard / inner) {
             return refuse(
-                format!("shards over {} ranks beside cp={}", mesh.shard, mesh.cp),
+                format!("shards over {} ranks beside cp={}", mesh.shard, mesh.layout.cp),
                 "leave shard out",
             );
         }
@@ -41,20 +41,20 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
         1
     };
     let sharded = if l.zero == Zero::Parameters { fsdp } else { replicas };
-    if !sharded.is_multiple_of(mesh.ep) {
+    if !sharded.is_multiple_of(mesh.layout.ep) {
         return refuse(
-            format!("ep={} beside {sharded} replicas: its expert axis is a part of them", mesh.ep),
+            format!("ep={} beside {sharded} replicas: its expert axis is a part of them", mesh.layout.ep),
             "plan with an ep that divides dp",
         );
     }
     // The expert axis takes its ranks from the axis that shards, or else from plain replicas.
     let (data, fsdp) = match l.zero {
-        Zero::Parameters => (replicas / fsdp, fsdp / mesh.ep),
-        _ => (replicas / mesh.ep, 1),
+        Zero::Parameters => (replicas / fsdp, fsdp / mesh.layout.ep),
+        _ => (replicas / mesh.layout.ep, 1),
     };
     let tensor = if l.sequence_parallel { "tensor_sequence" } else { "tensor" };
-    let mut axes = vec![(tensor, l.tp), ("context", mesh.cp)];
-    let near = [("expert", mesh.ep), ("fsdp", fsdp), ("data", data)];
+    let mut axes = vec![(tensor, l.tp), ("context", mesh.layout.cp)];
+    let near = [("expert", mesh.layout.ep), ("fsdp", fsdp), ("data", data)];
     match mesh.order {
         Order::TpCpDpPp => {
             axes.extend(near);
@@ -65,7 +65,7 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
             axes.extend(near);
         }
     }
-    let domain = p.cluster.scale_up.domain.min(mesh.world());
+    let domain = p.cluster.scale_up.domain.min(mesh.layout.world());
     let mut room = domain;
     let mut out = String::from("base_config: \"base.yml\"\n");
     for (name, size) in axes {
@@ -84,7 +84,7 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     }
     // With stages one pass takes the whole batch; without them the gradient is accumulated over passes.
     let (passes, batch) = if l.pp > 1 { (1, p.sequences) } else { (micro_batches, l.dp * l.micro_batch) };
-    let per_device = batch as f64 / mesh.world() as f64;
+    let per_device = batch as f64 / mesh.layout.world() as f64;
     let _ = writeln!(out, "per_device_batch_size: {per_device:?}");
     let _ = writeln!(out, "gradient_accumulation_steps: {passes}");
     let _ = writeln!(out, "max_target_length: {}", p.sequence);

@@ -17,9 +17,9 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     args.push(format!("--global-batch-size {}", p.sequences));
     args.push(format!("--tensor-model-parallel-size {}", l.tp));
     args.push(format!("--pipeline-model-parallel-size {}", l.pp));
-    args.push(format!("--context-parallel-size {}", mesh.cp));
+    args.push(format!("--context-parallel-size {}", mesh.layout.cp));
     if p.shape.experts.is_some() {
-        args.push(format!("--expert-model-parallel-size {}", mesh.ep));
+        args.push(format!("--expert-model-parallel-size {}", mesh.layout.ep));
         args.push("--expert-tensor-parallel-size 1".into());
     }
     if l.sequence_parallel {
@@ -47,7 +47,7 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     let fsdp = l.zero >= Zero::Gradients;
     if fsdp {
         notes.push("leave CUDA_DEVICE_MAX_CONNECTIONS unset: Megatron-FSDP refuses 1".into());
-    } else if l.tp > 1 || mesh.cp > 1 {
+    } else if l.tp > 1 || mesh.layout.cp > 1 {
         notes.push("set CUDA_DEVICE_MAX_CONNECTIONS=1 before Blackwell".into());
     }
     Ok(Emitted { text: arguments(&args), notes })
@@ -160,7 +160,7 @@ fn stages(p: &Problem, mesh: &Mesh) -> Result<Vec<String>> {
 
 fn replicas(p: &Problem, mesh: &Mesh) -> Result<Vec<String>> {
     let l = &mesh.layout;
-    let replicas = l.dp * mesh.cp;
+    let replicas = l.dp * mesh.layout.cp;
     let mut args: Vec<String> = Vec::new();
     match l.zero {
         Zero::Off => {

@@ -27,9 +27,9 @@ pub struct Place {
 /// All ranks of a layout on nodes of `per_node` accelerators, in order.
 pub fn ranks(mesh: &Mesh, per_node: usize) -> impl Iterator<Item = Place> {
     let l = &mesh.layout;
-    let (tps, cps, dps, pps, eps, order) = (l.tp, mesh.cp, l.dp, l.pp, mesh.ep, mesh.order);
+    let (tps, cps, dps, pps, eps, order) = (l.tp, mesh.layout.cp, l.dp, l.pp, mesh.layout.ep, mesh.order);
     let per_node = per_node.max(1);
-    (0..mesh.world()).map(move |rank| {
+    (0..mesh.layout.world()).map(move |rank| {
         let (tp, rest) = (rank % tps, rank / tps);
         let (cp, rest) = (rest % cps, rest / cps);
         let (dp, pp) = match order {

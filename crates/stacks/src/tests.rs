@@ -96,12 +96,11 @@ fn megatron_layout(read: &Read, world: usize, layers: usize) -> Mesh {
             _ => Recompute::Full,
         },
         reduce: spec::Reduce::Ring,
-        ..Layout::default()
+        cp,
+        ep: count(read, "expert-model-parallel-size"),
     };
     Mesh {
         layout,
-        cp,
-        ep: count(read, "expert-model-parallel-size"),
         shard: dp * cp / count(read, "num-distributed-optimizer-instances"),
         format: if read.contains_key("fp8-format") { NumberFormat::Fp8 } else { NumberFormat::Bf16 },
         order: if read.contains_key("use-tp-pp-dp-mapping") { Order::TpCpPpDp } else { Order::TpCpDpPp },
@@ -111,10 +110,10 @@ fn megatron_layout(read: &Read, world: usize, layers: usize) -> Mesh {
 #[test]
 fn megatron_reads_the_layout_that_was_written() {
     let check = |model: &str, given: Mesh| {
-        let p = problem(model, given.world());
+        let p = problem(model, given.layout.world());
         let emitted = emit("megatron", &p, &given).unwrap();
         let read = read_arguments(&emitted.text);
-        assert_eq!(megatron_layout(&read, given.world(), p.shape.model.layers), given, "{}", emitted.text);
+        assert_eq!(megatron_layout(&read, given.layout.world(), p.shape.model.layers), given, "{}", emitted.text);
         assert_eq!(count(&read, "global-batch-size"), p.sequences);
     };
     check("gpt3-13b", mesh(layout()));
@@ -139,7 +138,7 @@ fn megatron_reads_the_layout_that_was_written() {
     assert!(text.contains("--rotary-base 500000 "), "{text}");
 
     let mut given = mesh(Layout { dp: 16, tp: 1, sequence_parallel: false, pp: 4, ..layout() });
-    (given.cp, given.ep, given.format, given.shard) = (2, 8, NumberFormat::Fp8, 16);
+    (given.layout.cp, given.layout.ep, given.format, given.shard) = (2, 8, NumberFormat::Fp8, 16);
     check("mixtral-8x7b", given);
 }
 
@@ -313,10 +312,10 @@ fn every_rank_has_one_place() {
     assert_eq!(csv.lines().count(), 65);
     assert_eq!(csv.lines().nth(9), Some("8,1,0,0,0,1,0,0"));
     for order in [Order::TpCpDpPp, Order::TpCpPpDp] {
-        let given = Mesh { cp: 2, order, ..given.clone() };
+        let given = Mesh { layout: Layout { cp: 2, ..given.layout.clone() }, order, ..given.clone() };
         let places: std::collections::BTreeSet<_> =
             ranks(&given, 8).map(|p| (p.tp, p.cp, p.dp, p.pp)).collect();
-        assert_eq!(places.len(), given.world());
+        assert_eq!(places.len(), given.layout.world());
         let next = ranks(&given, 8).nth(given.dp_stride()).unwrap();
         assert_eq!((next.dp, next.pp, next.tp, next.cp), (1, 0, 0, 0));
         let next = ranks(&given, 8).nth(given.pp_stride()).unwrap();

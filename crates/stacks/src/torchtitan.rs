@@ -17,7 +17,7 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
             "plan with --software torchtitan, or --layout ...,zero=3",
         );
     }
-    if l.zero == Zero::Off && mesh.cp > 1 {
+    if l.zero == Zero::Off && mesh.layout.cp > 1 {
         return refuse("replicas beside context parallelism: it shards over cp".into(), "plan with zero=3");
     }
     if l.tp > 1 && !l.sequence_parallel {
@@ -34,10 +34,10 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     }
     let shard = match l.zero {
         Zero::Off => 1,
-        _ if mesh.shard.is_multiple_of(mesh.cp) => mesh.shard / mesh.cp,
+        _ if mesh.shard.is_multiple_of(mesh.layout.cp) => mesh.shard / mesh.layout.cp,
         _ => {
             return refuse(
-                format!("shards over {} of cp={} ranks", mesh.shard, mesh.cp),
+                format!("shards over {} of cp={} ranks", mesh.shard, mesh.layout.cp),
                 "shard over whole cp groups",
             );
         }
@@ -66,10 +66,10 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
         l.dp / shard.max(1),
         if l.zero == Zero::Gradients { "never" } else { "always" },
         l.tp,
-        mesh.cp,
+        mesh.layout.cp,
     );
     if p.shape.experts.is_some() {
-        out += &format!("expert_parallel_degree = {}\nexpert_tensor_parallel_degree = 1\n", mesh.ep);
+        out += &format!("expert_parallel_degree = {}\nexpert_tensor_parallel_degree = 1\n", mesh.layout.ep);
     }
     out += &format!("pipeline_parallel_degree = {}\n", l.pp);
     if l.pp > 1 {

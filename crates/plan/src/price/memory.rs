@@ -19,14 +19,14 @@ impl Pricer<'_> {
     pub(super) fn memory(&self, mesh: &Mesh, t: &Timed, stages: &Stages) -> MemoryUse {
         let l = &mesh.layout;
         let micro_batches = stages.micro_batches;
-        let replicas = l.dp * mesh.cp;
+        let replicas = l.replicas();
         let both = l.pp == 1;
         let head = if both && self.problem.shape.model.tied_embeddings { 0.0 } else { t.head.params };
         let tables = if both { t.embed.params + head } else { t.embed.params.max(head) };
         let dense = stages.per_layer(t.layer.params, t.expert_layer.params) + tables;
         let experts = stages.per_layer(0.0, t.expert_layer.expert_params);
         let shard = mesh.shard.clamp(1, replicas) as f64;
-        let expert_shard = ((replicas * l.tp) as f64 / mesh.ep as f64).max(1.0);
+        let expert_shard = (l.stage_ranks() as f64 / l.ep as f64).max(1.0);
         let over = |stage: Zero| {
             if l.zero >= stage { dense / shard + experts / expert_shard } else { dense + experts }
         };

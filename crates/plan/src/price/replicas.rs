@@ -47,11 +47,11 @@ impl Pricer<'_> {
     fn replicas(&self, mesh: &Mesh, t: &Timed, stages: &Stages) -> Replicas {
         let p = self.problem;
         let l = &mesh.layout;
-        let size = l.dp * mesh.cp;
+        let size = l.replicas();
         let shard = mesh.shard.clamp(1, size);
-        let stride = (mesh.dp_stride() / mesh.cp).max(1);
+        let stride = (mesh.dp_stride() / l.cp).max(1);
         let all = Group { size, stride };
-        let expert = Group { size: (size * l.tp / mesh.ep).max(1), stride: mesh.ep };
+        let expert = Group { size: l.expert_replicas().max(1), stride: l.ep };
         let head = t.head.params * f64::from(u8::from(!p.shape.model.tied_embeddings));
         let tables = t.embed.params + if l.pp == 1 { head } else { 0.0 };
         let sharded = l.zero != Zero::Off;

@@ -88,9 +88,9 @@ impl Pricer<'_> {
                 t.spent += 0.5 * t.gemm;
             }
             // A ring of keys and values hides behind the attention of the piece before.
-            let first = t.context / mesh.cp as f64;
+            let first = t.context / mesh.layout.cp as f64;
             t.context = first + (t.context - first - t.attention).max(0.0);
-            if mesh.cp > 1 {
+            if mesh.layout.cp > 1 {
                 t.spent += t.attention;
             }
             let overlaps = match p.software.overlap_experts {
@@ -129,7 +129,7 @@ impl Pricer<'_> {
                     t.gemm += self.gemm(m, n, k, batch, bytes, head, &mut t.stream, mesh)
                 }
                 Task::Attention { flops, bytes, scores, backward } => {
-                    t.attention += self.attention(flops, bytes, scores, backward, mesh.cp);
+                    t.attention += self.attention(flops, bytes, scores, backward, mesh.layout.cp);
                 }
                 Task::Stream { bytes } => {
                     t.stream += stream_s(&self.chip16, bytes) / self.problem.constants.stream
@@ -241,7 +241,7 @@ impl Links {
         let tp = mesh.layout.tp;
         let span = |size, stride| (Span::of(cluster, net, Group { size, stride }), size);
         // Experts are not cut by tensor parallelism: their ranks are the innermost ones.
-        Links { tp: span(tp, 1), cp: span(mesh.cp, tp), ep: span(mesh.ep, 1) }
+        Links { tp: span(tp, 1), cp: span(mesh.layout.cp, tp), ep: span(mesh.layout.ep, 1) }
     }
 
     fn get(&self, axis: TalkAxis) -> (&Span, usize) {

@@ -91,12 +91,12 @@ impl Pricer<'_> {
         }
         self.data_parallel(mesh, t, &stages, &slowest, busy_port_s, &mut d);
         d.step_s = p.constants.step_s;
-        let nodes = (mesh.world() as f64 / p.cluster.per_node as f64).max(1.0);
+        let nodes = (mesh.layout.world() as f64 / p.cluster.per_node as f64).max(1.0);
         let busy = d.parts().iter().map(|p| p.1).sum::<f64>();
         d.straggler_s = busy * NODE_SPREAD * (2.0 * nodes.ln()).sqrt();
         let step_s = busy + d.straggler_s;
         let memory = self.memory(mesh, t, &stages);
-        let peak = self.chip.peak * mesh.world() as f64;
+        let peak = self.chip.peak * mesh.layout.world() as f64;
         let room = p.cluster.accelerator.memory_bytes.value;
         Price { step_s, mfu: self.flops / step_s / peak, breakdown: d, memory, fits: memory.total() <= room }
     }

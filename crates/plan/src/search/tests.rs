@@ -57,7 +57,7 @@ fn brute_force(problem: &Problem, space: &Space) -> (f64, usize) {
                             reduce: Reduce::Ring,
                             ..Layout::default()
                         };
-                        let mesh = Mesh { layout, cp: 1, ep: 1, shard: dp, format: space.format, order };
+                        let mesh = Mesh { layout, shard: dp, format: space.format, order };
                         let price = pricer.price(&mesh).unwrap();
                         count += 1;
                         if price.fits {

@@ -96,10 +96,11 @@ pub(crate) fn meshes(r: &mut Reader<'_>, p: &Problem<'_>) -> Result<Priceable<(V
                         micro_batch,
                         recompute,
                         reduce: Reduce::Ring,
-                        ..Layout::default()
+                        cp,
+                        ep,
                     };
                     let shard = per_group.unwrap_or(dp * cp).min(dp * cp);
-                    out.push(Mesh { layout, cp, ep, shard, format: p.format, order: Order::default() });
+                    out.push(Mesh { layout, shard, format: p.format, order: Order::default() });
                 }
             }
         }
