@@ -220,12 +220,17 @@ fn check(mesh: &Mesh, p: &Problem) -> Result<()> {
         );
     }
     if !p.sequence.is_multiple_of(2 * mesh.layout.cp) && mesh.layout.cp > 1 {
-        let what =
-            format!("cp={} wants a sequence of a multiple of {}, found {}", mesh.layout.cp, 2 * mesh.layout.cp, p.sequence);
+        let what = format!(
+            "cp={} wants a sequence of a multiple of {}, found {}",
+            mesh.layout.cp,
+            2 * mesh.layout.cp,
+            p.sequence
+        );
         return not(what, "each rank takes two pieces of the sequence, one from each end");
     }
     if l.sequence_parallel && !(p.sequence / mesh.layout.cp).is_multiple_of(l.tp) {
-        let what = format!("tp={} does not divide the {} tokens that a rank has", l.tp, p.sequence / mesh.layout.cp);
+        let what =
+            format!("tp={} does not divide the {} tokens that a rank has", l.tp, p.sequence / mesh.layout.cp);
         return not(what, "give sequence_parallel=false");
     }
     if l.pp > m.layers {

@@ -386,12 +386,7 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
                         cp: job.cp,
                         ep: job.ep,
                     };
-                    let mesh = Mesh {
-                        layout,
-                        shard: dp * job.cp,
-                        format: space.format,
-                        order,
-                    };
+                    let mesh = Mesh { layout, shard: dp * job.cp, format: space.format, order };
                     let shared = match &shared {
                         Some(shared) => shared,
                         None => shared.insert(pricer.shared(&mesh)?),

@@ -113,7 +113,12 @@ fn megatron_reads_the_layout_that_was_written() {
         let p = problem(model, given.layout.world());
         let emitted = emit("megatron", &p, &given).unwrap();
         let read = read_arguments(&emitted.text);
-        assert_eq!(megatron_layout(&read, given.layout.world(), p.shape.model.layers), given, "{}", emitted.text);
+        assert_eq!(
+            megatron_layout(&read, given.layout.world(), p.shape.model.layers),
+            given,
+            "{}",
+            emitted.text
+        );
         assert_eq!(count(&read, "global-batch-size"), p.sequences);
     };
     check("gpt3-13b", mesh(layout()));
