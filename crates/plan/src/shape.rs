@@ -172,6 +172,9 @@ impl Shape {
     /// The shape of that name in `catalog/shapes.toml`: mixtures, latent attention and large dense models.
     ///
     /// `None` if there is none of that name; the presets of [`spec`] are not looked up.
+    ///
+    /// # Errors
+    /// If `catalog/shapes.toml` is wrong, which a test rules out.
     pub fn find(name: &str) -> Result<Option<Self>> {
         let wanted = plain(name);
         let hit = |k: &&Known| plain(&k.name) == wanted || k.aliases.iter().any(|a| plain(a) == wanted);
@@ -182,6 +185,9 @@ impl Shape {
     }
 
     /// Names in `catalog/shapes.toml`.
+    ///
+    /// # Errors
+    /// As [`Shape::find`].
     pub fn names() -> Result<Vec<String>> {
         Ok(known()?.into_iter().map(|k| k.name).collect())
     }

@@ -123,6 +123,9 @@ impl Prepared {
     }
 
     /// Prices the chosen layout.
+    ///
+    /// # Errors
+    /// If the layout cannot be lowered to a program.
     pub fn price(&mut self, constants: Constants) -> Result<Price> {
         self.problem.constants = constants;
         let mut pricer = Pricer::new(&self.problem, self.run.meshes[0].format)?

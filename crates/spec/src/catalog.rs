@@ -108,6 +108,9 @@ pub struct Checked {
 
 impl Catalog {
     /// The catalogue that ships with the program.
+    ///
+    /// # Errors
+    /// If an entry that ships is wrong, which a test rules out.
     pub fn builtin() -> Result<Self> {
         Self::with_files(&[])
     }
@@ -115,6 +118,9 @@ impl Catalog {
     /// The built-in catalogue and the user's files, given as (path, text). The user's entries replace built-in
     /// ones of the same kind and name, or change them where `base` is their own name; two of the same name in the
     /// user's files are an error.
+    ///
+    /// # Errors
+    /// What [`Catalog::check`] refuses, and text that is not TOML, with its place.
     pub fn with_files(files: &[(&str, &str)]) -> Result<Self> {
         let mut catalog = Catalog { sources: BTreeMap::new(), entries: BTreeMap::new() };
         catalog.add(BUILTIN)?;
@@ -186,6 +192,9 @@ impl Catalog {
     }
 
     /// Checks that required keys are there, that references and sources exist, and that every platform resolves.
+    ///
+    /// # Errors
+    /// Names the first key, reference or source that is missing or wrong, with its file and line.
     pub fn check(&self) -> Result<Checked> {
         let mut checked = Checked { entries: self.entries.len(), numbers: 0, ranges: 0, platforms: 0 };
         let mut names: BTreeMap<(EntryKind, String), &Entry> = BTreeMap::new();
@@ -244,6 +253,9 @@ impl Catalog {
     }
 
     /// The entry of that kind and name or alias; case, blanks and dashes do not matter.
+    ///
+    /// # Errors
+    /// An unknown name, with the nearest known one.
     pub fn get(&self, kind: EntryKind, name: &str) -> Result<&Entry> {
         if let Some(entry) = self.entries.get(&(kind, name.to_owned())) {
             return Ok(entry);

@@ -292,6 +292,9 @@ impl Cluster {
 impl Catalog {
     /// The cluster of that name: a platform (`meta-rsc`), a platform of N scalable units
     /// (`dgx-superpod-h100-64su`), or a node (`dgx-h100`), with `accelerators` of it or all.
+    ///
+    /// # Errors
+    /// An unknown name, a number in it that the platform cannot have, or more accelerators than there are.
     pub fn cluster(&self, name: &str, accelerators: Option<usize>) -> Result<Cluster> {
         let tidy = name.trim().to_lowercase().replace([' ', '_'], "-");
         if let Ok(platform) = self.get(EntryKind::Platform, &tidy) {

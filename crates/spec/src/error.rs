@@ -91,6 +91,9 @@ impl std::error::Error for Error {}
 /// Adds the outer operation to a failed result.
 pub trait Context<T> {
     /// Puts `doing` in front of the error's message.
+    ///
+    /// # Errors
+    /// The error that was there.
     fn context(self, doing: impl fmt::Display) -> Result<T>;
 }
 

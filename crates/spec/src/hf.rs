@@ -31,6 +31,9 @@ impl ModelSpec {
     /// Dropout rates and token ids are ignored; anything else that would change the model is refused by name.
     /// [`HfModel::read`] takes many more, to plan them.
     ///
+    /// # Errors
+    /// Names the key that is missing, wrong, or of a model that cannot be trained.
+    ///
     /// ```
     /// use spec::ModelSpec;
     /// let config = r#"{ "model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12 }"#;

@@ -9,6 +9,9 @@ impl Layout {
     ///
     /// `sequences` is the global batch in sequences of `sequence` tokens. Every refusal says why and which values work.
     ///
+    /// # Errors
+    /// Names the key that does not suit the model or the batch.
+    ///
     /// ```
     /// use spec::{Layout, ModelSpec};
     /// let model = ModelSpec::preset("tiny")?;
@@ -29,6 +32,9 @@ impl Layout {
     }
 
     /// Checks that the axes multiply to the number of ranks started.
+    ///
+    /// # Errors
+    /// Says how many ranks the axes make.
     ///
     /// ```
     /// use spec::Layout;

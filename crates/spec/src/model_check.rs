@@ -17,6 +17,9 @@ const MAX_PARAMS: u128 = 10_000_000_000_000_000;
 impl ModelSpec {
     /// Checks that the shape can be built: sizes in range, heads that divide, finite constants.
     ///
+    /// # Errors
+    /// Names the key and what it has to be.
+    ///
     /// ```
     /// use spec::ModelSpec;
     /// let model = ModelSpec { kv_heads: 4, ..ModelSpec::preset("llama-tiny-ref")? };

@@ -36,6 +36,9 @@ const PRESETS: &[(&str, &str)] = catalogue![
 impl ModelSpec {
     /// The model of that name in the catalogue; an unknown name is refused with the nearest known one.
     ///
+    /// # Errors
+    /// An unknown name.
+    ///
     /// ```
     /// use spec::ModelSpec;
     /// assert_eq!(ModelSpec::preset("llama3-8b")?.kv_heads, 8);
@@ -74,6 +77,9 @@ impl ModelSpec {
     ///
     /// `name`, `vocab`, `layers`, `hidden`, `ffn`, `heads` and `max_positions` are required, the rest defaults to the
     /// first Llama: as many `kv_heads` as heads, RMSNorm, RoPE, SwiGLU, no biases, untied.
+    ///
+    /// # Errors
+    /// Names the key that is missing, unknown or wrong, with its line.
     pub fn from_toml(path: &str, text: &str) -> Result<ModelSpec> {
         from_doc(&model_doc(path, text)?)
     }

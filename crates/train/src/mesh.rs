@@ -104,6 +104,9 @@ impl Mesh {
     }
 
     /// Everybody's bytes, on every rank, in rank order.
+    ///
+    /// # Errors
+    /// If a rank is lost.
     pub fn exchange(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
         let Some(world) = &self.world else { return Ok(vec![mine.to_vec()]) };
         let (n, me) = (world.size(), world.rank());

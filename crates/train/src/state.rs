@@ -41,6 +41,9 @@ pub(crate) fn runs(group: &ParamGroup, range: Range<usize>) -> impl Iterator<Ite
 
 impl Executor {
     /// Sets tables, and weights from `seed`.
+    ///
+    /// # Errors
+    /// None: the weights come from the seed alone.
     pub fn initialise(&mut self, model: &ModelSpec, seed: u64) -> Result<()> {
         self.set_tables(model);
         self.set_params(&mut |part, out| {
@@ -58,6 +61,9 @@ impl Executor {
     }
 
     /// Sets every parameter: `fill` is asked for this rank's box of each logical one.
+    ///
+    /// # Errors
+    /// Those of `fill`.
     pub fn set_params(&mut self, fill: &mut dyn FnMut(&ParamPart, &mut [f32]) -> Result<()>) -> Result<()> {
         let mut values = Vec::new();
         for g in 0..self.program.groups.len() {
@@ -135,6 +141,9 @@ impl Executor {
     }
 
     /// Reads parameters and moments from a checkpoint that any layout wrote.
+    ///
+    /// # Errors
+    /// If the checkpoint lacks a parameter or a moment, holds it in another shape, or cannot be read.
     pub fn restore(&mut self, checkpoint: &ckpt::Checkpoint) -> Result<()> {
         self.set_params_from(checkpoint)?;
         for (group, b) in self.program.groups.iter().zip(&self.program.group_buffers) {

@@ -379,6 +379,9 @@ impl Trainer {
     }
 
     /// Adds a text sampled from the model to the journal.
+    ///
+    /// # Errors
+    /// If the journal cannot be written.
     pub fn note_sample(&mut self, text: String) -> Result<()> {
         let record = Record::Sample { time_us: now_us(), step: self.step, text };
         self.note(record, &mut |_| {})

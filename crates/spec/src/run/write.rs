@@ -76,6 +76,9 @@ impl RunSpec {
     }
 
     /// Refuses to continue `earlier` with this run when that would change the trained weights, naming what differs.
+    ///
+    /// # Errors
+    /// Names every key that differs, with both values.
     pub fn check_continues(&self, earlier: &RunSpec) -> Result<()> {
         let differences = self.differences(earlier);
         if differences.is_empty() {
