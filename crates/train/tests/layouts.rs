@@ -238,3 +238,51 @@ fn zero_3_shards_the_state() {
     let share = state(4, Zero::Parameters) as f64 / state(1, Zero::Off) as f64;
     assert!(share <= 0.30, "{share}");
 }
+
+/// FNV-1a of everything that a run leaves, weights in the order of their names.
+fn fingerprint(t: &Trained) -> u64 {
+    let outputs = t.outputs.iter().flat_map(|o| [o.loss.to_bits(), o.grad_norm.to_bits()]);
+    let weights = t.weights.values().flatten().map(|w| u64::from(*w));
+    let words = outputs.chain([t.eval.to_bits()]).chain(weights);
+    words
+        .flat_map(u64::to_le_bytes)
+        .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
+/// The matrix above compares layouts with each other; this holds them to what they were, from one version to the next.
+/// Tensor parallelism has its own order of sums, and so its own bits.
+#[test]
+fn the_bits_are_those_of_earlier_versions() {
+    let tp = Layout { tp: 2, ..Layout::default() };
+    let sp = Layout { tp: 2, dp: 2, sequence_parallel: true, zero: Zero::Parameters, ..Layout::default() };
+    let mut found = Vec::new();
+    for precision in [DType::F32, DType::Bf16] {
+        for m in models() {
+            found.push(fingerprint(&reference(&m, precision)));
+            found.extend([&tp, &sp].map(|layout| fingerprint(&run(&m, layout, precision, LR))));
+        }
+    }
+    assert_eq!(found, EARLIER, "{found:#x?}");
+}
+
+/// By precision, model and layout (one rank, tensor-parallel, tensor- and sequence-parallel with ZeRO 3).
+const EARLIER: [u64; 18] = [
+    0xd024_db8a_ca88_4327,
+    0x6dbd_e758_e698_628d,
+    0x269a_0701_8442_9ffc,
+    0x81bb_aac6_91cc_30de,
+    0x4799_4a99_31df_7fa6,
+    0x1602_186a_4701_c523,
+    0x5e5b_35fc_1251_76ab,
+    0x101b_cea6_c224_163f,
+    0x2b50_405a_be81_09ba,
+    0xc53c_4989_4dd2_8d5e,
+    0xbbfd_eac2_4986_ccc8,
+    0xba3c_dc34_edec_f8a5,
+    0x3c22_8db7_8bed_b8bf,
+    0x3223_9b73_5f36_fc33,
+    0xda34_c300_3280_ac05,
+    0x569e_2c30_2777_fba4,
+    0x9821_d377_88ef_a102,
+    0xb8cb_8ca7_434d_56ae,
+];
