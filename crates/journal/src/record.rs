@@ -166,7 +166,7 @@ impl Record {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Span {
     /// Stable id of the op in the step program.
-    pub op: u32,
+    pub op: u64,
     /// What people call it.
     pub name: String,
     /// What it occupied.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use program::{NORM_CHUNK, Op, OpKind, Program, View};
+use program::{GroupId, NORM_CHUNK, Op, OpKind, Program, View};
 use spec::{DType, Error, NormKind, Result};
 
 use crate::table::{KernelKey, Machine, Sample};
@@ -25,7 +25,7 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
     let width = |v: View| p.buffer(v.buffer).cols as f64;
     let cols = |i: usize| width(op.ins[i]);
     let storage = p.precision.bytes() as f64;
-    let owned = |group: program::GroupId| p.group_buffers[group.0 as usize].owned.1 as f64;
+    let owned = |group: GroupId| p.group_buffers[group.0 as usize].owned.count as f64;
     let (flops, bytes) = (op.cost.flops as f64, op.cost.bytes as f64);
     let (shape, work) = match &op.kind {
         Linear => ([rows(0), cols(0), rows(1)], flops),
@@ -44,18 +44,18 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
             ([rows(1), cols(1), table.rows as f64], bytes)
         }
         // Short sums of a few numbers a row.
-        XentCombine { .. } | LossSum => ([rows(0), cols(0), 1.0], (op.ins[0].rows as f64) * cols(0) * 4.0),
+        XentCombine { .. } | LossSum { .. } => {
+            ([rows(0), cols(0), 1.0], (op.ins[0].rows as f64) * cols(0) * 4.0)
+        }
         AdamW { .. } => {
             let each = if p.precision == DType::F32 { 28.0 } else { 30.0 };
             // Parameters that all fit in a cache are updated faster than those that stream from memory.
-            let all: usize = p.group_buffers.iter().map(|b| b.owned.1).sum();
+            let all: usize = p.group_buffers.iter().map(|b| b.owned.count).sum();
             ([bytes / each, all as f64, 1.0], bytes)
         }
         GradNorm => {
-            let mine =
-                |(g, _): (usize, _)| program::owned_range(p.groups[g].len(), p.layout.dp, p.coords.dp).1;
-            let counted = p.group_buffers.iter().enumerate().filter(|(_, b)| b.counts).map(mine);
-            let elements = counted.sum::<usize>() as f64;
+            let counted = (0..).map(GroupId).zip(&p.group_buffers).filter(|(_, b)| b.counts);
+            let elements = counted.map(|(g, _)| p.share(g).count).sum::<usize>() as f64;
             let sums = p.buffer(p.io.norm_chunks).len() as f64;
             ([elements, NORM_CHUNK as f64, sums], 4.0 * elements + 16.0 * sums)
         }
@@ -64,7 +64,7 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
             let elements: f64 = p.buckets[*bucket].grads.iter().map(|(g, _)| owned(*g)).sum();
             ([elements, 1.0, 1.0], 12.0 * elements)
         }
-        kind if kind.is_communication() => return None,
+        _ if op.only_talks() => return None,
         Fork { .. } | AttentionCached { .. } => return None,
         _ => {
             let of = op.ins.first().copied().unwrap_or_else(|| op.outs[0]);

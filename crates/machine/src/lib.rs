@@ -12,15 +12,15 @@ pub mod table;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use program::{Coords, Op, OpId, OpKind, Program, Request, WorkspaceLen};
+use program::{Collective, Coords, Members, Mode, Op, OpId, Program, Request, When, WorkspaceLen};
 use serde::Serialize;
-use spec::{DType, Layout, ModelSpec, Result, Zero};
+use spec::{DType, Layout, ModelSpec, Result};
 
 pub use kernel::{Conditions, Kernel, Rates, kernel};
 pub use link::LinkOp;
 pub use table::Machine;
 
-use play::{Act, Cores, Key, Mail, Script, Segment, play};
+use play::{Act, Cores, Mail, Script, Segment, play};
 
 /// What is trained on the machine, whatever the layout.
 #[derive(Clone, Copy)]
@@ -112,7 +112,7 @@ fn program_of(job: &Job<'_>, layout: &Layout, rank: usize) -> Result<Program> {
         sequences: job.sequences,
         precision: job.precision,
         rank,
-        cache: 0,
+        mode: Mode::Train,
     };
     let workspace: WorkspaceLen<'_> = job.workspace;
     Program::build(&request, workspace)
@@ -197,8 +197,7 @@ struct Pricer<'a> {
     transport: &'a str,
     /// By level.
     rates: Vec<Rates<'a>>,
-    /// Which group (axis, world or ends of the pipeline) of which ranks.
-    groups: Vec<(u8, Vec<usize>)>,
+    groups: Vec<(Members, Vec<usize>)>,
     spread: Spread,
 }
 
@@ -212,7 +211,7 @@ struct Priced {
 impl Pricer<'_> {
     fn rank(&mut self, p: &Program, rank: usize) -> Result<Priced> {
         let mut used: Vec<usize> = p.schedule.iter().map(|i| i.block).collect();
-        used.push(p.step);
+        used.push(p.tail);
         let mut ops = vec![Vec::new(); p.blocks.len()];
         let mut script = Script::default();
         // A block's acts are the same for every micro-batch, but for the numbers of messages.
@@ -224,7 +223,7 @@ impl Pricer<'_> {
                 entry.insert(acts);
             }
         }
-        let items = p.schedule.iter().map(|i| (i.block, i.micro_batch)).chain([(p.step, 0)]);
+        let items = p.schedule.iter().map(|i| (i.block, i.micro_batch)).chain([(p.tail, 0)]);
         for (block, micro_batch) in items {
             script.acts.extend(folded[&block].iter().cloned().map(|act| act.of(micro_batch)));
         }
@@ -282,77 +281,51 @@ impl Pricer<'_> {
 
     /// What an op says to other ranks.
     fn talk(&mut self, op: &Op, p: &Program, rank: usize, at: (usize, usize)) -> Result<Option<Vec<Act>>> {
-        let waits = match &op.kind {
-            OpKind::WaitParams { unit } => Some(Key::Unit(*unit)),
-            OpKind::WaitGrads { bucket } => Some(Key::Bucket(*bucket)),
-            _ => None,
-        };
-        if let Some(key) = waits {
-            return Ok(Some(vec![Act::Wait { at, key }]));
+        let Some(comm) = &op.comm else { return Ok(None) };
+        if let When::Ends(ticket) = comm.when {
+            return Ok(Some(vec![Act::Wait { at, ticket }]));
         }
-        let messages = link::messages(op, p);
-        if messages.is_empty() || p.layout.world() == 1 {
-            return Ok(None);
-        }
-        let mut members = link::members(op, p, rank);
-        members.sort_unstable();
-        members.dedup();
-        let n = members.len();
-        let mut times = Vec::with_capacity(messages.len());
-        for (kind, bytes) in messages {
-            times.push(link::seconds(self.machine, self.transport, kind, n.max(2), bytes)?);
+        // A program may stand for another data-parallel rank's: its peers lie around that one.
+        let mine = Coords::of(rank, &p.layout);
+        let members = comm.members.ranks(mine, &p.layout);
+        let mut times = Vec::with_capacity(comm.messages.len());
+        for message in &comm.messages {
+            let bytes = message.bytes() as f64;
+            times.push(link::seconds(
+                self.machine,
+                self.transport,
+                LinkOp::of(comm.what)?,
+                members.len(),
+                bytes,
+            )?);
         }
         // A message takes half its time to be copied out by one rank, half to be copied in by the other.
         let mail = |from, to, channel| Mail { from, to, channel, micro_batch: 0 };
-        // A program may stand for another data-parallel rank's, whose peers lie in its own pipeline.
-        let mine = Coords::of(rank, &p.layout);
         let own = |peer| Coords { pp: Coords::of(peer, &p.layout).pp, ..mine }.rank(&p.layout);
-        match op.kind {
-            OpKind::Send { peer, tag } => {
-                let message = mail(rank, own(peer), tag);
-                return Ok(Some(vec![Act::Send { at, message, s: times[0] / 2.0 }]));
+        Ok(Some(match comm.what {
+            Collective::Send { to, channel } => {
+                vec![Act::Send { at, message: mail(rank, own(to), channel), s: times[0] / 2.0 }]
             }
-            OpKind::Recv { peer, tag } => {
-                let message = mail(own(peer), rank, tag);
-                return Ok(Some(vec![Act::Recv { at, message, s: times[0] / 2.0 }]));
+            Collective::Recv { from, channel } => {
+                vec![Act::Recv { at, message: mail(own(from), rank, channel), s: times[0] / 2.0 }]
             }
-            _ => {}
-        }
-        let blocks = !goes_on_beside(op, p);
-        let key = match &op.kind {
-            OpKind::GatherParams { unit, .. } => Key::Unit(*unit),
-            OpKind::ReduceGrads { bucket, .. } => Key::Bucket(*bucket),
-            _ => Key::None,
-        };
-        let group = self.group(op, members);
-        Ok(Some(times.into_iter().map(|s| Act::Join { at, group, s, blocks, key }).collect()))
+            _ => {
+                let group = self.group(comm.members, members);
+                let begins = match comm.when {
+                    When::Begins(ticket) => Some(ticket),
+                    _ => None,
+                };
+                times.into_iter().map(|s| Act::Join { at, group, s, begins }).collect()
+            }
+        }))
     }
 
-    fn group(&mut self, op: &Op, members: Vec<usize>) -> usize {
-        use program::{Axis, Sync};
-        let id = match &op.kind {
-            OpKind::AllReduce { axis } | OpKind::AllGather { axis } | OpKind::ReduceScatter { axis } => {
-                1 + *axis as u8
-            }
-            OpKind::SyncGrads { over: Sync::TensorParallel, .. } => 1 + Axis::Tp as u8,
-            OpKind::SyncGrads { over: Sync::Embedding, .. } => 4,
-            OpKind::GradNorm => 0,
-            _ => 1 + Axis::Dp as u8,
-        };
-        let known = self.groups.iter().position(|(i, m)| *i == id && *m == members);
+    fn group(&mut self, members: Members, ranks: Vec<usize>) -> usize {
+        let known = self.groups.iter().position(|(m, r)| *m == members && *r == ranks);
         known.unwrap_or_else(|| {
-            self.groups.push((id, members));
+            self.groups.push((members, ranks));
             self.groups.len() - 1
         })
-    }
-}
-
-/// Whether an op only begins what a later one waits for.
-fn goes_on_beside(op: &Op, p: &Program) -> bool {
-    match op.kind {
-        OpKind::GatherParams { .. } => true,
-        OpKind::ReduceGrads { .. } => p.layout.zero < Zero::Gradients,
-        _ => false,
     }
 }
 
@@ -379,7 +352,7 @@ fn rank_price(p: &Program, priced: &Priced, played: &play::PlayedRank) -> RankPr
     }
     let mut runs = vec![0usize; p.blocks.len()];
     p.schedule.iter().for_each(|i| runs[i.block] += 1);
-    runs[p.step] += 1;
+    runs[p.tail] += 1;
     let mut ops: Vec<OpPrice> = Vec::new();
     let mut known: HashMap<OpId, usize> = HashMap::new();
     let mut exposed_comm_s = 0.0;
@@ -392,7 +365,7 @@ fn rank_price(p: &Program, priced: &Priced, played: &play::PlayedRank) -> RankPr
             ops[at].runs += runs[b];
             let s = seconds.get(&(b, i)).copied().unwrap_or(0.0);
             ops[at].s += s;
-            if op.kind.is_communication() && !goes_on_beside(op, p) {
+            if op.only_talks() && !op.goes_on() {
                 exposed_comm_s += s;
             }
         }

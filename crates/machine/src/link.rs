@@ -1,7 +1,7 @@
 //! What messages take: from measured sizes and numbers of ranks.
 
-use program::{Op, OpKind, Program, Sync};
-use spec::{Error, Result, Zero};
+use program::Collective;
+use spec::{Error, Result};
 
 use crate::table::{LinkKey, Machine, Message};
 
@@ -19,6 +19,19 @@ pub enum LinkOp {
 }
 
 impl LinkOp {
+    pub(crate) fn of(what: Collective) -> Result<LinkOp> {
+        Ok(match what {
+            Collective::AllReduce => LinkOp::AllReduce,
+            Collective::AllGather => LinkOp::AllGather,
+            Collective::ReduceScatter => LinkOp::ReduceScatter,
+            Collective::Send { .. } | Collective::Recv { .. } => LinkOp::Send,
+            Collective::AllToAll | Collective::Ring => {
+                return Err(Error::user(format!("{what:?} is not measured on this machine"))
+                    .hint("experts and context parallelism do not train here yet"));
+            }
+        })
+    }
+
     /// As written in the file.
     pub const fn name(self) -> &'static str {
         match self {
@@ -27,65 +40,6 @@ impl LinkOp {
             LinkOp::ReduceScatter => "reduce_scatter",
             LinkOp::Send => "send",
         }
-    }
-}
-
-/// The messages that an op sends one after another: operation and bytes of the whole buffer.
-pub(crate) fn messages(op: &Op, p: &Program) -> Vec<(LinkOp, f64)> {
-    use OpKind::*;
-    let view =
-        |v: &program::View| (v.rows * p.buffer(v.buffer).cols * p.buffer(v.buffer).dtype.bytes()) as f64;
-    let group = |g: program::GroupId| p.group(g).len() as f64;
-    let storage = p.precision.bytes() as f64;
-    match &op.kind {
-        AllReduce { .. } => vec![(LinkOp::AllReduce, view(&op.ins[0]))],
-        AllGather { .. } => vec![(LinkOp::AllGather, view(&op.outs[0]))],
-        ReduceScatter { .. } => vec![(LinkOp::ReduceScatter, view(&op.ins[0]))],
-        Send { .. } => vec![(LinkOp::Send, view(&op.ins[0]))],
-        Recv { .. } => vec![(LinkOp::Send, view(&op.outs[0]))],
-        GatherParams { groups, .. } => {
-            groups.iter().map(|g| (LinkOp::AllGather, group(*g) * storage)).collect()
-        }
-        ReduceGrads { bucket, scatter } => {
-            let bucket = &p.buckets[*bucket];
-            if *scatter || p.layout.zero >= Zero::Gradients {
-                bucket.grads.iter().map(|(g, _)| (LinkOp::ReduceScatter, 4.0 * group(*g))).collect()
-            } else {
-                let runs = p.bucket_runs(bucket);
-                runs.into_iter().map(|(_, elements)| (LinkOp::AllReduce, 4.0 * elements as f64)).collect()
-            }
-        }
-        SyncGrads { group: g, .. } => {
-            let b = &p.group_buffers[g.0 as usize];
-            let sharded = p.buffer(b.grad).len() != p.group(*g).len();
-            let elements = if sharded { b.owned.1 } else { p.group(*g).len() };
-            vec![(LinkOp::AllReduce, 4.0 * elements as f64)]
-        }
-        AllGatherParams { group: g } => vec![(LinkOp::AllGather, group(*g) * storage)],
-        GradNorm => vec![(LinkOp::AllReduce, 8.0 * p.buffer(p.io.norm_chunks).len() as f64)],
-        _ => Vec::new(),
-    }
-}
-
-/// The ranks that an op's messages go between: this one's peers along an axis, the ends of its pipeline, or all.
-pub(crate) fn members(op: &Op, p: &Program, rank: usize) -> Vec<usize> {
-    use program::{Axis, Coords};
-    let coords = Coords::of(rank, &p.layout);
-    let along = |axis| coords.peers(axis, &p.layout);
-    match &op.kind {
-        OpKind::AllReduce { axis } | OpKind::AllGather { axis } | OpKind::ReduceScatter { axis } => {
-            along(*axis)
-        }
-        OpKind::GatherParams { .. } | OpKind::ReduceGrads { .. } | OpKind::AllGatherParams { .. } => {
-            along(Axis::Dp)
-        }
-        OpKind::SyncGrads { over: Sync::TensorParallel, .. } => along(Axis::Tp),
-        OpKind::SyncGrads { over: Sync::Embedding, .. } => {
-            let pipeline = along(Axis::Pp);
-            vec![pipeline[0], pipeline[pipeline.len() - 1]]
-        }
-        OpKind::GradNorm => (0..p.layout.world()).collect(),
-        _ => vec![rank],
     }
 }
 

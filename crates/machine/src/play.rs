@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use program::Ticket;
 use spec::{Error, Result};
 
 /// One thing that a rank does.
@@ -16,31 +17,22 @@ pub(crate) enum Act {
         /// Which of the script's segments.
         segment: usize,
     },
-    /// Joins the next operation of a group, and waits until it is over if `blocks`.
+    /// Joins the next operation of a group, and waits until it is over unless it only begins it.
     Join {
         /// The op in the rank's program: block and index.
         at: (usize, usize),
         group: usize,
         /// Seconds once all have come.
         s: f64,
-        blocks: bool,
-        /// What a later [`Act::Wait`] calls it.
-        key: Key,
+        /// What a later [`Act::Wait`] asks for, if the operation goes on beside what follows.
+        begins: Option<Ticket>,
     },
-    /// Waits for what was begun under a key.
-    Wait { at: (usize, usize), key: Key },
+    /// Waits for what was begun.
+    Wait { at: (usize, usize), ticket: Ticket },
     /// Copies a message out; the receiver may take it from then on.
     Send { at: (usize, usize), message: Mail, s: f64 },
     /// Waits for a message and copies it in.
     Recv { at: (usize, usize), message: Mail, s: f64 },
-}
-
-/// What goes on beside compute: a bucket's reduction or a unit's gather.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Key {
-    None,
-    Bucket(usize),
-    Unit(usize),
 }
 
 /// A message of the pipeline.
@@ -147,7 +139,7 @@ struct Table<'a> {
     turn: Vec<usize>,
     /// By group and member: operations joined so far.
     joined: HashMap<(usize, usize), usize>,
-    keys: HashMap<(usize, Key), (usize, usize)>,
+    begun: HashMap<(usize, Ticket), (usize, usize)>,
     posted: HashSet<Mail>,
     out: Played,
 }
@@ -168,7 +160,7 @@ pub(crate) fn play(scripts: &[&Script], groups: &[Vec<usize>], cores: &Cores) ->
         jobs: groups.iter().map(|_| Vec::new()).collect(),
         turn: vec![0; groups.len()],
         joined: HashMap::new(),
-        keys: HashMap::new(),
+        begun: HashMap::new(),
         posted: HashSet::new(),
         out: Played { makespan: 0.0, ranks },
     };
@@ -207,14 +199,14 @@ impl Table<'_> {
         };
         match act.clone() {
             Act::Compute { segment } => self.states[r] = State::Computes { segment, left: 1.0 },
-            Act::Join { at, group, s, blocks, key } => {
-                let on = self.join(r, at, group, s, blocks, key);
-                match blocks {
-                    true => self.states[r] = State::Waits { on, since: self.now },
-                    false => self.next[r] += 1,
+            Act::Join { at, group, s, begins } => {
+                let on = self.join(r, at, group, s, begins);
+                match begins {
+                    None => self.states[r] = State::Waits { on, since: self.now },
+                    Some(_) => self.next[r] += 1,
                 }
             }
-            Act::Wait { key, .. } => match self.keys.get(&(r, key)) {
+            Act::Wait { ticket, .. } => match self.begun.get(&(r, ticket)) {
                 Some(&(group, job)) => {
                     self.states[r] = State::Waits { on: On::Job(group, job), since: self.now };
                 }
@@ -228,7 +220,7 @@ impl Table<'_> {
         true
     }
 
-    fn join(&mut self, r: usize, at: (usize, usize), group: usize, s: f64, blocks: bool, key: Key) -> On {
+    fn join(&mut self, r: usize, at: (usize, usize), group: usize, s: f64, begins: Option<Ticket>) -> On {
         let n = self.joined.entry((group, r)).or_default();
         let job = *n;
         *n += 1;
@@ -238,9 +230,9 @@ impl Table<'_> {
         }
         jobs[job].come += 1;
         jobs[job].s = jobs[job].s.max(s);
-        if !blocks {
+        if let Some(ticket) = begins {
             jobs[job].beside.push((r, at));
-            self.keys.insert((r, key), (group, job));
+            self.begun.insert((r, ticket), (group, job));
         }
         self.begin(group);
         On::Job(group, job)
@@ -410,7 +402,12 @@ mod tests {
 
     #[test]
     fn a_collective_waits_for_the_last() {
-        let join = |blocks| Act::Join { at: (0, 1), group: 0, s: 0.5, blocks, key: Key::Bucket(0) };
+        let join = |blocks: bool| Act::Join {
+            at: (0, 1),
+            group: 0,
+            s: 0.5,
+            begins: (!blocks).then_some(Ticket::Grads(0)),
+        };
         let mut early = computes(&[1.0]);
         early.acts.push(join(true));
         let mut late = computes(&[4.0]);
@@ -424,8 +421,8 @@ mod tests {
     #[test]
     fn what_goes_on_beside_compute_is_hidden_but_takes_its_share_of_the_cores() {
         let mut script = computes(&[1.0]);
-        script.acts.insert(0, Act::Join { at: (0, 1), group: 0, s: 0.5, blocks: false, key: Key::Bucket(0) });
-        script.acts.push(Act::Wait { at: (0, 2), key: Key::Bucket(0) });
+        script.acts.insert(0, Act::Join { at: (0, 1), group: 0, s: 0.5, begins: Some(Ticket::Grads(0)) });
+        script.acts.push(Act::Wait { at: (0, 2), ticket: Ticket::Grads(0) });
         let scripts = [&script, &script];
         let free = play(&scripts, &[vec![0, 1]], &cores(4, vec![1])).unwrap();
         close(free.makespan, 1.0);

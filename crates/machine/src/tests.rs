@@ -87,7 +87,7 @@ fn job(model: &ModelSpec) -> Job<'_> {
 /// The work of a step, counted apart from the price: every run of every op.
 fn work(model: &ModelSpec, layout: &Layout, rank: usize) -> f64 {
     let p = program_of(&job(model), layout, rank).expect("a program");
-    let runs = p.schedule.iter().map(|i| i.block).chain([p.step]);
+    let runs = p.schedule.iter().map(|i| i.block).chain([p.tail]);
     runs.flat_map(|b| &p.blocks[b].ops).filter_map(|op| kernel(op, &p)).map(|k| k.work).sum()
 }
 
@@ -182,7 +182,7 @@ fn ops_keep_their_ids_and_counts() {
     for (rank, r) in found.ranks.iter().enumerate() {
         let p = program_of(&job(&model), &layout, rank).expect("a program");
         let mut runs: BTreeMap<_, usize> = BTreeMap::new();
-        for b in p.schedule.iter().map(|i| i.block).chain([p.step]) {
+        for b in p.schedule.iter().map(|i| i.block).chain([p.tail]) {
             p.blocks[b].ops.iter().for_each(|op| *runs.entry(op.id).or_default() += 1);
         }
         let found: BTreeMap<_, usize> = r.ops.iter().map(|o| (o.id, o.runs)).collect();
@@ -242,7 +242,7 @@ fn kernels_are_told_apart_from_words() {
     let p = program_of(&job(&model), &Layout { dp: 2, ..Layout::default() }, 0).expect("a program");
     for op in p.blocks.iter().flat_map(|b| &b.ops) {
         let silent = kernel(op, &p).is_some();
-        assert_eq!(silent, !op.kind.is_communication(), "{}", op.name);
+        assert_eq!(silent, !op.only_talks(), "{}", op.name);
         if let OpKind::AdamW { .. } = op.kind {
             let k = kernel(op, &p).expect("a kernel");
             assert_eq!(k.work, 28.0 * k.shape[0]);

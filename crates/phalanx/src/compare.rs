@@ -21,14 +21,14 @@ struct Measured {
     step_s: BTreeMap<u64, f64>,
     exposed_s: BTreeMap<u64, f64>,
     /// By op id: its name and its seconds in each step.
-    ops: BTreeMap<u32, (String, BTreeMap<u64, f64>)>,
+    ops: BTreeMap<u64, (String, BTreeMap<u64, f64>)>,
 }
 
 /// An op, or all ops of a kind, of one rank or of the rank that takes longest.
 #[derive(Clone, Debug, Serialize)]
 struct Row {
     #[serde(skip_serializing_if = "Option::is_none")]
-    id: Option<u32>,
+    id: Option<u64>,
     name: String,
     kind: String,
     /// The rank whose numbers these are.
@@ -131,7 +131,7 @@ impl Measured {
         self.ops.values_mut().for_each(|(_, steps)| _ = steps.remove(&first));
     }
 
-    fn op_s(&self, id: u32) -> f64 {
+    fn op_s(&self, id: u64) -> f64 {
         self.ops.get(&id).map_or(0.0, |(_, steps)| median(steps.values()))
     }
 }
@@ -159,10 +159,10 @@ fn predict(table: &machine::Machine, run: &RunSpec, measured: &[Measured]) -> Re
 
 fn report(dir: &Path, run: &RunSpec, measured: &[Measured], price: &StepPrice) -> Result<Report> {
     let mut unmatched = Vec::new();
-    let mut ops: BTreeMap<u32, Row> = BTreeMap::new();
+    let mut ops: BTreeMap<u64, Row> = BTreeMap::new();
     let mut kinds: BTreeMap<(usize, &str), (f64, f64)> = BTreeMap::new();
     for (rank, (m, p)) in measured.iter().zip(&price.ranks).enumerate() {
-        let predicted: BTreeSet<u32> = p.ops.iter().map(|o| o.id.0).collect();
+        let predicted: BTreeSet<u64> = p.ops.iter().map(|o| o.id.0).collect();
         let strange = m.ops.iter().filter(|(id, _)| !predicted.contains(id));
         unmatched.extend(strange.map(|(_, (name, _))| format!("rank {rank}: {name}, not predicted")));
         let missing = p.ops.iter().filter(|o| !m.ops.contains_key(&o.id.0));
@@ -237,7 +237,7 @@ fn talks(kind: &str) -> bool {
     KINDS.contains(&kind)
 }
 
-fn row(id: Option<u32>, name: &str, kind: &str, rank: usize, predicted_s: f64, measured_s: f64) -> Row {
+fn row(id: Option<u64>, name: &str, kind: &str, rank: usize, predicted_s: f64, measured_s: f64) -> Row {
     Row {
         id,
         name: name.to_owned(),

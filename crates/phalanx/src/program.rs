@@ -21,7 +21,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         sequences: run.batch.sequences,
         precision: run.train.precision,
         rank: *rank,
-        cache: 0,
+        mode: program::Mode::Train,
     };
     let threads = output::threads(run.run.threads.unwrap_or(0));
     let program = Program::build(&request, &|op, p| ::train::workspace_len(op, p, threads))?;

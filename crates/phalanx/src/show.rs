@@ -56,7 +56,7 @@ fn summary(s: &mut String, p: &Program) -> std::fmt::Result {
         p.schedule.iter().map(|i| format!("{}:{}", p.blocks[i.block].name, i.micro_batch)).collect();
     let shown = order.len().min(24);
     let more = if order.len() > shown { format!(" ... ({} in all)", order.len()) } else { String::new() };
-    writeln!(s, "schedule {}{more} {}", order[..shown].join(" "), p.blocks[p.step].name)
+    writeln!(s, "schedule {}{more} {}", order[..shown].join(" "), p.blocks[p.tail].name)
 }
 
 fn memory(s: &mut String, p: &Program) -> std::fmt::Result {
@@ -99,7 +99,7 @@ fn line(s: &mut String, p: &Program, op: &Op) -> std::fmt::Result {
     }
     writeln!(
         s,
-        "  {:08x} {:<34} {:<19} {:>11} {:>10}  {}{acc} -> {outs}",
+        "  {:014x} {:<34} {:<19} {:>11} {:>10}  {}{acc} -> {outs}",
         op.id.0,
         op.name,
         op.kind.name(),

@@ -503,7 +503,7 @@ pub fn program_memory(problem: &Problem, mesh: &Mesh) -> Result<usize> {
             sequences: problem.sequences,
             precision,
             rank: stage * layout.stage_ranks(),
-            cache: 0,
+            mode: program::Mode::Train,
         };
         let program = program::Program::build(&request, &|_, _| 0)?;
         most = most.max(program.memory.total);

@@ -125,7 +125,7 @@ fn check_fold(model: &ModelSpec, layout: &Layout) {
             sequences: 8 * layout.dp,
             precision: DType::Bf16,
             rank: stage * layout.stage_ranks(),
-            cache: 0,
+            mode: program::Mode::Train,
         };
         let p = Program::build(&request, &|_, _| 0).unwrap();
         let first = p.schedule.iter().filter(|item| item.micro_batch == 0);

@@ -1,7 +1,7 @@
 use serde::Serialize;
 
 use crate::graph::{Graph, Node};
-use crate::op::{Heads, OpKind};
+use crate::op::OpKind;
 
 /// What an op takes, from its shapes alone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -10,8 +10,6 @@ pub struct Cost {
     pub flops: u64,
     /// Bytes of operands read and written once.
     pub bytes: u64,
-    /// Bytes that this rank sends, if ranks talk; the algorithm's factor not included.
-    pub wire_bytes: u64,
 }
 
 /// The cost of a node; `sequence` tokens, over all context-parallel ranks, make one causal block of attention.
@@ -45,21 +43,5 @@ pub(crate) fn cost(g: &Graph, n: &Node, sequence: usize, grad_elements: usize) -
         Slice { .. } => 2 * n.outs.iter().map(bytes_of).sum::<u64>(),
         _ => n.ins.iter().chain(&n.acc).chain(&n.outs).map(bytes_of).sum(),
     };
-    let ring = |heads: &Heads| {
-        let dtype = g.get(n.ins[0].value).dtype;
-        rows(0) * (heads.kv_cols() * dtype.bytes()) as u64
-    };
-    let wire_bytes = match &n.kind {
-        AllReduce { .. }
-        | AllGather { .. }
-        | ReduceScatter { .. }
-        | AllToAll { .. }
-        | Unslice { .. }
-        | Send { .. } => n.ins.first().map_or(0, bytes_of),
-        // The rank's keys and values walk the ring; backward, their gradients too.
-        RingAttention { heads, .. } => ring(heads),
-        RingAttentionGrad { heads, .. } => 2 * ring(heads),
-        _ => 0,
-    };
-    Cost { flops, bytes: moved + 4 * grad_elements as u64, wire_bytes }
+    Cost { flops, bytes: moved + 4 * grad_elements as u64 }
 }

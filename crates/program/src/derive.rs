@@ -3,9 +3,10 @@ use std::collections::HashMap;
 use spec::{DType, NormKind, Recompute};
 
 use crate::emit::{Context, Forward};
-use crate::graph::{Graph, Node, Operand, Phase, Source, ValueId};
-use crate::op::{Axis, OpKind, Sync};
+use crate::graph::{Graph, Node, Operand, Phase, Sequences, Source, ValueId};
+use crate::op::{Axis, OpKind};
 use crate::params::{Chunk, GroupId};
+use crate::role::{Place, Role};
 
 /// Ops of a chunk's backward pass, in order: input gradients, each followed by the weight gradients that it frees.
 ///
@@ -13,18 +14,17 @@ use crate::params::{Chunk, GroupId};
 /// pass that the recompute policy does not keep are computed again just before their first use.
 pub(crate) fn backward(cx: &Context<'_>, chunk: &Chunk, f: &mut Forward) -> Vec<Node> {
     let forward = std::mem::take(&mut f.graph.nodes);
-    let mut d = Derive { cx, g: &mut f.graph, out: Vec::new(), grads: HashMap::new(), unit: 0 };
+    let mut d = Derive { cx, g: &mut f.graph, out: Vec::new(), grads: HashMap::new() };
     if chunk.head {
         d.loss(f.output);
     } else {
         d.receive(chunk, f.output);
     }
     for node in forward.iter().rev() {
-        d.unit = node.unit;
+        d.g.place = node.place;
         d.node(node);
     }
     if !chunk.embed {
-        d.unit = 1 + chunk.first_layer;
         d.send(chunk, f.input);
     }
     let nodes = d.out;
@@ -35,14 +35,16 @@ pub(crate) fn backward(cx: &Context<'_>, chunk: &Chunk, f: &mut Forward) -> Vec<
 /// The ops that turn the final norm's output into losses, one sequence at a time, so that logits of more than one
 /// sequence never exist. With `train`, also their gradients.
 pub(crate) fn loss(cx: &Context<'_>, g: &mut Graph, x: ValueId, train: bool) -> (Vec<Node>, Option<ValueId>) {
-    let mut d = Derive { cx, g, out: Vec::new(), grads: HashMap::new(), unit: 1 + cx.model.layers };
+    g.place = Place::Head;
+    let mut d = Derive { cx, g, out: Vec::new(), grads: HashMap::new() };
     let dx = d.loss_ops(x, train);
     (d.out, dx)
 }
 
 /// The op that turns one token's final norm output into logits, for generation.
 pub(crate) fn decode_logits(cx: &Context<'_>, g: &mut Graph, x: ValueId) -> Node {
-    let mut d = Derive { cx, g, out: Vec::new(), grads: HashMap::new(), unit: 1 + cx.model.layers };
+    g.place = Place::Head;
+    let mut d = Derive { cx, g, out: Vec::new(), grads: HashMap::new() };
     let w = d.table();
     let logits = d.g.value("logits", 1, cx.vocab().1, cx.dtype, Source::Node);
     let (ins, outs) = (vec![d.g.all(x), w], vec![d.g.all(logits)]);
@@ -55,7 +57,6 @@ struct Derive<'a> {
     out: Vec<Node>,
     /// The gradient of a value, once its first contribution is known.
     grads: HashMap<ValueId, ValueId>,
-    unit: usize,
 }
 
 impl Derive<'_> {
@@ -67,19 +68,17 @@ impl Derive<'_> {
         outs: Vec<Operand>,
         phase: Phase,
     ) -> &mut Node {
-        let unit = self.unit;
-        let leaves = (0, 0);
-        self.out.push(Node { kind, name, ins, acc: None, outs, grads: Vec::new(), leaves, phase, unit });
+        self.out.push(Node::new(kind, name, ins, outs, phase, self.g.place));
         self.out.last_mut().expect("just pushed")
     }
 
     /// A weight-gradient op over all sequences of the micro-batch.
     fn weight(&mut self, kind: OpKind, name: String, ins: Vec<Operand>, params: &[Operand]) {
         let grads = params.iter().map(|p| self.group_of(*p)).collect();
-        let leaves = (0, self.cx.layout.micro_batch);
+        let sequences = Sequences { first: 0, count: self.cx.layout.micro_batch };
         let node = self.push(kind, name, ins, vec![], Phase::Weight);
         node.grads = grads;
-        node.leaves = leaves;
+        node.sequences = sequences;
     }
 
     fn group_of(&self, param: Operand) -> GroupId {
@@ -266,10 +265,10 @@ impl Derive<'_> {
 
     fn receive(&mut self, chunk: &Chunk, y: ValueId) {
         let cx = self.cx;
+        self.g.place = Place::Stage;
         let dy = self.g.like(y, "recv.grad");
         let out = self.g.all(dy);
         let (peer, tag) = (cx.peer(chunk.virtual_stage + 1), cx.tag(chunk.virtual_stage + 1, true));
-        self.unit = chunk.first_layer + chunk.layers;
         self.push(
             OpKind::Recv { peer, tag },
             format!("stage{}.recv.grad", chunk.virtual_stage),
@@ -282,6 +281,7 @@ impl Derive<'_> {
 
     fn send(&mut self, chunk: &Chunk, x: ValueId) {
         let cx = self.cx;
+        self.g.place = Place::Stage;
         let dx = self.grads[&x];
         let dx = self.g.all(dx);
         let (peer, tag) =
@@ -296,7 +296,7 @@ impl Derive<'_> {
     }
 
     fn loss(&mut self, x: ValueId) {
-        self.unit = 1 + self.cx.model.layers;
+        self.g.place = Place::Head;
         if let Some(dx) = self.loss_ops(x, true) {
             self.grads.insert(x, dx);
         }
@@ -328,14 +328,15 @@ impl Derive<'_> {
                 self.push(OpKind::XentGrad { vocab0 }, name(".xent"), ins, vec![d, loss], Phase::Input);
             }
             let sums = self.g.all(leaves);
-            self.push(OpKind::LossSum, name(".sum"), vec![loss], vec![sums], Phase::Input).leaves = (leaf, 1);
+            let sum = OpKind::LossSum { sequence: leaf };
+            self.push(sum, name(".sum"), vec![loss], vec![sums], Phase::Input);
             if let Some(dx) = dx {
                 self.push(OpKind::LinearGradInput, name(".dx"), vec![d, w], vec![rows(dx)], Phase::Input);
                 // Logits of a sequence are gone after its turn, so its weight gradient cannot wait.
                 let n =
                     self.push(OpKind::LinearGradWeight, name(".dw"), vec![d, rows(x)], vec![], Phase::Input);
                 n.grads = vec![table];
-                n.leaves = (leaf, 1);
+                n.sequences = Sequences { first: leaf, count: 1 };
             }
         }
         dx
@@ -343,7 +344,8 @@ impl Derive<'_> {
 
     /// The output projection: its own matrix, or the embedding's.
     fn table(&mut self) -> Operand {
-        let id = ["head.weight", "embed.weight"].into_iter().find_map(|n| self.cx.group(n)).expect("a head");
+        let own = self.cx.group(Place::Head, Role::Head, false);
+        let id = own.or_else(|| self.cx.group(Place::Embedding, Role::Embedding, false)).expect("a head");
         let known = self.g.values.iter().position(|v| v.source == Source::Param(id));
         let value = known.map(|at| ValueId(at as u32)).unwrap_or_else(|| {
             let group = &self.cx.groups[id.0 as usize];
@@ -366,15 +368,6 @@ impl Derive<'_> {
         self.push(OpKind::XentCombine { shards }, format!("{name}.combine"), vec![all], vec![sum], input);
         sum
     }
-}
-
-/// Whether gradients of a group need a sum over the tensor-parallel ranks after backward: parameters that each rank
-/// used on its own rows of the sequence or for its own heads.
-pub(crate) fn needs_tp_sync(cx: &Context<'_>, group: &crate::ParamGroup) -> Option<Sync> {
-    let on_rows = group.replicated_tp && group.name != "pos_embed.weight";
-    let used_apart = ["q_norm.weight", "k_norm.weight", "latent_norm.weight", "router.weight"];
-    let partial = used_apart.iter().any(|end| group.name.ends_with(end));
-    (cx.layout.tp > 1 && on_rows && (cx.layout.sequence_parallel || partial)).then_some(Sync::TensorParallel)
 }
 
 /// Puts copies of forward ops in front of the backward ops that need values which were not kept.
@@ -409,7 +402,7 @@ fn recompute(g: &mut Graph, policy: Recompute, boundaries: &[ValueId], nodes: Ve
 
 /// The final norm and what follows: its output is the loss's input and is used at once.
 fn is_tail(g: &Graph, n: &Node) -> bool {
-    g.nodes.last().is_some_and(|last| !matches!(last.kind, OpKind::Send { .. }) && n.unit == last.unit)
+    n.place == Place::Head && g.nodes.last().is_some_and(|last| last.place == Place::Head)
 }
 
 struct Again<'a> {
@@ -431,6 +424,7 @@ impl Again<'_> {
         }
         node.name.push_str(".again");
         node.phase = Phase::Input;
+        self.g.place = node.place;
         for out in &mut node.outs {
             let fresh = self.g.like(out.value, &node.name);
             self.renamed.insert(out.value, fresh);

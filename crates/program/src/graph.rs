@@ -2,6 +2,7 @@ use spec::DType;
 
 use crate::op::OpKind;
 use crate::params::GroupId;
+use crate::role::Place;
 
 /// A tensor of a graph: written once, two dims.
 #[derive(Clone, Debug)]
@@ -11,6 +12,7 @@ pub(crate) struct Value {
     pub(crate) cols: usize,
     pub(crate) dtype: DType,
     pub(crate) source: Source,
+    pub(crate) place: Place,
 }
 
 /// Where a value comes from.
@@ -63,11 +65,32 @@ pub(crate) struct Node {
     pub(crate) outs: Vec<Operand>,
     /// Parameter groups whose gradients this node adds to.
     pub(crate) grads: Vec<GroupId>,
-    /// Which sequences of the micro-batch a weight gradient covers: (first, count).
-    pub(crate) leaves: (usize, usize),
+    /// Which sequences of the micro-batch a weight gradient covers.
+    pub(crate) sequences: Sequences,
     pub(crate) phase: Phase,
-    /// Layer for recompute units and ZeRO-3 units; embeddings and head have their own numbers.
-    pub(crate) unit: usize,
+    pub(crate) place: Place,
+}
+
+/// Some sequences of a micro-batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Sequences {
+    pub(crate) first: usize,
+    pub(crate) count: usize,
+}
+
+impl Node {
+    /// An op without gradients.
+    pub(crate) fn new(
+        kind: OpKind,
+        name: String,
+        ins: Vec<Operand>,
+        outs: Vec<Operand>,
+        phase: Phase,
+        place: Place,
+    ) -> Node {
+        let (acc, grads, sequences) = (None, Vec::new(), Sequences::default());
+        Node { kind, name, ins, acc, outs, grads, sequences, phase, place }
+    }
 }
 
 /// Ops of one chunk in program order, with the values that they read and write.
@@ -75,6 +98,8 @@ pub(crate) struct Node {
 pub(crate) struct Graph {
     pub(crate) values: Vec<Value>,
     pub(crate) nodes: Vec<Node>,
+    /// Where fresh values belong.
+    pub(crate) place: Place,
 }
 
 impl Graph {
@@ -86,7 +111,8 @@ impl Graph {
         dtype: DType,
         source: Source,
     ) -> ValueId {
-        self.values.push(Value { name: name.to_owned(), rows, cols, dtype, source });
+        let place = self.place;
+        self.values.push(Value { name: name.to_owned(), rows, cols, dtype, source, place });
         ValueId(u32::try_from(self.values.len() - 1).expect("a chunk has fewer than 2^32 values"))
     }
 

@@ -13,6 +13,9 @@
 //!
 //! Nothing here knows clocks, hardware or files.
 
+mod buffer;
+mod comm;
+mod coords;
 mod cost;
 mod derive;
 mod emit;
@@ -23,6 +26,7 @@ mod op;
 mod params;
 mod pipeline;
 mod place;
+mod role;
 mod statics;
 mod step;
 mod zero;
@@ -30,12 +34,16 @@ mod zero;
 use serde::Serialize;
 use spec::{DType, Layout, ModelSpec, Result};
 
+pub use buffer::{Buffer, BufferId, GradOut, Home, Owned, Slice, View};
+pub use comm::{Collective, Comm, Deal, Message, Ticket, When};
+pub use coords::{Coords, Members};
 pub use cost::Cost;
 pub use graph::Phase;
-pub use op::{Axis, Heads, OpKind, Sync};
+pub use op::{Axis, Heads, Op, OpId, OpKind};
 pub use params::{GroupId, ParamGroup, ParamPart, Replication};
 pub use pipeline::{Pass, PassTimes, Played, Work, orders, play};
 pub use place::ALIGN;
+pub use role::{ParamKey, Place, Role};
 pub use zero::owned as owned_range;
 
 /// What to build a program for.
@@ -53,228 +61,32 @@ pub struct Request<'a> {
     pub precision: DType,
     /// Whose program.
     pub rank: usize,
-    /// Above 0, the program generates instead of training: one token at a time against a cache of this many positions
-    /// (one rank alone).
-    pub cache: usize,
+    /// Training, or generation.
+    pub mode: Mode,
 }
 
-/// A rank's place on each axis. Ranks count tp fastest, then cp, dp, pp.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Coords {
-    /// Data-parallel index.
-    pub dp: usize,
-    /// Tensor-parallel index.
-    pub tp: usize,
-    /// Context-parallel index.
-    pub cp: usize,
-    /// Pipeline stage.
-    pub pp: usize,
-}
-
-impl Coords {
-    /// Where `rank` lies.
-    pub fn of(rank: usize, layout: &Layout) -> Coords {
-        let (tp, rest) = (rank % layout.tp, rank / layout.tp);
-        let (cp, rest) = (rest % layout.cp, rest / layout.cp);
-        Coords { tp, cp, dp: rest % layout.dp, pp: rest / layout.dp }
-    }
-
-    /// The rank at these coordinates.
-    pub fn rank(self, layout: &Layout) -> usize {
-        self.pp * layout.stage_ranks() + self.in_stage(layout)
-    }
-
-    /// The ranks that differ from this one along `axis` only, by their place on it. Along ep these are the neighbours
-    /// that hold all experts together.
-    pub fn peers(self, axis: Axis, layout: &Layout) -> Vec<usize> {
-        match axis {
-            Axis::Dp => (0..layout.dp).map(|dp| Coords { dp, ..self }.rank(layout)).collect(),
-            Axis::Tp => (0..layout.tp).map(|tp| Coords { tp, ..self }.rank(layout)).collect(),
-            Axis::Pp => (0..layout.pp).map(|pp| Coords { pp, ..self }.rank(layout)).collect(),
-            Axis::Cp => (0..layout.cp).map(|cp| Coords { cp, ..self }.rank(layout)).collect(),
-            Axis::Ep => {
-                let first = self.rank(layout) - self.ep(layout);
-                (first..first + layout.ep).collect()
-            }
-        }
-    }
-
-    /// Expert-parallel index.
-    pub fn ep(self, layout: &Layout) -> usize {
-        self.in_stage(layout) % layout.ep
-    }
-
-    /// How many ranks hold the same elements of a parameter, and which of them this one is: (count, index).
-    ///
-    /// ```
-    /// use program::{Coords, Replication};
-    /// let layout = spec::Layout { dp: 2, cp: 2, tp: 2, ep: 4, ..spec::Layout::default() };
-    /// let coords = Coords::of(5, &layout);
-    /// assert_eq!(coords.replicas(Replication::Data, &layout), (4, 2));
-    /// assert_eq!(coords.replica_ranks(Replication::Data, &layout), [1, 3, 5, 7]);
-    /// assert_eq!(coords.replicas(Replication::Expert, &layout), (2, 1));
-    /// assert_eq!(coords.replica_ranks(Replication::Expert, &layout), [1, 5]);
-    /// ```
-    pub fn replicas(self, replication: Replication, layout: &Layout) -> (usize, usize) {
-        match replication {
-            Replication::Data => (layout.replicas(), self.dp * layout.cp + self.cp),
-            Replication::Expert => (layout.expert_replicas(), self.in_stage(layout) / layout.ep),
-        }
-    }
-
-    /// Those ranks, by their index.
-    pub fn replica_ranks(self, replication: Replication, layout: &Layout) -> Vec<usize> {
-        let (count, index) = self.replicas(replication, layout);
-        let apart = match replication {
-            Replication::Data => layout.tp,
-            Replication::Expert => layout.ep,
-        };
-        let first = self.rank(layout) - index * apart;
-        (0..count).map(|i| first + i * apart).collect()
-    }
-
-    /// Counted over the ranks of the stage.
-    fn in_stage(self, layout: &Layout) -> usize {
-        (self.dp * layout.cp + self.cp) * layout.tp + self.tp
-    }
-}
-
-/// Index of a buffer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
-pub struct BufferId(pub u32);
-
-/// A named run of bytes with a two-dim shape.
-#[derive(Clone, Debug, Serialize)]
-pub struct Buffer {
-    /// What it holds.
-    pub name: String,
-    /// Local rows.
-    pub rows: usize,
-    /// Local columns.
-    pub cols: usize,
-    /// Element type.
-    pub dtype: DType,
-    /// Where it lies.
-    pub home: Home,
-}
-
-impl Buffer {
-    /// Elements.
-    pub fn len(&self) -> usize {
-        self.rows * self.cols
-    }
-
-    /// Whether it holds nothing.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Bytes.
-    pub fn bytes(&self) -> usize {
-        self.len() * self.dtype.bytes()
-    }
-}
-
-/// Where a buffer lies in the rank's arena.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// What a program is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Home {
-    /// For the whole run, at this offset.
-    Static {
-        /// Bytes from the start of the arena.
-        offset: usize,
-    },
-    /// While a micro-batch is in flight: at this offset in each slot of the chunk.
-    Slot {
-        /// Which chunk.
-        chunk: usize,
-        /// Bytes from the start of the slot.
-        offset: usize,
-        /// Alive from this op to that one, counted over the chunk's blocks.
-        alive: (usize, usize),
-    },
-    /// While a block runs: at this offset in the scratch region.
-    Scratch {
-        /// Bytes from the start of the region.
-        offset: usize,
-        /// Alive from this op to that one, counted over the chunk's blocks.
-        alive: (usize, usize),
-    },
-    /// Rows of the current micro-batch inside a static buffer.
-    MicroBatch {
-        /// Bytes of the whole step's buffer from the start of the arena.
-        offset: usize,
+pub enum Mode {
+    /// Steps of training, and evaluation.
+    #[default]
+    Train,
+    /// One token at a time, on one rank alone.
+    Generate {
+        /// Positions of the cache of keys and values.
+        positions: usize,
     },
 }
 
-/// Some rows of a buffer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct View {
-    /// Which buffer.
-    pub buffer: BufferId,
-    /// First row.
-    pub row0: usize,
-    /// Rows.
-    pub rows: usize,
-}
-
-/// Where a weight gradient goes.
-///
-/// Per-sequence gradients are summed in a fixed tree (`spec::SumTree`). The tree inside the op has radices `inner`
-/// (bottom-up); the op's result then arrives at the counter with radices `outer`, whose partial sums lie one after
-/// another in `levels`, lowest first; the last of them is `sum` in the end.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct GradOut {
-    /// Whose gradient.
-    pub group: GroupId,
-    /// The buffer of all of this rank's sum, once the step's micro-batches are done.
-    pub sum: BufferId,
-    /// Partial sums, each shaped like the group.
-    pub levels: View,
-    /// Radices of the tree over the sequences that the op covers.
-    pub inner: Vec<u32>,
-    /// Radices of the counter over the op's results in one step.
-    pub outer: Vec<u32>,
-    /// Results of this op's position per micro-batch, and which one this is: (count, index).
-    pub turn: (usize, usize),
-}
-
-/// A stable name for an op in plans, timelines, journals and on the wire: a hash of its name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
-pub struct OpId(pub u32);
-
-impl OpId {
-    /// FNV-1a of the op's name.
-    pub fn of(name: &str) -> OpId {
-        OpId(name.bytes().fold(0x811c_9dc5, |h, b| (h ^ u32::from(b)).wrapping_mul(0x0100_0193)))
+impl Mode {
+    /// Positions of the cache: 0 in training.
+    pub fn positions(self) -> usize {
+        match self {
+            Mode::Train => 0,
+            Mode::Generate { positions } => positions,
+        }
     }
-}
-
-/// One typed operation over placed buffers.
-#[derive(Clone, Debug, Serialize)]
-pub struct Op {
-    /// Stable over layouts and ranks.
-    pub id: OpId,
-    /// For example `layers.3.attn.qkv.dw`.
-    pub name: String,
-    /// What it does.
-    #[serde(flatten)]
-    pub kind: OpKind,
-    /// Read.
-    pub ins: Vec<View>,
-    /// Added to output 0; the same bytes as output 0 when it is accumulated in place.
-    pub acc: Option<View>,
-    /// Written.
-    pub outs: Vec<View>,
-    /// Weight gradients added to.
-    pub grads: Vec<GradOut>,
-    /// Which sequence of the micro-batch a [`OpKind::LossSum`] stands for; which layer of the cache an
-    /// [`OpKind::AttentionCached`] uses.
-    pub leaf: usize,
-    /// Forward, input gradient or weight gradient.
-    pub phase: Phase,
-    /// FLOPs and bytes.
-    pub cost: Cost,
 }
 
 /// Ops that run together: one pass of one chunk over one micro-batch, or the tail of the step.
@@ -316,8 +128,8 @@ pub struct GroupBuffers {
     pub exp_avg: BufferId,
     /// Second moment of the owned range.
     pub exp_avg_sq: BufferId,
-    /// The elements that this rank updates: (first, count).
-    pub owned: (usize, usize),
+    /// The elements that this rank updates.
+    pub owned: Owned,
     /// First chunk of the group in the model-wide vector of squared gradient sums.
     pub norm_chunk0: usize,
     /// Whether this rank's copy is the one that counts in the gradient norm (tied tables, tensor-parallel replicas).
@@ -377,8 +189,8 @@ pub struct Program {
     pub local_sequences: usize,
     /// Element type of parameters and activations.
     pub precision: DType,
-    /// Positions of the generation cache, 0 without one.
-    pub cache: usize,
+    /// Training, or generation.
+    pub mode: Mode,
     /// Parameter groups of the rank, in forward order.
     pub groups: Vec<ParamGroup>,
     /// Their buffers.
@@ -392,7 +204,7 @@ pub struct Program {
     /// The micro-batches of a step, in order.
     pub schedule: Vec<Item>,
     /// The block that ends a step: reduce, clip, update.
-    pub step: usize,
+    pub tail: usize,
     /// Forward and loss without gradients, by chunk.
     pub eval: Vec<usize>,
     /// One token against the cache.
@@ -402,15 +214,24 @@ pub struct Program {
     /// Micro-batches in flight at most, by chunk.
     pub slots: Vec<usize>,
     /// Radices of the counter over this rank's micro-batches, bottom-up, that sharded gradients are summed by.
-    pub across: Vec<u32>,
-    /// Bytes of one slot, by chunk, and where the chunk's slots begin.
-    pub slot_bytes: Vec<(usize, usize)>,
+    pub shard_radices: Vec<u32>,
+    /// Where each chunk's slots lie.
+    pub slot_regions: Vec<SlotRegion>,
     /// Where scratch begins.
     pub scratch_offset: usize,
     /// Where kernel work space begins.
     pub workspace_offset: usize,
     /// Where the bytes go.
     pub memory: Memory,
+}
+
+/// Where the slots of a chunk lie, one after another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct SlotRegion {
+    /// Bytes of one slot.
+    pub bytes: usize,
+    /// Bytes from the start of the arena to the first.
+    pub offset: usize,
 }
 
 /// Static buffers of a step's inputs and sums.
@@ -450,7 +271,7 @@ impl Program {
     /// generate.
     pub fn build(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Result<Program> {
         request.layout.validate(request.model, request.sequences, request.sequence)?;
-        if request.cache > 0 {
+        if request.mode != Mode::Train {
             // Generation is of what trains: one token has no expert's share and no part of a sequence.
             request.model.check_trains()?;
             request.layout.check_trains()?;
@@ -483,27 +304,12 @@ impl Program {
         self.local_sequences / self.layout.micro_batch
     }
 
-    /// Runs of a bucket's gradients that lie next to each other, as (bytes from the start of the arena, f32 elements):
-    /// each is reduced with one message.
-    pub fn bucket_runs(&self, bucket: &Bucket) -> Vec<(usize, usize)> {
-        let offset = |id: BufferId| match self.buffer(id).home {
-            Home::Static { offset } => offset,
-            _ => unreachable!("gradient sums are static"),
-        };
-        let mut runs: Vec<(usize, usize)> =
-            bucket.grads.iter().map(|(_, b)| (offset(*b), 4 * self.buffer(*b).len())).collect();
-        runs.sort_unstable();
-        let mut out: Vec<(usize, usize)> = Vec::new();
-        for (at, bytes) in runs {
-            match out.last_mut() {
-                // Alignment leaves gaps of less than a cache line, which hold zeros.
-                Some((first, len)) if at >= *first + *len && at - (*first + *len) < 64 => {
-                    *len = at + bytes - *first
-                }
-                _ => out.push((at, bytes)),
-            }
-        }
-        out.into_iter().map(|(at, bytes)| (at, bytes / 4)).collect()
+    /// The elements of a group that are this rank's to save and to count in the norm: its part of what all ranks with
+    /// the same elements hold, whether ZeRO shards them or not.
+    pub fn share(&self, group: GroupId) -> Owned {
+        let group = self.group(group);
+        let (replicas, index) = self.coords.replicas(group.replication, &self.layout);
+        owned_range(group.len(), replicas, index)
     }
 
     /// The index in the global batch of the first sequence of a micro-batch.

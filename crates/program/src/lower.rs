@@ -2,19 +2,22 @@ use std::collections::HashMap;
 
 use spec::{DType, SumTree, Zero};
 
+use crate::buffer::{Buffer, BufferId, GradOut, Home, View};
+use crate::comm;
+use crate::coords::Coords;
 use crate::cost::cost;
 use crate::derive::{backward, loss};
 use crate::emit::{Context, Forward, forward};
 use crate::graph::{Graph, Node, Operand, Phase, Source};
 use crate::lifetimes::Lifetimes;
-use crate::op::{Axis, OpKind};
+use crate::op::{Axis, Op, OpId, OpKind};
 use crate::params::{Chunk, GroupId, Replication, chunks, table};
 use crate::pipeline::{Pass, in_flight, orders};
 use crate::place::{Span, aligned, alive_peak, place};
+use crate::role::{Place, Role};
 use crate::zero::{Sums, gather_params, is_head};
 use crate::{
-    Block, Bucket, Buffer, BufferId, Coords, GradOut, GroupBuffers, Home, Io, Item, Memory, Op, OpId,
-    Program, Request, View, WorkspaceLen, step,
+    Block, Bucket, GroupBuffers, Io, Item, Memory, Mode, Program, Request, SlotRegion, WorkspaceLen, step,
 };
 
 /// Turns chunks into blocks over placed buffers.
@@ -29,6 +32,7 @@ pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Progr
     let coords = Coords::of(request.rank, layout);
     let stage = chunks(model, layout, coords.pp);
     let groups = table(model, layout, coords, &stage);
+    let index = (0..).map(GroupId).zip(&groups).map(|(id, g)| (g.key, id)).collect();
     let pipeline = coords.peers(Axis::Pp, layout);
     let cx = Context {
         model,
@@ -37,6 +41,7 @@ pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Progr
         dtype: request.precision,
         coords,
         groups: &groups,
+        index: &index,
         pipeline: &pipeline,
         decode: false,
     };
@@ -68,7 +73,7 @@ pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Progr
     let mut blocks = Vec::new();
     let mut passes: HashMap<(usize, Pass, bool), usize> = HashMap::new();
     let split = order.iter().any(|w| w.pass == Pass::Weight);
-    let inference = request.cache > 0;
+    let inference = request.mode != Mode::Train;
     let order: &[_] = if inference { &[] } else { order };
     for (c, chunk) in stage.iter().enumerate().filter(|_| !inference) {
         for (pass, last, block) in l.train_blocks(c, chunk, &io, split, &buckets) {
@@ -98,20 +103,20 @@ pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Progr
         blocks.push(l.decode_block(&stage[0], &io));
         blocks.len() - 1
     });
-    let step = blocks.len();
+    let tail = blocks.len();
     blocks.push(Block {
         name: "step".into(),
         chunk: 0,
         ops: step::ops(&cx, &l.buffers, &l.group_buffers, &buckets),
     });
 
-    let across = l.across();
+    let shard_radices = l.shard_radices();
     let Lower { buffers, group_buffers, at, memory, slot_sizes, scratch, .. } = l;
     let mut offset = at;
-    let mut slot_bytes = Vec::new();
-    for (c, size) in slot_sizes.iter().enumerate() {
-        slot_bytes.push((*size, offset));
-        offset += size * slots[c];
+    let mut slot_regions = Vec::new();
+    for (c, &bytes) in slot_sizes.iter().enumerate() {
+        slot_regions.push(SlotRegion { bytes, offset });
+        offset += bytes * slots[c];
     }
     let memory = Memory { slots: offset - at, scratch, ..memory };
     let mut program = Program {
@@ -122,24 +127,30 @@ pub(crate) fn lower(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Progr
         sequences: request.sequences,
         local_sequences,
         precision: request.precision,
-        cache: request.cache,
+        mode: request.mode,
         groups: groups.clone(),
         group_buffers,
         buckets,
         buffers,
         blocks,
         schedule,
-        step,
+        tail,
         eval,
         decode,
         io,
         slots,
-        across,
-        slot_bytes,
+        shard_radices,
+        slot_regions,
         scratch_offset: offset,
         workspace_offset: offset + scratch,
         memory,
     };
+    // Messages are stated once all buffers are there.
+    let mut blocks = std::mem::take(&mut program.blocks);
+    for op in blocks.iter_mut().flat_map(|b| &mut b.ops) {
+        op.comm = comm::state(op, &program);
+    }
+    program.blocks = blocks;
     let floats = program
         .blocks
         .iter()
@@ -188,8 +199,9 @@ impl Lower<'_> {
         cols: usize,
         dtype: DType,
         home: Home,
+        place: Place,
     ) -> BufferId {
-        self.buffers.push(Buffer { name, rows, cols, dtype, home });
+        self.buffers.push(Buffer { name, rows, cols, dtype, home, place });
         BufferId(u32::try_from(self.buffers.len() - 1).expect("fewer than 2^32 buffers"))
     }
 
@@ -332,7 +344,7 @@ impl Lower<'_> {
             let alive = (slot_spans.1[k].birth, slot_spans.1[k].death);
             let v = &g.values[i];
             let home = Home::Slot { chunk: c, offset: offsets[k], alive };
-            ids[i] = Some(self.buffer(v.name.clone(), v.rows, v.cols, v.dtype, home));
+            ids[i] = Some(self.buffer(v.name.clone(), v.rows, v.cols, v.dtype, home, v.place));
         }
         let (offsets, size) = place(&scratch_spans.1);
         self.scratch = self.scratch.max(size);
@@ -341,14 +353,14 @@ impl Lower<'_> {
             let alive = (scratch_spans.1[k].birth, scratch_spans.1[k].death);
             let v = &g.values[i];
             let home = Home::Scratch { offset: offsets[k], alive };
-            ids[i] = Some(self.buffer(v.name.clone(), v.rows, v.cols, v.dtype, home));
+            ids[i] = Some(self.buffer(v.name.clone(), v.rows, v.cols, v.dtype, home, v.place));
         }
         for i in 0..ids.len() {
             // An alias has its root's bytes under its own name and shape.
             if ids[i].is_none() && life.root[i] != i {
                 let home = ids[life.root[i]].map(|r| self.buffers[r.0 as usize].home);
                 let v = &g.values[i];
-                ids[i] = home.map(|home| self.buffer(v.name.clone(), v.rows, v.cols, v.dtype, home));
+                ids[i] = home.map(|home| self.buffer(v.name.clone(), v.rows, v.cols, v.dtype, home, v.place));
             }
         }
         ids
@@ -359,7 +371,7 @@ impl Lower<'_> {
         let Home::Static { offset } = self.buffers[whole.0 as usize].home else {
             unreachable!("inputs are static")
         };
-        self.buffer(v.name.clone(), v.rows, v.cols, v.dtype, Home::MicroBatch { offset })
+        self.buffer(v.name.clone(), v.rows, v.cols, v.dtype, Home::MicroBatch { offset }, v.place)
     }
 
     pub(crate) fn op(&self, g: &Graph, n: &Node, buffers: &[Option<BufferId>], sums: &Sums) -> Option<Op> {
@@ -382,8 +394,9 @@ impl Lower<'_> {
             acc: n.acc.as_ref().map(view),
             outs: n.outs.iter().filter(|o| !sums.hidden.contains(&o.value)).map(view).collect(),
             grads,
-            leaf: n.leaves.0,
             phase: n.phase,
+            place: n.place,
+            comm: None,
             cost: cost(g, n, self.cx.context(), grad_elements),
         })
     }
@@ -397,22 +410,23 @@ impl Lower<'_> {
     ) -> GradOut {
         let of = &self.cx.groups[group.0 as usize];
         let b = &self.group_buffers[group.0 as usize];
-        let (inner, outer) = self.split_radices(n.leaves.1);
+        let (inner, outer) = self.split_radices(n.sequences.count);
         let m = self.cx.layout.micro_batch;
         // Rows that are not whole sequences (sequence parallelism, tokens in the order of their experts) have no tree
         // inside.
         let rows = n.ins.iter().map(|o| o.rows).min().unwrap_or(0);
-        let parts = self.cx.layout.sequence_parallel || of.name.ends_with("router.weight");
+        let parts = self.cx.layout.sequence_parallel || of.key.role == Role::Router;
         let whole = of.replication == Replication::Data
-            && (rows == n.leaves.1 * self.cx.sequence || self.cx.layout.tp == 1 || !parts);
+            && (rows == n.sequences.count * self.cx.sequence || self.cx.layout.tp == 1 || !parts);
         let sum = self.grad_buffer(group, is_head(n));
         let levels = match sums.whole.get(&sum) {
             Some(v) => buffers[v.0 as usize].expect("gradients of a micro-batch are placed"),
             None if is_head(n) => b.head_grad_levels.unwrap_or(b.grad_levels),
             None => b.grad_levels,
         };
-        let levels = View { buffer: levels, row0: 0, rows: self.levels_of(n.leaves.1) * of.rows };
+        let levels = View { buffer: levels, row0: 0, rows: self.levels_of(n.sequences.count) * of.rows };
         let inner = if whole { inner } else { Vec::new() };
-        GradOut { group, sum, levels, inner, outer, turn: (m / n.leaves.1, n.leaves.0 / n.leaves.1) }
+        let (results, result) = (m / n.sequences.count, n.sequences.first / n.sequences.count);
+        GradOut { group, sum, levels, inner, outer, results, result }
     }
 }

@@ -1,7 +1,71 @@
 use serde::Serialize;
 use spec::NormKind;
 
+use crate::buffer::{GradOut, View};
+use crate::comm::{Comm, When};
+use crate::coords::Members;
+use crate::cost::Cost;
+use crate::graph::Phase;
 use crate::params::GroupId;
+use crate::role::Place;
+
+/// A stable name for an op in plans, timelines, journals and on the wire: a hash of its name.
+///
+/// 53 bits, so that programs which read JSON numbers as doubles read it exactly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub struct OpId(pub u64);
+
+impl OpId {
+    /// The upper bits of FNV-1a (64 bits) of the op's name.
+    pub fn of(name: &str) -> OpId {
+        let hash = name
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3_u64));
+        OpId(hash >> 11)
+    }
+}
+
+/// One typed operation over placed buffers.
+#[derive(Clone, Debug, Serialize)]
+pub struct Op {
+    /// Stable over layouts and ranks.
+    pub id: OpId,
+    /// For example `layers.3.attn.qkv.dw`.
+    pub name: String,
+    /// What it does.
+    #[serde(flatten)]
+    pub kind: OpKind,
+    /// Read.
+    pub ins: Vec<View>,
+    /// Added to output 0; the same bytes as output 0 when it is accumulated in place.
+    pub acc: Option<View>,
+    /// Written.
+    pub outs: Vec<View>,
+    /// Weight gradients added to.
+    pub grads: Vec<GradOut>,
+    /// Forward, input gradient or weight gradient.
+    pub phase: Phase,
+    /// Which part of the step it belongs to.
+    pub place: Place,
+    /// What it says to other ranks; `None` where nobody is there to talk to.
+    pub comm: Option<Comm>,
+    /// FLOPs and bytes.
+    pub cost: Cost,
+}
+
+impl Op {
+    /// Whether the op does nothing but talk or wait.
+    pub fn only_talks(&self) -> bool {
+        use OpKind::*;
+        let computes = matches!(self.kind, RingAttention { .. } | RingAttentionGrad { .. } | GradNorm);
+        self.comm.is_some() && !computes
+    }
+
+    /// Whether the op returns while what it began goes on.
+    pub fn goes_on(&self) -> bool {
+        self.comm.as_ref().is_some_and(|c| matches!(c.when, When::Begins(_)))
+    }
+}
 
 /// What an op does. Operands are listed in the order of [`crate::Op::ins`]; shapes are those of the local shard.
 ///
@@ -195,8 +259,11 @@ pub enum OpKind {
         /// First vocabulary row of the local shard.
         vocab0: usize,
     },
-    /// `(loss [n]) -> one leaf of the step's loss sums`.
-    LossSum,
+    /// `(loss [n]) -> the sum of one sequence among the step's loss sums`.
+    LossSum {
+        /// Which sequence of the micro-batch.
+        sequence: usize,
+    },
     /// Sum over the axis, in place.
     AllReduce {
         /// Over which ranks.
@@ -279,7 +346,7 @@ pub enum OpKind {
     /// Sums the gradients of parameters that live on several ranks outside dp: tied embeddings, sequence-parallel norms.
     SyncGrads {
         /// Over which ranks.
-        over: Sync,
+        over: Members,
         /// Whose gradients.
         group: GroupId,
     },
@@ -306,17 +373,9 @@ pub enum OpKind {
     AttentionCached {
         /// Head counts and width.
         heads: Heads,
+        /// Whose cache.
+        layer: usize,
     },
-}
-
-/// Which ranks share a parameter outside dp.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Sync {
-    /// First and last pipeline stage: tied embeddings.
-    Embedding,
-    /// The tensor-parallel group: parameters used on sequence shards.
-    TensorParallel,
 }
 
 /// Heads of the local shard.
@@ -414,7 +473,7 @@ impl OpKind {
             XentStats { .. } => "xent_stats",
             XentCombine { .. } => "xent_combine",
             XentGrad { .. } => "xent_grad",
-            LossSum => "loss_sum",
+            LossSum { .. } => "loss_sum",
             AllReduce { .. } => "all_reduce",
             AllGather { .. } => "all_gather",
             ReduceScatter { .. } => "reduce_scatter",
@@ -433,29 +492,6 @@ impl OpKind {
             AllGatherParams { .. } => "all_gather_params",
             AttentionCached { .. } => "attention_cached",
         }
-    }
-
-    /// Whether ranks talk.
-    pub fn is_communication(&self) -> bool {
-        use OpKind::*;
-        matches!(
-            self,
-            AllReduce { .. }
-                | AllGather { .. }
-                | ReduceScatter { .. }
-                | AllToAll { .. }
-                | Unslice { .. }
-                | RingAttention { .. }
-                | RingAttentionGrad { .. }
-                | Send { .. }
-                | Recv { .. }
-                | GatherParams { .. }
-                | WaitParams { .. }
-                | ReduceGrads { .. }
-                | WaitGrads { .. }
-                | SyncGrads { .. }
-                | AllGatherParams { .. }
-        )
     }
 
     /// Whether output 0 is written over input 0.

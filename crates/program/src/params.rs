@@ -1,7 +1,8 @@
 use serde::Serialize;
 use spec::{Activation, Experts, Latent, Layout, ModelSpec, NormKind, Position};
 
-use crate::Coords;
+use crate::coords::Coords;
+use crate::role::{ParamKey, Place, Role};
 
 /// Index of a parameter group in a rank's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -13,6 +14,8 @@ pub struct GroupId(pub u32);
 pub struct ParamGroup {
     /// For example `layers.3.attn.qkv.weight`.
     pub name: String,
+    /// What it is.
+    pub key: ParamKey,
     /// Local rows.
     pub rows: usize,
     /// Local columns.
@@ -35,8 +38,10 @@ pub struct ParamGroup {
 /// A box of a logical parameter: what this rank holds of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ParamPart {
-    /// Logical name, for example `layers.3.attn.q.weight`.
+    /// Logical name, for example `layers.3.attn.q.weight`: what checkpoints and the generator of weights know it by.
     pub name: String,
+    /// What the group is that it belongs to.
+    pub key: ParamKey,
     /// Shape of the whole parameter; a vector has one row.
     pub global: (usize, usize),
     /// The same as a slice.
@@ -129,26 +134,26 @@ pub(crate) struct Table<'a> {
     experts: (usize, usize),
     groups: Vec<ParamGroup>,
     chunk: usize,
-    unit: usize,
+    place: Place,
 }
 
 /// All parameter groups of the rank at `coords` with these chunks, in forward order.
 pub(crate) fn table(model: &ModelSpec, layout: &Layout, coords: Coords, chunks: &[Chunk]) -> Vec<ParamGroup> {
     let experts = share(model.experts.map_or(0, |e| e.count), layout.ep, coords.ep(layout));
     let (tp, tp_rank) = (layout.tp, coords.tp);
-    let mut t = Table { model, tp, tp_rank, experts, groups: Vec::new(), chunk: 0, unit: 0 };
+    let mut t = Table { model, tp, tp_rank, experts, groups: Vec::new(), chunk: 0, place: Place::default() };
     for (c, chunk) in chunks.iter().enumerate() {
         t.chunk = c;
         if chunk.embed {
-            t.unit = 0;
+            t.place = Place::Embedding;
             t.embedding();
         }
         for layer in chunk.first_layer..chunk.first_layer + chunk.layers {
-            t.unit = 1 + layer;
+            t.place = Place::Layer(layer);
             t.layer(layer);
         }
         if chunk.head {
-            t.unit = 1 + model.layers;
+            t.place = Place::Head;
             t.head(chunks.iter().any(|c| c.embed));
         }
     }
@@ -158,24 +163,25 @@ pub(crate) fn table(model: &ModelSpec, layout: &Layout, coords: Coords, chunks: 
 impl Table<'_> {
     fn embedding(&mut self) {
         let m = self.model;
-        self.matrix("embed.weight", &[("embed.weight", m.vocab)], m.hidden, Cut::Rows);
+        self.matrix(Role::Embedding, "embed.weight", &[("embed.weight", m.vocab)], m.hidden, Cut::Rows);
         if let Position::Learned { max_positions } = m.position {
-            self.matrix("pos_embed.weight", &[("pos_embed.weight", max_positions)], m.hidden, Cut::Whole);
+            let rows = [("pos_embed.weight", max_positions)];
+            self.matrix(Role::Positions, "pos_embed.weight", &rows, m.hidden, Cut::Whole);
         }
     }
 
     fn layer(&mut self, i: usize) {
         let m = self.model;
         let p = |s: &str| format!("layers.{i}.{s}");
-        self.norm(&p("attn_norm"));
+        self.norm(Role::AttentionNorm, &p("attn_norm"));
         match m.latent {
             Some(latent) => self.latent(i, latent),
             None => self.attention(i),
         }
-        self.norm(&p("mlp_norm"));
+        self.norm(Role::MlpNorm, &p("mlp_norm"));
         match m.experts.filter(|_| m.has_experts(i)) {
             Some(experts) => self.experts(i, experts),
-            None => self.mlp(&p("mlp"), m.ffn),
+            None => self.mlp((Role::Up, Role::Down), &p("mlp"), m.ffn),
         }
     }
 
@@ -184,12 +190,19 @@ impl Table<'_> {
         let (q, kv) = (m.heads * m.head_dim, m.kv_heads * m.head_dim);
         let p = |s: &str| format!("layers.{i}.{s}");
         let qkv = [(p("attn.q"), q), (p("attn.k"), kv), (p("attn.v"), kv)];
-        self.linear(&p("attn.qkv"), &qkv, m.hidden, Cut::Rows, m.qkv_bias);
+        self.linear(Role::QueryKeyValue, &p("attn.qkv"), &qkv, m.hidden, Cut::Rows, m.qkv_bias);
         if m.qk_norm {
-            self.vector(&p("attn.q_norm.weight"), m.head_dim);
-            self.vector(&p("attn.k_norm.weight"), m.head_dim);
+            self.vector(Role::QueryNorm, &p("attn.q_norm.weight"), m.head_dim);
+            self.vector(Role::KeyNorm, &p("attn.k_norm.weight"), m.head_dim);
         }
-        self.linear(&p("attn.o"), &[(p("attn.o"), m.hidden)], q, Cut::Cols, m.attn_out_bias);
+        self.linear(
+            Role::AttentionOut,
+            &p("attn.o"),
+            &[(p("attn.o"), m.hidden)],
+            q,
+            Cut::Cols,
+            m.attn_out_bias,
+        );
     }
 
     /// The projections into the latents are whole on every rank, those out of them are cut by head.
@@ -199,65 +212,81 @@ impl Table<'_> {
         let mut down = Vec::new();
         down.extend(l.query_rank.map(|q| (p("q_down"), q)));
         down.push((p("kv_down"), l.kv_rank + l.rope_dim));
-        self.linear(&p("down"), &down, m.hidden, Cut::Whole, false);
+        self.linear(Role::LatentDown, &p("down"), &down, m.hidden, Cut::Whole, false);
         let queries = m.heads * l.key_dim();
         if let Some(q) = l.query_rank {
-            self.vector(&p("q_latent_norm.weight"), q);
-            self.vector(&p("kv_latent_norm.weight"), l.kv_rank);
-            self.linear(&p("q_up"), &[(p("q_up"), queries)], q, Cut::Rows, false);
+            self.vector(Role::QueryLatentNorm, &p("q_latent_norm.weight"), q);
+            self.vector(Role::KeyValueLatentNorm, &p("kv_latent_norm.weight"), l.kv_rank);
+            self.linear(Role::QueryUp, &p("q_up"), &[(p("q_up"), queries)], q, Cut::Rows, false);
         } else {
-            self.vector(&p("kv_latent_norm.weight"), l.kv_rank);
-            self.linear(&p("q"), &[(p("q"), queries)], m.hidden, Cut::Rows, false);
+            self.vector(Role::KeyValueLatentNorm, &p("kv_latent_norm.weight"), l.kv_rank);
+            self.linear(Role::QueryUp, &p("q"), &[(p("q"), queries)], m.hidden, Cut::Rows, false);
         }
         let up = m.heads * (l.nope_dim + l.value_dim);
-        self.linear(&p("kv_up"), &[(p("kv_up"), up)], l.kv_rank, Cut::Rows, false);
-        self.linear(&p("o"), &[(p("o"), m.hidden)], m.heads * l.value_dim, Cut::Cols, false);
+        self.linear(Role::KeyValueUp, &p("kv_up"), &[(p("kv_up"), up)], l.kv_rank, Cut::Rows, false);
+        self.linear(
+            Role::AttentionOut,
+            &p("o"),
+            &[(p("o"), m.hidden)],
+            m.heads * l.value_dim,
+            Cut::Cols,
+            false,
+        );
     }
 
-    fn mlp(&mut self, name: &str, ffn: usize) {
+    fn mlp(&mut self, (into, back): (Role, Role), name: &str, ffn: usize) {
         let m = self.model;
         let p = |s: &str| format!("{name}.{s}");
         if m.activation == Activation::SwiGlu {
             let gate_up = [(p("gate"), ffn), (p("up"), ffn)];
-            self.linear(&p("gate_up"), &gate_up, m.hidden, Cut::Rows, m.mlp_bias);
+            self.linear(into, &p("gate_up"), &gate_up, m.hidden, Cut::Rows, m.mlp_bias);
         } else {
-            self.linear(&p("up"), &[(p("up"), ffn)], m.hidden, Cut::Rows, m.mlp_bias);
+            self.linear(into, &p("up"), &[(p("up"), ffn)], m.hidden, Cut::Rows, m.mlp_bias);
         }
-        self.linear(&p("down"), &[(p("down"), m.hidden)], ffn, Cut::Cols, m.mlp_bias);
+        self.linear(back, &p("down"), &[(p("down"), m.hidden)], ffn, Cut::Cols, m.mlp_bias);
     }
 
     /// The router is whole on every rank, shared experts are cut by tp, routed ones are whole experts.
     fn experts(&mut self, i: usize, e: Experts) {
         let m = self.model;
         let p = |s: &str| format!("layers.{i}.mlp.{s}");
-        self.linear(&p("router"), &[(p("router"), e.count)], m.hidden, Cut::Whole, false);
+        self.linear(Role::Router, &p("router"), &[(p("router"), e.count)], m.hidden, Cut::Whole, false);
         let up = if m.activation.gated() { ("gate_up", 2 * e.ffn) } else { ("up", e.ffn) };
-        for ((name, rows), in_dim) in [(up, m.hidden), (("down", m.hidden), e.ffn)] {
-            self.stack(&p(&format!("experts.{name}.weight")), rows, in_dim, e.count);
-            self.groups.last_mut().expect("just pushed").unit = 2 + m.layers + i;
+        let stacks = [(Role::ExpertUp, up, m.hidden), (Role::ExpertDown, ("down", m.hidden), e.ffn)];
+        for (role, (name, rows), in_dim) in stacks {
+            self.stack(role, &p(&format!("experts.{name}.weight")), rows, in_dim, e.count);
         }
         if e.shared_ffn > 0 {
-            self.mlp(&p("shared"), e.shared_ffn);
+            self.mlp((Role::SharedUp, Role::SharedDown), &p("shared"), e.shared_ffn);
         }
     }
 
     fn head(&mut self, embed_here: bool) {
         let m = self.model;
-        self.norm("final_norm");
+        self.norm(Role::FinalNorm, "final_norm");
         if !m.tied_embeddings {
-            self.matrix("head.weight", &[("head.weight", m.vocab)], m.hidden, Cut::Rows);
+            self.matrix(Role::Head, "head.weight", &[("head.weight", m.vocab)], m.hidden, Cut::Rows);
         } else if !embed_here {
             // The last stage keeps its own copy of the tied table; both receive the same summed gradient.
-            self.matrix("embed.weight", &[("embed.weight", m.vocab)], m.hidden, Cut::Rows);
+            self.matrix(Role::Embedding, "embed.weight", &[("embed.weight", m.vocab)], m.hidden, Cut::Rows);
         }
     }
 
-    fn linear(&mut self, name: &str, outs: &[(String, usize)], in_dim: usize, cut: Cut, bias: bool) {
+    fn linear(
+        &mut self,
+        role: Role,
+        name: &str,
+        outs: &[(String, usize)],
+        in_dim: usize,
+        cut: Cut,
+        bias: bool,
+    ) {
         let weights: Vec<(String, usize)> =
             outs.iter().map(|(n, rows)| (format!("{n}.weight"), *rows)).collect();
         let weights: Vec<(&str, usize)> = weights.iter().map(|(n, r)| (n.as_str(), *r)).collect();
-        self.matrix(&format!("{name}.weight"), &weights, in_dim, cut);
+        self.matrix(role, &format!("{name}.weight"), &weights, in_dim, cut);
         if bias {
+            let key = ParamKey { bias: true, ..self.key(role) };
             let mut parts = Vec::new();
             let mut at = 0;
             for (n, len) in outs {
@@ -265,6 +294,7 @@ impl Table<'_> {
                     if cut == Cut::Rows { share(*len, self.tp, self.tp_rank) } else { (0, *len) };
                 parts.push(ParamPart {
                     name: format!("{n}.bias"),
+                    key,
                     global: (1, *len),
                     dims: [1, *len],
                     row0: 0,
@@ -276,11 +306,12 @@ impl Table<'_> {
                 at += count;
             }
             // The parts of a bias lie one after another: `local_row0` counts elements there.
-            self.push(format!("{name}.bias"), 1, at, false, parts, cut != Cut::Rows);
+            self.push(key, format!("{name}.bias"), 1, at, false, parts, cut != Cut::Rows);
         }
     }
 
-    fn matrix(&mut self, name: &str, outs: &[(&str, usize)], in_dim: usize, cut: Cut) {
+    fn matrix(&mut self, role: Role, name: &str, outs: &[(&str, usize)], in_dim: usize, cut: Cut) {
+        let key = self.key(role);
         let mut parts = Vec::new();
         let mut at = 0;
         let (col0, cols) = if cut == Cut::Cols { share(in_dim, self.tp, self.tp_rank) } else { (0, in_dim) };
@@ -291,6 +322,7 @@ impl Table<'_> {
             let dims = [*total, in_dim];
             parts.push(ParamPart {
                 name: (*n).to_owned(),
+                key,
                 global,
                 dims,
                 row0,
@@ -301,14 +333,16 @@ impl Table<'_> {
             });
             at += rows;
         }
-        self.push(name.to_owned(), at, cols, true, parts, cut == Cut::Whole);
+        self.push(key, name.to_owned(), at, cols, true, parts, cut == Cut::Whole);
     }
 
     /// The held ones of `count` experts' matrices, one logical parameter of all experts from top to bottom.
-    fn stack(&mut self, name: &str, rows: usize, in_dim: usize, count: usize) {
+    fn stack(&mut self, role: Role, name: &str, rows: usize, in_dim: usize, count: usize) {
+        let key = self.key(role);
         let (first, held) = self.experts;
         let part = ParamPart {
             name: name.to_owned(),
+            key,
             global: (count * rows, in_dim),
             dims: [count * rows, in_dim],
             row0: first * rows,
@@ -317,21 +351,25 @@ impl Table<'_> {
             cols: in_dim,
             local_row0: 0,
         };
-        self.push(name.to_owned(), held * rows, in_dim, true, vec![part], false);
-        self.groups.last_mut().expect("just pushed").replication = Replication::Expert;
+        self.push(key, name.to_owned(), held * rows, in_dim, true, vec![part], false);
     }
 
-    fn norm(&mut self, name: &str) {
+    fn norm(&mut self, role: Role, name: &str) {
         let d = self.model.hidden;
-        self.vector(&format!("{name}.weight"), d);
+        self.vector(role, &format!("{name}.weight"), d);
         if self.model.norm == NormKind::Layer {
-            self.vector(&format!("{name}.bias"), d);
+            self.row(ParamKey { bias: true, ..self.key(role) }, &format!("{name}.bias"), d);
         }
     }
 
-    fn vector(&mut self, name: &str, len: usize) {
+    fn vector(&mut self, role: Role, name: &str, len: usize) {
+        self.row(self.key(role), name, len);
+    }
+
+    fn row(&mut self, key: ParamKey, name: &str, len: usize) {
         let part = ParamPart {
             name: name.to_owned(),
+            key,
             global: (1, len),
             dims: [1, len],
             row0: 0,
@@ -340,11 +378,18 @@ impl Table<'_> {
             cols: len,
             local_row0: 0,
         };
-        self.push(name.to_owned(), 1, len, false, vec![part], true);
+        self.push(key, name.to_owned(), 1, len, false, vec![part], true);
+    }
+
+    /// A tied table is the embedding, whichever stage holds it.
+    fn key(&self, role: Role) -> ParamKey {
+        let place = if role == Role::Embedding { Place::Embedding } else { self.place };
+        ParamKey { place, role, bias: false }
     }
 
     fn push(
         &mut self,
+        key: ParamKey,
         name: String,
         rows: usize,
         cols: usize,
@@ -352,17 +397,24 @@ impl Table<'_> {
         parts: Vec<ParamPart>,
         whole: bool,
     ) {
-        let (unit, chunk) = (self.unit, self.chunk);
+        let expert = key.role.is_expert();
+        let unit = match self.place {
+            Place::Layer(i) if expert => 2 + self.model.layers + i,
+            Place::Layer(i) => 1 + i,
+            Place::Head => 1 + self.model.layers,
+            _ => 0,
+        };
         self.groups.push(ParamGroup {
             name,
+            key,
             rows,
             cols,
             decay,
             parts,
             unit,
             replicated_tp: whole,
-            replication: Replication::Data,
-            chunk,
+            replication: if expert { Replication::Expert } else { Replication::Data },
+            chunk: self.chunk,
         });
     }
 }

@@ -4,32 +4,42 @@ use std::collections::HashMap;
 
 use spec::{DType, Position, SumTree, Zero};
 
+use crate::buffer::{BufferId, Home, Owned};
 use crate::lower::Lower;
 use crate::params::{Chunk, GroupId, chunks, table};
 use crate::place::aligned;
+use crate::role::{Place, Role};
 use crate::zero::owned;
-use crate::{Bucket, BufferId, GroupBuffers, Home, Io, NORM_CHUNK};
+use crate::{Bucket, GroupBuffers, Io, Mode, NORM_CHUNK};
 
 /// Gradients are reduced in runs of about this many bytes: large enough for full bandwidth, small enough to begin
 /// while most of the backward pass is still ahead.
 const BUCKET_BYTES: usize = 8 << 20;
 
 impl Lower<'_> {
-    pub(crate) fn fixed(&mut self, name: String, rows: usize, cols: usize, dtype: DType) -> BufferId {
+    pub(crate) fn fixed(
+        &mut self,
+        name: String,
+        rows: usize,
+        cols: usize,
+        dtype: DType,
+        place: Place,
+    ) -> BufferId {
         let home = Home::Static { offset: self.at };
         self.at += aligned(rows * cols * dtype.bytes());
-        self.buffer(name, rows, cols, dtype, home)
+        self.buffer(name, rows, cols, dtype, home, place)
     }
 
     /// Parameters, masters, gradients and moments, each region in forward order.
     pub(crate) fn statics(&mut self, stage: &[Chunk]) {
         let groups = self.cx.groups;
         let layout = self.cx.layout;
-        let owned: Vec<(usize, usize)> = groups
+        let owned: Vec<Owned> = groups
             .iter()
             .map(|g| {
                 let (count, index) = self.cx.replicas(g.replication);
-                if layout.zero >= Zero::Optimizer { owned(g.len(), count, index) } else { (0, g.len()) }
+                let whole = Owned { first: 0, count: g.len() };
+                if layout.zero >= Zero::Optimizer { owned(g.len(), count, index) } else { whole }
             })
             .collect();
         let whole = table(self.cx.model, layout, self.coords, &chunks(self.cx.model, &Default::default(), 0));
@@ -40,33 +50,33 @@ impl Lower<'_> {
         }
         let holds_embedding = stage.iter().any(|c| c.embed);
         let region = |l: &mut Self, prefix: &str, dtype: DType, owned_only: bool| -> Vec<BufferId> {
-            let training = l.request.cache == 0;
+            let training = l.request.mode == Mode::Train;
             (0..groups.len())
                 .map(|i| {
                     let (rows, cols) = if !training && !prefix.is_empty() {
                         (0, groups[i].cols)
-                    } else if owned_only && owned[i].1 != groups[i].len() {
-                        (1, owned[i].1)
+                    } else if owned_only && owned[i].count != groups[i].len() {
+                        (1, owned[i].count)
                     } else {
                         (groups[i].rows, groups[i].cols)
                     };
-                    l.fixed(format!("{prefix}{}", groups[i].name), rows, cols, dtype)
+                    l.fixed(format!("{prefix}{}", groups[i].name), rows, cols, dtype, groups[i].key.place)
                 })
                 .collect()
         };
         let params = region(self, "", self.cx.dtype, layout.zero >= Zero::Parameters);
         self.memory.params = self.at;
-        let masters = (self.cx.dtype != DType::F32 && self.request.cache == 0)
+        let masters = (self.cx.dtype != DType::F32 && self.request.mode == Mode::Train)
             .then(|| region(self, "master.", DType::F32, true));
         self.memory.master = self.at - self.memory.params;
         let before = self.at;
         let grads: Vec<(BufferId, BufferId)> =
-            (0..groups.len()).map(|i| self.grad_levels(i, owned[i].1, holds_embedding, false)).collect();
+            (0..groups.len()).map(|i| self.grad_levels(i, owned[i].count, holds_embedding, false)).collect();
         let head_grads: Vec<Option<(BufferId, BufferId)>> = (0..groups.len())
             .map(|i| {
-                let tied_here = self.cx.model.tied_embeddings && groups[i].name == "embed.weight";
+                let tied_here = self.cx.model.tied_embeddings && groups[i].key.role == Role::Embedding;
                 (tied_here && holds_embedding && stage.iter().any(|c| c.head))
-                    .then(|| self.grad_levels(i, owned[i].1, holds_embedding, true))
+                    .then(|| self.grad_levels(i, owned[i].count, holds_embedding, true))
             })
             .collect();
         self.memory.grads = self.at - before;
@@ -75,7 +85,7 @@ impl Lower<'_> {
         let exp_avg_sq = region(self, "exp_avg_sq.", DType::F32, true);
         self.memory.moments = self.at - before;
         for (i, g) in groups.iter().enumerate() {
-            let copy_of_tied = g.name == "embed.weight" && !holds_embedding;
+            let copy_of_tied = g.key.role == Role::Embedding && !holds_embedding;
             self.group_buffers.push(GroupBuffers {
                 param: params[i],
                 master: masters.as_ref().map(|m| m[i]),
@@ -101,19 +111,20 @@ impl Lower<'_> {
         head: bool,
     ) -> (BufferId, BufferId) {
         let g = &self.cx.groups[i];
-        let from_head = head || g.name == "head.weight" || g.name == "embed.weight" && !holds_embedding;
-        let (levels, rows, cols) = if self.request.cache > 0 {
+        let from_head = head || g.key.role == Role::Head || g.key.role == Role::Embedding && !holds_embedding;
+        let (levels, rows, cols) = if self.request.mode != Mode::Train {
             (1, 0, g.cols)
         } else if self.cx.layout.zero >= Zero::Gradients {
-            (self.across().len().max(1), 1, owned)
+            (self.shard_radices().len().max(1), 1, owned)
         } else {
             (self.levels_of(if from_head { 1 } else { self.cx.layout.micro_batch }), g.rows, g.cols)
         };
         let prefix = if head { "grad.head." } else { "grad." };
-        let all = self.fixed(format!("{prefix}{}.levels", g.name), levels * rows, cols, DType::F32);
+        let all =
+            self.fixed(format!("{prefix}{}.levels", g.name), levels * rows, cols, DType::F32, g.key.place);
         let Home::Static { offset } = self.buffers[all.0 as usize].home else { unreachable!("just made") };
         let home = Home::Static { offset: offset + 4 * (levels - 1) * rows * cols };
-        (all, self.buffer(format!("{prefix}{}", g.name), rows, cols, DType::F32, home))
+        (all, self.buffer(format!("{prefix}{}", g.name), rows, cols, DType::F32, home, g.key.place))
     }
 
     /// Partial sums kept for a gradient whose ops cover `leaves` sequences each.
@@ -122,7 +133,7 @@ impl Lower<'_> {
     }
 
     /// Radices of the counter over this rank's micro-batches, bottom-up.
-    pub(crate) fn across(&self) -> Vec<u32> {
+    pub(crate) fn shard_radices(&self) -> Vec<u32> {
         let (m, dp) = (self.cx.layout.micro_batch, self.cx.layout.dp);
         if self.cx.layout.zero < Zero::Gradients {
             return self.split_radices(m).1;
@@ -137,32 +148,29 @@ impl Lower<'_> {
     pub(crate) fn io(&mut self, local_sequences: usize) -> Io {
         let before = self.at;
         let (model, sequence) = (self.cx.model, self.cx.sequence);
-        let n = if self.request.cache > 0 { 1 } else { local_sequences * sequence };
-        let norm_chunks = self.norm_chunks;
-        let positions = sequence.max(self.request.cache);
+        let n = if self.request.mode != Mode::Train { 1 } else { local_sequences * sequence };
+        let (norm_chunks, sequences) = (self.norm_chunks, self.request.sequences);
+        let positions = sequence.max(self.request.mode.positions());
         let rotated = model.latent.map_or(model.head_dim, |l| l.rope_dim);
         let half = if matches!(model.position, Position::Rope(_)) { rotated / 2 } else { 0 };
         let kv = self.cx.heads().kv * model.head_dim;
-        let cache = self.request.cache * model.layers;
+        let cache = self.request.mode.positions() * model.layers;
         let dtype = self.cx.dtype;
+        let mut table =
+            |name: &str, rows, cols, dtype| self.fixed(name.to_owned(), rows, cols, dtype, Place::Step);
         let mut io = Io {
-            tokens: self.fixed("tokens".into(), n, 1, DType::U32),
-            targets: self.fixed("targets".into(), n, 1, DType::U32),
-            loss_leaves: self.fixed("loss_leaves".into(), local_sequences, 1, DType::F64),
-            norm_chunks: self.fixed(
-                "norm_chunks".into(),
-                norm_chunks + self.request.sequences + 1,
-                1,
-                DType::F64,
-            ),
-            cos: self.fixed("rope.cos".into(), positions, half, DType::F32),
-            sin: self.fixed("rope.sin".into(), positions, half, DType::F32),
+            tokens: table("tokens", n, 1, DType::U32),
+            targets: table("targets", n, 1, DType::U32),
+            loss_leaves: table("loss_leaves", local_sequences, 1, DType::F64),
+            norm_chunks: table("norm_chunks", norm_chunks + sequences + 1, 1, DType::F64),
+            cos: table("rope.cos", positions, half, DType::F32),
+            sin: table("rope.sin", positions, half, DType::F32),
             k_cache: None,
             v_cache: None,
         };
         if cache > 0 {
-            io.k_cache = Some(self.fixed("cache.k".into(), cache, kv, dtype));
-            io.v_cache = Some(self.fixed("cache.v".into(), cache, kv, dtype));
+            io.k_cache = Some(table("cache.k", cache, kv, dtype));
+            io.v_cache = Some(table("cache.v", cache, kv, dtype));
         }
         self.memory.other = self.at - before;
         io

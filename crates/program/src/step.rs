@@ -1,12 +1,14 @@
 use spec::{DType, Zero};
 
+use crate::buffer::{Buffer, BufferId, View};
+use crate::coords::Members;
 use crate::cost::Cost;
-use crate::derive::needs_tp_sync;
 use crate::emit::Context;
 use crate::graph::Phase;
-use crate::op::{OpKind, Sync};
-use crate::params::GroupId;
-use crate::{Bucket, Buffer, BufferId, GroupBuffers, Op, OpId, View};
+use crate::op::{Axis, Op, OpId, OpKind};
+use crate::params::{GroupId, ParamGroup};
+use crate::role::{Place, Role};
+use crate::{Bucket, GroupBuffers};
 
 /// The tail of a step: wait for reduced gradients, settle shared ones, clip, update, hand out parameters.
 pub(crate) fn ops(
@@ -24,17 +26,17 @@ pub(crate) fn ops(
         }
     }
     for (id, group, b) in each(cx, groups) {
-        if let Some(over) = needs_tp_sync(cx, group) {
-            let name = format!("grads.{}.sync", group.name);
-            ops.push(op(name, OpKind::SyncGrads { over, group: id }, vec![], vec![whole(b.grad)]));
+        if needs_tp_sync(cx, group) {
+            let kind = OpKind::SyncGrads { over: Members::Axis(Axis::Tp), group: id };
+            ops.push(op(format!("grads.{}.sync", group.name), kind, vec![], vec![whole(b.grad)]));
         }
-        if group.name == "embed.weight" && cx.model.tied_embeddings {
+        if group.key.role == Role::Embedding && cx.model.tied_embeddings {
             let kind = match b.head_grad {
                 Some(_) => OpKind::TieGrads { group: id },
-                None => OpKind::SyncGrads { over: Sync::Embedding, group: id },
+                None => OpKind::SyncGrads { over: Members::Ends, group: id },
             };
             let ins = b.head_grad.iter().map(|h| whole(*h)).collect();
-            ops.push(op("grads.embed.weight.tie".into(), kind, ins, vec![whole(b.grad)]));
+            ops.push(op(format!("grads.{}.tie", group.name), kind, ins, vec![whole(b.grad)]));
         }
     }
     let all = each(cx, groups).map(|(_, _, b)| whole(b.grad)).collect();
@@ -45,22 +47,16 @@ pub(crate) fn ops(
         outs.extend(b.master.map(whole));
         outs.extend([whole(b.exp_avg), whole(b.exp_avg_sq)]);
         let mut adamw = op(format!("optim.{}", group.name), kind, vec![whole(b.grad)], outs);
-        let count = if layout.zero >= Zero::Optimizer { b.owned.1 } else { group.len() } as u64;
+        let count = if layout.zero >= Zero::Optimizer { b.owned.count } else { group.len() } as u64;
         // Gradient, master and both moments are read, all but the gradient written, in f32; bf16 weights written too.
         adamw.cost.bytes = count * if cx.dtype == DType::F32 { 28 } else { 30 };
         ops.push(adamw);
     }
     if matches!(layout.zero, Zero::Optimizer | Zero::Gradients) {
-        let shared = |group: &crate::ParamGroup| cx.replicas(group.replication).0 > 1;
+        let shared = |group: &ParamGroup| cx.replicas(group.replication).0 > 1;
         for (id, group, b) in each(cx, groups).filter(|(_, group, _)| shared(group)) {
-            let mut gather = op(
-                format!("optim.{}.gather", group.name),
-                OpKind::AllGatherParams { group: id },
-                vec![],
-                vec![whole(b.param)],
-            );
-            gather.cost.wire_bytes = (b.owned.1 * cx.dtype.bytes()) as u64;
-            ops.push(gather);
+            let kind = OpKind::AllGatherParams { group: id };
+            ops.push(op(format!("optim.{}.gather", group.name), kind, vec![], vec![whole(b.param)]));
         }
     }
     ops
@@ -96,18 +92,23 @@ pub(crate) fn with_reductions(
                 rows: cx.groups[g.0 as usize].rows,
             };
             let views = buckets[bucket].grads.iter().map(view).collect();
-            let mut reduce = op(format!("grads.bucket{bucket}.reduce"), kind, views, vec![]);
-            reduce.cost.wire_bytes = buckets[bucket].bytes as u64;
-            out.push(reduce);
+            out.push(op(format!("grads.bucket{bucket}.reduce"), kind, views, vec![]));
         }
     }
     out
 }
 
+/// Whether gradients of a group need a sum over the tensor-parallel ranks after backward: parameters that each rank
+/// used on its own rows of the sequence or for its own heads.
+fn needs_tp_sync(cx: &Context<'_>, group: &ParamGroup) -> bool {
+    let on_rows = group.replicated_tp && group.key.role != Role::Positions;
+    cx.layout.tp > 1 && on_rows && (cx.layout.sequence_parallel || group.key.role.used_apart())
+}
+
 fn each<'a>(
     cx: &'a Context<'a>,
     groups: &'a [GroupBuffers],
-) -> impl Iterator<Item = (GroupId, &'a crate::ParamGroup, &'a GroupBuffers)> {
+) -> impl Iterator<Item = (GroupId, &'a ParamGroup, &'a GroupBuffers)> {
     let ids = (0..).map(GroupId);
     ids.zip(cx.groups).zip(groups).map(|((id, group), b)| (id, group, b))
 }
@@ -121,8 +122,9 @@ fn op(name: String, kind: OpKind, ins: Vec<View>, outs: Vec<View>) -> Op {
         acc: None,
         outs,
         grads: Vec::new(),
-        leaf: 0,
         phase: Phase::Weight,
+        place: Place::Step,
+        comm: None,
         cost: Cost::default(),
     }
 }
@@ -136,7 +138,7 @@ mod tests {
         for (len, dp) in [(10, 4), (4096 * 3 + 7, 2), (100_000, 8), (1, 1)] {
             let mut at = 0;
             for r in 0..dp {
-                let (first, count) = owned(len, dp, r);
+                let crate::Owned { first, count } = owned(len, dp, r);
                 assert_eq!(first, at);
                 assert!(first % crate::NORM_CHUNK == 0 || first == len);
                 at += count;

@@ -4,19 +4,21 @@ use std::collections::{HashMap, HashSet};
 
 use spec::DType;
 
+use crate::NORM_CHUNK;
+use crate::buffer::{BufferId, Owned};
 use crate::emit::Context;
 use crate::graph::{Graph, Node, Operand, Phase, Source, ValueId};
 use crate::lower::Lower;
 use crate::op::OpKind;
 use crate::params::GroupId;
-use crate::{BufferId, NORM_CHUNK};
+use crate::role::Place;
 
 /// The run of elements of a group that the rank `index` of `replicas` updates ([`crate::Coords::replicas`]): whole norm
 /// chunks, as even as possible.
-pub fn owned(len: usize, replicas: usize, index: usize) -> (usize, usize) {
+pub fn owned(len: usize, replicas: usize, index: usize) -> Owned {
     let chunks = len.div_ceil(NORM_CHUNK);
     let at = |i: usize| (chunks * i / replicas * NORM_CHUNK).min(len);
-    (at(index), at(index + 1) - at(index))
+    Owned { first: at(index), count: at(index + 1) - at(index) }
 }
 
 impl Lower<'_> {
@@ -26,9 +28,10 @@ impl Lower<'_> {
             for &group in &n.grads {
                 let of = &self.cx.groups[group.0 as usize];
                 let buffer = self.grad_buffer(group, is_head(n));
-                let levels = self.levels_of(n.leaves.1);
+                let levels = self.levels_of(n.sequences.count);
                 let v = *sums.whole.entry(buffer).or_insert_with(|| {
                     let name = format!("{}.micro_batch", of.name);
+                    g.place = of.key.place;
                     g.value(&name, levels * of.rows, of.cols, DType::F32, Source::Node)
                 });
                 sums.hidden.insert(v);
@@ -41,18 +44,10 @@ impl Lower<'_> {
             let uses = |n: &Node| n.outs.iter().any(|o| values.contains(&o.value));
             let Some(pass) = passes.iter().rposition(|p| p.iter().any(uses)) else { continue };
             let at = passes[pass].iter().rposition(uses).map_or(0, |i| i + 1);
-            let unit = passes[pass][at - 1].unit;
             let ins: Vec<Operand> = values.iter().map(|v| g.all(*v)).collect();
-            let node = |kind: OpKind, name: &str| Node {
-                kind,
-                name: format!("grads.bucket{bucket}.{name}"),
-                ins: ins.clone(),
-                acc: None,
-                outs: Vec::new(),
-                grads: Vec::new(),
-                leaves: (0, 0),
-                phase: Phase::Weight,
-                unit,
+            let node = |kind: OpKind, name: &str| {
+                let name = format!("grads.bucket{bucket}.{name}");
+                Node::new(kind, name, ins.clone(), Vec::new(), Phase::Weight, Place::Step)
             };
             let nodes = [
                 node(OpKind::ReduceGrads { bucket, scatter: true }, "reduce"),
@@ -72,63 +67,60 @@ pub(crate) struct Sums {
     pub(crate) hidden: HashSet<ValueId>,
 }
 
-/// Whether a weight gradient is the output projection's.
+/// Whether a weight gradient is the output projection's: the only matrix of the head.
 pub(crate) fn is_head(n: &Node) -> bool {
-    n.name.starts_with("head.")
+    n.place == Place::Head && n.kind == OpKind::LinearGradWeight
 }
 
-/// Gathers the parameters of a unit (a layer, its experts, the embedding, the head) one unit before their first use in a pass.
-pub(crate) fn gather_params(g: &mut Graph, nodes: Vec<Node>, cx: &Context<'_>) -> Vec<Node> {
+/// The parameters that are gathered together: a layer's, its experts', the embedding's, the head's.
+struct Unit {
+    number: usize,
+    groups: Vec<GroupId>,
+    /// The first op of the pass that needs one of them.
+    first_use: usize,
+}
+
+/// Gathers the parameters of each unit one unit before their first use in a pass.
+pub(crate) fn gather_params(g: &mut Graph, mut nodes: Vec<Node>, cx: &Context<'_>) -> Vec<Node> {
     let mut fresh: HashMap<GroupId, ValueId> = HashMap::new();
-    let mut units: Vec<(usize, Vec<GroupId>)> = Vec::new();
-    let mut first_use: Vec<usize> = Vec::new();
-    let mut nodes = nodes;
+    let mut units: Vec<Unit> = Vec::new();
+    let mut known: HashMap<usize, usize> = HashMap::new();
     for (at, n) in nodes.iter_mut().enumerate() {
         for o in &mut n.ins {
             let Source::Param(id) = g.get(o.value).source else { continue };
             let group = &cx.groups[id.0 as usize];
-            let v = *fresh.entry(id).or_insert_with(|| {
-                match units.iter_mut().find(|(u, _)| *u == group.unit) {
-                    Some((_, ids)) => ids.push(id),
-                    None => {
-                        units.push((group.unit, vec![id]));
-                        first_use.push(at);
-                    }
-                }
+            o.value = *fresh.entry(id).or_insert_with(|| {
+                let unit = *known.entry(group.unit).or_insert_with(|| {
+                    units.push(Unit { number: group.unit, groups: Vec::new(), first_use: at });
+                    units.len() - 1
+                });
+                units[unit].groups.push(id);
+                g.place = group.key.place;
                 g.value(&format!("{}.gathered", group.name), group.rows, group.cols, cx.dtype, Source::Node)
             });
-            o.value = v;
         }
     }
-    let comm = |g: &Graph, kind: OpKind, name: &str, ids: &[GroupId], at: &Node| Node {
-        kind,
-        name: format!("{name}.{}", phase_letter(at)),
-        ins: Vec::new(),
-        acc: None,
-        outs: ids.iter().map(|id| g.all(fresh[id])).collect(),
-        grads: Vec::new(),
-        leaves: (0, 0),
-        phase: at.phase,
-        unit: at.unit,
+    let comm = |kind: OpKind, name: String, unit: &Unit, at: &Node| {
+        let outs = unit.groups.iter().map(|id| g.all(fresh[id])).collect();
+        let name = format!("{name}.{}", phase_letter(at));
+        let place = cx.groups[unit.groups[0].0 as usize].key.place;
+        Node::new(kind, name, Vec::new(), outs, at.phase, place)
     };
-    let mut out = Vec::new();
+    let mut out = Vec::with_capacity(nodes.len() + 2 * units.len());
+    // Units come in the order of their first use.
+    let (mut gathered, mut awaited) = (0, 0);
     for (at, n) in nodes.into_iter().enumerate() {
-        for (i, (unit, ids)) in units.iter().enumerate() {
-            if at == first_use[i.saturating_sub(1)] {
-                let gather = OpKind::GatherParams { unit: *unit, groups: ids.clone() };
-                out.push(comm(g, gather, &format!("gather.{unit}"), ids, &n));
-            }
+        while gathered < units.len() && at == units[gathered.saturating_sub(1)].first_use {
+            let unit = &units[gathered];
+            let kind = OpKind::GatherParams { unit: unit.number, groups: unit.groups.clone() };
+            out.push(comm(kind, format!("gather.{}", unit.number), unit, &n));
+            gathered += 1;
         }
-        for (i, (unit, ids)) in units.iter().enumerate() {
-            if at == first_use[i] {
-                out.push(comm(
-                    g,
-                    OpKind::WaitParams { unit: *unit },
-                    &format!("gather.{unit}.wait"),
-                    ids,
-                    &n,
-                ));
-            }
+        while awaited < units.len() && at == units[awaited].first_use {
+            let unit = &units[awaited];
+            let kind = OpKind::WaitParams { unit: unit.number };
+            out.push(comm(kind, format!("gather.{}.wait", unit.number), unit, &n));
+            awaited += 1;
         }
         out.push(n);
     }

@@ -5,7 +5,7 @@ mod common;
 use std::collections::{BTreeMap, HashMap};
 
 use common::{build, check_memory, check_messages, model};
-use program::{Axis, Coords, OpKind, Phase, Program, Replication, Sync};
+use program::{Axis, Collective, Coords, OpKind, Phase, Program, Replication, When};
 use spec::{Experts, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
 
 const SEQUENCES: usize = 8;
@@ -185,7 +185,7 @@ fn owned_ranges_tile_every_group_over_its_replicas() {
                 let mut at = 0;
                 for rank in ranks {
                     assert_eq!(all[rank].groups[i].parts, g.parts, "{layout:?}");
-                    let (first, count) = all[rank].group_buffers[i].owned;
+                    let program::Owned { first, count } = all[rank].group_buffers[i].owned;
                     assert_eq!(first, at, "{} {layout:?}", g.name);
                     at += count;
                 }
@@ -209,18 +209,17 @@ fn messages_of_both_passes_mirror_each_other() {
                 let mut bytes: BTreeMap<(&str, bool), u64> = BTreeMap::new();
                 let ops = p.schedule.iter().flat_map(|item| &p.blocks[item.block].ops);
                 for op in ops.filter(|op| !op.name.starts_with("head") && !op.name.starts_with("embed")) {
-                    let size = |axis: &Axis| p.coords.peers(*axis, &layout).len() as u64;
-                    let (what, times) = match &op.kind {
-                        OpKind::AllToAll { .. } => ("exchange", 1),
-                        OpKind::AllReduce { .. } => ("sum", 1),
-                        OpKind::AllGather { axis } | OpKind::Unslice { axis } => ("gather", size(axis)),
-                        OpKind::ReduceScatter { .. } => ("scatter", 1),
-                        OpKind::RingAttention { .. } => ("ring", 2),
-                        OpKind::RingAttentionGrad { .. } => ("ring", 1),
-                        _ => continue,
+                    let Some(comm) = &op.comm else { continue };
+                    let (what, times) = match comm.what {
+                        Collective::AllToAll => ("exchange", 1),
+                        Collective::AllReduce => ("sum", 1),
+                        Collective::AllGather => ("gather", 1),
+                        Collective::ReduceScatter => ("scatter", 1),
+                        Collective::Ring if op.phase == Phase::Forward => ("ring", 2),
+                        Collective::Ring => ("ring", 1),
+                        Collective::Send { .. } | Collective::Recv { .. } => continue,
                     };
-                    *bytes.entry((what, op.phase == Phase::Forward)).or_default() +=
-                        op.cost.wire_bytes * times;
+                    *bytes.entry((what, op.phase == Phase::Forward)).or_default() += comm.bytes() * times;
                 }
                 let of = |what, forward| bytes.get(&(what, forward)).copied().unwrap_or(0);
                 assert_eq!(of("exchange", true), of("exchange", false), "{layout:?}");
@@ -268,7 +267,7 @@ fn full_recompute_keeps_the_layers_inputs_alone() {
             build(&m, &layout, SEQUENCES, 0)
         };
         let [none, selective, full] = [Recompute::None, Recompute::Selective, Recompute::Full].map(of);
-        let slot = |p: &Program| p.slot_bytes[0].0;
+        let slot = |p: &Program| p.slot_regions[0].bytes;
         assert!(slot(&full) < slot(&selective) && slot(&selective) < slot(&none), "{}", m.name);
         let rows = 4 * SEQUENCE * m.hidden * 4;
         // One boundary for each of the two layers of the stage; what the first reads is the embedding's output.
@@ -287,47 +286,26 @@ enum Event {
     Send(usize, u32, usize),
     Recv(usize, u32, usize),
     /// These ranks meet, at this op.
-    Meet(Vec<usize>, u32),
+    Meet(Vec<usize>, u64),
 }
 
 fn events(p: &Program) -> Vec<Event> {
     let layout = &p.layout;
-    let items = p.schedule.iter().map(|i| (i.block, i.micro_batch)).chain([(p.step, 0)]);
+    let items = p.schedule.iter().map(|i| (i.block, i.micro_batch)).chain([(p.tail, 0)]);
     let mut out = Vec::new();
     for (block, micro_batch) in items {
         for op in &p.blocks[block].ops {
-            let ranks = match &op.kind {
-                OpKind::Send { peer, tag } => {
-                    out.push(Event::Send(*peer, *tag, micro_batch));
+            let Some(comm) = op.comm.as_ref().filter(|c| !matches!(c.when, When::Ends(_))) else { continue };
+            let ranks = match comm.what {
+                Collective::Send { to, channel } => {
+                    out.push(Event::Send(to, channel, micro_batch));
                     continue;
                 }
-                OpKind::Recv { peer, tag } => {
-                    out.push(Event::Recv(*peer, *tag, micro_batch));
+                Collective::Recv { from, channel } => {
+                    out.push(Event::Recv(from, channel, micro_batch));
                     continue;
                 }
-                OpKind::AllReduce { axis }
-                | OpKind::AllGather { axis }
-                | OpKind::ReduceScatter { axis }
-                | OpKind::AllToAll { axis }
-                | OpKind::Unslice { axis }
-                | OpKind::RingAttention { axis, .. }
-                | OpKind::RingAttentionGrad { axis, .. } => p.coords.peers(*axis, layout),
-                OpKind::GatherParams { groups, .. } => {
-                    p.coords.replica_ranks(p.group(groups[0]).replication, layout)
-                }
-                OpKind::ReduceGrads { bucket, .. } => {
-                    p.coords.replica_ranks(p.buckets[*bucket].replication, layout)
-                }
-                OpKind::AllGatherParams { group } => {
-                    p.coords.replica_ranks(p.group(*group).replication, layout)
-                }
-                OpKind::SyncGrads { over: Sync::TensorParallel, .. } => p.coords.peers(Axis::Tp, layout),
-                OpKind::SyncGrads { over: Sync::Embedding, .. } => {
-                    let ends = p.coords.peers(Axis::Pp, layout);
-                    vec![ends[0], ends[ends.len() - 1]]
-                }
-                OpKind::GradNorm => (0..layout.world()).collect(),
-                _ => continue,
+                _ => comm.members.ranks(p.coords, layout),
             };
             out.push(Event::Meet(ranks, op.id.0));
         }
@@ -396,11 +374,11 @@ fn no_rank_waits_for_ever() {
 #[test]
 fn ids_are_unique_within_a_block_and_stable_over_layouts() {
     for m in models() {
-        let mut names: HashMap<u32, String> = HashMap::new();
+        let mut names: HashMap<u64, String> = HashMap::new();
         for layout in layouts(&m) {
             let p = build(&m, &layout, SEQUENCES, 0);
             for block in &p.blocks {
-                let mut seen: HashMap<u32, &str> = HashMap::new();
+                let mut seen: HashMap<u64, &str> = HashMap::new();
                 for op in &block.ops {
                     if let Some(before) = seen.insert(op.id.0, &op.name) {
                         panic!("{before} and {} share id {} in {}", op.name, op.id.0, block.name);

@@ -71,7 +71,7 @@ fn collectives_match_over_the_group() {
         let order = |rank: usize| {
             let p = build(&m, &layout, 8, rank);
             let ops = p.schedule.iter().flat_map(|i| p.blocks[i.block].ops.clone()).collect::<Vec<_>>();
-            ops.into_iter().filter(|o| o.kind.is_communication()).map(|o| o.id).collect::<Vec<_>>()
+            ops.into_iter().filter(|o| o.comm.is_some()).map(|o| o.id).collect::<Vec<_>>()
         };
         for rank in (0..layout.world()).step_by(2) {
             assert_eq!(order(rank), order(rank + 1), "{layout:?}");
@@ -82,11 +82,11 @@ fn collectives_match_over_the_group() {
 #[test]
 fn ids_are_unique_within_a_block_and_stable_over_layouts() {
     let m = model(4, true, false);
-    let mut names: HashMap<u32, String> = HashMap::new();
+    let mut names: HashMap<u64, String> = HashMap::new();
     for layout in layouts() {
         let p = build(&m, &layout, 8, 0);
         for block in &p.blocks {
-            let mut seen: HashMap<u32, &str> = HashMap::new();
+            let mut seen: HashMap<u64, &str> = HashMap::new();
             for op in &block.ops {
                 if let Some(before) = seen.insert(op.id.0, &op.name) {
                     panic!("{before} and {} share id {} in {}", op.name, op.id.0, block.name);

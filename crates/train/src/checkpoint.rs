@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use program::Request;
+use program::{Mode, Request};
 use spec::{Context, Error, Result, RunSpec};
 
 use crate::exec::Executor;
@@ -43,7 +43,7 @@ impl Executor {
     pub fn journal_spans(&self) -> Vec<journal::Span> {
         let of = |s: &crate::spans::Span| {
             let op = &self.program.blocks[s.block as usize].ops[s.op as usize];
-            let lane = if op.kind.is_communication() { journal::Lane::Comm } else { journal::Lane::Compute };
+            let lane = if op.only_talks() { journal::Lane::Comm } else { journal::Lane::Compute };
             journal::Span {
                 op: op.id.0,
                 name: op.name.clone(),
@@ -51,7 +51,7 @@ impl Executor {
                 micro_batch: Some(s.micro_batch),
                 start_us: self.spans.origin_us() + s.start_ns / 1000,
                 end_us: self.spans.origin_us() + s.end_ns / 1000,
-                bytes: op.cost.wire_bytes.max(op.cost.bytes),
+                bytes: op.comm.as_ref().map_or(op.cost.bytes, program::Comm::bytes),
             }
         };
         self.spans.all().iter().map(of).collect()
@@ -100,7 +100,7 @@ pub fn import_weights(run: &RunSpec, dir: &RunDir, weights: &ckpt::hf::HfWeights
         sequences,
         precision: spec::DType::F32,
         rank: 0,
-        cache: 0,
+        mode: Mode::Train,
     };
     let mut exec = Executor::new(&request, 1, Mesh::alone(), false)?;
     exec.set_params(&mut |part, out| {

@@ -1,6 +1,6 @@
 use kernels::{Acc, Gelu, Merge, Pool, Storage};
-use program::{GradOut, Home, Op, OpKind, Program, Request, View};
-use spec::{DType, NormKind, Result};
+use program::{BufferId, GradOut, GroupId, Home, Op, OpKind, Program, Request, Slice, View};
+use spec::{DType, Error, NormKind, Result};
 
 use crate::arena::Arena;
 use crate::mesh::Mesh;
@@ -16,8 +16,6 @@ pub struct Executor {
     pub(crate) mesh: Mesh,
     /// Start and end of every op of a step, when recorded.
     pub spans: Spans,
-    /// What each bucket's reduction touches.
-    pub(crate) bucket_runs: Vec<Vec<(usize, usize)>>,
     /// Time in which this step waited for other ranks.
     pub(crate) comm_ns: u64,
     /// `sequence`, or the cache's length: the stretch of the rotary tables.
@@ -91,27 +89,13 @@ impl Executor {
             Some(shared) => Arena::shared(shared),
             None => Arena::new(program.memory.total)?,
         };
-        let bucket_runs = program.buckets.iter().map(|b| program.bucket_runs(b)).collect();
         // What goes on beside others leaves a span for each of its messages.
-        let spans_of = |op: &Op| match &op.kind {
-            OpKind::GatherParams { groups, .. } => groups.len(),
-            OpKind::ReduceGrads { bucket, .. } => program.buckets[*bucket].grads.len().max(1),
-            _ => 1,
-        };
+        let spans_of = |op: &Op| op.comm.as_ref().map_or(1, |c| c.messages.len().max(1));
         let spans = |b: usize| program.blocks[b].ops.iter().map(spans_of).sum::<usize>();
-        let room = program.schedule.iter().map(|i| spans(i.block)).sum::<usize>() + spans(program.step);
-        let tables = program.sequence.max(program.cache);
+        let room = program.schedule.iter().map(|i| spans(i.block)).sum::<usize>() + spans(program.tail);
+        let tables = program.sequence.max(program.mode.positions());
         let spans = Spans::new(room, record);
-        Ok(Executor {
-            program,
-            arena,
-            pool: Pool::new(threads),
-            mesh,
-            spans,
-            bucket_runs,
-            tables,
-            comm_ns: 0,
-        })
+        Ok(Executor { program, arena, pool: Pool::new(threads), mesh, spans, tables, comm_ns: 0 })
     }
 
     /// Bytes that the executor holds for the step: what the program placed.
@@ -190,10 +174,10 @@ impl Executor {
 
     /// Notes that an op ended now, and what went on beside it and is over.
     pub(crate) fn ran(&mut self, block: usize, i: usize, micro_batch: usize, start_ns: u64) {
-        let kind = &self.program.blocks[block].ops[i].kind;
-        let begins = matches!(kind, OpKind::GatherParams { .. }) || self.mesh.is_under_way(kind);
-        let end = if begins { self.spans.now() } else { self.spans.push(block, i, micro_batch, start_ns) };
-        if kind.is_communication() {
+        let op = &self.program.blocks[block].ops[i];
+        let end =
+            if op.goes_on() { self.spans.now() } else { self.spans.push(block, i, micro_batch, start_ns) };
+        if op.only_talks() {
             self.comm_ns += end - start_ns;
         }
         for f in self.mesh.finished.borrow_mut().drain(..) {
@@ -201,20 +185,20 @@ impl Executor {
         }
     }
 
-    /// First byte of a view for a turn.
-    pub(crate) fn offset(&self, view: View, turn: Turn) -> usize {
+    /// First byte of a slice for a turn.
+    pub(crate) fn offset(&self, slice: Slice, turn: Turn) -> usize {
         let p = &self.program;
-        let b = p.buffer(view.buffer);
+        let b = p.buffer(slice.buffer);
         let base = match b.home {
             Home::Static { offset } => offset,
             Home::Slot { chunk, offset, .. } => {
-                let (bytes, start) = p.slot_bytes[chunk];
-                start + turn.micro_batch % p.slots[chunk] * bytes + offset
+                let region = p.slot_regions[chunk];
+                region.offset + turn.micro_batch % p.slots[chunk] * region.bytes + offset
             }
             Home::Scratch { offset, .. } => p.scratch_offset + offset,
             Home::MicroBatch { offset } => offset + turn.micro_batch * b.bytes(),
         };
-        base + view.row0 * b.cols * b.dtype.bytes()
+        base + slice.first * b.dtype.bytes()
     }
 
     /// The elements of a view.
@@ -226,12 +210,16 @@ impl Executor {
         let b = self.program.buffer(view.buffer);
         debug_assert_eq!(b.dtype.bytes(), size_of::<T>(), "{}", b.name);
         // SAFETY: see above; the executor runs one op at a time.
-        unsafe { self.arena.slice(self.offset(view, turn), view.rows * b.cols) }
+        unsafe { self.arena.slice(self.offset(self.program.slice(view), turn), view.rows * b.cols) }
     }
 
-    pub(crate) fn whole<T: bytemuck::Pod>(&self, id: program::BufferId) -> &mut [T] {
+    pub(crate) fn whole<T: bytemuck::Pod>(&self, id: BufferId) -> &mut [T] {
         let rows = self.program.buffer(id).rows;
         self.at(View { buffer: id, row0: 0, rows }, Turn::default())
+    }
+
+    fn first(&self, view: View, turn: Turn) -> usize {
+        self.offset(self.program.slice(view), turn)
     }
 
     fn cols(&self, view: View) -> usize {
@@ -242,7 +230,7 @@ impl Executor {
     fn acc<T: bytemuck::Pod>(&self, op: &Op, turn: Turn) -> Acc<'_, T> {
         match op.acc {
             None => Acc::None,
-            Some(acc) if self.offset(acc, turn) == self.offset(op.outs[0], turn) => Acc::InPlace,
+            Some(acc) if self.first(acc, turn) == self.first(op.outs[0], turn) => Acc::InPlace,
             Some(acc) => Acc::From(self.at(acc, turn)),
         }
     }
@@ -256,7 +244,7 @@ impl Executor {
     /// The levels of a gradient, and where the op's result goes among them.
     fn levels(&self, g: &GradOut, turn: Turn) -> (&mut [f32], Merge) {
         let count: usize = g.outer.iter().map(|&r| r as usize).product();
-        let index = (turn.micro_batch * g.turn.0 + g.turn.1) % count.max(1);
+        let index = (turn.micro_batch * g.results + g.result) % count.max(1);
         let (merge, store) = spec::merge_at(&g.outer, index);
         (self.at(g.levels, turn), Merge { merge, store })
     }
@@ -499,40 +487,38 @@ impl Executor {
                     cols(0),
                 );
             }
-            LossSum => {
+            LossSum { sequence } => {
                 let sum = floats(0).iter().map(|&l| f64::from(l)).sum::<f64>();
-                let leaf = turn.micro_batch * p.micro_batch() + op.leaf;
+                let leaf = turn.micro_batch * p.micro_batch() + sequence;
                 self.whole::<f64>(p.io.loss_leaves)[leaf] = sum;
             }
-            AttentionCached { heads } => self.attend_cache::<T>(op, *heads, turn),
-            TieGrads { .. } => {
-                let b = &p.group_buffers[self.tied(op)];
-                let (first, count) = self.owned_in(self.tied(op), b.grad);
-                let head = &self.whole::<f32>(b.head_grad.expect("tied here"))[first..first + count];
-                let grad = &mut self.whole::<f32>(b.grad)[first..first + count];
+            AttentionCached { heads, layer } => self.attend_cache::<T>(op, *heads, *layer, turn),
+            ShardGrads { bucket } => self.add_to_shards(op, *bucket, turn),
+            TieGrads { group } => {
+                let b = &p.group_buffers[group.0 as usize];
+                let owned = self.owned_range(*group, b.grad);
+                let head = &self.whole::<f32>(b.head_grad.expect("tied here"))[owned.clone()];
+                let grad = &mut self.whole::<f32>(b.grad)[owned];
                 for (g, h) in grad.iter_mut().zip(head) {
                     *g += h;
                 }
             }
             GradNorm | AdamW { .. } => unreachable!("the tail of the step runs these"),
             Fork { .. } => unreachable!("forks are dropped when blocks are made"),
-            _ => self.communicate(op, turn)?,
+            other => match &op.comm {
+                Some(comm) => self.communicate(op, comm, turn)?,
+                None => {
+                    return Err(Error::failure(format!("{} ({}) is not executed yet", op.name, other.name())));
+                }
+            },
         }
         Ok(())
     }
 
-    fn tied(&self, op: &Op) -> usize {
-        match op.kind {
-            OpKind::TieGrads { group } | OpKind::SyncGrads { group, .. } => group.0 as usize,
-            _ => unreachable!("only shared gradients have a group here"),
-        }
-    }
-
-    /// The range of elements of a group's buffer, whole or sharded, that this rank settles, clips and updates.
-    pub(crate) fn owned_in(&self, group: usize, buffer: program::BufferId) -> (usize, usize) {
-        let b = &self.program.group_buffers[group];
-        let shard = self.program.buffer(buffer).len() != self.program.groups[group].len();
-        if shard { (0, b.owned.1) } else { b.owned }
+    /// The elements of a group's buffer that this rank settles, clips and updates.
+    pub(crate) fn owned_range(&self, group: GroupId, buffer: BufferId) -> std::ops::Range<usize> {
+        let owned = self.program.owned_in(group, buffer);
+        owned.first..owned.first + owned.count
     }
 }
 

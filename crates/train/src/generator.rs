@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use data::{StreamDecoder, Tokenizer};
-use program::Request;
+use program::{Mode, Request};
 use spec::{Error, Layout, Result, RunSpec};
 
 use crate::exec::Executor;
@@ -33,7 +33,7 @@ impl Generator {
             sequences: 1,
             precision: run.train.precision,
             rank: 0,
-            cache: run.batch.sequence.max(2),
+            mode: Mode::Generate { positions: run.batch.sequence.max(2) },
         };
         let mut exec = Executor::new(&request, threads, Mesh::alone(), false)?;
         exec.set_tables(&run.model);

@@ -1,12 +1,12 @@
 //! Initial weights from a counter-based generator: element `i` of parameter `name` under `seed` is a pure function of
 //! the three, whoever holds it and whatever the layout.
 
-use program::ParamPart;
+use program::{ParamKey, ParamPart};
 use spec::ModelSpec;
 
 /// Fills the rank's box of a parameter, row by row; `out` has `ld` elements a row.
 pub(crate) fn fill(model: &ModelSpec, seed: u64, part: &ParamPart, out: &mut [f32], ld: usize) {
-    let scheme = Scheme::of(model, &part.name);
+    let scheme = Scheme::of(model, part.key);
     let key = key(seed, &part.name);
     for r in 0..part.rows {
         let row = &mut out[r * ld..r * ld + part.cols];
@@ -28,12 +28,12 @@ enum Scheme {
 impl Scheme {
     /// Norm weights 1, biases 0, matrices normal; projections back into the residual stream are scaled by
     /// `1 / sqrt(2 L)` so that its variance does not grow with depth (Radford et al. 2019, section 2.3).
-    fn of(model: &ModelSpec, name: &str) -> Scheme {
-        if name.ends_with(".bias") {
+    fn of(model: &ModelSpec, of: ParamKey) -> Scheme {
+        if of.bias {
             Scheme::Constant(0.0)
-        } else if name.contains("norm") {
+        } else if of.role.is_norm() {
             Scheme::Constant(1.0)
-        } else if name.ends_with("attn.o.weight") || name.ends_with("mlp.down.weight") {
+        } else if of.role.is_residual_out() {
             Scheme::Normal(model.init_std / (2.0 * model.layers as f32).sqrt())
         } else {
             Scheme::Normal(model.init_std)
@@ -81,6 +81,7 @@ mod tests {
         let model = ModelSpec::preset("tiny").expect("a preset");
         let whole = ParamPart {
             name: "layers.0.mlp.down.weight".into(),
+            key: ParamKey { place: program::Place::Layer(0), role: program::Role::Down, bias: false },
             global: (6, 10),
             dims: [6, 10],
             row0: 0,

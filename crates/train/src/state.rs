@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use ckpt::{Kind, Piece, Region};
 use half::bf16;
-use program::{ParamGroup, ParamPart};
+use program::{GroupId, ParamGroup, ParamPart};
 use spec::{DType, ModelSpec, Position, Result, Zero};
 
 use crate::exec::Executor;
@@ -89,8 +89,7 @@ impl Executor {
     /// Writes a whole group's values into parameters and masters.
     fn store_param(&self, g: usize, values: &[f32]) {
         let b = &self.program.group_buffers[g];
-        let (first, count) = b.owned;
-        let owned = &values[first..first + count];
+        let owned = &values[b.owned.range()];
         let sharded = self.program.layout.zero >= Zero::Parameters;
         let mine = if sharded { owned } else { values };
         match self.program.precision {
@@ -110,9 +109,9 @@ impl Executor {
     /// What this rank saves: its share of masters and moments, each element on exactly one rank.
     pub fn pieces(&self) -> impl Iterator<Item = Piece<'_>> {
         let p = &self.program;
-        let groups = p.groups.iter().zip(&p.group_buffers).filter(|(_, b)| b.counts);
-        groups.flat_map(move |(group, b)| {
-            let (first, count) = program::owned_range(group.len(), p.layout.dp, p.coords.dp);
+        let groups = (0..).map(GroupId).zip(p.groups.iter().zip(&p.group_buffers));
+        groups.filter(|(_, (_, b))| b.counts).flat_map(move |(id, (group, b))| {
+            let program::Owned { first, count } = p.share(id);
             let kinds = [
                 (Kind::Param, b.master.unwrap_or(b.param)),
                 (Kind::ExpAvg, b.exp_avg),
@@ -147,7 +146,7 @@ impl Executor {
     pub fn restore(&mut self, checkpoint: &ckpt::Checkpoint) -> Result<()> {
         self.set_params_from(checkpoint)?;
         for (group, b) in self.program.groups.iter().zip(&self.program.group_buffers) {
-            let (first, count) = b.owned;
+            let program::Owned { first, count } = b.owned;
             for (kind, buffer) in [(Kind::ExpAvg, b.exp_avg), (Kind::ExpAvgSq, b.exp_avg_sq)] {
                 let out = self.whole::<f32>(buffer);
                 for run in runs(group, first..first + count) {

@@ -9,7 +9,7 @@ impl Executor {
     pub(crate) fn finish(&mut self, inputs: &StepInputs) -> Result<StepOutputs> {
         let mut outputs = StepOutputs::default();
         let mut factor = 1.0f32;
-        let block = self.program.step;
+        let block = self.program.tail;
         for i in 0..self.program.blocks[block].ops.len() {
             let start = self.spans.now();
             let op = &self.program.blocks[block].ops[i];
@@ -42,7 +42,7 @@ impl Executor {
         sums.fill(0.0);
         for (g, b) in p.group_buffers.iter().enumerate().filter(|(_, b)| b.counts) {
             // What this rank owns under ZeRO, else its share of what all data-parallel ranks hold.
-            let (first, count) = program::owned_range(p.groups[g].len(), p.layout.dp, p.coords.dp);
+            let program::Owned { first, count } = p.share(GroupId(g as u32));
             let chunks = count.div_ceil(NORM_CHUNK);
             let offset = if p.buffer(b.grad).len() == p.groups[g].len() { first } else { 0 };
             let grad = &self.whole::<f32>(b.grad)[offset..offset + count];
@@ -89,10 +89,7 @@ impl Executor {
     fn update(&self, group: GroupId, decay: bool, inputs: &StepInputs, factor: f32) {
         let p = &self.program;
         let b = &p.group_buffers[group.0 as usize];
-        let cut = |id| {
-            let (first, count) = self.owned_in(group.0 as usize, id);
-            first..first + count
-        };
+        let cut = |id| self.owned_range(group, id);
         let config = AdamW {
             lr: inputs.lr,
             beta1: inputs.beta1,

@@ -4,7 +4,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use data::{Order, Prepared, Split, StreamOptions, Streams, TextSource, TokenizerChoice};
 use journal::{Journal, Record, tensorboard::EventWriter};
-use program::Request;
+use program::{Mode, Request};
 use serde_json::json;
 use spec::run::DataSource;
 use spec::{Error, Result, RunSpec};
@@ -115,7 +115,7 @@ impl Trainer {
             sequences: run.batch.sequences,
             precision: run.train.precision,
             rank,
-            cache: 0,
+            mode: Mode::Train,
         };
         let mut exec = Executor::new(&request, threads, mesh, trace)?;
         check_memory(exec.program.memory.total)?;

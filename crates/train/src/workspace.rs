@@ -29,7 +29,9 @@ pub fn workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
         AttentionGrad { heads: h } => {
             kernels::attention_dx_workspace_len(p.sequence, h.q, h.kv, h.dim, threads)
         }
-        AttentionCached { heads: h } => kernels::attention_decode_workspace_len(p.cache, h.dim, threads),
+        AttentionCached { heads: h, .. } => {
+            kernels::attention_decode_workspace_len(p.mode.positions(), h.dim, threads)
+        }
         _ => 0,
     }
 }

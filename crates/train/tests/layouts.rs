@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use comm::World;
 use common::{SEQUENCE, executor, fill, first_difference, inputs, model, steps, weights};
-use program::Request;
+use program::{Mode, Request};
 use proptest::prelude::*;
 use spec::{DType, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
 use train::{Executor, Mesh, StepInputs, StepOutputs};
@@ -42,7 +42,7 @@ fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> Trained {
                         sequences: SEQUENCES,
                         precision,
                         rank,
-                        cache: 0,
+                        mode: Mode::Train,
                     };
                     let mut exec = Executor::new(&request, 1, mesh, false).expect("a program");
                     assert_eq!(exec.allocated_bytes(), exec.program.memory.total);
@@ -229,7 +229,7 @@ fn zero_3_shards_the_state() {
             sequences: 4,
             precision: DType::F32,
             rank: dp - 1,
-            cache: 0,
+            mode: Mode::Train,
         };
         let p =
             program::Program::build(&request, &|op, p| train::workspace_len(op, p, 1)).expect("a program");

@@ -49,7 +49,7 @@ impl Golden {
             sequences: 4,
             precision: DType::F32,
             rank: 0,
-            cache: 0,
+            mode: program::Mode::Train,
         };
         let mut exec = Executor::new(&request, 2, Mesh::alone(), false).expect("a program");
         exec.set_tables(&self.model);
@@ -190,7 +190,7 @@ fn logits_agree_with_transformers() {
             sequences: 1,
             precision: DType::F32,
             rank: 0,
-            cache: SEQUENCE,
+            mode: program::Mode::Generate { positions: SEQUENCE },
         };
         let mut exec = Executor::new(&request, 1, Mesh::alone(), false).expect("a program");
         exec.set_tables(&g.model);

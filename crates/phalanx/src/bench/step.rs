@@ -76,7 +76,7 @@ impl Stepper {
             sequences: run.batch.sequences,
             precision: run.train.precision,
             rank,
-            cache: 0,
+            mode: program::Mode::Train,
         };
         let mut exec = Executor::new(&request, threads, mesh, record)?;
         exec.initialise(&run.model, run.train.seed)?;

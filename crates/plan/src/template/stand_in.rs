@@ -1,12 +1,14 @@
 use std::collections::BTreeMap;
 
-use program::{ALIGN, Home, Phase, Program, Replication, Request};
+use program::{ALIGN, Collective, Home, Mode, Phase, Place, Program, Replication, Request};
 use spec::{DType, Layout, PipelineSchedule, Position, Recompute, Reduce, Result, Zero};
 
 use super::tasks::tasks;
 use super::{Key, Section};
 use crate::shape::Shape;
 
+/// The layer that stands for all.
+const FIRST_LAYER: Place = Place::Layer(0);
 /// Layers of each of the two stages.
 const LAYERS: usize = 2;
 
@@ -74,7 +76,7 @@ impl StandIn {
                 sequences: 2 * key.micro_batch * layout.dp,
                 precision: DType::Bf16,
                 rank,
-                cache: 0,
+                mode: Mode::Train,
             };
             Program::build(&request, &|_, _| 0)
         };
@@ -85,16 +87,15 @@ impl StandIn {
     }
 
     pub(super) fn embed(&self) -> Section {
-        let of = |name: &str| name.starts_with("embed") || name.starts_with("pos_embed");
-        let mut s = section(&self.first, of);
+        let mut s = section(&self.first, Place::Embedding);
         // What the stage keeps beside its layers.
-        let slot = self.first.slot_bytes.first().map_or(0, |s| s.0) as f64;
+        let slot = self.first.slot_regions.first().map_or(0, |s| s.bytes) as f64;
         s.kept_bytes = (slot - LAYERS as f64 * self.layer_kept()).max(0.0);
         s
     }
 
     pub(super) fn layer(&self) -> Section {
-        let mut s = section(&self.first, |name| name.starts_with("layers.0."));
+        let mut s = section(&self.first, FIRST_LAYER);
         s.kept_bytes = self.layer_kept();
         s.working_bytes = self.first.memory.scratch as f64;
         s
@@ -102,11 +103,9 @@ impl StandIn {
 
     pub(super) fn head(&self) -> Section {
         let Some(last) = &self.last else { return Section::default() };
-        let mut s = section(last, |name| name.starts_with("head") || name.starts_with("final_norm"));
-        // Without a copy of its own the table is the embedding's, on the last stage too.
-        let params =
-            |name: &str| name.starts_with("embed") || name.starts_with("head") || name.starts_with("final");
-        s.params = parameters(last, Replication::Data, params);
+        let mut s = section(last, Place::Head);
+        // A tied table is the embedding's, on the last stage too.
+        s.params += parameters(last, Replication::Data, Place::Embedding);
         s.working_bytes = last.memory.scratch as f64;
         s
     }
@@ -114,16 +113,16 @@ impl StandIn {
     /// Bytes of the activation between stages.
     pub(super) fn boundary_bytes(&self) -> f64 {
         let ops = self.first.blocks.iter().flat_map(|b| &b.ops);
-        ops.filter(|op| matches!(op.kind, program::OpKind::Send { .. }))
-            .map(|op| op.cost.wire_bytes as f64)
-            .fold(0.0, f64::max)
+        let sent =
+            ops.filter_map(|op| op.comm.as_ref()).filter(|c| matches!(c.what, Collective::Send { .. }));
+        sent.map(|c| c.bytes() as f64).fold(0.0, f64::max)
     }
 
     /// Bytes of a slot that hold what the first layer leaves for backward, its output for the next layer among it. All
     /// of a slot is alive when forward ends, so that every place in it is one value's.
     fn layer_kept(&self) -> f64 {
         let mut places = BTreeMap::new();
-        for b in self.first.buffers.iter().filter(|b| b.name.starts_with("layers.0.")) {
+        for b in self.first.buffers.iter().filter(|b| b.place == FIRST_LAYER) {
             if let Home::Slot { offset, .. } = b.home {
                 let bytes = places.entry(offset).or_insert(0);
                 *bytes = b.bytes().next_multiple_of(ALIGN).max(*bytes);
@@ -133,20 +132,20 @@ impl StandIn {
     }
 }
 
-fn parameters(p: &Program, replication: Replication, part: impl Fn(&str) -> bool) -> f64 {
-    let groups = p.groups.iter().filter(|g| g.replication == replication && part(&g.name));
+fn parameters(p: &Program, replication: Replication, place: Place) -> f64 {
+    let groups = p.groups.iter().filter(|g| g.replication == replication && g.key.place == place);
     groups.map(program::ParamGroup::len).sum::<usize>() as f64
 }
 
-/// The ops of one micro-batch whose names fit, by phase, and their parameters.
-fn section(p: &Program, part: impl Fn(&str) -> bool) -> Section {
+/// The ops of one micro-batch that belong to `place`, by phase, and their parameters.
+fn section(p: &Program, place: Place) -> Section {
     let mut s = Section {
-        params: parameters(p, Replication::Data, &part),
-        expert_params: parameters(p, Replication::Expert, &part),
+        params: parameters(p, Replication::Data, place),
+        expert_params: parameters(p, Replication::Expert, place),
         ..Section::default()
     };
     let first = p.schedule.iter().filter(|item| item.micro_batch == 0);
-    for op in first.flat_map(|item| &p.blocks[item.block].ops).filter(|op| part(&op.name)) {
+    for op in first.flat_map(|item| &p.blocks[item.block].ops).filter(|op| op.place == place) {
         let of = match op.phase {
             Phase::Forward => &mut s.forward,
             Phase::Input => &mut s.input,

@@ -1,14 +1,42 @@
-use program::{Axis, Op, OpKind, Program};
+use program::{Axis, Members, Op, OpKind, Place, Program};
 
 use super::{TalkAxis, Task};
 use crate::network::Collective;
 
 /// What an op's time depends on: nothing, one kernel or collective, or a kernel and what walks beside it.
 pub fn tasks(p: &Program, op: &Op) -> Vec<Task> {
+    let mut tasks = kernels(p, op);
+    tasks.extend(talk(p, op));
+    tasks
+}
+
+/// What an op says inside a layer; messages between stages and replicas are priced on their own.
+fn talk(p: &Program, op: &Op) -> Vec<Task> {
+    let Some(comm) = &op.comm else { return Vec::new() };
+    let Members::Axis(group) = comm.members else { return Vec::new() };
+    let Some(axis) = talk_axis(group) else { return Vec::new() };
+    let times = comm.members.ranks(p.coords, &p.layout).len();
+    let task = |what, bytes: u64| Task::Talk { what, axis, bytes: bytes as f64 };
+    let what = match comm.what {
+        program::Collective::AllReduce => Collective::AllReduce,
+        program::Collective::AllGather => Collective::AllGather,
+        program::Collective::ReduceScatter => Collective::ReduceScatter,
+        program::Collective::AllToAll => Collective::AllToAll,
+        // Keys and values come by as in a gather; backward, their gradients follow in a second round.
+        program::Collective::Ring => {
+            let rounds = comm.messages.chunks(times - 1);
+            return rounds.map(|hops| task(Collective::AllGather, hops[0].bytes() * times as u64)).collect();
+        }
+        program::Collective::Send { .. } | program::Collective::Recv { .. } => return Vec::new(),
+    };
+    comm.messages.iter().map(|m| task(what, m.bytes())).collect()
+}
+
+fn kernels(p: &Program, op: &Op) -> Vec<Task> {
     let rows = |i: usize| op.ins[i].rows as f64;
     let cols = |i: usize| p.buffer(op.ins[i].buffer).cols as f64;
     let bytes = op.cost.bytes as f64;
-    let head = op.name.starts_with("head");
+    let head = op.place == Place::Head;
     let gemm = |m, n, k| vec![Task::Gemm { m, n, k, batch: 1.0, bytes, head }];
     let grouped = |m, n, k, experts: usize| vec![Task::Gemm { m, n, k, batch: experts as f64, bytes, head }];
     let attention = |heads: &program::Heads, backward| Task::Attention {
@@ -17,12 +45,6 @@ pub fn tasks(p: &Program, op: &Op) -> Vec<Task> {
         scores: rows(0) * p.sequence as f64 * heads.q as f64,
         backward,
     };
-    let wire = op.cost.wire_bytes as f64;
-    let talk = |what, axis: &Axis, times: f64| match talk_axis(*axis) {
-        Some(axis) => vec![Task::Talk { what, axis, bytes: wire * times }],
-        None => Vec::new(),
-    };
-    let size = |axis: &Axis| p.coords.peers(*axis, &p.layout).len() as f64;
     match &op.kind {
         OpKind::Linear => gemm(rows(0), rows(1), cols(0)),
         OpKind::LinearGradInput => gemm(rows(0), cols(1), cols(0)),
@@ -40,26 +62,9 @@ pub fn tasks(p: &Program, op: &Op) -> Vec<Task> {
         }
         OpKind::Attention { heads } => vec![attention(heads, false)],
         OpKind::AttentionGrad { heads } => vec![attention(heads, true)],
-        // Keys and values come by as in a gather; backward, their gradients go home as in a scatter.
-        OpKind::RingAttention { heads, axis } => {
-            let mut out = vec![attention(heads, false)];
-            out.extend(talk(Collective::AllGather, axis, size(axis)));
-            out
-        }
-        OpKind::RingAttentionGrad { heads, axis } => {
-            let mut out = vec![attention(heads, true)];
-            out.extend(talk(Collective::AllGather, axis, size(axis) / 2.0));
-            out.extend(talk(Collective::ReduceScatter, axis, size(axis) / 2.0));
-            out
-        }
-        OpKind::AllReduce { axis } => talk(Collective::AllReduce, axis, 1.0),
-        OpKind::AllGather { axis } | OpKind::Unslice { axis } => {
-            talk(Collective::AllGather, axis, size(axis))
-        }
-        OpKind::ReduceScatter { axis } => talk(Collective::ReduceScatter, axis, 1.0),
-        OpKind::AllToAll { axis } => talk(Collective::AllToAll, axis, 1.0),
-        OpKind::Send { .. } | OpKind::Recv { .. } => Vec::new(),
-        kind if kind.is_communication() => Vec::new(),
+        OpKind::RingAttention { heads, .. } => vec![attention(heads, false)],
+        OpKind::RingAttentionGrad { heads, .. } => vec![attention(heads, true)],
+        _ if op.only_talks() => Vec::new(),
         _ => vec![Task::Stream { bytes }],
     }
 }

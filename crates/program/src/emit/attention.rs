@@ -3,6 +3,7 @@ use spec::Position;
 use super::Emitter;
 use crate::graph::ValueId;
 use crate::op::{Axis, OpKind};
+use crate::role::{Place, Role};
 
 impl Emitter<'_> {
     /// Grouped-query attention on the normed residual stream, up to the output projection.
@@ -10,9 +11,9 @@ impl Emitter<'_> {
         let p = |s: &str| format!("{name}.{s}");
         let heads = self.cx.heads();
         let h = self.enter_tp(&p("in"), h);
-        let mut qkv = self.linear(&p("qkv"), h, heads.packed(), None);
+        let mut qkv = self.linear(Role::QueryKeyValue, &p("qkv"), h, heads.packed());
         if self.cx.model.qk_norm {
-            qkv = self.head_norm(&p("qk_norm"), &p("q_norm.weight"), &p("k_norm.weight"), qkv);
+            qkv = self.head_norm(&p("qk_norm"), qkv);
         }
         if matches!(self.cx.model.position, Position::Rope(_)) {
             qkv = self.map(OpKind::Rope { heads, inverse: false }, &p("rope"), qkv);
@@ -20,12 +21,12 @@ impl Emitter<'_> {
         self.attention(&p("core"), qkv)
     }
 
-    fn head_norm(&mut self, name: &str, wq: &str, wk: &str, qkv: ValueId) -> ValueId {
+    fn head_norm(&mut self, name: &str, qkv: ValueId) -> ValueId {
         let heads = self.cx.heads();
         let rows = self.g.get(qkv).rows;
         let y = self.g.like(qkv, name);
         let rstd = self.stat(&format!("{name}.rstd"), rows, heads.q + heads.kv);
-        let ins = vec![self.g.all(qkv), self.must(wq), self.must(wk)];
+        let ins = vec![self.g.all(qkv), self.weight(Role::QueryNorm), self.weight(Role::KeyNorm)];
         let outs = vec![self.g.all(y), self.g.all(rstd)];
         self.push(OpKind::HeadNorm { heads, eps: self.cx.model.norm_eps }, name, ins, outs);
         y
@@ -36,10 +37,9 @@ impl Emitter<'_> {
         let heads = self.cx.heads();
         let rows = self.g.get(qkv).rows;
         let o = self.act(name, rows, heads.out_cols());
-        if self.cx.decode {
+        if let (true, Place::Layer(layer)) = (self.cx.decode, self.g.place) {
             let (ins, outs) = (vec![self.g.all(qkv)], vec![self.g.all(o)]);
-            self.push(OpKind::AttentionCached { heads }, name, ins, outs);
-            self.g.nodes.last_mut().expect("just pushed").leaves = (self.unit - 1, 1);
+            self.push(OpKind::AttentionCached { heads, layer }, name, ins, outs);
             return o;
         }
         let lse = self.stat(&format!("{name}.lse"), rows, heads.q);

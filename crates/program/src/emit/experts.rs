@@ -3,6 +3,7 @@ use spec::{DType, Experts};
 use super::Emitter;
 use crate::graph::{Source, ValueId};
 use crate::op::{Axis, OpKind};
+use crate::role::Role;
 
 impl Emitter<'_> {
     /// `residual + experts(h)`: route, send copies of tokens to their experts, multiply by group, bring them back.
@@ -14,7 +15,7 @@ impl Emitter<'_> {
         let p = |s: &str| format!("{name}.{s}");
         let residual = match e.shared_ffn {
             0 => residual,
-            ffn => self.mlp(&p("shared"), ffn, h, residual),
+            ffn => self.mlp((Role::SharedUp, Role::SharedDown), &p("shared"), ffn, h, residual),
         };
         let cx = self.cx;
         let sliced = cx.layout.tp > 1 && !cx.sequence_parallel();
@@ -23,7 +24,7 @@ impl Emitter<'_> {
         let copies = rows * e.top_k;
         let local = e.count / cx.layout.ep;
 
-        let logits = self.linear(&p("router"), x, e.count, None);
+        let logits = self.linear(Role::Router, &p("router"), x, e.count);
         let gates = self.stat(&p("route"), rows, e.top_k);
         let index = self.g.value(&p("route.index"), rows, e.top_k, DType::U32, Source::Node);
         let counts = self.g.value(&p("route.counts"), e.count, 1, DType::U32, Source::Node);
@@ -46,12 +47,12 @@ impl Emitter<'_> {
 
         let gated = cx.model.activation.gated();
         let (up, cols) = if gated { ("experts.gate_up", 2 * e.ffn) } else { ("experts.up", e.ffn) };
-        for (part, cols) in [(up, cols), ("experts.down", hidden)] {
-            if part == "experts.down" {
+        for (role, part, cols) in [(Role::ExpertUp, up, cols), (Role::ExpertDown, "experts.down", hidden)] {
+            if role == Role::ExpertDown {
                 y = self.activation(&p("experts.act"), y, e.ffn);
             }
             let out = self.act(&p(part), copies, cols);
-            let ins = vec![self.g.all(y), self.must(&p(&format!("{part}.weight"))), held];
+            let ins = vec![self.g.all(y), self.weight(role), held];
             let outs = vec![self.g.all(out)];
             self.push(OpKind::GroupedLinear { experts: local }, &p(part), ins, outs);
             y = out;
@@ -67,7 +68,7 @@ impl Emitter<'_> {
         let (ins, outs) = (vec![self.g.all(y), gates_all, index_all], vec![self.g.all(out)]);
         self.push(OpKind::Unpermute { top_k: e.top_k }, &p("unpermute"), ins, outs);
         if !sliced {
-            self.g.nodes.last_mut().expect("just pushed").acc = Some(self.g.all(residual));
+            self.last().acc = Some(self.g.all(residual));
             return out;
         }
         let whole = self.act(&p("unslice"), cx.tokens(), hidden);

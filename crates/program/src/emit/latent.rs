@@ -3,6 +3,7 @@ use spec::Latent;
 use super::Emitter;
 use crate::graph::ValueId;
 use crate::op::OpKind;
+use crate::role::Role;
 
 impl Emitter<'_> {
     /// Multi-head latent attention on the normed residual stream, up to the output projection.
@@ -13,7 +14,8 @@ impl Emitter<'_> {
     pub(super) fn latent(&mut self, name: &str, l: Latent, h: ValueId) -> ValueId {
         let p = |s: &str| format!("{name}.{s}");
         let heads = self.cx.heads();
-        let down = self.linear(&p("down"), h, l.query_rank.unwrap_or(0) + l.kv_rank + l.rope_dim, None);
+        let down =
+            self.linear(Role::LatentDown, &p("down"), h, l.query_rank.unwrap_or(0) + l.kv_rank + l.rope_dim);
         let c = self.enter_tp(&p("in"), down);
         let rows = self.g.get(c).rows;
 
@@ -21,21 +23,21 @@ impl Emitter<'_> {
         let shared = self.act(&p("shared_key"), rows, l.rope_dim);
         let norms = 1 + usize::from(l.query_rank.is_some());
         let rstd = self.stat(&p("latent_norm.rstd"), rows, norms);
-        let mut ins = vec![self.g.all(c), self.must(&p("kv_latent_norm.weight"))];
-        ins.extend(self.param(&p("q_latent_norm.weight")));
+        let mut ins = vec![self.g.all(c), self.weight(Role::KeyValueLatentNorm)];
+        ins.extend(self.param(Role::QueryLatentNorm, false));
         let mut outs = vec![self.g.all(latent), self.g.all(shared), self.g.all(rstd)];
         let queries = l.query_rank.map(|q| self.act(&p("q_latent"), rows, q));
         outs.extend(queries.map(|q| self.g.all(q)));
         self.push(OpKind::LatentNorm { eps: self.cx.model.norm_eps }, &p("latent_norm"), ins, outs);
 
         let q = match queries {
-            Some(queries) => self.linear(&p("q_up"), queries, heads.q * heads.dim, None),
+            Some(queries) => self.linear(Role::QueryUp, &p("q_up"), queries, heads.q * heads.dim),
             None => {
                 let h = self.enter_tp(&p("q.in"), h);
-                self.linear(&p("q"), h, heads.q * heads.dim, None)
+                self.linear(Role::QueryUp, &p("q"), h, heads.q * heads.dim)
             }
         };
-        let kv = self.linear(&p("kv_up"), latent, heads.kv * (l.nope_dim + l.value_dim), None);
+        let kv = self.linear(Role::KeyValueUp, &p("kv_up"), latent, heads.kv * (l.nope_dim + l.value_dim));
         let qkv = self.act(&p("rope"), rows, heads.packed());
         let (ins, outs) = (vec![self.g.all(q), self.g.all(kv), self.g.all(shared)], vec![self.g.all(qkv)]);
         self.push(OpKind::LatentRope { heads, rope_dim: l.rope_dim }, &p("rope"), ins, outs);

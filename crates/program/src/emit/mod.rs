@@ -6,10 +6,13 @@ mod latent;
 
 use spec::{Activation, DType, Layout, ModelSpec};
 
-use crate::Coords;
+use std::collections::HashMap;
+
+use crate::coords::Coords;
 use crate::graph::{Graph, Node, Operand, Phase, Source, ValueId};
 use crate::op::{Axis, Heads, OpKind};
 use crate::params::{Chunk, GroupId, ParamGroup, Replication, share};
+use crate::role::{ParamKey, Place, Role};
 
 /// What a chunk's forward pass leaves behind for the passes after it.
 pub(crate) struct Forward {
@@ -31,6 +34,8 @@ pub(crate) struct Context<'a> {
     pub(crate) dtype: DType,
     pub(crate) coords: Coords,
     pub(crate) groups: &'a [ParamGroup],
+    /// Which group is which parameter's.
+    pub(crate) index: &'a HashMap<ParamKey, GroupId>,
     /// Ranks of the pipeline group, by stage.
     pub(crate) pipeline: &'a [usize],
     /// One token against a cache of this many positions instead of whole sequences.
@@ -38,9 +43,8 @@ pub(crate) struct Context<'a> {
 }
 
 impl Context<'_> {
-    pub(crate) fn group(&self, name: &str) -> Option<GroupId> {
-        let at = self.groups.iter().position(|g| g.name == name)?;
-        Some(GroupId(u32::try_from(at).expect("fewer than 2^32 groups")))
+    pub(crate) fn group(&self, place: Place, role: Role, bias: bool) -> Option<GroupId> {
+        self.index.get(&ParamKey { place, role, bias }).copied()
     }
 
     pub(crate) fn heads(&self) -> Heads {
@@ -98,20 +102,21 @@ impl Context<'_> {
 
 /// Emits the forward ops of one chunk on local shards, with explicit collectives.
 pub(crate) fn forward(cx: &Context<'_>, chunk: &Chunk) -> Forward {
-    let mut e = Emitter { cx, g: Graph::default(), params: vec![None; cx.groups.len()], unit: 0 };
+    let mut e = Emitter { cx, g: Graph::default(), params: vec![None; cx.groups.len()] };
     let input = if chunk.embed { e.embedding() } else { e.receive(chunk) };
     let mut x = input;
     let mut boundaries = vec![input];
     for layer in chunk.first_layer..chunk.first_layer + chunk.layers {
-        e.unit = 1 + layer;
+        e.g.place = Place::Layer(layer);
         x = e.layer(layer, x);
         boundaries.push(x);
     }
-    e.unit = 1 + cx.model.layers;
     if chunk.head {
-        x = e.norm("final_norm", x);
+        e.g.place = Place::Head;
+        x = e.norm(Role::FinalNorm, "final_norm", x);
         x = e.enter_tp("head.in", x);
     } else {
+        e.g.place = Place::Stage;
         let kind = OpKind::Send {
             peer: cx.peer(chunk.virtual_stage + 1),
             tag: cx.tag(chunk.virtual_stage + 1, false),
@@ -126,22 +131,12 @@ struct Emitter<'a> {
     cx: &'a Context<'a>,
     g: Graph,
     params: Vec<Option<ValueId>>,
-    unit: usize,
 }
 
 impl Emitter<'_> {
     fn push(&mut self, kind: OpKind, name: &str, ins: Vec<Operand>, outs: Vec<Operand>) {
-        self.g.nodes.push(Node {
-            kind,
-            name: name.to_owned(),
-            ins,
-            acc: None,
-            outs,
-            grads: Vec::new(),
-            leaves: (0, 0),
-            phase: Phase::Forward,
-            unit: self.unit,
-        });
+        let place = self.g.place;
+        self.g.nodes.push(Node::new(kind, name.to_owned(), ins, outs, Phase::Forward, place));
     }
 
     fn act(&mut self, name: &str, rows: usize, cols: usize) -> ValueId {
@@ -160,13 +155,14 @@ impl Emitter<'_> {
         y
     }
 
-    fn param(&mut self, name: &str) -> Option<Operand> {
-        let id = self.cx.group(name)?;
+    /// A parameter of the part of the model that is being emitted, if it has one.
+    fn param(&mut self, role: Role, bias: bool) -> Option<Operand> {
+        let id = self.cx.group(self.g.place, role, bias)?;
         let value = match self.params[id.0 as usize] {
             Some(v) => v,
             None => {
                 let group = &self.cx.groups[id.0 as usize];
-                let v = self.g.value(name, group.rows, group.cols, self.cx.dtype, Source::Param(id));
+                let v = self.g.value(&group.name, group.rows, group.cols, self.cx.dtype, Source::Param(id));
                 self.params[id.0 as usize] = Some(v);
                 v
             }
@@ -174,16 +170,17 @@ impl Emitter<'_> {
         Some(self.g.all(value))
     }
 
-    fn must(&mut self, name: &str) -> Operand {
-        self.param(name).unwrap_or_else(|| panic!("the parameter table lacks {name}"))
+    fn weight(&mut self, role: Role) -> Operand {
+        let place = self.g.place;
+        self.param(role, false).unwrap_or_else(|| panic!("the parameter table lacks {role:?} of {place:?}"))
     }
 
     fn embedding(&mut self) -> ValueId {
         let cx = self.cx;
         let tokens = self.g.value("tokens", cx.tokens(), 1, DType::U32, Source::Tokens);
-        let table = self.must("embed.weight");
+        let table = self.weight(Role::Embedding);
         let mut ins = vec![self.g.all(tokens), table];
-        ins.extend(self.param("pos_embed.weight"));
+        ins.extend(self.param(Role::Positions, false));
         let x = self.act("embed", cx.tokens(), cx.model.hidden);
         let out = self.g.all(x);
         self.push(
@@ -197,7 +194,7 @@ impl Emitter<'_> {
 
     fn receive(&mut self, chunk: &Chunk) -> ValueId {
         let cx = self.cx;
-        self.unit = 1 + chunk.first_layer;
+        self.g.place = Place::Stage;
         let x = self.act("recv", cx.residual_rows(), cx.model.hidden);
         let out = self.g.all(x);
         let (peer, tag) =
@@ -214,40 +211,47 @@ impl Emitter<'_> {
     fn layer(&mut self, i: usize, x: ValueId) -> ValueId {
         let cx = self.cx;
         let p = |s: &str| format!("layers.{i}.{s}");
-        let h = self.norm(&p("attn_norm"), x);
+        let h = self.norm(Role::AttentionNorm, &p("attn_norm"), x);
         let o = match cx.model.latent {
             Some(latent) => self.latent(&p("attn"), latent, h),
             None => self.grouped_queries(&p("attn"), h),
         };
-        let x = self.row_parallel(&p("attn.o"), o, x);
-        let h = self.norm(&p("mlp_norm"), x);
+        let x = self.row_parallel(Role::AttentionOut, &p("attn.o"), o, x);
+        let h = self.norm(Role::MlpNorm, &p("mlp_norm"), x);
         match cx.model.experts.filter(|_| cx.model.has_experts(i)) {
             Some(experts) => self.experts(&p("mlp"), &experts, h, x),
-            None => self.mlp(&p("mlp"), cx.model.ffn, h, x),
+            None => self.mlp((Role::Up, Role::Down), &p("mlp"), cx.model.ffn, h, x),
         }
     }
 
     /// `residual + mlp(h)`, cut over tp along its width.
-    fn mlp(&mut self, name: &str, ffn: usize, h: ValueId, residual: ValueId) -> ValueId {
+    fn mlp(
+        &mut self,
+        (into, back): (Role, Role),
+        name: &str,
+        ffn: usize,
+        h: ValueId,
+        residual: ValueId,
+    ) -> ValueId {
         let p = |s: &str| format!("{name}.{s}");
         let h = self.enter_tp(&p("in"), h);
         let ffn = ffn / self.cx.layout.tp;
         let up = if self.cx.model.activation.gated() { "gate_up" } else { "up" };
         let cols = if self.cx.model.activation.gated() { 2 * ffn } else { ffn };
-        let a = self.linear(&p(up), h, cols, None);
+        let a = self.linear(into, &p(up), h, cols);
         let h = self.activation(&p("act"), a, ffn);
-        self.row_parallel(&p("down"), h, residual)
+        self.row_parallel(back, &p("down"), h, residual)
     }
 
-    fn norm(&mut self, name: &str, x: ValueId) -> ValueId {
+    fn norm(&mut self, role: Role, name: &str, x: ValueId) -> ValueId {
         let cx = self.cx;
         let rows = self.g.get(x).rows;
         let y = self.g.like(x, name);
         let per_row = if cx.model.norm == spec::NormKind::Layer { 2 } else { 1 };
         let stats = self.stat(&format!("{name}.stats"), per_row * rows, 1);
-        let w = self.must(&format!("{name}.weight"));
+        let w = self.weight(role);
         let mut ins = vec![self.g.all(x), w];
-        ins.extend(self.param(&format!("{name}.bias")));
+        ins.extend(self.param(role, true));
         let outs = vec![self.g.all(y), self.g.all(stats)];
         self.push(OpKind::Norm { norm: cx.model.norm, eps: cx.model.norm_eps }, name, ins, outs);
         y
@@ -266,32 +270,40 @@ impl Emitter<'_> {
         h
     }
 
-    fn linear(&mut self, name: &str, x: ValueId, cols: usize, residual: Option<ValueId>) -> ValueId {
-        let rows = self.g.get(x).rows;
-        let y = self.act(name, rows, cols);
-        let w = self.must(&format!("{name}.weight"));
-        let mut ins = vec![self.g.all(x), w];
-        // A row-parallel bias must be added once, after the reduction.
-        if residual.is_some() || self.cx.layout.tp == 1 || !name.ends_with(".o") && !name.ends_with(".down") {
-            ins.extend(self.param(&format!("{name}.bias")));
-        }
-        let out = self.g.all(y);
-        let acc = residual.map(|r| self.g.all(r));
-        self.push(OpKind::Linear, name, ins, vec![out]);
-        self.g.nodes.last_mut().expect("just pushed").acc = acc;
+    /// `x w^T + b`.
+    fn linear(&mut self, role: Role, name: &str, x: ValueId, cols: usize) -> ValueId {
+        let y = self.product(role, name, x, cols);
+        let bias = self.param(role, true);
+        self.last().ins.extend(bias);
         y
     }
 
+    /// `x w^T`.
+    fn product(&mut self, role: Role, name: &str, x: ValueId, cols: usize) -> ValueId {
+        let rows = self.g.get(x).rows;
+        let y = self.act(name, rows, cols);
+        let (ins, outs) = (vec![self.g.all(x), self.weight(role)], vec![self.g.all(y)]);
+        self.push(OpKind::Linear, name, ins, outs);
+        y
+    }
+
+    fn last(&mut self) -> &mut Node {
+        self.g.nodes.last_mut().expect("an op was pushed")
+    }
+
     /// `residual + x w^T + b`, where each rank holds some columns of `w`.
-    fn row_parallel(&mut self, name: &str, x: ValueId, residual: ValueId) -> ValueId {
+    fn row_parallel(&mut self, role: Role, name: &str, x: ValueId, residual: ValueId) -> ValueId {
         if self.cx.layout.tp == 1 {
-            return self.linear(name, x, self.cx.model.hidden, Some(residual));
+            let y = self.linear(role, name, x, self.cx.model.hidden);
+            self.last().acc = Some(self.g.all(residual));
+            return y;
         }
-        let partial = self.linear(name, x, self.cx.model.hidden, None);
+        let partial = self.product(role, name, x, self.cx.model.hidden);
         let y = self.leave_tp(&format!("{name}.reduce"), partial);
         let out = self.g.like(residual, &format!("{name}.add"));
+        // The bias is added once, after the sum over ranks.
         let mut ins = vec![self.g.all(residual), self.g.all(y)];
-        ins.extend(self.param(&format!("{name}.bias")));
+        ins.extend(self.param(role, true));
         let o = self.g.all(out);
         self.push(OpKind::Add, &format!("{name}.add"), ins, vec![o]);
         out

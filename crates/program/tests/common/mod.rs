@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use program::{Home, Op, OpKind, Program, Request};
+use program::{Home, Mode, Op, OpKind, Program, Request};
 use spec::{Activation, DType, Layout, ModelSpec, NormKind, Position, Rope, RopeScaling};
 
 pub(crate) fn model(layers: usize, tied: bool, gpt2: bool) -> ModelSpec {
@@ -33,7 +33,8 @@ pub(crate) fn model(layers: usize, tied: bool, gpt2: bool) -> ModelSpec {
 }
 
 pub(crate) fn build(model: &ModelSpec, layout: &Layout, sequences: usize, rank: usize) -> Program {
-    let request = Request { model, layout, sequence: 16, sequences, precision: DType::F32, rank, cache: 0 };
+    let request =
+        Request { model, layout, sequence: 16, sequences, precision: DType::F32, rank, mode: Mode::Train };
     Program::build(&request, &|_, _| 0).expect("a valid layout")
 }
 
@@ -42,8 +43,10 @@ pub(crate) fn build(model: &ModelSpec, layout: &Layout, sequences: usize, rank: 
 pub(crate) fn check_memory(p: &Program) {
     for b in &p.buffers {
         let (offset, len) = match b.home {
-            Home::Static { offset } => (offset, p.slot_bytes.first().map_or(p.scratch_offset, |s| s.1)),
-            Home::Slot { chunk, offset, .. } => (offset, p.slot_bytes[chunk].0),
+            Home::Static { offset } => {
+                (offset, p.slot_regions.first().map_or(p.scratch_offset, |s| s.offset))
+            }
+            Home::Slot { chunk, offset, .. } => (offset, p.slot_regions[chunk].bytes),
             Home::Scratch { offset, .. } => (offset, p.memory.scratch),
             Home::MicroBatch { .. } => continue,
         };

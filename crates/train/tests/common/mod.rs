@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use program::Request;
+use program::{Mode, Request};
 use spec::{Activation, DType, Layout, ModelSpec, NormKind, Position, Rope, RopeScaling};
 use train::{Executor, Mesh, StepInputs, StepOutputs};
 
@@ -45,7 +45,8 @@ pub fn executor(
     precision: DType,
     threads: usize,
 ) -> Executor {
-    let request = Request { model, layout, sequence: SEQUENCE, sequences, precision, rank: 0, cache: 0 };
+    let request =
+        Request { model, layout, sequence: SEQUENCE, sequences, precision, rank: 0, mode: Mode::Train };
     let mut exec = Executor::new(&request, threads, Mesh::alone(), false).expect("a valid layout");
     exec.initialise(model, 11).expect("weights");
     exec

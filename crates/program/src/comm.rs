@@ -1,0 +1,302 @@
+//! What ranks say to each other, as data: which op, among whom, how many bytes, and whether it blocks.
+//!
+//! [`state`] is the one place that knows which kinds of op talk. The executor, both planners and the timelines read
+//! what it says in [`Op::comm`](crate::Op::comm) and match no kinds of their own.
+
+use std::ops::Range;
+
+use serde::Serialize;
+use spec::{DType, Zero};
+
+use crate::buffer::{BufferId, Home, Slice, View};
+use crate::coords::Members;
+use crate::op::{Axis, Op, OpKind};
+use crate::params::{GroupId, Replication};
+use crate::zero::owned;
+use crate::{Bucket, Program};
+
+/// What an op says to other ranks.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Comm {
+    /// How.
+    pub what: Collective,
+    /// Among whom.
+    pub members: Members,
+    /// One after another, each a collective of its own; none of an op that only waits.
+    pub messages: Vec<Message>,
+    /// Whether the op returns only when everything was said.
+    pub when: When,
+}
+
+/// A way in which ranks talk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Collective {
+    /// Every member gets the sum.
+    AllReduce,
+    /// Every member gets every part.
+    AllGather,
+    /// Every member gets its part of the sum.
+    ReduceScatter,
+    /// Every member sends each other one a part.
+    AllToAll,
+    /// Every member passes on to the next what it got from the one before.
+    Ring,
+    /// One rank to another.
+    Send {
+        /// The rank that receives.
+        to: usize,
+        /// Which message of the micro-batch.
+        channel: u32,
+    },
+    /// The other end of [`Collective::Send`].
+    Recv {
+        /// The rank that sends.
+        from: usize,
+        /// Which message of the micro-batch.
+        channel: u32,
+    },
+}
+
+/// When an op's messages are over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum When {
+    /// With the op.
+    Now,
+    /// They go on beside other ops until the one that ends them.
+    Begins(Ticket),
+    /// The op waits for what an earlier one began.
+    Ends(Ticket),
+}
+
+/// What joins the op that begins messages with the one that waits for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ticket {
+    /// Parameters of a unit.
+    Params(usize),
+    /// Gradients of a bucket.
+    Grads(usize),
+}
+
+/// One message or collective.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Message {
+    /// What this rank gives; of an all-gather its own part of `to` if `None`.
+    pub from: Option<Slice>,
+    /// What this rank gets; over its own part of `from` if `None`.
+    pub to: Option<Slice>,
+    /// Elements of the whole vector that is summed, gathered, scattered, exchanged or sent.
+    pub elements: usize,
+    /// Of which type.
+    pub dtype: DType,
+    /// Who has which part of it.
+    pub deal: Deal,
+}
+
+/// How the elements of a vector are dealt to the members of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Deal {
+    /// As evenly as possible.
+    Even,
+    /// In whole chunks of the gradient norm, as ZeRO shards parameters.
+    NormChunks,
+}
+
+impl Message {
+    /// Bytes of the whole vector.
+    pub fn bytes(&self) -> u64 {
+        (self.elements * self.dtype.bytes()) as u64
+    }
+
+    /// The elements of member `index` of `members`.
+    pub fn part(&self, index: usize, members: usize) -> Range<usize> {
+        match self.deal {
+            Deal::Even => spec::shares::even(self.elements, members, index),
+            Deal::NormChunks => owned(self.elements, members, index).range(),
+        }
+    }
+}
+
+impl Comm {
+    /// Bytes that member `index` of `members` gives to others. A sum is scattered and gathered: what is not one's own
+    /// share is sent to its owner, one's own share of the sum to everybody else.
+    pub fn sent_bytes(&self, index: usize, members: usize) -> u64 {
+        let of = |m: &Message| {
+            let others = members - 1;
+            let share = |part: Range<usize>| (m.elements - part.len(), part.len() * others);
+            let (scattered, gathered) = match self.what {
+                Collective::AllReduce => share(spec::shares::aligned(m.elements, members, index)),
+                _ => share(m.part(index, members)),
+            };
+            let elements = match self.what {
+                Collective::AllReduce => scattered + gathered,
+                Collective::AllGather => gathered,
+                Collective::ReduceScatter | Collective::AllToAll => scattered,
+                Collective::Ring | Collective::Send { .. } => m.elements,
+                Collective::Recv { .. } => 0,
+            };
+            (elements * m.dtype.bytes()) as u64
+        };
+        self.messages.iter().map(of).sum()
+    }
+
+    /// Bytes of all whole vectors.
+    pub fn bytes(&self) -> u64 {
+        self.messages.iter().map(Message::bytes).sum()
+    }
+}
+
+/// What an op of `p` says; `None` if it keeps silent, or nobody else belongs to its group.
+pub(crate) fn state(op: &Op, p: &Program) -> Option<Comm> {
+    use OpKind::*;
+    let now = |what, members, messages| Some(Comm { what, members, messages, when: When::Now });
+    let both = |what, axis: &Axis| {
+        let (from, to) = (p.slice(op.ins[0]), p.slice(op.outs[0]));
+        now(what, Members::Axis(*axis), vec![p.message(Some(from), Some(to), Deal::Even)])
+    };
+    let comm = match &op.kind {
+        AllReduce { axis } => both(Collective::AllReduce, axis),
+        AllGather { axis } | Unslice { axis } => both(Collective::AllGather, axis),
+        ReduceScatter { axis } => both(Collective::ReduceScatter, axis),
+        AllToAll { axis } => both(Collective::AllToAll, axis),
+        RingAttention { heads, axis } => p.ring(op, heads.kv_cols(), *axis, 1),
+        RingAttentionGrad { heads, axis } => p.ring(op, heads.kv_cols(), *axis, 2),
+        Send { peer, tag } => {
+            let message = p.message(Some(p.slice(op.ins[0])), None, Deal::Even);
+            let what = Collective::Send { to: *peer, channel: *tag };
+            now(what, Members::Axis(Axis::Pp), vec![message])
+        }
+        Recv { peer, tag } => {
+            let message = p.message(None, Some(p.slice(op.outs[0])), Deal::Even);
+            let what = Collective::Recv { from: *peer, channel: *tag };
+            now(what, Members::Axis(Axis::Pp), vec![message])
+        }
+        GatherParams { unit, groups } => {
+            let gather = |(group, out): (&GroupId, &View)| {
+                let shard = p.all_of(p.group_buffers[group.0 as usize].param);
+                p.message(Some(shard), Some(p.slice(*out)), Deal::NormChunks)
+            };
+            let members = Members::Replicas(p.group(groups[0]).replication);
+            let messages = groups.iter().zip(&op.outs).map(gather).collect();
+            let when = When::Begins(Ticket::Params(*unit));
+            Some(Comm { what: Collective::AllGather, members, messages, when })
+        }
+        WaitParams { unit } => {
+            let of = p.groups.iter().find(|g| g.unit == *unit).map_or(Replication::Data, |g| g.replication);
+            let (members, when) = (Members::Replicas(of), When::Ends(Ticket::Params(*unit)));
+            Some(Comm { what: Collective::AllGather, members, messages: Vec::new(), when })
+        }
+        ReduceGrads { bucket, scatter } => Some(p.reduction(op, *bucket, *scatter)),
+        WaitGrads { bucket } => {
+            let scatter = p.layout.zero >= Zero::Optimizer;
+            let what = if scatter { Collective::ReduceScatter } else { Collective::AllReduce };
+            let members = Members::Replicas(p.buckets[*bucket].replication);
+            Some(Comm { what, members, messages: Vec::new(), when: When::Ends(Ticket::Grads(*bucket)) })
+        }
+        SyncGrads { over, group } => {
+            let slice = p.owned_in(*group, p.group_buffers[group.0 as usize].grad);
+            now(Collective::AllReduce, *over, vec![p.message(Some(slice), Some(slice), Deal::Even)])
+        }
+        AllGatherParams { group } => {
+            let whole = p.all_of(p.group_buffers[group.0 as usize].param);
+            let members = Members::Replicas(p.group(*group).replication);
+            now(Collective::AllGather, members, vec![p.message(None, Some(whole), Deal::NormChunks)])
+        }
+        GradNorm => {
+            let sums = p.all_of(p.io.norm_chunks);
+            now(Collective::AllReduce, Members::World, vec![p.message(Some(sums), Some(sums), Deal::Even)])
+        }
+        _ => None,
+    };
+    comm.filter(|c| c.members.ranks(p.coords, &p.layout).len() > 1)
+}
+
+impl Program {
+    /// The elements of a view.
+    pub fn slice(&self, view: View) -> Slice {
+        let cols = self.buffer(view.buffer).cols;
+        Slice { buffer: view.buffer, first: view.row0 * cols, count: view.rows * cols }
+    }
+
+    fn all_of(&self, buffer: BufferId) -> Slice {
+        Slice { buffer, first: 0, count: self.buffer(buffer).len() }
+    }
+
+    fn message(&self, from: Option<Slice>, to: Option<Slice>, deal: Deal) -> Message {
+        let larger = from.into_iter().chain(to).max_by_key(|s| s.count).expect("a message has an end");
+        Message { from, to, elements: larger.count, dtype: self.buffer(larger.buffer).dtype, deal }
+    }
+
+    /// Keys and values on their way around the ring, one hop to each other member; backward their gradients after them.
+    fn ring(&self, op: &Op, kv_cols: usize, axis: Axis, rounds: usize) -> Option<Comm> {
+        let members = Members::Axis(axis);
+        let hops = rounds * (members.ranks(self.coords, &self.layout).len() - 1);
+        let qkv = op.ins[0];
+        let hop = Message {
+            from: None,
+            to: None,
+            elements: qkv.rows * kv_cols,
+            dtype: self.buffer(qkv.buffer).dtype,
+            deal: Deal::Even,
+        };
+        Some(Comm { what: Collective::Ring, members, messages: vec![hop; hops], when: When::Now })
+    }
+
+    fn reduction(&self, op: &Op, index: usize, scatter: bool) -> Comm {
+        let bucket = &self.buckets[index];
+        let members = Members::Replicas(bucket.replication);
+        let scattered = |slice| self.message(Some(slice), None, Deal::NormChunks);
+        if self.layout.zero >= Zero::Gradients {
+            // Of a micro-batch's gradients the last level is their sum.
+            let last = |(view, (group, _)): (&View, &(GroupId, BufferId))| {
+                let rows = self.group(*group).rows;
+                scattered(self.slice(View { row0: view.row0 + view.rows - rows, rows, ..*view }))
+            };
+            let messages = op.ins.iter().zip(&bucket.grads).map(last).collect();
+            return Comm { what: Collective::ReduceScatter, members, messages, when: When::Now };
+        }
+        let when = When::Begins(Ticket::Grads(index));
+        if scatter {
+            let messages = bucket.grads.iter().map(|(_, b)| scattered(self.all_of(*b))).collect();
+            return Comm { what: Collective::ReduceScatter, members, messages, when };
+        }
+        let sum = |run| self.message(Some(run), Some(run), Deal::Even);
+        let messages = self.bucket_runs(bucket).into_iter().map(sum).collect();
+        Comm { what: Collective::AllReduce, members, messages, when }
+    }
+
+    /// Runs of a bucket's gradients that lie next to each other: each is reduced with one message.
+    fn bucket_runs(&self, bucket: &Bucket) -> Vec<Slice> {
+        let offset = |id: BufferId| match self.buffer(id).home {
+            Home::Static { offset } => offset,
+            _ => unreachable!("gradient sums are static"),
+        };
+        let mut grads: Vec<BufferId> = bucket.grads.iter().map(|(_, b)| *b).collect();
+        grads.sort_unstable_by_key(|b| (offset(*b), self.buffer(*b).len()));
+        let mut runs: Vec<Slice> = Vec::new();
+        for buffer in grads {
+            let (at, count) = (offset(buffer), self.buffer(buffer).len());
+            if let Some(run) = runs.last_mut() {
+                let start = offset(run.buffer);
+                let end = start + 4 * run.count;
+                // Alignment leaves gaps of less than a cache line, which hold zeros.
+                if at >= end && at - end < crate::ALIGN {
+                    run.count = (at - start) / 4 + count;
+                    continue;
+                }
+            }
+            runs.push(Slice { buffer, first: 0, count });
+        }
+        runs
+    }
+
+    /// The elements of a group's buffer, whole or sharded, that this rank settles, clips and updates.
+    pub fn owned_in(&self, group: GroupId, buffer: BufferId) -> Slice {
+        let owned = self.group_buffers[group.0 as usize].owned;
+        let shard = self.buffer(buffer).len() != self.group(group).len();
+        Slice { buffer, first: if shard { 0 } else { owned.first }, count: owned.count }
+    }
+}
