@@ -508,7 +508,11 @@ impl Executor {
             other => match &op.comm {
                 Some(comm) => self.communicate(op, comm, turn)?,
                 None => {
-                    return Err(Error::failure(format!("{} ({}) is not executed yet", op.name, other.name())));
+                    return Err(Error::failure(format!(
+                        "{} ({}) is not executed yet",
+                        op.name,
+                        other.name()
+                    )));
                 }
             },
         }
