@@ -130,6 +130,7 @@ mod tests {
             rank: 2,
             host: "h\\1".into(),
             device: String::new(),
+            threads: None,
             parameters: 13_800_000,
         });
         metrics.observe(&step(3, f64::NAN));

@@ -85,7 +85,7 @@ impl Reader {
         self.offset += read as u64;
         self.line += 1;
         match serde_json::from_slice(&self.buffer) {
-            Ok(record) => Ok(Some(record)),
+            Ok(record) => Ok(Some(Record::current(record))),
             Err(e) => {
                 self.line -= 1;
                 Err(self.bad(&e.to_string()))
@@ -137,6 +137,28 @@ mod tests {
             let error = read(&path).unwrap_err();
             assert!(error.to_string().contains("j:2: not a record"), "{error}");
         }
+    }
+
+    #[test]
+    fn threads_in_the_name_of_a_device_are_read_as_such() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("j");
+        let check = |said: &str, expected: (&str, Option<usize>)| {
+            let line = format!(
+                "{{\"kind\":\"run_started\",\"time_us\":1,\"version\":\"0.1.0\",\"fingerprint\":\"f\",\"world\":1,\
+                 \"rank\":0,\"host\":\"h\",{said},\"parameters\":9}}\n"
+            );
+            fs::write(&path, line).unwrap();
+            match &read(&path).unwrap()[..] {
+                [Record::RunStarted { device, threads, .. }] => {
+                    assert_eq!((device.as_str(), *threads), expected)
+                }
+                other => panic!("{other:?}"),
+            }
+        };
+        check("\"device\":\"cpu, 4 threads\"", ("cpu", Some(4)));
+        check("\"device\":\"cpu\",\"threads\":2", ("cpu", Some(2)));
+        check("\"device\":\"cpu, unknown\"", ("cpu, unknown", None));
     }
 
     #[test]

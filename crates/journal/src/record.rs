@@ -22,8 +22,11 @@ pub enum Record {
         rank: usize,
         /// Host name.
         host: String,
-        /// What the ranks run on, for people.
+        /// What the rank runs on: `cpu`.
         device: String,
+        /// Threads that its kernels run on; not known of every run.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        threads: Option<usize>,
         /// Parameters of the model.
         parameters: u64,
     },
@@ -145,6 +148,18 @@ pub enum Record {
 }
 
 impl Record {
+    /// The record as it is written now: before, a device's name held its threads, `cpu, 4 threads`.
+    pub(crate) fn current(mut self) -> Record {
+        if let Record::RunStarted { device, threads: threads @ None, .. } = &mut self
+            && let Some((name, count)) = device.rsplit_once(", ")
+            && let Some(count) = count.strip_suffix(" threads").and_then(|n| n.parse().ok())
+        {
+            *threads = Some(count);
+            *device = name.to_owned();
+        }
+        self
+    }
+
     /// When it happened, in microseconds since the Unix epoch; spans have times of their own.
     pub fn time_us(&self) -> Option<u64> {
         match *self {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use program::{GroupId, NORM_CHUNK, Op, OpKind, Program, View};
 use spec::{DType, Error, NormKind, Result};
 
-use crate::table::{KernelKey, Machine, Sample};
+use crate::table::{Conditions, KernelKey, Machine, Sample};
 
 /// An op as the tables know it.
 #[derive(Clone, Debug, PartialEq)]
@@ -83,15 +83,6 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
     Some(Kernel { kind, shape, work })
 }
 
-/// Threads of a rank, and ranks that compute at the same time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Conditions {
-    /// Threads of each rank.
-    pub threads: usize,
-    /// Ranks that compute at the same time.
-    pub beside: usize,
-}
-
 /// Rates of one machine for one storage type and condition, with what was looked up before.
 pub struct Rates<'a> {
     machine: &'a Machine,
@@ -133,7 +124,7 @@ impl<'a> Rates<'a> {
         // A number of threads that was not measured misleads more than a number of ranks, and other storage most.
         let far = |k: &KernelKey| {
             let storage = if k.storage == self.storage { 0.0 } else { 100.0 };
-            storage + 4.0 * apart(k.threads, threads) + apart(k.beside, beside)
+            storage + 4.0 * apart(k.at.threads, threads) + apart(k.at.beside, beside)
         };
         let of_kind = self.machine.kernels.iter().filter(|(k, _)| k.kind == kind);
         let nearest = of_kind.min_by(|(a, _), (b, _)| far(a).total_cmp(&far(b)));
@@ -141,13 +132,13 @@ impl<'a> Rates<'a> {
             Error::user(format!("the calibration of {} knows nothing of {kind}", self.machine.host))
                 .hint("measure this machine again: phalanx bench machine")
         })?;
-        Ok((samples, threads.min(self.machine.cores) as f64 / key.threads.min(self.machine.cores) as f64))
+        Ok((samples, threads.min(self.machine.cores) as f64 / key.at.threads.min(self.machine.cores) as f64))
     }
 }
 
 /// The mean of the logarithms of measured rates, weighted by the inverse fourth power of the distance between shapes
 /// in factors of two (Shepard 1968): a measured shape has its measured rate, and every rate counts with the same sign,
-/// so that faster samples never make a slower price. Also gives the distance to the nearest.
+/// so that faster samples never make a slower estimate. Also gives the distance to the nearest.
 fn interpolate(samples: &[Sample], shape: [f64; 3]) -> (f64, f64) {
     const MEASURED: f64 = 1e-9;
     let (mut sum, mut weights, mut nearest) = (0.0, 0.0, f64::INFINITY);

@@ -1,4 +1,4 @@
-//! Prices on the machine at hand: a step program as the executor runs it, from a calibration file.
+//! What a step takes on the machine at hand: its program as the executor runs it, from a calibration file.
 //!
 //! `table` is the file, `kernel` what an op is to it, `link` what messages take, `play` lets all ranks go through
 //! their programs at once on the cores that they share, and `search` takes the fastest layout that fits.
@@ -12,19 +12,19 @@ pub mod table;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use program::{Collective, Coords, Members, Mode, Op, OpId, Program, Request, When, WorkspaceLen};
+use program::{Collective, Coords, Members, Mode, Op, OpId, Program, Request, When};
 use serde::Serialize;
 use spec::{DType, Layout, ModelSpec, Result};
 
-pub use kernel::{Conditions, Kernel, Rates, kernel};
+pub use kernel::{Kernel, Rates, kernel};
 pub use link::LinkOp;
-pub use table::Machine;
+pub use table::{Conditions, Machine};
 
 use play::{Act, Cores, Mail, Script, Segment, play};
 
 /// What is trained on the machine, whatever the layout.
 #[derive(Clone, Copy)]
-pub struct Job<'a> {
+pub struct Workload<'a> {
     /// The model.
     pub model: &'a ModelSpec,
     /// Tokens of a sequence.
@@ -37,13 +37,13 @@ pub struct Job<'a> {
     pub threads: usize,
     /// How ranks talk: `shm` or `tcp`.
     pub transport: &'a str,
-    /// Elements of f32 work space of an op, as the executor asks for.
-    pub workspace: &'a (dyn Fn(&Op, &Program) -> usize + Sync),
+    /// Elements of f32 work space of an op on so many threads, as the executor asks for.
+    pub workspace: fn(&Op, &Program, usize) -> usize,
 }
 
 /// What a step takes on a machine.
 #[derive(Clone, Debug, Serialize)]
-pub struct StepPrice {
+pub struct StepEstimate {
     /// Seconds of a step.
     pub step_s: f64,
     /// It should not be faster.
@@ -51,10 +51,10 @@ pub struct StepPrice {
     /// Nor slower, as long as nothing else runs on the machine.
     pub high_s: f64,
     /// By rank.
-    pub ranks: Vec<RankPrice>,
+    pub ranks: Vec<RankEstimate>,
 }
 
-impl StepPrice {
+impl StepEstimate {
     /// Bytes of the rank that takes most.
     pub fn memory_bytes(&self) -> usize {
         self.ranks.iter().map(|r| r.memory_bytes).max().unwrap_or(0)
@@ -68,19 +68,19 @@ impl StepPrice {
 
 /// One rank's part of a step.
 #[derive(Clone, Debug, Serialize)]
-pub struct RankPrice {
+pub struct RankEstimate {
     /// Bytes that the program places: exactly what the executor allocates.
     pub memory_bytes: usize,
     /// Seconds of communication that no computation hides, as the executor counts them: ops in which ranks do nothing
     /// but talk, waiting for each other included.
     pub exposed_comm_s: f64,
     /// Its ops in the order of the program.
-    pub ops: Vec<OpPrice>,
+    pub ops: Vec<OpEstimate>,
 }
 
 /// One op's part of a step.
 #[derive(Clone, Debug, Serialize)]
-pub struct OpPrice {
+pub struct OpEstimate {
     /// The op's id, which joins it with what was measured.
     pub id: OpId,
     /// Its name.
@@ -89,68 +89,69 @@ pub struct OpPrice {
     pub kind: &'static str,
     /// How often it runs in a step.
     pub runs: usize,
+    /// Whether ranks talk in it, and do not only wait for what was begun earlier.
+    pub talks: bool,
     /// Seconds of all runs, waiting for other ranks included.
     pub s: f64,
 }
 
-/// Prices one layout, every rank with its own program.
+/// Estimates the step of one layout, every rank with its own program.
 ///
 /// # Errors
 /// If the layout is not valid for the model and the batch, or the calibration lacks a kind of op.
-pub fn price(machine: &Machine, job: &Job<'_>, layout: &Layout) -> Result<StepPrice> {
-    let build = |rank| program_of(job, layout, rank);
+pub fn estimate(machine: &Machine, load: &Workload<'_>, layout: &Layout) -> Result<StepEstimate> {
+    let build = |rank| program_of(load, layout, rank);
     let programs: Vec<Program> = (0..layout.world()).map(build).collect::<Result<_>>()?;
-    price_programs(machine, job, &programs.iter().collect::<Vec<_>>())
+    estimate_programs(machine, load, &programs.iter().collect::<Vec<_>>())
 }
 
 /// The program of one rank, with the executor's work space.
-fn program_of(job: &Job<'_>, layout: &Layout, rank: usize) -> Result<Program> {
+fn program_of(load: &Workload<'_>, layout: &Layout, rank: usize) -> Result<Program> {
     let request = Request {
-        model: job.model,
+        model: load.model,
         layout,
-        sequence: job.sequence,
-        sequences: job.sequences,
-        precision: job.precision,
+        sequence: load.sequence,
+        sequences: load.sequences,
+        precision: load.precision,
         rank,
         mode: Mode::Train,
     };
-    let workspace: WorkspaceLen<'_> = job.workspace;
-    Program::build(&request, workspace)
+    Program::build(&request, &|op, p| (load.workspace)(op, p, load.threads))
 }
 
-/// Prices the programs of all ranks of one layout; a program may stand for several ranks.
-fn price_programs(machine: &Machine, job: &Job<'_>, programs: &[&Program]) -> Result<StepPrice> {
-    let levels = levels(machine, job.threads, programs.len());
+/// Estimates the step of one layout from its ranks' programs; a program may stand for several ranks.
+fn estimate_programs(machine: &Machine, load: &Workload<'_>, programs: &[&Program]) -> Result<StepEstimate> {
+    let levels = levels(machine, load.threads, programs.len());
     let cores = Cores {
         cores: machine.cores,
-        threads: job.threads,
+        threads: load.threads,
         levels: levels.clone(),
         crowding: machine.crowding,
     };
-    let mut pricer = Pricer {
+    let mut estimator = Estimator {
         machine,
-        transport: job.transport,
+        transport: load.transport,
         rates: levels
             .iter()
-            .map(|&beside| Rates::new(machine, job.precision, Conditions { threads: job.threads, beside }))
+            .map(|&beside| Rates::new(machine, load.precision, Conditions { threads: load.threads, beside }))
             .collect(),
         groups: Vec::new(),
         spread: Spread::default(),
     };
-    let priced: Vec<Priced> =
-        programs.iter().enumerate().map(|(rank, p)| pricer.rank(p, rank)).collect::<Result<_>>()?;
-    let scripts: Vec<&Script> = priced.iter().map(|p| &p.script).collect();
-    let groups: Vec<Vec<usize>> = pricer.groups.iter().map(|(_, ranks)| ranks.clone()).collect();
+    let timed: Vec<Timed> =
+        programs.iter().enumerate().map(|(rank, p)| estimator.rank(p, rank)).collect::<Result<_>>()?;
+    let scripts: Vec<&Script> = timed.iter().map(|p| &p.script).collect();
+    let groups: Vec<Vec<usize>> = estimator.groups.iter().map(|(_, ranks)| ranks.clone()).collect();
     let played = play(&scripts, &groups, &cores)?;
     let ranks = programs
         .iter()
-        .zip(&priced)
+        .zip(&timed)
         .zip(played.ranks)
-        .map(|((p, priced), played)| rank_price(p, priced, &played))
+        .map(|((p, timed), played)| rank_estimate(p, timed, &played))
         .collect();
     let step_s = played.makespan;
-    let share = pricer.spread.share();
-    Ok(StepPrice {
+    let share = estimator.spread.share();
+    Ok(StepEstimate {
         step_s,
         low_s: step_s / (1.0 + share + machine.spread),
         high_s: step_s * (1.0 + share + machine.spread),
@@ -161,15 +162,15 @@ fn price_programs(machine: &Machine, job: &Job<'_>, programs: &[&Program]) -> Re
 /// Numbers of ranks at work that were measured for so many threads, up to the ranks that there are.
 fn levels(machine: &Machine, threads: usize, world: usize) -> Vec<usize> {
     let apart = |t: usize| (t as f64 / threads as f64).log2().abs();
-    let near = machine.kernels.keys().map(|k| k.threads).min_by(|a, b| apart(*a).total_cmp(&apart(*b)));
-    let of = machine.kernels.keys().filter(|k| Some(k.threads) == near).map(|k| k.beside);
+    let near = machine.kernels.keys().map(|k| k.at.threads).min_by(|a, b| apart(*a).total_cmp(&apart(*b)));
+    let of = machine.kernels.keys().filter(|k| Some(k.at.threads) == near).map(|k| k.at.beside);
     let mut levels: Vec<usize> = of.filter(|b| *b <= world.max(1)).collect();
     levels.sort_unstable();
     levels.dedup();
     if levels.is_empty() { vec![1] } else { levels }
 }
 
-/// How sure a price is: what is measured in place is known within [`Spread::MEASURED`], and every factor of two
+/// How sure an estimate is: what is measured in place is known within [`Spread::MEASURED`], and every factor of two
 /// between a shape and the nearest measured one adds [`Spread::PER_OCTAVE`]. Means weighted by time.
 #[derive(Clone, Copy, Debug, Default)]
 struct Spread {
@@ -192,7 +193,7 @@ impl Spread {
     }
 }
 
-struct Pricer<'a> {
+struct Estimator<'a> {
     machine: &'a Machine,
     transport: &'a str,
     /// By level.
@@ -202,14 +203,14 @@ struct Pricer<'a> {
 }
 
 /// A rank's script, with the seconds of every op by block.
-struct Priced {
+struct Timed {
     script: Script,
     /// By block and op: seconds of its kernel alone at the highest level.
     ops: Vec<Vec<f64>>,
 }
 
-impl Pricer<'_> {
-    fn rank(&mut self, p: &Program, rank: usize) -> Result<Priced> {
+impl Estimator<'_> {
+    fn rank(&mut self, p: &Program, rank: usize) -> Result<Timed> {
         let mut used: Vec<usize> = p.schedule.iter().map(|i| i.block).collect();
         used.push(p.tail);
         let mut ops = vec![Vec::new(); p.blocks.len()];
@@ -227,7 +228,7 @@ impl Pricer<'_> {
         for (block, micro_batch) in items {
             script.acts.extend(folded[&block].iter().cloned().map(|act| act.of(micro_batch)));
         }
-        Ok(Priced { script, ops })
+        Ok(Timed { script, ops })
     }
 
     /// The acts of one block, and the seconds of its ops at the highest level.
@@ -329,6 +330,11 @@ impl Pricer<'_> {
     }
 }
 
+/// Whether an op only waits for what was begun earlier.
+fn waits(op: &Op) -> bool {
+    matches!(&op.comm, Some(comm) if matches!(comm.when, When::Ends(_)))
+}
+
 impl Act {
     /// The act in a micro-batch: messages are told apart by it.
     fn of(mut self, micro_batch: usize) -> Act {
@@ -340,11 +346,11 @@ impl Act {
 }
 
 /// Adds up what was played by op: a segment's seconds go to its ops in the proportion of their own.
-fn rank_price(p: &Program, priced: &Priced, played: &play::PlayedRank) -> RankPrice {
+fn rank_estimate(p: &Program, timed: &Timed, played: &play::PlayedRank) -> RankEstimate {
     let mut seconds: HashMap<(usize, usize), f64> = played.talk.clone();
-    for (segment, s) in priced.script.segments.iter().zip(&played.segments) {
+    for (segment, s) in timed.script.segments.iter().zip(&played.segments) {
         let (block, first, end) = segment.ops;
-        let own = &priced.ops[block][first..end];
+        let own = &timed.ops[block][first..end];
         let sum: f64 = own.iter().sum();
         for (i, o) in own.iter().enumerate().filter(|(_, o)| **o > 0.0) {
             *seconds.entry((block, first + i)).or_default() += s * o / sum;
@@ -353,13 +359,20 @@ fn rank_price(p: &Program, priced: &Priced, played: &play::PlayedRank) -> RankPr
     let mut runs = vec![0usize; p.blocks.len()];
     p.schedule.iter().for_each(|i| runs[i.block] += 1);
     runs[p.tail] += 1;
-    let mut ops: Vec<OpPrice> = Vec::new();
+    let mut ops: Vec<OpEstimate> = Vec::new();
     let mut known: HashMap<OpId, usize> = HashMap::new();
     let mut exposed_comm_s = 0.0;
     for (b, block) in p.blocks.iter().enumerate().filter(|(b, _)| runs[*b] > 0) {
         for (i, op) in block.ops.iter().enumerate() {
             let at = *known.entry(op.id).or_insert_with(|| {
-                ops.push(OpPrice { id: op.id, name: op.name.clone(), kind: op.kind.name(), runs: 0, s: 0.0 });
+                ops.push(OpEstimate {
+                    id: op.id,
+                    name: op.name.clone(),
+                    kind: op.kind.name(),
+                    runs: 0,
+                    talks: op.only_talks() && !waits(op),
+                    s: 0.0,
+                });
                 ops.len() - 1
             });
             ops[at].runs += runs[b];
@@ -370,7 +383,7 @@ fn rank_price(p: &Program, priced: &Priced, played: &play::PlayedRank) -> RankPr
             }
         }
     }
-    RankPrice { memory_bytes: p.memory.total, exposed_comm_s, ops }
+    RankEstimate { memory_bytes: p.memory.total, exposed_comm_s, ops }
 }
 
 #[cfg(test)]

@@ -19,6 +19,9 @@ pub enum LinkOp {
 }
 
 impl LinkOp {
+    /// All of them.
+    pub const ALL: [LinkOp; 4] = [LinkOp::AllReduce, LinkOp::AllGather, LinkOp::ReduceScatter, LinkOp::Send];
+
     pub(crate) fn of(what: Collective) -> Result<LinkOp> {
         Ok(match what {
             Collective::AllReduce => LinkOp::AllReduce,

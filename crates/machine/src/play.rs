@@ -112,12 +112,12 @@ enum State {
 
 #[derive(Clone, Copy, PartialEq)]
 enum On {
-    Job(usize, usize),
+    Exchange(usize, usize),
     Mail(Mail),
 }
 
 /// One operation of a group.
-struct Job {
+struct Exchange {
     come: usize,
     s: f64,
     left: f64,
@@ -135,7 +135,7 @@ struct Table<'a> {
     states: Vec<State>,
     next: Vec<usize>,
     /// By group: its operations, and the one whose turn it is.
-    jobs: Vec<Vec<Job>>,
+    exchanges: Vec<Vec<Exchange>>,
     turn: Vec<usize>,
     /// By group and member: operations joined so far.
     joined: HashMap<(usize, usize), usize>,
@@ -157,7 +157,7 @@ pub(crate) fn play(scripts: &[&Script], groups: &[Vec<usize>], cores: &Cores) ->
         now: 0.0,
         states: scripts.iter().map(|_| State::Ready).collect(),
         next: vec![0; scripts.len()],
-        jobs: groups.iter().map(|_| Vec::new()).collect(),
+        exchanges: groups.iter().map(|_| Vec::new()).collect(),
         turn: vec![0; groups.len()],
         joined: HashMap::new(),
         begun: HashMap::new(),
@@ -207,8 +207,8 @@ impl Table<'_> {
                 }
             }
             Act::Wait { ticket, .. } => match self.begun.get(&(r, ticket)) {
-                Some(&(group, job)) => {
-                    self.states[r] = State::Waits { on: On::Job(group, job), since: self.now };
+                Some(&(group, exchange)) => {
+                    self.states[r] = State::Waits { on: On::Exchange(group, exchange), since: self.now };
                 }
                 None => self.next[r] += 1,
             },
@@ -222,39 +222,39 @@ impl Table<'_> {
 
     fn join(&mut self, r: usize, at: (usize, usize), group: usize, s: f64, begins: Option<Ticket>) -> On {
         let n = self.joined.entry((group, r)).or_default();
-        let job = *n;
+        let exchange = *n;
         *n += 1;
-        let jobs = &mut self.jobs[group];
-        if jobs.len() <= job {
-            jobs.push(Job { come: 0, s, left: 1.0, began: 0.0, done: false, beside: Vec::new() });
+        let exchanges = &mut self.exchanges[group];
+        if exchanges.len() <= exchange {
+            exchanges.push(Exchange { come: 0, s, left: 1.0, began: 0.0, done: false, beside: Vec::new() });
         }
-        jobs[job].come += 1;
-        jobs[job].s = jobs[job].s.max(s);
+        exchanges[exchange].come += 1;
+        exchanges[exchange].s = exchanges[exchange].s.max(s);
         if let Some(ticket) = begins {
-            jobs[job].beside.push((r, at));
-            self.begun.insert((r, ticket), (group, job));
+            exchanges[exchange].beside.push((r, at));
+            self.begun.insert((r, ticket), (group, exchange));
         }
         self.begin(group);
-        On::Job(group, job)
+        On::Exchange(group, exchange)
     }
 
     /// Begins the operation whose turn it is, if all have come.
     fn begin(&mut self, group: usize) {
         let turn = self.turn[group];
-        if let Some(job) = self.jobs[group].get_mut(turn)
-            && job.come == self.groups[group].len()
+        if let Some(exchange) = self.exchanges[group].get_mut(turn)
+            && exchange.come == self.groups[group].len()
         {
-            job.began = self.now;
+            exchange.began = self.now;
         }
     }
 
-    fn runs(&self, group: usize) -> Option<&Job> {
-        self.jobs[group].get(self.turn[group]).filter(|j| j.come == self.groups[group].len() && !j.done)
+    fn runs(&self, group: usize) -> Option<&Exchange> {
+        self.exchanges[group].get(self.turn[group]).filter(|j| j.come == self.groups[group].len() && !j.done)
     }
 
     fn has_happened(&self, on: On) -> bool {
         match on {
-            On::Job(group, job) => self.jobs[group][job].done,
+            On::Exchange(group, exchange) => self.exchanges[group][exchange].done,
             On::Mail(message) => self.posted.contains(&message),
         }
     }
@@ -295,7 +295,7 @@ impl Table<'_> {
         let level = (0..levels.len()).min_by(|&a, &b| far(levels[a]).total_cmp(&far(levels[b]))).unwrap_or(0);
 
         // A collective among more ranks than cores was measured as they shared them.
-        let job_rate = |g: usize| {
+        let exchange_rate = |g: usize| {
             let n = self.groups[g].len();
             let measured = (*cores as f64 / n as f64).min(1.0);
             (share / measured).min(1.0) / self.runs(g).map_or(1.0, |j| j.s.max(1e-12))
@@ -312,12 +312,12 @@ impl Table<'_> {
             }
         }
         for &g in &running {
-            dt = dt.min(self.runs(g).map_or(f64::INFINITY, |j| j.left / job_rate(g)));
+            dt = dt.min(self.runs(g).map_or(f64::INFINITY, |j| j.left / exchange_rate(g)));
         }
         if !dt.is_finite() {
             return false;
         }
-        let job_rates: Vec<f64> = running.iter().map(|&g| job_rate(g)).collect();
+        let exchange_rates: Vec<f64> = running.iter().map(|&g| exchange_rate(g)).collect();
         let rates: Vec<f64> = (0..self.states.len())
             .map(|r| match self.states[r] {
                 State::Computes { segment, .. } => compute_rate(r, segment),
@@ -355,14 +355,14 @@ impl Table<'_> {
                 _ => {}
             }
         }
-        for (&g, rate) in running.iter().zip(&job_rates) {
+        for (&g, rate) in running.iter().zip(&exchange_rates) {
             let turn = self.turn[g];
-            let job = &mut self.jobs[g][turn];
-            job.left -= dt * rate;
-            if job.left <= NOTHING {
-                job.done = true;
-                for (r, at) in std::mem::take(&mut job.beside) {
-                    *self.out.ranks[r].talk.entry(at).or_default() += self.now - job.began;
+            let exchange = &mut self.exchanges[g][turn];
+            exchange.left -= dt * rate;
+            if exchange.left <= NOTHING {
+                exchange.done = true;
+                for (r, at) in std::mem::take(&mut exchange.beside) {
+                    *self.out.ranks[r].talk.entry(at).or_default() += self.now - exchange.began;
                 }
                 self.turn[g] += 1;
                 self.begin(g);

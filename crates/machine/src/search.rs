@@ -7,9 +7,9 @@ use rayon::prelude::*;
 use serde::Serialize;
 use spec::{Error, Layout, PipelineSchedule, Recompute, Result, Zero};
 
-use crate::{Job, Machine, StepPrice, price, price_programs, program_of};
+use crate::{Machine, StepEstimate, Workload, estimate, estimate_programs, program_of};
 
-/// A layout with its price.
+/// A layout and what its step takes.
 #[derive(Clone, Debug, Serialize)]
 pub struct Choice {
     /// The layout.
@@ -24,6 +24,8 @@ pub struct Choice {
     pub memory_bytes: usize,
     /// Bytes of all ranks together.
     pub total_bytes: usize,
+    /// Model FLOP/s over the best rate of products on as many cores as the ranks use.
+    pub mfu: f64,
 }
 
 /// What the search found, and why.
@@ -33,7 +35,7 @@ pub struct Chosen {
     pub best: Vec<Choice>,
     /// The fastest tensor-parallel layout that fits, if one is faster than the best: it changes the order of sums.
     pub faster_with_other_bits: Option<Choice>,
-    /// Layouts priced.
+    /// Layouts estimated.
     pub layouts_priced: usize,
     /// Layouts that do not fit in the memory.
     pub too_large: usize,
@@ -48,17 +50,17 @@ const CHUNKS_MAX: usize = 4;
 /// Share of the machine's memory that the ranks of a run may take together: the rest is the system's and the data's.
 const MEMORY_SHARE: f64 = 0.9;
 
-/// Prices every layout of `ranks` ranks that the trainer runs and takes the fastest that fits.
+/// Estimates every layout of `ranks` ranks that the trainer runs and takes the fastest that fits.
 ///
 /// Tensor parallelism changes the order of sums inside products, so what is trained would depend on the machine. It is
 /// taken only where no other layout of so many ranks is allowed or fits.
 ///
 /// # Errors
 /// If no layout is allowed, or none fits in the memory; then the message says what the smallest one takes.
-pub fn search(machine: &Machine, job: &Job<'_>, ranks: usize) -> Result<Chosen> {
+pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Chosen> {
     let (mut allowed, mut not_allowed, mut why) = (Vec::new(), 0, None);
-    for layout in layouts(job, ranks) {
-        match layout.validate(job.model, job.sequences, job.sequence) {
+    for layout in layouts(load, ranks) {
+        match layout.validate(load.model, load.sequences, load.sequence) {
             Ok(()) => allowed.push(layout),
             Err(e) => {
                 not_allowed += 1;
@@ -67,17 +69,17 @@ pub fn search(machine: &Machine, job: &Job<'_>, ranks: usize) -> Result<Chosen> 
         }
     }
     if allowed.is_empty() {
-        let name = &job.model.name;
-        let why = why.unwrap_or_else(|| Error::user(format!("{} sequences", job.sequences)));
+        let name = &load.model.name;
+        let why = why.unwrap_or_else(|| Error::user(format!("{} sequences", load.sequences)));
         return Err(Error::user(format!("no layout of {ranks} ranks trains {name}: {why}"))
             .hint(why.hint_text().unwrap_or("start another number of ranks, or set batch.sequences")));
     }
-    let priced: Vec<Choice> =
-        allowed.par_iter().map(|layout| quick(machine, job, layout)).collect::<Result<_>>()?;
-    let layouts_priced = priced.len();
-    let smallest = priced.iter().map(|c| c.total_bytes).min().unwrap_or(0);
+    let timed: Vec<Choice> =
+        allowed.par_iter().map(|layout| quick(machine, load, layout)).collect::<Result<_>>()?;
+    let layouts_priced = timed.len();
+    let smallest = timed.iter().map(|c| c.total_bytes).min().unwrap_or(0);
     let most = MEMORY_SHARE * machine.memory_bytes as f64;
-    let mut fit: Vec<Choice> = priced.into_iter().filter(|c| c.total_bytes as f64 <= most).collect();
+    let mut fit: Vec<Choice> = timed.into_iter().filter(|c| c.total_bytes as f64 <= most).collect();
     if fit.is_empty() {
         let gib = |bytes: f64| bytes / (1u64 << 30) as f64;
         return Err(Error::user(format!(
@@ -97,42 +99,49 @@ pub fn search(machine: &Machine, job: &Job<'_>, ranks: usize) -> Result<Chosen> 
     }
     let faster_with_other_bits = other.into_iter().next().filter(|f| f.step_s < same[0].step_s);
     same.truncate(KEEP);
-    let best = same.iter().map(|c| exact(machine, job, c)).collect::<Result<_>>()?;
+    let best = same.iter().map(|c| exact(machine, load, c)).collect::<Result<_>>()?;
     Ok(Chosen { best, faster_with_other_bits, layouts_priced, too_large, not_allowed })
 }
 
-/// The price with one program for each stage and tensor shard: data-parallel ranks differ in rounding only.
-fn quick(machine: &Machine, job: &Job<'_>, layout: &Layout) -> Result<Choice> {
+/// The estimate with one program for each stage and tensor shard: data-parallel ranks differ in rounding only.
+fn quick(machine: &Machine, load: &Workload<'_>, layout: &Layout) -> Result<Choice> {
     // The last data-parallel rank owns the most under ZeRO.
     let of = |rank: usize| Coords { dp: layout.dp - 1, tp: 0, ..Coords::of(rank, layout) };
     let mut built: BTreeMap<usize, Program> = BTreeMap::new();
     for rank in 0..layout.world() {
         let stands = of(rank).rank(layout);
         if let std::collections::btree_map::Entry::Vacant(v) = built.entry(stands) {
-            v.insert(program_of(job, layout, stands)?);
+            v.insert(program_of(load, layout, stands)?);
         }
     }
     let programs: Vec<&Program> = (0..layout.world()).map(|rank| &built[&of(rank).rank(layout)]).collect();
-    price_programs(machine, job, &programs).map(|p| choice(layout, &p))
+    estimate_programs(machine, load, &programs).map(|e| choice(machine, load, layout, &e))
 }
 
-fn exact(machine: &Machine, job: &Job<'_>, c: &Choice) -> Result<Choice> {
-    price(machine, job, &c.layout).map(|p| Choice { step_s: c.step_s, ..choice(&c.layout, &p) })
+fn exact(machine: &Machine, load: &Workload<'_>, c: &Choice) -> Result<Choice> {
+    estimate(machine, load, &c.layout).map(|e| Choice {
+        step_s: c.step_s,
+        mfu: c.mfu,
+        ..choice(machine, load, &c.layout, &e)
+    })
 }
 
-fn choice(layout: &Layout, price: &StepPrice) -> Choice {
+fn choice(machine: &Machine, load: &Workload<'_>, layout: &Layout, e: &StepEstimate) -> Choice {
+    let tokens = (load.sequences * load.sequence) as f64;
+    let flops = load.model.flops_per_token(load.sequence).0 * tokens;
     Choice {
         layout: layout.clone(),
-        step_s: price.step_s,
-        step_low_s: price.low_s,
-        step_high_s: price.high_s,
-        memory_bytes: price.memory_bytes(),
-        total_bytes: price.total_bytes(),
+        step_s: e.step_s,
+        step_low_s: e.low_s,
+        step_high_s: e.high_s,
+        memory_bytes: e.memory_bytes(),
+        total_bytes: e.total_bytes(),
+        mfu: flops / e.step_s / machine.product_rate().max(1.0),
     }
 }
 
 /// Every layout of so many ranks, valid or not, simple ones first.
-fn layouts(job: &Job<'_>, ranks: usize) -> Vec<Layout> {
+fn layouts(load: &Workload<'_>, ranks: usize) -> Vec<Layout> {
     let divisors = |n: usize| (1..=n).filter(move |d| n.is_multiple_of(*d));
     let mut out = Vec::new();
     for tp in divisors(ranks) {
@@ -142,7 +151,7 @@ fn layouts(job: &Job<'_>, ranks: usize) -> Vec<Layout> {
                 for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
                     for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
                         for sequence_parallel in [false, true] {
-                            for micro_batch in divisors(job.sequences / dp) {
+                            for micro_batch in divisors(load.sequences / dp) {
                                 if (dp == 1 && zero != Zero::Off) || (tp == 1 && sequence_parallel) {
                                     continue;
                                 }

@@ -47,9 +47,16 @@ pub struct KernelKey {
     pub kind: String,
     /// Storage of parameters and activations: `f32` or `bf16`.
     pub storage: String,
-    /// Threads of the rank.
+    /// Beside what.
+    pub at: Conditions,
+}
+
+/// Threads of a rank, and ranks that compute at the same time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Conditions {
+    /// Threads of each rank.
     pub threads: usize,
-    /// Ranks that computed at the same time, this one included.
+    /// Ranks that compute at the same time, this one included.
     pub beside: usize,
 }
 
@@ -92,6 +99,13 @@ impl Machine {
         Reader { path, text }.machine().map_err(|e| e.hint(AGAIN))
     }
 
+    /// The best rate of matrix products that ranks reach together, FLOP/s.
+    pub fn product_rate(&self) -> f64 {
+        let products = self.kernels.iter().filter(|(k, _)| k.kind == "linear");
+        let rates = products.flat_map(|(k, samples)| samples.iter().map(|s| s.per_s * k.at.beside as f64));
+        rates.fold(0.0, f64::max)
+    }
+
     /// The file's text; [`Machine::parse`] reads it back.
     pub fn to_toml(&self) -> String {
         let mut out = String::new();
@@ -120,7 +134,7 @@ impl Machine {
         writeln!(out, "kernels = {}\nlinks = {}", self.kernels.len(), self.links.len())?;
         for (key, samples) in &self.kernels {
             writeln!(out, "\n[[kernel]]\nkind = \"{}\"\nstorage = \"{}\"", key.kind, key.storage)?;
-            writeln!(out, "threads = {}\nbeside = {}\nsamples = [", key.threads, key.beside)?;
+            writeln!(out, "threads = {}\nbeside = {}\nsamples = [", key.at.threads, key.at.beside)?;
             for Sample { shape: [a, b, c], per_s } in samples {
                 writeln!(out, "  [{a}, {b}, {c}, {per_s:.4e}],")?;
             }
@@ -204,8 +218,10 @@ impl Reader<'_> {
             let key = KernelKey {
                 kind: self.string(&section, "kind")?,
                 storage: self.string(&section, "storage")?,
-                threads: self.count(&section, "threads")?,
-                beside: self.count(&section, "beside")?,
+                at: Conditions {
+                    threads: self.count(&section, "threads")?,
+                    beside: self.count(&section, "beside")?,
+                },
             };
             let samples = self.samples(&section, ["rows", "a size", "a size", "a rate"])?;
             let samples = samples.into_iter().map(|[a, b, c, per_s]| Sample { shape: [a, b, c], per_s });

@@ -1,4 +1,4 @@
-//! The table as text, and prices from tables that are made up so that the sums are known.
+//! The table as text, and estimates from tables that are made up so that the sums are known.
 
 use std::collections::BTreeMap;
 
@@ -42,7 +42,11 @@ fn machine(rate: f64, message_s: f64) -> Machine {
     ];
     let mut kinds = KINDS.to_vec();
     kinds.extend(["tie_grads", "xent_combine", "xent_grad", "xent_stats"]);
-    let key = |kind: &str| KernelKey { kind: kind.into(), storage: "f32".into(), threads: 1, beside: 1 };
+    let key = |kind: &str| KernelKey {
+        kind: kind.into(),
+        storage: "f32".into(),
+        at: Conditions { threads: 1, beside: 1 },
+    };
     let sample = Sample { shape: [64.0, 64.0, 64.0], per_s: rate };
     let link = |op: &str| LinkKey { transport: "shm".into(), op: op.into(), ranks: 2 };
     let message = Message { bytes: 1e12, s: message_s };
@@ -68,25 +72,25 @@ fn tiny() -> ModelSpec {
     ModelSpec::preset("tiny").expect("a preset")
 }
 
-fn no_workspace(_: &Op, _: &Program) -> usize {
+fn no_workspace(_: &Op, _: &Program, _: usize) -> usize {
     0
 }
 
-fn job(model: &ModelSpec) -> Job<'_> {
-    Job {
+fn load(model: &ModelSpec) -> Workload<'_> {
+    Workload {
         model,
         sequence: 16,
         sequences: 8,
         precision: DType::F32,
         threads: 1,
         transport: "shm",
-        workspace: &no_workspace,
+        workspace: no_workspace,
     }
 }
 
-/// The work of a step, counted apart from the price: every run of every op.
+/// The work of a step, counted apart from the estimate: every run of every op.
 fn work(model: &ModelSpec, layout: &Layout, rank: usize) -> f64 {
-    let p = program_of(&job(model), layout, rank).expect("a program");
+    let p = program_of(&load(model), layout, rank).expect("a program");
     let runs = p.schedule.iter().map(|i| i.block).chain([p.tail]);
     runs.flat_map(|b| &p.blocks[b].ops).filter_map(|op| kernel(op, &p)).map(|k| k.work).sum()
 }
@@ -103,7 +107,7 @@ fn a_step_alone_takes_the_sum_of_its_work_over_the_rates() {
         Layout { micro_batch: 8, ..Layout::default() },
         Layout { micro_batch: 2, recompute: Recompute::Full, ..Layout::default() },
     ] {
-        let found = price(&machine(1e9, 1.0), &job(&model), &layout).expect("a price");
+        let found = estimate(&machine(1e9, 1.0), &load(&model), &layout).expect("an estimate");
         close(found.step_s, work(&model, &layout, 0) / 1e9);
         close(found.ranks[0].ops.iter().map(|o| o.s).sum(), found.step_s);
         assert!(found.low_s < found.step_s && found.step_s < found.high_s);
@@ -115,7 +119,7 @@ fn a_step_alone_takes_the_sum_of_its_work_over_the_rates() {
 fn a_gap_between_ops_counts_once_for_every_run() {
     let model = tiny();
     let with_gap = Machine { op_gap_s: 1e-3, ..machine(1e9, 1.0) };
-    let found = price(&with_gap, &job(&model), &Layout::default()).expect("a price");
+    let found = estimate(&with_gap, &load(&model), &Layout::default()).expect("an estimate");
     let runs: usize = found.ranks[0].ops.iter().map(|o| o.runs).sum();
     close(found.step_s, work(&model, &Layout::default(), 0) / 1e9 + 1e-3 * runs as f64);
 }
@@ -124,17 +128,17 @@ fn a_gap_between_ops_counts_once_for_every_run() {
 fn data_parallel_ranks_halve_the_work_and_pay_for_messages() {
     let model = tiny();
     let layout = Layout { dp: 2, micro_batch: 4, ..Layout::default() };
-    let free = price(&machine(1e9, 1e-30), &job(&model), &layout).expect("a price");
+    let free = estimate(&machine(1e9, 1e-30), &load(&model), &layout).expect("an estimate");
     close(free.step_s, work(&model, &layout, 0).max(work(&model, &layout, 1)) / 1e9);
     // Messages that take longer than all the compute cannot hide behind it.
-    let dear = price(&machine(1e9, 1e9), &job(&model), &layout).expect("a price");
+    let dear = estimate(&machine(1e9, 1e9), &load(&model), &layout).expect("an estimate");
     assert!(dear.step_s > 2.0 * free.step_s);
     let exposed = dear.ranks[0].exposed_comm_s;
     assert!(exposed > 0.0 && exposed < dear.step_s, "{exposed} of {}", dear.step_s);
 }
 
 #[test]
-fn every_layout_is_priced_and_faster_machines_are_never_slower() {
+fn every_layout_is_estimated_and_faster_machines_are_never_slower() {
     let model = tiny();
     let base = Layout::default();
     for layout in [
@@ -151,7 +155,7 @@ fn every_layout_is_priced_and_faster_machines_are_never_slower() {
     ] {
         let at = |rate: f64, message_s: f64, cores: usize| {
             let m = Machine { cores, ..machine(rate, message_s) };
-            price(&m, &job(&model), &layout).unwrap_or_else(|e| panic!("{layout:?}: {e}")).step_s
+            estimate(&m, &load(&model), &layout).unwrap_or_else(|e| panic!("{layout:?}: {e}")).step_s
         };
         let usual = at(1e9, 1e3, 64);
         assert!(usual.is_finite() && usual > 0.0, "{layout:?}");
@@ -167,9 +171,9 @@ fn every_layout_is_priced_and_faster_machines_are_never_slower() {
 fn memory_is_that_of_the_placed_program_of_every_rank() {
     let model = tiny();
     let layout = Layout { dp: 2, pp: 2, zero: Zero::Optimizer, ..Layout::default() };
-    let found = price(&machine(1e9, 1.0), &job(&model), &layout).expect("a price");
+    let found = estimate(&machine(1e9, 1.0), &load(&model), &layout).expect("an estimate");
     for (rank, r) in found.ranks.iter().enumerate() {
-        assert_eq!(r.memory_bytes, program_of(&job(&model), &layout, rank).expect("a program").memory.total);
+        assert_eq!(r.memory_bytes, program_of(&load(&model), &layout, rank).expect("a program").memory.total);
     }
     assert_eq!(found.total_bytes(), found.ranks.iter().map(|r| r.memory_bytes).sum::<usize>());
 }
@@ -178,9 +182,9 @@ fn memory_is_that_of_the_placed_program_of_every_rank() {
 fn ops_keep_their_ids_and_counts() {
     let model = tiny();
     let layout = Layout { pp: 2, micro_batch: 2, ..Layout::default() };
-    let found = price(&machine(1e9, 1.0), &job(&model), &layout).expect("a price");
+    let found = estimate(&machine(1e9, 1.0), &load(&model), &layout).expect("an estimate");
     for (rank, r) in found.ranks.iter().enumerate() {
-        let p = program_of(&job(&model), &layout, rank).expect("a program");
+        let p = program_of(&load(&model), &layout, rank).expect("a program");
         let mut runs: BTreeMap<_, usize> = BTreeMap::new();
         for b in p.schedule.iter().map(|i| i.block).chain([p.tail]) {
             p.blocks[b].ops.iter().for_each(|op| *runs.entry(op.id).or_default() += 1);
@@ -195,11 +199,11 @@ fn the_search_takes_the_fastest_that_keeps_the_bits_and_is_the_same_every_time()
     let model = tiny();
     // Cheap messages make two ranks twice as fast; tensor parallelism would be as fast, with other bits.
     let m = machine(1e9, 1e-30);
-    let found = search(&m, &job(&model), 2).expect("a choice");
+    let found = search(&m, &load(&model), 2).expect("a choice");
     assert_eq!(found.best[0].layout.tp, 1);
     assert!(found.best.windows(2).all(|w| w[0].step_s <= w[1].step_s));
     assert!(found.layouts_priced > 10);
-    let again = search(&m, &job(&model), 2).expect("a choice");
+    let again = search(&m, &load(&model), 2).expect("a choice");
     assert_eq!(found.best[0].layout, again.best[0].layout);
     assert_eq!(found.best[0].step_s.to_bits(), again.best[0].step_s.to_bits());
     for c in &found.best {
@@ -207,29 +211,29 @@ fn the_search_takes_the_fastest_that_keeps_the_bits_and_is_the_same_every_time()
         c.layout.validate_world(2).expect("two ranks");
         assert!(c.total_bytes < m.memory_bytes);
     }
-    // A program that stands for several ranks' gives the price of all their own.
+    // A program that stands for several ranks' gives the estimate of all their own.
     for ranks in [4, 8] {
-        for c in search(&m, &job(&model), ranks).expect("a choice").best {
-            let exact = price(&m, &job(&model), &c.layout).expect("a price");
+        for c in search(&m, &load(&model), ranks).expect("a choice").best {
+            let exact = estimate(&m, &load(&model), &c.layout).expect("an estimate");
             assert!((c.step_s / exact.step_s - 1.0).abs() < 0.05, "{:?}", c.layout);
         }
     }
     // Where one rank alone must do, there is nothing to share.
-    assert_eq!(search(&m, &job(&model), 1).expect("a choice").best[0].layout.world(), 1);
+    assert_eq!(search(&m, &load(&model), 1).expect("a choice").best[0].layout.world(), 1);
 }
 
 #[test]
 fn what_cannot_be_is_refused_with_a_reason() {
     let model = tiny();
     let small = Machine { memory_bytes: 1 << 18, ..machine(1e9, 1.0) };
-    let e = search(&small, &job(&model), 1).expect_err("no room");
+    let e = search(&small, &load(&model), 1).expect_err("no room");
     assert!(e.to_string().starts_with("no layout of 1 ranks fits: the smallest takes"), "{e}");
-    let e = search(&machine(1e9, 1.0), &job(&model), 7).expect_err("seven divides nothing");
+    let e = search(&machine(1e9, 1.0), &load(&model), 7).expect_err("seven divides nothing");
     assert!(e.to_string().starts_with("no layout of 7 ranks trains tiny: "), "{e}");
     assert!(e.hint_text().is_some());
     let mut lacks = machine(1e9, 1.0);
     lacks.kernels.retain(|k, _| k.kind != "linear");
-    let e = price(&lacks, &job(&model), &Layout::default()).expect_err("no products");
+    let e = estimate(&lacks, &load(&model), &Layout::default()).expect_err("no products");
     assert_eq!(
         (e.to_string().as_str(), e.kind()),
         ("the calibration of test knows nothing of linear", Kind::User)
@@ -239,7 +243,7 @@ fn what_cannot_be_is_refused_with_a_reason() {
 #[test]
 fn kernels_are_told_apart_from_words() {
     let model = tiny();
-    let p = program_of(&job(&model), &Layout { dp: 2, ..Layout::default() }, 0).expect("a program");
+    let p = program_of(&load(&model), &Layout { dp: 2, ..Layout::default() }, 0).expect("a program");
     for op in p.blocks.iter().flat_map(|b| &b.ops) {
         let silent = kernel(op, &p).is_some();
         assert_eq!(silent, !op.only_talks(), "{}", op.name);

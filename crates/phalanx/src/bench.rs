@@ -1,6 +1,6 @@
 //! `phalanx bench`.
 
-mod calibrate;
+mod machine;
 mod predict;
 mod step;
 
@@ -10,7 +10,7 @@ use comm::{BenchOp, Row, TransportChoice};
 use serde_json::json;
 use spec::Result;
 
-pub(crate) use calibrate::{cpu, measure};
+pub(crate) use machine::calibrate;
 
 use crate::args::{Bench, BenchCommand};
 use crate::output;
@@ -19,7 +19,7 @@ use crate::ranks::{self, Rank};
 pub(crate) fn run(args: &Bench) -> Result<u8> {
     match &args.what {
         BenchCommand::Step(a) => step::run(a),
-        BenchCommand::Machine { output, quick, json } => calibrate::run(output, *quick, *json),
+        BenchCommand::Machine { output, quick, json } => machine::run(output, *quick, *json),
         BenchCommand::Predict(a) => predict::run(a),
         BenchCommand::Collectives { ranks, transport, max_bytes, budget_ms, json } => {
             let budget = Duration::from_millis((*budget_ms).max(1));

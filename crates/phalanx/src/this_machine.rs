@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Instant;
 
-use machine::search::{Choice, Chosen, search};
-use machine::{Job, Machine};
+use machine::Machine;
+use machine::search::{Chosen, search};
 use serde_json::json;
 use spec::{DType, Error, Layout, ModelSpec, NumberFormat, Recompute, Result, RunSpec};
 use train::RunDir;
@@ -50,7 +50,7 @@ pub(crate) fn choose(
         load(path)?
     } else {
         output::say(&format!("layout auto: no calibration in {FILE} yet, measuring this machine quickly"));
-        bench::measure(path, true)?
+        bench::calibrate(path, true)?
     };
     let chosen = on(&machine, run, nproc, if transport == "tcp" { "tcp" } else { "shm" })?;
     explain(&chosen, &machine);
@@ -79,25 +79,7 @@ fn begun_with(run: &RunSpec, nproc: usize) -> Result<Option<Layout>> {
 /// rank that reads it comes to the same answer.
 fn on(machine: &Machine, run: &RunSpec, ranks: usize, transport: &str) -> Result<Chosen> {
     let threads = run.run.threads.unwrap_or_else(|| (machine.cores / ranks.max(1)).max(1));
-    with_job(run, threads, transport, |job| search(machine, job, ranks))
-}
-
-/// What the planner is told of a run: its model and batch, and the work space that the executor's kernels take.
-pub(crate) fn with_job<T>(
-    run: &RunSpec,
-    threads: usize,
-    transport: &str,
-    f: impl FnOnce(&Job<'_>) -> Result<T>,
-) -> Result<T> {
-    f(&Job {
-        model: &run.model,
-        sequence: run.batch.sequence,
-        sequences: run.batch.sequences,
-        precision: run.train.precision,
-        threads,
-        transport,
-        workspace: &|op, p| train::workspace_len(op, p, threads),
-    })
+    search(machine, &measure::workload(run, threads, transport), ranks)
 }
 
 fn explain(chosen: &Chosen, machine: &Machine) {
@@ -107,7 +89,7 @@ fn explain(chosen: &Chosen, machine: &Machine) {
         if chosen.too_large > 0 {
             write!(say, ", {} of them too large", chosen.too_large)?;
         }
-        if machine.cpu != bench::cpu() || machine.cores != output::threads(0) {
+        if machine.cpu != measure::cpu() || machine.cores != output::threads(0) {
             write!(say, "; it was measured on {} with {} cores", machine.cpu, machine.cores)?;
         }
         let best = &chosen.best[0];
@@ -273,15 +255,6 @@ fn question(args: &Plan) -> Result<RunSpec> {
     Ok(RunSpec { train: spec::run::TrainSpec { precision, ..run.train }, ..run })
 }
 
-/// Model FLOP/s over the best product rate of as many cores as the ranks use.
-fn mfu(c: &Choice, machine: &Machine, run: &RunSpec) -> f64 {
-    let tokens = run.batch.tokens().0 as f64;
-    let flops = run.model.flops_per_token(run.batch.sequence).0 * tokens;
-    let rates = machine.kernels.iter().filter(|(k, _)| k.kind == "linear");
-    let peak = rates.flat_map(|(k, s)| s.iter().map(move |s| s.per_s * k.beside as f64)).fold(0.0, f64::max);
-    flops / c.step_s / peak.max(1.0)
-}
-
 fn answer(
     chosen: &Chosen,
     machine: &Machine,
@@ -290,16 +263,6 @@ fn answer(
     seconds: f64,
     keep: usize,
 ) -> serde_json::Value {
-    let best: Vec<_> = chosen
-        .best
-        .iter()
-        .take(keep.max(1))
-        .map(|c| {
-            let mut row = serde_json::to_value(c).expect("numbers are JSON");
-            row["mfu"] = json!(mfu(c, machine, run));
-            row
-        })
-        .collect();
     json!({
         "model": run.model.name,
         "params": run.model.param_count(),
@@ -316,7 +279,7 @@ fn answer(
             "too_large": chosen.too_large,
             "not_allowed": chosen.not_allowed,
         },
-        "best": best,
+        "best": &chosen.best[..chosen.best.len().min(keep.max(1))],
         "faster_with_other_bits": chosen.faster_with_other_bits,
         "assumptions": assumptions(machine),
     })
@@ -362,7 +325,7 @@ fn text(
                 ms(c.step_s),
                 ms(c.step_low_s),
                 ms(c.step_high_s),
-                100.0 * mfu(c, machine, run),
+                100.0 * c.mfu,
                 crate::show::binary(c.memory_bytes),
                 keys(&c.layout)
             )?;

@@ -24,5 +24,5 @@ pub use generator::Generator;
 pub use mesh::Mesh;
 pub use run_dir::{RunDir, read};
 pub use spans::{CpuClock, Span, Spans};
-pub use trainer::{Event, Outcome, Start, Trainer, host, now_us, prepare};
+pub use trainer::{Event, Outcome, Start, Trainer, host, memory_bytes, now_us, prepare};
 pub use workspace::workspace_len;

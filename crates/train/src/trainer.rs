@@ -189,7 +189,8 @@ impl Trainer {
             world: self.run.layout.world(),
             rank,
             host: host(),
-            device: format!("cpu, {} threads", self.exec.pool.threads()),
+            device: "cpu".into(),
+            threads: Some(self.exec.pool.threads()),
             parameters: self.run.model.param_count(),
         };
         self.journal.write(&started)?;
@@ -401,17 +402,20 @@ fn load(exec: &mut Executor, stream: &dyn data::TokenStream, index: u64, sample:
     Ok(())
 }
 
+/// Memory of this machine, if the system says.
+pub fn memory_bytes() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = text.lines().find_map(|l| l.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"))?;
+    Some(kib.parse::<usize>().ok()? << 10)
+}
+
 /// Refuses a step that this machine can never hold: the system would hand the memory out and then kill the process.
 fn check_memory(bytes: usize) -> Result<()> {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib = text
-        .lines()
-        .find_map(|l| l.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<usize>().ok());
-    match kib {
-        Some(kib) if bytes / 1024 > kib => Err(Error::user(format!(
+    match memory_bytes() {
+        Some(memory) if bytes > memory => Err(Error::user(format!(
             "the step takes {:.1} GiB, but this machine has {:.1} GiB of memory",
             bytes as f64 / (1u64 << 30) as f64,
-            kib as f64 / (1 << 20) as f64
+            memory as f64 / (1u64 << 30) as f64
         ))
         .hint("a smaller model, batch or layout.micro_batch, layout.recompute = \"full\" or more ranks take less")),
         _ => Ok(()),
