@@ -154,6 +154,7 @@ impl Core {
     }
 
     /// A peer has shown or sent what no rank of this program does.
+    #[cold]
     pub(crate) fn broken(&self, rank: usize, how: &str) -> Error {
         self.fail(&format!(
             "rank {rank} ({}) {how}: its memory or this program is damaged",

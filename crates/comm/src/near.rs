@@ -59,6 +59,9 @@ impl Neighbours {
     }
 }
 
+/// The members whose buffers are shared, and where they lie.
+type Brought = Vec<(usize, Location)>;
+
 /// One collective operation of the members.
 pub(crate) struct Meeting<'a> {
     pub(crate) core: &'a Core,
@@ -72,26 +75,31 @@ impl Meeting<'_> {
         self.near.step.load(Ordering::Relaxed) + 1
     }
 
-    /// Comes to the next meeting with a header, which must equal everyone's, and gives everyone's locations.
-    async fn meet(&self, location: Location) -> Result<Vec<Location>> {
+    /// Comes to the next meeting with a header, which must equal everyone's, and gives the locations of those whose
+    /// buffers are shared.
+    async fn meet(&self, location: Location) -> Result<Brought> {
         let (near, step) = (self.near, self.next());
         let mut words = [0; WORDS];
         words[..8].copy_from_slice(&self.header.encode());
         words[8..].copy_from_slice(&[location.segment, location.offset]);
         near.controls[near.me].header(near.slots[near.me], step).write(&words);
         self.come().await?;
-        let mut locations = Vec::with_capacity(near.size());
+        let mut brought = Brought::new();
         for member in 0..near.size() {
             // Read once: what is compared is what is used, whatever the member does to its memory.
             let theirs = self.words(member);
             if theirs[..8] != words[..8] {
                 return Err(self.disagreement(near.ranks[member], &theirs));
             }
-            locations.push(Location { segment: theirs[8], offset: theirs[9] });
+            let location = Location { segment: theirs[8], offset: theirs[9] };
+            if location.is_shared() {
+                brought.push((member, location));
+            }
         }
-        Ok(locations)
+        Ok(brought)
     }
 
+    #[cold]
     fn disagreement(&self, rank: usize, words: &[u64]) -> Error {
         match Header::decode(words) {
             Some(theirs) => self.core.fail(&mismatch(self.core.rank, &self.header, rank, &theirs)),
@@ -160,24 +168,27 @@ impl Meeting<'_> {
     /// is dropped, which comes before the next meeting.
     async fn buffers(
         &self,
-        locations: &[Location],
+        brought: &Brought,
         bytes: impl Fn(usize) -> usize,
     ) -> Result<Option<(Vec<Address>, Touch<'_>)>> {
-        if !locations.iter().all(|l| l.is_shared()) {
+        if brought.len() < self.near.size() {
             return Ok(None);
         }
         let touch = self.core.touch()?;
-        let mut addresses = Vec::with_capacity(locations.len());
-        for (member, location) in locations.iter().enumerate() {
-            addresses.push(self.resolve(member, *location, bytes(member)).await?);
+        let mut addresses = Vec::with_capacity(brought.len());
+        for &(member, location) in brought {
+            addresses.push(self.resolve(member, location, bytes(member)).await?);
         }
         Ok(Some((addresses, touch)))
     }
 
     async fn resolve(&self, member: usize, location: Location, bytes: usize) -> Result<Address> {
         let rank = self.near.ranks[member];
-        let what = || format!("the shared memory of rank {rank}");
-        until(self.core, what, || self.core.resolve(rank, location, bytes)).await
+        let look = || self.core.resolve(rank, location, bytes);
+        match look() {
+            Some(address) => address,
+            None => until(self.core, || format!("the shared memory of rank {rank}"), look).await,
+        }
     }
 
     fn shared(&self, buffer: Span) -> Location {
@@ -203,14 +214,14 @@ impl Meeting<'_> {
             // SAFETY: passed on from the caller.
             unsafe { self.stage_in(buffer, 0..buffer.count) };
         }
-        let locations = self.meet(here).await?;
-        if let Some((buffers, touch)) = self.buffers(&locations, |_| buffer.bytes()).await? {
+        let brought = self.meet(here).await?;
+        if let Some((buffers, touch)) = self.buffers(&brought, |_| buffer.bytes()).await? {
             // SAFETY: as the caller's, of every member.
             unsafe { self.add_share(buffer, &buffers).await };
             drop(touch);
             return self.come().await;
         }
-        if staged && locations.iter().all(|l| !l.is_shared()) {
+        if staged && brought.is_empty() {
             // SAFETY: passed on from the caller.
             unsafe { self.add_all(buffer) };
             return Ok(());
@@ -283,10 +294,10 @@ impl Meeting<'_> {
         into: Into,
         ranges: &[Range<usize>],
     ) -> Result<()> {
-        let locations = self.meet(self.shared(input)).await?;
+        let brought = self.meet(self.shared(input)).await?;
         let own = &ranges[self.near.me];
         let destinations = [output];
-        if let Some((buffers, touch)) = self.buffers(&locations, |_| input.bytes()).await? {
+        if let Some((buffers, touch)) = self.buffers(&brought, |_| input.bytes()).await? {
             let sum = Sum { into, ..self.sum(input, &buffers, &destinations) };
             // SAFETY: members write their own range of their own input at most; others do not read that.
             unsafe { sum.run(own.start, 0, own.len()) };
@@ -331,8 +342,8 @@ impl Meeting<'_> {
             unsafe { copy(input.as_ptr(), own.as_ptr(), own.bytes()) };
         }
         if bytes(longest) > SMALL_BYTES {
-            let locations = self.meet(self.shared(input)).await?;
-            if let Some((buffers, touch)) = self.buffers(&locations, |m| bytes(ranges[m].len())).await? {
+            let brought = self.meet(self.shared(input)).await?;
+            if let Some((buffers, touch)) = self.buffers(&brought, |m| bytes(ranges[m].len())).await? {
                 for member in self.others() {
                     let to = output.part(&ranges[member]);
                     // SAFETY: the member's input stays as it is until the next meeting.
@@ -400,7 +411,7 @@ impl Meeting<'_> {
         }
         let words =
             |member: usize, to: usize| table(member, to, step).map(|w| w.load(Ordering::Relaxed) as usize);
-        let locations = self.meet(self.shared(input)).await?;
+        let brought = self.meet(self.shared(input)).await?;
         // Read once: what is checked is what is used, whatever the member does to its table.
         let runs: Vec<[usize; 2]> = (0..n).map(|member| words(member, near.me)).collect();
         for (member, [_, theirs]) in runs.iter().enumerate() {
@@ -414,7 +425,7 @@ impl Meeting<'_> {
             }
         }
         let end = |m: usize| runs[m][0].saturating_add(runs[m][1]).saturating_mul(element.bytes());
-        if let Some((buffers, touch)) = self.buffers(&locations, end).await? {
+        if let Some((buffers, touch)) = self.buffers(&brought, end).await? {
             for member in self.others().chain([near.me]) {
                 let from = buffers[member].plus(runs[member][0] * element.bytes());
                 // SAFETY: the member's input stays as it is until the next meeting.
@@ -453,8 +464,8 @@ impl Meeting<'_> {
     pub(crate) async unsafe fn broadcast(&self, buffer: Span, root: usize) -> Result<()> {
         let is_root = self.near.me == root;
         if buffer.bytes() > SMALL_BYTES {
-            let location = self.meet(self.shared(buffer)).await?[root];
-            if location.is_shared() {
+            let brought = self.meet(self.shared(buffer)).await?;
+            if let Some(&(_, location)) = brought.iter().find(|(member, _)| *member == root) {
                 if !is_root {
                     let _touch = self.core.touch()?;
                     let from = self.resolve(root, location, buffer.bytes()).await?;
