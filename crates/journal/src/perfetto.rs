@@ -119,7 +119,7 @@ impl<W: Write> TraceWriter<W> {
     pub fn record(&mut self, record: &Record, origin_us: u64) -> io::Result<()> {
         let Record::Spans { rank, step, spans } = record else { return Ok(()) };
         for span in spans {
-            let mut args = vec![("op", u64::from(span.op)), ("step", *step)];
+            let mut args = vec![("op", span.op), ("step", *step)];
             args.extend(span.micro_batch.map(|m| ("micro_batch", u64::from(m))));
             if span.bytes > 0 {
                 args.push(("bytes", span.bytes));

@@ -2,17 +2,19 @@
 //! software generation.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
+use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
+use spec::{Error, Result};
 
 use crate::software::Software;
 
 /// Number of constants.
-const COUNT: usize = 7;
+pub const COUNT: usize = 7;
 
 /// What a stack makes of the hardware.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Constants {
     /// Matrix products, as a share of the best measured rate of large ones.
     pub gemm: f64,
@@ -71,46 +73,38 @@ const BOUNDS: [(f64, f64); COUNT] =
     [(0.3, 1.1), (0.2, 1.3), (0.1, 1.2), (0.1, 1.2), (1e-7, 5e-5), (1e-4, 0.3), (0.15, 1.1)];
 
 /// The largest logarithm of a factor, either way.
-const FACTOR_MAX: f64 = 2.0;
+pub const FACTOR_MAX: f64 = 2.0;
 
-/// What a factor belongs to.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Effect {
-    /// An accelerator family.
-    Family(String),
-    /// A numeric recipe.
-    Recipe(String),
-    /// A software generation.
-    Software(String),
-    /// One accelerator of a family.
-    Chip(String),
-    /// All generations of a stack.
-    Lineage(String),
-}
+/// Logarithms of factors on the constants, in the order of [`Constants::NAMES`]. A file names them and leaves out zeros,
+/// so that a constant added later is 0 in files from before.
+pub type Factors = [f64; COUNT];
 
 /// Logarithms of factors on the prior; what is absent is one.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Calibration {
     /// By accelerator family.
-    pub family: BTreeMap<String, [f64; COUNT]>,
+    #[serde(deserialize_with = "named")]
+    pub family: BTreeMap<String, Factors>,
     /// By numeric recipe.
-    pub recipe: BTreeMap<String, [f64; COUNT]>,
+    #[serde(deserialize_with = "named")]
+    pub recipe: BTreeMap<String, Factors>,
     /// By software generation.
-    pub software: BTreeMap<String, [f64; COUNT]>,
+    #[serde(deserialize_with = "named")]
+    pub software: BTreeMap<String, Factors>,
     /// By accelerator.
-    #[serde(default)]
-    pub chip: BTreeMap<String, [f64; COUNT]>,
+    #[serde(default, deserialize_with = "named")]
+    pub chip: BTreeMap<String, Factors>,
     /// By lineage of software.
-    #[serde(default)]
-    pub lineage: BTreeMap<String, [f64; COUNT]>,
+    #[serde(default, deserialize_with = "named")]
+    pub lineage: BTreeMap<String, Factors>,
     /// What predictions missed by on sources that the fit had not seen.
     #[serde(default)]
     pub spread: Spreads,
 }
 
 /// Errors on sources left out of the fit.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spreads {
     /// By accelerator family and software generation.
@@ -122,7 +116,7 @@ pub struct Spreads {
 }
 
 /// How far predictions were off for a combination.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spread {
     /// Which combination, joined with `/`.
@@ -130,26 +124,14 @@ pub struct Spread {
     /// Rows behind it.
     pub rows: usize,
     /// Nine in ten published times lay within the prediction divided and multiplied by this.
+    #[serde(deserialize_with = "spread_factor")]
     pub factor: f64,
     /// The most accelerators of any of these rows.
     pub accelerators: usize,
 }
 
-/// One prediction on a source that the fit had not seen.
-#[derive(Clone, Debug)]
-pub struct Miss {
-    /// Accelerator family.
-    pub family: String,
-    /// Software generation.
-    pub software: String,
-    /// Accelerators.
-    pub accelerators: usize,
-    /// Logarithm of predicted over published.
-    pub log_error: f64,
-}
-
 /// How good the evidence behind a prediction is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Evidence {
     /// Runs of this accelerator family with this software were predicted unseen.
@@ -180,8 +162,6 @@ const WIDER_PER_DOUBLING: f64 = 0.15;
 
 /// Fewer rows than this say little about a spread.
 const SPREAD_ROWS_MIN: usize = 5;
-/// No interval is narrower: runs of the same job differ by more than this.
-const FACTOR_MIN: f64 = 1.05;
 /// The interval where nothing near was validated.
 const FACTOR_UNKNOWN: f64 = 1.6;
 
@@ -230,73 +210,38 @@ impl Calibration {
             })
     }
 
-    /// Learns spreads from errors on unseen sources.
-    pub fn learn_spread(&mut self, errors: &[Miss]) {
-        let learn = |name: &dyn Fn(&Miss) -> String| {
-            let mut groups: BTreeMap<String, (Vec<f64>, usize)> = BTreeMap::new();
-            for e in errors {
-                let group = groups.entry(name(e)).or_default();
-                group.0.push(e.log_error.abs());
-                group.1 = group.1.max(e.accelerators);
-            }
-            let spread = |(name, (mut abs, accelerators)): (String, (Vec<f64>, usize))| {
-                abs.sort_by(f64::total_cmp);
-                let at = ((abs.len() as f64 * 0.9).ceil() as usize).clamp(1, abs.len()) - 1;
-                Spread { name, rows: abs.len(), factor: abs[at].exp().max(FACTOR_MIN), accelerators }
-            };
-            groups.into_iter().map(spread).collect()
-        };
-        self.spread = Spreads {
-            both: learn(&|e| format!("{}/{}", e.family, e.software)),
-            family: learn(&|e| e.family.clone()),
-            software: learn(&|e| e.software.clone()),
-        };
-    }
-
     /// The calibration fitted on the published runs that this project collected.
     ///
     /// # Errors
     /// If the embedded file is broken, which the tests exclude.
-    pub fn builtin() -> spec::Result<Self> {
+    pub fn builtin() -> Result<Self> {
         Self::parse("catalog/calibration.toml", include_str!("../../../catalog/calibration.toml"))
     }
 
     /// Reads a calibration file. `path` only names it in errors.
     ///
     /// # Errors
-    /// If the text is none.
-    pub fn parse(path: &str, text: &str) -> spec::Result<Self> {
-        let hint = "a calibration file is what `phalanx validate --fit` writes";
-        let read: Self = toml::from_str(text).map_err(|e| {
+    /// If the text is none: with file, line and a hint.
+    pub fn parse(path: &str, text: &str) -> Result<Self> {
+        toml::from_str(text).map_err(|e| {
             let line = e.span().map_or(1, |s| text[..s.start].lines().count().max(1));
-            spec::Error::user(format!("{path}:{line}: {}", e.message())).hint(hint)
-        })?;
-        let tables = [&read.family, &read.chip, &read.recipe, &read.lineage, &read.software];
-        let factors = tables.into_iter().flatten().flat_map(|(name, f)| f.iter().map(move |f| (name, *f)));
-        for (name, f) in factors {
-            if !f.is_finite() || f.abs() > FACTOR_MAX {
-                let what =
-                    format!("{path}: a factor of {name} is {f}, expected {FACTOR_MAX} at most either way");
-                return Err(spec::Error::user(what).hint(hint));
-            }
-        }
-        let spreads = [&read.spread.both, &read.spread.family, &read.spread.software];
-        for s in spreads.into_iter().flatten() {
-            if !s.factor.is_finite() || s.factor < 1.0 {
-                let what = format!("{path}: the spread of {} is {}, expected 1 or more", s.name, s.factor);
-                return Err(spec::Error::user(what).hint(hint));
-            }
-        }
-        Ok(read)
+            Error::user(format!("{path}:{line}: {}", e.message()))
+                .hint("phalanx validate RUNS.csv --fit FILE writes a calibration file")
+        })
     }
 
-    /// The calibration as a file.
+    /// The calibration as a file; [`Calibration::parse`] reads it back, to four digits after the point.
     pub fn to_toml(&self) -> String {
-        use std::fmt::Write;
-        let mut out =
-            String::from("# Fitted on published runs. Logarithms of factors on the priors, in the order\n# ");
-        out.push_str(&Constants::NAMES.join(", "));
-        out.push('\n');
+        let mut out = String::new();
+        self.write(&mut out).expect("writing to a string");
+        out
+    }
+
+    fn write(&self, out: &mut impl fmt::Write) -> fmt::Result {
+        writeln!(
+            out,
+            "# Fitted on published runs. Logarithms of factors on the priors; what is left out is 0."
+        )?;
         for (name, table) in [
             ("family", &self.family),
             ("chip", &self.chip),
@@ -304,68 +249,140 @@ impl Calibration {
             ("lineage", &self.lineage),
             ("software", &self.software),
         ] {
-            let _ = writeln!(out, "\n[{name}]");
+            writeln!(out, "\n[{name}]")?;
             for (key, factors) in table {
-                let list: Vec<String> = factors.iter().map(|f| format!("{f:.4}")).collect();
-                let _ = writeln!(out, "{key} = [{}]", list.join(", "));
+                let named = Constants::NAMES.iter().zip(factors).filter(|(_, f)| f.abs() >= 0.5e-4);
+                let named: Vec<String> = named.map(|(name, f)| format!("{name} = {f:.4}")).collect();
+                let inner = if named.is_empty() { String::new() } else { format!(" {} ", named.join(", ")) };
+                writeln!(out, "{key} = {{{inner}}}")?;
             }
         }
-        out.push_str("\n# Nine in ten published times of sources left out lay within the prediction over and times `factor`.\n[spread]\n");
+        writeln!(
+            out,
+            "\n# Nine in ten published times of sources left out lay within the prediction over and times `factor`.\n[spread]"
+        )?;
         for (name, list) in [
             ("both", &self.spread.both),
             ("family", &self.spread.family),
             ("software", &self.spread.software),
         ] {
-            let _ = writeln!(out, "{name} = [");
-            for s in list {
-                let Spread { name, rows, factor, accelerators } = s;
-                let _ = writeln!(
+            writeln!(out, "{name} = [")?;
+            for Spread { name, rows, factor, accelerators } in list {
+                writeln!(
                     out,
                     "    {{ name = \"{name}\", rows = {rows}, factor = {factor:.3}, accelerators = {accelerators} }},"
-                );
+                )?;
             }
-            out.push_str("]\n");
+            writeln!(out, "]")?;
         }
-        out
+        Ok(())
+    }
+}
+
+/// Factors of each name, read key by key.
+fn named<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<BTreeMap<String, Factors>, D::Error> {
+    let named = BTreeMap::<String, Named>::deserialize(d)?;
+    Ok(named.into_iter().map(|(name, Named(factors))| (name, factors)).collect())
+}
+
+struct Named(Factors);
+
+impl<'de> Deserialize<'de> for Named {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
+        d.deserialize_any(NamedVisitor)
+    }
+}
+
+struct NamedVisitor;
+
+impl<'de> Visitor<'de> for NamedVisitor {
+    type Value = Named;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "named factors, {{ {} = 0.1, ... }}", Constants::NAMES[0])
     }
 
-    fn slot(&mut self, effect: &Effect) -> &mut [f64; COUNT] {
-        match effect {
-            Effect::Family(name) => self.family.entry(name.clone()).or_default(),
-            Effect::Recipe(name) => self.recipe.entry(name.clone()).or_default(),
-            Effect::Software(name) => self.software.entry(name.clone()).or_default(),
-            Effect::Chip(name) => self.chip.entry(name.clone()).or_default(),
-            Effect::Lineage(name) => self.lineage.entry(name.clone()).or_default(),
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Named, A::Error> {
+        let mut factors = [0.0; COUNT];
+        while let Some(name) = map.next_key::<String>()? {
+            let at = Constants::NAMES.iter().position(|n| *n == name);
+            let at = at.ok_or_else(|| {
+                A::Error::custom(format!("unknown constant {name}, expected {}", Constants::NAMES.join(", ")))
+            })?;
+            let f: f64 = map.next_value()?;
+            if !f.is_finite() || f.abs() > FACTOR_MAX {
+                let what = format!("{name} = {f}, expected a logarithm of at most {FACTOR_MAX} either way");
+                return Err(A::Error::custom(what));
+            }
+            factors[at] = f;
         }
+        Ok(Named(factors))
     }
 
-    /// Adds to the logarithm of one factor.
-    pub fn nudge(&mut self, effect: &Effect, constant: usize, by: f64) {
-        self.slot(effect)[constant] += by;
+    fn visit_seq<A: SeqAccess<'de>>(self, _: A) -> std::result::Result<Named, A::Error> {
+        Err(A::Error::custom("factors without names, as versions before wrote them: fit the file again"))
+    }
+}
+
+fn spread_factor<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<f64, D::Error> {
+    let factor = f64::deserialize(d)?;
+    if factor.is_finite() && factor >= 1.0 {
+        return Ok(factor);
+    }
+    Err(D::Error::custom(format!("factor = {factor}, expected 1 or more")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_reads_back_and_leaves_zeros_out() {
+        let mut c = Calibration::builtin().unwrap();
+        c.family.insert("plain".into(), [0.0; COUNT]);
+        let text = c.to_toml();
+        assert!(text.contains("\nplain = {}\n"), "{text}");
+        assert_eq!(Calibration::parse("c.toml", &text).unwrap(), c);
+        assert_eq!(Calibration::parse("c.toml", &text).unwrap().to_toml(), text);
     }
 
-    /// The logarithm of one factor.
-    pub fn factor(&self, effect: &Effect, constant: usize) -> f64 {
-        let found = match effect {
-            Effect::Family(name) => self.family.get(name),
-            Effect::Recipe(name) => self.recipe.get(name),
-            Effect::Software(name) => self.software.get(name),
-            Effect::Chip(name) => self.chip.get(name),
-            Effect::Lineage(name) => self.lineage.get(name),
+    #[test]
+    fn constants_left_out_are_those_of_the_prior() {
+        let c = Calibration::parse("c.toml", "[family]\nhopper = { gemm = 0.1 }\n[recipe]\n[software]\n")
+            .unwrap();
+        let stack = Software::usual("hopper");
+        let expected = Constants { gemm: PRIOR.gemm * 0.1f64.exp(), ..PRIOR };
+        assert_eq!(c.constants("hopper", "h100-sxm5", "bf16", &stack), expected);
+    }
+
+    #[test]
+    fn a_bad_file_is_refused_with_its_line() {
+        let check = |hopper: &str, expected: &str| {
+            let text =
+                format!("[family]\nampere = {{ gemm = 0.1 }}\nhopper = {hopper}\n[recipe]\n[software]\n");
+            let e = Calibration::parse("c.toml", &text).unwrap_err();
+            assert_eq!(e.to_string(), format!("c.toml:{expected}"), "{hopper}");
+            assert!(e.hint_text().is_some_and(|h| h.contains("--fit FILE")));
         };
-        found.map_or(0.0, |f| f[constant])
-    }
-
-    /// Keeps the logarithm of each factor within what a file may hold.
-    pub fn clamp(&mut self) {
-        for table in
-            [&mut self.family, &mut self.recipe, &mut self.software, &mut self.chip, &mut self.lineage]
-        {
-            for factors in table.values_mut() {
-                for f in factors {
-                    *f = f.clamp(-FACTOR_MAX, FACTOR_MAX);
-                }
-            }
-        }
+        check(
+            "{ gem = 0.1 }",
+            "3: unknown constant gem, expected gemm, attention, stream, network, host_s, step_s, experts",
+        );
+        check("{ gemm = 3.0 }", "3: gemm = 3, expected a logarithm of at most 2 either way");
+        check("{ gemm = nan }", "3: gemm = NaN, expected a logarithm of at most 2 either way");
+        check("{ gemm = \"much\" }", "3: invalid type: string \"much\", expected f64");
+        check(
+            "[0.1, 0, 0, 0, 0, 0, 0]",
+            "3: factors without names, as versions before wrote them: fit the file again",
+        );
+        check("0.1", "3: invalid type: floating point `0.1`, expected named factors, { gemm = 0.1, ... }");
+        check(
+            "{ gemm = 0.1 }\n[fabric]",
+            "4: unknown field `fabric`, expected one of `family`, `recipe`, `software`, `chip`, `lineage`, `spread`",
+        );
+        check(
+            "{}\n[spread]\nboth = [\n{ name = \"a/b\", rows = 5, factor = 0.5, accelerators = 8 },\n]\nfamily = []\nsoftware = []",
+            "6: factor = 0.5, expected 1 or more",
+        );
     }
 }

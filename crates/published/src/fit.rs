@@ -7,16 +7,15 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use plan::calibration::{Calibration, Constants, Effect, PRIOR};
+use plan::calibration::{COUNT, Calibration, Constants, FACTOR_MAX, Factors, PRIOR, Spread, Spreads};
 use plan::price::{Price, Pricer, Problem};
 use plan::template::{Key, Template};
 use rayon::prelude::*;
 use spec::Result;
 
 use crate::runs::Run;
+use crate::validate::quantile;
 
-/// Constants that are fitted.
-const N: usize = Constants::NAMES.len();
 /// Steps of Gauss-Newton; it settles in about ten.
 const STEPS: usize = 14;
 /// Steps when some runs are left out: the start is close.
@@ -25,8 +24,52 @@ const LEAVE_OUT_STEPS: usize = 4;
 const NUDGE: f64 = 0.02;
 /// Errors beyond this (in log) count linearly.
 const HUBER: f64 = 0.12;
-/// Which effect of a kind a run has.
-type EffectOf = fn(&Run) -> Effect;
+
+/// What a factor belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Effect {
+    kind: EffectKind,
+    name: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum EffectKind {
+    /// An accelerator family.
+    Family,
+    /// A numeric recipe.
+    Recipe,
+    /// A software generation.
+    Software,
+    /// One accelerator of a family.
+    Chip,
+    /// All generations of a stack.
+    Lineage,
+}
+
+impl Effect {
+    fn of(kind: EffectKind, run: &Run) -> Effect {
+        let name = match kind {
+            EffectKind::Family => &run.cluster.accelerator.family,
+            EffectKind::Recipe => run.recipe,
+            EffectKind::Software => run.software.name,
+            EffectKind::Chip => &run.cluster.accelerator.name,
+            EffectKind::Lineage => run.software.lineage,
+        };
+        Effect { kind, name: name.to_owned() }
+    }
+
+    /// Its factors in a calibration.
+    fn factors<'a>(&self, c: &'a mut Calibration) -> &'a mut Factors {
+        let table = match self.kind {
+            EffectKind::Family => &mut c.family,
+            EffectKind::Recipe => &mut c.recipe,
+            EffectKind::Software => &mut c.software,
+            EffectKind::Chip => &mut c.chip,
+            EffectKind::Lineage => &mut c.lineage,
+        };
+        table.entry(self.name.clone()).or_default()
+    }
+}
 
 /// What sets one accelerator apart from its family: its clock under its power limit, its links, and how well it does
 /// grouped products. Indices into [`Constants::get`].
@@ -35,12 +78,12 @@ const OF_CHIP: [usize; 3] = [0, 3, 6];
 const FIXED: f64 = 1e9;
 
 /// How strongly a factor is drawn to one, by kind of effect, and by constant relative to that.
-const RIDGE: [(EffectOf, f64); 5] = [
-    (|r| Effect::Family(r.cluster.accelerator.family.clone()), 0.02),
-    (|r| Effect::Recipe(r.recipe.to_owned()), 0.02),
-    (|r| Effect::Lineage(r.software.lineage.to_owned()), 0.03),
-    (|r| Effect::Software(r.software.name.to_owned()), 0.1),
-    (|r| Effect::Chip(r.cluster.accelerator.name.clone()), 0.2),
+const RIDGE: [(EffectKind, f64); 5] = [
+    (EffectKind::Family, 0.02),
+    (EffectKind::Recipe, 0.02),
+    (EffectKind::Lineage, 0.03),
+    (EffectKind::Software, 0.1),
+    (EffectKind::Chip, 0.2),
 ];
 
 /// A run ready to be priced many times.
@@ -216,8 +259,10 @@ impl Linear {
         let mut size: BTreeMap<&str, f64> = BTreeMap::new();
         for (i, p) in runs.iter().enumerate() {
             *size.entry(p.run.family.as_str()).or_default() += 1.0;
-            for (effect, ridge) in RIDGE {
-                let slot = effects.entry(effect(&p.run)).or_insert_with(|| (ridge, vec![false; runs.len()]));
+            for (kind, ridge) in RIDGE {
+                let slot = effects
+                    .entry(Effect::of(kind, &p.run))
+                    .or_insert_with(|| (ridge, vec![false; runs.len()]));
                 slot.1[i] = true;
             }
         }
@@ -226,11 +271,11 @@ impl Linear {
         let base = residuals(runs, calibration);
         let effects: Vec<(Effect, f64, Vec<bool>)> =
             effects.into_iter().map(|(e, (r, rows))| (e, r, rows)).collect();
-        let jacobian = (0..effects.len() * N)
+        let jacobian = (0..effects.len() * COUNT)
             .map(|column| {
-                let (effect, _, touched) = &effects[column / N];
+                let (effect, _, touched) = &effects[column / COUNT];
                 let mut nudged = calibration.clone();
-                nudged.nudge(effect, column % N, NUDGE);
+                effect.factors(&mut nudged)[column % COUNT] += NUDGE;
                 runs.par_iter_mut()
                     .enumerate()
                     .filter(|(i, _)| touched[*i])
@@ -267,16 +312,56 @@ impl Linear {
             }
         }
         for a in 0..columns {
-            let (effect, ridge) = &self.effects[a / N];
-            let fixed = matches!(effect, Effect::Chip(_)) && !OF_CHIP.contains(&(a % N));
+            let (effect, ridge) = &self.effects[a / COUNT];
+            let fixed = effect.kind == EffectKind::Chip && !OF_CHIP.contains(&(a % COUNT));
             let ridge = if fixed { FIXED } else { *ridge };
             normal[a][a] += ridge;
-            right[a] -= ridge * calibration.factor(effect, a % N);
+            right[a] -= ridge * effect.factors(calibration)[a % COUNT];
         }
         for (a, d) in solve(normal, right).iter().enumerate() {
-            calibration.nudge(&self.effects[a / N].0, a % N, d.clamp(-0.25, 0.25));
+            let f = &mut self.effects[a / COUNT].0.factors(calibration)[a % COUNT];
+            *f = (*f + d.clamp(-0.25, 0.25)).clamp(-FACTOR_MAX, FACTOR_MAX);
         }
-        calibration.clamp();
+    }
+}
+
+/// One prediction on a source that the fit had not seen.
+#[derive(Clone, Debug)]
+pub struct Miss {
+    /// Accelerator family.
+    pub family: String,
+    /// Software generation.
+    pub software: String,
+    /// Accelerators.
+    pub accelerators: usize,
+    /// Logarithm of predicted over published.
+    pub log_error: f64,
+}
+
+/// No interval is narrower: runs of the same job differ by more than this.
+const SPREAD_MIN: f64 = 1.05;
+
+/// How wide intervals have to be, from errors on unseen sources.
+pub fn spreads(misses: &[Miss]) -> Spreads {
+    let learn = |name: &dyn Fn(&Miss) -> String| {
+        let mut groups: BTreeMap<String, (Vec<f64>, usize)> = BTreeMap::new();
+        for m in misses {
+            let group = groups.entry(name(m)).or_default();
+            group.0.push(m.log_error.abs());
+            group.1 = group.1.max(m.accelerators);
+        }
+        let spread = |(name, (abs, accelerators)): (String, (Vec<f64>, usize))| Spread {
+            name,
+            rows: abs.len(),
+            factor: quantile(&abs, 0.9).exp().max(SPREAD_MIN),
+            accelerators,
+        };
+        groups.into_iter().map(spread).collect()
+    };
+    Spreads {
+        both: learn(&|m| format!("{}/{}", m.family, m.software)),
+        family: learn(&|m| m.family.clone()),
+        software: learn(&|m| m.software.clone()),
     }
 }
 

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use plan::calibration::{Calibration, Miss};
+use plan::calibration::Calibration;
 use rayon::prelude::*;
 use serde::Serialize;
 use spec::{Catalog, Result};
 
-use crate::fit::{self, Prepared};
+use crate::fit::{self, Miss, Prepared};
 use crate::runs::{Measured, NotPriced, Runs};
 
 /// Errors of predicted step times on a table of published runs.
@@ -136,7 +136,7 @@ pub fn calibrate(path: &str, text: &str, catalog: &Catalog) -> Result<Calibratio
     let (mut prepared, _) = prepare(path, text, catalog)?;
     let mut calibration = fit::fit(&mut prepared);
     let unseen = fit::leave_out(&mut prepared, &calibration, |run| run.source.clone());
-    let errors: Vec<Miss> = prepared
+    let misses: Vec<Miss> = prepared
         .par_iter_mut()
         .filter_map(|p| {
             let c = unseen.get(&p.run().source)?;
@@ -150,7 +150,7 @@ pub fn calibrate(path: &str, text: &str, catalog: &Catalog) -> Result<Calibratio
             })
         })
         .collect();
-    calibration.learn_spread(&errors);
+    calibration.spread = fit::spreads(&misses);
     Ok(calibration)
 }
 
@@ -232,7 +232,7 @@ fn summary(
 }
 
 /// The `q` quantile of absolute values (nearest rank); 0 of none.
-fn quantile(errors: &[f64], q: f64) -> f64 {
+pub(crate) fn quantile(errors: &[f64], q: f64) -> f64 {
     let mut abs: Vec<f64> = errors.iter().map(|e| e.abs()).collect();
     abs.sort_by(f64::total_cmp);
     let at = ((abs.len() as f64 * q).ceil() as usize).clamp(1, abs.len().max(1)) - 1;
