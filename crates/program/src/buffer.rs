@@ -9,7 +9,7 @@ use crate::params::GroupId;
 use crate::role::Place;
 
 /// Index of a buffer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub struct BufferId(pub u32);
 
 /// A named run of bytes with a two-dim shape.

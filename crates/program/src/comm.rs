@@ -3,6 +3,7 @@
 //! [`state`] is the one place that knows which kinds of op talk. The executor, both planners and the timelines read
 //! what it says in [`Op::comm`](crate::Op::comm) and match no kinds of their own.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use serde::Serialize;
@@ -150,7 +151,7 @@ impl Comm {
 }
 
 /// What an op of `p` says; `None` if it keeps silent, or nobody else belongs to its group.
-pub(crate) fn state(op: &Op, p: &Program) -> Option<Comm> {
+fn state(op: &Op, p: &Program, units: &HashMap<usize, Replication>) -> Option<Comm> {
     use OpKind::*;
     let now = |what, members, messages| Some(Comm { what, members, messages, when: When::Now });
     let both = |what, axis: &Axis| {
@@ -185,8 +186,7 @@ pub(crate) fn state(op: &Op, p: &Program) -> Option<Comm> {
             Some(Comm { what: Collective::AllGather, members, messages, when })
         }
         WaitParams { unit } => {
-            let of = p.groups.iter().find(|g| g.unit == *unit).map_or(Replication::Data, |g| g.replication);
-            let (members, when) = (Members::Replicas(of), When::Ends(Ticket::Params(*unit)));
+            let (members, when) = (Members::Replicas(units[unit]), When::Ends(Ticket::Params(*unit)));
             Some(Comm { what: Collective::AllGather, members, messages: Vec::new(), when })
         }
         ReduceGrads { bucket, scatter } => Some(p.reduction(op, *bucket, *scatter)),
@@ -215,6 +215,16 @@ pub(crate) fn state(op: &Op, p: &Program) -> Option<Comm> {
 }
 
 impl Program {
+    /// Fills in what every op says, once all buffers are there.
+    pub(crate) fn state_messages(&mut self) {
+        let units = self.groups.iter().map(|g| (g.unit, g.replication)).collect();
+        let mut blocks = std::mem::take(&mut self.blocks);
+        for op in blocks.iter_mut().flat_map(|b| &mut b.ops) {
+            op.comm = state(op, self, &units);
+        }
+        self.blocks = blocks;
+    }
+
     /// The elements of a view.
     pub fn slice(&self, view: View) -> Slice {
         let cols = self.buffer(view.buffer).cols;

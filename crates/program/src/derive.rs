@@ -1,58 +1,76 @@
 use std::collections::HashMap;
 
-use spec::{DType, NormKind, Recompute};
+use spec::{DType, NormKind};
 
-use crate::emit::{Context, Forward};
+use crate::emit::Forward;
 use crate::graph::{Graph, Node, Operand, Phase, Sequences, Source, ValueId};
 use crate::op::{Axis, OpKind};
 use crate::params::{Chunk, GroupId};
+use crate::rank::Rank;
 use crate::role::{Place, Role};
 
-/// Ops of a chunk's backward pass, in order: input gradients, each followed by the weight gradients that it frees.
+/// A chunk's forward and backward ops over the values of one graph.
+pub(crate) struct Both {
+    /// Its nodes are the forward ops.
+    pub(crate) graph: Graph,
+    pub(crate) backward: Vec<Node>,
+    /// Values at layer boundaries, which full recompute keeps.
+    pub(crate) boundaries: Vec<ValueId>,
+}
+
+/// Differentiates a chunk's forward ops: input gradients, each followed by the weight gradients that it frees.
 ///
-/// Appends the loss (for the last chunk), then the derivative of every forward op in reverse. Values of the forward
-/// pass that the recompute policy does not keep are computed again just before their first use.
-pub(crate) fn backward(cx: &Context<'_>, chunk: &Chunk, f: &mut Forward) -> Vec<Node> {
-    let forward = std::mem::take(&mut f.graph.nodes);
-    let mut d = Derive { cx, g: &mut f.graph, out: Vec::new(), grads: HashMap::new() };
+/// Backward begins with the loss (for the last chunk), then comes the derivative of every forward op in reverse.
+pub(crate) fn backward(cx: &Rank<'_>, chunk: &Chunk, forward: Forward) -> Both {
+    let Forward { mut graph, input, output, boundaries } = forward;
+    let forward = std::mem::take(&mut graph.nodes);
+    let mut d = Derive { cx, g: &mut graph, out: Vec::new(), grads: HashMap::new() };
     if chunk.head {
-        d.loss(f.output);
+        d.loss(output);
     } else {
-        d.receive(chunk, f.output);
+        d.receive(chunk, output);
     }
     for node in forward.iter().rev() {
         d.g.place = node.place;
         d.node(node);
     }
     if !chunk.embed {
-        d.send(chunk, f.input);
+        d.send(chunk, input);
     }
-    let nodes = d.out;
-    f.graph.nodes = forward;
-    recompute(&mut f.graph, cx.layout.recompute, &f.boundaries, nodes)
+    let backward = d.out;
+    graph.nodes = forward;
+    Both { graph, backward, boundaries }
 }
 
-/// The ops that turn the final norm's output into losses, one sequence at a time, so that logits of more than one
-/// sequence never exist. With `train`, also their gradients.
-pub(crate) fn loss(cx: &Context<'_>, g: &mut Graph, x: ValueId, train: bool) -> (Vec<Node>, Option<ValueId>) {
-    g.place = Place::Head;
-    let mut d = Derive { cx, g, out: Vec::new(), grads: HashMap::new() };
-    let dx = d.loss_ops(x, train);
-    (d.out, dx)
+/// A chunk's forward ops with the loss behind them, one sequence at a time, without gradients.
+pub(crate) fn evaluation(cx: &Rank<'_>, chunk: &Chunk, forward: Forward) -> Graph {
+    let Forward { mut graph, output, .. } = forward;
+    if chunk.head {
+        graph.place = Place::Head;
+        let mut d = Derive { cx, g: &mut graph, out: Vec::new(), grads: HashMap::new() };
+        d.loss_ops(output, false);
+        let loss = d.out;
+        graph.nodes.extend(loss);
+    }
+    graph
 }
 
-/// The op that turns one token's final norm output into logits, for generation.
-pub(crate) fn decode_logits(cx: &Context<'_>, g: &mut Graph, x: ValueId) -> Node {
-    g.place = Place::Head;
-    let mut d = Derive { cx, g, out: Vec::new(), grads: HashMap::new() };
+/// A chunk's forward ops for one token, with its logits behind them.
+pub(crate) fn generation(cx: &Rank<'_>, forward: Forward) -> Graph {
+    let Forward { mut graph, output, .. } = forward;
+    graph.place = Place::Head;
+    let mut d = Derive { cx, g: &mut graph, out: Vec::new(), grads: HashMap::new() };
     let w = d.table();
     let logits = d.g.value("logits", 1, cx.vocab().1, cx.dtype, Source::Node);
-    let (ins, outs) = (vec![d.g.all(x), w], vec![d.g.all(logits)]);
-    d.push(OpKind::Linear, "head.decode".into(), ins, outs, Phase::Forward).clone()
+    let (ins, outs) = (vec![d.g.all(output), w], vec![d.g.all(logits)]);
+    d.push(OpKind::Linear, "head.decode".into(), ins, outs, Phase::Forward);
+    let decode = d.out;
+    graph.nodes.extend(decode);
+    graph
 }
 
 struct Derive<'a> {
-    cx: &'a Context<'a>,
+    cx: &'a Rank<'a>,
     g: &'a mut Graph,
     out: Vec<Node>,
     /// The gradient of a value, once its first contribution is known.
@@ -302,6 +320,8 @@ impl Derive<'_> {
         }
     }
 
+    /// The ops that turn the final norm's output into losses, one sequence at a time, so that logits of more than one
+    /// sequence never exist. With `train`, also their gradients.
     fn loss_ops(&mut self, x: ValueId, train: bool) -> Option<ValueId> {
         let cx = self.cx;
         let (vocab0, vocab) = cx.vocab();
@@ -367,70 +387,5 @@ impl Derive<'_> {
         self.push(gather, format!("{name}.gather"), vec![mine], vec![all], input);
         self.push(OpKind::XentCombine { shards }, format!("{name}.combine"), vec![all], vec![sum], input);
         sum
-    }
-}
-
-/// Puts copies of forward ops in front of the backward ops that need values which were not kept.
-fn recompute(g: &mut Graph, policy: Recompute, boundaries: &[ValueId], nodes: Vec<Node>) -> Vec<Node> {
-    if policy == Recompute::None {
-        return nodes;
-    }
-    let mut producer: HashMap<ValueId, usize> = HashMap::new();
-    for (i, n) in g.nodes.iter().enumerate() {
-        for out in &n.outs {
-            let kept = match policy {
-                Recompute::Full => boundaries.contains(&out.value) || is_tail(g, n),
-                _ => !matches!(
-                    n.kind,
-                    OpKind::Norm { .. } | OpKind::LatentNorm { .. } | OpKind::SwiGlu | OpKind::Gelu { .. }
-                ),
-            };
-            if !kept && !matches!(n.kind, OpKind::Recv { .. }) {
-                producer.insert(out.value, i);
-            }
-        }
-    }
-    let mut r = Again { g, producer, renamed: HashMap::new(), out: Vec::new() };
-    for mut node in nodes {
-        for operand in node.ins.iter_mut().chain(node.acc.iter_mut()) {
-            operand.value = r.again(operand.value);
-        }
-        r.out.push(node);
-    }
-    r.out
-}
-
-/// The final norm and what follows: its output is the loss's input and is used at once.
-fn is_tail(g: &Graph, n: &Node) -> bool {
-    n.place == Place::Head && g.nodes.last().is_some_and(|last| last.place == Place::Head)
-}
-
-struct Again<'a> {
-    g: &'a mut Graph,
-    producer: HashMap<ValueId, usize>,
-    renamed: HashMap<ValueId, ValueId>,
-    out: Vec<Node>,
-}
-
-impl Again<'_> {
-    fn again(&mut self, value: ValueId) -> ValueId {
-        if let Some(&v) = self.renamed.get(&value) {
-            return v;
-        }
-        let Some(&at) = self.producer.get(&value) else { return value };
-        let mut node = self.g.nodes[at].clone();
-        for operand in node.ins.iter_mut().chain(node.acc.iter_mut()) {
-            operand.value = self.again(operand.value);
-        }
-        node.name.push_str(".again");
-        node.phase = Phase::Input;
-        self.g.place = node.place;
-        for out in &mut node.outs {
-            let fresh = self.g.like(out.value, &node.name);
-            self.renamed.insert(out.value, fresh);
-            out.value = fresh;
-        }
-        self.out.push(node);
-        self.renamed[&value]
     }
 }

@@ -13,24 +13,27 @@
 //!
 //! Nothing here knows clocks, hardware or files.
 
-mod buffer;
-mod comm;
-mod coords;
-mod cost;
-mod derive;
-mod emit;
-mod graph;
-mod lifetimes;
-mod lower;
 mod op;
-mod params;
-mod pipeline;
-mod place;
+mod comm;
 mod role;
-mod statics;
-mod step;
+mod buffer;
+mod coords;
+mod params;
+mod rank;
+mod graph;
+mod emit;
+mod derive;
+mod recompute;
 mod zero;
+mod pipeline;
+mod schedule;
+mod place;
+mod step;
+mod cost;
 
+use place::Placer;
+use rank::Rank;
+use schedule::{Blocks, Passes, Schedule};
 use serde::Serialize;
 use spec::{DType, Layout, ModelSpec, Result};
 
@@ -235,7 +238,7 @@ pub struct SlotRegion {
 }
 
 /// Static buffers of a step's inputs and sums.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Io {
     /// Token ids `[local_sequences * sequence / cp]`.
     pub tokens: BufferId,
@@ -267,16 +270,46 @@ impl Program {
     /// Compiles the program of one rank.
     ///
     /// # Errors
-    /// If the layout is not valid for the model and the batch, or a model with experts or latent attention is asked to
-    /// generate.
+    /// If the layout is not valid for the model and the batch, or the model or the layout is asked to generate and
+    /// cannot.
     pub fn build(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Result<Program> {
-        request.layout.validate(request.model, request.sequences, request.sequence)?;
-        if request.mode != Mode::Train {
-            // Generation is of what trains: one token has no expert's share and no part of a sequence.
-            request.model.check_trains()?;
-            request.layout.check_trains()?;
+        let rank = &Rank::of(request)?;
+        let schedule = &Schedule::of(rank);
+        let mut placer = Placer::new(rank, schedule);
+        let mut blocks = Blocks::default();
+        let (mut eval, mut decode) = (Vec::new(), None);
+        for (c, chunk) in rank.chunks.iter().enumerate().filter(|_| !rank.generates()) {
+            let forward = emit::forward(rank, chunk);
+            let both = derive::backward(rank, chunk, forward);
+            let both = recompute::recompute(rank, both);
+            let passes = zero::shard(rank, &placer, schedule.passes(both));
+            let ops = placer.chunk(c, &passes, true);
+            blocks.train(rank, c, ops, &placer.buckets);
         }
-        Ok(lower::lower(request, workspace))
+        for (c, chunk) in rank.chunks.iter().enumerate() {
+            let forward = emit::forward(rank, chunk);
+            let (name, graph) = match rank.generates() {
+                true => ("decode".to_owned(), derive::generation(rank, forward)),
+                false => (format!("e{c}"), derive::evaluation(rank, chunk, forward)),
+            };
+            let passes = zero::shard(rank, &placer, Passes::one(graph));
+            let ops = placer.chunk(c, &passes, false).remove(0);
+            let block = blocks.push(name, c, ops);
+            if rank.generates() { decode = Some(block) } else { eval.push(block) }
+        }
+        let tail = blocks.push("step".into(), 0, step::ops(rank, &placer));
+        let mut program = placer.program(schedule, blocks, tail, eval, decode);
+        program.state_messages();
+        program.add_workspace(workspace);
+        Ok(program)
+    }
+
+    /// Adds the work space of the kernel that wants most.
+    fn add_workspace(&mut self, workspace: WorkspaceLen<'_>) {
+        let ops = self.blocks.iter().flat_map(|b| &b.ops);
+        let floats = ops.map(|op| workspace(op, self)).max().unwrap_or_default();
+        self.memory.workspace = place::aligned(4 * floats);
+        self.memory.total = self.workspace_offset + self.memory.workspace;
     }
 
     /// The buffer behind an id.

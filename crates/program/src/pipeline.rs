@@ -35,15 +35,25 @@ pub fn orders(
     chunks: usize,
     micro_batches: usize,
 ) -> Vec<Vec<Work>> {
+    (0..stages).map(|s| order(schedule, s, stages, chunks, micro_batches)).collect()
+}
+
+/// The order of work on one stage.
+pub(crate) fn order(
+    schedule: PipelineSchedule,
+    stage: usize,
+    stages: usize,
+    chunks: usize,
+    micro_batches: usize,
+) -> Vec<Work> {
+    let behind = stages - 1 - stage;
     match schedule {
-        PipelineSchedule::Gpipe => (0..stages).map(|_| gpipe(micro_batches)).collect(),
-        PipelineSchedule::OneFOneB => {
-            (0..stages).map(|s| one_f_one_b(stages - 1 - s, micro_batches, 1, stages)).collect()
+        PipelineSchedule::Gpipe => gpipe(micro_batches),
+        PipelineSchedule::OneFOneB => one_f_one_b(behind, micro_batches, 1, stages),
+        PipelineSchedule::Interleaved => {
+            one_f_one_b(behind * 2 + (chunks - 1) * stages, micro_batches, chunks, stages)
         }
-        PipelineSchedule::Interleaved => (0..stages)
-            .map(|s| one_f_one_b((stages - 1 - s) * 2 + (chunks - 1) * stages, micro_batches, chunks, stages))
-            .collect(),
-        PipelineSchedule::ZeroBubble => (0..stages).map(|s| zero_bubble(s, stages, micro_batches)).collect(),
+        PipelineSchedule::ZeroBubble => zero_bubble(stage, stages, micro_batches),
     }
 }
 

@@ -1,24 +1,23 @@
+use std::collections::HashMap;
+
 use spec::{DType, Zero};
 
-use crate::buffer::{Buffer, BufferId, View};
+use crate::buffer::{BufferId, View};
 use crate::coords::Members;
 use crate::cost::Cost;
-use crate::emit::Context;
 use crate::graph::Phase;
 use crate::op::{Axis, Op, OpId, OpKind};
 use crate::params::{GroupId, ParamGroup};
+use crate::place::Placer;
+use crate::rank::Rank;
 use crate::role::{Place, Role};
 use crate::{Bucket, GroupBuffers};
 
 /// The tail of a step: wait for reduced gradients, settle shared ones, clip, update, hand out parameters.
-pub(crate) fn ops(
-    cx: &Context<'_>,
-    buffers: &[Buffer],
-    groups: &[GroupBuffers],
-    buckets: &[Bucket],
-) -> Vec<Op> {
+pub(crate) fn ops(cx: &Rank<'_>, placer: &Placer<'_>) -> Vec<Op> {
+    let Placer { buffers, groups, buckets, .. } = placer;
     let whole = |id: BufferId| View { buffer: id, row0: 0, rows: buffers[id.0 as usize].rows };
-    let layout = cx.layout;
+    let layout = &cx.layout;
     let mut ops = Vec::new();
     if layout.zero < Zero::Gradients {
         for (bucket, _) in buckets.iter().enumerate().filter(|(_, b)| cx.replicas(b.replication).0 > 1) {
@@ -64,34 +63,36 @@ pub(crate) fn ops(
 
 /// The ops of a rank's last backward pass, with each bucket's reduction begun as soon as its gradients are complete.
 ///
-/// `later` says whether a later pass of the micro-batch still adds to a buffer.
+/// `here` says whether no later pass of the micro-batch adds to a buffer.
 pub(crate) fn with_reductions(
     ops: &[Op],
-    cx: &Context<'_>,
+    cx: &Rank<'_>,
     buckets: &[Bucket],
-    later: &dyn Fn(BufferId) -> bool,
+    here: &dyn Fn(BufferId) -> bool,
 ) -> Vec<Op> {
-    let adds_to = |op: &Op, b: BufferId| op.grads.iter().any(|g| g.sum == b);
-    let mut at: Vec<(usize, usize)> = Vec::new();
+    let mut adds_last: HashMap<BufferId, usize> = HashMap::new();
+    for (i, op) in ops.iter().enumerate() {
+        adds_last.extend(op.grads.iter().map(|g| (g.sum, i)));
+    }
+    let mut complete: HashMap<usize, Vec<usize>> = HashMap::new();
     for (i, bucket) in buckets.iter().enumerate().filter(|(_, b)| cx.replicas(b.replication).0 > 1) {
-        let complete_after =
-            ops.iter().rposition(|op| bucket.grads.iter().any(|(_, buffer)| adds_to(op, *buffer)));
-        if let (Some(last), false) = (complete_after, bucket.grads.iter().any(|(_, b)| later(*b))) {
-            at.push((last, i));
+        let last = bucket.grads.iter().filter_map(|(_, b)| adds_last.get(b)).max();
+        if let (Some(last), true) = (last, bucket.grads.iter().all(|(_, b)| here(*b))) {
+            complete.entry(*last).or_default().push(i);
         }
     }
-    let mut out = Vec::with_capacity(ops.len() + at.len());
+    let scatter = cx.layout.zero >= Zero::Optimizer;
+    let mut out = Vec::with_capacity(ops.len() + buckets.len());
     for (i, o) in ops.iter().enumerate() {
         out.push(o.clone());
-        for &(_, bucket) in at.iter().filter(|(last, _)| *last == i) {
-            let scatter = cx.layout.zero >= Zero::Optimizer;
-            let kind = OpKind::ReduceGrads { bucket, scatter };
+        for &bucket in complete.get(&i).into_iter().flatten() {
             let view = |(g, b): &(GroupId, BufferId)| View {
                 buffer: *b,
                 row0: 0,
                 rows: cx.groups[g.0 as usize].rows,
             };
             let views = buckets[bucket].grads.iter().map(view).collect();
+            let kind = OpKind::ReduceGrads { bucket, scatter };
             out.push(op(format!("grads.bucket{bucket}.reduce"), kind, views, vec![]));
         }
     }
@@ -100,17 +101,17 @@ pub(crate) fn with_reductions(
 
 /// Whether gradients of a group need a sum over the tensor-parallel ranks after backward: parameters that each rank
 /// used on its own rows of the sequence or for its own heads.
-fn needs_tp_sync(cx: &Context<'_>, group: &ParamGroup) -> bool {
+fn needs_tp_sync(cx: &Rank<'_>, group: &ParamGroup) -> bool {
     let on_rows = group.replicated_tp && group.key.role != Role::Positions;
     cx.layout.tp > 1 && on_rows && (cx.layout.sequence_parallel || group.key.role.used_apart())
 }
 
 fn each<'a>(
-    cx: &'a Context<'a>,
+    cx: &'a Rank<'_>,
     groups: &'a [GroupBuffers],
 ) -> impl Iterator<Item = (GroupId, &'a ParamGroup, &'a GroupBuffers)> {
     let ids = (0..).map(GroupId);
-    ids.zip(cx.groups).zip(groups).map(|((id, group), b)| (id, group, b))
+    ids.zip(&cx.groups).zip(groups).map(|((id, group), b)| (id, group, b))
 }
 
 fn op(name: String, kind: OpKind, ins: Vec<View>, outs: Vec<View>) -> Op {

@@ -2,16 +2,17 @@
 
 use std::collections::{HashMap, HashSet};
 
-use spec::DType;
+use spec::{DType, Zero};
 
 use crate::NORM_CHUNK;
 use crate::buffer::{BufferId, Owned};
-use crate::emit::Context;
 use crate::graph::{Graph, Node, Operand, Phase, Source, ValueId};
-use crate::lower::Lower;
 use crate::op::OpKind;
 use crate::params::GroupId;
+use crate::place::Placer;
+use crate::rank::Rank;
 use crate::role::Place;
+use crate::schedule::Passes;
 
 /// The run of elements of a group that the rank `index` of `replicas` updates ([`crate::Coords::replicas`]): whole norm
 /// chunks, as even as possible.
@@ -21,14 +22,30 @@ pub fn owned(len: usize, replicas: usize, index: usize) -> Owned {
     Owned { first: at(index), count: at(index + 1) - at(index) }
 }
 
-impl Lower<'_> {
-    /// Gradients of one micro-batch become values, reduced and scattered as soon as their bucket is complete.
-    pub(crate) fn scatter_grads(&self, g: &mut Graph, passes: &mut [Vec<Node>], sums: &mut Sums) {
-        for n in passes.iter_mut().flatten() {
+/// Gathers parameters before each pass needs them and scatters gradients of every micro-batch, where the layout's ZeRO
+/// stage says so.
+pub(crate) fn shard(cx: &Rank<'_>, placer: &Placer<'_>, mut passes: Passes) -> Passes {
+    if cx.layout.zero >= Zero::Parameters {
+        let g = &mut passes.graph;
+        passes.lists = passes.lists.into_iter().map(|p| gather_params(g, p, cx)).collect();
+    }
+    if cx.layout.zero >= Zero::Gradients {
+        scatter_grads(placer, &mut passes);
+    }
+    passes
+}
+
+/// Gradients of one micro-batch become values, reduced and scattered as soon as their bucket is complete.
+fn scatter_grads(placer: &Placer<'_>, passes: &mut Passes) {
+    let Passes { graph: g, lists, sums } = passes;
+    // The last op that adds to each gradient.
+    let mut last: HashMap<BufferId, (usize, usize)> = HashMap::new();
+    for (pass, nodes) in lists.iter_mut().enumerate() {
+        for (at, n) in nodes.iter_mut().enumerate() {
             for &group in &n.grads {
-                let of = &self.cx.groups[group.0 as usize];
-                let buffer = self.grad_buffer(group, is_head(n));
-                let levels = self.levels_of(n.sequences.count);
+                let of = &placer.cx.groups[group.0 as usize];
+                let buffer = placer.grad_buffer(group, is_head(n));
+                let levels = placer.levels_of(n.sequences.count);
                 let v = *sums.whole.entry(buffer).or_insert_with(|| {
                     let name = format!("{}.micro_batch", of.name);
                     g.place = of.key.place;
@@ -36,25 +53,30 @@ impl Lower<'_> {
                 });
                 sums.hidden.insert(v);
                 n.outs.push(g.all(v));
+                last.insert(buffer, (pass, at));
             }
         }
-        for (bucket, b) in self.bucket_list.iter().enumerate() {
-            let values: Vec<ValueId> =
-                b.grads.iter().filter_map(|(_, id)| sums.whole.get(id).copied()).collect();
-            let uses = |n: &Node| n.outs.iter().any(|o| values.contains(&o.value));
-            let Some(pass) = passes.iter().rposition(|p| p.iter().any(uses)) else { continue };
-            let at = passes[pass].iter().rposition(uses).map_or(0, |i| i + 1);
-            let ins: Vec<Operand> = values.iter().map(|v| g.all(*v)).collect();
-            let node = |kind: OpKind, name: &str| {
-                let name = format!("grads.bucket{bucket}.{name}");
-                Node::new(kind, name, ins.clone(), Vec::new(), Phase::Weight, Place::Step)
-            };
-            let nodes = [
-                node(OpKind::ReduceGrads { bucket, scatter: true }, "reduce"),
-                node(OpKind::ShardGrads { bucket }, "shard"),
-            ];
-            passes[pass].splice(at..at, nodes);
-        }
+    }
+    let mut after: HashMap<(usize, usize), Vec<Node>> = HashMap::new();
+    for (bucket, b) in placer.buckets.iter().enumerate() {
+        let Some(&at) = b.grads.iter().filter_map(|(_, id)| last.get(id)).max() else { continue };
+        let values = b.grads.iter().filter_map(|(_, id)| sums.whole.get(id));
+        let ins: Vec<Operand> = values.map(|v| g.all(*v)).collect();
+        let node = |kind: OpKind, name: &str| {
+            let name = format!("grads.bucket{bucket}.{name}");
+            Node::new(kind, name, ins.clone(), Vec::new(), Phase::Weight, Place::Step)
+        };
+        after.entry(at).or_default().extend([
+            node(OpKind::ReduceGrads { bucket, scatter: true }, "reduce"),
+            node(OpKind::ShardGrads { bucket }, "shard"),
+        ]);
+    }
+    for (pass, nodes) in lists.iter_mut().enumerate() {
+        let with = std::mem::take(nodes).into_iter().enumerate().flat_map(|(at, n)| {
+            let behind = after.remove(&(pass, at)).unwrap_or_default();
+            std::iter::once(n).chain(behind)
+        });
+        *nodes = with.collect();
     }
 }
 
@@ -81,7 +103,7 @@ struct Unit {
 }
 
 /// Gathers the parameters of each unit one unit before their first use in a pass.
-pub(crate) fn gather_params(g: &mut Graph, mut nodes: Vec<Node>, cx: &Context<'_>) -> Vec<Node> {
+fn gather_params(g: &mut Graph, mut nodes: Vec<Node>, cx: &Rank<'_>) -> Vec<Node> {
     let mut fresh: HashMap<GroupId, ValueId> = HashMap::new();
     let mut units: Vec<Unit> = Vec::new();
     let mut known: HashMap<usize, usize> = HashMap::new();

@@ -37,7 +37,7 @@ impl Emitter<'_> {
         let heads = self.cx.heads();
         let rows = self.g.get(qkv).rows;
         let o = self.act(name, rows, heads.out_cols());
-        if let (true, Place::Layer(layer)) = (self.cx.decode, self.g.place) {
+        if let (true, Place::Layer(layer)) = (self.cx.generates(), self.g.place) {
             let (ins, outs) = (vec![self.g.all(qkv)], vec![self.g.all(o)]);
             self.push(OpKind::AttentionCached { heads, layer }, name, ins, outs);
             return o;

@@ -4,15 +4,13 @@ mod attention;
 mod experts;
 mod latent;
 
-use spec::{Activation, DType, Layout, ModelSpec};
+use spec::{Activation, DType};
 
-use std::collections::HashMap;
-
-use crate::coords::Coords;
 use crate::graph::{Graph, Node, Operand, Phase, Source, ValueId};
-use crate::op::{Axis, Heads, OpKind};
-use crate::params::{Chunk, GroupId, ParamGroup, Replication, share};
-use crate::role::{ParamKey, Place, Role};
+use crate::op::{Axis, OpKind};
+use crate::params::Chunk;
+use crate::rank::Rank;
+use crate::role::{Place, Role};
 
 /// What a chunk's forward pass leaves behind for the passes after it.
 pub(crate) struct Forward {
@@ -25,83 +23,8 @@ pub(crate) struct Forward {
     pub(crate) boundaries: Vec<ValueId>,
 }
 
-/// Everything that shapes a rank's ops.
-pub(crate) struct Context<'a> {
-    pub(crate) model: &'a ModelSpec,
-    pub(crate) layout: &'a Layout,
-    /// Tokens of a sequence on this rank: its part where cp cuts sequences.
-    pub(crate) sequence: usize,
-    pub(crate) dtype: DType,
-    pub(crate) coords: Coords,
-    pub(crate) groups: &'a [ParamGroup],
-    /// Which group is which parameter's.
-    pub(crate) index: &'a HashMap<ParamKey, GroupId>,
-    /// Ranks of the pipeline group, by stage.
-    pub(crate) pipeline: &'a [usize],
-    /// One token against a cache of this many positions instead of whole sequences.
-    pub(crate) decode: bool,
-}
-
-impl Context<'_> {
-    pub(crate) fn group(&self, place: Place, role: Role, bias: bool) -> Option<GroupId> {
-        self.index.get(&ParamKey { place, role, bias }).copied()
-    }
-
-    pub(crate) fn heads(&self) -> Heads {
-        let (m, tp) = (self.model, self.layout.tp);
-        let q = m.heads / tp;
-        match m.latent {
-            Some(l) => Heads { q, kv: q, dim: l.key_dim(), value_dim: l.value_dim },
-            None => Heads { q, kv: m.kv_heads / tp, dim: m.head_dim, value_dim: m.head_dim },
-        }
-    }
-
-    /// Tokens of a sequence on all ranks together.
-    pub(crate) fn context(&self) -> usize {
-        self.sequence * self.layout.cp
-    }
-
-    /// How many ranks hold the same elements of a group, and which of them this one is: (count, index).
-    pub(crate) fn replicas(&self, replication: Replication) -> (usize, usize) {
-        self.coords.replicas(replication, self.layout)
-    }
-
-    /// Whether some parameter is held by several ranks, so that gradients meet.
-    pub(crate) fn reduces(&self) -> bool {
-        self.groups.iter().any(|g| self.replicas(g.replication).0 > 1)
-    }
-
-    /// First row and rows of this rank's vocabulary shard.
-    pub(crate) fn vocab(&self) -> (usize, usize) {
-        share(self.model.vocab, self.layout.tp, self.coords.tp)
-    }
-
-    /// Tokens of one micro-batch.
-    pub(crate) fn tokens(&self) -> usize {
-        if self.decode { 1 } else { self.layout.micro_batch * self.sequence }
-    }
-
-    /// Rows of the residual stream that this rank holds.
-    pub(crate) fn residual_rows(&self) -> usize {
-        if self.sequence_parallel() { self.tokens() / self.layout.tp } else { self.tokens() }
-    }
-
-    pub(crate) fn sequence_parallel(&self) -> bool {
-        self.layout.sequence_parallel && !self.decode
-    }
-
-    /// The message into virtual stage `stage` (forward) or out of it (backward).
-    pub(crate) fn tag(&self, virtual_stage: usize, backward: bool) -> u32 {
-        u32::try_from(2 * virtual_stage + usize::from(backward)).expect("few stages")
-    }
-
-    pub(crate) fn peer(&self, virtual_stage: usize) -> usize {
-        self.pipeline[virtual_stage % self.layout.pp]
-    }
-}
-
 /// Emits the forward ops of one chunk on local shards, with explicit collectives.
-pub(crate) fn forward(cx: &Context<'_>, chunk: &Chunk) -> Forward {
+pub(crate) fn forward(cx: &Rank<'_>, chunk: &Chunk) -> Forward {
     let mut e = Emitter { cx, g: Graph::default(), params: vec![None; cx.groups.len()] };
     let input = if chunk.embed { e.embedding() } else { e.receive(chunk) };
     let mut x = input;
@@ -128,7 +51,7 @@ pub(crate) fn forward(cx: &Context<'_>, chunk: &Chunk) -> Forward {
 }
 
 struct Emitter<'a> {
-    cx: &'a Context<'a>,
+    cx: &'a Rank<'a>,
     g: Graph,
     params: Vec<Option<ValueId>>,
 }

@@ -4,36 +4,28 @@ use std::collections::HashMap;
 
 use spec::{DType, Position, SumTree, Zero};
 
+use super::{Placer, aligned};
 use crate::buffer::{BufferId, Home, Owned};
-use crate::lower::Lower;
-use crate::params::{Chunk, GroupId, chunks, table};
-use crate::place::aligned;
+use crate::params::{GroupId, chunks, table};
 use crate::role::{Place, Role};
 use crate::zero::owned;
-use crate::{Bucket, GroupBuffers, Io, Mode, NORM_CHUNK};
+use crate::{Bucket, GroupBuffers, Io, NORM_CHUNK};
 
 /// Gradients are reduced in runs of about this many bytes: large enough for full bandwidth, small enough to begin
 /// while most of the backward pass is still ahead.
 const BUCKET_BYTES: usize = 8 << 20;
 
-impl Lower<'_> {
-    pub(crate) fn fixed(
-        &mut self,
-        name: String,
-        rows: usize,
-        cols: usize,
-        dtype: DType,
-        place: Place,
-    ) -> BufferId {
+impl Placer<'_> {
+    fn fixed(&mut self, name: String, rows: usize, cols: usize, dtype: DType, place: Place) -> BufferId {
         let home = Home::Static { offset: self.at };
         self.at += aligned(rows * cols * dtype.bytes());
         self.buffer(name, rows, cols, dtype, home, place)
     }
 
     /// Parameters, masters, gradients and moments, each region in forward order.
-    pub(crate) fn statics(&mut self, stage: &[Chunk]) {
-        let groups = self.cx.groups;
-        let layout = self.cx.layout;
+    pub(super) fn statics(&mut self) {
+        let cx = self.cx;
+        let (groups, layout) = (&cx.groups, &cx.layout);
         let owned: Vec<Owned> = groups
             .iter()
             .map(|g| {
@@ -42,15 +34,15 @@ impl Lower<'_> {
                 if layout.zero >= Zero::Optimizer { owned(g.len(), count, index) } else { whole }
             })
             .collect();
-        let whole = table(self.cx.model, layout, self.coords, &chunks(self.cx.model, &Default::default(), 0));
+        let whole = table(self.cx.model, layout, cx.coords, &chunks(self.cx.model, &Default::default(), 0));
         let mut chunk0 = HashMap::new();
         for g in &whole {
             chunk0.insert(g.name.as_str(), self.norm_chunks);
             self.norm_chunks += g.len().div_ceil(NORM_CHUNK);
         }
-        let holds_embedding = stage.iter().any(|c| c.embed);
+        let holds_embedding = cx.chunks.iter().any(|c| c.embed);
         let region = |l: &mut Self, prefix: &str, dtype: DType, owned_only: bool| -> Vec<BufferId> {
-            let training = l.request.mode == Mode::Train;
+            let training = !cx.generates();
             (0..groups.len())
                 .map(|i| {
                     let (rows, cols) = if !training && !prefix.is_empty() {
@@ -66,7 +58,7 @@ impl Lower<'_> {
         };
         let params = region(self, "", self.cx.dtype, layout.zero >= Zero::Parameters);
         self.memory.params = self.at;
-        let masters = (self.cx.dtype != DType::F32 && self.request.mode == Mode::Train)
+        let masters = (self.cx.dtype != DType::F32 && !cx.generates())
             .then(|| region(self, "master.", DType::F32, true));
         self.memory.master = self.at - self.memory.params;
         let before = self.at;
@@ -75,7 +67,7 @@ impl Lower<'_> {
         let head_grads: Vec<Option<(BufferId, BufferId)>> = (0..groups.len())
             .map(|i| {
                 let tied_here = self.cx.model.tied_embeddings && groups[i].key.role == Role::Embedding;
-                (tied_here && holds_embedding && stage.iter().any(|c| c.head))
+                (tied_here && holds_embedding && cx.chunks.iter().any(|c| c.head))
                     .then(|| self.grad_levels(i, owned[i].count, holds_embedding, true))
             })
             .collect();
@@ -86,7 +78,7 @@ impl Lower<'_> {
         self.memory.moments = self.at - before;
         for (i, g) in groups.iter().enumerate() {
             let copy_of_tied = g.key.role == Role::Embedding && !holds_embedding;
-            self.group_buffers.push(GroupBuffers {
+            self.groups.push(GroupBuffers {
                 param: params[i],
                 master: masters.as_ref().map(|m| m[i]),
                 grad_levels: grads[i].0,
@@ -97,13 +89,13 @@ impl Lower<'_> {
                 exp_avg_sq: exp_avg_sq[i],
                 owned: owned[i],
                 norm_chunk0: chunk0[g.name.as_str()],
-                counts: !copy_of_tied && (!g.replicated_tp || self.coords.tp == 0),
+                counts: !copy_of_tied && (!g.replicated_tp || cx.coords.tp == 0),
             });
         }
     }
 
     /// The gradient sums of a group: all levels, and the last one, which holds the sum in the end.
-    pub(crate) fn grad_levels(
+    fn grad_levels(
         &mut self,
         i: usize,
         owned: usize,
@@ -112,7 +104,7 @@ impl Lower<'_> {
     ) -> (BufferId, BufferId) {
         let g = &self.cx.groups[i];
         let from_head = head || g.key.role == Role::Head || g.key.role == Role::Embedding && !holds_embedding;
-        let (levels, rows, cols) = if self.request.mode != Mode::Train {
+        let (levels, rows, cols) = if self.cx.generates() {
             (1, 0, g.cols)
         } else if self.cx.layout.zero >= Zero::Gradients {
             (self.shard_radices().len().max(1), 1, owned)
@@ -138,23 +130,25 @@ impl Lower<'_> {
         if self.cx.layout.zero < Zero::Gradients {
             return self.split_radices(m).1;
         }
-        let all = SumTree::new(self.request.sequences);
+        let all = SumTree::new(self.cx.request.sequences);
         let below = all.inner(m * dp).map_or(usize::MAX, |r| r.len());
-        all.radices()
-            .get(below..)
-            .map_or_else(|| SumTree::new(self.request.sequences / dp / m).radices().to_vec(), <[u32]>::to_vec)
+        all.radices().get(below..).map_or_else(
+            || SumTree::new(self.cx.request.sequences / dp / m).radices().to_vec(),
+            <[u32]>::to_vec,
+        )
     }
 
-    pub(crate) fn io(&mut self, local_sequences: usize) -> Io {
+    pub(super) fn tables(&mut self) -> Io {
+        let local_sequences = self.cx.local_sequences;
         let before = self.at;
         let (model, sequence) = (self.cx.model, self.cx.sequence);
-        let n = if self.request.mode != Mode::Train { 1 } else { local_sequences * sequence };
-        let (norm_chunks, sequences) = (self.norm_chunks, self.request.sequences);
-        let positions = sequence.max(self.request.mode.positions());
+        let n = if self.cx.generates() { 1 } else { local_sequences * sequence };
+        let (norm_chunks, sequences) = (self.norm_chunks, self.cx.request.sequences);
+        let positions = sequence.max(self.cx.request.mode.positions());
         let rotated = model.latent.map_or(model.head_dim, |l| l.rope_dim);
         let half = if matches!(model.position, Position::Rope(_)) { rotated / 2 } else { 0 };
         let kv = self.cx.heads().kv * model.head_dim;
-        let cache = self.request.mode.positions() * model.layers;
+        let cache = self.cx.request.mode.positions() * model.layers;
         let dtype = self.cx.dtype;
         let mut table =
             |name: &str, rows, cols, dtype| self.fixed(name.to_owned(), rows, cols, dtype, Place::Step);
@@ -177,12 +171,12 @@ impl Lower<'_> {
     }
 
     /// Gradient buffers in the order in which backward completes them, cut into runs.
-    pub(crate) fn buckets(&self, stage: &[Chunk]) -> Vec<Bucket> {
+    pub(super) fn reduced_together(&self) -> Vec<Bucket> {
         let mut list: Vec<(usize, GroupId, BufferId)> = Vec::new();
-        for (i, b) in self.group_buffers.iter().enumerate().rev() {
+        for (i, b) in self.groups.iter().enumerate().rev() {
             let id = GroupId(u32::try_from(i).expect("few groups"));
             if let Some(head) = b.head_grad {
-                list.insert(0, (stage.len() - 1, id, head));
+                list.insert(0, (self.cx.chunks.len() - 1, id, head));
             }
             list.push((self.cx.groups[i].chunk, id, b.grad));
         }

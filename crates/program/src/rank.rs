@@ -1,0 +1,144 @@
+//! Whose program it is: what shapes every op of a rank, worked out once.
+
+use std::collections::HashMap;
+
+use spec::{DType, Error, Layout, ModelSpec, Result, Zero};
+
+use crate::coords::Coords;
+use crate::op::{Axis, Heads};
+use crate::params::{Chunk, GroupId, ParamGroup, Replication, chunks, share, table};
+use crate::role::{ParamKey, Place, Role};
+use crate::{Mode, Request};
+
+/// A rank with its layers and parameters.
+pub(crate) struct Rank<'a> {
+    pub(crate) request: &'a Request<'a>,
+    pub(crate) model: &'a ModelSpec,
+    /// As asked for; without ZeRO where nobody is there to shard with.
+    pub(crate) layout: Layout,
+    pub(crate) coords: Coords,
+    /// The pieces of the model that it holds, by virtual stage.
+    pub(crate) chunks: Vec<Chunk>,
+    pub(crate) groups: Vec<ParamGroup>,
+    /// Which group is which parameter's.
+    index: HashMap<ParamKey, GroupId>,
+    /// Ranks of the pipeline group, by stage.
+    pipeline: Vec<usize>,
+    /// Tokens of a sequence on this rank: its part where cp cuts sequences.
+    pub(crate) sequence: usize,
+    /// Sequences of this rank in one step.
+    pub(crate) local_sequences: usize,
+    pub(crate) dtype: DType,
+}
+
+impl<'a> Rank<'a> {
+    pub(crate) fn of(request: &'a Request<'a>) -> Result<Rank<'a>> {
+        let (model, layout) = (request.model, request.layout);
+        layout.validate(model, request.sequences, request.sequence)?;
+        if request.mode != Mode::Train {
+            check_generates(model, layout)?;
+        }
+        let shares = layout.replicas() > 1 || model.experts.is_some() && layout.expert_replicas() > 1;
+        let layout = Layout { zero: if shares { layout.zero } else { Zero::Off }, ..layout.clone() };
+        let coords = Coords::of(request.rank, &layout);
+        let chunks = chunks(model, &layout, coords.pp);
+        let groups = table(model, &layout, coords, &chunks);
+        Ok(Rank {
+            request,
+            model,
+            coords,
+            index: (0..).map(GroupId).zip(&groups).map(|(id, g)| (g.key, id)).collect(),
+            pipeline: coords.peers(Axis::Pp, &layout),
+            sequence: request.sequence / layout.cp,
+            local_sequences: request.sequences / layout.dp,
+            dtype: request.precision,
+            chunks,
+            groups,
+            layout,
+        })
+    }
+
+    /// Micro-batches of a step.
+    pub(crate) fn micro_batches(&self) -> usize {
+        self.local_sequences / self.layout.micro_batch
+    }
+
+    /// One token against a cache instead of whole sequences.
+    pub(crate) fn generates(&self) -> bool {
+        self.request.mode != Mode::Train
+    }
+
+    pub(crate) fn group(&self, place: Place, role: Role, bias: bool) -> Option<GroupId> {
+        self.index.get(&ParamKey { place, role, bias }).copied()
+    }
+
+    pub(crate) fn heads(&self) -> Heads {
+        let (m, tp) = (self.model, self.layout.tp);
+        let q = m.heads / tp;
+        match m.latent {
+            Some(l) => Heads { q, kv: q, dim: l.key_dim(), value_dim: l.value_dim },
+            None => Heads { q, kv: m.kv_heads / tp, dim: m.head_dim, value_dim: m.head_dim },
+        }
+    }
+
+    /// Tokens of a sequence on all ranks together.
+    pub(crate) fn context(&self) -> usize {
+        self.sequence * self.layout.cp
+    }
+
+    /// How many ranks hold the same elements of a group, and which of them this one is: (count, index).
+    pub(crate) fn replicas(&self, replication: Replication) -> (usize, usize) {
+        self.coords.replicas(replication, &self.layout)
+    }
+
+    /// Whether some parameter is held by several ranks, so that gradients meet.
+    pub(crate) fn reduces(&self) -> bool {
+        self.groups.iter().any(|g| self.replicas(g.replication).0 > 1)
+    }
+
+    /// First row and rows of this rank's vocabulary shard.
+    pub(crate) fn vocab(&self) -> (usize, usize) {
+        share(self.model.vocab, self.layout.tp, self.coords.tp)
+    }
+
+    /// Tokens of one micro-batch.
+    pub(crate) fn tokens(&self) -> usize {
+        if self.generates() { 1 } else { self.layout.micro_batch * self.sequence }
+    }
+
+    /// Rows of the residual stream that this rank holds.
+    pub(crate) fn residual_rows(&self) -> usize {
+        if self.sequence_parallel() { self.tokens() / self.layout.tp } else { self.tokens() }
+    }
+
+    pub(crate) fn sequence_parallel(&self) -> bool {
+        self.layout.sequence_parallel && !self.generates()
+    }
+
+    /// The message into virtual stage `stage` (forward) or out of it (backward).
+    pub(crate) fn tag(&self, virtual_stage: usize, backward: bool) -> u32 {
+        u32::try_from(2 * virtual_stage + usize::from(backward)).expect("few stages")
+    }
+
+    pub(crate) fn peer(&self, virtual_stage: usize) -> usize {
+        self.pipeline[virtual_stage % self.layout.pp]
+    }
+}
+
+/// Generation is of one rank, and of dense models with keys and values of their own: a token has no part of a sequence
+/// and no expert's share.
+fn check_generates(model: &ModelSpec, layout: &Layout) -> Result<()> {
+    if model.experts.is_some() || model.latent.is_some() {
+        let what = if model.experts.is_some() { "a mixture of experts" } else { "latent attention" };
+        return Err(Error::user(format!("{} has {what}: it does not generate yet", model.name))
+            .hint("dense models of the Llama, Qwen and GPT-2 families generate"));
+    }
+    if layout.world() > 1 {
+        return Err(Error::user(format!(
+            "a layout of {} ranks, but one rank generates alone",
+            layout.world()
+        ))
+        .hint("leave the layout at its defaults"));
+    }
+    Ok(())
+}
