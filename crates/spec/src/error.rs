@@ -25,12 +25,12 @@ pub struct Error {
 impl Error {
     /// The input was wrong.
     pub fn user(what: impl Into<String>) -> Self {
-        Error { kind: Kind::User, what: what.into(), hint: None }
+        Error { kind: Kind::User, what: plain(what.into()), hint: None }
     }
 
     /// The world failed.
     pub fn failure(what: impl Into<String>) -> Self {
-        Error { kind: Kind::Failure, what: what.into(), hint: None }
+        Error { kind: Kind::Failure, what: plain(what.into()), hint: None }
     }
 
     /// An I/O operation on `path` failed; a missing or unreadable file is the user's, the rest is the world's.
@@ -50,14 +50,14 @@ impl Error {
     /// Says what to do; the first hint given stays.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint.get_or_insert_with(|| hint.into());
+        self.hint.get_or_insert_with(|| plain(hint.into()));
         self
     }
 
     /// Puts the outer operation in front: `load checkpoint: read run/x: ...`.
     #[must_use]
     pub fn context(mut self, doing: impl fmt::Display) -> Self {
-        self.what = format!("{doing}: {}", self.what);
+        self.what = plain(format!("{doing}: {}", self.what));
         self
     }
 
@@ -80,6 +80,16 @@ impl Error {
     }
 }
 
+/// Messages quote names and values out of files, whose control characters a terminal would obey.
+fn plain(text: String) -> String {
+    let obeyed = |c: char| c.is_control() && c != '\n';
+    if !text.contains(obeyed) {
+        return text;
+    }
+    let escaped = |c: char| if obeyed(c) { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escaped).collect()
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.what)
@@ -100,5 +110,18 @@ pub trait Context<T> {
 impl<T> Context<T> for Result<T> {
     fn context(self, doing: impl fmt::Display) -> Result<T> {
         self.map_err(|e| e.context(doing))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_hold_no_control_characters() {
+        let e = Error::user("tensor a\u{1b}[2Jb\u{7}").hint("say\r\u{9b}").context("x\u{0}");
+        assert_eq!(e.to_string(), "x\\u{0}: tensor a\\u{1b}[2Jb\\u{7}");
+        assert_eq!(e.hint_text(), Some("say\\r\\u{9b}"));
+        assert_eq!(Error::failure("two\nlines, ü").to_string(), "two\nlines, ü");
     }
 }

@@ -1,35 +1,82 @@
 //! Hugging Face `config.json`, both ways. Defaults of absent keys are those of `transformers`' configuration classes.
 
+mod bounded;
 mod planned;
 
+pub use bounded::{parse_json, small_json};
 pub use planned::HfModel;
 
 use crate::{Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
 use serde_json::{Map, Value, json};
 
-/// `model_type`, the architecture with a language-model head, and how many key and value heads an absent key means.
+/// `model_type`, the architecture with a language-model head, and what the configuration class assumes of an absent key.
 struct Family {
     model_type: &'static str,
     architecture: &'static str,
-    default_kv_heads: Option<usize>,
+    vocab: usize,
+    hidden: usize,
+    ffn: usize,
+    layers: usize,
+    heads: usize,
+    /// `None`: as many as heads.
+    kv_heads: Option<usize>,
+    max_positions: usize,
 }
 
-const LLAMA: Family =
-    Family { model_type: "llama", architecture: "LlamaForCausalLM", default_kv_heads: None };
-const MISTRAL: Family =
-    Family { model_type: "mistral", architecture: "MistralForCausalLM", default_kv_heads: Some(8) };
-const QWEN2: Family =
-    Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", default_kv_heads: Some(32) };
-const QWEN3: Family =
-    Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", default_kv_heads: Some(32) };
-const GPT2: Family = Family { model_type: "gpt2", architecture: "GPT2LMHeadModel", default_kv_heads: None };
+const LLAMA: Family = Family {
+    model_type: "llama",
+    architecture: "LlamaForCausalLM",
+    vocab: 32_000,
+    hidden: 4096,
+    ffn: 11_008,
+    layers: 32,
+    heads: 32,
+    kv_heads: None,
+    max_positions: 2048,
+};
+const MISTRAL: Family = Family {
+    model_type: "mistral",
+    architecture: "MistralForCausalLM",
+    ffn: 14_336,
+    kv_heads: Some(8),
+    max_positions: 131_072,
+    ..LLAMA
+};
+const QWEN2: Family = Family {
+    model_type: "qwen2",
+    architecture: "Qwen2ForCausalLM",
+    vocab: 151_936,
+    ffn: 22_016,
+    kv_heads: Some(32),
+    max_positions: 32_768,
+    ..LLAMA
+};
+const QWEN3: Family = Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", ..QWEN2 };
+const GPT2: Family = Family {
+    model_type: "gpt2",
+    architecture: "GPT2LMHeadModel",
+    vocab: 50_257,
+    hidden: 768,
+    ffn: 4 * 768,
+    layers: 12,
+    heads: 12,
+    kv_heads: None,
+    max_positions: 1024,
+};
 const FAMILIES: [&Family; 5] = [&LLAMA, &MISTRAL, &QWEN2, &QWEN3, &GPT2];
+
+// Sizes under the name that the class writes first, then those of attribute maps, old files and other families.
+const HIDDEN: &[&str] = &["hidden_size", "n_embd", "d_model", "n_embed"];
+const FFN: &[&str] = &["intermediate_size", "n_inner", "ffn_dim"];
+const LAYERS: &[&str] = &["num_hidden_layers", "n_layer", "n_layers", "num_layers"];
+const HEADS: &[&str] = &["num_attention_heads", "n_head", "n_heads"];
+const MAX_POSITIONS: &[&str] = &["max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"];
 
 impl ModelSpec {
     /// Reads the text of a `config.json` of the Llama, Mistral, Qwen 2, Qwen 3 or GPT-2 family, to train it.
     ///
     /// Dropout rates and token ids are ignored; anything else that would change the model is refused by name.
-    /// [`HfModel::read`] takes many more, to plan them.
+    /// [`HfModel::read`] takes many more, to plan them; [`HfModel::to_train`] says what was left out.
     ///
     /// # Errors
     /// Names the key that is missing, wrong, or of a model that cannot be trained.
@@ -42,25 +89,7 @@ impl ModelSpec {
     /// # Ok::<(), spec::Error>(())
     /// ```
     pub fn from_hf_config(text: &str) -> Result<ModelSpec> {
-        let hint = "expected the config.json that transformers writes beside the weights";
-        Self::parse_hf_config(text).map_err(|e| e.hint(hint))
-    }
-
-    fn parse_hf_config(text: &str) -> Result<ModelSpec> {
-        let json: Value =
-            serde_json::from_str(text).map_err(|e| Error::user(format!("not valid JSON: {e}")))?;
-        let Value::Object(map) = json else {
-            return Err(Error::user("not a config.json: expected an object of keys"));
-        };
-        let config = Config(&map);
-        let family = config.family()?;
-        if let Some(first) = config.unsupported(family)?.into_iter().next() {
-            return Err(first);
-        }
-        let rope = |c: &Config<'_>| c.rope();
-        let model = if family.model_type == "gpt2" { config.gpt2()? } else { config.llama(family, rope)? };
-        model.validate()?;
-        Ok(model)
+        HfModel::to_train(text).map(|found| found.model)
     }
 
     /// The class in `transformers` that computes this model, for example `LlamaForCausalLM`.
@@ -184,7 +213,7 @@ impl<'a> Config<'a> {
     }
 
     fn wrong(&self, key: &str, expected: &str) -> Error {
-        match self.get(key) {
+        match self.0.get(key) {
             Some(value) => Error::user(format!("{key} = {}, expected {expected}", short(value))),
             None => Error::user(format!("{key} is missing, expected {expected}")),
         }
@@ -200,6 +229,26 @@ impl<'a> Config<'a> {
 
     fn count(&self, key: &str) -> Result<usize> {
         self.count_or(key, None)
+    }
+
+    /// A size under any of its names; absent, what the class assumes. A null is no size.
+    fn size(&self, keys: &[&str], default: usize) -> Result<usize> {
+        let mut there = keys.iter().filter(|k| self.0.contains_key(**k));
+        let Some(first) = there.next() else { return Ok(default) };
+        let found = self.count(first)?;
+        // `n_ctx` is a left-over beside the other names.
+        match there.find(|k| **k != "n_ctx" && self.0[**k] != self.0[*first]) {
+            Some(other) => Err(Error::user(format!(
+                "{first} = {} and {other} = {} contradict each other",
+                short(&self.0[*first]),
+                short(&self.0[*other])
+            ))),
+            None => Ok(found),
+        }
+    }
+
+    fn max_positions(&self, family: &Family) -> Result<usize> {
+        self.size(MAX_POSITIONS, family.max_positions)
     }
 
     fn number_or(&self, key: &str, default: Option<f64>) -> Result<f64> {
@@ -286,7 +335,7 @@ impl<'a> Config<'a> {
             "mistral" => (true, Some(4096)),
             "qwen2" | "qwen3" if self.flag_or("use_sliding_window", false)? => {
                 let full_layers = self.count_or("max_window_layers", Some(28))?;
-                (full_layers < self.count("num_hidden_layers")?, Some(4096))
+                (full_layers < self.size(LAYERS, family.layers)?, Some(4096))
             }
             _ => (false, None),
         };
@@ -297,7 +346,7 @@ impl<'a> Config<'a> {
             None => default,
         };
         match window {
-            Some(window) if windowed && window < self.count("max_position_embeddings")? => Ok(Some(
+            Some(window) if windowed && window < self.max_positions(family)? => Ok(Some(
                 Error::user(format!("sliding_window = {window} is not supported: only full attention is"))
                     .hint(format!("supported: {} with \"sliding_window\": null", family.architecture)),
             )),
@@ -309,15 +358,20 @@ impl<'a> Config<'a> {
         Ok(self.text("_name_or_path")?.filter(|n| !n.is_empty()).unwrap_or(family.model_type).to_owned())
     }
 
-    fn llama(&self, family: &Family, rope: impl FnOnce(&Self) -> Result<Rope>) -> Result<ModelSpec> {
+    fn llama(&self, family: &Family, rope: impl FnOnce(&Self, usize) -> Result<Rope>) -> Result<ModelSpec> {
         let act = self.text("hidden_act")?.unwrap_or("silu");
         if !["silu", "swish"].contains(&act) {
             return Err(
                 Error::user(format!("hidden_act = \"{act}\" is not supported")).hint("supported: \"silu\"")
             );
         }
-        let hidden = self.count("hidden_size")?;
-        let heads = self.count("num_attention_heads")?;
+        let hidden = self.size(HIDDEN, family.hidden)?;
+        let heads = self.size(HEADS, family.heads)?;
+        // Only an absent key is the class's number; a null means as many as heads.
+        let kv_heads = match self.0.contains_key("num_key_value_heads") {
+            true => heads,
+            false => family.kv_heads.unwrap_or(heads),
+        };
         let own_dim = match family.model_type {
             "qwen3" => Some(128),
             _ => (hidden.is_multiple_of(heads)).then(|| hidden / heads),
@@ -328,16 +382,16 @@ impl<'a> Config<'a> {
         };
         Ok(ModelSpec {
             name: self.name(family)?,
-            vocab: self.count("vocab_size")?,
-            layers: self.count("num_hidden_layers")?,
+            vocab: self.size(&["vocab_size"], family.vocab)?,
+            layers: self.size(LAYERS, family.layers)?,
             hidden,
-            ffn: self.count("intermediate_size")?,
+            ffn: self.size(FFN, family.ffn)?,
             heads,
-            kv_heads: self.count_or("num_key_value_heads", family.default_kv_heads.or(Some(heads)))?,
+            kv_heads: self.count_or("num_key_value_heads", Some(kv_heads))?,
             head_dim: self.count_or("head_dim", own_dim)?,
             norm: NormKind::Rms,
             norm_eps: self.number_or("rms_norm_eps", Some(1e-6))? as f32,
-            position: Position::Rope(rope(self)?),
+            position: Position::Rope(rope(self, self.max_positions(family)?)?),
             activation: Activation::SwiGlu,
             qkv_bias: attention_bias || family.model_type == "qwen2",
             attn_out_bias: attention_bias,
@@ -359,15 +413,15 @@ impl<'a> Config<'a> {
                     .hint("supported: \"gelu_new\", \"gelu\""));
             }
         };
-        let hidden = self.count("n_embd")?;
-        let heads = self.count("n_head")?;
+        let hidden = self.size(HIDDEN, GPT2.hidden)?;
+        let heads = self.size(HEADS, GPT2.heads)?;
         if !hidden.is_multiple_of(heads) {
             return Err(Error::user(format!("n_head = {heads} does not divide n_embd = {hidden}")));
         }
         Ok(ModelSpec {
             name: self.name(&GPT2)?,
-            vocab: self.count("vocab_size")?,
-            layers: self.count("n_layer")?,
+            vocab: self.size(&["vocab_size"], GPT2.vocab)?,
+            layers: self.size(LAYERS, GPT2.layers)?,
             hidden,
             ffn: self.count_or("n_inner", hidden.checked_mul(4))?,
             heads,
@@ -375,7 +429,7 @@ impl<'a> Config<'a> {
             head_dim: hidden / heads,
             norm: NormKind::Layer,
             norm_eps: self.number_or("layer_norm_epsilon", Some(1e-5))? as f32,
-            position: Position::Learned { max_positions: self.count_or("n_positions", Some(1024))? },
+            position: Position::Learned { max_positions: self.max_positions(&GPT2)? },
             activation,
             qkv_bias: true,
             attn_out_bias: true,
@@ -389,7 +443,7 @@ impl<'a> Config<'a> {
     }
 
     /// `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
-    fn rope(&self) -> Result<Rope> {
+    fn rope(&self, max_positions: usize) -> Result<Rope> {
         let empty = Map::new();
         let object = |key: &str| match self.get(key) {
             Some(Value::Object(map)) => Ok(Some(map)),
@@ -411,7 +465,6 @@ impl<'a> Config<'a> {
             Some(_) => fields.number_or("rope_theta", None),
             None => self.number_or("rope_theta", Some(10_000.0)),
         };
-        let max_positions = self.count("max_position_embeddings")?;
         let scaling = fields.rope_scaling(max_positions).map_err(|e| e.context(key))?;
         Ok(Rope { theta: theta?, scaling, max_positions })
     }

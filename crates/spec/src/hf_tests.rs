@@ -71,6 +71,85 @@ fn families() {
     assert_eq!(named.name, "me/small");
 }
 
+/// (vocab, hidden, ffn, layers, heads, kv_heads, head_dim, max_positions)
+type Sizes = [usize; 8];
+
+fn sizes(text: &str) -> Sizes {
+    let m = ModelSpec::from_hf_config(text).unwrap_or_else(|e| panic!("{text}: {e}"));
+    [m.vocab, m.hidden, m.ffn, m.layers, m.heads, m.kv_heads, m.head_dim, m.max_positions()]
+}
+
+#[test]
+fn a_config_that_says_only_what_differs() {
+    // What each class of transformers 4.57.6 and 5.24.0 holds when it is made without arguments.
+    let check = |config: Value, expected: Sizes| assert_eq!(sizes(&config.to_string()), expected, "{config}");
+    check(json!({ "model_type": "llama" }), [32000, 4096, 11008, 32, 32, 32, 128, 2048]);
+    check(
+        json!({ "model_type": "mistral", "sliding_window": null }),
+        [32000, 4096, 14336, 32, 32, 8, 128, 131_072],
+    );
+    check(json!({ "model_type": "qwen2" }), [151_936, 4096, 22016, 32, 32, 32, 128, 32768]);
+    check(json!({ "model_type": "qwen3" }), [151_936, 4096, 22016, 32, 32, 32, 128, 32768]);
+    check(json!({ "model_type": "gpt2" }), [50257, 768, 3072, 12, 12, 12, 64, 1024]);
+    check(
+        json!({ "model_type": "qwen2", "num_hidden_layers": 2 }),
+        [151_936, 4096, 22016, 2, 32, 32, 128, 32768],
+    );
+    check(
+        json!({ "model_type": "mistral", "sliding_window": null, "num_key_value_heads": null }),
+        [32000, 4096, 14336, 32, 32, 32, 128, 131_072],
+    );
+    let refused =
+        ModelSpec::from_hf_config(r#"{ "model_type": "mistral" }"#).expect_err("a window by default");
+    assert_eq!(refused.to_string(), "sliding_window = 4096 is not supported: only full attention is");
+}
+
+#[test]
+fn other_names_of_sizes() {
+    let old =
+        json!({ "model_type": "llama", "n_embd": 64, "n_inner": 96, "n_layer": 3, "n_head": 4, "n_ctx": 77 });
+    assert_eq!(sizes(&old.to_string()), [32000, 64, 96, 3, 4, 4, 16, 77]);
+    let new = json!({ "model_type": "gpt2", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+                      "max_position_embeddings": 77, "n_ctx": 1024 });
+    assert_eq!(sizes(&new.to_string()), [50257, 64, 256, 3, 4, 4, 16, 77]);
+    check_refused(
+        "gpt2",
+        json!({ "hidden_size": 64 }),
+        "hidden_size = 64 and n_embd = 32 contradict each other",
+    );
+}
+
+#[test]
+fn a_byte_order_mark_changes_nothing() {
+    let text = config("llama", json!({})).to_string();
+    let marked = format!("\u{feff}{text}");
+    assert_eq!(
+        ModelSpec::from_hf_config(&marked).expect("read"),
+        ModelSpec::from_hf_config(&text).expect("read")
+    );
+    assert_eq!(HfModel::read(&marked).expect("read"), HfModel::read(&text).expect("read"));
+}
+
+#[test]
+fn the_text_part_of_a_wrapper() {
+    let text = json!({ "num_hidden_layers": 2, "vocab_size": 99 });
+    let llava = json!({ "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": text,
+                        "vision_config": { "hidden_size": 7 }, "tie_word_embeddings": false });
+    let found = HfModel::to_train(&llava.to_string()).expect("a llama inside");
+    assert_eq!((found.model.layers, found.model.vocab, found.model.hidden), (2, 99, 4096));
+    assert_eq!(found.inexact, ["the text part of llava alone is read: vision_config left out"]);
+    let mut named = llava.clone();
+    named["text_config"]["model_type"] = json!("qwen3");
+    assert!(HfModel::to_train(&named.to_string()).expect("a qwen3 inside").model.qk_norm);
+    let mut other = llava.clone();
+    other["text_config"]["model_type"] = json!("mixtral");
+    let refused = HfModel::to_train(&other.to_string()).expect_err("it is only planned");
+    assert_eq!(refused.to_string(), "architecture mixtral can be planned, it does not train yet");
+    let mut quantised = llava;
+    quantised["quantization_config"] = json!({ "bits": 4 });
+    assert!(HfModel::to_train(&quantised.to_string()).is_err());
+}
+
 #[test]
 fn rope_in_every_spelling() {
     let llama3 = RopeScaling::Llama3 {
@@ -175,7 +254,7 @@ fn refusals() {
     check_refused(
         "llama",
         json!({ "hidden_size": null }),
-        "hidden_size is missing, expected a whole number above 0",
+        "hidden_size = null, expected a whole number above 0",
     );
     check_refused(
         "llama",

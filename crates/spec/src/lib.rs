@@ -26,7 +26,7 @@ pub use catalog::{Catalog, EntryKind, Measure};
 pub use cluster::{Accelerator, Cluster, NumberFormat};
 pub use dtype::DType;
 pub use error::{Context, Error, Kind, Result};
-pub use hf::HfModel;
+pub use hf::{HfModel, parse_json, small_json};
 pub use layout::{Layout, PipelineSchedule, Recompute, Reduce, Zero};
 pub use lr::{LrSchedule, ScheduleKind};
 pub use model::{Activation, Experts, Latent, ModelSpec, NormKind, Position, Rope, RopeScaling};

@@ -1,6 +1,6 @@
 //! Families that are planned beyond those that train: read for their sizes, with a note of what is only alike.
 
-use super::{Config, Experts, FAMILIES, GPT2, Latent, short};
+use super::{Config, Experts, FAMILIES, GPT2, HEADS, HIDDEN, LAYERS, Latent, parse_json, short};
 use crate::{Activation, Error, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
 use serde_json::{Map, Value};
 
@@ -156,7 +156,16 @@ const DEEPSEEK_V3: &str = "experts are scored by sigmoids with a correction and 
 const PARALLEL: &str = "attention and feed-forward run side by side on the same norm";
 
 /// Wrappers around a text model, by the `model_type` of the model inside where that is not written.
-const WRAPPERS: [(&str, &str); 2] = [("llama4", "llama4_text"), ("gemma3", "gemma3_text")];
+const WRAPPERS: [(&str, &str); 8] = [
+    ("llama4", "llama4_text"),
+    ("gemma3", "gemma3_text"),
+    ("llava", "llama"),
+    ("llava_next", "llama"),
+    ("vipllava", "llama"),
+    ("mistral3", "mistral"),
+    ("llava_onevision", "qwen2"),
+    ("internvl", "qwen2"),
+];
 
 /// Whether models of this type can be planned.
 pub(super) fn knows(model_type: &str) -> bool {
@@ -191,12 +200,55 @@ impl HfModel {
         Self::parse(text).map_err(|e| if e.hint_text().is_some() { e } else { e.hint(hint) })
     }
 
-    fn parse(text: &str) -> Result<HfModel> {
-        let json: Value =
-            serde_json::from_str(text).map_err(|e| Error::user(format!("not valid JSON: {e}")))?;
-        let Value::Object(map) = json else {
-            return Err(Error::user("not a config.json: expected an object of keys"));
+    /// Reads the text of a `config.json`, to train the model: whatever would make it another model is refused.
+    /// `inexact` then says which parts of a model of several kinds of input are left out.
+    ///
+    /// # Errors
+    /// As [`HfModel::read`], and models that can only be planned, by what is in the way.
+    pub fn to_train(text: &str) -> Result<HfModel> {
+        let hint = "expected the config.json that transformers writes beside the weights";
+        Self::parse_to_train(text).map_err(|e| e.hint(hint))
+    }
+
+    fn parse_to_train(text: &str) -> Result<HfModel> {
+        let mut map = keys(text)?;
+        let mut left_out = Vec::new();
+        let own_family = FAMILIES.iter().any(|f| map.get("model_type").is_some_and(|t| t == f.model_type));
+        if map.get("text_config").is_some_and(Value::is_object) && !own_family {
+            let kind = Config(&map).text("model_type")?.unwrap_or("the model");
+            let parts: Vec<&str> = map
+                .iter()
+                .filter(|(k, v)| v.is_object() && k.ends_with("_config") && !TEXT_KEYS.contains(&k.as_str()))
+                .map(|(k, _)| k.as_str())
+                .collect();
+            if !parts.is_empty() {
+                left_out
+                    .push(format!("the text part of {kind} alone is read: {} left out", parts.join(", ")));
+            }
+            let (mut text, kind) = inner(&map)?;
+            text.insert("model_type".to_owned(), kind.into());
+            // The wrapper's own class says nothing of the model inside.
+            if !map["text_config"].as_object().is_some_and(|t| t.contains_key("architectures")) {
+                text.remove("architectures");
+            }
+            map = text;
+        }
+        let config = Config(&map);
+        let family = config.family()?;
+        if let Some(first) = config.unsupported(family)?.into_iter().next() {
+            return Err(first);
+        }
+        let model = if family.model_type == GPT2.model_type {
+            config.gpt2()?
+        } else {
+            config.llama(family, |c, positions| c.rope(positions))?
         };
+        model.validate()?;
+        Ok(HfModel { model, inexact: left_out })
+    }
+
+    fn parse(text: &str) -> Result<HfModel> {
+        let map = keys(text)?;
         let (map, kind) = inner(&map)?;
         let config = Config(&map);
         let mut notes = Vec::new();
@@ -205,7 +257,7 @@ impl HfModel {
             if family.model_type == GPT2.model_type {
                 config.gpt2()?
             } else {
-                config.llama(family, |c| c.rope_or_plain(&mut notes))?
+                config.llama(family, |c, positions| Ok(c.rope_or_plain(positions, &mut notes)))?
             }
         } else if let Some(planned) = PLANNED.iter().find(|p| p.model_type == kind) {
             config.planned(planned, &mut notes)?
@@ -217,6 +269,16 @@ impl HfModel {
         };
         model.validate()?;
         Ok(HfModel { model, inexact: notes })
+    }
+}
+
+/// Keys of a wrapper that are no parts of it.
+const TEXT_KEYS: [&str; 2] = ["text_config", "quantization_config"];
+
+fn keys(text: &str) -> Result<Map<String, Value>> {
+    match parse_json(text)? {
+        Value::Object(map) => Ok(map),
+        _ => Err(Error::user("not a config.json: expected an object of keys")),
     }
 }
 
@@ -233,7 +295,9 @@ fn inner(map: &Map<String, Value>) -> Result<(Map<String, Value>, String)> {
     };
     let mut text = text.clone();
     // What both say of the tables is said outside.
-    for key in ["tie_word_embeddings", "architectures", "_name_or_path", "vocab_size"] {
+    let shared =
+        ["tie_word_embeddings", "architectures", "_name_or_path", "vocab_size", "quantization_config"];
+    for key in shared {
         if let (false, Some(value)) = (text.contains_key(key), map.get(key)) {
             text.insert(key.to_owned(), value.clone());
         }
@@ -251,9 +315,9 @@ impl Config<'_> {
 
     fn planned(&self, p: &Planned, notes: &mut Vec<String>) -> Result<ModelSpec> {
         let gemma3 = p.model_type == "gemma3_text";
-        let hidden = self.first_count(&["hidden_size", "d_model", "n_embed", "n_embd"], None)?;
-        let layers = self.first_count(&["num_hidden_layers", "n_layers", "n_layer"], None)?;
-        let heads = self.first_count(&["num_attention_heads", "n_heads", "n_head"], gemma3.then_some(8))?;
+        let hidden = self.first_count(HIDDEN, None)?;
+        let layers = self.first_count(LAYERS, None)?;
+        let heads = self.first_count(HEADS, gemma3.then_some(8))?;
         let own_dim = hidden.is_multiple_of(heads).then(|| hidden / heads);
         let gated = ["silu", "gelu_gated"].contains(&p.act);
         if !p.note.is_empty() {
@@ -330,21 +394,16 @@ impl Config<'_> {
             let max_positions = self.first_count(&keys, Some(2048))?;
             return Ok(Position::Rope(Rope { theta: 1e4, scaling: RopeScaling::Default, max_positions }));
         }
-        self.rope_or_plain(notes).map(Position::Rope)
+        let max_positions = self.count_or("max_position_embeddings", Some(131_072))?;
+        Ok(Position::Rope(self.rope_or_plain(max_positions, notes)))
     }
 
     /// Scaling changes no size: what cannot be read is noted and left out.
-    pub(super) fn rope_or_plain(&self, notes: &mut Vec<String>) -> Result<Rope> {
-        let max_positions = self.count_or("max_position_embeddings", Some(131_072))?;
-        match self.rope() {
-            Ok(rope) => Ok(rope),
-            Err(refused) => {
-                if self.get("max_position_embeddings").is_some() {
-                    notes.push(refused.to_string());
-                }
-                Ok(Rope { theta: 1e4, scaling: RopeScaling::Default, max_positions })
-            }
-        }
+    pub(super) fn rope_or_plain(&self, max_positions: usize, notes: &mut Vec<String>) -> Rope {
+        self.rope(max_positions).unwrap_or_else(|refused| {
+            notes.push(refused.to_string());
+            Rope { theta: 1e4, scaling: RopeScaling::Default, max_positions }
+        })
     }
 
     /// Options that change what is computed but no size.
