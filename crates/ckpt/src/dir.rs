@@ -1,12 +1,16 @@
 //! The directory that holds a run's checkpoints: `step-00000123/` committed, `.step-00000123.tmp/` being written or
 //! removed, `.step-00000123.old/` put aside while its successor of the same step takes its place.
+//!
+//! A checkpoint may be a link to one that lies elsewhere: it is read through, and only ever unlinked.
 
+use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use spec::{Error, Result};
 
-use crate::disk;
+use crate::disk::Folder;
 use crate::manifest::MANIFEST;
 
 /// Committed checkpoints in `dir`, oldest step first. A missing directory holds none.
@@ -39,7 +43,8 @@ pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
     Ok(list(dir)?.pop().map(|(_, path)| path))
 }
 
-/// Removes all but the newest `count` checkpoints in `dir` and returns the removed steps; 0 removes none.
+/// Removes all but the newest `count` checkpoints in `dir` and returns the removed steps; 0 removes none. One that is a
+/// link to a checkpoint elsewhere is unlinked; what it points to stays.
 ///
 /// # Errors
 /// When a directory cannot be read or removed. A checkpoint is renamed before it is removed, so none is ever seen in
@@ -49,48 +54,60 @@ pub fn keep(dir: &Path, count: usize) -> Result<Vec<u64>> {
     if count == 0 || all.len() <= count {
         return Ok(Vec::new());
     }
+    let folder = Folder::open(dir).map_err(|e| Error::io("open checkpoint directory", dir, &e))?;
     let mut removed = Vec::new();
     for (step, path) in &all[..all.len() - count] {
-        let trash = temporary_path(dir, *step);
-        let doing = "remove old checkpoint";
-        disk::remove_dir(&trash).map_err(|e| Error::io(doing, &trash, &e))?;
-        disk::rename(path, &trash).map_err(|e| Error::io(doing, path, &e))?;
-        disk::remove_dir(&trash).map_err(|e| Error::io(doing, &trash, &e))?;
+        let (name, trash) = (path.file_name().unwrap_or_default(), temporary_name(*step));
+        let remove = || -> io::Result<()> {
+            folder.remove(&trash)?;
+            folder.rename(name, &trash)?;
+            folder.remove(&trash)
+        };
+        remove().map_err(|e| Error::io("remove old checkpoint", path, &e))?;
         removed.push(*step);
     }
     Ok(removed)
 }
 
 /// Clears what interrupted saves left behind, except the temporary directory of `step`.
-pub(crate) fn clear_leftovers(dir: &Path, step: u64) -> Result<()> {
-    for (name, path) in entries(dir)? {
-        let cleared = match parse(&name) {
-            Some((s, State::Temporary)) if s != step => disk::remove_dir(&path),
-            Some((s, State::Old)) if dir.join(committed_name(s)).join(MANIFEST).exists() => {
-                disk::remove_dir(&path)
+///
+/// What cannot be removed is left to the next save: it must not cost this one.
+pub(crate) fn clear_leftovers(folder: &Folder, step: u64) -> io::Result<()> {
+    for name in folder.names()? {
+        let whole = |name: &OsStr| folder.inside(name).and_then(|f| f.file_bytes(MANIFEST.as_ref())).is_ok();
+        let _ = match name.to_str().and_then(parse) {
+            Some((s, State::Temporary)) if s != step => folder.remove(&name),
+            Some((s, State::Old)) => {
+                let committed = committed_name(s);
+                // Its successor never took the name: it is the checkpoint of that step again.
+                let stands = !folder.path().join(&committed).join(MANIFEST).exists();
+                if stands && whole(&name) {
+                    folder.remove(&committed).and_then(|()| folder.rename(&name, &committed))
+                } else {
+                    folder.remove(&name)
+                }
             }
-            Some((s, State::Old)) => disk::rename(&path, &dir.join(committed_name(s))),
             _ => Ok(()),
         };
-        cleared.map_err(|e| Error::io("clear leftovers of an interrupted save", &path, &e))?;
     }
     Ok(())
 }
 
+#[cfg(test)]
 pub(crate) fn committed_path(dir: &Path, step: u64) -> PathBuf {
     dir.join(committed_name(step))
 }
 
-pub(crate) fn temporary_path(dir: &Path, step: u64) -> PathBuf {
-    dir.join(format!(".step-{step:08}.tmp"))
+pub(crate) fn committed_name(step: u64) -> OsString {
+    format!("step-{step:08}").into()
 }
 
-pub(crate) fn old_path(dir: &Path, step: u64) -> PathBuf {
-    dir.join(format!(".step-{step:08}.old"))
+pub(crate) fn temporary_name(step: u64) -> OsString {
+    format!(".step-{step:08}.tmp").into()
 }
 
-fn committed_name(step: u64) -> String {
-    format!("step-{step:08}")
+pub(crate) fn old_name(step: u64) -> OsString {
+    format!(".step-{step:08}.old").into()
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -110,14 +127,14 @@ fn parse(name: &str) -> Option<(u64, State)> {
         (name, State::Committed)
     };
     let step: u64 = core.strip_prefix("step-")?.parse().ok()?;
-    (committed_name(step) == core).then_some((step, state))
+    (committed_name(step) == *core).then_some((step, state))
 }
 
 fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     let error = |e| Error::io("read checkpoint directory", dir, &e);
     let read = match fs::read_dir(dir) {
         Ok(read) => read,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(error(e)),
     };
     let mut found = Vec::new();

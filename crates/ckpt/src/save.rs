@@ -1,5 +1,5 @@
 use std::collections::{HashMap, HashSet};
-use std::fs;
+use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use spec::{DType, Error, Result};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::dir;
-use crate::disk::{self, NewFile};
+use crate::disk::{Folder, NewFile};
 use crate::header;
 use crate::manifest::{CHUNK_BYTES, FileEntry, Kind, MANIFEST, Manifest, Meta, PieceEntry, TensorEntry, key};
 use crate::region::{Region, matrix};
@@ -65,8 +65,8 @@ impl FileRecord {
 /// not overlap in time.
 #[derive(Debug)]
 pub struct Saver {
-    dir: PathBuf,
-    temp: PathBuf,
+    folder: Folder,
+    temp: Folder,
     step: u64,
 }
 
@@ -76,9 +76,10 @@ impl Saver {
     /// # Errors
     /// When the directory cannot be made.
     pub fn begin(dir: &Path, step: u64) -> Result<Self> {
-        let temp = dir::temporary_path(dir, step);
-        disk::create_dir(&temp).map_err(|e| save_error("create", &temp, &e, dir))?;
-        Ok(Saver { dir: dir.to_owned(), temp, step })
+        let folder = Folder::create(dir).map_err(|e| save_error("create", dir, &e, dir))?;
+        let name = dir::temporary_name(step);
+        let temp = folder.make(&name).map_err(|e| save_error("create", &dir.join(&name), &e, dir))?;
+        Ok(Saver { folder, temp, step })
     }
 
     /// Streams the parts that `rank` holds into its file and syncs it. Rank 0 first clears what interrupted saves left.
@@ -91,22 +92,23 @@ impl Saver {
         rank: usize,
         pieces: impl IntoIterator<Item = Piece<'a>>,
     ) -> Result<FileRecord> {
+        let dir = self.folder.path();
         if rank == 0 {
-            dir::clear_leftovers(&self.dir, self.step)?;
+            dir::clear_leftovers(&self.folder, self.step)
+                .map_err(|e| Error::io("clear leftovers of an interrupted save in", dir, &e))?;
         }
         let pieces: Vec<Piece<'a>> = pieces.into_iter().collect();
         let name = format!("rank-{rank:05}.safetensors");
-        let path = self.temp.join(&name);
         let (mut tensors, header) = plan(&pieces)?;
-        let written = write_file(&path, &header, &pieces).and_then(|sums| {
-            disk::sync_dir(&self.temp)?;
+        let file = self.temp.new_file(name.as_ref());
+        let written = file.and_then(|file| write_file(file, &header, &pieces)).and_then(|sums| {
+            self.temp.sync()?;
             Ok(sums)
         });
         let (bytes, checksums) = written.map_err(|e| {
             // The error to report is the first one; what cannot be removed now is cleared by the next save.
-            let _ = fs::remove_file(&path);
-            let _ = fs::remove_dir(&self.temp);
-            save_error("write", &path, &e, &self.dir)
+            self.folder.discard(&dir::temporary_name(self.step), name.as_ref());
+            save_error("write", &self.temp.path().join(&name), &e, dir)
         })?;
         for piece in tensors.iter_mut().flat_map(|t| &mut t.pieces) {
             piece.offset += header.len() as u64;
@@ -122,19 +124,20 @@ impl Saver {
     /// When the records do not fit together or writing fails; the temporary directory is removed then and earlier
     /// checkpoints are as they were.
     pub fn commit(dir: &Path, step: u64, records: Vec<FileRecord>, meta: Meta) -> Result<PathBuf> {
-        let temp = dir::temporary_path(dir, step);
-        let prepared = merge(step, records, meta).and_then(|manifest| prepare(dir, &temp, &manifest));
-        let published = prepared.and_then(|()| publish(dir, &temp, step));
+        let folder = Folder::open(dir).map_err(|e| Error::io("commit checkpoint in", dir, &e))?;
+        let temp = dir::temporary_name(step);
+        let prepared = merge(step, records, meta).and_then(|manifest| prepare(&folder, &temp, &manifest));
+        let published = prepared.and_then(|()| publish(&folder, &temp, step));
         if let Err(e) = published {
-            let _ = disk::remove_dir(&temp);
+            let _ = folder.remove(&temp);
             return Err(e);
         }
-        let path = dir::committed_path(dir, step);
+        let path = dir.join(dir::committed_name(step));
         let settle = || -> io::Result<()> {
-            disk::sync_dir(dir)?;
-            // Either name now holds the replaced checkpoint of the same step, if there was one.
-            disk::remove_dir(&temp)?;
-            disk::remove_dir(&dir::old_path(dir, step))
+            folder.sync()?;
+            // Either name now holds what had the step's name before, if there was anything.
+            folder.remove(&temp)?;
+            folder.remove(&dir::old_name(step))
         };
         settle().map_err(|e| Error::io("checkpoint is written, but settle", &path, &e))?;
         Ok(path)
@@ -145,8 +148,13 @@ impl Saver {
     /// # Errors
     /// When a file cannot be removed.
     pub fn abort(dir: &Path, step: u64) -> Result<()> {
-        let temp = dir::temporary_path(dir, step);
-        disk::remove_dir(&temp).map_err(|e| Error::io("remove unfinished checkpoint", &temp, &e))
+        let temp = dir::temporary_name(step);
+        let removed = match Folder::open(dir) {
+            Ok(folder) => folder.remove(&temp),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(e),
+        };
+        removed.map_err(|e| Error::io("remove unfinished checkpoint", &dir.join(&temp), &e))
     }
 
     /// Writes and commits a checkpoint of a single rank.
@@ -220,8 +228,8 @@ fn plan(pieces: &[Piece<'_>]) -> Result<(Vec<TensorEntry>, Vec<u8>)> {
 }
 
 /// Writes header and data; gives the length and the checksum of each chunk.
-fn write_file(path: &Path, header: &[u8], pieces: &[Piece<'_>]) -> io::Result<(u64, Vec<u64>)> {
-    let mut out = Checksummed { file: NewFile::create(path)?, bytes: 0, hash: Xxh3::new(), sums: Vec::new() };
+fn write_file(file: NewFile, header: &[u8], pieces: &[Piece<'_>]) -> io::Result<(u64, Vec<u64>)> {
+    let mut out = Checksummed { file, bytes: 0, hash: Xxh3::new(), sums: Vec::new() };
     out.write(header)?;
     for piece in pieces {
         out.write(bytemuck::cast_slice(piece.data))?;
@@ -306,57 +314,58 @@ fn merge(step: u64, mut records: Vec<FileRecord>, meta: Meta) -> Result<Manifest
 }
 
 /// Makes the temporary directory complete: exactly the recorded files, and the manifest last.
-fn prepare(dir: &Path, temp: &Path, manifest: &Manifest) -> Result<()> {
+fn prepare(folder: &Folder, temp: &OsStr, manifest: &Manifest) -> Result<()> {
+    let path = folder.path().join(temp);
+    let temp = folder.inside(temp).map_err(|e| not_here(&path, &e))?;
     for file in &manifest.files {
-        let path = temp.join(&file.name);
-        let found = fs::metadata(&path).map_err(|e| {
-            Error::failure(format!("commit checkpoint: {} is not here: {e}", path.display()))
-                .hint("every rank must see the same run.dir")
-        })?;
-        if found.len() != file.bytes {
+        let found = temp.file_bytes(file.name.as_ref()).map_err(|e| not_here(&path.join(&file.name), &e))?;
+        if found != file.bytes {
             return Err(Error::failure(format!(
-                "commit checkpoint: {} has {} bytes, its rank wrote {}",
-                path.display(),
-                found.len(),
+                "commit checkpoint: {} has {found} bytes, its rank wrote {}",
+                path.join(&file.name).display(),
                 file.bytes
             )));
         }
     }
     let text = manifest.to_text()?;
     let write = || -> io::Result<()> {
-        for entry in fs::read_dir(temp)? {
-            let entry = entry?;
-            if !manifest.files.iter().any(|f| entry.file_name() == *f.name) {
-                disk::remove_file(&entry.path())?;
+        for name in temp.names()? {
+            if !manifest.files.iter().any(|f| *name == *f.name) {
+                temp.remove(&name)?;
             }
         }
-        let mut file = NewFile::create(&temp.join(MANIFEST))?;
+        let mut file = temp.new_file(MANIFEST.as_ref())?;
         file.write_all(text.as_bytes())?;
         file.sync()?;
-        disk::sync_dir(temp)
+        temp.sync()
     };
-    write().map_err(|e| save_error("write manifest in", temp, &e, dir))
+    write().map_err(|e| save_error("write manifest in", &path, &e, folder.path()))
+}
+
+fn not_here(path: &Path, e: &io::Error) -> Error {
+    Error::failure(format!("commit checkpoint: {} is not here: {e}", path.display()))
+        .hint("every rank must see the same run.dir")
 }
 
 /// Moves the complete temporary directory to its final name.
-fn publish(dir: &Path, temp: &Path, step: u64) -> Result<()> {
-    let path = dir::committed_path(dir, step);
+fn publish(folder: &Folder, temp: &OsStr, step: u64) -> Result<()> {
+    let name = dir::committed_name(step);
     let swap = || -> io::Result<()> {
-        if !path.exists() {
-            return disk::rename(temp, &path);
+        if folder.kind(&name)?.is_none() {
+            return folder.rename(temp, &name);
         }
-        if disk::exchange(temp, &path)? {
+        if folder.exchange(temp, &name)? {
             return Ok(());
         }
         // Two renames; between them the put-aside name stands for the step.
-        let old = dir::old_path(dir, step);
-        disk::remove_dir(&old)?;
-        disk::rename(&path, &old)?;
-        disk::rename(temp, &path).inspect_err(|_| {
-            let _ = disk::rename(&old, &path);
+        let old = dir::old_name(step);
+        folder.remove(&old)?;
+        folder.rename(&name, &old)?;
+        folder.rename(temp, &name).inspect_err(|_| {
+            let _ = folder.rename(&old, &name);
         })
     };
-    swap().map_err(|e| save_error("move into place", &path, &e, dir))
+    swap().map_err(|e| save_error("move into place", &folder.path().join(&name), &e, folder.path()))
 }
 
 fn save_error(doing: &str, path: &Path, e: &io::Error, dir: &Path) -> Error {
