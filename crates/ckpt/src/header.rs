@@ -3,13 +3,17 @@
 //!
 //! Written and read here so that files stream: the `safetensors` crate wants all bytes in memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map};
+use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use spec::{Error, Result};
+
+use crate::input::{self, shown};
 
 /// The limit that the reference implementation sets, so that a damaged length does not ask for terabytes.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -78,6 +82,9 @@ impl Header {
         }
         let mut length = [0; 8];
         file.read_exact_at(&mut length, 0).map_err(io)?;
+        if input::is_lfs_pointer(file) {
+            return Err(input::lfs_pointer(path));
+        }
         let length = u64::from_le_bytes(length);
         if length > MAX_HEADER_BYTES || length > file_bytes - 8 {
             return Err(damaged(format!("a header of {length} bytes in a file of {file_bytes}")));
@@ -85,16 +92,51 @@ impl Header {
         let mut json = vec![0; length as usize];
         file.read_exact_at(&mut json, 8).map_err(io)?;
         let (data_start, data_bytes) = (8 + length, file_bytes - 8 - length);
-        let tensors = parse(&json).map_err(|e| damaged(format!("header: {e}")))?;
-        check(&tensors, data_bytes).map_err(damaged)?;
+        let tensors = parse(&json, data_bytes).map_err(damaged)?;
         Ok(Header { data_start, tensors })
     }
 }
 
-fn parse(json: &[u8]) -> Result<BTreeMap<String, Info>, serde_json::Error> {
-    let mut values: BTreeMap<String, serde_json::Value> = serde_json::from_slice(json)?;
-    values.remove("__metadata__");
-    values.into_iter().map(|(name, value)| Ok((name, Info::deserialize(value)?))).collect()
+/// The tensors that a header lists, whose data take `data_bytes`.
+pub(crate) fn parse(json: &[u8], data_bytes: u64) -> Result<BTreeMap<String, Info>, String> {
+    let Tensors(tensors) = serde_json::from_slice(json).map_err(|e| format!("header: {e}"))?;
+    check(&tensors, data_bytes)?;
+    Ok(tensors)
+}
+
+/// Tensors by name; what else the header says of the file is skipped.
+#[derive(Default)]
+struct Tensors(BTreeMap<String, Info>);
+
+impl<'de> Deserialize<'de> for Tensors {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_map(Tensors::default())
+    }
+}
+
+impl<'de> Visitor<'de> for Tensors {
+    type Value = Tensors;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of tensors")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut entries: A) -> Result<Tensors, A::Error> {
+        while let Some(name) = entries.next_key::<String>()? {
+            if name == "__metadata__" {
+                entries.next_value::<IgnoredAny>()?;
+                continue;
+            }
+            match self.0.entry(name) {
+                btree_map::Entry::Vacant(free) => free.insert(entries.next_value()?),
+                btree_map::Entry::Occupied(there) => {
+                    let name = shown(there.key());
+                    return Err(A::Error::custom(format_args!("tensor {name} is there twice")));
+                }
+            };
+        }
+        Ok(self)
+    }
 }
 
 fn check(tensors: &BTreeMap<String, Info>, data_bytes: u64) -> Result<(), String> {
@@ -104,13 +146,14 @@ fn check(tensors: &BTreeMap<String, Info>, data_bytes: u64) -> Result<(), String
     for (name, info) in by_start {
         let (start, stop) = info.data_offsets;
         if start != end || stop < start {
+            let name = shown(name);
             return Err(format!("tensor {name} lies at bytes {start}..{stop}, expected to start at {end}"));
         }
         let elements = info.shape.iter().try_fold(1u64, |a, d| a.checked_mul(*d as u64));
         let expected = elements.zip(element_bytes(&info.dtype)).map(|(n, size)| n.checked_mul(size));
         if elements.is_none() || expected.is_some_and(|bytes| bytes != Some(stop - start)) {
-            let (dtype, shape) = (&info.dtype, &info.shape);
-            return Err(format!("tensor {name} of {dtype} {shape:?} has {} bytes", stop - start));
+            let (name, dtype, shape) = (shown(name), shown(&info.dtype), dims(&info.shape));
+            return Err(format!("tensor {name} of {dtype} {shape} has {} bytes", stop - start));
         }
         end = stop;
     }
@@ -119,6 +162,14 @@ fn check(tensors: &BTreeMap<String, Info>, data_bytes: u64) -> Result<(), String
         return Err(format!("{how}: {data_bytes} bytes of tensors, the header says {end}"));
     }
     Ok(())
+}
+
+/// A shape as a message shows it: a damaged one may be long.
+pub(crate) fn dims(shape: &[usize]) -> String {
+    const SHOWN: usize = 8;
+    let more = if shape.len() > SHOWN { ", ..." } else { "" };
+    let dims: Vec<String> = shape.iter().take(SHOWN).map(usize::to_string).collect();
+    format!("[{}{more}]", dims.join(", "))
 }
 
 /// Bytes of one element; `None` for a type that this code has not heard of, whose size is then not checked.

@@ -42,6 +42,7 @@ mod manifest;
 
 mod dir;
 mod disk;
+mod input;
 mod read;
 mod save;
 
@@ -59,6 +60,9 @@ pub use tools::{Difference, Listing, TensorDifference, TensorListing, diff, ls, 
 
 #[cfg(test)]
 mod crash_test;
+
+#[cfg(test)]
+mod fuzz_test;
 
 // Tensor bytes on disk are little-endian (safetensors); buffers are written and read without swapping.
 const _: () = assert!(cfg!(target_endian = "little"), "checkpoints need a little-endian machine");

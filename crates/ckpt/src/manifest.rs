@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 use spec::{DType, Error, Result};
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::header::dims;
+use crate::input::shown;
 use crate::region::{Gap, Region, check_cover, matrix};
 
 /// File name of the manifest; a directory without it is no checkpoint.
@@ -16,6 +18,9 @@ const VERSION: u32 = 1;
 
 /// Bytes under one checksum: small enough to read a slice cheaply, large enough that checksums cost no space.
 pub(crate) const CHUNK_BYTES: usize = 4 << 20;
+
+/// A chunk is held in memory whole to be checked, so a file does not get to say how much that is.
+const MAX_CHUNK_BYTES: usize = 16 * CHUNK_BYTES;
 
 /// Which of a parameter's tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -59,6 +64,7 @@ pub struct Meta {
 
 /// The contents of `manifest.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(from = "Wire")]
 pub struct Manifest {
     format: String,
     version: u32,
@@ -73,6 +79,30 @@ pub struct Manifest {
     pub files: Vec<FileEntry>,
     /// Every logical tensor, in the order in which the ranks wrote them.
     pub tensors: Vec<TensorEntry>,
+}
+
+/// The keys of a manifest as they are read: flattened ones would first gather whatever else a file holds.
+#[derive(Deserialize)]
+struct Wire {
+    format: String,
+    version: u32,
+    checksum: String,
+    step: u64,
+    tokens: u64,
+    fingerprint: String,
+    world: usize,
+    #[serde(deserialize_with = "spec::small_json")]
+    state: serde_json::Value,
+    files: Vec<FileEntry>,
+    tensors: Vec<TensorEntry>,
+}
+
+impl From<Wire> for Manifest {
+    fn from(w: Wire) -> Self {
+        let Wire { format, version, checksum, step, tokens, fingerprint, world, state, files, tensors } = w;
+        let meta = Meta { tokens, fingerprint, world, state };
+        Manifest { format, version, checksum, step, meta, files, tensors }
+    }
 }
 
 /// One data file.
@@ -106,6 +136,7 @@ pub struct TensorEntry {
 
 /// One stored part of a tensor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "PieceWire")]
 pub struct PieceEntry {
     /// Index into the manifest's files.
     pub file: usize,
@@ -116,6 +147,44 @@ pub struct PieceEntry {
     /// Which part of the tensor, row-major.
     #[serde(flatten)]
     pub region: Region,
+}
+
+#[derive(Deserialize)]
+struct PieceWire {
+    file: usize,
+    key: String,
+    offset: u64,
+    range: Option<RangeWire>,
+    r#box: Option<BoxWire>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RangeWire {
+    start: usize,
+    len: usize,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BoxWire {
+    row0: usize,
+    rows: usize,
+    col0: usize,
+    cols: usize,
+}
+
+impl TryFrom<PieceWire> for PieceEntry {
+    type Error = &'static str;
+
+    fn try_from(w: PieceWire) -> Result<Self, &'static str> {
+        let region = match (w.range, w.r#box) {
+            (Some(RangeWire { start, len }), None) => Region::range(start, len),
+            (None, Some(BoxWire { row0, rows, col0, cols })) => Region::rect(row0, rows, col0, cols),
+            _ => return Err("a piece is either a range or a box"),
+        };
+        Ok(PieceEntry { file: w.file, key: w.key, offset: w.offset, region })
+    }
 }
 
 impl Manifest {
@@ -147,7 +216,7 @@ impl Manifest {
     }
 
     /// Parses and checks everything that the manifest alone can show.
-    pub(crate) fn from_text(text: &[u8], path: &Path) -> Result<Self> {
+    pub(crate) fn from_text(text: &str, path: &Path) -> Result<Self> {
         #[derive(Deserialize)]
         struct Head {
             format: String,
@@ -156,13 +225,12 @@ impl Manifest {
         }
         let damaged =
             |why: String| Error::user(format!("checkpoint manifest {} is damaged: {why}", path.display()));
-        let text = std::str::from_utf8(text).map_err(|e| damaged(e.to_string()))?;
         let head: Head = serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
         if head.format != FORMAT || head.version != VERSION {
             return Err(Error::user(format!(
-                "checkpoint manifest {} has format {:?} version {}, expected {FORMAT:?} version {VERSION}",
+                "checkpoint manifest {} has format \"{}\" version {}, expected \"{FORMAT}\" version {VERSION}",
                 path.display(),
-                head.format,
+                shown(&head.format),
                 head.version
             ))
             .hint("read it with the Phalanx version that wrote it"));
@@ -171,7 +239,7 @@ impl Manifest {
         let zeroed = format!("{}{}{}", &text[..at], hex::ZERO, &text[at + hex::DIGITS..]);
         let found = hex::digits(xxh3_64(zeroed.as_bytes()));
         if found != head.checksum {
-            return Err(damaged(format!("checksum {found}, expected {}", head.checksum)));
+            return Err(damaged(format!("checksum {found}, expected {}", shown(&head.checksum))));
         }
         let manifest: Manifest = serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
         manifest.check().map_err(damaged)?;
@@ -184,13 +252,20 @@ impl Manifest {
             let plain =
                 !file.name.is_empty() && !file.name.starts_with('.') && !file.name.contains(['/', '\\']);
             if !plain {
-                return Err(format!("file name {:?} is not a plain name", file.name));
+                return Err(format!("file name \"{}\" is not a plain name", shown(&file.name)));
+            }
+            if file.chunk_bytes > MAX_CHUNK_BYTES {
+                return Err(format!(
+                    "file {} has a checksum for each {} bytes, expected at most {MAX_CHUNK_BYTES}",
+                    shown(&file.name),
+                    file.chunk_bytes
+                ));
             }
             let chunks = file.bytes.div_ceil(file.chunk_bytes.max(1) as u64);
             if file.chunk_bytes == 0 || file.checksums.len() as u64 != chunks {
                 return Err(format!(
                     "file {} of {} bytes has {} checksums of {} bytes",
-                    file.name,
+                    shown(&file.name),
                     file.bytes,
                     file.checksums.len(),
                     file.chunk_bytes
@@ -200,10 +275,10 @@ impl Manifest {
         let mut seen = HashMap::new();
         for tensor in &self.tensors {
             if seen.insert((tensor.kind, tensor.name.as_str()), ()).is_some() {
-                return Err(format!("tensor {} {} is listed twice", tensor.kind, tensor.name));
+                return Err(format!("tensor {} {} is listed twice", tensor.kind, shown(&tensor.name)));
             }
             self.check_tensor(tensor)
-                .map_err(|why| format!("tensor {} {}: {why}", tensor.kind, tensor.name))?;
+                .map_err(|why| format!("tensor {} {}: {why}", tensor.kind, shown(&tensor.name)))?;
         }
         Ok(())
     }
@@ -213,15 +288,15 @@ impl Manifest {
             return Err(format!("element type {}, expected f32", tensor.dtype));
         }
         let (rows, cols) =
-            matrix(&tensor.shape).ok_or_else(|| format!("shape {:?} is too large", tensor.shape))?;
+            matrix(&tensor.shape).ok_or_else(|| format!("shape {} is too large", dims(&tensor.shape)))?;
         let regions: Vec<Region> = tensor.pieces.iter().map(|p| p.region).collect();
         let at = |i: usize| {
             let piece: &PieceEntry = &tensor.pieces[i];
-            let file = self.files.get(piece.file).map_or("an unknown file", |f| f.name.as_str());
+            let file = self.files.get(piece.file).map_or("an unknown file".to_owned(), |f| shown(&f.name));
             format!("{} in {file}", piece.region)
         };
         check_cover(rows, cols, &regions).map_err(|gap| match gap {
-            Gap::Outside(i) => format!("{} reach outside of shape {:?}", at(i), tensor.shape),
+            Gap::Outside(i) => format!("{} reach outside of shape {}", at(i), dims(&tensor.shape)),
             Gap::Twice(i, j) => format!("written twice: {} and {}", at(i), at(j)),
             Gap::Missing(n) => format!("{n} of {} elements are written nowhere", rows * cols),
         })?;
@@ -275,8 +350,18 @@ pub(crate) mod hex {
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u64>, D::Error> {
-        let texts = Vec::<String>::deserialize(d)?;
-        texts.iter().map(|t| u64::from_str_radix(t, 16).map_err(D::Error::custom)).collect()
+        struct Checksum(u64);
+
+        impl<'de> Deserialize<'de> for Checksum {
+            fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+                let text = <&str>::deserialize(d)?;
+                let right = text.len() == DIGITS && text.bytes().all(|b| b.is_ascii_hexdigit());
+                let value = right.then(|| u64::from_str_radix(text, 16).ok()).flatten();
+                value.map(Checksum).ok_or_else(|| D::Error::custom("a checksum is not sixteen digits"))
+            }
+        }
+
+        Ok(Vec::<Checksum>::deserialize(d)?.into_iter().map(|c| c.0).collect())
     }
 }
 
@@ -320,7 +405,7 @@ mod tests {
     #[test]
     fn round_trip() {
         let text = manifest().to_text().unwrap();
-        let back = Manifest::from_text(text.as_bytes(), Path::new("m")).unwrap();
+        let back = Manifest::from_text(&text, Path::new("m")).unwrap();
         assert_eq!(Manifest { checksum: hex::ZERO.into(), ..back }, manifest());
     }
 
@@ -331,19 +416,22 @@ mod tests {
             for bit in 0..8 {
                 let mut bad = text.clone();
                 bad[i] ^= 1 << bit;
-                let error = Manifest::from_text(&bad, Path::new("m")).expect_err("damaged");
+                // What is not UTF-8 is refused before.
+                let Ok(bad) = std::str::from_utf8(&bad) else { continue };
+                let error = Manifest::from_text(bad, Path::new("m")).expect_err("damaged");
                 assert_eq!(error.exit_code(), 2);
             }
         }
         for end in 0..text.len() {
-            Manifest::from_text(&text[..end], Path::new("m")).expect_err("cut short");
+            let cut = std::str::from_utf8(&text[..end]).unwrap();
+            Manifest::from_text(cut, Path::new("m")).expect_err("cut short");
         }
     }
 
     #[test]
     fn another_version_is_named() {
         let text = manifest().to_text().unwrap().replace("\"version\":1", "\"version\":2");
-        let error = Manifest::from_text(text.as_bytes(), Path::new("m")).unwrap_err();
+        let error = Manifest::from_text(&text, Path::new("m")).unwrap_err();
         assert!(error.to_string().contains("version 2, expected"), "{error}");
     }
 
@@ -359,5 +447,16 @@ mod tests {
         check(|m| m.tensors.push(m.tensors[0].clone()), "listed twice");
         check(|m| m.files[0].name = "../x".into(), "not a plain name");
         check(|m| m.files[0].checksums.truncate(1), "has 1 checksums");
+        check(
+            |m| {
+                m.files[0] = FileEntry {
+                    bytes: 1 << 40,
+                    chunk_bytes: 1 << 40,
+                    checksums: vec![0],
+                    ..m.files[0].clone()
+                }
+            },
+            "a checksum for each 1099511627776 bytes, expected at most 67108864",
+        );
     }
 }

@@ -9,6 +9,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::dir;
 use crate::header::Header;
+use crate::input::{self, shown};
 use crate::manifest::{Kind, MANIFEST, Manifest, TensorEntry};
 use crate::region::{Region, for_each_copy, matrix};
 
@@ -35,6 +36,9 @@ pub struct Verified {
     /// Bytes of data files.
     pub bytes: u64,
 }
+
+/// More than the manifest of a million pieces.
+const MAX_MANIFEST_BYTES: usize = 4 << 30;
 
 /// Chunks kept: one for a parameter, each of its moments, and the piece that follows. Neighbouring rows and small
 /// tensors mostly lie in the same chunk.
@@ -67,11 +71,15 @@ impl Checkpoint {
 
     fn open_alone(path: &Path) -> Result<Self> {
         let file = path.join(MANIFEST);
-        let text = fs::read(&file).map_err(|e| Error::io("open checkpoint: read", &file, &e))?;
+        let text = input::read_text("open checkpoint: read", &file, MAX_MANIFEST_BYTES)?;
         let manifest = Manifest::from_text(&text, &file)?;
         for file in &manifest.files {
             let path = path.join(&file.name);
-            let found = fs::metadata(&path).map_err(|e| Error::io("open checkpoint: find", &path, &e))?.len();
+            let found = fs::metadata(&path).map_err(|e| Error::io("open checkpoint: find", &path, &e))?;
+            if !found.is_file() {
+                return Err(Error::user(format!("checkpoint file {} is not a regular file", path.display())));
+            }
+            let found = found.len();
             if found != file.bytes {
                 let how = if found < file.bytes { "cut short" } else { "too long" };
                 return Err(Error::user(format!(
@@ -204,7 +212,7 @@ impl Checkpoint {
         let path = self.path.join(&entry.name);
         let io = |e| Error::io("read checkpoint", &path, &e);
         if cache.file.as_ref().is_none_or(|(open, _)| *open != file) {
-            cache.file = Some((file, File::open(&path).map_err(io)?));
+            cache.file = Some((file, input::open("read checkpoint", &path)?));
         }
         let Some((_, handle)) = &cache.file else { unreachable!("opened above") };
         let start = chunk * entry.chunk_bytes as u64;
@@ -261,7 +269,7 @@ impl Checkpoint {
 
     fn verify_header(&self, file: usize) -> Result<()> {
         let path = self.path.join(&self.manifest.files[file].name);
-        let handle = File::open(&path).map_err(|e| Error::io("read checkpoint", &path, &e))?;
+        let handle = input::open("read checkpoint", &path)?;
         let header = Header::read(&handle, &path)?;
         for tensor in &self.manifest.tensors {
             for piece in tensor.pieces.iter().filter(|p| p.file == file) {
@@ -274,7 +282,7 @@ impl Checkpoint {
                     return Err(Error::user(format!(
                         "checkpoint file {}: piece {} is not where the manifest says",
                         path.display(),
-                        piece.key
+                        shown(&piece.key)
                     )));
                 }
             }

@@ -102,6 +102,11 @@ pub(crate) fn import(args: &Import) -> Result<u8> {
     let run = RunSpec::load(Some(("the imported model", &section)), &set, &train::read)?;
     let tokenizer = args.hf_dir.join("tokenizer.json");
     dir.create(&run, tokenizer.exists().then_some(tokenizer.as_path()))?;
+    let kept = ckpt::hf::keep_companions(&args.hf_dir, &args.run_dir)
+        .map_err(|e| e.hint("copy the model's files again, or leave out the one that is named"))?;
+    for note in weights.notes().iter().chain(&kept) {
+        output::say(&format!("note: {note}"));
+    }
     let path = train::import_weights(&run, &dir, &weights)?;
     output::say(&format!("{}: {:.1}M parameters", model.name, model.param_count() as f64 / 1e6));
     output::print(&path.display().to_string());
@@ -127,16 +132,16 @@ pub(crate) fn export(args: &Export) -> Result<u8> {
         checkpoint.read_box(name, Kind::Param, 0, rows, 0, cols, &mut out)?;
         Ok(out)
     };
-    let tokenizer = dir.tokenizer();
-    let done = ckpt::hf::export(
-        &run.model,
-        source,
-        &args.out_dir,
-        dtype,
-        args.max_shard_bytes,
-        tokenizer.as_deref(),
-    )
-    .map_err(|e| e.hint("give an output directory in a writable place with free space"))?;
+    let path = dir.tokenizer();
+    let tokenizer = match &path {
+        Some(path) => Some(ckpt::hf::Tokenizer { path, eod: data::Tokenizer::load(path)?.eod() }),
+        None => {
+            output::say("note: the run has no tokenizer, so none is written");
+            None
+        }
+    };
+    let done = ckpt::hf::export(&run.model, source, &args.out_dir, dtype, args.max_shard_bytes, tokenizer)
+        .map_err(|e| e.hint("give an output directory in a writable place with free space"))?;
     output::say(&format!(
         "step {}: {} tensors in {} files, {}",
         checkpoint.step(),

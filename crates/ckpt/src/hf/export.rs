@@ -1,3 +1,4 @@
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -5,14 +6,11 @@ use std::path::{Path, PathBuf};
 use half::bf16;
 use spec::{DType, Error, ModelSpec, Result};
 
+use super::companions::{Companions, Tokenizer, pretty};
 use super::names::{self, HfTensor, Part};
 use super::{INDEX, SINGLE, STAGING_BYTES, TURNED_ROWS};
-use crate::disk::{self, NewFile};
+use crate::disk::{Folder, NewFile};
 use crate::header;
-
-/// Files that go with a tokenizer, copied from beside it where they are there.
-const TOKENIZER_COMPANIONS: [&str; 3] =
-    ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"];
 
 /// What [`export`] wrote.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,18 +27,19 @@ pub struct Exported {
 /// tensors take more than `max_shard_bytes`.
 ///
 /// `source` gives one logical parameter at a time, whole and row-major; not more than one tensor of the result is in
-/// memory at once. `tokenizer` is a `tokenizer.json` to copy along. The directory appears whole or not at all.
+/// memory at once. With a tokenizer go the settings that `transformers` needs to read it as it is and to stop where a
+/// text ends. The directory appears whole or not at all.
 ///
 /// # Errors
 /// When the model belongs to no family, `dtype` is neither float32 nor bfloat16, `out_dir` exists and holds something,
-/// `source` fails, or writing does.
+/// the tokenizer cannot be read, `source` fails, or writing does.
 pub fn export(
     spec: &ModelSpec,
     source: impl Fn(&str) -> Result<Vec<f32>>,
     out_dir: &Path,
     dtype: DType,
     max_shard_bytes: u64,
-    tokenizer: Option<&Path>,
+    tokenizer: Option<Tokenizer<'_>>,
 ) -> Result<Exported> {
     let element = match dtype {
         DType::F32 => "F32",
@@ -48,97 +47,99 @@ pub fn export(
         other => return Err(Error::user(format!("export as {other}: expected f32 or bf16"))),
     };
     let table = names::table(spec)?;
-    let temp = prepare(out_dir)?;
-    let writer = Writer { spec, source: &source, dir: &temp, dtype, element };
-    let written = writer.config().and_then(|()| {
-        tokenizer.map_or(Ok(()), |path| copy_tokenizer(path, &temp))?;
-        writer.shards(&table, max_shard_bytes)
-    });
+    let companions = tokenizer.map_or_else(|| Ok(Companions::default()), |t| Companions::gather(t, spec))?;
+    let target = Target::prepare(out_dir)?;
+    let writer = Writer { spec, source: &source, dir: &target.temp, dtype, element };
+    let written = writer.texts(&companions).and_then(|()| writer.shards(&table, max_shard_bytes));
     let finished = written.and_then(|done| {
-        let finish = || -> io::Result<()> {
-            disk::sync_dir(&temp)?;
-            disk::rename(&temp, out_dir)?;
-            parent(out_dir).map_or(Ok(()), disk::sync_dir)
-        };
-        finish().map_err(|e| Error::io("export: move into place", out_dir, &e))?;
+        target.publish().map_err(|e| Error::io("export: move into place", out_dir, &e))?;
         Ok(done)
     });
     finished.inspect_err(|_| {
         // The first error is the one to report; the next export clears what is left.
-        let _ = disk::remove_dir(&temp);
+        let _ = target.parent.remove(&target.temp_name);
     })
 }
 
-/// Checks that `out_dir` is free and makes the temporary directory beside it.
-fn prepare(out_dir: &Path) -> Result<PathBuf> {
-    let name = out_dir.file_name().ok_or_else(|| {
-        Error::user(format!("export to {}: expected the name of a new directory", out_dir.display()))
-    })?;
-    match fs::read_dir(out_dir) {
-        Ok(mut entries) => {
-            if entries.next().is_some() {
-                return Err(Error::user(format!(
-                    "export to {}: the directory is not empty",
-                    out_dir.display()
-                ))
-                .hint("name a new directory"));
+/// Where an export goes, and the directory beside it that becomes it.
+struct Target {
+    parent: Folder,
+    name: OsString,
+    temp_name: OsString,
+    temp: Folder,
+}
+
+impl Target {
+    /// Checks that `out_dir` is free and makes the temporary directory beside it.
+    fn prepare(out_dir: &Path) -> Result<Self> {
+        let io = |e: io::Error| Error::io("export to", out_dir, &e);
+        let mut place = out_dir.to_owned();
+        match fs::read_dir(out_dir) {
+            Ok(mut entries) => {
+                if entries.next().is_some() {
+                    return Err(Error::user(format!(
+                        "export to {}: the directory is not empty",
+                        out_dir.display()
+                    ))
+                    .hint("name a new directory"));
+                }
+                // A link to an empty directory: the model goes where it points.
+                place = out_dir.canonicalize().map_err(io)?;
             }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(io(e)),
         }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(Error::io("export to", out_dir, &e)),
+        let name = place.file_name().map(OsStr::to_owned).ok_or_else(|| {
+            Error::user(format!("export to {}: expected the name of a new directory", out_dir.display()))
+        })?;
+        let parent: PathBuf = match place.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => ".".into(),
+        };
+        let parent = Folder::create(&parent).map_err(|e| Error::io("export: create", &parent, &e))?;
+        let mut temp_name = OsString::from(".");
+        temp_name.push(&name);
+        temp_name.push(".tmp");
+        let temp = parent.remove(&temp_name).and_then(|()| parent.make(&temp_name));
+        let temp = temp.map_err(|e| Error::io("export: create", &parent.path().join(&temp_name), &e))?;
+        Ok(Target { parent, name, temp_name, temp })
     }
-    let temp = out_dir.with_file_name(format!(".{}.tmp", name.to_string_lossy()));
-    disk::remove_dir(&temp)
-        .and_then(|()| disk::create_dir(&temp))
-        .map_err(|e| Error::io("export: create", &temp, &e))?;
-    Ok(temp)
-}
 
-/// The directory that holds `path`; a bare name lies in the current one.
-fn parent(path: &Path) -> Option<&Path> {
-    path.parent().map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p })
-}
-
-fn copy_tokenizer(tokenizer: &Path, temp: &Path) -> Result<()> {
-    let copy = |from: &Path, name: &str| -> Result<()> {
-        let bytes = fs::read(from).map_err(|e| Error::io("export: read tokenizer", from, &e))?;
-        write_whole(&temp.join(name), &bytes)
-    };
-    copy(tokenizer, "tokenizer.json")?;
-    for name in TOKENIZER_COMPANIONS {
-        let beside = tokenizer.with_file_name(name);
-        if beside.is_file() {
-            copy(&beside, name)?;
-        }
+    fn publish(&self) -> io::Result<()> {
+        self.temp.sync()?;
+        self.parent.rename(&self.temp_name, &self.name)?;
+        self.parent.sync()
     }
-    Ok(())
-}
-
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let write = || -> io::Result<()> {
-        let mut file = NewFile::create(path)?;
-        file.write_all(bytes)?;
-        file.sync()
-    };
-    write().map_err(|e| Error::io("export: write", path, &e))
 }
 
 struct Writer<'a, S> {
     spec: &'a ModelSpec,
     source: &'a S,
-    dir: &'a Path,
+    dir: &'a Folder,
     dtype: DType,
     element: &'static str,
 }
 
 impl<S: Fn(&str) -> Result<Vec<f32>>> Writer<'_, S> {
-    fn config(&self) -> Result<()> {
+    fn texts(&self, companions: &Companions) -> Result<()> {
         let mut config = self.spec.to_hf_config()?;
-        // Absent, they would be the family's defaults: ids that mean something else in another vocabulary.
-        config["bos_token_id"] = serde_json::Value::Null;
-        config["eos_token_id"] = serde_json::Value::Null;
+        for role in ["bos_token_id", "eos_token_id"] {
+            // Absent, they would be the family's defaults: ids that mean something else in another vocabulary.
+            config[role] = serde_json::Value::Null;
+        }
+        companions.ids.iter().for_each(|(role, id)| config[role] = id.clone());
         config["torch_dtype"] = if self.dtype == DType::F32 { "float32" } else { "bfloat16" }.into();
-        write_whole(&self.dir.join("config.json"), &pretty(&config))
+        self.text("config.json", &pretty(&config))?;
+        companions.files.iter().try_for_each(|(name, bytes)| self.text(name, bytes))
+    }
+
+    fn text(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let write = || -> io::Result<()> {
+            let mut file = self.dir.new_file(name.as_ref())?;
+            file.write_all(bytes)?;
+            file.sync()
+        };
+        write().map_err(|e| Error::io("export: write", &self.dir.path().join(name), &e))
     }
 
     fn shards(&self, table: &[HfTensor], max_shard_bytes: u64) -> Result<Exported> {
@@ -151,13 +152,13 @@ impl<S: Fn(&str) -> Result<Vec<f32>>> Writer<'_, S> {
                 n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
             };
             let tensors = &table[range.clone()];
-            self.shard(&self.dir.join(&name), tensors)?;
+            self.shard(&name, tensors)?;
             weight_map.extend(tensors.iter().map(|t| (self.full_name(t), name.clone().into())));
         }
         let bytes = sizes.iter().sum();
         if shards.len() > 1 {
             let index = serde_json::json!({"metadata": {"total_size": bytes}, "weight_map": weight_map});
-            write_whole(&self.dir.join(INDEX), &pretty(&index))?;
+            self.text(INDEX, &pretty(&index))?;
         }
         Ok(Exported { files: shards.len(), tensors: table.len(), bytes })
     }
@@ -167,8 +168,8 @@ impl<S: Fn(&str) -> Result<Vec<f32>>> Writer<'_, S> {
         format!("{prefix}{}", tensor.name)
     }
 
-    fn shard(&self, path: &Path, tensors: &[HfTensor]) -> Result<()> {
-        let io = |e: io::Error| Error::io("export: write", path, &e);
+    fn shard(&self, name: &str, tensors: &[HfTensor]) -> Result<()> {
+        let io = |e: io::Error| Error::io("export: write", &self.dir.path().join(name), &e);
         let entries: Vec<header::Entry> = tensors
             .iter()
             .map(|t| header::Entry {
@@ -178,7 +179,7 @@ impl<S: Fn(&str) -> Result<Vec<f32>>> Writer<'_, S> {
                 bytes: t.elements() * self.dtype.bytes(),
             })
             .collect();
-        let mut file = NewFile::create(path).map_err(io)?;
+        let mut file = self.dir.new_file(name.as_ref()).map_err(io)?;
         file.write_all(&header::encode(&entries)).map_err(io)?;
         let mut out = Converted { file: &mut file, dtype: self.dtype, staging: Vec::new() };
         for tensor in tensors {
@@ -264,10 +265,6 @@ impl Converted<'_> {
         }
         Ok(())
     }
-}
-
-fn pretty(value: &serde_json::Value) -> Vec<u8> {
-    format!("{value:#}\n").into_bytes()
 }
 
 #[cfg(test)]

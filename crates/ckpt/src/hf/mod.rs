@@ -3,25 +3,31 @@
 //! Logical parameters (`layers.0.attn.q.weight`, linear weights `[out, in]`) are mapped to the tensors of the Llama,
 //! Mistral, Qwen 2, Qwen 3 and GPT-2 families; GPT-2's fused and transposed ones are split and turned on the way.
 
+mod companions;
 mod export;
+mod left_out;
 mod names;
+mod problems;
 
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use serde::Deserialize;
-use spec::{Context, Error, ModelSpec, Result};
+use spec::{Context, Error, HfModel, ModelSpec, Result};
 
-use crate::header::{Header, Info};
+use crate::header::{Header, Info, dims};
+use crate::input::{self, shown};
 use crate::region::matrix;
 use names::HfTensor;
+use problems::Problems;
 
+pub use companions::{Tokenizer, keep_companions};
 pub use export::{Exported, export};
 
 const SINGLE: &str = "model.safetensors";
@@ -33,8 +39,11 @@ const STAGING_BYTES: usize = 1 << 20;
 /// Rows of a transposed tensor turned at a time: a cache line of each target row.
 const TURNED_ROWS: usize = 16;
 
-/// Problems listed in one message; a wrong config makes hundreds of the same kind.
-const MAX_PROBLEMS: usize = 8;
+/// Configurations take some kilobytes.
+const MAX_CONFIG_BYTES: usize = 16 << 20;
+
+/// An index has a line for each tensor.
+const MAX_INDEX_BYTES: usize = 1 << 30;
 
 /// Reads the model in `dir`: what it is, and its weights, open for reading.
 ///
@@ -43,13 +52,16 @@ const MAX_PROBLEMS: usize = 8;
 /// other; every missing, unexpected or wrongly shaped tensor is named.
 pub fn import(dir: &Path) -> Result<(ModelSpec, HfWeights)> {
     let path = dir.join("config.json");
-    let text = fs::read_to_string(&path).map_err(|e| {
-        Error::io("import: read", &path, &e)
-            .hint("give the directory that holds config.json and model.safetensors")
-    })?;
-    let spec = ModelSpec::from_hf_config(&text).context(format!("import {}", path.display()))?;
-    let weights = HfWeights::open(dir, &spec)?;
-    Ok((spec, weights))
+    if !path.exists() && dir.join(ADAPTER_CONFIG).exists() {
+        return Err(adapter(dir));
+    }
+    let text = input::read_text("import: read", &path, MAX_CONFIG_BYTES)
+        .map_err(|e| e.hint("give the directory that holds config.json and model.safetensors"))?;
+    let HfModel { model, inexact } =
+        HfModel::to_train(&text).context(format!("import {}", path.display()))?;
+    let mut weights = HfWeights::open(dir, &model)?;
+    weights.notes.splice(0..0, inexact);
+    Ok((model, weights))
 }
 
 /// The weights of a Hugging Face model under their logical names, as float32.
@@ -59,6 +71,7 @@ pub struct HfWeights {
     parameters: HashMap<String, Source>,
     /// Names in the order of the forward pass.
     order: Vec<String>,
+    notes: Vec<String>,
 }
 
 /// Where a logical parameter lies.
@@ -109,49 +122,66 @@ impl HfWeights {
     /// As [`import`].
     pub fn open(dir: &Path, spec: &ModelSpec) -> Result<Self> {
         let table = names::table(spec)?;
-        let mut files = Vec::new();
-        let mut found: BTreeMap<String, (usize, u64, Info)> = BTreeMap::new();
-        let mut problems = Vec::new();
+        let mut weights =
+            HfWeights { files: Vec::new(), parameters: HashMap::new(), order: Vec::new(), notes: Vec::new() };
+        let mut problems = Problems::default();
+        let mut found = weights.open_files(dir, &mut problems)?;
+        for tensor in &table {
+            match found.remove(&tensor.name) {
+                None => problems.missing.push(format!("{} {:?}", tensor.name, tensor.shape())),
+                Some(at) => {
+                    let added = weights.add(tensor, at.file, at.offset, &at.info);
+                    added.unwrap_or_else(|problem| problems.other.push(problem));
+                }
+            }
+        }
+        weights.leave_out(spec, found, &mut problems)?;
+        problems.refuse(dir, spec)?;
+        Ok(weights)
+    }
+
+    /// Opens all files and finds their tensors, by name without what wraps it.
+    fn open_files(&mut self, dir: &Path, problems: &mut Problems) -> Result<BTreeMap<String, Found>> {
+        let mut found: BTreeMap<String, Found> = BTreeMap::new();
         let index = weight_files(dir)?;
         for name in &index.files {
             let path = dir.join(name);
-            let file = File::open(&path).map_err(|e| Error::io("import: open", &path, &e))?;
+            let file = input::open("import: open", &path)?;
             let header = Header::read(&file, &path)?;
             for (tensor, info) in &header.tensors {
-                let plain = tensor.strip_prefix(names::prefix(spec)).unwrap_or(tensor);
-                let entry = (files.len(), header.offset(info), info.clone());
-                if found.insert(plain.to_owned(), entry).is_some() {
-                    problems.push(format!("tensor {tensor} is there twice"));
+                let plain = names::unwrapped(tensor);
+                let (file, offset, info) = (self.files.len(), header.offset(info), info.clone());
+                let at = Found { stored: tensor.clone(), file, offset, info };
+                if let Some(other) = found.insert(plain.clone(), at) {
+                    let both = if other.stored == *tensor {
+                        String::new()
+                    } else {
+                        format!(" (as {})", shown(&other.stored))
+                    };
+                    problems.other.push(format!("tensor {} is there twice{both}", shown(tensor)));
                 }
             }
             for tensor in index.promised.get(name).into_iter().flatten() {
                 if !header.tensors.contains_key(tensor) {
-                    problems.push(format!("tensor {tensor} is not in {name}, where the index says it is"));
+                    let (tensor, name) = (shown(tensor), shown(name));
+                    problems
+                        .other
+                        .push(format!("tensor {tensor} is not in {name}, where the index says it is"));
                 }
             }
-            files.push((path, file));
+            self.files.push((path, file));
         }
-        let mut weights = HfWeights { files, parameters: HashMap::new(), order: Vec::new() };
-        for tensor in &table {
-            match found.remove(&tensor.name) {
-                None => problems.push(format!("tensor {} {:?} is missing", tensor.name, tensor.shape())),
-                Some((file, offset, info)) => {
-                    weights.add(tensor, file, offset, &info).unwrap_or_else(|problem| problems.push(problem));
-                }
-            }
-        }
-        let unexpected = found.keys().filter(|name| !names::ignored(spec, name));
-        problems.extend(unexpected.map(|name| format!("tensor {name} is unexpected")));
-        if problems.is_empty() { Ok(weights) } else { Err(misfit(dir, spec, &problems)) }
+        Ok(found)
     }
 
     fn add(&mut self, tensor: &HfTensor, file: usize, offset: u64, info: &Info) -> Result<(), String> {
         let (name, stored) = (&tensor.name, tensor.shape());
         if info.shape != stored {
-            return Err(format!("tensor {name} has shape {:?}, expected {stored:?}", info.shape));
+            return Err(format!("tensor {name} has shape {}, expected {stored:?}", dims(&info.shape)));
         }
-        let kind = Float::parse(&info.dtype)
-            .ok_or_else(|| format!("tensor {name} is of type {}, expected F32, BF16 or F16", info.dtype))?;
+        let kind = Float::parse(&info.dtype).ok_or_else(|| {
+            format!("tensor {name} is of type {}, expected F32, BF16 or F16", shown(&info.dtype))
+        })?;
         let mut rows = 0;
         for part in &tensor.parts {
             let row_elements: usize = part.shape[1..].iter().product();
@@ -166,6 +196,11 @@ impl HfWeights {
             rows += part.shape[0];
         }
         Ok(())
+    }
+
+    /// What the model's files hold that the import does not take, one sentence each.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// The logical names, in the order of the forward pass.
@@ -287,6 +322,15 @@ impl Elements<'_> {
     }
 }
 
+/// A tensor in one of the files.
+struct Found {
+    /// Its name there.
+    stored: String,
+    file: usize,
+    offset: u64,
+    info: Info,
+}
+
 /// The files of a model.
 struct WeightFiles {
     files: BTreeSet<String>,
@@ -298,28 +342,42 @@ fn weight_files(dir: &Path) -> Result<WeightFiles> {
     if dir.join(SINGLE).exists() {
         return Ok(WeightFiles { files: [SINGLE.to_owned()].into(), promised: BTreeMap::new() });
     }
+    let path = dir.join(INDEX);
+    if !path.exists() {
+        if dir.join(ADAPTER_CONFIG).exists() {
+            return Err(adapter(dir));
+        }
+        return Err(Error::user(format!("import: {} holds neither {SINGLE} nor {INDEX}", dir.display()))
+            .hint("weights in other formats must be saved as safetensors first"));
+    }
+    let text = input::read_text("import: read", &path, MAX_INDEX_BYTES)?;
+    parse_index(&text, &path)
+}
+
+const ADAPTER_CONFIG: &str = "adapter_config.json";
+
+fn adapter(dir: &Path) -> Error {
+    Error::user(format!("import: {} holds an adapter (LoRA), not a model", dir.display()))
+        .hint("merge it into its base model first: merge_and_unload of peft, then save_pretrained")
+}
+
+/// Which tensors lie in which files.
+fn parse_index(text: &str, path: &Path) -> Result<WeightFiles> {
     #[derive(Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let path = dir.join(INDEX);
-    let text = fs::read_to_string(&path).map_err(|e| {
-        let error = Error::io("import: read", &path, &e);
-        if e.kind() != std::io::ErrorKind::NotFound {
-            return error;
-        }
-        Error::user(format!("import: {} holds neither {SINGLE} nor {INDEX}", dir.display()))
-            .hint("weights in other formats must be saved as safetensors first")
-    })?;
-    let index: Index = serde_json::from_str(&text)
+    let index: Index = serde_json::from_str(text.strip_prefix('\u{feff}').unwrap_or(text))
         .map_err(|e| Error::user(format!("import: {} is damaged: {e}", path.display())))?;
     let mut promised: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for (tensor, file) in index.weight_map {
         // An index from elsewhere must not reach outside of its directory.
         if file.contains(['/', '\\']) || file.starts_with('.') {
             return Err(Error::user(format!(
-                "import: {} places tensor {tensor} in {file:?}, expected a plain file name",
-                path.display()
+                "import: {} places tensor {} in \"{}\", expected a plain file name",
+                path.display(),
+                shown(&tensor),
+                shown(&file)
             )));
         }
         promised.entry(file).or_default().push(tensor);
@@ -327,15 +385,7 @@ fn weight_files(dir: &Path) -> Result<WeightFiles> {
     Ok(WeightFiles { files: promised.keys().cloned().collect(), promised })
 }
 
-fn misfit(dir: &Path, spec: &ModelSpec, problems: &[String]) -> Error {
-    let shown = problems[..problems.len().min(MAX_PROBLEMS)].join("; ");
-    let more = match problems.len() - problems.len().min(MAX_PROBLEMS) {
-        0 => String::new(),
-        n => format!("; and {n} more"),
-    };
-    Error::user(format!("import: the weights in {} do not fit its config.json: {shown}{more}", dir.display()))
-        .hint(format!(
-            "config.json describes {} layers of width {}, {} heads, vocabulary {}",
-            spec.layers, spec.hidden, spec.heads, spec.vocab
-        ))
+#[cfg(test)]
+pub(crate) fn parses_as_index(text: &str) -> bool {
+    parse_index(text, Path::new("i")).is_ok()
 }

@@ -43,18 +43,39 @@ pub(crate) fn prefix(spec: &ModelSpec) -> &'static str {
     if gpt2(spec) { "transformer." } else { "model." }
 }
 
-/// Whether a tensor that the table does not list may be there all the same: buffers of old versions, and the head of a
-/// model that ties it.
-pub(crate) fn ignored(spec: &ModelSpec, name: &str) -> bool {
-    let buffer = if gpt2(spec) {
+/// The logical embedding.
+pub(crate) const EMBEDDING: &str = "embed.weight";
+
+/// The head's tensor.
+pub(crate) const HEAD: &str = "lm_head.weight";
+
+/// A tensor's name without what wraps it: compilers and data-parallel wrappers leave their mark anywhere, the names of
+/// a model's body and of a text model inside of another stand in front.
+pub(crate) fn unwrapped(name: &str) -> String {
+    const ANYWHERE: [&str; 5] =
+        ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"];
+    const IN_FRONT: [&str; 4] = ["model", "transformer", "language_model", "text_model"];
+    let marked = name.split('.').filter(|part| !ANYWHERE.contains(part));
+    let plain: Vec<&str> = marked.skip_while(|part| IN_FRONT.contains(part)).collect();
+    plain.join(".")
+}
+
+/// Whether a tensor is of a part beside the text model: eyes, ears, and what joins them to it.
+pub(crate) fn of_another_part(name: &str) -> bool {
+    const PARTS: [&str; 8] =
+        ["vision", "visual", "image", "audio", "multi_modal", "multimodal", "mm_projector", "connector"];
+    let mut front = name.split('.').skip_while(|part| ["model", "module", "_orig_mod"].contains(part));
+    front.next().is_some_and(|part| PARTS.iter().any(|p| part.contains(p)))
+}
+
+/// Whether a tensor is a buffer that old versions saved: a mask, or rotary frequencies.
+pub(crate) fn is_buffer(spec: &ModelSpec, name: &str) -> bool {
+    if gpt2(spec) {
         name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")
     } else {
         name.ends_with("rotary_emb.inv_freq")
-    };
-    buffer || (spec.tied_embeddings && name == HEAD)
+    }
 }
-
-const HEAD: &str = "lm_head.weight";
 
 fn gpt2(spec: &ModelSpec) -> bool {
     matches!(spec.position, Position::Learned { .. })

@@ -1,6 +1,7 @@
 use std::fs;
 use std::path::Path;
 
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use spec::{Activation, DType, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
 
 use super::*;
@@ -148,6 +149,17 @@ fn sixteen_bits() {
     }
 }
 
+/// What tests put into a tensor: its own index, but for buffers that have one right value.
+fn filled(name: &str, shape: &[usize], i: usize) -> f32 {
+    if name.ends_with("attn.bias") && shape.len() == 4 {
+        return if i % shape[3] <= i / shape[3] { 1.0 } else { 0.0 };
+    }
+    if name.ends_with("inv_freq") {
+        return 1e4f32.powf(-(i as f32) / shape[0] as f32);
+    }
+    i as f32
+}
+
 /// Writes a float16 model with the reference crate, `change` applied to its tensors (name, shape, values).
 fn write_f16(
     dir: &Path,
@@ -165,9 +177,9 @@ fn write_f16(
     let data: Vec<(String, Vec<usize>, Vec<u8>)> = shapes
         .into_iter()
         .map(|(name, shape)| {
-            let bytes =
-                (0..shape.iter().product()).flat_map(|i: usize| f16::from_f32(i as f32).to_le_bytes());
-            (name, shape, bytes.collect())
+            let of = |i: usize| f16::from_f32(filled(&name, &shape, i)).to_le_bytes();
+            let bytes = (0..shape.iter().product()).flat_map(of).collect();
+            (name, shape, bytes)
         })
         .collect();
     let views = data.iter().map(|(name, shape, bytes)| {
@@ -178,8 +190,12 @@ fn write_f16(
 
 #[test]
 fn names_with_and_without_prefix_and_known_extras() {
-    for spec in [llama(), gpt2()] {
-        for prefix in ["", names::prefix(&spec)] {
+    for spec in [ModelSpec { tied_embeddings: true, ..llama() }, gpt2()] {
+        let own = names::prefix(&spec);
+        let wrapped = ["_orig_mod.", "module.", "module._orig_mod.", "language_model.", "model."];
+        for prefix in wrapped.map(|w| format!("{w}{own}")).into_iter().chain([String::new(), own.to_owned()])
+        {
+            let prefix = prefix.as_str();
             let dir = tempfile::tempdir().unwrap();
             write_f16(dir.path(), &spec, prefix, |shapes| {
                 let (buffer, shape) = match spec.position {
@@ -188,9 +204,12 @@ fn names_with_and_without_prefix_and_known_extras() {
                 };
                 shapes.insert(format!("{prefix}{buffer}"), shape);
                 shapes.insert("lm_head.weight".into(), vec![11, 12]);
+                shapes.insert("model.vision_tower.patch.weight".into(), vec![2]);
             });
             let (_, read) = import(dir.path()).unwrap();
             assert_eq!(read_all(&read, "embed.weight")[13], 13.0);
+            let left_out = "1 tensors of other parts than the text model are left out, such as model.vision_tower.patch.weight";
+            assert_eq!(read.notes(), [left_out]);
         }
     }
 }
@@ -217,11 +236,71 @@ fn misfits_are_named() {
         },
         &[
             "tensor layers.1.self_attn.k_proj.weight [12, 12] is missing",
-            "tensor layers.2.mlp.up_proj.weight is unexpected",
+            "tensor model.layers.2.mlp.up_proj.weight is unexpected",
             "tensor norm.weight has shape [13], expected [12]",
         ],
     );
-    check_misfit(&gpt2(), |shapes| shapes.retain(|name, _| name.contains("wte")), &["; and 19 more"]);
+    check_misfit(
+        &gpt2(),
+        |shapes| {
+            shapes.retain(|name, _| name.contains("wte"));
+            shapes.insert("blocks.0.weight\u{1b}[2J".into(), vec![1]);
+        },
+        &[
+            "tensor blocks.0.weight\\u{1b}[2J is unexpected",
+            "; and 24 more (27 missing, 1 unexpected in all)",
+        ],
+    );
+    let layer = "model.layers.0.self_attn.q_proj";
+    check_misfit(
+        &llama(),
+        |shapes| {
+            let shape = shapes.remove(&format!("{layer}.weight")).expect("a weight");
+            shapes.insert(format!("{layer}.base_layer.weight"), shape);
+            shapes.insert(format!("{layer}.lora_A.default.weight"), vec![2, 12]);
+        },
+        &["q_proj.lora_A.default.weight is unexpected"],
+    );
+}
+
+/// Changes one value of a float16 model on disk.
+fn set(dir: &Path, tensor: &str, i: usize, value: f32) {
+    let path = dir.join(SINGLE);
+    let mut bytes = fs::read(&path).unwrap();
+    let file = File::open(&path).unwrap();
+    let header = Header::read(&file, &path).unwrap();
+    let at = header.offset(&header.tensors[tensor]) as usize + 2 * i;
+    bytes[at..at + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
+    fs::write(&path, bytes).unwrap();
+}
+
+#[test]
+fn what_is_left_out_is_compared() {
+    for (spec, tensor, shape, expected) in [
+        (
+            ModelSpec { tied_embeddings: true, ..llama() },
+            "lm_head.weight",
+            vec![11, 12],
+            "tensor lm_head.weight is not the embedding that config.json ties it to",
+        ),
+        (gpt2(), "lm_head.weight", vec![11, 12], "is not the embedding"),
+        (
+            llama(),
+            "model.layers.0.self_attn.rotary_emb.inv_freq",
+            vec![3],
+            "inv_freq [3] is not what config.json",
+        ),
+        (gpt2(), "transformer.h.0.attn.bias", vec![1, 1, 7, 7], "attn.bias [1, 1, 7, 7] is not what"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        write_f16(dir.path(), &spec, names::prefix(&spec), |shapes| _ = shapes.insert(tensor.into(), shape));
+        import(dir.path()).unwrap();
+        set(dir.path(), tensor, 2, 9.0);
+        check_refused(dir.path(), expected);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    write_f16(dir.path(), &gpt2(), "", |shapes| _ = shapes.insert("lm_head.weight".into(), vec![11, 11]));
+    check_refused(dir.path(), "is not the embedding");
 }
 
 #[track_caller]
@@ -246,6 +325,18 @@ fn damaged_models_are_refused() {
     check_refused(dir, "gone.safetensors");
     fs::write(dir.join(INDEX), "[]").unwrap();
     check_refused(dir, "is damaged");
+    fs::write(dir.join(INDEX), "\u{feff}{\"weight_map\": {\"a\": \"gone.safetensors\"}}").unwrap();
+    check_refused(dir, "gone.safetensors");
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 99\n";
+    fs::write(dir.join(SINGLE), pointer).unwrap();
+    check_refused(dir, "model.safetensors is a Git LFS pointer");
+    fs::remove_file(dir.join(SINGLE)).unwrap();
+    mknodat(CWD, dir.join(SINGLE), FileType::Fifo, Mode::from_bits_truncate(0o600), 0).unwrap();
+    check_refused(dir, "model.safetensors: it is a named pipe, expected a regular file");
+    fs::remove_file(dir.join(SINGLE)).unwrap();
+    fs::remove_file(dir.join(INDEX)).unwrap();
+    fs::write(dir.join("adapter_config.json"), "{}").unwrap();
+    check_refused(dir, "holds an adapter (LoRA), not a model");
     write_f16(dir, &llama(), "model.", |_| ());
     let bytes = fs::read(dir.join(SINGLE)).unwrap();
     fs::write(dir.join(SINGLE), &bytes[..bytes.len() - 3]).unwrap();
@@ -285,11 +376,85 @@ fn export_is_whole_or_not_there() {
     fs::write(dir.path().join("tokenizer_config.json"), "{}").unwrap();
     fs::create_dir(&out).unwrap();
     let tokenizer = dir.path().join("tokenizer.json");
-    export(&spec, weights(&spec), &out, DType::F32, u64::MAX, Some(&tokenizer)).unwrap();
+    let tokenizer = Some(Tokenizer { path: &tokenizer, eod: None });
+    export(&spec, weights(&spec), &out, DType::F32, u64::MAX, tokenizer).unwrap();
     assert!(out.join("tokenizer.json").exists() && out.join("tokenizer_config.json").exists());
 
     let again = export(&spec, weights(&spec), &out, DType::F32, u64::MAX, None).unwrap_err();
     assert!(again.to_string().contains("not empty"), "{again}");
     let wrong = export(&spec, weights(&spec), &out, DType::U32, u64::MAX, None).unwrap_err();
     assert_eq!(wrong.exit_code(), 2);
+}
+
+fn json(path: &Path) -> serde_json::Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+const TOKENIZER: &str = r#"{"added_tokens": [{"id": 0, "content": "<|endoftext|>", "special": true}],
+    "model": {"type": "BPE", "vocab": {"<|endoftext|>": 0, "a": 1}}}"#;
+
+#[test]
+fn an_export_says_how_its_tokenizer_is_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tokenizer.json");
+    fs::write(&path, TOKENIZER).unwrap();
+    let out = dir.path().join("out");
+    let tokenizer = Some(Tokenizer { path: &path, eod: Some(0) });
+    export(&llama(), weights(&llama()), &out, DType::F32, u64::MAX, tokenizer).unwrap();
+    let config = json(&out.join("tokenizer_config.json"));
+    assert_eq!(config["tokenizer_class"], "PreTrainedTokenizerFast");
+    assert_eq!((&config["eos_token"], &config["model_max_length"]), (&"<|endoftext|>".into(), &32.into()));
+    assert_eq!(json(&out.join("generation_config.json")), serde_json::json!({ "eos_token_id": 0 }));
+    assert_eq!(
+        json(&out.join("special_tokens_map.json")),
+        serde_json::json!({ "eos_token": "<|endoftext|>" })
+    );
+    let config = json(&out.join("config.json"));
+    assert_eq!((&config["eos_token_id"], &config["bos_token_id"]), (&0.into(), &serde_json::Value::Null));
+}
+
+#[test]
+fn an_imported_model_gets_its_own_files_back() {
+    let root = tempfile::tempdir().unwrap();
+    let (from, run, out) = (root.path().join("from"), root.path().join("run"), root.path().join("out"));
+    fs::create_dir(&from).unwrap();
+    fs::create_dir(&run).unwrap();
+    write_f16(&from, &llama(), "model.", |_| ());
+    assert!(
+        keep_companions(&from, &run).unwrap()[0].contains("has no tokenizer.json: the run has no tokenizer")
+    );
+    assert_eq!(fs::read_dir(&run).unwrap().count(), 0);
+    let files = [
+        ("tokenizer.json", TOKENIZER),
+        (
+            "tokenizer_config.json",
+            "{ \"tokenizer_class\": \"Qwen2Tokenizer\", \"chat_template\": \"{{ x }}\" }",
+        ),
+        ("special_tokens_map.json", "{}"),
+        ("chat_template.jinja", "{{ messages }}"),
+    ];
+    for (name, text) in files {
+        fs::write(from.join(name), text).unwrap();
+    }
+    // How it ends is said in its config.json alone.
+    let mut config = json(&from.join("config.json"));
+    config["eos_token_id"] = serde_json::json!([1, 0]);
+    fs::write(from.join("config.json"), config.to_string()).unwrap();
+    // A link in the way is replaced, not written through.
+    std::os::unix::fs::symlink(from.join("config.json"), run.join("special_tokens_map.json")).unwrap();
+    keep_companions(&from, &run).unwrap();
+    assert!(
+        json(&from.join("config.json")).is_object() && json(&from.join("config.json"))["vocab_size"] == 11
+    );
+
+    fs::copy(from.join("tokenizer.json"), run.join("tokenizer.json")).unwrap();
+    let path = run.join("tokenizer.json");
+    let tokenizer = Some(Tokenizer { path: &path, eod: Some(0) });
+    export(&llama(), weights(&llama()), &out, DType::F32, u64::MAX, tokenizer).unwrap();
+    for (name, text) in files {
+        assert_eq!(fs::read_to_string(out.join(name)).unwrap(), text, "{name}");
+    }
+    let eos = serde_json::json!([1, 0]);
+    assert_eq!(json(&out.join("generation_config.json")), serde_json::json!({ "eos_token_id": eos }));
+    assert_eq!(json(&out.join("config.json"))["eos_token_id"], eos);
 }
