@@ -128,7 +128,7 @@ fn exact(machine: &Machine, load: &Workload<'_>, c: &Choice) -> Result<Choice> {
 
 fn choice(machine: &Machine, load: &Workload<'_>, layout: &Layout, e: &StepEstimate) -> Choice {
     let tokens = (load.sequences * load.sequence) as f64;
-    let flops = load.model.flops_per_token(load.sequence).0 * tokens;
+    let flops = load.model.flops_per_token(load.sequence) * tokens;
     Choice {
         layout: layout.clone(),
         step_s: e.step_s,

@@ -135,7 +135,7 @@ impl Stepper {
         let best_step_s = quantile(&mut sorted, 0.0);
         let step_s = quantile(&mut sorted, 0.5);
         let tokens = (self.run.batch.sequence * self.run.batch.sequences) as f64;
-        let model_gflops = self.run.model.flops_per_token(self.run.batch.sequence).0 * tokens / step_s / 1e9;
+        let model_gflops = self.run.model.flops_per_token(self.run.batch.sequence) * tokens / step_s / 1e9;
         let gemm_peak_gflops = self.exec.peak_gflops() * rank_bytes.len() as f64;
         Ok(Some(StepReport {
             threads: self.threads,

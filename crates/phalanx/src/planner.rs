@@ -228,14 +228,7 @@ fn config(path: &Path) -> Result<Shape> {
 
 /// A count of tokens with a decimal suffix: `15.6T`.
 fn tokens(flag: &str, text: &str) -> Result<f64> {
-    let (digits, scale) = match text.char_indices().last() {
-        Some((at, 'k' | 'K')) => (&text[..at], 1e3),
-        Some((at, 'm' | 'M')) => (&text[..at], 1e6),
-        Some((at, 'b' | 'B')) => (&text[..at], 1e9),
-        Some((at, 't' | 'T')) => (&text[..at], 1e12),
-        _ => (text, 1.0),
-    };
-    let value = digits.parse::<f64>().ok().map(|v| v * scale).filter(|v| (1.0..=TOKENS_MAX).contains(v));
+    let value = spec::units::tokens(text).filter(|v| (1.0..=TOKENS_MAX).contains(v));
     value.ok_or_else(|| {
         Error::user(format!("{flag} {text}, expected a number of tokens from 1 to {TOKENS_MAX:e}"))
             .hint("write it like 300B or 15.6T")

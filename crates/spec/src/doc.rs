@@ -2,7 +2,7 @@
 
 use crate::origin::Origin;
 use crate::run::keys::{Key, KeyKind};
-use crate::units::Tokens;
+use crate::units::whole_tokens;
 use crate::{Error, Result, suggest};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -407,7 +407,7 @@ impl Val {
             Val::Int(x) => usize::try_from(*x).ok(),
             // Above 2^53 a float no longer says which whole number is meant.
             Val::Float(x) if x.fract() == 0.0 && (0.0..=9e15).contains(x) => Some(*x as usize),
-            Val::Text(text) => text.parse::<Tokens>().ok().and_then(|t| usize::try_from(t.0).ok()),
+            Val::Text(text) => whole_tokens(text).and_then(|n| usize::try_from(n).ok()),
             _ => None,
         }
     }

@@ -1,4 +1,4 @@
-//! What is asked: units, models, layouts, clusters and run files, parsed from text into checked values.
+//! What is asked: models, layouts, clusters and run files, parsed from text into checked values.
 //!
 //! Nothing here knows about performance: `spec` says what a run is, never how long it takes.
 

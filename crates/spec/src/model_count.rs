@@ -1,6 +1,5 @@
 //! How many parameters a model has, and the FLOPs that follow from them.
 
-use crate::units::Flops;
 use crate::{ModelSpec, NormKind, Position};
 
 impl ModelSpec {
@@ -66,13 +65,13 @@ impl ModelSpec {
     /// let model = ModelSpec::preset("llama-tiny-ref")?;
     /// let weights = 6 * (12_189_696 + 13 * 384); // matrices and norms
     /// let attention = 6 * 6 * 256 * 384;
-    /// assert_eq!(model.flops_per_token(256).0, f64::from(weights + attention));
+    /// assert_eq!(model.flops_per_token(256), f64::from(weights + attention));
     /// # Ok::<(), spec::Error>(())
     /// ```
-    pub fn flops_per_token(&self, sequence: usize) -> Flops {
+    pub fn flops_per_token(&self, sequence: usize) -> f64 {
         let weights = 6.0 * self.active_param_count() as f64;
         let attention = 6.0 * self.layers as f64 * sequence as f64 * self.score_width();
-        Flops(weights + attention)
+        weights + attention
     }
 
     /// Width over which scores and values are computed: query heads times head width, the mean of keys' and values'

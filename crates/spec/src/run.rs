@@ -7,7 +7,6 @@ mod write;
 pub use keys::{Key, KeyKind};
 pub use write::Difference;
 
-use crate::units::Tokens;
 use crate::{DType, Layout, LrSchedule, ModelSpec, Origin, ScheduleKind};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -97,8 +96,8 @@ pub struct BatchSpec {
 
 impl BatchSpec {
     /// Tokens of the global batch.
-    pub fn tokens(&self) -> Tokens {
-        Tokens(self.sequence as u64 * self.sequences as u64)
+    pub fn tokens(&self) -> u64 {
+        self.sequence as u64 * self.sequences as u64
     }
 }
 

@@ -290,7 +290,7 @@ impl Trainer {
         self.step = step;
         let step_s = start.elapsed().as_secs_f64();
         let tokens_per_s = tokens as f64 / step_s;
-        let flops_per_s = self.run.model.flops_per_token(batch.sequence).0 * tokens_per_s;
+        let flops_per_s = self.run.model.flops_per_token(batch.sequence) * tokens_per_s;
         let mfu = Some(flops_per_s / (self.peak_flops_per_s * self.run.layout.world() as f64));
         let record = Record::Step {
             time_us: now_us(),

@@ -38,7 +38,7 @@ fn defaults() {
     assert_eq!(run.model, ModelSpec::preset("llama-tiny-ref").expect("a preset"));
     assert_eq!(run.layout, Layout::default());
     assert_eq!(run.data.source, DataSource::CargoSources);
-    assert_eq!(run.batch.tokens(), Tokens(2048));
+    assert_eq!(run.batch.tokens(), 2048);
     assert_eq!(good("", &[]), run);
     assert_eq!(good(&run.to_toml(), &[]), run);
 }
