@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde_json::{Value, json};
 use spec::cluster::Knob;
-use spec::{Cluster, DType, Error, NumberFormat, Result};
+use spec::{Cluster, Error, NumberFormat, Result};
 
 use crate::calibration::{Calibration, Evidence, Grade};
 use crate::given;
@@ -273,8 +273,8 @@ fn pose(question: &Question, calibration: &Calibration) -> Result<(Problem, Grad
         );
         return Err(Error::user(what).hint(format!("it has {}", has.join(", "))));
     }
-    let family = &accelerator.family;
-    let software = question.software.clone().unwrap_or_else(|| Software::usual(family));
+    let family = &accelerator.family.name;
+    let software = question.software.clone().unwrap_or_else(|| Software::usual(&accelerator.family));
     let constants = calibration.constants(family, &accelerator.name, recipe(question.format), &software);
     let grade = calibration.spread(family, software.name, question.cluster.accelerators);
     let problem = Problem {
@@ -389,7 +389,7 @@ fn assumptions(question: &Question, problem: &Problem, grade: &Grade, best: Opti
         format!("training stack: {}", problem.software.name),
         format!("batch: {} sequences of {} tokens", question.sequences, question.sequence),
     ];
-    let family = &question.cluster.accelerator.family;
+    let family = &question.cluster.accelerator.family.name;
     out.push(match grade.evidence {
         Evidence::Validated => format!(
             "{} published runs of {family} with this stack, up to {} accelerators, were predicted unseen; nine in ten lay in the interval",
@@ -493,7 +493,6 @@ impl Answer {
 /// If the model or the batch does not allow the layout.
 pub fn program_memory(problem: &Problem, mesh: &Mesh) -> Result<usize> {
     let layout = &mesh.layout;
-    let precision = if mesh.format == NumberFormat::Fp32 { DType::F32 } else { DType::Bf16 };
     let mut most = 0;
     for stage in 0..layout.pp {
         let request = program::Request {
@@ -501,7 +500,7 @@ pub fn program_memory(problem: &Problem, mesh: &Mesh) -> Result<usize> {
             layout,
             sequence: problem.sequence,
             sequences: problem.sequences,
-            precision,
+            precision: mesh.precision(),
             rank: stage * layout.stage_ranks(),
             mode: program::Mode::Train,
         };

@@ -350,7 +350,7 @@ mod tests {
     fn constants_left_out_are_those_of_the_prior() {
         let c = Calibration::parse("c.toml", "[family]\nhopper = { gemm = 0.1 }\n[recipe]\n[software]\n")
             .unwrap();
-        let stack = Software::usual("hopper");
+        let stack = Software::named("megatron-core-2024").unwrap();
         let expected = Constants { gemm: PRIOR.gemm * 0.1f64.exp(), ..PRIOR };
         assert_eq!(c.constants("hopper", "h100-sxm5", "bf16", &stack), expected);
     }

@@ -1,7 +1,7 @@
 //! What a kernel takes on an accelerator: a roofline with the efficiency that its shape allows.
 
 use serde::Serialize;
-use spec::{Accelerator, NumberFormat};
+use spec::{Accelerator, Error, MatrixUnits, NumberFormat, Result};
 
 /// Rates of an accelerator for one number format, in FLOP/s and bytes/s.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -34,6 +34,16 @@ const TILES: [(f64, f64, f64); 4] =
     [(256.0, 128.0, 1.0), (128.0, 128.0, 0.95), (128.0, 64.0, 0.82), (64.0, 64.0, 0.62)];
 /// Filling and draining the pipeline of one tile costs as much as this many steps of the inner dim.
 const TILE_OVERHEAD_K: f64 = 160.0;
+/// Inner dim of the products that measured rates are of (MAMF, ml-engineering): they have the overhead of it in them.
+const MEASURED_K: f64 = 16384.0;
+/// Lanes of a systolic array: dims are padded to a multiple.
+const LANES: f64 = 128.0;
+/// Width of a head from which fused attention runs at its full rate (FlashAttention-2 and 3 report 64 and 128 apart).
+const WIDE_HEAD: f64 = 96.0;
+/// Share of it that narrower heads reach.
+const NARROW_HEAD_SHARE: f64 = 0.8;
+/// Share of the forward rate that the backward pass reaches: five products for two, and sums over blocks of queries.
+const ATTENTION_BACKWARD_SHARE: f64 = 0.85;
 
 /// Share of the rate lost for each factor of two that a dim falls short of [`ALIGNMENT`].
 const UNALIGNED: f64 = 0.06;
@@ -47,48 +57,53 @@ fn doublings_short(dim: f64) -> f64 {
 }
 
 impl Chip {
-    /// The chip for matrix products in `format`; a format that it lacks runs at the rate of bf16.
-    pub fn of(accelerator: &Accelerator, format: NumberFormat) -> Option<Self> {
-        let format = if accelerator.peak(format).is_some() { format } else { NumberFormat::Bf16 };
-        let peak = accelerator.peak(format)?.value;
-        let matmul = accelerator.matmul(format).or(match format {
+    /// The chip for matrix products in `format`. Formats of 16 bit and less that it lacks run at the rate of bf16: their
+    /// values are widened.
+    ///
+    /// # Errors
+    /// If the catalogue states no peak for a wider format, or for bf16.
+    pub fn of(accelerator: &Accelerator, format: NumberFormat) -> Result<Self> {
+        let family = &accelerator.family;
+        let has = |f: &NumberFormat| accelerator.peak(*f).is_some();
+        let stated = if has(&format) || format.bytes() > 2.0 { format } else { NumberFormat::Bf16 };
+        let peak = accelerator.peak(stated).ok_or_else(|| lacks(accelerator, stated))?.value;
+        let matmul = accelerator.matmul(stated).or(match stated {
             NumberFormat::Fp16 => accelerator.matmul(NumberFormat::Bf16),
             _ => None,
         });
         // What the chip reaches in 16 bit says what it would reach in another format.
         let known = accelerator.matmul(NumberFormat::Bf16).zip(accelerator.peak(NumberFormat::Bf16));
-        let share = match known {
-            _ if accelerator.family.starts_with("tpu") => 0.93,
-            Some((matmul, peak)) => (matmul.value / peak.value).min(MATMUL_SHARE),
-            None => MATMUL_SHARE,
+        let share = match (family.matmul_share, known) {
+            (Some(share), _) => share.value,
+            (None, Some((matmul, peak))) => (matmul.value / peak.value).min(MATMUL_SHARE),
+            (None, None) => MATMUL_SHARE,
         };
-        Some(Chip {
+        Ok(Chip {
             peak,
             matmul: matmul.map_or(peak * share, |m| m.value.min(peak)),
             memory: accelerator.memory_bytes_per_s.value * STREAM_SHARE,
             units: accelerator.compute_units.max(1) as f64,
-            split: if ["volta", "ampere"].contains(&accelerator.family.as_str()) { 0.2 } else { 0.5 },
-            flash: match accelerator.family.as_str() {
-                "volta" | "ampere" => (0.63, 0.63),
-                "hopper" => (0.68, 0.38),
-                "blackwell" => (0.68, 0.3),
-                _ => (0.55, 0.4),
-            },
-            flash_half: match accelerator.family.as_str() {
-                "volta" | "ampere" => 450.0,
-                _ => 1000.0,
-            },
-            systolic: accelerator.compute_units <= 8,
+            split: family.tail_filled.value,
+            flash: (family.attention.value, family.attention_generic.value),
+            flash_half: family.attention_half_tokens.value,
+            systolic: family.matrix_units == MatrixUnits::Systolic,
         })
     }
 
     /// FLOP/s of causal attention, FLOPs at the causal half, over sequences of this length and heads of this width.
     pub fn attention(&self, tuned: bool, sequence: f64, dim: f64, backward: bool) -> f64 {
         let share = if tuned { self.flash.0 } else { self.flash.1 };
-        let narrow = if dim < 96.0 { 0.8 } else { 1.0 };
-        self.peak * share * narrow * sequence / (sequence + self.flash_half)
-            * if backward { 0.85 } else { 1.0 }
+        let narrow = if dim < WIDE_HEAD { NARROW_HEAD_SHARE } else { 1.0 };
+        let pass = if backward { ATTENTION_BACKWARD_SHARE } else { 1.0 };
+        self.peak * share * narrow * sequence / (sequence + self.flash_half) * pass
     }
+}
+
+fn lacks(accelerator: &Accelerator, format: NumberFormat) -> Error {
+    let has: Vec<&str> =
+        NumberFormat::all().filter(|f| accelerator.peak(*f).is_some()).map(NumberFormat::name).collect();
+    Error::user(format!("accelerator {} has no {format} peak in the catalogue", accelerator.name))
+        .hint(format!("it has {}; peak.{format} in a catalogue file of your own adds one", has.join(", ")))
 }
 
 /// Seconds of a matrix product `[m, k] x [k, n]` whose operands take `bytes` in all.
@@ -116,8 +131,7 @@ pub fn gemm_s(chip: &Chip, m: f64, n: f64, k: f64, bytes: f64) -> f64 {
     }
     let streamed = bytes / chip.memory;
     if chip.systolic {
-        // Dims are padded to the array's 128 lanes.
-        let pad = |x: f64| (x / 128.0).ceil() * 128.0;
+        let pad = |x: f64| (x / LANES).ceil() * LANES;
         return (2.0 * pad(m.min(n)) * m.max(n) * pad(k) / chip.matmul).max(streamed);
     }
     let aligned = 1.0 - UNALIGNED * (doublings_short(n) + doublings_short(k));
@@ -130,8 +144,7 @@ pub fn gemm_s(chip: &Chip, m: f64, n: f64, k: f64, bytes: f64) -> f64 {
         let per_wave = 2.0 * rows * cols * (k + TILE_OVERHEAD_K) * chip.units / (chip.matmul * rate);
         best = best.min(waves * per_wave);
     }
-    // The measured best rate has the overhead of its own, long, inner dim in it.
-    let norm = 16384.0 / (16384.0 + TILE_OVERHEAD_K);
+    let norm = MEASURED_K / (MEASURED_K + TILE_OVERHEAD_K);
     (best * norm / aligned).max(streamed)
 }
 

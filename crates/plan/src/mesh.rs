@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::Serialize;
-use spec::{Layout, NumberFormat, PipelineSchedule, Recompute, Zero};
+use spec::{DType, Layout, NumberFormat, PipelineSchedule, Recompute, Zero};
 
 /// A layout with the choices that are priced beside it.
 ///
@@ -73,6 +73,11 @@ impl Mesh {
     /// The mesh of a step's layout.
     pub fn of(layout: Layout, format: NumberFormat) -> Self {
         Mesh { shard: layout.replicas(), layout, format, order: Order::default() }
+    }
+
+    /// The precision of parameters and activations: products in less than 16 bit take bf16.
+    pub fn precision(&self) -> DType {
+        if self.format.bytes() > 2.0 { DType::F32 } else { DType::Bf16 }
     }
 
     /// Places from one data-parallel neighbour to the next.

@@ -35,9 +35,7 @@ pub struct Group {
     pub stride: usize,
 }
 
-/// Measured behaviour of a communication library on a family of links.
-///
-/// Defaults are NCCL's own tuning constants and published `nccl-tests` figures; see [`NetworkModel::of`].
+/// Measured behaviour of a communication library on a cluster's links.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct NetworkModel {
     /// Share of the scale-up rate that a ring reaches.
@@ -58,36 +56,42 @@ pub struct NetworkModel {
 
 /// Bytes at which the ramp begins.
 const RAMP_FROM_BYTES: f64 = 1_048_576.0;
+/// Steps that a call pays for at most in one domain: twice around eight members. In larger domains (NVL72) libraries
+/// change from rings to trees, which are no deeper.
+const RING_STEPS_MAX: f64 = 14.0;
+/// Steps of a ring that an all-reduce through the switches takes as long as, whatever its members: NCCL charges 25 us
+/// (`src/graph/tuning.cc` at 5067397), and its ring 3.4 us a step.
+const IN_SWITCH_STEPS: f64 = 8.0;
+/// Members from which libraries let switches add: a pair gains nothing by it.
+const IN_SWITCH_MEMBERS: f64 = 4.0;
+/// Peers in a domain that an all-to-all waits for one after another; further ones are served meanwhile. A choice: one
+/// node of eight exchanges step by step.
+const EXCHANGE_STEPS_MAX: f64 = 8.0;
+/// The same between domains. A choice: what published runs of experts over many nodes take.
+const EXCHANGE_HOPS_MAX: f64 = 16.0;
+/// Share of a ring's traffic that crosses a switch tier which the ring spans: its steps between neighbours mostly stay
+/// below. Charged in full, a taper of 7 would contradict the measured runs on Meta's 24k cluster.
+const RING_CROSSING: f64 = 0.25;
+/// Ports that a message takes which changes its rail where nothing joins rails: a neighbour's as well as its own.
+const PORTS_TO_CHANGE_RAIL: f64 = 2.0;
+/// Places along a torus from which a ring closes over the wrap-around link; shorter ones are lines of one direction.
+const WRAP_PLACES: usize = 4;
 
 impl NetworkModel {
     /// The model for a cluster's links.
     ///
-    /// NVLink ring shares: 234.9/300 (A100), 367.6/450 (H200), 682/900 (B200); in-switch 482.3/450 and 838/900
-    /// (ml-engineering at 744d01e). Step latencies: NCCL `src/graph/tuning.cc` at 5067397, Simple and LL128 protocols.
-    /// Scale-out shares come from the fabric's catalogue entry. The ramp fits the size curve of 8 H200.
+    /// What libraries reach inside a domain and all latencies are facts of the accelerator's family, the share of long
+    /// transfers between domains and the latency of a switch are the fabric's.
     pub fn of(cluster: &Cluster) -> Self {
-        let (ring, in_switch, base_s, step, out_step) = match cluster.accelerator.family.as_str() {
-            "volta" | "ampere" => (0.783, None, 8.4e-6, 3.4e-6, 8.5e-6),
-            "hopper" => (0.817, Some(1.072), 6.8e-6, 3.4e-6, 8.5e-6),
-            "blackwell" => (0.758, Some(0.931), 6.8e-6, 3.4e-6, 8.5e-6),
-            // Ring of two directions on the links that the group spans; ~1 us a hop (scaling book).
-            "tpu" | "tpu-256" => (0.95, None, 2e-6, 1e-6, 20e-6),
-            // 312.9 of 448 GB/s on 8 MI300X.
-            "cdna2" | "cdna3" | "cdna4" => (0.698, None, 12e-6, 5e-6, 14e-6),
-            _ => (0.7, None, 10e-6, 4e-6, 14e-6),
-        };
+        let (family, fabric) = (&cluster.accelerator.family, &cluster.scale_out);
         NetworkModel {
-            scale_up_ring: ring,
-            scale_up_in_switch: in_switch,
-            scale_out: cluster.scale_out.efficiency.value,
-            base_s,
-            scale_up_step_s: step,
-            scale_out_step_s: out_step + cluster.scale_out.hop_latency_s.value,
-            ramp_s: match cluster.accelerator.family.as_str() {
-                family if family.starts_with("tpu") => 0.0,
-                "volta" | "ampere" => 3e-6,
-                _ => 10e-6,
-            },
+            scale_up_ring: family.ring.value,
+            scale_up_in_switch: family.in_switch.map(|share| share.value),
+            scale_out: fabric.efficiency.value,
+            base_s: family.collective_base_s.value,
+            scale_up_step_s: family.collective_step_s.value,
+            scale_out_step_s: family.collective_step_out_s.value + fabric.hop_latency_s.value,
+            ramp_s: family.collective_ramp_s.map_or(0.0, |ramp| ramp.value),
         }
     }
 }
@@ -155,7 +159,7 @@ impl Span {
                 let dims = dims_spanned(extents, group.stride, inside);
                 let link = up.peer_bytes_per_s.value;
                 // A ring uses both directions of each dim that the group spans; a line without wrap-around only one.
-                let wrap = if group.stride * inside >= 4 { 2.0 } else { 1.0 };
+                let wrap = if group.stride * inside >= WRAP_PLACES { 2.0 } else { 1.0 };
                 (
                     link * wrap * dims as f64 * net.scale_up_ring,
                     (inside as f64).powf(1.0 / dims as f64) * dims as f64 / 2.0,
@@ -167,15 +171,12 @@ impl Span {
         let mut taper: f64 = 1.0;
         for tier in &cluster.scale_out.tiers {
             if reach > tier.accelerators {
-                // Only the share of the traffic that leaves the tier meets the taper: a ring's steps between
-                // neighbours mostly stay below it. Charged in full, it would contradict measured runs.
-                let crossing = if group.stride >= tier.accelerators { 1.0 } else { 0.25 };
+                let crossing = if group.stride >= tier.accelerators { 1.0 } else { RING_CROSSING };
                 taper = taper.max(1.0 + (tier.oversubscription - 1.0) * crossing);
             }
         }
         if cluster.scale_out.topology == FabricTopology::RailOnly && !group.stride.is_multiple_of(domain) {
-            // Traffic that changes rail goes through a neighbour's port first.
-            taper *= 2.0;
+            taper *= PORTS_TO_CHANGE_RAIL;
         }
         Span {
             inside: inside as f64,
@@ -252,23 +253,23 @@ pub fn on_span(net: &NetworkModel, what: Collective, span: &Span, size: usize, b
         _ => (passes * bytes * (j - 1.0) / j, passes * bytes / j * (k - 1.0) / k),
     };
     let in_switch = match (what, net.scale_up_in_switch) {
-        // In-switch reduction needs more than a pair; gathers gain nothing (361 against 368 GB/s measured).
-        (Collective::AllReduce, Some(share)) if j >= 4.0 => share / net.scale_up_ring,
+        // Gathers gain nothing (361 against 368 GB/s measured).
+        (Collective::AllReduce, Some(share)) if j >= IN_SWITCH_MEMBERS => share / net.scale_up_ring,
         _ => 1.0,
     };
     let inside_s = inside_bytes / (span.inside_rate * in_switch);
     let outside_s = outside_bytes / span.outside_rate;
     let steps = match what {
         Collective::Send => 1.0,
-        _ if in_switch > 1.0 => 8.0,
-        Collective::AllReduce => (2.0 * span.inside_steps).min(14.0),
-        Collective::AllToAll => span.inside_steps.min(8.0),
-        _ => span.inside_steps.min(14.0),
+        _ if in_switch > 1.0 => IN_SWITCH_STEPS,
+        Collective::AllReduce => (2.0 * span.inside_steps).min(RING_STEPS_MAX),
+        Collective::AllToAll => span.inside_steps.min(EXCHANGE_STEPS_MAX),
+        _ => span.inside_steps.min(RING_STEPS_MAX),
     };
     let hops = match what {
         _ if k <= 1.0 => 0.0,
         Collective::Send => 1.0,
-        Collective::AllToAll => (k - 1.0).min(16.0),
+        Collective::AllToAll => (k - 1.0).min(EXCHANGE_HOPS_MAX),
         // Trees between domains, up and down; gathers and scatters walk a ring.
         Collective::AllReduce => 2.0 * k.log2().ceil(),
         _ => k - 1.0,
@@ -368,6 +369,111 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// A machine of round figures: every term of a latency has digits of its own.
+    fn made_up(domain: usize, in_switch: bool) -> (Cluster, NetworkModel) {
+        let mut cluster = Catalog::builtin().unwrap().cluster("dgx-h100", Some(512)).unwrap();
+        cluster.scale_up.domain = domain;
+        let net = NetworkModel {
+            scale_up_ring: 0.8,
+            scale_up_in_switch: in_switch.then_some(1.0),
+            scale_out: 0.9,
+            base_s: 1.0,
+            scale_up_step_s: 1e2,
+            scale_out_step_s: 1e5,
+            ramp_s: 0.0,
+        };
+        (cluster, net)
+    }
+
+    /// Base, steps in a domain and steps between domains of a message of no length, counted by hand.
+    #[test]
+    fn latency_is_the_base_and_each_step_of_the_slowest_path() {
+        use Collective::{AllGather, AllReduce, AllToAll, ReduceScatter, Send};
+        let check = |what, domain, in_switch, (size, stride), (steps, hops): (f64, f64)| {
+            let (cluster, net) = made_up(domain, in_switch);
+            let t = collective(&cluster, &net, what, Group { size, stride }, 1e-6);
+            let expected = 1.0 + 1e2 * steps + 1e5 * hops;
+            let case = format!("{what:?} over {size} at {stride} in domains of {domain}: {}", t.latency_s);
+            assert!((t.latency_s / expected - 1.0).abs() < 1e-12, "{case} for {expected}");
+            assert!(t.seconds >= t.latency_s && t.bound == Bound::Latency, "{case}");
+        };
+        // Around a ring and back; further members of a large domain cost nothing.
+        check(AllReduce, 8, false, (2, 1), (2.0, 0.0));
+        check(AllReduce, 8, false, (8, 1), (14.0, 0.0));
+        check(AllReduce, 72, false, (64, 1), (14.0, 0.0));
+        // The switch takes as long for few as for many, and leaves pairs and triples alone.
+        check(AllReduce, 8, true, (3, 1), (4.0, 0.0));
+        check(AllReduce, 8, true, (4, 1), (8.0, 0.0));
+        check(AllReduce, 72, true, (72, 1), (8.0, 0.0));
+        check(AllGather, 8, true, (4, 1), (3.0, 0.0));
+        check(ReduceScatter, 8, false, (8, 1), (7.0, 0.0));
+        check(AllGather, 72, false, (64, 1), (14.0, 0.0));
+        check(AllToAll, 8, false, (4, 1), (3.0, 0.0));
+        check(AllToAll, 72, false, (64, 1), (8.0, 0.0));
+        check(Send, 8, false, (2, 1), (1.0, 0.0));
+        // One member in each domain: nothing inside. Trees go up and down, rings around, exchanges to each.
+        check(AllReduce, 8, false, (2, 8), (0.0, 2.0));
+        check(AllReduce, 8, true, (16, 8), (0.0, 8.0));
+        check(AllReduce, 8, false, (20, 8), (0.0, 10.0));
+        check(AllGather, 8, false, (16, 8), (0.0, 15.0));
+        check(ReduceScatter, 8, false, (64, 8), (0.0, 63.0));
+        check(AllToAll, 8, false, (16, 8), (0.0, 15.0));
+        check(AllToAll, 8, false, (64, 8), (0.0, 16.0));
+        check(Send, 8, false, (2, 8), (0.0, 1.0));
+        // Both.
+        check(AllReduce, 8, true, (32, 1), (8.0, 4.0));
+        check(AllReduce, 8, false, (32, 2), (6.0, 6.0));
+        check(AllGather, 8, false, (32, 1), (7.0, 3.0));
+        check(AllToAll, 8, false, (32, 4), (1.0, 15.0));
+    }
+
+    /// A torus is crossed along each dim that the group spans, at most half around.
+    #[test]
+    fn latency_on_a_torus_is_half_around_each_dim() {
+        let check = |size, stride, steps: f64| {
+            let (mut cluster, net) = made_up(64, false);
+            cluster.scale_up.kind = ScaleUpKind::Torus { extents: vec![4, 4, 4] };
+            let t = collective(&cluster, &net, Collective::AllGather, Group { size, stride }, 1e-6);
+            assert!(
+                (t.latency_s / (1.0 + 1e2 * steps) - 1.0).abs() < 1e-12,
+                "{size} {stride}: {}",
+                t.latency_s
+            );
+        };
+        check(4, 1, 2.0);
+        check(4, 4, 2.0);
+        check(16, 1, 4.0);
+        check(64, 1, 6.0);
+        check(16, 4, 4.0);
+    }
+
+    #[test]
+    fn long_messages_ramp_up_by_doublings() {
+        let (cluster, net) = made_up(8, false);
+        let net = NetworkModel { ramp_s: 1e7, ..net };
+        let latency = |mib: f64| {
+            let group = Group { size: 2, stride: 1 };
+            collective(&cluster, &net, Collective::Send, group, mib * 1048576.0).latency_s - 101.0
+        };
+        assert_eq!((latency(1.0), latency(3.0), latency(7.0)), (1e7, 2e7, 3e7));
+    }
+
+    /// Messages of eight bytes, as `nccl-tests` prints them. The constants are those of long messages' protocols: a node
+    /// alone is faster at such messages, and the first generation of EFA slower, each by a factor of 2 to 3.
+    #[test]
+    fn small_messages_take_about_as_long_as_measured() {
+        let check = |name: &str, ranks, measured_us: f64, factor: f64| {
+            let cluster = Catalog::builtin().unwrap().cluster(name, Some(ranks)).unwrap();
+            let net = NetworkModel::of(&cluster);
+            let group = Group { size: ranks, stride: 1 };
+            let us = collective(&cluster, &net, Collective::AllReduce, group, 8.0).seconds * 1e6;
+            assert!(us / measured_us < factor && measured_us / us < factor, "{name}: {us} us");
+        };
+        check("aws-p5", 16, 70.0, 1.2);
+        check("aws-p5", 8, 12.9, 2.7);
+        check("aws-p4de", 16, 161.0, 2.7);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::Serialize;
-use spec::{Cluster, Error, NumberFormat, Result};
+use spec::{Cluster, NumberFormat, Result};
 
 use crate::calibration::Constants;
 use crate::compute::Chip;
@@ -101,7 +101,7 @@ impl Breakdown {
 /// Bytes of the accelerator that holds most.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct MemoryUse {
-    /// Parameters in 16 bit.
+    /// Parameters in the precision of the products, or in 16 bit if that is less.
     pub params: f64,
     /// Gradients.
     pub grads: f64,
@@ -152,8 +152,10 @@ struct TimedKey {
 pub struct Pricer<'a> {
     problem: &'a Problem,
     net: NetworkModel,
+    /// For products in the format asked.
     chip: Chip,
-    chip16: Chip,
+    /// For all else: recipes of less than 16 bit keep to bf16 there.
+    wide_chip: Chip,
     templates: HashMap<Key, Arc<Template>>,
     timed: HashMap<TimedKey, Timed>,
     expert_layers: f64,
@@ -164,18 +166,16 @@ impl<'a> Pricer<'a> {
     /// A pricer for layouts whose matrix products are in `format`.
     ///
     /// # Errors
-    /// If the accelerator states no peak for 16-bit products.
+    /// If the catalogue states no peak of the format for the accelerator.
     pub fn new(problem: &'a Problem, format: NumberFormat) -> Result<Self> {
         let accelerator = &problem.cluster.accelerator;
-        let lacks =
-            || Error::user(format!("accelerator {} has no bf16 peak in the catalogue", accelerator.name));
-        let chip = Chip::of(accelerator, format).ok_or_else(lacks)?;
-        let chip16 = Chip::of(accelerator, NumberFormat::Bf16).ok_or_else(lacks)?;
+        let chip = Chip::of(accelerator, format)?;
+        let wide_chip = if format.bytes() < 2.0 { Chip::of(accelerator, NumberFormat::Bf16)? } else { chip };
         let tokens = problem.sequences as f64 * problem.sequence as f64;
         Ok(Pricer {
             net: NetworkModel::of(&problem.cluster),
             chip,
-            chip16,
+            wide_chip,
             templates: HashMap::new(),
             timed: HashMap::new(),
             expert_layers: problem.shape.expert_layers() as f64,
@@ -209,6 +209,7 @@ impl<'a> Pricer<'a> {
             stops_early: self.problem.software.recompute_stops_early,
             unfused_attention: self.problem.software.attention == AttentionKernel::Unfused,
             sequence: self.problem.sequence,
+            precision: mesh.precision(),
         }
     }
 

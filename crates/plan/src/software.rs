@@ -1,6 +1,7 @@
 //! What a training stack does with a program: which kernels, what it overlaps, what it keeps.
 
 use serde::Serialize;
+use spec::Family;
 
 /// A generation of a training stack. Facts about code, not fitted constants; those are in [`crate::calibration`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -214,27 +215,32 @@ impl Software {
         ALL.iter().find(|s| s.name == name).cloned()
     }
 
-    /// What people would use today on an accelerator of this family.
-    pub fn usual(family: &str) -> Self {
-        let name = match family {
-            "tpu" | "tpu-256" => "maxtext-2025",
-            "trainium" => "neuronx",
-            "volta" => "megatron-2021",
-            "ampere" | "hopper" => "megatron-core-2024",
-            _ => "megatron-core-2026",
-        };
-        Self::named(name).unwrap_or(MEGATRON_CORE)
+    /// What people would use today on accelerators of this family.
+    pub fn usual(family: &Family) -> Self {
+        Self::named(&family.software).unwrap_or(MEGATRON_CORE)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use spec::{Catalog, EntryKind};
 
     #[test]
     fn every_family_has_a_usual_stack() {
-        for family in ["volta", "ampere", "hopper", "blackwell", "tpu", "cdna3", "gaudi", "what"] {
-            assert!(ALL.contains(&Software::usual(family)));
+        let catalog = Catalog::builtin().unwrap();
+        let check = |family: &str, name: &str| {
+            let family = catalog.family(family, &mut Vec::new()).unwrap();
+            assert_eq!((family.software.as_str(), Software::usual(&family).name), (name, name));
+        };
+        check("volta", "megatron-2021");
+        check("hopper", "megatron-core-2024");
+        check("tpu-256", "maxtext-2025");
+        check("trainium", "neuronx");
+        check("what", "megatron-core-2026");
+        for listed in catalog.list(Some(EntryKind::Family)) {
+            let family = catalog.family(&listed.name, &mut Vec::new()).unwrap();
+            assert_eq!(Software::usual(&family).name, family.software, "{}", listed.name);
         }
         assert!(Software::named("nothing").is_none());
     }

@@ -7,7 +7,7 @@
 mod stand_in;
 mod tasks;
 
-use spec::{Recompute, Result};
+use spec::{DType, Recompute, Result};
 
 use crate::network::Collective;
 use crate::shape::Shape;
@@ -27,7 +27,7 @@ pub enum Task {
         k: f64,
         /// Of how many weights' worth of tiles side by side (experts).
         batch: f64,
-        /// Bytes of all operands in 16 bit.
+        /// Bytes of all operands.
         bytes: f64,
         /// The output projection, which recipes keep in 16 bit.
         head: bool,
@@ -83,7 +83,7 @@ pub struct Section {
     pub params: f64,
     /// Expert weights of this rank.
     pub expert_params: f64,
-    /// Bytes that one micro-batch in flight keeps, in 16-bit precision.
+    /// Bytes that one micro-batch in flight keeps.
     pub kept_bytes: f64,
     /// Bytes of the largest working set beside what is kept.
     pub working_bytes: f64,
@@ -119,13 +119,15 @@ pub struct Key {
     pub unfused_attention: bool,
     /// Tokens of a sequence.
     pub sequence: usize,
+    /// Of parameters and activations.
+    pub precision: DType,
 }
 
 impl std::hash::Hash for Key {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
         (self.tp, self.cp, self.ep, self.micro_batch, self.sequence).hash(state);
         (self.sequence_parallel, self.whole_layers, self.stops_early, self.unfused_attention).hash(state);
-        (self.recompute as u8).hash(state);
+        (self.recompute as u8, self.precision).hash(state);
     }
 }
 
@@ -220,7 +222,8 @@ fn run_again(layer: &mut Section, key: &Key, boundary: f64) {
         }
     }
     if key.unfused_attention && key.recompute == Recompute::None {
-        // Softmax output, its dropout mask and the dropped-out copy (Korthikanti et al. 2022: 5 a s^2 b bytes).
+        // Softmax output, the mask of its dropout in bytes, and the dropped-out copy (Korthikanti et al. 2022: 5 a s^2 b
+        // bytes in 16 bit).
         let scores: f64 = layer
             .forward
             .iter()
@@ -229,7 +232,7 @@ fn run_again(layer: &mut Section, key: &Key, boundary: f64) {
                 _ => 0.0,
             })
             .sum();
-        layer.kept_bytes += 5.0 * scores;
+        layer.kept_bytes += (2.0 * key.precision.bytes() as f64 + 1.0) * scores;
     }
 }
 

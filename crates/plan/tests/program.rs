@@ -106,6 +106,7 @@ fn check_fold(model: &ModelSpec, layout: &Layout) {
         stops_early: false,
         unfused_attention: false,
         sequence: SEQUENCE,
+        precision: DType::Bf16,
     };
     let t = Template::build(&Shape::from_model(model.clone()), &key).unwrap();
     let (embed, layer, head) = (section(&t.embed), section(&t.layer), section(&t.head));

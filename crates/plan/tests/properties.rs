@@ -21,7 +21,7 @@ fn problem(model: &str, cluster: &str, n: usize, sequences: usize, sequence: usi
     let software = Software::usual(&cluster.accelerator.family);
     let calibration = Calibration::builtin().unwrap();
     let constants =
-        calibration.constants(&cluster.accelerator.family, &cluster.accelerator.name, "bf16", &software);
+        calibration.constants(&cluster.accelerator.family.name, &cluster.accelerator.name, "bf16", &software);
     Problem { shape, cluster, software, constants, sequence, sequences }
 }
 

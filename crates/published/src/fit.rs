@@ -49,7 +49,7 @@ enum EffectKind {
 impl Effect {
     fn of(kind: EffectKind, run: &Run) -> Effect {
         let name = match kind {
-            EffectKind::Family => &run.cluster.accelerator.family,
+            EffectKind::Family => &run.cluster.accelerator.family.name,
             EffectKind::Recipe => run.recipe,
             EffectKind::Software => run.software.name,
             EffectKind::Chip => &run.cluster.accelerator.name,
@@ -128,7 +128,7 @@ impl Prepared {
         let mut pricer = Pricer::new(&self.problem, self.run.meshes[0].format)?
             .with_templates(std::mem::take(&mut self.templates));
         let accelerator = &self.problem.cluster.accelerator;
-        let host = if accelerator.name.starts_with("gb") { HOST_MEMORY } else { 1.0 };
+        let host = if accelerator.shares_host_memory { HOST_MEMORY } else { 1.0 };
         let room = accelerator.memory_bytes.value * MEMORY_TOLERANCE * host;
         let mut best: Option<((f64, f64), Price, usize)> = None;
         let mut refused = None;
@@ -181,7 +181,7 @@ impl Prepared {
     /// The constants for this run.
     pub fn constants(&self, calibration: &Calibration) -> Constants {
         calibration.constants(
-            &self.run.cluster.accelerator.family,
+            &self.run.cluster.accelerator.family.name,
             &self.run.cluster.accelerator.name,
             self.run.recipe,
             &self.run.software,

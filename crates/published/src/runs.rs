@@ -160,7 +160,7 @@ impl Reader<'_> {
         let Ok(chip) = self.catalog.get(EntryKind::Accelerator, &accelerator) else {
             return Ok(Err(format!("accelerator \"{accelerator}\" is not in the catalogue")));
         };
-        let family = chip.text("family").unwrap_or_default().to_owned();
+        let family = self.catalog.family(chip.text("family").unwrap_or_default(), &mut Vec::new())?;
         let conditions = known::conditions(&source, &id, &chip.name, &family);
         let cluster = match self.catalog.cluster(&conditions.cluster, Some(n)) {
             Ok(cluster) => cluster,
@@ -178,7 +178,7 @@ impl Reader<'_> {
             // Fixed capacities: the host need not wait for token counts.
             conditions.software.eager = false;
         }
-        let (recipe, format) = self.format(&family);
+        let (recipe, format) = self.format(&family.name);
         // Its float8 recipe gathers in 8 bit; scales by rows do not allow that.
         conditions.software.low_precision_gathers =
             conditions.software.name == "torchtitan" && recipe == "fp8";
@@ -188,7 +188,7 @@ impl Reader<'_> {
             sequences,
             sequence,
             format,
-            units: if family == "trainium" { cluster.accelerator.compute_units } else { 1 },
+            units: if family.name == "trainium" { cluster.accelerator.compute_units } else { 1 },
             software: &conditions.software,
         };
         let (meshes, slice) = priceable!(layouts::meshes(&mut self, &problem));

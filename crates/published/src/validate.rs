@@ -143,7 +143,7 @@ pub fn calibrate(path: &str, text: &str, catalog: &Catalog) -> Result<Calibratio
             let price = p.choose(p.constants(c)).ok()?;
             let run = p.run();
             Some(Miss {
-                family: run.cluster.accelerator.family.clone(),
+                family: run.cluster.accelerator.family.name.clone(),
                 software: run.software.name.to_owned(),
                 accelerators: run.cluster.accelerators,
                 log_error: (price.step_s / run.step_s).ln(),
@@ -178,7 +178,7 @@ fn prepare(path: &str, text: &str, catalog: &Catalog) -> Result<(Vec<Prepared>, 
 fn row(p: &mut Prepared, calibration: &Calibration) -> Option<RowError> {
     let price = p.choose(p.constants(calibration)).ok()?;
     let run = p.run();
-    let family = &run.cluster.accelerator.family;
+    let family = &run.cluster.accelerator.family.name;
     let spread = calibration.spread(family, run.software.name, run.cluster.accelerators).factor;
     Some(RowError {
         id: run.id.clone(),

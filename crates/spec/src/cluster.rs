@@ -1,7 +1,7 @@
 //! A machine to plan for, resolved from the catalogue.
 
 use crate::catalog::{Catalog, Entry, EntryKind, Measure, nearest_name};
-use crate::{Error, Result};
+use crate::{Error, Family, NumberFormat, Result};
 
 /// A machine to plan for: accelerators, the links between them, storage.
 ///
@@ -39,8 +39,8 @@ pub struct Accelerator {
     pub name: String,
     /// Who makes it.
     pub vendor: String,
-    /// Architecture: constants are fitted per family.
-    pub family: String,
+    /// Its architecture: what libraries reach on it, and what constants are fitted by.
+    pub family: Family,
     /// Dense peaks in FLOP/s.
     peaks: Vec<(NumberFormat, Measure)>,
     /// Best measured large matrix products in FLOP/s.
@@ -55,69 +55,8 @@ pub struct Accelerator {
     pub host_bytes_per_s: Option<Measure>,
     /// Rated power in watts, if known.
     pub power_w: Option<Measure>,
-}
-
-/// Number formats that arithmetic peaks are stated for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum NumberFormat {
-    /// IEEE binary32.
-    Fp32,
-    /// TensorFloat-32.
-    Tf32,
-    /// IEEE binary16.
-    Fp16,
-    /// bfloat16.
-    Bf16,
-    /// 8-bit floating point.
-    Fp8,
-    /// 4-bit floating point.
-    Fp4,
-    /// 8-bit integers.
-    Int8,
-}
-
-impl NumberFormat {
-    const ALL: [(NumberFormat, &'static str); 7] = [
-        (NumberFormat::Fp32, "fp32"),
-        (NumberFormat::Tf32, "tf32"),
-        (NumberFormat::Fp16, "fp16"),
-        (NumberFormat::Bf16, "bf16"),
-        (NumberFormat::Fp8, "fp8"),
-        (NumberFormat::Fp4, "fp4"),
-        (NumberFormat::Int8, "int8"),
-    ];
-
-    /// All formats.
-    pub fn all() -> impl Iterator<Item = NumberFormat> {
-        NumberFormat::ALL.iter().map(|p| p.0)
-    }
-
-    /// The key in catalogue files.
-    pub fn name(self) -> &'static str {
-        NumberFormat::ALL[self as usize].1
-    }
-
-    /// The precision of that name.
-    pub fn parse(name: &str) -> Option<Self> {
-        NumberFormat::ALL.iter().find(|p| p.1 == name).map(|p| p.0)
-    }
-
-    /// Bytes of one element.
-    pub fn bytes(self) -> f64 {
-        match self {
-            NumberFormat::Fp32 | NumberFormat::Tf32 => 4.0,
-            NumberFormat::Fp16 | NumberFormat::Bf16 => 2.0,
-            NumberFormat::Fp8 | NumberFormat::Int8 => 1.0,
-            NumberFormat::Fp4 => 0.5,
-        }
-    }
-}
-
-impl std::fmt::Display for NumberFormat {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.name())
-    }
+    /// Whether it reads and writes its host's memory as its own (superchips).
+    pub shares_host_memory: bool,
 }
 
 /// Links inside a node or slice.
@@ -395,7 +334,11 @@ impl Catalog {
             });
         let storage =
             Some(self.storage(storage_name, accelerators.div_ceil(per_node), platform.map(|p| p.0))?);
-        for (entry, what) in [(chip, "accelerator"), (node, "node"), (fabric, "fabric")] {
+        let family = self.family(chip.text("family").unwrap_or_default(), &mut assumptions)?;
+        let reaches = self.get(EntryKind::Family, &family.name).ok().map(|f| (f, "family"));
+        for (entry, what) in
+            reaches.into_iter().chain([(chip, "accelerator"), (node, "node"), (fabric, "fabric")])
+        {
             for (key, field) in &entry.fields {
                 if let crate::catalog::Field::Number(q) = field
                     && ["choice", "recalled"].contains(&q.source.as_str())
@@ -410,7 +353,7 @@ impl Catalog {
         Ok(Cluster {
             name: name.to_owned(),
             accelerators,
-            accelerator: accelerator(chip)?,
+            accelerator: accelerator(chip, family)?,
             per_node,
             scale_up,
             scale_out: scale_out(fabric, node, per_node)?,
@@ -455,7 +398,7 @@ fn scalable_units(name: &str) -> Option<(&str, usize)> {
     Some((stem, units))
 }
 
-fn accelerator(chip: &Entry) -> Result<Accelerator> {
+fn accelerator(chip: &Entry, family: Family) -> Result<Accelerator> {
     let rates = |table: &str| -> Vec<(NumberFormat, Measure)> {
         NumberFormat::ALL
             .iter()
@@ -465,7 +408,7 @@ fn accelerator(chip: &Entry) -> Result<Accelerator> {
     Ok(Accelerator {
         name: chip.name.clone(),
         vendor: chip.text("vendor").unwrap_or_default().to_owned(),
-        family: chip.text("family").unwrap_or_default().to_owned(),
+        family,
         peaks: rates("peak"),
         matmul: rates("matmul"),
         memory_bytes: need(chip, "memory")?,
@@ -473,6 +416,7 @@ fn accelerator(chip: &Entry) -> Result<Accelerator> {
         compute_units: opt_count(chip, "compute_units").unwrap_or(1),
         host_bytes_per_s: chip.measure("host_link"),
         power_w: chip.measure("power"),
+        shares_host_memory: chip.flag("shares_host_memory"),
     })
 }
 
@@ -564,7 +508,7 @@ fn scale_out(fabric: &Entry, node: &Entry, per_node: usize) -> Result<ScaleOut> 
     })
 }
 
-fn need(entry: &Entry, key: &str) -> Result<Measure> {
+pub(crate) fn need(entry: &Entry, key: &str) -> Result<Measure> {
     entry.measure(key).ok_or_else(|| {
         Error::user(format!("{}: {}.{}.{key} is missing", entry.place, entry.kind, entry.name))
             .hint("add it, or a `base` that has it")

@@ -1,6 +1,6 @@
 //! Bytes of the fullest accelerator.
 
-use spec::{PipelineSchedule, Zero};
+use spec::{DType, PipelineSchedule, Zero};
 
 use crate::mesh::Mesh;
 
@@ -14,6 +14,12 @@ const FRAMEWORK_BYTES: f64 = 3e9;
 const COMPILED_BYTES: f64 = 0.5e9;
 /// Share of activations lost to fragmentation in caching allocators.
 const FRAGMENTATION: f64 = 0.04;
+/// Share of what is kept that is left where the inputs of products, about half of it, are kept in 8 bit or less.
+const KEPT_LOW: f64 = 0.75;
+/// Bytes of a gradient, and of a master weight or a moment.
+pub(super) const SUM_BYTES: f64 = 4.0;
+/// The unit at work and the next one are gathered whole.
+const UNITS_GATHERED: f64 = 2.0;
 
 impl Pricer<'_> {
     pub(super) fn memory(&self, mesh: &Mesh, t: &Timed, stages: &Stages) -> MemoryUse {
@@ -31,8 +37,7 @@ impl Pricer<'_> {
             if l.zero >= stage { dense / shard + experts / expert_shard } else { dense + experts }
         };
         let kept = stages.per_layer(t.layer.kept, t.expert_layer.kept);
-        // Inputs of products are kept in the products' format: about half of what is kept.
-        let kept = if mesh.format.bytes() < 2.0 { kept * 0.75 } else { kept };
+        let kept = if mesh.format.bytes() < 2.0 { kept * KEPT_LOW } else { kept };
         let (pp, chunks) = (l.pp as f64, l.chunks as f64);
         // A counter over the micro-batches holds one partial sum for each of its digits.
         let sums = if self.problem.software.tree_sums {
@@ -46,9 +51,9 @@ impl Pricer<'_> {
             _ => pp.min(micro_batches),
         };
         let activations = in_flight * (kept + t.embed.kept);
-        // The unit at work and the next one are there whole.
+        let weight = mesh.precision().bytes() as f64;
         let unit = (dense + experts) / stages.most.max(1.0);
-        let gathered = if l.zero == Zero::Parameters { 2.0 * 2.0 * unit } else { 0.0 };
+        let gathered = if l.zero == Zero::Parameters { UNITS_GATHERED * weight * unit } else { 0.0 };
         let working = t.layer.working.max(t.expert_layer.working).max(t.head.working) + gathered;
         let framework = if self.chip.systolic {
             COMPILED_BYTES
@@ -56,14 +61,19 @@ impl Pricer<'_> {
             FRAMEWORK_BYTES + FRAGMENTATION * (activations + working)
         };
         MemoryUse {
-            params: 2.0 * over(Zero::Parameters),
-            grads: 4.0 * over(Zero::Gradients) * sums,
-            optimizer: 12.0 * over(Zero::Optimizer),
+            params: weight * over(Zero::Parameters),
+            grads: SUM_BYTES * over(Zero::Gradients) * sums,
+            optimizer: SUM_BYTES * optimizer_states(mesh.precision()) * over(Zero::Optimizer),
             activations,
             working,
             framework,
         }
     }
+}
+
+/// Numbers in 32 bit that the optimiser keeps for each parameter: two moments, and a master of weights in 16 bit.
+pub(super) fn optimizer_states(precision: DType) -> f64 {
+    if precision == DType::F32 { 2.0 } else { 3.0 }
 }
 
 /// How many prime factors a number has, counted with their multiplicity.

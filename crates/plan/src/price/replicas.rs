@@ -1,17 +1,20 @@
 //! What replicas of a stage say to each other: gradients, sharded parameters, and the optimiser between.
 
-use spec::{NumberFormat, Zero};
+use spec::{DType, NumberFormat, Zero};
 
 use crate::compute::stream_s;
 use crate::mesh::Mesh;
 use crate::network::{Collective, Group, Span, on_span};
 
+use super::memory::SUM_BYTES;
 use super::section::{Timed, Times};
 use super::step::Stages;
 use super::{Breakdown, Pricer};
 
 /// Gradients and parameters travel in so many pieces: the first forward and the last backward cannot hide.
 const BUCKETS: f64 = 12.0;
+/// Share of the last pass that buckets can travel beside where a stage has one chunk.
+const LAST_PASS: f64 = 0.9;
 /// Kernels slow down while collectives inside a node run beside them: they share units and memory.
 const OVERLAP_TAX: f64 = 0.2;
 /// The same between nodes, where ports move most of the data.
@@ -56,7 +59,9 @@ impl Pricer<'_> {
         let tables = t.embed.params + if l.pp == 1 { head } else { 0.0 };
         let sharded = l.zero != Zero::Off;
         let between_nodes = self.span(all).domains > 1.0;
-        let wire = p.software.grad_wire_bytes;
+        // What is computed in 32 bit is summed in 32 bit.
+        let wire =
+            p.software.grad_wire_bytes.max(if mesh.precision() == DType::F32 { SUM_BYTES } else { 0.0 });
         Replicas {
             dense: stages.per_layer(t.layer.params, t.expert_layer.params) + tables,
             experts: stages.per_layer(0.0, t.expert_layer.expert_params),
@@ -114,9 +119,11 @@ impl Pricer<'_> {
         } else {
             self.replicated_s(mesh, &r, stages, windows)
         };
-        // Gradient, master and two moments read and written in 32 bit, parameters in 16; norm reads gradients again.
+        // Gradient, weight and two moments are read and written in 32 bit, 16-bit weights written beside; the norm reads
+        // gradients again.
         let elements = r.dense / r.owners.0 + r.experts / r.owners.1;
-        d.optimizer_s = stream_s(&self.chip16, elements * 34.0 + 4.0 * (r.dense + r.experts))
+        let update = 2.0 * SUM_BYTES * 4.0 + if mesh.precision() == DType::F32 { 0.0 } else { 2.0 };
+        d.optimizer_s = stream_s(&self.wide_chip, elements * update + SUM_BYTES * (r.dense + r.experts))
             / self.problem.constants.stream.min(1.0);
     }
 
@@ -160,8 +167,11 @@ impl Pricer<'_> {
         };
         // With chunks the gradients of early ones are ready while later ones still run.
         let chunks = l.chunks as f64;
-        let share =
-            if l.chunks > 1 { stages.micro_batches.min(l.pp as f64) * (chunks - 1.0) / chunks } else { 0.9 };
+        let share = if l.chunks > 1 {
+            stages.micro_batches.min(l.pp as f64) * (chunks - 1.0) / chunks
+        } else {
+            LAST_PASS
+        };
         let times = if l.zero == Zero::Gradients { stages.micro_batches } else { 1.0 };
         exposed(reduce, windows.1 * share, software.overlap_grads) * times
             + exposed(gather, windows.0 * share, software.overlap_params)

@@ -9,6 +9,30 @@ use spec::Cluster;
 
 use super::Pricer;
 
+/// Share of a gather's or scatter's products that its pieces can arrive beside: the piece that is multiplied first and
+/// the one that is sent last have nothing beside them.
+const PIECES_BESIDE: f64 = 0.5;
+/// Share of compute that an expert dispatch finds free to hide behind: two halves of a micro-batch take turns, and norms
+/// and routing between them wait.
+const DISPATCH_BESIDE: f64 = 0.8;
+/// Share of a dispatch that shows at least: its first and last pieces.
+const DISPATCH_SHOWN: f64 = 0.1;
+/// Share of the bytes of a product's operands that are in its low format: what it reads, about half of all.
+const LOW_OPERANDS: f64 = 0.5;
+/// Rows of an output tile: each expert's rows are padded to a multiple.
+const TILE_ROWS: f64 = 128.0;
+/// Tensor units want rows of 16 bytes, eight elements of 16 bit.
+const ROW_ELEMENTS: f64 = 8.0;
+/// How much slower attention is without (head width 150 in BLOOM's layout tests).
+const MISALIGNED: f64 = 6.0;
+/// Products of attention where the whole square of scores is computed, for those at the causal half: forward, and
+/// backward, where scores are not computed again (four products for five).
+const SQUARE: (f64, f64) = (2.0, 1.6);
+/// Bytes that pass through memory for each score in 16 bit, forward and backward: written, scaled and masked, softmax,
+/// dropout with its mask, read again.
+const SCORE_BYTES: (f64, f64) = (9.0, 13.0);
+/// Share of the rate of large products that those of unfused attention reach: many small ones of a head's width.
+const UNFUSED_SHARE: f64 = 0.75;
 /// Width of an expert at which grouped products reach half their rate on systolic arrays (fits MaxText's on TPUs).
 const HALF_WIDTH: f64 = 2500.0;
 
@@ -81,11 +105,10 @@ impl Pricer<'_> {
             let p = self.problem;
             // Between nodes nothing hides: the kernels that do it move data by loads and stores.
             if p.software.overlap_tp && mesh.layout.tp > 1 && links.tp.0.domains <= 1.0 {
-                // Pieces of a gather arrive while others are multiplied: the first piece shows, and what is longer
-                // than half of the products beside it.
+                // Pieces of a gather arrive while others are multiplied: the first piece shows.
                 let first = t.tensor / mesh.layout.tp as f64;
-                t.tensor = first + (t.tensor - first - 0.5 * t.gemm).max(0.0);
-                t.spent += 0.5 * t.gemm;
+                t.tensor = first + (t.tensor - first - PIECES_BESIDE * t.gemm).max(0.0);
+                t.spent += PIECES_BESIDE * t.gemm;
             }
             // A ring of keys and values hides behind the attention of the piece before.
             let first = t.context / mesh.layout.cp as f64;
@@ -99,8 +122,8 @@ impl Pricer<'_> {
                 Overlap::Always => true,
             };
             if overlaps && t.expert > 0.0 {
-                let free = 0.8 * (t.compute() - t.spent);
-                t.expert = (t.expert - free).max(0.1 * t.expert);
+                let free = DISPATCH_BESIDE * (t.compute() - t.spent);
+                t.expert = (t.expert - free).max(DISPATCH_SHOWN * t.expert);
                 t.spent += free;
             }
         };
@@ -129,14 +152,15 @@ impl Pricer<'_> {
                     t.gemm += self.gemm(m, n, k, batch, bytes, head, &mut t.stream, mesh)
                 }
                 Task::Attention { flops, bytes, scores, backward } => {
-                    t.attention += self.attention(flops, bytes, scores, backward, mesh.layout.cp);
+                    t.attention += self.attention(flops, bytes, scores, backward, mesh);
                 }
                 Task::Stream { bytes } => {
-                    t.stream += stream_s(&self.chip16, bytes) / self.problem.constants.stream
+                    t.stream += stream_s(&self.wide_chip, bytes) / self.problem.constants.stream
                 }
                 Task::Talk { what, axis, bytes } => {
                     let gathers = axis == TalkAxis::Tp && what == Collective::AllGather;
-                    let bytes = if gathers { bytes * self.gathered_bytes(mesh) / 2.0 } else { bytes };
+                    let wide = mesh.precision().bytes() as f64;
+                    let bytes = if gathers { bytes * self.gathered_bytes(mesh) / wide } else { bytes };
                     let (span, size) = links.get(axis);
                     let priced = match (axis, self.problem.shape.experts) {
                         (TalkAxis::Ep, Some(e)) => dispatch(&self.net, span, size, bytes, e.top_k),
@@ -167,17 +191,18 @@ impl Pricer<'_> {
         mesh: &Mesh,
     ) -> f64 {
         let low = !head && mesh.format.bytes() < 2.0;
-        let chip = if low { &self.chip } else { &self.chip16 };
+        let chip = if low { &self.chip } else { &self.wide_chip };
         let rows = if batch > 1.0 {
             // Tiles of different experts run side by side, each padded on its own.
-            (m / 128.0).ceil() * 128.0 * batch
+            (m / TILE_ROWS).ceil() * TILE_ROWS * batch
         } else {
             m
         };
-        let bytes = if low { bytes * (0.5 + mesh.format.bytes() / 4.0) } else { bytes };
+        let (wide, narrow) = (mesh.precision().bytes() as f64, mesh.format.bytes());
+        let bytes = if low { bytes * (1.0 - LOW_OPERANDS + LOW_OPERANDS * narrow / wide) } else { bytes };
         if low {
             // Inputs are cast, and transposed for the other pass: read in 16 bit, written twice.
-            *stream += stream_s(&self.chip16, m * k * batch * (2.0 + 2.0 * mesh.format.bytes()))
+            *stream += stream_s(&self.wide_chip, m * k * batch * (wide + 2.0 * narrow))
                 / self.problem.constants.stream;
         }
         let c = &self.problem.constants;
@@ -189,31 +214,29 @@ impl Pricer<'_> {
         gemm_s(&slowed, rows, n, k, bytes)
     }
 
-    fn attention(&self, flops: f64, bytes: f64, scores: f64, backward: bool, cp: usize) -> f64 {
+    fn attention(&self, flops: f64, bytes: f64, scores: f64, backward: bool, mesh: &Mesh) -> f64 {
         let c = &self.problem.constants;
         let shape = &self.problem.shape;
         let dim = shape.latent.map_or(shape.model.head_dim, |l| l.key_dim()) as f64;
-        // Tensor units want rows of 16 bytes; libraries fall back to slower kernels without (head width 150 in BLOOM's
-        // layout tests).
-        let misaligned = if (dim / 8.0).fract() > 1e-6 { 6.0 } else { 1.0 };
+        let misaligned = if dim % ROW_ELEMENTS == 0.0 { 1.0 } else { MISALIGNED };
         if self.problem.software.attention == AttentionKernel::Unfused {
-            // The whole square is computed (backward four products instead of five), and scores pass through memory:
-            // written, scaled and masked, softmax, dropout, read again.
-            let products = if backward { 1.6 * flops } else { 2.0 * flops };
-            let traffic = scores * if backward { 13.0 } else { 9.0 };
-            let took = products * misaligned / (self.chip16.matmul * c.gemm * 0.75)
-                + stream_s(&self.chip16, traffic);
+            let pass = |of: (f64, f64)| if backward { of.1 } else { of.0 };
+            let products = pass(SQUARE) * flops;
+            let traffic = scores * pass(SCORE_BYTES) * mesh.precision().bytes() as f64 / 2.0;
+            let took = products * misaligned / (self.wide_chip.matmul * c.gemm * UNFUSED_SHARE)
+                + stream_s(&self.wide_chip, traffic);
             return took * crate::calibration::PRIOR.attention / c.attention;
         }
-        let sequence = self.problem.sequence as f64 / cp as f64;
+        let sequence = self.problem.sequence as f64 / mesh.layout.cp as f64;
         let tuned = self.problem.software.attention == AttentionKernel::Tuned;
-        let rate = self.chip16.attention(tuned, sequence, dim, backward) * c.attention;
-        (flops / rate).max(stream_s(&self.chip16, bytes))
+        let rate = self.wide_chip.attention(tuned, sequence, dim, backward) * c.attention;
+        (flops / rate).max(stream_s(&self.wide_chip, bytes))
     }
 
     /// Bytes of an element where activations and parameters are gathered.
     pub(super) fn gathered_bytes(&self, mesh: &Mesh) -> f64 {
-        if self.problem.software.low_precision_gathers { mesh.format.bytes().min(2.0) } else { 2.0 }
+        let wide = mesh.precision().bytes() as f64;
+        if self.problem.software.low_precision_gathers { mesh.format.bytes().min(wide) } else { wide }
     }
 }
 

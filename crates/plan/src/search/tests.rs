@@ -9,7 +9,7 @@ fn problem(model: &str, cluster: &str, n: usize, sequences: usize, sequence: usi
     let cluster = Catalog::builtin().unwrap().cluster(cluster, Some(n)).unwrap();
     let software = Software::usual(&cluster.accelerator.family);
     let constants = Calibration::builtin().unwrap().constants(
-        &cluster.accelerator.family,
+        &cluster.accelerator.family.name,
         &cluster.accelerator.name,
         "bf16",
         &software,

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use program::{ALIGN, Collective, Home, Mode, Phase, Place, Program, Replication, Request};
-use spec::{DType, Layout, PipelineSchedule, Position, Recompute, Reduce, Result, Zero};
+use spec::{Layout, PipelineSchedule, Position, Recompute, Reduce, Result, Zero};
 
 use super::tasks::tasks;
 use super::{Key, Section};
@@ -74,7 +74,7 @@ impl StandIn {
                 layout: &layout,
                 sequence,
                 sequences: 2 * key.micro_batch * layout.dp,
-                precision: DType::Bf16,
+                precision: key.precision,
                 rank,
                 mode: Mode::Train,
             };

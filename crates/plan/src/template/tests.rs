@@ -12,6 +12,7 @@ fn key() -> Key {
         stops_early: false,
         unfused_attention: false,
         sequence: 2048,
+        precision: DType::Bf16,
     }
 }
 

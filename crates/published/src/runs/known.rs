@@ -1,5 +1,6 @@
 use plan::shape::{Shape, Sizes, dense};
 use plan::software::Software;
+use spec::Family;
 
 /// What is known of where and with what a source ran. Facts from the sources, no fitted figure.
 pub(crate) struct Conditions {
@@ -82,7 +83,7 @@ const USUAL: &[(&str, &str)] = &[
     ("tpu-v7x", "tpu-v7x-pod"),
 ];
 
-pub(crate) fn conditions(source: &str, id: &str, accelerator: &str, family: &str) -> Conditions {
+pub(crate) fn conditions(source: &str, id: &str, accelerator: &str, family: &Family) -> Conditions {
     let usual = || {
         USUAL.iter().find(|u| u.0 == accelerator).map_or_else(|| accelerator.to_owned(), |u| u.1.to_owned())
     };
@@ -92,7 +93,7 @@ pub(crate) fn conditions(source: &str, id: &str, accelerator: &str, family: &str
     match line {
         Some((_, _, cluster, software)) => Conditions {
             cluster: if cluster.is_empty() { usual() } else { (*cluster).to_owned() },
-            stated: !cluster.is_empty() || family.starts_with("tpu"),
+            stated: !cluster.is_empty() || family.name.starts_with("tpu"),
             software: Software::named(software).unwrap_or_else(|| Software::usual(family)),
         },
         None => Conditions { cluster: usual(), stated: false, software: Software::usual(family) },

@@ -68,6 +68,7 @@ const UNITS: &[(&str, Dimension, f64)] = &[
     ("accelerators", Dimension::Count, 1.0),
     ("nodes", Dimension::Count, 1.0),
     ("units", Dimension::Count, 1.0),
+    ("tokens", Dimension::Count, 1.0),
     ("ports", Dimension::Count, 1.0),
     ("dims", Dimension::Count, 1.0),
 ];

@@ -3,6 +3,8 @@ use super::quantity::Dimension;
 /// Kinds of catalogue entries, in the order in which they refer to each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum EntryKind {
+    /// Accelerators of one architecture: what libraries reach on them.
+    Family,
     /// One chip (or one die where software sees dies).
     Accelerator,
     /// What joins nodes.
@@ -21,7 +23,8 @@ pub enum EntryKind {
 
 impl EntryKind {
     /// All kinds.
-    pub const ALL: [EntryKind; 7] = [
+    pub const ALL: [EntryKind; 8] = [
+        EntryKind::Family,
         EntryKind::Accelerator,
         EntryKind::Fabric,
         EntryKind::Node,
@@ -34,6 +37,7 @@ impl EntryKind {
     /// The table name in a catalogue file.
     pub fn name(self) -> &'static str {
         match self {
+            EntryKind::Family => "family",
             EntryKind::Accelerator => "accelerator",
             EntryKind::Fabric => "fabric",
             EntryKind::Node => "node",
@@ -85,6 +89,22 @@ const COMMON: &[Key] =
 
 use Dimension as D;
 
+const FAMILY: &[Key] = &[
+    ("software", Want::Text, true),
+    ("matrix_units", Want::Word(&["tiles", "systolic"]), true),
+    ("matmul_share", Want::Number(D::Ratio), false),
+    ("tail_filled", Want::Number(D::Ratio), true),
+    ("attention", Want::Number(D::Ratio), true),
+    ("attention_generic", Want::Number(D::Ratio), true),
+    ("attention_half", Want::Number(D::Count), true),
+    ("ring", Want::Number(D::Ratio), true),
+    ("in_switch", Want::Number(D::Ratio), false),
+    ("collective_base", Want::Number(D::Time), true),
+    ("collective_step", Want::Number(D::Time), true),
+    ("collective_step_out", Want::Number(D::Time), true),
+    ("collective_ramp", Want::Number(D::Time), false),
+];
+
 const ACCELERATOR: &[Key] = &[
     ("vendor", Want::Text, true),
     ("family", Want::Text, true),
@@ -101,6 +121,7 @@ const ACCELERATOR: &[Key] = &[
     ("host_link", Want::Number(D::LinkRate), false),
     ("power", Want::Number(D::Power), false),
     ("compute_units", Want::Number(D::Count), false),
+    ("shares_host_memory", Want::Flag, false),
 ];
 
 const FABRIC: &[Key] = &[
@@ -174,6 +195,7 @@ const PLATFORM: &[Key] = &[
 /// All keys that an entry of this kind may have, except `base`.
 pub(crate) fn keys(kind: EntryKind) -> impl Iterator<Item = &'static Key> + Clone {
     let own = match kind {
+        EntryKind::Family => FAMILY,
         EntryKind::Accelerator => ACCELERATOR,
         EntryKind::Fabric => FABRIC,
         EntryKind::Node => NODE,
