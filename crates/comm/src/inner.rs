@@ -409,6 +409,11 @@ impl Drop for Touch<'_> {
     }
 }
 
+/// Whether an error says that another rank failed: the rank that reports it is a victim, not the cause.
+pub fn blames_peer(error: &str) -> bool {
+    [" was lost: its connection", " gave up: ", " left while rank "].iter().any(|part| error.contains(part))
+}
+
 /// Why the world has failed, if it has. Threads share it, and with it what must outlive each of them.
 #[derive(Debug, Default)]
 pub(crate) struct Failure {

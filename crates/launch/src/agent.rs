@@ -20,7 +20,8 @@ use supervise::End;
 pub struct Outcome {
     /// For the launcher's own exit: 0 success, 1 failure, 128 + n stopped by signal n.
     pub exit_code: i32,
-    /// The failed workers of this node's last attempt; the root cause first.
+    /// The failed workers of this node's last attempt, the root cause first. After a signal: those that did not end
+    /// with 0.
     pub failures: Vec<Failure>,
     /// Restarts that this node's failures took.
     pub restarts: u32,
@@ -45,7 +46,7 @@ impl Outcome {
 
     /// The table that torchrun ends a failed job with, if a worker of this node failed; `name` is the program.
     pub fn table(&self, name: &str) -> Option<String> {
-        (!self.failures.is_empty()).then(|| failure::table(name, &self.failures))
+        (self.signal.is_none() && !self.failures.is_empty()).then(|| failure::table(name, &self.failures))
     }
 }
 
@@ -141,7 +142,7 @@ impl Agent<'_> {
                         return Ok(Outcome { failures, ..self.closed(closed) });
                     }
                 }
-                End::Signal(signal) => return Ok(self.stopped(signal)),
+                End::Signal(signal, failures) => return Ok(Outcome { failures, ..self.stopped(signal) }),
                 End::Regroup(why) => say(&format!("starting over: {why}")),
                 End::Closed(closed) => return Ok(self.closed(closed)),
                 End::Lost(error) => return Err(error),

@@ -86,11 +86,22 @@ impl Failure {
         if self.error_file.is_some() { format!("{text}: {}", reason.trim()) } else { text }
     }
 
-    /// Smaller is the better root cause: nobody tells a killed process to fail, then the earliest error counts.
-    fn order(&self) -> (bool, f64) {
-        let killed = [libc::SIGKILL, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE];
-        (!self.signal.is_some_and(|s| killed.contains(&s)), self.time_s)
+    /// Smaller is the better root cause: nobody tells a killed process to fail, and who blames another rank is its
+    /// victim; among equals the earliest counts.
+    fn order(&self) -> (u8, f64) {
+        let class = match self.signal {
+            Some(signal) if is_fatal(signal) => 0,
+            _ if self.error_file.is_some() && comm::blames_peer(&self.message) => 2,
+            _ => 1,
+        };
+        (class, self.time_s)
     }
+}
+
+/// Whether a process that died of `signal` was killed, or had a fault: it was not told to end.
+pub(crate) fn is_fatal(signal: i32) -> bool {
+    [libc::SIGKILL, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT, libc::SIGSYS]
+        .contains(&signal)
 }
 
 /// Puts the root cause first and the rest in order of rank.
@@ -219,7 +230,16 @@ mod tests {
             (failure(2, Ended::Signal(libc::SIGKILL), 6.0), failure(3, Ended::Signal(libc::SIGABRT), 1.0));
         check(&[a.clone(), b.clone()], &[1, 0]);
         check(&[a.clone(), b.clone(), c], &[2, 0, 1]);
-        check(&[a, b, d], &[3, 0, 1]);
+        check(&[a.clone(), b.clone(), d], &[3, 0, 1]);
+        let lost = "error: rank 0: rank 1 (pid 7 on h) was lost: its connection closed";
+        let blames = |rank, message: &str, time_s| Failure {
+            message: message.into(),
+            error_file: Some("e".into()),
+            ..failure(rank, Ended::Code(1), time_s)
+        };
+        let (e, f) = (blames(0, lost, 1.0), blames(2, "error: rank 2: rank 1 gave up: no memory", 2.0));
+        check(&[e.clone(), b.clone(), f], &[1, 0, 2]);
+        check(&[e, failure(1, Ended::Code(101), 9.0)], &[1, 0]);
         check(&[], &[]);
     }
 

@@ -56,5 +56,5 @@ pub use failure::{Failure, record_error};
 pub use flags::{Parsed, help};
 pub use local::LocalJob;
 pub use logs::Streams;
-pub use options::{Backend, NprocPerNode, Options};
+pub use options::{Backend, NprocPerNode, Options, Saving};
 pub use rank_env::{Launcher, RankEnv};

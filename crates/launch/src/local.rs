@@ -2,7 +2,7 @@
 
 use crate::agent::{Outcome, run};
 use crate::logs::Streams;
-use crate::options::{NprocPerNode, Options, Runner};
+use crate::options::{NprocPerNode, Options, Runner, Saving};
 use spec::{Error, Result};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -35,6 +35,8 @@ pub struct LocalJob {
     pub max_restarts: u32,
     /// From SIGTERM to SIGKILL.
     pub shutdown_timeout: Duration,
+    /// For ranks that save before they end by request.
+    pub saving: Option<Saving>,
 }
 
 impl LocalJob {
@@ -50,6 +52,7 @@ impl LocalJob {
             line_prefix: None,
             max_restarts: 0,
             shutdown_timeout: Options::default().shutdown_timeout,
+            saving: None,
         }
     }
 
@@ -65,6 +68,7 @@ impl LocalJob {
             standalone: true,
             max_restarts: self.max_restarts,
             shutdown_timeout: self.shutdown_timeout,
+            saving: self.saving,
             runner: Runner::Direct,
             log_dir: self.log_dir.clone(),
             redirects: self.redirects.clone(),

@@ -45,6 +45,8 @@ pub struct Options {
     pub monitor_interval: Duration,
     /// From SIGTERM to SIGKILL when workers are stopped.
     pub shutdown_timeout: Duration,
+    /// For workers that save before they end by request.
+    pub saving: Option<Saving>,
     /// Signals that stop the job, passed on to the workers first.
     pub signals_to_handle: Vec<i32>,
     /// Signals that are only passed on.
@@ -73,6 +75,16 @@ pub struct Options {
     pub env: Vec<(String, String)>,
     /// Flags that were accepted and do nothing, for the user to know.
     pub without_effect: Vec<String>,
+}
+
+/// How workers that save before they end are asked to: whatever signal came, they get this one, once. Only a second
+/// SIGINT to the agent, a person's, cuts the time short.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Saving {
+    /// The signal; such a worker then exits with 130.
+    pub signal: i32,
+    /// From the signal to SIGKILL.
+    pub timeout: Duration,
 }
 
 /// The value of `--nproc-per-node`.
@@ -129,6 +141,7 @@ impl Default for Options {
             max_restarts: 0,
             monitor_interval: Duration::from_millis(100),
             shutdown_timeout: Duration::from_secs(30),
+            saving: None,
             signals_to_handle: vec![libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT],
             signals_to_forward: vec![libc::SIGUSR1, libc::SIGUSR2],
             role: "default".into(),

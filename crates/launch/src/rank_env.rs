@@ -62,6 +62,9 @@ impl RankEnv {
     /// Variables of a launcher are there, but are no numbers, contradict each other or lack a partner.
     pub fn read() -> Result<Option<RankEnv>> {
         let mut found = RankEnv::from_vars(&|name| std::env::var(name).ok())?;
+        if found.as_ref().is_some_and(|rank| rank.launcher == Launcher::Slurm) && is_in_srun_shell() {
+            return Ok(None);
+        }
         if let Some(rank) = &mut found
             && rank.session == format!("pmi-{NO_JOB}")
             && rank.local_world == rank.world
@@ -118,6 +121,29 @@ impl RankEnv {
             .hint("check RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or unset them to run one rank"));
         }
         Ok(Some(rank))
+    }
+}
+
+impl RankEnv {
+    /// The two variables that say which rank this is, and their values: `RANK=3 and WORLD_SIZE=8`.
+    pub fn told_by(&self) -> String {
+        let (rank, world) = match self.launcher {
+            Launcher::Phalanx | Launcher::Torchrun => ("RANK", "WORLD_SIZE"),
+            Launcher::Slurm => ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+            Launcher::OpenMpi => ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+            Launcher::Pmi => ("PMI_RANK", "PMI_SIZE"),
+        };
+        format!("{rank}={} and {world}={}", self.rank, self.world)
+    }
+
+    /// The command that takes those variables away for one command.
+    pub fn without(&self) -> &'static str {
+        match self.launcher {
+            Launcher::Phalanx | Launcher::Torchrun => "env -u RANK -u WORLD_SIZE",
+            Launcher::Slurm => "env -u SLURM_PROCID",
+            Launcher::OpenMpi => "env -u OMPI_COMM_WORLD_RANK",
+            Launcher::Pmi => "env -u PMI_RANK",
+        }
     }
 }
 
@@ -258,6 +284,29 @@ fn slurm(vars: &Vars<'_>) -> Result<RankEnv> {
         env.master_addr = list.and_then(|l| first_host(&l)).or(env.master_addr);
     }
     Ok(env)
+}
+
+/// Whether this was started by hand in the shell of `srun --pty`. That shell is a task of a step; what runs in it
+/// inherits the task's variables, and unlike a task of another step it has a terminal.
+fn is_in_srun_shell() -> bool {
+    std::env::var_os("SLURM_PTY_PORT").is_some() && std::fs::File::open("/dev/tty").is_ok()
+}
+
+/// For a process that is no rank of a job: that Slurm gave the job, or the shell that this was started in, several
+/// tasks, of which this is none.
+///
+/// ```
+/// let note = |vars: &[(&str, &str)]| launch::rank_env::unused_tasks(&|n| {
+///     vars.iter().find(|(name, _)| *name == n).map(|(_, value)| value.to_string())
+/// });
+/// assert_eq!(note(&[("SLURM_JOB_ID", "7"), ("SLURM_NTASKS", "4")]), Some(4));
+/// assert_eq!(note(&[("SLURM_JOB_ID", "7"), ("SLURM_NTASKS", "1")]), None);
+/// assert_eq!(note(&[]), None);
+/// ```
+pub fn unused_tasks(lookup: &dyn Fn(&str) -> Option<String>) -> Option<usize> {
+    let vars = Vars { lookup };
+    let tasks = vars.first(&["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"]).ok().flatten();
+    tasks.filter(|n| *n > 1)
 }
 
 /// `4(x2),3` is 4, 4, 3.

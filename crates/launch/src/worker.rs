@@ -1,11 +1,12 @@
 //! One worker process: started in a session of its own, watched through a pidfd, killed with all it started.
 
-use crate::failure::Ended;
+use crate::failure::{self, Ended};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
 };
 use spec::{Error, Result};
+use std::cell::Cell;
 use std::ffi::OsString;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
@@ -21,6 +22,8 @@ pub(crate) struct Worker {
     /// Readable when the process has ended; `None` where the kernel has none, and then the agent looks at intervals.
     pidfd: Option<OwnedFd>,
     ended: Option<Ended>,
+    /// The agent has sent it SIGKILL.
+    killed: Cell<bool>,
 }
 
 impl Worker {
@@ -52,7 +55,7 @@ impl Worker {
         let child = command.spawn().map_err(|e| spawn_error(&command, &e))?;
         let pid = Pid::from_child(&child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok();
-        Ok(Worker { rank, local_rank, error_file, child, pid, pidfd, ended: None })
+        Ok(Worker { rank, local_rank, error_file, child, pid, pidfd, ended: None, killed: Cell::new(false) })
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -62,6 +65,11 @@ impl Worker {
     /// How it ended, as far as [`Worker::look`] has seen.
     pub(crate) fn ended(&self) -> Option<Ended> {
         self.ended
+    }
+
+    /// Whether it died of a signal that the agent did not send it to be rid of it.
+    pub(crate) fn was_killed_by_others(&self) -> bool {
+        matches!(self.ended, Some(Ended::Signal(s)) if failure::is_fatal(s)) && !self.killed.get()
     }
 
     /// The descriptor to wait on while the worker runs.
@@ -98,6 +106,7 @@ impl Worker {
     /// Sends `signal` to the worker and all processes of its group, unless it has ended.
     pub(crate) fn signal(&self, signal: i32) {
         if self.ended.is_none() {
+            self.killed.set(self.killed.get() || signal == libc::SIGKILL);
             // SAFETY: a plain system call. The process is not reaped, so the group is still its own.
             unsafe { libc::kill(-self.pid.as_raw_nonzero().get(), signal) };
         }

@@ -4,11 +4,16 @@ use std::ffi::OsString;
 use std::time::Duration;
 
 use comm::{Bootstrap, TransportChoice, World};
-use launch::{LocalJob, RankEnv, RankStore};
+use launch::{LocalJob, RankEnv, RankStore, Saving};
 use spec::{Context, Error, Result};
+
+use crate::output;
 
 /// The exit code of a run that was interrupted and has saved its state.
 pub(crate) const INTERRUPTED: u8 = 130;
+
+/// How long ranks may take to save when they are asked to stop: a large checkpoint to a slow file system.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// How long ranks wait for each other at the start: a shared file system may hold some up.
 const MEET_TIMEOUT: Duration = Duration::from_secs(120);
@@ -20,11 +25,21 @@ pub(crate) struct Rank {
 }
 
 impl Rank {
-    /// This process's place in a job, if a launcher (ours, torchrun, Slurm, MPI) started it as one of several.
-    pub(crate) fn from_env() -> Result<Option<Rank>> {
-        let Some(env) = RankEnv::read()? else { return Ok(None) };
-        if env.world == 1 {
+    /// This process's place in a job, if a launcher (ours, torchrun, Slurm, MPI) started it as one of several. `nproc`
+    /// is what `--nproc` says: whoever is told by the environment which rank it is cannot be told to start ranks.
+    pub(crate) fn from_env(nproc: Option<usize>) -> Result<Option<Rank>> {
+        let Some(env) = RankEnv::read()?.filter(|env| env.world > 1) else {
+            if nproc.is_none()
+                && let Some(tasks) = launch::rank_env::unused_tasks(&|n| std::env::var(n).ok())
+            {
+                output::say(&format!(
+                    "this is one rank: Slurm has {tasks} tasks here, and srun would start a rank for each"
+                ));
+            }
             return Ok(None);
+        };
+        if let Some(nproc) = nproc.filter(|_| !started_by_us()) {
+            return Err(contradiction(nproc, &env));
         }
         let store = env.store(MEET_TIMEOUT).context("meet the other ranks")?;
         Ok(Some(Rank { env, store }))
@@ -52,8 +67,22 @@ impl Rank {
 
     /// This rank's share of the machine's cores, at least one.
     pub(crate) fn threads(&self) -> usize {
-        (crate::output::threads(0) / self.env.local_world.max(1)).max(1)
+        (output::threads(0) / self.env.local_world.max(1)).max(1)
     }
+}
+
+/// A flag and the environment mean different things by a rank; which of them is meant is not ours to guess.
+fn contradiction(nproc: usize, env: &RankEnv) -> Error {
+    let (rank, world, told, without) = (env.rank, env.world, env.told_by(), env.without());
+    Error::user(format!(
+        "--nproc {nproc} starts {nproc} ranks here, but {told} in the environment say that this process itself is rank \
+         {rank} of {world}"
+    ))
+    .hint(format!(
+        "one process for each rank: leave out --nproc; {nproc} ranks here and nothing else: {without} phalanx train \
+         ...; {world} machines with {nproc} ranks each: phalanx launch --nnodes {world} --node-rank {rank} \
+         --nproc-per-node {nproc} --master-addr HOST_OF_THE_FIRST phalanx train ..., without --nproc"
+    ))
 }
 
 /// 128 bits of FNV-1a over configuration and version: ranks of another build or run file must not mix in.
@@ -85,19 +114,33 @@ pub(crate) fn start(nproc: usize, env: &[(String, String)]) -> Result<u8> {
     let mut command: Vec<OsString> = vec![program.into()];
     command.extend(std::env::args_os().skip(1));
     let mut job = LocalJob::new(nproc, command);
+    // Whatever stops the job reaches the ranks as this, once: a second SIGINT would end them before they have saved.
+    job.saving = Some(Saving { signal: signal_hook::consts::SIGTERM, timeout: SAVE_TIMEOUT });
     job.env.push((STARTED.to_owned(), std::process::id().to_string()));
     job.env.extend(env.iter().cloned());
     let outcome = job
         .run()
         .map_err(|e| e.hint("start fewer ranks here; each takes a process and a folder in TMPDIR"))?;
-    if outcome.signal.is_some() {
-        return Ok(INTERRUPTED);
+    if let Some(signal) = outcome.signal {
+        return stopped(signal, &outcome.failures);
     }
     match outcome.root_cause() {
         Some(cause) if cause.code != Some(i32::from(INTERRUPTED)) => Err(blame(cause)),
         Some(_) => Ok(INTERRUPTED),
         None => Ok(u8::try_from(outcome.exit_code).unwrap_or(1)),
     }
+}
+
+/// A stop by request: ranks that have saved, or were done, ended with [`INTERRUPTED`] or 0.
+fn stopped(signal: i32, failures: &[launch::Failure]) -> Result<u8> {
+    let Some(lost) = failures.iter().find(|f| f.code != Some(i32::from(INTERRUPTED))) else {
+        return Ok(INTERRUPTED);
+    };
+    if lost.error_file.is_some() {
+        return Err(blame(lost));
+    }
+    output::say(&format!("stopped before every rank had saved: {}", lost.summary()));
+    Ok(u8::try_from(128 + signal).unwrap_or(1))
 }
 
 /// The failure of a rank, in its own words if it had time for any.

@@ -16,7 +16,7 @@ use crate::ranks::{self, INTERRUPTED, Rank};
 use crate::this_machine;
 
 pub(crate) fn train(args: &Train) -> Result<u8> {
-    if let Some(rank) = Rank::from_env()? {
+    if let Some(rank) = Rank::from_env(args.nproc)? {
         let me = rank.env.rank;
         let code = as_rank(args, &rank).map_err(|e| e.context(format!("rank {me}")))?;
         rank.leave()?;

@@ -4,11 +4,13 @@ use super::group::wait_for;
 use super::{Agent, say};
 use crate::failure::{self, Ended, Failure};
 use crate::logs::AttemptLogs;
+use crate::options::Options;
 use crate::rendezvous::{Closed, News, Seat};
 use crate::signals;
 use crate::tail::Tail;
 use crate::worker::Worker;
 use crate::worker_env;
+use comm::Waiting;
 use rustix::event::{PollFd, PollFlags};
 use spec::{Context as _, Error, Result};
 use std::process::Command;
@@ -19,12 +21,16 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// A killed process that is still there after this waits for a device and cannot be killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The exit code of a worker that has ended by request, as after SIGINT.
+const INTERRUPTED: i32 = 128 + libc::SIGINT;
+
 /// How an attempt ended; by then its workers are gone.
 pub(super) enum End {
     Succeeded,
     /// The root cause first.
     Failed(Vec<Failure>),
-    Signal(i32),
+    /// By request, and what became of the workers that did not end well.
+    Signal(i32, Vec<Failure>),
     /// Another node called for a new round.
     Regroup(String),
     Closed(Closed),
@@ -37,28 +43,28 @@ impl Agent<'_> {
         let logs = self.logs.attempt(self.options, self.attempt, self.nproc)?;
         let mut workers = Vec::with_capacity(self.nproc);
         if let Err(error) = self.start(seat, &logs, &mut workers) {
-            self.stop(&mut workers, libc::SIGKILL)?;
+            self.stop(&mut workers, &Stop { signal: libc::SIGKILL, ..Stop::needed(self.options) })?;
             return Err(error);
         }
         let tail = self.tail(seat, &logs)?;
         let end = self.watch(&mut workers)?;
         let mut end = match end {
             End::Succeeded => End::Succeeded,
-            End::Signal(signal) => {
+            End::Signal(signal, _) => {
                 say(&format!("{}: stopping the workers", signals::name(signal)));
-                self.stop(&mut workers, signal)?;
-                End::Signal(signal)
+                self.stop(&mut workers, &Stop::asked(self.options, signal))?;
+                End::Signal(signal, workers.iter().filter_map(failure_of).collect())
             }
             other => {
                 tell_of_stopped(&workers);
-                let interrupted = self.stop(&mut workers, libc::SIGTERM)?;
-                interrupted.map_or(other, End::Signal)
+                let interrupted = self.stop(&mut workers, &Stop::needed(self.options))?;
+                interrupted.map_or(other, |signal| End::Signal(signal, Vec::new()))
             }
         };
         self.warden.sweep();
         tail.finish();
-        if let End::Failed(failures) = &mut end {
-            add_recorded(&workers, failures);
+        if let End::Failed(failures) | End::Signal(_, failures) = &mut end {
+            add_others(&workers, failures);
             failure::sort(failures);
         }
         Ok(end)
@@ -108,19 +114,23 @@ impl Agent<'_> {
 
     /// Waits until all workers have succeeded, one has failed, or somebody wants them to stop.
     fn watch(&self, workers: &mut [Worker]) -> Result<End> {
+        let mut passed_on = None;
         loop {
             self.look(workers);
             let failures: Vec<Failure> = workers.iter().filter_map(failure_of).collect();
             if !failures.is_empty() {
-                return Ok(End::Failed(failures));
+                let obeyed = failures.iter().all(|f| f.code == Some(INTERRUPTED));
+                let asked = passed_on.or(self.options.saving.as_ref().map(|s| s.signal)).filter(|_| obeyed);
+                return Ok(asked.map_or(End::Failed(failures), |signal| End::Signal(signal, Vec::new())));
             }
             if workers.iter().all(|w| w.ended().is_some()) {
                 return Ok(End::Succeeded);
             }
             while let Some(signal) = self.signals.next() {
                 if self.options.signals_to_handle.contains(&signal) {
-                    return Ok(End::Signal(signal));
+                    return Ok(End::Signal(signal, Vec::new()));
                 }
+                passed_on = Some(signal);
                 workers.iter().for_each(|w| w.signal_leader(signal));
             }
             match self.group.news() {
@@ -154,23 +164,22 @@ impl Agent<'_> {
         wait_for(&mut fds, timeout)
     }
 
-    /// Sends `signal`, waits for the workers to end, and kills those that have not within the shutdown time. A signal
-    /// that comes meanwhile cuts the wait short and is returned.
-    fn stop(&self, workers: &mut [Worker], signal: i32) -> Result<Option<i32>> {
+    /// Sends the signal, waits for the workers to end, and kills those that have not within the time. A signal that
+    /// comes meanwhile and may cut the wait short is returned.
+    fn stop(&self, workers: &mut [Worker], stop: &Stop<'_>) -> Result<Option<i32>> {
         for worker in workers.iter() {
-            worker.signal(signal);
+            worker.signal(stop.signal);
             // A stopped process gets the signal when it goes on.
             worker.signal(libc::SIGCONT);
         }
-        let interrupted = self.wait_ends(workers, self.options.shutdown_timeout, true)?;
+        let interrupted = self.wait_ends(workers, stop.timeout, stop.cut_by)?;
         if workers.iter().any(|w| w.ended().is_none()) {
-            let left: Vec<String> =
-                workers.iter().filter(|w| w.ended().is_none()).map(|w| w.rank.to_string()).collect();
-            if signal != libc::SIGKILL {
-                say(&format!("killing rank {}: {} did not end it", left.join(", "), signals::name(signal)));
+            if stop.signal != libc::SIGKILL {
+                let name = signals::name(stop.signal);
+                say(&format!("killing rank {}: {name} did not end it", running(workers)));
             }
             workers.iter().for_each(|w| w.signal(libc::SIGKILL));
-            self.wait_ends(workers, KILL_TIMEOUT, false)?;
+            self.wait_ends(workers, KILL_TIMEOUT, &[])?;
         }
         match workers.iter().find(|w| w.ended().is_none()) {
             None => Ok(interrupted),
@@ -185,28 +194,21 @@ impl Agent<'_> {
         }
     }
 
-    fn wait_ends(
-        &self,
-        workers: &mut [Worker],
-        timeout: Duration,
-        heed_signals: bool,
-    ) -> Result<Option<i32>> {
+    fn wait_ends(&self, workers: &mut [Worker], timeout: Duration, cut_by: &[i32]) -> Result<Option<i32>> {
         let until = Instant::now() + timeout;
+        let waiting = Waiting::begin("phalanx launch:", "the workers to end");
         loop {
             self.look(workers);
+            waiting.now_for(format!("rank {} to end, of {} s at most", running(workers), timeout.as_secs()));
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || workers.iter().all(|w| w.ended().is_some()) {
                 return Ok(None);
             }
-            if heed_signals && let Some(signal) = self.stopping_signal() {
+            if let Some(signal) = std::iter::from_fn(|| self.signals.next()).find(|s| cut_by.contains(s)) {
                 return Ok(Some(signal));
             }
             self.sleep_without_news(workers, left)?;
         }
-    }
-
-    fn stopping_signal(&self) -> Option<i32> {
-        std::iter::from_fn(|| self.signals.next()).find(|s| self.options.signals_to_handle.contains(s))
     }
 
     /// Like `sleep`, deaf to the other nodes, whose news is left for later and would wake it at once.
@@ -225,12 +227,45 @@ fn failure_of(worker: &Worker) -> Option<Failure> {
 }
 
 /// A worker that was stopped because another failed may have had an error of its own, even an earlier one: it wrote it
-/// down.
-fn add_recorded(workers: &[Worker], failures: &mut Vec<Failure>) {
+/// down. And one that was killed may be seen to end only after those that failed of it.
+fn add_others(workers: &[Worker], failures: &mut Vec<Failure>) {
     for worker in workers {
         let known = failures.iter().any(|f| f.rank == worker.rank);
-        if !known && worker.error_file.exists() {
+        if !known && (worker.error_file.exists() || worker.was_killed_by_others()) {
             failures.extend(failure_of(worker));
+        }
+    }
+}
+
+/// The ranks that have not ended, for people.
+fn running(workers: &[Worker]) -> String {
+    let ranks = workers.iter().filter(|w| w.ended().is_none()).map(|w| w.rank.to_string());
+    ranks.collect::<Vec<_>>().join(", ")
+}
+
+/// How workers are made to end.
+struct Stop<'a> {
+    signal: i32,
+    /// From the signal to SIGKILL.
+    timeout: Duration,
+    /// Signals to the agent that end the wait.
+    cut_by: &'a [i32],
+}
+
+impl<'a> Stop<'a> {
+    /// Because another worker failed, or another node.
+    fn needed(options: &'a Options) -> Stop<'a> {
+        let cut_by = &options.signals_to_handle;
+        Stop { signal: libc::SIGTERM, timeout: options.shutdown_timeout, cut_by }
+    }
+
+    /// Because somebody sent `signal` to the agent: workers that save get the time to.
+    fn asked(options: &'a Options, signal: i32) -> Stop<'a> {
+        let signal = if options.signals_to_handle.contains(&signal) { signal } else { libc::SIGTERM };
+        match &options.saving {
+            None => Stop { signal, ..Stop::needed(options) },
+            // A closing terminal and schedulers send their signal more than once; a person who insists sends this one.
+            Some(saving) => Stop { signal: saving.signal, timeout: saving.timeout, cut_by: &[libc::SIGINT] },
         }
     }
 }

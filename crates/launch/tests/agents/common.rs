@@ -13,11 +13,27 @@ const ARGS: &str = "LAUNCH_TEST_ARGS";
 /// Call it from a test named `as_launcher`: does nothing unless this process was started by [`launcher`].
 pub(crate) fn play_launcher() {
     if let Ok(args) = std::env::var(ARGS) {
-        let args = args.split('\u{1}').map(Into::into).collect();
+        let args: Vec<std::ffi::OsString> = args.split('\u{1}').map(Into::into).collect();
         // The test harness has begun a line.
         println!();
-        std::process::exit(launch::cli(args));
+        std::process::exit(match args.split_first() {
+            Some((first, rest)) if first == SAVING => run_saving(rest),
+            _ => launch::cli(args),
+        });
     }
+}
+
+/// In place of the arguments of `phalanx launch`: four ranks of a program that saves before it ends by request.
+pub(crate) const SAVING: &str = "--saving";
+
+/// 130 if all have saved, else 1.
+fn run_saving(command: &[std::ffi::OsString]) -> i32 {
+    let mut job = launch::LocalJob::new(4, command.iter().cloned());
+    job.saving = Some(launch::Saving { signal: libc::SIGTERM, timeout: DEADLINE });
+    let outcome = job.run().unwrap();
+    let saved = outcome.signal.is_some() && outcome.failures.iter().all(|f| f.code == Some(130));
+    eprintln!("{outcome:?}");
+    if saved { 130 } else { 1 }
 }
 
 /// The command of a launcher with `args`; `PATH` is all that it inherits.

@@ -1,6 +1,6 @@
 //! One node: the contract, supervision, logs, and no process left behind.
 
-use crate::common::{Folder, Running, is_alive, kill, run, until, until_gone};
+use crate::common::{Folder, Running, SAVING, is_alive, kill, run, until, until_gone};
 use launch::{LocalJob, Streams};
 
 /// A shell worker that writes its pid into `$D/pid$RANK`, then does `then`.
@@ -135,6 +135,84 @@ fn a_warning_signal_is_passed_on_without_stopping_the_job() {
     running.signal(libc::SIGUSR1);
     running.end().check(0, &[]);
     assert_eq!(folder.wait("saved1"), "saved");
+}
+
+/// Ranks that save once they are told to stop, which a second SIGINT ends without; the launcher is told by `signal`,
+/// twice, and so is every rank if `directly`.
+fn check_saving(signal: i32, directly: bool) {
+    let folder = Folder::new();
+    let script = worker(
+        &folder,
+        "trap 'stop=1' TERM HUP QUIT USR1; trap '[ -n \"$stop\" ] && exit 99; stop=1' INT; echo > $D/up$RANK; \
+         while [ -z \"$stop\" ]; do sleep 0.02; done; while ! [ -s $D/told ]; do sleep 0.01; done; \
+         echo saved > $D/saved$RANK; exit 130",
+    );
+    let running = Running::start(&[SAVING, "sh", "-c", &script]);
+    (0..4).for_each(|rank| drop(until("up", || folder.read(&format!("up{rank}")).filter(|t| !t.is_empty()))));
+    if directly {
+        (0..4).for_each(|rank| kill(folder.pid(&format!("pid{rank}")), signal));
+    }
+    running.signal(signal);
+    // A closing terminal and schedulers send their signal more than once.
+    if signal != libc::SIGINT {
+        running.signal(signal);
+    }
+    std::fs::write(folder.path().join("told"), "now\n").unwrap();
+    running.end().check(130, &[]);
+    (0..4).for_each(|rank| assert_eq!(folder.wait(&format!("saved{rank}")), "saved", "signal {signal}"));
+}
+
+#[test]
+fn whatever_stops_the_job_lets_its_ranks_save() {
+    for signal in [libc::SIGHUP, libc::SIGQUIT, libc::SIGTERM, libc::SIGINT, libc::SIGUSR1] {
+        check_saving(signal, false);
+        check_saving(signal, true);
+    }
+}
+
+#[test]
+fn workers_that_end_by_request_are_not_started_over() {
+    let folder = Folder::new();
+    let script = worker(&folder, "trap 'exit 130' USR1; echo >> $D/up$RANK; while :; do sleep 0.02; done");
+    let running = Running::start(&["--nproc-per-node", "2", "--max-restarts", "2", "sh", "-c", &script]);
+    (0..2).for_each(|rank| drop(until("up", || folder.read(&format!("up{rank}")).filter(|t| !t.is_empty()))));
+    running.signal(libc::SIGUSR1);
+    let ended = running.end();
+    ended.check(128 + libc::SIGUSR1, &[]);
+    assert!(!ended.stderr.contains("restart 1 of 2"), "{ended:#?}");
+    assert_eq!(folder.read("up0").unwrap().lines().count(), 1);
+}
+
+/// Rank 1 is killed; the others hear of it at once, from the kernel, and fail of it before anybody has seen it end.
+#[test]
+fn a_killed_rank_is_the_root_cause_whoever_is_seen_first() {
+    let lost = r#"{"message":{"message":"error: rank 0: rank 1 (pid 1 on h) was lost: its connection closed","extraInfo":{"timestamp":"1"}}}"#;
+    let check = |script: &str| {
+        let folder = Folder::new();
+        for pipe in ["f0", "f2"] {
+            let made = std::process::Command::new("mkfifo").arg(folder.path().join(pipe)).status();
+            assert!(made.unwrap().success());
+        }
+        let script = worker(
+            &folder,
+            &script.replace("FAIL", &format!("printf '%s' '{lost}' > $TORCHELASTIC_ERROR_FILE; exit 1")),
+        );
+        let ended = run(&["--nproc-per-node", "3", "sh", "-c", &script]);
+        let root = ended.stderr.split("Root Cause").nth(1).unwrap_or_else(|| panic!("{ended:#?}"));
+        assert!(root.contains("rank      : 1") && root.contains("(SIGKILL)"), "{ended:#?}");
+    };
+    // Rank 1 holds the pipes open until it dies.
+    for _ in 0..20 {
+        check(
+            "if [ $RANK = 1 ]; then exec 8>$D/f0 9>$D/f2; kill -9 $$; fi; \
+             read x < $D/f$RANK; FAIL",
+        );
+    }
+    // It dies of its own accord only after the others have failed.
+    check(
+        "if [ $RANK = 1 ]; then trap 'kill -9 $$' TERM; echo > $D/up; while :; do sleep 0.01; done; fi; \
+         while ! [ -s $D/up ]; do sleep 0.01; done; FAIL",
+    );
 }
 
 #[test]

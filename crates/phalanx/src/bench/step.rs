@@ -24,7 +24,7 @@ pub(super) fn run(args: &BenchStep) -> Result<u8> {
     let run = reference(&args.set, args.nproc == 1)?;
     run.layout.validate_world(args.nproc)?;
     let threads = |share: usize| if args.threads > 0 { args.threads } else { share };
-    match Rank::from_env()? {
+    match Rank::from_env(None)? {
         Some(rank) => {
             let world = rank.world(&run.to_toml(), TransportChoice::Auto)?;
             let (me, mesh) = (world.rank(), Mesh::new(world, &run.layout)?);
