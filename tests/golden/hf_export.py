@@ -69,6 +69,7 @@ def compare(phalanx, run, out, family):
     """Same ids and logits, and an end after each text; the largest difference of logits."""
     raw = tokenizers.Tokenizer.from_file(str(run / "tokenizer.json"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    trusted = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)
     assert tokenizer.eos_token == "<|endoftext|>" and tokenizer.eos_token_id == 0, tokenizer
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         out, output_loading_info=True, attn_implementation="eager"
@@ -79,6 +80,7 @@ def compare(phalanx, run, out, family):
     for text in TEXTS:
         ids = raw.encode(text).ids
         assert tokenizer(text)["input_ids"] == ids, (tokenizer(text)["input_ids"], ids)
+        assert trusted(text)["input_ids"] == ids
         assert tokenizer.decode(ids) == text, tokenizer.decode(ids)
         ours = torch.tensor(json.loads(call(phalanx, "logits", run, "--tokens", " ".join(map(str, ids)), "--json")))
         with torch.no_grad():

@@ -97,7 +97,9 @@ fn a_model_goes_to_hugging_face_and_back() {
     lab.ok("export again out-2");
     let (a, b) = (lab.files(&lab.path("out-1")), lab.files(&lab.path("out-2")));
     let names: Vec<&str> = a.iter().map(|(name, _)| name.as_str()).collect();
-    assert!(names.contains(&"config.json") && names.contains(&"model.safetensors"), "{names:?}");
+    for name in ["config.json", "model.safetensors", "tokenizer_config.json", "generation_config.json"] {
+        assert!(names.contains(&name), "{name} in {names:?}");
+    }
     assert!(a == b, "export, import and export again give other bytes in {names:?}");
 }
 

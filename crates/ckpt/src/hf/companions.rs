@@ -18,14 +18,26 @@ const SPECIAL_TOKENS: &str = "special_tokens_map.json";
 const GENERATION: &str = "generation_config.json";
 const CONFIG: &str = "config.json";
 
+/// A class that is the generic one, for [`as_saved`].
+const CLASS: &str = "tokenization_as_saved.py";
+const CLASS_TEXT: &str = r#""""The tokenizer as tokenizer.json has it."""
+
+from transformers import PreTrainedTokenizerFast
+
+
+class AsSavedTokenizer(PreTrainedTokenizerFast):
+    pass
+"#;
+
 /// Files beside a `tokenizer.json` that say how to use it.
-const KEPT: [&str; 6] = [
+const KEPT: [&str; 7] = [
     TOKENIZER_CONFIG,
     SPECIAL_TOKENS,
     GENERATION,
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    CLASS,
 ];
 
 /// Tokenizers in forms that are not read.
@@ -67,7 +79,12 @@ impl Companions {
             }
         }
         if !files.contains_key(TOKENIZER_CONFIG) {
-            files.insert(TOKENIZER_CONFIG, pretty(&facts.config(spec)));
+            let mut config = facts.config(spec);
+            if spec.hf_architecture()? == "Qwen2ForCausalLM" {
+                as_saved(&mut config);
+                files.insert(CLASS, CLASS_TEXT.into());
+            }
+            files.insert(TOKENIZER_CONFIG, pretty(&config));
             files.entry(SPECIAL_TOKENS).or_insert_with(|| pretty(&Value::Object(facts.names())));
         }
         let ids = match files.get(GENERATION) {
@@ -188,6 +205,14 @@ impl Facts {
         }
         config
     }
+}
+
+/// `AutoTokenizer` of transformers 5 (5.24 for one) sets aside the class that a Qwen 2 model names and rebuilds its
+/// tokenizer by Qwen's own rules, unless the settings name a class outside of the library. That one is asked for with
+/// `trust_remote_code` alone; without it the generic class is taken.
+fn as_saved(config: &mut Value) {
+    let module = CLASS.trim_end_matches(".py");
+    config["auto_map"] = json!({ "AutoTokenizer": [null, format!("{module}.AsSavedTokenizer")] });
 }
 
 /// The token that a template puts in front of a text.
