@@ -116,6 +116,19 @@ enum On {
     Mail(Mail),
 }
 
+/// What is left after rounding counts as nothing.
+const NOTHING: f64 = 1e-9;
+/// Nothing that takes time takes less, seconds.
+const INSTANT_S: f64 = 1e-12;
+
+/// How fast everything goes for a while.
+struct Pace {
+    /// Of its full speed, for every thread that wants to run.
+    share: f64,
+    /// Which of [`Cores::levels`] segments run at.
+    level: usize,
+}
+
 /// One operation of a group.
 struct Exchange {
     come: usize,
@@ -280,10 +293,37 @@ impl Table<'_> {
 
     /// Lets time pass until something is done; false if nothing is under way.
     fn advance(&mut self) -> bool {
+        let running: Vec<usize> = (0..self.groups.len()).filter(|&g| self.runs(g).is_some()).collect();
+        let pace = self.pace(&running);
+        let rates: Vec<f64> = (0..self.states.len()).map(|r| self.rate(r, &pace)).collect();
+        let exchange_rates: Vec<f64> = running.iter().map(|&g| self.exchange_rate(g, &pace)).collect();
+        let mut dt = f64::INFINITY;
+        for (state, rate) in self.states.iter().zip(&rates) {
+            if let State::Computes { left, .. } | State::Copies { left } = state {
+                dt = dt.min(left / rate);
+            }
+        }
+        for (&g, rate) in running.iter().zip(&exchange_rates) {
+            dt = dt.min(self.runs(g).map_or(f64::INFINITY, |e| e.left / rate));
+        }
+        if !dt.is_finite() {
+            return false;
+        }
+        self.now += dt;
+        for (r, rate) in rates.iter().enumerate() {
+            self.go_on(r, dt, dt * rate);
+        }
+        for (&g, rate) in running.iter().zip(&exchange_rates) {
+            self.exchange_goes_on(g, dt * rate);
+        }
+        true
+    }
+
+    /// How fast everything goes while the exchanges of `running` are under way.
+    fn pace(&self, running: &[usize]) -> Pace {
         let Cores { cores, threads, levels, crowding } = self.cores;
         let computing = self.states.iter().filter(|s| matches!(s, State::Computes { .. })).count();
         let copying = self.states.iter().filter(|s| matches!(s, State::Copies { .. })).count();
-        let running: Vec<usize> = (0..self.groups.len()).filter(|&g| self.runs(g).is_some()).collect();
         let talking: usize = running.iter().map(|&g| self.groups[g].len()).sum();
         let wanted = computing * threads + copying + talking;
         let share = match wanted > *cores {
@@ -293,82 +333,69 @@ impl Table<'_> {
         let active = (computing + copying + talking).min(self.states.len());
         let far = |level: usize| (level as f64 / active.max(1) as f64).log2().abs();
         let level = (0..levels.len()).min_by(|&a, &b| far(levels[a]).total_cmp(&far(levels[b]))).unwrap_or(0);
+        Pace { share, level }
+    }
 
-        // A collective among more ranks than cores was measured as they shared them.
-        let exchange_rate = |g: usize| {
-            let n = self.groups[g].len();
-            let measured = (*cores as f64 / n as f64).min(1.0);
-            (share / measured).min(1.0) / self.runs(g).map_or(1.0, |j| j.s.max(1e-12))
-        };
-        let compute_rate = |r: usize, segment: usize| {
-            share / self.scripts[r].segments[segment].s.get(level).copied().unwrap_or(0.0).max(1e-12)
-        };
-        let mut dt = f64::INFINITY;
-        for (r, state) in self.states.iter().enumerate() {
-            match *state {
-                State::Computes { segment, left } => dt = dt.min(left / compute_rate(r, segment)),
-                State::Copies { left } => dt = dt.min(left / share),
-                _ => {}
+    /// What a rank gets done in a second, in the unit of what is left of its state.
+    fn rate(&self, r: usize, pace: &Pace) -> f64 {
+        match self.states[r] {
+            State::Computes { segment, .. } => {
+                let s = self.scripts[r].segments[segment].s.get(pace.level).copied().unwrap_or(0.0);
+                pace.share / s.max(INSTANT_S)
             }
+            State::Copies { .. } => pace.share,
+            _ => 0.0,
         }
-        for &g in &running {
-            dt = dt.min(self.runs(g).map_or(f64::INFINITY, |j| j.left / exchange_rate(g)));
-        }
-        if !dt.is_finite() {
-            return false;
-        }
-        let exchange_rates: Vec<f64> = running.iter().map(|&g| exchange_rate(g)).collect();
-        let rates: Vec<f64> = (0..self.states.len())
-            .map(|r| match self.states[r] {
-                State::Computes { segment, .. } => compute_rate(r, segment),
-                State::Copies { .. } => share,
-                _ => 0.0,
-            })
-            .collect();
-        self.now += dt;
-        /// What is left after rounding counts as nothing.
-        const NOTHING: f64 = 1e-9;
-        for r in 0..self.states.len() {
-            match &mut self.states[r] {
-                State::Computes { segment, left } => {
-                    *left -= dt * rates[r];
-                    let (segment, over) = (*segment, *left <= NOTHING);
-                    self.out.ranks[r].segments[segment] += dt;
-                    if over {
-                        self.done_with_act(r);
-                    }
+    }
+
+    /// A collective among more ranks than cores was measured as they shared them.
+    fn exchange_rate(&self, g: usize, pace: &Pace) -> f64 {
+        let measured = (self.cores.cores as f64 / self.groups[g].len() as f64).min(1.0);
+        (pace.share / measured).min(1.0) / self.runs(g).map_or(1.0, |e| e.s.max(INSTANT_S))
+    }
+
+    /// A rank gets `done` of what was left of its state done in `dt` seconds.
+    fn go_on(&mut self, r: usize, dt: f64, done: f64) {
+        match &mut self.states[r] {
+            State::Computes { segment, left } => {
+                *left -= done;
+                let (segment, over) = (*segment, *left <= NOTHING);
+                self.out.ranks[r].segments[segment] += dt;
+                if over {
+                    self.done_with_act(r);
                 }
-                State::Copies { left } => {
-                    *left -= dt * rates[r];
-                    let over = *left <= NOTHING * 1e-3;
-                    let (at, message) = match &self.scripts[r].acts[self.next[r]] {
-                        Act::Send { at, message, .. } => (*at, Some(*message)),
-                        Act::Recv { at, .. } => (*at, None),
-                        _ => unreachable!("only messages are copied"),
-                    };
-                    *self.out.ranks[r].talk.entry(at).or_default() += dt;
-                    if over {
-                        self.posted.extend(message);
-                        self.done_with_act(r);
-                    }
-                }
-                _ => {}
             }
-        }
-        for (&g, rate) in running.iter().zip(&exchange_rates) {
-            let turn = self.turn[g];
-            let exchange = &mut self.exchanges[g][turn];
-            exchange.left -= dt * rate;
-            if exchange.left <= NOTHING {
-                exchange.done = true;
-                for (r, at) in std::mem::take(&mut exchange.beside) {
-                    *self.out.ranks[r].talk.entry(at).or_default() += self.now - exchange.began;
+            State::Copies { left } => {
+                *left -= done;
+                let over = *left <= NOTHING * 1e-3;
+                let (at, message) = match &self.scripts[r].acts[self.next[r]] {
+                    Act::Send { at, message, .. } => (*at, Some(*message)),
+                    Act::Recv { at, .. } => (*at, None),
+                    _ => unreachable!("only messages are copied"),
+                };
+                *self.out.ranks[r].talk.entry(at).or_default() += dt;
+                if over {
+                    self.posted.extend(message);
+                    self.done_with_act(r);
                 }
-                self.turn[g] += 1;
-                self.begin(g);
             }
+            _ => {}
         }
-        true
+    }
+
+    /// A group's exchange gets `done` of what was left of it done.
+    fn exchange_goes_on(&mut self, g: usize, done: f64) {
+        let exchange = &mut self.exchanges[g][self.turn[g]];
+        exchange.left -= done;
+        if exchange.left > NOTHING {
+            return;
+        }
+        exchange.done = true;
+        for (r, at) in std::mem::take(&mut exchange.beside) {
+            *self.out.ranks[r].talk.entry(at).or_default() += self.now - exchange.began;
+        }
+        self.turn[g] += 1;
+        self.begin(g);
     }
 }
 

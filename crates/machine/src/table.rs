@@ -184,36 +184,53 @@ impl Reader<'_> {
             return Err(self.wrong(self.at(about), "machine, expected a table [machine]"));
         };
         let about = Section { name: "[machine]", line: self.at(about), table };
-        self.known(
-            &about,
-            &[
-                "host",
-                "cpu",
-                "phalanx",
-                "measured",
-                "cores",
-                "memory_bytes",
-                "op_gap_s",
-                "spread",
-                "crowding",
-                "kernels",
-                "links",
-            ],
-        )?;
-        let mut m = Machine {
-            host: self.string(&about, "host")?,
-            cpu: self.string(&about, "cpu")?,
-            cores: self.count(&about, "cores")?,
-            memory_bytes: self.count(&about, "memory_bytes")?,
-            phalanx: self.string(&about, "phalanx")?,
-            measured: self.string(&about, "measured")?,
-            op_gap_s: self.number(&about, "op_gap_s", 0.0)?,
-            spread: self.number(&about, "spread", 0.0)?,
-            crowding: self.number(&about, "crowding", 1.0)?,
+        let mut m = self.about(&about)?;
+        m.kernels = self.kernels(&root)?;
+        m.links = self.links(&root)?;
+        for (key, found) in [("kernels", m.kernels.len()), ("links", m.links.len())] {
+            let said = self.count_or_none(&about, key)?;
+            if said != found {
+                let last = self.text.lines().count();
+                return Err(self.wrong(last, &format!("cut short: {found} of {said} {key}")));
+            }
+        }
+        Ok(m)
+    }
+
+    /// All but the tables.
+    fn about(&self, about: &Section<'_>) -> Result<Machine> {
+        const KEYS: [&str; 11] = [
+            "host",
+            "cpu",
+            "phalanx",
+            "measured",
+            "cores",
+            "memory_bytes",
+            "op_gap_s",
+            "spread",
+            "crowding",
+            "kernels",
+            "links",
+        ];
+        self.known(about, &KEYS)?;
+        Ok(Machine {
+            host: self.string(about, "host")?,
+            cpu: self.string(about, "cpu")?,
+            cores: self.count(about, "cores")?,
+            memory_bytes: self.count(about, "memory_bytes")?,
+            phalanx: self.string(about, "phalanx")?,
+            measured: self.string(about, "measured")?,
+            op_gap_s: self.number(about, "op_gap_s", 0.0)?,
+            spread: self.number(about, "spread", 0.0)?,
+            crowding: self.number(about, "crowding", 1.0)?,
             kernels: BTreeMap::new(),
             links: BTreeMap::new(),
-        };
-        for section in self.list(&root, "kernel", "[[kernel]]")? {
+        })
+    }
+
+    fn kernels(&self, root: &Section<'_>) -> Result<BTreeMap<KernelKey, Vec<Sample>>> {
+        let mut kernels = BTreeMap::new();
+        for section in self.list(root, "kernel", "[[kernel]]")? {
             self.known(&section, &["kind", "storage", "threads", "beside", "samples"])?;
             let key = KernelKey {
                 kind: self.string(&section, "kind")?,
@@ -225,11 +242,16 @@ impl Reader<'_> {
             };
             let samples = self.samples(&section, ["rows", "a size", "a size", "a rate"])?;
             let samples = samples.into_iter().map(|[a, b, c, per_s]| Sample { shape: [a, b, c], per_s });
-            if m.kernels.insert(key, samples.collect()).is_some() {
+            if kernels.insert(key, samples.collect()).is_some() {
                 return Err(self.wrong(section.line, "this kernel is there twice"));
             }
         }
-        for section in self.list(&root, "link", "[[link]]")? {
+        Ok(kernels)
+    }
+
+    fn links(&self, root: &Section<'_>) -> Result<BTreeMap<LinkKey, Vec<Message>>> {
+        let mut links = BTreeMap::new();
+        for section in self.list(root, "link", "[[link]]")? {
             self.known(&section, &["transport", "op", "ranks", "samples"])?;
             let key = LinkKey {
                 transport: self.string(&section, "transport")?,
@@ -240,18 +262,11 @@ impl Reader<'_> {
             let mut messages: Vec<Message> =
                 samples.into_iter().map(|[bytes, s]| Message { bytes, s }).collect();
             messages.sort_by(|a, b| a.bytes.total_cmp(&b.bytes));
-            if m.links.insert(key, messages).is_some() {
+            if links.insert(key, messages).is_some() {
                 return Err(self.wrong(section.line, "this link is there twice"));
             }
         }
-        for (key, found) in [("kernels", m.kernels.len()), ("links", m.links.len())] {
-            let said = self.count_or_none(&about, key)?;
-            if said != found {
-                let last = self.text.lines().count();
-                return Err(self.wrong(last, &format!("cut short: {found} of {said} {key}")));
-            }
-        }
-        Ok(m)
+        Ok(links)
     }
 
     fn line(&self, offset: usize) -> usize {
