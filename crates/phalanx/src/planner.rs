@@ -54,7 +54,7 @@ pub(crate) fn plan(args: &Plan) -> Result<u8> {
     if let Some(e) = emitted {
         output::print(&e.text);
         e.notes.iter().for_each(|note| output::say(&format!("note: {note}")));
-        output::say(&format!("layout: {}", chosen.mesh()));
+        output::say(&format!("layout: {}", chosen.placement()));
     } else if args.json {
         let mut json = answer.to_json(seconds, threads);
         if args.explain {
@@ -134,7 +134,7 @@ fn answer(question: Question, args: &Plan) -> Result<(Answer, f64)> {
     let calibration = files::calibration(args.calibration.as_deref())?;
     let start = Instant::now();
     if let Some(layout) = &args.layout {
-        let answer = plan::answer::price_given(question, layout, &calibration)?;
+        let answer = plan::answer::estimate_given(question, layout, &calibration)?;
         return Ok((answer, start.elapsed().as_secs_f64()));
     }
     let bar = ProgressBar::new(0);
@@ -154,13 +154,13 @@ fn answer(question: Question, args: &Plan) -> Result<(Answer, f64)> {
 fn first_emitted<'a>(stack: &str, answer: &'a Answer) -> Result<(&'a Choice, Emitted)> {
     let mut refused: Option<Error> = None;
     for choice in answer.best.iter().chain(&answer.pareto) {
-        match stacks::emit(stack, &answer.problem, choice.mesh()) {
+        match stacks::emit(stack, &answer.problem, choice.placement()) {
             Ok(emitted) => {
                 if let Some(why) = refused {
                     let best = &answer.best[0];
                     output::say(&format!(
                         "note: not the fastest layout ({}, {}), since {why}; this one takes {}",
-                        best.mesh(),
+                        best.placement(),
                         text::seconds(best.step_s),
                         text::seconds(choice.step_s)
                     ));
@@ -190,9 +190,9 @@ fn rank_format(path: &Path) -> Result<RankFormat> {
 fn write_ranks(path: &Path, answer: &Answer, choice: &Choice) -> Result<()> {
     let per_node = answer.problem.cluster.per_node;
     let content = match rank_format(path)? {
-        RankFormat::Csv => stacks::rank_csv(choice.mesh(), per_node),
+        RankFormat::Csv => stacks::rank_csv(choice.placement(), per_node),
         RankFormat::Json => {
-            let all: Vec<stacks::Place> = stacks::ranks(choice.mesh(), per_node).collect();
+            let all: Vec<stacks::Place> = stacks::ranks(choice.placement(), per_node).collect();
             serde_json::to_string(&all).expect("numbers are JSON") + "\n"
         }
     };

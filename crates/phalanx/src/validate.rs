@@ -9,7 +9,7 @@ use spec::{Catalog, Error, Result};
 use crate::args::Validate;
 use crate::{files, output};
 
-/// Reasons printed for rows that were not priced; `--json` has each row's.
+/// Reasons printed for rows that were not estimated; `--json` has each row's.
 const REASONS_SHOWN: usize = 8;
 
 pub(crate) fn run(args: &Validate) -> Result<u8> {

@@ -6,13 +6,13 @@ use spec::cluster::Knob;
 use spec::{Cluster, Error, NumberFormat, Result};
 
 use crate::calibration::{Calibration, Evidence, Grade};
+use crate::estimate::{Breakdown, Estimate, Estimator, MemoryUse, Problem};
 use crate::given;
-use crate::mesh::Mesh;
-use crate::price::{Breakdown, MemoryUse, Price, Pricer, Problem};
+use crate::placement::Placement;
 use crate::search::{Found, Searched, Space, search};
 use crate::shape::Shape;
 use crate::software::Software;
-use crate::storage::{self, StoragePrice};
+use crate::storage::{self, StorageEstimate};
 
 /// What is to be planned.
 #[derive(Clone, Debug)]
@@ -69,7 +69,7 @@ pub struct Choice {
     /// What it loses to the best, by part: positive where it takes longer. Empty for the best.
     pub loses_s: Vec<(&'static str, f64)>,
     #[serde(skip)]
-    mesh: Mesh,
+    placement: Placement,
 }
 
 impl Choice {
@@ -80,9 +80,9 @@ impl Choice {
         parts
     }
 
-    /// The layout as it was priced.
-    pub fn mesh(&self) -> &Mesh {
-        &self.mesh
+    /// The layout as it was estimated.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
     }
 }
 
@@ -112,26 +112,26 @@ pub struct LayoutOut {
     /// What is recomputed.
     pub recompute: spec::Recompute,
     /// Order in which axes fill the machine, innermost first.
-    pub order: crate::mesh::Order,
+    pub order: crate::placement::Order,
 }
 
 impl LayoutOut {
-    /// Flattens a mesh.
-    pub fn of(mesh: &Mesh) -> Self {
-        let l = &mesh.layout;
+    /// Flattens a placement.
+    pub fn of(placement: &Placement) -> Self {
+        let l = &placement.layout;
         LayoutOut {
             dp: l.dp,
             tp: l.tp,
             pp: l.pp,
-            cp: mesh.layout.cp,
-            ep: mesh.layout.ep,
+            cp: placement.layout.cp,
+            ep: placement.layout.ep,
             zero: l.zero.into(),
             sequence_parallel: l.sequence_parallel,
             schedule: l.schedule,
             chunks: l.chunks,
             micro_batch: l.micro_batch,
             recompute: l.recompute,
-            order: mesh.order,
+            order: placement.order,
         }
     }
 }
@@ -141,7 +141,7 @@ impl LayoutOut {
 pub struct Answer {
     /// The question.
     pub question: Question,
-    /// The problem as priced.
+    /// The problem as estimated.
     pub problem: Problem,
     /// Best first.
     pub best: Vec<Choice>,
@@ -152,7 +152,7 @@ pub struct Answer {
     /// What was assumed.
     pub assumptions: Vec<String>,
     /// Data loading and checkpoints, if the cluster's storage is known.
-    pub storage: Option<StoragePrice>,
+    pub storage: Option<StorageEstimate>,
     /// Counts of the search.
     pub searched: Searched,
     /// The layout was given, not searched for.
@@ -223,17 +223,17 @@ pub fn plan(
     Ok(answer(question, problem, grade, searched))
 }
 
-/// Prices one layout, written as [`given::parse`] reads it, instead of searching. It need not fit: see [`Choice::fits`].
+/// Estimates one layout, written as [`given::parse`] reads it, instead of searching. It need not fit: see [`Choice::fits`].
 ///
 /// # Errors
 /// If the model is refused, or the layout is unreadable or impossible.
-pub fn price_given(question: Question, layout: &str, calibration: &Calibration) -> Result<Answer> {
+pub fn estimate_given(question: Question, layout: &str, calibration: &Calibration) -> Result<Answer> {
     let (problem, grade) = pose(&question, calibration)?;
     let given = given::parse(layout, &problem, question.format)?;
-    let price = Pricer::new(&problem, question.format)?
-        .price(&given.mesh)
+    let estimate = Estimator::new(&problem, question.format)?
+        .estimate(&given.placement)
         .map_err(|e| e.context(format!("layout {layout}")).hint("the model does not allow this layout"))?;
-    let found = vec![Found { mesh: given.mesh, price }];
+    let found = vec![Found { placement: given.placement, estimate }];
     let searched = Searched {
         pareto: found.clone(),
         best: found,
@@ -303,8 +303,8 @@ const SEQUENCE_MAX: usize = 1 << 24;
 const SEQUENCES_MAX: usize = 1 << 30;
 
 fn answer(question: Question, problem: Problem, grade: Grade, searched: Searched) -> Answer {
-    let storage = price_storage(&question, &problem);
-    let first = searched.best.first().map(|f| f.price);
+    let storage = estimate_storage(&question, &problem);
+    let first = searched.best.first().map(|f| f.estimate);
     let all = |found: &[Found]| -> Vec<Choice> {
         found.iter().map(|f| choice(&question, &grade, storage.as_ref(), f, first.as_ref())).collect()
     };
@@ -313,14 +313,14 @@ fn answer(question: Question, problem: Problem, grade: Grade, searched: Searched
     Answer { question, problem, best, pareto, grade, assumptions, storage, searched, given: false }
 }
 
-fn price_storage(question: &Question, problem: &Problem) -> Option<StoragePrice> {
+fn estimate_storage(question: &Question, problem: &Problem) -> Option<StorageEstimate> {
     let per_param = match problem.software.name {
         "phalanx" => storage::OWN_BYTES_PER_PARAM,
         _ => storage::CHECKPOINT_BYTES_PER_PARAM,
     };
     let tokens = question.sequences as f64 * question.sequence as f64;
     let load_bytes = tokens * storage::bytes_per_token(question.shape.model.vocab);
-    storage::price_state(&problem.cluster, question.shape.params() * per_param, load_bytes)
+    storage::estimate_state(&problem.cluster, question.shape.params() * per_param, load_bytes)
 }
 
 fn space(question: &Question) -> Space {
@@ -346,18 +346,18 @@ pub fn recipe(format: NumberFormat) -> &'static str {
 fn choice(
     question: &Question,
     grade: &Grade,
-    storage: Option<&StoragePrice>,
+    storage: Option<&StorageEstimate>,
     found: &Found,
-    best: Option<&Price>,
+    best: Option<&Estimate>,
 ) -> Choice {
-    let price = &found.price;
-    let loading_s = storage.map_or(0.0, |s| s.exposed_s(price.step_s));
-    let step_s = price.step_s + loading_s;
+    let estimate = &found.estimate;
+    let loading_s = storage.map_or(0.0, |s| s.exposed_s(estimate.step_s));
+    let step_s = estimate.step_s + loading_s;
     let tokens = question.sequences as f64 * question.sequence as f64;
     let tokens_per_s = tokens / step_s;
     let loses_s = match best {
-        Some(best) if best.step_s < price.step_s => {
-            let parts = price.breakdown.parts().into_iter().zip(best.breakdown.parts());
+        Some(best) if best.step_s < estimate.step_s => {
+            let parts = estimate.breakdown.parts().into_iter().zip(best.breakdown.parts());
             let mut loses: Vec<(&str, f64)> =
                 parts.map(|(a, b)| (a.0, a.1 - b.1)).filter(|l| l.1 != 0.0).collect();
             loses.sort_by(|a, b| b.1.abs().total_cmp(&a.1.abs()));
@@ -366,21 +366,21 @@ fn choice(
         _ => Vec::new(),
     };
     Choice {
-        layout: LayoutOut::of(&found.mesh),
+        layout: LayoutOut::of(&found.placement),
         step_s,
         step_low_s: step_s / grade.factor,
         step_high_s: step_s * grade.factor,
-        mfu: price.mfu * price.step_s / step_s,
+        mfu: estimate.mfu * estimate.step_s / step_s,
         tokens_per_s,
         train_days: question.tokens.map(|t| t / tokens_per_s / 86_400.0),
         loading_s,
-        memory_bytes: price.memory.total(),
-        fits: price.fits,
-        memory: price.memory,
-        breakdown: price.breakdown,
-        bound: if loading_s > price.step_s { "data loading" } else { price.breakdown.bound() },
+        memory_bytes: estimate.memory.total(),
+        fits: estimate.fits,
+        memory: estimate.memory,
+        breakdown: estimate.breakdown,
+        bound: if loading_s > estimate.step_s { "data loading" } else { estimate.breakdown.bound() },
         loses_s,
-        mesh: found.mesh.clone(),
+        placement: found.placement.clone(),
     }
 }
 
@@ -467,13 +467,13 @@ impl Answer {
                     ..self.problem.clone()
                 };
                 let with = |by: f64| -> Result<f64> {
-                    Ok(Pricer::new(&changed(by), self.question.format)?.price(&best.mesh)?.step_s)
+                    Ok(Estimator::new(&changed(by), self.question.format)?.estimate(&best.placement)?.step_s)
                 };
                 let more = if self.given {
                     with(1.25)?
                 } else {
                     let more = search(&changed(1.25), &space, &|_, _| ())?;
-                    more.best.first().map_or(best.step_s, |f| f.price.step_s)
+                    more.best.first().map_or(best.step_s, |f| f.estimate.step_s)
                 };
                 // Faster machines wait for the same storage.
                 let priced = best.step_s - best.loading_s;
@@ -491,8 +491,8 @@ impl Answer {
 ///
 /// # Errors
 /// If the model or the batch does not allow the layout.
-pub fn program_memory(problem: &Problem, mesh: &Mesh) -> Result<usize> {
-    let layout = &mesh.layout;
+pub fn program_memory(problem: &Problem, placement: &Placement) -> Result<usize> {
+    let layout = &placement.layout;
     let mut most = 0;
     for stage in 0..layout.pp {
         let request = program::Request {
@@ -500,7 +500,7 @@ pub fn program_memory(problem: &Problem, mesh: &Mesh) -> Result<usize> {
             layout,
             sequence: problem.sequence,
             sequences: problem.sequences,
-            precision: mesh.precision(),
+            precision: placement.precision(),
             rank: stage * layout.stage_ranks(),
             mode: program::Mode::Train,
         };

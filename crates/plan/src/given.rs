@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use spec::{Error, Layout, PipelineSchedule, Recompute, Reduce, Result, Zero, suggest};
 
-use crate::mesh::{Mesh, Order};
-use crate::price::Problem;
+use crate::estimate::Problem;
+use crate::placement::{Order, Placement};
 
 /// Keys of a written layout, named as in answers, and what they take.
 const KEYS: [(&str, &str); 13] = [
@@ -40,7 +40,7 @@ const ALSO: [(&str, &str); 8] = [
 #[derive(Clone, Debug, PartialEq)]
 pub struct Given {
     /// The layout.
-    pub mesh: Mesh,
+    pub placement: Placement,
     /// What was filled in, as `key=value`.
     pub filled: Vec<String>,
 }
@@ -160,9 +160,9 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
         ep: count("ep")?.unwrap_or(1),
     };
     let shard = count("shard")?.unwrap_or(dp * cp);
-    let mesh = Mesh { layout, shard, format, order };
-    check(&mesh, problem).map_err(|e| e.context(format!("layout {text}")))?;
-    Ok(Given { mesh, filled })
+    let placement = Placement { layout, shard, format, order };
+    check(&placement, problem).map_err(|e| e.context(format!("layout {text}")))?;
+    Ok(Given { placement, filled })
 }
 
 /// More ranks than any axis has; keeps products of axes far from overflow.
@@ -201,8 +201,8 @@ fn wrong(key: &str, value: &str, expected: &str) -> Error {
 }
 
 /// Why this layout is impossible, if it is.
-fn check(mesh: &Mesh, p: &Problem) -> Result<()> {
-    let l = &mesh.layout;
+fn check(placement: &Placement, p: &Problem) -> Result<()> {
+    let l = &placement.layout;
     let m = &p.shape.model;
     let not = |what: String, hint: &str| Err(Error::user(what).hint(hint.to_owned()));
     for (name, size) in [("heads", m.heads), ("key and value heads", m.kv_heads), ("ffn width", m.ffn)] {
@@ -219,18 +219,21 @@ fn check(mesh: &Mesh, p: &Problem) -> Result<()> {
             "give sequence_parallel=false, or a larger tp",
         );
     }
-    if !p.sequence.is_multiple_of(2 * mesh.layout.cp) && mesh.layout.cp > 1 {
+    if !p.sequence.is_multiple_of(2 * placement.layout.cp) && placement.layout.cp > 1 {
         let what = format!(
             "cp={} wants a sequence of a multiple of {}, found {}",
-            mesh.layout.cp,
-            2 * mesh.layout.cp,
+            placement.layout.cp,
+            2 * placement.layout.cp,
             p.sequence
         );
         return not(what, "each rank takes two pieces of the sequence, one from each end");
     }
-    if l.sequence_parallel && !(p.sequence / mesh.layout.cp).is_multiple_of(l.tp) {
-        let what =
-            format!("tp={} does not divide the {} tokens that a rank has", l.tp, p.sequence / mesh.layout.cp);
+    if l.sequence_parallel && !(p.sequence / placement.layout.cp).is_multiple_of(l.tp) {
+        let what = format!(
+            "tp={} does not divide the {} tokens that a rank has",
+            l.tp,
+            p.sequence / placement.layout.cp
+        );
         return not(what, "give sequence_parallel=false");
     }
     if l.pp > m.layers {
@@ -272,27 +275,31 @@ fn check(mesh: &Mesh, p: &Problem) -> Result<()> {
         }
     }
     match p.shape.experts {
-        None if mesh.layout.ep > 1 => {
-            return not(format!("ep={} on {}, which has no experts", mesh.layout.ep, m.name), "leave ep out");
-        }
-        Some(e) if !e.count.is_multiple_of(mesh.layout.ep) => {
+        None if placement.layout.ep > 1 => {
             return not(
-                format!("ep={} does not divide the {} experts", mesh.layout.ep, e.count),
+                format!("ep={} on {}, which has no experts", placement.layout.ep, m.name),
+                "leave ep out",
+            );
+        }
+        Some(e) if !e.count.is_multiple_of(placement.layout.ep) => {
+            return not(
+                format!("ep={} does not divide the {} experts", placement.layout.ep, e.count),
                 "choose a divisor",
             );
         }
         _ => {}
     }
-    if !(l.dp * mesh.layout.cp * l.tp).is_multiple_of(mesh.layout.ep) {
+    if !(l.dp * placement.layout.cp * l.tp).is_multiple_of(placement.layout.ep) {
         let what = format!(
             "ep={} does not divide the dp x cp x tp = {} ranks of a stage",
-            mesh.layout.ep,
-            l.dp * mesh.layout.cp * l.tp
+            placement.layout.ep,
+            l.dp * placement.layout.cp * l.tp
         );
         return not(what, "choose a divisor of both");
     }
-    if !(l.dp * mesh.layout.cp).is_multiple_of(mesh.shard) {
-        let what = format!("shard={} does not divide dp x cp = {}", mesh.shard, l.dp * mesh.layout.cp);
+    if !(l.dp * placement.layout.cp).is_multiple_of(placement.shard) {
+        let what =
+            format!("shard={} does not divide dp x cp = {}", placement.shard, l.dp * placement.layout.cp);
         return not(what, "ZeRO shards over a part of the replicas that divides them");
     }
     Ok(())
@@ -322,7 +329,7 @@ mod tests {
     fn the_rest_is_filled_in_and_said() {
         let p = problem("gpt3-175b", 1024);
         let given = parse("tp=8, pp=16, vpp=6, mbs=1, zero=1", &p, NumberFormat::Bf16).unwrap();
-        let l = &given.mesh.layout;
+        let l = &given.placement.layout;
         assert_eq!((l.dp, l.tp, l.pp, l.chunks, l.zero), (8, 8, 16, 6, Zero::Optimizer));
         assert_eq!(l.schedule, PipelineSchedule::Interleaved);
         assert!(l.sequence_parallel);

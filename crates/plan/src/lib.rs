@@ -1,4 +1,4 @@
-//! Price a step program in closed form and search layouts.
+//! Estimate a step program in closed form and search layouts.
 //!
 //! Nothing here does I/O: clusters, models and tables come in as values, answers go out as values with their reasons.
 
@@ -6,11 +6,11 @@ pub mod answer;
 pub mod calibration;
 pub mod compute;
 pub mod given;
-pub mod mesh;
+pub mod placement;
 pub mod models;
 pub mod network;
 pub mod pipeline;
-pub mod price;
+pub mod estimate;
 pub mod search;
 pub mod shape;
 pub mod software;

@@ -1,4 +1,4 @@
-//! Every model by name: those that train (`catalog/models`) and those that are only priced (`catalog/shapes.toml`).
+//! Every model by name: those that train (`catalog/models`) and those that are only estimated (`catalog/shapes.toml`).
 
 use serde::{Deserialize, Serialize};
 use spec::{Error, ModelSpec, Result, suggest};

@@ -112,7 +112,7 @@ pub enum Bound {
 
 /// The time of one collective.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Priced {
+pub struct CommTime {
     /// Start to end.
     pub seconds: f64,
     /// The part that does not depend on bytes.
@@ -123,7 +123,7 @@ pub struct Priced {
     pub wire_bytes: f64,
 }
 
-const NOTHING: Priced = Priced { seconds: 0.0, latency_s: 0.0, bound: Bound::Latency, wire_bytes: 0.0 };
+const NOTHING: CommTime = CommTime { seconds: 0.0, latency_s: 0.0, bound: Bound::Latency, wire_bytes: 0.0 };
 
 /// How a group lies on the machine.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -202,7 +202,7 @@ fn dims_spanned(extents: &[usize], stride: usize, members: usize) -> usize {
     dims.max(1)
 }
 
-/// Prices a collective of `bytes` over `group`.
+/// Estimates a collective of `bytes` over `group`.
 ///
 /// An all-reduce in one domain takes `2 (n-1)/n S/B` in a ring (Thakur et al. 2005) and is faster where switches add.
 /// Over domains it is hierarchical: inside and outside run as a pipeline, so the slower of the two counts.
@@ -230,7 +230,7 @@ pub fn collective(
     what: Collective,
     group: Group,
     bytes: f64,
-) -> Priced {
+) -> CommTime {
     if group.size <= 1 || bytes <= 0.0 {
         return NOTHING;
     }
@@ -238,7 +238,7 @@ pub fn collective(
 }
 
 /// [`collective`] on a span worked out before: the inner loop of a search.
-pub fn on_span(net: &NetworkModel, what: Collective, span: &Span, size: usize, bytes: f64) -> Priced {
+pub fn on_span(net: &NetworkModel, what: Collective, span: &Span, size: usize, bytes: f64) -> CommTime {
     if size <= 1 || bytes <= 0.0 {
         return NOTHING;
     }
@@ -294,7 +294,7 @@ pub fn on_span(net: &NetworkModel, what: Collective, span: &Span, size: usize, b
         Collective::AllToAll => bytes * ring_share,
         _ => passes * bytes * ring_share,
     };
-    Priced { seconds: latency_s + moving, latency_s, bound, wire_bytes }
+    CommTime { seconds: latency_s + moving, latency_s, bound, wire_bytes }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The search over layouts: every axis, placement, schedule, ZeRO stage, recompute policy and micro-batch.
 //!
 //! Exhaustive. A layout is left out only if its lower bound (compute of its fullest stage, no communication, no bubble)
-//! is above the worst of the best kept, and a layout already priced is at least as fast with no more memory; then it
+//! is above the worst of the best kept, and a layout already estimated is at least as fast with no more memory; then it
 //! can be neither among the best nor on the front.
 
 use std::collections::BTreeMap;
@@ -11,8 +11,8 @@ use rayon::prelude::*;
 use serde::Serialize;
 use spec::{Error, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Zero};
 
-use crate::mesh::{Mesh, Order};
-use crate::price::{Price, Pricer, Problem};
+use crate::estimate::{Estimate, Estimator, Problem};
+use crate::placement::{Order, Placement};
 
 /// What to search over.
 #[derive(Clone, Debug)]
@@ -29,13 +29,13 @@ pub struct Space {
     pub trainable_only: bool,
 }
 
-/// A layout with its price.
+/// A layout with its estimate.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Found {
     /// The layout.
-    pub mesh: Mesh,
-    /// Its price.
-    pub price: Price,
+    pub placement: Placement,
+    /// Its estimate.
+    pub estimate: Estimate,
 }
 
 /// What a search found.
@@ -45,7 +45,7 @@ pub struct Searched {
     pub best: Vec<Found>,
     /// No layout is both faster and smaller than one of these; fastest first.
     pub pareto: Vec<Found>,
-    /// Layouts priced in full.
+    /// Layouts estimated in full.
     pub layouts_priced: usize,
     /// Layouts left out by their bound.
     pub layouts_pruned: usize,
@@ -138,7 +138,7 @@ fn nothing(problem: &Problem, space: &Space, all: &Part) -> Error {
 
 /// Which rank a layout overfills, and with what, largest first.
 pub(crate) fn overfull(found: &Found, room: f64) -> String {
-    let m = found.price.memory;
+    let m = found.estimate.memory;
     let gb = |x: f64| x / 1e9;
     let mut parts = [
         ("parameters", m.params),
@@ -151,13 +151,13 @@ pub(crate) fn overfull(found: &Found, room: f64) -> String {
     parts.sort_by(|a, b| b.1.total_cmp(&a.1));
     let parts: Vec<String> = parts.iter().map(|(what, x)| format!("{what} {:.1}", gb(*x))).collect();
     // The first stage keeps the most micro-batches in flight.
-    let rank = match found.mesh.layout.pp {
+    let rank = match found.placement.layout.pp {
         1 => "every rank".to_owned(),
         pp => format!("rank 0 (stage 0 of {pp})"),
     };
     format!(
         "the smallest, {}, takes {:.1} GB of {:.1} GB on {rank} ({})",
-        found.mesh,
+        found.placement,
         gb(m.total()),
         gb(room),
         parts.join(", ")
@@ -193,7 +193,7 @@ fn what_would_fit(problem: &Problem, space: &Space) -> String {
             None => least = middle,
         }
     }
-    format!("{most} accelerators would fit it ({})", found.mesh)
+    format!("{most} accelerators would fit it ({})", found.placement)
 }
 
 fn divisors(n: usize) -> Vec<usize> {
@@ -264,9 +264,9 @@ impl Part {
     }
 
     fn take(&mut self, found: Found, keep: usize) {
-        if !found.price.fits {
+        if !found.estimate.fits {
             self.refuse("does not fit in memory");
-            let total = |f: &Found| f.price.memory.total();
+            let total = |f: &Found| f.estimate.memory.total();
             if self.smallest.as_ref().is_none_or(|s| total(&found) < total(s)) {
                 self.smallest = Some(found);
             }
@@ -281,16 +281,16 @@ impl Part {
     }
 
     fn offer(&mut self, found: &Found) {
-        let (t, m) = (found.price.step_s, found.price.memory.total());
+        let (t, m) = (found.estimate.step_s, found.estimate.memory.total());
         // Sorted by time: only faster ones can dominate.
-        let at = self.front.partition_point(|f| f.price.step_s < t);
+        let at = self.front.partition_point(|f| f.estimate.step_s < t);
         if self.dominated(at, t, m) {
             return;
         }
         self.front.insert(at, found.clone());
         let mut i = at + 1;
         while i < self.front.len() {
-            if self.front[i].price.memory.total() >= m {
+            if self.front[i].estimate.memory.total() >= m {
                 self.front.remove(i);
             } else {
                 i += 1;
@@ -300,8 +300,9 @@ impl Part {
 
     /// Whether a layout of the front is no slower than `t` and no larger than `m`. Memory falls along the front.
     fn dominated(&self, at: usize, t: f64, m: f64) -> bool {
-        let here = self.front.get(at).is_some_and(|f| f.price.step_s <= t && f.price.memory.total() <= m);
-        here || at > 0 && self.front[at - 1].price.memory.total() <= m
+        let here =
+            self.front.get(at).is_some_and(|f| f.estimate.step_s <= t && f.estimate.memory.total() <= m);
+        here || at > 0 && self.front[at - 1].estimate.memory.total() <= m
     }
 
     fn merge(&mut self, other: Part, keep: usize) {
@@ -315,7 +316,7 @@ impl Part {
         for found in &other.front {
             self.offer(found);
         }
-        let total = |f: &Found| f.price.memory.total();
+        let total = |f: &Found| f.estimate.memory.total();
         if let Some(found) = other.smallest
             && self.smallest.as_ref().is_none_or(|s| total(&found) < total(s))
         {
@@ -331,7 +332,9 @@ impl Part {
 
 /// Faster first; of equally fast ones the smaller, then the one with fewer ranks that talk.
 fn better(a: &Found, b: &Found) -> bool {
-    let key = |f: &Found| (f.price.step_s, f.price.memory.total(), f.mesh.layout.tp * f.mesh.layout.pp);
+    let key = |f: &Found| {
+        (f.estimate.step_s, f.estimate.memory.total(), f.placement.layout.tp * f.placement.layout.pp)
+    };
     key(a) <= key(b)
 }
 
@@ -344,7 +347,7 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
         part.refuse("axes do not multiply to the accelerators");
         return Ok(part);
     }
-    let mut pricer = Pricer::new(problem, space.format)?;
+    let mut estimator = Estimator::new(problem, space.format)?;
     let mut shared = None;
     for pp in divisors(rest) {
         if pp > layers {
@@ -386,30 +389,32 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
                         cp: job.cp,
                         ep: job.ep,
                     };
-                    let mesh = Mesh { layout, shard: dp * job.cp, format: space.format, order };
+                    let placement = Placement { layout, shard: dp * job.cp, format: space.format, order };
                     let shared = match &shared {
                         Some(shared) => shared,
-                        None => shared.insert(pricer.shared(&mesh)?),
+                        None => shared.insert(estimator.shared(&placement)?),
                     };
-                    let (least_s, memory) = pricer.bound(&mesh, shared);
-                    let worst =
-                        part.best.get(space.keep.saturating_sub(1)).map_or(f64::INFINITY, |b| b.price.step_s);
+                    let (least_s, memory) = estimator.bound(&placement, shared);
+                    let worst = part
+                        .best
+                        .get(space.keep.saturating_sub(1))
+                        .map_or(f64::INFINITY, |b| b.estimate.step_s);
                     let fits = memory <= problem.cluster.accelerator.memory_bytes.value;
                     if fits && least_s > worst {
-                        let at = part.front.partition_point(|f| f.price.step_s < least_s);
+                        let at = part.front.partition_point(|f| f.estimate.step_s < least_s);
                         if part.dominated(at, least_s, memory) {
                             part.pruned += 1;
                             continue;
                         }
                     }
-                    let price = pricer.price_shared(&mesh, shared);
+                    let estimate = estimator.estimate_shared(&placement, shared);
                     part.priced += 1;
                     // Where placement makes no difference the usual one stands for both.
-                    if order != Order::default() && twin == Some(price.step_s) {
+                    if order != Order::default() && twin == Some(estimate.step_s) {
                         continue;
                     }
-                    twin = Some(price.step_s);
-                    part.take(Found { mesh, price }, space.keep);
+                    twin = Some(estimate.step_s);
+                    part.take(Found { placement, estimate }, space.keep);
                 }
             }
         }

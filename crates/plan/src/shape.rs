@@ -1,4 +1,4 @@
-//! A model as it is priced: [`spec::ModelSpec`] with the sums that pricing asks for, and the shapes of
+//! A model as it is estimated: [`spec::ModelSpec`] with the sums that estimating asks for, and the shapes of
 //! `catalog/shapes.toml`.
 
 use std::ops::{Deref, DerefMut};
@@ -6,7 +6,7 @@ use std::ops::{Deref, DerefMut};
 use serde::{Deserialize, Serialize};
 use spec::{Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
 
-/// A model to price: reads like its [`ModelSpec`], so that `shape.experts` is the model's.
+/// A model to estimate: reads like its [`ModelSpec`], so that `shape.experts` is the model's.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(transparent)]
 pub struct Shape {

@@ -33,7 +33,7 @@ pub struct Seconds {
 
 /// What a job's storage takes.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct StoragePrice {
+pub struct StorageEstimate {
     /// The catalogue's storage entry.
     pub storage: String,
     /// Bytes of tokens that a step reads: each token once, whatever the layout.
@@ -55,7 +55,7 @@ pub struct StoragePrice {
     pub read: Seconds,
 }
 
-/// Prices data loading and checkpoints of a job of `params` parameters that reads `tokens_per_step` tokens of
+/// Estimates data loading and checkpoints of a job of `params` parameters that reads `tokens_per_step` tokens of
 /// `bytes_per_token` a step. `None` if nothing is known of the cluster's storage.
 ///
 /// Reading takes `tokens * bytes / R`, writing `P b / W`, a snapshot `P b / (n h)` and half a second.
@@ -63,36 +63,36 @@ pub struct StoragePrice {
 /// The 2.3 TiB of BLOOM took 40 s on Jean Zay, and 405B stood still for 0.59 s on 8,960 H800 or H100:
 ///
 /// ```
-/// use plan::storage::price;
+/// use plan::storage::estimate;
 /// let catalog = spec::Catalog::builtin()?;
 /// let gib = |bytes: f64| bytes / 1073741824.0;
 ///
-/// let bloom = price(&catalog.cluster("jean-zay", Some(384))?, 176.25e9, 4194304.0, 4.0).unwrap();
+/// let bloom = estimate(&catalog.cluster("jean-zay", Some(384))?, 176.25e9, 4194304.0, 4.0).unwrap();
 /// assert!((gib(bloom.checkpoint_bytes) / 1024.0 / 2.3 - 1.0).abs() < 0.03);
 /// assert!((bloom.write.value / 40.0 - 1.0).abs() < 0.10);
 ///
 /// let meta = catalog.cluster("meta-24k-roce", Some(8960))?;
-/// let stall = price(&meta, 405.85e9, 16.8e6, 4.0).unwrap().stall.unwrap();
+/// let stall = estimate(&meta, 405.85e9, 16.8e6, 4.0).unwrap().stall.unwrap();
 /// assert!(stall.low < 0.59 && 0.59 < stall.high && (stall.value / 0.59 - 1.0).abs() < 0.2);
 ///
 /// // MLPerf Storage 2.0: checkpoints of 8B, 70B and 405B.
 /// for (params, published) in [(8.03e9, 105.0), (70.55e9, 912.0), (405.85e9, 5290.0)] {
-///     let bytes = price(&meta, params, 1.0, 4.0).unwrap().checkpoint_bytes;
+///     let bytes = estimate(&meta, params, 1.0, 4.0).unwrap().checkpoint_bytes;
 ///     assert!((gib(bytes) / published - 1.0).abs() < 0.01);
 /// }
 /// # Ok::<(), spec::Error>(())
 /// ```
-pub fn price(
+pub fn estimate(
     cluster: &Cluster,
     params: f64,
     tokens_per_step: f64,
     bytes_per_token: f64,
-) -> Option<StoragePrice> {
-    price_state(cluster, params * CHECKPOINT_BYTES_PER_PARAM, tokens_per_step * bytes_per_token)
+) -> Option<StorageEstimate> {
+    estimate_state(cluster, params * CHECKPOINT_BYTES_PER_PARAM, tokens_per_step * bytes_per_token)
 }
 
-/// [`price`] of a checkpoint of `checkpoint_bytes` and a step that reads `load_bytes`.
-pub fn price_state(cluster: &Cluster, checkpoint_bytes: f64, load_bytes: f64) -> Option<StoragePrice> {
+/// [`estimate`] of a checkpoint of `checkpoint_bytes` and a step that reads `load_bytes`.
+pub fn estimate_state(cluster: &Cluster, checkpoint_bytes: f64, load_bytes: f64) -> Option<StorageEstimate> {
     let storage = cluster.storage.as_ref()?;
     let at = |bytes: f64, rate: spec::Measure| Seconds {
         value: bytes / rate.value,
@@ -107,7 +107,7 @@ pub fn price_state(cluster: &Cluster, checkpoint_bytes: f64, load_bytes: f64) ->
             high: copy.high / HOST_SHARE + SNAPSHOT_HIGH_S,
         }
     });
-    Some(StoragePrice {
+    Some(StorageEstimate {
         storage: storage.name.clone(),
         load_bytes,
         load: at(load_bytes, storage.read_bytes_per_s),
@@ -125,7 +125,7 @@ pub fn bytes_per_token(vocab: usize) -> f64 {
     if vocab <= 1 << 16 { 2.0 } else { 4.0 }
 }
 
-impl StoragePrice {
+impl StorageEstimate {
     /// Seconds by which reading outlasts a step that takes `step_s` without it; 0 where it hides.
     pub fn exposed_s(&self, step_s: f64) -> f64 {
         (self.load.value - step_s).max(0.0)
@@ -140,7 +140,7 @@ mod tests {
     #[test]
     fn what_limits_the_rate_is_named_and_more_nodes_help_only_where_nodes_do() {
         let catalog = Catalog::builtin().unwrap();
-        let of = |name: &str, n| price(&catalog.cluster(name, Some(n)).unwrap(), 175e9, 4e6, 2.0).unwrap();
+        let of = |name: &str, n| estimate(&catalog.cluster(name, Some(n)).unwrap(), 175e9, 4e6, 2.0).unwrap();
         let check = |name: &str, limit: StorageLimit, scales: f64| {
             let (few, many) = (of(name, 512), of(name, 1024));
             assert_eq!(few.write_limit, limit, "{name}");
@@ -155,12 +155,12 @@ mod tests {
     #[test]
     fn loading_shows_only_where_storage_is_slower_than_the_step() {
         let mut cluster = Catalog::builtin().unwrap().cluster("dgx-superpod-h100-4su", None).unwrap();
-        let quick = price(&cluster, 175e9, 4e6, 2.0).unwrap();
+        let quick = estimate(&cluster, 175e9, 4e6, 2.0).unwrap();
         assert!(quick.load.value < 1e-3 && quick.exposed_s(5.0) == 0.0);
         if let Some(storage) = &mut cluster.storage {
             storage.read_bytes_per_s = Measure::exact(1e6);
         }
-        let slow = price(&cluster, 175e9, 4e6, 2.0).unwrap();
+        let slow = estimate(&cluster, 175e9, 4e6, 2.0).unwrap();
         assert!((slow.exposed_s(5.0) - 3.0).abs() < 1e-9);
         assert!(slow.load.low <= slow.load.value && slow.load.value <= slow.load.high);
     }
@@ -169,6 +169,6 @@ mod tests {
     fn nothing_is_said_of_unknown_storage() {
         let mut cluster = Catalog::builtin().unwrap().cluster("dgx-h100", None).unwrap();
         cluster.storage = None;
-        assert_eq!(price(&cluster, 1e9, 1e6, 2.0), None);
+        assert_eq!(estimate(&cluster, 1e9, 1e6, 2.0), None);
     }
 }

@@ -1,8 +1,8 @@
-//! The step program folded into what pricing needs: the tasks of one layer, of the embedding and of the head.
+//! The step program folded into what estimating needs: the tasks of one layer, of the embedding and of the head.
 //!
 //! A layout of a thousand stages and micro-batches repeats the same few blocks. [`Template::build`] compiles the real
 //! program of a stand-in with few layers on two stages with the same local shapes and takes its ops apart by section;
-//! pricing then multiplies. Layers with and without experts have a stand-in each.
+//! estimating then multiplies. Layers with and without experts have a stand-in each.
 
 mod stand_in;
 mod tasks;

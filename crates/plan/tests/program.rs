@@ -1,9 +1,9 @@
-//! What is priced is the program that trains: the folded template against the program compiled in full.
+//! What is estimated is the program that trains: the folded template against the program compiled in full.
 
 use plan::answer::program_memory;
 use plan::calibration::PRIOR;
-use plan::mesh::Mesh;
-use plan::price::{Pricer, Problem};
+use plan::estimate::{Estimator, Problem};
+use plan::placement::Placement;
 use plan::shape::{Shape, Sizes, dense};
 use plan::software::Software;
 use plan::template::{Key, Section, Task, Template, tasks};
@@ -199,13 +199,13 @@ fn check_closed_form(model: ModelSpec, layout: Layout, tolerance: f64) {
         sequence: SEQUENCE,
         sequences: 16,
     };
-    let mesh = Mesh::of(layout, NumberFormat::Bf16);
-    let placed = program_memory(&problem, &mesh).unwrap() as f64;
-    let memory = Pricer::new(&problem, NumberFormat::Bf16).unwrap().price(&mesh).unwrap().memory;
+    let placement = Placement::of(layout, NumberFormat::Bf16);
+    let placed = program_memory(&problem, &placement).unwrap() as f64;
+    let memory = Estimator::new(&problem, NumberFormat::Bf16).unwrap().estimate(&placement).unwrap().memory;
     let closed = memory.total() - memory.framework;
     assert!(
         (closed / placed - 1.0).abs() < tolerance,
         "{:?}: {closed:e} against {placed:e} {memory:?}",
-        mesh.layout
+        placement.layout
     );
 }

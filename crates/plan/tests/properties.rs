@@ -1,10 +1,10 @@
-//! What holds of every price: never under the roofline, never worse on a better machine, parts that add up; and the
+//! What holds of every estimate: never under the roofline, never worse on a better machine, parts that add up; and the
 //! known answer for Llama 3 405B.
 
 use plan::calibration::Calibration;
 use plan::compute::Chip;
-use plan::mesh::{Mesh, Order};
-use plan::price::{Pricer, Problem};
+use plan::estimate::{Estimator, Problem};
+use plan::placement::{Order, Placement};
 use plan::search::{Space, search};
 use plan::shape::Shape;
 use plan::software::Software;
@@ -55,25 +55,25 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn prices_obey_the_roofline_and_the_machine(
+    fn estimates_obey_the_roofline_and_the_machine(
         (layout, order) in layouts(),
         model in 0..MODELS.len(),
         cluster in 0..CLUSTERS.len(),
     ) {
         let problem = problem(MODELS[model], CLUSTERS[cluster], layout.world(), 128, 2048);
-        let mesh = Mesh { order, ..Mesh::of(layout, NumberFormat::Bf16) };
-        let price = Pricer::new(&problem, mesh.format).unwrap().price(&mesh).unwrap();
-        let parts = price.breakdown.parts();
+        let placement = Placement { order, ..Placement::of(layout, NumberFormat::Bf16) };
+        let estimate = Estimator::new(&problem, placement.format).unwrap().estimate(&placement).unwrap();
+        let parts = estimate.breakdown.parts();
         prop_assert!(parts.iter().all(|p| p.1 >= 0.0 && p.1.is_finite()), "{parts:?}");
-        prop_assert!((parts.iter().map(|p| p.1).sum::<f64>() / price.step_s - 1.0).abs() < 1e-9);
-        let chip = Chip::of(&problem.cluster.accelerator, mesh.format).unwrap();
+        prop_assert!((parts.iter().map(|p| p.1).sum::<f64>() / estimate.step_s - 1.0).abs() < 1e-9);
+        let chip = Chip::of(&problem.cluster.accelerator, placement.format).unwrap();
         let flops = problem.shape.flops_per_token(2048.0, true) * 128.0 * 2048.0;
-        prop_assert!(price.step_s > flops / chip.peak / mesh.layout.world() as f64);
-        prop_assert!(price.mfu > 0.0 && price.mfu < 1.0);
+        prop_assert!(estimate.step_s > flops / chip.peak / placement.layout.world() as f64);
+        prop_assert!(estimate.mfu > 0.0 && estimate.mfu < 1.0);
         for knob in Knob::ALL {
             let better = Problem { cluster: problem.cluster.clone().scaled(knob, 1.3), ..problem.clone() };
-            let faster = Pricer::new(&better, mesh.format).unwrap().price(&mesh).unwrap();
-            prop_assert!(faster.step_s <= price.step_s * (1.0 + 1e-9), "{knob:?}");
+            let faster = Estimator::new(&better, placement.format).unwrap().estimate(&placement).unwrap();
+            prop_assert!(faster.step_s <= estimate.step_s * (1.0 + 1e-9), "{knob:?}");
         }
     }
 }
@@ -90,9 +90,10 @@ fn the_published_layout_of_llama_405b_is_among_the_best() {
         trainable_only: false,
     };
     let found = search(&problem, &space, &|_, _| ()).unwrap();
-    let published =
-        |f: &&plan::search::Found| (f.mesh.layout.tp, f.mesh.layout.pp, f.mesh.layout.dp) == (8, 16, 128);
+    let published = |f: &&plan::search::Found| {
+        (f.placement.layout.tp, f.placement.layout.pp, f.placement.layout.dp) == (8, 16, 128)
+    };
     let f = found.best.iter().find(published).expect("tp 8, pp 16, dp 128 is among the best ten");
-    assert!((0.35..=0.46).contains(&f.price.mfu), "{}", f.price.mfu);
-    assert!(f.price.step_s < 1.1 * found.best[0].price.step_s);
+    assert!((0.35..=0.46).contains(&f.estimate.mfu), "{}", f.estimate.mfu);
+    assert!(f.estimate.step_s < 1.1 * found.best[0].estimate.step_s);
 }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use plan::calibration::{COUNT, Calibration, Constants, FACTOR_MAX, Factors, PRIOR, Spread, Spreads};
-use plan::price::{Price, Pricer, Problem};
+use plan::estimate::{Estimate, Estimator, Problem};
 use plan::template::{Key, Template};
 use rayon::prelude::*;
 use spec::Result;
@@ -86,7 +86,7 @@ const RIDGE: [(EffectKind, f64); 5] = [
     (EffectKind::Chip, 0.2),
 ];
 
-/// A run ready to be priced many times.
+/// A run ready to be estimated many times.
 pub struct Prepared {
     problem: Problem,
     run: Run,
@@ -123,32 +123,32 @@ impl Prepared {
     ///
     /// # Errors
     /// If the model allows none.
-    pub fn choose(&mut self, constants: Constants) -> Result<Price> {
+    pub fn choose(&mut self, constants: Constants) -> Result<Estimate> {
         self.problem.constants = constants;
-        let mut pricer = Pricer::new(&self.problem, self.run.meshes[0].format)?
+        let mut estimator = Estimator::new(&self.problem, self.run.placements[0].format)?
             .with_templates(std::mem::take(&mut self.templates));
         let accelerator = &self.problem.cluster.accelerator;
         let host = if accelerator.shares_host_memory { HOST_MEMORY } else { 1.0 };
         let room = accelerator.memory_bytes.value * MEMORY_TOLERANCE * host;
-        let mut best: Option<((f64, f64), Price, usize)> = None;
+        let mut best: Option<((f64, f64), Estimate, usize)> = None;
         let mut refused = None;
-        for (i, mesh) in self.run.meshes.iter().enumerate() {
-            match pricer.price(mesh) {
-                Ok(price) => {
+        for (i, placement) in self.run.placements.iter().enumerate() {
+            match estimator.estimate(placement) {
+                Ok(estimate) => {
                     // What does not fit is ranked by how far it is from fitting.
-                    let over = (price.memory.total() / room).max(1.0);
-                    if best.is_none_or(|(b, _, _)| (over, price.step_s) < b) {
-                        best = Some(((over, price.step_s), price, i));
+                    let over = (estimate.memory.total() / room).max(1.0);
+                    if best.is_none_or(|(b, _, _)| (over, estimate.step_s) < b) {
+                        best = Some(((over, estimate.step_s), estimate, i));
                     }
                 }
                 Err(error) => refused = Some(error),
             }
         }
-        self.templates = pricer.templates();
+        self.templates = estimator.templates();
         match (best, refused) {
-            (Some((_, price, i)), _) => {
+            (Some((_, estimate, i)), _) => {
                 self.chosen = i;
-                Ok(price)
+                Ok(estimate)
             }
             (None, Some(error)) => Err(error),
             (None, None) => Err(spec::Error::user(format!("{}: no layout", self.run.id))),
@@ -161,21 +161,21 @@ impl Prepared {
     }
 
     /// The layout taken.
-    pub fn mesh(&self) -> &plan::mesh::Mesh {
-        &self.run.meshes[self.chosen]
+    pub fn placement(&self) -> &plan::placement::Placement {
+        &self.run.placements[self.chosen]
     }
 
-    /// Prices the chosen layout.
+    /// Estimates the chosen layout.
     ///
     /// # Errors
     /// If the layout cannot be lowered to a program.
-    pub fn price(&mut self, constants: Constants) -> Result<Price> {
+    pub fn estimate(&mut self, constants: Constants) -> Result<Estimate> {
         self.problem.constants = constants;
-        let mut pricer = Pricer::new(&self.problem, self.run.meshes[0].format)?
+        let mut estimator = Estimator::new(&self.problem, self.run.placements[0].format)?
             .with_templates(std::mem::take(&mut self.templates));
-        let price = pricer.price(&self.run.meshes[self.chosen]);
-        self.templates = pricer.templates();
-        price
+        let estimate = estimator.estimate(&self.run.placements[self.chosen]);
+        self.templates = estimator.templates();
+        estimate
     }
 
     /// The constants for this run.
@@ -190,7 +190,7 @@ impl Prepared {
 
     /// Logarithm of predicted over published.
     fn residual(&mut self, calibration: &Calibration) -> f64 {
-        self.price(self.constants(calibration)).map_or(0.0, |p| (p.step_s / self.run.step_s).ln())
+        self.estimate(self.constants(calibration)).map_or(0.0, |p| (p.step_s / self.run.step_s).ln())
     }
 }
 
@@ -210,7 +210,7 @@ pub fn fit(runs: &mut [Prepared]) -> Calibration {
 }
 
 fn choose_all(runs: &mut [Prepared], calibration: &Calibration) {
-    // A layout that could be priced before can be again: errors cannot come up here.
+    // A layout that could be estimated before can be again: errors cannot come up here.
     runs.par_iter_mut().for_each(|p| drop(p.choose(p.constants(calibration))));
 }
 

@@ -1,10 +1,10 @@
-//! Published training runs: rows of a table as problems to price.
+//! Published training runs: rows of a table as problems to estimate.
 
 mod csv;
 mod known;
 mod layouts;
 
-use plan::mesh::Mesh;
+use plan::placement::Placement;
 use plan::shape::{Shape, Sizes, dense};
 use plan::software::Software;
 use serde::Serialize;
@@ -13,7 +13,7 @@ use spec::{Catalog, Cluster, Error, NumberFormat, Result};
 
 use csv::{Row, Table};
 
-/// A published run that gives enough to be priced.
+/// A published run that gives enough to be estimated.
 #[derive(Clone, Debug)]
 pub struct Run {
     /// Its name in the table.
@@ -27,7 +27,7 @@ pub struct Run {
     /// The model.
     pub shape: Shape,
     /// Layouts that agree with what was published: one, or several where choices were not.
-    pub meshes: Vec<Mesh>,
+    pub placements: Vec<Placement>,
     /// Tokens of a sequence.
     pub sequence: usize,
     /// Sequences of the global batch.
@@ -60,9 +60,9 @@ pub enum Measured {
     Mfu,
 }
 
-/// A row that cannot be priced, and why.
+/// A row that cannot be estimated, and why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct NotPriced {
+pub struct Skipped {
     /// Its name in the table.
     pub id: String,
     /// Line of the file.
@@ -74,10 +74,10 @@ pub struct NotPriced {
 /// A table of published runs.
 #[derive(Clone, Debug)]
 pub struct Runs {
-    /// Rows to price.
+    /// Rows to estimate.
     pub runs: Vec<Run>,
-    /// Rows that do not give enough, or that are priced by no model here.
-    pub not_priced: Vec<NotPriced>,
+    /// Rows that do not give enough, or that are estimated by no model here.
+    pub not_priced: Vec<Skipped>,
 }
 
 /// Columns without which a table is none of runs.
@@ -95,15 +95,15 @@ impl Runs {
             let id = table.text(row, "id").to_owned();
             match (Reader { path, table: &table, row, catalog, assumptions: Vec::new() }).run()? {
                 Ok(run) => out.runs.push(run),
-                Err(reason) => out.not_priced.push(NotPriced { id, line: row.line, reason }),
+                Err(reason) => out.not_priced.push(Skipped { id, line: row.line, reason }),
             }
         }
         Ok(out)
     }
 }
 
-/// `Err(reason)` inside `Ok`: the row is sound but cannot be priced.
-type Priceable<T> = std::result::Result<T, String>;
+/// `Err(reason)` inside `Ok`: the row is sound but cannot be estimated.
+type Usable<T> = std::result::Result<T, String>;
 
 struct Reader<'a> {
     path: &'a str,
@@ -114,7 +114,7 @@ struct Reader<'a> {
 }
 
 /// Unwraps the inner result or hands its reason out.
-macro_rules! priceable {
+macro_rules! usable {
     ($e:expr) => {
         match $e? {
             Ok(value) => value,
@@ -140,13 +140,13 @@ impl Reader<'_> {
         self.assumptions.push(what.into());
     }
 
-    fn run(mut self) -> Result<Priceable<Run>> {
+    fn run(mut self) -> Result<Usable<Run>> {
         let id = self.text("id").to_owned();
         if id.is_empty() {
             return Err(Error::user(format!("{}:{}: the row has no id", self.path, self.row.line)));
         }
         let source = self.text("source").to_owned();
-        let shape = priceable!(self.shape());
+        let shape = usable!(self.shape());
         let Some(n) = self.count("n_accel")? else {
             return Ok(Err("number of accelerators not published".into()));
         };
@@ -191,12 +191,12 @@ impl Reader<'_> {
             units: if family.name == "trainium" { cluster.accelerator.compute_units } else { 1 },
             software: &conditions.software,
         };
-        let (meshes, slice) = priceable!(layouts::meshes(&mut self, &problem));
+        let (placements, slice) = usable!(layouts::placements(&mut self, &problem));
         let cluster = match slice {
             Some(slice) => cluster.in_slices(slice),
             None => cluster,
         };
-        let (step_s, measured) = priceable!(self.measured(&shape, n, sequences, sequence, &cluster, format));
+        let (step_s, measured) = usable!(self.measured(&shape, n, sequences, sequence, &cluster, format));
         let run_family: String = id.chars().take_while(char::is_ascii_alphabetic).collect();
         Ok(Ok(Run {
             line: self.row.line,
@@ -204,7 +204,7 @@ impl Reader<'_> {
             source,
             family: run_family,
             shape,
-            meshes,
+            placements,
             sequence,
             sequences,
             cluster,
@@ -233,7 +233,7 @@ impl Reader<'_> {
         }
     }
 
-    fn shape(&mut self) -> Result<Priceable<Shape>> {
+    fn shape(&mut self) -> Result<Usable<Shape>> {
         let name = self.text("model name").split(" (").next().unwrap_or_default().trim().to_owned();
         if self.text("notes").contains("sliding-window aware")
             || self.text("flops_kind").contains("sliding-window")
@@ -316,7 +316,7 @@ impl Reader<'_> {
         sequence: usize,
         cluster: &Cluster,
         format: NumberFormat,
-    ) -> Result<Priceable<(f64, Measured)>> {
+    ) -> Result<Usable<(f64, Measured)>> {
         if let Some(t) = self.number("step_time_s")? {
             return Ok(Ok((t, Measured::StepTime)));
         }

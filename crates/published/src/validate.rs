@@ -1,4 +1,4 @@
-//! How right the planner is: published runs priced with their published layouts.
+//! How right the planner is: published runs estimated with their published layouts.
 
 use std::collections::BTreeMap;
 
@@ -8,12 +8,12 @@ use serde::Serialize;
 use spec::{Catalog, Result};
 
 use crate::fit::{self, Miss, Prepared};
-use crate::runs::{Measured, NotPriced, Runs};
+use crate::runs::{Measured, Runs, Skipped};
 
 /// Errors of predicted step times on a table of published runs.
 #[derive(Clone, Debug, Serialize)]
 pub struct Validation {
-    /// Rows priced.
+    /// Rows estimated.
     pub priced: usize,
     /// Median of |predicted / published - 1|.
     pub median_abs_error: f64,
@@ -21,15 +21,15 @@ pub struct Validation {
     pub p90_abs_error: f64,
     /// Share of published times inside the predicted interval.
     pub inside_interval: f64,
-    /// Whether each row was priced with constants that had not seen its source.
+    /// Whether each row was estimated with constants that had not seen its source.
     pub held_out: bool,
     /// By source.
     pub sources: Vec<SourceErrors>,
     /// Layout sweeps: how well the order of layouts is predicted.
     pub sweeps: Vec<Sweep>,
-    /// Rows that were not priced, and why.
-    pub not_priced: Vec<NotPriced>,
-    /// Rows priced.
+    /// Rows that were not estimated, and why.
+    pub not_priced: Vec<Skipped>,
+    /// Rows estimated.
     pub rows: Vec<RowError>,
 }
 
@@ -38,7 +38,7 @@ pub struct Validation {
 pub struct SourceErrors {
     /// As the table names it.
     pub source: String,
-    /// Rows priced.
+    /// Rows estimated.
     pub rows: usize,
     /// Mean of predicted / published - 1.
     pub mean_error: f64,
@@ -89,7 +89,7 @@ pub struct Sweep {
 /// Sources that are secondary statements or sums over whole trainings: no step times to judge by.
 const NOT_STEPS: [&str; 3] = ["frontier", "ledger", "gpuhours"];
 
-/// Prices the rows of a table with fitted constants.
+/// Estimates the rows of a table with fitted constants.
 ///
 /// # Errors
 /// If the text is no table of runs.
@@ -99,7 +99,7 @@ pub fn validate(path: &str, text: &str, catalog: &Catalog, calibration: &Calibra
     Ok(summary(rows, &prepared, not_priced, false))
 }
 
-/// Prices each row with constants fitted on the rows of all other sources.
+/// Estimates each row with constants fitted on the rows of all other sources.
 ///
 /// # Errors
 /// If the text is no table of runs.
@@ -140,13 +140,13 @@ pub fn calibrate(path: &str, text: &str, catalog: &Catalog) -> Result<Calibratio
         .par_iter_mut()
         .filter_map(|p| {
             let c = unseen.get(&p.run().source)?;
-            let price = p.choose(p.constants(c)).ok()?;
+            let estimate = p.choose(p.constants(c)).ok()?;
             let run = p.run();
             Some(Miss {
                 family: run.cluster.accelerator.family.name.clone(),
                 software: run.software.name.to_owned(),
                 accelerators: run.cluster.accelerators,
-                log_error: (price.step_s / run.step_s).ln(),
+                log_error: (estimate.step_s / run.step_s).ln(),
             })
         })
         .collect();
@@ -154,21 +154,19 @@ pub fn calibrate(path: &str, text: &str, catalog: &Catalog) -> Result<Calibratio
     Ok(calibration)
 }
 
-fn prepare(path: &str, text: &str, catalog: &Catalog) -> Result<(Vec<Prepared>, Vec<NotPriced>)> {
+fn prepare(path: &str, text: &str, catalog: &Catalog) -> Result<(Vec<Prepared>, Vec<Skipped>)> {
     let Runs { runs, mut not_priced } = Runs::parse(path, text, catalog)?;
     let mut prepared = Vec::new();
     let made: Vec<_> = runs.par_iter().map(|run| (run, Prepared::new(run))).collect();
     for (run, made) in made {
         if NOT_STEPS.contains(&run.family.as_str()) {
             let reason = "the source states no step times of its own".to_owned();
-            not_priced.push(NotPriced { id: run.id.clone(), line: run.line, reason });
+            not_priced.push(Skipped { id: run.id.clone(), line: run.line, reason });
             continue;
         }
         match made {
             Ok(p) => prepared.push(p),
-            Err(e) => {
-                not_priced.push(NotPriced { id: run.id.clone(), line: run.line, reason: e.to_string() })
-            }
+            Err(e) => not_priced.push(Skipped { id: run.id.clone(), line: run.line, reason: e.to_string() }),
         }
     }
     not_priced.sort_by_key(|n| n.line);
@@ -176,20 +174,20 @@ fn prepare(path: &str, text: &str, catalog: &Catalog) -> Result<(Vec<Prepared>, 
 }
 
 fn row(p: &mut Prepared, calibration: &Calibration) -> Option<RowError> {
-    let price = p.choose(p.constants(calibration)).ok()?;
+    let estimate = p.choose(p.constants(calibration)).ok()?;
     let run = p.run();
     let family = &run.cluster.accelerator.family.name;
     let spread = calibration.spread(family, run.software.name, run.cluster.accelerators).factor;
     Some(RowError {
         id: run.id.clone(),
         source: run.source.clone(),
-        predicted: price.step_s,
-        low: price.step_s / spread,
-        high: price.step_s * spread,
+        predicted: estimate.step_s,
+        low: estimate.step_s / spread,
+        high: estimate.step_s * spread,
         published: run.step_s,
-        error: price.step_s / run.step_s - 1.0,
+        error: estimate.step_s / run.step_s - 1.0,
         measured: run.measured,
-        bound: price.breakdown.bound(),
+        bound: estimate.breakdown.bound(),
         assumptions: run.assumptions.clone(),
     })
 }
@@ -197,7 +195,7 @@ fn row(p: &mut Prepared, calibration: &Calibration) -> Option<RowError> {
 fn summary(
     rows: Vec<Option<RowError>>,
     prepared: &[Prepared],
-    not_priced: Vec<NotPriced>,
+    not_priced: Vec<Skipped>,
     held_out: bool,
 ) -> Validation {
     let sweeps = sweeps(prepared, &rows);

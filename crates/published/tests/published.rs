@@ -1,6 +1,6 @@
-//! Published training runs, one folder for each paper, report or table: priced with the layouts that were published.
+//! Published training runs, one folder for each paper, report or table: estimated with the layouts that were published.
 //!
-//! Each folder's `tolerance.toml` says how many rows are priced and how far off the median and the 90th percentile may
+//! Each folder's `tolerance.toml` says how many rows are estimated and how far off the median and the 90th percentile may
 //! be. They are ratchets: a change that makes a source worse fails here; one that makes it better should lower them.
 
 #![allow(clippy::disallowed_methods, reason = "the published rows lie in files")]

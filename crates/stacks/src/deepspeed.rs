@@ -1,14 +1,14 @@
-use plan::mesh::{Mesh, Order};
-use plan::price::Problem;
+use plan::estimate::Problem;
+use plan::placement::{Order, Placement};
 use serde_json::json;
 use spec::{NumberFormat, PipelineSchedule, Position, Recompute, Result, Zero};
 
 use crate::{Emitted, arguments, lacks, schedule_name};
 
 /// A DeepSpeed configuration: for models whose stages and checkpoints are set in code.
-pub(crate) fn config(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
-    let l = &mesh.layout;
-    common("DeepSpeed", mesh)?;
+pub(crate) fn config(p: &Problem, placement: &Placement) -> Result<Emitted> {
+    let l = &placement.layout;
+    common("DeepSpeed", placement)?;
     let refuse = |what: String, instead: &str| Err(lacks("DeepSpeed", what, instead));
     if l.sequence_parallel {
         return refuse(
@@ -22,13 +22,13 @@ pub(crate) fn config(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
             "plan with schedule=1f1b, or --emit megatron-deepspeed",
         );
     }
-    if mesh.layout.ep > 1 {
+    if placement.layout.ep > 1 {
         return refuse(
             "expert parallelism by configuration alone".into(),
             "plan with ep=1, or --emit megatron-deepspeed",
         );
     }
-    let mut file = base(p, mesh);
+    let mut file = base(p, placement);
     if l.tp > 1 {
         file["tensor_parallel"] = json!({ "autotp_size": l.tp });
     }
@@ -45,11 +45,11 @@ pub(crate) fn config(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
 }
 
 /// Arguments of Megatron-DeepSpeed; its configuration file goes to the notes.
-pub(crate) fn megatron(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
+pub(crate) fn megatron(p: &Problem, placement: &Placement) -> Result<Emitted> {
     const NAME: &str = "Megatron-DeepSpeed";
-    let l = &mesh.layout;
+    let l = &placement.layout;
     let m = &p.shape.model;
-    common(NAME, mesh)?;
+    common(NAME, placement)?;
     if p.shape.latent.is_some() {
         return Err(lacks(NAME, "latent attention", "emit for megatron"));
     }
@@ -101,13 +101,13 @@ pub(crate) fn megatron(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
         }
         args.push(format!(
             "--num-experts {} --topk {} --moe-expert-parallel-size {}",
-            e.count, e.top_k, mesh.layout.ep
+            e.count, e.top_k, placement.layout.ep
         ));
     }
     if l.sequence_parallel {
         args.push("--sequence-parallel".into());
     }
-    args.push(if mesh.format == NumberFormat::Fp16 { "--fp16".into() } else { "--bf16".into() });
+    args.push(if placement.format == NumberFormat::Fp16 { "--fp16".into() } else { "--bf16".into() });
     match l.recompute {
         Recompute::None => {}
         Recompute::Selective => args.push("--recompute-granularity selective".into()),
@@ -118,13 +118,13 @@ pub(crate) fn megatron(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     }
     args.push(format!("--zero-stage {}", u8::from(l.zero)));
     args.push("--deepspeed --deepspeed_config ds_config.json".into());
-    let notes = vec![format!("ds_config.json: {}", base(p, mesh))];
+    let notes = vec![format!("ds_config.json: {}", base(p, placement))];
     Ok(Emitted { text: arguments(&args), notes })
 }
 
 /// What neither can express.
-fn common(name: &str, mesh: &Mesh) -> Result<()> {
-    let l = &mesh.layout;
+fn common(name: &str, placement: &Placement) -> Result<()> {
+    let l = &placement.layout;
     let refuse = |what: String, instead: &str| Err(lacks(name, what, instead));
     if l.zero >= Zero::Gradients && l.pp > 1 {
         return refuse(format!("ZeRO {} with pipeline stages", u8::from(l.zero)), "plan with zero=1 or pp=1");
@@ -132,22 +132,22 @@ fn common(name: &str, mesh: &Mesh) -> Result<()> {
     if l.chunks > 1 || l.schedule == PipelineSchedule::Gpipe && l.pp > 1 {
         return refuse(format!("{} schedule", schedule_name(l.schedule)), "plan with schedule=1f1b");
     }
-    if mesh.layout.cp > 1 {
+    if placement.layout.cp > 1 {
         return refuse(
             "ring of context-parallel ranks (it has all-to-all over heads)".into(),
             "plan with cp=1",
         );
     }
-    if l.dp > 1 && l.pp > 1 && mesh.order != Order::TpCpDpPp {
+    if l.dp > 1 && l.pp > 1 && placement.order != Order::TpCpDpPp {
         return refuse(
             "order in which stages lie nearer than replicas".into(),
             "plan with order=tp-cp-dp-pp",
         );
     }
-    if !matches!(mesh.format, NumberFormat::Bf16 | NumberFormat::Fp16) {
-        return refuse(format!("{} training", mesh.format), "plan with --format bf16");
+    if !matches!(placement.format, NumberFormat::Bf16 | NumberFormat::Fp16) {
+        return refuse(format!("{} training", placement.format), "plan with --format bf16");
     }
-    if mesh.shard < l.dp && l.zero != Zero::Off && l.zero != Zero::Parameters {
+    if placement.shard < l.dp && l.zero != Zero::Off && l.zero != Zero::Parameters {
         return refuse(
             format!("ZeRO {} over a part of the replicas", u8::from(l.zero)),
             "leave shard out of the layout",
@@ -156,15 +156,15 @@ fn common(name: &str, mesh: &Mesh) -> Result<()> {
     Ok(())
 }
 
-fn base(p: &Problem, mesh: &Mesh) -> serde_json::Value {
-    let l = &mesh.layout;
+fn base(p: &Problem, placement: &Placement) -> serde_json::Value {
+    let l = &placement.layout;
     let mut zero = json!({ "stage": u8::from(l.zero) });
     if l.zero != Zero::Off {
         zero["overlap_comm"] = json!(p.software.overlap_grads);
         zero["contiguous_gradients"] = json!(true);
     }
-    if l.zero == Zero::Parameters && mesh.shard < l.dp {
-        zero["mics_shard_size"] = json!(mesh.shard);
+    if l.zero == Zero::Parameters && placement.shard < l.dp {
+        zero["mics_shard_size"] = json!(placement.shard);
     }
     let mut file = json!({
         "train_batch_size": p.sequences,
@@ -172,6 +172,6 @@ fn base(p: &Problem, mesh: &Mesh) -> serde_json::Value {
         "gradient_accumulation_steps": p.sequences / (l.dp * l.micro_batch).max(1),
         "zero_optimization": zero,
     });
-    file[if mesh.format == NumberFormat::Fp16 { "fp16" } else { "bf16" }] = json!({ "enabled": true });
+    file[if placement.format == NumberFormat::Fp16 { "fp16" } else { "bf16" }] = json!({ "enabled": true });
     file
 }

@@ -11,8 +11,8 @@ mod torchtitan;
 
 pub use ranks::{Place, rank_csv, ranks};
 
-use plan::mesh::Mesh;
-use plan::price::Problem;
+use plan::estimate::Problem;
+use plan::placement::Placement;
 use spec::{Error, PipelineSchedule, Result, suggest};
 
 /// Stacks that arguments can be written for, each with the training stack whose layouts suit it.
@@ -37,13 +37,13 @@ pub struct Emitted {
 ///
 /// # Errors
 /// If the stack is unknown, or cannot express the layout: the message says which part, and what it has instead.
-pub fn emit(stack: &str, problem: &Problem, mesh: &Mesh) -> Result<Emitted> {
+pub fn emit(stack: &str, problem: &Problem, placement: &Placement) -> Result<Emitted> {
     match stack {
-        "megatron" => megatron::emit(problem, mesh),
-        "torchtitan" => torchtitan::emit(problem, mesh),
-        "deepspeed" => deepspeed::config(problem, mesh),
-        "megatron-deepspeed" => deepspeed::megatron(problem, mesh),
-        "maxtext" => maxtext::emit(problem, mesh),
+        "megatron" => megatron::emit(problem, placement),
+        "torchtitan" => torchtitan::emit(problem, placement),
+        "deepspeed" => deepspeed::config(problem, placement),
+        "megatron-deepspeed" => deepspeed::megatron(problem, placement),
+        "maxtext" => maxtext::emit(problem, placement),
         other => Err(unknown(other)),
     }
 }

@@ -1,15 +1,15 @@
 use std::fmt::Write;
 
-use plan::mesh::{Mesh, Order};
-use plan::price::Problem;
+use plan::estimate::Problem;
+use plan::placement::{Order, Placement};
 use spec::{NumberFormat, PipelineSchedule, Recompute, Result, Zero};
 
 use crate::{Emitted, lacks, schedule_name};
 
 const NAME: &str = "MaxText";
 
-pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
-    let l = &mesh.layout;
+pub(crate) fn emit(p: &Problem, placement: &Placement) -> Result<Emitted> {
+    let l = &placement.layout;
     let refuse = |what: String, instead: &str| Err(lacks(NAME, what, instead));
     if l.zero == Zero::Gradients {
         return refuse("ZeRO 2".into(), "plan with zero=1 (shard_optimizer_over_data) or zero=3 (fsdp)");
@@ -29,33 +29,36 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     }
     let replicas = l.dp;
     let fsdp = if l.zero == Zero::Parameters {
-        let inner = mesh.layout.cp.max(1);
-        if !mesh.shard.is_multiple_of(inner) || !replicas.is_multiple_of(mesh.shard / inner) {
+        let inner = placement.layout.cp.max(1);
+        if !placement.shard.is_multiple_of(inner) || !replicas.is_multiple_of(placement.shard / inner) {
             return refuse(
-                format!("shards over {} ranks beside cp={}", mesh.shard, mesh.layout.cp),
+                format!("shards over {} ranks beside cp={}", placement.shard, placement.layout.cp),
                 "leave shard out",
             );
         }
-        mesh.shard / inner
+        placement.shard / inner
     } else {
         1
     };
     let sharded = if l.zero == Zero::Parameters { fsdp } else { replicas };
-    if !sharded.is_multiple_of(mesh.layout.ep) {
+    if !sharded.is_multiple_of(placement.layout.ep) {
         return refuse(
-            format!("ep={} beside {sharded} replicas: its expert axis is a part of them", mesh.layout.ep),
+            format!(
+                "ep={} beside {sharded} replicas: its expert axis is a part of them",
+                placement.layout.ep
+            ),
             "plan with an ep that divides dp",
         );
     }
     // The expert axis takes its ranks from the axis that shards, or else from plain replicas.
     let (data, fsdp) = match l.zero {
-        Zero::Parameters => (replicas / fsdp, fsdp / mesh.layout.ep),
-        _ => (replicas / mesh.layout.ep, 1),
+        Zero::Parameters => (replicas / fsdp, fsdp / placement.layout.ep),
+        _ => (replicas / placement.layout.ep, 1),
     };
     let tensor = if l.sequence_parallel { "tensor_sequence" } else { "tensor" };
-    let mut axes = vec![(tensor, l.tp), ("context", mesh.layout.cp)];
-    let near = [("expert", mesh.layout.ep), ("fsdp", fsdp), ("data", data)];
-    match mesh.order {
+    let mut axes = vec![(tensor, l.tp), ("context", placement.layout.cp)];
+    let near = [("expert", placement.layout.ep), ("fsdp", fsdp), ("data", data)];
+    match placement.order {
         Order::TpCpDpPp => {
             axes.extend(near);
             axes.push(("pipeline", l.pp));
@@ -65,7 +68,7 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
             axes.extend(near);
         }
     }
-    let domain = p.cluster.scale_up.domain.min(mesh.layout.world());
+    let domain = p.cluster.scale_up.domain.min(placement.layout.world());
     let mut room = domain;
     let mut out = String::from("base_config: \"base.yml\"\n");
     for (name, size) in axes {
@@ -84,7 +87,7 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     }
     // With stages one pass takes the whole batch; without them the gradient is accumulated over passes.
     let (passes, batch) = if l.pp > 1 { (1, p.sequences) } else { (micro_batches, l.dp * l.micro_batch) };
-    let per_device = batch as f64 / mesh.layout.world() as f64;
+    let per_device = batch as f64 / placement.layout.world() as f64;
     let _ = writeln!(out, "per_device_batch_size: {per_device:?}");
     let _ = writeln!(out, "gradient_accumulation_steps: {passes}");
     let _ = writeln!(out, "max_target_length: {}", p.sequence);
@@ -100,7 +103,7 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     };
     let _ = writeln!(out, "remat_policy: \"{policy}\"");
     let _ = writeln!(out, "dtype: \"bfloat16\"");
-    match mesh.format {
+    match placement.format {
         NumberFormat::Bf16 => {}
         NumberFormat::Fp8 => out += "quantization: \"fp8\"\n",
         NumberFormat::Int8 => out += "quantization: \"int8\"\n",

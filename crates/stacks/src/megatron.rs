@@ -1,5 +1,5 @@
-use plan::mesh::{Mesh, Order};
-use plan::price::Problem;
+use plan::estimate::Problem;
+use plan::placement::{Order, Placement};
 use plan::software::AttentionKernel;
 use spec::{NumberFormat, PipelineSchedule, Position, Recompute, Result, Zero};
 
@@ -7,8 +7,8 @@ use crate::{Emitted, arguments, lacks, schedule_name, uneven_stages};
 
 const NAME: &str = "Megatron-LM";
 
-pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
-    let l = &mesh.layout;
+pub(crate) fn emit(p: &Problem, placement: &Placement) -> Result<Emitted> {
+    let l = &placement.layout;
     let mut args = model(p);
     let mut notes = Vec::new();
     args.push(format!("--seq-length {}", p.sequence));
@@ -17,9 +17,9 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     args.push(format!("--global-batch-size {}", p.sequences));
     args.push(format!("--tensor-model-parallel-size {}", l.tp));
     args.push(format!("--pipeline-model-parallel-size {}", l.pp));
-    args.push(format!("--context-parallel-size {}", mesh.layout.cp));
+    args.push(format!("--context-parallel-size {}", placement.layout.cp));
     if p.shape.experts.is_some() {
-        args.push(format!("--expert-model-parallel-size {}", mesh.layout.ep));
+        args.push(format!("--expert-model-parallel-size {}", placement.layout.ep));
         args.push("--expert-tensor-parallel-size 1".into());
     }
     if l.sequence_parallel {
@@ -28,26 +28,26 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
             args.push("--tp-comm-overlap".into());
         }
     }
-    args.extend(stages(p, mesh)?);
+    args.extend(stages(p, placement)?);
     if l.pp > 1 && l.chunks > 1 && !p.software.overlap_p2p {
         args.push("--no-overlap-p2p-communication".into());
     }
-    args.extend(replicas(p, mesh)?);
-    args.extend(recompute(p, mesh, &mut notes));
-    args.extend(match mesh.format {
+    args.extend(replicas(p, placement)?);
+    args.extend(recompute(p, placement, &mut notes));
+    args.extend(match placement.format {
         NumberFormat::Fp16 => vec!["--fp16".to_owned()],
         NumberFormat::Fp8 => vec!["--bf16".to_owned(), "--fp8-format hybrid".to_owned()],
         NumberFormat::Fp4 => vec!["--bf16".to_owned(), "--fp4-format e2m1".to_owned()],
         NumberFormat::Bf16 => vec!["--bf16".to_owned()],
         other => return Err(lacks(NAME, format!("{other} training"), "plan with --format bf16 or fp8")),
     });
-    if mesh.order == Order::TpCpPpDp {
+    if placement.order == Order::TpCpPpDp {
         args.push("--use-tp-pp-dp-mapping".into());
     }
     let fsdp = l.zero >= Zero::Gradients;
     if fsdp {
         notes.push("leave CUDA_DEVICE_MAX_CONNECTIONS unset: Megatron-FSDP refuses 1".into());
-    } else if l.tp > 1 || mesh.layout.cp > 1 {
+    } else if l.tp > 1 || placement.layout.cp > 1 {
         notes.push("set CUDA_DEVICE_MAX_CONNECTIONS=1 before Blackwell".into());
     }
     Ok(Emitted { text: arguments(&args), notes })
@@ -112,8 +112,8 @@ fn model(p: &Problem) -> Vec<String> {
 }
 
 /// The schedule, and how layers are spread over stages and chunks.
-fn stages(p: &Problem, mesh: &Mesh) -> Result<Vec<String>> {
-    let l = &mesh.layout;
+fn stages(p: &Problem, placement: &Placement) -> Result<Vec<String>> {
+    let l = &placement.layout;
     let layers = p.shape.model.layers;
     if l.pp == 1 {
         return Ok(Vec::new());
@@ -158,9 +158,9 @@ fn stages(p: &Problem, mesh: &Mesh) -> Result<Vec<String>> {
     Ok(args)
 }
 
-fn replicas(p: &Problem, mesh: &Mesh) -> Result<Vec<String>> {
-    let l = &mesh.layout;
-    let replicas = l.dp * mesh.layout.cp;
+fn replicas(p: &Problem, placement: &Placement) -> Result<Vec<String>> {
+    let l = &placement.layout;
+    let replicas = l.dp * placement.layout.cp;
     let mut args: Vec<String> = Vec::new();
     match l.zero {
         Zero::Off => {
@@ -176,12 +176,15 @@ fn replicas(p: &Problem, mesh: &Mesh) -> Result<Vec<String>> {
                     args.push("--overlap-param-gather".into());
                 }
             }
-            if mesh.shard < replicas {
-                args.push(format!("--num-distributed-optimizer-instances {}", replicas / mesh.shard.max(1)));
+            if placement.shard < replicas {
+                args.push(format!(
+                    "--num-distributed-optimizer-instances {}",
+                    replicas / placement.shard.max(1)
+                ));
             }
         }
         Zero::Gradients | Zero::Parameters => {
-            if mesh.shard < replicas {
+            if placement.shard < replicas {
                 return Err(lacks(
                     NAME,
                     "ZeRO 2 or 3 over a part of the replicas",
@@ -202,8 +205,8 @@ fn replicas(p: &Problem, mesh: &Mesh) -> Result<Vec<String>> {
     Ok(args)
 }
 
-fn recompute(p: &Problem, mesh: &Mesh, notes: &mut Vec<String>) -> Vec<String> {
-    match mesh.layout.recompute {
+fn recompute(p: &Problem, placement: &Placement, notes: &mut Vec<String>) -> Vec<String> {
+    match placement.layout.recompute {
         Recompute::None => Vec::new(),
         Recompute::Full => vec![
             "--recompute-granularity full".into(),

@@ -1,6 +1,6 @@
 use std::fmt::Write;
 
-use plan::mesh::{Mesh, Order};
+use plan::placement::{Order, Placement};
 use serde::Serialize;
 
 /// Where one rank lies and what it holds.
@@ -25,11 +25,12 @@ pub struct Place {
 }
 
 /// All ranks of a layout on nodes of `per_node` accelerators, in order.
-pub fn ranks(mesh: &Mesh, per_node: usize) -> impl Iterator<Item = Place> {
-    let l = &mesh.layout;
-    let (tps, cps, dps, pps, eps, order) = (l.tp, mesh.layout.cp, l.dp, l.pp, mesh.layout.ep, mesh.order);
+pub fn ranks(placement: &Placement, per_node: usize) -> impl Iterator<Item = Place> {
+    let l = &placement.layout;
+    let (tps, cps, dps, pps, eps, order) =
+        (l.tp, placement.layout.cp, l.dp, l.pp, placement.layout.ep, placement.order);
     let per_node = per_node.max(1);
-    (0..mesh.layout.world()).map(move |rank| {
+    (0..placement.layout.world()).map(move |rank| {
         let (tp, rest) = (rank % tps, rank / tps);
         let (cp, rest) = (rest % cps, rest / cps);
         let (dp, pp) = match order {
@@ -43,9 +44,9 @@ pub fn ranks(mesh: &Mesh, per_node: usize) -> impl Iterator<Item = Place> {
 }
 
 /// The ranks as a table with a header.
-pub fn rank_csv(mesh: &Mesh, per_node: usize) -> String {
+pub fn rank_csv(placement: &Placement, per_node: usize) -> String {
     let mut out = String::from("rank,node,local_rank,tp,cp,dp,pp,ep\n");
-    for p in ranks(mesh, per_node) {
+    for p in ranks(placement, per_node) {
         // Writing to a string cannot fail.
         let _ = writeln!(
             out,

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use plan::calibration::PRIOR;
-use plan::mesh::Order;
+use plan::placement::Order;
 use plan::shape::Shape;
 use plan::software::Software;
 use spec::{Catalog, Layout, NumberFormat, Recompute, Zero};
@@ -33,8 +33,8 @@ fn layout() -> Layout {
     }
 }
 
-fn mesh(layout: Layout) -> Mesh {
-    Mesh::of(layout, NumberFormat::Bf16)
+fn placement(layout: Layout) -> Placement {
+    Placement::of(layout, NumberFormat::Bf16)
 }
 
 /// What a stack would read: keys with values, or `true` for a bare flag.
@@ -65,7 +65,7 @@ fn count(read: &Read, key: &str) -> usize {
 }
 
 /// A layout as Megatron-LM reads it from its arguments.
-fn megatron_layout(read: &Read, world: usize, layers: usize) -> Mesh {
+fn megatron_layout(read: &Read, world: usize, layers: usize) -> Placement {
     let (tp, pp) = (count(read, "tensor-model-parallel-size"), count(read, "pipeline-model-parallel-size"));
     let cp = count(read, "context-parallel-size");
     let extra = if read.contains_key("account-for-embedding-in-pipeline-split") { 2 } else { 0 };
@@ -99,7 +99,7 @@ fn megatron_layout(read: &Read, world: usize, layers: usize) -> Mesh {
         cp,
         ep: count(read, "expert-model-parallel-size"),
     };
-    Mesh {
+    Placement {
         layout,
         shard: dp * cp / count(read, "num-distributed-optimizer-instances"),
         format: if read.contains_key("fp8-format") { NumberFormat::Fp8 } else { NumberFormat::Bf16 },
@@ -109,7 +109,7 @@ fn megatron_layout(read: &Read, world: usize, layers: usize) -> Mesh {
 
 #[test]
 fn megatron_reads_the_layout_that_was_written() {
-    let check = |model: &str, given: Mesh| {
+    let check = |model: &str, given: Placement| {
         let p = problem(model, given.layout.world());
         let emitted = emit("megatron", &p, &given).unwrap();
         let read = read_arguments(&emitted.text);
@@ -121,18 +121,18 @@ fn megatron_reads_the_layout_that_was_written() {
         );
         assert_eq!(count(&read, "global-batch-size"), p.sequences);
     };
-    check("gpt3-13b", mesh(layout()));
+    check("gpt3-13b", placement(layout()));
     for zero in [Zero::Off, Zero::Gradients, Zero::Parameters] {
         for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
             let given = Layout { zero, recompute, ..layout() };
-            check("gpt3-13b", mesh(given));
+            check("gpt3-13b", placement(given));
         }
     }
     let interleaved = Layout { chunks: 4, schedule: PipelineSchedule::Interleaved, ..layout() };
-    check("gpt3-13b", mesh(interleaved));
+    check("gpt3-13b", placement(interleaved));
     // 126 layers over 16 x 8 virtual stages: the embedding and the head count as a layer each.
     let ends = Layout { dp: 1, tp: 8, pp: 16, chunks: 8, ..layout() };
-    let mut given = mesh(Layout { schedule: PipelineSchedule::Interleaved, ..ends });
+    let mut given = placement(Layout { schedule: PipelineSchedule::Interleaved, ..ends });
     given.order = Order::TpCpPpDp;
     let p = Problem {
         shape: Shape::from_model(spec::ModelSpec::preset("llama3-405b").unwrap()),
@@ -142,7 +142,7 @@ fn megatron_reads_the_layout_that_was_written() {
     assert_eq!(megatron_layout(&read_arguments(&text), 128, 126), given, "{text}");
     assert!(text.contains("--rotary-base 500000 "), "{text}");
 
-    let mut given = mesh(Layout { dp: 16, tp: 1, sequence_parallel: false, pp: 4, ..layout() });
+    let mut given = placement(Layout { dp: 16, tp: 1, sequence_parallel: false, pp: 4, ..layout() });
     (given.layout.cp, given.layout.ep, given.format, given.shard) = (2, 8, NumberFormat::Fp8, 16);
     check("mixtral-8x7b", given);
 }
@@ -150,7 +150,7 @@ fn megatron_reads_the_layout_that_was_written() {
 #[test]
 fn megatron_is_told_how_uneven_stages_are() {
     let p = problem("deepseek-v3", 128);
-    let given = mesh(Layout { dp: 8, tp: 1, pp: 16, sequence_parallel: false, ..layout() });
+    let given = placement(Layout { dp: 8, tp: 1, pp: 16, sequence_parallel: false, ..layout() });
     let text = emit("megatron", &p, &given).unwrap().text;
     let line = text.lines().find(|l| l.contains("pipeline-model-parallel-layout")).unwrap();
     let stages: Vec<usize> = line
@@ -181,7 +181,7 @@ fn torchtitan_reads_the_layout_that_was_written() {
                 let schedule =
                     if chunks > 1 { PipelineSchedule::Interleaved } else { PipelineSchedule::OneFOneB };
                 let l = Layout { zero, recompute, pp, chunks, schedule, dp: 16 / pp, ..layout() };
-                let text = emit("torchtitan", &p, &mesh(l.clone())).unwrap().text;
+                let text = emit("torchtitan", &p, &placement(l.clone())).unwrap().text;
                 let file: toml::Value = toml::from_str(&text).unwrap();
                 let int = |section: &str, key: &str| file[section][key].as_integer().unwrap() as usize;
                 let of = |key: &str| int("parallelism", key);
@@ -225,7 +225,7 @@ fn deepspeed_reads_the_layout_that_was_written() {
         [(Zero::Off, 2, 4), (Zero::Optimizer, 2, 4), (Zero::Gradients, 1, 4), (Zero::Parameters, 1, 1)]
     {
         let l = Layout { zero, pp, tp, dp: 64 / pp / tp, sequence_parallel: false, ..layout() };
-        let text = emit("deepspeed", &p, &mesh(l.clone())).unwrap().text;
+        let text = emit("deepspeed", &p, &placement(l.clone())).unwrap().text;
         let file: serde_json::Value = serde_json::from_str(&text).unwrap();
         let at = |path: &str| file.pointer(path).and_then(|v| v.as_u64()).unwrap() as usize;
         assert_eq!(at("/zero_optimization/stage"), usize::from(u8::from(zero)));
@@ -241,7 +241,7 @@ fn deepspeed_reads_the_layout_that_was_written() {
         assert_eq!(file["bf16"]["enabled"], true);
     }
     let zb = Layout { schedule: PipelineSchedule::ZeroBubble, ..layout() };
-    let emitted = emit("megatron-deepspeed", &p, &mesh(zb)).unwrap();
+    let emitted = emit("megatron-deepspeed", &p, &placement(zb)).unwrap();
     let read = read_arguments(&emitted.text);
     assert_eq!((count(&read, "zero-stage"), count(&read, "pipeline-model-parallel-size")), (1, 2));
     assert!(read.contains_key("enable-zbh1-pipeline"));
@@ -255,7 +255,7 @@ fn maxtext_reads_the_layout_that_was_written() {
     let p = Problem { cluster, sequences: 1024, ..problem("gpt3-13b", 512) };
     for (zero, sequence_parallel) in [(Zero::Off, true), (Zero::Optimizer, false), (Zero::Parameters, true)] {
         let l = Layout { zero, pp: 1, dp: 128, sequence_parallel, ..layout() };
-        let text = emit("maxtext", &p, &mesh(l.clone())).unwrap().text;
+        let text = emit("maxtext", &p, &placement(l.clone())).unwrap().text;
         let read = read_lines(&text, ":");
         let axis = |name: &str| {
             (
@@ -284,7 +284,7 @@ fn maxtext_reads_the_layout_that_was_written() {
 fn what_a_stack_lacks_is_refused_with_what_it_has() {
     let p = problem("gpt3-13b", 64);
     let check = |stack: &str, layout: Layout, what: &str, hint: &str| {
-        let error = emit(stack, &p, &mesh(layout)).unwrap_err();
+        let error = emit(stack, &p, &placement(layout)).unwrap_err();
         assert!(error.to_string().contains(what), "{stack}: {error}");
         assert!(error.hint_text().unwrap().contains(hint), "{stack}: {:?}", error.hint_text());
     };
@@ -303,7 +303,7 @@ fn what_a_stack_lacks_is_refused_with_what_it_has() {
 }
 
 #[test]
-fn every_stack_names_software_that_is_priced() {
+fn every_stack_names_software_that_is_estimated() {
     for (stack, name) in STACKS {
         assert!(Software::named(name).is_some(), "{stack}");
         assert_eq!(software(stack).unwrap(), name);
@@ -312,12 +312,12 @@ fn every_stack_names_software_that_is_priced() {
 
 #[test]
 fn every_rank_has_one_place() {
-    let given = mesh(Layout { dp: 4, tp: 8, pp: 2, ..Layout::default() });
+    let given = placement(Layout { dp: 4, tp: 8, pp: 2, ..Layout::default() });
     let csv = rank_csv(&given, 8);
     assert_eq!(csv.lines().count(), 65);
     assert_eq!(csv.lines().nth(9), Some("8,1,0,0,0,1,0,0"));
     for order in [Order::TpCpDpPp, Order::TpCpPpDp] {
-        let given = Mesh { layout: Layout { cp: 2, ..given.layout.clone() }, order, ..given.clone() };
+        let given = Placement { layout: Layout { cp: 2, ..given.layout.clone() }, order, ..given.clone() };
         let places: std::collections::BTreeSet<_> =
             ranks(&given, 8).map(|p| (p.tp, p.cp, p.dp, p.pp)).collect();
         assert_eq!(places.len(), given.layout.world());

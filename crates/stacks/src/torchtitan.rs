@@ -1,13 +1,13 @@
-use plan::mesh::{Mesh, Order};
-use plan::price::Problem;
+use plan::estimate::Problem;
+use plan::placement::{Order, Placement};
 use spec::{NumberFormat, PipelineSchedule, Recompute, Result, Zero};
 
 use crate::{Emitted, lacks, schedule_name};
 
 const NAME: &str = "torchtitan";
 
-pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
-    let l = &mesh.layout;
+pub(crate) fn emit(p: &Problem, placement: &Placement) -> Result<Emitted> {
+    let l = &placement.layout;
     let layers = p.shape.model.layers;
     let refuse = |what: String, instead: &str| Err(lacks(NAME, what, instead));
     if l.zero == Zero::Optimizer {
@@ -17,7 +17,7 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
             "plan with --software torchtitan, or --layout ...,zero=3",
         );
     }
-    if l.zero == Zero::Off && mesh.layout.cp > 1 {
+    if l.zero == Zero::Off && placement.layout.cp > 1 {
         return refuse("replicas beside context parallelism: it shards over cp".into(), "plan with zero=3");
     }
     if l.tp > 1 && !l.sequence_parallel {
@@ -26,7 +26,7 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
             "plan with sequence_parallel=true",
         );
     }
-    if mesh.order != Order::TpCpDpPp {
+    if placement.order != Order::TpCpDpPp {
         return refuse(
             "order in which stages lie nearer than replicas".into(),
             "plan with order=tp-cp-dp-pp",
@@ -34,10 +34,10 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
     }
     let shard = match l.zero {
         Zero::Off => 1,
-        _ if mesh.shard.is_multiple_of(mesh.layout.cp) => mesh.shard / mesh.layout.cp,
+        _ if placement.shard.is_multiple_of(placement.layout.cp) => placement.shard / placement.layout.cp,
         _ => {
             return refuse(
-                format!("shards over {} of cp={} ranks", mesh.shard, mesh.layout.cp),
+                format!("shards over {} of cp={} ranks", placement.shard, placement.layout.cp),
                 "shard over whole cp groups",
             );
         }
@@ -47,9 +47,9 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
             .to_owned(),
     ];
     let mut out = String::new();
-    if mesh.format != NumberFormat::Bf16 {
-        if mesh.format != NumberFormat::Fp8 {
-            return refuse(format!("{} training", mesh.format), "plan with --format bf16 or fp8");
+    if placement.format != NumberFormat::Bf16 {
+        if placement.format != NumberFormat::Fp8 {
+            return refuse(format!("{} training", placement.format), "plan with --format bf16 or fp8");
         }
         out += "[model]\nconverters = [\"quantize.linear.float8\"]\n\n[quantize.linear.float8]\n\
                 enable_fsdp_float8_all_gather = true\nprecompute_float8_dynamic_scale_for_fsdp = true\n\n";
@@ -66,10 +66,11 @@ pub(crate) fn emit(p: &Problem, mesh: &Mesh) -> Result<Emitted> {
         l.dp / shard.max(1),
         if l.zero == Zero::Gradients { "never" } else { "always" },
         l.tp,
-        mesh.layout.cp,
+        placement.layout.cp,
     );
     if p.shape.experts.is_some() {
-        out += &format!("expert_parallel_degree = {}\nexpert_tensor_parallel_degree = 1\n", mesh.layout.ep);
+        out +=
+            &format!("expert_parallel_degree = {}\nexpert_tensor_parallel_degree = 1\n", placement.layout.ep);
     }
     out += &format!("pipeline_parallel_degree = {}\n", l.pp);
     if l.pp > 1 {

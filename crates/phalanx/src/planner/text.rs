@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use plan::answer::{Answer, Choice, Sensitivity};
-use plan::storage::{Seconds, StoragePrice};
+use plan::storage::{Seconds, StorageEstimate};
 use spec::cluster::StorageLimit;
 
 /// Characters of a full bar.
@@ -108,7 +108,7 @@ fn row(out: &mut String, n: usize, c: &Choice) -> std::fmt::Result {
         100.0 * c.mfu,
         bytes(c.memory_bytes),
         c.bound,
-        c.mesh()
+        c.placement()
     )?;
     if let Some((part, loss)) = c.loses_s.first() {
         let sign = if *loss < 0.0 { "-" } else { "+" };
@@ -145,12 +145,18 @@ fn front(out: &mut String, answer: &Answer) -> std::fmt::Result {
     for i in 0..rows {
         let c = &all[i * (all.len() - 1) / (rows - 1)];
         let bar = "#".repeat((BAR / 2.0 * c.memory_bytes / most).round() as usize);
-        writeln!(out, "  {:>10}  {:>8}  {bar:<20}  {}", seconds(c.step_s), bytes(c.memory_bytes), c.mesh())?;
+        writeln!(
+            out,
+            "  {:>10}  {:>8}  {bar:<20}  {}",
+            seconds(c.step_s),
+            bytes(c.memory_bytes),
+            c.placement()
+        )?;
     }
     Ok(())
 }
 
-fn storage_lines(out: &mut String, s: &StoragePrice) -> std::fmt::Result {
+fn storage_lines(out: &mut String, s: &StorageEstimate) -> std::fmt::Result {
     let limit = |limit: StorageLimit| match limit {
         StorageLimit::Filesystem => "the filesystem",
         StorageLimit::Unit => "its scalable units' servers",

@@ -41,15 +41,15 @@ fn a_given_layout_costs_what_the_search_says_it_does() {
     let calibration = Calibration::builtin().unwrap();
     let searched = ask(question("gpt3-13b", "dgx-h100", 64));
     for choice in &searched.best {
-        let text = choice.mesh().to_string();
-        let given = price_given(question("gpt3-13b", "dgx-h100", 64), &text, &calibration).unwrap();
-        assert_eq!(given.best[0].mesh(), choice.mesh(), "{text}");
+        let text = choice.placement().to_string();
+        let given = estimate_given(question("gpt3-13b", "dgx-h100", 64), &text, &calibration).unwrap();
+        assert_eq!(given.best[0].placement(), choice.placement(), "{text}");
         assert_eq!(given.best[0].step_s, choice.step_s, "{text}");
         assert!(given.given && given.best[0].fits && given.assumptions[0].starts_with("training stack"));
     }
-    let short = price_given(question("gpt3-13b", "dgx-h100", 64), "tp=8", &calibration).unwrap();
+    let short = estimate_given(question("gpt3-13b", "dgx-h100", 64), "tp=8", &calibration).unwrap();
     assert!(short.assumptions[0].contains("dp=8") && short.searched.layouts_priced == 1);
-    let tight = price_given(question("gpt3-175b", "dgx-h100", 64), "tp=8,zero=0", &calibration).unwrap();
+    let tight = estimate_given(question("gpt3-175b", "dgx-h100", 64), "tp=8,zero=0", &calibration).unwrap();
     assert!(!tight.best[0].fits);
     for s in short.explain().unwrap() {
         assert!(s.step_s_with_quarter_more <= short.best[0].step_s, "{s:?}");

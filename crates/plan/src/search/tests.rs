@@ -21,13 +21,13 @@ fn space(accelerators: usize) -> Space {
     Space { accelerators, format: NumberFormat::Bf16, keep: 5, micro_batch_max: 4, trainable_only: true }
 }
 
-/// Every layout, priced one by one without bounds.
+/// Every layout, estimated one by one without bounds.
 fn brute_force(problem: &Problem, space: &Space) -> (f64, usize) {
     let mut best = f64::INFINITY;
     let mut count = 0;
     for job in jobs(problem, space) {
         let rest = space.accelerators / job.tp / job.cp;
-        let mut pricer = Pricer::new(problem, space.format).unwrap();
+        let mut estimator = Estimator::new(problem, space.format).unwrap();
         for pp in divisors(rest).into_iter().filter(|pp| *pp <= problem.shape.model.layers) {
             let dp = rest / pp;
             if !problem.sequences.is_multiple_of(dp * job.micro_batch) {
@@ -57,11 +57,11 @@ fn brute_force(problem: &Problem, space: &Space) -> (f64, usize) {
                             reduce: Reduce::Ring,
                             ..Layout::default()
                         };
-                        let mesh = Mesh { layout, shard: dp, format: space.format, order };
-                        let price = pricer.price(&mesh).unwrap();
+                        let placement = Placement { layout, shard: dp, format: space.format, order };
+                        let estimate = estimator.estimate(&placement).unwrap();
                         count += 1;
-                        if price.fits {
-                            best = best.min(price.step_s);
+                        if estimate.fits {
+                            best = best.min(estimate.step_s);
                         }
                     }
                 }
@@ -77,7 +77,7 @@ fn bounds_lose_nothing() {
     let space = space(64);
     let found = search(&problem, &space, &|_, _| ()).unwrap();
     let (best, count) = brute_force(&problem, &space);
-    assert_eq!(found.best[0].price.step_s, best);
+    assert_eq!(found.best[0].estimate.step_s, best);
     assert_eq!(found.layouts_priced + found.layouts_pruned, count);
     assert!(found.layouts_pruned > 0);
 }
@@ -87,11 +87,11 @@ fn the_front_is_sorted_and_undominated_and_the_best_leads_it() {
     let problem = problem("gpt3-13b", "dgx-a100", 64, 256, 2048);
     let found = search(&problem, &space(64), &|_, _| ()).unwrap();
     for pair in found.pareto.windows(2) {
-        assert!(pair[0].price.step_s < pair[1].price.step_s);
-        assert!(pair[0].price.memory.total() > pair[1].price.memory.total());
+        assert!(pair[0].estimate.step_s < pair[1].estimate.step_s);
+        assert!(pair[0].estimate.memory.total() > pair[1].estimate.memory.total());
     }
-    assert_eq!(found.pareto[0].price.step_s, found.best[0].price.step_s);
-    assert!(found.best.windows(2).all(|p| p[0].price.step_s <= p[1].price.step_s));
+    assert_eq!(found.pareto[0].estimate.step_s, found.best[0].estimate.step_s);
+    assert!(found.best.windows(2).all(|p| p[0].estimate.step_s <= p[1].estimate.step_s));
 }
 
 #[test]

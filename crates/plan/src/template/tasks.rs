@@ -10,7 +10,7 @@ pub fn tasks(p: &Program, op: &Op) -> Vec<Task> {
     tasks
 }
 
-/// What an op says inside a layer; messages between stages and replicas are priced on their own.
+/// What an op says inside a layer; messages between stages and replicas are estimated on their own.
 fn talk(p: &Program, op: &Op) -> Vec<Task> {
     let Some(comm) = &op.comm else { return Vec::new() };
     let Members::Axis(group) = comm.members else { return Vec::new() };

@@ -1,9 +1,9 @@
-use plan::mesh::{Mesh, Order};
+use plan::placement::{Order, Placement};
 use plan::shape::Shape;
 use plan::software::Software;
 use spec::{Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Zero};
 
-use super::{Priceable, Reader};
+use super::{Reader, Usable};
 
 /// What a row's layout has to fit.
 pub(crate) struct Problem<'a> {
@@ -23,7 +23,10 @@ const MICRO_BATCHES: [usize; 6] = [1, 2, 4, 8, 16, 32];
 const CHUNKS: [usize; 8] = [1, 2, 3, 4, 5, 6, 8, 12];
 
 /// The layouts that agree with the row, and the accelerators of one slice if the machine is a torus in slices.
-pub(crate) fn meshes(r: &mut Reader<'_>, p: &Problem<'_>) -> Result<Priceable<(Vec<Mesh>, Option<usize>)>> {
+pub(crate) fn placements(
+    r: &mut Reader<'_>,
+    p: &Problem<'_>,
+) -> Result<Usable<(Vec<Placement>, Option<usize>)>> {
     let torus = p.software.lineage == "maxtext";
     let (tp, pp) = (r.count("tp")?, r.count("pp")?);
     if (tp.is_none() || pp.is_none()) && !torus {
@@ -100,7 +103,7 @@ pub(crate) fn meshes(r: &mut Reader<'_>, p: &Problem<'_>) -> Result<Priceable<(V
                         ep,
                     };
                     let shard = per_group.unwrap_or(dp * cp).min(dp * cp);
-                    out.push(Mesh { layout, shard, format: p.format, order: Order::default() });
+                    out.push(Placement { layout, shard, format: p.format, order: Order::default() });
                 }
             }
         }

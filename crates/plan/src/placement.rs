@@ -1,16 +1,16 @@
-//! How a priced step is spread over accelerators: the layout that trains, and the axes that are priced only.
+//! How an estimated step is spread over accelerators: the layout that trains, and the axes that are estimated only.
 
 use std::fmt;
 
 use serde::Serialize;
 use spec::{DType, Layout, NumberFormat, PipelineSchedule, Recompute, Zero};
 
-/// A layout with the choices that are priced beside it.
+/// A layout with the choices that are estimated beside it.
 ///
-/// Ranks are placed tp innermost, then cp, dp, pp, unless [`Mesh::order`] says otherwise. Experts are spread over the
+/// Ranks are placed tp innermost, then cp, dp, pp, unless [`Placement::order`] says otherwise. Experts are spread over the
 /// ranks of `cp x dp`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Mesh {
+pub struct Placement {
     /// Axes, schedule, ZeRO stage and recompute as the trainer knows them.
     pub layout: Layout,
     /// Data-parallel ranks over which ZeRO shards; all of `dp x cp` if larger.
@@ -37,7 +37,7 @@ pub enum Order {
     TpCpPpDp,
 }
 
-impl fmt::Display for Mesh {
+impl fmt::Display for Placement {
     /// As [`crate::given::parse`] reads it, without what goes without saying.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let l = &self.layout;
@@ -69,10 +69,10 @@ impl fmt::Display for Mesh {
     }
 }
 
-impl Mesh {
-    /// The mesh of a step's layout.
+impl Placement {
+    /// The placement of a step's layout.
     pub fn of(layout: Layout, format: NumberFormat) -> Self {
-        Mesh { shard: layout.replicas(), layout, format, order: Order::default() }
+        Placement { shard: layout.replicas(), layout, format, order: Order::default() }
     }
 
     /// The precision of parameters and activations: products in less than 16 bit take bf16.

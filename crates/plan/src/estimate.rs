@@ -1,4 +1,4 @@
-//! The price of a step: time, where it goes, and memory, for one layout on one machine.
+//! The estimate of a step: time, where it goes, and memory, for one layout on one machine.
 //!
 //! Time is added up from the tasks of a [`Template`]: kernels by roofline, collectives by the links that their group
 //! spans, overlap where the stack's schedule allows it, and the pipeline from its own order.
@@ -16,8 +16,8 @@ use spec::{Cluster, NumberFormat, Result};
 
 use crate::calibration::Constants;
 use crate::compute::Chip;
-use crate::mesh::Mesh;
 use crate::network::NetworkModel;
+use crate::placement::Placement;
 use crate::shape::Shape;
 use crate::software::{AttentionKernel, Software};
 use crate::template::{Key, Template};
@@ -122,9 +122,9 @@ impl MemoryUse {
     }
 }
 
-/// A priced layout.
+/// An estimated layout.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Price {
+pub struct Estimate {
     /// Time of a step.
     pub step_s: f64,
     /// Model FLOPs utilisation: causal attention at half, no recompute, against the dense peak of the format.
@@ -137,7 +137,7 @@ pub struct Price {
     pub fits: bool,
 }
 
-/// What layouts under one template share: opaque, from [`Pricer::shared`].
+/// What layouts under one template share: opaque, from [`Estimator::shared`].
 #[derive(Clone, Copy, Debug)]
 pub struct Shared(Timed);
 
@@ -148,8 +148,8 @@ struct TimedKey {
     tp_stride: usize,
 }
 
-/// Prices layouts of one problem, remembering what they share.
-pub struct Pricer<'a> {
+/// Estimates layouts of one problem, remembering what they share.
+pub struct Estimator<'a> {
     problem: &'a Problem,
     net: NetworkModel,
     /// For products in the format asked.
@@ -162,8 +162,8 @@ pub struct Pricer<'a> {
     flops: f64,
 }
 
-impl<'a> Pricer<'a> {
-    /// A pricer for layouts whose matrix products are in `format`.
+impl<'a> Estimator<'a> {
+    /// An estimator for layouts whose matrix products are in `format`.
     ///
     /// # Errors
     /// If the catalogue states no peak of the format for the accelerator.
@@ -172,7 +172,7 @@ impl<'a> Pricer<'a> {
         let chip = Chip::of(accelerator, format)?;
         let wide_chip = if format.bytes() < 2.0 { Chip::of(accelerator, NumberFormat::Bf16)? } else { chip };
         let tokens = problem.sequences as f64 * problem.sequence as f64;
-        Ok(Pricer {
+        Ok(Estimator {
             net: NetworkModel::of(&problem.cluster),
             chip,
             wide_chip,
@@ -196,12 +196,12 @@ impl<'a> Pricer<'a> {
         self.templates
     }
 
-    fn key(&self, mesh: &Mesh) -> Key {
-        let l = &mesh.layout;
+    fn key(&self, placement: &Placement) -> Key {
+        let l = &placement.layout;
         Key {
             tp: l.tp,
-            cp: mesh.layout.cp,
-            ep: mesh.layout.ep,
+            cp: placement.layout.cp,
+            ep: placement.layout.ep,
             sequence_parallel: l.sequence_parallel,
             micro_batch: l.micro_batch,
             recompute: l.recompute,
@@ -209,45 +209,45 @@ impl<'a> Pricer<'a> {
             stops_early: self.problem.software.recompute_stops_early,
             unfused_attention: self.problem.software.attention == AttentionKernel::Unfused,
             sequence: self.problem.sequence,
-            precision: mesh.precision(),
+            precision: placement.precision(),
         }
     }
 
-    /// Prices one layout.
+    /// Estimates one layout.
     ///
     /// # Errors
     /// If the model does not allow the layout.
-    pub fn price(&mut self, mesh: &Mesh) -> Result<Price> {
-        let timed = self.timed(mesh)?;
-        Ok(self.combine(mesh, &timed))
+    pub fn estimate(&mut self, placement: &Placement) -> Result<Estimate> {
+        let timed = self.timed(placement)?;
+        Ok(self.combine(placement, &timed))
     }
 
-    /// What all layouts share that differ from `mesh` only in dp, pp, schedule, chunks, ZeRO stage and placement.
+    /// What all layouts share that differ from `placement` only in dp, pp, schedule, chunks, ZeRO stage and placement.
     ///
     /// # Errors
     /// If the model does not allow the layout.
-    pub fn shared(&mut self, mesh: &Mesh) -> Result<Shared> {
-        Ok(Shared(self.timed(mesh)?))
+    pub fn shared(&mut self, placement: &Placement) -> Result<Shared> {
+        Ok(Shared(self.timed(placement)?))
     }
 
-    /// Prices one layout from what it shares with others.
-    pub fn price_shared(&self, mesh: &Mesh, shared: &Shared) -> Price {
-        self.combine(mesh, &shared.0)
+    /// Estimates one layout from what it shares with others.
+    pub fn estimate_shared(&self, placement: &Placement, shared: &Shared) -> Estimate {
+        self.combine(placement, &shared.0)
     }
 
-    /// A time that no price of this layout is below, and its bytes: compute of the fullest stage, once for each
+    /// A time that no estimate of this layout is below, and its bytes: compute of the fullest stage, once for each
     /// micro-batch, without communication, bubble, host or optimiser.
-    pub fn bound(&self, mesh: &Mesh, shared: &Shared) -> (f64, f64) {
+    pub fn bound(&self, placement: &Placement, shared: &Shared) -> (f64, f64) {
         let t = &shared.0;
-        let stages = Stages::of(self.problem, mesh, self.expert_layers);
+        let stages = Stages::of(self.problem, placement, self.expert_layers);
         let compute = |s: &Passes| s.forward.compute() + s.backward.compute();
         let stage_s = stages.per_layer(compute(&t.layer), compute(&t.expert_layer));
-        (stage_s * stages.micro_batches, self.memory(mesh, t, &stages).total())
+        (stage_s * stages.micro_batches, self.memory(placement, t, &stages).total())
     }
 
-    fn timed(&mut self, mesh: &Mesh) -> Result<Timed> {
-        let key = self.key(mesh);
-        let timed_key = TimedKey { key, format: mesh.format, tp_stride: 1 };
+    fn timed(&mut self, placement: &Placement) -> Result<Timed> {
+        let key = self.key(placement);
+        let timed_key = TimedKey { key, format: placement.format, tp_stride: 1 };
         if let Some(timed) = self.timed.get(&timed_key) {
             return Ok(*timed);
         }
@@ -259,16 +259,16 @@ impl<'a> Pricer<'a> {
                 t
             }
         };
-        let links = Links::of(&self.problem.cluster, &self.net, mesh);
+        let links = Links::of(&self.problem.cluster, &self.net, placement);
         let timed = Timed {
-            embed: self.passes(&template.embed, mesh, &links),
-            layer: self.passes(&template.layer, mesh, &links),
+            embed: self.passes(&template.embed, placement, &links),
+            layer: self.passes(&template.layer, placement, &links),
             expert_layer: template
                 .expert_layer
                 .as_ref()
-                .map(|s| self.passes(s, mesh, &links))
+                .map(|s| self.passes(s, placement, &links))
                 .unwrap_or_default(),
-            head: self.passes(&template.head, mesh, &links),
+            head: self.passes(&template.head, placement, &links),
             boundary: template.boundary_bytes,
         };
         self.timed.insert(timed_key, timed);

@@ -1,12 +1,12 @@
 //! A step added up from its sections: the slowest stage, the pipeline around it, and what happens once a step.
 
-use crate::mesh::Mesh;
 use crate::network::{Collective, Group, Span, on_span};
 use crate::pipeline::{Pipeline, Stage, makespan_s};
+use crate::placement::Placement;
 use crate::software::Software;
 
 use super::section::{Timed, Times};
-use super::{Breakdown, Price, Pricer, Problem};
+use super::{Breakdown, Estimate, Estimator, Problem};
 
 /// Standard deviation of node speed, and the expected maximum of n normal variables is sd sqrt(2 ln n).
 const NODE_SPREAD: f64 = 0.006;
@@ -25,10 +25,10 @@ pub(super) struct Stages {
 }
 
 impl Stages {
-    pub(super) fn of(problem: &Problem, mesh: &Mesh, expert_layers: f64) -> Self {
-        let l = &mesh.layout;
+    pub(super) fn of(problem: &Problem, placement: &Placement, expert_layers: f64) -> Self {
+        let l = &placement.layout;
         let layers = problem.shape.model.layers;
-        let (most, last) = stage_layers(mesh, layers, &problem.software);
+        let (most, last) = stage_layers(placement, layers, &problem.software);
         let micro_batches = (problem.sequences as f64 / (l.dp * l.micro_batch) as f64).max(1.0);
         Stages { most, last, mix: expert_layers / layers as f64, micro_batches }
     }
@@ -58,12 +58,12 @@ impl Stages {
     }
 }
 
-impl Pricer<'_> {
+impl Estimator<'_> {
     /// Adds up a step.
-    pub(super) fn combine(&self, mesh: &Mesh, t: &Timed) -> Price {
+    pub(super) fn combine(&self, placement: &Placement, t: &Timed) -> Estimate {
         let p = self.problem;
-        let stages = Stages::of(p, mesh, self.expert_layers);
-        let single = mesh.layout.pp == 1;
+        let stages = Stages::of(p, placement, self.expert_layers);
+        let single = placement.layout.pp == 1;
         let middle = stages.stage(t, stages.most, single, single);
         let last = if single { middle } else { stages.stage(t, stages.last, false, true) };
         let first = if single { middle } else { stages.stage(t, stages.most, true, false) };
@@ -77,9 +77,9 @@ impl Pricer<'_> {
         if !single {
             let passes = |s: &(Times, Times, f64)| Stage { forward_s: shown(&s.0), backward_s: shown(&s.1) };
             let whole = makespan_s(&Pipeline {
-                schedule: mesh.layout.schedule,
-                stages: mesh.layout.pp as f64,
-                chunks: mesh.layout.chunks as f64,
+                schedule: placement.layout.schedule,
+                stages: placement.layout.pp as f64,
+                chunks: placement.layout.chunks as f64,
                 micro_batches: stages.micro_batches,
                 first: passes(&first),
                 middle: passes(&middle),
@@ -87,18 +87,24 @@ impl Pricer<'_> {
                 weight_s: middle.2,
             });
             d.bubble_s = (whole - stages.micro_batches * time(&slowest)).max(0.0);
-            busy_port_s = self.messages(mesh, t, &stages, &mut d);
+            busy_port_s = self.messages(placement, t, &stages, &mut d);
         }
-        self.data_parallel(mesh, t, &stages, &slowest, busy_port_s, &mut d);
+        self.data_parallel(placement, t, &stages, &slowest, busy_port_s, &mut d);
         d.step_s = p.constants.step_s;
-        let nodes = (mesh.layout.world() as f64 / p.cluster.per_node as f64).max(1.0);
+        let nodes = (placement.layout.world() as f64 / p.cluster.per_node as f64).max(1.0);
         let busy = d.parts().iter().map(|p| p.1).sum::<f64>();
         d.straggler_s = busy * NODE_SPREAD * (2.0 * nodes.ln()).sqrt();
         let step_s = busy + d.straggler_s;
-        let memory = self.memory(mesh, t, &stages);
-        let peak = self.chip.peak * mesh.layout.world() as f64;
+        let memory = self.memory(placement, t, &stages);
+        let peak = self.chip.peak * placement.layout.world() as f64;
         let room = p.cluster.accelerator.memory_bytes.value;
-        Price { step_s, mfu: self.flops / step_s / peak, breakdown: d, memory, fits: memory.total() <= room }
+        Estimate {
+            step_s,
+            mfu: self.flops / step_s / peak,
+            breakdown: d,
+            memory,
+            fits: memory.total() <= room,
+        }
     }
 
     /// What the slowest stage does with all micro-batches.
@@ -117,14 +123,14 @@ impl Pricer<'_> {
 
     /// Messages between stages, into `d`; returns how long those of one pass that compute hides keep the ports between
     /// nodes busy.
-    fn messages(&self, mesh: &Mesh, t: &Timed, stages: &Stages, d: &mut Breakdown) -> f64 {
+    fn messages(&self, placement: &Placement, t: &Timed, stages: &Stages, d: &mut Breakdown) -> f64 {
         let p = self.problem;
-        let l = &mesh.layout;
-        let span = Span::of(&p.cluster, &self.net, Group { size: 2, stride: mesh.pp_stride() });
+        let l = &placement.layout;
+        let span = Span::of(&p.cluster, &self.net, Group { size: 2, stride: placement.pp_stride() });
         // Without sequence parallelism each tensor rank sends its share and the receiver gathers.
         let bytes = if l.sequence_parallel { t.boundary } else { t.boundary / l.tp as f64 };
-        let priced = on_span(&self.net, Collective::Send, &span, 2, bytes);
-        let hop_s = priced.latency_s + (priced.seconds - priced.latency_s) / p.constants.network;
+        let comm = on_span(&self.net, Collective::Send, &span, 2, bytes);
+        let hop_s = comm.latency_s + (comm.seconds - comm.latency_s) / p.constants.network;
         let fill_s = (l.pp as f64 - 1.0) * hop_s;
         d.bubble_s += fill_s;
         if p.software.overlap_p2p && l.chunks > 1 {
@@ -145,8 +151,8 @@ impl Pricer<'_> {
 }
 
 /// Layers of the fullest stage and of the last one.
-fn stage_layers(mesh: &Mesh, layers: usize, software: &Software) -> (f64, f64) {
-    let l = &mesh.layout;
+fn stage_layers(placement: &Placement, layers: usize, software: &Software) -> (f64, f64) {
+    let l = &placement.layout;
     let virtuals = l.pp * l.chunks;
     let own = |s: usize, of: &dyn Fn(usize) -> usize| (0..l.chunks).map(|c| of(c * l.pp + s)).sum::<usize>();
     if l.stage_layers.len() == virtuals {

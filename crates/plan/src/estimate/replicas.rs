@@ -3,13 +3,13 @@
 use spec::{DType, NumberFormat, Zero};
 
 use crate::compute::stream_s;
-use crate::mesh::Mesh;
 use crate::network::{Collective, Group, Span, on_span};
+use crate::placement::Placement;
 
 use super::memory::SUM_BYTES;
 use super::section::{Timed, Times};
 use super::step::Stages;
-use super::{Breakdown, Pricer};
+use super::{Breakdown, Estimator};
 
 /// Gradients and parameters travel in so many pieces: the first forward and the last backward cannot hide.
 const BUCKETS: f64 = 12.0;
@@ -46,13 +46,13 @@ struct Replicas {
     tax: f64,
 }
 
-impl Pricer<'_> {
-    fn replicas(&self, mesh: &Mesh, t: &Timed, stages: &Stages) -> Replicas {
+impl Estimator<'_> {
+    fn replicas(&self, placement: &Placement, t: &Timed, stages: &Stages) -> Replicas {
         let p = self.problem;
-        let l = &mesh.layout;
+        let l = &placement.layout;
         let size = l.replicas();
-        let shard = mesh.shard.clamp(1, size);
-        let stride = (mesh.dp_stride() / l.cp).max(1);
+        let shard = placement.shard.clamp(1, size);
+        let stride = (placement.dp_stride() / l.cp).max(1);
         let all = Group { size, stride };
         let expert = Group { size: l.expert_replicas().max(1), stride: l.ep };
         let head = t.head.params * f64::from(u8::from(!p.shape.model.tied_embeddings));
@@ -61,7 +61,7 @@ impl Pricer<'_> {
         let between_nodes = self.span(all).domains > 1.0;
         // What is computed in 32 bit is summed in 32 bit.
         let wire =
-            p.software.grad_wire_bytes.max(if mesh.precision() == DType::F32 { SUM_BYTES } else { 0.0 });
+            p.software.grad_wire_bytes.max(if placement.precision() == DType::F32 { SUM_BYTES } else { 0.0 });
         Replicas {
             dense: stages.per_layer(t.layer.params, t.expert_layer.params) + tables,
             experts: stages.per_layer(0.0, t.expert_layer.expert_params),
@@ -71,7 +71,7 @@ impl Pricer<'_> {
             expert,
             owners: if sharded { (shard as f64, expert.size as f64) } else { (1.0, 1.0) },
             // Megatron sums 16-bit floating point gradients as they are, bfloat16 ones in 32 bit.
-            grad_bytes: if mesh.format == NumberFormat::Fp16 { wire.min(2.0) } else { wire },
+            grad_bytes: if placement.format == NumberFormat::Fp16 { wire.min(2.0) } else { wire },
             calls: if l.zero == Zero::Parameters { units(stages) } else { BUCKETS },
             between_nodes,
             tax: if between_nodes { OVERLAP_TAX_FAR } else { OVERLAP_TAX },
@@ -89,48 +89,48 @@ impl Pricer<'_> {
         } else {
             span
         };
-        let priced = on_span(&self.net, what, &span, group.size, bytes);
-        priced.latency_s * r.calls + (priced.seconds - priced.latency_s) / self.problem.constants.network
+        let comm = on_span(&self.net, what, &span, group.size, bytes);
+        comm.latency_s * r.calls + (comm.seconds - comm.latency_s) / self.problem.constants.network
     }
 
     /// Parameters of all units from their shards.
-    fn gather_s(&self, mesh: &Mesh, r: &Replicas) -> f64 {
-        self.talk(r, Collective::AllGather, r.near, self.gathered_bytes(mesh) * r.dense)
-            + self.talk(r, Collective::AllGather, r.expert, self.gathered_bytes(mesh) * r.experts)
+    fn gather_s(&self, placement: &Placement, r: &Replicas) -> f64 {
+        self.talk(r, Collective::AllGather, r.near, self.gathered_bytes(placement) * r.dense)
+            + self.talk(r, Collective::AllGather, r.expert, self.gathered_bytes(placement) * r.experts)
     }
 
     /// Gradients, sharded parameters and the optimiser, into `d`. `busy_port_s` of each micro-batch the ports between
     /// nodes carry messages of stages that compute hides: what replicas say has to wait for those.
     pub(super) fn data_parallel(
         &self,
-        mesh: &Mesh,
+        placement: &Placement,
         t: &Timed,
         stages: &Stages,
         slowest: &(Times, Times, f64),
         busy_port_s: f64,
         d: &mut Breakdown,
     ) {
-        let r = self.replicas(mesh, t, stages);
+        let r = self.replicas(placement, t, stages);
         let port_s = if r.between_nodes { busy_port_s } else { 0.0 };
         let free = |t: &Times| ((t.compute() - t.spent).max(0.0) + self.host_wait(t) - port_s).max(0.0);
         let windows = (free(&slowest.0), free(&slowest.1));
-        d.data_s = if mesh.layout.zero == Zero::Parameters {
-            self.sharded_s(mesh, &r, stages, windows)
+        d.data_s = if placement.layout.zero == Zero::Parameters {
+            self.sharded_s(placement, &r, stages, windows)
         } else {
-            self.replicated_s(mesh, &r, stages, windows)
+            self.replicated_s(placement, &r, stages, windows)
         };
         // Gradient, weight and two moments are read and written in 32 bit, 16-bit weights written beside; the norm reads
         // gradients again.
         let elements = r.dense / r.owners.0 + r.experts / r.owners.1;
-        let update = 2.0 * SUM_BYTES * 4.0 + if mesh.precision() == DType::F32 { 0.0 } else { 2.0 };
+        let update = 2.0 * SUM_BYTES * 4.0 + if placement.precision() == DType::F32 { 0.0 } else { 2.0 };
         d.optimizer_s = stream_s(&self.wide_chip, elements * update + SUM_BYTES * (r.dense + r.experts))
             / self.problem.constants.stream.min(1.0);
     }
 
     /// ZeRO 3: parameters are gathered forward and backward for every micro-batch, gradients scattered; the next
     /// unit's gather runs beside this unit's compute.
-    fn sharded_s(&self, mesh: &Mesh, r: &Replicas, stages: &Stages, windows: (f64, f64)) -> f64 {
-        let gather = self.gather_s(mesh, r);
+    fn sharded_s(&self, placement: &Placement, r: &Replicas, stages: &Stages, windows: (f64, f64)) -> f64 {
+        let gather = self.gather_s(placement, r);
         let far = r.grad_bytes * r.dense / r.near.size as f64;
         let scatter = self.talk(r, Collective::ReduceScatter, r.near, r.grad_bytes * r.dense)
             + self.talk(r, Collective::ReduceScatter, r.expert, r.grad_bytes * r.experts)
@@ -147,8 +147,8 @@ impl Pricer<'_> {
 
     /// ZeRO 0 to 2: gradients are summed in the backward pass of the last micro-batch (ZeRO 2: of each), updated
     /// parameters gathered in the forward pass of the first.
-    fn replicated_s(&self, mesh: &Mesh, r: &Replicas, stages: &Stages, windows: (f64, f64)) -> f64 {
-        let l = &mesh.layout;
+    fn replicated_s(&self, placement: &Placement, r: &Replicas, stages: &Stages, windows: (f64, f64)) -> f64 {
+        let l = &placement.layout;
         let software = &self.problem.software;
         let bytes = r.grad_bytes * r.dense;
         let (reduce, gather) = if l.zero == Zero::Off {
@@ -156,7 +156,7 @@ impl Pricer<'_> {
         } else {
             let scatter = self.talk(r, Collective::ReduceScatter, r.near, bytes);
             let far = self.talk(r, Collective::AllReduce, r.far, bytes / r.near.size as f64);
-            (scatter + far, self.gather_s(mesh, r))
+            (scatter + far, self.gather_s(placement, r))
         };
         let reduce = reduce + self.talk(r, Collective::AllReduce, r.expert, r.grad_bytes * r.experts);
         let exposed = |talk: f64, window: f64, overlap: bool| {

@@ -1,13 +1,13 @@
 //! Times of the sections of a model: kernels by roofline, collectives by the links that their groups span.
 
 use crate::compute::{Chip, gemm_s, stream_s};
-use crate::mesh::Mesh;
-use crate::network::{Collective, Group, NetworkModel, Priced, Span, on_span};
+use crate::network::{Collective, CommTime, Group, NetworkModel, Span, on_span};
+use crate::placement::Placement;
 use crate::software::{AttentionKernel, Overlap};
 use crate::template::{LAUNCHES_PER_TASK, Section, TalkAxis, Task};
 use spec::Cluster;
 
-use super::Pricer;
+use super::Estimator;
 
 /// Share of a gather's or scatter's products that its pieces can arrive beside: the piece that is multiplied first and
 /// the one that is sent last have nothing beside them.
@@ -95,25 +95,25 @@ pub(super) struct Timed {
     pub(super) boundary: f64,
 }
 
-impl Pricer<'_> {
-    pub(super) fn passes(&self, s: &Section, mesh: &Mesh, links: &Links) -> Passes {
-        let forward = self.times(&s.forward, mesh, links);
-        let weight = self.times(&s.weight, mesh, links);
-        let mut backward = self.times(&s.input, mesh, links);
+impl Estimator<'_> {
+    pub(super) fn passes(&self, s: &Section, placement: &Placement, links: &Links) -> Passes {
+        let forward = self.times(&s.forward, placement, links);
+        let weight = self.times(&s.weight, placement, links);
+        let mut backward = self.times(&s.input, placement, links);
         backward.add(&weight, 1.0);
         let hide = |t: &mut Times| {
             let p = self.problem;
             // Between nodes nothing hides: the kernels that do it move data by loads and stores.
-            if p.software.overlap_tp && mesh.layout.tp > 1 && links.tp.0.domains <= 1.0 {
+            if p.software.overlap_tp && placement.layout.tp > 1 && links.tp.0.domains <= 1.0 {
                 // Pieces of a gather arrive while others are multiplied: the first piece shows.
-                let first = t.tensor / mesh.layout.tp as f64;
+                let first = t.tensor / placement.layout.tp as f64;
                 t.tensor = first + (t.tensor - first - PIECES_BESIDE * t.gemm).max(0.0);
                 t.spent += PIECES_BESIDE * t.gemm;
             }
             // A ring of keys and values hides behind the attention of the piece before.
-            let first = t.context / mesh.layout.cp as f64;
+            let first = t.context / placement.layout.cp as f64;
             t.context = first + (t.context - first - t.attention).max(0.0);
-            if mesh.layout.cp > 1 {
+            if placement.layout.cp > 1 {
                 t.spent += t.attention;
             }
             let overlaps = match p.software.overlap_experts {
@@ -143,31 +143,30 @@ impl Pricer<'_> {
         p
     }
 
-    fn times(&self, tasks: &[Task], mesh: &Mesh, links: &Links) -> Times {
+    fn times(&self, tasks: &[Task], placement: &Placement, links: &Links) -> Times {
         let mut t = Times::default();
         for task in tasks {
             t.kernels += LAUNCHES_PER_TASK;
             match *task {
                 Task::Gemm { m, n, k, batch, bytes, head } => {
-                    t.gemm += self.gemm(m, n, k, batch, bytes, head, &mut t.stream, mesh)
+                    t.gemm += self.gemm(m, n, k, batch, bytes, head, &mut t.stream, placement)
                 }
                 Task::Attention { flops, bytes, scores, backward } => {
-                    t.attention += self.attention(flops, bytes, scores, backward, mesh);
+                    t.attention += self.attention(flops, bytes, scores, backward, placement);
                 }
                 Task::Stream { bytes } => {
                     t.stream += stream_s(&self.wide_chip, bytes) / self.problem.constants.stream
                 }
                 Task::Talk { what, axis, bytes } => {
                     let gathers = axis == TalkAxis::Tp && what == Collective::AllGather;
-                    let wide = mesh.precision().bytes() as f64;
-                    let bytes = if gathers { bytes * self.gathered_bytes(mesh) / wide } else { bytes };
+                    let wide = placement.precision().bytes() as f64;
+                    let bytes = if gathers { bytes * self.gathered_bytes(placement) / wide } else { bytes };
                     let (span, size) = links.get(axis);
-                    let priced = match (axis, self.problem.shape.experts) {
+                    let comm = match (axis, self.problem.shape.experts) {
                         (TalkAxis::Ep, Some(e)) => dispatch(&self.net, span, size, bytes, e.top_k),
                         _ => on_span(&self.net, what, span, size, bytes),
                     };
-                    let s = priced.latency_s
-                        + (priced.seconds - priced.latency_s) / self.problem.constants.network;
+                    let s = comm.latency_s + (comm.seconds - comm.latency_s) / self.problem.constants.network;
                     match axis {
                         TalkAxis::Tp => t.tensor += s,
                         TalkAxis::Cp => t.context += s,
@@ -188,9 +187,9 @@ impl Pricer<'_> {
         bytes: f64,
         head: bool,
         stream: &mut f64,
-        mesh: &Mesh,
+        placement: &Placement,
     ) -> f64 {
-        let low = !head && mesh.format.bytes() < 2.0;
+        let low = !head && placement.format.bytes() < 2.0;
         let chip = if low { &self.chip } else { &self.wide_chip };
         let rows = if batch > 1.0 {
             // Tiles of different experts run side by side, each padded on its own.
@@ -198,7 +197,7 @@ impl Pricer<'_> {
         } else {
             m
         };
-        let (wide, narrow) = (mesh.precision().bytes() as f64, mesh.format.bytes());
+        let (wide, narrow) = (placement.precision().bytes() as f64, placement.format.bytes());
         let bytes = if low { bytes * (1.0 - LOW_OPERANDS + LOW_OPERANDS * narrow / wide) } else { bytes };
         if low {
             // Inputs are cast, and transposed for the other pass: read in 16 bit, written twice.
@@ -214,7 +213,7 @@ impl Pricer<'_> {
         gemm_s(&slowed, rows, n, k, bytes)
     }
 
-    fn attention(&self, flops: f64, bytes: f64, scores: f64, backward: bool, mesh: &Mesh) -> f64 {
+    fn attention(&self, flops: f64, bytes: f64, scores: f64, backward: bool, placement: &Placement) -> f64 {
         let c = &self.problem.constants;
         let shape = &self.problem.shape;
         let dim = shape.latent.map_or(shape.model.head_dim, |l| l.key_dim()) as f64;
@@ -222,27 +221,27 @@ impl Pricer<'_> {
         if self.problem.software.attention == AttentionKernel::Unfused {
             let pass = |of: (f64, f64)| if backward { of.1 } else { of.0 };
             let products = pass(SQUARE) * flops;
-            let traffic = scores * pass(SCORE_BYTES) * mesh.precision().bytes() as f64 / 2.0;
+            let traffic = scores * pass(SCORE_BYTES) * placement.precision().bytes() as f64 / 2.0;
             let took = products * misaligned / (self.wide_chip.matmul * c.gemm * UNFUSED_SHARE)
                 + stream_s(&self.wide_chip, traffic);
             return took * crate::calibration::PRIOR.attention / c.attention;
         }
-        let sequence = self.problem.sequence as f64 / mesh.layout.cp as f64;
+        let sequence = self.problem.sequence as f64 / placement.layout.cp as f64;
         let tuned = self.problem.software.attention == AttentionKernel::Tuned;
         let rate = self.wide_chip.attention(tuned, sequence, dim, backward) * c.attention;
         (flops / rate).max(stream_s(&self.wide_chip, bytes))
     }
 
     /// Bytes of an element where activations and parameters are gathered.
-    pub(super) fn gathered_bytes(&self, mesh: &Mesh) -> f64 {
-        let wide = mesh.precision().bytes() as f64;
-        if self.problem.software.low_precision_gathers { mesh.format.bytes().min(wide) } else { wide }
+    pub(super) fn gathered_bytes(&self, placement: &Placement) -> f64 {
+        let wide = placement.precision().bytes() as f64;
+        if self.problem.software.low_precision_gathers { placement.format.bytes().min(wide) } else { wide }
     }
 }
 
 /// All-to-all of tokens to experts: a token goes to each domain once, however many of its experts are there, and is
 /// handed on inside.
-fn dispatch(net: &NetworkModel, span: &Span, size: usize, bytes: f64, top_k: usize) -> Priced {
+fn dispatch(net: &NetworkModel, span: &Span, size: usize, bytes: f64, top_k: usize) -> CommTime {
     let k = span.domains;
     if k <= 1.0 {
         return on_span(net, Collective::AllToAll, span, size, bytes);
@@ -260,11 +259,11 @@ pub(super) struct Links {
 }
 
 impl Links {
-    pub(super) fn of(cluster: &Cluster, net: &NetworkModel, mesh: &Mesh) -> Self {
-        let tp = mesh.layout.tp;
+    pub(super) fn of(cluster: &Cluster, net: &NetworkModel, placement: &Placement) -> Self {
+        let tp = placement.layout.tp;
         let span = |size, stride| (Span::of(cluster, net, Group { size, stride }), size);
         // Experts are not cut by tensor parallelism: their ranks are the innermost ones.
-        Links { tp: span(tp, 1), cp: span(mesh.layout.cp, tp), ep: span(mesh.layout.ep, 1) }
+        Links { tp: span(tp, 1), cp: span(placement.layout.cp, tp), ep: span(placement.layout.ep, 1) }
     }
 
     fn get(&self, axis: TalkAxis) -> (&Span, usize) {

@@ -2,11 +2,11 @@
 
 use spec::{DType, PipelineSchedule, Zero};
 
-use crate::mesh::Mesh;
+use crate::placement::Placement;
 
 use super::section::Timed;
 use super::step::Stages;
-use super::{MemoryUse, Pricer};
+use super::{Estimator, MemoryUse};
 
 /// Context, libraries and communication buffers of one process on a GPU, and what else lives there for good.
 const FRAMEWORK_BYTES: f64 = 3e9;
@@ -21,9 +21,9 @@ pub(super) const SUM_BYTES: f64 = 4.0;
 /// The unit at work and the next one are gathered whole.
 const UNITS_GATHERED: f64 = 2.0;
 
-impl Pricer<'_> {
-    pub(super) fn memory(&self, mesh: &Mesh, t: &Timed, stages: &Stages) -> MemoryUse {
-        let l = &mesh.layout;
+impl Estimator<'_> {
+    pub(super) fn memory(&self, placement: &Placement, t: &Timed, stages: &Stages) -> MemoryUse {
+        let l = &placement.layout;
         let micro_batches = stages.micro_batches;
         let replicas = l.replicas();
         let both = l.pp == 1;
@@ -31,13 +31,13 @@ impl Pricer<'_> {
         let tables = if both { t.embed.params + head } else { t.embed.params.max(head) };
         let dense = stages.per_layer(t.layer.params, t.expert_layer.params) + tables;
         let experts = stages.per_layer(0.0, t.expert_layer.expert_params);
-        let shard = mesh.shard.clamp(1, replicas) as f64;
+        let shard = placement.shard.clamp(1, replicas) as f64;
         let expert_shard = (l.stage_ranks() as f64 / l.ep as f64).max(1.0);
         let over = |stage: Zero| {
             if l.zero >= stage { dense / shard + experts / expert_shard } else { dense + experts }
         };
         let kept = stages.per_layer(t.layer.kept, t.expert_layer.kept);
-        let kept = if mesh.format.bytes() < 2.0 { kept * KEPT_LOW } else { kept };
+        let kept = if placement.format.bytes() < 2.0 { kept * KEPT_LOW } else { kept };
         let (pp, chunks) = (l.pp as f64, l.chunks as f64);
         // A counter over the micro-batches holds one partial sum for each of its digits.
         let sums = if self.problem.software.tree_sums {
@@ -51,7 +51,7 @@ impl Pricer<'_> {
             _ => pp.min(micro_batches),
         };
         let activations = in_flight * (kept + t.embed.kept);
-        let weight = mesh.precision().bytes() as f64;
+        let weight = placement.precision().bytes() as f64;
         let unit = (dense + experts) / stages.most.max(1.0);
         let gathered = if l.zero == Zero::Parameters { UNITS_GATHERED * weight * unit } else { 0.0 };
         let working = t.layer.working.max(t.expert_layer.working).max(t.head.working) + gathered;
@@ -63,7 +63,7 @@ impl Pricer<'_> {
         MemoryUse {
             params: weight * over(Zero::Parameters),
             grads: SUM_BYTES * over(Zero::Gradients) * sums,
-            optimizer: SUM_BYTES * optimizer_states(mesh.precision()) * over(Zero::Optimizer),
+            optimizer: SUM_BYTES * optimizer_states(placement.precision()) * over(Zero::Optimizer),
             activations,
             working,
             framework,
