@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 /// How often an idle worker looks for work before it parks: some tens of microseconds, longer than the gap
 /// between two ops, short enough that a waiting rank does not burn a core.
-const SPINS: usize = 2000;
+const SPINS: usize = if cfg!(miri) { 10 } else { 2000 };
 
 /// A pool of `threads` threads, the caller being one of them.
 ///
@@ -270,7 +270,7 @@ mod tests {
     fn every_task_runs_once() {
         for threads in [0, 1, 2, 3, 7] {
             let pool = Pool::new(threads);
-            for tasks in [0, 1, 2, 5, 1000] {
+            for tasks in [0, 1, 2, 5, if cfg!(miri) { 50 } else { 1000 }] {
                 let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(tasks, &|task, thread| {
                     assert!(thread < pool.threads());
@@ -283,24 +283,26 @@ mod tests {
 
     #[test]
     fn runs_follow_each_other_closely() {
+        let runs = if cfg!(miri) { 20 } else { 2000 };
         let pool = Pool::new(3);
         let sum = AtomicUsize::new(0);
-        for _ in 0..2000 {
+        for _ in 0..runs {
             pool.run(4, &|task, _| {
                 sum.fetch_add(task, Ordering::Relaxed);
             });
         }
-        assert_eq!(sum.load(Ordering::Relaxed), 2000 * 6);
+        assert_eq!(sum.load(Ordering::Relaxed), runs * 6);
     }
 
     #[test]
     fn two_callers_take_turns() {
+        let runs = if cfg!(miri) { 10 } else { 200 };
         let pool = Pool::new(2);
         let sum = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| {
-                    for _ in 0..200 {
+                    for _ in 0..runs {
                         pool.run(3, &|_, _| {
                             sum.fetch_add(1, Ordering::Relaxed);
                         });
@@ -308,7 +310,7 @@ mod tests {
                 });
             }
         });
-        assert_eq!(sum.load(Ordering::Relaxed), 1200);
+        assert_eq!(sum.load(Ordering::Relaxed), 2 * 3 * runs);
     }
 
     #[test]

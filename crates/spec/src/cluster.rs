@@ -545,4 +545,18 @@ mod tests {
         check(1, 3, &[1, 1, 1]);
         check(7, 2, &[1, 7]);
     }
+
+    #[test]
+    fn a_cluster_has_as_many_accelerators_as_asked_within_bounds() {
+        let catalog = Catalog::builtin().expect("the catalogue");
+        let check = |accelerators: usize, fine: bool| {
+            let found = catalog.cluster("dgx-h100", Some(accelerators));
+            assert_eq!(found.is_ok(), fine, "{accelerators}: {:?}", found.map(|c| c.accelerators));
+        };
+        check(0, false);
+        check(16, true);
+        check(ACCELERATORS_MAX, true);
+        check(ACCELERATORS_MAX + 1, false);
+        check(usize::MAX, false);
+    }
 }

@@ -286,8 +286,7 @@ impl Doc {
         let Some(entry) = self.entry(path) else { return Ok(None) };
         let (min, max) = match self.key(path).map(|k| &k.kind) {
             Some(KeyKind::Count { min, max }) => (*min, *max),
-            Some(KeyKind::CountOrOff { max }) if entry.is_none() || entry.value == Val::Flag(false) => {
-                let _ = max;
+            Some(KeyKind::CountOrOff { .. }) if entry.is_none() || entry.value == Val::Flag(false) => {
                 return Ok(None);
             }
             Some(KeyKind::CountOrOff { max }) => (0, *max),

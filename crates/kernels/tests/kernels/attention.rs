@@ -76,7 +76,7 @@ fn reference(s: Shape, qkv: &[f64], scale: f64) -> Vec<f64> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(16))]
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 16 }))]
 
     #[test]
     fn against_the_definition(

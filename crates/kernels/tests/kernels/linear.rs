@@ -35,7 +35,7 @@ fn shapes() -> impl Strategy<Value = (usize, usize, usize, u64)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 24 }))]
 
     #[test]
     fn forward_is_a_chain_plus_bias_plus_accumulator((n, k, m, seed) in shapes()) {

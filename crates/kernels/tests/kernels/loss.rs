@@ -14,7 +14,7 @@ fn nll(logits: &[f64], target: u32) -> f64 {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 24 }))]
 
     #[test]
     fn cross_entropy(n in 1usize..5, v in 1usize..40, shards in 1usize..4, seed: u64) {

@@ -30,7 +30,7 @@ fn layer(x: &[f64], w: &[f32], b: &[f32], eps: f64) -> Vec<f64> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(20))]
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 20 }))]
 
     #[test]
     fn rms_norms(n in 1usize..6, dim in 1usize..70, seed: u64) {

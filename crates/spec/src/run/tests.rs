@@ -119,6 +119,10 @@ fn unknown_keys_name_the_place_and_the_nearest() {
         "zzzzzz = 1",
         "unknown key zzzzzz in run.toml:1 | sections: model, data, batch, optim, schedule, train, layout, checkpoint, run, sample",
     );
+    check_set(
+        &["zzzzzz.qqqqqq=1"],
+        "unknown key zzzzzz.qqqqqq in --set zzzzzz.qqqqqq=1 | sections: model, data, batch, optim, schedule, train, layout, checkpoint, run, sample",
+    );
     check_set(&["lr=1"], "unknown key lr in --set lr=1 | did you mean `optim.lr`?");
     check_set(&["train.steps"], "`train.steps` is not KEY=VALUE | write it like --set train.steps=200");
     check(
@@ -128,7 +132,7 @@ fn unknown_keys_name_the_place_and_the_nearest() {
 }
 
 #[test]
-fn syntax_and_types() {
+fn syntax() {
     check(
         "layout = \"fast\"",
         "layout = \"fast\" in run.toml:1, expected \"auto\" or a section [layout] | keys of [layout]: auto, dp, tp, pp, cp, ep, sequence_parallel, zero, schedule, chunks, stage_layers, micro_batch, recompute, reduce",
@@ -137,6 +141,11 @@ fn syntax_and_types() {
     assert!(message.starts_with("run.toml:2: ") && !message.contains('\n'), "{message}");
     let message = refused("[train]\nsteps = 1\nsteps = 2\n", &[]);
     assert!(message.starts_with("run.toml:3: "), "{message}");
+    check_set(&["layout.stage_layers=[1,"], &refused("", &["layout.stage_layers=[1,"]));
+}
+
+#[test]
+fn numbers_have_their_range() {
     check(
         "[train]\nsteps = \"many\"\n",
         "train.steps = \"many\" in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 400)",
@@ -169,6 +178,10 @@ fn syntax_and_types() {
         "[optim]\nbeta2 = 1.0\n",
         "optim.beta2 = 1.0 in run.toml:2, expected a number at least 0 and below 1 | optim.beta2: decay of the second moment (default 0.95)",
     );
+}
+
+#[test]
+fn values_have_their_type() {
     check(
         "[layout]\nsequence_parallel = 1\n",
         "layout.sequence_parallel = 1 in run.toml:2, expected true or false | layout.sequence_parallel: split activations along the sequence between tensor-parallel regions (default false)",
@@ -180,6 +193,10 @@ fn syntax_and_types() {
     check(
         "[layout]\nzero = 4\n",
         "layout.zero = 4 in run.toml:2, expected a whole number from 0 to 3 | layout.zero: shard over dp: 1 optimiser state, 2 and gradients, 3 and parameters (default 0)",
+    );
+    check(
+        "[checkpoint]\nevery = 9999999999\n",
+        "checkpoint.every = 9999999999 in run.toml:2, expected a whole number from 0 to 1073741824 | checkpoint.every: steps between checkpoints (default 200)",
     );
     check(
         "[run]\ndir = 2020-01-01\n",
@@ -197,7 +214,6 @@ fn syntax_and_types() {
         "[[data.blend]]\nprefix = \"a\"\n",
         "data.blend = a list in run.toml:1, expected a list of { prefix = \"path\", weight = 0.5 } with weights above 0 | data.blend: tokenised datasets and their weights, instead of text",
     );
-    check_set(&["layout.stage_layers=[1,"], &refused("", &["layout.stage_layers=[1,"]));
 }
 
 #[test]
