@@ -68,6 +68,7 @@ pub use crate::pool::Pool;
 pub use crate::rope::rope;
 pub use crate::simd::{Backend, backend, force_backend};
 pub use crate::storage::{Acc, Storage};
+pub use crate::sums::{add_bias, add_levels, add_to};
 pub use crate::tree::Merge;
 pub use crate::xent::{xent_combine, xent_dlogits, xent_fused, xent_stats};
 
@@ -88,6 +89,7 @@ mod head_norm;
 mod math;
 mod norm;
 mod rope;
+mod sums;
 mod xent;
 
 mod optim;

@@ -1,5 +1,7 @@
 use spec::{Error, Result};
 
+use crate::launch::Operand;
+
 /// One run of zeroed bytes for everything a rank computes with: the program says what lies where.
 pub struct Arena {
     base: *mut u8,
@@ -14,6 +16,11 @@ unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 impl Arena {
+    /// No memory yet.
+    pub(crate) fn none() -> Arena {
+        Arena { base: std::ptr::dangling_mut::<u64>().cast(), len: 0, shared: None }
+    }
+
     /// Maps `len` zeroed bytes, aligned to a page.
     ///
     /// # Errors
@@ -66,24 +73,70 @@ impl Arena {
         self.base
     }
 
+    /// The elements of an operand.
+    ///
+    /// # Panics
+    /// If they do not lie in the arena, or are not of type `T`.
+    pub fn read<T: bytemuck::Pod>(&self, of: Operand) -> &[T] {
+        assert_eq!(of.dtype.bytes(), size_of::<T>());
+        // SAFETY: only who has the arena alone writes to it, but for launches and messages, which do not run while the
+        // device is borrowed from the executor.
+        unsafe { self.slice(of.offset, of.len()) }
+    }
+
+    /// The same to write to.
+    ///
+    /// # Panics
+    /// As [`Arena::read`].
+    pub fn write<T: bytemuck::Pod>(&mut self, of: Operand) -> &mut [T] {
+        assert_eq!(of.dtype.bytes(), size_of::<T>());
+        // SAFETY: the arena is borrowed alone; messages under way keep to buffers of their own.
+        unsafe { self.slice_mut(of.offset, of.len()) }
+    }
+
+    /// The bytes of an operand.
+    pub(crate) fn bytes(&self, of: Operand) -> &[u8] {
+        // SAFETY: as in `read`.
+        unsafe { self.slice(of.offset, of.bytes()) }
+    }
+
+    /// The same to write to.
+    pub(crate) fn bytes_mut(&mut self, of: Operand) -> &mut [u8] {
+        // SAFETY: as in `write`.
+        unsafe { self.slice_mut(of.offset, of.bytes()) }
+    }
+
     /// `count` elements from byte `offset` on.
     ///
     /// # Safety
-    /// Nobody else may use a part of them mutably while the slice lives (or at all, if it is used mutably).
+    /// Nobody may write to them while the slice lives.
+    pub(crate) unsafe fn slice<T: bytemuck::Pod>(&self, offset: usize, count: usize) -> &[T] {
+        // SAFETY: in bounds and aligned; any bits are a valid `Pod`; the caller guarantees the rest.
+        unsafe { std::slice::from_raw_parts(self.at(offset, count), count) }
+    }
+
+    /// The same to write to.
+    ///
+    /// # Safety
+    /// Nobody else may use a part of them while the slice lives.
     #[expect(clippy::mut_from_ref, reason = "disjointness comes from the program's placement")]
-    pub(crate) unsafe fn slice<T: bytemuck::Pod>(&self, offset: usize, count: usize) -> &mut [T] {
+    pub(crate) unsafe fn slice_mut<T: bytemuck::Pod>(&self, offset: usize, count: usize) -> &mut [T] {
+        // SAFETY: as in `slice`.
+        unsafe { std::slice::from_raw_parts_mut(self.at(offset, count), count) }
+    }
+
+    /// The address of `count` elements that lie in the arena.
+    fn at<T>(&self, offset: usize, count: usize) -> *mut T {
         let bytes = count * size_of::<T>();
         assert!(offset + bytes <= self.len, "bytes {offset}..{} of an arena of {}", offset + bytes, self.len);
         assert!(offset.is_multiple_of(align_of::<T>()), "offset {offset} is not aligned");
-        // SAFETY: in bounds and aligned (the base is page-aligned); any bits are a valid `Pod`; the caller guarantees
-        // exclusive use.
-        unsafe { std::slice::from_raw_parts_mut(self.base.add(offset).cast::<T>(), count) }
+        self.base.wrapping_add(offset).cast()
     }
 }
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        if self.shared.is_none() {
+        if self.shared.is_none() && self.len > 0 {
             // SAFETY: the mapping was made in `new` with this length and nobody holds slices of it any more.
             unsafe { libc::munmap(self.base.cast(), self.len) };
         }

@@ -18,7 +18,7 @@ impl Executor {
     pub fn save(&mut self, dir: &Path, step: u64, meta: ckpt::Meta) -> Result<Option<(PathBuf, u64)>> {
         let rank = self.program.rank;
         let written = ckpt::Saver::begin(dir, step)
-            .and_then(|saver| saver.write_rank(rank, self.pieces()))
+            .and_then(|saver| saver.write_rank(rank, self.state()?.pieces()))
             .map(|r| r.to_bytes());
         // Nobody's share becomes a checkpoint if one rank could not write.
         let shares = agree(&self.mesh, rank, written);

@@ -1,8 +1,9 @@
 use half::bf16;
 use spec::{DType, Error, Result};
 
-use crate::exec::{Executor, Turn};
+use crate::exec::Executor;
 use crate::init::mix;
+use crate::launch::{Operand, Turn};
 
 /// How to pick the next token.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -40,12 +41,12 @@ impl Executor {
             last = position;
         }
         for n in 0..tokens {
-            let token = self.pick(&mut candidates, sampling, n as u64);
+            let token = self.pick(&mut candidates, sampling, n as u64)?;
             if Some(token) == stop || !each(token) {
                 return Ok(());
             }
             last += 1;
-            if n + 1 == tokens || last >= self.tables {
+            if n + 1 == tokens || last >= self.positions() {
                 return Ok(());
             }
             self.feed(token, last)?;
@@ -62,11 +63,9 @@ impl Executor {
         let mut all = Vec::with_capacity(tokens.len());
         for (position, &token) in tokens.iter().enumerate() {
             self.feed(token, position)?;
-            let view = self.logits();
-            all.push(match self.program.precision {
-                DType::Bf16 => self.at::<bf16>(view, Turn::default()).iter().map(|l| l.to_f32()).collect(),
-                _ => self.at::<f32>(view, Turn::default()).to_vec(),
-            });
+            let mut logits = Vec::with_capacity(self.logits_len());
+            self.each_logit(&mut |l| logits.push(l))?;
+            all.push(logits);
         }
         Ok(all)
     }
@@ -78,11 +77,11 @@ impl Executor {
                 Error::user("a prompt of no tokens, expected at least one").hint("give token ids from 0")
             );
         }
-        if prompt.len() > self.tables {
+        if prompt.len() > self.positions() {
             return Err(Error::user(format!(
                 "a prompt of {} tokens, expected at most {}",
                 prompt.len(),
-                self.tables
+                self.positions()
             ))
             .hint("shorten the prompt, or train with a longer batch.sequence"));
         }
@@ -98,36 +97,40 @@ impl Executor {
 
     /// Runs one token through the model; the logits of the next one are then in the block's output.
     fn feed(&mut self, token: u32, position: usize) -> Result<()> {
-        let io = self.program.io;
-        self.whole::<u32>(io.tokens)[0] = token;
+        let to = self.whole(self.program.io.tokens).part(0, 1);
+        self.device.copy_in(to, &token.to_ne_bytes())?;
         let block =
             self.program.decode.ok_or_else(|| Error::failure("the program has no generation block"))?;
         self.block(block, Turn { position, ..Turn::default() })
     }
 
-    fn logits(&self) -> program::View {
-        let block = self.program.decode.expect("generation begins with feed");
-        let ops = &self.program.blocks[block].ops;
-        ops[ops.len() - 1].outs[0]
+    /// Tokens that the cache, or a sequence, has room for.
+    fn positions(&self) -> usize {
+        self.program.sequence.max(self.program.mode.positions())
+    }
+
+    /// The logits of the next token, after [`Executor::feed`].
+    fn logits(&self) -> Option<Operand> {
+        self.output(self.program.decode?)
     }
 
     fn logits_len(&self) -> usize {
-        self.program.decode.map_or(0, |_| self.program.buffer(self.logits().buffer).cols)
+        self.logits().map_or(0, |l| l.len())
     }
 
-    fn pick(&self, candidates: &mut Vec<(f64, u32)>, s: Sampling, draw: u64) -> u32 {
-        let view = self.logits();
-        candidates.clear();
-        let indexed = 0u32..;
-        match self.program.precision {
-            DType::Bf16 => {
-                let logits = self.at::<bf16>(view, Turn::default());
-                candidates.extend(logits.iter().map(|l| f64::from(l.to_f32())).zip(indexed));
-            }
-            _ => candidates
-                .extend(self.at::<f32>(view, Turn::default()).iter().map(|&l| f64::from(l)).zip(indexed)),
+    fn each_logit(&self, each: &mut dyn FnMut(f32)) -> Result<()> {
+        let Some(logits) = self.logits() else { return Ok(()) };
+        match logits.dtype {
+            DType::Bf16 => self.device.read::<bf16>(logits)?.iter().for_each(|l| each(l.to_f32())),
+            _ => self.device.read::<f32>(logits)?.iter().for_each(|l| each(*l)),
         }
-        sample(candidates, s, draw)
+        Ok(())
+    }
+
+    fn pick(&self, candidates: &mut Vec<(f64, u32)>, s: Sampling, draw: u64) -> Result<u32> {
+        candidates.clear();
+        self.each_logit(&mut |l| candidates.push((f64::from(l), candidates.len() as u32)))?;
+        Ok(sample(candidates, s, draw))
     }
 }
 

@@ -36,7 +36,7 @@ impl Generator {
             mode: Mode::Generate { positions: run.batch.sequence.max(2) },
         };
         let mut exec = Executor::new(&request, threads, Mesh::alone(), false)?;
-        exec.set_tables(&run.model);
+        exec.set_tables(&run.model)?;
         exec.set_params_from(&checkpoint)
             .map_err(|e| e.hint("run.toml and the checkpoint must be of the same run"))?;
         let tokenizer = dir.tokenizer().map(|p| Tokenizer::load(&p)).transpose()?;

@@ -1,15 +1,12 @@
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::time::Instant;
 
-use comm::{ElementType, Group, Handle, OpTag, Order, Span, World};
-use program::{
-    Axis, Collective, Comm, Coords, Members, Message, Op, OpId, Replication, Slice, Ticket, View, When,
-};
-use spec::{DType, Error, Layout, Reduce, Result};
+use comm::{Group, Handle, OpTag, Order, Span, World};
+use program::{Axis, Collective, Coords, Members, OpId, Replication, Ticket};
+use spec::{Error, Layout, Reduce, Result};
 
-use crate::exec::{Executor, Turn};
+use crate::launch::Message;
 
 /// Messages that a stage may have on their way to another before it waits: more than any schedule sends ahead.
 const CHANNEL_DEPTH: usize = 64;
@@ -18,29 +15,14 @@ const CHANNEL_DEPTH: usize = 64;
 const GROUPS: [Members; 4] =
     [Members::Replicas(Replication::Data), Members::Axis(Axis::Tp), Members::Axis(Axis::Pp), Members::Ends];
 
-/// The ranks that this one talks to, group by group.
+/// The ranks that this one talks to, group by group, over the host's own transport.
 #[derive(Default)]
 pub struct Mesh {
     world: Option<World>,
     groups: HashMap<Members, Group>,
     order: Order,
-    /// What was begun and not yet waited for.
-    under_way: RefCell<HashMap<Ticket, UnderWay>>,
-    /// Operations that went on beside others and were waited for since this was last looked at.
-    pub(crate) finished: RefCell<Vec<Finished>>,
-}
-
-/// When an op (block and index) that went on beside others really ran.
-pub(crate) struct Finished {
-    pub(crate) at: (usize, usize),
-    pub(crate) began: Instant,
-    pub(crate) ended: Instant,
-}
-
-/// The messages of an op (block and index) that goes on beside others.
-struct UnderWay {
-    at: (usize, usize),
-    handles: Vec<Handle>,
+    /// What was begun and not yet waited for; few tickets, each used again.
+    under_way: Vec<(Ticket, Vec<Handle>)>,
 }
 
 impl Mesh {
@@ -93,12 +75,6 @@ impl Mesh {
         self.world.as_ref().map_or(Ok(()), World::barrier)
     }
 
-    /// Sums `values` over all ranks; each element is held by one rank and zero on the others.
-    pub(crate) fn sum_all(&self, id: OpId, values: &mut [f64]) -> Result<()> {
-        let Some(world) = &self.world else { return Ok(()) };
-        world.all().all_reduce(tag(id), values, Order::Tree)
-    }
-
     /// Everybody's bytes, on every rank, in rank order.
     ///
     /// # Errors
@@ -124,21 +100,65 @@ impl Mesh {
         Ok(ranges.into_iter().map(|r| all[r].to_vec()).collect())
     }
 
-    /// Waits for what an earlier op began.
-    fn wait(&self, ticket: Ticket) -> Result<()> {
-        let Some(UnderWay { at, handles }) = self.under_way.borrow_mut().remove(&ticket) else {
-            return Ok(());
+    /// Says something; with a ticket it goes on until [`Mesh::end`].
+    ///
+    /// # Errors
+    /// If the group does not exist, or a rank is lost.
+    ///
+    /// # Safety
+    /// As [`Group::run`] and [`Group::start`]: the spans are valid memory that this message alone uses until it is over.
+    pub(crate) unsafe fn say(
+        &mut self,
+        m: &Message<'_>,
+        from: Option<Span>,
+        to: Option<Span>,
+        ticket: Option<Ticket>,
+    ) -> Result<()> {
+        // Of what all ranks sum, each element is held by one of them.
+        let order = if m.members == Members::World { Order::Tree } else { self.order };
+        let (tag, op) = operation(m, from, to, order)?;
+        let group = self.group(m.members)?;
+        let Some(ticket) = ticket else {
+            // SAFETY: passed on from the caller.
+            return unsafe { group.run(tag, op) };
         };
-        for handle in handles {
-            let times = handle.wait()?;
-            self.finished.borrow_mut().push(Finished { at, began: times.began, ended: times.ended });
+        // SAFETY: passed on from the caller.
+        let handle = unsafe { group.start(tag, op)? };
+        match self.under_way.iter_mut().find(|(t, _)| *t == ticket) {
+            Some((_, handles)) => handles.push(handle),
+            None => self.under_way.push((ticket, vec![handle])),
         }
         Ok(())
     }
 
+    /// Waits for what was begun with a ticket, if anything was; `over` hears when each message began and ended.
+    ///
+    /// # Errors
+    /// If a rank is lost.
+    pub(crate) fn end(&mut self, ticket: Ticket, over: &mut dyn FnMut(Instant, Instant)) -> Result<()> {
+        let handles = self.under_way.iter_mut().filter(|(t, _)| *t == ticket).flat_map(|(_, h)| h.drain(..));
+        for handle in handles {
+            let times = handle.wait()?;
+            over(times.began, times.ended);
+        }
+        Ok(())
+    }
+
+    /// Waits for everything that was begun, whatever comes of it: memory that messages use may go then.
+    pub(crate) fn quiet(&mut self) {
+        self.under_way.clear();
+    }
+
+    /// Payload bytes that this rank has sent so far, group by group.
+    pub fn sent_bytes(&self) -> Vec<(Members, u64)> {
+        let all = self.world.iter().map(|w| (Members::World, w.all().sent_bytes()));
+        all.chain(self.groups.iter().map(|(m, g)| (*m, g.sent_bytes()))).collect()
+    }
+
     fn group(&self, members: Members) -> Result<&Group> {
-        self.groups
-            .get(&members)
+        let world = self.world.as_ref().filter(|_| members == Members::World).map(World::all);
+        world
+            .or_else(|| self.groups.get(&members))
             .ok_or_else(|| Error::failure(format!("this rank has no peers along {members:?}")))
     }
 }
@@ -147,109 +167,31 @@ fn tag(id: OpId) -> OpTag {
     OpTag(id.0)
 }
 
-fn element(dtype: DType) -> ElementType {
-    match dtype {
-        DType::F32 => ElementType::F32,
-        DType::Bf16 => ElementType::Bf16,
-        DType::U32 => ElementType::U32,
-        DType::F64 => ElementType::F64,
-    }
-}
-
-impl Executor {
-    fn span(&self, slice: Slice, turn: Turn) -> Span {
-        let b = self.program.buffer(slice.buffer);
-        let at = self.offset(slice, turn);
-        assert!(at + slice.count * b.dtype.bytes() <= self.arena.len());
-        Span::new(self.arena.base().wrapping_add(at), slice.count, element(b.dtype))
-    }
-
-    /// Does what an op says to other ranks.
-    pub(crate) fn communicate(&self, op: &Op, comm: &Comm, turn: Turn) -> Result<()> {
-        if let When::Ends(ticket) = comm.when {
-            return self.mesh.wait(ticket);
+/// A message as the transport takes it.
+fn operation<'a>(
+    m: &Message<'a>,
+    from: Option<Span>,
+    to: Option<Span>,
+    order: Order,
+) -> Result<(OpTag, comm::Op<'a>)> {
+    let lacks = || Error::failure(format!("{:?} has no end", m.what));
+    let (input, output) = (|| from.ok_or_else(lacks), || to.ok_or_else(lacks));
+    let ranges = comm::Ranges::Borrowed(m.parts);
+    let channel = |channel: u32| OpTag(u64::from(channel) << 32 | m.micro_batch as u64);
+    Ok(match m.what {
+        Collective::AllReduce => (tag(m.op), comm::Op::AllReduce { buffer: input()?, order }),
+        Collective::AllGather => (tag(m.op), comm::Op::AllGather { input: from, output: output()?, ranges }),
+        Collective::ReduceScatter => {
+            (tag(m.op), comm::Op::ReduceScatter { input: input()?, output: to, ranges, order })
         }
-        let group = self.mesh.group(comm.members)?;
-        let mut handles = Vec::new();
-        for message in &comm.messages {
-            let (id, message) = self.message(op, comm.what, message, group, turn)?;
-            // SAFETY: the spans lie in the arena, in buffers that placement gives to this op alone until it, or the op
-            // that waits for it, is over.
-            unsafe {
-                match comm.when {
-                    When::Begins(_) => handles.push(group.start(id, message)?),
-                    _ => group.run(id, message)?,
-                }
-            }
+        Collective::Send { channel: c, .. } => {
+            (channel(c), comm::Op::Send { buffer: input()?, to: m.peer, channel: c })
         }
-        if let When::Begins(ticket) = comm.when {
-            self.mesh.under_way.borrow_mut().insert(ticket, UnderWay { at: turn.at, handles });
+        Collective::Recv { channel: c, .. } => {
+            (channel(c), comm::Op::Recv { buffer: output()?, from: m.peer, channel: c })
         }
-        Ok(())
-    }
-
-    /// One message of an op as the transport takes it.
-    fn message(
-        &self,
-        op: &Op,
-        what: Collective,
-        m: &Message,
-        group: &Group,
-        turn: Turn,
-    ) -> Result<(OpTag, comm::Op<'static>)> {
-        let order = self.mesh.order;
-        let (from, to) = (m.from.map(|s| self.span(s, turn)), m.to.map(|s| self.span(s, turn)));
-        let lacks = || Error::failure(format!("{} states {what:?} without an end", op.name));
-        let (input, output) = (from.ok_or_else(lacks), to.ok_or_else(lacks));
-        let ranges = || (0..group.size()).map(|i| m.part(i, group.size())).collect();
-        let channel = |channel: u32| OpTag(u64::from(channel) << 32 | turn.micro_batch as u64);
-        Ok(match what {
-            Collective::AllReduce => (tag(op.id), comm::Op::AllReduce { buffer: input?, order }),
-            Collective::AllGather => {
-                (tag(op.id), comm::Op::AllGather { input: from, output: output?, ranges: ranges() })
-            }
-            Collective::ReduceScatter => {
-                let scatter = comm::Op::ReduceScatter { input: input?, output: to, ranges: ranges(), order };
-                (tag(op.id), scatter)
-            }
-            Collective::Send { to, channel: c } => {
-                let to = place(group, to)?;
-                (channel(c), comm::Op::Send { buffer: input?, to, channel: c })
-            }
-            Collective::Recv { from, channel: c } => {
-                let from = place(group, from)?;
-                (channel(c), comm::Op::Recv { buffer: output?, from, channel: c })
-            }
-            Collective::AllToAll | Collective::Ring => {
-                return Err(Error::failure(format!("{} ({what:?}) is not executed yet", op.name)));
-            }
-        })
-    }
-
-    /// Adds one micro-batch's scattered gradients to the partial sums of the owned shards, in tree order.
-    pub(crate) fn add_to_shards(&self, op: &Op, bucket: usize, turn: Turn) {
-        let (merge, store) = spec::merge_at(&self.program.shard_radices, turn.micro_batch);
-        for (view, (group, sum)) in op.ins.iter().zip(&self.program.buckets[bucket].grads) {
-            let b = &self.program.group_buffers[group.0 as usize];
-            let count = b.owned.count;
-            // The level of a micro-batch's gradient that holds its sum.
-            let rows = self.program.group(*group).rows;
-            let last = View { row0: view.row0 + view.rows - rows, rows, ..*view };
-            let fresh = &self.at::<f32>(last, turn)[b.owned.range()];
-            let levels = if b.head_grad == Some(*sum) { b.head_grad_levels } else { Some(b.grad_levels) };
-            let levels = self.whole::<f32>(levels.expect("a head's gradient has levels"));
-            for (i, x) in fresh.iter().enumerate() {
-                let mut r = *x;
-                for l in 0..merge {
-                    r += levels[l * count + i];
-                }
-                levels[store * count + i] = r;
-            }
+        Collective::AllToAll | Collective::Ring => {
+            return Err(Error::failure(format!("{:?} is not carried yet", m.what)));
         }
-    }
-}
-
-fn place(group: &Group, rank: usize) -> Result<usize> {
-    let at = group.ranks().iter().position(|&r| r == rank);
-    at.ok_or_else(|| Error::failure(format!("rank {rank} is not in the pipeline {:?}", group.ranks())))
+    })
 }

@@ -1,14 +1,15 @@
 //! Parameters and optimiser state of a rank as boxes of logical tensors: how they are set, saved and read.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use ckpt::{Kind, Piece, Region};
 use half::bf16;
-use program::{GroupId, ParamGroup, ParamPart};
+use program::{GroupId, Owned, ParamGroup, ParamPart, Program};
 use spec::{DType, ModelSpec, Position, Result, Zero};
 
 use crate::exec::Executor;
-use crate::{init, rope};
+use crate::{init, resolve, rope};
 
 /// A run of elements of a group that lies inside one logical parameter.
 pub(crate) struct Run<'a> {
@@ -39,13 +40,42 @@ pub(crate) fn runs(group: &ParamGroup, range: Range<usize>) -> impl Iterator<Ite
     })
 }
 
+/// A rank's share of a checkpoint: masters and moments, each element on exactly one rank.
+pub struct State<'a> {
+    program: &'a Program,
+    held: Vec<Held<'a>>,
+}
+
+/// The share of one group's parameters or moments.
+struct Held<'a> {
+    group: GroupId,
+    kind: Kind,
+    data: Cow<'a, [f32]>,
+}
+
+impl State<'_> {
+    /// By logical parameter.
+    pub fn pieces(&self) -> impl Iterator<Item = Piece<'_>> {
+        self.held.iter().flat_map(|held| {
+            let Owned { first, count } = self.program.share(held.group);
+            runs(self.program.group(held.group), first..first + count).map(move |run| Piece {
+                name: &run.part.name,
+                kind: held.kind,
+                global_shape: shape(run.part),
+                boxes: run.regions(),
+                data: &held.data[run.local.start - first..run.local.end - first],
+            })
+        })
+    }
+}
+
 impl Executor {
     /// Sets tables, and weights from `seed`.
     ///
     /// # Errors
-    /// None: the weights come from the seed alone.
+    /// If the device is lost.
     pub fn initialise(&mut self, model: &ModelSpec, seed: u64) -> Result<()> {
-        self.set_tables(model);
+        self.set_tables(model)?;
         self.set_params(&mut |part, out| {
             init::fill(model, seed, part, out, part.cols);
             Ok(())
@@ -53,17 +83,24 @@ impl Executor {
     }
 
     /// Sets the rotary tables.
-    pub fn set_tables(&mut self, model: &ModelSpec) {
-        if let Position::Rope(rope) = &model.position {
-            let (cos, sin) = (self.program.io.cos, self.program.io.sin);
-            rope::tables(rope, model.head_dim, self.tables, self.whole(cos), self.whole(sin));
-        }
+    ///
+    /// # Errors
+    /// If the device is lost.
+    pub fn set_tables(&mut self, model: &ModelSpec) -> Result<()> {
+        let Position::Rope(rope) = &model.position else { return Ok(()) };
+        let [cos, sin] = [self.program.io.cos, self.program.io.sin].map(|id| self.whole(id));
+        let mut sines = vec![0.0; sin.len()];
+        self.device.write(cos, |cosines| {
+            rope::tables(rope, model.head_dim, cos.rows, cosines, &mut sines);
+            Ok(())
+        })?;
+        self.device.copy_in(sin, bytemuck::cast_slice(&sines))
     }
 
     /// Sets every parameter: `fill` is asked for this rank's box of each logical one.
     ///
     /// # Errors
-    /// Those of `fill`.
+    /// Those of `fill`, or if the device is lost.
     pub fn set_params(&mut self, fill: &mut dyn FnMut(&ParamPart, &mut [f32]) -> Result<()>) -> Result<()> {
         let mut values = Vec::new();
         for g in 0..self.program.groups.len() {
@@ -74,7 +111,7 @@ impl Executor {
             for run in runs(group, 0..len) {
                 fill(run.part, &mut values[run.local])?;
             }
-            self.store_param(g, &values);
+            self.store_param(g, &values)?;
         }
         Ok(())
     }
@@ -87,56 +124,43 @@ impl Executor {
     }
 
     /// Writes a whole group's values into parameters and masters.
-    fn store_param(&self, g: usize, values: &[f32]) {
+    fn store_param(&mut self, g: usize, values: &[f32]) -> Result<()> {
         let b = &self.program.group_buffers[g];
         let owned = &values[b.owned.range()];
         let sharded = self.program.layout.zero >= Zero::Parameters;
         let mine = if sharded { owned } else { values };
-        match self.program.precision {
-            DType::Bf16 => {
-                let param = self.whole::<bf16>(b.param);
-                for (p, v) in param.iter_mut().zip(mine) {
-                    *p = bf16::from_f32(*v);
-                }
-                if let Some(master) = b.master {
-                    self.whole::<f32>(master).copy_from_slice(owned);
-                }
-            }
-            _ => self.whole::<f32>(b.param).copy_from_slice(mine),
+        let (param, master) = (self.whole(b.param), b.master.map(|id| self.whole(id)));
+        if let Some(master) = master {
+            self.device.copy_in(master, bytemuck::cast_slice(owned))?;
         }
+        if self.program.precision != DType::Bf16 {
+            return self.device.copy_in(param, bytemuck::cast_slice(mine));
+        }
+        self.device.write(param, |param: &mut [bf16]| {
+            param.iter_mut().zip(mine).for_each(|(p, v)| *p = bf16::from_f32(*v));
+            Ok(())
+        })
     }
 
-    /// What this rank saves: its share of masters and moments, each element on exactly one rank.
-    pub fn pieces(&self) -> impl Iterator<Item = Piece<'_>> {
+    /// What this rank saves, where it lies if the host can read it there.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    pub fn state(&self) -> Result<State<'_>> {
         let p = &self.program;
-        let groups = (0..).map(GroupId).zip(p.groups.iter().zip(&p.group_buffers));
-        groups.filter(|(_, (_, b))| b.counts).flat_map(move |(id, (group, b))| {
-            let program::Owned { first, count } = p.share(id);
-            let kinds = [
-                (Kind::Param, b.master.unwrap_or(b.param)),
-                (Kind::ExpAvg, b.exp_avg),
-                (Kind::ExpAvgSq, b.exp_avg_sq),
-            ];
-            kinds.into_iter().flat_map(move |(kind, buffer)| {
-                let whole = p.buffer(buffer).len() == group.len();
-                let data: &[f32] = self.whole(buffer);
-                runs(group, first..first + count).map(move |run| {
-                    let at = if whole {
-                        run.local.clone()
-                    } else {
-                        run.local.start - first..run.local.end - first
-                    };
-                    let part = run.part;
-                    Piece {
-                        name: &part.name,
-                        kind,
-                        global_shape: shape(part),
-                        boxes: run.regions(),
-                        data: &data[at],
-                    }
-                })
-            })
-        })
+        let mut held = Vec::new();
+        for (group, b) in (0..).map(GroupId).zip(&p.group_buffers).filter(|(_, b)| b.counts) {
+            let Owned { first, count } = p.share(group);
+            let param = b.master.unwrap_or(b.param);
+            for (kind, id) in
+                [(Kind::Param, param), (Kind::ExpAvg, b.exp_avg), (Kind::ExpAvgSq, b.exp_avg_sq)]
+            {
+                let whole = p.buffer(id).len() == p.group(group).len();
+                let data = self.device.read(self.whole(id).part(if whole { first } else { 0 }, count))?;
+                held.push(Held { group, kind, data });
+            }
+        }
+        Ok(State { program: p, held })
     }
 
     /// Reads parameters and moments from a checkpoint that any layout wrote.
@@ -145,39 +169,51 @@ impl Executor {
     /// If the checkpoint lacks a parameter or a moment, holds it in another shape, or cannot be read.
     pub fn restore(&mut self, checkpoint: &ckpt::Checkpoint) -> Result<()> {
         self.set_params_from(checkpoint)?;
-        for (group, b) in self.program.groups.iter().zip(&self.program.group_buffers) {
-            let program::Owned { first, count } = b.owned;
-            for (kind, buffer) in [(Kind::ExpAvg, b.exp_avg), (Kind::ExpAvgSq, b.exp_avg_sq)] {
-                let out = self.whole::<f32>(buffer);
-                for run in runs(group, first..first + count) {
-                    let at = run.local.start - first..run.local.end - first;
-                    checkpoint.read_regions(&run.part.name, kind, &run.regions(), &mut out[at])?;
-                }
+        let Executor { program: p, device, .. } = self;
+        for (group, b) in p.groups.iter().zip(&p.group_buffers) {
+            let Owned { first, count } = b.owned;
+            for (kind, id) in [(Kind::ExpAvg, b.exp_avg), (Kind::ExpAvgSq, b.exp_avg_sq)] {
+                device.write(resolve::whole(p, id), |out: &mut [f32]| {
+                    runs(group, first..first + count).try_for_each(|run| {
+                        let at = run.local.start - first..run.local.end - first;
+                        checkpoint.read_regions(&run.part.name, kind, &run.regions(), &mut out[at])
+                    })
+                })?;
             }
         }
         Ok(())
     }
 
     /// The elements of each logical parameter that this rank holds: masters if there are any.
-    pub fn each_param(&self, each: &mut dyn FnMut(&ParamPart, &[f32])) {
-        let p = &self.program;
-        for (group, b) in p.groups.iter().zip(&p.group_buffers) {
-            let data = self.whole::<f32>(b.master.unwrap_or(b.param));
-            if data.len() == group.len() {
-                runs(group, 0..group.len()).for_each(|run| each(run.part, &data[run.local]));
-            }
-        }
+    ///
+    /// # Errors
+    /// If the device is lost.
+    pub fn each_param(&self, each: &mut dyn FnMut(&ParamPart, &[f32])) -> Result<()> {
+        self.each_of(&|b| b.master.unwrap_or(b.param), each)
     }
 
     /// The sum of this rank's gradients of each logical parameter after a step (before clipping).
-    pub fn each_grad(&self, each: &mut dyn FnMut(&ParamPart, &[f32])) {
+    ///
+    /// # Errors
+    /// If the device is lost.
+    pub fn each_grad(&self, each: &mut dyn FnMut(&ParamPart, &[f32])) -> Result<()> {
+        self.each_of(&|b| b.grad, each)
+    }
+
+    fn each_of(
+        &self,
+        of: &dyn Fn(&program::GroupBuffers) -> program::BufferId,
+        each: &mut dyn FnMut(&ParamPart, &[f32]),
+    ) -> Result<()> {
         let p = &self.program;
         for (group, b) in p.groups.iter().zip(&p.group_buffers) {
-            let data = self.whole::<f32>(b.grad);
-            if data.len() == group.len() {
+            let whole = self.whole(of(b));
+            if whole.len() == group.len() {
+                let data = self.device.read::<f32>(whole)?;
                 runs(group, 0..group.len()).for_each(|run| each(run.part, &data[run.local]));
             }
         }
+        Ok(())
     }
 }
 

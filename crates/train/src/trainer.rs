@@ -120,7 +120,7 @@ impl Trainer {
         let mut exec = Executor::new(&request, threads, mesh, trace)?;
         check_memory(exec.program.memory.total)?;
         let mut step = 0;
-        exec.set_tables(&run.model);
+        exec.set_tables(&run.model)?;
         match (&checkpoint, start) {
             (Some(path), _) => step = restore(&mut exec, &run, path)?,
             (None, Start::Seed) => exec.initialise(&run.model, run.train.seed)?,
@@ -190,7 +190,7 @@ impl Trainer {
             rank,
             host: host(),
             device: "cpu".into(),
-            threads: Some(self.exec.pool.threads()),
+            threads: Some(self.exec.device.threads()),
             parameters: self.run.model.param_count(),
         };
         self.journal.write(&started)?;

@@ -52,7 +52,7 @@ impl Golden {
             mode: program::Mode::Train,
         };
         let mut exec = Executor::new(&request, 2, Mesh::alone(), false).expect("a program");
-        exec.set_tables(&self.model);
+        exec.set_tables(&self.model).expect("tables");
         exec.set_params(&mut |p, out| weights.read_box(&p.name, p.row0, p.rows, p.col0, p.cols, out))
             .expect("weights");
         exec
@@ -126,7 +126,7 @@ fn check(name: &'static str, weights_tolerance: f64) {
         let out = g.step(&mut exec, batch, 1, 0.0);
         let expected = g.numbers("/initial_losses/float64")[batch];
         assert!((out.loss / expected - 1.0).abs() < 2e-6, "{name}: loss {} against {expected}", out.loss);
-        let grads = collect(|f| exec.each_grad(f));
+        let grads = collect(|f| exec.each_grad(f).expect("on this machine"));
         let (off, tensor) = distance(&grads, &g.tensors(file), &g.model);
         assert!(off < 1e-5, "{name}: gradient of {tensor} is off by {off:e} of its norm");
     }
@@ -147,7 +147,7 @@ fn check(name: &'static str, weights_tolerance: f64) {
             norms[k]
         );
     }
-    let ours = collect(|f| exec.each_param(f));
+    let ours = collect(|f| exec.each_param(f).expect("on this machine"));
     let (off, tensor) = distance(&ours, &g.tensors("after10.safetensors"), &g.model);
     assert!(off < weights_tolerance, "{name}: {tensor} after ten steps is off by {off:e} of its norm");
 }
@@ -193,7 +193,7 @@ fn logits_agree_with_transformers() {
             mode: program::Mode::Generate { positions: SEQUENCE },
         };
         let mut exec = Executor::new(&request, 1, Mesh::alone(), false).expect("a program");
-        exec.set_tables(&g.model);
+        exec.set_tables(&g.model).expect("tables");
         exec.set_params(&mut |p, out| weights.read_box(&p.name, p.row0, p.rows, p.col0, p.cols, out))
             .expect("weights");
         let expected = logits(&golden(name));

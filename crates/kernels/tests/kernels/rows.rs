@@ -201,6 +201,24 @@ proptest! {
         let mut y = vec![0.0; n * f];
         add(&pool, x, g, &mut y);
         prop_assert!((0..n * f).all(|i| y[i] == x[i] + g[i]));
+        let bias = r.vec(f);
+        add_bias(&pool, x, g, &bias, &mut y);
+        prop_assert!((0..n * f).all(|i| y[i] == x[i] + g[i] + bias[i % f]));
+        let mut z = x.to_vec();
+        add_to(&pool, g, &mut z);
+        prop_assert!((0..n * f).all(|i| z[i] == x[i] + g[i]));
+    }
+
+    #[test]
+    fn partial_sums(count in 1usize..700, merge in 0usize..4, store in 0usize..4, seed: u64) {
+        let mut r = Numbers::new(seed);
+        let (x, before) = (r.vec(count), r.vec(4 * count));
+        let mut levels = before.clone();
+        add_levels(&pool(), &x, &mut levels, Merge { merge, store });
+        for (i, got) in levels.iter().enumerate() {
+            let sum = (0..merge).fold(x[i % count], |sum, level| before[level * count + i % count] + sum);
+            prop_assert_eq!(*got, if i / count == store { sum } else { before[i] });
+        }
     }
 
     #[test]

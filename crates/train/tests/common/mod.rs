@@ -110,7 +110,8 @@ pub fn weights(exec: &Executor) -> BTreeMap<String, Vec<u32>> {
     let mut all = BTreeMap::new();
     exec.each_param(&mut |part, values| {
         all.insert(part.name.clone(), values.iter().map(|v| v.to_bits()).collect());
-    });
+    })
+    .expect("on this machine");
     all
 }
 

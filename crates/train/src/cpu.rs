@@ -1,0 +1,134 @@
+//! The host's own cores and memory as a device.
+
+mod args;
+mod table;
+
+use std::time::Instant;
+
+use comm::{ElementType, Span};
+use half::bf16;
+use kernels::Pool;
+use program::{Collective, Op, Program, Ticket};
+use spec::{DType, Error, Result};
+
+use crate::arena::Arena;
+use crate::device::{Device, Lack};
+use crate::launch::{Launch, Message, Operand};
+use crate::mesh::Mesh;
+use crate::workspace::workspace_len;
+use args::Args;
+
+/// A pool of threads on one arena; messages go over the host's own transport.
+pub struct Cpu {
+    pool: Pool,
+    arena: Arena,
+}
+
+impl Cpu {
+    /// A device of so many threads, without memory yet.
+    pub fn new(threads: usize) -> Cpu {
+        Cpu { pool: Pool::new(threads), arena: Arena::none() }
+    }
+
+    fn run<T: table::Number>(&self, launch: &Launch<'_>) -> Result<()> {
+        let kernel = table::kernel::<T>(launch.kind()).map_err(|lack| {
+            Error::failure(format!("{} is not executed yet ({lack:?})", launch.kind().name()))
+        })?;
+        kernel(&self.pool, &Args::new(&self.arena, *launch));
+        Ok(())
+    }
+
+    /// An operand as the transport takes it.
+    fn span(&self, of: Operand) -> Span {
+        assert!(of.offset + of.bytes() <= self.arena.len());
+        Span::new(self.arena.base().wrapping_add(of.offset), of.len(), ElementType::from(of.dtype))
+    }
+}
+
+impl Device for Cpu {
+    fn name(&self) -> String {
+        format!("cpu, {} threads", self.pool.threads())
+    }
+
+    fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    fn peak_gflops(&self) -> f64 {
+        kernels::gemm_peak_gflops(&self.pool)
+    }
+
+    fn can_run(&self, op: &Op) -> Result<(), Lack> {
+        match op.comm.as_ref().map(|c| c.what) {
+            Some(Collective::AllToAll) => Err(Lack::ExpertRanks),
+            Some(Collective::Ring) => Err(Lack::Contexts),
+            Some(_) if op.only_talks() => Ok(()),
+            _ => table::kernel::<f32>(&op.kind).map(|_| ()),
+        }
+    }
+
+    fn workspace_len(&self, op: &Op, p: &Program) -> usize {
+        workspace_len(op, p, self.pool.threads())
+    }
+
+    fn allocate(&mut self, bytes: usize, mesh: &Mesh) -> Result<()> {
+        self.arena = match mesh.shared(bytes)? {
+            Some(shared) => Arena::shared(shared),
+            None => Arena::new(bytes)?,
+        };
+        Ok(())
+    }
+
+    fn allocated_bytes(&self) -> usize {
+        self.arena.len()
+    }
+
+    fn copy_in(&mut self, to: Operand, bytes: &[u8]) -> Result<()> {
+        self.arena.bytes_mut(to).copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn copy_out(&self, from: Operand, bytes: &mut [u8]) -> Result<()> {
+        bytes.copy_from_slice(self.arena.bytes(from));
+        Ok(())
+    }
+
+    fn host(&self) -> Option<&Arena> {
+        Some(&self.arena)
+    }
+
+    fn host_mut(&mut self) -> Option<&mut Arena> {
+        Some(&mut self.arena)
+    }
+
+    fn clear(&mut self, what: Operand) -> Result<()> {
+        self.arena.bytes_mut(what).fill(0);
+        Ok(())
+    }
+
+    fn sum(&self, what: Operand) -> Result<f64> {
+        Ok(self.arena.read::<f64>(what).iter().sum())
+    }
+
+    fn launch(&mut self, launch: &Launch<'_>) -> Result<()> {
+        match launch.precision() {
+            DType::Bf16 => self.run::<bf16>(launch),
+            _ => self.run::<f32>(launch),
+        }
+    }
+
+    fn say(&mut self, mesh: &mut Mesh, message: &Message<'_>, ticket: Option<Ticket>) -> Result<()> {
+        let (from, to) = (message.from.map(|o| self.span(o)), message.to.map(|o| self.span(o)));
+        // SAFETY: the spans lie in the arena, in buffers that placement gives to this op alone until it, or the op that
+        // waits for it, is over; the executor ends what is under way before the device and its arena go.
+        unsafe { mesh.say(message, from, to, ticket) }
+    }
+
+    fn end(&mut self, mesh: &mut Mesh, ticket: Ticket, over: &mut dyn FnMut(Instant, Instant)) -> Result<()> {
+        mesh.end(ticket, over)
+    }
+
+    fn synchronise(&mut self) -> Result<()> {
+        Ok(())
+    }
+}

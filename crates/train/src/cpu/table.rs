@@ -1,0 +1,278 @@
+//! Which kernel an op's kind is, and what it is called with.
+
+use bytemuck::Pod;
+use half::bf16;
+use kernels::{AdamW, Gelu, Pool, Storage};
+use program::{Heads, NORM_CHUNK, OpKind};
+use spec::{DType, NormKind};
+
+use super::args::Args;
+use crate::device::Lack;
+
+/// Element types of parameters and activations.
+pub(super) trait Number: Storage + Pod {}
+
+impl<T: Storage + Pod> Number for T {}
+
+/// Computes a launch.
+pub(super) type Kernel<T> = fn(&Pool, &Args<'_, T>);
+
+/// What computes an op of this kind.
+///
+/// # Errors
+/// What is missing, if nothing does.
+pub(super) fn kernel<T: Number>(kind: &OpKind) -> Result<Kernel<T>, Lack> {
+    use OpKind::*;
+    Ok(match kind {
+        Embed { .. } => embed,
+        EmbedGrad { .. } | PosGrad => embed_grad,
+        Norm { .. } => norm,
+        NormGradInput { .. } => norm_grad_input,
+        NormGradWeight { .. } => norm_grad_weight,
+        HeadNorm { .. } | HeadNormGradInput { .. } | HeadNormGradWeight { .. } => head_norm,
+        Linear | LinearGradInput => linear,
+        LinearGradWeight | BiasGrad => linear_grad_weight,
+        Rope { .. } => rope,
+        Attention { .. } | AttentionGrad { .. } => attention,
+        AttentionCached { .. } => attention_cached,
+        SwiGlu | SwiGluGrad | Gelu { .. } | GeluGrad { .. } | Add => elementwise,
+        Xent | XentStats { .. } | XentCombine { .. } | XentGrad { .. } | LossSum { .. } => loss,
+        ShardGrads { .. } => shard_grads,
+        TieGrads { .. } => tie_grads,
+        GradNorm => grad_norm,
+        AdamW { .. } => adamw,
+        other => return Err(Lack::of(other)),
+    })
+}
+
+/// The table names a function for kinds that the function does not know.
+macro_rules! not_mine {
+    ($a:expr) => {
+        unreachable!("the table sends no {} here", $a.launch().kind().name())
+    };
+}
+
+fn embed<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let OpKind::Embed { vocab0, positions } = *a.launch().kind() else { not_mine!(a) };
+    let l = a.launch();
+    let dim = l.output(0).cols;
+    let from = l.turn.position * dim;
+    let table = a.optional(2).filter(|_| positions).map(|p| &p[from..]);
+    kernels::embed(pool, a.ids(0), a.input(1), vocab0, table, l.sequence(), a.out(0), dim);
+}
+
+fn embed_grad<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let (levels, g) = a.gradient(0);
+    let (rows, cols, ws) = (g.rows, g.cols, a.workspace());
+    match *a.launch().kind() {
+        OpKind::EmbedGrad { vocab0 } => {
+            kernels::embed_grad(pool, a.ids(0), vocab0, rows, a.input(1), levels, cols, g.inner, g.merge, ws);
+        }
+        _ => {
+            let seq = a.launch().sequence();
+            kernels::pos_grad(pool, a.input(0), levels, rows, seq, cols, g.inner, g.merge, ws);
+        }
+    }
+}
+
+fn norm<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let OpKind::Norm { norm, eps } = *a.launch().kind() else { not_mine!(a) };
+    let ((n, dim), x, w, y, stats) = (a.shape(0), a.input(0), a.input(1), a.out(0), a.out_floats(1));
+    match norm {
+        NormKind::Rms => kernels::rms_norm(pool, x, w, y, stats, n, dim, eps),
+        NormKind::Layer => kernels::layer_norm(pool, x, w, a.input(2), y, stats, n, dim, eps),
+    }
+}
+
+fn norm_grad_input<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let OpKind::NormGradInput { norm } = *a.launch().kind() else { not_mine!(a) };
+    let (n, dim) = a.shape(0);
+    let kernel = match norm {
+        NormKind::Rms => kernels::rms_norm_dx,
+        NormKind::Layer => kernels::layer_norm_dx,
+    };
+    kernel(pool, a.input(0), a.input(1), a.input(2), a.floats(3), a.acc(), a.out(0), n, dim);
+}
+
+fn norm_grad_weight<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let OpKind::NormGradWeight { norm } = *a.launch().kind() else { not_mine!(a) };
+    let ((n, dim), dy, x, stats, ws) = (a.shape(0), a.input(0), a.input(1), a.floats(2), a.workspace());
+    let (levels, g) = a.gradient(0);
+    match norm {
+        NormKind::Rms => kernels::rms_norm_dw(pool, dy, x, stats, levels, n, dim, g.inner, g.merge, ws),
+        NormKind::Layer => {
+            let (bias, _) = a.gradient(1);
+            kernels::layer_norm_dw(pool, dy, x, stats, levels, bias, n, dim, g.inner, g.merge, ws);
+        }
+    }
+}
+
+fn head_norm<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let ((n, _), first, second) = (a.shape(0), a.input(0), a.input(1));
+    match *a.launch().kind() {
+        OpKind::HeadNorm { heads: Heads { q, kv, dim, .. }, eps } => {
+            let (y, rstd) = (a.out(0), a.out_floats(1));
+            kernels::qk_norm(pool, first, second, a.input(2), y, rstd, n, q, kv, dim, eps);
+        }
+        OpKind::HeadNormGradInput { heads: Heads { q, kv, dim, .. } } => {
+            let (wq, wk, rstd) = (a.input(2), a.input(3), a.floats(4));
+            kernels::qk_norm_dx(pool, first, second, wq, wk, rstd, a.out(0), n, q, kv, dim);
+        }
+        OpKind::HeadNormGradWeight { heads: Heads { q, kv, dim, .. } } => {
+            let ((dq, g), (dk, _), rstd, ws) = (a.gradient(0), a.gradient(1), a.floats(2), a.workspace());
+            kernels::qk_norm_dw(pool, first, second, rstd, dq, dk, n, q, kv, dim, g.inner, g.merge, ws);
+        }
+        _ => not_mine!(a),
+    }
+}
+
+fn linear<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let ((n, cols), (rows, in_), ws) = (a.shape(0), a.shape(1), a.workspace());
+    let (x, w, acc, y) = (a.input(0), a.input(1), a.acc(), a.out(0));
+    match a.launch().kind() {
+        OpKind::Linear => kernels::linear(pool, x, w, a.optional(2), acc, y, n, cols, rows, ws),
+        _ => kernels::linear_dx(pool, x, w, acc, y, n, in_, cols, ws),
+    }
+}
+
+fn linear_grad_weight<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let ((n, out), dy, (levels, g), ws) = (a.shape(0), a.input(0), a.gradient(0), a.workspace());
+    match a.launch().kind() {
+        OpKind::BiasGrad => kernels::bias_grad(pool, dy, levels, n, out, g.inner, g.merge, ws),
+        _ => {
+            let (x, (_, in_)) = (a.input(1), a.shape(1));
+            kernels::linear_dw(pool, dy, x, levels, n, in_, out, g.inner, g.merge, ws);
+        }
+    }
+}
+
+fn rope<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let OpKind::Rope { heads: h, inverse } = *a.launch().kind() else { not_mine!(a) };
+    let ((n, _), (positions, _), l) = (a.shape(0), a.shape(1), a.launch());
+    // One token of a generation, or whole sequences.
+    let seq = if n == 1 { positions } else { l.sequence() };
+    let (cos, sin) = (a.floats(1), a.floats(2));
+    kernels::rope(pool, a.out(0), cos, sin, n, seq, h.q, h.kv, h.dim, l.turn.position, inverse);
+}
+
+/// What scores of queries and keys are multiplied by.
+fn attention_scale(h: Heads) -> f32 {
+    1.0 / (h.dim as f32).sqrt()
+}
+
+fn attention<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let (seq, qkv, ws) = (a.launch().sequence(), a.input(0), a.workspace());
+    let n = a.shape(0).0 / seq;
+    match *a.launch().kind() {
+        OpKind::Attention { heads: h } => {
+            let (o, lse, scale) = (a.out(0), a.out_floats(1), attention_scale(h));
+            kernels::attention(pool, qkv, o, lse, n, seq, h.q, h.kv, h.dim, scale, ws);
+        }
+        OpKind::AttentionGrad { heads: h } => {
+            let (o, lse, dy, dqkv, scale) =
+                (a.input(1), a.floats(2), a.input(3), a.out(0), attention_scale(h));
+            kernels::attention_dx(pool, qkv, o, lse, dy, dqkv, n, seq, h.q, h.kv, h.dim, scale, ws);
+        }
+        _ => not_mine!(a),
+    }
+}
+
+/// Appends the token's keys and values to the layer's cache and attends over all of it so far.
+fn attention_cached<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let OpKind::AttentionCached { heads: h, .. } = *a.launch().kind() else { not_mine!(a) };
+    let (position, capacity) = (a.launch().turn.position, a.launch().output(1).rows);
+    let (qkv, keys, values) = (a.input(0), a.out(1), a.out(2));
+    let (q_width, width) = (h.q * h.dim, h.kv * h.dim);
+    let row = position * width..(position + 1) * width;
+    keys[row.clone()].copy_from_slice(&qkv[q_width..q_width + width]);
+    values[row].copy_from_slice(&qkv[q_width + width..q_width + 2 * width]);
+    kernels::attention_decode(
+        pool,
+        &qkv[..q_width],
+        q_width,
+        keys,
+        values,
+        &[position + 1],
+        a.out(0),
+        capacity,
+        h.q,
+        h.kv,
+        h.dim,
+        attention_scale(h),
+        a.workspace(),
+    );
+}
+
+fn elementwise<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let ((n, cols), x, y) = (a.shape(0), a.input(0), a.out(0));
+    match *a.launch().kind() {
+        OpKind::SwiGlu => kernels::swiglu(pool, x, y, n, cols / 2),
+        OpKind::SwiGluGrad => kernels::swiglu_dx(pool, x, a.input(1), y, n, cols),
+        OpKind::Gelu { tanh } => kernels::gelu(pool, gelu(tanh), x, y),
+        OpKind::GeluGrad { tanh } => kernels::gelu_dx(pool, gelu(tanh), x, a.input(1), y),
+        OpKind::Add => match a.optional(2) {
+            Some(bias) => kernels::add_bias(pool, x, a.input(1), bias, y),
+            None => kernels::add(pool, x, a.input(1), y),
+        },
+        _ => not_mine!(a),
+    }
+}
+
+fn gelu(tanh: bool) -> Gelu {
+    if tanh { Gelu::Tanh } else { Gelu::Erf }
+}
+
+fn loss<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let ((n, cols), l) = (a.shape(0), a.launch());
+    let scale = l.turn.loss_scale;
+    match *l.kind() {
+        OpKind::Xent => kernels::xent_fused(pool, a.out(0), a.ids(1), scale, a.out_floats(1), n, cols),
+        OpKind::XentStats { vocab0 } => {
+            kernels::xent_stats(pool, a.input(0), a.ids(1), vocab0, a.out_floats(0), n, cols);
+        }
+        OpKind::XentCombine { shards } => {
+            kernels::xent_combine(a.floats(0), shards, a.out_floats(0), n / shards);
+        }
+        OpKind::XentGrad { vocab0 } => {
+            let (targets, stats, losses) = (a.ids(1), a.floats(2), a.out_floats(1));
+            kernels::xent_dlogits(pool, a.out(0), targets, vocab0, stats, scale, losses, n, cols);
+        }
+        OpKind::LossSum { .. } => {
+            a.out_doubles(0)[0] = a.floats(0).iter().map(|&l| f64::from(l)).sum();
+        }
+        _ => not_mine!(a),
+    }
+}
+
+/// Adds one micro-batch's scattered gradients to the partial sums of the owned shards, in tree order.
+fn shard_grads<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    for i in 0..a.launch().inputs() {
+        let (levels, g) = a.gradient(i);
+        kernels::add_levels(pool, a.floats(i), levels, g.merge);
+    }
+}
+
+fn tie_grads<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    kernels::add_to(pool, a.floats(0), a.out_floats(0));
+}
+
+/// Sums squares by chunk, so that their total does not depend on who held what.
+fn grad_norm<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    a.out_doubles(0).fill(0.0);
+    for i in 0..a.launch().inputs() {
+        kernels::sum_squares(pool, a.floats(i), a.out_doubles(i + 1), NORM_CHUNK);
+    }
+}
+
+fn adamw<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let OpKind::AdamW { decay, .. } = *a.launch().kind() else { not_mine!(a) };
+    let Some(update) = a.launch().turn.update else { unreachable!("the tail of a step has its numbers") };
+    let config = AdamW { weight_decay: if decay { update.weight_decay } else { 0.0 }, ..update };
+    let (grad, m, v) = (a.floats(0), a.out_floats(1), a.out_floats(2));
+    if a.launch().precision() == DType::F32 {
+        kernels::adamw(pool, &config, a.out_floats(0), m, v, grad);
+    } else {
+        let param: &mut [bf16] = bytemuck::cast_slice_mut(a.out(0));
+        kernels::adamw_bf16(pool, &config, a.out_floats(3), m, v, grad, param);
+    }
+}

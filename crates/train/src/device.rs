@@ -1,0 +1,222 @@
+//! What computes: the seam between the executor, which knows the program, and hardware, which knows kernels.
+
+use std::any::Any;
+use std::borrow::Cow;
+use std::time::Instant;
+
+use bytemuck::Pod;
+use program::{Op, OpKind, Program, Ticket};
+use spec::{Error, Result};
+
+use crate::arena::Arena;
+use crate::launch::{Launch, Message, Operand};
+use crate::mesh::Mesh;
+
+/// Memory and arithmetic of one rank.
+///
+/// A device has one arena of exactly the bytes that the program placed; operands are offsets in it, so no pointer leaves
+/// a device. Calls come from one thread in program order. A device may return before the work is done and keep that
+/// order by itself: what comes out of [`Device::copy_out`] and [`Device::sum`], and what lies in the arena after
+/// [`Device::synchronise`], is as if every call had ended before the next began.
+///
+/// A GPU is one `impl`: `launch` puts a kernel or a library call on its compute stream, by [`Launch::kind`]. Messages
+/// are the device's too, because a library that carries them (NCCL) works on the memory and the streams of the device
+/// and for a whole group at once: `say` maps [`Message::members`] to a communicator, founded with the bytes that
+/// [`Mesh::exchange`] carries, and a message that goes on beside others to a stream of its own behind an event;
+/// [`Device::end`] makes the compute stream wait for it. Where the library cannot (two ranks on one GPU), the same
+/// method copies to the host and lets [`Mesh`] carry it. Calls of a step are the same from step to step but for
+/// [`Launch::turn`], so a device may record and replay them.
+pub trait Device: Any + Send {
+    /// For people and journals, for example `cpu, 4 threads`.
+    fn name(&self) -> String;
+
+    /// Threads of the host that compute.
+    fn threads(&self) -> usize {
+        1
+    }
+
+    /// The best rate of its matrix products, in GFLOP/s; takes a moment.
+    fn peak_gflops(&self) -> f64;
+
+    /// Whether it has a kernel for an op, and a way for what the op says.
+    ///
+    /// # Errors
+    /// What it lacks.
+    fn can_run(&self, op: &Op) -> Result<(), Lack>;
+
+    /// Elements of f32 work space that an op wants.
+    fn workspace_len(&self, op: &Op, p: &Program) -> usize;
+
+    /// Makes the arena, zeroed; called once, before anything else that touches memory.
+    ///
+    /// # Errors
+    /// If there is no such memory.
+    fn allocate(&mut self, bytes: usize, mesh: &Mesh) -> Result<()>;
+
+    /// Bytes of the arena.
+    fn allocated_bytes(&self) -> usize;
+
+    /// Writes `bytes` to a part of the arena.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    fn copy_in(&mut self, to: Operand, bytes: &[u8]) -> Result<()>;
+
+    /// Reads a part of the arena.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    fn copy_out(&self, from: Operand, bytes: &mut [u8]) -> Result<()>;
+
+    /// The arena itself, where the host can read it: nothing need be copied then.
+    fn host(&self) -> Option<&Arena> {
+        None
+    }
+
+    /// The same to write to.
+    fn host_mut(&mut self) -> Option<&mut Arena> {
+        None
+    }
+
+    /// Sets a part of the arena to zero.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    fn clear(&mut self, what: Operand) -> Result<()>;
+
+    /// Adds up f64 elements in the order of their indices.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    fn sum(&self, what: Operand) -> Result<f64>;
+
+    /// Runs a kernel.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    fn launch(&mut self, launch: &Launch<'_>) -> Result<()>;
+
+    /// Says something to other ranks. With a ticket it goes on beside what follows until [`Device::end`].
+    ///
+    /// # Errors
+    /// If a peer or the device is lost.
+    fn say(&mut self, mesh: &mut Mesh, message: &Message<'_>, ticket: Option<Ticket>) -> Result<()>;
+
+    /// Lets nothing go on before everything that was begun with `ticket` is over; `over` hears of each message when it
+    /// began and ended, as far as that is known.
+    ///
+    /// # Errors
+    /// If a peer or the device is lost.
+    fn end(&mut self, mesh: &mut Mesh, ticket: Ticket, over: &mut dyn FnMut(Instant, Instant)) -> Result<()>;
+
+    /// Returns when everything is done.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    fn synchronise(&mut self) -> Result<()>;
+}
+
+impl dyn Device {
+    /// Elements of the arena: where they lie if the host can read them there, else a copy.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    pub(crate) fn read<T: Pod>(&self, from: Operand) -> Result<Cow<'_, [T]>> {
+        if let Some(arena) = self.host() {
+            return Ok(Cow::Borrowed(arena.read(from)));
+        }
+        let mut copy = vec![T::zeroed(); from.len()];
+        self.copy_out(from, bytemuck::cast_slice_mut(&mut copy))?;
+        Ok(Cow::Owned(copy))
+    }
+
+    /// Lets `fill` set all elements of an operand: where they lie if the host can write them there, else through a copy.
+    ///
+    /// # Errors
+    /// Those of `fill`, or if the device is lost.
+    pub(crate) fn write<T: Pod>(
+        &mut self,
+        to: Operand,
+        fill: impl FnOnce(&mut [T]) -> Result<()>,
+    ) -> Result<()> {
+        if let Some(arena) = self.host_mut() {
+            return fill(arena.write(to));
+        }
+        let mut copy = vec![T::zeroed(); to.len()];
+        fill(&mut copy)?;
+        self.copy_in(to, bytemuck::cast_slice(&copy))
+    }
+}
+
+/// What a device lacks for an op.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Lack {
+    /// Kernels for routed experts.
+    Experts,
+    /// Kernels for latent attention.
+    Latent,
+    /// Attention over sequences that several ranks hold.
+    Contexts,
+    /// Messages between experts on several ranks.
+    ExpertRanks,
+    /// A kernel for this kind of op.
+    Kernel,
+}
+
+impl Lack {
+    /// Which part of a model or layout an op belongs to that a device has no kernel for.
+    pub fn of(kind: &OpKind) -> Lack {
+        use OpKind::*;
+        match kind {
+            Route { .. } | RouteGrad | Permute { .. } | PermuteGrad | Unpermute { .. } | UnpermuteGrad => {
+                Lack::Experts
+            }
+            GroupedLinear { .. } | GroupedLinearGradInput { .. } | GroupedLinearGradWeight { .. } => {
+                Lack::Experts
+            }
+            LatentNorm { .. } | LatentNormGradInput | LatentNormGradWeight => Lack::Latent,
+            LatentRope { .. } | LatentRopeGrad { .. } => Lack::Latent,
+            RingAttention { .. } | RingAttentionGrad { .. } => Lack::Contexts,
+            AllToAll { .. } => Lack::ExpertRanks,
+            _ => Lack::Kernel,
+        }
+    }
+}
+
+/// Asks a device about every op of a program.
+///
+/// # Errors
+/// What it cannot run, in terms of the model or the layout, and what works.
+pub fn check_runs(device: &dyn Device, p: &Program, model: &str) -> Result<()> {
+    let ops = p.blocks.iter().flat_map(|b| &b.ops);
+    let mut lacks: Vec<(Lack, &Op)> = ops.filter_map(|op| Some((device.can_run(op).err()?, op))).collect();
+    lacks.sort_by_key(|(lack, _)| *lack);
+    lacks.dedup_by_key(|(lack, _)| *lack);
+    let Some((first, op)) = lacks.first() else { return Ok(()) };
+    let axis = |key: &str, size: usize, what: &str| {
+        Error::user(format!("layout.{key} = {size}: {what} can be planned, it does not train yet"))
+            .hint(format!("set layout.{key}=1"))
+    };
+    let has = |what: &str| {
+        Error::user(format!("{model} has {what}: it can be planned, it does not train yet")).hint(
+            "phalanx plan --model NAME prices it; dense models of the Llama, Qwen and GPT-2 families train",
+        )
+    };
+    Err(match first {
+        Lack::Experts if lacks.iter().any(|(l, _)| *l == Lack::Latent) => {
+            has("a mixture of experts and latent attention")
+        }
+        Lack::Experts => has("a mixture of experts"),
+        Lack::Latent => has("latent attention"),
+        Lack::Contexts => axis("cp", p.layout.cp, "context parallelism"),
+        Lack::ExpertRanks => axis("ep", p.layout.ep, "expert parallelism"),
+        Lack::Kernel => Error::user(format!(
+            "{} has no kernel for {} ({} in {})",
+            device.name(),
+            op.name,
+            op.kind.name(),
+            p.precision
+        ))
+        .hint("phalanx program show lists the ops of a step"),
+    })
+}

@@ -1,0 +1,294 @@
+//! Ops resolved into what a device is asked to do: where every operand lies in the arena, and the step's numbers.
+
+use std::ops::Range;
+
+use kernels::{AdamW, Merge};
+use program::{BufferId, Collective, Home, Members, OpId, OpKind, Program, Slice, View, When};
+use spec::DType;
+
+/// Elements in the arena, row by row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Operand {
+    /// Bytes from the start of the arena.
+    pub offset: usize,
+    /// Rows.
+    pub rows: usize,
+    /// Elements of a row.
+    pub cols: usize,
+    /// Type of the elements.
+    pub dtype: DType,
+}
+
+impl Operand {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes.
+    pub fn bytes(&self) -> usize {
+        self.len() * self.dtype.bytes()
+    }
+
+    /// `count` elements from the `first` on, as one row.
+    pub fn part(&self, first: usize, count: usize) -> Operand {
+        assert!(first + count <= self.len(), "elements {first}..{} of {}", first + count, self.len());
+        Operand { offset: self.offset + first * self.dtype.bytes(), rows: 1, cols: count, ..*self }
+    }
+}
+
+/// What changes from one run of a block to the next.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Turn {
+    /// Index among the rank's micro-batches.
+    pub micro_batch: usize,
+    /// Place in the cache of keys and values of the token that is generated.
+    pub position: usize,
+    /// What the gradient of the loss is multiplied by.
+    pub loss_scale: f32,
+    /// The optimiser's numbers, in the tail of a step.
+    pub update: Option<AdamW>,
+}
+
+/// One kernel to run.
+#[derive(Clone, Copy)]
+pub struct Launch<'a> {
+    call: &'a Call,
+    /// Numbers of this run.
+    pub turn: Turn,
+}
+
+impl<'a> Launch<'a> {
+    pub(crate) fn new(call: &'a Call, turn: Turn) -> Launch<'a> {
+        Launch { call, turn }
+    }
+
+    /// The op that is run.
+    pub fn op(&self) -> OpId {
+        self.call.op
+    }
+
+    /// What to compute. Operands are those of the kind's documentation, followed by those that it leaves to the
+    /// program:
+    ///
+    /// | kind | inputs | outputs |
+    /// | --- | --- | --- |
+    /// | `Rope` | qkv, cosines, sines | |
+    /// | `AttentionCached` | | o, the layer's keys, its values |
+    /// | `LossSum` | | the sequence's sum |
+    /// | `ShardGrads` | a micro-batch's sums, the owned part of each | none: a [`Gradient`] for each |
+    /// | `TieGrads` | the head's gradient | the table's, in place |
+    /// | `GradNorm` | owned gradients | all chunk sums, then those of each input |
+    /// | `AdamW` | gradient | parameter, first and second moment, \[master\], in place |
+    pub fn kind(&self) -> &'a OpKind {
+        &self.call.kind
+    }
+
+    /// Type of parameters and activations.
+    pub fn precision(&self) -> DType {
+        self.call.precision
+    }
+
+    /// Tokens of a sequence on this rank.
+    pub fn sequence(&self) -> usize {
+        self.call.sequence
+    }
+
+    /// How many inputs there are.
+    pub fn inputs(&self) -> usize {
+        self.call.ins.len()
+    }
+
+    /// Input `i`: read, and not written unless an output has its bytes.
+    pub fn input(&self, i: usize) -> Operand {
+        self.call.ins[i].at(self.turn.micro_batch)
+    }
+
+    /// Output `i`.
+    pub fn output(&self, i: usize) -> Operand {
+        self.call.outs[i].at(self.turn.micro_batch)
+    }
+
+    /// How many outputs there are.
+    pub fn outputs(&self) -> usize {
+        self.call.outs.len()
+    }
+
+    /// What is added to output 0; with the output's own offset if in place.
+    pub fn acc(&self) -> Option<Operand> {
+        self.call.acc.map(|a| a.at(self.turn.micro_batch))
+    }
+
+    /// Gradient `i` that the launch adds to.
+    pub fn gradient(&self, i: usize) -> Gradient<'a> {
+        let of = &self.call.grads[i];
+        let count: usize = of.outer.iter().map(|&r| r as usize).product();
+        let index = (self.turn.micro_batch * of.results + of.result) % count.max(1);
+        let (merge, store) = spec::merge_at(&of.outer, index);
+        Gradient {
+            levels: of.levels.at(self.turn.micro_batch),
+            rows: of.rows,
+            cols: of.cols,
+            inner: &of.inner,
+            merge: Merge { merge, store },
+        }
+    }
+
+    /// Scratch of this launch alone, f32.
+    pub fn workspace(&self) -> Operand {
+        self.call.workspace
+    }
+}
+
+/// A gradient that a launch adds to: the sum of its leaves in the order of the tree `inner` meets the partial sums in
+/// `levels` as `merge` says.
+#[derive(Clone, Copy, Debug)]
+pub struct Gradient<'a> {
+    /// Partial sums one after another, each `[rows, cols]`.
+    pub levels: Operand,
+    /// Rows of one of them.
+    pub rows: usize,
+    /// Columns of one of them.
+    pub cols: usize,
+    /// Radices of the tree over the leaves of this launch, bottom-up.
+    pub inner: &'a [u32],
+    /// Which levels are added, and which one is written.
+    pub merge: Merge,
+}
+
+/// One message or collective of an op.
+#[derive(Clone, Copy, Debug)]
+pub struct Message<'a> {
+    /// The op that says it.
+    pub op: OpId,
+    /// How.
+    pub what: Collective,
+    /// Among whom.
+    pub members: Members,
+    /// The other end of a send or a receive, by its place in the group.
+    pub peer: usize,
+    /// Index among the rank's micro-batches.
+    pub micro_batch: usize,
+    /// What this rank gives; of an all-gather its own part of `to` if `None`.
+    pub from: Option<Operand>,
+    /// What this rank gets; over its own part of `from` if `None`.
+    pub to: Option<Operand>,
+    /// The elements of each member.
+    pub parts: &'a [Range<usize>],
+    /// Bytes that this rank gives to others.
+    pub sent_bytes: u64,
+}
+
+/// An operand for every micro-batch: at `base`, plus a slot among `slots`, plus a stretch of a whole step's buffer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Address {
+    base: usize,
+    slots: usize,
+    slot_bytes: usize,
+    micro_batch_bytes: usize,
+    rows: usize,
+    cols: usize,
+    dtype: DType,
+}
+
+impl Address {
+    pub(crate) fn at(&self, micro_batch: usize) -> Operand {
+        let slot = if self.slots > 1 { micro_batch % self.slots * self.slot_bytes } else { 0 };
+        let offset = self.base + slot + micro_batch * self.micro_batch_bytes;
+        Operand { offset, rows: self.rows, cols: self.cols, dtype: self.dtype }
+    }
+
+    pub(crate) fn slice(p: &Program, slice: Slice) -> Address {
+        let b = p.buffer(slice.buffer);
+        let (base, slots, slot_bytes, micro_batch_bytes) = match b.home {
+            Home::Static { offset } => (offset, 1, 0, 0),
+            Home::Slot { chunk, offset, .. } => {
+                let region = p.slot_regions[chunk];
+                (region.offset + offset, p.slots[chunk], region.bytes, 0)
+            }
+            Home::Scratch { offset, .. } => (p.scratch_offset + offset, 1, 0, 0),
+            Home::MicroBatch { offset } => (offset, 1, 0, b.bytes()),
+        };
+        let base = base + slice.first * b.dtype.bytes();
+        Address { base, slots, slot_bytes, micro_batch_bytes, rows: 1, cols: slice.count, dtype: b.dtype }
+    }
+
+    pub(crate) fn view(p: &Program, view: View) -> Address {
+        Address { rows: view.rows, cols: p.buffer(view.buffer).cols, ..Address::slice(p, p.slice(view)) }
+    }
+
+    pub(crate) fn whole(p: &Program, buffer: BufferId) -> Address {
+        Address::view(p, View { buffer, row0: 0, rows: p.buffer(buffer).rows })
+    }
+
+    /// `count` elements from `first` on that move on by `step` elements with every micro-batch.
+    pub(crate) fn walk(self, first: usize, count: usize, step: usize) -> Address {
+        let size = self.dtype.bytes();
+        let base = self.base + first * size;
+        Address { base, rows: 1, cols: count, micro_batch_bytes: step * size, ..self }
+    }
+}
+
+/// A launch, but for what changes from run to run.
+pub(crate) struct Call {
+    pub(crate) op: OpId,
+    pub(crate) kind: OpKind,
+    pub(crate) ins: Vec<Address>,
+    pub(crate) acc: Option<Address>,
+    pub(crate) outs: Vec<Address>,
+    pub(crate) grads: Vec<Target>,
+    pub(crate) workspace: Operand,
+    pub(crate) sequence: usize,
+    pub(crate) precision: DType,
+}
+
+/// Where a gradient goes: the levels of a counter with radices `outer`.
+pub(crate) struct Target {
+    pub(crate) levels: Address,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) inner: Vec<u32>,
+    pub(crate) outer: Vec<u32>,
+    pub(crate) results: usize,
+    pub(crate) result: usize,
+}
+
+/// An op's messages, but for what changes from run to run.
+pub(crate) struct Talk {
+    pub(crate) op: OpId,
+    pub(crate) what: Collective,
+    pub(crate) members: Members,
+    pub(crate) when: When,
+    pub(crate) peer: usize,
+    pub(crate) messages: Vec<Said>,
+}
+
+/// One of them.
+pub(crate) struct Said {
+    pub(crate) from: Option<Address>,
+    pub(crate) to: Option<Address>,
+    pub(crate) parts: Vec<Range<usize>>,
+    pub(crate) sent_bytes: u64,
+}
+
+impl Talk {
+    /// The messages for a micro-batch, in order.
+    pub(crate) fn messages(&self, micro_batch: usize) -> impl Iterator<Item = Message<'_>> {
+        self.messages.iter().map(move |m| Message {
+            op: self.op,
+            what: self.what,
+            members: self.members,
+            peer: self.peer,
+            micro_batch,
+            from: m.from.map(|a| a.at(micro_batch)),
+            to: m.to.map(|a| a.at(micro_batch)),
+            parts: &m.parts,
+            sent_bytes: m.sent_bytes,
+        })
+    }
+}

@@ -1,0 +1,183 @@
+//! From the program's ops to calls and messages: everything that does not depend on the micro-batch, once.
+
+use std::ops::Range;
+
+use program::{
+    Block, BufferId, Collective, Comm, Deal, GroupId, Members, NORM_CHUNK, Op, OpId, OpKind, Owned, Program,
+    Slice, View, When,
+};
+use spec::DType;
+
+use crate::launch::{Address, Call, Operand, Said, Talk, Target};
+
+/// What an op does: a kernel, messages, or first the one and then the other.
+pub(crate) struct Action {
+    pub(crate) call: Option<Call>,
+    pub(crate) talk: Option<Talk>,
+}
+
+/// Of every op, by block.
+pub(crate) fn actions(p: &Program) -> Vec<Vec<Action>> {
+    let action = |op: &Op| Action {
+        call: (!op.only_talks()).then(|| call(p, op)),
+        talk: op.comm.as_ref().map(|c| talk(p, op.id, c)),
+    };
+    p.blocks.iter().map(|b: &Block| b.ops.iter().map(action).collect()).collect()
+}
+
+/// A whole static buffer.
+pub(crate) fn whole(p: &Program, buffer: BufferId) -> Operand {
+    Address::whole(p, buffer).at(0)
+}
+
+/// The stretch of the sums that ranks share in which the losses of all sequences lie; the vote to stop is behind it.
+pub(crate) fn losses(p: &Program) -> Slice {
+    let buffer = p.io.norm_chunks;
+    Slice { buffer, first: p.buffer(buffer).len() - 1 - p.sequences, count: p.sequences }
+}
+
+/// The sum of the losses over all ranks, for an evaluation; `None` for a rank alone.
+pub(crate) fn eval_sum(p: &Program) -> Option<Talk> {
+    let slice = losses(p);
+    let message = program::Message {
+        from: Some(slice),
+        to: Some(slice),
+        elements: slice.count,
+        dtype: DType::F64,
+        deal: Deal::Even,
+    };
+    let (what, members) = (Collective::AllReduce, Members::World);
+    let comm = Comm { what, members, messages: vec![message], when: When::Now };
+    (p.layout.world() > 1).then(|| talk(p, OpId::of("eval.loss"), &comm))
+}
+
+fn call(p: &Program, op: &Op) -> Call {
+    let view = |v: &View| Address::view(p, *v);
+    let grad = |g: &program::GradOut| Target {
+        levels: view(&g.levels),
+        rows: p.group(g.group).rows,
+        cols: p.group(g.group).cols,
+        inner: g.inner.clone(),
+        outer: g.outer.clone(),
+        results: g.results,
+        result: g.result,
+    };
+    let mut call = Call {
+        op: op.id,
+        kind: op.kind.clone(),
+        ins: op.ins.iter().map(view).collect(),
+        acc: op.acc.as_ref().map(view),
+        outs: op.outs.iter().map(view).collect(),
+        grads: op.grads.iter().map(grad).collect(),
+        workspace: Operand {
+            offset: p.workspace_offset,
+            rows: 1,
+            cols: p.memory.workspace / 4,
+            dtype: DType::F32,
+        },
+        sequence: p.local_sequence(),
+        precision: p.precision,
+    };
+    implied(p, op, &mut call);
+    call
+}
+
+/// Operands that an op's kind implies and its views do not list; see [`crate::Launch::kind`].
+fn implied(p: &Program, op: &Op, call: &mut Call) {
+    let owned = |group: GroupId, buffer| Address::slice(p, p.owned_in(group, buffer));
+    let buffers = |group: GroupId| &p.group_buffers[group.0 as usize];
+    match op.kind {
+        OpKind::Rope { .. } => call.ins.extend([p.io.cos, p.io.sin].map(|id| Address::whole(p, id))),
+        OpKind::LossSum { sequence } => {
+            call.outs = vec![Address::whole(p, p.io.loss_leaves).walk(sequence, 1, p.micro_batch())];
+        }
+        OpKind::AttentionCached { layer, .. } => {
+            let rows = p.mode.positions();
+            let of_layer = |buffer| Address::view(p, View { buffer, row0: layer * rows, rows });
+            call.outs.extend([p.io.k_cache, p.io.v_cache].into_iter().flatten().map(of_layer));
+        }
+        OpKind::ShardGrads { bucket } => {
+            (call.ins, call.grads) =
+                op.ins.iter().zip(&p.buckets[bucket].grads).map(|(v, g)| shard(p, v, *g)).unzip();
+        }
+        OpKind::TieGrads { group } => {
+            let b = buffers(group);
+            call.ins = b.head_grad.iter().map(|id| owned(group, *id)).collect();
+            call.outs = vec![owned(group, b.grad)];
+        }
+        OpKind::GradNorm => (call.ins, call.outs) = norm(p),
+        OpKind::AdamW { group, .. } => {
+            let b = buffers(group);
+            call.ins = vec![owned(group, b.grad)];
+            let outs = [b.param, b.exp_avg, b.exp_avg_sq].into_iter().chain(b.master);
+            call.outs = outs.map(|id| owned(group, id)).collect();
+        }
+        _ => {}
+    }
+}
+
+/// One gradient of a micro-batch, scattered: the owned part of its sum, and the partial sums that it is added to.
+fn shard(p: &Program, view: &View, (group, sum): (GroupId, BufferId)) -> (Address, Target) {
+    let (of, b) = (p.group(group), &p.group_buffers[group.0 as usize]);
+    let Owned { first, count } = b.owned;
+    // The level of a micro-batch's gradient that holds its sum.
+    let last = View { row0: view.row0 + view.rows - of.rows, rows: of.rows, ..*view };
+    let last = p.slice(last);
+    let fresh = Slice { first: last.first + first, count, ..last };
+    let levels = b.head_grad_levels.filter(|_| b.head_grad == Some(sum)).unwrap_or(b.grad_levels);
+    let target = Target {
+        levels: Address::whole(p, levels),
+        rows: 1,
+        cols: count,
+        inner: Vec::new(),
+        outer: p.shard_radices.clone(),
+        results: 1,
+        result: 0,
+    };
+    (Address::slice(p, fresh), target)
+}
+
+/// What this rank counts in the gradient norm: what it owns under ZeRO, else its share of what all ranks with the same
+/// parameters hold; and where the sums of its chunks go, behind all sums.
+fn norm(p: &Program) -> (Vec<Address>, Vec<Address>) {
+    let sums = p.io.norm_chunks;
+    let (mut ins, mut outs) = (Vec::new(), vec![Address::whole(p, sums)]);
+    for (id, b) in (0..).map(GroupId).zip(&p.group_buffers).filter(|(_, b)| b.counts) {
+        let Owned { first, count } = p.share(id);
+        let whole = p.buffer(b.grad).len() == p.group(id).len();
+        ins.push(Address::slice(p, Slice { buffer: b.grad, first: if whole { first } else { 0 }, count }));
+        let chunks = Slice {
+            buffer: sums,
+            first: b.norm_chunk0 + first / NORM_CHUNK,
+            count: count.div_ceil(NORM_CHUNK),
+        };
+        outs.push(Address::slice(p, chunks));
+    }
+    (ins, outs)
+}
+
+fn talk(p: &Program, op: OpId, comm: &Comm) -> Talk {
+    let ranks = comm.members.ranks(p.coords, &p.layout);
+    let place = |rank: usize| ranks.iter().position(|r| *r == rank).unwrap_or(0);
+    let me = place(p.rank);
+    let peer = match comm.what {
+        Collective::Send { to, .. } => place(to),
+        Collective::Recv { from, .. } => place(from),
+        _ => me,
+    };
+    let one = |m: &program::Message| {
+        let dealt =
+            matches!(comm.what, Collective::AllGather | Collective::ReduceScatter | Collective::AllToAll);
+        let parts: Vec<Range<usize>> =
+            (0..ranks.len()).filter(|_| dealt).map(|i| m.part(i, ranks.len())).collect();
+        let alone = Comm { messages: vec![*m], ..*comm };
+        Said {
+            from: m.from.map(|s| Address::slice(p, s)),
+            to: m.to.map(|s| Address::slice(p, s)),
+            parts,
+            sent_bytes: alone.sent_bytes(me, ranks.len()),
+        }
+    };
+    let messages = comm.messages.iter().map(one).collect();
+    Talk { op, what: comm.what, members: comm.members, when: comm.when, peer, messages }
+}
