@@ -331,6 +331,14 @@ pub(crate) enum ProgramCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Hold the programs of all ranks to every rule: shapes, writers, lifetimes, bytes, ids, messages, deadlock
+    Check {
+        #[command(flatten)]
+        run: RunArgs,
+        /// Print what was checked as JSON
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Debug, ClapArgs)]

@@ -1,34 +1,67 @@
 //! `phalanx program`.
 
-use program::{Program, Request};
-use spec::{Error, Result};
+use program::{Mode, Program, Request, verify};
+use serde_json::json;
+use spec::{Error, Result, RunSpec};
 
-use crate::args::{Program as Args, ProgramCommand};
+use crate::args::{Program as Args, ProgramCommand, RunArgs};
 use crate::{output, show, train};
 
 pub(crate) fn run(args: &Args) -> Result<u8> {
-    let ProgramCommand::Show { run, rank, brief, json } = &args.what;
+    match &args.what {
+        ProgramCommand::Show { run, rank, brief, json } => show_rank(run, *rank, *brief, *json),
+        ProgramCommand::Check { run, json } => check(run, *json),
+    }
+}
+
+fn show_rank(run: &RunArgs, rank: usize, brief: bool, json: bool) -> Result<u8> {
     let run = train::fixed(train::resolve(run)?.run)?;
     let world = run.layout.world();
-    if *rank >= world {
+    if rank >= world {
         return Err(Error::user(format!("rank {rank} of a layout of {world} ranks"))
             .hint(format!("give --rank 0 to {}", world.saturating_sub(1))));
     }
-    let request = Request {
-        model: &run.model,
-        layout: &run.layout,
-        sequence: run.batch.sequence,
-        sequences: run.batch.sequences,
-        precision: run.train.precision,
-        rank: *rank,
-        mode: program::Mode::Train,
-    };
-    let threads = output::threads(run.run.threads.unwrap_or(0));
-    let program = Program::build(&request, &|op, p| ::train::workspace_len(op, p, threads))?;
-    if *json {
+    let threads = threads(&run);
+    let program = Program::build(&request(&run, rank), &|op, p| ::train::workspace_len(op, p, threads))?;
+    if json {
         output::print(&serde_json::to_string_pretty(&program).expect("a program is plain data"));
     } else {
         output::print(&show::render(&program, !brief));
     }
     Ok(0)
+}
+
+fn check(run: &RunArgs, json: bool) -> Result<u8> {
+    let run = train::fixed(train::resolve(run)?.run)?;
+    let (world, threads) = (run.layout.world(), threads(&run));
+    let build =
+        |rank| Program::verified(&request(&run, rank), &|op, p| ::train::workspace_len(op, p, threads));
+    let programs: Vec<Program> = (0..world).map(build).collect::<Result<_>>()?;
+    let (checked, found) = verify::world(&programs);
+    verify::accept("all passes", &found)?;
+    output::print(&match json {
+        true => serde_json::to_string_pretty(&json!({ "checked": checked, "violations": found }))
+            .expect("plain data"),
+        false => format!(
+            "{} programs, {} ops, {} messages of a step: every rule holds",
+            checked.ranks, checked.ops, checked.messages
+        ),
+    });
+    Ok(0)
+}
+
+fn threads(run: &RunSpec) -> usize {
+    output::threads(run.run.threads.unwrap_or(0))
+}
+
+fn request(run: &RunSpec, rank: usize) -> Request<'_> {
+    Request {
+        model: &run.model,
+        layout: &run.layout,
+        sequence: run.batch.sequence,
+        sequences: run.batch.sequences,
+        precision: run.train.precision,
+        rank,
+        mode: Mode::Train,
+    }
 }

@@ -30,12 +30,14 @@ mod schedule;
 mod place;
 mod step;
 mod cost;
+pub mod verify;
 
 use place::Placer;
 use rank::Rank;
 use schedule::{Blocks, Passes, Schedule};
 use serde::Serialize;
 use spec::{DType, Layout, ModelSpec, Result};
+use verify::graph::Check;
 
 pub use buffer::{Buffer, BufferId, GradOut, Home, Owned, Slice, View};
 pub use comm::{Collective, Comm, Deal, Message, Ticket, When};
@@ -273,16 +275,30 @@ impl Program {
     /// If the layout is not valid for the model and the batch, or the model or the layout is asked to generate and
     /// cannot.
     pub fn build(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Result<Program> {
+        Program::compile(request, workspace, cfg!(debug_assertions))
+    }
+
+    /// [`Program::build`] with every rule of [`verify`] checked after each pass.
+    ///
+    /// # Errors
+    /// As [`Program::build`], or if a rule is broken.
+    pub fn verified(request: &Request<'_>, workspace: WorkspaceLen<'_>) -> Result<Program> {
+        Program::compile(request, workspace, true)
+    }
+
+    fn compile(request: &Request<'_>, workspace: WorkspaceLen<'_>, verify: bool) -> Result<Program> {
         let rank = &Rank::of(request)?;
+        let check = &Check { on: verify, rank };
         let schedule = &Schedule::of(rank);
         let mut placer = Placer::new(rank, schedule);
         let mut blocks = Blocks::default();
         let (mut eval, mut decode) = (Vec::new(), None);
         for (c, chunk) in rank.chunks.iter().enumerate().filter(|_| !rank.generates()) {
-            let forward = emit::forward(rank, chunk);
-            let both = derive::backward(rank, chunk, forward);
-            let both = recompute::recompute(rank, both);
-            let passes = zero::shard(rank, &placer, schedule.passes(both));
+            let forward = check.forward(emit::forward(rank, chunk))?;
+            let both = check.both("derive", derive::backward(rank, chunk, forward))?;
+            let both = check.both("recompute", recompute::recompute(rank, both))?;
+            let passes = check.passes("schedule", schedule.passes(both))?;
+            let passes = check.passes("shard", zero::shard(rank, &placer, passes))?;
             let ops = placer.chunk(c, &passes, true);
             blocks.train(rank, c, ops, &placer.buckets);
         }
@@ -292,7 +308,7 @@ impl Program {
                 true => ("decode".to_owned(), derive::generation(rank, forward)),
                 false => (format!("e{c}"), derive::evaluation(rank, chunk, forward)),
             };
-            let passes = zero::shard(rank, &placer, Passes::one(graph));
+            let passes = check.passes("shard", zero::shard(rank, &placer, Passes::one(graph)))?;
             let ops = placer.chunk(c, &passes, false).remove(0);
             let block = blocks.push(name, c, ops);
             if rank.generates() { decode = Some(block) } else { eval.push(block) }
@@ -301,6 +317,9 @@ impl Program {
         let mut program = placer.program(schedule, blocks, tail, eval, decode);
         program.state_messages();
         program.add_workspace(workspace);
+        if verify {
+            verify::accept("placement", &verify::program(&program))?;
+        }
         Ok(program)
     }
 

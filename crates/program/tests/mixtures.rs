@@ -4,8 +4,8 @@ mod common;
 
 use std::collections::{BTreeMap, HashMap};
 
-use common::{build, check_memory, check_messages, model};
-use program::{Axis, Collective, Coords, OpKind, Phase, Program, Replication, When};
+use common::{build, check_world, model};
+use program::{Axis, Collective, Coords, OpKind, Phase, Program, Replication};
 use spec::{Experts, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
 
 const SEQUENCES: usize = 8;
@@ -87,22 +87,10 @@ fn programs(m: &ModelSpec, layout: &Layout) -> Vec<Program> {
 }
 
 #[test]
-fn buffers_that_live_together_never_share_bytes() {
+fn every_rule_holds_after_every_pass_and_between_ranks() {
     for m in models() {
         for layout in layouts(&m) {
-            // The first rank, a middle one and the last: the rest have the same shapes.
-            for rank in [0, layout.world() / 2, layout.world() - 1] {
-                check_memory(&build(&m, &layout, SEQUENCES, rank));
-            }
-        }
-    }
-}
-
-#[test]
-fn sends_and_receives_match() {
-    for m in models() {
-        for layout in plain_layouts(&m).filter(|l| l.pp > 1) {
-            check_messages(&m, &layout);
+            check_world(&m, &layout);
         }
     }
 }
@@ -277,117 +265,6 @@ fn full_recompute_keeps_the_layers_inputs_alone() {
         };
         assert_eq!(flops(&none), flops(&selective));
         assert!(flops(&full) > flops(&none));
-    }
-}
-
-/// What a rank does for others, in its order.
-#[derive(Clone, Debug, PartialEq)]
-enum Event {
-    Send(usize, u32, usize),
-    Recv(usize, u32, usize),
-    /// These ranks meet, at this op.
-    Meet(Vec<usize>, u64),
-}
-
-fn events(p: &Program) -> Vec<Event> {
-    let layout = &p.layout;
-    let items = p.schedule.iter().map(|i| (i.block, i.micro_batch)).chain([(p.tail, 0)]);
-    let mut out = Vec::new();
-    for (block, micro_batch) in items {
-        for op in &p.blocks[block].ops {
-            let Some(comm) = op.comm.as_ref().filter(|c| !matches!(c.when, When::Ends(_))) else { continue };
-            let ranks = match comm.what {
-                Collective::Send { to, channel } => {
-                    out.push(Event::Send(to, channel, micro_batch));
-                    continue;
-                }
-                Collective::Recv { from, channel } => {
-                    out.push(Event::Recv(from, channel, micro_batch));
-                    continue;
-                }
-                _ => comm.members.ranks(p.coords, layout),
-            };
-            out.push(Event::Meet(ranks, op.id.0));
-        }
-    }
-    out
-}
-
-/// Plays all ranks' messages and meetings, a step at a time: none waits for ever, and those who meet do the same op.
-fn check_progress(all: &[Program]) {
-    let events: Vec<Vec<Event>> = all.iter().map(events).collect();
-    let mut next = vec![0; all.len()];
-    let mut sent: HashMap<(usize, usize, u32, usize), usize> = HashMap::new();
-    loop {
-        let mut moved = false;
-        for rank in 0..all.len() {
-            while let Some(event) = events[rank].get(next[rank]) {
-                match event {
-                    Event::Send(to, tag, micro_batch) => {
-                        *sent.entry((rank, *to, *tag, *micro_batch)).or_default() += 1;
-                    }
-                    Event::Recv(from, tag, micro_batch) => {
-                        match sent.get_mut(&(*from, rank, *tag, *micro_batch)) {
-                            Some(n) if *n > 0 => *n -= 1,
-                            _ => break,
-                        }
-                    }
-                    Event::Meet(ranks, _) => {
-                        if ranks.iter().any(|r| events[*r].get(next[*r]) != Some(event)) {
-                            break;
-                        }
-                        for r in ranks.iter().filter(|r| **r != rank) {
-                            next[*r] += 1;
-                        }
-                    }
-                }
-                next[rank] += 1;
-                moved = true;
-            }
-        }
-        if !moved {
-            break;
-        }
-    }
-    for (rank, at) in next.iter().enumerate() {
-        assert!(
-            *at == events[rank].len(),
-            "rank {rank} waits for ever at {:?} under {:?}",
-            events[rank][*at],
-            all[rank].layout
-        );
-    }
-    assert!(sent.values().all(|n| *n == 0), "a message was never received");
-}
-
-#[test]
-fn no_rank_waits_for_ever() {
-    for m in models() {
-        for layout in
-            layouts(&m).into_iter().filter(|l| l.recompute == Recompute::Full || l.zero == Zero::Off)
-        {
-            check_progress(&programs(&m, &layout));
-        }
-    }
-}
-
-#[test]
-fn ids_are_unique_within_a_block_and_stable_over_layouts() {
-    for m in models() {
-        let mut names: HashMap<u64, String> = HashMap::new();
-        for layout in layouts(&m) {
-            let p = build(&m, &layout, SEQUENCES, 0);
-            for block in &p.blocks {
-                let mut seen: HashMap<u64, &str> = HashMap::new();
-                for op in &block.ops {
-                    if let Some(before) = seen.insert(op.id.0, &op.name) {
-                        panic!("{before} and {} share id {} in {}", op.name, op.id.0, block.name);
-                    }
-                    let known = names.entry(op.id.0).or_insert_with(|| op.name.clone());
-                    assert_eq!(*known, op.name);
-                }
-            }
-        }
     }
 }
 

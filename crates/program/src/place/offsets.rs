@@ -22,29 +22,108 @@ pub(crate) fn aligned(bytes: usize) -> usize {
 pub(crate) fn place(spans: &[Span]) -> (Vec<usize>, usize) {
     let mut order: Vec<usize> = (0..spans.len()).collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(spans[i].bytes), spans[i].birth, i));
+    let mut taken = TakenOverTime::new(spans);
     let mut offsets = vec![0; spans.len()];
-    let mut placed: Vec<usize> = Vec::with_capacity(spans.len());
     let mut total = 0;
-    for i in order {
-        let mut neighbours: Vec<(usize, usize)> = placed
-            .iter()
-            .filter(|&&j| spans[j].birth <= spans[i].death && spans[i].birth <= spans[j].death)
-            .map(|&j| (offsets[j], offsets[j] + aligned(spans[j].bytes)))
-            .collect();
-        neighbours.sort_unstable();
-        let need = aligned(spans[i].bytes);
-        let mut at = 0;
-        for (start, end) in neighbours {
-            if start >= at + need {
-                break;
-            }
-            at = at.max(end);
-        }
-        offsets[i] = at;
-        total = total.max(at + need);
-        placed.push(i);
+    for i in order.into_iter().filter(|&i| spans[i].bytes > 0) {
+        offsets[i] = taken.fit(&spans[i]);
+        total = total.max(offsets[i] + aligned(spans[i].bytes));
     }
     (offsets, total)
+}
+
+/// Bytes that are taken, as runs in order that do not touch.
+#[derive(Clone, Default)]
+struct Taken(Vec<(usize, usize)>);
+
+impl Taken {
+    fn add(&mut self, mut start: usize, mut end: usize) {
+        let runs = &mut self.0;
+        let first = runs.partition_point(|r| r.1 < start);
+        let behind = runs.partition_point(|r| r.0 <= end);
+        if first < behind {
+            start = start.min(runs[first].0);
+            end = end.max(runs[behind - 1].1);
+        }
+        runs.splice(first..behind, [(start, end)]);
+    }
+
+    /// Where the run ends that takes one of `need` bytes from `at` on.
+    fn in_the_way(&self, at: usize, need: usize) -> Option<usize> {
+        let next = self.0.partition_point(|r| r.1 <= at);
+        self.0.get(next).filter(|r| r.0 < at + need).map(|r| r.1)
+    }
+}
+
+/// Which bytes are taken when: a segment tree over the times at which spans are born, so that asking what a span meets
+/// and adding it take logarithmic time however many there are.
+struct TakenOverTime {
+    /// Births in order: two spans meet at a birth, if at all.
+    times: Vec<usize>,
+    leaves: usize,
+    nodes: Vec<TimeNode>,
+}
+
+/// A stretch of time.
+#[derive(Clone, Default)]
+struct TimeNode {
+    /// By spans that last for all of it, and not for all of the node above.
+    throughout: Taken,
+    /// By spans that last for some of it.
+    some_time: Taken,
+}
+
+impl TakenOverTime {
+    fn new(spans: &[Span]) -> TakenOverTime {
+        let mut times: Vec<usize> = spans.iter().map(|s| s.birth).collect();
+        times.sort_unstable();
+        times.dedup();
+        let leaves = times.len().next_power_of_two();
+        TakenOverTime { times, leaves, nodes: vec![TimeNode::default(); 2 * leaves] }
+    }
+
+    /// Takes the lowest bytes that are free while a span lives.
+    fn fit(&mut self, span: &Span) -> usize {
+        let first = self.times.partition_point(|t| *t < span.birth);
+        let last = self.times.partition_point(|t| *t <= span.death) - 1;
+        let need = aligned(span.bytes);
+        let mut met = Vec::new();
+        self.met(1, (0, self.leaves - 1), (first, last), &mut met);
+        let mut at = 0;
+        while let Some(end) = met.iter().filter_map(|t| t.in_the_way(at, need)).max() {
+            at = end;
+        }
+        self.add(1, (0, self.leaves - 1), (first, last), (at, at + need));
+        at
+    }
+
+    fn met<'a>(&'a self, node: usize, of: (usize, usize), asked: (usize, usize), out: &mut Vec<&'a Taken>) {
+        if asked.1 < of.0 || of.1 < asked.0 {
+            return;
+        }
+        if asked.0 <= of.0 && of.1 <= asked.1 {
+            out.push(&self.nodes[node].some_time);
+            return;
+        }
+        out.push(&self.nodes[node].throughout);
+        let middle = of.0.midpoint(of.1);
+        self.met(2 * node, (of.0, middle), asked, out);
+        self.met(2 * node + 1, (middle + 1, of.1), asked, out);
+    }
+
+    fn add(&mut self, node: usize, of: (usize, usize), alive: (usize, usize), bytes: (usize, usize)) {
+        if alive.1 < of.0 || of.1 < alive.0 {
+            return;
+        }
+        self.nodes[node].some_time.add(bytes.0, bytes.1);
+        if alive.0 <= of.0 && of.1 <= alive.1 {
+            self.nodes[node].throughout.add(bytes.0, bytes.1);
+            return;
+        }
+        let middle = of.0.midpoint(of.1);
+        self.add(2 * node, (of.0, middle), alive, bytes);
+        self.add(2 * node + 1, (middle + 1, of.1), alive, bytes);
+    }
 }
 
 /// The largest sum of bytes alive at one op: no placement can do with less.
@@ -81,7 +160,31 @@ mod tests {
         assert_eq!(alive_peak(&spans), 192);
     }
 
+    /// Each span into the lowest gap among those placed before it, found by looking at all of them.
+    fn slow(spans: &[Span]) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..spans.len()).collect();
+        order.sort_by_key(|&i| (std::cmp::Reverse(spans[i].bytes), spans[i].birth, i));
+        let mut offsets = vec![0; spans.len()];
+        for (n, &i) in order.iter().enumerate() {
+            let meets = |j: &&usize| spans[**j].birth <= spans[i].death && spans[i].birth <= spans[**j].death;
+            let run = |&j: &usize| (offsets[j], offsets[j] + aligned(spans[j].bytes));
+            let mut met: Vec<(usize, usize)> = order[..n].iter().filter(meets).map(run).collect();
+            met.sort_unstable();
+            let need = aligned(spans[i].bytes);
+            offsets[i] =
+                met.iter().fold(0, |at, &(start, end)| if start >= at + need { at } else { at.max(end) });
+        }
+        offsets
+    }
+
     proptest! {
+        #[test]
+        fn the_tree_finds_what_a_search_of_all_finds(raw in prop::collection::vec((0usize..900, 0usize..60, 0usize..60), 1..120)) {
+            let spans: Vec<Span> =
+                raw.iter().map(|&(bytes, a, b)| Span { bytes, birth: a.min(b), death: a.max(b) }).collect();
+            prop_assert_eq!(place(&spans).0, slow(&spans));
+        }
+
         #[test]
         fn never_overlaps_and_never_beats_the_bound(raw in prop::collection::vec((1usize..5000, 0usize..40, 0usize..40), 1..60)) {
             let spans: Vec<Span> = raw

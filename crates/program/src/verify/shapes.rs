@@ -1,0 +1,181 @@
+//! What the operands of each kind of op must look like.
+
+use spec::{DType, NormKind};
+
+use crate::op::{Heads, OpKind};
+
+/// Rows, columns and element type of an operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) dtype: DType,
+}
+
+/// Inputs and outputs, as far as the kind says what they must be.
+type Expected = (Vec<Shape>, Vec<Shape>);
+
+/// The first operand that is not what its kind asks for.
+pub(super) fn check(kind: &OpKind, ins: &[Shape], outs: &[Shape], grads: &[Shape]) -> Result<(), String> {
+    let Some((want_ins, want_outs)) = expected(kind, ins) else {
+        return Err(format!("{} lacks operands: it has {}", kind.name(), ins.len()));
+    };
+    for (what, found, want) in [("input", ins, &want_ins), ("output", outs, &want_outs)] {
+        if found.len() < want.len() {
+            return Err(format!("{} {what}s, expected {}", found.len(), want.len()));
+        }
+        for (i, (f, w)) in found.iter().zip(want).enumerate() {
+            if f != w {
+                return Err(format!("{what} {i} is {}, expected {}", show(f), show(w)));
+            }
+        }
+    }
+    let want = match kind {
+        OpKind::LinearGradWeight => Some((ins[0].cols, ins[1].cols)),
+        OpKind::BiasGrad => Some((1, ins[0].cols)),
+        _ => None,
+    };
+    match (want, grads.first()) {
+        (Some(want), Some(g)) if (g.rows, g.cols) != want => {
+            Err(format!("the gradient is [{}, {}], expected [{}, {}]", g.rows, g.cols, want.0, want.1))
+        }
+        (Some(_), None) => Err("a weight gradient goes nowhere".to_owned()),
+        _ => Ok(()),
+    }
+}
+
+fn show(s: &Shape) -> String {
+    format!("{} [{}, {}]", s.dtype, s.rows, s.cols)
+}
+
+fn expected(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
+    use OpKind::*;
+    let at = |i: usize| ins.get(i).copied();
+    let of = |rows: usize, cols: usize, dtype: DType| Shape { rows, cols, dtype };
+    let f32 = |rows: usize, cols: usize| of(rows, cols, DType::F32);
+    let u32 = |rows: usize, cols: usize| of(rows, cols, DType::U32);
+    let same = |x: Shape| (vec![x], vec![x]);
+    let norm_stats = |n: &NormKind, rows| f32(if *n == NormKind::Layer { 2 * rows } else { rows }, 1);
+    Some(match kind {
+        Embed { .. } => {
+            let (tokens, table) = (at(0)?, at(1)?);
+            (vec![u32(tokens.rows, 1), table], vec![of(tokens.rows, table.cols, table.dtype)])
+        }
+        EmbedGrad { .. } => (vec![u32(at(1)?.rows, 1)], vec![]),
+        Norm { norm, .. } => {
+            let x = at(0)?;
+            (vec![x, of(1, x.cols, x.dtype)], vec![x, norm_stats(norm, x.rows)])
+        }
+        NormGradInput { norm } => {
+            let x = at(1)?;
+            (vec![x, x, of(1, x.cols, x.dtype), norm_stats(norm, x.rows)], vec![x])
+        }
+        NormGradWeight { norm } => {
+            let x = at(1)?;
+            (vec![x, x, norm_stats(norm, x.rows)], vec![])
+        }
+        HeadNorm { heads: h, .. } => {
+            let (x, w) = (packed(h, at(0)?), of(1, h.dim, at(0)?.dtype));
+            (vec![x, w, w], vec![x, f32(x.rows, h.q + h.kv)])
+        }
+        HeadNormGradInput { heads: h } => {
+            let (x, w) = (packed(h, at(0)?), of(1, h.dim, at(0)?.dtype));
+            (vec![x, x, w, w, f32(x.rows, h.q + h.kv)], vec![x])
+        }
+        HeadNormGradWeight { heads: h } => {
+            let x = packed(h, at(0)?);
+            (vec![x, x, f32(x.rows, h.q + h.kv)], vec![])
+        }
+        Linear => {
+            let (x, w) = (at(0)?, at(1)?);
+            let bias = at(2).map(|_| of(1, w.rows, x.dtype));
+            let ins = [x, of(w.rows, x.cols, x.dtype)].into_iter().chain(bias).collect();
+            (ins, vec![of(x.rows, w.rows, x.dtype)])
+        }
+        LinearGradInput => {
+            let (dy, w) = (at(0)?, at(1)?);
+            (vec![dy, of(dy.cols, w.cols, dy.dtype)], vec![of(dy.rows, w.cols, dy.dtype)])
+        }
+        LinearGradWeight => {
+            let (dy, x) = (at(0)?, at(1)?);
+            (vec![dy, of(dy.rows, x.cols, dy.dtype)], vec![])
+        }
+        GroupedLinear { experts } => {
+            let (x, w) = (at(0)?, at(1)?);
+            let out = w.rows / (*experts).max(1);
+            (vec![x, of(out * experts, x.cols, x.dtype)], vec![of(x.rows, out, x.dtype)])
+        }
+        GroupedLinearGradInput { experts } => {
+            let (dy, w) = (at(0)?, at(1)?);
+            (vec![dy, of(dy.cols * experts, w.cols, dy.dtype)], vec![of(dy.rows, w.cols, dy.dtype)])
+        }
+        Rope { heads, .. } => same(packed(heads, at(0)?)),
+        LatentRope { heads, .. } => {
+            let q = at(0)?;
+            (vec![of(q.rows, heads.q * heads.dim, q.dtype)], vec![packed(heads, q)])
+        }
+        Attention { heads: h } | RingAttention { heads: h, .. } => {
+            let x = packed(h, at(0)?);
+            (vec![x], vec![of(x.rows, h.out_cols(), x.dtype), f32(x.rows, h.q)])
+        }
+        AttentionGrad { heads: h } | RingAttentionGrad { heads: h, .. } => {
+            let x = packed(h, at(0)?);
+            let o = of(x.rows, h.out_cols(), x.dtype);
+            (vec![x, o, f32(x.rows, h.q), o], vec![x])
+        }
+        AttentionCached { heads: h, .. } => {
+            let x = packed(h, at(0)?);
+            (vec![of(1, x.cols, x.dtype)], vec![of(1, h.out_cols(), x.dtype)])
+        }
+        Route { top_k } => {
+            let x = at(0)?;
+            (vec![x], vec![f32(x.rows, *top_k), u32(x.rows, *top_k), u32(x.cols, 1)])
+        }
+        Permute { top_k } => {
+            let x = at(0)?;
+            (vec![x, u32(x.rows, *top_k)], vec![of(x.rows * top_k, x.cols, x.dtype)])
+        }
+        Unpermute { top_k } => {
+            let (x, rows) = (at(0)?, at(1)?.rows);
+            let copies = of(rows * top_k, x.cols, x.dtype);
+            (vec![copies, f32(rows, *top_k), u32(rows, *top_k)], vec![of(rows, x.cols, x.dtype)])
+        }
+        SwiGlu => {
+            let a = at(0)?;
+            (vec![of(a.rows, a.cols / 2 * 2, a.dtype)], vec![of(a.rows, a.cols / 2, a.dtype)])
+        }
+        SwiGluGrad => {
+            let (dh, a) = (at(0)?, of(at(0)?.rows, 2 * at(0)?.cols, at(0)?.dtype));
+            (vec![dh, a], vec![a])
+        }
+        Gelu { .. } => same(at(0)?),
+        GeluGrad { .. } => (vec![at(0)?, at(0)?], vec![at(0)?]),
+        Add => {
+            let x = at(0)?;
+            let bias = at(2).map(|_| of(1, x.cols, x.dtype));
+            ([x, x].into_iter().chain(bias).collect(), vec![x])
+        }
+        Xent => {
+            let x = at(0)?;
+            (vec![x, u32(x.rows, 1)], vec![x, f32(x.rows, 1)])
+        }
+        XentStats { .. } => (vec![at(0)?, u32(at(0)?.rows, 1)], vec![f32(at(0)?.rows, 3)]),
+        XentCombine { shards } => {
+            let rows = at(0)?.rows / (*shards).max(1);
+            (vec![f32(rows * shards, 3)], vec![f32(rows, 3)])
+        }
+        XentGrad { .. } => {
+            let x = at(0)?;
+            (vec![x, u32(x.rows, 1), f32(x.rows, 3)], vec![x, f32(x.rows, 1)])
+        }
+        LossSum { .. } => (vec![f32(at(0)?.rows, 1)], vec![]),
+        AllReduce { .. } | Fork { .. } => same(at(0)?),
+        PosGrad | BiasGrad | Send { .. } => (vec![at(0)?], vec![]),
+        // Their ends are stated, and checked, as messages.
+        _ => (vec![], vec![]),
+    })
+}
+
+fn packed(heads: &Heads, x: Shape) -> Shape {
+    Shape { cols: heads.packed(), ..x }
+}
