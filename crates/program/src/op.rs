@@ -70,58 +70,38 @@ impl Op {
 /// What an op does. Operands are listed in the order of [`crate::Op::ins`]; shapes are those of the local shard.
 ///
 /// `n` rows are the tokens of one micro-batch (`micro_batch * sequence`, divided by tp between sequence-parallel
-/// regions). Every kind is fused to the level at which fast kernels live.
+/// regions); after [`OpKind::Permute`], `n k` rows of copies in the order of their experts. Every kind is fused to the
+/// level at which fast kernels live.
+///
+/// A field means the same in every kind: `axis` over which ranks, `heads` counts and widths of the local shard, `norm`
+/// and `eps` which normalisation and what is added under its root, `vocab0` the first row of the local vocabulary
+/// shard, `experts` those of this rank, `top_k` those of a token, `bucket` and `group` indices into the program's.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
+#[expect(missing_docs, reason = "fields of one name mean the same in every kind: said once, above")]
 pub enum OpKind {
     /// `(tokens, table, [positions]) -> x [n, D]`; rows outside the vocabulary shard are zero.
     Embed {
-        /// First vocabulary row of the local shard.
         vocab0: usize,
         /// Whether this rank adds the positions: one of the vocabulary shards does.
         positions: bool,
     },
     /// `(tokens, dy) -> grad of the table`.
-    EmbedGrad {
-        /// First vocabulary row of the local shard.
-        vocab0: usize,
-    },
+    EmbedGrad { vocab0: usize },
     /// `(dy) -> grad of the learned positions`.
     PosGrad,
     /// `(x, w, [b]) -> (y, stats)`; stats are `rstd [n]`, preceded by `mean [n]` for LayerNorm.
-    Norm {
-        /// Which normalisation.
-        norm: NormKind,
-        /// Added to the variance.
-        eps: f32,
-    },
+    Norm { norm: NormKind, eps: f32 },
     /// `(dy, x, w, stats) -> dx`, accumulating.
-    NormGradInput {
-        /// Which normalisation.
-        norm: NormKind,
-    },
+    NormGradInput { norm: NormKind },
     /// `(dy, x, stats) -> grad of w`, and of b for LayerNorm.
-    NormGradWeight {
-        /// Which normalisation.
-        norm: NormKind,
-    },
+    NormGradWeight { norm: NormKind },
     /// `(qkv, wq, wk) -> (qkv', rstd)`: RMSNorm of every query and key head.
-    HeadNorm {
-        /// Head counts and width.
-        heads: Heads,
-        /// Added to the variance.
-        eps: f32,
-    },
+    HeadNorm { heads: Heads, eps: f32 },
     /// `(dqkv', qkv, wq, wk, rstd) -> dqkv`.
-    HeadNormGradInput {
-        /// Head counts and width.
-        heads: Heads,
-    },
+    HeadNormGradInput { heads: Heads },
     /// `(dqkv', qkv, rstd) -> grads of wq and wk`.
-    HeadNormGradWeight {
-        /// Head counts and width.
-        heads: Heads,
-    },
+    HeadNormGradWeight { heads: Heads },
     /// `(x [n, in], w [out, in], [b]) -> y [n, out]`, accumulating: `y = acc + x w^T + b`.
     Linear,
     /// `(dy, w) -> dx = acc + dy w`.
@@ -132,174 +112,95 @@ pub enum OpKind {
     BiasGrad,
     /// `(qkv) -> qkv` in place: rotates query and key heads; backward is the inverse rotation.
     Rope {
-        /// Head counts and width.
         heads: Heads,
         /// Rotates back.
         inverse: bool,
     },
     /// `(c [n, q+r+t], wkv, [wq]) -> (latent of keys and values [n, r], shared key part [n, t], rstd, [latent of
     /// queries [n, q]])`: takes the compressed projections apart and norms the latents by root mean square.
-    LatentNorm {
-        /// Added to the mean square.
-        eps: f32,
-    },
+    LatentNorm { eps: f32 },
     /// `(dlatent, dshared, [dqueries], c, wkv, rstd, [wq]) -> dc`.
     LatentNormGradInput,
     /// `(dlatent, [dqueries], c, rstd) -> grads of wkv, [wq]`.
     LatentNormGradWeight,
     /// `(q [n, H(d+t)], kv [n, H(d+v)], shared key part [n, t]) -> qkv [n, H(2(d+t)+v)]`: rotates the last `t` dims of
     /// each query and the key part that all heads share, and packs queries, keys and values for attention.
-    LatentRope {
-        /// Head counts and widths after packing.
-        heads: Heads,
-        /// Width of the rotated part `t`.
-        rope_dim: usize,
-    },
+    LatentRope { heads: Heads, rope_dim: usize },
     /// `(dqkv) -> (dq, dkv, dshared)`.
-    LatentRopeGrad {
-        /// Head counts and widths after packing.
-        heads: Heads,
-        /// Width of the rotated part.
-        rope_dim: usize,
-    },
+    LatentRopeGrad { heads: Heads, rope_dim: usize },
     /// `(qkv [n, (H+2K)h]) -> (o [n, Hh], lse)`: causal grouped-query attention.
-    Attention {
-        /// Head counts and width.
-        heads: Heads,
-    },
+    Attention { heads: Heads },
     /// `(qkv, o, lse, do) -> dqkv`.
-    AttentionGrad {
-        /// Head counts and width.
-        heads: Heads,
-    },
+    AttentionGrad { heads: Heads },
     /// [`OpKind::Attention`] over sequences that are spread along an axis: keys and values walk a ring of ranks while
     /// each rank's queries attend to those at hand (Liu et al. 2023, arXiv 2310.01889). Each rank holds one piece from
     /// the front of a sequence and its mirror from the back, so that causal work is even.
-    RingAttention {
-        /// Head counts and width.
-        heads: Heads,
-        /// Over which ranks.
-        axis: Axis,
-    },
+    RingAttention { heads: Heads, axis: Axis },
     /// `(qkv, o, lse, do) -> dqkv`: keys and values walk the ring again, their gradients with them.
-    RingAttentionGrad {
-        /// Head counts and width.
-        heads: Heads,
-        /// Over which ranks.
-        axis: Axis,
-    },
+    RingAttentionGrad { heads: Heads, axis: Axis },
     /// `(logits [n, E]) -> (gates [n, k], index [n, k], counts [E])`: each token's `k` best experts, their weights, the
-    /// place of each copy in the order by expert, and the copies of each expert.
-    Route {
-        /// Experts of a token.
-        top_k: usize,
-    },
+    /// place of each copy in the order by expert, and the copies of each expert. Planned, not executed: which function
+    /// of the logits the gates are (softmax or sigmoid, before or after the choice, renormalised, biased) is part of
+    /// the model and comes with execution; shapes and costs do not depend on it.
+    Route { top_k: usize },
     /// `(dgates, logits, index) -> dlogits`.
     RouteGrad,
     /// `(x [n, D], index) -> copies [n k, D]` in the order of their experts.
-    Permute {
-        /// Copies of a token.
-        top_k: usize,
-    },
+    Permute { top_k: usize },
     /// `(dcopies, index) -> dx`, accumulating: the sum over a token's copies.
     PermuteGrad,
     /// `(copies [n k, D], gates, index) -> y [n, D]`, accumulating: the weighted sum of a token's copies.
-    Unpermute {
-        /// Copies of a token.
-        top_k: usize,
-    },
+    Unpermute { top_k: usize },
     /// `(dy, copies, gates, index) -> (dcopies, dgates)`.
     UnpermuteGrad,
     /// `(x [m, in], w [experts out, in], counts) -> y [m, out]`: rows lie in the order of their experts, each expert has
     /// a matrix of its own.
-    GroupedLinear {
-        /// Experts of this rank.
-        experts: usize,
-    },
+    GroupedLinear { experts: usize },
     /// `(dy, w, counts) -> dx`.
-    GroupedLinearGradInput {
-        /// Experts of this rank.
-        experts: usize,
-    },
+    GroupedLinearGradInput { experts: usize },
     /// `(dy, x, counts) -> grad of w`.
-    GroupedLinearGradWeight {
-        /// Experts of this rank.
-        experts: usize,
-    },
+    GroupedLinearGradWeight { experts: usize },
     /// `(gate_up [n, 2F]) -> h [n, F]`.
     SwiGlu,
     /// `(dh, gate_up) -> dgate_up`.
     SwiGluGrad,
     /// `(a) -> h`.
-    Gelu {
-        /// The tanh approximation.
-        tanh: bool,
-    },
+    Gelu { tanh: bool },
     /// `(dh, a) -> da`.
-    GeluGrad {
-        /// The tanh approximation.
-        tanh: bool,
-    },
+    GeluGrad { tanh: bool },
     /// `(x, y, [b]) -> x + y + b`.
     Add,
     /// `(logits, targets) -> (dlogits in place, loss [n])` over the whole vocabulary.
     Xent,
     /// `(logits, targets) -> stats [n, 3]` of one vocabulary shard.
-    XentStats {
-        /// First vocabulary row of the local shard.
-        vocab0: usize,
-    },
+    XentStats { vocab0: usize },
     /// `(stats of all shards [shards * n, 3]) -> stats [n, 3]`.
     XentCombine {
         /// How many shards.
         shards: usize,
     },
     /// `(logits, targets, stats) -> (dlogits in place, loss [n])` of one vocabulary shard.
-    XentGrad {
-        /// First vocabulary row of the local shard.
-        vocab0: usize,
-    },
+    XentGrad { vocab0: usize },
     /// `(loss [n]) -> the sum of one sequence among the step's loss sums`.
     LossSum {
         /// Which sequence of the micro-batch.
         sequence: usize,
     },
     /// Sum over the axis, in place.
-    AllReduce {
-        /// Over which ranks.
-        axis: Axis,
-    },
+    AllReduce { axis: Axis },
     /// `(local rows) -> (rows of all ranks)`, by rank.
-    AllGather {
-        /// Over which ranks.
-        axis: Axis,
-    },
+    AllGather { axis: Axis },
     /// `(all rows) -> (this rank's rows, summed)`.
-    ReduceScatter {
-        /// Over which ranks.
-        axis: Axis,
-    },
+    ReduceScatter { axis: Axis },
     /// `(rows, counts that leave, [counts that arrive]) -> (rows, [counts that arrived])`: every rank sends each peer the
     /// rows of its experts, or back. Routing is balanced in static shapes: as many rows come in as go out.
-    AllToAll {
-        /// Over which ranks.
-        axis: Axis,
-    },
+    AllToAll { axis: Axis },
     /// `(all rows) -> (this rank's rows)` of what every rank of the axis holds alike; backward gathers.
-    Slice {
-        /// Over which ranks.
-        axis: Axis,
-    },
+    Slice { axis: Axis },
     /// The same bytes as [`OpKind::AllGather`], of rows that every rank then uses alike; backward slices.
-    Unslice {
-        /// Over which ranks.
-        axis: Axis,
-    },
+    Unslice { axis: Axis },
     /// `(x) -> x`, nothing forward; backward sums over the axis. Dropped when blocks are made.
-    Fork {
-        /// Over which ranks.
-        axis: Axis,
-    },
+    Fork { axis: Axis },
     /// Activation (forward) or gradient (backward) to another pipeline stage.
     Send {
         /// The rank that receives.
@@ -326,52 +227,34 @@ pub enum OpKind {
         /// Of which unit.
         unit: usize,
     },
-    /// Gradients of a bucket, summed over the ranks that hold the same parameters ([`crate::Replication`]): to every rank, or each shard to its owner.
+    /// `(gradients of a bucket) -> the same`, summed over the ranks that hold the same parameters
+    /// ([`crate::Replication`]): to every rank, or each shard to its owner.
     ReduceGrads {
-        /// Which bucket.
         bucket: usize,
         /// Only the owner keeps its shard (ZeRO 1 to 3).
         scatter: bool,
     },
     /// `(gradients of one micro-batch, scattered) -> partial sums of the owned shard` (ZeRO 2 and 3).
-    ShardGrads {
-        /// Which bucket.
-        bucket: usize,
-    },
+    ShardGrads { bucket: usize },
     /// Waits for an earlier [`OpKind::ReduceGrads`].
-    WaitGrads {
-        /// Which bucket.
-        bucket: usize,
-    },
+    WaitGrads { bucket: usize },
     /// Sums the gradients of parameters that live on several ranks outside dp: tied embeddings, sequence-parallel norms.
-    SyncGrads {
-        /// Over which ranks.
-        over: Members,
-        /// Whose gradients.
-        group: GroupId,
-    },
+    SyncGrads { over: Members, group: GroupId },
     /// Adds the embedding's and the head's gradients of a tied table.
-    TieGrads {
-        /// The table's group.
-        group: GroupId,
-    },
-    /// Sum of squares of the owned gradients by fixed chunks, over all ranks; yields norm and clip factor.
+    TieGrads { group: GroupId },
+    /// `(gradients of all groups) -> sums of squares by fixed chunks`, each chunk on the rank that owns it, then summed
+    /// over all ranks; yields norm and clip factor.
     GradNorm,
-    /// AdamW on the owned range of a parameter group.
+    /// `(grad) -> (param, [master], first moment, second moment)` in place: AdamW on the owned range of a group.
     AdamW {
-        /// Which group.
         group: GroupId,
         /// Decoupled decay applies.
         decay: bool,
     },
     /// Updated parameters from their owners (ZeRO 1 and 2).
-    AllGatherParams {
-        /// Whose parameters.
-        group: GroupId,
-    },
+    AllGatherParams { group: GroupId },
     /// `(qkv [n, ..]) -> o` against the key and value cache, for generation.
     AttentionCached {
-        /// Head counts and width.
         heads: Heads,
         /// Whose cache.
         layer: usize,

@@ -33,7 +33,7 @@ pub(crate) fn recompute(cx: &Rank<'_>, both: Both) -> Both {
             }
         }
     }
-    let mut r = Again { g: &mut graph, producer, renamed: HashMap::new(), out: Vec::new() };
+    let mut r = Rerun { g: &mut graph, producer, renamed: HashMap::new(), out: Vec::new() };
     for mut node in backward {
         for operand in node.ins.iter_mut().chain(node.acc.iter_mut()) {
             operand.value = r.again(operand.value);
@@ -49,14 +49,14 @@ fn is_tail(g: &Graph, n: &Node) -> bool {
     n.place == Place::Head && g.nodes.last().is_some_and(|last| last.place == Place::Head)
 }
 
-struct Again<'a> {
+struct Rerun<'a> {
     g: &'a mut Graph,
     producer: HashMap<ValueId, usize>,
     renamed: HashMap<ValueId, ValueId>,
     out: Vec<Node>,
 }
 
-impl Again<'_> {
+impl Rerun<'_> {
     fn again(&mut self, value: ValueId) -> ValueId {
         if let Some(&v) = self.renamed.get(&value) {
             return v;

@@ -17,7 +17,7 @@ use crate::schedule::{Blocks, Passes, Schedule};
 use crate::zero::{Sums, is_head};
 use crate::{Bucket, GroupBuffers, Io, Memory, Program, SlotRegion};
 use lifetimes::Lifetimes;
-use offsets::{Span, alive_peak, place};
+use offsets::{Need, alive_peak, place};
 
 pub use offsets::ALIGN;
 pub(crate) use offsets::aligned;
@@ -184,7 +184,7 @@ impl<'a> Placer<'a> {
                 Source::LossLeaves => ids[i] = Some(self.io.loss_leaves),
                 Source::Node => {
                     let (Some((birth, death)), true) = (life.span[i], life.root[i] == i) else { continue };
-                    let span = Span { bytes: v.rows * v.cols * v.dtype.bytes(), birth, death };
+                    let span = Need { bytes: v.rows * v.cols * v.dtype.bytes(), birth, death };
                     let saved = life.block(birth) != life.block(death);
                     let list =
                         if saved && slots && !self.unified { &mut slot_spans } else { &mut scratch_spans };

@@ -3,7 +3,7 @@ pub const ALIGN: usize = 64;
 
 /// A buffer that needs bytes from one op to another.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Span {
+pub(crate) struct Need {
     pub(crate) bytes: usize,
     /// First op that writes it.
     pub(crate) birth: usize,
@@ -15,19 +15,19 @@ pub(crate) fn aligned(bytes: usize) -> usize {
     bytes.next_multiple_of(ALIGN)
 }
 
-/// Gives every span an offset so that spans alive at the same time never overlap; returns offsets and total bytes.
+/// Gives every buffer an offset so that those alive at the same time never overlap; returns offsets and total bytes.
 ///
-/// Largest first, each into the lowest gap among the spans that it meets: for a stack-like forward and backward pass
+/// Largest first, each into the lowest gap among those that it meets: for a stack-like forward and backward pass
 /// this is close to the lower bound, the largest sum of bytes alive at once ([`alive_peak`]).
-pub(crate) fn place(spans: &[Span]) -> (Vec<usize>, usize) {
-    let mut order: Vec<usize> = (0..spans.len()).collect();
-    order.sort_by_key(|&i| (std::cmp::Reverse(spans[i].bytes), spans[i].birth, i));
-    let mut taken = TakenOverTime::new(spans);
-    let mut offsets = vec![0; spans.len()];
+pub(crate) fn place(needs: &[Need]) -> (Vec<usize>, usize) {
+    let mut order: Vec<usize> = (0..needs.len()).collect();
+    order.sort_by_key(|&i| (std::cmp::Reverse(needs[i].bytes), needs[i].birth, i));
+    let mut taken = TakenOverTime::new(needs);
+    let mut offsets = vec![0; needs.len()];
     let mut total = 0;
-    for i in order.into_iter().filter(|&i| spans[i].bytes > 0) {
-        offsets[i] = taken.fit(&spans[i]);
-        total = total.max(offsets[i] + aligned(spans[i].bytes));
+    for i in order.into_iter().filter(|&i| needs[i].bytes > 0) {
+        offsets[i] = taken.fit(&needs[i]);
+        total = total.max(offsets[i] + aligned(needs[i].bytes));
     }
     (offsets, total)
 }
@@ -55,10 +55,10 @@ impl Taken {
     }
 }
 
-/// Which bytes are taken when: a segment tree over the times at which spans are born, so that asking what a span meets
+/// Which bytes are taken when: a segment tree over the times at which buffers are born, so that asking what one meets
 /// and adding it take logarithmic time however many there are.
 struct TakenOverTime {
-    /// Births in order: two spans meet at a birth, if at all.
+    /// Births in order: two buffers meet at a birth, if at all.
     times: Vec<usize>,
     leaves: usize,
     nodes: Vec<TimeNode>,
@@ -67,26 +67,26 @@ struct TakenOverTime {
 /// A stretch of time.
 #[derive(Clone, Default)]
 struct TimeNode {
-    /// By spans that last for all of it, and not for all of the node above.
+    /// By buffers that last for all of it, and not for all of the node above.
     throughout: Taken,
-    /// By spans that last for some of it.
+    /// By buffers that last for some of it.
     some_time: Taken,
 }
 
 impl TakenOverTime {
-    fn new(spans: &[Span]) -> TakenOverTime {
-        let mut times: Vec<usize> = spans.iter().map(|s| s.birth).collect();
+    fn new(needs: &[Need]) -> TakenOverTime {
+        let mut times: Vec<usize> = needs.iter().map(|s| s.birth).collect();
         times.sort_unstable();
         times.dedup();
         let leaves = times.len().next_power_of_two();
         TakenOverTime { times, leaves, nodes: vec![TimeNode::default(); 2 * leaves] }
     }
 
-    /// Takes the lowest bytes that are free while a span lives.
-    fn fit(&mut self, span: &Span) -> usize {
-        let first = self.times.partition_point(|t| *t < span.birth);
-        let last = self.times.partition_point(|t| *t <= span.death) - 1;
-        let need = aligned(span.bytes);
+    /// Takes the lowest bytes that are free while a buffer lives.
+    fn fit(&mut self, of: &Need) -> usize {
+        let first = self.times.partition_point(|t| *t < of.birth);
+        let last = self.times.partition_point(|t| *t <= of.death) - 1;
+        let need = aligned(of.bytes);
         let mut met = Vec::new();
         self.met(1, (0, self.leaves - 1), (first, last), &mut met);
         let mut at = 0;
@@ -127,10 +127,10 @@ impl TakenOverTime {
 }
 
 /// The largest sum of bytes alive at one op: no placement can do with less.
-pub(crate) fn alive_peak(spans: &[Span]) -> usize {
-    let last = spans.iter().map(|s| s.death).max().unwrap_or(0);
+pub(crate) fn alive_peak(needs: &[Need]) -> usize {
+    let last = needs.iter().map(|s| s.death).max().unwrap_or(0);
     let mut delta = vec![0i64; last + 2];
-    for s in spans {
+    for s in needs {
         let bytes = i64::try_from(aligned(s.bytes)).expect("buffers are smaller than 2^63 bytes");
         delta[s.birth] += bytes;
         delta[s.death + 1] -= bytes;
@@ -150,27 +150,27 @@ mod tests {
 
     #[test]
     fn reuses_the_bytes_of_the_dead() {
-        let spans = [
-            Span { bytes: 128, birth: 0, death: 1 },
-            Span { bytes: 64, birth: 1, death: 3 },
-            Span { bytes: 128, birth: 2, death: 3 },
+        let needs = [
+            Need { bytes: 128, birth: 0, death: 1 },
+            Need { bytes: 64, birth: 1, death: 3 },
+            Need { bytes: 128, birth: 2, death: 3 },
         ];
-        let (offsets, total) = place(&spans);
+        let (offsets, total) = place(&needs);
         assert_eq!((offsets, total), (vec![0, 128, 0], 192));
-        assert_eq!(alive_peak(&spans), 192);
+        assert_eq!(alive_peak(&needs), 192);
     }
 
-    /// Each span into the lowest gap among those placed before it, found by looking at all of them.
-    fn slow(spans: &[Span]) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..spans.len()).collect();
-        order.sort_by_key(|&i| (std::cmp::Reverse(spans[i].bytes), spans[i].birth, i));
-        let mut offsets = vec![0; spans.len()];
+    /// Each buffer into the lowest gap among those placed before it, found by looking at all of them.
+    fn slow(needs: &[Need]) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..needs.len()).collect();
+        order.sort_by_key(|&i| (std::cmp::Reverse(needs[i].bytes), needs[i].birth, i));
+        let mut offsets = vec![0; needs.len()];
         for (n, &i) in order.iter().enumerate() {
-            let meets = |j: &&usize| spans[**j].birth <= spans[i].death && spans[i].birth <= spans[**j].death;
-            let run = |&j: &usize| (offsets[j], offsets[j] + aligned(spans[j].bytes));
+            let meets = |j: &&usize| needs[**j].birth <= needs[i].death && needs[i].birth <= needs[**j].death;
+            let run = |&j: &usize| (offsets[j], offsets[j] + aligned(needs[j].bytes));
             let mut met: Vec<(usize, usize)> = order[..n].iter().filter(meets).map(run).collect();
             met.sort_unstable();
-            let need = aligned(spans[i].bytes);
+            let need = aligned(needs[i].bytes);
             offsets[i] =
                 met.iter().fold(0, |at, &(start, end)| if start >= at + need { at } else { at.max(end) });
         }
@@ -180,25 +180,25 @@ mod tests {
     proptest! {
         #[test]
         fn the_tree_finds_what_a_search_of_all_finds(raw in prop::collection::vec((0usize..900, 0usize..60, 0usize..60), 1..120)) {
-            let spans: Vec<Span> =
-                raw.iter().map(|&(bytes, a, b)| Span { bytes, birth: a.min(b), death: a.max(b) }).collect();
-            prop_assert_eq!(place(&spans).0, slow(&spans));
+            let needs: Vec<Need> =
+                raw.iter().map(|&(bytes, a, b)| Need { bytes, birth: a.min(b), death: a.max(b) }).collect();
+            prop_assert_eq!(place(&needs).0, slow(&needs));
         }
 
         #[test]
         fn never_overlaps_and_never_beats_the_bound(raw in prop::collection::vec((1usize..5000, 0usize..40, 0usize..40), 1..60)) {
-            let spans: Vec<Span> = raw
+            let needs: Vec<Need> = raw
                 .iter()
-                .map(|&(bytes, a, b)| Span { bytes, birth: a.min(b), death: a.max(b) })
+                .map(|&(bytes, a, b)| Need { bytes, birth: a.min(b), death: a.max(b) })
                 .collect();
-            let (offsets, total) = place(&spans);
-            prop_assert!(total >= alive_peak(&spans));
-            for i in 0..spans.len() {
-                prop_assert!(offsets[i] % ALIGN == 0 && offsets[i] + spans[i].bytes <= total);
+            let (offsets, total) = place(&needs);
+            prop_assert!(total >= alive_peak(&needs));
+            for i in 0..needs.len() {
+                prop_assert!(offsets[i] % ALIGN == 0 && offsets[i] + needs[i].bytes <= total);
                 for j in 0..i {
-                    let together = spans[i].birth <= spans[j].death && spans[j].birth <= spans[i].death;
-                    let apart = offsets[i] + spans[i].bytes <= offsets[j] || offsets[j] + spans[j].bytes <= offsets[i];
-                    prop_assert!(!together || apart, "{:?} and {:?} share bytes", spans[i], spans[j]);
+                    let together = needs[i].birth <= needs[j].death && needs[j].birth <= needs[i].death;
+                    let apart = offsets[i] + needs[i].bytes <= offsets[j] || offsets[j] + needs[j].bytes <= offsets[i];
+                    prop_assert!(!together || apart, "{:?} and {:?} share bytes", needs[i], needs[j]);
                 }
             }
         }
