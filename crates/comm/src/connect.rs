@@ -4,12 +4,14 @@ use crate::control::{CONTROL_BYTES, Control, MAX_LOCAL};
 use crate::inner::{Core, Failure, Near, Peer, Transport};
 use crate::link::Io;
 use crate::memory::Mapping;
+use crate::os::{is_out_of_files, os_error};
+use crate::waiting::Waiting;
 use crate::world::{Bootstrap, TransportChoice, patience};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
 };
 use spec::{Error, Result};
 use std::hash::{BuildHasher, Hasher};
@@ -23,6 +25,8 @@ use std::time::{Duration, Instant};
 
 /// How often a rank that waits for others looks whether one of them has given up.
 const LOOK: Duration = Duration::from_millis(250);
+/// How often it looks which of them are missing, which costs the store more.
+const LOOK_FOR_MISSING: Duration = Duration::from_secs(2);
 /// First bytes on every connection; the last one is the version.
 const MAGIC: [u8; 8] = *b"PHXCOM\0\x01";
 const HELLO_BYTES: usize = 32;
@@ -92,8 +96,8 @@ pub(crate) fn connect(b: &Bootstrap) -> Result<Arc<Core>> {
 }
 
 fn join(b: &Bootstrap, gave_up: &str) -> Result<Arc<Core>> {
-    let until = Instant::now() + b.timeout;
-    let wait = Wait { b, gave_up, until };
+    let began = Instant::now();
+    let wait = Wait { b, gave_up, began, until: began + b.timeout };
     let doors = Doors::open(b)?;
     let own = publish(b, &doors)?;
     let cards = collect(&wait, &own)?;
@@ -144,10 +148,15 @@ fn join(b: &Bootstrap, gave_up: &str) -> Result<Arc<Core>> {
 struct Wait<'a> {
     b: &'a Bootstrap,
     gave_up: &'a str,
+    began: Instant,
     until: Instant,
 }
 
 impl Wait<'_> {
+    fn begin(&self, what: impl Into<String>) -> Waiting {
+        Waiting::begin_at(self.began, format!("rank {} of {}", self.b.rank, self.b.world), what)
+    }
+
     /// The time until the next look; fails if the deadline has passed or a rank has given up.
     fn next(&self, missing: impl Fn() -> String) -> Result<Duration> {
         if let Some(why) = self.b.store.try_get(self.gave_up)? {
@@ -202,17 +211,32 @@ fn publish(b: &Bootstrap, doors: &Doors) -> Result<Card> {
 fn collect(wait: &Wait<'_>, own: &Card) -> Result<Vec<Card>> {
     let b = wait.b;
     let keys: Vec<String> = (0..b.world).map(|rank| key(b, rank)).collect();
+    let missing = || {
+        let there = b.store.keys(&format!("{}/rank/", b.session)).unwrap_or_default();
+        let is_here = |rank: &usize| there.contains(&keys[*rank]);
+        (names((0..b.world).filter(|rank| !is_here(rank))) + " to come", (0..b.world).find(is_here))
+    };
+    let mut spoken: Option<Waiting> = None;
+    let mut looked = Instant::now();
     loop {
-        let there = || b.store.keys(&format!("{}/rank/", b.session)).unwrap_or_default();
-        let missing = || {
-            let there = there();
-            names((0..b.world).filter(|rank| !there.contains(&keys[*rank]))) + " to come"
-        };
-        let slice = wait.next(missing)?;
+        let slice = wait.next(|| missing().0)?;
         if b.store.wait(&keys, slice).is_ok() {
             break;
         }
+        if looked.elapsed() < LOOK_FOR_MISSING {
+            continue;
+        }
+        looked = Instant::now();
+        let (missing, first) = missing();
+        let what = format!("{missing} to the store at {}", b.store.addr());
+        // One rank speaks for all.
+        match &spoken {
+            _ if first != Some(b.rank) => spoken = None,
+            Some(spoken) => spoken.now_for(what),
+            None => spoken = Some(wait.begin(what)),
+        }
     }
+    drop(spoken);
     let card = |rank: usize| {
         if rank == b.rank {
             return Ok(own.clone());
@@ -276,8 +300,12 @@ impl Doors {
         let name = format!("phalanx-{:016x}-{}", random(), b.rank);
         let ip = b.bind.unwrap_or_else(|| b.store.local_ip());
         let failed = |e: std::io::Error| {
-            Error::failure(format!("listen for other ranks on {ip}: {e}"))
-                .hint("give an address of this host that the others can reach")
+            let error = os_error(&format!("listen for other ranks on {ip}"), &e);
+            if is_out_of_files(&e) {
+                error
+            } else {
+                error.hint("give an address of this host that the others can reach")
+            }
         };
         let near =
             UnixAddr::from_abstract_name(&name).and_then(|a| UnixListener::bind_addr(&a)).map_err(failed)?;
@@ -308,7 +336,7 @@ fn meet(
     for rank in 0..b.rank {
         let is_near = near.contains(&rank);
         let failed = |e: std::io::Error| {
-            Error::failure(format!("rank {} cannot reach rank {rank} ({}): {e}", b.rank, cards[rank].place()))
+            os_error(&format!("rank {} cannot reach rank {rank} ({})", b.rank, cards[rank].place()), &e)
         };
         let left = wait.next(|| names([rank]))?.max(Duration::from_secs(1)).max(wait.until - Instant::now());
         let socket: OwnedFd = if is_near {
@@ -324,18 +352,18 @@ fn meet(
         say_hello(&socket, cards[rank].token, b.rank, is_near.then_some(file)).map_err(failed)?;
         met[rank] = Some(Met { socket, memory: None });
     }
+    let unmet = |met: &[Option<Met>]| names((b.rank + 1..b.world).filter(|r| met[*r].is_none()));
+    let spoken = wait.begin(unmet(&met) + " to connect");
     while met[b.rank + 1..].iter().any(Option::is_none) {
         answer(wait, cards, near, doors, file, &mut met)?;
+        spoken.now_for(unmet(&met) + " to connect");
     }
     for rank in 0..b.rank {
         let Some(Met { socket, memory }) = &mut met[rank] else { continue };
         let lost = |e: std::io::Error| {
-            Error::failure(format!(
-                "rank {rank} ({}) did not answer rank {}: {e}",
-                cards[rank].place(),
-                b.rank
-            ))
+            os_error(&format!("rank {rank} ({}) did not answer rank {}", cards[rank].place(), b.rank), &e)
         };
+        spoken.now_for(names([rank]) + " to answer");
         await_readable(wait, socket, || names([rank]) + " to answer")?;
         let (token, from, file) = hear_hello(socket).map_err(lost)?;
         if (token, from) != (cards[b.rank].token, rank) || (file.is_none() && near.contains(&rank)) {
@@ -359,13 +387,18 @@ fn answer(
     let slice = wait.next(|| names((b.rank + 1..b.world).filter(|r| met[*r].is_none())) + " to connect")?;
     let mut doors_polled = [PollFd::new(&doors.near, PollFlags::IN), PollFd::new(&doors.far, PollFlags::IN)];
     let _ = rustix::event::poll(&mut doors_polled, Some(&timespec(slice)));
-    let socket: OwnedFd = if let Ok((stream, _)) = doors.near.accept() {
-        stream.into()
-    } else if let Ok((stream, _)) = doors.far.accept() {
+    let near_caller = doors.near.accept().map(|(stream, _)| OwnedFd::from(stream));
+    let caller = near_caller.or_else(|_| {
+        let (stream, _) = doors.far.accept()?;
         let _ = stream.set_nodelay(true);
-        stream.into()
-    } else {
-        return Ok(());
+        Ok(stream.into())
+    });
+    let answered = |e: std::io::Error| os_error(&format!("rank {} answers other ranks", b.rank), &e);
+    let socket: OwnedFd = match caller {
+        Ok(socket) => socket,
+        Err(e) if is_out_of_files(&e) => return Err(answered(e)),
+        // Nobody, or somebody who has left again.
+        Err(_) => return Ok(()),
     };
     // A stranger, or a rank that died meanwhile: the one is none of ours, the other will be missed by name.
     let _ = rustix::io::ioctl_fionbio(&socket, false);
@@ -374,7 +407,11 @@ fn answer(
         rustix::net::sockopt::Timeout::Recv,
         Some(4 * LOOK),
     );
-    let Ok((token, rank, memory)) = hear_hello(&socket) else { return Ok(()) };
+    let (token, rank, memory) = match hear_hello(&socket) {
+        Ok(hello) => hello,
+        Err(e) if is_out_of_files(&e) => return Err(answered(e)),
+        Err(_) => return Ok(()),
+    };
     let is_near = near.contains(&rank);
     if token != cards[b.rank].token
         || rank <= b.rank
@@ -432,6 +469,10 @@ fn hear_hello(socket: &OwnedFd) -> std::io::Result<(u128, usize, Option<OwnedFd>
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let parts = &mut [IoSliceMut::new(&mut hello[got..])];
         let message = rustix::net::recvmsg(socket, parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+        if message.flags.contains(ReturnFlags::CTRUNC) {
+            // A file came and could not be opened here.
+            return Err(rustix::io::Errno::MFILE.into());
+        }
         if message.bytes == 0 {
             return Err(std::io::ErrorKind::UnexpectedEof.into());
         }

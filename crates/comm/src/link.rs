@@ -11,6 +11,7 @@ use crate::control::publish;
 use crate::element::Span;
 use crate::header::{Header, Space};
 use crate::inner::Core;
+use crate::os::os_error;
 use crate::p2p::{Payload, here_or_left};
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::fd::{AsFd, OwnedFd};
@@ -242,7 +243,7 @@ fn link(core: &Core, rank: usize) -> Result<(&Io, &Link)> {
 impl Io {
     /// Takes over one socket per rank (none for the rank itself) and starts the thread.
     pub(crate) fn start(core: &Arc<Core>, sockets: Vec<Option<OwnedFd>>) -> Result<()> {
-        let failed = |e: Errno| Error::failure(format!("set up the connections of rank {}: {e}", core.rank));
+        let failed = |e: Errno| os_error(&format!("set up the connections of rank {}", core.rank), &e.into());
         let link = |socket: OwnedFd| {
             rustix::io::ioctl_fionbio(&socket, true).map_err(failed)?;
             let (out, left, ended, heard, beat) = Default::default();
@@ -297,7 +298,7 @@ impl Io {
     pub(crate) fn share(&self, core: &Core, id: u64, bytes: usize, file: &OwnedFd) -> Result<()> {
         for (_, link) in self.each().filter(|(rank, _)| core.peers[*rank].near.is_some()) {
             let mut frame = Frame::new(Kind::Share, &[id, bytes as u64, 0, 0, 0, 0, 0, 0], Vec::new());
-            let copy = file.try_clone().map_err(|e| Error::failure(format!("share memory: {e}")))?;
+            let copy = file.try_clone().map_err(|e| os_error("share memory", &e))?;
             frame.file = Some(copy);
             link.push(frame);
         }

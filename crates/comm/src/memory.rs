@@ -1,5 +1,6 @@
 //! Memory that more than one rank can see.
 
+use crate::os::os_error;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -35,7 +36,7 @@ impl Mapping {
     /// A new memory file and its mapping. The file has no name anywhere: it goes with the last process that holds it.
     pub(crate) fn shared(name: &str, bytes: usize) -> Result<(Mapping, OwnedFd)> {
         let failed =
-            |e: rustix::io::Errno| Error::failure(format!("make shared memory of {bytes} bytes: {e}"));
+            |e: rustix::io::Errno| os_error(&format!("make shared memory of {bytes} bytes"), &e.into());
         let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(failed)?;
         rustix::fs::ftruncate(&fd, bytes as u64).map_err(failed)?;

@@ -25,6 +25,9 @@ mod wire;
 pub use client::StoreClient;
 pub use server::StoreServer;
 
+/// In a refusal, what stands between the reason and what to do about it.
+const HINT: &str = "\nhint: ";
+
 /// Longest key, bytes.
 pub const MAX_KEY_BYTES: usize = 1024;
 /// Longest value, bytes: endpoints, plans and error reports are kilobytes, so a larger one is a mistake.

@@ -39,7 +39,12 @@ struct State {
 impl Waiting {
     /// `who` waits for `what`, from now on: said as `WHO waited 5 s for WHAT`.
     pub fn begin(who: impl Into<String>, what: impl Into<String>) -> Waiting {
-        let (who, began) = (who.into(), Instant::now());
+        Waiting::begin_at(Instant::now(), who, what)
+    }
+
+    /// The same for a wait that began earlier.
+    pub(crate) fn begin_at(began: Instant, who: impl Into<String>, what: impl Into<String>) -> Waiting {
+        let who = who.into();
         let state = Mutex::new(State { what: what.into(), is_over: false });
         let shared = Arc::new(Shared { state, over: Condvar::new() });
         let speaker = shared.clone();

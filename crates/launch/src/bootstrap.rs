@@ -3,7 +3,7 @@
 use crate::net;
 use crate::rank_env::{Launcher, RankEnv};
 use crate::torch_store::TorchStore;
-use comm::{StoreClient, StoreServer};
+use comm::{StoreClient, StoreServer, Waiting};
 use spec::{Context as _, Error, Result};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -34,6 +34,7 @@ impl RankStore {
             return Ok(());
         }
         let others: Vec<String> = (0..self.world).filter(|r| *r != self.rank).map(key).collect();
+        let _spoken = Waiting::begin(format!("rank {}", self.rank), "the other ranks to end");
         self.client.wait(&others, timeout).context("wait for the other ranks to leave the job's store")
     }
 }
@@ -70,7 +71,10 @@ impl RankEnv {
         let hint = match self.launcher {
             Launcher::OpenMpi => "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<free port> ...",
             Launcher::Pmi => "mpirun -genv MASTER_ADDR <host of rank 0> -genv MASTER_PORT <free port> ...",
-            _ => "export MASTER_ADDR=<host of rank 0> MASTER_PORT=<free port>",
+            Launcher::Phalanx | Launcher::Torchrun => {
+                "export MASTER_ADDR=<host of rank 0> MASTER_PORT=<free port>, or unset RANK and WORLD_SIZE to be no rank"
+            }
+            Launcher::Slurm => "export MASTER_ADDR=<host of rank 0> MASTER_PORT=<free port>",
         };
         let unknown =
             |name: &str| Error::user(format!("{name} is not set, so the ranks cannot meet")).hint(hint);

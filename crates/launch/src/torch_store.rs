@@ -5,6 +5,7 @@
 //! in the byte order of the machine, strings and values are preceded by their length as 64 bits.
 
 use crate::net;
+use comm::Waiting;
 use spec::{Error, Result};
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpStream;
@@ -37,6 +38,8 @@ impl TorchStore {
     pub(crate) fn connect(host: &str, port: u16, timeout: Duration) -> Result<TorchStore> {
         let name = net::join_endpoint(host, port);
         let until = Instant::now() + timeout;
+        let _spoken =
+            Waiting::begin("phalanx", format!("PyTorch's store at {name}, {} s at most", timeout.as_secs()));
         loop {
             let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
             let opened =
@@ -66,6 +69,8 @@ impl TorchStore {
 
     /// The value of `key`, once someone has set it.
     pub(crate) fn get(&mut self, key: &str) -> Result<Vec<u8>> {
+        let _spoken =
+            Waiting::begin("phalanx", format!("rank 0 to set {key} in PyTorch's store at {}", self.name));
         self.wait_and_get(key).map_err(|e| self.failed(&format!("wait for {key}"), &e))
     }
 

@@ -150,7 +150,7 @@ fn spawn_error(command: &Command, e: &std::io::Error) -> Error {
             Error::user(format!("start {program}: not an executable file"))
                 .hint(format!("chmod +x {program}, or launch it through its interpreter"))
         }
-        _ => Error::failure(format!("start {program}: {e}")),
+        _ => comm::os_error(&format!("start {program}"), e),
     }
 }
 

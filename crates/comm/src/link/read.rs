@@ -4,10 +4,11 @@ use super::{HEAD_BYTES, Io, Kind, Link, MAX_TEXT_BYTES};
 use crate::header::{Header, mismatch};
 use crate::inner::{Address, Core, PeerSegment};
 use crate::memory::Mapping;
+use crate::os::os_error;
 use crate::p2p::{Incoming, Lane, Target, Waiting};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
 use std::collections::VecDeque;
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -59,7 +60,7 @@ impl Reader {
                 Ok(n) => budget = budget.saturating_sub(n),
                 Err(Errno::AGAIN) => break,
                 Err(Errno::INTR) => continue,
-                Err(e) => return Err(format!("its connection failed: {e}")),
+                Err(e) => return Err(os_error("its connection failed", &e.into()).to_string()),
             }
             io.heard(link);
             if self.payload.as_ref().is_some_and(|r| r.done == r.bytes) {
@@ -197,6 +198,10 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8], files: &mut VecDeque<OwnedFd>) -
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let message = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, flags)?;
+    if message.flags.contains(ReturnFlags::CTRUNC) {
+        // A file came and could not be opened here.
+        return Err(Errno::MFILE);
+    }
     for part in control.drain() {
         if let RecvAncillaryMessage::ScmRights(received) = part {
             files.extend(received);

@@ -1,5 +1,7 @@
 use super::wire::{self, Reply, Request};
 use super::{MAX_KEY_BYTES, MAX_VALUE_BYTES, MAX_WAIT_KEYS};
+use crate::os::{is_out_of_files, os_error};
+use crate::waiting::Waiting;
 use spec::{Error, Result};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
@@ -10,6 +12,11 @@ use std::time::{Duration, Instant};
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// One server-side wait; a longer one is asked again, so that a dead host is noticed.
 const WAIT_SLICE: Duration = Duration::from_secs(10);
+/// How long the server may take over the greeting.
+const GREET_TIMEOUT: Duration = Duration::from_secs(5);
+/// After so long without a greeting from whoever takes connections there it is not a store. Twice a slow greeting: a
+/// busy machine is no stranger.
+const MUTE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause between attempts to reach a server that is not there yet.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
 /// Idle connections kept for reuse.
@@ -37,23 +44,51 @@ impl StoreClient {
         if addr.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
             return Err(Error::user(format!("store address {addr:?}: expected host:port")));
         }
-        let until = Instant::now() + deadline;
+        let began = Instant::now();
+        let until = began + deadline;
+        let doing = format!("connect to the store at {addr}");
+        let mut spoken: Option<Waiting> = None;
+        let mut mute_since = None;
         let stream = loop {
-            match open(addr, until) {
+            let tried = Instant::now();
+            let failed = match open(addr, until) {
                 Ok(stream) => break stream,
-                Err(e) if e.kind() == io::ErrorKind::InvalidData => {
-                    return Err(Error::user(format!("connect to the store at {addr}: {e}")));
+                Err(failed) => failed,
+            };
+            let e = match failed {
+                Failed::Connect(e) if is_out_of_files(&e) => return Err(os_error(&doing, &e)),
+                Failed::Connect(e) => {
+                    mute_since = None;
+                    e
                 }
-                Err(e) if Instant::now() + RETRY_PAUSE >= until => {
-                    return Err(Error::failure(format!(
-                        "connect to the store at {addr}: {e} (tried for {:.1} s)",
-                        deadline.as_secs_f64()
-                    ))
-                    .hint("check that the host that serves the store is up and its port is open"));
+                Failed::Greet(e) => {
+                    let is_foreign = e.kind() == io::ErrorKind::InvalidData;
+                    if is_foreign || mute_since.get_or_insert(tried).elapsed() >= MUTE_TIMEOUT {
+                        return Err(Error::user(format!(
+                            "{doing}: what listens there is not a store of this version ({e})"
+                        ))
+                        .hint("another program may use the port: give the job a free one"));
+                    }
+                    e
                 }
-                Err(_) => std::thread::sleep(RETRY_PAUSE),
+            };
+            if Instant::now() + RETRY_PAUSE >= until {
+                return Err(Error::failure(format!(
+                    "{doing}: {e} (tried for {:.1} s)",
+                    deadline.as_secs_f64()
+                ))
+                .hint("check that the host that serves the store is up and its port is open"));
             }
+            let what = format!("the store at {addr}, {} s at most: {e}", deadline.as_secs());
+            match &spoken {
+                Some(spoken) => spoken.now_for(what),
+                None => {
+                    spoken = Some(Waiting::begin_at(began, format!("process {}", std::process::id()), what))
+                }
+            }
+            std::thread::sleep(RETRY_PAUSE);
         };
+        drop(spoken);
         let local = stream
             .local_addr()
             .map_err(|e| Error::failure(format!("connect to the store at {addr}: {e}")))?
@@ -218,23 +253,32 @@ impl StoreClient {
             };
             Error::failure(format!("lost the store at {}: {e}", self.inner.addr))
         };
+        let gone = |e: io::Error| if is_out_of_files(&e) { os_error("call the store", &e) } else { gone(e) };
         let idle = self.inner.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut stream = match idle {
             Some(stream) => stream,
-            None => open(&self.inner.addr, Instant::now() + CALL_TIMEOUT).map_err(gone)?,
+            None => open(&self.inner.addr, Instant::now() + CALL_TIMEOUT).map_err(|e| gone(e.into_io()))?,
         };
         let body = exchange(&mut stream, request, wait).map_err(gone)?;
+        let reply = Reply::decode(&body)
+            .map_err(|e| e.context(format!("answer of the store at {}", self.inner.addr)))?;
+        if matches!(reply, Reply::Refused(_)) {
+            return Ok(reply);
+        }
         let mut idle = self.inner.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < MAX_IDLE {
             idle.push(stream);
         }
         drop(idle);
-        Reply::decode(&body).map_err(|e| e.context(format!("answer of the store at {}", self.inner.addr)))
+        Ok(reply)
     }
 
     fn odd(&self, doing: &str, key: &str, reply: &Reply) -> Error {
         match reply {
-            Reply::Refused(why) => Error::failure(format!("{doing} {key}: {why}")),
+            Reply::Refused(why) => match why.split_once(super::HINT) {
+                Some((why, hint)) => Error::failure(format!("{doing} {key}: {why}")).hint(hint),
+                None => Error::failure(format!("{doing} {key}: {why}")),
+            },
             other => {
                 Error::failure(format!("{doing} {key}: the store at {} answered {other:?}", self.inner.addr))
             }
@@ -248,29 +292,54 @@ fn exchange(stream: &mut TcpStream, request: &Request, wait: Duration) -> io::Re
     wire::read_frame(stream)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
-fn open(addr: &str, until: Instant) -> io::Result<TcpStream> {
+/// Why there is no connection: nobody answers, or not as a store does.
+enum Failed {
+    Connect(io::Error),
+    Greet(io::Error),
+}
+
+impl Failed {
+    fn into_io(self) -> io::Error {
+        match self {
+            Failed::Connect(e) | Failed::Greet(e) => e,
+        }
+    }
+}
+
+fn open(addr: &str, until: Instant) -> Result<TcpStream, Failed> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
-    let addrs: Vec<SocketAddr> = addr.to_socket_addrs()?.collect();
+    let addrs: Vec<SocketAddr> = addr.to_socket_addrs().map_err(Failed::Connect)?.collect();
     for addr in addrs {
         let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         match TcpStream::connect_timeout(&addr, left) {
-            Ok(stream) => return greet(stream, left),
+            Ok(stream) => return greet(stream, left).map_err(Failed::Greet),
             Err(e) => last = e,
         }
     }
-    Err(last)
+    Err(Failed::Connect(last))
 }
 
 fn greet(mut stream: TcpStream, left: Duration) -> io::Result<TcpStream> {
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(CALL_TIMEOUT))?;
-    stream.set_read_timeout(Some(left.min(CALL_TIMEOUT)))?;
+    stream.set_read_timeout(Some(left.min(GREET_TIMEOUT)))?;
     stream.write_all(&wire::HELLO)?;
     let mut hello = [0; wire::HELLO.len()];
-    stream.read_exact(&mut hello)?;
-    if hello != wire::HELLO {
-        let other = "what listens there is not a store of this version";
-        return Err(io::Error::new(io::ErrorKind::InvalidData, other));
+    let mut got = 0;
+    while got < hello.len() {
+        let n = stream.read(&mut hello[got..]).map_err(|e| match e.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                io::Error::new(io::ErrorKind::TimedOut, "it takes connections and says nothing")
+            }
+            _ => e,
+        })?;
+        got += n;
+        if n == 0 || hello[..got] != wire::HELLO[..got] {
+            // Who hangs up may be a store that is just ending.
+            let kind = if got == 0 { io::ErrorKind::UnexpectedEof } else { io::ErrorKind::InvalidData };
+            let said = String::from_utf8_lossy(&hello[..got]);
+            return Err(io::Error::new(kind, format!("it answered {said:?}")));
+        }
     }
     Ok(stream)
 }

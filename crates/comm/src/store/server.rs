@@ -1,7 +1,9 @@
 use super::wire::{self, Reply, Request};
 use super::{MAX_CONNECTIONS, MAX_KEY_BYTES, MAX_VALUE_BYTES};
+use crate::os::{is_out_of_files, os_error};
 use spec::{Error, Result};
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +15,8 @@ use std::time::{Duration, Instant};
 const PEER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait of one request; clients ask again, so a vanished client does not keep its thread.
 const MAX_WAIT: Duration = Duration::from_secs(60);
+/// How long a caller that cannot be served may take to hear it.
+const TURN_AWAY_TIMEOUT: Duration = Duration::from_millis(500);
 /// Stack of a connection thread: it holds no more than a frame header.
 const STACK_BYTES: usize = 128 << 10;
 
@@ -34,7 +38,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     map: BTreeMap<String, Vec<u8>>,
-    connections: HashMap<u64, TcpStream>,
+    connections: HashMap<u64, Arc<TcpStream>>,
 }
 
 impl StoreServer {
@@ -101,29 +105,38 @@ impl Shared {
 
     fn accept(self: Arc<Self>, listener: &TcpListener) {
         let mut threads: Vec<JoinHandle<()>> = Vec::new();
+        let mut spare = spare();
         for id in 0.. {
             let stream = listener.accept();
             if self.stopping.load(Ordering::SeqCst) {
                 break;
             }
             threads.retain(|t| !t.is_finished());
-            let Ok((stream, _)) = stream else {
-                // Out of descriptors, most likely: wait for some to come back instead of spinning.
-                std::thread::park_timeout(Duration::from_millis(20));
-                continue;
+            let stream = match stream {
+                Ok((stream, _)) => Arc::new(stream),
+                Err(e) if is_out_of_files(&e) && spare.take().is_some() => {
+                    // With the spare descriptor the caller can be told why nobody answers.
+                    let _ = listener.accept().map(|(stream, _)| turn_away(&stream, &e));
+                    spare = self::spare();
+                    continue;
+                }
+                Err(_) => {
+                    std::thread::park_timeout(Duration::from_millis(20));
+                    spare = spare.or_else(self::spare);
+                    continue;
+                }
             };
-            let Ok(clone) = stream.try_clone() else { continue };
             {
                 let mut state = self.lock();
                 if state.connections.len() >= MAX_CONNECTIONS {
                     continue;
                 }
-                state.connections.insert(id, clone);
+                state.connections.insert(id, stream.clone());
             }
             let shared = self.clone();
             let served = spawn("store-client", move || {
                 // An error here is the client's: it sees its connection close.
-                let _ = shared.serve(stream);
+                let _ = shared.serve(&stream);
                 shared.lock().connections.remove(&id);
             });
             match served {
@@ -140,7 +153,7 @@ impl Shared {
         }
     }
 
-    fn serve(&self, mut stream: TcpStream) -> std::io::Result<()> {
+    fn serve(&self, mut stream: &TcpStream) -> std::io::Result<()> {
         stream.set_nodelay(true)?;
         stream.set_write_timeout(Some(PEER_TIMEOUT))?;
         stream.set_read_timeout(Some(PEER_TIMEOUT))?;
@@ -222,6 +235,26 @@ impl Shared {
             };
         }
     }
+}
+
+/// A descriptor to give up when all others are in use.
+fn spare() -> Option<File> {
+    File::open("/dev/null").ok()
+}
+
+/// Answers a caller that cannot be served with the reason.
+fn turn_away(mut stream: &TcpStream, e: &std::io::Error) -> std::io::Result<()> {
+    let error = os_error("the store cannot take one more connection", e);
+    let hint = error.hint_text().map_or(String::new(), |hint| format!("{}{hint}", super::HINT));
+    stream.set_write_timeout(Some(TURN_AWAY_TIMEOUT))?;
+    stream.set_read_timeout(Some(TURN_AWAY_TIMEOUT))?;
+    stream.write_all(&wire::HELLO)?;
+    wire::write_frame(&mut stream, &Reply::Refused(format!("{error}{hint}")).encode())?;
+    stream.shutdown(Shutdown::Write)?;
+    // Closing with something unread would take the answer away before it is read.
+    let mut rest = [0; 256];
+    while stream.read(&mut rest)? > 0 {}
+    Ok(())
 }
 
 fn add(map: &mut BTreeMap<String, Vec<u8>>, key: String, delta: i64, changed: impl FnOnce()) -> Reply {

@@ -1,7 +1,7 @@
 //! Carries the protocol out: a thread that reads and writes the store and keeps time for [`Node::step`].
 
 use super::{Action, Member, News, Node, NodeId, Rules, Shared, Times, Wish};
-use comm::StoreClient;
+use comm::{StoreClient, Waiting};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use spec::{Error, Result};
@@ -121,7 +121,13 @@ fn drive(mut setup: Setup, wished: &Receiver<(Wish, Option<u16>)>, teller: &Tell
         Seen { client, prefix, raw: None, shared: Shared::default(), beats: Vec::new(), looked: None };
     let mut this = Thread { setup, node, start, next_beat: Duration::ZERO, trouble: None };
     early.into_iter().for_each(|(wish, port)| this.node.wish(wish, port, start.elapsed()));
+    let mut spoken: Option<Waiting> = None;
     loop {
+        match (this.node.waits_for(&seen.shared), &spoken) {
+            (None, _) => spoken = None,
+            (Some(what), Some(spoken)) => spoken.now_for(what),
+            (Some(what), None) => spoken = Some(Waiting::begin("phalanx launch:", what)),
+        }
         let pause =
             this.setup.interval.max(PAUSE_PER_NODE * u32::try_from(seen.shared.members.len()).unwrap_or(0));
         match wished.recv_timeout(pause) {
@@ -155,6 +161,9 @@ fn connect(
     early: &mut Vec<(Wish, Option<u16>)>,
 ) -> Result<Option<StoreClient>> {
     let until = Instant::now() + setup.times.join;
+    let most = setup.times.join.as_secs();
+    let spoken =
+        Waiting::begin("phalanx launch:", format!("the job's store at {}, {most} s at most", setup.endpoint));
     loop {
         let slice = CONNECT_SLICE.min(until.saturating_duration_since(Instant::now()));
         match StoreClient::connect(&setup.endpoint, slice) {
@@ -168,7 +177,7 @@ fn connect(
                     "the node that runs the job's store did not come within {seconds:.0} s"
                 )));
             }
-            Err(_) => {}
+            Err(e) => spoken.now_for(format!("the job's store, {most} s at most: {e}")),
         }
         loop {
             match wished.try_recv() {

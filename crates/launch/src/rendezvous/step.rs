@@ -430,10 +430,28 @@ impl Node {
         Vec::new()
     }
 
-    /// Who did not come.
-    fn missing(&self, shared: &Shared) -> (String, String) {
-        let came: Vec<String> =
-            shared.members.iter().map(|m| format!("node rank {} on {}", m.id.node_rank, m.host)).collect();
+    /// Whom or what the node waits for, for people; `None` if it does not.
+    pub fn waits_for(&self, shared: &Shared) -> Option<String> {
+        match (&self.wish, shared.phase) {
+            _ if shared.closed.is_some() => None,
+            (Wish::Join, Phase::Joining) => Some(format!(
+                "{} ({} of {} nodes are here)",
+                self.absent(shared),
+                shared.members.len(),
+                self.rules.max
+            )),
+            (Wish::Join, Phase::Running) => Some("a place: the job runs with the nodes that it has".into()),
+            (Wish::Finish(_), _) => {
+                let busy =
+                    shared.members.iter().filter(|m| !shared.done.contains(&m.id)).map(|m| m.host.as_str());
+                Some(format!("the workers of {} to end", busy.collect::<Vec<_>>().join(", ")))
+            }
+            _ => None,
+        }
+    }
+
+    /// The nodes that have not come.
+    fn absent(&self, shared: &Shared) -> String {
         let absent: Vec<String> = if self.rules.is_static {
             let is_here = |rank: &usize| shared.members.iter().any(|m| m.id.node_rank == *rank);
             let ranks = (0..self.rules.max).filter(|r| !is_here(r)).map(|r| r.to_string());
@@ -445,6 +463,13 @@ impl Node {
             let gone = shared.expected.iter().filter(|id| !is_here(id));
             gone.map(|id| format!("{} (agent pid {})", id.addr, id.pid)).collect()
         };
+        absent.join(", ")
+    }
+
+    /// Who did not come in time.
+    fn missing(&self, shared: &Shared) -> (String, String) {
+        let came: Vec<String> =
+            shared.members.iter().map(|m| format!("node rank {} on {}", m.id.node_rank, m.host)).collect();
         let after = if shared.why.is_empty() { String::new() } else { format!(" after {}", shared.why) };
         (
             format!(
@@ -453,7 +478,7 @@ impl Node {
                 self.rules.min,
                 self.times.join.as_secs_f64(),
                 came.join(", "),
-                absent.join(", ")
+                self.absent(shared)
             ),
             "see what became of the missing nodes, or raise join_timeout in --rdzv-conf".into(),
         )
