@@ -43,7 +43,7 @@ pub use indexed::{IndexedDataset, bin_path, idx_path};
 pub use input::Skipped;
 pub use manifest::Manifest;
 pub use open::{Order, StreamOptions, Streams, open_streams};
-pub use prepare::{Prepared, TextSource, TokenizerChoice, prepare, prepare_default};
+pub use prepare::{Prepared, TextSource, TokenizerChoice, prepare, prepare_default, prepared_in, text_key};
 pub use progress::{OnProgress, Progress, Stage};
 pub use random::{Mt19937, numpy_shuffle, torch_randperm};
 pub use sampler::DistributedSampler;

@@ -87,7 +87,7 @@ pub fn prepare(
     key.update(&text_key.digest128().to_le_bytes());
     let text_key = Fingerprint::of(&text_key);
     let directory = cache_dir.join(format!("corpus-{:016x}", key.digest()));
-    if let Some(prepared) = reuse(&directory, true) {
+    if let Some(prepared) = prepared_in(&directory) {
         return Ok(prepared);
     }
     if let TokenizerChoice::Load(path) = tokenizer
@@ -117,6 +117,22 @@ pub fn prepare(
     reuse(&directory, false).ok_or_else(|| {
         Error::failure(format!("{}: changed while it was being prepared", directory.display()))
     })
+}
+
+/// The dataset that [`prepare`] once made in `directory`, if it is whole and its tokenizer is the one it was made with.
+pub fn prepared_in(directory: &Path) -> Option<Prepared> {
+    reuse(directory, true)
+}
+
+/// Names a text by its files' names, sizes and modification times, without reading it: [`Manifest::text_key`] of what is
+/// prepared from it now.
+///
+/// # Errors
+/// If the text is not there.
+pub fn text_key(text: &TextSource) -> Result<Fingerprint> {
+    let mut key = Xxh3::new();
+    Found::look(text, &mut key)?;
+    Ok(Fingerprint::of(&key))
 }
 
 /// The default recipe's data: [`prepare`] with the crate sources and a tokenizer trained on them.
@@ -156,7 +172,10 @@ impl Found {
             TextSource::Paths(paths) => {
                 let files = resolve(paths)?;
                 for file in &files {
-                    key.update(file.path.as_os_str().as_encoded_bytes());
+                    // However the path is spelt.
+                    let path = fs::canonicalize(&file.path);
+                    let path = path.as_ref().map_or(&*file.path, |p| p.as_path());
+                    key.update(path.as_os_str().as_encoded_bytes());
                     key.update(&file.bytes.to_le_bytes());
                     key.update(&modified_ns(&file.path).to_le_bytes());
                 }
@@ -205,7 +224,7 @@ fn modified_ns(path: &Path) -> u64 {
     modified.and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |d| d.as_nanos() as u64)
 }
 
-/// The dataset in `directory`, if it is whole and its tokenizer is the one it was made with.
+/// As [`prepared_in`]; says whether it was there already.
 fn reuse(directory: &Path, cached: bool) -> Option<Prepared> {
     let prefix = directory.join(NAME);
     let manifest = Manifest::load(&prefix).ok()?;
@@ -254,7 +273,7 @@ impl Workshop {
     /// Renames into place; what lies there was found broken, or has just been made by another process.
     fn publish(self, destination: &Path) -> Result<()> {
         if fs::rename(&self.path, destination).is_err() {
-            if reuse(destination, true).is_some() {
+            if prepared_in(destination).is_some() {
                 return Ok(());
             }
             fs::remove_dir_all(destination).map_err(|e| Error::io("replace", destination, &e))?;

@@ -8,7 +8,7 @@
 //! use journal::{Journal, Record};
 //! # fn main() -> spec::Result<()> {
 //! # let run = tempfile::tempdir().unwrap();
-//! let mut journal = Journal::create(run.path(), 0, false)?;
+//! let mut journal = Journal::open(run.path(), 0)?;
 //! journal.write(&Record::Eval { time_us: 1, step: 10, loss: f64::NAN, tokens: 4096 })?;
 //!
 //! let records = journal::read(&journal::path(run.path(), 0))?;

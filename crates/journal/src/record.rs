@@ -103,10 +103,19 @@ pub enum Record {
     Resumed {
         /// When.
         time_us: u64,
-        /// Steps done in the checkpoint.
+        /// Steps done in the checkpoint; 0 when none had been saved and the run began once more.
         step: u64,
-        /// Its directory.
+        /// Its directory; empty when there was none.
         path: String,
+    },
+    /// The run went on although something that decides its numbers had changed, because a flag said so.
+    Accepted {
+        /// When.
+        time_us: u64,
+        /// Steps done before.
+        step: u64,
+        /// What changed, and by which flag it was accepted.
+        what: String,
     },
     /// What a rank did in a step, op by op.
     Spans {
@@ -169,6 +178,7 @@ impl Record {
             | Record::Sample { time_us, .. }
             | Record::Checkpoint { time_us, .. }
             | Record::Resumed { time_us, .. }
+            | Record::Accepted { time_us, .. }
             | Record::Warning { time_us, .. }
             | Record::Finished { time_us, .. }
             | Record::Failed { time_us, .. } => Some(time_us),

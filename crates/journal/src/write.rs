@@ -18,6 +18,7 @@ pub struct Journal {
     path: PathBuf,
     /// Length of the file up to the last whole line.
     bytes: u64,
+    earlier: bool,
     line: Vec<u8>,
     /// Records not written since the last one that was.
     failing: u64,
@@ -28,25 +29,22 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens the journal of `rank` in `dir`, which is made if need be. With `resume` it appends, after cutting off a line
-    /// that a crash tore.
+    /// Opens the journal of `rank` in `dir`, which is made if need be, for one more segment: what earlier processes wrote
+    /// stays, but for a last line that a crash tore.
     ///
     /// # Errors
-    /// When the file cannot be opened, or holds records already and `resume` is false.
-    pub fn create(dir: &Path, rank: usize, resume: bool) -> Result<Self> {
+    /// When the file cannot be opened or written.
+    pub fn open(dir: &Path, rank: usize) -> Result<Self> {
         fs::create_dir_all(dir).map_err(|e| Error::io("create run directory", dir, &e))?;
         let path = path(dir, rank);
         let io = |e: io::Error| Error::io("open journal", &path, &e);
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path).map_err(io)?;
         let bytes = whole_lines(&mut file).map_err(io)?;
-        if bytes > 0 && !resume {
-            return Err(Error::user(format!("journal {} has records of an earlier run", path.display()))
-                .hint("resume that run, or set run.dir to another directory"));
-        }
         file.set_len(bytes).map_err(io)?;
         Ok(Journal {
             file,
             path,
+            earlier: bytes > 0,
             bytes,
             line: Vec::new(),
             failing: 0,
@@ -77,6 +75,11 @@ impl Journal {
             self.missed();
             Error::io("write journal", &self.path, &e).hint("free space for run.dir")
         })
+    }
+
+    /// Whether earlier processes left records.
+    pub fn has_earlier(&self) -> bool {
+        self.earlier
     }
 
     /// Records that could not be written.
@@ -152,7 +155,7 @@ mod tests {
     #[test]
     fn a_full_disk_is_reported_once_and_lines_stay_whole() {
         let dir = tempfile::tempdir().unwrap();
-        let mut journal = Journal::create(dir.path(), 0, false).unwrap();
+        let mut journal = Journal::open(dir.path(), 0).unwrap();
         journal.room = Some(600);
         let errors: Vec<Error> = (0..10).filter_map(|i| journal.write(&step(i, 1.0)).err()).collect();
         assert_eq!(errors.len(), 1);
@@ -169,14 +172,14 @@ mod tests {
     }
 
     #[test]
-    fn resume_cuts_a_torn_line_off() {
+    fn a_torn_line_is_cut_off() {
         let dir = tempfile::tempdir().unwrap();
         let path = path(dir.path(), 3);
-        Journal::create(dir.path(), 3, false).unwrap().write(&step(1, 1.0)).unwrap();
+        Journal::open(dir.path(), 3).unwrap().write(&step(1, 1.0)).unwrap();
         for torn in [b"{\"kind\":\"st".to_vec(), vec![0; 200_000], Vec::new()] {
             let before = fs::metadata(&path).unwrap().len();
             OpenOptions::new().append(true).open(&path).unwrap().write_all(&torn).unwrap();
-            let mut journal = Journal::create(dir.path(), 3, true).unwrap();
+            let mut journal = Journal::open(dir.path(), 3).unwrap();
             assert_eq!(fs::metadata(&path).unwrap().len(), before);
             journal.write(&step(2, 2.0)).unwrap();
         }
@@ -184,13 +187,15 @@ mod tests {
     }
 
     #[test]
-    fn a_new_run_does_not_append_to_an_old_one() {
+    fn a_new_segment_keeps_the_earlier_ones() {
         let dir = tempfile::tempdir().unwrap();
-        Journal::create(dir.path(), 0, false).unwrap();
-        // Nothing was written: still new.
-        Journal::create(dir.path(), 0, false).unwrap().write(&step(1, 1.0)).unwrap();
-        let error = Journal::create(dir.path(), 0, false).unwrap_err();
-        assert_eq!(error.exit_code(), 2);
-        assert_eq!(read(&path(dir.path(), 0)).unwrap().len(), 1);
+        let open = || Journal::open(dir.path(), 0).unwrap();
+        assert!(!open().has_earlier());
+        assert!(!open().has_earlier(), "nothing was written: still new");
+        open().write(&step(1, 1.0)).unwrap();
+        let mut second = open();
+        assert!(second.has_earlier());
+        second.write(&step(1, 2.0)).unwrap();
+        assert_eq!(read(second.path()).unwrap(), [step(1, 1.0), step(1, 2.0)]);
     }
 }

@@ -77,6 +77,12 @@ pub(crate) struct Train {
     /// Begin with the weights of another run, or of an imported model
     #[arg(long, value_name = "RUN_DIR")]
     pub(crate) init: Option<PathBuf>,
+    /// Go on although the run's data has changed; the journal records it
+    #[arg(long)]
+    pub(crate) accept_changed_data: bool,
+    /// Go on although learning rates of past steps would have been others; the journal records it
+    #[arg(long)]
+    pub(crate) accept_changed_schedule: bool,
     /// Stop after this step with a checkpoint, as if interrupted
     #[arg(long, value_name = "STEP")]
     pub(crate) stop_after: Option<u64>,

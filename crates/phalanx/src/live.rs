@@ -1,15 +1,19 @@
 //! How a run looks while it runs: a live line on a terminal, plain lines on a pipe.
 
+use std::io;
 use std::time::Duration;
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use journal::Record;
+use spec::{Error, Result, RunSpec};
 
+use crate::busy::{Busy, busy};
 use crate::output;
 
-/// Draws the progress of a long operation over bytes.
+/// Draws the progress of a long operation over bytes; without a terminal it is told now and then.
 pub(crate) struct Bytes {
     bar: ProgressBar,
+    busy: Option<Busy>,
 }
 
 impl Bytes {
@@ -19,16 +23,24 @@ impl Bytes {
         if let Ok(style) = style {
             bar.set_style(style);
         }
-        Bytes { bar }
+        let busy = bar.is_hidden().then(|| busy("preparing data"));
+        Bytes { bar, busy }
     }
 
     pub(crate) fn update(&self, p: data::Progress) {
-        self.bar.set_message(match p.stage {
+        let stage = match p.stage {
             data::Stage::Collect => "read",
             data::Stage::Count => "count words",
             data::Stage::Merge => "learn merges",
             data::Stage::Encode => "tokenise",
-        });
+        };
+        if let Some(busy) = &self.busy {
+            let of =
+                if p.total_bytes > 0 { format!(" of {}", HumanBytes(p.total_bytes)) } else { String::new() };
+            busy.now(format!("preparing data: {stage}, {}{of}", HumanBytes(p.done_bytes)));
+            return;
+        }
+        self.bar.set_message(stage);
         self.bar.set_length(p.total_bytes);
         self.bar.set_position(p.done_bytes);
     }
@@ -45,17 +57,43 @@ pub(crate) struct Live {
     log_every: u64,
     steps: u64,
     eta: f64,
+    /// Where every record is, whatever becomes of stdout.
+    journal: String,
+    /// Why stdout takes no more; training goes on without it.
+    lost: Option<io::Error>,
 }
 
 impl Live {
-    pub(crate) fn new(steps: u64, done: u64, log_every: u64, json: bool) -> Live {
+    pub(crate) fn new(run: &RunSpec, done: u64, json: bool) -> Live {
+        let steps = run.train.steps as u64;
         let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
         let terminal = !json && !bar.is_hidden();
         if let Ok(style) = ProgressStyle::with_template("{wide_msg}\n{bar:40} {pos}/{len} {prefix}") {
             bar.set_style(style);
         }
         bar.set_position(done);
-        Live { bar: terminal.then_some(bar), json, log_every, steps, eta: 0.0 }
+        Live {
+            bar: terminal.then_some(bar),
+            json,
+            log_every: run.train.log_every as u64,
+            steps,
+            eta: 0.0,
+            journal: journal::path(&run.run.dir, 0).display().to_string(),
+            lost: None,
+        }
+    }
+
+    fn print(&mut self, text: &str) {
+        if self.lost.is_some() {
+            return;
+        }
+        if let Err(e) = output::try_print(text) {
+            output::say(&format!(
+                "stdout takes no more ({e}): training goes on without it; every record is in {}",
+                self.journal
+            ));
+            self.lost = Some(e);
+        }
     }
 
     pub(crate) fn event(&mut self, event: train::Event) {
@@ -70,14 +108,15 @@ impl Live {
                 }
             }
             train::Event::Record(record) if self.json => {
-                output::print(&serde_json::to_string(&record).expect("a record is plain data"));
+                self.print(&serde_json::to_string(&record).expect("a record is plain data"));
             }
             train::Event::Record(record) => self.record(&record),
         }
     }
 
-    fn record(&self, record: &Record) {
+    fn record(&mut self, record: &Record) {
         let Some(text) = line(record, self.steps, self.eta) else { return };
+        let text = spec::printable(&text).into_owned();
         match (&self.bar, record) {
             (Some(bar), Record::Step { step, .. }) => {
                 bar.set_position(*step);
@@ -86,15 +125,26 @@ impl Live {
             (Some(bar), _) => bar.println(text),
             (None, Record::Step { step, .. })
                 if !step.is_multiple_of(self.log_every) && *step != self.steps => {}
-            (None, _) => output::print(&text),
+            (None, _) => self.print(&text),
         }
     }
 
-    pub(crate) fn done(self) {
-        if let Some(bar) = self.bar {
+    /// Leaves the last line on the screen.
+    ///
+    /// # Errors
+    /// If records that were asked for could not be written; a reader that has seen enough is no error.
+    pub(crate) fn done(mut self) -> Result<()> {
+        if let Some(bar) = self.bar.take() {
             let last = bar.message();
             bar.finish_and_clear();
-            output::print(&last);
+            self.print(&last);
+        }
+        match self.lost {
+            Some(e) if self.json && e.kind() != io::ErrorKind::BrokenPipe => {
+                Err(Error::failure(format!("write records to stdout: {e}; the run itself is saved"))
+                    .hint(format!("every record is in {}", self.journal)))
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -131,6 +181,7 @@ fn line(record: &Record, steps: u64, eta: f64) -> Option<String> {
             format!("saved {path}  {}  {save_s:.2} s", HumanBytes(*bytes))
         }
         Record::Finished { reason, step, .. } => format!("{reason}: step {step}"),
+        Record::Sample { text, .. } => format!("sample\n{text}"),
         Record::Warning { text, .. } => format!("warning: {text}"),
         _ => return None,
     })

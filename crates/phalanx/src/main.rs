@@ -4,6 +4,7 @@
 
 mod args;
 mod bench;
+mod busy;
 mod catalog;
 mod compare;
 mod data;
@@ -15,6 +16,7 @@ mod planner;
 mod program;
 mod ranks;
 mod show;
+mod stop;
 mod this_machine;
 mod train;
 mod validate;
@@ -34,6 +36,7 @@ fn main() -> std::process::ExitCode {
             return code.into();
         }
     };
+    let busy = doing(&args.command).map(busy::busy);
     let done = match args.command {
         Command::Train(a) => train::train(&a),
         Command::Generate(a) => models::generate(&a),
@@ -54,6 +57,7 @@ fn main() -> std::process::ExitCode {
             Ok(0)
         }
     };
+    drop(busy);
     match done {
         Ok(code) => code.into(),
         Err(e) => {
@@ -61,4 +65,21 @@ fn main() -> std::process::ExitCode {
             e.exit_code().into()
         }
     }
+}
+
+/// What a command may be long about, for those that do not say so themselves.
+fn doing(command: &Command) -> Option<&'static str> {
+    Some(match command {
+        Command::Logits(_) => "running the model",
+        Command::Import(_) => "reading and converting the model",
+        Command::Export(_) => "reading and converting the checkpoint",
+        Command::Program(_) => "building the step program",
+        Command::Bench(_) => "measuring",
+        Command::Plan(_) => "pricing layouts",
+        Command::Validate(_) => "pricing runs",
+        Command::Compare(_) => "reading journals and pricing the program",
+        Command::Trace(_) => "reading journals",
+        Command::Data(a) if matches!(a.what, args::DataCommand::Show { .. }) => "reading the dataset",
+        _ => return None,
+    })
 }

@@ -1,18 +1,19 @@
 //! `phalanx generate`, `logits`, `import`, `export` and `keys`.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 
 use ckpt::{Checkpoint, Kind};
 use journal::Record;
 use journal::perfetto::TraceWriter;
 use spec::{DType, Error, Result, RunSpec};
-use train::{Generator, RunDir, Sampling};
+use train::{DirLock, Generator, RunDir, Sampling};
 
 use crate::args::{Export, Generate, Import, Logits, Trace};
+use crate::busy::busy;
 use crate::output;
 
 pub(crate) fn generate(args: &Generate) -> Result<u8> {
+    let mut busy = Some(busy("reading the checkpoint and the prompt"));
     let mut g = Generator::open(&args.run_dir, output::threads(args.threads))?;
     let s = g.run().sample.clone();
     let sampling = Sampling {
@@ -29,15 +30,13 @@ pub(crate) fn generate(args: &Generate) -> Result<u8> {
         return Ok(0);
     }
     let prompt = args.prompt.clone().unwrap_or(s.prompt);
-    let mut out = std::io::stdout().lock();
-    // A reader that has seen enough closes the pipe; the rest of the text then goes nowhere.
     let mut shown = Some(prompt.as_str());
     g.text(&prompt, count, sampling, &mut |t| {
+        busy = None;
         // The prompt waits for the first token: a refused one is not echoed.
-        let before = shown.take().unwrap_or_default();
-        let _ = write!(out, "{before}{t}").and_then(|()| out.flush());
+        output::print_part(&format!("{}{t}", shown.take().unwrap_or_default()));
     })?;
-    let _ = writeln!(out, "{}", shown.unwrap_or_default());
+    output::print(shown.unwrap_or_default());
     Ok(0)
 }
 
@@ -84,6 +83,7 @@ pub(crate) fn import(args: &Import) -> Result<u8> {
     let (model, weights) =
         ckpt::hf::import(&args.hf_dir).map_err(|e| e.hint("copy the model's files again"))?;
     let dir = RunDir::new(&args.run_dir);
+    let _lock = DirLock::take(&args.run_dir)?;
     if ckpt::latest(&dir.checkpoints())?.is_some() {
         return Err(Error::user(format!("{} already holds a run", args.run_dir.display()))
             .hint("import into a new directory"));
@@ -125,6 +125,7 @@ pub(crate) fn export(args: &Export) -> Result<u8> {
     let dir = RunDir::new(&args.run_dir);
     let run = dir.load()?;
     let checkpoint = Checkpoint::open(&dir.newest_checkpoint()?)?;
+    let path = dir.tokenizer_of(&checkpoint)?;
     let source = |name: &str| {
         let shape = &checkpoint.tensor(name, Kind::Param)?.shape;
         let (rows, cols) = if shape.len() == 2 { (shape[0], shape[1]) } else { (1, shape[0]) };
@@ -132,7 +133,6 @@ pub(crate) fn export(args: &Export) -> Result<u8> {
         checkpoint.read_box(name, Kind::Param, 0, rows, 0, cols, &mut out)?;
         Ok(out)
     };
-    let path = dir.tokenizer();
     let tokenizer = match &path {
         Some(path) => Some(ckpt::hf::Tokenizer { path, eod: data::Tokenizer::load(path)?.eod() }),
         None => {

@@ -2,7 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 
-use spec::Error;
+use spec::{Error, printable};
 
 /// One message: what and where, then what to do. A rank that this program started leaves it to its starter, who knows
 /// which rank failed first.
@@ -13,7 +13,7 @@ pub(crate) fn error(e: &Error) {
     }
     let red = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let label = if red { "\u{1b}[31merror\u{1b}[0m" } else { "error" };
-    say(&format!("{label}: {e}"));
+    let _ = writeln!(std::io::stderr(), "{label}: {e}");
     if let Some(hint) = e.hint_text() {
         say(&format!("hint: {hint}"));
     }
@@ -22,14 +22,31 @@ pub(crate) fn error(e: &Error) {
 /// A line for people.
 pub(crate) fn say(text: &str) {
     // Nobody is left to tell when stderr is closed.
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let _ = writeln!(std::io::stderr(), "{}", printable(text));
 }
 
-/// Data. A reader that has seen enough (a closed pipe) is no error.
+/// Data, as lines. A reader that has seen enough (a closed pipe) is no error.
 pub(crate) fn print(text: &str) {
+    or_exit(try_print(text));
+}
+
+/// Data, byte by byte as it comes unless a terminal would obey it; as [`print`].
+pub(crate) fn print_part(text: &str) {
     let mut out = std::io::stdout().lock();
+    let text = if out.is_terminal() { printable(text) } else { text.into() };
+    or_exit(out.write_all(text.as_bytes()).and_then(|()| out.flush()));
+}
+
+/// Data, for those who go on without a reader.
+pub(crate) fn try_print(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    let text = printable(text);
     let newline = if text.ends_with('\n') { "" } else { "\n" };
-    if let Err(e) = write!(out, "{text}{newline}").and_then(|()| out.flush())
+    write!(out, "{text}{newline}").and_then(|()| out.flush())
+}
+
+fn or_exit(written: std::io::Result<()>) {
+    if let Err(e) = written
         && e.kind() != std::io::ErrorKind::BrokenPipe
     {
         error(

@@ -85,6 +85,24 @@ fn contradiction(nproc: usize, env: &RankEnv) -> Error {
     ))
 }
 
+/// Set for ranks of a job that was itself started once more.
+const RESTARTED: &str = "PHALANX_RESTARTED";
+
+/// Whether a launcher or a batch system starts this job once more, with nobody watching.
+pub(crate) fn restarted() -> bool {
+    is_positive(&["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", RESTARTED])
+}
+
+/// Whether somebody is there who starts the job once more when it fails.
+pub(crate) fn has_restarts() -> bool {
+    restarted() || is_positive(&["TORCHELASTIC_MAX_RESTARTS"])
+}
+
+fn is_positive(names: &[&str]) -> bool {
+    let number = |name: &&str| std::env::var(name).ok().and_then(|n| n.parse::<u64>().ok());
+    names.iter().filter_map(number).any(|n| n > 0)
+}
+
 /// 128 bits of FNV-1a over configuration and version: ranks of another build or run file must not mix in.
 fn fingerprint(identity: &str) -> [u8; 16] {
     let text = format!("{} {identity}", env!("CARGO_PKG_VERSION"));
@@ -117,6 +135,9 @@ pub(crate) fn start(nproc: usize, env: &[(String, String)]) -> Result<u8> {
     // Whatever stops the job reaches the ranks as this, once: a second SIGINT would end them before they have saved.
     job.saving = Some(Saving { signal: signal_hook::consts::SIGTERM, timeout: SAVE_TIMEOUT });
     job.env.push((STARTED.to_owned(), std::process::id().to_string()));
+    if restarted() {
+        job.env.push((RESTARTED.to_owned(), "1".to_owned()));
+    }
     job.env.extend(env.iter().cloned());
     let outcome = job
         .run()

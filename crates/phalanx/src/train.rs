@@ -1,18 +1,18 @@
 //! `phalanx train`.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use comm::TransportChoice;
 use spec::run::Resolved;
 use spec::{Error, Layout, Origin, Result, RunSpec};
-use train::{Mesh, Outcome, RunDir, Sampling, Start, Trainer};
+use train::{Asked, Beginning, DirLock, Mesh, Outcome, RunDir, Sampling, Trainer};
 
 use crate::args::{RunArgs, Train};
+use crate::busy::busy;
 use crate::live::{Bytes, Live};
 use crate::output;
 use crate::ranks::{self, INTERRUPTED, Rank};
+use crate::stop;
 use crate::this_machine;
 
 pub(crate) fn train(args: &Train) -> Result<u8> {
@@ -31,124 +31,162 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
             Error::user("--stop-after 0, expected a step from 1").hint("leave it out to train to the end")
         );
     }
-    let mut run = load(&args.run, nproc)?;
+    let mut run = load(args, nproc)?;
+    let fresh = fresh(args);
+    let _lock = own(&run, fresh)?;
     let mut env = Vec::new();
     if run.auto_layout {
-        this_machine::choose(&mut run, nproc, &args.transport, this_machine::Missing::Measure, args.fresh)?;
+        this_machine::choose(&mut run, nproc, &args.transport, this_machine::Missing::Measure, fresh)?;
         env.push(this_machine::hand_over(&run.layout));
     }
-    begin(args, &run)?;
-    let prepared = prepare(&run)?;
+    let mut begin = begin(args, &run)?;
+    prepare(&run, &mut begin)?;
     if nproc > 1 {
         return ranks::start(nproc, &env);
     }
     let threads = output::threads(run.run.threads.unwrap_or(0));
-    go(args, &run, prepared.as_ref(), 0, Mesh::alone(), threads)
+    go(args, &run, begin, 0, Mesh::alone(), threads)
 }
 
-/// One rank of several. Rank 0 prepares and speaks; whoever started the ranks may have prepared already.
+/// One rank of several. Rank 0 owns the run's directory, prepares and speaks; whoever started the ranks may have done so
+/// already.
 fn as_rank(args: &Train, rank: &Rank) -> Result<u8> {
-    let mut run = load(&args.run, rank.env.world)?;
-    if run.auto_layout && !this_machine::take_over(&mut run)? {
-        this_machine::choose(
-            &mut run,
-            rank.env.world,
-            &args.transport,
-            this_machine::Missing::Refuse,
-            args.fresh,
-        )?;
-    }
+    let mut run = load(args, rank.env.world)?;
     let transport = match args.transport.as_str() {
         "shm" => TransportChoice::Shm,
         "tcp" => TransportChoice::Tcp,
         _ => TransportChoice::Auto,
     };
-    let world = rank.world(&run.to_toml(), transport)?;
     let first = rank.env.rank == 0;
     let started_by_us = args.nproc.is_some();
-    let prepared = if first {
-        if !started_by_us {
-            begin(args, &run)?;
-        }
-        train::prepare(&run, &|_| {})?
-    } else {
-        None
-    };
+    let fresh = fresh(args);
+    if run.auto_layout && !this_machine::take_over(&mut run)? {
+        let missing = this_machine::Missing::Refuse;
+        this_machine::choose(&mut run, rank.env.world, &args.transport, missing, fresh)?;
+    }
+    let world = rank.world(&run.to_toml(), transport)?;
+    let mut mine = None;
+    if first {
+        let lock = if started_by_us { None } else { Some(own(&run, fresh)?) };
+        let mut begin = begin(args, &run)?;
+        begin.prepare(&run, &|_| {})?;
+        mine = Some((lock, begin));
+    }
     world.barrier()?;
-    let prepared = if first { prepared } else { train::prepare(&run, &|_| {})? };
+    let (_lock, begin) = match mine {
+        Some(mine) => mine,
+        None => {
+            let mut begin = Beginning::decide(&run, asked(args))?;
+            begin.prepare(&run, &|_| {})?;
+            (None, begin)
+        }
+    };
     let threads = run.run.threads.unwrap_or_else(|| rank.threads());
     let mesh = Mesh::new(world, &run.layout)?;
-    go(args, &run, prepared.as_ref(), rank.env.rank, mesh, threads)
+    go(args, &run, begin, rank.env.rank, mesh, threads)
 }
 
-/// What is checked and moved before any rank opens the run.
-fn begin(args: &Train, run: &RunSpec) -> Result<()> {
-    let dir = RunDir::new(&run.run.dir);
-    if args.fresh {
-        move_aside(dir.path())?;
+/// Whether an earlier run is to be moved aside; a restart of the same job is no earlier run.
+fn fresh(args: &Train) -> bool {
+    args.fresh && !ranks::restarted()
+}
+
+/// Takes the run's directory for this process, after moving an earlier run aside if `fresh`.
+fn own(run: &RunSpec, fresh: bool) -> Result<DirLock> {
+    let dir = &run.run.dir;
+    let mut lock = DirLock::take(dir)?;
+    if fresh && move_aside(dir)? {
+        lock = DirLock::take(dir)?;
     }
-    if args.resume && ckpt::latest(&dir.checkpoints())?.is_none() {
+    if let Some(note) = lock.note() {
+        output::say(note);
+    }
+    Ok(lock)
+}
+
+fn asked(args: &Train) -> Asked {
+    Asked {
+        init: args.init.clone(),
+        accept_changed_data: args.accept_changed_data,
+        accept_changed_schedule: args.accept_changed_schedule,
+        restarted: ranks::restarted(),
+    }
+}
+
+/// What is checked before any rank opens the run.
+fn begin(args: &Train, run: &RunSpec) -> Result<Beginning> {
+    let begin = Beginning::decide(run, asked(args))?;
+    run.layout.validate(&run.model, run.batch.sequences, run.batch.sequence)?;
+    if begin.resumes() {
+        return Ok(begin);
+    }
+    let dir = RunDir::new(&run.run.dir);
+    if dir.run_file().exists() {
+        output::say(&format!(
+            "{} was started before and has no checkpoint: it begins at step 0",
+            dir.path().display()
+        ));
+    } else if args.resume && ranks::has_restarts() {
+        output::say(&format!("nothing to resume yet in {}: it begins at step 0", dir.path().display()));
+    } else if args.resume {
         return Err(Error::user(format!(
             "nothing to resume: no checkpoint in {}",
             dir.checkpoints().display()
         ))
         .hint("leave out --resume to begin anew"));
     }
-    Trainer::check(run)?;
-    run.layout.validate(&run.model, run.batch.sequences, run.batch.sequence)
+    Ok(begin)
 }
 
-fn go(
-    args: &Train,
-    run: &RunSpec,
-    prepared: Option<&data::Prepared>,
-    rank: usize,
-    mesh: Mesh,
-    threads: usize,
-) -> Result<u8> {
-    let saved = ckpt::latest(&RunDir::new(&run.run.dir).checkpoints())?;
-    let start = args.init.clone().map_or(Start::Seed, Start::Run);
-    let mut trainer = Trainer::open(run.clone(), prepared, rank, mesh, threads, &start, args.trace)?;
-    if rank == 0 {
-        announce(run, &mut trainer, threads, saved.as_deref());
+fn go(args: &Train, run: &RunSpec, begin: Beginning, rank: usize, mesh: Mesh, threads: usize) -> Result<u8> {
+    let speaks = rank == 0;
+    let busy = speaks.then(|| busy("opening data, building the step program and filling in the weights"));
+    let mut trainer = Trainer::open(run.clone(), begin, rank, mesh, threads, args.trace)?;
+    drop(busy);
+    if speaks {
+        announce(run, &mut trainer, threads);
     }
-    let steps = run.train.steps as u64;
-    if trainer.step() >= steps {
-        if rank == 0 {
-            output::say(&format!(
-                "all {steps} steps were done before; --fresh begins anew, train.steps goes on"
-            ));
+    if let Some(text) = trainer.after_the_end() {
+        if speaks {
+            output::say(&text);
         }
         return Ok(0);
     }
-    let stop = stop_flag()?;
-    let mut live =
-        (rank == 0).then(|| Live::new(steps, trainer.step(), run.train.log_every as u64, args.json));
-    let outcome = trainer.train(&stop, args.stop_after, &mut |e| {
+    let stop = stop::flag()?;
+    let mut live = speaks.then(|| Live::new(run, trainer.step(), args.json));
+    let mut each = |e| {
         if let Some(live) = &mut live {
             live.event(e);
         }
+    };
+    let outcome = trainer.train(&stop, args.stop_after, &mut each);
+    let outcome = outcome.and_then(|outcome| match &mut live {
+        Some(live) if outcome == Outcome::Finished => {
+            sample(run, &mut trainer, threads, live).map(|()| outcome)
+        }
+        _ => Ok(outcome),
     });
-    if let Some(live) = live {
-        live.done();
-    }
-    match outcome? {
-        Outcome::Finished if rank == 0 => sample(run, &mut trainer, threads, args.json).map(|()| 0),
-        Outcome::Finished => Ok(0),
+    let shown = live.map_or(Ok(()), Live::done);
+    let code = match outcome? {
+        Outcome::Finished => 0,
         Outcome::Stopped => {
-            if rank == 0 {
+            if speaks {
                 output::say("stopped; the same command goes on from the checkpoint");
             }
-            Ok(if args.stop_after.is_some_and(|n| trainer.step() >= n) { 0 } else { INTERRUPTED })
+            if args.stop_after.is_some_and(|n| trainer.step() >= n) { 0 } else { INTERRUPTED }
         }
-    }
+    };
+    shown.map(|()| code)
 }
 
 /// Reads the run file and its overrides, and fills what they leave open of the layout for so many ranks.
-pub(crate) fn load(args: &RunArgs, world: usize) -> Result<RunSpec> {
-    let read = resolve(args)?;
+fn load(args: &Train, world: usize) -> Result<RunSpec> {
+    let mut read = resolve(&args.run)?;
     read.run.model.check_trains()?;
     read.run.layout.check_trains()?;
+    if !args.fresh && *read.set_by("schedule.warmup_steps") == Origin::Default {
+        keep_warmup(&mut read.run);
+    }
     if read.run.auto_layout {
         return Ok(read.run);
     }
@@ -157,6 +195,17 @@ pub(crate) fn load(args: &RunArgs, world: usize) -> Result<RunSpec> {
         widen_micro_batch(&mut run);
     }
     Ok(run)
+}
+
+/// A longer run has a longer warmup by default, but not one that goes on: its warmup is past.
+fn keep_warmup(run: &mut RunSpec) {
+    let dir = RunDir::new(&run.run.dir);
+    let goes_on = ckpt::latest(&dir.checkpoints()).is_ok_and(|found| found.is_some());
+    if let Some(earlier) = dir.load().ok().filter(|_| goes_on)
+        && earlier.schedule.warmup_steps < run.train.steps
+    {
+        run.schedule.warmup_steps = earlier.schedule.warmup_steps;
+    }
 }
 
 /// A run whose layout is written down.
@@ -225,12 +274,12 @@ fn toml_string(text: &str) -> String {
     serde_json::to_string(text).expect("a string is JSON, and a JSON string is a TOML basic string")
 }
 
-fn prepare(run: &RunSpec) -> Result<Option<data::Prepared>> {
+fn prepare(run: &RunSpec, begin: &mut Beginning) -> Result<()> {
     let bytes = Bytes::new();
-    let prepared = train::prepare(run, &|p| bytes.update(p));
+    let done = begin.prepare(run, &|p| bytes.update(p));
     bytes.done();
-    let prepared = prepared?;
-    if let Some(p) = &prepared {
+    done?;
+    if let Some(p) = begin.prepared() {
         let how = if p.cached { "from cache" } else { "built" };
         output::say(&format!(
             "data {} {how}: {} documents, {} tokens",
@@ -239,10 +288,10 @@ fn prepare(run: &RunSpec) -> Result<Option<data::Prepared>> {
             p.tokens
         ));
     }
-    Ok(prepared)
+    Ok(())
 }
 
-fn announce(run: &RunSpec, trainer: &mut Trainer, threads: usize, saved: Option<&Path>) {
+fn announce(run: &RunSpec, trainer: &mut Trainer, threads: usize) {
     let m = &run.model;
     let steps = run.train.steps;
     let tokens = run.batch.sequence * run.batch.sequences;
@@ -262,31 +311,19 @@ fn announce(run: &RunSpec, trainer: &mut Trainer, threads: usize, saved: Option<
         run.run.dir.display(),
         run.train.seed
     ));
-    if let Some(path) = saved {
+    trainer.notes().for_each(output::say);
+    if let Some(path) = trainer.resumed() {
         output::say(&format!("resumed from {} at step {}", path.display(), trainer.step()));
     }
 }
 
-/// Set by SIGINT and SIGTERM: the run ends after its step, with a checkpoint. A second SIGINT ends it at once; a second
-/// SIGTERM does not, because schedulers send one to every process of a job and the launcher passes it on once more.
-fn stop_flag() -> Result<Arc<AtomicBool>> {
-    use signal_hook::consts::{SIGINT, SIGTERM};
-    use signal_hook::flag::{register, register_conditional_shutdown};
-    let stop = Arc::new(AtomicBool::new(false));
-    let twice = register_conditional_shutdown(SIGINT, i32::from(INTERRUPTED), stop.clone());
-    twice
-        .and_then(|_| register(SIGINT, stop.clone()))
-        .and_then(|_| register(SIGTERM, stop.clone()))
-        .map_err(|e| Error::failure(format!("catch signals: {e}")))?;
-    Ok(stop)
-}
-
 /// Shows what the model has learnt.
-fn sample(run: &RunSpec, trainer: &mut Trainer, threads: usize, json: bool) -> Result<()> {
+fn sample(run: &RunSpec, trainer: &mut Trainer, threads: usize, live: &mut Live) -> Result<()> {
     let has_tokenizer = RunDir::new(&run.run.dir).tokenizer().is_some();
     if run.train.sample_tokens == 0 || !has_tokenizer {
         return Ok(());
     }
+    let _busy = busy("sampling text");
     let mut generator = train::Generator::open(&run.run.dir, threads)?;
     let s = &run.sample;
     let sampling = Sampling {
@@ -297,16 +334,15 @@ fn sample(run: &RunSpec, trainer: &mut Trainer, threads: usize, json: bool) -> R
     };
     let mut text = s.prompt.clone();
     generator.text(&s.prompt, run.train.sample_tokens, sampling, &mut |t| text.push_str(t))?;
-    if !json {
-        output::print(&format!("sample\n{text}"));
-    }
-    trainer.note_sample(text)
+    trainer.note_sample(text, &mut |e| live.event(e));
+    Ok(())
 }
 
-/// Renames a run's directory to the first free `NAME.old-N`.
-fn move_aside(dir: &Path) -> Result<()> {
-    if !dir.exists() {
-        return Ok(());
+/// Renames a run's directory to the first free `NAME.old-N`; one that holds no run stays.
+fn move_aside(dir: &Path) -> Result<bool> {
+    let run = RunDir::new(dir);
+    if !run.run_file().exists() && ckpt::latest(&run.checkpoints())?.is_none() {
+        return Ok(false);
     }
     // Not `with_extension`: names like `lr-0.1` have no extension to replace.
     let old = |n: u32| {
@@ -318,5 +354,5 @@ fn move_aside(dir: &Path) -> Result<()> {
     let to = free.expect("some number is free");
     std::fs::rename(dir, &to).map_err(|e| Error::io("move earlier run", dir, &e))?;
     output::say(&format!("moved the earlier run to {}", to.display()));
-    Ok(())
+    Ok(true)
 }

@@ -1,6 +1,8 @@
 //! The program as people meet it: trains, stops, resumes, spreads over ranks, refuses bad input.
 
+mod accidents;
 mod common;
+mod owner;
 mod planner;
 
 use std::fs;
@@ -223,7 +225,7 @@ fn bad_input_is_refused_with_a_hint() {
     check(&lab, &tiny("bad", "--stop-after 0"), 2, "--stop-after 0");
     check(&lab, &tiny("bad", "--resume"), 2, "nothing to resume");
     check(&lab, &tiny("bad", "--init none"), 2, "read none/run.toml");
-    check(&lab, &tiny("file", ""), 2, "file/checkpoints: Not a directory");
+    check(&lab, &tiny("file", ""), 2, "run.dir = file: not a directory");
     check(&lab, &format!("train {} --set run.dir=bad --text none.txt", sets()), 2, "open none.txt");
     check(&lab, &format!("train {} --set run.dir=bad --text empty.txt", sets()), 2, "no text in the input");
     check(&lab, "train none.toml", 2, "read none.toml");

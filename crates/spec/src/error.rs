@@ -1,3 +1,4 @@
+use std::borrow::Cow;
 use std::fmt;
 
 /// A result whose error a person can act on.
@@ -82,12 +83,28 @@ impl Error {
 
 /// Messages quote names and values out of files, whose control characters a terminal would obey.
 fn plain(text: String) -> String {
-    let obeyed = |c: char| c.is_control() && c != '\n';
-    if !text.contains(obeyed) {
-        return text;
+    match printable(&text) {
+        Cow::Borrowed(_) => text,
+        Cow::Owned(plain) => plain,
     }
-    let escaped = |c: char| if obeyed(c) { c.escape_default().to_string() } else { c.to_string() };
-    text.chars().map(escaped).collect()
+}
+
+/// Text for a terminal: control characters and those that turn the direction of writing are spelt out, except line ends
+/// and tabs. The spelling is JSON's, so that JSON stays what it was.
+///
+/// ```
+/// assert_eq!(spec::printable("a\tb\n\u{1b}[31m\u{202e}"), "a\tb\n\\u001b[31m\\u202e");
+/// ```
+pub fn printable(text: &str) -> Cow<'_, str> {
+    let is_obeyed = |c: char| {
+        let turns = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        turns || (c.is_control() && c != '\n' && c != '\t')
+    };
+    if !text.contains(is_obeyed) {
+        return Cow::Borrowed(text);
+    }
+    let spelt = |c: char| if is_obeyed(c) { format!("\\u{:04x}", u32::from(c)) } else { c.to_string() };
+    Cow::Owned(text.chars().map(spelt).collect())
 }
 
 impl fmt::Display for Error {
@@ -120,8 +137,8 @@ mod tests {
     #[test]
     fn messages_hold_no_control_characters() {
         let e = Error::user("tensor a\u{1b}[2Jb\u{7}").hint("say\r\u{9b}").context("x\u{0}");
-        assert_eq!(e.to_string(), "x\\u{0}: tensor a\\u{1b}[2Jb\\u{7}");
-        assert_eq!(e.hint_text(), Some("say\\r\\u{9b}"));
+        assert_eq!(e.to_string(), "x\\u0000: tensor a\\u001b[2Jb\\u0007");
+        assert_eq!(e.hint_text(), Some("say\\u000d\\u009b"));
         assert_eq!(Error::failure("two\nlines, ü").to_string(), "two\nlines, ü");
     }
 }

@@ -27,7 +27,7 @@ pub mod units;
 pub use catalog::{Catalog, EntryKind, Measure};
 pub use cluster::{Accelerator, Cluster};
 pub use dtype::DType;
-pub use error::{Context, Error, Kind, Result};
+pub use error::{Context, Error, Kind, Result, printable};
 pub use family::{Family, MatrixUnits};
 pub use hf::{HfModel, parse_json, small_json};
 pub use layout::{Layout, PipelineSchedule, Recompute, Reduce, Zero};

@@ -231,3 +231,6 @@ impl RunSpec {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod nonsense_tests;

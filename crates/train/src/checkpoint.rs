@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use program::{Mode, Request};
 use spec::{Context, Error, Result, RunSpec};
 
+use crate::begin::{fell_back, how_to_fall_back};
 use crate::exec::Executor;
 use crate::mesh::Mesh;
 use crate::run_dir::RunDir;
@@ -60,21 +61,23 @@ impl Executor {
 
 /// What every rank has to say, or the first rank's failure in its own words.
 fn agree(mesh: &Mesh, rank: usize, mine: Result<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
-    const FAILED: u8 = 1;
+    const FINE: u8 = 0;
     let mut said = match &mine {
         Ok(bytes) => bytes.clone(),
         Err(e) => format!("{e}\n{}", e.hint_text().unwrap_or_default()).into_bytes(),
     };
-    said.push(if mine.is_ok() { 0 } else { FAILED });
+    said.push(mine.as_ref().map_or_else(Error::exit_code, |_| FINE));
     let mut all = mesh.exchange(&said)?;
-    let failed = all.iter_mut().position(|said| said.pop() == Some(FAILED));
-    match failed {
+    let codes: Vec<u8> = all.iter_mut().map(|said| said.pop().unwrap_or(FINE)).collect();
+    match codes.iter().position(|code| *code != FINE) {
         None => Ok(all),
         Some(who) if who == rank => mine.map(|_| all),
         Some(who) => {
             let words = String::from_utf8_lossy(&all[who]);
             let (what, hint) = words.split_once('\n').unwrap_or((&words, ""));
-            let e = Error::failure(format!("rank {who}: {what}"));
+            let what = format!("rank {who}: {what}");
+            let user = Error::user("").exit_code();
+            let e = if codes[who] == user { Error::user(what) } else { Error::failure(what) };
             Err(if hint.is_empty() { e } else { e.hint(hint) })
         }
     }
@@ -111,19 +114,33 @@ pub fn import_weights(run: &RunSpec, dir: &RunDir, weights: &ckpt::hf::HfWeights
     saved.map(|(path, _)| path).ok_or_else(|| Error::failure("one rank alone commits its checkpoint"))
 }
 
-/// A checkpoint of this run, read; returns its step.
-pub(crate) fn restore(exec: &mut Executor, run: &RunSpec, path: &Path) -> Result<u64> {
-    let checkpoint = ckpt::Checkpoint::open(path)?;
-    exec.restore(&checkpoint).context(format!("resume from {}", path.display()))?;
-    if checkpoint.step() > run.train.steps as u64 {
-        return Err(Error::user(format!(
-            "the newest checkpoint is of step {}, beyond train.steps = {}",
-            checkpoint.step(),
-            run.train.steps
-        ))
-        .hint("raise train.steps, or start another run with run.dir=PATH"));
+/// Reads the newest of a run's checkpoints that is whole on every rank; returns its step and path, and what was passed
+/// over.
+///
+/// # Errors
+/// If none can be read, or the newest cannot and a person is there to decide.
+pub(crate) fn restore(
+    exec: &mut Executor,
+    newest_first: &[PathBuf],
+    restarted: bool,
+) -> Result<(u64, PathBuf, Vec<String>)> {
+    let mut passed = Vec::new();
+    for (i, path) in newest_first.iter().enumerate() {
+        let before = newest_first.get(i + 1).map(PathBuf::as_path);
+        let mine = ckpt::Checkpoint::open(path).and_then(|checkpoint| {
+            exec.restore(&checkpoint).context(format!("resume from {}", path.display()))?;
+            Ok(checkpoint.step().to_le_bytes().to_vec())
+        });
+        match agree(&exec.mesh, exec.program.rank, mine) {
+            Ok(steps) => {
+                let step = steps[0].as_slice().try_into().map_or(0, u64::from_le_bytes);
+                return Ok((step, path.clone(), passed));
+            }
+            Err(e) if restarted && before.is_some() => passed.push(fell_back(&e)),
+            Err(e) => return Err(how_to_fall_back(e, before)),
+        }
     }
-    Ok(checkpoint.step())
+    Err(Error::failure("a run that goes on has a checkpoint"))
 }
 
 /// Weights of another run's newest checkpoint, with fresh optimiser state.

@@ -39,7 +39,7 @@ impl Generator {
         exec.set_tables(&run.model)?;
         exec.set_params_from(&checkpoint)
             .map_err(|e| e.hint("run.toml and the checkpoint must be of the same run"))?;
-        let tokenizer = dir.tokenizer().map(|p| Tokenizer::load(&p)).transpose()?;
+        let tokenizer = dir.tokenizer_of(&checkpoint)?.map(|p| Tokenizer::load(&p)).transpose()?;
         Ok(Generator { exec, tokenizer, run })
     }
 

@@ -1,26 +1,32 @@
 //! The executor and the step loop of one rank.
 
 mod arena;
+mod begin;
 mod checkpoint;
 mod cpu;
 mod device;
 mod exec;
 mod generate;
 mod generator;
+mod identity;
 mod init;
 mod launch;
+mod lock;
 mod mesh;
 mod null;
 mod resolve;
+mod resume;
 mod rope;
 mod run_dir;
 mod spans;
 mod state;
 mod tail;
+mod text;
 mod trainer;
 mod workspace;
 
 pub use arena::Arena;
+pub use begin::{Asked, Beginning};
 pub use checkpoint::import_weights;
 pub use cpu::Cpu;
 pub use device::{Device, Lack, check_runs};
@@ -28,10 +34,11 @@ pub use exec::{Executor, StepInputs, StepOutputs};
 pub use generate::Sampling;
 pub use generator::Generator;
 pub use launch::{Gradient, Launch, Message, Operand, Turn};
+pub use lock::DirLock;
 pub use mesh::Mesh;
 pub use null::Null;
 pub use run_dir::{RunDir, read};
 pub use spans::{CpuClock, Span, Spans};
 pub use state::State;
-pub use trainer::{Event, Outcome, Start, Trainer, host, memory_bytes, now_us, prepare};
+pub use trainer::{Event, Outcome, Trainer, host, memory_bytes, now_us};
 pub use workspace::workspace_len;

@@ -1,8 +1,18 @@
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use spec::{Context, Error, Result, RunSpec};
 
-/// The files of a run: `run.toml`, `tokenizer.json`, `checkpoints/`, `journal-*.jsonl`, `tensorboard/`.
+use crate::identity::{self, Trained};
+use crate::text::Remembered;
+
+const DATA: &str = "data.json";
+
+/// Larger than any run file, table or configuration; keeps an endless file from filling memory.
+const TEXT_BYTES_MAX: u64 = 64 << 20;
+
+/// The files of a run: `run.toml`, `tokenizer.json`, `data.json` (which tokens its text became), `checkpoints/`,
+/// `journal-*.jsonl`, `tensorboard/`, and `lock` while a trainer owns it.
 #[derive(Clone, Debug)]
 pub struct RunDir {
     path: PathBuf,
@@ -30,6 +40,14 @@ impl RunDir {
         path.exists().then_some(path)
     }
 
+    /// The tokenizer, if the run has one: the very one that a checkpoint of it was trained with.
+    ///
+    /// # Errors
+    /// If it is gone, cannot be read, or is another.
+    pub fn tokenizer_of(&self, checkpoint: &ckpt::Checkpoint) -> Result<Option<PathBuf>> {
+        Ok(identity::of_run(self, &Trained::of(checkpoint))?.map(|t| t.path))
+    }
+
     /// Where checkpoints go.
     pub fn checkpoints(&self) -> PathBuf {
         self.path.join("checkpoints")
@@ -49,6 +67,18 @@ impl RunDir {
         let text = read(&path).map_err(|e| e.hint("give the directory of a run, as its run.dir says"))?;
         let name = path.display().to_string();
         RunSpec::load(Some((&name, &text)), &[], &read).context("read the run's own file")
+    }
+
+    /// The tokens that the run's text became, if it says; a file that cannot be read says nothing.
+    pub(crate) fn remembered(&self) -> Option<Remembered> {
+        serde_json::from_str(&read(&self.path.join(DATA)).ok()?).ok()
+    }
+
+    /// Writes which tokens the run's text became.
+    pub(crate) fn remember(&self, remembered: &Remembered) -> Result<()> {
+        let text = serde_json::to_string_pretty(remembered)
+            .map_err(|e| Error::failure(format!("write {DATA}: {e}")))?;
+        replace(&self.path.join(DATA), text.as_bytes())
     }
 
     /// Creates the directory and writes the resolved run file and the tokenizer.
@@ -79,12 +109,26 @@ impl RunDir {
     }
 }
 
-/// Reads a text file that the user named.
+/// Reads a text file that the user named, without its byte-order mark.
 ///
 /// # Errors
-/// If it cannot be read, with its path.
+/// If it cannot be read, is not text, or is larger than a run file or configuration can be.
 pub fn read(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).map_err(|e| Error::io("read", path, &e))
+    let io = |e| Error::io("read", path, &e);
+    let file = std::fs::File::open(path).map_err(io)?;
+    let mut bytes = Vec::new();
+    file.take(TEXT_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(io)?;
+    let path = path.display();
+    if bytes.len() as u64 > TEXT_BYTES_MAX {
+        return Err(Error::user(format!("read {path}: larger than {} MiB", TEXT_BYTES_MAX >> 20))
+            .hint("name a configuration or table, not a file of weights or data"));
+    }
+    let text = String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        Error::user(format!("read {path}: not text: byte {at} is no UTF-8"))
+            .hint("name a text file; save it as UTF-8")
+    })?;
+    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }
 
 /// Writes a file under a temporary name and renames it, so that nobody ever sees half of it.

@@ -2,15 +2,16 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use data::{Order, Prepared, Split, StreamOptions, Streams, TextSource, TokenizerChoice};
+use data::{Order, Prepared, Split, StreamOptions, Streams};
 use journal::{Journal, Record, tensorboard::EventWriter};
 use program::{Mode, Request};
-use serde_json::json;
 use spec::run::DataSource;
 use spec::{Error, Result, RunSpec};
 
+use crate::begin::{Beginning, Weights};
 use crate::checkpoint::{adopt, restore};
 use crate::exec::{Executor, StepInputs};
+use crate::identity;
 use crate::mesh::Mesh;
 use crate::run_dir::RunDir;
 
@@ -26,16 +27,9 @@ pub struct Trainer {
     step: u64,
     sample: Vec<u32>,
     peak_flops_per_s: f64,
+    begin: Beginning,
+    /// Checkpoint that the run went on from.
     resumed: Option<PathBuf>,
-}
-
-/// Where weights come from when a run has no checkpoint yet.
-#[derive(Clone, Debug)]
-pub enum Start {
-    /// Random from the run's seed.
-    Seed,
-    /// The newest checkpoint of another run, or an imported model.
-    Run(PathBuf),
 }
 
 /// What happened, for whoever shows it to people. The journal has it already.
@@ -59,55 +53,21 @@ pub enum Outcome {
     Stopped,
 }
 
-/// Prepares the data that a run asks for: tokenises text unless that was done before.
-///
-/// # Errors
-/// If the text, the tokenizer or the dataset cannot be used.
-pub fn prepare(run: &RunSpec, progress: data::OnProgress<'_>) -> Result<Option<Prepared>> {
-    let source = match &run.data.source {
-        DataSource::CargoSources => {
-            let home = data::default_cargo_home().ok_or_else(|| {
-                Error::user(
-                    "no CARGO_HOME and no home directory: the default text, sources of crates, is not there",
-                )
-                .hint("give text to train on: phalanx train --text PATH")
-            })?;
-            TextSource::CargoHome(home)
-        }
-        DataSource::Text(paths) => TextSource::Paths(paths.clone()),
-        DataSource::Prefix(_) | DataSource::Blend(_) => return Ok(None),
-    };
-    let tokenizer = match &run.data.tokenizer {
-        Some(path) => TokenizerChoice::Load(path.clone()),
-        None => TokenizerChoice::Train { vocab_size: run.data.vocab_size },
-    };
-    let cache = run.data.cache_dir.clone().unwrap_or_else(|| default_cache(&run.run.dir));
-    let prepared = data::prepare(&cache, &source, &tokenizer, progress)?;
-    Ok(Some(prepared))
-}
-
-/// Beside the run, so that runs in one folder share it.
-fn default_cache(run_dir: &Path) -> PathBuf {
-    run_dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).join("cache")
-}
-
 impl Trainer {
-    /// Opens data, compiles the program, and takes weights from the run's newest checkpoint, or from `start`.
+    /// Opens data, compiles the program, and takes weights from where the run begins.
     ///
     /// # Errors
     /// If run file, data, layout and checkpoint do not fit together, or files cannot be written.
     pub fn open(
         run: RunSpec,
-        prepared: Option<&Prepared>,
+        mut begin: Beginning,
         rank: usize,
         mesh: Mesh,
         threads: usize,
-        start: &Start,
         trace: bool,
     ) -> Result<Trainer> {
-        let dir = RunDir::new(&run.run.dir);
-        let checkpoint = Self::check(&run)?;
-        let streams = open_data(&run, prepared)?;
+        let streams = open_data(&run, begin.prepared())?;
+        begin.check_data(&run, &streams)?;
         let request = Request {
             model: &run.model,
             layout: &run.layout,
@@ -119,13 +79,8 @@ impl Trainer {
         };
         let mut exec = Executor::new(&request, threads, mesh, trace)?;
         check_memory(exec.program.memory.total)?;
-        let mut step = 0;
         exec.set_tables(&run.model)?;
-        match (&checkpoint, start) {
-            (Some(path), _) => step = restore(&mut exec, &run, path)?,
-            (None, Start::Seed) => exec.initialise(&run.model, run.train.seed)?,
-            (None, Start::Run(from)) => adopt(&mut exec, &run, from)?,
-        }
+        let (step, resumed) = weights(&mut exec, &run, &mut begin)?;
         let mut sample = vec![0; run.batch.sequence + 1];
         if step < run.train.steps as u64 {
             // The first batch tells data of another tokenizer before anything is written.
@@ -133,41 +88,29 @@ impl Trainer {
         }
         // Nobody may look at the directory after rank 0 has begun to write it.
         exec.mesh.barrier()?;
+        let dir = RunDir::new(&run.run.dir);
+        let mut events = None;
         if rank == 0 {
-            let tokenizer = prepared.map(|p| p.tokenizer_path.clone()).or_else(|| tokenizer_of(&run));
-            dir.create(&run, tokenizer.as_deref())?;
+            begin.write(&run, &dir)?;
+            events = Some(EventWriter::create(&dir.tensorboard(), now_us(), &host(), rank)?);
         }
         let peak_flops_per_s = 1e9 * exec.peak_gflops();
-        let journal = Journal::create(dir.path(), rank, checkpoint.is_some())?;
-        let events = if rank == 0 {
-            Some(EventWriter::create(&dir.tensorboard(), now_us(), &host(), rank)?)
-        } else {
-            None
+        let journal = Journal::open(dir.path(), rank)?;
+        let mut t = Trainer {
+            run,
+            dir,
+            exec,
+            streams,
+            journal,
+            events,
+            step,
+            sample,
+            peak_flops_per_s,
+            begin,
+            resumed,
         };
-        let resumed = checkpoint;
-        let mut t =
-            Trainer { run, dir, exec, streams, journal, events, step, sample, peak_flops_per_s, resumed };
         t.announce(rank)?;
         Ok(t)
-    }
-
-    /// What can be refused before data is prepared and ranks are started; gives the checkpoint to continue from.
-    ///
-    /// # Errors
-    /// If the model or the layout does not train yet, or the run directory, the checkpoint, the tokenizer and the run
-    /// file do not fit together.
-    pub fn check(run: &RunSpec) -> Result<Option<PathBuf>> {
-        run.model.check_trains()?;
-        run.layout.check_trains()?;
-        check_positions(run)?;
-        check_tokenizer(run)?;
-        let dir = RunDir::new(&run.run.dir);
-        let checkpoint = ckpt::latest(&dir.checkpoints())
-            .map_err(|e| e.hint("set run.dir to a directory, or to a new name"))?;
-        if checkpoint.is_some() {
-            check_continues(run, &dir, checkpoint.as_deref())?;
-        }
-        Ok(checkpoint)
     }
 
     /// The executor, for whoever looks into the program or the weights.
@@ -178,6 +121,21 @@ impl Trainer {
     /// Steps done so far.
     pub fn step(&self) -> u64 {
         self.step
+    }
+
+    /// The checkpoint that the run went on from.
+    pub fn resumed(&self) -> Option<&Path> {
+        self.resumed.as_deref()
+    }
+
+    /// What was accepted, dropped or replaced when the run began, for people.
+    pub fn notes(&self) -> impl Iterator<Item = &str> {
+        self.begin.accepted.iter().chain(&self.begin.notes).map(String::as_str)
+    }
+
+    /// If all steps were done before: that, and how to go on.
+    pub fn after_the_end(&self) -> Option<String> {
+        (self.step >= self.run.train.steps as u64).then(|| crate::resume::after_the_end(&self.run))
     }
 
     fn announce(&mut self, rank: usize) -> Result<()> {
@@ -194,12 +152,21 @@ impl Trainer {
             parameters: self.run.model.param_count(),
         };
         self.journal.write(&started)?;
-        if let Some(path) = &self.resumed {
-            let path = path.display().to_string();
+        let path = self.resumed.as_ref().map(|path| path.display().to_string());
+        if self.journal.has_earlier() || path.is_some() {
+            let path = path.unwrap_or_default();
             self.journal.write(&Record::Resumed { time_us, step: self.step, path })?;
             if let Some(events) = &mut self.events {
                 events.resumed(time_us, self.step)?;
             }
+        }
+        for what in &self.begin.accepted {
+            let what = what.clone();
+            self.journal.write(&Record::Accepted { time_us, step: self.step, what })?;
+        }
+        for text in &self.begin.notes {
+            let text = text.clone();
+            self.journal.write(&Record::Warning { time_us, text })?;
         }
         Ok(())
     }
@@ -215,7 +182,7 @@ impl Trainer {
         each: &mut dyn FnMut(Event),
     ) -> Result<Outcome> {
         if let Some(text) = self.why_no_evaluation() {
-            self.note(Record::Warning { time_us: now_us(), text }, each)?;
+            self.note(Record::Warning { time_us: now_us(), text }, each);
         }
         let last = self.run.train.steps as u64;
         let began = Instant::now();
@@ -232,8 +199,8 @@ impl Trainer {
                     return Err(e);
                 }
             };
-            self.note(record, each)?;
-            self.record_spans()?;
+            self.note(record, each);
+            self.record_spans(each);
             let rate = began.elapsed().as_secs_f64() / (self.step - first) as f64;
             each(Event::Eta { seconds: rate * (last - self.step) as f64 });
             if self.due(self.run.train.eval_every) || self.step == last {
@@ -245,12 +212,12 @@ impl Trainer {
             }
             if stopping && self.step < last {
                 let reason = "stopped on request".to_owned();
-                self.note(Record::Finished { time_us: now_us(), step: self.step, reason }, each)?;
+                self.note(Record::Finished { time_us: now_us(), step: self.step, reason }, each);
                 return Ok(Outcome::Stopped);
             }
         }
         let reason = "all steps done".to_owned();
-        self.note(Record::Finished { time_us: now_us(), step: self.step, reason }, each)?;
+        self.note(Record::Finished { time_us: now_us(), step: self.step, reason }, each);
         Ok(Outcome::Finished)
     }
 
@@ -258,13 +225,17 @@ impl Trainer {
         every.is_some_and(|n| self.step.is_multiple_of(n as u64))
     }
 
-    fn note(&mut self, record: Record, each: &mut dyn FnMut(Event)) -> Result<()> {
-        self.journal.write(&record)?;
-        if let Some(events) = &mut self.events {
-            events.record(&record)?;
+    /// Writes a record wherever it can be written: a full disk ends no run that may still save its weights.
+    fn note(&mut self, record: Record, each: &mut dyn FnMut(Event)) {
+        if let Err(e) = self.journal.write(&record) {
+            each(Event::Record(warning(&e)));
+        }
+        if let Some(Err(e)) = self.events.as_mut().map(|events| events.record(&record)) {
+            // What was cut off there cannot be gone on with.
+            self.events = None;
+            each(Event::Record(warning(&e)));
         }
         each(Event::Record(record));
-        Ok(())
     }
 
     /// Loads the batch of the next step and runs it; says whether some rank was asked to stop.
@@ -340,7 +311,8 @@ impl Trainer {
         }
         let tokens = batches * sequences * self.run.batch.sequence as u64;
         let record = Record::Eval { time_us: now_us(), step: self.step, loss: sum / tokens as f64, tokens };
-        self.note(record, each)
+        self.note(record, each);
+        Ok(())
     }
 
     /// Saves a checkpoint and removes the oldest beyond `checkpoint.keep`.
@@ -351,7 +323,11 @@ impl Trainer {
             tokens: self.step * (batch.sequence * batch.sequences) as u64,
             fingerprint: self.run.fingerprint(),
             world: self.run.layout.world(),
-            state: json!({ "next_sample": self.step * batch.sequences as u64, "data": self.streams.fingerprint }),
+            state: identity::state(
+                self.step * batch.sequences as u64,
+                &self.streams,
+                self.begin.tokenizer.as_ref(),
+            ),
         };
         let Some((path, bytes)) = self.exec.save(&self.dir.checkpoints(), self.step, meta)? else {
             return Ok(());
@@ -361,17 +337,20 @@ impl Trainer {
         }
         let save_s = start.elapsed().as_secs_f64();
         let path = path.display().to_string();
-        self.note(Record::Checkpoint { time_us: now_us(), step: self.step, path, bytes, save_s }, each)
+        self.note(Record::Checkpoint { time_us: now_us(), step: self.step, path, bytes, save_s }, each);
+        Ok(())
     }
 
     /// Writes start, end and bytes of every op of the last step to the journal, if they are recorded.
-    fn record_spans(&mut self) -> Result<()> {
+    fn record_spans(&mut self, each: &mut dyn FnMut(Event)) {
         if !self.exec.spans.is_on() {
-            return Ok(());
+            return;
         }
         let spans = self.exec.journal_spans();
         let rank = self.exec.program.rank;
-        self.journal.write(&Record::Spans { rank, step: self.step, spans })
+        if let Err(e) = self.journal.write(&Record::Spans { rank, step: self.step, spans }) {
+            each(Event::Record(warning(&e)));
+        }
     }
 
     /// Tells the other ranks that this one gives up.
@@ -380,13 +359,30 @@ impl Trainer {
     }
 
     /// Adds a text sampled from the model to the journal.
-    ///
-    /// # Errors
-    /// If the journal cannot be written.
-    pub fn note_sample(&mut self, text: String) -> Result<()> {
+    pub fn note_sample(&mut self, text: String, each: &mut dyn FnMut(Event)) {
         let record = Record::Sample { time_us: now_us(), step: self.step, text };
-        self.note(record, &mut |_| {})
+        self.note(record, each);
     }
+}
+
+fn warning(e: &Error) -> Record {
+    let hint = e.hint_text().map(|h| format!("; {h}")).unwrap_or_default();
+    Record::Warning { time_us: now_us(), text: format!("{e}: training goes on{hint}") }
+}
+
+/// Gives the executor its weights; returns the steps that they have seen, and the checkpoint that they came from if the
+/// run goes on.
+fn weights(exec: &mut Executor, run: &RunSpec, begin: &mut Beginning) -> Result<(u64, Option<PathBuf>)> {
+    match &begin.weights {
+        Weights::Seed => exec.initialise(&run.model, run.train.seed)?,
+        Weights::Run(from) => adopt(exec, run, from)?,
+        Weights::Checkpoints(newest_first) => {
+            let (step, path, passed) = restore(exec, newest_first, begin.asked.restarted)?;
+            begin.notes.extend(passed);
+            return Ok((step, Some(path)));
+        }
+    }
+    Ok((0, None))
 }
 
 /// Copies this rank's sequences of batch `index` into the executor.
@@ -422,34 +418,6 @@ fn check_memory(bytes: usize) -> Result<()> {
     }
 }
 
-/// Refuses a tokenizer that gives ids which the model has no embedding for.
-fn check_tokenizer(run: &RunSpec) -> Result<()> {
-    let Some(path) = tokenizer_of(run) else { return Ok(()) };
-    let (entries, vocab) = (data::Tokenizer::load(&path)?.vocab_size(), run.model.vocab);
-    if entries > vocab {
-        return Err(Error::user(format!(
-            "{} has {entries} entries, but the model's vocabulary has {vocab}",
-            path.display()
-        ))
-        .hint(format!(
-            "set model.vocab to at least {entries}, or train a tokenizer of at most {vocab} entries (data.vocab_size)"
-        )));
-    }
-    Ok(())
-}
-
-fn check_positions(run: &RunSpec) -> Result<()> {
-    if run.model.max_positions() < run.batch.sequence {
-        return Err(Error::user(format!(
-            "batch.sequence = {} tokens, but the model takes at most {}",
-            run.batch.sequence,
-            run.model.max_positions()
-        ))
-        .hint("lower batch.sequence, or raise model.max_positions"));
-    }
-    Ok(())
-}
-
 fn open_data(run: &RunSpec, prepared: Option<&Prepared>) -> Result<Streams> {
     let parts = match (&run.data.source, prepared) {
         (_, Some(p)) => vec![(p.prefix.clone(), 1.0)],
@@ -469,25 +437,6 @@ fn open_data(run: &RunSpec, prepared: Option<&Prepared>) -> Result<Streams> {
         valid_samples: run.train.eval_batches as u64 * sequences,
         order: Order::Endless,
     })
-}
-
-fn tokenizer_of(run: &RunSpec) -> Option<PathBuf> {
-    let beside = match &run.data.source {
-        DataSource::Prefix(prefix) => Some(data::tokenizer_path(prefix)),
-        DataSource::Blend(parts) => parts.first().map(|p| data::tokenizer_path(&p.prefix)),
-        _ => None,
-    };
-    run.data.tokenizer.clone().or(beside.filter(|p| p.exists()))
-}
-
-/// Refuses to continue a run whose numbers would change. More steps are fine while the past learning rates stay.
-fn check_continues(run: &RunSpec, dir: &RunDir, checkpoint: Option<&Path>) -> Result<()> {
-    let Ok(earlier) = dir.load() else { return Ok(()) };
-    let done = checkpoint.map(ckpt::Checkpoint::open).transpose()?.map_or(0, |c| c.step());
-    let only_length =
-        run.differences(&earlier).iter().all(|d| d.key == "train.steps" || d.key.starts_with("schedule."));
-    let same_past = (1..=done as usize).all(|s| run.lr_at(s).to_bits() == earlier.lr_at(s).to_bits());
-    if only_length && same_past { Ok(()) } else { run.check_continues(&earlier) }
 }
 
 /// Microseconds since 1970.

@@ -163,6 +163,26 @@ impl Started {
         }
     }
 
+    /// The process with `RANK=rank` among all that this one started, whoever stands between.
+    pub(crate) fn descendant(&self, rank: usize) -> i32 {
+        let parent = |pid: i32| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            status.lines().find_map(|l| l.strip_prefix("PPid:")?.trim().parse::<i32>().ok())
+        };
+        let is_ours =
+            |pid: i32| std::iter::successors(Some(pid), |p| parent(*p)).any(|p| p == self.child.id() as i32);
+        let wanted = format!("RANK={rank}");
+        let mut pids = fs::read_dir("/proc")
+            .expect("/proc")
+            .flatten()
+            .filter_map(|e| e.file_name().to_str()?.parse().ok());
+        let found = pids.find(|pid| {
+            let env = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            env.split(|b| *b == 0).any(|v| v == wanted.as_bytes()) && is_ours(*pid)
+        });
+        found.unwrap_or_else(|| panic!("no process below {} has {wanted}", self.child.id()))
+    }
+
     /// The process's rank `rank`, once it runs.
     pub(crate) fn rank(&self, rank: usize) -> i32 {
         let wanted = format!("RANK={rank}");

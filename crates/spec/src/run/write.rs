@@ -1,6 +1,6 @@
 use super::keys::KEYS;
 use super::*;
-use crate::{Activation, Error, NormKind, Position, Recompute, Reduce, Result};
+use crate::{Activation, Error, NormKind, Position, Recompute, Reduce};
 use std::fmt;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
@@ -48,8 +48,9 @@ impl RunSpec {
         text
     }
 
-    /// A hash of everything that decides the trained weights: model, data, batch, optimiser, schedule, steps, seed and
-    /// precision. The layout is not part of it, because it does not change them.
+    /// A hash of all keys that decide the trained weights: model, split, batch, optimiser, schedule, steps, seed and
+    /// precision. The layout is not part of it, because it does not change them; nor are paths of data, which has a
+    /// fingerprint of its own.
     ///
     /// ```
     /// use spec::RunSpec;
@@ -63,7 +64,8 @@ impl RunSpec {
         format!("{:016x}", xxh3_64(text.as_bytes()))
     }
 
-    /// The keys that decide the trained weights and differ between two runs; empty when the fingerprints are equal.
+    /// The keys that decide the trained weights and differ between two runs; empty when the fingerprints are equal. Where
+    /// data lies is not compared: it is known by its content.
     pub fn differences(&self, other: &RunSpec) -> Vec<Difference> {
         let (here, there) = (self.numerics(), other.numerics());
         let value = |of: &[(&'static str, String)], key: &str| {
@@ -75,28 +77,21 @@ impl RunSpec {
             .collect()
     }
 
-    /// Refuses to continue `earlier` with this run when that would change the trained weights, naming what differs.
-    ///
-    /// # Errors
-    /// Names every key that differs, with both values.
-    pub fn check_continues(&self, earlier: &RunSpec) -> Result<()> {
-        let differences = self.differences(earlier);
-        if differences.is_empty() {
-            return Ok(());
-        }
+    /// The refusal to continue a run from which this one differs.
+    pub fn not_the_run(&self, differences: &[Difference]) -> Error {
         let list: Vec<String> = differences.iter().map(Difference::to_string).collect();
-        Err(Error::user(format!(
+        Error::user(format!(
             "this is not the run that was started in {}: {}",
             self.run.dir.display(),
             list.join("; ")
         ))
-        .hint("set these keys back, or start another run with run.dir=PATH"))
+        .hint("set these keys back, or start another run with run.dir=PATH")
     }
 
     fn numerics(&self) -> Vec<(&'static str, String)> {
         let decides = |key: &str| match key.split_once('.') {
             Some(("model", name)) => name != "name",
-            Some(("data", name)) => name != "cache_dir",
+            Some(("data", name)) => ["vocab_size", "split"].contains(&name),
             Some(("train", name)) => ["steps", "precision", "seed"].contains(&name),
             Some((section, _)) => ["batch", "optim", "schedule"].contains(&section),
             None => false,

@@ -1,0 +1,208 @@
+//! Dying and coming back: no checkpoint, two trainers, signals, full disks, torn journals.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::process::Stdio;
+
+use rustix::process::Signal;
+
+use crate::common::{Lab, Started, losses, tiny};
+
+/// Steps enough that a run is still under way when it is killed.
+const LONG: &str = "--set train.steps=400 --set train.eval_every=0 --set checkpoint.every=0";
+
+/// Starts a run and waits for a step of it.
+fn begun(lab: &Lab, run: &str, args: &str) -> Started {
+    let mut started = lab.start(&tiny(run, args));
+    started.wait_for("step 3/");
+    started
+}
+
+fn kill(mut started: Started) {
+    started.child.kill().expect("kill it");
+    started.end();
+}
+
+#[test]
+fn a_run_killed_before_its_first_checkpoint_begins_again() {
+    let lab = Lab::new();
+    let stop = format!("{LONG} --stop-after 4");
+    for resume in ["", "--resume"] {
+        kill(begun(&lab, "r", LONG));
+        let ran = lab.run(&tiny("r", &format!("{stop} {resume}")));
+        assert_eq!(ran.code, Some(0), "{}", ran.err);
+        assert!(
+            ran.err.contains("r was started before and has no checkpoint: it begins at step 0"),
+            "{}",
+            ran.err
+        );
+        assert!(ran.err.contains("took over r from process "), "{}", ran.err);
+        assert_eq!(losses(&ran.out).len(), 4);
+        // Both segments are in the journal, and the second says from where it went on.
+        let records = journal::read(&journal::path(&lab.path("r"), 0)).expect("a journal");
+        let started = records.iter().filter(|r| matches!(r, journal::Record::RunStarted { .. })).count();
+        assert!(started >= 2, "{started}");
+        let from_0 = |r: &journal::Record| matches!(r, journal::Record::Resumed { step: 0, path, .. } if path.is_empty());
+        assert!(records.iter().any(from_0));
+        fs::remove_dir_all(lab.path("r")).expect("the next case");
+    }
+    // A name that holds nothing is a mistake, unless a launcher will start the run again.
+    let ran = lab.run(&tiny("absent", &format!("{stop} --resume")));
+    assert_eq!(ran.code, Some(2), "{}", ran.err);
+    assert!(!lab.path("absent").exists());
+    let ran = lab
+        .command(&tiny("absent", &format!("{stop} --resume")))
+        .env("TORCHELASTIC_MAX_RESTARTS", "2")
+        .output();
+    let err = String::from_utf8_lossy(&ran.expect("start the program").stderr).into_owned();
+    assert!(err.contains("nothing to resume yet in absent: it begins at step 0"), "{err}");
+}
+
+/// A rank that is killed before the first checkpoint costs a restart, no more; and `--fresh` means the job, not each of
+/// its starts.
+#[test]
+fn a_launcher_restarts_a_run_that_has_no_checkpoint() {
+    for (ranks, flags) in [(1, ""), (2, "--resume"), (2, "--fresh")] {
+        let lab = Lab::new();
+        let program = env!("CARGO_BIN_EXE_phalanx");
+        let steps = "--set train.steps=60 --set train.eval_every=0 --set checkpoint.every=0";
+        let train = tiny("r", &format!("{steps} {flags}"));
+        let launch =
+            format!("launch --standalone --nproc-per-node {ranks} --max-restarts 2 {program} {train}");
+        let mut started = lab.start(&launch);
+        started.wait_for("step 3/");
+        let rank = started.descendant(ranks - 1);
+        Started::signal(rank, Signal::KILL);
+        let (status, err) = started.end();
+        assert!(status.success(), "{ranks} {flags}: {err}");
+        assert!(err.contains("restart 1 of 2"), "{err}");
+        assert!(lab.newest("r").ends_with("step-00000060"));
+        assert!(!lab.path("r.old-1").exists(), "{err}");
+    }
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over_by_restarts_only() {
+    let lab = Lab::new();
+    lab.train("r", "--stop-after 4 --set checkpoint.keep=0");
+    let newest = lab.newest("r").join("rank-00000.safetensors");
+    let mut bytes = fs::read(&newest).expect("a checkpoint");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    let check = |args: &str, file: &[u8], said: &str| {
+        fs::write(&newest, file).expect("damage it");
+        let by_hand = lab.run(&tiny("r", args));
+        assert_eq!(by_hand.code, Some(2), "{}", by_hand.err);
+        assert!(
+            by_hand.err.contains("move it away to go on from r/checkpoints/step-00000002"),
+            "{}",
+            by_hand.err
+        );
+        let again = lab
+            .command(&tiny("r", &format!("{args} --set checkpoint.keep=0")))
+            .env("SLURM_RESTART_COUNT", "1")
+            .output();
+        let err = String::from_utf8_lossy(&again.expect("start the program").stderr).into_owned();
+        let fell = err
+            .lines()
+            .find(|l| l.contains("falling back to the checkpoint before the newest: "))
+            .unwrap_or_default();
+        assert!(fell.contains(said) && fell.contains("step-00000004"), "{said}: {err}");
+        assert!(err.contains("resumed from r/checkpoints/step-00000002 at step 2"), "{err}");
+    };
+    check("--stop-after 3", &bytes, "is damaged");
+    fs::remove_dir_all(lab.path("r/checkpoints/step-00000003")).expect("as it was");
+    check("--stop-after 3 --nproc 2", &bytes, "is damaged");
+    fs::remove_dir_all(lab.path("r/checkpoints/step-00000003")).expect("as it was");
+    check("--stop-after 3", &bytes[..middle], "cut short");
+}
+
+#[test]
+fn one_directory_has_one_owner() {
+    let lab = Lab::new();
+    for args in [LONG.to_owned(), format!("{LONG} --nproc 2")] {
+        let started = begun(&lab, "r", &args);
+        let who = format!("error: r is in use: process {} on ", started.child.id());
+        for second in ["", "--fresh", "--resume", "--nproc 2"] {
+            let ran = lab.run(&tiny("r", &format!("{LONG} {second}")));
+            assert_eq!(ran.code, Some(2), "{second}: {}", ran.err);
+            assert!(ran.err.contains(&who) && ran.err.contains("hint: wait for it"), "{second}: {}", ran.err);
+        }
+        assert!(!lab.path("r.old-1").exists());
+        Started::signal(started.child.id() as i32, Signal::TERM);
+        let (status, err) = started.end();
+        assert_eq!(status.code(), Some(130), "{err}");
+        assert!(!lab.path("r/lock").exists(), "given back");
+        // Readers need no lock.
+        lab.ok("generate r --tokens 1,2 -n 2");
+        fs::remove_dir_all(lab.path("r")).expect("the next case");
+    }
+}
+
+#[test]
+fn every_signal_that_stops_a_run_saves_it_first() {
+    let lab = Lab::new();
+    let signals = [Signal::HUP, Signal::QUIT, Signal::TERM, Signal::INT, Signal::USR1];
+    for signal in signals {
+        let run = format!("alone-{}", signal.as_raw());
+        let started = begun(&lab, &run, LONG);
+        Started::signal(started.child.id() as i32, signal);
+        let (status, err) = started.end();
+        assert_eq!(status.code(), Some(130), "{signal:?}: {err}");
+        assert!(err.contains("stopped; the same command goes on"), "{err}");
+        lab.newest(&run);
+
+        // As a rank gets it, whoever sends it.
+        let run = format!("ranks-{}", signal.as_raw());
+        let started = begun(&lab, &run, &format!("{LONG} --nproc 2"));
+        Started::signal(started.rank(1), signal);
+        let (status, err) = started.end();
+        assert_eq!(status.code(), Some(130), "{signal:?} to a rank: {err}");
+        lab.newest(&run);
+    }
+}
+
+#[test]
+fn output_that_cannot_be_written_loses_no_work() {
+    let lab = Lab::new();
+    let full = |args: &str| {
+        let stdout = OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
+        let done =
+            lab.command(args).stdout(stdout).stderr(Stdio::piped()).output().expect("start the program");
+        (done.status.code(), String::from_utf8_lossy(&done.stderr).into_owned())
+    };
+    for (run, args, code) in [("text", "", 0), ("ranks", "--nproc 2", 0), ("json", "--json", 1)] {
+        let (found, err) = full(&tiny(run, args));
+        assert_eq!(found, Some(code), "{err}");
+        assert!(err.contains("stdout takes no more (No space left on device"), "{err}");
+        assert!(err.contains(&format!("every record is in {run}/journal-00000.jsonl")), "{err}");
+        assert!(lab.newest(run).ends_with("step-00000006"));
+    }
+    let (code, err) = full("generate text --tokens 1,2 -n 2");
+    assert_eq!(code, Some(1), "{err}");
+    let (code, err) = full("generate text --prompt mesh -n 2");
+    assert_eq!(code, Some(1), "{err}");
+    assert!(err.contains("write to stdout: No space left on device"), "{err}");
+}
+
+/// Killed while it wrote: a part of a line, or a block of zeros that a file system left.
+#[test]
+fn a_torn_journal_is_read_and_gone_on_with() {
+    let lab = Lab::new();
+    lab.train("r", "--trace --stop-after 3");
+    let path = journal::path(&lab.path("r"), 0);
+    let whole = journal::read(&path).expect("a journal").len();
+    for torn in [&b"{\"kind\":\"step\",\"time_us\":1"[..], &[0; 70_000]] {
+        OpenOptions::new().append(true).open(&path).expect("a journal").write_all(torn).expect("torn");
+        lab.ok("trace r --output trace.json");
+        assert!(journal::read(&path).expect("whole lines").len() >= whole);
+    }
+    lab.train("r", "--trace");
+    let records = journal::read(&path).expect("a journal");
+    let steps: Vec<u64> = records
+        .iter()
+        .filter_map(|r| if let journal::Record::Step { step, .. } = r { Some(*step) } else { None })
+        .collect();
+    assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
+    lab.ok("trace r --output trace.json");
+}
