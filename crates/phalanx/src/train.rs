@@ -58,7 +58,7 @@ fn as_rank(args: &Train, rank: &Rank) -> Result<u8> {
         _ => TransportChoice::Auto,
     };
     let first = rank.env.rank == 0;
-    let started_by_us = args.nproc.is_some();
+    let started_by_us = ranks::started_by_us();
     let fresh = fresh(args);
     if run.auto_layout && !this_machine::take_over(&mut run)? {
         let missing = this_machine::Missing::Refuse;
