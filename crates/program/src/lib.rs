@@ -101,8 +101,26 @@ pub struct Block {
     pub name: String,
     /// Which chunk of the rank.
     pub chunk: usize,
+    /// When it runs.
+    pub work: BlockWork,
     /// In order.
     pub ops: Vec<Op>,
+}
+
+/// When a block runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BlockWork {
+    /// On each micro-batch.
+    Train(Pass),
+    /// The same on the last one, where reductions of gradients begin.
+    TrainLast(Pass),
+    /// Loss without gradients.
+    Evaluate,
+    /// One token.
+    Generate,
+    /// Once a step.
+    Tail,
 }
 
 /// A block run on a micro-batch.
@@ -304,16 +322,16 @@ impl Program {
         }
         for (c, chunk) in rank.chunks.iter().enumerate() {
             let forward = emit::forward(rank, chunk);
-            let (name, graph) = match rank.generates() {
-                true => ("decode".to_owned(), derive::generation(rank, forward)),
-                false => (format!("e{c}"), derive::evaluation(rank, chunk, forward)),
+            let (name, work, graph) = match rank.generates() {
+                true => ("decode".to_owned(), BlockWork::Generate, derive::generation(rank, forward)),
+                false => (format!("e{c}"), BlockWork::Evaluate, derive::evaluation(rank, chunk, forward)),
             };
             let passes = check.passes("shard", zero::shard(rank, &placer, Passes::one(graph)))?;
             let ops = placer.chunk(c, &passes, false).remove(0);
-            let block = blocks.push(name, c, ops);
+            let block = blocks.push(name, c, work, ops);
             if rank.generates() { decode = Some(block) } else { eval.push(block) }
         }
-        let tail = blocks.push("step".into(), 0, step::ops(rank, &placer));
+        let tail = blocks.push("step".into(), 0, BlockWork::Tail, step::ops(rank, &placer));
         let mut program = placer.program(schedule, blocks, tail, eval, decode);
         program.state_messages();
         program.add_workspace(workspace);

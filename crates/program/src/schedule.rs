@@ -11,7 +11,7 @@ use crate::op::Op;
 use crate::pipeline::{Pass, Work, in_flight, order};
 use crate::rank::Rank;
 use crate::zero::Sums;
-use crate::{Block, Bucket, Item, step};
+use crate::{Block, BlockWork, Bucket, Item, step};
 
 /// The order of work of one rank.
 pub(crate) struct Schedule {
@@ -73,8 +73,8 @@ pub(crate) struct Blocks {
 
 impl Blocks {
     /// Adds a block and returns its index.
-    pub(crate) fn push(&mut self, name: String, chunk: usize, ops: Vec<Op>) -> usize {
-        self.list.push(Block { name, chunk, ops });
+    pub(crate) fn push(&mut self, name: String, chunk: usize, work: BlockWork, ops: Vec<Op>) -> usize {
+        self.list.push(Block { name, chunk, work, ops });
         self.list.len() - 1
     }
 
@@ -90,10 +90,10 @@ impl Blocks {
             if pass != Pass::Forward && cx.reduces() && cx.layout.zero < Zero::Gradients {
                 let here = |b: BufferId| done_in.get(&b).is_none_or(|&pass| pass <= i);
                 let last = step::with_reductions(&ops, cx, buckets, &here);
-                let block = self.push(format!("{letter}{c}.last"), c, last);
+                let block = self.push(format!("{letter}{c}.last"), c, BlockWork::TrainLast(pass), last);
                 self.of.insert((c, pass, true), block);
             }
-            let block = self.push(format!("{letter}{c}"), c, ops);
+            let block = self.push(format!("{letter}{c}"), c, BlockWork::Train(pass), ops);
             self.of.insert((c, pass, false), block);
         }
     }

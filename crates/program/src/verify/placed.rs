@@ -7,7 +7,7 @@ use super::{Rule, Violation};
 use crate::buffer::{Buffer, BufferId, Home, View};
 use crate::op::Op;
 use crate::params::GroupId;
-use crate::{Block, Program};
+use crate::{Block, BlockWork, Program};
 
 /// Every broken rule of a rank's program.
 pub fn program(p: &Program) -> Vec<Violation> {
@@ -35,14 +35,17 @@ pub fn program(p: &Program) -> Vec<Violation> {
 type Timeline<'a> = Vec<&'a Block>;
 
 fn timelines(p: &Program) -> Vec<Timeline<'_>> {
-    let alone: Vec<usize> = p.eval.iter().copied().chain(p.decode).chain([p.tail]).collect();
     let mut chunks: BTreeMap<usize, Timeline<'_>> = BTreeMap::new();
-    // With its reductions begun a last pass has the same values: checking it once is enough.
-    let train = |(i, b): &(usize, &Block)| !alone.contains(i) && !b.name.ends_with(".last");
-    for (_, block) in p.blocks.iter().enumerate().filter(train) {
-        chunks.entry(block.chunk).or_default().push(block);
+    let mut alone = Vec::new();
+    for block in &p.blocks {
+        match block.work {
+            BlockWork::Train(_) => chunks.entry(block.chunk).or_default().push(block),
+            // The same values as without reductions.
+            BlockWork::TrainLast(_) => {}
+            BlockWork::Evaluate | BlockWork::Generate | BlockWork::Tail => alone.push(vec![block]),
+        }
     }
-    chunks.into_values().chain(alone.iter().map(|i| vec![&p.blocks[*i]])).collect()
+    chunks.into_values().chain(alone).collect()
 }
 
 /// How a buffer leaves the region that it lies in.
