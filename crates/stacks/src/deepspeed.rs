@@ -1,8 +1,11 @@
 use plan::estimate::Problem;
 use plan::placement::{Order, Placement};
 use serde_json::json;
-use spec::{NumberFormat, PipelineSchedule, Position, Recompute, Result, Zero};
+use spec::{
+    Activation, ModelSpec, NumberFormat, PipelineSchedule, Position, Recompute, Result, RopeScaling, Zero,
+};
 
+use crate::traits::{all_unsaid, beyond_positions, unsaid, whole};
 use crate::{Emitted, arguments, lacks, schedule_name};
 
 /// A DeepSpeed configuration: for models whose stages and checkpoints are set in code.
@@ -32,7 +35,7 @@ pub(crate) fn config(p: &Problem, placement: &Placement) -> Result<Emitted> {
     if l.tp > 1 {
         file["tensor_parallel"] = json!({ "autotp_size": l.tp });
     }
-    let mut notes = Vec::new();
+    let mut notes = vec![all_unsaid(&p.shape.model)];
     if l.pp > 1 {
         notes.push(format!("in the model: PipelineModule(..., num_stages={})", l.pp));
     }
@@ -60,7 +63,7 @@ pub(crate) fn megatron(p: &Problem, placement: &Placement) -> Result<Emitted> {
         format!("--num-attention-heads {}", m.heads),
         format!("--kv-channels {}", m.head_dim),
         format!("--seq-length {}", p.sequence),
-        format!("--max-position-embeddings {}", p.sequence),
+        format!("--max-position-embeddings {}", m.max_positions().max(p.sequence)),
         format!("--micro-batch-size {}", l.micro_batch),
         format!("--global-batch-size {}", p.sequences),
         format!("--tensor-model-parallel-size {}", l.tp),
@@ -75,22 +78,9 @@ pub(crate) fn megatron(p: &Problem, placement: &Placement) -> Result<Emitted> {
     if m.kv_heads != m.heads {
         args.push(format!("--num-key-value-heads {}", m.kv_heads));
     }
-    if let Position::Rope(rope) = &m.position {
-        args.push("--use-rotary-position-embeddings".into());
-        args.push(format!("--rotary-position-embeddings-theta {}", rope.theta));
-    }
-    if m.norm == spec::NormKind::Rms {
-        args.push("--normalization rmsnorm".into());
-    }
-    if m.activation.gated() {
-        args.push("--swiglu".into());
-    }
-    if !m.mlp_bias {
-        args.push("--disable-bias-linear".into());
-    }
-    if !m.tied_embeddings {
-        args.push("--untie-embeddings-and-output-weights".into());
-    }
+    let mut notes = vec![format!("ds_config.json: {}", base(p, placement))];
+    args.extend(numbers(NAME, m, l.tp, &mut notes));
+    notes.extend(beyond_positions(p));
     if let Some(e) = p.shape.experts {
         if e.top_k > 2 || e.shared_ffn > 0 || e.ffn != m.ffn {
             return Err(lacks(
@@ -118,8 +108,59 @@ pub(crate) fn megatron(p: &Problem, placement: &Placement) -> Result<Emitted> {
     }
     args.push(format!("--zero-stage {}", u8::from(l.zero)));
     args.push("--deepspeed --deepspeed_config ds_config.json".into());
-    let notes = vec![format!("ds_config.json: {}", base(p, placement))];
     Ok(Emitted { text: arguments(&args), notes })
+}
+
+/// What decides the numbers of the model beside its sizes; traits that have no argument go to the notes.
+fn numbers(name: &str, m: &ModelSpec, tp: usize, notes: &mut Vec<String>) -> Vec<String> {
+    let mut unsaid_ones = Vec::new();
+    let mut args = vec![
+        format!("--vocab-size {} --make-vocab-size-divisible-by 1", m.vocab),
+        format!("--layernorm-epsilon {}", m.norm_eps),
+        format!("--init-method-std {}", m.init_std),
+        // Both are 0.1 where nothing is said.
+        "--hidden-dropout 0 --attention-dropout 0".to_owned(),
+    ];
+    let padded = m.vocab.next_multiple_of(tp.max(1));
+    if padded != m.vocab {
+        notes
+            .push(format!("the embedding has {padded} rows for {} ids, so that tp={tp} divides it", m.vocab));
+    }
+    if let Position::Rope(rope) = &m.position {
+        args.push("--use-rotary-position-embeddings".into());
+        if whole(rope.theta) {
+            args.push(format!("--rotary-position-embeddings-theta {}", rope.theta));
+        } else {
+            unsaid_ones.push("rope_theta");
+        }
+        if rope.scaling != RopeScaling::Default {
+            unsaid_ones.push("rope_scaling");
+        }
+    }
+    if m.norm == spec::NormKind::Rms {
+        args.push("--normalization rmsnorm".into());
+    }
+    match m.activation {
+        Activation::SwiGlu => args.push("--swiglu".into()),
+        // The fused kernel takes the tanh approximation, and wants a bias.
+        Activation::GeluTanh if !m.mlp_bias => unsaid_ones.push("activation"),
+        Activation::GeluTanh => {}
+        Activation::Gelu => args.push("--no-bias-gelu-fusion".into()),
+    }
+    // All linears have biases, or none.
+    if !m.mlp_bias {
+        args.push("--disable-bias-linear".into());
+    }
+    let others = [("qkv_bias", m.qkv_bias), ("attn_out_bias", m.attn_out_bias)];
+    unsaid_ones.extend(others.iter().filter(|(_, has)| *has != m.mlp_bias).map(|(name, _)| *name));
+    if m.qk_norm {
+        unsaid_ones.push("qk_norm");
+    }
+    if !m.tied_embeddings {
+        args.push("--untie-embeddings-and-output-weights".into());
+    }
+    notes.extend(unsaid(name, m, &unsaid_ones));
+    args
 }
 
 /// What neither can express.

@@ -7,6 +7,7 @@ mod deepspeed;
 mod maxtext;
 mod megatron;
 mod ranks;
+mod traits;
 mod torchtitan;
 
 pub use ranks::{Place, rank_csv, ranks};
@@ -100,3 +101,6 @@ fn uneven_stages(layers: usize, pp: usize) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod traits_tests;

@@ -2,8 +2,12 @@ use std::fmt::Write;
 
 use plan::estimate::Problem;
 use plan::placement::{Order, Placement};
-use spec::{NumberFormat, PipelineSchedule, Recompute, Result, Zero};
+use spec::{
+    Activation, ModelSpec, NormKind, NumberFormat, PipelineSchedule, Position, Recompute, Result,
+    RopeScaling, Zero,
+};
 
+use crate::traits::{beyond_positions, llama31, unsaid};
 use crate::{Emitted, lacks, schedule_name};
 
 const NAME: &str = "MaxText";
@@ -109,20 +113,103 @@ pub(crate) fn emit(p: &Problem, placement: &Placement) -> Result<Emitted> {
         NumberFormat::Int8 => out += "quantization: \"int8\"\n",
         other => return refuse(format!("{other} training"), "plan with --format bf16, fp8 or int8"),
     }
-    model(p, &mut out);
-    let notes =
+    let block = block(p);
+    model(p, block, &mut out);
+    let mut notes =
         vec![format!("one slice is {domain} accelerators; train with this file as the configuration")];
+    numbers(&p.shape.model, block, &mut out, &mut notes);
+    notes.extend(beyond_positions(p));
     Ok(Emitted { text: out, notes })
 }
 
-fn model(p: &Problem, out: &mut String) {
+/// The kind of layer that says most of the model.
+fn block(p: &Problem) -> &'static str {
     let m = &p.shape.model;
-    let block = match (p.shape.latent, p.shape.experts, m.activation.gated()) {
+    match (p.shape.latent, p.shape.experts, m.activation.gated()) {
         (Some(_), _, _) => "deepseek",
+        (None, Some(_), _) if m.qk_norm => "qwen3_moe",
         (None, Some(_), _) => "mixtral",
+        (None, None, true) if m.qkv_bias => "qwen2",
+        (None, None, true) if m.qk_norm => "qwen3",
         (None, None, true) => "llama2",
         (None, None, false) => "gpt3",
-    };
+    }
+}
+
+/// What decides the numbers of the model beside its sizes; traits that have no key go to the notes.
+fn numbers(m: &ModelSpec, block: &str, out: &mut String, notes: &mut Vec<String>) {
+    // Its weights start from the fan-in of each product.
+    let mut unsaid_ones = vec!["init_std"];
+    let gpt3 = block == "gpt3";
+    if (m.norm == NormKind::Layer) != gpt3 {
+        unsaid_ones.push("norm");
+    }
+    if m.activation == Activation::Gelu {
+        unsaid_ones.push("activation");
+    }
+    let qkv_bias = gpt3 || (block == "qwen2" && m.qkv_bias);
+    let biases = [
+        ("qkv_bias", m.qkv_bias, qkv_bias),
+        ("attn_out_bias", m.attn_out_bias, gpt3),
+        ("mlp_bias", m.mlp_bias, gpt3),
+    ];
+    unsaid_ones.extend(biases.iter().filter(|(_, own, its)| own != its).map(|(name, ..)| *name));
+    let normed = m.qk_norm && ["qwen2", "qwen3", "qwen3_moe"].contains(&block);
+    if m.qk_norm != normed {
+        unsaid_ones.push("qk_norm");
+    }
+    let _ = write!(
+        out,
+        "normalization_layer_epsilon: {}\ndropout_rate: 0\nenable_dropout: false\nattention_bias: {}\n\
+         use_qk_norm: {normed}\nnormalize_embedding_logits: false\n",
+        m.norm_eps,
+        block == "qwen2" && m.qkv_bias,
+    );
+    match &m.position {
+        Position::Learned { max_positions } => {
+            let _ = writeln!(out, "trainable_position_size: {max_positions}");
+            if !gpt3 {
+                unsaid_ones.push("learned_positions");
+            }
+        }
+        Position::Rope(rope) => {
+            let _ = writeln!(out, "rope_max_timescale: {}", rope.theta);
+            let _ = match rope.scaling {
+                RopeScaling::Default => writeln!(out, "rope_type: \"default\""),
+                RopeScaling::Linear { factor } => {
+                    writeln!(out, "rope_type: \"default\"\nrope_linear_scaling_factor: {factor}")
+                }
+                RopeScaling::Yarn {
+                    factor,
+                    beta_fast,
+                    beta_slow,
+                    original_max_positions,
+                    attention_factor: None,
+                } => {
+                    writeln!(
+                        out,
+                        "rope_type: \"yarn\"\nrope_factor: {factor}\nbeta_fast: {beta_fast}\nbeta_slow: {beta_slow}\n\
+                         original_max_position_embeddings: {original_max_positions}\n\
+                         max_position_embeddings: {}\nrope_attention_scaling: true",
+                        rope.max_positions
+                    )
+                }
+                ref scaling if llama31(scaling) == Some(8.0) => writeln!(out, "rope_type: \"llama3.1\""),
+                _ => {
+                    unsaid_ones.push("rope_scaling");
+                    Ok(())
+                }
+            };
+            if gpt3 {
+                unsaid_ones.extend(["rope_theta", "rope_scaling"]);
+            }
+        }
+    }
+    notes.extend(unsaid(NAME, m, &unsaid_ones));
+}
+
+fn model(p: &Problem, block: &str, out: &mut String) {
+    let m = &p.shape.model;
     let _ = write!(
         out,
         "decoder_block: \"{block}\"\nbase_emb_dim: {}\nbase_num_query_heads: {}\nbase_num_kv_heads: {}\n\

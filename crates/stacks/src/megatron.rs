@@ -1,8 +1,11 @@
 use plan::estimate::Problem;
 use plan::placement::{Order, Placement};
 use plan::software::AttentionKernel;
-use spec::{NumberFormat, PipelineSchedule, Position, Recompute, Result, Zero};
+use spec::{
+    Activation, ModelSpec, NumberFormat, PipelineSchedule, Position, Recompute, Result, RopeScaling, Zero,
+};
 
+use crate::traits::{beyond_positions, llama31, unsaid, whole};
 use crate::{Emitted, arguments, lacks, schedule_name, uneven_stages};
 
 const NAME: &str = "Megatron-LM";
@@ -11,8 +14,10 @@ pub(crate) fn emit(p: &Problem, placement: &Placement) -> Result<Emitted> {
     let l = &placement.layout;
     let mut args = model(p);
     let mut notes = Vec::new();
+    args.extend(numbers(&p.shape.model, l.tp, &mut notes));
+    notes.extend(beyond_positions(p));
     args.push(format!("--seq-length {}", p.sequence));
-    args.push(format!("--max-position-embeddings {}", p.sequence));
+    args.push(format!("--max-position-embeddings {}", p.shape.model.max_positions().max(p.sequence)));
     args.push(format!("--micro-batch-size {}", l.micro_batch));
     args.push(format!("--global-batch-size {}", p.sequences));
     args.push(format!("--tensor-model-parallel-size {}", l.tp));
@@ -79,22 +84,6 @@ fn model(p: &Problem) -> Vec<String> {
             }
         }
     }
-    if let Position::Rope(rope) = &m.position {
-        args.push("--position-embedding-type rope".into());
-        args.push(format!("--rotary-base {}", rope.theta));
-    }
-    if m.norm == spec::NormKind::Rms {
-        args.push("--normalization RMSNorm".into());
-    }
-    if m.activation.gated() {
-        args.push("--swiglu".into());
-    }
-    if !m.mlp_bias {
-        args.push("--disable-bias-linear".into());
-    }
-    if !m.tied_embeddings {
-        args.push("--untie-embeddings-and-output-weights".into());
-    }
     if let Some(e) = p.shape.experts {
         args.push(format!("--num-experts {} --moe-router-topk {}", e.count, e.top_k));
         args.push(format!("--moe-ffn-hidden-size {}", e.ffn));
@@ -106,6 +95,100 @@ fn model(p: &Problem) -> Vec<String> {
             let pattern: Vec<&str> =
                 (0..m.layers).map(|i| if p.shape.has_experts(i) { "1" } else { "0" }).collect();
             args.push(format!("--moe-layer-freq '[{}]'", pattern.join(",")));
+        }
+    }
+    args
+}
+
+/// What decides the numbers of the model beside its sizes; traits that have no argument go to the notes.
+fn numbers(m: &ModelSpec, tp: usize, notes: &mut Vec<String>) -> Vec<String> {
+    let mut unsaid_ones = Vec::new();
+    let padded = m.vocab.next_multiple_of(tp.max(1));
+    let mut args = vec![
+        format!("--vocab-size {} --padded-vocab-size {padded}", m.vocab),
+        format!("--norm-epsilon {}", m.norm_eps),
+        format!("--init-method-std {}", m.init_std),
+        // Both are 0.1 where nothing is said.
+        "--hidden-dropout 0 --attention-dropout 0".to_owned(),
+    ];
+    if padded != m.vocab {
+        notes
+            .push(format!("the embedding has {padded} rows for {} ids, so that tp={tp} divides it", m.vocab));
+    }
+    if m.norm == spec::NormKind::Rms {
+        args.push("--normalization RMSNorm".into());
+    }
+    if m.qk_norm {
+        args.push("--qk-layernorm".into());
+    }
+    if !m.tied_embeddings {
+        args.push("--untie-embeddings-and-output-weights".into());
+    }
+    // All linears have biases, or none but queries, keys and values.
+    if !m.mlp_bias {
+        args.push("--disable-bias-linear".into());
+        if m.qkv_bias {
+            args.push("--add-qkv-bias".into());
+        }
+    } else if !m.qkv_bias {
+        unsaid_ones.push("qkv_bias");
+    }
+    if m.attn_out_bias != m.mlp_bias {
+        unsaid_ones.push("attn_out_bias");
+    }
+    match m.activation {
+        Activation::SwiGlu => args.push("--swiglu".into()),
+        // The fused kernel takes the tanh approximation, and wants a bias.
+        Activation::GeluTanh if !m.mlp_bias => unsaid_ones.push("activation"),
+        Activation::GeluTanh => {}
+        Activation::Gelu => args.push("--no-bias-gelu-fusion".into()),
+    }
+    args.extend(positions(m, &mut unsaid_ones));
+    notes.extend(unsaid(NAME, m, &unsaid_ones));
+    args
+}
+
+fn positions(m: &ModelSpec, unsaid_ones: &mut Vec<&'static str>) -> Vec<String> {
+    let rope = match &m.position {
+        Position::Learned { .. } => return vec!["--position-embedding-type learned_absolute".into()],
+        Position::Rope(rope) => rope,
+    };
+    let latent = m.latent.is_some();
+    let kind = |kind: &str| match latent {
+        true => format!("--position-embedding-type rope --rope-type {kind}"),
+        false => format!("--position-embedding-type {kind}"),
+    };
+    let mut args = Vec::new();
+    if whole(rope.theta) {
+        args.push(format!("--rotary-base {}", rope.theta));
+    } else {
+        unsaid_ones.push("rope_theta");
+    }
+    match rope.scaling {
+        RopeScaling::Default => args.push(kind("rope")),
+        RopeScaling::Linear { factor } if whole(factor) && !latent => {
+            args.push(kind("rope"));
+            args.push(format!("--rotary-seq-len-interpolation-factor {factor}"));
+        }
+        // Latent attention takes the constants of its own class.
+        RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, attention_factor }
+            if !latent || (beta_fast, beta_slow, original_max_positions) == (32.0, 1.0, 4096) =>
+        {
+            args.push(kind("yarn"));
+            let mscale =
+                attention_factor.filter(|_| factor > 1.0).map_or(1.0, |a| (a - 1.0) / (0.1 * factor.ln()));
+            args.push(format!("--rotary-scaling-factor {factor} --mscale {mscale} --mscale-all-dim 0"));
+            if !latent {
+                args.push(format!("--yarn-original-max-position-embeddings {original_max_positions}"));
+                args.push(format!("--yarn-beta-fast {beta_fast} --yarn-beta-slow {beta_slow}"));
+            }
+        }
+        ref scaling => {
+            args.push(kind("rope"));
+            match llama31(scaling).filter(|_| !latent) {
+                Some(factor) => args.push(format!("--use-rope-scaling --rope-scaling-factor {factor}")),
+                None => unsaid_ones.push("rope_scaling"),
+            }
         }
     }
     args

@@ -8,7 +8,7 @@ use spec::{Catalog, Layout, NumberFormat, Recompute, Zero};
 
 use super::*;
 
-fn problem(model: &str, n: usize) -> Problem {
+pub(crate) fn problem(model: &str, n: usize) -> Problem {
     let cluster = Catalog::builtin().unwrap().cluster("dgx-superpod-h100", Some(n)).unwrap();
     Problem {
         shape: Shape::find(model).unwrap().unwrap(),
@@ -20,7 +20,7 @@ fn problem(model: &str, n: usize) -> Problem {
     }
 }
 
-fn layout() -> Layout {
+pub(crate) fn layout() -> Layout {
     Layout {
         dp: 8,
         tp: 4,
@@ -33,14 +33,14 @@ fn layout() -> Layout {
     }
 }
 
-fn placement(layout: Layout) -> Placement {
+pub(crate) fn placement(layout: Layout) -> Placement {
     Placement::of(layout, NumberFormat::Bf16)
 }
 
 /// What a stack would read: keys with values, or `true` for a bare flag.
-type Read = BTreeMap<String, String>;
+pub(crate) type Read = BTreeMap<String, String>;
 
-fn read_arguments(text: &str) -> Read {
+pub(crate) fn read_arguments(text: &str) -> Read {
     let words: Vec<&str> = text.split_whitespace().filter(|w| *w != "\\").collect();
     let mut read = Read::new();
     let mut key = None;
@@ -167,7 +167,7 @@ fn megatron_is_told_how_uneven_stages_are() {
 }
 
 /// `key = value` and `key: value` lines.
-fn read_lines(text: &str, between: &str) -> Read {
+pub(crate) fn read_lines(text: &str, between: &str) -> Read {
     let pairs = text.lines().filter_map(|l| l.split_once(between));
     pairs.map(|(k, v)| (k.trim().to_owned(), v.trim().trim_matches('"').to_owned())).collect()
 }

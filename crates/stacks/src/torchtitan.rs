@@ -45,6 +45,7 @@ pub(crate) fn emit(p: &Problem, placement: &Placement) -> Result<Emitted> {
     let mut notes = vec![
         "for torchtitan 0.2.2, the last release with TOML; add [model] name and flavor of this model"
             .to_owned(),
+        crate::traits::all_unsaid(&p.shape.model),
     ];
     let mut out = String::new();
     if placement.format != NumberFormat::Bf16 {
