@@ -124,7 +124,8 @@ fn text_is_drawn_by_seed() {
 #[test]
 fn programs_of_all_ranks_are_checked_together() {
     let lab = Lab::new();
-    let keys = format!("{} --set layout.tp=2 --set layout.pp=2 --set layout.dp=2 --set layout.zero=3", sets());
+    let keys =
+        format!("{} --set layout.tp=2 --set layout.pp=2 --set layout.dp=2 --set layout.zero=3", sets());
     let out = lab.ok(&format!("program check {keys}"));
     assert!(out.starts_with("8 programs, ") && out.trim_end().ends_with("every rule holds"), "{out}");
     let found = lab.json(&format!("program check {keys} --json"));
