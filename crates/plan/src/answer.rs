@@ -314,13 +314,13 @@ fn answer(question: Question, problem: Problem, grade: Grade, searched: Searched
 }
 
 fn estimate_storage(question: &Question, problem: &Problem) -> Option<StorageEstimate> {
-    let per_param = match problem.software.name {
-        "phalanx" => storage::OWN_BYTES_PER_PARAM,
-        _ => storage::CHECKPOINT_BYTES_PER_PARAM,
-    };
     let tokens = question.sequences as f64 * question.sequence as f64;
     let load_bytes = tokens * storage::bytes_per_token(question.shape.model.vocab);
-    storage::estimate_state(&problem.cluster, question.shape.params() * per_param, load_bytes)
+    storage::estimate_state(
+        &problem.cluster,
+        question.shape.params() * problem.software.checkpoint_bytes_per_param,
+        load_bytes,
+    )
 }
 
 fn space(question: &Question) -> Space {

@@ -203,104 +203,19 @@ fn wrong(key: &str, value: &str, expected: &str) -> Error {
 /// Why this layout is impossible, if it is.
 fn check(placement: &Placement, p: &Problem) -> Result<()> {
     let l = &placement.layout;
-    let m = &p.shape.model;
-    let not = |what: String, hint: &str| Err(Error::user(what).hint(hint.to_owned()));
-    for (name, size) in [("heads", m.heads), ("key and value heads", m.kv_heads), ("ffn width", m.ffn)] {
-        if !size.is_multiple_of(l.tp) {
-            return not(
-                format!("tp={} does not divide the {size} {name} of {}", l.tp, m.name),
-                "choose a tp that divides heads, key and value heads and the width of the feed-forward layer",
-            );
-        }
+    // Keys are written without the table that they have in a run file.
+    let short = |e: Error| {
+        let hint = e.hint_text().unwrap_or("see `phalanx help plan`").replace("layout.", "");
+        Error::user(e.to_string().replace("layout.", "")).hint(hint.replace("batch.sequence=", "--sequence "))
+    };
+    l.check(&p.shape.model, p.sequences, p.sequence, p.software.tolerance)
+        .map_err(|broken| short(broken.into()))?;
+    if l.pp == 1 && l.schedule == PipelineSchedule::Interleaved {
+        return Err(Error::user("schedule=interleaved needs pp above 1").hint("leave chunks out"));
     }
-    if l.sequence_parallel && l.tp == 1 {
-        return not(
-            "sequence_parallel needs tp above 1".into(),
-            "give sequence_parallel=false, or a larger tp",
-        );
-    }
-    if !p.sequence.is_multiple_of(2 * placement.layout.cp) && placement.layout.cp > 1 {
-        let what = format!(
-            "cp={} wants a sequence of a multiple of {}, found {}",
-            placement.layout.cp,
-            2 * placement.layout.cp,
-            p.sequence
-        );
-        return not(what, "each rank takes two pieces of the sequence, one from each end");
-    }
-    if l.sequence_parallel && !(p.sequence / placement.layout.cp).is_multiple_of(l.tp) {
-        let what = format!(
-            "tp={} does not divide the {} tokens that a rank has",
-            l.tp,
-            p.sequence / placement.layout.cp
-        );
-        return not(what, "give sequence_parallel=false");
-    }
-    if l.pp > m.layers {
-        return not(
-            format!("pp={} exceeds the {} layers of {}", l.pp, m.layers, m.name),
-            "give at most one stage a layer",
-        );
-    }
-    if !p.sequences.is_multiple_of(l.dp * l.micro_batch) {
-        let what = format!(
-            "dp x micro_batch = {} x {} does not divide the global batch of {} sequences",
-            l.dp, l.micro_batch, p.sequences
-        );
-        return not(what, "change --sequences, or split into a dp and micro_batch that divide it");
-    }
-    let micro_batches = p.sequences / (l.dp * l.micro_batch);
-    match (l.schedule, l.chunks) {
-        (PipelineSchedule::Interleaved, 1) => {
-            return not("schedule=interleaved needs chunks above 1".into(), "give chunks, or schedule=1f1b");
-        }
-        (PipelineSchedule::Interleaved, chunks) if l.pp * chunks > m.layers + 2 => {
-            let what = format!("pp x chunks = {} x {chunks} exceeds the {} layers", l.pp, m.layers);
-            return not(what, "each chunk holds a layer at least");
-        }
-        (PipelineSchedule::Interleaved, _) if l.pp == 1 => {
-            return not("schedule=interleaved needs pp above 1".into(), "leave chunks out");
-        }
-        (PipelineSchedule::Interleaved, _) if !micro_batches.is_multiple_of(l.pp) => {
-            let what =
-                format!("interleaving wants a multiple of pp={} micro-batches, found {micro_batches}", l.pp);
-            return not(what, "change --sequences, dp or micro_batch");
-        }
-        (PipelineSchedule::Interleaved, _) | (_, 1) => {}
-        (_, chunks) => {
-            return not(
-                format!("chunks={chunks} belongs to schedule=interleaved"),
-                "leave schedule or chunks out",
-            );
-        }
-    }
-    match p.shape.experts {
-        None if placement.layout.ep > 1 => {
-            return not(
-                format!("ep={} on {}, which has no experts", placement.layout.ep, m.name),
-                "leave ep out",
-            );
-        }
-        Some(e) if !e.count.is_multiple_of(placement.layout.ep) => {
-            return not(
-                format!("ep={} does not divide the {} experts", placement.layout.ep, e.count),
-                "choose a divisor",
-            );
-        }
-        _ => {}
-    }
-    if !(l.dp * placement.layout.cp * l.tp).is_multiple_of(placement.layout.ep) {
-        let what = format!(
-            "ep={} does not divide the dp x cp x tp = {} ranks of a stage",
-            placement.layout.ep,
-            l.dp * placement.layout.cp * l.tp
-        );
-        return not(what, "choose a divisor of both");
-    }
-    if !(l.dp * placement.layout.cp).is_multiple_of(placement.shard) {
-        let what =
-            format!("shard={} does not divide dp x cp = {}", placement.shard, l.dp * placement.layout.cp);
-        return not(what, "ZeRO shards over a part of the replicas that divides them");
+    if !l.replicas().is_multiple_of(placement.shard) {
+        let what = format!("shard={} does not divide dp x cp = {}", placement.shard, l.replicas());
+        return Err(Error::user(what).hint("ZeRO shards over a part of the replicas that divides them"));
     }
     Ok(())
 }
@@ -344,14 +259,29 @@ mod tests {
             assert!(error.hint_text().is_some(), "{text}");
         };
         check("gpt3-175b", 1024, "tp=7", "7 does not divide 1024 accelerators");
-        check("gpt3-175b", 1024, "tp=64", "tp=64 does not divide the 96 heads");
-        check("gpt3-175b", 1024, "pp=128", "pp=128 exceeds the 96 layers");
+        check("gpt3-175b", 1024, "tp=64", "tp = 64 does not divide the 96 query heads of gpt3-175b");
+        check("gpt3-175b", 1024, "pp=128", "pp x chunks = 128 x 1 stages, but gpt3-175b has 96 layers");
         check("gpt3-175b", 1024, "dp=1000,tp=1", "is not the 1024 accelerators");
-        check("gpt3-175b", 1024, "tp=8,pp=16,micro_batch=7", "does not divide the global batch of 1536");
-        check("gpt3-175b", 1024, "tp=8,pp=16,chunks=7", "exceeds the 96 layers");
+        check(
+            "gpt3-175b",
+            1024,
+            "tp=8,pp=16,micro_batch=7",
+            "micro_batch = 7 does not divide a rank's share of 192 sequences",
+        );
+        check(
+            "gpt3-175b",
+            1024,
+            "tp=8,pp=16,chunks=7",
+            "pp x chunks = 16 x 7 stages, but gpt3-175b has 96 layers",
+        );
         check("gpt3-175b", 1024, "tp=8,ep=2", "has no experts");
         check("mixtral-8x7b", 64, "ep=3", "does not divide the 8 experts");
-        check("gpt3-175b", 1024, "tp=8,schedule=zb,chunks=2", "belongs to schedule=interleaved");
+        check(
+            "gpt3-175b",
+            1024,
+            "tp=8,schedule=zb,chunks=2",
+            "needs schedule = \"interleaved\", found zero-bubble",
+        );
         check("gpt3-175b", 1024, "tp", "is not KEY=VALUE");
         check("gpt3-175b", 1024, "tpp=8", "unknown key tpp");
         check("gpt3-175b", 1024, "tp=8,tp=4", "tp is written twice");

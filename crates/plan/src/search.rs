@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 use serde::Serialize;
-use spec::{Error, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Zero};
+use spec::{Error, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Rule, Zero};
 
 use crate::estimate::{Estimate, Estimator, Problem};
 use crate::placement::{Order, Placement};
@@ -209,15 +209,19 @@ fn divisors(n: usize) -> Vec<usize> {
 fn jobs(problem: &Problem, space: &Space) -> Vec<Job> {
     let m = &problem.shape.model;
     let n = space.accelerators;
-    let splits =
-        |tp: usize| m.heads.is_multiple_of(tp) && m.kv_heads.is_multiple_of(tp) && m.ffn.is_multiple_of(tp);
-    let tps: Vec<usize> = divisors(n).into_iter().filter(|tp| *tp <= TP_MAX && splits(*tp)).collect();
+    // Each as one replica of a stage, whatever the rest.
+    let allowed = |tp: usize, cp: usize, sequence_parallel: bool| {
+        let layout = Layout { tp, cp, sequence_parallel, reduce: Reduce::Ring, ..Layout::default() };
+        layout.check(m, 1, problem.sequence, problem.software.tolerance).is_ok()
+    };
+    let tps: Vec<usize> =
+        divisors(n).into_iter().filter(|tp| *tp <= TP_MAX && allowed(*tp, 1, false)).collect();
     let contexts: Vec<usize> = if space.trainable_only || problem.sequence < 16_384 {
         vec![1]
     } else {
         [1, 2, 4, 8, 16, 32]
             .into_iter()
-            .filter(|cp| n.is_multiple_of(*cp) && problem.sequence.is_multiple_of(2 * cp))
+            .filter(|cp| n.is_multiple_of(*cp) && allowed(1, *cp, false))
             .collect()
     };
     let experts: Vec<usize> = match problem.shape.experts {
@@ -234,9 +238,7 @@ fn jobs(problem: &Problem, space: &Space) -> Vec<Job> {
             for &ep in &experts {
                 for &micro_batch in &micro_batches {
                     for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
-                        let can = tp > 1 && (problem.sequence / cp).is_multiple_of(tp);
-                        let modes: &[bool] = if can { &[true, false] } else { &[false] };
-                        for &sequence_parallel in modes {
+                        for sequence_parallel in [true, false].into_iter().filter(|m| allowed(tp, cp, *m)) {
                             jobs.push(Job { tp, cp, ep, sequence_parallel, micro_batch, recompute });
                         }
                     }
@@ -338,10 +340,31 @@ fn better(a: &Found, b: &Found) -> bool {
     key(a) <= key(b)
 }
 
+impl Job {
+    /// A layout of this job, without chunks or ZeRO.
+    fn layout(&self, dp: usize, pp: usize) -> Layout {
+        let Job { tp, cp, ep, sequence_parallel, micro_batch, recompute } = *self;
+        let reduce = Reduce::Ring;
+        Layout { dp, tp, pp, cp, ep, sequence_parallel, micro_batch, recompute, reduce, ..Layout::default() }
+    }
+}
+
+/// A broken rule in the words of a search.
+fn reason(rule: Rule) -> &'static str {
+    match rule {
+        Rule::Sizes => "more ranks than any machine has",
+        Rule::Context => "the sequence has no such halves",
+        Rule::Tensor => "tensor parallelism has no equal shares",
+        Rule::Experts => "experts do not divide the ranks of a stage",
+        Rule::Stages => "more stages than layers",
+        Rule::Batch => "micro-batches do not divide the batch",
+    }
+}
+
 /// The dp x pp x schedule x ZeRO x placement part of the space under one template.
 fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
     let mut part = Part::default();
-    let layers = problem.shape.model.layers;
+    let (layers, tolerance) = (problem.shape.model.layers, problem.software.tolerance);
     let rest = space.accelerators / job.tp / job.cp;
     if rest * job.tp * job.cp != space.accelerators {
         part.refuse("axes do not multiply to the accelerators");
@@ -350,21 +373,15 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
     let mut estimator = Estimator::new(problem, space.format)?;
     let mut shared = None;
     for pp in divisors(rest) {
-        if pp > layers {
-            part.refuse("more stages than layers");
+        let plain = job.layout(rest / pp, pp);
+        if let Err(broken) = plain.check(&problem.shape.model, problem.sequences, problem.sequence, tolerance)
+        {
+            part.refuse(reason(broken.rule));
             continue;
         }
-        let dp = rest / pp;
-        if !problem.sequences.is_multiple_of(dp * job.micro_batch) {
-            part.refuse("micro-batches do not divide the batch");
-            continue;
-        }
-        if job.ep > 1 && !(dp * job.cp * job.tp).is_multiple_of(job.ep) {
-            part.refuse("experts do not divide the ranks of a stage");
-            continue;
-        }
+        let dp = plain.dp;
         let micro_batches = problem.sequences / dp / job.micro_batch;
-        let ends = !space.trainable_only && problem.software.name != "phalanx";
+        let ends = !space.trainable_only && tolerance.empty_ends;
         for (schedule, chunks) in schedules(pp, layers, micro_batches, ends) {
             for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
                 if dp * job.cp == 1 && zero != Zero::Off {
@@ -374,21 +391,7 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
                     if pp > 1 && dp > 1 { &[Order::TpCpDpPp, Order::TpCpPpDp] } else { &[Order::TpCpDpPp] };
                 let mut twin = None;
                 for &order in orders {
-                    let layout = Layout {
-                        dp,
-                        tp: job.tp,
-                        pp,
-                        sequence_parallel: job.sequence_parallel,
-                        zero,
-                        schedule,
-                        chunks,
-                        stage_layers: Vec::new(),
-                        micro_batch: job.micro_batch,
-                        recompute: job.recompute,
-                        reduce: Reduce::Ring,
-                        cp: job.cp,
-                        ep: job.ep,
-                    };
+                    let layout = Layout { zero, schedule, chunks, ..plain.clone() };
                     let placement = Placement { layout, shard: dp * job.cp, format: space.format, order };
                     let shared = match &shared {
                         Some(shared) => shared,

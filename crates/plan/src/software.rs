@@ -1,7 +1,9 @@
 //! What a training stack does with a program: which kernels, what it overlaps, what it keeps.
 
 use serde::Serialize;
-use spec::Family;
+use spec::{Family, Tolerance};
+
+use crate::storage::{CHECKPOINT_BYTES_PER_PARAM, OWN_BYTES_PER_PARAM};
 
 /// A generation of a training stack. Facts about code, not fitted constants; those are in [`crate::calibration`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -43,6 +45,10 @@ pub struct Software {
     pub sequence_parallel: bool,
     /// Parameters are also kept sharded during compute by default ("FSDP").
     pub fsdp: bool,
+    /// What it makes of layouts that the program refuses.
+    pub tolerance: Tolerance,
+    /// Bytes that its checkpoints hold for each parameter.
+    pub checkpoint_bytes_per_param: f64,
 }
 
 /// When messages run beside compute.
@@ -88,6 +94,8 @@ const MEGATRON_2021: Software = Software {
     dropout: true,
     sequence_parallel: false,
     fsdp: false,
+    tolerance: OTHERS,
+    checkpoint_bytes_per_param: CHECKPOINT_BYTES_PER_PARAM,
 };
 
 const MEGATRON_CORE: Software = Software {
@@ -109,6 +117,8 @@ const MEGATRON_CORE: Software = Software {
     dropout: false,
     sequence_parallel: true,
     fsdp: false,
+    tolerance: OTHERS,
+    checkpoint_bytes_per_param: CHECKPOINT_BYTES_PER_PARAM,
 };
 
 const FSDP: Software = Software {
@@ -130,6 +140,8 @@ const FSDP: Software = Software {
     dropout: false,
     sequence_parallel: true,
     fsdp: true,
+    tolerance: OTHERS,
+    checkpoint_bytes_per_param: CHECKPOINT_BYTES_PER_PARAM,
 };
 
 /// All generations.
@@ -205,9 +217,14 @@ pub const ALL: [Software; 18] = [
         tree_sums: true,
         recompute_whole_layers: false,
         eager: false,
+        tolerance: Tolerance::NONE,
+        checkpoint_bytes_per_param: OWN_BYTES_PER_PARAM,
         ..MEGATRON_CORE
     },
 ];
+
+/// What stacks other than this program are planned with: layouts beyond it are priced where a published run had them.
+const OTHERS: Tolerance = Tolerance { empty_ends: true, ..Tolerance::NONE };
 
 impl Software {
     /// The generation of that name.

@@ -1,3 +1,4 @@
+use crate::legality::{Checked, Rule, Tolerance, broken};
 use crate::sum_tree::SumTree;
 use crate::{Error, Layout, ModelSpec, PipelineSchedule, Reduce, Result, Zero};
 
@@ -22,11 +23,25 @@ impl Layout {
     /// # Ok::<(), spec::Error>(())
     /// ```
     pub fn validate(&self, model: &ModelSpec, sequences: usize, sequence: usize) -> Result<()> {
+        Ok(self.check(model, sequences, sequence, Tolerance::NONE)?)
+    }
+
+    /// [`Layout::validate`] for stacks that make do with some layouts that this program refuses.
+    ///
+    /// # Errors
+    /// The first rule that the layout breaks; what to say of it is worked out when asked for.
+    pub fn check<'a>(
+        &'a self,
+        model: &'a ModelSpec,
+        sequences: usize,
+        sequence: usize,
+        tolerance: Tolerance,
+    ) -> Checked<'a> {
         self.check_sizes(sequences)?;
-        self.check_context(sequence)?;
-        self.check_tensor(model, sequence)?;
-        self.check_experts(model, sequence)?;
-        self.check_pipeline(model)?;
+        self.check_context(sequence, tolerance)?;
+        self.check_tensor(model, sequence, tolerance)?;
+        self.check_experts(model, sequence, tolerance)?;
+        self.check_pipeline(model, tolerance)?;
         self.check_data(sequences)?;
         self.check_interleaving(sequences)
     }
@@ -91,7 +106,7 @@ impl Layout {
         }
     }
 
-    fn check_sizes(&self, sequences: usize) -> Result<()> {
+    fn check_sizes(&self, sequences: usize) -> Checked<'_> {
         let sizes = [
             ("layout.dp", self.dp),
             ("layout.tp", self.tp),
@@ -102,193 +117,233 @@ impl Layout {
             ("layout.micro_batch", self.micro_batch),
             ("global batch in sequences", sequences),
         ];
-        for (name, size) in sizes {
-            if size == 0 || size > MAX_WORLD {
-                return Err(Error::user(format!("{name} = {size}, expected 1 to {MAX_WORLD}")));
-            }
+        if let Some((name, size)) = sizes.into_iter().find(|(_, size)| *size == 0 || *size > MAX_WORLD) {
+            return broken(Rule::Sizes, move || {
+                Error::user(format!("{name} = {size}, expected 1 to {MAX_WORLD}"))
+            });
         }
         let world =
             [self.tp, self.pp, self.cp].into_iter().try_fold(self.dp, |world, size| world.checked_mul(size));
         match world {
             Some(world) if world <= MAX_WORLD => Ok(()),
-            _ => Err(Error::user(format!("{} ranks, expected at most {MAX_WORLD}", self.axes()))),
+            _ => broken(Rule::Sizes, || {
+                Error::user(format!("{} ranks, expected at most {MAX_WORLD}", self.axes()))
+            }),
         }
     }
 
     /// Causal work grows along the sequence: each rank takes one piece from the front and its mirror from the back.
-    fn check_context(&self, sequence: usize) -> Result<()> {
+    fn check_context(&self, sequence: usize, tolerance: Tolerance) -> Checked<'_> {
         let cp = self.cp;
-        let works = |cp: usize| cp == 1 || sequence.is_multiple_of(2 * cp);
-        if works(cp) {
+        let works = move |cp: usize| cp == 1 || sequence.is_multiple_of(2 * cp);
+        if works(cp) || tolerance.padded_sequence {
             return Ok(());
         }
-        let what = format!(
-            "layout.cp = {cp} cuts a sequence into {} pieces, which do not divide its {sequence} tokens",
-            2 * cp
-        );
-        Err(Error::user(what).hint(values("layout.cp", divisors(sequence).filter(|&c| works(c)))))
+        broken(Rule::Context, move || {
+            let what = format!(
+                "layout.cp = {cp} cuts a sequence into {} pieces, which do not divide its {sequence} tokens",
+                2 * cp
+            );
+            Error::user(what).hint(values("layout.cp", divisors(sequence).filter(|&c| works(c))))
+        })
     }
 
-    fn check_experts(&self, model: &ModelSpec, sequence: usize) -> Result<()> {
+    fn check_experts<'a>(
+        &'a self,
+        model: &'a ModelSpec,
+        sequence: usize,
+        tolerance: Tolerance,
+    ) -> Checked<'a> {
         let Layout { tp, ep, .. } = *self;
         let Some(experts) = &model.experts else {
             if ep == 1 {
                 return Ok(());
             }
-            return Err(Error::user(format!("layout.ep = {ep}, but {} has no experts", model.name))
-                .hint("set layout.ep=1"));
+            return broken(Rule::Experts, move || {
+                Error::user(format!("layout.ep = {ep}, but {} has no experts", model.name))
+                    .hint("set layout.ep=1")
+            });
         };
         let ranks = self.stage_ranks();
-        let works = |ep: usize| ranks.is_multiple_of(ep) && experts.count.is_multiple_of(ep);
+        let count = experts.count;
+        let whole = move |ep: usize| count.is_multiple_of(ep) || tolerance.padded;
+        let works = move |ep: usize| ranks.is_multiple_of(ep) && whole(ep);
         if !works(ep) {
-            let (size, what) = if experts.count.is_multiple_of(ep) {
-                (ranks, "ranks of a stage (dp x cp x tp)".to_owned())
-            } else {
-                (experts.count, format!("experts of {}", model.name))
-            };
-            return Err(Error::user(format!("layout.ep = {ep} does not divide the {size} {what}"))
-                .hint(values("layout.ep", divisors(experts.count).filter(|&e| works(e)))));
+            return broken(Rule::Experts, move || {
+                let (size, what) = if whole(ep) {
+                    (ranks, "ranks of a stage (dp x cp x tp)".to_owned())
+                } else {
+                    (count, format!("experts of {}", model.name))
+                };
+                Error::user(format!("layout.ep = {ep} does not divide the {size} {what}"))
+                    .hint(values("layout.ep", divisors(count).filter(|&e| works(e))))
+            });
         }
-        if !experts.shared_ffn.is_multiple_of(tp) {
-            return Err(Error::user(format!(
-                "layout.tp = {tp} does not divide the {} columns of the shared experts of {}",
-                experts.shared_ffn, model.name
-            ))
-            .hint(values("layout.tp", divisors(experts.shared_ffn))));
+        let shared = experts.shared_ffn;
+        if !shared.is_multiple_of(tp) && !tolerance.padded {
+            return broken(Rule::Tensor, move || {
+                Error::user(format!(
+                    "layout.tp = {tp} does not divide the {shared} columns of the shared experts of {}",
+                    model.name
+                ))
+                .hint(values("layout.tp", divisors(shared)))
+            });
         }
         // Each tensor-parallel rank routes its own share of the tokens.
         let tokens = self.micro_batch.saturating_mul(sequence / self.cp);
-        if !tokens.is_multiple_of(tp) {
-            return Err(Error::user(format!(
-                "layout.tp = {tp} does not divide the {tokens} tokens of a micro-batch, which experts need"
-            ))
-            .hint(values("layout.tp", divisors(tokens))));
+        if !tokens.is_multiple_of(tp) && !tolerance.padded_sequence {
+            return broken(Rule::Tensor, move || {
+                Error::user(format!(
+                    "layout.tp = {tp} does not divide the {tokens} tokens of a micro-batch, which experts need"
+                ))
+                .hint(values("layout.tp", divisors(tokens)))
+            });
         }
         Ok(())
     }
 
-    fn check_tensor(&self, model: &ModelSpec, sequence: usize) -> Result<()> {
+    fn check_tensor<'a>(
+        &'a self,
+        model: &'a ModelSpec,
+        sequence: usize,
+        tolerance: Tolerance,
+    ) -> Checked<'a> {
         let tp = self.tp;
-        let divides = |n: usize| n.is_multiple_of(tp);
-        let mut cut = vec![("query heads", model.heads)];
-        // Keys and values of latent attention are as many as queries.
-        cut.extend(model.latent.is_none().then_some(("key and value heads", model.kv_heads)));
-        // A model of nothing but experts has no other feed-forward layer.
-        cut.extend((model.expert_layers() < model.layers).then_some(("ffn columns", model.ffn)));
-        for &(what, size) in &cut {
-            if !divides(size) {
-                let most = cut.iter().map(|(_, n)| *n).min().unwrap_or(1);
-                let works = (1..=most).filter(|t| cut.iter().all(|(_, n)| n.is_multiple_of(*t)));
-                return Err(Error::user(format!(
-                    "layout.tp = {tp} does not divide the {size} {what} of {}",
-                    model.name
-                ))
-                .hint(values("layout.tp", works)));
-            }
+        let copied = tolerance.copied_kv_heads && model.kv_heads < tp;
+        let cut = [
+            (!tolerance.padded).then_some(("query heads", model.heads)),
+            // Keys and values of latent attention are as many as queries.
+            (model.latent.is_none() && !tolerance.padded && !copied)
+                .then_some(("key and value heads", model.kv_heads)),
+            // A model of nothing but experts has no other feed-forward layer.
+            (model.expert_layers() < model.layers && !tolerance.padded).then_some(("ffn columns", model.ffn)),
+        ];
+        let cut = move || cut.into_iter().flatten();
+        if let Some((what, size)) = cut().find(|(_, size)| !size.is_multiple_of(tp)) {
+            return broken(Rule::Tensor, move || {
+                let most = cut().map(|(_, n)| n).min().unwrap_or(1);
+                let works = (1..=most).filter(|t| cut().all(|(_, n)| n.is_multiple_of(*t)));
+                Error::user(format!("layout.tp = {tp} does not divide the {size} {what} of {}", model.name))
+                    .hint(values("layout.tp", works))
+            });
         }
         if self.sequence_parallel && tp == 1 {
-            return Err(Error::user(
-                "layout.sequence_parallel = true needs layout.tp > 1, found layout.tp = 1",
-            )
-            .hint("set layout.sequence_parallel=false, or layout.tp=2"));
+            return broken(Rule::Tensor, || {
+                Error::user("layout.sequence_parallel = true needs layout.tp > 1, found layout.tp = 1")
+                    .hint("set layout.sequence_parallel=false, or layout.tp=2")
+            });
         }
         let local = sequence / self.cp;
-        if self.sequence_parallel && !divides(local) {
+        if !self.sequence_parallel || local.is_multiple_of(tp) || tolerance.padded_sequence {
+            return Ok(());
+        }
+        broken(Rule::Tensor, move || {
             let part =
                 if self.cp == 1 { "the sequence" } else { "a context-parallel rank's part of the sequence," };
-            return Err(Error::user(format!(
+            Error::user(format!(
                 "layout.sequence_parallel = true needs layout.tp = {tp} to divide {part} of {local} tokens"
             ))
             .hint(format!(
                 "set batch.sequence={}, or layout.sequence_parallel=false",
                 local.next_multiple_of(tp) * self.cp
-            )));
-        }
-        Ok(())
+            ))
+        })
     }
 
-    fn check_pipeline(&self, model: &ModelSpec) -> Result<()> {
+    fn check_pipeline<'a>(&'a self, model: &'a ModelSpec, tolerance: Tolerance) -> Checked<'a> {
         let Layout { pp, chunks, .. } = *self;
         let stages = pp.saturating_mul(chunks);
         let interleaved = self.schedule == PipelineSchedule::Interleaved;
         if interleaved && chunks == 1 {
-            return Err(Error::user(
-                "layout.schedule = \"interleaved\" needs layout.chunks > 1, found layout.chunks = 1",
-            )
-            .hint("set layout.chunks=2, or layout.schedule=1f1b"));
+            return broken(Rule::Stages, || {
+                Error::user(
+                    "layout.schedule = \"interleaved\" needs layout.chunks > 1, found layout.chunks = 1",
+                )
+                .hint("set layout.chunks=2, or layout.schedule=1f1b")
+            });
         }
         if !interleaved && chunks > 1 {
-            return Err(Error::user(format!(
-                "layout.chunks = {chunks} needs layout.schedule = \"interleaved\", found {}",
-                self.schedule.name()
-            ))
-            .hint("set layout.schedule=interleaved, or layout.chunks=1"));
+            return broken(Rule::Stages, move || {
+                Error::user(format!(
+                    "layout.chunks = {chunks} needs layout.schedule = \"interleaved\", found {}",
+                    self.schedule.name()
+                ))
+                .hint("set layout.schedule=interleaved, or layout.chunks=1")
+            });
         }
-        if stages > model.layers {
-            let most = model.layers / chunks;
-            let hint = match most {
-                0 => format!("set layout.chunks to at most {}", (model.layers / pp).max(1)),
-                _ => format!("set layout.pp to at most {most}"),
-            };
-            return Err(Error::user(format!(
-                "layout.pp x chunks = {pp} x {chunks} stages, but {} has {} layers",
-                model.name, model.layers
-            ))
-            .hint(hint));
+        // Ends of their own need chunks: a stage of a plain pipeline holds a layer at least.
+        let room = model.layers + if tolerance.empty_ends && interleaved { 2 } else { 0 };
+        if stages > room || pp > model.layers {
+            return broken(Rule::Stages, move || {
+                let most = (room / chunks).min(model.layers);
+                let hint = match most {
+                    0 => format!("set layout.chunks to at most {}", (room / pp).max(1)),
+                    _ => format!("set layout.pp to at most {most}"),
+                };
+                Error::user(format!(
+                    "layout.pp x chunks = {pp} x {chunks} stages, but {} has {} layers",
+                    model.name, model.layers
+                ))
+                .hint(hint)
+            });
         }
+        self.check_split(model, stages)
+    }
+
+    /// Layers of each stage, if they are given.
+    fn check_split<'a>(&'a self, model: &'a ModelSpec, stages: usize) -> Checked<'a> {
         let split = &self.stage_layers;
         if split.is_empty() {
             return Ok(());
         }
-        let even: Vec<usize> =
-            (0..stages).map(|s| model.layers / stages + usize::from(s < model.layers % stages)).collect();
-        let example = format!("for example layout.stage_layers={even:?}");
-        if split.len() != stages {
-            return Err(Error::user(format!(
-                "layout.stage_layers has {} entries, expected layout.pp x chunks = {stages}",
-                split.len()
-            ))
-            .hint(example));
-        }
-        if let Some(empty) = split.iter().position(|&n| n == 0) {
-            return Err(Error::user(format!(
-                "layout.stage_layers[{empty}] = 0, expected at least one layer a stage"
-            ))
-            .hint(example));
-        }
         let sum = split.iter().fold(0usize, |sum, &n| sum.saturating_add(n));
-        if sum != model.layers {
-            return Err(Error::user(format!(
-                "layout.stage_layers adds up to {sum} layers, but {} has {}",
-                model.name, model.layers
-            ))
-            .hint(example));
+        let empty = split.iter().position(|&n| n == 0);
+        if split.len() == stages && empty.is_none() && sum == model.layers {
+            return Ok(());
         }
-        Ok(())
+        broken(Rule::Stages, move || {
+            let layers = model.layers;
+            let even: Vec<usize> =
+                (0..stages).map(|s| layers / stages + usize::from(s < layers % stages)).collect();
+            let what = match empty {
+                _ if split.len() != stages => format!(
+                    "layout.stage_layers has {} entries, expected layout.pp x chunks = {stages}",
+                    split.len()
+                ),
+                Some(empty) => {
+                    format!("layout.stage_layers[{empty}] = 0, expected at least one layer a stage")
+                }
+                None => {
+                    format!("layout.stage_layers adds up to {sum} layers, but {} has {layers}", model.name)
+                }
+            };
+            Error::user(what).hint(format!("for example layout.stage_layers={even:?}"))
+        })
     }
 
-    fn check_data(&self, n: usize) -> Result<()> {
+    fn check_data(&self, n: usize) -> Checked<'_> {
         let Layout { dp, micro_batch: m, .. } = *self;
         let tree = (self.reduce == Reduce::Tree).then(|| SumTree::new(n));
         // Under a fixed tree, ranks add in pairs: their number is a power of two that splits the tree at the root.
-        let dp_works = |d: usize| {
+        let dp_works = move |d: usize| {
             n.is_multiple_of(d) && tree.as_ref().is_none_or(|tree| d.is_power_of_two() && tree.splits(d))
         };
-        let all_dp = || divisors(n).filter(|&d| dp_works(d));
-        if !n.is_multiple_of(dp) {
-            return Err(Error::user(format!(
-                "layout.dp = {dp} does not divide the global batch of {n} sequences"
-            ))
-            .hint(values("layout.dp", all_dp())));
-        }
         if !dp_works(dp) {
-            return Err(Error::user(format!(
-                "layout.dp = {dp} does not split the sum tree over {n} sequences (a power of two that divides {n})"
-            ))
-            .hint(format!("{}; any divisor with layout.reduce=ring", values("layout.dp", all_dp()))));
+            return broken(Rule::Batch, move || {
+                let hint = values("layout.dp", divisors(n).filter(|&d| dp_works(d)));
+                if !n.is_multiple_of(dp) {
+                    let what = format!("layout.dp = {dp} does not divide the global batch of {n} sequences");
+                    return Error::user(what).hint(hint);
+                }
+                Error::user(format!(
+                    "layout.dp = {dp} does not split the sum tree over {n} sequences (a power of two that divides {n})"
+                ))
+                .hint(format!("{hint}; any divisor with layout.reduce=ring"))
+            });
         }
         let share = n / dp;
-        let m_works = |m: usize| {
+        let tree = (self.reduce == Reduce::Tree).then(|| SumTree::new(n));
+        let m_works = move |m: usize| {
             share.is_multiple_of(m)
                 && tree.as_ref().is_none_or(|tree| {
                     // From ZeRO 2 on, the same micro-batch of all ranks is reduced at once: together they have to be
@@ -299,28 +354,32 @@ impl Layout {
         if m_works(m) {
             return Ok(());
         }
-        let what = if share.is_multiple_of(m) {
-            format!(
-                "layout.micro_batch = {m} is not a whole subtree of the sum over {n} sequences in {dp} shares"
-            )
-        } else {
-            format!(
-                "layout.micro_batch = {m} does not divide a rank's share of {share} sequences ({n} over layout.dp = {dp})"
-            )
-        };
-        Err(Error::user(what).hint(values("layout.micro_batch", divisors(share).filter(|&m| m_works(m)))))
+        broken(Rule::Batch, move || {
+            let what = if share.is_multiple_of(m) {
+                format!(
+                    "layout.micro_batch = {m} is not a whole subtree of the sum over {n} sequences in {dp} shares"
+                )
+            } else {
+                format!(
+                    "layout.micro_batch = {m} does not divide a rank's share of {share} sequences ({n} over layout.dp = {dp})"
+                )
+            };
+            Error::user(what).hint(values("layout.micro_batch", divisors(share).filter(|&m| m_works(m))))
+        })
     }
 
-    fn check_interleaving(&self, n: usize) -> Result<()> {
+    fn check_interleaving(&self, n: usize) -> Checked<'_> {
         let micro_batches = n / self.dp / self.micro_batch;
         let pp = self.pp;
         if self.schedule != PipelineSchedule::Interleaved || micro_batches.is_multiple_of(pp) {
             return Ok(());
         }
-        Err(Error::user(format!(
-            "layout.schedule = \"interleaved\" needs layout.pp = {pp} to divide the {micro_batches} micro-batches of a rank"
-        ))
-        .hint(values("layout.pp", divisors(micro_batches))))
+        broken(Rule::Batch, move || {
+            Error::user(format!(
+                "layout.schedule = \"interleaved\" needs layout.pp = {pp} to divide the {micro_batches} micro-batches of a rank"
+            ))
+            .hint(values("layout.pp", divisors(micro_batches)))
+        })
     }
 }
 

@@ -161,7 +161,7 @@ fn stage_layers(placement: &Placement, layers: usize, software: &Software) -> (f
         return (most as f64, own(l.pp - 1, &of) as f64);
     }
     // Some stacks let the embedding and the head count as a layer each: their chunks may hold nothing else.
-    if software.name == "phalanx" || layers + 2 < virtuals {
+    if !software.tolerance.empty_ends || layers + 2 < virtuals {
         let of = |v: usize| layers * (v + 1) / virtuals - layers * v / virtuals;
         let most = (0..l.pp).map(|s| own(s, &of)).max().unwrap_or(layers);
         return (most as f64, own(l.pp - 1, &of) as f64);

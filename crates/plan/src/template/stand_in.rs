@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use program::{ALIGN, Collective, Home, Mode, Phase, Place, Program, Replication, Request};
-use spec::{Layout, PipelineSchedule, Position, Recompute, Reduce, Result, Zero};
+use spec::{Layout, Recompute, Reduce, Result, Tolerance, lcm};
 
 use super::tasks::tasks;
 use super::{Key, Section};
@@ -24,27 +24,9 @@ impl StandIn {
     /// Layers all with experts, or all without; with the stage that holds the head only if asked for.
     pub(super) fn build(shape: &Shape, key: &Key, experts: bool, head: bool) -> Result<Self> {
         let mut model = shape.model.clone();
-        // Fewer key and value heads than ranks: each rank holds a copy of one.
-        model.kv_heads = model.kv_heads.max(key.tp);
-        model.heads = model.heads.next_multiple_of(model.kv_heads);
-        if model.latent.is_some() {
-            model.heads = shape.model.heads.next_multiple_of(key.tp);
-            model.kv_heads = model.heads;
-        }
-        model.ffn = model.ffn.next_multiple_of(key.tp);
         model.experts = model.experts.filter(|_| experts);
         if let Some(e) = &mut model.experts {
             (e.dense_layers, e.every) = (0, 1);
-            e.count = e.count.next_multiple_of(key.ep);
-            e.shared_ffn = e.shared_ffn.next_multiple_of(key.tp);
-        }
-        // Context parallelism cuts in halves, tensor parallelism takes equal shares.
-        let halves = if key.cp > 1 { 2 } else { 1 };
-        let shares = if key.sequence_parallel || experts { key.tp } else { 1 };
-        let local = key.sequence.div_ceil(key.cp).next_multiple_of(lcm(halves, shares));
-        let sequence = local * key.cp;
-        if let Position::Learned { max_positions } = &mut model.position {
-            *max_positions = (*max_positions).max(sequence);
         }
         let ep = if experts { key.ep } else { 1 };
         let inner = key.tp * key.cp;
@@ -59,14 +41,12 @@ impl StandIn {
             cp: key.cp,
             ep,
             sequence_parallel: key.sequence_parallel,
-            zero: Zero::Off,
-            schedule: PipelineSchedule::OneFOneB,
-            chunks: 1,
-            stage_layers: Vec::new(),
             micro_batch: key.micro_batch,
             recompute: if whole { Recompute::None } else { key.recompute },
             reduce: Reduce::Ring,
+            ..Layout::default()
         };
+        let (mut model, sequence) = Tolerance::ALL.held(&layout, &model, key.sequence);
         model.layers = 2 * LAYERS;
         let program = |rank| {
             let request = Request {
@@ -154,12 +134,4 @@ fn section(p: &Program, place: Place) -> Section {
         of.extend(tasks(p, op));
     }
     s
-}
-
-fn lcm(a: usize, b: usize) -> usize {
-    let (mut x, mut y) = (a, b);
-    while y > 0 {
-        (x, y) = (y, x % y);
-    }
-    a / x.max(1) * b
 }
