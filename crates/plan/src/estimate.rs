@@ -200,8 +200,8 @@ impl<'a> Estimator<'a> {
         let l = &placement.layout;
         Key {
             tp: l.tp,
-            cp: placement.layout.cp,
-            ep: placement.layout.ep,
+            cp: l.cp,
+            ep: l.ep,
             sequence_parallel: l.sequence_parallel,
             micro_batch: l.micro_batch,
             recompute: l.recompute,

@@ -300,6 +300,13 @@ impl Part {
         }
     }
 
+    /// Whether a layout that takes at least `least_s` can neither be among the `keep` best nor on the front.
+    fn beaten(&self, keep: usize, least_s: f64, memory: f64) -> bool {
+        let worst = self.best.get(keep.saturating_sub(1)).map_or(f64::INFINITY, |b| b.estimate.step_s);
+        let at = || self.front.partition_point(|f| f.estimate.step_s < least_s);
+        least_s > worst && self.dominated(at(), least_s, memory)
+    }
+
     /// Whether a layout of the front is no slower than `t` and no larger than `m`. Memory falls along the front.
     fn dominated(&self, at: usize, t: f64, m: f64) -> bool {
         let here =
@@ -398,17 +405,10 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
                         None => shared.insert(estimator.shared(&placement)?),
                     };
                     let (least_s, memory) = estimator.bound(&placement, shared);
-                    let worst = part
-                        .best
-                        .get(space.keep.saturating_sub(1))
-                        .map_or(f64::INFINITY, |b| b.estimate.step_s);
                     let fits = memory <= problem.cluster.accelerator.memory_bytes.value;
-                    if fits && least_s > worst {
-                        let at = part.front.partition_point(|f| f.estimate.step_s < least_s);
-                        if part.dominated(at, least_s, memory) {
-                            part.pruned += 1;
-                            continue;
-                        }
+                    if fits && part.beaten(space.keep, least_s, memory) {
+                        part.pruned += 1;
+                        continue;
                     }
                     let estimate = estimator.estimate_shared(&placement, shared);
                     part.priced += 1;

@@ -169,19 +169,8 @@ impl Reader<'_> {
         if !conditions.stated {
             self.assume(format!("fabric not published: that of {} taken", conditions.cluster));
         }
-        let mut conditions = conditions;
-        if conditions.software.name == "torchtitan" {
-            let said = format!("{} {}", id, self.text("notes")).to_ascii_lowercase();
-            conditions.software.overlap_tp = said.contains("async");
-        }
-        if self.text("model name").contains("tokendrop") {
-            // Fixed capacities: the host need not wait for token counts.
-            conditions.software.eager = false;
-        }
         let (recipe, format) = self.format(&family.name);
-        // Its float8 recipe gathers in 8 bit; scales by rows do not allow that.
-        conditions.software.low_precision_gathers =
-            conditions.software.name == "torchtitan" && recipe == "fp8";
+        let software = self.as_run(conditions.software, &id, recipe);
         let problem = layouts::Problem {
             shape: &shape,
             n,
@@ -189,7 +178,7 @@ impl Reader<'_> {
             sequence,
             format,
             units: if family.name == "trainium" { cluster.accelerator.compute_units } else { 1 },
-            software: &conditions.software,
+            software: &software,
         };
         let (placements, slice) = usable!(layouts::placements(&mut self, &problem));
         let cluster = match slice {
@@ -208,12 +197,28 @@ impl Reader<'_> {
             sequence,
             sequences,
             cluster,
-            software: conditions.software,
+            software,
             recipe,
             step_s,
             measured,
             assumptions: self.assumptions,
         }))
+    }
+
+    /// The stack with what the row says of its switches.
+    fn as_run(&self, mut software: Software, id: &str, recipe: &str) -> Software {
+        let torchtitan = software.name == "torchtitan";
+        if torchtitan {
+            let said = format!("{id} {}", self.text("notes")).to_ascii_lowercase();
+            software.overlap_tp = said.contains("async");
+        }
+        if self.text("model name").contains("tokendrop") {
+            // Fixed capacities: the host need not wait for token counts.
+            software.eager = false;
+        }
+        // Its float8 recipe gathers in 8 bit; scales by rows do not allow that.
+        software.low_precision_gathers = torchtitan && recipe == "fp8";
+        software
     }
 
     fn format(&mut self, family: &str) -> (&'static str, NumberFormat) {
@@ -249,20 +254,28 @@ impl Reader<'_> {
         if has_experts
             || (self.count("hidden")?.is_none() && found.as_ref().is_some_and(|f| f.experts.is_some()))
         {
-            let Some(mut shape) = found else {
-                return Ok(Err(format!("the mixture \"{name}\" is not in catalog/shapes.toml")));
-            };
-            if let Some(layers) = layers {
-                shape.model.layers = layers;
-            }
-            if let (Some(experts), Some(first)) =
-                (shape.experts.as_mut(), self.text("notes").split("dense_layers=").nth(1))
-            {
-                let digits: String = first.chars().take_while(char::is_ascii_digit).collect();
-                experts.dense_layers = digits.parse().unwrap_or(experts.dense_layers);
-            }
-            return Ok(Ok(shape));
+            return Ok(self.mixture(found, &name, layers));
         }
+        self.dense(&name, layers)
+    }
+
+    fn mixture(&self, found: Option<Shape>, name: &str, layers: Option<usize>) -> Usable<Shape> {
+        let Some(mut shape) = found else {
+            return Err(format!("the mixture \"{name}\" is not in catalog/shapes.toml"));
+        };
+        if let Some(layers) = layers {
+            shape.model.layers = layers;
+        }
+        if let (Some(experts), Some(first)) =
+            (shape.experts.as_mut(), self.text("notes").split("dense_layers=").nth(1))
+        {
+            let digits: String = first.chars().take_while(char::is_ascii_digit).collect();
+            experts.dense_layers = digits.parse().unwrap_or(experts.dense_layers);
+        }
+        Ok(shape)
+    }
+
+    fn dense(&mut self, name: &str, layers: Option<usize>) -> Result<Usable<Shape>> {
         let params = self.number("params_b")?.map(|b| b * 1e9);
         let Some(hidden) = self.count("hidden")? else {
             return Ok(Err("the model's shape was not published".into()));
@@ -297,12 +310,12 @@ impl Reader<'_> {
             }
             _ => return Ok(Err("the model's shape was not published".into())),
         };
-        let model = known::closest(&name, layers, hidden, ffn, heads, kv_heads, vocab, params);
+        let model = known::closest(name, layers, hidden, ffn, heads, kv_heads, vocab, params);
         if ffn.is_none() {
             self.assume(format!("feed-forward width not published: {}", model.ffn));
         }
         Ok(Ok(Shape::from_model(dense(
-            if name.is_empty() { "model" } else { &name },
+            if name.is_empty() { "model" } else { name },
             Sizes { layers, hidden, heads, kv_heads, vocab, ..model },
         ))))
     }

@@ -25,7 +25,7 @@ pub(crate) fn config(p: &Problem, placement: &Placement) -> Result<Emitted> {
             "plan with schedule=1f1b, or --emit megatron-deepspeed",
         );
     }
-    if placement.layout.ep > 1 {
+    if l.ep > 1 {
         return refuse(
             "expert parallelism by configuration alone".into(),
             "plan with ep=1, or --emit megatron-deepspeed",
@@ -47,14 +47,15 @@ pub(crate) fn config(p: &Problem, placement: &Placement) -> Result<Emitted> {
     Ok(Emitted { text: format!("{file:#}\n"), notes })
 }
 
+const MEGATRON: &str = "Megatron-DeepSpeed";
+
 /// Arguments of Megatron-DeepSpeed; its configuration file goes to the notes.
 pub(crate) fn megatron(p: &Problem, placement: &Placement) -> Result<Emitted> {
-    const NAME: &str = "Megatron-DeepSpeed";
     let l = &placement.layout;
     let m = &p.shape.model;
-    common(NAME, placement)?;
+    common(MEGATRON, placement)?;
     if p.shape.latent.is_some() {
-        return Err(lacks(NAME, "latent attention", "emit for megatron"));
+        return Err(lacks(MEGATRON, "latent attention", "emit for megatron"));
     }
     let mut args = vec![
         format!("--num-layers {}", m.layers),
@@ -79,21 +80,9 @@ pub(crate) fn megatron(p: &Problem, placement: &Placement) -> Result<Emitted> {
         args.push(format!("--num-key-value-heads {}", m.kv_heads));
     }
     let mut notes = vec![format!("ds_config.json: {}", base(p, placement))];
-    args.extend(numbers(NAME, m, l.tp, &mut notes));
+    args.extend(numbers(MEGATRON, m, l.tp, &mut notes));
     notes.extend(beyond_positions(p));
-    if let Some(e) = p.shape.experts {
-        if e.top_k > 2 || e.shared_ffn > 0 || e.ffn != m.ffn {
-            return Err(lacks(
-                NAME,
-                "experts beyond the best two, shared ones, or of another width than the dense layers",
-                "emit for megatron",
-            ));
-        }
-        args.push(format!(
-            "--num-experts {} --topk {} --moe-expert-parallel-size {}",
-            e.count, e.top_k, placement.layout.ep
-        ));
-    }
+    args.extend(experts(p, l.ep)?);
     if l.sequence_parallel {
         args.push("--sequence-parallel".into());
     }
@@ -163,6 +152,18 @@ fn numbers(name: &str, m: &ModelSpec, tp: usize, notes: &mut Vec<String>) -> Vec
     args
 }
 
+fn experts(p: &Problem, ep: usize) -> Result<Option<String>> {
+    let Some(e) = p.shape.experts else { return Ok(None) };
+    if e.top_k > 2 || e.shared_ffn > 0 || e.ffn != p.shape.model.ffn {
+        return Err(lacks(
+            MEGATRON,
+            "experts beyond the best two, shared ones, or of another width than the dense layers",
+            "emit for megatron",
+        ));
+    }
+    Ok(Some(format!("--num-experts {} --topk {} --moe-expert-parallel-size {ep}", e.count, e.top_k)))
+}
+
 /// What neither can express.
 fn common(name: &str, placement: &Placement) -> Result<()> {
     let l = &placement.layout;
@@ -173,7 +174,7 @@ fn common(name: &str, placement: &Placement) -> Result<()> {
     if l.chunks > 1 || l.schedule == PipelineSchedule::Gpipe && l.pp > 1 {
         return refuse(format!("{} schedule", schedule_name(l.schedule)), "plan with schedule=1f1b");
     }
-    if placement.layout.cp > 1 {
+    if l.cp > 1 {
         return refuse(
             "ring of context-parallel ranks (it has all-to-all over heads)".into(),
             "plan with cp=1",

@@ -14,84 +14,14 @@ const NAME: &str = "MaxText";
 
 pub(crate) fn emit(p: &Problem, placement: &Placement) -> Result<Emitted> {
     let l = &placement.layout;
-    let refuse = |what: String, instead: &str| Err(lacks(NAME, what, instead));
-    if l.zero == Zero::Gradients {
-        return refuse("ZeRO 2".into(), "plan with zero=1 (shard_optimizer_over_data) or zero=3 (fsdp)");
-    }
-    if l.pp > 1 && l.schedule != PipelineSchedule::Gpipe {
-        return refuse(
-            format!("{} schedule: its pipeline runs all forward passes first", schedule_name(l.schedule)),
-            "plan with pp=1, or price --layout ...,schedule=gpipe",
-        );
-    }
     let micro_batches = p.sequences / (l.dp * l.micro_batch).max(1);
-    if l.pp > 1 && !(micro_batches.is_multiple_of(l.pp) && p.shape.model.layers.is_multiple_of(l.pp)) {
-        return refuse(
-            format!("{micro_batches} micro-batches of {} layers over {} stages", p.shape.model.layers, l.pp),
-            "plan with a pp that divides both",
-        );
-    }
-    let replicas = l.dp;
-    let fsdp = if l.zero == Zero::Parameters {
-        let inner = placement.layout.cp.max(1);
-        if !placement.shard.is_multiple_of(inner) || !replicas.is_multiple_of(placement.shard / inner) {
-            return refuse(
-                format!("shards over {} ranks beside cp={}", placement.shard, placement.layout.cp),
-                "leave shard out",
-            );
-        }
-        placement.shard / inner
-    } else {
-        1
-    };
-    let sharded = if l.zero == Zero::Parameters { fsdp } else { replicas };
-    if !sharded.is_multiple_of(placement.layout.ep) {
-        return refuse(
-            format!(
-                "ep={} beside {sharded} replicas: its expert axis is a part of them",
-                placement.layout.ep
-            ),
-            "plan with an ep that divides dp",
-        );
-    }
-    // The expert axis takes its ranks from the axis that shards, or else from plain replicas.
-    let (data, fsdp) = match l.zero {
-        Zero::Parameters => (replicas / fsdp, fsdp / placement.layout.ep),
-        _ => (replicas / placement.layout.ep, 1),
-    };
-    let tensor = if l.sequence_parallel { "tensor_sequence" } else { "tensor" };
-    let mut axes = vec![(tensor, l.tp), ("context", placement.layout.cp)];
-    let near = [("expert", placement.layout.ep), ("fsdp", fsdp), ("data", data)];
-    match placement.order {
-        Order::TpCpDpPp => {
-            axes.extend(near);
-            axes.push(("pipeline", l.pp));
-        }
-        Order::TpCpPpDp => {
-            axes.push(("pipeline", l.pp));
-            axes.extend(near);
-        }
-    }
-    let domain = p.cluster.scale_up.domain.min(placement.layout.world());
-    let mut room = domain;
+    let axes = axes(p, placement, micro_batches)?;
     let mut out = String::from("base_config: \"base.yml\"\n");
-    for (name, size) in axes {
-        let inside = (1..=size.min(room)).rev().find(|d| size.is_multiple_of(*d) && room.is_multiple_of(*d));
-        let inside = inside.unwrap_or(1);
-        room /= inside;
-        // Writing to a string cannot fail.
-        let _ = writeln!(out, "ici_{name}_parallelism: {inside}");
-        let _ = writeln!(out, "dcn_{name}_parallelism: {}", size / inside);
-    }
-    if room > 1 {
-        return refuse(
-            format!("way to lay these axes on slices of {domain}: {room} places are left over"),
-            "plan with axes whose sizes divide the slice",
-        );
-    }
+    let domain = p.cluster.scale_up.domain.min(l.world());
+    lay(axes, domain, &mut out)?;
     // With stages one pass takes the whole batch; without them the gradient is accumulated over passes.
     let (passes, batch) = if l.pp > 1 { (1, p.sequences) } else { (micro_batches, l.dp * l.micro_batch) };
-    let per_device = batch as f64 / placement.layout.world() as f64;
+    let per_device = batch as f64 / l.world() as f64;
     let _ = writeln!(out, "per_device_batch_size: {per_device:?}");
     let _ = writeln!(out, "gradient_accumulation_steps: {passes}");
     let _ = writeln!(out, "max_target_length: {}", p.sequence);
@@ -111,7 +41,9 @@ pub(crate) fn emit(p: &Problem, placement: &Placement) -> Result<Emitted> {
         NumberFormat::Bf16 => {}
         NumberFormat::Fp8 => out += "quantization: \"fp8\"\n",
         NumberFormat::Int8 => out += "quantization: \"int8\"\n",
-        other => return refuse(format!("{other} training"), "plan with --format bf16, fp8 or int8"),
+        other => {
+            return Err(lacks(NAME, format!("{other} training"), "plan with --format bf16, fp8 or int8"));
+        }
     }
     let block = block(p);
     model(p, block, &mut out);
@@ -120,6 +52,87 @@ pub(crate) fn emit(p: &Problem, placement: &Placement) -> Result<Emitted> {
     numbers(&p.shape.model, block, &mut out, &mut notes);
     notes.extend(beyond_positions(p));
     Ok(Emitted { text: out, notes })
+}
+
+/// Its axes, innermost first.
+fn axes(p: &Problem, placement: &Placement, micro_batches: usize) -> Result<Vec<(&'static str, usize)>> {
+    let l = &placement.layout;
+    let refuse = |what: String, instead: &str| Err(lacks(NAME, what, instead));
+    if l.zero == Zero::Gradients {
+        return refuse("ZeRO 2".into(), "plan with zero=1 (shard_optimizer_over_data) or zero=3 (fsdp)");
+    }
+    if l.pp > 1 && l.schedule != PipelineSchedule::Gpipe {
+        return refuse(
+            format!("{} schedule: its pipeline runs all forward passes first", schedule_name(l.schedule)),
+            "plan with pp=1, or price --layout ...,schedule=gpipe",
+        );
+    }
+    if l.pp > 1 && !(micro_batches.is_multiple_of(l.pp) && p.shape.model.layers.is_multiple_of(l.pp)) {
+        return refuse(
+            format!("{micro_batches} micro-batches of {} layers over {} stages", p.shape.model.layers, l.pp),
+            "plan with a pp that divides both",
+        );
+    }
+    let replicas = l.dp;
+    let fsdp = if l.zero == Zero::Parameters {
+        let inner = l.cp.max(1);
+        if !placement.shard.is_multiple_of(inner) || !replicas.is_multiple_of(placement.shard / inner) {
+            return refuse(
+                format!("shards over {} ranks beside cp={}", placement.shard, l.cp),
+                "leave shard out",
+            );
+        }
+        placement.shard / inner
+    } else {
+        1
+    };
+    let sharded = if l.zero == Zero::Parameters { fsdp } else { replicas };
+    if !sharded.is_multiple_of(l.ep) {
+        return refuse(
+            format!("ep={} beside {sharded} replicas: its expert axis is a part of them", l.ep),
+            "plan with an ep that divides dp",
+        );
+    }
+    // The expert axis takes its ranks from the axis that shards, or else from plain replicas.
+    let (data, fsdp) = match l.zero {
+        Zero::Parameters => (replicas / fsdp, fsdp / l.ep),
+        _ => (replicas / l.ep, 1),
+    };
+    let tensor = if l.sequence_parallel { "tensor_sequence" } else { "tensor" };
+    let mut axes = vec![(tensor, l.tp), ("context", l.cp)];
+    let near = [("expert", l.ep), ("fsdp", fsdp), ("data", data)];
+    match placement.order {
+        Order::TpCpDpPp => {
+            axes.extend(near);
+            axes.push(("pipeline", l.pp));
+        }
+        Order::TpCpPpDp => {
+            axes.push(("pipeline", l.pp));
+            axes.extend(near);
+        }
+    }
+    Ok(axes)
+}
+
+/// Lays axes on slices of `domain` accelerators and on the network between them.
+fn lay(axes: Vec<(&str, usize)>, domain: usize, out: &mut String) -> Result<()> {
+    let mut room = domain;
+    for (name, size) in axes {
+        let inside = (1..=size.min(room)).rev().find(|d| size.is_multiple_of(*d) && room.is_multiple_of(*d));
+        let inside = inside.unwrap_or(1);
+        room /= inside;
+        // Writing to a string cannot fail.
+        let _ = writeln!(out, "ici_{name}_parallelism: {inside}");
+        let _ = writeln!(out, "dcn_{name}_parallelism: {}", size / inside);
+    }
+    if room > 1 {
+        return Err(lacks(
+            NAME,
+            format!("way to lay these axes on slices of {domain}: {room} places are left over"),
+            "plan with axes whose sizes divide the slice",
+        ));
+    }
+    Ok(())
 }
 
 /// The kind of layer that says most of the model.

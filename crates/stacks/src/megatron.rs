@@ -22,9 +22,9 @@ pub(crate) fn emit(p: &Problem, placement: &Placement) -> Result<Emitted> {
     args.push(format!("--global-batch-size {}", p.sequences));
     args.push(format!("--tensor-model-parallel-size {}", l.tp));
     args.push(format!("--pipeline-model-parallel-size {}", l.pp));
-    args.push(format!("--context-parallel-size {}", placement.layout.cp));
+    args.push(format!("--context-parallel-size {}", l.cp));
     if p.shape.experts.is_some() {
-        args.push(format!("--expert-model-parallel-size {}", placement.layout.ep));
+        args.push(format!("--expert-model-parallel-size {}", l.ep));
         args.push("--expert-tensor-parallel-size 1".into());
     }
     if l.sequence_parallel {
@@ -52,7 +52,7 @@ pub(crate) fn emit(p: &Problem, placement: &Placement) -> Result<Emitted> {
     let fsdp = l.zero >= Zero::Gradients;
     if fsdp {
         notes.push("leave CUDA_DEVICE_MAX_CONNECTIONS unset: Megatron-FSDP refuses 1".into());
-    } else if l.tp > 1 || placement.layout.cp > 1 {
+    } else if l.tp > 1 || l.cp > 1 {
         notes.push("set CUDA_DEVICE_MAX_CONNECTIONS=1 before Blackwell".into());
     }
     Ok(Emitted { text: arguments(&args), notes })
@@ -243,7 +243,7 @@ fn stages(p: &Problem, placement: &Placement) -> Result<Vec<String>> {
 
 fn replicas(p: &Problem, placement: &Placement) -> Result<Vec<String>> {
     let l = &placement.layout;
-    let replicas = l.dp * placement.layout.cp;
+    let replicas = l.dp * l.cp;
     let mut args: Vec<String> = Vec::new();
     match l.zero {
         Zero::Off => {

@@ -27,10 +27,9 @@ pub struct Place {
 /// All ranks of a layout on nodes of `per_node` accelerators, in order.
 pub fn ranks(placement: &Placement, per_node: usize) -> impl Iterator<Item = Place> {
     let l = &placement.layout;
-    let (tps, cps, dps, pps, eps, order) =
-        (l.tp, placement.layout.cp, l.dp, l.pp, placement.layout.ep, placement.order);
+    let (tps, cps, dps, pps, eps, order) = (l.tp, l.cp, l.dp, l.pp, l.ep, placement.order);
     let per_node = per_node.max(1);
-    (0..placement.layout.world()).map(move |rank| {
+    (0..l.world()).map(move |rank| {
         let (tp, rest) = (rank % tps, rank / tps);
         let (cp, rest) = (rest % cps, rest / cps);
         let (dp, pp) = match order {

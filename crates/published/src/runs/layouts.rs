@@ -39,68 +39,45 @@ pub(crate) fn placements(
     let cp = r.count("cp")?.unwrap_or_else(|| context_from_notes(r.text("notes")));
     let ep = r.count("ep")?.unwrap_or(1);
     let zero = zero(r.text("zero_fsdp"), p.software);
-    // Some count an accelerator's cores.
-    let units = p.units.max(1);
-    let all = tp.unwrap_or(1) * pp * cp * r.count("dp")?.unwrap_or(1);
-    let tp = tp
-        .map(|tp| if units > 1 && all == p.n * units && tp.is_multiple_of(units) { tp / units } else { tp });
-    let tps = tp.map_or_else(|| vec![1, 2, 4, 8], |tp| vec![tp]);
+    let published_dp = r.count("dp")?;
+    let tps = match tp {
+        Some(tp) => vec![chips(tp, tp * pp * cp * published_dp.unwrap_or(1), p)],
+        None => vec![1, 2, 4, 8],
+    };
     let recomputes = recomputes(r, p.software);
-    let mut out = Vec::new();
-    let mut slice = None;
-    let mut refused = String::new();
+    let per_group = group_size(r.text("zero_fsdp"));
+    let slice = published_dp.filter(|_| torus).map(|slices| p.n / slices.clamp(1, p.n));
+    let (mut out, mut refused) = (Vec::new(), String::new());
     for tp in tps {
-        let model_ranks = tp * pp * cp;
-        if !p.n.is_multiple_of(model_ranks) {
-            refused = format!("tp x pp x cp = {tp} x {pp} x {cp} does not divide {} accelerators", p.n);
-            continue;
-        }
-        let dp = p.n / model_ranks;
-        let per_group = group_size(r.text("zero_fsdp"));
-        if let Some(published) = r.count("dp")?
-            && published != dp
-            && published * per_group.unwrap_or(1) != dp
-            && !torus
-        {
-            refused = format!(
-                "dp = {published} published, but {} accelerators over tp x pp x cp = {tp} x {pp} x {cp} leave {dp}",
-                p.n
-            );
-            continue;
-        }
-        if torus && let Some(slices) = r.count("dp")? {
-            slice = Some(p.n / slices.clamp(1, p.n));
-        }
-        let share = p.sequences as f64 / dp as f64;
-        let micro_batches: Vec<usize> = match r.count("micro_batch")? {
-            // MaxText counts sequences for each device of a replica, and takes them all at once.
-            Some(m) if torus => {
-                vec![(m * model_ranks).min((share as usize).max(1))]
+        let dp = match replicas(p.n, [tp, pp, cp], published_dp.filter(|_| !torus), per_group) {
+            Ok(dp) => dp,
+            Err(reason) => {
+                refused = reason;
+                continue;
             }
-            Some(m) => vec![m],
-            None => MICRO_BATCHES.into_iter().filter(|m| *m as f64 <= share.max(1.0)).collect(),
         };
-        for &micro_batch in &micro_batches {
+        let share = p.sequences as f64 / dp as f64;
+        for micro_batch in micro_batches(r, torus.then_some(tp * pp * cp), share)? {
             for chunks in chunks(r.count("vpp")?, pp, p, share / micro_batch as f64) {
                 for &recompute in &recomputes {
+                    let schedule = match chunks {
+                        1 => PipelineSchedule::OneFOneB,
+                        _ => PipelineSchedule::Interleaved,
+                    };
                     let layout = Layout {
                         dp,
                         tp,
                         pp,
+                        cp,
+                        ep,
                         sequence_parallel: tp > 1 && sequence_parallel(r.text("sequence_parallel"), p, tp),
                         zero,
-                        schedule: if chunks > 1 {
-                            PipelineSchedule::Interleaved
-                        } else {
-                            PipelineSchedule::OneFOneB
-                        },
+                        schedule,
                         chunks,
-                        stage_layers: Vec::new(),
                         micro_batch,
                         recompute,
                         reduce: Reduce::Ring,
-                        cp,
-                        ep,
+                        ..Layout::default()
                     };
                     let shard = per_group.unwrap_or(dp * cp).min(dp * cp);
                     out.push(Placement { layout, shard, format: p.format, order: Order::default() });
@@ -108,7 +85,6 @@ pub(crate) fn placements(
             }
         }
     }
-    let _ = p.sequence;
     if out.is_empty() {
         return Ok(Err(if refused.is_empty() { "no layout agrees with the row".into() } else { refused }));
     }
@@ -116,6 +92,42 @@ pub(crate) fn placements(
         r.assume("choices not published (micro-batch, chunks, recompute): the fastest that fits is taken");
     }
     Ok(Ok((out, slice)))
+}
+
+/// A tensor degree in accelerators: some count an accelerator's cores, so that `all` axes multiply to those.
+fn chips(tp: usize, all: usize, p: &Problem<'_>) -> usize {
+    let cores = p.units > 1 && all == p.n * p.units && tp.is_multiple_of(p.units);
+    if cores { tp / p.units } else { tp }
+}
+
+/// Replicas of a model on `n` accelerators; where their number was published it has to agree, if only as the number of
+/// groups that shard.
+fn replicas(
+    n: usize,
+    [tp, pp, cp]: [usize; 3],
+    published: Option<usize>,
+    per_group: Option<usize>,
+) -> Usable<usize> {
+    if !n.is_multiple_of(tp * pp * cp) {
+        return Err(format!("tp x pp x cp = {tp} x {pp} x {cp} does not divide {n} accelerators"));
+    }
+    let dp = n / (tp * pp * cp);
+    match published {
+        Some(said) if said != dp && said * per_group.unwrap_or(1) != dp => Err(format!(
+            "dp = {said} published, but {n} accelerators over tp x pp x cp = {tp} x {pp} x {cp} leave {dp}"
+        )),
+        _ => Ok(dp),
+    }
+}
+
+/// Micro-batches to try, of `share` sequences for each replica; on a torus of `model_ranks` accelerators a replica.
+fn micro_batches(r: &Reader<'_>, model_ranks: Option<usize>, share: f64) -> Result<Vec<usize>> {
+    Ok(match (r.count("micro_batch")?, model_ranks) {
+        // MaxText counts sequences for each device of a replica, and takes them all at once.
+        (Some(m), Some(ranks)) => vec![(m * ranks).min((share as usize).max(1))],
+        (Some(m), None) => vec![m],
+        (None, _) => MICRO_BATCHES.into_iter().filter(|m| *m as f64 <= share.max(1.0)).collect(),
+    })
 }
 
 /// MaxText's recipes say so in words.
