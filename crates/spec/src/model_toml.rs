@@ -13,6 +13,7 @@ macro_rules! catalogue {
 /// The models that ship with the program: `catalog/models/NAME.toml`.
 const PRESETS: &[(&str, &str)] = catalogue![
     "tiny",
+    "tiny-gpt2",
     "llama-tiny-ref",
     "gpt2",
     "gpt2-medium",

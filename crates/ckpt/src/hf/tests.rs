@@ -2,49 +2,24 @@ use std::fs;
 use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
-use spec::{Activation, DType, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
+use spec::{DType, ModelSpec, Position, Result, Rope, RopeScaling};
 
 use super::*;
 
+/// Shapes in which rows, columns and heads all differ.
+fn odd(preset: &str, name: &str) -> ModelSpec {
+    let family = ModelSpec::preset(preset).expect("a preset");
+    ModelSpec { name: name.into(), vocab: 11, hidden: 12, ffn: 20, ..family }
+}
+
 fn llama() -> ModelSpec {
-    ModelSpec {
-        name: "llama".into(),
-        vocab: 11,
-        layers: 2,
-        hidden: 12,
-        ffn: 20,
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 6,
-        norm: NormKind::Rms,
-        norm_eps: 1e-5,
-        position: Position::Rope(Rope { theta: 1e4, scaling: RopeScaling::Default, max_positions: 32 }),
-        activation: Activation::SwiGlu,
-        qkv_bias: false,
-        attn_out_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        tied_embeddings: false,
-        init_std: 0.02,
-        experts: None,
-        latent: None,
-    }
+    let rope = Rope { theta: 1e4, scaling: RopeScaling::Default, max_positions: 32 };
+    ModelSpec { head_dim: 6, position: Position::Rope(rope), ..odd("tiny", "llama") }
 }
 
 fn gpt2() -> ModelSpec {
-    ModelSpec {
-        name: "gpt2".into(),
-        kv_heads: 4,
-        head_dim: 3,
-        norm: NormKind::Layer,
-        position: Position::Learned { max_positions: 7 },
-        activation: Activation::GeluTanh,
-        qkv_bias: true,
-        attn_out_bias: true,
-        mlp_bias: true,
-        tied_embeddings: true,
-        ..llama()
-    }
+    let position = Position::Learned { max_positions: 7 };
+    ModelSpec { head_dim: 3, position, tied_embeddings: true, ..odd("tiny-gpt2", "gpt2") }
 }
 
 fn families() -> Vec<ModelSpec> {

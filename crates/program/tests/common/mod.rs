@@ -2,32 +2,11 @@
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
 use program::{Mode, Program, Request};
-use spec::{Activation, DType, Layout, ModelSpec, NormKind, Position, Rope, RopeScaling};
+use spec::{DType, Layout, ModelSpec};
 
 pub(crate) fn model(layers: usize, tied: bool, gpt2: bool) -> ModelSpec {
-    let rope = Rope { theta: 10000.0, scaling: RopeScaling::Default, max_positions: 64 };
-    ModelSpec {
-        name: "test".into(),
-        vocab: 96,
-        layers,
-        hidden: 32,
-        ffn: 64,
-        heads: 4,
-        kv_heads: if gpt2 { 4 } else { 2 },
-        head_dim: 8,
-        norm: if gpt2 { NormKind::Layer } else { NormKind::Rms },
-        norm_eps: 1e-5,
-        position: if gpt2 { Position::Learned { max_positions: 64 } } else { Position::Rope(rope) },
-        activation: if gpt2 { Activation::GeluTanh } else { Activation::SwiGlu },
-        qkv_bias: gpt2,
-        attn_out_bias: gpt2,
-        mlp_bias: gpt2,
-        qk_norm: !gpt2 && tied,
-        tied_embeddings: tied,
-        init_std: 0.02,
-        experts: None,
-        latent: None,
-    }
+    let family = ModelSpec::preset(if gpt2 { "tiny-gpt2" } else { "tiny" }).expect("a preset");
+    ModelSpec { layers, qk_norm: !gpt2 && tied, tied_embeddings: tied, ffn: 64, ..family }
 }
 
 pub(crate) fn build(model: &ModelSpec, layout: &Layout, sequences: usize, rank: usize) -> Program {

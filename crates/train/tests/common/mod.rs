@@ -6,36 +6,15 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use program::{Mode, Request};
-use spec::{Activation, DType, Layout, ModelSpec, NormKind, Position, Rope, RopeScaling};
+use spec::{DType, Layout, ModelSpec};
 use train::{Executor, Mesh, StepInputs, StepOutputs};
 
 pub const SEQUENCE: usize = 16;
 
 /// A small model with every parameter kind of its family.
 pub fn model(layers: usize, tied: bool, gpt2: bool) -> ModelSpec {
-    let rope = Rope { theta: 10000.0, scaling: RopeScaling::Default, max_positions: 64 };
-    ModelSpec {
-        name: "test".into(),
-        vocab: 96,
-        layers,
-        hidden: 32,
-        ffn: 48,
-        heads: 4,
-        kv_heads: if gpt2 { 4 } else { 2 },
-        head_dim: 8,
-        norm: if gpt2 { NormKind::Layer } else { NormKind::Rms },
-        norm_eps: 1e-5,
-        position: if gpt2 { Position::Learned { max_positions: 64 } } else { Position::Rope(rope) },
-        activation: if gpt2 { Activation::GeluTanh } else { Activation::SwiGlu },
-        qkv_bias: gpt2,
-        attn_out_bias: gpt2,
-        mlp_bias: gpt2,
-        qk_norm: !gpt2 && tied,
-        tied_embeddings: tied,
-        init_std: 0.08,
-        experts: None,
-        latent: None,
-    }
+    let family = ModelSpec::preset(if gpt2 { "tiny-gpt2" } else { "tiny" }).expect("a preset");
+    ModelSpec { layers, qk_norm: !gpt2 && tied, tied_embeddings: tied, init_std: 0.08, ..family }
 }
 
 pub fn executor(
