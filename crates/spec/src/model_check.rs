@@ -294,6 +294,14 @@ mod tests {
         let latent = Latent { query_rank: None, kv_rank: 8, nope_dim: 4, rope_dim: 4, value_dim: 4 };
         check(|m| m.latent = Some(latent), "ok");
         check(
+            |m| m.latent = Some(Latent { query_rank: Some(0), ..latent }),
+            "model.latent.query_rank = 0, expected 1 to 1048576",
+        );
+        check(
+            |m| m.latent = Some(Latent { value_dim: MAX_HEAD_DIM + 1, ..latent }),
+            &format!("model.latent.value_dim = {}, expected 1 to {MAX_HEAD_DIM}", MAX_HEAD_DIM + 1),
+        );
+        check(
             |m| m.latent = Some(Latent { rope_dim: 3, ..latent }),
             "model.latent.rope_dim = 3 is odd, but rotary embedding turns pairs of dims",
         );

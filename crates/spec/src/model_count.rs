@@ -164,3 +164,24 @@ impl ModelSpec {
 fn narrow(params: u128) -> u64 {
     u64::try_from(params).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Latent;
+
+    /// Counted by hand for 4 heads of keys 6 + 2 and values 4 wide, over a residual stream of 32.
+    #[test]
+    fn latent_attention_has_these_parameters() {
+        let latent = Latent { query_rank: Some(12), kv_rank: 8, nope_dim: 6, rope_dim: 2, value_dim: 4 };
+        let (down, up, out) = (32 * (8 + 2) + 8, 8 * 4 * (6 + 4), 4 * 4 * 32);
+        let check = |query_rank: Option<usize>, queries: u64| {
+            let latent = Some(Latent { query_rank, ..latent });
+            let model = ModelSpec { latent, ..ModelSpec::preset("tiny").expect("a preset") };
+            assert_eq!(model.attention_params(), queries + down + up + out, "{query_rank:?}");
+            assert_eq!(model.score_width(), 4.0 * (8.0 + 4.0) / 2.0);
+        };
+        check(Some(12), 32 * 12 + 12 + 12 * 4 * 8);
+        check(None, 32 * 4 * 8);
+    }
+}
