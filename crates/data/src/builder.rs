@@ -5,35 +5,39 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
 use rayon::prelude::*;
-use serde_json::Value;
 use spec::{Error, Result};
 
 use crate::atomic::write_file;
 use crate::fingerprint::Fingerprint;
 use crate::index_writer::IndexedWriter;
 use crate::indexed::with_suffix;
-use crate::input::{Body, Input, Item, Reader, Skipped, resolve};
+use crate::input::{Body, Input, Item, Reader, TextOptions, check_field, resolve};
+use crate::json::json_text;
 use crate::manifest::{MANIFEST_VERSION, Manifest};
+use crate::pieces::Cut;
 use crate::progress::{OnProgress, Progress, Stage};
+use crate::skipped::Skipped;
 use crate::token_type::TokenType;
 use crate::tokenizer::Tokenizer;
 
 /// What to tokenise, and into which dataset.
 #[derive(Clone, Debug)]
 pub struct BuildOptions {
-    /// Files, directories (all files that are not hidden) and patterns (`*`, `?`, `**`). Files named `.jsonl` or
-    /// `.ndjson` hold one object a line; every other file is a document of plain text.
+    /// Files, directories (all files that are not hidden) and patterns (`*`, `?`, `**`), plain or packed by gzip or
+    /// zstd. A file of JSON lines or a JSON array holds many documents, told by its content; every other file is one.
     pub inputs: Vec<PathBuf>,
     /// The dataset becomes `PREFIX.bin`, `.idx`, `.json` and `.tokenizer.json`.
     pub prefix: PathBuf,
-    /// The field of a JSONL object that holds the text.
-    pub json_field: String,
+    /// How documents in text are described.
+    pub text: TextOptions,
     /// Whether the tokenizer's end-of-document token follows each document.
     pub append_end: bool,
     /// Cut plain text into documents of about this many bytes.
     pub document_bytes: Option<u64>,
     /// Recorded in the manifest of a prepared dataset.
     pub(crate) text_key: Option<Fingerprint>,
+    /// The same, where documents are not described as usual.
+    pub(crate) options_key: Option<String>,
     /// Threads that encode; `None` for rayon's own number. The result does not depend on it.
     pub threads: Option<usize>,
 }
@@ -44,10 +48,11 @@ impl BuildOptions {
         BuildOptions {
             inputs,
             prefix: prefix.into(),
-            json_field: "text".to_owned(),
+            text: TextOptions::default(),
             append_end: true,
             document_bytes: None,
             text_key: None,
+            options_key: None,
             threads: None,
         }
     }
@@ -64,6 +69,8 @@ pub struct BuildReport {
     pub skipped: Skipped,
 }
 
+/// Said where documents run into each other.
+const NO_END: &str = "the tokenizer has no token that is known to end a document, so none was appended: name one with --eod NAME (data.eod)";
 /// Text for the tokenizer to learn from is taken in parts of this size.
 const SAMPLE_BYTES: usize = 64 << 10;
 /// Text gathered before the encoding threads share it.
@@ -84,8 +91,9 @@ pub fn tokenizer_path(prefix: &Path) -> PathBuf {
 /// Tokenises text into a dataset, in parallel and in bounded memory; the output appears whole or not at all.
 ///
 /// # Errors
-/// No input, an input that is missing, a JSONL line that is not an object with the text field, no text at all, or
-/// an output directory that cannot be written. Files that are not UTF-8 or cannot be read are left out and counted.
+/// No input, an input that is missing or of a format that is not read, a JSON document without the text field (unless
+/// bad ones are to be skipped), no text at all, or an output directory that cannot be written. Files that are not UTF-8
+/// or cannot be read are left out and counted.
 pub fn build(options: &BuildOptions, tokenizer: &Tokenizer, progress: OnProgress<'_>) -> Result<BuildReport> {
     let mut inputs = resolve(&options.inputs)?;
     // Building a directory into itself again must not take the old output for text.
@@ -113,7 +121,7 @@ pub(crate) fn build_inputs(
     };
     let mut encoder = Encoder::new(options, tokenizer, inputs, progress, writer);
     let (sender, receiver) = sync_channel::<Vec<Item>>(BATCHES_AHEAD);
-    let document_bytes = options.document_bytes.unwrap_or(u64::MAX);
+    check_field(inputs, &options.text)?;
     let skipped = thread::scope(|scope| {
         let reading = scope.spawn(move || {
             let (mut batch, mut bytes) = (Vec::new(), 0);
@@ -127,8 +135,8 @@ pub(crate) fn build_inputs(
                     bytes = 0;
                     sender.send(std::mem::take(&mut batch)).is_ok()
                 },
-                document_bytes,
-                piece_bytes: tokenizer.piece_bytes(),
+                cut: tokenizer.cut(options.document_bytes),
+                options: &options.text,
                 skipped: Skipped::default(),
             };
             reader.read_all(inputs)?;
@@ -147,6 +155,14 @@ pub(crate) fn build_inputs(
     encoder.finish(skipped)
 }
 
+/// What became of an item.
+enum Encoded {
+    /// Its tokens, and bytes of text.
+    Tokens(Vec<u32>, u64),
+    /// Left out, and why.
+    Bad(String),
+}
+
 /// Encodes batches in parallel and writes them in order.
 struct Encoder<'a> {
     options: &'a BuildOptions,
@@ -156,7 +172,7 @@ struct Encoder<'a> {
     total_bytes: u64,
     done_bytes: AtomicU64,
     text_bytes: u64,
-    empty: u64,
+    left_out: Skipped,
     counts: Vec<u64>,
     in_document: u64,
 }
@@ -177,7 +193,7 @@ impl<'a> Encoder<'a> {
             total_bytes: inputs.iter().map(|i| i.bytes).sum(),
             done_bytes: AtomicU64::new(0),
             text_bytes: 0,
-            empty: 0,
+            left_out: Skipped::default(),
             counts: vec![0; tokenizer.vocab_size()],
             in_document: 0,
         }
@@ -186,10 +202,15 @@ impl<'a> Encoder<'a> {
     /// Takes the receiver whole: when it fails and drops it, the reader stops too.
     fn run(&mut self, batches: Receiver<Vec<Item>>) -> Result<()> {
         for batch in batches {
-            let encoded: Vec<Result<(Vec<u32>, u64)>> =
-                batch.par_iter().map(|item| self.encode(item)).collect();
+            let encoded: Vec<Result<Encoded>> = batch.par_iter().map(|item| self.encode(item)).collect();
             for (item, encoded) in batch.iter().zip(encoded) {
-                let (tokens, text_bytes) = encoded?;
+                let (tokens, text_bytes) = match encoded? {
+                    Encoded::Tokens(tokens, text_bytes) => (tokens, text_bytes),
+                    Encoded::Bad(message) => {
+                        self.left_out.bad_document(message);
+                        continue;
+                    }
+                };
                 self.text_bytes += text_bytes;
                 self.append(&tokens)?;
                 if item.ends_document {
@@ -200,12 +221,18 @@ impl<'a> Encoder<'a> {
         Ok(())
     }
 
-    fn encode(&self, item: &Item) -> Result<(Vec<u32>, u64)> {
+    fn encode(&self, item: &Item) -> Result<Encoded> {
         let text: Cow<'_, str> = match &item.body {
             Body::Text(text) => text.into(),
-            Body::JsonLine { bytes, path, line } => json_text(bytes, &self.options.json_field)
-                .map_err(|e| e.context(format_args!("{}:{line}", path.display())))?
-                .into(),
+            Body::Json { bytes, path, line, strings } => {
+                let found = json_text(bytes, self.options.text.field(), *strings)
+                    .map_err(|e| e.context(format_args!("{}:{line}", path.display())));
+                match found {
+                    Ok(text) => text.into(),
+                    Err(e) if self.options.text.skip_bad => return Ok(Encoded::Bad(e.to_string())),
+                    Err(e) => return Err(e),
+                }
+            }
             Body::Nothing => "".into(),
         };
         let tokens = self.tokenizer.encode(&text)?;
@@ -214,7 +241,7 @@ impl<'a> Encoder<'a> {
         if before / PROGRESS_BYTES != done_bytes / PROGRESS_BYTES || done_bytes == self.total_bytes {
             (self.progress)(Progress { stage: Stage::Encode, done_bytes, total_bytes: self.total_bytes });
         }
-        Ok((tokens, text.len() as u64))
+        Ok(Encoded::Tokens(tokens, text.len() as u64))
     }
 
     fn append(&mut self, tokens: &[u32]) -> Result<()> {
@@ -227,7 +254,7 @@ impl<'a> Encoder<'a> {
 
     fn end_document(&mut self) -> Result<()> {
         if self.in_document == 0 {
-            self.empty += 1;
+            self.left_out.empty += 1;
             return Ok(());
         }
         if let Some(end) = self.tokenizer.eod().filter(|_| self.options.append_end) {
@@ -237,17 +264,26 @@ impl<'a> Encoder<'a> {
         self.writer.end_document()
     }
 
-    fn finish(self, mut skipped: Skipped) -> Result<BuildReport> {
-        skipped.empty += self.empty;
+    fn warnings(&self, skipped: &Skipped) -> Vec<String> {
+        let mut lines = skipped.warnings();
+        if self.options.append_end && self.tokenizer.eod().is_none() {
+            lines.push(NO_END.to_owned());
+        }
+        lines
+    }
+
+    fn finish(mut self, mut skipped: Skipped) -> Result<BuildReport> {
+        skipped.add(std::mem::take(&mut self.left_out));
         if self.writer.tokens() == 0 {
             return Err(Error::user(format!(
-                "no text in the input: {} files are not UTF-8, {} unreadable, {} without text{}",
+                "no text in the input: {} files are not UTF-8, {} unreadable, {} without text, {} bad documents{}",
                 skipped.not_utf8,
                 skipped.unreadable,
                 skipped.empty,
+                skipped.bad_documents,
                 skipped.messages.first().map(|m| format!(" ({m})")).unwrap_or_default()
             ))
-            .hint("give files of UTF-8 text, or JSONL with a text field"));
+            .hint("give files of UTF-8 text, or JSON lines with a text field"));
         }
         let tokenizer_json = self.tokenizer.to_json()?;
         let tokenizer_path = with_suffix(&self.options.prefix, ".tokenizer.json");
@@ -267,7 +303,10 @@ impl<'a> Encoder<'a> {
             not_utf8: skipped.not_utf8,
             unreadable: skipped.unreadable,
             empty: skipped.empty,
+            bad_documents: skipped.bad_documents,
+            warnings: self.warnings(&skipped),
             text_key: self.options.text_key,
+            options_key: self.options.options_key.clone(),
         };
         self.writer.finish_with(|hash| {
             manifest.tokens_xxh3 = format!("{hash:032x}");
@@ -275,43 +314,6 @@ impl<'a> Encoder<'a> {
             write_file(&Manifest::path(&self.options.prefix), &manifest.to_json()?)
         })?;
         Ok(BuildReport { manifest, tokenizer_path, skipped })
-    }
-}
-
-/// The text field of one line of JSONL.
-fn json_text(bytes: &[u8], field: &str) -> Result<String> {
-    let hint =
-        "JSONL has one object per line, with the document in its text field (--field NAME for another)";
-    let value: Value = serde_json::from_slice(bytes).map_err(|e| {
-        // serde counts lines from the start of this line, which would mislead beside the file's own number.
-        let what = e.to_string();
-        let what = what.split(" at line ").next().unwrap_or_default();
-        Error::user(format!("not JSON at column {}: {what}", e.column())).hint(hint)
-    })?;
-    match value {
-        Value::Object(mut object) => match object.remove(field) {
-            Some(Value::String(text)) => Ok(text),
-            Some(other) => {
-                Err(Error::user(format!("field {field:?} is {}, expected a string", kind_of(&other)))
-                    .hint(hint))
-            }
-            None => {
-                let known: Vec<String> = object.keys().take(8).cloned().collect();
-                Err(Error::user(format!("no field {field:?}, found {}", known.join(", "))).hint(hint))
-            }
-        },
-        other => Err(Error::user(format!("{}, expected an object", kind_of(&other))).hint(hint)),
-    }
-}
-
-fn kind_of(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
     }
 }
 
@@ -332,12 +334,13 @@ pub fn train_tokenizer(
     progress: OnProgress<'_>,
 ) -> Result<Tokenizer> {
     let inputs = resolve(&options.inputs)?;
-    train_on_inputs(&inputs, &options.json_field, vocab_size, sample_bytes, progress)
+    check_field(&inputs, &options.text)?;
+    train_on_inputs(&inputs, &options.text, vocab_size, sample_bytes, progress)
 }
 
 pub(crate) fn train_on_inputs(
     inputs: &[Input],
-    json_field: &str,
+    options: &TextOptions,
     vocab_size: usize,
     sample_bytes: u64,
     progress: OnProgress<'_>,
@@ -350,28 +353,30 @@ pub(crate) fn train_on_inputs(
         emit: |item: Item| {
             seen += item.source_bytes;
             // Keeps the share of the sample in what was seen so far equal to its share of the whole.
-            let due =
-                u128::from(seen) * u128::from(sample_bytes.min(total_bytes)) / u128::from(total_bytes.max(1));
+            let due = u128::from(seen) * u128::from(sample_bytes) / u128::from(total_bytes.max(1));
             if u128::from(kept) >= due {
                 return true;
             }
-            kept += item.source_bytes;
+            kept += item.text_bytes;
             match item.body {
                 Body::Text(text) => sample.push(text),
-                Body::JsonLine { bytes, path, line } => match json_text(&bytes, json_field) {
-                    Ok(text) => sample.push(text),
-                    Err(e) => {
-                        failed = Some(e.context(format_args!("{}:{line}", path.display())));
-                        return false;
+                Body::Json { bytes, path, line, strings } => {
+                    match json_text(&bytes, options.field(), strings) {
+                        Ok(text) => sample.push(text),
+                        Err(_) if options.skip_bad => {}
+                        Err(e) => {
+                            failed = Some(e.context(format_args!("{}:{line}", path.display())));
+                            return false;
+                        }
                     }
-                },
+                }
                 Body::Nothing => {}
             }
             progress(Progress { stage: Stage::Collect, done_bytes: seen, total_bytes });
             true
         },
-        document_bytes: u64::MAX,
-        piece_bytes: SAMPLE_BYTES,
+        cut: Cut::Sample(SAMPLE_BYTES),
+        options,
         skipped: Skipped::default(),
     };
     reader.read_all(inputs)?;

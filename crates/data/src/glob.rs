@@ -22,7 +22,7 @@ pub(crate) fn expand(pattern: &Path) -> Result<Vec<PathBuf>> {
 
 fn descend(base: PathBuf, parts: &[Component<'_>], found: &mut Vec<PathBuf>) -> Result<()> {
     let Some((part, rest)) = parts.split_first() else {
-        if base.is_file() {
+        if base.exists() && !base.is_dir() {
             found.push(base);
         }
         return Ok(());

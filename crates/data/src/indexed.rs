@@ -1,28 +1,33 @@
 use std::ffi::OsString;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use spec::{Context, Error, Result};
 
+use crate::file::TokenFile;
 use crate::token_type::TokenType;
 
 pub(crate) const MAGIC: &[u8; 9] = b"MMIDIDX\0\0";
 pub(crate) const VERSION: u64 = 1;
 /// Magic, version, token type, sequence count, boundary count; the arrays follow, unaligned.
 const HEADER_BYTES: usize = 34;
+/// Every so many sequences the position is kept; between them, lengths are added up.
+const STRIDE: usize = 16;
+/// Entries of the index read at a time.
+const BLOCK: usize = 64 << 10;
 
-/// A Megatron `.bin/.idx` dataset, mapped into memory and checked as a whole when opened.
+/// A Megatron `.bin/.idx` dataset; the index is read and checked as a whole when opened, tokens are read as asked for.
 ///
 /// The index holds, per sequence, its length and byte offset, and the document boundaries (with one sequence per
-/// document, as language-model data has it, the two coincide). Sequences are what splits and samples count.
+/// document, as language-model data has it, the two coincide). Sequences are what splits and samples count. In memory
+/// stay 4.5 bytes per sequence.
 pub struct IndexedDataset {
     prefix: PathBuf,
-    bin: Mmap,
-    idx: Mmap,
+    bin: TokenFile,
     kind: TokenType,
-    sequences: usize,
-    boundaries: usize,
+    lengths: Vec<i32>,
+    /// Position of every `STRIDE`th sequence, in tokens.
+    starts: Vec<u64>,
+    documents: usize,
     tokens: u64,
 }
 
@@ -30,26 +35,25 @@ impl IndexedDataset {
     /// Opens `PREFIX.bin` and `PREFIX.idx`; `prefix` may also name either file.
     ///
     /// # Errors
-    /// Either file missing, unreadable, empty or cut short; wrong magic, version or token type; lengths, offsets
-    /// and boundaries that contradict each other or the size of the `.bin`.
+    /// Either file missing, unreadable, empty, cut short or never wholly written; wrong magic, version or token type;
+    /// lengths, offsets and boundaries that contradict each other or the size of the `.bin`.
     pub fn open(prefix: &Path) -> Result<Self> {
         let prefix = strip_extension(prefix);
         let (bin_path, idx_path) = (bin_path(&prefix), idx_path(&prefix));
-        let idx = map(&idx_path).map_err(|e| e.hint(BUILD_HINT))?;
-        let header = Header::parse(&idx).context(idx_path.display()).map_err(|e| e.hint(REBUILD_HINT))?;
-        let bin = map(&bin_path).map_err(|e| e.hint(BUILD_HINT))?;
+        let idx = TokenFile::open(&idx_path).map_err(|e| e.hint(BUILD_HINT))?;
+        let header = Header::read(&idx).context(idx_path.display()).map_err(|e| e.hint(REBUILD_HINT))?;
+        let bin = TokenFile::open(&bin_path).map_err(|e| e.hint(BUILD_HINT))?;
         let mut dataset = IndexedDataset {
             prefix,
             bin,
-            idx,
             kind: header.kind,
-            sequences: header.sequences,
-            boundaries: header.boundaries,
+            lengths: Vec::new(),
+            starts: Vec::new(),
+            documents: header.boundaries as usize - 1,
             tokens: 0,
         };
-        dataset.tokens =
-            dataset.check_arrays().context(idx_path.display()).map_err(|e| e.hint(REBUILD_HINT))?;
-        dataset.check_tokens(&bin_path)?;
+        dataset.read_arrays(&idx, &header).context(idx_path.display()).map_err(|e| e.hint(REBUILD_HINT))?;
+        dataset.check_tokens()?;
         Ok(dataset)
     }
 
@@ -65,12 +69,12 @@ impl IndexedDataset {
 
     /// Number of sequences.
     pub fn sequences(&self) -> usize {
-        self.sequences
+        self.lengths.len()
     }
 
     /// Number of documents.
     pub fn documents(&self) -> usize {
-        self.boundaries - 1
+        self.documents
     }
 
     /// Number of tokens.
@@ -81,106 +85,135 @@ impl IndexedDataset {
     /// Tokens in sequence `index`, which must be below [`IndexedDataset::sequences`].
     #[inline]
     pub fn length(&self, index: usize) -> usize {
-        assert!(index < self.sequences, "sequence {index} of {}", self.sequences);
-        self.raw_length(index) as usize
+        self.lengths[index] as usize
     }
 
     /// Position of the sequence's first token in the `.bin`, in tokens.
-    #[inline]
     pub fn start(&self, index: usize) -> u64 {
-        assert!(index < self.sequences, "sequence {index} of {}", self.sequences);
-        self.raw_offset(index) as u64 / self.kind.size() as u64
+        let known = index / STRIDE;
+        let between = &self.lengths[known * STRIDE..index];
+        self.starts[known] + between.iter().map(|&length| length as u64).sum::<u64>()
     }
 
     /// Copies tokens `offset..offset + out.len()` of a sequence.
     ///
     /// # Errors
-    /// The range goes beyond the sequence.
+    /// The range goes beyond the sequence, or the `.bin` was cut short after it was opened.
     pub fn read(&self, index: usize, offset: usize, out: &mut [u32]) -> Result<()> {
-        if index >= self.sequences || offset.saturating_add(out.len()) > self.length(index) {
+        if index >= self.sequences() || offset.saturating_add(out.len()) > self.length(index) {
             return Err(Error::failure(format!(
                 "read {} tokens at {offset} of sequence {index} in {}: beyond its end",
                 out.len(),
                 self.prefix.display()
             )));
         }
-        let size = self.kind.size();
-        let from = self.raw_offset(index) as usize + offset * size;
-        self.kind.decode(&self.bin[from..from + out.len() * size], out);
-        Ok(())
+        let from = (self.start(index) + offset as u64) * self.kind.size() as u64;
+        self.bin.read_tokens(self.kind, from, out)
     }
 
-    /// All tokens, as stored.
-    pub(crate) fn bytes(&self) -> &[u8] {
+    /// The file of tokens.
+    pub(crate) fn bin(&self) -> &TokenFile {
         &self.bin
     }
 
-    fn raw_length(&self, index: usize) -> i32 {
-        i32::from_le_bytes(array(&self.idx, HEADER_BYTES + 4 * index))
-    }
-
-    fn raw_offset(&self, index: usize) -> i64 {
-        i64::from_le_bytes(array(&self.idx, HEADER_BYTES + 4 * self.sequences + 8 * index))
-    }
-
-    fn raw_boundary(&self, index: usize) -> i64 {
-        i64::from_le_bytes(array(&self.idx, HEADER_BYTES + 12 * self.sequences + 8 * index))
-    }
-
-    /// Lengths add up to offsets, boundaries rise from 0 to the last sequence; gives the number of tokens.
-    fn check_arrays(&self) -> Result<u64> {
+    /// Reads lengths, which must add up to the offsets, and boundaries, which rise from 0 to the last sequence.
+    ///
+    /// The arrays are read side by side, so that what is kept is never more than what was found right.
+    fn read_arrays(&mut self, idx: &TokenFile, header: &Header) -> Result<()> {
+        if let Some(hole) = idx.first_hole() {
+            return Err(Error::user(format!("nothing was ever written from byte {hole} on")));
+        }
         let size = self.kind.size() as i64;
-        let mut bytes = 0i64;
-        for i in 0..self.sequences {
-            let (length, offset) = (self.raw_length(i), self.raw_offset(i));
-            if length < 0 {
-                return Err(Error::user(format!("sequence {i} has length {length}")));
-            }
-            if offset != bytes {
-                return Err(Error::user(format!(
-                    "sequence {i} starts at byte {offset}, but the lengths before it end at byte {bytes}"
-                )));
-            }
-            bytes = i64::from(length)
-                .checked_mul(size)
-                .and_then(|length| bytes.checked_add(length))
-                .ok_or_else(|| Error::user(format!("lengths overflow at sequence {i}")))?;
-        }
-        let mut previous = 0;
-        for i in 0..self.boundaries {
-            let boundary = self.raw_boundary(i);
-            if boundary < previous || (i == 0 && boundary != 0) {
-                return Err(Error::user(format!("document boundary {i} is {boundary}, after {previous}")));
-            }
-            previous = boundary;
-        }
-        if previous != self.sequences as i64 {
+        let (sequences, boundaries) = (header.sequences as usize, header.boundaries as usize);
+        let offsets_from = HEADER_BYTES as u64 + 4 * header.sequences;
+        let boundaries_from = offsets_from + 8 * header.sequences;
+        let last = Entries::<8>::read(idx, boundaries_from + 8 * (header.boundaries - 1), 1)?.i64(0);
+        if last != sequences as i64 {
             return Err(Error::user(format!(
-                "document boundaries end at {previous}, but there are {} sequences",
-                self.sequences
+                "document boundaries end at {last}, but there are {sequences} sequences"
             )));
         }
-        Ok((bytes / size) as u64)
+        let mut bytes = 0i64;
+        for from in (0..sequences).step_by(BLOCK) {
+            let count = BLOCK.min(sequences - from);
+            let lengths = Entries::<4>::read(idx, HEADER_BYTES as u64 + 4 * from as u64, count)?;
+            let offsets = Entries::<8>::read(idx, offsets_from + 8 * from as u64, count)?;
+            for i in 0..count {
+                let (length, offset, at) = (lengths.i32(i), offsets.i64(i), from + i);
+                if length < 0 {
+                    return Err(Error::user(format!("sequence {at} has length {length}")));
+                }
+                if offset != bytes {
+                    return Err(Error::user(format!(
+                        "sequence {at} starts at byte {offset}, but the lengths before it end at byte {bytes}"
+                    )));
+                }
+                if at.is_multiple_of(STRIDE) {
+                    self.starts.push((bytes / size) as u64);
+                }
+                self.lengths.push(length);
+                bytes = (i64::from(length).checked_mul(size))
+                    .and_then(|length| bytes.checked_add(length))
+                    .ok_or_else(|| Error::user(format!("lengths overflow at sequence {at}")))?;
+            }
+        }
+        let mut previous = 0;
+        for from in (0..boundaries).step_by(BLOCK) {
+            let count = BLOCK.min(boundaries - from);
+            let block = Entries::<8>::read(idx, boundaries_from + 8 * from as u64, count)?;
+            for (i, boundary) in (0..count).map(|i| (from + i, block.i64(i))) {
+                if boundary < previous || (i == 0 && boundary != 0) {
+                    return Err(Error::user(format!(
+                        "document boundary {i} is {boundary}, after {previous}"
+                    )));
+                }
+                previous = boundary;
+            }
+        }
+        self.tokens = (bytes / size) as u64;
+        Ok(())
     }
 
-    fn check_tokens(&self, bin_path: &Path) -> Result<()> {
-        let (found, size) = (self.bin.len() as u64, self.kind.size() as u64);
-        let expected = self.tokens * size;
+    fn check_tokens(&self) -> Result<()> {
+        let (found, expected) = (self.bin.bytes(), self.tokens * self.kind.size() as u64);
+        let shown = self.bin.path().display();
         if found == expected {
             return if self.tokens > 0 {
                 Ok(())
             } else {
-                Err(Error::user(format!("{}: holds no tokens", bin_path.display())).hint(REBUILD_HINT))
+                Err(Error::user(format!("{shown}: holds no tokens")).hint(REBUILD_HINT))
             };
         }
         let what = if found < expected { "cut short" } else { "longer than its index" };
         Err(Error::user(format!(
-            "{}: {what}: {found} bytes, but the index lists {} {} tokens ({expected} bytes)",
-            bin_path.display(),
+            "{shown}: {what}: {found} bytes, but the index lists {} {} tokens ({expected} bytes)",
             self.tokens,
             self.kind.name(),
         ))
         .hint(REBUILD_HINT))
+    }
+}
+
+/// Little-endian numbers of `N` bytes, read from a file.
+struct Entries<const N: usize>(Vec<u8>);
+
+impl<const N: usize> Entries<N> {
+    fn read(file: &TokenFile, from: u64, count: usize) -> Result<Self> {
+        let mut bytes = vec![0; N * count];
+        file.read_at(from, &mut bytes)?;
+        Ok(Entries(bytes))
+    }
+}
+
+impl Entries<4> {
+    fn i32(&self, at: usize) -> i32 {
+        i32::from_le_bytes(array(&self.0, 4 * at))
+    }
+}
+
+impl Entries<8> {
+    fn i64(&self, at: usize) -> i64 {
+        i64::from_le_bytes(array(&self.0, 8 * at))
     }
 }
 
@@ -189,12 +222,20 @@ const REBUILD_HINT: &str = "copy the .bin and .idx again, or rebuild them with `
 
 struct Header {
     kind: TokenType,
-    sequences: usize,
-    boundaries: usize,
+    sequences: u64,
+    boundaries: u64,
 }
 
 impl Header {
-    fn parse(idx: &[u8]) -> Result<Header> {
+    fn read(idx: &TokenFile) -> Result<Header> {
+        let mut start = [0; HEADER_BYTES];
+        let start = &mut start[..HEADER_BYTES.min(idx.bytes() as usize)];
+        idx.read_at(0, start)?;
+        Header::parse(start, idx.bytes())
+    }
+
+    /// Reads the header of an index of `found` bytes.
+    fn parse(idx: &[u8], found: u64) -> Result<Header> {
         if !idx.starts_with(MAGIC) {
             let start = &idx[..idx.len().min(MAGIC.len())];
             return Err(Error::user(format!(
@@ -205,8 +246,7 @@ impl Header {
         }
         if idx.len() < HEADER_BYTES {
             return Err(Error::user(format!(
-                "cut short: {} bytes, the header alone has {HEADER_BYTES}",
-                idx.len()
+                "cut short: {found} bytes, the header alone has {HEADER_BYTES}"
             )));
         }
         let version = u64::from_le_bytes(array(idx, 9));
@@ -216,7 +256,7 @@ impl Header {
         let kind = TokenType::from_code(idx[17])?;
         let sequences = u64::from_le_bytes(array(idx, 18));
         let boundaries = u64::from_le_bytes(array(idx, 26));
-        let (s, d, found) = (u128::from(sequences), u128::from(boundaries), idx.len() as u128);
+        let (s, d, found) = (u128::from(sequences), u128::from(boundaries), u128::from(found));
         let expected = HEADER_BYTES as u128 + 12 * s + 8 * d;
         // Multimodal indices append one byte per sequence.
         if found != expected && found != expected + s {
@@ -230,8 +270,8 @@ impl Header {
                 "empty index: {sequences} sequences and {boundaries} document boundaries"
             )));
         }
-        // Both fit: the file that holds them is mapped.
-        Ok(Header { kind, sequences: sequences as usize, boundaries: boundaries as usize })
+        // Both arrays fit into the file, so that adding to their sizes does not overflow.
+        Ok(Header { kind, sequences, boundaries })
     }
 }
 
@@ -239,21 +279,6 @@ fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     let mut out = [0; N];
     out.copy_from_slice(&bytes[at..at + N]);
     out
-}
-
-/// Maps a whole file; an empty one is the user's error, because nothing could be read from it.
-pub(crate) fn map(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).map_err(|e| Error::io("open", path, &e))?;
-    let metadata = file.metadata().map_err(|e| Error::io("inspect", path, &e))?;
-    if !metadata.is_file() {
-        return Err(Error::user(format!("open {}: not a regular file", path.display())));
-    }
-    if metadata.len() == 0 {
-        return Err(Error::user(format!("{}: empty file", path.display())));
-    }
-    // SAFETY: the mapping is read-only and private to this value. Another process that truncates the file while it
-    // is mapped would fault the reader; datasets are replaced by renaming, never written in place.
-    unsafe { Mmap::map(&file) }.map_err(|e| Error::io("map", path, &e))
 }
 
 /// `PREFIX.bin`; the prefix may contain dots.

@@ -9,27 +9,38 @@ mod batches;
 mod blend;
 mod builder;
 mod corpus;
+mod end;
 mod epochs;
+mod file;
 mod fingerprint;
 mod glob;
+mod ids;
 mod gpt;
 mod index_writer;
 mod indexed;
 mod input;
+mod json;
 mod manifest;
 mod open;
+mod opened;
+mod packed;
 mod pieces;
 mod prepare;
 mod progress;
 mod random;
+mod rules;
 mod sampler;
 mod shards;
 mod show;
+mod skipped;
 mod source;
 mod split;
 mod stream;
 mod token_type;
 mod tokenizer;
+
+#[cfg(test)]
+mod fuzz_test;
 
 pub use batches::{Batches, TokenStream};
 pub use blend::{Blend, blend_len, blend_parts};
@@ -40,15 +51,18 @@ pub use fingerprint::{Fingerprint, dataset_fingerprint, dataset_tokenizer, token
 pub use gpt::GptDataset;
 pub use index_writer::IndexedWriter;
 pub use indexed::{IndexedDataset, bin_path, idx_path};
-pub use input::Skipped;
+pub use input::TextOptions;
 pub use manifest::Manifest;
 pub use open::{Order, StreamOptions, Streams, open_streams};
-pub use prepare::{Prepared, TextSource, TokenizerChoice, prepare, prepare_default, prepared_in, text_key};
+pub use prepare::{
+    Prepared, TextSource, TokenizerChoice, prepare, prepare_default, prepare_with, prepared_in, text_key,
+};
 pub use progress::{OnProgress, Progress, Stage};
 pub use random::{Mt19937, numpy_shuffle, torch_randperm};
 pub use sampler::DistributedSampler;
 pub use shards::TokenShards;
 pub use show::{Bucket, Lengths, Summary, show};
+pub use skipped::Skipped;
 pub use source::Source;
 pub use split::Split;
 pub use stream::StreamDecoder;

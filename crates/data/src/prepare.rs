@@ -8,12 +8,13 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 use crate::atomic::{sync_directory, temporary_name};
 use crate::builder::{BuildOptions, build_inputs, train_on_inputs};
 use crate::corpus::{candidates, distinct};
+use crate::file::read_small;
 use crate::fingerprint::{Fingerprint, tokenizer_fingerprint};
 use crate::indexed::{IndexedDataset, with_suffix};
-use crate::input::{Input, resolve};
+use crate::input::{Input, TextOptions, check_field, resolve};
 use crate::manifest::Manifest;
 use crate::progress::{OnProgress, Progress, Stage};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{TOKENIZER_BYTES_MAX, Tokenizer};
 
 /// Where the text of a run comes from.
 #[derive(Clone, Debug)]
@@ -60,7 +61,7 @@ const MIN_DOCUMENTS: u64 = 256;
 /// The bounds of such a document.
 const DOCUMENT_BYTES: std::ops::RangeInclusive<u64> = (4 << 10)..=(256 << 10);
 /// Part of the cache key: raise it when the same text would give other tokens.
-const RECIPE_VERSION: u64 = 1;
+const RECIPE_VERSION: u64 = 2;
 /// An unfinished preparation this old belongs to a process that was killed.
 const STALE_AFTER: Duration = Duration::from_secs(24 * 3600);
 
@@ -79,19 +80,35 @@ pub fn prepare(
     tokenizer: &TokenizerChoice,
     progress: OnProgress<'_>,
 ) -> Result<Prepared> {
+    prepare_with(cache_dir, text, tokenizer, &TextOptions::default(), progress)
+}
+
+/// As [`prepare`], with documents described by `options`.
+///
+/// # Errors
+/// As [`prepare`]; a field that no input has, an end token that the tokenizer does not have.
+pub fn prepare_with(
+    cache_dir: &Path,
+    text: &TextSource,
+    tokenizer: &TokenizerChoice,
+    options: &TextOptions,
+    progress: OnProgress<'_>,
+) -> Result<Prepared> {
     let mut text_key = Xxh3::new();
     let found = Found::look(text, &mut text_key)?;
     let mut key = Xxh3::new();
     key.update(&RECIPE_VERSION.to_le_bytes());
     key_tokenizer(&mut key, tokenizer)?;
     key.update(&text_key.digest128().to_le_bytes());
+    let options_key = options.key();
+    key.update(options_key.as_deref().unwrap_or_default().as_bytes());
     let text_key = Fingerprint::of(&text_key);
     let directory = cache_dir.join(format!("corpus-{:016x}", key.digest()));
     if let Some(prepared) = prepared_in(&directory) {
         return Ok(prepared);
     }
     if let TokenizerChoice::Load(path) = tokenizer
-        && let Some(prepared) = find(cache_dir, text_key, tokenizer_fingerprint(path)?)
+        && let Some(prepared) = find(cache_dir, text_key, options, tokenizer_fingerprint(path)?)
     {
         return Ok(prepared);
     }
@@ -102,16 +119,22 @@ pub fn prepare(
     progress(Progress { stage: Stage::Collect, done_bytes: 0, total_bytes: 0 });
     let (inputs, document_bytes) = found.inputs()?;
     let workshop = Workshop::create(&directory)?;
-    let tokenizer = match tokenizer {
+    check_field(&inputs, options)?;
+    let mut tokenizer = match tokenizer {
         TokenizerChoice::Load(path) => Tokenizer::load(path)?,
         TokenizerChoice::Train { vocab_size } => {
-            train_on_inputs(&inputs, "text", *vocab_size, TRAIN_BYTES, progress)?
+            train_on_inputs(&inputs, options, *vocab_size, TRAIN_BYTES, progress)?
         }
     };
-    let mut options = BuildOptions::new(Vec::new(), workshop.path.join(NAME));
-    options.document_bytes = document_bytes;
-    options.text_key = Some(text_key);
-    build_inputs(&options, &inputs, &tokenizer, progress)
+    if let Some(end) = &options.end {
+        tokenizer.set_eod(end)?;
+    }
+    let mut build = BuildOptions::new(Vec::new(), workshop.path.join(NAME));
+    build.document_bytes = document_bytes;
+    build.text_key = Some(text_key);
+    build.options_key = options_key;
+    build.text = options.clone();
+    build_inputs(&build, &inputs, &tokenizer, progress)
         .context(format_args!("prepare data in {}", cache_dir.display()))?;
     workshop.publish(&directory)?;
     reuse(&directory, false).ok_or_else(|| {
@@ -191,8 +214,10 @@ impl Found {
                 let mut files = distinct(candidates)?;
                 // Sorted by content hash, so that the held-out end of the data is a fair sample of all crates.
                 files.sort_by_key(|file| file.hash);
-                let inputs =
-                    files.into_iter().map(|f| Input { path: f.path.into(), bytes: f.bytes }).collect();
+                let inputs = files
+                    .into_iter()
+                    .map(|f| Input { path: f.path.into(), bytes: f.bytes, is_named: false })
+                    .collect();
                 Ok((inputs, None))
             }
             Found::Files(files) => {
@@ -213,7 +238,7 @@ fn key_tokenizer(key: &mut Xxh3, tokenizer: &TokenizerChoice) -> Result<()> {
         }
         TokenizerChoice::Load(path) => {
             key.update(b"load");
-            key.update(&fs::read(path).map_err(|e| Error::io("read tokenizer", path, &e))?);
+            key.update(&read_small(path, TOKENIZER_BYTES_MAX)?);
         }
     }
     Ok(())
@@ -230,7 +255,7 @@ fn reuse(directory: &Path, cached: bool) -> Option<Prepared> {
     let manifest = Manifest::load(&prefix).ok()?;
     let dataset = IndexedDataset::open(&prefix).ok()?;
     let tokenizer_path = with_suffix(&prefix, ".tokenizer.json");
-    let tokenizer = fs::read(&tokenizer_path).ok()?;
+    let tokenizer = read_small(&tokenizer_path, TOKENIZER_BYTES_MAX).ok()?;
     let is_whole = dataset.tokens() == manifest.tokens
         && dataset.documents() as u64 == manifest.documents
         && format!("{:032x}", xxh3_128(&tokenizer)) == manifest.tokenizer_xxh3;
@@ -245,13 +270,17 @@ fn reuse(directory: &Path, cached: bool) -> Option<Prepared> {
 }
 
 /// The dataset that was made of the same text with an equal tokenizer, such as the one that an earlier run trained.
-fn find(cache_dir: &Path, text_key: Fingerprint, tokenizer: Fingerprint) -> Option<Prepared> {
+fn find(
+    cache_dir: &Path,
+    text_key: Fingerprint,
+    options: &TextOptions,
+    tokenizer: Fingerprint,
+) -> Option<Prepared> {
     let mut entries: Vec<_> = fs::read_dir(cache_dir).ok()?.flatten().collect();
     entries.sort_by_key(|entry| entry.file_name());
     entries.iter().filter(|e| e.file_name().to_string_lossy().starts_with("corpus-")).find_map(|entry| {
         let manifest = Manifest::load(&entry.path().join(NAME)).ok()?;
-        let is_same =
-            manifest.text_key == Some(text_key) && manifest.tokenizer_fingerprint == Some(tokenizer);
+        let is_same = manifest.is_of(text_key, options) && manifest.tokenizer_fingerprint == Some(tokenizer);
         if is_same { reuse(&entry.path(), true) } else { None }
     })
 }

@@ -1,14 +1,12 @@
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use spec::{Error, Result};
 
-use crate::indexed::map;
+use crate::file::{TokenFile, open};
 use crate::token_type::TokenType;
 
 /// The header is 256 little-endian 32-bit words: magic, version, token count, zeros.
-const HEADER_BYTES: usize = 1024;
+const HEADER_BYTES: u64 = 1024;
 const GPT2_MAGIC: u32 = 20_240_520;
 const LLAMA3_MAGIC: u32 = 20_240_801;
 const EVAL_MAGIC: u32 = 20_240_522;
@@ -21,8 +19,7 @@ pub struct TokenShards {
 }
 
 struct Shard {
-    path: PathBuf,
-    bytes: Mmap,
+    file: TokenFile,
     tokens: usize,
 }
 
@@ -79,13 +76,13 @@ impl TokenShards {
 
     /// The file of shard `index`.
     pub fn path(&self, index: usize) -> &Path {
-        &self.shards[index].path
+        self.shards[index].file.path()
     }
 
     /// Copies tokens `offset..offset + out.len()` of a shard.
     ///
     /// # Errors
-    /// The range goes beyond the shard.
+    /// The range goes beyond the shard, or the file was cut short after it was opened.
     pub fn read(&self, index: usize, offset: usize, out: &mut [u32]) -> Result<()> {
         let shard = self.shards.get(index).filter(|s| offset.saturating_add(out.len()) <= s.tokens);
         let Some(shard) = shard else {
@@ -94,15 +91,12 @@ impl TokenShards {
                 out.len()
             )));
         };
-        let size = self.kind.size();
-        let from = HEADER_BYTES + offset * size;
-        self.kind.decode(&shard.bytes[from..from + out.len() * size], out);
-        Ok(())
+        shard.file.read_tokens(self.kind, HEADER_BYTES + (offset * self.kind.size()) as u64, out)
     }
 
-    /// The tokens of a shard, as stored.
-    pub(crate) fn bytes(&self, index: usize) -> &[u8] {
-        &self.shards[index].bytes[HEADER_BYTES..]
+    /// The file of a shard, and where its tokens begin.
+    pub(crate) fn file(&self, index: usize) -> (&TokenFile, u64) {
+        (&self.shards[index].file, HEADER_BYTES)
     }
 }
 
@@ -110,18 +104,21 @@ impl TokenShards {
 pub(crate) fn is_shard(path: &Path) -> bool {
     use std::io::Read;
     let mut start = [0; 4];
-    fs::File::open(path).and_then(|mut f| f.read_exact(&mut start)).is_ok()
+    open(path).is_ok_and(|(mut file, _)| file.read_exact(&mut start).is_ok())
         && [GPT2_MAGIC, LLAMA3_MAGIC, EVAL_MAGIC].contains(&u32::from_le_bytes(start))
 }
 
 fn open_shard(path: &Path) -> Result<(Shard, TokenType)> {
     const HINT: &str = "copy the shard again, or write it again with the tool that made it";
-    let bytes = map(path)?;
+    let file = TokenFile::open(path)?;
+    let found = file.bytes();
     let refuse = |what: String| Err(Error::user(format!("{}: {what}", path.display())).hint(HINT));
-    if bytes.len() < HEADER_BYTES {
-        return refuse(format!("cut short: {} bytes, the header alone has {HEADER_BYTES}", bytes.len()));
+    if found < HEADER_BYTES {
+        return refuse(format!("cut short: {found} bytes, the header alone has {HEADER_BYTES}"));
     }
-    let (words, _) = bytes[..12].as_chunks::<4>();
+    let mut start = [0; 12];
+    file.read_at(0, &mut start)?;
+    let (words, _) = start.as_chunks::<4>();
     let [magic, version, tokens] = [0, 1, 2].map(|i| u32::from_le_bytes(words[i]));
     let (kind, expected_version) = match magic {
         GPT2_MAGIC => (TokenType::U16, 1),
@@ -133,14 +130,10 @@ fn open_shard(path: &Path) -> Result<(Shard, TokenType)> {
         return refuse(format!("version {version} under magic {magic}, expected {expected_version}"));
     }
     let tokens = tokens as usize;
-    let expected = HEADER_BYTES + tokens * kind.size();
-    if bytes.len() != expected || tokens == 0 {
-        let what = if bytes.len() < expected { "cut short" } else { "wrong length" };
-        return refuse(format!(
-            "{what}: {} bytes, but {tokens} {} tokens take {expected}",
-            bytes.len(),
-            kind.name()
-        ));
+    let expected = HEADER_BYTES + (tokens * kind.size()) as u64;
+    if found != expected || tokens == 0 {
+        let what = if found < expected { "cut short" } else { "wrong length" };
+        return refuse(format!("{what}: {found} bytes, but {tokens} {} tokens take {expected}", kind.name()));
     }
-    Ok((Shard { path: path.to_path_buf(), bytes, tokens }, kind))
+    Ok((Shard { file, tokens }, kind))
 }

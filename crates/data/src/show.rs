@@ -1,3 +1,5 @@
+use std::collections::HashMap;
+
 use serde::Serialize;
 use spec::Result;
 
@@ -67,8 +69,9 @@ pub struct Bucket {
 const MAX_COUNTED: u64 = 1 << 28;
 /// Tokens of the first document shown.
 const FIRST_TOKENS: usize = 128;
-/// Ids up to here are counted one by one; larger ones (no known vocabulary has any) only for the maximum.
-const MAX_COUNTED_ID: usize = 1 << 22;
+/// Ids below this, or below the number of tokens, are counted in a table; larger ones by themselves, so that a short file
+/// with a large id takes little memory.
+const TABLE_IDS: usize = 1 << 16;
 
 /// Looks through a dataset; with a tokenizer, the first document is shown as text.
 ///
@@ -120,6 +123,8 @@ fn count(source: &Source) -> Result<Frequencies> {
     const BLOCK: usize = 4096;
     let every = source.tokens().div_ceil(MAX_COUNTED).max(1);
     let mut found = Frequencies { counts: Vec::new(), total: 0, max_token: 0 };
+    let table = usize::try_from(source.tokens()).unwrap_or(usize::MAX).max(TABLE_IDS);
+    let mut others: HashMap<u32, u64> = HashMap::new();
     let mut block = 0u64;
     let mut tokens = [0u32; BLOCK];
     for sequence in 0..source.sequences() {
@@ -133,17 +138,22 @@ fn count(source: &Source) -> Result<Frequencies> {
             source.read(sequence, from, tokens)?;
             for &token in tokens.iter() {
                 let id = token as usize;
-                if id >= found.counts.len() && id < MAX_COUNTED_ID {
-                    found.counts.resize((id + 1).next_power_of_two(), 0);
+                if id >= found.counts.len() && id < table {
+                    found.counts.resize((id + 1).next_power_of_two().min(table), 0);
                 }
-                if let Some(count) = found.counts.get_mut(id) {
-                    *count += 1;
+                match found.counts.get_mut(id) {
+                    Some(count) => *count += 1,
+                    None => *others.entry(token).or_insert(0) += 1,
                 }
                 found.max_token = found.max_token.max(token);
             }
             found.total += tokens.len() as u64;
         }
     }
+    // For the entropy and the number of distinct ids it does not matter which ids they are; sorted, sums stay the same.
+    let mut others: Vec<(u32, u64)> = others.into_iter().collect();
+    others.sort_unstable();
+    found.counts.extend(others.into_iter().map(|(_, count)| count));
     Ok(found)
 }
 

@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use spec::{Error, Result};
 
+use crate::file::TokenFile;
 use crate::fingerprint::Fingerprint;
 use crate::glob::{expand, has_wildcards};
 use crate::indexed::{IndexedDataset, bin_path, idx_path, strip_extension};
@@ -20,9 +21,9 @@ pub enum Source {
 
 /// Up to this many bytes every token is checked on request; beyond, blocks spread over the data are.
 /// One scan of this size takes well under a second from memory.
-const FULL_CHECK_BYTES: usize = 512 << 20;
+const FULL_CHECK_BYTES: u64 = 512 << 20;
 /// Bytes looked at in one piece when checking.
-const CHECK_BLOCK_BYTES: usize = 1 << 20;
+const CHECK_BLOCK_BYTES: u64 = 1 << 20;
 
 impl Source {
     /// Opens whichever format `path` names: a Megatron prefix (or its `.bin` or `.idx`), a token shard,
@@ -113,7 +114,7 @@ impl Source {
     /// Copies tokens `offset..offset + out.len()` of a sequence.
     ///
     /// # Errors
-    /// The range goes beyond the sequence.
+    /// The range goes beyond the sequence, or the file was cut short after it was opened.
     pub fn read(&self, index: usize, offset: usize, out: &mut [u32]) -> Result<()> {
         match self {
             Source::Indexed(d) => d.read(index, offset, out),
@@ -127,7 +128,7 @@ impl Source {
     /// in parallel; of more, one block in several, spread evenly (samples are checked again when they are drawn).
     ///
     /// # Errors
-    /// The first id found at or beyond `vocab`.
+    /// The first id found at or beyond `vocab`; or the tokens cannot be read.
     pub fn check_vocab(&self, vocab: usize) -> Result<()> {
         let limit = u32::try_from(vocab).unwrap_or(u32::MAX);
         let unsigned = matches!(self.token_type(), TokenType::U8 | TokenType::U16);
@@ -142,7 +143,7 @@ impl Source {
             return Ok(());
         }
         for part in 0..self.parts() {
-            if let Some((position, id)) = first_beyond(self.part_bytes(part), self.token_type(), limit) {
+            if let Some((position, id)) = self.first_beyond(part, limit)? {
                 return Err(self.beyond_vocab(part, position, id, vocab));
             }
         }
@@ -161,9 +162,9 @@ impl Source {
             hash.update(&(self.length(index) as u64).to_le_bytes());
         }
         for part in 0..self.parts() {
-            let bytes = self.part_bytes(part);
-            for (_, block) in checked_blocks(bytes) {
-                hash.update(block);
+            let mut buffer = Vec::new();
+            for (from, bytes) in checked_blocks(self.part_bytes(part)) {
+                hash.update(self.read_block(part, from, bytes, &mut buffer)?);
             }
         }
         Ok(Fingerprint::of(&hash))
@@ -185,12 +186,43 @@ impl Source {
         }
     }
 
-    /// The tokens of one file, as stored.
-    pub(crate) fn part_bytes(&self, part: usize) -> &[u8] {
+    /// One file of tokens, and where they begin.
+    fn part(&self, part: usize) -> (&TokenFile, u64) {
         match self {
-            Source::Indexed(d) => d.bytes(),
-            Source::Shards(s) => s.bytes(part),
+            Source::Indexed(d) => (d.bin(), 0),
+            Source::Shards(s) => s.file(part),
         }
+    }
+
+    /// Bytes of tokens in one file.
+    fn part_bytes(&self, part: usize) -> u64 {
+        let (file, from) = self.part(part);
+        file.bytes() - from
+    }
+
+    /// Stored tokens of one file, from byte `from` of them on.
+    fn read_block<'a>(
+        &self,
+        part: usize,
+        from: u64,
+        bytes: usize,
+        buffer: &'a mut Vec<u8>,
+    ) -> Result<&'a [u8]> {
+        let (file, first) = self.part(part);
+        buffer.resize(bytes, 0);
+        file.read_at(first + from, buffer)?;
+        Ok(buffer)
+    }
+
+    /// Position and value of the first token of one file at or beyond `limit` among those looked at.
+    fn first_beyond(&self, part: usize, limit: u32) -> Result<Option<(u64, u32)>> {
+        let blocks: Vec<(u64, usize)> = checked_blocks(self.part_bytes(part)).collect();
+        let found = blocks.into_par_iter().map_init(Vec::new, |buffer, (from, bytes)| {
+            let block = self.read_block(part, from, bytes, buffer)?;
+            let found = first_beyond(block, self.token_type(), limit);
+            Ok(found.map(|(at, id)| (from / self.token_type().size() as u64 + at, id)))
+        });
+        found.find_map_first(Result::transpose).transpose()
     }
 
     fn beyond_vocab(&self, part: usize, position: u64, id: u32, vocab: usize) -> Error {
@@ -216,32 +248,28 @@ impl Source {
     }
 }
 
-/// The blocks that a check looks at, each with its byte offset: all, or of more than `FULL_CHECK_BYTES` one in several
+/// The blocks of `bytes` that a check looks at, as offset and size: all, or of more than `FULL_CHECK_BYTES` one in several
 /// and the last.
-fn checked_blocks(bytes: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
-    let blocks = bytes.len().div_ceil(CHECK_BLOCK_BYTES);
-    let every = bytes.len().div_ceil(FULL_CHECK_BYTES).max(1);
-    bytes
-        .chunks(CHECK_BLOCK_BYTES)
-        .enumerate()
-        .filter(move |(block, _)| block % every == 0 || block + 1 == blocks)
-        .map(|(block, bytes)| (block * CHECK_BLOCK_BYTES, bytes))
+fn checked_blocks(bytes: u64) -> impl Iterator<Item = (u64, usize)> {
+    let blocks = bytes.div_ceil(CHECK_BLOCK_BYTES);
+    let every = bytes.div_ceil(FULL_CHECK_BYTES).max(1);
+    (0..blocks).filter(move |block| block % every == 0 || block + 1 == blocks).map(move |block| {
+        let from = block * CHECK_BLOCK_BYTES;
+        (from, CHECK_BLOCK_BYTES.min(bytes - from) as usize)
+    })
 }
 
-/// Position and value of the first token at or beyond `limit` among those looked at.
-fn first_beyond(bytes: &[u8], kind: TokenType, limit: u32) -> Option<(u64, u32)> {
-    let blocks: Vec<(usize, &[u8])> = checked_blocks(bytes).collect();
-    blocks.into_par_iter().find_map_first(|(from, stored)| {
-        let mut tokens = [0; 1024];
-        for (i, part) in stored.chunks(1024 * kind.size()).enumerate() {
-            let tokens = &mut tokens[..part.len() / kind.size()];
-            kind.decode(part, tokens);
-            // The common case is one pass that finds nothing, which vectorises.
-            if tokens.iter().fold(0, |max, &t| max.max(t)) >= limit {
-                let at = tokens.iter().position(|&t| t >= limit)?;
-                return Some(((from / kind.size() + i * 1024 + at) as u64, tokens[at]));
-            }
+/// Position and value of the first token at or beyond `limit`.
+fn first_beyond(stored: &[u8], kind: TokenType, limit: u32) -> Option<(u64, u32)> {
+    let mut tokens = [0; 1024];
+    for (i, part) in stored.chunks(1024 * kind.size()).enumerate() {
+        let tokens = &mut tokens[..part.len() / kind.size()];
+        kind.decode(part, tokens);
+        // The common case is one pass that finds nothing, which vectorises.
+        if tokens.iter().fold(0, |max, &t| max.max(t)) >= limit {
+            let at = tokens.iter().position(|&t| t >= limit)?;
+            return Some(((i * 1024 + at) as u64, tokens[at]));
         }
-        None
-    })
+    }
+    None
 }

@@ -2,6 +2,7 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde_json::Value;
 use spec::{Error, Result};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -13,9 +14,13 @@ use tokenizers::{
 };
 
 use crate::atomic::write_file;
+use crate::end::{self, Named};
+use crate::file::read_small;
 use crate::fingerprint::Fingerprint;
-use crate::pieces::pieces;
+use crate::ids;
+use crate::pieces::{Cut, exact_pieces, pieces};
 use crate::progress::{OnProgress, Progress, Stage};
+use crate::rules;
 
 /// Text to token ids and back: a Hugging Face `tokenizer.json`, loaded or trained here.
 pub struct Tokenizer {
@@ -25,36 +30,49 @@ pub struct Tokenizer {
     special: tokenizers::Tokenizer,
     vocab: usize,
     eod: Option<u32>,
+    /// Whether a text in exact pieces gets the ids of the whole.
+    can_cut: bool,
 }
 
 /// Ends each document in tokenizers trained here.
 pub const END_OF_DOCUMENT: &str = "<|endoftext|>";
-/// What other families call it, the most specific first.
-const END_NAMES: [&str; 5] = [END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]"];
 /// The bytes and the end-of-document token.
 const MIN_VOCAB: usize = 257;
+/// The largest of published tokenizers have some 35 MB.
+pub(crate) const TOKENIZER_BYTES_MAX: u64 = 512 << 20;
 /// Longer merges would be rulers of dashes and long indentations.
 const MAX_TOKEN_BYTES: usize = 32;
 /// Text is encoded in pieces of about this size: the encoder's bookkeeping takes some 100 bytes per token, and pieces
 /// that fit the cache encode half again as fast as those of 64 KiB.
 const PIECE_BYTES: usize = 8 << 10;
-/// Other tokenizers may treat the beginning of a text specially, so they get few pieces.
+/// Other tokenizers get few pieces when documents are cut out of a text.
 const OTHER_PIECE_BYTES: usize = 1 << 20;
+/// The part of a long document that one thread encodes.
+const PART_BYTES: usize = 64 << 10;
 /// Words and the character before them, up to three digits, runs of signs with their line ends, blank lines, blanks.
 /// The alternatives of GPT-4's pattern without its look-ahead, which lets the linear-time engine run it.
-const PATTERN: &str = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+";
+pub(crate) const PATTERN: &str =
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+";
 
 impl Tokenizer {
-    /// Loads a `tokenizer.json`.
+    /// Loads a `tokenizer.json`. What ends a document is read from `tokenizer_config.json`, `special_tokens_map.json`
+    /// and `generation_config.json` beside it, or else told from the names of special tokens.
     ///
     /// # Errors
-    /// Missing or unreadable, not a tokenizer, or one without a vocabulary.
+    /// Missing or unreadable, not a tokenizer, or one without a vocabulary; a file beside it that is not JSON.
     pub fn load(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(|e| {
-            Error::io("read tokenizer", path, &e)
+        let bytes = read_small(path, TOKENIZER_BYTES_MAX).map_err(|e| {
+            e.context("read tokenizer")
                 .hint("give the path of a tokenizer.json, or leave it out to train one")
         })?;
-        Self::from_bytes(&bytes).map_err(|e| e.context(format_args!("read tokenizer {}", path.display())))
+        let mut loaded = Self::from_bytes(&bytes)
+            .map_err(|e| e.context(format_args!("read tokenizer {}", path.display())))?;
+        let named = end::beside(path)?.into_iter().find_map(|named| match named {
+            Named::Token(token) => loaded.special.token_to_id(&token),
+            Named::Id(id) => loaded.special.id_to_token(id).map(|_| id),
+        });
+        loaded.eod = named.or(loaded.eod);
+        Ok(loaded)
     }
 
     /// Reads the text of a `tokenizer.json`.
@@ -62,6 +80,8 @@ impl Tokenizer {
     /// # Errors
     /// Not a tokenizer, or one without a vocabulary.
     pub fn from_bytes(json: &[u8]) -> Result<Self> {
+        let json = json.strip_prefix(b"\xef\xbb\xbf").unwrap_or(json);
+        ids::check(json)?;
         let inner = tokenizers::Tokenizer::from_bytes(json).map_err(|e| {
             Error::user(format!("not a tokenizer.json: {e}"))
                 .hint("expected the file that Hugging Face's tokenizers write")
@@ -147,10 +167,16 @@ impl Tokenizer {
     /// The model has no token for some character and no unknown token either.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = Vec::with_capacity(text.len() / 3);
-        for piece in pieces(text, self.piece_bytes()) {
+        let piece_bytes = if self.can_cut { PIECE_BYTES } else { usize::MAX / 4 };
+        self.encode_in_pieces(text, piece_bytes, &mut ids)?;
+        Ok(ids)
+    }
+
+    fn encode_in_pieces(&self, text: &str, piece_bytes: usize, ids: &mut Vec<u32>) -> Result<()> {
+        for piece in exact_pieces(text, piece_bytes) {
             ids.extend_from_slice(encode(&self.plain, piece, false)?.get_ids());
         }
-        Ok(ids)
+        Ok(())
     }
 
     /// Token ids of a prompt: special tokens in the text are recognised, and begin tokens added where
@@ -180,6 +206,31 @@ impl Tokenizer {
         self.eod
     }
 
+    /// The spelling of the token that ends a document.
+    pub fn eod_token(&self) -> Option<String> {
+        self.special.id_to_token(self.eod?)
+    }
+
+    /// Chooses the token that ends a document.
+    ///
+    /// # Errors
+    /// The vocabulary has no such token.
+    pub fn set_eod(&mut self, name: &str) -> Result<()> {
+        match self.special.token_to_id(name) {
+            Some(id) => {
+                self.eod = Some(id);
+                Ok(())
+            }
+            None => {
+                let mut special: Vec<&str> = special_names(&self.special).collect();
+                special.sort_unstable();
+                special.truncate(12);
+                Err(Error::user(format!("the tokenizer has no token {name:?} to end documents with"))
+                    .hint(format!("its special tokens are {}", special.join(", "))))
+            }
+        }
+    }
+
     /// XXH3-128 of the tokenizer's JSON, in hexadecimal: equal for equal tokenizers.
     ///
     /// # Errors
@@ -197,9 +248,17 @@ impl Tokenizer {
         Fingerprint::of_tokenizer(&self.to_json()?)
     }
 
-    /// The size of pieces to cut a long text into before encoding.
-    pub(crate) fn piece_bytes(&self) -> usize {
-        if self.is_byte_level() { PIECE_BYTES } else { OTHER_PIECE_BYTES }
+    /// How plain text is cut into documents of about this many bytes, or into parts of one.
+    pub(crate) fn cut(&self, document_bytes: Option<u64>) -> Cut {
+        let piece_bytes = if self.is_byte_level() { PIECE_BYTES } else { OTHER_PIECE_BYTES };
+        match document_bytes {
+            Some(bytes) => {
+                let piece_bytes = bytes.clamp(1, piece_bytes as u64) as usize;
+                Cut::Documents { document_bytes: bytes, piece_bytes }
+            }
+            None if self.can_cut => Cut::Exact(PART_BYTES),
+            None => Cut::Whole,
+        }
     }
 
     /// The token's own spelling.
@@ -218,7 +277,8 @@ impl Tokenizer {
     }
 
     fn wrap(mut special: tokenizers::Tokenizer) -> Result<Self> {
-        let vocab = special.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        let largest = special.get_vocab(true).into_values().max();
+        let vocab = largest.map_or(0, |id| id as usize + 1);
         if vocab == 0 {
             return Err(Error::user("the tokenizer's vocabulary is empty"));
         }
@@ -227,9 +287,23 @@ impl Tokenizer {
         special.with_truncation(None).map_err(|e| Error::failure(format!("prepare tokenizer: {e}")))?;
         let mut plain = special.clone();
         plain.set_encode_special_tokens(true);
-        let eod = END_NAMES.iter().find_map(|name| special.token_to_id(name));
-        Ok(Tokenizer { plain, special, vocab, eod })
+        let name = end::by_name(special_names(&special), |name| special.token_to_id(name).is_some());
+        let eod = name.and_then(|name| special.token_to_id(&name));
+        let rule = |value: serde_json::Result<Value>| {
+            value.map_err(|e| Error::failure(format!("read the tokenizer's rules: {e}")))
+        };
+        let can_cut = rules::can_cut(
+            &rule(serde_json::to_value(special.get_normalizer()))?,
+            &rule(serde_json::to_value(special.get_pre_tokenizer()))?,
+            special.get_added_vocabulary().get_added_tokens_decoder().values(),
+        );
+        Ok(Tokenizer { plain, special, vocab, eod, can_cut })
     }
+}
+
+fn special_names(inner: &tokenizers::Tokenizer) -> impl Iterator<Item = &str> {
+    let added = inner.get_added_vocabulary().get_added_tokens_decoder().values();
+    added.filter(|token| token.special).map(|token| token.content.as_str())
 }
 
 fn encode(inner: &tokenizers::Tokenizer, text: &str, template: bool) -> Result<tokenizers::Encoding> {
@@ -241,3 +315,7 @@ fn pre_tokenizer() -> tokenizers::Result<PreTokenizerWrapper> {
     let bytes = ByteLevel::new(false, false, false);
     Ok(Sequence::new(vec![split.into(), bytes.into()]).into())
 }
+
+#[cfg(test)]
+#[path = "tokenizer_tests.rs"]
+mod tests;

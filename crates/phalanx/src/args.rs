@@ -355,7 +355,7 @@ pub(crate) struct Data {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum DataCommand {
-    /// Tokenise files, folders, globs or JSONL into PREFIX.bin and PREFIX.idx
+    /// Tokenise text or JSON lines, plain, .gz or .zst, into PREFIX.bin and PREFIX.idx
     Build {
         /// Files, folders or globs
         #[arg(required = true)]
@@ -369,9 +369,15 @@ pub(crate) enum DataCommand {
         /// Vocabulary of the tokenizer that is trained
         #[arg(long, default_value_t = 4096)]
         vocab_size: usize,
-        /// Field of JSONL objects that holds the text
-        #[arg(long, default_value = "text")]
-        field: String,
+        /// Field of JSON documents that holds the text ("text" if absent)
+        #[arg(long)]
+        field: Option<String>,
+        /// Leave out JSON documents that cannot be read, and count them
+        #[arg(long)]
+        skip_bad: bool,
+        /// Token that ends a document; the tokenizer's own if absent
+        #[arg(long, value_name = "NAME")]
+        eod: Option<String>,
         /// Threads; 0 for all cores
         #[arg(long, default_value_t = 0)]
         threads: usize,

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use data::{BuildOptions, Source, Summary, Tokenizer, tokenizer_path};
+use data::{BuildOptions, Source, Summary, TextOptions, Tokenizer, tokenizer_path};
 use spec::{Error, Result};
 
 use crate::args::{Data, DataCommand};
@@ -14,9 +14,9 @@ const SAMPLE_BYTES: u64 = 8 << 20;
 
 pub(crate) fn run(args: &Data) -> Result<u8> {
     match &args.what {
-        DataCommand::Build { inputs, output, tokenizer, vocab_size, field, threads, json } => {
+        DataCommand::Build { inputs, output, tokenizer, vocab_size, field, skip_bad, eod, threads, json } => {
             let mut options = BuildOptions::new(inputs.clone(), output);
-            options.json_field.clone_from(field);
+            options.text = TextOptions { field: field.clone(), skip_bad: *skip_bad, end: eod.clone() };
             options.threads = (*threads > 0).then_some(*threads);
             build(&options, tokenizer.as_deref(), *vocab_size, *json)
         }
@@ -35,10 +35,13 @@ fn build(options: &BuildOptions, tokenizer: Option<&Path>, vocab_size: usize, js
     }
     let bytes = Bytes::new();
     let progress = |p| bytes.update(p);
-    let tokenizer = match tokenizer {
+    let mut tokenizer = match tokenizer {
         Some(path) => Tokenizer::load(path)?,
         None => data::train_tokenizer(options, vocab_size, SAMPLE_BYTES, &progress)?,
     };
+    if let Some(name) = &options.text.end {
+        tokenizer.set_eod(name)?;
+    }
     let report = data::build(options, &tokenizer, &progress)
         .map_err(|e| e.hint("give --output a prefix in a writable place with free space"))?;
     bytes.done();
@@ -53,14 +56,7 @@ fn build(options: &BuildOptions, tokenizer: Option<&Path>, vocab_size: usize, js
             m.tokens
         ));
     }
-    let s = &report.skipped;
-    for (count, why) in [(s.not_utf8, "not UTF-8"), (s.empty, "without text"), (s.unreadable, "not readable")]
-    {
-        if count > 0 {
-            output::say(&format!("warning: left out {count} inputs {why}"));
-        }
-    }
-    s.messages.iter().for_each(|m| output::say(&format!("warning: {m}")));
+    m.warnings.iter().for_each(|warning| output::say(&format!("warning: {}", warning)));
     Ok(0)
 }
 
@@ -100,7 +96,7 @@ fn text(s: &Summary) -> String {
         out += &format!("  {:>9}.. {:>9}  {bar}\n", b.from, b.sequences);
     }
     if let Some(first) = &s.first_text {
-        out += &format!("first document\n{first}\n");
+        out += &format!("first document\n{}\n", spec::printable(first));
     }
     out
 }

@@ -287,6 +287,7 @@ fn prepare(run: &RunSpec, begin: &mut Beginning) -> Result<()> {
             p.documents,
             p.tokens
         ));
+        p.manifest.warnings.iter().for_each(|w| output::say(&format!("warning: {}", w)));
     }
     Ok(())
 }

@@ -57,6 +57,12 @@ pub struct DataSpec {
     pub tokenizer: Option<PathBuf>,
     /// Vocabulary of the tokenizer that is trained.
     pub vocab_size: usize,
+    /// The field of JSON documents that holds the text; `None` is `text`.
+    pub field: Option<String>,
+    /// JSON documents that cannot be read are left out, rather than an error.
+    pub skip_bad: bool,
+    /// The token that ends a document; `None` is the tokenizer's own.
+    pub eod: Option<String>,
     /// Weights of the train, validation and test splits; not negative, the first above zero, in any scale.
     pub split: [f64; 3],
     /// Where prepared data is kept; `None` leaves the choice to the program.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use data::{OnProgress, Prepared, TextSource, TokenizerChoice};
+use data::{OnProgress, Prepared, TextOptions, TextSource, TokenizerChoice};
 use serde::{Deserialize, Serialize};
 use spec::run::DataSource;
 use spec::{Error, Result, RunSpec};
@@ -24,6 +24,12 @@ pub(crate) fn source(run: &RunSpec) -> Option<DataSource> {
         DataSource::Prefix(_) | DataSource::Blend(_) => None,
         text => Some(text.clone()),
     }
+}
+
+/// How the documents in a run's text are described.
+fn options(run: &RunSpec) -> TextOptions {
+    let data = &run.data;
+    TextOptions { field: data.field.clone(), skip_bad: data.skip_bad, end: data.eod.clone() }
 }
 
 fn locate(source: &DataSource) -> Result<TextSource> {
@@ -54,7 +60,7 @@ impl Beginning {
                     Some(own) => TokenizerChoice::Load(own.path.clone()),
                     None => TokenizerChoice::Train { vocab_size: run.data.vocab_size },
                 };
-                data::prepare(&cache(run), &text?, &tokenizer, progress)?
+                data::prepare_with(&cache(run), &text?, &tokenizer, &options(run), progress)?
             }
         };
         if self.tokenizer.is_none() {
@@ -88,7 +94,7 @@ impl Beginning {
         let same_source = self.source_was.as_ref() == Some(source);
         let key = text.as_ref().ok().map(data::text_key);
         let kept = match key {
-            Some(Ok(now)) if prepared.manifest.text_key == Some(now) => return Some(prepared),
+            Some(Ok(now)) if prepared.manifest.is_of(now, &options(run)) => return Some(prepared),
             _ if self.asked.accept_changed_data => None,
             Some(Ok(_)) if same_source && *source == DataSource::CargoSources => {
                 Some("the default text, sources of crates, has changed")

@@ -207,6 +207,9 @@ fn read_data(doc: &Doc) -> Result<DataSpec> {
         source,
         tokenizer: doc.text_or_none("data.tokenizer")?.map(PathBuf::from),
         vocab_size: doc.count("data.vocab_size")?,
+        field: doc.text_or_none("data.field")?,
+        skip_bad: doc.flag("data.skip_bad")?,
+        eod: doc.text_or_none("data.eod")?,
         split: read_split(doc)?,
         cache_dir: doc.text_or_none("data.cache_dir")?.map(PathBuf::from),
     })

@@ -171,6 +171,9 @@ impl RunSpec {
         values.extend(data.tokenizer.as_deref().map(|p| ("data.tokenizer", path(p))));
         let [train, valid, test] = data.split;
         values.push(("data.vocab_size", data.vocab_size.to_string()));
+        values.extend(data.field.as_deref().map(|field| ("data.field", quoted(field))));
+        values.extend(data.skip_bad.then(|| ("data.skip_bad", "true".to_owned())));
+        values.extend(data.eod.as_deref().map(|eod| ("data.eod", quoted(eod))));
         values.push(("data.split", quoted(&format!("{train},{valid},{test}"))));
         values.extend(data.cache_dir.as_deref().map(|p| ("data.cache_dir", path(p))));
     }
