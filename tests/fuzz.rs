@@ -77,6 +77,18 @@ pub(crate) fn fuzz(
     good: &[Vec<u8>],
     words: &[&str],
     seal: impl Fn(Vec<u8>) -> Vec<u8>,
+    parse: impl FnMut(&[u8]) -> bool,
+) {
+    fuzz_within((BYTES_PER_BYTE, FREE_BYTES), name, good, words, seal, parse);
+}
+
+/// As [`fuzz`], where a library takes more memory: so many bytes for each byte of input, and for any input at all.
+pub(crate) fn fuzz_within(
+    (bytes_per_byte, free_bytes): (usize, usize),
+    name: &str,
+    good: &[Vec<u8>],
+    words: &[&str],
+    seal: impl Fn(Vec<u8>) -> Vec<u8>,
     mut parse: impl FnMut(&[u8]) -> bool,
 ) {
     let number = |key: &str, default: u64| {
@@ -115,7 +127,7 @@ pub(crate) fn fuzz(
                 std::panic::resume_unwind(panic);
             }
         }
-        if peak > BYTES_PER_BYTE * input.len() + FREE_BYTES {
+        if peak > bytes_per_byte * input.len() + free_bytes {
             panic!("{}: {peak} bytes at once", keep());
         }
         let limit = TIME_LIMIT.mul_f64(1.0f64.max(input.len() as f64 / 1e6));
@@ -126,11 +138,11 @@ pub(crate) fn fuzz(
             panic!("{}: it takes {took:?}", keep());
         }
         slowest = slowest.max(took);
-        worst = worst.max((peak.saturating_sub(FREE_BYTES) * 100 / input.len().max(1), peak));
+        worst = worst.max((peak.saturating_sub(free_bytes) * 100 / input.len().max(1), peak));
     }
     println!(
         "{name}: {inputs} inputs of seed {seed}, {accepted} accepted, slowest {slowest:?}, most memory {} bytes, \
-         {:.2} for each byte beyond {FREE_BYTES}",
+         {:.2} for each byte beyond {free_bytes}",
         worst.1,
         worst.0 as f64 / 100.0
     );
