@@ -11,6 +11,7 @@ use crate::header::{Header, mismatch};
 use crate::inner::{Address, Core, Location, Touch};
 use crate::progress::{give_way, until};
 use crate::sum::{Into, Sum, Tree};
+use smallvec::SmallVec;
 use spec::{Error, Result, shares};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -60,7 +61,10 @@ impl Neighbours {
 }
 
 /// The members whose buffers are shared, and where they lie.
-type Brought = Vec<(usize, Location)>;
+type Brought = SmallVec<[(usize, Location); FEW]>;
+
+/// Members for whom an operation allocates nothing.
+const FEW: usize = 16;
 
 /// One collective operation of the members.
 pub(crate) struct Meeting<'a> {
@@ -170,12 +174,12 @@ impl Meeting<'_> {
         &self,
         brought: &Brought,
         bytes: impl Fn(usize) -> usize,
-    ) -> Result<Option<(Vec<Address>, Touch<'_>)>> {
+    ) -> Result<Option<(SmallVec<[Address; FEW]>, Touch<'_>)>> {
         if brought.len() < self.near.size() {
             return Ok(None);
         }
         let touch = self.core.touch()?;
-        let mut addresses = Vec::with_capacity(brought.len());
+        let mut addresses = SmallVec::with_capacity(brought.len());
         for &(member, location) in brought {
             addresses.push(self.resolve(member, location, bytes(member)).await?);
         }
