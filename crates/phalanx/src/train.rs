@@ -5,7 +5,7 @@ use std::path::Path;
 use comm::TransportChoice;
 use spec::run::Resolved;
 use spec::{Error, Layout, Origin, Result, RunSpec};
-use train::{Asked, Beginning, DirLock, Mesh, Outcome, RunDir, Sampling, Trainer};
+use train::{Asked, Beginning, Cpu, DirLock, Mesh, Outcome, RunDir, Sampling, Trainer, check_run};
 
 use crate::args::{RunArgs, Train};
 use crate::busy::busy;
@@ -182,8 +182,7 @@ fn go(args: &Train, run: &RunSpec, begin: Beginning, rank: usize, mesh: Mesh, th
 /// Reads the run file and its overrides, and fills what they leave open of the layout for so many ranks.
 fn load(args: &Train, world: usize) -> Result<RunSpec> {
     let mut read = resolve(&args.run)?;
-    read.run.model.check_trains()?;
-    read.run.layout.check_trains()?;
+    check_run(&Cpu::new(1), &read.run)?;
     if !args.fresh && *read.set_by("schedule.warmup_steps") == Origin::Default {
         keep_warmup(&mut read.run);
     }

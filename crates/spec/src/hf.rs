@@ -163,12 +163,14 @@ impl ModelSpec {
     }
 
     fn hf_family(&self) -> Result<&'static Family> {
-        self.check_trains()?;
         let refuse = |why: &str| {
             Err(Error::user(format!("{} has no Hugging Face architecture: {why}", self.name))
                 .hint("the families that can be written are Llama, Qwen 2, Qwen 3 and GPT-2"))
         };
         let rope = matches!(self.position, Position::Rope(_));
+        if self.experts.is_some() || self.latent.is_some() {
+            return refuse("experts and latent attention are read, not written");
+        }
         match (self.norm, rope) {
             (NormKind::Layer, true) => return refuse("LayerNorm with rotary positions"),
             (NormKind::Rms, false) => return refuse("RMSNorm with learned positions"),

@@ -79,24 +79,6 @@ impl Layout {
         Err(Error::user(what).hint(hint))
     }
 
-    /// Checks that the trainer knows how to run the layout: planning knows more.
-    ///
-    /// # Errors
-    /// Names the axis that does not train yet.
-    pub fn check_trains(&self) -> Result<()> {
-        for (key, size, what) in
-            [("cp", self.cp, "context parallelism"), ("ep", self.ep, "expert parallelism")]
-        {
-            if size > 1 {
-                return Err(Error::user(format!(
-                    "layout.{key} = {size}: {what} can be planned, it does not train yet"
-                ))
-                .hint(format!("set layout.{key}=1")));
-            }
-        }
-        Ok(())
-    }
-
     /// `layout.dp x tp x pp = 1 x 2 x 3`, with cp where it is used.
     fn axes(&self) -> String {
         let Layout { dp, tp, pp, cp, .. } = *self;

@@ -135,22 +135,6 @@ impl ModelSpec {
         Ok(())
     }
 
-    /// Checks that the trainer knows how to compute the model: planning knows more.
-    ///
-    /// # Errors
-    /// Names what does not train yet.
-    pub fn check_trains(&self) -> Result<()> {
-        let lacks = match (self.experts, self.latent) {
-            (None, None) => return Ok(()),
-            (Some(_), None) => "a mixture of experts",
-            (None, Some(_)) => "latent attention",
-            (Some(_), Some(_)) => "a mixture of experts and latent attention",
-        };
-        Err(Error::user(format!("{} has {lacks}: it can be planned, it does not train yet", self.name)).hint(
-            "phalanx plan --model NAME prices it; dense models of the Llama, Qwen and GPT-2 families train",
-        ))
-    }
-
     fn check_constants(&self) -> Result<()> {
         for (key, x) in [("norm_eps", self.norm_eps), ("init_std", self.init_std)] {
             if !(x > 0.0 && x < 1.0) {
@@ -308,13 +292,6 @@ mod tests {
         check(
             |m| (m.latent, m.qk_norm) = (Some(latent), true),
             "model.qk_norm = true has no meaning with model.latent",
-        );
-        let tiny = ModelSpec::preset("tiny").expect("a preset");
-        assert!(tiny.check_trains().is_ok());
-        let refused = ModelSpec { latent: Some(latent), ..tiny }.check_trains().expect_err("not yet");
-        assert_eq!(
-            refused.to_string(),
-            "tiny has latent attention: it can be planned, it does not train yet"
         );
     }
 

@@ -55,11 +55,8 @@ impl Beginning {
     /// Decides how `run` begins, and refuses what can be refused before data is prepared and ranks are started.
     ///
     /// # Errors
-    /// If the model or the layout does not train yet, or run directory, checkpoints, tokenizers and run file do not fit
-    /// together.
+    /// If run directory, checkpoints, tokenizers and run file do not fit together.
     pub fn decide(run: &RunSpec, asked: Asked) -> Result<Beginning> {
-        run.model.check_trains()?;
-        run.layout.check_trains()?;
         check_positions(run)?;
         let dir = RunDir::new(&run.run.dir);
         let saved = ckpt::list(&dir.checkpoints())

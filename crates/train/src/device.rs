@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use std::time::Instant;
 
 use bytemuck::Pod;
-use program::{Op, OpKind, Program, Ticket};
-use spec::{Error, Result};
+use program::{Mode, Op, OpKind, Program, Request, Ticket};
+use spec::{Error, Layout, Result, RunSpec};
 
 use crate::arena::Arena;
 use crate::launch::{Launch, Message, Operand};
@@ -183,11 +183,32 @@ impl Lack {
     }
 }
 
+/// Refuses a run whose model or layout a device has no kernels for, before anything is prepared.
+///
+/// # Errors
+/// What the device cannot run, in terms of the model or the layout, and what works.
+pub fn check_run(device: &dyn Device, run: &RunSpec) -> Result<()> {
+    // Which kinds of op a step has depends on these axes; how the others divide it may still be open.
+    let RunSpec { layout: Layout { cp, ep, .. }, model, batch, train, .. } = run;
+    let layout = Layout { cp: *cp, ep: *ep, dp: *ep, ..Layout::default() };
+    let request = Request {
+        model,
+        layout: &layout,
+        sequence: batch.sequence,
+        sequences: *ep,
+        precision: train.precision,
+        rank: 0,
+        mode: Mode::Train,
+    };
+    // A program that cannot be built is refused for its own reasons, by whoever builds the whole of it.
+    Program::build(&request, &|_, _| 0).map_or(Ok(()), |p| check_ops(device, &p, &model.name))
+}
+
 /// Asks a device about every op of a program.
 ///
 /// # Errors
-/// What it cannot run, in terms of the model or the layout, and what works.
-pub fn check_runs(device: &dyn Device, p: &Program, model: &str) -> Result<()> {
+/// As [`check_run`].
+pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result<()> {
     let ops = p.blocks.iter().flat_map(|b| &b.ops);
     let mut lacks: Vec<(Lack, &Op)> = ops.filter_map(|op| Some((device.can_run(op).err()?, op))).collect();
     lacks.sort_by_key(|(lack, _)| *lack);

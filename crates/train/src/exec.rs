@@ -6,7 +6,7 @@ use program::{BufferId, Op, Program, Request, Ticket, When};
 use spec::Result;
 
 use crate::cpu::Cpu;
-use crate::device::{Device, check_runs};
+use crate::device::{Device, check_ops};
 use crate::launch::{Launch, Operand, Talk, Turn};
 use crate::mesh::Mesh;
 use crate::resolve::{self, Action};
@@ -92,7 +92,7 @@ impl Executor {
         record: bool,
     ) -> Result<Executor> {
         let program = Program::build(request, &|op, p| device.workspace_len(op, p))?;
-        check_runs(&*device, &program, &request.model.name)?;
+        check_ops(&*device, &program, &request.model.name)?;
         device.allocate(program.memory.total, &mesh)?;
         // What goes on beside others leaves a span for each of its messages.
         let spans_of = |op: &Op| op.comm.as_ref().map_or(1, |c| c.messages.len().max(1));
