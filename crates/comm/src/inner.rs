@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
-/// What carries messages between two ranks.
+/// What carries messages between two ranks. A library that serves whole groups (NCCL, MPI) is none: it would be one
+/// more way of a [`Group`](crate::Group).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Transport {
     /// Memory of one process.

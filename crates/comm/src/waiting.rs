@@ -20,12 +20,12 @@ const SELDOM: Duration = Duration::from_secs(60);
 /// ```
 #[derive(Debug)]
 pub struct Waiting {
-    shared: Arc<Shared>,
+    shared: Arc<Spoken>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct Spoken {
     state: Mutex<State>,
     over: Condvar,
 }
@@ -46,7 +46,7 @@ impl Waiting {
     pub(crate) fn begin_at(began: Instant, who: impl Into<String>, what: impl Into<String>) -> Waiting {
         let who = who.into();
         let state = Mutex::new(State { what: what.into(), is_over: false });
-        let shared = Arc::new(Shared { state, over: Condvar::new() });
+        let shared = Arc::new(Spoken { state, over: Condvar::new() });
         let speaker = shared.clone();
         let speak = move || {
             speaker.speak(began, &mut |seconds, what| {
@@ -79,7 +79,7 @@ impl Drop for Waiting {
     }
 }
 
-impl Shared {
+impl Spoken {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn what_is_said_is_what_is_waited_for_now() {
         let state = Mutex::new(State { what: "a".into(), is_over: false });
-        let shared = Shared { state, over: Condvar::new() };
+        let shared = Spoken { state, over: Condvar::new() };
         let long_ago = Instant::now() - Duration::from_secs(7);
         let (told, said) = std::sync::mpsc::channel();
         std::thread::scope(|s| {

@@ -8,7 +8,7 @@ use spec::{Error, Result};
 use std::path::Path;
 
 /// What the workers of one attempt have in common.
-pub(crate) struct Shared<'a> {
+pub(crate) struct Attempt<'a> {
     pub(crate) options: &'a Options,
     pub(crate) seat: &'a Seat,
     pub(crate) nproc: usize,
@@ -21,11 +21,11 @@ pub(crate) struct Shared<'a> {
 
 /// The variables to set for the worker with `local_rank`, over those it inherits.
 pub(crate) fn variables(
-    shared: &Shared<'_>,
+    shared: &Attempt<'_>,
     local_rank: usize,
     error_file: &Path,
 ) -> Result<Vec<(String, String)>> {
-    let Shared { options, seat, nproc, .. } = shared;
+    let Attempt { options, seat, nproc, .. } = shared;
     let inherited = |name: &str| std::env::var(name).ok();
     let mut env: Vec<(String, String)> = Vec::new();
     let mut set = |name: &str, value: String| env.push((name.to_owned(), value));
@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn the_environment_of_the_second_worker_of_the_second_node() {
         let (options, seat) = (Options::default(), seat());
-        let shared = Shared {
+        let shared = Attempt {
             options: &options,
             seat: &seat,
             nproc: 2,

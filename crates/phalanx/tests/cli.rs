@@ -91,6 +91,35 @@ fn a_killed_rank_ends_the_others_with_one_message() {
 }
 
 #[test]
+fn a_flag_that_contradicts_the_environment_is_refused() {
+    let lab = Lab::new();
+    let check = |env: &[(&str, &str)], refused: Option<&str>| {
+        let mut command = lab.command(&tiny("run", "--nproc 2 --stop-after 1"));
+        let output = command.envs(env.iter().copied()).output().expect("start the program");
+        let err = String::from_utf8_lossy(&output.stderr);
+        match refused {
+            None => assert_eq!(output.status.code(), Some(0), "{env:?}: {err}"),
+            Some(told) => {
+                assert_eq!(output.status.code(), Some(2), "{env:?}: {err}");
+                assert!(err.contains("--nproc 2 starts 2 ranks here, but") && err.contains(told), "{err}");
+                assert!(err.contains("hint: ") && err.contains("phalanx launch --nnodes"), "{err}");
+            }
+        }
+    };
+    check(&[("RANK", "3"), ("WORLD_SIZE", "8")], Some("RANK=3 and WORLD_SIZE=8"));
+    check(&[("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "pod-0")], Some("RANK=0 and WORLD_SIZE=2"));
+    let step = [("SLURM_STEP_ID", "0"), ("SLURM_PROCID", "1"), ("SLURM_STEP_NUM_TASKS", "2")];
+    check(
+        &[&step[..], &[("SLURM_LOCALID", "1")]].concat(),
+        Some("SLURM_PROCID=1 and SLURM_STEP_NUM_TASKS=2"),
+    );
+    // One pod of one, a batch script, and the shell of salloc.
+    check(&[("RANK", "0"), ("WORLD_SIZE", "1")], None);
+    check(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4"), ("SLURM_STEP_ID", "4294967291")], None);
+    check(&[("SLURM_JOB_ID", "7"), ("SLURM_NTASKS", "4")], None);
+}
+
+#[test]
 fn a_model_goes_to_hugging_face_and_back() {
     let lab = Lab::new();
     lab.train("run", "");

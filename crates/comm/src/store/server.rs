@@ -24,12 +24,12 @@ const STACK_BYTES: usize = 128 << 10;
 #[derive(Debug)]
 pub struct StoreServer {
     addr: SocketAddr,
-    shared: Arc<Shared>,
+    shared: Arc<Served>,
     accept: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug, Default)]
-struct Shared {
+struct Served {
     state: Mutex<State>,
     changed: Condvar,
     stopping: AtomicBool,
@@ -53,7 +53,7 @@ impl StoreServer {
         })?;
         let addr =
             listener.local_addr().map_err(|e| Error::failure(format!("start the store on {bind}: {e}")))?;
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Served::default());
         let accept = {
             let shared = shared.clone();
             spawn("store-accept", move || shared.accept(&listener))?
@@ -97,7 +97,7 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
         .map_err(|e| Error::failure(format!("start thread {name}: {e}")))
 }
 
-impl Shared {
+impl Served {
     fn lock(&self) -> MutexGuard<'_, State> {
         // No code under the lock can leave the map half changed, so a poisoned lock is still good.
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)

@@ -73,7 +73,7 @@ impl Agent<'_> {
     /// Starts the workers in order of rank.
     fn start(&self, seat: &Seat, logs: &AttemptLogs, workers: &mut Vec<Worker>) -> Result<()> {
         let store = self.group.store();
-        let shared = worker_env::Shared {
+        let shared = worker_env::Attempt {
             options: self.options,
             seat,
             nproc: self.nproc,

@@ -1,6 +1,6 @@
 //! Carries the protocol out: a thread that reads and writes the store and keeps time for [`Node::step`].
 
-use super::{Action, Member, News, Node, NodeId, Rules, Shared, Times, Wish};
+use super::{Action, Agreed, Member, News, Node, NodeId, Rules, Times, Wish};
 use comm::{StoreClient, Waiting};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -118,7 +118,7 @@ fn drive(mut setup: Setup, wished: &Receiver<(Wish, Option<u16>)>, teller: &Tell
     let prefix = format!("rdzv/{}", setup.run_id);
     let node = Node::new(setup.me.clone(), setup.rules, setup.times, setup.patient, setup.is_host);
     let mut seen =
-        Seen { client, prefix, raw: None, shared: Shared::default(), beats: Vec::new(), looked: None };
+        Seen { client, prefix, raw: None, shared: Agreed::default(), beats: Vec::new(), looked: None };
     let mut this = Thread { setup, node, start, next_beat: Duration::ZERO, trouble: None };
     early.into_iter().for_each(|(wish, port)| this.node.wish(wish, port, start.elapsed()));
     let mut spoken: Option<Waiting> = None;
@@ -202,7 +202,7 @@ struct Seen {
     client: StoreClient,
     prefix: String,
     raw: Option<Vec<u8>>,
-    shared: Shared,
+    shared: Agreed,
     beats: Vec<(NodeId, i64)>,
     looked: Option<Duration>,
 }
@@ -260,8 +260,8 @@ impl Seen {
             return Ok(());
         }
         self.shared = match &raw {
-            None => Shared::default(),
-            Some(bytes) => serde_json::from_slice(bytes).map_err(|e| {
+            None => Agreed::default(),
+            Some(bytes) => Agreed::read(bytes).map_err(|e| {
                 Error::failure(format!("the rendezvous state under {} cannot be read: {e}", self.key()))
                     .hint("are all nodes of the same version, and is the store the job's own?")
             })?,
@@ -271,7 +271,7 @@ impl Seen {
     }
 
     /// Writes `next` if the store still holds what was seen, and sees what is there now.
-    fn write(&mut self, next: &Shared) -> Result<()> {
+    fn write(&mut self, next: &Agreed) -> Result<()> {
         let bytes = serde_json::to_vec(next).map_err(|e| Error::failure(format!("rendezvous state: {e}")))?;
         let there = self.client.compare_set(&self.key(), self.raw.as_deref(), &bytes)?;
         self.take(Some(there).filter(|t| !t.is_empty()))

@@ -1,6 +1,6 @@
 //! Nodes meeting: who takes part in which round of the job, and who is told when one fails or vanishes.
 //!
-//! All nodes agree on one value, [`Shared`], in the key-value store, changed by compare-and-set. [`Node::step`] is the
+//! All nodes agree on one value, [`Agreed`], in the key-value store, changed by compare-and-set. [`Node::step`] is the
 //! whole protocol: a pure function from (what this node wants, what is in the store, the time) to actions.
 //! The `drive` module reads, writes and keeps time for it.
 //!
@@ -16,7 +16,7 @@ mod drive;
 mod step;
 
 pub(crate) use drive::{Driver, Setup};
-pub use step::{Action, Closed, Member, News, Node, NodeId, Phase, Rules, Seat, Shared, Wish};
+pub use step::{Action, Agreed, Closed, Member, News, Node, NodeId, Phase, Rules, Seat, Wish};
 
 use std::time::Duration;
 

@@ -1,6 +1,7 @@
 //! The protocol, pure: no clock, no store, no randomness.
 
 use super::Times;
+use crate::options::MAX_NPROC;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -75,7 +76,7 @@ pub struct Rules {
 
 /// The agreed value in the store.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Shared {
+pub struct Agreed {
     /// Rules of the first node; others must have the same.
     pub rules: Rules,
     /// Number of the round, counting from 0.
@@ -96,6 +97,23 @@ pub struct Shared {
     pub closed: Option<Closed>,
     /// Nodes that have seen it.
     pub seen: Vec<NodeId>,
+}
+
+impl Agreed {
+    /// Reads what is in the store, which any process may have written: numbers are such that no sum overflows.
+    ///
+    /// # Errors
+    /// It is no such value, or no job has so many workers or rounds.
+    pub fn read(bytes: &[u8]) -> Result<Agreed, String> {
+        let shared: Agreed = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+        let wrong =
+            shared.members.iter().chain(&shared.waiting).find(|m| !(1..=MAX_NPROC).contains(&m.nproc));
+        match wrong {
+            Some(m) => Err(format!("{} workers on {}, expected 1 to {MAX_NPROC}", m.nproc, m.host)),
+            None if shared.round > u64::from(u32::MAX) => Err(format!("round {}", shared.round)),
+            None => Ok(shared),
+        }
+    }
 }
 
 /// A node's place in a round.
@@ -146,7 +164,7 @@ pub enum Wish {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Write this, if the store still holds what the step was given.
-    Put(Box<Shared>),
+    Put(Box<Agreed>),
     /// Tell the agent.
     Tell(News),
 }
@@ -209,7 +227,7 @@ impl Node {
     }
 
     /// The nodes whose counters this node should read.
-    pub fn watched(&self, shared: &Shared) -> Vec<NodeId> {
+    pub fn watched(&self, shared: &Agreed) -> Vec<NodeId> {
         let here = shared.members.iter().chain(&shared.waiting).map(|m| &m.id);
         let mut others: Vec<&NodeId> = here.chain(&shared.expected).collect();
         others.sort();
@@ -221,7 +239,7 @@ impl Node {
 
     /// Looks at what is in the store and at the counters of the watched nodes, and says what to do.
     /// A `Put` comes alone: what follows from it is decided when it is in the store.
-    pub fn step(&mut self, shared: &Shared, beats: &[(NodeId, i64)], now: Duration) -> Vec<Action> {
+    pub fn step(&mut self, shared: &Agreed, beats: &[(NodeId, i64)], now: Duration) -> Vec<Action> {
         if let Some(action) = self.closing(shared, now) {
             return action;
         }
@@ -243,13 +261,13 @@ impl Node {
             }
             Wish::Close(why) => {
                 let closed = Some(Closed::Failed(why));
-                put(Shared { closed, ..shared.clone() })
+                put(Agreed { closed, ..shared.clone() })
             }
             // The store goes with its host, and nobody can go on without it.
             Wish::Leave(why) if self.is_host => {
                 let closed =
                     Some(Closed::Failed(format!("{} hosted the job's store and left: {why}", self.me.host)));
-                put(Shared { closed, ..shared.clone() })
+                put(Agreed { closed, ..shared.clone() })
             }
             Wish::Leave(why) => {
                 if shared.members.iter().chain(&shared.waiting).any(|m| m.id == self.me.id) {
@@ -268,7 +286,7 @@ impl Node {
     }
 
     /// After the job was closed: note that this node has seen it; the store's host waits for the others to.
-    fn closing(&mut self, shared: &Shared, now: Duration) -> Option<Vec<Action>> {
+    fn closing(&mut self, shared: &Agreed, now: Duration) -> Option<Vec<Action>> {
         let closed = shared.closed.as_ref()?;
         let of_the_job = |id: &NodeId| shared.members.iter().chain(&shared.waiting).any(|m| m.id == *id);
         if of_the_job(&self.me.id) && !shared.seen.contains(&self.me.id) {
@@ -290,7 +308,7 @@ impl Node {
     }
 
     /// A watched node whose counter has stood still for too long.
-    fn first_dead(&mut self, shared: &Shared, beats: &[(NodeId, i64)], now: Duration) -> Option<NodeId> {
+    fn first_dead(&mut self, shared: &Agreed, beats: &[(NodeId, i64)], now: Duration) -> Option<NodeId> {
         let watched = self.watched(shared);
         self.beats.retain(|id, _| watched.contains(id));
         for id in watched {
@@ -309,7 +327,7 @@ impl Node {
     }
 
     /// The shared value after `lost` went.
-    fn without(&self, shared: &Shared, lost: &NodeId, cause: &str) -> Shared {
+    fn without(&self, shared: &Agreed, lost: &NodeId, cause: &str) -> Agreed {
         let mut next = shared.clone();
         let host = shared.members.iter().chain(&shared.waiting).find(|m| m.id == *lost);
         let host = host.map_or_else(|| lost.addr.clone(), |m| m.host.clone());
@@ -337,12 +355,12 @@ impl Node {
             return next;
         }
         if shared.phase == Phase::Joining {
-            return Shared { why, ..next };
+            return Agreed { why, ..next };
         }
         regroup(&next, why)
     }
 
-    fn join(&mut self, shared: &Shared, now: Duration) -> Vec<Action> {
+    fn join(&mut self, shared: &Agreed, now: Duration) -> Vec<Action> {
         let is_fresh = shared.members.is_empty() && shared.waiting.is_empty() && shared.round == 0;
         if !is_fresh && shared.rules != self.rules {
             let (theirs, mine) = (shared.rules, self.rules);
@@ -378,7 +396,7 @@ impl Node {
     }
 
     /// Joins the round that forms, or the spares if it is full.
-    fn enter(&mut self, shared: &Shared) -> Vec<Action> {
+    fn enter(&mut self, shared: &Agreed) -> Vec<Action> {
         let same_rank = shared.members.iter().find(|m| m.id.node_rank == self.me.id.node_rank);
         if let (true, Some(other)) = (self.rules.is_static, same_rank) {
             return self.tell(News::Refused(
@@ -389,7 +407,7 @@ impl Node {
                 "give each node its own --node-rank".into(),
             ));
         }
-        let mut next = Shared { rules: self.rules, ..shared.clone() };
+        let mut next = Agreed { rules: self.rules, ..shared.clone() };
         next.waiting.retain(|m| m.id != self.me.id);
         if next.members.len() < self.rules.max {
             next.members.push(self.me.clone());
@@ -404,7 +422,7 @@ impl Node {
     }
 
     /// Starts the round if it is complete.
-    fn start_or_wait(&mut self, shared: &Shared, now: Duration) -> Vec<Action> {
+    fn start_or_wait(&mut self, shared: &Agreed, now: Duration) -> Vec<Action> {
         let ids: Vec<NodeId> = shared.members.iter().map(|m| m.id.clone()).collect();
         if (self.joining.0, &self.joining.1) != (shared.round, &ids) {
             self.joining = (shared.round, ids.clone(), now);
@@ -413,7 +431,7 @@ impl Node {
         let returned = !shared.expected.is_empty() && shared.expected.iter().all(|id| ids.contains(id));
         let enough = ids.len() >= self.rules.min;
         if ids.len() >= self.rules.max || (enough && (returned || quiet >= self.times.last_call)) {
-            return put(Shared {
+            return put(Agreed {
                 phase: Phase::Running,
                 done: Vec::new(),
                 expected: Vec::new(),
@@ -423,7 +441,7 @@ impl Node {
         if !enough && now.saturating_sub(self.wished_at) >= self.times.join {
             let (what, hint) = self.missing(shared);
             if self.is_host {
-                return put(Shared { closed: Some(Closed::Failed(what)), ..shared.clone() });
+                return put(Agreed { closed: Some(Closed::Failed(what)), ..shared.clone() });
             }
             return self.tell(News::Refused(what, hint));
         }
@@ -431,7 +449,7 @@ impl Node {
     }
 
     /// Whom or what the node waits for, for people; `None` if it does not.
-    pub fn waits_for(&self, shared: &Shared) -> Option<String> {
+    pub fn waits_for(&self, shared: &Agreed) -> Option<String> {
         match (&self.wish, shared.phase) {
             _ if shared.closed.is_some() => None,
             (Wish::Join, Phase::Joining) => Some(format!(
@@ -451,7 +469,7 @@ impl Node {
     }
 
     /// The nodes that have not come.
-    fn absent(&self, shared: &Shared) -> String {
+    fn absent(&self, shared: &Agreed) -> String {
         let absent: Vec<String> = if self.rules.is_static {
             let is_here = |rank: &usize| shared.members.iter().any(|m| m.id.node_rank == *rank);
             let ranks = (0..self.rules.max).filter(|r| !is_here(r)).map(|r| r.to_string());
@@ -467,7 +485,7 @@ impl Node {
     }
 
     /// Who did not come in time.
-    fn missing(&self, shared: &Shared) -> (String, String) {
+    fn missing(&self, shared: &Agreed) -> (String, String) {
         let came: Vec<String> =
             shared.members.iter().map(|m| format!("node rank {} on {}", m.id.node_rank, m.host)).collect();
         let after = if shared.why.is_empty() { String::new() } else { format!(" after {}", shared.why) };
@@ -484,7 +502,7 @@ impl Node {
         )
     }
 
-    fn run(&mut self, shared: &Shared, round: u64) -> Vec<Action> {
+    fn run(&mut self, shared: &Agreed, round: u64) -> Vec<Action> {
         if shared.round != round {
             let why = shared.why.clone();
             return self.tell(News::Regroup(why));
@@ -501,7 +519,7 @@ impl Node {
         Vec::new()
     }
 
-    fn finish(&mut self, shared: &Shared, round: u64, now: Duration) -> Vec<Action> {
+    fn finish(&mut self, shared: &Agreed, round: u64, now: Duration) -> Vec<Action> {
         if shared.round != round {
             let why = shared.why.clone();
             return self.tell(News::Regroup(why));
@@ -522,16 +540,16 @@ impl Node {
     }
 }
 
-fn put(next: Shared) -> Vec<Action> {
+fn put(next: Agreed) -> Vec<Action> {
     vec![Action::Put(Box::new(next))]
 }
 
 /// Ends the round: its members, and the nodes that waited, are expected in the next.
-fn regroup(shared: &Shared, why: String) -> Shared {
+fn regroup(shared: &Agreed, why: String) -> Agreed {
     let room = shared.rules.max.saturating_sub(shared.members.len());
     let expected =
         shared.members.iter().chain(shared.waiting.iter().take(room)).map(|m| m.id.clone()).collect();
-    Shared {
+    Agreed {
         round: shared.round + 1,
         phase: Phase::Joining,
         members: Vec::new(),
@@ -543,7 +561,7 @@ fn regroup(shared: &Shared, why: String) -> Shared {
 }
 
 /// The place of `id` in the round: ranks are prefix sums of the workers in the order of ids.
-fn seat(shared: &Shared, id: &NodeId) -> Option<Seat> {
+fn seat(shared: &Agreed, id: &NodeId) -> Option<Seat> {
     let group_rank = shared.members.iter().position(|m| m.id == *id)?;
     let (before, me) = (&shared.members[..group_rank], &shared.members[group_rank]);
     let count = |members: &[Member]| members.iter().map(|m| m.nproc).sum::<usize>();

@@ -5,7 +5,7 @@ const SECOND: Duration = Duration::from_secs(1);
 
 /// Nodes around one store, on one clock that a test moves.
 struct World {
-    shared: Shared,
+    shared: Agreed,
     nodes: Vec<(Node, Life)>,
     beats: BTreeMap<NodeId, i64>,
     now: Duration,
@@ -30,7 +30,7 @@ fn member(name: &str, nproc: usize) -> Member {
 
 impl World {
     fn new() -> World {
-        let (shared, nodes, news) = (Shared::default(), Vec::new(), Vec::new());
+        let (shared, nodes, news) = (Agreed::default(), Vec::new(), Vec::new());
         World { shared, nodes, beats: BTreeMap::new(), now: Duration::ZERO, news }
     }
 
@@ -314,7 +314,7 @@ fn a_node_that_is_done_starts_over_when_another_fails() {
 fn the_state_survives_the_store() {
     let world = running(rules(2, 3), true);
     let text = serde_json::to_vec(&world.shared).unwrap();
-    assert_eq!(serde_json::from_slice::<Shared>(&text).unwrap(), world.shared);
+    assert_eq!(serde_json::from_slice::<Agreed>(&text).unwrap(), world.shared);
 }
 
 proptest! {
