@@ -12,13 +12,18 @@ use crate::ranks::INTERRUPTED;
 /// A closed terminal, a person, a scheduler, and a scheduler's early warning.
 const STOPS: [i32; 5] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1];
 
-/// Set by any of [`STOPS`]. A second SIGINT ends the run at once; a second of another kind does not, because schedulers
+/// Set by any of [`STOPS`]. A second SIGINT ends a run alone at once; a second of another kind does not, because schedulers
 /// send one to every process of a job and the launcher passes it on once more. What was set to be ignored before
 /// (`nohup`) stays ignored.
 pub(crate) fn flag() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let ignored = ignored();
-    let mut done = register_conditional_shutdown(SIGINT, i32::from(INTERRUPTED), stop.clone()).map(drop);
+    // A rank's launcher passes on what may have reached the rank directly, and ends it itself if it must.
+    let is_alone = !matches!(launch::RankEnv::read(), Ok(Some(env)) if env.world > 1);
+    let mut done = match is_alone {
+        true => register_conditional_shutdown(SIGINT, i32::from(INTERRUPTED), stop.clone()).map(drop),
+        false => Ok(()),
+    };
     for signal in STOPS.into_iter().filter(|s| ignored & (1 << (s - 1)) == 0) {
         done = done.and_then(|()| register(signal, stop.clone()).map(drop));
     }
