@@ -51,10 +51,6 @@ fn show(s: &Shape) -> String {
 fn expected(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
     use OpKind::*;
     let at = |i: usize| ins.get(i).copied();
-    let of = |rows: usize, cols: usize, dtype: DType| Shape { rows, cols, dtype };
-    let f32 = |rows: usize, cols: usize| of(rows, cols, DType::F32);
-    let u32 = |rows: usize, cols: usize| of(rows, cols, DType::U32);
-    let same = |x: Shape| (vec![x], vec![x]);
     let norm_stats = |n: &NormKind, rows| f32(if *n == NormKind::Layer { 2 * rows } else { rows }, 1);
     Some(match kind {
         Embed { .. } => {
@@ -109,6 +105,15 @@ fn expected(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
             let (dy, w) = (at(0)?, at(1)?);
             (vec![dy, of(dy.cols * experts, w.cols, dy.dtype)], vec![of(dy.rows, w.cols, dy.dtype)])
         }
+        _ => return expected_without_weights(kind, ins),
+    })
+}
+
+/// The same for kinds that have no weights.
+fn expected_without_weights(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
+    use OpKind::*;
+    let at = |i: usize| ins.get(i).copied();
+    Some(match kind {
         Rope { heads, .. } => same(packed(heads, at(0)?)),
         LatentRope { heads, .. } => {
             let q = at(0)?;
@@ -174,6 +179,22 @@ fn expected(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
         // Their ends are stated, and checked, as messages.
         _ => (vec![], vec![]),
     })
+}
+
+fn of(rows: usize, cols: usize, dtype: DType) -> Shape {
+    Shape { rows, cols, dtype }
+}
+
+fn f32(rows: usize, cols: usize) -> Shape {
+    of(rows, cols, DType::F32)
+}
+
+fn u32(rows: usize, cols: usize) -> Shape {
+    of(rows, cols, DType::U32)
+}
+
+fn same(x: Shape) -> Expected {
+    (vec![x], vec![x])
 }
 
 fn packed(heads: &Heads, x: Shape) -> Shape {
