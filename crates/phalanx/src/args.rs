@@ -32,7 +32,7 @@ pub(crate) enum Command {
     Plan(Plan),
     /// Join predicted with measured times of a run, op by op
     Compare(Compare),
-    /// Price published runs and compare
+    /// Estimate published runs and compare
     Validate(Validate),
     /// Accelerators, clusters, prices and failure rates, with their sources
     Catalog(Catalog),
@@ -135,10 +135,10 @@ pub(crate) struct Plan {
     /// Number format of the matrix products: bf16, fp16, fp8 or fp4
     #[arg(long, default_value = "bf16")]
     pub(crate) format: String,
-    /// Training stack to price for; the usual one for the accelerator if absent
+    /// Training stack to plan for; the usual one for the accelerator if absent
     #[arg(long, value_name = "NAME")]
     pub(crate) software: Option<String>,
-    /// Price this layout instead of searching, for example tp=8,pp=16,zero=1
+    /// Estimate this layout instead of searching, for example tp=8,pp=16,zero=1
     #[arg(long, value_name = "KEY=VALUE,...", conflicts_with_all = ["keep", "trainable_only"])]
     pub(crate) layout: Option<String>,
     /// Layouts to print
