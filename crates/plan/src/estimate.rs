@@ -269,6 +269,7 @@ impl<'a> Estimator<'a> {
                 .map(|s| self.passes(s, placement, &links))
                 .unwrap_or_default(),
             head: self.passes(&template.head, placement, &links),
+            tied: template.tied_params,
             boundary: template.boundary_bytes,
         };
         self.timed.insert(timed_key, timed);

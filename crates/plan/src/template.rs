@@ -142,6 +142,8 @@ pub struct Template {
     pub expert_layer: Option<Section>,
     /// Final norm, output projection and loss.
     pub head: Section,
+    /// Weights of a tied table, which a last stage of its own has a second copy of.
+    pub tied_params: f64,
     /// Bytes of the activation between stages.
     pub boundary_bytes: f64,
 }
@@ -169,6 +171,7 @@ impl Template {
             layer,
             expert_layer,
             head: any.head(),
+            tied_params: any.tied_params(),
             boundary_bytes: any.boundary_bytes(),
         };
         if key.whole_layers {

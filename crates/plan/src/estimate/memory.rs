@@ -27,8 +27,8 @@ impl Estimator<'_> {
         let micro_batches = stages.micro_batches;
         let replicas = l.replicas();
         let both = l.pp == 1;
-        let head = if both && self.problem.shape.model.tied_embeddings { 0.0 } else { t.head.params };
-        let tables = if both { t.embed.params + head } else { t.embed.params.max(head) };
+        let tables =
+            if both { t.embed.params + t.head.params } else { t.embed.params.max(t.head.params + t.tied) };
         let dense = stages.per_layer(t.layer.params, t.expert_layer.params) + tables;
         let experts = stages.per_layer(0.0, t.expert_layer.expert_params);
         let shard = placement.shard.clamp(1, replicas) as f64;

@@ -55,8 +55,7 @@ impl Estimator<'_> {
         let stride = (placement.dp_stride() / l.cp).max(1);
         let all = Group { size, stride };
         let expert = Group { size: l.expert_replicas().max(1), stride: l.ep };
-        let head = t.head.params * f64::from(u8::from(!p.shape.model.tied_embeddings));
-        let tables = t.embed.params + if l.pp == 1 { head } else { 0.0 };
+        let tables = t.embed.params + if l.pp == 1 { t.head.params } else { 0.0 };
         let sharded = l.zero != Zero::Off;
         let between_nodes = self.span(all).domains > 1.0;
         // What is computed in 32 bit is summed in 32 bit.

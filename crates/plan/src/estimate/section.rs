@@ -92,6 +92,7 @@ pub(super) struct Timed {
     pub(super) layer: Passes,
     pub(super) expert_layer: Passes,
     pub(super) head: Passes,
+    pub(super) tied: f64,
     pub(super) boundary: f64,
 }
 

@@ -84,10 +84,13 @@ impl StandIn {
     pub(super) fn head(&self) -> Section {
         let Some(last) = &self.last else { return Section::default() };
         let mut s = section(last, Place::Head);
-        // A tied table is the embedding's, on the last stage too.
-        s.params += parameters(last, Replication::Data, Place::Embedding);
         s.working_bytes = last.memory.scratch as f64;
         s
+    }
+
+    /// A tied table is the embedding's, on the last stage too.
+    pub(super) fn tied_params(&self) -> f64 {
+        self.last.as_ref().map_or(0.0, |last| parameters(last, Replication::Data, Place::Embedding))
     }
 
     /// Bytes of the activation between stages.

@@ -54,8 +54,7 @@ fn parameters_of_sections_add_up_to_the_model() {
         let with = shape.expert_layers() as f64;
         let without = shape.model.layers as f64 - with;
         let expert = t.expert_layer.as_ref().map_or(0.0, |s| s.params + s.expert_params);
-        let head = if shape.model.tied_embeddings { 0.0 } else { t.head.params };
-        let found = t.layer.params * without + expert * with + t.embed.params + head;
+        let found = t.layer.params * without + expert * with + t.embed.params + t.head.params;
         assert!((found / shape.params() - 1.0).abs() < 0.01, "{name}: {found:e}");
     }
 }
