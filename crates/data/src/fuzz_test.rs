@@ -132,7 +132,7 @@ fn tokenizers() -> Vec<Vec<u8>> {
 
 /// The library keeps a vocabulary as two maps, merges as a third, and twice while it reads them; a regular expression of
 /// a few characters may take 10 MiB, where it ends by itself.
-const TOKENIZER_BYTES: (usize, usize) = (64, 32 << 20);
+const TOKENIZER_BYTES: (usize, usize) = (64, 64 << 20);
 
 #[test]
 fn fuzz_tokenizer() {

@@ -2,6 +2,7 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::de::IgnoredAny;
 use serde_json::Value;
 use spec::{Error, Result};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
@@ -82,11 +83,13 @@ impl Tokenizer {
     pub fn from_bytes(json: &[u8]) -> Result<Self> {
         let json = json.strip_prefix(b"\xef\xbb\xbf").unwrap_or(json);
         ids::check(json)?;
-        let inner = tokenizers::Tokenizer::from_bytes(json).map_err(|e| {
+        let refuse = |e: String| {
             Error::user(format!("not a tokenizer.json: {e}"))
                 .hint("expected the file that Hugging Face's tokenizers write")
-        })?;
-        Self::wrap(inner)
+        };
+        // The library unwraps what it takes for JSON of its own.
+        serde_json::from_slice::<IgnoredAny>(json).map_err(|e| refuse(e.to_string()))?;
+        guarded(|| tokenizers::Tokenizer::from_bytes(json)).map_err(refuse).and_then(Self::wrap)
     }
 
     /// Trains a byte-level BPE of at most `vocab_size` entries, [`END_OF_DOCUMENT`] (id 0) and the 256 bytes included.
@@ -301,13 +304,23 @@ impl Tokenizer {
     }
 }
 
+/// Calls the library, which panics about some rules and vocabularies that it should refuse.
+fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)) {
+        Ok(done) => done.map_err(|e| e.to_string()),
+        Err(_) => Err("the tokenizers library cannot work with it".to_owned()),
+    }
+}
+
 fn special_names(inner: &tokenizers::Tokenizer) -> impl Iterator<Item = &str> {
     let added = inner.get_added_vocabulary().get_added_tokens_decoder().values();
     added.filter(|token| token.special).map(|token| token.content.as_str())
 }
 
 fn encode(inner: &tokenizers::Tokenizer, text: &str, template: bool) -> Result<tokenizers::Encoding> {
-    inner.encode_fast(text, template).map_err(|e| Error::user(format!("encode text: {e}")))
+    guarded(|| inner.encode_fast(text, template)).map_err(|e| {
+        Error::user(format!("encode text: {e}")).hint("check the tokenizer: it cannot encode this text")
+    })
 }
 
 fn pre_tokenizer() -> tokenizers::Result<PreTokenizerWrapper> {
