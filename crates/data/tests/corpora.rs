@@ -55,7 +55,7 @@ fn check(name: &str, content: &[u8], expected: &[&str]) {
 }
 
 fn refused(error: Result<(Vec<String>, BuildReport), Error>, what: &str, hint: &str) {
-    let error = error.err().expect("no error");
+    let Err(error) = error else { panic!("no error") };
     assert!(error.to_string().contains(what), "{error}\nexpected: {what}");
     assert!(error.hint_text().is_some_and(|h| h.contains(hint)), "{error}: {:?}", error.hint_text());
     assert_eq!(error.exit_code(), 2, "{error}");

@@ -74,8 +74,8 @@ impl Beginning {
             accepted: Vec::new(),
         };
         let begin = match (saved.is_empty(), begin.asked.init.clone()) {
-            (false, _) => begin.from_checkpoints(run, &dir, saved)?,
-            (true, Some(other)) => begin.from_run(run, &other)?,
+            (false, _) => begin.with_checkpoints(run, &dir, saved)?,
+            (true, Some(other)) => begin.with_run(run, &other)?,
             (true, None) => Beginning { tokenizer: identity::only(identity::brought(run)?)?, ..begin },
         };
         begin.check_vocabulary(run)?;
@@ -92,7 +92,7 @@ impl Beginning {
         self.prepared.as_ref()
     }
 
-    fn from_checkpoints(
+    fn with_checkpoints(
         mut self,
         run: &RunSpec,
         dir: &RunDir,
@@ -136,7 +136,7 @@ impl Beginning {
         Ok(self)
     }
 
-    fn from_run(mut self, run: &RunSpec, other: &Path) -> Result<Self> {
+    fn with_run(mut self, run: &RunSpec, other: &Path) -> Result<Self> {
         let dir = RunDir::new(other);
         dir.load()?;
         let checkpoint = ckpt::Checkpoint::open(&dir.newest_checkpoint()?)?;

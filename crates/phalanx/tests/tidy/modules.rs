@@ -37,12 +37,13 @@ fn module(line: &str) -> Option<&str> {
 /// Whether cargo finds `path` by itself: a test, an example, a crate's root.
 fn is_target(path: &str) -> bool {
     let parts: Vec<&str> = path.split('/').collect();
-    match parts[2..] {
-        ["src", "lib.rs" | "main.rs"] | ["build.rs"] => true,
-        ["tests" | "examples" | "benches", _] => true,
-        ["tests" | "examples" | "benches", _, "main.rs"] => true,
-        _ => false,
-    }
+    matches!(
+        parts[2..],
+        ["src", "lib.rs" | "main.rs"]
+            | ["build.rs"]
+            | ["tests" | "examples" | "benches", _]
+            | ["tests" | "examples" | "benches", _, "main.rs"]
+    )
 }
 
 #[test]
