@@ -215,8 +215,34 @@ mod tests {
         check(Dimension::LinkRate, "GB/s", Some(1e9));
         check(Dimension::Bytes, "GiB", Some(1_073_741_824.0));
         check(Dimension::Bytes, "GB", Some(1e9));
+        check(Dimension::Bytes, "MiB", Some(1_048_576.0));
+        check(Dimension::Bytes, "TiB", Some(1_099_511_627_776.0));
+        check(Dimension::ByteRate, "Mb/s", Some(125_000.0));
+        check(Dimension::ByteRate, "Tb/s", Some(1.25e11));
+        check(Dimension::FailureRate, "1/node-day", Some(1.0 / 86_400.0));
+        check(Dimension::FailureRate, "1/kilonode-day", Some(1e-3 / 86_400.0));
         check(Dimension::Bytes, "GB/s", None);
         check(Dimension::FlopRate, "GB/s", None);
         check(Dimension::Time, "us", Some(1e-6));
+    }
+
+    #[test]
+    fn a_range_is_shown_in_the_unit_it_was_written_in() {
+        let quantity = |low: f64, high: f64| Quantity {
+            measure: Measure { value: 4.5e10, low, high },
+            dimension: Dimension::ByteRate,
+            written: 45.0,
+            unit: "GB/s".to_owned(),
+            direction: None,
+            sparsity: None,
+            source: "ml".to_owned(),
+            date: "2026".to_owned(),
+            note: None,
+        };
+        let check = |low: f64, high: f64, expected: &str| {
+            assert_eq!(quantity(low, high).to_string(), expected);
+        };
+        check(4.11e10, 4.7e10, "45 GB/s (41.1 to 47) [ml 2026]");
+        check(4.5e10, 4.5e10, "45 GB/s [ml 2026]");
     }
 }
