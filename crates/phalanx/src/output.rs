@@ -30,7 +30,7 @@ pub(crate) fn print(text: &str) {
     or_exit(try_print(text));
 }
 
-/// Data, byte by byte as it comes unless a terminal would obey it; as [`print`].
+/// Data, byte by byte as it comes unless a terminal would obey it; as [`print()`].
 pub(crate) fn print_part(text: &str) {
     let mut out = std::io::stdout().lock();
     let text = if out.is_terminal() { printable(text) } else { text.into() };
