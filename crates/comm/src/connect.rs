@@ -489,3 +489,28 @@ fn hear_hello(socket: &OwnedFd) -> std::io::Result<(u128, usize, Option<OwnedFd>
     let word = |at: usize| u64::from_le_bytes(hello[at..at + 8].try_into().unwrap_or_default());
     Ok((u128::from(word(8)) | u128::from(word(16)) << 64, word(24) as usize, file))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fuzzed_cards_are_refused_or_read() {
+        let card = Card {
+            fingerprint: 7,
+            host: "head/1234-5".into(),
+            pid: 12,
+            near: "phalanx-1-0".into(),
+            far: "10.0.0.1:4000".parse().unwrap(),
+            token: u128::MAX,
+        };
+        let good = vec![card.encode().into_bytes()];
+        crate::fuzz_test::fuzz(
+            "cards",
+            &good,
+            &["/", "\n"],
+            |input| input,
+            |input| Card::decode(input).is_some_and(|card| !card.place().is_empty()),
+        );
+    }
+}

@@ -56,6 +56,8 @@ mod element;
 mod group;
 mod header;
 #[cfg(test)]
+mod fuzz_test;
+#[cfg(test)]
 mod hostile;
 mod inner;
 mod link;

@@ -51,8 +51,22 @@ impl Rank {
 
 /// Starts `n` ranks of a scenario that is played by [`child`].
 fn start(scenario: &str, n: usize, hosts: usize, timeout: Duration, store: &StoreClient) -> Vec<Rank> {
+    start_with(1024, scenario, n, hosts, timeout, store)
+}
+
+/// The same with a limit on open files.
+fn start_with(
+    files: usize,
+    scenario: &str,
+    n: usize,
+    hosts: usize,
+    timeout: Duration,
+    store: &StoreClient,
+) -> Vec<Rank> {
     let start = |rank: usize| {
-        let mut command = Command::new(std::env::current_exe().unwrap());
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(format!("ulimit -Sn {files}; exec \"$@\"")).arg("sh");
+        command.arg(std::env::current_exe().unwrap());
         command.args(["--exact", "child", "--nocapture", "--test-threads", "1"]);
         command.env("COMM_TEST", format!("{scenario} {rank} {n} {hosts} {}", timeout.as_millis()));
         command.env("COMM_STORE", store.addr());
@@ -193,6 +207,23 @@ fn a_rank_that_dies_before_all_have_met_is_missed_by_name() {
         let said = rank.finish();
         assert!(said.contains("rank 2"), "{said}");
     }
+}
+
+/// Ranks that run out of file descriptors say so at once, and so do those that wait for them.
+#[test]
+fn a_limit_on_open_files_is_named() {
+    let (_server, store) = serve();
+    let want = format!("{:016x}", hash(&common::summed(&[0, 1, 2, 3], 100_000)));
+    let mut named = 0;
+    for files in (10..28).step_by(3) {
+        for rank in start_with(files, &format!("sum-files-{files}"), 4, 1, 4 * common::TIMEOUT, &store) {
+            let said = rank.finish();
+            let is_named = said.contains("may open no more files: its limit (ulimit -n) is ");
+            assert!(is_named || said == want || said.contains(" was lost: "), "{files}: {said}");
+            named += usize::from(is_named);
+        }
+    }
+    assert!(named > 0, "no limit was too low");
 }
 
 /// Names in the file system that shared memory could have left.

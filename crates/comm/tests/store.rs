@@ -1,6 +1,7 @@
 //! The store over real sockets: values, waits, races, and servers and clients that go away.
 
 use comm::{StoreClient, StoreServer};
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
@@ -119,7 +120,6 @@ fn a_client_may_come_before_the_server() {
 
 #[test]
 fn a_stranger_on_the_port_harms_nobody() {
-    use std::io::{Read, Write};
     let (server, store) = start();
     let mut stranger = std::net::TcpStream::connect(server.addr()).unwrap();
     stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
@@ -137,4 +137,25 @@ fn a_stranger_on_the_port_harms_nobody() {
     let error = StoreClient::connect(&addr, LONG).unwrap_err().to_string();
     assert!(error.contains("not a store"), "{error}");
     talk.join().unwrap();
+}
+
+/// A server that waits for a whole request before it answers, as those of the web do.
+#[test]
+fn a_foreign_server_is_recognised_by_its_answer() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = Vec::new();
+        while !request.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).unwrap();
+            request.push(byte[0]);
+        }
+        stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
+    });
+    let error = StoreClient::connect(&addr, LONG).unwrap_err();
+    assert!(error.to_string().contains("what listens there is not a store"), "{error}");
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.hint_text().is_some_and(|hint| hint.contains("port")), "{error}");
 }

@@ -33,6 +33,8 @@ mod options;
 
 mod agent;
 mod failure;
+#[cfg(test)]
+mod fuzz_test;
 mod local;
 mod logs;
 mod net;

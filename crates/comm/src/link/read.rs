@@ -209,3 +209,85 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8], files: &mut VecDeque<OwnedFd>) -
     }
     Ok(message.bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Io, Kind, Link, head};
+    use super::*;
+    use crate::control::{CONTROL_BYTES, Control};
+    use crate::element::{ElementType, OpTag, Order};
+    use crate::header::{GroupKey, OpKind, Space};
+    use crate::inner::{Failure, Near, Peer, Transport};
+    use rustix::event::{EventfdFlags, eventfd};
+    use std::time::{Duration, Instant};
+
+    /// Rank 0 of two, whose peer is the other end of a socket.
+    fn rank() -> (Core, Io, OwnedFd) {
+        let control = Control::new(Arc::new(Mapping::anonymous(CONTROL_BYTES).unwrap()), false);
+        let peer = |host, transport, near| Peer { place: "pid 1 on h".into(), host, transport, near };
+        let own = peer(0, Transport::Shm, Some(Near { control, index: 0 }));
+        let peers = vec![own, peer(1, Transport::Tcp, None)];
+        let patience = crate::world::patience(2);
+        let core =
+            Core::new(0, Duration::from_secs(1), patience, peers, Arc::new(Failure::default())).unwrap();
+        let (here, there) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (out, left, ended, heard, beat) = Default::default();
+        let link = Link { socket: here.into(), out, left, ended, heard, beat };
+        let wake = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let (closing, thread, sent) = Default::default();
+        let links = vec![None, Some(link)];
+        (core, Io { links, wake, closing, thread, began: Instant::now(), sent }, there.into())
+    }
+
+    fn frame(kind: Kind, message: u64, body: &[u8]) -> Vec<u8> {
+        let header = Header {
+            kind: OpKind::Send,
+            element: ElementType::U8,
+            order: Order::Tree,
+            root: 0,
+            group: GroupKey { id: 3, space: Space::User },
+            channel: 1,
+            seq: message,
+            tag: OpTag(7),
+            count: body.len() as u64,
+            detail: 0,
+            message,
+            part: body.len() as u64,
+        };
+        [&head(kind, body.len(), &header.encode())[..], body].concat()
+    }
+
+    #[test]
+    fn fuzzed_frames_end_the_connection_at_worst() {
+        let all = [
+            frame(Kind::Message, 0, &[5; 300]),
+            frame(Kind::Beat, 0, &[]),
+            frame(Kind::Message, 1, &[]),
+            frame(Kind::Credit, 0, &[]),
+            frame(Kind::Unshare, 0, &[]),
+            frame(Kind::Farewell, 0, &[]),
+            frame(Kind::Abort, 0, b"rank 1 gave up"),
+        ];
+        let good: Vec<Vec<u8>> = all.iter().cloned().chain([all.concat()]).collect();
+        let (core, io, there) = rank();
+        crate::fuzz_test::fuzz(
+            "frames",
+            &good,
+            &[],
+            |input| input,
+            |input| {
+                *core.inbox() = Default::default();
+                let link = io.links[1].as_ref().unwrap();
+                let mut reader = Reader::new();
+                // No more at a time than the socket takes.
+                input.chunks(32 << 10).all(|chunk| {
+                    assert_eq!(rustix::io::write(&there, chunk).unwrap(), chunk.len());
+                    let read = reader.read(&core, &io, 1, link);
+                    while rustix::net::recv(&link.socket, &mut [0u8; 4096][..], RecvFlags::DONTWAIT).is_ok() {
+                    }
+                    read.is_ok()
+                })
+            },
+        );
+    }
+}

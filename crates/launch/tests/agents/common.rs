@@ -138,6 +138,17 @@ pub(crate) fn run(args: &[&str]) -> Ended {
     Running::start(args).end()
 }
 
+/// The same with a limit on open files.
+pub(crate) fn run_with_files(files: usize, args: &[&str]) -> Ended {
+    let plain = launcher(args);
+    let mut command = Command::new("sh");
+    command.arg("-c").arg(format!("ulimit -Sn {files}; exec \"$@\"")).arg("sh");
+    command.arg(plain.get_program()).args(plain.get_args()).env_clear();
+    command.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    Running { child: Some(command.spawn().unwrap()) }.end()
+}
+
 pub(crate) fn kill(pid: i32, signal: i32) {
     // SAFETY: a plain system call on a process that the test started.
     unsafe { libc::kill(pid, signal) };

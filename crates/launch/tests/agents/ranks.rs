@@ -44,6 +44,25 @@ fn ranks_of_phalanx_meet_in_the_agents_store() {
     assert_eq!(folder.wait("rank1"), "Phalanx 1/2 local 1/2 node 0 restart 0");
 }
 
+#[test]
+fn a_limit_on_open_files_is_named_at_once() {
+    let rank = rank();
+    let check = |files: usize| {
+        let folder = Folder::new();
+        let set = format!("{FOLDER}={}", folder.text());
+        let program: Vec<&str> = ["env", &set].into_iter().chain(rank.iter().map(String::as_str)).collect();
+        let ended =
+            crate::common::run_with_files(files, &[&["--nproc-per-node", "4"], &program[..]].concat());
+        let named =
+            ended.stderr.contains("may open no more files") || ended.stderr.contains("Too many open files");
+        assert!(ended.code == Some(0) || named, "{files}: {ended:#?}");
+        assert!(!ended.stderr.contains(&format!("waited {}", TIMEOUT.as_secs())), "{files}: {ended:#?}");
+        usize::from(named)
+    };
+    let named: usize = (12..36).step_by(3).map(check).sum();
+    assert!(named > 1, "no limit was too low");
+}
+
 /// Starts one process per environment and waits for all.
 fn start(envs: &[Vec<(&str, String)>], folder: &Folder) {
     let rank = rank();

@@ -378,3 +378,33 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn fuzzed_states_are_refused_or_acted_on() {
+    let mut world = World::new();
+    for name in ["a", "b", "c"] {
+        world.add(member(name, 2), rules(2, 3), true);
+    }
+    let mut good = Vec::new();
+    for i in 0..9 {
+        world.turn(i % 3);
+        good.push(serde_json::to_vec(&world.shared).unwrap());
+    }
+    let me = member("b", 2);
+    crate::fuzz_test::fuzz(
+        "rendezvous",
+        &good,
+        &["members", "Running", "b"],
+        |input| input,
+        |input| {
+            let Ok(shared) = Agreed::read(input) else { return false };
+            for wish in [Wish::Join, Wish::Run(0), Wish::Finish(0), Wish::Leave("x".into())] {
+                let mut node = Node::new(me.clone(), rules(2, 3), Times::default(), true, false);
+                node.wish(wish, None, Duration::ZERO);
+                let _ = node.waits_for(&shared);
+                let _ = node.step(&shared, &[], SECOND * 1000);
+            }
+            true
+        },
+    );
+}
