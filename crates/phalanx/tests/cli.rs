@@ -247,7 +247,7 @@ fn bad_input_is_refused_with_a_hint() {
     bad("optim.lr=nan", "optim.lr = nan");
     bad("data.prefix=set", "contradicts data.text");
     bad("data.vocab_size=400", "data.vocab_size = 400");
-    bad("data.tokenizer=none.json", "read tokenizer none.json");
+    bad("data.tokenizer=none.json", "read tokenizer: open none.json");
     bad("layout.micro_batch=3", "layout.micro_batch = 3 does not divide");
     bad("layout.dp=2", "but 1 rank was started");
     bad("batch.sequence=50000 model.max_positions=50000", "one sample of sequence 50000 takes 50001");

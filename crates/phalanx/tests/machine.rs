@@ -240,8 +240,9 @@ fn a_calibration_that_cannot_be_used_is_refused() {
     // Ranks that another launcher started do not measure each other's noise.
     std::fs::remove_file(lab.path("runs/machine.toml")).expect("the file was there");
     let ran = lab.run(&format!(
-        "launch --standalone --nproc-per-node 2 --no-python {} {auto}",
-        env!("CARGO_BIN_EXE_phalanx")
+        "launch --standalone --nproc-per-node 2 --no-python {} {}",
+        env!("CARGO_BIN_EXE_phalanx"),
+        tiny("bad", "--set layout=auto")
     ));
     assert!(ran.code != Some(0) && ran.err.contains("phalanx bench machine"), "{:?} {}", ran.code, ran.err);
 }
