@@ -106,9 +106,11 @@ impl Served {
     fn accept(self: Arc<Self>, listener: &TcpListener) {
         let mut threads: Vec<JoinHandle<()>> = Vec::new();
         let mut spare = spare();
-        for id in 0.. {
+        let stopping = || self.stopping.load(Ordering::SeqCst);
+        // Looked at before as well: the connection that ends `accept` may have been turned away.
+        for id in (0..).take_while(|_| !stopping()) {
             let stream = listener.accept();
-            if self.stopping.load(Ordering::SeqCst) {
+            if stopping() {
                 break;
             }
             threads.retain(|t| !t.is_finished());
