@@ -244,6 +244,12 @@ impl Layout {
                 .hint("set layout.chunks=2, or layout.schedule=1f1b")
             });
         }
+        if interleaved && pp == 1 {
+            return broken(Rule::Stages, || {
+                Error::user("layout.schedule = \"interleaved\" needs layout.pp > 1, found layout.pp = 1")
+                    .hint("set layout.pp=2, or layout.schedule=1f1b and layout.chunks=1")
+            });
+        }
         if !interleaved && chunks > 1 {
             return broken(Rule::Stages, move || {
                 Error::user(format!(

@@ -72,6 +72,11 @@ fn pipeline() {
          set layout.chunks=2, or layout.schedule=1f1b",
     );
     check(
+        interleaved.clone(),
+        "layout.schedule = \"interleaved\" needs layout.pp > 1, found layout.pp = 1 | \
+         set layout.pp=2, or layout.schedule=1f1b and layout.chunks=1",
+    );
+    check(
         Layout { pp: 2, stage_layers: vec![6], ..one() },
         "layout.stage_layers has 1 entries, expected layout.pp x chunks = 2 | for example layout.stage_layers=[3, 3]",
     );

@@ -109,7 +109,6 @@ proptest! {
     #[test]
     fn are_what_the_program_states(layout in layouts(), bf16: bool, tied: bool, gpt2: bool) {
         let m = model(4, tied, gpt2);
-        prop_assume!(layout.chunks == 1 || layout.pp > 1);
         prop_assume!((2..=8).contains(&layout.world()) && layout.validate(&m, SEQUENCES, SEQUENCE).is_ok());
         threads(&m, &layout, if bf16 { DType::Bf16 } else { DType::F32 });
     }

@@ -176,8 +176,24 @@ fn expected_without_weights(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
         LossSum { .. } => (vec![f32(at(0)?.rows, 1)], vec![]),
         AllReduce { .. } | Fork { .. } => same(at(0)?),
         PosGrad | BiasGrad | Send { .. } => (vec![at(0)?], vec![]),
+        // Widths that the kind does not state are the model's; whoever reads these rows asks for theirs.
+        LatentNorm { .. } | LatentNormGradInput | LatentNormGradWeight | LatentRopeGrad { .. } => {
+            (vec![at(0)?], vec![])
+        }
+        RouteGrad | PermuteGrad | UnpermuteGrad | GroupedLinearGradWeight { .. } => (vec![at(0)?], vec![]),
+        Slice { .. } => (vec![at(0)?], vec![]),
         // Their ends are stated, and checked, as messages.
-        _ => (vec![], vec![]),
+        AllGather { .. } | Unslice { .. } | ReduceScatter { .. } | AllToAll { .. } | Recv { .. } => {
+            (vec![], vec![])
+        }
+        GatherParams { .. } | WaitParams { .. } | ReduceGrads { .. } | WaitGrads { .. } => (vec![], vec![]),
+        SyncGrads { .. } | AllGatherParams { .. } => (vec![], vec![]),
+        // What they settle is the owned part of a group's buffers.
+        ShardGrads { .. } | TieGrads { .. } | GradNorm | AdamW { .. } => (vec![], vec![]),
+        Embed { .. } | EmbedGrad { .. } | Norm { .. } | NormGradInput { .. } | NormGradWeight { .. } => None?,
+        HeadNorm { .. } | HeadNormGradInput { .. } | HeadNormGradWeight { .. } => None?,
+        Linear | LinearGradInput | LinearGradWeight => None?,
+        GroupedLinear { .. } | GroupedLinearGradInput { .. } => None?,
     })
 }
 
