@@ -20,16 +20,46 @@ pub(crate) fn aligned(bytes: usize) -> usize {
 /// Largest first, each into the lowest gap among those that it meets: for a stack-like forward and backward pass
 /// this is close to the lower bound, the largest sum of bytes alive at once ([`alive_peak`]).
 pub(crate) fn place(needs: &[Need]) -> (Vec<usize>, usize) {
-    let mut order: Vec<usize> = (0..needs.len()).collect();
+    let mut order: Vec<usize> = (0..needs.len()).filter(|&i| needs[i].bytes > 0).collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(needs[i].bytes), needs[i].birth, i));
+    let offsets = if needs.len() > FEW { place_many(needs, &order) } else { place_few(needs, &order) };
+    let total = order.iter().map(|&i| offsets[i] + aligned(needs[i].bytes)).max();
+    (offsets, total.unwrap_or(0))
+}
+
+/// Up to so many buffers a search of all is faster than a tree.
+const FEW: usize = 512;
+
+/// Finds what a buffer meets by looking at all that were placed before it.
+fn place_few(needs: &[Need], order: &[usize]) -> Vec<usize> {
+    let mut offsets = vec![0; needs.len()];
+    let mut met: Vec<(usize, usize)> = Vec::new();
+    for (n, &i) in order.iter().enumerate() {
+        let of = &needs[i];
+        let meets = |j: &&usize| needs[**j].birth <= of.death && of.birth <= needs[**j].death;
+        let run = |&j: &usize| (offsets[j], offsets[j] + aligned(needs[j].bytes));
+        met.clear();
+        met.extend(order[..n].iter().filter(meets).map(run));
+        met.sort_unstable();
+        let need = aligned(of.bytes);
+        let mut at = 0;
+        for &(start, end) in &met {
+            if start >= at + need {
+                break;
+            }
+            at = at.max(end);
+        }
+        offsets[i] = at;
+    }
+    offsets
+}
+
+/// Finds what a buffer meets in a tree over time.
+fn place_many(needs: &[Need], order: &[usize]) -> Vec<usize> {
     let mut taken = TakenOverTime::new(needs);
     let mut offsets = vec![0; needs.len()];
-    let mut total = 0;
-    for i in order.into_iter().filter(|&i| needs[i].bytes > 0) {
-        offsets[i] = taken.fit(&needs[i]);
-        total = total.max(offsets[i] + aligned(needs[i].bytes));
-    }
-    (offsets, total)
+    order.iter().for_each(|&i| offsets[i] = taken.fit(&needs[i]));
+    offsets
 }
 
 /// Bytes that are taken, as runs in order that do not touch.
@@ -160,29 +190,14 @@ mod tests {
         assert_eq!(alive_peak(&needs), 192);
     }
 
-    /// Each buffer into the lowest gap among those placed before it, found by looking at all of them.
-    fn slow(needs: &[Need]) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..needs.len()).collect();
-        order.sort_by_key(|&i| (std::cmp::Reverse(needs[i].bytes), needs[i].birth, i));
-        let mut offsets = vec![0; needs.len()];
-        for (n, &i) in order.iter().enumerate() {
-            let meets = |j: &&usize| needs[**j].birth <= needs[i].death && needs[i].birth <= needs[**j].death;
-            let run = |&j: &usize| (offsets[j], offsets[j] + aligned(needs[j].bytes));
-            let mut met: Vec<(usize, usize)> = order[..n].iter().filter(meets).map(run).collect();
-            met.sort_unstable();
-            let need = aligned(needs[i].bytes);
-            offsets[i] =
-                met.iter().fold(0, |at, &(start, end)| if start >= at + need { at } else { at.max(end) });
-        }
-        offsets
-    }
-
     proptest! {
         #[test]
         fn the_tree_finds_what_a_search_of_all_finds(raw in prop::collection::vec((0usize..900, 0usize..60, 0usize..60), 1..120)) {
             let needs: Vec<Need> =
                 raw.iter().map(|&(bytes, a, b)| Need { bytes, birth: a.min(b), death: a.max(b) }).collect();
-            prop_assert_eq!(place(&needs).0, slow(&needs));
+            let mut order: Vec<usize> = (0..needs.len()).filter(|&i| needs[i].bytes > 0).collect();
+            order.sort_by_key(|&i| (std::cmp::Reverse(needs[i].bytes), i));
+            prop_assert_eq!(place_many(&needs, &order), place_few(&needs, &order));
         }
 
         #[test]
