@@ -9,11 +9,21 @@ use spec::{Error, Result};
 /// Published vocabularies stay below this; larger ids must be matched by the size of the file.
 const IDS_USUAL: u64 = 1 << 20;
 
-/// Refuses ids that are out of proportion to the file: what is indexed by id would take memory that the file does not
+/// The automaton that looks for added tokens takes some hundred bytes for each of theirs.
+const ADDED_BYTES_MAX: usize = 4 << 10;
+
+/// Refuses added tokens that are whole texts, and ids that are out of proportion to the file: what is indexed by id would take memory that the file does not
 /// stand for. A file that cannot be read at all is left to the tokenizer's own reader.
 pub(crate) fn check(json: &[u8]) -> Result<()> {
     let Ok(found) = serde_json::from_slice::<Scan>(json) else { return Ok(()) };
     let largest = found.model.vocab.0.max(found.added_tokens.iter().map(|t| t.id).max().unwrap_or(0));
+    let longest = found.added_tokens.iter().map(|t| t.content.len()).max().unwrap_or(0);
+    if longest > ADDED_BYTES_MAX {
+        return Err(Error::user(format!(
+            "an added token of {longest} bytes, expected at most {ADDED_BYTES_MAX}"
+        ))
+        .hint("leave it out: text of that length is no token"));
+    }
     let limit = IDS_USUAL.max(json.len() as u64);
     if largest < limit {
         return Ok(());
@@ -43,6 +53,8 @@ struct Model {
 struct Added {
     #[serde(default)]
     id: u64,
+    #[serde(default)]
+    content: String,
 }
 
 /// The largest id in a vocabulary; a list counts its entries by itself.

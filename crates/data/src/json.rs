@@ -6,6 +6,8 @@ use std::path::Path;
 use serde_json::Value;
 use spec::{Error, Result};
 
+use crate::field::{Found, parse};
+
 /// How a file of text is divided into documents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Shape {
@@ -93,38 +95,20 @@ impl First {
 /// The document in one JSON value: its text field, or with `strings` the value itself where it is one.
 pub(crate) fn json_text(bytes: &[u8], field: &str, strings: bool) -> Result<String> {
     const HINT: &str = "each document is an object with the text in one field: --field NAME (data.field) names another, --skip-bad (data.skip_bad) leaves such documents out";
-    let value: Value = serde_json::from_slice(bytes).map_err(|e| {
-        // serde counts lines from the start of this value, which would mislead beside the file's own number.
-        let what = e.to_string();
-        let what = what.split(" at line ").next().unwrap_or_default();
-        Error::user(format!("not JSON at column {}: {what}", e.column())).hint(HINT)
-    })?;
-    match value {
-        Value::String(text) if strings => Ok(text),
-        Value::Object(mut object) => match object.remove(field) {
-            Some(Value::String(text)) => Ok(text),
-            Some(other) => {
-                Err(Error::user(format!("field {field:?} is {}, expected a string", kind_of(&other)))
-                    .hint(HINT))
-            }
-            None => {
-                let known: Vec<String> =
-                    object.keys().take(8).map(|key| key.chars().take(64).collect()).collect();
-                Err(Error::user(format!("no field {field:?}, found {}", known.join(", "))).hint(HINT))
-            }
-        },
-        other => Err(Error::user(format!("{}, expected an object", kind_of(&other))).hint(HINT)),
-    }
-}
-
-fn kind_of(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
+    let refuse = |what: String| Err(Error::user(what).hint(HINT));
+    match parse(bytes, field) {
+        Ok(Found::Text(text)) if strings => Ok(text),
+        Ok(Found::Field(text)) => Ok(text),
+        Ok(Found::OtherField(kind)) => refuse(format!("field {field:?} is {kind}, expected a string")),
+        Ok(Found::NoField(known)) => refuse(format!("no field {field:?}, found {}", known.join(", "))),
+        Ok(Found::Text(_)) => refuse("a string, expected an object".to_owned()),
+        Ok(Found::Other(kind)) => refuse(format!("{kind}, expected an object")),
+        Err(e) => {
+            // serde counts lines from the start of this value, which would mislead beside the file's own number.
+            let what = e.to_string();
+            let what = what.split(" at line ").next().unwrap_or_default();
+            refuse(format!("not JSON at column {}: {what}", e.column()))
+        }
     }
 }
 

@@ -11,6 +11,7 @@ mod builder;
 mod corpus;
 mod end;
 mod epochs;
+mod field;
 mod file;
 mod fingerprint;
 mod glob;

@@ -71,7 +71,7 @@ const MAX_COUNTED: u64 = 1 << 28;
 const FIRST_TOKENS: usize = 128;
 /// Ids below this, or below the number of tokens, are counted in a table; larger ones by themselves, so that a short file
 /// with a large id takes little memory.
-const TABLE_IDS: usize = 1 << 16;
+const TABLE_IDS: usize = 1 << 14;
 
 /// Looks through a dataset; with a tokenizer, the first document is shown as text.
 ///

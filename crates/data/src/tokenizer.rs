@@ -2,7 +2,6 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use serde::de::IgnoredAny;
 use serde_json::Value;
 use spec::{Error, Result};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
@@ -87,8 +86,8 @@ impl Tokenizer {
             Error::user(format!("not a tokenizer.json: {e}"))
                 .hint("expected the file that Hugging Face's tokenizers write")
         };
-        // The library unwraps what it takes for JSON of its own.
-        serde_json::from_slice::<IgnoredAny>(json).map_err(|e| refuse(e.to_string()))?;
+        // The library unwraps the decoder, whatever is wrong with its JSON.
+        serde_json::from_slice::<Decoder>(json).map_err(|e| refuse(e.to_string()))?;
         guarded(|| tokenizers::Tokenizer::from_bytes(json)).map_err(refuse).and_then(Self::wrap)
     }
 
@@ -302,6 +301,13 @@ impl Tokenizer {
         );
         Ok(Tokenizer { plain, special, vocab, eod, can_cut })
     }
+}
+
+/// The part of a `tokenizer.json` that is read once more than the library reads it.
+#[derive(serde::Deserialize)]
+struct Decoder {
+    #[serde(default, rename = "decoder")]
+    _decoder: Value,
 }
 
 /// Calls the library, which panics about some rules and vocabularies that it should refuse.

@@ -134,3 +134,15 @@ fn ids_out_of_proportion() {
     json["model"]["vocab"]["a"] = 70_000.into();
     assert_eq!(Tokenizer::from_bytes(&serde_json::to_vec(&json).unwrap()).unwrap().vocab_size(), 70_001);
 }
+
+#[test]
+fn added_tokens_are_no_texts() {
+    let mut json: serde_json::Value = serde_json::from_slice(&trained().to_json().unwrap()).unwrap();
+    json["added_tokens"][0]["content"] = "x".repeat(5000).into();
+    check(Tokenizer::from_bytes(&serde_json::to_vec(&json).unwrap()), &["an added token of 5000 bytes"]);
+    // The library would panic about the decoder.
+    json["added_tokens"][0]["content"] = "x".into();
+    json["decoder"] = serde_json::json!({"type": "?"});
+    let text = json.to_string().replace("\"?\"", "\"\\ud800\"");
+    check(Tokenizer::from_bytes(text.as_bytes()), &["not a tokenizer.json"]);
+}
