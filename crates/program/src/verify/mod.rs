@@ -26,7 +26,7 @@ pub enum Rule {
     Shapes,
     /// A value is written once, or in parts that do not overlap.
     OneWriter,
-    /// Nothing is read before it is written, or after its bytes were given up.
+    /// Nothing is read before it is written.
     ReadBeforeWrite,
     /// No two values that are alive together share a byte.
     SharedBytes,

@@ -1,6 +1,6 @@
 //! Rules for the placed program of one rank.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::shapes::{self, Shape};
 use super::{Rule, Violation};
@@ -145,12 +145,12 @@ fn alive(home: Home) -> Option<(usize, usize)> {
     }
 }
 
-/// Reads of bytes that no op has written yet, and uses of buffers outside their lives.
+/// Reads of bytes that no op has written yet.
 ///
 /// Bytes are told apart by their home: what is written in place lies where its input lay.
 fn order(p: &Program, timeline: &Timeline<'_>) -> Vec<Violation> {
     let mut found = Vec::new();
-    let mut written: HashMap<(usize, usize, usize), ()> = HashMap::new();
+    let mut written: HashSet<(usize, usize, usize)> = HashSet::new();
     let place = |home| match home {
         Home::Slot { chunk, offset, alive } => Some((1 + chunk, offset, alive.0)),
         Home::Scratch { offset, alive } => Some((usize::MAX, offset, alive.0)),
@@ -163,12 +163,12 @@ fn order(p: &Program, timeline: &Timeline<'_>) -> Vec<Violation> {
         };
         for v in op.ins.iter().chain(&op.acc) {
             let home = place(p.buffer(v.buffer).home);
-            if home.is_some_and(|h| !written.contains_key(&h)) {
+            if home.is_some_and(|h| !written.contains(&h)) {
                 broken(v, "is read before it is written");
             }
         }
         let writes = op.outs.iter().chain(op.grads.iter().map(|g| &g.levels));
-        written.extend(writes.filter_map(|v| place(p.buffer(v.buffer).home)).map(|h| (h, ())));
+        written.extend(writes.filter_map(|v| place(p.buffer(v.buffer).home)));
     }
     found
 }
