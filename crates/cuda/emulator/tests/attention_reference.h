@@ -1,0 +1,102 @@
+// Causal attention with grouped queries and its derivative in double precision.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <thread>
+#include <vector>
+
+struct AttentionShape {
+  int sequences, sequence, heads, kv_heads, dim;
+  int group() const { return heads / kv_heads; }
+  size_t tokens() const { return size_t(sequences) * sequence; }
+  size_t width() const { return size_t(heads + 2 * kv_heads) * dim; }
+  size_t qkv_len() const { return tokens() * width(); }
+  size_t o_len() const { return tokens() * heads * dim; }
+  size_t lse_len() const { return tokens() * heads; }
+  float scale() const { return 1.0f / std::sqrt(float(dim)); }
+};
+
+struct AttentionReference {
+  std::vector<double> o, lse, dqkv;
+};
+
+// Calls `work(i)` for i < n, on all cores.
+inline void in_parallel(int n, const std::function<void(int)>& work) {
+  int count = std::max(1, std::min<int>(n, int(std::thread::hardware_concurrency())));
+  std::vector<std::thread> threads;
+  for (int t = 0; t < count; ++t) {
+    threads.emplace_back([=, &work] {
+      for (int i = t; i < n; i += count) work(i);
+    });
+  }
+  for (auto& t : threads) t.join();
+}
+
+inline double dot_of(const double* a, const double* b, int n) {
+  double sum = 0;
+  for (int i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+inline void add_to(double* to, double factor, const double* x, int n) {
+  for (int i = 0; i < n; ++i) to[i] += factor * x[i];
+}
+
+inline AttentionReference attention_reference(const AttentionShape& s, const std::vector<double>& qkv,
+                                              const std::vector<double>& d_o) {
+  AttentionReference r;
+  r.o.assign(s.o_len(), 0.0);
+  r.lse.assign(s.lse_len(), 0.0);
+  r.dqkv.assign(s.qkv_len(), 0.0);
+  std::vector<double> delta(s.lse_len());
+  int d = s.dim, n = s.sequence;
+  double scale = s.scale();
+  auto row = [&](int seq, int t, int head) { return ((size_t(seq) * n + t) * (s.heads + 2 * s.kv_heads) + head) * d; };
+  auto out = [&](int seq, int t, int head) { return ((size_t(seq) * n + t) * s.heads + head) * d; };
+  auto stat = [&](int seq, int t, int head) { return (size_t(seq) * s.heads + head) * n + t; };
+  for (int seq = 0; seq < s.sequences; ++seq) {
+    for (int head = 0; head < s.heads; ++head) {
+      int k = s.heads + head / s.group(), v = k + s.kv_heads;
+      in_parallel(n, [&, seq, head, k, v](int t) {
+        std::vector<double> p(t + 1);
+        double top = -INFINITY, total = 0;
+        for (int j = 0; j <= t; ++j) {
+          p[j] = scale * dot_of(&qkv[row(seq, t, head)], &qkv[row(seq, j, k)], d);
+          top = std::max(top, p[j]);
+        }
+        for (auto& x : p) total += x = std::exp(x - top);
+        r.lse[stat(seq, t, head)] = top + std::log(total);
+        double* o = &r.o[out(seq, t, head)];
+        const double* g = &d_o[out(seq, t, head)];
+        for (int j = 0; j <= t; ++j) add_to(o, p[j] / total, &qkv[row(seq, j, v)], d);
+        double dot = delta[stat(seq, t, head)] = dot_of(o, g, d);
+        for (int j = 0; j <= t; ++j) {
+          double ds = p[j] / total * (dot_of(g, &qkv[row(seq, j, v)], d) - dot);
+          add_to(&r.dqkv[row(seq, t, head)], scale * ds, &qkv[row(seq, j, k)], d);
+        }
+      });
+      in_parallel(n, [&, seq, head, k, v](int j) {
+        for (int t = j; t < n; ++t) {
+          const double* q = &qkv[row(seq, t, head)];
+          const double* g = &d_o[out(seq, t, head)];
+          double p = std::exp(scale * dot_of(q, &qkv[row(seq, j, k)], d) - r.lse[stat(seq, t, head)]);
+          double ds = p * (dot_of(g, &qkv[row(seq, j, v)], d) - delta[stat(seq, t, head)]);
+          add_to(&r.dqkv[row(seq, j, k)], scale * ds, q, d);
+          add_to(&r.dqkv[row(seq, j, v)], p, g, d);
+        }
+      });
+    }
+  }
+  return r;
+}
+
+// The heads of rows of qkv from `first` on.
+template <class T>
+std::vector<T> heads_of(const AttentionShape& s, const std::vector<T>& qkv, int first, int count) {
+  std::vector<T> part;
+  for (size_t t = 0; t < s.tokens(); ++t) {
+    auto at = qkv.begin() + t * s.width() + size_t(first) * s.dim;
+    part.insert(part.end(), at, at + size_t(count) * s.dim);
+  }
+  return part;
+}

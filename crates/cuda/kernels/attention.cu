@@ -1,0 +1,266 @@
+// Causal attention with grouped queries on tensor cores, forward (Dao 2023, arXiv:2307.08691), and attention of one
+// token over a cache. Layouts are those of the host's CPU kernels: a row of qkv holds `heads` query heads, `kv_heads`
+// key heads and `kv_heads` value heads; o is [tokens, heads * D]; lse is [sequences, heads, sequence], natural
+// logarithms of the softmax's denominators.
+//
+//   attention_fwd_bf16_d<D>: grid (ceil(sequence / ROWS), heads, sequences), THREADS threads, BYTES of shared memory
+//     D                  16     32     64     80     96    128    256
+//     ROWS              128    128    128    128    128    128     64
+//     THREADS           128    128    128    128    128    128    128
+//     BYTES           12288  20480  32768  45056  53248  65536  65536
+//   attention_decode_<T>: grid heads, 256 threads, no dynamic shared memory; head widths: multiples of 8 up to 256
+//
+// Keys are taken in ascending order in blocks that depend on positions alone, so that the bits of a sequence depend on
+// nothing beside it.
+#include "device.h"
+#include "tiles.h"
+
+template <int D> struct Forward {
+  static constexpr int TILES = D <= 128 ? 2 : 1;  // of 16 rows, for a warp: each row of keys it reads serves them all
+  static constexpr int WARPS = 4, THREADS = WARPS * WARP;
+  static constexpr int ROWS = WARPS * TILES * 16;  // queries of a block
+  static constexpr int KEYS = D <= 128 ? 64 : 32;  // of a step
+  static constexpr bool KEPT = D <= 64;            // are a warp's queries kept in registers?
+  static constexpr int BYTES = (ROWS + 2 * KEYS) * Tile<D>::LD * (int)sizeof(bf16);
+};
+
+template <int D>
+__device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, float* lse, int sequence, int heads,
+                                                  int kv_heads, float scale) {
+  using F = Forward<D>;
+  using T = Tile<D>;
+  constexpr int OWN = F::TILES * 16;
+  SHARED(bf16, shared);
+  bf16* queries = shared;
+  bf16* keys = queries + F::ROWS * T::LD;
+  bf16* values = keys + F::KEYS * T::LD;
+
+  Turn turn = take_turn(true);
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int first = turn.block * F::ROWS, own = first + warp * OWN;
+  long long ld = (heads + 2 * kv_heads) * D;
+  const bf16* rows = qkv + (long long)turn.sequence * sequence * ld;
+  const bf16* k = rows + (heads + turn.head / (heads / kv_heads)) * D;
+  const bf16* v = k + kv_heads * D;
+  int steps = (min(first + F::ROWS, sequence) + F::KEYS - 1) / F::KEYS;
+
+  T::template fetch<F::ROWS, F::THREADS>(queries, rows + turn.head * D, ld, first, sequence);
+  T::template fetch<F::KEYS, F::THREADS>(keys, k, ld, 0, sequence);
+  cp_async_commit();
+
+  bf16* mine = queries + warp * OWN * T::LD;
+  int left = T::left(lane), right = T::right(lane);
+  uint32_t kept[F::KEPT ? D / 16 : 1][F::TILES][4];
+  if (F::KEPT) {
+    cp_async_wait<0>();
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < (F::KEPT ? D / 16 : 1); ++c) {
+#pragma unroll
+      for (int t = 0; t < F::TILES; ++t) ldmatrix_x4(kept[c][t], mine + T::move(left, t * 16, c * 2));
+    }
+  }
+  float acc[F::TILES][D / 8][4] = {};
+  float max[F::TILES][2], sum[F::TILES][2] = {};
+#pragma unroll
+  for (int t = 0; t < F::TILES; ++t) max[t][0] = max[t][1] = -INFINITY;
+
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    // The first block has a key that every query sees, so maxima are finite from there on.
+    int key = step * F::KEYS;
+    bool sees = own < sequence && key < own + OWN;
+    cp_async_wait<0>();
+    __syncthreads();  // the keys have landed, and nobody needs the values before
+    T::template fetch<F::KEYS, F::THREADS>(values, v, ld, key, sequence);
+    cp_async_commit();
+
+    float s[F::TILES][F::KEYS / 8][4] = {};
+    if (sees) {
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) {
+        uint32_t a[F::TILES][4];
+#pragma unroll
+        for (int t = 0; t < F::TILES; ++t) {
+          if (!F::KEPT) ldmatrix_x4(a[t], mine + T::move(left, t * 16, c * 2));
+        }
+#pragma unroll
+        for (int n = 0; n < F::KEYS / 16; ++n) {
+          uint32_t b[4];
+          ldmatrix_x4(b, keys + T::move(right, n * 16, c * 2));
+#pragma unroll
+          for (int t = 0; t < F::TILES; ++t) mma_pair(s[t][2 * n], s[t][2 * n + 1], F::KEPT ? kept[F::KEPT ? c : 0][t] : a[t], b);
+        }
+      }
+    }
+#if FAULT == 1
+    cp_async_wait<1>();
+#else
+    cp_async_wait<0>();
+#endif
+#if FAULT != 2
+    __syncthreads();  // the values have landed, and nobody needs the keys any more
+#endif
+    if (step + 1 < steps) {
+      T::template fetch<F::KEYS, F::THREADS>(keys, k, ld, key + F::KEYS, sequence);
+      cp_async_commit();
+    }
+    if (sees) {
+#pragma unroll
+      for (int t = 0; t < F::TILES; ++t) {
+        softmax<F::KEYS, D>(s[t], acc[t], max[t], sum[t], scale * LOG2_E, key + F::KEYS > own + 1,
+                            own + t * 16 + (lane >> 2), key + 2 * (lane & 3));
+      }
+#pragma unroll
+      for (int c = 0; c < F::KEYS / 16; ++c) {
+        uint32_t p[F::TILES][4];
+#pragma unroll
+        for (int t = 0; t < F::TILES; ++t) as_left(p[t], s[t][2 * c], s[t][2 * c + 1]);
+#pragma unroll
+        for (int n = 0; n < D / 16; ++n) {
+          uint32_t b[4];
+          ldmatrix_x4_trans(b, values + T::move(left, c * 16, n * 2));
+#pragma unroll
+          for (int t = 0; t < F::TILES; ++t) mma_pair(acc[t][2 * n], acc[t][2 * n + 1], p[t], b);
+        }
+      }
+    }
+  }
+
+  // A warp's rows of the queries are its own by now; they turn its sums into whole rows.
+#pragma unroll
+  for (int t = 0; t < F::TILES; ++t) {
+    float inverse[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float total = sum[t][h];
+      total += __shfl_xor_sync(~0u, total, 1);
+      total += __shfl_xor_sync(~0u, total, 2);
+      inverse[h] = 1.0f / total;
+      int position = own + t * 16 + h * 8 + (lane >> 2);
+      if ((lane & 3) == 0 && position < sequence) {
+        lse[((long long)turn.sequence * heads + turn.head) * sequence + position] = max[t][h] * scale + logf(total);
+      }
+    }
+    T::template put<D>(mine + t * 16 * T::LD, acc[t], inverse[0], inverse[1], lane);
+  }
+  __syncwarp();
+  long long o_ld = heads * D;
+  bf16* to = o + ((long long)turn.sequence * sequence + own) * o_ld + turn.head * D;
+  T::template store<OWN, D>(mine, to, o_ld, sequence - own, lane);
+}
+
+#define FORWARD(D)                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(Forward<D>::THREADS, 2)                                             \
+      attention_fwd_bf16_d##D(const bf16* __restrict__ qkv, bf16* __restrict__ o, float* __restrict__ lse,         \
+                              int sequence, int heads, int kv_heads, float scale) {                                \
+    attention_forward<D>(qkv, o, lse, sequence, heads, kv_heads, scale);                                           \
+  }
+FORWARD(16)
+FORWARD(32)
+FORWARD(64)
+FORWARD(80)
+FORWARD(96)
+FORWARD(128)
+FORWARD(256)
+#undef FORWARD
+
+// One token: its keys and values join the cache at `position` (at `*at` if given, which a captured launch can change),
+// then each query head attends over all up to it. Eight lanes share a key; each such team goes over every TEAMS-th key
+// with a running maximum, and the teams' sums are added in order.
+constexpr int DECODE_THREADS = 256, TEAM = 8, TEAMS = DECODE_THREADS / TEAM, MOST_CHUNKS = 256 / (8 * TEAM);
+
+template <class T>
+__device__ __forceinline__ void attention_decode(const T* qkv, T* keys, T* values, T* o, const int* at, int position,
+                                                 int heads, int kv_heads, int dim, float scale) {
+  SHARED_ARRAY(float, sums, TEAMS * 256);
+  SHARED_ARRAY(float, maxima, TEAMS);
+  SHARED_ARRAY(float, totals, TEAMS);
+  int head = blockIdx.x, group = heads / kv_heads, kv = head / group;
+  int team = threadIdx.x / TEAM, lane = threadIdx.x % TEAM;
+  if (at) position = *at;
+  const T* q = qkv + head * dim;
+  const T* new_key = qkv + (heads + kv) * dim;
+  const T* new_value = new_key + kv_heads * dim;
+  long long ld = kv_heads * dim;
+  if (head % group == 0) {
+    for (int i = threadIdx.x; i < dim; i += DECODE_THREADS) {
+      keys[position * ld + kv * dim + i] = new_key[i];
+      values[position * ld + kv * dim + i] = new_value[i];
+    }
+  }
+  float query[MOST_CHUNKS][8], acc[MOST_CHUNKS][8] = {};
+#pragma unroll
+  for (int c = 0; c < MOST_CHUNKS; ++c) {
+    int col = (c * TEAM + lane) * 8;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) query[c][i] = col < dim ? as_f32(q[col + i]) : 0.0f;
+  }
+  float max = -INFINITY, total = 0.0f;
+  // All lanes of a warp go the same number of rounds, since they exchange parts of dot products.
+  for (int base = 0; base <= position; base += TEAMS) {
+    int i = base + team;
+    bool real = i <= position;
+    // The token's own rows are read where they came from: other blocks may not have seen the cache's yet.
+    const T* key = i < position ? keys + i * ld + kv * dim : new_key;
+    const T* value = i < position ? values + i * ld + kv * dim : new_value;
+    float dot = 0.0f;
+#pragma unroll
+    for (int c = 0; c < MOST_CHUNKS; ++c) {
+      int col = (c * TEAM + lane) * 8;
+      if (col < dim) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) dot = fmaf(query[c][e], as_f32(key[col + e]), dot);
+      }
+    }
+#pragma unroll
+    for (int x = 1; x < TEAM; x *= 2) dot += __shfl_xor_sync(~0u, dot, x);
+    if (real) {
+      float score = dot * scale, top = fmaxf(max, score);
+      float shrink = expf(max - top), p = expf(score - top);
+      max = top;
+      total = fmaf(total, shrink, p);
+#pragma unroll
+      for (int c = 0; c < MOST_CHUNKS; ++c) {
+        int col = (c * TEAM + lane) * 8;
+        if (col < dim) {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) acc[c][e] = fmaf(p, as_f32(value[col + e]), acc[c][e] * shrink);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < MOST_CHUNKS; ++c) {
+    int col = (c * TEAM + lane) * 8;
+    if (col < dim) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sums[team * 256 + col + e] = acc[c][e];
+    }
+  }
+  if (lane == 0) maxima[team] = max, totals[team] = total;
+  __syncthreads();
+  float top = maxima[0];
+  for (int t = 1; t < TEAMS; ++t) top = fmaxf(top, maxima[t]);
+  for (int col = threadIdx.x; col < dim; col += DECODE_THREADS) {
+    float sum = 0.0f, weight = 0.0f;
+    for (int t = 0; t < TEAMS && t <= position; ++t) {
+      float factor = expf(maxima[t] - top);
+      weight = fmaf(totals[t], factor, weight);
+      sum = fmaf(sums[t * 256 + col], factor, sum);
+    }
+    put_f32(o + head * dim + col, sum / weight);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(DECODE_THREADS)
+    attention_decode_bf16(const bf16* qkv, bf16* keys, bf16* values, bf16* o, const int* at, int position, int heads,
+                          int kv_heads, int dim, float scale) {
+  attention_decode<bf16>(qkv, keys, values, o, at, position, heads, kv_heads, dim, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(DECODE_THREADS)
+    attention_decode_f32(const float* qkv, float* keys, float* values, float* o, const int* at, int position, int heads,
+                         int kv_heads, int dim, float scale) {
+  attention_decode<float>(qkv, keys, values, o, at, position, heads, kv_heads, dim, scale);
+}

@@ -1,0 +1,202 @@
+// Causal attention with grouped queries in true float32, forward and derivative, with the layouts and the order of sums
+// of the bf16 kernels: 32 rows a block against 32 rows a step, eight lanes a row. Heads of up to 256 elements.
+//
+//   attention_fwd_f32: grid (ceil(sequence / 32), heads, sequences), 256 threads
+//     shared memory: (96 * (dim + 1) + 32 * 33) * 4 bytes
+//   attention_bwd_prep_f32: grid ceil(tokens * heads / 32), 256 threads; before the other two
+//   attention_bwd_dkv_f32: grid (ceil(sequence / 32), kv_heads, sequences), 256 threads
+//   attention_bwd_dq_f32: grid (ceil(sequence / 32), heads, sequences), 256 threads
+//     shared memory of both: (128 * (dim + 1) + 64 * 33) * 4 bytes
+#include "device.h"
+
+constexpr int ROWS = 32, LANES = 8, THREADS = ROWS * LANES;
+constexpr int MOST = 256 / LANES;    // columns of a lane
+constexpr int EACH = ROWS / LANES;   // scores of a lane
+constexpr int SCORES = ROWS + 1;     // row stride that keeps columns off the same banks
+
+// Copies 32 rows of `dim` elements to rows of dim + 1; rows from `limit` on are 0.
+__device__ __forceinline__ void copy_rows(float* to, const float* from, long long ld, int first, int limit, int dim) {
+  for (int i = threadIdx.x; i < ROWS * dim; i += THREADS) {
+    int row = i / dim, col = i % dim;
+    to[row * (dim + 1) + col] = first + row < limit ? from[(first + row) * ld + col] : 0.0f;
+  }
+}
+
+__device__ __forceinline__ float dot_rows(const float* a, const float* b, int dim) {
+  float sum = 0.0f;
+  for (int i = 0; i < dim; ++i) sum = fmaf(a[i], b[i], sum);
+  return sum;
+}
+
+// sums[j] += weights . rows[.][lane + 8 j]
+__device__ __forceinline__ void add_rows(float (&sums)[MOST], const float* weights, const float* rows, int dim,
+                                         int lane) {
+  for (int i = 0; i < ROWS; ++i) {
+    float weight = weights[i];
+    const float* row = rows + i * (dim + 1) + lane;
+#pragma unroll
+    for (int j = 0; j < MOST; ++j) {
+      if (lane + j * LANES < dim) sums[j] = fmaf(weight, row[j * LANES], sums[j]);
+    }
+  }
+}
+
+__device__ __forceinline__ void write_row(float* to, const float (&sums)[MOST], float factor, int dim, int lane) {
+#pragma unroll
+  for (int j = 0; j < MOST; ++j) {
+    if (lane + j * LANES < dim) to[lane + j * LANES] = sums[j] * factor;
+  }
+}
+
+__device__ __forceinline__ float team_sum(float x) {
+#pragma unroll
+  for (int step = 1; step < LANES; step *= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_fwd_f32(const float* __restrict__ qkv, float* __restrict__ o, float* __restrict__ lse, int sequence,
+                      int heads, int kv_heads, int dim, float scale) {
+  SHARED(float, shared);
+  float* queries = shared;
+  float* keys = queries + ROWS * (dim + 1);
+  float* values = keys + ROWS * (dim + 1);
+  float* scores = values + ROWS * (dim + 1);
+  int block = gridDim.x - 1 - blockIdx.x, head = blockIdx.y;
+  int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, first = block * ROWS, position = first + row;
+  long long ld = (heads + 2 * kv_heads) * dim, token = (long long)blockIdx.z * sequence;
+  const float* k = qkv + token * ld + (heads + head / (heads / kv_heads)) * dim;
+  copy_rows(queries, qkv + token * ld + head * dim, ld, first, sequence, dim);
+  float acc[MOST] = {}, max = -INFINITY, total = 0.0f;
+  for (int key = 0; key <= first; key += ROWS) {
+    __syncthreads();
+    copy_rows(keys, k, ld, key, sequence, dim);
+    copy_rows(values, k + kv_heads * dim, ld, key, sequence, dim);
+    __syncthreads();
+    float s[EACH], top = max;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      int at = lane + i * LANES;
+      s[i] = dot_rows(queries + row * (dim + 1), keys + at * (dim + 1), dim) * scale;
+      if (key + at > position) s[i] = -INFINITY;
+      top = fmaxf(top, s[i]);
+    }
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+    float factor = expf(max - top), sum = 0.0f;
+    max = top;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      float p = expf(s[i] - top);
+      scores[row * SCORES + lane + i * LANES] = p;
+      sum += p;
+    }
+    total = fmaf(total, factor, team_sum(sum));
+#pragma unroll
+    for (int j = 0; j < MOST; ++j) acc[j] *= factor;
+    __syncwarp();
+    add_rows(acc, scores + row * SCORES, values, dim, lane);
+  }
+  if (position < sequence) {
+    write_row(o + ((token + position) * heads + head) * dim, acc, 1.0f / total, dim, lane);
+    if (lane == 0) lse[((long long)blockIdx.z * heads + head) * sequence + position] = max + logf(total);
+  }
+}
+
+// delta[sequence, head, position] = o . d_o, over the rows of a launch, [tokens, heads * dim].
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_bwd_prep_f32(const float* __restrict__ o, const float* __restrict__ d_o, float* __restrict__ delta,
+                           int tokens, int sequence, int heads, int dim) {
+  long long pair = (long long)blockIdx.x * ROWS + threadIdx.x / LANES;
+  int lane = threadIdx.x % LANES;
+  bool real = pair < (long long)tokens * heads;
+  float sum = 0.0f;
+  if (real) {
+    for (int col = lane; col < dim; col += LANES) sum = fmaf(o[pair * dim + col], d_o[pair * dim + col], sum);
+  }
+  sum = team_sum(sum);
+  if (real && lane == 0) {
+    long long token = pair / heads;
+    delta[(token / sequence * heads + pair % heads) * sequence + token % sequence] = sum;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_bwd_dkv_f32(const float* __restrict__ qkv, const float* __restrict__ d_o, const float* __restrict__ lse,
+                          const float* __restrict__ delta, float* __restrict__ dqkv, int sequence, int heads,
+                          int kv_heads, int dim, float scale) {
+  SHARED(float, shared);
+  int len = ROWS * (dim + 1);
+  float *keys = shared, *values = keys + len, *queries = values + len, *grads = queries + len;
+  float *weights = grads + len, *slopes = weights + ROWS * SCORES;
+  int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, first = blockIdx.x * ROWS, group = heads / kv_heads;
+  long long ld = (heads + 2 * kv_heads) * dim, o_ld = heads * dim, token = (long long)blockIdx.z * sequence;
+  long long own = (heads + blockIdx.y) * dim;
+  copy_rows(keys, qkv + token * ld + own, ld, first, sequence, dim);
+  copy_rows(values, qkv + token * ld + own + kv_heads * dim, ld, first, sequence, dim);
+  float dk[MOST] = {}, dv[MOST] = {};
+  for (int head = blockIdx.y * group; head < (int)(blockIdx.y + 1) * group; ++head) {
+    long long at = ((long long)blockIdx.z * heads + head) * sequence;
+    for (int query = first; query < sequence; query += ROWS) {
+      __syncthreads();
+      copy_rows(queries, qkv + token * ld + head * dim, ld, query, sequence, dim);
+      copy_rows(grads, d_o + token * o_ld + head * dim, o_ld, query, sequence, dim);
+      __syncthreads();
+      for (int i = lane; i < ROWS; i += LANES) {
+        int position = query + i;
+        float p = 0.0f, ds = 0.0f;
+        if (position < sequence && first + row <= position) {
+          float s = dot_rows(queries + i * (dim + 1), keys + row * (dim + 1), dim);
+          p = expf(s * scale - lse[at + position]);
+          ds = p * (dot_rows(grads + i * (dim + 1), values + row * (dim + 1), dim) - delta[at + position]);
+        }
+        weights[row * SCORES + i] = p;
+        slopes[row * SCORES + i] = ds;
+      }
+      __syncwarp();
+      add_rows(dv, weights + row * SCORES, grads, dim, lane);
+      add_rows(dk, slopes + row * SCORES, queries, dim, lane);
+    }
+  }
+  if (first + row < sequence) {
+    float* to = dqkv + (token + first + row) * ld + own;
+    write_row(to, dk, scale, dim, lane);
+    write_row(to + kv_heads * dim, dv, 1.0f, dim, lane);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_bwd_dq_f32(const float* __restrict__ qkv, const float* __restrict__ d_o, const float* __restrict__ lse,
+                         const float* __restrict__ delta, float* __restrict__ dqkv, int sequence, int heads,
+                         int kv_heads, int dim, float scale) {
+  SHARED(float, shared);
+  int len = ROWS * (dim + 1);
+  float *keys = shared, *values = keys + len, *queries = values + len, *grads = queries + len;
+  float* slopes = grads + len;
+  int head = blockIdx.y, row = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+  int first = (gridDim.x - 1 - blockIdx.x) * ROWS, position = first + row;
+  long long ld = (heads + 2 * kv_heads) * dim, o_ld = heads * dim, token = (long long)blockIdx.z * sequence;
+  const float* k = qkv + token * ld + (heads + head / (heads / kv_heads)) * dim;
+  copy_rows(queries, qkv + token * ld + head * dim, ld, first, sequence, dim);
+  copy_rows(grads, d_o + token * o_ld + head * dim, o_ld, first, sequence, dim);
+  long long at = ((long long)blockIdx.z * heads + head) * sequence + min(position, sequence - 1);
+  float log = lse[at], dot = delta[at], dq[MOST] = {};
+  for (int key = 0; key <= first; key += ROWS) {
+    __syncthreads();
+    copy_rows(keys, k, ld, key, sequence, dim);
+    copy_rows(values, k + kv_heads * dim, ld, key, sequence, dim);
+    __syncthreads();
+    for (int i = lane; i < ROWS; i += LANES) {
+      float ds = 0.0f;
+      if (key + i <= position) {
+        float s = dot_rows(queries + row * (dim + 1), keys + i * (dim + 1), dim);
+        float dp = dot_rows(grads + row * (dim + 1), values + i * (dim + 1), dim);
+        ds = expf(s * scale - log) * (dp - dot);
+      }
+      slopes[row * SCORES + i] = ds;
+    }
+    __syncwarp();
+    add_rows(dq, slopes + row * SCORES, keys, dim, lane);
+  }
+  if (position < sequence) write_row(dqkv + (token + position) * ld + head * dim, dq, scale, dim, lane);
+}

@@ -1,0 +1,401 @@
+// The derivative of causal attention on tensor cores, without atomics: one kernel owns blocks of keys and sums over
+// queries, the other owns blocks of queries and sums over keys. Scores are computed in both, which costs two of seven
+// products, and for it every sum has one order.
+//
+//   attention_bwd_prep_bf16: grid ceil(tokens * heads / 32), 256 threads; before the other two
+//   attention_bwd_dkv_bf16_d<D>: grid (ceil(sequence / KEYS) * SLICES, kv_heads, sequences)
+//     D                  16     32     64     80     96    128    256
+//     KEYS              128    128    128    128    128    128     64
+//     SLICES              1      1      1      1      1      1      2
+//     THREADS           128    128    128    256    256    256    128
+//     BYTES           25600  41984  66560  68096  80384  98816  98560
+//   attention_bwd_dq_bf16_d<D>: grid (ceil(sequence / ROWS), heads, sequences)
+//     ROWS              128    128    128    128    128    128     64
+//     THREADS           128    128    128    128    128    128    128
+//     BYTES           24576  40960  65536  67584  79872  98304  98304
+#include "device.h"
+#include "tiles.h"
+
+// delta[sequence, head, position] = o . d_o, over the rows of a launch, [tokens, heads * dim]: eight lanes a head.
+extern "C" __global__ void __launch_bounds__(256)
+    attention_bwd_prep_bf16(const bf16* __restrict__ o, const bf16* __restrict__ d_o, float* __restrict__ delta,
+                            int tokens, int sequence, int heads, int dim) {
+  long long pair = (long long)blockIdx.x * 32 + threadIdx.x / 8;
+  int lane = threadIdx.x % 8;
+  bool real = pair < (long long)tokens * heads;
+  float sum = 0.0f;
+  if (real) {
+    for (int col = lane * 8; col < dim; col += 64) {
+      uint4 a = *(const uint4*)(o + pair * dim + col), b = *(const uint4*)(d_o + pair * dim + col);
+      const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum = fmaf(bf2f((bf16)x[i]), bf2f((bf16)y[i]), sum);
+        sum = fmaf(bf2f((bf16)(x[i] >> 16)), bf2f((bf16)(y[i] >> 16)), sum);
+      }
+    }
+  }
+#pragma unroll
+  for (int x = 1; x < 8; x *= 2) sum += __shfl_xor_sync(~0u, sum, x);
+  if (real && lane == 0) {
+    long long token = pair / heads;
+    delta[(token / sequence * heads + pair % heads) * sequence + token % sequence] = sum;
+  }
+}
+
+template <int D> struct GradKeys {
+  static constexpr int TILES = D <= 64 ? 2 : 1;  // of 16 keys, for a warp
+  static constexpr int WARPS = D > 64 && D <= 128 ? 8 : 4, THREADS = WARPS * WARP;
+  static constexpr int KEYS = WARPS * TILES * 16;
+  static constexpr int QUERIES = D <= 64 ? 64 : 32;  // of a step
+  static constexpr int STAGES = D <= 128 ? 2 : 1;
+  static constexpr int WIDTH = D <= 128 ? D : 128;  // columns that a block sums; the others are another block's
+  static constexpr int SLICES = D / WIDTH;
+  static constexpr int BYTES =
+      (KEYS + STAGES * QUERIES) * 2 * Tile<D>::LD * (int)sizeof(bf16) + STAGES * 2 * QUERIES * (int)sizeof(float);
+};
+
+// A warp has its keys along the rows of all products, so that probabilities and their gradients go from one product to
+// the next in registers.
+template <int D>
+__device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16* d_o, const float* lse,
+                                                    const float* delta, bf16* dqkv, int sequence, int heads,
+                                                    int kv_heads, float scale) {
+  using G = GradKeys<D>;
+  using T = Tile<D>;
+  constexpr int OWN = G::TILES * 16, STEP = 32, LEN = G::QUERIES * T::LD;
+  SHARED(bf16, shared);
+  bf16* keys = shared;
+  bf16* values = keys + G::KEYS * T::LD;
+  bf16* queries = values + G::KEYS * T::LD;       // of each stage
+  bf16* grads = queries + G::STAGES * LEN;        // of each stage
+  float* logs = (float*)(grads + G::STAGES * LEN);  // of each stage
+  float* dots = logs + G::STAGES * G::QUERIES;    // of each stage
+
+  Turn turn = take_turn(false);
+  int slice = turn.block % G::SLICES * G::WIDTH, first = turn.block / G::SLICES * G::KEYS;
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, own = first + warp * OWN;
+  int group = heads / kv_heads;
+  long long ld = (heads + 2 * kv_heads) * D, o_ld = heads * D, row = (long long)turn.sequence * sequence;
+  const bf16* k = qkv + row * ld + (heads + turn.head) * D;
+
+  // A step is a query head of the group and a block of queries; those before the block of keys see none of it.
+  int from = first / G::QUERIES, blocks = (sequence + G::QUERIES - 1) / G::QUERIES - from;
+  int steps = group * blocks;
+  float next_log = 0.0f, next_dot = 0.0f;
+  auto fetch = [&](int step) {
+    int head = turn.head * group + step / blocks, query = (from + step % blocks) * G::QUERIES;
+    int at = G::STAGES == 2 ? (step & 1) * LEN : 0;
+    T::template fetch<G::QUERIES, G::THREADS>(queries + at, qkv + row * ld + head * D, ld, query, sequence);
+    T::template fetch<G::QUERIES, G::THREADS>(grads + at, d_o + row * o_ld + head * D, o_ld, query, sequence);
+    cp_async_commit();
+    if (threadIdx.x < G::QUERIES) {
+      int position = query + threadIdx.x;
+      long long i = ((long long)turn.sequence * heads + head) * sequence + min(position, sequence - 1);
+      // The exponential of minus infinity: queries past the end weigh nothing.
+      next_log = position < sequence ? lse[i] * LOG2_E : INFINITY;
+      next_dot = delta[i];
+    }
+  };
+  auto keep = [&](int step) {
+    if (threadIdx.x < G::QUERIES) {
+      int at = (G::STAGES == 2 ? (step & 1) * G::QUERIES : 0) + threadIdx.x;
+      logs[at] = next_log;
+      dots[at] = next_dot;
+    }
+  };
+  T::template fetch<G::KEYS, G::THREADS>(keys, k, ld, first, sequence);
+  T::template fetch<G::KEYS, G::THREADS>(values, k + kv_heads * D, ld, first, sequence);
+  fetch(0);
+  keep(0);
+
+  int left = T::left(lane), right = T::right(lane);
+  const bf16* my_keys = keys + warp * OWN * T::LD;
+  const bf16* my_values = values + warp * OWN * T::LD;
+  float dk[G::TILES][G::WIDTH / 8][4] = {}, dv[G::TILES][G::WIDTH / 8][4] = {};
+
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    int stage = G::STAGES == 2 ? step & 1 : 0, query0 = (from + step % blocks) * G::QUERIES;
+    cp_async_wait<0>();
+#if FAULT != 4
+    __syncthreads();  // this step's queries have landed, and nobody needs those of the step before
+#endif
+    if (G::STAGES == 2 && step + 1 < steps) fetch(step + 1);
+#pragma unroll 1
+    for (int sub = 0; sub < G::QUERIES; sub += STEP) {
+      int query = query0 + sub;
+      if (query + STEP <= own || query >= sequence || own >= sequence) continue;
+      const bf16* q = queries + stage * LEN + sub * T::LD;
+      const bf16* g = grads + stage * LEN + sub * T::LD;
+      const float* log = logs + stage * G::QUERIES + sub + 2 * (lane & 3);
+      const float* dot = dots + stage * G::QUERIES + sub + 2 * (lane & 3);
+      float p[G::TILES][STEP / 8][4] = {}, ds[G::TILES][STEP / 8][4];
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) {
+        uint32_t a[G::TILES][4];
+#pragma unroll
+        for (int t = 0; t < G::TILES; ++t) ldmatrix_x4(a[t], my_keys + T::move(left, t * 16, c * 2));
+#pragma unroll
+        for (int n = 0; n < STEP / 16; ++n) {
+          uint32_t b[4];
+          ldmatrix_x4(b, q + T::move(right, n * 16, c * 2));
+#pragma unroll
+          for (int t = 0; t < G::TILES; ++t) mma_pair(p[t][2 * n], p[t][2 * n + 1], a[t], b);
+        }
+      }
+      bool masked = query < own + OWN - 1;
+#pragma unroll
+      for (int n = 0; n < STEP / 8; ++n) {
+        float2 l = *(const float2*)(log + n * 8), d = *(const float2*)(dot + n * 8);
+#pragma unroll
+        for (int t = 0; t < G::TILES; ++t) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            p[t][n][i] = exp2_fast(fmaf(p[t][n][i], scale * LOG2_E, i & 1 ? -l.y : -l.x));
+            int key = own + t * 16 + (lane >> 2) + (i >> 1) * 8, position = query + n * 8 + 2 * (lane & 3) + (i & 1);
+#if FAULT == 6
+            if (masked && key >= position) p[t][n][i] = 0.0f;
+#else
+            if (masked && key > position) p[t][n][i] = 0.0f;
+#endif
+            // The sum below starts from what would be taken off it.
+            ds[t][n][i] = i & 1 ? -d.y : -d.x;
+          }
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < STEP / 16; ++c) {
+        uint32_t a[G::TILES][4];
+#pragma unroll
+        for (int t = 0; t < G::TILES; ++t) as_left(a[t], p[t][2 * c], p[t][2 * c + 1]);
+#pragma unroll
+        for (int n = 0; n < G::WIDTH / 16; ++n) {
+          uint32_t b[4];
+          ldmatrix_x4_trans(b, g + T::move(left, c * 16, n * 2 + slice / 8));
+#pragma unroll
+          for (int t = 0; t < G::TILES; ++t) mma_pair(dv[t][2 * n], dv[t][2 * n + 1], a[t], b);
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) {
+        uint32_t a[G::TILES][4];
+#pragma unroll
+        for (int t = 0; t < G::TILES; ++t) ldmatrix_x4(a[t], my_values + T::move(left, t * 16, c * 2));
+#pragma unroll
+        for (int n = 0; n < STEP / 16; ++n) {
+          uint32_t b[4];
+          ldmatrix_x4(b, g + T::move(right, n * 16, c * 2));
+#pragma unroll
+          for (int t = 0; t < G::TILES; ++t) mma_pair(ds[t][2 * n], ds[t][2 * n + 1], a[t], b);
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < STEP / 16; ++c) {
+        uint32_t a[G::TILES][4];
+#pragma unroll
+        for (int t = 0; t < G::TILES; ++t) {
+#pragma unroll
+          for (int n = 2 * c; n < 2 * c + 2; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) ds[t][n][i] *= p[t][n][i];
+          }
+          as_left(a[t], ds[t][2 * c], ds[t][2 * c + 1]);
+        }
+#pragma unroll
+        for (int n = 0; n < G::WIDTH / 16; ++n) {
+          uint32_t b[4];
+          ldmatrix_x4_trans(b, q + T::move(left, c * 16, n * 2 + slice / 8));
+#pragma unroll
+          for (int t = 0; t < G::TILES; ++t) mma_pair(dk[t][2 * n], dk[t][2 * n + 1], a[t], b);
+        }
+      }
+    }
+    if (step + 1 < steps) {
+      if (G::STAGES == 1) {
+        __syncthreads();  // nobody needs this step's queries any more
+        fetch(step + 1);
+      }
+      keep(step + 1);
+    }
+  }
+
+  // A warp's rows of keys and values are its own; they turn its sums into whole rows.
+  bf16* to = dqkv + (row + own) * ld + (heads + turn.head) * D + slice;
+#pragma unroll
+  for (int t = 0; t < G::TILES; ++t) {
+    T::template put<G::WIDTH>(keys + (warp * OWN + t * 16) * T::LD, dk[t], scale, scale, lane);
+    T::template put<G::WIDTH>(values + (warp * OWN + t * 16) * T::LD, dv[t], 1.0f, 1.0f, lane);
+  }
+  __syncwarp();
+  T::template store<OWN, G::WIDTH>(my_keys, to, ld, sequence - own, lane);
+  T::template store<OWN, G::WIDTH>(my_values, to + kv_heads * D, ld, sequence - own, lane);
+}
+
+template <int D> struct GradQueries {
+  static constexpr int TILES = D <= 128 ? 2 : 1;  // of 16 queries, for a warp
+  static constexpr int WARPS = 4, THREADS = WARPS * WARP;
+  static constexpr int ROWS = WARPS * TILES * 16;
+  static constexpr int KEYS = D <= 64 ? 64 : 32;  // of a step
+  static constexpr int STAGES = D <= 128 ? 2 : 1;
+  static constexpr int BYTES = (ROWS + STAGES * KEYS) * 2 * Tile<D>::LD * (int)sizeof(bf16);
+};
+
+template <int D>
+__device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf16* d_o, const float* lse,
+                                                       const float* delta, bf16* dqkv, int sequence, int heads,
+                                                       int kv_heads, float scale) {
+  using G = GradQueries<D>;
+  using T = Tile<D>;
+  constexpr int OWN = G::TILES * 16, STEP = 32, LEN = G::KEYS * T::LD;
+  SHARED(bf16, shared);
+  bf16* queries = shared;
+  bf16* grads = queries + G::ROWS * T::LD;
+  bf16* keys = grads + G::ROWS * T::LD;       // of each stage
+  bf16* values = keys + G::STAGES * LEN;      // of each stage
+
+  Turn turn = take_turn(true);
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int first = turn.block * G::ROWS, own = first + warp * OWN;
+  long long ld = (heads + 2 * kv_heads) * D, o_ld = heads * D, row = (long long)turn.sequence * sequence;
+  const bf16* k = qkv + row * ld + (heads + turn.head / (heads / kv_heads)) * D;
+  const bf16* v = k + kv_heads * D;
+  int steps = (min(first + G::ROWS, sequence) + G::KEYS - 1) / G::KEYS;
+
+  auto fetch = [&](int step) {
+    int at = G::STAGES == 2 ? (step & 1) * LEN : 0;
+    T::template fetch<G::KEYS, G::THREADS>(keys + at, k, ld, step * G::KEYS, sequence);
+    T::template fetch<G::KEYS, G::THREADS>(values + at, v, ld, step * G::KEYS, sequence);
+    cp_async_commit();
+  };
+  T::template fetch<G::ROWS, G::THREADS>(queries, qkv + row * ld + turn.head * D, ld, first, sequence);
+  T::template fetch<G::ROWS, G::THREADS>(grads, d_o + row * o_ld + turn.head * D, o_ld, first, sequence);
+  fetch(0);
+
+  int left = T::left(lane), right = T::right(lane);
+  bf16* my_queries = queries + warp * OWN * T::LD;
+  const bf16* my_grads = grads + warp * OWN * T::LD;
+  float acc[G::TILES][D / 8][4] = {};
+  float log[G::TILES][2], dot[G::TILES][2];
+#pragma unroll
+  for (int t = 0; t < G::TILES; ++t) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      int position = min(own + t * 16 + h * 8 + (lane >> 2), sequence - 1);
+      long long i = ((long long)turn.sequence * heads + turn.head) * sequence + position;
+      log[t][h] = -lse[i] * LOG2_E;
+      dot[t][h] = -delta[i];
+    }
+  }
+
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    int stage = G::STAGES == 2 ? step & 1 : 0;
+#if FAULT == 5
+    if (step == 0)
+#endif
+    cp_async_wait<0>();
+    __syncthreads();  // this step's keys have landed, and nobody needs those of the step before
+    if (G::STAGES == 2 && step + 1 < steps) fetch(step + 1);
+#pragma unroll 1
+    for (int sub = 0; sub < G::KEYS; sub += STEP) {
+      int key = step * G::KEYS + sub;
+      if (key >= own + OWN || own >= sequence) continue;
+      const bf16* kt = keys + stage * LEN + sub * T::LD;
+      const bf16* vt = values + stage * LEN + sub * T::LD;
+      float p[G::TILES][STEP / 8][4] = {}, ds[G::TILES][STEP / 8][4];
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) {
+        uint32_t a[G::TILES][4];
+#pragma unroll
+        for (int t = 0; t < G::TILES; ++t) ldmatrix_x4(a[t], my_queries + T::move(left, t * 16, c * 2));
+#pragma unroll
+        for (int n = 0; n < STEP / 16; ++n) {
+          uint32_t b[4];
+          ldmatrix_x4(b, kt + T::move(right, n * 16, c * 2));
+#pragma unroll
+          for (int t = 0; t < G::TILES; ++t) mma_pair(p[t][2 * n], p[t][2 * n + 1], a[t], b);
+        }
+      }
+      bool masked = key + STEP > own + 1;
+#pragma unroll
+      for (int t = 0; t < G::TILES; ++t) {
+#pragma unroll
+        for (int n = 0; n < STEP / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            p[t][n][i] = exp2_fast(fmaf(p[t][n][i], scale * LOG2_E, log[t][i >> 1]));
+            int at = key + n * 8 + 2 * (lane & 3) + (i & 1), position = own + t * 16 + (i >> 1) * 8 + (lane >> 2);
+            if (masked && at > position) p[t][n][i] = 0.0f;
+            ds[t][n][i] = dot[t][i >> 1];
+          }
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) {
+        uint32_t a[G::TILES][4];
+#pragma unroll
+        for (int t = 0; t < G::TILES; ++t) ldmatrix_x4(a[t], my_grads + T::move(left, t * 16, c * 2));
+#pragma unroll
+        for (int n = 0; n < STEP / 16; ++n) {
+          uint32_t b[4];
+          ldmatrix_x4(b, vt + T::move(right, n * 16, c * 2));
+#pragma unroll
+          for (int t = 0; t < G::TILES; ++t) mma_pair(ds[t][2 * n], ds[t][2 * n + 1], a[t], b);
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < STEP / 16; ++c) {
+        uint32_t a[G::TILES][4];
+#pragma unroll
+        for (int t = 0; t < G::TILES; ++t) {
+#pragma unroll
+          for (int n = 2 * c; n < 2 * c + 2; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) ds[t][n][i] *= p[t][n][i];
+          }
+          as_left(a[t], ds[t][2 * c], ds[t][2 * c + 1]);
+        }
+#pragma unroll
+        for (int n = 0; n < D / 16; ++n) {
+          uint32_t b[4];
+          ldmatrix_x4_trans(b, kt + T::move(left, c * 16, n * 2));
+#pragma unroll
+          for (int t = 0; t < G::TILES; ++t) mma_pair(acc[t][2 * n], acc[t][2 * n + 1], a[t], b);
+        }
+      }
+    }
+    if (G::STAGES == 1 && step + 1 < steps) {
+      __syncthreads();  // nobody needs this step's keys any more
+      fetch(step + 1);
+    }
+  }
+
+  // A warp's rows of the queries are its own; they turn its sums into whole rows.
+#pragma unroll
+  for (int t = 0; t < G::TILES; ++t) T::template put<D>(my_queries + t * 16 * T::LD, acc[t], scale, scale, lane);
+  __syncwarp();
+  T::template store<OWN, D>(my_queries, dqkv + (row + own) * ld + turn.head * D, ld, sequence - own, lane);
+}
+
+#define GRAD(D)                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(GradKeys<D>::THREADS, 256 / GradKeys<D>::THREADS)                   \
+      attention_bwd_dkv_bf16_d##D(const bf16* __restrict__ qkv, const bf16* __restrict__ d_o,                      \
+                                  const float* __restrict__ lse, const float* __restrict__ delta,                  \
+                                  bf16* __restrict__ dqkv, int sequence, int heads, int kv_heads, float scale) {   \
+    attention_grad_keys<D>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale);                          \
+  }                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(GradQueries<D>::THREADS, 2)                                         \
+      attention_bwd_dq_bf16_d##D(const bf16* __restrict__ qkv, const bf16* __restrict__ d_o,                       \
+                                 const float* __restrict__ lse, const float* __restrict__ delta,                   \
+                                 bf16* __restrict__ dqkv, int sequence, int heads, int kv_heads, float scale) {    \
+    attention_grad_queries<D>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale);                       \
+  }
+GRAD(16)
+GRAD(32)
+GRAD(64)
+GRAD(80)
+GRAD(96)
+GRAD(128)
+GRAD(256)
+#undef GRAD

@@ -1,0 +1,164 @@
+// Tiles of bf16 in shared memory, and what warps read from them for m16n8k16 products.
+#pragma once
+#ifndef FAULT
+#define FAULT 0  // a test takes out what it should miss
+#endif
+
+constexpr int WARP = 32;
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// Rows of D elements. Eight rows of one column of 16-byte chunks, which is what ldmatrix reads at a time, lie in eight
+// different groups of banks: by a swizzle where D is a power of two of at least 64, otherwise by 16 bytes between rows.
+template <int D> struct Tile {
+  static_assert(D % 16 == 0, "a product takes 16 columns at a time");
+  static constexpr bool SWIZZLED = D == 64 || D == 128 || D == 256;
+  static constexpr int LD = SWIZZLED ? D : D + 8;
+  static constexpr int CHUNKS = D / 8;
+
+  // Where a chunk of 8 elements starts.
+  static __device__ __forceinline__ int at(int row, int chunk) {
+    return row * LD + (SWIZZLED ? chunk ^ (row & 7) : chunk) * 8;
+  }
+  // From a place in one of the first two chunks of a row: a multiple of 8 rows down, an even number of chunks right.
+  static __device__ __forceinline__ int move(int from, int rows, int chunks) {
+    return (SWIZZLED ? from ^ (chunks * 8) : from + chunks * 8) + rows * LD;
+  }
+  // The row that this lane hands to ldmatrix_x4 for 16 x 16 elements as a left operand; transposed, as a right operand
+  // that has its rows along the inner dimension.
+  static __device__ __forceinline__ int left(int lane) { return at(lane & 15, lane >> 4); }
+  // The same for a right operand that has its rows along the columns of the product.
+  static __device__ __forceinline__ int right(int lane) { return at((lane & 7) | (lane >> 4) << 3, (lane >> 3) & 1); }
+
+  // Starts to copy rows `first..first + ROWS` (row stride `ld`), all threads together. Rows from `limit` on are copies
+  // of the last one, for the caller to ignore.
+  template <int ROWS, int THREADS>
+  static __device__ __forceinline__ void fetch(bf16* tile, const bf16* from, long long ld, int first, int limit) {
+    // Whole blocks go on from one address, which takes fewest registers.
+    constexpr int STRIDE = THREADS / CHUNKS;
+    if (THREADS % CHUNKS == 0 && ROWS % STRIDE == 0 && first + ROWS <= limit) {
+      int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+      from += (first + row) * ld + chunk * 8;
+#pragma unroll
+      for (int k = 0; k < ROWS / STRIDE; ++k, from += STRIDE * ld) {
+        cp_async16(tile + at(row + k * STRIDE, chunk), from);
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
+      int row = i / CHUNKS, chunk = i % CHUNKS;
+      cp_async16(tile + at(row, chunk), from + min(first + row, limit - 1) * ld + chunk * 8);
+    }
+  }
+
+  // Copies a warp's rows of the tile to rows of `COLS` elements (row stride `ld`), of which there are `rows`.
+  template <int ROWS, int COLS>
+  static __device__ __forceinline__ void store(const bf16* tile, bf16* to, long long ld, int rows, int lane) {
+#pragma unroll 4
+    for (int i = lane; i < ROWS * (COLS / 8); i += WARP) {
+      int row = i / (COLS / 8), chunk = i % (COLS / 8);
+      if (row < rows) {
+        *(uint4*)(to + row * ld + chunk * 8) = *(const uint4*)(tile + at(row, chunk));
+      }
+    }
+  }
+
+  // Puts a product's accumulators of 16 rows, times the factors of a lane's two rows, into the tile.
+  template <int COLS>
+  static __device__ __forceinline__ void put(bf16* tile, const float (&c)[COLS / 8][4], float first, float second,
+                                             int lane) {
+#pragma unroll
+    for (int n = 0; n < COLS / 8; ++n) {
+      int row = lane >> 2, col = 2 * (lane & 3);
+      *(uint32_t*)(tile + at(row, n) + col) = pack_bf16(c[n][0] * first, c[n][1] * first);
+      *(uint32_t*)(tile + at(row + 8, n) + col) = pack_bf16(c[n][2] * second, c[n][3] * second);
+    }
+  }
+};
+
+// Accumulators of 16 x 16 as a left operand: both are held by the same lanes.
+__device__ __forceinline__ void as_left(uint32_t (&a)[4], const float (&c0)[4], const float (&c1)[4]) {
+  a[0] = pack_bf16(c0[0], c0[1]);
+  a[1] = pack_bf16(c0[2], c0[3]);
+  a[2] = pack_bf16(c1[0], c1[1]);
+  a[3] = pack_bf16(c1[2], c1[3]);
+}
+
+// Two neighbouring products with one left operand.
+__device__ __forceinline__ void mma_pair(float (&c0)[4], float (&c1)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[4]) {
+  mma_bf16(c0, a, b[0], b[1]);
+  mma_bf16(c1, a, b[2], b[3]);
+}
+
+// Scores of 16 rows against N columns, of which the lane holds two rows, become exponentials over the running maximum.
+// `position` is the lane's first row's, `key` its first column's.
+template <int N, int D>
+__device__ __forceinline__ void softmax(float (&s)[N / 8][4], float (&o)[D / 8][4], float (&max)[2], float (&sum)[2],
+                                        float scale, bool masked, int position, int key) {
+  if (masked) {
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#if FAULT == 3
+        if (key + n * 8 + (i & 1) > position + (i >> 1) * 8 + 1) s[n][i] = -INFINITY;
+#else
+        if (key + n * 8 + (i & 1) > position + (i >> 1) * 8) s[n][i] = -INFINITY;
+#endif
+      }
+    }
+  }
+  float top[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float t = max[h];
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) t = fmaxf(t, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+    t = fmaxf(t, __shfl_xor_sync(~0u, t, 1));
+    top[h] = fmaxf(t, __shfl_xor_sync(~0u, t, 2));
+  }
+  // A factor of 1 would change nothing, so rows that wait for others of the warp keep their bits.
+  if (__any_sync(~0u, top[0] > max[0] || top[1] > max[1])) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float factor = exp2_fast((max[h] - top[h]) * scale);
+      sum[h] *= factor;
+      max[h] = top[h];
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        o[n][2 * h] *= factor;
+        o[n][2 * h + 1] *= factor;
+      }
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float low = top[h] * scale;
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+      for (int i = 2 * h; i < 2 * h + 2; ++i) {
+        s[n][i] = exp2_fast(fmaf(s[n][i], scale, -low));
+        sum[h] += s[n][i];
+      }
+    }
+  }
+}
+
+// Which block of rows and which head of which sequence a block of threads takes: blocks with the most work first, over
+// all heads and sequences of the launch, so that what runs last is short.
+struct Turn {
+  int block, head, sequence;
+};
+
+__device__ __forceinline__ Turn take_turn(bool last_first) {
+  int pairs = gridDim.y * gridDim.z;
+  int id = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  int block = id / pairs, pair = id % pairs;
+  Turn turn;
+  turn.block = last_first ? (int)gridDim.x - 1 - block : block;
+  turn.head = pair % gridDim.y;
+  turn.sequence = pair / gridDim.y;
+  return turn;
+}
