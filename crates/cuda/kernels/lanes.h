@@ -1,0 +1,111 @@
+// What kernels over rows share: eight elements at a time, and sums over a block in an order that depends on its size
+// alone.
+#pragma once
+
+#ifndef FAULT
+#define FAULT 0
+#endif
+
+// Eight neighbouring elements as they lie in memory: what a thread keeps between two passes over a row.
+template <class T> struct Eight;
+
+template <> struct Eight<bf16> {
+  uint4 bits;
+  __device__ __forceinline__ void load(const bf16* p) { bits = load16_rw(p); }
+  __device__ __forceinline__ void store(bf16* p) const { store16(p, bits); }
+  __device__ __forceinline__ void unpack(float (&v)[8]) const {
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[2 * i] = __uint_as_float(words[i] << 16);
+      v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
+  __device__ __forceinline__ void pack(const float (&v)[8]) {
+    bits = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+  }
+};
+
+template <> struct Eight<float> {
+  float4 low, high;
+  __device__ __forceinline__ void load(const float* p) {
+    low = *(const float4*)p;
+    high = *(const float4*)(p + 4);
+  }
+  __device__ __forceinline__ void store(float* p) const {
+    *(float4*)p = low;
+    *(float4*)(p + 4) = high;
+  }
+  __device__ __forceinline__ void unpack(float (&v)[8]) const {
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+    v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+  }
+  __device__ __forceinline__ void pack(const float (&v)[8]) {
+    low = make_float4(v[0], v[1], v[2], v[3]);
+    high = make_float4(v[4], v[5], v[6], v[7]);
+  }
+};
+
+__device__ __forceinline__ bool aligned16(const void* p) { return ((unsigned long long)p & 15) == 0; }
+
+// Elements at `at` of a row of `dim`, 0 beyond it. `wide`: the row is aligned and a multiple of 8 long; sums go in the
+// same order either way.
+template <class T> __device__ __forceinline__ Eight<T> get8(const T* row, int at, int dim, bool wide) {
+  Eight<T> e;
+  if (wide && at < dim) {
+    e.load(row + at);
+  } else {
+    float v[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = !wide && at + i < dim ? as_f32(row[at + i]) : 0.0f;
+    e.pack(v);
+  }
+  return e;
+}
+
+template <class T> __device__ __forceinline__ void put8(T* row, int at, int dim, bool wide, const float (&v)[8]) {
+  if (wide) {
+    if (at < dim) {
+      Eight<T> e;
+      e.pack(v);
+      e.store(row + at);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (at + i < dim) put_f32(row + at + i, v[i]);
+    }
+  }
+}
+
+template <class S> __device__ __forceinline__ S warp_sum(S x) {
+#pragma unroll
+  for (int bits = 16; bits > 0; bits >>= 1) x += __shfl_xor_sync(~0u, x, bits);
+  return x;
+}
+
+// The sum over the block, in every thread. `slots` (one for each warp) is not used otherwise in the kernel.
+template <class S> __device__ __forceinline__ S block_sum(S x, S* slots) {
+  x = warp_sum(x);
+  if (blockDim.x <= 32) return x;
+  if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = x;
+#if FAULT != 1
+  __syncthreads();
+#endif
+  S sum = slots[0];
+  for (int i = 1; i < (int)blockDim.x / 32; ++i) sum += slots[i];
+  return sum;
+}
+
+__device__ __forceinline__ float block_max(float x, float* slots) {
+#pragma unroll
+  for (int bits = 16; bits > 0; bits >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, bits));
+  if (blockDim.x <= 32) return x;
+  if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = x;
+#if FAULT != 2
+  __syncthreads();
+#endif
+  float most = slots[0];
+  for (int i = 1; i < (int)blockDim.x / 32; ++i) most = fmaxf(most, slots[i]);
+  return most;
+}

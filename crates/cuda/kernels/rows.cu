@@ -1,0 +1,620 @@
+// Norms, rotations and other work on rows, as the host's CPU kernels define it.
+//
+//   by row (embed, rms_norm*, layer_norm*, qk_norm, qk_norm_dx, rope): grid rows, a block of 32 to 256 threads (a
+//     multiple of 32) that follows from the row's length alone, since the order of sums follows from it
+//   column sums (*_dw): grid (ceil(dim / 64), parts), 256 threads; parts = leaves * ceil(leaf_rows / chunk)
+// No dynamic shared memory. Rows are read and written 16 bytes at a time where they are aligned and `dim` (half of it
+// for rope) is a multiple of 8.
+#include "device.h"
+#include "lanes.h"
+
+constexpr int MOST_THREADS = 256;
+
+template <class T>
+__device__ __forceinline__ void embed(const uint32_t* ids, const T* table, const T* positions, T* out, int vocab0,
+                                      int rows, int sequence, int dim) {
+  int t = (int)blockIdx.x;
+  uint32_t id = ids[t] - (uint32_t)vocab0;
+  const T* word = id < (uint32_t)rows ? table + (long long)id * dim : nullptr;
+  const T* place = positions ? positions + (long long)(t % sequence) * dim : nullptr;
+  T* to = out + (long long)t * dim;
+  bool wide = dim % 8 == 0 && aligned16(table) && aligned16(out) && (!positions || aligned16(positions));
+  for (int at = (int)threadIdx.x * 8; at < dim; at += (int)blockDim.x * 8) {
+    float v[8] = {0, 0, 0, 0, 0, 0, 0, 0}, p[8];
+    if (word) get8(word, at, dim, wide).unpack(v);
+    if (place) {
+      get8(place, at, dim, wide).unpack(p);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] += p[i];
+    }
+    put8(to, at, dim, wide, v);
+  }
+}
+
+// A row that a thread holds in K groups of eight; with K = 0 the row is too long and is read again.
+template <class T, int K> struct Row {
+  static constexpr bool KEPT = K > 0;
+  Eight<T> kept[KEPT ? K : 1];
+  __device__ __forceinline__ void fetch(const T* row, int dim, bool wide) {
+    if (KEPT) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) kept[k] = get8(row, (k * (int)blockDim.x + (int)threadIdx.x) * 8, dim, wide);
+    }
+  }
+  __device__ __forceinline__ void part(float (&v)[8], const T* row, int k, int dim, bool wide) const {
+    if (KEPT) kept[k].unpack(v);
+    else get8(row, (k * (int)blockDim.x + (int)threadIdx.x) * 8, dim, wide).unpack(v);
+  }
+};
+
+// Groups of eight that a thread has of a row.
+__device__ __forceinline__ int groups(int dim) { return (dim + 8 * (int)blockDim.x - 1) / (8 * (int)blockDim.x); }
+
+#define EACH_GROUP(K, dim)                                                                                   \
+  _Pragma("unroll") for (int k = 0, at = (int)threadIdx.x * 8; k < ((K) > 0 ? (K) : groups(dim));            \
+                         ++k, at += (int)blockDim.x * 8)
+
+// Calls BODY<T, K> with as many groups as the row has.
+#define BY_LENGTH(T, BODY, dim, ...)                  \
+  do {                                                \
+    int count = groups(dim);                          \
+    if (count == 1) BODY<T, 1>(__VA_ARGS__);          \
+    else if (count == 2) BODY<T, 2>(__VA_ARGS__);     \
+    else if (count <= 4) BODY<T, 4>(__VA_ARGS__);     \
+    else BODY<T, 0>(__VA_ARGS__);                     \
+  } while (0)
+
+template <class T, int K>
+__device__ __forceinline__ void rms_norm(const T* x, const T* w, T* y, float* rstd, int dim, float eps, bool wide,
+                                         float* slots) {
+  x += (long long)blockIdx.x * dim;
+  y += (long long)blockIdx.x * dim;
+  Row<T, K> row, weight;
+  row.fetch(x, dim, wide);
+  weight.fetch(w, dim, wide);
+  float squares = 0, v[8], g[8];
+  EACH_GROUP(K, dim) {
+    row.part(v, x, k, dim, wide);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) squares = fmaf(v[i], v[i], squares);
+  }
+  float r = 1.0f / sqrtf(block_sum(squares, slots) / (float)dim + eps);
+  if (threadIdx.x == 0) rstd[blockIdx.x] = r;
+  EACH_GROUP(K, dim) {
+    row.part(v, x, k, dim, wide);
+    weight.part(g, w, k, dim, wide);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = v[i] * r * g[i];
+    put8(y, at, dim, wide, v);
+  }
+}
+
+template <class T, int K>
+__device__ __forceinline__ void layer_norm(const T* x, const T* w, const T* b, T* y, float* stats, int n, int dim,
+                                           float eps, bool wide, float* slots) {
+  x += (long long)blockIdx.x * dim;
+  y += (long long)blockIdx.x * dim;
+  Row<T, K> row, weight, bias;
+  row.fetch(x, dim, wide);
+  weight.fetch(w, dim, wide);
+  bias.fetch(b, dim, wide);
+  float sum = 0, squares = 0, v[8], g[8], c[8];
+  EACH_GROUP(K, dim) {
+    row.part(v, x, k, dim, wide);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += v[i];
+  }
+  float mean = block_sum(sum, slots) / (float)dim;
+  EACH_GROUP(K, dim) {
+    row.part(v, x, k, dim, wide);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float d = at + i < dim ? v[i] - mean : 0.0f;
+      squares = fmaf(d, d, squares);
+    }
+  }
+  float r = 1.0f / sqrtf(block_sum(squares, slots + 32) / (float)dim + eps);
+  if (threadIdx.x == 0) {
+    stats[blockIdx.x] = mean;
+    stats[(long long)n + blockIdx.x] = r;
+  }
+  EACH_GROUP(K, dim) {
+    row.part(v, x, k, dim, wide);
+    weight.part(g, w, k, dim, wide);
+    bias.part(c, b, k, dim, wide);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = fmaf((v[i] - mean) * r, g[i], c[i]);
+    put8(y, at, dim, wide, v);
+  }
+}
+
+// The gradient of either norm's input; without `LAYER` the mean is 0 and stays out.
+template <class T, int K, bool LAYER>
+__device__ __forceinline__ void norm_dx(const T* dy, const T* x, const T* w, float mean, float r, const T* acc, T* dx,
+                                        int dim, bool wide, float* slots) {
+  long long from = (long long)blockIdx.x * dim;
+  dy += from, x += from, dx += from;
+  if (acc) acc += from;
+  Row<T, K> gradient, row, weight;
+  gradient.fetch(dy, dim, wide);
+  row.fetch(x, dim, wide);
+  weight.fetch(w, dim, wide);
+  float sum = 0, dot = 0, g[8], v[8], c[8];
+  EACH_GROUP(K, dim) {
+    gradient.part(g, dy, k, dim, wide);
+    row.part(v, x, k, dim, wide);
+    weight.part(c, w, k, dim, wide);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float slope = g[i] * c[i];
+      sum += slope;
+      dot = fmaf(slope, LAYER ? (v[i] - mean) * r : v[i], dot);
+    }
+  }
+  float mean_dot = block_sum(dot, slots) / (float)dim;
+  float mean_slope = LAYER ? block_sum(sum, slots + 32) / (float)dim : 0.0f;
+  float back = LAYER ? -mean_dot : -(r * r * mean_dot);
+  EACH_GROUP(K, dim) {
+    gradient.part(g, dy, k, dim, wide);
+    row.part(v, x, k, dim, wide);
+    weight.part(c, w, k, dim, wide);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float slope = g[i] * c[i];
+      v[i] = (LAYER ? fmaf((v[i] - mean) * r, back, slope - mean_slope) : fmaf(v[i], back, slope)) * r;
+    }
+    if (acc) {
+      get8(acc, at, dim, wide).unpack(g);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] += g[i];
+    }
+    put8(dx, at, dim, wide, v);
+  }
+}
+template <class T, int K>
+__device__ __forceinline__ void rms_norm_dx(const T* dy, const T* x, const T* w, const float* rstd, const T* acc, T* dx,
+                                            int dim, bool wide, float* slots) {
+  norm_dx<T, K, false>(dy, x, w, 0.0f, rstd[blockIdx.x], acc, dx, dim, wide, slots);
+}
+template <class T, int K>
+__device__ __forceinline__ void layer_norm_dx(const T* dy, const T* x, const T* w, const float* stats, const T* acc,
+                                              T* dx, int n, int dim, bool wide, float* slots) {
+  norm_dx<T, K, true>(dy, x, w, stats[blockIdx.x], stats[(long long)n + blockIdx.x], acc, dx, dim, wide, slots);
+}
+
+constexpr int COLUMNS = 64, ROW_LANES = MOST_THREADS / (COLUMNS / 8);
+
+// What a part of a column sum covers: `count` rows from `first` on, none of another leaf.
+struct Chunk {
+  long long first;
+  int count;
+  __device__ __forceinline__ Chunk(int chunk, int leaf_rows) {
+    int per_leaf = (leaf_rows + chunk - 1) / chunk;
+    int leaf = (int)blockIdx.y / per_leaf, start = (int)blockIdx.y % per_leaf * chunk;
+    first = (long long)leaf * leaf_rows + start;
+    count = min(chunk, leaf_rows - start);
+  }
+};
+
+// Adds up what the row lanes of a block have of its 64 columns. Every 8 threads hold a row's.
+__device__ __forceinline__ void sum_columns(float (&sums)[8], float* slots, float* part, int dim) {
+  int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    sums[i] += __shfl_xor_sync(~0u, sums[i], 8);
+    sums[i] += __shfl_xor_sync(~0u, sums[i], 16);
+    if (lane < 8) slots[warp * COLUMNS + lane * 8 + i] = sums[i];
+  }
+#if FAULT != 3
+  __syncthreads();
+#endif
+  int column = (int)blockIdx.x * COLUMNS + (int)threadIdx.x;
+  if (threadIdx.x < COLUMNS && column < dim) {
+    float sum = slots[threadIdx.x];
+#pragma unroll
+    for (int i = 1; i < MOST_THREADS / 32; ++i) sum += slots[i * COLUMNS + (int)threadIdx.x];
+    part[(long long)blockIdx.y * dim + column] = sum;
+  }
+}
+
+enum { BIAS = 1, RMS = 2, LAYER_NORM = 3 };
+
+template <class T, int KIND>
+__device__ __forceinline__ void norm_dw(const T* dy, const T* x, const float* mean, const float* rstd, float* parts_w,
+                                        float* parts_b, int dim, int chunk, int leaf_rows, float* slots) {
+  Chunk rows(chunk, leaf_rows);
+  int at = (int)blockIdx.x * COLUMNS + (int)threadIdx.x % 8 * 8;
+  bool wide = dim % 8 == 0 && aligned16(dy) && (KIND == BIAS || aligned16(x));
+  float w[8] = {0, 0, 0, 0, 0, 0, 0, 0}, b[8] = {0, 0, 0, 0, 0, 0, 0, 0}, g[8], v[8];
+#pragma unroll 4
+  for (int i = (int)threadIdx.x / 8; i < rows.count; i += ROW_LANES) {
+    long long row = rows.first + i;
+    get8(dy + row * dim, at, dim, wide).unpack(g);
+    if (KIND != BIAS) {
+      get8(x + row * dim, at, dim, wide).unpack(v);
+      float m = KIND == LAYER_NORM ? mean[row] : 0.0f, r = rstd[row];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) w[j] = fmaf(g[j], (v[j] - m) * r, w[j]);
+    }
+    if (KIND != RMS) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) b[j] += g[j];
+    }
+  }
+  if (KIND != BIAS) sum_columns(w, slots, parts_w, dim);
+  if (KIND != RMS) sum_columns(b, slots + MOST_THREADS / 32 * COLUMNS, parts_b, dim);
+}
+
+// Packed rows of qkv: as many lanes as a head needs, a power of two, take it together.
+struct HeadLanes {
+  int lanes, groups, group, at;
+  __device__ __forceinline__ explicit HeadLanes(int dim) {
+    lanes = 1;
+    while (lanes < 32 && lanes * 8 < dim) lanes *= 2;
+    groups = (int)blockDim.x / lanes;
+    group = (int)threadIdx.x / lanes;
+    at = (int)threadIdx.x % lanes * 8;
+  }
+  __device__ __forceinline__ float sum(float x) const {
+    for (int bits = lanes / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(~0u, x, bits);
+    return x;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void qk_norm(const T* qkv, const T* wq, const T* wk, T* out, float* rstd, int heads,
+                                        int kv_heads, int dim, float eps) {
+  int normed = heads + kv_heads, all = normed + kv_heads;
+  long long from = (long long)blockIdx.x * all * dim;
+  bool wide = dim % 8 == 0 && aligned16(qkv) && aligned16(wq) && aligned16(wk) && aligned16(out);
+  HeadLanes l(dim);
+  for (int first = 0; first < all; first += l.groups) {
+    int head = first + l.group;
+    bool mine = head < all;
+    const T* x = qkv + from + (long long)(mine ? head : 0) * dim;
+    T* y = out + from + (long long)head * dim;
+    const T* w = head < heads ? wq : wk;
+    Eight<T> kept = get8(x, l.at, dim, wide);
+    float squares = 0, v[8], g[8];
+    for (int at = l.at; at < dim; at += l.lanes * 8) {
+      (at == l.at ? kept : get8(x, at, dim, wide)).unpack(v);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares = fmaf(v[i], v[i], squares);
+    }
+    float r = 1.0f / sqrtf(l.sum(squares) / (float)dim + eps);
+    if (!mine) continue;
+    if (head < normed && l.at == 0) rstd[(long long)blockIdx.x * normed + head] = r;
+    for (int at = l.at; at < dim; at += l.lanes * 8) {
+      (at == l.at ? kept : get8(x, at, dim, wide)).unpack(v);
+      if (head < normed) {
+        get8(w, at, dim, wide).unpack(g);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = v[i] * r * g[i];
+      }
+      put8(y, at, dim, wide, v);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void qk_norm_dx(const T* dy, const T* qkv, const T* wq, const T* wk, const float* rstd,
+                                           T* dqkv, int heads, int kv_heads, int dim) {
+  int normed = heads + kv_heads, all = normed + kv_heads;
+  long long from = (long long)blockIdx.x * all * dim;
+  bool wide = dim % 8 == 0 && aligned16(qkv) && aligned16(wq) && aligned16(wk) && aligned16(dy) && aligned16(dqkv);
+  HeadLanes l(dim);
+  for (int first = 0; first < all; first += l.groups) {
+    int head = first + l.group;
+    bool mine = head < all;
+    long long start = from + (long long)(mine ? head : 0) * dim;
+    const T* w = head < heads ? wq : wk;
+    Eight<T> kept_x = get8(qkv + start, l.at, dim, wide), kept_dy = get8(dy + start, l.at, dim, wide);
+    float dot = 0, v[8], g[8], c[8];
+    for (int at = l.at; at < dim; at += l.lanes * 8) {
+      (at == l.at ? kept_x : get8(qkv + start, at, dim, wide)).unpack(v);
+      (at == l.at ? kept_dy : get8(dy + start, at, dim, wide)).unpack(g);
+      get8(w, at, dim, wide).unpack(c);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) dot = fmaf(g[i] * c[i], v[i], dot);
+    }
+    float mean_dot = l.sum(dot) / (float)dim;
+    if (!mine) continue;
+    float r = head < normed ? rstd[(long long)blockIdx.x * normed + head] : 0.0f, back = -(r * r * mean_dot);
+    for (int at = l.at; at < dim; at += l.lanes * 8) {
+      (at == l.at ? kept_dy : get8(dy + start, at, dim, wide)).unpack(g);
+      if (head < normed) {
+        (at == l.at ? kept_x : get8(qkv + start, at, dim, wide)).unpack(v);
+        get8(w, at, dim, wide).unpack(c);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) g[i] = fmaf(v[i], back, g[i] * c[i]) * r;
+      }
+      put8(dqkv + start, at, dim, wide, g);
+    }
+  }
+}
+
+// The heads of a row count as rows that follow each other.
+template <class T>
+__device__ __forceinline__ void qk_norm_dw(const T* dy, const T* qkv, const float* rstd, float* parts_q, float* parts_k,
+                                           int heads, int kv_heads, int dim, int chunk, int leaf_rows, float* slots) {
+  Chunk rows(chunk, leaf_rows);
+  int normed = heads + kv_heads, ld = normed + kv_heads;
+  int column = (int)blockIdx.x * COLUMNS + (int)threadIdx.x % 8 * 8;
+  bool wide = dim % 8 == 0 && aligned16(dy) && aligned16(qkv);
+#pragma unroll 1
+  for (int keys = 0; keys < 2; ++keys) {
+    int first = keys ? heads : 0, count = keys ? kv_heads : heads;
+    float sums[8] = {0, 0, 0, 0, 0, 0, 0, 0}, g[8], v[8];
+#pragma unroll 4
+    for (int i = (int)threadIdx.x / 8; i < rows.count * count; i += ROW_LANES) {
+      long long row = rows.first + i / count;
+      int head = first + i % count;
+      long long at = (row * ld + head) * dim;
+      get8(dy + at, column, dim, wide).unpack(g);
+      get8(qkv + at, column, dim, wide).unpack(v);
+      float r = rstd[row * normed + head];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums[j] = fmaf(g[j], v[j] * r, sums[j]);
+    }
+    sum_columns(sums, slots + keys * (MOST_THREADS / 32 * COLUMNS), keys ? parts_k : parts_q, dim);
+  }
+}
+
+// Element j of a head's first half pairs with element j of the second.
+template <class T>
+__device__ __forceinline__ void rope(T* qkv, const float* cosines, const float* sines, int sequence, int heads,
+                                     int kv_heads, int dim, int position0, int inverse) {
+  int half = dim / 2, groups = (half + 7) / 8, total = (heads + kv_heads) * groups;
+  long long position = position0 + (int)blockIdx.x % sequence;
+  const float* cosine = cosines + position * half;
+  const float* sine = sines + position * half;
+  T* row = qkv + (long long)blockIdx.x * (heads + 2 * kv_heads) * dim;
+  bool wide = half % 8 == 0 && aligned16(qkv) && aligned16(cosines) && aligned16(sines);
+#pragma unroll 2
+  for (int i = (int)threadIdx.x; i < total; i += (int)blockDim.x) {
+    int at = i % groups * 8;
+    T* low = row + i / groups * dim;
+    T* high = low + half;
+    float a[8], b[8], c[8], s[8];
+    get8(low, at, half, wide).unpack(a);
+    get8(high, at, half, wide).unpack(b);
+    get8(cosine, at, half, wide).unpack(c);
+    get8(sine, at, half, wide).unpack(s);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float turn = inverse ? -s[j] : s[j], x = a[j], y = b[j];
+      a[j] = x * c[j] - y * turn;
+      b[j] = fmaf(y, c[j], x * turn);
+    }
+    put8(low, at, half, wide, a);
+    put8(high, at, half, wide, b);
+  }
+}
+
+#define WIDE2(a, b) (dim % 8 == 0 && aligned16(a) && aligned16(b))
+#define ROW_KERNELS(T, S)                                                                                             \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
+      embed_##S(const uint32_t* ids, const T* table, const T* positions, T* out, int vocab0, int rows, int sequence,  \
+                int dim) {                                                                                            \
+    embed(ids, table, positions, out, vocab0, rows, sequence, dim);                                                   \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
+      rms_norm_##S(const T* x, const T* w, T* y, float* rstd, int dim, float eps) {                                   \
+    SHARED_ARRAY(float, slots, 32);                                                                                   \
+    BY_LENGTH(T, rms_norm, dim, x, w, y, rstd, dim, eps, WIDE2(x, w) && aligned16(y), slots);                         \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
+      layer_norm_##S(const T* x, const T* w, const T* b, T* y, float* stats, int n, int dim, float eps) {             \
+    SHARED_ARRAY(float, slots, 64);                                                                                   \
+    bool wide = WIDE2(x, w) && aligned16(b) && aligned16(y);                                                          \
+    BY_LENGTH(T, layer_norm, dim, x, w, b, y, stats, n, dim, eps, wide, slots);                                       \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
+      rms_norm_dx_##S(const T* dy, const T* x, const T* w, const float* rstd, const T* acc, T* dx, int dim) {         \
+    SHARED_ARRAY(float, slots, 64);                                                                                   \
+    bool wide = WIDE2(x, w) && WIDE2(dy, dx) && aligned16(acc);                                                       \
+    BY_LENGTH(T, rms_norm_dx, dim, dy, x, w, rstd, acc, dx, dim, wide, slots);                                        \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
+      layer_norm_dx_##S(const T* dy, const T* x, const T* w, const float* stats, const T* acc, T* dx, int n,          \
+                        int dim) {                                                                                    \
+    SHARED_ARRAY(float, slots, 64);                                                                                   \
+    bool wide = WIDE2(x, w) && WIDE2(dy, dx) && aligned16(acc);                                                       \
+    BY_LENGTH(T, layer_norm_dx, dim, dy, x, w, stats, acc, dx, n, dim, wide, slots);                                  \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
+      bias_dw_##S(const T* dy, float* parts, int dim, int chunk, int leaf_rows) {                                     \
+    SHARED_ARRAY(float, slots, 1024);                                                                                 \
+    norm_dw<T, BIAS>(dy, nullptr, nullptr, nullptr, nullptr, parts, dim, chunk, leaf_rows, slots);                    \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
+      rms_norm_dw_##S(const T* dy, const T* x, const float* rstd, float* parts, int dim, int chunk, int leaf_rows) {  \
+    SHARED_ARRAY(float, slots, 512);                                                                                  \
+    norm_dw<T, RMS>(dy, x, nullptr, rstd, parts, nullptr, dim, chunk, leaf_rows, slots);                              \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
+      layer_norm_dw_##S(const T* dy, const T* x, const float* stats, float* parts_w, float* parts_b, int n, int dim,  \
+                        int chunk, int leaf_rows) {                                                                   \
+    SHARED_ARRAY(float, slots, 1024);                                                                                 \
+    norm_dw<T, LAYER_NORM>(dy, x, stats, stats + n, parts_w, parts_b, dim, chunk, leaf_rows, slots);                  \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
+      qk_norm_##S(const T* qkv, const T* wq, const T* wk, T* out, float* rstd, int heads, int kv_heads, int dim,      \
+                  float eps) {                                                                                        \
+    qk_norm(qkv, wq, wk, out, rstd, heads, kv_heads, dim, eps);                                                       \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
+      qk_norm_dx_##S(const T* dy, const T* qkv, const T* wq, const T* wk, const float* rstd, T* dqkv, int heads,      \
+                     int kv_heads, int dim) {                                                                         \
+    qk_norm_dx(dy, qkv, wq, wk, rstd, dqkv, heads, kv_heads, dim);                                                    \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
+      qk_norm_dw_##S(const T* dy, const T* qkv, const float* rstd, float* parts_q, float* parts_k, int heads,         \
+                     int kv_heads, int dim, int chunk, int leaf_rows) {                                               \
+    SHARED_ARRAY(float, slots, 1024);                                                                                 \
+    qk_norm_dw(dy, qkv, rstd, parts_q, parts_k, heads, kv_heads, dim, chunk, leaf_rows, slots);                       \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
+      rope_##S(T* qkv, const float* cosines, const float* sines, int sequence, int heads, int kv_heads, int dim,      \
+               int position0, int inverse) {                                                                          \
+    rope(qkv, cosines, sines, sequence, heads, kv_heads, dim, position0, inverse);                                    \
+  }
+
+ROW_KERNELS(bf16, bf16)
+ROW_KERNELS(float, f32)
+
+// Elementwise (swiglu*, gelu*, add): any grid, 256 threads, 8 elements a thread at a time.
+
+// Calls `body(at)` for each group of 8 below `len`.
+template <class Body> __device__ __forceinline__ void each8(long long len, Body body) {
+  long long step = (long long)gridDim.x * blockDim.x * 8;
+  for (long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 8; at < len; at += step) body(at);
+}
+
+// The elements at `at` of `len`, where `len` may pass 2^31.
+template <class T>
+__device__ __forceinline__ void take8(float (&v)[8], const T* x, long long at, long long len, bool wide) {
+  get8(x + at, 0, (int)min(len - at, 8LL), wide).unpack(v);
+}
+template <class T>
+__device__ __forceinline__ void give8(T* x, long long at, long long len, bool wide, const float (&v)[8]) {
+  put8(x + at, 0, (int)min(len - at, 8LL), wide, v);
+}
+
+__device__ __forceinline__ float sigmoid(float x) {
+  float e = expf(-fabsf(x));
+  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+// Rows of F, each rounded up to groups of 8, in the order of memory.
+template <class Body> __device__ __forceinline__ void each8_of_rows(int n, int F, Body body) {
+  int groups = (F + 7) / 8;
+  each8((long long)n * groups * 8, [&](long long at) {
+    long long group = at / 8;
+    // Division of 32 bits is much faster, and nearly always enough.
+    bool small = group >> 32 == 0;
+    long long row = small ? (uint32_t)group / (uint32_t)groups : group / groups;
+    body(row, (int)(group - row * groups) * 8);
+  });
+}
+
+template <class T> __device__ __forceinline__ void swiglu(const T* gate_up, T* h, int n, int F) {
+  bool wide = F % 8 == 0 && aligned16(gate_up) && aligned16(h);
+  each8_of_rows(n, F, [&](long long row, int at) {
+    float g[8], u[8];
+    get8(gate_up + row * 2 * F, at, F, wide).unpack(g);
+    get8(gate_up + row * 2 * F + F, at, F, wide).unpack(u);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) g[i] = g[i] * sigmoid(g[i]) * u[i];
+    put8(h + row * F, at, F, wide, g);
+  });
+}
+
+template <class T> __device__ __forceinline__ void swiglu_dx(const T* dh, const T* gate_up, T* dgate_up, int n, int F) {
+  bool wide = F % 8 == 0 && aligned16(gate_up) && aligned16(dh) && aligned16(dgate_up);
+  each8_of_rows(n, F, [&](long long row, int at) {
+    float g[8], u[8], d[8];
+    get8(gate_up + row * 2 * F, at, F, wide).unpack(g);
+    get8(gate_up + row * 2 * F + F, at, F, wide).unpack(u);
+    get8(dh + row * F, at, F, wide).unpack(d);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float s = sigmoid(g[i]), silu = g[i] * s;
+      g[i] = d[i] * u[i] * fmaf(silu, 1.0f - s, s);
+      u[i] = d[i] * silu;
+    }
+    put8(dgate_up + row * 2 * F, at, F, wide, g);
+    put8(dgate_up + row * 2 * F + F, at, F, wide, u);
+  });
+}
+
+constexpr float TANH_SCALE = 0.7978845608f;   // sqrt(2 / pi)
+constexpr float TANH_CUBE = 0.044715f;
+constexpr float NORMAL_PEAK = 0.3989422804f;  // 1 / sqrt(2 pi)
+constexpr float ROOT_HALF = 0.7071067812f;
+
+__device__ __forceinline__ float gelu_tanh(float x) {
+  return tanhf(TANH_SCALE * fmaf(TANH_CUBE * x * x, x, x));
+}
+__device__ __forceinline__ float normal_cdf(float x) { return 0.5f * erfcf(-ROOT_HALF * x); }
+
+template <class T> __device__ __forceinline__ void gelu(const T* a, T* h, long long len, int by_tanh) {
+  bool wide = len % 8 == 0 && aligned16(a) && aligned16(h);
+  each8(len, [&](long long at) {
+    float v[8];
+    take8(v, a, at, len, wide);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] *= by_tanh ? 0.5f * (1.0f + gelu_tanh(v[i])) : normal_cdf(v[i]);
+    give8(h, at, len, wide, v);
+  });
+}
+
+template <class T> __device__ __forceinline__ void gelu_dx(const T* dh, const T* a, T* da, long long len, int by_tanh) {
+  bool wide = len % 8 == 0 && aligned16(a) && aligned16(dh) && aligned16(da);
+  each8(len, [&](long long at) {
+    float v[8], d[8];
+    take8(v, a, at, len, wide);
+    take8(d, dh, at, len, wide);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float x = v[i], slope;
+      if (by_tanh) {
+        float t = gelu_tanh(x), inner = TANH_SCALE * fmaf(x * x, 3.0f * TANH_CUBE, 1.0f);
+        slope = 0.5f * fmaf(x, (1.0f - t * t) * inner, 1.0f + t);
+      } else {
+        slope = fmaf(x * NORMAL_PEAK, expf(-0.5f * x * x), normal_cdf(x));
+      }
+      v[i] = d[i] * slope;
+    }
+    give8(da, at, len, wide, v);
+  });
+}
+
+// out = x + y, and + b by columns.
+template <class T>
+__device__ __forceinline__ void add(const T* x, const T* y, const T* b, T* out, long long len, int dim) {
+  bool wide = len % 8 == 0 && aligned16(x) && aligned16(y) && aligned16(out);
+  bool wide_b = dim % 8 == 0 && aligned16(b);
+  each8(len, [&](long long at) {
+    float v[8], w[8];
+    take8(v, x, at, len, wide);
+    take8(w, y, at, len, wide);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] += w[i];
+    if (b) {
+      int column = at >> 32 == 0 ? (int)((uint32_t)at % (uint32_t)dim) : (int)(at % dim);
+      if (wide_b) {
+        get8(b, column, dim, true).unpack(w);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) w[i] = as_f32(b[(column + i) % dim]);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] += w[i];
+    }
+    give8(out, at, len, wide, v);
+  });
+}
+
+#define ELEMENT_KERNELS(T, S)                                                                                      \
+  extern "C" __global__ void __launch_bounds__(256) swiglu_##S(const T* gate_up, T* h, int n, int F) {             \
+    swiglu(gate_up, h, n, F);                                                                                      \
+  }                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(256)                                                                \
+      swiglu_dx_##S(const T* dh, const T* gate_up, T* dgate_up, int n, int F) {                                    \
+    swiglu_dx(dh, gate_up, dgate_up, n, F);                                                                        \
+  }                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(256) gelu_##S(const T* a, T* h, long long len, int by_tanh) {       \
+    gelu(a, h, len, by_tanh);                                                                                      \
+  }                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(256)                                                                \
+      gelu_dx_##S(const T* dh, const T* a, T* da, long long len, int by_tanh) {                                    \
+    gelu_dx(dh, a, da, len, by_tanh);                                                                              \
+  }                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(256)                                                                \
+      add_##S(const T* x, const T* y, const T* b, T* out, long long len, int dim) {                                \
+    add(x, y, b, out, len, dim);                                                                                   \
+  }
+
+ELEMENT_KERNELS(bf16, bf16)
+ELEMENT_KERNELS(float, f32)

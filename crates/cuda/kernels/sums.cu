@@ -1,0 +1,244 @@
+// Gradients: sums of leaves in the order of a tree, met by the levels of the outer tree.
+//
+//   fold_*: grid ceil(level_len / 1024) or any, 256 threads; accumulate_f32: any grid, 256 threads
+//   embed_rows_*: grid n, a block of 32 to 256 threads (a multiple of 32); embed_fold: grid vocab_rows, any such block
+#include "device.h"
+#include "lanes.h"
+
+// Eight neighbouring sums of a thread.
+struct Sums {
+  float v[8];
+};
+
+__device__ __forceinline__ float4 plus(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+__device__ __forceinline__ Sums plus(Sums a, const Sums& b) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) a.v[i] += b.v[i];
+  return a;
+}
+
+// Up to four elements at `at` of `count`, 0 beyond.
+__device__ __forceinline__ float4 get4(const float* x, long long at, long long count, bool wide) {
+  if (wide && at + 4 <= count) return *(const float4*)(x + at);
+  float v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = at + i < count ? x[at + i] : 0.0f;
+  return make_float4(v[0], v[1], v[2], v[3]);
+}
+__device__ __forceinline__ float4 get4(const bf16* x, long long at, long long count, bool wide) {
+  if (wide && at + 4 <= count) {
+    uint2 w = *(const uint2*)(x + at);
+    return make_float4(__uint_as_float(w.x << 16), __uint_as_float(w.x & 0xffff0000u), __uint_as_float(w.y << 16),
+                       __uint_as_float(w.y & 0xffff0000u));
+  }
+  float v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = at + i < count ? bf2f(x[at + i]) : 0.0f;
+  return make_float4(v[0], v[1], v[2], v[3]);
+}
+__device__ __forceinline__ void put4(float* x, long long at, long long count, bool wide, float4 v) {
+  if (wide && at + 4 <= count) {
+    *(float4*)(x + at) = v;
+    return;
+  }
+  const float all[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (at + i < count) x[at + i] = all[i];
+  }
+}
+
+// The levels `r` meets, and where it ends.
+__device__ __forceinline__ void merge_into(float* levels, long long level_len, long long at, long long count, bool wide,
+                                           int merge, int store, float4 r) {
+  for (int l = 0; l < merge; ++l) r = plus(get4(levels + l * level_len, at, count, wide), r);
+  put4(levels + store * level_len, at, count, wide, r);
+}
+
+// The sum of a subtree of D levels: loops without arrays, so that all stays in registers. `leaf(i)` gives a leaf's value;
+// leaves are asked for in order.
+template <int D> struct Node {
+  template <class V, class Leaf> static __device__ __forceinline__ V sum(const Tree& tree, int& next, Leaf& leaf) {
+    V total = {};
+#pragma unroll 1
+    for (int r = 0; r < tree.radices[D - 1]; ++r) {
+      V part = Node<D - 1>::template sum<V>(tree, next, leaf);
+      total = r == 0 ? part : plus(total, part);
+    }
+    return total;
+  }
+};
+template <> struct Node<0> {
+  template <class V, class Leaf> static __device__ __forceinline__ V sum(const Tree&, int& next, Leaf& leaf) {
+    return leaf(next++);
+  }
+};
+
+// Trees deeper than that are rare: a counter, with an array that does not fit in registers.
+template <class V, class Leaf> __device__ __forceinline__ V sum_deep(const Tree& tree, Leaf& leaf) {
+  V held[15], r = {};
+  int digits[15];
+  for (int d = 0; d < tree.depth; ++d) digits[d] = 0;
+  for (int next = 0;; ++next) {
+    r = leaf(next);
+    int d = 0;
+    for (; d < tree.depth; ++d) {
+      if (digits[d] > 0) r = plus(held[d], r);
+      if (++digits[d] < tree.radices[d]) break;
+      digits[d] = 0;
+    }
+    if (d == tree.depth) return r;
+    held[d] = r;
+  }
+}
+
+template <class V, class Leaf> __device__ __forceinline__ V sum_tree(const Tree& tree, Leaf leaf) {
+  int next = 0;
+  switch (tree.depth) {
+    case 0: return Node<0>::sum<V>(tree, next, leaf);
+    case 1: return Node<1>::sum<V>(tree, next, leaf);
+    case 2: return Node<2>::sum<V>(tree, next, leaf);
+    case 3: return Node<3>::sum<V>(tree, next, leaf);
+    default: return sum_deep<V>(tree, leaf);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void fold(const T* parts, long long leaf_stride, int parts_per_leaf, long long part_stride,
+                                     long long len, float* levels, long long level_len, const Tree& tree, int merge,
+                                     int store) {
+  bool wide = aligned16(parts) && aligned16(levels) && ((leaf_stride | part_stride | level_len) & 3) == 0;
+  long long step = (long long)gridDim.x * blockDim.x * 4;
+  for (long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 4; at < level_len; at += step) {
+    float4 r = sum_tree<float4>(tree, [&](int i) {
+      const T* from = parts + i * leaf_stride;
+      float4 sum = get4(from, at, len, wide);
+#pragma unroll 8
+      for (int k = 1; k < parts_per_leaf; ++k) sum = plus(sum, get4(from + k * part_stride, at, len, wide));
+      return sum;
+    });
+    merge_into(levels, level_len, at, level_len, wide, merge, store, r);
+  }
+}
+
+#define FOLD(T, S)                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256)                                                                  \
+      fold_##S(const T* parts, long long leaf_stride, int parts_per_leaf, long long part_stride, long long len,      \
+               float* levels, long long level_len, const __grid_constant__ Tree tree, int merge, int store) {        \
+    fold(parts, leaf_stride, parts_per_leaf, part_stride, len, levels, level_len, tree, merge, store);               \
+  }
+FOLD(bf16, bf16)
+FOLD(float, f32)
+
+extern "C" __global__ void __launch_bounds__(256) accumulate_f32(const float* x, float* y, long long len) {
+  bool wide = aligned16(x) && aligned16(y);
+  long long step = (long long)gridDim.x * blockDim.x * 4;
+  for (long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 4; at < len; at += step) {
+    put4(y, at, len, wide, plus(get4(y, at, len, wide), get4(x, at, len, wide)));
+  }
+}
+
+// Ids looked at between two barriers: a word of a mask for each 32.
+constexpr int SCAN = 8;
+constexpr int MOST_WORDS = SCAN * 256 / 32;
+
+// Sets `mask` to which of the ids from `base` to `end` are `id`, bit i of word w for base + 32 w + i.
+__device__ __forceinline__ void find_ids(const uint32_t* ids, int base, int end, uint32_t id, uint32_t* mask) {
+  int warps = (int)blockDim.x / 32;
+#pragma unroll
+  for (int j = 0; j < SCAN; ++j) {
+    int at = base + j * (int)blockDim.x + (int)threadIdx.x;
+    uint32_t word = __ballot_sync(~0u, at < end && ids[at] == id);
+    if (threadIdx.x % 32 == 0) mask[j * warps + (int)threadIdx.x / 32] = word;
+  }
+#if FAULT != 4
+  __syncthreads();
+#endif
+}
+
+// Adds the rows of dy from `base` on that `word` has, in order; four are loaded at a time.
+template <class T>
+__device__ __forceinline__ void add_rows(Sums& sums, uint32_t word, int base, const T* dy, int column, int dim,
+                                         bool wide) {
+  while (word != 0) {
+    Eight<T> rows[4];
+    bool has[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      has[i] = word != 0;
+      int row = base + __ffs((int)word) - 1;
+      if (has[i]) rows[i] = get8(dy + (long long)row * dim, column, dim, wide);
+      word &= word - 1;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float v[8];
+      if (!has[i]) continue;
+      rows[i].unpack(v);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums.v[j] += v[j];
+    }
+  }
+}
+
+// The block of an id's first token sums all of its tokens: in a leaf in their order, leaves by the tree. A leaf without
+// the id counts as 0.
+template <class T>
+__device__ __forceinline__ void embed_rows(const uint32_t* ids, const T* dy, float* rows, int* map, int vocab0,
+                                           int vocab_rows, int n, int leaf_rows, int dim, const Tree& tree,
+                                           uint32_t* mask) {
+  int token = (int)blockIdx.x, words = SCAN * (int)blockDim.x / 32, span = words * 32;
+  uint32_t id = ids[token];
+  uint32_t row = id - (uint32_t)vocab0;
+  if (id < (uint32_t)vocab0 || row >= (uint32_t)vocab_rows) return;
+  for (int base = 0; base < token; base += span) {
+    find_ids(ids, base, min(base + span, token), id, mask);
+    uint32_t any = 0;
+    for (int w = 0; w < words; ++w) any |= mask[w];
+    __syncthreads();
+    if (any != 0) return;
+  }
+  if (threadIdx.x == 0) map[row] = token;
+  bool wide = dim % 8 == 0 && aligned16(dy);
+  bool wide_rows = dim % 8 == 0 && aligned16(rows);
+  for (int first = 0; first < dim; first += (int)blockDim.x * 8) {
+    int column = first + (int)threadIdx.x * 8;
+    Sums r = sum_tree<Sums>(tree, [&](int leaf) {
+      Sums sums = {};
+      int end = (leaf + 1) * leaf_rows;
+      // What lies before the first token has none of them.
+      for (int base = max(leaf * leaf_rows, token); base < end; base += span) {
+        find_ids(ids, base, end, id, mask);
+        for (int w = 0; w < words; ++w) add_rows(sums, mask[w], base + w * 32, dy, column, dim, wide);
+        __syncthreads();
+      }
+      return sums;
+    });
+    put8(rows + (long long)token * dim, column, dim, wide_rows, r.v);
+  }
+}
+
+#define EMBED_ROWS(T, S)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256)                                                                 \
+      embed_rows_##S(const uint32_t* ids, const T* dy, float* rows, int* map, int vocab0, int vocab_rows, int n,    \
+                     int leaf_rows, int dim, const __grid_constant__ Tree tree) {                                   \
+    SHARED_ARRAY(uint32_t, mask, MOST_WORDS);                                                                       \
+    embed_rows(ids, dy, rows, map, vocab0, vocab_rows, n, leaf_rows, dim, tree, mask);                              \
+  }
+EMBED_ROWS(bf16, bf16)
+EMBED_ROWS(float, f32)
+
+// Brings each row of the table what its id's tokens gave, or 0.
+extern "C" __global__ void __launch_bounds__(256)
+    embed_fold(const float* rows, const int* map, float* levels, int vocab_rows, int dim, int merge, int store) {
+  int from = map[blockIdx.x];
+  const float* row = rows + (long long)(from < 0 ? 0 : from) * dim;
+  bool wide = dim % 4 == 0 && aligned16(rows) && aligned16(levels);
+  float* to = levels + (long long)blockIdx.x * dim;
+  for (int at = (int)threadIdx.x * 4; at < dim; at += (int)blockDim.x * 4) {
+    float4 r = from < 0 ? make_float4(0, 0, 0, 0) : get4(row, at, dim, wide);
+    merge_into(to, (long long)vocab_rows * dim, at, dim, wide, merge, store, r);
+  }
+}
