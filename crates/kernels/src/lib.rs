@@ -62,7 +62,7 @@ pub use crate::linear::{
 pub use crate::norm::{
     layer_norm, layer_norm_dw, layer_norm_dx, norm_dw_workspace_len, rms_norm, rms_norm_dw, rms_norm_dx,
 };
-pub use crate::optim::{AdamW, adamw, adamw_bf16, sum_squares};
+pub use crate::optim::{AdamW, AdamWScalars, adamw, adamw_bf16, sum_squares};
 pub use crate::peak::{fma_peak_gflops, gemm_peak_gflops};
 pub use crate::pool::Pool;
 pub use crate::rope::rope;

@@ -25,20 +25,29 @@ pub struct AdamW {
 }
 
 /// The scalars of a step, computed in double precision and rounded once.
-#[derive(Clone, Copy)]
-struct Scalars {
-    keep: f32,
-    one_minus_beta1: f32,
-    beta2: f32,
-    one_minus_beta2: f32,
-    root_correction2: f32,
-    eps: f32,
-    minus_step_size: f32,
-    grad_scale: f32,
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWScalars {
+    /// `1 - lr weight_decay`.
+    pub keep: f32,
+    /// `1 - beta1`.
+    pub one_minus_beta1: f32,
+    /// `beta2`.
+    pub beta2: f32,
+    /// `1 - beta2`.
+    pub one_minus_beta2: f32,
+    /// `sqrt(1 - beta2^step)`.
+    pub root_correction2: f32,
+    /// Added to the root.
+    pub eps: f32,
+    /// `-lr / (1 - beta1^step)`.
+    pub minus_step_size: f32,
+    /// What gradients are multiplied by first.
+    pub grad_scale: f32,
 }
 
 impl AdamW {
-    fn scalars(&self) -> Scalars {
+    /// What the update of an element is computed with.
+    pub fn scalars(&self) -> AdamWScalars {
         // Powers by repeated multiplication: the standard library's may differ between systems.
         let power = |mut base: f64, mut exponent: u64| {
             let mut result = 1.0;
@@ -53,7 +62,7 @@ impl AdamW {
         };
         let correction1 = 1.0 - power(self.beta1, self.step);
         let correction2 = 1.0 - power(self.beta2, self.step);
-        Scalars {
+        AdamWScalars {
             keep: (1.0 - self.lr * self.weight_decay) as f32,
             one_minus_beta1: (1.0 - self.beta1) as f32,
             beta2: self.beta2 as f32,
@@ -103,7 +112,7 @@ pub fn adamw_bf16(
 }
 
 kernel! { fn update(
-    c: Scalars, w: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32], mut_out: Option<&mut [bf16]>
+    c: AdamWScalars, w: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32], mut_out: Option<&mut [bf16]>
 ) = |s: S| {
     let mut out = mut_out;
     for j in (0..grad.len()).step_by(LANES) {
@@ -117,7 +126,7 @@ kernel! { fn update(
 } }
 
 #[inline(always)]
-fn update_lanes<S: Simd>(s: S, c: Scalars, w: S::V, m: &mut [f32], v: &mut [f32], grad: S::V) -> S::V {
+fn update_lanes<S: Simd>(s: S, c: AdamWScalars, w: S::V, m: &mut [f32], v: &mut [f32], grad: S::V) -> S::V {
     let g = s.mul(grad, s.splat(c.grad_scale));
     let w = s.mul(w, s.splat(c.keep));
     let m_old = s.load(m);

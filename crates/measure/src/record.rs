@@ -5,7 +5,7 @@ use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use spec::{Result, RunSpec};
-use train::{CpuClock, Mesh};
+use train::{Cpu, CpuClock, Mesh};
 
 use crate::Stepper;
 
@@ -43,7 +43,7 @@ pub(crate) fn strangers(
     cpu: Option<CpuClock>,
 ) -> Result<Vec<Stepper>> {
     let open = |_| {
-        let mut stepper = Stepper::open(run.clone(), threads, true, 0, Mesh::alone())?;
+        let mut stepper = Stepper::open(run.clone(), Box::new(Cpu::new(threads)), true, 0, Mesh::alone())?;
         if let Some(clock) = cpu {
             stepper.exec.spans.watch_cpu(clock);
         }
@@ -60,7 +60,7 @@ pub(crate) fn partners(run: &RunSpec) -> Result<Vec<Stepper>> {
             let run = run.clone();
             scope.spawn(move || {
                 let (rank, mesh) = (world.rank(), Mesh::new(world, &run.layout)?);
-                Stepper::open(run, 1, true, rank, mesh)
+                Stepper::open(run, Box::new(Cpu::new(1)), true, rank, mesh)
             })
         };
         let all: Vec<_> = worlds.into_iter().map(open).collect();

@@ -6,7 +6,7 @@ use std::time::Instant;
 use program::{Mode, Request};
 use serde::Serialize;
 use spec::{Result, RunSpec};
-use train::{Executor, Mesh, StepInputs};
+use train::{Device, Executor, Mesh, StepInputs};
 
 use crate::quantile;
 
@@ -71,7 +71,14 @@ impl Stepper {
     ///
     /// # Errors
     /// If the layout does not fit the model and the batch, or the memory cannot be had.
-    pub fn open(run: RunSpec, threads: usize, record: bool, rank: usize, mesh: Mesh) -> Result<Stepper> {
+    pub fn open(
+        run: RunSpec,
+        device: Box<dyn Device>,
+        record: bool,
+        rank: usize,
+        mesh: Mesh,
+    ) -> Result<Stepper> {
+        let threads = device.threads();
         let request = Request {
             model: &run.model,
             layout: &run.layout,
@@ -81,7 +88,7 @@ impl Stepper {
             rank,
             mode: Mode::Train,
         };
-        let mut exec = Executor::new(&request, threads, mesh, record)?;
+        let mut exec = Executor::on(device, &request, mesh, record)?;
         exec.initialise(&run.model, run.train.seed)?;
         let mut state = 1 + rank as u64;
         let mut random = |below: usize| {

@@ -36,6 +36,8 @@ pub(crate) enum Command {
     Validate(Validate),
     /// Accelerators, clusters, prices and failure rates, with their sources
     Catalog(Catalog),
+    /// What this machine can compute on, and what is missing to use its GPUs
+    Devices(Devices),
     /// Start any program's ranks, with torchrun's flags and environment
     Launch(Launch),
     /// Write a Perfetto file of a run that was trained with --trace
@@ -183,6 +185,13 @@ pub(crate) struct Validate {
     /// Fit the constants on the table and write them
     #[arg(long, value_name = "FILE.toml", conflicts_with_all = ["held_out", "calibration", "json"])]
     pub(crate) fit: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Devices {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -8,6 +8,7 @@ mod busy;
 mod catalog;
 mod compare;
 mod data;
+mod device;
 mod files;
 mod live;
 mod models;
@@ -50,6 +51,7 @@ fn main() -> std::process::ExitCode {
         Command::Validate(a) => validate::run(&a),
         Command::Catalog(a) => catalog::run(&a),
         Command::Compare(a) => compare::run(&a),
+        Command::Devices(a) => device::list(&a),
         Command::Launch(a) => Ok(u8::try_from(launch::cli(a.args)).unwrap_or(1)),
         Command::Trace(a) => models::trace(&a),
         Command::Keys => {

@@ -6,7 +6,7 @@ use ckpt::{Checkpoint, Kind};
 use journal::Record;
 use journal::perfetto::TraceWriter;
 use spec::{DType, Error, Result, RunSpec};
-use train::{DirLock, Generator, RunDir, Sampling};
+use train::{Cpu, DirLock, Generator, RunDir, Sampling};
 
 use crate::args::{Export, Generate, Import, Logits, Trace};
 use crate::busy::busy;
@@ -14,7 +14,7 @@ use crate::output;
 
 pub(crate) fn generate(args: &Generate) -> Result<u8> {
     let mut busy = Some(busy("reading the checkpoint and the prompt"));
-    let mut g = Generator::open(&args.run_dir, output::threads(args.threads))?;
+    let mut g = Generator::open(&args.run_dir, Box::new(Cpu::new(output::threads(args.threads))))?;
     let s = g.run().sample.clone();
     let sampling = Sampling {
         temperature: args.temperature.unwrap_or(s.temperature),
@@ -53,7 +53,7 @@ fn check(s: Sampling) -> Result<()> {
 }
 
 pub(crate) fn logits(args: &Logits) -> Result<u8> {
-    let mut g = Generator::open(&args.run_dir, output::threads(0))?;
+    let mut g = Generator::open(&args.run_dir, Box::new(Cpu::new(output::threads(0))))?;
     let all = g.logits(&parse(&args.tokens)?)?;
     if args.json {
         output::print(&serde_json::to_string(&all).expect("numbers are JSON"));

@@ -5,10 +5,11 @@ use std::path::Path;
 use comm::TransportChoice;
 use spec::run::Resolved;
 use spec::{Error, Layout, Origin, Result, RunSpec};
-use train::{Asked, Beginning, Cpu, DirLock, Mesh, Outcome, RunDir, Sampling, Trainer, check_run};
+use train::{Asked, Beginning, Cpu, Device, DirLock, Mesh, Outcome, RunDir, Sampling, Trainer, check_run};
 
 use crate::args::{RunArgs, Train};
 use crate::busy::busy;
+use crate::device;
 use crate::live::{Bytes, Live};
 use crate::output;
 use crate::ranks::{self, INTERRUPTED, Rank};
@@ -45,7 +46,8 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
         return ranks::start(nproc, &env);
     }
     let threads = output::threads(run.run.threads.unwrap_or(0));
-    go(args, &run, begin, 0, Mesh::alone(), threads)
+    let device = device::open(run.run.device, 0, threads)?;
+    go(args, &run, begin, 0, Mesh::alone(), device, threads)
 }
 
 /// One rank of several. Rank 0 owns the run's directory, prepares and speaks; whoever started the ranks may have done so
@@ -83,7 +85,9 @@ fn as_rank(args: &Train, rank: &Rank) -> Result<u8> {
     };
     let threads = run.run.threads.unwrap_or_else(|| rank.threads());
     let mesh = Mesh::new(world, &run.layout)?;
-    go(args, &run, begin, rank.env.rank, mesh, threads)
+    let device = device::open(run.run.device, rank.env.local_rank, threads)?;
+    device::agree(&mesh, &*device)?;
+    go(args, &run, begin, rank.env.rank, mesh, device, threads)
 }
 
 /// Whether an earlier run is to be moved aside; a restart of the same job is no earlier run.
@@ -138,10 +142,18 @@ fn begin(args: &Train, run: &RunSpec) -> Result<Beginning> {
     Ok(begin)
 }
 
-fn go(args: &Train, run: &RunSpec, begin: Beginning, rank: usize, mesh: Mesh, threads: usize) -> Result<u8> {
+fn go(
+    args: &Train,
+    run: &RunSpec,
+    begin: Beginning,
+    rank: usize,
+    mesh: Mesh,
+    device: Box<dyn Device>,
+    threads: usize,
+) -> Result<u8> {
     let speaks = rank == 0;
     let busy = speaks.then(|| busy("opening data, building the step program and filling in the weights"));
-    let mut trainer = Trainer::open(run.clone(), begin, rank, mesh, threads, args.trace)?;
+    let mut trainer = Trainer::open(run.clone(), begin, rank, mesh, device, args.trace)?;
     drop(busy);
     if speaks {
         announce(run, &mut trainer, threads);
@@ -324,7 +336,7 @@ fn sample(run: &RunSpec, trainer: &mut Trainer, threads: usize, live: &mut Live)
         return Ok(());
     }
     let _busy = busy("sampling text");
-    let mut generator = train::Generator::open(&run.run.dir, threads)?;
+    let mut generator = train::Generator::open(&run.run.dir, Box::new(Cpu::new(threads)))?;
     let s = &run.sample;
     let sampling = Sampling {
         temperature: s.temperature,

@@ -191,6 +191,31 @@ pub struct RunDirSpec {
     pub dir: PathBuf,
     /// Threads of a rank; `None` takes its share of the machine's cores.
     pub threads: Option<usize>,
+    /// What ranks compute on.
+    pub device: DeviceChoice,
+}
+
+/// What a rank computes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// A GPU if there is one that can be used, else the host.
+    #[default]
+    Auto,
+    /// The host's cores.
+    Cpu,
+    /// An NVIDIA GPU, or an error that says what is missing.
+    Cuda,
+}
+
+impl DeviceChoice {
+    /// As a run file has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            DeviceChoice::Auto => "auto",
+            DeviceChoice::Cpu => "cpu",
+            DeviceChoice::Cuda => "cuda",
+        }
+    }
 }
 
 /// `[sample]`: how text is generated.

@@ -94,6 +94,15 @@ impl Arena {
         unsafe { self.slice_mut(of.offset, of.len()) }
     }
 
+    /// Copies elements, which may overlap.
+    pub(crate) fn copy(&mut self, from: Operand, to: Operand) {
+        assert_eq!(from.bytes(), to.bytes());
+        let bytes = from.bytes();
+        let (from, to) = (self.at::<u8>(from.offset, bytes), self.at::<u8>(to.offset, bytes));
+        // SAFETY: both lie in the arena, which is borrowed alone.
+        unsafe { std::ptr::copy(from, to, bytes) };
+    }
+
     /// The bytes of an operand.
     pub(crate) fn bytes(&self, of: Operand) -> &[u8] {
         // SAFETY: as in `read`.

@@ -54,11 +54,11 @@ impl Device for Cpu {
         self.pool.threads()
     }
 
-    fn peak_gflops(&self) -> f64 {
+    fn peak_gflops(&mut self) -> f64 {
         kernels::gemm_peak_gflops(&self.pool)
     }
 
-    fn can_run(&self, op: &Op) -> Result<(), Lack> {
+    fn can_run(&self, op: &Op, _: DType) -> Result<(), Lack> {
         match op.comm.as_ref().map(|c| c.what) {
             Some(Collective::AllToAll) => Err(Lack::ExpertRanks),
             Some(Collective::Ring) => Err(Lack::Contexts),
@@ -72,6 +72,7 @@ impl Device for Cpu {
     }
 
     fn allocate(&mut self, bytes: usize, mesh: &Mesh) -> Result<()> {
+        check_memory(bytes)?;
         self.arena = match mesh.shared(bytes)? {
             Some(shared) => Arena::shared(shared),
             None => Arena::new(bytes)?,
@@ -106,7 +107,12 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn sum(&self, what: Operand) -> Result<f64> {
+    fn copy(&mut self, from: Operand, to: Operand) -> Result<()> {
+        self.arena.copy(from, to);
+        Ok(())
+    }
+
+    fn sum(&mut self, what: Operand) -> Result<f64> {
         Ok(self.arena.read::<f64>(what).iter().sum())
     }
 
@@ -130,5 +136,18 @@ impl Device for Cpu {
 
     fn synchronise(&mut self) -> Result<()> {
         Ok(())
+    }
+}
+
+/// Refuses a step that this machine can never hold: the system would hand the memory out and then kill the process.
+fn check_memory(bytes: usize) -> Result<()> {
+    match crate::memory_bytes() {
+        Some(memory) if bytes > memory => Err(Error::user(format!(
+            "the step takes {:.1} GiB, but this machine has {:.1} GiB of memory",
+            bytes as f64 / (1u64 << 30) as f64,
+            memory as f64 / (1u64 << 30) as f64
+        ))
+        .hint("a smaller model, batch or layout.micro_batch, layout.recompute = \"full\" or more ranks take less")),
+        _ => Ok(()),
     }
 }

@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use bytemuck::Pod;
 use program::{Mode, Op, OpKind, Program, Request, Ticket};
-use spec::{Error, Layout, Result, RunSpec};
+use spec::{DType, Error, Layout, Result, RunSpec};
 
 use crate::arena::Arena;
-use crate::launch::{Launch, Message, Operand};
+use crate::launch::{Launch, Message, Operand, Turn};
 use crate::mesh::Mesh;
 
 /// Memory and arithmetic of one rank.
@@ -24,8 +24,8 @@ use crate::mesh::Mesh;
 /// and for a whole group at once: `say` maps [`Message::members`] to a communicator, founded with the bytes that
 /// [`Mesh::exchange`] carries, and a message that goes on beside others to a stream of its own behind an event;
 /// [`Device::end`] makes the compute stream wait for it. Where the library cannot (two ranks on one GPU), the same
-/// method copies to the host and lets [`Mesh`] carry it. Calls of a step are the same from step to step but for
-/// [`Launch::turn`], so a device may record and replay them.
+/// method copies to the host and lets [`Mesh`] carry it. Calls of a stretch are the same from step to step but for the
+/// numbers of [`Turn`], so a device may record it once and run it again: [`Device::replay`].
 pub trait Device: Any + Send {
     /// For people and journals, for example `cpu, 4 threads`.
     fn name(&self) -> String;
@@ -36,13 +36,13 @@ pub trait Device: Any + Send {
     }
 
     /// The best rate of its matrix products, in GFLOP/s; takes a moment.
-    fn peak_gflops(&self) -> f64;
+    fn peak_gflops(&mut self) -> f64;
 
     /// Whether it has a kernel for an op, and a way for what the op says.
     ///
     /// # Errors
     /// What it lacks.
-    fn can_run(&self, op: &Op) -> Result<(), Lack>;
+    fn can_run(&self, op: &Op, precision: DType) -> Result<(), Lack>;
 
     /// Elements of f32 work space that an op wants.
     fn workspace_len(&self, op: &Op, p: &Program) -> usize;
@@ -84,11 +84,17 @@ pub trait Device: Any + Send {
     /// If the device is lost.
     fn clear(&mut self, what: Operand) -> Result<()>;
 
-    /// Adds up f64 elements in the order of their indices.
+    /// Copies elements inside the arena.
     ///
     /// # Errors
     /// If the device is lost.
-    fn sum(&self, what: Operand) -> Result<f64>;
+    fn copy(&mut self, from: Operand, to: Operand) -> Result<()>;
+
+    /// Adds up f64 elements in an order that depends on their number alone.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    fn sum(&mut self, what: Operand) -> Result<f64>;
 
     /// Runs a kernel.
     ///
@@ -114,6 +120,34 @@ pub trait Device: Any + Send {
     /// # Errors
     /// If the device is lost.
     fn synchronise(&mut self) -> Result<()>;
+
+    /// Runs a stretch as it was recorded, with the numbers of this turn. `false` if it was not: then the executor goes
+    /// through its calls one by one and ends with [`Device::recorded`], and the device may keep them for the next time.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    fn replay(&mut self, _: Stretch, _: &Turn) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// The calls of the stretch that [`Device::replay`] was asked for last are over.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    fn recorded(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// A run of calls that is the same in every step, between points where the host looks at results.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stretch {
+    /// All micro-batches, up to the sums of squared gradients.
+    Gradients,
+    /// The rest of the step.
+    Update,
+    /// Loss without gradients.
+    Evaluate,
 }
 
 impl dyn Device {
@@ -210,7 +244,8 @@ pub fn check_run(device: &dyn Device, run: &RunSpec) -> Result<()> {
 /// As [`check_run`].
 pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result<()> {
     let ops = p.blocks.iter().flat_map(|b| &b.ops);
-    let mut lacks: Vec<(Lack, &Op)> = ops.filter_map(|op| Some((device.can_run(op).err()?, op))).collect();
+    let mut lacks: Vec<(Lack, &Op)> =
+        ops.filter_map(|op| Some((device.can_run(op, p.precision).err()?, op))).collect();
     lacks.sort_by_key(|(lack, _)| *lack);
     lacks.dedup_by_key(|(lack, _)| *lack);
     let Some((first, op)) = lacks.first() else { return Ok(()) };

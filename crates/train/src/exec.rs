@@ -1,12 +1,13 @@
 //! The executor: a rank's program, op by op, on a device.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use program::{BufferId, Op, Program, Request, Ticket, When};
 use spec::Result;
 
 use crate::cpu::Cpu;
-use crate::device::{Device, check_ops};
+use crate::device::{Device, Stretch, check_ops};
 use crate::launch::{Launch, Operand, Talk, Turn};
 use crate::mesh::Mesh;
 use crate::resolve::{self, Action};
@@ -26,10 +27,10 @@ pub struct Executor {
     pub spans: Spans,
     /// Time in which this step waited for other ranks.
     comm_ns: u64,
+    /// When the op that yields the gradient norm began.
+    pub(crate) norm_start_ns: u64,
     /// The batch of this rank on its way to the device: tokens and targets.
     batch: [Vec<u32>; 2],
-    /// Losses of this rank's sequences on their way to all ranks.
-    pub(crate) losses: Vec<f64>,
     /// Tickets that were begun, with block and index of the op that began them.
     begun: Vec<(Ticket, (usize, usize))>,
     /// What went on beside others and is over: block, index, start and end.
@@ -103,8 +104,8 @@ impl Executor {
             eval_sum: resolve::eval_sum(&program),
             spans: Spans::new(room, record),
             comm_ns: 0,
+            norm_start_ns: 0,
             batch: Default::default(),
-            losses: vec![0.0; program.local_sequences],
             begun: Vec::new(),
             over: Vec::new(),
             program,
@@ -142,7 +143,7 @@ impl Executor {
     }
 
     /// The best rate of the device's matrix products, in GFLOP/s; takes a moment.
-    pub fn peak_gflops(&self) -> f64 {
+    pub fn peak_gflops(&mut self) -> f64 {
         self.device.peak_gflops()
     }
 
@@ -179,11 +180,14 @@ impl Executor {
     /// If a peer is lost.
     pub fn evaluate(&mut self) -> Result<f64> {
         self.load()?;
-        for micro_batch in 0..self.program.micro_batches() {
-            for chunk in 0..self.program.eval.len() {
-                self.block(self.program.eval[chunk], Turn { micro_batch, ..Turn::default() })?;
+        self.stretch(Stretch::Evaluate, Turn::default(), |exec, turn| {
+            for micro_batch in 0..exec.program.micro_batches() {
+                for chunk in 0..exec.program.eval.len() {
+                    exec.block(exec.program.eval[chunk], Turn { micro_batch, ..turn })?;
+                }
             }
-        }
+            Ok(())
+        })?;
         self.loss_sum()
     }
 
@@ -196,31 +200,72 @@ impl Executor {
         self.comm_ns = 0;
         self.load()?;
         let loss_scale = (1.0 / inputs.valid_tokens.max(1) as f64) as f32;
-        for i in 0..self.program.schedule.len() {
-            let item = self.program.schedule[i];
-            let turn = Turn { micro_batch: item.micro_batch, loss_scale, ..Turn::default() };
-            self.block(item.block, turn)?;
-        }
-        let outputs = self.finish(inputs)?;
+        self.stretch(Stretch::Gradients, Turn { loss_scale, ..Turn::default() }, |exec, turn| {
+            for i in 0..exec.program.schedule.len() {
+                let item = exec.program.schedule[i];
+                exec.block(item.block, Turn { micro_batch: item.micro_batch, ..turn })?;
+            }
+            exec.settle(turn)
+        })?;
+        let (outputs, turn) = self.judge(inputs)?;
+        self.stretch(Stretch::Update, turn, Executor::update)?;
         self.device.synchronise()?;
         Ok(outputs)
     }
 
+    /// Runs a stretch as the device recorded it, or call by call. When every op is timed, none is replayed.
+    fn stretch(
+        &mut self,
+        stretch: Stretch,
+        turn: Turn,
+        calls: impl FnOnce(&mut Executor, Turn) -> Result<()>,
+    ) -> Result<()> {
+        if self.spans.on() {
+            return calls(self, turn);
+        }
+        if self.device.replay(stretch, &turn)? {
+            return Ok(());
+        }
+        calls(self, turn)?;
+        self.device.recorded()
+    }
+
     /// Runs one block.
     pub(crate) fn block(&mut self, block: usize, turn: Turn) -> Result<()> {
-        for i in 0..self.actions[block].len() {
+        self.ops(block, 0..self.actions[block].len(), turn)
+    }
+
+    /// Runs some ops of a block.
+    pub(crate) fn ops(&mut self, block: usize, ops: Range<usize>, turn: Turn) -> Result<()> {
+        for i in ops {
             let start = self.spans.now();
             self.compute(block, i, turn)?;
             self.communicate(block, i, turn)?;
-            self.ran(block, i, turn.micro_batch, start);
+            self.computed(block, i, turn.micro_batch, start)?;
         }
+        Ok(())
+    }
+
+    /// [`Executor::ran`], once the device is through where every op is timed.
+    pub(crate) fn computed(
+        &mut self,
+        block: usize,
+        i: usize,
+        micro_batch: usize,
+        start_ns: u64,
+    ) -> Result<()> {
+        if self.spans.on() {
+            self.device.synchronise()?;
+        }
+        self.ran(block, i, micro_batch, start_ns);
         Ok(())
     }
 
     /// Runs an op's kernel, if it has one.
     pub(crate) fn compute(&mut self, block: usize, i: usize, turn: Turn) -> Result<()> {
-        let call = &self.actions[block][i].call;
-        call.as_ref().map_or(Ok(()), |call| self.device.launch(&Launch::new(call, turn)))
+        let Some(call) = &self.actions[block][i].call else { return Ok(()) };
+        let ran = self.device.launch(&Launch::new(call, turn));
+        ran.map_err(|e| e.context(&self.program.blocks[block].ops[i].name))
     }
 
     /// Does what an op says to other ranks.

@@ -4,6 +4,7 @@ use data::{StreamDecoder, Tokenizer};
 use program::{Mode, Request};
 use spec::{Error, Layout, Result, RunSpec};
 
+use crate::device::Device;
 use crate::exec::Executor;
 use crate::generate::Sampling;
 use crate::mesh::Mesh;
@@ -21,7 +22,7 @@ impl Generator {
     ///
     /// # Errors
     /// If the run has no checkpoint, or it cannot be read.
-    pub fn open(dir: &Path, threads: usize) -> Result<Generator> {
+    pub fn open(dir: &Path, device: Box<dyn Device>) -> Result<Generator> {
         let dir = RunDir::new(dir);
         let run = dir.load()?;
         let checkpoint = ckpt::Checkpoint::open(&dir.newest_checkpoint()?)?;
@@ -35,7 +36,7 @@ impl Generator {
             rank: 0,
             mode: Mode::Generate { positions: run.batch.sequence.max(2) },
         };
-        let mut exec = Executor::new(&request, threads, Mesh::alone(), false)?;
+        let mut exec = Executor::on(device, &request, Mesh::alone(), false)?;
         exec.set_tables(&run.model)?;
         exec.set_params_from(&checkpoint)
             .map_err(|e| e.hint("run.toml and the checkpoint must be of the same run"))?;

@@ -4,22 +4,40 @@
 use program::{ParamKey, ParamPart};
 use spec::ModelSpec;
 
+/// Elements from which several threads fill a box: below, starting them takes longer.
+const SPREAD: usize = 1 << 22;
+
 /// Fills the rank's box of a parameter, row by row; `out` has `ld` elements a row.
 pub(crate) fn fill(model: &ModelSpec, seed: u64, part: &ParamPart, out: &mut [f32], ld: usize) {
-    let scheme = Scheme::of(model, part.key);
-    let key = key(seed, &part.name);
-    for r in 0..part.rows {
-        let row = &mut out[r * ld..r * ld + part.cols];
+    let (scheme, key) = (Scheme::of(model, part.key), key(seed, &part.name));
+    let row = |r: usize, row: &mut [f32]| {
         let first = (part.row0 + r) * part.global.1 + part.col0;
-        for (c, x) in row.iter_mut().enumerate() {
+        for (c, x) in row[..part.cols].iter_mut().enumerate() {
             *x = match scheme {
                 Scheme::Constant(v) => v,
                 Scheme::Normal(std) => normal(key, (first + c) as u64) * std,
             };
         }
+    };
+    let many = part.rows * part.cols >= SPREAD;
+    let threads = if many { std::thread::available_parallelism().map_or(1, usize::from) } else { 1 };
+    let rows = part.rows.div_ceil(threads).max(1);
+    let fill = |(i, chunk): (usize, &mut [f32])| {
+        chunk.chunks_mut(ld).enumerate().for_each(|(r, out)| row(i * rows + r, out));
+    };
+    let chunks = out[..part.rows * ld].chunks_mut(rows * ld).enumerate();
+    if threads == 1 {
+        return chunks.for_each(fill);
     }
+    std::thread::scope(|scope| {
+        for chunk in chunks {
+            let fill = &fill;
+            scope.spawn(move || fill(chunk));
+        }
+    });
 }
 
+#[derive(Clone, Copy)]
 enum Scheme {
     Constant(f32),
     Normal(f32),

@@ -29,7 +29,7 @@ pub use arena::Arena;
 pub use begin::{Asked, Beginning};
 pub use checkpoint::import_weights;
 pub use cpu::Cpu;
-pub use device::{Device, Lack, check_run};
+pub use device::{Device, Lack, Stretch, check_run};
 pub use exec::{Executor, StepInputs, StepOutputs};
 pub use generate::Sampling;
 pub use generator::Generator;

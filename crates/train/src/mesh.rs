@@ -55,6 +55,11 @@ impl Mesh {
         Ok(Mesh { world: Some(world), groups, order, ..Mesh::default() })
     }
 
+    /// Whether there is nobody to talk to.
+    pub fn is_alone(&self) -> bool {
+        self.world.is_none()
+    }
+
     /// Memory that neighbours reach, so that collectives on it copy nothing; `None` for a rank alone.
     pub(crate) fn shared(&self, bytes: usize) -> Result<Option<comm::SharedArena>> {
         self.world.as_ref().map(|w| w.alloc_shared(bytes)).transpose()
@@ -107,7 +112,7 @@ impl Mesh {
     ///
     /// # Safety
     /// As [`Group::run`] and [`Group::start`]: the spans are valid memory that this message alone uses until it is over.
-    pub(crate) unsafe fn say(
+    pub unsafe fn say(
         &mut self,
         m: &Message<'_>,
         from: Option<Span>,
@@ -135,7 +140,7 @@ impl Mesh {
     ///
     /// # Errors
     /// If a rank is lost.
-    pub(crate) fn end(&mut self, ticket: Ticket, over: &mut dyn FnMut(Instant, Instant)) -> Result<()> {
+    pub fn end(&mut self, ticket: Ticket, over: &mut dyn FnMut(Instant, Instant)) -> Result<()> {
         let handles = self.under_way.iter_mut().filter(|(t, _)| *t == ticket).flat_map(|(_, h)| h.drain(..));
         for handle in handles {
             let times = handle.wait()?;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use program::{Members, Op, OpId, Program, Ticket};
-use spec::Result;
+use spec::{DType, Result};
 
 use crate::device::{Device, Lack};
 use crate::launch::{Launch, Message, Operand};
@@ -28,11 +28,11 @@ impl Device for Null {
         "null".into()
     }
 
-    fn peak_gflops(&self) -> f64 {
+    fn peak_gflops(&mut self) -> f64 {
         f64::INFINITY
     }
 
-    fn can_run(&self, _: &Op) -> Result<(), Lack> {
+    fn can_run(&self, _: &Op, _: DType) -> Result<(), Lack> {
         Ok(())
     }
 
@@ -65,7 +65,12 @@ impl Device for Null {
         Ok(())
     }
 
-    fn sum(&self, what: Operand) -> Result<f64> {
+    fn copy(&mut self, from: Operand, to: Operand) -> Result<()> {
+        assert_eq!((from.bytes(), self.inside(from) && self.inside(to)), (to.bytes(), true));
+        Ok(())
+    }
+
+    fn sum(&mut self, what: Operand) -> Result<f64> {
         assert!(self.inside(what));
         Ok(0.0)
     }

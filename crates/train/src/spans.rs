@@ -74,6 +74,11 @@ impl Spans {
         self.cpu = Some(clock);
     }
 
+    /// Whether ops are recorded.
+    pub(crate) fn on(&self) -> bool {
+        self.on
+    }
+
     /// Forgets the step before.
     pub(crate) fn begin(&mut self) {
         self.spans.clear();

@@ -7,24 +7,34 @@ use crate::launch::{Operand, Turn};
 use crate::resolve;
 
 impl Executor {
-    /// The tail of a step: settle gradients, clip, update, hand out parameters.
-    pub(crate) fn finish(&mut self, inputs: &StepInputs) -> Result<StepOutputs> {
-        let mut outputs = StepOutputs::default();
-        let mut turn = Turn::default();
-        let block = self.program.tail;
-        for i in 0..self.program.blocks[block].ops.len() {
-            let start = self.spans.now();
-            self.compute(block, i, turn)?;
-            if self.program.blocks[block].ops[i].kind == OpKind::GradNorm {
-                outputs = self.grad_norm(block, i, inputs)?;
-                check_finite(&outputs, inputs.step)?;
-                turn.update = Some(update(inputs, clip_factor(outputs.grad_norm, inputs.clip)));
-            } else {
-                self.communicate(block, i, turn)?;
-            }
-            self.ran(block, i, 0, start);
-        }
-        Ok(outputs)
+    /// Index in the tail of the op that yields the gradient norm.
+    fn norm_op(&self) -> usize {
+        let ops = &self.program.blocks[self.program.tail].ops;
+        ops.iter().position(|op| op.kind == OpKind::GradNorm).unwrap_or(ops.len())
+    }
+
+    /// What of the tail comes before the host looks at the norm: settles gradients, and sums their squares.
+    pub(crate) fn settle(&mut self, turn: Turn) -> Result<()> {
+        let (tail, norm) = (self.program.tail, self.norm_op());
+        self.ops(tail, 0..norm, turn)?;
+        self.norm_start_ns = self.spans.now();
+        self.compute(tail, norm, turn)
+    }
+
+    /// Joins the norms of all ranks, and tells how to update; nothing is to be updated if loss or norm is not finite.
+    pub(crate) fn judge(&mut self, inputs: &StepInputs) -> Result<(StepOutputs, Turn)> {
+        let (tail, norm) = (self.program.tail, self.norm_op());
+        let outputs = self.grad_norm(tail, norm, inputs)?;
+        self.ran(tail, norm, 0, self.norm_start_ns);
+        check_finite(&outputs, inputs.step)?;
+        let update = Some(update(inputs, clip_factor(outputs.grad_norm, inputs.clip)));
+        Ok((outputs, Turn { update, ..Turn::default() }))
+    }
+
+    /// The rest of the tail: updates, and hands out parameters.
+    pub(crate) fn update(&mut self, turn: Turn) -> Result<()> {
+        let tail = self.program.tail;
+        self.ops(tail, self.norm_op() + 1..self.program.blocks[tail].ops.len(), turn)
     }
 
     /// Joins the sums of squares, the losses and the votes to stop of all ranks, and adds each up in index order, so that
@@ -52,15 +62,13 @@ impl Executor {
     /// Puts the losses of this rank's sequences at their places in the global batch, on one rank for each of them.
     fn spread_losses(&mut self, all: Operand) -> Result<()> {
         let own = self.whole(self.program.io.loss_leaves);
-        let Executor { program: p, device, losses, .. } = self;
+        let Executor { program: p, device, .. } = self;
         if p.coords.pp + 1 != p.layout.pp || p.coords.tp != 0 {
             return Ok(());
         }
-        device.copy_out(own, bytemuck::cast_slice_mut(losses))?;
-        for (micro_batch, own) in losses.chunks(p.micro_batch()).enumerate() {
-            device.copy_in(all.part(p.first_sequence(micro_batch), own.len()), bytemuck::cast_slice(own))?;
-        }
-        Ok(())
+        let count = p.micro_batch();
+        (0..p.micro_batches())
+            .try_for_each(|m| device.copy(own.part(m * count, count), all.part(p.first_sequence(m), count)))
     }
 
     /// The sum of the losses of all tokens of the global batch.

@@ -10,6 +10,7 @@ use spec::{Error, Result, RunSpec};
 
 use crate::begin::{Beginning, Weights};
 use crate::checkpoint::{adopt, restore};
+use crate::device::Device;
 use crate::exec::{Executor, StepInputs};
 use crate::identity;
 use crate::mesh::Mesh;
@@ -63,7 +64,7 @@ impl Trainer {
         mut begin: Beginning,
         rank: usize,
         mesh: Mesh,
-        threads: usize,
+        device: Box<dyn Device>,
         trace: bool,
     ) -> Result<Trainer> {
         let streams = open_data(&run, begin.prepared())?;
@@ -77,8 +78,7 @@ impl Trainer {
             rank,
             mode: Mode::Train,
         };
-        let mut exec = Executor::new(&request, threads, mesh, trace)?;
-        check_memory(exec.program.memory.total)?;
+        let mut exec = Executor::on(device, &request, mesh, trace)?;
         exec.set_tables(&run.model)?;
         let (step, resumed) = weights(&mut exec, &run, &mut begin)?;
         let mut sample = vec![0; run.batch.sequence + 1];
@@ -147,7 +147,7 @@ impl Trainer {
             world: self.run.layout.world(),
             rank,
             host: host(),
-            device: "cpu".into(),
+            device: self.exec.device.name(),
             threads: Some(self.exec.device.threads()),
             parameters: self.run.model.param_count(),
         };
@@ -403,19 +403,6 @@ pub fn memory_bytes() -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let kib = text.lines().find_map(|l| l.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"))?;
     Some(kib.parse::<usize>().ok()? << 10)
-}
-
-/// Refuses a step that this machine can never hold: the system would hand the memory out and then kill the process.
-fn check_memory(bytes: usize) -> Result<()> {
-    match memory_bytes() {
-        Some(memory) if bytes > memory => Err(Error::user(format!(
-            "the step takes {:.1} GiB, but this machine has {:.1} GiB of memory",
-            bytes as f64 / (1u64 << 30) as f64,
-            memory as f64 / (1u64 << 30) as f64
-        ))
-        .hint("a smaller model, batch or layout.micro_batch, layout.recompute = \"full\" or more ranks take less")),
-        _ => Ok(()),
-    }
 }
 
 fn open_data(run: &RunSpec, prepared: Option<&Prepared>) -> Result<Streams> {

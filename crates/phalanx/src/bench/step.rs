@@ -10,6 +10,7 @@ use spec::{Error, Result, RunSpec};
 use train::Mesh;
 
 use crate::args::BenchStep;
+use crate::device;
 use crate::output;
 use crate::ranks::{self, Rank};
 
@@ -28,14 +29,16 @@ pub(super) fn run(args: &BenchStep) -> Result<u8> {
         Some(rank) => {
             let world = rank.world(&run.to_toml(), TransportChoice::Auto)?;
             let (me, mesh) = (world.rank(), Mesh::new(world, &run.layout)?);
-            let mut s = Stepper::open(run, threads(rank.threads()), args.ops, me, mesh)?;
+            let device = device::open(run.run.device, rank.env.local_rank, threads(rank.threads()))?;
+            let mut s = Stepper::open(run, device, args.ops, me, mesh)?;
             report(&mut s, args)?;
             drop(s);
             rank.leave().map(|()| 0)
         }
         None if args.nproc > 1 => ranks::start(args.nproc, &[]),
         None => {
-            let mut s = Stepper::open(run, threads(output::threads(0)), args.ops, 0, Mesh::alone())?;
+            let device = device::open(run.run.device, 0, threads(output::threads(0)))?;
+            let mut s = Stepper::open(run, device, args.ops, 0, Mesh::alone())?;
             if args.resident { serve(&mut s) } else { report(&mut s, args) }.map(|()| 0)
         }
     }

@@ -331,6 +331,12 @@ pub(crate) static KEYS: &[Key] = &[
         "where journal, checkpoints and the resolved run file go",
     ),
     key("run.threads", off(1 << 16), "0", "threads of a rank; 0 = its share of the machine's cores"),
+    key(
+        "run.device",
+        KeyKind::Choice(&["auto", "cpu", "cuda"]),
+        "\"auto\"",
+        "what ranks compute on: auto takes a GPU if one can be used (see phalanx devices)",
+    ),
     key("sample.prompt", KeyKind::Text, "\"\"", "text to continue"),
     key("sample.tokens", count(1, MAX_POSITIONS), "128", "tokens to generate"),
     key(

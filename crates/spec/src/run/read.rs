@@ -2,6 +2,7 @@ use super::keys::{KEYS, Key, MAX_BATCH_TOKENS};
 use super::*;
 use crate::doc::{Doc, Val};
 use crate::model_toml::read_model;
+use crate::run::DeviceChoice;
 use crate::{Error, PipelineSchedule, Recompute, Reduce, Result, Zero};
 use std::path::Path;
 
@@ -91,7 +92,15 @@ impl RunSpec {
                 every: doc.count_or_off("checkpoint.every")?,
                 keep: doc.count_or_off("checkpoint.keep")?,
             },
-            run: RunDirSpec { dir: path(&doc, "run.dir")?, threads: doc.count_or_off("run.threads")? },
+            run: RunDirSpec {
+                dir: path(&doc, "run.dir")?,
+                threads: doc.count_or_off("run.threads")?,
+                device: match doc.choice("run.device")? {
+                    "cpu" => DeviceChoice::Cpu,
+                    "cuda" => DeviceChoice::Cuda,
+                    _ => DeviceChoice::Auto,
+                },
+            },
             sample: SampleSpec {
                 prompt: doc.text("sample.prompt")?,
                 tokens: doc.count("sample.tokens")?,

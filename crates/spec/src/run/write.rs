@@ -143,6 +143,7 @@ impl RunSpec {
             ("checkpoint.keep", off(self.checkpoint.keep)),
             ("run.dir", path(&self.run.dir)),
             ("run.threads", off(self.run.threads)),
+            ("run.device", quoted(self.run.device.name())),
             ("sample.prompt", quoted(&sample.prompt)),
             ("sample.tokens", sample.tokens.to_string()),
             ("sample.temperature", float(sample.temperature)),

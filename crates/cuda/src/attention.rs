@@ -1,0 +1,141 @@
+//! Causal attention with grouped queries, in tiles on the card: which variant a head's width takes, and its geometry,
+//! which `kernels/attention.cu` and `kernels/attention_grad.cu` state beside their tiles.
+
+use program::{Heads, OpKind};
+use spec::{DType, Result};
+use train::{Lack, Launch, Operand};
+
+use crate::device::Cuda;
+use crate::module::{Geometry, Params};
+use crate::table::{int, not_mine, variant};
+
+/// Kernels for heads of one width.
+#[derive(Clone, Copy)]
+struct Variant {
+    forward: Tile,
+    keys: Tile,
+    queries: Tile,
+}
+
+/// One kernel: the rows that a block owns, its threads, and its shared memory.
+#[derive(Clone, Copy)]
+struct Tile {
+    name: &'static str,
+    rows: usize,
+    /// Blocks that share rows, each for some of the columns.
+    slices: usize,
+    threads: usize,
+    shared_bytes: usize,
+}
+
+const fn tile(name: &'static str, rows: usize, slices: usize, threads: usize, shared_bytes: usize) -> Tile {
+    Tile { name, rows, slices, threads, shared_bytes }
+}
+
+macro_rules! bf16_variant {
+    ($d:literal, $rows:expr, $forward:expr, ($keys:expr, $slices:expr, $threads:expr, $kb:expr), $qb:expr) => {
+        Variant {
+            forward: tile(concat!("attention_fwd_bf16_d", $d), $rows, 1, 128, $forward),
+            keys: tile(concat!("attention_bwd_dkv_bf16_d", $d), $keys, $slices, $threads, $kb),
+            queries: tile(concat!("attention_bwd_dq_bf16_d", $d), $rows, 1, 128, $qb),
+        }
+    };
+}
+
+impl Variant {
+    /// The kernels for a type and a width, if there are any.
+    fn of(dtype: DType, dim: usize) -> Option<Variant> {
+        if dtype != DType::Bf16 {
+            return (dim <= 256).then(|| Variant::f32(dim));
+        }
+        Some(match dim {
+            16 => bf16_variant!("16", 128, 12_288, (128, 1, 128, 25_600), 24_576),
+            32 => bf16_variant!("32", 128, 20_480, (128, 1, 128, 41_984), 40_960),
+            64 => bf16_variant!("64", 128, 32_768, (128, 1, 128, 66_560), 65_536),
+            80 => bf16_variant!("80", 128, 45_056, (128, 1, 256, 68_096), 67_584),
+            96 => bf16_variant!("96", 128, 53_248, (128, 1, 256, 80_384), 79_872),
+            128 => bf16_variant!("128", 128, 65_536, (128, 1, 256, 98_816), 98_304),
+            256 => bf16_variant!("256", 64, 65_536, (64, 2, 128, 98_560), 98_304),
+            _ => return None,
+        })
+    }
+
+    fn f32(dim: usize) -> Variant {
+        let (forward, back) = (4 * (96 * (dim + 1) + 32 * 33), 4 * (128 * (dim + 1) + 64 * 33));
+        Variant {
+            forward: tile("attention_fwd_f32", 32, 1, 256, forward),
+            keys: tile("attention_bwd_dkv_f32", 32, 1, 256, back),
+            queries: tile("attention_bwd_dq_f32", 32, 1, 256, back),
+        }
+    }
+}
+
+impl Tile {
+    fn geometry(&self, sequence: usize, heads: usize, sequences: usize) -> Geometry {
+        let grid = [sequence.div_ceil(self.rows) * self.slices, heads, sequences];
+        Geometry { grid, block: self.threads, shared_bytes: self.shared_bytes }
+    }
+}
+
+/// Whether there are kernels for heads of this width.
+pub(crate) fn can_run(dtype: DType, heads: Heads) -> Result<(), Lack> {
+    Variant::of(dtype, heads.dim).map(|_| ()).ok_or(Lack::Kernel)
+}
+
+/// Heads, and what scores are multiplied by; the width too where the kernel is not made for one.
+fn shape(p: Params, l: &Launch<'_>, h: Heads) -> Params {
+    let p = p.with(int(l.sequence())).with(int(h.q)).with(int(h.kv));
+    let p = if l.precision() == DType::Bf16 { p } else { p.with(int(h.dim)) };
+    p.with(scale(h))
+}
+
+fn scale(h: Heads) -> f32 {
+    1.0 / (h.dim as f32).sqrt()
+}
+
+fn variant_of(l: &Launch<'_>, h: Heads) -> Result<Variant> {
+    Variant::of(l.precision(), h.dim)
+        .ok_or_else(|| spec::Error::failure(format!("no attention for heads of {} elements", h.dim)))
+}
+
+pub(crate) fn forward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let OpKind::Attention { heads } = *l.kind() else { not_mine!(l) };
+    let (qkv, tile) = (l.input(0), variant_of(l, heads)?.forward);
+    let params = Params::new().with(d.at(qkv)).with(d.at(l.output(0))).with(d.at(l.output(1)));
+    let sequences = qkv.rows / l.sequence();
+    d.start(tile.name, tile.geometry(l.sequence(), heads.q, sequences), shape(params, l, heads))
+}
+
+pub(crate) fn backward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let OpKind::AttentionGrad { heads } = *l.kind() else { not_mine!(l) };
+    let [qkv, o, lse, dy] = [0, 1, 2, 3].map(|i| l.input(i));
+    let (n, sequence) = (qkv.rows, l.sequence());
+    let delta: Operand = l.workspace().part(0, n * heads.q);
+    let params = Params::new().with(d.at(o)).with(d.at(dy)).with(d.at(delta));
+    let params = params.with(int(n)).with(int(sequence)).with(int(heads.q)).with(int(heads.dim));
+    d.start(variant!(l, "attention_bwd_prep"), Geometry::line((n * heads.q).div_ceil(32), 256), params)?;
+    let Variant { keys, queries, .. } = variant_of(l, heads)?;
+    for (tile, per) in [(keys, heads.kv), (queries, heads.q)] {
+        let params = Params::new().with(d.at(qkv)).with(d.at(dy)).with(d.at(lse)).with(d.at(delta));
+        let params = shape(params.with(d.at(l.output(0))), l, heads);
+        d.start(tile.name, tile.geometry(sequence, per, n / sequence), params)?;
+    }
+    Ok(())
+}
+
+/// Appends the token's keys and values to the layer's cache and attends over all of it so far.
+pub(crate) fn decode(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let OpKind::AttentionCached { heads, .. } = *l.kind() else { not_mine!(l) };
+    let params = Params::new()
+        .with(d.at(l.input(0)))
+        .with(d.at(l.output(1)))
+        .with(d.at(l.output(2)))
+        .with(d.at(l.output(0)))
+        .with(0u64)
+        .with(int(l.turn.position))
+        .with(int(heads.q))
+        .with(int(heads.kv))
+        .with(int(heads.dim))
+        .with(scale(heads));
+    d.start(variant!(l, "attention_decode"), Geometry::line(heads.q, 256), params)
+}

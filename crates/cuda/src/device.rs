@@ -1,0 +1,245 @@
+//! A GPU as the executor's device.
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use program::{Collective, Op, Program, Ticket};
+use spec::{DType, Error, Result};
+use train::{Device, Lack, Launch, Mesh, Message, Operand, Stretch, Turn};
+
+use crate::cards::{Card, card, driver};
+use crate::compile::HOPPER;
+use crate::driver::{Context, Graph, Memory, Stream};
+use crate::gemm::CublasLt;
+use crate::host_messages::HostMessages;
+use crate::module::{Geometry, Kernels, Params};
+use crate::numbers::Numbers;
+use crate::products;
+use crate::table;
+
+/// One GPU: an arena on it, a stream of work, and stretches of it recorded as graphs.
+///
+/// Fields go in this order: what was made in the context before the context.
+pub struct Cuda {
+    /// Stretches of a step, ready to be run again.
+    graphs: HashMap<Stretch, Graph>,
+    /// The stretch that is being recorded.
+    recording: Option<Stretch>,
+    /// Stretches that ran once, launch by launch: what is made lazily is made then.
+    warm: Vec<Stretch>,
+    messages: HostMessages,
+    pub(crate) kernels: Kernels,
+    pub(crate) products: CublasLt,
+    numbers: Numbers,
+    scalar: Memory,
+    arena: Memory,
+    pub(crate) stream: Stream,
+    context: Context,
+    card: Card,
+    /// Whether other ranks carry messages over the host, which nothing can record.
+    alone: bool,
+}
+
+impl Cuda {
+    /// The card for a rank of this machine, without memory yet. `CUDA_VISIBLE_DEVICES` says which cards there are; more
+    /// ranks than cards share them.
+    ///
+    /// # Errors
+    /// If a library is missing, there is no such card, or it is too old.
+    pub fn new(local_rank: usize) -> Result<Cuda> {
+        driver()?;
+        let cards = crate::cards::count()?;
+        let ordinal = (local_rank % cards.max(1)) as i32;
+        let card = card(ordinal)?;
+        card.check()?;
+        let context = Context::new(ordinal)?;
+        let arch = architecture(card.capability);
+        let extra: &[_] = if card.capability.0 == 9 { &[HOPPER] } else { &[] };
+        Ok(Cuda {
+            graphs: HashMap::new(),
+            recording: None,
+            warm: Vec::new(),
+            messages: HostMessages::default(),
+            kernels: Kernels::load(&arch, extra)?,
+            products: CublasLt::new()?,
+            numbers: Numbers::new()?,
+            scalar: Memory::new(8)?,
+            arena: Memory::none(),
+            stream: Stream::new()?,
+            context,
+            card,
+            alone: true,
+        })
+    }
+
+    /// Where an operand lies.
+    ///
+    /// # Panics
+    /// If it does not lie in the arena.
+    pub(crate) fn at(&self, of: Operand) -> u64 {
+        let end = of.offset + of.bytes();
+        assert!(end <= self.arena.bytes, "bytes {}..{end} of an arena of {}", of.offset, self.arena.bytes);
+        self.arena.base + of.offset as u64
+    }
+
+    /// The step's numbers, on the card.
+    pub(crate) fn numbers(&self) -> u64 {
+        self.numbers.address()
+    }
+
+    /// Starts a kernel on the device's stream.
+    pub(crate) fn start(&mut self, name: &'static str, geometry: Geometry, mut params: Params) -> Result<()> {
+        self.kernels.launch(&self.stream, name, geometry, &mut params)
+    }
+
+    fn place(&self) -> String {
+        format!("card {} ({})", self.card.ordinal, self.card.name)
+    }
+}
+
+/// What kernels are compiled for: Hopper's and Blackwell's own instructions need the `a` variants.
+fn architecture((major, minor): (i32, i32)) -> String {
+    let own = if major >= 9 { "a" } else { "" };
+    format!("sm_{major}{minor}{own}")
+}
+
+impl Device for Cuda {
+    fn name(&self) -> String {
+        format!("cuda, {}", self.place())
+    }
+
+    fn peak_gflops(&mut self) -> f64 {
+        self.context.bind().and_then(|()| products::peak_gflops(self)).unwrap_or(f64::NAN)
+    }
+
+    fn can_run(&self, op: &Op, precision: DType) -> Result<(), Lack> {
+        match op.comm.as_ref().map(|c| c.what) {
+            Some(Collective::AllToAll) => Err(Lack::ExpertRanks),
+            Some(Collective::Ring) => Err(Lack::Contexts),
+            Some(_) if op.only_talks() => Ok(()),
+            _ => table::can_run(&op.kind, precision),
+        }
+    }
+
+    fn workspace_len(&self, op: &Op, p: &Program) -> usize {
+        table::workspace_len(op, p)
+    }
+
+    fn allocate(&mut self, bytes: usize, mesh: &Mesh) -> Result<()> {
+        self.context.bind()?;
+        self.alone = mesh.is_alone();
+        let (free, total) = self.context.memory()?;
+        if bytes > free {
+            let gib = |b: usize| b as f64 / f64::from(1 << 30);
+            return Err(Error::user(format!(
+                "the step takes {:.2} GiB, {} has {:.2} of its {:.2} GiB free",
+                gib(bytes),
+                self.place(),
+                gib(free),
+                gib(total)
+            ))
+            .hint(
+                "a smaller layout.micro_batch, layout.recompute = \"full\", layout.zero or more ranks take less; \
+                 nvidia-smi lists who holds memory",
+            ));
+        }
+        self.arena = Memory::new(bytes).map_err(|e| e.context(self.place()))?;
+        self.stream.fill(self.arena.base, 0, bytes)?;
+        self.stream.wait()
+    }
+
+    fn allocated_bytes(&self) -> usize {
+        self.arena.bytes
+    }
+
+    fn copy_in(&mut self, to: Operand, bytes: &[u8]) -> Result<()> {
+        self.context.bind()?;
+        assert_eq!(to.bytes(), bytes.len());
+        self.stream.upload(self.at(to), bytes)
+    }
+
+    fn copy_out(&self, from: Operand, bytes: &mut [u8]) -> Result<()> {
+        self.context.bind()?;
+        assert_eq!(from.bytes(), bytes.len());
+        self.stream.download(self.at(from), bytes).map_err(|e| e.context(self.place()))
+    }
+
+    fn copy(&mut self, from: Operand, to: Operand) -> Result<()> {
+        self.context.bind()?;
+        assert_eq!(from.bytes(), to.bytes());
+        self.stream.copy(self.at(to), self.at(from), from.bytes())
+    }
+
+    fn clear(&mut self, what: Operand) -> Result<()> {
+        self.context.bind()?;
+        self.stream.fill(self.at(what), 0, what.bytes())
+    }
+
+    fn sum(&mut self, what: Operand) -> Result<f64> {
+        self.context.bind()?;
+        assert_eq!(what.dtype, DType::F64);
+        let params = Params::new().with(self.at(what)).with(self.scalar.base).with(what.len() as i64);
+        self.start("sum_f64", Geometry::line(1, 1024), params)?;
+        let mut sum = [0; 8];
+        self.stream.download(self.scalar.base, &mut sum).map_err(|e| e.context(self.place()))?;
+        Ok(f64::from_ne_bytes(sum))
+    }
+
+    fn launch(&mut self, launch: &Launch<'_>) -> Result<()> {
+        self.context.bind()?;
+        if self.recording.is_none() {
+            self.numbers.set(&self.stream, &launch.turn)?;
+        }
+        table::launch(self, launch).map_err(|e| e.context(self.place()))
+    }
+
+    fn say(&mut self, mesh: &mut Mesh, message: &Message<'_>, ticket: Option<Ticket>) -> Result<()> {
+        self.context.bind()?;
+        let Cuda { messages, stream, arena, .. } = self;
+        messages.say(stream, arena, mesh, message, ticket)
+    }
+
+    fn end(&mut self, mesh: &mut Mesh, ticket: Ticket, over: &mut dyn FnMut(Instant, Instant)) -> Result<()> {
+        self.context.bind()?;
+        mesh.end(ticket, over)?;
+        self.messages.ended(&self.stream, ticket)
+    }
+
+    fn synchronise(&mut self) -> Result<()> {
+        self.context.bind()?;
+        self.stream.wait().map_err(|e| e.context(self.place()))
+    }
+
+    fn replay(&mut self, stretch: Stretch, turn: &Turn) -> Result<bool> {
+        self.context.bind()?;
+        self.numbers.set(&self.stream, turn)?;
+        if let Some(graph) = self.graphs.get(&stretch) {
+            return self.stream.run(graph).map(|()| true);
+        }
+        if !self.alone {
+            return Ok(false);
+        }
+        if self.warm.contains(&stretch) {
+            self.stream.begin_recording()?;
+            self.recording = Some(stretch);
+        }
+        self.warm.push(stretch);
+        Ok(false)
+    }
+
+    fn recorded(&mut self) -> Result<()> {
+        let Some(stretch) = self.recording.take() else { return Ok(()) };
+        let graph = self.stream.end_recording()?;
+        self.stream.run(&graph)?;
+        self.graphs.insert(stretch, graph);
+        Ok(())
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        // Memory goes while the context is current, and after all work.
+        let _ = self.context.bind();
+        let _ = self.stream.wait();
+    }
+}

@@ -1,0 +1,22 @@
+//! NVIDIA GPUs as a device of the executor.
+//!
+//! The driver, NVRTC and cuBLASLt are looked up when a GPU is asked for; nothing of CUDA is needed to build. Kernels are
+//! in `kernels/`, one source for the GPU and for the fibers of `emulator/`, where stand-ins for the libraries let the
+//! whole device run on a machine without a GPU.
+
+mod libs;
+mod driver;
+mod cards;
+mod compile;
+mod module;
+mod gemm;
+mod device;
+mod table;
+mod products;
+mod attention;
+mod numbers;
+mod host_messages;
+
+pub use cards::{Card, Census, Found, census, has_driver};
+pub use device::Cuda;
+pub use libs::Library;

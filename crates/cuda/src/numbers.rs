@@ -1,0 +1,76 @@
+use kernels::{AdamW, AdamWScalars};
+use spec::Result;
+use train::Turn;
+
+use crate::driver::{Memory, Stream};
+
+/// What kernels read of a turn, as `kernels/gpu.h` declares it. It lies on the card, so that a recorded stretch runs
+/// again with other numbers.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Layout {
+    loss_scale: f32,
+    grad_scale: f32,
+    keep: f32,
+    keep_no_decay: f32,
+    one_minus_beta1: f32,
+    beta2: f32,
+    one_minus_beta2: f32,
+    root_correction2: f32,
+    eps: f32,
+    minus_step_size: f32,
+}
+
+/// A turn's numbers on the card.
+pub(crate) struct Numbers {
+    memory: Memory,
+    now: Layout,
+}
+
+impl Numbers {
+    pub(crate) fn new() -> Result<Numbers> {
+        Ok(Numbers { memory: Memory::new(size_of::<Layout>())?, now: Layout::default() })
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.memory.base
+    }
+
+    /// What is put on the stream from now on sees this turn's numbers.
+    pub(crate) fn set(&mut self, stream: &Stream, turn: &Turn) -> Result<()> {
+        let mut next = Layout { loss_scale: turn.loss_scale, ..self.now };
+        if let Some(update) = turn.update {
+            let plain = AdamW { weight_decay: 0.0, ..update }.scalars();
+            let AdamWScalars {
+                keep,
+                one_minus_beta1,
+                beta2,
+                one_minus_beta2,
+                root_correction2,
+                eps,
+                minus_step_size,
+                grad_scale,
+            } = update.scalars();
+            next = Layout {
+                loss_scale: next.loss_scale,
+                grad_scale,
+                keep,
+                keep_no_decay: plain.keep,
+                one_minus_beta1,
+                beta2,
+                one_minus_beta2,
+                root_correction2,
+                eps,
+                minus_step_size,
+            };
+        }
+        if next == self.now {
+            return Ok(());
+        }
+        self.now = next;
+        // SAFETY: a plain struct of f32 without padding.
+        let bytes =
+            unsafe { std::slice::from_raw_parts((&raw const self.now).cast::<u8>(), size_of::<Layout>()) };
+        stream.upload(self.memory.base, bytes)
+    }
+}

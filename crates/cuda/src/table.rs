@@ -1,0 +1,467 @@
+//! Which kernels an op's kind is, and what they are called with. Parameters follow the kernels' declarations.
+
+use program::{GroupId, Heads, NORM_CHUNK, Op, OpKind, Program, View};
+use spec::{DType, NormKind, Result};
+use train::{Gradient, Lack, Launch, Operand};
+
+use crate::attention;
+use crate::device::Cuda;
+use crate::module::{Geometry, Params};
+use crate::products;
+
+/// The two variants of a kernel, by the type of activations.
+macro_rules! variant {
+    ($l:expr, $name:literal) => {
+        if $l.precision() == DType::Bf16 { concat!($name, "_bf16") } else { concat!($name, "_f32") }
+    };
+}
+pub(crate) use variant;
+
+/// The table names a function for kinds that the function does not know.
+macro_rules! not_mine {
+    ($l:expr) => {
+        unreachable!("the table sends no {} here", $l.kind().name())
+    };
+}
+pub(crate) use not_mine;
+
+/// Puts the kernels of a launch on the device's stream.
+type Kernel = fn(&mut Cuda, &Launch<'_>) -> Result<()>;
+
+/// What computes an op of this kind.
+fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
+    use OpKind::*;
+    Ok(match kind {
+        Embed { .. } => embed,
+        EmbedGrad { .. } => embed_grad,
+        PosGrad => pos_grad,
+        Norm { .. } | NormGradInput { .. } => norm,
+        NormGradWeight { .. } | BiasGrad | HeadNormGradWeight { .. } => column_sums,
+        HeadNorm { .. } | HeadNormGradInput { .. } => head_norm,
+        Linear | LinearGradInput => products::linear,
+        LinearGradWeight => products::grad_weight,
+        Rope { .. } => rope,
+        Attention { .. } => attention::forward,
+        AttentionGrad { .. } => attention::backward,
+        AttentionCached { .. } => attention::decode,
+        SwiGlu | SwiGluGrad | Gelu { .. } | GeluGrad { .. } | Add => elementwise,
+        Xent | XentStats { .. } | XentCombine { .. } | XentGrad { .. } | LossSum { .. } => loss,
+        ShardGrads { .. } => shard_grads,
+        TieGrads { .. } => tie_grads,
+        GradNorm => grad_norm,
+        AdamW { .. } => adamw,
+        other => return Err(Lack::of(other)),
+    })
+}
+
+/// Whether there is a kernel.
+pub(crate) fn can_run(kind: &OpKind, precision: DType) -> Result<(), Lack> {
+    kernel(kind)?;
+    match kind {
+        OpKind::Attention { heads } | OpKind::AttentionGrad { heads } => {
+            attention::can_run(precision, *heads)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Puts a launch on the device's stream.
+pub(crate) fn launch(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    match kernel(l.kind()) {
+        Ok(kernel) => kernel(d, l),
+        Err(lack) => {
+            Err(spec::Error::failure(format!("{} is not executed on GPUs yet ({lack:?})", l.kind().name())))
+        }
+    }
+}
+
+/// Floats of work space that an op's kernels want.
+pub(crate) fn workspace_len(op: &Op, p: &Program) -> usize {
+    use OpKind::*;
+    let rows = |i: usize| op.ins[i].rows;
+    let cols = |v: View| p.buffer(v.buffer).cols;
+    let group = |g: GroupId| p.group(g);
+    let leaves = || op.grads[0].inner.iter().map(|r| *r as usize).product::<usize>().max(1);
+    match &op.kind {
+        Linear | LinearGradInput => products::WORKSPACE_LEN,
+        LinearGradWeight => {
+            products::grad_weight_workspace_len(&op.grads[0].inner, group(op.grads[0].group).len())
+        }
+        NormGradWeight { .. } | BiasGrad => op.grads.len() * parts(rows(0), leaves()) * cols(op.ins[0]),
+        HeadNormGradWeight { heads } => 2 * parts(rows(0), leaves()) * heads.dim,
+        EmbedGrad { .. } => rows(0) * cols(op.ins[1]) + group(op.grads[0].group).rows,
+        AttentionGrad { heads } => rows(0) * heads.q,
+        _ => 0,
+    }
+}
+
+/// The order in which leaves of a gradient are added, as kernels take it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Tree {
+    depth: i32,
+    radices: [i32; 15],
+}
+
+impl Tree {
+    /// Radices of 1 add nothing.
+    pub(crate) fn of(radices: &[u32]) -> Tree {
+        let mut tree = Tree { depth: 0, radices: [1; 15] };
+        for radix in radices.iter().filter(|r| **r > 1) {
+            tree.radices[tree.depth as usize] = *radix as i32;
+            tree.depth += 1;
+        }
+        tree
+    }
+
+    pub(crate) fn leaves(&self) -> usize {
+        self.radices[..self.depth as usize].iter().map(|r| *r as usize).product()
+    }
+}
+
+/// Threads for a row of so many elements, eight to each.
+fn row_threads(dim: usize) -> usize {
+    dim.div_ceil(8).next_multiple_of(32).clamp(32, 256)
+}
+
+/// A block for each row.
+fn by_row(rows: usize, dim: usize) -> Geometry {
+    Geometry::line(rows, row_threads(dim))
+}
+
+/// As many blocks as elements want, eight elements to a thread.
+fn by_element(len: usize) -> Geometry {
+    Geometry::line(len.div_ceil(8 * 256).clamp(1, 1 << 16), 256)
+}
+
+/// A count as kernels take it.
+pub(crate) fn int(n: usize) -> i32 {
+    i32::try_from(n).expect("a count that fits 32 bits")
+}
+
+fn embed(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let OpKind::Embed { vocab0, positions } = *l.kind() else { not_mine!(l) };
+    let (ids, table, out) = (l.input(0), l.input(1), l.output(0));
+    let from = l.turn.position * out.cols * out.dtype.bytes();
+    let table_of_positions = if positions { d.at(l.input(2)) + from as u64 } else { 0 };
+    let params = Params::new()
+        .with(d.at(ids))
+        .with(d.at(table))
+        .with(table_of_positions)
+        .with(d.at(out))
+        .with(int(vocab0))
+        .with(int(table.rows))
+        .with(int(l.sequence()))
+        .with(int(out.cols));
+    d.start(variant!(l, "embed"), by_row(ids.len(), out.cols), params)
+}
+
+/// Sums the tokens of each id into a row of work space, and brings those rows to the table.
+fn embed_grad(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let OpKind::EmbedGrad { vocab0 } = *l.kind() else { not_mine!(l) };
+    let (ids, dy, g) = (l.input(0), l.input(1), l.gradient(0));
+    let (n, tree) = (ids.len(), Tree::of(g.inner));
+    let rows = l.workspace().part(0, n * g.cols);
+    let map = l.workspace().part(n * g.cols, g.rows);
+    d.stream.fill(d.at(map), 0xff, map.bytes())?;
+    let params = Params::new()
+        .with(d.at(ids))
+        .with(d.at(dy))
+        .with(d.at(rows))
+        .with(d.at(map))
+        .with(int(vocab0))
+        .with(int(g.rows))
+        .with(int(n))
+        .with(int(n / tree.leaves()))
+        .with(int(g.cols))
+        .with(tree);
+    d.start(variant!(l, "embed_rows"), by_row(n, g.cols), params)?;
+    let params = Params::new()
+        .with(d.at(rows))
+        .with(d.at(map))
+        .with(d.at(g.levels))
+        .with(int(g.rows))
+        .with(int(g.cols))
+        .with(int(g.merge.merge))
+        .with(int(g.merge.store));
+    d.start("embed_fold", by_row(g.rows, g.cols), params)
+}
+
+fn pos_grad(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let (dy, g) = (l.input(0), l.gradient(0));
+    let len = l.sequence() * g.cols;
+    let parts = Parts { stride: len, parts: 1, part_stride: 0, len };
+    fold(d, variant!(l, "fold"), dy, parts, &g)
+}
+
+/// Where the leaves of a gradient lie: each is the sum of `parts` runs of `len` elements.
+struct Parts {
+    stride: usize,
+    parts: usize,
+    part_stride: usize,
+    len: usize,
+}
+
+/// Folds leaves in the order of the tree, and the root into the gradient's levels.
+fn fold(d: &mut Cuda, name: &'static str, from: Operand, p: Parts, g: &Gradient<'_>) -> Result<()> {
+    let level_len = g.rows * g.cols;
+    let params = Params::new()
+        .with(d.at(from))
+        .with(p.stride as i64)
+        .with(int(p.parts))
+        .with(p.part_stride as i64)
+        .with(p.len as i64)
+        .with(d.at(g.levels))
+        .with(level_len as i64)
+        .with(Tree::of(g.inner))
+        .with(int(g.merge.merge))
+        .with(int(g.merge.store));
+    d.start(name, Geometry::line(level_len.div_ceil(FOLD_BLOCK * 4).max(1), FOLD_BLOCK), params)
+}
+
+/// Threads of a block that folds.
+const FOLD_BLOCK: usize = 256;
+
+/// Brings one gradient, complete, to the levels that it is summed in.
+fn add_to_levels(d: &mut Cuda, from: Operand, g: &Gradient<'_>) -> Result<()> {
+    let len = g.rows * g.cols;
+    let alone = Gradient { inner: &[], ..*g };
+    fold(d, "fold_f32", from, Parts { stride: len, parts: 1, part_stride: 0, len }, &alone)
+}
+
+/// `to = more + from`, elementwise; `to` may be either.
+pub(crate) fn add_into(d: &mut Cuda, more: Operand, from: Operand, to: Operand) -> Result<()> {
+    let params = Params::new().with(d.at(more)).with(d.at(from)).with(0u64).with(d.at(to));
+    let params = params.with(from.len() as i64).with(int(from.cols));
+    d.start("add_f32", by_element(from.len()), params)
+}
+
+fn norm(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let x = l.input(0);
+    let (n, dim) = (x.rows, x.cols);
+    let at = |d: &Cuda, i: usize| d.at(l.input(i));
+    let (name, params) = match *l.kind() {
+        OpKind::Norm { norm, eps } => {
+            let layer = norm == NormKind::Layer;
+            let params = Params::new().with(at(d, 0)).with(at(d, 1));
+            let params = if layer { params.with(at(d, 2)) } else { params };
+            let params = params.with(d.at(l.output(0))).with(d.at(l.output(1)));
+            let params = if layer { params.with(int(n)) } else { params };
+            let name = if layer { variant!(l, "layer_norm") } else { variant!(l, "rms_norm") };
+            (name, params.with(int(dim)).with(eps))
+        }
+        OpKind::NormGradInput { norm } => {
+            let layer = norm == NormKind::Layer;
+            let acc = l.acc().map_or(0, |acc| d.at(acc));
+            let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(at(d, 2)).with(at(d, 3));
+            let params = params.with(acc).with(d.at(l.output(0)));
+            let params = if layer { params.with(int(n)) } else { params };
+            let name = if layer { variant!(l, "layer_norm_dx") } else { variant!(l, "rms_norm_dx") };
+            (name, params.with(int(dim)))
+        }
+        _ => not_mine!(l),
+    };
+    d.start(name, by_row(n, dim), params)
+}
+
+fn head_norm(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let at = |d: &Cuda, i: usize| d.at(l.input(i));
+    let shape = |p: Params, h: Heads| p.with(int(h.q)).with(int(h.kv)).with(int(h.dim));
+    let (name, heads, params) = match *l.kind() {
+        OpKind::HeadNorm { heads, eps } => {
+            let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(at(d, 2));
+            let params = params.with(d.at(l.output(0))).with(d.at(l.output(1)));
+            (variant!(l, "qk_norm"), heads, shape(params, heads).with(eps))
+        }
+        OpKind::HeadNormGradInput { heads } => {
+            let params = (0..5).fold(Params::new(), |p, i| p.with(at(d, i))).with(d.at(l.output(0)));
+            (variant!(l, "qk_norm_dx"), heads, shape(params, heads))
+        }
+        _ => not_mine!(l),
+    };
+    d.start(name, by_row(l.input(0).rows, (heads.q + heads.kv) * heads.dim), params)
+}
+
+/// Rows whose column sums make one part of a leaf.
+const CHUNK: usize = 128;
+
+/// Columns of a block of column sums.
+const COLUMNS: usize = 64;
+
+/// Parts of all leaves among `n` rows: parts never cross leaves.
+fn parts(n: usize, leaves: usize) -> usize {
+    leaves * (n / leaves).div_ceil(CHUNK)
+}
+
+/// Gradients that are sums over rows: of norms' weights and of biases.
+fn column_sums(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let dy = l.input(0);
+    let n = dy.rows;
+    let at = |d: &Cuda, i: usize| d.at(l.input(i));
+    let g = l.gradient(0);
+    let leaves = Tree::of(g.inner).leaves();
+    let (count, leaf_rows) = (parts(n, leaves), n / leaves);
+    let mut dim = dy.cols;
+    let part = |i: usize, dim: usize| l.workspace().part(i * count * dim, count * dim);
+    let (name, outs, params) = match *l.kind() {
+        OpKind::BiasGrad => {
+            let params = Params::new().with(at(d, 0)).with(d.at(part(0, dim)));
+            (variant!(l, "bias_dw"), 1, params.with(int(dim)))
+        }
+        OpKind::NormGradWeight { norm: NormKind::Rms } => {
+            let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(at(d, 2));
+            (variant!(l, "rms_norm_dw"), 1, params.with(d.at(part(0, dim))).with(int(dim)))
+        }
+        OpKind::NormGradWeight { norm: NormKind::Layer } => {
+            let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(at(d, 2));
+            let params = params.with(d.at(part(0, dim))).with(d.at(part(1, dim)));
+            (variant!(l, "layer_norm_dw"), 2, params.with(int(n)).with(int(dim)))
+        }
+        OpKind::HeadNormGradWeight { heads: h } => {
+            dim = h.dim;
+            let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(at(d, 2));
+            let params = params.with(d.at(part(0, dim))).with(d.at(part(1, dim)));
+            (variant!(l, "qk_norm_dw"), 2, params.with(int(h.q)).with(int(h.kv)).with(int(dim)))
+        }
+        _ => not_mine!(l),
+    };
+    let params = params.with(int(CHUNK)).with(int(leaf_rows));
+    let grid = [dim.div_ceil(COLUMNS), count, 1];
+    d.start(name, Geometry { grid, block: 256, shared_bytes: 0 }, params)?;
+    let per_leaf = count / leaves;
+    for i in 0..outs {
+        let leaf = Parts { stride: per_leaf * dim, parts: per_leaf, part_stride: dim, len: dim };
+        fold(d, "fold_f32", part(i, dim), leaf, &l.gradient(i))?;
+    }
+    Ok(())
+}
+
+fn rope(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let OpKind::Rope { heads: h, inverse } = *l.kind() else { not_mine!(l) };
+    let (n, positions) = (l.input(0).rows, l.input(1).rows);
+    // One token of a generation, or whole sequences.
+    let sequence = if n == 1 { positions } else { l.sequence() };
+    let params = Params::new()
+        .with(d.at(l.output(0)))
+        .with(d.at(l.input(1)))
+        .with(d.at(l.input(2)))
+        .with(int(sequence))
+        .with(int(h.q))
+        .with(int(h.kv))
+        .with(int(h.dim))
+        .with(int(l.turn.position))
+        .with(i32::from(inverse));
+    d.start(variant!(l, "rope"), by_row(n, (h.q + h.kv) * h.dim), params)
+}
+
+fn elementwise(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let (x, y) = (l.input(0), l.output(0));
+    let at = |d: &Cuda, i: usize| d.at(l.input(i));
+    let out = d.at(y);
+    let (name, params) = match *l.kind() {
+        OpKind::SwiGlu => {
+            let params = Params::new().with(at(d, 0)).with(out).with(int(x.rows)).with(int(x.cols / 2));
+            (variant!(l, "swiglu"), params)
+        }
+        OpKind::SwiGluGrad => {
+            let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(out);
+            (variant!(l, "swiglu_dx"), params.with(int(x.rows)).with(int(x.cols)))
+        }
+        OpKind::Gelu { tanh } => {
+            let params = Params::new().with(at(d, 0)).with(out).with(x.len() as i64).with(i32::from(tanh));
+            (variant!(l, "gelu"), params)
+        }
+        OpKind::GeluGrad { tanh } => {
+            let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(out);
+            (variant!(l, "gelu_dx"), params.with(x.len() as i64).with(i32::from(tanh)))
+        }
+        OpKind::Add => {
+            let bias = if l.inputs() > 2 { at(d, 2) } else { 0 };
+            let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(bias).with(out);
+            (variant!(l, "add"), params.with(x.len() as i64).with(int(x.cols)))
+        }
+        _ => not_mine!(l),
+    };
+    d.start(name, by_element(x.len()), params)
+}
+
+/// Threads for a row of logits.
+const VOCAB_THREADS: usize = 512;
+
+fn loss(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let (x, numbers) = (l.input(0), d.numbers());
+    let at = |d: &Cuda, i: usize| d.at(l.input(i));
+    let rows = Geometry::line(x.rows, VOCAB_THREADS);
+    match *l.kind() {
+        OpKind::Xent => {
+            let params = Params::new().with(d.at(l.output(0))).with(at(d, 1)).with(numbers);
+            let params = params.with(d.at(l.output(1))).with(int(x.cols));
+            d.start(variant!(l, "xent"), rows, params)
+        }
+        OpKind::XentStats { vocab0 } => {
+            let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(int(vocab0));
+            let params = params.with(d.at(l.output(0))).with(int(x.cols));
+            d.start(variant!(l, "xent_stats"), rows, params)
+        }
+        OpKind::XentCombine { shards } => {
+            let n = x.rows / shards;
+            let params = Params::new().with(at(d, 0)).with(int(shards)).with(d.at(l.output(0))).with(int(n));
+            d.start("xent_combine", Geometry::line(n.div_ceil(256), 256), params)
+        }
+        OpKind::XentGrad { vocab0 } => {
+            let params = Params::new().with(d.at(l.output(0))).with(at(d, 1)).with(int(vocab0));
+            let params = params.with(at(d, 2)).with(numbers).with(d.at(l.output(1))).with(int(x.cols));
+            d.start(variant!(l, "xent_grad"), rows, params)
+        }
+        OpKind::LossSum { .. } => {
+            let params = Params::new().with(at(d, 0)).with(d.at(l.output(0))).with(int(x.len()));
+            d.start("loss_sum", Geometry::line(1, 1024), params)
+        }
+        _ => not_mine!(l),
+    }
+}
+
+/// Adds one micro-batch's scattered gradients to the partial sums of the owned shards, in tree order.
+fn shard_grads(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    (0..l.inputs()).try_for_each(|i| {
+        let g = l.gradient(i);
+        if g.rows * g.cols == 0 { Ok(()) } else { add_to_levels(d, l.input(i), &g) }
+    })
+}
+
+fn tie_grads(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let (x, y) = (l.input(0), l.output(0));
+    let params = Params::new().with(d.at(x)).with(d.at(y)).with(x.len() as i64);
+    d.start("accumulate_f32", by_element(x.len()), params)
+}
+
+/// Sums squares by chunk, so that their total does not depend on who held what.
+fn grad_norm(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let all = l.output(0);
+    d.stream.fill(d.at(all), 0, all.bytes())?;
+    (0..l.inputs()).filter(|i| !l.input(*i).is_empty()).try_for_each(|i| {
+        let (x, sums) = (l.input(i), l.output(i + 1));
+        let params = Params::new().with(d.at(x)).with(d.at(sums)).with(x.len() as i64);
+        d.start("sum_squares", Geometry::line(x.len().div_ceil(NORM_CHUNK), 256), params)
+    })
+}
+
+fn adamw(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let OpKind::AdamW { decay, .. } = *l.kind() else { not_mine!(l) };
+    let grad = l.input(0);
+    if grad.is_empty() {
+        return Ok(());
+    }
+    let out = |d: &Cuda, i: usize| d.at(l.output(i));
+    let params = Params::new().with(out(d, 0));
+    let params = if l.precision() == DType::Bf16 { params.with(out(d, 3)) } else { params };
+    let params = params
+        .with(out(d, 1))
+        .with(out(d, 2))
+        .with(d.at(grad))
+        .with(d.numbers())
+        .with(grad.len() as i64)
+        .with(i32::from(decay));
+    let geometry = Geometry::line(grad.len().div_ceil(4 * 256).clamp(1, 1 << 16), 256);
+    d.start(variant!(l, "adamw"), geometry, params)
+}

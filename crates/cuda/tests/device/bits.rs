@@ -1,0 +1,93 @@
+//! The same bits whenever the numerics contract promises them.
+
+use std::collections::BTreeMap;
+
+use comm::World;
+use program::{Mode, Request};
+use spec::{DType, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
+use train::{Executor, Mesh};
+
+use crate::common::{SEQUENCE, first_difference, steps, weights};
+use crate::{Cuda, executor, gpu, models};
+
+type Weights = BTreeMap<String, Vec<u32>>;
+
+/// Weights after five steps of one rank: two call by call, the rest as recorded.
+fn alone(model: &ModelSpec, layout: &Layout, precision: DType, record: bool) -> Option<Weights> {
+    let mut exec = executor(Box::new(gpu()?), model, layout, precision, record);
+    steps(&mut exec, model.vocab, 1, 6);
+    Some(weights(&exec))
+}
+
+/// The same over the ranks of a layout, which share the GPU.
+fn together(model: &ModelSpec, layout: &Layout, precision: DType) -> Weights {
+    let worlds = World::threads(layout.world()).expect("ranks");
+    let all: Vec<Weights> = std::thread::scope(|scope| {
+        let ranks: Vec<_> = worlds
+            .into_iter()
+            .map(|world| {
+                scope.spawn(move || {
+                    let rank = world.rank();
+                    let mesh = Mesh::new(world, layout).expect("groups");
+                    let (sequence, sequences, mode) = (SEQUENCE, 4, Mode::Train);
+                    let request = Request { model, layout, sequence, sequences, precision, rank, mode };
+                    let device = Box::new(Cuda::new(rank).expect("the same GPU"));
+                    let mut exec = Executor::on(device, &request, mesh, false).expect("a program");
+                    exec.initialise(model, 11).expect("weights");
+                    steps(&mut exec, model.vocab, 1, 6);
+                    weights(&exec)
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|r| r.join().expect("a rank")).collect()
+    });
+    all.into_iter().flatten().collect()
+}
+
+fn check(expected: &Weights, found: &Weights, what: &str) {
+    let mut expected = expected.clone();
+    // Ranks under ZeRO 3 hold no whole parameters to compare.
+    expected.retain(|name, _| found.contains_key(name));
+    assert!(!expected.is_empty(), "{what}: nothing to compare");
+    if let Some(difference) = first_difference(&expected, found) {
+        panic!("{what}: {difference}");
+    }
+}
+
+#[test]
+fn splits_recompute_and_recording() {
+    for (model, precision) in models().iter().zip([DType::Bf16, DType::F32, DType::Bf16]) {
+        let one = Layout::default();
+        let Some(expected) = alone(model, &one, precision, false) else { return };
+        let find = |layout: Layout, record| alone(model, &layout, precision, record).expect("the same GPU");
+        check(&expected, &find(one.clone(), false), "the same again");
+        check(&expected, &find(one.clone(), true), "call by call");
+        for micro_batch in [2, 4] {
+            let layout = Layout { micro_batch, ..one.clone() };
+            check(&expected, &find(layout, false), &format!("{micro_batch} sequences at once"));
+        }
+        for recompute in [Recompute::Selective, Recompute::Full] {
+            let layout = Layout { micro_batch: 2, recompute, ..one.clone() };
+            check(&expected, &find(layout, false), &format!("{recompute:?} recompute"));
+        }
+    }
+}
+
+#[test]
+fn layouts() {
+    let model = &models()[0];
+    let one = Layout::default();
+    let Some(expected) = alone(model, &one, DType::Bf16, false) else { return };
+    for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
+        let layout = Layout { dp: 2, zero, ..one.clone() };
+        let found = together(model, &layout, DType::Bf16);
+        if zero == Zero::Parameters && found.is_empty() {
+            continue;
+        }
+        check(&expected, &found, &format!("dp 2, {zero:?}"));
+    }
+    let pipeline = Layout { pp: 2, schedule: PipelineSchedule::OneFOneB, ..one.clone() };
+    check(&expected, &together(model, &pipeline, DType::Bf16), "pp 2");
+    let both = Layout { pp: 2, dp: 2, ..one };
+    check(&expected, &together(model, &both, DType::Bf16), "pp 2, dp 2");
+}

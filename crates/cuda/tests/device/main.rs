@@ -1,0 +1,88 @@
+//! The executor on a GPU: against the CPU, against itself under other splits and layouts, and over recorded stretches.
+//!
+//! Without a GPU the same tests run in the emulator: stand-ins of the driver and its libraries execute the kernels on
+//! the CPU. Without a GPU and without g++ they say so and pass.
+
+#[path = "../../../train/tests/common/mod.rs"]
+mod common;
+mod against_cpu;
+mod bits;
+mod checkpoints;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use cuda::Cuda;
+use program::{Mode, Request};
+use spec::{DType, Layout, ModelSpec};
+use train::{Cpu, Device, Executor, Mesh};
+
+/// Set for the tests that run in the emulator.
+const EMULATED: &str = "PHALANX_TESTS_EMULATED";
+
+/// A GPU, or nothing and a line that says why.
+fn gpu() -> Option<Cuda> {
+    match Cuda::new(0) {
+        Ok(device) => Some(device),
+        Err(e) if std::env::var_os(EMULATED).is_some() => panic!("no device in the emulator: {e}"),
+        Err(e) => {
+            println!("skipped: {e}");
+            None
+        }
+    }
+}
+
+fn cpu() -> Box<dyn Device> {
+    Box::new(Cpu::new(1))
+}
+
+/// An executor with weights of its own seed.
+fn executor(
+    device: Box<dyn Device>,
+    model: &ModelSpec,
+    layout: &Layout,
+    precision: DType,
+    record: bool,
+) -> Executor {
+    let (sequence, sequences) = (common::SEQUENCE, 4);
+    let request = Request { model, layout, sequence, sequences, precision, rank: 0, mode: Mode::Train };
+    let mut exec = Executor::on(device, &request, Mesh::alone(), record).expect("a program");
+    exec.initialise(model, 11).expect("weights");
+    exec
+}
+
+/// Models with every kind of op: Llama's, Qwen's with norms of heads and a tied table, GPT-2's.
+fn models() -> [ModelSpec; 3] {
+    [common::model(2, false, false), common::model(2, true, false), common::model(2, true, true)]
+}
+
+/// Runs all of the above where there is no GPU.
+#[test]
+fn in_the_emulator() {
+    if std::env::var_os(EMULATED).is_some() || Cuda::new(0).is_ok() {
+        return;
+    }
+    let Some(libraries) = stand_ins() else { return };
+    let tests = std::env::current_exe().expect("this program");
+    let status = Command::new(tests)
+        .args(["--test-threads", "2"])
+        .env(EMULATED, "1")
+        .env("LD_LIBRARY_PATH", &libraries)
+        .env("XDG_CACHE_HOME", libraries.join("cache"))
+        .status()
+        .expect("started");
+    assert!(status.success(), "the tests fail in the emulator");
+}
+
+/// Builds the stand-ins; nothing and a line that says why if there is no compiler.
+fn stand_ins() -> Option<PathBuf> {
+    if Command::new("g++").arg("--version").output().is_err() {
+        println!("skipped: no GPU, and no g++ to build the emulator with");
+        return None;
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator");
+    let built = Command::new("bash").arg(root.join("emulator/build.sh")).arg(&out).status().expect("bash");
+    assert!(built.success(), "the emulator does not build");
+    Some(out)
+}
