@@ -1,0 +1,83 @@
+"""What accept.sh runs: the runs that must agree, the steps that are timed, and the goals they are held to."""
+
+import dataclasses
+
+PRECISIONS = ("f32", "bf16")
+
+# The model of the runs that are compared: grouped queries, wide enough for every kernel's fast path.
+COMPARED = ["model.preset=llama-tiny-ref", "model.layers=4", "model.hidden=256", "model.heads=4", "model.kv_heads=2",
+            "model.head_dim=64", "model.ffn=704", "model.vocab=1024", "data.vocab_size=1024", "data.split=1,0,0",
+            "batch.sequence=256", "batch.sequences=8", "train.steps=6", "train.eval_every=0", "train.sample_tokens=0",
+            "optim.lr=1e-2", "schedule.warmup_steps=1", "checkpoint.every=0"]
+COMPARED_TINY = ["model.hidden=64", "model.head_dim=16", "model.ffn=96", "batch.sequence=32", "run.threads=1"]
+COMPARED_TOKENS, COMPARED_VOCAB, COMPARED_STEPS, STOPPED_AT = 60_000, 1024, 6, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of the invariance matrix: keys beyond COMPARED, and how close it must come to the first."""
+
+    name: str
+    keys: tuple = ()
+    ranks: int = 1
+    same_bits: bool = True
+
+
+RUNS = [
+    Run("alone", ("layout.micro_batch=8",)),
+    Run("again", ("layout.micro_batch=8",)),
+    Run("micro-batch 1", ("layout.micro_batch=1",)),
+    Run("micro-batch 2", ("layout.micro_batch=2",)),
+    Run("micro-batch 4", ("layout.micro_batch=4",)),
+    Run("recompute selective", ("layout.recompute=selective", "layout.micro_batch=4")),
+    Run("recompute full", ("layout.recompute=full", "layout.micro_batch=2")),
+    Run("dp 2", ("layout.dp=2", "layout.micro_batch=4"), 2),
+    Run("dp 4", ("layout.dp=4", "layout.micro_batch=1"), 4),
+    Run("dp 2, zero 1", ("layout.dp=2", "layout.zero=1", "layout.micro_batch=2"), 2),
+    Run("dp 2, zero 2", ("layout.dp=2", "layout.zero=2", "layout.micro_batch=2"), 2),
+    Run("dp 4, zero 3", ("layout.dp=4", "layout.zero=3", "layout.micro_batch=2"), 4),
+    Run("pp 2", ("layout.pp=2", "layout.micro_batch=2"), 2),
+    Run("pp 2, gpipe", ("layout.pp=2", "layout.schedule=gpipe", "layout.micro_batch=1"), 2),
+    Run("pp 2, interleaved", ("layout.pp=2", "layout.schedule=interleaved", "layout.chunks=2", "layout.micro_batch=1"), 2),
+    Run("pp 4, zero-bubble", ("layout.pp=4", "layout.schedule=zero-bubble", "layout.micro_batch=1"), 4),
+    Run("dp 2, pp 2, zero 1", ("layout.dp=2", "layout.pp=2", "layout.zero=1", "layout.micro_batch=1"), 4),
+    Run("tp 2", ("layout.tp=2", "layout.micro_batch=4"), 2, same_bits=False),
+]
+# Relative distance of a step's loss where bits may differ: tensor parallelism, and a checkpoint that changes device.
+CLOSE = {"f32": 1e-4, "bf16": 1e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step that is timed on both sides: ours by keys, the peer by the name that models.py has."""
+
+    model: str
+    batch: int
+    keys: tuple
+    # mode of the peer (and its attention): the least ratio of its seconds to ours, None where none is promised
+    peers: dict
+    sequence: int
+    mfu: float | None = None
+    # Both sides fit side by side on a card of so many GiB; a smaller one runs one after the other.
+    together_gib: int = 0
+
+
+STEPS = [
+    Step("reference-13.8m", 8, ("model.preset=llama-tiny-ref",), {"graphs": 1.2, "capture": None, "compile": None, "eager": 2.0}, 256),
+    Step("gpt2-124m", 32, ("model.preset=gpt2", "model.vocab=50304"), {"compile": 1.15}, 1024, together_gib=70),
+    Step("llama-1.1b", 4, ("model.preset=tinyllama-1.1b", "model.max_positions=4096"), {"compile": 1.05, "compile+cudnn": None}, 4096,
+         mfu=0.5, together_gib=130),
+]
+MEMORY_GOAL = 0.9  # ours over the peer's max_memory_reserved
+ATTENTION_GOAL = 0.9  # ours over the better backend
+TIMED, WARMUP, TURN = 20, 5, 5  # steps: counted, before, in a row of one side
+TINY_KEYS = ("model.layers=2", "model.hidden=64", "model.heads=4", "model.kv_heads=4", "model.head_dim=16", "model.ffn=96", "model.vocab=512",
+             "data.vocab_size=512", "batch.sequence=64", "run.threads=1")
+
+# Seconds that a stage may take; the whole has --minutes.
+LIMITS = {"devices": 20, "kernels": 90, "sanitizer": 120, "rust": 120, "runs": 110, "checkpoints": 60, "golden": 75,
+          "steps": 240, "attention": 50, "gemm": 50}
+# What the checks leave of the minutes to the timed steps.
+KEPT_FOR_TIMING_S = 210
+# Tests of kernels that the sanitizer watches with each of its tools; all others run without.
+SANITIZED_TOOLS = ("memcheck", "racecheck")
