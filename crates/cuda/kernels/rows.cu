@@ -47,6 +47,9 @@ template <class T, int K> struct Row {
   }
 };
 
+// Weights come from the second-level cache: they are held from before the barrier only where there is room.
+template <class T, int K> using Weights = Row<T, (K <= 2 ? K : 0)>;
+
 // Groups of eight that a thread has of a row.
 __device__ __forceinline__ int groups(int dim) { return (dim + 8 * (int)blockDim.x - 1) / (8 * (int)blockDim.x); }
 
@@ -69,7 +72,8 @@ __device__ __forceinline__ void rms_norm(const T* x, const T* w, T* y, float* rs
                                          float* slots) {
   x += (long long)blockIdx.x * dim;
   y += (long long)blockIdx.x * dim;
-  Row<T, K> row, weight;
+  Row<T, K> row;
+  Weights<T, K> weight;
   row.fetch(x, dim, wide);
   weight.fetch(w, dim, wide);
   float squares = 0, v[8], g[8];
@@ -94,7 +98,8 @@ __device__ __forceinline__ void layer_norm(const T* x, const T* w, const T* b, T
                                            float eps, bool wide, float* slots) {
   x += (long long)blockIdx.x * dim;
   y += (long long)blockIdx.x * dim;
-  Row<T, K> row, weight, bias;
+  Row<T, K> row;
+  Weights<T, K> weight, bias;
   row.fetch(x, dim, wide);
   weight.fetch(w, dim, wide);
   bias.fetch(b, dim, wide);
@@ -135,7 +140,8 @@ __device__ __forceinline__ void norm_dx(const T* dy, const T* x, const T* w, flo
   long long from = (long long)blockIdx.x * dim;
   dy += from, x += from, dx += from;
   if (acc) acc += from;
-  Row<T, K> gradient, row, weight;
+  Row<T, K> gradient, row;
+  Weights<T, K> weight;
   gradient.fetch(dy, dim, wide);
   row.fetch(x, dim, wide);
   weight.fetch(w, dim, wide);
@@ -226,7 +232,7 @@ __device__ __forceinline__ void norm_dw(const T* dy, const T* x, const float* me
   int at = (int)blockIdx.x * COLUMNS + (int)threadIdx.x % 8 * 8;
   bool wide = dim % 8 == 0 && aligned16(dy) && (KIND == BIAS || aligned16(x));
   float w[8] = {0, 0, 0, 0, 0, 0, 0, 0}, b[8] = {0, 0, 0, 0, 0, 0, 0, 0}, g[8], v[8];
-#pragma unroll 4
+#pragma unroll 2
   for (int i = (int)threadIdx.x / 8; i < rows.count; i += ROW_LANES) {
     long long row = rows.first + i;
     get8(dy + row * dim, at, dim, wide).unpack(g);
