@@ -382,6 +382,7 @@ int main(int count, char** words) {
   int failed = 0;
   for (auto& c : cases) {
     if (count > 2 && std::string(words[2]) != c.name) continue;
+    std::fflush(nullptr);
     pid_t child = fork();
     if (child == 0) {
       for (auto* e : c.environment) putenv(const_cast<char*>(e));

@@ -1,0 +1,63 @@
+// AdamW with the bits of its formula in f32, and norms in f64.
+#include "../../kernels/optim.cu"
+#include "../test.h"
+
+// Each operation rounded, as the host's kernels do it; `volatile` keeps a compiler from fusing.
+static float formula(const Numbers& c, float keep, float& w, float& m, float& v, float gradient) {
+  volatile float g = gradient * c.grad_scale, kept = w * keep, d = g - m, moved = c.one_minus_beta1 * d;
+  m = m + moved;
+  volatile float decayed = v * c.beta2, part = c.one_minus_beta2 * g, square = part * g;
+  v = decayed + square;
+  volatile float root = std::sqrt(v), corrected = root / c.root_correction2, under = corrected + c.eps;
+  volatile float over = c.minus_step_size * m, change = over / under;
+  return w = kept + change;
+}
+
+static void updates(int len, int blocks, int decay, uint64_t seed) {
+  Random r(seed);
+  Numbers c{1.0f, 0.7f, 0.999f, 1.0f, 0.1f, 0.95f, 0.05f, 0.31f, 1e-8f, -3e-4f};
+  auto w = random_values<float>(r, len), m = random_values<float>(r, len, 1e-3), v = random_values<float>(r, len, 1e-6, 1e-6);
+  auto g = random_values<float>(r, len, 1e-3);
+  Buffer<Numbers> numbers(std::vector<Numbers>{c});
+  Buffer<float> dg(g);
+  std::string is = "adamw " + std::to_string(len);
+  for (bool half : {false, true}) {
+    Buffer<float> dw(w), dm(m), dv(v);
+    Buffer<uint16_t> param(len);
+    if (half) LAUNCH(adamw_bf16, dim3(blocks), dim3(256), 0, param.ptr(), dw.ptr(), dm.ptr(), dv.ptr(), dg.ptr(), numbers.ptr(), (long long)len, decay);
+    else LAUNCH(adamw_f32, dim3(blocks), dim3(256), 0, dw.ptr(), dm.ptr(), dv.ptr(), dg.ptr(), numbers.ptr(), (long long)len, decay);
+    auto ew = w, em = m, ev = v;
+    std::vector<uint16_t> rounded;
+    for (int i = 0; i < len; ++i) rounded.push_back(host_f2bf(formula(c, decay ? c.keep : c.keep_no_decay, ew[i], em[i], ev[i], g[i])));
+    check_same(is + " w", dw.read(), ew);
+    check_same(is + " m", dm.read(), em);
+    check_same(is + " v", dv.read(), ev);
+    if (half) check_same(is + " bf16", param.read(), rounded);
+  }
+}
+
+int main() {
+  for_seeds(3, [](uint64_t seed) {
+    for (int len : {1, 4, 33, 1024, 2500}) updates(len, 1 + int(seed % 2), int(seed % 2), seed);
+    Random r(seed);
+    for (int len : {1, 33, 4096, 4097, 13000}) {
+      auto x = random_values<float>(r, len);
+      int chunks = (len + NORM_CHUNK - 1) / NORM_CHUNK;
+      std::vector<double> expected(chunks), total(1);
+      for (int i = 0; i < len; ++i) expected[i / NORM_CHUNK] += double(x[i]) * x[i], total[0] += double(x[i]) * x[i];
+      Buffer<float> dx(x);
+      Buffer<double> partials(chunks), sum(1);
+      LAUNCH(sum_squares, dim3(chunks), dim3(256), 0, dx.ptr(), partials.ptr(), (long long)len);
+      check("sum of squares " + std::to_string(len), partials.read(), expected, 1e-13);
+      LAUNCH(sum_f64, dim3(1), dim3(1024), 0, partials.ptr(), sum.ptr(), (long long)chunks);
+      check("their sum " + std::to_string(len), sum.read(), total, 1e-13);
+    }
+    auto x = random_values<double>(r, 5000);
+    std::vector<double> total(1);
+    for (double v : x) total[0] += v;
+    Buffer<double> dx(x), sum(1);
+    LAUNCH(sum_f64, dim3(1), dim3(1024), 0, dx.ptr(), sum.ptr(), 5000LL);
+    check("sum of 5000", sum.read(), total, 1e-12);
+  });
+  return finish();
+}
