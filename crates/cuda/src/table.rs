@@ -143,7 +143,7 @@ fn embed(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let OpKind::Embed { vocab0, positions } = *l.kind() else { not_mine!(l) };
     let (ids, table, out) = (l.input(0), l.input(1), l.output(0));
     let from = l.turn.position * out.cols * out.dtype.bytes();
-    let table_of_positions = if positions { d.at(l.input(2)) + from as u64 } else { 0 };
+    let table_of_positions = if positions && l.inputs() > 2 { d.at(l.input(2)) + from as u64 } else { 0 };
     let params = Params::new()
         .with(d.at(ids))
         .with(d.at(table))

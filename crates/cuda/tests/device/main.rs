@@ -53,7 +53,8 @@ fn executor(
 
 /// Models with every kind of op: Llama's, Qwen's with norms of heads and a tied table, GPT-2's.
 fn models() -> [ModelSpec; 3] {
-    [common::model(2, false, false), common::model(2, true, false), common::model(2, true, true)]
+    let wide = |model: ModelSpec| ModelSpec { head_dim: 16, ..model };
+    [(false, false), (true, false), (true, true)].map(|(tied, gpt2)| wide(common::model(2, tied, gpt2)))
 }
 
 /// Runs all of the above where there is no GPU.
