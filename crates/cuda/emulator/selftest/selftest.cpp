@@ -124,6 +124,7 @@ static void replays_graphs() {
   start();
   Address x = memory(4 * 64), y = memory(4 * 64);
   void *s = stream(), *t = stream(), *e = event(), *f = event(), *graph, *ready;
+  function("double_it");
   put(x, std::vector<float>(64, 1));
   put(y, std::vector<float>(64, 1));
   OK(cu("cuStreamBeginCapture_v2", s, 1));
@@ -157,6 +158,7 @@ static void refuses_recordings() {
   Address x = memory(256);
   void *s = stream(), *t = stream(), *e = event(), *graph;
   std::vector<float> pageable(64);
+  function("double_it");
   auto spoiled = [&](std::function<int()> what, int expected) {
     OK(cu("cuStreamBeginCapture_v2", s, 1));
     EXPECT(what() == expected);
