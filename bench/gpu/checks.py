@@ -80,10 +80,10 @@ def need_programs(a, kind, stage=None):
 
 
 def runs(a):
-    """Jobs of the invariance matrix; `agree` judges them afterwards."""
+    """Jobs of the invariance matrix; `agree` judges them and the checkpoints afterwards."""
     if not a.prefix.with_name("tokens.bin").exists():
         tokens.write(a.prefix, tokens.made_up(matrix.COMPARED_VOCAB, matrix.COMPARED_TOKENS, 3))
-    a.trained = {}
+    a.trained, a.continued = {}, []
 
     def one(precision, run):
         got = train(a, a.folder / "runs" / precision / slug(run.name), precision, run.keys, run.ranks, a.device)
@@ -98,6 +98,9 @@ def agree(a):
         for run in matrix.RUNS:
             got = a.trained.get((precision, run.name))
             judge(a, "runs", f"{precision} {run.name}", got, base, run.same_bits, matrix.CLOSE[precision])
+    for precision, item, got, same_bits in sorted(a.continued, key=lambda c: c[:2]):
+        base = a.trained.get((precision, matrix.RUNS[0].name))
+        judge(a, "checkpoints", item, got, base, same_bits, matrix.CLOSE[precision])
 
 
 def judge(a, stage, item, got, base, same_bits, close):
@@ -161,14 +164,13 @@ def checkpoints(a):
         folder = a.folder / "checkpoints" / precision / f"{first}-{second}"
         before = train(a, folder, precision, key, 1, first, stop_after=stop, export=False)
         if before.problem:
-            a.results.add("checkpoints", item, FAILED, before.seconds, f"before the change: {before.problem}")
+            a.continued.append((precision, item, before, False))
             return
         after = train(a, folder, precision, key, 1, second)
         after.steps, after.seconds = before.steps + after.steps, before.seconds + after.seconds
         if len(after.steps) != whole and not after.problem:
             after.problem = f"{len(after.steps)} steps in all, expected {whole}"
-        base = a.trained.get((precision, matrix.RUNS[0].name))
-        judge(a, "checkpoints", item, after, base, first == second == a.device, matrix.CLOSE[precision])
+        a.continued.append((precision, item, after, first == second == a.device))
 
     if not hasattr(a, "trained"):
         a.results.add("checkpoints", "all", SKIPPED, note="they are held to the stage `runs`, which was not asked for")

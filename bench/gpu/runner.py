@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 
-OK, FAILED, SKIPPED, CUT = "ok", "FAILED", "skipped", "cut short"
+OK, MISSED, FAILED, SKIPPED, CUT = "ok", "missed", "FAILED", "skipped", "cut short"
 
 
 class Results:
@@ -42,7 +42,7 @@ class Results:
 
 
 def line(row):
-    return f"{row['stage']:<11}{row['item']:<34.34}{row['state']:<10}{row['seconds']:>7.1f} s  {row['note']}".rstrip()
+    return f"{row['stage']:<12}{row['item']:<34.34}{row['state']:<10}{row['seconds']:>7.1f} s  {row['note']}".rstrip()
 
 
 class Done:

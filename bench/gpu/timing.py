@@ -1,126 +1,154 @@
 """Stages of accept.sh that measure: training steps in turn with PyTorch, attention, matrix products."""
 
+import os
 import re
 import select
 import statistics
 import subprocess
+import tempfile
 import time
 
 import matrix
-from runner import CUT, FAILED, OK, SKIPPED, end, json_lines, programs
+from runner import CUT, FAILED, MISSED, OK, SKIPPED, end, json_lines, programs
 
 PEAK_TFLOPS, REACHED_TFLOPS = 989.4, 790.0
 
 
 def prepare_peers(a):
-    """Compiles the peers once, so that the timed ones find their kernels in torch.compile's cache: jobs of one sequence."""
+    """Compiles the peers while the checks run, so that the timed ones find their kernels in torch.compile's cache.
+
+    The large ones go one after another, since the card does not hold them at once; the small one goes beside them.
+    """
     if not a.has_torch or not a.gpu:
         return []
 
-    def all_of_them():
-        for step in matrix.STEPS:
+    def one_after_another(steps):
+        for step in steps:
             # A captured step replays the kernels of `compile`; an eager one has none.
             for peer in (p for p in step.peers if p not in ("eager", "capture")):
-                done = a.runner.run([*peer_command(a, step, peer), "--steps", 1, "--warmup", 1], 150, a.peer_env)
-                if done.state != OK:
-                    a.results.add("steps", f"prepare {step.model} {peer}", done.state, done.seconds, done.why())
+                done = a.runner.run([*peer_command(a, step, peer), "--steps", 1, "--warmup", 1], 120, a.peer_env(step.model, peer))
+                state = OK if done.state == OK else CUT
+                if state != OK:
+                    a.unusable.add((step.model, peer))
+                a.results.add("steps", f"prepare {step.model} {peer}", state, done.seconds, "" if state == OK else done.why())
 
-    return [all_of_them]
+    large = [s for s in matrix.STEPS if s.together_gib]
+    return [lambda s=s: one_after_another(s) for s in (large, [s for s in matrix.STEPS if not s.together_gib])]
 
 
 def steps(a):
-    a.table = []
     for step in matrix.STEPS:
         if a.runner.left() < 15:
             a.results.add("steps", step.model, CUT, note="no time was left")
-            continue
-        one_model(a, step)
+        else:
+            one_model(a, step)
+
+
+def extra(a):
+    for step in matrix.EXTRA:
+        if not a.gpu or not a.has_torch or a.runner.left() < 60:
+            a.results.add("extra", step.model, SKIPPED, note="less than a minute was left" if a.gpu and a.has_torch else "needs a GPU and PyTorch")
+        else:
+            one_model(a, step)
 
 
 def one_model(a, step):
-    """Our program stays, peers come one after the other and take turns with it; or, on a small card, each alone."""
-    together = not a.gpu or a.card_gib >= step.together_gib
-    ours_command = [a.phalanx, "bench", "step", "--resident", *our_keys(a, step)]
-    placed = placed_bytes(a, step)
-    ours, alone = None, None
-    try:
-        before = used_mib(a)
-        ours = Side(ours_command, {})
-        try:
-            ours.turn(a, matrix.WARMUP)
-            resident_mib = used_mib(a) - before
-            if not together:
-                alone = ours.turn(a, matrix.TIMED)
-                ours.close()
-        except Broken as e:
-            a.results.add("steps", f"{step.model} ours", FAILED, note=str(e)[:200])
-            return
-        for peer, goal in step.peers.items():
-            if not a.has_torch:
-                a.results.add("steps", f"{step.model} {peer}", SKIPPED, note=f"no torch in {a.python}")
-                continue
-            if not a.gpu and peer in ("graphs", "capture", "compile+cudnn"):
-                a.results.add("steps", f"{step.model} {peer}", SKIPPED, note="needs a GPU")
-                continue
-            start = time.monotonic()
-            try:
-                pair(a, step, peer, goal, None if not together else ours, alone, placed, resident_mib, start)
-            except Broken as e:
-                a.results.add("steps", f"{step.model} {peer}", FAILED, time.monotonic() - start, str(e)[:200])
-                if ours.process.poll() is not None and together:
-                    return
-    finally:
-        if ours:
-            ours.close()
-
-
-def pair(a, step, peer, goal, ours, alone, placed, resident_mib, start):
-    theirs = Side([str(x) for x in [*peer_command(a, step, peer), "--resident", "--warmup", matrix.WARMUP]], a.peer_env)
-    try:
-        theirs.turn(a, matrix.WARMUP)
-        mine, its, ratios = [], [], []
-        if ours is None:
-            mine, its = list(alone), theirs.turn(a, matrix.TIMED)
-            ratios = [statistics.median(its) / statistics.median(mine)]
+    """Our program stays; peers take turns with it, one after the other. On a card too small for two, each is alone."""
+    together, wanted = not a.gpu or a.card_gib >= step.together_gib, []
+    for peer in step.peers:
+        if not a.has_torch or (not a.gpu and peer not in ("compile", "eager")):
+            a.results.add("steps", f"{step.model} {peer}", SKIPPED, note="needs a GPU" if a.has_torch else f"no torch in {a.python}")
         else:
-            for i in range(-(-matrix.TIMED // matrix.TURN)):
-                # The first step of a turn pays for the change of program on the card.
-                order = [(ours, mine), (theirs, its)]
-                for side, seconds in order if i % 2 == 0 else order[::-1]:
-                    seconds.append(side.turn(a, matrix.TURN + 1)[1:])
-            ratios = [statistics.median(t) / statistics.median(m) for m, t in zip(mine, its)]
-            mine, its = sum(mine, []), sum(its, [])
-        report = theirs.finish()
-    finally:
-        theirs.close()
-    row = compare(a, step, peer, goal, mine, its, ratios, report, placed, resident_mib) | {"side_by_side": ours is not None}
+            wanted.append(peer)
+    sides, peers, ours, alone, placed = [], {}, None, None, None
+
+    def start(command, env, warm):
+        sides.append(Side(command, env))
+        sides[-1].ask(warm)
+        return sides[-1]
+
+    try:
+        ours = start([a.phalanx, "bench", "step", "--resident", *our_keys(a, step)], {}, matrix.WARMUP)
+        # Programs start and warm up at once: nothing is timed yet.
+        peers = {p: start(resident_peer(a, step, p), a.peer_env(step.model, p), matrix.WARMUP) for p in wanted} if together else {}
+        placed = placed_bytes(a, step)
+        ours.answers(a, matrix.WARMUP)
+        if not together:
+            used, alone = used_mib(a), ours.turn(a, matrix.TIMED)
+            ours.close()
+            a.results.add("steps", f"{step.model} ours alone", OK, note=f"{1e3 * statistics.median(alone):.2f} ms, {used} MiB of the card in use")
+        else:
+            a.results.add("steps", f"{step.model} ours", OK, note=f"warmed up, {placed or 0} bytes placed")
+    except Broken as e:
+        a.results.add("steps", f"{step.model} ours", FAILED, note=str(e)[:200])
+        ours = alone = None
+    # A peer that still compiles would disturb those that are timed already.
+    for peer in list(peers):
+        if problem := peers[peer].warmed_up(a, matrix.WARMUP):
+            a.results.add("steps", f"{step.model} {peer}", FAILED, note=problem)
+            wanted.remove(peer)
+    for peer in wanted:
+        begun = time.monotonic()
+        try:
+            theirs = peers.get(peer) or start(resident_peer(a, step, peer), a.peer_env(step.model, peer), matrix.WARMUP)
+            if peer not in peers:
+                theirs.answers(a, matrix.WARMUP)
+            pair(a, step, peer, ours, theirs, alone, placed, begun)
+        except Broken as e:
+            a.results.add("steps", f"{step.model} {peer}", FAILED, time.monotonic() - begun, str(e)[:200])
+    for side in sides:
+        side.close()
+
+
+def pair(a, step, peer, ours, theirs, alone, placed, begun):
+    """Times both; where ours was timed `alone`, the card does not hold both. Without ours, the peer's figures stand alone."""
+    mine, its = [], []
+    if ours is None:
+        its = [theirs.turn(a, matrix.TIMED)]
+    elif alone is not None:
+        mine, its = [alone], [theirs.turn(a, matrix.TIMED)]
+    else:
+        for i in range(-(-matrix.TIMED // matrix.TURN)):
+            # The first step of a turn pays for the change of program on the card.
+            order = [(ours, mine), (theirs, its)]
+            for side, seconds in order if i % 2 == 0 else order[::-1]:
+                seconds.append(side.turn(a, matrix.TURN + 1)[1:])
+    ratios = [statistics.median(t) / statistics.median(m) for m, t in zip(mine, its)]
+    report = theirs.finish()
+    theirs.close()
+    row = compare(step, peer, sum(mine, []), sum(its, []), ratios, report, placed) | {"in_turn": alone is None}
     a.table.append(row)
+    goal = step.peers[peer]
+    if ours is None:
+        note = f"{1e3 * row['peer_step_s']:.2f} ms, MFU {100 * row['peer_mfu']:.1f} %: nothing of ours to compare with"
+        a.results.add("steps", f"{step.model} {peer}", OK, time.monotonic() - begun, note, measured=row)
+        return
     fast = goal is None or row["ratio"] >= goal
     enough = step.mfu is None or row["our_mfu"] >= step.mfu
     small = row["memory_ratio"] is None or row["memory_ratio"] <= matrix.MEMORY_GOAL
     note = f"ours {1e3 * row['our_step_s']:.2f} ms, {peer} {1e3 * row['peer_step_s']:.2f} ms: {row['ratio']:.3f}"
     note += f" (goal {goal})" if goal else ""
     if not a.rehearse:
-        note += f", mfu {100 * row['our_mfu']:.1f} and {100 * row['peer_mfu']:.1f} %"
+        note += f", MFU {100 * row['our_mfu']:.1f} and {100 * row['peer_mfu']:.1f} %"
         note += f", memory {row['memory_ratio']:.2f}" if row["memory_ratio"] else ""
     # A rehearsal's speed says nothing, so it misses no goal.
-    state = OK if a.rehearse or (fast and enough and small) else "missed"
-    a.results.add("steps", f"{step.model} {peer}", state, time.monotonic() - start, note, measured=row)
+    state = OK if a.rehearse or (fast and enough and small) else MISSED
+    a.results.add("steps", f"{step.model} {peer}", state, time.monotonic() - begun, note, measured=row)
 
 
-def compare(a, step, peer, goal, mine, its, ratios, report, placed, resident_mib):
-    ours, theirs, tokens = statistics.median(mine), statistics.median(its), report["batch"] * report["sequence"]
+def compare(step, peer, mine, its, ratios, report, placed):
+    ours, theirs, tokens = statistics.median(mine) if mine else None, statistics.median(its), report["batch"] * report["sequence"]
     flops, reserved = report["flops_per_token"] * tokens, report["max_memory_reserved"]
-    tflops = lambda seconds: flops / seconds / 1e12
+    tflops = lambda seconds: flops / seconds / 1e12 if seconds else 0.0
     free = report.get("free_step_s")
     return {
-        "model": step.model, "peer": peer, "goal": goal, "ratio": statistics.median(ratios), "ratios": ratios,
+        "model": step.model, "peer": peer, "goal": step.peers[peer], "ratio": statistics.median(ratios) if ratios else None, "ratios": ratios,
         "our_step_s": ours, "peer_step_s": theirs, "our_steps_s": mine, "peer_steps_s": its,
-        "our_tokens_per_s": tokens / ours, "peer_tokens_per_s": tokens / theirs, "peer_free_step_s": free,
+        "our_tokens_per_s": tokens / ours if ours else None, "peer_tokens_per_s": tokens / theirs, "peer_free_step_s": free,
         "our_tflops": tflops(ours), "peer_tflops": tflops(theirs),
         "our_mfu": tflops(ours) / PEAK_TFLOPS, "peer_mfu": tflops(theirs) / PEAK_TFLOPS,
         "our_share_of_790": tflops(ours) / REACHED_TFLOPS, "peer_share_of_790": tflops(theirs) / REACHED_TFLOPS,
-        "our_bytes_placed": placed, "our_resident_mib": resident_mib, "peer_bytes_reserved": reserved,
+        "our_bytes_placed": placed, "peer_bytes_reserved": reserved,
         "memory_ratio": placed / reserved if placed and reserved else None, "peer_report": report,
     }
 
@@ -129,6 +157,10 @@ def our_keys(a, step):
     keys = [f"batch.sequence={step.sequence}", f"batch.sequences={step.batch}", f"layout.micro_batch={step.batch}",
             "train.precision=bf16", *step.keys, *a.device_keys(a.device), *(matrix.TINY_KEYS if a.rehearse else [])]
     return [x for key in keys for x in ("--set", key)]
+
+
+def resident_peer(a, step, peer):
+    return [*peer_command(a, step, peer), "--resident", "--warmup", matrix.WARMUP]
 
 
 def peer_command(a, step, peer):
@@ -162,8 +194,6 @@ class Side:
     """A program that answers a line `step` with a line of seconds."""
 
     def __init__(self, command, env):
-        import os
-        import tempfile
         self.command = [str(x) for x in command]
         self.errors = tempfile.TemporaryFile()
         try:
@@ -173,14 +203,28 @@ class Side:
             raise Broken(f"{self.command[0]}: {e.strerror}") from e
         self.pending = b""
 
-    def turn(self, a, count):
-        """Seconds of steps, asked for at once so that no answer has to be waited for in between."""
+    def ask(self, count):
         try:
             self.process.stdin.write(b"step\n" * count)
         except (BrokenPipeError, ValueError) as e:
             raise Broken(self.last_words("ended")) from e
+
+    def answers(self, a, count):
         until = time.monotonic() + min(120, a.runner.left())
         return [self.seconds(until) for _ in range(count)]
+
+    def turn(self, a, count):
+        """Seconds of steps, asked for at once so that no answer has to be waited for in between."""
+        self.ask(count)
+        return self.answers(a, count)
+
+    def warmed_up(self, a, count):
+        """Waits for the first steps; what went wrong, if anything did."""
+        try:
+            self.answers(a, count)
+        except Broken as e:
+            return str(e)[:200]
+        return None
 
     def seconds(self, until):
         line = self.read_line(until)
@@ -231,7 +275,7 @@ def rates(a, stage, script, fields, key):
     """PyTorch's rates by script, ours by the programs in bench/ whose name starts with the stage's; joined by `fields`."""
     theirs, ours = [], []
     if a.has_torch:
-        done = a.runner.run([a.python, a.here / script, *(["--tiny"] if a.rehearse else [])], matrix.LIMITS[stage], a.peer_env)
+        done = a.runner.run([a.python, a.here / script, *(["--tiny"] if a.rehearse else [])], matrix.LIMITS[stage])
         theirs = json_lines(done.out)
         a.results.add(stage, "PyTorch", done.state if done.state != OK or theirs else FAILED, done.seconds,
                       f"{len(theirs)} rates" if done.state == OK else done.why(), rates=theirs)
@@ -250,7 +294,7 @@ def rates(a, stage, script, fields, key):
         if same and row.get("tflops"):
             best = max(t["tflops"] for t in same)
             share = row["tflops"] / best
-            state = OK if key is None or a.rehearse or share >= key else "missed"
+            state = OK if key is None or a.rehearse or share >= key else MISSED
             item = " ".join(str(row[f]) for f in fields)
             goal = f" (goal {key})" if key else ""
             a.results.add(stage, item, state, row.get("seconds", 0.0), f"{row['tflops']:.0f} TFLOP/s, PyTorch {best:.0f}: {share:.2f}{goal}", share=share)

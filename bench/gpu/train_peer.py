@@ -38,8 +38,7 @@ def main():
     choose_attention(args.attention)
     trainer = Trainer(args, device)
     if args.resident:
-        seconds = serve(trainer)
-        free = []
+        seconds, free = serve(trainer), trainer.free(args.steps)
     else:
         for _ in range(args.warmup):
             trainer.timed_step()
