@@ -61,7 +61,7 @@ esac
 again="STEP=\$1 UNIT=\$2 sh ./build.sh '$out' || { rm -f \"$out/objects/\$1-\$(basename \"\$2\" .cu).o\"; [ -n \"\${PARTIAL:-}\" ] && echo \"left out: \$2\" >&2; }"
 {
     for unit in ../kernels/*.cu ${KERNELS:-}; do echo "unit $unit"; done
-    for source in driver memory streams launch nvrtc cublaslt nccl; do echo "source $source"; done
+    for source in driver memory streams launch tensor_map nvrtc cublaslt nccl nccl_sockets; do echo "source $source"; done
 } | xargs -P "${JOBS:-2}" -L 1 sh -c "$again" again
 
 units=
@@ -77,8 +77,8 @@ link() {  # SONAME INPUTS...
     ln -sf "$soname" "$out/$short"
 }
 o=$out/objects
-link libcuda.so.1 "$o/driver.o" "$o/memory.o" "$o/streams.o" "$o/launch.o" $units -ldl
+link libcuda.so.1 "$o/driver.o" "$o/memory.o" "$o/streams.o" "$o/launch.o" "$o/tensor_map.o" $units -ldl
 link libnvrtc.so.13 "$o/nvrtc.o"
 # These two put work on the driver's streams, whose library they find beside themselves.
 link libcublasLt.so.13 "$o/cublaslt.o" "$out/libcuda.so.1" '-Wl,-rpath,$ORIGIN'
-link libnccl.so.2 "$o/nccl.o" "$out/libcuda.so.1" '-Wl,-rpath,$ORIGIN'
+link libnccl.so.2 "$o/nccl.o" "$o/nccl_sockets.o" "$out/libcuda.so.1" '-Wl,-rpath,$ORIGIN'

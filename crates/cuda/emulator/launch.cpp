@@ -1,10 +1,7 @@
-// The stand-in driver's modules, functions and launches, and maps of tensors.
+// The stand-in driver's modules, functions and launches.
 #include "cpu.h"
 #include "driver.h"
 #include "registry.h"
-#if __has_include("tensor_map.h")
-#include "tensor_map.h"
-#endif
 
 namespace driver {
 
