@@ -17,5 +17,15 @@ optim 1 no barrier in the sum over a block
 loss 2 no barrier in the maximum over a block
 rows 3 no barrier between warps' column sums and their total
 sums 4 no barrier between the search for ids and its use
+attention 1 values used before they have landed
+attention 2 keys overwritten while others read them
+attention 3 a query sees one key too many
+attention 4 queries of the keys' gradient used before others' have landed
+attention 5 keys of the queries' gradient used before they have landed
+attention 6 a query does not see its own key
+attention_wgmma 7 keys given back before products are done
+attention_wgmma 8 values used before they have landed
+attention_wgmma 9 queries overwritten while others read them
+attention_wgmma 10 keys and values overwritten while others read them
 END
 exit $status

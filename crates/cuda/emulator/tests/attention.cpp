@@ -1,7 +1,6 @@
 // Attention on tensor cores, forward and derivative, and attention of a token over a cache.
 #include "../../kernels/attention.cu"
 #include "../../kernels/attention_grad.cu"
-#include "../test.h"
 #include "attention_reference.h"
 
 struct Kernels {
@@ -24,14 +23,7 @@ static const Kernels ALL[] = {KERNELS(16), KERNELS(32), KERNELS(64), KERNELS(80)
 
 static unsigned blocks_of(int n, int size) { return unsigned((n + size - 1) / size); }
 
-struct Tensors {
-  Buffer<bf16> qkv, o, d_o, dqkv;
-  Buffer<float> lse, delta;
-  Tensors(const AttentionShape& s, const std::vector<bf16>& qkv, const std::vector<bf16>& d_o)
-      : qkv(qkv), o(s.o_len()), d_o(d_o), dqkv(s.qkv_len()), lse(s.lse_len()), delta(s.lse_len()) {}
-};
-
-static void forward(const Kernels& k, const AttentionShape& s, int from, int sequences, const Tensors& t) {
+static void forward(const Kernels& k, const AttentionShape& s, int from, int sequences, const AttentionTensors& t) {
   size_t token = size_t(from) * s.sequence;
   const bf16* qkv = t.qkv + token * s.width();
   bf16* o = t.o + token * s.heads * s.dim;
@@ -42,7 +34,7 @@ static void forward(const Kernels& k, const AttentionShape& s, int from, int seq
          s.scale());
 }
 
-static void backward(const Kernels& k, const AttentionShape& s, int from, int sequences, const Tensors& t) {
+static void backward(const Kernels& k, const AttentionShape& s, int from, int sequences, const AttentionTensors& t) {
   size_t token = size_t(from) * s.sequence;
   const bf16* qkv = t.qkv + token * s.width();
   const bf16 *o = t.o + token * s.heads * s.dim, *d_o = t.d_o + token * s.heads * s.dim;
@@ -63,34 +55,8 @@ static void backward(const Kernels& k, const AttentionShape& s, int from, int se
 
 static void test(const Kernels& k, int sequences, int sequence, int heads, int kv_heads, uint64_t seed) {
   AttentionShape s{sequences, sequence, heads, kv_heads, k.dim};
-  Random random(seed * 1000 + sequence);
-  // Scores with a deviation of about 2, so that maxima move and weights are uneven.
-  auto qkv = random_values<bf16>(random, s.qkv_len(), 2.5), d_o = random_values<bf16>(random, s.o_len());
-  auto expected = attention_reference(s, numbers_of(qkv), numbers_of(d_o));
-  Tensors t(s, qkv, d_o);
-  forward(k, s, 0, sequences, t);
-  backward(k, s, 0, sequences, t);
-  std::string name = "attention d" + std::to_string(k.dim) + " " + std::to_string(sequences) + " x " +
-                     std::to_string(sequence) + " heads " + std::to_string(heads) + "/" + std::to_string(kv_heads) +
-                     " seed " + std::to_string(seed) + " ";
-  auto dqkv = t.dqkv.read();
-  check(name + "o", t.o.read(), expected.o, 4e-3);
-  check(name + "lse", t.lse.read(), expected.lse, 1e-5);
-  const char* names[] = {"dq", "dk", "dv"};
-  const int first[] = {0, heads, heads + kv_heads}, count[] = {heads, kv_heads, kv_heads};
-  for (int i = 0; i < 3; ++i) {
-    // With one key there is nothing to choose: the gradients of scores are 0 but for what o lost when it was rounded.
-    if (sequence == 1 && i < 2) continue;
-    check(name + names[i], heads_of(s, dqkv, first[i], count[i]), heads_of(s, expected.dqkv, first[i], count[i]), 6e-3);
-  }
-  Tensors alone(s, qkv, d_o);
-  for (int i = 0; i < sequences; ++i) {
-    forward(k, s, i, 1, alone);
-    backward(k, s, i, 1, alone);
-  }
-  check_same(name + "o, sequences one by one", alone.o.read(), t.o.read());
-  check_same(name + "lse, sequences one by one", alone.lse.read(), t.lse.read());
-  check_same(name + "dqkv, sequences one by one", alone.dqkv.read(), dqkv);
+  test_attention(
+      "attention", s, seed, [&](const auto&... a) { forward(k, a...); }, [&](const auto&... a) { backward(k, a...); });
 }
 
 // Generates `length` tokens one after another: each must attend as the last query of a sequence does.
@@ -130,7 +96,7 @@ static void bench(int dim, int sequences, int sequence, int heads, int kv_heads)
   while (k->dim != dim) ++k;
   AttentionShape s{sequences, sequence, heads, kv_heads, dim};
   Random random(1);
-  Tensors t(s, random_values<bf16>(random, s.qkv_len()), random_values<bf16>(random, s.o_len()));
+  AttentionTensors t(s, random_values<bf16>(random, s.qkv_len()), random_values<bf16>(random, s.o_len()));
   std::string name = bench_name(s);
   bench_report(name + "forward", s, 2, [&] { forward(*k, s, 0, sequences, t); });
   bench_report(name + "backward", s, 5, [&] { backward(*k, s, 0, sequences, t); });

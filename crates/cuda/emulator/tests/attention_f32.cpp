@@ -1,6 +1,5 @@
 // Attention in true float32, forward and derivative.
 #include "../../kernels/attention_f32.cu"
-#include "../test.h"
 #include "attention_reference.h"
 
 struct Tensors {
