@@ -21,7 +21,8 @@ std::string environment(const char* key) {
   return value ? value : "";
 }
 bool initialised = false;
-std::vector<std::unique_ptr<Context>> contexts;
+// Never destroyed, as nothing here is: threads may still be at work when the process ends.
+auto& contexts = *new std::vector<std::unique_ptr<Context>>;
 thread_local std::vector<Context*> stack;
 }  // namespace
 
@@ -63,7 +64,7 @@ const Settings& settings() {
 }
 
 std::recursive_mutex& lock() {
-  static std::recursive_mutex lock;
+  static auto& lock = *new std::recursive_mutex;
   return lock;
 }
 

@@ -17,11 +17,11 @@ struct Function {
 };
 
 std::set<void*>& modules() {
-  static std::set<void*> live;
+  static auto& live = *new std::set<void*>;
   return live;
 }
 std::map<const Kernel*, Function>& functions() {
-  static std::map<const Kernel*, Function> all;
+  static auto& all = *new std::map<const Kernel*, Function>;
   return all;
 }
 

@@ -18,11 +18,11 @@ struct Allocation {
 };
 using Allocations = std::map<uint64_t, Allocation>;
 Allocations& card_memory() {
-  static Allocations all;
+  static auto& all = *new Allocations;
   return all;
 }
 Allocations& host_memory() {
-  static Allocations all;
+  static auto& all = *new Allocations;
   return all;
 }
 

@@ -25,9 +25,10 @@ enum What : uint32_t { SEND, ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, 
 enum Type : int { I8, U8, I32, U32, I64, U64, F16, F32, F64, BF16 };
 enum Op : int { SUM, PRODUCT, MAXIMUM, MINIMUM, AVERAGE };
 
-std::mutex lock;  // of the following two
-std::map<Comm*, Shared> comms;
-std::string last_error;
+// Never destroyed: threads may still be at work when the process ends.
+auto& lock = *new std::mutex;  // of the following two
+auto& comms = *new std::map<Comm*, Shared>;
+auto& last_error = *new std::string;
 
 // An operation as it was asked for. `root` is the peer of one between two.
 struct Operation {

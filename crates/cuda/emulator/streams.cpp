@@ -12,7 +12,7 @@ namespace driver {
 
 namespace {
 std::set<void*>& handles() {
-  static std::set<void*> live;
+  static auto& live = *new std::set<void*>;
   return live;
 }
 template <class T> Result find(void* handle, T*& out, const char* what) {
@@ -29,7 +29,7 @@ template <class T> T* born(T* object) {
 
 // Recordings that are under way, of all threads.
 std::vector<std::shared_ptr<Capture>>& recordings() {
-  static std::vector<std::shared_ptr<Capture>> all;
+  static auto& all = *new std::vector<std::shared_ptr<Capture>>;
   return all;
 }
 

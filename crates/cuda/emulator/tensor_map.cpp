@@ -2,19 +2,7 @@
 #include <cstring>
 
 #include "driver.h"
-#if __has_include("tensor_map.h")
-#include "tensor_map.h"
-#else
-namespace cpu {
-// What a kernel's 128 opaque bytes hold in the emulator. Strides are bytes, of all dims but the first.
-struct alignas(64) TensorMapBytes {
-  uint64_t base, dims[5], strides[4];
-  uint16_t box[5];
-  uint8_t element_strides[5], type, rank, swizzle, interleave, out_of_bounds;
-};
-static_assert(sizeof(TensorMapBytes) == 128);
-}  // namespace cpu
-#endif
+#include "warpgroup.h"
 
 using namespace driver;
 
@@ -36,7 +24,7 @@ EXPORT int cuTensorMapEncodeTiled(void* out, int type, unsigned rank, void* base
   if (!size || rank < 1 || rank > 5 || promotion < 0 || promotion > 3) return refuse("a type, rank or promotion");
   if (interleave != 0 || swizzle < 0 || swizzle > 3) return refuse("an interleave or swizzle that is not emulated");
   if (address % 16) return refuse("an address that is not aligned to 16 bytes");
-  cpu::TensorMapBytes map = {};
+  cpu::MapFields map = {};
   map.base = address;
   uint64_t extent = uint64_t(size);
   for (unsigned i = 0; i < rank; ++i) {

@@ -206,6 +206,24 @@ static void refuses_bad_calls() {
   EXPECT(cu("cuStreamSynchronize", (void*)nullptr) == 700);
 }
 
+static void maps_tensors() {
+  start();
+  constexpr int BF16_ELEMENTS = 9, SWIZZLE_128 = 3;
+  alignas(64) char map[128];
+  Address x = memory(2 * 64 * 32 * 3);
+  uint64_t dims[] = {64, 32, 3}, strides[] = {128, 4096};
+  unsigned box[] = {64, 16, 1}, steps[] = {1, 1, 1};
+  auto encode = [&](int elements, Address at, int swizzle) {
+    return cu("cuTensorMapEncodeTiled", (void*)map, elements, 3u, at, (const uint64_t*)dims, (const uint64_t*)strides,
+              (const unsigned*)box, (const unsigned*)steps, 0, swizzle, 0, 0);
+  };
+  OK(encode(BF16_ELEMENTS, x, SWIZZLE_128));
+  EXPECT(encode(BF16_ELEMENTS, x + 2, SWIZZLE_128) == 1);
+  EXPECT(encode(BF16_ELEMENTS, x, SWIZZLE_128 - 1) == 1);
+  dims[2] = 4;
+  EXPECT(encode(BF16_ELEMENTS, x, SWIZZLE_128) == 1);
+}
+
 static float rounded(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -367,6 +385,7 @@ static const std::vector<Case> cases = {
     {"replays_graphs_async", replays_graphs, {"PHALANX_EMULATED_STREAMS=async", "PHALANX_EMULATED_ORDER=5"}},
     {"refuses_recordings", refuses_recordings, {}},
     {"refuses_bad_calls", refuses_bad_calls, {}},
+    {"maps_tensors", maps_tensors, {}},
     {"multiplies", multiplies, {}},
     {"has_no_device", has_no_device, {"PHALANX_EMULATED_FAULT=no-device"}},
     {"hides_devices", has_no_device, {"CUDA_VISIBLE_DEVICES="}},
