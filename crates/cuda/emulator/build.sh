@@ -58,6 +58,10 @@ source)
     exit ;;
 esac
 
+# Tests that run at once build into one folder.
+exec 9> "$out/lock"
+! command -v flock > /dev/null || flock 9
+
 again="STEP=\$1 UNIT=\$2 sh ./build.sh '$out' || { rm -f \"$out/objects/\$1-\$(basename \"\$2\" .cu).o\"; [ -n \"\${PARTIAL:-}\" ] && echo \"left out: \$2\" >&2; }"
 {
     for unit in ../kernels/*.cu ${KERNELS:-}; do echo "unit $unit"; done
