@@ -32,8 +32,9 @@ macro_rules! source {
 }
 
 /// All kernels but those for Hopper alone.
-pub(crate) const SOURCES: [Source; 8] = [
+pub(crate) const SOURCES: [Source; 9] = [
     source!("rows"),
+    source!("columns"),
     source!("sums"),
     source!("loss"),
     source!("optim"),

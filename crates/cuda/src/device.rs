@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use program::{Collective, Op, Program, Ticket};
+use program::{Collective, Loss, Op, Program, Ticket};
 use spec::{DType, Error, Result};
 use train::{Device, Lack, Launch, Mesh, Message, Operand, Stretch, Turn};
 
@@ -119,6 +119,10 @@ impl Device for Cuda {
             Some(_) if op.only_talks() => Ok(()),
             _ => table::can_run(&op.kind, precision),
         }
+    }
+
+    fn loss(&self) -> Loss {
+        Loss::MicroBatch
     }
 
     fn workspace_len(&self, op: &Op, p: &Program) -> usize {

@@ -43,6 +43,8 @@ pub(crate) struct Shape {
     pub(crate) n: usize,
     pub(crate) out: usize,
     pub(crate) in_: usize,
+    /// The fewest rows that this product has anywhere in the run: those of one sequence.
+    pub(crate) least: usize,
     /// Of the factors; a weight's gradient is f32.
     pub(crate) dtype: DType,
     /// A bias is added to every row of a forward product.
@@ -149,15 +151,46 @@ impl CublasLt {
         if let Some(known) = self.algorithms.get(&key) {
             return Ok(*known);
         }
-        let plan = Plan::new(&key)?;
-        let found = self.choose(&plan).map_err(|e| e.context(format!("{key:?}")))?;
+        let least = Plan::new(&Shape { n: key.n.min(shape.least), ..key })?;
+        // What suits many rows may refuse few, and then what suits few may do many.
+        let mut candidates = self.candidates(&Plan::new(&key)?)?;
+        candidates.extend(self.candidates(&least)?);
+        let fits = |a: &&sys::cublasLtMatmulAlgo_t| {
+            Plan::new(&key).is_ok_and(|most| self.can(&most, a)) && self.can(&least, a)
+        };
+        let found = candidates.iter().find(fits).copied().ok_or_else(|| {
+            Error::failure(format!("cuBLASLt has no algorithm that keeps the order of sums of {key:?}"))
+        })?;
         self.algorithms.insert(key, found);
         Ok(found)
     }
 
-    fn choose(&self, plan: &Plan) -> Result<sys::cublasLtMatmulAlgo_t> {
+    /// Whether an algorithm can do what a plan describes.
+    fn can(&self, plan: &Plan, algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+        let mut result = MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed();
+        // SAFETY: descriptions that are alive; an out-parameter.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoCheck(
+                self.handle,
+                plan.product,
+                plan.left,
+                plan.right,
+                plan.result,
+                plan.result,
+                algorithm,
+                result.as_mut_ptr(),
+            )
+        };
+        // SAFETY: zeroed before, and filled in on success.
+        status == Status::CUBLAS_STATUS_SUCCESS
+            && unsafe { result.assume_init() }.workspaceSize <= WORKSPACE_BYTES
+    }
+
+    /// Algorithms for a plan, the best first; none that splits sums over blocks.
+    fn candidates(&self, plan: &Plan) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
+        const MOST: usize = 16;
         let mut preference = std::ptr::null_mut();
-        let mut results = [MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed(); 1];
+        let mut results = [MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed(); MOST];
         let mut found = 0;
         // SAFETY: out-parameters; the preference is destroyed once; values of the sizes given.
         let status = unsafe {
@@ -186,19 +219,21 @@ impl CublasLt {
                 plan.result,
                 plan.result,
                 preference,
-                1,
+                MOST as i32,
                 results[0].as_mut_ptr(),
                 &mut found,
             );
             sys::cublasLtMatmulPreferenceDestroy(preference);
             status
         };
-        check(status, "choose an algorithm")?;
-        if found == 0 {
-            return Err(Error::failure("cuBLASLt has no algorithm that keeps the order of sums"));
+        if status == Status::CUBLAS_STATUS_NOT_SUPPORTED {
+            return Ok(Vec::new());
         }
-        // SAFETY: filled in by cuBLASLt, and zeroed before.
-        Ok(unsafe { results[0].assume_init() }.algo)
+        check(status, "choose an algorithm")?;
+        let found = usize::try_from(found).unwrap_or(0).min(MOST);
+        // SAFETY: so many are filled in by cuBLASLt, and all were zeroed before.
+        let results = results[..found].iter().map(|r| unsafe { r.assume_init() });
+        Ok(results.filter(|r| r.state == Status::CUBLAS_STATUS_SUCCESS).map(|r| r.algo).collect())
     }
 }
 

@@ -32,6 +32,7 @@ pub(crate) fn linear(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let shape = Shape {
         form: if forward { Form::Forward } else { Form::GradInput },
         n: x.rows,
+        least: x.rows.min(l.sequence()),
         out: w.rows,
         in_: w.cols,
         dtype: l.precision(),
@@ -129,6 +130,7 @@ impl Leaf {
         let shape = Shape {
             form: Form::GradWeight,
             n: self.rows,
+            least: self.rows,
             out: self.out,
             in_: self.in_,
             dtype: l.precision(),
@@ -172,6 +174,7 @@ pub(crate) fn peak_gflops(d: &mut Cuda) -> Result<f64> {
     let shape = Shape {
         form: Form::Forward,
         n: SIDE,
+        least: SIDE,
         out: SIDE,
         in_: SIDE,
         dtype: DType::Bf16,

@@ -115,6 +115,7 @@ fn program_of(load: &Workload<'_>, layout: &Layout, rank: usize) -> Result<Progr
         precision: load.precision,
         rank,
         mode: Mode::Train,
+        loss: Default::default(),
     };
     Program::build(&request, &|op, p| (load.workspace)(op, p, load.threads))
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use program::{Mode, Request};
+use program::Request;
 use serde::Serialize;
 use spec::{Result, RunSpec};
 use train::{Device, Executor, Mesh, StepInputs};
@@ -79,15 +79,7 @@ impl Stepper {
         mesh: Mesh,
     ) -> Result<Stepper> {
         let threads = device.threads();
-        let request = Request {
-            model: &run.model,
-            layout: &run.layout,
-            sequence: run.batch.sequence,
-            sequences: run.batch.sequences,
-            precision: run.train.precision,
-            rank,
-            mode: Mode::Train,
-        };
+        let request = Request::of(&run, rank);
         let mut exec = Executor::on(device, &request, mesh, record)?;
         exec.initialise(&run.model, run.train.seed)?;
         let mut state = 1 + rank as u64;

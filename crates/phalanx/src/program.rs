@@ -1,6 +1,6 @@
 //! `phalanx program`.
 
-use program::{Mode, Program, Request, verify};
+use program::{Program, Request, verify};
 use serde_json::json;
 use spec::{Error, Result, RunSpec};
 
@@ -55,13 +55,5 @@ fn threads(run: &RunSpec) -> usize {
 }
 
 fn request(run: &RunSpec, rank: usize) -> Request<'_> {
-    Request {
-        model: &run.model,
-        layout: &run.layout,
-        sequence: run.batch.sequence,
-        sequences: run.batch.sequences,
-        precision: run.train.precision,
-        rank,
-        mode: Mode::Train,
-    }
+    Request::of(run, rank)
 }

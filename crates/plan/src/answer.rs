@@ -503,6 +503,7 @@ pub fn program_memory(problem: &Problem, placement: &Placement) -> Result<usize>
             precision: placement.precision(),
             rank: stage * layout.stage_ranks(),
             mode: program::Mode::Train,
+            loss: Default::default(),
         };
         let program = program::Program::build(&request, &|_, _| 0)?;
         most = most.max(program.memory.total);

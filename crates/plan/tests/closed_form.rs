@@ -73,6 +73,7 @@ fn programs(model: &ModelSpec, layout: &Layout, format: NumberFormat) -> Vec<Pro
             precision: Placement::of(layout.clone(), format).precision(),
             rank: stage * layout.stage_ranks(),
             mode: Mode::Train,
+            loss: Default::default(),
         };
         Program::build(&request, &|_, _| 0).unwrap()
     };

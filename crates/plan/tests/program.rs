@@ -127,6 +127,7 @@ fn check_fold(model: &ModelSpec, layout: &Layout) {
             precision: DType::Bf16,
             rank: stage * layout.stage_ranks(),
             mode: program::Mode::Train,
+            loss: Default::default(),
         };
         let p = Program::build(&request, &|_, _| 0).unwrap();
         let first = p.schedule.iter().filter(|item| item.micro_batch == 0);

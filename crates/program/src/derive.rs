@@ -320,8 +320,8 @@ impl Derive<'_> {
         }
     }
 
-    /// The ops that turn the final norm's output into losses, one sequence at a time, so that logits of more than one
-    /// sequence never exist. With `train`, also their gradients.
+    /// The ops that turn the final norm's output into losses, and with `train` into gradients: one sequence at a time, so
+    /// that logits of more than one never exist, or a whole micro-batch.
     fn loss_ops(&mut self, x: ValueId, train: bool) -> Option<ValueId> {
         let cx = self.cx;
         let (vocab0, vocab) = cx.vocab();
@@ -330,9 +330,10 @@ impl Derive<'_> {
         let targets = self.g.value("targets", cx.tokens(), 1, DType::U32, Source::Targets);
         let leaves = self.g.value("loss_leaves", 1, 1, DType::F64, Source::LossLeaves);
         let dx = train.then(|| self.g.like(x, "head.dx"));
-        let t = cx.sequence;
-        for leaf in 0..cx.layout.micro_batch {
-            let rows = |value| Operand { value, row0: leaf * t, rows: t };
+        let count = cx.loss_sequences();
+        let t = count * cx.sequence;
+        for leaf in (0..cx.layout.micro_batch).step_by(count) {
+            let rows = |value| Operand { value, row0: leaf * cx.sequence, rows: t };
             let name = |s: &str| format!("head.{leaf}{s}");
             let logits = self.g.value(&name(""), t, vocab, cx.dtype, Source::Node);
             let l = self.g.all(logits);
@@ -348,15 +349,19 @@ impl Derive<'_> {
                 self.push(OpKind::XentGrad { vocab0 }, name(".xent"), ins, vec![d, loss], Phase::Input);
             }
             let sums = self.g.all(leaves);
-            let sum = OpKind::LossSum { sequence: leaf };
-            self.push(sum, name(".sum"), vec![loss], vec![sums], Phase::Input);
+            for i in 0..count {
+                let one = Operand { row0: i * cx.sequence, rows: cx.sequence, ..loss };
+                let sum = OpKind::LossSum { sequence: leaf + i };
+                let name = format!("head.{}.sum", leaf + i);
+                self.push(sum, name, vec![one], vec![sums], Phase::Input);
+            }
             if let Some(dx) = dx {
                 self.push(OpKind::LinearGradInput, name(".dx"), vec![d, w], vec![rows(dx)], Phase::Input);
                 // Logits of a sequence are gone after its turn, so its weight gradient cannot wait.
                 let n =
                     self.push(OpKind::LinearGradWeight, name(".dw"), vec![d, rows(x)], vec![], Phase::Input);
                 n.grads = vec![table];
-                n.sequences = Sequences { first: leaf, count: 1 };
+                n.sequences = Sequences { first: leaf, count };
             }
         }
         dx

@@ -36,7 +36,7 @@ use place::Placer;
 use rank::Rank;
 use schedule::{Blocks, Passes, Schedule};
 use serde::Serialize;
-use spec::{DType, Layout, ModelSpec, Result};
+use spec::{DType, Layout, ModelSpec, Result, RunSpec};
 use verify::graph::Check;
 
 pub use buffer::{Buffer, BufferId, GradOut, Home, Owned, Slice, View};
@@ -68,6 +68,35 @@ pub struct Request<'a> {
     pub rank: usize,
     /// Training, or generation.
     pub mode: Mode,
+    /// How much of a micro-batch has logits at a time.
+    pub loss: Loss,
+}
+
+impl<'a> Request<'a> {
+    /// A rank's program of a run's steps.
+    pub fn of(run: &'a RunSpec, rank: usize) -> Request<'a> {
+        Request {
+            model: &run.model,
+            layout: &run.layout,
+            sequence: run.batch.sequence,
+            sequences: run.batch.sequences,
+            precision: run.train.precision,
+            rank,
+            mode: Mode::Train,
+            loss: Loss::default(),
+        }
+    }
+}
+
+/// How much of a micro-batch has logits at a time. No number depends on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Loss {
+    /// One sequence: the least memory.
+    #[default]
+    OneSequence,
+    /// All of it: fewer and larger products, for devices that small ones do not fill.
+    MicroBatch,
 }
 
 /// What a program is for.

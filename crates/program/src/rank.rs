@@ -8,7 +8,7 @@ use crate::coords::Coords;
 use crate::op::{Axis, Heads};
 use crate::params::{Chunk, GroupId, ParamGroup, Replication, chunks, share, table};
 use crate::role::{ParamKey, Place, Role};
-use crate::{Mode, Request};
+use crate::{Loss, Mode, Request};
 
 /// A rank with its layers and parameters.
 pub(crate) struct Rank<'a> {
@@ -64,6 +64,14 @@ impl<'a> Rank<'a> {
     }
 
     /// One token against a cache instead of whole sequences.
+    /// Sequences that have logits at a time.
+    pub(crate) fn loss_sequences(&self) -> usize {
+        match self.request.loss {
+            Loss::OneSequence => 1,
+            Loss::MicroBatch => self.layout.micro_batch,
+        }
+    }
+
     pub(crate) fn generates(&self) -> bool {
         self.request.mode != Mode::Train
     }

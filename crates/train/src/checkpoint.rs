@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use program::{Mode, Request};
+use program::Request;
 use spec::{Context, Error, Result, RunSpec};
 
 use crate::begin::{fell_back, how_to_fall_back};
@@ -95,16 +95,8 @@ fn commit(dir: &Path, step: u64, records: &[Vec<u8>], meta: ckpt::Meta) -> Resul
 /// If a tensor is missing or the checkpoint cannot be written.
 pub fn import_weights(run: &RunSpec, dir: &RunDir, weights: &ckpt::hf::HfWeights) -> Result<PathBuf> {
     let layout = spec::Layout::default();
-    let (sequence, sequences) = (run.batch.sequence, 1);
-    let request = Request {
-        model: &run.model,
-        layout: &layout,
-        sequence,
-        sequences,
-        precision: spec::DType::F32,
-        rank: 0,
-        mode: Mode::Train,
-    };
+    let precision = spec::DType::F32;
+    let request = Request { layout: &layout, sequences: 1, precision, ..Request::of(run, 0) };
     let mut exec = Executor::new(&request, 1, Mesh::alone(), false)?;
     exec.set_params(&mut |part, out| {
         weights.read_box(&part.name, part.row0, part.rows, part.col0, part.cols, out)

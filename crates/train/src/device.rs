@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::time::Instant;
 
 use bytemuck::Pod;
-use program::{Mode, Op, OpKind, Program, Request, Ticket};
+use program::{Loss, Mode, Op, OpKind, Program, Request, Ticket};
 use spec::{DType, Error, Layout, Result, RunSpec};
 
 use crate::arena::Arena;
@@ -43,6 +43,11 @@ pub trait Device: Any + Send {
     /// # Errors
     /// What it lacks.
     fn can_run(&self, op: &Op, precision: DType) -> Result<(), Lack>;
+
+    /// How much of a micro-batch it wants to have logits at a time.
+    fn loss(&self) -> Loss {
+        Loss::OneSequence
+    }
 
     /// Elements of f32 work space that an op wants.
     fn workspace_len(&self, op: &Op, p: &Program) -> usize;
@@ -233,6 +238,7 @@ pub fn check_run(device: &dyn Device, run: &RunSpec) -> Result<()> {
         precision: train.precision,
         rank: 0,
         mode: Mode::Train,
+        loss: Loss::default(),
     };
     // A program that cannot be built is refused for its own reasons, by whoever builds the whole of it.
     Program::build(&request, &|_, _| 0).map_or(Ok(()), |p| check_ops(device, &p, &model.name))

@@ -92,7 +92,8 @@ impl Executor {
         mesh: Mesh,
         record: bool,
     ) -> Result<Executor> {
-        let program = Program::build(request, &|op, p| device.workspace_len(op, p))?;
+        let request = Request { loss: device.loss(), ..*request };
+        let program = Program::build(&request, &|op, p| device.workspace_len(op, p))?;
         check_ops(&*device, &program, &request.model.name)?;
         device.allocate(program.memory.total, &mesh)?;
         // What goes on beside others leaves a span for each of its messages.

@@ -27,15 +27,8 @@ impl Generator {
         let run = dir.load()?;
         let checkpoint = ckpt::Checkpoint::open(&dir.newest_checkpoint()?)?;
         let layout = Layout::default();
-        let request = Request {
-            model: &run.model,
-            layout: &layout,
-            sequence: run.batch.sequence,
-            sequences: 1,
-            precision: run.train.precision,
-            rank: 0,
-            mode: Mode::Generate { positions: run.batch.sequence.max(2) },
-        };
+        let mode = Mode::Generate { positions: run.batch.sequence.max(2) };
+        let request = Request { layout: &layout, sequences: 1, mode, ..Request::of(&run, 0) };
         let mut exec = Executor::on(device, &request, Mesh::alone(), false)?;
         exec.set_tables(&run.model)?;
         exec.set_params_from(&checkpoint)

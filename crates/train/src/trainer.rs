@@ -4,7 +4,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use data::{Order, Prepared, Split, StreamOptions, Streams};
 use journal::{Journal, Record, tensorboard::EventWriter};
-use program::{Mode, Request};
+use program::Request;
 use spec::run::DataSource;
 use spec::{Error, Result, RunSpec};
 
@@ -69,15 +69,7 @@ impl Trainer {
     ) -> Result<Trainer> {
         let streams = open_data(&run, begin.prepared())?;
         begin.check_data(&run, &streams)?;
-        let request = Request {
-            model: &run.model,
-            layout: &run.layout,
-            sequence: run.batch.sequence,
-            sequences: run.batch.sequences,
-            precision: run.train.precision,
-            rank,
-            mode: Mode::Train,
-        };
+        let request = Request::of(&run, rank);
         let mut exec = Executor::on(device, &request, mesh, trace)?;
         exec.set_tables(&run.model)?;
         let (step, resumed) = weights(&mut exec, &run, &mut begin)?;

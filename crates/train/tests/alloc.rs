@@ -46,7 +46,16 @@ fn check(gpt2: bool, precision: DType, layout: &Layout, begun: usize) {
         let rank = world.rank();
         let mesh = Mesh::new(world, layout).expect("groups");
         let (sequence, mode) = (SEQUENCE, Mode::Train);
-        let request = Request { model: &m, layout, sequence, sequences: 8, precision, rank, mode };
+        let request = Request {
+            model: &m,
+            layout,
+            sequence,
+            sequences: 8,
+            precision,
+            rank,
+            mode,
+            loss: Default::default(),
+        };
         let mut exec = Executor::new(&request, 2, mesh, false).expect("a program");
         exec.initialise(&m, 11).expect("weights");
         assert_eq!(exec.allocated_bytes(), exec.program.memory.total);

@@ -35,7 +35,16 @@ fn check(m: &ModelSpec, layout: &Layout, precision: DType, join: impl Fn(usize) 
     let rank = |rank: usize| {
         let mesh = Mesh::new(join(rank), layout).expect("groups");
         let (sequence, sequences, mode) = (SEQUENCE, SEQUENCES, Mode::Train);
-        let request = Request { model: m, layout, sequence, sequences, precision, rank, mode };
+        let request = Request {
+            model: m,
+            layout,
+            sequence,
+            sequences,
+            precision,
+            rank,
+            mode,
+            loss: Default::default(),
+        };
         let mut exec = Executor::new(&request, 1, mesh, false).expect("a program");
         exec.initialise(m, 1).expect("weights");
         let before = counted(&exec);

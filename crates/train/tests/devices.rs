@@ -39,7 +39,16 @@ fn sent_bytes(p: &Program) -> HashMap<Members, u64> {
 fn check(model: &ModelSpec, layout: &Layout, sequence: usize, sequences: usize) {
     for rank in 0..layout.world() {
         let precision = DType::Bf16;
-        let request = Request { model, layout, sequence, sequences, precision, rank, mode: Mode::Train };
+        let request = Request {
+            model,
+            layout,
+            sequence,
+            sequences,
+            precision,
+            rank,
+            mode: Mode::Train,
+            loss: Default::default(),
+        };
         let null = Box::new(Null::default());
         let mut exec = Executor::on(null, &request, Mesh::alone(), false).expect("a program");
         let outputs = exec.step(&inputs(1, 1)).expect("a step");
@@ -100,7 +109,16 @@ fn check_refused(model: &ModelSpec, layout: Layout, what: &str, hint: &str) {
     check(model, &layout, common::SEQUENCE, 8);
     let precision = DType::F32;
     let (sequence, sequences, mode) = (common::SEQUENCE, 8, Mode::Train);
-    let request = Request { model, layout: &layout, sequence, sequences, precision, rank: 0, mode };
+    let request = Request {
+        model,
+        layout: &layout,
+        sequence,
+        sequences,
+        precision,
+        rank: 0,
+        mode,
+        loss: Default::default(),
+    };
     let refused = Executor::new(&request, 1, Mesh::alone(), false).err().expect("no kernels");
     assert_eq!(
         (refused.to_string().as_str(), refused.hint_text(), refused.exit_code()),

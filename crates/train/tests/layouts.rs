@@ -43,6 +43,7 @@ fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> Trained {
                         precision,
                         rank,
                         mode: Mode::Train,
+                        loss: Default::default(),
                     };
                     let mut exec = Executor::new(&request, 1, mesh, false).expect("a program");
                     assert_eq!(exec.allocated_bytes(), exec.program.memory.total);
@@ -230,6 +231,7 @@ fn zero_3_shards_the_state() {
             precision: DType::F32,
             rank: dp - 1,
             mode: Mode::Train,
+            loss: Default::default(),
         };
         let p =
             program::Program::build(&request, &|op, p| train::workspace_len(op, p, 1)).expect("a program");

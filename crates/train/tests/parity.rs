@@ -50,6 +50,7 @@ impl Golden {
             precision: DType::F32,
             rank: 0,
             mode: program::Mode::Train,
+            loss: Default::default(),
         };
         let mut exec = Executor::new(&request, 2, Mesh::alone(), false).expect("a program");
         exec.set_tables(&self.model).expect("tables");
@@ -191,6 +192,7 @@ fn logits_agree_with_transformers() {
             precision: DType::F32,
             rank: 0,
             mode: program::Mode::Generate { positions: SEQUENCE },
+            loss: Default::default(),
         };
         let mut exec = Executor::new(&request, 1, Mesh::alone(), false).expect("a program");
         exec.set_tables(&g.model).expect("tables");

@@ -30,7 +30,16 @@ fn together(model: &ModelSpec, layout: &Layout, precision: DType) -> Weights {
                     let rank = world.rank();
                     let mesh = Mesh::new(world, layout).expect("groups");
                     let (sequence, sequences, mode) = (SEQUENCE, 4, Mode::Train);
-                    let request = Request { model, layout, sequence, sequences, precision, rank, mode };
+                    let request = Request {
+                        model,
+                        layout,
+                        sequence,
+                        sequences,
+                        precision,
+                        rank,
+                        mode,
+                        loss: Default::default(),
+                    };
                     let device = Box::new(Cuda::new(rank).expect("the same GPU"));
                     let mut exec = Executor::on(device, &request, mesh, false).expect("a program");
                     exec.initialise(model, 11).expect("weights");

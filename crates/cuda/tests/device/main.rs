@@ -45,7 +45,16 @@ fn executor(
     record: bool,
 ) -> Executor {
     let (sequence, sequences) = (common::SEQUENCE, 4);
-    let request = Request { model, layout, sequence, sequences, precision, rank: 0, mode: Mode::Train };
+    let request = Request {
+        model,
+        layout,
+        sequence,
+        sequences,
+        precision,
+        rank: 0,
+        mode: Mode::Train,
+        loss: Default::default(),
+    };
     let mut exec = Executor::on(device, &request, Mesh::alone(), record).expect("a program");
     exec.initialise(model, 11).expect("weights");
     exec

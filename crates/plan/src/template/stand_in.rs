@@ -57,6 +57,7 @@ impl StandIn {
                 precision: key.precision,
                 rank,
                 mode: Mode::Train,
+                loss: Default::default(),
             };
             Program::build(&request, &|_, _| 0)
         };

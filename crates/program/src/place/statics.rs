@@ -109,7 +109,11 @@ impl Placer<'_> {
         } else if self.cx.layout.zero >= Zero::Gradients {
             (self.shard_radices().len().max(1), 1, owned)
         } else {
-            (self.levels_of(if from_head { 1 } else { self.cx.layout.micro_batch }), g.rows, g.cols)
+            (
+                self.levels_of(if from_head { self.cx.loss_sequences() } else { self.cx.layout.micro_batch }),
+                g.rows,
+                g.cols,
+            )
         };
         let prefix = if head { "grad.head." } else { "grad." };
         let all =

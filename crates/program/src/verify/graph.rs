@@ -121,8 +121,16 @@ mod tests {
     fn broken(rule: Rule, spoil: impl FnOnce(&mut Graph)) {
         let (model, layout) = (ModelSpec::preset("tiny").expect("a preset"), Layout::default());
         let (precision, mode) = (DType::F32, Mode::Train);
-        let request =
-            Request { model: &model, layout: &layout, sequence: 16, sequences: 1, precision, rank: 0, mode };
+        let request = Request {
+            model: &model,
+            layout: &layout,
+            sequence: 16,
+            sequences: 1,
+            precision,
+            rank: 0,
+            mode,
+            loss: Default::default(),
+        };
         let rank = Rank::of(&request).expect("a rank");
         let mut g = emit::forward(&rank, &rank.chunks[0]).graph;
         let check = |g: &Graph| check(g, &[&g.nodes], &HashSet::new(), &rank.groups);

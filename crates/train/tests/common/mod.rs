@@ -24,8 +24,16 @@ pub fn executor(
     precision: DType,
     threads: usize,
 ) -> Executor {
-    let request =
-        Request { model, layout, sequence: SEQUENCE, sequences, precision, rank: 0, mode: Mode::Train };
+    let request = Request {
+        model,
+        layout,
+        sequence: SEQUENCE,
+        sequences,
+        precision,
+        rank: 0,
+        mode: Mode::Train,
+        loss: Default::default(),
+    };
     let mut exec = Executor::new(&request, threads, Mesh::alone(), false).expect("a valid layout");
     exec.initialise(model, 11).expect("weights");
     exec
