@@ -11,7 +11,7 @@ out=$(cd "$1" && pwd)
 cd "$(dirname "$0")"
 mkdir -p "$out/objects"
 CXX=${CXX:-g++}
-FLAGS="-std=c++17 -O2 -fPIC -fvisibility=hidden -pthread -DPHALANX_EMULATOR -I. -I../kernels ${CXXFLAGS:-}"
+FLAGS="-std=c++17 -O2 -fPIC -fvisibility=hidden -pthread -Wno-psabi -DPHALANX_EMULATOR -I. -I../kernels ${CXXFLAGS:-}"
 export CXX FLAGS
 
 # Whether $1 is at least as new as all the others.
