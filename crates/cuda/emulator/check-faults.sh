@@ -15,7 +15,8 @@ rows 1 no barrier in the sum over a block
 loss 1 no barrier in the sum over a block
 optim 1 no barrier in the sum over a block
 loss 2 no barrier in the maximum over a block
-rows 3 no barrier between warps' column sums and their total
+columns 3 no barrier between warps' column sums and their total
+columns 5 no barrier between sums of leaves and their tree
 sums 4 no barrier between the search for ids and its use
 attention 1 values used before they have landed
 attention 2 keys overwritten while others read them

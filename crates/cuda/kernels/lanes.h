@@ -1,5 +1,5 @@
-// What kernels over rows share: eight elements at a time, and sums over a block in an order that depends on its size
-// alone.
+// What kernels over rows share: eight elements at a time, sums over a block in an order that depends on its size alone,
+// and sums in the order of a tree.
 #pragma once
 
 #ifndef FAULT
@@ -108,4 +108,57 @@ __device__ __forceinline__ float block_max(float x, float* slots) {
   float most = slots[0];
   for (int i = 1; i < (int)blockDim.x / 32; ++i) most = fmaxf(most, slots[i]);
   return most;
+}
+
+__device__ __forceinline__ float plus(float a, float b) { return a + b; }
+__device__ __forceinline__ float4 plus(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+// The sum of a subtree of D levels: loops without arrays, so that all stays in registers. `leaf(i)` gives a leaf's value;
+// leaves are asked for in order.
+template <int D> struct Node {
+  template <class V, class Leaf> static __device__ __forceinline__ V sum(const Tree& tree, int& next, Leaf& leaf) {
+    V total = {};
+#pragma unroll 1
+    for (int r = 0; r < tree.radices[D - 1]; ++r) {
+      V part = Node<D - 1>::template sum<V>(tree, next, leaf);
+      total = r == 0 ? part : plus(total, part);
+    }
+    return total;
+  }
+};
+template <> struct Node<0> {
+  template <class V, class Leaf> static __device__ __forceinline__ V sum(const Tree&, int& next, Leaf& leaf) {
+    return leaf(next++);
+  }
+};
+
+// Trees deeper than that are rare: a counter, with an array that does not fit in registers.
+template <class V, class Leaf> __device__ __forceinline__ V sum_deep(const Tree& tree, Leaf& leaf) {
+  V held[15], r = {};
+  int digits[15];
+  for (int d = 0; d < tree.depth; ++d) digits[d] = 0;
+  for (int next = 0;; ++next) {
+    r = leaf(next);
+    int d = 0;
+    for (; d < tree.depth; ++d) {
+      if (digits[d] > 0) r = plus(held[d], r);
+      if (++digits[d] < tree.radices[d]) break;
+      digits[d] = 0;
+    }
+    if (d == tree.depth) return r;
+    held[d] = r;
+  }
+}
+
+template <class V, class Leaf> __device__ __forceinline__ V sum_tree(const Tree& tree, Leaf leaf) {
+  int next = 0;
+  switch (tree.depth) {
+    case 0: return Node<0>::sum<V>(tree, next, leaf);
+    case 1: return Node<1>::sum<V>(tree, next, leaf);
+    case 2: return Node<2>::sum<V>(tree, next, leaf);
+    case 3: return Node<3>::sum<V>(tree, next, leaf);
+    default: return sum_deep<V>(tree, leaf);
+  }
 }

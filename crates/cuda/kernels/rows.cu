@@ -2,7 +2,6 @@
 //
 //   by row (embed, rms_norm*, layer_norm*, qk_norm, qk_norm_dx, rope): grid rows, a block of 32 to 256 threads (a
 //     multiple of 32) that follows from the row's length alone, since the order of sums follows from it
-//   column sums (*_dw): grid (ceil(dim / 64), parts), 256 threads; parts = leaves * ceil(leaf_rows / chunk)
 // No dynamic shared memory. Rows are read and written 16 bytes at a time where they are aligned and `dim` (half of it
 // for rope) is a multiple of 8.
 #include "device.h"
@@ -188,69 +187,6 @@ __device__ __forceinline__ void layer_norm_dx(const T* dy, const T* x, const T* 
   norm_dx<T, K, true>(dy, x, w, stats[blockIdx.x], stats[(long long)n + blockIdx.x], acc, dx, dim, wide, slots);
 }
 
-constexpr int COLUMNS = 64, ROW_LANES = MOST_THREADS / (COLUMNS / 8);
-
-// What a part of a column sum covers: `count` rows from `first` on, none of another leaf.
-struct Chunk {
-  long long first;
-  int count;
-  __device__ __forceinline__ Chunk(int chunk, int leaf_rows) {
-    int per_leaf = (leaf_rows + chunk - 1) / chunk;
-    int leaf = (int)blockIdx.y / per_leaf, start = (int)blockIdx.y % per_leaf * chunk;
-    first = (long long)leaf * leaf_rows + start;
-    count = min(chunk, leaf_rows - start);
-  }
-};
-
-// Adds up what the row lanes of a block have of its 64 columns. Every 8 threads hold a row's.
-__device__ __forceinline__ void sum_columns(float (&sums)[8], float* slots, float* part, int dim) {
-  int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    sums[i] += __shfl_xor_sync(~0u, sums[i], 8);
-    sums[i] += __shfl_xor_sync(~0u, sums[i], 16);
-    if (lane < 8) slots[warp * COLUMNS + lane * 8 + i] = sums[i];
-  }
-#if FAULT != 3
-  __syncthreads();
-#endif
-  int column = (int)blockIdx.x * COLUMNS + (int)threadIdx.x;
-  if (threadIdx.x < COLUMNS && column < dim) {
-    float sum = slots[threadIdx.x];
-#pragma unroll
-    for (int i = 1; i < MOST_THREADS / 32; ++i) sum += slots[i * COLUMNS + (int)threadIdx.x];
-    part[(long long)blockIdx.y * dim + column] = sum;
-  }
-}
-
-enum { BIAS = 1, RMS = 2, LAYER_NORM = 3 };
-
-template <class T, int KIND>
-__device__ __forceinline__ void norm_dw(const T* dy, const T* x, const float* mean, const float* rstd, float* parts_w,
-                                        float* parts_b, int dim, int chunk, int leaf_rows, float* slots) {
-  Chunk rows(chunk, leaf_rows);
-  int at = (int)blockIdx.x * COLUMNS + (int)threadIdx.x % 8 * 8;
-  bool wide = dim % 8 == 0 && aligned16(dy) && (KIND == BIAS || aligned16(x));
-  float w[8] = {0, 0, 0, 0, 0, 0, 0, 0}, b[8] = {0, 0, 0, 0, 0, 0, 0, 0}, g[8], v[8];
-#pragma unroll 2
-  for (int i = (int)threadIdx.x / 8; i < rows.count; i += ROW_LANES) {
-    long long row = rows.first + i;
-    get8(dy + row * dim, at, dim, wide).unpack(g);
-    if (KIND != BIAS) {
-      get8(x + row * dim, at, dim, wide).unpack(v);
-      float m = KIND == LAYER_NORM ? mean[row] : 0.0f, r = rstd[row];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) w[j] = fmaf(g[j], (v[j] - m) * r, w[j]);
-    }
-    if (KIND != RMS) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) b[j] += g[j];
-    }
-  }
-  if (KIND != BIAS) sum_columns(w, slots, parts_w, dim);
-  if (KIND != RMS) sum_columns(b, slots + MOST_THREADS / 32 * COLUMNS, parts_b, dim);
-}
-
 // Packed rows of qkv: as many lanes as a head needs, a power of two, take it together.
 struct HeadLanes {
   int lanes, groups, group, at;
@@ -339,33 +275,6 @@ __device__ __forceinline__ void qk_norm_dx(const T* dy, const T* qkv, const T* w
   }
 }
 
-// The heads of a row count as rows that follow each other.
-template <class T>
-__device__ __forceinline__ void qk_norm_dw(const T* dy, const T* qkv, const float* rstd, float* parts_q, float* parts_k,
-                                           int heads, int kv_heads, int dim, int chunk, int leaf_rows, float* slots) {
-  Chunk rows(chunk, leaf_rows);
-  int normed = heads + kv_heads, ld = normed + kv_heads;
-  int column = (int)blockIdx.x * COLUMNS + (int)threadIdx.x % 8 * 8;
-  bool wide = dim % 8 == 0 && aligned16(dy) && aligned16(qkv);
-#pragma unroll 1
-  for (int keys = 0; keys < 2; ++keys) {
-    int first = keys ? heads : 0, count = keys ? kv_heads : heads;
-    float sums[8] = {0, 0, 0, 0, 0, 0, 0, 0}, g[8], v[8];
-#pragma unroll 4
-    for (int i = (int)threadIdx.x / 8; i < rows.count * count; i += ROW_LANES) {
-      long long row = rows.first + i / count;
-      int head = first + i % count;
-      long long at = (row * ld + head) * dim;
-      get8(dy + at, column, dim, wide).unpack(g);
-      get8(qkv + at, column, dim, wide).unpack(v);
-      float r = rstd[row * normed + head];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) sums[j] = fmaf(g[j], v[j] * r, sums[j]);
-    }
-    sum_columns(sums, slots + keys * (MOST_THREADS / 32 * COLUMNS), keys ? parts_k : parts_q, dim);
-  }
-}
-
 // Element j of a head's first half pairs with element j of the second.
 template <class T>
 __device__ __forceinline__ void rope(T* qkv, const float* cosines, const float* sines, int sequence, int heads,
@@ -429,22 +338,6 @@ __device__ __forceinline__ void rope(T* qkv, const float* cosines, const float* 
     BY_LENGTH(T, layer_norm_dx, dim, dy, x, w, stats, acc, dx, n, dim, wide, slots);                                  \
   }                                                                                                                   \
   extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
-      bias_dw_##S(const T* dy, float* parts, int dim, int chunk, int leaf_rows) {                                     \
-    SHARED_ARRAY(float, slots, 1024);                                                                                 \
-    norm_dw<T, BIAS>(dy, nullptr, nullptr, nullptr, nullptr, parts, dim, chunk, leaf_rows, slots);                    \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
-      rms_norm_dw_##S(const T* dy, const T* x, const float* rstd, float* parts, int dim, int chunk, int leaf_rows) {  \
-    SHARED_ARRAY(float, slots, 512);                                                                                  \
-    norm_dw<T, RMS>(dy, x, nullptr, rstd, parts, nullptr, dim, chunk, leaf_rows, slots);                              \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
-      layer_norm_dw_##S(const T* dy, const T* x, const float* stats, float* parts_w, float* parts_b, int n, int dim,  \
-                        int chunk, int leaf_rows) {                                                                   \
-    SHARED_ARRAY(float, slots, 1024);                                                                                 \
-    norm_dw<T, LAYER_NORM>(dy, x, stats, stats + n, parts_w, parts_b, dim, chunk, leaf_rows, slots);                  \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
       qk_norm_##S(const T* qkv, const T* wq, const T* wk, T* out, float* rstd, int heads, int kv_heads, int dim,      \
                   float eps) {                                                                                        \
     qk_norm(qkv, wq, wk, out, rstd, heads, kv_heads, dim, eps);                                                       \
@@ -453,12 +346,6 @@ __device__ __forceinline__ void rope(T* qkv, const float* cosines, const float* 
       qk_norm_dx_##S(const T* dy, const T* qkv, const T* wq, const T* wk, const float* rstd, T* dqkv, int heads,      \
                      int kv_heads, int dim) {                                                                         \
     qk_norm_dx(dy, qkv, wq, wk, rstd, dqkv, heads, kv_heads, dim);                                                    \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
-      qk_norm_dw_##S(const T* dy, const T* qkv, const float* rstd, float* parts_q, float* parts_k, int heads,         \
-                     int kv_heads, int dim, int chunk, int leaf_rows) {                                               \
-    SHARED_ARRAY(float, slots, 1024);                                                                                 \
-    qk_norm_dw(dy, qkv, rstd, parts_q, parts_k, heads, kv_heads, dim, chunk, leaf_rows, slots);                       \
   }                                                                                                                   \
   extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
       rope_##S(T* qkv, const float* cosines, const float* sines, int sequence, int heads, int kv_heads, int dim,      \

@@ -10,9 +10,6 @@ struct Sums {
   float v[8];
 };
 
-__device__ __forceinline__ float4 plus(float4 a, float4 b) {
-  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
 __device__ __forceinline__ Sums plus(Sums a, const Sums& b) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) a.v[i] += b.v[i];
@@ -55,54 +52,6 @@ __device__ __forceinline__ void merge_into(float* levels, long long level_len, l
                                            int merge, int store, float4 r) {
   for (int l = 0; l < merge; ++l) r = plus(get4(levels + l * level_len, at, count, wide), r);
   put4(levels + store * level_len, at, count, wide, r);
-}
-
-// The sum of a subtree of D levels: loops without arrays, so that all stays in registers. `leaf(i)` gives a leaf's value;
-// leaves are asked for in order.
-template <int D> struct Node {
-  template <class V, class Leaf> static __device__ __forceinline__ V sum(const Tree& tree, int& next, Leaf& leaf) {
-    V total = {};
-#pragma unroll 1
-    for (int r = 0; r < tree.radices[D - 1]; ++r) {
-      V part = Node<D - 1>::template sum<V>(tree, next, leaf);
-      total = r == 0 ? part : plus(total, part);
-    }
-    return total;
-  }
-};
-template <> struct Node<0> {
-  template <class V, class Leaf> static __device__ __forceinline__ V sum(const Tree&, int& next, Leaf& leaf) {
-    return leaf(next++);
-  }
-};
-
-// Trees deeper than that are rare: a counter, with an array that does not fit in registers.
-template <class V, class Leaf> __device__ __forceinline__ V sum_deep(const Tree& tree, Leaf& leaf) {
-  V held[15], r = {};
-  int digits[15];
-  for (int d = 0; d < tree.depth; ++d) digits[d] = 0;
-  for (int next = 0;; ++next) {
-    r = leaf(next);
-    int d = 0;
-    for (; d < tree.depth; ++d) {
-      if (digits[d] > 0) r = plus(held[d], r);
-      if (++digits[d] < tree.radices[d]) break;
-      digits[d] = 0;
-    }
-    if (d == tree.depth) return r;
-    held[d] = r;
-  }
-}
-
-template <class V, class Leaf> __device__ __forceinline__ V sum_tree(const Tree& tree, Leaf leaf) {
-  int next = 0;
-  switch (tree.depth) {
-    case 0: return Node<0>::sum<V>(tree, next, leaf);
-    case 1: return Node<1>::sum<V>(tree, next, leaf);
-    case 2: return Node<2>::sum<V>(tree, next, leaf);
-    case 3: return Node<3>::sum<V>(tree, next, leaf);
-    default: return sum_deep<V>(tree, leaf);
-  }
 }
 
 template <class T>

@@ -87,8 +87,11 @@ pub(crate) fn workspace_len(op: &Op, p: &Program) -> usize {
         LinearGradWeight => {
             products::grad_weight_workspace_len(&op.grads[0].inner, group(op.grads[0].group).len())
         }
-        NormGradWeight { .. } | BiasGrad => op.grads.len() * parts(rows(0), leaves()) * cols(op.ins[0]),
-        HeadNormGradWeight { heads } => 2 * parts(rows(0), leaves()) * heads.dim,
+        NormGradWeight { .. } | BiasGrad => {
+            let cols = cols(op.ins[0]);
+            op.grads.len() * parts(&op.kind, rows(0), leaves(), cols).0 * cols
+        }
+        HeadNormGradWeight { heads } => 2 * parts(&op.kind, rows(0), leaves(), heads.dim).0 * heads.dim,
         EmbedGrad { .. } => rows(0) * cols(op.ins[1]) + group(op.grads[0].group).rows,
         AttentionGrad { heads } => rows(0) * heads.q,
         _ => 0,
@@ -282,15 +285,36 @@ fn head_norm(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     d.start(name, by_row(l.input(0).rows, (heads.q + heads.kv) * heads.dim), params)
 }
 
-/// Rows whose column sums make one part of a leaf.
-const CHUNK: usize = 128;
-
-/// Columns of a block of column sums.
+/// Columns of a block of column sums, and of one that folds them.
 const COLUMNS: usize = 64;
+const FOLDED_COLUMNS: usize = 32;
 
-/// Parts of all leaves among `n` rows: parts never cross leaves.
-fn parts(n: usize, leaves: usize) -> usize {
-    leaves * (n / leaves).div_ceil(CHUNK)
+/// Leaves whose sums a block of `fold_columns` can hold.
+const FOLDED_LEAVES: usize = 64;
+
+/// Blocks that keep a card busy.
+const ENOUGH_BLOCKS: usize = 256;
+
+/// Rows that make one part of a leaf's column sums: at most 128, and fewer where one leaf has few blocks. It must follow
+/// from the leaf's shape alone, because the order of sums does.
+fn chunk(leaf_rows: usize, cols: usize, least: usize) -> usize {
+    let blocks = |chunk: usize| cols.div_ceil(COLUMNS) * leaf_rows.div_ceil(chunk);
+    let mut chunk = 128;
+    while chunk > least && blocks(chunk) < ENOUGH_BLOCKS {
+        chunk /= 2;
+    }
+    chunk
+}
+
+/// The least rows of a part: below it a block has too little to do. A row of heads is many rows.
+fn least_chunk(kind: &OpKind) -> usize {
+    if matches!(kind, OpKind::HeadNormGradWeight { .. }) { 8 } else { 64 }
+}
+
+/// Parts of all leaves among `n` rows, and the rows of one: parts never cross leaves.
+fn parts(kind: &OpKind, n: usize, leaves: usize, cols: usize) -> (usize, usize) {
+    let chunk = chunk(n / leaves, cols, least_chunk(kind));
+    (leaves * (n / leaves).div_ceil(chunk), chunk)
 }
 
 /// Gradients that are sums over rows: of norms' weights and of biases.
@@ -300,8 +324,11 @@ fn column_sums(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let at = |d: &Cuda, i: usize| d.at(l.input(i));
     let g = l.gradient(0);
     let leaves = Tree::of(g.inner).leaves();
-    let (count, leaf_rows) = (parts(n, leaves), n / leaves);
     let mut dim = dy.cols;
+    if let OpKind::HeadNormGradWeight { heads } = *l.kind() {
+        dim = heads.dim;
+    }
+    let ((count, chunk), leaf_rows) = (parts(l.kind(), n, leaves, dim), n / leaves);
     let part = |i: usize, dim: usize| l.workspace().part(i * count * dim, count * dim);
     let (name, outs, params) = match *l.kind() {
         OpKind::BiasGrad => {
@@ -318,22 +345,43 @@ fn column_sums(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
             (variant!(l, "layer_norm_dw"), 2, params.with(int(n)).with(int(dim)))
         }
         OpKind::HeadNormGradWeight { heads: h } => {
-            dim = h.dim;
             let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(at(d, 2));
             let params = params.with(d.at(part(0, dim))).with(d.at(part(1, dim)));
             (variant!(l, "qk_norm_dw"), 2, params.with(int(h.q)).with(int(h.kv)).with(int(dim)))
         }
         _ => not_mine!(l),
     };
-    let params = params.with(int(CHUNK)).with(int(leaf_rows));
+    let params = params.with(int(chunk)).with(int(leaf_rows));
     let grid = [dim.div_ceil(COLUMNS), count, 1];
     d.start(name, Geometry { grid, block: 256, shared_bytes: 0 }, params)?;
-    let per_leaf = count / leaves;
-    for i in 0..outs {
-        let leaf = Parts { stride: per_leaf * dim, parts: per_leaf, part_stride: dim, len: dim };
-        fold(d, "fold_f32", part(i, dim), leaf, &l.gradient(i))?;
+    fold_columns(d, l, outs, count / leaves, dim)
+}
+
+/// Folds column sums in the work space, of one gradient or of two, one after the other.
+fn fold_columns(d: &mut Cuda, l: &Launch<'_>, outs: usize, per_leaf: usize, dim: usize) -> Result<()> {
+    let (a, b) = (l.gradient(0), l.gradient(outs - 1));
+    let tree = Tree::of(a.inner);
+    let len = tree.leaves() * per_leaf * dim;
+    if tree.leaves() > FOLDED_LEAVES {
+        let leaf = || Parts { stride: per_leaf * dim, parts: per_leaf, part_stride: dim, len: dim };
+        return (0..outs).try_for_each(|i| {
+            fold(d, "fold_f32", l.workspace().part(i * len, len), leaf(), &l.gradient(i))
+        });
     }
-    Ok(())
+    assert!(a.inner == b.inner && [a, b].iter().all(|g| g.rows * g.cols == dim), "gradients of one shape");
+    let params = Params::new()
+        .with(d.at(l.workspace().part(0, outs * len)))
+        .with(int(per_leaf))
+        .with(int(dim))
+        .with(d.at(a.levels))
+        .with(d.at(b.levels))
+        .with(tree)
+        .with(int(a.merge.merge))
+        .with(int(a.merge.store))
+        .with(int(b.merge.merge))
+        .with(int(b.merge.store));
+    let grid = [dim.div_ceil(FOLDED_COLUMNS), outs, 1];
+    d.start("fold_columns", Geometry { grid, block: 256, shared_bytes: 0 }, params)
 }
 
 fn rope(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {

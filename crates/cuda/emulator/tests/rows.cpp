@@ -1,24 +1,6 @@
 // Kernels over rows against their formulas in double precision, in bf16 and f32, aligned widths and others.
 #include "../../kernels/rows.cu"
-#include "../test.h"
-
-// Calls the variant of a kernel for T: `as<T>(bf16's, f32's)`.
-template <class T, class A, class B> auto as(A a, B b) {
-  if constexpr (sizeof(T) == 2) return a;
-  else return b;
-}
-#define OF(T, kernel) as<T>(kernel##_bf16, kernel##_f32)
-#define RUN(T, kernel, grid, block, ...)         \
-  do {                                           \
-    auto of_type = OF(T, kernel);                \
-    LAUNCH(of_type, grid, block, 0, __VA_ARGS__); \
-  } while (0)
-
-static int threads_of(int dim) { return std::min(std::max((dim + 7) / 8 + 31, 32) / 32 * 32, 256); }
-template <class T> std::string name(const char* of, int n, int dim, uint64_t seed) {
-  return std::string(of) + (sizeof(T) == 2 ? " bf16 " : " f32 ") + std::to_string(n) + " x " + std::to_string(dim) + " seed " + std::to_string(seed);
-}
-using Numbers64 = std::vector<double>;
+#include "rows.h"
 
 // One row of either norm and of its gradient.
 struct Formula {
@@ -89,61 +71,23 @@ template <class T> void norms(int n, int dim, uint64_t seed) {
   }
 }
 
-// Column sums: `leaves` leaves of `leaf_rows` rows.
-template <class T> void column_sums(int leaves, int leaf_rows, int dim, int chunk, uint64_t seed) {
-  Random r(seed);
-  int n = leaves * leaf_rows, per_leaf = (leaf_rows + chunk - 1) / chunk, parts = leaves * per_leaf;
-  auto x = random_values<T>(r, n * dim), dy = random_values<T>(r, n * dim);
-  auto stats = random_values<float>(r, 2 * n, 0.5, 1);
-  Numbers64 rms(parts * dim), layer(parts * dim), bias(parts * dim);
-  for (int i = 0; i < n; ++i) {
-    int part = i / leaf_rows * per_leaf + i % leaf_rows / chunk;
-    for (int j = 0; j < dim; ++j) {
-      double g = number(dy[i * dim + j]), v = number(x[i * dim + j]);
-      rms[part * dim + j] += g * v * stats[i];
-      layer[part * dim + j] += g * (v - stats[i]) * stats[n + i];
-      bias[part * dim + j] += g;
-    }
-  }
-  Buffer<T> dx_(x), ddy(dy);
-  Buffer<float> st(stats), a(parts * dim), b(parts * dim), c(parts * dim), d(parts * dim);
-  dim3 grid((dim + 63) / 64, parts), block(256);
-  auto is = name<T>("column sums", n, dim, seed);
-  RUN(T, rms_norm_dw, grid, block, ddy.ptr(), dx_.ptr(), st.ptr(), a.ptr(), dim, chunk, leaf_rows);
-  check(is + " rms", a.read(), rms, 3e-6);
-  RUN(T, layer_norm_dw, grid, block, ddy.ptr(), dx_.ptr(), st.ptr(), b.ptr(), c.ptr(), n, dim, chunk, leaf_rows);
-  check(is + " layer", b.read(), layer, 3e-6);
-  check(is + " layer bias", c.read(), bias, 3e-6);
-  RUN(T, bias_dw, grid, block, ddy.ptr(), d.ptr(), dim, chunk, leaf_rows);
-  check(is + " bias", d.read(), bias, 3e-6);
-  // The last leaf alone has the same bits.
-  Buffer<T> last(std::vector<T>(dy.end() - leaf_rows * dim, dy.end()));
-  Buffer<float> alone(per_leaf * dim);
-  RUN(T, bias_dw, dim3(grid.x, per_leaf), block, last.ptr(), alone.ptr(), dim, chunk, leaf_rows);
-  auto all = d.read();
-  check_same(is + " alone", alone.read(), std::vector<float>(all.end() - per_leaf * dim, all.end()));
-}
-
 template <class T> void head_norms(int n, int heads, int kv, int dim, uint64_t seed) {
   Random r(seed);
-  int normed = heads + kv, ld = (normed + kv) * dim, chunk = 2, leaf_rows = n, parts = (n + 1) / 2;
+  int normed = heads + kv, ld = (normed + kv) * dim;
   auto qkv = random_values<T>(r, n * ld), dy = random_values<T>(r, n * ld);
   auto wq = random_values<T>(r, dim, 1, 1), wk = random_values<T>(r, dim, 1, 1);
   auto x64 = numbers_of(qkv), dy64 = numbers_of(dy), q64 = numbers_of(wq), k64 = numbers_of(wk);
-  Numbers64 y = x64, dx = dy64, rstd, dwq(parts * dim), dwk(parts * dim);
+  Numbers64 y = x64, dx = dy64, rstd;
   for (int i = 0; i < n; ++i) {
     for (int h = 0; h < normed; ++h) {
       int at = i * ld + h * dim;
       auto f = norm_of(&x64[at], h < heads ? q64.data() : k64.data(), nullptr, &dy64[at], dim, 1e-6);
       rstd.push_back(f.rstd);
-      for (int j = 0; j < dim; ++j) {
-        y[at + j] = f.y[j], dx[at + j] = f.dx[j];
-        (h < heads ? dwq : dwk)[i / chunk * dim + j] += dy64[at + j] * x64[at + j] * f.rstd;
-      }
+      for (int j = 0; j < dim; ++j) y[at + j] = f.y[j], dx[at + j] = f.dx[j];
     }
   }
   Buffer<T> in(qkv), ddy(dy), q(wq), k(wk), out(n * ld), back(n * ld);
-  Buffer<float> st(n * normed), a(parts * dim), b(parts * dim);
+  Buffer<float> st(n * normed);
   int block = threads_of(normed * dim);
   auto is = name<T>("head norm", n, dim, seed);
   RUN(T, qk_norm, dim3(n), dim3(block), in.ptr(), q.ptr(), k.ptr(), out.ptr(), st.ptr(), heads, kv, dim, 1e-6f);
@@ -151,10 +95,6 @@ template <class T> void head_norms(int n, int heads, int kv, int dim, uint64_t s
   check(is + " rstd", st.read(), rstd, 1e-6);
   RUN(T, qk_norm_dx, dim3(n), dim3(block), ddy.ptr(), in.ptr(), q.ptr(), k.ptr(), st.ptr(), back.ptr(), heads, kv, dim);
   check(is + " dx", back.read(), dx, tolerance<T>());
-  RUN(T, qk_norm_dw, dim3((dim + 63) / 64, parts), dim3(256), ddy.ptr(), in.ptr(), st.ptr(), a.ptr(), b.ptr(), heads, kv,
-      dim, chunk, leaf_rows);
-  check(is + " dwq", a.read(), dwq, 3e-6);
-  check(is + " dwk", b.read(), dwk, 3e-6);
 }
 
 template <class T> void ropes(int n, int sequence, int heads, int kv, int dim, int position0, int inverse, uint64_t seed) {
@@ -263,9 +203,6 @@ template <class T> void all(uint64_t seed) {
   norms<T>(1, 2048, seed);
   norms<T>(2, seed % 2 ? 4104 : 2056, seed);
   norms<T>(1, seed % 2 ? 8200 : 6000, seed);
-  column_sums<T>(2, 5, 72, 3, seed);
-  column_sums<T>(1, 70, 33, 64, seed);
-  column_sums<T>(3, 130, 64, 128, seed);
   head_norms<T>(3, 4, 2, 16, seed);
   head_norms<T>(2, 3, 1, 20, seed);
   head_norms<T>(2, 10, 2, 128, seed);
@@ -280,8 +217,7 @@ template <class T> void all(uint64_t seed) {
   elements<T>(5, 1000, 2, seed);
   if (ON_DEVICE) {
     for (int dim : {768, 1024, 2048, 4096, 8192}) norms<T>(513, dim, seed);
-    column_sums<T>(4, 500, 768, 128, seed);
-    head_norms<T>(300, 16, 8, 128, seed);
+      head_norms<T>(300, 16, 8, 128, seed);
     elements<T>(300, 2048, 300, seed);
     ropes<T>(600, 300, 16, 8, 128, 0, 0, seed);
   }
