@@ -38,7 +38,7 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
   Turn turn = take_turn(true);
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int first = turn.block * F::ROWS, own = first + warp * OWN;
-  long long ld = (heads + 2 * kv_heads) * D;
+  int ld = (heads + 2 * kv_heads) * D;
   const bf16* rows = qkv + (long long)turn.sequence * sequence * ld;
   const bf16* k = rows + (heads + turn.head / (heads / kv_heads)) * D;
   const bf16* v = k + kv_heads * D;
@@ -106,28 +106,29 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
       cp_async_commit();
     }
     if (sees) {
+      uint32_t p[F::TILES][F::KEYS / 16][4];
 #pragma unroll
       for (int t = 0; t < F::TILES; ++t) {
         softmax<F::KEYS, D>(s[t], acc[t], max[t], sum[t], scale * LOG2_E, key + F::KEYS > own + 1,
                             own + t * 16 + (lane >> 2), key + 2 * (lane & 3));
+#pragma unroll
+        for (int c = 0; c < F::KEYS / 16; ++c) as_left(p[t][c], s[t][2 * c], s[t][2 * c + 1]);
       }
 #pragma unroll
       for (int c = 0; c < F::KEYS / 16; ++c) {
-        uint32_t p[F::TILES][4];
-#pragma unroll
-        for (int t = 0; t < F::TILES; ++t) as_left(p[t], s[t][2 * c], s[t][2 * c + 1]);
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
           uint32_t b[4];
           ldmatrix_x4_trans(b, values + T::move(left, c * 16, n * 2));
 #pragma unroll
-          for (int t = 0; t < F::TILES; ++t) mma_pair(acc[t][2 * n], acc[t][2 * n + 1], p[t], b);
+          for (int t = 0; t < F::TILES; ++t) mma_pair(acc[t][2 * n], acc[t][2 * n + 1], p[t][c], b);
         }
       }
     }
   }
 
   // A warp's rows of the queries are its own by now; they turn its sums into whole rows.
+  turn = take_turn(true, true);
 #pragma unroll
   for (int t = 0; t < F::TILES; ++t) {
     float inverse[2];
@@ -145,7 +146,7 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
     T::template put<D>(mine + t * 16 * T::LD, acc[t], inverse[0], inverse[1], lane);
   }
   __syncwarp();
-  long long o_ld = heads * D;
+  int o_ld = heads * D;
   bf16* to = o + ((long long)turn.sequence * sequence + own) * o_ld + turn.head * D;
   T::template store<OWN, D>(mine, to, o_ld, sequence - own, lane);
 }

@@ -76,7 +76,8 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
   int slice = turn.block % G::SLICES * G::WIDTH, first = turn.block / G::SLICES * G::KEYS;
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, own = first + warp * OWN;
   int group = heads / kv_heads;
-  long long ld = (heads + 2 * kv_heads) * D, o_ld = heads * D, row = (long long)turn.sequence * sequence;
+  int ld = (heads + 2 * kv_heads) * D, o_ld = heads * D;
+  long long row = (long long)turn.sequence * sequence;
   const bf16* k = qkv + row * ld + (heads + turn.head) * D;
 
   // A step is a query head of the group and a block of queries; those before the block of keys see none of it.
@@ -257,7 +258,8 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
   Turn turn = take_turn(true);
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int first = turn.block * G::ROWS, own = first + warp * OWN;
-  long long ld = (heads + 2 * kv_heads) * D, o_ld = heads * D, row = (long long)turn.sequence * sequence;
+  int ld = (heads + 2 * kv_heads) * D, o_ld = heads * D;
+  long long row = (long long)turn.sequence * sequence;
   const bf16* k = qkv + row * ld + (heads + turn.head / (heads / kv_heads)) * D;
   const bf16* v = k + kv_heads * D;
   int steps = (min(first + G::ROWS, sequence) + G::KEYS - 1) / G::KEYS;

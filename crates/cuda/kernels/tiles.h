@@ -32,14 +32,14 @@ template <int D> struct Tile {
   // Starts to copy rows `first..first + ROWS` (row stride `ld`), all threads together. Rows from `limit` on are copies
   // of the last one, for the caller to ignore.
   template <int ROWS, int THREADS>
-  static __device__ __forceinline__ void fetch(bf16* tile, const bf16* from, long long ld, int first, int limit) {
+  static __device__ __forceinline__ void fetch(bf16* tile, const bf16* from, int ld, int first, int limit) {
     // Whole blocks go on from one address, which takes fewest registers.
     constexpr int STRIDE = THREADS / CHUNKS;
     if (THREADS % CHUNKS == 0 && ROWS % STRIDE == 0 && first + ROWS <= limit) {
       int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-      from += (first + row) * ld + chunk * 8;
+      from += (long long)(first + row) * ld + chunk * 8;
 #pragma unroll
-      for (int k = 0; k < ROWS / STRIDE; ++k, from += STRIDE * ld) {
+      for (int k = 0; k < ROWS / STRIDE; ++k, from += (long long)STRIDE * ld) {
         cp_async16(tile + at(row + k * STRIDE, chunk), from);
       }
       return;
@@ -47,18 +47,18 @@ template <int D> struct Tile {
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
       int row = i / CHUNKS, chunk = i % CHUNKS;
-      cp_async16(tile + at(row, chunk), from + min(first + row, limit - 1) * ld + chunk * 8);
+      cp_async16(tile + at(row, chunk), from + (long long)min(first + row, limit - 1) * ld + chunk * 8);
     }
   }
 
   // Copies a warp's rows of the tile to rows of `COLS` elements (row stride `ld`), of which there are `rows`.
   template <int ROWS, int COLS>
-  static __device__ __forceinline__ void store(const bf16* tile, bf16* to, long long ld, int rows, int lane) {
+  static __device__ __forceinline__ void store(const bf16* tile, bf16* to, int ld, int rows, int lane) {
 #pragma unroll 4
     for (int i = lane; i < ROWS * (COLS / 8); i += WARP) {
       int row = i / (COLS / 8), chunk = i % (COLS / 8);
       if (row < rows) {
-        *(uint4*)(to + row * ld + chunk * 8) = *(const uint4*)(tile + at(row, chunk));
+        *(uint4*)(to + (long long)row * ld + chunk * 8) = *(const uint4*)(tile + at(row, chunk));
       }
     }
   }
@@ -152,9 +152,12 @@ struct Turn {
   int block, head, sequence;
 };
 
-__device__ __forceinline__ Turn take_turn(bool last_first) {
-  int pairs = gridDim.y * gridDim.z;
-  int id = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+__device__ __forceinline__ Turn take_turn(bool last_first, bool again = false) {
+  int pairs = gridDim.y * gridDim.z, x = blockIdx.x;
+#ifndef PHALANX_EMULATOR
+  if (again) asm volatile("" : "+r"(x));  // not what the first call gave, which would take registers in between
+#endif
+  int id = x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   int block = id / pairs, pair = id % pairs;
   Turn turn;
   turn.block = last_first ? (int)gridDim.x - 1 - block : block;
