@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use program::{Collective, Loss, Op, Program, Ticket};
+use program::{Collective, Loss, Op, OpKind, Program, Ticket};
 use spec::{DType, Error, Result};
 use train::{Device, Lack, Launch, Mesh, Message, Operand, Stretch, Turn};
 
@@ -16,6 +16,7 @@ use crate::module::{Geometry, Kernels, Params};
 use crate::numbers::Numbers;
 use crate::products;
 use crate::table;
+use crate::update::{self, Tables, Updates};
 
 /// One GPU: an arena on it, a stream of work, and stretches of it recorded as graphs.
 ///
@@ -31,6 +32,11 @@ pub struct Cuda {
     pub(crate) kernels: Kernels,
     pub(crate) products: CublasLt,
     numbers: Numbers,
+    pub(crate) tables: Tables,
+    /// Between [`Device::replay`] and [`Device::recorded`].
+    in_stretch: bool,
+    /// What [`update::flush`] puts on the stream.
+    pub(crate) updates: Updates,
     scalar: Memory,
     arena: Memory,
     pub(crate) stream: Stream,
@@ -63,6 +69,9 @@ impl Cuda {
             kernels: Kernels::load(&arch, extra)?,
             products: CublasLt::new()?,
             numbers: Numbers::new()?,
+            tables: Tables::default(),
+            in_stretch: false,
+            updates: Updates::default(),
             scalar: Memory::new(8)?,
             arena: Memory::none(),
             stream: Stream::new()?,
@@ -85,6 +94,16 @@ impl Cuda {
     /// The step's numbers, on the card.
     pub(crate) fn numbers(&self) -> u64 {
         self.numbers.address()
+    }
+
+    /// Whether what goes to the stream is recorded instead of run.
+    pub(crate) fn is_recording(&self) -> bool {
+        self.recording.is_some()
+    }
+
+    /// Whether calls of a stretch follow, which are the same in every step.
+    pub(crate) fn is_in_stretch(&self) -> bool {
+        self.in_stretch
     }
 
     /// Starts a kernel on the device's stream.
@@ -158,29 +177,36 @@ impl Device for Cuda {
 
     fn copy_in(&mut self, to: Operand, bytes: &[u8]) -> Result<()> {
         self.context.bind()?;
+        update::flush(self)?;
         assert_eq!(to.bytes(), bytes.len());
         self.stream.upload(self.at(to), bytes)
     }
 
     fn copy_out(&self, from: Operand, bytes: &mut [u8]) -> Result<()> {
         self.context.bind()?;
+        if !self.updates.is_empty() {
+            return Err(Error::failure("read from the card in the middle of its updates"));
+        }
         assert_eq!(from.bytes(), bytes.len());
         self.stream.download(self.at(from), bytes).map_err(|e| e.context(self.place()))
     }
 
     fn copy(&mut self, from: Operand, to: Operand) -> Result<()> {
         self.context.bind()?;
+        update::flush(self)?;
         assert_eq!(from.bytes(), to.bytes());
         self.stream.copy(self.at(to), self.at(from), from.bytes())
     }
 
     fn clear(&mut self, what: Operand) -> Result<()> {
         self.context.bind()?;
+        update::flush(self)?;
         self.stream.fill(self.at(what), 0, what.bytes())
     }
 
     fn sum(&mut self, what: Operand) -> Result<f64> {
         self.context.bind()?;
+        update::flush(self)?;
         assert_eq!(what.dtype, DType::F64);
         let params = Params::new().with(self.at(what)).with(self.scalar.base).with(what.len() as i64);
         self.start("sum_f64", Geometry::line(1, 1024), params)?;
@@ -191,6 +217,10 @@ impl Device for Cuda {
 
     fn launch(&mut self, launch: &Launch<'_>) -> Result<()> {
         self.context.bind()?;
+        let changes = self.recording.is_none() && self.numbers.are_other(&launch.turn);
+        if changes || !matches!(launch.kind(), OpKind::AdamW { .. }) {
+            update::flush(self)?;
+        }
         if self.recording.is_none() {
             self.numbers.set(&self.stream, &launch.turn)?;
         }
@@ -199,27 +229,32 @@ impl Device for Cuda {
 
     fn say(&mut self, mesh: &mut Mesh, message: &Message<'_>, ticket: Option<Ticket>) -> Result<()> {
         self.context.bind()?;
+        update::flush(self)?;
         let Cuda { messages, stream, arena, .. } = self;
         messages.say(stream, arena, mesh, message, ticket)
     }
 
     fn end(&mut self, mesh: &mut Mesh, ticket: Ticket, over: &mut dyn FnMut(Instant, Instant)) -> Result<()> {
         self.context.bind()?;
+        update::flush(self)?;
         mesh.end(ticket, over)?;
         self.messages.ended(&self.stream, ticket)
     }
 
     fn synchronise(&mut self) -> Result<()> {
         self.context.bind()?;
+        update::flush(self)?;
         self.stream.wait().map_err(|e| e.context(self.place()))
     }
 
     fn replay(&mut self, stretch: Stretch, turn: &Turn) -> Result<bool> {
         self.context.bind()?;
+        update::flush(self)?;
         self.numbers.set(&self.stream, turn)?;
         if let Some(graph) = self.graphs.get(&stretch) {
             return self.stream.run(graph).map(|()| true);
         }
+        self.in_stretch = true;
         if !self.alone {
             return Ok(false);
         }
@@ -232,6 +267,8 @@ impl Device for Cuda {
     }
 
     fn recorded(&mut self) -> Result<()> {
+        update::flush(self)?;
+        self.in_stretch = false;
         let Some(stretch) = self.recording.take() else { return Ok(()) };
         let graph = self.stream.end_recording()?;
         self.stream.run(&graph)?;

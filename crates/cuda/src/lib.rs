@@ -13,6 +13,7 @@ mod gemm;
 mod device;
 mod table;
 mod products;
+mod update;
 mod attention;
 mod numbers;
 mod host_messages;

@@ -36,8 +36,13 @@ impl Numbers {
         self.memory.base
     }
 
-    /// What is put on the stream from now on sees this turn's numbers.
-    pub(crate) fn set(&mut self, stream: &Stream, turn: &Turn) -> Result<()> {
+    /// Whether [`Numbers::set`] would change what lies on the card.
+    pub(crate) fn are_other(&self, turn: &Turn) -> bool {
+        self.next(turn) != self.now
+    }
+
+    /// The numbers of a turn; those of the optimiser stay where it has none.
+    fn next(&self, turn: &Turn) -> Layout {
         let mut next = Layout { loss_scale: turn.loss_scale, ..self.now };
         if let Some(update) = turn.update {
             let plain = AdamW { weight_decay: 0.0, ..update }.scalars();
@@ -64,6 +69,12 @@ impl Numbers {
                 minus_step_size,
             };
         }
+        next
+    }
+
+    /// What is put on the stream from now on sees this turn's numbers.
+    pub(crate) fn set(&mut self, stream: &Stream, turn: &Turn) -> Result<()> {
+        let next = self.next(turn);
         if next == self.now {
             return Ok(());
         }

@@ -1,13 +1,13 @@
 //! Which kernels an op's kind is, and what they are called with. Parameters follow the kernels' declarations.
 
-use program::{GroupId, Heads, NORM_CHUNK, Op, OpKind, Program, View};
+use program::{GroupId, Heads, Op, OpKind, Program, View};
 use spec::{DType, NormKind, Result};
 use train::{Gradient, Lack, Launch, Operand};
 
 use crate::attention;
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
-use crate::products;
+use crate::{products, update};
 
 /// The two variants of a kernel, by the type of activations.
 macro_rules! variant {
@@ -48,8 +48,8 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
         Xent | XentStats { .. } | XentCombine { .. } | XentGrad { .. } | LossSum { .. } => loss,
         ShardGrads { .. } => shard_grads,
         TieGrads { .. } => tie_grads,
-        GradNorm => grad_norm,
-        AdamW { .. } => adamw,
+        GradNorm => update::grad_norm,
+        AdamW { .. } => update::adamw,
         other => return Err(Lack::of(other)),
     })
 }
@@ -481,35 +481,4 @@ fn tie_grads(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let (x, y) = (l.input(0), l.output(0));
     let params = Params::new().with(d.at(x)).with(d.at(y)).with(x.len() as i64);
     d.start("accumulate_f32", by_element(x.len()), params)
-}
-
-/// Sums squares by chunk, so that their total does not depend on who held what.
-fn grad_norm(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
-    let all = l.output(0);
-    d.stream.fill(d.at(all), 0, all.bytes())?;
-    (0..l.inputs()).filter(|i| !l.input(*i).is_empty()).try_for_each(|i| {
-        let (x, sums) = (l.input(i), l.output(i + 1));
-        let params = Params::new().with(d.at(x)).with(d.at(sums)).with(x.len() as i64);
-        d.start("sum_squares", Geometry::line(x.len().div_ceil(NORM_CHUNK), 256), params)
-    })
-}
-
-fn adamw(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
-    let OpKind::AdamW { decay, .. } = *l.kind() else { not_mine!(l) };
-    let grad = l.input(0);
-    if grad.is_empty() {
-        return Ok(());
-    }
-    let out = |d: &Cuda, i: usize| d.at(l.output(i));
-    let params = Params::new().with(out(d, 0));
-    let params = if l.precision() == DType::Bf16 { params.with(out(d, 3)) } else { params };
-    let params = params
-        .with(out(d, 1))
-        .with(out(d, 2))
-        .with(d.at(grad))
-        .with(d.numbers())
-        .with(grad.len() as i64)
-        .with(i32::from(decay));
-    let geometry = Geometry::line(grad.len().div_ceil(4 * 256).clamp(1, 1 << 16), 256);
-    d.start(variant!(l, "adamw"), geometry, params)
 }

@@ -36,7 +36,50 @@ static void updates(int len, int blocks, int decay, uint64_t seed) {
   }
 }
 
+// Tensors of all lengths in one launch have the bits that each has alone.
+static void together(uint64_t seed) {
+  Random r(seed);
+  std::vector<int> lengths = {4096, 1, 33, 5000, 4097, 8192, 4};
+  for (int i = 0; i < 40; ++i) lengths.push_back(1 + r.below(100));
+  int total = 0;
+  // A multiple of 4 between them, so that they are aligned, but for the last ones.
+  std::vector<int> at;
+  for (int len : lengths) at.push_back(total), total += at.size() < 40 ? (len + 3) / 4 * 4 : len;
+  auto w = random_values<float>(r, total), m = random_values<float>(r, total, 1e-3);
+  auto v = random_values<float>(r, total, 1e-6, 1e-6), g = random_values<float>(r, total, 1e-3);
+  Buffer<Numbers> numbers(std::vector<Numbers>{{1.0f, 0.7f, 0.999f, 1.0f, 0.1f, 0.95f, 0.05f, 0.31f, 1e-8f, -3e-4f}});
+  Buffer<float> dg(g), w1(w), m1(m), v1(v), w2(w), m2(m), v2(v);
+  Buffer<uint16_t> p1(total), p2(total);
+  Buffer<double> s1(2 * lengths.size()), s2(2 * lengths.size());
+  p1.fill(0), p2.fill(0), s1.fill(0), s2.fill(0);
+  std::vector<Updated> updates;
+  std::vector<Squared> squares;
+  long long blocks = 0, chunks = 0;
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    int a = at[i], half = int(i % 3 != 0), decay = int(i % 2);
+    long long len = lengths[i];
+    updates.push_back({w2 + a, m2 + a, v2 + a, dg + a, half ? p2 + a : nullptr, len, blocks, decay});
+    squares.push_back({dg + a, s2 + chunks, len, chunks});
+    if (half) LAUNCH(adamw_bf16, dim3(1), dim3(256), 0, p1 + a, w1 + a, m1 + a, v1 + a, dg + a, numbers.ptr(), len, decay);
+    else LAUNCH(adamw_f32, dim3(1), dim3(256), 0, w1 + a, m1 + a, v1 + a, dg + a, numbers.ptr(), len, decay);
+    int of = int((len + NORM_CHUNK - 1) / NORM_CHUNK);
+    LAUNCH(sum_squares, dim3(of), dim3(256), 0, dg + a, s1 + chunks, len);
+    chunks += of;
+    blocks += (len + UPDATE_CHUNK - 1) / UPDATE_CHUNK;
+  }
+  Buffer<Updated> table(updates);
+  Buffer<Squared> of_squares(squares);
+  LAUNCH(adamw_all, dim3(int(blocks)), dim3(256), 0, table.ptr(), int(updates.size()), numbers.ptr());
+  LAUNCH(sum_squares_all, dim3(int(chunks)), dim3(256), 0, of_squares.ptr(), int(squares.size()));
+  check_same("together w", w2.read(), w1.read());
+  check_same("together m", m2.read(), m1.read());
+  check_same("together v", v2.read(), v1.read());
+  check_same("together bf16", p2.read(), p1.read());
+  check_same("together squares", s2.read(), s1.read());
+}
+
 int main() {
+  for_seeds(3, together);
   for_seeds(3, [](uint64_t seed) {
     for (int len : {1, 4, 33, 1024, 2500}) updates(len, 1 + int(seed % 2), int(seed % 2), seed);
     Random r(seed);
