@@ -1,7 +1,7 @@
 // Column sums, which gradients of norms' weights and of biases are: partial sums over runs of rows, and their fold.
 //
-//   *_dw: grid (ceil(dim / 64), parts), 256 threads; parts = leaves * ceil(leaf_rows / chunk). A run of `chunk` rows makes
-//     a part, none crosses leaves; rows of parts lie one after another
+//   *_dw: grid (ceil(dim / 64), parts), 256 threads; parts = leaves * ceil(leaf_rows / chunk): each is the sum of a run of
+//     `chunk` rows, and none crosses leaves
 //   fold_columns: grid (ceil(dim / 32), 1 or 2), 256 threads, at most 64 leaves
 #include "device.h"
 #include "lanes.h"

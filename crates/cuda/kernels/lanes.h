@@ -135,7 +135,7 @@ template <> struct Node<0> {
 };
 
 // Trees deeper than that are rare: a counter, with an array that does not fit in registers.
-template <class V, class Leaf> __device__ __forceinline__ V sum_deep(const Tree& tree, Leaf& leaf) {
+template <class V, class Leaf> __device__ __forceinline__ V sum_deep(const Tree& tree, Leaf leaf) {
   V held[15], r = {};
   int digits[15];
   for (int d = 0; d < tree.depth; ++d) digits[d] = 0;
@@ -152,13 +152,18 @@ template <class V, class Leaf> __device__ __forceinline__ V sum_deep(const Tree&
   }
 }
 
-template <class V, class Leaf> __device__ __forceinline__ V sum_tree(const Tree& tree, Leaf leaf) {
+// Trees of at most so many levels.
+constexpr int SHALLOW = 3;
+template <class V, class Leaf> __device__ __forceinline__ V sum_shallow(const Tree& tree, Leaf leaf) {
   int next = 0;
   switch (tree.depth) {
     case 0: return Node<0>::sum<V>(tree, next, leaf);
     case 1: return Node<1>::sum<V>(tree, next, leaf);
     case 2: return Node<2>::sum<V>(tree, next, leaf);
-    case 3: return Node<3>::sum<V>(tree, next, leaf);
-    default: return sum_deep<V>(tree, leaf);
+    default: return Node<3>::sum<V>(tree, next, leaf);
   }
+}
+
+template <class V, class Leaf> __device__ __forceinline__ V sum_tree(const Tree& tree, Leaf leaf) {
+  return tree.depth <= SHALLOW ? sum_shallow<V>(tree, leaf) : sum_deep<V>(tree, leaf);
 }

@@ -66,6 +66,10 @@ __device__ __forceinline__ int groups(int dim) { return (dim + 8 * (int)blockDim
     else BODY<T, 0>(__VA_ARGS__);                     \
   } while (0)
 
+// Within 2 ulp, as rsqrtf is: exact division and roots are calls, which cost a row's registers, and a sum in f32 is no
+// nearer.
+__device__ __forceinline__ float mean_of(float sum, int dim) { return __fdividef(sum, (float)dim); }
+
 template <class T, int K>
 __device__ __forceinline__ void rms_norm(const T* x, const T* w, T* y, float* rstd, int dim, float eps, bool wide,
                                          float* slots) {
@@ -81,7 +85,7 @@ __device__ __forceinline__ void rms_norm(const T* x, const T* w, T* y, float* rs
 #pragma unroll
     for (int i = 0; i < 8; ++i) squares = fmaf(v[i], v[i], squares);
   }
-  float r = 1.0f / sqrtf(block_sum(squares, slots) / (float)dim + eps);
+  float r = rsqrtf(mean_of(block_sum(squares, slots), dim) + eps);
   if (threadIdx.x == 0) rstd[blockIdx.x] = r;
   EACH_GROUP(K, dim) {
     row.part(v, x, k, dim, wide);
@@ -108,7 +112,7 @@ __device__ __forceinline__ void layer_norm(const T* x, const T* w, const T* b, T
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum += v[i];
   }
-  float mean = block_sum(sum, slots) / (float)dim;
+  float mean = mean_of(block_sum(sum, slots), dim);
   EACH_GROUP(K, dim) {
     row.part(v, x, k, dim, wide);
 #pragma unroll
@@ -117,7 +121,7 @@ __device__ __forceinline__ void layer_norm(const T* x, const T* w, const T* b, T
       squares = fmaf(d, d, squares);
     }
   }
-  float r = 1.0f / sqrtf(block_sum(squares, slots + 32) / (float)dim + eps);
+  float r = rsqrtf(mean_of(block_sum(squares, slots + 32), dim) + eps);
   if (threadIdx.x == 0) {
     stats[blockIdx.x] = mean;
     stats[(long long)n + blockIdx.x] = r;
@@ -156,8 +160,8 @@ __device__ __forceinline__ void norm_dx(const T* dy, const T* x, const T* w, flo
       dot = fmaf(slope, LAYER ? (v[i] - mean) * r : v[i], dot);
     }
   }
-  float mean_dot = block_sum(dot, slots) / (float)dim;
-  float mean_slope = LAYER ? block_sum(sum, slots + 32) / (float)dim : 0.0f;
+  float mean_dot = mean_of(block_sum(dot, slots), dim);
+  float mean_slope = LAYER ? mean_of(block_sum(sum, slots + 32), dim) : 0.0f;
   float back = LAYER ? -mean_dot : -(r * r * mean_dot);
   EACH_GROUP(K, dim) {
     gradient.part(g, dy, k, dim, wide);
@@ -223,7 +227,7 @@ __device__ __forceinline__ void qk_norm(const T* qkv, const T* wq, const T* wk, 
 #pragma unroll
       for (int i = 0; i < 8; ++i) squares = fmaf(v[i], v[i], squares);
     }
-    float r = 1.0f / sqrtf(l.sum(squares) / (float)dim + eps);
+    float r = rsqrtf(mean_of(l.sum(squares), dim) + eps);
     if (!mine) continue;
     if (head < normed && l.at == 0) rstd[(long long)blockIdx.x * normed + head] = r;
     for (int at = l.at; at < dim; at += l.lanes * 8) {
@@ -259,7 +263,7 @@ __device__ __forceinline__ void qk_norm_dx(const T* dy, const T* qkv, const T* w
 #pragma unroll
       for (int i = 0; i < 8; ++i) dot = fmaf(g[i] * c[i], v[i], dot);
     }
-    float mean_dot = l.sum(dot) / (float)dim;
+    float mean_dot = mean_of(l.sum(dot), dim);
     if (!mine) continue;
     float r = head < normed ? rstd[(long long)blockIdx.x * normed + head] : 0.0f, back = -(r * r * mean_dot);
     for (int at = l.at; at < dim; at += l.lanes * 8) {
@@ -337,7 +341,7 @@ __device__ __forceinline__ void rope(T* qkv, const float* cosines, const float* 
     bool wide = WIDE2(x, w) && WIDE2(dy, dx) && aligned16(acc);                                                       \
     BY_LENGTH(T, layer_norm_dx, dim, dy, x, w, stats, acc, dx, n, dim, wide, slots);                                  \
   }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS, 4)                                                       \
       qk_norm_##S(const T* qkv, const T* wq, const T* wk, T* out, float* rstd, int heads, int kv_heads, int dim,      \
                   float eps) {                                                                                        \
     qk_norm(qkv, wq, wk, out, rstd, heads, kv_heads, dim, eps);                                                       \

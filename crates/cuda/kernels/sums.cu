@@ -61,19 +61,35 @@ __device__ __forceinline__ void fold(const T* parts, long long leaf_stride, int 
   bool wide = aligned16(parts) && aligned16(levels) && ((leaf_stride | part_stride | level_len) & 3) == 0;
   long long step = (long long)gridDim.x * blockDim.x * 4;
   for (long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 4; at < level_len; at += step) {
-    float4 r = sum_tree<float4>(tree, [&](int i) {
+    auto leaf = [&](int i) {
       const T* from = parts + i * leaf_stride;
       float4 sum = get4(from, at, len, wide);
 #pragma unroll 8
       for (int k = 1; k < parts_per_leaf; ++k) sum = plus(sum, get4(from + k * part_stride, at, len, wide));
       return sum;
-    });
+    };
+    float4 r;
+    if (tree.depth <= SHALLOW) {
+      r = sum_shallow<float4>(tree, leaf);
+    } else {
+      // One after another: what `sum_deep` holds of a whole four would not leave room for loads.
+      auto one = [&](long long column) {
+        return sum_deep<float>(tree, [&](int i) {
+          const T* from = parts + i * leaf_stride + column;
+          float sum = column < len ? as_f32(*from) : 0.0f;
+#pragma unroll 1
+          for (int k = 1; column < len && k < parts_per_leaf; ++k) sum += as_f32(from[k * part_stride]);
+          return sum;
+        });
+      };
+      r = make_float4(one(at), one(at + 1), one(at + 2), one(at + 3));
+    }
     merge_into(levels, level_len, at, level_len, wide, merge, store, r);
   }
 }
 
 #define FOLD(T, S)                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256)                                                                  \
+  extern "C" __global__ void __launch_bounds__(256, 4)                                                               \
       fold_##S(const T* parts, long long leaf_stride, int parts_per_leaf, long long part_stride, long long len,      \
                float* levels, long long level_len, const __grid_constant__ Tree tree, int merge, int store) {        \
     fold(parts, leaf_stride, parts_per_leaf, part_stride, len, levels, level_len, tree, merge, store);               \
