@@ -8,6 +8,7 @@ use train::{Lack, Launch, Operand};
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
 use crate::table::{int, not_mine, variant};
+use crate::tensor_map::TensorMap;
 
 /// Kernels for heads of one width.
 #[derive(Clone, Copy)]
@@ -70,7 +71,49 @@ impl Variant {
     }
 }
 
+/// The kernels of Hopper's own products, which few persistent blocks go through: the rows of a tile, threads, and bytes
+/// of shared memory.
+#[derive(Clone, Copy)]
+struct Wide {
+    forward: Tile,
+    keys: Tile,
+    queries: Tile,
+}
+
+impl Wide {
+    fn of(d: &Cuda, l: &Launch<'_>, heads: Heads) -> Option<Wide> {
+        if !d.hopper || l.precision() != DType::Bf16 {
+            return None;
+        }
+        Some(match heads.dim {
+            64 => Wide {
+                forward: tile("attention_fwd_wgmma_bf16_d64", 192, 1, 512, 90_240),
+                keys: tile("attention_bwd_dkv_wgmma_bf16_d64", 128, 1, 384, 83_584),
+                queries: tile("attention_bwd_dq_wgmma_bf16_d64", 128, 1, 384, 82_048),
+            },
+            128 => Wide {
+                forward: tile("attention_fwd_wgmma_bf16_d128", 128, 1, 384, 163_968),
+                keys: tile("attention_bwd_dkv_wgmma_bf16_d128", 128, 1, 384, 165_504),
+                queries: tile("attention_bwd_dq_wgmma_bf16_d128", 128, 1, 384, 163_968),
+            },
+            _ => return None,
+        })
+    }
+}
+
+/// A map of the rows of whole sequences.
+fn map(d: &Cuda, of: Operand, sequence: usize) -> Result<TensorMap> {
+    TensorMap::of_leaves(d.at(of), of.rows / sequence, sequence, of.cols)
+}
+
 impl Tile {
+    /// No more blocks than the card runs at once; each takes tile after tile.
+    fn persistent(&self, d: &Cuda, sequence: usize, heads: usize, sequences: usize) -> Geometry {
+        let tiles = sequence.div_ceil(self.rows) * heads * sequences;
+        let blocks = tiles.min(d.processors());
+        Geometry { grid: [blocks, 1, 1], block: self.threads, shared_bytes: self.shared_bytes }
+    }
+
     fn geometry(&self, sequence: usize, heads: usize, sequences: usize) -> Geometry {
         let grid = [sequence.div_ceil(self.rows) * self.slices, heads, sequences];
         Geometry { grid, block: self.threads, shared_bytes: self.shared_bytes }
@@ -100,9 +143,16 @@ fn variant_of(l: &Launch<'_>, h: Heads) -> Result<Variant> {
 
 pub(crate) fn forward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let OpKind::Attention { heads } = *l.kind() else { not_mine!(l) };
-    let (qkv, tile) = (l.input(0), variant_of(l, heads)?.forward);
-    let params = Params::new().with(d.at(qkv)).with(d.at(l.output(0))).with(d.at(l.output(1)));
+    let qkv = l.input(0);
     let sequences = qkv.rows / l.sequence();
+    if let Some(Wide { forward, .. }) = Wide::of(d, l, heads) {
+        let params = Params::new().with(map(d, qkv, l.sequence())?);
+        let params = params.with(d.at(l.output(0))).with(d.at(l.output(1))).with(int(sequences));
+        let geometry = forward.persistent(d, l.sequence(), heads.q, sequences);
+        return d.start(forward.name, geometry, shape(params, l, heads));
+    }
+    let tile = variant_of(l, heads)?.forward;
+    let params = Params::new().with(d.at(qkv)).with(d.at(l.output(0))).with(d.at(l.output(1)));
     d.start(tile.name, tile.geometry(l.sequence(), heads.q, sequences), shape(params, l, heads))
 }
 
@@ -114,6 +164,15 @@ pub(crate) fn backward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let params = Params::new().with(d.at(o)).with(d.at(dy)).with(d.at(delta));
     let params = params.with(int(n)).with(int(sequence)).with(int(heads.q)).with(int(heads.dim));
     d.start(variant!(l, "attention_bwd_prep"), Geometry::line((n * heads.q).div_ceil(32), 256), params)?;
+    if let Some(Wide { keys, queries, .. }) = Wide::of(d, l, heads) {
+        for (tile, per) in [(keys, heads.kv), (queries, heads.q)] {
+            let params = Params::new().with(map(d, qkv, sequence)?).with(map(d, dy, sequence)?);
+            let params = params.with(d.at(lse)).with(d.at(delta)).with(d.at(l.output(0)));
+            let geometry = tile.persistent(d, sequence, per, n / sequence);
+            d.start(tile.name, geometry, shape(params.with(int(n / sequence)), l, heads))?;
+        }
+        return Ok(());
+    }
     let Variant { keys, queries, .. } = variant_of(l, heads)?;
     for (tile, per) in [(keys, heads.kv), (queries, heads.q)] {
         let params = Params::new().with(d.at(qkv)).with(d.at(dy)).with(d.at(lse)).with(d.at(delta));

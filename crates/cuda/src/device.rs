@@ -37,6 +37,8 @@ pub struct Cuda {
     in_stretch: bool,
     /// What [`update::flush`] puts on the stream.
     pub(crate) updates: Updates,
+    /// Whether it has the instructions of sm_90a.
+    pub(crate) hopper: bool,
     scalar: Memory,
     arena: Memory,
     pub(crate) stream: Stream,
@@ -60,7 +62,7 @@ impl Cuda {
         card.check()?;
         let context = Context::new(ordinal)?;
         let arch = architecture(card.capability);
-        let extra: &[_] = if card.capability.0 == 9 { &[HOPPER] } else { &[] };
+        let extra: &[_] = if card.capability.0 == 9 { &HOPPER } else { &[] };
         Ok(Cuda {
             graphs: HashMap::new(),
             recording: None,
@@ -72,6 +74,7 @@ impl Cuda {
             tables: Tables::default(),
             in_stretch: false,
             updates: Updates::default(),
+            hopper: card.capability.0 == 9,
             scalar: Memory::new(8)?,
             arena: Memory::none(),
             stream: Stream::new()?,
@@ -104,6 +107,11 @@ impl Cuda {
     /// Whether calls of a stretch follow, which are the same in every step.
     pub(crate) fn is_in_stretch(&self) -> bool {
         self.in_stretch
+    }
+
+    /// Streaming multiprocessors.
+    pub(crate) fn processors(&self) -> usize {
+        usize::try_from(self.card.processors).unwrap_or(1)
     }
 
     /// Starts a kernel on the device's stream.
@@ -145,7 +153,7 @@ impl Device for Cuda {
     }
 
     fn workspace_len(&self, op: &Op, p: &Program) -> usize {
-        table::workspace_len(op, p)
+        table::workspace_len(op, p, self.hopper)
     }
 
     fn allocate(&mut self, bytes: usize, mesh: &Mesh) -> Result<()> {

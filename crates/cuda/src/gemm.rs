@@ -21,6 +21,9 @@ use crate::libs::{Library, load};
 /// Bytes of work space that cuBLASLt may use.
 pub(crate) const WORKSPACE_BYTES: usize = 32 << 20;
 
+/// What it wants the work space to be aligned to.
+pub(crate) const WORKSPACE_ALIGN: usize = 256;
+
 /// Rows of activations for which algorithms are chosen.
 const REFERENCE_ROWS: usize = 8192;
 
@@ -80,6 +83,8 @@ struct Plan {
     left: sys::cublasLtMatrixLayout_t,
     right: sys::cublasLtMatrixLayout_t,
     result: sys::cublasLtMatrixLayout_t,
+    /// Of every operand's address, whatever part of a buffer it is.
+    alignment_bytes: u32,
 }
 
 /// The library's version, if it is loaded.
@@ -196,7 +201,15 @@ impl CublasLt {
         let status = unsafe {
             check(sys::cublasLtMatmulPreferenceCreate(&mut preference), "make a preference")?;
             let no_reduction = 0u32;
-            for (what, value, size) in [
+            let alignment = plan.alignment_bytes;
+            let aligned = [
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+            ]
+            .map(|what| (what, (&raw const alignment).cast::<c_void>(), size_of::<u32>()));
+            for (what, value, size) in aligned.into_iter().chain([
                 (
                     Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                     (&raw const WORKSPACE).cast::<c_void>(),
@@ -207,7 +220,7 @@ impl CublasLt {
                     (&raw const no_reduction).cast::<c_void>(),
                     size_of::<u32>(),
                 ),
-            ] {
+            ]) {
                 let set = sys::cublasLtMatmulPreferenceSetAttribute(preference, what, value, size);
                 check(set, "set a preference")?;
             }
@@ -276,6 +289,11 @@ impl Plan {
             left: layout(of, left)?,
             right: layout(of, right)?,
             result: layout(result_type, result)?,
+            alignment_bytes: if out.is_multiple_of(8) && in_.is_multiple_of(8) {
+                16
+            } else {
+                s.dtype.bytes() as u32
+            },
         };
         set(product, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &left_op)?;
         set(product, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &right_op)?;

@@ -12,6 +12,8 @@ mod module;
 mod gemm;
 mod device;
 mod table;
+mod tensor_map;
+mod grad_weight;
 mod products;
 mod update;
 mod attention;

@@ -148,6 +148,7 @@ impl Drop for Kernels {
 const MOST: usize = 24;
 
 /// Parameters of a kernel, each kept at an address of its own.
+#[repr(align(64))]
 pub(crate) struct Params {
     words: [u64; 128],
     used: usize,
@@ -163,7 +164,8 @@ impl Params {
     /// Adds one, as the kernel declares it.
     pub(crate) fn with<T: Copy>(mut self, value: T) -> Params {
         let words = size_of::<T>().div_ceil(8);
-        assert!(self.used + words <= self.words.len() && self.count < MOST && align_of::<T>() <= 8);
+        self.used = self.used.next_multiple_of((align_of::<T>() / 8).max(1));
+        assert!(self.used + words <= self.words.len() && self.count < MOST && align_of::<T>() <= 64);
         // SAFETY: room was checked; a plain value without a destructor.
         unsafe { self.words[self.used..].as_mut_ptr().cast::<T>().write(value) };
         self.at[self.count] = self.used;

@@ -8,17 +8,27 @@ use train::{Launch, Operand};
 
 use crate::device::Cuda;
 use crate::driver::Memory;
-use crate::gemm::{Form, Operands, Shape, WORKSPACE_BYTES};
+use crate::gemm::{Form, Operands, Shape, WORKSPACE_ALIGN, WORKSPACE_BYTES};
+use crate::grad_weight::{self, Cut};
 use crate::table::{Tree, not_mine};
 
 /// Floats of work space of a product.
-pub(crate) const WORKSPACE_LEN: usize = WORKSPACE_BYTES / 4;
+pub(crate) const WORKSPACE_LEN: usize = (WORKSPACE_BYTES + WORKSPACE_ALIGN) / 4;
 
 /// Floats of work space of a weight's gradient: partial sums of the tree over leaves, and one result that meets more
 /// than one level.
-pub(crate) fn grad_weight_workspace_len(inner: &[u32], len: usize) -> usize {
+pub(crate) fn grad_weight_workspace_len(
+    inner: &[u32],
+    out: usize,
+    in_: usize,
+    rows: usize,
+    own_kernel: bool,
+) -> usize {
+    let leaves: usize = inner.iter().map(|r| *r as usize).product();
+    let own = Cut::of(inner, out, in_, rows / leaves).workspace_len(out, in_);
     let depth = inner.iter().filter(|r| **r > 1).count();
-    WORKSPACE_LEN + (depth + 1) * len.next_multiple_of(64)
+    let library = WORKSPACE_LEN + (depth + 1) * (out * in_).next_multiple_of(64);
+    if own_kernel && grad_weight::takes(out, in_) { own } else { library }
 }
 
 pub(crate) fn linear(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
@@ -50,7 +60,7 @@ pub(crate) fn linear(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
 }
 
 fn multiply(d: &mut Cuda, l: &Launch<'_>, shape: Shape, operands: &Operands) -> Result<()> {
-    let workspace = d.at(l.workspace());
+    let workspace = d.at(l.workspace()).next_multiple_of(WORKSPACE_ALIGN as u64);
     let Cuda { products, stream, .. } = d;
     products.run(stream, shape, operands, workspace)
 }
@@ -58,6 +68,9 @@ fn multiply(d: &mut Cuda, l: &Launch<'_>, shape: Shape, operands: &Operands) -> 
 /// The gradient of a weight: one product for each sequence, added up in the order of the tree.
 pub(crate) fn grad_weight(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let (dy, x, g) = (l.input(0), l.input(1), l.gradient(0));
+    if d.hopper && l.precision() == DType::Bf16 && grad_weight::takes(g.rows, g.cols) {
+        return grad_weight::launch(d, l);
+    }
     let tree: Vec<usize> = g.inner.iter().map(|r| *r as usize).filter(|r| *r > 1).collect();
     let leaves = Tree::of(g.inner).leaves();
     let (rows, len) = (dy.rows / leaves, g.rows * g.cols);

@@ -76,7 +76,7 @@ pub(crate) fn launch(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
 }
 
 /// Floats of work space that an op's kernels want.
-pub(crate) fn workspace_len(op: &Op, p: &Program) -> usize {
+pub(crate) fn workspace_len(op: &Op, p: &Program, own_products: bool) -> usize {
     use OpKind::*;
     let rows = |i: usize| op.ins[i].rows;
     let cols = |v: View| p.buffer(v.buffer).cols;
@@ -85,7 +85,9 @@ pub(crate) fn workspace_len(op: &Op, p: &Program) -> usize {
     match &op.kind {
         Linear | LinearGradInput => products::WORKSPACE_LEN,
         LinearGradWeight => {
-            products::grad_weight_workspace_len(&op.grads[0].inner, group(op.grads[0].group).len())
+            let g = group(op.grads[0].group);
+            let own = own_products && p.precision == DType::Bf16;
+            products::grad_weight_workspace_len(&op.grads[0].inner, g.rows, g.cols, rows(0), own)
         }
         NormGradWeight { .. } | BiasGrad => {
             let cols = cols(op.ins[0]);
@@ -159,7 +161,7 @@ fn embed(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     d.start(variant!(l, "embed"), by_row(ids.len(), out.cols), params)
 }
 
-/// Sums the tokens of each id into a row of work space, and brings those rows to the table.
+/// Lists the tokens of each id, sums them into a row of work space, and brings those rows to the table.
 fn embed_grad(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let OpKind::EmbedGrad { vocab0 } = *l.kind() else { not_mine!(l) };
     let (ids, dy, g) = (l.input(0), l.input(1), l.gradient(0));
@@ -167,6 +169,11 @@ fn embed_grad(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let rows = l.workspace().part(0, n * g.cols);
     let map = l.workspace().part(n * g.cols, g.rows);
     d.stream.fill(d.at(map), 0xff, map.bytes())?;
+    for name in ["embed_first", "embed_list"] {
+        let params = Params::new().with(d.at(ids)).with(d.at(rows)).with(d.at(map));
+        let params = params.with(int(vocab0)).with(int(g.rows)).with(int(n)).with(int(g.cols));
+        d.start(name, Geometry::line(n.div_ceil(256), 256), params)?;
+    }
     let params = Params::new()
         .with(d.at(ids))
         .with(d.at(dy))
@@ -174,7 +181,6 @@ fn embed_grad(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
         .with(d.at(map))
         .with(int(vocab0))
         .with(int(g.rows))
-        .with(int(n))
         .with(int(n / tree.leaves()))
         .with(int(g.cols))
         .with(tree);
@@ -230,6 +236,13 @@ fn add_to_levels(d: &mut Cuda, from: Operand, g: &Gradient<'_>) -> Result<()> {
     let len = g.rows * g.cols;
     let alone = Gradient { inner: &[], ..*g };
     fold(d, "fold_f32", from, Parts { stride: len, parts: 1, part_stride: 0, len }, &alone)
+}
+
+/// Folds the roots of subtrees, a weight's gradient each, and the result into the gradient's levels.
+pub(crate) fn fold_roots(d: &mut Cuda, roots: Operand, above: &[u32], g: &Gradient<'_>) -> Result<()> {
+    let len = g.rows * g.cols;
+    let leaf = Parts { stride: len, parts: 1, part_stride: 0, len };
+    fold(d, "fold_f32", roots, leaf, &Gradient { inner: above, ..*g })
 }
 
 /// `to = more + from`, elementwise; `to` may be either.
@@ -364,9 +377,8 @@ fn fold_columns(d: &mut Cuda, l: &Launch<'_>, outs: usize, per_leaf: usize, dim:
     let len = tree.leaves() * per_leaf * dim;
     if tree.leaves() > FOLDED_LEAVES {
         let leaf = || Parts { stride: per_leaf * dim, parts: per_leaf, part_stride: dim, len: dim };
-        return (0..outs).try_for_each(|i| {
-            fold(d, "fold_f32", l.workspace().part(i * len, len), leaf(), &l.gradient(i))
-        });
+        return (0..outs)
+            .try_for_each(|i| fold(d, "fold_f32", l.workspace().part(i * len, len), leaf(), &l.gradient(i)));
     }
     assert!(a.inner == b.inner && [a, b].iter().all(|g| g.rows * g.cols == dim), "gradients of one shape");
     let params = Params::new()
