@@ -68,6 +68,7 @@ template <int N> void finish_product(float* c, const Factor& a, const Factor& b,
 }  // namespace cpu
 
 inline void tensor_map_prefetch(const TensorMap*) {}
+inline void recompute(int&) {}
 
 template <int N, bool A_COLUMNS, bool B_COLUMNS>
 inline void wgmma(float (&c)[N / 8][4], uint64_t a, uint64_t b, bool add) {

@@ -10,8 +10,8 @@
 // <T> is 128x256, 128x192 or 128x128, rows by columns of a tile of the result.
 //   grid    min(tiles, multiprocessors), tiles = ceil(rows / 128) * ceil(columns / WIDTH) * subtrees
 //   block   384 threads; dynamic shared memory: BYTES = 196672, 204880, 196704 bytes
-//   held    of gemm_tn: float[grid][levels][128 * WIDTH], where levels is the tree's depth; one less with 128x128, which
-//           holds the lowest level in registers. Null where that is none.
+//   held    of gemm_tn: float[grid][levels][128 * WIDTH], where levels is the tree's depth; one less with 128x192 and
+//           128x128, which hold the lowest level in registers. Null where that is none.
 // Tensor maps, all of three dimensions, bf16, 128-byte swizzle, no interleave, zeros outside; `ld` elements a row:
 //   a factor [rows, inner] of nt, and dy of nn: dims {inner, rows, 1}, strides {2 ld, 2 ld rows}, box {64, R, 1} with
 //     R = 128 for the activations, R = WIDTH for w of nt
@@ -37,7 +37,7 @@ template <int WIDTH> struct GemmTile {
   static constexpr int STAGE_BYTES = LEFT_BYTES + RIGHT_BYTES;
   static constexpr int BYTES = STAGES * STAGE_BYTES + 2 * STAGES * 8;
   static constexpr int FOURS = WIDTH / 8;  // accumulators of a thread, by four
-  static constexpr bool HOLDS = WIDTH == 128;  // room in registers for sums of leaves, too
+  static constexpr bool HOLDS = WIDTH <= 192;  // room in registers for sums of leaves, too
 };
 
 // Tiles in an order in which those that run at once share rows and columns: bands of rows, columns by columns.
@@ -203,25 +203,29 @@ __device__ __forceinline__ void gemm_write(const float (&c)[WIDTH / 8][4], bf16*
 template <int WIDTH>
 __device__ __forceinline__ void gemm_merge(float (&c)[WIDTH / 8][4], float* levels, long long level_len, int merge,
                                            int store, int rows, int cols, int row, int col, int lane) {
+  int own = cols - col - (lane & 3) * 2;  // columns from this lane's first on
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    int own = row + half * 8, first = col + (lane & 3) * 2;
-    if (own >= rows) continue;
-    float* to = levels + (long long)own * cols + first;
+    if (row + half * 8 >= rows) continue;
+    float* to = levels + (long long)(row + half * 8) * cols + col + (lane & 3) * 2;
 #pragma unroll 1
     for (int l = 0; l < merge; ++l) {
+      // What is inside is asked anew each time: answers for all columns would not fit in registers.
+      recompute(own);
+      const float* from = to + l * level_len;
 #pragma unroll
       for (int n = 0; n < WIDTH / 8; ++n) {
-        if (first + n * 8 >= cols) continue;
-        float2 v = *(const float2*)(to + l * level_len + n * 8);
+        if (n * 8 >= own) continue;
+        float2 v = *(const float2*)(from + n * 8);
         c[n][2 * half] = v.x + c[n][2 * half];
         c[n][2 * half + 1] = v.y + c[n][2 * half + 1];
       }
     }
+    recompute(own);
     to += store * level_len;
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; ++n) {
-      if (first + n * 8 < cols) *(float2*)(to + n * 8) = make_float2(c[n][2 * half], c[n][2 * half + 1]);
+      if (n * 8 < own) *(float2*)(to + n * 8) = make_float2(c[n][2 * half], c[n][2 * half + 1]);
     }
   }
 }
@@ -286,47 +290,58 @@ __device__ __forceinline__ void gemm(const TensorMap* left, const TensorMap* rig
   }
 
   registers_up<232>();
-  int warp = threadIdx.x / 32 % 4;
   for (int i = blockIdx.x; i < count; i += gridDim.x) {
-    int part = FORM == Form::TN ? i / raster.count : 0, row, col;
-    raster.at(i - part * raster.count, row, col);
-    int own = row * G::ROWS + group * 64 + warp * 16 + (lane >> 2);
+    // Where a tile lies is only of interest in its end, and registers are scarce until then.
+    auto place = [&](int& part, int& row, int& col) {
+      part = FORM == Form::TN ? i / raster.count : 0;
+      raster.at(i - part * raster.count, row, col);
+      row = row * G::ROWS + group * 64 + (int)threadIdx.x / 32 % 4 * 16 + (lane >> 2);
+      col *= WIDTH;
+    };
+    auto merge = [&](float(&r)[G::FOURS][4]) {
+      int part, row, col;
+      place(part, row, col);
+      gemm_merge<WIDTH>(r, job.levels + part * job.subtree_stride, job.level_len, job.merge, job.store, job.rows,
+                        job.cols, row, col, lane);
+    };
     if constexpr (FORM == Form::TN) {
-      HeldSums<G::FOURS, G::HOLDS ? 1 : 0> held;
-      held.stride = 128 * G::GROUPS;
-      held.step = G::FOURS * 128 * G::GROUPS;
-      held.memory = (float4*)job.held + blockIdx.x * (tree.depth - (G::HOLDS ? 1 : 0)) * held.step + (threadIdx.x - 128);
-      auto merge = [&](float(&r)[G::FOURS][4]) {
-        gemm_merge<WIDTH>(r, job.levels + part * job.subtree_stride, job.level_len, job.merge, job.store, job.rows,
-                          job.cols, own, col * WIDTH, lane);
-      };
-      float sum[G::HOLDS ? G::FOURS : 1][4];
-      int radix = G::HOLDS && tree.depth > 0 ? tree.radices[0] : 1;
+      constexpr int FIRST = G::HOLDS ? 1 : 0;
+      HeldSums<G::FOURS, FIRST, 128 * G::GROUPS> held;
+      held.memory = (float4*)job.held + blockIdx.x * (tree.depth - FIRST) * held.STEP + (threadIdx.x - 128);
+      // What a product begins with is a variable of its own for each leaf, and not the sum before it: the compiler lets
+      // no two products overlap if one needs the other's end.
+      if constexpr (G::HOLDS) {
+        float sum[G::FOURS][4];
+        int radix = tree.depth > 0 ? tree.radices[0] : 1;
 #pragma unroll 1
-      for (int node = 0, digit = 0; node * radix + digit < leaves;) {
-        // Its own variable for each leaf: what a product begins with is then not the sum before it.
-        float c[G::FOURS][4];
-        gemm_multiply<FORM, WIDTH>(c, ring, turn, steps, group, lane);
-        if constexpr (G::HOLDS) {
-          if (digit == 0) {
+        for (int node = 0; node * radix < leaves; ++node) {
+          // -0 is what changes nothing, not even a 0.
 #pragma unroll
-            for (int n = 0; n < G::FOURS * 4; ++n) sum[n / 4][n % 4] = c[n / 4][n % 4];
-          } else {
+          for (int n = 0; n < G::FOURS * 4; ++n) sum[n / 4][n % 4] = -0.0f;
+#pragma unroll 1
+          for (int digit = 0; digit < radix; ++digit) {
+            float c[G::FOURS][4];
+            gemm_multiply<FORM, WIDTH>(c, ring, turn, steps, group, lane);
 #pragma unroll
-            for (int n = 0; n < G::FOURS * 4; ++n) sum[n / 4][n % 4] = sum[n / 4][n % 4] + c[n / 4][n % 4];
+            for (int n = 0; n < G::FOURS * 4; ++n) sum[n / 4][n % 4] += c[n / 4][n % 4];
           }
-          if (++digit < radix) continue;
-          digit = 0;
-          held.climb(sum, tree, node++);
-        } else {
-          if (held.climb(c, tree, node++)) merge(c);
+          held.climb(sum, tree, node);
+        }
+        merge(sum);
+      } else {
+#pragma unroll 1
+        for (int leaf = 0; leaf < leaves; ++leaf) {
+          float c[G::FOURS][4];
+          gemm_multiply<FORM, WIDTH>(c, ring, turn, steps, group, lane);
+          if (held.climb(c, tree, leaf)) merge(c);
         }
       }
-      if constexpr (G::HOLDS) merge(sum);
     } else {
       float c[G::FOURS][4];
       gemm_multiply<FORM, WIDTH>(c, ring, turn, steps, group, lane);
-      gemm_write<WIDTH>(c, job.y, job.acc, job.bias, job.rows, job.cols, job.ld, own, col * WIDTH, lane);
+      int part, row, col;
+      place(part, row, col);
+      gemm_write<WIDTH>(c, job.y, job.acc, job.bias, job.rows, job.cols, job.ld, row, col, lane);
     }
   }
 }

@@ -10,7 +10,10 @@ __device__ __forceinline__ void tensor_map_prefetch(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Accumulators of the columns from 8 n on, 16 registers.
+// The compiler forgets what it knows of x, and keeps nothing that follows from it for later.
+__device__ __forceinline__ void recompute(int& x) { asm volatile("" : "+r"(x)); }
+
+// Registers of accumulators from c[n] on.
 #define PHALANX_C4(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define PHALANX_C16(n) PHALANX_C4(n), PHALANX_C4(n + 1), PHALANX_C4(n + 2), PHALANX_C4(n + 3)
 #define PHALANX_C64(n) PHALANX_C16(n), PHALANX_C16(n + 4), PHALANX_C16(n + 8), PHALANX_C16(n + 12)
