@@ -57,6 +57,8 @@ class Step:
     # mode of the peer (and its attention): the least ratio of its seconds to ours, None where none is promised
     peers: dict
     sequence: int
+    # Sequences that ours takes through the model at once; the peer takes all.
+    at_once: int
     mfu: float | None = None
     # Both sides fit side by side on a card of so many GiB; a smaller one runs one after the other.
     together_gib: int = 0
@@ -64,12 +66,12 @@ class Step:
 
 LLAMA = ("model.preset=tinyllama-1.1b", "model.max_positions=4096")
 STEPS = [
-    Step("llama-1.1b", 4, LLAMA, {"compile": 1.05}, 4096, mfu=0.5, together_gib=130),
-    Step("gpt2-124m", 32, ("model.preset=gpt2", "model.vocab=50304"), {"compile": 1.15}, 1024, together_gib=70),
-    Step("reference-13.8m", 8, ("model.preset=llama-tiny-ref",), {"graphs": 1.2, "eager": 2.0, "compile": None, "capture": None}, 256),
+    Step("llama-1.1b", 4, LLAMA, {"compile": 1.05}, 4096, 2, mfu=0.5, together_gib=130),
+    Step("gpt2-124m", 32, ("model.preset=gpt2", "model.vocab=50304"), {"compile": 1.15}, 1024, 8, together_gib=70),
+    Step("reference-13.8m", 8, ("model.preset=llama-tiny-ref",), {"graphs": 1.2, "eager": 2.0, "compile": None, "capture": None}, 256, 8),
 ]
 # With what time is left.
-EXTRA = [Step("llama-1.1b", 4, LLAMA, {"compile+cudnn": None}, 4096, together_gib=130)]
+EXTRA = [Step("llama-1.1b", 4, LLAMA, {"compile+cudnn": None}, 4096, 2, together_gib=130)]
 MEMORY_GOAL = 0.9  # ours over the peer's max_memory_reserved
 ATTENTION_GOAL = 0.9  # ours over the better backend
 TIMED, WARMUP, TURN = 20, 5, 5  # steps: counted, before, in a row of one side

@@ -154,7 +154,7 @@ def compare(step, peer, mine, its, ratios, report, placed):
 
 
 def our_keys(a, step):
-    keys = [f"batch.sequence={step.sequence}", f"batch.sequences={step.batch}", f"layout.micro_batch={step.batch}",
+    keys = [f"batch.sequence={step.sequence}", f"batch.sequences={step.batch}", f"layout.micro_batch={step.at_once}",
             "train.precision=bf16", *step.keys, *a.device_keys(a.device), *(matrix.TINY_KEYS if a.rehearse else [])]
     return [x for key in keys for x in ("--set", key)]
 

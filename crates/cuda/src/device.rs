@@ -18,6 +18,9 @@ use crate::products;
 use crate::table;
 use crate::update::{self, Tables, Updates};
 
+/// How much of a micro-batch has logits at a time: all of it, or large vocabularies leave a card idle.
+pub const LOSS: Loss = Loss::MicroBatch;
+
 /// One GPU: an arena on it, a stream of work, and stretches of it recorded as graphs.
 ///
 /// Fields go in this order: what was made in the context before the context.
@@ -149,7 +152,7 @@ impl Device for Cuda {
     }
 
     fn loss(&self) -> Loss {
-        Loss::MicroBatch
+        LOSS
     }
 
     fn workspace_len(&self, op: &Op, p: &Program) -> usize {

@@ -21,5 +21,6 @@ mod numbers;
 mod host_messages;
 
 pub use cards::{Card, Census, Found, census, has_driver};
-pub use device::Cuda;
+pub use device::{Cuda, LOSS};
 pub use libs::Library;
+pub use table::workspace_len;

@@ -75,8 +75,8 @@ pub(crate) fn launch(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     }
 }
 
-/// Floats of work space that an op's kernels want.
-pub(crate) fn workspace_len(op: &Op, p: &Program, own_products: bool) -> usize {
+/// Floats of work space that an op's kernels want, on a Hopper GPU or another.
+pub fn workspace_len(op: &Op, p: &Program, hopper: bool) -> usize {
     use OpKind::*;
     let rows = |i: usize| op.ins[i].rows;
     let cols = |v: View| p.buffer(v.buffer).cols;
@@ -86,7 +86,7 @@ pub(crate) fn workspace_len(op: &Op, p: &Program, own_products: bool) -> usize {
         Linear | LinearGradInput => products::WORKSPACE_LEN,
         LinearGradWeight => {
             let g = group(op.grads[0].group);
-            let own = own_products && p.precision == DType::Bf16;
+            let own = hopper && p.precision == DType::Bf16;
             products::grad_weight_workspace_len(&op.grads[0].inner, g.rows, g.cols, rows(0), own)
         }
         NormGradWeight { .. } | BiasGrad => {

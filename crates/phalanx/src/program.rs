@@ -1,7 +1,8 @@
 //! `phalanx program`.
 
-use program::{Program, Request, verify};
+use program::{Op, Program, Request, verify};
 use serde_json::json;
+use spec::run::DeviceChoice;
 use spec::{Error, Result, RunSpec};
 
 use crate::args::{Program as Args, ProgramCommand, RunArgs};
@@ -22,7 +23,7 @@ fn show_rank(run: &RunArgs, rank: usize, brief: bool, json: bool) -> Result<u8> 
             .hint(format!("give --rank 0 to {}", world.saturating_sub(1))));
     }
     let threads = threads(&run);
-    let program = Program::build(&request(&run, rank), &|op, p| ::train::workspace_len(op, p, threads))?;
+    let program = Program::build(&request(&run, rank), &workspace(&run, threads))?;
     if json {
         output::print(&serde_json::to_string_pretty(&program).expect("a program is plain data"));
     } else {
@@ -34,8 +35,7 @@ fn show_rank(run: &RunArgs, rank: usize, brief: bool, json: bool) -> Result<u8> 
 fn check(run: &RunArgs, json: bool) -> Result<u8> {
     let run = train::fixed(train::resolve(run)?.run)?;
     let (world, threads) = (run.layout.world(), threads(&run));
-    let build =
-        |rank| Program::verified(&request(&run, rank), &|op, p| ::train::workspace_len(op, p, threads));
+    let build = |rank| Program::verified(&request(&run, rank), &workspace(&run, threads));
     let programs: Vec<Program> = (0..world).map(build).collect::<Result<_>>()?;
     let (checked, found) = verify::world(&programs);
     verify::accept("all passes", &found)?;
@@ -54,6 +54,18 @@ fn threads(run: &RunSpec) -> usize {
     output::threads(run.run.threads.unwrap_or(0))
 }
 
+/// The program as the run's device will have it; `auto` is the CPU here, so that the answer is the same everywhere.
 fn request(run: &RunSpec, rank: usize) -> Request<'_> {
-    Request::of(run, rank)
+    let loss = if on_gpu(run) { cuda::LOSS } else { program::Loss::default() };
+    Request { loss, ..Request::of(run, rank) }
+}
+
+fn on_gpu(run: &RunSpec) -> bool {
+    run.run.device == DeviceChoice::Cuda
+}
+
+/// Work space of the kernels of the CPU, or of a Hopper GPU.
+fn workspace(run: &RunSpec, threads: usize) -> impl Fn(&Op, &Program) -> usize {
+    let gpu = on_gpu(run);
+    move |op, p| if gpu { cuda::workspace_len(op, p, true) } else { ::train::workspace_len(op, p, threads) }
 }
