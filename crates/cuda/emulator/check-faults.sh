@@ -18,6 +18,7 @@ loss 2 no barrier in the maximum over a block
 columns 3 no barrier between warps' column sums and their total
 columns 5 no barrier between sums of leaves and their tree
 sums 4 no barrier between the search for ids and its use
+sums 6 no barrier between the list of tokens and its use
 attention 1 values used before they have landed
 attention 2 keys overwritten while others read them
 attention 3 a query sees one key too many

@@ -120,8 +120,9 @@ __device__ __forceinline__ float4 plus(float4 a, float4 b) {
 template <int D> struct Node {
   template <class V, class Leaf> static __device__ __forceinline__ V sum(const Tree& tree, int& next, Leaf& leaf) {
     V total = {};
+    int radix = D <= tree.depth ? tree.radices[D - 1] : 1;
 #pragma unroll 1
-    for (int r = 0; r < tree.radices[D - 1]; ++r) {
+    for (int r = 0; r < radix; ++r) {
       V part = Node<D - 1>::template sum<V>(tree, next, leaf);
       total = r == 0 ? part : plus(total, part);
     }
@@ -152,16 +153,11 @@ template <class V, class Leaf> __device__ __forceinline__ V sum_deep(const Tree&
   }
 }
 
-// Trees of at most so many levels.
+// Trees of at most so many levels. One copy of the leaf's code for all: levels that are not there have one child.
 constexpr int SHALLOW = 3;
 template <class V, class Leaf> __device__ __forceinline__ V sum_shallow(const Tree& tree, Leaf leaf) {
   int next = 0;
-  switch (tree.depth) {
-    case 0: return Node<0>::sum<V>(tree, next, leaf);
-    case 1: return Node<1>::sum<V>(tree, next, leaf);
-    case 2: return Node<2>::sum<V>(tree, next, leaf);
-    default: return Node<3>::sum<V>(tree, next, leaf);
-  }
+  return Node<SHALLOW>::sum<V>(tree, next, leaf);
 }
 
 template <class V, class Leaf> __device__ __forceinline__ V sum_tree(const Tree& tree, Leaf leaf) {

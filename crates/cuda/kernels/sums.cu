@@ -1,7 +1,8 @@
 // Gradients: sums of leaves in the order of a tree, met by the levels of the outer tree.
 //
 //   fold_*: grid ceil(level_len / 1024) or any, 256 threads; accumulate_f32: any grid, 256 threads
-//   embed_rows_*: grid n, a block of 32 to 256 threads (a multiple of 32); embed_fold: grid vocab_rows, any such block
+//   embed_first, then embed_list: a thread for each of n tokens; embed_rows_* after them: grid n, a block of 32 to 256
+//     threads (a multiple of 32); embed_fold: grid vocab_rows, any such block
 #include "device.h"
 #include "lanes.h"
 
@@ -148,31 +149,108 @@ __device__ __forceinline__ void add_rows(Sums& sums, uint32_t word, int base, co
   }
 }
 
+// Tokens of an id that a list holds beside the first; one with more of them is searched for.
+constexpr int LISTED = 128;
+
+// Until its sum is known, the row of an id's first token holds how many other tokens have the id, and which, in any
+// order.
+__device__ __forceinline__ int* list_of(float* rows, int token, int dim) {
+  return (int*)(rows + (long long)token * dim);
+}
+__device__ __forceinline__ int list_len(int dim) { return min(LISTED, dim - 1); }
+
+// Of vocab_rows, the row of a token's id; -1 if it is not here.
+__device__ __forceinline__ int row_of(const uint32_t* ids, int token, int vocab0, int vocab_rows) {
+  uint32_t row = ids[token] - (uint32_t)vocab0;
+  return ids[token] >= (uint32_t)vocab0 && row < (uint32_t)vocab_rows ? (int)row : -1;
+}
+
+// Finds each id's first token; all bits of `map` are set before. Only integers meet atomically, whose order is no
+// matter.
+extern "C" __global__ void __launch_bounds__(256)
+    embed_first(const uint32_t* ids, float* rows, int* map, int vocab0, int vocab_rows, int n, int dim) {
+  int token = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+  if (token >= n) return;
+  *list_of(rows, token, dim) = 0;
+  int row = row_of(ids, token, vocab0, vocab_rows);
+  if (row >= 0) atomicMin((uint32_t*)map + row, (uint32_t)token);
+}
+
+// Lists the other tokens.
+extern "C" __global__ void __launch_bounds__(256)
+    embed_list(const uint32_t* ids, float* rows, const int* map, int vocab0, int vocab_rows, int n, int dim) {
+  int token = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+  int row = token < n ? row_of(ids, token, vocab0, vocab_rows) : -1;
+  if (row < 0 || map[row] == token) return;
+  int* list = list_of(rows, map[row], dim);
+  int i = atomicAdd(list, 1);
+  if (i < list_len(dim)) list[1 + i] = token;
+}
+
+// Adds the rows of dy of the tokens before `end`, from `next` on; four are loaded at a time.
+template <class T>
+__device__ __forceinline__ void add_listed(Sums& sums, const int* tokens, int& next, int count, int end, const T* dy,
+                                           int column, int dim, bool wide) {
+  while (next < count && tokens[next] < end) {
+    Eight<T> rows[4];
+    int taken = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (next + i < count && tokens[next + i] < end) {
+        rows[i] = get8(dy + (long long)tokens[next + i] * dim, column, dim, wide);
+        taken = i + 1;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float v[8];
+      if (i >= taken) continue;
+      rows[i].unpack(v);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums.v[j] += v[j];
+    }
+    next += taken;
+  }
+}
+
 // The block of an id's first token sums all of its tokens: in a leaf in their order, leaves by the tree. A leaf without
 // the id counts as 0.
 template <class T>
-__device__ __forceinline__ void embed_rows(const uint32_t* ids, const T* dy, float* rows, int* map, int vocab0,
-                                           int vocab_rows, int n, int leaf_rows, int dim, const Tree& tree,
-                                           uint32_t* mask) {
+__device__ __forceinline__ void embed_rows(const uint32_t* ids, const T* dy, float* rows, const int* map, int vocab0,
+                                           int vocab_rows, int leaf_rows, int dim, const Tree& tree, uint32_t* mask,
+                                           int* found, int* tokens) {
   int token = (int)blockIdx.x, words = SCAN * (int)blockDim.x / 32, span = words * 32;
   uint32_t id = ids[token];
-  uint32_t row = id - (uint32_t)vocab0;
-  if (id < (uint32_t)vocab0 || row >= (uint32_t)vocab_rows) return;
-  for (int base = 0; base < token; base += span) {
-    find_ids(ids, base, min(base + span, token), id, mask);
-    uint32_t any = 0;
-    for (int w = 0; w < words; ++w) any |= mask[w];
+  int row = row_of(ids, token, vocab0, vocab_rows);
+  if (row < 0 || map[row] != token) return;
+  const int* list = list_of(rows, token, dim);
+  int others = *list;
+  bool listed = others <= list_len(dim);
+  if (listed) {
+    for (int i = (int)threadIdx.x; i < others; i += (int)blockDim.x) found[i] = list[1 + i];
     __syncthreads();
-    if (any != 0) return;
+    if (threadIdx.x == 0) tokens[0] = token;
+    for (int i = (int)threadIdx.x; i < others; i += (int)blockDim.x) {
+      int before = 0;
+      for (int j = 0; j < others; ++j) before += found[j] < found[i];
+      tokens[1 + before] = found[i];
+    }
   }
-  if (threadIdx.x == 0) map[row] = token;
+  // What the list holds is read before sums go where it is.
+#if FAULT != 6
+  __syncthreads();
+#endif
   bool wide = dim % 8 == 0 && aligned16(dy);
   bool wide_rows = dim % 8 == 0 && aligned16(rows);
   for (int first = 0; first < dim; first += (int)blockDim.x * 8) {
-    int column = first + (int)threadIdx.x * 8;
+    int column = first + (int)threadIdx.x * 8, next = 0;
     Sums r = sum_tree<Sums>(tree, [&](int leaf) {
       Sums sums = {};
       int end = (leaf + 1) * leaf_rows;
+      if (listed) {
+        add_listed(sums, tokens, next, others + 1, end, dy, column, dim, wide);
+        return sums;
+      }
       // What lies before the first token has none of them.
       for (int base = max(leaf * leaf_rows, token); base < end; base += span) {
         find_ids(ids, base, end, id, mask);
@@ -187,10 +265,12 @@ __device__ __forceinline__ void embed_rows(const uint32_t* ids, const T* dy, flo
 
 #define EMBED_ROWS(T, S)                                                                                            \
   extern "C" __global__ void __launch_bounds__(256)                                                                 \
-      embed_rows_##S(const uint32_t* ids, const T* dy, float* rows, int* map, int vocab0, int vocab_rows, int n,    \
+      embed_rows_##S(const uint32_t* ids, const T* dy, float* rows, const int* map, int vocab0, int vocab_rows,     \
                      int leaf_rows, int dim, const __grid_constant__ Tree tree) {                                   \
     SHARED_ARRAY(uint32_t, mask, MOST_WORDS);                                                                       \
-    embed_rows(ids, dy, rows, map, vocab0, vocab_rows, n, leaf_rows, dim, tree, mask);                              \
+    SHARED_ARRAY(int, found, LISTED);                                                                               \
+    SHARED_ARRAY(int, tokens, LISTED + 1);                                                                          \
+    embed_rows(ids, dy, rows, map, vocab0, vocab_rows, leaf_rows, dim, tree, mask, found, tokens);                  \
   }
 EMBED_ROWS(bf16, bf16)
 EMBED_ROWS(float, f32)

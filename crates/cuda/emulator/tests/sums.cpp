@@ -99,11 +99,11 @@ static void split_folds(std::vector<int> inner, std::vector<int> outer, int len,
 
 static void embed_rows_of(const uint32_t* ids, const uint16_t* dy, float* rows, int* map, int v0, int vr, int n, int lr, int dim,
                           Tree tree, int block) {
-  LAUNCH(embed_rows_bf16, dim3(n), dim3(block), 0, ids, dy, rows, map, v0, vr, n, lr, dim, tree);
+  LAUNCH(embed_rows_bf16, dim3(n), dim3(block), 0, ids, dy, rows, map, v0, vr, lr, dim, tree);
 }
 static void embed_rows_of(const uint32_t* ids, const float* dy, float* rows, int* map, int v0, int vr, int n, int lr, int dim,
                           Tree tree, int block) {
-  LAUNCH(embed_rows_f32, dim3(n), dim3(block), 0, ids, dy, rows, map, v0, vr, n, lr, dim, tree);
+  LAUNCH(embed_rows_f32, dim3(n), dim3(block), 0, ids, dy, rows, map, v0, vr, lr, dim, tree);
 }
 
 // The gradient of the table as kernels give it, into `levels`.
@@ -116,6 +116,9 @@ void embed_grad(const std::vector<uint32_t>& ids, const std::vector<T>& dy, Buff
   Buffer<float> rows(n * dim);
   Buffer<int> map(vocab_rows);
   map.fill(0xff);
+  dim3 by_token((n + 255) / 256);
+  LAUNCH(embed_first, by_token, dim3(256), 0, dids.ptr(), rows.ptr(), map.ptr(), vocab0, vocab_rows, n, dim);
+  LAUNCH(embed_list, by_token, dim3(256), 0, dids.ptr(), rows.ptr(), map.ptr(), vocab0, vocab_rows, n, dim);
   embed_rows_of(dids.ptr(), ddy.ptr(), rows.ptr(), map.ptr(), vocab0, vocab_rows, n, n / leaves_of(radices), dim,
                 tree_of(radices), block);
   LAUNCH(embed_fold, dim3(vocab_rows), dim3(block), 0, rows.ptr(), map.ptr(), levels.ptr(), vocab_rows, dim, merge, store);
@@ -172,6 +175,10 @@ int main() {
     embeds<uint16_t>({2, 2}, 300, 40, 24, seed);
     embeds<float>({2}, 600, 9, 16, seed);
     embeds<uint16_t>({2}, 3, 8, 2100, seed);
+    // Ids with fewer tokens than a list holds, and with more.
+    embeds<float>({2, 2}, 240, 12, 136, seed);
+    embeds<uint16_t>({3}, 150, 4, 136, seed);
+    embeds<float>({2}, 9, 6, 1, seed);
     Random r(seed);
     for (int len : {1, 4, 33, 3000}) {
       auto x = random_values<float>(r, len), y = random_values<float>(r, len);
