@@ -134,7 +134,8 @@ extern "C" __global__ void __launch_bounds__(256) adamw_bf16(bf16* param, float*
   update_alone({master, m, v, grad, param, len, 0, decay}, numbers);
 }
 
-extern "C" __global__ void __launch_bounds__(256) adamw_all(const Updated* tensors, int count, const Numbers* numbers) {
+extern "C" __global__ void __launch_bounds__(256, 4)
+    adamw_all(const Updated* tensors, int count, const Numbers* numbers) {
   const Updated t = mine(tensors, count);
   long long first = ((long long)blockIdx.x - t.first_block) * UPDATE_CHUNK;
   update(t, numbers, first + (int)threadIdx.x * 4, min(first + UPDATE_CHUNK, t.len), 256 * 4);
