@@ -1,19 +1,19 @@
 // Products in double precision, trees in f32, and maps of matrices.
 #pragma once
 #include <array>
+#include <functional>
 #ifdef PHALANX_ON_DEVICE
 #include <cuda.h>
-// Without waiting for it where several launches are timed.
-#define RUN(wait, kernel, grid, block, shared_bytes, ...)                                                           \
+#define START(kernel, grid, block, shared_bytes, ...)                                                               \
   do {                                                                                                              \
     must(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(shared_bytes)), "memory"); \
     kernel<<<grid, block, shared_bytes>>>(__VA_ARGS__);                                                             \
-    must(cudaGetLastError(), "launch");                                                                             \
-    if (wait) must(cudaDeviceSynchronize(), "run");                                                                 \
+    must(cudaGetLastError(), "start");                                                                              \
   } while (0)
+inline void finish_launch() { must(cudaDeviceSynchronize(), "run"); }
 #else
-#define RUN(wait, kernel, grid, block, shared_bytes, ...) \
-  LAUNCH(kernel, grid, block, size_t(shared_bytes), __VA_ARGS__), (void)(wait)
+#define START(kernel, grid, block, shared_bytes, ...) LAUNCH(kernel, grid, block, size_t(shared_bytes), __VA_ARGS__)
+inline void finish_launch() {}
 #endif
 
 // Of bf16, in boxes of box_rows x 64 with the 128-byte swizzle; strides are bytes, of all dims but the first.
@@ -64,9 +64,9 @@ std::vector<double> reference_rows(bool transposed, const std::vector<T>& x, con
     for (int k = 0; k < inner; ++k) column[size_t(k)] = right[transposed ? size_t(c) * inner + k : size_t(k) * cols + c];
     for (int r = 0; r < rows; ++r) {
       const double* row = left.data() + size_t(r) * size_t(ld);
-      double sum = 0;
-      for (int k = 0; k < inner; ++k) sum += row[k] * column[size_t(k)];
-      out[size_t(r) * cols + c] = sum;
+      double sums[4] = {};
+      for (int k = 0; k < inner; ++k) sums[k % 4] += row[k] * column[size_t(k)];
+      out[size_t(r) * cols + c] = sums[0] + sums[1] + sums[2] + sums[3];
     }
   }
   return out;
@@ -81,7 +81,9 @@ std::vector<double> reference_leaves(const std::vector<T>& dy, const std::vector
   for (size_t n = 0; n < size_t(leaves) * size_t(leaf_rows); ++n) {
     for (size_t o = 0; o < size_t(out); ++o) {
       double d = left[n * size_t(out) + o];
-      for (size_t i = 0; i < size_t(in); ++i) sums[o * size_t(in) + i] += d * right[n * size_t(in) + i];
+      const double* row = right.data() + n * size_t(in);
+      double* to = sums.data() + o * size_t(in);
+      for (size_t i = 0; i < size_t(in); ++i) to[i] += d * row[i];
     }
   }
   return sums;
