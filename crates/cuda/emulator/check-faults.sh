@@ -29,5 +29,10 @@ attention_wgmma 7 keys given back before products are done
 attention_wgmma 8 values used before they have landed
 attention_wgmma 9 queries overwritten while others read them
 attention_wgmma 10 keys and values overwritten while others read them
+gemm 20 factors used before they have landed
+gemm 21 factors given back before products are done
+gemm 22 sums used before products are done
+gemm 23 factors overwritten while others read them
+gemm_f32 24 factors used before others have stored them
 END
 exit $status

@@ -2,6 +2,7 @@
 #include "../../kernels/gemm_wgmma.cu"
 #include "../test.h"
 #include "gemm_reference.h"
+#include "gemm_maps.h"
 
 struct Kernels {
   int width, bytes, held_from;
