@@ -150,13 +150,13 @@ __device__ __forceinline__ void gemm32(const float* x, const float* w, float* y,
   }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256)
     gemm_nt_f32(const float* x, const float* w, float* y, const float* acc, const float* bias, int rows, int cols,
                 int inner, long long ld_x, long long ld_y) {
   SHARED_ARRAY(float4, tiles, F32_SIDE * F32_DEPTH);
   gemm32<true>(x, w, y, acc, bias, rows, cols, inner, ld_x, ld_y, tiles);
 }
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256)
     gemm_nn_f32(const float* x, const float* w, float* y, const float* acc, const float* bias, int rows, int cols,
                 int inner, long long ld_x, long long ld_y) {
   SHARED_ARRAY(float4, tiles, F32_SIDE * F32_DEPTH);
