@@ -67,7 +67,7 @@ class Step:
 LLAMA = ("model.preset=tinyllama-1.1b", "model.max_positions=4096")
 STEPS = [
     Step("llama-1.1b", 4, LLAMA, {"compile": 1.05}, 4096, 2, mfu=0.5, together_gib=130),
-    Step("gpt2-124m", 32, ("model.preset=gpt2", "model.vocab=50304"), {"compile": 1.15}, 1024, 8, together_gib=70),
+    Step("gpt2-124m", 32, ("model.preset=gpt2", "model.vocab=50304"), {"compile": 1.15}, 1024, 16, together_gib=70),
     Step("reference-13.8m", 8, ("model.preset=llama-tiny-ref",), {"graphs": 1.2, "eager": 2.0, "compile": None, "capture": None}, 256, 8),
 ]
 # With what time is left.

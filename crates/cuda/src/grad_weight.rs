@@ -1,7 +1,7 @@
 //! Gradients of weights by our own kernel: all leaves of a launch at once, their tree in registers.
 
-use spec::Result;
-use train::Launch;
+use spec::{DType, Result};
+use train::{Launch, Operand};
 
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
@@ -10,8 +10,6 @@ use crate::tensor_map::TensorMap;
 
 /// Rows of a tile, as `kernels/gemm_wgmma.cu` has them.
 const ROWS: usize = 128;
-/// Threads of a block.
-const THREADS: usize = 384;
 /// Multiprocessors that work is cut for. Bits do not depend on it.
 const PROCESSORS: usize = 132;
 
@@ -20,18 +18,36 @@ const PROCESSORS: usize = 132;
 struct Tile {
     name: &'static str,
     cols: usize,
+    threads: usize,
     shared_bytes: usize,
+    /// Blocks on one multiprocessor.
+    blocks: usize,
     /// The lowest level of the tree is in registers.
     holds: bool,
-    /// 10^12 operations a second on one multiprocessor.
+    /// 10^12 operations a second of a block.
     tflops: f64,
 }
 
+const fn bf16(name: &'static str, cols: usize, shared_bytes: usize, holds: bool, tflops: f64) -> Tile {
+    Tile { name, cols, threads: 384, shared_bytes, blocks: 1, holds, tflops }
+}
+
 const TILES: [Tile; 3] = [
-    Tile { name: "gemm_tn_f32_128x256", cols: 256, shared_bytes: 196_672, holds: false, tflops: 5.0 },
-    Tile { name: "gemm_tn_f32_128x192", cols: 192, shared_bytes: 204_880, holds: true, tflops: 4.7 },
-    Tile { name: "gemm_tn_f32_128x128", cols: 128, shared_bytes: 196_704, holds: true, tflops: 4.0 },
+    bf16("gemm_tn_f32_128x256", 256, 196_672, false, 4.7),
+    bf16("gemm_tn_f32_128x192", 192, 204_880, true, 4.5),
+    bf16("gemm_tn_f32_128x128", 128, 196_704, true, 4.2),
 ];
+
+/// Of true float32, without tensor cores.
+const FLOAT: Tile = Tile {
+    name: "gemm_tn_f32",
+    cols: 128,
+    threads: 256,
+    shared_bytes: 0,
+    blocks: 2,
+    holds: false,
+    tflops: 0.15,
+};
 
 /// How the leaves of a gradient are shared out among blocks: `units` subtrees beside each other, whose roots are folded
 /// by the radices above.
@@ -45,10 +61,11 @@ pub(crate) struct Cut {
 
 impl Cut {
     /// The width and the number of units that should take least time.
-    pub(crate) fn of(inner: &[u32], out: usize, in_: usize, leaf_rows: usize) -> Cut {
+    pub(crate) fn of(dtype: DType, inner: &[u32], out: usize, in_: usize, leaf_rows: usize) -> Cut {
         let radices: Vec<u32> = inner.iter().copied().filter(|r| *r > 1).collect();
         let depths = 0..=radices.len();
-        let cuts = TILES.iter().flat_map(|tile| depths.clone().map(move |above| (*tile, above)));
+        let tiles: &[Tile] = if dtype == DType::F32 { &[FLOAT] } else { &TILES };
+        let cuts = tiles.iter().flat_map(|tile| depths.clone().map(move |above| (*tile, above)));
         let cuts = cuts.map(|(tile, above)| {
             let (below, above) = radices.split_at(radices.len() - above);
             let units = above.iter().map(|r| *r as usize).product();
@@ -61,8 +78,10 @@ impl Cut {
     fn microseconds(&self, out: usize, in_: usize, leaf_rows: usize) -> f64 {
         let leaves: usize = self.below.iter().map(|r| *r as usize).product();
         let flops = 2.0 * (ROWS * self.tile.cols) as f64 * (leaf_rows * leaves) as f64;
-        let waves = (self.tiles(out, in_) * self.units).div_ceil(PROCESSORS) as f64;
-        let product = waves * (flops / self.tile.tflops / 1e6 + 2.0);
+        let waves = (self.tiles(out, in_) * self.units).div_ceil(self.tile.blocks * PROCESSORS) as f64;
+        // A leaf's end waits for its last products, and for memory where levels are held there.
+        let held = if self.tile.holds || self.below.is_empty() { 1.0 } else { 3.0 };
+        let product = waves * (flops / self.tile.tflops / 1e6 + leaves as f64 * held + 2.0);
         // Roots are written, read and added at 3 TB/s.
         let bytes = (4 * out * in_ * (2 * self.units + 2)) as f64;
         product + if self.units > 1 { 3.0 + bytes / 3e6 } else { 0.0 }
@@ -73,7 +92,7 @@ impl Cut {
     }
 
     fn blocks(&self, out: usize, in_: usize) -> usize {
-        (self.tiles(out, in_) * self.units).min(PROCESSORS)
+        (self.tiles(out, in_) * self.units).min(self.tile.blocks * PROCESSORS)
     }
 
     /// Floats for the roots of units.
@@ -93,10 +112,10 @@ impl Cut {
     }
 }
 
-/// Whether the kernel takes a shape: rows of whole 16 bytes. It follows from the weight alone, so that all splits of a
-/// batch take the same way.
-pub(crate) fn takes(out: usize, in_: usize) -> bool {
-    out.is_multiple_of(8) && in_.is_multiple_of(8)
+/// Whether a kernel of our own takes a shape: in bf16 on Hopper, with rows of whole 16 bytes; in float32 always. It
+/// follows from the weight alone, so that all splits of a batch take the same way.
+pub(crate) fn takes(dtype: DType, hopper: bool, out: usize, in_: usize) -> bool {
+    dtype == DType::F32 || hopper && out.is_multiple_of(8) && in_.is_multiple_of(8)
 }
 
 /// Puts the gradient on the device's stream.
@@ -108,14 +127,18 @@ pub(crate) fn launch(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let (out, in_, len) = (g.rows, g.cols, g.rows * g.cols);
     let leaves = Tree::of(g.inner).leaves();
     let leaf_rows = dy.rows / leaves;
-    let cut = Cut::of(g.inner, out, in_, leaf_rows);
+    let cut = Cut::of(l.precision(), g.inner, out, in_, leaf_rows);
     let roots = l.workspace().part(0, cut.roots_len(len));
     let held = l.workspace().part(cut.roots_len(len), cut.held_len(out, in_));
     let alone = cut.units == 1;
     let (to, merge, store) = if alone { (g.levels, g.merge.merge, g.merge.store) } else { (roots, 0, 0) };
-    let params = Params::new()
-        .with(TensorMap::of_leaves(d.at(dy), leaves, leaf_rows, out)?)
-        .with(TensorMap::of_leaves(d.at(x), leaves, leaf_rows, in_)?)
+    let params = if l.precision() == DType::F32 {
+        Params::new().with(d.at(dy)).with(d.at(x))
+    } else {
+        let map = |d: &Cuda, of: Operand, cols| TensorMap::of_leaves(d.at(of), leaves, leaf_rows, cols);
+        Params::new().with(map(d, dy, out)?).with(map(d, x, in_)?)
+    };
+    let params = params
         .with(d.at(to))
         .with(len as i64)
         .with(d.at(held))
@@ -127,8 +150,11 @@ pub(crate) fn launch(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
         .with(len as i64)
         .with(int(merge))
         .with(int(store));
-    let geometry =
-        Geometry { grid: [cut.blocks(out, in_), 1, 1], block: THREADS, shared_bytes: cut.tile.shared_bytes };
+    let geometry = Geometry {
+        grid: [cut.blocks(out, in_), 1, 1],
+        block: cut.tile.threads,
+        shared_bytes: cut.tile.shared_bytes,
+    };
     d.start(cut.tile.name, geometry, params)?;
     if alone { Ok(()) } else { crate::table::fold_roots(d, roots, &cut.above, &g) }
 }
@@ -138,7 +164,7 @@ mod tests {
     use super::*;
 
     fn check(inner: &[u32], (out, in_): (usize, usize), leaf_rows: usize, units: usize) {
-        let cut = Cut::of(inner, out, in_, leaf_rows);
+        let cut = Cut::of(DType::Bf16, inner, out, in_, leaf_rows);
         assert_eq!(cut.units, units, "{cut:?}");
         let all: Vec<u32> = cut.below.iter().chain(&cut.above).copied().collect();
         assert_eq!(all, inner.iter().copied().filter(|r| *r > 1).collect::<Vec<_>>());

@@ -14,6 +14,7 @@ mod device;
 mod table;
 mod tensor_map;
 mod grad_weight;
+mod row_products;
 mod products;
 mod update;
 mod attention;

@@ -10,6 +10,7 @@ use crate::device::Cuda;
 use crate::driver::Memory;
 use crate::gemm::{Form, Operands, Shape, WORKSPACE_ALIGN, WORKSPACE_BYTES};
 use crate::grad_weight::{self, Cut};
+use crate::row_products;
 use crate::table::{Tree, not_mine};
 
 /// Floats of work space of a product.
@@ -22,13 +23,15 @@ pub(crate) fn grad_weight_workspace_len(
     out: usize,
     in_: usize,
     rows: usize,
-    own_kernel: bool,
+    dtype: DType,
+    hopper: bool,
 ) -> usize {
     let leaves: usize = inner.iter().map(|r| *r as usize).product();
-    let own = Cut::of(inner, out, in_, rows / leaves).workspace_len(out, in_);
+    if grad_weight::takes(dtype, hopper, out, in_) {
+        return Cut::of(dtype, inner, out, in_, rows / leaves).workspace_len(out, in_);
+    }
     let depth = inner.iter().filter(|r| **r > 1).count();
-    let library = WORKSPACE_LEN + (depth + 1) * (out * in_).next_multiple_of(64);
-    if own_kernel && grad_weight::takes(out, in_) { own } else { library }
+    WORKSPACE_LEN + (depth + 1) * (out * in_).next_multiple_of(64)
 }
 
 pub(crate) fn linear(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
@@ -60,6 +63,9 @@ pub(crate) fn linear(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
 }
 
 fn multiply(d: &mut Cuda, l: &Launch<'_>, shape: Shape, operands: &Operands) -> Result<()> {
+    if d.own_products && row_products::takes(&shape, d.hopper) {
+        return row_products::launch(d, &shape, operands);
+    }
     let workspace = d.at(l.workspace()).next_multiple_of(WORKSPACE_ALIGN as u64);
     let Cuda { products, stream, .. } = d;
     products.run(stream, shape, operands, workspace)
@@ -68,7 +74,7 @@ fn multiply(d: &mut Cuda, l: &Launch<'_>, shape: Shape, operands: &Operands) -> 
 /// The gradient of a weight: one product for each sequence, added up in the order of the tree.
 pub(crate) fn grad_weight(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let (dy, x, g) = (l.input(0), l.input(1), l.gradient(0));
-    if d.hopper && l.precision() == DType::Bf16 && grad_weight::takes(g.rows, g.cols) {
+    if grad_weight::takes(l.precision(), d.hopper, g.rows, g.cols) {
         return grad_weight::launch(d, l);
     }
     let tree: Vec<usize> = g.inner.iter().map(|r| *r as usize).filter(|r| *r > 1).collect();

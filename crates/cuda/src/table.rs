@@ -86,8 +86,14 @@ pub fn workspace_len(op: &Op, p: &Program, hopper: bool) -> usize {
         Linear | LinearGradInput => products::WORKSPACE_LEN,
         LinearGradWeight => {
             let g = group(op.grads[0].group);
-            let own = hopper && p.precision == DType::Bf16;
-            products::grad_weight_workspace_len(&op.grads[0].inner, g.rows, g.cols, rows(0), own)
+            products::grad_weight_workspace_len(
+                &op.grads[0].inner,
+                g.rows,
+                g.cols,
+                rows(0),
+                p.precision,
+                hopper,
+            )
         }
         NormGradWeight { .. } | BiasGrad => {
             let cols = cols(op.ins[0]);

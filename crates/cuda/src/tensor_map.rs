@@ -6,7 +6,7 @@ use spec::Result;
 
 use crate::driver::check;
 
-/// How the copy engine sees rows of bf16: boxes of 64 columns by 64 rows, swizzled by 128 bytes; what lies outside of a
+/// How the copy engine sees rows of bf16: boxes of 64 columns, swizzled by 128 bytes; what lies outside of a
 /// leaf reads as zero.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
@@ -21,9 +21,21 @@ impl TensorMap {
     /// # Errors
     /// If the driver refuses.
     pub(crate) fn of_leaves(address: u64, leaves: usize, rows: usize, cols: usize) -> Result<TensorMap> {
+        TensorMap::boxed(address, leaves, rows, cols, BOX)
+    }
+
+    /// One matrix, in boxes of 64 columns by so many rows.
+    ///
+    /// # Errors
+    /// As [`TensorMap::of_leaves`].
+    pub(crate) fn of_rows(address: u64, rows: usize, cols: usize, box_rows: usize) -> Result<TensorMap> {
+        TensorMap::boxed(address, 1, rows, cols, box_rows as u32)
+    }
+
+    fn boxed(address: u64, leaves: usize, rows: usize, cols: usize, box_rows: u32) -> Result<TensorMap> {
         let dims = [cols, rows, leaves].map(|n| n as u64);
         let strides = [2 * cols, 2 * cols * rows].map(|n| n as u64);
-        let (boxes, steps) = ([BOX, BOX, 1], [1u32; 3]);
+        let (boxes, steps) = ([BOX, box_rows, 1], [1u32; 3]);
         let mut map = MaybeUninit::<sys::CUtensorMap>::zeroed();
         // SAFETY: an out-parameter of its own alignment; arrays of the rank given.
         let result = unsafe {

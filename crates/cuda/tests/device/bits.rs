@@ -53,33 +53,42 @@ fn together(model: &ModelSpec, layout: &Layout, precision: DType) -> Weights {
     all.into_iter().flatten().collect()
 }
 
-fn check(expected: &Weights, found: &Weights, what: &str) {
+fn check(expected: &Weights, found: &Weights, what: &str) -> Option<String> {
     let mut expected = expected.clone();
     // Ranks under ZeRO 3 hold no whole parameters to compare.
     expected.retain(|name, _| found.contains_key(name));
     assert!(!expected.is_empty(), "{what}: nothing to compare");
-    if let Some(difference) = first_difference(&expected, found) {
-        panic!("{what}: {difference}");
-    }
+    first_difference(&expected, found).map(|difference| format!("{what}: {difference}"))
+}
+
+/// All that differs, at once: which of many splits do tells more than the first.
+fn accept(differences: impl IntoIterator<Item = Option<String>>) {
+    let found: Vec<String> = differences.into_iter().flatten().collect();
+    assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
 #[test]
 fn splits_recompute_and_recording() {
+    let mut differences = Vec::new();
     for (model, precision) in models().iter().zip([DType::Bf16, DType::F32, DType::Bf16]) {
         let one = Layout::default();
         let Some(expected) = alone(model, &one, precision, false) else { return };
-        let find = |layout: Layout, record| alone(model, &layout, precision, record).expect("the same GPU");
-        check(&expected, &find(one.clone(), false), "the same again");
-        check(&expected, &find(one.clone(), true), "call by call");
+        let mut find = |layout: Layout, record, what: &str| {
+            let found = alone(model, &layout, precision, record).expect("the same GPU");
+            differences.push(check(&expected, &found, &format!("{} in {precision}, {what}", model.head_dim)));
+        };
+        find(one.clone(), false, "the same again");
+        find(one.clone(), true, "call by call");
         for micro_batch in [2, 4] {
             let layout = Layout { micro_batch, ..one.clone() };
-            check(&expected, &find(layout, false), &format!("{micro_batch} sequences at once"));
+            find(layout, false, &format!("{micro_batch} sequences at once"));
         }
         for recompute in [Recompute::Selective, Recompute::Full] {
             let layout = Layout { micro_batch: 2, recompute, ..one.clone() };
-            check(&expected, &find(layout, false), &format!("{recompute:?} recompute"));
+            find(layout, false, &format!("{recompute:?} recompute"));
         }
     }
+    accept(differences);
 }
 
 #[test]
@@ -87,16 +96,13 @@ fn layouts() {
     let model = &models()[0];
     let one = Layout::default();
     let Some(expected) = alone(model, &one, DType::Bf16, false) else { return };
-    for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
-        let layout = Layout { dp: 2, zero, ..one.clone() };
-        let found = together(model, &layout, DType::Bf16);
-        if zero == Zero::Parameters && found.is_empty() {
-            continue;
-        }
-        check(&expected, &found, &format!("dp 2, {zero:?}"));
-    }
+    let of_zero = [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters];
+    let of_zero = of_zero.map(|zero| Layout { dp: 2, zero, ..one.clone() });
     let pipeline = Layout { pp: 2, schedule: PipelineSchedule::OneFOneB, ..one.clone() };
-    check(&expected, &together(model, &pipeline, DType::Bf16), "pp 2");
     let both = Layout { pp: 2, dp: 2, ..one };
-    check(&expected, &together(model, &both, DType::Bf16), "pp 2, dp 2");
+    accept(of_zero.into_iter().chain([pipeline, both]).filter_map(|layout| {
+        let found = together(model, &layout, DType::Bf16);
+        // Under ZeRO 3 no rank holds a whole parameter.
+        (!found.is_empty()).then(|| check(&expected, &found, &format!("{layout:?}")))
+    }));
 }
