@@ -175,3 +175,27 @@ fn show_prints_numbers_with_direction_source_and_date() {
     assert!(text.contains("[ml] github.com/stas00"), "{text}");
     assert!(catalog.list(Some(EntryKind::Platform)).iter().any(|l| l.name == "xai-colossus"));
 }
+
+#[test]
+fn families_say_how_their_matrix_units_take_work() {
+    use crate::family::MatrixUnits::{Systolic, Tiles};
+    let catalog = Catalog::builtin().unwrap();
+    let check = |cluster: &str, units| {
+        let family = catalog.cluster(cluster, None).unwrap().accelerator.family;
+        assert_eq!(family.matrix_units, units, "{cluster}");
+    };
+    check("tpu-v5e-pod", Systolic);
+    check("tpu-v5p-pod", Systolic);
+    check("dgx-h100", Tiles);
+    check("mi300x-node", Tiles);
+}
+
+#[test]
+fn number_formats_read_back_by_name() {
+    use crate::NumberFormat;
+    let check = |name: &str, format| assert_eq!(NumberFormat::parse(name), format, "{name}");
+    NumberFormat::all().for_each(|format| check(format.name(), Some(format)));
+    check("bf16", Some(NumberFormat::Bf16));
+    check("BF16", None);
+    check("", None);
+}
