@@ -295,10 +295,7 @@ fn a_finished_run_says_truly_how_to_go_on() {
         &lab,
         "wsd",
         decay,
-        &[
-            (longer, 2, &["until its decay begins, here after step 4"]),
-            (accepted, 0, &["resumed"]),
-        ],
+        &[(longer, 2, &["until its decay begins, here after step 4"]), (accepted, 0, &["resumed"])],
     );
     lab.train("before-decay", &format!("{decay} --stop-after 4"));
     goes_on(&lab, "before-decay", &format!("--text text.txt {decay} {longer}"), "resumed");
