@@ -1,12 +1,12 @@
 //! Tables of published runs, damaged: each is refused with its place and a hint, or every row is estimated or left out.
 
-#[path = "../../../tests/fuzz.rs"]
 #[allow(
     dead_code,
     clippy::disallowed_methods,
     clippy::disallowed_types,
     reason = "it measures, and keeps what fails"
 )]
+#[path = "../../../tests/fuzz.rs"]
 mod harness;
 
 use spec::Catalog;

@@ -1,12 +1,12 @@
 //! Run files, overrides and catalogues, damaged: refused with a hint, or sound.
 
-#[path = "../../../tests/fuzz.rs"]
 #[allow(
     dead_code,
     clippy::disallowed_methods,
     clippy::disallowed_types,
     reason = "it measures, and keeps what fails"
 )]
+#[path = "../../../tests/fuzz.rs"]
 mod harness;
 
 use harness::fuzz_within;
