@@ -82,7 +82,7 @@ mod tests {
         assert!(guard_toml(&"{ a = [ } ".repeat(99)).is_err());
         check(&format!("a = [{}]", "1,".repeat(60_000)), None);
         let many = format!("a = [{}]", "1,".repeat(70_000));
-        check(&many, Some((131_075, "more than 131072 words and values")));
+        check(&many, Some((131_074, "more than 131072 words and values")));
         check(&" ".repeat((4 << 20) + 1), Some((0, "longer than 4 MiB")));
     }
 }
