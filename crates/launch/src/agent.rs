@@ -174,7 +174,6 @@ impl Agent<'_> {
     }
 }
 
-/// One line of the agent's own on stderr.
 fn say(text: &str) {
-    eprintln!("phalanx launch: {text}");
+    crate::cli::say(&format!("phalanx launch: {text}"));
 }

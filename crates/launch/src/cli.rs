@@ -5,6 +5,7 @@ use crate::flags::{Parsed, help};
 use crate::options::{Options, Runner};
 use spec::Result;
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::Path;
 
 /// Runs `phalanx launch` with `args` (what follows the word `launch`) and returns the exit code: 0 all workers
@@ -14,27 +15,33 @@ pub fn cli(args: Vec<OsString>) -> i32 {
     match launch(&args) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error}");
+            say(&format!("error: {error}"));
             if let Some(hint) = error.hint_text() {
-                eprintln!("hint: {hint}");
+                say(&format!("hint: {hint}"));
             }
             i32::from(error.exit_code())
         }
     }
 }
 
+/// A line on stderr. A launcher whose terminal is gone has nobody to tell, and its workers to look after.
+pub(crate) fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
 fn launch(args: &[OsString]) -> Result<i32> {
     let parsed = Options::parse(args, &|name| std::env::var(name).ok())?;
     let (options, program, args) = match parsed {
         Parsed::Help => {
-            print!("{}", help());
+            // A reader that has seen enough is no error.
+            let _ = std::io::stdout().write_all(help().as_bytes());
             return Ok(0);
         }
         Parsed::Run { options, program, args } => (options, program, args),
     };
     note_omp_threads(&options)?;
     for flag in &options.without_effect {
-        eprintln!("phalanx launch: {flag} is accepted and has no effect yet");
+        say(&format!("phalanx launch: {flag} is accepted and has no effect yet"));
     }
     let name = match options.runner {
         Runner::Module => format!("-m {}", program.display()),
@@ -47,17 +54,17 @@ fn launch(args: &[OsString]) -> Result<i32> {
 
 fn note_omp_threads(options: &Options) -> Result<()> {
     if options.nproc.resolve()? > 1 && std::env::var_os("OMP_NUM_THREADS").is_none() {
-        eprintln!("phalanx launch: OMP_NUM_THREADS=1 for each worker; set it to use more threads");
+        say("phalanx launch: OMP_NUM_THREADS=1 for each worker; set it to use more threads");
     }
     Ok(())
 }
 
 fn report(name: &str, outcome: &Outcome) {
     if let Some(table) = outcome.table(name) {
-        eprint!("{table}");
+        say(table.trim_end_matches('\n'));
     }
     if let Some(reason) = &outcome.reason {
-        eprintln!("phalanx launch: the job ended on another node: {reason}");
+        say(&format!("phalanx launch: the job ended on another node: {reason}"));
     }
     // Under another launcher: its error file gets the root cause, as torchrun does it.
     let ours = std::env::var_os("TORCHELASTIC_ERROR_FILE").filter(|p| !p.is_empty());
@@ -65,6 +72,6 @@ fn report(name: &str, outcome: &Outcome) {
     if let (Some(to), Some(from)) = (ours, cause)
         && let Err(e) = std::fs::copy(from, Path::new(&to))
     {
-        eprintln!("phalanx launch: copy {} to {}: {e}", from.display(), to.display());
+        say(&format!("phalanx launch: copy {} to {}: {e}", from.display(), to.display()));
     }
 }

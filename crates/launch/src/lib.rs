@@ -28,6 +28,9 @@
 //! - `SIGUSR1` and `SIGUSR2` reach the workers, so a batch system's warning can start a checkpoint.
 //! - A program that is not a Python script is run directly, without `--no-python`.
 
+// Both panic when nobody reads: `cli::say` does not.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 mod flags;
 mod options;
 

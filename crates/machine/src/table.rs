@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use spec::{Error, Result};
+use spec::{Error, Result, guard_toml};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -167,11 +167,13 @@ struct Section<'a> {
 
 impl Reader<'_> {
     fn machine(&self) -> Result<Machine> {
-        let root = DeTable::parse(self.text).map_err(|e| {
-            let line = e.span().map_or(1, |span| self.line(span.start));
-            let what = e.message().split_whitespace().collect::<Vec<_>>().join(" ");
-            self.wrong(line, &format!("not TOML, or cut short: {what}"))
-        })?;
+        let refuse = |byte, why: &str| {
+            let what = why.split_whitespace().collect::<Vec<_>>().join(" ");
+            self.wrong(self.line(byte), &format!("not TOML, or cut short: {what}"))
+        };
+        guard_toml(self.text).map_err(|e| refuse(e.byte, &e.why))?;
+        let root = DeTable::parse(self.text)
+            .map_err(|e| refuse(e.span().map_or(0, |span| span.start), e.message()))?;
         let root = Section { name: "the file", line: 1, table: root.get_ref() };
         self.known(&root, &["version", "machine", "kernel", "link"])?;
         let version = self.field(&root, "version")?;

@@ -97,6 +97,14 @@ impl Live {
     }
 
     pub(crate) fn event(&mut self, event: train::Event) {
+        if let train::Event::Record(Record::Warning { text, .. }) = &event {
+            // For whoever watches, also where stdout is read by a program.
+            let text = format!("warning: {text}");
+            match &self.bar {
+                Some(bar) => bar.suspend(|| output::say(&text)),
+                None => output::say(&text),
+            }
+        }
         match event {
             train::Event::Eta { seconds } => {
                 self.eta = seconds;
@@ -182,7 +190,6 @@ fn line(record: &Record, steps: u64, eta: f64) -> Option<String> {
         }
         Record::Finished { reason, step, .. } => format!("{reason}: step {step}"),
         Record::Sample { text, .. } => format!("sample\n{text}"),
-        Record::Warning { text, .. } => format!("warning: {text}"),
         _ => return None,
     })
 }

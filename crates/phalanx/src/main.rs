@@ -2,6 +2,9 @@
 //!
 //! Flags, rendering, hints and exit codes; everything else lives in the libraries.
 
+// Both panic when nobody reads: `output` does not.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 mod args;
 mod bench;
 mod busy;

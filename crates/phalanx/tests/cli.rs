@@ -135,6 +135,30 @@ fn a_model_goes_to_hugging_face_and_back() {
 }
 
 #[test]
+fn an_export_knows_what_its_run_and_the_model_before_it_knew() {
+    let lab = Lab::new();
+    let read = |path: &str| fs::read_to_string(lab.path(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
+    let json = |path: &str| serde_json::from_str::<serde_json::Value>(&read(path)).expect(path);
+    // No name of a token says that documents end with it.
+    lab.train("run", "--set data.eod=a");
+    lab.ok("export run hf");
+    for dir in ["run", "hf"] {
+        assert_eq!(json(&format!("{dir}/tokenizer_config.json"))["eos_token"], "a", "{dir}");
+    }
+    let end = json("hf/tokenizer.json")["model"]["vocab"]["a"].clone();
+    assert!(end.as_u64() > Some(0), "{end}");
+    assert_eq!(json("hf/generation_config.json")["eos_token_id"], end);
+
+    lab.write("hf/chat_template.jinja", "{{ messages }}");
+    lab.ok("import hf imp --set data.vocab_size=300");
+    lab.train("tuned", "--init imp");
+    lab.ok("export tuned out");
+    for name in ["chat_template.jinja", "tokenizer_config.json", "generation_config.json"] {
+        assert_eq!(read(&format!("out/{name}")), read(&format!("hf/{name}")), "{name}");
+    }
+}
+
+#[test]
 fn text_is_drawn_by_seed() {
     let lab = Lab::new();
     lab.train("run", "");

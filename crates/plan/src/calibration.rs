@@ -6,7 +6,7 @@ use std::fmt;
 
 use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
-use spec::{Error, Result};
+use spec::{Error, Result, guard_toml};
 
 use crate::software::Software;
 
@@ -223,11 +223,13 @@ impl Calibration {
     /// # Errors
     /// If the text is none: with file, line and a hint.
     pub fn parse(path: &str, text: &str) -> Result<Self> {
-        toml::from_str(text).map_err(|e| {
-            let line = e.span().map_or(1, |s| text[..s.start].lines().count().max(1));
-            Error::user(format!("{path}:{line}: {}", e.message()))
+        let refuse = |byte, why: &str| {
+            let line = text.as_bytes().iter().take(byte).filter(|b| **b == b'\n').count() + 1;
+            Error::user(format!("{path}:{line}: {why}"))
                 .hint("phalanx validate RUNS.csv --fit FILE writes a calibration file")
-        })
+        };
+        guard_toml(text).map_err(|e| refuse(e.byte, &e.why))?;
+        toml::from_str(text).map_err(|e| refuse(e.span().map_or(0, |s| s.start), e.message()))
     }
 
     /// The calibration as a file; [`Calibration::parse`] reads it back, to four digits after the point.

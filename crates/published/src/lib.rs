@@ -6,3 +6,6 @@
 pub mod fit;
 pub mod runs;
 pub mod validate;
+
+#[cfg(test)]
+mod fuzz_test;

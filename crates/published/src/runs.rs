@@ -80,6 +80,9 @@ pub struct Runs {
     pub not_priced: Vec<Skipped>,
 }
 
+/// Wider than any transformer by far.
+const HIDDEN_MAX: usize = 1 << 20;
+
 /// Columns without which a table is none of runs.
 const REQUIRED: &[&str] = &["id", "accelerator", "n_accel", "layers", "hidden", "seq_len", "global_batch"];
 
@@ -143,7 +146,8 @@ impl Reader<'_> {
     fn run(mut self) -> Result<Usable<Run>> {
         let id = self.text("id").to_owned();
         if id.is_empty() {
-            return Err(Error::user(format!("{}:{}: the row has no id", self.path, self.row.line)));
+            return Err(Error::user(format!("{}:{}: the row has no id", self.path, self.row.line))
+                .hint("give each run a name of its own in the column id"));
         }
         let source = self.text("source").to_owned();
         let shape = usable!(self.shape());
@@ -280,6 +284,9 @@ impl Reader<'_> {
         let Some(hidden) = self.count("hidden")? else {
             return Ok(Err("the model's shape was not published".into()));
         };
+        if hidden > HIDDEN_MAX {
+            return Ok(Err(format!("a width of {hidden} is no transformer's")));
+        }
         let heads = match self.count("heads")? {
             Some(heads) => heads,
             None => {

@@ -122,8 +122,13 @@ impl Catalog {
     /// # Errors
     /// What [`Catalog::check`] refuses, and text that is not TOML, with its place.
     pub fn with_files(files: &[(&str, &str)]) -> Result<Self> {
+        Self::over(BUILTIN, files)
+    }
+
+    /// What `files` add to `base`.
+    pub(crate) fn over(base: &[(&str, &str)], files: &[(&str, &str)]) -> Result<Self> {
         let mut catalog = Catalog { sources: BTreeMap::new(), entries: BTreeMap::new() };
-        catalog.add(BUILTIN)?;
+        catalog.add(base)?;
         if !files.is_empty() {
             catalog.add(files)?;
         }
@@ -447,10 +452,14 @@ fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str> + Clone) -> Opti
     if let Some(name) = whole.min_by_key(|name| name.len()) {
         return Some(name);
     }
+    let within = |name: &str| word.len().max(name.len()).div_ceil(3);
+    let letters = word.chars().count();
     known
+        // A name of a megabyte is not compared letter by letter.
+        .filter(|name| letters.abs_diff(name.chars().count()) <= within(name))
         .map(|name| (distance(&word, &name.to_lowercase()), name))
+        .filter(|(d, name)| *d <= within(name))
         .min_by_key(|(d, name)| (*d, name.len()))
-        .filter(|(d, name)| *d <= word.len().max(name.len()).div_ceil(3))
         .map(|(_, name)| name)
 }
 

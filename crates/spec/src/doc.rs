@@ -3,7 +3,7 @@
 use crate::origin::Origin;
 use crate::run::keys::{Key, KeyKind};
 use crate::units::whole_tokens;
-use crate::{Error, Result, suggest};
+use crate::{Error, Result, guard_toml, suggest};
 use std::collections::BTreeMap;
 use std::fmt;
 use toml::de::{DeTable, DeValue};
@@ -67,11 +67,13 @@ impl Doc {
         let line_of = |offset: usize| {
             text.as_bytes()[..offset.min(text.len())].iter().filter(|&&b| b == b'\n').count() + 1
         };
-        let table = DeTable::parse(text).map_err(|e| {
-            let line = e.span().map_or(1, |span| line_of(span.start));
-            Error::user(format!("{path}:{line}: {}", one_line(e.message())))
+        let refuse = |byte, why: &str| {
+            Error::user(format!("{path}:{}: {}", line_of(byte), one_line(why)))
                 .hint("the file has to be TOML: key = value")
-        })?;
+        };
+        guard_toml(text).map_err(|e| refuse(e.byte, &e.why))?;
+        let table =
+            DeTable::parse(text).map_err(|e| refuse(e.span().map_or(0, |span| span.start), e.message()))?;
         self.add_table("", table.get_ref(), &|offset| Origin::File {
             path: path.to_owned(),
             line: line_of(offset),
@@ -86,10 +88,13 @@ impl Doc {
                 Error::user(format!("`{text}` is not KEY=VALUE")).hint("write it like --set train.steps=200")
             );
         };
-        let value = match DeValue::parse(raw) {
+        let parsed = guard_toml(raw)
+            .map_err(|e| e.why)
+            .and_then(|()| DeValue::parse(raw).map_err(|e| e.message().to_owned()));
+        let value = match parsed {
             Ok(value) => convert(value.get_ref()),
             Err(e) if raw.starts_with(['[', '{', '"', '\'']) => {
-                return Err(Error::user(format!("{origin}: {}", one_line(e.message())))
+                return Err(Error::user(format!("{origin}: {}", one_line(&e)))
                     .hint("quote the whole argument for the shell: --set 'key=[1, 2]'"));
             }
             Err(_) => Val::Text(raw.to_owned()),

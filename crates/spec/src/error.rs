@@ -81,12 +81,23 @@ impl Error {
     }
 }
 
+/// Nobody reads more of a message, and a file may hold a name of a megabyte.
+const MESSAGE_BYTES_MAX: usize = 4 << 10;
+
 /// Messages quote names and values out of files, whose control characters a terminal would obey.
 fn plain(text: String) -> String {
-    match printable(&text) {
+    let text = match printable(&text) {
         Cow::Borrowed(_) => text,
         Cow::Owned(plain) => plain,
+    };
+    if text.len() <= MESSAGE_BYTES_MAX {
+        return text;
     }
+    // Both ends speak: what and where comes first, what was expected last.
+    let quarter = MESSAGE_BYTES_MAX / 4;
+    let head = text.floor_char_boundary(2 * quarter);
+    let tail = text.ceil_char_boundary(text.len() - quarter);
+    format!("{} [... {} bytes ...] {}", &text[..head], tail - head, &text[tail..])
 }
 
 /// Text for a terminal: control characters and those that turn the direction of writing are spelt out, except line ends
@@ -140,5 +151,15 @@ mod tests {
         assert_eq!(e.to_string(), "x\\u0000: tensor a\\u001b[2Jb\\u0007");
         assert_eq!(e.hint_text(), Some("say\\u000d\\u009b"));
         assert_eq!(Error::failure("two\nlines, ü").to_string(), "two\nlines, ü");
+    }
+
+    #[test]
+    fn a_long_message_keeps_both_ends() {
+        let long = format!("unknown key {} in run.toml:7", "ü".repeat(1 << 20));
+        let e = Error::user(long.clone()).hint(long).context("read");
+        for text in [e.to_string(), e.hint_text().unwrap().to_owned()] {
+            assert!(text.len() < MESSAGE_BYTES_MAX && text.contains("unknown key ü"), "{}", text.len());
+            assert!(text.contains("bytes ...]") && text.ends_with("ü in run.toml:7"), "{text}");
+        }
     }
 }

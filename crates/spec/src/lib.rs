@@ -23,6 +23,7 @@ pub mod run;
 pub mod shares;
 pub mod suggest;
 pub mod sum_tree;
+mod toml_guard;
 pub mod units;
 
 pub use catalog::{Catalog, EntryKind, Measure};
@@ -39,3 +40,7 @@ pub use number_format::NumberFormat;
 pub use origin::Origin;
 pub use run::RunSpec;
 pub use sum_tree::{SumTree, merge_at};
+pub use toml_guard::{Unreadable, guard_toml};
+
+#[cfg(test)]
+mod fuzz_test;

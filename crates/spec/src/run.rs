@@ -261,7 +261,7 @@ impl RunSpec {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 #[cfg(test)]
-mod nonsense_tests;
+pub(crate) mod nonsense_tests;

@@ -12,13 +12,16 @@
 /// ```
 pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let name = normal(name);
+    let letters = name.chars().count();
     let (mut best, mut best_cost) = (None, usize::MAX);
     for candidate in candidates {
         let other = normal(candidate);
-        let far = name.chars().count().max(other.chars().count());
+        let others = other.chars().count();
         // A third of the letters wrong is still a typing slip; more is another word.
-        let within = (far / 3).max(1);
-        let mut cost = distance(&name, &other);
+        let within = (letters.max(others) / 3).max(1);
+        // Nothing is compared letter by letter with a name of a megabyte.
+        let near = letters.abs_diff(others) <= within;
+        let mut cost = if near { distance(&name, &other) } else { usize::MAX };
         if cost > within {
             cost = if last_part(&name) == last_part(&other) { within } else { continue };
         }

@@ -202,6 +202,15 @@ impl Beginning {
         let kept = self.resumes() && dir.tokenizer().is_some();
         let tokenizer = self.tokenizer.as_ref().filter(|t| t.is_file && !kept);
         dir.create(run, tokenizer.map(|t| t.path.as_path()))?;
+        if let Some(path) = tokenizer.map(|t| t.path.as_path()) {
+            // What ends documents is known where the tokenizer comes from; the run is to know it by itself.
+            let mut from = data::Tokenizer::load(path)?;
+            if let Some(end) = run.data.eod.as_ref().filter(|_| is_text(run)) {
+                from.set_eod(end)?;
+            }
+            let tokenizer = ckpt::hf::Tokenizer { path, eod: from.eod() };
+            ckpt::hf::keep_settings(tokenizer, dir.path(), &run.model)?;
+        }
         match self.to_remember() {
             Some(remembered) => dir.remember(&remembered),
             None => Ok(()),

@@ -83,6 +83,29 @@ fn agree(mesh: &Mesh, rank: usize, mine: Result<Vec<u8>>) -> Result<Vec<Vec<u8>>
     }
 }
 
+/// What is said of a checkpoint on the way that could not be written: hours of training are worth more than a stop, and
+/// a disk may have room again by the next one.
+pub(crate) fn unsaved_for_now(run: &RunSpec, step: u64, e: &Error) -> String {
+    let last = run.train.steps as u64;
+    let next = run.checkpoint.every.map_or(last, |every| last.min(step + every as u64));
+    let hint = e.hint_text().map(|h| format!("; {h}")).unwrap_or_default();
+    format!("step {step} is not saved: {e}: training goes on and saves again at step {next}{hint}")
+}
+
+/// The failure of a run whose last weights could not be written, whatever kept them from it.
+pub(crate) fn unsaved_at_the_end(dir: &RunDir, step: u64, e: &Error) -> Error {
+    let first = e.hint_text().map_or_else(
+        || format!("make {} a place that can be written to", dir.checkpoints().display()),
+        str::to_owned,
+    );
+    let from = dir.newest_checkpoint().map_or_else(
+        |_| "begins at step 0: no checkpoint was saved".to_owned(),
+        |path| format!("goes on from {}", path.display()),
+    );
+    Error::failure(format!("step {step} is not saved, and with it the run: {e}"))
+        .hint(format!("{first}; the same command {from}"))
+}
+
 fn commit(dir: &Path, step: u64, records: &[Vec<u8>], meta: ckpt::Meta) -> Result<(PathBuf, u64)> {
     let records = records.iter().map(|r| ckpt::FileRecord::from_bytes(r)).collect::<Result<Vec<_>>>()?;
     let bytes = records.iter().map(ckpt::FileRecord::bytes).sum();

@@ -9,7 +9,7 @@ use spec::run::DataSource;
 use spec::{Error, Result, RunSpec};
 
 use crate::begin::{Beginning, Weights};
-use crate::checkpoint::{adopt, restore};
+use crate::checkpoint::{self, adopt, restore};
 use crate::device::Device;
 use crate::exec::{Executor, StepInputs};
 use crate::identity;
@@ -166,7 +166,8 @@ impl Trainer {
     /// Trains to the last step, or until `stop` is set or `stop_after` steps are done; saves a checkpoint in the end.
     ///
     /// # Errors
-    /// If the loss is not finite, a file cannot be written, or a peer is lost.
+    /// If the loss is not finite, the last checkpoint cannot be written, or a peer is lost. One on the way that cannot be
+    /// written is said, and tried again at its next step.
     pub fn train(
         &mut self,
         stop: &AtomicBool,
@@ -199,8 +200,16 @@ impl Trainer {
                 self.evaluate(each)?;
             }
             let stopping = stopping || stop_after.is_some_and(|n| self.step >= n);
-            if self.due(self.run.checkpoint.every) || self.step == last || stopping {
-                self.save(each)?;
+            let ends = self.step == last || stopping;
+            if self.due(self.run.checkpoint.every) || ends {
+                match self.save(each) {
+                    Err(e) if ends => return Err(self.unsaved(&e)),
+                    Err(e) => {
+                        let text = checkpoint::unsaved_for_now(&self.run, self.step, &e);
+                        self.note(Record::Warning { time_us: now_us(), text }, each);
+                    }
+                    Ok(()) => {}
+                }
             }
             if stopping && self.step < last {
                 let reason = "stopped on request".to_owned();
@@ -211,6 +220,15 @@ impl Trainer {
         let reason = "all steps done".to_owned();
         self.note(Record::Finished { time_us: now_us(), step: self.step, reason }, each);
         Ok(Outcome::Finished)
+    }
+
+    /// The failure of a run whose last weights could not be saved.
+    fn unsaved(&mut self, e: &Error) -> Error {
+        let e = checkpoint::unsaved_at_the_end(&self.dir, self.step, e);
+        let (time_us, step, error) = (now_us(), self.step, e.to_string());
+        let hint = e.hint_text().map(str::to_owned);
+        let _ = self.journal.write(&Record::Failed { time_us, step, error, hint });
+        e
     }
 
     fn due(&self, every: Option<usize>) -> bool {
@@ -324,8 +342,10 @@ impl Trainer {
         let Some((path, bytes)) = self.exec.save(&self.dir.checkpoints(), self.step, meta)? else {
             return Ok(());
         };
-        if let Some(keep) = self.run.checkpoint.keep {
-            ckpt::keep(&self.dir.checkpoints(), keep)?;
+        if let Some(keep) = self.run.checkpoint.keep
+            && let Err(e) = ckpt::keep(&self.dir.checkpoints(), keep)
+        {
+            self.note(warning(&e), each);
         }
         let save_s = start.elapsed().as_secs_f64();
         let path = path.display().to_string();

@@ -79,12 +79,7 @@ impl Companions {
             }
         }
         if !files.contains_key(TOKENIZER_CONFIG) {
-            let mut config = facts.config(spec);
-            if spec.hf_architecture()? == "Qwen2ForCausalLM" {
-                as_saved(&mut config);
-                files.insert(CLASS, CLASS_TEXT.into());
-            }
-            files.insert(TOKENIZER_CONFIG, pretty(&config));
+            files.extend(facts.settings(spec));
             files.entry(SPECIAL_TOKENS).or_insert_with(|| pretty(&Value::Object(facts.names())));
         }
         let ids = match files.get(GENERATION) {
@@ -98,6 +93,29 @@ impl Companions {
         }
         Ok(Companions { files, ids })
     }
+}
+
+/// Puts the files that go with the tokenizer of a new run into its directory: those that lie beside the
+/// `tokenizer.json` that it was taken from, or settings that name the token with which it ends documents.
+///
+/// # Errors
+/// When a file cannot be read or written.
+pub fn keep_settings(tokenizer: Tokenizer<'_>, run_dir: &Path, spec: &ModelSpec) -> Result<()> {
+    let beside = tokenizer.path.file_name().is_some_and(|name| name == TOKENIZER);
+    let from = tokenizer.path.parent().filter(|_| beside);
+    if let Some(from) = from {
+        keep_companions(from, run_dir)?;
+    }
+    if from.is_some_and(|from| from.join(TOKENIZER_CONFIG).exists()) {
+        return Ok(());
+    }
+    let text = input::read_text("read tokenizer", tokenizer.path, MAX_BYTES)?;
+    let facts = Facts::read(&text, tokenizer.eod)?;
+    let folder = Folder::open(run_dir).map_err(|e| Error::io("open", run_dir, &e))?;
+    for (name, bytes) in facts.settings(spec) {
+        write(&folder, name, &bytes)?;
+    }
+    Ok(())
 }
 
 /// Keeps the files that go with a model's weights, but for its `tokenizer.json`, in the directory of a run, where
@@ -118,12 +136,8 @@ pub fn keep_companions(hf_dir: &Path, run_dir: &Path) -> Result<Vec<String>> {
     let folder = Folder::open(run_dir).map_err(|e| Error::io("import: open", run_dir, &e))?;
     let mut kept = Vec::new();
     let mut write = |name: &'static str, bytes: &[u8]| {
-        let written = folder.new_file(name.as_ref()).and_then(|mut file| {
-            file.write_all(bytes)?;
-            file.sync()
-        });
         kept.push(name);
-        written.map_err(|e| Error::io("import: write", &run_dir.join(name), &e))
+        write(&folder, name, bytes)
     };
     let mut generation = false;
     for name in KEPT {
@@ -140,6 +154,14 @@ pub fn keep_companions(hf_dir: &Path, run_dir: &Path) -> Result<Vec<String>> {
         }
     }
     Ok(if kept.is_empty() { Vec::new() } else { vec![format!("kept for an export: {}", kept.join(", "))] })
+}
+
+fn write(folder: &Folder, name: &str, bytes: &[u8]) -> Result<()> {
+    let written = folder.new_file(name.as_ref()).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync()
+    });
+    written.map_err(|e| Error::io("write", &folder.path().join(name), &e))
 }
 
 /// The text of a file that may be missing.
@@ -184,6 +206,17 @@ impl Facts {
     fn ids(&self) -> Map<String, Value> {
         let written = self.roles.iter().filter(|(role, _)| **role != "unk");
         written.map(|(role, (id, _))| (format!("{role}_token_id"), json!(id))).collect()
+    }
+
+    /// What a tokenizer without settings gets: the generic class, and what it needs to be taken.
+    fn settings(&self, spec: &ModelSpec) -> Vec<(&'static str, Vec<u8>)> {
+        let mut config = self.config(spec);
+        let is_rebuilt = spec.hf_architecture().is_ok_and(|class| class == "Qwen2ForCausalLM");
+        if is_rebuilt {
+            as_saved(&mut config);
+        }
+        let class = is_rebuilt.then(|| (CLASS, CLASS_TEXT.into()));
+        class.into_iter().chain([(TOKENIZER_CONFIG, pretty(&config))]).collect()
     }
 
     fn config(&self, spec: &ModelSpec) -> Value {

@@ -138,6 +138,14 @@ pub(crate) fn run(args: &[&str]) -> Ended {
     Running::start(args).end()
 }
 
+/// The same with a stderr that nobody reads any more.
+pub(crate) fn run_without_reader(args: &[&str]) -> Ended {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let child = launcher(args).stderr(writer).spawn().unwrap();
+    Running { child: Some(child) }.end()
+}
+
 /// The same with a limit on open files.
 pub(crate) fn run_with_files(files: usize, args: &[&str]) -> Ended {
     let plain = launcher(args);

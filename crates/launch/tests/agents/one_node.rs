@@ -1,6 +1,6 @@
 //! One node: the contract, supervision, logs, and no process left behind.
 
-use crate::common::{Folder, Running, SAVING, is_alive, kill, run, until, until_gone};
+use crate::common::{Folder, Running, SAVING, is_alive, kill, run, run_without_reader, until, until_gone};
 use launch::{LocalJob, Streams};
 
 /// A shell worker that writes its pid into `$D/pid$RANK`, then does `then`.
@@ -38,6 +38,19 @@ fn workers_see_torchruns_environment() {
     let port =
         |text: String| text.lines().find_map(|l| l.strip_prefix("MASTER_PORT=").map(str::to_owned)).unwrap();
     assert_eq!(port(env), port(folder.read("env0").unwrap()));
+}
+
+#[test]
+fn a_launcher_with_nobody_to_tell_looks_after_its_workers() {
+    let folder = Folder::new();
+    let script = worker(&folder, "echo x >> $D/starts; [ $(wc -l < $D/starts) = 2 ] && exit 0; exit 7");
+    // It has something to say before workers start, at the restart, and in the end.
+    let args = ["--nproc-per-node", "1", "--max-restarts", "1", "sh", "-c", &script];
+    let check = |args: &[&str], code: i32| assert_eq!(run_without_reader(args).code, Some(code), "{args:?}");
+    check(&args, 0);
+    assert_eq!(folder.read("starts").unwrap(), "x\nx\n");
+    check(&["--nproc-per-node", "2", "sh", "-c", "exit 7"], 1);
+    check(&["--nproc-per-node", "no"], 2);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use rustix::process::Signal;
 
@@ -183,6 +183,60 @@ fn output_that_cannot_be_written_loses_no_work() {
     let (code, err) = full("generate text --prompt mesh -n 2");
     assert_eq!(code, Some(1), "{err}");
     assert!(err.contains("write to stdout: No space left on device"), "{err}");
+}
+
+/// Hours of training are worth more than one checkpoint: it is said and tried again, and only the last one must be.
+#[test]
+fn a_checkpoint_that_cannot_be_written_is_tried_again() {
+    let steps = "--set train.steps=400 --set train.eval_every=0 --set checkpoint.every=50";
+    for (ranks, freed) in [("", true), ("--nproc 2", true), ("", false)] {
+        let lab = Lab::new();
+        let mut started = begun(&lab, "r", &format!("{steps} {ranks}"));
+        // Nobody can make a directory of it.
+        lab.write("r/checkpoints", "in the way");
+        started.wait_for("step 120/");
+        if freed {
+            fs::remove_file(lab.path("r/checkpoints")).expect("make room");
+        }
+        let (status, err) = started.end();
+        assert!(err.contains("warning: step 50 is not saved: "), "{err}");
+        assert!(err.contains(": training goes on and saves again at step 100"), "{err}");
+        assert_eq!(status.code(), Some(if freed { 0 } else { 1 }), "{err}");
+        let records = journal::read(&journal::path(&lab.path("r"), 0)).expect("a journal");
+        let warned = |r: &journal::Record| matches!(r, journal::Record::Warning { text, .. } if text.contains("step 50 is not saved"));
+        assert!(records.iter().any(warned));
+        if freed {
+            assert!(lab.newest("r").ends_with("step-00000400"));
+        } else {
+            assert!(err.contains("error: step 400 is not saved, and with it the run: "), "{err}");
+            assert!(err.contains("the same command begins at step 0: no checkpoint was saved"), "{err}");
+            assert!(matches!(records.last(), Some(journal::Record::Failed { step: 400, .. })));
+        }
+    }
+}
+
+#[test]
+fn a_run_whose_last_weights_do_not_fit_has_failed() {
+    let lab = Lab::new();
+    // Journal and data fit into so many blocks of 512 bytes, a checkpoint does not.
+    let full = |args: &str| {
+        let plain = lab.command(args);
+        let mut limited = Command::new("sh");
+        limited.current_dir(lab.path("")).args(["-c", "ulimit -f 128; exec \"$@\"", "sh"]);
+        let done = limited.arg(plain.get_program()).args(plain.get_args()).output().expect("start sh");
+        (done.status.code(), String::from_utf8_lossy(&done.stderr).into_owned())
+    };
+    lab.train("r", "--stop-after 2");
+    // A stop is one only if it saves.
+    for (args, step) in [("", 6), ("--stop-after 5", 5)] {
+        let (code, err) = full(&tiny("r", args));
+        assert_eq!(code, Some(1), "{err}");
+        assert!(err.contains("warning: step 4 is not saved: ") && err.contains("File too large"), "{err}");
+        assert!(err.contains(&format!("error: step {step} is not saved, and with it the run: ")), "{err}");
+        assert!(err.contains("hint: free space under r/checkpoints"), "{err}");
+        assert!(err.contains("the same command goes on from r/checkpoints/step-00000002"), "{err}");
+    }
+    assert_eq!(losses(&lab.train("r", "")).len(), 4);
 }
 
 /// Killed while it wrote: a part of a line, or a block of zeros that a file system left.

@@ -230,69 +230,75 @@ fn weights_keep_the_tokenizer_that_they_were_learnt_with() {
     is_refused(&lab, "bad", "--init bare --text t.jsonl", &["bare has no tokenizer", "data.tokenizer"]);
 }
 
-/// Trains six steps under a schedule, then with more; `said` is in what the program then says.
+/// What is asked of a run, the exit code, and what the program then says.
+type Then<'a> = (&'a str, i32, &'a [&'a str]);
+
+/// Trains six steps in `run`, then asks one thing after the other; what changes the run comes last.
 #[track_caller]
-fn check_longer(schedule: &str, first: &str, then: &str, code: i32, said: &[&str]) {
-    let lab = Lab::new();
-    lab.train("r", &format!("--set schedule.kind={schedule} {first}"));
-    let ran = train(&lab, "r", &format!("--text text.txt --set schedule.kind={schedule} {then}"));
-    assert_eq!(ran.code, Some(code), "{schedule} {then}\n{}", ran.err);
-    for said in said {
-        assert!(ran.err.contains(said), "{schedule} {then}\nfound    {}\nexpected {said}", ran.err);
+fn check_longer(lab: &Lab, run: &str, first: &str, then: &[Then<'_>]) {
+    lab.train(run, first);
+    for (args, code, said) in then {
+        let ran = train(lab, run, &format!("--text text.txt {first} {args}"));
+        assert_eq!(ran.code, Some(*code), "{run} {args}\n{}", ran.err);
+        for said in *said {
+            assert!(ran.err.contains(said), "{run} {args}\nfound    {}\nexpected {said}", ran.err);
+        }
+        let recorded = accepted(lab, run);
+        assert_eq!(recorded.len(), usize::from(args.contains("--accept") && *code == 0), "{recorded:?}");
     }
-    let recorded = accepted(&lab, "r");
-    assert_eq!(recorded.len(), usize::from(then.contains("--accept") && code == 0), "{recorded:?}");
 }
 
 #[test]
 fn a_finished_run_says_truly_how_to_go_on() {
+    let lab = Lab::new();
     let longer = "--set train.steps=12";
-    check_longer("constant", "", "", 0, &["all 6 steps were done before; a larger train.steps goes on"]);
-    check_longer("constant", "", longer, 0, &["resumed from r/checkpoints/step-00000006"]);
+    let accepted = "--set train.steps=12 --accept-changed-schedule";
+    check_longer(
+        &lab,
+        "constant",
+        "--set schedule.kind=constant",
+        &[
+            ("", 0, &["all 6 steps were done before; a larger train.steps goes on"]),
+            // Other keys are no matter of the schedule.
+            (&format!("{accepted} --set train.seed=1"), 2, &["train.seed = 1, was 42"]),
+            (longer, 0, &["resumed from constant/checkpoints/step-00000006"]),
+        ],
+    );
     // A longer run would have a longer warmup by default; this one's is past.
     check_longer(
-        "constant",
-        "--set train.steps=30 --set train.eval_every=0",
-        "--set train.steps=60 --stop-after 31",
-        0,
-        &["resumed"],
+        &lab,
+        "warmup",
+        "--set schedule.kind=constant --set train.steps=30 --set train.eval_every=0",
+        &[("--set train.steps=60 --stop-after 31", 0, &["resumed"])],
     );
     for kind in ["cosine", "linear"] {
+        let init = format!("--init {kind} --set run.dir=NEW");
         let refused = [
             "train.steps = 12, was 6: the learning rate of step",
             "cannot be extended; constant can at any time, wsd until its decay begins",
-            "--init r --set run.dir=NEW",
+            &init,
             "--accept-changed-schedule",
         ];
-        check_longer(kind, "", "", 0, &["all 6 steps were done before", refused[1], refused[2], refused[3]]);
-        check_longer(kind, "", longer, 2, &refused);
-        let accept = format!("{longer} --accept-changed-schedule");
         check_longer(
+            &lab,
             kind,
-            "",
-            &accept,
-            0,
-            &["--accept-changed-schedule: train.steps = 12, was 6", "resumed"],
+            &format!("--set schedule.kind={kind}"),
+            &[
+                ("", 0, &["all 6 steps were done before", refused[1], refused[2], refused[3]]),
+                (longer, 2, &refused),
+                (accepted, 0, &["--accept-changed-schedule: train.steps = 12, was 6", "resumed"]),
+            ],
         );
     }
-    let decay = "--set schedule.decay_steps=2";
+    let decay = "--set schedule.kind=wsd --set schedule.decay_steps=2";
     check_longer(
+        &lab,
         "wsd",
         decay,
-        &format!("{decay} {longer}"),
-        2,
-        &["until its decay begins, here after step 4"],
+        &[(longer, 2, &["until its decay begins, here after step 4"]), (accepted, 0, &["resumed"])],
     );
-    check_longer("wsd", &format!("{decay} --stop-after 4"), &format!("{decay} {longer}"), 0, &["resumed"]);
-    check_longer("wsd", decay, &format!("{decay} {longer} --accept-changed-schedule"), 0, &["resumed"]);
-    // Other keys are no matter of the schedule.
-    check_longer(
-        "constant",
-        "",
-        &format!("{longer} --set train.seed=1 --accept-changed-schedule"),
-        2,
-        &["train.seed = 1, was 42"],
-    );
+    lab.train("before-decay", &format!("{decay} --stop-after 4"));
+    goes_on(&lab, "before-decay", &format!("--text text.txt {decay} {longer}"), "resumed");
 }
 
 #[test]

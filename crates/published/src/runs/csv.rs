@@ -14,6 +14,8 @@ pub(crate) struct Row {
     cells: Vec<String>,
 }
 
+/// Several times all runs that were ever published: each row is kept with up to some hundred layouts.
+const ROWS_MAX: usize = 1 << 12;
 /// More cells than any table of runs has: a file beyond it is not one.
 const CELLS_MAX: usize = 1 << 10;
 
@@ -23,7 +25,7 @@ impl Table {
         let mut records = records(path, text)?;
         if records.is_empty() {
             return Err(
-                Error::user(format!("{path}: no header line")).hint("the first line names the columns")
+                Error::user(format!("{path}:1: no header line")).hint("the first line names the columns")
             );
         }
         let header = records.remove(0);
@@ -31,7 +33,8 @@ impl Table {
         for (at, name) in header.cells.iter().enumerate() {
             let name = name.trim().trim_start_matches('\u{feff}').to_owned();
             if columns.insert(name.clone(), at).is_some() {
-                return Err(Error::user(format!("{path}:1: column \"{name}\" is there twice")));
+                return Err(Error::user(format!("{path}:1: column \"{name}\" is there twice"))
+                    .hint("rename one of them, or leave it out"));
             }
         }
         for name in required {
@@ -116,11 +119,18 @@ fn records(path: &str, text: &str) -> Result<Vec<Row>> {
                 row.cells.push(std::mem::take(&mut cell));
                 was_quoted = false;
                 if row.cells.len() > CELLS_MAX {
-                    return Err(Error::user(format!("{path}:{}: more than {CELLS_MAX} cells", row.line)));
+                    return Err(Error::user(format!("{path}:{}: more than {CELLS_MAX} cells", row.line))
+                        .hint(
+                            "name a table of runs: a line for each, with the columns of published_runs.csv",
+                        ));
                 }
                 if c == '\n' {
                     let done = std::mem::replace(&mut row, Row { line, cells: Vec::new() });
                     push(&mut rows, done);
+                    if rows.len() > ROWS_MAX {
+                        return Err(Error::user(format!("{path}:{line}: more than {ROWS_MAX} rows"))
+                            .hint("split the table"));
+                    }
                 }
             }
             '\r' => {}
@@ -128,7 +138,8 @@ fn records(path: &str, text: &str) -> Result<Vec<Row>> {
         }
     }
     if quoted {
-        return Err(Error::user(format!("{path}:{}: a quote is opened and never closed", row.line)));
+        return Err(Error::user(format!("{path}:{}: a quote is opened and never closed", row.line))
+            .hint("close it; a quote inside a quoted cell is written twice"));
     }
     if !cell.is_empty() || !row.cells.is_empty() {
         row.cells.push(cell);
@@ -177,5 +188,6 @@ mod tests {
         check("a\n1.5\n", "whole number");
         check("a\n1e300\n", "at most 1e18");
         check("a\n\"1\n", "never closed");
+        check(&"a\n".repeat(5000), "t.csv:4098: more than 4096 rows");
     }
 }

@@ -41,7 +41,7 @@ pub(crate) fn placements(
     let zero = zero(r.text("zero_fsdp"), p.software);
     let published_dp = r.count("dp")?;
     let tps = match tp {
-        Some(tp) => vec![chips(tp, tp * pp * cp * published_dp.unwrap_or(1), p)],
+        Some(tp) => vec![chips(tp, product([tp, pp, cp, published_dp.unwrap_or(1)]), p)],
         None => vec![1, 2, 4, 8],
     };
     let recomputes = recomputes(r, p.software);
@@ -57,7 +57,7 @@ pub(crate) fn placements(
             }
         };
         let share = p.sequences as f64 / dp as f64;
-        for micro_batch in micro_batches(r, torus.then_some(tp * pp * cp), share)? {
+        for micro_batch in micro_batches(r, torus.then(|| product([tp, pp, cp])), share)? {
             for chunks in chunks(r.count("vpp")?, pp, p, share / micro_batch as f64) {
                 for &recompute in &recomputes {
                     let schedule = match chunks {
@@ -94,6 +94,11 @@ pub(crate) fn placements(
     Ok(Ok((out, slice)))
 }
 
+/// As large as can be where it is no number: degrees come from a table.
+fn product<const N: usize>(degrees: [usize; N]) -> usize {
+    degrees.into_iter().fold(1, usize::saturating_mul)
+}
+
 /// A tensor degree in accelerators: some count an accelerator's cores, so that `all` axes multiply to those.
 fn chips(tp: usize, all: usize, p: &Problem<'_>) -> usize {
     let cores = p.units > 1 && all == p.n * p.units && tp.is_multiple_of(p.units);
@@ -108,12 +113,13 @@ fn replicas(
     published: Option<usize>,
     per_group: Option<usize>,
 ) -> Usable<usize> {
-    if !n.is_multiple_of(tp * pp * cp) {
+    let ranks = product([tp, pp, cp]);
+    if !n.is_multiple_of(ranks) {
         return Err(format!("tp x pp x cp = {tp} x {pp} x {cp} does not divide {n} accelerators"));
     }
-    let dp = n / (tp * pp * cp);
+    let dp = n / ranks;
     match published {
-        Some(said) if said != dp && said * per_group.unwrap_or(1) != dp => Err(format!(
+        Some(said) if said != dp && said.saturating_mul(per_group.unwrap_or(1)) != dp => Err(format!(
             "dp = {said} published, but {n} accelerators over tp x pp x cp = {tp} x {pp} x {cp} leave {dp}"
         )),
         _ => Ok(dp),
@@ -124,7 +130,7 @@ fn replicas(
 fn micro_batches(r: &Reader<'_>, model_ranks: Option<usize>, share: f64) -> Result<Vec<usize>> {
     Ok(match (r.count("micro_batch")?, model_ranks) {
         // MaxText counts sequences for each device of a replica, and takes them all at once.
-        (Some(m), Some(ranks)) => vec![(m * ranks).min((share as usize).max(1))],
+        (Some(m), Some(ranks)) => vec![m.saturating_mul(ranks).min((share as usize).max(1))],
         (Some(m), None) => vec![m],
         (None, _) => MICRO_BATCHES.into_iter().filter(|m| *m as f64 <= share.max(1.0)).collect(),
     })

@@ -6,7 +6,7 @@ use toml::de::{DeTable, DeValue};
 use super::quantity::{Dimension, Direction, Measure, Quantity, Sparsity};
 use super::schema::{EntryKind, Want, keys};
 use super::{Entry, Field, Source, nearest};
-use crate::{Error, Result};
+use crate::{Error, Result, guard_toml};
 
 /// What one file holds.
 pub(crate) struct Parsed {
@@ -16,13 +16,13 @@ pub(crate) struct Parsed {
 
 /// Reads a catalogue file. `path` only names it in errors.
 pub(crate) fn file(path: &str, text: &str) -> Result<Parsed> {
-    let at = At { path, text };
-    let root = DeTable::parse(text).map_err(|e| {
-        let line = e.span().map_or(1, |s| at.line(s.start));
-        let message = e.message().split_whitespace().collect::<Vec<_>>().join(" ");
-        Error::user(format!("{path}:{line}: not TOML: {message}"))
+    let at = At::new(path, text);
+    let refuse = |byte, why: &str| {
+        at.error(byte, format!("not TOML: {}", why.split_whitespace().collect::<Vec<_>>().join(" ")))
             .hint("a catalogue file has tables such as [node.NAME] of lines KEY = VALUE")
-    })?;
+    };
+    guard_toml(text).map_err(|e| refuse(e.byte, &e.why))?;
+    let root = DeTable::parse(text).map_err(|e| refuse(e.span().map_or(0, |s| s.start), e.message()))?;
     let mut parsed = Parsed { sources: Vec::new(), entries: Vec::new() };
     for (key, table) in root.get_ref() {
         let name = key.get_ref().as_ref();
@@ -49,12 +49,17 @@ pub(crate) fn file(path: &str, text: &str) -> Result<Parsed> {
 /// The text that errors point into.
 struct At<'a> {
     path: &'a str,
-    text: &'a str,
+    /// Where lines end.
+    ends: Vec<usize>,
 }
 
-impl At<'_> {
+impl<'a> At<'a> {
+    fn new(path: &'a str, text: &str) -> Self {
+        At { path, ends: text.match_indices('\n').map(|(at, _)| at).collect() }
+    }
+
     fn line(&self, byte: usize) -> usize {
-        self.text.as_bytes().iter().take(byte).filter(|b| **b == b'\n').count() + 1
+        self.ends.partition_point(|end| *end < byte) + 1
     }
 
     fn error(&self, byte: usize, what: impl std::fmt::Display) -> Error {

@@ -47,26 +47,36 @@ fn problem(file: &str) -> Option<String> {
             return problem_of_refusal(&e, &keys.chain(["run.toml:3"]).collect::<Vec<_>>());
         }
     };
+    problem_of_run(&run)
+}
+
+/// What is unsound about a run that was accepted.
+pub(crate) fn problem_of_run(run: &RunSpec) -> Option<String> {
     let steps = run.train.steps;
     let wild = |step: &usize| !(0.0..f64::INFINITY).contains(&run.lr_at(*step));
     if let Some(step) = [1, steps.div_ceil(2), steps].into_iter().find(wild) {
         return Some(format!("learning rate {} of step {step}", run.lr_at(step)));
     }
     match load(&run.to_toml(), &[]) {
-        Ok(again) if again == run => None,
+        Ok(again) if again == *run => None,
         Ok(_) => Some("what was written reads back as another run".to_owned()),
         Err(e) => Some(format!("what was written does not read back: {e}")),
     }
 }
 
+/// Nobody reads more.
+const MESSAGE_BYTES_MAX: usize = 4 << 10;
+
 /// A refusal is the user's to act on: it names one of `places`, hints, and holds nothing that a terminal obeys.
-fn problem_of_refusal(e: &Error, places: &[&str]) -> Option<String> {
+pub(crate) fn problem_of_refusal(e: &Error, places: &[&str]) -> Option<String> {
     let message = e.to_string();
-    let obeyed = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
+    let obeyed = |c: char| (c.is_control() && !matches!(c, '\n' | '\t')) || c == '\u{202e}';
     let what = if e.exit_code() != 2 {
         "exit code"
     } else if e.hint_text().is_none_or(str::is_empty) {
         "no hint"
+    } else if message.len() > MESSAGE_BYTES_MAX {
+        "a message of too many bytes"
     } else if message.contains(obeyed) {
         "control characters"
     } else if !places.is_empty() && !places.iter().any(|p| message.contains(p)) {

@@ -174,7 +174,7 @@ fn hint_from_key(error: Error) -> Error {
     match key {
         Some(key) if key.default.is_empty() => error.hint(format!("{}: {}", key.path, key.doc)),
         Some(key) => error.hint(format!("{}: {} (default {})", key.path, key.doc, key.default_text())),
-        None => error,
+        None => error.hint("`phalanx keys` lists every key with its range and default"),
     }
 }
 

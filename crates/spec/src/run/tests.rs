@@ -3,7 +3,7 @@ use crate::{Error, PipelineSchedule, Result, RopeScaling, Zero};
 use proptest::prelude::*;
 use std::path::Path;
 
-pub(super) fn load(file: &str, set: &[&str]) -> Result<RunSpec> {
+pub(crate) fn load(file: &str, set: &[&str]) -> Result<RunSpec> {
     let set: Vec<String> = set.iter().map(|s| (*s).to_owned()).collect();
     RunSpec::load(Some(("run.toml", file)), &set, &|path: &Path| match path.to_str() {
         Some("gpt2/config.json") => {
