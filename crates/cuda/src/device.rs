@@ -40,8 +40,6 @@ pub struct Cuda {
     in_stretch: bool,
     /// What [`update::flush`] puts on the stream.
     pub(crate) updates: Updates,
-    /// Whether products of rows are our own; else cuBLASLt's. Those of weights' gradients are our own in any case.
-    pub(crate) own_products: bool,
     /// Whether it has the instructions of sm_90a.
     pub(crate) hopper: bool,
     scalar: Memory,
@@ -79,7 +77,6 @@ impl Cuda {
             tables: Tables::default(),
             in_stretch: false,
             updates: Updates::default(),
-            own_products: std::env::var("PHALANX_PRODUCTS").as_deref() != Ok("library"),
             hopper: card.capability.0 == 9,
             scalar: Memory::new(8)?,
             arena: Memory::none(),

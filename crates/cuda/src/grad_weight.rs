@@ -112,12 +112,6 @@ impl Cut {
     }
 }
 
-/// Whether a kernel of our own takes a shape: in bf16 on Hopper, with rows of whole 16 bytes; in float32 always. It
-/// follows from the weight alone, so that all splits of a batch take the same way.
-pub(crate) fn takes(dtype: DType, hopper: bool, out: usize, in_: usize) -> bool {
-    dtype == DType::F32 || hopper && out.is_multiple_of(8) && in_.is_multiple_of(8)
-}
-
 /// Puts the gradient on the device's stream.
 ///
 /// # Errors

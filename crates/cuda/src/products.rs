@@ -27,7 +27,7 @@ pub(crate) fn grad_weight_workspace_len(
     hopper: bool,
 ) -> usize {
     let leaves: usize = inner.iter().map(|r| *r as usize).product();
-    if grad_weight::takes(dtype, hopper, out, in_) {
+    if row_products::takes(dtype, hopper, out, in_) {
         return Cut::of(dtype, inner, out, in_, rows / leaves).workspace_len(out, in_);
     }
     let depth = inner.iter().filter(|r| **r > 1).count();
@@ -63,10 +63,10 @@ pub(crate) fn linear(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
 }
 
 fn multiply(d: &mut Cuda, l: &Launch<'_>, shape: Shape, operands: &Operands) -> Result<()> {
-    if d.own_products && row_products::takes(&shape, d.hopper) {
+    if row_products::takes(shape.dtype, d.hopper, shape.out, shape.in_) && shape.form != Form::GradWeight {
         return row_products::launch(d, &shape, operands);
     }
-    let workspace = d.at(l.workspace()).next_multiple_of(WORKSPACE_ALIGN as u64);
+    let workspace = d.at(l.workspace().part(0, WORKSPACE_LEN)).next_multiple_of(WORKSPACE_ALIGN as u64);
     let Cuda { products, stream, .. } = d;
     products.run(stream, shape, operands, workspace)
 }
@@ -74,7 +74,7 @@ fn multiply(d: &mut Cuda, l: &Launch<'_>, shape: Shape, operands: &Operands) -> 
 /// The gradient of a weight: one product for each sequence, added up in the order of the tree.
 pub(crate) fn grad_weight(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let (dy, x, g) = (l.input(0), l.input(1), l.gradient(0));
-    if grad_weight::takes(l.precision(), d.hopper, g.rows, g.cols) {
+    if row_products::takes(l.precision(), d.hopper, g.rows, g.cols) {
         return grad_weight::launch(d, l);
     }
     let tree: Vec<usize> = g.inner.iter().map(|r| *r as usize).filter(|r| *r > 1).collect();

@@ -48,10 +48,10 @@ const TILES: [Tile; 3] = [
     },
 ];
 
-/// Whether the kernels take a shape. It follows from the weight alone, so that all splits of a batch take the same way.
-pub(crate) fn takes(s: &Shape, hopper: bool) -> bool {
-    let rows = s.form != Form::GradWeight;
-    rows && (s.dtype == DType::F32 || hopper && s.out.is_multiple_of(8) && s.in_.is_multiple_of(8))
+/// Whether the kernels take a weight, so that all splits of a batch take the same way: in bf16 on Hopper, with rows of
+/// whole 16 bytes; in float32 always.
+pub(crate) fn takes(dtype: DType, hopper: bool, out: usize, in_: usize) -> bool {
+    dtype == DType::F32 || hopper && out.is_multiple_of(8) && in_.is_multiple_of(8)
 }
 
 /// Puts a product on the device's stream.

@@ -7,7 +7,7 @@ use train::{Gradient, Lack, Launch, Operand};
 use crate::attention;
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
-use crate::{products, update};
+use crate::{products, row_products, update};
 
 /// The two variants of a kernel, by the type of activations.
 macro_rules! variant {
@@ -83,7 +83,10 @@ pub fn workspace_len(op: &Op, p: &Program, hopper: bool) -> usize {
     let group = |g: GroupId| p.group(g);
     let leaves = || op.grads[0].inner.iter().map(|r| *r as usize).product::<usize>().max(1);
     match &op.kind {
-        Linear | LinearGradInput => products::WORKSPACE_LEN,
+        Linear | LinearGradInput => {
+            let own = row_products::takes(p.precision, hopper, rows(1), cols(op.ins[1]));
+            if own { 0 } else { products::WORKSPACE_LEN }
+        }
         LinearGradWeight => {
             let g = group(op.grads[0].group);
             products::grad_weight_workspace_len(
