@@ -33,6 +33,10 @@ gemm 20 factors used before they have landed
 gemm 21 factors given back before products are done
 gemm 22 sums used before products are done
 gemm 23 factors overwritten while others read them
+gemm_leaves 20 leaves used before they have landed
+gemm_leaves 21 leaves given back before products are done
+gemm_leaves 22 a leaf's sum used before its products are done
+gemm_leaves 23 leaves overwritten while others read them
 gemm_f32 24 factors used before others have stored them
 END
 exit $status
