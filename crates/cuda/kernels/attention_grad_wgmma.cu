@@ -147,6 +147,8 @@ __device__ __forceinline__ void attention_grad_keys_wide(const TensorMap* qkv, c
       wgmma_commit();
       // Nothing goes on over the end of a step: there are no registers for it. The other group multiplies meanwhile.
       wgmma_wait<0>();
+      // All lanes have read the stage's logarithms and dots.
+      __syncwarp();
       if (lane == 0) mbarrier_arrive(&gates->free[stage]);
     }
 
