@@ -122,7 +122,7 @@ impl Tile {
 
 /// Whether there are kernels for heads of this width.
 pub(crate) fn can_run(dtype: DType, heads: Heads) -> Result<(), Lack> {
-    Variant::of(dtype, heads.dim).map(|_| ()).ok_or(Lack::Kernel)
+    Variant::of(dtype, heads.dim).map(|_| ()).ok_or(Lack::HeadWidth)
 }
 
 /// Heads, and what scores are multiplied by; the width too where the kernel is not made for one.

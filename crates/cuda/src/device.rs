@@ -263,7 +263,8 @@ impl Device for Cuda {
         update::flush(self)?;
         self.numbers.set(&self.stream, turn)?;
         if let Some(graph) = self.graphs.get(&stretch) {
-            return self.stream.run(graph).map(|()| true);
+            let ran = self.stream.run(graph).map_err(|e| e.context(self.place()));
+            return ran.map(|()| true);
         }
         self.in_stretch = true;
         if !self.alone {
@@ -281,8 +282,8 @@ impl Device for Cuda {
         update::flush(self)?;
         self.in_stretch = false;
         let Some(stretch) = self.recording.take() else { return Ok(()) };
-        let graph = self.stream.end_recording()?;
-        self.stream.run(&graph)?;
+        let graph = self.stream.end_recording().map_err(|e| e.context(self.place()))?;
+        self.stream.run(&graph).map_err(|e| e.context(self.place()))?;
         self.graphs.insert(stretch, graph);
         Ok(())
     }

@@ -198,6 +198,8 @@ pub enum Lack {
     Contexts,
     /// Messages between experts on several ranks.
     ExpertRanks,
+    /// Attention for heads of this width.
+    HeadWidth,
     /// A kernel for this kind of op.
     Kernel,
 }
@@ -272,6 +274,12 @@ pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result
         Lack::Latent => has("latent attention"),
         Lack::Contexts => axis("cp", p.layout.cp, "context parallelism"),
         Lack::ExpertRanks => axis("ep", p.layout.ep, "expert parallelism"),
+        Lack::HeadWidth => Error::user(format!(
+            "{} has no attention in {} for the width of {model}'s heads",
+            device.name(),
+            p.precision
+        ))
+        .hint("set run.device=cpu; docs/gpus.md says which widths GPUs take, float32 more than bf16"),
         Lack::Kernel => Error::user(format!(
             "{} has no kernel for {} ({} in {})",
             device.name(),

@@ -8,6 +8,7 @@ mod common;
 mod against_cpu;
 mod bits;
 mod checkpoints;
+mod refusals;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,6 +20,9 @@ use train::{Cpu, Device, Executor, Mesh};
 
 /// Set for the tests that run in the emulator.
 const EMULATED: &str = "PHALANX_TESTS_EMULATED";
+
+/// What the emulated driver shall fail at.
+const FAULT: &str = "PHALANX_EMULATED_FAULT";
 
 /// A GPU, or nothing and a line that says why.
 fn gpu() -> Option<Cuda> {
@@ -75,14 +79,16 @@ fn in_the_emulator() {
     }
     let Some(libraries) = stand_ins() else { return };
     let tests = std::env::current_exe().expect("this program");
-    let status = Command::new(tests)
-        .args(["--test-threads", "2"])
-        .env(EMULATED, "1")
-        .env("LD_LIBRARY_PATH", &libraries)
-        .env("XDG_CACHE_HOME", libraries.join("cache"))
-        .status()
-        .expect("started");
-    assert!(status.success(), "the tests fail in the emulator");
+    let run = |arguments: &[&str], fault: &str| {
+        let mut command = Command::new(&tests);
+        command.args(arguments).env(EMULATED, "1").env(FAULT, fault);
+        command.env("LD_LIBRARY_PATH", &libraries).env("XDG_CACHE_HOME", libraries.join("cache"));
+        assert!(command.status().expect("started").success(), "the tests fail in the emulator: {fault}");
+    };
+    run(&["--test-threads", "2"], "");
+    for (fault, _) in refusals::REFUSALS {
+        run(&["--exact", "refusals::what_is_wrong_is_said"], fault);
+    }
 }
 
 /// Builds the stand-ins; nothing and a line that says why if there is no compiler.
