@@ -297,7 +297,7 @@ fn tables_of_runs_are_read_as_people_save_them() {
 
     let header = RUNS.lines().next().expect("a header");
     let cases = [
-        (String::new(), "bad.csv: no header line"),
+        (String::new(), "bad.csv:1: no header line"),
         (format!("{header}\n"), "bad.csv: a header without rows"),
         (RUNS.replace("accelerator,", "chip,"), "bad.csv:1: no column \"accelerator\""),
         (RUNS.replace(",512,16,", ",-512,16,"), "bad.csv:2: global_batch"),
