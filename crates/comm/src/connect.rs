@@ -9,6 +9,7 @@ use crate::waiting::Waiting;
 use crate::world::{Bootstrap, TransportChoice, patience};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fd::{AsFd, OwnedFd};
+use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
@@ -157,10 +158,19 @@ impl Wait<'_> {
         Waiting::begin_at(self.began, format!("rank {} of {}", self.b.rank, self.b.world), what)
     }
 
+    /// What kept this rank from another. One that is gone has a reason, and a moment to say it; without it the others
+    /// would name the rank and not the cause.
+    fn kept(&self, doing: &str, e: &std::io::Error) -> Error {
+        const MOMENT: Duration = Duration::from_secs(1);
+        let is_own = matches!(Errno::from_io_error(e), Some(Errno::MFILE | Errno::NFILE));
+        let why = (!is_own).then(|| self.b.store.get(self.gave_up, MOMENT).ok()).flatten();
+        why.map_or_else(|| os_error(doing, e), |why| did_not_start(&why))
+    }
+
     /// The time until the next look; fails if the deadline has passed or a rank has given up.
     fn next(&self, missing: impl Fn() -> String) -> Result<Duration> {
         if let Some(why) = self.b.store.try_get(self.gave_up)? {
-            return Err(Error::failure(format!("the job did not start: {}", String::from_utf8_lossy(&why))));
+            return Err(did_not_start(&why));
         }
         let left = self.until.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -175,6 +185,10 @@ impl Wait<'_> {
         }
         Ok(left.min(LOOK))
     }
+}
+
+fn did_not_start(why: &[u8]) -> Error {
+    Error::failure(format!("the job did not start: {}", String::from_utf8_lossy(why)))
 }
 
 fn names(ranks: impl IntoIterator<Item = usize>) -> String {
@@ -336,7 +350,7 @@ fn meet(
     for rank in 0..b.rank {
         let is_near = near.contains(&rank);
         let failed = |e: std::io::Error| {
-            os_error(&format!("rank {} cannot reach rank {rank} ({})", b.rank, cards[rank].place()), &e)
+            wait.kept(&format!("rank {} cannot reach rank {rank} ({})", b.rank, cards[rank].place()), &e)
         };
         let left = wait.next(|| names([rank]))?.max(Duration::from_secs(1)).max(wait.until - Instant::now());
         let socket: OwnedFd = if is_near {
@@ -361,7 +375,7 @@ fn meet(
     for rank in 0..b.rank {
         let Some(Met { socket, memory }) = &mut met[rank] else { continue };
         let lost = |e: std::io::Error| {
-            os_error(&format!("rank {rank} ({}) did not answer rank {}", cards[rank].place(), b.rank), &e)
+            wait.kept(&format!("rank {rank} ({}) did not answer rank {}", cards[rank].place(), b.rank), &e)
         };
         spoken.now_for(names([rank]) + " to answer");
         await_readable(wait, socket, || names([rank]) + " to answer")?;
@@ -422,7 +436,7 @@ fn answer(
         return Ok(());
     }
     let failed = |e: std::io::Error| {
-        Error::failure(format!("rank {rank} ({}) hung up on rank {}: {e}", cards[rank].place(), b.rank))
+        wait.kept(&format!("rank {rank} ({}) hung up on rank {}", cards[rank].place(), b.rank), &e)
     };
     say_hello(&socket, cards[rank].token, b.rank, is_near.then_some(file)).map_err(failed)?;
     met[rank] = Some(Met { socket, memory });
@@ -471,7 +485,7 @@ fn hear_hello(socket: &OwnedFd) -> std::io::Result<(u128, usize, Option<OwnedFd>
         let message = rustix::net::recvmsg(socket, parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
         if message.flags.contains(ReturnFlags::CTRUNC) {
             // A file came and could not be opened here.
-            return Err(rustix::io::Errno::MFILE.into());
+            return Err(Errno::MFILE.into());
         }
         if message.bytes == 0 {
             return Err(std::io::ErrorKind::UnexpectedEof.into());
