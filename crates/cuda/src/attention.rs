@@ -61,6 +61,26 @@ impl Variant {
         })
     }
 
+    /// Those of Hopper's own products, which few persistent blocks go through.
+    fn wide(d: &Cuda, l: &Launch<'_>, heads: Heads) -> Option<Variant> {
+        if !d.hopper || l.precision() != DType::Bf16 {
+            return None;
+        }
+        Some(match heads.dim {
+            64 => Variant {
+                forward: tile("attention_fwd_wgmma_bf16_d64", 192, 1, 512, 90_240),
+                keys: tile("attention_bwd_dkv_wgmma_bf16_d64", 128, 1, 384, 83_584),
+                queries: tile("attention_bwd_dq_wgmma_bf16_d64", 128, 1, 384, 82_048),
+            },
+            128 => Variant {
+                forward: tile("attention_fwd_wgmma_bf16_d128", 128, 1, 384, 163_968),
+                keys: tile("attention_bwd_dkv_wgmma_bf16_d128", 128, 1, 384, 165_504),
+                queries: tile("attention_bwd_dq_wgmma_bf16_d128", 128, 1, 384, 163_968),
+            },
+            _ => return None,
+        })
+    }
+
     fn f32(dim: usize) -> Variant {
         let (forward, back) = (4 * (96 * (dim + 1) + 32 * 33), 4 * (128 * (dim + 1) + 64 * 33));
         Variant {
@@ -68,36 +88,6 @@ impl Variant {
             keys: tile("attention_bwd_dkv_f32", 32, 1, 256, back),
             queries: tile("attention_bwd_dq_f32", 32, 1, 256, back),
         }
-    }
-}
-
-/// The kernels of Hopper's own products, which few persistent blocks go through: the rows of a tile, threads, and bytes
-/// of shared memory.
-#[derive(Clone, Copy)]
-struct Wide {
-    forward: Tile,
-    keys: Tile,
-    queries: Tile,
-}
-
-impl Wide {
-    fn of(d: &Cuda, l: &Launch<'_>, heads: Heads) -> Option<Wide> {
-        if !d.hopper || l.precision() != DType::Bf16 {
-            return None;
-        }
-        Some(match heads.dim {
-            64 => Wide {
-                forward: tile("attention_fwd_wgmma_bf16_d64", 192, 1, 512, 90_240),
-                keys: tile("attention_bwd_dkv_wgmma_bf16_d64", 128, 1, 384, 83_584),
-                queries: tile("attention_bwd_dq_wgmma_bf16_d64", 128, 1, 384, 82_048),
-            },
-            128 => Wide {
-                forward: tile("attention_fwd_wgmma_bf16_d128", 128, 1, 384, 163_968),
-                keys: tile("attention_bwd_dkv_wgmma_bf16_d128", 128, 1, 384, 165_504),
-                queries: tile("attention_bwd_dq_wgmma_bf16_d128", 128, 1, 384, 163_968),
-            },
-            _ => return None,
-        })
     }
 }
 
@@ -145,7 +135,7 @@ pub(crate) fn forward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let OpKind::Attention { heads } = *l.kind() else { not_mine!(l) };
     let qkv = l.input(0);
     let sequences = qkv.rows / l.sequence();
-    if let Some(Wide { forward, .. }) = Wide::of(d, l, heads) {
+    if let Some(Variant { forward, .. }) = Variant::wide(d, l, heads) {
         let params = Params::new().with(map(d, qkv, l.sequence())?);
         let params = params.with(d.at(l.output(0))).with(d.at(l.output(1))).with(int(sequences));
         let geometry = forward.persistent(d, l.sequence(), heads.q, sequences);
@@ -164,7 +154,7 @@ pub(crate) fn backward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let params = Params::new().with(d.at(o)).with(d.at(dy)).with(d.at(delta));
     let params = params.with(int(n)).with(int(sequence)).with(int(heads.q)).with(int(heads.dim));
     d.start(variant!(l, "attention_bwd_prep"), Geometry::line((n * heads.q).div_ceil(32), 256), params)?;
-    if let Some(Wide { keys, queries, .. }) = Wide::of(d, l, heads) {
+    if let Some(Variant { keys, queries, .. }) = Variant::wide(d, l, heads) {
         for (tile, per) in [(keys, heads.kv), (queries, heads.q)] {
             let params = Params::new().with(map(d, qkv, sequence)?).with(map(d, dy, sequence)?);
             let params = params.with(d.at(lse)).with(d.at(delta)).with(d.at(l.output(0)));

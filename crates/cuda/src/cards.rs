@@ -27,7 +27,14 @@ pub struct Card {
     pub processors: i32,
     /// Bytes of memory.
     pub total_bytes: usize,
-    /// Bytes that nobody holds; unknown where no context can be made.
+}
+
+/// A GPU, and what of it nobody holds.
+#[derive(Clone, Debug)]
+pub struct Counted {
+    /// Which.
+    pub card: Card,
+    /// Bytes; unknown where no context can be made, which is what it takes to ask.
     pub free_bytes: Option<usize>,
 }
 
@@ -53,7 +60,7 @@ impl Card {
 #[derive(Debug)]
 pub struct Found {
     /// Which.
-    pub library: Library,
+    pub which: Library,
     /// Its file, and its version where it tells one.
     pub result: Result<(PathBuf, Option<String>)>,
 }
@@ -64,14 +71,14 @@ pub struct Census {
     /// All libraries.
     pub libraries: Vec<Found>,
     /// The cards, or why there are none.
-    pub cards: Result<Vec<Card>>,
+    pub cards: Result<Vec<Counted>>,
 }
 
 /// Looks at everything that training on GPUs needs.
 pub fn census() -> Census {
-    let find = |library| {
-        let result = load(library).map(|path| (path, version(library)));
-        Found { library, result }
+    let find = |which| {
+        let result = load(which).map(|path| (path, version(which)));
+        Found { which, result }
     };
     Census { libraries: LIBRARIES.into_iter().map(find).collect(), cards: cards() }
 }
@@ -126,9 +133,13 @@ fn driver_version() -> Result<i32> {
 ///
 /// # Errors
 /// As [`driver`].
-pub(crate) fn cards() -> Result<Vec<Card>> {
+pub(crate) fn cards() -> Result<Vec<Counted>> {
     driver()?;
-    (0..count()? as i32).map(card).collect()
+    let counted = |ordinal| {
+        let free_bytes = Context::new(ordinal).and_then(|c| c.memory()).ok().map(|(free, _)| free);
+        Ok(Counted { card: card(ordinal)?, free_bytes })
+    };
+    (0..count()? as i32).map(counted).collect()
 }
 
 /// How many cards this process may see.
@@ -165,6 +176,5 @@ pub(crate) fn card(ordinal: i32) -> Result<Card> {
         ),
         processors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         total_bytes,
-        free_bytes: Context::new(ordinal).and_then(|c| c.memory()).ok().map(|(free, _)| free),
     })
 }

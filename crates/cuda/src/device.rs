@@ -134,6 +134,10 @@ fn architecture((major, minor): (i32, i32)) -> String {
 }
 
 impl Device for Cuda {
+    fn kind(&self) -> &'static str {
+        "cuda"
+    }
+
     fn name(&self) -> String {
         format!("cuda, {}", self.place())
     }

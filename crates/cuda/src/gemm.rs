@@ -158,11 +158,10 @@ impl CublasLt {
         }
         let least = Plan::new(&Shape { n: key.n.min(shape.least), ..key })?;
         // What suits many rows may refuse few, and then what suits few may do many.
-        let mut candidates = self.candidates(&Plan::new(&key)?)?;
+        let most = Plan::new(&key)?;
+        let mut candidates = self.candidates(&most)?;
         candidates.extend(self.candidates(&least)?);
-        let fits = |a: &&sys::cublasLtMatmulAlgo_t| {
-            Plan::new(&key).is_ok_and(|most| self.can(&most, a)) && self.can(&least, a)
-        };
+        let fits = |a: &&sys::cublasLtMatmulAlgo_t| self.can(&most, a) && self.can(&least, a);
         let found = candidates.iter().find(fits).copied().ok_or_else(|| {
             Error::failure(format!("cuBLASLt has no algorithm that keeps the order of sums of {key:?}"))
         })?;

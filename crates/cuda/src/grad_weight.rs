@@ -5,11 +5,10 @@ use train::{Launch, Operand};
 
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
+use crate::row_products::{ROWS, THREADS, WIDTHS};
 use crate::table::{Tree, int};
 use crate::tensor_map::TensorMap;
 
-/// Rows of a tile, as `kernels/gemm_wgmma.cu` has them.
-const ROWS: usize = 128;
 /// Multiprocessors that work is cut for. Bits do not depend on it.
 const PROCESSORS: usize = 132;
 
@@ -28,14 +27,15 @@ struct Tile {
     tflops: f64,
 }
 
-const fn bf16(name: &'static str, cols: usize, shared_bytes: usize, holds: bool, tflops: f64) -> Tile {
-    Tile { name, cols, threads: 384, shared_bytes, blocks: 1, holds, tflops }
+const fn bf16(i: usize, name: &'static str, holds: bool, tflops: f64) -> Tile {
+    let (cols, shared_bytes) = WIDTHS[i];
+    Tile { name, cols, threads: THREADS, shared_bytes, blocks: 1, holds, tflops }
 }
 
 const TILES: [Tile; 3] = [
-    bf16("gemm_tn_f32_128x256", 256, 196_672, false, 4.7),
-    bf16("gemm_tn_f32_128x192", 192, 204_880, true, 4.5),
-    bf16("gemm_tn_f32_128x128", 128, 196_704, true, 4.2),
+    bf16(0, "gemm_tn_f32_128x256", false, 4.7),
+    bf16(1, "gemm_tn_f32_128x192", true, 4.5),
+    bf16(2, "gemm_tn_f32_128x128", true, 4.2),
 ];
 
 /// Of true float32, without tensor cores.

@@ -21,7 +21,7 @@ mod attention;
 mod numbers;
 mod host_messages;
 
-pub use cards::{Card, Census, Found, census, has_driver};
+pub use cards::{Card, Census, Counted, Found, census, has_driver};
 pub use device::{Cuda, LOSS};
 pub use libs::Library;
 pub use table::workspace_len;

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use kernels::{Step, tree_step};
 use program::OpKind;
 use spec::{DType, Result};
 use train::{Launch, Operand};
@@ -26,12 +27,11 @@ pub(crate) fn grad_weight_workspace_len(
     dtype: DType,
     hopper: bool,
 ) -> usize {
-    let leaves: usize = inner.iter().map(|r| *r as usize).product();
+    let tree = Tree::of(inner);
     if row_products::takes(dtype, hopper, out, in_) {
-        return Cut::of(dtype, inner, out, in_, rows / leaves).workspace_len(out, in_);
+        return Cut::of(dtype, inner, out, in_, rows / tree.leaves()).workspace_len(out, in_);
     }
-    let depth = inner.iter().filter(|r| **r > 1).count();
-    WORKSPACE_LEN + (depth + 1) * (out * in_).next_multiple_of(64)
+    WORKSPACE_LEN + (tree.depth() + 1) * (out * in_).next_multiple_of(64)
 }
 
 pub(crate) fn linear(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
@@ -77,22 +77,22 @@ pub(crate) fn grad_weight(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     if row_products::takes(l.precision(), d.hopper, g.rows, g.cols) {
         return grad_weight::launch(d, l);
     }
-    let tree: Vec<usize> = g.inner.iter().map(|r| *r as usize).filter(|r| *r > 1).collect();
-    let leaves = Tree::of(g.inner).leaves();
+    let tree = Tree::of(g.inner);
+    let leaves = tree.leaves();
     let (rows, len) = (dy.rows / leaves, g.rows * g.cols);
     let step = len.next_multiple_of(64);
     let level = |i: usize| l.workspace().part(WORKSPACE_LEN + i * step, len);
-    let scratch = level(tree.len());
+    let scratch = level(tree.depth());
     for leaf in 0..leaves {
         let one = |of: Operand| of.part(leaf * rows * of.cols, rows * of.cols);
         let product = Leaf { dy: one(dy), x: one(x), rows, out: g.rows, in_: g.cols };
-        match arrival(&tree, leaf) {
+        match tree_step(g.inner, leaf) {
             // Not the last one: it goes to the tree's own levels.
-            Arrival { merge, store: Some(store) } => {
-                let held: Vec<Operand> = (0..merge).map(level).collect();
-                product.add(d, l, &held, level(store), scratch)?;
+            Step::Keep(m) => {
+                let held: Vec<Operand> = (0..m.merge).map(level).collect();
+                product.add(d, l, &held, level(m.store), scratch)?;
             }
-            Arrival { merge, store: None } => {
+            Step::Root { merge } => {
                 let outer = |i: usize| g.levels.part(i * len, len);
                 let inner = (0..merge).map(level);
                 let held: Vec<Operand> = inner.chain((0..g.merge.merge).map(outer)).collect();
@@ -101,30 +101,6 @@ pub(crate) fn grad_weight(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Where the result of a leaf goes: it is added to the lowest `merge` levels, and the sum is stored; in none of the
-/// tree's own if it is the last.
-#[derive(Debug, PartialEq, Eq)]
-struct Arrival {
-    merge: usize,
-    store: Option<usize>,
-}
-
-/// A step of the counter over leaves: see `kernels`, whose trees these are.
-fn arrival(tree: &[usize], leaf: usize) -> Arrival {
-    let mut rest = leaf;
-    for (level, radix) in tree.iter().enumerate() {
-        let digit = rest % radix;
-        rest /= radix;
-        if digit == 0 {
-            return Arrival { merge: level, store: Some(level) };
-        }
-        if digit + 1 < *radix {
-            return Arrival { merge: level + 1, store: Some(level) };
-        }
-    }
-    Arrival { merge: tree.len(), store: None }
 }
 
 /// One sequence's product.
@@ -189,7 +165,7 @@ pub(crate) fn peak_gflops(d: &mut Cuda) -> Result<f64> {
         })
         .collect();
     d.stream.upload(memory.base, &noise)?;
-    d.stream.upload(memory.base + bytes as u64, &noise)?;
+    d.stream.copy(memory.base + bytes as u64, memory.base, bytes)?;
     let shape = Shape {
         form: Form::Forward,
         n: SIDE,
@@ -210,23 +186,4 @@ pub(crate) fn peak_gflops(d: &mut Cuda) -> Result<f64> {
         best = best.min(began.elapsed().as_secs_f64());
     }
     Ok(2.0 * (SIDE as f64).powi(3) / best / 1e9)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn check(tree: &[usize], expected: &[(usize, Option<usize>)]) {
-        let leaves = tree.iter().product();
-        let got: Vec<_> = (0..leaves).map(|leaf| arrival(tree, leaf)).map(|a| (a.merge, a.store)).collect();
-        assert_eq!(got, expected);
-    }
-
-    #[test]
-    fn leaves_arrive_as_on_the_cpu() {
-        check(&[], &[(0, None)]);
-        check(&[2], &[(0, Some(0)), (1, None)]);
-        check(&[3], &[(0, Some(0)), (1, Some(0)), (1, None)]);
-        check(&[2, 2], &[(0, Some(0)), (1, Some(1)), (0, Some(0)), (2, None)]);
-    }
 }

@@ -9,10 +9,14 @@ use crate::table::int;
 use crate::tensor_map::TensorMap;
 
 /// Rows of a tile, as `kernels/gemm_wgmma.cu` has them.
-const ROWS: usize = 128;
+pub(crate) const ROWS: usize = 128;
 /// Rows of a box of a weight that is read along its columns.
 const WEIGHT_ROWS: usize = 64;
-const THREADS: usize = 384;
+/// Threads of a block.
+pub(crate) const THREADS: usize = 384;
+
+/// Columns of a tile, and bytes of shared memory of a block, for each width that there is.
+pub(crate) const WIDTHS: [(usize, usize); 3] = [(256, 196_672), (192, 204_880), (128, 196_704)];
 
 /// A width of tiles, with its kernels and what we expect of it.
 struct Tile {
@@ -24,28 +28,15 @@ struct Tile {
     tflops: f64,
 }
 
+const fn tile(i: usize, forward: &'static str, grad_input: &'static str, tflops: f64) -> Tile {
+    let (cols, shared_bytes) = WIDTHS[i];
+    Tile { forward, grad_input, cols, shared_bytes, tflops }
+}
+
 const TILES: [Tile; 3] = [
-    Tile {
-        forward: "gemm_nt_bf16_128x256",
-        grad_input: "gemm_nn_bf16_128x256",
-        cols: 256,
-        shared_bytes: 196_672,
-        tflops: 5.4,
-    },
-    Tile {
-        forward: "gemm_nt_bf16_128x192",
-        grad_input: "gemm_nn_bf16_128x192",
-        cols: 192,
-        shared_bytes: 204_880,
-        tflops: 5.3,
-    },
-    Tile {
-        forward: "gemm_nt_bf16_128x128",
-        grad_input: "gemm_nn_bf16_128x128",
-        cols: 128,
-        shared_bytes: 196_704,
-        tflops: 4.9,
-    },
+    tile(0, "gemm_nt_bf16_128x256", "gemm_nn_bf16_128x256", 5.4),
+    tile(1, "gemm_nt_bf16_128x192", "gemm_nn_bf16_128x192", 5.3),
+    tile(2, "gemm_nt_bf16_128x128", "gemm_nn_bf16_128x128", 4.9),
 ];
 
 /// Whether the kernels take a weight, so that all splits of a batch take the same way: in bf16 on Hopper, with rows of

@@ -81,7 +81,7 @@ pub fn workspace_len(op: &Op, p: &Program, hopper: bool) -> usize {
     let rows = |i: usize| op.ins[i].rows;
     let cols = |v: View| p.buffer(v.buffer).cols;
     let group = |g: GroupId| p.group(g);
-    let leaves = || op.grads[0].inner.iter().map(|r| *r as usize).product::<usize>().max(1);
+    let leaves = || Tree::of(&op.grads[0].inner).leaves();
     match &op.kind {
         Linear | LinearGradInput => {
             let own = row_products::takes(p.precision, hopper, rows(1), cols(op.ins[1]));
@@ -128,8 +128,12 @@ impl Tree {
         tree
     }
 
+    pub(crate) fn depth(&self) -> usize {
+        self.depth as usize
+    }
+
     pub(crate) fn leaves(&self) -> usize {
-        self.radices[..self.depth as usize].iter().map(|r| *r as usize).product()
+        self.radices[..self.depth()].iter().map(|r| *r as usize).product()
     }
 }
 
@@ -240,14 +244,8 @@ fn fold(d: &mut Cuda, name: &'static str, from: Operand, p: Parts, g: &Gradient<
 /// Threads of a block that folds.
 const FOLD_BLOCK: usize = 256;
 
-/// Brings one gradient, complete, to the levels that it is summed in.
-fn add_to_levels(d: &mut Cuda, from: Operand, g: &Gradient<'_>) -> Result<()> {
-    let len = g.rows * g.cols;
-    let alone = Gradient { inner: &[], ..*g };
-    fold(d, "fold_f32", from, Parts { stride: len, parts: 1, part_stride: 0, len }, &alone)
-}
-
-/// Folds the roots of subtrees, a weight's gradient each, and the result into the gradient's levels.
+/// Folds the roots of subtrees, a gradient each, by the radices above them (none for one that is complete), and the
+/// result into the gradient's levels.
 pub(crate) fn fold_roots(d: &mut Cuda, roots: Operand, above: &[u32], g: &Gradient<'_>) -> Result<()> {
     let len = g.rows * g.cols;
     let leaf = Parts { stride: len, parts: 1, part_stride: 0, len };
@@ -494,7 +492,7 @@ fn loss(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
 fn shard_grads(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     (0..l.inputs()).try_for_each(|i| {
         let g = l.gradient(i);
-        if g.rows * g.cols == 0 { Ok(()) } else { add_to_levels(d, l.input(i), &g) }
+        if g.rows * g.cols == 0 { Ok(()) } else { fold_roots(d, l.input(i), &[], &g) }
     })
 }
 

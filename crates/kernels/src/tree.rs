@@ -25,7 +25,7 @@ impl Merge {
 
 /// What to do with the sum of one leaf: a step of a mixed-radix counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Step {
+pub enum Step {
     /// The tree is not complete: merge and store in the tree's own levels.
     Keep(Merge),
     /// The last leaf: after `merge` levels the result is the root.
@@ -54,7 +54,7 @@ pub(crate) fn split(n: usize, tree: &[u32]) -> (usize, usize) {
 }
 
 /// The step of leaf `leaf`. Radices count bottom-up; the children of a node are folded left to right.
-pub(crate) fn step(tree: &[u32], leaf: usize) -> Step {
+pub fn step(tree: &[u32], leaf: usize) -> Step {
     let mut rest = leaf;
     let mut level = 0;
     for radix in tree.iter().map(|&radix| radix as usize).filter(|&radix| radix > 1) {
@@ -91,6 +91,22 @@ mod tests {
                 }
             }
         }
+    }
+
+    fn check_steps(tree: &[u32], expected: &[(usize, Option<usize>)]) {
+        let arrival = |leaf| match step(tree, leaf) {
+            Step::Keep(m) => (m.merge, Some(m.store)),
+            Step::Root { merge } => (merge, None),
+        };
+        assert_eq!((0..leaves(tree)).map(arrival).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn leaves_arrive_at_the_levels_that_wait_for_them() {
+        check_steps(&[], &[(0, None)]);
+        check_steps(&[2], &[(0, Some(0)), (1, None)]);
+        check_steps(&[3], &[(0, Some(0)), (1, Some(0)), (1, None)]);
+        check_steps(&[2, 2], &[(0, Some(0)), (1, Some(1)), (0, Some(0)), (2, None)]);
     }
 
     #[test]

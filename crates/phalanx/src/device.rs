@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use cuda::{Census, Cuda, census};
+use cuda::{Census, Counted, Cuda, census};
 use serde_json::json;
 use spec::run::DeviceChoice;
 use spec::{Error, Result};
@@ -34,8 +34,7 @@ pub(crate) fn open(choice: DeviceChoice, local_rank: usize, threads: usize) -> R
 
 /// Refuses ranks on devices of different kinds: their sums would differ, and with them the bits of a run.
 pub(crate) fn agree(mesh: &Mesh, device: &dyn Device) -> Result<()> {
-    let kind = |name: &str| name.split(',').next().unwrap_or_default().to_owned();
-    let names = mesh.exchange(kind(&device.name()).as_bytes())?;
+    let names = mesh.exchange(device.kind().as_bytes())?;
     match names.iter().position(|n| *n != names[0]) {
         None => Ok(()),
         Some(other) => Err(Error::user(format!(
@@ -59,9 +58,9 @@ fn as_text(census: &Census) -> String {
     let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
     match &census.cards {
         Ok(cards) => {
-            for c in cards {
+            for Counted { card: c, free_bytes } in cards {
                 let usable = c.check().map_or_else(|e| format!("  ({e})"), |()| String::new());
-                let free = c.free_bytes.map_or_else(String::new, |b| format!(" ({:.1} free)", gib(b)));
+                let free = free_bytes.map_or_else(String::new, |b| format!(" ({:.1} free)", gib(b)));
                 let (major, minor) = c.capability;
                 let _ = writeln!(
                     text,
@@ -79,9 +78,9 @@ fn as_text(census: &Census) -> String {
         match &found.result {
             Ok((path, version)) => {
                 let version = version.as_ref().map_or_else(String::new, |v| format!(", {v}"));
-                let _ = writeln!(text, "{:<9} {}{version}", found.library.name(), path.display());
+                let _ = writeln!(text, "{:<9} {}{version}", found.which.name(), path.display());
             }
-            Err(e) => explain(&mut text, found.library.name(), e),
+            Err(e) => explain(&mut text, found.which.name(), e),
         }
     }
     text
@@ -100,14 +99,14 @@ fn as_json(census: &Census) -> String {
         Err(e) => missing(e),
         Ok(cards) => cards
             .iter()
-            .map(|c| {
+            .map(|Counted { card: c, free_bytes }| {
                 json!({
                     "ordinal": c.ordinal,
                     "name": c.name,
                     "compute_capability": format!("{}.{}", c.capability.0, c.capability.1),
                     "multiprocessors": c.processors,
                     "total_bytes": c.total_bytes,
-                    "free_bytes": c.free_bytes,
+                    "free_bytes": free_bytes,
                     "usable": c.check().is_ok(),
                 })
             })
@@ -121,7 +120,7 @@ fn as_json(census: &Census) -> String {
                 Ok((path, version)) => json!({ "file": path, "version": version }),
                 Err(e) => missing(e),
             };
-            (f.library.name().to_owned(), value)
+            (f.which.name().to_owned(), value)
         })
         .collect();
     let cpu = json!({ "threads": output::threads(0) });

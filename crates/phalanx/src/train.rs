@@ -308,8 +308,8 @@ fn announce(run: &RunSpec, trainer: &mut Trainer, threads: usize) {
     let steps = run.train.steps;
     let tokens = run.batch.sequence * run.batch.sequences;
     let bytes = trainer.executor().program.memory.total;
-    let device = trainer.executor().device().name();
-    let on = if device.starts_with("cpu") { format!("{threads} threads") } else { device };
+    let device = trainer.executor().device();
+    let on = if device.kind() == "cpu" { format!("{threads} threads") } else { device.name() };
     output::say(&format!(
         "model {}: {:.1}M parameters, {} layers, width {}, vocabulary {}; {} on {on}, {}",
         m.name,

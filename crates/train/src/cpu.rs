@@ -46,6 +46,10 @@ impl Cpu {
 }
 
 impl Device for Cpu {
+    fn kind(&self) -> &'static str {
+        "cpu"
+    }
+
     fn name(&self) -> String {
         format!("cpu, {} threads", self.pool.threads())
     }

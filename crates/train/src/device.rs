@@ -27,6 +27,9 @@ use crate::mesh::Mesh;
 /// method copies to the host and lets [`Mesh`] carry it. Calls of a stretch are the same from step to step but for the
 /// numbers of [`Turn`], so a device may record it once and run it again: [`Device::replay`].
 pub trait Device: Any + Send {
+    /// What kind of device it is: ranks of a run are of one kind.
+    fn kind(&self) -> &'static str;
+
     /// For people and journals, for example `cpu, 4 threads`.
     fn name(&self) -> String;
 

@@ -24,6 +24,10 @@ pub struct Null {
 }
 
 impl Device for Null {
+    fn kind(&self) -> &'static str {
+        "null"
+    }
+
     fn name(&self) -> String {
         "null".into()
     }
