@@ -13,15 +13,7 @@ __device__ __forceinline__ void tensor_map_prefetch(const TensorMap* map) {
 // The compiler forgets what it knows of x, and keeps nothing that follows from it for later.
 __device__ __forceinline__ void recompute(int& x) { asm volatile("" : "+r"(x)); }
 
-// Registers of accumulators from c[n] on.
-#define PHALANX_C4(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
-#define PHALANX_C16(n) PHALANX_C4(n), PHALANX_C4(n + 1), PHALANX_C4(n + 2), PHALANX_C4(n + 3)
-#define PHALANX_C64(n) PHALANX_C16(n), PHALANX_C16(n + 4), PHALANX_C16(n + 8), PHALANX_C16(n + 12)
-#define PHALANX_R64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" ", " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" ", " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" ", " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// Registers of products wider than those of warpgroup.h.
 #define PHALANX_R96 \
   PHALANX_R64 ", " \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" ", " \
@@ -35,27 +27,19 @@ __device__ __forceinline__ void recompute(int& x) { asm volatile("" : "+r"(x)); 
 // of shared memory, or across them where COLUMNS. Warp w of the group holds rows 16 w on of c, as mma_bf16 does.
 template <int N, bool A_COLUMNS, bool B_COLUMNS>
 __device__ __forceinline__ void wgmma(float (&c)[N / 8][4], uint64_t a, uint64_t b, bool add) {
-#define PHALANX_WGMMA(SHAPE, REGISTERS, A, B, ADD, TA, TB, ...)                                               \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                               \
-               "wgmma.mma_async.sync.aligned." SHAPE ".f32.bf16.bf16 {" REGISTERS "}, " A ", " B ", p, 1, 1, " TA \
-               ", " TB ";\n}"                                                                                 \
-               : __VA_ARGS__                                                                                  \
-               : "l"(a), "l"(b), "r"((int)add), "n"((int)A_COLUMNS), "n"((int)B_COLUMNS))
+#define PHALANX_KINDS "l"(a), "l"(b), "r"((int)add), "n"((int)A_COLUMNS), "n"((int)B_COLUMNS)
   static_assert(N == 128 || N == 192 || N == 256, "a width that is spelled out here");
   if constexpr (N == 128) {
-    PHALANX_WGMMA("m64n128k16", PHALANX_R64, "%64", "%65", "%66", "%67", "%68", PHALANX_C64(0));
+    PHALANX_WGMMA("m64n128k16", PHALANX_R64, "%66", "%64, %65, p, 1, 1, %67, %68", : PHALANX_C64(0) : PHALANX_KINDS);
   } else if constexpr (N == 192) {
-    PHALANX_WGMMA("m64n192k16", PHALANX_R96, "%96", "%97", "%98", "%99", "%100", PHALANX_C64(0), PHALANX_C16(16),
-                  PHALANX_C16(20));
+    PHALANX_WGMMA("m64n192k16", PHALANX_R96, "%98", "%96, %97, p, 1, 1, %99, %100",
+                  : PHALANX_C64(0), PHALANX_C32(16) : PHALANX_KINDS);
   } else {
-    PHALANX_WGMMA("m64n256k16", PHALANX_R128, "%128", "%129", "%130", "%131", "%132", PHALANX_C64(0), PHALANX_C64(16));
+    PHALANX_WGMMA("m64n256k16", PHALANX_R128, "%130", "%128, %129, p, 1, 1, %131, %132",
+                  : PHALANX_C64(0), PHALANX_C64(16) : PHALANX_KINDS);
   }
-#undef PHALANX_WGMMA
+#undef PHALANX_KINDS
 }
-#undef PHALANX_C4
-#undef PHALANX_C16
-#undef PHALANX_C64
-#undef PHALANX_R64
 #undef PHALANX_R96
 #undef PHALANX_R128
 #endif
