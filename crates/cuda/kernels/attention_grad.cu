@@ -132,19 +132,7 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
       const float* log = logs + stage * G::QUERIES + sub + 2 * (lane & 3);
       const float* dot = dots + stage * G::QUERIES + sub + 2 * (lane & 3);
       float p[G::TILES][STEP / 8][4] = {}, ds[G::TILES][STEP / 8][4];
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        uint32_t a[G::TILES][4];
-#pragma unroll
-        for (int t = 0; t < G::TILES; ++t) ldmatrix_x4(a[t], my_keys + T::move(left, t * 16, c * 2));
-#pragma unroll
-        for (int n = 0; n < STEP / 16; ++n) {
-          uint32_t b[4];
-          ldmatrix_x4(b, q + T::move(right, n * 16, c * 2));
-#pragma unroll
-          for (int t = 0; t < G::TILES; ++t) mma_pair(p[t][2 * n], p[t][2 * n + 1], a[t], b);
-        }
-      }
+      add_dots<D, STEP>(p, my_keys, q, left, right);
       bool masked = query < own + OWN - 1;
 #pragma unroll
       for (int n = 0; n < STEP / 8; ++n) {
@@ -170,46 +158,14 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
         uint32_t a[G::TILES][4];
 #pragma unroll
         for (int t = 0; t < G::TILES; ++t) as_left(a[t], p[t][2 * c], p[t][2 * c + 1]);
-#pragma unroll
-        for (int n = 0; n < G::WIDTH / 16; ++n) {
-          uint32_t b[4];
-          ldmatrix_x4_trans(b, g + T::move(left, c * 16, n * 2 + slice / 8));
-#pragma unroll
-          for (int t = 0; t < G::TILES; ++t) mma_pair(dv[t][2 * n], dv[t][2 * n + 1], a[t], b);
-        }
+        add_weighted<D, G::WIDTH>(dv, a, g, left, c, slice);
       }
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        uint32_t a[G::TILES][4];
-#pragma unroll
-        for (int t = 0; t < G::TILES; ++t) ldmatrix_x4(a[t], my_values + T::move(left, t * 16, c * 2));
-#pragma unroll
-        for (int n = 0; n < STEP / 16; ++n) {
-          uint32_t b[4];
-          ldmatrix_x4(b, g + T::move(right, n * 16, c * 2));
-#pragma unroll
-          for (int t = 0; t < G::TILES; ++t) mma_pair(ds[t][2 * n], ds[t][2 * n + 1], a[t], b);
-        }
-      }
+      add_dots<D, STEP>(ds, my_values, g, left, right);
 #pragma unroll
       for (int c = 0; c < STEP / 16; ++c) {
         uint32_t a[G::TILES][4];
-#pragma unroll
-        for (int t = 0; t < G::TILES; ++t) {
-#pragma unroll
-          for (int n = 2 * c; n < 2 * c + 2; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) ds[t][n][i] *= p[t][n][i];
-          }
-          as_left(a[t], ds[t][2 * c], ds[t][2 * c + 1]);
-        }
-#pragma unroll
-        for (int n = 0; n < G::WIDTH / 16; ++n) {
-          uint32_t b[4];
-          ldmatrix_x4_trans(b, q + T::move(left, c * 16, n * 2 + slice / 8));
-#pragma unroll
-          for (int t = 0; t < G::TILES; ++t) mma_pair(dk[t][2 * n], dk[t][2 * n + 1], a[t], b);
-        }
+        as_grads(a, ds, p, c);
+        add_weighted<D, G::WIDTH>(dk, a, q, left, c, slice);
       }
     }
     if (step + 1 < steps) {
@@ -306,19 +262,7 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
       const bf16* kt = keys + stage * LEN + sub * T::LD;
       const bf16* vt = values + stage * LEN + sub * T::LD;
       float p[G::TILES][STEP / 8][4] = {}, ds[G::TILES][STEP / 8][4];
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        uint32_t a[G::TILES][4];
-#pragma unroll
-        for (int t = 0; t < G::TILES; ++t) ldmatrix_x4(a[t], my_queries + T::move(left, t * 16, c * 2));
-#pragma unroll
-        for (int n = 0; n < STEP / 16; ++n) {
-          uint32_t b[4];
-          ldmatrix_x4(b, kt + T::move(right, n * 16, c * 2));
-#pragma unroll
-          for (int t = 0; t < G::TILES; ++t) mma_pair(p[t][2 * n], p[t][2 * n + 1], a[t], b);
-        }
-      }
+      add_dots<D, STEP>(p, my_queries, kt, left, right);
       bool masked = key + STEP > own + 1;
 #pragma unroll
       for (int t = 0; t < G::TILES; ++t) {
@@ -333,38 +277,12 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
           }
         }
       }
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        uint32_t a[G::TILES][4];
-#pragma unroll
-        for (int t = 0; t < G::TILES; ++t) ldmatrix_x4(a[t], my_grads + T::move(left, t * 16, c * 2));
-#pragma unroll
-        for (int n = 0; n < STEP / 16; ++n) {
-          uint32_t b[4];
-          ldmatrix_x4(b, vt + T::move(right, n * 16, c * 2));
-#pragma unroll
-          for (int t = 0; t < G::TILES; ++t) mma_pair(ds[t][2 * n], ds[t][2 * n + 1], a[t], b);
-        }
-      }
+      add_dots<D, STEP>(ds, my_grads, vt, left, right);
 #pragma unroll
       for (int c = 0; c < STEP / 16; ++c) {
         uint32_t a[G::TILES][4];
-#pragma unroll
-        for (int t = 0; t < G::TILES; ++t) {
-#pragma unroll
-          for (int n = 2 * c; n < 2 * c + 2; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) ds[t][n][i] *= p[t][n][i];
-          }
-          as_left(a[t], ds[t][2 * c], ds[t][2 * c + 1]);
-        }
-#pragma unroll
-        for (int n = 0; n < D / 16; ++n) {
-          uint32_t b[4];
-          ldmatrix_x4_trans(b, kt + T::move(left, c * 16, n * 2));
-#pragma unroll
-          for (int t = 0; t < G::TILES; ++t) mma_pair(acc[t][2 * n], acc[t][2 * n + 1], a[t], b);
-        }
+        as_grads(a, ds, p, c);
+        add_weighted<D, D>(acc, a, kt, left, c, 0);
       }
     }
     if (G::STAGES == 1 && step + 1 < steps) {

@@ -146,6 +146,55 @@ __device__ __forceinline__ void softmax(float (&s)[N / 8][4], float (&o)[D / 8][
   }
 }
 
+// sums += mine theirs^T: a warp's TILES of 16 rows of D elements against COLS other rows.
+template <int D, int COLS, int TILES>
+__device__ __forceinline__ void add_dots(float (&sums)[TILES][COLS / 8][4], const bf16* mine, const bf16* theirs,
+                                         int left, int right) {
+  using T = Tile<D>;
+#pragma unroll
+  for (int c = 0; c < D / 16; ++c) {
+    uint32_t a[TILES][4];
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) ldmatrix_x4(a[t], mine + T::move(left, t * 16, c * 2));
+#pragma unroll
+    for (int n = 0; n < COLS / 16; ++n) {
+      uint32_t b[4];
+      ldmatrix_x4(b, theirs + T::move(right, n * 16, c * 2));
+#pragma unroll
+      for (int t = 0; t < TILES; ++t) mma_pair(sums[t][2 * n], sums[t][2 * n + 1], a[t], b);
+    }
+  }
+}
+
+// sums += a rows: 16 weighted rows of D elements from the 16 c-th on, WIDTH columns of them from `slice` on.
+template <int D, int WIDTH, int TILES>
+__device__ __forceinline__ void add_weighted(float (&sums)[TILES][WIDTH / 8][4], const uint32_t (&a)[TILES][4],
+                                             const bf16* rows, int left, int c, int slice) {
+  using T = Tile<D>;
+#pragma unroll
+  for (int n = 0; n < WIDTH / 16; ++n) {
+    uint32_t b[4];
+    ldmatrix_x4_trans(b, rows + T::move(left, c * 16, n * 2 + slice / 8));
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) mma_pair(sums[t][2 * n], sums[t][2 * n + 1], a[t], b);
+  }
+}
+
+// Gradients of scores, at first less what a row's all share: times the probabilities, as left operands of the c-th step.
+template <int TILES, int N>
+__device__ __forceinline__ void as_grads(uint32_t (&a)[TILES][4], float (&ds)[TILES][N][4], const float (&p)[TILES][N][4],
+                                         int c) {
+#pragma unroll
+  for (int t = 0; t < TILES; ++t) {
+#pragma unroll
+    for (int n = 2 * c; n < 2 * c + 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ds[t][n][i] *= p[t][n][i];
+    }
+    as_left(a[t], ds[t][2 * c], ds[t][2 * c + 1]);
+  }
+}
+
 // Which block of rows and which head of which sequence a block of threads takes: blocks with the most work first, over
 // all heads and sequences of the launch, so that what runs last is short.
 struct Turn {

@@ -30,7 +30,7 @@ static dim3 blocks_for(int sequence, int rows, int heads, int sequences) {
 }
 
 static TensorMap map_of(const bf16* at, const AttentionShape& s, int sequences, int heads) {
-  return tensor_map_3d(at, heads * s.dim, s.sequence, sequences, 64, 64, 1);
+  return tensor_map_3d(at, heads * s.dim, s.sequence, sequences, 64);
 }
 
 static void forward(const Kernels& k, const AttentionShape& s, int from, int sequences, const AttentionTensors& t) {

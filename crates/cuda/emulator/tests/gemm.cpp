@@ -2,7 +2,7 @@
 #include "../../kernels/gemm_wgmma.cu"
 #include "../test.h"
 #include "gemm_reference.h"
-#include "gemm_maps.h"
+#include "tensor_map.h"
 
 struct Kernels {
   int width, bytes, held_from;
@@ -45,7 +45,7 @@ static std::function<void()> leaves_job(const Kernels& k, const bf16* dy, const 
                                         long long subtree_stride, int merge, int store) {
   int leaves = leaves_of(tree) * subtrees;
   auto map = [&](const bf16* at, int cols) {
-    return tensor_map(at, {cols, leaf_rows, leaves}, {2ll * cols, 2ll * cols * leaf_rows}, 64);
+    return tensor_map_3d(at, cols, leaf_rows, leaves, 64);
   };
   TensorMap left = map(dy, out), right = map(x, in);
   auto kernel = k.tn;

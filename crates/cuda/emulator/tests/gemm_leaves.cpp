@@ -3,7 +3,7 @@
 #include "../../kernels/sums.cu"
 #include "../test.h"
 #include "gemm_reference.h"
-#include "gemm_maps.h"
+#include "tensor_map.h"
 
 struct Width {
   const char* name;
@@ -50,7 +50,7 @@ static std::function<void()> leaves_job(const Width& w, const Shape& s, const bf
                                         int subtrees, int blocks, float* held, Into to) {
   int leaves = leaves_of(tree) * subtrees;
   auto map = [&](const bf16* at, int cols) {
-    return tensor_map(at, {cols, s.leaf_rows, leaves}, {2ll * cols, 2ll * cols * s.leaf_rows}, 64);
+    return tensor_map_3d(at, cols, s.leaf_rows, leaves, 64);
   };
   TensorMap left = map(dy, s.out), right = map(x, s.in);
   auto kernel = w.kernel;
