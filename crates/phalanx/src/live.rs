@@ -50,6 +50,9 @@ impl Bytes {
     }
 }
 
+/// A run that is over sooner needs no word about how long it takes.
+const WORTH_A_WORD_S: f64 = 20.0;
+
 /// The face of a training run.
 pub(crate) struct Live {
     bar: Option<ProgressBar>,
@@ -57,6 +60,8 @@ pub(crate) struct Live {
     log_every: u64,
     steps: u64,
     eta: f64,
+    /// Whether it was said how long the run will take.
+    promised: bool,
     /// Where every record is, whatever becomes of stdout.
     journal: String,
     /// Why stdout takes no more; training goes on without it.
@@ -78,6 +83,7 @@ impl Live {
             log_every: run.train.log_every as u64,
             steps,
             eta: 0.0,
+            promised: false,
             journal: journal::path(&run.run.dir, 0).display().to_string(),
             lost: None,
         }
@@ -96,18 +102,24 @@ impl Live {
         }
     }
 
+    fn say(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| output::say(text)),
+            None => output::say(text),
+        }
+    }
+
     pub(crate) fn event(&mut self, event: train::Event) {
         if let train::Event::Record(Record::Warning { text, .. }) = &event {
             // For whoever watches, also where stdout is read by a program.
-            let text = format!("warning: {text}");
-            match &self.bar {
-                Some(bar) => bar.suspend(|| output::say(&text)),
-                None => output::say(&text),
-            }
+            self.say(&format!("warning: {text}"));
         }
         match event {
-            train::Event::Eta { seconds } => {
+            train::Event::Eta { seconds, settled } => {
                 self.eta = seconds;
+                if settled && !std::mem::replace(&mut self.promised, true) && seconds >= WORTH_A_WORD_S {
+                    self.say(&format!("about {} to go", HumanDuration(Duration::from_secs_f64(seconds))));
+                }
                 if let Some(bar) = &self.bar {
                     bar.set_prefix(format!(
                         "eta {}",

@@ -42,6 +42,8 @@ pub enum Event {
     Eta {
         /// Seconds to the last step at the present rate.
         seconds: f64,
+        /// Whether the rate is that of steps after the first, which is slower than all others.
+        settled: bool,
     },
 }
 
@@ -178,8 +180,8 @@ impl Trainer {
             self.note(Record::Warning { time_us: now_us(), text }, each);
         }
         let last = self.run.train.steps as u64;
-        let began = Instant::now();
-        let first = self.step;
+        let (mut began, mut first) = (Instant::now(), self.step);
+        let cold = self.step + 1;
         while self.step < last {
             let (record, stopping) = match self.one_step(stop.load(Ordering::Relaxed)) {
                 Ok(done) => done,
@@ -192,10 +194,14 @@ impl Trainer {
                     return Err(e);
                 }
             };
+            let rate = began.elapsed().as_secs_f64() / (self.step - first) as f64;
+            each(Event::Eta { seconds: rate * (last - self.step) as f64, settled: self.step > cold + 1 });
             self.note(record, each);
             self.record_spans(each);
-            let rate = began.elapsed().as_secs_f64() / (self.step - first) as f64;
-            each(Event::Eta { seconds: rate * (last - self.step) as f64 });
+            if self.step == cold {
+                // Memory is touched for the first time there, which takes longer than any step to come.
+                (began, first) = (Instant::now(), self.step);
+            }
             if self.due(self.run.train.eval_every) || self.step == last {
                 self.evaluate(each)?;
             }
