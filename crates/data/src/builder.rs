@@ -18,7 +18,7 @@ use crate::pieces::Cut;
 use crate::progress::{OnProgress, Progress, Stage};
 use crate::skipped::Skipped;
 use crate::token_type::TokenType;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{MIN_VOCAB, Tokenizer};
 
 /// What to tokenise, and into which dataset.
 #[derive(Clone, Debug)]
@@ -380,13 +380,20 @@ pub(crate) fn train_on_inputs(
         skipped: Skipped::default(),
     };
     reader.read_all(inputs)?;
+    let left_out = reader.skipped.warnings();
     if let Some(error) = failed {
         return Err(error);
     }
     if sample.iter().all(|text| text.is_empty()) {
-        return Err(Error::user("train tokenizer: no text in the input").hint("give files of UTF-8 text"));
+        let why: String = left_out.iter().map(|w| format!("; {w}")).collect();
+        return Err(Error::user(format!("train tokenizer: no text in the input{why}"))
+            .hint("give files of UTF-8 text, plain, packed with gzip or zstd, or in JSON"));
     }
     let total_bytes = sample.iter().map(|t| t.len() as u64).sum();
+    // Every entry beyond the bytes joins two others somewhere in the text: what is asked for beyond that would only be
+    // allocated.
+    let vocab_size =
+        vocab_size.min(usize::try_from(total_bytes).unwrap_or(usize::MAX).saturating_add(MIN_VOCAB));
     let counted = |p: Progress| progress(Progress { total_bytes, ..p });
     Tokenizer::train(sample, vocab_size, &counted)
 }

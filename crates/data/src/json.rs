@@ -39,15 +39,17 @@ impl Shape {
                     (true, true) => Shape::Lines,
                     (true, false) if by_lines => Shape::Lines,
                     (true, false) => Shape::Values,
-                    // Named .json and nothing but lines of objects: the field is wrong, which the first line will tell.
-                    (false, true) if is_json && is_named && first.more => Shape::Lines,
+                    // Named by the user as .json: without the field, or broken, which the first object will tell.
+                    (false, true) if is_json && is_named => Shape::Lines,
+                    (false, false) if is_json && is_named => Shape::Values,
                     (false, _) => fallback,
                 }
             }
             Some(b'[') => {
                 let inside = head[1..].trim_ascii_start();
                 let is_array = match inside.first() {
-                    Some(b'{') => First::of(inside, field).has_field || (is_json && is_named),
+                    _ if is_json && is_named => true,
+                    Some(b'{') => First::of(inside, field).has_field,
                     Some(b'"') | Some(b']') => is_json,
                     _ => false,
                 };
@@ -64,8 +66,6 @@ struct First {
     has_field: bool,
     /// It ends on the line where it begins.
     one_line: bool,
-    /// Another object follows.
-    more: bool,
 }
 
 impl First {
@@ -73,11 +73,10 @@ impl First {
         let mut values = serde_json::Deserializer::from_slice(head).into_iter::<Value>();
         match values.next() {
             Some(Ok(value)) => {
-                let (first, rest) = head.split_at(values.byte_offset().min(head.len()));
+                let (first, _) = head.split_at(values.byte_offset().min(head.len()));
                 First {
                     has_field: value.get(field).is_some_and(Value::is_string),
                     one_line: !first.contains(&b'\n'),
-                    more: rest.trim_ascii_start().starts_with(b"{"),
                 }
             }
             // Too long for the head, or no JSON: the name of the field tells.
@@ -86,7 +85,7 @@ impl First {
                 let at = head.windows(key.len()).position(|w| w == key);
                 let has_field =
                     at.is_some_and(|at| head[at + key.len()..].trim_ascii_start().starts_with(b":"));
-                First { has_field, one_line: !head.contains(&b'\n'), more: false }
+                First { has_field, one_line: !head.contains(&b'\n') }
             }
         }
     }
@@ -353,9 +352,16 @@ mod tests {
             check("plain", "jsonl", named, Lines);
             check("[1]", "jsonl", named, Lines);
             check("{\"body\": \"a\"}", "jsonl", named, Lines);
-            check("{\n \"name\": \"a package\"\n}", "json", named, Text);
-            check("{\"body\": \"a\"}\n{\"body\": \"b\"}", "json", named, if named { Lines } else { Text });
-            check("[{\"body\": \"a\"}]", "json", named, if named { Array } else { Text });
+            // Of a file that somebody names as JSON, nothing is trained on as the text that it also is.
+            let or_text = |shape| if named { shape } else { Text };
+            check("{\n \"name\": \"a package\"\n}", "json", named, or_text(Values));
+            check("{\"body\": \"a\"}\n{\"body\": \"b\"}", "json", named, or_text(Lines));
+            check("{\"body\": \"a\"}", "json", named, or_text(Lines));
+            check("{broken", "json", named, or_text(Lines));
+            check("[{\"body\": \"a\"}]", "json", named, or_text(Array));
+            check("[null, {\"text\": \"a\"}]", "json", named, or_text(Array));
+            check("[[\"x\"], {\"text\": \"a\"}]", "json", named, or_text(Array));
+            check("[[null, 1]]", "txt", named, Text);
         }
     }
 }

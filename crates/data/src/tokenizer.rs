@@ -37,7 +37,7 @@ pub struct Tokenizer {
 /// Ends each document in tokenizers trained here.
 pub const END_OF_DOCUMENT: &str = "<|endoftext|>";
 /// The bytes and the end-of-document token.
-const MIN_VOCAB: usize = 257;
+pub(crate) const MIN_VOCAB: usize = 257;
 /// The largest of published tokenizers have some 35 MB.
 pub(crate) const TOKENIZER_BYTES_MAX: u64 = 512 << 20;
 /// Longer merges would be rulers of dashes and long indentations.

@@ -88,8 +88,17 @@ fn json_is_told_by_content() {
     );
     check("data.json", b"[\"first\",\"second\"]", &["first", "second"]);
     check("data.json", b"{\n  \"text\": \"first\"\n}\n{\n  \"text\": \"second\"\n}\n", &["first", "second"]);
-    // What is not made of documents is one.
-    check("package.json", b"{\n  \"name\": \"x\"\n}\n", &["{\n  \"name\": \"x\"\n}\n"]);
+    // What is not made of documents is one; where it is named as JSON, that may be a wrong field.
+    let folder = Folder::new();
+    let package = b"{\n  \"name\": \"x\"\n}\n";
+    let path = folder.write("package.json", package);
+    let (documents, _) = folder.build(path.parent().unwrap(), TextOptions::default()).unwrap();
+    assert_eq!(documents, [String::from_utf8_lossy(package)]);
+    refused(
+        folder.build(&path, TextOptions::default()),
+        "package.json:1: no field \"text\", found name",
+        "--field",
+    );
     check("a.txt", b"[1] a list", &["[1] a list"]);
     check("a.txt", &[BOM, b"first"].concat(), &["first"]);
     // Larger than what the shape is told by.

@@ -28,7 +28,10 @@ impl EventWriter {
     /// # Errors
     /// When the file cannot be made.
     pub fn create(dir: &Path, time_us: u64, host: &str, rank: usize) -> Result<Self> {
-        fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, &e))?;
+        fs::create_dir_all(dir).map_err(|e| {
+            Error::io("create directory", dir, &e)
+                .hint("move away what has its name, or set run.dir to a writable place")
+        })?;
         let host: String =
             host.chars().map(|c| if c.is_alphanumeric() || c == '-' { c } else { '_' }).collect();
         let seconds = time_us / 1_000_000;

@@ -1,5 +1,7 @@
+use std::ffi::OsString;
 use std::path::PathBuf;
 
+use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args as ClapArgs, Parser, Subcommand};
 
 /// Plan, rehearse and run the training of large models
@@ -56,8 +58,17 @@ pub(crate) struct RunArgs {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
     /// Text to train on: file, folder or glob; the same as --set data.text=PATH
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = OsStringValueParser::new().try_map(in_utf8))]
     pub(crate) text: Option<String>,
+}
+
+fn in_utf8(path: OsString) -> Result<String, String> {
+    path.into_string().map_err(|path| {
+        format!(
+            "{} is not UTF-8, and a run file is: give a link or a folder with another name",
+            path.display()
+        )
+    })
 }
 
 #[derive(Debug, ClapArgs)]
@@ -70,7 +81,7 @@ pub(crate) struct Train {
     /// How ranks talk: auto (shared memory within a machine), shm or tcp; never changes the numbers
     #[arg(long, default_value = "auto", value_parser = ["auto", "shm", "tcp"])]
     pub(crate) transport: String,
-    /// Demand that there is a checkpoint to continue from
+    /// Demand that the directory holds a run to continue; one without a checkpoint begins at step 0
     #[arg(long, conflicts_with = "fresh")]
     pub(crate) resume: bool,
     /// Move an earlier run of the same directory aside and begin anew
@@ -245,7 +256,7 @@ pub(crate) enum CatalogCommand {
 pub(crate) struct Launch {
     /// torchrun's flags, then the program and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    pub(crate) args: Vec<std::ffi::OsString>,
+    pub(crate) args: Vec<OsString>,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -33,6 +33,13 @@ fn build(options: &BuildOptions, tokenizer: Option<&Path>, vocab_size: usize, js
         ))
         .hint("give a prefix in a directory"));
     }
+    let p = &options.prefix;
+    let is_folder = p.as_os_str().as_encoded_bytes().ends_with(b"/");
+    if is_folder || (p.exists() && !p.is_file() && !p.is_dir()) {
+        let what = if is_folder { "a directory" } else { "a special file" };
+        return Err(Error::user(format!("--output {}: {what}, expected a prefix", p.display()))
+            .hint("data/corpus makes data/corpus.bin, data/corpus.idx and what belongs to them"));
+    }
     let bytes = Bytes::new();
     let progress = |p| bytes.update(p);
     let mut tokenizer = match tokenizer {

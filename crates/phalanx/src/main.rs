@@ -79,7 +79,7 @@ fn doing(command: &Command) -> Option<&'static str> {
         Command::Import(_) => "reading and converting the model",
         Command::Export(_) => "reading and converting the checkpoint",
         Command::Program(_) => "building the step program",
-        Command::Bench(_) => "measuring",
+        Command::Bench(a) if !matches!(a.what, args::BenchCommand::Machine { .. }) => "measuring",
         Command::Plan(_) => "pricing layouts",
         Command::Validate(_) => "pricing runs",
         Command::Compare(_) => "reading journals and pricing the program",

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use ckpt::{Checkpoint, Kind};
+use ckpt::Kind;
 use journal::Record;
 use journal::perfetto::TraceWriter;
 use spec::{DType, Error, Result, RunSpec};
@@ -124,7 +124,7 @@ pub(crate) fn export(args: &Export) -> Result<u8> {
     };
     let dir = RunDir::new(&args.run_dir);
     let run = dir.load()?;
-    let checkpoint = Checkpoint::open(&dir.newest_checkpoint()?)?;
+    let checkpoint = dir.open_newest()?;
     let path = dir.tokenizer_of(&checkpoint)?;
     let source = |name: &str| {
         let shape = &checkpoint.tensor(name, Kind::Param)?.shape;

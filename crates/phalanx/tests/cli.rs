@@ -303,6 +303,22 @@ fn bad_input_is_refused_with_a_hint() {
     check(&lab, "data show none", 2, "none.idx");
     check(&lab, "data build none.txt --output set", 2, "open none.txt");
     check(&lab, "data build text.txt --output file/set --vocab-size 300", 2, "file");
+    check(&lab, "data build text.txt --output set/", 2, "set/: a directory, expected a prefix");
+    check(&lab, "data build text.txt --output /dev/null", 2, "a special file, expected a prefix");
+    // Why the only input was left out.
+    lab.write("cut.txt.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03cut");
+    lab.write("latin.txt", b"gr\xfcn");
+    check(
+        &lab,
+        "data build cut.txt.gz --output set",
+        2,
+        "no text in the input; left out 1 inputs not readable; cut.txt.gz",
+    );
+    check(&lab, "data build latin.txt --output set", 2, "left out 1 inputs not UTF-8: latin.txt");
+    lab.write("nulls.json", "[null, {\"text\": \"a\"}]");
+    check(&lab, "data build nulls.json --output set", 2, "nulls.json:1: null, expected an object");
+    // A vocabulary takes memory for what the text can fill of it, not for what was asked.
+    lab.ok("data build text.txt --output set --vocab-size 99999999999");
 }
 
 /// A micro-batch and a degree of data parallelism that nobody set are chosen, whatever comments speak of.

@@ -43,7 +43,9 @@ impl Error {
             | K::PermissionDenied
             | K::NotADirectory
             | K::IsADirectory
-            | K::ReadOnlyFilesystem => Error::user(what),
+            | K::ReadOnlyFilesystem
+            | K::AlreadyExists => Error::user(what),
+            _ if error.raw_os_error() == Some(TOO_MANY_LINKS) => Error::user(what),
             _ => Error::failure(what),
         }
     }
@@ -80,6 +82,9 @@ impl Error {
         self.hint.as_deref()
     }
 }
+
+/// `ELOOP`: links that lead in a circle, which [`std::io::ErrorKind`] has no stable name for.
+const TOO_MANY_LINKS: i32 = 40;
 
 /// Nobody reads more of a message, and a file may hold a name of a megabyte.
 const MESSAGE_BYTES_MAX: usize = 4 << 10;

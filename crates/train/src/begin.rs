@@ -107,7 +107,7 @@ impl Beginning {
                     self.notes.push(fell_back(&e));
                 }
                 Err(e) => {
-                    let before = saved.iter().rev().nth(1).map(|(_, path)| path.as_path());
+                    let before = whole(saved.iter().rev().skip(1).map(|(_, path)| path.as_path()));
                     return Err(how_to_fall_back(e, before));
                 }
             }
@@ -139,7 +139,7 @@ impl Beginning {
     fn with_run(mut self, run: &RunSpec, other: &Path) -> Result<Self> {
         let dir = RunDir::new(other);
         dir.load()?;
-        let checkpoint = ckpt::Checkpoint::open(&dir.newest_checkpoint()?)?;
+        let checkpoint = dir.open_newest()?;
         let own = identity::of_run(&dir, &Trained::of(&checkpoint))?;
         if let Some(own) = own.as_ref().filter(|_| run.data.tokenizer.is_none() && is_text(run)) {
             self.notes.push(format!(
@@ -255,9 +255,16 @@ pub(crate) fn fell_back(e: &Error) -> String {
     format!("falling back to the checkpoint before the newest: {e}")
 }
 
+/// The first of these checkpoints that can be opened.
+pub(crate) fn whole<'a>(mut newest_first: impl Iterator<Item = &'a Path>) -> Option<&'a Path> {
+    newest_first.find(|path| ckpt::Checkpoint::open(path).is_ok())
+}
+
 /// A person decides whether the steps since the checkpoint before are lost.
 pub(crate) fn how_to_fall_back(e: Error, before: Option<&Path>) -> Error {
-    let Some(before) = before else { return e };
+    let Some(before) = before else {
+        return e.hint("copy it from a backup; no older checkpoint of the run is whole");
+    };
     let what = e.to_string();
     let named = if e.kind() == spec::Kind::User { Error::user(what) } else { Error::failure(what) };
     named.hint(format!(

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use program::Request;
 use spec::{Context, Error, Result, RunSpec};
 
-use crate::begin::{fell_back, how_to_fall_back};
+use crate::begin::{fell_back, how_to_fall_back, whole};
 use crate::exec::Executor;
 use crate::mesh::Mesh;
 use crate::run_dir::RunDir;
@@ -141,7 +141,6 @@ pub(crate) fn restore(
 ) -> Result<(u64, PathBuf, Vec<String>)> {
     let mut passed = Vec::new();
     for (i, path) in newest_first.iter().enumerate() {
-        let before = newest_first.get(i + 1).map(PathBuf::as_path);
         let mine = ckpt::Checkpoint::open(path).and_then(|checkpoint| {
             exec.restore(&checkpoint).context(format!("resume from {}", path.display()))?;
             Ok(checkpoint.step().to_le_bytes().to_vec())
@@ -151,8 +150,11 @@ pub(crate) fn restore(
                 let step = steps[0].as_slice().try_into().map_or(0, u64::from_le_bytes);
                 return Ok((step, path.clone(), passed));
             }
-            Err(e) if restarted && before.is_some() => passed.push(fell_back(&e)),
-            Err(e) => return Err(how_to_fall_back(e, before)),
+            Err(e) if restarted && i + 1 < newest_first.len() => passed.push(fell_back(&e)),
+            Err(e) => {
+                let older = newest_first[i + 1..].iter().map(PathBuf::as_path);
+                return Err(how_to_fall_back(e, whole(older)));
+            }
         }
     }
     Err(Error::failure("a run that goes on has a checkpoint"))
@@ -169,6 +171,6 @@ pub(crate) fn adopt(exec: &mut Executor, run: &RunSpec, from: &Path) -> Result<(
         return Err(Error::user(format!("the model of {} is not the model of this run", from.display()))
             .hint(format!("take its [model] section from {}", other.run_file().display())));
     }
-    let checkpoint = ckpt::Checkpoint::open(&other.newest_checkpoint()?)?;
+    let checkpoint = other.open_newest()?;
     exec.set_params_from(&checkpoint)
 }

@@ -25,7 +25,7 @@ impl Generator {
     pub fn open(dir: &Path, device: Box<dyn Device>) -> Result<Generator> {
         let dir = RunDir::new(dir);
         let run = dir.load()?;
-        let checkpoint = ckpt::Checkpoint::open(&dir.newest_checkpoint()?)?;
+        let checkpoint = dir.open_newest()?;
         let layout = Layout::default();
         let mode = Mode::Generate { positions: run.batch.sequence.max(2) };
         let request = Request { layout: &layout, sequences: 1, mode, ..Request::of(&run, 0) };

@@ -154,6 +154,18 @@ fn short(fingerprint: &str) -> &str {
     fingerprint.get(..8).unwrap_or(fingerprint)
 }
 
+/// Where a copy of the run's tokenizer may be.
+fn put_back(dir: &crate::RunDir) -> String {
+    let beside =
+        dir.remembered().map(|r| data::tokenizer_path(&r.directory.join("corpus"))).filter(|p| p.exists());
+    match beside {
+        Some(copy) => {
+            format!("put the run's own tokenizer back; the data that it made has a copy, {}", copy.display())
+        }
+        None => "put the run's own tokenizer back; data that it made has a copy beside it".to_owned(),
+    }
+}
+
 /// The tokenizer in a run's directory, which must be the one that `trained` was trained with.
 ///
 /// # Errors
@@ -167,7 +179,7 @@ pub(crate) fn of_run(dir: &crate::RunDir, trained: &Trained) -> Result<Option<Na
                 dir.path().display(),
                 short(&known.to_string())
             ))
-            .hint("put it back; data that it made has a copy beside it")),
+            .hint(put_back(dir))),
         };
     };
     let found = Named::load(&path).context("read the run's own tokenizer")?;
@@ -178,7 +190,7 @@ pub(crate) fn of_run(dir: &crate::RunDir, trained: &Trained) -> Result<Option<Na
             trained.step,
             short(&known.to_string())
         ))
-        .hint("put the run's own tokenizer back; data that it made has a copy beside it")),
+        .hint(put_back(dir))),
         _ => Ok(Some(found)),
     }
 }

@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 
 use spec::{Context, Error, Result, RunSpec};
 
+use crate::begin::{how_to_fall_back, whole};
 use crate::identity::{self, Trained};
 use crate::text::Remembered;
 
@@ -65,6 +66,11 @@ impl RunDir {
     pub fn load(&self) -> Result<RunSpec> {
         let path = self.run_file();
         let text = read(&path).map_err(|e| e.hint("give the directory of a run, as its run.dir says"))?;
+        if text.trim().is_empty() {
+            // What a crash leaves of a file; as a run file it would mean all defaults.
+            return Err(Error::user(format!("{} is empty", path.display()))
+                .hint("put it back; each checkpoint names the run that it is of"));
+        }
         let name = path.display().to_string();
         RunSpec::load(Some((&name, &text)), &[], &read).context("read the run's own file")
     }
@@ -95,6 +101,20 @@ impl RunDir {
             replace(&self.path.join("tokenizer.json"), &bytes)?;
         }
         Ok(())
+    }
+
+    /// The newest checkpoint, opened.
+    ///
+    /// # Errors
+    /// If there is none, or it is damaged; then an older one that is whole is named.
+    pub fn open_newest(&self) -> Result<ckpt::Checkpoint> {
+        let newest = self.newest_checkpoint()?;
+        ckpt::Checkpoint::open(&newest).map_err(|e| {
+            let older = ckpt::list(&self.checkpoints()).unwrap_or_default();
+            let older: Vec<PathBuf> =
+                older.into_iter().map(|(_, path)| path).filter(|p| *p != newest).collect();
+            how_to_fall_back(e, whole(older.iter().rev().map(PathBuf::as_path)))
+        })
     }
 
     /// The newest checkpoint.

@@ -179,6 +179,9 @@ impl Trainer {
         if let Some(text) = self.why_no_evaluation() {
             self.note(Record::Warning { time_us: now_us(), text }, each);
         }
+        if stop_after.is_some_and(|n| self.step >= n) {
+            return Ok(Outcome::Stopped);
+        }
         let last = self.run.train.steps as u64;
         let (mut began, mut first) = (Instant::now(), self.step);
         let cold = self.step + 1;

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use spec::{Error, Result};
 
+use crate::busy::busy;
 use crate::output;
 
 pub(super) fn run(path: &Path, quick: bool, as_json: bool) -> Result<u8> {
@@ -27,12 +28,16 @@ pub(super) fn run(path: &Path, quick: bool, as_json: bool) -> Result<u8> {
 pub(crate) fn calibrate(path: &Path, quick: bool) -> Result<Machine> {
     let start = Instant::now();
     let cores = output::threads(0);
-    let busy = measure::load_average().filter(|load| *load > 0.5 * cores as f64);
+    let loaded = measure::load_average().filter(|load| *load > 0.5 * cores as f64);
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     if let Ok(style) = ProgressStyle::with_template("{msg:>28} {wide_bar} {pos}/{len} {eta}") {
         bar.set_style(style);
     }
+    let spoken = bar.is_hidden().then(|| busy("measuring this machine"));
     let progress = |what: &str, done: usize, all: usize| {
+        if let Some(spoken) = &spoken {
+            spoken.now(format!("measuring this machine: {what}, {done} of {all} done"));
+        }
         bar.set_length(all as u64);
         bar.set_position(done as u64);
         bar.set_message(what.to_owned());
@@ -41,6 +46,7 @@ pub(crate) fn calibrate(path: &Path, quick: bool) -> Result<Machine> {
         }
     };
     let machine = Calibration { quick, cores, collectives: &collectives, progress: &progress }.measure()?;
+    drop(spoken);
     write(path, &machine.to_toml())?;
     output::say(&format!(
         "measured {} ({cores} cores) in {:.0} s: {} kernel tables, {} link tables in {}",
@@ -50,7 +56,7 @@ pub(crate) fn calibrate(path: &Path, quick: bool) -> Result<Machine> {
         machine.links.len(),
         path.display()
     ));
-    if let Some(load) = busy {
+    if let Some(load) = loaded {
         output::say(&format!(
             "other work had the machine (load average {load} before the start): rates of kernels and messages may be low; \
              measure again when it is quiet"
@@ -71,12 +77,17 @@ fn collectives(transport: &str, ranks: usize, budget: Duration) -> Result<Vec<Co
         .args(["--ranks", &ranks.to_string(), "--budget-ms", &budget.as_millis().to_string()])
         .args(["--max-bytes", &LINK_BYTES_MAX.to_string()])
         .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
         .output()
         .map_err(|e| Error::failure(format!("start ranks to measure messages: {e}")))?;
     let found: Found = serde_json::from_slice(&output.stdout)
-        .map_err(|_| Error::failure(format!("{ranks} ranks over {transport} could not be measured")))?;
+        .map_err(|_| could_not(&format!("{ranks} ranks over {transport}"), &output.stderr))?;
     Ok(found.results)
+}
+
+/// What a process that was to measure said last.
+pub(super) fn could_not(measure: &str, said: &[u8]) -> Error {
+    let said = String::from_utf8_lossy(said);
+    Error::failure(format!("{measure} could not be measured: {}", said.trim()))
 }
 
 /// Writes a file under a temporary name and renames it, so that nobody reads half of it.

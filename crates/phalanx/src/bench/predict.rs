@@ -7,6 +7,7 @@ use measure::predict::{CASES, Case, Prediction, Steps, predict};
 use measure::{load_average, quantile};
 use spec::{Error, Result, RunSpec};
 
+use super::machine::could_not;
 use super::step::reference;
 use crate::args::BenchPredict;
 use crate::{output, this_machine};
@@ -57,11 +58,10 @@ fn measure(args: &BenchPredict, case: &Case) -> Result<Steps> {
     }
     let output = command
         .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
         .output()
         .map_err(|e| Error::failure(format!("start {ranks} ranks: {e}")))?;
     serde_json::from_slice(&output.stdout)
-        .map_err(|_| Error::failure(format!("{ranks} ranks under {keys} could not be measured")))
+        .map_err(|_| could_not(&format!("{ranks} ranks under {keys}"), &output.stderr))
 }
 
 fn print(rows: &[Prediction], as_json: bool) {

@@ -260,3 +260,52 @@ fn a_torn_journal_is_read_and_gone_on_with() {
     assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
     lab.ok("trace r --output trace.json");
 }
+
+#[test]
+fn what_is_past_is_not_trained_again() {
+    let lab = Lab::new();
+    lab.train("r", "--stop-after 4");
+    for step in [4, 3, 1] {
+        let out = lab.train("r", &format!("--stop-after {step}"));
+        assert_eq!(losses(&out), [0.0; 0], "{out}");
+        assert!(lab.newest("r").ends_with("step-00000004"));
+    }
+}
+
+/// What is left of a file that was being written when the power went.
+#[test]
+fn an_empty_run_file_is_no_run_file() {
+    let lab = Lab::new();
+    lab.train("r", "--stop-after 4");
+    lab.write("r/run.toml", "");
+    let ran = lab.run(&tiny("r", "--stop-after 5"));
+    assert_eq!(ran.code, Some(0), "{}", ran.err);
+    assert!(
+        ran.err.contains("r/run.toml is empty; by its checkpoint's fingerprint it is this run"),
+        "{}",
+        ran.err
+    );
+    lab.write("r/run.toml", "\n");
+    let ran = lab.run("generate r --tokens 1,2 -n 2");
+    assert_eq!(ran.code, Some(2), "{}", ran.err);
+    assert!(ran.err.contains("r/run.toml is empty"), "{}", ran.err);
+}
+
+/// Whoever reads a damaged checkpoint is told of one that is whole, and of none that is not.
+#[test]
+fn only_a_whole_checkpoint_is_recommended() {
+    let lab = Lab::new();
+    lab.train("r", "--set checkpoint.keep=0");
+    let manifest = |step: u64| format!("r/checkpoints/step-{step:08}/manifest.json");
+    let check = |damaged: u64, hint: &str| {
+        lab.write(&manifest(damaged), "{");
+        for args in [tiny("r", ""), "generate r --tokens 1,2 -n 2".into(), "export r out".into()] {
+            let ran = lab.run(&args);
+            assert_eq!(ran.code, Some(2), "{args}: {}", ran.err);
+            assert!(ran.err.contains(hint), "{args}: {}", ran.err);
+        }
+    };
+    check(6, "move it away to go on from r/checkpoints/step-00000004");
+    check(4, "move it away to go on from r/checkpoints/step-00000002");
+    check(2, "copy it from a backup; no older checkpoint of the run is whole");
+}
