@@ -51,12 +51,22 @@ pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
 /// half.
 pub fn keep(dir: &Path, count: usize) -> Result<Vec<u64>> {
     let all = list(dir)?;
-    if count == 0 || all.len() <= count {
-        return Ok(Vec::new());
+    let old = if count == 0 { 0 } else { all.len().saturating_sub(count) };
+    let old: Vec<u64> = all[..old].iter().map(|(step, _)| *step).collect();
+    remove(dir, &old)?;
+    Ok(old)
+}
+
+/// Removes the checkpoints of these steps in `dir`; as [`keep`] does.
+///
+/// # Errors
+/// As [`keep`].
+pub fn remove(dir: &Path, steps: &[u64]) -> Result<()> {
+    if steps.is_empty() {
+        return Ok(());
     }
     let folder = Folder::open(dir).map_err(|e| Error::io("open checkpoint directory", dir, &e))?;
-    let mut removed = Vec::new();
-    for (step, path) in &all[..all.len() - count] {
+    for (step, path) in list(dir)?.iter().filter(|(step, _)| steps.contains(step)) {
         let (name, trash) = (path.file_name().unwrap_or_default(), temporary_name(*step));
         let remove = || -> io::Result<()> {
             folder.remove(&trash)?;
@@ -64,9 +74,8 @@ pub fn keep(dir: &Path, count: usize) -> Result<Vec<u64>> {
             folder.remove(&trash)
         };
         remove().map_err(|e| Error::io("remove old checkpoint", path, &e))?;
-        removed.push(*step);
     }
-    Ok(removed)
+    Ok(())
 }
 
 /// Clears what interrupted saves left behind, except the temporary directory of `step`.

@@ -51,7 +51,7 @@ mod tools;
 mod header;
 pub mod hf;
 
-pub use dir::{keep, latest, list};
+pub use dir::{keep, latest, list, remove};
 pub use manifest::{FileEntry, Kind, Manifest, Meta, PieceEntry, TensorEntry};
 pub use read::{Checkpoint, Verified};
 pub use region::Region;

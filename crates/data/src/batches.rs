@@ -121,3 +121,17 @@ pub(crate) fn wrong_buffer(found: usize, sequence: usize) -> Error {
         sequence + 1
     ))
 }
+
+/// Names a sample: XXH3-64 over its index and its tokens. Sums of them, modulo 2^64, name sets of samples in any order.
+pub fn sample_xxh3(index: u64, tokens: &[u32]) -> u64 {
+    let mut hash = xxhash_rust::xxh3::Xxh3::new();
+    hash.update(&index.to_le_bytes());
+    let mut block = [0; 4 * 256];
+    for tokens in tokens.chunks(256) {
+        for (bytes, token) in block.chunks_exact_mut(4).zip(tokens) {
+            bytes.copy_from_slice(&token.to_le_bytes());
+        }
+        hash.update(&block[..4 * tokens.len()]);
+    }
+    hash.digest()
+}

@@ -43,7 +43,7 @@ mod tokenizer;
 #[cfg(test)]
 mod fuzz_test;
 
-pub use batches::{Batches, TokenStream};
+pub use batches::{Batches, TokenStream, sample_xxh3};
 pub use blend::{Blend, blend_len, blend_parts};
 pub use builder::{BuildOptions, BuildReport, build, tokenizer_path, train_tokenizer};
 pub use corpus::{cargo_sources, default_cargo_home};

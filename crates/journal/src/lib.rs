@@ -22,6 +22,8 @@ mod record;
 mod read;
 mod write;
 
+pub mod ledger;
+
 pub mod perfetto;
 pub mod prometheus;
 pub mod tensorboard;

@@ -64,6 +64,17 @@ pub enum Record {
         #[serde(with = "float::option", default, skip_serializing_if = "Option::is_none")]
         exposed_comm_s: Option<f64>,
     },
+    /// Which samples a rank put into a step.
+    Drawn {
+        /// Tells the starts of a run apart, as all ranks of a start agree on it.
+        session: u64,
+        /// Steps done, this one included.
+        step: u64,
+        /// First index and number of samples that follow each other in the data's order; one run of them or several.
+        samples: Vec<(u64, u64)>,
+        /// Sum, modulo 2^64, of a hash of every sample: its index and its tokens.
+        tokens_xxh3: u64,
+    },
     /// The held-out split was evaluated.
     Eval {
         /// When.
@@ -182,7 +193,7 @@ impl Record {
             | Record::Warning { time_us, .. }
             | Record::Finished { time_us, .. }
             | Record::Failed { time_us, .. } => Some(time_us),
-            Record::Spans { .. } => None,
+            Record::Drawn { .. } | Record::Spans { .. } => None,
         }
     }
 }

@@ -1,8 +1,12 @@
+mod survival;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args as ClapArgs, Parser, Subcommand};
+
+pub(crate) use survival::{Chaos, Ckpt, CkptCommand, Ledger};
 
 /// Plan, rehearse and run the training of large models
 #[derive(Debug, Parser)]
@@ -44,6 +48,12 @@ pub(crate) enum Command {
     Launch(Launch),
     /// Write a Perfetto file of a run that was trained with --trace
     Trace(Trace),
+    /// List, check, compare and remove checkpoints
+    Ckpt(Ckpt),
+    /// Prove from a run's journals that each sample was trained on exactly once
+    Ledger(Ledger),
+    /// Kill, stop and damage a small run at random, and hold its weights to the undisturbed one's
+    Chaos(Chaos),
     /// List every key of a run file with its default
     Keys,
 }

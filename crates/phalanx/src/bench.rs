@@ -54,7 +54,7 @@ fn collectives(
         }
         return ranks::start(ranks, &[]);
     };
-    let world = rank.world("bench collectives", choice)?;
+    let world = rank.world("bench collectives", choice, comm::DEFAULT_TIMEOUT)?;
     let rows = comm::bench_collectives(&world, &BenchOp::ALL, &sizes(max_bytes), budget)?;
     if world.rank() == 0 {
         print_rows(&rows, as_json);

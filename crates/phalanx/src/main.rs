@@ -9,6 +9,7 @@ mod args;
 mod bench;
 mod busy;
 mod catalog;
+mod ckpts;
 mod compare;
 mod data;
 mod device;
@@ -21,6 +22,7 @@ mod program;
 mod ranks;
 mod show;
 mod stop;
+mod survival;
 mod this_machine;
 mod train;
 mod validate;
@@ -57,6 +59,9 @@ fn main() -> std::process::ExitCode {
         Command::Devices(a) => device::list(&a),
         Command::Launch(a) => Ok(u8::try_from(launch::cli(a.args)).unwrap_or(1)),
         Command::Trace(a) => models::trace(&a),
+        Command::Ckpt(a) => ckpts::run(&a),
+        Command::Ledger(a) => survival::ledger(&a),
+        Command::Chaos(a) => survival::chaos(&a),
         Command::Keys => {
             output::print(&models::keys());
             Ok(0)
@@ -84,6 +89,7 @@ fn doing(command: &Command) -> Option<&'static str> {
         Command::Validate(_) => "pricing runs",
         Command::Compare(_) => "reading journals and pricing the program",
         Command::Trace(_) => "reading journals",
+        Command::Ckpt(_) => "reading checkpoints",
         Command::Data(a) if matches!(a.what, args::DataCommand::Show { .. }) => "reading the dataset",
         _ => return None,
     })

@@ -46,7 +46,12 @@ impl Rank {
     }
 
     /// Meets all ranks; those whose `identity` differs are named.
-    pub(crate) fn world(&self, identity: &str, transport: TransportChoice) -> Result<World> {
+    pub(crate) fn world(
+        &self,
+        identity: &str,
+        transport: TransportChoice,
+        timeout: Duration,
+    ) -> Result<World> {
         let mut b = Bootstrap::new(
             self.env.rank,
             self.env.world,
@@ -57,6 +62,7 @@ impl Rank {
         b.local_world = self.env.local_world;
         b.fingerprint = fingerprint(identity);
         b.transport = transport;
+        b.timeout = timeout;
         World::connect(&b)
     }
 

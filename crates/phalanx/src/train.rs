@@ -1,6 +1,7 @@
 //! `phalanx train`.
 
 use std::path::Path;
+use std::time::Duration;
 
 use comm::TransportChoice;
 use spec::run::Resolved;
@@ -66,7 +67,7 @@ fn as_rank(args: &Train, rank: &Rank) -> Result<u8> {
         let missing = this_machine::Missing::Refuse;
         this_machine::choose(&mut run, rank.env.world, &args.transport, missing, fresh)?;
     }
-    let world = rank.world(&run.to_toml(), transport)?;
+    let world = rank.world(&run.to_toml(), transport, Duration::from_secs(run.run.timeout_s))?;
     let mut mine = None;
     if first {
         let lock = if started_by_us { None } else { Some(own(&run, fresh)?) };

@@ -193,6 +193,8 @@ pub struct RunDirSpec {
     pub threads: Option<usize>,
     /// What ranks compute on.
     pub device: DeviceChoice,
+    /// How long ranks wait for each other before one is held to be lost.
+    pub timeout_s: u64,
 }
 
 /// What a rank computes on.

@@ -80,11 +80,9 @@ impl Beginning {
         if self.trained.step == 0 {
             return None;
         }
-        let remembered = RunDir::new(&run.run.dir).remembered()?;
-        let name = remembered.directory.file_name()?;
-        // A run may have been moved together with its cache.
-        let places = [remembered.directory.clone(), cache(run).join(name)];
-        let Some(prepared) = places.iter().find_map(|p| data::prepared_in(p)) else {
+        let dir = RunDir::new(&run.run.dir);
+        let remembered = dir.remembered()?;
+        let Some(prepared) = tokens_of(run, &dir) else {
             self.notes.push(format!(
                 "the tokens that the run was started with, {}, are gone: its text is tokenised again",
                 remembered.directory.display()
@@ -122,6 +120,15 @@ impl Beginning {
         let directory = self.prepared.as_ref()?.prefix.parent()?.to_owned();
         Some(Remembered { directory })
     }
+}
+
+/// The tokens that the text of the run in `dir` became. A run may have been moved together with its cache, and be looked
+/// at from another directory.
+pub(crate) fn tokens_of(run: &RunSpec, dir: &RunDir) -> Option<Prepared> {
+    let remembered = dir.remembered()?.directory;
+    let name = remembered.file_name()?;
+    let beside = dir.path().parent().unwrap_or(Path::new(".")).join("cache");
+    [&remembered, &cache(run).join(name), &beside.join(name)].into_iter().find_map(|p| data::prepared_in(p))
 }
 
 /// Beside the run unless it is set, so that runs in one folder share it.

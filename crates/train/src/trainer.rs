@@ -31,6 +31,8 @@ pub struct Trainer {
     begin: Beginning,
     /// Checkpoint that the run went on from.
     resumed: Option<PathBuf>,
+    /// Tells this start of the run from others, on all ranks alike.
+    session: u64,
 }
 
 /// What happened, for whoever shows it to people. The journal has it already.
@@ -80,8 +82,9 @@ impl Trainer {
             // The first batch tells data of another tokenizer before anything is written.
             load(&mut exec, streams.train.as_ref(), step, &mut sample)?;
         }
-        // Nobody may look at the directory after rank 0 has begun to write it.
-        exec.mesh.barrier()?;
+        // Nobody may look at the directory after rank 0 has begun to write it; all begin this session together.
+        let began = exec.mesh.exchange(&now_us().to_le_bytes())?;
+        let session = began[0].as_slice().try_into().map_or(0, u64::from_le_bytes);
         let dir = RunDir::new(&run.run.dir);
         let mut events = None;
         if rank == 0 {
@@ -102,6 +105,7 @@ impl Trainer {
             peak_flops_per_s,
             begin,
             resumed,
+            session,
         };
         t.announce(rank)?;
         Ok(t)
@@ -186,7 +190,7 @@ impl Trainer {
         let (mut began, mut first) = (Instant::now(), self.step);
         let cold = self.step + 1;
         while self.step < last {
-            let (record, stopping) = match self.one_step(stop.load(Ordering::Relaxed)) {
+            let ((record, drawn), stopping) = match self.one_step(stop.load(Ordering::Relaxed)) {
                 Ok(done) => done,
                 Err(e) => {
                     let (time_us, step) = (now_us(), self.step + 1);
@@ -200,6 +204,7 @@ impl Trainer {
             let rate = began.elapsed().as_secs_f64() / (self.step - first) as f64;
             each(Event::Eta { seconds: rate * (last - self.step) as f64, settled: self.step > cold + 1 });
             self.note(record, each);
+            self.write_only(&drawn, each);
             self.record_spans(each);
             if self.step == cold {
                 // Memory is touched for the first time there, which takes longer than any step to come.
@@ -257,11 +262,20 @@ impl Trainer {
         each(Event::Record(record));
     }
 
-    /// Loads the batch of the next step and runs it; says whether some rank was asked to stop.
-    fn one_step(&mut self, stop: bool) -> Result<(Record, bool)> {
+    /// Writes a record that nobody reads while the run goes on.
+    fn write_only(&mut self, record: &Record, each: &mut dyn FnMut(Event)) {
+        if let Err(e) = self.journal.write(record) {
+            each(Event::Record(warning(&e)));
+        }
+    }
+
+    /// Loads the batch of the next step and runs it; gives what the step was and what it drew, and whether some rank was
+    /// asked to stop.
+    fn one_step(&mut self, stop: bool) -> Result<((Record, Record), bool)> {
         let start = Instant::now();
-        load(&mut self.exec, self.streams.train.as_ref(), self.step, &mut self.sample)?;
+        let drawn = load(&mut self.exec, self.streams.train.as_ref(), self.step, &mut self.sample)?;
         let step = self.step + 1;
+        let drawn = drawn.record(self.session, step);
         let (batch, optim) = (&self.run.batch, &self.run.optim);
         let tokens = (batch.sequence * batch.sequences) as u64;
         let lr = self.run.lr_at(step as usize);
@@ -296,7 +310,7 @@ impl Trainer {
             memory_bytes: self.exec.program.memory.total as u64,
             exposed_comm_s: (self.run.layout.world() > 1).then(|| self.exec.exposed_comm_s()),
         };
-        Ok((record, out.stop))
+        Ok(((record, drawn), out.stop))
     }
 
     /// Why the run is not evaluated although it should be.
@@ -369,9 +383,7 @@ impl Trainer {
         }
         let spans = self.exec.journal_spans();
         let rank = self.exec.program.rank;
-        if let Err(e) = self.journal.write(&Record::Spans { rank, step: self.step, spans }) {
-            each(Event::Record(warning(&e)));
-        }
+        self.write_only(&Record::Spans { rank, step: self.step, spans }, each);
     }
 
     /// Tells the other ranks that this one gives up.
@@ -406,17 +418,46 @@ fn weights(exec: &mut Executor, run: &RunSpec, begin: &mut Beginning) -> Result<
     Ok((0, None))
 }
 
+/// Which samples were loaded.
+#[derive(Default)]
+struct Drawn {
+    samples: Vec<(u64, u64)>,
+    tokens_xxh3: u64,
+}
+
+impl Drawn {
+    fn add(&mut self, index: u64, tokens: &[u32]) {
+        self.tokens_xxh3 = self.tokens_xxh3.wrapping_add(data::sample_xxh3(index, tokens));
+        match self.samples.last_mut() {
+            Some((first, n)) if *first + *n == index => *n += 1,
+            _ => self.samples.push((index, 1)),
+        }
+    }
+
+    fn record(self, session: u64, step: u64) -> Record {
+        Record::Drawn { session, step, samples: self.samples, tokens_xxh3: self.tokens_xxh3 }
+    }
+}
+
 /// Copies this rank's sequences of batch `index` into the executor.
-fn load(exec: &mut Executor, stream: &dyn data::TokenStream, index: u64, sample: &mut [u32]) -> Result<()> {
+fn load(
+    exec: &mut Executor,
+    stream: &dyn data::TokenStream,
+    index: u64,
+    sample: &mut [u32],
+) -> Result<Drawn> {
+    let mut drawn = Drawn::default();
     let sequence = exec.program.sequence;
     let m = exec.program.micro_batch();
     for i in 0..exec.program.local_sequences {
         let at = exec.program.first_sequence(i / m) + i % m;
-        stream.sample(index * exec.program.sequences as u64 + at as u64, sample)?;
+        let index = index * exec.program.sequences as u64 + at as u64;
+        stream.sample(index, sample)?;
+        drawn.add(index, sample);
         exec.tokens()[i * sequence..(i + 1) * sequence].copy_from_slice(&sample[..sequence]);
         exec.targets()[i * sequence..(i + 1) * sequence].copy_from_slice(&sample[1..]);
     }
-    Ok(())
+    Ok(drawn)
 }
 
 /// Memory of this machine, if the system says.
@@ -426,7 +467,7 @@ pub fn memory_bytes() -> Option<usize> {
     Some(kib.parse::<usize>().ok()? << 10)
 }
 
-fn open_data(run: &RunSpec, prepared: Option<&Prepared>) -> Result<Streams> {
+pub(crate) fn open_data(run: &RunSpec, prepared: Option<&Prepared>) -> Result<Streams> {
     let parts = match (&run.data.source, prepared) {
         (_, Some(p)) => vec![(p.prefix.clone(), 1.0)],
         (DataSource::Prefix(prefix), _) => vec![(prefix.clone(), 1.0)],

@@ -27,7 +27,7 @@ pub(super) fn run(args: &BenchStep) -> Result<u8> {
     let threads = |share: usize| if args.threads > 0 { args.threads } else { share };
     match Rank::from_env(None)? {
         Some(rank) => {
-            let world = rank.world(&run.to_toml(), TransportChoice::Auto)?;
+            let world = rank.world(&run.to_toml(), TransportChoice::Auto, comm::DEFAULT_TIMEOUT)?;
             let (me, mesh) = (world.rank(), Mesh::new(world, &run.layout)?);
             let device = device::open(run.run.device, rank.env.local_rank, threads(rank.threads()))?;
             let mut s = Stepper::open(run, device, args.ops, me, mesh)?;

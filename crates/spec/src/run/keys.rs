@@ -337,6 +337,12 @@ pub(crate) static KEYS: &[Key] = &[
         "\"auto\"",
         "what ranks compute on: auto takes a GPU if one can be used (see phalanx devices)",
     ),
+    key(
+        "run.timeout_s",
+        count(1, 86_400),
+        "60",
+        "a rank that says nothing for so long is lost; longer than the slowest step and save",
+    ),
     key("sample.prompt", KeyKind::Text, "\"\"", "text to continue"),
     key("sample.tokens", count(1, MAX_POSITIONS), "128", "tokens to generate"),
     key(

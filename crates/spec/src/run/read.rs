@@ -100,6 +100,7 @@ impl RunSpec {
                     "cuda" => DeviceChoice::Cuda,
                     _ => DeviceChoice::Auto,
                 },
+                timeout_s: doc.count("run.timeout_s")? as u64,
             },
             sample: SampleSpec {
                 prompt: doc.text("sample.prompt")?,

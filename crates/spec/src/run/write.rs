@@ -144,6 +144,7 @@ impl RunSpec {
             ("run.dir", path(&self.run.dir)),
             ("run.threads", off(self.run.threads)),
             ("run.device", quoted(self.run.device.name())),
+            ("run.timeout_s", self.run.timeout_s.to_string()),
             ("sample.prompt", quoted(&sample.prompt)),
             ("sample.tokens", sample.tokens.to_string()),
             ("sample.temperature", float(sample.temperature)),

@@ -1,0 +1,217 @@
+//! Which samples made up which step of a run, from the journals of all its ranks: whether each was drawn exactly once.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::record::Record;
+
+/// The batches that a run's weights are made of, and what is wrong with them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Ledger {
+    /// Steps done.
+    pub steps: u64,
+    /// Starts of the run in which a step was done.
+    pub sessions: usize,
+    /// Steps that were done, lost, and done again.
+    pub steps_redone: u64,
+    /// Samples in the steps that count.
+    pub samples: u64,
+    /// Samples of those steps that no rank drew.
+    pub samples_lost: u64,
+    /// Samples that were drawn more often than others of their step, or belong to another.
+    pub samples_repeated: u64,
+    /// The first steps that are not made of their own samples, each once.
+    pub wrong: Vec<Wrong>,
+    /// What was drawn in the steps that count, by step.
+    #[serde(skip)]
+    pub batches: Vec<Batch>,
+}
+
+/// A step that is not made of its own samples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Wrong {
+    /// Which step.
+    pub step: u64,
+    /// Its samples that no rank drew.
+    pub lost: u64,
+    /// Samples drawn too often, or of another step.
+    pub repeated: u64,
+}
+
+/// What all ranks together drew for one step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Steps done with it.
+    pub step: u64,
+    /// Ranks that drew each sample: those that share a model between them.
+    pub copies: u64,
+    /// Sum of the hashes of all that was drawn, copies included.
+    pub tokens_xxh3: u64,
+}
+
+/// More wrong steps than these are counted, not named.
+const WRONG_MAX: usize = 100;
+
+impl Ledger {
+    /// Whether every step is made of its own samples, each once.
+    pub fn is_exact(&self) -> bool {
+        self.samples_lost == 0 && self.samples_repeated == 0 && self.wrong.is_empty()
+    }
+}
+
+/// Collects what ranks drew: records of rank 0 first, in the order of its journal.
+#[derive(Clone, Debug, Default)]
+pub struct Drawings {
+    /// Sessions in the order in which they began.
+    order: Vec<u64>,
+    sessions: BTreeMap<u64, BTreeMap<u64, Step>>,
+}
+
+/// What the ranks of a session drew for a step.
+#[derive(Clone, Debug, Default)]
+struct Step {
+    samples: Vec<(u64, u64)>,
+    tokens_xxh3: u64,
+}
+
+impl Drawings {
+    /// Takes a record of some rank's journal.
+    pub fn add(&mut self, record: Record) {
+        let Record::Drawn { session, step, samples, tokens_xxh3 } = record else { return };
+        if !self.sessions.contains_key(&session) {
+            self.order.push(session);
+        }
+        let drawn = self.sessions.entry(session).or_default().entry(step).or_default();
+        drawn.samples.extend(samples);
+        drawn.tokens_xxh3 = drawn.tokens_xxh3.wrapping_add(tokens_xxh3);
+    }
+
+    /// Judges the steps that count, of `sequences` samples each. A session's steps count up to where a later one began.
+    pub fn ledger(mut self, sequences: u64) -> Ledger {
+        let mut kept: BTreeMap<u64, Step> = BTreeMap::new();
+        let mut began_at: Option<u64> = None;
+        let mut ledger = Ledger { sessions: self.order.len(), ..Ledger::default() };
+        for session in self.order.iter().rev() {
+            let mut steps = self.sessions.remove(session).unwrap_or_default();
+            if let Some(later) = began_at {
+                ledger.steps_redone += steps.split_off(&later).len() as u64;
+            }
+            began_at = steps.keys().next().copied().or(began_at);
+            kept.extend(steps);
+        }
+        ledger.steps = kept.keys().next_back().copied().unwrap_or(0);
+        ledger.samples = ledger.steps.saturating_mul(sequences);
+        let mut next = 1;
+        for (step, drawn) in kept.into_iter().filter(|(step, _)| *step > 0) {
+            if next < step {
+                ledger.wrong(Wrong {
+                    step: next,
+                    lost: (step - next).saturating_mul(sequences),
+                    repeated: 0,
+                });
+            }
+            next = step.saturating_add(1);
+            let batch = judge(&drawn, step, sequences, &mut ledger);
+            ledger.batches.push(batch);
+        }
+        ledger
+    }
+}
+
+impl Ledger {
+    fn wrong(&mut self, wrong: Wrong) {
+        self.samples_lost = self.samples_lost.saturating_add(wrong.lost);
+        self.samples_repeated = self.samples_repeated.saturating_add(wrong.repeated);
+        if self.wrong.len() < WRONG_MAX {
+            self.wrong.push(wrong);
+        }
+    }
+}
+
+/// Counts how often each sample of a step was drawn; each should be as often as all others.
+fn judge(drawn: &Step, step: u64, sequences: u64, ledger: &mut Ledger) -> Batch {
+    let first = (step - 1).saturating_mul(sequences);
+    let end = first.saturating_add(sequences);
+    let inside = |&(from, n): &(u64, u64)| (from.max(first), from.saturating_add(n).min(end));
+    let total = drawn.samples.iter().fold(0, |sum: u64, (_, n)| sum.saturating_add(*n));
+    let copies = (total.saturating_add(sequences / 2) / sequences.max(1)).max(1);
+    let mut edges: BTreeMap<u64, i64> = BTreeMap::from([(first, 0), (end, 0)]);
+    let mut own = 0_u64;
+    for (from, to) in drawn.samples.iter().map(inside).filter(|(from, to)| from < to) {
+        *edges.entry(from).or_default() += 1;
+        *edges.entry(to).or_default() -= 1;
+        own = own.saturating_add(to - from);
+    }
+    let (mut lost, mut repeated, mut times) = (0_u64, total.saturating_sub(own), 0_i64);
+    for ((at, change), next) in edges.iter().zip(edges.keys().skip(1)) {
+        times += change;
+        let off = times.saturating_sub_unsigned(copies);
+        let samples = off.unsigned_abs().saturating_mul(next - at);
+        let sum = if off < 0 { &mut lost } else { &mut repeated };
+        *sum = sum.saturating_add(samples);
+    }
+    if lost > 0 || repeated > 0 {
+        ledger.wrong(Wrong { step, lost, repeated });
+    }
+    Batch { step, copies, tokens_xxh3: drawn.tokens_xxh3 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Drawn<'a> = (u64, u64, &'a [(u64, u64)]);
+
+    /// Of drawings (session, step, samples): steps, redone, lost and repeated samples with batches of 4.
+    #[track_caller]
+    fn check(drawn: &[Drawn<'_>], expected: (u64, u64, u64, u64)) {
+        let mut all = Drawings::default();
+        for &(session, step, samples) in drawn {
+            all.add(Record::Drawn { session, step, samples: samples.to_vec(), tokens_xxh3: 1 });
+        }
+        let l = all.ledger(4);
+        assert_eq!((l.steps, l.steps_redone, l.samples_lost, l.samples_repeated), expected, "{l:?}");
+        assert_eq!(l.is_exact(), expected.2 + expected.3 == 0);
+    }
+
+    #[test]
+    fn each_sample_once() {
+        check(&[], (0, 0, 0, 0));
+        check(&[(9, 1, &[(0, 4)]), (9, 2, &[(4, 4)])], (2, 0, 0, 0));
+        // Two data-parallel ranks of two that share a model, dealt in turn.
+        let even: &[_] = &[(0, 1), (2, 1)];
+        let odd: &[_] = &[(1, 1), (3, 1)];
+        check(&[(9, 1, even), (9, 1, even), (9, 1, odd), (9, 1, odd)], (1, 0, 0, 0));
+    }
+
+    #[test]
+    fn what_is_missing_or_too_much_is_counted() {
+        check(&[(9, 1, &[(0, 3)])], (1, 0, 1, 0));
+        check(&[(9, 1, &[(0, 3), (2, 1)])], (1, 0, 1, 1));
+        check(&[(9, 1, &[(0, 4)]), (9, 2, &[(3, 4)])], (2, 0, 1, 1));
+        check(&[(9, 1, &[(0, 4)]), (9, 3, &[(8, 4)])], (3, 0, 4, 0));
+        check(&[(9, 1, &[(0, 4), (0, 4), (0, 4)]), (9, 1, &[(0, 2)])], (1, 0, 2, 0));
+        // Numbers of a journal are not believed.
+        let huge: Drawn<'_> = (9, u64::MAX, &[(u64::MAX, u64::MAX), (0, u64::MAX)]);
+        let mut all = Drawings::default();
+        all.add(Record::Drawn { session: 0, step: huge.1, samples: huge.2.to_vec(), tokens_xxh3: 0 });
+        all.add(Record::Drawn { session: 0, step: 0, samples: Vec::new(), tokens_xxh3: 0 });
+        assert!(!all.ledger(4).is_exact());
+    }
+
+    #[test]
+    fn steps_after_the_point_of_return_do_not_count() {
+        let lost: Drawn<'_> = (5, 3, &[(8, 1)]);
+        check(&[(5, 1, &[(0, 4)]), (5, 2, &[(4, 4)]), lost, (7, 3, &[(8, 4)])], (3, 1, 0, 0));
+        // Back beyond the session before, and under other ranks.
+        let all = [
+            (5, 1, &[(0, 4)][..]),
+            (5, 2, &[(4, 4)]),
+            (6, 3, &[(8, 4)]),
+            (4, 2, &[(4, 2)]),
+            (4, 2, &[(6, 2)]),
+        ];
+        check(&all, (2, 2, 0, 0));
+    }
+}

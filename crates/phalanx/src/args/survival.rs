@@ -1,0 +1,96 @@
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, Subcommand};
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Ckpt {
+    #[command(subcommand)]
+    pub(crate) what: CkptCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CkptCommand {
+    /// List the checkpoints of a run, oldest first
+    Ls {
+        /// Directory of a run, or of checkpoints
+        #[arg(value_name = "RUN_DIR")]
+        path: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what a checkpoint holds, tensor by tensor
+    Show {
+        /// Directory of a checkpoint, or of a run, whose newest is taken
+        #[arg(value_name = "CHECKPOINT")]
+        path: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Read a checkpoint, or all of a run's, from end to end and compare every checksum
+    Verify {
+        /// Directory of a checkpoint, or of a run
+        #[arg(value_name = "CHECKPOINT")]
+        path: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Compare two checkpoints, whatever layouts wrote them; exit code 1 if a bit differs
+    Diff {
+        /// Directory of a checkpoint, or of a run, whose newest is taken
+        a: PathBuf,
+        /// The other
+        b: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove old checkpoints of a run
+    Prune {
+        /// Directory of a run, or of checkpoints
+        #[arg(value_name = "RUN_DIR")]
+        path: PathBuf,
+        /// How many of the newest to keep
+        #[arg(long, value_name = "N")]
+        keep: usize,
+        /// Keep those of every N-th step too
+        #[arg(long, value_name = "STEPS")]
+        every: Option<u64>,
+        /// Say what would be removed, and remove nothing
+        #[arg(long)]
+        dry_run: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Ledger {
+    /// Directory of a run
+    pub(crate) run_dir: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Chaos {
+    /// How many faults
+    #[arg(long, default_value_t = 14, value_name = "N")]
+    pub(crate) faults: usize,
+    /// Chooses the faults: the same seed, the same faults
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Most ranks of a layout, up to 8
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    pub(crate) ranks: usize,
+    /// Directory for the runs, kept afterwards; a temporary one if absent, kept if something is wrong
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}

@@ -1,0 +1,194 @@
+//! `phalanx ckpt`.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use ckpt::{Kind, TensorDifference};
+use serde_json::json;
+use spec::{Error, Result};
+use train::RunDir;
+
+use crate::args::{Ckpt, CkptCommand};
+use crate::output;
+use crate::show::binary;
+
+pub(crate) fn run(args: &Ckpt) -> Result<u8> {
+    match &args.what {
+        CkptCommand::Ls { path, json } => ls(path, *json),
+        CkptCommand::Show { path, json } => show(&one(path)?, *json),
+        CkptCommand::Verify { path, json } => verify(path, *json),
+        CkptCommand::Diff { a, b, json } => diff(&one(a)?, &one(b)?, *json),
+        CkptCommand::Prune { path, keep, every, dry_run, json } => {
+            prune(&folder(path), *keep, *every, *dry_run, *json)
+        }
+    }
+}
+
+/// Where checkpoints lie: in a run's directory, or in this one itself.
+fn folder(path: &Path) -> PathBuf {
+    let of_run = RunDir::new(path).checkpoints();
+    if of_run.is_dir() { of_run } else { path.to_owned() }
+}
+
+/// The checkpoints that a path names, by step.
+fn all(path: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let folder = folder(path);
+    let found = if folder.is_dir() { ckpt::list(&folder)? } else { Vec::new() };
+    if found.is_empty() {
+        return Err(Error::user(format!("no checkpoint in {}", folder.display()))
+            .hint("give the directory of a run that has saved one, or of the checkpoint itself"));
+    }
+    Ok(found)
+}
+
+/// A checkpoint: the one named, or the newest of a run.
+fn one(path: &Path) -> Result<PathBuf> {
+    if path.join("manifest.json").exists() {
+        return Ok(path.to_owned());
+    }
+    all(path).map(|mut found| found.pop().expect("none is an error").1)
+}
+
+fn ls(path: &Path, as_json: bool) -> Result<u8> {
+    let mut rows = Vec::new();
+    let mut out = format!("{:>10} {:>12} {:>6} {:>16}  path\n", "step", "size", "ranks", "tokens");
+    for (step, path) in all(path)? {
+        let shown = path.display().to_string();
+        let line = match ckpt::ls(&path) {
+            Ok(l) => {
+                rows.push(json!({"step": step, "path": shown, "bytes": l.bytes, "world": l.world,
+                    "tokens": l.tokens, "parameters": l.parameters, "fingerprint": l.fingerprint}));
+                format!("{:>12} {:>6} {:>16}  {shown}", binary(l.bytes as usize), l.world, l.tokens)
+            }
+            Err(e) => {
+                rows.push(json!({"step": step, "path": shown, "error": e.to_string()}));
+                format!("{:>12} {:>6} {:>16}  {e}", "damaged", "", "")
+            }
+        };
+        writeln!(out, "{step:>10} {line}").expect("writing to a string");
+    }
+    print(as_json, || json!({"checkpoints": rows}), &out);
+    Ok(0)
+}
+
+fn show(path: &Path, as_json: bool) -> Result<u8> {
+    let l = ckpt::ls(path)?;
+    let mut out = format!(
+        "{}\nstep {}, {} tokens, written by {} ranks in {} files of {}, {} parameters\n",
+        path.display(),
+        l.step,
+        l.tokens,
+        l.world,
+        l.files,
+        binary(l.bytes as usize),
+        l.parameters
+    );
+    for t in &l.tensors {
+        writeln!(out, "  {:<48} {:<12} {:<5} {:?} in {}", t.name, named(t.kind), t.dtype, t.shape, t.pieces)
+            .expect("writing to a string");
+    }
+    print(as_json, || serde_json::to_value(&l).expect("a listing is plain data"), &out);
+    Ok(0)
+}
+
+/// Checks one checkpoint or all of a run; the first that is damaged is the error, after all were read.
+fn verify(path: &Path, as_json: bool) -> Result<u8> {
+    let paths = if path.join("manifest.json").exists() {
+        vec![path.to_owned()]
+    } else {
+        all(path)?.into_iter().map(|(_, path)| path).collect()
+    };
+    let (mut rows, mut out, mut damaged) = (Vec::new(), String::new(), None);
+    for path in paths {
+        let shown = path.display();
+        match ckpt::verify(&path) {
+            Ok(v) => {
+                rows.push(json!({"path": shown.to_string(), "files": v.files, "chunks": v.chunks, "bytes": v.bytes}));
+                writeln!(out, "{shown}: whole, {} in {} chunks", binary(v.bytes as usize), v.chunks)
+            }
+            Err(e) => {
+                rows.push(json!({"path": shown.to_string(), "error": e.to_string()}));
+                damaged = damaged.or(Some(e));
+                writeln!(out, "{shown}: damaged")
+            }
+        }
+        .expect("writing to a string");
+    }
+    print(as_json, || json!({"checkpoints": rows}), &out);
+    damaged.map_or(Ok(0), Err)
+}
+
+fn diff(a: &Path, b: &Path, as_json: bool) -> Result<u8> {
+    let difference = ckpt::diff(a, b)?;
+    let equal = difference.bit_equal();
+    let mut out = String::new();
+    for t in &difference.tensors {
+        match t {
+            TensorDifference::Compared { bit_equal: true, .. } => continue,
+            TensorDifference::Compared { name, kind, differing, max_abs, .. } => {
+                writeln!(
+                    out,
+                    "{name} ({}): {differing} elements differ, by at most {max_abs:e}",
+                    named(*kind)
+                )
+            }
+            TensorDifference::Shape { name, kind, a, b } => {
+                writeln!(out, "{name} ({}): shape {a:?} against {b:?}", named(*kind))
+            }
+            TensorDifference::OnlyInA { name, kind } => {
+                writeln!(out, "{name} ({}): only in the first", named(*kind))
+            }
+            TensorDifference::OnlyInB { name, kind } => {
+                writeln!(out, "{name} ({}): only in the second", named(*kind))
+            }
+        }
+        .expect("writing to a string");
+    }
+    let tensors = difference.tensors.len();
+    let verdict = if equal { "equal to the last bit" } else { "different" };
+    writeln!(out, "{tensors} tensors: {verdict}").expect("writing to a string");
+    print(as_json, || json!({"bit_equal": equal, "tensors": difference.tensors}), &out);
+    Ok(u8::from(!equal))
+}
+
+fn prune(folder: &Path, keep: usize, every: Option<u64>, dry_run: bool, as_json: bool) -> Result<u8> {
+    if keep == 0 {
+        return Err(Error::user("--keep 0 would leave no checkpoint")
+            .hint("give 1 or more; remove the run's directory to remove all of it"));
+    }
+    if every == Some(0) {
+        return Err(
+            Error::user("--every 0, expected a number of steps").hint("leave it out to keep the newest only")
+        );
+    }
+    let found = all(folder)?;
+    let old = &found[..found.len().saturating_sub(keep)];
+    let steps: Vec<u64> = old
+        .iter()
+        .map(|(step, _)| *step)
+        .filter(|step| every.is_none_or(|n| !step.is_multiple_of(n)))
+        .collect();
+    if !dry_run {
+        ckpt::remove(folder, &steps)?;
+    }
+    let done = if dry_run { "would remove" } else { "removed" };
+    let list: Vec<String> = steps.iter().map(u64::to_string).collect();
+    let out = match steps.len() {
+        0 => "nothing to remove".to_owned(),
+        n => format!("{done} {n} of {} checkpoints: steps {}", found.len(), list.join(", ")),
+    };
+    print(as_json, || json!({"removed": steps, "kept": found.len() - steps.len(), "dry_run": dry_run}), &out);
+    Ok(0)
+}
+
+fn print(as_json: bool, json: impl FnOnce() -> serde_json::Value, text: &str) {
+    if as_json {
+        output::print(&serde_json::to_string_pretty(&json()).expect("plain data is JSON"));
+    } else {
+        output::print(text);
+    }
+}
+
+fn named(kind: Kind) -> String {
+    serde_json::to_value(kind).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+}

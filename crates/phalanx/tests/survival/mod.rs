@@ -1,0 +1,121 @@
+//! Checkpoints looked at, the ledger of samples, and a run under faults.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::common::Lab;
+
+fn path(row: &Value) -> &str {
+    row["path"].as_str().expect("a path")
+}
+
+#[test]
+fn checkpoints_are_listed_checked_compared_and_removed() {
+    let lab = Lab::new();
+    lab.train("r", "--set checkpoint.keep=0");
+    lab.train("s", "--set checkpoint.keep=0 --nproc 2 --stop-after 4");
+    let found = lab.json("ckpt ls r --json");
+    let steps = |found: &Value| -> Vec<u64> {
+        let rows = found["checkpoints"].as_array().expect("rows");
+        rows.iter().filter_map(|r| r["step"].as_u64()).collect()
+    };
+    assert_eq!(steps(&found), [2, 4, 6]);
+    assert_eq!(found["checkpoints"][0]["world"], 1);
+    assert_eq!(found["checkpoints"][0]["tokens"], 256);
+    let shown = lab.json("ckpt show r --json");
+    assert_eq!((&shown["step"], &shown["parameters"]), (&json!(6), &found["checkpoints"][2]["parameters"]));
+    assert!(lab.ok("ckpt show r").contains("[300, 32]"));
+
+    // The same step of another layout is the same; another step is not.
+    let (a, b) = ("r/checkpoints/step-00000004", "s");
+    assert_eq!(lab.json(&format!("ckpt diff {a} {b} --json"))["bit_equal"], true);
+    let ran = lab.run("ckpt diff r s");
+    assert_eq!(ran.code, Some(1), "{}", ran.err);
+    assert!(ran.out.contains("tensors: different"), "{}", ran.out);
+
+    assert_eq!(lab.json("ckpt verify r --json")["checkpoints"].as_array().map(Vec::len), Some(3));
+    let file = lab.path("r/checkpoints/step-00000002/rank-00000.safetensors");
+    let mut bytes = fs::read(&file).expect("a checkpoint");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    fs::write(&file, bytes).expect("damage it");
+    let ran = lab.run("ckpt verify r");
+    assert_eq!(ran.code, Some(2), "{}", ran.err);
+    assert!(
+        ran.out.contains("step-00000002: damaged") && ran.out.contains("step-00000006: whole"),
+        "{}",
+        ran.out
+    );
+    assert!(ran.err.contains("chunk"), "{}", ran.err);
+
+    let pruned = lab.json("ckpt prune r --keep 1 --every 4 --dry-run --json");
+    assert_eq!(pruned, json!({"removed": [2], "kept": 2, "dry_run": true}));
+    assert_eq!(steps(&lab.json("ckpt ls r --json")), [2, 4, 6]);
+    lab.ok("ckpt prune r --keep 1 --every 4");
+    let left = lab.json("ckpt ls r --json");
+    assert_eq!(steps(&left), [4, 6]);
+    assert!(path(&left["checkpoints"][0]).ends_with("step-00000004"));
+
+    let check = |args: &str, what: &str| {
+        let ran = lab.run(args);
+        assert_eq!(ran.code, Some(2), "{args}: {}", ran.err);
+        assert!(ran.err.contains(what) && ran.err.contains("hint: "), "{args}: {}", ran.err);
+    };
+    check("ckpt prune r --keep 0", "--keep 0 would leave no checkpoint");
+    check("ckpt ls none", "no checkpoint in none");
+    check("ckpt diff r none", "no checkpoint in none");
+}
+
+#[test]
+fn a_ledger_counts_what_was_lost_and_what_came_twice() {
+    let lab = Lab::new();
+    lab.train("r", "--stop-after 4");
+    // Back to step 2, and on under other ranks.
+    fs::remove_dir_all(lab.path("r/checkpoints/step-00000004")).expect("a checkpoint");
+    lab.train("r", "--nproc 4 --set layout.dp=2 --set layout.pp=2");
+    let ledger = lab.json("ledger r --json");
+    let expected = json!({"steps": 6, "sessions": 2, "steps_redone": 2, "samples": 24, "samples_lost": 0,
+        "samples_repeated": 0, "wrong": [], "tokens": {"state": "equal"}, "exact": true});
+    assert_eq!(ledger, expected);
+
+    // A rank that drew something else, or whose record is gone.
+    let journal = lab.path("r/journal-00003.jsonl");
+    let text = fs::read_to_string(&journal).expect("a journal");
+    let check = |text: String, said: &str| {
+        fs::write(&journal, text).expect("change it");
+        let ran = lab.run("ledger r");
+        assert_eq!(ran.code, Some(1), "{}", ran.err);
+        assert!(ran.out.contains(said), "{said}: {}", ran.out);
+    };
+    let of_step_5 = |l: &&str| l.contains("\"drawn\"") && l.contains("\"step\":5,");
+    let line = text.lines().find(of_step_5).expect("step 5");
+    let other = line.replace("[[18,2]]", "[[17,2]]");
+    assert_ne!(line, other, "the second of two data-parallel ranks");
+    check(text.replace(line, &other), "step 5: 1 lost, 1 repeated");
+    check(text.replace(&format!("{line}\n"), ""), "step 5: ");
+    let at = line.find("tokens_xxh3\":").expect("a hash") + "tokens_xxh3\":".len();
+    let other = format!("{}1{}", &line[..at], line[at..].trim_start_matches(|c: char| c.is_ascii_digit()));
+    check(text.replace(line, &other), "the tokens of step 5 are not those of the data");
+    fs::write(&journal, text).expect("as it was");
+    lab.ok("ledger r");
+}
+
+#[test]
+fn a_run_keeps_its_promises_under_faults() {
+    let lab = Lab::new();
+    let report = lab.json("chaos --faults 7 --seed 2 --dir chaos --json");
+    let expected = json!({"faults": 7, "recoveries": 7, "bit_identical": true, "tokens_equal": true, "hangs": 0,
+        "orphans": 0, "samples_lost": 0, "samples_repeated": 0, "seed": 2,
+        "replay": "phalanx chaos --faults 7 --seed 2 --ranks 4"});
+    for (key, value) in expected.as_object().expect("keys") {
+        assert_eq!(&report[key], value, "{key}: {report}");
+    }
+    assert_eq!(report["kinds"].as_object().map(serde_json::Map::len), Some(7), "each kind once");
+    let ran = lab.run("chaos --faults 1 --dir chaos");
+    assert_eq!(ran.code, Some(2), "{}", ran.err);
+    assert!(ran.err.contains("--dir chaos: not empty"), "{}", ran.err);
+    for flags in ["--faults 0", "--ranks 9"] {
+        assert_eq!(lab.run(&format!("chaos {flags}")).code, Some(2), "{flags}");
+    }
+}

@@ -1,0 +1,90 @@
+use std::path::Path;
+
+use journal::ledger::{Drawings, Ledger};
+use serde::Serialize;
+use spec::{Error, Result, RunSpec};
+
+use crate::run_dir::RunDir;
+use crate::trainer::open_data;
+
+/// What a run was trained on, step by step, held against its data.
+#[derive(Clone, Debug, Serialize)]
+pub struct Audit {
+    /// From the journals of its ranks.
+    #[serde(flatten)]
+    pub ledger: Ledger,
+    /// Whether the tokens are those that the data has at those samples.
+    pub tokens: Tokens,
+}
+
+/// Whether the tokens that ranks drew are those of the data as it is now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum Tokens {
+    /// In every step.
+    Equal,
+    /// Not in this step, the first such.
+    Differ {
+        /// Which.
+        step: u64,
+    },
+    /// The data cannot be read.
+    Unknown {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl Audit {
+    /// Reads the journals of the run in `dir`, and the samples that they name from its data; `progress` is told of each
+    /// step that was compared and of how many there are.
+    ///
+    /// # Errors
+    /// If there is no run or no record of what was drawn, or a journal cannot be read.
+    pub fn of(dir: &Path, progress: &dyn Fn(u64, u64)) -> Result<Audit> {
+        let run_dir = RunDir::new(dir);
+        let run = run_dir.load()?;
+        let mut drawings = Drawings::default();
+        for (_, path) in journal::files(dir)? {
+            let mut reader = journal::Reader::open(&path)?;
+            while let Some(record) = reader.next_record()? {
+                drawings.add(record);
+            }
+        }
+        let ledger = drawings.ledger(run.batch.sequences as u64);
+        if ledger.steps == 0 {
+            return Err(Error::user(format!("no journal in {} says what a step drew", dir.display()))
+                .hint("give the directory of a run that has done a step"));
+        }
+        let tokens = match compare(&run, &run_dir, &ledger, progress) {
+            Ok(tokens) => tokens,
+            Err(e) => Tokens::Unknown { reason: e.to_string() },
+        };
+        Ok(Audit { ledger, tokens })
+    }
+
+    /// Whether no sample was lost, repeated or changed.
+    pub fn is_exact(&self) -> bool {
+        self.ledger.is_exact() && self.tokens == Tokens::Equal
+    }
+}
+
+fn compare(run: &RunSpec, dir: &RunDir, ledger: &Ledger, progress: &dyn Fn(u64, u64)) -> Result<Tokens> {
+    let prepared = crate::text::tokens_of(run, dir);
+    let streams = open_data(run, prepared.as_ref())?;
+    let mut sample = vec![0; run.batch.sequence + 1];
+    let sequences = run.batch.sequences as u64;
+    for batch in &ledger.batches {
+        let (step, mut once) = (batch.step, 0_u64);
+        let first = (step - 1).saturating_mul(sequences);
+        for index in first..first.saturating_add(sequences) {
+            streams.train.sample(index, &mut sample)?;
+            once = once.wrapping_add(data::sample_xxh3(index, &sample));
+        }
+        if batch.tokens_xxh3 != batch.copies.wrapping_mul(once) {
+            return Ok(Tokens::Differ { step });
+        }
+        progress(step, ledger.steps);
+    }
+    Ok(Tokens::Equal)
+}
