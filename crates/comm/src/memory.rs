@@ -74,7 +74,10 @@ impl Mapping {
     }
 
     fn checked(ptr: rustix::io::Result<*mut std::ffi::c_void>, bytes: usize) -> Result<Mapping> {
-        let ptr = ptr.map_err(|e| Error::failure(format!("map {bytes} bytes of memory: {e}")))?;
+        let ptr = ptr.map_err(|e| {
+            Error::failure(format!("map {bytes} bytes of memory: {e}"))
+                .hint("fewer ranks here, or a smaller model or batch; ulimit -v and the container's limit bound it too")
+        })?;
         let mapping = Mapping { ptr: ptr.cast(), bytes: bytes.max(1) };
         // A forked child (a data worker, say) must not keep gigabytes of a dead rank alive.
         mapping.advise(Advice::LinuxDontFork).map_err(|e| Error::failure(format!("map memory: {e}")))?;

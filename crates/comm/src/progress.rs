@@ -6,6 +6,7 @@
 use crate::control::publish;
 use crate::element::OpTag;
 use crate::inner::Core;
+use crate::waiting::Words;
 use spec::{Error, Result};
 use std::cell::Cell;
 use std::future::poll_fn;
@@ -42,7 +43,8 @@ pub(crate) async fn until<T>(
     missing: impl Fn() -> String,
     mut check: impl FnMut() -> Option<Result<T>>,
 ) -> Result<T> {
-    let mut deadline = None;
+    let mut began = None;
+    let mut words = Words::new();
     let mut polls = 0u32;
     poll_fn(move |_| {
         if let Some(result) = check() {
@@ -54,11 +56,12 @@ pub(crate) async fn until<T>(
         polls = polls.wrapping_add(1);
         if polls.is_multiple_of(POLLS_PER_LOOK) || LOOK.get() {
             let now = Instant::now();
-            let deadline = *deadline.get_or_insert(now + core.timeout);
-            if now >= deadline {
+            let waited = now - *began.get_or_insert(now);
+            if waited >= core.timeout {
                 // A last look: progress made while this thread was not scheduled counts.
                 return Poll::Ready(check().unwrap_or_else(|| Err(core.timed_out(&missing()))));
             }
+            words.speak(|| format!("rank {}", core.rank), waited, &missing);
         }
         Poll::Pending
     })

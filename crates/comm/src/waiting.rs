@@ -48,15 +48,7 @@ impl Waiting {
         let state = Mutex::new(State { what: what.into(), is_over: false });
         let shared = Arc::new(Spoken { state, over: Condvar::new() });
         let speaker = shared.clone();
-        let speak = move || {
-            speaker.speak(began, &mut |seconds, what| {
-                // Nobody is left to tell when stderr is closed.
-                let _ = std::io::Write::write_all(
-                    &mut std::io::stderr(),
-                    format!("{who} waited {seconds} s for {what}\n").as_bytes(),
-                );
-            })
-        };
+        let speak = move || speaker.speak(began, &mut |seconds, what| say(&who, seconds, what));
         // A wait that cannot be spoken of is still a wait.
         let thread =
             std::thread::Builder::new().name("waiting".into()).stack_size(64 << 10).spawn(speak).ok();
@@ -95,6 +87,36 @@ impl Spoken {
             }
             let pause = next.saturating_sub(began.elapsed());
             state = self.over.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+fn say(who: &str, seconds: u64, what: &str) {
+    let line = format!("{who} waited {seconds} s for {what}\n");
+    // Nobody is left to tell when stderr is closed.
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
+}
+
+/// The words of a wait that looks at the clock itself.
+pub(crate) struct Words {
+    next: Duration,
+}
+
+impl Words {
+    pub(crate) fn new() -> Words {
+        Words { next: FIRST }
+    }
+
+    /// Says what is waited for if it is time to.
+    pub(crate) fn speak(
+        &mut self,
+        who: impl FnOnce() -> String,
+        waited: Duration,
+        what: impl FnOnce() -> String,
+    ) {
+        if waited >= self.next {
+            say(&who(), waited.as_secs(), &what());
+            self.next = after(waited);
         }
     }
 }

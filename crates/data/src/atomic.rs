@@ -70,8 +70,16 @@ pub(crate) fn temporary_name(destination: &Path) -> PathBuf {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let mut name = OsString::from(".");
     name.push(destination.file_name().unwrap_or_default());
-    name.push(format!(".{}-{}.tmp", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
+    let next = NEXT.fetch_add(1, Ordering::Relaxed);
+    name.push(format!(".{}{}-{next}.tmp", machine(), std::process::id()));
     destination.with_file_name(name)
+}
+
+/// The machine in temporary names, since a directory may be shared between several: no dot in it, and a `-` after it.
+pub(crate) fn machine() -> String {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host: String = host.trim().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+    format!("{host}-")
 }
 
 /// Makes a rename durable where the filesystem lets a directory be synced; elsewhere there is nothing to do.

@@ -5,7 +5,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use spec::{Context, Error, Result};
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
-use crate::atomic::{sync_directory, temporary_name};
+use crate::atomic::{machine, sync_directory, temporary_name};
 use crate::builder::{BuildOptions, build_inputs, train_on_inputs};
 use crate::corpus::{candidates, distinct};
 use crate::file::read_small;
@@ -321,6 +321,14 @@ impl Drop for Workshop {
     }
 }
 
+/// Whether a temporary name is of a process of this machine that is gone. Another machine's process may share the
+/// directory: names say which machine they are of.
+fn is_of_the_dead(name: &str) -> bool {
+    let maker = name.strip_suffix(".tmp").and_then(|n| n.rsplit_once('.')).map(|(_, maker)| maker);
+    let pid = maker.and_then(|m| m.strip_prefix(&machine())?.split('-').next()?.parse::<u32>().ok());
+    pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+}
+
 /// Removes what killed processes left; failing to is no reason not to go on.
 fn remove_stale(cache_dir: &Path) {
     for entry in fs::read_dir(cache_dir).into_iter().flatten().flatten() {
@@ -328,7 +336,7 @@ fn remove_stale(cache_dir: &Path) {
         let name = name.to_string_lossy();
         let is_ours = name.starts_with(".corpus-") && name.ends_with(".tmp");
         let age = entry.metadata().and_then(|m| m.modified()).ok().and_then(|t| t.elapsed().ok());
-        if is_ours && age.is_some_and(|age| age > STALE_AFTER) {
+        if is_ours && (is_of_the_dead(&name) || age.is_some_and(|age| age > STALE_AFTER)) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }

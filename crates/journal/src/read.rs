@@ -95,6 +95,7 @@ impl Reader {
 
     fn bad(&self, why: &str) -> Error {
         Error::user(format!("journal {}:{}: not a record: {why}", self.path.display(), self.line + 1))
+            .hint("the file is damaged there; cut it off before that line to read what came before")
     }
 }
 

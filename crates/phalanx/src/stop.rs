@@ -5,8 +5,10 @@ use std::sync::atomic::AtomicBool;
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::flag::{register, register_conditional_shutdown};
+use signal_hook::iterator::{Handle, Signals};
 use spec::{Error, Result};
 
+use crate::output;
 use crate::ranks::INTERRUPTED;
 
 /// A closed terminal, a person, a scheduler, and a scheduler's early warning.
@@ -31,6 +33,38 @@ pub(crate) fn flag() -> Result<Arc<AtomicBool>> {
     done = done.and_then(|()| register(SIGXFSZ, Arc::default()).map(drop));
     done.map_err(|e| Error::failure(format!("catch signals: {e}")))?;
     Ok(stop)
+}
+
+/// Until it is dropped, a signal ends the process with a word that nothing is lost: before training there is nothing
+/// to save. `speaks` is the one process of a job that says so.
+pub(crate) struct Early {
+    handle: Handle,
+}
+
+impl Early {
+    pub(crate) fn watch(speaks: bool) -> Result<Early> {
+        let fail = |e: std::io::Error| Error::failure(format!("catch signals: {e}"));
+        let ignored = ignored();
+        let caught = STOPS.into_iter().filter(|s| ignored & (1 << (s - 1)) == 0);
+        let mut signals = Signals::new(caught).map_err(fail)?;
+        let handle = signals.handle();
+        let end = move || {
+            if signals.forever().next().is_some() {
+                if speaks {
+                    output::say("stopped before the first step: nothing was trained, and nothing is lost");
+                }
+                std::process::exit(1);
+            }
+        };
+        std::thread::Builder::new().name("signals".to_owned()).spawn(end).map_err(fail)?;
+        Ok(Early { handle })
+    }
+}
+
+impl Drop for Early {
+    fn drop(&mut self) {
+        self.handle.close();
+    }
 }
 
 /// Signals that are ignored, as a mask with bit n - 1 for signal n.

@@ -14,13 +14,14 @@ use crate::device;
 use crate::live::{Bytes, Live};
 use crate::output;
 use crate::ranks::{self, INTERRUPTED, Rank};
-use crate::stop;
+use crate::stop::{self, Early};
 use crate::this_machine;
 
 pub(crate) fn train(args: &Train) -> Result<u8> {
+    let early = Early::watch(!ranks::started_by_us())?;
     if let Some(rank) = Rank::from_env(args.nproc)? {
         let me = rank.env.rank;
-        let code = as_rank(args, &rank).map_err(|e| e.context(format!("rank {me}")))?;
+        let code = as_rank(args, &rank, early).map_err(|e| e.context(format!("rank {me}")))?;
         rank.leave()?;
         return Ok(code);
     }
@@ -44,16 +45,17 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
     let mut begin = begin(args, &run)?;
     prepare(&run, &mut begin)?;
     if nproc > 1 {
+        drop(early);
         return ranks::start(nproc, &env);
     }
     let threads = output::threads(run.run.threads.unwrap_or(0));
     let device = device::open(run.run.device, 0, threads)?;
-    go(args, &run, begin, 0, Mesh::alone(), device, threads)
+    go(args, &run, begin, Mesh::alone(), device, threads, early)
 }
 
 /// One rank of several. Rank 0 owns the run's directory, prepares and speaks; whoever started the ranks may have done so
 /// already.
-fn as_rank(args: &Train, rank: &Rank) -> Result<u8> {
+fn as_rank(args: &Train, rank: &Rank, early: Early) -> Result<u8> {
     let mut run = load(args, rank.env.world)?;
     let transport = match args.transport.as_str() {
         "shm" => TransportChoice::Shm,
@@ -88,7 +90,7 @@ fn as_rank(args: &Train, rank: &Rank) -> Result<u8> {
     let mesh = Mesh::new(world, &run.layout)?;
     let device = device::open(run.run.device, rank.env.local_rank, threads)?;
     device::agree(&mesh, &*device)?;
-    go(args, &run, begin, rank.env.rank, mesh, device, threads)
+    go(args, &run, begin, mesh, device, threads, early)
 }
 
 /// Whether an earlier run is to be moved aside; a restart of the same job is no earlier run.
@@ -147,11 +149,12 @@ fn go(
     args: &Train,
     run: &RunSpec,
     begin: Beginning,
-    rank: usize,
     mesh: Mesh,
     device: Box<dyn Device>,
     threads: usize,
+    early: Early,
 ) -> Result<u8> {
+    let rank = mesh.rank();
     let speaks = rank == 0;
     let busy = speaks.then(|| busy("opening data, building the step program and filling in the weights"));
     let mut trainer = Trainer::open(run.clone(), begin, rank, mesh, device, args.trace)?;
@@ -166,6 +169,7 @@ fn go(
         return Ok(0);
     }
     let stop = stop::flag()?;
+    drop(early);
     let mut live = speaks.then(|| Live::new(run, trainer.step(), args.json));
     let mut each = |e| {
         if let Some(live) = &mut live {

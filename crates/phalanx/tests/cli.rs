@@ -303,6 +303,9 @@ fn bad_input_is_refused_with_a_hint() {
     check(&lab, "trace none", 2, "none");
     check(&lab, "data show none", 2, "none.idx");
     check(&lab, "data build none.txt --output set", 2, "open none.txt");
+    rustix::fs::mkfifoat(rustix::fs::CWD, lab.path("pipe"), rustix::fs::Mode::RWXU).expect("a pipe");
+    check(&lab, "validate pipe", 2, "read pipe: a pipe, expected a file");
+    check(&lab, "train pipe", 2, "read pipe: a pipe, expected a file");
     check(&lab, "data build text.txt --output file/set --vocab-size 300", 2, "file");
     check(&lab, "data build text.txt --output set/", 2, "set/: a directory, expected a prefix");
     check(&lab, "data build text.txt --output /dev/null", 2, "a special file, expected a prefix");

@@ -39,6 +39,12 @@ impl Error {
         use std::io::ErrorKind as K;
         let what = format!("{doing} {}: {error}", path.display());
         match error.kind() {
+            _ if error
+                .raw_os_error()
+                .is_some_and(|e| [TOO_MANY_FILES, TOO_MANY_FILES_IN_ALL].contains(&e)) =>
+            {
+                Error::failure(what).hint("raise the limit on open files: ulimit -n")
+            }
             K::NotFound
             | K::PermissionDenied
             | K::NotADirectory
@@ -82,6 +88,10 @@ impl Error {
         self.hint.as_deref()
     }
 }
+
+/// `EMFILE` and `ENFILE`, for which [`std::io::ErrorKind`] has no name.
+const TOO_MANY_FILES: i32 = 24;
+const TOO_MANY_FILES_IN_ALL: i32 = 23;
 
 /// `ELOOP`: links that lead in a circle, which [`std::io::ErrorKind`] has no stable name for.
 const TOO_MANY_LINKS: i32 = 40;

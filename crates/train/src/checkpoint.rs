@@ -122,7 +122,15 @@ pub fn import_weights(run: &RunSpec, dir: &RunDir, weights: &ckpt::hf::HfWeights
     let request = Request { layout: &layout, sequences: 1, precision, ..Request::of(run, 0) };
     let mut exec = Executor::new(&request, 1, Mesh::alone(), false)?;
     exec.set_params(&mut |part, out| {
-        weights.read_box(&part.name, part.row0, part.rows, part.col0, part.cols, out)
+        weights.read_box(&part.name, part.row0, part.rows, part.col0, part.cols, out)?;
+        match out.iter().position(|x| !x.is_finite()) {
+            None => Ok(()),
+            Some(at) => {
+                let (row, col) = (part.row0 + at / part.cols.max(1), part.col0 + at % part.cols.max(1));
+                Err(Error::user(format!("{}: {} in row {row}, column {col}", part.name, out[at]))
+                    .hint("such a model computes nothing: copy it again, or convert it from its source"))
+            }
+        }
     })?;
     let meta = ckpt::Meta { fingerprint: run.fingerprint(), world: 1, ..ckpt::Meta::default() };
     let saved = exec.save(&dir.checkpoints(), 0, meta)?;

@@ -55,6 +55,11 @@ impl Mesh {
         Ok(Mesh { world: Some(world), groups, order, ..Mesh::default() })
     }
 
+    /// This rank; 0 alone.
+    pub fn rank(&self) -> usize {
+        self.world.as_ref().map_or(0, World::rank)
+    }
+
     /// Whether there is nobody to talk to.
     pub fn is_alone(&self) -> bool {
         self.world.is_none()

@@ -1,4 +1,5 @@
 use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use spec::{Context, Error, Result, RunSpec};
@@ -135,6 +136,12 @@ impl RunDir {
 /// If it cannot be read, is not text, or is larger than a run file or configuration can be.
 pub fn read(path: &Path) -> Result<String> {
     let io = |e| Error::io("read", path, &e);
+    let of_shell = path.starts_with("/dev/fd") || path.starts_with("/proc/self/fd");
+    if std::fs::metadata(path).map_err(io)?.file_type().is_fifo() && !of_shell {
+        // Opening one waits for a writer, perhaps for ever; the shell's `<(...)` has one.
+        return Err(Error::user(format!("read {}: a pipe, expected a file", path.display()))
+            .hint("write what comes through it into a file first"));
+    }
     let file = std::fs::File::open(path).map_err(io)?;
     let mut bytes = Vec::new();
     file.take(TEXT_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(io)?;

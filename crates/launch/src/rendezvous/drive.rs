@@ -154,7 +154,7 @@ fn drive(mut setup: Setup, wished: &Receiver<(Wish, Option<u16>)>, teller: &Tell
     }
 }
 
-/// Connects to the store within the join time; `None` if the agent has gone meanwhile.
+/// Connects to the store within the join time; `None` if the agent has gone or goes meanwhile.
 fn connect(
     setup: &Setup,
     wished: &Receiver<(Wish, Option<u16>)>,
@@ -181,6 +181,8 @@ fn connect(
         }
         loop {
             match wished.try_recv() {
+                // Nobody knows of this node yet: it goes without a word.
+                Ok((Wish::Leave(_) | Wish::Close(_), _)) => return Ok(None),
                 Ok(wish) => early.push(wish),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => return Ok(None),

@@ -272,6 +272,54 @@ fn what_is_past_is_not_trained_again() {
     }
 }
 
+/// Before there is anything to save, a stop says that nothing is lost, and what it leaves is cleared by the next start.
+#[test]
+fn a_stop_while_data_is_prepared_says_so() {
+    let lab = Lab::new();
+    // Large enough that tokenising it takes seconds.
+    let text = fs::read_to_string(lab.path("text.txt")).expect("a text");
+    lab.write("text.txt", text.repeat(400));
+    let mut stopped = lab.start(&tiny("r", "--nproc 1"));
+    let has_begun = |lab: &Lab| {
+        let cache = fs::read_dir(lab.path("cache")).into_iter().flatten().flatten();
+        cache.into_iter().any(|e| e.file_name().to_string_lossy().ends_with(".tmp"))
+    };
+    while !has_begun(&lab) {
+        assert!(stopped.child.try_wait().expect("its state").is_none(), "it was too fast");
+        std::thread::yield_now();
+    }
+    Started::signal(stopped.child.id() as i32, Signal::TERM);
+    let (status, err) = stopped.end();
+    assert_eq!(status.code(), Some(1), "{err}");
+    assert!(err.contains("stopped before the first step: nothing was trained, and nothing is lost"), "{err}");
+    assert!(has_begun(&lab), "it was too fast");
+    lab.train("r", "--stop-after 1");
+    assert!(!has_begun(&lab), "what was left is cleared away");
+}
+
+#[test]
+fn a_launcher_that_waits_for_its_peers_can_be_stopped() {
+    let lab = Lab::new();
+    let alone = "launch --nnodes 2 --node-rank 1 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port 1 --no-python /bin/true";
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut started = lab.command(alone).stderr(Stdio::piped()).spawn().expect("start it");
+        // It listens once the kernel says that it catches the signal.
+        let caught = |pid: u32| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let mask =
+                status.lines().find_map(|l| l.strip_prefix("SigCgt:")).map(str::trim).map(str::to_owned);
+            let mask = mask.and_then(|m| u64::from_str_radix(&m, 16).ok()).unwrap_or(0);
+            mask & (1 << (signal.as_raw() - 1)) != 0
+        };
+        while !caught(started.id()) {
+            std::thread::yield_now();
+        }
+        Started::signal(started.id() as i32, signal);
+        let status = started.wait().expect("its end");
+        assert!(!status.success(), "{status}");
+    }
+}
+
 /// What is left of a file that was being written when the power went.
 #[test]
 fn an_empty_run_file_is_no_run_file() {

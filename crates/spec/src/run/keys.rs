@@ -249,7 +249,12 @@ pub(crate) static KEYS: &[Key] = &[
         "storage of parameters and activations; bf16 keeps f32 master weights",
     ),
     key("train.seed", count(0, i64::MAX as usize), "42", "seed of weights and data order"),
-    key("train.eval_every", off(MAX_STEPS), "100", "steps between evaluations on the validation split"),
+    key(
+        "train.eval_every",
+        off(MAX_STEPS),
+        "100",
+        "steps between evaluations on the validation split; the last step is always evaluated",
+    ),
     key("train.eval_batches", count(1, MAX_STEPS), "8", "global batches of one evaluation"),
     key("train.log_every", count(1, MAX_STEPS), "1", "steps between printed lines"),
     key(
