@@ -109,6 +109,9 @@ pub enum Record {
         /// Seconds that it took.
         #[serde(with = "float")]
         save_s: f64,
+        /// Seconds that training waited for it; all of them unless it was written in the background.
+        #[serde(with = "float::option", default, skip_serializing_if = "Option::is_none")]
+        stall_s: Option<f64>,
     },
     /// Training went on from a checkpoint. Steps above `step` that come before this record were lost.
     Resumed {

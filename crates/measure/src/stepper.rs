@@ -109,6 +109,7 @@ impl Stepper {
             weight_decay: 0.01,
             clip: Some(1.0),
             stop: false,
+            saved: false,
         })?;
         self.loss = out.loss;
         Ok(start.elapsed().as_secs_f64())

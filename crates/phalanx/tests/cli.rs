@@ -79,7 +79,7 @@ fn layouts_end_in_the_same_bits() {
 fn a_killed_rank_ends_the_others_with_one_message() {
     let lab = Lab::new();
     let mut started = lab.start(&tiny("run", "--nproc 4 --set train.steps=200"));
-    started.wait_for("step 4/");
+    started.wait_for("saved ");
     let rank = started.rank(2);
     Started::signal(rank, Signal::KILL);
     let (status, err) = started.end();

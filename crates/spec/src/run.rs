@@ -182,6 +182,8 @@ pub struct CheckpointSpec {
     pub every: Option<usize>,
     /// Newest checkpoints kept; `None` keeps all.
     pub keep: Option<usize>,
+    /// Written while training goes on.
+    pub background: bool,
 }
 
 /// `[run]`: where the run lives.

@@ -17,10 +17,24 @@ impl Executor {
     /// # Errors
     /// If any rank cannot write; the checkpoints before stay as they are.
     pub fn save(&mut self, dir: &Path, step: u64, meta: ckpt::Meta) -> Result<Option<(PathBuf, u64)>> {
-        let rank = self.program.rank;
         let written = ckpt::Saver::begin(dir, step)
-            .and_then(|saver| saver.write_rank(rank, self.state()?.pieces()))
+            .and_then(|saver| saver.write_rank(self.program.rank, self.state()?.pieces()))
             .map(|r| r.to_bytes());
+        self.commit(dir, step, meta, written)
+    }
+
+    /// Commits what the ranks have written; this one the share in record `written`.
+    ///
+    /// # Errors
+    /// As [`Executor::save`].
+    pub(crate) fn commit(
+        &self,
+        dir: &Path,
+        step: u64,
+        meta: ckpt::Meta,
+        written: Result<Vec<u8>>,
+    ) -> Result<Option<(PathBuf, u64)>> {
+        let rank = self.program.rank;
         // Nobody's share becomes a checkpoint if one rank could not write.
         let shares = agree(&self.mesh, rank, written);
         let (mut committed, mut done) = (None, Ok(Vec::new()));

@@ -29,6 +29,8 @@ pub struct Executor {
     comm_ns: u64,
     /// When the op that yields the gradient norm began.
     pub(crate) norm_start_ns: u64,
+    /// The last step failed of something that every rank sees alike.
+    pub(crate) failed_alike: bool,
     /// The batch of this rank on its way to the device: tokens and targets.
     batch: [Vec<u32>; 2],
     /// Tickets that were begun, with block and index of the op that began them.
@@ -58,6 +60,8 @@ pub struct StepInputs {
     pub clip: Option<f64>,
     /// This rank was asked to stop after the step.
     pub stop: bool,
+    /// This rank has written its share of the checkpoint under way.
+    pub saved: bool,
 }
 
 /// What a step yields.
@@ -69,6 +73,8 @@ pub struct StepOutputs {
     pub grad_norm: f64,
     /// Some rank was asked to stop: all do after this step.
     pub stop: bool,
+    /// Every rank has written its share of the checkpoint under way.
+    pub saved: bool,
 }
 
 impl Executor {
@@ -106,6 +112,7 @@ impl Executor {
             spans: Spans::new(room, record),
             comm_ns: 0,
             norm_start_ns: 0,
+            failed_alike: false,
             batch: Default::default(),
             begun: Vec::new(),
             over: Vec::new(),

@@ -131,8 +131,10 @@ impl Executor {
         candidates.clear();
         self.each_logit(&mut |l| candidates.push((f64::from(l), candidates.len() as u32)))?;
         if candidates.iter().any(|(logit, _)| logit.is_nan()) {
-            return Err(Error::user("the model's logits are NaN: some of its weights are, or have grown beyond reason")
-                .hint("go back to an earlier checkpoint, or import the model again"));
+            return Err(Error::user(
+                "the model's logits are NaN: some of its weights are, or have grown beyond reason",
+            )
+            .hint("go back to an earlier checkpoint, or import the model again"));
         }
         Ok(sample(candidates, s, draw))
     }

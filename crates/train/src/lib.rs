@@ -19,6 +19,7 @@ mod resolve;
 mod resume;
 mod rope;
 mod run_dir;
+mod saving;
 mod spans;
 mod state;
 mod tail;

@@ -26,7 +26,8 @@ impl Executor {
         let (tail, norm) = (self.program.tail, self.norm_op());
         let outputs = self.grad_norm(tail, norm, inputs)?;
         self.ran(tail, norm, 0, self.norm_start_ns);
-        check_finite(&outputs, inputs.step)?;
+        // What is summed over all ranks is found by all of them.
+        check_finite(&outputs, inputs.step).inspect_err(|_| self.failed_alike = true)?;
         let update = Some(update(inputs, clip_factor(outputs.grad_norm, inputs.clip)));
         Ok((outputs, Turn { update, ..Turn::default() }))
     }
@@ -37,21 +38,24 @@ impl Executor {
         self.ops(tail, self.norm_op() + 1..self.program.blocks[tail].ops.len(), turn)
     }
 
-    /// Joins the sums of squares, the losses and the votes to stop of all ranks, and adds each up in index order, so that
+    /// Joins the sums of squares, the losses and the votes of all ranks, and adds each up in index order, so that
     /// none depends on who held what.
     fn grad_norm(&mut self, block: usize, i: usize, inputs: &StepInputs) -> Result<StepOutputs> {
         let (norms, losses, vote) = self.shared_sums();
         self.spread_losses(losses)?;
-        self.device.copy_in(vote, &f64::from(u8::from(inputs.stop)).to_ne_bytes())?;
+        let own = f64::from(u8::from(inputs.stop)) + RANKS_MAX * f64::from(u8::from(inputs.saved));
+        self.device.copy_in(vote, &own.to_ne_bytes())?;
         self.communicate(block, i, Turn::default())?;
+        let votes = self.device.sum(vote)?;
         Ok(StepOutputs {
-            stop: self.device.sum(vote)? > 0.0,
+            stop: votes % RANKS_MAX > 0.0,
+            saved: (votes / RANKS_MAX).floor() == self.program.layout.world() as f64,
             grad_norm: self.device.sum(norms)?.sqrt(),
             loss: self.device.sum(losses)? / inputs.valid_tokens.max(1) as f64,
         })
     }
 
-    /// What ranks share at the end of a step: squares of gradients by chunk, losses by sequence, votes to stop.
+    /// What ranks share at the end of a step: squares of gradients by chunk, losses by sequence, votes.
     fn shared_sums(&self) -> (Operand, Operand, Operand) {
         let all = self.whole(self.program.io.norm_chunks);
         let losses = resolve::losses(&self.program);
@@ -83,6 +87,9 @@ impl Executor {
         device.sum(losses)
     }
 }
+
+/// Two counts share one number: votes to stop below this, shares saved above. Both are exact up to as many ranks.
+const RANKS_MAX: f64 = (1_u64 << 26) as f64;
 
 fn update(inputs: &StepInputs, factor: f32) -> AdamW {
     AdamW {

@@ -11,10 +11,11 @@ use spec::{Error, Result, RunSpec};
 use crate::begin::{Beginning, Weights};
 use crate::checkpoint::{self, adopt, restore};
 use crate::device::Device;
-use crate::exec::{Executor, StepInputs};
+use crate::exec::{Executor, StepInputs, StepOutputs};
 use crate::identity;
 use crate::mesh::Mesh;
 use crate::run_dir::RunDir;
+use crate::saving::Saving;
 
 /// One rank of a run: data, executor, journal and checkpoints around the step loop.
 pub struct Trainer {
@@ -33,6 +34,10 @@ pub struct Trainer {
     resumed: Option<PathBuf>,
     /// Tells this start of the run from others, on all ranks alike.
     session: u64,
+    /// The checkpoint that is being written.
+    saving: Option<Saving>,
+    /// Holds the copy that the next one is written from.
+    copy: Vec<f32>,
 }
 
 /// What happened, for whoever shows it to people. The journal has it already.
@@ -106,6 +111,8 @@ impl Trainer {
             begin,
             resumed,
             session,
+            saving: None,
+            copy: Vec::new(),
         };
         t.announce(rank)?;
         Ok(t)
@@ -190,11 +197,15 @@ impl Trainer {
         let (mut began, mut first) = (Instant::now(), self.step);
         let cold = self.step + 1;
         while self.step < last {
-            let ((record, drawn), stopping) = match self.one_step(stop.load(Ordering::Relaxed)) {
+            let (record, drawn, said) = match self.one_step(stop.load(Ordering::Relaxed)) {
                 Ok(done) => done,
                 Err(e) => {
                     let (time_us, step) = (now_us(), self.step + 1);
                     let hint = e.hint_text().map(str::to_owned);
+                    if self.exec.mesh.is_alone() || self.exec.failed_alike {
+                        // All ranks are here for what is nearly on the disk.
+                        self.finish_saving(each);
+                    }
                     self.exec.mesh.abort(&e.to_string());
                     // The failure itself is what the caller must see, even if the journal's disk is full too.
                     let _ = self.journal.write(&Record::Failed { time_us, step, error: e.to_string(), hint });
@@ -213,17 +224,16 @@ impl Trainer {
             if self.due(self.run.train.eval_every) || self.step == last {
                 self.evaluate(each)?;
             }
-            let stopping = stopping || stop_after.is_some_and(|n| self.step >= n);
+            let stopping = said.stop || stop_after.is_some_and(|n| self.step >= n);
             let ends = self.step == last || stopping;
-            if self.due(self.run.checkpoint.every) || ends {
-                match self.save(each) {
-                    Err(e) if ends => return Err(self.unsaved(&e)),
-                    Err(e) => {
-                        let text = checkpoint::unsaved_for_now(&self.run, self.step, &e);
-                        self.note(Record::Warning { time_us: now_us(), text }, each);
-                    }
-                    Ok(()) => {}
-                }
+            let due = self.due(self.run.checkpoint.every) || ends;
+            if said.saved || due {
+                self.finish_saving(each);
+            }
+            if ends {
+                self.save(each).map_err(|e| self.unsaved(&e))?;
+            } else if due {
+                self.save_beside(each);
             }
             if stopping && self.step < last {
                 let reason = "stopped on request".to_owned();
@@ -269,9 +279,9 @@ impl Trainer {
         }
     }
 
-    /// Loads the batch of the next step and runs it; gives what the step was and what it drew, and whether some rank was
-    /// asked to stop.
-    fn one_step(&mut self, stop: bool) -> Result<((Record, Record), bool)> {
+    /// Loads the batch of the next step and runs it; gives what the step was and what it drew, and what ranks
+    /// voted for.
+    fn one_step(&mut self, stop: bool) -> Result<(Record, Record, StepOutputs)> {
         let start = Instant::now();
         let drawn = load(&mut self.exec, self.streams.train.as_ref(), self.step, &mut self.sample)?;
         let step = self.step + 1;
@@ -289,6 +299,7 @@ impl Trainer {
             weight_decay: optim.weight_decay,
             clip: optim.grad_clip,
             stop,
+            saved: self.saving.as_ref().is_some_and(Saving::is_written),
         };
         let out = self.exec.step(&inputs)?;
         self.step = step;
@@ -310,7 +321,7 @@ impl Trainer {
             memory_bytes: self.exec.program.memory.total as u64,
             exposed_comm_s: (self.run.layout.world() > 1).then(|| self.exec.exposed_comm_s()),
         };
-        Ok(((record, drawn), out.stop))
+        Ok((record, drawn, out))
     }
 
     /// Why the run is not evaluated although it should be.
@@ -348,11 +359,10 @@ impl Trainer {
         Ok(())
     }
 
-    /// Saves a checkpoint and removes the oldest beyond `checkpoint.keep`.
-    fn save(&mut self, each: &mut dyn FnMut(Event)) -> Result<()> {
-        let start = Instant::now();
+    /// What the checkpoint of this step says of the run.
+    fn meta(&self) -> ckpt::Meta {
         let batch = &self.run.batch;
-        let meta = ckpt::Meta {
+        ckpt::Meta {
             tokens: self.step * (batch.sequence * batch.sequences) as u64,
             fingerprint: self.run.fingerprint(),
             world: self.run.layout.world(),
@@ -361,19 +371,90 @@ impl Trainer {
                 &self.streams,
                 self.begin.tokenizer.as_ref(),
             ),
+        }
+    }
+
+    /// Saves a checkpoint while training waits.
+    fn save(&mut self, each: &mut dyn FnMut(Event)) -> Result<()> {
+        let start = Instant::now();
+        let (dir, meta) = (self.dir.checkpoints(), self.meta());
+        if let Some(saved) = self.exec.save(&dir, self.step, meta)? {
+            let save_s = start.elapsed().as_secs_f64();
+            self.saved(saved, self.step, save_s, save_s, each);
+        }
+        Ok(())
+    }
+
+    /// Saves a checkpoint while training goes on, if it may; what keeps it from being written ends no run.
+    fn save_beside(&mut self, each: &mut dyn FnMut(Event)) {
+        let begun = if self.run.checkpoint.background {
+            let (dir, meta) = (self.dir.checkpoints(), self.meta());
+            Saving::begin(&self.exec, std::mem::take(&mut self.copy), dir, self.step, meta)
+        } else {
+            Ok(None)
         };
-        let Some((path, bytes)) = self.exec.save(&self.dir.checkpoints(), self.step, meta)? else {
-            return Ok(());
+        // Ranks that have no room for a copy write at once, and all of them together.
+        let all = begun.and_then(|begun| {
+            let mine = [u8::from(begun.is_some())];
+            Ok((self.exec.mesh.exchange(&mine)?.iter().all(|m| m == &[1]), begun))
+        });
+        let failed = match all {
+            Ok((true, begun)) => {
+                self.saving = begun;
+                Ok(())
+            }
+            Ok((false, begun)) => {
+                if let Some(begun) = begun {
+                    self.copy = begun.join().0;
+                }
+                self.save(each)
+            }
+            Err(e) => Err(e),
         };
+        if let Err(e) = failed {
+            self.unsaved_for_now(self.step, &e, each);
+        }
+    }
+
+    /// Waits for the checkpoint under way, if there is one, and commits it.
+    fn finish_saving(&mut self, each: &mut dyn FnMut(Event)) {
+        let Some(saving) = self.saving.take() else { return };
+        let start = Instant::now();
+        let (dir, step, meta) = (saving.dir.clone(), saving.step, saving.meta.clone());
+        let (began, copied_s) = (saving.began, saving.stall_s);
+        let (copy, written) = saving.join();
+        self.copy = copy;
+        match self.exec.commit(&dir, step, meta, written) {
+            Ok(None) => {}
+            Ok(Some(saved)) => {
+                let stall_s = copied_s + start.elapsed().as_secs_f64();
+                self.saved(saved, step, began.elapsed().as_secs_f64(), stall_s, each);
+            }
+            Err(e) => self.unsaved_for_now(step, &e, each),
+        }
+    }
+
+    fn unsaved_for_now(&mut self, step: u64, e: &Error, each: &mut dyn FnMut(Event)) {
+        let text = checkpoint::unsaved_for_now(&self.run, step, e);
+        self.note(Record::Warning { time_us: now_us(), text }, each);
+    }
+
+    /// Tells of a checkpoint, and removes the oldest beyond `checkpoint.keep`.
+    fn saved(
+        &mut self,
+        (path, bytes): (PathBuf, u64),
+        step: u64,
+        save_s: f64,
+        stall_s: f64,
+        each: &mut dyn FnMut(Event),
+    ) {
         if let Some(keep) = self.run.checkpoint.keep
             && let Err(e) = ckpt::keep(&self.dir.checkpoints(), keep)
         {
             self.note(warning(&e), each);
         }
-        let save_s = start.elapsed().as_secs_f64();
-        let path = path.display().to_string();
-        self.note(Record::Checkpoint { time_us: now_us(), step: self.step, path, bytes, save_s }, each);
-        Ok(())
+        let (time_us, path, stall_s) = (now_us(), path.display().to_string(), Some(stall_s));
+        self.note(Record::Checkpoint { time_us, step, path, bytes, save_s, stall_s }, each);
     }
 
     /// Writes start, end and bytes of every op of the last step to the journal, if they are recorded.

@@ -75,6 +75,7 @@ impl Golden {
             weight_decay: 0.1,
             clip: Some(1.0),
             stop: false,
+            saved: false,
         };
         exec.step(&inputs).expect("a step")
     }

@@ -67,6 +67,25 @@ fn checkpoints_are_listed_checked_compared_and_removed() {
     check("ckpt diff r none", "no checkpoint in none");
 }
 
+/// Training goes on while a checkpoint is written, of the weights that there were when it began.
+#[test]
+fn a_checkpoint_in_the_background_is_the_one_that_a_run_would_wait_for() {
+    let lab = Lab::new();
+    let steps = "--set checkpoint.keep=0 --set train.steps=40";
+    for (ranks, waits, beside) in [("", "a", "b"), ("--nproc 2 --set layout.zero=3", "c", "d")] {
+        lab.train(waits, &format!("{steps} {ranks} --set checkpoint.background=false"));
+        let out = lab.train(beside, &format!("{steps} {ranks}"));
+        assert!(out.contains("saved ") && lab.newest(beside).ends_with("step-00000040"), "{out}");
+        for step in (2..=40).step_by(2) {
+            let of = |run: &str| format!("{run}/checkpoints/step-{step:08}");
+            assert_eq!(
+                lab.json(&format!("ckpt diff {} {} --json", of(waits), of(beside)))["bit_equal"],
+                true
+            );
+        }
+    }
+}
+
 #[test]
 fn a_ledger_counts_what_was_lost_and_what_came_twice() {
     let lab = Lab::new();

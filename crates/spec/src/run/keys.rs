@@ -328,6 +328,12 @@ pub(crate) static KEYS: &[Key] = &[
         "gradient sums: tree is bit-identical for every layout",
     ),
     key("checkpoint.every", off(MAX_STEPS), "200", "steps between checkpoints"),
+    key(
+        "checkpoint.background",
+        KeyKind::Flag,
+        "true",
+        "write checkpoints while training goes on, from a copy of weights and moments in memory",
+    ),
     key("checkpoint.keep", off(MAX_STEPS), "2", "newest checkpoints kept; 0 = all"),
     key(
         "run.dir",

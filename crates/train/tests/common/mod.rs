@@ -79,6 +79,7 @@ pub fn inputs(step: u64, valid_tokens: u64) -> StepInputs {
         weight_decay: 0.1,
         clip: Some(1.0),
         stop: false,
+        saved: false,
     }
 }
 
