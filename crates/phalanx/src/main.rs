@@ -14,6 +14,7 @@ mod compare;
 mod data;
 mod device;
 mod files;
+mod inference;
 mod live;
 mod models;
 mod output;
@@ -53,6 +54,7 @@ fn main() -> std::process::ExitCode {
         Command::Data(a) => data::run(&a),
         Command::Bench(a) => bench::run(&a),
         Command::Plan(a) => planner::plan(&a),
+        Command::Inference(a) => inference::run(&a),
         Command::Validate(a) => validate::run(&a),
         Command::Catalog(a) => catalog::run(&a),
         Command::Compare(a) => compare::run(&a),

@@ -202,7 +202,7 @@ fn write_ranks(path: &Path, answer: &Answer, choice: &Choice) -> Result<()> {
 }
 
 /// A name of the catalogue, a Hugging Face config.json or its directory, or a run file.
-fn model(name: &str) -> Result<Shape> {
+pub(crate) fn model(name: &str) -> Result<Shape> {
     let path = Path::new(name);
     match path.extension().and_then(|e| e.to_str()) {
         Some("json") => config(path),

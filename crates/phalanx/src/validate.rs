@@ -1,5 +1,7 @@
 //! `phalanx validate`.
 
+mod serving;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
@@ -16,6 +18,9 @@ pub(crate) fn run(args: &Validate) -> Result<u8> {
     let catalog = Catalog::builtin()?;
     let name = args.file.display().to_string();
     let table = files::read(&args.file)?;
+    if published::inference::is_table(&table) {
+        return serving::run(args, &name, &table, &catalog);
+    }
     if let Some(path) = &args.fit {
         let fitted = calibrate(&name, &table, &catalog)?;
         files::write(path, &fitted.to_toml())?;

@@ -4,6 +4,7 @@ mod accidents;
 mod common;
 mod owner;
 mod planner;
+mod serving;
 mod survival;
 
 use std::fs;

@@ -1,9 +1,10 @@
-//! Published training runs: rows of a table as problems, the planner's constants fitted on them, its answers judged
-//! by them.
+//! Published training runs and serving figures: rows of a table as problems, constants fitted on them, answers judged by
+//! them.
 //!
 //! Nothing here does I/O: tables come in as text, calibrations and errors go out as values.
 
 pub mod fit;
+pub mod inference;
 pub mod runs;
 pub mod validate;
 

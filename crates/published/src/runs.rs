@@ -1,6 +1,6 @@
 //! Published training runs: rows of a table as problems to estimate.
 
-mod csv;
+pub(crate) mod csv;
 mod known;
 mod layouts;
 

@@ -1,0 +1,140 @@
+//! `phalanx inference`.
+
+mod text;
+
+use std::path::Path;
+
+use inference::answer::{Price, Question, answer, usual_cache};
+use inference::format::{Cache, Weights};
+use inference::memory::Memory;
+use inference::pass::Engine;
+use inference::serve::Traffic;
+use inference::stack::Stack;
+use plan::shape::Shape;
+use spec::catalog::{EntryKind, Listed};
+use spec::{Catalog, Cluster, Error, Result};
+
+use crate::args::Inference;
+use crate::{files, output, planner};
+
+pub(crate) fn run(args: &Inference) -> Result<u8> {
+    let question = question(args)?;
+    let answer = answer(&question)?;
+    output::print(&if args.json {
+        serde_json::to_string_pretty(&answer).expect("numbers are JSON")
+    } else {
+        text::answer(&answer)
+    });
+    Ok(0)
+}
+
+fn question(args: &Inference) -> Result<Question> {
+    let catalog = files::catalog(&args.catalog)?;
+    let shape = model(&args.model)?;
+    let weights = Weights::parse(&args.weights)?;
+    let cache = args.cache.as_deref().map(Cache::parse).transpose()?;
+    let stack = Stack::named(&args.stack)?;
+    let traffic = Traffic { input: args.input, output: args.output };
+    for (flag, n) in [
+        ("accelerators", args.accelerators),
+        ("tp", args.tp),
+        ("input", Some(args.input)),
+        ("output", Some(args.output)),
+    ] {
+        if n == Some(0) {
+            return Err(Error::user(format!("--{flag} 0, expected at least 1"))
+                .hint(format!("give --{flag} a number from 1")));
+        }
+    }
+    let tp = match args.tp {
+        Some(tp) => tp,
+        None => smallest(args, &catalog, &shape, weights, cache, &stack, traffic)?,
+    };
+    let cluster = catalog.cluster(&args.cluster, Some(args.accelerators.unwrap_or(tp)))?;
+    let price = match args.price {
+        Some(usd) => Some(Price { usd_per_accelerator_hour: usd, source: "--price".to_owned() }),
+        None => price(&catalog, &cluster)?,
+    };
+    Ok(Question {
+        shape,
+        cluster,
+        tp,
+        weights,
+        cache,
+        stack,
+        traffic,
+        concurrency: args.concurrency.clone(),
+        queue: args.queue,
+        price,
+    })
+}
+
+/// A file, or a name of the catalogue with the endings that serving's tables give it.
+fn model(name: &str) -> Result<Shape> {
+    let file = Path::new(name).extension().is_some_and(|e| e == "json" || e == "toml");
+    if file { planner::model(name) } else { planner::model(name).or_else(|_| inference::models::find(name)) }
+}
+
+/// The fewest accelerators whose memory takes the weights and a request.
+fn smallest(
+    args: &Inference,
+    catalog: &Catalog,
+    shape: &Shape,
+    weights: Weights,
+    cache: Option<Cache>,
+    stack: &Stack,
+    traffic: Traffic,
+) -> Result<usize> {
+    let cluster = catalog.cluster(&args.cluster, args.accelerators)?;
+    let cache = cache.unwrap_or(usual_cache(weights, stack));
+    let most = args.accelerators.unwrap_or(cluster.accelerators).min(shape.heads);
+    let mut last = None;
+    let sizes = std::iter::successors(Some(1usize), |n| n.checked_mul(2)).take_while(|n| *n <= most);
+    for tp in sizes.filter(|n| args.accelerators.is_none_or(|all| all.is_multiple_of(*n))) {
+        let engine = Engine::new(shape, &cluster, tp, weights, cache, stack)?;
+        let (input, output) = (traffic.input as f64, traffic.output as f64);
+        match Memory::of(&engine, &cluster.accelerator, shape.tied_embeddings, input, output) {
+            Ok(_) => {
+                output::say(&format!("--tp {tp}: the fewest accelerators that hold {}", shape.model.name));
+                return Ok(tp);
+            }
+            Err(e) => last = Some(e),
+        }
+    }
+    Err(last.unwrap_or_else(|| Error::failure("no accelerators to serve on")))
+}
+
+/// What the platform asks for an accelerator and hour on demand; else the median of all that the catalogue knows for it.
+fn price(catalog: &Catalog, cluster: &Cluster) -> Result<Option<Price>> {
+    if let Some(name) = &cluster.price {
+        return Ok(on_demand(catalog, name)?.map(|(usd, date)| Price {
+            usd_per_accelerator_hour: usd,
+            source: format!("{name} on demand, {date}"),
+        }));
+    }
+    let of_chip = |l: &Listed| -> Result<Option<(f64, String)>> {
+        let entry = catalog.get(EntryKind::Price, &l.name)?;
+        match entry.text("accelerator") == Some(cluster.accelerator.name.as_str()) {
+            true => on_demand(catalog, &l.name),
+            false => Ok(None),
+        }
+    };
+    let mut known = Vec::new();
+    for listed in catalog.list(Some(EntryKind::Price)) {
+        known.extend(of_chip(&listed)?);
+    }
+    known.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let Some((usd, _)) = known.get(known.len() / 2) else { return Ok(None) };
+    let (low, high) = (known[0].0, known[known.len() - 1].0);
+    let source = format!(
+        "median of {} on-demand prices for {} in the catalogue, {low} to {high}",
+        known.len(),
+        cluster.accelerator.name
+    );
+    Ok(Some(Price { usd_per_accelerator_hour: *usd, source }))
+}
+
+fn on_demand(catalog: &Catalog, name: &str) -> Result<Option<(f64, String)>> {
+    let entry = catalog.get(EntryKind::Price, name)?;
+    Ok(entry.number("on_demand").map(|q| (q.measure.value, q.date.clone())))
+}
