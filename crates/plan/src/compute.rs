@@ -57,22 +57,23 @@ fn doublings_short(dim: f64) -> f64 {
 }
 
 impl Chip {
-    /// The chip for matrix products in `format`. Formats of 16 bit and less that it lacks run at the rate of bf16: their
-    /// values are widened.
+    /// The chip for matrix products in `format`. Formats of less than 16 bit that it lacks run at the rate of its 16 bit:
+    /// their values are widened.
     ///
     /// # Errors
-    /// If the catalogue states no peak for a wider format, or for bf16.
+    /// If the catalogue states no peak for a format of 16 bit or more.
     pub fn of(accelerator: &Accelerator, format: NumberFormat) -> Result<Self> {
         let family = &accelerator.family;
         let has = |f: &NumberFormat| accelerator.peak(*f).is_some();
-        let stated = if has(&format) || format.bytes() > 2.0 { format } else { NumberFormat::Bf16 };
+        let sixteen = accelerator.sixteen_bit();
+        let stated = if has(&format) || format.bytes() >= 2.0 { format } else { sixteen };
         let peak = accelerator.peak(stated).ok_or_else(|| lacks(accelerator, stated))?.value;
         let matmul = accelerator.matmul(stated).or(match stated {
             NumberFormat::Fp16 => accelerator.matmul(NumberFormat::Bf16),
             _ => None,
         });
         // What the chip reaches in 16 bit says what it would reach in another format.
-        let known = accelerator.matmul(NumberFormat::Bf16).zip(accelerator.peak(NumberFormat::Bf16));
+        let known = accelerator.matmul(sixteen).zip(accelerator.peak(sixteen));
         let share = match (family.matmul_share, known) {
             (Some(share), _) => share.value,
             (None, Some((matmul, peak))) => (matmul.value / peak.value).min(MATMUL_SHARE),
@@ -99,11 +100,14 @@ impl Chip {
     }
 }
 
-fn lacks(accelerator: &Accelerator, format: NumberFormat) -> Error {
-    let has: Vec<&str> =
-        NumberFormat::all().filter(|f| accelerator.peak(*f).is_some()).map(NumberFormat::name).collect();
-    Error::user(format!("accelerator {} has no {format} peak in the catalogue", accelerator.name))
-        .hint(format!("it has {}; peak.{format} in a catalogue file of your own adds one", has.join(", ")))
+/// The refusal of a format that the catalogue states no peak of.
+pub(crate) fn lacks(accelerator: &Accelerator, format: NumberFormat) -> Error {
+    let Accelerator { name, .. } = accelerator;
+    let sixteen = accelerator.sixteen_bit();
+    Error::user(format!("accelerator {name} has no {format} matrix products in the catalogue")).hint(format!(
+        "it has {}: try --format {sixteen}; peak.{format} in a --catalog file adds one",
+        accelerator.formats()
+    ))
 }
 
 /// Seconds of a matrix product `[m, k] x [k, n]` whose operands take `bytes` in all.

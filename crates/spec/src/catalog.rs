@@ -253,7 +253,9 @@ impl Catalog {
     fn check_machines(&self, entry: &Entry) -> Result<()> {
         match entry.kind {
             EntryKind::Platform | EntryKind::Node => self.cluster(&entry.name, None).map(drop),
-            EntryKind::Accelerator => entry.text("usual").map_or(Ok(()), |name| self.cluster(name, None).map(drop)),
+            EntryKind::Accelerator => {
+                entry.text("usual").map_or(Ok(()), |name| self.cluster(name, None).map(drop))
+            }
             EntryKind::Name => {
                 entry.list("means").iter().try_for_each(|name| self.cluster(name, None).map(drop))?;
                 entry.list("see").iter().try_for_each(|name| self.named(name).map(drop))

@@ -168,6 +168,22 @@ impl Accelerator {
         self.peaks.iter().find(|p| p.0 == precision).map(|p| p.1)
     }
 
+    /// The format of 16 bit that its matrix units have: bf16, or fp16 where they know no bf16.
+    pub fn sixteen_bit(&self) -> NumberFormat {
+        if self.peak(NumberFormat::Bf16).is_none() && self.peak(NumberFormat::Fp16).is_some() {
+            NumberFormat::Fp16
+        } else {
+            NumberFormat::Bf16
+        }
+    }
+
+    /// The formats that it has, as the catalogue names them.
+    pub fn formats(&self) -> String {
+        let has: Vec<&str> =
+            NumberFormat::all().filter(|f| self.peak(*f).is_some()).map(NumberFormat::name).collect();
+        has.join(", ")
+    }
+
     /// Best large matrix product measured in practice, in FLOP/s, if known.
     pub fn matmul(&self, precision: NumberFormat) -> Option<Measure> {
         self.matmul.iter().find(|p| p.0 == precision).map(|p| p.1)
@@ -253,7 +269,10 @@ impl Catalog {
             && n > per_node
             && node.text("fabric").is_none()
         {
-            let what = format!("{n} accelerators asked, {} has up to {per_node} and no fabric joins several", node.name);
+            let what = format!(
+                "{n} accelerators asked, {} has up to {per_node} and no fabric joins several",
+                node.name
+            );
             return Err(Error::user(what).hint(format!(
                 "ask for at most {per_node}, or give the node a fabric and scale_out in a --catalog file"
             )));
@@ -331,6 +350,11 @@ impl Catalog {
         let in_slice = platform.map_or(usize::MAX, |p| p.1);
         let scale_up = scale_up(chip, platform.map(|p| p.0), accelerators, in_slice, per_node)?;
         let slices = accelerators.div_ceil(scale_up.domain);
+        if let (Some((_, pod)), true) = (platform, scale_up.domain < per_node && accelerators > per_node) {
+            let what = format!("{accelerators} accelerators make no equal slices of up to {pod} of {name}");
+            let near = accelerators.next_multiple_of(pod);
+            return Err(Error::user(what).hint(format!("--accelerators {near} is {} whole ones", near / pod)));
+        }
         if let (ScaleUpKind::Torus { .. }, Some(fabric), true) = (&scale_up.kind, fabric, slices > 1) {
             assumptions.push(format!("{slices} slices of {}, joined by {}", scale_up.domain, fabric.name));
         }

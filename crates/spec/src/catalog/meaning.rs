@@ -38,20 +38,25 @@ impl Meaning<'_> {
 }
 
 impl Catalog {
-    /// The machine of that name. Case, blanks, dashes and a plural do not matter. In turn: a platform, a platform of so
+    /// The machine of that name. Case, blanks, dashes, a maker in front and a plural do not matter. In turn: a platform, a platform of so
     /// many scalable units, a node, a name with several meanings, a slice of TPUs as Google names it, an accelerator.
     ///
     /// # Errors
     /// A name that is not known, or one of a thing that nothing can be planned on; the hint says what to do instead.
     pub fn meaning(&self, name: &str) -> Result<Meaning<'_>> {
         let tidy = name.trim().to_lowercase().replace([' ', '_'], "-");
-        self.machine(&tidy)
-            .or_else(|| tidy.strip_suffix('s').and_then(|one| self.machine(one)))
+        let bare = MAKERS.iter().find_map(|maker| tidy.strip_prefix(maker)?.strip_prefix('-'));
+        let spoken = std::iter::once(tidy.as_str()).chain(bare);
+        let singular = spoken.clone().filter_map(|name| name.strip_suffix('s'));
+        spoken
+            .chain(singular)
+            .find_map(|name| self.machine(name))
             .unwrap_or_else(|| Err(self.unknown_machine(name)))
     }
 
     fn machine(&self, tidy: &str) -> Option<Result<Meaning<'_>>> {
-        let only = |machine, units| Meaning { machine, units, accelerators: None, others: Vec::new(), note: None };
+        let only =
+            |machine, units| Meaning { machine, units, accelerators: None, others: Vec::new(), note: None };
         if let Ok(platform) = self.get(EntryKind::Platform, tidy) {
             return Some(Ok(only(platform, None)));
         }
@@ -81,7 +86,10 @@ impl Catalog {
             return Ok(Meaning { others, note, ..self.meaning(first)? });
         }
         if !word.list("see").is_empty() {
-            let hint = format!("`phalanx catalog show {}` has its figures; `phalanx catalog list platform` has machines", word.name);
+            let hint = format!(
+                "`phalanx catalog show {}` has its figures; `phalanx catalog list platform` has machines",
+                word.name
+            );
             return Err(Error::user(format!("{title} is a part of machines and none itself")).hint(hint));
         }
         let why = note.unwrap_or("it publishes no figures");
@@ -135,6 +143,10 @@ impl Catalog {
         }
     }
 }
+
+/// Whose machines people name with the maker in front.
+const MAKERS: [&str; 10] =
+    ["nvidia", "geforce", "aws", "amazon", "google", "microsoft", "azure", "oracle", "amd", "intel"];
 
 /// `dgx-superpod-h100-64su` is `dgx-superpod-h100` with 64 units.
 fn scalable_units(name: &str) -> Option<(&str, usize)> {
