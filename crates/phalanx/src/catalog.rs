@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use plan::models::{self, Known};
+use plan::strategy::Strategy;
 use serde_json::{Value, json};
 use spec::catalog::{Direction, Entry, Field, Sparsity};
 use spec::{Catalog, EntryKind, Error, Result, suggest};
@@ -115,6 +116,24 @@ fn show(catalog: &Catalog, name: &str, as_json: bool) -> Result<String> {
     let wanted = models::find(name).ok().map(|s| s.model.name);
     let models: Vec<Known> =
         models::all()?.into_iter().filter(|m| wanted.as_ref() == Some(&m.name)).collect();
+    if models.is_empty()
+        && entries.is_err()
+        && let Some(named) = Strategy::find(name)
+    {
+        let shown = json!({
+            "kind": "strategy", "name": named.names[0], "aliases": named.names, "what": named.what,
+            "plan": format!("--layout {}", named.names[0]),
+        });
+        return Ok(if as_json {
+            pretty(&json!([shown]))
+        } else {
+            let others = named.names[1..].join(", ");
+            format!(
+                "strategy {0}: {1}\n  other names   {others}\n  plan          phalanx plan ... --layout {0}\n",
+                named.names[0], named.what
+            )
+        });
+    }
     if models.is_empty() {
         let entries = entries.map_err(|e| {
             // The nearest of both lists.

@@ -164,7 +164,7 @@ mod tests {
 
     fn chip(name: &str) -> Chip {
         let cluster = Catalog::builtin().unwrap().cluster(name, None).unwrap();
-        Chip::of(&cluster.accelerator, NumberFormat::Bf16).unwrap()
+        Chip::of(&cluster.accelerator, cluster.accelerator.sixteen_bit()).unwrap()
     }
 
     #[test]
@@ -194,5 +194,31 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn formats_run_at_their_own_rate_or_are_refused() {
+        let catalog = Catalog::builtin().unwrap();
+        let peak = |name: &str, format| {
+            let chip = catalog.cluster(name, None).unwrap().accelerator;
+            Chip::of(&chip, format)
+                .map(|c| (c.peak / 1e12).round())
+                .map_err(|e| e.hint_text().unwrap().to_owned())
+        };
+        let h100 = [NumberFormat::Fp32, NumberFormat::Tf32, NumberFormat::Bf16, NumberFormat::Fp8];
+        assert_eq!(h100.map(|f| peak("dgx-h100", f).unwrap()), [67.0, 495.0, 989.0, 1979.0]);
+        assert_eq!(peak("dgx-v100", NumberFormat::Fp16), Ok(125.0));
+        assert_eq!(peak("dgx-v100", NumberFormat::Fp32), Ok(16.0));
+        for (name, format) in [
+            ("dgx-v100", NumberFormat::Bf16),
+            ("dgx-v100", NumberFormat::Tf32),
+            ("t4", NumberFormat::Bf16),
+            ("tpu-v5e-pod", NumberFormat::Fp32),
+        ] {
+            let hint = peak(name, format).unwrap_err();
+            assert!(hint.starts_with("it has ") && hint.contains("--format "), "{name} {format}: {hint}");
+        }
+        // Values of fewer bits are widened to what there is in 16.
+        assert_eq!(peak("dgx-v100", NumberFormat::Fp8), Ok(125.0));
     }
 }

@@ -106,6 +106,7 @@ fn the_guides_names_are_known() {
         ("CoreWeave", "coreweave-h100"),
         ("Lambda Labs", "lambda-h100"),
         ("AWS p5.48xlarge", "aws-p5"),
+        ("AWS p5.48xlarge (8x H100)", "aws-p5"),
         ("TPU v5p", "tpu-v5p-pod"),
         ("TPU Pods", "tpu-v5p-pod"),
         ("DGX H100", "dgx-h100"),
@@ -128,6 +129,9 @@ fn the_guides_names_are_known() {
         "GPU (H100 SXM5)",
         "CoreWeave",
         "Corelink",
+        "Google TPU v5p Pods",
+        "AWS p5.48xlarge (8x H100)",
+        "dgx-superpod-h100-64su",
     ] {
         assert!(catalog.named(part).is_ok(), "{part}");
     }

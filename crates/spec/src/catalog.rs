@@ -329,12 +329,11 @@ impl Catalog {
     pub fn named(&self, name: &str) -> Result<Vec<&Entry>> {
         let mut named: Vec<&Entry> =
             EntryKind::ALL.into_iter().filter_map(|kind| self.get(kind, name).ok()).collect();
+        // A platform of so many scalable units is an entry without them; a maker's name in front is none's.
         if named.is_empty()
-            && let Ok(cluster) = self.cluster(name, None)
+            && let Ok(meaning) = self.meaning(name)
         {
-            // A platform of so many scalable units is an entry without them.
-            let stem = cluster.name.rsplit_once('-').map_or("", |s| s.0);
-            named.extend(self.get(EntryKind::Platform, stem));
+            named.push(meaning.machine);
         }
         if named.is_empty() {
             let error = Error::user(format!("nothing in the catalogue is called \"{name}\""));
