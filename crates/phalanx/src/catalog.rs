@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use plan::models::{self, Known};
-use plan::strategy::Strategy;
+use plan::strategy::{Named, Strategy};
 use serde_json::{Value, json};
 use spec::catalog::{Direction, Entry, Field, Sparsity};
 use spec::{Catalog, EntryKind, Error, Result, suggest};
@@ -120,19 +120,7 @@ fn show(catalog: &Catalog, name: &str, as_json: bool) -> Result<String> {
         && entries.is_err()
         && let Some(named) = Strategy::find(name)
     {
-        let shown = json!({
-            "kind": "strategy", "name": named.names[0], "aliases": named.names, "what": named.what,
-            "plan": format!("--layout {}", named.names[0]),
-        });
-        return Ok(if as_json {
-            pretty(&json!([shown]))
-        } else {
-            let others = named.names[1..].join(", ");
-            format!(
-                "strategy {0}: {1}\n  other names   {others}\n  plan          phalanx plan ... --layout {0}\n",
-                named.names[0], named.what
-            )
-        });
+        return Ok(strategy(named, as_json));
     }
     if models.is_empty() {
         let entries = entries.map_err(|e| {
@@ -192,6 +180,20 @@ fn show(catalog: &Catalog, name: &str, as_json: bool) -> Result<String> {
         );
     }
     Ok(out)
+}
+
+fn strategy(named: &Named, as_json: bool) -> String {
+    let (name, others) = (named.names[0], named.names[1..].join(", "));
+    if as_json {
+        let plan = format!("--layout {name}");
+        return pretty(&json!([{
+            "kind": "strategy", "name": name, "aliases": named.names[1..], "what": named.what, "plan": plan,
+        }]));
+    }
+    format!(
+        "strategy {name}: {}\n  other names   {others}\n  plan          phalanx plan ... --layout {name}\n",
+        named.what
+    )
 }
 
 fn entries_json(catalog: &Catalog, name: &str, entries: &[&Entry]) -> Value {

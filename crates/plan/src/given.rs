@@ -145,14 +145,6 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
             1
         }
     };
-    let stage_layers = match word("stage_layers") {
-        None => Vec::new(),
-        Some(value) => value
-            .split('/')
-            .map(|n| n.parse().ok().filter(|n| (1..=MAX).contains(n)))
-            .collect::<Option<Vec<usize>>>()
-            .ok_or_else(|| wrong("stage_layers", &value, "counts with / between them"))?,
-    };
     let layout = Layout {
         dp,
         tp,
@@ -161,7 +153,7 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
         zero,
         schedule,
         chunks: chunks.unwrap_or(1),
-        stage_layers,
+        stage_layers: stage_layers(written.get("stage_layers"))?,
         micro_batch,
         recompute,
         reduce: Reduce::Ring,
@@ -202,6 +194,13 @@ fn split(text: &str) -> Result<BTreeMap<&'static str, String>> {
         );
     }
     Ok(written)
+}
+
+/// Layers of each stage, chunk by chunk; empty where they are dealt evenly.
+fn stage_layers(written: Option<&String>) -> Result<Vec<usize>> {
+    let Some(value) = written else { return Ok(Vec::new()) };
+    let counts = value.split('/').map(|n| n.parse().ok().filter(|n| (1..=MAX).contains(n)));
+    counts.collect::<Option<_>>().ok_or_else(|| wrong("stage_layers", value, "counts with / between them"))
 }
 
 fn wrong(key: &str, value: &str, expected: &str) -> Error {

@@ -1,5 +1,9 @@
 //! A machine to plan for, resolved from the catalogue.
 
+mod torus;
+
+use torus::{even_extents, even_slice, parse_shape};
+
 use crate::catalog::{Catalog, Entry, EntryKind, Meaning, Measure};
 use crate::{Error, Family, NumberFormat, Result};
 
@@ -349,15 +353,7 @@ impl Catalog {
         let fabric = fabric_name.map(|name| self.get(EntryKind::Fabric, name)).transpose()?;
         let in_slice = platform.map_or(usize::MAX, |p| p.1);
         let scale_up = scale_up(chip, platform.map(|p| p.0), accelerators, in_slice, per_node)?;
-        let slices = accelerators.div_ceil(scale_up.domain);
-        if let (Some((_, pod)), true) = (platform, scale_up.domain < per_node && accelerators > per_node) {
-            let what = format!("{accelerators} accelerators make no equal slices of up to {pod} of {name}");
-            let near = accelerators.next_multiple_of(pod);
-            return Err(Error::user(what).hint(format!("--accelerators {near} is {} whole ones", near / pod)));
-        }
-        if let (ScaleUpKind::Torus { .. }, Some(fabric), true) = (&scale_up.kind, fabric, slices > 1) {
-            assumptions.push(format!("{slices} slices of {}, joined by {}", scale_up.domain, fabric.name));
-        }
+        assumptions.extend(slices(accelerators, &scale_up, platform, per_node, fabric_name)?);
         let storage_name =
             platform.and_then(|p| p.0.text("storage")).or(node.text("storage")).unwrap_or_else(|| {
                 assumptions.push(format!("storage: no figures for {name}, {STORAGE_USUAL} stands in"));
@@ -481,45 +477,25 @@ fn scale_up(
     Ok(ScaleUp { kind, bytes_per_s: need(chip, "scale_up")?, peer_bytes_per_s: need(chip, "peer")?, domain })
 }
 
-/// The largest part of `n` in equal parts of at most `most`: slices that are joined are of one size.
-fn even_slice(n: usize, most: usize) -> usize {
-    let most = most.max(1);
-    // Parts of one each are equal, so the search ends.
-    (n.div_ceil(most).max(1)..=n).find(|parts| n.is_multiple_of(*parts)).map_or(1, |parts| n / parts)
-}
-
-/// Extents as even as possible whose product is `n`: largest prime factors first, each to the smallest extent.
-fn even_extents(n: usize, dims: usize) -> Vec<usize> {
-    let mut extents = vec![1; dims.clamp(1, 4)];
-    let (mut rest, mut factor, mut factors) = (n.max(1), 2, Vec::new());
-    while factor * factor <= rest {
-        while rest.is_multiple_of(factor) {
-            factors.push(factor);
-            rest /= factor;
-        }
-        factor += 1;
+/// How a job lies over several pods, where it does.
+fn slices(
+    accelerators: usize,
+    scale_up: &ScaleUp,
+    platform: Option<(&Entry, usize)>,
+    per_node: usize,
+    fabric: Option<&str>,
+) -> Result<Option<String>> {
+    let slices = accelerators.div_ceil(scale_up.domain);
+    let (ScaleUpKind::Torus { .. }, Some(fabric), true) = (&scale_up.kind, fabric, slices > 1) else {
+        return Ok(None);
+    };
+    if let (Some((entry, pod)), true) = (platform, scale_up.domain < per_node && accelerators > per_node) {
+        let name = &entry.name;
+        let what = format!("{accelerators} accelerators make no equal slices of up to {pod} of {name}");
+        let near = accelerators.next_multiple_of(pod);
+        return Err(Error::user(what).hint(format!("--accelerators {near} is {} whole ones", near / pod)));
     }
-    if rest > 1 {
-        factors.push(rest);
-    }
-    for factor in factors.into_iter().rev() {
-        if let Some(smallest) = extents.iter_mut().min() {
-            *smallest *= factor;
-        }
-    }
-    extents.sort_unstable();
-    extents
-}
-
-fn parse_shape(shape: &str, platform: Option<&Entry>) -> Result<Vec<usize>> {
-    let extents: Vec<usize> = shape.split('x').filter_map(|x| x.parse().ok()).filter(|x| *x > 0).collect();
-    if extents.is_empty() || extents.len() != shape.split('x').count() || extents.iter().any(|x| *x > 1 << 16)
-    {
-        let place = platform.map(|p| p.place.clone()).unwrap_or_default();
-        return Err(Error::user(format!("{place}: shape = \"{shape}\", expected extents as 16x16x16"))
-            .hint("one extent for each dim of the torus, with x between them"));
-    }
-    Ok(extents)
+    Ok(Some(format!("{slices} slices of {}, joined by {fabric}", scale_up.domain)))
 }
 
 /// Of a node that stands alone. Nothing leaves it: the rate is that of its own links, which keeps formulas finite.
@@ -585,17 +561,6 @@ fn opt_count(entry: &Entry, key: &str) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn extents_are_even_and_keep_the_product() {
-        let check = |n: usize, dims: usize, expected: &[usize]| assert_eq!(even_extents(n, dims), expected);
-        check(256, 2, &[16, 16]);
-        check(4096, 3, &[16, 16, 16]);
-        check(64, 3, &[4, 4, 4]);
-        check(128, 3, &[4, 4, 8]);
-        check(1, 3, &[1, 1, 1]);
-        check(7, 2, &[1, 7]);
-    }
 
     #[test]
     fn a_cluster_has_as_many_accelerators_as_asked_within_bounds() {
