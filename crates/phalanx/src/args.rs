@@ -157,14 +157,15 @@ pub(crate) struct Plan {
     /// Global batch in tokens instead of sequences, for example 16M
     #[arg(long, value_name = "TOKENS", conflicts_with = "sequences", allow_negative_numbers = true)]
     pub(crate) batch: Option<String>,
-    /// Number format of the matrix products: bf16, fp16, fp8 or fp4
-    #[arg(long, default_value = "bf16")]
-    pub(crate) format: String,
+    /// Number format of the matrix products: bf16, fp16, fp8, fp4, int8, tf32 or fp32; bf16, or fp16 without it, if absent
+    #[arg(long)]
+    pub(crate) format: Option<String>,
     /// Training stack to plan for; the usual one for the accelerator if absent
     #[arg(long, value_name = "NAME")]
     pub(crate) software: Option<String>,
-    /// Estimate this layout instead of searching, for example tp=8,pp=16,zero=1
-    #[arg(long, value_name = "KEY=VALUE,...", conflicts_with_all = ["keep", "trainable_only"])]
+    /// Estimate this layout instead of searching, for example tp=8,pp=16,zero=1; or the best of a strategy: ddp, tensor,
+    /// pipeline, 3d, zero-1 to zero-3, fsdp. Exit code 2 if it does not fit
+    #[arg(long, value_name = "KEY=VALUE,...|STRATEGY", conflicts_with_all = ["keep", "trainable_only"])]
     pub(crate) layout: Option<String>,
     /// Layouts to print
     #[arg(long, default_value_t = 5, value_name = "N")]

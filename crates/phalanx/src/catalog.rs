@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use plan::models::{self, Known};
+use plan::strategy::{Named, Strategy};
 use serde_json::{Value, json};
 use spec::catalog::{Direction, Entry, Field, Sparsity};
 use spec::{Catalog, EntryKind, Error, Result, suggest};
@@ -115,6 +116,12 @@ fn show(catalog: &Catalog, name: &str, as_json: bool) -> Result<String> {
     let wanted = models::find(name).ok().map(|s| s.model.name);
     let models: Vec<Known> =
         models::all()?.into_iter().filter(|m| wanted.as_ref() == Some(&m.name)).collect();
+    if models.is_empty()
+        && entries.is_err()
+        && let Some(named) = Strategy::find(name)
+    {
+        return Ok(strategy(named, as_json));
+    }
     if models.is_empty() {
         let entries = entries.map_err(|e| {
             // The nearest of both lists.
@@ -173,6 +180,20 @@ fn show(catalog: &Catalog, name: &str, as_json: bool) -> Result<String> {
         );
     }
     Ok(out)
+}
+
+fn strategy(named: &Named, as_json: bool) -> String {
+    let (name, others) = (named.names[0], named.names[1..].join(", "));
+    if as_json {
+        let plan = format!("--layout {name}");
+        return pretty(&json!([{
+            "kind": "strategy", "name": name, "aliases": named.names[1..], "what": named.what, "plan": plan,
+        }]));
+    }
+    format!(
+        "strategy {name}: {}\n  other names   {others}\n  plan          phalanx plan ... --layout {name}\n",
+        named.what
+    )
 }
 
 fn entries_json(catalog: &Catalog, name: &str, entries: &[&Entry]) -> Value {

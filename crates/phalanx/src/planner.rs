@@ -10,7 +10,8 @@ use plan::answer::{Answer, Choice, Question, default_batch, sequences_for};
 use plan::models;
 use plan::shape::Shape;
 use plan::software::{self, Software};
-use spec::{Error, HfModel, NumberFormat, Result, RunSpec, suggest};
+use plan::strategy::Strategy;
+use spec::{Cluster, Error, HfModel, NumberFormat, Result, RunSpec, suggest};
 use stacks::Emitted;
 
 use crate::args::Plan;
@@ -66,19 +67,36 @@ pub(crate) fn plan(args: &Plan) -> Result<u8> {
         let explained = if args.explain { Some(pool.install(|| answer.explain())?) } else { None };
         output::print(&text::answer(&answer, seconds, threads, explained.as_deref()));
     }
+    fits(&answer, chosen)?;
     Ok(0)
+}
+
+/// A layout that was given and cannot run is wrong input, though its answer is printed.
+fn fits(answer: &Answer, chosen: &Choice) -> Result<()> {
+    if chosen.fits {
+        return Ok(());
+    }
+    let room = answer.question.cluster.accelerator.memory_bytes.value;
+    let gb = |x: f64| x / 1e9;
+    let what = format!(
+        "layout {} does not fit: its fullest rank takes {:.1} GB of {:.1} GB",
+        chosen.placement(),
+        gb(chosen.memory_bytes),
+        gb(room)
+    );
+    Err(Error::user(what).hint(
+        "more tp or pp, zero=3 or recompute=full take less; without --layout the best that fits is found",
+    ))
 }
 
 fn question(args: &Plan) -> Result<Question> {
     let catalog = files::catalog(&args.catalog)?;
     let cluster = catalog.cluster(&args.cluster, args.accelerators)?;
+    let doubt = catalog.meaning(&args.cluster).ok().and_then(|m| m.doubt(&args.cluster));
+    doubt.iter().for_each(|doubt| output::say(&format!("note: {doubt}")));
     let shape = model(&args.model)?;
     let usual = default_batch(&shape);
-    let formats = || NumberFormat::all().map(NumberFormat::name);
-    let format = NumberFormat::parse(&args.format.to_lowercase()).ok_or_else(|| {
-        Error::user(format!("unknown number format \"{}\"", args.format))
-            .hint(suggest::hint(&args.format, formats().collect::<Vec<_>>()))
-    })?;
+    let format = format(args.format.as_deref(), &cluster)?;
     if !(1..=KEEP_MAX).contains(&args.keep) {
         return Err(Error::user(format!("--keep {}, expected 1 to {KEEP_MAX}", args.keep))
             .hint("the best layouts are printed, this many"));
@@ -118,6 +136,26 @@ fn question(args: &Plan) -> Result<Question> {
         tokens: args.tokens.as_deref().map(|t| tokens("--tokens", t)).transpose()?,
         keep,
         trainable_only: args.trainable_only,
+        strategy: match &args.layout {
+            Some(layout) if !layout.contains('=') => Some(Strategy::parse(layout)?),
+            _ => None,
+        },
+    })
+}
+
+/// The number format asked for, or what the accelerator has in 16 bit.
+fn format(asked: Option<&str>, cluster: &Cluster) -> Result<NumberFormat> {
+    let Some(asked) = asked else {
+        let format = cluster.accelerator.sixteen_bit();
+        if format != NumberFormat::Bf16 {
+            output::say(&format!("note: --format {format}: {} has no bf16", cluster.accelerator.name));
+        }
+        return Ok(format);
+    };
+    NumberFormat::parse(&asked.to_lowercase()).ok_or_else(|| {
+        let known = || NumberFormat::all().map(NumberFormat::name);
+        Error::user(format!("unknown number format \"{asked}\""))
+            .hint(suggest::hint(asked, known().collect::<Vec<_>>()))
     })
 }
 
@@ -133,7 +171,7 @@ fn stack(name: &str) -> Result<Software> {
 fn answer(question: Question, args: &Plan) -> Result<(Answer, f64)> {
     let calibration = files::calibration(args.calibration.as_deref())?;
     let start = Instant::now();
-    if let Some(layout) = &args.layout {
+    if let Some(layout) = args.layout.as_ref().filter(|_| question.strategy.is_none()) {
         let answer = plan::answer::estimate_given(question, layout, &calibration)?;
         return Ok((answer, start.elapsed().as_secs_f64()));
     }

@@ -241,15 +241,13 @@ fn question(args: &Plan) -> Result<RunSpec> {
     if path.extension().is_some_and(|e| e == "toml") {
         return Ok(run);
     }
-    let precision = match NumberFormat::parse(&args.format) {
+    let format = args.format.as_deref().unwrap_or("bf16");
+    let precision = match NumberFormat::parse(format) {
         Some(NumberFormat::Fp32) => DType::F32,
         Some(NumberFormat::Bf16) => DType::Bf16,
         _ => {
-            return Err(Error::user(format!(
-                "format {}, expected bf16 or fp32 on this machine",
-                args.format
-            ))
-            .hint("give --format bf16 or --format fp32"));
+            return Err(Error::user(format!("format {format}, expected bf16 or fp32 on this machine"))
+                .hint("give --format bf16 or --format fp32"));
         }
     };
     Ok(RunSpec { train: spec::run::TrainSpec { precision, ..run.train }, ..run })

@@ -3,9 +3,10 @@
 use serde::Serialize;
 use serde_json::{Value, json};
 use spec::cluster::Knob;
-use spec::{Cluster, Error, NumberFormat, Result};
+use spec::{Cluster, Error, Layout, NumberFormat, Result};
 
 use crate::calibration::{Calibration, Evidence, Grade};
+use crate::compute::lacks;
 use crate::estimate::{Breakdown, Estimate, Estimator, MemoryUse, Problem};
 use crate::given;
 use crate::placement::Placement;
@@ -13,6 +14,7 @@ use crate::search::{Found, Searched, Space, search};
 use crate::shape::Shape;
 use crate::software::Software;
 use crate::storage::{self, StorageEstimate};
+use crate::strategy::Strategy;
 
 /// What is to be planned.
 #[derive(Clone, Debug)]
@@ -35,6 +37,8 @@ pub struct Question {
     pub keep: usize,
     /// Only layouts that this program can train.
     pub trainable_only: bool,
+    /// Only layouts of this strategy.
+    pub strategy: Option<Strategy>,
 }
 
 /// One layout of an answer.
@@ -265,13 +269,7 @@ fn pose(question: &Question, calibration: &Calibration) -> Result<(Problem, Grad
     }
     let accelerator = &question.cluster.accelerator;
     if accelerator.peak(question.format).is_none() {
-        let has: Vec<&str> =
-            NumberFormat::all().filter(|f| accelerator.peak(*f).is_some()).map(NumberFormat::name).collect();
-        let what = format!(
-            "accelerator {} has no {} matrix products in the catalogue",
-            accelerator.name, question.format
-        );
-        return Err(Error::user(what).hint(format!("it has {}", has.join(", "))));
+        return Err(lacks(accelerator, question.format));
     }
     let family = &accelerator.family.name;
     let software = question.software.clone().unwrap_or_else(|| Software::usual(&accelerator.family));
@@ -330,6 +328,7 @@ fn space(question: &Question) -> Space {
         keep: question.keep.max(1),
         micro_batch_max: 32,
         trainable_only: question.trainable_only,
+        strategy: question.strategy,
     }
 }
 
@@ -356,13 +355,7 @@ fn choice(
     let tokens = question.sequences as f64 * question.sequence as f64;
     let tokens_per_s = tokens / step_s;
     let loses_s = match best {
-        Some(best) if best.step_s < estimate.step_s => {
-            let parts = estimate.breakdown.parts().into_iter().zip(best.breakdown.parts());
-            let mut loses: Vec<(&str, f64)> =
-                parts.map(|(a, b)| (a.0, a.1 - b.1)).filter(|l| l.1 != 0.0).collect();
-            loses.sort_by(|a, b| b.1.abs().total_cmp(&a.1.abs()));
-            loses
-        }
+        Some(best) if best.step_s < estimate.step_s => loses(estimate, best, storage),
         _ => Vec::new(),
     };
     Choice {
@@ -382,6 +375,18 @@ fn choice(
         loses_s,
         placement: found.placement.clone(),
     }
+}
+
+/// What a layout loses to the best by part, largest first. The parts add up to the difference of the two steps, which is
+/// never negative; a part is where the slower layout does better.
+fn loses(slower: &Estimate, best: &Estimate, storage: Option<&StorageEstimate>) -> Vec<(&'static str, f64)> {
+    let loading = |e: &Estimate| storage.map_or(0.0, |s| s.exposed_s(e.step_s));
+    let parts = slower.breakdown.parts().into_iter().zip(best.breakdown.parts());
+    let waits = ("data loading", loading(slower) - loading(best));
+    let mut loses: Vec<(&str, f64)> =
+        parts.map(|(a, b)| (a.0, a.1 - b.1)).chain([waits]).filter(|l| l.1 != 0.0).collect();
+    loses.sort_by(|a, b| b.1.abs().total_cmp(&a.1.abs()));
+    loses
 }
 
 fn assumptions(question: &Question, problem: &Problem, grade: &Grade, best: Option<&Choice>) -> Vec<String> {
@@ -414,6 +419,15 @@ fn assumptions(question: &Question, problem: &Problem, grade: &Grade, best: Opti
     let positions = question.shape.model.max_positions();
     if question.sequence > positions {
         out.push(format!("{} positions are assumed, the model has {positions}", question.sequence));
+    }
+    if let Some(best) = best
+        && let Layout { pp, chunks, .. } = best.placement.layout
+        && !question.shape.model.layers.is_multiple_of(pp * chunks)
+    {
+        out.push(format!(
+            "{} layers over {pp} stages of {chunks} chunks: some hold one more",
+            question.shape.model.layers
+        ));
     }
     out.push("no failures and no time for checkpoints in the step; tokens are read ahead".to_owned());
     out.extend(question.cluster.assumptions.iter().cloned());

@@ -57,22 +57,23 @@ fn doublings_short(dim: f64) -> f64 {
 }
 
 impl Chip {
-    /// The chip for matrix products in `format`. Formats of 16 bit and less that it lacks run at the rate of bf16: their
-    /// values are widened.
+    /// The chip for matrix products in `format`. Formats of less than 16 bit that it lacks run at the rate of its 16 bit:
+    /// their values are widened.
     ///
     /// # Errors
-    /// If the catalogue states no peak for a wider format, or for bf16.
+    /// If the catalogue states no peak for a format of 16 bit or more.
     pub fn of(accelerator: &Accelerator, format: NumberFormat) -> Result<Self> {
         let family = &accelerator.family;
         let has = |f: &NumberFormat| accelerator.peak(*f).is_some();
-        let stated = if has(&format) || format.bytes() > 2.0 { format } else { NumberFormat::Bf16 };
+        let sixteen = accelerator.sixteen_bit();
+        let stated = if has(&format) || format.bytes() >= 2.0 { format } else { sixteen };
         let peak = accelerator.peak(stated).ok_or_else(|| lacks(accelerator, stated))?.value;
         let matmul = accelerator.matmul(stated).or(match stated {
             NumberFormat::Fp16 => accelerator.matmul(NumberFormat::Bf16),
             _ => None,
         });
         // What the chip reaches in 16 bit says what it would reach in another format.
-        let known = accelerator.matmul(NumberFormat::Bf16).zip(accelerator.peak(NumberFormat::Bf16));
+        let known = accelerator.matmul(sixteen).zip(accelerator.peak(sixteen));
         let share = match (family.matmul_share, known) {
             (Some(share), _) => share.value,
             (None, Some((matmul, peak))) => (matmul.value / peak.value).min(MATMUL_SHARE),
@@ -99,11 +100,14 @@ impl Chip {
     }
 }
 
-fn lacks(accelerator: &Accelerator, format: NumberFormat) -> Error {
-    let has: Vec<&str> =
-        NumberFormat::all().filter(|f| accelerator.peak(*f).is_some()).map(NumberFormat::name).collect();
-    Error::user(format!("accelerator {} has no {format} peak in the catalogue", accelerator.name))
-        .hint(format!("it has {}; peak.{format} in a catalogue file of your own adds one", has.join(", ")))
+/// The refusal of a format that the catalogue states no peak of.
+pub(crate) fn lacks(accelerator: &Accelerator, format: NumberFormat) -> Error {
+    let Accelerator { name, .. } = accelerator;
+    let sixteen = accelerator.sixteen_bit();
+    Error::user(format!("accelerator {name} has no {format} matrix products in the catalogue")).hint(format!(
+        "it has {}: try --format {sixteen}; peak.{format} in a --catalog file adds one",
+        accelerator.formats()
+    ))
 }
 
 /// Seconds of a matrix product `[m, k] x [k, n]` whose operands take `bytes` in all.
@@ -160,7 +164,7 @@ mod tests {
 
     fn chip(name: &str) -> Chip {
         let cluster = Catalog::builtin().unwrap().cluster(name, None).unwrap();
-        Chip::of(&cluster.accelerator, NumberFormat::Bf16).unwrap()
+        Chip::of(&cluster.accelerator, cluster.accelerator.sixteen_bit()).unwrap()
     }
 
     #[test]
@@ -190,5 +194,31 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn formats_run_at_their_own_rate_or_are_refused() {
+        let catalog = Catalog::builtin().unwrap();
+        let peak = |name: &str, format| {
+            let chip = catalog.cluster(name, None).unwrap().accelerator;
+            Chip::of(&chip, format)
+                .map(|c| (c.peak / 1e12).round())
+                .map_err(|e| e.hint_text().unwrap().to_owned())
+        };
+        let h100 = [NumberFormat::Fp32, NumberFormat::Tf32, NumberFormat::Bf16, NumberFormat::Fp8];
+        assert_eq!(h100.map(|f| peak("dgx-h100", f).unwrap()), [67.0, 495.0, 989.0, 1979.0]);
+        assert_eq!(peak("dgx-v100", NumberFormat::Fp16), Ok(125.0));
+        assert_eq!(peak("dgx-v100", NumberFormat::Fp32), Ok(16.0));
+        for (name, format) in [
+            ("dgx-v100", NumberFormat::Bf16),
+            ("dgx-v100", NumberFormat::Tf32),
+            ("t4", NumberFormat::Bf16),
+            ("tpu-v5e-pod", NumberFormat::Fp32),
+        ] {
+            let hint = peak(name, format).unwrap_err();
+            assert!(hint.starts_with("it has ") && hint.contains("--format "), "{name} {format}: {hint}");
+        }
+        // Values of fewer bits are widened to what there is in 16.
+        assert_eq!(peak("dgx-v100", NumberFormat::Fp8), Ok(125.0));
     }
 }

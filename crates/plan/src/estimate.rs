@@ -170,7 +170,8 @@ impl<'a> Estimator<'a> {
     pub fn new(problem: &'a Problem, format: NumberFormat) -> Result<Self> {
         let accelerator = &problem.cluster.accelerator;
         let chip = Chip::of(accelerator, format)?;
-        let wide_chip = if format.bytes() < 2.0 { Chip::of(accelerator, NumberFormat::Bf16)? } else { chip };
+        let wide_chip =
+            if format.bytes() < 2.0 { Chip::of(accelerator, accelerator.sixteen_bit())? } else { chip };
         let tokens = problem.sequences as f64 * problem.sequence as f64;
         Ok(Estimator {
             net: NetworkModel::of(&problem.cluster),

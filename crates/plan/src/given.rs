@@ -8,7 +8,7 @@ use crate::estimate::Problem;
 use crate::placement::{Order, Placement};
 
 /// Keys of a written layout, named as in answers, and what they take.
-const KEYS: [(&str, &str); 13] = [
+const KEYS: [(&str, &str); 14] = [
     ("dp", "a count"),
     ("tp", "a count"),
     ("pp", "a count"),
@@ -19,6 +19,7 @@ const KEYS: [(&str, &str); 13] = [
     ("sequence_parallel", "true or false"),
     ("schedule", "1f1b, interleaved, zero-bubble or gpipe"),
     ("chunks", "a count"),
+    ("stage_layers", "layers of each stage, chunk by chunk, like 2/3/3"),
     ("micro_batch", "a count"),
     ("recompute", "none, selective or full"),
     ("order", "tp-cp-dp-pp or tp-cp-pp-dp"),
@@ -152,7 +153,7 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
         zero,
         schedule,
         chunks: chunks.unwrap_or(1),
-        stage_layers: Vec::new(),
+        stage_layers: stage_layers(written.get("stage_layers"))?,
         micro_batch,
         recompute,
         reduce: Reduce::Ring,
@@ -195,6 +196,13 @@ fn split(text: &str) -> Result<BTreeMap<&'static str, String>> {
     Ok(written)
 }
 
+/// Layers of each stage, chunk by chunk; empty where they are dealt evenly.
+fn stage_layers(written: Option<&String>) -> Result<Vec<usize>> {
+    let Some(value) = written else { return Ok(Vec::new()) };
+    let counts = value.split('/').map(|n| n.parse().ok().filter(|n| (1..=MAX).contains(n)));
+    counts.collect::<Option<_>>().ok_or_else(|| wrong("stage_layers", value, "counts with / between them"))
+}
+
 fn wrong(key: &str, value: &str, expected: &str) -> Error {
     let takes = KEYS.iter().find(|k| k.0 == key).map_or("", |k| k.1);
     Error::user(format!("layout key {key}={value}, expected {expected}")).hint(format!("{key} takes {takes}"))
@@ -206,7 +214,14 @@ fn check(placement: &Placement, p: &Problem) -> Result<()> {
     // Keys are written without the table that they have in a run file.
     let short = |e: Error| {
         let hint = e.hint_text().unwrap_or("see `phalanx help plan`").replace("layout.", "");
-        Error::user(e.to_string().replace("layout.", "")).hint(hint.replace("batch.sequence=", "--sequence "))
+        let hint = hint.replace("batch.sequence=", "--sequence ");
+        let hint = match hint.split_once("stage_layers=[") {
+            Some((before, counts)) => {
+                format!("{before}stage_layers={}", counts.trim_end_matches(']').replace(", ", "/"))
+            }
+            None => hint,
+        };
+        Error::user(e.to_string().replace("layout.", "")).hint(hint)
     };
     l.check(&p.shape.model, p.sequences, p.sequence, p.software.tolerance)
         .map_err(|broken| short(broken.into()))?;
@@ -290,5 +305,8 @@ mod tests {
         check("gpt3-175b", 1024, "zero=4", "zero = 4");
         check("gpt3-175b", 1024, "tp=8,shard=3", "shard=3 does not divide");
         check("gpt3-175b", 1024, "", "the layout is empty");
+        check("gpt3-175b", 1024, "tp=8,pp=2,stage_layers=48", "stage_layers has 1 entries");
+        check("gpt3-175b", 1024, "tp=8,pp=2,stage_layers=48/49", "adds up to 97 layers");
+        check("gpt3-175b", 1024, "tp=8,pp=2,stage_layers=48/x", "counts with / between them");
     }
 }

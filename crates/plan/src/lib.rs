@@ -15,4 +15,5 @@ pub mod search;
 pub mod shape;
 pub mod software;
 pub mod storage;
+pub mod strategy;
 pub mod template;

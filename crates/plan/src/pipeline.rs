@@ -18,7 +18,7 @@ impl Stage {
     }
 }
 
-/// What the time of a pipeline depends on. Stages between the first and the last are alike.
+/// What the time of a pipeline depends on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pipeline {
     /// Order of work.
@@ -31,8 +31,10 @@ pub struct Pipeline {
     pub micro_batches: f64,
     /// The first stage, with the embedding.
     pub first: Stage,
-    /// Stages between.
+    /// The slowest of the stages between.
     pub middle: Stage,
+    /// What the stages between take on average: less than the slowest where layers do not divide by stages.
+    pub mean: Stage,
     /// The last stage, with the head.
     pub last: Stage,
     /// Weight gradients of one micro-batch on a middle stage.
@@ -59,6 +61,7 @@ pub struct Pipeline {
 ///     micro_batches: 16.0,
 ///     first: even,
 ///     middle: even,
+///     mean: even,
 ///     last: even,
 ///     weight_s: 1.0,
 /// };
@@ -85,15 +88,16 @@ pub fn makespan_s(p: &Pipeline) -> f64 {
         let fill = (before + waits - saved * (p.stages - 1.0)).max(0.0) / p.chunks;
         p.micro_batches * stage.both_s() + fill + ragged * stage.both_s()
     };
-    let (first, middle, last) = (p.first.both_s(), p.middle.both_s(), p.last.both_s());
+    let (first, mean, last) = (p.first.both_s(), p.mean.both_s(), p.last.both_s());
     let between = (p.stages - 2.0).max(0.0);
-    let mut longest = path(&p.first, 0.0, between * middle + last, p.stages - 1.0);
-    longest = longest.max(path(&p.last, first + between * middle, 0.0, 0.0));
+    let mut longest = path(&p.first, 0.0, between * mean + last, p.stages - 1.0);
+    longest = longest.max(path(&p.last, first + between * mean, 0.0, 0.0));
     if between > 0.0 {
-        // Along alike stages the path's length is convex: an end has the longest.
+        // The slowest leaves the rest to the others. Along alike stages the path's length is convex: an end has the longest.
+        let other = if between > 1.0 { (between * mean - p.middle.both_s()) / (between - 1.0) } else { mean };
         for behind in [between - 1.0, 0.0] {
-            let before = first + (between - 1.0 - behind) * middle;
-            longest = longest.max(path(&p.middle, before, behind * middle + last, behind + 1.0));
+            let before = first + (between - 1.0 - behind) * other;
+            longest = longest.max(path(&p.middle, before, behind * other + last, behind + 1.0));
         }
     }
     longest
@@ -101,10 +105,10 @@ pub fn makespan_s(p: &Pipeline) -> f64 {
 
 /// All micro-batches through all stages in one direction.
 fn wave_s(p: &Pipeline, pass: impl Fn(&Stage) -> f64) -> f64 {
-    let (first, middle, last) = (pass(&p.first), pass(&p.middle), pass(&p.last));
+    let (first, mean, last) = (pass(&p.first), pass(&p.mean), pass(&p.last));
     let between = (p.stages - 2.0).max(0.0);
-    let slowest = if between > 0.0 { first.max(middle).max(last) } else { first.max(last) };
-    first + between * middle + last + (p.micro_batches - 1.0) * slowest
+    let slowest = if between > 0.0 { first.max(pass(&p.middle)).max(last) } else { first.max(last) };
+    first + between * mean + last + (p.micro_batches - 1.0) * slowest
 }
 
 #[cfg(test)]
@@ -126,6 +130,7 @@ mod tests {
                 micro_batches: micro_batches as f64,
                 first: stage,
                 middle: stage,
+                mean: stage,
                 last: stage,
                 weight_s: chunks as f64,
             };
@@ -189,6 +194,7 @@ mod tests {
                             micro_batches: micro_batches as f64,
                             first: stage(first),
                             middle: stage(middle),
+                            mean: stage(middle),
                             last: stage(last),
                             weight_s: 0.0,
                         };
@@ -201,6 +207,43 @@ mod tests {
                             "{schedule:?} {stages} {first} {middle} {last} {micro_batches}: {ratio}"
                         );
                     }
+                }
+            }
+        }
+    }
+
+    /// Layers that stages do not divide: some stages between take two layers, others three.
+    #[test]
+    fn stages_of_two_and_three_layers_take_as_long_as_their_schedule_says() {
+        let stage = |layers: usize| {
+            let t = layers as f64;
+            Stage { forward_s: t / 3.0, backward_s: 2.0 * t / 3.0 }
+        };
+        for schedule in [PipelineSchedule::OneFOneB, PipelineSchedule::Gpipe] {
+            for (layers, stages) in [(40, 16), (10, 4), (22, 8), (61, 16), (7, 3)] {
+                let at = |s: usize| layers * s / stages;
+                let all: Vec<Stage> = (0..stages).map(|s| stage(at(s + 1) - at(s))).collect();
+                let between = &all[1..stages - 1];
+                let slowest =
+                    between.iter().copied().max_by(|a, b| a.both_s().total_cmp(&b.both_s())).unwrap();
+                let mean = between.iter().map(Stage::both_s).sum::<f64>() / between.len() as f64;
+                for micro_batches in [stages, 4 * stages] {
+                    let p = Pipeline {
+                        schedule,
+                        stages: stages as f64,
+                        chunks: 1.0,
+                        micro_batches: micro_batches as f64,
+                        first: all[0],
+                        middle: slowest,
+                        mean: Stage { forward_s: mean / 3.0, backward_s: 2.0 * mean / 3.0 },
+                        last: all[stages - 1],
+                        weight_s: 0.0,
+                    };
+                    let ratio = makespan_s(&p) / played(schedule, &all, micro_batches);
+                    assert!(
+                        (0.97..1.03).contains(&ratio),
+                        "{schedule:?} {layers}/{stages} {micro_batches}: {ratio}"
+                    );
                 }
             }
         }

@@ -47,6 +47,10 @@ impl fmt::Display for Placement {
                 write!(f, ",{key}={value}")?;
             }
         }
+        if !l.stage_layers.is_empty() {
+            let counts: Vec<String> = l.stage_layers.iter().map(usize::to_string).collect();
+            write!(f, ",stage_layers={}", counts.join("/"))?;
+        }
         match l.schedule {
             PipelineSchedule::ZeroBubble => f.write_str(",schedule=zero-bubble")?,
             PipelineSchedule::Gpipe => f.write_str(",schedule=gpipe")?,

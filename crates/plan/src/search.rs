@@ -13,6 +13,7 @@ use spec::{Error, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Res
 
 use crate::estimate::{Estimate, Estimator, Problem};
 use crate::placement::{Order, Placement};
+use crate::strategy::Strategy;
 
 /// What to search over.
 #[derive(Clone, Debug)]
@@ -27,6 +28,8 @@ pub struct Space {
     pub micro_batch_max: usize,
     /// Leave axes out that do not train yet (context and expert parallelism).
     pub trainable_only: bool,
+    /// Only layouts of this strategy.
+    pub strategy: Option<Strategy>,
 }
 
 /// A layout with its estimate.
@@ -111,27 +114,32 @@ fn explore(problem: &Problem, space: &Space, progress: &(dyn Fn(usize, usize) + 
 
 fn nothing(problem: &Problem, space: &Space, all: &Part) -> Error {
     let name = &problem.shape.model.name;
+    let kind = space.strategy.map(|s| format!("{s} ")).unwrap_or_default();
     let room = problem.cluster.accelerator.memory_bytes.value;
     match &all.smallest {
         Some(found) => {
             let what = format!(
-                "no layout of {name} fits {} x {}: {}",
+                "no {kind}layout of {name} fits {} x {}: {}",
                 space.accelerators,
                 problem.cluster.accelerator.name,
                 overfull(found, room)
             );
-            Error::user(what).hint(what_would_fit(problem, space))
+            let hint = match (what_would_fit(problem, space), space.strategy) {
+                (hint, None) => hint,
+                (hint, Some(_)) => format!("{hint}; without --layout all strategies are tried"),
+            };
+            Error::user(what).hint(hint)
         }
         None => {
             let reasons: Vec<String> = all.refused.iter().map(|(why, n)| format!("{why} ({n})")).collect();
             let reasons = if reasons.is_empty() { vec!["no axis divides both".to_owned()] } else { reasons };
             Error::user(format!(
-                "no layout of {name} uses {} accelerators with {} sequences: {}",
+                "no {kind}layout of {name} uses {} accelerators with {} sequences: {}",
                 space.accelerators,
                 problem.sequences,
                 reasons.join(", ")
             ))
-            .hint("a number of accelerators and sequences with small factors has more layouts")
+            .hint("--accelerators and --sequences with small factors have more layouts")
         }
     }
 }
@@ -177,15 +185,19 @@ fn what_would_fit(problem: &Problem, space: &Space) -> String {
         explore(&problem, &space, &|_, _| ()).ok()?.best.into_iter().next()
     };
     let n = space.accelerators;
-    let end = TRIED_MAX.max(16 * n);
-    let tries = std::iter::successors(Some(2 * n), |many| Some(2 * many)).take_while(|many| *many <= end);
+    let has = problem.cluster.accelerators_max;
+    let end = TRIED_MAX.max(16 * n).min(has);
+    // Doubling stops at the machine's size, which is tried too.
+    let doubled = std::iter::successors(Some(2 * n), |many| Some(2 * many)).take_while(|many| *many < end);
+    let tries = doubled.chain((end > n).then_some(end));
     let Some((mut most, mut found)) = tries.into_iter().find_map(|many| Some((many, fits(many)?))) else {
+        let all = if end == has { format!("all {end}") } else { end.to_string() };
         return format!(
-            "not even {end} accelerators would do: a shorter --sequence takes less, and so does a smaller model"
+            "not even {all} accelerators would do: a shorter --sequence takes less, and so does a smaller model"
         );
     };
     let per_node = problem.cluster.per_node.max(1);
-    let mut least = most / 2;
+    let mut least = n.max(most / 2);
     while most - least > per_node {
         let middle = least + ((most - least) / 2).next_multiple_of(per_node).min(most - least - 1);
         match fits(middle) {
@@ -234,7 +246,7 @@ fn jobs(problem: &Problem, space: &Space) -> Vec<Job> {
         divisors(problem.sequences).into_iter().filter(|b| *b <= space.micro_batch_max).collect();
     let mut jobs = Vec::new();
     for &tp in &tps {
-        for &cp in &contexts {
+        for &cp in contexts.iter().filter(|cp| space.strategy.is_none_or(|s| s.allows_inside(tp, **cp))) {
             for &ep in &experts {
                 for &micro_batch in &micro_batches {
                     for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
@@ -389,7 +401,9 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
         let dp = plain.dp;
         let micro_batches = problem.sequences / dp / job.micro_batch;
         let ends = !space.trainable_only && tolerance.empty_ends;
-        for (schedule, chunks) in schedules(pp, layers, micro_batches, ends) {
+        // Megatron-LM of 2021 and its kin want chunks of one size.
+        let uneven = space.trainable_only || problem.software.lineage != "megatron";
+        for (schedule, chunks) in schedules(pp, layers, micro_batches, ends, uneven) {
             for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
                 if dp * job.cp == 1 && zero != Zero::Off {
                     continue;
@@ -399,6 +413,9 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
                 let mut twin = None;
                 for &order in orders {
                     let layout = Layout { zero, schedule, chunks, ..plain.clone() };
+                    if space.strategy.is_some_and(|s| !s.allows(&layout)) {
+                        continue;
+                    }
                     let placement = Placement { layout, shard: dp * job.cp, format: space.format, order };
                     let shared = match &shared {
                         Some(shared) => shared,
@@ -425,12 +442,21 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
     Ok(part)
 }
 
-/// Schedules and chunks a stage. With `empty_ends` the embedding and the head may have chunks of their own.
+/// Layers of the fullest stage where they are dealt to chunks as evenly as they go.
+fn fullest(layers: usize, pp: usize, chunks: usize) -> usize {
+    let virtuals = pp * chunks;
+    let at = |v: usize| layers * v / virtuals;
+    let own = |s: usize| (0..chunks).map(|c| at(c * pp + s + 1) - at(c * pp + s)).sum();
+    (0..pp).map(own).max().unwrap_or(layers)
+}
+
+/// Schedules and chunks a stage. Where the stack deals layers `uneven`, chunks may differ by one. With `empty_ends` the embedding and the head may have chunks of their own.
 fn schedules(
     pp: usize,
     layers: usize,
     micro_batches: usize,
     empty_ends: bool,
+    uneven: bool,
 ) -> Vec<(PipelineSchedule, usize)> {
     let mut out = vec![(PipelineSchedule::OneFOneB, 1)];
     if pp > 1 {
@@ -438,8 +464,11 @@ fn schedules(
         if micro_batches.is_multiple_of(pp) {
             let all = layers + if empty_ends { 2 } else { 0 };
             let most = (all / pp).min(CHUNKS_MAX);
-            let even = |c: &usize| layers.is_multiple_of(c * pp) || (layers + 2).is_multiple_of(c * pp);
-            out.extend((2..=most).filter(even).map(|c| (PipelineSchedule::Interleaved, c)));
+            let even = |c: usize| layers.is_multiple_of(c * pp) || (layers + 2).is_multiple_of(c * pp);
+            // Uneven chunks pay where no stage gets more layers by them.
+            let spread = |c: usize| uneven && fullest(layers, pp, c) == layers.div_ceil(pp);
+            let chunks = (2..=most).filter(|c| even(*c) || spread(*c));
+            out.extend(chunks.map(|c| (PipelineSchedule::Interleaved, c)));
         }
     }
     out

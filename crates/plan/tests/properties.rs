@@ -88,6 +88,7 @@ fn the_published_layout_of_llama_405b_is_among_the_best() {
         keep: 10,
         micro_batch_max: 8,
         trainable_only: false,
+        strategy: None,
     };
     let found = search(&problem, &space, &|_, _| ()).unwrap();
     let published = |f: &&plan::search::Found| {

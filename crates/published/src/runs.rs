@@ -174,6 +174,8 @@ impl Reader<'_> {
             self.assume(format!("fabric not published: that of {} taken", conditions.cluster));
         }
         let (recipe, format) = self.format(&family.name);
+        // "Mixed precision" on a chip without bf16 was fp16.
+        let format = if format == NumberFormat::Bf16 { cluster.accelerator.sixteen_bit() } else { format };
         let software = self.as_run(conditions.software, &id, recipe);
         let problem = layouts::Problem {
             shape: &shape,

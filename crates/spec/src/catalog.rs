@@ -1,11 +1,13 @@
 //! The catalogue: what machines are made of, as data with provenance.
 
+mod meaning;
 mod parse;
 mod quantity;
 mod schema;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+pub use meaning::Meaning;
 pub use quantity::{Dimension, Direction, Measure, Quantity, Sparsity};
 pub use schema::EntryKind;
 use schema::{Want, keys};
@@ -22,6 +24,8 @@ const BUILTIN: &[(&str, &str)] = &[
     ("catalog/prices.toml", include_str!("../../../catalog/prices.toml")),
     ("catalog/failures.toml", include_str!("../../../catalog/failures.toml")),
     ("catalog/platforms.toml", include_str!("../../../catalog/platforms.toml")),
+    ("catalog/workstations.toml", include_str!("../../../catalog/workstations.toml")),
+    ("catalog/names.toml", include_str!("../../../catalog/names.toml")),
 ];
 
 /// Accelerators, nodes, fabrics, storage, prices, failure rates and platforms, by name.
@@ -106,6 +110,9 @@ pub struct Checked {
     pub platforms: usize,
 }
 
+/// Keys that a base does not hand on: they are of one entry alone.
+const OWN_KEYS: [&str; 2] = ["aliases", "usual"];
+
 impl Catalog {
     /// The catalogue that ships with the program.
     ///
@@ -184,7 +191,7 @@ impl Catalog {
                     .get(id.0, &name)
                     .map_err(|e| e.context(format!("{place}: {}.{}.base", id.0, id.1)))?;
                 for (key, field) in &base.fields {
-                    if key != "aliases" {
+                    if !OWN_KEYS.contains(&key.as_str()) {
                         merged.fields.entry(key.clone()).or_insert_with(|| field.clone());
                     }
                 }
@@ -236,12 +243,25 @@ impl Catalog {
                     return Err(Error::user(what).hint("a name stands for one entry: take another alias"));
                 }
             }
-            if entry.kind == EntryKind::Platform {
-                self.cluster(&entry.name, None).map_err(|e| e.context(&entry.place))?;
-                checked.platforms += 1;
-            }
+            self.check_machines(entry).map_err(|e| e.context(&entry.place))?;
+            checked.platforms += usize::from(entry.kind == EntryKind::Platform);
         }
         Ok(checked)
+    }
+
+    /// Platforms and nodes make clusters, and what names mean is there.
+    fn check_machines(&self, entry: &Entry) -> Result<()> {
+        match entry.kind {
+            EntryKind::Platform | EntryKind::Node => self.cluster(&entry.name, None).map(drop),
+            EntryKind::Accelerator => {
+                entry.text("usual").map_or(Ok(()), |name| self.cluster(name, None).map(drop))
+            }
+            EntryKind::Name => {
+                entry.list("means").iter().try_for_each(|name| self.cluster(name, None).map(drop))?;
+                entry.list("see").iter().try_for_each(|name| self.named(name).map(drop))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// A source is a key of the `source` tables, or text that says where to look.
@@ -309,12 +329,11 @@ impl Catalog {
     pub fn named(&self, name: &str) -> Result<Vec<&Entry>> {
         let mut named: Vec<&Entry> =
             EntryKind::ALL.into_iter().filter_map(|kind| self.get(kind, name).ok()).collect();
+        // A platform of so many scalable units is an entry without them; a maker's name in front is none's.
         if named.is_empty()
-            && let Ok(cluster) = self.cluster(name, None)
+            && let Ok(meaning) = self.meaning(name)
         {
-            // A platform of so many scalable units is an entry without them.
-            let stem = cluster.name.rsplit_once('-').map_or("", |s| s.0);
-            named.extend(self.get(EntryKind::Platform, stem));
+            named.push(meaning.machine);
         }
         if named.is_empty() {
             let error = Error::user(format!("nothing in the catalogue is called \"{name}\""));
@@ -380,9 +399,9 @@ impl Catalog {
         self.sources.get(key)
     }
 
-    /// Names and aliases of platforms and nodes, for suggestions and completion.
+    /// Names and aliases of what can stand for a cluster, for suggestions and completion.
     pub fn cluster_names(&self) -> Vec<String> {
-        [EntryKind::Platform, EntryKind::Node]
+        [EntryKind::Platform, EntryKind::Node, EntryKind::Accelerator, EntryKind::Name]
             .into_iter()
             .flat_map(|kind| self.of_kind(kind))
             .flat_map(|e| std::iter::once(e.name.clone()).chain(e.aliases().map(str::to_owned)))
@@ -417,13 +436,16 @@ impl Entry {
         matches!(self.fields.get(key), Some(Field::Flag(true)))
     }
 
-    fn aliases(&self) -> impl Iterator<Item = &str> {
-        match self.fields.get("aliases") {
-            Some(Field::List(names)) => names.as_slice(),
+    /// Texts of a key; none where it is absent.
+    pub fn list(&self, key: &str) -> &[String] {
+        match self.fields.get(key) {
+            Some(Field::List(texts)) => texts,
             _ => &[],
         }
-        .iter()
-        .map(String::as_str)
+    }
+
+    fn aliases(&self) -> impl Iterator<Item = &str> {
+        self.list("aliases").iter().map(String::as_str)
     }
 }
 

@@ -1,6 +1,10 @@
 //! A machine to plan for, resolved from the catalogue.
 
-use crate::catalog::{Catalog, Entry, EntryKind, Measure, nearest_name};
+mod torus;
+
+use torus::{even_extents, even_slice, parse_shape};
+
+use crate::catalog::{Catalog, Entry, EntryKind, Meaning, Measure};
 use crate::{Error, Family, NumberFormat, Result};
 
 /// A machine to plan for: accelerators, the links between them, storage.
@@ -28,6 +32,8 @@ pub struct Cluster {
     pub failure: Option<String>,
     /// Power of one node in watts, if known.
     pub node_power_w: Option<Measure>,
+    /// The most accelerators that one job can have on such a machine.
+    pub accelerators_max: usize,
     /// What had to be assumed to make this cluster.
     pub assumptions: Vec<String>,
 }
@@ -166,6 +172,22 @@ impl Accelerator {
         self.peaks.iter().find(|p| p.0 == precision).map(|p| p.1)
     }
 
+    /// The format of 16 bit that its matrix units have: bf16, or fp16 where they know no bf16.
+    pub fn sixteen_bit(&self) -> NumberFormat {
+        if self.peak(NumberFormat::Bf16).is_none() && self.peak(NumberFormat::Fp16).is_some() {
+            NumberFormat::Fp16
+        } else {
+            NumberFormat::Bf16
+        }
+    }
+
+    /// The formats that it has, as the catalogue names them.
+    pub fn formats(&self) -> String {
+        let has: Vec<&str> =
+            NumberFormat::all().filter(|f| self.peak(*f).is_some()).map(NumberFormat::name).collect();
+        has.join(", ")
+    }
+
     /// Best large matrix product measured in practice, in FLOP/s, if known.
     pub fn matmul(&self, precision: NumberFormat) -> Option<Measure> {
         self.matmul.iter().find(|p| p.0 == precision).map(|p| p.1)
@@ -230,31 +252,36 @@ impl Cluster {
 
 impl Catalog {
     /// The cluster of that name: a platform (`meta-rsc`), a platform of N scalable units
-    /// (`dgx-superpod-h100-64su`), or a node (`dgx-h100`), with `accelerators` of it or all.
+    /// (`dgx-superpod-h100-64su`), a node (`dgx-h100`), or what else [`Catalog::meaning`] makes out, with `accelerators`
+    /// of it or all.
     ///
     /// # Errors
     /// An unknown name, a number in it that the platform cannot have, or more accelerators than there are.
     pub fn cluster(&self, name: &str, accelerators: Option<usize>) -> Result<Cluster> {
-        let tidy = name.trim().to_lowercase().replace([' ', '_'], "-");
-        if let Ok(platform) = self.get(EntryKind::Platform, &tidy) {
-            return self.platform(platform, None, accelerators);
+        let Meaning { machine, units, accelerators: told, .. } = self.meaning(name)?;
+        let accelerators = accelerators.or(told);
+        match machine.kind {
+            EntryKind::Platform => self.platform(machine, units, accelerators),
+            _ => self.node(machine, accelerators),
         }
-        if let Some((stem, units)) = scalable_units(&tidy)
-            && let Ok(platform) = self.get(EntryKind::Platform, stem)
+    }
+
+    /// Nodes of one kind: as many as the accelerators take, or one alone where no fabric joins them.
+    fn node(&self, node: &Entry, accelerators: Option<usize>) -> Result<Cluster> {
+        let per_node = count(node, "accelerators")?;
+        if let Some(n) = accelerators
+            && n > per_node
+            && node.text("fabric").is_none()
         {
-            return self.platform(platform, Some(units), accelerators);
+            let what = format!(
+                "{n} accelerators asked, {} has up to {per_node} and no fabric joins several",
+                node.name
+            );
+            return Err(Error::user(what).hint(format!(
+                "ask for at most {per_node}, or give the node a fabric and scale_out in a --catalog file"
+            )));
         }
-        if let Ok(node) = self.get(EntryKind::Node, &tidy) {
-            return self.assemble(&node.name, node, None, None, accelerators);
-        }
-        let known = self.cluster_names();
-        let error = Error::user(format!("unknown cluster \"{name}\""));
-        Err(match nearest_name(name, &known) {
-            Some(near) => {
-                error.hint(format!("did you mean `{near}`? `phalanx catalog list platform` shows all"))
-            }
-            None => error.hint("`phalanx catalog list platform` shows all"),
-        })
+        self.assemble(&node.name, node, None, None, accelerators)
     }
 
     fn platform(&self, platform: &Entry, units: Option<usize>, asked: Option<usize>) -> Result<Cluster> {
@@ -322,11 +349,11 @@ impl Catalog {
             return Err(Error::user(what).hint("give --accelerators a number in that range"));
         }
         let chip = self.get(EntryKind::Accelerator, node.text("accelerator").unwrap_or_default())?;
-        let fabric_name =
-            platform.and_then(|p| p.0.text("fabric")).or(node.text("fabric")).unwrap_or_default();
-        let fabric = self.get(EntryKind::Fabric, fabric_name)?;
+        let fabric_name = platform.and_then(|p| p.0.text("fabric")).or(node.text("fabric"));
+        let fabric = fabric_name.map(|name| self.get(EntryKind::Fabric, name)).transpose()?;
         let in_slice = platform.map_or(usize::MAX, |p| p.1);
         let scale_up = scale_up(chip, platform.map(|p| p.0), accelerators, in_slice, per_node)?;
+        assumptions.extend(slices(accelerators, &scale_up, platform, per_node, fabric_name)?);
         let storage_name =
             platform.and_then(|p| p.0.text("storage")).or(node.text("storage")).unwrap_or_else(|| {
                 assumptions.push(format!("storage: no figures for {name}, {STORAGE_USUAL} stands in"));
@@ -336,9 +363,8 @@ impl Catalog {
             Some(self.storage(storage_name, accelerators.div_ceil(per_node), platform.map(|p| p.0))?);
         let family = self.family(chip.text("family").unwrap_or_default(), &mut assumptions)?;
         let reaches = self.get(EntryKind::Family, &family.name).ok().map(|f| (f, "family"));
-        for (entry, what) in
-            reaches.into_iter().chain([(chip, "accelerator"), (node, "node"), (fabric, "fabric")])
-        {
+        let parts = [Some((chip, "accelerator")), Some((node, "node")), fabric.map(|f| (f, "fabric"))];
+        for (entry, what) in reaches.into_iter().chain(parts.into_iter().flatten()) {
             for (key, field) in &entry.fields {
                 if let crate::catalog::Field::Number(q) = field
                     && ["choice", "recalled"].contains(&q.source.as_str())
@@ -355,8 +381,16 @@ impl Catalog {
             accelerators,
             accelerator: accelerator(chip, family)?,
             per_node,
+            scale_out: match fabric {
+                Some(fabric) => scale_out(fabric, node, per_node)?,
+                None => no_fabric(&scale_up),
+            },
             scale_up,
-            scale_out: scale_out(fabric, node, per_node)?,
+            accelerators_max: match platform {
+                Some((p, limit)) if !p.flag("multislice") => limit,
+                None if fabric.is_none() => per_node,
+                _ => ACCELERATORS_MAX,
+            },
             storage,
             price: platform.and_then(|p| p.0.text("price")).map(str::to_owned),
             failure: platform.and_then(|p| p.0.text("failure")).map(str::to_owned),
@@ -389,13 +423,6 @@ impl Catalog {
         let (write_bytes_per_s, write_limit) = rate("write")?;
         Ok(Storage { name: name.to_owned(), read_bytes_per_s, read_limit, write_bytes_per_s, write_limit })
     }
-}
-
-/// `dgx-superpod-h100-64su` is `dgx-superpod-h100` with 64 units.
-fn scalable_units(name: &str) -> Option<(&str, usize)> {
-    let (stem, last) = name.rsplit_once('-')?;
-    let units = last.strip_suffix("su")?.parse().ok()?;
-    Some((stem, units))
 }
 
 fn accelerator(chip: &Entry, family: Family) -> Result<Accelerator> {
@@ -431,7 +458,7 @@ fn scale_up(
     let kind = match chip.text("link") {
         Some("torus") => {
             let dims = opt_count(chip, "torus_dims").unwrap_or(2);
-            let slice = accelerators.min(domain).min(slice_max);
+            let slice = even_slice(accelerators, domain.min(slice_max));
             let whole =
                 platform.and_then(|p| p.text("shape")).map(|s| parse_shape(s, platform)).transpose()?;
             let extents = match whole {
@@ -450,38 +477,38 @@ fn scale_up(
     Ok(ScaleUp { kind, bytes_per_s: need(chip, "scale_up")?, peer_bytes_per_s: need(chip, "peer")?, domain })
 }
 
-/// Extents as even as possible whose product is `n`: largest prime factors first, each to the smallest extent.
-fn even_extents(n: usize, dims: usize) -> Vec<usize> {
-    let mut extents = vec![1; dims.clamp(1, 4)];
-    let (mut rest, mut factor, mut factors) = (n.max(1), 2, Vec::new());
-    while factor * factor <= rest {
-        while rest.is_multiple_of(factor) {
-            factors.push(factor);
-            rest /= factor;
-        }
-        factor += 1;
+/// How a job lies over several pods, where it does.
+fn slices(
+    accelerators: usize,
+    scale_up: &ScaleUp,
+    platform: Option<(&Entry, usize)>,
+    per_node: usize,
+    fabric: Option<&str>,
+) -> Result<Option<String>> {
+    let slices = accelerators.div_ceil(scale_up.domain);
+    let (ScaleUpKind::Torus { .. }, Some(fabric), true) = (&scale_up.kind, fabric, slices > 1) else {
+        return Ok(None);
+    };
+    if let (Some((entry, pod)), true) = (platform, scale_up.domain < per_node && accelerators > per_node) {
+        let name = &entry.name;
+        let what = format!("{accelerators} accelerators make no equal slices of up to {pod} of {name}");
+        let near = accelerators.next_multiple_of(pod);
+        return Err(Error::user(what).hint(format!("--accelerators {near} is {} whole ones", near / pod)));
     }
-    if rest > 1 {
-        factors.push(rest);
-    }
-    for factor in factors.into_iter().rev() {
-        if let Some(smallest) = extents.iter_mut().min() {
-            *smallest *= factor;
-        }
-    }
-    extents.sort_unstable();
-    extents
+    Ok(Some(format!("{slices} slices of {}, joined by {fabric}", scale_up.domain)))
 }
 
-fn parse_shape(shape: &str, platform: Option<&Entry>) -> Result<Vec<usize>> {
-    let extents: Vec<usize> = shape.split('x').filter_map(|x| x.parse().ok()).filter(|x| *x > 0).collect();
-    if extents.is_empty() || extents.len() != shape.split('x').count() || extents.iter().any(|x| *x > 1 << 16)
-    {
-        let place = platform.map(|p| p.place.clone()).unwrap_or_default();
-        return Err(Error::user(format!("{place}: shape = \"{shape}\", expected extents as 16x16x16"))
-            .hint("one extent for each dim of the torus, with x between them"));
+/// Of a node that stands alone. Nothing leaves it: the rate is that of its own links, which keeps formulas finite.
+fn no_fabric(scale_up: &ScaleUp) -> ScaleOut {
+    ScaleOut {
+        fabric: "none".to_owned(),
+        topology: FabricTopology::FatTree,
+        bytes_per_s: scale_up.bytes_per_s,
+        hop_latency_s: Measure::exact(0.0),
+        efficiency: Measure::exact(1.0),
+        in_switch: false,
+        tiers: Vec::new(),
     }
-    Ok(extents)
 }
 
 fn scale_out(fabric: &Entry, node: &Entry, per_node: usize) -> Result<ScaleOut> {
@@ -534,17 +561,6 @@ fn opt_count(entry: &Entry, key: &str) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn extents_are_even_and_keep_the_product() {
-        let check = |n: usize, dims: usize, expected: &[usize]| assert_eq!(even_extents(n, dims), expected);
-        check(256, 2, &[16, 16]);
-        check(4096, 3, &[16, 16, 16]);
-        check(64, 3, &[4, 4, 4]);
-        check(128, 3, &[4, 4, 8]);
-        check(1, 3, &[1, 1, 1]);
-        check(7, 2, &[1, 7]);
-    }
 
     #[test]
     fn a_cluster_has_as_many_accelerators_as_asked_within_bounds() {

@@ -8,6 +8,8 @@ use spec::cluster::StorageLimit;
 
 /// Characters of a full bar.
 const BAR: f64 = 40.0;
+/// Parts named of what a layout loses to the best.
+const LOSSES: usize = 2;
 /// Rows of the front between time and memory.
 const FRONT_ROWS: usize = 10;
 
@@ -110,9 +112,13 @@ fn row(out: &mut String, n: usize, c: &Choice) -> std::fmt::Result {
         c.bound,
         c.placement()
     )?;
-    if let Some((part, loss)) = c.loses_s.first() {
-        let sign = if *loss < 0.0 { "-" } else { "+" };
-        writeln!(out, "   against the best, mostly {part}: {sign}{}", seconds(loss.abs()))?;
+    if !c.loses_s.is_empty() {
+        // A part may gain what others lose; the whole never gains.
+        let signed = |s: f64| format!("{}{}", if s < 0.0 { "-" } else { "+" }, seconds(s.abs()));
+        let whole: f64 = c.loses_s.iter().map(|l| l.1).sum();
+        let parts: Vec<String> =
+            c.loses_s.iter().take(LOSSES).map(|(part, s)| format!("{part} {}", signed(*s))).collect();
+        writeln!(out, "   against the best {}: {}", signed(whole), parts.join(", "))?;
     }
     Ok(())
 }

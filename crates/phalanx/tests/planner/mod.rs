@@ -69,6 +69,60 @@ fn a_layout_that_was_found_costs_the_same_when_it_is_given() {
 }
 
 #[test]
+fn a_layout_that_does_not_fit_is_answered_and_is_wrong_input() {
+    let lab = Lab::new();
+    let ran = lab.run("plan --model llama3-70b --cluster dgx-h100 --layout tp=8");
+    assert_eq!(ran.code, Some(2), "{}{}", ran.out, ran.err);
+    assert!(ran.out.contains("where the memory goes"), "{}", ran.out);
+    assert!(
+        ran.err.starts_with("error: layout tp=8,pp=1,dp=1") && ran.err.contains("does not fit"),
+        "{}",
+        ran.err
+    );
+    assert!(ran.err.contains("hint: "), "{}", ran.err);
+    let ran = lab.run("plan --model llama3-70b --cluster dgx-h100 --layout tp=8 --json");
+    let json: Value = serde_json::from_str(&ran.out).expect("the answer is printed");
+    assert_eq!((ran.code, &json["best"][0]["fits"]), (Some(2), &Value::Bool(false)));
+}
+
+#[test]
+fn strategies_and_machines_go_by_the_names_that_people_use() {
+    let lab = Lab::new();
+    let placed = |strategy: &str| {
+        let ran = lab.run(&format!("{SMALL} --layout {strategy} --json"));
+        let json: Value =
+            serde_json::from_str(&ran.out).unwrap_or_else(|_| panic!("{strategy}: {}", ran.err));
+        let layout = &json["best"][0]["layout"];
+        ["dp", "tp", "pp", "zero"].map(|k| layout[k].as_u64().expect("a count"))
+    };
+    assert_eq!(placed("ddp"), [16, 1, 1, 0]);
+    assert_eq!(placed("zero-3"), [16, 1, 1, 3]);
+    assert!(placed("3D-Parallelism")[..3].iter().all(|n| *n > 1));
+    assert!(lab.ok("catalog show zero-3").contains("--layout zero-3"));
+    refused(&lab, &format!("{SMALL} --layout 4d"), 2, "neither a layout nor a strategy");
+
+    let plan =
+        |cluster: &str| lab.run(&format!("plan --model gpt3-1.3b --cluster {cluster} --accelerators 8"));
+    let ran = plan("azure-openai");
+    assert!(ran.err.contains("is taken for azure-eagle; it could also be azure-nd-a100"), "{}", ran.err);
+    let ran = plan("v100");
+    assert!(
+        ran.out.contains(", fp16, ") && ran.err.contains("v100-sxm2 has no bf16"),
+        "{}{}",
+        ran.out,
+        ran.err
+    );
+    assert!(plan("dgx-h100").err.is_empty());
+    refused(
+        &lab,
+        "plan --model gpt2 --cluster azure-openai-2020 --format bf16",
+        2,
+        "has no bf16 matrix products",
+    );
+    refused(&lab, "plan --model gpt2 --cluster corelink", 2, "Corelink: no public figures");
+}
+
+#[test]
 fn a_batch_is_asked_for_in_sequences_or_in_tokens() {
     let lab = Lab::new();
     let of = |args: &str| lab.json(&format!("{SMALL} --json --layout tp=1 {args}"))["sequences"].clone();

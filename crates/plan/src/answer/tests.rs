@@ -14,6 +14,7 @@ fn question(model: &str, cluster: &str, n: usize) -> Question {
         tokens: Some(300e9),
         keep: 3,
         trainable_only: true,
+        strategy: None,
     }
 }
 

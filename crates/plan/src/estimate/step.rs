@@ -16,8 +16,8 @@ const NODE_SPREAD: f64 = 0.006;
 pub(super) struct Stages {
     /// Layers of the fullest stage.
     pub(super) most: f64,
-    /// Layers of the last stage.
-    last: f64,
+    /// Layers of each kind of stage.
+    layers: StageLayers,
     /// Share of layers with experts.
     mix: f64,
     /// Micro-batches of a step.
@@ -28,9 +28,10 @@ impl Stages {
     pub(super) fn of(problem: &Problem, placement: &Placement, expert_layers: f64) -> Self {
         let l = &placement.layout;
         let layers = problem.shape.model.layers;
-        let (most, last) = stage_layers(placement, layers, &problem.software);
+        let dealt = stage_layers(placement, layers, &problem.software);
+        let most = dealt.first.max(dealt.between).max(dealt.last);
         let micro_batches = (problem.sequences as f64 / (l.dp * l.micro_batch) as f64).max(1.0);
-        Stages { most, last, mix: expert_layers / layers as f64, micro_batches }
+        Stages { most, layers: dealt, mix: expert_layers / layers as f64, micro_batches }
     }
 
     /// The sum over the fullest stage's layers of what a dense one and one with experts have.
@@ -64,9 +65,10 @@ impl Estimator<'_> {
         let p = self.problem;
         let stages = Stages::of(p, placement, self.expert_layers);
         let single = placement.layout.pp == 1;
-        let middle = stages.stage(t, stages.most, single, single);
-        let last = if single { middle } else { stages.stage(t, stages.last, false, true) };
-        let first = if single { middle } else { stages.stage(t, stages.most, true, false) };
+        let dealt = stages.layers;
+        let middle = stages.stage(t, if single { stages.most } else { dealt.between }, single, single);
+        let last = if single { middle } else { stages.stage(t, dealt.last, false, true) };
+        let first = if single { middle } else { stages.stage(t, dealt.first, true, false) };
         let shown = |t: &Times| t.busy() + self.host_wait(t);
         let time = |s: &(Times, Times, f64)| shown(&s.0) + shown(&s.1);
         let slowest =
@@ -83,6 +85,7 @@ impl Estimator<'_> {
                 micro_batches: stages.micro_batches,
                 first: passes(&first),
                 middle: passes(&middle),
+                mean: passes(&stages.stage(t, dealt.mean, false, false)),
                 last: passes(&last),
                 weight_s: middle.2,
             });
@@ -150,26 +153,55 @@ impl Estimator<'_> {
     }
 }
 
-/// Layers of the fullest stage and of the last one.
-fn stage_layers(placement: &Placement, layers: usize, software: &Software) -> (f64, f64) {
+/// Layers of the first stage, of the last one, and of those between: the fullest and the mean.
+#[derive(Clone, Copy, Debug)]
+struct StageLayers {
+    first: f64,
+    between: f64,
+    mean: f64,
+    last: f64,
+}
+
+impl StageLayers {
+    /// From the layers of each stage.
+    fn of(layers: usize, stages: usize, own: impl Fn(usize) -> usize) -> Self {
+        let between = (1..stages.saturating_sub(1)).map(&own).max();
+        let (first, last) = (own(0), own(stages - 1));
+        Self::ends(layers, stages, first, last, between.unwrap_or(first.max(last)))
+    }
+
+    /// From those of the ends and of the fullest between; the rest is what the ends leave.
+    fn ends(layers: usize, stages: usize, first: usize, last: usize, between: usize) -> Self {
+        let rest = (layers as f64 - (first + last) as f64) / (stages as f64 - 2.0);
+        let mean = if stages > 2 { rest } else { between as f64 };
+        StageLayers { first: first as f64, between: between as f64, mean, last: last as f64 }
+    }
+}
+
+/// How layers are dealt to the stages of a pipeline.
+fn stage_layers(placement: &Placement, layers: usize, software: &Software) -> StageLayers {
     let l = &placement.layout;
     let virtuals = l.pp * l.chunks;
     let own = |s: usize, of: &dyn Fn(usize) -> usize| (0..l.chunks).map(|c| of(c * l.pp + s)).sum::<usize>();
     if l.stage_layers.len() == virtuals {
-        let of = |v: usize| l.stage_layers[v];
-        let most = (0..l.pp).map(|s| own(s, &of)).max().unwrap_or(layers);
-        return (most as f64, own(l.pp - 1, &of) as f64);
+        return StageLayers::of(layers, l.pp, |s| own(s, &|v| l.stage_layers[v]));
     }
-    // Some stacks let the embedding and the head count as a layer each: their chunks may hold nothing else.
-    if !software.tolerance.empty_ends || layers + 2 < virtuals {
-        let of = |v: usize| layers * (v + 1) / virtuals - layers * v / virtuals;
-        let most = (0..l.pp).map(|s| own(s, &of)).max().unwrap_or(layers);
-        return (most as f64, own(l.pp - 1, &of) as f64);
+    let at = |v: usize| layers * v / virtuals;
+    let evenly = || StageLayers::of(layers, l.pp, |s| own(s, &|v| at(v + 1) - at(v)));
+    if !software.tolerance.empty_ends || layers + 2 < virtuals || l.pp == 1 {
+        return evenly();
     }
-    // Stacks take layers off the last stage first, for the head's sake, then off the first.
+    // Some stacks let the embedding and the head count as a layer each: their chunks may hold nothing else. They take
+    // layers off the last stage first, for the head's sake, then off the first.
     let full = layers.div_ceil(virtuals) * l.chunks;
     let missing = full * l.pp - layers;
-    let last = full - missing.div_ceil(2).min(full - 1);
-    let most = if l.pp > 2 { full } else { full.max(last) };
-    (most as f64, last as f64)
+    let off_last = missing.div_ceil(2);
+    if off_last < full {
+        return StageLayers::ends(layers, l.pp, full - (missing - off_last), full - off_last, full);
+    }
+    // What the ends cannot spare alone, stages between do without too: 40 layers over 16 stages are twos and threes, and
+    // the ends have twos.
+    let (least, more) = (layers / l.pp, layers % l.pp);
+    let first = least + usize::from(more + 1 >= l.pp);
+    StageLayers::ends(layers, l.pp, first, least, least + usize::from(more > 0))
 }

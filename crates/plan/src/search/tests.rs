@@ -18,7 +18,14 @@ fn problem(model: &str, cluster: &str, n: usize, sequences: usize, sequence: usi
 }
 
 fn space(accelerators: usize) -> Space {
-    Space { accelerators, format: NumberFormat::Bf16, keep: 5, micro_batch_max: 4, trainable_only: true }
+    Space {
+        accelerators,
+        format: NumberFormat::Bf16,
+        keep: 5,
+        micro_batch_max: 4,
+        trainable_only: true,
+        strategy: None,
+    }
 }
 
 /// Every layout, estimated one by one without bounds.
@@ -33,9 +40,13 @@ fn brute_force(problem: &Problem, space: &Space) -> (f64, usize) {
             if !problem.sequences.is_multiple_of(dp * job.micro_batch) {
                 continue;
             }
-            for (schedule, chunks) in
-                schedules(pp, problem.shape.model.layers, problem.sequences / dp / job.micro_batch, false)
-            {
+            for (schedule, chunks) in schedules(
+                pp,
+                problem.shape.model.layers,
+                problem.sequences / dp / job.micro_batch,
+                false,
+                true,
+            ) {
                 for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
                     if dp == 1 && zero != Zero::Off {
                         continue;

@@ -19,11 +19,13 @@ pub enum EntryKind {
     Failure,
     /// A machine by name.
     Platform,
+    /// A name that people use which is no entry of its own: it may mean several, a part of some, or nobody publishes any.
+    Name,
 }
 
 impl EntryKind {
     /// All kinds.
-    pub const ALL: [EntryKind; 8] = [
+    pub const ALL: [EntryKind; 9] = [
         EntryKind::Family,
         EntryKind::Accelerator,
         EntryKind::Fabric,
@@ -32,6 +34,7 @@ impl EntryKind {
         EntryKind::Price,
         EntryKind::Failure,
         EntryKind::Platform,
+        EntryKind::Name,
     ];
 
     /// The table name in a catalogue file.
@@ -45,6 +48,7 @@ impl EntryKind {
             EntryKind::Price => "price",
             EntryKind::Failure => "failure",
             EntryKind::Platform => "platform",
+            EntryKind::Name => "name",
         }
     }
 
@@ -122,6 +126,7 @@ const ACCELERATOR: &[Key] = &[
     ("power", Want::Number(D::Power), false),
     ("compute_units", Want::Number(D::Count), false),
     ("shares_host_memory", Want::Flag, false),
+    ("usual", Want::Text, false),
 ];
 
 const FABRIC: &[Key] = &[
@@ -139,10 +144,10 @@ const FABRIC: &[Key] = &[
 
 const NODE: &[Key] = &[
     ("accelerator", Want::Ref(EntryKind::Accelerator), true),
-    ("fabric", Want::Ref(EntryKind::Fabric), true),
+    ("fabric", Want::Ref(EntryKind::Fabric), false),
     ("storage", Want::Ref(EntryKind::Storage), false),
     ("accelerators", Want::Number(D::Count), true),
-    ("scale_out", Want::Number(D::LinkRate), true),
+    ("scale_out", Want::Number(D::LinkRate), false),
     ("disk", Want::Number(D::Bytes), false),
     ("power", Want::Number(D::Power), false),
     ("price", Want::Number(D::Money), false),
@@ -192,6 +197,10 @@ const PLATFORM: &[Key] = &[
     ("multislice", Want::Flag, false),
 ];
 
+/// `means` are machines, the one that is taken first; `see` entries of any kind that hold its figures. A name without
+/// either is a provider's who publishes none.
+const NAME: &[Key] = &[("means", Want::List, false), ("see", Want::List, false)];
+
 /// All keys that an entry of this kind may have, except `base`.
 pub(crate) fn keys(kind: EntryKind) -> impl Iterator<Item = &'static Key> + Clone {
     let own = match kind {
@@ -203,6 +212,7 @@ pub(crate) fn keys(kind: EntryKind) -> impl Iterator<Item = &'static Key> + Clon
         EntryKind::Price => PRICE,
         EntryKind::Failure => FAILURE,
         EntryKind::Platform => PLATFORM,
+        EntryKind::Name => NAME,
     };
     COMMON.iter().chain(own)
 }

@@ -1,0 +1,61 @@
+//! Extents of tori, and slices of one size.
+
+use crate::catalog::Entry;
+use crate::{Error, Result};
+
+/// The largest part of `n` in equal parts of at most `most`: slices that are joined are of one size.
+pub(super) fn even_slice(n: usize, most: usize) -> usize {
+    let most = most.max(1);
+    // Parts of one each are equal, so the search ends.
+    (n.div_ceil(most).max(1)..=n).find(|parts| n.is_multiple_of(*parts)).map_or(1, |parts| n / parts)
+}
+
+/// Extents as even as possible whose product is `n`: largest prime factors first, each to the smallest extent.
+pub(super) fn even_extents(n: usize, dims: usize) -> Vec<usize> {
+    let mut extents = vec![1; dims.clamp(1, 4)];
+    let (mut rest, mut factor, mut factors) = (n.max(1), 2, Vec::new());
+    while factor * factor <= rest {
+        while rest.is_multiple_of(factor) {
+            factors.push(factor);
+            rest /= factor;
+        }
+        factor += 1;
+    }
+    if rest > 1 {
+        factors.push(rest);
+    }
+    for factor in factors.into_iter().rev() {
+        if let Some(smallest) = extents.iter_mut().min() {
+            *smallest *= factor;
+        }
+    }
+    extents.sort_unstable();
+    extents
+}
+
+pub(super) fn parse_shape(shape: &str, platform: Option<&Entry>) -> Result<Vec<usize>> {
+    let extents: Vec<usize> = shape.split('x').filter_map(|x| x.parse().ok()).filter(|x| *x > 0).collect();
+    if extents.is_empty() || extents.len() != shape.split('x').count() || extents.iter().any(|x| *x > 1 << 16)
+    {
+        let place = platform.map(|p| p.place.clone()).unwrap_or_default();
+        return Err(Error::user(format!("{place}: shape = \"{shape}\", expected extents as 16x16x16"))
+            .hint("one extent for each dim of the torus, with x between them"));
+    }
+    Ok(extents)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_are_even_and_keep_the_product() {
+        let check = |n: usize, dims: usize, expected: &[usize]| assert_eq!(even_extents(n, dims), expected);
+        check(256, 2, &[16, 16]);
+        check(4096, 3, &[16, 16, 16]);
+        check(64, 3, &[4, 4, 4]);
+        check(128, 3, &[4, 4, 8]);
+        check(1, 3, &[1, 1, 1]);
+        check(7, 2, &[1, 7]);
+    }
+}
