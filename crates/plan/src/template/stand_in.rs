@@ -85,7 +85,9 @@ impl StandIn {
     pub(super) fn head(&self) -> Section {
         let Some(last) = &self.last else { return Section::default() };
         let mut s = section(last, Place::Head);
-        s.working_bytes = last.memory.scratch as f64;
+        // With one micro-batch in flight what the layers keep lies in scratch too.
+        let kept = LAYERS as f64 * self.layer_kept();
+        s.working_bytes = (last.memory.scratch as f64 - kept).max(0.0);
         s
     }
 
