@@ -167,6 +167,16 @@ fn members_of_a_group_say_the_same() {
         let (b, i) = first(&all[1], "reduce_grads");
         all[1].blocks[b].ops[i].comm.as_mut().expect("a message").what = Collective::AllReduce;
     });
+    // Owners of one shard in two groups: an element more, or a sum that only one of them takes part in.
+    let groups = Layout { dp: 4, shard: Some(2), ..layout.clone() };
+    broken_world(Rule::Messages, "grads.bucket0.owners", &groups, |all| {
+        let ops = &mut all[1].blocks.last_mut().expect("a tail").ops;
+        let owners = ops.iter_mut().find(|op| op.name == "grads.bucket0.owners").expect("a sum over owners");
+        owners.comm.as_mut().expect("a message").messages[0].elements += 1;
+    });
+    broken_world(Rule::Deadlock, "rank 3", &groups, |all| {
+        all[1].blocks.last_mut().expect("a tail").ops.retain(|op| op.name != "grads.bucket0.owners");
+    });
     let pipeline = Layout { pp: 2, ..Layout::default() };
     broken_world(Rule::Messages, "rank 1", &pipeline, |all| {
         let (b, i) = first(&all[1], "recv");

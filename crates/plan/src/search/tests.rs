@@ -57,11 +57,16 @@ fn brute_force(problem: &Problem, space: &Space) -> (f64, usize) {
                             reduce: Reduce::Ring,
                             ..Layout::default()
                         };
-                        let placement = Placement { layout, shard: dp, format: space.format, order };
-                        let estimate = estimator.estimate(&placement).unwrap();
-                        count += 1;
-                        if estimate.fits {
-                            best = best.min(estimate.step_s);
+                        let whole = Placement { layout, format: space.format, order };
+                        let node = 8 / whole.dp_stride();
+                        let inside = node > 1 && node < dp && dp.is_multiple_of(node) && zero != Zero::Off;
+                        for shard in [None].into_iter().chain(inside.then_some(Some(node))) {
+                            let layout = Layout { shard, ..whole.layout.clone() };
+                            let estimate = estimator.estimate(&Placement { layout, ..whole }).unwrap();
+                            count += 1;
+                            if estimate.fits {
+                                best = best.min(estimate.step_s);
+                            }
                         }
                     }
                 }
