@@ -305,11 +305,11 @@ impl Program {
         let mut runs: Vec<Slice> = Vec::new();
         for buffer in grads {
             let (at, count) = (offset(buffer), self.buffer(buffer).len());
-            if let Some(run) = runs.last_mut() {
-                if at == offset(run.buffer) + DType::F32.bytes() * run.count {
-                    run.count += count;
-                    continue;
-                }
+            if let Some(run) = runs.last_mut()
+                && at == offset(run.buffer) + DType::F32.bytes() * run.count
+            {
+                run.count += count;
+                continue;
             }
             runs.push(Slice { buffer, first: 0, count });
         }

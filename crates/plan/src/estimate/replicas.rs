@@ -138,10 +138,10 @@ impl Estimator<'_> {
             Elements { held, grads: held, forward: held, backward: held }
         } else {
             let behind = |reads: &crate::template::Reads| reads.behind(split);
+            // The head's products are all in the backward pass, so that no pass reads a tied table at both ends.
             let forward = layers(t.layer.reads.forward, t.expert_layer.reads.forward)
                 + embed * t.embed.reads.forward
-                + head * t.head.reads.forward
-                - both * t.tied;
+                + head * t.head.reads.forward;
             let backward = layers(behind(&t.layer.reads), behind(&t.expert_layer.reads))
                 + embed * behind(&t.embed.reads)
                 + head * behind(&t.head.reads);
