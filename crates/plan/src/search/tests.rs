@@ -87,22 +87,19 @@ fn bounds_lose_nothing() {
     assert!(found.layouts_pruned > 0);
 }
 
-/// Parameters are gathered inside a pod, and only gradients of shards cross to the others.
+/// Parameters are gathered inside a node, and only shards of gradients cross to the others, once a step.
 #[test]
-fn several_pods_shard_inside_each() {
-    let problem = problem("gpt3-6.7b", "tpu-v5e-pod", 1024, 1024, 2048);
-    let layout = Layout { dp: 1024, zero: Zero::Parameters, reduce: Reduce::Ring, ..Layout::default() };
+fn several_nodes_shard_inside_each() {
+    let problem = problem("gpt3-6.7b", "dgx-h100", 128, 1024, 512);
+    let layout = Layout { dp: 128, zero: Zero::Parameters, reduce: Reduce::Ring, ..Layout::default() };
     let whole = Placement::of(layout, NumberFormat::Bf16);
-    assert!(groups(&problem, &whole).contains(&256));
+    assert!(groups(&problem, &whole).contains(&8));
     let step_s = |shard| {
         let placement = Placement { layout: Layout { shard, ..whole.layout.clone() }, ..whole.clone() };
         Estimator::new(&problem, NumberFormat::Bf16).unwrap().estimate(&placement).unwrap().step_s
     };
-    let (over_all, inside) = (step_s(None), step_s(Some(256)));
-    assert!(over_all > 1.2 * inside, "{over_all} s over all pods, {inside} s inside each");
-    let found = search(&problem, &Space { micro_batch_max: 1, ..space(1024) }, &|_, _| ()).unwrap();
-    assert!(found.best[0].estimate.step_s <= inside);
-    assert!(found.best.iter().any(|f| f.placement.layout.shard.is_some()), "{:?}", found.best[0].placement);
+    let (over_all, inside) = (step_s(None), step_s(Some(8)));
+    assert!(over_all > inside, "{over_all} s over all nodes, {inside} s inside each");
 }
 
 #[test]
