@@ -21,6 +21,7 @@ use crate::placement::Placement;
 use crate::shape::Shape;
 use crate::software::{AttentionKernel, Software};
 use crate::template::{Key, Template};
+pub use replicas::{Among, Said};
 use section::{Links, Passes, Timed};
 use step::Stages;
 
@@ -137,6 +138,14 @@ pub struct Estimate {
     pub fits: bool,
 }
 
+impl Estimate {
+    /// The step if nothing showed of what replicas say: no other way of sharding is faster.
+    pub(crate) fn unspoken_s(&self) -> f64 {
+        let busy_s = self.step_s - self.breakdown.straggler_s;
+        self.step_s * (1.0 - self.breakdown.data_s / busy_s)
+    }
+}
+
 /// What layouts under one template share: opaque, from [`Estimator::shared`].
 #[derive(Clone, Copy, Debug)]
 pub struct Shared(Timed);
@@ -183,6 +192,10 @@ impl<'a> Estimator<'a> {
             flops: problem.shape.flops_per_token(problem.sequence as f64, true) * tokens,
             problem,
         })
+    }
+
+    pub(crate) fn problem(&self) -> &'a Problem {
+        self.problem
     }
 
     /// Uses templates folded before: they do not depend on machines or constants.

@@ -151,6 +151,7 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
         pp,
         sequence_parallel,
         zero,
+        shard: count("shard")?.filter(|shard| *shard != dp),
         schedule,
         chunks: chunks.unwrap_or(1),
         stage_layers: stage_layers(written.get("stage_layers"))?,
@@ -160,8 +161,7 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
         cp,
         ep: count("ep")?.unwrap_or(1),
     };
-    let shard = count("shard")?.unwrap_or(dp * cp);
-    let placement = Placement { layout, shard, format, order };
+    let placement = Placement { layout, format, order };
     check(&placement, problem).map_err(|e| e.context(format!("layout {text}")))?;
     Ok(Given { placement, filled })
 }
@@ -227,10 +227,6 @@ fn check(placement: &Placement, p: &Problem) -> Result<()> {
         .map_err(|broken| short(broken.into()))?;
     if l.pp == 1 && l.schedule == PipelineSchedule::Interleaved {
         return Err(Error::user("schedule=interleaved needs pp above 1").hint("leave chunks out"));
-    }
-    if !l.replicas().is_multiple_of(placement.shard) {
-        let what = format!("shard={} does not divide dp x cp = {}", placement.shard, l.replicas());
-        return Err(Error::user(what).hint("ZeRO shards over a part of the replicas that divides them"));
     }
     Ok(())
 }
@@ -303,7 +299,7 @@ mod tests {
         check("gpt3-175b", 1024, "tp=0", "expected a count from 1");
         check("gpt3-175b", 1024, "tp=18446744073709551616", "expected a count from 1");
         check("gpt3-175b", 1024, "zero=4", "zero = 4");
-        check("gpt3-175b", 1024, "tp=8,shard=3", "shard=3 does not divide");
+        check("gpt3-175b", 1024, "tp=8,shard=3", "shard = 3 does not divide dp = 128");
         check("gpt3-175b", 1024, "", "the layout is empty");
         check("gpt3-175b", 1024, "tp=8,pp=2,stage_layers=48", "stage_layers has 1 entries");
         check("gpt3-175b", 1024, "tp=8,pp=2,stage_layers=48/49", "adds up to 97 layers");

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::Serialize;
-use spec::{DType, Layout, NumberFormat, PipelineSchedule, Recompute, Zero};
+use spec::{DType, Layout, NumberFormat, PipelineSchedule, Recompute};
 
 /// A layout with the choices that are estimated beside it.
 ///
@@ -13,8 +13,6 @@ use spec::{DType, Layout, NumberFormat, PipelineSchedule, Recompute, Zero};
 pub struct Placement {
     /// Axes, schedule, ZeRO stage and recompute as the trainer knows them.
     pub layout: Layout,
-    /// Data-parallel ranks over which ZeRO shards; all of `dp x cp` if larger.
-    pub shard: usize,
     /// Format of the matrix products.
     #[serde(serialize_with = "format_name")]
     pub format: NumberFormat,
@@ -57,8 +55,8 @@ impl fmt::Display for Placement {
             PipelineSchedule::OneFOneB | PipelineSchedule::Interleaved => {}
         }
         write!(f, ",micro_batch={},zero={}", l.micro_batch, u8::from(l.zero))?;
-        if self.shard < l.replicas() && l.zero != Zero::Off {
-            write!(f, ",shard={}", self.shard)?;
+        if let Some(shard) = l.shard.filter(|shard| *shard < l.dp) {
+            write!(f, ",shard={shard}")?;
         }
         if l.tp > 1 {
             write!(f, ",sequence_parallel={}", l.sequence_parallel)?;
@@ -76,7 +74,7 @@ impl fmt::Display for Placement {
 impl Placement {
     /// The placement of a step's layout.
     pub fn of(layout: Layout, format: NumberFormat) -> Self {
-        Placement { shard: layout.replicas(), layout, format, order: Order::default() }
+        Placement { layout, format, order: Order::default() }
     }
 
     /// The precision of parameters and activations: products in less than 16 bit take bf16.

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use spec::{Error, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Rule, Zero};
 
-use crate::estimate::{Estimate, Estimator, Problem};
+use crate::estimate::{Estimate, Estimator, Problem, Shared};
 use crate::placement::{Order, Placement};
 use crate::strategy::Strategy;
 
@@ -326,6 +326,41 @@ impl Part {
         here || at > 0 && self.front[at - 1].estimate.memory.total() <= m
     }
 
+    /// Takes a placement that shards over all of dp, and the same with smaller groups: these take more memory, and save
+    /// at most what replicas say. `twins` are steps of other orders by group: where the order makes no difference the
+    /// usual one stands for both.
+    fn shards(
+        &mut self,
+        estimator: &Estimator<'_>,
+        keep: usize,
+        whole: &Placement,
+        shared: &Shared,
+        twins: &mut Vec<(Option<usize>, f64)>,
+    ) {
+        let problem = estimator.problem();
+        let mut unspoken_s: f64 = 0.0;
+        for shard in std::iter::once(None).chain(groups(problem, whole).into_iter().map(Some)) {
+            let layout = Layout { shard, ..whole.layout.clone() };
+            let placement = Placement { layout, ..*whole };
+            let (least_s, memory) = estimator.bound(&placement, shared);
+            let fits = memory <= problem.cluster.accelerator.memory_bytes.value;
+            if fits && self.beaten(keep, least_s.max(unspoken_s), memory) {
+                self.pruned += 1;
+                continue;
+            }
+            let estimate = estimator.estimate_shared(&placement, shared);
+            self.priced += 1;
+            if shard.is_none() {
+                unspoken_s = estimate.unspoken_s();
+            }
+            if twins.contains(&(shard, estimate.step_s)) {
+                continue;
+            }
+            twins.push((shard, estimate.step_s));
+            self.take(Found { placement, estimate }, keep);
+        }
+    }
+
     fn merge(&mut self, other: Part, keep: usize) {
         for found in other.best {
             let at = self.best.partition_point(|b| better(b, &found));
@@ -375,6 +410,7 @@ fn reason(rule: Rule) -> &'static str {
         Rule::Context => "the sequence has no such halves",
         Rule::Tensor => "tensor parallelism has no equal shares",
         Rule::Experts => "experts do not divide the ranks of a stage",
+        Rule::Shards => "experts do not divide the ranks that shard together",
         Rule::Stages => "more stages than layers",
         Rule::Batch => "micro-batches do not divide the batch",
     }
@@ -410,36 +446,44 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
                 }
                 let orders: &[Order] =
                     if pp > 1 && dp > 1 { &[Order::TpCpDpPp, Order::TpCpPpDp] } else { &[Order::TpCpDpPp] };
-                let mut twin = None;
+                let mut twins = Vec::new();
                 for &order in orders {
                     let layout = Layout { zero, schedule, chunks, ..plain.clone() };
                     if space.strategy.is_some_and(|s| !s.allows(&layout)) {
                         continue;
                     }
-                    let placement = Placement { layout, shard: dp * job.cp, format: space.format, order };
+                    let whole = Placement { layout, format: space.format, order };
                     let shared = match &shared {
                         Some(shared) => shared,
-                        None => shared.insert(estimator.shared(&placement)?),
+                        None => shared.insert(estimator.shared(&whole)?),
                     };
-                    let (least_s, memory) = estimator.bound(&placement, shared);
-                    let fits = memory <= problem.cluster.accelerator.memory_bytes.value;
-                    if fits && part.beaten(space.keep, least_s, memory) {
-                        part.pruned += 1;
-                        continue;
-                    }
-                    let estimate = estimator.estimate_shared(&placement, shared);
-                    part.priced += 1;
-                    // Where placement makes no difference the usual one stands for both.
-                    if order != Order::default() && twin == Some(estimate.step_s) {
-                        continue;
-                    }
-                    twin = Some(estimate.step_s);
-                    part.take(Found { placement, estimate }, space.keep);
+                    part.shards(&estimator, space.keep, &whole, shared, &mut twins);
                 }
             }
         }
     }
     Ok(part)
+}
+
+/// How many of dp may shard together besides all: those that fill a scale-up domain (NVLink, a TPU pod), a node, or what
+/// lies under a tier of switches.
+fn groups(problem: &Problem, whole: &Placement) -> Vec<usize> {
+    let (cluster, l) = (&problem.cluster, &whole.layout);
+    if l.zero == Zero::Off {
+        return Vec::new();
+    }
+    let tiers = cluster.scale_out.tiers.iter().map(|tier| tier.accelerators);
+    let mut sizes: Vec<usize> = [cluster.scale_up.domain, cluster.per_node]
+        .into_iter()
+        .chain(tiers)
+        .filter(|places| places.is_multiple_of(whole.dp_stride()))
+        .map(|places| places / whole.dp_stride())
+        .filter(|shard| *shard > 1 && *shard < l.dp && l.dp.is_multiple_of(*shard))
+        .filter(|shard| Layout { shard: Some(*shard), ..l.clone() }.check_shard().is_ok())
+        .collect();
+    sizes.sort_unstable();
+    sizes.dedup();
+    sizes
 }
 
 /// Layers of the fullest stage where they are dealt to chunks as evenly as they go.

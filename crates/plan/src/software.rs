@@ -37,6 +37,8 @@ pub struct Software {
     pub flat_collectives: bool,
     /// Gradients of micro-batches are summed in a fixed tree, whose partial sums are kept.
     pub tree_sums: bool,
+    /// Sharded parameters are gathered by whole units (FSDP's flat parameters), also those that a pass does not read.
+    pub gathers_whole_units: bool,
     /// Kernels are launched one by one from Python, else from graphs or compiled programs.
     pub eager: bool,
     /// Dropout and its masks are in the model.
@@ -90,6 +92,7 @@ const MEGATRON_2021: Software = Software {
     low_precision_gathers: false,
     flat_collectives: false,
     tree_sums: false,
+    gathers_whole_units: true,
     eager: true,
     dropout: true,
     sequence_parallel: false,
@@ -113,6 +116,7 @@ const MEGATRON_CORE: Software = Software {
     low_precision_gathers: false,
     flat_collectives: false,
     tree_sums: false,
+    gathers_whole_units: true,
     eager: true,
     dropout: false,
     sequence_parallel: true,
@@ -136,6 +140,7 @@ const FSDP: Software = Software {
     low_precision_gathers: false,
     flat_collectives: false,
     tree_sums: false,
+    gathers_whole_units: true,
     eager: true,
     dropout: false,
     sequence_parallel: true,
@@ -215,6 +220,7 @@ pub const ALL: [Software; 18] = [
     Software {
         name: "phalanx",
         tree_sums: true,
+        gathers_whole_units: false,
         recompute_whole_layers: false,
         eager: false,
         tolerance: Tolerance::NONE,

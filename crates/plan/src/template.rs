@@ -83,12 +83,36 @@ pub struct Section {
     pub params: f64,
     /// Expert weights of this rank.
     pub expert_params: f64,
+    /// The former that ops read.
+    pub reads: Reads,
+    /// The latter that ops read.
+    pub expert_reads: Reads,
     /// Bytes that one micro-batch in flight keeps.
     pub kept_bytes: f64,
     /// Bytes of the largest working set beside what is kept.
     pub working_bytes: f64,
     /// Kernels that an eager stack launches beyond [`LAUNCHES_PER_TASK`] for each task, in each pass.
     pub launches: f64,
+}
+
+/// Elements of parameters that the passes over a micro-batch read: what ZeRO 3 gathers for them.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Reads {
+    /// The forward pass.
+    pub forward: f64,
+    /// The backward pass with the gradients of weights in it.
+    pub backward: f64,
+    /// The backward pass without them.
+    pub input: f64,
+    /// The gradients of weights as a pass of their own.
+    pub weight: f64,
+}
+
+impl Reads {
+    /// Everything behind the forward pass; `split` where weight gradients are a pass of their own.
+    pub(crate) fn behind(&self, split: bool) -> f64 {
+        if split { self.input + self.weight } else { self.backward }
+    }
 }
 
 /// Kernels that an eager stack launches for what the program fuses into one op.

@@ -2,13 +2,15 @@
 //! stages, the micro-batches in flight, ZeRO's shares and the bytes of every message, over random models and layouts.
 
 use plan::calibration::PRIOR;
-use plan::estimate::{Estimator, MemoryUse, Problem};
+use std::collections::BTreeMap;
+
+use plan::estimate::{Among, Estimator, MemoryUse, Problem};
 use plan::network::Collective;
 use plan::placement::Placement;
 use plan::shape::{Shape, Sizes, dense};
 use plan::software::Software;
 use plan::template::{Task, tasks};
-use program::{ALIGN, Axis, Members, Mode, Pass, Place, Program, Request, orders};
+use program::{ALIGN, Axis, Members, Mode, Pass, Place, Program, Replication, Request, orders};
 use proptest::prelude::*;
 use spec::{Catalog, Experts, Layout, ModelSpec, NumberFormat, PipelineSchedule, Recompute, Reduce, Zero};
 
@@ -27,11 +29,12 @@ prop_compose! {
     fn layouts()(
         dp in 0u32..3, tp in 0u32..3, cp in 0u32..2, ep in 0u32..2, pp in 1usize..4, chunks in 1usize..3,
         zero in 0u8..4, schedule in 0usize..3, flag: bool, recompute in 0usize..3, micro_batch in 1usize..3,
+        groups in 0u32..3,
     ) -> Layout {
         let chunks = if pp > 1 && MICRO_BATCHES.is_multiple_of(pp) { chunks } else { 1 };
         let plain =
             [PipelineSchedule::OneFOneB, PipelineSchedule::Gpipe, PipelineSchedule::ZeroBubble][schedule];
-        Layout {
+        let layout = Layout {
             dp: 1 << dp,
             tp: 1 << tp,
             cp: 1 << cp,
@@ -45,39 +48,69 @@ prop_compose! {
             micro_batch,
             reduce: Reduce::Ring,
             ..Layout::default()
-        }
+        };
+        // Where ZeRO shards at all, over all of dp or over a part of it.
+        let parts = Layout { shard: (zero > 0).then_some(layout.dp >> groups), ..layout.clone() };
+        if parts.check_shard().is_ok() { parts } else { layout }
     }
 }
 
 fn memory(model: &ModelSpec, layout: &Layout, format: NumberFormat, micro_batches: usize) -> MemoryUse {
+    let problem = problem(model, layout, micro_batches);
+    let placement = Placement::of(layout.clone(), format);
+    Estimator::new(&problem, format).unwrap().estimate(&placement).unwrap().memory
+}
+
+fn problem(model: &ModelSpec, layout: &Layout, micro_batches: usize) -> Problem {
     let cluster = Catalog::builtin().unwrap().cluster("dgx-h100", Some(8)).unwrap();
-    let problem = Problem {
+    Problem {
         shape: Shape::from_model(model.clone()),
         cluster,
         software: Software::named("phalanx").unwrap(),
         constants: PRIOR,
         sequence: SEQUENCE,
         sequences: micro_batches * layout.dp * layout.micro_batch,
-    };
-    let placement = Placement::of(layout.clone(), format);
-    Estimator::new(&problem, format).unwrap().estimate(&placement).unwrap().memory
+    }
 }
 
-fn programs(model: &ModelSpec, layout: &Layout, format: NumberFormat) -> Vec<Program> {
-    let of = |stage: usize| {
-        let request = Request {
-            model,
-            layout,
-            sequence: SEQUENCE,
-            sequences: MICRO_BATCHES * layout.dp * layout.micro_batch,
-            precision: Placement::of(layout.clone(), format).precision(),
-            rank: stage * layout.stage_ranks(),
-            mode: Mode::Train,
-            loss: Default::default(),
-        };
-        Program::build(&request, &|_, _| 0).unwrap()
+fn program(model: &ModelSpec, layout: &Layout, format: NumberFormat, rank: usize) -> Program {
+    let request = Request {
+        model,
+        layout,
+        sequence: SEQUENCE,
+        sequences: MICRO_BATCHES * layout.dp * layout.micro_batch,
+        precision: Placement::of(layout.clone(), format).precision(),
+        rank,
+        mode: Mode::Train,
+        loss: Default::default(),
     };
-    (0..layout.pp).map(of).collect()
+    Program::build(&request, &|_, _| 0).unwrap()
+}
+
+/// Of the first rank of every stage.
+fn programs(model: &ModelSpec, layout: &Layout, format: NumberFormat) -> Vec<Program> {
+    (0..layout.pp).map(|stage| program(model, layout, format, stage * layout.stage_ranks())).collect()
+}
+
+/// Bytes of whole vectors in one step, by who says what.
+type Spoken = BTreeMap<String, u64>;
+
+/// What a program states for the ranks that hold the same parameters. Of owners, for its own shard.
+fn stated(p: &Program, keep: impl Fn(Members) -> bool) -> Spoken {
+    let mut spoken = Spoken::new();
+    let items = p.schedule.iter().map(|item| item.block).chain([p.tail]);
+    for comm in items.flat_map(|block| &p.blocks[block].ops).filter_map(|op| op.comm.as_ref()) {
+        let what = match comm.what {
+            program::Collective::AllReduce => Collective::AllReduce,
+            program::Collective::AllGather => Collective::AllGather,
+            program::Collective::ReduceScatter => Collective::ReduceScatter,
+            _ => continue,
+        };
+        if comm.bytes() > 0 && keep(comm.members) {
+            *spoken.entry(format!("{:?} {what:?}", comm.members)).or_default() += comm.bytes();
+        }
+    }
+    spoken
 }
 
 /// The most micro-batches of which a stage still needs what forward left, all its chunks together counted as one.
@@ -149,7 +182,7 @@ proptest! {
         prop_assert_eq!(over(Zero::Gradients), shares.1 < whole.grads);
         prop_assert_eq!(over(Zero::Parameters), shares.2 < whole.params);
         if model.experts.is_none() && over(Zero::Optimizer) {
-            prop_assert_eq!(shares.0, whole.optimizer / layout.replicas() as f64);
+            prop_assert_eq!(shares.0, whole.optimizer / layout.shards() as f64);
         }
     }
 
@@ -159,6 +192,50 @@ proptest! {
         let layout = Layout { ep: 1, ..layout };
         let of = |n| memory(&model, &layout, NumberFormat::Bf16, n).activations;
         prop_assert!((of(MICRO_BATCHES) / of(1) - in_flight(&layout)).abs() < 1e-9, "{}", in_flight(&layout));
+    }
+
+    /// What the estimator charges for gradients and parameters of replicas, whatever ZeRO shards and over whom, is what
+    /// the ranks that hold the same parameters say to each other in a step.
+    #[test]
+    fn replicas_are_charged_the_bytes_that_the_program_states(
+        layout in layouts(), layers in 6usize..9, gated: bool, tied: bool, experts: bool, wide: bool,
+        dense_layers in 0usize..3, vocab in 500usize..520,
+    ) {
+        let mut model = ModelSpec { vocab, ..model(layers, gated, tied, experts) };
+        if let Some(e) = &mut model.experts {
+            e.dense_layers = dense_layers;
+        }
+        let layout = Layout { ep: if model.experts.is_some() { layout.ep } else { 1 }, ..layout };
+        let format = if wide { NumberFormat::Fp32 } else { NumberFormat::Bf16 };
+        let problem = problem(&model, &layout, MICRO_BATCHES);
+        let placement = Placement::of(layout.clone(), format);
+        let mut estimator = Estimator::new(&problem, format).unwrap();
+        for p in programs(&model, &layout, format) {
+            let mut found = stated(&p, |m| matches!(m, Members::Replicas(_) | Members::Shards(_)));
+            // Owners of other shards state theirs.
+            for kind in [Replication::Data, Replication::Expert] {
+                for rank in Members::Shards(kind).ranks(p.coords, &layout) {
+                    let other = program(&model, &layout, format, rank);
+                    for (who, bytes) in stated(&other, |m| m == Members::Owners(kind)) {
+                        *found.entry(who).or_default() += bytes;
+                    }
+                }
+            }
+            let mut charged = Spoken::new();
+            for said in estimator.replicas_say(&placement, p.coords.pp).unwrap() {
+                let members = match said.among {
+                    Among::Replicas => Members::Replicas(said.replication),
+                    Among::Shards => Members::Shards(said.replication),
+                    Among::Owners => Members::Owners(said.replication),
+                };
+                if members.ranks(p.coords, &layout).len() > 1 {
+                    let bytes = said.bytes * said.times;
+                    prop_assert_eq!(bytes.fract(), 0.0);
+                    *charged.entry(format!("{members:?} {:?}", said.what)).or_default() += bytes as u64;
+                }
+            }
+            prop_assert_eq!(charged, found, "stage {} of {:?}", p.coords.pp, layout);
+        }
     }
 
     /// What the estimator charges for messages inside layers is what the ranks of the group give to each other.

@@ -180,12 +180,15 @@ fn so_do_experts_latents_and_parts_of_sequences() {
 #[test]
 fn memory_in_closed_form_follows_the_placed_program() {
     for layout in layouts() {
-        check_closed_form(model(true), layout, 0.12);
+        // The program keeps as many slots of each chunk as are ever filled, at different times: more than all together.
+        let tolerance = if layout.chunks > 1 { 0.05 } else { 0.02 };
+        check_closed_form(model(true), layout, tolerance);
     }
-    // One count of micro-batches in flight stands for stages with and without experts.
     for model in mixtures() {
+        // A mean layer stands for stages with and without experts.
+        let tolerance = if model.expert_layers() < model.layers { 0.1 } else { 0.03 };
         for layout in wide_layouts() {
-            check_closed_form(model.clone(), layout, 0.15);
+            check_closed_form(model.clone(), layout, tolerance);
         }
     }
 }

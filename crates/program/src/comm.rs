@@ -11,7 +11,7 @@ use spec::{DType, Zero};
 
 use crate::buffer::{BufferId, Home, Slice, View};
 use crate::coords::Members;
-use crate::op::{Axis, Op, OpKind};
+use crate::op::{Axis, GradSum, Op, OpKind};
 use crate::params::{GroupId, Replication};
 use crate::zero::owned;
 use crate::{Bucket, Program};
@@ -180,20 +180,22 @@ fn state(op: &Op, p: &Program, units: &HashMap<usize, Replication>) -> Option<Co
                 let shard = p.all_of(p.group_buffers[group.0 as usize].param);
                 p.message(Some(shard), Some(p.slice(*out)), Deal::NormChunks)
             };
-            let members = Members::Replicas(p.group(groups[0]).replication);
+            let members = Members::Shards(p.group(groups[0]).replication);
             let messages = groups.iter().zip(&op.outs).map(gather).collect();
             let when = When::Begins(Ticket::Params(*unit));
             Some(Comm { what: Collective::AllGather, members, messages, when })
         }
         WaitParams { unit } => {
-            let (members, when) = (Members::Replicas(units[unit]), When::Ends(Ticket::Params(*unit)));
+            let (members, when) = (Members::Shards(units[unit]), When::Ends(Ticket::Params(*unit)));
             Some(Comm { what: Collective::AllGather, members, messages: Vec::new(), when })
         }
-        ReduceGrads { bucket, scatter } => Some(p.reduction(op, *bucket, *scatter)),
+        ReduceGrads { bucket, sum } => Some(p.reduction(op, *bucket, *sum)),
         WaitGrads { bucket } => {
-            let scatter = p.layout.zero >= Zero::Optimizer;
-            let what = if scatter { Collective::ReduceScatter } else { Collective::AllReduce };
-            let members = Members::Replicas(p.buckets[*bucket].replication);
+            let replication = p.buckets[*bucket].replication;
+            let (what, members) = match p.layout.zero {
+                Zero::Off => (Collective::AllReduce, Members::Replicas(replication)),
+                _ => (Collective::ReduceScatter, Members::Shards(replication)),
+            };
             Some(Comm { what, members, messages: Vec::new(), when: When::Ends(Ticket::Grads(*bucket)) })
         }
         SyncGrads { over, group } => {
@@ -202,7 +204,7 @@ fn state(op: &Op, p: &Program, units: &HashMap<usize, Replication>) -> Option<Co
         }
         AllGatherParams { group } => {
             let whole = p.all_of(p.group_buffers[group.0 as usize].param);
-            let members = Members::Replicas(p.group(*group).replication);
+            let members = Members::Shards(p.group(*group).replication);
             now(Collective::AllGather, members, vec![p.message(None, Some(whole), Deal::NormChunks)])
         }
         GradNorm => {
@@ -255,27 +257,41 @@ impl Program {
         Some(Comm { what: Collective::Ring, members, messages: vec![hop; hops], when: When::Now })
     }
 
-    fn reduction(&self, op: &Op, index: usize, scatter: bool) -> Comm {
+    fn reduction(&self, op: &Op, index: usize, how: GradSum) -> Comm {
         let bucket = &self.buckets[index];
-        let members = Members::Replicas(bucket.replication);
+        let begins = When::Begins(Ticket::Grads(index));
+        let summed = |run| self.message(Some(run), Some(run), Deal::Even);
         let scattered = |slice| self.message(Some(slice), None, Deal::NormChunks);
-        if self.layout.zero >= Zero::Gradients {
-            // Of a micro-batch's gradients the last level is their sum.
-            let last = |(view, (group, _)): (&View, &(GroupId, BufferId))| {
-                let rows = self.group(*group).rows;
-                scattered(self.slice(View { row0: view.row0 + view.rows - rows, rows, ..*view }))
-            };
-            let messages = op.ins.iter().zip(&bucket.grads).map(last).collect();
-            return Comm { what: Collective::ReduceScatter, members, messages, when: When::Now };
-        }
-        let when = When::Begins(Ticket::Grads(index));
-        if scatter {
-            let messages = bucket.grads.iter().map(|(_, b)| scattered(self.all_of(*b))).collect();
-            return Comm { what: Collective::ReduceScatter, members, messages, when };
-        }
-        let sum = |run| self.message(Some(run), Some(run), Deal::Even);
-        let messages = self.bucket_runs(bucket).into_iter().map(sum).collect();
-        Comm { what: Collective::AllReduce, members, messages, when }
+        // Of a micro-batch's gradients the last level is their sum.
+        let last = |(view, (group, _)): (&View, &(GroupId, BufferId))| {
+            let rows = self.group(*group).rows;
+            self.slice(View { row0: view.row0 + view.rows - rows, rows, ..*view })
+        };
+        let owned = |(group, grad): &(GroupId, BufferId)| self.owned_in(*group, *grad);
+        let (what, members, messages, when) = match how {
+            GradSum::Everywhere => {
+                let messages = self.bucket_runs(bucket).into_iter().map(summed).collect();
+                (Collective::AllReduce, Members::Replicas(bucket.replication), messages, begins)
+            }
+            GradSum::Scattered => {
+                let members = Members::Shards(bucket.replication);
+                let each_micro_batch = self.layout.zero >= Zero::Gradients;
+                let messages = if each_micro_batch {
+                    op.ins.iter().zip(&bucket.grads).map(last).map(scattered).collect()
+                } else {
+                    bucket.grads.iter().map(|(_, b)| scattered(self.all_of(*b))).collect()
+                };
+                let when = if each_micro_batch { When::Now } else { begins };
+                (Collective::ReduceScatter, members, messages, when)
+            }
+            GradSum::Owners => {
+                // Of small groups most ranks own nothing.
+                let shards = bucket.grads.iter().map(owned).filter(|shard| shard.count > 0);
+                let messages = shards.map(summed).collect();
+                (Collective::AllReduce, Members::Owners(bucket.replication), messages, When::Now)
+            }
+        };
+        Comm { what, members, messages, when }
     }
 
     /// Runs of a bucket's gradients that lie next to each other: each is reduced with one message.
@@ -289,14 +305,11 @@ impl Program {
         let mut runs: Vec<Slice> = Vec::new();
         for buffer in grads {
             let (at, count) = (offset(buffer), self.buffer(buffer).len());
-            if let Some(run) = runs.last_mut() {
-                let start = offset(run.buffer);
-                let end = start + 4 * run.count;
-                // Alignment leaves gaps of less than a cache line, which hold zeros.
-                if at >= end && at - end < crate::ALIGN {
-                    run.count = (at - start) / 4 + count;
-                    continue;
-                }
+            if let Some(run) = runs.last_mut()
+                && at == offset(run.buffer) + DType::F32.bytes() * run.count
+            {
+                run.count += count;
+                continue;
             }
             runs.push(Slice { buffer, first: 0, count });
         }

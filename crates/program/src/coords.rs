@@ -81,6 +81,24 @@ impl Coords {
         (0..count).map(|i| first + i * apart).collect()
     }
 
+    /// Of the ranks that hold the same elements, how many shard them together under ZeRO, and which of these this one is:
+    /// (count, index). They are neighbours.
+    pub fn shards(self, replication: Replication, layout: &Layout) -> (usize, usize) {
+        let count = match replication {
+            Replication::Data => layout.shards(),
+            Replication::Expert => layout.expert_shards(),
+        };
+        (count, self.replicas(replication, layout).1 % count)
+    }
+
+    /// Of the ranks that hold the same elements, how many own the same shard under ZeRO, one in each group that shards,
+    /// and which of these this one is: (count, index).
+    pub fn owners(self, replication: Replication, layout: &Layout) -> (usize, usize) {
+        let (count, index) = self.replicas(replication, layout);
+        let (shards, _) = self.shards(replication, layout);
+        (count / shards, index / shards)
+    }
+
     /// Counted over the ranks of the stage.
     fn in_stage(self, layout: &Layout) -> usize {
         (self.dp * layout.cp + self.cp) * layout.tp + self.tp
@@ -95,6 +113,10 @@ pub enum Members {
     Axis(Axis),
     /// Those that hold the same elements of a parameter.
     Replicas(Replication),
+    /// Of those, the ones that shard them together under ZeRO: each owns a part.
+    Shards(Replication),
+    /// Of those, the ones that own the same part, one in each group that shards.
+    Owners(Replication),
     /// First and last stage of the pipeline, which both hold a tied table.
     Ends,
     /// All.
@@ -111,11 +133,28 @@ impl Members {
     /// let coords = Coords::of(5, &layout);
     /// assert_eq!(Members::Axis(Axis::Tp).ranks(coords, &layout), [4, 5]);
     /// assert_eq!(Members::Ends.ranks(coords, &layout), [1, 5]);
+    ///
+    /// let layout = spec::Layout { dp: 4, tp: 2, zero: spec::Zero::Parameters, shard: Some(2), ..layout };
+    /// let coords = Coords::of(5, &spec::Layout { pp: 1, ..layout.clone() });
+    /// assert_eq!(Members::Replicas(program::Replication::Data).ranks(coords, &layout), [1, 3, 5, 7]);
+    /// assert_eq!(Members::Shards(program::Replication::Data).ranks(coords, &layout), [5, 7]);
+    /// assert_eq!(Members::Owners(program::Replication::Data).ranks(coords, &layout), [1, 5]);
     /// ```
     pub fn ranks(self, coords: Coords, layout: &Layout) -> Vec<usize> {
         match self {
             Members::Axis(axis) => coords.peers(axis, layout),
             Members::Replicas(replication) => coords.replica_ranks(replication, layout),
+            Members::Shards(replication) => {
+                let all = coords.replica_ranks(replication, layout);
+                let (count, index) = coords.shards(replication, layout);
+                let first = coords.replicas(replication, layout).1 - index;
+                all[first..first + count].to_vec()
+            }
+            Members::Owners(replication) => {
+                let all = coords.replica_ranks(replication, layout);
+                let (count, index) = coords.shards(replication, layout);
+                all.into_iter().skip(index).step_by(count).collect()
+            }
             Members::Ends => {
                 let mut ends = vec![0, layout.pp - 1];
                 ends.dedup();

@@ -143,7 +143,7 @@ impl Derive<'_> {
         }
     }
 
-    /// Each op kind's own derivative.
+    /// Each op kind's own derivative; here of those with weights.
     fn node(&mut self, n: &Node) {
         use OpKind::*;
         let name = |suffix: &str| format!("{}.{suffix}", n.name);
@@ -190,6 +190,28 @@ impl Derive<'_> {
                 self.contribute(grad, name("dx"), vec![dy, x, wq, wk, rstd], x.value);
                 self.weight(HeadNormGradWeight { heads: *heads }, name("dw"), vec![dy, x, rstd], &[wq, wk]);
             }
+            LatentNorm { .. } => self.latent_norm(n),
+            GroupedLinear { experts } => {
+                let (x, w, counts, experts) = (n.ins[0], n.ins[1], n.ins[2], *experts);
+                let grad = GroupedLinearGradInput { experts };
+                self.contribute(grad, name("dx"), vec![dy, w, counts], x.value);
+                self.weight(GroupedLinearGradWeight { experts }, name("dw"), vec![dy, x, counts], &[w]);
+            }
+            Embed { vocab0, .. } => {
+                self.weight(EmbedGrad { vocab0: *vocab0 }, name("dw"), vec![n.ins[0], dy], &[n.ins[1]]);
+                if let Some(pos) = n.ins.get(2) {
+                    self.weight(PosGrad, name("dpos"), vec![dy], &[*pos]);
+                }
+            }
+            _ => self.node_without_weights(n, dy),
+        }
+    }
+
+    /// The same of kinds that have none.
+    fn node_without_weights(&mut self, n: &Node, dy: Operand) {
+        use OpKind::*;
+        let name = |suffix: &str| format!("{}.{suffix}", n.name);
+        match &n.kind {
             Rope { heads, .. } => {
                 self.contribute(Rope { heads: *heads, inverse: true }, name("dx"), vec![dy], n.ins[0].value);
             }
@@ -202,7 +224,6 @@ impl Derive<'_> {
                 let grad = RingAttentionGrad { heads: *heads, axis: *axis };
                 self.contribute(grad, name("dx"), ins, n.ins[0].value);
             }
-            LatentNorm { .. } => self.latent_norm(n),
             LatentRope { heads, rope_dim } => {
                 let inputs: Vec<ValueId> = n.ins.iter().map(|o| o.value).collect();
                 let grad = LatentRopeGrad { heads: *heads, rope_dim: *rope_dim };
@@ -217,49 +238,40 @@ impl Derive<'_> {
             }
             Unpermute { .. } => {
                 if let Some(acc) = n.acc {
-                    self.pass(y, acc.value, &n.name);
+                    self.pass(n.outs[0].value, acc.value, &n.name);
                 }
                 let (copies, gates, index) = (n.ins[0], n.ins[1], n.ins[2]);
                 let ins = vec![dy, copies, gates, index];
                 self.contribute_each(UnpermuteGrad, name("dx"), ins, &[copies.value, gates.value]);
             }
-            GroupedLinear { experts } => {
-                let (x, w, counts, experts) = (n.ins[0], n.ins[1], n.ins[2], *experts);
-                let grad = GroupedLinearGradInput { experts };
-                self.contribute(grad, name("dx"), vec![dy, w, counts], x.value);
-                self.weight(GroupedLinearGradWeight { experts }, name("dw"), vec![dy, x, counts], &[w]);
-            }
-            // The rows go back the way that they came: what arrived leaves, what left arrives.
-            AllToAll { axis } => {
-                let arrived = *n.outs.get(1).unwrap_or(&n.ins[n.ins.len() - 1]);
-                let ins = vec![dy, arrived, n.ins[1]];
-                self.contribute_each(AllToAll { axis: *axis }, name("dx"), ins, &[n.ins[0].value]);
-            }
-            Slice { axis } => {
-                self.contribute_each(AllGather { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value])
-            }
-            Unslice { axis } => {
-                self.contribute_each(Slice { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value])
-            }
             SwiGlu => self.contribute(SwiGluGrad, name("dx"), vec![dy, n.ins[0]], n.ins[0].value),
             Gelu { tanh } => {
                 self.contribute(GeluGrad { tanh: *tanh }, name("dx"), vec![dy, n.ins[0]], n.ins[0].value);
             }
-            AllReduce { .. } => self.pass(y, n.ins[0].value, &n.name),
-            Fork { axis } => {
-                self.contribute_each(AllReduce { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value])
+            _ => self.message(n, dy),
+        }
+    }
+
+    /// The same of messages: what was summed is handed on, what was gathered is scattered.
+    fn message(&mut self, n: &Node, dy: Operand) {
+        use OpKind::*;
+        let (x, name) = (n.ins[0].value, format!("{}.dx", n.name));
+        match &n.kind {
+            // The rows go back the way that they came: what arrived leaves, what left arrives.
+            AllToAll { axis } => {
+                let arrived = *n.outs.get(1).unwrap_or(&n.ins[n.ins.len() - 1]);
+                let ins = vec![dy, arrived, n.ins[1]];
+                self.contribute_each(AllToAll { axis: *axis }, name, ins, &[x]);
             }
+            Slice { axis } => self.contribute_each(AllGather { axis: *axis }, name, vec![dy], &[x]),
+            Unslice { axis } => self.contribute_each(Slice { axis: *axis }, name, vec![dy], &[x]),
+            AllReduce { .. } => self.pass(n.outs[0].value, x, &n.name),
+            Fork { axis } => self.contribute_each(AllReduce { axis: *axis }, name, vec![dy], &[x]),
             AllGather { axis } => {
-                self.contribute_each(ReduceScatter { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value]);
+                self.contribute_each(ReduceScatter { axis: *axis }, name, vec![dy], &[x]);
             }
             ReduceScatter { axis } => {
-                self.contribute_each(AllGather { axis: *axis }, name("dx"), vec![dy], &[n.ins[0].value]);
-            }
-            Embed { vocab0, .. } => {
-                self.weight(EmbedGrad { vocab0: *vocab0 }, name("dw"), vec![n.ins[0], dy], &[n.ins[1]]);
-                if let Some(pos) = n.ins.get(2) {
-                    self.weight(PosGrad, name("dpos"), vec![dy], &[*pos]);
-                }
+                self.contribute_each(AllGather { axis: *axis }, name, vec![dy], &[x]);
             }
             other => panic!("{} is no forward op", other.name()),
         }

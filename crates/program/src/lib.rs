@@ -44,7 +44,7 @@ pub use comm::{Collective, Comm, Deal, Message, Ticket, When};
 pub use coords::{Coords, Members};
 pub use cost::Cost;
 pub use graph::Phase;
-pub use op::{Axis, Heads, Op, OpId, OpKind};
+pub use op::{Axis, GradSum, Heads, Op, OpId, OpKind};
 pub use params::{GroupId, ParamGroup, ParamPart, Replication};
 pub use pipeline::{Pass, PassTimes, Played, Work, orders, play};
 pub use place::ALIGN;
@@ -404,21 +404,35 @@ impl Program {
     }
 
     /// The elements of a group that are this rank's to save and to count in the norm: its part of what all ranks with
-    /// the same elements hold, whether ZeRO shards them or not.
+    /// the same elements hold, whether ZeRO shards them or not. Owners of the same shard share that.
     pub fn share(&self, group: GroupId) -> Owned {
         let group = self.group(group);
-        let (replicas, index) = self.coords.replicas(group.replication, &self.layout);
-        owned_range(group.len(), replicas, index)
+        let (shards, shard) = self.coords.shards(group.replication, &self.layout);
+        let (owners, owner) = self.coords.owners(group.replication, &self.layout);
+        let whole = owned_range(group.len(), shards, shard);
+        let part = owned_range(whole.count, owners, owner);
+        Owned { first: whole.first + part.first, count: part.count }
+    }
+
+    /// The elements of [`Program::share`] in one of the group's buffers, whole or sharded.
+    pub fn share_in(&self, group: GroupId, buffer: BufferId) -> Slice {
+        let Owned { first, count } = self.share(group);
+        let whole = self.buffer(buffer).len() == self.group(group).len();
+        let before = if whole { 0 } else { self.group_buffers[group.0 as usize].owned.first };
+        Slice { buffer, first: first - before, count }
     }
 
     /// The index in the global batch of the first sequence of a micro-batch.
     ///
     /// Ranks hold aligned runs of the batch, so that their local sums are subtrees. When gradients are scattered after
-    /// every micro-batch (ZeRO 2 and 3), ranks take turns instead: then each micro-batch of all ranks is a subtree.
+    /// every micro-batch (ZeRO 2 and 3), ranks that shard together hold such a run and take turns in it: then each
+    /// micro-batch of all of them is a subtree, and so is the sum that is left to add over the groups.
     pub fn first_sequence(&self, micro_batch: usize) -> usize {
         let m = self.layout.micro_batch;
         if self.layout.zero >= spec::Zero::Gradients {
-            (micro_batch * self.layout.dp + self.coords.dp) * m
+            let shard = self.layout.shard_dp();
+            let (group, index) = (self.coords.dp / shard, self.coords.dp % shard);
+            group * shard * self.local_sequences + (micro_batch * shard + index) * m
         } else {
             self.coords.dp * self.local_sequences + micro_batch * m
         }

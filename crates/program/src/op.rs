@@ -227,12 +227,11 @@ pub enum OpKind {
         /// Of which unit.
         unit: usize,
     },
-    /// `(gradients of a bucket) -> the same`, summed over the ranks that hold the same parameters
-    /// ([`crate::Replication`]): to every rank, or each shard to its owner.
+    /// `(gradients of a bucket) -> the same`, summed over ranks that hold the same parameters ([`crate::Replication`]).
     ReduceGrads {
         bucket: usize,
-        /// Only the owner keeps its shard (ZeRO 1 to 3).
-        scatter: bool,
+        /// Over which of them, and who gets the sum.
+        sum: GradSum,
     },
     /// `(gradients of one micro-batch, scattered) -> partial sums of the owned shard` (ZeRO 2 and 3).
     ShardGrads { bucket: usize },
@@ -259,6 +258,18 @@ pub enum OpKind {
         /// Whose cache.
         layer: usize,
     },
+}
+
+/// A sum of gradients over ranks that hold the same parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GradSum {
+    /// Over all of them, to every rank.
+    Everywhere,
+    /// Over those that shard together, each shard to its owner (ZeRO 1 to 3).
+    Scattered,
+    /// Of shards, over their owners in all groups that shard (ZeRO over a part of dp).
+    Owners,
 }
 
 /// Heads of the local shard.

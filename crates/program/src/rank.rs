@@ -39,7 +39,9 @@ impl<'a> Rank<'a> {
             check_generates(model, layout)?;
         }
         let shares = layout.replicas() > 1 || model.experts.is_some() && layout.expert_replicas() > 1;
-        let layout = Layout { zero: if shares { layout.zero } else { Zero::Off }, ..layout.clone() };
+        let zero = if shares { layout.zero } else { Zero::Off };
+        let shard = layout.shard.filter(|shard| zero != Zero::Off && *shard < layout.dp);
+        let layout = Layout { zero, shard, ..layout.clone() };
         let coords = Coords::of(request.rank, &layout);
         let chunks = chunks(model, &layout, coords.pp);
         let groups = table(model, &layout, coords, &chunks);
@@ -97,6 +99,16 @@ impl<'a> Rank<'a> {
     /// How many ranks hold the same elements of a group, and which of them this one is: (count, index).
     pub(crate) fn replicas(&self, replication: Replication) -> (usize, usize) {
         self.coords.replicas(replication, &self.layout)
+    }
+
+    /// How many of them shard together, and which of those this one is: (count, index).
+    pub(crate) fn shards(&self, replication: Replication) -> (usize, usize) {
+        self.coords.shards(replication, &self.layout)
+    }
+
+    /// Whether owners of the same shard in other groups have gradients of their own.
+    pub(crate) fn sums_over_owners(&self, replication: Replication) -> bool {
+        self.layout.zero != Zero::Off && self.coords.owners(replication, &self.layout).0 > 1
     }
 
     /// Whether some parameter is held by several ranks, so that gradients meet.

@@ -6,7 +6,7 @@ use crate::buffer::{BufferId, View};
 use crate::coords::Members;
 use crate::cost::Cost;
 use crate::graph::Phase;
-use crate::op::{Axis, Op, OpId, OpKind};
+use crate::op::{Axis, GradSum, Op, OpId, OpKind};
 use crate::params::{GroupId, ParamGroup};
 use crate::place::Placer;
 use crate::rank::Rank;
@@ -19,9 +19,14 @@ pub(crate) fn ops(cx: &Rank<'_>, placer: &Placer<'_>) -> Vec<Op> {
     let whole = |id: BufferId| View { buffer: id, row0: 0, rows: buffers[id.0 as usize].rows };
     let layout = &cx.layout;
     let mut ops = Vec::new();
-    if layout.zero < Zero::Gradients {
-        for (bucket, _) in buckets.iter().enumerate().filter(|(_, b)| cx.replicas(b.replication).0 > 1) {
+    for (bucket, b) in buckets.iter().enumerate() {
+        if layout.zero < Zero::Gradients && begins(cx, b) {
             ops.push(op(format!("grads.bucket{bucket}.wait"), OpKind::WaitGrads { bucket }, vec![], vec![]));
+        }
+        if cx.sums_over_owners(b.replication) {
+            let kind = OpKind::ReduceGrads { bucket, sum: GradSum::Owners };
+            let views = b.grads.iter().map(|(_, grad)| whole(*grad)).collect();
+            ops.push(op(format!("grads.bucket{bucket}.owners"), kind, views, vec![]));
         }
     }
     for (id, group, b) in each(cx, groups) {
@@ -52,7 +57,7 @@ pub(crate) fn ops(cx: &Rank<'_>, placer: &Placer<'_>) -> Vec<Op> {
         ops.push(adamw);
     }
     if matches!(layout.zero, Zero::Optimizer | Zero::Gradients) {
-        let shared = |group: &ParamGroup| cx.replicas(group.replication).0 > 1;
+        let shared = |group: &ParamGroup| cx.shards(group.replication).0 > 1;
         for (id, group, b) in each(cx, groups).filter(|(_, group, _)| shared(group)) {
             let kind = OpKind::AllGatherParams { group: id };
             ops.push(op(format!("optim.{}.gather", group.name), kind, vec![], vec![whole(b.param)]));
@@ -75,13 +80,13 @@ pub(crate) fn with_reductions(
         adds_last.extend(op.grads.iter().map(|g| (g.sum, i)));
     }
     let mut complete: HashMap<usize, Vec<usize>> = HashMap::new();
-    for (i, bucket) in buckets.iter().enumerate().filter(|(_, b)| cx.replicas(b.replication).0 > 1) {
+    for (i, bucket) in buckets.iter().enumerate().filter(|(_, b)| begins(cx, b)) {
         let last = bucket.grads.iter().filter_map(|(_, b)| adds_last.get(b)).max();
         if let (Some(last), true) = (last, bucket.grads.iter().all(|(_, b)| here(*b))) {
             complete.entry(*last).or_default().push(i);
         }
     }
-    let scatter = cx.layout.zero >= Zero::Optimizer;
+    let sum = if cx.layout.zero >= Zero::Optimizer { GradSum::Scattered } else { GradSum::Everywhere };
     let mut out = Vec::with_capacity(ops.len() + buckets.len());
     for (i, o) in ops.iter().enumerate() {
         out.push(o.clone());
@@ -92,11 +97,20 @@ pub(crate) fn with_reductions(
                 rows: cx.groups[g.0 as usize].rows,
             };
             let views = buckets[bucket].grads.iter().map(view).collect();
-            let kind = OpKind::ReduceGrads { bucket, scatter };
+            let kind = OpKind::ReduceGrads { bucket, sum };
             out.push(op(format!("grads.bucket{bucket}.reduce"), kind, views, vec![]));
         }
     }
     out
+}
+
+/// Whether a bucket has others to meet while backward goes on.
+fn begins(cx: &Rank<'_>, bucket: &Bucket) -> bool {
+    let with = match cx.layout.zero {
+        Zero::Off => cx.replicas(bucket.replication),
+        _ => cx.shards(bucket.replication),
+    };
+    with.0 > 1
 }
 
 /// Whether gradients of a group need a sum over the tensor-parallel ranks after backward: parameters that each rank

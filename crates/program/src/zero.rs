@@ -7,18 +7,18 @@ use spec::{DType, Zero};
 use crate::NORM_CHUNK;
 use crate::buffer::{BufferId, Owned};
 use crate::graph::{Graph, Node, Operand, Phase, Source, ValueId};
-use crate::op::OpKind;
+use crate::op::{GradSum, OpKind};
 use crate::params::GroupId;
 use crate::place::Placer;
 use crate::rank::Rank;
 use crate::role::Place;
 use crate::schedule::Passes;
 
-/// The run of elements of a group that the rank `index` of `replicas` updates ([`crate::Coords::replicas`]): whole norm
+/// The run of elements of a group that the rank `index` of `shards` updates ([`crate::Coords::shards`]): whole norm
 /// chunks, as even as possible.
-pub fn owned(len: usize, replicas: usize, index: usize) -> Owned {
+pub fn owned(len: usize, shards: usize, index: usize) -> Owned {
     let chunks = len.div_ceil(NORM_CHUNK);
-    let at = |i: usize| (chunks * i / replicas * NORM_CHUNK).min(len);
+    let at = |i: usize| (chunks * i / shards * NORM_CHUNK).min(len);
     Owned { first: at(index), count: at(index + 1) - at(index) }
 }
 
@@ -67,7 +67,7 @@ fn scatter_grads(placer: &Placer<'_>, passes: &mut Passes) {
             Node::new(kind, name, ins.clone(), Vec::new(), Phase::Weight, Place::Step)
         };
         after.entry(at).or_default().extend([
-            node(OpKind::ReduceGrads { bucket, scatter: true }, "reduce"),
+            node(OpKind::ReduceGrads { bucket, sum: GradSum::Scattered }, "reduce"),
             node(OpKind::ShardGrads { bucket }, "shard"),
         ]);
     }

@@ -5,7 +5,7 @@ mod common;
 use std::collections::{BTreeMap, HashMap};
 
 use common::{build, check_world, model};
-use program::{Axis, Collective, Coords, OpKind, Phase, Program, Replication};
+use program::{Axis, Collective, Coords, Members, OpKind, Phase, Program, Replication};
 use spec::{Experts, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
 
 const SEQUENCES: usize = 8;
@@ -70,6 +70,9 @@ fn layouts(model: &ModelSpec) -> Vec<Layout> {
         for (pp, chunks, schedule) in PIPELINES {
             for (zero, recompute) in POLICIES {
                 let base = Layout { dp, cp, tp, ep, pp, chunks, schedule, ..Layout::default() };
+                if zero != Zero::Off && dp > 2 && recompute != Recompute::Full {
+                    all.push(Layout { sequence_parallel, zero, recompute, shard: Some(2), ..base.clone() });
+                }
                 all.push(Layout { sequence_parallel, zero, recompute, ..base });
             }
         }
@@ -159,16 +162,30 @@ fn parameter_shards_tile_the_model() {
     }
 }
 
-/// Under ZeRO the ranks that hold the same elements own each of them once: experts over other ranks than the rest.
+/// Under ZeRO the ranks that shard together own each element once: experts over other ranks than the rest. What is saved
+/// and counted in the norm is each element once, whoever owns it besides.
 #[test]
-fn owned_ranges_tile_every_group_over_its_replicas() {
+fn owned_ranges_tile_every_group_over_its_shards() {
     let m = experts(model(4, false, false), 32, 0);
     let m = ModelSpec { experts: m.experts.map(|e| Experts { ffn: 640, ..e }), ..m };
     for layout in layouts(&m).into_iter().filter(|l| l.zero >= Zero::Optimizer) {
         let all = programs(&m, &layout);
         for p in &all {
             for (i, g) in p.groups.iter().enumerate() {
-                let ranks = p.coords.replica_ranks(g.replication, &layout);
+                let mut ends: Vec<(usize, usize)> = Vec::new();
+                for rank in p.coords.replica_ranks(g.replication, &layout) {
+                    let id = program::GroupId(i as u32);
+                    let (share, owned) = (all[rank].share(id), all[rank].group_buffers[i].owned);
+                    assert!(owned.first <= share.first, "{} {layout:?}", g.name);
+                    assert!(share.range().end <= owned.range().end, "{} {layout:?}", g.name);
+                    assert!(share.first.is_multiple_of(program::NORM_CHUNK) || share.count == 0);
+                    ends.push((share.first, share.range().end));
+                }
+                ends.sort_unstable();
+                let end =
+                    ends.iter().fold(0, |at, (first, end)| if *first == at { *end } else { usize::MAX });
+                assert_eq!(end, g.len(), "{} {layout:?}: {ends:?}", g.name);
+                let ranks = Members::Shards(g.replication).ranks(p.coords, &layout);
                 assert!(ranks.contains(&p.rank));
                 let mut at = 0;
                 for rank in ranks {

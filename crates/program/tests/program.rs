@@ -9,11 +9,25 @@ use program::{Coords, Program};
 use proptest::prelude::*;
 use spec::{Layout, PipelineSchedule, Recompute, Zero};
 
+/// dp, tp, sequence parallelism, and how many of dp shard together.
+const AXES: [(usize, usize, bool, Option<usize>); 6] = [
+    (1, 1, false, None),
+    (2, 1, false, None),
+    (1, 2, false, None),
+    (2, 2, true, None),
+    (4, 1, false, Some(2)),
+    (4, 2, true, Some(2)),
+];
+
 fn layouts() -> Vec<Layout> {
     let mut all = Vec::new();
     for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
         for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
-            for (dp, tp, sp) in [(1, 1, false), (2, 1, false), (1, 2, false), (2, 2, true)] {
+            for (dp, tp, sp, shard) in AXES {
+                // What is recomputed is no part of how gradients meet.
+                if shard.is_some() && (zero == Zero::Off || recompute != Recompute::None) {
+                    continue;
+                }
                 for (pp, chunks, schedule) in [
                     (1, 1, PipelineSchedule::OneFOneB),
                     (2, 1, PipelineSchedule::Gpipe),
@@ -22,6 +36,10 @@ fn layouts() -> Vec<Layout> {
                     (2, 1, PipelineSchedule::ZeroBubble),
                 ] {
                     for micro_batch in [1, 2] {
+                        // Interleaving wants whole rounds of stages.
+                        if chunks > 1 && dp * micro_batch * pp > 8 {
+                            continue;
+                        }
                         let sequence_parallel = sp;
                         let l = Layout {
                             dp,
@@ -29,6 +47,7 @@ fn layouts() -> Vec<Layout> {
                             pp,
                             sequence_parallel,
                             zero,
+                            shard,
                             schedule,
                             chunks,
                             micro_batch,
@@ -116,10 +135,14 @@ proptest! {
 
     /// Micro-batches of all ranks cover every sequence of the batch once.
     #[test]
-    fn every_sequence_is_trained_on_once(dp in 0u32..3, mb in 0u32..2, zero in 0u8..4, extra in 1usize..4) {
+    fn every_sequence_is_trained_on_once(
+        dp in 0u32..4, mb in 0u32..2, zero in 0u8..4, extra in 1usize..4, groups in 0u32..3,
+    ) {
         let (dp, micro_batch) = (1usize << dp, 1usize << mb);
         let sequences = dp * micro_batch * extra.next_power_of_two();
-        let layout = Layout { dp, micro_batch, zero: Zero::try_from(zero).expect("0 to 3"), ..Layout::default() };
+        let zero = Zero::try_from(zero).expect("0 to 3");
+        let shard = (zero != Zero::Off && dp > 1 << groups).then_some(dp >> groups);
+        let layout = Layout { dp, micro_batch, zero, shard, ..Layout::default() };
         let m = model(1, false, false);
         let mut seen = vec![0; sequences];
         for rank in 0..dp {

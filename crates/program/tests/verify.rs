@@ -112,6 +112,43 @@ fn no_two_live_values_on_one_byte() {
 }
 
 #[test]
+fn nothing_is_used_after_its_bytes_were_given_up() {
+    let lives =
+        |p: &mut Program, id: program::BufferId, change: fn((usize, usize)) -> (usize, usize)| match &mut p
+            .buffers[id.0 as usize]
+            .home
+        {
+            Home::Scratch { alive, .. } | Home::Slot { alive, .. } => *alive = change(*alive),
+            _ => unreachable!("activations are not static"),
+        };
+    // Queries, keys and values are last read by attention's gradient: without a word to the verifier their bytes could
+    // be another's by then.
+    broken(Rule::GivenUp, "layers.0.attn", |p| {
+        let (b, i) = first(p, "attention");
+        let qkv = p.blocks[b].ops[i].ins[0].buffer;
+        lives(p, qkv, |(birth, death)| (birth, death - 1));
+    });
+    broken(Rule::GivenUp, "layers.0.attn", |p| {
+        let (b, i) = first(p, "attention");
+        let o = p.blocks[b].ops[i].outs[0].buffer;
+        lives(p, o, |(birth, death)| (birth + 1, death));
+    });
+    // Bytes that another buffer was given in between.
+    broken(Rule::GivenUp, "", |p| {
+        let (b, i) = first(p, "attention");
+        let (qkv, o) = (p.blocks[b].ops[i].ins[0].buffer, p.blocks[b].ops[i].outs[0].buffer);
+        lives(p, qkv, |(birth, _)| (birth, birth));
+        let Home::Scratch { offset, .. } = p.buffer(qkv).home else {
+            unreachable!("one micro-batch in flight")
+        };
+        match &mut p.buffers[o.0 as usize].home {
+            Home::Scratch { offset: at, .. } => *at = offset,
+            _ => unreachable!("one micro-batch in flight"),
+        }
+    });
+}
+
+#[test]
 fn ids_tell_ops_apart() {
     broken(Rule::UniqueIds, "layers.0.attn_norm", |p| {
         let id = p.blocks[0].ops[0].id;
@@ -129,6 +166,16 @@ fn members_of_a_group_say_the_same() {
     broken_world(Rule::Messages, "grads.bucket0.reduce", &layout, |all| {
         let (b, i) = first(&all[1], "reduce_grads");
         all[1].blocks[b].ops[i].comm.as_mut().expect("a message").what = Collective::AllReduce;
+    });
+    // Owners of one shard in two groups: an element more, or a sum that only one of them takes part in.
+    let groups = Layout { dp: 4, shard: Some(2), ..layout.clone() };
+    broken_world(Rule::Messages, "grads.bucket0.owners", &groups, |all| {
+        let ops = &mut all[1].blocks.last_mut().expect("a tail").ops;
+        let owners = ops.iter_mut().find(|op| op.name == "grads.bucket0.owners").expect("a sum over owners");
+        owners.comm.as_mut().expect("a message").messages[0].elements += 1;
+    });
+    broken_world(Rule::Deadlock, "rank 3", &groups, |all| {
+        all[1].blocks.last_mut().expect("a tail").ops.retain(|op| op.name != "grads.bucket0.owners");
     });
     let pipeline = Layout { pp: 2, ..Layout::default() };
     broken_world(Rule::Messages, "rank 1", &pipeline, |all| {

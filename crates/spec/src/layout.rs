@@ -22,6 +22,9 @@ pub struct Layout {
     pub sequence_parallel: bool,
     /// What is sharded over dp.
     pub zero: Zero,
+    /// Data-parallel ranks that ZeRO shards over, neighbours; each such group holds all of the model, and gradients are
+    /// summed across groups besides (HSDP; MiCS, Zhang et al. 2022). All of dp if `None`.
+    pub shard: Option<usize>,
     /// Order of forward and backward work on the stages.
     pub schedule: PipelineSchedule,
     /// Model chunks per stage (interleaving); 1 unless the schedule is interleaved.
@@ -46,6 +49,7 @@ impl Default for Layout {
             ep: 1,
             sequence_parallel: false,
             zero: Zero::Off,
+            shard: None,
             schedule: PipelineSchedule::OneFOneB,
             chunks: 1,
             stage_layers: Vec::new(),
@@ -67,14 +71,36 @@ impl Layout {
         self.dp * self.cp * self.tp
     }
 
-    /// Ranks that hold the same dense parameters: gradients are summed over them and ZeRO shards over them.
+    /// Ranks that hold the same dense parameters, or shards of them: gradients are summed over all of these.
     pub fn replicas(&self) -> usize {
         self.dp * self.cp
     }
 
-    /// Ranks that hold the same experts: their gradients are summed over these, and ZeRO shards them over these.
+    /// Ranks that hold the same experts, or shards of them: their gradients are summed over all of these.
     pub fn expert_replicas(&self) -> usize {
         self.stage_ranks() / self.ep.max(1)
+    }
+
+    /// Data-parallel ranks that ZeRO shards over.
+    pub fn shard_dp(&self) -> usize {
+        self.shard.unwrap_or(self.dp)
+    }
+
+    /// Of [`Layout::replicas`], those among which ZeRO shards dense parameters, neighbours.
+    ///
+    /// ```
+    /// let layout = spec::Layout { dp: 8, cp: 2, tp: 2, ep: 4, shard: Some(4), ..spec::Layout::default() };
+    /// assert_eq!((layout.shards(), layout.replicas()), (8, 16));
+    /// assert_eq!((layout.expert_shards(), layout.expert_replicas()), (4, 8));
+    /// ```
+    pub fn shards(&self) -> usize {
+        self.shard_dp() * self.cp
+    }
+
+    /// Of [`Layout::expert_replicas`], those among which ZeRO shards experts: the ones in the same group of
+    /// [`Layout::shard`]. One where experts are spread over more ranks than that.
+    pub fn expert_shards(&self) -> usize {
+        (self.shards() * self.tp / self.ep.max(1)).max(1)
     }
 }
 

@@ -40,6 +40,7 @@ impl Layout {
         self.check_sizes(sequences)?;
         self.check_context(sequence, tolerance)?;
         self.check_tensor(model, sequence, tolerance)?;
+        self.check_shard()?;
         self.check_experts(model, sequence, tolerance)?;
         self.check_pipeline(model, tolerance)?;
         self.check_data(sequences)?;
@@ -127,6 +128,44 @@ impl Layout {
                 2 * cp
             );
             Error::user(what).hint(values("layout.cp", divisors(sequence).filter(|&c| works(c))))
+        })
+    }
+
+    /// Groups that shard are equal runs of the data-parallel ranks, and hold whole sets of experts or a part of one.
+    ///
+    /// # Errors
+    /// If the groups are not equal, or cut what holds all experts.
+    pub fn check_shard(&self) -> Checked<'_> {
+        let Some(shard) = self.shard else { return Ok(()) };
+        let Layout { dp, ep, .. } = *self;
+        if self.zero == Zero::Off && shard != dp {
+            return broken(Rule::Shards, move || {
+                Error::user(format!("layout.shard = {shard}, but layout.zero = 0 shards nothing"))
+                    .hint("set layout.zero=1, 2 or 3, or leave layout.shard out")
+            });
+        }
+        let inner = self.cp.saturating_mul(self.tp);
+        let experts = move |shard: usize| {
+            let ranks = inner.saturating_mul(shard);
+            ranks.is_multiple_of(ep) || ep.is_multiple_of(ranks)
+        };
+        let cp = self.cp;
+        // A group of one rank shards nothing.
+        let shards =
+            move |shard: usize| dp.is_multiple_of(shard) && (shard.saturating_mul(cp) > 1 || dp == 1);
+        let works = move |shard: usize| shard > 0 && shards(shard) && experts(shard);
+        if works(shard) {
+            return Ok(());
+        }
+        broken(Rule::Shards, move || {
+            let what = if shard == 0 || !dp.is_multiple_of(shard) {
+                format!("layout.shard = {shard} does not divide layout.dp = {dp}")
+            } else if shards(shard) {
+                format!("layout.shard = {shard} cuts the {ep} ranks that hold all experts")
+            } else {
+                format!("layout.shard = {shard} shards nothing")
+            };
+            Error::user(what).hint(values("layout.shard", divisors(dp).filter(|&s| works(s))))
         })
     }
 
@@ -329,14 +368,15 @@ impl Layout {
                 .hint(format!("{hint}; any divisor with layout.reduce=ring"))
             });
         }
-        let share = n / dp;
+        let (share, shard) = (n / dp, self.shard_dp());
         let tree = (self.reduce == Reduce::Tree).then(|| SumTree::new(n));
         let m_works = move |m: usize| {
             share.is_multiple_of(m)
                 && tree.as_ref().is_none_or(|tree| {
-                    // From ZeRO 2 on, the same micro-batch of all ranks is reduced at once: together they have to be
-                    // a whole subtree too.
-                    tree.inner(m).is_some() && (self.zero < Zero::Gradients || tree.inner(m * dp).is_some())
+                    // From ZeRO 2 on, the same micro-batch of all ranks that shard together is reduced at once:
+                    // together they have to be a whole subtree too.
+                    tree.inner(m).is_some()
+                        && (self.zero < Zero::Gradients || tree.inner(m * shard).is_some())
                 })
         };
         if m_works(m) {

@@ -175,6 +175,58 @@ fn contexts_and_experts() {
 }
 
 #[test]
+fn groups_that_shard() {
+    let sharded = Layout { dp: 8, zero: Zero::Parameters, micro_batch: 3, ..one() };
+    check(Layout { shard: Some(2), ..sharded.clone() }, "ok");
+    check(Layout { shard: Some(8), ..sharded.clone() }, "ok");
+    let works = "values of layout.shard that work: 2, 4, 8";
+    check(
+        Layout { shard: Some(3), ..sharded.clone() },
+        &format!("layout.shard = 3 does not divide layout.dp = 8 | {works}"),
+    );
+    check(
+        Layout { shard: Some(usize::MAX), ..sharded.clone() },
+        &format!("layout.shard = {} does not divide layout.dp = 8 | {works}", usize::MAX),
+    );
+    check(
+        Layout { shard: Some(1), ..sharded.clone() },
+        &format!("layout.shard = 1 shards nothing | {works}"),
+    );
+    check(
+        Layout { shard: Some(2), zero: Zero::Off, ..sharded.clone() },
+        "layout.shard = 2, but layout.zero = 0 shards nothing | set layout.zero=1, 2 or 3, or leave layout.shard out",
+    );
+    // Context-parallel ranks shard with those of dp.
+    check(Layout { shard: Some(1), cp: 2, ..sharded.clone() }, "ok");
+
+    // A micro-batch of those that shard together is a subtree: of 24 sequences there are some of 3, 6, 12.
+    check(Layout { dp: 4, shard: Some(2), zero: Zero::Gradients, micro_batch: 3, ..one() }, "ok");
+    check(
+        Layout { dp: 4, shard: Some(2), zero: Zero::Gradients, ..one() },
+        "layout.micro_batch = 1 is not a whole subtree of the sum over 24 sequences in 4 shares | \
+         values of layout.micro_batch that work: 3, 6",
+    );
+
+    // Groups hold whole sets of experts, or a part of one.
+    let experts = Experts { count: 12, top_k: 2, ffn: 8, shared_ffn: 0, dense_layers: 0, every: 1 };
+    let mixed = ModelSpec { experts: Some(experts), ..tiny() };
+    let verdict = |ep: usize, shard: usize| {
+        let layout =
+            Layout { dp: 12, ep, shard: Some(shard), zero: Zero::Optimizer, reduce: Reduce::Ring, ..one() };
+        layout.validate(&mixed, 24, 128).map_err(|e| format!("{e} | {}", e.hint_text().unwrap_or("no hint")))
+    };
+    for (ep, shard) in [(2, 2), (2, 4), (4, 2), (12, 3), (3, 3)] {
+        assert_eq!(verdict(ep, shard), Ok(()), "ep = {ep}, shard = {shard}");
+    }
+    assert_eq!(
+        verdict(4, 3).unwrap_err(),
+        "layout.shard = 3 cuts the 4 ranks that hold all experts | values of layout.shard that work: 2, 4, 12"
+    );
+    let of = |ep: usize, shard: usize| Layout { dp: 12, ep, shard: Some(shard), ..one() }.expert_shards();
+    assert_eq!([of(2, 2), of(2, 4), of(4, 2), of(1, 6)], [1, 2, 1, 6]);
+}
+
+#[test]
 fn absurd_sizes() {
     check(Layout { dp: 0, ..one() }, "layout.dp = 0, expected 1 to 16777216 | no hint");
     check(

@@ -80,6 +80,8 @@ pub enum Rule {
     Tensor,
     /// Expert parallelism takes whole experts and divides the ranks of a stage.
     Experts,
+    /// ZeRO shards over equal groups of the data-parallel ranks.
+    Shards,
     /// Every stage holds a layer.
     Stages,
     /// Ranks, micro-batches and rounds divide the batch.

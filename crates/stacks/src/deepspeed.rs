@@ -189,7 +189,7 @@ fn common(name: &str, placement: &Placement) -> Result<()> {
     if !matches!(placement.format, NumberFormat::Bf16 | NumberFormat::Fp16) {
         return refuse(format!("{} training", placement.format), "plan with --format bf16");
     }
-    if placement.shard < l.dp && l.zero != Zero::Off && l.zero != Zero::Parameters {
+    if l.shard_dp() < l.dp && l.zero != Zero::Parameters {
         return refuse(
             format!("ZeRO {} over a part of the replicas", u8::from(l.zero)),
             "leave shard out of the layout",
@@ -205,8 +205,8 @@ fn base(p: &Problem, placement: &Placement) -> serde_json::Value {
         zero["overlap_comm"] = json!(p.software.overlap_grads);
         zero["contiguous_gradients"] = json!(true);
     }
-    if l.zero == Zero::Parameters && placement.shard < l.dp {
-        zero["mics_shard_size"] = json!(placement.shard);
+    if l.zero == Zero::Parameters && l.shard_dp() < l.dp {
+        zero["mics_shard_size"] = json!(l.shard_dp());
     }
     let mut file = json!({
         "train_batch_size": p.sequences,

@@ -74,18 +74,13 @@ fn axes(p: &Problem, placement: &Placement, micro_batches: usize) -> Result<Vec<
         );
     }
     let replicas = l.dp;
-    let fsdp = if l.zero == Zero::Parameters {
-        let inner = l.cp.max(1);
-        if !placement.shard.is_multiple_of(inner) || !replicas.is_multiple_of(placement.shard / inner) {
-            return refuse(
-                format!("shards over {} ranks beside cp={}", placement.shard, l.cp),
-                "leave shard out",
-            );
-        }
-        placement.shard / inner
-    } else {
-        1
-    };
+    if l.zero == Zero::Optimizer && l.shard_dp() < l.dp {
+        return refuse(
+            "ZeRO 1 over a part of the replicas: shard_optimizer_over_data takes all".into(),
+            "leave shard out of the layout, or plan with zero=3 (fsdp beside data)",
+        );
+    }
+    let fsdp = if l.zero == Zero::Parameters { l.shard_dp() } else { 1 };
     let sharded = if l.zero == Zero::Parameters { fsdp } else { replicas };
     if !sharded.is_multiple_of(l.ep) {
         return refuse(

@@ -259,15 +259,12 @@ fn replicas(p: &Problem, placement: &Placement) -> Result<Vec<String>> {
                     args.push("--overlap-param-gather".into());
                 }
             }
-            if placement.shard < replicas {
-                args.push(format!(
-                    "--num-distributed-optimizer-instances {}",
-                    replicas / placement.shard.max(1)
-                ));
+            if l.shard_dp() < l.dp {
+                args.push(format!("--num-distributed-optimizer-instances {}", l.dp / l.shard_dp()));
             }
         }
         Zero::Gradients | Zero::Parameters => {
-            if placement.shard < replicas {
+            if l.shard_dp() < l.dp {
                 return Err(lacks(
                     NAME,
                     "ZeRO 2 or 3 over a part of the replicas",

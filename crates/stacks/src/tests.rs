@@ -80,8 +80,10 @@ fn megatron_layout(read: &Read, world: usize, layers: usize) -> Placement {
         _ => Zero::Off,
     };
     let dp = world / tp / pp / cp;
+    let instances = count(read, "num-distributed-optimizer-instances");
     let layout = Layout {
         dp,
+        shard: (instances > 1).then_some(dp / instances),
         tp,
         pp,
         sequence_parallel: read.contains_key("sequence-parallel"),
@@ -101,7 +103,6 @@ fn megatron_layout(read: &Read, world: usize, layers: usize) -> Placement {
     };
     Placement {
         layout,
-        shard: dp * cp / count(read, "num-distributed-optimizer-instances"),
         format: if read.contains_key("fp8-format") { NumberFormat::Fp8 } else { NumberFormat::Bf16 },
         order: if read.contains_key("use-tp-pp-dp-mapping") { Order::TpCpPpDp } else { Order::TpCpDpPp },
     }
@@ -143,8 +144,40 @@ fn megatron_reads_the_layout_that_was_written() {
     assert!(text.contains("--rotary-base 500000 "), "{text}");
 
     let mut given = placement(Layout { dp: 16, tp: 1, sequence_parallel: false, pp: 4, ..layout() });
-    (given.layout.cp, given.layout.ep, given.format, given.shard) = (2, 8, NumberFormat::Fp8, 16);
+    (given.layout.cp, given.layout.ep, given.format) = (2, 8, NumberFormat::Fp8);
+    given.layout.shard = Some(8);
     check("mixtral-8x7b", given);
+}
+
+/// Groups that shard, with replicas of them, in the words of each stack: how many ranks shard, how many replicas there are.
+#[test]
+fn groups_that_shard_are_written() {
+    let l = Layout { zero: Zero::Parameters, shard: Some(8), pp: 1, dp: 16, ..layout() };
+    let p = problem("gpt3-13b", 64);
+    let text = emit("torchtitan", &p, &placement(l.clone())).unwrap().text;
+    let read = read_lines(&text, "=");
+    let degrees =
+        ["data_parallel_shard_degree", "data_parallel_replicate_degree"].map(|key| count(&read, key));
+    assert_eq!(degrees, [8, 2], "{text}");
+
+    let plain = Layout { tp: 1, sequence_parallel: false, dp: 64, ..l.clone() };
+    let file = emit("deepspeed", &p, &placement(plain.clone())).unwrap().text;
+    let file: serde_json::Value = serde_json::from_str(&file).unwrap();
+    assert_eq!(file["zero_optimization"]["mics_shard_size"], 8);
+    let all = emit("deepspeed", &p, &placement(Layout { shard: None, ..plain.clone() })).unwrap().text;
+    assert!(!all.contains("mics"), "{all}");
+    let error = emit("deepspeed", &p, &placement(Layout { zero: Zero::Optimizer, ..plain })).unwrap_err();
+    assert!(error.to_string().contains("ZeRO 1 over a part of the replicas"), "{error}");
+
+    // Two pods of 256: sharded inside, replicas between.
+    let cluster = Catalog::builtin().unwrap().cluster("tpu-v5e-pod", Some(512)).unwrap();
+    let p = Problem { cluster, sequences: 1024, ..problem("gpt3-13b", 512) };
+    let l = Layout { dp: 128, shard: Some(64), ..l };
+    let text = emit("maxtext", &p, &placement(l)).unwrap().text;
+    let read = read_lines(&text, ":");
+    let axes =
+        ["ici_fsdp_parallelism", "dcn_fsdp_parallelism", "ici_data_parallelism", "dcn_data_parallelism"];
+    assert_eq!(axes.map(|axis| count(&read, axis)), [64, 1, 1, 2], "{text}");
 }
 
 #[test]

@@ -85,14 +85,7 @@ fn shard(placement: &Placement) -> Result<usize> {
             "plan with order=tp-cp-dp-pp",
         );
     }
-    match l.zero {
-        Zero::Off => Ok(1),
-        _ if placement.shard.is_multiple_of(l.cp) => Ok(placement.shard / l.cp),
-        _ => refuse(
-            format!("shards over {} of cp={} ranks", placement.shard, l.cp),
-            "shard over whole cp groups",
-        ),
-    }
+    Ok(if l.zero == Zero::Off { 1 } else { l.shard_dp() })
 }
 
 /// The schedule's keys.

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use comm::{Group, Handle, OpTag, Order, Span, World};
 use program::{Axis, Collective, Coords, Members, OpId, Replication, Ticket};
-use spec::{Error, Layout, Reduce, Result};
+use spec::{Error, Layout, Reduce, Result, Zero};
 
 use crate::launch::Message;
 
@@ -12,8 +12,14 @@ use crate::launch::Message;
 const CHANNEL_DEPTH: usize = 64;
 
 /// The groups that ops name, in the order of their numbers on the wire; the world is there without founding.
-const GROUPS: [Members; 4] =
-    [Members::Replicas(Replication::Data), Members::Axis(Axis::Tp), Members::Axis(Axis::Pp), Members::Ends];
+const GROUPS: [Members; 6] = [
+    Members::Replicas(Replication::Data),
+    Members::Shards(Replication::Data),
+    Members::Owners(Replication::Data),
+    Members::Axis(Axis::Tp),
+    Members::Axis(Axis::Pp),
+    Members::Ends,
+];
 
 /// The ranks that this one talks to, group by group, over the host's own transport.
 #[derive(Default)]
@@ -43,8 +49,14 @@ impl Mesh {
         let coords = Coords::of(world.rank(), layout);
         let mut groups = HashMap::new();
         for (id, members) in (1..).zip(GROUPS) {
+            // Replicas talk as one where nothing is sharded, and else by shards.
+            let silent = match members {
+                Members::Replicas(_) => layout.zero != Zero::Off,
+                Members::Shards(_) | Members::Owners(_) => layout.zero == Zero::Off,
+                _ => false,
+            };
             let ranks = members.ranks(coords, layout);
-            if ranks.len() > 1 && ranks.contains(&world.rank()) {
+            if !silent && ranks.len() > 1 && ranks.contains(&world.rank()) {
                 groups.insert(members, world.group(&ranks, id)?);
             }
         }

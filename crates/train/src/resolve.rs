@@ -144,8 +144,7 @@ fn norm(p: &Program) -> (Vec<Address>, Vec<Address>) {
     let (mut ins, mut outs) = (Vec::new(), vec![Address::whole(p, sums)]);
     for (id, b) in (0..).map(GroupId).zip(&p.group_buffers).filter(|(_, b)| b.counts) {
         let Owned { first, count } = p.share(id);
-        let whole = p.buffer(b.grad).len() == p.group(id).len();
-        ins.push(Address::slice(p, Slice { buffer: b.grad, first: if whole { first } else { 0 }, count }));
+        ins.push(Address::slice(p, p.share_in(id, b.grad)));
         let chunks = Slice {
             buffer: sums,
             first: b.norm_chunk0 + first / NORM_CHUNK,

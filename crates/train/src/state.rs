@@ -150,13 +150,12 @@ impl Executor {
         let p = &self.program;
         let mut held = Vec::new();
         for (group, b) in (0..).map(GroupId).zip(&p.group_buffers).filter(|(_, b)| b.counts) {
-            let Owned { first, count } = p.share(group);
             let param = b.master.unwrap_or(b.param);
             for (kind, id) in
                 [(Kind::Param, param), (Kind::ExpAvg, b.exp_avg), (Kind::ExpAvgSq, b.exp_avg_sq)]
             {
-                let whole = p.buffer(id).len() == p.group(group).len();
-                let data = self.device.read(self.whole(id).part(if whole { first } else { 0 }, count))?;
+                let program::Slice { first, count, .. } = p.share_in(group, id);
+                let data = self.device.read(self.whole(id).part(first, count))?;
                 held.push(Held { group, kind, data });
             }
         }

@@ -89,27 +89,30 @@ fn connected(m: &ModelSpec, layout: &Layout, transport: TransportChoice) {
 
 fn layouts() -> impl Strategy<Value = Layout> {
     let axes = (0u32..4, 0u32..3, 0u32..3, any::<bool>(), 0usize..4, 0usize..4, 0u32..3);
-    (axes, 0usize..3, any::<bool>()).prop_map(|((dp, tp, pp, sp, zero, schedule, mb), recompute, ring)| {
-        let (schedule, chunks) = [
-            (PipelineSchedule::Gpipe, 1),
-            (PipelineSchedule::OneFOneB, 1),
-            (PipelineSchedule::ZeroBubble, 1),
-            (PipelineSchedule::Interleaved, 2),
-        ][schedule];
-        Layout {
-            dp: 1 << dp,
-            tp: 1 << tp,
-            pp: 1 << pp,
-            sequence_parallel: sp,
-            zero: [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters][zero],
-            schedule,
-            chunks,
-            micro_batch: 1 << mb,
-            recompute: [Recompute::None, Recompute::Selective, Recompute::Full][recompute],
-            reduce: if ring { Reduce::Ring } else { Reduce::Tree },
-            ..Layout::default()
-        }
-    })
+    (axes, 0usize..3, any::<bool>(), any::<bool>()).prop_map(
+        |((dp, tp, pp, sp, zero, schedule, mb), recompute, ring, parts)| {
+            let (schedule, chunks) = [
+                (PipelineSchedule::Gpipe, 1),
+                (PipelineSchedule::OneFOneB, 1),
+                (PipelineSchedule::ZeroBubble, 1),
+                (PipelineSchedule::Interleaved, 2),
+            ][schedule];
+            Layout {
+                dp: 1 << dp,
+                tp: 1 << tp,
+                pp: 1 << pp,
+                sequence_parallel: sp,
+                shard: (parts && zero > 0 && dp > 1).then_some(2),
+                zero: [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters][zero],
+                schedule,
+                chunks,
+                micro_batch: 1 << mb,
+                recompute: [Recompute::None, Recompute::Selective, Recompute::Full][recompute],
+                reduce: if ring { Reduce::Ring } else { Reduce::Tree },
+                ..Layout::default()
+            }
+        },
+    )
 }
 
 proptest! {

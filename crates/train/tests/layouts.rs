@@ -124,6 +124,23 @@ fn data_parallel_and_zero() {
     }
 }
 
+/// ZeRO over a part of dp, with replicas of these groups (HSDP).
+#[test]
+fn sharded_over_a_part_of_the_replicas() {
+    for precision in [DType::F32, DType::Bf16] {
+        for m in models() {
+            let expected = reference(&m, precision);
+            for zero in &zeros()[1..] {
+                for (dp, shard, micro_batch) in [(4, 2, 1), (4, 2, 2), (8, 2, 1), (8, 4, 1)] {
+                    let layout =
+                        Layout { dp, shard: Some(shard), zero: *zero, micro_batch, ..Layout::default() };
+                    check(&m, &layout, precision, &expected);
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn pipelines() {
     for precision in [DType::F32, DType::Bf16] {
@@ -160,13 +177,14 @@ proptest! {
 
     /// Products of the axes.
     #[test]
-    fn products(dp in 1u32..3, zero in 0usize..4, schedule in 0usize..4, mb in 0u32..2, recompute in 0usize..3, bf16: bool, which in 0usize..3) {
+    fn products(dp in 1u32..3, parts: bool, zero in 0usize..4, schedule in 0usize..4, mb in 0u32..2, recompute in 0usize..3, bf16: bool, which in 0usize..3) {
         let (schedule, chunks) = schedules()[schedule];
         let recompute = [Recompute::None, Recompute::Selective, Recompute::Full][recompute];
         let layout = Layout {
             dp: 1 << dp,
             pp: 2,
             zero: zeros()[zero],
+            shard: (parts && zero > 0 && dp == 2).then_some(2),
             schedule,
             chunks,
             micro_batch: 1 << mb,
@@ -190,8 +208,10 @@ fn tensor_parallel_within_tolerance() {
         for (tp, dp, pp, sequence_parallel) in
             [(2, 1, 1, false), (2, 1, 1, true), (2, 2, 1, false), (2, 1, 2, true), (2, 2, 2, true)]
         {
-            for zero in [Zero::Off, Zero::Parameters] {
-                let layout = Layout { tp, dp, pp, sequence_parallel, zero, ..Layout::default() };
+            for (zero, groups) in [(Zero::Off, 1), (Zero::Parameters, 1), (Zero::Parameters, 2)] {
+                // Groups that shard over as many ranks as there are replicas else.
+                let (dp, shard) = (dp * groups, (groups > 1 && dp > 1).then_some(dp));
+                let layout = Layout { tp, dp, pp, sequence_parallel, zero, shard, ..Layout::default() };
                 let got = run(&m, &layout, DType::F32, lr);
                 assert!((got.eval / expected.eval - 1.0).abs() < 1e-5, "evaluation under {layout:?}");
                 for (k, (a, b)) in got.outputs.iter().zip(&expected.outputs).enumerate() {

@@ -25,14 +25,12 @@ impl Estimator<'_> {
     pub(super) fn memory(&self, placement: &Placement, t: &Timed, stages: &Stages) -> MemoryUse {
         let l = &placement.layout;
         let micro_batches = stages.micro_batches;
-        let replicas = l.replicas();
         let both = l.pp == 1;
         let tables =
             if both { t.embed.params + t.head.params } else { t.embed.params.max(t.head.params + t.tied) };
         let dense = stages.per_layer(t.layer.params, t.expert_layer.params) + tables;
         let experts = stages.per_layer(0.0, t.expert_layer.expert_params);
-        let shard = placement.shard.clamp(1, replicas) as f64;
-        let expert_shard = (l.stage_ranks() as f64 / l.ep as f64).max(1.0);
+        let (shard, expert_shard) = (l.shards() as f64, l.expert_shards() as f64);
         let over = |stage: Zero| {
             if l.zero >= stage { dense / shard + experts / expert_shard } else { dense + experts }
         };

@@ -1,5 +1,6 @@
 //! What replicas of a stage say to each other: gradients, sharded parameters, and the optimiser between.
 
+use program::Replication;
 use spec::{DType, NumberFormat, Zero};
 
 use crate::compute::stream_s;
@@ -20,24 +21,84 @@ const OVERLAP_TAX: f64 = 0.2;
 /// The same between nodes, where ports move most of the data.
 const OVERLAP_TAX_FAR: f64 = 0.06;
 
-/// Which ranks hold the same parameters, and how many.
-struct Replicas {
-    /// Parameters of a rank outside of experts.
-    dense: f64,
-    /// Parameters of a rank's experts.
-    experts: f64,
-    /// Ranks with the same dense parameters.
-    all: Group,
+/// Which of the ranks with the same parameters talk to each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Among {
+    /// All of them.
+    Replicas,
+    /// Those that shard together.
+    Shards,
+    /// The owners of the same shard.
+    Owners,
+}
+
+/// What ranks with the same parameters say to each other in a step, over and over.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Said {
+    /// Whose parameters.
+    pub replication: Replication,
+    /// Among whom.
+    pub among: Among,
+    /// How.
+    pub what: Collective,
+    /// Bytes of the whole vectors; of owners, of the shards of all of them that shard together.
+    pub bytes: f64,
+    /// How often in a step.
+    pub times: f64,
+    /// Beside the forward pass, or else the backward one.
+    forward: bool,
+}
+
+/// Elements of the parameters of one kind that a stage holds.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Elements {
+    /// All shards together.
+    held: f64,
+    /// Of gradients: a tied table's are two where the order of sums is fixed.
+    grads: f64,
+    /// What the forward pass of a micro-batch gathers under ZeRO 3.
+    forward: f64,
+    /// The same of everything behind it.
+    backward: f64,
+}
+
+/// The layers of a stage and what else it has.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Share {
+    /// Layers without experts.
+    pub(super) dense: f64,
+    /// Layers with experts.
+    pub(super) experts: f64,
+    pub(super) embed: bool,
+    pub(super) head: bool,
+}
+
+/// The ranks with the same parameters of one kind, and where they lie.
+struct Holders {
+    replicas: Group,
     /// Those that a parameter is sharded over.
-    near: Group,
+    shards: Group,
     /// Those with the same shard.
-    far: Group,
-    /// Ranks with the same experts.
-    expert: Group,
-    /// Ranks that a parameter's optimiser state is sharded over: dense, experts.
-    owners: (f64, f64),
-    /// Bytes of a gradient's element on the wire.
-    grad_bytes: f64,
+    owners: Group,
+}
+
+impl Holders {
+    /// `size` ranks `stride` apart, so many of which shard together.
+    fn of(size: usize, shards: usize, stride: usize) -> Holders {
+        Holders {
+            replicas: Group { size, stride },
+            shards: Group { size: shards, stride },
+            owners: Group { size: (size / shards).max(1), stride: stride * shards },
+        }
+    }
+}
+
+/// Everything that a stage's replicas say, and how it travels.
+struct Replicas {
+    /// Of dense parameters, then of experts.
+    holders: [Holders; 2],
+    elements: [Elements; 2],
+    said: [[Said; 4]; 2],
     /// Calls of each collective in one pass.
     calls: f64,
     /// Whether ranks with the same dense parameters lie on several nodes.
@@ -47,30 +108,108 @@ struct Replicas {
 }
 
 impl Estimator<'_> {
-    fn replicas(&self, placement: &Placement, t: &Timed, stages: &Stages) -> Replicas {
-        let p = self.problem;
-        let l = &placement.layout;
-        let size = l.replicas();
-        let shard = placement.shard.clamp(1, size);
-        let stride = (placement.dp_stride() / l.cp).max(1);
-        let all = Group { size, stride };
-        let expert = Group { size: l.expert_replicas().max(1), stride: l.ep };
-        let tables = t.embed.params + if l.pp == 1 { t.head.params } else { 0.0 };
-        let sharded = l.zero != Zero::Off;
-        let between_nodes = self.span(all).domains > 1.0;
+    /// What the ranks of `stage` that hold the same parameters say to each other in one step.
+    ///
+    /// # Errors
+    /// If the model does not allow the layout.
+    pub fn replicas_say(&mut self, placement: &Placement, stage: usize) -> spec::Result<Vec<Said>> {
+        let t = self.timed(placement)?;
+        let stages = Stages::of(self.problem, placement, self.expert_layers);
+        let elements = self.elements(placement, &t, stages.share_of(self.problem, placement, stage));
+        let said = elements.map(|kind| self.said(placement, kind.0, &kind.1, stages.micro_batches));
+        Ok(said.into_iter().flatten().filter(|s| s.bytes > 0.0).collect())
+    }
+
+    /// Elements of dense parameters and of experts that a stage with so many layers has.
+    fn elements(&self, placement: &Placement, t: &Timed, s: Share) -> [(Replication, Elements); 2] {
+        let software = &self.problem.software;
+        let (embed, head) = (f64::from(u8::from(s.embed)), f64::from(u8::from(s.head)));
+        // A stage that has both ends holds a tied table once.
+        let (both, copy) = (embed * head, head * (1.0 - embed));
+        let layers = |dense: f64, experts: f64| s.dense * dense + s.experts * experts;
+        let held = layers(t.layer.params, t.expert_layer.params)
+            + embed * t.embed.params
+            + head * t.head.params
+            + copy * t.tied;
+        let experts = layers(0.0, t.expert_layer.expert_params);
+        let split =
+            placement.layout.schedule == spec::PipelineSchedule::ZeroBubble && placement.layout.pp > 1;
+        let dense = if software.gathers_whole_units {
+            Elements { held, grads: held, forward: held, backward: held }
+        } else {
+            let behind = |reads: &crate::template::Reads| reads.behind(split);
+            // The head's products are all in the backward pass, so that no pass reads a tied table at both ends.
+            let forward = layers(t.layer.reads.forward, t.expert_layer.reads.forward)
+                + embed * t.embed.reads.forward
+                + head * t.head.reads.forward;
+            let backward = layers(behind(&t.layer.reads), behind(&t.expert_layer.reads))
+                + embed * behind(&t.embed.reads)
+                + head * behind(&t.head.reads);
+            Elements { held, grads: held, forward, backward }
+        };
+        let dense = Elements { grads: held + if software.tree_sums { both * t.tied } else { 0.0 }, ..dense };
+        let reads = &t.expert_layer.expert_reads;
+        let experts = if software.gathers_whole_units {
+            Elements { held: experts, grads: experts, forward: experts, backward: experts }
+        } else {
+            let (forward, backward) = (s.experts * reads.forward, s.experts * reads.behind(split));
+            Elements { held: experts, grads: experts, forward, backward }
+        };
+        [(Replication::Data, dense), (Replication::Expert, experts)]
+    }
+
+    /// What the ranks with the same parameters of one kind say.
+    fn said(
+        &self,
+        placement: &Placement,
+        replication: Replication,
+        e: &Elements,
+        micro_batches: f64,
+    ) -> [Said; 4] {
         // What is computed in 32 bit is summed in 32 bit.
-        let wire =
-            p.software.grad_wire_bytes.max(if placement.precision() == DType::F32 { SUM_BYTES } else { 0.0 });
+        let wire = self.problem.software.grad_wire_bytes;
+        let wire = wire.max(if placement.precision() == DType::F32 { SUM_BYTES } else { 0.0 });
+        // Megatron sums 16-bit floating point gradients as they are, bfloat16 ones in 32 bit.
+        let wire = if placement.format == NumberFormat::Fp16 { wire.min(2.0) } else { wire };
+        let weight = self.gathered_bytes(placement);
+        let say =
+            |among, what, bytes, times, forward| Said { replication, among, what, bytes, times, forward };
+        let silent = say(Among::Replicas, Collective::AllReduce, 0.0, 0.0, false);
+        let grads = wire * e.grads;
+        let scatter = |times| say(Among::Shards, Collective::ReduceScatter, grads, times, false);
+        let owners = say(Among::Owners, Collective::AllReduce, grads, 1.0, false);
+        let gather = |elements, times, forward| {
+            say(Among::Shards, Collective::AllGather, weight * elements, times, forward)
+        };
+        match placement.layout.zero {
+            Zero::Off => {
+                [say(Among::Replicas, Collective::AllReduce, grads, 1.0, false), silent, silent, silent]
+            }
+            // Updated parameters are gathered once.
+            Zero::Optimizer => [scatter(1.0), owners, gather(e.held, 1.0, true), silent],
+            Zero::Gradients => [scatter(micro_batches), owners, gather(e.held, 1.0, true), silent],
+            Zero::Parameters => [
+                scatter(micro_batches),
+                owners,
+                gather(e.forward, micro_batches, true),
+                gather(e.backward, micro_batches, false),
+            ],
+        }
+    }
+
+    fn replicas(&self, placement: &Placement, t: &Timed, stages: &Stages) -> Replicas {
+        let l = &placement.layout;
+        let stride = (placement.dp_stride() / l.cp).max(1);
+        let kinds = self.elements(placement, t, stages.fullest(l.pp == 1));
+        let holders = [
+            Holders::of(l.replicas(), l.shards(), stride),
+            Holders::of(l.expert_replicas().max(1), l.expert_shards(), l.ep),
+        ];
+        let between_nodes = self.span(holders[0].replicas).domains > 1.0;
         Replicas {
-            dense: stages.per_layer(t.layer.params, t.expert_layer.params) + tables,
-            experts: stages.per_layer(0.0, t.expert_layer.expert_params),
-            all,
-            near: Group { size: shard, stride },
-            far: Group { size: size / shard, stride: stride * shard },
-            expert,
-            owners: if sharded { (shard as f64, expert.size as f64) } else { (1.0, 1.0) },
-            // Megatron sums 16-bit floating point gradients as they are, bfloat16 ones in 32 bit.
-            grad_bytes: if placement.format == NumberFormat::Fp16 { wire.min(2.0) } else { wire },
+            said: kinds.map(|(kind, e)| self.said(placement, kind, &e, stages.micro_batches)),
+            elements: kinds.map(|kind| kind.1),
+            holders,
             calls: if l.zero == Zero::Parameters { units(stages) } else { BUCKETS },
             between_nodes,
             tax: if between_nodes { OVERLAP_TAX_FAR } else { OVERLAP_TAX },
@@ -81,21 +220,29 @@ impl Estimator<'_> {
         Span::of(&self.problem.cluster, &self.net, group)
     }
 
-    fn talk(&self, r: &Replicas, what: Collective, group: Group, bytes: f64) -> f64 {
+    /// Seconds that everything takes which is said beside the forward passes, or beside the backward ones.
+    fn said_s(&self, r: &Replicas, forward: bool) -> f64 {
+        let of = |(said, holders): (&[Said; 4], &Holders)| -> f64 {
+            let spoken = said.iter().filter(|s| s.forward == forward && s.bytes > 0.0);
+            spoken.map(|s| self.talk(r, holders, s) * s.times).sum()
+        };
+        r.said.iter().zip(&r.holders).map(of).sum()
+    }
+
+    fn talk(&self, r: &Replicas, holders: &Holders, s: &Said) -> f64 {
+        let (group, bytes) = match s.among {
+            Among::Replicas => (holders.replicas, s.bytes),
+            Among::Shards => (holders.shards, s.bytes),
+            Among::Owners => (holders.owners, s.bytes / holders.shards.size as f64),
+        };
         let span = self.span(group);
         let span = if self.problem.software.flat_collectives {
             Span { outside_rate: span.outside_rate / span.inside, ..span }
         } else {
             span
         };
-        let comm = on_span(&self.net, what, &span, group.size, bytes);
+        let comm = on_span(&self.net, s.what, &span, group.size, bytes);
         comm.latency_s * r.calls + (comm.seconds - comm.latency_s) / self.problem.constants.network
-    }
-
-    /// Parameters of all units from their shards.
-    fn gather_s(&self, placement: &Placement, r: &Replicas) -> f64 {
-        self.talk(r, Collective::AllGather, r.near, self.gathered_bytes(placement) * r.dense)
-            + self.talk(r, Collective::AllGather, r.expert, self.gathered_bytes(placement) * r.experts)
     }
 
     /// Gradients, sharded parameters and the optimiser, into `d`. `busy_port_s` of each micro-batch the ports between
@@ -113,27 +260,27 @@ impl Estimator<'_> {
         let port_s = if r.between_nodes { busy_port_s } else { 0.0 };
         let free = |t: &Times| ((t.compute() - t.spent).max(0.0) + self.host_wait(t) - port_s).max(0.0);
         let windows = (free(&slowest.0), free(&slowest.1));
-        d.data_s = if placement.layout.zero == Zero::Parameters {
-            self.sharded_s(placement, &r, stages, windows)
+        let zero = placement.layout.zero;
+        d.data_s = if zero == Zero::Parameters {
+            self.sharded_s(&r, stages, windows)
         } else {
             self.replicated_s(placement, &r, stages, windows)
         };
         // Gradient, weight and two moments are read and written in 32 bit, 16-bit weights written beside; the norm reads
         // gradients again.
-        let elements = r.dense / r.owners.0 + r.experts / r.owners.1;
+        let owned = |(e, h): (&Elements, &Holders)| {
+            e.held / if zero == Zero::Off { 1.0 } else { h.shards.size as f64 }
+        };
+        let elements: f64 = r.elements.iter().zip(&r.holders).map(owned).sum();
+        let held: f64 = r.elements.iter().map(|e| e.held).sum();
         let update = 2.0 * SUM_BYTES * 4.0 + if placement.precision() == DType::F32 { 0.0 } else { 2.0 };
-        d.optimizer_s = stream_s(&self.wide_chip, elements * update + SUM_BYTES * (r.dense + r.experts))
+        d.optimizer_s = stream_s(&self.wide_chip, elements * update + SUM_BYTES * held)
             / self.problem.constants.stream.min(1.0);
     }
 
     /// ZeRO 3: parameters are gathered forward and backward for every micro-batch, gradients scattered; the next
     /// unit's gather runs beside this unit's compute.
-    fn sharded_s(&self, placement: &Placement, r: &Replicas, stages: &Stages, windows: (f64, f64)) -> f64 {
-        let gather = self.gather_s(placement, r);
-        let far = r.grad_bytes * r.dense / r.near.size as f64;
-        let scatter = self.talk(r, Collective::ReduceScatter, r.near, r.grad_bytes * r.dense)
-            + self.talk(r, Collective::ReduceScatter, r.expert, r.grad_bytes * r.experts)
-            + self.talk(r, Collective::AllReduce, r.far, far) / stages.micro_batches;
+    fn sharded_s(&self, r: &Replicas, stages: &Stages, windows: (f64, f64)) -> f64 {
         let units = units(stages);
         let exposed = |talk: f64, compute: f64| {
             if !self.problem.software.overlap_params {
@@ -141,7 +288,8 @@ impl Estimator<'_> {
             }
             talk / units + (talk * (1.0 - 1.0 / units) - compute).max(0.0) + r.tax * talk.min(compute)
         };
-        (exposed(gather, windows.0) + exposed(gather + scatter, windows.1)) * stages.micro_batches
+        let n = stages.micro_batches;
+        (exposed(self.said_s(r, true) / n, windows.0) + exposed(self.said_s(r, false) / n, windows.1)) * n
     }
 
     /// ZeRO 0 to 2: gradients are summed in the backward pass of the last micro-batch (ZeRO 2: of each), updated
@@ -149,15 +297,6 @@ impl Estimator<'_> {
     fn replicated_s(&self, placement: &Placement, r: &Replicas, stages: &Stages, windows: (f64, f64)) -> f64 {
         let l = &placement.layout;
         let software = &self.problem.software;
-        let bytes = r.grad_bytes * r.dense;
-        let (reduce, gather) = if l.zero == Zero::Off {
-            (self.talk(r, Collective::AllReduce, r.all, bytes), 0.0)
-        } else {
-            let scatter = self.talk(r, Collective::ReduceScatter, r.near, bytes);
-            let far = self.talk(r, Collective::AllReduce, r.far, bytes / r.near.size as f64);
-            (scatter + far, self.gather_s(placement, r))
-        };
-        let reduce = reduce + self.talk(r, Collective::AllReduce, r.expert, r.grad_bytes * r.experts);
         let exposed = |talk: f64, window: f64, overlap: bool| {
             if !overlap {
                 return talk;
@@ -172,8 +311,8 @@ impl Estimator<'_> {
             LAST_PASS
         };
         let times = if l.zero == Zero::Gradients { stages.micro_batches } else { 1.0 };
-        exposed(reduce, windows.1 * share, software.overlap_grads) * times
-            + exposed(gather, windows.0 * share, software.overlap_params)
+        exposed(self.said_s(r, false) / times, windows.1 * share, software.overlap_grads) * times
+            + exposed(self.said_s(r, true), windows.0 * share, software.overlap_params)
     }
 }
 

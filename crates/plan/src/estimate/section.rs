@@ -4,7 +4,7 @@ use crate::compute::{Chip, gemm_s, stream_s};
 use crate::network::{Collective, CommTime, Group, NetworkModel, Span, on_span};
 use crate::placement::Placement;
 use crate::software::{AttentionKernel, Overlap};
-use crate::template::{LAUNCHES_PER_TASK, Section, TalkAxis, Task};
+use crate::template::{LAUNCHES_PER_TASK, Reads, Section, TalkAxis, Task};
 use spec::Cluster;
 
 use super::Estimator;
@@ -81,6 +81,8 @@ pub(super) struct Passes {
     pub(super) weight: f64,
     pub(super) params: f64,
     pub(super) expert_params: f64,
+    pub(super) reads: Reads,
+    pub(super) expert_reads: Reads,
     pub(super) kept: f64,
     pub(super) working: f64,
 }
@@ -134,6 +136,8 @@ impl Estimator<'_> {
             weight: weight.compute(),
             params: s.params,
             expert_params: s.expert_params,
+            reads: s.reads,
+            expert_reads: s.expert_reads,
             kept: s.kept_bytes,
             working: s.working_bytes,
         };

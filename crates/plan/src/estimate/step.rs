@@ -5,6 +5,7 @@ use crate::pipeline::{Pipeline, Stage, makespan_s};
 use crate::placement::Placement;
 use crate::software::Software;
 
+use super::replicas::Share;
 use super::section::{Timed, Times};
 use super::{Breakdown, Estimate, Estimator, Problem};
 
@@ -37,6 +38,27 @@ impl Stages {
     /// The sum over the fullest stage's layers of what a dense one and one with experts have.
     pub(super) fn per_layer(&self, dense: f64, expert: f64) -> f64 {
         self.most * ((1.0 - self.mix) * dense + self.mix * expert)
+    }
+
+    /// The fullest stage, with the embedding.
+    pub(super) fn fullest(&self, head: bool) -> Share {
+        let experts = self.most * self.mix;
+        Share { dense: self.most - experts, experts, embed: true, head }
+    }
+
+    /// The layers of one stage as the trainer deals them.
+    pub(super) fn share_of(&self, problem: &Problem, placement: &Placement, stage: usize) -> Share {
+        let (l, model) = (&placement.layout, &problem.shape.model);
+        let virtuals = l.pp * l.chunks;
+        let ends = |v: usize| match l.stage_layers.len() == virtuals {
+            true => l.stage_layers[..v].iter().sum(),
+            false => model.layers * v / virtuals,
+        };
+        let of_chunk = |c: usize| ends(c * l.pp + stage)..ends(c * l.pp + stage + 1);
+        let layers = || (0..l.chunks).flat_map(of_chunk);
+        let experts = layers().filter(|i| model.has_experts(*i)).count();
+        let dense = layers().count() - experts;
+        Share { dense: dense as f64, experts: experts as f64, embed: stage == 0, head: stage + 1 == l.pp }
     }
 
     /// One micro-batch on a stage of `count` layers: forward, backward, and the weight gradients in it.

@@ -68,11 +68,16 @@ fn brute_force(problem: &Problem, space: &Space) -> (f64, usize) {
                             reduce: Reduce::Ring,
                             ..Layout::default()
                         };
-                        let placement = Placement { layout, shard: dp, format: space.format, order };
-                        let estimate = estimator.estimate(&placement).unwrap();
-                        count += 1;
-                        if estimate.fits {
-                            best = best.min(estimate.step_s);
+                        let whole = Placement { layout, format: space.format, order };
+                        let node = 8 / whole.dp_stride();
+                        let inside = node > 1 && node < dp && dp.is_multiple_of(node) && zero != Zero::Off;
+                        for shard in [None].into_iter().chain(inside.then_some(Some(node))) {
+                            let layout = Layout { shard, ..whole.layout.clone() };
+                            let estimate = estimator.estimate(&Placement { layout, ..whole }).unwrap();
+                            count += 1;
+                            if estimate.fits {
+                                best = best.min(estimate.step_s);
+                            }
                         }
                     }
                 }
@@ -91,6 +96,21 @@ fn bounds_lose_nothing() {
     assert_eq!(found.best[0].estimate.step_s, best);
     assert_eq!(found.layouts_priced + found.layouts_pruned, count);
     assert!(found.layouts_pruned > 0);
+}
+
+/// Parameters are gathered inside a node, and only shards of gradients cross to the others, once a step.
+#[test]
+fn several_nodes_shard_inside_each() {
+    let problem = problem("gpt3-6.7b", "dgx-h100", 128, 1024, 512);
+    let layout = Layout { dp: 128, zero: Zero::Parameters, reduce: Reduce::Ring, ..Layout::default() };
+    let whole = Placement::of(layout, NumberFormat::Bf16);
+    assert!(groups(&problem, &whole).contains(&8));
+    let step_s = |shard| {
+        let placement = Placement { layout: Layout { shard, ..whole.layout.clone() }, ..whole.clone() };
+        Estimator::new(&problem, NumberFormat::Bf16).unwrap().estimate(&placement).unwrap().step_s
+    };
+    let (over_all, inside) = (step_s(None), step_s(Some(8)));
+    assert!(over_all > inside, "{over_all} s over all nodes, {inside} s inside each");
 }
 
 #[test]

@@ -1,10 +1,12 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use program::{ALIGN, Collective, Home, Mode, Phase, Place, Program, Replication, Request};
+use program::{
+    ALIGN, BlockWork, BufferId, Collective, Home, Mode, Pass, Phase, Place, Program, Replication, Request,
+};
 use spec::{Layout, Recompute, Reduce, Result, Tolerance, lcm};
 
 use super::tasks::tasks;
-use super::{Key, Section};
+use super::{Key, Reads, Section};
 use crate::shape::Shape;
 
 /// The layer that stands for all.
@@ -85,7 +87,9 @@ impl StandIn {
     pub(super) fn head(&self) -> Section {
         let Some(last) = &self.last else { return Section::default() };
         let mut s = section(last, Place::Head);
-        s.working_bytes = last.memory.scratch as f64;
+        // With one micro-batch in flight what the layers keep lies in scratch too.
+        let kept = LAYERS as f64 * self.layer_kept();
+        s.working_bytes = (last.memory.scratch as f64 - kept).max(0.0);
         s
     }
 
@@ -121,11 +125,35 @@ fn parameters(p: &Program, replication: Replication, place: Place) -> f64 {
     groups.map(program::ParamGroup::len).sum::<usize>() as f64
 }
 
+/// Elements of parameters that the ops of `place` read, each once a pass.
+fn reads(p: &Program, replication: Replication, place: Place) -> Reads {
+    let groups: Vec<(BufferId, usize)> = (p.groups.iter().zip(&p.group_buffers))
+        .filter(|(g, _)| g.replication == replication)
+        .map(|(g, b)| (b.param, g.len()))
+        .collect();
+    let read = |pass: Pass, phase: &dyn Fn(Phase) -> bool| {
+        let blocks = p.schedule.iter().filter(|item| item.micro_batch == 0).map(|item| &p.blocks[item.block]);
+        let of_pass =
+            blocks.filter(|b| matches!(b.work, BlockWork::Train(w) | BlockWork::TrainLast(w) if w == pass));
+        let ops = of_pass.flat_map(|b| &b.ops).filter(|op| op.place == place && phase(op.phase));
+        let buffers: BTreeSet<BufferId> = ops.flat_map(|op| &op.ins).map(|v| v.buffer).collect();
+        groups.iter().filter(|(id, _)| buffers.contains(id)).map(|(_, len)| len).sum::<usize>() as f64
+    };
+    Reads {
+        forward: read(Pass::Forward, &|_| true),
+        backward: read(Pass::Backward, &|_| true),
+        input: read(Pass::Backward, &|phase| phase != Phase::Weight),
+        weight: read(Pass::Backward, &|phase| phase == Phase::Weight),
+    }
+}
+
 /// The ops of one micro-batch that belong to `place`, by phase, and their parameters.
 fn section(p: &Program, place: Place) -> Section {
     let mut s = Section {
         params: parameters(p, Replication::Data, place),
         expert_params: parameters(p, Replication::Expert, place),
+        reads: reads(p, Replication::Data, place),
+        expert_reads: reads(p, Replication::Expert, place),
         ..Section::default()
     };
     let first = p.schedule.iter().filter(|item| item.micro_batch == 0);

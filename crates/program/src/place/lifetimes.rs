@@ -7,8 +7,10 @@ use crate::op::OpKind;
 pub(crate) struct Lifetimes {
     pub(crate) root: Vec<usize>,
     pub(crate) span: Vec<Option<(usize, usize)>>,
-    /// First op of each pass, and one past the last.
+    /// First node of each pass, and one past the last.
     pub(crate) starts: Vec<usize>,
+    /// How many nodes before each one become ops: a fork is none.
+    ops_before: Vec<usize>,
 }
 
 impl Lifetimes {
@@ -18,6 +20,11 @@ impl Lifetimes {
             starts.push(starts[starts.len() - 1] + p.len());
         }
         let nodes: Vec<&Node> = passes.iter().flatten().collect();
+        let mut ops_before = vec![0];
+        ops_before.extend(nodes.iter().scan(0, |ops, n| {
+            *ops += usize::from(!matches!(n.kind, OpKind::Fork { .. }));
+            Some(*ops)
+        }));
         let mut last = vec![0; g.values.len()];
         for (at, n) in nodes.iter().enumerate() {
             for o in n.ins.iter().chain(&n.acc) {
@@ -44,7 +51,12 @@ impl Lifetimes {
                 span[r] = Some(span[r].map_or((at, at), |(birth, _)| (birth, at)));
             }
         }
-        Lifetimes { root, span, starts }
+        Lifetimes { root, span, starts, ops_before }
+    }
+
+    /// First and last op, counted over the passes, of a value that is needed from one node to another.
+    pub(crate) fn ops(&self, (birth, death): (usize, usize)) -> (usize, usize) {
+        (self.ops_before[birth], self.ops_before[death + 1] - 1)
     }
 
     pub(crate) fn block(&self, at: usize) -> usize {

@@ -196,7 +196,7 @@ impl<'a> Placer<'a> {
         let (offsets, size) = place(&slot_spans.1);
         self.slot_bytes[c] = self.slot_bytes[c].max(size);
         for (k, &i) in slot_spans.0.iter().enumerate() {
-            let alive = (slot_spans.1[k].birth, slot_spans.1[k].death);
+            let alive = life.ops((slot_spans.1[k].birth, slot_spans.1[k].death));
             let v = &g.values[i];
             let home = Home::Slot { chunk: c, offset: offsets[k], alive };
             ids[i] = Some(self.buffer(v.name.clone(), v.rows, v.cols, v.dtype, home, v.place));
@@ -205,7 +205,7 @@ impl<'a> Placer<'a> {
         self.scratch = self.scratch.max(size);
         self.memory.scratch_bound = self.memory.scratch_bound.max(alive_peak(&scratch_spans.1));
         for (k, &i) in scratch_spans.0.iter().enumerate() {
-            let alive = (scratch_spans.1[k].birth, scratch_spans.1[k].death);
+            let alive = life.ops((scratch_spans.1[k].birth, scratch_spans.1[k].death));
             let v = &g.values[i];
             let home = Home::Scratch { offset: offsets[k], alive };
             ids[i] = Some(self.buffer(v.name.clone(), v.rows, v.cols, v.dtype, home, v.place));

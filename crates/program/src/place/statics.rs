@@ -29,7 +29,7 @@ impl Placer<'_> {
         let owned: Vec<Owned> = groups
             .iter()
             .map(|g| {
-                let (count, index) = self.cx.replicas(g.replication);
+                let (count, index) = cx.shards(g.replication);
                 let whole = Owned { first: 0, count: g.len() };
                 if layout.zero >= Zero::Optimizer { owned(g.len(), count, index) } else { whole }
             })
@@ -130,16 +130,17 @@ impl Placer<'_> {
 
     /// Radices of the counter over this rank's micro-batches, bottom-up.
     pub(crate) fn shard_radices(&self) -> Vec<u32> {
-        let (m, dp) = (self.cx.layout.micro_batch, self.cx.layout.dp);
+        let (m, shard) = (self.cx.layout.micro_batch, self.cx.layout.shard_dp());
         if self.cx.layout.zero < Zero::Gradients {
             return self.split_radices(m).1;
         }
-        let all = SumTree::new(self.cx.request.sequences);
-        let below = all.inner(m * dp).map_or(usize::MAX, |r| r.len());
-        all.radices().get(below..).map_or_else(
-            || SumTree::new(self.cx.request.sequences / dp / m).radices().to_vec(),
-            <[u32]>::to_vec,
-        )
+        // From one micro-batch of all ranks that shard together up to all that they hold.
+        let tree = SumTree::new(self.cx.request.sequences);
+        let (below, above) = (tree.inner(m * shard), tree.inner(self.cx.local_sequences * shard));
+        match (below, above) {
+            (Some(below), Some(above)) => above[below.len()..].to_vec(),
+            _ => SumTree::new(self.cx.micro_batches()).radices().to_vec(),
+        }
     }
 
     pub(super) fn tables(&mut self) -> Io {

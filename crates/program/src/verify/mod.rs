@@ -30,6 +30,8 @@ pub enum Rule {
     ReadBeforeWrite,
     /// No two values that are alive together share a byte.
     SharedBytes,
+    /// No value is used after its bytes were given up, or before they were given to it.
+    GivenUp,
     /// Ops with different names have different ids.
     UniqueIds,
     /// The members of a group say the same to each other, in the same order.

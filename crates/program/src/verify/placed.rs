@@ -25,6 +25,7 @@ pub fn program(p: &Program) -> Vec<Violation> {
     found.extend(ids(p));
     for timeline in timelines(p) {
         found.extend(order(p, &timeline));
+        found.extend(given_up(p, &timeline));
         found.extend(shared(p, &timeline));
     }
     found.extend(statics(p));
@@ -169,6 +170,25 @@ fn order(p: &Program, timeline: &Timeline<'_>) -> Vec<Violation> {
         }
         let writes = op.outs.iter().chain(op.grads.iter().map(|g| &g.levels));
         written.extend(writes.filter_map(|v| place(p.buffer(v.buffer).home)));
+    }
+    found
+}
+
+/// Uses of buffers at ops that they are not alive at: there their bytes may be another's.
+fn given_up(p: &Program, timeline: &Timeline<'_>) -> Vec<Violation> {
+    let mut found = Vec::new();
+    for (at, op) in timeline.iter().flat_map(|b| &b.ops).enumerate() {
+        let grads = op.grads.iter().map(|g| &g.levels);
+        for v in op.ins.iter().chain(&op.acc).chain(&op.outs).chain(grads) {
+            let b = p.buffer(v.buffer);
+            if let Some((birth, death)) =
+                alive(b.home).filter(|(birth, death)| !(*birth..=*death).contains(&at))
+            {
+                let what =
+                    format!("{} is used by op {at}, and has bytes from op {birth} to op {death}", b.name);
+                found.push(Violation { rule: Rule::GivenUp, at: op.name.clone(), what });
+            }
+        }
     }
     found
 }

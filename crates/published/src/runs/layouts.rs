@@ -46,6 +46,8 @@ pub(crate) fn placements(
     };
     let recomputes = recomputes(r, p.software);
     let per_group = group_size(r.text("zero_fsdp"));
+    // Sources count the context-parallel ranks that shard among them.
+    let shard = |dp: usize| per_group.map(|group| (group / cp).max(1)).filter(|group| *group < dp);
     let slice = published_dp.filter(|_| torus).map(|slices| p.n / slices.clamp(1, p.n));
     let (mut out, mut refused) = (Vec::new(), String::new());
     for tp in tps {
@@ -72,6 +74,7 @@ pub(crate) fn placements(
                         ep,
                         sequence_parallel: tp > 1 && sequence_parallel(r.text("sequence_parallel"), p, tp),
                         zero,
+                        shard: shard(dp),
                         schedule,
                         chunks,
                         micro_batch,
@@ -79,8 +82,7 @@ pub(crate) fn placements(
                         reduce: Reduce::Ring,
                         ..Layout::default()
                     };
-                    let shard = per_group.unwrap_or(dp * cp).min(dp * cp);
-                    out.push(Placement { layout, shard, format: p.format, order: Order::default() });
+                    out.push(Placement { layout, format: p.format, order: Order::default() });
                 }
             }
         }

@@ -297,6 +297,12 @@ pub(crate) static KEYS: &[Key] = &[
         "shard over dp: 1 optimiser state, 2 and gradients, 3 and parameters",
     ),
     key(
+        "layout.shard",
+        off(MAX_WORLD),
+        "0",
+        "neighbours among dp that ZeRO shards over, with replicas of these groups; 0 = all of dp",
+    ),
+    key(
         "layout.schedule",
         KeyKind::Choice(&["gpipe", "1f1b", "interleaved", "zero-bubble"]),
         "\"1f1b\"",

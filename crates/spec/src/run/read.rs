@@ -380,6 +380,7 @@ fn read_layout(doc: &Doc) -> Result<Layout> {
         ep: doc.count("layout.ep")?,
         sequence_parallel: doc.flag("layout.sequence_parallel")?,
         zero,
+        shard: doc.count_or_off("layout.shard")?,
         schedule: match doc.choice("layout.schedule")? {
             "gpipe" => PipelineSchedule::Gpipe,
             "interleaved" => PipelineSchedule::Interleaved,

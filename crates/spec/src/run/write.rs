@@ -271,6 +271,7 @@ fn layout_values(layout: &Layout, values: &mut Vec<(&'static str, String)>) {
         ("layout.ep", layout.ep.to_string()),
         ("layout.sequence_parallel", layout.sequence_parallel.to_string()),
         ("layout.zero", u8::from(layout.zero).to_string()),
+        ("layout.shard", off(layout.shard)),
         ("layout.schedule", quoted(layout.schedule.name())),
         ("layout.chunks", layout.chunks.to_string()),
         ("layout.stage_layers", format!("{:?}", layout.stage_layers)),
