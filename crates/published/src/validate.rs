@@ -128,14 +128,31 @@ pub fn cross_validate_by(
     Ok(summary(rows, &prepared, not_priced, true))
 }
 
+/// Fits constants on half of the rows of each source and estimates the other half ([`crate::runs::Run::kept_back`]).
+///
+/// # Errors
+/// If the text is no table of runs.
+pub fn halves(path: &str, text: &str, catalog: &Catalog) -> Result<Validation> {
+    let (prepared, not_priced) = prepare(path, text, catalog)?;
+    let (mut back, mut fitted): (Vec<_>, Vec<_>) = prepared.into_iter().partition(|p| p.run().kept_back());
+    let calibration = with_spreads(&mut fitted);
+    let rows = back.par_iter_mut().map(|p| row(p, &calibration)).collect();
+    Ok(summary(rows, &back, not_priced, true))
+}
+
 /// Fits the constants on all rows of a table.
 ///
 /// # Errors
 /// If the text is no table of runs.
 pub fn calibrate(path: &str, text: &str, catalog: &Catalog) -> Result<Calibration> {
     let (mut prepared, _) = prepare(path, text, catalog)?;
-    let mut calibration = fit::fit(&mut prepared);
-    let unseen = fit::leave_out(&mut prepared, &calibration, |run| run.source.clone());
+    Ok(with_spreads(&mut prepared))
+}
+
+/// Constants fitted on these rows, and how wide their intervals are, from what they miss by on sources left out.
+fn with_spreads(prepared: &mut [Prepared]) -> Calibration {
+    let mut calibration = fit::fit(prepared);
+    let unseen = fit::leave_out(prepared, &calibration, |run| run.source.clone());
     let misses: Vec<Miss> = prepared
         .par_iter_mut()
         .filter_map(|p| {
@@ -151,7 +168,7 @@ pub fn calibrate(path: &str, text: &str, catalog: &Catalog) -> Result<Calibratio
         })
         .collect();
     calibration.spread = fit::spreads(&misses);
-    Ok(calibration)
+    calibration
 }
 
 fn prepare(path: &str, text: &str, catalog: &Catalog) -> Result<(Vec<Prepared>, Vec<Skipped>)> {

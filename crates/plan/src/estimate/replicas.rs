@@ -61,17 +61,23 @@ impl Estimator<'_> {
         // What is computed in 32 bit is summed in 32 bit.
         let wire =
             p.software.grad_wire_bytes.max(if placement.precision() == DType::F32 { SUM_BYTES } else { 0.0 });
+        let dense = stages.per_layer(t.layer.params, t.expert_layer.params) + tables;
+        // Megatron sums 16-bit floating point gradients as they are, bfloat16 ones in 32 bit.
+        let grad_bytes = if placement.format == NumberFormat::Fp16 { wire.min(2.0) } else { wire };
+        let buckets = match (l.zero, p.software.bucket_bytes) {
+            (Zero::Off, Some(bytes)) => (dense * grad_bytes / bytes).max(BUCKETS),
+            _ => BUCKETS,
+        };
         Replicas {
-            dense: stages.per_layer(t.layer.params, t.expert_layer.params) + tables,
+            dense,
             experts: stages.per_layer(0.0, t.expert_layer.expert_params),
             all,
             near: Group { size: shard, stride },
             far: Group { size: size / shard, stride: stride * shard },
             expert,
             owners: if sharded { (shard as f64, expert.size as f64) } else { (1.0, 1.0) },
-            // Megatron sums 16-bit floating point gradients as they are, bfloat16 ones in 32 bit.
-            grad_bytes: if placement.format == NumberFormat::Fp16 { wire.min(2.0) } else { wire },
-            calls: if l.zero == Zero::Parameters { units(stages) } else { BUCKETS },
+            grad_bytes,
+            calls: if l.zero == Zero::Parameters { units(stages) } else { buckets },
             between_nodes,
             tax: if between_nodes { OVERLAP_TAX_FAR } else { OVERLAP_TAX },
         }

@@ -43,9 +43,13 @@ pub(super) struct Times {
     pub(super) attention: f64,
     pub(super) stream: f64,
     pub(super) kernels: f64,
+    /// Kernels' worth of the host's work on each member of collectives.
+    pub(super) members: f64,
     pub(super) tensor: f64,
     pub(super) context: f64,
     pub(super) expert: f64,
+    /// Of tensor-parallel messages those between nodes.
+    pub(super) far: f64,
     /// Compute that hides other communication already: the same second hides one message.
     pub(super) spent: f64,
 }
@@ -56,9 +60,11 @@ impl Times {
         self.attention += o.attention * by;
         self.stream += o.stream * by;
         self.kernels += o.kernels * by;
+        self.members += o.members * by;
         self.tensor += o.tensor * by;
         self.context += o.context * by;
         self.expert += o.expert * by;
+        self.far += o.far * by;
         self.spent += o.spent * by;
     }
 
@@ -102,6 +108,7 @@ impl Estimator<'_> {
         let weight = self.times(&s.weight, placement, links);
         let mut backward = self.times(&s.input, placement, links);
         backward.add(&weight, 1.0);
+        backward.stream += self.loss(s);
         let hide = |t: &mut Times| {
             let p = self.problem;
             // Between nodes nothing hides: the kernels that do it move data by loads and stores.
@@ -144,6 +151,18 @@ impl Estimator<'_> {
         p
     }
 
+    /// Seconds of a loss that is computed an operation at a time, both passes.
+    fn loss(&self, s: &Section) -> f64 {
+        // Of every product with the table one dim is the model's width, whichever gradient it is of.
+        let logits = |t: &Task| match *t {
+            Task::Gemm { m, n, k, head: true, .. } => m * n * k / self.problem.shape.model.hidden as f64,
+            _ => 0.0,
+        };
+        let logits = s.forward.iter().chain(&s.input).map(logits).fold(0.0, f64::max);
+        let bytes = self.problem.software.loss_bytes * logits;
+        stream_s(&self.wide_chip, bytes) / self.problem.constants.stream
+    }
+
     fn times(&self, tasks: &[Task], placement: &Placement, links: &Links) -> Times {
         let mut t = Times::default();
         for task in tasks {
@@ -167,9 +186,15 @@ impl Estimator<'_> {
                         (TalkAxis::Ep, Some(e)) => dispatch(&self.net, span, size, bytes, e.top_k),
                         _ => on_span(&self.net, what, span, size, bytes),
                     };
-                    let s = comm.latency_s + (comm.seconds - comm.latency_s) / self.problem.constants.network;
+                    let full = if span.domains > 1.0 { (bytes / self.net.message_full).max(1.0) } else { 1.0 };
+                    let moving = (comm.seconds - comm.latency_s) * full;
+                    let s = comm.latency_s + moving / self.problem.constants.network;
+                    t.members += LAUNCHES_PER_TASK * self.problem.software.ops_per_member * size as f64;
                     match axis {
-                        TalkAxis::Tp => t.tensor += s,
+                        TalkAxis::Tp => {
+                            t.tensor += s;
+                            t.far += if span.domains > 1.0 { s } else { 0.0 };
+                        }
                         TalkAxis::Cp => t.context += s,
                         TalkAxis::Ep => t.expert += s,
                     }

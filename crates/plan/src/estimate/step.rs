@@ -28,7 +28,14 @@ impl Stages {
     pub(super) fn of(problem: &Problem, placement: &Placement, expert_layers: f64) -> Self {
         let l = &placement.layout;
         let layers = problem.shape.model.layers;
-        let (most, last) = stage_layers(placement, layers, &problem.software);
+        let (most, last) = if problem.software.stages_by_cost && l.pp > 1 && l.stage_layers.is_empty() {
+            let model = &problem.shape.model;
+            let layer = (problem.shape.params() - problem.shape.table_params()) / layers as f64;
+            let layer = if model.tied_embeddings { layer } else { layer - problem.shape.table_params() / layers as f64 };
+            stage_layers_by_cost(l.pp, layers, problem.shape.table_params() / layer)
+        } else {
+            stage_layers(placement, layers, &problem.software)
+        };
         let micro_batches = (problem.sequences as f64 / (l.dp * l.micro_batch) as f64).max(1.0);
         Stages { most, last, mix: expert_layers / layers as f64, micro_batches }
     }
@@ -142,12 +149,32 @@ impl Estimator<'_> {
     }
 
     /// The accelerator waits where kernels take longer to launch than to run.
+    ///
+    /// Kernels are of uneven lengths: the host falls behind on short ones and cannot be ahead without end on long ones,
+    /// so that where both take about as long, neither hides the other. Their times add as the sides of a right angle
+    /// do: the slower one sets the pace far from the corner. Ranks that wait for messages between nodes give the host
+    /// time to catch up, and what it does for each member of a group nothing hides.
     pub(super) fn host_wait(&self, t: &Times) -> f64 {
         if !self.problem.software.eager {
             return 0.0;
         }
-        (t.kernels * self.problem.constants.host_s - t.busy()).max(0.0)
+        let (host, busy) = (t.kernels * self.problem.constants.host_s, t.busy());
+        let uneven = host.hypot(busy - t.far);
+        uneven.max(busy).max(host + t.members * self.problem.constants.host_s) - busy
     }
+}
+
+/// Layers of the fullest stage and of the last one where blocks are dealt by cost, the head's in layers: a stage takes
+/// blocks up to the first that passes its share of the sum.
+fn stage_layers_by_cost(stages: usize, layers: usize, head: f64) -> (f64, f64) {
+    let whole = layers as f64 + head;
+    let end = |stage: usize| ((whole * stage as f64 / stages as f64).floor() as usize + 1).min(layers);
+    let (mut most, mut begin) = (0, 0);
+    for stage in 1..stages {
+        most = most.max(end(stage) - begin);
+        begin = end(stage);
+    }
+    (most.max(layers - begin) as f64, (layers - begin) as f64)
 }
 
 /// Layers of the fullest stage and of the last one.
