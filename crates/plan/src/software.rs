@@ -190,7 +190,7 @@ pub const ALL: [Software; 21] = [
     MEGATRON_2021,
     Software { name: "megatron-2022", sequence_parallel: true, ..MEGATRON_2021 },
     Software { name: "megatron-deepspeed", ..MEGATRON_2021 },
-    Software { name: "megatron-deepspeed-2023", ops_per_member: 0.3, ..MEGATRON_2021 },
+    Software { name: "megatron-deepspeed-2023", ops_per_member: 0.2, ..MEGATRON_2021 },
     Software { name: "nemo-2022", sequence_parallel: true, ..MEGATRON_2021 },
     Software {
         name: "deepspeed-zero3",

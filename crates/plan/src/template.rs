@@ -96,6 +96,9 @@ pub const LAUNCHES_PER_TASK: f64 = 2.5;
 /// Kernels and waits of the host for routing, permutation and token counts of one expert layer, in each pass.
 const EXPERT_LAUNCHES: f64 = 250.0;
 
+/// Kernels and waits of the host around one micro-batch in each pass: its tokens, masks and positions, its loss.
+const MICRO_BATCH_LAUNCHES: f64 = 60.0;
+
 /// What a template depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Key {
@@ -178,6 +181,7 @@ impl Template {
             for layer in std::iter::once(&mut t.layer).chain(&mut t.expert_layer) {
                 run_again(layer, key, t.boundary_bytes);
             }
+            t.head.launches = MICRO_BATCH_LAUNCHES;
             t.head.input = at_once(&t.head.input, (key.micro_batch * key.sequence / key.cp) as f64);
         }
         Ok(t)

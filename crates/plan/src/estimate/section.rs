@@ -33,6 +33,9 @@ const SQUARE: (f64, f64) = (2.0, 1.6);
 const SCORE_BYTES: (f64, f64) = (9.0, 13.0);
 /// Share of the rate of large products that those of unfused attention reach: many small ones of a head's width.
 const UNFUSED_SHARE: f64 = 0.75;
+/// Width of a head below which products over it fill the inner loop of a tile badly, and the share of the rate left.
+const NARROW_HEAD: f64 = 96.0;
+const NARROW_SHARE: f64 = 0.5;
 /// Width of an expert at which grouped products reach half their rate on systolic arrays (fits MaxText's on TPUs).
 const HALF_WIDTH: f64 = 2500.0;
 
@@ -246,7 +249,8 @@ impl Estimator<'_> {
         let misaligned = if dim % ROW_ELEMENTS == 0.0 { 1.0 } else { MISALIGNED };
         if self.problem.software.attention == AttentionKernel::Unfused {
             let pass = |of: (f64, f64)| if backward { of.1 } else { of.0 };
-            let products = pass(SQUARE) * flops;
+            let narrow = if dim < NARROW_HEAD { NARROW_SHARE } else { 1.0 };
+            let products = pass(SQUARE) * flops / narrow;
             let traffic = scores * pass(SCORE_BYTES) * placement.precision().bytes() as f64 / 2.0;
             let took = products * misaligned / (self.wide_chip.matmul * c.gemm * UNFUSED_SHARE)
                 + stream_s(&self.wide_chip, traffic);
