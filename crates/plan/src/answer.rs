@@ -308,9 +308,8 @@ fn answer(question: Question, problem: Problem, calibration: &Calibration, searc
         calibration.spread(family, problem.software.name, breakdown.pace(), n)
     };
     let all = |found: &[Found]| -> Vec<Choice> {
-        let of = |f: &Found| {
-            choice(&question, grade(&f.estimate.breakdown), storage.as_ref(), f, first.as_ref())
-        };
+        let of =
+            |f: &Found| choice(&question, grade(&f.estimate.breakdown), storage.as_ref(), f, first.as_ref());
         found.iter().map(of).collect()
     };
     let (best, pareto) = (all(&searched.best), all(&searched.pareto));

@@ -402,6 +402,31 @@ mod tests {
         }
     }
 
+    /// The table that a fabric was measured by comes out again, but for what its noise is.
+    #[test]
+    fn a_measured_fabric_is_as_slow_as_measured() {
+        let cluster = Catalog::builtin().unwrap().cluster("hf-h100", None).unwrap();
+        let measured = cluster.scale_out.measured.clone().unwrap();
+        let net = NetworkModel::of(&cluster);
+        let check = |what, table: &[(usize, f64)]| {
+            for (nodes, bus) in table {
+                let size = nodes * cluster.per_node;
+                let p = collective(&cluster, &net, what, Group { size, stride: 1 }, measured.message_bytes);
+                let found = p.wire_bytes / p.seconds;
+                assert!((found / bus).ln().abs() < 0.28, "{what:?} over {nodes}: {found:e} for {bus:e}");
+            }
+        };
+        check(Collective::AllReduce, &measured.all_reduce);
+        check(Collective::AllGather, &measured.all_gather);
+        // The same fabric by its name plate.
+        let plate = Catalog::builtin().unwrap().cluster("aws-p5", Some(512)).unwrap();
+        let group = Group { size: 512, stride: 1 };
+        let took = |c: &Cluster| {
+            collective(c, &NetworkModel::of(c), Collective::AllGather, group, measured.message_bytes).seconds
+        };
+        assert!(took(&cluster) > 5.0 * took(&plate));
+    }
+
     /// A machine of round figures: every term of a latency has digits of its own.
     fn made_up(domain: usize, in_switch: bool) -> (Cluster, NetworkModel) {
         let mut cluster = Catalog::builtin().unwrap().cluster("dgx-h100", Some(512)).unwrap();

@@ -394,13 +394,14 @@ pub fn spreads(misses: &[Miss]) -> Spreads {
                 group.1 = group.1.max(m.accelerators);
             }
         }
-        let spread = |((name, pace), (abs, accelerators)): ((String, Option<Pace>), (Vec<f64>, usize))| Spread {
-            name,
-            pace,
-            rows: abs.len(),
-            factor: quantile(&abs, INSIDE).exp().max(SPREAD_MIN),
-            accelerators,
-        };
+        let spread =
+            |((name, pace), (abs, accelerators)): ((String, Option<Pace>), (Vec<f64>, usize))| Spread {
+                name,
+                pace,
+                rows: abs.len(),
+                factor: quantile(&abs, INSIDE).exp().max(SPREAD_MIN),
+                accelerators,
+            };
         groups.into_iter().map(spread).collect()
     };
     Spreads {

@@ -23,6 +23,8 @@ pub struct Validation {
     pub inside_interval: f64,
     /// Whether each row was estimated with constants that had not seen its source.
     pub held_out: bool,
+    /// What the constants had not seen.
+    pub unseen: Unseen,
     /// By source.
     pub sources: Vec<SourceErrors>,
     /// Layout sweeps: how well the order of layouts is predicted.
@@ -31,6 +33,18 @@ pub struct Validation {
     pub not_priced: Vec<Skipped>,
     /// Rows estimated.
     pub rows: Vec<RowError>,
+}
+
+/// Which rows the constants that estimate them had not seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Unseen {
+    /// None: the constants may have been fitted on them.
+    Nothing,
+    /// Those of a source (or another group) when it is estimated.
+    Groups,
+    /// The half of each source that is kept back; only it is estimated.
+    Half,
 }
 
 /// Errors on one source.
@@ -46,6 +60,8 @@ pub struct SourceErrors {
     pub median_abs_error: f64,
     /// 90th percentile of the same.
     pub p90_abs_error: f64,
+    /// Share of published times inside the predicted interval.
+    pub inside_interval: f64,
 }
 
 /// One row.
@@ -98,7 +114,7 @@ const NOT_STEPS: [&str; 3] = ["frontier", "ledger", "gpuhours"];
 pub fn validate(path: &str, text: &str, catalog: &Catalog, calibration: &Calibration) -> Result<Validation> {
     let (mut prepared, not_priced) = prepare(path, text, catalog)?;
     let rows = prepared.par_iter_mut().map(|p| row(p, calibration)).collect();
-    Ok(summary(rows, &prepared, not_priced, false))
+    Ok(summary(rows, &prepared, not_priced, Unseen::Nothing))
 }
 
 /// Estimates each row with constants fitted on the rows of all other sources.
@@ -127,7 +143,7 @@ pub fn cross_validate_by(
         row(p, calibration)
     });
     let rows = rows.collect();
-    Ok(summary(rows, &prepared, not_priced, true))
+    Ok(summary(rows, &prepared, not_priced, Unseen::Groups))
 }
 
 /// Fits constants on half of the rows of each source and estimates the other half ([`crate::runs::Run::kept_back`]).
@@ -139,7 +155,7 @@ pub fn halves(path: &str, text: &str, catalog: &Catalog) -> Result<Validation> {
     let (mut back, mut fitted): (Vec<_>, Vec<_>) = prepared.into_iter().partition(|p| p.run().kept_back());
     let calibration = with_spreads(&mut fitted);
     let rows = back.par_iter_mut().map(|p| row(p, &calibration)).collect();
-    Ok(summary(rows, &back, not_priced, true))
+    Ok(summary(rows, &back, not_priced, Unseen::Half))
 }
 
 /// Fits the constants on all rows of a table.
@@ -232,37 +248,46 @@ fn summary(
     rows: Vec<Option<RowError>>,
     prepared: &[Prepared],
     not_priced: Vec<Skipped>,
-    held_out: bool,
+    unseen: Unseen,
 ) -> Validation {
     let sweeps = sweeps(prepared, &rows);
     let rows: Vec<RowError> = rows.into_iter().flatten().collect();
-    let mut by_source: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    let mut by_source: BTreeMap<&str, Vec<&RowError>> = BTreeMap::new();
     for r in &rows {
-        by_source.entry(&r.source).or_default().push(r.error);
+        by_source.entry(&r.source).or_default().push(r);
     }
-    let sources = by_source
-        .into_iter()
-        .map(|(source, errors)| SourceErrors {
-            source: source.to_owned(),
-            rows: errors.len(),
-            mean_error: errors.iter().sum::<f64>() / errors.len() as f64,
-            median_abs_error: quantile(&errors, 0.5),
-            p90_abs_error: quantile(&errors, 0.9),
-        })
-        .collect();
+    let sources = by_source.into_iter().map(|(source, rows)| source_errors(source, &rows)).collect();
     let errors: Vec<f64> = rows.iter().map(|r| r.error).collect();
-    let inside = rows.iter().filter(|r| (r.low..=r.high).contains(&r.published)).count();
     Validation {
         priced: rows.len(),
         median_abs_error: quantile(&errors, 0.5),
         p90_abs_error: quantile(&errors, 0.9),
-        inside_interval: inside as f64 / rows.len().max(1) as f64,
-        held_out,
+        inside_interval: inside(rows.iter()),
+        held_out: unseen != Unseen::Nothing,
+        unseen,
         sources,
         sweeps,
         not_priced,
         rows,
     }
+}
+
+fn source_errors(source: &str, rows: &[&RowError]) -> SourceErrors {
+    let errors: Vec<f64> = rows.iter().map(|r| r.error).collect();
+    SourceErrors {
+        source: source.to_owned(),
+        rows: errors.len(),
+        mean_error: errors.iter().sum::<f64>() / errors.len() as f64,
+        median_abs_error: quantile(&errors, 0.5),
+        p90_abs_error: quantile(&errors, 0.9),
+        inside_interval: inside(rows.iter().copied()),
+    }
+}
+
+/// Share of the rows whose published time lies in its interval.
+fn inside<'a>(rows: impl ExactSizeIterator<Item = &'a RowError>) -> f64 {
+    let all = rows.len().max(1) as f64;
+    rows.filter(|r| (r.low..=r.high).contains(&r.published)).count() as f64 / all
 }
 
 /// The `q` quantile of absolute values (nearest rank); 0 of none.

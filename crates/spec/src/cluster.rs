@@ -1,7 +1,10 @@
 //! A machine to plan for, resolved from the catalogue.
 
+mod measured;
+
 use crate::catalog::{Catalog, Entry, EntryKind, Measure, nearest_name};
 use crate::{Error, Family, NumberFormat, Result};
+pub use measured::MeasuredBus;
 
 /// A machine to plan for: accelerators, the links between them, storage.
 ///
@@ -105,19 +108,6 @@ pub struct ScaleOut {
     pub tiers: Vec<Tier>,
     /// What collectives over whole nodes were measured to reach, if they were.
     pub measured: Option<MeasuredBus>,
-}
-
-/// Bus bandwidths as `nccl-tests` prints them, measured with all accelerators of so many nodes in one group.
-#[derive(Clone, Debug, PartialEq)]
-pub struct MeasuredBus {
-    /// Bytes of the message (of the whole vector) that they were measured with.
-    pub message_bytes: f64,
-    /// Bytes from which on longer messages are slower a byte, if they are.
-    pub full_bytes: Option<f64>,
-    /// Nodes, and bytes per second of an all-reduce.
-    pub all_reduce: Vec<(usize, f64)>,
-    /// The same of an all-gather; a reduce-scatter is taken to be as fast.
-    pub all_gather: Vec<(usize, f64)>,
 }
 
 /// How the switches of a fabric are wired.
@@ -507,7 +497,7 @@ fn scale_out(fabric: &Entry, node: &Entry, per_node: usize) -> Result<ScaleOut> 
             tiers.push(Tier { accelerators, oversubscription: over });
         }
     }
-    let measured = measured_bus(fabric)?;
+    let measured = MeasuredBus::of(fabric)?;
     Ok(ScaleOut {
         fabric: fabric.name.clone(),
         topology: match fabric.text("topology") {
@@ -523,35 +513,6 @@ fn scale_out(fabric: &Entry, node: &Entry, per_node: usize) -> Result<ScaleOut> 
         tiers,
         measured,
     })
-}
-
-/// `all_reduce.4 = { value = 161, unit = "GB/s", ... }`: what four nodes reach.
-fn measured_bus(fabric: &Entry) -> Result<Option<MeasuredBus>> {
-    let table = |what: &str| -> Result<Vec<(usize, f64)>> {
-        let mut rows = Vec::new();
-        for key in fabric.fields.keys() {
-            let Some(nodes) = key.strip_prefix(what).and_then(|k| k.strip_prefix('.')) else { continue };
-            let place = || format!("{}: fabric.{}.{key}", fabric.place, fabric.name);
-            let nodes: usize = nodes.parse().ok().filter(|n| (2..=ACCELERATORS_MAX).contains(n)).ok_or_else(|| {
-                Error::user(format!("{} is no count of nodes", place())).hint("write it like all_reduce.4: from 2 nodes")
-            })?;
-            let rate = need(fabric, key)?.value;
-            if rate <= 0.0 {
-                return Err(Error::user(format!("{} = {rate}, expected more than 0", place()))
-                    .hint("give the bus bandwidth that nccl-tests prints"));
-            }
-            rows.push((nodes, rate));
-        }
-        rows.sort_by_key(|r| r.0);
-        Ok(rows)
-    };
-    let (all_reduce, all_gather) = (table("all_reduce")?, table("all_gather")?);
-    if all_reduce.is_empty() && all_gather.is_empty() {
-        return Ok(None);
-    }
-    let message_bytes = need(fabric, "message")?.value;
-    let full_bytes = fabric.measure("message_full").map(|m| m.value);
-    Ok(Some(MeasuredBus { message_bytes, full_bytes, all_reduce, all_gather }))
 }
 
 pub(crate) fn need(entry: &Entry, key: &str) -> Result<Measure> {

@@ -189,7 +189,8 @@ impl Estimator<'_> {
                         (TalkAxis::Ep, Some(e)) => dispatch(&self.net, span, size, bytes, e.top_k),
                         _ => on_span(&self.net, what, span, size, bytes),
                     };
-                    let full = if span.domains > 1.0 { (bytes / self.net.message_full).max(1.0) } else { 1.0 };
+                    let full =
+                        if span.domains > 1.0 { (bytes / self.net.message_full).max(1.0) } else { 1.0 };
                     let moving = (comm.seconds - comm.latency_s) * full;
                     let s = comm.latency_s + moving / self.problem.constants.network;
                     t.members += LAUNCHES_PER_TASK * self.problem.software.ops_per_member * size as f64;

@@ -29,10 +29,8 @@ impl Stages {
         let l = &placement.layout;
         let layers = problem.shape.model.layers;
         let (most, last) = if problem.software.stages_by_cost && l.pp > 1 && l.stage_layers.is_empty() {
-            let model = &problem.shape.model;
-            let layer = (problem.shape.params() - problem.shape.table_params()) / layers as f64;
-            let layer = if model.tied_embeddings { layer } else { layer - problem.shape.table_params() / layers as f64 };
-            stage_layers_by_cost(l.pp, layers, problem.shape.table_params() / layer)
+            let shape = &problem.shape;
+            stage_layers_by_cost(l.pp, layers, shape.table_params() * layers as f64 / shape.layers_params().1)
         } else {
             stage_layers(placement, layers, &problem.software)
         };
