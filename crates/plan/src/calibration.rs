@@ -167,7 +167,7 @@ pub struct Grade {
 const WIDER_PER_DOUBLING: f64 = 0.15;
 
 /// How much an interval widens (as a power) where nothing of the same pace was validated.
-const OTHER_PACE: f64 = 1.5;
+const OTHER_PACE: f64 = 1.25;
 
 /// Fewer rows than this say little about a spread.
 const SPREAD_ROWS_MIN: usize = 5;

@@ -413,7 +413,9 @@ mod tests {
                 let size = nodes * cluster.per_node;
                 let p = collective(&cluster, &net, what, Group { size, stride: 1 }, measured.message_bytes);
                 let found = p.wire_bytes / p.seconds;
-                assert!((found / bus).ln().abs() < 0.28, "{what:?} over {nodes}: {found:e} for {bus:e}");
+                // Two nodes are near enough for NCCL to reduce in a tree through their switches.
+                let tolerance = if *nodes == 2 { 0.4 } else { 0.2 };
+                assert!((found / bus).ln().abs() < tolerance, "{what:?} over {nodes}: {found:e} for {bus:e}");
             }
         };
         check(Collective::AllReduce, &measured.all_reduce);

@@ -95,7 +95,8 @@ fn frameworks_take_all_rows_of_the_head_at_once() {
     assert!((flops(&leaves) / flops(&whole) - 1.0).abs() < 1e-12);
     assert!((said(&leaves) / said(&whole) - 1.0).abs() < 1e-12);
     assert!(leaves.len() > 2 * whole.len(), "{} and {}", leaves.len(), whole.len());
-    let rows = whole.iter().filter(|t| matches!(t, Task::Gemm { m, k, .. } if *m == 16384.0 || *k == 16384.0));
+    let rows =
+        whole.iter().filter(|t| matches!(t, Task::Gemm { m, k, .. } if *m == 16384.0 || *k == 16384.0));
     assert_eq!(rows.count(), 3);
 }
 
