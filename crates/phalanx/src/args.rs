@@ -258,11 +258,14 @@ pub(crate) struct Validate {
     /// Fit on the table itself, leaving each source out of its own fit
     #[arg(long, conflicts_with = "calibration")]
     pub(crate) held_out: bool,
+    /// Fit on half of the rows of each source and estimate the other half
+    #[arg(long, conflicts_with_all = ["calibration", "held_out"])]
+    pub(crate) half: bool,
     /// Fitted constants to use instead of the built-in ones
     #[arg(long, value_name = "FILE.toml")]
     pub(crate) calibration: Option<PathBuf>,
     /// Fit the constants on the table and write them
-    #[arg(long, value_name = "FILE.toml", conflicts_with_all = ["held_out", "calibration", "json"])]
+    #[arg(long, value_name = "FILE.toml", conflicts_with_all = ["held_out", "half", "calibration", "json"])]
     pub(crate) fit: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]

@@ -5,7 +5,7 @@ mod serving;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use published::validate::{Validation, calibrate, cross_validate, validate};
+use published::validate::{Unseen, Validation, calibrate, cross_validate, halves, validate};
 use spec::{Catalog, Error, Result};
 
 use crate::args::Validate;
@@ -29,6 +29,8 @@ pub(crate) fn run(args: &Validate) -> Result<u8> {
     }
     let v = if args.held_out {
         cross_validate(&name, &table, &catalog)?
+    } else if args.half {
+        halves(&name, &table, &catalog)?
     } else {
         validate(&name, &table, &catalog, &files::calibration(args.calibration.as_deref())?)?
     };
@@ -52,7 +54,11 @@ fn text(out: &mut String, v: &Validation) -> std::fmt::Result {
         out,
         "{} rows priced{}: median error {}, 90th percentile {}, {} inside the interval",
         v.priced,
-        if v.held_out { ", each source left out of its own fit" } else { "" },
+        match v.unseen {
+            Unseen::Nothing => "",
+            Unseen::Groups => ", each source left out of its own fit",
+            Unseen::Half => ", half of the rows of each source, constants fitted on the other half",
+        },
         percent(v.median_abs_error),
         percent(v.p90_abs_error),
         percent(v.inside_interval)
@@ -61,11 +67,12 @@ fn text(out: &mut String, v: &Validation) -> std::fmt::Result {
         let source: String = s.source.chars().take(60).collect();
         writeln!(
             out,
-            "  {source:<60} {:>4} rows  signed {:>8}  median {:>7}  p90 {:>7}",
+            "  {source:<60} {:>4} rows  signed {:>8}  median {:>7}  p90 {:>7}  inside {:>4.0} %",
             s.rows,
             percent(s.mean_error),
             percent(s.median_abs_error),
-            percent(s.p90_abs_error)
+            percent(s.p90_abs_error),
+            100.0 * s.inside_interval
         )?;
     }
     if !v.sweeps.is_empty() {

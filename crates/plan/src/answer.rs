@@ -151,7 +151,7 @@ pub struct Answer {
     pub best: Vec<Choice>,
     /// Time against memory: no layout is both faster and smaller.
     pub pareto: Vec<Choice>,
-    /// How wide the intervals are, and on what evidence.
+    /// How wide the interval of the best is, and on what evidence.
     pub grade: Grade,
     /// What was assumed.
     pub assumptions: Vec<String>,
@@ -222,9 +222,9 @@ pub fn plan(
     calibration: &Calibration,
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<Answer> {
-    let (problem, grade) = pose(&question, calibration)?;
+    let problem = pose(&question, calibration)?;
     let searched = search(&problem, &space(&question), progress)?;
-    Ok(answer(question, problem, grade, searched))
+    Ok(answer(question, problem, calibration, searched))
 }
 
 /// Estimates one layout, written as [`given::parse`] reads it, instead of searching. It need not fit: see [`Choice::fits`].
@@ -232,7 +232,7 @@ pub fn plan(
 /// # Errors
 /// If the model is refused, or the layout is unreadable or impossible.
 pub fn estimate_given(question: Question, layout: &str, calibration: &Calibration) -> Result<Answer> {
-    let (problem, grade) = pose(&question, calibration)?;
+    let problem = pose(&question, calibration)?;
     let given = given::parse(layout, &problem, question.format)?;
     let estimate = Estimator::new(&problem, question.format)?
         .estimate(&given.placement)
@@ -245,7 +245,7 @@ pub fn estimate_given(question: Question, layout: &str, calibration: &Calibratio
         layouts_pruned: 0,
         refused: Default::default(),
     };
-    let mut answer = answer(question, problem, grade, searched);
+    let mut answer = answer(question, problem, calibration, searched);
     answer.given = true;
     if !given.filled.is_empty() {
         answer.assumptions.insert(0, format!("not in the layout given: {}", given.filled.join(", ")));
@@ -253,8 +253,8 @@ pub fn estimate_given(question: Question, layout: &str, calibration: &Calibratio
     Ok(answer)
 }
 
-/// The problem behind a question, and how sure an answer will be.
-fn pose(question: &Question, calibration: &Calibration) -> Result<(Problem, Grade)> {
+/// The problem behind a question.
+fn pose(question: &Question, calibration: &Calibration) -> Result<Problem> {
     question.shape.model.validate()?;
     if question.sequence == 0 || question.sequences == 0 {
         return Err(Error::user("the batch has no tokens").hint("give at least one sequence of one token"));
@@ -274,16 +274,14 @@ fn pose(question: &Question, calibration: &Calibration) -> Result<(Problem, Grad
     let family = &accelerator.family.name;
     let software = question.software.clone().unwrap_or_else(|| Software::usual(&accelerator.family));
     let constants = calibration.constants(family, &accelerator.name, recipe(question.format), &software);
-    let grade = calibration.spread(family, software.name, question.cluster.accelerators);
-    let problem = Problem {
+    Ok(Problem {
         shape: stretched(&question.shape, question.sequence),
         cluster: question.cluster.clone(),
         software,
         constants,
         sequence: question.sequence,
         sequences: question.sequences,
-    };
-    Ok((problem, grade))
+    })
 }
 
 /// The same model with positions for `sequence` tokens: longer contexts are planned for before they are trained.
@@ -300,13 +298,20 @@ const SEQUENCE_MAX: usize = 1 << 24;
 /// More sequences than any batch has; keeps products of counts far from overflow.
 const SEQUENCES_MAX: usize = 1 << 30;
 
-fn answer(question: Question, problem: Problem, grade: Grade, searched: Searched) -> Answer {
+fn answer(question: Question, problem: Problem, calibration: &Calibration, searched: Searched) -> Answer {
     let storage = estimate_storage(&question, &problem);
     let first = searched.best.first().map(|f| f.estimate);
+    let grade = |breakdown: &Breakdown| {
+        let (family, n) = (&question.cluster.accelerator.family.name, question.cluster.accelerators);
+        calibration.spread(family, problem.software.name, breakdown.pace(), n)
+    };
     let all = |found: &[Found]| -> Vec<Choice> {
-        found.iter().map(|f| choice(&question, &grade, storage.as_ref(), f, first.as_ref())).collect()
+        let of =
+            |f: &Found| choice(&question, grade(&f.estimate.breakdown), storage.as_ref(), f, first.as_ref());
+        found.iter().map(of).collect()
     };
     let (best, pareto) = (all(&searched.best), all(&searched.pareto));
+    let grade = grade(&first.map(|f| f.breakdown).unwrap_or_default());
     let assumptions = assumptions(&question, &problem, &grade, best.first());
     Answer { question, problem, best, pareto, grade, assumptions, storage, searched, given: false }
 }
@@ -344,7 +349,7 @@ pub fn recipe(format: NumberFormat) -> &'static str {
 
 fn choice(
     question: &Question,
-    grade: &Grade,
+    grade: Grade,
     storage: Option<&StorageEstimate>,
     found: &Found,
     best: Option<&Estimate>,
@@ -399,6 +404,10 @@ fn assumptions(question: &Question, problem: &Problem, grade: &Grade, best: Opti
         Evidence::Validated => format!(
             "{} published runs of {family} with this stack, up to {} accelerators, were predicted unseen; nine in ten lay in the interval",
             grade.rows, grade.accelerators
+        ),
+        Evidence::OtherPace => format!(
+            "{} published runs of {family} with this stack were predicted unseen, but none near whose pace was set as this one's; the interval is wider",
+            grade.rows
         ),
         Evidence::Family => format!("{} published runs of {family} with other stacks were predicted unseen", grade.rows),
         Evidence::Software => format!("{} published runs of this stack on other accelerators were predicted unseen", grade.rows),

@@ -8,6 +8,7 @@ use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use spec::{Error, Result, guard_toml};
 
+use crate::estimate::Pace;
 use crate::software::Software;
 
 /// Number of constants.
@@ -63,7 +64,7 @@ pub const PRIOR: Constants = Constants {
     attention: 0.85,
     stream: 0.6,
     network: 0.8,
-    host_s: 6e-6,
+    host_s: 1e-5,
     step_s: 0.02,
     experts: 0.75,
 };
@@ -121,6 +122,9 @@ pub struct Spreads {
 pub struct Spread {
     /// Which combination, joined with `/`.
     pub name: String,
+    /// Of steps whose pace this sets; of all where it is absent.
+    #[serde(default)]
+    pub pace: Option<Pace>,
     /// Rows behind it.
     pub rows: usize,
     /// Nine in ten published times lay within the prediction divided and multiplied by this.
@@ -134,8 +138,10 @@ pub struct Spread {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Evidence {
-    /// Runs of this accelerator family with this software were predicted unseen.
+    /// Runs of this accelerator family with this software were predicted unseen, and their pace was set by the same.
     Validated,
+    /// Such runs were, but something else set their pace: kernels instead of the host, say.
+    OtherPace,
     /// Runs of this family with other software were.
     Family,
     /// Runs with this software on other accelerators were.
@@ -159,6 +165,9 @@ pub struct Grade {
 
 /// How much an interval widens (as a power) for each doubling of accelerators beyond those validated.
 const WIDER_PER_DOUBLING: f64 = 0.15;
+
+/// How much an interval widens (as a power) where nothing of the same pace was validated.
+const OTHER_PACE: f64 = 1.25;
 
 /// Fewer rows than this say little about a spread.
 const SPREAD_ROWS_MIN: usize = 5;
@@ -189,19 +198,24 @@ impl Calibration {
         Constants::from_values(v)
     }
 
-    /// How wide an interval has to be for a combination, and on what evidence.
-    pub fn spread(&self, family: &str, software: &str, accelerators: usize) -> Grade {
+    /// How wide an interval has to be for a combination whose step's pace is set by `pace`, and on what evidence.
+    pub fn spread(&self, family: &str, software: &str, pace: Pace, accelerators: usize) -> Grade {
         let both = format!("{family}/{software}");
-        let find = |list: &[Spread], name: &str, widen: f64, evidence| {
-            list.iter().find(|s| s.name == name && s.rows >= SPREAD_ROWS_MIN).map(|s| {
+        let find = |list: &[Spread], name: &str, pace: Option<Pace>, widen: f64, evidence| {
+            let fits = |s: &&Spread| s.name == name && s.pace == pace && s.rows >= SPREAD_ROWS_MIN;
+            list.iter().find(fits).map(|s| {
                 let beyond = (accelerators as f64 / s.accelerators.max(1) as f64).log2().max(0.0);
                 let widen = widen + WIDER_PER_DOUBLING * beyond;
                 Grade { factor: s.factor.powf(widen), rows: s.rows, evidence, accelerators: s.accelerators }
             })
         };
-        find(&self.spread.both, &both, 1.0, Evidence::Validated)
-            .or_else(|| find(&self.spread.family, family, 1.25, Evidence::Family))
-            .or_else(|| find(&self.spread.software, software, 1.5, Evidence::Software))
+        let of = &self.spread;
+        find(&of.both, &both, Some(pace), 1.0, Evidence::Validated)
+            .or_else(|| find(&of.both, &both, None, OTHER_PACE, Evidence::OtherPace))
+            .or_else(|| find(&of.family, family, Some(pace), 1.25, Evidence::Family))
+            .or_else(|| find(&of.family, family, None, 1.25 * OTHER_PACE, Evidence::Family))
+            .or_else(|| find(&of.software, software, Some(pace), 1.5, Evidence::Software))
+            .or_else(|| find(&of.software, software, None, 1.5 * OTHER_PACE, Evidence::Software))
             .unwrap_or(Grade {
                 factor: FACTOR_UNKNOWN,
                 rows: 0,
@@ -269,10 +283,11 @@ impl Calibration {
             ("software", &self.spread.software),
         ] {
             writeln!(out, "{name} = [")?;
-            for Spread { name, rows, factor, accelerators } in list {
+            for Spread { name, pace, rows, factor, accelerators } in list {
+                let pace = pace.map_or(String::new(), |p| format!("pace = \"{}\", ", p.name()));
                 writeln!(
                     out,
-                    "    {{ name = \"{name}\", rows = {rows}, factor = {factor:.3}, accelerators = {accelerators} }},"
+                    "    {{ name = \"{name}\", {pace}rows = {rows}, factor = {factor:.3}, accelerators = {accelerators} }},"
                 )?;
             }
             writeln!(out, "]")?;

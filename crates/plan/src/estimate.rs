@@ -11,7 +11,7 @@ mod step;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use spec::{Cluster, NumberFormat, Result};
 
 use crate::calibration::Constants;
@@ -73,6 +73,36 @@ pub struct Breakdown {
     pub straggler_s: f64,
 }
 
+/// What sets the pace of a step, where predictions err for reasons of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pace {
+    /// Kernels, mostly.
+    Compute,
+    /// The host's launches of short kernels, to more than a tenth.
+    Host,
+    /// Messages that nothing hides, to more than a quarter.
+    Network,
+}
+
+impl Pace {
+    /// All of them.
+    pub const ALL: [Pace; 3] = [Pace::Compute, Pace::Host, Pace::Network];
+
+    /// Its name in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Pace::Compute => "compute",
+            Pace::Host => "host",
+            Pace::Network => "network",
+        }
+    }
+}
+
+/// Shares of a step from which the host or messages set its pace.
+const HOST_SHARE: f64 = 0.1;
+const TALK_SHARE: f64 = 0.25;
+
 impl Breakdown {
     /// Names and values, largest parts of a step.
     pub fn parts(&self) -> [(&'static str, f64); 13] {
@@ -91,6 +121,19 @@ impl Breakdown {
             ("step", self.step_s),
             ("stragglers", self.straggler_s),
         ]
+    }
+
+    /// What sets the pace of the step.
+    pub fn pace(&self) -> Pace {
+        let step = self.parts().iter().map(|p| p.1).sum::<f64>();
+        let talk = self.tensor_s + self.context_s + self.expert_s + self.pipeline_s + self.data_s;
+        if self.host_s > HOST_SHARE * step {
+            Pace::Host
+        } else if talk > TALK_SHARE * step {
+            Pace::Network
+        } else {
+            Pace::Compute
+        }
     }
 
     /// The part that takes most.

@@ -52,6 +52,11 @@ pub struct NetworkModel {
     pub scale_out_step_s: f64,
     /// Added for each doubling of the bytes beyond 1 MiB: channels and protocols ramp up.
     pub ramp_s: f64,
+    /// Each step of a ring over nodes where the fabric was measured: of all-reduces, of gathers and scatters. 0 if it
+    /// was not.
+    pub ring_step_s: (f64, f64),
+    /// Bytes of a message between nodes from which on its rate falls as it grows; without bound where none was measured.
+    pub message_full: f64,
 }
 
 /// Bytes at which the ramp begins.
@@ -92,8 +97,30 @@ impl NetworkModel {
             scale_up_step_s: family.collective_step_s.value,
             scale_out_step_s: family.collective_step_out_s.value + fabric.hop_latency_s.value,
             ramp_s: family.collective_ramp_s.map_or(0.0, |ramp| ramp.value),
+            ring_step_s: ring_step_s(cluster),
+            message_full: fabric.measured.as_ref().and_then(|m| m.full_bytes).unwrap_or(f64::INFINITY),
         }
     }
+}
+
+/// What one step of a ring takes that spans nodes, by measured bus bandwidths `b` of `n` ranks: the time `S / b` of a
+/// message that `n` steps divide is what its bytes take at the ports' rate and the steps beside. Measured this way an
+/// all-reduce waits for as many steps as a gather. The median over the nodes measured.
+fn ring_step_s(cluster: &Cluster) -> (f64, f64) {
+    let Some(measured) = &cluster.scale_out.measured else { return (0.0, 0.0) };
+    let node = cluster.per_node as f64;
+    let port = cluster.scale_out.bytes_per_s.value * cluster.scale_out.efficiency.value * node;
+    let step = |table: &[(usize, f64)], passes: f64| {
+        let waits = |(nodes, bus): &(usize, f64)| {
+            (passes * measured.message_bytes * (1.0 / bus - 1.0 / port) / (*nodes as f64 * node)).max(0.0)
+        };
+        let mut steps: Vec<f64> = table.iter().map(waits).collect();
+        steps.sort_by(f64::total_cmp);
+        steps.get(steps.len() / 2).copied()
+    };
+    let (reduce, gather) = (step(&measured.all_reduce, 2.0), step(&measured.all_gather, 1.0));
+    let other = |a: Option<f64>, b: Option<f64>| a.or(b).unwrap_or(0.0);
+    (other(reduce, gather), other(gather, reduce))
 }
 
 /// Which links set the time of a collective.
@@ -275,10 +302,14 @@ pub fn on_span(net: &NetworkModel, what: Collective, span: &Span, size: usize, b
         _ => k - 1.0,
     };
     let ramp = net.ramp_s * (1.0 + bytes / RAMP_FROM_BYTES).log2();
-    let latency_s = net.base_s
-        + steps * net.scale_up_step_s * f64::from(u8::from(j > 1.0))
-        + hops * net.scale_out_step_s
-        + ramp;
+    let waits = match what {
+        Collective::AllReduce => net.ring_step_s.0,
+        Collective::AllGather | Collective::ReduceScatter => net.ring_step_s.1,
+        Collective::AllToAll | Collective::Send => 0.0,
+    };
+    let between_s = if waits > 0.0 && k > 1.0 { (n - 1.0) * waits } else { hops * net.scale_out_step_s };
+    let latency_s =
+        net.base_s + steps * net.scale_up_step_s * f64::from(u8::from(j > 1.0)) + between_s + ramp;
     let moving = inside_s.max(outside_s);
     let bound = if latency_s > moving {
         Bound::Latency
@@ -371,6 +402,33 @@ mod tests {
         }
     }
 
+    /// The table that a fabric was measured by comes out again, but for what its noise is.
+    #[test]
+    fn a_measured_fabric_is_as_slow_as_measured() {
+        let cluster = Catalog::builtin().unwrap().cluster("hf-h100", None).unwrap();
+        let measured = cluster.scale_out.measured.clone().unwrap();
+        let net = NetworkModel::of(&cluster);
+        let check = |what, table: &[(usize, f64)]| {
+            for (nodes, bus) in table {
+                let size = nodes * cluster.per_node;
+                let p = collective(&cluster, &net, what, Group { size, stride: 1 }, measured.message_bytes);
+                let found = p.wire_bytes / p.seconds;
+                // Two nodes are near enough for NCCL to reduce in a tree through their switches.
+                let tolerance = if *nodes == 2 { 0.4 } else { 0.2 };
+                assert!((found / bus).ln().abs() < tolerance, "{what:?} over {nodes}: {found:e} for {bus:e}");
+            }
+        };
+        check(Collective::AllReduce, &measured.all_reduce);
+        check(Collective::AllGather, &measured.all_gather);
+        // The same fabric by its name plate.
+        let plate = Catalog::builtin().unwrap().cluster("aws-p5", Some(512)).unwrap();
+        let group = Group { size: 512, stride: 1 };
+        let took = |c: &Cluster| {
+            collective(c, &NetworkModel::of(c), Collective::AllGather, group, measured.message_bytes).seconds
+        };
+        assert!(took(&cluster) > 5.0 * took(&plate));
+    }
+
     /// A machine of round figures: every term of a latency has digits of its own.
     fn made_up(domain: usize, in_switch: bool) -> (Cluster, NetworkModel) {
         let mut cluster = Catalog::builtin().unwrap().cluster("dgx-h100", Some(512)).unwrap();
@@ -383,6 +441,8 @@ mod tests {
             scale_up_step_s: 1e2,
             scale_out_step_s: 1e5,
             ramp_s: 0.0,
+            ring_step_s: (0.0, 0.0),
+            message_full: f64::INFINITY,
         };
         (cluster, net)
     }

@@ -41,6 +41,17 @@ pub struct Software {
     pub gathers_whole_units: bool,
     /// Kernels are launched one by one from Python, else from graphs or compiled programs.
     pub eager: bool,
+    /// Ops' worth of the host's time that a collective inside layers takes for each of its members: stacks that gather
+    /// and scatter through lists of tensors handle each member's on its own.
+    pub ops_per_member: f64,
+    /// Bytes that pass through memory for each logit beyond what a fused loss reads and writes: in 32 bit, an operation at
+    /// a time (Megatron's `vocab_parallel_cross_entropy`: cast, maximum, difference, exponent, sum, quotient, and back).
+    pub loss_bytes: f64,
+    /// Stages of a pipeline get blocks by their products: the head counts as the layers that it costs (nanotron's
+    /// `block_compute_costs`).
+    pub stages_by_cost: bool,
+    /// Bytes of the buckets in which replicas that shard nothing sum gradients, where it is known.
+    pub bucket_bytes: Option<f64>,
     /// Dropout and its masks are in the model.
     pub dropout: bool,
     /// The residual stream is split along the sequence between tensor-parallel regions unless told otherwise.
@@ -77,6 +88,11 @@ pub enum AttentionKernel {
     Tuned,
 }
 
+/// `bucket_cap_mb` of PyTorch's DistributedDataParallel where nobody says otherwise.
+const DDP_BUCKET: f64 = 25.0 * 1024.0 * 1024.0;
+/// Ten passes in 32 bit.
+const LOSS_BYTES: f64 = 40.0;
+
 const MEGATRON_2021: Software = Software {
     name: "megatron-2021",
     lineage: "megatron",
@@ -94,6 +110,10 @@ const MEGATRON_2021: Software = Software {
     tree_sums: false,
     gathers_whole_units: true,
     eager: true,
+    ops_per_member: 0.0,
+    loss_bytes: LOSS_BYTES,
+    stages_by_cost: false,
+    bucket_bytes: None,
     dropout: true,
     sequence_parallel: false,
     fsdp: false,
@@ -118,6 +138,10 @@ const MEGATRON_CORE: Software = Software {
     tree_sums: false,
     gathers_whole_units: true,
     eager: true,
+    ops_per_member: 0.0,
+    loss_bytes: 0.0,
+    stages_by_cost: false,
+    bucket_bytes: None,
     dropout: false,
     sequence_parallel: true,
     fsdp: false,
@@ -142,6 +166,10 @@ const FSDP: Software = Software {
     tree_sums: false,
     gathers_whole_units: true,
     eager: true,
+    ops_per_member: 0.0,
+    loss_bytes: 0.0,
+    stages_by_cost: false,
+    bucket_bytes: None,
     dropout: false,
     sequence_parallel: true,
     fsdp: true,
@@ -149,11 +177,25 @@ const FSDP: Software = Software {
     checkpoint_bytes_per_param: CHECKPOINT_BYTES_PER_PARAM,
 };
 
+/// Eager PyTorch without fused blocks: tensor parallelism in its reduce-scatter mode, gradients summed in 32 bit.
+const NANOTRON: Software = Software {
+    name: "nanotron-2024",
+    lineage: "nanotron",
+    stages_by_cost: true,
+    loss_bytes: LOSS_BYTES,
+    attention: AttentionKernel::Flash2,
+    overlap_tp: false,
+    overlap_params: false,
+    overlap_p2p: false,
+    ..MEGATRON_CORE
+};
+
 /// All generations.
-pub const ALL: [Software; 18] = [
+pub const ALL: [Software; 21] = [
     MEGATRON_2021,
     Software { name: "megatron-2022", sequence_parallel: true, ..MEGATRON_2021 },
     Software { name: "megatron-deepspeed", ..MEGATRON_2021 },
+    Software { name: "megatron-deepspeed-2023", ops_per_member: 0.2, ..MEGATRON_2021 },
     Software { name: "nemo-2022", sequence_parallel: true, ..MEGATRON_2021 },
     Software {
         name: "deepspeed-zero3",
@@ -192,6 +234,8 @@ pub const ALL: [Software; 18] = [
     },
     FSDP,
     Software { name: "torchtitan", ..FSDP },
+    NANOTRON,
+    Software { name: "nanotron-2025", ops_per_member: 2.1, bucket_bytes: Some(DDP_BUCKET), ..NANOTRON },
     Software {
         name: "maxtext-2024",
         lineage: "maxtext",

@@ -120,6 +120,9 @@ pub const LAUNCHES_PER_TASK: f64 = 2.5;
 /// Kernels and waits of the host for routing, permutation and token counts of one expert layer, in each pass.
 const EXPERT_LAUNCHES: f64 = 250.0;
 
+/// Kernels and waits of the host around one micro-batch in each pass: its tokens, masks and positions, its loss.
+const MICRO_BATCH_LAUNCHES: f64 = 60.0;
+
 /// What a template depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Key {
@@ -202,9 +205,37 @@ impl Template {
             for layer in std::iter::once(&mut t.layer).chain(&mut t.expert_layer) {
                 run_again(layer, key, t.boundary_bytes);
             }
+            t.head.launches = MICRO_BATCH_LAUNCHES;
+            t.head.input = at_once(&t.head.input, (key.micro_batch * key.sequence / key.cp) as f64);
         }
         Ok(t)
     }
+}
+
+/// The head's tasks where its `rows` are taken at once: the program takes them in leaves of equal rows, one after
+/// another, so that logits need little memory; frameworks launch and send once for all.
+fn at_once(tasks: &[Task], rows: f64) -> Vec<Task> {
+    let mut out: Vec<(Task, f64)> = Vec::new();
+    for task in tasks {
+        match out.iter_mut().find(|(seen, _)| seen == task) {
+            Some((_, times)) => *times += 1.0,
+            None => out.push((*task, 1.0)),
+        }
+    }
+    let whole = |(task, times): (Task, f64)| match task {
+        Task::Gemm { m, n, k, batch, bytes, head } if m * times == rows => {
+            Task::Gemm { m: rows, n, k, batch, bytes: bytes * times, head }
+        }
+        Task::Gemm { m, n, k, batch, bytes, head } => {
+            Task::Gemm { m, n, k: k * times, batch, bytes: bytes * times, head }
+        }
+        Task::Attention { flops, bytes, scores, backward } => {
+            Task::Attention { flops: flops * times, bytes: bytes * times, scores: scores * times, backward }
+        }
+        Task::Stream { bytes } => Task::Stream { bytes: bytes * times },
+        Task::Talk { what, axis, bytes } => Task::Talk { what, axis, bytes: bytes * times },
+    };
+    out.into_iter().map(whole).collect()
 }
 
 /// What frameworks run again. The program's own recompute is already in its blocks. `boundary` is the bytes of the

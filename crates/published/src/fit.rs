@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use plan::calibration::{COUNT, Calibration, Constants, FACTOR_MAX, Factors, PRIOR, Spread, Spreads};
-use plan::estimate::{Estimate, Estimator, Problem};
+use plan::estimate::{Estimate, Estimator, Pace, Problem};
 use plan::template::{Key, Template};
 use rayon::prelude::*;
 use spec::Result;
@@ -17,7 +17,9 @@ use crate::runs::Run;
 use crate::validate::quantile;
 
 /// Steps of Gauss-Newton; it settles in about ten.
-const STEPS: usize = 14;
+const STEPS: usize = 16;
+/// How often a step that makes things worse is halved: where one term takes over from another, slopes change.
+const HALVINGS: usize = 4;
 /// Steps when some runs are left out: the start is close.
 const LEAVE_OUT_STEPS: usize = 4;
 /// How far a logarithm is moved to find a slope.
@@ -74,6 +76,8 @@ impl Effect {
 /// What sets one accelerator apart from its family: its clock under its power limit, its links, and how well it does
 /// grouped products. Indices into [`Constants::get`].
 const OF_CHIP: [usize; 3] = [0, 3, 6];
+/// The host's time is the software's alone: neither accelerators nor formats of products change it. The same index.
+const HOST: usize = 4;
 /// The ridge of constants that an effect does not have.
 const FIXED: f64 = 1e9;
 
@@ -203,7 +207,14 @@ pub fn fit(runs: &mut [Prepared]) -> Calibration {
         }
         let linear = Linear::of(runs, &calibration);
         let all = vec![true; runs.len()];
+        let (from, before) = (calibration.clone(), linear.loss(&linear.base, &mut calibration));
         linear.step(&mut calibration, &linear.base, &all);
+        for _ in 0..HALVINGS {
+            if linear.loss(&residuals(runs, &calibration), &mut calibration) <= before {
+                break;
+            }
+            linear.halfway(&mut calibration, &from);
+        }
     }
     choose_all(runs, &calibration);
     calibration
@@ -286,6 +297,28 @@ impl Linear {
         Linear { effects: effects.into_iter().map(|(e, r, _)| (e, r)).collect(), jacobian, base, weights }
     }
 
+    /// What a fit makes least: squares of errors, linear for outliers, and of what the ridges hold.
+    fn loss(&self, base: &[f64], calibration: &mut Calibration) -> f64 {
+        let huber = |r: f64| if r <= HUBER { r * r } else { HUBER * (2.0 * r - HUBER) };
+        let errors = base.iter().zip(&self.weights).map(|(r, w)| w * w * huber(r.abs())).sum::<f64>();
+        let ridges = self.effects.iter().map(|(effect, ridge)| {
+            let squares = effect.factors(calibration).iter().map(|f| f * f).sum::<f64>();
+            ridge * squares
+        });
+        errors + ridges.sum::<f64>()
+    }
+
+    /// Takes half of a step back.
+    fn halfway(&self, calibration: &mut Calibration, from: &Calibration) {
+        let mut from = from.clone();
+        for (effect, _) in &self.effects {
+            let back = *effect.factors(&mut from);
+            for (f, b) in effect.factors(calibration).iter_mut().zip(back) {
+                *f = 0.5 * (*f + b);
+            }
+        }
+    }
+
     /// One Gauss-Newton step on the runs kept, from residuals `base`.
     fn step(&self, calibration: &mut Calibration, base: &[f64], kept: &[bool]) {
         let columns = self.jacobian.len();
@@ -313,7 +346,11 @@ impl Linear {
         }
         for a in 0..columns {
             let (effect, ridge) = &self.effects[a / COUNT];
-            let fixed = effect.kind == EffectKind::Chip && !OF_CHIP.contains(&(a % COUNT));
+            let fixed = match effect.kind {
+                EffectKind::Chip => !OF_CHIP.contains(&(a % COUNT)),
+                EffectKind::Family | EffectKind::Recipe => a % COUNT == HOST,
+                EffectKind::Lineage | EffectKind::Software => false,
+            };
             let ridge = if fixed { FIXED } else { *ridge };
             normal[a][a] += ridge;
             right[a] -= ridge * effect.factors(calibration)[a % COUNT];
@@ -334,6 +371,8 @@ pub struct Miss {
     pub software: String,
     /// Accelerators.
     pub accelerators: usize,
+    /// What the prediction says sets the pace.
+    pub pace: Pace,
     /// Logarithm of predicted over published.
     pub log_error: f64,
 }
@@ -341,21 +380,28 @@ pub struct Miss {
 /// No interval is narrower: runs of the same job differ by more than this.
 const SPREAD_MIN: f64 = 1.05;
 
+/// Share of the errors on rows left out that an interval holds: nine in ten of rows to come lie inside of a little more.
+const INSIDE: f64 = 0.92;
+
 /// How wide intervals have to be, from errors on unseen sources.
 pub fn spreads(misses: &[Miss]) -> Spreads {
     let learn = |name: &dyn Fn(&Miss) -> String| {
-        let mut groups: BTreeMap<String, (Vec<f64>, usize)> = BTreeMap::new();
+        let mut groups: BTreeMap<(String, Option<Pace>), (Vec<f64>, usize)> = BTreeMap::new();
         for m in misses {
-            let group = groups.entry(name(m)).or_default();
-            group.0.push(m.log_error.abs());
-            group.1 = group.1.max(m.accelerators);
+            for pace in [None, Some(m.pace)] {
+                let group = groups.entry((name(m), pace)).or_default();
+                group.0.push(m.log_error.abs());
+                group.1 = group.1.max(m.accelerators);
+            }
         }
-        let spread = |(name, (abs, accelerators)): (String, (Vec<f64>, usize))| Spread {
-            name,
-            rows: abs.len(),
-            factor: quantile(&abs, 0.9).exp().max(SPREAD_MIN),
-            accelerators,
-        };
+        let spread =
+            |((name, pace), (abs, accelerators)): ((String, Option<Pace>), (Vec<f64>, usize))| Spread {
+                name,
+                pace,
+                rows: abs.len(),
+                factor: quantile(&abs, INSIDE).exp().max(SPREAD_MIN),
+                accelerators,
+            };
         groups.into_iter().map(spread).collect()
     };
     Spreads {

@@ -46,6 +46,16 @@ pub struct Run {
     pub assumptions: Vec<String>,
 }
 
+impl Run {
+    /// Whether the run is in the half of its source that [`crate::validate::halves`] keeps back from the fit: the lowest
+    /// bit of the FNV-1a hash (64 bit) of its id. A property of the id alone, so that no table's order or size moves it.
+    pub fn kept_back(&self) -> bool {
+        const BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+        const PRIME: u64 = 0x0100_0000_01b3;
+        self.id.bytes().fold(BASIS, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(PRIME)) & 1 == 1
+    }
+}
+
 /// Which published figure a step time comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -80,6 +90,8 @@ pub struct Runs {
     pub not_priced: Vec<Skipped>,
 }
 
+/// Sequences of the global batch in nanotron's first sweep.
+const SWEPT: Option<usize> = Some(256);
 /// Wider than any transformer by far.
 const HIDDEN_MAX: usize = 1 << 20;
 
@@ -176,7 +188,7 @@ impl Reader<'_> {
         let (recipe, format) = self.format(&family.name);
         // "Mixed precision" on a chip without bf16 was fp16.
         let format = if format == NumberFormat::Bf16 { cluster.accelerator.sixteen_bit() } else { format };
-        let software = self.as_run(conditions.software, &id, recipe);
+        let software = self.as_run(conditions.software, &id, recipe)?;
         let problem = layouts::Problem {
             shape: &shape,
             n,
@@ -212,7 +224,12 @@ impl Reader<'_> {
     }
 
     /// The stack with what the row says of its switches.
-    fn as_run(&self, mut software: Software, id: &str, recipe: &str) -> Software {
+    fn as_run(&self, mut software: Software, id: &str, recipe: &str) -> Result<Software> {
+        let (stages, sequences) = (self.count("pp")?, self.count("global_batch")?);
+        if software.name == "nanotron-2024" && (stages.is_some_and(|pp| pp > 1) || sequences != SWEPT) {
+            // Its pipelines were benchmarked anew after they had been mended; other batches are not of the first sweep.
+            software = Software::named("nanotron-2025").unwrap_or(software);
+        }
         let torchtitan = software.name == "torchtitan";
         if torchtitan {
             let said = format!("{id} {}", self.text("notes")).to_ascii_lowercase();
@@ -224,7 +241,7 @@ impl Reader<'_> {
         }
         // Its float8 recipe gathers in 8 bit; scales by rows do not allow that.
         software.low_precision_gathers = torchtitan && recipe == "fp8";
-        software
+        Ok(software)
     }
 
     fn format(&mut self, family: &str) -> (&'static str, NumberFormat) {

@@ -1,14 +1,14 @@
 //! How right the planner is: published runs estimated with their published layouts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use plan::calibration::Calibration;
+use plan::calibration::{Calibration, Evidence};
 use rayon::prelude::*;
 use serde::Serialize;
 use spec::{Catalog, Result};
 
 use crate::fit::{self, Miss, Prepared};
-use crate::runs::{Measured, Runs, Skipped};
+use crate::runs::{Measured, Run, Runs, Skipped};
 
 /// Errors of predicted step times on a table of published runs.
 #[derive(Clone, Debug, Serialize)]
@@ -23,6 +23,8 @@ pub struct Validation {
     pub inside_interval: f64,
     /// Whether each row was estimated with constants that had not seen its source.
     pub held_out: bool,
+    /// What the constants had not seen.
+    pub unseen: Unseen,
     /// By source.
     pub sources: Vec<SourceErrors>,
     /// Layout sweeps: how well the order of layouts is predicted.
@@ -31,6 +33,18 @@ pub struct Validation {
     pub not_priced: Vec<Skipped>,
     /// Rows estimated.
     pub rows: Vec<RowError>,
+}
+
+/// Which rows the constants that estimate them had not seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Unseen {
+    /// None: the constants may have been fitted on them.
+    Nothing,
+    /// Those of a source (or another group) when it is estimated.
+    Groups,
+    /// The half of each source that is kept back; only it is estimated.
+    Half,
 }
 
 /// Errors on one source.
@@ -46,6 +60,8 @@ pub struct SourceErrors {
     pub median_abs_error: f64,
     /// 90th percentile of the same.
     pub p90_abs_error: f64,
+    /// Share of published times inside the predicted interval.
+    pub inside_interval: f64,
 }
 
 /// One row.
@@ -69,6 +85,8 @@ pub struct RowError {
     pub measured: Measured,
     /// What bounds the step.
     pub bound: &'static str,
+    /// What the interval rests on.
+    pub evidence: Evidence,
     /// What had to be assumed.
     pub assumptions: Vec<String>,
 }
@@ -96,7 +114,7 @@ const NOT_STEPS: [&str; 3] = ["frontier", "ledger", "gpuhours"];
 pub fn validate(path: &str, text: &str, catalog: &Catalog, calibration: &Calibration) -> Result<Validation> {
     let (mut prepared, not_priced) = prepare(path, text, catalog)?;
     let rows = prepared.par_iter_mut().map(|p| row(p, calibration)).collect();
-    Ok(summary(rows, &prepared, not_priced, false))
+    Ok(summary(rows, &prepared, not_priced, Unseen::Nothing))
 }
 
 /// Estimates each row with constants fitted on the rows of all other sources.
@@ -115,7 +133,7 @@ pub fn cross_validate_by(
     path: &str,
     text: &str,
     catalog: &Catalog,
-    group: impl Fn(&crate::runs::Run) -> String + Sync,
+    group: impl Fn(&Run) -> String + Sync,
 ) -> Result<Validation> {
     let (mut prepared, not_priced) = prepare(path, text, catalog)?;
     let fitted = fit::fit(&mut prepared);
@@ -125,7 +143,19 @@ pub fn cross_validate_by(
         row(p, calibration)
     });
     let rows = rows.collect();
-    Ok(summary(rows, &prepared, not_priced, true))
+    Ok(summary(rows, &prepared, not_priced, Unseen::Groups))
+}
+
+/// Fits constants on half of the rows of each source and estimates the other half ([`crate::runs::Run::kept_back`]).
+///
+/// # Errors
+/// If the text is no table of runs.
+pub fn halves(path: &str, text: &str, catalog: &Catalog) -> Result<Validation> {
+    let (prepared, not_priced) = prepare(path, text, catalog)?;
+    let (mut back, mut fitted): (Vec<_>, Vec<_>) = prepared.into_iter().partition(|p| p.run().kept_back());
+    let calibration = with_spreads(&mut fitted);
+    let rows = back.par_iter_mut().map(|p| row(p, &calibration)).collect();
+    Ok(summary(rows, &back, not_priced, Unseen::Half))
 }
 
 /// Fits the constants on all rows of a table.
@@ -134,24 +164,43 @@ pub fn cross_validate_by(
 /// If the text is no table of runs.
 pub fn calibrate(path: &str, text: &str, catalog: &Catalog) -> Result<Calibration> {
     let (mut prepared, _) = prepare(path, text, catalog)?;
-    let mut calibration = fit::fit(&mut prepared);
-    let unseen = fit::leave_out(&mut prepared, &calibration, |run| run.source.clone());
+    Ok(with_spreads(&mut prepared))
+}
+
+/// Constants fitted on these rows, and how wide their intervals are, from what they miss by on sources left out.
+fn with_spreads(prepared: &mut [Prepared]) -> Calibration {
+    let mut calibration = fit::fit(prepared);
+    let unseen = fit::leave_out(prepared, &calibration, |run| run.source.clone());
+    let unseen_fifth = fit::leave_out(prepared, &calibration, fifth);
+    let mut sources: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for p in prepared.iter() {
+        sources.entry(p.run().software.name).or_default().insert(p.run().source.clone());
+    }
     let misses: Vec<Miss> = prepared
         .par_iter_mut()
         .filter_map(|p| {
-            let c = unseen.get(&p.run().source)?;
-            let estimate = p.choose(p.constants(c)).ok()?;
+            // Without a source that is alone with its stack nothing would be known of the stack.
+            let alone = sources[p.run().software.name].len() == 1;
+            let c = if alone { unseen_fifth.get(&fifth(p.run())) } else { unseen.get(&p.run().source) };
+            let estimate = p.choose(p.constants(c?)).ok()?;
             let run = p.run();
             Some(Miss {
                 family: run.cluster.accelerator.family.name.clone(),
                 software: run.software.name.to_owned(),
                 accelerators: run.cluster.accelerators,
+                pace: estimate.breakdown.pace(),
                 log_error: (estimate.step_s / run.step_s).ln(),
             })
         })
         .collect();
     calibration.spread = fit::spreads(&misses);
-    Ok(calibration)
+    calibration
+}
+
+/// One of five parts of the rows, by their ids.
+fn fifth(run: &Run) -> String {
+    let hash = run.id.bytes().fold(7u32, |a, b| a.wrapping_mul(31).wrapping_add(b.into())) >> 7;
+    (hash % 5).to_string()
 }
 
 fn prepare(path: &str, text: &str, catalog: &Catalog) -> Result<(Vec<Prepared>, Vec<Skipped>)> {
@@ -177,7 +226,9 @@ fn row(p: &mut Prepared, calibration: &Calibration) -> Option<RowError> {
     let estimate = p.choose(p.constants(calibration)).ok()?;
     let run = p.run();
     let family = &run.cluster.accelerator.family.name;
-    let spread = calibration.spread(family, run.software.name, run.cluster.accelerators).factor;
+    let grade =
+        calibration.spread(family, run.software.name, estimate.breakdown.pace(), run.cluster.accelerators);
+    let spread = grade.factor;
     Some(RowError {
         id: run.id.clone(),
         source: run.source.clone(),
@@ -188,6 +239,7 @@ fn row(p: &mut Prepared, calibration: &Calibration) -> Option<RowError> {
         error: estimate.step_s / run.step_s - 1.0,
         measured: run.measured,
         bound: estimate.breakdown.bound(),
+        evidence: grade.evidence,
         assumptions: run.assumptions.clone(),
     })
 }
@@ -196,37 +248,46 @@ fn summary(
     rows: Vec<Option<RowError>>,
     prepared: &[Prepared],
     not_priced: Vec<Skipped>,
-    held_out: bool,
+    unseen: Unseen,
 ) -> Validation {
     let sweeps = sweeps(prepared, &rows);
     let rows: Vec<RowError> = rows.into_iter().flatten().collect();
-    let mut by_source: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    let mut by_source: BTreeMap<&str, Vec<&RowError>> = BTreeMap::new();
     for r in &rows {
-        by_source.entry(&r.source).or_default().push(r.error);
+        by_source.entry(&r.source).or_default().push(r);
     }
-    let sources = by_source
-        .into_iter()
-        .map(|(source, errors)| SourceErrors {
-            source: source.to_owned(),
-            rows: errors.len(),
-            mean_error: errors.iter().sum::<f64>() / errors.len() as f64,
-            median_abs_error: quantile(&errors, 0.5),
-            p90_abs_error: quantile(&errors, 0.9),
-        })
-        .collect();
+    let sources = by_source.into_iter().map(|(source, rows)| source_errors(source, &rows)).collect();
     let errors: Vec<f64> = rows.iter().map(|r| r.error).collect();
-    let inside = rows.iter().filter(|r| (r.low..=r.high).contains(&r.published)).count();
     Validation {
         priced: rows.len(),
         median_abs_error: quantile(&errors, 0.5),
         p90_abs_error: quantile(&errors, 0.9),
-        inside_interval: inside as f64 / rows.len().max(1) as f64,
-        held_out,
+        inside_interval: inside(rows.iter()),
+        held_out: unseen != Unseen::Nothing,
+        unseen,
         sources,
         sweeps,
         not_priced,
         rows,
     }
+}
+
+fn source_errors(source: &str, rows: &[&RowError]) -> SourceErrors {
+    let errors: Vec<f64> = rows.iter().map(|r| r.error).collect();
+    SourceErrors {
+        source: source.to_owned(),
+        rows: errors.len(),
+        mean_error: errors.iter().sum::<f64>() / errors.len() as f64,
+        median_abs_error: quantile(&errors, 0.5),
+        p90_abs_error: quantile(&errors, 0.9),
+        inside_interval: inside(rows.iter().copied()),
+    }
+}
+
+/// Share of the rows whose published time lies in its interval.
+fn inside<'a>(rows: impl ExactSizeIterator<Item = &'a RowError>) -> f64 {
+    let all = rows.len().max(1) as f64;
+    rows.filter(|r| (r.low..=r.high).contains(&r.published)).count() as f64 / all
 }
 
 /// The `q` quantile of absolute values (nearest rank); 0 of none.

@@ -1,11 +1,13 @@
 //! A machine to plan for, resolved from the catalogue.
 
+mod measured;
 mod torus;
 
 use torus::{even_extents, even_slice, parse_shape};
 
 use crate::catalog::{Catalog, Entry, EntryKind, Meaning, Measure};
 use crate::{Error, Family, NumberFormat, Result};
+pub use measured::MeasuredBus;
 
 /// A machine to plan for: accelerators, the links between them, storage.
 ///
@@ -109,6 +111,8 @@ pub struct ScaleOut {
     pub in_switch: bool,
     /// Switch tiers from the nodes up: accelerators reached, and downlinks over uplinks when leaving.
     pub tiers: Vec<Tier>,
+    /// What collectives over whole nodes were measured to reach, if they were.
+    pub measured: Option<MeasuredBus>,
 }
 
 /// How the switches of a fabric are wired.
@@ -508,6 +512,7 @@ fn no_fabric(scale_up: &ScaleUp) -> ScaleOut {
         efficiency: Measure::exact(1.0),
         in_switch: false,
         tiers: Vec::new(),
+        measured: None,
     }
 }
 
@@ -519,6 +524,7 @@ fn scale_out(fabric: &Entry, node: &Entry, per_node: usize) -> Result<ScaleOut> 
             tiers.push(Tier { accelerators, oversubscription: over });
         }
     }
+    let measured = MeasuredBus::of(fabric)?;
     Ok(ScaleOut {
         fabric: fabric.name.clone(),
         topology: match fabric.text("topology") {
@@ -532,6 +538,7 @@ fn scale_out(fabric: &Entry, node: &Entry, per_node: usize) -> Result<ScaleOut> 
         efficiency: need(fabric, "efficiency")?,
         in_switch: fabric.text("in_switch") == Some("sharp"),
         tiers,
+        measured,
     })
 }
 

@@ -206,11 +206,16 @@ impl Estimator<'_> {
             Holders::of(l.expert_replicas().max(1), l.expert_shards(), l.ep),
         ];
         let between_nodes = self.span(holders[0].replicas).domains > 1.0;
+        let said = kinds.map(|(kind, e)| self.said(placement, kind, &e, stages.micro_batches));
+        let buckets = match (l.zero, self.problem.software.bucket_bytes) {
+            (Zero::Off, Some(bytes)) => (said[0][0].bytes / bytes).max(BUCKETS),
+            _ => BUCKETS,
+        };
         Replicas {
-            said: kinds.map(|(kind, e)| self.said(placement, kind, &e, stages.micro_batches)),
+            said,
             elements: kinds.map(|kind| kind.1),
             holders,
-            calls: if l.zero == Zero::Parameters { units(stages) } else { BUCKETS },
+            calls: if l.zero == Zero::Parameters { units(stages) } else { buckets },
             between_nodes,
             tax: if between_nodes { OVERLAP_TAX_FAR } else { OVERLAP_TAX },
         }

@@ -33,6 +33,9 @@ const SQUARE: (f64, f64) = (2.0, 1.6);
 const SCORE_BYTES: (f64, f64) = (9.0, 13.0);
 /// Share of the rate of large products that those of unfused attention reach: many small ones of a head's width.
 const UNFUSED_SHARE: f64 = 0.75;
+/// Width of a head below which products over it fill the inner loop of a tile badly, and the share of the rate left.
+const NARROW_HEAD: f64 = 96.0;
+const NARROW_SHARE: f64 = 0.5;
 /// Width of an expert at which grouped products reach half their rate on systolic arrays (fits MaxText's on TPUs).
 const HALF_WIDTH: f64 = 2500.0;
 
@@ -43,9 +46,13 @@ pub(super) struct Times {
     pub(super) attention: f64,
     pub(super) stream: f64,
     pub(super) kernels: f64,
+    /// Kernels' worth of the host's work on each member of collectives.
+    pub(super) members: f64,
     pub(super) tensor: f64,
     pub(super) context: f64,
     pub(super) expert: f64,
+    /// Of tensor-parallel messages those between nodes.
+    pub(super) far: f64,
     /// Compute that hides other communication already: the same second hides one message.
     pub(super) spent: f64,
 }
@@ -56,9 +63,11 @@ impl Times {
         self.attention += o.attention * by;
         self.stream += o.stream * by;
         self.kernels += o.kernels * by;
+        self.members += o.members * by;
         self.tensor += o.tensor * by;
         self.context += o.context * by;
         self.expert += o.expert * by;
+        self.far += o.far * by;
         self.spent += o.spent * by;
     }
 
@@ -104,6 +113,7 @@ impl Estimator<'_> {
         let weight = self.times(&s.weight, placement, links);
         let mut backward = self.times(&s.input, placement, links);
         backward.add(&weight, 1.0);
+        backward.stream += self.loss(s);
         let hide = |t: &mut Times| {
             let p = self.problem;
             // Between nodes nothing hides: the kernels that do it move data by loads and stores.
@@ -148,6 +158,18 @@ impl Estimator<'_> {
         p
     }
 
+    /// Seconds of a loss that is computed an operation at a time, both passes.
+    fn loss(&self, s: &Section) -> f64 {
+        // Of every product with the table one dim is the model's width, whichever gradient it is of.
+        let logits = |t: &Task| match *t {
+            Task::Gemm { m, n, k, head: true, .. } => m * n * k / self.problem.shape.model.hidden as f64,
+            _ => 0.0,
+        };
+        let logits = s.forward.iter().chain(&s.input).map(logits).fold(0.0, f64::max);
+        let bytes = self.problem.software.loss_bytes * logits;
+        stream_s(&self.wide_chip, bytes) / self.problem.constants.stream
+    }
+
     fn times(&self, tasks: &[Task], placement: &Placement, links: &Links) -> Times {
         let mut t = Times::default();
         for task in tasks {
@@ -171,9 +193,16 @@ impl Estimator<'_> {
                         (TalkAxis::Ep, Some(e)) => dispatch(&self.net, span, size, bytes, e.top_k),
                         _ => on_span(&self.net, what, span, size, bytes),
                     };
-                    let s = comm.latency_s + (comm.seconds - comm.latency_s) / self.problem.constants.network;
+                    let full =
+                        if span.domains > 1.0 { (bytes / self.net.message_full).max(1.0) } else { 1.0 };
+                    let moving = (comm.seconds - comm.latency_s) * full;
+                    let s = comm.latency_s + moving / self.problem.constants.network;
+                    t.members += LAUNCHES_PER_TASK * self.problem.software.ops_per_member * size as f64;
                     match axis {
-                        TalkAxis::Tp => t.tensor += s,
+                        TalkAxis::Tp => {
+                            t.tensor += s;
+                            t.far += if span.domains > 1.0 { s } else { 0.0 };
+                        }
                         TalkAxis::Cp => t.context += s,
                         TalkAxis::Ep => t.expert += s,
                     }
@@ -225,7 +254,8 @@ impl Estimator<'_> {
         let misaligned = if dim % ROW_ELEMENTS == 0.0 { 1.0 } else { MISALIGNED };
         if self.problem.software.attention == AttentionKernel::Unfused {
             let pass = |of: (f64, f64)| if backward { of.1 } else { of.0 };
-            let products = pass(SQUARE) * flops;
+            let narrow = if dim < NARROW_HEAD { NARROW_SHARE } else { 1.0 };
+            let products = pass(SQUARE) * flops / narrow;
             let traffic = scores * pass(SCORE_BYTES) * placement.precision().bytes() as f64 / 2.0;
             let took = products * misaligned / (self.wide_chip.matmul * c.gemm * UNFUSED_SHARE)
                 + stream_s(&self.wide_chip, traffic);

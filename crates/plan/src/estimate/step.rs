@@ -29,7 +29,13 @@ impl Stages {
     pub(super) fn of(problem: &Problem, placement: &Placement, expert_layers: f64) -> Self {
         let l = &placement.layout;
         let layers = problem.shape.model.layers;
-        let dealt = stage_layers(placement, layers, &problem.software);
+        let dealt = if problem.software.stages_by_cost && l.pp > 1 && l.stage_layers.is_empty() {
+            let shape = &problem.shape;
+            let head = shape.table_params() * layers as f64 / shape.layers_params().1;
+            StageLayers::by_cost(l.pp, layers, head)
+        } else {
+            stage_layers(placement, layers, &problem.software)
+        };
         let most = dealt.first.max(dealt.between).max(dealt.last);
         let micro_batches = (problem.sequences as f64 / (l.dp * l.micro_batch) as f64).max(1.0);
         Stages { most, layers: dealt, mix: expert_layers / layers as f64, micro_batches }
@@ -167,11 +173,18 @@ impl Estimator<'_> {
     }
 
     /// The accelerator waits where kernels take longer to launch than to run.
+    ///
+    /// Kernels are of uneven lengths: the host falls behind on short ones and cannot be ahead without end on long ones,
+    /// so that where both take about as long, neither hides the other. Their times add as the sides of a right angle
+    /// do: the slower one sets the pace far from the corner. Ranks that wait for messages between nodes give the host
+    /// time to catch up, and what it does for each member of a group nothing hides.
     pub(super) fn host_wait(&self, t: &Times) -> f64 {
         if !self.problem.software.eager {
             return 0.0;
         }
-        (t.kernels * self.problem.constants.host_s - t.busy()).max(0.0)
+        let (host, busy) = (t.kernels * self.problem.constants.host_s, t.busy());
+        let uneven = host.hypot(busy - t.far);
+        uneven.max(busy).max(host + t.members * self.problem.constants.host_s) - busy
     }
 }
 
@@ -190,6 +203,18 @@ impl StageLayers {
         let between = (1..stages.saturating_sub(1)).map(&own).max();
         let (first, last) = (own(0), own(stages - 1));
         Self::ends(layers, stages, first, last, between.unwrap_or(first.max(last)))
+    }
+
+    /// Where blocks are dealt by cost, the head's in layers: a stage takes blocks up to the first that passes its share of
+    /// the sum.
+    fn by_cost(stages: usize, layers: usize, head: f64) -> Self {
+        let whole = layers as f64 + head;
+        let end = |stage: usize| match stage {
+            0 => 0,
+            s if s == stages => layers,
+            s => ((whole * s as f64 / stages as f64).floor() as usize + 1).min(layers),
+        };
+        Self::of(layers, stages, |stage| end(stage + 1) - end(stage))
     }
 
     /// From those of the ends and of the fullest between; the rest is what the ends leave.

@@ -80,6 +80,26 @@ fn tensor_parallelism_splits_work_and_adds_messages() {
     }
 }
 
+/// The program takes the head's rows in leaves, frameworks at once: as many products, bytes and messages, in few kernels.
+#[test]
+fn frameworks_take_all_rows_of_the_head_at_once() {
+    let shape = Shape::find("gpt3-175b").unwrap().unwrap();
+    let build = |whole_layers| {
+        let key = Key { tp: 8, sequence_parallel: true, micro_batch: 8, whole_layers, ..key() };
+        Template::build(&shape, &key).unwrap().head.input
+    };
+    let (leaves, whole) = (build(false), build(true));
+    let said = |tasks: &[Task]| -> f64 {
+        tasks.iter().map(|t| if let Task::Talk { bytes, .. } = t { *bytes } else { 0.0 }).sum()
+    };
+    assert!((flops(&leaves) / flops(&whole) - 1.0).abs() < 1e-12);
+    assert!((said(&leaves) / said(&whole) - 1.0).abs() < 1e-12);
+    assert!(leaves.len() > 2 * whole.len(), "{} and {}", leaves.len(), whole.len());
+    let rows =
+        whole.iter().filter(|t| matches!(t, Task::Gemm { m, k, .. } if *m == 16384.0 || *k == 16384.0));
+    assert_eq!(rows.count(), 3);
+}
+
 #[test]
 fn recompute_trades_memory_for_work() {
     let shape = Shape::find("llama1-65b").unwrap().unwrap();

@@ -155,7 +155,7 @@ fn zero(text: &str, software: &Software) -> Zero {
         Zero::Gradients
     } else if t.contains("zero-3") || t.starts_with("fsdp") {
         Zero::Parameters
-    } else if t.contains("zero-1") {
+    } else if t.contains("zero-1") || t.contains("zero1") {
         Zero::Optimizer
     } else if t.is_empty() && software.fsdp {
         Zero::Parameters

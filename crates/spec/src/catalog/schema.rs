@@ -140,6 +140,10 @@ const FABRIC: &[Key] = &[
     ("oversubscription1", Want::Number(D::Ratio), false),
     ("tier2", Want::Number(D::Count), false),
     ("oversubscription2", Want::Number(D::Ratio), false),
+    ("message", Want::Number(D::Bytes), false),
+    ("message_full", Want::Number(D::Bytes), false),
+    ("all_reduce", Want::Numbers(D::ByteRate, &[]), false),
+    ("all_gather", Want::Numbers(D::ByteRate, &[]), false),
 ];
 
 const NODE: &[Key] = &[
