@@ -261,7 +261,7 @@ fn config(path: &Path) -> Result<Shape> {
     for note in found.inexact {
         output::say(&format!("{name}: {note}"));
     }
-    Ok(Shape::from_model(found.model))
+    Ok(Shape { windows: found.windows, ..Shape::from_model(found.model) })
 }
 
 /// A count of tokens with a decimal suffix: `15.6T`.

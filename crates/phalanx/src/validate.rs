@@ -5,6 +5,7 @@ mod serving;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use published::memory::{Calls, Memory};
 use published::validate::{Unseen, Validation, calibrate, cross_validate, halves, validate};
 use spec::{Catalog, Error, Result};
 
@@ -34,7 +35,7 @@ pub(crate) fn run(args: &Validate) -> Result<u8> {
     } else {
         validate(&name, &table, &catalog, &files::calibration(args.calibration.as_deref())?)?
     };
-    if v.priced + v.not_priced.len() == 0 {
+    if v.priced + v.not_priced.len() == 0 && v.memory.is_none() {
         return Err(Error::user(format!("{name}: a header without rows"))
             .hint("each line after the header is one published run"));
     }
@@ -48,8 +49,17 @@ pub(crate) fn run(args: &Validate) -> Result<u8> {
     Ok(0)
 }
 
+fn percent(x: f64) -> String {
+    format!("{:.1} %", 100.0 * x)
+}
+
 fn text(out: &mut String, v: &Validation) -> std::fmt::Result {
-    let percent = |x: f64| format!("{:.1} %", 100.0 * x);
+    if let Some(m) = &v.memory {
+        memory(out, m)?;
+        if v.priced + v.not_priced.len() == 0 {
+            return Ok(());
+        }
+    }
     writeln!(
         out,
         "{} rows priced{}: median error {}, 90th percentile {}, {} inside the interval",
@@ -100,4 +110,25 @@ fn text(out: &mut String, v: &Validation) -> std::fmt::Result {
     }
     let more = reasons.len().saturating_sub(REASONS_SHOWN);
     if more > 0 { writeln!(out, "        and {more} more reasons in --json") } else { Ok(()) }
+}
+
+fn memory(out: &mut String, m: &Memory) -> std::fmt::Result {
+    let mut line = |of: &str, c: &Calls| {
+        writeln!(
+            out,
+            "{:>5} {of}: {} of calls right, {} of runs out of memory missed, {} false alarms, median predicted / reserved {:.3}",
+            c.rows,
+            percent(c.right),
+            percent(c.missed),
+            percent(c.false_alarms),
+            c.median_ratio
+        )
+    };
+    line("rows of memory", &m.all)?;
+    line("fitted", &m.fitted)?;
+    line("kept back", &m.kept_back)?;
+    match m.not_called.first() {
+        None => Ok(()),
+        Some(first) => writeln!(out, "{} rows without a call: {}", m.not_called.len(), first.reason),
+    }
 }

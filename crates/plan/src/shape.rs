@@ -4,7 +4,9 @@
 use std::ops::{Deref, DerefMut};
 
 use serde::{Deserialize, Serialize};
-use spec::{Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
+use spec::{
+    Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Windows,
+};
 
 /// A model to estimate: reads like its [`ModelSpec`], so that `shape.experts` is the model's.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -12,6 +14,9 @@ use spec::{Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Re
 pub struct Shape {
     /// The model.
     pub model: ModelSpec,
+    /// Its layers that attend over a window only.
+    #[serde(skip)]
+    pub windows: Option<Windows>,
 }
 
 impl Deref for Shape {
@@ -64,6 +69,10 @@ struct Known {
     #[serde(default = "one")]
     expert_every: usize,
     latent: Option<Latent>,
+    /// Tokens of the window of layers that attend over one, and how many do.
+    window: Option<usize>,
+    #[serde(default)]
+    window_layers: usize,
 }
 
 fn one() -> usize {
@@ -148,7 +157,8 @@ impl Known {
             dense_layers: self.dense_layers,
             every: self.expert_every,
         });
-        Shape { model: ModelSpec { experts, latent: self.latent, ..dense(&self.name, sizes) } }
+        let windows = self.window.map(|tokens| Windows { tokens, layers: self.window_layers });
+        Shape { model: ModelSpec { experts, latent: self.latent, ..dense(&self.name, sizes) }, windows }
     }
 }
 
@@ -166,7 +176,12 @@ fn plain(name: &str) -> String {
 impl Shape {
     /// A model of one's own.
     pub fn from_model(model: ModelSpec) -> Self {
-        Shape { model }
+        Shape { model, windows: None }
+    }
+
+    /// Pairs that attention scores over `sequence` tokens, as a share of those without windows.
+    pub fn attended(&self, sequence: usize) -> f64 {
+        self.windows.map_or(1.0, |w| w.share(self.model.layers, sequence))
     }
 
     /// The shape of that name in `catalog/shapes.toml`: mixtures, latent attention and large dense models.
@@ -215,10 +230,11 @@ impl Shape {
     }
 
     /// Model FLOPs of one token, forward and backward: 6 for each weight used except the input table, and attention
-    /// over `sequence` tokens, whole or at the causal half (PaLM, arXiv 2204.02311 appendix B).
+    /// over `sequence` tokens, whole or at the causal half (PaLM, arXiv 2204.02311 appendix B), less what windows clip.
     pub fn flops_per_token(&self, sequence: f64, causal: bool) -> f64 {
         let attention = 12.0 * self.model.layers as f64 * self.model.score_width() * sequence;
         let attention = if causal { attention / 2.0 } else { attention };
+        let attention = attention * self.attended(sequence as usize);
         6.0 * (self.layers_params().1 + self.table_params()) + attention
     }
 }

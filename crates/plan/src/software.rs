@@ -1,7 +1,11 @@
 //! What a training stack does with a program: which kernels, what it overlaps, what it keeps.
 
+mod pool;
+
 use serde::Serialize;
 use spec::{Family, Tolerance};
+
+pub use pool::Pool;
 
 use crate::storage::{CHECKPOINT_BYTES_PER_PARAM, OWN_BYTES_PER_PARAM};
 
@@ -60,6 +64,8 @@ pub struct Software {
     pub fsdp: bool,
     /// What it makes of layouts that the program refuses.
     pub tolerance: Tolerance,
+    /// What it keeps where nothing plans memory ahead; `None` where tensors are kept as the program says.
+    pub pool: Option<Pool>,
     /// Bytes that its checkpoints hold for each parameter.
     pub checkpoint_bytes_per_param: f64,
 }
@@ -118,6 +124,7 @@ const MEGATRON_2021: Software = Software {
     sequence_parallel: false,
     fsdp: false,
     tolerance: OTHERS,
+    pool: None,
     checkpoint_bytes_per_param: CHECKPOINT_BYTES_PER_PARAM,
 };
 
@@ -146,6 +153,7 @@ const MEGATRON_CORE: Software = Software {
     sequence_parallel: true,
     fsdp: false,
     tolerance: OTHERS,
+    pool: None,
     checkpoint_bytes_per_param: CHECKPOINT_BYTES_PER_PARAM,
 };
 
@@ -174,6 +182,7 @@ const FSDP: Software = Software {
     sequence_parallel: true,
     fsdp: true,
     tolerance: OTHERS,
+    pool: None,
     checkpoint_bytes_per_param: CHECKPOINT_BYTES_PER_PARAM,
 };
 
@@ -183,6 +192,7 @@ const NANOTRON: Software = Software {
     lineage: "nanotron",
     stages_by_cost: true,
     loss_bytes: LOSS_BYTES,
+    pool: Some(pool::NANOTRON),
     attention: AttentionKernel::Flash2,
     overlap_tp: false,
     overlap_params: false,

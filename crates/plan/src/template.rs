@@ -201,6 +201,10 @@ impl Template {
             tied_params: any.tied_params(),
             boundary_bytes: any.boundary_bytes(),
         };
+        let attended = shape.attended(key.sequence);
+        for layer in std::iter::once(&mut t.layer).chain(&mut t.expert_layer) {
+            clip(layer, attended);
+        }
         if key.whole_layers {
             for layer in std::iter::once(&mut t.layer).chain(&mut t.expert_layer) {
                 run_again(layer, key, t.boundary_bytes);
@@ -236,6 +240,16 @@ fn at_once(tasks: &[Task], rows: f64) -> Vec<Task> {
         Task::Talk { what, axis, bytes } => Task::Talk { what, axis, bytes: bytes * times },
     };
     out.into_iter().map(whole).collect()
+}
+
+/// Attention over windows: of its FLOPs the share of pairs that are attended to, the mean over layers. Flash kernels
+/// skip tiles outside of a window; unfused ones score the whole square all the same.
+fn clip(layer: &mut Section, attended: f64) {
+    for task in layer.forward.iter_mut().chain(&mut layer.input) {
+        if let Task::Attention { flops, .. } = task {
+            *flops *= attended;
+        }
+    }
 }
 
 /// What frameworks run again. The program's own recompute is already in its blocks. `boundary` is the bytes of the

@@ -5,6 +5,7 @@
 
 pub mod fit;
 pub mod inference;
+pub mod memory;
 pub mod runs;
 pub mod validate;
 

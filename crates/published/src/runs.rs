@@ -38,7 +38,7 @@ pub struct Run {
     pub software: Software,
     /// Numeric recipe, for which constants are fitted: `bf16`, `fp16`, `fp8`, `mxfp8`, `nvfp4`, `int8`.
     pub recipe: &'static str,
-    /// Measured time of a step.
+    /// Measured time of a step; not a number in [`Outcome::run`] where only the memory was published.
     pub step_s: f64,
     /// Which figure of the row `step_s` comes from.
     pub measured: Measured,
@@ -70,6 +70,17 @@ pub enum Measured {
     Mfu,
 }
 
+/// A published run that says whether it fit.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The run; of several layouts that agree with it the first counts.
+    pub run: Run,
+    /// Whether it ran, or ended out of memory.
+    pub ran: bool,
+    /// What its framework reserved on the first rank.
+    pub reserved_bytes: Option<f64>,
+}
+
 /// A row that cannot be estimated, and why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Skipped {
@@ -86,12 +97,16 @@ pub struct Skipped {
 pub struct Runs {
     /// Rows to estimate.
     pub runs: Vec<Run>,
+    /// Rows that say whether they fit.
+    pub outcomes: Vec<Outcome>,
     /// Rows that do not give enough, or that are estimated by no model here.
     pub not_priced: Vec<Skipped>,
 }
 
 /// Sequences of the global batch in nanotron's first sweep.
 const SWEPT: Option<usize> = Some(256);
+/// Characters of a cell that errors show.
+const SHOWN_MAX: usize = 40;
 /// Wider than any transformer by far.
 const HIDDEN_MAX: usize = 1 << 20;
 
@@ -105,11 +120,26 @@ impl Runs {
     /// If the text is no such table, or a cell holds no sensible number.
     pub fn parse(path: &str, text: &str, catalog: &Catalog) -> Result<Self> {
         let table = Table::parse(path, text, REQUIRED)?;
-        let mut out = Runs { runs: Vec::new(), not_priced: Vec::new() };
+        let mut out = Runs { runs: Vec::new(), outcomes: Vec::new(), not_priced: Vec::new() };
         for row in &table.rows {
             let id = table.text(row, "id").to_owned();
-            match (Reader { path, table: &table, row, catalog, assumptions: Vec::new() }).run()? {
-                Ok(run) => out.runs.push(run),
+            let reader = Reader { path, table: &table, row, catalog, assumptions: Vec::new() };
+            let outcome = reader.outcome()?;
+            match reader.run()? {
+                Ok((run, untimed)) => {
+                    let ended = outcome.map(|(ran, bytes)| (ran, bytes, run.clone()));
+                    match untimed {
+                        None => out.runs.push(run),
+                        // Rows of outcomes need no times.
+                        Some(_) if ended.is_some() => {}
+                        Some(reason) => out.not_priced.push(Skipped { id, line: row.line, reason }),
+                    }
+                    out.outcomes.extend(ended.map(|(ran, reserved_bytes, run)| Outcome {
+                        run,
+                        ran,
+                        reserved_bytes,
+                    }));
+                }
                 Err(reason) => out.not_priced.push(Skipped { id, line: row.line, reason }),
             }
         }
@@ -155,7 +185,25 @@ impl Reader<'_> {
         self.assumptions.push(what.into());
     }
 
-    fn run(mut self) -> Result<Usable<Run>> {
+    /// Whether the run fit, and the bytes that it reserved, if the row says so.
+    fn outcome(&self) -> Result<Option<(bool, Option<f64>)>> {
+        let ran = match self.text("outcome").to_ascii_lowercase().as_str() {
+            "" => return Ok(None),
+            "ran" => true,
+            "out of memory" | "oom" => false,
+            other => {
+                let shown: String = other.chars().take(SHOWN_MAX).collect();
+                return Err(Error::user(format!("{}:{}: outcome = \"{shown}\"", self.path, self.row.line))
+                    .hint("expected \"ran\", \"out of memory\", or nothing"));
+            }
+        };
+        // PyTorch counts in GiB, whatever it prints.
+        let reserved = self.number("reserved_gb")?.map(|gib| gib * (1u64 << 30) as f64);
+        Ok(Some((ran, reserved.filter(|_| ran))))
+    }
+
+    /// The run, and why it has no time if it has none.
+    fn run(mut self) -> Result<Usable<(Run, Option<String>)>> {
         let id = self.text("id").to_owned();
         if id.is_empty() {
             return Err(Error::user(format!("{}:{}: the row has no id", self.path, self.row.line))
@@ -203,9 +251,13 @@ impl Reader<'_> {
             Some(slice) => cluster.in_slices(slice),
             None => cluster,
         };
-        let (step_s, measured) = usable!(self.measured(&shape, n, sequences, sequence, &cluster, format));
+        let timed = self.measured(&shape, n, sequences, sequence, &cluster, format)?;
+        let (step_s, measured, untimed) = match timed {
+            Ok((step_s, measured)) => (step_s, measured, None),
+            Err(reason) => (f64::NAN, Measured::StepTime, Some(reason)),
+        };
         let run_family: String = id.chars().take_while(char::is_ascii_alphabetic).collect();
-        Ok(Ok(Run {
+        let run = Run {
             line: self.row.line,
             id,
             source,
@@ -220,7 +272,8 @@ impl Reader<'_> {
             step_s,
             measured,
             assumptions: self.assumptions,
-        }))
+        };
+        Ok(Ok((run, untimed)))
     }
 
     /// The stack with what the row says of its switches.
@@ -263,17 +316,22 @@ impl Reader<'_> {
 
     fn shape(&mut self) -> Result<Usable<Shape>> {
         let name = self.text("model name").split(" (").next().unwrap_or_default().trim().to_owned();
-        if self.text("notes").contains("sliding-window aware")
-            || self.text("flops_kind").contains("sliding-window")
-        {
-            return Ok(Err("sliding-window attention is not priced".into()));
-        }
         if self.text("id").contains("-MegaScale-") && self.text("notes").contains("parallel block") {
-            return Ok(Err("parallel blocks and sliding-window attention are not priced".into()));
+            return Ok(Err("the width of its sliding windows was not published".into()));
         }
         let layers = self.count("layers")?;
         let has_experts = self.count("experts")?.is_some();
         let found = Shape::find(&name)?;
+        let windowed =
+            |f: &Shape| f.windows.is_some() && f.experts.is_none() && layers == Some(f.model.layers);
+        if let Some(found) = found.as_ref().filter(|f| windowed(f)) {
+            return Ok(Ok(found.clone()));
+        }
+        if self.text("notes").contains("sliding-window aware")
+            || self.text("flops_kind").contains("sliding-window")
+        {
+            return Ok(Err(format!("the sliding windows of \"{name}\" are not in catalog/shapes.toml")));
+        }
         if has_experts
             || (self.count("hidden")?.is_none() && found.as_ref().is_some_and(|f| f.experts.is_some()))
         {
@@ -336,7 +394,16 @@ impl Reader<'_> {
             }
             _ => return Ok(Err("the model's shape was not published".into())),
         };
-        let model = known::closest(name, layers, hidden, ffn, heads, kv_heads, vocab, params);
+        let mut model = known::closest(name, layers, hidden, ffn, heads, kv_heads, vocab, params);
+        if self.text("id").starts_with("nanotron") {
+            // Its one benchmark is of Llama's layers.
+            model.gated = true;
+        }
+        match self.text("tied_embeddings") {
+            "yes" => model.tied = true,
+            "no" => model.tied = false,
+            _ => {}
+        }
         if ffn.is_none() {
             self.assume(format!("feed-forward width not published: {}", model.ffn));
         }

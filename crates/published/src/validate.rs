@@ -8,6 +8,7 @@ use serde::Serialize;
 use spec::{Catalog, Result};
 
 use crate::fit::{self, Miss, Prepared};
+use crate::memory::{self, Memory};
 use crate::runs::{Measured, Run, Runs, Skipped};
 
 /// Errors of predicted step times on a table of published runs.
@@ -25,6 +26,9 @@ pub struct Validation {
     pub held_out: bool,
     /// What the constants had not seen.
     pub unseen: Unseen,
+    /// Calls of what fits, if the table has outcomes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Memory>,
     /// By source.
     pub sources: Vec<SourceErrors>,
     /// Layout sweeps: how well the order of layouts is predicted.
@@ -112,9 +116,9 @@ const NOT_STEPS: [&str; 3] = ["frontier", "ledger", "gpuhours"];
 /// # Errors
 /// If the text is no table of runs.
 pub fn validate(path: &str, text: &str, catalog: &Catalog, calibration: &Calibration) -> Result<Validation> {
-    let (mut prepared, not_priced) = prepare(path, text, catalog)?;
+    let (mut prepared, not_priced, memory) = prepare(path, text, catalog)?;
     let rows = prepared.par_iter_mut().map(|p| row(p, calibration)).collect();
-    Ok(summary(rows, &prepared, not_priced, Unseen::Nothing))
+    Ok(Validation { memory, ..summary(rows, &prepared, not_priced, Unseen::Nothing) })
 }
 
 /// Estimates each row with constants fitted on the rows of all other sources.
@@ -135,7 +139,7 @@ pub fn cross_validate_by(
     catalog: &Catalog,
     group: impl Fn(&Run) -> String + Sync,
 ) -> Result<Validation> {
-    let (mut prepared, not_priced) = prepare(path, text, catalog)?;
+    let (mut prepared, not_priced, memory) = prepare(path, text, catalog)?;
     let fitted = fit::fit(&mut prepared);
     let unseen = fit::leave_out(&mut prepared, &fitted, &group);
     let rows = prepared.par_iter_mut().map(|p| {
@@ -143,7 +147,7 @@ pub fn cross_validate_by(
         row(p, calibration)
     });
     let rows = rows.collect();
-    Ok(summary(rows, &prepared, not_priced, Unseen::Groups))
+    Ok(Validation { memory, ..summary(rows, &prepared, not_priced, Unseen::Groups) })
 }
 
 /// Fits constants on half of the rows of each source and estimates the other half ([`crate::runs::Run::kept_back`]).
@@ -151,11 +155,11 @@ pub fn cross_validate_by(
 /// # Errors
 /// If the text is no table of runs.
 pub fn halves(path: &str, text: &str, catalog: &Catalog) -> Result<Validation> {
-    let (prepared, not_priced) = prepare(path, text, catalog)?;
+    let (prepared, not_priced, memory) = prepare(path, text, catalog)?;
     let (mut back, mut fitted): (Vec<_>, Vec<_>) = prepared.into_iter().partition(|p| p.run().kept_back());
     let calibration = with_spreads(&mut fitted);
     let rows = back.par_iter_mut().map(|p| row(p, &calibration)).collect();
-    Ok(summary(rows, &back, not_priced, Unseen::Half))
+    Ok(Validation { memory, ..summary(rows, &back, not_priced, Unseen::Half) })
 }
 
 /// Fits the constants on all rows of a table.
@@ -163,7 +167,7 @@ pub fn halves(path: &str, text: &str, catalog: &Catalog) -> Result<Validation> {
 /// # Errors
 /// If the text is no table of runs.
 pub fn calibrate(path: &str, text: &str, catalog: &Catalog) -> Result<Calibration> {
-    let (mut prepared, _) = prepare(path, text, catalog)?;
+    let (mut prepared, ..) = prepare(path, text, catalog)?;
     Ok(with_spreads(&mut prepared))
 }
 
@@ -203,8 +207,12 @@ fn fifth(run: &Run) -> String {
     (hash % 5).to_string()
 }
 
-fn prepare(path: &str, text: &str, catalog: &Catalog) -> Result<(Vec<Prepared>, Vec<Skipped>)> {
-    let Runs { runs, mut not_priced } = Runs::parse(path, text, catalog)?;
+fn prepare(
+    path: &str,
+    text: &str,
+    catalog: &Catalog,
+) -> Result<(Vec<Prepared>, Vec<Skipped>, Option<Memory>)> {
+    let Runs { runs, outcomes, mut not_priced } = Runs::parse(path, text, catalog)?;
     let mut prepared = Vec::new();
     let made: Vec<_> = runs.par_iter().map(|run| (run, Prepared::new(run))).collect();
     for (run, made) in made {
@@ -219,7 +227,7 @@ fn prepare(path: &str, text: &str, catalog: &Catalog) -> Result<(Vec<Prepared>, 
         }
     }
     not_priced.sort_by_key(|n| n.line);
-    Ok((prepared, not_priced))
+    Ok((prepared, not_priced, memory::calls(&outcomes)))
 }
 
 fn row(p: &mut Prepared, calibration: &Calibration) -> Option<RowError> {
@@ -265,6 +273,7 @@ fn summary(
         inside_interval: inside(rows.iter()),
         held_out: unseen != Unseen::Nothing,
         unseen,
+        memory: None,
         sources,
         sweeps,
         not_priced,

@@ -2,9 +2,11 @@
 
 mod bounded;
 mod planned;
+mod windows;
 
 pub use bounded::{parse_json, small_json};
 pub use planned::HfModel;
+pub use windows::Windows;
 
 use crate::{Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
 use serde_json::{Map, Value, json};

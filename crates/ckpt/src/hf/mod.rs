@@ -57,7 +57,8 @@ pub fn import(dir: &Path) -> Result<(ModelSpec, HfWeights)> {
     }
     let text = input::read_text("import: read", &path, MAX_CONFIG_BYTES)
         .map_err(|e| e.hint("give the directory that holds config.json and model.safetensors"))?;
-    let HfModel { model, inexact } =
+    // A model that trains has none: it was refused otherwise.
+    let HfModel { model, inexact, windows: _ } =
         HfModel::to_train(&text).context(format!("import {}", path.display()))?;
     let mut weights = HfWeights::open(dir, &model)?;
     weights.notes.splice(0..0, inexact);

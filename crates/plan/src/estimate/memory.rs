@@ -1,5 +1,7 @@
 //! Bytes of the fullest accelerator.
 
+mod pool;
+
 use spec::{DType, PipelineSchedule, Zero};
 
 use crate::placement::Placement;
@@ -23,6 +25,9 @@ const UNITS_GATHERED: f64 = 2.0;
 
 impl Estimator<'_> {
     pub(super) fn memory(&self, placement: &Placement, t: &Timed, stages: &Stages) -> MemoryUse {
+        if let Some(pool) = &self.problem.software.pool {
+            return self.pooled(placement, t, stages, pool);
+        }
         let l = &placement.layout;
         let micro_batches = stages.micro_batches;
         let both = l.pp == 1;
@@ -45,7 +50,7 @@ impl Estimator<'_> {
         };
         let in_flight = match l.schedule {
             PipelineSchedule::Gpipe => micro_batches,
-            _ if l.chunks > 1 => ((2.0 * (pp - 1.0) + (chunks - 1.0) * pp + 1.0) / chunks).min(micro_batches),
+            _ if l.chunks > 1 => interleaved(pp, chunks).min(micro_batches),
             _ => pp.min(micro_batches),
         };
         let activations = in_flight * (kept + t.embed.kept);
@@ -67,6 +72,11 @@ impl Estimator<'_> {
             framework,
         }
     }
+}
+
+/// Micro-batches in flight on the first of `pp` stages with `chunks` each.
+fn interleaved(pp: f64, chunks: f64) -> f64 {
+    (2.0 * (pp - 1.0) + (chunks - 1.0) * pp + 1.0) / chunks
 }
 
 /// Numbers in 32 bit that the optimiser keeps for each parameter: two moments, and a master of weights in 16 bit.

@@ -20,7 +20,7 @@ const SOURCES: &[(&str, &str, &str, &str)] = &[
     ("2205.05198", "a100", "dgx-a100", "megatron-2022"),
     ("Megatron-LM@2e90a342f5 README.md (GPT-3 Example)", "a100", "dgx-a100", "megatron-2021"),
     ("ground_truth_single", "a100", "hgx-a100-ib-800", "megatron-deepspeed-2023"),
-    ("huggingface/nanotron", "h100", "hf-h100", "nanotron-2024"),
+    ("nanotron", "h100", "hf-h100", "nanotron-2024"),
     ("VIA-Research/vTrain", "a100", "hgx-a100-ib-800", "megatron-2022"),
     ("bigscience", "a100", "jean-zay-a100", "megatron-deepspeed"),
     ("GLM-130B", "a100", "", "megatron-deepspeed"),

@@ -194,13 +194,16 @@ fn recomputes(r: &Reader<'_>, software: &Software) -> Vec<Recompute> {
         _ if software.name.starts_with("megatron-core") => {
             vec![Recompute::None, Recompute::Selective, Recompute::Full]
         }
+        // Off unless asked for.
+        _ if software.lineage == "nanotron" => vec![Recompute::None],
         "custom" => vec![Recompute::None, Recompute::Selective, Recompute::Full],
         _ => vec![Recompute::Selective, Recompute::Full],
     }
 }
 
 fn chunks(published: Option<usize>, pp: usize, p: &Problem<'_>, micro_batches: f64) -> Vec<usize> {
-    if pp == 1 {
+    // Its pipelines do not interleave.
+    if pp == 1 || (published.is_none() && p.software.lineage == "nanotron") {
         return vec![1];
     }
     if let Some(chunks) = published {

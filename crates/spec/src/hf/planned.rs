@@ -1,6 +1,7 @@
 //! Families that are planned beyond those that train: read for their sizes, with a note of what is only alike.
 
-use super::{Config, Experts, FAMILIES, GPT2, HEADS, HIDDEN, LAYERS, Latent, parse_json, short};
+use super::windows::Windows;
+use super::{Config, Experts, FAMILIES, GPT2, HEADS, HIDDEN, LAYERS, Latent, parse_json};
 use crate::{Activation, Error, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
 use serde_json::{Map, Value};
 
@@ -9,6 +10,8 @@ use serde_json::{Map, Value};
 pub struct HfModel {
     /// The model's shape. Parameters agree with the published count within a percent.
     pub model: ModelSpec,
+    /// Layers that attend over a window only, which the shape does not say.
+    pub windows: Option<Windows>,
     /// What the model does otherwise than the shape says, one sentence each; empty when the shape is the model.
     pub inexact: Vec<String>,
 }
@@ -89,6 +92,23 @@ static PLANNED: &[Planned] = &[
         ..LLAMA_LIKE
     },
     Planned { model_type: "phi3", ..LLAMA_LIKE },
+    Planned { model_type: "smollm3", tied: true, kv_heads: Some(4), ..LLAMA_LIKE },
+    Planned { model_type: "granite", note: MULTIPLIERS, ..LLAMA_LIKE },
+    Planned { model_type: "granitemoe", note: MULTIPLIERS, ..LLAMA_LIKE },
+    Planned {
+        model_type: "glm4_moe",
+        head_dim: Some(128),
+        kv_heads: Some(8),
+        note: DEEPSEEK_V3,
+        ..LLAMA_LIKE
+    },
+    Planned {
+        model_type: "gptj",
+        qkv_bias: false,
+        out_bias: false,
+        note: "attention and feed-forward run side by side on the same norm; a quarter of a head's dims are rotated",
+        ..GPT_LIKE
+    },
     Planned {
         model_type: "gemma",
         act: "gelu_gated",
@@ -152,11 +172,42 @@ static PLANNED: &[Planned] = &[
     Planned { model_type: "opt", tied: true, position: Positions::Learned, act: "relu", ..GPT_LIKE },
 ];
 
+/// Types that people ask for and whose layers the program cannot say, and why.
+const REFUSED: [(&str, &str); 12] = [
+    (
+        "qwen3_next",
+        "three of four layers are gated delta rules (linear attention with a state), for which there is no operation yet",
+    ),
+    ("mamba", MAMBA),
+    ("mamba2", MAMBA),
+    ("falcon_mamba", MAMBA),
+    ("jamba", HYBRID),
+    ("bamba", HYBRID),
+    ("zamba2", HYBRID),
+    ("falcon_h1", HYBRID),
+    ("nemotron_h", HYBRID),
+    ("granitemoehybrid", HYBRID),
+    (
+        "recurrent_gemma",
+        "two of three layers are gated linear recurrences, for which there is no operation yet",
+    ),
+    ("rwkv", "its layers are linear recurrences, for which there is no operation yet"),
+];
+const MAMBA: &str = "its layers are state space models, for which there is no operation yet";
+const HYBRID: &str = "some of its layers are state space models, for which there is no operation yet";
+
 const DEEPSEEK_V3: &str = "experts are scored by sigmoids with a correction and limited by group; prediction heads of later tokens are left out";
+const MULTIPLIERS: &str = "embeddings, residuals, scores and logits are scaled by factors";
 const PARALLEL: &str = "attention and feed-forward run side by side on the same norm";
 
 /// Wrappers around a text model, by the `model_type` of the model inside where that is not written.
-const WRAPPERS: [(&str, &str); 8] = [
+const WRAPPERS: [(&str, &str); 14] = [
+    ("qwen2_vl", "qwen2"),
+    ("qwen2_vl_text", "qwen2"),
+    ("qwen2_5_vl", "qwen2"),
+    ("qwen2_5_vl_text", "qwen2"),
+    ("qwen3_vl", "qwen3"),
+    ("qwen3_vl_text", "qwen3"),
     ("llama4", "llama4_text"),
     ("gemma3", "gemma3_text"),
     ("llava", "llama"),
@@ -244,7 +295,7 @@ impl HfModel {
             config.llama(family, |c, positions| c.rope(positions))?
         };
         model.validate()?;
-        Ok(HfModel { model, inexact: left_out })
+        Ok(HfModel { model, windows: None, inexact: left_out })
     }
 
     fn parse(text: &str) -> Result<HfModel> {
@@ -252,8 +303,14 @@ impl HfModel {
         let (map, kind) = inner(&map)?;
         let config = Config(&map);
         let mut notes = Vec::new();
+        if config.get("vision_config").is_some() {
+            notes.push("the text part alone is planned: vision_config is left out".to_owned());
+        }
         let model = if let Some(family) = FAMILIES.into_iter().find(|f| f.model_type == kind) {
-            notes.extend(config.unsupported(family)?.iter().map(ToString::to_string));
+            // What a window costs is planned.
+            let planned =
+                |e: &&Error| !["sliding_window", "layer_types"].iter().any(|k| e.to_string().starts_with(k));
+            notes.extend(config.unsupported(family)?.iter().filter(planned).map(ToString::to_string));
             if family.model_type == GPT2.model_type {
                 config.gpt2()?
             } else {
@@ -262,13 +319,18 @@ impl HfModel {
         } else if let Some(planned) = PLANNED.iter().find(|p| p.model_type == kind) {
             config.planned(planned, &mut notes)?
         } else {
+            if let Some((_, why)) = REFUSED.iter().find(|(refused, _)| *refused == kind) {
+                return Err(Error::user(format!("{kind} cannot be planned: {why}"))
+                    .hint(format!("model types that can be planned: {}", names())));
+            }
             let architecture = config.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str);
             let name = architecture.unwrap_or(&kind);
             return Err(Error::user(format!("architecture {name} is not supported"))
                 .hint(format!("model types that can be planned: {}", names())));
         };
         model.validate()?;
-        Ok(HfModel { model, inexact: notes })
+        let windows = config.windows(&kind, model.layers)?;
+        Ok(HfModel { model, windows, inexact: notes })
     }
 }
 
@@ -302,7 +364,9 @@ fn inner(map: &Map<String, Value>) -> Result<(Map<String, Value>, String)> {
             text.insert(key.to_owned(), value.clone());
         }
     }
-    let inside = Config(&text).text("model_type")?.or(wrapper.map(|w| w.1)).unwrap_or(kind).to_owned();
+    let inside = Config(&text).text("model_type")?.or(wrapper.map(|w| w.1)).unwrap_or(kind);
+    // Some texts are named after their wrapper.
+    let inside = WRAPPERS.iter().find(|(outer, _)| *outer == inside).map_or(inside, |w| w.1).to_owned();
     Ok((text, inside))
 }
 
@@ -326,7 +390,7 @@ impl Config<'_> {
         self.note_features(p, notes)?;
         let ffn = match p.model_type {
             "mpt" => hidden.checked_mul(self.count_or("expansion_ratio", Some(4))?),
-            "falcon" | "bloom" => hidden.checked_mul(4),
+            "falcon" | "bloom" | "gptj" => hidden.checked_mul(4),
             _ => None,
         };
         // Llama 4 names the width of layers without experts apart from that of the experts.
@@ -339,6 +403,8 @@ impl Config<'_> {
             "falcon" => self.flag_or("bias", false),
             "mpt" => Ok(!self.flag_or("no_bias", true)?),
             "starcoder2" => self.flag_or("use_bias", true),
+            // The projection behind attention has none there.
+            "glm4_moe" => Ok(attention_bias),
             _ => Ok(own || attention_bias),
         };
         let latent = self.latent()?;
@@ -361,9 +427,9 @@ impl Config<'_> {
             position: self.positions(p, notes)?,
             activation: if gated { Activation::SwiGlu } else { Activation::Gelu },
             qkv_bias: bias(p.qkv_bias)? && latent.is_none(),
-            attn_out_bias: bias(p.out_bias)? && latent.is_none(),
+            attn_out_bias: bias(p.out_bias)? && latent.is_none() && p.model_type != "glm4_moe",
             mlp_bias: mlp_bias && experts.is_none(),
-            qk_norm: p.qk_norm,
+            qk_norm: p.qk_norm || self.flag_or("use_qk_norm", false)?,
             tied_embeddings: self.flag_or("tie_word_embeddings", p.tied)?,
             init_std: self.number_or("initializer_range", Some(0.02))? as f32,
             experts,
@@ -408,11 +474,8 @@ impl Config<'_> {
 
     /// Options that change what is computed but no size.
     fn note_features(&self, p: &Planned, notes: &mut Vec<String>) -> Result<()> {
-        if let Some(window) = self.get("sliding_window") {
-            let off = self.get("use_sliding_window").and_then(Value::as_bool) == Some(false);
-            if !off {
-                notes.push(format!("sliding_window = {} is planned as full attention", short(window)));
-            }
+        if p.model_type == "smollm3" && self.get("no_rope_layers").is_some() {
+            notes.push("layers without rotation are planned as rotated".to_owned());
         }
         for key in ["partial_rotary_factor", "rotary_pct"] {
             if self.number_or(key, Some(1.0))? != 1.0 {

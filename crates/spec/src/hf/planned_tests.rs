@@ -145,7 +145,11 @@ fn text_models_inside_others() {
                        "sliding_window": 1024 });
     let gemma = check("gemma3", 3.88, json!({ "text_config": text }));
     assert_eq!((gemma.model.heads, gemma.model.kv_heads, gemma.model.head_dim), (8, 4, 256));
-    assert!(gemma.inexact.iter().any(|n| n == "sliding_window = 1024 is planned as full attention"));
+    // Five of six layers.
+    assert_eq!(
+        gemma.windows,
+        Some(Windows { tokens: 1024, layers: gemma.model.layers - gemma.model.layers / 6 })
+    );
 }
 
 #[test]
@@ -188,7 +192,8 @@ fn dense_families() {
 fn what_trains_is_planned_as_it_trains_and_says_what_differs() {
     let config = sizes([4096, 14336, 32, 32, 8, 32000], json!({ "sliding_window": 4096 }));
     let mistral = check("mistral", 7.24, config);
-    assert_eq!(mistral.inexact, ["sliding_window = 4096 is not supported: only full attention is"]);
+    assert_eq!(mistral.inexact, Vec::<String>::new());
+    assert_eq!(mistral.windows, Some(Windows { tokens: 4096, layers: 32 }));
     let config = sizes([64, 128, 2, 4, 2, 96], json!({ "model_type": "llama" })).to_string();
     let found = HfModel::read(&config).expect("a config");
     assert_eq!((found.model, found.inexact), (ModelSpec::from_hf_config(&config).expect("trains"), vec![]));
@@ -198,7 +203,16 @@ fn what_trains_is_planned_as_it_trains_and_says_what_differs() {
 fn refusals_name_the_architecture_and_what_can_be_done() {
     let refused = |config: Value| HfModel::read(&config.to_string()).expect_err("no decoder");
     let e = refused(json!({ "model_type": "mamba", "architectures": ["MambaForCausalLM"] }));
-    assert_eq!(e.to_string(), "architecture MambaForCausalLM is not supported");
+    assert_eq!(
+        e.to_string(),
+        "mamba cannot be planned: its layers are state space models, for which there is no operation yet"
+    );
+    let e = refused(json!({ "model_type": "qwen3_next" }));
+    assert!(
+        e.to_string().starts_with("qwen3_next cannot be planned: three of four layers are gated delta rules")
+    );
+    let e = refused(json!({ "model_type": "t5", "architectures": ["T5Model"] }));
+    assert_eq!(e.to_string(), "architecture T5Model is not supported");
     assert!(e.hint_text().is_some_and(|h| h.contains("deepseek_v3") && h.contains("llama")));
     let e = refused(json!({ "model_type": "mixtral", "hidden_size": 64 }));
     assert_eq!(e.to_string(), "num_hidden_layers is missing, expected a whole number above 0");
@@ -206,6 +220,50 @@ fn refusals_name_the_architecture_and_what_can_be_done() {
     let config = json!({ "model_type": "mixtral", "hidden_size": 64 }).to_string();
     let e = ModelSpec::from_hf_config(&config).expect_err("does not train");
     assert_eq!(e.to_string(), "architecture mixtral can be planned, it does not train yet");
+}
+
+#[test]
+fn newer_families() {
+    // Sizes of GLM-4.5 (355B with the layer that predicts a second token, which is left out) and its Air.
+    let glm = |hidden: usize,
+               ffn: usize,
+               layers: usize,
+               experts: usize,
+               expert: usize,
+               dense: usize,
+               more: Value| {
+        let mut config = sizes(
+            [hidden, ffn, layers, 96, 8, 151_552],
+            json!({ "head_dim": 128, "n_routed_experts": experts, "num_experts_per_tok": 8,
+                    "moe_intermediate_size": expert, "n_shared_experts": 1, "first_k_dense_replace": dense,
+                    "attention_bias": true, "partial_rotary_factor": 0.5, "tie_word_embeddings": false }),
+        );
+        for (key, value) in more.as_object().expect("keys") {
+            config[key] = value.clone();
+        }
+        config
+    };
+    let large = check("glm4_moe", 352.8, glm(5120, 12288, 92, 160, 1536, 3, json!({ "use_qk_norm": true })));
+    assert!(large.model.qk_norm && large.model.qkv_bias && !large.model.attn_out_bias);
+    let air = check("glm4_moe", 106.9, glm(4096, 10944, 46, 128, 1408, 1, json!({ "use_qk_norm": false })));
+    assert!(!air.model.qk_norm);
+    let smol = check(
+        "smollm3",
+        3.08,
+        sizes(
+            [2048, 11008, 36, 16, 4, 128_256],
+            json!({ "no_rope_layers": [1, 1, 1, 0], "sliding_window": null }),
+        ),
+    );
+    assert_eq!((smol.windows, smol.inexact.len()), (None, 1));
+    let granite = json!({ "tie_word_embeddings": true, "embedding_multiplier": 12.0, "logits_scaling": 8.0 });
+    check("granite", 2.53, sizes([2048, 8192, 40, 32, 8, 49155], granite));
+    let gptj = json!({ "n_embd": 4096, "n_layer": 28, "n_head": 16, "n_inner": null, "vocab_size": 50400 });
+    check("gptj", 6.05, gptj);
+    let qwen = json!({ "vision_config": { "depth": 32 }, "rope_scaling": { "type": "mrope" } });
+    let qwen = check("qwen2_vl", 7.62, sizes([3584, 18944, 28, 28, 4, 152_064], qwen));
+    assert_eq!(qwen.inexact[0], "the text part alone is planned: vision_config is left out");
+    assert!(qwen.model.qkv_bias && qwen.windows.is_none());
 }
 
 #[test]
