@@ -1,4 +1,5 @@
 use super::*;
+use crate::estimate::Pace;
 use spec::Catalog;
 
 fn question(model: &str, cluster: &str, n: usize) -> Question {
@@ -85,8 +86,16 @@ fn a_format_that_the_accelerator_lacks_is_refused() {
 fn far_from_what_was_validated_says_so() {
     let answer = ask(question("gpt3-13b", "gaudi3-node", 64));
     assert_eq!(answer.grade.evidence, Evidence::Software);
-    let near = ask(question("gpt3-13b", "dgx-h100", 64));
-    assert!(answer.grade.factor > near.grade.factor);
+    // The same stack where it was validated, and there with a pace that no run had.
+    let (calibration, stack) = (Calibration::builtin().unwrap(), answer.problem.software.name);
+    let grade = |family, pace| calibration.spread(family, stack, pace, 64);
+    let near = grade("blackwell", Pace::Compute);
+    assert_eq!(near.evidence, Evidence::Validated);
+    assert!(grade("gaudi", Pace::Compute).factor > near.factor);
+    let hopper = |pace| calibration.spread("hopper", "megatron-core-2024", pace, 64);
+    let (near, other) = (hopper(Pace::Compute), hopper(Pace::Host));
+    assert_eq!((near.evidence, other.evidence), (Evidence::Validated, Evidence::OtherPace));
+    assert!(other.factor > near.factor);
 }
 
 #[test]
