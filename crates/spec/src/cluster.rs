@@ -28,6 +28,8 @@ pub struct Cluster {
     pub failure: Option<String>,
     /// Power of one node in watts, if known.
     pub node_power_w: Option<Measure>,
+    /// What one node costs to buy, in US dollars, if known.
+    pub node_price_usd: Option<Measure>,
     /// What had to be assumed to make this cluster.
     pub assumptions: Vec<String>,
 }
@@ -361,6 +363,7 @@ impl Catalog {
             price: platform.and_then(|p| p.0.text("price")).map(str::to_owned),
             failure: platform.and_then(|p| p.0.text("failure")).map(str::to_owned),
             node_power_w: node.measure("power"),
+            node_price_usd: node.measure("price"),
             assumptions,
         })
     }
