@@ -18,8 +18,8 @@ pub(crate) enum Bounds {
     Share,
     /// From 1 on.
     FromOne,
-    /// Any finite number.
-    Finite,
+    /// A change as a share: more than -1, which is all, up to a tenfold rise.
+    Change,
 }
 
 /// `x`, if it is within its bounds.
@@ -32,7 +32,9 @@ pub(crate) fn number(what: &str, x: f64, bounds: Bounds) -> Result<f64> {
         Bounds::FromZero => (x >= 0.0, "0 or more", "leave it out for the catalogue's figure"),
         Bounds::Share => ((0.0..=1.0).contains(&x), "from 0 to 1", "70 % is written 0.7"),
         Bounds::FromOne => (x >= 1.0, "1 or more", "1 is the least it can be"),
-        Bounds::Finite => (true, "a finite number", "leave it out for the catalogue's figure"),
+        Bounds::Change => {
+            (x > -1.0 && x <= 10.0, "more than -1 and up to 10", "a fall by 10 % is written -0.1")
+        }
     };
     if !x.is_finite() || x.abs() > DOLLARS_MAX || !fine {
         return Err(Error::user(format!("{what} = {x}, expected {expected}")).hint(hint));

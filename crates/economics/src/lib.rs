@@ -1,7 +1,8 @@
 //! The run and the money: what a training run takes with its failures, what it costs, and whether to build or to rent.
 //!
 //! `plan` says what a step takes. This joins that with failures ([`failures`], [`goodput`]), tokens ([`run`]), prices
-//! ([`price`]), energy ([`energy`]) and ownership ([`own`]).
+//! ([`price`]), energy ([`energy`]) and ownership ([`own`]),
+//! chooses a plan by any of them ([`objective`]), and decides between owning and renting ([`decide`]).
 //!
 //! Nothing here does I/O or reads a clock: the day on which a price is read is an argument.
 //!
@@ -9,11 +10,13 @@
 //! ([`Usd`]); what is shown as a sum is the sum of the parts shown.
 
 pub mod date;
+pub mod decide;
 pub mod energy;
 pub mod failures;
 pub mod goodput;
 mod input;
 pub mod money;
+pub mod objective;
 pub mod own;
 pub mod price;
 pub mod run;
