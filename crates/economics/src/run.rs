@@ -5,7 +5,7 @@ mod cost;
 use plan::answer::{Answer, Choice};
 use plan::estimate::{Estimator, Problem};
 use serde::Serialize;
-use spec::{Catalog, Error, Result};
+use spec::{Catalog, Cluster, Error, Result};
 
 pub use cost::{Basis, Paid};
 
@@ -148,45 +148,13 @@ pub fn run_of(catalog: &Catalog, answer: &Answer, choice: &Choice, ask: &Ask) ->
     if let Some(interval) = ask.interval_s {
         input::number("interval_s", interval, Bounds::Positive)?;
     }
-    let evaluation = match ask.evaluation {
-        Some(share) => Spread::exact(input::number("evaluation", share, Bounds::Share)?),
-        None => EVALUATION,
-    };
     let cluster = &answer.question.cluster;
-    let trained = trained(&answer.problem, choice, ask)?;
-    let rates = match &ask.failure {
-        Some(name) => Rates::named(catalog, name)?,
-        None => Rates::of(catalog, cluster)?,
-    };
-    let mut failures = rates.of_job(cluster.accelerators);
-    let mut assumptions = vec![format!("failures: {} ({})", rates.entry, rates.title)];
-    if ask.failure.is_none() && cluster.failure.is_none() {
-        assumptions
-            .push(format!("no failure rate of {} is published: the span of others stands in", cluster.name));
-    }
-    let paid = Paid::by(catalog, cluster, ask, &mut assumptions)?;
-    if let Some(taken_back) = paid.as_ref().and_then(Paid::taken_back_per_node_h) {
-        let nodes = cluster.accelerators.div_ceil(cluster.per_node.max(1)) as f64;
-        failures.per_day = failures.per_day.plus(taken_back.scaled(24.0 * nodes));
-        failures.between_h = failures.per_day.map(|x| 24.0 / x);
-        assumptions.push("nodes that the spot market takes back count as interruptions".to_owned());
-    }
-    let job = Job {
-        failures: failures.clone(),
-        step_s: choice.step_s,
-        replicas: choice.layout.dp,
-        save: SaveTimes { save: Save::Blocking, stall_s: Spread::exact(0.0), behind_s: Spread::exact(0.0) },
-        read_s: answer.storage.as_ref().map_or(Spread::exact(0.0), |s| s.read.into()),
-        interval_s: ask.interval_s,
-        evaluation,
-    };
     let nodes = cluster.accelerators.div_ceil(cluster.per_node.max(1));
-    let ways = match &answer.storage {
-        Some(estimate) => save_times(catalog, estimate, nodes)?,
-        None => Vec::new(),
-    };
-    let (job, recovery) = chosen(job, &ways, ask)?;
-    let recoveries = job.compare();
+    let trained = trained(&answer.problem, choice, ask)?;
+    let mut assumptions = Vec::new();
+    let paid = Paid::by(catalog, cluster, ask, &mut assumptions)?;
+    let failures = expected(catalog, cluster, ask, paid.as_ref(), &mut assumptions)?;
+    let (job, recovery) = alive(catalog, answer, choice, ask, failures.clone())?;
     let train_days = trained.seconds / DAY_S;
     // Step time and goodput err independently: their logarithms add up in squares.
     let step = Spread::new(choice.step_low_s, choice.step_s, choice.step_high_s).scaled(1.0 / choice.step_s);
@@ -194,28 +162,12 @@ pub fn run_of(catalog: &Catalog, answer: &Answer, choice: &Choice, ask: &Ask) ->
     let wall = independent(step, slower).scaled(train_days);
     let hours = wall.scaled(24.0 * cluster.accelerators as f64);
     let cost = paid.as_ref().map(|p| p.bill(cluster.accelerators, wall.scaled(24.0), &recovery));
-    let site = Site::of(
-        catalog,
-        cluster,
-        ask.ownership.as_deref().unwrap_or(own::TYPICAL),
-        grid(catalog, ask.price.region.as_deref()),
-    )?;
-    let storage = match &answer.storage {
-        Some(estimate) => {
-            let per_step = (answer.question.sequences * answer.question.sequence) as f64;
-            let steps_per_s = 1.0 / choice.step_s;
-            Some(plan_storage(
-                catalog,
-                estimate,
-                nodes,
-                ask.tokens,
-                steps_per_s,
-                per_step,
-                recovery.interval_s,
-            )?)
-        }
-        None => None,
-    };
+    let ownership = ask.ownership.as_deref().unwrap_or(own::TYPICAL);
+    let site = Site::of(catalog, cluster, ownership, grid(catalog, ask.price.region.as_deref()))?;
+    let per_step = (answer.question.sequences * answer.question.sequence) as f64;
+    let storage = answer.storage.as_ref().map(|estimate| {
+        plan_storage(catalog, estimate, nodes, ask.tokens, 1.0 / choice.step_s, per_step, recovery.interval_s)
+    });
     Ok(Run {
         tokens: ask.tokens,
         steps: trained.steps,
@@ -233,13 +185,67 @@ pub fn run_of(catalog: &Catalog, answer: &Answer, choice: &Choice, ask: &Ask) ->
         cost,
         basis: paid.map(|p| p.basis),
         failures,
+        recoveries: job.compare(),
         recovery,
-        recoveries,
         energy: site.map(|s| s.energy(hours)),
-        storage,
+        storage: storage.transpose()?,
         assumptions,
         job: Some(job),
     })
+}
+
+/// What interrupts the job: the failures of its machine, and a spot market that takes nodes back.
+fn expected(
+    catalog: &Catalog,
+    cluster: &Cluster,
+    ask: &Ask,
+    paid: Option<&Paid>,
+    assumptions: &mut Vec<String>,
+) -> Result<JobFailures> {
+    let rates = match &ask.failure {
+        Some(name) => Rates::named(catalog, name)?,
+        None => Rates::of(catalog, cluster)?,
+    };
+    assumptions.push(format!("failures: {} ({})", rates.entry, rates.title));
+    if ask.failure.is_none() && cluster.failure.is_none() {
+        assumptions
+            .push(format!("no failure rate of {} is published: the span of others stands in", cluster.name));
+    }
+    let mut failures = rates.of_job(cluster.accelerators);
+    if let Some(taken_back) = paid.and_then(Paid::taken_back_per_node_h) {
+        let nodes = cluster.accelerators.div_ceil(cluster.per_node.max(1)) as f64;
+        failures.per_day = failures.per_day.plus(taken_back.scaled(24.0 * nodes));
+        failures.between_h = failures.per_day.map(|x| 24.0 / x);
+        assumptions.push("nodes that the spot market takes back count as interruptions".to_owned());
+    }
+    Ok(failures)
+}
+
+/// The job with the way of saving that is asked for or best, and its goodput.
+fn alive(
+    catalog: &Catalog,
+    answer: &Answer,
+    choice: &Choice,
+    ask: &Ask,
+    failures: JobFailures,
+) -> Result<(Job, Goodput)> {
+    let evaluation = match ask.evaluation {
+        Some(share) => Spread::exact(input::number("evaluation", share, Bounds::Share)?),
+        None => EVALUATION,
+    };
+    let job = Job {
+        failures,
+        step_s: choice.step_s,
+        replicas: choice.layout.dp,
+        save: SaveTimes { save: Save::Blocking, stall_s: Spread::exact(0.0), behind_s: Spread::exact(0.0) },
+        read_s: answer.storage.as_ref().map_or(Spread::exact(0.0), |s| s.read.into()),
+        interval_s: ask.interval_s,
+        evaluation,
+    };
+    let cluster = &answer.question.cluster;
+    let nodes = cluster.accelerators.div_ceil(cluster.per_node.max(1));
+    let ways = answer.storage.as_ref().map(|estimate| save_times(catalog, estimate, nodes));
+    chosen(job, &ways.transpose()?.unwrap_or_default(), ask)
 }
 
 /// The grid of a region: its own where there is one, else the usual.
@@ -256,7 +262,7 @@ pub(crate) fn independent(a: Spread, b: Spread) -> Spread {
     Spread::new(value / low, value, value * high)
 }
 
-/// The job with the way of saving that is asked for or best, and its goodput.
+/// Of the ways of saving, the one that is asked for, or that leaves the most time useful.
 fn chosen(job: Job, ways: &[SaveTimes], ask: &Ask) -> Result<(Job, Goodput)> {
     let recovery = ask.recovery.unwrap_or(Recovery::Restart);
     let fitting: Vec<&SaveTimes> = ways.iter().filter(|w| ask.save.is_none_or(|s| s == w.save)).collect();

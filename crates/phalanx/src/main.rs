@@ -12,7 +12,9 @@ mod catalog;
 mod ckpts;
 mod compare;
 mod data;
+mod decide;
 mod device;
+mod economy;
 mod files;
 mod live;
 mod models;
@@ -53,6 +55,7 @@ fn main() -> std::process::ExitCode {
         Command::Data(a) => data::run(&a),
         Command::Bench(a) => bench::run(&a),
         Command::Plan(a) => planner::plan(&a),
+        Command::Decide(a) => decide::run(&a),
         Command::Validate(a) => validate::run(&a),
         Command::Catalog(a) => catalog::run(&a),
         Command::Compare(a) => compare::run(&a),
