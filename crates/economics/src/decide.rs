@@ -167,7 +167,7 @@ pub fn decide(assumptions: Assumptions) -> Result<Decision> {
     let break_even = break_evens(&assumptions);
     let reasons = reasons(&assumptions, &options, &break_even);
     let rejected = rejected(&assumptions, &value, &options);
-    let hours: f64 = assumptions.busy().iter().map(|b| b * HOURS_PER_MONTH).sum();
+    let hours: f64 = assumptions.wanted().iter().map(|(n, share)| n * share * HOURS_PER_MONTH).sum();
     Ok(Decision {
         choice: best.way,
         reasons,
@@ -206,15 +206,15 @@ fn ways(at: &Fixed) -> Vec<Plan> {
                 all.push(rented(way));
             }
         }
-        orders = 1..at.busy.len();
+        orders = 1..at.months();
     }
     let own = |way, found: Option<(usize, f64, f64)>| {
         found.map(|(order, n, _)| Plan { way, order, accelerators: n })
     };
-    if at.lead_months() < at.busy.len() {
+    if at.lead_months() < at.months() {
         all.extend(own(Way::Build, at.best_own(0..1)));
         if at.data_may_leave {
-            let last = at.busy.len() - at.lead_months();
+            let last = at.months() - at.lead_months();
             all.extend(own(Way::CloudFirst, at.best_own(orders.start..orders.end.min(last))));
         }
     }
@@ -244,9 +244,9 @@ fn priced(assumptions: &Assumptions, plan: &Plan) -> Priced {
     let owns = plan.way.owns();
     let from = plan.order + fixed.lead_months();
     let used = || {
-        let busy = &fixed.busy[from.min(fixed.busy.len())..];
-        busy.iter().map(|b| b.min(plan.accelerators)).sum::<f64>()
-            / (plan.accelerators * busy.len().max(1) as f64)
+        let months = from.min(fixed.months())..fixed.months();
+        let mean = plan.accelerators * months.len().max(1) as f64;
+        months.map(|m| fixed.at_work(m, plan.accelerators)).sum::<f64>() / mean
     };
     Priced {
         way: plan.way,

@@ -4,8 +4,8 @@ use spec::{Error, Result};
 
 use crate::Spread;
 
-/// More dollars than there are.
-const DOLLARS_MAX: f64 = 1e13;
+/// More than there is of anything that is counted here: dollars, tokens, hours.
+const NUMBER_MAX: f64 = 1e18;
 
 /// What a number may be.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -36,7 +36,7 @@ pub(crate) fn number(what: &str, x: f64, bounds: Bounds) -> Result<f64> {
             (x > -1.0 && x <= 10.0, "more than -1 and up to 10", "a fall by 10 % is written -0.1")
         }
     };
-    if !x.is_finite() || x.abs() > DOLLARS_MAX || !fine {
+    if !x.is_finite() || x.abs() > NUMBER_MAX || !fine {
         return Err(Error::user(format!("{what} = {x}, expected {expected}")).hint(hint));
     }
     Ok(x)

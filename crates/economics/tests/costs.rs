@@ -171,7 +171,7 @@ fn a_decision_has_reasons_and_its_bills_add_up() {
     let d = decide(assumptions("6x64@0.3,42x512@0.9")).unwrap();
     assert_eq!(d.choice, d.options[0].way);
     assert!(d.options.windows(2).all(|p| p[0].cost.total.value <= p[1].cost.total.value));
-    assert_eq!(d.options.len() + d.rejected.len(), 1 + 6);
+    assert_eq!((d.options.len(), d.rejected.len()), (6, 5));
     d.options.iter().for_each(|o| bill_adds_up(&o.cost));
     assert!(d.reasons.len() >= 2 && d.tornado.len() > 10 && d.guide_break_even == 0.7);
     assert!(d.tornado.windows(2).all(|b| b[0].swing() >= b[1].swing()));
@@ -265,7 +265,7 @@ fn assumptions_come_back_from_their_file_and_bad_ones_are_refused() {
     check("accelerators", "accelerators = 0", "0 accelerators");
     check("resale", "resale_value = 0.1", "unknown key");
     check("[numbers]", "[numbers", "not TOML");
-    let none = text.replace("[[demand]]", "#").replace("months =", "# ").replace("utilisation =", "# ");
-    let none: Vec<&str> = none.lines().filter(|l| !l.starts_with("accelerators =")).collect();
-    assert!(Assumptions::parse("x", &none.join("\n")).unwrap_err().to_string().contains("empty"));
+    let (before, after) = (text.find("[[demand]]").unwrap(), text.find("[numbers]").unwrap());
+    let none = [&text[..before], &text[after..]].concat();
+    assert!(Assumptions::parse("x", &none).unwrap_err().to_string().contains("empty"));
 }

@@ -258,9 +258,9 @@ impl Assumptions {
         self.demand.iter().map(|p| p.months).sum()
     }
 
-    /// Accelerators at work on average, month by month.
-    pub fn busy(&self) -> Vec<f64> {
-        let of = |p: &Phase| std::iter::repeat_n(p.accelerators as f64 * p.utilisation, p.months);
+    /// Accelerators wanted at a time and the share of the time that they work, month by month.
+    pub fn wanted(&self) -> Vec<(f64, f64)> {
+        let of = |p: &Phase| std::iter::repeat_n((p.accelerators as f64, p.utilisation), p.months);
         self.demand.iter().flat_map(of).collect()
     }
 

@@ -9,8 +9,8 @@ use crate::HOURS_PER_MONTH;
 #[derive(Clone, Debug)]
 pub(super) struct Fixed {
     values: BTreeMap<Key, f64>,
-    /// Accelerators at work, month by month.
-    pub(super) busy: Vec<f64>,
+    /// Accelerators that jobs want at a time and the share of the time that they work, month by month.
+    wanted: Vec<(f64, f64)>,
     /// Whether machines of others may be used.
     pub(super) data_may_leave: bool,
 }
@@ -51,7 +51,7 @@ impl Fixed {
         };
         Fixed {
             values: all.numbers.keys().map(|k| (*k, pick(*k))).collect(),
-            busy: all.busy(),
+            wanted: all.wanted(),
             data_may_leave: all.data_may_leave,
         }
     }
@@ -65,7 +65,24 @@ impl Fixed {
 
     /// The same with more or less to compute.
     pub(super) fn with_demand(&self, by: f64) -> Self {
-        Fixed { busy: self.busy.iter().map(|b| b * by).collect(), ..self.clone() }
+        Fixed { wanted: self.wanted.iter().map(|(n, share)| (n * by, *share)).collect(), ..self.clone() }
+    }
+
+    /// Months looked ahead.
+    pub(super) fn months(&self) -> usize {
+        self.wanted.len()
+    }
+
+    /// Accelerators at work on average in a month, of `n` that are there.
+    pub(super) fn at_work(&self, month: usize, n: f64) -> f64 {
+        let (wanted, share) = self.wanted[month];
+        wanted.min(n) * share
+    }
+
+    /// The same of what does not fit on `n`.
+    fn beyond(&self, month: usize, n: f64) -> f64 {
+        let (wanted, share) = self.wanted[month];
+        (wanted - n).max(0.0) * share
     }
 
     pub(super) fn has(&self, key: Key) -> bool {
@@ -110,9 +127,10 @@ impl Fixed {
 
     /// Rent of every hour by itself.
     pub(super) fn hourly(&self, key: Key, more: f64) -> Parts {
-        let month =
-            |m: usize| self.busy[m] * HOURS_PER_MONTH * more * self.rent(key, m) * self.worth(m as f64);
-        vec![("rent", (0..self.busy.len()).map(month).sum())]
+        let month = |m: usize| {
+            self.beyond(m, 0.0) * HOURS_PER_MONTH * more * self.rent(key, m) * self.worth(m as f64)
+        };
+        vec![("rent", (0..self.months()).map(month).sum())]
     }
 
     /// Spot hours; those lost are rented again.
@@ -124,7 +142,7 @@ impl Fixed {
     /// Terms of `months` each, with the number reserved that is best in each term and the rest by the hour.
     pub(super) fn reserved(&self, key: Key, months: usize) -> Parts {
         let (mut bound, mut rest) = (0.0, 0.0);
-        let all = self.busy.len();
+        let all = self.months();
         for start in (0..all).step_by(months) {
             // A term begun is paid to its end, also beyond the horizon.
             let paid: f64 = (start..start + months).map(|m| self.worth(m as f64)).sum();
@@ -132,14 +150,14 @@ impl Fixed {
             let used = start..(start + months).min(all);
             let over = |level: f64| -> f64 {
                 let month = |m: usize| {
-                    (self.busy[m] - level).max(0.0)
+                    self.beyond(m, level)
                         * HOURS_PER_MONTH
                         * self.rent(Key::OnDemandUsdPerH, m)
                         * self.worth(m as f64)
                 };
                 used.clone().map(month).sum()
             };
-            let levels = used.clone().map(|m| self.busy[m].ceil()).chain([0.0]);
+            let levels = used.clone().map(|m| self.wanted[m].0.ceil()).chain([0.0]);
             let costs = levels.map(|level| (level * each, over(level)));
             let (a, b) = costs.min_by(|x, y| (x.0 + x.1).total_cmp(&(y.0 + y.1))).unwrap_or((0.0, 0.0));
             bound += a;
@@ -153,7 +171,7 @@ impl Fixed {
     pub(super) fn own(&self, order: usize, n: f64) -> Parts {
         let get = |key| self.get(key);
         let lead = self.lead_months();
-        let months = self.busy.len();
+        let months = self.months();
         let shares = get(Key::NetworkShare) + get(Key::StorageShare);
         let life = ((get(Key::LifetimeYears) * 12.0).round() as usize).max(1);
         let kw = n * get(Key::RatedW) / 1e3;
@@ -171,12 +189,12 @@ impl Fixed {
                 machines += bought * worth;
             }
             let owned = if m >= order + lead { n } else { 0.0 };
-            let beyond = (self.busy[m] - owned).max(0.0);
+            let beyond = self.beyond(m, owned);
             if self.data_may_leave {
                 rent += beyond * HOURS_PER_MONTH * self.rent(Key::OnDemandUsdPerH, m) * worth;
             }
             if owned > 0.0 {
-                let used = self.busy[m].min(owned) / owned;
+                let used = self.at_work(m, owned) / owned;
                 let load = get(Key::Load) * used + get(Key::IdleLoad) * (1.0 - used);
                 care += bought * get(Key::MaintenancePerYear) / 12.0 * worth;
                 people += bought * get(Key::StaffPerYear) / 12.0 * worth;
@@ -205,8 +223,8 @@ impl Fixed {
     /// The best order month in `orders` and number of accelerators: dollars are least, of those tried. Only the levels
     /// of the demand are, since between two of them costs are straight.
     pub(super) fn best_own(&self, orders: impl Iterator<Item = usize> + Clone) -> Option<(usize, f64, f64)> {
-        let most = self.busy.iter().copied().fold(0.0, f64::max).ceil();
-        let mut levels: Vec<f64> = self.busy.iter().map(|b| b.ceil()).filter(|b| *b > 0.0).collect();
+        let most = self.wanted.iter().map(|w| w.0).fold(0.0, f64::max).ceil();
+        let mut levels: Vec<f64> = self.wanted.iter().map(|w| w.0.ceil()).collect();
         levels.sort_by(f64::total_cmp);
         levels.dedup();
         if !self.data_may_leave {

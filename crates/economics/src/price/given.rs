@@ -23,6 +23,9 @@ pub enum Given {
 const HOW: &str =
     "write --price 2.5 for an accelerator, --price 98.32/node for a node, or the name of a price";
 
+/// Nobody writes a price with more digits.
+const NUMBER_BYTES_MAX: usize = 32;
+
 impl Given {
     /// Reads `2.5`, `$2.5/h`, `98.32/node`, or a name.
     ///
@@ -40,16 +43,15 @@ impl Given {
     pub fn parse(text: &str) -> Result<Self> {
         let tidy = text.trim();
         let bare = tidy.strip_prefix('$').unwrap_or(tidy);
-        let number_end =
-            bare.find(|c: char| !(c.is_ascii_digit() || ".-+_".contains(c))).unwrap_or(bare.len());
-        let (digits, rest) = bare.split_at(number_end);
-        let special = ["nan", "inf", "infinity", "-inf", "+inf"].contains(&bare.to_lowercase().as_str());
-        if digits.is_empty() && !special && !tidy.starts_with(['$', '€', '£', '¥']) && !tidy.is_empty() {
+        let special = ["nan", "inf", "infinity"].contains(&bare.to_lowercase().as_str());
+        let bad = || Error::user(format!("--price {text}, expected US dollars an hour")).hint(HOW);
+        if bare.starts_with(|c: char| c.is_alphabetic()) && bare == tidy && !special {
             return Ok(Given::Entry(tidy.to_owned()));
         }
-        let bad = || Error::user(format!("--price {text}, expected US dollars an hour")).hint(HOW);
-        let usd_per_h: f64 =
-            if special { f64::NAN } else { digits.replace('_', "").parse().map_err(|_| bad())? };
+        // The longest beginning that is a number; what follows is its unit.
+        let mut ends = (1..=bare.len().min(NUMBER_BYTES_MAX)).rev().filter(|end| bare.is_char_boundary(*end));
+        let split = |end: usize| Some((bare[..end].parse::<f64>().ok()?, &bare[end..]));
+        let (usd_per_h, rest) = ends.find_map(split).ok_or_else(bad)?;
         input::number("--price", usd_per_h, Bounds::Positive).map_err(|_| bad())?;
         let words: Vec<String> = rest
             .split(['/', ' '])
