@@ -148,31 +148,9 @@ impl Assumptions {
         let mut put = |key: Key, spread: Spread, source: &str| {
             numbers.insert(key, Number { spread, source: source.to_owned() });
         };
-        for (commitment, key) in [
-            (Commitment::OnDemand, Key::OnDemandUsdPerH),
-            (Commitment::Reserved1y, Key::Reserved1yUsdPerH),
-            (Commitment::Reserved3y, Key::Reserved3yUsdPerH),
-            (Commitment::Spot, Key::SpotUsdPerH),
-        ] {
-            let on_demand = commitment == Commitment::OnDemand;
-            // A price of one's own is by the hour unless it says otherwise; the others are the catalogue's.
-            let own_price = ask.commitment.unwrap_or(Commitment::OnDemand) == commitment;
-            let price = ask.price.clone().filter(|_| own_price);
-            let wanted = price::Ask { price, commitment: Some(commitment), region: ask.region.clone() };
-            let anywhere = price::Ask { price: None, ..wanted.clone() };
-            let found = price::quote(catalog, cluster, &wanted, today);
-            let found = if own_price && ask.price.is_some() {
-                found.map(Some)?
-            } else {
-                // A platform without this rate: the same accelerator's elsewhere.
-                let stranger = Cluster { price: None, ..cluster.clone() };
-                let found = found.or_else(|_| price::quote(catalog, &stranger, &anywhere, today));
-                if on_demand { Some(found?) } else { found.ok() }
-            };
-            if let Some(q) = found {
-                let source = format!("{} ({} {})", q.name, q.source, q.date);
-                put(key, q.usd_per_accelerator_h, &source);
-            }
+        for (key, quote) in rents(catalog, cluster, ask, today)? {
+            let source = format!("{} ({} {})", quote.name, quote.source, quote.date);
+            put(key, quote.usd_per_accelerator_h, &source);
         }
         put(
             Key::SpotLost,
@@ -303,6 +281,40 @@ impl Assumptions {
         }
         out
     }
+}
+
+/// What an hour costs under each commitment: the price given under its own, else the platform's, else that of the same
+/// accelerator elsewhere. Only the hourly rate must be known.
+fn rents(
+    catalog: &Catalog,
+    cluster: &Cluster,
+    ask: &price::Ask,
+    today: Date,
+) -> Result<Vec<(Key, price::Quote)>> {
+    let mut found = Vec::new();
+    for (commitment, key) in [
+        (Commitment::OnDemand, Key::OnDemandUsdPerH),
+        (Commitment::Reserved1y, Key::Reserved1yUsdPerH),
+        (Commitment::Reserved3y, Key::Reserved3yUsdPerH),
+        (Commitment::Spot, Key::SpotUsdPerH),
+    ] {
+        let given =
+            ask.price.clone().filter(|_| ask.commitment.unwrap_or(Commitment::OnDemand) == commitment);
+        let own = price::Ask { price: given, commitment: Some(commitment), region: ask.region.clone() };
+        let quote = price::quote(catalog, cluster, &own, today);
+        if own.price.is_some() {
+            found.push((key, quote?));
+            continue;
+        }
+        let stranger = Cluster { price: None, ..cluster.clone() };
+        let quote = quote.or_else(|_| price::quote(catalog, &stranger, &own, today));
+        match quote {
+            Ok(quote) => found.push((key, quote)),
+            Err(e) if commitment == Commitment::OnDemand => return Err(e),
+            Err(_) => {}
+        }
+    }
+    Ok(found)
 }
 
 /// Holds a profile to sense.
