@@ -445,8 +445,9 @@ fn known<'a>(keys: impl Iterator<Item = &'a String>, known: &[&str], what: &str)
     for key in keys {
         if !known.contains(&key.as_str()) {
             let sep = if what.ends_with('.') { "" } else { " " };
-            return Err(Error::user(format!("unknown {what}{sep}{key}"))
-                .hint(suggest::hint(key, known.iter().copied().collect::<Vec<_>>())));
+            return Err(
+                Error::user(format!("unknown {what}{sep}{key}")).hint(suggest::hint(key, known.to_vec()))
+            );
         }
     }
     Ok(())
