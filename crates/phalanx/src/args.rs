@@ -1,3 +1,4 @@
+mod economy;
 mod survival;
 
 use std::ffi::OsString;
@@ -6,6 +7,7 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args as ClapArgs, Parser, Subcommand};
 
+pub(crate) use economy::{Decide, Economy};
 pub(crate) use survival::{Chaos, Ckpt, CkptCommand, Ledger};
 
 /// Plan, rehearse and run the training of large models
@@ -38,6 +40,8 @@ pub(crate) enum Command {
     Plan(Plan),
     /// What serving a model takes and costs: time to first token, between tokens, tokens per second
     Inference(Inference),
+    /// Build or rent: what to do for a profile of demand over months, why, and what would change it
+    Decide(Decide),
     /// Join predicted with measured times of a run, op by op
     Compare(Compare),
     /// Estimate published runs or serving figures and compare
@@ -126,6 +130,9 @@ Examples:
   What a published layout costs:
     phalanx plan --model gpt3-175b --cluster dgx-superpod-a100 --accelerators 1024 \\
       --sequence 2048 --sequences 1536 --layout tp=8,pp=8,chunks=12,micro_batch=1,zero=1
+  The cheapest number of accelerators that is done within two months, at a price of one's own:
+    phalanx plan --model llama3-70b --cluster aws-p5-ultracluster --accelerators 4096 --tokens 2T \\
+      --for dollars --within 60 --price 40/node
   Arguments and rank map for Megatron-LM:
     phalanx plan --model llama3-70b --cluster nd-h100-v5 --accelerators 512 \\
       --emit megatron --rank-map ranks.csv";
@@ -179,6 +186,8 @@ pub(crate) struct Plan {
     /// Say what would help: step time against bandwidth, FLOP/s and memory
     #[arg(long)]
     pub(crate) explain: bool,
+    #[command(flatten)]
+    pub(crate) economy: Economy,
     /// Write the best layout for megatron, megatron-deepspeed, deepspeed, torchtitan or maxtext
     #[arg(long, value_name = "STACK")]
     pub(crate) emit: Option<String>,

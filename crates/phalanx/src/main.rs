@@ -12,7 +12,9 @@ mod catalog;
 mod ckpts;
 mod compare;
 mod data;
+mod decide;
 mod device;
+mod economy;
 mod files;
 mod inference;
 mod live;
@@ -55,6 +57,7 @@ fn main() -> std::process::ExitCode {
         Command::Bench(a) => bench::run(&a),
         Command::Plan(a) => planner::plan(&a),
         Command::Inference(a) => inference::run(&a),
+        Command::Decide(a) => decide::run(&a),
         Command::Validate(a) => validate::run(&a),
         Command::Catalog(a) => catalog::run(&a),
         Command::Compare(a) => compare::run(&a),

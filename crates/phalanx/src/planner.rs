@@ -1,6 +1,6 @@
 //! `phalanx plan`.
 
-mod text;
+pub(crate) mod text;
 
 use std::path::Path;
 use std::time::Instant;
@@ -11,11 +11,11 @@ use plan::models;
 use plan::shape::Shape;
 use plan::software::{self, Software};
 use plan::strategy::Strategy;
-use spec::{Cluster, Error, HfModel, NumberFormat, Result, RunSpec, suggest};
+use spec::{Catalog, Cluster, Error, HfModel, NumberFormat, Result, RunSpec, suggest};
 use stacks::Emitted;
 
 use crate::args::Plan;
-use crate::{files, output};
+use crate::{economy, files, output};
 
 /// More layouts than anyone reads; each is held while the search runs.
 const KEEP_MAX: usize = 10_000;
@@ -35,13 +35,20 @@ pub(crate) fn plan(args: &Plan) -> Result<u8> {
     if let Some(path) = &args.rank_map {
         rank_format(path)?;
     }
-    let question = question(args)?;
+    let catalog = economy::catalog(&args.catalog, args.economy.price.as_deref())?;
+    let question = question(args, &catalog)?;
+    let ask = economy::ask(&args.economy, question.tokens, args.layout.is_some())?;
     let threads = output::threads(args.threads);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|e| {
         Error::failure(format!("start {threads} threads: {e}")).hint("give fewer with --threads")
     })?;
-    let (answer, seconds) = pool.install(|| answer(question, args))?;
-
+    let (mut answer, seconds) = pool.install(|| answer(question, args))?;
+    let mut chosen_run = None;
+    if let Some(ask) = &ask {
+        let chosen = economy::choose(&catalog, answer, args, ask)?;
+        answer = chosen.answer.clone();
+        chosen_run = Some(chosen);
+    }
     let mut chosen = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
     let mut emitted = None;
     if let Some(stack) = &args.emit {
@@ -62,10 +69,17 @@ pub(crate) fn plan(args: &Plan) -> Result<u8> {
             json["explain"] =
                 serde_json::to_value(pool.install(|| answer.explain())?).expect("numbers are JSON");
         }
+        if let Some(chosen) = &chosen_run {
+            economy::add_json(&mut json, chosen);
+        }
         output::print(&serde_json::to_string_pretty(&json).expect("numbers are JSON"));
     } else {
         let explained = if args.explain { Some(pool.install(|| answer.explain())?) } else { None };
-        output::print(&text::answer(&answer, seconds, threads, explained.as_deref()));
+        let mut out = text::answer(&answer, seconds, threads, explained.as_deref());
+        if let Some(chosen) = &chosen_run {
+            out += &economy::text::run(chosen);
+        }
+        output::print(&out);
     }
     fits(&answer, chosen)?;
     Ok(0)
@@ -89,8 +103,7 @@ fn fits(answer: &Answer, chosen: &Choice) -> Result<()> {
     ))
 }
 
-fn question(args: &Plan) -> Result<Question> {
-    let catalog = files::catalog(&args.catalog)?;
+fn question(args: &Plan, catalog: &Catalog) -> Result<Question> {
     let cluster = catalog.cluster(&args.cluster, args.accelerators)?;
     let doubt = catalog.meaning(&args.cluster).ok().and_then(|m| m.doubt(&args.cluster));
     doubt.iter().for_each(|doubt| output::say(&format!("note: {doubt}")));
@@ -265,7 +278,7 @@ fn config(path: &Path) -> Result<Shape> {
 }
 
 /// A count of tokens with a decimal suffix: `15.6T`.
-fn tokens(flag: &str, text: &str) -> Result<f64> {
+pub(crate) fn tokens(flag: &str, text: &str) -> Result<f64> {
     let value = spec::units::tokens(text).filter(|v| (1.0..=TOKENS_MAX).contains(v));
     value.ok_or_else(|| {
         Error::user(format!("{flag} {text}, expected a number of tokens from 1 to {TOKENS_MAX:e}"))

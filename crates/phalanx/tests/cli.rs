@@ -2,6 +2,7 @@
 
 mod accidents;
 mod common;
+mod economy;
 mod owner;
 mod planner;
 mod serving;

@@ -7,7 +7,7 @@ use spec::{Cluster, Error, Layout, NumberFormat, Result};
 
 use crate::calibration::{Calibration, Evidence, Grade};
 use crate::compute::lacks;
-use crate::estimate::{Breakdown, Estimate, Estimator, MemoryUse, Problem};
+use crate::estimate::{Breakdown, Estimate, Estimator, MemoryUse, Problem, Templates};
 use crate::given;
 use crate::placement::Placement;
 use crate::search::{Found, Searched, Space, search};
@@ -251,6 +251,50 @@ pub fn estimate_given(question: Question, layout: &str, calibration: &Calibratio
         answer.assumptions.insert(0, format!("not in the layout given: {}", given.filled.join(", ")));
     }
     Ok(answer)
+}
+
+/// Estimates these layouts instead of searching; those that the model does not allow or that do not fit are left out.
+/// Fastest first; `templates` are reused and handed back, since layouts of other sizes share them.
+///
+/// # Errors
+/// If the model is refused, or none of them is left.
+pub fn estimate_each(
+    question: Question,
+    placements: &[Placement],
+    calibration: &Calibration,
+    templates: Templates,
+) -> Result<(Answer, Templates)> {
+    let problem = pose(&question, calibration)?;
+    let mut estimator = Estimator::new(&problem, question.format)?.with_templates(templates);
+    let mut best = Vec::new();
+    for placement in placements {
+        let layout = &placement.layout;
+        let tolerance = problem.software.tolerance;
+        if layout.check(&problem.shape.model, problem.sequences, problem.sequence, tolerance).is_ok()
+            && let Ok(estimate) = estimator.estimate(placement)
+            && estimate.fits
+        {
+            best.push(Found { placement: placement.clone(), estimate });
+        }
+    }
+    let templates = estimator.templates();
+    if best.is_empty() {
+        let what = format!(
+            "none of {} layouts fits {} accelerators",
+            placements.len(),
+            question.cluster.accelerators
+        );
+        return Err(Error::user(what).hint("take more accelerators"));
+    }
+    best.sort_by(|a, b| a.estimate.step_s.total_cmp(&b.estimate.step_s));
+    let searched = Searched {
+        layouts_priced: placements.len(),
+        layouts_pruned: 0,
+        refused: Default::default(),
+        pareto: best[..1].to_vec(),
+        best,
+    };
+    Ok((answer(question, problem, calibration, searched), templates))
 }
 
 /// The problem behind a question.

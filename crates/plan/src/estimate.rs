@@ -200,6 +200,9 @@ struct TimedKey {
     tp_stride: usize,
 }
 
+/// Templates by what they depend on.
+pub type Templates = HashMap<Key, Arc<Template>>;
+
 /// Estimates layouts of one problem, remembering what they share.
 pub struct Estimator<'a> {
     problem: &'a Problem,
@@ -208,7 +211,7 @@ pub struct Estimator<'a> {
     chip: Chip,
     /// For all else: recipes of less than 16 bit keep to bf16 there.
     wide_chip: Chip,
-    templates: HashMap<Key, Arc<Template>>,
+    templates: Templates,
     timed: HashMap<TimedKey, Timed>,
     expert_layers: f64,
     flops: f64,
@@ -243,13 +246,13 @@ impl<'a> Estimator<'a> {
 
     /// Uses templates folded before: they do not depend on machines or constants.
     #[must_use]
-    pub fn with_templates(mut self, templates: HashMap<Key, Arc<Template>>) -> Self {
+    pub fn with_templates(mut self, templates: Templates) -> Self {
         self.templates = templates;
         self
     }
 
     /// The templates folded so far.
-    pub fn templates(self) -> HashMap<Key, Arc<Template>> {
+    pub fn templates(self) -> Templates {
         self.templates
     }
 

@@ -23,6 +23,7 @@ const BUILTIN: &[(&str, &str)] = &[
     ("catalog/storage.toml", include_str!("../../../catalog/storage.toml")),
     ("catalog/prices.toml", include_str!("../../../catalog/prices.toml")),
     ("catalog/failures.toml", include_str!("../../../catalog/failures.toml")),
+    ("catalog/ownership.toml", include_str!("../../../catalog/ownership.toml")),
     ("catalog/platforms.toml", include_str!("../../../catalog/platforms.toml")),
     ("catalog/workstations.toml", include_str!("../../../catalog/workstations.toml")),
     ("catalog/names.toml", include_str!("../../../catalog/names.toml")),

@@ -36,6 +36,8 @@ pub struct Cluster {
     pub node_power_w: Option<Measure>,
     /// The most accelerators that one job can have on such a machine.
     pub accelerators_max: usize,
+    /// What one node costs to buy, in US dollars, if known.
+    pub node_price_usd: Option<Measure>,
     /// What had to be assumed to make this cluster.
     pub assumptions: Vec<String>,
 }
@@ -399,6 +401,7 @@ impl Catalog {
             price: platform.and_then(|p| p.0.text("price")).map(str::to_owned),
             failure: platform.and_then(|p| p.0.text("failure")).map(str::to_owned),
             node_power_w: node.measure("power"),
+            node_price_usd: node.measure("price"),
             assumptions,
         })
     }

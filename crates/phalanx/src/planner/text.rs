@@ -124,7 +124,7 @@ fn row(out: &mut String, n: usize, c: &Choice) -> std::fmt::Result {
 }
 
 /// Names, values, shares of the whole and bars of their length.
-fn bars(
+pub(crate) fn bars(
     out: &mut String,
     parts: &[(&str, f64)],
     whole: f64,
@@ -215,7 +215,7 @@ fn helps(out: &mut String, answer: &Answer, explained: &[Sensitivity]) -> std::f
 }
 
 /// A time in the unit that reads best.
-pub(super) fn seconds(s: f64) -> String {
+pub(crate) fn seconds(s: f64) -> String {
     match s {
         s if s >= 1e5 => format!("{:.1} days", s / 86_400.0),
         s if s >= 100.0 => format!("{s:.0} s"),
@@ -227,7 +227,7 @@ pub(super) fn seconds(s: f64) -> String {
 }
 
 /// Bytes in decimal units, as accelerators are sold.
-fn bytes(b: f64) -> String {
+pub(crate) fn bytes(b: f64) -> String {
     match b {
         b if b >= 1e12 => format!("{:.2} TB", b / 1e12),
         b if b >= 1e9 => format!("{:.1} GB", b / 1e9),

@@ -17,8 +17,16 @@ pub enum Dimension {
     Power,
     /// Money, in US dollars.
     Money,
-    /// Rent, in US dollars per accelerator and hour.
+    /// Rent, in US dollars per hour of an accelerator, or of a node where the unit says so.
     Rent,
+    /// Price of electricity, in US dollars per kilowatt-hour.
+    EnergyPrice,
+    /// Greenhouse gases, in kilograms of CO2 equivalent per kilowatt-hour.
+    Carbon,
+    /// Water evaporated or consumed, in litres per kilowatt-hour.
+    Water,
+    /// Events in an hour of one node, as a spot market's interruptions.
+    Hazard,
     /// Failures, in events per node and second.
     FailureRate,
     /// A plain ratio.
@@ -29,6 +37,8 @@ pub enum Dimension {
 
 const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
 const DAY_S: f64 = 86_400.0;
+/// Of the Julian year.
+const YEAR_DAYS: f64 = 365.25;
 
 /// Unit, dimension and factor to the base unit.
 const UNITS: &[(&str, Dimension, f64)] = &[
@@ -56,11 +66,19 @@ const UNITS: &[(&str, Dimension, f64)] = &[
     ("s", Dimension::Time, 1.0),
     ("min", Dimension::Time, 60.0),
     ("h", Dimension::Time, 3600.0),
+    ("days", Dimension::Time, DAY_S),
+    ("months", Dimension::Time, YEAR_DAYS / 12.0 * DAY_S),
+    ("years", Dimension::Time, YEAR_DAYS * DAY_S),
     ("W", Dimension::Power, 1.0),
     ("kW", Dimension::Power, 1e3),
     ("MW", Dimension::Power, 1e6),
     ("USD", Dimension::Money, 1.0),
     ("USD/h", Dimension::Rent, 1.0),
+    ("USD/node-h", Dimension::Rent, 1.0),
+    ("USD/kWh", Dimension::EnergyPrice, 1.0),
+    ("kg/kWh", Dimension::Carbon, 1.0),
+    ("L/kWh", Dimension::Water, 1.0),
+    ("1/h", Dimension::Hazard, 1.0),
     ("1/kilonode-day", Dimension::FailureRate, 1e-3 / DAY_S),
     ("1/node-day", Dimension::FailureRate, 1.0 / DAY_S),
     ("ratio", Dimension::Ratio, 1.0),
@@ -71,6 +89,8 @@ const UNITS: &[(&str, Dimension, f64)] = &[
     ("tokens", Dimension::Count, 1.0),
     ("ports", Dimension::Count, 1.0),
     ("dims", Dimension::Count, 1.0),
+    ("events", Dimension::Count, 1.0),
+    ("drives", Dimension::Count, 1.0),
 ];
 
 impl Dimension {
@@ -100,6 +120,10 @@ impl fmt::Display for Dimension {
             Dimension::Power => "a power",
             Dimension::Money => "a price",
             Dimension::Rent => "a rent",
+            Dimension::EnergyPrice => "a price of energy",
+            Dimension::Carbon => "a carbon intensity",
+            Dimension::Water => "a water intensity",
+            Dimension::Hazard => "a rate of events",
             Dimension::FailureRate => "a failure rate",
             Dimension::Ratio => "a ratio",
             Dimension::Count => "a count",

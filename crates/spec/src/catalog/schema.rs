@@ -17,6 +17,10 @@ pub enum EntryKind {
     Price,
     /// How often things break.
     Failure,
+    /// An electricity grid: its price, carbon and water.
+    Grid,
+    /// What owning machines takes beside the machines.
+    Ownership,
     /// A machine by name.
     Platform,
     /// A name that people use which is no entry of its own: it may mean several, a part of some, or nobody publishes any.
@@ -25,7 +29,7 @@ pub enum EntryKind {
 
 impl EntryKind {
     /// All kinds.
-    pub const ALL: [EntryKind; 9] = [
+    pub const ALL: [EntryKind; 11] = [
         EntryKind::Family,
         EntryKind::Accelerator,
         EntryKind::Fabric,
@@ -33,6 +37,8 @@ impl EntryKind {
         EntryKind::Storage,
         EntryKind::Price,
         EntryKind::Failure,
+        EntryKind::Grid,
+        EntryKind::Ownership,
         EntryKind::Platform,
         EntryKind::Name,
     ];
@@ -47,6 +53,8 @@ impl EntryKind {
             EntryKind::Storage => "storage",
             EntryKind::Price => "price",
             EntryKind::Failure => "failure",
+            EntryKind::Grid => "grid",
+            EntryKind::Ownership => "ownership",
             EntryKind::Platform => "platform",
             EntryKind::Name => "name",
         }
@@ -165,14 +173,26 @@ const STORAGE: &[Key] = &[
     ("write_per_node", Want::Number(D::ByteRate), false),
     ("read_per_unit", Want::Number(D::ByteRate), false),
     ("write_per_unit", Want::Number(D::ByteRate), false),
+    ("server_read", Want::Number(D::ByteRate), false),
+    ("server_write", Want::Number(D::ByteRate), false),
+    ("server_drives", Want::Number(D::Count), false),
+    ("drive", Want::Number(D::Bytes), false),
+    ("server_price", Want::Number(D::Money), false),
+    ("drive_price", Want::Number(D::Money), false),
+    ("node_write", Want::Number(D::ByteRate), false),
 ];
 
 const PRICE: &[Key] = &[
     ("accelerator", Want::Ref(EntryKind::Accelerator), true),
+    ("provider", Want::Text, false),
+    ("region", Want::Text, false),
+    // Accelerators of the node that a price in USD/node-h is for.
+    ("node_accelerators", Want::Number(D::Count), false),
     ("on_demand", Want::Number(D::Rent), false),
     ("reserved_1y", Want::Number(D::Rent), false),
     ("reserved_3y", Want::Number(D::Rent), false),
     ("spot", Want::Number(D::Rent), false),
+    ("spot_interruption", Want::Number(D::Hazard), false),
     ("capacity_block", Want::Number(D::Rent), false),
     ("purchase", Want::Number(D::Money), false),
 ];
@@ -180,8 +200,37 @@ const PRICE: &[Key] = &[
 const FAILURE: &[Key] = &[
     ("rate", Want::Number(D::FailureRate), true),
     ("cause", Want::Numbers(D::FailureRate, &[]), false),
+    ("planned", Want::Number(D::FailureRate), false),
+    ("events", Want::Number(D::Count), false),
+    ("detect", Want::Number(D::Time), false),
     ("restart", Want::Number(D::Time), false),
+    ("repair", Want::Number(D::Time), false),
     ("effective_time", Want::Number(D::Ratio), false),
+];
+
+const GRID: &[Key] = &[
+    ("price", Want::Number(D::EnergyPrice), true),
+    ("carbon", Want::Number(D::Carbon), true),
+    ("water", Want::Number(D::Water), false),
+];
+
+const OWNERSHIP: &[Key] = &[
+    ("server_factor", Want::Number(D::Ratio), true),
+    ("network_share", Want::Number(D::Ratio), true),
+    ("storage_share", Want::Number(D::Ratio), true),
+    ("lifetime", Want::Number(D::Time), true),
+    ("resale", Want::Number(D::Ratio), true),
+    ("capital_cost", Want::Number(D::Ratio), true),
+    ("pue", Want::Number(D::Ratio), true),
+    ("power_factor", Want::Number(D::Ratio), true),
+    ("load", Want::Number(D::Ratio), true),
+    ("idle_load", Want::Number(D::Ratio), true),
+    ("site_water", Want::Number(D::Water), false),
+    ("staff", Want::Number(D::Ratio), true),
+    ("space", Want::Number(D::Money), true),
+    ("maintenance", Want::Number(D::Ratio), true),
+    ("spares", Want::Number(D::Ratio), true),
+    ("lead_time", Want::Number(D::Time), true),
 ];
 
 const PLATFORM: &[Key] = &[
@@ -215,6 +264,8 @@ pub(crate) fn keys(kind: EntryKind) -> impl Iterator<Item = &'static Key> + Clon
         EntryKind::Storage => STORAGE,
         EntryKind::Price => PRICE,
         EntryKind::Failure => FAILURE,
+        EntryKind::Grid => GRID,
+        EntryKind::Ownership => OWNERSHIP,
         EntryKind::Platform => PLATFORM,
         EntryKind::Name => NAME,
     };

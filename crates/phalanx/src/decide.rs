@@ -1,0 +1,157 @@
+//! `phalanx decide`.
+
+use std::fmt::Write as _;
+
+use economics::HOURS_PER_MONTH;
+use economics::decide::{Assumptions, Decision, Phase, decide, profile};
+use spec::{Error, Result};
+
+use crate::args::Decide;
+use crate::{economy, files, output};
+
+/// Bars shown of the tornado.
+const BARS: usize = 10;
+
+pub(crate) fn run(args: &Decide) -> Result<u8> {
+    let mut assumptions = match &args.file {
+        Some(path) => Assumptions::parse(&path.display().to_string(), &files::read(path)?)?,
+        None => of_catalogue(args)?,
+    };
+    assumptions.data_may_leave &= !args.private;
+    let text = assumptions.to_toml();
+    let decision = decide(assumptions)?;
+    if let Some(path) = &args.write {
+        files::write(path, &text)?;
+        output::say(&format!("assumptions in {}; edit them and run: phalanx decide {0}", path.display()));
+    }
+    if args.json {
+        output::print(&serde_json::to_string_pretty(&decision).expect("numbers are JSON"));
+    } else {
+        output::print(&shown(&decision));
+    }
+    Ok(0)
+}
+
+fn of_catalogue(args: &Decide) -> Result<Assumptions> {
+    let catalog = economy::catalog(&args.catalog, args.price.as_deref())?;
+    let ask = economy::price_ask(args.price.as_deref(), args.commitment.as_deref(), args.region.as_deref())?;
+    if let Some(region) = &args.region {
+        economy::known_region(&catalog, region)?;
+    }
+    let demand = demand(args)?;
+    let cluster = catalog.cluster(&args.platform, None)?;
+    Assumptions::of(&catalog, &cluster, &ask, demand, economy::today(args.today.as_deref())?)
+}
+
+/// Share of the time where nothing is said: what large clusters reach (RSC-1 and RSC-2: 83 and 85 %).
+const UTILISATION_USUAL: f64 = 0.84;
+
+fn demand(args: &Decide) -> Result<Vec<Phase>> {
+    if let Some(text) = &args.profile {
+        return profile(text);
+    }
+    let (months, accelerators) = (args.months, args.accelerators);
+    let utilisation = match &args.hours {
+        None => args.utilisation.unwrap_or(UTILISATION_USUAL),
+        Some(text) => {
+            let hours = spec::units::tokens(text).filter(|h| *h > 0.0).ok_or_else(|| {
+                Error::user(format!("--hours {text}, expected a number of accelerator-hours"))
+                    .hint("write it like 2.5M; `phalanx plan --tokens` says run.accelerator_hours")
+            })?;
+            let there = accelerators as f64 * months as f64 * HOURS_PER_MONTH;
+            if hours > there {
+                let what =
+                    format!("--hours {text}: {accelerators} accelerators have {there:.0} in {months} months");
+                return Err(Error::user(what).hint("give more --accelerators or --months"));
+            }
+            hours / there
+        }
+    };
+    let demand = vec![Phase { months, accelerators, utilisation }];
+    economics::decide::check_demand(&demand)?;
+    Ok(demand)
+}
+
+fn shown(d: &Decision) -> String {
+    let mut out = String::new();
+    // Writing to a string cannot fail.
+    let _ = write(&mut out, d);
+    out
+}
+
+fn percent(x: f64) -> String {
+    if x.is_finite() { format!("{:.0} %", 100.0 * x) } else { "never".to_owned() }
+}
+
+fn write(out: &mut String, d: &Decision) -> std::fmt::Result {
+    writeln!(
+        out,
+        "{}: {} for {:.0} accelerator-hours",
+        d.choice.name(),
+        d.assumptions.platform,
+        d.accelerator_hours
+    )?;
+    for reason in &d.reasons {
+        writeln!(out, "  {reason}")?;
+    }
+    writeln!(out, "\nwhat it costs, in money of today")?;
+    for o in &d.options {
+        let built = match (o.accelerators, o.move_month, o.utilisation) {
+            (Some(n), Some(month), Some(u)) => {
+                format!("  {n} accelerators from month {month}, {} in use", percent(u))
+            }
+            _ => String::new(),
+        };
+        writeln!(out, "  {:<12} {}{built}", o.way.name(), o.cost.total)?;
+    }
+    if let Some(best) = d.options.first() {
+        writeln!(out, "\nwhere {} goes", best.way.name())?;
+        economy::text::bill(out, &best.cost)?;
+    }
+    writeln!(out, "\nrejected")?;
+    for r in &d.rejected {
+        writeln!(out, "  {:<12} {}", r.way.name(), r.why)?;
+    }
+    writeln!(
+        out,
+        "\nbreak-even utilisation: from there owning is cheaper (the guide says {} of all)",
+        percent(d.guide_break_even)
+    )?;
+    for b in &d.break_even {
+        writeln!(
+            out,
+            "  against {:<12} ${:<6.2} an hour  {:>6} ({} to {})",
+            b.against.name(),
+            b.usd_per_h.value,
+            percent(b.utilisation.value),
+            percent(b.utilisation.low),
+            percent(b.utilisation.high)
+        )?;
+    }
+    writeln!(
+        out,
+        "\nwhat would change it: owning less renting, millions of dollars, at the low and the high end"
+    )?;
+    for bar in d.tornado.iter().take(BARS) {
+        let flips = if bar.choice_at_low == bar.choice_at_high && bar.choice_at_low == d.choice {
+            String::new()
+        } else {
+            format!("  {} / {}", bar.choice_at_low.name(), bar.choice_at_high.name())
+        };
+        writeln!(
+            out,
+            "  {:<24} {:>10} {:>10}  {:>+10.2} {:>+10.2}{flips}",
+            bar.assumption,
+            short(bar.low),
+            short(bar.high),
+            bar.own_less_rent_at_low / 1e6,
+            bar.own_less_rent_at_high / 1e6
+        )?;
+    }
+    Ok(())
+}
+
+/// Three digits that say something.
+fn short(x: f64) -> String {
+    if x.abs() >= 100.0 { format!("{x:.0}") } else { format!("{x:.3}") }
+}
