@@ -20,6 +20,7 @@ fn hours(model: &str, cluster: &str, n: usize, tokens: f64) -> f64 {
         tokens: Some(tokens),
         keep: 1,
         trainable_only: true,
+        strategy: None,
     };
     let answer = search(question, &Calibration::builtin().unwrap(), &|_, _| ()).unwrap();
     run(&catalog, &answer, &Ask::new(tokens, Date::day(2026, 11, 28))).unwrap().accelerator_hours

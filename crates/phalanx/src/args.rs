@@ -1,4 +1,5 @@
 mod economy;
+mod pages;
 mod survival;
 
 use std::ffi::OsString;
@@ -9,6 +10,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 
 pub(crate) use economy::{Decide, Economy};
 pub(crate) use survival::{Chaos, Ckpt, CkptCommand, Ledger};
+pub(crate) use pages::{Guide, PlanCommand, PlanOr};
 
 /// Plan, rehearse and run the training of large models
 #[derive(Debug, Parser)]
@@ -37,7 +39,9 @@ pub(crate) enum Command {
     /// Measure this machine
     Bench(Bench),
     /// Find the best layouts of a model on a cluster, or on this machine
-    Plan(Plan),
+    Plan(PlanOr),
+    /// Recompute the figures of the guide to AI supercomputing platforms, and say which hold
+    Guide(Guide),
     /// What serving a model takes and costs: time to first token, between tokens, tokens per second
     Inference(Inference),
     /// Build or rent: what to do for a profile of demand over months, why, and what would change it
@@ -135,7 +139,11 @@ Examples:
       --for dollars --within 60 --price 40/node
   Arguments and rank map for Megatron-LM:
     phalanx plan --model llama3-70b --cluster nd-h100-v5 --accelerators 512 \\
-      --emit megatron --rank-map ranks.csv";
+      --emit megatron --rank-map ranks.csv
+  A page for those who pay and those who run it:
+    phalanx plan --model llama3-405b --cluster dgx-superpod-h100-64su --tokens 15.6T --html plan.html
+  Two machines side by side:
+    phalanx plan compare plan.html \"--model llama3-405b --cluster tpu-v5p-pod --tokens 15.6T\"";
 
 #[derive(Debug, ClapArgs)]
 #[command(after_help = PLAN_EXAMPLES)]
@@ -191,6 +199,9 @@ pub(crate) struct Plan {
     /// Write the best layout for megatron, megatron-deepspeed, deepspeed, torchtitan or maxtext
     #[arg(long, value_name = "STACK")]
     pub(crate) emit: Option<String>,
+    /// Write a page with figures, tables, assumptions and sources, in one file that needs no network
+    #[arg(long, value_name = "FILE", conflicts_with = "emit")]
+    pub(crate) html: Option<PathBuf>,
     /// Write which node, axes and stage each rank of the best layout has
     #[arg(long, value_name = "FILE.csv|FILE.json")]
     pub(crate) rank_map: Option<PathBuf>,

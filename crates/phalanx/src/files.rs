@@ -1,6 +1,6 @@
 //! Text files that people name.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use plan::calibration::Calibration;
 use spec::{Catalog, Error, Result};
@@ -14,7 +14,7 @@ pub(crate) fn read(path: &Path) -> Result<String> {
 }
 
 /// The built-in catalogue with the user's files over it.
-pub(crate) fn catalog(files: &[std::path::PathBuf]) -> Result<Catalog> {
+pub(crate) fn catalog(files: &[PathBuf]) -> Result<Catalog> {
     let texts: Vec<(String, String)> =
         files.iter().map(|p| Ok((p.display().to_string(), read(p)?))).collect::<Result<_>>()?;
     let pairs: Vec<(&str, &str)> = texts.iter().map(|(p, t)| (p.as_str(), t.as_str())).collect();
@@ -33,4 +33,56 @@ pub(crate) fn calibration(file: Option<&Path>) -> Result<Calibration> {
 pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
     std::fs::write(path, text)
         .map_err(|e| Error::io("write", path, &e).hint("name a writable file, with free space"))
+}
+
+/// A file that appears whole or not at all: written beside its place and moved there.
+pub(crate) struct Pending {
+    path: PathBuf,
+    beside: PathBuf,
+    file: Option<std::fs::File>,
+}
+
+impl Pending {
+    /// Makes sure that the file can be written, before any work is done for it.
+    ///
+    /// # Errors
+    /// If it cannot: the user's fault, whatever the reason.
+    pub(crate) fn create(flag: &str, path: &Path) -> Result<Self> {
+        let hint = format!("name a writable file with {flag}, in a folder that is there");
+        let refused = |what: String| Error::user(what).hint(hint.clone());
+        // Through a link to what it names; a file that is not there yet is its own name.
+        let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        if path.exists() && !path.is_file() {
+            return Err(refused(format!("{flag} {}: there is something that is no file", path.display())));
+        }
+        let Some(name) = path.file_name() else {
+            return Err(refused(format!("{flag} {}: no name of a file", path.display())));
+        };
+        let beside = path.with_file_name(format!(".{}.{}", name.to_string_lossy(), std::process::id()));
+        let file = std::fs::File::create_new(&beside)
+            .map_err(|e| refused(format!("write {}: {e}", path.display())))?;
+        Ok(Pending { path, beside, file: Some(file) })
+    }
+
+    /// Writes the file and moves it to its place.
+    ///
+    /// # Errors
+    /// As [`Pending::create`]; what was there before is still there then.
+    pub(crate) fn commit(mut self, text: &str) -> Result<()> {
+        use std::io::Write as _;
+        let failed = |e: std::io::Error| {
+            Error::user(format!("write {}: {e}", self.path.display()))
+                .hint("name a writable file, on a disk with free space")
+        };
+        let mut file = self.file.take().ok_or_else(|| Error::failure("the file is closed"))?;
+        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
+        std::fs::rename(&self.beside, &self.path).map_err(failed)
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        // Gone already where it was moved to its place.
+        let _ = std::fs::remove_file(&self.beside);
+    }
 }

@@ -16,6 +16,7 @@ mod decide;
 mod device;
 mod economy;
 mod files;
+mod guide;
 mod inference;
 mod live;
 mod models;
@@ -55,7 +56,8 @@ fn main() -> std::process::ExitCode {
         Command::Program(a) => program::run(&a),
         Command::Data(a) => data::run(&a),
         Command::Bench(a) => bench::run(&a),
-        Command::Plan(a) => planner::plan(&a),
+        Command::Plan(a) => planner::run(&a),
+        Command::Guide(a) => guide::run(&a),
         Command::Inference(a) => inference::run(&a),
         Command::Decide(a) => decide::run(&a),
         Command::Validate(a) => validate::run(&a),
@@ -91,6 +93,7 @@ fn doing(command: &Command) -> Option<&'static str> {
         Command::Program(_) => "building the step program",
         Command::Bench(a) if !matches!(a.what, args::BenchCommand::Machine { .. }) => "measuring",
         Command::Plan(_) => "pricing layouts",
+        Command::Guide(_) => "recomputing the guide's figures",
         Command::Validate(_) => "pricing runs",
         Command::Compare(_) => "reading journals and pricing the program",
         Command::Trace(_) => "reading journals",

@@ -1,20 +1,26 @@
 //! `phalanx plan`.
 
+mod compare;
+mod report;
 pub(crate) mod text;
 
 use std::path::Path;
 use std::time::Instant;
 
+use economics::Date;
+use economics::objective::Chosen;
+use economics::run::Ask;
 use indicatif::{ProgressBar, ProgressStyle};
 use plan::answer::{Answer, Choice, Question, default_batch, sequences_for};
 use plan::models;
 use plan::shape::Shape;
 use plan::software::{self, Software};
 use plan::strategy::Strategy;
+use serde_json::Value;
 use spec::{Catalog, Cluster, Error, HfModel, NumberFormat, Result, RunSpec, suggest};
 use stacks::Emitted;
 
-use crate::args::Plan;
+use crate::args::{Plan, PlanCommand, PlanOr};
 use crate::{economy, files, output};
 
 /// More layouts than anyone reads; each is held while the search runs.
@@ -24,59 +30,110 @@ const THREADS_MAX: usize = 1024;
 /// Layouts kept to find one that another stack can run.
 const KEEP_TO_EMIT: usize = 256;
 
-pub(crate) fn plan(args: &Plan) -> Result<u8> {
-    if args.cluster == "this" {
-        return crate::this_machine::plan(args);
+/// Plans, or puts two plans side by side.
+pub(crate) fn run(args: &PlanOr) -> Result<u8> {
+    match (&args.what, &args.plan) {
+        (Some(PlanCommand::Compare { a, b, json, html }), _) => {
+            compare::compare(a, b, *json, html.as_deref())
+        }
+        (None, Some(args)) => plan(args),
+        (None, None) => Err(Error::user("nothing to plan").hint("say --model and --cluster")),
     }
+}
+
+/// An answer with what surrounds it.
+struct Answered {
+    catalog: Catalog,
+    answer: Answer,
+    ask: Option<Ask>,
+    run: Option<Chosen>,
+    today: Date,
+    seconds: f64,
+    threads: usize,
+    pool: rayon::ThreadPool,
+}
+
+impl Answered {
+    /// As `--json` prints it.
+    fn json(&self) -> Value {
+        let mut json = self.answer.to_json(self.seconds, self.threads);
+        if let Some(chosen) = &self.run {
+            economy::add_json(&mut json, chosen);
+        }
+        json
+    }
+}
+
+fn answered(args: &Plan) -> Result<Answered> {
     if args.threads > THREADS_MAX {
         return Err(Error::user(format!("--threads {}, expected 0 to {THREADS_MAX}", args.threads))
             .hint("0 takes all cores"));
     }
-    if let Some(path) = &args.rank_map {
-        rank_format(path)?;
-    }
     let catalog = economy::catalog(&args.catalog, args.economy.price.as_deref())?;
     let question = question(args, &catalog)?;
+    let today = economy::today(args.economy.today.as_deref())?;
     let ask = economy::ask(&args.economy, question.tokens, args.layout.is_some())?;
     let threads = output::threads(args.threads);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|e| {
         Error::failure(format!("start {threads} threads: {e}")).hint("give fewer with --threads")
     })?;
     let (mut answer, seconds) = pool.install(|| answer(question, args))?;
-    let mut chosen_run = None;
+    let mut run = None;
     if let Some(ask) = &ask {
         let chosen = economy::choose(&catalog, answer, args, ask)?;
         answer = chosen.answer.clone();
-        chosen_run = Some(chosen);
+        run = Some(chosen);
+    }
+    Ok(Answered { catalog, answer, ask, run, today, seconds, threads, pool })
+}
+
+fn plan(args: &Plan) -> Result<u8> {
+    if args.cluster == "this" {
+        if args.html.is_some() {
+            return Err(Error::user("--html with --cluster this: its plan has no page")
+                .hint("leave --html out, or name a cluster of the catalogue"));
+        }
+        return crate::this_machine::plan(args);
+    }
+    if let Some(path) = &args.rank_map {
+        rank_format(path)?;
+    }
+    let page = args.html.as_deref().map(|path| files::Pending::create("--html", path)).transpose()?;
+    let all = answered(args)?;
+    let Answered { answer, pool, seconds, threads, .. } = &all;
+    if let Some(page) = page {
+        let calibration = files::calibration(args.calibration.as_deref())?;
+        let html = pool.install(|| {
+            let run = (all.ask.as_ref(), all.run.as_ref().map(|c| &c.run));
+            report::page(&all.catalog, &calibration, answer, all.json(), run, all.today)
+        })?;
+        page.commit(&html)?;
     }
     let mut chosen = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
     let mut emitted = None;
     if let Some(stack) = &args.emit {
-        let (choice, e) = first_emitted(stack, &answer)?;
+        let (choice, e) = first_emitted(stack, answer)?;
         chosen = choice;
         emitted = Some(e);
     }
     if let Some(path) = &args.rank_map {
-        write_ranks(path, &answer, chosen)?;
+        write_ranks(path, answer, chosen)?;
     }
     if let Some(e) = emitted {
         output::print(&e.text);
         e.notes.iter().for_each(|note| output::say(&format!("note: {note}")));
         output::say(&format!("layout: {}", chosen.placement()));
     } else if args.json {
-        let mut json = answer.to_json(seconds, threads);
+        let mut json = all.json();
         if args.explain {
             json["explain"] =
                 serde_json::to_value(pool.install(|| answer.explain())?).expect("numbers are JSON");
         }
-        if let Some(chosen) = &chosen_run {
-            economy::add_json(&mut json, chosen);
-        }
         output::print(&serde_json::to_string_pretty(&json).expect("numbers are JSON"));
     } else {
         let explained = if args.explain { Some(pool.install(|| answer.explain())?) } else { None };
-        let mut out = text::answer(&answer, seconds, threads, explained.as_deref());
-        if let Some(chosen) = &chosen_run {
+        let mut out = text::answer(answer, *seconds, *threads, explained.as_deref());
+        if let Some(chosen) = &all.run {
             out += &economy::text::run(chosen);
         }
         output::print(&out);

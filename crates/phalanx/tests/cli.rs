@@ -7,6 +7,7 @@ mod owner;
 mod planner;
 mod serving;
 mod survival;
+mod report;
 
 use std::fs;
 

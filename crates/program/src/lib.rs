@@ -46,7 +46,7 @@ pub use cost::Cost;
 pub use graph::Phase;
 pub use op::{Axis, GradSum, Heads, Op, OpId, OpKind};
 pub use params::{GroupId, ParamGroup, ParamPart, Replication};
-pub use pipeline::{Pass, PassTimes, Played, Work, orders, play};
+pub use pipeline::{Pass, PassTimes, Played, Span, Work, in_flight, orders, play, spans};
 pub use place::ALIGN;
 pub use role::{ParamKey, Place, Role};
 pub use zero::owned as owned_range;

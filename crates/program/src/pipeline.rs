@@ -133,22 +133,54 @@ pub struct Played {
     pub in_flight: Vec<Vec<usize>>,
 }
 
+/// When a piece of work runs, in the unit of the times given.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Span {
+    /// Begin.
+    pub start: f64,
+    /// End.
+    pub end: f64,
+}
+
 /// Plays the orders with instant messages.
 ///
 /// # Errors
 /// Names the work that can never start, if the orders deadlock.
 pub fn play(orders: &[Vec<Work>], chunks: usize, times: PassTimes) -> Result<Played, String> {
-    let stages = orders.len();
     let split = orders.iter().flatten().any(|w| w.pass == Pass::Weight);
-    let micro_batches = orders[0].iter().map(|w| w.micro_batch + 1).max().unwrap_or(0);
+    let took = |_: usize, pass: Pass| match pass {
+        Pass::Forward => times.forward,
+        Pass::Backward if split => times.input,
+        Pass::Backward => times.input + times.weight,
+        Pass::Weight => times.weight,
+    };
+    let spans = spans(orders, chunks, took)?;
+    let makespan = spans.iter().flatten().map(|s| s.end).fold(0.0, f64::max);
+    let busy = |(s, order): (usize, &Vec<Work>)| order.iter().map(|w| took(s, w.pass)).sum::<f64>();
+    let bubble = orders.iter().enumerate().map(|o| makespan - busy(o)).fold(0.0, f64::max);
+    let in_flight = orders.iter().map(|o| in_flight(o, chunks)).collect();
+    Ok(Played { makespan, bubble, in_flight })
+}
+
+/// When each piece of work runs, by stage and in its order, where a pass over a chunk of a stage takes `took` and messages
+/// are instant.
+///
+/// # Errors
+/// As [`play`].
+pub fn spans(
+    orders: &[Vec<Work>],
+    chunks: usize,
+    took: impl Fn(usize, Pass) -> f64,
+) -> Result<Vec<Vec<Span>>, String> {
+    let stages = orders.len();
+    let micro_batches = orders.iter().flatten().map(|w| w.micro_batch + 1).max().unwrap_or(0);
     let mut end = vec![vec![[None::<f64>; 3]; micro_batches]; stages * chunks];
-    let mut next = vec![0; stages];
+    let mut spans: Vec<Vec<Span>> = orders.iter().map(|o| Vec::with_capacity(o.len())).collect();
     let mut clock = vec![0.0f64; stages];
-    let mut busy = vec![0.0f64; stages];
     loop {
         let mut moved = false;
         for s in 0..stages {
-            while let Some(w) = orders[s].get(next[s]) {
+            while let Some(w) = orders[s].get(spans[s].len()) {
                 let v = w.chunk * stages + s;
                 let of = |v: usize, pass: Pass| end[v][w.micro_batch][pass as usize];
                 let ready = match w.pass {
@@ -159,16 +191,10 @@ pub fn play(orders: &[Vec<Work>], chunks: usize, times: PassTimes) -> Result<Pla
                     Pass::Weight => of(v, Pass::Backward),
                 };
                 let Some(ready) = ready else { break };
-                let took = match w.pass {
-                    Pass::Forward => times.forward,
-                    Pass::Backward if split => times.input,
-                    Pass::Backward => times.input + times.weight,
-                    Pass::Weight => times.weight,
-                };
-                clock[s] = clock[s].max(ready) + took;
-                busy[s] += took;
+                let start = clock[s].max(ready);
+                clock[s] = start + took(s, w.pass);
                 end[v][w.micro_batch][w.pass as usize] = Some(clock[s]);
-                next[s] += 1;
+                spans[s].push(Span { start, end: clock[s] });
                 moved = true;
             }
         }
@@ -176,17 +202,14 @@ pub fn play(orders: &[Vec<Work>], chunks: usize, times: PassTimes) -> Result<Pla
             break;
         }
     }
-    if let Some(s) = (0..stages).find(|&s| next[s] < orders[s].len()) {
-        return Err(format!("stage {s} waits for ever at {:?}", orders[s][next[s]]));
+    match (0..stages).find(|&s| spans[s].len() < orders[s].len()) {
+        Some(s) => Err(format!("stage {s} waits for ever at {:?}", orders[s][spans[s].len()])),
+        None => Ok(spans),
     }
-    let makespan = clock.iter().copied().fold(0.0, f64::max);
-    let bubble = busy.iter().map(|b| makespan - b).fold(0.0, f64::max);
-    let in_flight = orders.iter().map(|o| in_flight(o, chunks)).collect();
-    Ok(Played { makespan, bubble, in_flight })
 }
 
 /// Most micro-batches of each chunk whose activations a stage holds at once.
-pub(crate) fn in_flight(order: &[Work], chunks: usize) -> Vec<usize> {
+pub fn in_flight(order: &[Work], chunks: usize) -> Vec<usize> {
     let split = order.iter().any(|w| w.pass == Pass::Weight);
     let ends = if split { Pass::Weight } else { Pass::Backward };
     let mut now = vec![0usize; chunks];

@@ -27,6 +27,7 @@ const BUILTIN: &[(&str, &str)] = &[
     ("catalog/platforms.toml", include_str!("../../../catalog/platforms.toml")),
     ("catalog/workstations.toml", include_str!("../../../catalog/workstations.toml")),
     ("catalog/names.toml", include_str!("../../../catalog/names.toml")),
+    ("catalog/trained.toml", include_str!("../../../catalog/trained.toml")),
 ];
 
 /// Accelerators, nodes, fabrics, storage, prices, failure rates and platforms, by name.

@@ -11,7 +11,7 @@ use crate::common::Lab;
 const SMALL: &str = "plan --model gpt3-1.3b --cluster dgx-superpod-h100 --accelerators 16 --threads 1";
 
 /// Refused with one error that holds `what`, and a hint unless the flag parser refused it.
-fn refused(lab: &Lab, args: &str, code: i32, what: &str) -> String {
+pub(crate) fn refused(lab: &Lab, args: &str, code: i32, what: &str) -> String {
     let ran = lab.run(args);
     assert_eq!(ran.code, Some(code), "{args}\n{}{}", ran.out, ran.err);
     assert_eq!(ran.err.lines().filter(|l| l.starts_with("error: ")).count(), 1, "{args}\n{}", ran.err);

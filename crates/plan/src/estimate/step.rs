@@ -1,5 +1,7 @@
 //! A step added up from its sections: the slowest stage, the pipeline around it, and what happens once a step.
 
+use spec::Result;
+
 use crate::network::{Collective, Group, Span, on_span};
 use crate::pipeline::{Pipeline, Stage, makespan_s};
 use crate::placement::Placement;
@@ -67,6 +69,21 @@ impl Stages {
         Share { dense: dense as f64, experts: experts as f64, embed: stage == 0, head: stage + 1 == l.pp }
     }
 
+    /// One micro-batch on the first, the slowest and the mean of those between, and the last stage.
+    fn ends(&self, t: &Timed, single: bool) -> [(Times, Times, f64); 4] {
+        if single {
+            return [self.stage(t, self.most, true, true); 4];
+        }
+        let dealt = self.layers;
+        let between = |layers| self.stage(t, layers, false, false);
+        [
+            self.stage(t, dealt.first, true, false),
+            between(dealt.between),
+            between(dealt.mean),
+            self.stage(t, dealt.last, false, true),
+        ]
+    }
+
     /// One micro-batch on a stage of `count` layers: forward, backward, and the weight gradients in it.
     fn stage(&self, t: &Timed, count: f64, embed: bool, head: bool) -> (Times, Times, f64) {
         let (mut f, mut b, mut w) = (Times::default(), Times::default(), 0.0);
@@ -88,15 +105,44 @@ impl Stages {
 }
 
 impl Estimator<'_> {
+    /// The pipeline of a layout: what one micro-batch takes on its first, middle and last stage.
+    ///
+    /// # Errors
+    /// If the model does not allow the layout.
+    pub fn pipeline(&mut self, placement: &Placement) -> Result<Pipeline> {
+        let timed = self.timed(placement)?;
+        let stages = Stages::of(self.problem, placement, self.expert_layers);
+        let [first, middle, mean, last] = stages.ends(&timed, placement.layout.pp == 1);
+        Ok(self.pipeline_of(placement, &stages, [&first, &middle, &mean, &last]))
+    }
+
+    fn pipeline_of(
+        &self,
+        placement: &Placement,
+        stages: &Stages,
+        [first, middle, mean, last]: [&(Times, Times, f64); 4],
+    ) -> Pipeline {
+        let shown = |t: &Times| t.busy() + self.host_wait(t);
+        let passes = |s: &(Times, Times, f64)| Stage { forward_s: shown(&s.0), backward_s: shown(&s.1) };
+        Pipeline {
+            schedule: placement.layout.schedule,
+            stages: placement.layout.pp as f64,
+            chunks: placement.layout.chunks as f64,
+            micro_batches: stages.micro_batches,
+            first: passes(first),
+            middle: passes(middle),
+            mean: passes(mean),
+            last: passes(last),
+            weight_s: middle.2,
+        }
+    }
+
     /// Adds up a step.
     pub(super) fn combine(&self, placement: &Placement, t: &Timed) -> Estimate {
         let p = self.problem;
         let stages = Stages::of(p, placement, self.expert_layers);
         let single = placement.layout.pp == 1;
-        let dealt = stages.layers;
-        let middle = stages.stage(t, if single { stages.most } else { dealt.between }, single, single);
-        let last = if single { middle } else { stages.stage(t, dealt.last, false, true) };
-        let first = if single { middle } else { stages.stage(t, dealt.first, true, false) };
+        let [first, middle, mean, last] = stages.ends(t, single);
         let shown = |t: &Times| t.busy() + self.host_wait(t);
         let time = |s: &(Times, Times, f64)| shown(&s.0) + shown(&s.1);
         let slowest =
@@ -105,18 +151,7 @@ impl Estimator<'_> {
         let mut d = self.stage_parts(&slowest, stages.micro_batches);
         let mut busy_port_s = 0.0;
         if !single {
-            let passes = |s: &(Times, Times, f64)| Stage { forward_s: shown(&s.0), backward_s: shown(&s.1) };
-            let whole = makespan_s(&Pipeline {
-                schedule: placement.layout.schedule,
-                stages: placement.layout.pp as f64,
-                chunks: placement.layout.chunks as f64,
-                micro_batches: stages.micro_batches,
-                first: passes(&first),
-                middle: passes(&middle),
-                mean: passes(&stages.stage(t, dealt.mean, false, false)),
-                last: passes(&last),
-                weight_s: middle.2,
-            });
+            let whole = makespan_s(&self.pipeline_of(placement, &stages, [&first, &middle, &mean, &last]));
             d.bubble_s = (whole - stages.micro_batches * time(&slowest)).max(0.0);
             busy_port_s = self.messages(placement, t, &stages, &mut d);
         }

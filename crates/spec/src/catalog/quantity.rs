@@ -11,6 +11,8 @@ pub enum Dimension {
     LinkRate,
     /// Arithmetic throughput, in FLOP per second without sparsity; dense or sparse must be stated.
     FlopRate,
+    /// Arithmetic done, in FLOP.
+    Work,
     /// Time, in seconds.
     Time,
     /// Power, in watts.
@@ -60,6 +62,7 @@ const UNITS: &[(&str, Dimension, f64)] = &[
     ("GFLOP/s", Dimension::FlopRate, 1e9),
     ("TFLOP/s", Dimension::FlopRate, 1e12),
     ("PFLOP/s", Dimension::FlopRate, 1e15),
+    ("FLOP", Dimension::Work, 1.0),
     ("ns", Dimension::Time, 1e-9),
     ("us", Dimension::Time, 1e-6),
     ("ms", Dimension::Time, 1e-3),
@@ -89,6 +92,7 @@ const UNITS: &[(&str, Dimension, f64)] = &[
     ("tokens", Dimension::Count, 1.0),
     ("ports", Dimension::Count, 1.0),
     ("dims", Dimension::Count, 1.0),
+    ("cores", Dimension::Count, 1.0),
     ("events", Dimension::Count, 1.0),
     ("drives", Dimension::Count, 1.0),
 ];
@@ -116,6 +120,7 @@ impl fmt::Display for Dimension {
             Dimension::ByteRate => "a throughput",
             Dimension::LinkRate => "a link rate",
             Dimension::FlopRate => "an arithmetic rate",
+            Dimension::Work => "an amount of arithmetic",
             Dimension::Time => "a time",
             Dimension::Power => "a power",
             Dimension::Money => "a price",

@@ -25,11 +25,13 @@ pub enum EntryKind {
     Platform,
     /// A name that people use which is no entry of its own: it may mean several, a part of some, or nobody publishes any.
     Name,
+    /// A training run that others published: on what, how long, for how much.
+    Trained,
 }
 
 impl EntryKind {
     /// All kinds.
-    pub const ALL: [EntryKind; 11] = [
+    pub const ALL: [EntryKind; 12] = [
         EntryKind::Family,
         EntryKind::Accelerator,
         EntryKind::Fabric,
@@ -41,6 +43,7 @@ impl EntryKind {
         EntryKind::Ownership,
         EntryKind::Platform,
         EntryKind::Name,
+        EntryKind::Trained,
     ];
 
     /// The table name in a catalogue file.
@@ -57,6 +60,7 @@ impl EntryKind {
             EntryKind::Ownership => "ownership",
             EntryKind::Platform => "platform",
             EntryKind::Name => "name",
+            EntryKind::Trained => "trained",
         }
     }
 
@@ -96,6 +100,8 @@ pub(crate) type Key = (&'static str, Want, bool);
 
 const PRECISIONS: &[&str] = &["fp32", "tf32", "fp16", "bf16", "fp8", "fp4", "int8"];
 
+const TECHNOLOGIES: &[&str] = &["infiniband", "ethernet", "efa", "slingshot", "omni-path"];
+
 const COMMON: &[Key] =
     &[("title", Want::Text, false), ("note", Want::Text, false), ("aliases", Want::List, false)];
 
@@ -125,6 +131,8 @@ const ACCELERATOR: &[Key] = &[
     ("peak", Want::Numbers(D::FlopRate, PRECISIONS), true),
     ("matmul", Want::Numbers(D::FlopRate, PRECISIONS), false),
     ("memory", Want::Number(D::Bytes), true),
+    // Where the memory's chips are: stacks beside the die on an interposer, chips on the board, or in the die itself.
+    ("memory_at", Want::Word(&["interposer", "board", "die"]), false),
     ("memory_bandwidth", Want::Number(D::ByteRate), true),
     ("scale_up", Want::Number(D::LinkRate), true),
     ("peer", Want::Number(D::LinkRate), true),
@@ -138,6 +146,7 @@ const ACCELERATOR: &[Key] = &[
 ];
 
 const FABRIC: &[Key] = &[
+    ("technology", Want::Word(TECHNOLOGIES), false),
     ("topology", Want::Word(&["fat-tree", "rail-fat-tree", "rail-only", "dragonfly"]), true),
     ("in_switch", Want::Word(&["none", "sharp"]), true),
     ("port", Want::Number(D::LinkRate), true),
@@ -161,6 +170,7 @@ const NODE: &[Key] = &[
     ("accelerators", Want::Number(D::Count), true),
     ("scale_out", Want::Number(D::LinkRate), false),
     ("disk", Want::Number(D::Bytes), false),
+    ("disk_write", Want::Number(D::ByteRate), false),
     ("power", Want::Number(D::Power), false),
     ("price", Want::Number(D::Money), false),
 ];
@@ -247,12 +257,31 @@ const PLATFORM: &[Key] = &[
     ("spare_units_max", Want::Number(D::Count), false),
     ("job_max", Want::Number(D::Count), false),
     ("shape", Want::Text, false),
+    ("online", Want::Text, false),
+    ("cpu_cores", Want::Number(D::Count), false),
+    ("fleet", Want::Number(D::Count), false),
+    ("fleet_before", Want::Number(D::Count), false),
     ("multislice", Want::Flag, false),
 ];
 
 /// `means` are machines, the one that is taken first; `see` entries of any kind that hold its figures. A name without
 /// either is a provider's who publishes none.
 const NAME: &[Key] = &[("means", Want::List, false), ("see", Want::List, false)];
+
+const TRAINED: &[Key] = &[
+    ("accelerator", Want::Ref(EntryKind::Accelerator), false),
+    ("platform", Want::Ref(EntryKind::Platform), false),
+    ("accelerators", Want::Number(D::Count), false),
+    ("tokens", Want::Number(D::Count), false),
+    ("took", Want::Number(D::Time), false),
+    // Accelerators times the time they ran.
+    ("accelerator_time", Want::Number(D::Time), false),
+    ("work", Want::Number(D::Work), false),
+    ("cost_amortised", Want::Number(D::Money), false),
+    ("cost_rented", Want::Number(D::Money), false),
+    ("cost_bought", Want::Number(D::Money), false),
+    ("disclosed", Want::Flag, true),
+];
 
 /// All keys that an entry of this kind may have, except `base`.
 pub(crate) fn keys(kind: EntryKind) -> impl Iterator<Item = &'static Key> + Clone {
@@ -268,6 +297,7 @@ pub(crate) fn keys(kind: EntryKind) -> impl Iterator<Item = &'static Key> + Clon
         EntryKind::Ownership => OWNERSHIP,
         EntryKind::Platform => PLATFORM,
         EntryKind::Name => NAME,
+        EntryKind::Trained => TRAINED,
     };
     COMMON.iter().chain(own)
 }

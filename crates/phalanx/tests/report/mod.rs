@@ -1,0 +1,205 @@
+//! Pages: what they show is what `--json` says, they need nothing from elsewhere, and a browser has nothing to complain of.
+
+mod browser;
+
+use std::fs;
+
+use serde_json::Value;
+
+use crate::common::Lab;
+use crate::planner::refused;
+
+/// A run on a machine that has a rent and a price to buy, searched in a fraction of a second.
+const RUN: &str = "plan --model llama2-7b --cluster aws-p5-ultracluster --accelerators 64 --tokens 2T --sequences 256 --threads 2";
+
+/// The numbers in a figure's table: rows of (name, values).
+fn table(page: &str, figure: &str) -> Vec<(String, Vec<f64>)> {
+    let from = page
+        .split(&format!("<figure id=\"{figure}\""))
+        .nth(1)
+        .unwrap_or_else(|| panic!("no figure {figure}"));
+    let from = from.split("</figure>").next().unwrap_or_default();
+    let body = from.split("<tbody>").nth(1).unwrap_or_else(|| panic!("no table in {figure}"));
+    let rows = body.split("<tr ").skip(1);
+    rows.map(|row| {
+        let name = row.split("</th>").next().unwrap_or_default().rsplit('>').next().unwrap_or_default();
+        let values = row.split("data-value=\"").skip(1);
+        let value = |v: &str| v.split('"').next().and_then(|v| v.parse().ok()).expect("a number");
+        (name.to_owned(), values.map(value).collect())
+    })
+    .collect()
+}
+
+fn number(json: &Value, path: &str) -> f64 {
+    json.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("no {path}"))
+}
+
+fn same(what: &str, a: f64, b: f64) {
+    assert!((a - b).abs() <= 1e-9 * b.abs(), "{what}: {a} in the page, {b} in the JSON");
+}
+
+/// Every figure's numbers against the answer as data.
+fn shows(page: &str, json: &Value) {
+    let best = &json["best"][0];
+    for (name, values) in table(page, "parts") {
+        if name == "in all" {
+            same("step", values[0], number(best, "/step_s"));
+            continue;
+        }
+        let key = match name.as_str() {
+            "memory" => "stream".to_owned(),
+            "tensor parallel" => "tensor".to_owned(),
+            "context parallel" => "context".to_owned(),
+            "expert parallel" => "expert".to_owned(),
+            "data parallel" => "data".to_owned(),
+            "stage messages" => "pipeline".to_owned(),
+            "stragglers" => "straggler".to_owned(),
+            other => other.to_owned(),
+        };
+        let found = match name.as_str() {
+            "data loading" => number(best, "/loading_s"),
+            _ => number(best, &format!("/breakdown/{key}_s")),
+        };
+        same(&name, values[0], found);
+    }
+    let memory = table(page, "memory");
+    for (i, key) in ["params", "grads", "optimizer", "activations", "working", "framework"].iter().enumerate()
+    {
+        same(key, memory[i].1[0], number(best, &format!("/memory/{key}")));
+    }
+    let run = &json["run"];
+    let bill = table(page, "cost");
+    let parts = run["cost"]["parts"].as_array().expect("parts");
+    assert_eq!(bill.len(), parts.len() + 1);
+    for part in parts {
+        let name = part["name"].as_str().expect("a name");
+        let row = bill.iter().find(|r| r.0 == name).unwrap_or_else(|| panic!("no {name} in the bill"));
+        same(name, row.1[0], number(part, "/value"));
+    }
+    let total = &bill[bill.len() - 1].1;
+    for (i, key) in ["value", "low", "high"].iter().enumerate() {
+        same(key, total[i], number(run, &format!("/cost_usd/{key}")));
+    }
+    same("the parts", bill[..bill.len() - 1].iter().map(|r| r.1[0]).sum(), total[0]);
+    let goodput = table(page, "goodput");
+    same("goodput", goodput[0].1[1], number(run, "/goodput"));
+    assert!(goodput[1..].iter().all(|p| p.1[1] <= goodput[0].1[1] + 1e-6), "the interval taken is the best");
+    let losses = table(page, "losses");
+    same("wall time", losses.iter().map(|r| r.1[1]).sum(), number(run, "/wall_days") * 86_400.0);
+    let timeline = table(page, "timeline");
+    same("the step played", timeline[timeline.len() - 1].1[0], number(best, "/step_s"));
+}
+
+#[test]
+fn figures_show_what_the_answer_says() {
+    let lab = Lab::new();
+    let json = lab.json(&format!("{RUN} --json --html plan.html"));
+    let page = fs::read_to_string(lab.path("plan.html")).expect("a page");
+    shows(&page, &json);
+    let data = page.split("id=\"data\">").nth(1).and_then(|d| d.split("</script>").next()).expect("data");
+    let data: Value = serde_json::from_str(data).expect("JSON");
+    assert_eq!(data["best"], json["best"]);
+    assert_eq!(data["run"], json["run"]);
+    let utilisation = table(&page, "utilisation");
+    same("break-even", utilisation[0].1[0], number(&data, "/break_even/value"));
+    let sizes = table(&page, "scaling");
+    assert_eq!(sizes.len(), data["sizes"].as_array().map_or(0, Vec::len));
+    for id in ["layouts", "stages", "sensitivity", "cost-sensitivity", "sources", "best"] {
+        assert!(page.contains(&format!("<figure id=\"{id}\"")), "{id}");
+    }
+    let answer = page.split("id=\"answer\">").nth(1).and_then(|a| a.split("</p>").next()).expect("an answer");
+    assert!(answer.starts_with("llama2-7b trains on 2.00T tokens in "), "{answer}");
+    assert!(answer.contains("It costs $"), "{answer}");
+}
+
+#[test]
+fn a_page_needs_nothing_from_elsewhere() {
+    let lab = Lab::new();
+    lab.ok(&format!("{RUN} --html plan.html"));
+    lab.ok("guide --html guide.html");
+    for name in ["plan.html", "guide.html"] {
+        let page = fs::read_to_string(lab.path(name)).expect("a page");
+        for loads in ["<link", "<img", "<iframe", "@import", "url(", " src=", "fetch(", "XMLHttpRequest"] {
+            assert!(!page.contains(loads), "{name} has {loads}");
+        }
+        let links = page.split("href=\"").skip(1);
+        assert!(links.into_iter().all(|l| l.starts_with('#')), "{name} links elsewhere");
+        assert!(page.contains("default-src 'none'") && page.contains("prefers-color-scheme:dark"), "{name}");
+        assert!(page.contains("@media print") && page.contains("<html lang=\"en\">"), "{name}");
+        for svg in page.split("<svg ").skip(1) {
+            assert!(
+                svg.starts_with("viewBox=") && svg.contains("role=\"img\"") && svg.contains("<desc"),
+                "{name}"
+            );
+        }
+    }
+}
+
+#[test]
+fn an_unwritable_page_leaves_nothing_behind() {
+    let lab = Lab::new();
+    let small = "plan --model gpt3-1.3b --cluster dgx-h100 --threads 1";
+    refused(&lab, &format!("{small} --html nowhere/plan.html"), 2, "nowhere/plan.html");
+    refused(&lab, &format!("{small} --html ."), 2, "there is something that is no file");
+    refused(&lab, "guide --html nowhere/guide.html", 2, "nowhere/guide.html");
+    refused(&lab, "plan --model gpt3-1.3b --cluster this --html plan.html", 2, "its plan has no page");
+    // A plan that fails leaves the page of the last one.
+    lab.write("plan.html", "the last one");
+    refused(&lab, "plan --model gpt3-13bb --cluster dgx-h100 --html plan.html", 2, "gpt3-13bb");
+    assert_eq!(fs::read_to_string(lab.path("plan.html")).expect("a page"), "the last one");
+    let left: Vec<_> =
+        fs::read_dir(lab.path("")).expect("the folder").map(|e| e.expect("an entry").file_name()).collect();
+    assert!(left.iter().all(|n| !n.to_string_lossy().starts_with('.')), "{left:?}");
+}
+
+#[test]
+fn the_guide_is_recomputed_claim_by_claim() {
+    let lab = Lab::new();
+    let json = lab.json("guide --json");
+    let claims = json["claims"].as_array().expect("claims");
+    assert_eq!(claims.len(), 57);
+    for (i, claim) in claims.iter().enumerate() {
+        assert_eq!(claim["number"], i + 1);
+        for key in ["claim", "ours", "source", "verdict"] {
+            assert!(claim[key].as_str().is_some_and(|t| !t.is_empty()), "{key}: {claim}");
+        }
+    }
+    let of =
+        |n: usize| (claims[n - 1]["ours"].as_str().unwrap_or_default(), claims[n - 1]["verdict"].as_str());
+    assert!(of(50).0.contains("1,620 GPU-days") && of(50).1 == Some("wrong"), "{:?}", of(50));
+    assert!(of(48).0.contains("$230,400") && of(48).1 == Some("confirmed"), "{:?}", of(48));
+    let text = lab.ok("guide");
+    assert!(text.contains("16. wrong       they form a 2D torus"), "{text}");
+    assert!(text.trim_end().lines().last().is_some_and(|l| l.starts_with("57 claims: ")), "{text}");
+}
+
+#[test]
+fn two_plans_stand_side_by_side() {
+    let lab = Lab::new();
+    let a = lab.ok(&format!("{RUN} --json --html a.html"));
+    lab.write("a.json", &a);
+    let b = "--model llama2-13b --cluster dgx-superpod-h100 --accelerators 64 --tokens 2T --sequences 256";
+    let compare = |first: &str, more: &[&str]| {
+        let output =
+            lab.command("plan compare").args([first, b]).args(more).output().expect("start the program");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("text")
+    };
+    let json: Value =
+        serde_json::from_str(&compare("a.json", &["--json", "--html", "both.html"])).expect("JSON");
+    let page: Value = serde_json::from_str(&compare("a.html", &["--json"])).expect("JSON");
+    assert_eq!(json["a"], page["a"], "a page is an answer too");
+    assert_eq!(json["differs"], serde_json::json!(["model", "platform"]));
+    let step = json["lines"].as_array().and_then(|l| l.iter().find(|l| l["name"] == "step")).expect("a step");
+    let first: Value = serde_json::from_str(&a).expect("JSON");
+    assert_eq!(step["a"], first["best"][0]["step_s"]);
+    let text = compare("a.json", &[]);
+    assert!(text.contains("they differ in model, platform") && text.contains("A trains tokens "), "{text}");
+    let both = fs::read_to_string(lab.path("both.html")).expect("a page");
+    let row = table(&both, "ratios").into_iter().find(|r| r.0 == "step").expect("a step");
+    same("step", row.1[0], number(step, "/a"));
+    lab.write("no.json", "{\"best\": 1}");
+    refused(&lab, "plan compare no.json a.json", 2, "no.json: no answer of the planner");
+    refused(&lab, "plan compare gone.json a.json", 2, "gone.json");
+    refused(&lab, "plan compare a.json --model=gpt3-1.3b", 2, "--model=gpt3-1.3b");
+}

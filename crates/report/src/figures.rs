@@ -1,0 +1,40 @@
+//! The figures of a plan's page. Each is drawn from values that its table shows too.
+
+mod bars;
+mod frontier;
+mod goodput;
+mod money;
+mod sensitivity;
+mod stages;
+
+use crate::table::Table;
+
+pub(crate) use bars::{memory, parts};
+pub(crate) use frontier::{layouts, scaling};
+pub(crate) use goodput::{interval, losses};
+pub(crate) use money::{cost, utilisation};
+pub(crate) use sensitivity::{cost_swings, time_swings};
+pub(crate) use stages::{Timeline, by_stage, timeline};
+
+/// A drawing with its numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Figure {
+    /// Its name in the page.
+    pub id: &'static str,
+    /// What it shows.
+    pub title: String,
+    /// What to see in it, in a sentence or two.
+    pub says: String,
+    /// SVG.
+    pub drawing: String,
+    /// The numbers.
+    pub table: Table,
+}
+
+/// Colours of the page's palette, `c0` to `c7`.
+pub(crate) const COLOURS: usize = 8;
+
+/// The class that fills with colour `i`.
+pub(crate) fn fill(i: usize) -> String {
+    format!("c{}", i % COLOURS)
+}
