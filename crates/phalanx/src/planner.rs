@@ -32,12 +32,11 @@ const KEEP_TO_EMIT: usize = 256;
 
 /// Plans, or puts two plans side by side.
 pub(crate) fn run(args: &PlanOr) -> Result<u8> {
-    match (&args.what, &args.plan) {
-        (Some(PlanCommand::Compare { a, b, json, html }), _) => {
+    match args {
+        PlanOr::Plan(args) => plan(args),
+        PlanOr::Two(PlanCommand::Compare { a, b, json, html }) => {
             compare::compare(a, b, *json, html.as_deref())
         }
-        (None, Some(args)) => plan(args),
-        (None, None) => Err(Error::user("nothing to plan").hint("say --model and --cluster")),
     }
 }
 

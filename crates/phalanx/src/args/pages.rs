@@ -1,17 +1,40 @@
 use std::path::PathBuf;
 
-use clap::{Args as ClapArgs, Subcommand};
+use clap::{ArgMatches, Args as ClapArgs, Command, FromArgMatches, Subcommand};
 
 use super::Plan;
 
-/// A plan, or two side by side.
-#[derive(Debug, ClapArgs)]
-#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
-pub(crate) struct PlanOr {
-    #[command(subcommand)]
-    pub(crate) what: Option<PlanCommand>,
-    #[command(flatten)]
-    pub(crate) plan: Option<Plan>,
+/// A plan, or two side by side: flags, or a subcommand instead of them.
+#[derive(Debug)]
+pub(crate) enum PlanOr {
+    Plan(Box<Plan>),
+    Two(PlanCommand),
+}
+
+impl ClapArgs for PlanOr {
+    fn augment_args(command: Command) -> Command {
+        PlanCommand::augment_subcommands(Plan::augment_args(command))
+            .args_conflicts_with_subcommands(true)
+            .subcommand_negates_reqs(true)
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for PlanOr {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        match matches.subcommand_name() {
+            Some(_) => PlanCommand::from_arg_matches(matches).map(PlanOr::Two),
+            None => Plan::from_arg_matches(matches).map(|plan| PlanOr::Plan(Box::new(plan))),
+        }
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -6,7 +6,7 @@ use clap::Parser;
 use report::compare::{Comparison, Side};
 use spec::{Error, Result};
 
-use crate::args::{Args, Command};
+use crate::args::{Args, Command, PlanOr};
 use crate::{files, output};
 
 pub(super) fn compare(a: &str, b: &str, json: bool, html: Option<&Path>) -> Result<u8> {
@@ -36,8 +36,9 @@ fn side(given: &str) -> Result<Side> {
     let parsed = Args::try_parse_from(words).map_err(|e| {
         refused(e.to_string().lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned())
     })?;
-    let Command::Plan(plan) = parsed.command else { return Err(refused("no plan".to_owned())) };
-    let plan = plan.plan.ok_or_else(|| refused("no plan".to_owned()))?;
+    let Command::Plan(PlanOr::Plan(plan)) = parsed.command else {
+        return Err(refused("no plan of its own".to_owned()));
+    };
     if plan.cluster == "this" {
         return Err(refused("plans of this machine have other figures".to_owned()));
     }
