@@ -9,8 +9,8 @@ use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args as ClapArgs, Parser, Subcommand};
 
 pub(crate) use economy::{Decide, Economy};
-pub(crate) use survival::{Chaos, Ckpt, CkptCommand, Ledger};
 pub(crate) use pages::{Guide, PlanCommand, PlanOr};
+pub(crate) use survival::{Chaos, Ckpt, CkptCommand, Ledger};
 
 /// Plan, rehearse and run the training of large models
 #[derive(Debug, Parser)]

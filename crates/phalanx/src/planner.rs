@@ -137,7 +137,7 @@ fn plan(args: &Plan) -> Result<u8> {
         }
         output::print(&out);
     }
-    fits(&answer, chosen)?;
+    fits(answer, chosen)?;
     Ok(0)
 }
 
