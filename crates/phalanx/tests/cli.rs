@@ -377,7 +377,7 @@ fn what_does_not_train_yet_is_planned_and_refused_by_name() {
     assert_eq!(found["params"].as_f64(), Some(46_702_792_704.0));
     assert!(found["best"][0]["mfu"].as_f64().is_some_and(|mfu| mfu > 0.1), "{}", found["best"][0]);
     lab.write("mamba.json", r#"{ "model_type": "mamba" }"#);
-    check(&lab, "plan --model mamba.json --cluster dgx-h100", 2, "architecture mamba is not supported");
+    check(&lab, "plan --model mamba.json --cluster dgx-h100", 2, "mamba cannot be planned: ");
 
     let show = format!("program show {} {experts} --set layout.dp=2 --set layout.ep=2", sets());
     let program = lab.ok(&show);

@@ -247,21 +247,17 @@ impl Reader<'_> {
             software: &software,
         };
         let (placements, slice) = usable!(layouts::placements(&mut self, &problem));
-        let cluster = match slice {
-            Some(slice) => cluster.in_slices(slice),
-            None => cluster,
-        };
+        let cluster = if let Some(slice) = slice { cluster.in_slices(slice) } else { cluster };
         let timed = self.measured(&shape, n, sequences, sequence, &cluster, format)?;
         let (step_s, measured, untimed) = match timed {
             Ok((step_s, measured)) => (step_s, measured, None),
             Err(reason) => (f64::NAN, Measured::StepTime, Some(reason)),
         };
-        let run_family: String = id.chars().take_while(char::is_ascii_alphabetic).collect();
         let run = Run {
             line: self.row.line,
+            family: id.chars().take_while(char::is_ascii_alphabetic).collect(),
             id,
             source,
-            family: run_family,
             shape,
             placements,
             sequence,
