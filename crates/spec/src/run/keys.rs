@@ -241,7 +241,7 @@ pub(crate) static KEYS: &[Key] = &[
     ),
     key("schedule.min_lr", ZERO_UP, "", "learning rate at the end"),
     key("schedule.min_lr_ratio", SHARE, "0.1", "learning rate at the end over the peak, instead of min_lr"),
-    key("train.steps", count(1, MAX_STEPS), "400", "optimiser steps"),
+    key("train.steps", count(1, MAX_STEPS), "180", "optimiser steps"),
     key(
         "train.precision",
         KeyKind::Choice(&["f32", "bf16"]),

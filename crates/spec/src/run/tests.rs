@@ -148,23 +148,23 @@ fn syntax() {
 fn numbers_have_their_range() {
     check(
         "[train]\nsteps = \"many\"\n",
-        "train.steps = \"many\" in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 400)",
+        "train.steps = \"many\" in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 180)",
     );
     check(
         "[train]\nsteps = 0\n",
-        "train.steps = 0 in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 400)",
+        "train.steps = 0 in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 180)",
     );
     check(
         "[train]\nsteps = -3\n",
-        "train.steps = -3 in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 400)",
+        "train.steps = -3 in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 180)",
     );
     check(
         "[train]\nsteps = 99999999999999999999999999999999999999999999\n",
-        "train.steps = a number of 44 digits in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 400)",
+        "train.steps = a number of 44 digits in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 180)",
     );
     check(
         "[train]\nsteps = 2.5\n",
-        "train.steps = 2.5 in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 400)",
+        "train.steps = 2.5 in run.toml:2, expected a whole number from 1 to 1073741824 | train.steps: optimiser steps (default 180)",
     );
     check(
         "[optim]\nlr = nan\n",
@@ -235,15 +235,15 @@ fn contradictions() {
         "batch.sequence x sequences = 2000 x 10000000 tokens, expected at most 4294967296 | batch.sequence: tokens of a sequence (default 256)",
     );
     check(
-        "[schedule]\nwarmup_steps = 400\n",
-        "schedule.warmup_steps = 400 in run.toml:2, expected less than train.steps = 400 | set schedule.warmup_steps=40, or train.steps=4000",
+        "[schedule]\nwarmup_steps = 180\n",
+        "schedule.warmup_steps = 180 in run.toml:2, expected less than train.steps = 180 | set schedule.warmup_steps=18, or train.steps=1800",
     );
     check(
         "[schedule]\ndecay_steps = 4\n",
         "schedule.decay_steps = 4 in run.toml:2 has no meaning with schedule.kind = \"cosine\" | set schedule.decay_steps=none, or schedule.kind=wsd",
     );
     check(
-        "[schedule]\nkind = \"wsd\"\nwarmup_steps = 300\ndecay_steps = 101\n",
+        "[schedule]\nkind = \"wsd\"\nwarmup_steps = 80\ndecay_steps = 101\n",
         "schedule.decay_steps = 101 in run.toml:4, expected at most the 100 steps after warmup | set schedule.decay_steps=100, or a larger train.steps",
     );
     check(
