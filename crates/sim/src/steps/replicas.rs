@@ -1,0 +1,217 @@
+//! What replicas of a stage say: gradients and parameters, in buckets or layer by layer.
+
+use super::*;
+use plan::network::Span;
+
+/// How the groups of replicas lie on the machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spans {
+    pub(crate) all: Span,
+    pub(crate) near: Span,
+    pub(crate) far: Span,
+    pub(crate) expert: Span,
+}
+
+impl<'a> Writer<'a> {
+    /// A message among replicas, if there is one.
+    fn replica_message(&mut self, axis: Axis, what: Collective, bytes: f64) -> Option<usize> {
+        let (r, s) = (&self.parts.replicas, &self.spans);
+        let (group, span) = match axis {
+            Axis::All => (r.all, s.all),
+            Axis::Near => (r.near, s.near),
+            Axis::Far => (r.far, s.far),
+            _ => (r.expert, s.expert),
+        };
+        let mut t = traffic(&self.parts.net, what, &span, group.size, bytes);
+        if self.parts.flat_collectives {
+            // One port of the node carries what all of its members say.
+            t.outside_bytes *= span.inside;
+        }
+        (t != Traffic::default()).then(|| self.message(axis, what, t))
+    }
+
+    /// Gathers parameters from their shards.
+    fn gather(&mut self, dense: f64, experts: f64) -> Vec<usize> {
+        let bytes = self.parts.replicas.gathered_bytes;
+        let near = self.replica_message(Axis::Near, Collective::AllGather, bytes * dense);
+        let expert = self.replica_message(Axis::ExpertReplicas, Collective::AllGather, bytes * experts);
+        near.into_iter().chain(expert).collect()
+    }
+
+    /// Sums gradients to where they are owned.
+    fn reduce(&mut self, dense: f64, experts: f64) -> Vec<usize> {
+        let bytes = self.parts.replicas.grad_bytes;
+        let mut out = Vec::new();
+        if self.placement.layout.zero == Zero::Off {
+            out.extend(self.replica_message(Axis::All, Collective::AllReduce, bytes * dense));
+        } else {
+            let shard = self.parts.replicas.near.size as f64;
+            out.extend(self.replica_message(Axis::Near, Collective::ReduceScatter, bytes * dense));
+            out.extend(self.replica_message(Axis::Far, Collective::AllReduce, bytes * dense / shard));
+        }
+        out.extend(self.replica_message(Axis::ExpertReplicas, Collective::AllReduce, bytes * experts));
+        out
+    }
+
+    /// ZeRO 3: gathers the next unit's parameters beside this unit's work, or this unit's in front of it.
+    pub(super) fn gather_ahead(&mut self, ops: &mut Vec<Op>, units: &[Unit<'_>], order: &[usize], at: usize) {
+        let of = |u: usize| (units[u].section.params, units[u].experts_held());
+        if at == 0 || !self.beside.params {
+            let (dense, experts) = of(order[at]);
+            let messages = self.gather(dense, experts);
+            ops.extend(messages.iter().map(|m| Op::Start(Stream::Data, *m)));
+            self.later = 0;
+        }
+        ops.push(Op::Wait(Stream::Data, self.later));
+        if self.beside.params
+            && let Some(&next) = order.get(at + 1)
+        {
+            let (dense, experts) = of(next);
+            let messages = self.gather(dense, experts);
+            ops.extend(messages.iter().map(|m| Op::Start(Stream::Data, *m)));
+            self.later = 0;
+        }
+    }
+
+    /// ZeRO 3: scatters a unit's gradients; replicas of a shard settle once a step.
+    pub(super) fn scatter(&mut self, ops: &mut Vec<Op>, unit: &Unit<'_>, settles: bool) {
+        let (dense, experts) = (unit.section.params, unit.experts_held());
+        let bytes = self.parts.replicas.grad_bytes;
+        let near = self.replica_message(Axis::Near, Collective::ReduceScatter, bytes * dense);
+        let expert = self.replica_message(Axis::ExpertReplicas, Collective::ReduceScatter, bytes * experts);
+        let shard = self.parts.replicas.near.size as f64;
+        let far = match settles {
+            true => self.replica_message(Axis::Far, Collective::AllReduce, bytes * dense / shard),
+            false => None,
+        };
+        let messages: Vec<usize> = near.into_iter().chain(expert).chain(far).collect();
+        self.later += messages.len();
+        ops.extend(messages.iter().map(|m| Op::Start(Stream::Data, *m)));
+        if !self.beside.params {
+            ops.push(Op::Wait(Stream::Data, 0));
+        }
+    }
+
+    /// Whether parameters are owned in shards and gathered once they are updated.
+    pub(super) fn gathers_updated(&self) -> bool {
+        matches!(self.placement.layout.zero, Zero::Optimizer | Zero::Gradients)
+    }
+
+    fn held(units: &[Unit<'_>]) -> (f64, f64) {
+        let dense = units.iter().map(|u| u.section.params).sum();
+        (dense, units.iter().map(|u| u.experts_held()).sum())
+    }
+
+    /// Buckets of one chunk.
+    fn buckets(&self) -> usize {
+        let chunks = self.placement.layout.chunks;
+        ((self.parts.replicas.buckets / chunks as f64).round() as usize).max(1)
+    }
+
+    /// The first forward pass of a chunk waits for its parameters bucket by bucket.
+    pub(super) fn gather_buckets(&mut self, ops: Vec<Op>, units: &[Unit<'_>]) -> Vec<Op> {
+        let count = self.buckets();
+        let (dense, experts) = Self::held(units);
+        let each = self.gather(dense / count as f64, experts / count as f64);
+        let all: Vec<Op> =
+            (0..count).flat_map(|_| each.iter().map(|m| Op::Start(Stream::Data, *m))).collect();
+        let wait = |b: usize| vec![Op::Wait(Stream::Data, (count - 1 - b) * each.len())];
+        if each.is_empty() {
+            return ops;
+        }
+        let mut out = all;
+        out.extend(at_shares(ops, count, |b| Some(wait(b)), |_| None));
+        out
+    }
+
+    /// The last backward pass of a chunk sends gradients bucket by bucket.
+    pub(super) fn reduce_buckets(&mut self, ops: Vec<Op>, units: &[Unit<'_>]) -> Vec<Op> {
+        let count = self.buckets();
+        let (dense, experts) = Self::held(units);
+        let each = self.reduce(dense / count as f64, experts / count as f64);
+        let start: Vec<Op> = each.iter().map(|m| Op::Start(Stream::Data, *m)).collect();
+        if self.beside.grads {
+            return at_shares(ops, count, |_| None, |_| Some(start.clone()));
+        }
+        let mut out = ops;
+        if self.placement.layout.zero == Zero::Gradients {
+            out.extend((0..count).flat_map(|_| start.clone()));
+            out.push(Op::Wait(Stream::Data, 0));
+        } else {
+            // One after another at the end of the step.
+            self.late.extend((0..count).flat_map(|_| start.clone()));
+        }
+        out
+    }
+
+    /// Before the first pass: parameters that nothing may run beside.
+    pub(super) fn begin(&mut self) -> Vec<Op> {
+        if !self.gathers_updated() || self.beside.params {
+            return Vec::new();
+        }
+        let mut ops = Vec::new();
+        for c in 0..self.chunks.len() {
+            let count = self.buckets();
+            let (dense, experts) = Self::held(&self.chunks[c]);
+            let each = self.gather(dense / count as f64, experts / count as f64);
+            ops.extend((0..count).flat_map(|_| each.iter().map(|m| Op::Start(Stream::Data, *m))));
+        }
+        ops.push(Op::Wait(Stream::Data, 0));
+        ops
+    }
+
+    /// After the last pass: gradients that are left, the optimiser, and what happens once.
+    pub(super) fn end(&mut self) -> Vec<Op> {
+        let mut ops = std::mem::take(&mut self.late);
+        ops.push(Op::Wait(Stream::Data, 0));
+        ops.push(Op::Compute(self.time(self.parts.optimizer_s + self.parts.once_s)));
+        ops
+    }
+}
+
+/// `ops` with something before and after each of `count` parts that compute equally long.
+fn at_shares(
+    ops: Vec<Op>,
+    count: usize,
+    before: impl Fn(usize) -> Option<Vec<Op>>,
+    after: impl Fn(usize) -> Option<Vec<Op>>,
+) -> Vec<Op> {
+    let length = |op: &Op| if let Op::Compute(ticks) = op { *ticks } else { 0 };
+    let whole: u128 = ops.iter().map(|op| u128::from(length(op))).sum();
+    let mut out = Vec::with_capacity(ops.len() + 2 * count);
+    let (mut part, mut done) = (0, 0);
+    out.extend(before(0).into_iter().flatten());
+    for op in ops {
+        done += u128::from(length(&op));
+        out.push(op);
+        while part + 1 < count && done * count as u128 >= whole * (part + 1) as u128 {
+            out.extend(after(part).into_iter().flatten());
+            part += 1;
+            out.extend(before(part).into_iter().flatten());
+        }
+    }
+    out.extend(after(part).into_iter().flatten());
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_compute_equally_long() {
+        let ops = vec![Op::Compute(10), Op::Compute(10), Op::Compute(20)];
+        let mark = |b: usize| Some(vec![Op::Start(Stream::Data, b)]);
+        let out = at_shares(ops, 2, |_| None, mark);
+        assert_eq!(
+            out,
+            [
+                Op::Compute(10),
+                Op::Compute(10),
+                Op::Start(Stream::Data, 0),
+                Op::Compute(20),
+                Op::Start(Stream::Data, 1)
+            ]
+        );
+    }
+}
