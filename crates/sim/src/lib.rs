@@ -8,11 +8,15 @@
 //! ([`clock`]), so that folded and unfolded ranks end at the same one.
 
 pub mod clock;
+mod draw;
 pub mod flow;
 mod flows;
+pub mod life;
 mod mesh;
 mod play;
+pub mod scenario;
 mod steps;
+pub mod trace;
 pub mod world;
 
 use plan::estimate::{Estimator, Problem};

@@ -59,7 +59,6 @@ pub(crate) struct Class {
     pub(crate) stage: usize,
     /// One of them.
     pub(crate) rank: usize,
-    pub(crate) count: usize,
     pub(crate) mark: Mark,
     /// Its group on each axis.
     pub(crate) group: [usize; AXES.len()],
@@ -107,7 +106,7 @@ impl World {
         folding: Folding,
     ) -> World {
         let spans = spans(cluster, mesh, parts);
-        let tiers = paths::tiers(cluster, mesh.ranks());
+        let tiers = paths::tiers(cluster, mesh.ranks(), disturbed);
         let crossings = paths::Crossings::new(&tiers, &spans);
         let class_of = match folding {
             Folding::Folded => colour::classes(mesh, disturbed, &tiers, &crossings),
@@ -137,7 +136,7 @@ impl World {
                     fabric.send([c, at(s)], [rank, there], [counts[c], counts[at(s)]], &mark)
                 });
                 let group = AXES.map(|axis| groups.of(mesh, axis, rank, &class_of));
-                Class { stage, rank, count: counts[c], mark, group, beside, paths, sends }
+                Class { stage, rank, mark, group, beside, paths, sends }
             })
             .collect();
         World { classes, groups: groups.all, capacity: fabric.capacity, class_of }

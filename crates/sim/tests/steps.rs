@@ -17,7 +17,7 @@ fn problem(model: &str, cluster: &str, accelerators: usize, software: &str, batc
     let software = Software::named(software).unwrap();
     let family = &cluster.accelerator.family.name;
     let constants =
-        Calibration::builtin().constants(family, &cluster.accelerator.name, "bf16", &software);
+        Calibration::builtin().unwrap().constants(family, &cluster.accelerator.name, "bf16", &software);
     Problem { shape, cluster, software, constants, sequence: batch.1, sequences: batch.0 }
 }
 

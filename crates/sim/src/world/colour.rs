@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use super::paths::{Crossings, Tier};
 use super::{Disturbed, Mark};
+use crate::draw::scatter;
 use crate::mesh::{AXES, Mesh};
 
 /// The class of every rank, numbered by the first rank of each.
@@ -24,8 +25,8 @@ pub(super) fn classes(mesh: &Mesh, disturbed: &Disturbed, tiers: &[Tier], crossi
     if !tiers.is_empty() {
         for (rank, s) in signature.iter_mut().enumerate() {
             *s = mix(*s ^ crossings.signature(mesh, rank));
-            for (t, tier) in tiers.iter().enumerate() {
-                let rate = disturbed.tiers.get(&(t, mesh.place(rank) / tier.accelerators));
+            for tier in tiers {
+                let rate = disturbed.tiers.get(&(tier.index, mesh.place(rank) / tier.accelerators));
                 *s = mix(*s ^ rate.map_or(0, |r| mix(*r)));
             }
         }
@@ -87,10 +88,8 @@ fn numbered(signature: &[u64]) -> (Vec<u32>, usize) {
     (class_of, known.len())
 }
 
-/// A bijection that scatters bits (the finaliser of SplitMix64, Steele et al. 2014).
 fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
+    /// So that 0 is scattered too.
+    const OFFSET: u64 = 0x9e37_79b9_7f4a_7c15;
+    scatter(x.wrapping_add(OFFSET))
 }

@@ -24,15 +24,25 @@ pub(crate) struct Path {
 /// A switch tier that can bind: what it joins has more below than above. Others never fill before the ports do.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tier {
+    /// Which of the fabric's.
+    pub(crate) index: usize,
     pub(crate) accelerators: usize,
     oversubscription: f64,
 }
 
-/// The tiers that a job of so many ranks leaves and that can bind.
-pub(crate) fn tiers(cluster: &Cluster, ranks: usize) -> Vec<Tier> {
-    let tiers = cluster.scale_out.tiers.iter();
-    let binding = tiers.filter(|t| t.oversubscription > 1.0 && t.accelerators > 0 && ranks > t.accelerators);
-    binding.map(|t| Tier { accelerators: t.accelerators, oversubscription: t.oversubscription }).collect()
+/// The tiers that a job of so many ranks leaves and that can bind, or are disturbed.
+pub(crate) fn tiers(cluster: &Cluster, ranks: usize, disturbed: &Disturbed) -> Vec<Tier> {
+    let tiers = cluster.scale_out.tiers.iter().enumerate();
+    let binding = tiers.filter(|(i, t)| {
+        let hurt = disturbed.tiers.keys().any(|key| key.0 == *i);
+        (t.oversubscription > 1.0 || hurt) && t.accelerators > 0 && ranks > t.accelerators
+    });
+    let tier = |(index, t): (usize, &spec::cluster::Tier)| Tier {
+        index,
+        accelerators: t.accelerators,
+        oversubscription: t.oversubscription,
+    };
+    binding.map(tier).collect()
 }
 
 /// Ports that a message takes which changes its rail where nothing joins rails: a neighbour's as well as its own.
@@ -129,14 +139,14 @@ impl<'a> Fabric<'a> {
             scale: parts.network_share / (1.0 + parts.slowest_node),
             capacity: vec![1; classes * (2 * dims + 2)],
         };
-        for (t, tier) in tiers.iter().enumerate() {
-            f.tier(t, tier, disturbed, class_of);
+        for tier in tiers {
+            f.tier(tier, disturbed, class_of);
         }
         f
     }
 
     /// Links up and down of one tier's groups, alike groups once.
-    fn tier(&mut self, t: usize, tier: &Tier, disturbed: &Disturbed, class_of: &[u32]) {
+    fn tier(&mut self, tier: &Tier, disturbed: &Disturbed, class_of: &[u32]) {
         let groups = self.mesh.ranks().div_ceil(tier.accelerators);
         let mut below: Vec<BTreeMap<u32, usize>> = vec![BTreeMap::new(); groups];
         for (rank, c) in class_of.iter().enumerate() {
@@ -146,7 +156,7 @@ impl<'a> Fabric<'a> {
         let first = self.capacity.len();
         let (mut classes, mut counts) = (Vec::new(), Vec::new());
         for (g, members) in below.into_iter().enumerate() {
-            let rate = disturbed.tiers.get(&(t, g)).copied().unwrap_or(USUAL);
+            let rate = disturbed.tiers.get(&(tier.index, g)).copied().unwrap_or(USUAL);
             let present: usize = members.values().sum();
             let next = known.len();
             let class = *known.entry((members, rate)).or_insert(next);
