@@ -1,6 +1,7 @@
 //! `phalanx simulate`.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use plan::answer::Answer;
@@ -47,14 +48,22 @@ fn rehearse(args: &Simulate) -> Result<u8> {
         Some(path) => Scenario::parse(&path.display().to_string(), &files::read(path)?, cluster)?,
         None => Scenario::default(),
     };
+    let stop = crate::stop::flag()?;
     let start = Instant::now();
     let rehearsal = Rehearsal::new(&answer.problem, choice.placement())?;
-    let steps = steps(args, &rehearsal, &scenario)?;
+    let steps = steps(args, &rehearsal, &scenario, &stop)?;
+    let costs = costs(args, &rehearsal, &scenario, &steps, &stop)?;
     let run = life(args, &answer, &scenario, steps.step_s)?;
-    let lives = match &run {
-        Some(run) => (0..args.seeds).map(|k| run.live(args.seed + k)).collect::<Result<Vec<Lived>>>()?,
-        None => Vec::new(),
-    };
+    let mut lives = Vec::new();
+    if let Some(run) = &run {
+        for k in 0..args.seeds {
+            // At least one, so that there is something to say.
+            if k > 0 && stop.load(Ordering::Relaxed) {
+                break;
+            }
+            lives.push(run.live(args.seed.wrapping_add(k))?);
+        }
+    }
     let wall_s = start.elapsed().as_secs_f64();
     let mut json = json!({
         "model": answer.question.shape.model.name,
@@ -71,6 +80,7 @@ fn rehearse(args: &Simulate) -> Result<u8> {
         "classes": steps.last.classes,
         "last_rank": steps.last.last_rank,
         "spent": steps.last.spent,
+        "costs": costs,
     });
     if let Some(run) = &run {
         json["days"] = json!(run.wall_s / DAY_S);
@@ -80,6 +90,10 @@ fn rehearse(args: &Simulate) -> Result<u8> {
         output::print(&serde_json::to_string_pretty(&json).expect("numbers are JSON"));
     } else {
         output::print(&text(&json));
+    }
+    if stop.load(Ordering::Relaxed) {
+        output::say("interrupted: this is what was known by then");
+        return Ok(crate::ranks::INTERRUPTED);
     }
     Ok(0)
 }
@@ -128,11 +142,15 @@ fn question(args: &Simulate) -> Plan {
 }
 
 /// Plays the steps asked for; steps that are alike, once.
-fn steps(args: &Simulate, rehearsal: &Rehearsal<'_>, scenario: &Scenario) -> Result<Steps> {
+fn steps(args: &Simulate, rehearsal: &Rehearsal<'_>, scenario: &Scenario, stop: &AtomicBool) -> Result<Steps> {
     let count = if args.days.is_some() || scenario.is_steady() { 1 } else { args.steps };
     let mut last: Option<(sim::world::Disturbed, sim::Step)> = None;
-    let (mut sum, mut slowest_s, mut events) = (0.0, 0.0f64, 0);
+    let (mut sum, mut slowest_s, mut events, mut played_steps) = (0.0, 0.0f64, 0, 0u64);
     for step in 1..=count {
+        if played_steps > 0 && stop.load(Ordering::Relaxed) {
+            break;
+        }
+        played_steps += 1;
         let disturbed = scenario.disturbed(step, args.seed);
         let played = match last.take() {
             Some((before, played)) if before == disturbed => played,
@@ -147,7 +165,29 @@ fn steps(args: &Simulate, rehearsal: &Rehearsal<'_>, scenario: &Scenario) -> Res
         last = Some((disturbed, played));
     }
     let last = last.ok_or_else(|| Error::failure("no step was played"))?.1;
-    Ok(Steps { step_s: sum / count as f64, slowest_s, last, events })
+    Ok(Steps { step_s: sum / played_steps as f64, slowest_s, last, events })
+}
+
+/// More things that go wrong than anyone wants the cost of, each.
+const COSTS_MAX: usize = 16;
+
+/// What each thing that goes wrong costs a step, in seconds: the step less what it would take without it.
+fn costs(
+    args: &Simulate,
+    rehearsal: &Rehearsal<'_>,
+    scenario: &Scenario,
+    with: &Steps,
+    stop: &AtomicBool,
+) -> Result<Vec<Value>> {
+    let mut out = Vec::new();
+    for name in scenario.names().into_iter().take(COSTS_MAX) {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let without = steps(args, rehearsal, &scenario.without(name), stop)?;
+        out.push(json!({ "of": name, "seconds": with.step_s - without.step_s }));
+    }
+    Ok(out)
 }
 
 /// The run around the steps, where days or failures were asked for.
@@ -249,6 +289,9 @@ fn text(json: &Value) -> String {
         let parts: Vec<String> =
             shown.map(|(k, v)| format!("{} {:.4} s", k.trim_end_matches("_s").replace('_', " "), n(v))).collect();
         out += &format!("rank {:<6}{}\n", json["last_rank"], parts.join(", "));
+    }
+    for cost in json["costs"].as_array().into_iter().flatten() {
+        out += &format!("{:<11}costs {:.4} s\n", cost["of"].as_str().unwrap_or_default(), n(&cost["seconds"]));
     }
     if let Some(lives) = json.get("lives") {
         let range = |key: &str, by: f64| {

@@ -20,6 +20,8 @@ pub struct Scenario {
 /// One thing that goes wrong.
 #[derive(Clone, Debug, PartialEq)]
 struct Part {
+    /// As in the file: "slow 1".
+    at: String,
     what: What,
     /// Only in this step, counted from 1.
     step: Option<u64>,
@@ -127,7 +129,7 @@ impl Scenario {
                 if entry.step == Some(0) {
                     return Err(reader.error(&at, "step = 0", "steps are counted from 1"));
                 }
-                parts.push(Part { what: reader.what(kind, &at, entry)?, step: entry.step });
+                parts.push(Part { what: reader.what(kind, &at, entry)?, step: entry.step, at });
             }
         }
         let spread = file.spread.unwrap_or(0.0);
@@ -166,6 +168,18 @@ impl Scenario {
             }
         }
         out
+    }
+
+    /// What goes wrong in steps, as in the file: `slow 1`; failures are no part of a step.
+    pub fn names(&self) -> Vec<&str> {
+        self.parts.iter().filter(|p| p.what != What::Fail).map(|p| p.at.as_str()).collect()
+    }
+
+    /// The same without one of the [`names`](Self::names).
+    #[must_use]
+    pub fn without(&self, name: &str) -> Self {
+        let parts = self.parts.iter().filter(|p| p.at != name).cloned().collect();
+        Scenario { parts, ..self.clone() }
     }
 
     /// Steps in which the job fails.

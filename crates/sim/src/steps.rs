@@ -153,6 +153,8 @@ struct Writer<'a> {
     later: usize,
     /// What replicas say after the last pass.
     late: Vec<Op>,
+    /// Messages of each bucket of updated parameters, by chunk.
+    gathers: Vec<usize>,
 }
 
 /// What a pass does for replicas.
@@ -193,7 +195,7 @@ impl<'a> Writer<'a> {
         };
         let chunks = (0..l.chunks).map(chunk).collect();
         let pace = 1.0 + parts.slowest_node;
-        Writer { placement, parts, beside, stage, chunks, out, spans, pace, later: 0, late: Vec::new() }
+        Writer { placement, parts, beside, stage, chunks, out, spans, pace, later: 0, late: Vec::new(), gathers: Vec::new() }
     }
 
     fn stage(mut self, order: &[Work]) -> StageSteps {
@@ -273,18 +275,20 @@ impl<'a> Writer<'a> {
         let backwards = role.pass != Pass::Forward;
         let order: Vec<usize> = if backwards { (0..units.len()).rev().collect() } else { (0..units.len()).collect() };
         let mut kernels = 0.0;
-        let gathers = sharded && role.pass != Pass::Weight;
+        let sharded_params = sharded && role.pass != Pass::Weight;
         for (at, &u) in order.iter().enumerate() {
             let unit = &units[u];
-            if gathers {
+            if sharded_params {
                 self.gather_ahead(&mut ops, &units, &order, at);
             }
             let s = unit.section;
+            // Rows that weight gradients need again are gathered beside the first of their products.
+            let (input, again) = s.input.split_at(s.input.len() - gathers_again(&s.input));
             let lists: &[&[Piece]] = match role.pass {
                 Pass::Forward => &[&s.forward],
-                Pass::Backward if split => &[&s.input],
+                Pass::Backward if split => &[input],
                 Pass::Backward => &[&s.input, &s.weight],
-                Pass::Weight => &[&s.weight],
+                Pass::Weight => &[again, &s.weight],
             };
             kernels += match role.pass {
                 Pass::Forward => s.kernels[0],
@@ -308,7 +312,7 @@ impl<'a> Writer<'a> {
         let grads_ready = role.last
             && if split { role.pass == Pass::Weight } else { backwards };
         if !sharded && role.first && self.gathers_updated() && self.beside.params {
-            ops = self.gather_buckets(ops, &units);
+            ops = self.await_buckets(ops, role.chunk);
         }
         if !sharded && grads_ready {
             ops = self.reduce_buckets(ops, &units);
@@ -321,7 +325,9 @@ impl<'a> Writer<'a> {
     fn pieces(&mut self, ops: &mut Vec<Op>, pieces: &[Piece]) {
         let mut at = 0;
         while at < pieces.len() {
+            let again = gathers(&pieces[at..]);
             let taken = match &pieces[at..] {
+                rest if self.beside.tensor && again > 1 => self.gathered_again(ops, rest, again),
                 [Piece::Talk { what: Collective::AllGather, axis: TalkAxis::Tp, traffic }, product @ Piece::Gemm { .. }, ..]
                     if self.beside.tensor =>
                 {
@@ -396,6 +402,32 @@ impl<'a> Writer<'a> {
         ]);
     }
 
+    /// Several gathers at once are rows that weight gradients need again: all but the first product wait for one each.
+    fn gathered_again(&mut self, ops: &mut Vec<Op>, pieces: &[Piece], count: usize) -> usize {
+        for piece in &pieces[..count] {
+            if let Piece::Talk { what, traffic, .. } = *piece {
+                let message = self.message(Axis::Tensor, what, traffic);
+                ops.push(Op::Start(Stream::Tensor, message));
+            }
+        }
+        let (mut taken, mut under_way, mut products) = (count, count, 0);
+        for piece in &pieces[count..] {
+            match piece {
+                Piece::Talk { .. } => break,
+                Piece::Gemm { .. } if products > 0 && under_way > 0 => {
+                    under_way -= 1;
+                    ops.push(Op::Wait(Stream::Tensor, under_way));
+                }
+                _ => {}
+            }
+            products += usize::from(matches!(piece, Piece::Gemm { .. }));
+            ops.push(Op::Compute(self.time(self.compute(piece))));
+            taken += 1;
+        }
+        ops.push(Op::Wait(Stream::Tensor, 0));
+        taken
+    }
+
     /// Pieces of a product leave while others are multiplied: nothing runs beside the last.
     fn scattered_product(&mut self, ops: &mut Vec<Op>, traffic: Traffic, product_s: f64) {
         let share = 1.0 / self.placement.layout.tp as f64;
@@ -429,6 +461,20 @@ impl<'a> Writer<'a> {
             ops.push(Op::Wait(Stream::Context, 0));
         }
     }
+}
+
+fn is_gather(piece: &Piece) -> bool {
+    matches!(piece, Piece::Talk { what: Collective::AllGather, axis: TalkAxis::Tp, .. })
+}
+
+/// How many tensor-parallel gathers these pieces begin with.
+fn gathers(pieces: &[Piece]) -> usize {
+    pieces.iter().take_while(|p| is_gather(p)).count()
+}
+
+/// How many they end with.
+fn gathers_again(pieces: &[Piece]) -> usize {
+    pieces.iter().rev().take_while(|p| is_gather(p)).count()
 }
 
 /// A share of a message.

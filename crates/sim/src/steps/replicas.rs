@@ -109,19 +109,15 @@ impl<'a> Writer<'a> {
     }
 
     /// The first forward pass of a chunk waits for its parameters bucket by bucket.
-    pub(super) fn gather_buckets(&mut self, ops: Vec<Op>, units: &[Unit<'_>]) -> Vec<Op> {
+    pub(super) fn await_buckets(&self, ops: Vec<Op>, chunk: usize) -> Vec<Op> {
         let count = self.buckets();
-        let (dense, experts) = Self::held(units);
-        let each = self.gather(dense / count as f64, experts / count as f64);
-        let all: Vec<Op> =
-            (0..count).flat_map(|_| each.iter().map(|m| Op::Start(Stream::Data, *m))).collect();
-        let wait = |b: usize| vec![Op::Wait(Stream::Data, (count - 1 - b) * each.len())];
-        if each.is_empty() {
+        let each = self.gathers[chunk];
+        let later: usize = self.gathers[chunk + 1..].iter().map(|each| each * count).sum();
+        if each == 0 {
             return ops;
         }
-        let mut out = all;
-        out.extend(at_shares(ops, count, |b| Some(wait(b)), |_| None));
-        out
+        let wait = |b: usize| Some(vec![Op::Wait(Stream::Data, later + (count - 1 - b) * each)]);
+        at_shares(ops, count, wait, |_| None)
     }
 
     /// The last backward pass of a chunk sends gradients bucket by bucket.
@@ -144,19 +140,22 @@ impl<'a> Writer<'a> {
         out
     }
 
-    /// Before the first pass: parameters that nothing may run beside.
+    /// Before the first pass: updated parameters are gathered, in the order in which chunks need them.
     pub(super) fn begin(&mut self) -> Vec<Op> {
-        if !self.gathers_updated() || self.beside.params {
+        if !self.gathers_updated() {
             return Vec::new();
         }
         let mut ops = Vec::new();
+        let count = self.buckets();
         for c in 0..self.chunks.len() {
-            let count = self.buckets();
             let (dense, experts) = Self::held(&self.chunks[c]);
             let each = self.gather(dense / count as f64, experts / count as f64);
+            self.gathers.push(each.len());
             ops.extend((0..count).flat_map(|_| each.iter().map(|m| Op::Start(Stream::Data, *m))));
         }
-        ops.push(Op::Wait(Stream::Data, 0));
+        if !self.beside.params {
+            ops.push(Op::Wait(Stream::Data, 0));
+        }
         ops
     }
 
