@@ -142,7 +142,12 @@ fn question(args: &Simulate) -> Plan {
 }
 
 /// Plays the steps asked for; steps that are alike, once.
-fn steps(args: &Simulate, rehearsal: &Rehearsal<'_>, scenario: &Scenario, stop: &AtomicBool) -> Result<Steps> {
+fn steps(
+    args: &Simulate,
+    rehearsal: &Rehearsal<'_>,
+    scenario: &Scenario,
+    stop: &AtomicBool,
+) -> Result<Steps> {
     let count = if args.days.is_some() || scenario.is_steady() { 1 } else { args.steps };
     let mut last: Option<(sim::world::Disturbed, sim::Step)> = None;
     let (mut sum, mut slowest_s, mut events, mut played_steps) = (0.0, 0.0f64, 0, 0u64);
@@ -243,7 +248,9 @@ fn restart_s(catalog: &Catalog, cluster: &spec::Cluster) -> Result<f64> {
         Some(name) => catalog.get(EntryKind::Failure, name)?.measure("restart"),
         None => None,
     };
-    let usual = || -> Result<Option<spec::Measure>> { Ok(catalog.get(EntryKind::Failure, RESTARTS)?.measure("restart")) };
+    let usual = || -> Result<Option<spec::Measure>> {
+        Ok(catalog.get(EntryKind::Failure, RESTARTS)?.measure("restart"))
+    };
     Ok(own.map_or_else(usual, |m| Ok(Some(m)))?.map_or(0.0, |m| m.value))
 }
 
@@ -286,12 +293,14 @@ fn text(json: &Value) -> String {
     );
     if let Some(spent) = json["spent"].as_object() {
         let shown = spent.iter().filter(|(_, v)| n(v) > 0.0);
-        let parts: Vec<String> =
-            shown.map(|(k, v)| format!("{} {:.4} s", k.trim_end_matches("_s").replace('_', " "), n(v))).collect();
+        let parts: Vec<String> = shown
+            .map(|(k, v)| format!("{} {:.4} s", k.trim_end_matches("_s").replace('_', " "), n(v)))
+            .collect();
         out += &format!("rank {:<6}{}\n", json["last_rank"], parts.join(", "));
     }
     for cost in json["costs"].as_array().into_iter().flatten() {
-        out += &format!("{:<11}costs {:.4} s\n", cost["of"].as_str().unwrap_or_default(), n(&cost["seconds"]));
+        out +=
+            &format!("{:<11}costs {:.4} s\n", cost["of"].as_str().unwrap_or_default(), n(&cost["seconds"]));
     }
     if let Some(lives) = json.get("lives") {
         let range = |key: &str, by: f64| {
@@ -321,8 +330,9 @@ fn text(json: &Value) -> String {
 fn trace(path: &Path, as_json: bool) -> Result<u8> {
     let place = path.display().to_string();
     if path.extension().is_some_and(|e| e == "parquet") {
-        return Err(Error::user(format!("{place}: a trace is read as comma-separated text"))
-            .hint("python -c \"import pandas; pandas.read_parquet('ops.parquet').to_csv('ops.csv', index=False)\""));
+        return Err(Error::user(format!("{place}: a trace is read as comma-separated text")).hint(
+            "python -c \"import pandas; pandas.read_parquet('ops.parquet').to_csv('ops.csv', index=False)\"",
+        ));
     }
     let blame = sim::trace::blame(&place, &sim::trace::parse(&place, &files::read(path)?)?)?;
     if as_json {

@@ -67,7 +67,14 @@ impl<'w> Flows<'w> {
     }
 
     /// Begins a flow of `bytes` for `owner`; it moves once rates are [`settled`](Flows::settle).
-    pub(crate) fn start(&mut self, now: Ticks, uses: &'w [(usize, u64)], limit: u64, bytes: u64, owner: usize) {
+    pub(crate) fn start(
+        &mut self,
+        now: Ticks,
+        uses: &'w [(usize, u64)],
+        limit: u64,
+        bytes: u64,
+        owner: usize,
+    ) {
         let flow = Flow { uses, limit, left: u128::from(bytes) * PARTS, since: now, rate: 0, owner };
         let id = self.free.pop().unwrap_or_else(|| {
             self.flows.push(None);
@@ -165,7 +172,8 @@ impl<'w> Flows<'w> {
         }
         let capacity: Vec<u64> = t.links.iter().map(|l| self.capacity[*l]).collect();
         let here = |f: &Flow<'_>| f.uses.iter().map(|(link, count)| (t.link_at[*link], *count)).collect();
-        let uses: Vec<Vec<(usize, u64)>> = t.flows.iter().map(|id| flow(*id).map_or(Vec::new(), here)).collect();
+        let uses: Vec<Vec<(usize, u64)>> =
+            t.flows.iter().map(|id| flow(*id).map_or(Vec::new(), here)).collect();
         let limits = t.flows.iter().map(|id| flow(*id).map_or(0, |f| f.limit));
         let demands: Vec<Demand<'_>> =
             uses.iter().zip(limits).map(|(uses, limit)| Demand { uses, limit }).collect();

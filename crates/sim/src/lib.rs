@@ -27,7 +27,7 @@ use spec::Result;
 use clock::seconds;
 use mesh::{AXES, Axis, Mesh};
 pub use play::Spent;
-use steps::{Beside, Spans, StageSteps};
+use steps::{Beside, StageSteps};
 use world::{Disturbed, Folding, World};
 
 /// A step ready to be played, with any disturbance.
@@ -88,19 +88,9 @@ impl<'a> Rehearsal<'a> {
         let mesh = Mesh::of(placement);
         let spans = world::spans(&problem.cluster, &mesh, &parts);
         let span = |axis: Axis| spans[axis as usize];
-        let beside = Beside::of(
-            &problem.software,
-            placement,
-            span(Axis::Tensor).domains,
-            span(Axis::Expert).domains,
-        );
-        let of_replicas = Spans {
-            all: span(Axis::All),
-            near: span(Axis::Near),
-            far: span(Axis::Far),
-            expert: span(Axis::ExpertReplicas),
-        };
-        let stages = steps::stages(&problem.shape.model, placement, &parts, of_replicas, beside);
+        let beside =
+            Beside::of(&problem.software, placement, span(Axis::Tensor).domains, span(Axis::Expert).domains);
+        let stages = steps::stages(&problem.shape.model, placement, &parts, &spans, beside);
         Ok(Rehearsal { problem, parts, mesh, stages, predicted_s })
     }
 
@@ -135,4 +125,4 @@ impl<'a> Rehearsal<'a> {
     }
 }
 
-const _: () = assert!(Axis::ExpertReplicas as usize + 1 == AXES.len());
+const _: () = assert!(Axis::ExpertFar as usize + 1 == AXES.len());

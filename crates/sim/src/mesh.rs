@@ -16,33 +16,41 @@ pub(crate) enum Axis {
     /// Those with the same shard.
     Far,
     /// Ranks with the same experts.
-    ExpertReplicas,
+    ExpertAll,
+    /// Those that these experts are sharded over.
+    ExpertNear,
+    /// Those with the same shard of them.
+    ExpertFar,
 }
 
 /// All of them.
-pub(crate) const AXES: [Axis; 7] = [
+pub(crate) const AXES: [Axis; 9] = [
     Axis::Tensor,
     Axis::Context,
     Axis::Expert,
     Axis::All,
     Axis::Near,
     Axis::Far,
-    Axis::ExpertReplicas,
+    Axis::ExpertAll,
+    Axis::ExpertNear,
+    Axis::ExpertFar,
 ];
 
 impl Axis {
     /// Members, and how far apart they are among the ranks of a stage.
     pub(crate) fn cut(self, placement: &Placement) -> (usize, usize) {
         let l = &placement.layout;
-        let shard = placement.shard.clamp(1, l.replicas());
+        let (shard, expert) = (l.shards(), l.expert_shards());
         match self {
             Axis::Tensor => (l.tp, 1),
             Axis::Context => (l.cp, l.tp),
             Axis::Expert => (l.ep, 1),
             Axis::All => (l.replicas(), l.tp),
             Axis::Near => (shard, l.tp),
-            Axis::Far => (l.replicas() / shard, l.tp * shard),
-            Axis::ExpertReplicas => (l.expert_replicas().max(1), l.ep),
+            Axis::Far => ((l.replicas() / shard).max(1), l.tp * shard),
+            Axis::ExpertAll => (l.expert_replicas().max(1), l.ep),
+            Axis::ExpertNear => (expert, l.ep),
+            Axis::ExpertFar => ((l.expert_replicas() / expert).max(1), l.ep * expert),
         }
     }
 
@@ -104,9 +112,8 @@ mod tests {
 
     #[test]
     fn groups_and_places_are_those_of_the_layout() {
-        let layout = Layout { dp: 4, tp: 2, pp: 2, cp: 2, ep: 4, ..Layout::default() };
-        let mut placement = Placement::of(layout, NumberFormat::Bf16);
-        placement.shard = 4;
+        let layout = Layout { dp: 4, tp: 2, pp: 2, cp: 2, ep: 4, shard: Some(2), ..Layout::default() };
+        let placement = Placement::of(layout, NumberFormat::Bf16);
         let mesh = Mesh::of(&placement);
         let check = |axis: Axis, rank: usize, expected: &[usize]| {
             assert_eq!(mesh.members(axis, rank).collect::<Vec<_>>(), expected, "{axis:?}");
@@ -116,7 +123,9 @@ mod tests {
         check(Axis::Expert, 5, &[4, 5, 6, 7]);
         check(Axis::Near, 1, &[1, 3, 5, 7]);
         check(Axis::Far, 1, &[1, 9]);
-        check(Axis::ExpertReplicas, 1, &[1, 5, 9, 13]);
+        check(Axis::ExpertAll, 1, &[1, 5, 9, 13]);
+        check(Axis::ExpertNear, 1, &[1, 5]);
+        check(Axis::ExpertFar, 1, &[1, 9]);
         assert_eq!(mesh.place(17), 17);
         let mesh = Mesh::of(&Placement { order: Order::TpCpPpDp, ..placement });
         assert_eq!([0, 3, 4, 16, 20].map(|r| mesh.place(r)), [0, 3, 8, 4, 12]);

@@ -88,7 +88,11 @@ struct Transfer {
 enum Kind {
     Group(usize),
     /// To the next stage (0) or the one before (1).
-    Send { from: usize, side: usize, slot: Slot },
+    Send {
+        from: usize,
+        side: usize,
+        slot: Slot,
+    },
 }
 
 /// A message in a stream.
@@ -352,7 +356,9 @@ impl<'w> Player<'w> {
         if let Some(class) = self.ranks.iter().position(|r| !r.done) {
             let rank = self.world.classes[class].rank;
             let what = format!("rank {rank} waits for ever for {:?}", self.ranks[class].waiting);
-            return Err(Error::failure(what).hint("a link that carries nothing, or a program that cannot run"));
+            return Err(
+                Error::failure(what).hint("a link that carries nothing, or a program that cannot run")
+            );
         }
         let ends: Vec<Ticks> = self.ranks.iter().map(|r| r.since).collect();
         Ok(Played {
@@ -365,7 +371,13 @@ impl<'w> Player<'w> {
 }
 
 /// Puts a message's bytes on the links of one member; how many flows that takes.
-fn send<'w>(flows: &mut Flows<'w>, paths: &'w [Vec<Path>; 2], traffic: Traffic, owner: usize, now: Ticks) -> usize {
+fn send<'w>(
+    flows: &mut Flows<'w>,
+    paths: &'w [Vec<Path>; 2],
+    traffic: Traffic,
+    owner: usize,
+    now: Ticks,
+) -> usize {
     let mut count = 0;
     for (paths, bytes) in paths.iter().zip([traffic.inside_bytes, traffic.outside_bytes]) {
         for path in paths {
@@ -384,7 +396,8 @@ fn stream(axis: Axis) -> Stream {
         Axis::Tensor => Stream::Tensor,
         Axis::Context => Stream::Context,
         Axis::Expert => Stream::Expert,
-        Axis::All | Axis::Near | Axis::Far | Axis::ExpertReplicas => Stream::Data,
+        Axis::All | Axis::Near | Axis::Far => Stream::Data,
+        Axis::ExpertAll | Axis::ExpertNear | Axis::ExpertFar => Stream::Data,
     }
 }
 

@@ -135,7 +135,9 @@ impl Scenario {
         let spread = file.spread.unwrap_or(0.0);
         if !(0.0..=SPREAD_MAX).contains(&spread) {
             let what = format!("{place}: spread = {spread}, expected 0 to {SPREAD_MAX}");
-            return Err(Error::user(what).hint("the standard deviation of the nodes' speed, as a share of it"));
+            return Err(
+                Error::user(what).hint("the standard deviation of the nodes' speed, as a share of it")
+            );
         }
         Ok(Scenario { parts, spread, ranks: cluster.accelerators, per_node: cluster.per_node })
     }
@@ -209,10 +211,14 @@ impl Reader<'_> {
         Ok(match kind {
             "slow" => {
                 let hint = "how many times as long kernels take";
-                What::Speed(self.ranks(at, e)?, self.number(at, "factor", e.factor, 1.0 / FACTOR_MAX, FACTOR_MAX, hint)?)
+                What::Speed(
+                    self.ranks(at, e)?,
+                    self.number(at, "factor", e.factor, 1.0 / FACTOR_MAX, FACTOR_MAX, hint)?,
+                )
             }
             "link" => {
-                let by = share("the share of the link's rate that is left; for a lost link let the node fail")?;
+                let by =
+                    share("the share of the link's rate that is left; for a lost link let the node fail")?;
                 let ranks = self.ranks(at, e)?;
                 if e.inside == Some(true) { What::Domain(ranks, by) } else { What::Port(ranks, by) }
             }
@@ -222,8 +228,16 @@ impl Reader<'_> {
             }
             "throttle" | "pause" => {
                 let year = 1e6;
-                let from = self.number(at, "from_s", Some(e.from_s.unwrap_or(0.0)), 0.0, year, "seconds into the step")?;
-                let length = self.number(at, "for_s", e.for_s, 1.0 / TICKS_PER_S, year, "how many seconds")?;
+                let from = self.number(
+                    at,
+                    "from_s",
+                    Some(e.from_s.unwrap_or(0.0)),
+                    0.0,
+                    year,
+                    "seconds into the step",
+                )?;
+                let length =
+                    self.number(at, "for_s", e.for_s, 1.0 / TICKS_PER_S, year, "how many seconds")?;
                 let speed = match kind {
                     "pause" => 0.0,
                     _ => share("the share of the clock that is left")?,
@@ -299,10 +313,18 @@ impl Reader<'_> {
     fn switch(&self, at: &str, e: &Entry) -> Result<(usize, usize)> {
         let tiers = &self.cluster.scale_out.tiers;
         let (Some(tier), Some(group)) = (e.tier, e.group) else {
-            return Err(self.error(at, "expected tier and group", "say which switch, as tier = 1 and group = 0"));
+            return Err(self.error(
+                at,
+                "expected tier and group",
+                "say which switch, as tier = 1 and group = 0",
+            ));
         };
         let Some(known) = tier.checked_sub(1).and_then(|t| tiers.get(t)) else {
-            let hint = format!("fabric {} has {} tiers in the catalogue, counted from 1", self.cluster.scale_out.fabric, tiers.len());
+            let hint = format!(
+                "fabric {} has {} tiers in the catalogue, counted from 1",
+                self.cluster.scale_out.fabric,
+                tiers.len()
+            );
             return Err(self.error(at, &format!("tier {tier} does not exist"), &hint));
         };
         let groups = self.cluster.accelerators.div_ceil(known.accelerators.max(1));
@@ -328,7 +350,8 @@ mod tests {
 
     fn check(text: &str, expected: &str) {
         let cluster = spec::Catalog::builtin().unwrap().cluster("dgx-h100", Some(64)).unwrap();
-        let found = Scenario::parse("s.toml", text, &cluster).map_or_else(|e| e.to_string(), |_| "fine".to_owned());
+        let found =
+            Scenario::parse("s.toml", text, &cluster).map_or_else(|e| e.to_string(), |_| "fine".to_owned());
         assert!(found.starts_with(expected), "{text}: {found}");
     }
 

@@ -3,16 +3,15 @@
 mod replicas;
 
 use plan::estimate::parts::{Piece, SectionParts, StepParts};
-use plan::network::{Collective, Traffic, traffic};
+use plan::network::{Collective, Span, Traffic, traffic};
 use plan::placement::Placement;
 use plan::software::Software;
-use plan::template::TalkAxis;
+use plan::template::{Reads, TalkAxis};
 use program::{Pass, Work, orders};
 use spec::{ModelSpec, Zero};
 
 use crate::clock::{Ticks, ticks};
 use crate::mesh::Axis;
-pub(crate) use replicas::Spans;
 
 /// One thing that a rank's main stream does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,8 +22,28 @@ pub(crate) enum Op {
     Start(Stream, usize),
     /// Goes on when at most so many messages of the stream are under way.
     Wait(Stream, usize),
-    /// Goes on when the host has launched all kernels of this pass, so long after its start.
-    Launched(Ticks),
+    /// Goes on when the host has launched all kernels of this pass.
+    Launched(Host),
+}
+
+/// What the host does for a pass.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Host {
+    /// Launches kernels for so long.
+    pub(crate) launches: Ticks,
+    /// And for members of groups, which nothing hides.
+    pub(crate) members: Ticks,
+    /// The pass waits for messages between nodes for so long, which lets the host catch up.
+    pub(crate) far: Ticks,
+}
+
+impl Host {
+    /// How long a pass takes whose kernels and messages take `busy`: host and accelerator hide each other but where
+    /// they are about as fast, as the estimator has it.
+    pub(crate) fn pass(self, busy: Ticks) -> Ticks {
+        let uneven = (self.launches as f64).hypot(busy.saturating_sub(self.far) as f64).round() as Ticks;
+        uneven.max(busy).max(self.launches + self.members)
+    }
 }
 
 /// Messages of one stream follow each other; streams run beside each other.
@@ -119,19 +138,47 @@ impl Beside {
 const DISPATCH_SHOWN: f64 = 0.1;
 
 /// The steps of all stages.
-pub(crate) fn stages(model: &ModelSpec, placement: &Placement, parts: &StepParts, spans: Spans, beside: Beside) -> Vec<StageSteps> {
+pub(crate) fn stages(
+    model: &ModelSpec,
+    placement: &Placement,
+    parts: &StepParts,
+    spans: &[Span],
+    beside: Beside,
+) -> Vec<StageSteps> {
     let l = &placement.layout;
     let orders = orders(l.schedule, l.pp, l.chunks, parts.micro_batches);
-    orders.iter().enumerate().map(|(s, order)| Writer::new(model, placement, parts, spans, beside, s).stage(order)).collect()
+    orders
+        .iter()
+        .enumerate()
+        .map(|(s, order)| Writer::new(model, placement, parts, spans, beside, s).stage(order))
+        .collect()
 }
 
 /// A unit of parameters: a layer, or a table.
 struct Unit<'a> {
     section: &'a SectionParts,
     experts: bool,
+    /// A copy of a table that the first stage has too.
+    tied: f64,
 }
 
 impl Unit<'_> {
+    fn held(&self) -> f64 {
+        self.section.params + self.tied
+    }
+
+    /// Elements that ZeRO 3 gathers for a pass: dense ones, those of experts.
+    fn gathered(&self, pass: Pass, split: bool) -> (f64, f64) {
+        let of = |reads: &Reads| match pass {
+            Pass::Forward => reads.forward,
+            Pass::Backward if split => reads.input,
+            Pass::Backward => reads.backward,
+            Pass::Weight => reads.weight,
+        };
+        let experts = if self.experts { of(&self.section.expert_reads) } else { 0.0 };
+        (of(&self.section.reads), experts)
+    }
+
     fn experts_held(&self) -> f64 {
         if self.experts { self.section.expert_params } else { 0.0 }
     }
@@ -146,7 +193,8 @@ struct Writer<'a> {
     /// Units of each chunk.
     chunks: Vec<Vec<Unit<'a>>>,
     out: StageSteps,
-    spans: Spans,
+    /// By axis.
+    spans: &'a [Span],
     /// How much longer everything takes.
     pace: f64,
     /// Messages of replicas started after the parameters that the next unit waits for.
@@ -163,11 +211,20 @@ struct Role {
     pass: Pass,
     chunk: usize,
     first: bool,
+    /// Gradients are said in this pass, or settled for good.
     last: bool,
+    settles: bool,
 }
 
 impl<'a> Writer<'a> {
-    fn new(model: &ModelSpec, placement: &'a Placement, parts: &'a StepParts, spans: Spans, beside: Beside, stage: usize) -> Self {
+    fn new(
+        model: &ModelSpec,
+        placement: &'a Placement,
+        parts: &'a StepParts,
+        spans: &'a [Span],
+        beside: Beside,
+        stage: usize,
+    ) -> Self {
         let l = &placement.layout;
         let virtuals = l.pp * l.chunks;
         let chunk = |c: usize| {
@@ -175,14 +232,15 @@ impl<'a> Writer<'a> {
             let before: usize = parts.virtual_layers[..v].iter().sum();
             let layer = |i: usize| {
                 let experts = model.has_experts(i);
-                Unit { section: if experts { &parts.expert_layer } else { &parts.layer }, experts }
+                Unit { section: if experts { &parts.expert_layer } else { &parts.layer }, experts, tied: 0.0 }
             };
             let mut units: Vec<Unit<'a>> = (before..before + parts.virtual_layers[v]).map(layer).collect();
             if v == 0 {
-                units.insert(0, Unit { section: &parts.embed, experts: false });
+                units.insert(0, Unit { section: &parts.embed, experts: false, tied: 0.0 });
             }
             if v + 1 == virtuals {
-                units.push(Unit { section: &parts.head, experts: false });
+                let tied = if l.pp > 1 { parts.tied_params } else { 0.0 };
+                units.push(Unit { section: &parts.head, experts: false, tied });
             }
             units
         };
@@ -195,7 +253,19 @@ impl<'a> Writer<'a> {
         };
         let chunks = (0..l.chunks).map(chunk).collect();
         let pace = 1.0 + parts.slowest_node;
-        Writer { placement, parts, beside, stage, chunks, out, spans, pace, later: 0, late: Vec::new(), gathers: Vec::new() }
+        Writer {
+            placement,
+            parts,
+            beside,
+            stage,
+            chunks,
+            out,
+            spans,
+            pace,
+            later: 0,
+            late: Vec::new(),
+            gathers: Vec::new(),
+        }
     }
 
     fn stage(mut self, order: &[Work]) -> StageSteps {
@@ -217,7 +287,8 @@ impl<'a> Writer<'a> {
                     self.out.lists.len() - 1
                 }
             };
-            let slot = |backward: bool, v: usize| Slot { backward, chunk: v / pp, micro_batch: work.micro_batch };
+            let slot =
+                |backward: bool, v: usize| Slot { backward, chunk: v / pp, micro_batch: work.micro_batch };
             let (needs, makes) = match work.pass {
                 Pass::Forward => {
                     ((v > 0).then(|| slot(false, v)), (v + 1 < virtuals).then(|| slot(false, v + 1)))
@@ -248,6 +319,7 @@ impl<'a> Writer<'a> {
             chunk: work.chunk,
             first: work.pass == Pass::Forward && work.micro_batch == 0,
             last: work.pass != Pass::Forward && (last || zero == Zero::Gradients),
+            settles: work.pass != Pass::Forward && last,
         }
     }
 
@@ -273,13 +345,14 @@ impl<'a> Writer<'a> {
         let units = std::mem::take(&mut self.chunks[role.chunk]);
         let mut ops = Vec::new();
         let backwards = role.pass != Pass::Forward;
-        let order: Vec<usize> = if backwards { (0..units.len()).rev().collect() } else { (0..units.len()).collect() };
-        let mut kernels = 0.0;
-        let sharded_params = sharded && role.pass != Pass::Weight;
+        let order: Vec<usize> =
+            if backwards { (0..units.len()).rev().collect() } else { (0..units.len()).collect() };
+        let (mut kernels, mut members, mut far_s) = (0.0, 0.0, 0.0);
+        let sharded_params = sharded;
         for (at, &u) in order.iter().enumerate() {
             let unit = &units[u];
             if sharded_params {
-                self.gather_ahead(&mut ops, &units, &order, at);
+                self.gather_ahead(&mut ops, &units, &order, at, role.pass, split);
             }
             let s = unit.section;
             // Rows that weight gradients need again are gathered beside the first of their products.
@@ -290,32 +363,37 @@ impl<'a> Writer<'a> {
                 Pass::Backward => &[&s.input, &s.weight],
                 Pass::Weight => &[again, &s.weight],
             };
-            kernels += match role.pass {
-                Pass::Forward => s.kernels[0],
-                Pass::Backward if split => s.kernels[1],
-                Pass::Backward => s.kernels[1] + s.kernels[2],
-                Pass::Weight => s.kernels[2],
+            let of = |by: &[f64; 3]| match role.pass {
+                Pass::Forward => by[0],
+                Pass::Backward if split => by[1],
+                Pass::Backward => by[1] + by[2],
+                Pass::Weight => by[2],
             };
+            kernels += of(&s.kernels);
+            members += of(&s.members);
+            far_s += of(&s.far_s);
             let pieces: Vec<Piece> = lists.concat();
             self.pieces(&mut ops, &pieces);
             if sharded && backwards && (role.pass == Pass::Weight || !split) {
-                self.scatter(&mut ops, unit, role.last);
+                self.scatter(&mut ops, unit, role.settles);
             }
         }
         if self.beside.experts && self.placement.layout.ep > 1 {
             ops.push(Op::Wait(Stream::Expert, 0));
         }
-        let launch_s = kernels * self.parts.launch_s;
-        if launch_s > 0.0 {
-            ops.push(Op::Launched(self.time(launch_s)));
+        if self.parts.launch_s > 0.0 {
+            ops.push(Op::Launched(Host {
+                launches: self.time(kernels * self.parts.launch_s),
+                members: self.time(members * self.parts.launch_s),
+                far: self.time(far_s),
+            }));
         }
-        let grads_ready = role.last
-            && if split { role.pass == Pass::Weight } else { backwards };
+        let grads_ready = role.last && if split { role.pass == Pass::Weight } else { backwards };
         if !sharded && role.first && self.gathers_updated() && self.beside.params {
             ops = self.await_buckets(ops, role.chunk);
         }
         if !sharded && grads_ready {
-            ops = self.reduce_buckets(ops, &units);
+            ops = self.reduce_buckets(ops, &units, role.settles);
         }
         self.chunks[role.chunk] = units;
         ops
@@ -328,20 +406,27 @@ impl<'a> Writer<'a> {
             let again = gathers(&pieces[at..]);
             let taken = match &pieces[at..] {
                 rest if self.beside.tensor && again > 1 => self.gathered_again(ops, rest, again),
-                [Piece::Talk { what: Collective::AllGather, axis: TalkAxis::Tp, traffic }, product @ Piece::Gemm { .. }, ..]
-                    if self.beside.tensor =>
-                {
+                [
+                    Piece::Talk { what: Collective::AllGather, axis: TalkAxis::Tp, traffic },
+                    product @ Piece::Gemm { .. },
+                    ..,
+                ] if self.beside.tensor => {
                     self.gathered_product(ops, *traffic, self.compute(product));
                     2
                 }
-                [product @ Piece::Gemm { .. }, Piece::Talk { what: Collective::ReduceScatter, axis: TalkAxis::Tp, traffic }, ..]
-                    if self.beside.tensor =>
-                {
+                [
+                    product @ Piece::Gemm { .. },
+                    Piece::Talk { what: Collective::ReduceScatter, axis: TalkAxis::Tp, traffic },
+                    ..,
+                ] if self.beside.tensor => {
                     self.scattered_product(ops, *traffic, self.compute(product));
                     2
                 }
                 [attention @ Piece::Attention { .. }, rest @ ..] => {
-                    let ring = rest.iter().take_while(|p| matches!(p, Piece::Talk { axis: TalkAxis::Cp, .. })).count();
+                    let ring = rest
+                        .iter()
+                        .take_while(|p| matches!(p, Piece::Talk { axis: TalkAxis::Cp, .. }))
+                        .count();
                     self.ring(ops, self.compute(attention), &rest[..ring]);
                     1 + ring
                 }
@@ -485,4 +570,3 @@ fn part(t: Traffic, share: f64) -> Traffic {
         outside_bytes: t.outside_bytes * share,
     }
 }
-

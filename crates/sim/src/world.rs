@@ -148,10 +148,12 @@ pub(crate) fn spans(cluster: &Cluster, mesh: &Mesh, parts: &StepParts) -> Vec<Sp
     let r = &parts.replicas;
     let span = |axis: &Axis| {
         let group = match axis {
-            Axis::All => r.all,
-            Axis::Near => r.near,
-            Axis::Far => r.far,
-            Axis::ExpertReplicas => r.expert,
+            Axis::All => r.dense.replicas,
+            Axis::Near => r.dense.shards,
+            Axis::Far => r.dense.owners,
+            Axis::ExpertAll => r.experts.replicas,
+            Axis::ExpertNear => r.experts.shards,
+            Axis::ExpertFar => r.experts.owners,
             Axis::Tensor | Axis::Context | Axis::Expert => {
                 let (size, stride) = axis.cut(&mesh.placement);
                 plan::network::Group { size, stride }

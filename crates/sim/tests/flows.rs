@@ -15,7 +15,8 @@ fn networks() -> impl Strategy<Value = Network> {
         let uses = prop::collection::btree_map(0..links, 1u64..5, 1..=links.min(4));
         let limit = prop_oneof![Just(u64::MAX), 1_000u64..200_000_000_000];
         let flow = (uses.prop_map(|u| u.into_iter().collect()), limit);
-        (capacity, prop::collection::vec(flow, 1..9)).prop_map(|(capacity, flows)| Network { capacity, flows })
+        (capacity, prop::collection::vec(flow, 1..9))
+            .prop_map(|(capacity, flows)| Network { capacity, flows })
     })
 }
 

@@ -10,7 +10,13 @@ use sim::clock::USUAL;
 use sim::world::{Disturbed, Folding, Mark, Window};
 use spec::{Catalog, NumberFormat};
 
-fn problem(model: &str, cluster: &str, accelerators: usize, software: &str, batch: (usize, usize)) -> Problem {
+fn problem(
+    model: &str,
+    cluster: &str,
+    accelerators: usize,
+    software: &str,
+    batch: (usize, usize),
+) -> Problem {
     let shape = models::find(model).unwrap();
     let cluster = Catalog::builtin().unwrap().cluster(cluster, Some(accelerators)).unwrap();
     let software = Software::named(software).unwrap();
@@ -39,9 +45,19 @@ fn against(case: (&str, &str, usize, &str, (usize, usize), &str)) -> (f64, f64, 
 fn undisturbed_steps_take_what_the_closed_form_says() {
     let check = |model: &str, cluster: &str, n, software: &str, batch, layout: &str| {
         let (played, predicted, off) = against((model, cluster, n, software, batch, layout));
-        assert!(off.abs() < 0.01, "{cluster} {software} {layout}: {played} for {predicted}, {:+.2} %", 100.0 * off);
+        assert!(
+            off.abs() < 0.01,
+            "{cluster} {software} {layout}: {played} for {predicted}, {:+.2} %",
+            100.0 * off
+        );
     };
-    for layout in ["tp=8,pp=8", "tp=4,pp=16", "tp=8,pp=8,recompute=full", "tp=8,pp=4,zero=0", "tp=8,pp=8,schedule=gpipe"] {
+    for layout in [
+        "tp=8,pp=8",
+        "tp=4,pp=16",
+        "tp=8,pp=8,recompute=full",
+        "tp=8,pp=4,zero=0",
+        "tp=8,pp=8,schedule=gpipe",
+    ] {
         let layout = format!("micro_batch=1,{layout}");
         check("gpt3-175b", "dgx-a100", 128, "megatron-2022", (128, 2048), &layout);
         check("gpt3-175b", "dgx-h100", 512, "megatron-2021", (1024, 2048), &layout);
@@ -52,6 +68,8 @@ fn undisturbed_steps_take_what_the_closed_form_says() {
         check("llama3-8b", "mi300x-node", 8, "fsdp-2023", (512, 8192), layout);
         check("llama3-70b", "tpu-v5p-pod", 256, "maxtext-2025", (512, 8192), layout);
     }
+    check("llama3-8b", "dgx-h100", 64, "megatron-core-2024", (512, 8192), "tp=4,micro_batch=1");
+    check("llama3-405b", "dgx-h100", 1024, "megatron-core-2024", (512, 8192), "tp=8,pp=16,micro_batch=1");
     for layout in ["pp=4,micro_batch=1", "pp=8,micro_batch=1,zero=0", "micro_batch=1,zero=1"] {
         check("llama3-8b", "dgx-h100", 64, "megatron-core-2024", (512, 8192), layout);
     }
@@ -64,13 +82,10 @@ fn what_hides_behind_its_neighbours_alone_shows_more() {
     let check = |model: &str, n, layout: &str, low: f64, high: f64| {
         let (played, predicted, off) =
             against((model, "dgx-h100", n, "megatron-core-2024", (512, 8192), layout));
-        println!("{layout} {:+.2}", 100.0 * off);
-        assert!((-1.0..high + low + 1.0).contains(&off), "{layout}: {played} for {predicted}, {:+.2} %", 100.0 * off);
+        assert!((low..high).contains(&off), "{layout}: {played} for {predicted}, {:+.2} %", 100.0 * off);
     };
-    check("llama3-8b", 64, "tp=4,micro_batch=1", 0.0, 0.04);
-    check("llama3-405b", 1024, "tp=8,pp=16,micro_batch=1", 0.0, 0.04);
-    check("llama3-70b", 256, "tp=8,pp=4,chunks=5,micro_batch=1", 0.0, 0.07);
-    check("llama3-70b", 256, "tp=8,pp=4,cp=2,micro_batch=1", 0.0, 0.08);
+    check("llama3-70b", 256, "tp=8,pp=4,chunks=5,micro_batch=1", 0.01, 0.02);
+    check("llama3-70b", 256, "tp=8,pp=4,cp=2,micro_batch=1", 0.01, 0.03);
 }
 
 fn marks() -> Vec<Disturbed> {

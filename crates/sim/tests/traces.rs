@@ -96,5 +96,8 @@ fn what_is_no_trace_is_refused_by_line() {
     check(&|r| r[1] = "0,0,0,forward-compute".to_owned(), "t.csv, line 2: start_ts = \"\"");
     check(&|r| drop(r.remove(2)), "t.csv, line 3: 1 of 2 ends of a message");
     check(&|r| r.retain(|l| !l.starts_with("1,1,2")), "t.csv: step 2 has ops of 3 of 2 x 2 workers");
-    check(&|r| r[1] = "0,0,0,forward-compute,0,2,0,0".to_owned(), "t.csv, line 3: an op of dp_rank 0, stage 0 begins");
+    check(
+        &|r| r[1] = "0,0,0,forward-compute,0,2,0,0".to_owned(),
+        "t.csv, line 3: an op of dp_rank 0, stage 0 begins",
+    );
 }

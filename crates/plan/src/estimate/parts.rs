@@ -2,10 +2,10 @@
 
 use spec::Result;
 
+pub use super::replicas::Holders;
 use super::section::Links;
 use super::step::{Stages, virtual_layers};
 use super::{Breakdown, Estimator};
-pub use super::replicas::Holders;
 use crate::network::{Collective, Group, NetworkModel, Span, Traffic};
 use crate::placement::Placement;
 use crate::template::{LAUNCHES_PER_TASK, Reads, Section, TalkAxis, Task};
@@ -168,7 +168,8 @@ impl Estimator<'_> {
     }
 
     fn section_parts(&self, s: &Section, placement: &Placement, links: &Links) -> SectionParts {
-        let pieces = |tasks: &[Task]| tasks.iter().map(|t| self.piece(t, placement, links)).collect::<Vec<_>>();
+        let pieces =
+            |tasks: &[Task]| tasks.iter().map(|t| self.piece(t, placement, links)).collect::<Vec<_>>();
         let (forward, mut input, weight) = (pieces(&s.forward), pieces(&s.input), pieces(&s.weight));
         let loss_s = self.loss(s);
         if loss_s > 0.0 {
@@ -193,7 +194,11 @@ impl Estimator<'_> {
         let whole = |params| Reads { forward: params, backward: params, input: params, weight: 0.0 };
         let units = self.problem.software.gathers_whole_units;
         SectionParts {
-            kernels: [launched(&s.forward) + s.launches, launched(&s.input) + s.launches, launched(&s.weight)],
+            kernels: [
+                launched(&s.forward) + s.launches,
+                launched(&s.input) + s.launches,
+                launched(&s.weight),
+            ],
             members: [&forward, &input, &weight].map(|p| talks(p, &members)),
             far_s: [&forward, &input, &weight].map(|p| talks(p, &far)),
             forward,

@@ -193,14 +193,14 @@ impl Player<'_> {
                 rank.resume(now);
                 rank.at = Phase::Op(i + 1);
             }
-            Op::Launched(after) => {
-                let due = rank.pass_start + after;
-                if now < due {
-                    if rank.waiting != Some(Why::Host) {
+            Op::Launched(host) => {
+                if rank.waiting != Some(Why::Host) {
+                    let due = rank.pass_start + host.pass(now - rank.pass_start);
+                    if now < due {
                         rank.version += 1;
                         self.heap.push(Reverse((due, Event::Due { class, version: rank.version })));
+                        return Some(Why::Host);
                     }
-                    return Some(Why::Host);
                 }
                 rank.resume(now);
                 rank.at = Phase::Op(i + 1);

@@ -1,27 +1,20 @@
 //! What replicas of a stage say: gradients and parameters, in buckets or layer by layer.
 
 use super::*;
-use plan::network::Span;
-
-/// How the groups of replicas lie on the machine.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Spans {
-    pub(crate) all: Span,
-    pub(crate) near: Span,
-    pub(crate) far: Span,
-    pub(crate) expert: Span,
-}
 
 impl<'a> Writer<'a> {
     /// A message among replicas, if there is one.
     fn replica_message(&mut self, axis: Axis, what: Collective, bytes: f64) -> Option<usize> {
-        let (r, s) = (&self.parts.replicas, &self.spans);
-        let (group, span) = match axis {
-            Axis::All => (r.all, s.all),
-            Axis::Near => (r.near, s.near),
-            Axis::Far => (r.far, s.far),
-            _ => (r.expert, s.expert),
+        let r = &self.parts.replicas;
+        let group = match axis {
+            Axis::All => r.dense.replicas,
+            Axis::Near => r.dense.shards,
+            Axis::Far => r.dense.owners,
+            Axis::ExpertNear => r.experts.shards,
+            Axis::ExpertFar => r.experts.owners,
+            _ => r.experts.replicas,
         };
+        let span = self.spans[axis as usize];
         let mut t = traffic(&self.parts.net, what, &span, group.size, bytes);
         if self.parts.flat_collectives {
             // One port of the node carries what all of its members say.
@@ -34,28 +27,47 @@ impl<'a> Writer<'a> {
     fn gather(&mut self, dense: f64, experts: f64) -> Vec<usize> {
         let bytes = self.parts.replicas.gathered_bytes;
         let near = self.replica_message(Axis::Near, Collective::AllGather, bytes * dense);
-        let expert = self.replica_message(Axis::ExpertReplicas, Collective::AllGather, bytes * experts);
+        let expert = self.replica_message(Axis::ExpertNear, Collective::AllGather, bytes * experts);
         near.into_iter().chain(expert).collect()
     }
 
     /// Sums gradients to where they are owned.
-    fn reduce(&mut self, dense: f64, experts: f64) -> Vec<usize> {
+    fn reduce(&mut self, dense: f64, experts: f64, settles: bool) -> Vec<usize> {
         let bytes = self.parts.replicas.grad_bytes;
         let mut out = Vec::new();
         if self.placement.layout.zero == Zero::Off {
             out.extend(self.replica_message(Axis::All, Collective::AllReduce, bytes * dense));
+            out.extend(self.replica_message(Axis::ExpertAll, Collective::AllReduce, bytes * experts));
         } else {
-            let shard = self.parts.replicas.near.size as f64;
             out.extend(self.replica_message(Axis::Near, Collective::ReduceScatter, bytes * dense));
-            out.extend(self.replica_message(Axis::Far, Collective::AllReduce, bytes * dense / shard));
+            out.extend(self.replica_message(Axis::ExpertNear, Collective::ReduceScatter, bytes * experts));
+            if settles {
+                out.extend(self.settle(bytes * dense, bytes * experts));
+            }
         }
-        out.extend(self.replica_message(Axis::ExpertReplicas, Collective::AllReduce, bytes * experts));
         out
     }
 
+    /// Owners of the same shard add theirs up.
+    fn settle(&mut self, dense_bytes: f64, expert_bytes: f64) -> Vec<usize> {
+        let r = &self.parts.replicas;
+        let (dense, experts) = (r.dense.shards.size as f64, r.experts.shards.size as f64);
+        let dense = self.replica_message(Axis::Far, Collective::AllReduce, dense_bytes / dense);
+        let experts = self.replica_message(Axis::ExpertFar, Collective::AllReduce, expert_bytes / experts);
+        dense.into_iter().chain(experts).collect()
+    }
+
     /// ZeRO 3: gathers the next unit's parameters beside this unit's work, or this unit's in front of it.
-    pub(super) fn gather_ahead(&mut self, ops: &mut Vec<Op>, units: &[Unit<'_>], order: &[usize], at: usize) {
-        let of = |u: usize| (units[u].section.params, units[u].experts_held());
+    pub(super) fn gather_ahead(
+        &mut self,
+        ops: &mut Vec<Op>,
+        units: &[Unit<'_>],
+        order: &[usize],
+        at: usize,
+        pass: Pass,
+        split: bool,
+    ) {
+        let of = |u: usize| units[u].gathered(pass, split);
         if at == 0 || !self.beside.params {
             let (dense, experts) = of(order[at]);
             let messages = self.gather(dense, experts);
@@ -75,16 +87,7 @@ impl<'a> Writer<'a> {
 
     /// ZeRO 3: scatters a unit's gradients; replicas of a shard settle once a step.
     pub(super) fn scatter(&mut self, ops: &mut Vec<Op>, unit: &Unit<'_>, settles: bool) {
-        let (dense, experts) = (unit.section.params, unit.experts_held());
-        let bytes = self.parts.replicas.grad_bytes;
-        let near = self.replica_message(Axis::Near, Collective::ReduceScatter, bytes * dense);
-        let expert = self.replica_message(Axis::ExpertReplicas, Collective::ReduceScatter, bytes * experts);
-        let shard = self.parts.replicas.near.size as f64;
-        let far = match settles {
-            true => self.replica_message(Axis::Far, Collective::AllReduce, bytes * dense / shard),
-            false => None,
-        };
-        let messages: Vec<usize> = near.into_iter().chain(expert).chain(far).collect();
+        let messages = self.reduce(unit.held(), unit.experts_held(), settles);
         self.later += messages.len();
         ops.extend(messages.iter().map(|m| Op::Start(Stream::Data, *m)));
         if !self.beside.params {
@@ -98,7 +101,7 @@ impl<'a> Writer<'a> {
     }
 
     fn held(units: &[Unit<'_>]) -> (f64, f64) {
-        let dense = units.iter().map(|u| u.section.params).sum();
+        let dense = units.iter().map(Unit::held).sum();
         (dense, units.iter().map(|u| u.experts_held()).sum())
     }
 
@@ -121,10 +124,10 @@ impl<'a> Writer<'a> {
     }
 
     /// The last backward pass of a chunk sends gradients bucket by bucket.
-    pub(super) fn reduce_buckets(&mut self, ops: Vec<Op>, units: &[Unit<'_>]) -> Vec<Op> {
+    pub(super) fn reduce_buckets(&mut self, ops: Vec<Op>, units: &[Unit<'_>], settles: bool) -> Vec<Op> {
         let count = self.buckets();
         let (dense, experts) = Self::held(units);
-        let each = self.reduce(dense / count as f64, experts / count as f64);
+        let each = self.reduce(dense / count as f64, experts / count as f64, settles);
         let start: Vec<Op> = each.iter().map(|m| Op::Start(Stream::Data, *m)).collect();
         if self.beside.grads {
             return at_shares(ops, count, |_| None, |_| Some(start.clone()));

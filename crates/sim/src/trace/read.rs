@@ -111,7 +111,8 @@ const MAX: f64 = 1e6;
 /// A column that is missing, a cell that cannot be read, no ops.
 pub fn parse(place: &str, text: &str) -> Result<Vec<Row>> {
     let mut lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let header: Vec<&str> = lines.next().map_or("", |l| l.1).split(',').map(|c| c.trim().trim_matches('"')).collect();
+    let header: Vec<&str> =
+        lines.next().map_or("", |l| l.1).split(',').map(|c| c.trim().trim_matches('"')).collect();
     let mut at = [0; COLUMNS.len()];
     for (column, place_of) in COLUMNS.iter().zip(&mut at) {
         *place_of = header.iter().position(|h| h == column).ok_or_else(|| {

@@ -53,11 +53,14 @@ impl Ideal {
             times.entry(replay.rows[meeting.ops[0]].kind.message()).or_default().push(meeting.took_s);
         }
         let usual = |(kind, mut all): (Kind, Vec<f64>)| {
-            let computes =
-                matches!(kind, Kind::Forward | Kind::Backward | Kind::Optimizer | Kind::Norms | Kind::Garbage);
+            let computes = matches!(
+                kind,
+                Kind::Forward | Kind::Backward | Kind::Optimizer | Kind::Norms | Kind::Garbage
+            );
             all.sort_by(f64::total_cmp);
             let half = all.len() / 2;
-            let median = if all.len().is_multiple_of(2) { (all[half - 1] + all[half]) / 2.0 } else { all[half] };
+            let median =
+                if all.len().is_multiple_of(2) { (all[half - 1] + all[half]) / 2.0 } else { all[half] };
             (kind, if computes { all.iter().sum::<f64>() / all.len() as f64 } else { median })
         };
         Ideal { by_kind: times.into_iter().map(usual).collect() }
@@ -83,10 +86,14 @@ impl<'a> Replay<'a> {
         };
         for (step, workers) in steps {
             if workers.len() != stages * replicas {
-                let what = format!("{place}: step {step} has ops of {} of {stages} x {replicas} workers", workers.len());
+                let what = format!(
+                    "{place}: step {step} has ops of {} of {stages} x {replicas} workers",
+                    workers.len()
+                );
                 return Err(Error::user(what).hint("every step needs all stages of all data-parallel ranks"));
             }
-            let chains: Result<Vec<Vec<Batch>>> = workers.into_values().map(|ops| replay.chain(ops)).collect();
+            let chains: Result<Vec<Vec<Batch>>> =
+                workers.into_values().map(|ops| replay.chain(ops)).collect();
             replay.chains.push(chains?);
         }
         replay.meet()?;
@@ -108,20 +115,25 @@ impl<'a> Replay<'a> {
     /// A worker's ops in order; messages that begin together are one batch.
     fn chain(&self, mut ops: Vec<usize>) -> Result<Vec<Batch>> {
         let rows = self.rows;
-        ops.sort_by(|a, b| rows[*a].start_s.total_cmp(&rows[*b].start_s).then(rows[*a].kind.cmp(&rows[*b].kind)));
+        ops.sort_by(|a, b| {
+            rows[*a].start_s.total_cmp(&rows[*b].start_s).then(rows[*a].kind.cmp(&rows[*b].kind))
+        });
         let mut out: Vec<Batch> = Vec::new();
         let mut ends: f64 = 0.0;
         for op in ops {
             let row = &rows[op];
             let talks = |i: usize| self.key(&rows[i]).is_some();
             match out.last_mut() {
-                Some(last) if rows[last[0]].start_s == row.start_s && talks(last[0]) && talks(op) => last.push(op),
+                Some(last) if rows[last[0]].start_s == row.start_s && talks(last[0]) && talks(op) => {
+                    last.push(op)
+                }
                 _ if row.start_s + SLACK_S < ends => {
                     let what = format!(
                         "{}, line {}: an op of dp_rank {}, stage {} begins at {} s of step {}, before the one in front ends at {ends} s",
                         self.place, row.line, row.dp_rank, row.stage, row.start_s, row.step
                     );
-                    return Err(Error::user(what).hint("ops of a worker follow each other; only messages may begin together"));
+                    return Err(Error::user(what)
+                        .hint("ops of a worker follow each other; only messages may begin together"));
                 }
                 _ => out.push(vec![op]),
             }
@@ -183,7 +195,9 @@ impl<'a> Replay<'a> {
                     meeting.ops.len(),
                     first.step
                 );
-                return Err(Error::user(what).hint("the trace has a hole: every send needs its receive, every collective all of its ranks"));
+                return Err(Error::user(what).hint(
+                    "the trace has a hole: every send needs its receive, every collective all of its ranks",
+                ));
             }
         }
         Ok(())

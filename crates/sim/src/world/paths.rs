@@ -210,7 +210,15 @@ impl<'a> Fabric<'a> {
         if out.is_empty() { vec![(0, 1)] } else { out }
     }
 
-    fn inside(&self, from: usize, to: usize, size: usize, stride: usize, span: &Span, mark: &Mark) -> Vec<Path> {
+    fn inside(
+        &self,
+        from: usize,
+        to: usize,
+        size: usize,
+        stride: usize,
+        span: &Span,
+        mark: &Mark,
+    ) -> Vec<Path> {
         let dims = self.dims_spanned(size, stride);
         let count = dims.len() as f64;
         let limit = whole(span.inside_rate * self.scale * of_usual(mark.domain) / count);
