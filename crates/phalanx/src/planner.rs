@@ -238,7 +238,7 @@ fn stack(name: &str) -> Result<Software> {
 
 /// The best layout, or the one given, as `plan` answers.
 pub(crate) fn best(args: &Plan) -> Result<Answer> {
-    let question = question(args)?;
+    let question = question(args, &files::catalog(&args.catalog)?)?;
     Ok(answer(question, args)?.0)
 }
 

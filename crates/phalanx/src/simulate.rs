@@ -4,15 +4,16 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use economics::failures::Rates;
 use plan::answer::Answer;
 use serde_json::{Value, json};
 use sim::Rehearsal;
 use sim::life::{Lived, Run};
 use sim::scenario::Scenario;
 use sim::world::Folding;
-use spec::{Catalog, EntryKind, Error, Result};
+use spec::{Error, Result};
 
-use crate::args::{Plan, Simulate};
+use crate::args::{Economy, Plan, Simulate};
 use crate::{files, output, planner};
 
 /// More steps than anyone plays one by one.
@@ -83,7 +84,9 @@ fn rehearse(args: &Simulate) -> Result<u8> {
         "costs": costs,
     });
     if let Some(run) = &run {
-        json["days"] = json!(run.wall_s / DAY_S);
+        if run.wall_s.is_finite() {
+            json["days"] = json!(run.wall_s / DAY_S);
+        }
         json["lives"] = spread(&lives, run);
     }
     if args.json {
@@ -133,7 +136,9 @@ fn question(args: &Simulate) -> Plan {
         trainable_only: false,
         threads: 0,
         explain: false,
+        economy: Economy { objective: "time".to_owned(), ..Economy::default() },
         emit: None,
+        html: None,
         rank_map: None,
         catalog: args.catalog.clone(),
         calibration: None,
@@ -201,15 +206,24 @@ fn life(args: &Simulate, answer: &Answer, scenario: &Scenario, step_s: f64) -> R
     if args.days.is_none() && failing_steps.is_empty() {
         return Ok(None);
     }
-    let catalog = files::catalog(&args.catalog)?;
     let cluster = &answer.problem.cluster;
+    if args.days.is_some() && cluster.failure.is_none() {
+        output::say(&format!(
+            "note: the catalogue has no failure rates for {}: those of failure.{} are taken; give others as failure = \"NAME\" in a platform of a --catalog file",
+            cluster.name,
+            economics::failures::USUAL
+        ));
+    }
+    let rates = Rates::of(&files::catalog(&args.catalog)?, cluster)?;
+    let failures = rates.of_job(cluster.accelerators);
     let storage = answer.storage.as_ref();
     let write_s = storage.map_or(0.0, |s| s.write.value);
     let mut run = Run {
         step_s,
-        wall_s: args.days.map_or(args.steps as f64 * step_s, |days| days * DAY_S),
-        failures_per_s: if args.days.is_some() { failures_per_s(&catalog, answer)? } else { 0.0 },
-        restart_s: restart_s(&catalog, cluster)?,
+        wall_s: args.days.map_or(f64::INFINITY, |days| days * DAY_S),
+        steps: args.days.is_none().then_some(args.steps),
+        failures_per_s: if args.days.is_some() { failures.per_day.value / DAY_S } else { 0.0 },
+        restart_s: failures.detect_s.value + failures.restart_s.value,
         read_s: storage.map_or(0.0, |s| s.read.value),
         stall_s: storage.and_then(|s| s.stall).map_or(write_s, |s| s.value),
         safe_s: write_s,
@@ -219,39 +233,6 @@ fn life(args: &Simulate, answer: &Answer, scenario: &Scenario, step_s: f64) -> R
     run.safe_s = run.safe_s.max(run.stall_s);
     run.interval_steps = run.usual_interval();
     Ok(Some(run))
-}
-
-/// Failures of the whole job in a second, at the rates of the cluster's entry.
-fn failures_per_s(catalog: &Catalog, answer: &Answer) -> Result<f64> {
-    /// Accelerators of the node that the catalogue's rates are given for.
-    const ACCELERATORS_PER_NODE: f64 = 8.0;
-    let cluster = &answer.problem.cluster;
-    let Some(name) = &cluster.failure else {
-        output::say(&format!(
-            "note: the catalogue has no failure rates for {}, so nothing fails; give some: failure = \"NAME\" in the platform's table of a --catalog file, see `phalanx catalog list failure`",
-            cluster.name
-        ));
-        return Ok(0.0);
-    };
-    let entry = catalog.get(EntryKind::Failure, name)?;
-    let rate = entry.measure("rate").ok_or_else(|| {
-        Error::user(format!("failure.{name} says no rate")).hint("give rate, in 1/kilonode-day")
-    })?;
-    Ok(rate.value * cluster.accelerators as f64 / ACCELERATORS_PER_NODE)
-}
-
-/// Where no entry says how long a restart takes, this one does.
-const RESTARTS: &str = "rsc-1";
-
-fn restart_s(catalog: &Catalog, cluster: &spec::Cluster) -> Result<f64> {
-    let own = match &cluster.failure {
-        Some(name) => catalog.get(EntryKind::Failure, name)?.measure("restart"),
-        None => None,
-    };
-    let usual = || -> Result<Option<spec::Measure>> {
-        Ok(catalog.get(EntryKind::Failure, RESTARTS)?.measure("restart"))
-    };
-    Ok(own.map_or_else(usual, |m| Ok(Some(m)))?.map_or(0.0, |m| m.value))
 }
 
 fn mean(lives: &[Lived], of: impl Fn(&Lived) -> f64) -> Option<f64> {
@@ -308,8 +289,7 @@ fn text(json: &Value) -> String {
             format!("{:.1} ({:.1} to {:.1})", by * n(&r["mean"]), by * n(&r["low"]), by * n(&r["high"]))
         };
         out += &format!(
-            "{:.1} days   {} interruptions, goodput {} %: lost work {} %, restarts {} %, checkpoints {} % of {} lives\n",
-            n(&json["days"]),
+            "lived      {} interruptions, goodput {} %: lost work {} %, restarts {} %, checkpoints {} % of {} lives\n",
             range("interruptions", 1.0),
             range("goodput", 100.0),
             range("lost", 100.0),

@@ -10,8 +10,10 @@ use crate::draw::Draw;
 pub struct Run {
     /// One step, undisturbed by failures.
     pub step_s: f64,
-    /// How long the run is.
+    /// How long the run is; without bound where steps bound it.
     pub wall_s: f64,
+    /// How many steps have to be kept, if so many end it.
+    pub steps: Option<u64>,
     /// Failures a second of the whole job.
     pub failures_per_s: f64,
     /// From a failure until the job could compute, without its checkpoint.
@@ -80,7 +82,7 @@ impl Run {
         let (mut lost_s, mut restart_s, mut checkpoint_s) = (0.0, 0.0, 0.0);
         let mut lived = Lived::default();
         let mut events = 0u64;
-        while now < self.wall_s {
+        while now < self.wall_s && self.steps.is_none_or(|steps| done < steps) {
             events += 1;
             if events > EVENTS_MAX {
                 return Err(Error::user(format!("more than {EVENTS_MAX} events in the run"))
@@ -88,6 +90,7 @@ impl Run {
             }
             // Steps to the next checkpoint, unless something comes between.
             let until = (done / self.interval_steps + 1) * self.interval_steps;
+            let until = self.steps.map_or(until, |steps| until.min(steps));
             let fails_at = scripted.last().copied().filter(|s| *s <= until && *s > done);
             let target = fails_at.unwrap_or(until);
             let ends = now + (target - done) as f64 * self.step_s;
@@ -128,10 +131,11 @@ impl Run {
                 now += took;
             }
         }
+        let wall_s = if self.steps.is_some() { now } else { self.wall_s };
         lived.steps = done;
-        lived.goodput = done as f64 * self.step_s / self.wall_s;
-        (lived.lost, lived.restarts) = (lost_s / self.wall_s, restart_s / self.wall_s);
-        lived.checkpoints = checkpoint_s / self.wall_s;
+        lived.goodput = done as f64 * self.step_s / wall_s;
+        (lived.lost, lived.restarts) = (lost_s / wall_s, restart_s / wall_s);
+        lived.checkpoints = checkpoint_s / wall_s;
         Ok(lived)
     }
 }
@@ -146,6 +150,7 @@ mod tests {
         Run {
             step_s: 5.0,
             wall_s: 10.0 * DAY_S,
+            steps: None,
             failures_per_s: 8.0 / DAY_S,
             restart_s: 600.0,
             read_s: 60.0,
@@ -190,5 +195,9 @@ mod tests {
         let lived = quiet.live(0).unwrap();
         assert_eq!(lived.interruptions, 2);
         assert!((lived.lost * quiet.wall_s - 2.0 * 50.0 * 5.0).abs() < 1e-6);
+        let until_done = Run { steps: Some(300), wall_s: f64::INFINITY, ..quiet };
+        let lived = until_done.live(0).unwrap();
+        assert_eq!((lived.steps, lived.interruptions), (300, 2));
+        assert!((lived.goodput - 1500.0 / (1500.0 + 500.0 + 2.0 * 660.0 + 30.0)).abs() < 1e-9, "{lived:?}");
     }
 }
