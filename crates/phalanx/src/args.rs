@@ -1,6 +1,7 @@
 mod economy;
 mod pages;
 mod serving;
+mod simulate;
 mod survival;
 
 use std::ffi::OsString;
@@ -12,6 +13,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 pub(crate) use economy::{Decide, Economy};
 pub(crate) use pages::{Guide, PlanCommand, PlanOr};
 pub(crate) use serving::Inference;
+pub(crate) use simulate::Simulate;
 pub(crate) use survival::{Chaos, Ckpt, CkptCommand, Ledger};
 
 /// Plan, rehearse and run the training of large models
@@ -44,6 +46,8 @@ pub(crate) enum Command {
     Plan(PlanOr),
     /// Recompute the figures of the guide to AI supercomputing platforms, and say which hold
     Guide(Guide),
+    /// Rehearse a run on a virtual clock: contention, slow ranks, bad links, failures; or find what slowed a traced run
+    Simulate(Simulate),
     /// What serving a model takes and costs: time to first token, between tokens, tokens per second
     Inference(Inference),
     /// Build or rent: what to do for a profile of demand over months, why, and what would change it

@@ -25,6 +25,7 @@ mod planner;
 mod program;
 mod ranks;
 mod show;
+mod simulate;
 mod stop;
 mod survival;
 mod this_machine;
@@ -58,6 +59,7 @@ fn main() -> std::process::ExitCode {
         Command::Bench(a) => bench::run(&a),
         Command::Plan(a) => planner::run(&a),
         Command::Guide(a) => guide::run(&a),
+        Command::Simulate(a) => simulate::run(&a),
         Command::Inference(a) => inference::run(&a),
         Command::Decide(a) => decide::run(&a),
         Command::Validate(a) => validate::run(&a),
@@ -94,6 +96,7 @@ fn doing(command: &Command) -> Option<&'static str> {
         Command::Bench(a) if !matches!(a.what, args::BenchCommand::Machine { .. }) => "measuring",
         Command::Plan(_) => "pricing layouts",
         Command::Guide(_) => "recomputing the guide's figures",
+        Command::Simulate(_) => "rehearsing",
         Command::Validate(_) => "pricing runs",
         Command::Compare(_) => "reading journals and pricing the program",
         Command::Trace(_) => "reading journals",

@@ -236,6 +236,12 @@ fn stack(name: &str) -> Result<Software> {
     })
 }
 
+/// The best layout, or the one given, as `plan` answers.
+pub(crate) fn best(args: &Plan) -> Result<Answer> {
+    let question = question(args, &files::catalog(&args.catalog)?)?;
+    Ok(answer(question, args)?.0)
+}
+
 /// The answer, and the seconds that it took.
 fn answer(question: Question, args: &Plan) -> Result<(Answer, f64)> {
     let calibration = files::calibration(args.calibration.as_deref())?;

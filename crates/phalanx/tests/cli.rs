@@ -5,6 +5,7 @@ mod common;
 mod economy;
 mod owner;
 mod planner;
+mod rehearsal;
 mod serving;
 mod survival;
 mod report;

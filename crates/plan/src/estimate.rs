@@ -4,6 +4,7 @@
 //! spans, overlap where the stack's schedule allows it, and the pipeline from its own order.
 
 mod memory;
+pub mod parts;
 mod replicas;
 mod section;
 mod step;
@@ -305,20 +306,23 @@ impl<'a> Estimator<'a> {
         (stage_s * stages.micro_batches, self.memory(placement, t, &stages).total())
     }
 
+    fn template(&mut self, placement: &Placement) -> Result<Arc<Template>> {
+        let key = self.key(placement);
+        if let Some(known) = self.templates.get(&key) {
+            return Ok(Arc::clone(known));
+        }
+        let built = Arc::new(Template::build(&self.problem.shape, &key)?);
+        self.templates.insert(key, Arc::clone(&built));
+        Ok(built)
+    }
+
     fn timed(&mut self, placement: &Placement) -> Result<Timed> {
         let key = self.key(placement);
         let timed_key = TimedKey { key, format: placement.format, tp_stride: 1 };
         if let Some(timed) = self.timed.get(&timed_key) {
             return Ok(*timed);
         }
-        let template = match self.templates.get(&key) {
-            Some(t) => Arc::clone(t),
-            None => {
-                let t = Arc::new(Template::build(&self.problem.shape, &key)?);
-                self.templates.insert(key, Arc::clone(&t));
-                t
-            }
-        };
+        let template = self.template(placement)?;
         let links = Links::of(&self.problem.cluster, &self.net, placement);
         let timed = Timed {
             embed: self.passes(&template.embed, placement, &links),

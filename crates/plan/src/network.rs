@@ -270,8 +270,48 @@ pub fn on_span(net: &NetworkModel, what: Collective, span: &Span, size: usize, b
         return NOTHING;
     }
     let n = size as f64;
-    let (j, k) = (span.inside, span.domains);
+    let t = traffic(net, what, span, size, bytes);
+    let inside_s = t.inside_bytes / span.inside_rate;
+    let outside_s = t.outside_bytes / span.outside_rate;
+    let moving = inside_s.max(outside_s);
+    let bound = if t.latency_s > moving {
+        Bound::Latency
+    } else if inside_s >= outside_s {
+        Bound::ScaleUp
+    } else if span.tapered {
+        Bound::Tier
+    } else {
+        Bound::ScaleOut
+    };
     let ring_share = (n - 1.0) / n;
+    let wire_bytes = match what {
+        Collective::Send => bytes,
+        Collective::AllReduce => 2.0 * bytes * ring_share,
+        _ => bytes * ring_share,
+    };
+    CommTime { seconds: t.latency_s + moving, latency_s: t.latency_s, bound, wire_bytes }
+}
+
+/// What a collective puts on the links of each member.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Traffic {
+    /// Before the first byte arrives, and between steps.
+    pub latency_s: f64,
+    /// Bytes that each member sends, and receives, inside its domain; those that switches add are left out.
+    pub inside_bytes: f64,
+    /// Bytes that pass through each member's own port, each way.
+    pub outside_bytes: f64,
+}
+
+/// What a collective of `bytes` over a group of `size` on `span` takes from its links, by its algorithm: rings inside
+/// a domain, or its switches where they add, and between domains a tree (all-reduce) or ring of each member's own;
+/// both run at once, piece by piece.
+pub fn traffic(net: &NetworkModel, what: Collective, span: &Span, size: usize, bytes: f64) -> Traffic {
+    if size <= 1 || bytes <= 0.0 {
+        return Traffic::default();
+    }
+    let n = size as f64;
+    let (j, k) = (span.inside, span.domains);
     let passes = if what == Collective::AllReduce { 2.0 } else { 1.0 };
     let (inside_bytes, outside_bytes) = match what {
         Collective::Send if k > 1.0 => (0.0, bytes),
@@ -284,8 +324,6 @@ pub fn on_span(net: &NetworkModel, what: Collective, span: &Span, size: usize, b
         (Collective::AllReduce, Some(share)) if j >= IN_SWITCH_MEMBERS => share / net.scale_up_ring,
         _ => 1.0,
     };
-    let inside_s = inside_bytes / (span.inside_rate * in_switch);
-    let outside_s = outside_bytes / span.outside_rate;
     let steps = match what {
         Collective::Send => 1.0,
         _ if in_switch > 1.0 => IN_SWITCH_STEPS,
@@ -310,22 +348,7 @@ pub fn on_span(net: &NetworkModel, what: Collective, span: &Span, size: usize, b
     let between_s = if waits > 0.0 && k > 1.0 { (n - 1.0) * waits } else { hops * net.scale_out_step_s };
     let latency_s =
         net.base_s + steps * net.scale_up_step_s * f64::from(u8::from(j > 1.0)) + between_s + ramp;
-    let moving = inside_s.max(outside_s);
-    let bound = if latency_s > moving {
-        Bound::Latency
-    } else if inside_s >= outside_s {
-        Bound::ScaleUp
-    } else if span.tapered {
-        Bound::Tier
-    } else {
-        Bound::ScaleOut
-    };
-    let wire_bytes = match what {
-        Collective::Send => bytes,
-        Collective::AllToAll => bytes * ring_share,
-        _ => passes * bytes * ring_share,
-    };
-    CommTime { seconds: latency_s + moving, latency_s, bound, wire_bytes }
+    Traffic { latency_s, inside_bytes: inside_bytes / in_switch, outside_bytes }
 }
 
 #[cfg(test)]

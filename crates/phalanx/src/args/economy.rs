@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args as ClapArgs;
 
 /// What a run costs and how it is kept alive.
-#[derive(Clone, Debug, ClapArgs)]
+#[derive(Clone, Debug, Default, ClapArgs)]
 #[command(next_help_heading = "The run, with --tokens")]
 pub(crate) struct Economy {
     /// What to choose for: time (all accelerators), dollars or tokens-per-dollar (as many as are best)

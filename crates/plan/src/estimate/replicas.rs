@@ -74,12 +74,14 @@ pub(super) struct Share {
 }
 
 /// The ranks with the same parameters of one kind, and where they lie.
-struct Holders {
-    replicas: Group,
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Holders {
+    /// All of them.
+    pub replicas: Group,
     /// Those that a parameter is sharded over.
-    shards: Group,
+    pub shards: Group,
     /// Those with the same shard.
-    owners: Group,
+    pub owners: Group,
 }
 
 impl Holders {
@@ -94,17 +96,17 @@ impl Holders {
 }
 
 /// Everything that a stage's replicas say, and how it travels.
-struct Replicas {
+pub(super) struct Replicas {
     /// Of dense parameters, then of experts.
-    holders: [Holders; 2],
+    pub(super) holders: [Holders; 2],
     elements: [Elements; 2],
     said: [[Said; 4]; 2],
     /// Calls of each collective in one pass.
-    calls: f64,
+    pub(super) calls: f64,
     /// Whether ranks with the same dense parameters lie on several nodes.
     between_nodes: bool,
     /// Time that kernels lose for each second of a collective beside them.
-    tax: f64,
+    pub(super) tax: f64,
 }
 
 impl Estimator<'_> {
@@ -158,6 +160,15 @@ impl Estimator<'_> {
         [(Replication::Data, dense), (Replication::Expert, experts)]
     }
 
+    /// Bytes of a gradient's element on the wire.
+    pub(super) fn wire_bytes(&self, placement: &Placement) -> f64 {
+        // What is computed in 32 bit is summed in 32 bit.
+        let wire = self.problem.software.grad_wire_bytes;
+        let wire = wire.max(if placement.precision() == DType::F32 { SUM_BYTES } else { 0.0 });
+        // Megatron sums 16-bit floating point gradients as they are, bfloat16 ones in 32 bit.
+        if placement.format == NumberFormat::Fp16 { wire.min(2.0) } else { wire }
+    }
+
     /// What the ranks with the same parameters of one kind say.
     fn said(
         &self,
@@ -166,11 +177,7 @@ impl Estimator<'_> {
         e: &Elements,
         micro_batches: f64,
     ) -> [Said; 4] {
-        // What is computed in 32 bit is summed in 32 bit.
-        let wire = self.problem.software.grad_wire_bytes;
-        let wire = wire.max(if placement.precision() == DType::F32 { SUM_BYTES } else { 0.0 });
-        // Megatron sums 16-bit floating point gradients as they are, bfloat16 ones in 32 bit.
-        let wire = if placement.format == NumberFormat::Fp16 { wire.min(2.0) } else { wire };
+        let wire = self.wire_bytes(placement);
         let weight = self.gathered_bytes(placement);
         let say =
             |among, what, bytes, times, forward| Said { replication, among, what, bytes, times, forward };
@@ -197,7 +204,7 @@ impl Estimator<'_> {
         }
     }
 
-    fn replicas(&self, placement: &Placement, t: &Timed, stages: &Stages) -> Replicas {
+    pub(super) fn replicas(&self, placement: &Placement, t: &Timed, stages: &Stages) -> Replicas {
         let l = &placement.layout;
         let stride = (placement.dp_stride() / l.cp).max(1);
         let kinds = self.elements(placement, t, stages.fullest(l.pp == 1));

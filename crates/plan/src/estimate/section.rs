@@ -1,13 +1,14 @@
 //! Times of the sections of a model: kernels by roofline, collectives by the links that their groups span.
 
 use crate::compute::{Chip, gemm_s, stream_s};
-use crate::network::{Collective, CommTime, Group, NetworkModel, Span, on_span};
+use crate::network::{Collective, Group, NetworkModel, Span, Traffic, traffic};
 use crate::placement::Placement;
 use crate::software::{AttentionKernel, Overlap};
 use crate::template::{LAUNCHES_PER_TASK, Reads, Section, TalkAxis, Task};
 use spec::Cluster;
 
 use super::Estimator;
+use super::parts::Piece;
 
 /// Share of a gather's or scatter's products that its pieces can arrive beside: the piece that is multiplied first and
 /// the one that is sent last have nothing beside them.
@@ -159,7 +160,7 @@ impl Estimator<'_> {
     }
 
     /// Seconds of a loss that is computed an operation at a time, both passes.
-    fn loss(&self, s: &Section) -> f64 {
+    pub(super) fn loss(&self, s: &Section) -> f64 {
         // Of every product with the table one dim is the model's width, whichever gradient it is of.
         let logits = |t: &Task| match *t {
             Task::Gemm { m, n, k, head: true, .. } => m * n * k / self.problem.shape.model.hidden as f64,
@@ -174,30 +175,19 @@ impl Estimator<'_> {
         let mut t = Times::default();
         for task in tasks {
             t.kernels += LAUNCHES_PER_TASK;
-            match *task {
-                Task::Gemm { m, n, k, batch, bytes, head } => {
-                    t.gemm += self.gemm(m, n, k, batch, bytes, head, &mut t.stream, placement)
+            match self.piece(task, placement, links) {
+                Piece::Gemm { product_s, cast_s } => {
+                    t.gemm += product_s;
+                    t.stream += cast_s;
                 }
-                Task::Attention { flops, bytes, scores, backward } => {
-                    t.attention += self.attention(flops, bytes, scores, backward, placement);
-                }
-                Task::Stream { bytes } => {
-                    t.stream += stream_s(&self.wide_chip, bytes) / self.problem.constants.stream
-                }
-                Task::Talk { what, axis, bytes } => {
-                    let gathers = axis == TalkAxis::Tp && what == Collective::AllGather;
-                    let wide = placement.precision().bytes() as f64;
-                    let bytes = if gathers { bytes * self.gathered_bytes(placement) / wide } else { bytes };
+                Piece::Attention { seconds } => t.attention += seconds,
+                Piece::Stream { seconds } => t.stream += seconds,
+                Piece::Talk { axis, traffic, .. } => {
                     let (span, size) = links.get(axis);
-                    let comm = match (axis, self.problem.shape.experts) {
-                        (TalkAxis::Ep, Some(e)) => dispatch(&self.net, span, size, bytes, e.top_k),
-                        _ => on_span(&self.net, what, span, size, bytes),
-                    };
-                    let full =
-                        if span.domains > 1.0 { (bytes / self.net.message_full).max(1.0) } else { 1.0 };
-                    let moving = (comm.seconds - comm.latency_s) * full;
-                    let s = comm.latency_s + moving / self.problem.constants.network;
-                    t.members += LAUNCHES_PER_TASK * self.problem.software.ops_per_member * size as f64;
+                    let moving = (traffic.inside_bytes / span.inside_rate)
+                        .max(traffic.outside_bytes / span.outside_rate);
+                    let s = traffic.latency_s + moving / self.problem.constants.network;
+                    t.members += self.members(size);
                     match axis {
                         TalkAxis::Tp => {
                             t.tensor += s;
@@ -210,6 +200,45 @@ impl Estimator<'_> {
             }
         }
         t
+    }
+
+    /// What the host does for each member of a group that talks, in kernels.
+    pub(super) fn members(&self, size: usize) -> f64 {
+        LAUNCHES_PER_TASK * self.problem.software.ops_per_member * size as f64
+    }
+
+    /// One task with its time, or with what it says.
+    pub(super) fn piece(&self, task: &Task, placement: &Placement, links: &Links) -> Piece {
+        match *task {
+            Task::Gemm { m, n, k, batch, bytes, head } => {
+                let mut cast_s = 0.0;
+                let product_s = self.gemm(m, n, k, batch, bytes, head, &mut cast_s, placement);
+                Piece::Gemm { product_s, cast_s }
+            }
+            Task::Attention { flops, bytes, scores, backward } => {
+                Piece::Attention { seconds: self.attention(flops, bytes, scores, backward, placement) }
+            }
+            Task::Stream { bytes } => {
+                Piece::Stream { seconds: stream_s(&self.wide_chip, bytes) / self.problem.constants.stream }
+            }
+            Task::Talk { what, axis, bytes } => {
+                let gathers = axis == TalkAxis::Tp && what == Collective::AllGather;
+                let wide = placement.precision().bytes() as f64;
+                let bytes = if gathers { bytes * self.gathered_bytes(placement) / wide } else { bytes };
+                let (span, size) = links.get(axis);
+                let traffic = match (axis, self.problem.shape.experts) {
+                    (TalkAxis::Ep, Some(e)) => dispatch(&self.net, span, size, bytes, e.top_k),
+                    _ => traffic(&self.net, what, span, size, bytes),
+                };
+                let full = if span.domains > 1.0 { (bytes / self.net.message_full).max(1.0) } else { 1.0 };
+                let traffic = Traffic {
+                    inside_bytes: traffic.inside_bytes * full,
+                    outside_bytes: traffic.outside_bytes * full,
+                    ..traffic
+                };
+                Piece::Talk { what, axis, traffic }
+            }
+        }
     }
 
     fn gemm(
@@ -276,14 +305,14 @@ impl Estimator<'_> {
 
 /// All-to-all of tokens to experts: a token goes to each domain once, however many of its experts are there, and is
 /// handed on inside.
-fn dispatch(net: &NetworkModel, span: &Span, size: usize, bytes: f64, top_k: usize) -> CommTime {
+fn dispatch(net: &NetworkModel, span: &Span, size: usize, bytes: f64, top_k: usize) -> Traffic {
+    let all = traffic(net, Collective::AllToAll, span, size, bytes);
     let k = span.domains;
     if k <= 1.0 {
-        return on_span(net, Collective::AllToAll, span, size, bytes);
+        return all;
     }
     let reached = k * (1.0 - (1.0 - 1.0 / k).powi(top_k as i32)) / top_k as f64;
-    let slim = Span { outside_rate: span.outside_rate / reached, ..*span };
-    on_span(net, Collective::AllToAll, &slim, size, bytes)
+    Traffic { outside_bytes: all.outside_bytes * reached, ..all }
 }
 
 /// Groups that talk inside layers, on their links.
@@ -301,7 +330,7 @@ impl Links {
         Links { tp: span(tp, 1), cp: span(placement.layout.cp, tp), ep: span(placement.layout.ep, 1) }
     }
 
-    fn get(&self, axis: TalkAxis) -> (&Span, usize) {
+    pub(super) fn get(&self, axis: TalkAxis) -> (&Span, usize) {
         let (span, size) = match axis {
             TalkAxis::Tp => &self.tp,
             TalkAxis::Cp => &self.cp,

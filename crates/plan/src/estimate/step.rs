@@ -31,12 +31,9 @@ impl Stages {
     pub(super) fn of(problem: &Problem, placement: &Placement, expert_layers: f64) -> Self {
         let l = &placement.layout;
         let layers = problem.shape.model.layers;
-        let dealt = if problem.software.stages_by_cost && l.pp > 1 && l.stage_layers.is_empty() {
-            let shape = &problem.shape;
-            let head = shape.table_params() * layers as f64 / shape.layers_params().1;
-            StageLayers::by_cost(l.pp, layers, head)
-        } else {
-            stage_layers(placement, layers, &problem.software)
+        let dealt = match head_by_cost(problem, placement) {
+            Some(head) => StageLayers::by_cost(l.pp, layers, head),
+            None => stage_layers(placement, layers, &problem.software),
         };
         let most = dealt.first.max(dealt.between).max(dealt.last);
         let micro_batches = (problem.sequences as f64 / (l.dp * l.micro_batch) as f64).max(1.0);
@@ -157,9 +154,8 @@ impl Estimator<'_> {
         }
         self.data_parallel(placement, t, &stages, &slowest, busy_port_s, &mut d);
         d.step_s = p.constants.step_s;
-        let nodes = (placement.layout.world() as f64 / p.cluster.per_node as f64).max(1.0);
         let busy = d.parts().iter().map(|p| p.1).sum::<f64>();
-        d.straggler_s = busy * NODE_SPREAD * (2.0 * nodes.ln()).sqrt();
+        d.straggler_s = busy * self.slowest_node(placement);
         let step_s = busy + d.straggler_s;
         let memory = self.memory(placement, t, &stages);
         let peak = self.chip.peak * placement.layout.world() as f64;
@@ -171,6 +167,12 @@ impl Estimator<'_> {
             memory,
             fits: memory.total() <= room,
         }
+    }
+
+    /// How much longer the slowest of a layout's nodes is expected to take than the mean one, as a share.
+    pub(super) fn slowest_node(&self, placement: &Placement) -> f64 {
+        let nodes = (placement.layout.world() as f64 / self.problem.cluster.per_node as f64).max(1.0);
+        NODE_SPREAD * (2.0 * nodes.ln()).sqrt()
     }
 
     /// What the slowest stage does with all micro-batches.
@@ -243,13 +245,18 @@ impl StageLayers {
     /// Where blocks are dealt by cost, the head's in layers: a stage takes blocks up to the first that passes its share of
     /// the sum.
     fn by_cost(stages: usize, layers: usize, head: f64) -> Self {
+        let end = |stage| Self::end_by_cost(stages, layers, head, stage);
+        Self::of(layers, stages, |stage| end(stage + 1) - end(stage))
+    }
+
+    /// Layers in front of a stage that blocks are dealt to by cost.
+    fn end_by_cost(stages: usize, layers: usize, head: f64, stage: usize) -> usize {
         let whole = layers as f64 + head;
-        let end = |stage: usize| match stage {
+        match stage {
             0 => 0,
             s if s == stages => layers,
             s => ((whole * s as f64 / stages as f64).floor() as usize + 1).min(layers),
-        };
-        Self::of(layers, stages, |stage| end(stage + 1) - end(stage))
+        }
     }
 
     /// From those of the ends and of the fullest between; the rest is what the ends leave.
@@ -258,6 +265,50 @@ impl StageLayers {
         let mean = if stages > 2 { rest } else { between as f64 };
         StageLayers { first: first as f64, between: between as f64, mean, last: last as f64 }
     }
+}
+
+/// The cost of the head in layers, for stacks that deal stages by cost.
+fn head_by_cost(problem: &Problem, placement: &Placement) -> Option<f64> {
+    let (l, shape) = (&placement.layout, &problem.shape);
+    let by_cost = problem.software.stages_by_cost && l.pp > 1 && l.stage_layers.is_empty();
+    by_cost.then(|| shape.table_params() * shape.model.layers as f64 / shape.layers_params().1)
+}
+
+/// Layers of each virtual stage in the order in which they run, so that stages hold what an estimate says of them.
+pub(super) fn virtual_layers(problem: &Problem, placement: &Placement) -> Vec<usize> {
+    let (l, layers, software) = (&placement.layout, problem.shape.model.layers, &problem.software);
+    let virtuals = l.pp * l.chunks;
+    if l.stage_layers.len() == virtuals {
+        return l.stage_layers.clone();
+    }
+    let share = |n: usize, parts: usize, i: usize| n * (i + 1) / parts - n * i / parts;
+    if let Some(head) = head_by_cost(problem, placement) {
+        let end = |s: usize| StageLayers::end_by_cost(l.pp, layers, head, s);
+        let of = |v: usize| share(end(v % l.pp + 1) - end(v % l.pp), l.chunks, v / l.pp);
+        return (0..virtuals).map(of).collect();
+    }
+    if !spares_ends(placement, layers, software) {
+        return (0..virtuals).map(|v| share(layers, virtuals, v)).collect();
+    }
+    let stages = stage_layers(placement, layers, software);
+    let (first, last) = (stages.first as usize, stages.last as usize);
+    let between = layers - first - last;
+    let of_chunk = |v: usize| {
+        let (c, s) = (v / l.pp, v % l.pp);
+        // The first chunk of the first stage also holds the embedding, the last of the last the head.
+        match s {
+            0 => share(first, l.chunks, c),
+            s if s + 1 == l.pp => share(last, l.chunks, l.chunks - 1 - c),
+            s => share(share(between, l.pp - 2, s - 1), l.chunks, c),
+        }
+    };
+    (0..virtuals).map(of_chunk).collect()
+}
+
+/// Some stacks let the embedding and the head count as a layer each: their chunks may hold nothing else.
+fn spares_ends(placement: &Placement, layers: usize, software: &Software) -> bool {
+    let l = &placement.layout;
+    software.tolerance.empty_ends && layers + 2 >= l.pp * l.chunks && l.pp > 1
 }
 
 /// How layers are dealt to the stages of a pipeline.
@@ -270,11 +321,10 @@ fn stage_layers(placement: &Placement, layers: usize, software: &Software) -> St
     }
     let at = |v: usize| layers * v / virtuals;
     let evenly = || StageLayers::of(layers, l.pp, |s| own(s, &|v| at(v + 1) - at(v)));
-    if !software.tolerance.empty_ends || layers + 2 < virtuals || l.pp == 1 {
+    if !spares_ends(placement, layers, software) {
         return evenly();
     }
-    // Some stacks let the embedding and the head count as a layer each: their chunks may hold nothing else. They take
-    // layers off the last stage first, for the head's sake, then off the first.
+    // Layers are taken off the last stage first, for the head's sake, then off the first.
     let full = layers.div_ceil(virtuals) * l.chunks;
     let missing = full * l.pp - layers;
     let off_last = missing.div_ceil(2);

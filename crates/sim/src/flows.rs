@@ -1,0 +1,197 @@
+//! Bytes on their way: flows that begin and end, and the rates they share links at meanwhile.
+
+use crate::clock::Ticks;
+use crate::flow::{Demand, max_min};
+
+/// Parts of a byte that progress is counted in: a byte per second moves one in a tick.
+const PARTS: u128 = 1_000_000_000_000;
+
+struct Flow<'w> {
+    uses: &'w [(usize, u64)],
+    limit: u64,
+    /// Parts of bytes left at `since`.
+    left: u128,
+    since: Ticks,
+    rate: u64,
+    owner: usize,
+}
+
+/// All flows of a world.
+pub(crate) struct Flows<'w> {
+    capacity: &'w [u64],
+    flows: Vec<Option<Flow<'w>>>,
+    /// How often a flow's end was set anew: ends set before do not count.
+    versions: Vec<u32>,
+    free: Vec<usize>,
+    /// Flows on each link.
+    on: Vec<Vec<usize>>,
+    /// Links whose flows changed since rates were set.
+    changed: Vec<usize>,
+    is_changed: Vec<bool>,
+    touched: Touched,
+}
+
+/// The links and flows of one part of the network that shares something: scratch space.
+#[derive(Default)]
+struct Touched {
+    links: Vec<usize>,
+    flows: Vec<usize>,
+    /// Place of each link and flow in the lists, or none.
+    link_at: Vec<usize>,
+    flow_seen: Vec<bool>,
+}
+
+const NONE: usize = usize::MAX;
+
+/// When a flow ends, unless it is set anew before.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct End {
+    pub(crate) at: Ticks,
+    pub(crate) flow: usize,
+    pub(crate) version: u32,
+}
+
+impl<'w> Flows<'w> {
+    pub(crate) fn new(capacity: &'w [u64]) -> Self {
+        let touched = Touched { link_at: vec![NONE; capacity.len()], ..Touched::default() };
+        Flows {
+            capacity,
+            flows: Vec::new(),
+            versions: Vec::new(),
+            free: Vec::new(),
+            on: vec![Vec::new(); capacity.len()],
+            changed: Vec::new(),
+            is_changed: vec![false; capacity.len()],
+            touched,
+        }
+    }
+
+    /// Begins a flow of `bytes` for `owner`; it moves once rates are [`settled`](Flows::settle).
+    pub(crate) fn start(
+        &mut self,
+        now: Ticks,
+        uses: &'w [(usize, u64)],
+        limit: u64,
+        bytes: u64,
+        owner: usize,
+    ) {
+        let flow = Flow { uses, limit, left: u128::from(bytes) * PARTS, since: now, rate: 0, owner };
+        let id = self.free.pop().unwrap_or_else(|| {
+            self.flows.push(None);
+            self.versions.push(0);
+            self.touched.flow_seen.push(false);
+            self.flows.len() - 1
+        });
+        for &(link, _) in uses {
+            self.on[link].push(id);
+            self.mark(link);
+        }
+        self.flows[id] = Some(flow);
+    }
+
+    /// Ends a flow whose time has come, and says whose it was.
+    pub(crate) fn end(&mut self, end: End) -> Option<usize> {
+        if self.versions[end.flow] != end.version {
+            return None;
+        }
+        let flow = self.flows[end.flow].take()?;
+        self.versions[end.flow] += 1;
+        for &(link, _) in flow.uses {
+            let on = &mut self.on[link];
+            if let Some(at) = on.iter().position(|f| *f == end.flow) {
+                on.swap_remove(at);
+            }
+            self.mark(link);
+        }
+        self.free.push(end.flow);
+        Some(flow.owner)
+    }
+
+    fn mark(&mut self, link: usize) {
+        if !std::mem::replace(&mut self.is_changed[link], true) {
+            self.changed.push(link);
+        }
+    }
+
+    /// Sets rates where flows began or ended, and tells when flows whose rates changed will end.
+    pub(crate) fn settle(&mut self, now: Ticks, mut tell: impl FnMut(End)) {
+        while let Some(link) = self.changed.pop() {
+            // A link that changed flows lead to is settled with them.
+            if !std::mem::replace(&mut self.is_changed[link], false) || self.on[link].is_empty() {
+                continue;
+            }
+            let mut touched = std::mem::take(&mut self.touched);
+            self.connected(link, &mut touched);
+            let rates = self.rates(&touched);
+            for (&id, rate) in touched.flows.iter().zip(rates) {
+                self.change(now, id, rate, &mut tell);
+            }
+            for &link in &touched.links {
+                touched.link_at[link] = NONE;
+                self.is_changed[link] = false;
+            }
+            for &flow in &touched.flows {
+                touched.flow_seen[flow] = false;
+            }
+            self.touched = touched;
+        }
+    }
+
+    /// Everything that shares links with something on `link`.
+    fn connected(&self, link: usize, t: &mut Touched) {
+        t.links.clear();
+        t.flows.clear();
+        t.links.push(link);
+        t.link_at[link] = 0;
+        let mut next = 0;
+        while next < t.links.len() {
+            for &id in &self.on[t.links[next]] {
+                if std::mem::replace(&mut t.flow_seen[id], true) {
+                    continue;
+                }
+                t.flows.push(id);
+                for &(link, _) in self.flows[id].as_ref().map_or(&[][..], |f| f.uses) {
+                    if t.link_at[link] == NONE {
+                        t.link_at[link] = t.links.len();
+                        t.links.push(link);
+                    }
+                }
+            }
+            next += 1;
+        }
+    }
+
+    fn rates(&self, t: &Touched) -> Vec<u64> {
+        let flow = |id: usize| self.flows[id].as_ref();
+        if let [only] = t.flows[..] {
+            let free = |f: &Flow<'_>| {
+                let narrow = f.uses.iter().map(|(link, count)| self.capacity[*link] / count).min();
+                narrow.unwrap_or(u64::MAX).min(f.limit)
+            };
+            return vec![flow(only).map_or(0, free)];
+        }
+        let capacity: Vec<u64> = t.links.iter().map(|l| self.capacity[*l]).collect();
+        let here = |f: &Flow<'_>| f.uses.iter().map(|(link, count)| (t.link_at[*link], *count)).collect();
+        let uses: Vec<Vec<(usize, u64)>> =
+            t.flows.iter().map(|id| flow(*id).map_or(Vec::new(), here)).collect();
+        let limits = t.flows.iter().map(|id| flow(*id).map_or(0, |f| f.limit));
+        let demands: Vec<Demand<'_>> =
+            uses.iter().zip(limits).map(|(uses, limit)| Demand { uses, limit }).collect();
+        max_min(&capacity, &demands)
+    }
+
+    fn change(&mut self, now: Ticks, id: usize, rate: u64, tell: &mut impl FnMut(End)) {
+        let Some(flow) = &mut self.flows[id] else { return };
+        if flow.rate == rate {
+            return;
+        }
+        let moved = u128::from(flow.rate) * u128::from(now - flow.since);
+        flow.left = flow.left.saturating_sub(moved);
+        (flow.since, flow.rate) = (now, rate);
+        self.versions[id] += 1;
+        if rate > 0 {
+            let takes = flow.left.div_ceil(rate.into());
+            tell(End { at: now.saturating_add(takes as Ticks), flow: id, version: self.versions[id] });
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! Rehearse: a step's program on a virtual clock, over the links of the machine, with what goes wrong.
+//!
+//! `plan` adds a step up in closed form; this plays it. Every rank has a main stream of kernels and a stream for each
+//! axis that it talks on ([`steps`]); messages are flows over the machine's links, which they share max-min fairly
+//! ([`flow`]). Ranks that cannot be told apart are played once ([`world`]), so that the cost grows with what differs.
+//!
+//! Nothing here does I/O, reads a clock or draws at random but from a seed; time is counted in whole picoseconds
+//! ([`clock`]), so that folded and unfolded ranks end at the same one.
+
+pub mod clock;
+mod draw;
+pub mod flow;
+mod flows;
+pub mod life;
+mod mesh;
+mod play;
+pub mod scenario;
+mod steps;
+pub mod trace;
+pub mod world;
+
+use plan::estimate::{Estimator, Problem};
+use plan::placement::Placement;
+use serde::Serialize;
+use spec::Result;
+
+use clock::seconds;
+use mesh::{AXES, Axis, Mesh};
+pub use play::Spent;
+use steps::{Beside, StageSteps};
+use world::{Disturbed, Folding, World};
+
+/// A step ready to be played, with any disturbance.
+pub struct Rehearsal<'a> {
+    problem: &'a Problem,
+    parts: plan::estimate::parts::StepParts,
+    mesh: Mesh,
+    stages: Vec<StageSteps>,
+    predicted_s: f64,
+}
+
+/// A step as it was played.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Step {
+    /// From the start to the last rank's end.
+    pub step_s: f64,
+    /// Classes of ranks that had to be played.
+    pub classes: usize,
+    /// Events on the clock.
+    pub events: u64,
+    /// The rank that was done last.
+    pub last_rank: usize,
+    /// Where its time went.
+    pub spent: Spent,
+    /// When each rank was done, in picoseconds.
+    #[serde(skip)]
+    pub ends: Ends,
+}
+
+/// When ranks were done.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Ends {
+    class_of: Vec<u32>,
+    ends: Vec<clock::Ticks>,
+}
+
+impl Ends {
+    /// When a rank was done.
+    pub fn of(&self, rank: usize) -> clock::Ticks {
+        self.ends[self.class_of[rank] as usize]
+    }
+
+    /// Of all ranks, in order.
+    pub fn all(&self) -> impl Iterator<Item = clock::Ticks> + '_ {
+        self.class_of.iter().map(|c| self.ends[*c as usize])
+    }
+}
+
+impl<'a> Rehearsal<'a> {
+    /// Gets a layout's step ready.
+    ///
+    /// # Errors
+    /// If the model does not allow the layout.
+    pub fn new(problem: &'a Problem, placement: &Placement) -> Result<Self> {
+        let mut estimator = Estimator::new(problem, placement.format)?;
+        let predicted_s = estimator.estimate(placement)?.step_s;
+        let parts = estimator.parts(placement)?;
+        let mesh = Mesh::of(placement);
+        let spans = world::spans(&problem.cluster, &mesh, &parts);
+        let span = |axis: Axis| spans[axis as usize];
+        let beside =
+            Beside::of(&problem.software, placement, span(Axis::Tensor).domains, span(Axis::Expert).domains);
+        let stages = steps::stages(&problem.shape.model, placement, &parts, &spans, beside);
+        Ok(Rehearsal { problem, parts, mesh, stages, predicted_s })
+    }
+
+    /// What the closed form says of the step.
+    pub fn predicted_s(&self) -> f64 {
+        self.predicted_s
+    }
+
+    /// How many ranks there are.
+    pub fn ranks(&self) -> usize {
+        self.mesh.ranks()
+    }
+
+    /// Plays the step.
+    ///
+    /// # Errors
+    /// If it takes more events than there may be.
+    pub fn play(&self, disturbed: &Disturbed, folding: Folding) -> Result<Step> {
+        let world = World::new(&self.problem.cluster, &self.mesh, &self.parts, disturbed, folding);
+        let chunks = self.mesh.placement.layout.chunks;
+        let played =
+            play::play(&world, &self.stages, chunks, self.parts.micro_batches, self.parts.replicas.tax)?;
+        let last = (0..played.ends.len()).rev().max_by_key(|c| played.ends[*c]).unwrap_or(0);
+        Ok(Step {
+            step_s: seconds(played.end),
+            classes: world.classes.len(),
+            events: played.events,
+            last_rank: world.classes[last].rank,
+            spent: played.spent[last],
+            ends: Ends { class_of: world.class_of, ends: played.ends },
+        })
+    }
+}
+
+const _: () = assert!(Axis::ExpertFar as usize + 1 == AXES.len());

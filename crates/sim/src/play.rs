@@ -1,0 +1,421 @@
+//! The player: every class of ranks runs its ops in order, messages start when all who take part are there, kernels and
+//! flows take as long as they get.
+//!
+//! One thread, one heap of events; what happens at one moment is done before rates are set, and no outcome depends on
+//! the order within it.
+
+mod rank;
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use plan::network::Traffic;
+use serde::Serialize;
+use spec::{Error, Result};
+
+use crate::clock::{Speed, Ticks, USUAL, seconds};
+use crate::flows::{End, Flows};
+use crate::mesh::Axis;
+use crate::steps::{STREAMS, Slot, StageSteps, Stream};
+use crate::world::{Path, World};
+use rank::Rank;
+
+/// A step as it was played.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Played {
+    /// When the last rank was done.
+    pub(crate) end: Ticks,
+    /// By class: when it was done.
+    pub(crate) ends: Vec<Ticks>,
+    /// By class: how long it computed, and waited for what.
+    pub(crate) spent: Vec<Spent>,
+    /// Events on the clock.
+    pub(crate) events: u64,
+}
+
+/// Where a rank's main stream spent its time, in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Spent {
+    /// Kernels.
+    pub compute_s: f64,
+    /// Tensor-parallel messages.
+    pub tensor_s: f64,
+    /// Context-parallel messages.
+    pub context_s: f64,
+    /// Expert dispatch.
+    pub expert_s: f64,
+    /// Gradients and parameters of replicas.
+    pub data_s: f64,
+    /// Sending to stages beside.
+    pub send_s: f64,
+    /// Waiting for stages beside.
+    pub stage_s: f64,
+    /// Waiting for the host.
+    pub host_s: f64,
+}
+
+/// What a rank waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Why {
+    Compute,
+    Stream(Stream),
+    Stage,
+    Host,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Event {
+    /// A rank's kernel ends, or what it waited for on the clock is due.
+    Due { class: usize, version: u32 },
+    /// The first bytes of a message move.
+    Moves { transfer: usize },
+    /// A flow ends.
+    Ends { flow: usize, version: u32 },
+    /// A rank's kernels change speed.
+    Speed { class: usize },
+}
+
+/// A message under way.
+#[derive(Clone, Copy, Debug)]
+struct Transfer {
+    kind: Kind,
+    traffic: Traffic,
+    /// Flows that have not ended.
+    left: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Group(usize),
+    /// To the next stage (0) or the one before (1).
+    Send {
+        from: usize,
+        side: usize,
+        slot: Slot,
+    },
+}
+
+/// A message in a stream.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Queued {
+    Group { axis: Axis, message: usize },
+    Send { side: usize, slot: Slot },
+}
+
+#[derive(Clone, Debug, Default)]
+struct Meeting {
+    arrived: usize,
+    message: usize,
+}
+
+/// More events than any rehearsal asked of one machine in earnest.
+pub(crate) const EVENTS_MAX: u64 = 2_000_000_000;
+
+struct Player<'w> {
+    world: &'w World,
+    stages: &'w [StageSteps],
+    chunks: usize,
+    micro_batches: usize,
+    /// Speed of kernels beside messages of replicas.
+    taxed: Speed,
+    ranks: Vec<Rank>,
+    meetings: Vec<Meeting>,
+    transfers: Vec<Transfer>,
+    free: Vec<usize>,
+    flows: Flows<'w>,
+    heap: BinaryHeap<Reverse<(Ticks, Event)>>,
+    events: u64,
+}
+
+/// Plays a step of `world`.
+///
+/// # Errors
+/// If it takes more events than there may be, or some rank waits for ever.
+pub(crate) fn play(
+    world: &World,
+    stages: &[StageSteps],
+    chunks: usize,
+    micro_batches: usize,
+    tax: f64,
+) -> Result<Played> {
+    let mut player = Player {
+        world,
+        stages,
+        chunks,
+        micro_batches,
+        taxed: ((1.0 - tax) * USUAL as f64).round() as Speed,
+        ranks: world.classes.iter().map(|_| Rank::new(2 * chunks * micro_batches)).collect(),
+        meetings: vec![Meeting::default(); world.groups.len()],
+        transfers: Vec::new(),
+        free: Vec::new(),
+        flows: Flows::new(&world.capacity),
+        heap: BinaryHeap::new(),
+        events: 0,
+    };
+    player.run()?;
+    player.outcome()
+}
+
+impl<'w> Player<'w> {
+    fn run(&mut self) -> Result<()> {
+        for class in 0..self.ranks.len() {
+            for window in &self.world.classes[class].mark.windows {
+                for at in [window.from, window.to] {
+                    self.heap.push(Reverse((at, Event::Speed { class })));
+                }
+            }
+            self.set_speed(class, 0);
+            self.advance(class, 0);
+        }
+        self.settle(0);
+        while let Some(&Reverse((now, _))) = self.heap.peek() {
+            while let Some(&Reverse((at, event))) = self.heap.peek()
+                && at == now
+            {
+                self.heap.pop();
+                self.events += 1;
+                self.happen(now, event);
+            }
+            self.settle(now);
+            if self.events > EVENTS_MAX {
+                return Err(Error::user(format!("more than {EVENTS_MAX} events in one step"))
+                    .hint("disturb fewer ranks, or rehearse fewer of them"));
+            }
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self, now: Ticks) {
+        let heap = &mut self.heap;
+        self.flows.settle(now, |end| {
+            heap.push(Reverse((end.at, Event::Ends { flow: end.flow, version: end.version })));
+        });
+    }
+
+    fn happen(&mut self, now: Ticks, event: Event) {
+        match event {
+            Event::Due { class, version } => {
+                if self.ranks[class].due(version) {
+                    self.advance(class, now);
+                }
+            }
+            Event::Moves { transfer } => self.moves(transfer, now),
+            Event::Ends { flow, version } => {
+                if let Some(transfer) = self.flows.end(End { at: now, flow, version }) {
+                    self.transfers[transfer].left -= 1;
+                    if self.transfers[transfer].left == 0 {
+                        self.arrives(transfer, now);
+                    }
+                }
+            }
+            Event::Speed { class } => self.set_speed(class, now),
+        }
+    }
+
+    /// Queues a message on a rank's stream.
+    fn start(&mut self, class: usize, stream: Stream, queued: Queued, now: Ticks) {
+        let s = &mut self.ranks[class].streams[stream as usize];
+        s.started += 1;
+        s.queue.push_back(queued);
+        if !s.busy {
+            self.pump(class, stream, now);
+        }
+    }
+
+    /// Brings the first message of a rank's stream to where the others are.
+    fn pump(&mut self, class: usize, stream: Stream, now: Ticks) {
+        let s = &mut self.ranks[class].streams[stream as usize];
+        let Some(queued) = s.queue.pop_front() else { return };
+        s.busy = true;
+        match queued {
+            Queued::Group { axis, message } => {
+                let g = self.world.classes[class].group[axis as usize];
+                let meeting = &mut self.meetings[g];
+                meeting.arrived += 1;
+                meeting.message = message;
+                if meeting.arrived == self.world.groups[g].members.len() {
+                    meeting.arrived = 0;
+                    let traffic = self.stages[self.world.groups[g].stage].messages[message].traffic;
+                    self.begin(Kind::Group(g), traffic, now);
+                }
+            }
+            Queued::Send { side, slot } => {
+                let traffic = self.stages[self.world.classes[class].stage].boundary;
+                self.begin(Kind::Send { from: class, side, slot }, traffic, now);
+            }
+        }
+    }
+
+    fn begin(&mut self, kind: Kind, traffic: Traffic, now: Ticks) {
+        let transfer = Transfer { kind, traffic, left: 0 };
+        let id = match self.free.pop() {
+            Some(id) => {
+                self.transfers[id] = transfer;
+                id
+            }
+            None => {
+                self.transfers.push(transfer);
+                self.transfers.len() - 1
+            }
+        };
+        self.tax(kind, now, true);
+        let latency = crate::clock::ticks(traffic.latency_s);
+        self.heap.push(Reverse((now + latency, Event::Moves { transfer: id })));
+    }
+
+    fn moves(&mut self, id: usize, now: Ticks) {
+        let Transfer { kind, traffic, .. } = self.transfers[id];
+        let (world, mut left) = (self.world, 0);
+        match kind {
+            Kind::Group(g) => {
+                for &class in &world.groups[g].members {
+                    let at = world.groups[g].axis as usize;
+                    left += send(&mut self.flows, &world.classes[class].paths[at], traffic, id, now);
+                }
+            }
+            Kind::Send { from, side, .. } => {
+                left += send(&mut self.flows, &world.classes[from].sends[side], traffic, id, now);
+            }
+        }
+        self.transfers[id].left = left;
+        if left == 0 {
+            self.arrives(id, now);
+        }
+    }
+
+    /// A message is there: its streams go on, and ranks that waited.
+    fn arrives(&mut self, id: usize, now: Ticks) {
+        let kind = self.transfers[id].kind;
+        self.free.push(id);
+        self.tax(kind, now, false);
+        match kind {
+            Kind::Group(g) => {
+                let group = &self.world.groups[g];
+                let stream = stream(group.axis);
+                for &class in &group.members {
+                    self.sent(class, stream, now);
+                }
+            }
+            Kind::Send { from, side, slot } => {
+                let to = self.world.classes[from].beside[side];
+                let at = self.slot(slot);
+                self.ranks[to].inbox[at] = true;
+                self.sent(from, [Stream::Next, Stream::Before][side], now);
+                self.wake(to, now, |why| why == Why::Stage);
+            }
+        }
+    }
+
+    fn sent(&mut self, class: usize, stream: Stream, now: Ticks) {
+        let s = &mut self.ranks[class].streams[stream as usize];
+        s.busy = false;
+        s.done += 1;
+        self.pump(class, stream, now);
+        self.wake(class, now, |why| why == Why::Stream(stream));
+    }
+
+    fn wake(&mut self, class: usize, now: Ticks, by: impl Fn(Why) -> bool) {
+        if self.ranks[class].waiting.is_some_and(by) {
+            self.advance(class, now);
+        }
+    }
+
+    /// Kernels of ranks whose replicas talk are slower meanwhile.
+    fn tax(&mut self, kind: Kind, now: Ticks, begins: bool) {
+        let Kind::Group(g) = kind else { return };
+        let group = &self.world.groups[g];
+        if stream(group.axis) != Stream::Data || self.taxed == USUAL {
+            return;
+        }
+        for &class in &group.members {
+            self.ranks[class].taxed = begins;
+            self.set_speed(class, now);
+        }
+    }
+
+    /// Sets the speed of a rank's kernels to what marks, windows and messages beside them make of it.
+    fn set_speed(&mut self, class: usize, now: Ticks) {
+        let mark = &self.world.classes[class].mark;
+        let mut speed = u128::from(mark.speed);
+        for window in mark.windows.iter().filter(|w| w.from <= now && now < w.to) {
+            speed = speed * u128::from(window.speed) / u128::from(USUAL);
+        }
+        if self.ranks[class].taxed {
+            speed = speed * u128::from(self.taxed) / u128::from(USUAL);
+        }
+        if let Some((at, version)) = self.ranks[class].change_speed(now, speed as Speed) {
+            self.heap.push(Reverse((at, Event::Due { class, version })));
+        }
+    }
+
+    fn slot(&self, slot: Slot) -> usize {
+        (usize::from(slot.backward) * self.chunks + slot.chunk) * self.micro_batches + slot.micro_batch
+    }
+
+    fn outcome(self) -> Result<Played> {
+        if let Some(class) = self.ranks.iter().position(|r| !r.done) {
+            let rank = self.world.classes[class].rank;
+            let what = format!("rank {rank} waits for ever for {:?}", self.ranks[class].waiting);
+            return Err(
+                Error::failure(what).hint("a link that carries nothing, or a program that cannot run")
+            );
+        }
+        let ends: Vec<Ticks> = self.ranks.iter().map(|r| r.since).collect();
+        Ok(Played {
+            end: ends.iter().copied().max().unwrap_or(0),
+            ends,
+            spent: self.ranks.iter().map(Rank::spent).collect(),
+            events: self.events,
+        })
+    }
+}
+
+/// Puts a message's bytes on the links of one member; how many flows that takes.
+fn send<'w>(
+    flows: &mut Flows<'w>,
+    paths: &'w [Vec<Path>; 2],
+    traffic: Traffic,
+    owner: usize,
+    now: Ticks,
+) -> usize {
+    let mut count = 0;
+    for (paths, bytes) in paths.iter().zip([traffic.inside_bytes, traffic.outside_bytes]) {
+        for path in paths {
+            let bytes = (bytes * path.share).round() as u64;
+            if bytes > 0 {
+                flows.start(now, &path.uses, path.limit, bytes, owner);
+                count += 1;
+            }
+        }
+    }
+    count
+}
+
+fn stream(axis: Axis) -> Stream {
+    match axis {
+        Axis::Tensor => Stream::Tensor,
+        Axis::Context => Stream::Context,
+        Axis::Expert => Stream::Expert,
+        Axis::All | Axis::Near | Axis::Far => Stream::Data,
+        Axis::ExpertAll | Axis::ExpertNear | Axis::ExpertFar => Stream::Data,
+    }
+}
+
+const _: () = assert!(Stream::Before as usize + 1 == STREAMS);
+
+impl Rank {
+    /// Where its time went, in seconds.
+    fn spent(&self) -> Spent {
+        let of = |s: Stream| seconds(self.waited[s as usize]);
+        Spent {
+            compute_s: seconds(self.computed),
+            tensor_s: of(Stream::Tensor),
+            context_s: of(Stream::Context),
+            expert_s: of(Stream::Expert),
+            data_s: of(Stream::Data),
+            send_s: of(Stream::Next) + of(Stream::Before),
+            stage_s: seconds(self.waited_stage),
+            host_s: seconds(self.waited_host),
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! The ops of a trace, from comma-separated text.
+
+use spec::{Error, Result, suggest};
+
+/// One op of one worker in one step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Row {
+    /// Line of the text.
+    pub line: usize,
+    /// Data-parallel rank.
+    pub dp_rank: usize,
+    /// Pipeline stage.
+    pub stage: usize,
+    /// Step.
+    pub step: i64,
+    /// What it does.
+    pub kind: Kind,
+    /// When it began, in seconds of its step.
+    pub start_s: f64,
+    /// How long it took, waiting for others included.
+    pub duration_s: f64,
+    /// Which of its kind.
+    pub seq: i64,
+    /// Model chunk, or none.
+    pub chunk: i64,
+}
+
+/// What an op does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// Forward pass of a micro-batch.
+    Forward,
+    /// Backward pass of a micro-batch.
+    Backward,
+    /// Hands activations to the next stage.
+    ForwardSend,
+    /// Gets activations.
+    ForwardRecv,
+    /// Hands gradients back.
+    BackwardSend,
+    /// Gets gradients.
+    BackwardRecv,
+    /// Replicas gather parameters.
+    Gather,
+    /// Replicas scatter gradients.
+    Scatter,
+    /// The first and last stage sum the gradients of the table they share.
+    Embedding,
+    /// Tensor-parallel ranks sum gradients of norms.
+    Norms,
+    /// Stages agree on the gradients' norm.
+    Clip,
+    /// The optimiser.
+    Optimizer,
+    /// The host collects garbage.
+    Garbage,
+}
+
+impl Kind {
+    /// Names in traces.
+    const ALL: [(&'static str, Kind); 13] = [
+        ("forward-compute", Kind::Forward),
+        ("backward-compute", Kind::Backward),
+        ("forward-send", Kind::ForwardSend),
+        ("forward-recv", Kind::ForwardRecv),
+        ("backward-send", Kind::BackwardSend),
+        ("backward-recv", Kind::BackwardRecv),
+        ("params-all-gather", Kind::Gather),
+        ("grads-reduce-scatter", Kind::Scatter),
+        ("embedding-grads-all-reduce", Kind::Embedding),
+        ("layernorm-grads-all-reduce", Kind::Norms),
+        ("optimizer-clip-main-grad", Kind::Clip),
+        ("optimizer", Kind::Optimizer),
+        ("gc", Kind::Garbage),
+    ];
+
+    /// Names in answers, where both ends of a message are one.
+    pub(super) const NAMED: [(&'static str, &'static [Kind]); 11] = [
+        ("forward-compute", &[Kind::Forward]),
+        ("backward-compute", &[Kind::Backward]),
+        ("forward-pp-comm", &[Kind::ForwardSend, Kind::ForwardRecv]),
+        ("backward-pp-comm", &[Kind::BackwardSend, Kind::BackwardRecv]),
+        ("params-all-gather", &[Kind::Gather]),
+        ("grads-reduce-scatter", &[Kind::Scatter]),
+        ("embedding-grads-all-reduce", &[Kind::Embedding]),
+        ("layernorm-grads-all-reduce", &[Kind::Norms]),
+        ("optimizer-clip-main-grad", &[Kind::Clip]),
+        ("optimizer", &[Kind::Optimizer]),
+        ("gc", &[Kind::Garbage]),
+    ];
+
+    /// The kind that both ends of a message are.
+    pub(super) fn message(self) -> Kind {
+        match self {
+            Kind::ForwardRecv => Kind::ForwardSend,
+            Kind::BackwardRecv => Kind::BackwardSend,
+            kind => kind,
+        }
+    }
+}
+
+/// Columns that are read; others are left alone.
+const COLUMNS: [&str; 8] = ["dp_rank", "stage", "step", "optype", "start_ts", "duration", "seq_id", "mc"];
+/// More workers than any trace has, and more seconds than any step.
+const MAX: f64 = 1e6;
+
+/// Reads the ops of a trace: a header with the columns `dp_rank,stage,step,optype,start_ts,duration,seq_id,mc` among
+/// others in any order, then an op a line.
+///
+/// # Errors
+/// A column that is missing, a cell that cannot be read, no ops.
+pub fn parse(place: &str, text: &str) -> Result<Vec<Row>> {
+    let mut lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let header: Vec<&str> =
+        lines.next().map_or("", |l| l.1).split(',').map(|c| c.trim().trim_matches('"')).collect();
+    let mut at = [0; COLUMNS.len()];
+    for (column, place_of) in COLUMNS.iter().zip(&mut at) {
+        *place_of = header.iter().position(|h| h == column).ok_or_else(|| {
+            Error::user(format!("{place}: no column {column}"))
+                .hint(format!("a trace is comma-separated text with the columns {}", COLUMNS.join(", ")))
+        })?;
+    }
+    let mut rows = Vec::new();
+    for (i, line) in lines {
+        let cells: Vec<&str> = line.split(',').map(|c| c.trim().trim_matches('"')).collect();
+        let line = i + 1;
+        let number = |c: usize, min: f64| -> Result<f64> {
+            let cell = cells.get(at[c]).copied().unwrap_or_default();
+            let value: Option<f64> = cell.parse().ok();
+            value.filter(|v| (min..=MAX * MAX).contains(v)).ok_or_else(|| {
+                Error::user(format!("{place}, line {line}: {} = \"{cell}\"", COLUMNS[c]))
+                    .hint("ranks, stages, starts and durations are numbers from 0, times in seconds")
+            })
+        };
+        let count = |c: usize| -> Result<usize> {
+            number(c, 0.0).map(|n| n as usize).and_then(|n| match n <= MAX as usize {
+                true => Ok(n),
+                false => Err(Error::user(format!("{place}, line {line}: {} = {n}", COLUMNS[c]))
+                    .hint(format!("at most {MAX}"))),
+            })
+        };
+        let name = cells.get(at[3]).copied().unwrap_or_default();
+        let kind = Kind::ALL.iter().find(|k| k.0 == name).map(|k| k.1).ok_or_else(|| {
+            Error::user(format!("{place}, line {line}: unknown op \"{name}\""))
+                .hint(suggest::hint(name, Kind::ALL.iter().map(|k| k.0)))
+        })?;
+        rows.push(Row {
+            line,
+            dp_rank: count(0)?,
+            stage: count(1)?,
+            step: number(2, 0.0)? as i64,
+            kind,
+            start_s: number(4, 0.0)?,
+            duration_s: number(5, 0.0)?,
+            seq: number(6, -1.0)? as i64,
+            chunk: number(7, -1.0)? as i64,
+        });
+    }
+    if rows.is_empty() {
+        return Err(Error::user(format!("{place}: no ops")).hint("an op a line below the header"));
+    }
+    Ok(rows)
+}
