@@ -114,7 +114,10 @@ fn layout(header: &[u8], file_bytes: u64) -> Result<(usize, Vec<Stored>), String
         padded_vocab: count(7, "padded vocabulary")?,
     };
     let heads = count(5, "heads")?;
-    if shape.channels < MIN_CHANNELS || shape.channels % heads != 0 || shape.padded_vocab < shape.vocab {
+    if shape.channels < MIN_CHANNELS
+        || !shape.channels.is_multiple_of(heads)
+        || shape.padded_vocab < shape.vocab
+    {
         return Err(format!(
             "{} channels of {heads} heads, a vocabulary of {} padded to {}: no model is like that",
             shape.channels, shape.vocab, shape.padded_vocab
