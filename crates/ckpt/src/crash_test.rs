@@ -169,11 +169,11 @@ fn retention_unlinks_a_link_and_leaves_the_archive() {
     let before = tree(&archive);
     assert_eq!(newest(&dir), 1.0);
     save(&dir, 30, 2.0).unwrap();
-    assert_eq!(dir::keep(&dir, 2).unwrap(), [10]);
+    assert_eq!(dir::keep(&dir, 2, None).unwrap(), [10]);
     assert_eq!(tree(&archive), before, "the archive is as it was");
     assert!(Checkpoint::open(&archive).unwrap().verify().is_ok());
     save(&dir, 40, 3.0).unwrap();
-    assert_eq!(dir::keep(&dir, 2).unwrap(), [20]);
+    assert_eq!(dir::keep(&dir, 2, None).unwrap(), [20]);
     assert_eq!((newest(&dir), tree(&dir)), (3.0, vec!["step-00000030".into(), "step-00000040".into()]));
 }
 
@@ -229,7 +229,7 @@ fn whatever_is_left_is_replaced_and_never_followed() {
                     assert_eq!(newest(&dir), 2.0, "{left:?} at {name}");
                     save(&dir, 30, 3.0).unwrap_or_else(|e| panic!("{left:?} at {name}: {e}"));
                 });
-                assert_eq!(dir::keep(&dir, 1).unwrap().last(), Some(&20));
+                assert_eq!(dir::keep(&dir, 1, None).unwrap().last(), Some(&20));
                 assert_eq!(tree(&dir), ["step-00000030"], "{left:?} at {name}");
                 check_archive(&archive);
             }

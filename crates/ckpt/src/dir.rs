@@ -43,16 +43,26 @@ pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
     Ok(list(dir)?.pop().map(|(_, path)| path))
 }
 
-/// Removes all but the newest `count` checkpoints in `dir` and returns the removed steps; 0 removes none. One that is a
-/// link to a checkpoint elsewhere is unlinked; what it points to stays.
+/// The steps in `dir` that retention removes: all but the newest `count` (0 removes none), and of those before not the
+/// ones that `every` divides.
+///
+/// # Errors
+/// When `dir` cannot be read.
+pub fn superfluous(dir: &Path, count: usize, every: Option<u64>) -> Result<Vec<u64>> {
+    let all = list(dir)?;
+    let old = if count == 0 { 0 } else { all.len().saturating_sub(count) };
+    let kept = |step: u64| every.is_some_and(|every| step.is_multiple_of(every));
+    Ok(all[..old].iter().map(|(step, _)| *step).filter(|step| !kept(*step)).collect())
+}
+
+/// Removes the [`superfluous`] checkpoints in `dir` and returns their steps. One that is a link to a checkpoint elsewhere
+/// is unlinked; what it points to stays.
 ///
 /// # Errors
 /// When a directory cannot be read or removed. A checkpoint is renamed before it is removed, so none is ever seen in
 /// half.
-pub fn keep(dir: &Path, count: usize) -> Result<Vec<u64>> {
-    let all = list(dir)?;
-    let old = if count == 0 { 0 } else { all.len().saturating_sub(count) };
-    let old: Vec<u64> = all[..old].iter().map(|(step, _)| *step).collect();
+pub fn keep(dir: &Path, count: usize, every: Option<u64>) -> Result<Vec<u64>> {
+    let old = superfluous(dir, count, every)?;
     remove(dir, &old)?;
     Ok(old)
 }
@@ -173,14 +183,17 @@ mod tests {
     #[test]
     fn keeps_the_newest() {
         let dir = tempfile::tempdir().unwrap();
-        for step in [5, 10, 15] {
+        for step in [4, 5, 10, 15] {
             let path = committed_path(dir.path(), step);
             fs::create_dir(&path).unwrap();
             fs::write(path.join(MANIFEST), "").unwrap();
         }
         fs::create_dir(committed_path(dir.path(), 20)).unwrap();
-        assert_eq!(keep(dir.path(), 0).unwrap(), [0u64; 0]);
-        assert_eq!(keep(dir.path(), 2).unwrap(), [5]);
+        assert_eq!(keep(dir.path(), 0, None).unwrap(), [0u64; 0]);
+        assert_eq!(superfluous(dir.path(), 1, Some(5)).unwrap(), [4]);
+        assert_eq!(superfluous(dir.path(), 1, Some(2)).unwrap(), [5]);
+        assert_eq!(keep(dir.path(), 2, Some(4)).unwrap(), [5]);
+        assert_eq!(keep(dir.path(), 2, None).unwrap(), [4]);
         let steps: Vec<u64> = list(dir.path()).unwrap().into_iter().map(|(s, _)| s).collect();
         assert_eq!(steps, [10, 15], "a directory without a manifest is none");
         assert_eq!(latest(dir.path()).unwrap(), Some(committed_path(dir.path(), 15)));

@@ -1,7 +1,7 @@
 //! The parsers of files that a checkpoint or a model brings, against damaged ones.
 
 #[path = "../../../tests/fuzz.rs"]
-mod harness;
+pub(crate) mod harness;
 
 use std::fs;
 use std::os::unix::fs::FileExt;

@@ -46,15 +46,18 @@ mod input;
 mod read;
 mod save;
 
+mod reshard;
 mod tools;
 
 mod header;
 pub mod hf;
+pub mod torch;
 
-pub use dir::{keep, latest, list, remove};
+pub use dir::{keep, latest, list, remove, superfluous};
 pub use manifest::{FileEntry, Kind, Manifest, Meta, PieceEntry, TensorEntry};
 pub use read::{Checkpoint, Verified};
 pub use region::Region;
+pub use reshard::{Resharded, reshard};
 pub use save::{FileRecord, Piece, Saver};
 pub use tools::{Difference, Listing, TensorDifference, TensorListing, diff, ls, verify};
 

@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -182,17 +183,44 @@ impl Checkpoint {
     }
 
     /// Copies verified bytes of a file into `out`.
-    fn read_bytes(&self, cache: &mut Cache, file: usize, mut offset: u64, out: &mut [u8]) -> Result<()> {
+    fn read_bytes(&self, cache: &mut Cache, file: usize, offset: u64, out: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        self.visit(cache, file, offset..offset + out.len() as u64, &mut |bytes| {
+            out[done..done + bytes.len()].copy_from_slice(bytes);
+            done += bytes.len();
+            Ok(())
+        })
+    }
+
+    /// Hands out bytes of a file in order, verified, in parts of at most a chunk.
+    ///
+    /// # Errors
+    /// When a chunk cannot be read or does not match its checksum; what `each` fails with.
+    pub(crate) fn stream(
+        &self,
+        file: usize,
+        range: Range<u64>,
+        each: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        self.visit(&mut cache, file, range, each)
+    }
+
+    fn visit(
+        &self,
+        cache: &mut Cache,
+        file: usize,
+        range: Range<u64>,
+        each: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         let chunk_bytes = self.manifest.files[file].chunk_bytes as u64;
-        let mut out = out;
-        while !out.is_empty() {
+        let mut offset = range.start;
+        while offset < range.end {
             let (chunk, within) = (offset / chunk_bytes, (offset % chunk_bytes) as usize);
             let available = &self.chunk(cache, file, chunk)?[within..];
-            let n = available.len().min(out.len());
-            let (now, later) = out.split_at_mut(n);
-            now.copy_from_slice(&available[..n]);
-            offset += n as u64;
-            out = later;
+            let n = (available.len() as u64).min(range.end - offset);
+            each(&available[..n as usize])?;
+            offset += n;
         }
         Ok(())
     }

@@ -92,23 +92,50 @@ impl Saver {
         rank: usize,
         pieces: impl IntoIterator<Item = Piece<'a>>,
     ) -> Result<FileRecord> {
+        let pieces: Vec<Piece<'a>> = pieces.into_iter().collect();
+        for p in &pieces {
+            let expected: usize = p.boxes.iter().map(Region::len).sum();
+            if expected != p.data.len() {
+                let given = p.data.len();
+                return Err(bug(p.kind, p.name, &format!("{given} elements given for boxes of {expected}")));
+            }
+        }
+        let outlines: Vec<Outline<'_>> = pieces.iter().map(Outline::of).collect();
+        self.write_streamed(rank, &outlines, |out| {
+            pieces.iter().try_for_each(|p| out(bytemuck::cast_slice(p.data)))
+        })
+    }
+
+    /// The same for data that are not in memory: `data` gives them to its argument in order, in parts of any size.
+    ///
+    /// # Errors
+    /// As [`Saver::write_rank`]; when `data` fails.
+    pub(crate) fn write_streamed(
+        &self,
+        rank: usize,
+        outlines: &[Outline<'_>],
+        data: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
+    ) -> Result<FileRecord> {
         let dir = self.folder.path();
         if rank == 0 {
             dir::clear_leftovers(&self.folder, self.step)
                 .map_err(|e| Error::io("clear leftovers of an interrupted save in", dir, &e))?;
         }
-        let pieces: Vec<Piece<'a>> = pieces.into_iter().collect();
         let name = format!("rank-{rank:05}.safetensors");
-        let (mut tensors, header) = plan(&pieces)?;
-        let file = self.temp.new_file(name.as_ref());
-        let written = file.and_then(|file| write_file(file, &header, &pieces)).and_then(|sums| {
-            self.temp.sync()?;
+        let path = self.temp.path().join(&name);
+        let (mut tensors, header) = plan(outlines)?;
+        let failed = |e: io::Error| save_error("write", &path, &e, dir);
+        let write = || -> Result<(u64, Vec<u64>)> {
+            let mut out = Checksummed::new(self.temp.new_file(name.as_ref()).map_err(failed)?);
+            out.write(&header).map_err(failed)?;
+            data(&mut |bytes| out.write(bytes).map_err(failed))?;
+            let sums = out.finish().map_err(failed)?;
+            self.temp.sync().map_err(failed)?;
             Ok(sums)
-        });
-        let (bytes, checksums) = written.map_err(|e| {
+        };
+        let (bytes, checksums) = write().inspect_err(|_| {
             // The error to report is the first one; what cannot be removed now is cleared by the next save.
             self.folder.discard(&dir::temporary_name(self.step), name.as_ref());
-            save_error("write", &self.temp.path().join(&name), &e, dir)
         })?;
         for piece in tensors.iter_mut().flat_map(|t| &mut t.pieces) {
             piece.offset += header.len() as u64;
@@ -172,27 +199,40 @@ impl Saver {
     }
 }
 
+/// What a rank holds of one tensor, without the data.
+pub(crate) struct Outline<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) kind: Kind,
+    pub(crate) shape: &'a [usize],
+    pub(crate) boxes: &'a [Region],
+}
+
+impl<'a> Outline<'a> {
+    fn of(piece: &'a Piece<'_>) -> Self {
+        Outline { name: piece.name, kind: piece.kind, shape: piece.global_shape, boxes: &piece.boxes }
+    }
+}
+
+fn bug(kind: Kind, name: &str, what: &str) -> Error {
+    Error::failure(format!("checkpoint {kind} {name}: {what}"))
+}
+
 /// The tensor entries of a rank's pieces, with offsets from the end of the header, and the safetensors header.
-fn plan(pieces: &[Piece<'_>]) -> Result<(Vec<TensorEntry>, Vec<u8>)> {
+fn plan(outlines: &[Outline<'_>]) -> Result<(Vec<TensorEntry>, Vec<u8>)> {
     let mut tensors: Vec<TensorEntry> = Vec::new();
     let mut index = HashMap::new();
     let mut entries = Vec::new();
     let mut offset = 0;
-    for piece in pieces {
-        let bug = |what: String| Error::failure(format!("checkpoint {} {}: {what}", piece.kind, piece.name));
-        let shape = piece.global_shape;
+    for o in outlines {
+        let (shape, bug) = (o.shape, |what: String| bug(o.kind, o.name, &what));
         let (rows, cols) = matrix(shape).ok_or_else(|| bug(format!("shape {shape:?} is too large")))?;
-        if let Some(outside) = piece.boxes.iter().find(|b| !b.fits(rows, cols)) {
+        if let Some(outside) = o.boxes.iter().find(|b| !b.fits(rows, cols)) {
             return Err(bug(format!("{outside} reach outside of shape {shape:?}")));
         }
-        let expected: usize = piece.boxes.iter().map(Region::len).sum();
-        if expected != piece.data.len() {
-            return Err(bug(format!("{} elements given for boxes of {expected}", piece.data.len())));
-        }
-        let at = *index.entry((piece.kind, piece.name)).or_insert_with(|| {
+        let at = *index.entry((o.kind, o.name)).or_insert_with(|| {
             tensors.push(TensorEntry {
-                name: piece.name.to_owned(),
-                kind: piece.kind,
+                name: o.name.to_owned(),
+                kind: o.kind,
                 dtype: DType::F32,
                 shape: shape.to_vec(),
                 pieces: Vec::new(),
@@ -202,8 +242,8 @@ fn plan(pieces: &[Piece<'_>]) -> Result<(Vec<TensorEntry>, Vec<u8>)> {
         if tensors[at].shape != shape {
             return Err(bug(format!("shape {shape:?} after {:?}", tensors[at].shape)));
         }
-        for region in piece.boxes.iter().filter(|b| !b.is_empty()) {
-            let key = key(piece.name, piece.kind, shape, region);
+        for region in o.boxes.iter().filter(|b| !b.is_empty()) {
+            let key = key(o.name, o.kind, shape, region);
             let stored = match *region {
                 r if r == Region::whole(shape) => shape.to_vec(),
                 Region::Range { len, .. } => vec![len],
@@ -227,16 +267,6 @@ fn plan(pieces: &[Piece<'_>]) -> Result<(Vec<TensorEntry>, Vec<u8>)> {
     Ok((tensors, header))
 }
 
-/// Writes header and data; gives the length and the checksum of each chunk.
-fn write_file(file: NewFile, header: &[u8], pieces: &[Piece<'_>]) -> io::Result<(u64, Vec<u64>)> {
-    let mut out = Checksummed { file, bytes: 0, hash: Xxh3::new(), sums: Vec::new() };
-    out.write(header)?;
-    for piece in pieces {
-        out.write(bytemuck::cast_slice(piece.data))?;
-    }
-    out.finish()
-}
-
 /// A file whose chunks are hashed on the way to the disk.
 struct Checksummed {
     file: NewFile,
@@ -246,6 +276,10 @@ struct Checksummed {
 }
 
 impl Checksummed {
+    fn new(file: NewFile) -> Self {
+        Checksummed { file, bytes: 0, hash: Xxh3::new(), sums: Vec::new() }
+    }
+
     fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let room = CHUNK_BYTES - (self.bytes % CHUNK_BYTES as u64) as usize;

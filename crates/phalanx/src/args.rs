@@ -14,7 +14,7 @@ pub(crate) use economy::{Decide, Economy};
 pub(crate) use pages::{Guide, PlanCommand, PlanOr};
 pub(crate) use serving::Inference;
 pub(crate) use simulate::Simulate;
-pub(crate) use survival::{Chaos, Ckpt, CkptCommand, Ledger};
+pub(crate) use survival::{Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger};
 
 /// Plan, rehearse and run the training of large models
 #[derive(Debug, Parser)]

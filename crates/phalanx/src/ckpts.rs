@@ -3,12 +3,13 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use ckpt::{Kind, TensorDifference};
+use ckpt::torch::{self, Format};
+use ckpt::{Checkpoint, Kind, TensorDifference};
 use serde_json::json;
 use spec::{Error, Result};
 use train::RunDir;
 
-use crate::args::{Ckpt, CkptCommand};
+use crate::args::{Ckpt, CkptCommand, ExportFormat, ImportFormat};
 use crate::output;
 use crate::show::binary;
 
@@ -18,9 +19,16 @@ pub(crate) fn run(args: &Ckpt) -> Result<u8> {
         CkptCommand::Show { path, json } => show(&one(path)?, *json),
         CkptCommand::Verify { path, json } => verify(path, *json),
         CkptCommand::Diff { a, b, json } => diff(&one(a)?, &one(b)?, *json),
-        CkptCommand::Prune { path, keep, every, dry_run, json } => {
-            prune(&folder(path), *keep, *every, *dry_run, *json)
-        }
+        CkptCommand::Reshard { from, out_dir, ranks, json } => reshard(&one(from)?, out_dir, *ranks, *json),
+        CkptCommand::Export { from, out, format: ExportFormat::Dcp, json } => export(&one(from)?, out, *json),
+        CkptCommand::Import { from, out_dir, format, json } => import(from, out_dir, *format, *json),
+        CkptCommand::Prune { path, keep, every, dry_run, json } => prune(
+            &folder(path),
+            *keep,
+            every.map_or_else(|| keep_every(path), |n| Ok(Some(n)))?,
+            *dry_run,
+            *json,
+        ),
     }
 }
 
@@ -151,6 +159,52 @@ fn diff(a: &Path, b: &Path, as_json: bool) -> Result<u8> {
     Ok(u8::from(!equal))
 }
 
+fn reshard(from: &Path, out_dir: &Path, ranks: usize, as_json: bool) -> Result<u8> {
+    let done = ckpt::reshard(from, &folder(out_dir), ranks)?;
+    let shown = done.path.display().to_string();
+    let out = format!("{shown}: {} in {} files", binary(done.bytes as usize), done.files);
+    print(as_json, || json!({"path": shown, "files": done.files, "bytes": done.bytes}), &out);
+    Ok(0)
+}
+
+fn export(from: &Path, out: &Path, as_json: bool) -> Result<u8> {
+    let done = torch::export_dcp(&Checkpoint::open(from)?, out)
+        .map_err(|e| e.hint("give an output directory in a writable place with free space"))?;
+    let shown = out.display().to_string();
+    let text = format!("{shown}: {} in {} tensors", binary(done.bytes as usize), done.tensors);
+    print(as_json, || json!({"path": shown, "tensors": done.tensors, "bytes": done.bytes}), &text);
+    Ok(0)
+}
+
+fn import(from: &Path, out_dir: &Path, format: Option<ImportFormat>, as_json: bool) -> Result<u8> {
+    let format = format.map(|format| match format {
+        ImportFormat::Dcp => Format::Dcp,
+        ImportFormat::Megatron => Format::Megatron,
+        ImportFormat::Llmc => Format::LlmC,
+    });
+    let done = torch::import(from, &folder(out_dir), format)
+        .map_err(|e| if e.hint_text().is_some() { e } else { e.hint("copy the checkpoint again") })?;
+    for note in &done.notes {
+        output::say(&format!("note: {note}"));
+    }
+    let (shown, format) = (done.path.display().to_string(), done.format.to_string());
+    let text =
+        format!("{shown}: {} in {} tensors, read as {format}", binary(done.bytes as usize), done.tensors);
+    let json = || {
+        json!({"path": shown, "format": format, "tensors": done.tensors, "bytes": done.bytes, "whole": done.whole,
+            "notes": done.notes})
+    };
+    print(as_json, json, &text);
+    Ok(0)
+}
+
+/// What the run in `path` keeps for good, if a run is there.
+fn keep_every(path: &Path) -> Result<Option<u64>> {
+    let run = RunDir::new(path);
+    let every = if run.run_file().exists() { run.load()?.checkpoint.keep_every } else { None };
+    Ok(every.map(|every| every as u64))
+}
+
 fn prune(folder: &Path, keep: usize, every: Option<u64>, dry_run: bool, as_json: bool) -> Result<u8> {
     if keep == 0 {
         return Err(Error::user("--keep 0 would leave no checkpoint")
@@ -162,12 +216,7 @@ fn prune(folder: &Path, keep: usize, every: Option<u64>, dry_run: bool, as_json:
         );
     }
     let found = all(folder)?;
-    let old = &found[..found.len().saturating_sub(keep)];
-    let steps: Vec<u64> = old
-        .iter()
-        .map(|(step, _)| *step)
-        .filter(|step| every.is_none_or(|n| !step.is_multiple_of(n)))
-        .collect();
+    let steps = ckpt::superfluous(folder, keep, every)?;
     if !dry_run {
         ckpt::remove(folder, &steps)?;
     }

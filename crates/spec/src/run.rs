@@ -182,6 +182,8 @@ pub struct CheckpointSpec {
     pub every: Option<usize>,
     /// Newest checkpoints kept; `None` keeps all.
     pub keep: Option<usize>,
+    /// Checkpoints of every so many steps are kept too; `None` keeps none for that.
+    pub keep_every: Option<usize>,
     /// Written while training goes on.
     pub background: bool,
 }

@@ -439,7 +439,7 @@ impl Trainer {
         self.note(Record::Warning { time_us: now_us(), text }, each);
     }
 
-    /// Tells of a checkpoint, and removes the oldest beyond `checkpoint.keep`.
+    /// Tells of a checkpoint, and removes what `checkpoint.keep` and `keep_every` do not keep.
     fn saved(
         &mut self,
         (path, bytes): (PathBuf, u64),
@@ -448,8 +448,9 @@ impl Trainer {
         stall_s: f64,
         each: &mut dyn FnMut(Event),
     ) {
+        let every = self.run.checkpoint.keep_every.map(|every| every as u64);
         if let Some(keep) = self.run.checkpoint.keep
-            && let Err(e) = ckpt::keep(&self.dir.checkpoints(), keep)
+            && let Err(e) = ckpt::keep(&self.dir.checkpoints(), keep, every)
         {
             self.note(warning(&e), each);
         }

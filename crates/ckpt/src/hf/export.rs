@@ -55,23 +55,21 @@ pub fn export(
         target.publish().map_err(|e| Error::io("export: move into place", out_dir, &e))?;
         Ok(done)
     });
-    finished.inspect_err(|_| {
-        // The first error is the one to report; the next export clears what is left.
-        let _ = target.parent.remove(&target.temp_name);
-    })
+    // The first error is the one to report.
+    finished.inspect_err(|_| target.discard())
 }
 
 /// Where an export goes, and the directory beside it that becomes it.
-struct Target {
+pub(crate) struct Target {
     parent: Folder,
     name: OsString,
     temp_name: OsString,
-    temp: Folder,
+    pub(crate) temp: Folder,
 }
 
 impl Target {
     /// Checks that `out_dir` is free and makes the temporary directory beside it.
-    fn prepare(out_dir: &Path) -> Result<Self> {
+    pub(crate) fn prepare(out_dir: &Path) -> Result<Self> {
         let io = |e: io::Error| Error::io("export to", out_dir, &e);
         let mut place = out_dir.to_owned();
         match fs::read_dir(out_dir) {
@@ -105,7 +103,13 @@ impl Target {
         Ok(Target { parent, name, temp_name, temp })
     }
 
-    fn publish(&self) -> io::Result<()> {
+    /// Removes what was written; the next export clears what cannot be removed now.
+    pub(crate) fn discard(&self) {
+        let _ = self.parent.remove(&self.temp_name);
+    }
+
+    /// Gives the directory its name.
+    pub(crate) fn publish(&self) -> io::Result<()> {
         self.temp.sync()?;
         self.parent.rename(&self.temp_name, &self.name)?;
         self.parent.sync()

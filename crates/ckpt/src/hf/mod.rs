@@ -28,6 +28,7 @@ use names::HfTensor;
 use problems::Problems;
 
 pub use companions::{Tokenizer, keep_companions, keep_settings};
+pub(crate) use export::Target;
 pub use export::{Exported, export};
 
 const SINGLE: &str = "model.safetensors";

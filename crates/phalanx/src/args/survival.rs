@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use clap::{Args as ClapArgs, Subcommand};
+use clap::{Args as ClapArgs, Subcommand, ValueEnum};
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Ckpt {
@@ -47,6 +47,49 @@ pub(crate) enum CkptCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Write a checkpoint again in files of equal share, one for each of N ranks
+    Reshard {
+        /// Directory of a checkpoint, or of a run, whose newest is taken
+        #[arg(value_name = "CHECKPOINT")]
+        from: PathBuf,
+        /// Directory of a run, or of checkpoints; made if it is missing
+        out_dir: PathBuf,
+        /// How many files
+        #[arg(long, value_name = "N")]
+        ranks: usize,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write a checkpoint as another trainer reads it
+    Export {
+        /// Directory of a checkpoint, or of a run, whose newest is taken
+        #[arg(value_name = "CHECKPOINT")]
+        from: PathBuf,
+        /// New directory
+        out: PathBuf,
+        /// dcp: torch.distributed.checkpoint
+        #[arg(long)]
+        format: ExportFormat,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write another trainer's checkpoint as one of ours; nothing in it is executed
+    Import {
+        /// Directory of torch.distributed.checkpoint or of Megatron (torch_dist), or a model_*.bin of llm.c
+        #[arg(value_name = "DIR_OR_FILE")]
+        from: PathBuf,
+        /// Directory of a run, or of checkpoints; made if it is missing
+        #[arg(value_name = "RUN_DIR")]
+        out_dir: PathBuf,
+        /// What it is; told by its content if absent
+        #[arg(long)]
+        format: Option<ImportFormat>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Remove old checkpoints of a run
     Prune {
         /// Directory of a run, or of checkpoints
@@ -55,7 +98,7 @@ pub(crate) enum CkptCommand {
         /// How many of the newest to keep
         #[arg(long, value_name = "N")]
         keep: usize,
-        /// Keep those of every N-th step too
+        /// Keep those of every N-th step too; the run's checkpoint.keep_every if absent
         #[arg(long, value_name = "STEPS")]
         every: Option<u64>,
         /// Say what would be removed, and remove nothing
@@ -65,6 +108,22 @@ pub(crate) enum CkptCommand {
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum ExportFormat {
+    /// PyTorch's torch.distributed.checkpoint
+    Dcp,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum ImportFormat {
+    /// PyTorch's torch.distributed.checkpoint
+    Dcp,
+    /// Megatron's torch_dist
+    Megatron,
+    /// Weights of llm.c
+    Llmc,
 }
 
 #[derive(Debug, ClapArgs)]

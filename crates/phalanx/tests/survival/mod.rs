@@ -67,6 +67,73 @@ fn checkpoints_are_listed_checked_compared_and_removed() {
     check("ckpt diff r none", "no checkpoint in none");
 }
 
+#[test]
+fn some_steps_are_kept_for_good() {
+    let lab = Lab::new();
+    lab.train("r", "--set train.steps=14 --set checkpoint.keep=1 --set checkpoint.keep_every=6");
+    let steps = || -> Vec<u64> {
+        let found = lab.json("ckpt ls r --json");
+        found["checkpoints"].as_array().expect("rows").iter().filter_map(|r| r["step"].as_u64()).collect()
+    };
+    assert_eq!(steps(), [6, 12, 14]);
+    assert_eq!(lab.ok("ckpt prune r --keep 1").trim(), "nothing to remove");
+    lab.ok("ckpt prune r --keep 1 --every 12");
+    assert_eq!(steps(), [12, 14]);
+}
+
+#[test]
+fn a_checkpoint_in_other_files_is_the_same_and_a_run_goes_on_from_it() {
+    let lab = Lab::new();
+    lab.train("r", "--nproc 4 --set layout.dp=2 --set layout.pp=2 --set layout.zero=1");
+    lab.train("s", "--stop-after 4");
+    fs::remove_dir_all(lab.path("s/checkpoints/step-00000004")).expect("a checkpoint");
+    let done = lab.json("ckpt reshard r/checkpoints/step-00000004 s --ranks 3 --json");
+    assert_eq!((&done["files"], path(&done)), (&json!(3), "s/checkpoints/step-00000004"));
+    assert_eq!(lab.json("ckpt diff r/checkpoints/step-00000004 s --json")["bit_equal"], true);
+    assert_eq!(lab.json("ckpt show s --json")["world"], 3);
+    lab.ok("ckpt verify s");
+    lab.train("s", "--nproc 2");
+    assert_eq!(lab.json("ckpt diff r s --json")["bit_equal"], true, "the end of either run");
+
+    for (args, what) in [
+        ("ckpt reshard r s --ranks 2", "step-00000006 is there already"),
+        ("ckpt reshard r t --ranks 0", "reshard for 0 ranks"),
+        ("ckpt reshard none t --ranks 1", "no checkpoint in none"),
+    ] {
+        let ran = lab.run(args);
+        assert_eq!(ran.code, Some(2), "{args}: {}", ran.err);
+        assert!(ran.err.contains(what) && ran.err.contains("hint: "), "{args}: {}", ran.err);
+    }
+}
+
+#[test]
+fn a_checkpoint_goes_to_pytorch_and_back_and_a_run_goes_on_from_it() {
+    let lab = Lab::new();
+    lab.train("r", "--nproc 2 --set layout.zero=1");
+    lab.train("s", "--stop-after 4");
+    fs::remove_dir_all(lab.path("s/checkpoints/step-00000004")).expect("a checkpoint");
+    let done = lab.json("ckpt export r/checkpoints/step-00000004 dcp --format dcp --json");
+    assert!(done["tensors"].as_u64().is_some_and(|n| n > 10), "{done}");
+    let done = lab.json("ckpt import dcp s --json");
+    assert_eq!((&done["format"], &done["whole"]), (&json!("dcp"), &json!(true)));
+    assert_eq!(lab.json("ckpt diff r/checkpoints/step-00000004 s --json")["bit_equal"], true);
+    lab.train("s", "");
+    assert_eq!(lab.json("ckpt diff r s --json")["bit_equal"], true, "the end of either run");
+
+    fs::write(lab.path("dcp/.metadata"), b"\x80\x02cos\nsystem\nX\x02\0\0\0ls\x85R.")
+        .expect("a hostile file");
+    for (args, what) in [
+        ("ckpt import dcp t", "opcode 0x63 at byte 2: the name system of os is not on the list"),
+        ("ckpt import dcp t --format llmc", "is of format dcp, not llmc"),
+        ("ckpt import none t", "none"),
+        ("ckpt export r dcp --format dcp", "not empty"),
+    ] {
+        let ran = lab.run(args);
+        assert_eq!(ran.code, Some(2), "{args}: {}", ran.err);
+        assert!(ran.err.contains(what) && ran.err.contains("hint: "), "{args}: {}", ran.err);
+    }
+}
+
 /// Training goes on while a checkpoint is written, of the weights that there were when it began.
 #[test]
 fn a_checkpoint_in_the_background_is_the_one_that_a_run_would_wait_for() {

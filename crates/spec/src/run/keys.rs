@@ -342,6 +342,12 @@ pub(crate) static KEYS: &[Key] = &[
     ),
     key("checkpoint.keep", off(MAX_STEPS), "2", "newest checkpoints kept; 0 = all"),
     key(
+        "checkpoint.keep_every",
+        off(MAX_STEPS),
+        "0",
+        "checkpoints of steps that this divides are never removed; 0 = none",
+    ),
+    key(
         "run.dir",
         KeyKind::Path,
         "\"runs/default\"",

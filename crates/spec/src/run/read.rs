@@ -91,6 +91,7 @@ impl RunSpec {
             checkpoint: CheckpointSpec {
                 every: doc.count_or_off("checkpoint.every")?,
                 keep: doc.count_or_off("checkpoint.keep")?,
+                keep_every: doc.count_or_off("checkpoint.keep_every")?,
                 background: doc.flag("checkpoint.background")?,
             },
             run: RunDirSpec {

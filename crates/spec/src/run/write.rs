@@ -141,6 +141,7 @@ impl RunSpec {
         values.extend([
             ("checkpoint.every", off(self.checkpoint.every)),
             ("checkpoint.keep", off(self.checkpoint.keep)),
+            ("checkpoint.keep_every", off(self.checkpoint.keep_every)),
             ("checkpoint.background", self.checkpoint.background.to_string()),
             ("run.dir", path(&self.run.dir)),
             ("run.threads", off(self.run.threads)),
