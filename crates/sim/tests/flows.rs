@@ -105,8 +105,8 @@ proptest! {
     fn links_hold_and_no_work_is_left(n in networks()) {
         let rates = rates(&n);
         let on = |link: usize| {
-            let of = move |f: &(usize, &(Vec<(usize, u64)>, u64))| f.1.0.iter().any(|u| u.0 == link);
-            n.flows.iter().enumerate().filter(of).map(|f| f.0).collect::<Vec<_>>()
+            let uses = |f: &usize| n.flows[*f].0.iter().any(|u| u.0 == link);
+            (0..n.flows.len()).filter(uses).collect::<Vec<_>>()
         };
         let count = |f: usize, link: usize| n.flows[f].0.iter().find(|u| u.0 == link).map_or(0, |u| u.1);
         let left: Vec<i128> = (0..n.capacity.len())

@@ -4,10 +4,12 @@ use std::io::Read;
 
 use sim::trace::{Blame, Cause, blame, parse};
 
-fn published(name: &str) -> String {
-    let path = format!("{}/tests/traces/{name}.csv.gz", env!("CARGO_MANIFEST_DIR"));
+/// Ops of a published job, packed.
+const ST: &[u8] = include_bytes!("traces/ST.csv.gz");
+
+fn unpacked(packed: &[u8]) -> String {
     let mut text = String::new();
-    flate2::read::GzDecoder::new(std::fs::File::open(path).unwrap()).read_to_string(&mut text).unwrap();
+    flate2::read::GzDecoder::new(packed).read_to_string(&mut text).unwrap();
     text
 }
 
@@ -22,7 +24,7 @@ fn near(found: f64, expected: f64) {
 /// Against the published analysis of the same trace.
 #[test]
 fn a_published_trace_is_slowed_by_what_its_analysis_says() {
-    let b = blamed(&published("ST")).unwrap();
+    let b = blamed(&unpacked(ST)).unwrap();
     assert_eq!((b.steps, b.workers, b.cause), (32, 8, Cause::Stage));
     near(b.slowdown, 1.1787);
     let stage = |s: usize| b.by_stage.iter().find(|x| x.stage == s).unwrap().slowdown;
