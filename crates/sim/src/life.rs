@@ -76,8 +76,7 @@ impl Run {
         let mut now = 0.0;
         let mut failure = next_failure(0.0);
         let mut scripted = self.failing_steps.clone();
-        scripted.sort_unstable();
-        scripted.reverse();
+        scripted.sort_unstable_by(|a, b| b.cmp(a));
         let (mut done, mut safe, mut pending) = (0u64, 0u64, None::<(u64, f64)>);
         let (mut lost_s, mut restart_s, mut checkpoint_s) = (0.0, 0.0, 0.0);
         let mut lived = Lived::default();
@@ -132,10 +131,10 @@ impl Run {
             }
         }
         let wall_s = if self.steps.is_some() { now } else { self.wall_s };
-        lived.steps = done;
-        lived.goodput = done as f64 * self.step_s / wall_s;
-        (lived.lost, lived.restarts) = (lost_s / wall_s, restart_s / wall_s);
-        lived.checkpoints = checkpoint_s / wall_s;
+        let share = |s: f64| s / wall_s;
+        (lived.steps, lived.goodput) = (done, share(done as f64 * self.step_s));
+        (lived.lost, lived.restarts, lived.checkpoints) =
+            (share(lost_s), share(restart_s), share(checkpoint_s));
         Ok(lived)
     }
 }
