@@ -91,7 +91,7 @@ impl Weights {
             Weights::Fp16 => NumberFormat::Fp16,
             Weights::Bf16 | Weights::Int8 | Weights::Int4 => NumberFormat::Bf16,
         };
-        if accelerator.peak(wanted).is_some() { wanted } else { NumberFormat::Bf16 }
+        if accelerator.peak(wanted).is_some() { wanted } else { accelerator.sixteen_bit() }
     }
 
     /// Whether weights are widened before each product on this accelerator.

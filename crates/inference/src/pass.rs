@@ -4,7 +4,7 @@ use plan::compute::Chip;
 use plan::network::{Collective, Group, NetworkModel, Span, on_span};
 use plan::shape::Shape;
 use serde::Serialize;
-use spec::{Cluster, NumberFormat, Result};
+use spec::{Cluster, Result};
 
 use crate::format::{Cache, Weights};
 use crate::ops::{Forward, Kernel};
@@ -146,7 +146,7 @@ impl Engine {
             tp,
             bytes_per_s: accelerator.memory_bytes_per_s.value,
             narrow: Chip::of(accelerator, format)?,
-            wide: Chip::of(accelerator, NumberFormat::Bf16)?,
+            wide: Chip::of(accelerator, accelerator.sixteen_bit())?,
             span: Span::of(cluster, &net, Group { size: tp, stride: 1 }),
             net,
             family: accelerator.family.name.clone(),

@@ -99,6 +99,10 @@ pub(crate) fn ask(args: &Economy, trained: Option<f64>, given: bool) -> Result<O
         ))
         .hint("leave one of them out"));
     }
+    if let Some(s) = args.checkpoint_every.filter(|s| *s > CHECKPOINT_EVERY_MAX_S) {
+        return Err(Error::user(format!("--checkpoint-every {s}, expected at most {CHECKPOINT_EVERY_MAX_S} seconds"))
+            .hint("leave it out for the best; a run that saves less than once a month ends in no time that can be told"));
+    }
     Ok(Some(Ask {
         ramp: ramp(args.ramp.as_deref())?,
         recovery: Recovery::ALL.into_iter().find(|r| Some(r.name()) == args.recovery.as_deref()),
@@ -161,3 +165,6 @@ pub(crate) fn add_json(json: &mut Value, chosen: &Chosen) {
     }
     json["objective"] = json!({ "for": chosen.objective, "sizes": chosen.sizes });
 }
+
+/// A month: what is saved less often is saved never.
+const CHECKPOINT_EVERY_MAX_S: f64 = 30.0 * 86_400.0;

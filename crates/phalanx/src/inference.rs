@@ -4,6 +4,7 @@ mod text;
 
 use std::path::Path;
 
+use economics::price::{Ask, quote};
 use inference::answer::{Price, Question, answer, usual_cache};
 use inference::format::{Cache, Weights};
 use inference::memory::Memory;
@@ -11,10 +12,10 @@ use inference::pass::Engine;
 use inference::serve::Traffic;
 use inference::stack::Stack;
 use plan::shape::Shape;
-use spec::catalog::{EntryKind, Listed};
 use spec::{Catalog, Cluster, Error, Result};
 
 use crate::args::Inference;
+use crate::economy::today;
 use crate::{files, output, planner};
 
 pub(crate) fn run(args: &Inference) -> Result<u8> {
@@ -104,37 +105,13 @@ fn smallest(
     Err(last.unwrap_or_else(|| Error::failure("no accelerators to serve on")))
 }
 
-/// What the platform asks for an accelerator and hour on demand; else the median of all that the catalogue knows for it.
+/// What the platform asks for an accelerator and hour on demand, or what stands in for it, as a plan's run is priced; `None`
+/// where nobody publishes one.
 fn price(catalog: &Catalog, cluster: &Cluster) -> Result<Option<Price>> {
-    if let Some(name) = &cluster.price {
-        return Ok(on_demand(catalog, name)?.map(|(usd, date)| Price {
-            usd_per_accelerator_hour: usd,
-            source: format!("{name} on demand, {date}"),
-        }));
-    }
-    let of_chip = |l: &Listed| -> Result<Option<(f64, String)>> {
-        let entry = catalog.get(EntryKind::Price, &l.name)?;
-        match entry.text("accelerator") == Some(cluster.accelerator.name.as_str()) {
-            true => on_demand(catalog, &l.name),
-            false => Ok(None),
-        }
-    };
-    let mut known = Vec::new();
-    for listed in catalog.list(Some(EntryKind::Price)) {
-        known.extend(of_chip(&listed)?);
-    }
-    known.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let Some((usd, _)) = known.get(known.len() / 2) else { return Ok(None) };
-    let (low, high) = (known[0].0, known[known.len() - 1].0);
-    let source = format!(
-        "median of {} on-demand prices for {} in the catalogue, {low} to {high}",
-        known.len(),
-        cluster.accelerator.name
-    );
-    Ok(Some(Price { usd_per_accelerator_hour: *usd, source }))
-}
-
-fn on_demand(catalog: &Catalog, name: &str) -> Result<Option<(f64, String)>> {
-    let entry = catalog.get(EntryKind::Price, name)?;
-    Ok(entry.number("on_demand").map(|q| (q.measure.value, q.date.clone())))
+    let Ok(quote) = quote(catalog, cluster, &Ask::default(), today(None)?) else { return Ok(None) };
+    let usd = quote.usd_per_accelerator_h;
+    Ok(Some(Price {
+        usd_per_accelerator_hour: usd.value,
+        source: format!("{} on demand of {}, {} to {}", quote.name, quote.date, usd.low, usd.high),
+    }))
 }

@@ -39,6 +39,12 @@ pub(crate) fn run(args: &Validate) -> Result<u8> {
         return Err(Error::user(format!("{name}: a header without rows"))
             .hint("each line after the header is one published run"));
     }
+    if v.priced == 0 && v.memory.is_none() {
+        let first = &v.not_priced[0];
+        let rows = v.not_priced.len();
+        return Err(Error::user(format!("{name}: none of {rows} rows can be priced; the first: {}", first.reason))
+            .hint("columns are those of crates/published/tests/published/*/runs.csv; see phalanx catalog list for names"));
+    }
     output::print(&if args.json {
         serde_json::to_string_pretty(&v).expect("numbers are JSON")
     } else {

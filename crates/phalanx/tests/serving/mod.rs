@@ -32,7 +32,7 @@ fn an_answer_has_the_keys_that_scripts_read() {
     assert!(curve.iter().any(|l| l["concurrency"] == json["knee"]));
     assert!(json["assumptions"].as_array().is_some_and(|a| a.len() >= 3));
     let text = lab.ok(&format!("{SERVE} --concurrency 1,8,64"));
-    for part in ["knee at", "first token", "tokens/s", "memory of each", "median of", "assumed"] {
+    for part in ["knee at", "first token", "tokens/s", "memory of each", "on demand of", "assumed"] {
         assert!(text.contains(part), "{part} is not in\n{text}");
     }
 }
