@@ -1,7 +1,7 @@
 //! Rehearse: a step's program on a virtual clock, over the links of the machine, with what goes wrong.
 //!
 //! `plan` adds a step up in closed form; this plays it. Every rank has a main stream of kernels and a stream for each
-//! axis that it talks on ([`steps`]); messages are flows over the machine's links, which they share max-min fairly
+//! axis that it talks on (`steps`); messages are flows over the machine's links, which they share max-min fairly
 //! ([`flow`]). Ranks that cannot be told apart are played once ([`world`]), so that the cost grows with what differs.
 //!
 //! Nothing here does I/O, reads a clock or draws at random but from a seed; time is counted in whole picoseconds
