@@ -94,5 +94,6 @@ fn steps_after_the_first_allocate_nothing() {
     check(false, DType::F32, &Layout { tp: 2, sequence_parallel: true, ..one.clone() }, 0);
     check(false, DType::F32, &Layout { dp: 2, zero: Zero::Gradients, ..one.clone() }, 0);
     check(false, DType::F32, &Layout { pp: 2, ..one.clone() }, 0);
-    check(false, DType::F32, &Layout { dp: 2, ..one }, 1);
+    // Alignment leaves gaps between some of this small model's gradients: three runs of them are summed, each exactly.
+    check(false, DType::F32, &Layout { dp: 2, ..one }, 3);
 }
