@@ -67,7 +67,7 @@ pub struct Chaos<'a> {
 }
 
 /// What came of it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
     /// Faults that met the run.
     pub faults: usize,
@@ -156,9 +156,9 @@ impl Chaos<'_> {
     fn failed(&self, what: &str, run: &str, session: usize) -> Error {
         let log = self.log(run, session);
         let said = fs::read_to_string(&log).unwrap_or_default();
-        let last: Vec<&str> = said.lines().rev().take(4).collect();
-        let last: Vec<&str> = last.into_iter().rev().collect();
-        Error::failure(format!("{what} failed: {}", last.join("; ")))
+        let lines: Vec<&str> = said.lines().collect();
+        let last = lines[lines.len().saturating_sub(4)..].join("; ");
+        Error::failure(format!("{what} failed: {last}"))
             .hint(format!("{} has all that it said", log.display()))
     }
 }
@@ -167,7 +167,8 @@ impl Chaos<'_> {
 struct Disturbed<'a> {
     chaos: &'a Chaos<'a>,
     steps: u64,
-    session: Session,
+    /// Gone between the end of one and the start of the next.
+    session: Option<Session>,
     sessions: usize,
     met: Vec<Fault>,
     recoveries_s: Vec<f64>,
@@ -179,27 +180,14 @@ const RUN: &str = "run";
 impl<'a> Disturbed<'a> {
     fn new(chaos: &'a Chaos<'a>, steps: u64) -> Result<Self> {
         let session = chaos.start(RUN, steps, pick(chaos.seed, chaos.ranks), 0)?;
-        let report = Report {
-            faults: 0,
-            recoveries: 0,
-            bit_identical: false,
-            samples_lost: 0,
-            samples_repeated: 0,
-            tokens_equal: false,
-            steps_redone: 0,
-            median_recovery_s: 0.0,
-            hangs: 0,
-            orphans: 0,
-            steps,
-            kinds: BTreeMap::new(),
-        };
+        let report = Report { steps, ..Report::default() };
         let (met, recoveries_s) = Default::default();
-        Ok(Disturbed { chaos, steps, session, sessions: 1, met, recoveries_s, report })
+        Ok(Disturbed { chaos, steps, session: Some(session), sessions: 1, met, recoveries_s, report })
     }
 
     /// Lets a fault happen and the run go on; false if the run was over before.
     fn meet(&mut self, fault: Fault) -> Result<bool> {
-        if self.session.steps(fault.after_steps)?.is_none() {
+        if self.session()?.steps(fault.after_steps)?.is_none() {
             return Ok(false);
         }
         self.met.push(fault);
@@ -210,19 +198,16 @@ impl<'a> Disturbed<'a> {
             self.report.recoveries += 1;
             return Ok(true);
         }
-        self.strike(fault);
-        let layout = pick(fault.layout, self.chaos.ranks);
-        let next = |s: &Self| s.chaos.start(RUN, s.steps, layout, s.sessions);
+        strike(self.session()?, fault);
         // The next job may only be started when this one is gone, as a batch system does it.
         let ended = self.end_session()?;
         if fault.kind == Kind::Preempt && ended.status.and_then(|s| s.code()) != Some(130) {
             return Err(self.failed("a job that was asked to save and leave"));
         }
         self.damage(fault)?;
-        self.session = next(self)?;
-        self.sessions += 1;
+        self.start(pick(fault.layout, self.chaos.ranks))?;
         // The first line of a step after the fault.
-        let said = self.session.steps(1)?;
+        let said = self.session()?.steps(1)?;
         if said.is_none() && !self.is_done() {
             return Err(self.failed(&format!("going on after {:?}", fault.kind)));
         }
@@ -231,25 +216,21 @@ impl<'a> Disturbed<'a> {
         Ok(true)
     }
 
-    fn strike(&mut self, fault: Fault) {
-        let ranks = self.session.ranks;
-        let victim = (fault.victim % ranks as u64) as usize;
-        match fault.kind {
-            Kind::KillRank => self.session.signal_rank(victim, Signal::KILL),
-            // A stopped rank is noticed by those who wait for it; alone it has nobody.
-            Kind::StopRank if ranks == 1 => self.session.kill_all(),
-            Kind::StopRank => self.session.signal_rank(victim, Signal::STOP),
-            Kind::KillAgent => self.session.signal_agent(Signal::KILL),
-            Kind::Preempt => self.session.signal_agent(Signal::TERM),
-            Kind::TornCheckpoint | Kind::BitFlip => self.session.kill_all(),
-            Kind::NoStorage => {}
-        }
+    /// The job under way.
+    fn session(&mut self) -> Result<&mut Session> {
+        self.session.as_mut().ok_or_else(|| Error::failure("no job is under way"))
+    }
+
+    /// Starts the job once more.
+    fn start(&mut self, layout: Layout) -> Result<()> {
+        self.session = Some(self.chaos.start(RUN, self.steps, layout, self.sessions)?);
+        self.sessions += 1;
+        Ok(())
     }
 
     fn end_session(&mut self) -> Result<Ended> {
-        let idle = self.chaos.dir.join("idle.log");
-        let gone = Session::start(Command::new("true"), "idle".to_owned(), 1, &idle)?;
-        let ended = std::mem::replace(&mut self.session, gone).end()?;
+        let session = self.session.take().ok_or_else(|| Error::failure("no job is under way"))?;
+        let ended = session.end()?;
         self.report.hangs += usize::from(ended.hung);
         self.report.orphans += ended.orphans;
         Ok(ended)
@@ -257,7 +238,7 @@ impl<'a> Disturbed<'a> {
 
     /// Moves the checkpoints away for some steps, with a file in their place that nobody can write into.
     fn without_storage(&mut self) -> Result<()> {
-        let dir = self.chaos.dir.join(RUN).join("checkpoints");
+        let dir = self.checkpoints();
         let away = self.chaos.dir.join("checkpoints.away");
         let io = |e| Error::io("take away", &dir, &e);
         let had = dir.exists();
@@ -265,7 +246,7 @@ impl<'a> Disturbed<'a> {
             fs::rename(&dir, &away).map_err(io)?;
         }
         fs::write(&dir, "").map_err(io)?;
-        let went_on = self.session.steps(STEPS_WITHOUT_STORAGE)?;
+        let went_on = self.session()?.steps(STEPS_WITHOUT_STORAGE)?;
         fs::remove_file(&dir).map_err(io)?;
         if had {
             fs::rename(&away, &dir).map_err(io)?;
@@ -282,7 +263,7 @@ impl<'a> Disturbed<'a> {
         if !matches!(fault.kind, Kind::TornCheckpoint | Kind::BitFlip) {
             return Ok(());
         }
-        let saved = ckpt::list(&RunDir::new(self.chaos.dir.join(RUN)).checkpoints())?;
+        let saved = ckpt::list(&self.checkpoints())?;
         let [.., _, (_, newest)] = saved.as_slice() else { return Ok(()) };
         let mut files: Vec<PathBuf> = fs::read_dir(newest)
             .map_err(|e| Error::io("read", newest, &e))?
@@ -300,21 +281,24 @@ impl<'a> Disturbed<'a> {
         fs::write(path, bytes).map_err(|e| Error::io("damage", path, &e))
     }
 
+    fn checkpoints(&self) -> PathBuf {
+        RunDir::new(self.chaos.dir.join(RUN)).checkpoints()
+    }
+
     /// Whether the newest checkpoint is of the last step.
     fn is_done(&self) -> bool {
-        let saved = ckpt::list(&RunDir::new(self.chaos.dir.join(RUN)).checkpoints());
+        let saved = ckpt::list(&self.checkpoints());
         saved.is_ok_and(|s| s.last().is_some_and(|(step, _)| *step == self.steps))
     }
 
     /// Lets the run end undisturbed, and compares.
     fn finish(mut self) -> Result<Report> {
         (self.chaos.progress)("letting it end", self.report.faults, self.chaos.faults);
-        if self.session.ranks > 1 {
+        if self.session()?.ranks > 1 {
             // What is left says nothing new, and one rank is done with it soonest.
-            self.session.signal_agent(Signal::TERM);
+            self.session()?.signal_agent(Signal::TERM);
             self.end_session()?;
-            self.session = self.chaos.start(RUN, self.steps, pick(0, 1), self.sessions)?;
-            self.sessions += 1;
+            self.start(pick(0, 1))?;
         }
         let ended = self.end_session()?;
         if !ended.status.is_some_and(|s| s.success()) {
@@ -337,6 +321,20 @@ impl<'a> Disturbed<'a> {
 
     fn failed(&self, what: &str) -> Error {
         self.chaos.failed(what, RUN, self.sessions - 1)
+    }
+}
+
+fn strike(session: &mut Session, fault: Fault) {
+    let victim = (fault.victim % session.ranks as u64) as usize;
+    match fault.kind {
+        Kind::KillRank => session.signal_rank(victim, Signal::KILL),
+        // A stopped rank is noticed by those who wait for it; alone it has nobody.
+        Kind::StopRank if session.ranks == 1 => session.kill_all(),
+        Kind::StopRank => session.signal_rank(victim, Signal::STOP),
+        Kind::KillAgent => session.signal_agent(Signal::KILL),
+        Kind::Preempt => session.signal_agent(Signal::TERM),
+        Kind::TornCheckpoint | Kind::BitFlip => session.kill_all(),
+        Kind::NoStorage => {}
     }
 }
 

@@ -3,7 +3,6 @@ use std::path::{Path, PathBuf};
 
 use spec::{Error, Result};
 
-use crate::dir::list;
 use crate::manifest::{Meta, PieceEntry, TensorEntry};
 use crate::read::Checkpoint;
 use crate::region::{Region, matrix};
@@ -39,13 +38,8 @@ pub fn reshard(from: &Path, out_dir: &Path, ranks: usize) -> Result<Resharded> {
     }
     let checkpoint = Checkpoint::open(from)?;
     let step = checkpoint.step();
-    if let Some((_, there)) = list(out_dir)?.into_iter().find(|(s, _)| *s == step) {
-        return Err(Error::user(format!("{} is there already", there.display()))
-            .hint("name another directory, or remove that checkpoint first"));
-    }
     let shares = shares(&checkpoint, ranks);
-    let saver = Saver::begin(out_dir, step)?;
-    let write = || -> Result<Resharded> {
+    Saver::only(out_dir, step, |saver| {
         let mut records = Vec::with_capacity(shares.len());
         for (rank, share) in shares.iter().enumerate() {
             let outlines: Vec<Outline<'_>> = share.iter().map(Part::outline).collect();
@@ -57,10 +51,6 @@ pub fn reshard(from: &Path, out_dir: &Path, ranks: usize) -> Result<Resharded> {
         let meta = Meta { world: ranks, ..checkpoint.manifest().meta.clone() };
         let (files, bytes) = (records.len(), records.iter().map(FileRecord::bytes).sum());
         Ok(Resharded { path: Saver::commit(out_dir, step, records, meta)?, files, bytes })
-    };
-    write().inspect_err(|_| {
-        // What cannot be removed is cleared by the next one; the error to tell is the first.
-        let _ = Saver::abort(out_dir, step);
     })
 }
 

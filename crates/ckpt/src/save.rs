@@ -184,6 +184,22 @@ impl Saver {
         removed.map_err(|e| Error::io("remove unfinished checkpoint", &dir.join(&temp), &e))
     }
 
+    /// Writes a checkpoint that `dir` does not have yet; `write` commits it. A failure leaves nothing behind.
+    ///
+    /// # Errors
+    /// A user error if the step is there already, or as `write`.
+    pub(crate) fn only<T>(dir: &Path, step: u64, write: impl FnOnce(&Saver) -> Result<T>) -> Result<T> {
+        if let Some((_, there)) = dir::list(dir)?.into_iter().find(|(s, _)| *s == step) {
+            return Err(Error::user(format!("{} is there already", there.display()))
+                .hint("name another directory, or remove that checkpoint first"));
+        }
+        let saver = Saver::begin(dir, step)?;
+        write(&saver).inspect_err(|_| {
+            // What cannot be removed is cleared by the next save; the error to tell is the first.
+            let _ = Saver::abort(dir, step);
+        })
+    }
+
     /// Writes and commits a checkpoint of a single rank.
     ///
     /// # Errors

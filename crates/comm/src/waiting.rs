@@ -77,15 +77,14 @@ impl Spoken {
     }
 
     fn speak(&self, began: Instant, say: &mut dyn FnMut(u64, &str)) {
-        let mut next = FIRST;
+        let mut words = Words::new();
         let mut state = self.state();
         while !state.is_over {
             let waited = began.elapsed();
-            if waited >= next {
+            if words.are_due(waited) {
                 say(waited.as_secs(), &state.what);
-                next = after(waited);
             }
-            let pause = next.saturating_sub(began.elapsed());
+            let pause = words.next.saturating_sub(began.elapsed());
             state = self.over.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -97,7 +96,7 @@ fn say(who: &str, seconds: u64, what: &str) {
     let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
 }
 
-/// The words of a wait that looks at the clock itself.
+/// When a wait is spoken of.
 pub(crate) struct Words {
     next: Duration,
 }
@@ -107,16 +106,23 @@ impl Words {
         Words { next: FIRST }
     }
 
-    /// Says what is waited for if it is time to.
+    fn are_due(&mut self, waited: Duration) -> bool {
+        let due = waited >= self.next;
+        if due {
+            self.next = after(waited);
+        }
+        due
+    }
+
+    /// Says what is waited for if it is time to, for a wait that looks at the clock itself.
     pub(crate) fn speak(
         &mut self,
         who: impl FnOnce() -> String,
         waited: Duration,
         what: impl FnOnce() -> String,
     ) {
-        if waited >= self.next {
+        if self.are_due(waited) {
             say(&who(), waited.as_secs(), &what());
-            self.next = after(waited);
         }
     }
 }

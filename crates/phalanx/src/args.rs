@@ -151,7 +151,7 @@ Examples:
   Two machines side by side:
     phalanx plan compare plan.html \"--model llama3-405b --cluster tpu-v5p-pod --tokens 15.6T\"";
 
-#[derive(Debug, ClapArgs)]
+#[derive(Debug, Default, ClapArgs)]
 #[command(after_help = PLAN_EXAMPLES)]
 pub(crate) struct Plan {
     /// Model of the catalogue, Hugging Face config.json, or run file

@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
 use crate::output;
 
 /// After so much silence something is said for the first time, and after how much more each time again.
@@ -41,6 +43,41 @@ impl Busy {
     /// What is going on from now.
     pub(crate) fn now(&self, what: String) {
         *self.what.lock().unwrap_or_else(PoisonError::into_inner) = what;
+    }
+}
+
+/// A bar on a terminal, and words now and then elsewhere; gone when dropped.
+pub(crate) struct Progress {
+    bar: ProgressBar,
+    busy: Option<Busy>,
+}
+
+impl Progress {
+    /// Of something that may take long, `what` as for [`busy`]; `template` is of the bar.
+    pub(crate) fn begin(what: &str, template: &str) -> Progress {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        let busy = bar.is_hidden().then(|| busy(what));
+        Progress { bar, busy }
+    }
+
+    /// How far it is: a word for the bar, and what is said where there is none.
+    pub(crate) fn now(&self, word: &str, done: u64, of: u64, said: impl FnOnce() -> String) {
+        if let Some(busy) = &self.busy {
+            busy.now(said());
+            return;
+        }
+        self.bar.set_message(word.to_owned());
+        self.bar.set_length(of);
+        self.bar.set_position(done);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
     }
 }
 

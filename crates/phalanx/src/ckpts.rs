@@ -49,9 +49,13 @@ fn all(path: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
+fn is_one(path: &Path) -> bool {
+    path.join("manifest.json").exists()
+}
+
 /// A checkpoint: the one named, or the newest of a run.
 fn one(path: &Path) -> Result<PathBuf> {
-    if path.join("manifest.json").exists() {
+    if is_one(path) {
         return Ok(path.to_owned());
     }
     all(path).map(|mut found| found.pop().expect("none is an error").1)
@@ -101,7 +105,7 @@ fn show(path: &Path, as_json: bool) -> Result<u8> {
 
 /// Checks one checkpoint or all of a run; the first that is damaged is the error, after all were read.
 fn verify(path: &Path, as_json: bool) -> Result<u8> {
-    let paths = if path.join("manifest.json").exists() {
+    let paths = if is_one(path) {
         vec![path.to_owned()]
     } else {
         all(path)?.into_iter().map(|(_, path)| path).collect()

@@ -51,7 +51,7 @@ fn build(options: &BuildOptions, tokenizer: Option<&Path>, vocab_size: usize, js
     }
     let report = data::build(options, &tokenizer, &progress)
         .map_err(|e| e.hint("give --output a prefix in a writable place with free space"))?;
-    bytes.done();
+    drop(bytes);
     let m = &report.manifest;
     if json {
         output::print(&serde_json::to_string_pretty(m).expect("facts are plain data"));

@@ -7,24 +7,15 @@ use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressDrawTarget, Prog
 use journal::Record;
 use spec::{Error, Result, RunSpec};
 
-use crate::busy::{Busy, busy};
+use crate::busy::Progress;
 use crate::output;
 
 /// Draws the progress of a long operation over bytes; without a terminal it is told now and then.
-pub(crate) struct Bytes {
-    bar: ProgressBar,
-    busy: Option<Busy>,
-}
+pub(crate) struct Bytes(Progress);
 
 impl Bytes {
     pub(crate) fn new() -> Bytes {
-        let style = ProgressStyle::with_template("{msg:>12} {wide_bar} {bytes}/{total_bytes} {eta}");
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-        if let Ok(style) = style {
-            bar.set_style(style);
-        }
-        let busy = bar.is_hidden().then(|| busy("preparing data"));
-        Bytes { bar, busy }
+        Bytes(Progress::begin("preparing data", "{msg:>12} {wide_bar} {bytes}/{total_bytes} {eta}"))
     }
 
     pub(crate) fn update(&self, p: data::Progress) {
@@ -34,19 +25,11 @@ impl Bytes {
             data::Stage::Merge => "learn merges",
             data::Stage::Encode => "tokenise",
         };
-        if let Some(busy) = &self.busy {
+        self.0.now(stage, p.done_bytes, p.total_bytes, || {
             let of =
                 if p.total_bytes > 0 { format!(" of {}", HumanBytes(p.total_bytes)) } else { String::new() };
-            busy.now(format!("preparing data: {stage}, {}{of}", HumanBytes(p.done_bytes)));
-            return;
-        }
-        self.bar.set_message(stage);
-        self.bar.set_length(p.total_bytes);
-        self.bar.set_position(p.done_bytes);
-    }
-
-    pub(crate) fn done(self) {
-        self.bar.finish_and_clear();
+            format!("preparing data: {stage}, {}{of}", HumanBytes(p.done_bytes))
+        });
     }
 }
 

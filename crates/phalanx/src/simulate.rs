@@ -1,6 +1,6 @@
 //! `phalanx simulate`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -13,7 +13,7 @@ use sim::scenario::Scenario;
 use sim::world::Folding;
 use spec::{Error, Result};
 
-use crate::args::{Economy, Plan, Simulate};
+use crate::args::{Plan, Simulate};
 use crate::{files, output, planner};
 
 /// More steps than anyone plays one by one.
@@ -123,26 +123,15 @@ fn question(args: &Simulate) -> Plan {
     Plan {
         model: args.model.clone().unwrap_or_default(),
         cluster: args.cluster.clone().unwrap_or_default(),
-        machine: PathBuf::new(),
         accelerators: args.accelerators,
-        tokens: None,
         sequence: args.sequence,
         sequences: args.sequences,
-        batch: None,
         format: args.format.clone(),
         software: args.software.clone(),
         layout: args.layout.clone(),
         keep: 1,
-        trainable_only: false,
-        threads: 0,
-        explain: false,
-        economy: Economy { objective: "time".to_owned(), ..Economy::default() },
-        emit: None,
-        html: None,
-        rank_map: None,
         catalog: args.catalog.clone(),
-        calibration: None,
-        json: args.json,
+        ..Plan::default()
     }
 }
 

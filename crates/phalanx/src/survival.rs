@@ -4,12 +4,11 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use ::chaos::{Chaos as Disturb, Report};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use spec::{Error, Result};
 use train::{Audit, Tokens};
 
 use crate::args::{Chaos, Ledger};
-use crate::busy::busy;
+use crate::busy::{Progress, busy};
 use crate::output;
 
 /// More faults than a night has time for.
@@ -66,22 +65,13 @@ pub(crate) fn chaos(args: &Chaos) -> Result<u8> {
     }
     let dir = directory(args)?;
     let program = std::env::current_exe().map_err(|e| Error::failure(format!("find this program: {e}")))?;
-    let bar = ProgressBar::with_draw_target(Some(args.faults as u64), ProgressDrawTarget::stderr());
-    if let Ok(style) = ProgressStyle::with_template("{msg:>20} {wide_bar} {pos}/{len} faults {eta}") {
-        bar.set_style(style);
-    }
-    let spoken = bar.is_hidden().then(|| busy("disturbing a run"));
+    let shown = Progress::begin("disturbing a run", "{msg:>20} {wide_bar} {pos}/{len} faults {eta}");
     let progress = |what: &str, done: usize, of: usize| {
-        bar.set_message(what.to_owned());
-        bar.set_position(done as u64);
-        if let Some(spoken) = &spoken {
-            spoken.now(format!("{what}, {done} of {of} faults"));
-        }
+        shown.now(what, done as u64, of as u64, || format!("{what}, {done} of {of} faults"));
     };
     let (faults, seed, ranks) = (args.faults, args.seed, args.ranks);
     let done = Disturb { program: &program, dir: &dir, faults, seed, ranks, progress: &progress }.run();
-    drop(spoken);
-    bar.finish_and_clear();
+    drop(shown);
     let again = format!("phalanx chaos --faults {faults} --seed {seed} --ranks {ranks}");
     let report = done.map_err(|e| e.context(&again).hint(format!("{} has all logs", dir.display())))?;
     print(args, &report, &again);

@@ -293,7 +293,7 @@ fn toml_string(text: &str) -> String {
 fn prepare(run: &RunSpec, begin: &mut Beginning) -> Result<()> {
     let bytes = Bytes::new();
     let done = begin.prepare(run, &|p| bytes.update(p));
-    bytes.done();
+    drop(bytes);
     done?;
     if let Some(p) = begin.prepared() {
         let how = if p.cached { "from cache" } else { "built" };

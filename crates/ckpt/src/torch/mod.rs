@@ -22,7 +22,6 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use spec::{Error, Result};
 
-use crate::dir::list;
 use crate::input::{self, shown};
 use crate::manifest::{Kind, Meta};
 use crate::region::Region;
@@ -105,18 +104,13 @@ pub fn import(from: &Path, out_dir: &Path, format: Option<Format>) -> Result<Imp
     let About { step, meta } =
         about.unwrap_or_else(|| About { step: step_of(&place), meta: Meta::default() });
     let meta = Meta { world: 1, ..meta };
-    if let Some((_, there)) = list(out_dir)?.into_iter().find(|(s, _)| *s == step) {
-        return Err(Error::user(format!("{} is there already", there.display()))
-            .hint("name another directory, or remove that checkpoint first"));
-    }
-    let saver = Saver::begin(out_dir, step)?;
     let boxes: Vec<[Region; 1]> = wanted.iter().map(|w| [Region::whole(w.shape)]).collect();
     let outlines: Vec<Outline<'_>> = wanted
         .iter()
         .zip(&boxes)
         .map(|(w, boxes)| Outline { name: w.name, kind: w.kind, shape: w.shape, boxes })
         .collect();
-    let write = || {
+    Saver::only(out_dir, step, |saver| {
         let record = saver.write_streamed(0, &outlines, |out| {
             wanted
                 .iter()
@@ -125,10 +119,6 @@ pub fn import(from: &Path, out_dir: &Path, format: Option<Format>) -> Result<Imp
         let bytes = record.bytes();
         let path = Saver::commit(out_dir, step, vec![record], meta)?;
         Ok(Imported { format: found, path, tensors: wanted.len(), bytes, whole, notes })
-    };
-    write().inspect_err(|_: &Error| {
-        // What cannot be removed is cleared by the next save; the error to tell is the first.
-        let _ = Saver::abort(out_dir, step);
     })
 }
 

@@ -4,14 +4,13 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use machine::Machine;
 use measure::calibrate::{Calibration, Collective, LINK_BYTES_MAX};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use spec::{Error, Result};
 
-use crate::busy::busy;
+use crate::busy::Progress;
 use crate::output;
 
 pub(super) fn run(path: &Path, quick: bool, as_json: bool) -> Result<u8> {
@@ -29,24 +28,13 @@ pub(crate) fn calibrate(path: &Path, quick: bool) -> Result<Machine> {
     let start = Instant::now();
     let cores = output::threads(0);
     let loaded = measure::load_average().filter(|load| *load > 0.5 * cores as f64);
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    if let Ok(style) = ProgressStyle::with_template("{msg:>28} {wide_bar} {pos}/{len} {eta}") {
-        bar.set_style(style);
-    }
-    let spoken = bar.is_hidden().then(|| busy("measuring this machine"));
+    let shown = Progress::begin("measuring this machine", "{msg:>28} {wide_bar} {pos}/{len} {eta}");
     let progress = |what: &str, done: usize, all: usize| {
-        if let Some(spoken) = &spoken {
-            spoken.now(format!("measuring this machine: {what}, {done} of {all} done"));
-        }
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-        bar.set_message(what.to_owned());
-        if done == all {
-            bar.finish_and_clear();
-        }
+        let said = || format!("measuring this machine: {what}, {done} of {all} done");
+        shown.now(what, done as u64, all as u64, said);
     };
     let machine = Calibration { quick, cores, collectives: &collectives, progress: &progress }.measure()?;
-    drop(spoken);
+    drop(shown);
     write(path, &machine.to_toml())?;
     output::say(&format!(
         "measured {} ({cores} cores) in {:.0} s: {} kernel tables, {} link tables in {}",
