@@ -10,7 +10,7 @@
 use plan::network::Collective;
 use plan::shape::Shape;
 use plan::template::{Key, Section, Task, Template};
-use spec::{DType, Recompute, Result};
+use spec::Result;
 
 /// Tokens of the sequence whose program is taken apart. What a token takes does not depend on it.
 const REFERENCE_TOKENS: usize = 4096;
@@ -87,7 +87,7 @@ impl Forward {
     /// If the shape cannot be cut so.
     pub fn of(shape: &Shape, tp: usize) -> Result<Self> {
         let local = local(shape, tp);
-        let template = Template::build(&local, &key())?;
+        let template = Template::build(&local, &Key::alone(REFERENCE_TOKENS))?;
         let hidden = shape.hidden as f64;
         let vocab = shape.vocab as f64;
         let with = shape.expert_layers() as f64;
@@ -183,22 +183,6 @@ impl CacheShape {
                 }
             }
         }
-    }
-}
-
-fn key() -> Key {
-    Key {
-        tp: 1,
-        cp: 1,
-        ep: 1,
-        sequence_parallel: false,
-        micro_batch: 1,
-        recompute: Recompute::None,
-        whole_layers: false,
-        stops_early: false,
-        unfused_attention: false,
-        sequence: REFERENCE_TOKENS,
-        precision: DType::Bf16,
     }
 }
 

@@ -161,9 +161,21 @@ pub struct MemoryUse {
 }
 
 impl MemoryUse {
+    /// Names and values.
+    pub fn parts(&self) -> [(&'static str, f64); 6] {
+        [
+            ("parameters", self.params),
+            ("gradients", self.grads),
+            ("optimizer", self.optimizer),
+            ("activations", self.activations),
+            ("working set", self.working),
+            ("framework", self.framework),
+        ]
+    }
+
     /// Everything.
     pub fn total(&self) -> f64 {
-        self.params + self.grads + self.optimizer + self.activations + self.working + self.framework
+        self.parts().iter().map(|part| part.1).sum()
     }
 }
 

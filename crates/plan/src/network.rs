@@ -183,7 +183,7 @@ impl Span {
                 (links.min(up.bytes_per_s.value) * net.scale_up_ring, inside as f64 - 1.0)
             }
             ScaleUpKind::Torus { extents } => {
-                let dims = dims_spanned(extents, group.stride, inside);
+                let dims = dims_spanned(extents, group.stride, inside).count().max(1);
                 let link = up.peer_bytes_per_s.value;
                 // A ring uses both directions of each dim that the group spans; a line without wrap-around only one.
                 let wrap = if group.stride * inside >= WRAP_PLACES { 2.0 } else { 1.0 };
@@ -216,17 +216,19 @@ impl Span {
     }
 }
 
-/// How many dims of a torus a group spans when ranks fill it dim by dim.
-fn dims_spanned(extents: &[usize], stride: usize, members: usize) -> usize {
-    let (mut below, mut dims) = (1, 0);
-    for extent in extents {
-        let above = below * extent;
-        if *extent > 1 && stride < above && stride * members > below {
-            dims += 1;
-        }
-        below = above;
-    }
-    dims.max(1)
+/// Dims of a torus that a group spans when ranks fill it dim by dim, and how many places apart its members are in each.
+pub fn dims_spanned(
+    extents: &[usize],
+    stride: usize,
+    members: usize,
+) -> impl Iterator<Item = (usize, usize)> {
+    let mut below = 1;
+    extents.iter().enumerate().filter_map(move |(dim, extent)| {
+        let places = below;
+        below *= extent;
+        let spans = *extent > 1 && stride < below && stride * members > places;
+        spans.then_some((dim, (stride / places).max(1)))
+    })
 }
 
 /// Estimates a collective of `bytes` over `group`.

@@ -150,6 +150,25 @@ pub struct Key {
     pub precision: DType,
 }
 
+impl Key {
+    /// One rank, one sequence of so many tokens at once in bf16, all kept: what others are like but for a few fields.
+    pub fn alone(sequence: usize) -> Self {
+        Key {
+            tp: 1,
+            cp: 1,
+            ep: 1,
+            sequence_parallel: false,
+            micro_batch: 1,
+            recompute: Recompute::None,
+            whole_layers: false,
+            stops_early: false,
+            unfused_attention: false,
+            sequence,
+            precision: DType::Bf16,
+        }
+    }
+}
+
 impl std::hash::Hash for Key {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
         (self.tp, self.cp, self.ep, self.micro_batch, self.sequence).hash(state);

@@ -110,15 +110,8 @@ impl Prepared {
     /// # Errors
     /// If the model allows none of them.
     pub fn new(run: &Run) -> Result<Self> {
-        let problem = Problem {
-            shape: run.shape.clone(),
-            cluster: run.cluster.clone(),
-            software: run.software.clone(),
-            constants: PRIOR,
-            sequence: run.sequence,
-            sequences: run.sequences,
-        };
-        let mut prepared = Prepared { problem, run: run.clone(), chosen: 0, templates: HashMap::new() };
+        let mut prepared =
+            Prepared { problem: run.problem(), run: run.clone(), chosen: 0, templates: HashMap::new() };
         prepared.choose(PRIOR)?;
         Ok(prepared)
     }

@@ -1,7 +1,6 @@
 //! How often the planner is right about what fits, by runs that ran or ended out of memory.
 
-use plan::calibration::PRIOR;
-use plan::estimate::{Estimator, Problem};
+use plan::estimate::Estimator;
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -80,15 +79,8 @@ pub fn calls(outcomes: &[Outcome]) -> Option<Memory> {
 
 fn call(outcome: &Outcome) -> Result<Call, Skipped> {
     let run = &outcome.run;
-    let problem = Problem {
-        shape: run.shape.clone(),
-        cluster: run.cluster.clone(),
-        software: run.software.clone(),
-        // Bytes depend on no constant of time.
-        constants: PRIOR,
-        sequence: run.sequence,
-        sequences: run.sequences,
-    };
+    // Bytes depend on no constant of time.
+    let problem = run.problem();
     let placement = &run.placements[0];
     let estimate = Estimator::new(&problem, placement.format).and_then(|mut e| e.estimate(placement));
     let estimate =

@@ -4,6 +4,8 @@ pub(crate) mod csv;
 mod known;
 mod layouts;
 
+use plan::calibration::PRIOR;
+use plan::estimate::Problem;
 use plan::placement::Placement;
 use plan::shape::{Shape, Sizes, dense};
 use plan::software::Software;
@@ -47,6 +49,18 @@ pub struct Run {
 }
 
 impl Run {
+    /// The run as a problem, with constants that no row has seen.
+    pub(crate) fn problem(&self) -> Problem {
+        Problem {
+            shape: self.shape.clone(),
+            cluster: self.cluster.clone(),
+            software: self.software.clone(),
+            constants: PRIOR,
+            sequence: self.sequence,
+            sequences: self.sequences,
+        }
+    }
+
     /// Whether the run is in the half of its source that [`crate::validate::halves`] keeps back from the fit: the lowest
     /// bit of the FNV-1a hash (64 bit) of its id. A property of the id alone, so that no table's order or size moves it.
     pub fn kept_back(&self) -> bool {

@@ -1,13 +1,12 @@
 //! Random numbers that a seed and a place decide: the same whoever asks first.
 
+use spec::random::{GOLDEN, scatter};
+
 /// Draws for one thing: a node, a run.
 #[derive(Clone, Debug)]
 pub(crate) struct Draw {
     state: u64,
 }
-
-/// The increment of SplitMix64 (Steele et al. 2014): 2^64 over the golden ratio.
-const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
 impl Draw {
     pub(crate) fn new(seed: u64, of: u64) -> Self {
@@ -30,11 +29,4 @@ impl Draw {
         let (a, b) = (self.uniform(), self.uniform());
         (-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()
     }
-}
-
-/// A bijection that scatters bits: the finaliser of SplitMix64.
-pub(crate) fn scatter(x: u64) -> u64 {
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
 }

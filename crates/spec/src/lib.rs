@@ -19,6 +19,7 @@ mod model_count;
 mod model_toml;
 mod number_format;
 mod origin;
+pub mod random;
 pub mod run;
 pub mod shares;
 pub mod suggest;

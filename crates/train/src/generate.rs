@@ -1,8 +1,8 @@
 use half::bf16;
+use spec::random::mix;
 use spec::{DType, Error, Result};
 
 use crate::exec::Executor;
-use crate::init::mix;
 use crate::launch::{Operand, Turn};
 
 /// How to pick the next token.

@@ -3,6 +3,7 @@
 
 use program::{ParamKey, ParamPart};
 use spec::ModelSpec;
+use spec::random::mix;
 
 /// Elements from which several threads fill a box: below, starting them takes longer.
 const SPREAD: usize = 1 << 22;
@@ -61,14 +62,6 @@ impl Scheme {
 
 fn key(seed: u64, name: &str) -> u64 {
     name.bytes().fold(mix(seed), |h, b| mix(h ^ u64::from(b)))
-}
-
-/// The finaliser of SplitMix64 (Steele et al. 2014): a bijection whose outputs pass as random for counters.
-pub(crate) fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
 }
 
 /// The sum of twelve uniform 16-bit numbers, centred: mean 0, variance 1, at most 6 (Irwin-Hall). Integers only, so

@@ -83,16 +83,8 @@ fn best(out: &mut String, answer: &Answer) -> std::fmt::Result {
     let mut parts: Vec<_> = best.parts().into_iter().filter(|(_, s)| *s > 0.0).collect();
     parts.sort_by(|a, b| b.1.total_cmp(&a.1));
     bars(out, &parts, best.step_s, seconds)?;
-    let m = &best.memory;
     writeln!(out, "\nwhere the memory goes, on the fullest rank")?;
-    let mut parts = vec![
-        ("parameters", m.params),
-        ("gradients", m.grads),
-        ("optimizer", m.optimizer),
-        ("activations", m.activations),
-        ("working set", m.working),
-        ("framework", m.framework),
-    ];
+    let mut parts = best.memory.parts().to_vec();
     let free = answer.question.cluster.accelerator.memory_bytes.value - best.memory_bytes;
     parts.sort_by(|a, b| b.1.total_cmp(&a.1));
     parts.push(("free", free.max(0.0)));

@@ -1,19 +1,7 @@
 use super::*;
 
 fn key() -> Key {
-    Key {
-        tp: 1,
-        cp: 1,
-        ep: 1,
-        sequence_parallel: false,
-        micro_batch: 1,
-        recompute: Recompute::None,
-        whole_layers: false,
-        stops_early: false,
-        unfused_attention: false,
-        sequence: 2048,
-        precision: DType::Bf16,
-    }
+    Key::alone(2048)
 }
 
 fn flops(tasks: &[Task]) -> f64 {

@@ -62,22 +62,13 @@ pub(crate) fn parts(best: &Choice) -> Figure {
 
 /// Memory of the fullest rank.
 pub(crate) fn memory(answer: &Answer, best: &Choice) -> Figure {
-    let m = &best.memory;
     let room = answer.question.cluster.accelerator.memory_bytes.value;
     let free = (room - best.memory_bytes).max(0.0);
-    let parts = [
-        ("parameters", m.params),
-        ("gradients", m.grads),
-        ("optimizer", m.optimizer),
-        ("activations", m.activations),
-        ("working set", m.working),
-        ("framework", m.framework),
-    ];
     let whole = room.max(best.memory_bytes);
     let mut svg = Svg::new(118.0);
     let mut table = Table::new(&["held", "bytes", "share of the accelerator"]);
     let (mut x, mut legend) = (0.0, 0.0);
-    let named = parts.into_iter().chain([("free", free)]);
+    let named = best.memory.parts().into_iter().chain([("free", free)]);
     for (i, (name, value)) in named.enumerate() {
         let width = WIDTH * value / whole;
         let class = if name == "free" { "free".to_owned() } else { fill(i) };

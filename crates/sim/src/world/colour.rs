@@ -3,9 +3,10 @@
 
 use std::collections::BTreeMap;
 
+use spec::random::mix;
+
 use super::paths::{Crossings, Tier};
 use super::{Disturbed, Mark};
-use crate::draw::scatter;
 use crate::mesh::{AXES, Mesh};
 
 /// The class of every rank, numbered by the first rank of each.
@@ -86,10 +87,4 @@ fn numbered(signature: &[u64]) -> (Vec<u32>, usize) {
         })
         .collect();
     (class_of, known.len())
-}
-
-fn mix(x: u64) -> u64 {
-    /// So that 0 is scattered too.
-    const OFFSET: u64 = 0x9e37_79b9_7f4a_7c15;
-    scatter(x.wrapping_add(OFFSET))
 }

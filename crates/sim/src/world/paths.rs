@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use plan::estimate::parts::StepParts;
-use plan::network::{Group, Span};
+use plan::network::{Group, Span, dims_spanned};
 use spec::Cluster;
 use spec::cluster::{FabricTopology, ScaleUpKind};
+use spec::random::GOLDEN;
 
 use super::{Disturbed, Mark};
 use crate::clock::USUAL;
@@ -88,7 +89,7 @@ impl Crossings {
         for axis in 0..AXES.len() {
             if AXES[axis].size(&mesh.placement) > 1 {
                 for share in self.shares(mesh, axis, rank) {
-                    s = s.rotate_left(9) ^ share.to_bits().wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                    s = s.rotate_left(9) ^ share.to_bits().wrapping_mul(GOLDEN);
                 }
             }
         }
@@ -199,14 +200,7 @@ impl<'a> Fabric<'a> {
     /// Dims of a torus that a group spans, and how many places apart its members are in each.
     fn dims_spanned(&self, size: usize, stride: usize) -> Vec<(usize, u64)> {
         let ScaleUpKind::Torus { extents } = &self.cluster.scale_up.kind else { return vec![(0, 1)] };
-        let (mut below, mut out) = (1, Vec::new());
-        for (dim, extent) in extents.iter().enumerate() {
-            let above = below * extent;
-            if *extent > 1 && stride < above && stride * size > below {
-                out.push((dim, (stride / below).max(1) as u64));
-            }
-            below = above;
-        }
+        let out: Vec<_> = dims_spanned(extents, stride, size).map(|(dim, hops)| (dim, hops as u64)).collect();
         if out.is_empty() { vec![(0, 1)] } else { out }
     }
 
