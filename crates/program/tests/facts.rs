@@ -1,0 +1,218 @@
+//! Facts of a program that other crates rely on, one by one, over layouts that tell each from its neighbours.
+
+mod common;
+
+use std::collections::{BTreeMap, HashMap};
+
+use common::{build, check_world, model};
+use program::{ALIGN, Axis, Home, Members, Mode, OpKind, Program, Request, Role, View, verify};
+use spec::{DType, Layout, ModelSpec, PipelineSchedule, Zero};
+
+const ZEROS: [Zero; 4] = [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters];
+
+fn ranks(m: &ModelSpec, layout: &Layout) -> Vec<Program> {
+    (0..layout.world()).map(|rank| build(m, layout, 8, rank)).collect()
+}
+
+fn ops(p: &Program) -> impl Iterator<Item = &program::Op> {
+    p.blocks.iter().flat_map(|b| &b.ops)
+}
+
+/// Names of a rank's ops that end so.
+fn ending(p: &Program, end: &str) -> usize {
+    ops(p).filter(|op| op.name.ends_with(end)).count()
+}
+
+/// Every element of every parameter is saved, and counted in the norm, by exactly one rank.
+#[test]
+fn each_element_is_one_ranks_to_save() {
+    for tied in [true, false] {
+        let m = model(4, tied, false);
+        for zero in ZEROS {
+            for (dp, tp, pp, shard) in
+                [(1, 1, 1, None), (2, 1, 2, None), (1, 2, 2, None), (4, 2, 1, Some(2)), (2, 2, 2, None)]
+            {
+                let shard = shard.filter(|_| zero != Zero::Off);
+                let layout = Layout { dp, tp, pp, zero, shard, ..Layout::default() };
+                let mut saved: BTreeMap<String, usize> = BTreeMap::new();
+                let mut whole = 0;
+                for p in ranks(&m, &layout) {
+                    whole = p
+                        .groups
+                        .iter()
+                        .flat_map(|g| &g.parts)
+                        .map(|part| part.global.0 * part.global.1)
+                        .sum();
+                    for (id, b) in (0..).map(program::GroupId).zip(&p.group_buffers).filter(|(_, b)| b.counts)
+                    {
+                        *saved.entry(p.group(id).name.clone()).or_default() += p.share(id).count;
+                        for buffer in [b.param, b.exp_avg, b.exp_avg_sq, b.grad] {
+                            let slice = p.share_in(id, buffer);
+                            let len = p.buffer(buffer).len();
+                            let before = if len == p.group(id).len() { 0 } else { b.owned.first };
+                            assert_eq!(
+                                (slice.first, slice.count),
+                                (p.share(id).first - before, p.share(id).count)
+                            );
+                            assert!(slice.first + slice.count <= len, "{slice:?} of {len} under {layout:?}");
+                        }
+                    }
+                }
+                let total: usize = saved.values().sum();
+                assert_eq!(
+                    total,
+                    m.param_count() as usize,
+                    "{saved:?} under {layout:?}, {whole} on the last rank"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn work_space_is_what_the_greediest_op_wants() {
+    let m = model(2, false, false);
+    let request = Request {
+        model: &m,
+        layout: &Layout::default(),
+        sequence: 16,
+        sequences: 8,
+        precision: DType::F32,
+        rank: 0,
+        mode: Mode::Train,
+        loss: Default::default(),
+    };
+    let wants = |op: &program::Op, _: &Program| if matches!(op.kind, OpKind::Linear) { 1000 } else { 10 };
+    let p = Program::build(&request, &wants).expect("a valid layout");
+    assert_eq!(p.memory.workspace, (4 * 1000usize).next_multiple_of(ALIGN));
+    assert_eq!(p.memory.total, p.workspace_offset + p.memory.workspace);
+}
+
+#[test]
+fn regions_follow_one_another() {
+    let layout = Layout { pp: 2, chunks: 2, schedule: PipelineSchedule::Interleaved, ..Layout::default() };
+    for p in ranks(&model(4, false, false), &layout) {
+        assert!(p.slots.iter().any(|&n| n > 1), "{:?}", p.slots);
+        let mut at = p.slot_regions[0].offset;
+        for (region, count) in p.slot_regions.iter().zip(&p.slots) {
+            assert_eq!(region.offset, at);
+            at += region.bytes * count;
+        }
+        assert_eq!((p.scratch_offset, p.memory.slots), (at, at - p.slot_regions[0].offset));
+        assert_eq!(p.workspace_offset, at + p.memory.scratch);
+    }
+}
+
+#[test]
+fn views_of_rows_begin_where_their_rows_do() {
+    let p = build(&model(2, false, false), &Layout::default(), 8, 0);
+    let buffer = p.group_buffers[0].param;
+    let cols = p.buffer(buffer).cols;
+    let slice = p.slice(View { buffer, row0: 2, rows: 3 });
+    assert_eq!((slice.first, slice.count), (2 * cols, 3 * cols));
+    assert_eq!(p.buffer(p.io.tokens).rows, 8 * 16);
+    assert_eq!(p.buffer(p.io.targets).rows, 8 * 16);
+}
+
+/// What is not shared is not sharded, whatever was asked for.
+#[test]
+fn a_rank_alone_shards_nothing() {
+    let alone = build(&model(2, false, false), &Layout { zero: Zero::Parameters, ..Layout::default() }, 8, 0);
+    assert_eq!(alone.layout.zero, Zero::Off);
+    assert_eq!(ending(&alone, ".gather") + ending(&alone, ".reduce") + ending(&alone, ".wait"), 0);
+}
+
+#[test]
+fn stages_beyond_two_hear_from_the_one_before() {
+    for schedule in [PipelineSchedule::OneFOneB, PipelineSchedule::Gpipe, PipelineSchedule::ZeroBubble] {
+        check_world(&model(4, true, false), &Layout { pp: 4, schedule, ..Layout::default() });
+    }
+}
+
+/// Each bucket's reduction is awaited once where it was begun before the tail, and summed over owners where a shard has
+/// several.
+#[test]
+fn what_is_begun_is_awaited() {
+    let m = model(2, false, false);
+    for zero in ZEROS {
+        for shard in [None, Some(2)] {
+            let shard = shard.filter(|_| zero != Zero::Off);
+            let p = build(&m, &Layout { dp: 4, zero, shard, ..Layout::default() }, 8, 1);
+            let buckets = p.buckets.len();
+            let waits = if zero < Zero::Gradients { buckets } else { 0 };
+            assert_eq!(ending(&p, ".wait"), waits, "waits under {zero:?}");
+            assert_eq!(ending(&p, ".owners"), if shard.is_some() { buckets } else { 0 }, "owners, {shard:?}");
+        }
+    }
+}
+
+/// Which gradients tensor-parallel ranks still add up: those of parameters used on own rows or for own heads.
+#[test]
+fn gradients_that_tensor_parallel_ranks_share() {
+    let check = |sequence_parallel: bool, expected: &[Role]| {
+        let m = model(1, true, false);
+        assert!(m.qk_norm);
+        let p = build(&m, &Layout { tp: 2, sequence_parallel, ..Layout::default() }, 8, 0);
+        let over = |op: &program::Op| match op.kind {
+            OpKind::SyncGrads { over: Members::Axis(Axis::Tp), group } => Some(p.group(group).key.role),
+            _ => None,
+        };
+        let mut found: Vec<Role> = ops(&p).filter_map(over).collect();
+        found.sort();
+        let mut expected = expected.to_vec();
+        expected.sort();
+        assert_eq!(found, expected, "sequence parallelism {sequence_parallel}");
+    };
+    check(false, &[Role::QueryNorm, Role::KeyNorm]);
+    check(true, &[Role::QueryNorm, Role::KeyNorm, Role::AttentionNorm, Role::MlpNorm, Role::FinalNorm]);
+}
+
+/// Leaves of a launch and the counter above them are the rank's tree, cut at the micro-batch.
+#[test]
+fn gradient_sums_are_the_tree_cut_at_a_launch() {
+    let m = model(2, false, false);
+    for (tp, sequence_parallel) in [(1, false), (2, false), (2, true)] {
+        for micro_batch in [1, 2, 4] {
+            let p = build(&m, &Layout { tp, sequence_parallel, micro_batch, ..Layout::default() }, 8, 0);
+            let mut met: HashMap<bool, usize> = HashMap::new();
+            for g in ops(&p).flat_map(|op| &op.grads) {
+                let leaves = micro_batch / g.results;
+                let product = |radices: &[u32]| radices.iter().product::<u32>() as usize;
+                let group = p.group(g.group);
+                let apart = sequence_parallel && group.replicated_tp;
+                let inner = if apart { 1 } else { leaves };
+                assert_eq!(product(&g.inner), inner, "{} of {micro_batch} under tp {tp}", group.name);
+                assert_eq!(product(&g.outer) * leaves, p.local_sequences, "{}", group.name);
+                *met.entry(apart).or_default() += 1;
+            }
+            assert_eq!(met.len(), 1 + usize::from(sequence_parallel), "{met:?}");
+        }
+    }
+}
+
+#[test]
+fn bytes_of_a_product_are_its_operands() {
+    let m = model(1, false, false);
+    let p = build(&m, &Layout { micro_batch: 2, ..Layout::default() }, 8, 0);
+    let down = ops(&p).find(|op| op.name == "layers.0.mlp.down" || op.name == "layers.0.ffn.down");
+    let down = down.expect("the second product of the feed-forward");
+    let (rows, inner, outer) = (2 * 16, m.ffn, m.hidden);
+    let added = down.acc.map_or(0, |_| rows * outer);
+    assert_eq!(down.cost.bytes, 4 * (rows * inner + outer * inner + rows * outer + added) as u64);
+}
+
+/// The last byte of a region may be used, the one after it not.
+#[test]
+fn a_whole_steps_buffer_may_end_with_its_region() {
+    let mut p = build(&model(2, false, false), &Layout::default(), 8, 0);
+    let end = p.slot_regions.first().map_or(p.scratch_offset, |s| s.offset);
+    let last = p.micro_batches() - 1;
+    let i = p.buffers.iter().position(|b| matches!(b.home, Home::MicroBatch { .. })).expect("one");
+    let bytes = p.buffers[i].len() * p.buffers[i].dtype.bytes();
+    let mut leaves = |offset: usize| {
+        p.buffers[i].home = Home::MicroBatch { offset };
+        verify::program(&p).iter().any(|v| v.what.contains("ends at byte"))
+    };
+    assert!(!leaves(end - (last + 1) * bytes));
+    assert!(leaves(end - (last + 1) * bytes + ALIGN));
+}
