@@ -27,7 +27,8 @@ fn ending(p: &Program, end: &str) -> usize {
 #[test]
 fn each_element_is_one_ranks_to_save() {
     for tied in [true, false] {
-        let m = model(4, tied, false);
+        // Large enough that shards begin inside a parameter.
+        let m = ModelSpec { vocab: 1024, ..model(4, tied, false) };
         for zero in ZEROS {
             for (dp, tp, pp, shard) in
                 [(1, 1, 1, None), (2, 1, 2, None), (1, 2, 2, None), (4, 2, 1, Some(2)), (2, 2, 2, None)]
@@ -112,6 +113,26 @@ fn views_of_rows_begin_where_their_rows_do() {
     assert_eq!((slice.first, slice.count), (2 * cols, 3 * cols));
     assert_eq!(p.buffer(p.io.tokens).rows, 8 * 16);
     assert_eq!(p.buffer(p.io.targets).rows, 8 * 16);
+}
+
+#[test]
+fn the_cache_of_generation_holds_every_layers_positions() {
+    let m = model(3, false, false);
+    let request = Request {
+        model: &m,
+        layout: &Layout::default(),
+        sequence: 16,
+        sequences: 1,
+        precision: DType::F32,
+        rank: 0,
+        mode: Mode::Generate { positions: 40 },
+        loss: Default::default(),
+    };
+    let p = Program::build(&request, &|_, _| 0).expect("a valid layout");
+    for cache in [p.io.k_cache, p.io.v_cache] {
+        let cache = p.buffer(cache.expect("a cache"));
+        assert_eq!((cache.rows, cache.cols), (40 * 3, m.kv_heads * m.head_dim));
+    }
 }
 
 /// What is not shared is not sharded, whatever was asked for.
