@@ -209,6 +209,11 @@ mod tests {
         assert_eq!(h100.map(|f| peak("dgx-h100", f).unwrap()), [67.0, 495.0, 989.0, 1979.0]);
         assert_eq!(peak("dgx-v100", NumberFormat::Fp16), Ok(125.0));
         assert_eq!(peak("dgx-v100", NumberFormat::Fp32), Ok(16.0));
+        // Nobody measures both 16-bit formats: one stands for the other.
+        let a100 = catalog.cluster("dgx-a100", None).unwrap().accelerator;
+        assert_eq!(a100.matmul(NumberFormat::Fp16), None);
+        let [fp16, bf16] = [NumberFormat::Fp16, NumberFormat::Bf16].map(|f| Chip::of(&a100, f).unwrap());
+        assert_eq!(fp16.matmul, bf16.matmul);
         for (name, format) in [
             ("dgx-v100", NumberFormat::Bf16),
             ("dgx-v100", NumberFormat::Tf32),

@@ -352,3 +352,30 @@ impl<'a> Estimator<'a> {
         Ok(timed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pace_is_set_by_what_takes_more_than_its_share() {
+        let check = |host_s, data_s, expected| {
+            let rest = Breakdown { gemm_s: 1.0 - host_s - data_s, host_s, data_s, ..Breakdown::default() };
+            assert_eq!(rest.pace(), expected, "host {host_s}, messages {data_s}");
+        };
+        check(0.05, 0.2, Pace::Compute);
+        check(0.15, 0.2, Pace::Host);
+        check(0.05, 0.3, Pace::Network);
+        check(0.15, 0.3, Pace::Host);
+        assert_eq!(Breakdown::default().pace(), Pace::Compute);
+    }
+
+    /// Messages stretch with the stragglers that the rest waits for.
+    #[test]
+    fn a_step_without_what_replicas_say() {
+        let breakdown = Breakdown { gemm_s: 4.0, data_s: 4.0, straggler_s: 2.0, ..Breakdown::default() };
+        let memory = MemoryUse::default();
+        let estimate = Estimate { step_s: 10.0, mfu: 0.4, breakdown, memory, fits: true };
+        assert_eq!(estimate.unspoken_s(), 5.0);
+    }
+}
