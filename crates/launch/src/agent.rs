@@ -6,12 +6,14 @@ mod supervise;
 use crate::failure::{self, Failure};
 use crate::logs::{Logs, random_hex};
 use crate::options::Options;
+use crate::secret::Trust;
 use crate::signals::{self, Signals};
 use crate::warden::Warden;
 use crate::worker::command_line;
 use group::{Group, Joined};
 use spec::{Error, Result};
 use std::ffi::OsString;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use supervise::End;
 
@@ -69,13 +71,17 @@ pub fn run(options: &Options, program: OsString, args: &[OsString]) -> Result<Ou
         options.signals_to_handle.iter().chain(&options.signals_to_forward).copied().collect();
     signals::let_children_be_waited_for();
     let signals = Signals::catch(&caught)?;
+    let trust = Trust::given(options.secret.as_deref(), options.insecure)?;
+    // Nobody else takes part in a job of one node.
+    let trust = if options.is_single() { trust.or_random()? } else { trust };
+    let bind = options.bind.as_ref().map(|bind| bind.resolve()).transpose()?;
     let is_unnamed = options.is_single() && options.run_id == "none";
     let run_id = if is_unnamed { random_hex() } else { options.run_id.clone() };
     let marker = random_hex();
     let logs = Logs::create(options, &run_id)?;
     // Forked before there are threads of ours.
     let warden = Warden::start(&marker)?;
-    let group = Group::start(options, nproc, &run_id).inspect_err(|_| logs.finish(options, true))?;
+    let group = Group::start(options, nproc, &run_id, &trust, bind).inspect_err(|_| logs.finish(options, true))?;
     let mut agent = Agent {
         options,
         command,
@@ -86,6 +92,8 @@ pub fn run(options: &Options, program: OsString, args: &[OsString]) -> Result<Ou
         warden,
         logs,
         group,
+        trust,
+        bind,
         restarts: 0,
         attempt: 0,
     };
@@ -108,6 +116,8 @@ struct Agent<'a> {
     warden: Warden,
     logs: Logs,
     group: Group,
+    trust: Trust,
+    bind: Option<IpAddr>,
     restarts: u32,
     /// Counts starts of the workers; it names their log folder.
     attempt: u32,

@@ -24,7 +24,8 @@ const fn short(short: char, name: &'static str, value: Option<&'static str>, hel
     Flag { name, short: Some(short), value, help }
 }
 
-/// Every flag of torchrun (PyTorch 2.15, `torch/distributed/run.py`) and our `--signals-to-forward`.
+/// Every flag of torchrun (PyTorch 2.15, `torch/distributed/run.py`) and ours: `--signals-to-forward`, `--secret`,
+/// `--insecure` and `--bind`.
 const FLAGS: &[Flag] = &[
     flag("nnodes", Some("N|MIN:MAX"), "number of nodes, or its range [1]"),
     flag("nproc-per-node", Some("N|auto|cpu|gpu"), "workers on this node [1]"),
@@ -37,6 +38,9 @@ const FLAGS: &[Flag] = &[
     flag("master-addr", Some("HOST"), "address of node rank 0 [127.0.0.1]"),
     flag("master-port", Some("PORT"), "port of node rank 0 [29500]"),
     flag("local-addr", Some("HOST"), "this node's address, as the others see it"),
+    flag("secret", Some("FILE"), "the job's secret, for several nodes; made if absent"),
+    flag("insecure", None, "several nodes without a secret"),
+    flag("bind", Some("ADDR|IFACE|SUBNET"), "where to listen, of this node's addresses"),
     flag("max-restarts", Some("N"), "restarts of the workers before giving up [0]"),
     flag("monitor-interval", Some("SECONDS"), "how often the nodes look at each other [0.1]"),
     flag("shutdown-timeout", Some("SECONDS"), "from SIGTERM to SIGKILL [30]"),

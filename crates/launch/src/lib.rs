@@ -17,7 +17,8 @@
 //! thread, so it reacts to a death at once, and every wait has a deadline.
 //!
 //! Beyond torchrun's variables a worker gets `PHALANX_STORE` (`host:port` of the agents' store), `PHALANX_SESSION` (run
-//! id and round, a prefix for keys in it) and `PHALANX_JOB` (marks the processes of the launch, so that none is left).
+//! id and round, a prefix for keys in it), `PHALANX_SECRET` (what the job's processes prove to each other that they are of
+//! it), `PHALANX_BIND` where `--bind` was given, and `PHALANX_JOB` (marks the processes of the launch, so that none is left).
 //!
 //! # Differences from torchrun
 //!
@@ -35,12 +36,14 @@ mod flags;
 mod options;
 
 mod agent;
+mod bind;
 mod failure;
 #[cfg(test)]
 mod fuzz_test;
 mod local;
 mod logs;
 mod net;
+mod secret;
 mod signals;
 mod tail;
 mod warden;
@@ -55,6 +58,7 @@ mod cli;
 mod torch_store;
 
 pub use agent::{Outcome, run};
+pub use bind::{Bind, from_env as bind_from_env};
 pub use bootstrap::RankStore;
 pub use cli::cli;
 pub use failure::{Failure, record_error};

@@ -63,6 +63,7 @@ impl Rank {
         b.fingerprint = fingerprint(identity);
         b.transport = transport;
         b.timeout = timeout;
+        b.bind = launch::bind_from_env()?;
         World::connect(&b)
     }
 

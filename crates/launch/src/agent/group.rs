@@ -2,6 +2,7 @@
 
 use crate::net::{self, ReservedPort};
 use crate::options::{Backend, Options};
+use crate::secret::Trust;
 use crate::rendezvous::{Closed, Driver, Member, News, NodeId, Rules, Seat, Setup, Wish};
 use crate::signals::Signals;
 use comm::StoreServer;
@@ -9,7 +10,7 @@ use rustix::event::Timespec;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::BorrowedFd;
 use spec::{Error, Result};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -41,11 +42,17 @@ pub(super) enum Finished {
 }
 
 impl Group {
-    pub(super) fn start(options: &Options, nproc: usize, run_id: &str) -> Result<Group> {
+    pub(super) fn start(
+        options: &Options,
+        nproc: usize,
+        run_id: &str,
+        trust: &Trust,
+        bind: Option<IpAddr>,
+    ) -> Result<Group> {
         if options.is_single() {
-            Single::start(options, nproc).map(Group::Single)
+            Single::start(options, nproc, trust).map(Group::Single)
         } else {
-            Many::start(options, nproc, run_id).map(Group::Many)
+            Many::start(options, nproc, run_id, trust, bind).map(Group::Many)
         }
     }
 
@@ -132,8 +139,8 @@ pub(super) struct Single {
 }
 
 impl Single {
-    fn start(options: &Options, nproc: usize) -> Result<Single> {
-        let server = StoreServer::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    fn start(options: &Options, nproc: usize, trust: &Trust) -> Result<Single> {
+        let server = StoreServer::start_with(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), &trust.secret)?;
         let given = options.master_port.filter(|_| !options.standalone);
         let master_addr = options.local_addr.clone().unwrap_or_else(|| options.master_addr.clone());
         Ok(Single { nproc, given, reserved: None, master_addr, round: 0, server })
@@ -180,26 +187,34 @@ enum Heard {
 }
 
 impl Many {
-    fn start(options: &Options, nproc: usize, run_id: &str) -> Result<Many> {
+    fn start(
+        options: &Options,
+        nproc: usize,
+        run_id: &str,
+        trust: &Trust,
+        bind: Option<IpAddr>,
+    ) -> Result<Many> {
         let is_static = options.backend == Backend::Static;
         let (host, port) = match (&options.endpoint, is_static) {
             (Some(endpoint), true) => net::split_endpoint(endpoint, STATIC_PORT)?,
             (Some(endpoint), false) => net::split_endpoint(endpoint, DYNAMIC_PORT)?,
             (None, _) => (options.master_addr.clone(), options.master_port.unwrap_or(STATIC_PORT)),
         };
+        trust.check(&host, port)?;
         let must_host = options.is_host.or(is_static.then_some(options.node_rank == 0));
-        let server = host_store(&host, port, must_host)?;
+        let server = host_store(&host, port, must_host, trust, bind)?;
         let port = server.as_ref().map_or(port, |s| s.addr().port());
         let endpoint = net::join_endpoint(&host, port);
         let id = NodeId {
             node_rank: options.node_rank,
-            addr: options.local_addr.clone().unwrap_or_default(),
+            addr: options.local_addr.clone().or(bind.map(|ip| ip.to_string())).unwrap_or_default(),
             pid: std::process::id(),
             serial: SERIAL.fetch_add(1, Ordering::Relaxed),
         };
         let me = Member { id, host: net::host_name(), nproc, role: options.role.clone(), master_port: 0 };
         let driver = Driver::start(Setup {
             endpoint: endpoint.clone(),
+            secret: trust.secret.clone(),
             run_id: run_id.to_owned(),
             me,
             rules: Rules { min: options.min_nodes, max: options.max_nodes, is_static },
@@ -292,22 +307,24 @@ fn words(news: &News) -> String {
 
 /// Starts the job's store if this node is to have it: `must` says so, or else the endpoint is this machine's and its
 /// port is free.
-fn host_store(host: &str, port: u16, must: Option<bool>) -> Result<Option<StoreServer>> {
+fn host_store(
+    host: &str,
+    port: u16,
+    must: Option<bool>,
+    trust: &Trust,
+    bind: Option<IpAddr>,
+) -> Result<Option<StoreServer>> {
     if must == Some(false) || (must.is_none() && !net::is_local(host)) {
         return Ok(None);
     }
-    let bind = match host.parse::<IpAddr>() {
-        Ok(ip) => SocketAddr::new(ip, port),
-        // A name may mean a loopback address here and another one elsewhere, so listen on all.
-        Err(_) if host == "localhost" => SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
-        Err(_) if net::resolve(host, port).iter().any(SocketAddr::is_ipv4) => {
-            SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))
-        }
-        Err(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)),
+    let ip = match (bind, host.parse()) {
+        (Some(ip), _) | (None, Ok(ip)) => ip,
+        (None, Err(_)) => net::bindable(host, port),
     };
+    let bind = SocketAddr::new(ip, port);
     let free = TcpListener::bind(bind).map(drop);
     match free {
-        Ok(()) => match StoreServer::start(bind) {
+        Ok(()) => match StoreServer::start_with(bind, &trust.secret) {
             Ok(server) => Ok(Some(server)),
             Err(_) if must.is_none() => Ok(None),
             Err(e) => Err(e),

@@ -80,6 +80,8 @@ impl Agent<'_> {
             run_id: &self.run_id,
             restarts: self.restarts,
             store: &store,
+            trust: &self.trust,
+            bind: self.bind,
             marker: &self.marker,
         };
         for (local_rank, files) in logs.workers.iter().enumerate() {

@@ -1,7 +1,7 @@
 //! Carries the protocol out: a thread that reads and writes the store and keeps time for [`Node::step`].
 
 use super::{Action, Agreed, Member, News, Node, NodeId, Rules, Times, Wish};
-use comm::{StoreClient, Waiting};
+use comm::{Secret, StoreClient, Waiting};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use spec::{Error, Result};
@@ -20,6 +20,7 @@ const PAUSE_PER_NODE: Duration = Duration::from_micros(500);
 pub(crate) struct Setup {
     /// `host:port` of the store.
     pub(crate) endpoint: String,
+    pub(crate) secret: Secret,
     pub(crate) run_id: String,
     /// This node; an empty address is replaced by the one that reaches the store.
     pub(crate) me: Member,
@@ -166,7 +167,7 @@ fn connect(
         Waiting::begin("phalanx launch:", format!("the job's store at {}, {most} s at most", setup.endpoint));
     loop {
         let slice = CONNECT_SLICE.min(until.saturating_duration_since(Instant::now()));
-        match StoreClient::connect(&setup.endpoint, slice) {
+        match StoreClient::connect_with(&setup.endpoint, &setup.secret, slice) {
             Ok(client) => return Ok(Some(client)),
             Err(e) if e.kind() == spec::Kind::User => {
                 return Err(e.context("rendezvous").hint("another program may use that port"));
