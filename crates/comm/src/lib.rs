@@ -47,7 +47,7 @@
 //!
 //! `header` (what messages say about themselves), `control` (what a rank shows its neighbours), `near` (collectives in
 //! shared memory), `p2p` and `link` (messages, in memory and over sockets), `mesh` (collectives made of messages),
-//! `group` (which of these, or both levels), `progress` (who polls), `connect` (how ranks find each other), [`store`].
+//! `group` (which of these, or both levels), `progress` (who polls), `connect` (how ranks find each other), `secret` and `seal` (how they know each other), [`store`].
 
 mod bench;
 mod connect;

@@ -61,7 +61,10 @@ fn without_the_secret_nothing_of_the_store_is_read_or_changed() {
     let check = |secret: &Secret, ours: &str| {
         let error = StoreClient::connect_with(&addr, secret, TIMEOUT).unwrap_err();
         let said = error.to_string();
-        assert!(said.contains(&format!("the store at {addr}: its secret is not ours: it has the secret ")), "{said}");
+        assert!(
+            said.contains(&format!("the store at {addr}: its secret is not ours: it has the secret ")),
+            "{said}"
+        );
         assert!(said.contains(&format!("this process (pid {}) has {ours}", std::process::id())), "{said}");
         assert_eq!(error.exit_code(), 2);
         assert!(error.hint_text().is_some_and(|h| h.contains("PHALANX_SECRET_FILE")), "{error:?}");
@@ -135,7 +138,8 @@ fn the_store_holds_so_much_and_says_so() {
 
 /// What people and their programs say to any port: nothing, a request of the web, a greeting of another protocol, noise.
 fn strangers(n: usize) -> impl Iterator<Item = Vec<u8>> {
-    let said: [&[u8]; 5] = [b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"SSH-2.0-scan\r\n", &[0xff; 300], HELLO];
+    let said: [&[u8]; 5] =
+        [b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"SSH-2.0-scan\r\n", &[0xff; 300], HELLO];
     said.into_iter().cycle().map(<[u8]>::to_vec).take(n)
 }
 
@@ -155,17 +159,25 @@ fn hundreds_of_strangers_at_the_store_keep_nobody_waiting() {
 #[test]
 fn hundreds_of_strangers_at_a_ranks_doors_keep_nobody_waiting() {
     for transport in [TransportChoice::Tcp, TransportChoice::Shm] {
-        let mut held: (Vec<TcpStream>, Vec<UnixStream>) = Default::default();
+        let (enough, go) = std::sync::mpsc::channel();
         let said = under_attack(transport, "besieged", |_, card| {
-            for said in strangers(200) {
-                let mut far = TcpStream::connect(&card[4]).unwrap();
-                let _ = far.write_all(&said);
-                let near = UnixAddr::from_abstract_name(&card[3]).unwrap();
-                let mut near = UnixStream::connect_addr(&near).unwrap();
-                let _ = near.write_all(&said);
-                held.0.push(far);
-                held.1.push(near);
-            }
+            // A hundred are there before anybody else, as many as wait at a door that is not open yet. The others come
+            // while the ranks meet.
+            std::thread::spawn(move || {
+                let mut held: (Vec<TcpStream>, Vec<UnixStream>) = Default::default();
+                for (n, said) in strangers(300).enumerate() {
+                    let Ok(mut far) = TcpStream::connect(&card[4]) else { break };
+                    let near = UnixAddr::from_abstract_name(&card[3]).unwrap();
+                    let Ok(mut near) = UnixStream::connect_addr(&near) else { break };
+                    let _ = (far.write_all(&said), near.write_all(&said));
+                    held.0.push(far);
+                    held.1.push(near);
+                    if n == 100 {
+                        enough.send(()).unwrap();
+                    }
+                }
+            });
+            go.recv().unwrap();
         });
         assert_eq!(said, [Ok(()), Ok(())], "{transport:?}");
     }
@@ -173,17 +185,22 @@ fn hundreds_of_strangers_at_a_ranks_doors_keep_nobody_waiting() {
 
 #[test]
 fn a_rank_cannot_be_claimed_at_the_door() {
+    let mut claim = None;
     let said = under_attack(TransportChoice::Tcp, "claimed", |_, card| {
-        // As rank 1 would call rank 0; then a proof that is none.
+        // As rank 1 would call rank 0, and before it.
         let mut stream = TcpStream::connect(&card[4]).unwrap();
         let call = [&b"PHXCOM\0\x02"[..], &1u32.to_le_bytes(), &0u32.to_le_bytes(), &[9; 32]].concat();
         stream.write_all(&call).unwrap();
-        let mut answer = [0; 72];
-        stream.read_exact(&mut answer).unwrap();
-        stream.write_all(&answer[40..]).unwrap();
-        assert_eq!(stream.read(&mut [0; 8]).unwrap_or(0), 0, "the door welcomes whoever repeats its proof");
+        claim = Some(std::thread::spawn(move || {
+            let mut answer = [0; 72];
+            stream.read_exact(&mut answer).unwrap();
+            // The door's own proof, turned around.
+            let _ = stream.write_all(&answer[40..]);
+            stream.read(&mut [0; 8]).unwrap_or(0)
+        }));
     });
     assert_eq!(said, [Ok(()), Ok(())]);
+    assert_eq!(claim.unwrap().join().unwrap(), 0, "the door welcomes whoever repeats its proof");
 }
 
 /// What is done to the frames of rank 1 on their way to rank 0: given one, what goes on, and what goes back.

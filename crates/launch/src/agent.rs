@@ -81,7 +81,8 @@ pub fn run(options: &Options, program: OsString, args: &[OsString]) -> Result<Ou
     let logs = Logs::create(options, &run_id)?;
     // Forked before there are threads of ours.
     let warden = Warden::start(&marker)?;
-    let group = Group::start(options, nproc, &run_id, &trust, bind).inspect_err(|_| logs.finish(options, true))?;
+    let group =
+        Group::start(options, nproc, &run_id, &trust, bind).inspect_err(|_| logs.finish(options, true))?;
     let mut agent = Agent {
         options,
         command,

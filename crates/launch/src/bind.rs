@@ -59,7 +59,8 @@ impl Bind {
             Bind::Subnet(net, bits) => is_in(*addr, *net, *bits),
         };
         // Addresses that hold for one cable only lead nowhere without the cable's name.
-        let usable = |(_, addr): &&(String, IpAddr)| !matches!(addr, IpAddr::V6(a) if a.is_unicast_link_local());
+        let usable =
+            |(_, addr): &&(String, IpAddr)| !matches!(addr, IpAddr::V6(a) if a.is_unicast_link_local());
         let found = interfaces.iter().filter(fits).filter(usable).min_by_key(|(_, addr)| addr.is_ipv6());
         // Not every address shows on an interface: all of 127.0.0.0/8 are this machine's.
         match (found, self) {
@@ -85,7 +86,9 @@ impl Bind {
 pub fn from_env() -> Result<Option<IpAddr>> {
     let Some(text) = std::env::var(VARIABLE).ok().filter(|v| !v.trim().is_empty()) else { return Ok(None) };
     let bind: Bind = text.parse().map_err(|()| {
-        Error::user(format!("environment variable {VARIABLE}={text}: expected an address, an interface or a subnet"))
+        Error::user(format!(
+            "environment variable {VARIABLE}={text}: expected an address, an interface or a subnet"
+        ))
     })?;
     bind.resolve().map(Some)
 }

@@ -118,8 +118,8 @@ impl RankEnv {
                 Some((addr, _)) => (addr, trust.secret),
                 None => (text.as_str(), trust.secret),
             };
-            let client = StoreClient::connect_with(addr, &secret, timeout)
-                .context(format!("rank {}", self.rank))?;
+            let client =
+                StoreClient::connect_with(addr, &secret, timeout).context(format!("rank {}", self.rank))?;
             return Ok(self.rank_store(client, None));
         }
         let is_given = !trust.secret.is_none();

@@ -97,7 +97,8 @@ pub(crate) fn bindable(host: &str, port: u16) -> IpAddr {
     if host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback()) {
         return found.first().map_or(Ipv4Addr::LOCALHOST.into(), SocketAddr::ip);
     }
-    let is_ours = |a: &&SocketAddr| !a.ip().is_loopback() && UdpSocket::bind(SocketAddr::new(a.ip(), 0)).is_ok();
+    let is_ours =
+        |a: &&SocketAddr| !a.ip().is_loopback() && UdpSocket::bind(SocketAddr::new(a.ip(), 0)).is_ok();
     match found.iter().filter(is_ours).min_by_key(|a| a.is_ipv6()) {
         Some(addr) => addr.ip(),
         None if found.iter().any(SocketAddr::is_ipv4) || found.is_empty() => Ipv4Addr::UNSPECIFIED.into(),

@@ -362,7 +362,10 @@ pub fn seen() -> BTreeMap<String, String> {
         &["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"];
     let of_a_launcher = |name: &str| NAMES.contains(&name) || PREFIXES.iter().any(|p| name.starts_with(p));
     let text = std::env::vars_os().filter_map(|(n, v)| Some((n.into_string().ok()?, v.into_string().ok()?)));
-    let hidden = |(name, value)| if crate::secret::is_secret(&name) { (name, "...".into()) } else { (name, value) };
+    let hidden = |(name, value): (String, String)| {
+        let shown = if crate::secret::is_secret(&name) { "...".to_owned() } else { value };
+        (name, shown)
+    };
     text.filter(|(name, _)| of_a_launcher(name)).map(hidden).collect()
 }
 

@@ -114,12 +114,21 @@ pub(crate) fn is_secret(name: &str) -> bool {
 fn read_or_make(path: &Path) -> Result<String> {
     match read(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => {}
-        read => return read.map_err(|e| Error::io("read the job's secret in", path, &e)).and_then(|text| check_file(path, text)),
+        read => {
+            return read
+                .map_err(|e| Error::io("read the job's secret in", path, &e))
+                .and_then(|text| check_file(path, text));
+        }
     }
     let failed = |e: std::io::Error| Error::io("make a file for the job's secret,", path, &e);
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     // Whole from its first moment: others may read it at once. The name of who writes it makes it their own.
-    let name = format!(".{}.{}-{}", path.file_name().unwrap_or_default().display(), net::host_name(), std::process::id());
+    let name = format!(
+        ".{}.{}-{}",
+        path.file_name().unwrap_or_default().display(),
+        net::host_name(),
+        std::process::id()
+    );
     let own = folder.join(name);
     let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&own).map_err(failed)?;
     let text = Secret::random_text()? + "\n";

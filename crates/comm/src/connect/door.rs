@@ -36,6 +36,8 @@ const ANSWER_BYTES: usize = MAGIC.len() + NONCE_BYTES + KEY_BYTES;
 const LONGEST: usize = ANSWER_BYTES;
 /// Most callers at once that have not shown who they are: those of the largest job all at once, and as many strangers.
 const MAX_STRANGERS: usize = 512;
+/// Who has said nothing for so long is no rank in need of a moment.
+const SILENT: Duration = Duration::from_secs(1);
 /// Times that a rank is called whose door closes before it says anything: one that strangers besiege may do so.
 const CALLS: u32 = 3;
 
@@ -48,6 +50,7 @@ struct Talk {
     got: usize,
     file: Option<OwnedFd>,
     part: Part,
+    since: Instant,
 }
 
 /// What is to come next.
@@ -157,17 +160,18 @@ impl Meeting<'_> {
         rustix::io::ioctl_fionbio(&socket, true).map_err(|e| failed(e.into()))?;
         let nonce = random()?;
         let ranks = [b.rank, rank].map(|r| (r as u32).to_le_bytes());
-        say(&socket, &[&MAGIC[..], &ranks.concat(), &nonce].concat(), None).map_err(failed)?;
+        match say(&socket, &[&MAGIC[..], &ranks.concat(), &nonce].concat(), None) {
+            Err(_) if call < CALLS => return self.call(rank, call + 1),
+            said => said.map_err(failed)?,
+        }
         Ok(Talk::new(socket, is_near, Part::Answer { rank, nonce, call }))
     }
 
     /// Hears everybody who has something to say, and lets in those who are new at the doors.
     fn turn(&mut self) -> Result<()> {
         let slice = self.wait.next(|| self.missing())?;
-        let mut polled = vec![
-            PollFd::new(&self.doors.near, PollFlags::IN),
-            PollFd::new(&self.doors.far, PollFlags::IN),
-        ];
+        let mut polled =
+            vec![PollFd::new(&self.doors.near, PollFlags::IN), PollFd::new(&self.doors.far, PollFlags::IN)];
         polled.extend(self.talks.iter().map(|talk| PollFd::new(&talk.socket, PollFlags::IN)));
         let _ = rustix::event::poll(&mut polled, Some(&timespec(slice)));
         let ready: Vec<bool> = polled.iter().map(|p| !p.revents().is_empty()).collect();
@@ -194,7 +198,7 @@ impl Meeting<'_> {
             });
             let (socket, is_near) = match caller {
                 Ok(caller) => caller,
-                Err(e) if is_out_of_files(&e) && self.drop_stranger() => continue,
+                Err(e) if is_out_of_files(&e) && self.drop_stranger(SILENT) => continue,
                 Err(e) if is_out_of_files(&e) => {
                     return Err(os_error(&format!("rank {} answers other ranks", self.wait.b.rank), &e));
                 }
@@ -206,15 +210,16 @@ impl Meeting<'_> {
                 continue;
             }
             if self.talks.iter().filter(|talk| talk.part.called().is_none()).count() >= MAX_STRANGERS {
-                self.drop_stranger();
+                self.drop_stranger(Duration::ZERO);
             }
             self.talks.push(Talk::new(socket, is_near, Part::Call));
         }
     }
 
-    /// Makes room by one caller that has not said who it is: one that says nothing, if there is any, the oldest.
-    fn drop_stranger(&mut self) -> bool {
-        let is_stranger = |talk: &Talk| matches!(talk.part, Part::Call);
+    /// Makes room by one caller that has been here for so long and not said who it is: one that says nothing, if there is
+    /// any, the oldest.
+    fn drop_stranger(&mut self, at_least: Duration) -> bool {
+        let is_stranger = |talk: &Talk| matches!(talk.part, Part::Call) && talk.since.elapsed() >= at_least;
         let silent = self.talks.iter().position(|talk| is_stranger(talk) && talk.got == 0);
         let any = silent.or_else(|| self.talks.iter().position(is_stranger));
         any.map(|at| self.talks.remove(at)).is_some()
@@ -240,7 +245,8 @@ impl Meeting<'_> {
         let (said, next) = match &talk.part {
             Part::Call => {
                 let (ranks, theirs) = rest.split_at(8);
-                let number = |at: usize| ranks[at..at + 4].iter().rev().fold(0, |n, b| n << 8 | usize::from(*b));
+                let number =
+                    |at: usize| ranks[at..at + 4].iter().rev().fold(0, |n, b| n << 8 | usize::from(*b));
                 let rank = number(0);
                 let is_expected = rank > own && rank < self.met.len() && self.met[rank].is_none();
                 if !is_expected || number(4) != own || talk.is_near != self.near.contains(&rank) {
@@ -333,7 +339,7 @@ fn is_proof(key: &Key, proof: &[u8], purpose: &str) -> bool {
 
 impl Talk {
     fn new(socket: OwnedFd, is_near: bool, part: Part) -> Talk {
-        Talk { socket, is_near, heard: [0; LONGEST], got: 0, file: None, part }
+        Talk { socket, is_near, heard: [0; LONGEST], got: 0, file: None, part, since: Instant::now() }
     }
 
     /// Reads what there is of the part that is to come, and no byte beyond; whether it is whole.
@@ -343,12 +349,13 @@ impl Talk {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let parts = &mut [IoSliceMut::new(&mut self.heard[self.got..bytes])];
-            let message = match rustix::net::recvmsg(&self.socket, parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
-                Ok(message) => message,
-                Err(Errno::AGAIN) => return Ok(false),
-                Err(Errno::INTR) => continue,
-                Err(e) => return Err(e.into()),
-            };
+            let message =
+                match rustix::net::recvmsg(&self.socket, parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+                    Ok(message) => message,
+                    Err(Errno::AGAIN) => return Ok(false),
+                    Err(Errno::INTR) => continue,
+                    Err(e) => return Err(e.into()),
+                };
             let takes_file = self.is_near && matches!(self.part, Part::Proof { .. } | Part::Welcome { .. });
             if message.flags.contains(ReturnFlags::CTRUNC) && takes_file {
                 // A file came and could not be opened here.

@@ -148,7 +148,8 @@ impl Served {
                 }
             };
             if !self.lock().admit(id, &stream) {
-                let error = Error::failure(format!("the store holds {MAX_CONNECTIONS} connections, its most"));
+                let error =
+                    Error::failure(format!("the store holds {MAX_CONNECTIONS} connections, its most"));
                 let _ = turn_away(&stream, &error);
                 continue;
             }

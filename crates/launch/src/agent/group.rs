@@ -2,8 +2,8 @@
 
 use crate::net::{self, ReservedPort};
 use crate::options::{Backend, Options};
-use crate::secret::Trust;
 use crate::rendezvous::{Closed, Driver, Member, News, NodeId, Rules, Seat, Setup, Wish};
+use crate::secret::Trust;
 use crate::signals::Signals;
 use comm::StoreServer;
 use rustix::event::Timespec;

@@ -5,6 +5,7 @@ mod many_nodes;
 mod one_node;
 mod ranks;
 mod torch;
+mod trust;
 
 /// Plays the launcher when this process was started as one.
 #[test]
