@@ -191,7 +191,7 @@ mod tests {
             cuts in proptest::collection::vec(0usize..20_000, 0..8),
             flipped in any::<prop::sample::Index>(),
         ) {
-            let body: Vec<u8> = (0..length).map(|i| (i * 31 >> 3) as u8).collect();
+            let body: Vec<u8> = (0..length).map(|i| ((i * 31) >> 3) as u8).collect();
             let (mut a, mut b) = both();
             a.out.begin_body();
             a.out.update(&body);

@@ -54,8 +54,8 @@ fn portable(key: &[u8; CHUNK_BYTES], chunk: &[u8]) -> u128 {
 
 #[cfg(target_arch = "x86_64")]
 fn fastest() -> fn(&[u8; CHUNK_BYTES], &[u8]) -> u128 {
-    // SAFETY: the processor has what each is compiled for, as asked just before.
     if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("vpclmulqdq") {
+        // SAFETY: the processor has what it is compiled for, as asked just before.
         |key, chunk| unsafe { x86::wide(key, chunk) }
     } else if is_x86_feature_detected!("pclmulqdq") {
         // SAFETY: as above.
