@@ -181,11 +181,13 @@ class Chart {
       let from = 0;
       for (let i = 0; i <= l.xs.length; i++) {
         if (i < l.xs.length && fine(l.min[i]) && fine(l.max[i])) continue;
-        for (let k = from; k < i; k++) c.lineTo(px(l.xs[k]), py(l.max[k]));
+        for (let k = from; k < i; k++) {
+          if (k === from) c.moveTo(px(l.xs[k]), py(l.max[k]));
+          else c.lineTo(px(l.xs[k]), py(l.max[k]));
+        }
         for (let k = i - 1; k >= from; k--) c.lineTo(px(l.xs[k]), py(l.min[k]));
         if (i > from) c.closePath();
         from = i + 1;
-        if (from < l.xs.length) c.moveTo(px(l.xs[from]), py(fine(l.max[from]) ? l.max[from] : l.mean[from] ?? 1));
       }
       c.fill();
       c.globalAlpha = 1;

@@ -128,6 +128,8 @@ pub struct Run {
     pub evaluated: Option<(u64, f64)>,
     /// By rank.
     pub ranks: BTreeMap<usize, Rank>,
+    /// Whether all journals were read to their ends once.
+    pub is_read: bool,
     /// Ranks whose journals are not read because there are too many.
     pub ranks_unread: usize,
     /// Newest last.

@@ -10,13 +10,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use journal::prometheus::{Format, render};
-use journal::{Record, prometheus};
+use journal::Record;
 use spec::{Error, Result};
 
 use crate::access::{Access, Verdict};
 use crate::http::{BODY_TIME, Request, Response, Status, head, write_by};
 use crate::live::Cursor;
-use crate::run::{Run, State};
+use crate::run::Run;
 use crate::timeline::{Timeline, plan};
 use crate::view;
 use crate::watch::{Expected, Lookup, Shared, Watch};
@@ -300,20 +300,7 @@ impl Inner {
     }
 
     fn metrics(&self, format: Format) -> Response {
-        let now_us = now_us();
-        let of = |run: &Run| {
-            let mut metrics: prometheus::Metrics = run.metrics.clone();
-            if run.state != State::Empty {
-                metrics.set("phalanx_ranks_alive", view::ranks_alive(run, now_us) as f64);
-            }
-            metrics.set("phalanx_journal_damaged_lines", run.damage.0 as f64);
-            metrics.set("phalanx_journal_unknown_lines", run.unknown.values().sum::<u64>() as f64);
-            let (read, all) = run.progress;
-            metrics.set("phalanx_journal_read_ratio", if all > 0 { read as f64 / all as f64 } else { 1.0 });
-            (run.name.clone(), metrics)
-        };
-        // A run that is shown by samples yet would seem to count down once it is read.
-        let runs: Vec<_> = self.shared.runs().iter().filter(|r| !r.is_preview()).map(of).collect();
+        let runs = view::metrics(&self.shared.runs(), now_us());
         let served = [
             ("phalanx_dash_clients", self.connections.load(Ordering::Relaxed) as f64),
             ("phalanx_dash_refused_total", self.refused.load(Ordering::Relaxed) as f64),

@@ -1,6 +1,7 @@
 //! What a page, a terminal and a program are told of a run, as JSON. Curves are apart: they are long.
 
 use journal::Record;
+use journal::prometheus::Metrics;
 use serde_json::{Value, json};
 
 use crate::ranks::{Rank, stragglers};
@@ -116,4 +117,21 @@ pub fn whole(run: &Run, now_us: u64, buckets: usize) -> Value {
         "curves": run.curves(buckets),
         "evals": run.evaluations(buckets),
     })
+}
+
+/// What Prometheus is told of runs, by name. A run that is shown by samples is left out: it would seem to count down once
+/// it is read.
+pub fn metrics(runs: &[Run], now_us: u64) -> Vec<(String, Metrics)> {
+    let of = |run: &Run| {
+        let mut metrics = run.metrics.clone();
+        if run.state != State::Empty {
+            metrics.set("phalanx_ranks_alive", ranks_alive(run, now_us) as f64);
+        }
+        metrics.set("phalanx_journal_damaged_lines", run.damage.0 as f64);
+        metrics.set("phalanx_journal_unknown_lines", run.unknown.values().sum::<u64>() as f64);
+        let (read, all) = run.progress;
+        metrics.set("phalanx_journal_read_ratio", if all > 0 { read as f64 / all as f64 } else { 1.0 });
+        (run.name.clone(), metrics)
+    };
+    runs.iter().filter(|r| !r.is_preview()).map(of).collect()
 }

@@ -106,7 +106,7 @@ impl Watch {
     /// Waits until every journal was read to its end once.
     pub fn wait_until_read(&self) {
         let mut runs = self.shared.runs();
-        while runs.iter().any(|r| r.facts == 0 || r.is_preview()) {
+        while runs.iter().any(|r| !r.is_read) {
             runs = self.shared.wait(runs, POLL_UNWATCHED);
         }
     }
@@ -291,7 +291,7 @@ impl Follower {
     /// Follows what is appended, until the file is another or the watch is over.
     fn stay(&mut self, tail: &mut Tail) {
         self.ranks.clear();
-        let (mut files_at, mut ranks_at) = (None::<Instant>, None::<Instant>);
+        let (mut files_at, mut ranks_at, mut was_read) = (None::<Instant>, None::<Instant>, false);
         let due = |at: &mut Option<Instant>, every: Duration| {
             let due = at.is_none_or(|at| at.elapsed() >= every);
             if due {
@@ -312,17 +312,20 @@ impl Follower {
             if due(&mut files_at, POLL_FILES) {
                 self.find_ranks();
             }
-            let others = if due(&mut ranks_at, POLL_RANKS) { self.look_at_ranks() } else { Vec::new() };
+            let look_at_ranks = due(&mut ranks_at, POLL_RANKS);
+            let others = if look_at_ranks { self.look_at_ranks() } else { Vec::new() };
             let started = found.iter().any(|f| matches!(&f.line, journal::line::Line::Record(journal::Record::RunStarted { .. })));
             let wanted = if started { self.lookup.steps_wanted(&self.dir) } else { None };
-            if !found.is_empty() || !others.is_empty() {
+            if !found.is_empty() || !others.is_empty() || !was_read {
                 let progress = tail.progress();
                 self.change(|run| {
                     run.steps_wanted = wanted.or(run.steps_wanted);
                     found.iter().for_each(|f| run.observe(f));
                     others.iter().for_each(|(rank, f)| run.observe_rank(*rank, f));
                     run.progress = progress;
+                    run.is_read = true;
                 });
+                was_read = true;
             }
             let watched = self.shared.viewers.load(Ordering::Relaxed) > 0;
             self.pause(if watched { POLL } else { POLL_UNWATCHED });
