@@ -10,7 +10,7 @@ use crate::args::{Args, Completions, Man};
 use crate::output;
 
 /// The commit that it was built from. Whoever builds for others sets it; no build script asks git, so that a build
-/// depends on what is in the tree alone and a commit rebuilds nothing (decision 016).
+/// depends on what is in the tree alone and a commit rebuilds nothing (decision 020).
 const COMMIT: Option<&str> = option_env!("PHALANX_COMMIT");
 
 /// `--version`: version, commit, what it can run on.
