@@ -65,12 +65,17 @@ impl Access {
     /// else's DNS points here does neither.
     fn is_ours(&self, host: &str) -> bool {
         let name = match host.rsplit_once(':') {
-            Some((name, port)) if port.parse::<u16>().is_ok() && (!name.contains(':') || name.ends_with(']')) => name,
+            Some((name, port))
+                if port.parse::<u16>().is_ok() && (!name.contains(':') || name.ends_with(']')) =>
+            {
+                name
+            }
             _ => host,
         };
         let bare = name.trim_start_matches('[').trim_end_matches(']');
         let ip = bare.parse::<IpAddr>().ok();
-        name.eq_ignore_ascii_case("localhost") || ip.is_some_and(|ip| ip.is_loopback() || ip == self.bound.ip())
+        name.eq_ignore_ascii_case("localhost")
+            || ip.is_some_and(|ip| ip.is_loopback() || ip == self.bound.ip())
     }
 }
 
@@ -93,10 +98,14 @@ mod tests {
     #[test]
     fn on_loopback_the_host_must_be_ours() {
         let access = Access::new("127.0.0.1:8080".parse().expect("an address"), None);
-        for host in ["localhost", "LocalHost:8080", "127.0.0.1:8080", "127.0.0.1", "[::1]:8080", "127.9.9.9:1"] {
+        for host in
+            ["localhost", "LocalHost:8080", "127.0.0.1:8080", "127.0.0.1", "[::1]:8080", "127.9.9.9:1"]
+        {
             check(&access, "/", &format!("\nHost: {host}"), Verdict::Pass);
         }
-        for host in ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "localhost.evil", "", "[::2]:80"] {
+        for host in
+            ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "localhost.evil", "", "[::2]:80"]
+        {
             check(&access, "/", &format!("\nHost: {host}"), Verdict::WrongHost);
         }
         check(&access, "/", "", Verdict::WrongHost);

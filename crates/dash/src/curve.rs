@@ -207,7 +207,12 @@ pub fn columns<const N: usize>(buckets: &[Bucket<N>], names: [&'static str; N]) 
             if several { stats().map(of).collect() } else { Vec::new() }
         };
         let mean: Vec<_> = stats().map(|s| s.mean()).collect();
-        mean.iter().any(Option::is_some).then(|| Series { name, mean, min: known(|s| s.min), max: known(|s| s.max) })
+        mean.iter().any(Option::is_some).then(|| Series {
+            name,
+            mean,
+            min: known(|s| s.min),
+            max: known(|s| s.max),
+        })
     });
     Columns {
         step: buckets.iter().map(|b| b.last.step).collect(),
@@ -278,7 +283,10 @@ mod tests {
         let mut curve = Curve::<1>::of_width(10);
         (0..100).for_each(|s| curve.add(at(s), [s as f64]));
         let part = curve.between(15, 32, 10);
-        assert_eq!(part.iter().map(|b| (b.first, b.last.step)).collect::<Vec<_>>(), [(10, 19), (20, 29), (30, 39)]);
+        assert_eq!(
+            part.iter().map(|b| (b.first, b.last.step)).collect::<Vec<_>>(),
+            [(10, 19), (20, 29), (30, 39)]
+        );
         assert_eq!(curve.between(15, 32, 2).len(), 2);
     }
 }

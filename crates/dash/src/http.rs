@@ -46,7 +46,8 @@ impl Request {
         }
         let mut lines = head.split("\r\n");
         let mut first = lines.next().unwrap_or_default().split(' ');
-        let (Some(method), Some(target), Some(version), None) = (first.next(), first.next(), first.next(), first.next())
+        let (Some(method), Some(target), Some(version), None) =
+            (first.next(), first.next(), first.next(), first.next())
         else {
             return Err(Status::BadRequest);
         };
@@ -56,7 +57,8 @@ impl Request {
         let mut headers = Vec::new();
         for line in lines {
             let (name, value) = line.split_once(':').ok_or(Status::BadRequest)?;
-            let is_name = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
+            let is_name =
+                !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
             if !is_name {
                 return Err(Status::BadRequest);
             }
@@ -70,10 +72,13 @@ impl Request {
         }
         let (path, query) = target.split_once('?').unwrap_or((target, ""));
         let pairs = query.split('&').filter(|p| !p.is_empty());
-        let query = pairs.map(|p| p.split_once('=').unwrap_or((p, ""))).map(|(n, v)| (n.to_owned(), v.to_owned()));
+        let query =
+            pairs.map(|p| p.split_once('=').unwrap_or((p, ""))).map(|(n, v)| (n.to_owned(), v.to_owned()));
         let (method, path) = (method.to_owned(), path.to_owned());
         let request = Request { method, path, query: query.collect(), headers };
-        if request.header("content-length").is_some_and(|n| n != "0") || request.header("transfer-encoding").is_some() {
+        if request.header("content-length").is_some_and(|n| n != "0")
+            || request.header("transfer-encoding").is_some()
+        {
             return Err(Status::BodyNotWanted);
         }
         match request.method.as_str() {
@@ -191,7 +196,12 @@ impl Response {
 }
 
 /// The head of a response; without a length it goes on until the connection ends.
-pub(crate) fn head(status: Status, content_type: &str, len: Option<usize>, extra: &[(&str, String)]) -> Vec<u8> {
+pub(crate) fn head(
+    status: Status,
+    content_type: &str,
+    len: Option<usize>,
+    extra: &[(&str, String)],
+) -> Vec<u8> {
     let mut head = format!(
         "HTTP/1.1 {}\r\nContent-Type: {content_type}\r\nConnection: close\r\nCache-Control: no-store\r\n\
          Content-Security-Policy: {POLICY}\r\nX-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n\
@@ -263,9 +273,13 @@ mod tests {
         ] {
             check(bad, Err(Status::BadRequest));
         }
-        let request = Request::parse(b"GET /a?run=3&to=x HTTP/1.1\r\nHOST:  h \r\nAccept: t").expect("a request");
+        let request =
+            Request::parse(b"GET /a?run=3&to=x HTTP/1.1\r\nHOST:  h \r\nAccept: t").expect("a request");
         assert_eq!((request.header("host"), request.header("accept")), (Some("h"), Some("t")));
-        assert_eq!((request.number("run"), request.number("to"), request.query("to")), (Some(3), None, Some("x")));
+        assert_eq!(
+            (request.number("run"), request.number("to"), request.query("to")),
+            (Some(3), None, Some("x"))
+        );
     }
 
     proptest! {

@@ -52,7 +52,8 @@ impl Cursor {
                     let mut whole = view::whole(run, now_us, self.buckets);
                     whole["run"] = json!(index);
                     event(&mut events, "whole", &whole);
-                    *told = Told { epoch: Some(run.epoch), points: run.points, appended: 0, facts: run.facts };
+                    *told =
+                        Told { epoch: Some(run.epoch), points: run.points, appended: 0, facts: run.facts };
                 }
                 Some(points) => {
                     let rows: Vec<Value> = points.map(view::row).collect();

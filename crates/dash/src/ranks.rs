@@ -121,8 +121,8 @@ pub struct Straggler {
 ///
 /// ```
 /// use dash::ranks::{Rank, stragglers};
-/// let busy = [1.0, 1.0, 1.5, 1.0].into_iter().enumerate();
-/// let ranks: Vec<Rank> = busy.map(|(rank, step_s)| Rank { step_s, ..Rank::new(rank) }).collect();
+/// let mut ranks: Vec<Rank> = (0..4).map(Rank::new).collect();
+/// ranks.iter_mut().for_each(|r| r.step_s = if r.rank == 2 { 1.5 } else { 1.0 });
 /// let found = stragglers(ranks.iter());
 /// assert_eq!((found.len(), found[0].rank, found[0].factor), (1, 2, 1.5));
 /// ```

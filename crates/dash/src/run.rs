@@ -237,12 +237,17 @@ impl Run {
             }
             Record::Resumed { step, path, .. } => {
                 self.back_to(*step);
-                let from = if path.is_empty() { "from the beginning".to_owned() } else { format!("from {path}") };
+                let from =
+                    if path.is_empty() { "from the beginning".to_owned() } else { format!("from {path}") };
                 ("resume", *step, from)
             }
             Record::Eval { time_us, step, loss, tokens } => {
                 self.evaluated = Some((*step, *loss));
-                let at = At { step: *step, tokens: self.latest.map_or(*tokens, |l| l.at.tokens), time_us: *time_us };
+                let at = At {
+                    step: *step,
+                    tokens: self.latest.map_or(*tokens, |l| l.at.tokens),
+                    time_us: *time_us,
+                };
                 self.evals.add(at, [*loss]);
                 self.facts += 1;
                 return;
@@ -354,7 +359,8 @@ impl Run {
 
     /// What a close look at the steps `from` to `to` needs, taken along so that nobody waits while a file is read.
     pub fn zoom(&self, from: u64, to: u64, buckets: usize) -> Zoom {
-        let parts: Vec<Chunk> = self.chunks.iter().filter(|c| c.last >= from && c.first <= to).copied().collect();
+        let parts: Vec<Chunk> =
+            self.chunks.iter().filter(|c| c.last >= from && c.first <= to).copied().collect();
         let steps: u64 = parts.iter().map(|c| c.steps).sum();
         let known = self.steps.between(from, to, buckets);
         let path = journal::path(&self.dir, 0);

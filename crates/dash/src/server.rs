@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use journal::prometheus::{Format, render};
 use journal::Record;
+use journal::prometheus::{Format, render};
 use spec::{Error, Result};
 
 use crate::access::{Access, Verdict};
@@ -83,7 +83,9 @@ type Planned = std::result::Result<Vec<Expected>, String>;
 pub fn serve(options: Options) -> Result<Server> {
     let Options { dirs, bind, token, lookup } = options;
     if token.is_none() && !bind.ip().is_loopback() {
-        return Err(Error::user(format!("{bind} can be reached from other machines, and no token is asked for")));
+        return Err(Error::user(format!(
+            "{bind} can be reached from other machines, and no token is asked for"
+        )));
     }
     let fail = |e: io::Error| {
         let hint = match e.kind() {
@@ -109,7 +111,8 @@ pub fn serve(options: Options) -> Result<Server> {
     });
     let accepting = {
         let inner = inner.clone();
-        let thread = std::thread::Builder::new().name("accept".to_owned()).spawn(move || accept(&inner, &listener));
+        let thread =
+            std::thread::Builder::new().name("accept".to_owned()).spawn(move || accept(&inner, &listener));
         thread.map_err(|e| Error::failure(format!("start a thread: {e}")))?
     };
     Ok(Server { inner, accepting: Some(accepting), _watch: watch })
@@ -188,7 +191,8 @@ fn accept(inner: &Arc<Inner>, listener: &TcpListener) {
             let _ = inner.connection(stream);
         };
         // Without a thread the connection closes, which is all that can be said.
-        let _ = std::thread::Builder::new().name("connection".to_owned()).stack_size(STACK_BYTES).spawn(serve);
+        let _ =
+            std::thread::Builder::new().name("connection".to_owned()).stack_size(STACK_BYTES).spawn(serve);
     }
 }
 
@@ -207,7 +211,8 @@ impl Inner {
             Some(Ok(request)) => request,
             Some(Err(status)) => {
                 self.refused.fetch_add(1, Ordering::Relaxed);
-                Response::refusal(status, "this server answers short GET requests only").send(&mut stream, true)?;
+                Response::refusal(status, "this server answers short GET requests only")
+                    .send(&mut stream, true)?;
                 return drain(&mut stream);
             }
         };
@@ -292,11 +297,19 @@ impl Inner {
     }
 
     /// What was planned of a run's ops; asked once for each of its starts.
-    fn expected(&self, index: usize, (start_us, threads): (u64, Option<usize>), dir: &std::path::Path) -> Arc<Planned> {
+    fn expected(
+        &self,
+        index: usize,
+        (start_us, threads): (u64, Option<usize>),
+        dir: &std::path::Path,
+    ) -> Arc<Planned> {
         let mut known = self.expected.lock().unwrap_or_else(PoisonError::into_inner);
         // Of a run that starts over and over, the last is kept.
         known.retain(|(run, start), _| *run != index || *start == start_us);
-        known.entry((index, start_us)).or_insert_with(|| Arc::new(self.lookup.expected(dir, threads).map_err(|e| told(&e)))).clone()
+        known
+            .entry((index, start_us))
+            .or_insert_with(|| Arc::new(self.lookup.expected(dir, threads).map_err(|e| told(&e))))
+            .clone()
     }
 
     fn metrics(&self, format: Format) -> Response {

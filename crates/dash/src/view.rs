@@ -94,7 +94,9 @@ pub fn facts(run: &Run, now_us: u64) -> Value {
 }
 
 fn started(record: &Record) -> Option<Value> {
-    let Record::RunStarted { time_us, version, fingerprint, world, host, device, threads, parameters, .. } = record
+    let Record::RunStarted {
+        time_us, version, fingerprint, world, host, device, threads, parameters, ..
+    } = record
     else {
         return None;
     };

@@ -89,8 +89,13 @@ impl Watch {
         });
         let mut watch = Watch { shared: shared.clone(), threads: Vec::new() };
         for (index, dir) in dirs.iter().enumerate() {
-            let mut follower =
-                Follower { index, dir: dir.clone(), shared: shared.clone(), lookup: lookup.clone(), ranks: Vec::new() };
+            let mut follower = Follower {
+                index,
+                dir: dir.clone(),
+                shared: shared.clone(),
+                lookup: lookup.clone(),
+                ranks: Vec::new(),
+            };
             let thread = std::thread::Builder::new().name(format!("watch {index}"));
             let thread = thread.spawn(move || follower.follow());
             watch.threads.push(thread.map_err(|e| Error::failure(format!("start a thread: {e}")))?);
@@ -158,9 +163,13 @@ impl Drop for Viewer {
 
 /// Says what is wrong with a directory that holds no run. One without a journal yet is waited for.
 fn check(dir: &Path) -> Result<()> {
-    let wrong = |what: String| Err(Error::user(what).hint("give the directory of a run, as its run.dir says"));
+    let wrong =
+        |what: String| Err(Error::user(what).hint("give the directory of a run, as its run.dir says"));
     match std::fs::metadata(dir) {
-        Err(e) => Err(Error::io("read run directory", dir, &e).hint("give the directory of a run, as its run.dir says")),
+        Err(e) => {
+            Err(Error::io("read run directory", dir, &e)
+                .hint("give the directory of a run, as its run.dir says"))
+        }
         Ok(meta) if !meta.is_dir() => wrong(format!("{} is no directory", dir.display())),
         Ok(_) if journal::files(dir)?.is_empty() && !dir.join("run.toml").exists() => {
             wrong(format!("{} holds no journal and no run.toml", dir.display()))
@@ -173,7 +182,8 @@ fn check(dir: &Path) -> Result<()> {
 fn names(dirs: &[PathBuf]) -> Vec<String> {
     let parts = |dir: &PathBuf, n: usize| {
         let full = std::path::absolute(dir).unwrap_or_else(|_| dir.clone());
-        let all: Vec<String> = full.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).collect();
+        let all: Vec<String> =
+            full.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).collect();
         all[all.len().saturating_sub(n)..].join("/")
     };
     let deepest = dirs.iter().map(|d| d.components().count() + 16).max().unwrap_or(1);
@@ -314,7 +324,9 @@ impl Follower {
             }
             let look_at_ranks = due(&mut ranks_at, POLL_RANKS);
             let others = if look_at_ranks { self.look_at_ranks() } else { Vec::new() };
-            let started = found.iter().any(|f| matches!(&f.line, journal::line::Line::Record(journal::Record::RunStarted { .. })));
+            let started = found
+                .iter()
+                .any(|f| matches!(&f.line, journal::line::Line::Record(journal::Record::RunStarted { .. })));
             let wanted = if started { self.lookup.steps_wanted(&self.dir) } else { None };
             if !found.is_empty() || !others.is_empty() || !was_read {
                 let progress = tail.progress();

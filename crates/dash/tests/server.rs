@@ -128,7 +128,10 @@ fn pages_may_load_nothing_from_elsewhere() {
     for target in ["/", "/page.css", "/page.js", "/charts.js", "/api/runs", "/metrics"] {
         let answer = raw(&server, format!("GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").as_bytes());
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{target}: {answer}");
-        assert!(answer.contains("Content-Security-Policy: default-src 'none'; script-src 'self'"), "{answer}");
+        assert!(
+            answer.contains("Content-Security-Policy: default-src 'none'; script-src 'self'"),
+            "{answer}"
+        );
         assert!(answer.contains("X-Content-Type-Options: nosniff"), "{answer}");
         assert!(!answer.contains("Access-Control-Allow"), "{answer}");
         all += &answer;
@@ -197,7 +200,8 @@ fn who_can_be_reached_by_others_asks_for_a_token() {
     let e = serve(open).err().expect("refused");
     assert!(e.to_string().contains("no token is asked for"), "{e}");
     let server = lab.serve(None);
-    let taken = Options { dirs: vec![lab.run()], bind: server.addr(), token: None, lookup: Arc::new(Nothing) };
+    let taken =
+        Options { dirs: vec![lab.run()], bind: server.addr(), token: None, lookup: Arc::new(Nothing) };
     let e = serve(taken).err().expect("refused");
     assert!(e.hint_text().is_some_and(|h| h.contains("--port")), "{e}");
 }
@@ -208,7 +212,11 @@ fn odd_requests_are_refused_in_a_line() {
     let server = lab.serve(None);
     let check = |request: &[u8], status: &str| {
         let answer = raw(&server, request);
-        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{}: {answer}", String::from_utf8_lossy(request));
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{}: {answer}",
+            String::from_utf8_lossy(request)
+        );
     };
     check(b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n", "405");
     check(b"DELETE /api/runs HTTP/1.1\r\nHost: localhost\r\n\r\n", "405");

@@ -41,7 +41,8 @@ pub fn parse(line: &[u8]) -> Line {
         };
     }
     if line.starts_with(SPANS) {
-        return spans_step(line).map_or_else(|| Line::Damaged("spans of no step".to_owned()), |step| Line::Spans { step });
+        return spans_step(line)
+            .map_or_else(|| Line::Damaged("spans of no step".to_owned()), |step| Line::Spans { step });
     }
     if line.starts_with(DRAWN) {
         return Line::Drawn;
@@ -175,7 +176,9 @@ mod tests {
         let drawn = Record::Drawn { session: 1, step: 12, samples: vec![(0, 4)], tokens_xxh3: 1 };
         assert_eq!(parse(&line(&drawn)), Line::Drawn);
         assert_eq!(parse(br#"{"kind":"shrunk","to":3}"#), Line::Unknown("shrunk".into()));
-        for damaged in ["", "{", "null", r#"{"kind":"step","step":1}"#, r#"{"kind":"spans","#, r#"{"kind":"eval"}"#] {
+        for damaged in
+            ["", "{", "null", r#"{"kind":"step","step":1}"#, r#"{"kind":"spans","#, r#"{"kind":"eval"}"#]
+        {
             assert!(matches!(parse(damaged.as_bytes()), Line::Damaged(_)), "{damaged}");
         }
     }

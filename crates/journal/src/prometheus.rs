@@ -74,7 +74,18 @@ impl Metrics {
                 self.set("phalanx_running", 1.0);
                 self.set("phalanx_failed", 0.0);
             }
-            Record::Step { time_us, step, loss, grad_norm, lr, tokens_per_s, mfu, step_s, valid_tokens, .. } => {
+            Record::Step {
+                time_us,
+                step,
+                loss,
+                grad_norm,
+                lr,
+                tokens_per_s,
+                mfu,
+                step_s,
+                valid_tokens,
+                ..
+            } => {
                 self.set("phalanx_step", *step as f64);
                 self.set("phalanx_loss", *loss);
                 self.set("phalanx_grad_norm", *grad_norm);
@@ -236,12 +247,8 @@ pub fn render(runs: &[(String, Metrics)], served: &[(&'static str, f64)], format
                 Format::OpenMetrics => family.name.trim_end_matches("_total"),
                 Format::Text => family.name,
             };
-            let _ = write!(
-                page,
-                "# HELP {name} {}\n# TYPE {name} {}\n{lines}",
-                family.help,
-                family.kind.name()
-            );
+            let _ =
+                write!(page, "# HELP {name} {}\n# TYPE {name} {}\n{lines}", family.help, family.kind.name());
         }
     }
     if format == Format::OpenMetrics {

@@ -197,7 +197,9 @@ pub fn sample(path: &Path, count: u64) -> io::Result<Vec<Record>> {
         let mut offset = at;
         for (i, line) in block[..n].split_inclusive(|b| *b == b'\n').enumerate() {
             offset += line.len() as u64;
-            if (i > 0 || at == 0) && line.ends_with(b"\n") && line.starts_with(b"{\"kind\":\"step\"")
+            if (i > 0 || at == 0)
+                && line.ends_with(b"\n")
+                && line.starts_with(b"{\"kind\":\"step\"")
                 && let Line::Record(record) = parse(line)
             {
                 found.push(record);
@@ -217,7 +219,13 @@ pub fn lines_between(path: &Path, offset: u64, end: u64, each: &mut dyn FnMut(Fo
     let file = File::open(path)?;
     let mut open = Open { file, id: (0, 0), offset, seen_len: 0 };
     let mut block = Vec::new();
-    while open.offset < end && open.lines(&mut block, &mut |found| if found.offset < end { each(found) })? {}
+    while open.offset < end
+        && open.lines(&mut block, &mut |found| {
+            if found.offset < end {
+                each(found)
+            }
+        })?
+    {}
     Ok(())
 }
 

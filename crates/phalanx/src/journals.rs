@@ -183,15 +183,19 @@ impl Counts {
 fn export(run_dir: &Path, kind: &str, rank: usize, all: bool, to: Option<&Path>) -> Result<()> {
     let counts = Counts::read(run_dir, rank)?;
     let name = to.map_or_else(|| "stdout".to_owned(), |p| p.display().to_string());
-    let io = |e: io::Error| Error::failure(format!("write {name}: {e}")).hint("free space there, or choose another --output");
+    let io = |e: io::Error| {
+        Error::failure(format!("write {name}: {e}")).hint("free space there, or choose another --output")
+    };
     let out: Box<dyn Write> = match to {
-        Some(path) => Box::new(File::create(path).map_err(|e| {
-            Error::io("create", path, &e).hint("name a writable file with --output")
-        })?),
+        Some(path) => Box::new(
+            File::create(path)
+                .map_err(|e| Error::io("create", path, &e).hint("name a writable file with --output"))?,
+        ),
         None => Box::new(io::stdout().lock()),
     };
     let mut out = BufWriter::new(out);
-    let written = rows(&mut out, run_dir, kind, rank, all, &counts, &io).and_then(|()| out.flush().map_err(io));
+    let written =
+        rows(&mut out, run_dir, kind, rank, all, &counts, &io).and_then(|()| out.flush().map_err(io));
     match written {
         // A reader that has seen enough.
         Err(e) if to.is_none() && e.to_string().contains("Broken pipe") => Ok(()),
@@ -257,7 +261,9 @@ fn row(kind: &str, record: &Record, axes: &BTreeSet<String>) -> Option<(u64, Str
             }
             (*step, row)
         }
-        ("eval", Record::Eval { time_us, step, loss, tokens }) => (*step, format!("{time_us},{step},{loss},{tokens}")),
+        ("eval", Record::Eval { time_us, step, loss, tokens }) => {
+            (*step, format!("{time_us},{step},{loss},{tokens}"))
+        }
         ("checkpoint", Record::Checkpoint { time_us, step, path, bytes, save_s, stall_s }) => {
             (*step, format!("{time_us},{step},{},{bytes},{save_s},{}", field(path), known(stall_s)))
         }
@@ -267,7 +273,11 @@ fn row(kind: &str, record: &Record, axes: &BTreeSet<String>) -> Option<(u64, Str
 
 /// Text as a field of a table (RFC 4180).
 fn field(text: &str) -> String {
-    if text.contains([',', '"', '\n', '\r']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.to_owned() }
+    if text.contains([',', '"', '\n', '\r']) {
+        format!("\"{}\"", text.replace('"', "\"\""))
+    } else {
+        text.to_owned()
+    }
 }
 
 fn metrics(dirs: &[PathBuf]) -> Result<()> {
@@ -288,7 +298,8 @@ mod tests {
     fn what_counts_is_what_no_later_start_goes_back_behind() {
         // As read: back to 3 at byte 60, back to 5 at byte 90.
         let counts = Counts { back: vec![(60, 3), (90, 5)], axes: BTreeSet::new() };
-        let check = |offset, step, expected| assert_eq!(counts.keep(offset, step), expected, "{offset} {step}");
+        let check =
+            |offset, step, expected| assert_eq!(counts.keep(offset, step), expected, "{offset} {step}");
         check(10, 3, true);
         check(10, 4, false);
         check(70, 5, true);

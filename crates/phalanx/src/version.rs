@@ -17,7 +17,8 @@ const COMMIT: Option<&str> = option_env!("PHALANX_COMMIT");
 pub(crate) fn long() -> &'static str {
     static LONG: OnceLock<String> = OnceLock::new();
     LONG.get_or_init(|| {
-        let commit = COMMIT.filter(|c| !c.is_empty()).unwrap_or("not recorded; build with PHALANX_COMMIT set");
+        let commit =
+            COMMIT.filter(|c| !c.is_empty()).unwrap_or("not recorded; build with PHALANX_COMMIT set");
         let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
         format!(
             "{}\ncommit: {commit}\nfeatures: {}\ntarget: {}-{}, {profile}",

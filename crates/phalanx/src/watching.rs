@@ -65,8 +65,9 @@ impl Lookup for Files {
 }
 
 fn read_token(path: &Path) -> Result<String> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|e| Error::io("read token", path, &e).hint("name a file that holds the token with --token-file"))?;
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        Error::io("read token", path, &e).hint("name a file that holds the token with --token-file")
+    })?;
     let token = text.lines().next().unwrap_or_default().trim();
     let is_plain = token.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.~".contains(&b));
     if token.len() < TOKEN_CHARS_MIN || !is_plain {
@@ -82,8 +83,8 @@ fn read_token(path: &Path) -> Result<String> {
 fn make_token() -> Result<String> {
     let mut bytes = [0; TOKEN_BYTES];
     let source = Path::new("/dev/urandom");
-    File::open(source).and_then(|mut f| f.read_exact(&mut bytes)).map_err(|e| {
-        Error::io("make a token from", source, &e).hint("give a token with --token-file")
-    })?;
+    File::open(source)
+        .and_then(|mut f| f.read_exact(&mut bytes))
+        .map_err(|e| Error::io("make a token from", source, &e).hint("give a token with --token-file"))?;
     Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
 }

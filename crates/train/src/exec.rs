@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use program::{Axis, Members, BufferId, Op, Program, Request, Ticket, When};
+use program::{Axis, BufferId, Members, Op, Program, Request, Ticket, When};
 use spec::Result;
 
 use crate::cpu::Cpu;

@@ -47,11 +47,8 @@ fn losses(columns: &Columns) -> Vec<(u64, f32)> {
 
 #[test]
 fn a_run_that_went_back_shows_what_counts() {
-    let records: Vec<Record> = (1..=6)
-        .map(|n| step(n, 1.0))
-        .chain([resumed(3)])
-        .chain((4..=8).map(|n| step(n, 2.0)))
-        .collect();
+    let records: Vec<Record> =
+        (1..=6).map(|n| step(n, 1.0)).chain([resumed(3)]).chain((4..=8).map(|n| step(n, 2.0))).collect();
     let (_dir, run) = read(&records);
     let expected: Vec<(u64, f32)> = (1..=8).map(|n| (n, if n > 3 { 2.0 } else { 1.0 })).collect();
     assert_eq!(losses(&run.curves(100)), expected);
@@ -87,8 +84,11 @@ fn what_is_new_or_damaged_is_counted_and_passed_over() {
     let (dir, _) = read(&[step(1, 1.0)]);
     let path = journal::path(dir.path(), 0);
     let good = fs::read_to_string(&path).expect("the journal");
-    fs::write(&path, format!("{good}{{\"kind\":\"dance\"}}\nnot json\n\n{}", good.replace("\"step\":1", "\"step\":2")))
-        .expect("write");
+    fs::write(
+        &path,
+        format!("{good}{{\"kind\":\"dance\"}}\nnot json\n\n{}", good.replace("\"step\":1", "\"step\":2")),
+    )
+    .expect("write");
     let mut run = Run::new("r".into(), dir.path().to_owned());
     Tail::whole(path).look(u64::MAX, &mut |found| run.observe(&found)).expect("a readable file");
     assert_eq!(run.latest.map(|l| l.at.step), Some(2));

@@ -137,7 +137,9 @@ fn openmetrics_rules_hold() {
 #[test]
 fn names_are_known_and_well_formed() {
     for f in FAMILIES {
-        assert!(f.name.starts_with("phalanx_") && f.name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'));
+        assert!(
+            f.name.starts_with("phalanx_") && f.name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+        );
         assert_eq!(f.name.ends_with("_total"), f.kind == Kind::Counter, "{}", f.name);
         assert_eq!(FAMILIES.iter().filter(|g| g.name == f.name).count(), 1, "{}", f.name);
     }

@@ -21,8 +21,9 @@ const FREE_BYTES: u64 = 10 << 30;
 const BYTES_PER_S: f64 = 100e6;
 
 pub(super) fn checks(dir: &Path) -> Result<Vec<Check>> {
-    let meta = std::fs::metadata(dir)
-        .map_err(|e| Error::io("look at", dir, &e).hint("name the directory where runs will lie with --dir"))?;
+    let meta = std::fs::metadata(dir).map_err(|e| {
+        Error::io("look at", dir, &e).hint("name the directory where runs will lie with --dir")
+    })?;
     if !meta.is_dir() {
         return Err(Error::user(format!("{} is no directory", dir.display()))
             .hint("name the directory where runs will lie with --dir"));
@@ -32,7 +33,8 @@ pub(super) fn checks(dir: &Path) -> Result<Vec<Check>> {
     all.push(match speed(dir) {
         Ok((bytes, s)) => {
             let rate = bytes as f64 / s;
-            let found = format!("{:.0} MB/s in {}, {} with fsync", rate / 1e6, dir.display(), binary(bytes as u64));
+            let found =
+                format!("{:.0} MB/s in {}, {} with fsync", rate / 1e6, dir.display(), binary(bytes as u64));
             Check::ok("disk speed", found, why).unless(
                 rate >= BYTES_PER_S,
                 Verdict::Warn,
@@ -57,7 +59,9 @@ fn free(dir: &Path) -> Check {
                 "remove old checkpoints (phalanx ckpt prune), or move run.dir",
             )
         }
-        Err(e) => Check::ok("free space", format!("not known: {e}"), why).amiss(Verdict::Warn, "look with df -h"),
+        Err(e) => {
+            Check::ok("free space", format!("not known: {e}"), why).amiss(Verdict::Warn, "look with df -h")
+        }
     }
 }
 
@@ -66,7 +70,8 @@ fn speed(dir: &Path) -> std::io::Result<(usize, f64)> {
     let path = dir.join(format!(".phalanx-doctor-{}", std::process::id()));
     let _gone = Remove(&path);
     // Not all zeros: some disks and file systems would not write those.
-    let block: Vec<u8> = (0..BLOCK_BYTES as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let block: Vec<u8> =
+        (0..BLOCK_BYTES as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let mut file = File::create_new(&path)?;
     let began = Instant::now();
     let mut written = 0;

@@ -18,7 +18,9 @@ fn processor() -> Check {
     #[cfg(target_arch = "x86_64")]
     let (vectors, fine) = match () {
         () if std::arch::is_x86_feature_detected!("avx512f") => ("AVX-512", true),
-        () if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") => ("AVX2", true),
+        () if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") => {
+            ("AVX2", true)
+        }
         () => ("no AVX2", false),
     };
     #[cfg(not(target_arch = "x86_64"))]
@@ -37,7 +39,8 @@ fn field(info: &str, name: &str) -> Option<String> {
 
 fn cores() -> Check {
     let usable = crate::output::threads(0);
-    let online = line_of("/proc/cpuinfo").unwrap_or_default().lines().filter(|l| l.starts_with("processor")).count();
+    let online =
+        line_of("/proc/cpuinfo").unwrap_or_default().lines().filter(|l| l.starts_with("processor")).count();
     let load = measure::load_average().unwrap_or(0.0);
     let found = format!("{usable} usable of {online}, load {load:.1}");
     Check::ok("cores", found, "ranks wait for the slowest; what else runs here slows all of them").unless(
@@ -59,8 +62,16 @@ fn memory() -> Check {
     let swap = kib("SwapTotal").unwrap_or(0) << 10;
     let found = format!("{} ({} available{limit}), swap {}", binary(total), binary(free), binary(swap));
     let verdict = if most < 512 << 20 { Verdict::Bad } else { Verdict::Warn };
-    Check::ok("memory", found, "phalanx program show says to the byte what a rank needs; a rank that gets less is killed")
-        .unless(most >= MEMORY_BYTES, verdict, "free memory, raise the container's limit, or take a smaller model or micro-batch")
+    Check::ok(
+        "memory",
+        found,
+        "phalanx program show says to the byte what a rank needs; a rank that gets less is killed",
+    )
+    .unless(
+        most >= MEMORY_BYTES,
+        verdict,
+        "free memory, raise the container's limit, or take a smaller model or micro-batch",
+    )
 }
 
 fn clock_source() -> Check {
@@ -88,9 +99,14 @@ fn clock_set() -> Check {
     let why = "journals of several machines are laid beside each other by their times";
     let check = Check::ok("time", found, why);
     if now_s < WRITTEN_S {
-        return Check { found: "before 2026".to_owned(), ..check }.amiss(Verdict::Bad, "set the clock: chronyd -q, or timedatectl");
+        return Check { found: "before 2026".to_owned(), ..check }
+            .amiss(Verdict::Bad, "set the clock: chronyd -q, or timedatectl");
     }
-    check.unless(is_synchronised != Some(false), Verdict::Warn, "run chrony or systemd-timesyncd, if several machines train together")
+    check.unless(
+        is_synchronised != Some(false),
+        Verdict::Warn,
+        "run chrony or systemd-timesyncd, if several machines train together",
+    )
 }
 
 /// What a running time service leaves behind; none if there is no way to tell.
@@ -108,11 +124,9 @@ fn synchronised() -> Option<bool> {
 fn frequency() -> Option<Check> {
     let governor = line_of("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")?;
     let fine = governor != "powersave" && governor != "conservative";
-    Some(
-        Check::ok("clock rates", governor, "cores that clock up late or not at all slow every step").unless(
-            fine,
-            Verdict::Warn,
-            "cpupower frequency-set -g performance",
-        ),
-    )
+    Some(Check::ok("clock rates", governor, "cores that clock up late or not at all slow every step").unless(
+        fine,
+        Verdict::Warn,
+        "cpupower frequency-set -g performance",
+    ))
 }

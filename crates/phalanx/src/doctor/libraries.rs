@@ -25,7 +25,9 @@ fn gpus() -> Vec<Check> {
                 let check = Check::ok("GPU", found, why);
                 all.push(match c.card.check() {
                     Ok(()) => check,
-                    Err(e) => check.amiss(Verdict::Warn, e.hint_text().map_or_else(|| e.to_string(), str::to_owned)),
+                    Err(e) => {
+                        check.amiss(Verdict::Warn, e.hint_text().map_or_else(|| e.to_string(), str::to_owned))
+                    }
                 });
             }
         }
@@ -41,7 +43,8 @@ fn gpus() -> Vec<Check> {
             let why = "loaded at run time by what computes and talks on GPUs";
             all.push(match &library.result {
                 Ok((path, _)) => Check::ok(name, path.display().to_string(), why),
-                Err(e) => Check::ok(name, e.to_string(), why).amiss(Verdict::Warn, e.hint_text().unwrap_or("install it")),
+                Err(e) => Check::ok(name, e.to_string(), why)
+                    .amiss(Verdict::Warn, e.hint_text().unwrap_or("install it")),
             });
         }
     }
@@ -53,7 +56,14 @@ const MPI: [&str; 4] = ["libmpi_abi.so.1", "libmpi_abi.so.0", "libmpi.so.40", "l
 
 fn mpi() -> Check {
     let why = "mpirun starts ranks; Phalanx itself needs no MPI";
-    let usual = ["/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/opt/mpi/lib"];
+    let usual = [
+        "/usr/lib",
+        "/usr/lib64",
+        "/usr/local/lib",
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib/aarch64-linux-gnu",
+        "/opt/mpi/lib",
+    ];
     let given = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
     let dirs = given.split(':').filter(|d| !d.is_empty()).chain(usual).map(PathBuf::from);
     let dirs: Vec<PathBuf> = dirs.collect();

@@ -27,7 +27,11 @@ fn open_files() -> Check {
         format!("{} (at most {})", said(soft), said(hard)),
         "each connection between ranks, and each journal and data file, is an open file",
     )
-    .unless(soft.is_none_or(|n| n >= FILES), Verdict::Warn, format!("ulimit -n {FILES}, or LimitNOFILE= of the service"))
+    .unless(
+        soft.is_none_or(|n| n >= FILES),
+        Verdict::Warn,
+        format!("ulimit -n {FILES}, or LimitNOFILE= of the service"),
+    )
 }
 
 fn processes() -> Check {
@@ -48,7 +52,11 @@ fn locked_memory() -> Check {
         soft.map_or_else(|| "unlimited".to_owned(), binary),
         "InfiniBand and RoCE register buffers that must not be swapped; NCCL fails without",
     )
-    .unless(soft.is_none_or(|n| n >= 1 << 30), Verdict::Warn, "where there is such a fabric: ulimit -l unlimited, or LimitMEMLOCK=infinity")
+    .unless(
+        soft.is_none_or(|n| n >= 1 << 30),
+        Verdict::Warn,
+        "where there is such a fabric: ulimit -l unlimited, or LimitMEMLOCK=infinity",
+    )
 }
 
 fn file_size() -> Check {
@@ -84,6 +92,10 @@ fn huge_pages() -> Check {
     let found = line_of(at).unwrap_or_default();
     let chosen = found.split('[').nth(1).and_then(|t| t.split(']').next()).unwrap_or("not known").to_owned();
     let fine = chosen != "never";
-    Check::ok("huge pages", chosen, "a step touches all of its memory; small pages cost time in the translation buffer")
-        .unless(fine, Verdict::Warn, format!("echo madvise > {at}"))
+    Check::ok(
+        "huge pages",
+        chosen,
+        "a step touches all of its memory; small pages cost time in the translation buffer",
+    )
+    .unless(fine, Verdict::Warn, format!("echo madvise > {at}"))
 }

@@ -71,8 +71,10 @@ fn name() -> Check {
                 "where several machines train: let the name resolve to their network's address, or give addresses",
             )
         }
-        _ => Check::ok("host name", format!("{name} does not resolve"), why)
-            .amiss(Verdict::Warn, "where several machines train: add it to DNS or /etc/hosts, or give addresses"),
+        _ => Check::ok("host name", format!("{name} does not resolve"), why).amiss(
+            Verdict::Warn,
+            "where several machines train: add it to DNS or /etc/hosts, or give addresses",
+        ),
     }
 }
 
@@ -86,7 +88,8 @@ fn addresses() -> Check {
         .filter(|name| line_of(&format!("/sys/class/net/{name}/operstate")).is_some_and(|s| s != "down"))
         .map(|name| {
             let mbit = line_of(&format!("/sys/class/net/{name}/speed")).and_then(|s| s.parse::<i64>().ok());
-            let rate = mbit.filter(|m| *m > 0).map(|m| format!(" {} Gbit/s", m as f64 / 1e3)).unwrap_or_default();
+            let rate =
+                mbit.filter(|m| *m > 0).map(|m| format!(" {} Gbit/s", m as f64 / 1e3)).unwrap_or_default();
             let mtu = line_of(&format!("/sys/class/net/{name}/mtu")).unwrap_or_default();
             format!("{name}{rate} mtu {mtu}")
         })
@@ -95,7 +98,8 @@ fn addresses() -> Check {
     let fabric = std::fs::read_dir("/sys/class/infiniband").into_iter().flatten().flatten();
     found.extend(fabric.map(|e| format!("{} (RDMA)", e.file_name().to_string_lossy())));
     match found.is_empty() {
-        true => Check::ok("interfaces", "loopback only", why).amiss(Verdict::Warn, "one machine trains alone; for several, connect it"),
+        true => Check::ok("interfaces", "loopback only", why)
+            .amiss(Verdict::Warn, "one machine trains alone; for several, connect it"),
         false => Check::ok("interfaces", found.join(", "), why),
     }
 }

@@ -67,9 +67,14 @@ fn block(run: &Run, now_us: u64, columns: usize, rows: usize) -> Vec<String> {
     for s in stragglers(run.ranks.values()).iter().take(2) {
         more.push(format!("slow: rank {} {}", s.rank, s.why));
     }
-    more.extend(run.notes.iter().rev().filter(|n| n.kind != "sample").take(2).map(|n| {
-        format!("step {} {}: {}", n.step, n.kind, n.text.replace('\n', " "))
-    }));
+    more.extend(
+        run.notes
+            .iter()
+            .rev()
+            .filter(|n| n.kind != "sample")
+            .take(2)
+            .map(|n| format!("step {} {}: {}", n.step, n.kind, n.text.replace('\n', " "))),
+    );
     let left = rows.saturating_sub(lines.len());
     lines.extend(more.into_iter().take(left));
     let left = rows.saturating_sub(lines.len());
@@ -101,7 +106,8 @@ fn ranks(run: &Run, now_us: u64, rows: usize) -> Vec<String> {
     let mut all: Vec<&Rank> = run.ranks.values().collect();
     all.sort_by(|a, b| b.busy_s().total_cmp(&a.busy_s()).then(a.rank.cmp(&b.rank)));
     let most = all.iter().map(|r| r.step_s).fold(1e-9, f64::max);
-    let mut lines = vec![format!("{:>6} {:>9} {:>10} {:>10}  # computes, . waits", "rank", "step", "computes", "waits")];
+    let mut lines =
+        vec![format!("{:>6} {:>9} {:>10} {:>10}  # computes, . waits", "rank", "step", "computes", "waits")];
     let room = rows.saturating_sub(1);
     let shown = if all.len() > room { room.saturating_sub(1) } else { all.len() };
     for r in all.iter().take(shown) {
@@ -126,7 +132,8 @@ fn ranks(run: &Run, now_us: u64, rows: usize) -> Vec<String> {
 
 fn spark(series: &Series) -> String {
     let values: Vec<f32> = series.mean.iter().flatten().copied().collect();
-    let (least, most) = values.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(a, b), v| (a.min(*v), b.max(*v)));
+    let (least, most) =
+        values.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(a, b), v| (a.min(*v), b.max(*v)));
     let height = |v: f32| if most > least { (v - least) / (most - least) } else { 0.5 };
     let drawn: String = values.iter().map(|v| BLOCKS[((height(*v) * 7.0).round() as usize).min(7)]).collect();
     let name = series.name.replace('_', " ").replace(" per s", "/s");
@@ -226,7 +233,14 @@ mod tests {
     #[test]
     fn a_screen_says_what_the_journal_says() {
         let text = screen(&[run(5)], 20_000_000, 100, 40).join("\n");
-        for said in ["demo  running, 5 of 5 ranks", "step 20/40", "loss 0.1500", "50.0 %", "slow: rank 2", "eta 20.00 s"] {
+        for said in [
+            "demo  running, 5 of 5 ranks",
+            "step 20/40",
+            "loss 0.1500",
+            "50.0 %",
+            "slow: rank 2",
+            "eta 20.00 s",
+        ] {
             assert!(text.contains(said), "{said} in\n{text}");
         }
         let first = text.lines().skip_while(|l| !l.contains("computes, . waits")).nth(1).unwrap_or_default();

@@ -19,7 +19,8 @@ struct Served {
 
 impl Served {
     fn start(lab: &Lab, args: &str) -> Served {
-        let mut child = lab.command(args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("start");
+        let mut child =
+            lab.command(args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("start");
         let mut out = child.stdout.take().expect("a pipe");
         let (mut url, mut byte) = (String::new(), [0]);
         while out.read(&mut byte).expect("read stdout") == 1 && byte[0] != b'\n' {
@@ -89,7 +90,10 @@ fn a_page_follows_runs_live() {
     browser.until("document.querySelectorAll('#ranks tbody tr').length", &json!(2));
     browser.until("document.querySelectorAll('#line canvas').length", &json!(1));
     browser.until("document.querySelectorAll('#ops tbody tr').length > 5", &json!(true));
-    browser.until("[...document.querySelectorAll('#ranks th')].some(h => h.textContent === 'on tp')", &json!(true));
+    browser.until(
+        "[...document.querySelectorAll('#ranks th')].some(h => h.textContent === 'on tp')",
+        &json!(true),
+    );
     browser.until("document.querySelector('#link').textContent", &json!("live"));
 
     // The journal grows while the page is open.
@@ -108,7 +112,10 @@ fn a_page_follows_runs_live() {
 
     // A closer look, smoothing, another axis.
     browser.value("zoom(3, 5)");
-    browser.until("!document.getElementById('all').hidden && zoomed.columns[1]?.step.join()", &json!("2,3,4,5,6"));
+    browser.until(
+        "!document.getElementById('all').hidden && zoomed.columns[1]?.step.join()",
+        &json!("2,3,4,5,6"),
+    );
     browser.value("document.getElementById('all').click()");
     for (id, value) in [("smooth", "90"), ("x", "time"), ("x", "tokens")] {
         let set = format!(
@@ -132,7 +139,10 @@ fn a_page_follows_runs_live() {
     assert_eq!(browser.value("document.documentElement.dataset.error ?? ''"), json!(""));
     assert!(browser.console.is_empty(), "{:?}", browser.console);
     let base = server.url.trim_end_matches('/');
-    let elsewhere: Vec<&String> =
-        browser.asked.iter().filter(|u| !u.starts_with(base) && !u.starts_with("data:") && *u != "about:blank").collect();
+    let elsewhere: Vec<&String> = browser
+        .asked
+        .iter()
+        .filter(|u| !u.starts_with(base) && !u.starts_with("data:") && *u != "about:blank")
+        .collect();
     assert!(elsewhere.is_empty(), "asked for {elsewhere:?}");
 }

@@ -42,7 +42,8 @@ impl Browser {
         let mut browser = Browser { child, to, from, session: String::new(), next: 0, console, asked };
         let target = browser.call("Target.createTarget", json!({ "url": "about:blank" }));
         let attach = json!({ "targetId": target["targetId"], "flatten": true });
-        browser.session = browser.call("Target.attachToTarget", attach)["sessionId"].as_str().expect("one").to_owned();
+        browser.session =
+            browser.call("Target.attachToTarget", attach)["sessionId"].as_str().expect("one").to_owned();
         for domain in ["Page.enable", "Runtime.enable", "Network.enable", "Log.enable"] {
             browser.call(domain, json!({}));
         }
@@ -71,7 +72,8 @@ impl Browser {
                     self.console.push(answer["params"].to_string());
                 }
                 Some("Network.requestWillBeSent") => {
-                    self.asked.push(answer["params"]["request"]["url"].as_str().unwrap_or_default().to_owned());
+                    self.asked
+                        .push(answer["params"]["request"]["url"].as_str().unwrap_or_default().to_owned());
                 }
                 _ => {}
             }

@@ -37,7 +37,11 @@ fn what_is_no_run_is_refused_in_a_line() {
     for command in ["top", "dash", "journal ls", "journal show", "journal metrics", "journal export --csv"] {
         let ran = lab.run(&format!("{command} nowhere"));
         assert_eq!(ran.code, Some(2), "{command}: {}", ran.err);
-        assert!(ran.err.contains("nowhere") && ran.err.contains("hint: give the directory of a run"), "{}", ran.err);
+        assert!(
+            ran.err.contains("nowhere") && ran.err.contains("hint: give the directory of a run"),
+            "{}",
+            ran.err
+        );
     }
     let ran = lab.run("dash . --port 0");
     assert!(ran.code == Some(2) && ran.err.contains("holds no journal"), "{}", ran.err);
@@ -116,7 +120,10 @@ fn ranks_say_on_which_axis_they_waited() {
         assert!((sum - all).abs() <= 1e-9 * all.max(1e-6), "{rank}");
     }
     let page = lab.ok("journal metrics run");
-    assert!(page.contains("phalanx_collective_wait_seconds_total{run=\"run\",rank=\"1\",axis=\"tp\"}"), "{page}");
+    assert!(
+        page.contains("phalanx_collective_wait_seconds_total{run=\"run\",rank=\"1\",axis=\"tp\"}"),
+        "{page}"
+    );
 }
 
 /// Names of metrics in a text: words that begin as ours do.
@@ -134,7 +141,8 @@ fn alerts_and_dashboard_name_metrics_that_exist() {
         let named = metrics_in(&text);
         assert!(file == "prometheus.yml" || named.len() > 8, "{file} names {named:?}");
         for name in named {
-            let base = ["_bucket", "_sum", "_count"].iter().find_map(|s| name.strip_suffix(s)).unwrap_or(&name);
+            let base =
+                ["_bucket", "_sum", "_count"].iter().find_map(|s| name.strip_suffix(s)).unwrap_or(&name);
             assert!(known.contains(&name.as_str()) || base == "phalanx_step_seconds", "{file} names {name}");
         }
     }
@@ -142,7 +150,9 @@ fn alerts_and_dashboard_name_metrics_that_exist() {
     let dashboard: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     let panels = dashboard["panels"].as_array().expect("panels");
     assert!(panels.iter().all(|p| p["type"] == "row" || p["targets"][0]["expr"].is_string()));
-    for check in [vec!["check", "rules", "alerts.yml"], vec!["check", "config", "--syntax-only", "prometheus.yml"]] {
+    for check in
+        [vec!["check", "rules", "alerts.yml"], vec!["check", "config", "--syntax-only", "prometheus.yml"]]
+    {
         let Ok(output) = Command::new("promtool").current_dir(&folder).args(&check).output() else {
             eprintln!("skipped: no promtool; the Debian package is prometheus");
             return;
@@ -159,9 +169,18 @@ fn the_doctor_looks_at_everything_and_says_what_to_do() {
     let json: serde_json::Value = serde_json::from_str(&ran.out).expect("JSON");
     let checks = json["checks"].as_array().expect("checks");
     let names: Vec<&str> = checks.iter().filter_map(|c| c["name"].as_str()).collect();
-    for name in
-        ["open files", "locked memory", "/dev/shm", "huge pages", "processor", "memory", "clock", "loopback", "disk speed", "MPI"]
-    {
+    for name in [
+        "open files",
+        "locked memory",
+        "/dev/shm",
+        "huge pages",
+        "processor",
+        "memory",
+        "clock",
+        "loopback",
+        "disk speed",
+        "MPI",
+    ] {
         assert!(names.contains(&name), "{name} in {names:?}");
     }
     let bad = checks.iter().any(|c| c["verdict"] == "bad");
@@ -169,7 +188,8 @@ fn the_doctor_looks_at_everything_and_says_what_to_do() {
     for c in checks.iter().filter(|c| c["verdict"] != "ok") {
         assert!(c["do"].as_str().is_some_and(|d| !d.is_empty()) && c["why"].as_str().is_some(), "{c}");
     }
-    let left: Vec<_> = fs::read_dir(lab.path(".")).expect("the folder").flatten().map(|e| e.file_name()).collect();
+    let left: Vec<_> =
+        fs::read_dir(lab.path(".")).expect("the folder").flatten().map(|e| e.file_name()).collect();
     assert!(left.iter().all(|n| !n.to_string_lossy().contains("doctor")), "{left:?}");
     let ran = lab.run("doctor --dir nowhere");
     assert!(ran.code == Some(2) && ran.err.contains("hint:"), "{}", ran.err);
@@ -185,7 +205,10 @@ fn a_limit_that_is_too_low_is_found() {
         .output()
         .expect("a shell");
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    let files = json["checks"].as_array().and_then(|c| c.iter().find(|c| c["name"] == "open files")).expect("a check");
+    let files = json["checks"]
+        .as_array()
+        .and_then(|c| c.iter().find(|c| c["name"] == "open files"))
+        .expect("a check");
     assert_eq!(files["verdict"], "warn", "{files}");
     assert!(files["do"].as_str().is_some_and(|d| d.contains("ulimit -n")), "{files}");
 }
