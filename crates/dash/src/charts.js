@@ -3,7 +3,7 @@
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-const PAD = { left: 56, right: 10, top: 8, bottom: 22 };
+const PAD = { left: 68, right: 10, top: 8, bottom: 22 };
 
 /** Round steps between `low` and `high`, about `count` of them. */
 function ticks(low, high, count) {

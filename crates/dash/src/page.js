@@ -7,7 +7,7 @@ const CURVES = [
   ["grad_norm", "Gradient norm", (v) => v.toPrecision(4)],
   ["tokens_per_s", "Tokens per second", count],
   ["mfu", "Model FLOPs utilisation", (v) => `${(100 * v).toFixed(1)} %`],
-  ["lr", "Learning rate", (v) => v.toPrecision(3)],
+  ["lr", "Learning rate", (v) => (v === 0 ? "0" : v.toExponential(2))],
   ["step_s", "Seconds of a step", seconds],
   ["exposed_comm_s", "Waiting for other ranks", seconds],
   ["memory_bytes", "Memory of rank 0", bytes],
