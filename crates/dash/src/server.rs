@@ -261,39 +261,38 @@ impl Inner {
                 let all: Vec<_> = runs.iter().map(|r| view::facts(r, now_us())).collect();
                 Response::json(&all)
             }
-            "/api/curves" => self.of_run(request, |run, _| {
-                let from = request.number("from").unwrap_or(0);
-                let to = request.number("to").unwrap_or(u64::MAX);
-                let zoom = run.zoom(from, to, buckets(request));
-                Box::new(move || Response::json(&zoom.look()))
-            }),
-            "/api/timeline" => self.of_run(request, |run, index| {
-                let Some(plan) = plan(run) else {
-                    return Box::new(|| Response::json(&Timeline::default()));
-                };
-                let (dir, start) = (run.dir.clone(), start(run));
-                Box::new(move || {
-                    let expected = self.expected(index, start, &dir);
-                    let expected = (*expected).as_ref();
-                    Response::json(&plan.draw(expected.map(Vec::as_slice).map_err(String::as_str)))
-                })
-            }),
+            "/api/curves" => self.curves(request).unwrap_or_else(|refusal| refusal),
+            "/api/timeline" => self.timeline(request).unwrap_or_else(|refusal| refusal),
             _ => Response::refusal(Status::NotFound, "nothing here: the page is at /, metrics at /metrics"),
         }
     }
 
-    /// Answers about the run that a request names: first what needs the lock, then what does not.
-    fn of_run<'a>(
-        &'a self,
+    fn curves(&self, request: &Request) -> std::result::Result<Response, Response> {
+        let from = request.number("from").unwrap_or(0);
+        let to = request.number("to").unwrap_or(u64::MAX);
+        let zoom = self.of_run(request, |run, _| run.zoom(from, to, buckets(request)))?;
+        Ok(Response::json(&zoom.look()))
+    }
+
+    fn timeline(&self, request: &Request) -> std::result::Result<Response, Response> {
+        let taken =
+            self.of_run(request, |run, index| Some((plan(run)?, index, start(run), run.dir.clone())))?;
+        let Some((plan, index, start, dir)) = taken else { return Ok(Response::json(&Timeline::default())) };
+        let expected = self.expected(index, start, &dir);
+        let planned = (*expected).as_ref().map(Vec::as_slice).map_err(String::as_str);
+        Ok(Response::json(&plan.draw(planned)))
+    }
+
+    /// What an answer needs of the run that a request names, taken under the lock; files are read without it.
+    fn of_run<T>(
+        &self,
         request: &Request,
-        with: impl FnOnce(&Run, usize) -> Box<dyn FnOnce() -> Response + 'a>,
-    ) -> Response {
+        take: impl FnOnce(&Run, usize) -> T,
+    ) -> std::result::Result<T, Response> {
         let index = usize::try_from(request.number("run").unwrap_or(0)).unwrap_or(usize::MAX);
-        let then = match self.shared.runs().get(index) {
-            Some(run) => with(run, index),
-            None => return Response::refusal(Status::NotFound, "no such run"),
-        };
-        then()
+        let runs = self.shared.runs();
+        let run = runs.get(index).ok_or_else(|| Response::refusal(Status::NotFound, "no such run"))?;
+        Ok(take(run, index))
     }
 
     /// What was planned of a run's ops; asked once for each of its starts.
