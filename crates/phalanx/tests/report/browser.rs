@@ -19,7 +19,7 @@ const BROWSERS: [&str; 6] = [
 /// Milliseconds that the page gets on the browser's own clock.
 const BUDGET: &str = "--virtual-time-budget=2000";
 
-fn browser() -> Option<&'static str> {
+pub(crate) fn browser() -> Option<&'static str> {
     let found = BROWSERS.into_iter().find(|b| Path::new(b).is_file());
     if found.is_none() {
         eprintln!(

@@ -1,6 +1,6 @@
 //! Pages: what they show is what `--json` says, they need nothing from elsewhere, and a browser has nothing to complain of.
 
-mod browser;
+pub(crate) mod browser;
 
 use std::fs;
 
