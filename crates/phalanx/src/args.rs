@@ -4,6 +4,7 @@ mod serving;
 mod simulate;
 mod survival;
 mod watching;
+mod validate;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ pub(crate) use serving::Inference;
 pub(crate) use simulate::Simulate;
 pub(crate) use survival::{Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger};
 pub(crate) use watching::{Completions, Dash, Doctor, Journal, JournalCommand, Man, Top};
+pub(crate) use validate::Validate;
 
 /// Plan, rehearse and run the training of large models
 #[derive(Debug, Parser)]
@@ -233,27 +235,6 @@ pub(crate) struct Plan {
     pub(crate) calibration: Option<PathBuf>,
     /// Print JSON
     #[arg(long, conflicts_with = "emit")]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, ClapArgs)]
-pub(crate) struct Validate {
-    /// Table of published runs, or of serving figures (CSV)
-    pub(crate) file: PathBuf,
-    /// Fit on the table itself, leaving each source out of its own fit
-    #[arg(long, conflicts_with = "calibration")]
-    pub(crate) held_out: bool,
-    /// Fit on half of the rows of each source and estimate the other half
-    #[arg(long, conflicts_with_all = ["calibration", "held_out"])]
-    pub(crate) half: bool,
-    /// Fitted constants to use instead of the built-in ones
-    #[arg(long, value_name = "FILE.toml")]
-    pub(crate) calibration: Option<PathBuf>,
-    /// Fit the constants on the table and write them
-    #[arg(long, value_name = "FILE.toml", conflicts_with_all = ["held_out", "half", "calibration", "json"])]
-    pub(crate) fit: Option<PathBuf>,
-    /// Print JSON
-    #[arg(long)]
     pub(crate) json: bool,
 }
 
