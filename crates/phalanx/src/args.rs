@@ -1,3 +1,4 @@
+mod clusters;
 mod economy;
 mod pages;
 mod serving;
@@ -10,6 +11,7 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args as ClapArgs, Parser, Subcommand};
 
+pub(crate) use clusters::{Alive, Kubernetes, KubernetesKind, Slurm};
 pub(crate) use economy::{Decide, Economy};
 pub(crate) use pages::{Guide, PlanCommand, PlanOr};
 pub(crate) use serving::Inference;
@@ -60,8 +62,10 @@ pub(crate) enum Command {
     Catalog(Catalog),
     /// What this machine can compute on, and what is missing to use its GPUs
     Devices(Devices),
-    /// Start any program's ranks, with torchrun's flags and environment
+    /// Start any program's ranks, with torchrun's flags and environment; or ask Slurm or Kubernetes to
     Launch(Launch),
+    /// Say whether a run writes to its journals, for probes; exit code 1 if it does not
+    Alive(Alive),
     /// Write a Perfetto file of a run that was trained with --trace
     Trace(Trace),
     /// List, check, compare and remove checkpoints
@@ -296,7 +300,7 @@ pub(crate) enum CatalogCommand {
 #[derive(Debug, ClapArgs)]
 #[command(disable_help_flag = true)]
 pub(crate) struct Launch {
-    /// torchrun's flags, then the program and its arguments
+    /// torchrun's flags, then the program and its arguments; or slurm or kubernetes with flags of their own
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) args: Vec<OsString>,
 }
