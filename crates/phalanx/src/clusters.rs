@@ -54,7 +54,7 @@ fn slurm_request(args: &args::Slurm) -> Result<slurm::Request> {
     let memory = args.mem.as_deref().map(|text| Memory::parse("--mem", text, Bare::Binary)).transpose()?;
     let time = args.time.as_deref().map(|text| Time::parse("--time", text)).transpose()?;
     let tasks_per_node = tasks_per_node(args)?;
-    let what = what(&args.command, args.nodes.saturating_mul(tasks_per_node))?;
+    let what = what(&args.command, args.nodes.saturating_mul(tasks_per_node).max(1))?;
     let program = std::env::current_exe().map_err(|e| Error::failure(format!("find this program: {e}")))?;
     let mut command = vec![utf8(program.into_os_string())?];
     command.extend(what.words);
@@ -182,7 +182,7 @@ fn kubernetes_request(args: &args::Kubernetes) -> Result<kubernetes::Request> {
     let memory = amount("--memory", &args.memory)?;
     let a_quarter = Memory { bytes: memory.bytes / 4 };
     let ranks_per_node = args.ranks_per_node.or(args.gpus_per_node).unwrap_or(1);
-    let mut what = what(&args.command, args.nodes.saturating_mul(ranks_per_node))?;
+    let mut what = what(&args.command, args.nodes.saturating_mul(ranks_per_node).max(1))?;
     let run_file = bring(&mut what)?;
     let mut command = vec!["phalanx".to_owned()];
     command.extend(what.words);

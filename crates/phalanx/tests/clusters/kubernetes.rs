@@ -46,20 +46,22 @@ impl Validator {
         is_known
     }
 
-    /// What is wrong with a manifest, if anything.
-    fn problems(&self, lab: &Lab, text: &str) -> Option<String> {
-        lab.write("manifest.yaml", text);
+    /// What is wrong with each of the manifests, if anything.
+    fn problems(&self, lab: &Lab, texts: &[String]) -> Vec<Option<String>> {
+        let files: Vec<PathBuf> = (0..texts.len()).map(|i| lab.path(&format!("manifest-{i}.yaml"))).collect();
+        texts.iter().enumerate().for_each(|(i, text)| lab.write(&format!("manifest-{i}.yaml"), text));
         let mut command = Command::new("python3");
-        command
-            .env("PYTHONPATH", &self.python)
-            .arg(&self.script)
-            .arg(&self.crds)
-            .arg(lab.path("manifest.yaml"));
+        command.env("PYTHONPATH", &self.python).arg(&self.script).arg(&self.crds).args(&files);
         let output = command.output().expect("start python3");
-        let out = String::from_utf8_lossy(&output.stdout).into_owned();
+        let out = String::from_utf8_lossy(&output.stdout);
         let err = String::from_utf8_lossy(&output.stderr);
         assert!(matches!(output.status.code(), Some(0 | 1)) && err.is_empty(), "{err}");
-        (!output.status.success()).then_some(out)
+        let of = |file: &PathBuf| {
+            let prefix = format!("{}:", file.display());
+            let lines: Vec<&str> = out.lines().filter(|l| l.starts_with(&prefix)).collect();
+            (!lines.is_empty()).then(|| lines.join("\n"))
+        };
+        files.iter().map(of).collect()
     }
 }
 
@@ -67,12 +69,14 @@ impl Validator {
 fn manifests_are_what_clusters_accept() {
     let Some(validator) = Validator::found() else { return };
     let lab = Lab::new();
+    let mut texts = Vec::new();
     for kind in KINDS.into_iter().filter(|kind| validator.knows(kind)) {
         let time = if kind == "leaderworkerset" { "" } else { "--time 4h" };
-        for flags in ["", &format!("{ALL} {time}"), "--claim runs"] {
-            let text = lab.ok(&args(kind, flags));
-            assert_eq!(validator.problems(&lab, &text), None, "{kind} {flags}: {text}");
-        }
+        let all = format!("{ALL} {time}");
+        texts.extend(["", &all, "--claim runs"].map(|flags| lab.ok(&args(kind, flags))));
+    }
+    for (found, text) in validator.problems(&lab, &texts).iter().zip(&texts) {
+        assert_eq!(*found, None, "{text}");
     }
 }
 
@@ -81,9 +85,12 @@ fn planted(kind: &str, flags: &str, mistakes: &[(&str, &str, &str)]) {
     let Some(validator) = Validator::found().filter(|v| v.knows(kind)) else { return };
     let lab = Lab::new();
     let text = lab.ok(&args(kind, flags));
-    for (from, to, words) in mistakes {
+    let broken = mistakes.iter().map(|(from, to, _)| {
         assert!(text.contains(from), "{kind}: no {from} in {text}");
-        let found = validator.problems(&lab, &text.replacen(from, to, 1));
+        text.replacen(from, to, 1)
+    });
+    let found = validator.problems(&lab, &broken.collect::<Vec<_>>());
+    for (found, (_, to, words)) in found.iter().zip(mistakes) {
         assert!(found.as_ref().is_some_and(|f| f.contains(words)), "{kind}, {to}: {found:?}");
     }
 }
@@ -93,7 +100,7 @@ fn mistakes_in_a_pod_are_noticed_in_every_kind() {
     let mistakes = [
         ("terminationGracePeriodSeconds: 300", "terminationGracePeriodSeconds: 5m", "5m"),
         ("runAsNonRoot: true", "runAsNonRoots: true", "runAsNonRoots"),
-        ("mountPath: /dev/shm", "path: /dev/shm", "path"),
+        ("mountPath: /dev/shm", "path: /dev/shm", "mountPath"),
         ("medium: Memory", "medium: [Memory]", "Memory"),
         ("drop:", "dropp:", "dropp"),
     ];
@@ -106,7 +113,7 @@ fn mistakes_in_what_keeps_the_pods_are_noticed() {
         ("completions: 2", "completions: two", "two"),
         ("podFailurePolicy:", "podFailurePolicies:", "podFailurePolicies"),
         ("clusterIP: None", "clusterIp: None", "clusterIp"),
-        ("storage: ", "storages: ", "storages"),
+        ("accessModes:", "accessMode:", "accessMode"),
     ];
     planted("job", ALL, &job);
     let set = [
@@ -136,9 +143,10 @@ fn forbidden_combinations_are_noticed() {
     let Some(validator) = Validator::found().filter(|v| v.knows("jobset")) else { return };
     let lab = Lab::new();
     let text = lab.ok(&args("jobset", "")).replacen("spec:\n  network:", ordered, 1);
-    assert_eq!(validator.problems(&lab, &text), None, "an order alone is fine");
-    let found = validator.problems(&lab, &text.replacen("- name: node\n", dependent, 1));
-    assert!(found.as_ref().is_some_and(|f| f.contains("DependsOn")), "{found:?}");
+    let both = text.replacen("- name: node\n", dependent, 1);
+    let found = validator.problems(&lab, &[text, both]);
+    assert_eq!(found[0], None, "an order alone is fine");
+    assert!(found[1].as_ref().is_some_and(|f| f.contains("DependsOn")), "{found:?}");
 }
 
 #[test]
@@ -149,7 +157,7 @@ fn what_cannot_be_asked_of_kubernetes_is_refused_at_once() {
     refused(&lab, &format!("launch kubernetes --image a:latest -- {train}"), "names no version");
     refused(&lab, "launch kubernetes --image a:1 -- sleep 5", "sleep behind --");
     let asked = |flags: &str, words: &str| refused(&lab, &args("job", flags), words);
-    asked("--kind pod", "pod");
+    refused(&lab, &args("pod", ""), "pod");
     asked("--name My_Run", "--name=My_Run");
     asked("--memory 4", "--memory=4");
     asked("--memory 4GB --shm 4GB", "leaves nothing");
