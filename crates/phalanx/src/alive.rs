@@ -6,14 +6,15 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use ::clusters::Time;
+use journal::Record;
 use serde_json::json;
 use spec::{Error, Result};
 
 use crate::args::Alive;
 use crate::output;
 
-/// The last record is read from so many bytes; the one that ends a run is much shorter.
-const TAIL_BYTES: i64 = 4096;
+/// The end is looked for in so many bytes: what may follow it is shorter, but for a long sample of text.
+const TAIL_BYTES: i64 = 1 << 20;
 
 /// Exit code 0 if any rank has written a record within the time that was given, or the run is done; else 1.
 pub(crate) fn run(args: &Alive) -> Result<u8> {
@@ -40,13 +41,19 @@ pub(crate) fn run(args: &Alive) -> Result<u8> {
     Ok(u8::from(!is_alive))
 }
 
-/// Whether the last record of a journal is that of an orderly end.
+/// Whether a journal ends with the end of the run.
 fn is_finished(path: &Path) -> std::io::Result<bool> {
     let mut file = File::open(path)?;
     let bytes = i64::try_from(file.metadata()?.len()).unwrap_or(i64::MAX);
     file.seek(SeekFrom::End(-bytes.min(TAIL_BYTES)))?;
     let mut tail = Vec::new();
     file.take(TAIL_BYTES as u64).read_to_end(&mut tail)?;
-    let last = tail.trim_ascii_end().rsplit(|b| *b == b'\n').next().unwrap_or_default();
-    Ok(matches!(serde_json::from_slice(last), Ok(journal::Record::Finished { .. })))
+    // A sample of text may follow the end; a step or a start may not.
+    let records = tail.rsplit(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
+    let mut telling = records.filter_map(|record| match record {
+        Record::Finished { .. } => Some(true),
+        Record::Step { .. } | Record::RunStarted { .. } => Some(false),
+        _ => None,
+    });
+    Ok(telling.next().unwrap_or(false))
 }

@@ -200,5 +200,5 @@ fn what_slurm_refuses_is_said_in_its_words() {
         );
     };
     refused("--partition nowhere", "invalid partition");
-    refused("--nodes 5", "refused");
+    refused("--constraint nowhere", "Invalid feature specification");
 }
