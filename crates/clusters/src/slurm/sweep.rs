@@ -55,7 +55,7 @@ impl Sweep {
     /// A key twice, one that each run must have for itself, or more runs than an array holds.
     pub fn new(axes: Vec<Axis>, run_dir: String, at_once: Option<usize>) -> Result<Sweep> {
         let runs = axes.iter().try_fold(1_usize, |n, axis| n.checked_mul(axis.values.len()));
-        if !runs.is_some_and(|n| n <= RUNS_MAX) {
+        if runs.is_none_or(|n| n > RUNS_MAX) {
             let runs = runs.map_or("too many".to_owned(), |n| n.to_string());
             return Err(Error::user(format!("--sweep gives {runs} runs, expected at most {RUNS_MAX}"))
                 .hint("Slurm's arrays hold that many by default: sweep fewer values"));
