@@ -24,7 +24,8 @@ const fn short(short: char, name: &'static str, value: Option<&'static str>, hel
     Flag { name, short: Some(short), value, help }
 }
 
-/// Every flag of torchrun (PyTorch 2.15, `torch/distributed/run.py`) and our `--signals-to-forward`.
+/// Every flag of torchrun (PyTorch 2.15, `torch/distributed/run.py`) and ours: `--signals-to-forward`,
+/// `--pass-exit-code`, `--hold`.
 const FLAGS: &[Flag] = &[
     flag("nnodes", Some("N|MIN:MAX"), "number of nodes, or its range [1]"),
     flag("nproc-per-node", Some("N|auto|cpu|gpu"), "workers on this node [1]"),
@@ -54,6 +55,8 @@ const FLAGS: &[Flag] = &[
     flag("duplicate-stdout-filters", Some("TEXT,.."), "copy matching lines to filtered_stdout.log"),
     flag("duplicate-stderr-filters", Some("TEXT,.."), "copy matching lines to filtered_stderr.log"),
     flag("virtual-local-rank", None, "LOCAL_RANK=0 and one visible GPU per worker"),
+    flag("pass-exit-code", None, "end with the failed worker's own exit code"),
+    flag("hold", None, "after success wait for a signal to end"),
     flag("numa-binding", Some("MODE"), "accepted; workers are not bound yet"),
     flag("start-method", Some("METHOD"), "accepted; workers are always programs"),
     flag("event-log-handler", Some("NAME"), "accepted and ignored"),
@@ -227,7 +230,8 @@ pub fn help() -> String {
         "Start a program on several ranks, under the contract of PyTorch's torchrun.\n\n\
          Usage: phalanx launch [flags] PROGRAM [arguments]\n       \
          phalanx launch --nproc-per-node 2 train.py --lr 0.1\n       \
-         phalanx launch --nnodes 2 --node-rank 0 --master-addr head train.py\n\nFlags:\n",
+         phalanx launch --nnodes 2 --node-rank 0 --master-addr head train.py\n       \
+         phalanx launch slurm --help, phalanx launch kubernetes --help\n\nFlags:\n",
     );
     for f in FLAGS {
         let short = f.short.map_or(String::new(), |s| format!("-{s}, "));

@@ -71,6 +71,10 @@ pub struct Options {
     pub stderr_filters: Vec<String>,
     /// `LOCAL_RANK=0` and one visible GPU per worker.
     pub virtual_local_rank: bool,
+    /// Whether the launcher ends with the failed worker's own exit code instead of 1.
+    pub pass_exit_code: bool,
+    /// Whether the launcher waits for a signal after success, where whatever ends is started again.
+    pub hold: bool,
     /// Variables for the workers, over those of the agent; not a flag.
     pub env: Vec<(String, String)>,
     /// Flags that were accepted and do nothing, for the user to know.
@@ -154,6 +158,8 @@ impl Default for Options {
             stdout_filters: Vec::new(),
             stderr_filters: Vec::new(),
             virtual_local_rank: false,
+            pass_exit_code: false,
+            hold: false,
             env: Vec::new(),
             without_effect: Vec::new(),
         }
@@ -169,6 +175,8 @@ impl Options {
         rendezvous(&mut o, v)?;
         workers(&mut o, v, env)?;
         console(&mut o, v, env)?;
+        o.pass_exit_code = v.on("pass-exit-code")?;
+        o.hold = v.on("hold")?;
         o.check(v)?;
         Ok(o)
     }

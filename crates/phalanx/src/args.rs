@@ -1,3 +1,4 @@
+mod clusters;
 mod economy;
 mod pages;
 mod serving;
@@ -12,6 +13,7 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args as ClapArgs, Parser, Subcommand};
 
+pub(crate) use clusters::{Alive, Kubernetes, KubernetesKind, Slurm};
 pub(crate) use economy::{Decide, Economy};
 pub(crate) use pages::{Guide, PlanCommand, PlanOr};
 pub(crate) use serving::Inference;
@@ -64,7 +66,7 @@ pub(crate) enum Command {
     Catalog(Catalog),
     /// What this machine can compute on, and what is missing to use its GPUs
     Devices(Devices),
-    /// Start any program's ranks, with torchrun's flags and environment
+    /// Start any program's ranks, with torchrun's flags and environment; or ask Slurm or Kubernetes to
     Launch(Launch),
     /// Serve a page that shows runs live: curves, ranks, the last step, what happened; and metrics for Prometheus
     Dash(Dash),
@@ -74,6 +76,8 @@ pub(crate) enum Command {
     Journal(Journal),
     /// Check this machine for what training on it needs, and say what to do
     Doctor(Doctor),
+    /// Say whether a run writes to its journals, for probes; exit code 1 if it does not
+    Alive(Alive),
     /// Write a Perfetto file of a run that was trained with --trace
     Trace(Trace),
     /// List, check, compare and remove checkpoints
@@ -291,7 +295,7 @@ pub(crate) enum CatalogCommand {
 #[derive(Debug, ClapArgs)]
 #[command(disable_help_flag = true)]
 pub(crate) struct Launch {
-    /// torchrun's flags, then the program and its arguments
+    /// torchrun's flags, then the program and its arguments; or slurm or kubernetes with flags of their own
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) args: Vec<OsString>,
 }

@@ -48,7 +48,7 @@ fn collectives(
             return Err(spec::Error::user(format!("transport {other}, expected auto, shm, tcp or threads")));
         }
     };
-    let Some(rank) = Rank::from_env(None)? else {
+    let Some(rank) = Rank::from_env()? else {
         if ranks < 2 {
             return Err(spec::Error::user(format!("{ranks} ranks, expected 2 or more")));
         }

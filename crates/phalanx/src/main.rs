@@ -5,11 +5,13 @@
 // Both panic when nobody reads: `output` does not.
 #![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
 
+mod alive;
 mod args;
 mod bench;
 mod busy;
 mod catalog;
 mod ckpts;
+mod clusters;
 mod compare;
 mod watching;
 mod data;
@@ -71,7 +73,8 @@ fn main() -> std::process::ExitCode {
         Command::Catalog(a) => catalog::run(&a),
         Command::Compare(a) => compare::run(&a),
         Command::Devices(a) => device::list(&a),
-        Command::Launch(a) => Ok(u8::try_from(launch::cli(a.args)).unwrap_or(1)),
+        Command::Launch(a) => clusters::launch(a.args),
+        Command::Alive(a) => alive::run(&a),
         Command::Trace(a) => models::trace(&a),
         Command::Dash(a) => watching::dash(&a),
         Command::Top(a) => top::run(&a),

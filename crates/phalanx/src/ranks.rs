@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::time::Duration;
 
 use comm::{Bootstrap, TransportChoice, World};
-use launch::{LocalJob, RankEnv, RankStore, Saving};
+use launch::{Launcher, LocalJob, RankEnv, RankStore, Saving};
 use spec::{Context, Error, Result};
 
 use crate::output;
@@ -25,9 +25,14 @@ pub(crate) struct Rank {
 }
 
 impl Rank {
+    /// The place of this process in a job, and the way to the others.
+    pub(crate) fn from_env() -> Result<Option<Rank>> {
+        Rank::env(None)?.map(Rank::meet).transpose()
+    }
+
     /// This process's place in a job, if a launcher (ours, torchrun, Slurm, MPI) started it as one of several. `nproc`
     /// is what `--nproc` says: whoever is told by the environment which rank it is cannot be told to start ranks.
-    pub(crate) fn from_env(nproc: Option<usize>) -> Result<Option<Rank>> {
+    pub(crate) fn env(nproc: Option<usize>) -> Result<Option<RankEnv>> {
         let Some(env) = RankEnv::read()?.filter(|env| env.world > 1) else {
             if nproc.is_none()
                 && let Some(tasks) = launch::rank_env::unused_tasks(&|n| std::env::var(n).ok())
@@ -41,8 +46,13 @@ impl Rank {
         if let Some(nproc) = nproc.filter(|_| !started_by_us()) {
             return Err(contradiction(nproc, &env));
         }
+        Ok(Some(env))
+    }
+
+    /// Finds the store that all ranks share.
+    pub(crate) fn meet(env: RankEnv) -> Result<Rank> {
         let store = env.store(MEET_TIMEOUT).context("meet the other ranks")?;
-        Ok(Some(Rank { env, store }))
+        Ok(Rank { env, store })
     }
 
     /// Meets all ranks; those whose `identity` differs are named.
@@ -73,7 +83,13 @@ impl Rank {
 
     /// This rank's share of the machine's cores, at least one.
     pub(crate) fn threads(&self) -> usize {
-        (output::threads(0) / self.env.local_world.max(1)).max(1)
+        let cores = output::threads(0);
+        // Under Slurm the cores of a rank may be all that it sees, and must not be shared out once more.
+        let given = std::env::var("SLURM_CPUS_PER_TASK").ok().and_then(|n| n.parse::<usize>().ok());
+        match given.filter(|n| *n > 0 && self.env.launcher == Launcher::Slurm) {
+            Some(given) => given.min(cores),
+            None => (cores / self.env.local_world.max(1)).max(1),
+        }
     }
 }
 

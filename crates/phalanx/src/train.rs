@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use comm::TransportChoice;
+use launch::{Launcher, RankEnv};
 use spec::run::Resolved;
 use spec::{Error, Layout, Origin, Result, RunSpec};
 use train::{Asked, Beginning, Cpu, Device, DirLock, Mesh, Outcome, RunDir, Sampling, Trainer, check_run};
@@ -19,11 +20,9 @@ use crate::this_machine;
 
 pub(crate) fn train(args: &Train) -> Result<u8> {
     let early = Early::watch(!ranks::started_by_us())?;
-    if let Some(rank) = Rank::from_env(args.nproc)? {
-        let me = rank.env.rank;
-        let code = as_rank(args, &rank, early).map_err(|e| e.context(format!("rank {me}")))?;
-        rank.leave()?;
-        return Ok(code);
+    if let Some(env) = Rank::env(args.nproc)? {
+        let me = env.rank;
+        return rank_of_several(args, env, early).map_err(|e| e.context(format!("rank {me}")));
     }
     let nproc = args.nproc.unwrap_or(1);
     if nproc == 0 {
@@ -53,10 +52,22 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
     go(args, &run, begin, Mesh::alone(), device, threads, early)
 }
 
+fn rank_of_several(args: &Train, env: RankEnv, early: Early) -> Result<u8> {
+    // A run file that is wrong is wrong for every rank: none has to meet the others to end by it.
+    let run = match load(args, env.world) {
+        // Nobody gathers what tasks of srun say, and ranks of a node see the same files.
+        Err(e) if env.launcher == Launcher::Slurm && env.local_rank > 0 => return Ok(e.exit_code()),
+        loaded => loaded?,
+    };
+    let rank = Rank::meet(env)?;
+    let code = as_rank(args, run, &rank, early)?;
+    rank.leave()?;
+    Ok(code)
+}
+
 /// One rank of several. Rank 0 owns the run's directory, prepares and speaks; whoever started the ranks may have done so
 /// already.
-fn as_rank(args: &Train, rank: &Rank, early: Early) -> Result<u8> {
-    let mut run = load(args, rank.env.world)?;
+fn as_rank(args: &Train, mut run: RunSpec, rank: &Rank, early: Early) -> Result<u8> {
     let transport = match args.transport.as_str() {
         "shm" => TransportChoice::Shm,
         "tcp" => TransportChoice::Tcp,
@@ -197,7 +208,7 @@ fn go(
 }
 
 /// Reads the run file and its overrides, and fills what they leave open of the layout for so many ranks.
-fn load(args: &Train, world: usize) -> Result<RunSpec> {
+pub(crate) fn load(args: &Train, world: usize) -> Result<RunSpec> {
     let mut read = resolve(&args.run)?;
     check_run(&Cpu::new(1), &read.run)?;
     if !args.fresh && *read.set_by("schedule.warmup_steps") == Origin::Default {

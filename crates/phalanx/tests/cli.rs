@@ -1,6 +1,7 @@
 //! The program as people meet it: trains, stops, resumes, spreads over ranks, refuses bad input.
 
 mod accidents;
+mod clusters;
 mod common;
 mod economy;
 mod owner;
