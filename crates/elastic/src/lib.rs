@@ -3,6 +3,13 @@
 //!
 //! Nothing here reads a clock, a socket or randomness: time and what was heard are arguments.
 
+pub mod crew;
+#[cfg(test)]
+mod fuzz_test;
+mod mutant;
+pub mod rendezvous;
+#[cfg(test)]
+mod simulation;
 mod wire;
 
 pub use wire::{Orders, Report};

@@ -10,7 +10,7 @@
 //!                             +-- warden      outlives the agent for a moment to kill what is left
 //!                             +-- logs, tail  folders, redirects, tee
 //!                             +-- failure     error files, root cause table
-//!                             +-- rendezvous  who takes part; a pure step function and a thread that drives it
+//!                             +-- rendezvous  who takes part; a thread that drives `elastic::rendezvous`
 //! ```
 //!
 //! The agent is one control thread. It blocks in `poll` on the workers' pidfds, the signal pipe and the rendezvous
@@ -36,8 +36,7 @@ mod options;
 
 mod agent;
 mod failure;
-#[cfg(test)]
-mod fuzz_test;
+mod link;
 mod local;
 mod logs;
 mod net;
@@ -48,7 +47,7 @@ mod worker;
 mod worker_env;
 
 pub mod rank_env;
-pub mod rendezvous;
+mod rendezvous;
 
 mod bootstrap;
 mod cli;

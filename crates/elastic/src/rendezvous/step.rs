@@ -1,7 +1,8 @@
 //! The protocol, pure: no clock, no store, no randomness.
 
-use super::Times;
-use crate::options::MAX_NPROC;
+use super::{MAX_NPROC, Times};
+use crate::crew::KEEPS_FAILING;
+use crate::mutant::{Mutant, is_planted};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -97,6 +98,25 @@ pub struct Agreed {
     pub closed: Option<Closed>,
     /// Nodes that have seen it.
     pub seen: Vec<NodeId>,
+    /// Whether the job's workers can meet again without being started over.
+    pub recovers: bool,
+    /// Whether a step was done in this round.
+    pub stepped: bool,
+    /// Nodes that were lost before a step was done, the last time they took part.
+    pub strikes: Vec<Strike>,
+}
+
+/// A node that was lost again and again; another process on it counts as the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Strike {
+    /// The node rank that was asked for.
+    pub node_rank: usize,
+    /// Its address.
+    pub addr: String,
+    /// Times in a row.
+    pub count: u32,
+    /// The last time, in words.
+    pub why: String,
 }
 
 impl Agreed {
@@ -160,6 +180,15 @@ pub enum Wish {
     Leave(String),
 }
 
+/// What a node brings into the next round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// A port that is free on it.
+    pub master_port: u16,
+    /// Its workers.
+    pub nproc: usize,
+}
+
 /// What the driver does for a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -198,6 +227,8 @@ pub struct Node {
     wished_at: Duration,
     /// The set of nodes that were joining, and since when it has not changed.
     joining: (u64, Vec<NodeId>, Duration),
+    /// What this node's workers have shown: that they can recover, and the last round in which they did a step.
+    progress: (bool, Option<u64>),
     beats: BTreeMap<NodeId, (i64, Duration)>,
 }
 
@@ -206,14 +237,22 @@ impl Node {
     pub fn new(me: Member, rules: Rules, times: Times, patient: bool, is_host: bool) -> Node {
         let joining = (0, Vec::new(), Duration::ZERO);
         let (wish, wished_at, beats) = (Wish::Wait, Duration::ZERO, BTreeMap::new());
-        Node { me, rules, times, patient, is_host, wish, wished_at, joining, beats }
+        let progress = (false, None);
+        Node { me, rules, times, patient, is_host, wish, wished_at, joining, progress, beats }
     }
 
-    /// The agent changed its mind; it may offer another port.
-    pub fn wish(&mut self, wish: Wish, master_port: Option<u16>, now: Duration) {
+    /// The agent changed its mind; it may offer another port and other workers.
+    pub fn wish(&mut self, wish: Wish, offer: Option<Offer>, now: Duration) {
         self.wish = wish;
         self.wished_at = now;
-        self.me.master_port = master_port.unwrap_or(self.me.master_port);
+        if let Some(offer) = offer {
+            (self.me.master_port, self.me.nproc) = (offer.master_port, offer.nproc);
+        }
+    }
+
+    /// The workers can recover; those of `stepped` have done a step.
+    pub fn note(&mut self, stepped: Option<u64>) {
+        self.progress = (true, stepped.max(self.progress.1));
     }
 
     /// Who this node is.
@@ -259,6 +298,10 @@ impl Node {
                     self.tell(News::Regroup(shared.why.clone()))
                 }
             }
+            // Whoever was never part of it does not end it.
+            Wish::Close(_) if shared.phase == Phase::Running && !self.takes_part(shared) => {
+                self.tell(News::Left)
+            }
             Wish::Close(why) => {
                 let closed = Some(Closed::Failed(why));
                 put(Agreed { closed, ..shared.clone() })
@@ -270,13 +313,17 @@ impl Node {
                 put(Agreed { closed, ..shared.clone() })
             }
             Wish::Leave(why) => {
-                if shared.members.iter().chain(&shared.waiting).any(|m| m.id == self.me.id) {
+                if self.takes_part(shared) {
                     put(self.without(shared, &self.me.id, &why))
                 } else {
                     self.tell(News::Left)
                 }
             }
         }
+    }
+
+    fn takes_part(&self, shared: &Agreed) -> bool {
+        shared.members.iter().chain(&shared.waiting).any(|m| m.id == self.me.id)
     }
 
     /// Tells the agent once.
@@ -319,7 +366,8 @@ impl Node {
                 *last = (beat, now);
             }
             let finished = shared.phase == Phase::Running && shared.done.contains(&id);
-            if !finished && now.saturating_sub(last.1) >= self.times.dead_after() {
+            let silent = now.saturating_sub(last.1) >= self.times.dead_after();
+            if !finished && silent && !is_planted(Mutant::DeadStay) {
                 return Some(id);
             }
         }
@@ -341,6 +389,9 @@ impl Node {
             return next;
         }
         let why = format!("node {host} (agent pid {}) is lost: {cause}", lost.pid);
+        if shared.recovers && !shared.stepped && was_member {
+            strike(&mut next.strikes, lost, cause);
+        }
         let mut left: Vec<&NodeId> = next.members.iter().chain(&next.waiting).map(|m| &m.id).collect();
         left.extend(&next.expected);
         left.sort();
@@ -371,6 +422,20 @@ impl Node {
                     self.me.host, mine.min, mine.max, mine.is_static, theirs.min, theirs.max, theirs.is_static
                 ),
                 "give all nodes the same --nnodes and --rdzv-backend, and other jobs another --rdzv-id".into(),
+            ));
+        }
+        if let Some(bad) = shared
+            .strikes
+            .iter()
+            .find(|s| s.is(&self.me.id) && s.count >= KEEPS_FAILING)
+            .filter(|_| !is_planted(Mutant::NoStrikes))
+        {
+            return self.tell(News::Refused(
+                format!(
+                    "node {} is kept out: it was lost {} times in a row before a step was done, the last time: {}",
+                    self.me.host, bad.count, bad.why
+                ),
+                "see what is wrong with it; the job goes on with the other nodes".into(),
             ));
         }
         let is_member = shared.members.iter().any(|m| m.id == self.me.id);
@@ -409,7 +474,7 @@ impl Node {
         }
         let mut next = Agreed { rules: self.rules, ..shared.clone() };
         next.waiting.retain(|m| m.id != self.me.id);
-        if next.members.len() < self.rules.max {
+        if next.members.len() < self.rules.max || is_planted(Mutant::TooMany) {
             next.members.push(self.me.clone());
             next.members.sort_by(|a, b| a.id.cmp(&b.id));
         } else {
@@ -429,12 +494,13 @@ impl Node {
         }
         let quiet = now.saturating_sub(self.joining.2);
         let returned = !shared.expected.is_empty() && shared.expected.iter().all(|id| ids.contains(id));
-        let enough = ids.len() >= self.rules.min;
+        let enough = ids.len() >= self.rules.min || is_planted(Mutant::TooFew);
         if ids.len() >= self.rules.max || (enough && (returned || quiet >= self.times.last_call)) {
             return put(Agreed {
                 phase: Phase::Running,
                 done: Vec::new(),
                 expected: Vec::new(),
+                stepped: false,
                 ..shared.clone()
             });
         }
@@ -507,8 +573,19 @@ impl Node {
             let why = shared.why.clone();
             return self.tell(News::Regroup(why));
         }
+        let recovers = shared.recovers || self.progress.0;
+        let stepped = shared.stepped || self.progress.1 == Some(round);
+        if (recovers, stepped) != (shared.recovers, shared.stepped) {
+            let mut next = Agreed { recovers, stepped, ..shared.clone() };
+            if stepped {
+                next.strikes.retain(|s| !shared.members.iter().any(|m| s.is(&m.id)));
+            }
+            return put(next);
+        }
+        // Ranks that keep their memory are not troubled before they have used what they brought.
         if shared.phase == Phase::Running
             && shared.members.len() < self.rules.max
+            && (!recovers || stepped || is_planted(Mutant::NewcomersAtOnce))
             && let Some(new) = shared.waiting.first()
         {
             return put(regroup(
@@ -540,6 +617,22 @@ impl Node {
     }
 }
 
+impl Strike {
+    fn is(&self, id: &NodeId) -> bool {
+        (self.node_rank, &self.addr) == (id.node_rank, &id.addr)
+    }
+}
+
+fn strike(strikes: &mut Vec<Strike>, lost: &NodeId, why: &str) {
+    let why = why.to_owned();
+    match strikes.iter_mut().find(|s| s.is(lost)) {
+        Some(known) => (known.count, known.why) = (known.count.saturating_add(1), why),
+        None => {
+            strikes.push(Strike { node_rank: lost.node_rank, addr: lost.addr.clone(), count: 1, why });
+        }
+    }
+}
+
 fn put(next: Agreed) -> Vec<Action> {
     vec![Action::Put(Box::new(next))]
 }
@@ -550,7 +643,7 @@ fn regroup(shared: &Agreed, why: String) -> Agreed {
     let expected =
         shared.members.iter().chain(shared.waiting.iter().take(room)).map(|m| m.id.clone()).collect();
     Agreed {
-        round: shared.round + 1,
+        round: shared.round + u64::from(!is_planted(Mutant::SameRound)),
         phase: Phase::Joining,
         members: Vec::new(),
         done: Vec::new(),
@@ -571,7 +664,7 @@ fn seat(shared: &Agreed, id: &NodeId) -> Option<Seat> {
         round: shared.round,
         group_rank,
         group_world: shared.members.len(),
-        base_rank: count(before),
+        base_rank: if is_planted(Mutant::RanksOverlap) { 0 } else { count(before) },
         world: count(&shared.members),
         role_base_rank: of_role(before),
         role_world: of_role(&shared.members),

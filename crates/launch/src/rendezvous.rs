@@ -1,7 +1,7 @@
 //! Carries the protocol out: a thread that reads and writes the store and keeps time for [`Node::step`].
 
-use super::{Action, Agreed, Member, News, Node, NodeId, Rules, Times, Wish};
 use comm::{StoreClient, Waiting};
+use elastic::rendezvous::{Action, Agreed, Member, News, Node, NodeId, Offer, Rules, Times, Wish};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use spec::{Error, Result};
@@ -33,9 +33,16 @@ pub(crate) struct Setup {
     pub(crate) interval: Duration,
 }
 
+/// What the agent tells the thread.
+enum Word {
+    Wish(Wish, Option<Offer>),
+    /// The workers can recover, and the last round in which they did a step.
+    Progress(Option<u64>),
+}
+
 /// The agent's handle on the thread. The thread ends when this is dropped.
 pub(crate) struct Driver {
-    wishes: Sender<(Wish, Option<u16>)>,
+    wishes: Sender<Word>,
     news: Receiver<Result<News>>,
     wake: Arc<OwnedFd>,
 }
@@ -58,9 +65,14 @@ impl Driver {
     }
 
     /// Changes what the node wants.
-    pub(crate) fn wish(&self, wish: Wish, master_port: Option<u16>) {
+    pub(crate) fn wish(&self, wish: Wish, offer: Option<Offer>) {
         // A thread that has ended left its error in the news.
-        let _ = self.wishes.send((wish, master_port));
+        let _ = self.wishes.send(Word::Wish(wish, offer));
+    }
+
+    /// The workers can recover; those of the round `stepped` have done a step.
+    pub(crate) fn note(&self, stepped: Option<u64>) {
+        let _ = self.wishes.send(Word::Progress(stepped));
     }
 
     /// What came, if anything did. After an error nothing more comes.
@@ -108,7 +120,7 @@ impl Drop for Teller {
 }
 
 /// The thread: until the agent drops its handle, or the store is lost.
-fn drive(mut setup: Setup, wished: &Receiver<(Wish, Option<u16>)>, teller: &Teller) -> Result<()> {
+fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller) -> Result<()> {
     let start = Instant::now();
     let mut early = Vec::new();
     let Some(client) = connect(&setup, wished, &mut early)? else { return Ok(()) };
@@ -120,7 +132,7 @@ fn drive(mut setup: Setup, wished: &Receiver<(Wish, Option<u16>)>, teller: &Tell
     let mut seen =
         Seen { client, prefix, raw: None, shared: Agreed::default(), beats: Vec::new(), looked: None };
     let mut this = Thread { setup, node, start, next_beat: Duration::ZERO, trouble: None };
-    early.into_iter().for_each(|(wish, port)| this.node.wish(wish, port, start.elapsed()));
+    early.into_iter().for_each(|word| this.hear(word));
     let mut spoken: Option<Waiting> = None;
     loop {
         match (this.node.waits_for(&seen.shared), &spoken) {
@@ -131,7 +143,7 @@ fn drive(mut setup: Setup, wished: &Receiver<(Wish, Option<u16>)>, teller: &Tell
         let pause =
             this.setup.interval.max(PAUSE_PER_NODE * u32::try_from(seen.shared.members.len()).unwrap_or(0));
         match wished.recv_timeout(pause) {
-            Ok((wish, port)) => this.node.wish(wish, port, start.elapsed()),
+            Ok(word) => this.hear(word),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         }
@@ -155,11 +167,7 @@ fn drive(mut setup: Setup, wished: &Receiver<(Wish, Option<u16>)>, teller: &Tell
 }
 
 /// Connects to the store within the join time; `None` if the agent has gone or goes meanwhile.
-fn connect(
-    setup: &Setup,
-    wished: &Receiver<(Wish, Option<u16>)>,
-    early: &mut Vec<(Wish, Option<u16>)>,
-) -> Result<Option<StoreClient>> {
+fn connect(setup: &Setup, wished: &Receiver<Word>, early: &mut Vec<Word>) -> Result<Option<StoreClient>> {
     let until = Instant::now() + setup.times.join;
     let most = setup.times.join.as_secs();
     let spoken =
@@ -182,8 +190,8 @@ fn connect(
         loop {
             match wished.try_recv() {
                 // Nobody knows of this node yet: it goes without a word.
-                Ok((Wish::Leave(_) | Wish::Close(_), _)) => return Ok(None),
-                Ok(wish) => early.push(wish),
+                Ok(Word::Wish(Wish::Leave(_) | Wish::Close(_), _)) => return Ok(None),
+                Ok(word) => early.push(word),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => return Ok(None),
             }
@@ -210,6 +218,13 @@ struct Seen {
 }
 
 impl Thread {
+    fn hear(&mut self, word: Word) {
+        match word {
+            Word::Wish(wish, offer) => self.node.wish(wish, offer, self.start.elapsed()),
+            Word::Progress(stepped) => self.node.note(stepped),
+        }
+    }
+
     /// One look, and all the writes that follow from it.
     fn turn(&mut self, seen: &mut Seen, teller: &Teller) -> Result<()> {
         let now = self.start.elapsed();
