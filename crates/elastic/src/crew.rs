@@ -73,6 +73,8 @@ pub enum Event {
     Lost(usize, String),
     /// Other nodes call for a new round, and why.
     Called(String),
+    /// The round runs without this node.
+    Spare,
     /// Time has passed.
     Tick,
 }
@@ -251,7 +253,8 @@ impl Crew {
             }
             Event::Lost(place, why) => self.lost(place, why, now),
             Event::Called(why) if self.phase == Phase::Runs => self.end(why, false, now),
-            Event::Called(_) | Event::Tick => Vec::new(),
+            Event::Spare if self.phase == Phase::Joins => self.bench(now),
+            Event::Called(_) | Event::Spare | Event::Tick => Vec::new(),
         };
         actions.extend(self.look(now));
         actions
@@ -349,6 +352,21 @@ impl Crew {
                     actions.push(Action::Kill(place, why));
                 }
                 _ => {}
+            }
+        }
+        actions
+    }
+
+    /// The job goes on without this node: a world of its own must not.
+    fn bench(&mut self, now: Duration) -> Vec<Action> {
+        let mut actions = Vec::new();
+        for (place, p) in self.places.iter_mut().enumerate() {
+            if let Life::Lives(v) = &mut p.life
+                && v.doomed.is_none()
+            {
+                let why = "the job runs without this node, which waits for a place".to_owned();
+                v.doomed = Some((now, why.clone()));
+                actions.push(Action::Kill(place, why));
             }
         }
         actions

@@ -18,8 +18,8 @@ pub(crate) enum Mutant {
     DeadStay,
     /// A round starts with too few nodes.
     TooFew,
-    /// More nodes take part than may.
-    TooMany,
+    /// A round that is full is ended for a spare.
+    Restless,
     /// Every node counts its ranks from 0.
     RanksOverlap,
     /// A new node ends a round in which no step was done.
@@ -53,7 +53,7 @@ pub(crate) const ALL: [Mutant; 11] = [
     Mutant::SameRound,
     Mutant::DeadStay,
     Mutant::TooFew,
-    Mutant::TooMany,
+    Mutant::Restless,
     Mutant::RanksOverlap,
     Mutant::NewcomersAtOnce,
     Mutant::NoStrikes,

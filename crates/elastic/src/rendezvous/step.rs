@@ -205,6 +205,8 @@ pub enum News {
     Seated(Seat),
     /// The round is over: stop the workers and wish to join again.
     Regroup(String),
+    /// The round runs without this node, which waits for a place; workers that it has kept have no part in the job.
+    Spare,
     /// The job is over.
     Closed(Closed),
     /// This node has left.
@@ -229,6 +231,8 @@ pub struct Node {
     joining: (u64, Vec<NodeId>, Duration),
     /// What this node's workers have shown: that they can recover, and the last round in which they did a step.
     progress: (bool, Option<u64>),
+    /// The last round that the agent knows to run without this node.
+    spare: Option<u64>,
     beats: BTreeMap<NodeId, (i64, Duration)>,
 }
 
@@ -237,8 +241,8 @@ impl Node {
     pub fn new(me: Member, rules: Rules, times: Times, patient: bool, is_host: bool) -> Node {
         let joining = (0, Vec::new(), Duration::ZERO);
         let (wish, wished_at, beats) = (Wish::Wait, Duration::ZERO, BTreeMap::new());
-        let progress = (false, None);
-        Node { me, rules, times, patient, is_host, wish, wished_at, joining, progress, beats }
+        let (progress, spare) = ((false, None), None);
+        Node { me, rules, times, patient, is_host, wish, wished_at, joining, progress, spare, beats }
     }
 
     /// The agent changed its mind; it may offer another port and other workers.
@@ -449,7 +453,8 @@ impl Node {
             },
             (Phase::Running, false) => {
                 if shared.waiting.iter().any(|m| m.id == self.me.id) {
-                    return Vec::new();
+                    let told = self.spare.replace(shared.round) == Some(shared.round);
+                    return if told { Vec::new() } else { vec![Action::Tell(News::Spare)] };
                 }
                 let mut next = shared.clone();
                 next.waiting.push(self.me.clone());
@@ -474,7 +479,11 @@ impl Node {
         }
         let mut next = Agreed { rules: self.rules, ..shared.clone() };
         next.waiting.retain(|m| m.id != self.me.id);
-        if next.members.len() < self.rules.max || is_planted(Mutant::TooMany) {
+        // Places are kept for those that are expected back: their workers have the job's memory.
+        let kept = |id: &&NodeId| **id != self.me.id && !shared.members.iter().any(|m| m.id == **id);
+        let kept = shared.expected.iter().filter(kept).count();
+        let kept = if shared.expected.contains(&self.me.id) { 0 } else { kept };
+        if next.members.len() + kept < self.rules.max {
             next.members.push(self.me.clone());
             next.members.sort_by(|a, b| a.id.cmp(&b.id));
         } else {
@@ -584,7 +593,7 @@ impl Node {
         }
         // Ranks that keep their memory are not troubled before they have used what they brought.
         if shared.phase == Phase::Running
-            && shared.members.len() < self.rules.max
+            && (shared.members.len() < self.rules.max || is_planted(Mutant::Restless))
             && (!recovers || stepped || is_planted(Mutant::NewcomersAtOnce))
             && let Some(new) = shared.waiting.first()
         {

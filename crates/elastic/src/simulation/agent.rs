@@ -8,6 +8,9 @@ use crate::{Report, crew};
 use std::collections::VecDeque;
 use std::time::Duration;
 
+/// What finding a stopped worker may take beyond its time of silence.
+const FINDS: Duration = Duration::from_secs(1);
+
 /// What an agent is at.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum State {
@@ -31,6 +34,7 @@ struct Process {
     /// When it is ready to meet the others; `None` when it is.
     prepares_until: Option<Duration>,
     told_stranded: bool,
+    stopped_since: Option<Duration>,
     ops: u64,
     /// Steps of its world that it has told of.
     steps: u64,
@@ -114,8 +118,18 @@ impl Agent {
         self.processes.iter().flatten().map(|p| p.round).max().filter(|_| self.state == State::Up)
     }
 
+    /// The rounds that its processes are in.
+    pub(super) fn rounds(&self) -> impl Iterator<Item = u64> {
+        self.processes.iter().flatten().map(|p| p.round)
+    }
+
     pub(super) fn processes(&self) -> Vec<WorkerId> {
         self.processes.iter().flatten().map(|p| p.id).collect()
+    }
+
+    /// Those that have met the others.
+    pub(super) fn ready(&self) -> Vec<WorkerId> {
+        self.processes.iter().flatten().filter(|p| p.prepares_until.is_none()).map(|p| p.id).collect()
     }
 
     /// One look at everything.
@@ -154,12 +168,22 @@ impl Agent {
         self.obey(actions, sim);
         let (spent, most) = (self.crew.restarts(), sim.limits.max_restarts);
         sim.must(spent <= most, || format!("{spent} restarts of {most} were spent"));
+        self.stopped_are_found(sim);
         if self.state == State::Up && self.crew.is_done() {
             self.state = State::Finishes;
             self.node.wish(Wish::Finish(self.round), None, sim.now);
         }
         if self.crew.recovers() {
             self.node.note(self.crew.stepped().then_some(self.round));
+        }
+    }
+
+    /// Nobody waits for a stopped worker much longer than it takes to be sure.
+    fn stopped_are_found(&self, sim: &mut Sim) {
+        for p in self.processes.iter().flatten() {
+            let since = p.stopped_since.map(|at| sim.now.saturating_sub(at.max(self.paused_until)));
+            let found = since.is_none_or(|since| since < sim.limits.silent + FINDS);
+            sim.must(found, || format!("worker {} is stopped, and nobody has noticed", p.id));
         }
     }
 
@@ -173,9 +197,11 @@ impl Agent {
     /// A worker lives on for a tick, and says what there is to say.
     fn work(&mut self, place: usize, sim: &mut Sim) -> Vec<Event> {
         let Some(p) = &mut self.processes[place] else { return Vec::new() };
-        let Some(health) = sim.worlds.health(p.id).filter(|h| *h != Health::Stopped) else {
+        let Some(health) = sim.worlds.health(p.id) else { return Vec::new() };
+        if health == Health::Stopped {
+            p.stopped_since.get_or_insert(sim.now);
             return Vec::new();
-        };
+        }
         let mut said = Vec::new();
         if let Some(until) = p.prepares_until {
             if sim.now < until || health == Health::Hung {
@@ -297,10 +323,11 @@ impl Agent {
                 self.state = State::Up;
                 events.push(Event::Called(why));
             }
+            (News::Spare, _) => events.push(Event::Spare),
             (News::Seated(seat), State::Up) => {
                 for event in events.drain(..) {
                     let actions = self.crew.step(event, sim.now);
-                    self.held.extend(actions.into_iter().filter(|a| *a == Action::Join));
+                    self.held.extend(actions);
                 }
                 self.fill(&seat, sim);
             }
@@ -310,7 +337,8 @@ impl Agent {
 
     fn fill(&mut self, seat: &Seat, sim: &mut Sim) {
         self.round = seat.round;
-        self.crew.step(Event::Seated, sim.now);
+        let actions = self.crew.step(Event::Seated, sim.now);
+        self.held.extend(actions);
         for (local, place) in self.crew.in_use().into_iter().enumerate() {
             let (rank, size) = (seat.base_rank + local, seat.world);
             if self.crew.lives(place) {
@@ -326,11 +354,13 @@ impl Agent {
                 size,
                 prepares_until: Some(sim.now + prepares),
                 told_stranded: false,
+                stopped_since: None,
                 ops: 0,
                 steps: 0,
             });
             sim.worlds.start(self.serial);
-            self.crew.step(Event::Started(place), sim.now);
+            let actions = self.crew.step(Event::Started(place), sim.now);
+            self.held.extend(actions);
         }
     }
 

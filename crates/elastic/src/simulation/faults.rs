@@ -155,7 +155,12 @@ fn kill_agent(sim: &mut Sim, agent: usize) {
 /// A worker dies (`None`), or something else becomes of it.
 fn sicken(sim: &mut Sim, agent: usize, place: usize, health: Option<Health>) {
     let Some(agent) = pick(sim, agent) else { return };
-    let workers = sim.agents[agent].processes();
+    // What a program does before it says that it can recover is as under torchrun: nobody looks whether it hangs.
+    let workers = match health {
+        None => sim.agents[agent].processes(),
+        Some(_) if sim.recovers => sim.agents[agent].ready(),
+        Some(_) => Vec::new(),
+    };
     let Some(id) = workers.get(place % workers.len().max(1)) else { return };
     match health {
         None => sim.worlds.die(*id),

@@ -26,6 +26,8 @@ const TROUBLE: Duration = Duration::from_secs(25);
 const BOUND: Duration = Duration::from_secs(120);
 /// A world that has done a step in this time goes on.
 const ALIVE: Duration = Duration::from_secs(3);
+/// Ticks in which an agent must learn that the job goes on without it.
+const LEARNS: u32 = 8;
 /// Schedules of a test run.
 const SCHEDULES: u64 = 2000;
 
@@ -79,6 +81,8 @@ struct Sim {
     /// Losses of a node in a row in rounds of recovering workers without a step, by address.
     strikes: BTreeMap<String, u32>,
     last_fault: Duration,
+    /// Ticks in which a world stepped beside the job's, without need.
+    twice: u32,
     story: Option<Vec<String>>,
     /// The first rule that was broken.
     broken: Option<String>,
@@ -114,6 +118,7 @@ impl Sim {
             worlds: Worlds::new(steps),
             strikes: BTreeMap::new(),
             last_fault: Duration::ZERO,
+            twice: 0,
             story: tells.then(Vec::new),
             broken: None,
         };
@@ -189,7 +194,8 @@ impl Sim {
 
     fn tick(&mut self) {
         self.now += TICK;
-        self.worlds.tick(self.now);
+        let stepping = self.worlds.tick(self.now);
+        self.one_world(&stepping);
         let first = self.draw.index(self.agents.len());
         for i in 0..self.agents.len() {
             let index = (first + i) % self.agents.len();
@@ -202,6 +208,16 @@ impl Sim {
         for (holds, rule) in stories {
             self.must(holds, || rule);
         }
+    }
+
+    /// The job is one world. One that was left behind ends when its agents learn of it; one that is paused cannot.
+    fn one_world(&mut self, stepping: &[u64]) {
+        let old = &stepping[..stepping.len().saturating_sub(1)];
+        let can_know = |a: &&Agent| !matches!(a.state, State::Gone(_)) && self.now >= a.paused_until;
+        let knows = self.agents.iter().filter(can_know).any(|a| a.rounds().any(|r| old.contains(&r)));
+        self.twice = if knows { self.twice + 1 } else { 0 };
+        let twice = self.twice;
+        self.must(twice < LEARNS, || format!("the worlds of rounds {stepping:?} go on beside each other"));
     }
 
     /// Plays the schedule to its end: `None` if every rule held.

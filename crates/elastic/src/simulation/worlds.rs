@@ -88,7 +88,7 @@ impl Worlds {
     }
 
     pub(super) fn set(&mut self, id: WorkerId, health: Health) {
-        if let Some(h) = self.health.get_mut(&id) {
+        if let Some(h) = self.health.get_mut(&id).filter(|h| **h == Health::Well) {
             *h = health;
         }
     }
@@ -127,22 +127,21 @@ impl Worlds {
         self.done >= self.target
     }
 
-    pub(super) fn tick(&mut self, now: Duration) {
-        let mut stepping = 0;
-        for world in self.worlds.values_mut().filter(|w| w.failed.is_none()) {
+    /// A step of every world that can; the rounds of those.
+    pub(super) fn tick(&mut self, now: Duration) -> Vec<u64> {
+        let mut stepping = Vec::new();
+        for (round, world) in self.worlds.iter_mut().filter(|(_, w)| w.failed.is_none()) {
             let complete = world.ranks.len() == world.size;
             if complete && world.ranks.values().all(|id| self.health.get(id) == Some(&Health::Well)) {
                 (world.waits_since, world.last_step) = (None, Some(now));
                 world.steps += 1;
                 self.done += 1;
-                stepping += 1;
+                stepping.push(*round);
             } else if now.saturating_sub(*world.waits_since.get_or_insert(now)) >= PATIENCE {
                 world.failed = Some("a rank was waited for in vain".to_owned());
             }
         }
-        if stepping > 1 {
-            self.rules.push((false, "two worlds step at once".to_owned()));
-        }
+        stepping
     }
 
     /// Rules that were looked at since the last call.

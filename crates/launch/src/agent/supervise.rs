@@ -139,6 +139,7 @@ impl Agent<'_> {
             }
             let called = match self.group.news() {
                 Some(Ok(News::Regroup(why))) => Some(Event::Called(why)),
+                Some(Ok(News::Spare)) => Some(Event::Spare),
                 Some(Ok(News::Closed(closed))) => return Ok(End::Closed(closed)),
                 Some(Ok(News::Refused(what, hint))) => return Ok(End::Lost(Error::failure(what).hint(hint))),
                 Some(Err(error)) => return Ok(End::Lost(error)),
@@ -171,6 +172,12 @@ impl Agent<'_> {
             actions.extend(self.tell(event));
         }
         self.obey(actions)
+    }
+
+    /// Tells the crew; what it says is done with what it says next.
+    fn hold(&mut self, event: Event) {
+        let actions = self.tell(event);
+        self.held.extend(actions);
     }
 
     /// Tells the crew of what the caller deals with itself; only the wish to join is left for later.
@@ -211,10 +218,10 @@ impl Agent<'_> {
     fn fill(&mut self, seat: &Seat) -> Result<()> {
         // Who has died meanwhile is replaced with the others.
         for event in self.look() {
-            self.tell(event);
+            self.hold(event);
         }
         self.failures.clear();
-        self.tell(Event::Seated);
+        self.hold(Event::Seated);
         let in_use = self.crew.in_use();
         let vacant: Vec<usize> = in_use.iter().copied().filter(|p| !self.crew.lives(*p)).collect();
         self.order(seat, &in_use);
@@ -262,7 +269,7 @@ impl Agent<'_> {
             self.warden.add(worker.pid());
             self.workers.push(worker);
             self.workers.sort_by_key(|w| w.place);
-            self.tell(Event::Started(*place));
+            self.hold(Event::Started(*place));
         }
         Ok(())
     }

@@ -345,7 +345,7 @@ proptest! {
                         }
                         News::Regroup(_) => world.wish(node, Wish::Join),
                         News::Closed(_) => ended = true,
-                        News::Refused(..) | News::Left => {}
+                        News::Refused(..) | News::Left | News::Spare => {}
                     }
                 }
             }
