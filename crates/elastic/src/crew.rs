@@ -197,9 +197,10 @@ impl Crew {
         matches!(&self.places[place].life, Life::Lives(v) if v.recovers && v.doomed.is_none())
     }
 
-    /// Whether every worker has ended with success.
+    /// Whether every worker of the round has ended with success. Those that end while a new one is called for take part in
+    /// it again: the others' may not be done.
     pub fn is_done(&self) -> bool {
-        self.places.iter().all(|p| matches!(p.life, Life::Done | Life::Out))
+        self.phase == Phase::Runs && self.places.iter().all(|p| matches!(p.life, Life::Done | Life::Out))
     }
 
     /// When to come with a [`Event::Tick`] at the latest, if nothing happens before.

@@ -393,7 +393,8 @@ impl Node {
             return next;
         }
         let why = format!("node {host} (agent pid {}) is lost: {cause}", lost.pid);
-        if shared.recovers && !shared.stepped && was_member {
+        // In a round that forms there is nothing yet that a step could be done in.
+        if shared.recovers && (shared.phase == Phase::Joining || !shared.stepped) {
             strike(&mut next.strikes, lost, cause);
         }
         let mut left: Vec<&NodeId> = next.members.iter().chain(&next.waiting).map(|m| &m.id).collect();

@@ -41,6 +41,7 @@ struct Process {
 }
 
 /// One agent and its processes.
+#[derive(Debug)]
 pub(super) struct Agent {
     pub(super) state: State,
     node: Node,

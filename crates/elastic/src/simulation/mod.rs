@@ -26,8 +26,8 @@ const TROUBLE: Duration = Duration::from_secs(25);
 const BOUND: Duration = Duration::from_secs(120);
 /// A world that has done a step in this time goes on.
 const ALIVE: Duration = Duration::from_secs(3);
-/// Ticks in which an agent must learn that the job goes on without it.
-const LEARNS: u32 = 8;
+/// Ticks in which an agent must learn that the job goes on without it: the store is given up after eight.
+const LEARNS: u32 = 16;
 /// Schedules of a test run.
 const SCHEDULES: u64 = 2000;
 
@@ -235,6 +235,9 @@ impl Sim {
             }
         }
         let end = self.now;
+        let living = self.agents.iter().filter(|a| !matches!(a.state, State::Gone(_)));
+        let said: Vec<String> = living.map(|a| format!("{a:?}")).collect();
+        self.tell(|| said.join("\n"));
         self.must(false, || format!("neither ended nor going on at {:.0} s", end.as_secs_f64()));
         self.broken.clone()
     }
