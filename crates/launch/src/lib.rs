@@ -35,6 +35,7 @@ mod flags;
 mod options;
 
 mod agent;
+mod door;
 mod failure;
 mod link;
 mod local;

@@ -1,5 +1,6 @@
 //! Carries the protocol out: a thread that reads and writes the store and keeps time for [`Node::step`].
 
+use crate::door::Doors;
 use comm::{StoreClient, Waiting};
 use elastic::rendezvous::{Action, Agreed, Member, News, Node, NodeId, Offer, Rules, Times, Wish};
 use rustix::event::{EventfdFlags, eventfd};
@@ -127,11 +128,13 @@ fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller) -> Result<(
     if setup.me.id.addr.is_empty() {
         setup.me.id.addr = client.local_ip().to_string();
     }
+    let doors = Doors::open(&setup.me.id.addr);
+    setup.me.door = doors.port();
     let prefix = format!("rdzv/{}", setup.run_id);
     let node = Node::new(setup.me.clone(), setup.rules, setup.times, setup.patient, setup.is_host);
     let mut seen =
         Seen { client, prefix, raw: None, shared: Agreed::default(), beats: Vec::new(), looked: None };
-    let mut this = Thread { setup, node, start, next_beat: Duration::ZERO, trouble: None };
+    let mut this = Thread { setup, node, doors, start, next_beat: Duration::ZERO, trouble: None };
     early.into_iter().for_each(|word| this.hear(word));
     let mut spoken: Option<Waiting> = None;
     loop {
@@ -202,6 +205,7 @@ fn connect(setup: &Setup, wished: &Receiver<Word>, early: &mut Vec<Word>) -> Res
 struct Thread {
     setup: Setup,
     node: Node,
+    doors: Doors,
     start: Instant,
     next_beat: Duration,
     trouble: Option<Duration>,
@@ -238,6 +242,8 @@ impl Thread {
             seen.read_beats(&self.node)?;
             seen.looked = Some(now);
         }
+        let gone = self.doors.look(&seen.shared, &self.node.watched(&seen.shared));
+        self.node.gone(gone);
         for _ in 0..WRITES_IN_A_ROW {
             let actions = self.node.step(&seen.shared, &seen.beats, self.start.elapsed());
             let mut wrote = false;

@@ -43,6 +43,8 @@ pub struct Member {
     pub role: String,
     /// A port that is free on it, for the workers' own store if it becomes group rank 0.
     pub master_port: u16,
+    /// A port that its agent holds open as long as it lives; 0 if none.
+    pub door: u16,
 }
 
 /// Whether a round still forms.
@@ -233,6 +235,8 @@ pub struct Node {
     progress: (bool, Option<u64>),
     /// The last round that the agent knows to run without this node.
     spare: Option<u64>,
+    /// Watched nodes whose agents have ended for sure.
+    gone: Vec<NodeId>,
     beats: BTreeMap<NodeId, (i64, Duration)>,
 }
 
@@ -241,8 +245,8 @@ impl Node {
     pub fn new(me: Member, rules: Rules, times: Times, patient: bool, is_host: bool) -> Node {
         let joining = (0, Vec::new(), Duration::ZERO);
         let (wish, wished_at, beats) = (Wish::Wait, Duration::ZERO, BTreeMap::new());
-        let (progress, spare) = ((false, None), None);
-        Node { me, rules, times, patient, is_host, wish, wished_at, joining, progress, spare, beats }
+        let (progress, spare, gone) = ((false, None), None, Vec::new());
+        Node { me, rules, times, patient, is_host, wish, wished_at, joining, progress, spare, gone, beats }
     }
 
     /// The agent changed its mind; it may offer another port and other workers.
@@ -269,6 +273,11 @@ impl Node {
         &self.wish
     }
 
+    /// The agents of these nodes have ended: nobody need wait for signs of life.
+    pub fn gone(&mut self, nodes: Vec<NodeId>) {
+        self.gone = nodes;
+    }
+
     /// The nodes whose counters this node should read.
     pub fn watched(&self, shared: &Agreed) -> Vec<NodeId> {
         let here = shared.members.iter().chain(&shared.waiting).map(|m| &m.id);
@@ -286,8 +295,7 @@ impl Node {
         if let Some(action) = self.closing(shared, now) {
             return action;
         }
-        if let Some(dead) = self.first_dead(shared, beats, now) {
-            let cause = format!("no sign of life for {:.1} s", self.times.dead_after().as_secs_f64());
+        if let Some((dead, cause)) = self.first_dead(shared, beats, now) {
             return put(self.without(shared, &dead, &cause));
         }
         match self.wish.clone() {
@@ -358,8 +366,13 @@ impl Node {
         })
     }
 
-    /// A watched node whose counter has stood still for too long.
-    fn first_dead(&mut self, shared: &Agreed, beats: &[(NodeId, i64)], now: Duration) -> Option<NodeId> {
+    /// A watched node whose agent has ended or whose counter has stood still for too long, and how it is known.
+    fn first_dead(
+        &mut self,
+        shared: &Agreed,
+        beats: &[(NodeId, i64)],
+        now: Duration,
+    ) -> Option<(NodeId, String)> {
         let watched = self.watched(shared);
         self.beats.retain(|id, _| watched.contains(id));
         for id in watched {
@@ -370,9 +383,13 @@ impl Node {
                 *last = (beat, now);
             }
             let finished = shared.phase == Phase::Running && shared.done.contains(&id);
+            if !finished && self.gone.contains(&id) {
+                return Some((id, "its agent has died".into()));
+            }
             let silent = now.saturating_sub(last.1) >= self.times.dead_after();
             if !finished && silent && !is_planted(Mutant::DeadStay) {
-                return Some(id);
+                let after = self.times.dead_after().as_secs_f64();
+                return Some((id, format!("no sign of life for {after:.1} s")));
             }
         }
         None

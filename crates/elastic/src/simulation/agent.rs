@@ -103,11 +103,15 @@ impl Agent {
     /// Stands in while the real one acts.
     pub(super) fn absent() -> Agent {
         let id = NodeId { node_rank: 0, addr: String::new(), pid: u32::MAX, serial: 0 };
-        let me = Member { id, host: String::new(), nproc: 1, role: String::new(), master_port: 0 };
+        let me = Member { id, host: String::new(), nproc: 1, role: String::new(), master_port: 0, door: 0 };
         let mut absent =
             Agent::begin(me, rendezvous::Rules::default(), false, false, crew::Limits::default(), 0);
         absent.state = State::Gone("absent".into());
         absent
+    }
+
+    pub(super) fn id(&self) -> &NodeId {
+        self.node.id()
     }
 
     pub(super) fn addr(&self) -> &str {
@@ -283,6 +287,8 @@ impl Agent {
             let number = |id: NodeId| sim.beats.get(&id).map(|b| (id, *b));
             self.beats = watched.into_iter().filter_map(number).collect();
             self.looked = Some(sim.now);
+            let watched = self.node.watched(&self.seen.1);
+            self.node.gone(watched.into_iter().filter(|id| sim.shut.contains(id)).collect());
         }
         for _ in 0..16 {
             let mut wrote = false;

@@ -149,6 +149,10 @@ fn kill_agent(sim: &mut Sim, agent: usize) {
     for id in sim.agents[agent].processes() {
         sim.worlds.die(id);
     }
+    if sim.draw.chance(2) {
+        let id = sim.agents[agent].id().clone();
+        sim.shut.push(id);
+    }
     sim.agents[agent].state = State::Gone("killed".into());
 }
 

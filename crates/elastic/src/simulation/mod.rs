@@ -75,6 +75,8 @@ struct Sim {
     shared: Agreed,
     version: u64,
     beats: BTreeMap<NodeId, i64>,
+    /// Agents that died and left a door that is seen to be shut; a machine without power leaves none.
+    shut: Vec<NodeId>,
     store_lives: bool,
     agents: Vec<Agent>,
     worlds: Worlds,
@@ -113,6 +115,7 @@ impl Sim {
             shared: Agreed::default(),
             version: 0,
             beats: BTreeMap::new(),
+            shut: Vec::new(),
             store_lives: true,
             agents: Vec::new(),
             worlds: Worlds::new(steps),
@@ -133,7 +136,14 @@ impl Sim {
     fn add(&mut self, addr: usize, places: usize) {
         let pid = u32::try_from(self.agents.len()).expect("few");
         let id = NodeId { node_rank: 0, addr: format!("n{addr}"), pid, serial: 0 };
-        let me = Member { id, host: format!("n{addr}"), nproc: places, role: String::new(), master_port: 1 };
+        let me = Member {
+            id,
+            host: format!("n{addr}"),
+            nproc: places,
+            role: String::new(),
+            master_port: 1,
+            door: 0,
+        };
         let agent = Agent::new(me, self.agents.is_empty(), self, places);
         self.agents.push(agent);
         self.tell(|| format!("n{addr} begins, as agent {pid}"));

@@ -145,7 +145,7 @@ fn survivors_of_a_killed_agent_are_told() {
         }
     };
     // Two are needed: the survivor ends and says who is lost.
-    check("2", libc::SIGKILL, 1, &["is lost: no sign of life", "1 of at least 2 nodes are left"]);
+    check("2", libc::SIGKILL, 1, &["is lost: its agent has died", "1 of at least 2 nodes are left"]);
     check("2", libc::SIGSTOP, 1, &["is lost: no sign of life"]);
     // One is enough: it goes on alone.
     check("1:2", libc::SIGKILL, 0, &["starting over: node"]);
