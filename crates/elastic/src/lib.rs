@@ -10,6 +10,7 @@ mod mutant;
 pub mod rendezvous;
 #[cfg(test)]
 mod simulation;
+pub mod succession;
 mod wire;
 
 pub use wire::{Orders, Report};

@@ -26,6 +26,10 @@ pub(crate) enum Mutant {
     NewcomersAtOnce,
     /// A node that keeps failing is taken in again and again.
     NoStrikes,
+    /// A host that is out of reach counts as dead.
+    Usurper,
+    /// The round in which the host died goes on under the next.
+    SameRoundAgain,
 }
 
 #[cfg(test)]
@@ -45,7 +49,7 @@ pub(crate) const fn is_planted(_: Mutant) -> bool {
 }
 
 #[cfg(test)]
-pub(crate) const ALL: [Mutant; 11] = [
+pub(crate) const ALL: [Mutant; 13] = [
     Mutant::NoBudget,
     Mutant::DeafToSilence,
     Mutant::DeafToStranded,
@@ -57,6 +61,8 @@ pub(crate) const ALL: [Mutant; 11] = [
     Mutant::RanksOverlap,
     Mutant::NewcomersAtOnce,
     Mutant::NoStrikes,
+    Mutant::Usurper,
+    Mutant::SameRoundAgain,
 ];
 
 #[cfg(test)]

@@ -122,6 +122,7 @@ mod tests {
             role: String::new(),
             master_port: 1,
             door: theirs.port(),
+            standby: 0,
         };
         let shared = Agreed { members: vec![member], ..Agreed::default() };
         let watched = [id.clone()];

@@ -18,6 +18,8 @@ const TURN: usize = 256 << 10;
 pub(crate) struct Link {
     stream: UnixStream,
     rest: Vec<u8>,
+    /// It has said something that is no report: what it says is read, so that it is not held up, and forgotten.
+    deaf: bool,
 }
 
 /// The worker's end, as long as the worker has not been started.
@@ -34,7 +36,7 @@ impl Link {
         let make = || -> std::io::Result<_> {
             let (ours, theirs) = UnixStream::pair()?;
             ours.set_nonblocking(true)?;
-            Ok((Link { stream: ours, rest: Vec::new() }, WorkersEnd(theirs)))
+            Ok((Link { stream: ours, rest: Vec::new(), deaf: false }, WorkersEnd(theirs)))
         };
         make().map_err(|e| comm::os_error("make the socket between agent and worker", &e))
     }
@@ -46,7 +48,7 @@ impl Link {
     /// What came since the last look, and whether more can come.
     ///
     /// # Errors
-    /// The worker says something that is no report.
+    /// The worker says something that is no report; it is not listened to again.
     pub(crate) fn reports(&mut self) -> Result<(Vec<Report>, bool)> {
         let mut block = [0; 4096];
         let mut taken = 0;
@@ -70,13 +72,22 @@ impl Link {
                 }
             }
         }
+        let result = if self.deaf { Ok(Vec::new()) } else { self.lines() };
+        if result.is_err() || self.deaf {
+            (self.deaf, self.rest) = (true, Vec::new());
+        }
+        result.map(|reports| (reports, open))
+    }
+
+    /// The reports in what was read, but for an unfinished last one.
+    fn lines(&mut self) -> Result<Vec<Report>> {
         let end = self.rest.iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1);
         if self.rest.len() - end > LONGEST_LINE {
             return Err(Error::failure(format!("a line of more than {LONGEST_LINE} bytes")));
         }
         let whole: Vec<u8> = self.rest.drain(..end).collect();
         let text = String::from_utf8_lossy(&whole);
-        Ok((text.lines().map(Report::read).collect::<Result<_>>()?, open))
+        text.lines().map(Report::read).collect()
     }
 
     /// Sends orders; they fit into the socket's buffer unless the worker has left many unread.

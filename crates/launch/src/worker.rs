@@ -80,17 +80,11 @@ impl Worker {
     /// It says something that is no report; nothing more is heard from it.
     pub(crate) fn reports(&mut self) -> Result<Vec<Report>> {
         let Some(link) = &mut self.link else { return Ok(Vec::new()) };
-        match link.reports() {
-            Ok((reports, true)) => Ok(reports),
-            Ok((reports, false)) => {
-                self.link = None;
-                Ok(reports)
-            }
-            Err(e) => {
-                self.link = None;
-                Err(e)
-            }
+        let (reports, open) = link.reports()?;
+        if !open {
+            self.link = None;
         }
+        Ok(reports)
     }
 
     /// Orders it to meet again; from then on it has the rank of the orders.

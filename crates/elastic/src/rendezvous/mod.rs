@@ -14,6 +14,7 @@
 
 mod step;
 
+pub(crate) use step::regroup;
 pub use step::{Action, Agreed, Closed, Member, News, Node, NodeId, Offer, Phase, Rules, Seat, Strike, Wish};
 
 use std::time::Duration;

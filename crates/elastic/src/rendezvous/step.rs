@@ -45,6 +45,8 @@ pub struct Member {
     pub master_port: u16,
     /// A port that its agent holds open as long as it lives; 0 if none.
     pub door: u16,
+    /// The port of the store that it keeps ready, should the job's store be lost; 0 if none.
+    pub standby: u16,
 }
 
 /// Whether a round still forms.
@@ -106,6 +108,12 @@ pub struct Agreed {
     pub stepped: bool,
     /// Nodes that were lost before a step was done, the last time they took part.
     pub strikes: Vec<Strike>,
+    /// The node whose agent runs the store.
+    pub host: Option<NodeId>,
+    /// How often the store has moved to another host.
+    pub reign: u64,
+    /// How often this value was written.
+    pub version: u64,
 }
 
 /// A node that was lost again and again; another process on it counts as the same.
@@ -261,6 +269,13 @@ impl Node {
     /// The workers can recover; those of `stepped` have done a step.
     pub fn note(&mut self, stepped: Option<u64>) {
         self.progress = (true, stepped.max(self.progress.1));
+    }
+
+    /// The store has moved: perhaps to this agent.
+    pub fn moved(&mut self, host: &NodeId) {
+        self.is_host = *host == self.me.id;
+        self.beats.clear();
+        self.gone.clear();
     }
 
     /// Who this node is.
@@ -496,6 +511,9 @@ impl Node {
             ));
         }
         let mut next = Agreed { rules: self.rules, ..shared.clone() };
+        if self.is_host {
+            next.host = Some(self.me.id.clone());
+        }
         next.waiting.retain(|m| m.id != self.me.id);
         // Places are kept for those that are expected back: their workers have the job's memory.
         let kept = |id: &&NodeId| **id != self.me.id && !shared.members.iter().any(|m| m.id == **id);
@@ -660,12 +678,13 @@ fn strike(strikes: &mut Vec<Strike>, lost: &NodeId, why: &str) {
     }
 }
 
-fn put(next: Agreed) -> Vec<Action> {
+fn put(mut next: Agreed) -> Vec<Action> {
+    next.version = next.version.wrapping_add(1);
     vec![Action::Put(Box::new(next))]
 }
 
 /// Ends the round: its members, and the nodes that waited, are expected in the next.
-fn regroup(shared: &Agreed, why: String) -> Agreed {
+pub(crate) fn regroup(shared: &Agreed, why: String) -> Agreed {
     let room = shared.rules.max.saturating_sub(shared.members.len());
     let expected =
         shared.members.iter().chain(shared.waiting.iter().take(room)).map(|m| m.id.clone()).collect();

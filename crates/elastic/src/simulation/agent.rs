@@ -4,7 +4,7 @@ use super::worlds::{Health, WorkerId};
 use super::{Sim, times};
 use crate::crew::{Action, Crew, End, Event, Next};
 use crate::rendezvous::{self, Agreed, Closed, Member, News, Node, NodeId, Offer, Seat, Wish};
-use crate::{Report, crew};
+use crate::{Report, crew, succession};
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -48,17 +48,22 @@ pub(super) struct Agent {
     crew: Crew,
     processes: Vec<Option<Process>>,
     held: Vec<Action>,
+    /// Whose store it talks to, and what it read there.
+    store: usize,
     seen: (u64, Agreed),
     beats: Vec<(NodeId, i64)>,
     looked: Option<Duration>,
     next_beat: Duration,
     trouble: Option<Duration>,
+    contact: Duration,
     news: VecDeque<News>,
     round: u64,
     pub(super) cut_until: Duration,
     pub(super) paused_until: Duration,
     pub(super) asked_to_leave: bool,
     is_host: bool,
+    /// Its memory is with a candidate, or was.
+    voted: bool,
     serial: u64,
 }
 
@@ -85,17 +90,20 @@ impl Agent {
             crew: Crew::new(places, limits),
             processes: (0..places).map(|_| None).collect(),
             held: Vec::new(),
+            store: 0,
             seen: (0, Agreed::default()),
             beats: Vec::new(),
             looked: None,
             next_beat: Duration::ZERO,
             trouble: None,
+            contact: Duration::ZERO,
             news: VecDeque::new(),
             round: 0,
             cut_until: Duration::ZERO,
             paused_until: Duration::ZERO,
             asked_to_leave: false,
             is_host,
+            voted: false,
             serial: serial * 1_000_000,
         }
     }
@@ -103,7 +111,15 @@ impl Agent {
     /// Stands in while the real one acts.
     pub(super) fn absent() -> Agent {
         let id = NodeId { node_rank: 0, addr: String::new(), pid: u32::MAX, serial: 0 };
-        let me = Member { id, host: String::new(), nproc: 1, role: String::new(), master_port: 0, door: 0 };
+        let me = Member {
+            id,
+            host: String::new(),
+            nproc: 1,
+            role: String::new(),
+            master_port: 0,
+            door: 0,
+            standby: 0,
+        };
         let mut absent =
             Agent::begin(me, rendezvous::Rules::default(), false, false, crew::Limits::default(), 0);
         absent.state = State::Gone("absent".into());
@@ -261,19 +277,21 @@ impl Agent {
 
     /// The rendezvous thread: a look at the store and what follows from it.
     fn look(&mut self, sim: &mut Sim) {
-        if !sim.store_lives || sim.now < self.cut_until {
+        if !self.reaches(self.store, sim) {
             if self.seen.1.closed.is_some() {
                 let closed = self.seen.1.closed.take();
                 self.news.extend(closed.map(News::Closed));
                 return;
             }
             let since = *self.trouble.get_or_insert(sim.now);
-            if sim.now.saturating_sub(since) >= times().heartbeat {
+            if sim.now.saturating_sub(since) >= times().heartbeat * 2 {
                 self.end(sim, "the job's store is lost");
+            } else if !self.follow(sim) && sim.now >= since + times().heartbeat {
+                self.end(sim, "the job's store is lost, and there is no other");
             }
             return;
         }
-        self.trouble = None;
+        (self.trouble, self.contact) = (None, sim.now);
         if sim.now >= self.next_beat {
             *sim.beats.entry(self.node.id().clone()).or_insert(0) += 1;
             self.next_beat = sim.now + times().keep_alive_interval;
@@ -296,8 +314,8 @@ impl Agent {
                 match action {
                     rendezvous::Action::Put(next) => {
                         wrote = true;
-                        if self.seen.0 == sim.version {
-                            sim.put(*next);
+                        if self.seen.0 == sim.stores[self.store].writes {
+                            sim.put(self.store, *next);
                         }
                         self.refresh(sim);
                     }
@@ -311,9 +329,55 @@ impl Agent {
     }
 
     fn refresh(&mut self, sim: &Sim) {
-        if self.seen.0 != sim.version {
-            self.seen = (sim.version, sim.shared.clone());
+        let store = &sim.stores[self.store];
+        if self.seen.0 != store.writes {
+            self.seen = (store.writes, store.shared.clone().unwrap_or_default());
         }
+    }
+
+    /// Whether an agent's store can be reached; one's own can.
+    fn reaches(&self, agent: usize, sim: &Sim) -> bool {
+        agent == self.index() || sim.lives(agent) && sim.now >= self.cut_until
+    }
+
+    fn index(&self) -> usize {
+        usize::try_from(self.node.id().pid).expect("small")
+    }
+
+    /// The host may have died: brings what it remembers to the candidate, or is the one. Whether there is hope.
+    fn follow(&mut self, sim: &mut Sim) -> bool {
+        let memory = self.seen.1.clone();
+        let unread = sim.now.saturating_sub(self.contact);
+        let unread = if self.voted { Duration::ZERO } else { unread };
+        if !succession::has_vote(&memory, &sim.shut, unread, times().heartbeat) {
+            return false;
+        }
+        let Some(candidate) = succession::candidate(&memory, &sim.shut) else { return false };
+        let at = usize::try_from(candidate.pid).expect("small");
+        if !self.reaches(at, sim) {
+            return false;
+        }
+        self.voted = true;
+        let me = self.node.id().clone();
+        if let Some(there) = sim.stores[at].shared.as_ref().filter(|s| s.reign > memory.reign) {
+            let host = there.host.clone().unwrap_or(candidate);
+            self.node.moved(&host);
+            (self.store, self.trouble, self.voted, self.is_host) = (at, None, false, host == me);
+            self.seen = (0, Agreed::default());
+            self.refresh(sim);
+            return true;
+        }
+        let votes = &mut sim.stores[at].votes;
+        votes.retain(|(id, _)| *id != me);
+        votes.push((me.clone(), memory));
+        if candidate == me
+            && let Ok(next) = succession::succeed(&me, &sim.stores[at].votes, &sim.shut)
+        {
+            let addr = me.addr.clone();
+            sim.tell(|| format!("{addr} hosts the store: {}", next.why));
+            sim.put(at, next);
+        }
+        true
     }
 
     fn hear(&mut self, news: News, sim: &mut Sim, events: &mut Vec<Event>) {
@@ -454,9 +518,9 @@ impl Agent {
         let addr = self.addr().to_owned();
         sim.tell(|| format!("{addr} has ended: {why}"));
         sim.must(!why.is_empty(), || format!("{addr} ended without a reason"));
-        if self.is_host {
-            sim.store_lives = false;
-        }
+        // In good order or not, its door is shut.
+        let id = self.node.id().clone();
+        sim.shut.push(id);
         self.state = State::Gone(why.to_owned());
     }
 }

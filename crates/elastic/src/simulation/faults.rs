@@ -59,7 +59,7 @@ pub(super) fn schedule(sim: &mut Sim) -> Vec<(Duration, Fault)> {
         let at = ms(d, 20_000) + Duration::from_secs(3);
         let (agent, place) = (d.index(6), d.index(3));
         let lasts = ms(d, 7_000);
-        let fault = match d.below(if gentle { 6 } else { 14 }) {
+        let fault = match d.below(if gentle { 6 } else { 15 }) {
             0 | 1 => Fault::Kill { agent, place },
             2 => Fault::Stop { agent, place },
             3 => Fault::Hang { agent, place },
@@ -70,7 +70,7 @@ pub(super) fn schedule(sim: &mut Sim) -> Vec<(Duration, Fault)> {
             8 | 9 => Fault::KillAgent { agent },
             10 => Fault::Leave { agent },
             11 | 12 => Fault::Return { node: agent },
-            _ if d.chance(4) => Fault::KillHost,
+            13 => Fault::KillHost,
             _ => Fault::Flap { node: 1 + agent % 3 },
         };
         match fault {
@@ -93,7 +93,7 @@ pub(super) fn inflict(sim: &mut Sim, fault: &Fault) {
         Fault::Kill { agent, place } => sicken(sim, *agent, *place, None),
         Fault::Stop { agent, place } => sicken(sim, *agent, *place, Some(Health::Stopped)),
         Fault::Hang { agent, place } => sicken(sim, *agent, *place, Some(Health::Hung)),
-        Fault::CutRanks => sim.worlds.cut(sim.shared.round),
+        Fault::CutRanks => sim.worlds.cut(sim.shared().round),
         Fault::CutStore { agent, lasts } => {
             let until = sim.now + *lasts;
             if let Some(agent) = pick(sim, *agent) {
@@ -108,7 +108,7 @@ pub(super) fn inflict(sim: &mut Sim, fault: &Fault) {
         }
         Fault::KillAgent { agent } => {
             // The host of the store has a fault of its own.
-            if let Some(agent) = pick(sim, *agent).filter(|a| *a > 0) {
+            if let Some(agent) = pick(sim, *agent).filter(|a| *a != sim.host()) {
                 kill_agent(sim, agent);
             }
         }
@@ -120,20 +120,22 @@ pub(super) fn inflict(sim: &mut Sim, fault: &Fault) {
         Fault::Return { node } => {
             let lives = |a: &super::Agent| !matches!(a.state, State::Gone(_));
             let taken = sim.agents.iter().any(|a| lives(a) && a.addr() == format!("n{node}"));
-            if !taken && sim.store_lives && sim.agents.len() < 20 {
+            if !taken && sim.lives(0) && sim.agents.len() < 20 {
                 sim.add(*node, 1);
             }
         }
         Fault::Flap { node } => {
             let addr = format!("n{node}");
             let found = sim.agents.iter().position(|a| matches!(a.state, State::Up) && a.addr() == addr);
-            if let Some(agent) = found.filter(|a| *a > 0) {
+            if let Some(agent) = found.filter(|a| *a != sim.host()) {
                 kill_agent(sim, agent);
             }
         }
         Fault::KillHost => {
-            kill_agent(sim, 0);
-            sim.store_lives = false;
+            let host = sim.host();
+            if sim.lives(host) {
+                kill_agent(sim, host);
+            }
         }
     }
 }

@@ -63,6 +63,16 @@ impl Draw {
     }
 }
 
+/// The store that every agent has, of which one is the job's.
+#[derive(Default)]
+struct Store {
+    /// What the nodes agree on, once it is the job's; and how often it was written.
+    shared: Option<Agreed>,
+    writes: u64,
+    /// What agents remember, that come when the job's store is lost.
+    votes: Vec<(NodeId, Agreed)>,
+}
+
 /// The job as a whole.
 struct Sim {
     draw: Draw,
@@ -71,13 +81,11 @@ struct Sim {
     limits: Limits,
     /// Whether the workers can recover; else all is as under torchrun.
     recovers: bool,
-    /// What the store holds, and how often it was written.
-    shared: Agreed,
-    version: u64,
+    /// By agent; the first one's is the job's in the beginning.
+    stores: Vec<Store>,
     beats: BTreeMap<NodeId, i64>,
     /// Agents that died and left a door that is seen to be shut; a machine without power leaves none.
     shut: Vec<NodeId>,
-    store_lives: bool,
     agents: Vec<Agent>,
     worlds: Worlds,
     /// Losses of a node in a row in rounds of recovering workers without a step, by address.
@@ -112,11 +120,9 @@ impl Sim {
             rules,
             limits,
             recovers,
-            shared: Agreed::default(),
-            version: 0,
+            stores: Vec::new(),
             beats: BTreeMap::new(),
             shut: Vec::new(),
-            store_lives: true,
             agents: Vec::new(),
             worlds: Worlds::new(steps),
             strikes: BTreeMap::new(),
@@ -143,9 +149,12 @@ impl Sim {
             role: String::new(),
             master_port: 1,
             door: 0,
+            standby: 0,
         };
         let agent = Agent::new(me, self.agents.is_empty(), self, places);
         self.agents.push(agent);
+        let shared = self.stores.is_empty().then(Agreed::default);
+        self.stores.push(Store { shared, ..Store::default() });
         self.tell(|| format!("n{addr} begins, as agent {pid}"));
     }
 
@@ -163,26 +172,46 @@ impl Sim {
         }
     }
 
-    /// Writes into the store.
-    fn put(&mut self, next: Agreed) {
-        let before = std::mem::replace(&mut self.shared, next);
-        self.version += 1;
-        let (round, why) = (self.shared.round, self.shared.why.clone());
-        if round != before.round || self.shared.phase != before.phase {
-            let (phase, members) = (self.shared.phase, self.shared.members.len());
+    /// The agent whose store is the job's: of those that were, the last.
+    fn host(&self) -> usize {
+        let reign = |i: &usize| self.stores[*i].shared.as_ref().map(|s| s.reign);
+        (0..self.stores.len()).max_by_key(reign).expect("there is a first agent")
+    }
+
+    /// What the nodes agree on.
+    fn shared(&self) -> &Agreed {
+        self.stores[self.host()].shared.as_ref().expect("it is the job's store")
+    }
+
+    fn lives(&self, agent: usize) -> bool {
+        !matches!(self.agents[agent].state, State::Gone(_))
+    }
+
+    /// Writes into a store.
+    fn put(&mut self, store: usize, next: Agreed) {
+        let store = &mut self.stores[store];
+        store.writes += 1;
+        let before = store.shared.replace(next.clone()).unwrap_or_default();
+        self.watch_rules(&before, &next);
+    }
+
+    fn watch_rules(&mut self, before: &Agreed, shared: &Agreed) {
+        let (round, why) = (shared.round, shared.why.clone());
+        if round != before.round || shared.phase != before.phase {
+            let (phase, members) = (shared.phase, shared.members.len());
             self.tell(|| format!("the store: round {round} {phase:?}, {members} members; {why}"));
         }
-        if before.phase == Phase::Running && self.shared.phase == Phase::Joining {
+        if before.phase == Phase::Running && shared.phase == Phase::Joining {
             let stepped = self.worlds.steps(before.round) > 0;
             self.must(stepped || !before.recovers || !why.contains("wants to join"), || {
                 format!("round {} was ended for a new node before its first step", before.round)
             });
-            self.count_strikes(&before, stepped);
+            self.count_strikes(before, shared, stepped);
         }
-        if self.shared.phase == Phase::Running && before.phase == Phase::Joining {
-            let (rules, n) = (self.rules, self.shared.members.len());
+        if shared.phase == Phase::Running && before.phase == Phase::Joining {
+            let (rules, n) = (self.rules, shared.members.len());
             self.must((rules.min..=rules.max).contains(&n), || format!("round {round} has {n} nodes"));
-            for m in self.shared.members.clone() {
+            for m in shared.members.clone() {
                 let strikes = self.strikes.get(&m.id.addr).copied().unwrap_or(0);
                 self.must(strikes < crate::crew::KEEPS_FAILING, || {
                     format!("{} takes part after {strikes} losses in a row", m.host)
@@ -191,8 +220,8 @@ impl Sim {
         }
     }
 
-    fn count_strikes(&mut self, before: &Agreed, stepped: bool) {
-        let gone = |id: &NodeId| !self.shared.expected.contains(id);
+    fn count_strikes(&mut self, before: &Agreed, shared: &Agreed, stepped: bool) {
+        let gone = |id: &NodeId| !shared.expected.contains(id);
         for m in &before.members {
             if stepped && before.stepped {
                 self.strikes.remove(&m.id.addr);
@@ -258,11 +287,11 @@ impl Sim {
         if living.is_empty() {
             return true;
         }
-        let round = self.shared.round;
+        let round = self.shared().round;
         let here = living.iter().filter(|a| a.runs() == Some(round)).count();
         let goes_on = self.worlds.last_step(round).is_some_and(|at| self.now < at + ALIVE);
         // Spares wait; nobody else may be left out.
-        goes_on && here == living.len().min(self.rules.max) && self.shared.phase == Phase::Running
+        goes_on && here == living.len().min(self.rules.max) && self.shared().phase == Phase::Running
     }
 
     fn strike(&mut self, fault: &Fault) {

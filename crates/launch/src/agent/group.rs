@@ -229,7 +229,7 @@ impl Many {
             serial: SERIAL.fetch_add(1, Ordering::Relaxed),
         };
         let me =
-            Member { id, host: net::host_name(), nproc, role: options.role.clone(), master_port: 0, door: 0 };
+            Member { id, host: net::host_name(), nproc, role: options.role.clone(), master_port: 0, door: 0, standby: 0 };
         let driver = Driver::start(Setup {
             endpoint: endpoint.clone(),
             run_id: run_id.to_owned(),

@@ -25,7 +25,7 @@ fn rules(min: usize, max: usize) -> Rules {
 
 fn member(name: &str, nproc: usize) -> Member {
     let id = NodeId { node_rank: 0, addr: name.into(), pid: 1, serial: 0 };
-    Member { id, host: name.into(), nproc, role: "default".into(), master_port: 1000, door: 0 }
+    Member { id, host: name.into(), nproc, role: "default".into(), master_port: 1000, door: 0, standby: 0 }
 }
 
 impl World {
