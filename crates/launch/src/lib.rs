@@ -37,6 +37,7 @@ mod options;
 mod agent;
 mod door;
 mod failure;
+mod heir;
 mod link;
 mod local;
 mod logs;

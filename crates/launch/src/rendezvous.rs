@@ -1,13 +1,14 @@
 //! Carries the protocol out: a thread that reads and writes the store and keeps time for [`Node::step`].
 
 use crate::door::Doors;
+use crate::heir::Standby;
 use comm::{StoreClient, Waiting};
 use elastic::rendezvous::{Action, Agreed, Member, News, Node, NodeId, Offer, Rules, Times, Wish};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use spec::{Error, Result};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Writes that lose against another node's in a row before the thread takes a breath.
@@ -46,7 +47,11 @@ pub(crate) struct Driver {
     wishes: Sender<Word>,
     news: Receiver<Result<News>>,
     wake: Arc<OwnedFd>,
+    endpoint: Endpoint,
 }
+
+/// `host:port` of the store, which moves when its host dies.
+type Endpoint = Arc<Mutex<String>>;
 
 impl Driver {
     pub(crate) fn start(setup: Setup) -> Result<Driver> {
@@ -56,13 +61,20 @@ impl Driver {
         let (wishes, wished) = channel();
         let (told, news) = channel();
         let teller = Teller { told: Some(told), wake: Arc::clone(&wake) };
+        let endpoint = Arc::new(Mutex::new(setup.endpoint.clone()));
+        let there = Arc::clone(&endpoint);
         let thread = move || {
-            if let Err(error) = drive(setup, &wished, &teller) {
+            if let Err(error) = drive(setup, &wished, &teller, &there) {
                 teller.tell(Err(error));
             }
         };
         std::thread::Builder::new().name("launch-rendezvous".into()).spawn(thread).map_err(failed)?;
-        Ok(Driver { wishes, news, wake })
+        Ok(Driver { wishes, news, wake, endpoint })
+    }
+
+    /// Where the store is.
+    pub(crate) fn endpoint(&self) -> String {
+        self.endpoint.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Changes what the node wants.
@@ -121,7 +133,7 @@ impl Drop for Teller {
 }
 
 /// The thread: until the agent drops its handle, or the store is lost.
-fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller) -> Result<()> {
+fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller, endpoint: &Endpoint) -> Result<()> {
     let start = Instant::now();
     let mut early = Vec::new();
     let Some(client) = connect(&setup, wished, &mut early)? else { return Ok(()) };
@@ -129,12 +141,22 @@ fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller) -> Result<(
         setup.me.id.addr = client.local_ip().to_string();
     }
     let doors = Doors::open(&setup.me.id.addr);
-    setup.me.door = doors.port();
+    let standby = Standby::open(&setup.me.id.addr);
+    (setup.me.door, setup.me.standby) = (doors.port(), standby.port());
     let prefix = format!("rdzv/{}", setup.run_id);
     let node = Node::new(setup.me.clone(), setup.rules, setup.times, setup.patient, setup.is_host);
     let mut seen =
         Seen { client, prefix, raw: None, shared: Agreed::default(), beats: Vec::new(), looked: None };
-    let mut this = Thread { setup, node, doors, start, next_beat: Duration::ZERO, trouble: None };
+    let mut this = Thread {
+        setup,
+        node,
+        doors,
+        standby,
+        start,
+        next_beat: Duration::ZERO,
+        trouble: None,
+        contact: Duration::ZERO,
+    };
     early.into_iter().for_each(|word| this.hear(word));
     let mut spoken: Option<Waiting> = None;
     loop {
@@ -151,7 +173,7 @@ fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller) -> Result<(
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         }
         match this.turn(&mut seen, teller) {
-            Ok(()) => this.trouble = None,
+            Ok(()) => (this.trouble, this.contact) = (None, start.elapsed()),
             Err(error) => {
                 // What is lost on a closed job is no loss.
                 if let Some(closed) = seen.shared.closed.take() {
@@ -159,7 +181,9 @@ fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller) -> Result<(
                     return Ok(());
                 }
                 let since = *this.trouble.get_or_insert(start.elapsed());
-                if start.elapsed().saturating_sub(since) >= this.setup.times.heartbeat {
+                let hope = this.follow(&mut seen, endpoint);
+                let patience = this.setup.times.heartbeat * if hope { 2 } else { 1 };
+                if start.elapsed().saturating_sub(since) >= patience {
                     return Err(error.context("the job's store is lost").hint(
                         "the node that runs it (--rdzv-endpoint or --master-addr) is gone or cannot be reached",
                     ));
@@ -206,9 +230,12 @@ struct Thread {
     setup: Setup,
     node: Node,
     doors: Doors,
+    standby: Standby,
     start: Instant,
     next_beat: Duration,
     trouble: Option<Duration>,
+    /// When the store was last reached.
+    contact: Duration,
 }
 
 /// What was last seen in the store.
@@ -229,6 +256,43 @@ impl Thread {
         }
     }
 
+    /// The nodes whose agents have died, of those that this one has an eye on.
+    fn dead(&mut self, shared: &Agreed) -> Vec<NodeId> {
+        let mut watched = self.node.watched(shared);
+        for id in Standby::line(shared).filter(|id| id != self.node.id()) {
+            if !watched.contains(&id) {
+                watched.push(id);
+            }
+        }
+        self.doors.look(shared, &watched)
+    }
+
+    /// The store is not reached: if its host has died, it moves. Whether there is hope.
+    fn follow(&mut self, seen: &mut Seen, endpoint: &Endpoint) -> bool {
+        let dead = self.dead(&seen.shared);
+        let mut memory = seen.shared.clone();
+        memory.recovers |= self.node.recovers();
+        let times = (self.start.elapsed().saturating_sub(self.contact), self.setup.times.heartbeat);
+        match self.standby.follow(self.node.id(), &seen.prefix, &memory, &dead, times) {
+            None => false,
+            Some(Ok(Some(moved))) => {
+                let place = if moved.host == *self.node.id() { " on this node" } else { "" };
+                crate::cli::say(&format!(
+                    "phalanx launch: the job's store is now at {}{place}",
+                    moved.endpoint
+                ));
+                self.node.moved(&moved.host);
+                *endpoint.lock().unwrap_or_else(PoisonError::into_inner) = moved.endpoint;
+                (seen.client, seen.raw, seen.looked) = (moved.client, None, None);
+                seen.shared = memory;
+                self.next_beat = Duration::ZERO;
+                true
+            }
+            // Not enough are here, or the candidate is about to die too.
+            Some(_) => true,
+        }
+    }
+
     /// One look, and all the writes that follow from it.
     fn turn(&mut self, seen: &mut Seen, teller: &Teller) -> Result<()> {
         let now = self.start.elapsed();
@@ -242,7 +306,8 @@ impl Thread {
             seen.read_beats(&self.node)?;
             seen.looked = Some(now);
         }
-        let gone = self.doors.look(&seen.shared, &self.node.watched(&seen.shared));
+        self.standby.note(&seen.shared);
+        let gone = self.dead(&seen.shared);
         self.node.gone(gone);
         for _ in 0..WRITES_IN_A_ROW {
             let actions = self.node.step(&seen.shared, &seen.beats, self.start.elapsed());

@@ -278,6 +278,11 @@ impl Node {
         self.gone.clear();
     }
 
+    /// Whether its workers can recover.
+    pub fn recovers(&self) -> bool {
+        self.progress.0
+    }
+
     /// Who this node is.
     pub fn id(&self) -> &NodeId {
         &self.me.id

@@ -47,7 +47,7 @@ impl Group {
     pub(super) fn store(&self) -> String {
         match self {
             Group::Single(one) => one.server.addr().to_string(),
-            Group::Many(many) => many.endpoint.clone(),
+            Group::Many(many) => many.driver.endpoint(),
         }
     }
 
@@ -195,7 +195,6 @@ impl Single {
 /// This node and others.
 pub(super) struct Many {
     driver: Driver,
-    endpoint: String,
     close_timeout: Duration,
     dead_after: Duration,
     round: u64,
@@ -228,10 +227,17 @@ impl Many {
             pid: std::process::id(),
             serial: SERIAL.fetch_add(1, Ordering::Relaxed),
         };
-        let me =
-            Member { id, host: net::host_name(), nproc, role: options.role.clone(), master_port: 0, door: 0, standby: 0 };
+        let me = Member {
+            id,
+            host: net::host_name(),
+            nproc,
+            role: options.role.clone(),
+            master_port: 0,
+            door: 0,
+            standby: 0,
+        };
         let driver = Driver::start(Setup {
-            endpoint: endpoint.clone(),
+            endpoint,
             run_id: run_id.to_owned(),
             me,
             rules: Rules { min: options.min_nodes, max: options.max_nodes, is_static },
@@ -241,7 +247,7 @@ impl Many {
             interval: options.monitor_interval,
         })?;
         let (close_timeout, dead_after) = (options.times.close, options.times.dead_after());
-        Ok(Many { driver, endpoint, close_timeout, dead_after, round: 0, reserved: None, _server: server })
+        Ok(Many { driver, close_timeout, dead_after, round: 0, reserved: None, _server: server })
     }
 
     /// Wishes and waits for the answer: that the round or the job is over, or that this node has left.

@@ -231,3 +231,38 @@ fn a_node_whose_restarts_are_spent_leaves_and_the_others_go_on() {
     stays.end().check(0, &["is lost: rank 2", "rank 0 keeps its memory"]);
     until_gone(&[first[1].pid]);
 }
+
+#[test]
+fn the_store_moves_when_its_hosts_agent_is_killed() {
+    let check = |nodes: usize, nnodes: &'static str| {
+        let folder = Folder::new();
+        let job = Job::new(nnodes, &[]);
+        let mut agents: Vec<Running> = (0..nodes).map(|index| node(&job, index, 1, &folder)).collect();
+        let all = |round: u64, ranks: usize| {
+            (0..ranks).all(|k| folder.read(&format!("{round}-{k}")).is_some()).then_some(round)
+        };
+        let is_whole = |round: u64| wait(&folder, round, 0).world == nodes;
+        let round = until("all meet", || (0..8).find_map(|r| all(r, nodes).filter(|r| is_whole(*r))));
+        let first = wait_all(&folder, round, nodes);
+        let host = agents.remove(0);
+        host.signal(libc::SIGKILL);
+        let next = until("the others meet", || (round + 1..round + 8).find_map(|r| all(r, nodes - 1)));
+        let second = wait_all(&folder, next, nodes - 1);
+        let expected: Vec<(i32, usize)> = first[1..].iter().map(|w| (w.pid, nodes - 1)).collect();
+        assert_eq!(second.iter().map(|w| (w.pid, w.world)).collect::<Vec<_>>(), expected);
+        until_gone(&[first[0].pid]);
+        drop(host.end());
+        finish(&folder);
+        for (i, agent) in agents.into_iter().enumerate() {
+            let place = if i == 0 { " on this node" } else { "" };
+            let ended = agent.end();
+            ended.check(
+                0,
+                &["the job's store is now at 127.0.0.2:", "which hosted the job's store: its agent has died"],
+            );
+            assert!(ended.stderr.contains(place), "{ended:#?}");
+        }
+    };
+    check(2, "1:2");
+    check(3, "2:3");
+}
