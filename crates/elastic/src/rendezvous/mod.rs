@@ -12,10 +12,12 @@
 //!   clock; one that stands still for the keep-alive time is removed and the round ends for all survivors at once.
 //! - Success closes the job when every node is done; a failure for good closes it at once.
 
+mod agreed;
 mod step;
 
-pub(crate) use step::regroup;
-pub use step::{Action, Agreed, Closed, Member, News, Node, NodeId, Offer, Phase, Rules, Seat, Strike, Wish};
+pub(crate) use agreed::regroup;
+pub use agreed::{Agreed, Closed, Member, NodeId, Phase, Rules, Seat, Strike};
+pub use step::{Action, News, Node, Offer, Wish};
 
 use std::time::Duration;
 
