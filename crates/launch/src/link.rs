@@ -90,6 +90,12 @@ impl Link {
         text.lines().map(Report::read).collect()
     }
 
+    /// No orders come any more: who waits for some as a spare is free to end.
+    pub(crate) fn hang_up(&self) {
+        // A worker that has closed its end knows.
+        let _ = self.stream.shutdown(std::net::Shutdown::Write);
+    }
+
     /// Sends orders; they fit into the socket's buffer unless the worker has left many unread.
     pub(crate) fn order(&self, orders: &Orders) -> std::io::Result<()> {
         (&self.stream).write_all(orders.line().as_bytes())

@@ -94,6 +94,18 @@ impl Worker {
         link.order(orders).map_err(|e| Error::failure(e.to_string()))
     }
 
+    /// Whether it has ended with success.
+    pub(crate) fn is_done(&self) -> bool {
+        self.ended == Some(Ended::Code(0))
+    }
+
+    /// Says that no orders come any more.
+    pub(crate) fn hang_up(&self) {
+        if let Some(link) = self.link.as_ref().filter(|_| self.ended.is_none()) {
+            link.hang_up();
+        }
+    }
+
     /// The descriptor to wait on for reports.
     pub(crate) fn reports_fd(&self) -> Option<BorrowedFd<'_>> {
         self.link.as_ref().filter(|_| self.ended.is_none()).map(Link::fd)

@@ -155,6 +155,10 @@ impl Agent<'_> {
             if self.crew.is_done() && !self.workers.is_empty() {
                 return Ok(End::Succeeded);
             }
+            // The job is about to end: those that no layout had a place for need not wait.
+            if self.workers.iter().any(Worker::is_done) {
+                self.workers.iter().for_each(Worker::hang_up);
+            }
             self.note();
             self.sleep()?;
         }

@@ -56,7 +56,7 @@ fn as_worker() {
             }
             Err(RecvTimeoutError::Disconnected) => return,
         }
-        if folder.join("done").exists() {
+        if folder.join("done").exists() || folder.join(format!("done-{}", std::process::id())).exists() {
             return;
         }
     }
@@ -119,6 +119,15 @@ fn survivors_keep_their_processes_and_the_lost_one_is_replaced() {
     finish(&folder);
     let ended = running.end();
     ended.check(0, &["restart 1 of 3: rank 1", "SIGKILL", "ranks 0, 2 keep their memory", "restart 2 of 3"]);
+}
+
+#[test]
+fn who_waits_for_orders_is_let_go_when_another_has_ended_well() {
+    let folder = Folder::new();
+    let running = start(&folder, &["--nproc-per-node", "3"]);
+    let workers = wait_all(&folder, 0, 3);
+    std::fs::write(folder.path().join(format!("done-{}", workers[1].pid)), "").unwrap();
+    running.end().check(0, &[]);
 }
 
 #[test]
