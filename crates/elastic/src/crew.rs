@@ -14,7 +14,7 @@
 
 use crate::Report;
 use crate::mutant::{Mutant, is_planted};
-use std::time::Duration;
+use core::time::Duration;
 
 /// Losses of one place in a row, no step between them, after which it is not worth another try.
 pub const KEEPS_FAILING: u32 = 3;

@@ -9,7 +9,7 @@
 #[path = "../../../tests/fuzz.rs"]
 mod fuzz;
 
-pub(crate) use fuzz::fuzz;
+pub(crate) use fuzz::{fuzz, number};
 
 #[global_allocator]
 static COUNTING: fuzz::Counting = fuzz::Counting;

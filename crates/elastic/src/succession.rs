@@ -14,7 +14,7 @@
 
 use crate::mutant::{Mutant, is_planted};
 use crate::rendezvous::{Agreed, NodeId, Phase, regroup};
-use std::time::Duration;
+use core::time::Duration;
 
 /// Those that the next host is chosen by and from, in order: all that take part or are expected back, but for the host.
 pub fn electorate(memory: &Agreed) -> Vec<NodeId> {

@@ -19,7 +19,7 @@ pub(crate) use agreed::regroup;
 pub use agreed::{Agreed, Closed, Member, NodeId, Phase, Rules, Seat, Strike};
 pub use step::{Action, News, Node, Offer, Wish};
 
-use std::time::Duration;
+use core::time::Duration;
 
 /// More workers than this on one node is a typing error; it also bounds what is kept per worker.
 pub const MAX_NPROC: usize = 4096;

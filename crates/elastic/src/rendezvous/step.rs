@@ -4,8 +4,8 @@ use super::Times;
 use super::agreed::{Agreed, Closed, Member, NodeId, Phase, Rules, Seat, regroup, seat, strike};
 use crate::crew::KEEPS_FAILING;
 use crate::mutant::{Mutant, is_planted};
+use core::time::Duration;
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 /// Neighbours that each node watches: two, so that a node and its watcher may die together.
 const WATCHED: usize = 2;

@@ -5,8 +5,8 @@ use super::{Sim, times};
 use crate::crew::{Action, Crew, End, Event, Next};
 use crate::rendezvous::{self, Agreed, Closed, Member, News, Node, NodeId, Offer, Seat, Wish};
 use crate::{Report, crew, succession};
+use core::time::Duration;
 use std::collections::VecDeque;
-use std::time::Duration;
 
 /// What finding a stopped worker may take beyond its time of silence.
 const FINDS: Duration = Duration::from_secs(1);

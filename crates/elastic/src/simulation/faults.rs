@@ -3,7 +3,7 @@
 use super::agent::State;
 use super::worlds::Health;
 use super::{Sim, TROUBLE};
-use std::time::Duration;
+use core::time::Duration;
 
 /// Something that goes wrong; numbers are taken modulo what there is.
 #[derive(Clone, Debug)]

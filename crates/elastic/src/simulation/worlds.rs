@@ -1,7 +1,7 @@
 //! Ranks that meet and step, as far as agents see it.
 
+use core::time::Duration;
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 /// Ranks wait for each other so long, in a world and before it.
 const PATIENCE: Duration = Duration::from_secs(8);
