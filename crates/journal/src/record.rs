@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::float;
@@ -63,6 +65,9 @@ pub enum Record {
         /// Seconds of communication that no computation hid; absent for a single rank.
         #[serde(with = "float::option", default, skip_serializing_if = "Option::is_none")]
         exposed_comm_s: Option<f64>,
+        /// The same by the axis of the mesh that was waited on: `dp`, `tp`, `pp`, `cp`, `ep`; empty where it is not known.
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        waits_s: BTreeMap<String, f64>,
     },
     /// Which samples a rank put into a step.
     Drawn {
@@ -267,6 +272,7 @@ pub(crate) mod tests {
             step_s: 2.0,
             memory_bytes: 1 << 30,
             exposed_comm_s: None,
+            waits_s: BTreeMap::new(),
         }
     }
 
@@ -291,7 +297,7 @@ pub(crate) mod tests {
             let Record::Step { time_us, step, tokens, .. } = step(1, 0.0) else { unreachable!() };
             let record = Record::Step {
                 time_us, step, loss, grad_norm: -loss, lr: loss, tokens, valid_tokens: 0, tokens_per_s: 1.0, mfu,
-                step_s: 0.0, memory_bytes: 0, exposed_comm_s: mfu,
+                step_s: 0.0, memory_bytes: 0, exposed_comm_s: mfu, waits_s: BTreeMap::new(),
             };
             let text = serde_json::to_string(&record).unwrap();
             let Record::Step { loss: l, grad_norm: g, mfu: m, exposed_comm_s: e, .. } =

@@ -3,6 +3,8 @@ mod pages;
 mod serving;
 mod simulate;
 mod survival;
+mod watching;
+mod validate;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -15,10 +17,12 @@ pub(crate) use pages::{Guide, PlanCommand, PlanOr};
 pub(crate) use serving::Inference;
 pub(crate) use simulate::Simulate;
 pub(crate) use survival::{Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger};
+pub(crate) use watching::{Completions, Dash, Doctor, Journal, JournalCommand, Man, Top};
+pub(crate) use validate::Validate;
 
 /// Plan, rehearse and run the training of large models
 #[derive(Debug, Parser)]
-#[command(name = "phalanx", version, max_term_width = 100)]
+#[command(name = "phalanx", version, long_version = crate::version::long(), max_term_width = 100)]
 pub(crate) struct Args {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -62,6 +66,14 @@ pub(crate) enum Command {
     Devices(Devices),
     /// Start any program's ranks, with torchrun's flags and environment
     Launch(Launch),
+    /// Serve a page that shows runs live: curves, ranks, the last step, what happened; and metrics for Prometheus
+    Dash(Dash),
+    /// Show runs live on the terminal; once, as plain lines, on a pipe
+    Top(Top),
+    /// List, show and export what a run recorded
+    Journal(Journal),
+    /// Check this machine for what training on it needs, and say what to do
+    Doctor(Doctor),
     /// Write a Perfetto file of a run that was trained with --trace
     Trace(Trace),
     /// List, check, compare and remove checkpoints
@@ -72,6 +84,10 @@ pub(crate) enum Command {
     Chaos(Chaos),
     /// List every key of a run file with its default
     Keys,
+    /// Print what makes a shell complete commands and flags
+    Completions(Completions),
+    /// Write manual pages
+    Man(Man),
 }
 
 /// A run file and what overrides it.
@@ -219,27 +235,6 @@ pub(crate) struct Plan {
     pub(crate) calibration: Option<PathBuf>,
     /// Print JSON
     #[arg(long, conflicts_with = "emit")]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, ClapArgs)]
-pub(crate) struct Validate {
-    /// Table of published runs, or of serving figures (CSV)
-    pub(crate) file: PathBuf,
-    /// Fit on the table itself, leaving each source out of its own fit
-    #[arg(long, conflicts_with = "calibration")]
-    pub(crate) held_out: bool,
-    /// Fit on half of the rows of each source and estimate the other half
-    #[arg(long, conflicts_with_all = ["calibration", "held_out"])]
-    pub(crate) half: bool,
-    /// Fitted constants to use instead of the built-in ones
-    #[arg(long, value_name = "FILE.toml")]
-    pub(crate) calibration: Option<PathBuf>,
-    /// Fit the constants on the table and write them
-    #[arg(long, value_name = "FILE.toml", conflicts_with_all = ["held_out", "half", "calibration", "json"])]
-    pub(crate) fit: Option<PathBuf>,
-    /// Print JSON
-    #[arg(long)]
     pub(crate) json: bool,
 }
 

@@ -11,13 +11,16 @@ mod busy;
 mod catalog;
 mod ckpts;
 mod compare;
+mod watching;
 mod data;
 mod decide;
 mod device;
+mod doctor;
 mod economy;
 mod files;
 mod guide;
 mod inference;
+mod journals;
 mod live;
 mod models;
 mod output;
@@ -29,8 +32,10 @@ mod simulate;
 mod stop;
 mod survival;
 mod this_machine;
+mod top;
 mod train;
 mod validate;
+mod version;
 
 use clap::Parser;
 
@@ -68,6 +73,12 @@ fn main() -> std::process::ExitCode {
         Command::Devices(a) => device::list(&a),
         Command::Launch(a) => Ok(u8::try_from(launch::cli(a.args)).unwrap_or(1)),
         Command::Trace(a) => models::trace(&a),
+        Command::Dash(a) => watching::dash(&a),
+        Command::Top(a) => top::run(&a),
+        Command::Journal(a) => journals::run(&a),
+        Command::Doctor(a) => doctor::run(&a),
+        Command::Completions(a) => version::completions(&a),
+        Command::Man(a) => version::man(&a),
         Command::Ckpt(a) => ckpts::run(&a),
         Command::Ledger(a) => survival::ledger(&a),
         Command::Chaos(a) => survival::chaos(&a),

@@ -9,6 +9,7 @@ mod rehearsal;
 mod serving;
 mod survival;
 mod report;
+mod watching;
 
 use std::fs;
 

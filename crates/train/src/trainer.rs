@@ -320,6 +320,7 @@ impl Trainer {
             step_s,
             memory_bytes: self.exec.program.memory.total as u64,
             exposed_comm_s: (self.run.layout.world() > 1).then(|| self.exec.exposed_comm_s()),
+            waits_s: self.exec.waits_s().map(|(axis, s)| (axis.to_owned(), s)).collect(),
         };
         Ok((record, drawn, out))
     }
