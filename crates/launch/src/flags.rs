@@ -25,7 +25,7 @@ const fn short(short: char, name: &'static str, value: Option<&'static str>, hel
 }
 
 /// Every flag of torchrun (PyTorch 2.15, `torch/distributed/run.py`) and ours: `--signals-to-forward`,
-/// `--pass-exit-code`, `--hold`.
+/// `--pass-exit-code`, `--hold`, and those for workers that can recover.
 const FLAGS: &[Flag] = &[
     flag("nnodes", Some("N|MIN:MAX"), "number of nodes, or its range [1]"),
     flag("nproc-per-node", Some("N|auto|cpu|gpu"), "workers on this node [1]"),
@@ -39,6 +39,9 @@ const FLAGS: &[Flag] = &[
     flag("master-port", Some("PORT"), "port of node rank 0 [29500]"),
     flag("local-addr", Some("HOST"), "this node's address, as the others see it"),
     flag("max-restarts", Some("N"), "restarts of the workers before giving up [0]"),
+    flag("min-nproc", Some("N"), "fewest workers, if a place keeps failing [all]"),
+    flag("silence-timeout", Some("SECONDS"), "a mute worker that can recover is killed [5]"),
+    flag("hang-timeout", Some("SECONDS"), "a stuck worker that can recover is killed [180]"),
     flag("monitor-interval", Some("SECONDS"), "how often the nodes look at each other [0.1]"),
     flag("shutdown-timeout", Some("SECONDS"), "from SIGTERM to SIGKILL [30]"),
     flag("signals-to-handle", Some("SIG,.."), "signals that stop the job"),

@@ -2,8 +2,8 @@
 
 use crate::net::host_name;
 use crate::options::Options;
-use crate::rendezvous::Seat;
 use crate::warden::MARKER;
+use elastic::rendezvous::Seat;
 use spec::{Error, Result};
 use std::path::Path;
 
@@ -19,9 +19,11 @@ pub(crate) struct Attempt<'a> {
     pub(crate) marker: &'a str,
 }
 
-/// The variables to set for the worker with `local_rank`, over those it inherits.
+/// The variables to set for the worker with `local_rank`, over those it inherits. It runs in `place`, which is another
+/// number where places before it are not used any more.
 pub(crate) fn variables(
     shared: &Attempt<'_>,
+    place: usize,
     local_rank: usize,
     error_file: &Path,
 ) -> Result<Vec<(String, String)>> {
@@ -54,12 +56,12 @@ pub(crate) fn variables(
         set("OMP_NUM_THREADS", "1".to_owned());
     }
     set("PHALANX_STORE", shared.store.to_owned());
-    set("PHALANX_SESSION", format!("{}/{}", shared.run_id, seat.round));
+    set("PHALANX_SESSION", session(shared.run_id, seat));
     let outer = inherited(MARKER).map_or(String::new(), |m| m + ":");
     set(MARKER, outer + shared.marker);
     if options.virtual_local_rank {
         set("LOCAL_RANK", "0".to_owned());
-        for (name, value) in visible_gpu(local_rank, &inherited)? {
+        for (name, value) in visible_gpu(place, &inherited)? {
             set(name, value);
         }
     } else {
@@ -69,6 +71,11 @@ pub(crate) fn variables(
         set(name, value.clone());
     }
     Ok(env)
+}
+
+/// Prefix of the keys of one round in the store: run id and round.
+pub(crate) fn session(run_id: &str, seat: &Seat) -> String {
+    format!("{run_id}/{}", seat.round)
 }
 
 /// `--virtual-local-rank`: each worker sees one GPU, of those that the agent may see.
@@ -158,7 +165,7 @@ mod tests {
             store: "10.0.0.1:29400",
             marker: "m",
         };
-        let env = variables(&shared, 1, Path::new("/e.json")).unwrap();
+        let env = variables(&shared, 1, 1, Path::new("/e.json")).unwrap();
         let check = |name: &str, expected: &str| {
             let found: Vec<&str> = env.iter().filter(|(n, _)| n == name).map(|(_, v)| v.as_str()).collect();
             assert_eq!(found, [expected], "{name}");

@@ -1,145 +1,14 @@
 //! The protocol, pure: no clock, no store, no randomness.
 
 use super::Times;
-use crate::options::MAX_NPROC;
-use serde::{Deserialize, Serialize};
+use super::agreed::{Agreed, Closed, Member, NodeId, Phase, Rules, Seat, regroup, seat, strike};
+use crate::crew::KEEPS_FAILING;
+use crate::mutant::{Mutant, is_planted};
+use core::time::Duration;
 use std::collections::BTreeMap;
-use std::fmt;
-use std::time::Duration;
 
 /// Neighbours that each node watches: two, so that a node and its watcher may die together.
 const WATCHED: usize = 2;
-
-/// Who a node is; the order of ids is the order of group ranks.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct NodeId {
-    /// The node rank that was asked for, 0 if none was.
-    pub node_rank: usize,
-    /// Its address, as the other nodes see it.
-    pub addr: String,
-    /// Process id of its agent.
-    pub pid: u32,
-    /// Tells agents of one process apart.
-    pub serial: u32,
-}
-
-impl fmt::Display for NodeId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}/{}/{}", self.node_rank, self.addr, self.pid, self.serial)
-    }
-}
-
-/// A node that takes part, or wants to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Member {
-    /// Who it is.
-    pub id: NodeId,
-    /// Its name, for people.
-    pub host: String,
-    /// Its workers.
-    pub nproc: usize,
-    /// The role of its workers.
-    pub role: String,
-    /// A port that is free on it, for the workers' own store if it becomes group rank 0.
-    pub master_port: u16,
-}
-
-/// Whether a round still forms.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Phase {
-    /// Nodes join.
-    #[default]
-    Joining,
-    /// The members have their ranks.
-    Running,
-}
-
-/// How the job ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Closed {
-    /// Every node is done.
-    Succeeded,
-    /// It cannot go on; the text names the node and the cause.
-    Failed(String),
-}
-
-/// What all nodes must agree on before they agree on anything else.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Rules {
-    /// Fewest nodes.
-    pub min: usize,
-    /// Most nodes.
-    pub max: usize,
-    /// Node ranks are given and must be 0 to `max` - 1, each once.
-    pub is_static: bool,
-}
-
-/// The agreed value in the store.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Agreed {
-    /// Rules of the first node; others must have the same.
-    pub rules: Rules,
-    /// Number of the round, counting from 0.
-    pub round: u64,
-    /// Whether it runs.
-    pub phase: Phase,
-    /// Its nodes, sorted by id.
-    pub members: Vec<Member>,
-    /// Members whose workers have succeeded.
-    pub done: Vec<NodeId>,
-    /// Nodes that came while the round ran: new ones if there is room, else spares.
-    pub waiting: Vec<Member>,
-    /// Nodes expected back in the round that forms.
-    pub expected: Vec<NodeId>,
-    /// Why the round before ended.
-    pub why: String,
-    /// How the job ended.
-    pub closed: Option<Closed>,
-    /// Nodes that have seen it.
-    pub seen: Vec<NodeId>,
-}
-
-impl Agreed {
-    /// Reads what is in the store, which any process may have written: numbers are such that no sum overflows.
-    ///
-    /// # Errors
-    /// It is no such value, or no job has so many workers or rounds.
-    pub fn read(bytes: &[u8]) -> Result<Agreed, String> {
-        let shared: Agreed = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-        let wrong =
-            shared.members.iter().chain(&shared.waiting).find(|m| !(1..=MAX_NPROC).contains(&m.nproc));
-        match wrong {
-            Some(m) => Err(format!("{} workers on {}, expected 1 to {MAX_NPROC}", m.nproc, m.host)),
-            None if shared.round > u64::from(u32::MAX) => Err(format!("round {}", shared.round)),
-            None => Ok(shared),
-        }
-    }
-}
-
-/// A node's place in a round.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Seat {
-    /// The round.
-    pub round: u64,
-    /// Place among the nodes.
-    pub group_rank: usize,
-    /// Number of nodes.
-    pub group_world: usize,
-    /// Rank of the node's first worker.
-    pub base_rank: usize,
-    /// Number of workers on all nodes.
-    pub world: usize,
-    /// Place of the node's first worker among those with its role.
-    pub role_base_rank: usize,
-    /// Number of workers with its role.
-    pub role_world: usize,
-    /// Address of group rank 0.
-    pub master_addr: String,
-    /// Free port on it.
-    pub master_port: u16,
-    /// Host names by group rank.
-    pub nodes: Vec<String>,
-}
 
 /// What the agent wants; the last wish holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -160,6 +29,15 @@ pub enum Wish {
     Leave(String),
 }
 
+/// What a node brings into the next round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// A port that is free on it.
+    pub master_port: u16,
+    /// Its workers.
+    pub nproc: usize,
+}
+
 /// What the driver does for a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -176,6 +54,8 @@ pub enum News {
     Seated(Seat),
     /// The round is over: stop the workers and wish to join again.
     Regroup(String),
+    /// The round runs without this node, which waits for a place; workers that it has kept have no part in the job.
+    Spare,
     /// The job is over.
     Closed(Closed),
     /// This node has left.
@@ -198,6 +78,12 @@ pub struct Node {
     wished_at: Duration,
     /// The set of nodes that were joining, and since when it has not changed.
     joining: (u64, Vec<NodeId>, Duration),
+    /// What this node's workers have shown: that they can recover, and the last round in which they did a step.
+    progress: (bool, Option<u64>),
+    /// The last round that the agent knows to run without this node.
+    spare: Option<u64>,
+    /// Watched nodes whose agents have ended for sure.
+    gone: Vec<NodeId>,
     beats: BTreeMap<NodeId, (i64, Duration)>,
 }
 
@@ -206,14 +92,34 @@ impl Node {
     pub fn new(me: Member, rules: Rules, times: Times, patient: bool, is_host: bool) -> Node {
         let joining = (0, Vec::new(), Duration::ZERO);
         let (wish, wished_at, beats) = (Wish::Wait, Duration::ZERO, BTreeMap::new());
-        Node { me, rules, times, patient, is_host, wish, wished_at, joining, beats }
+        let (progress, spare, gone) = ((false, None), None, Vec::new());
+        Node { me, rules, times, patient, is_host, wish, wished_at, joining, progress, spare, gone, beats }
     }
 
-    /// The agent changed its mind; it may offer another port.
-    pub fn wish(&mut self, wish: Wish, master_port: Option<u16>, now: Duration) {
+    /// The agent changed its mind; it may offer another port and other workers.
+    pub fn wish(&mut self, wish: Wish, offer: Option<Offer>, now: Duration) {
         self.wish = wish;
         self.wished_at = now;
-        self.me.master_port = master_port.unwrap_or(self.me.master_port);
+        if let Some(offer) = offer {
+            (self.me.master_port, self.me.nproc) = (offer.master_port, offer.nproc);
+        }
+    }
+
+    /// The workers can recover; those of `stepped` have done a step.
+    pub fn note(&mut self, stepped: Option<u64>) {
+        self.progress = (true, stepped.max(self.progress.1));
+    }
+
+    /// The store has moved: perhaps to this agent.
+    pub fn moved(&mut self, host: &NodeId) {
+        self.is_host = *host == self.me.id;
+        self.beats.clear();
+        self.gone.clear();
+    }
+
+    /// Whether its workers can recover.
+    pub fn recovers(&self) -> bool {
+        self.progress.0
     }
 
     /// Who this node is.
@@ -224,6 +130,11 @@ impl Node {
     /// What it wants now.
     pub fn wanted(&self) -> &Wish {
         &self.wish
+    }
+
+    /// The agents of these nodes have ended: nobody need wait for signs of life.
+    pub fn gone(&mut self, nodes: Vec<NodeId>) {
+        self.gone = nodes;
     }
 
     /// The nodes whose counters this node should read.
@@ -243,8 +154,7 @@ impl Node {
         if let Some(action) = self.closing(shared, now) {
             return action;
         }
-        if let Some(dead) = self.first_dead(shared, beats, now) {
-            let cause = format!("no sign of life for {:.1} s", self.times.dead_after().as_secs_f64());
+        if let Some((dead, cause)) = self.first_dead(shared, beats, now) {
             return put(self.without(shared, &dead, &cause));
         }
         match self.wish.clone() {
@@ -259,6 +169,10 @@ impl Node {
                     self.tell(News::Regroup(shared.why.clone()))
                 }
             }
+            // Whoever was never part of it does not end it.
+            Wish::Close(_) if shared.phase == Phase::Running && !self.takes_part(shared) => {
+                self.tell(News::Left)
+            }
             Wish::Close(why) => {
                 let closed = Some(Closed::Failed(why));
                 put(Agreed { closed, ..shared.clone() })
@@ -270,13 +184,17 @@ impl Node {
                 put(Agreed { closed, ..shared.clone() })
             }
             Wish::Leave(why) => {
-                if shared.members.iter().chain(&shared.waiting).any(|m| m.id == self.me.id) {
+                if self.takes_part(shared) {
                     put(self.without(shared, &self.me.id, &why))
                 } else {
                     self.tell(News::Left)
                 }
             }
         }
+    }
+
+    fn takes_part(&self, shared: &Agreed) -> bool {
+        shared.members.iter().chain(&shared.waiting).any(|m| m.id == self.me.id)
     }
 
     /// Tells the agent once.
@@ -307,8 +225,13 @@ impl Node {
         })
     }
 
-    /// A watched node whose counter has stood still for too long.
-    fn first_dead(&mut self, shared: &Agreed, beats: &[(NodeId, i64)], now: Duration) -> Option<NodeId> {
+    /// A watched node whose agent has ended or whose counter has stood still for too long, and how it is known.
+    fn first_dead(
+        &mut self,
+        shared: &Agreed,
+        beats: &[(NodeId, i64)],
+        now: Duration,
+    ) -> Option<(NodeId, String)> {
         let watched = self.watched(shared);
         self.beats.retain(|id, _| watched.contains(id));
         for id in watched {
@@ -319,8 +242,13 @@ impl Node {
                 *last = (beat, now);
             }
             let finished = shared.phase == Phase::Running && shared.done.contains(&id);
-            if !finished && now.saturating_sub(last.1) >= self.times.dead_after() {
-                return Some(id);
+            if !finished && self.gone.contains(&id) {
+                return Some((id, "its agent has died".into()));
+            }
+            let silent = now.saturating_sub(last.1) >= self.times.dead_after();
+            if !finished && silent && !is_planted(Mutant::DeadStay) {
+                let after = self.times.dead_after().as_secs_f64();
+                return Some((id, format!("no sign of life for {after:.1} s")));
             }
         }
         None
@@ -341,6 +269,10 @@ impl Node {
             return next;
         }
         let why = format!("node {host} (agent pid {}) is lost: {cause}", lost.pid);
+        // In a round that forms there is nothing yet that a step could be done in.
+        if shared.recovers && (shared.phase == Phase::Joining || !shared.stepped) {
+            strike(&mut next.strikes, lost, cause);
+        }
         let mut left: Vec<&NodeId> = next.members.iter().chain(&next.waiting).map(|m| &m.id).collect();
         left.extend(&next.expected);
         left.sort();
@@ -373,6 +305,20 @@ impl Node {
                 "give all nodes the same --nnodes and --rdzv-backend, and other jobs another --rdzv-id".into(),
             ));
         }
+        if let Some(bad) = shared
+            .strikes
+            .iter()
+            .find(|s| s.is(&self.me.id) && s.count >= KEEPS_FAILING)
+            .filter(|_| !is_planted(Mutant::NoStrikes))
+        {
+            return self.tell(News::Refused(
+                format!(
+                    "node {} is kept out: it was lost {} times in a row before a step was done, the last time: {}",
+                    self.me.host, bad.count, bad.why
+                ),
+                "see what is wrong with it; the job goes on with the other nodes".into(),
+            ));
+        }
         let is_member = shared.members.iter().any(|m| m.id == self.me.id);
         match (shared.phase, is_member) {
             (Phase::Running, true) => match seat(shared, &self.me.id) {
@@ -384,7 +330,8 @@ impl Node {
             },
             (Phase::Running, false) => {
                 if shared.waiting.iter().any(|m| m.id == self.me.id) {
-                    return Vec::new();
+                    let told = self.spare.replace(shared.round) == Some(shared.round);
+                    return if told { Vec::new() } else { vec![Action::Tell(News::Spare)] };
                 }
                 let mut next = shared.clone();
                 next.waiting.push(self.me.clone());
@@ -408,8 +355,15 @@ impl Node {
             ));
         }
         let mut next = Agreed { rules: self.rules, ..shared.clone() };
+        if self.is_host {
+            next.host = Some(self.me.id.clone());
+        }
         next.waiting.retain(|m| m.id != self.me.id);
-        if next.members.len() < self.rules.max {
+        // Places are kept for those that are expected back: their workers have the job's memory.
+        let kept = |id: &&NodeId| **id != self.me.id && !shared.members.iter().any(|m| m.id == **id);
+        let kept = shared.expected.iter().filter(kept).count();
+        let kept = if shared.expected.contains(&self.me.id) { 0 } else { kept };
+        if next.members.len() + kept < self.rules.max {
             next.members.push(self.me.clone());
             next.members.sort_by(|a, b| a.id.cmp(&b.id));
         } else {
@@ -429,12 +383,13 @@ impl Node {
         }
         let quiet = now.saturating_sub(self.joining.2);
         let returned = !shared.expected.is_empty() && shared.expected.iter().all(|id| ids.contains(id));
-        let enough = ids.len() >= self.rules.min;
+        let enough = ids.len() >= self.rules.min || is_planted(Mutant::TooFew);
         if ids.len() >= self.rules.max || (enough && (returned || quiet >= self.times.last_call)) {
             return put(Agreed {
                 phase: Phase::Running,
                 done: Vec::new(),
                 expected: Vec::new(),
+                stepped: false,
                 ..shared.clone()
             });
         }
@@ -507,8 +462,19 @@ impl Node {
             let why = shared.why.clone();
             return self.tell(News::Regroup(why));
         }
+        let recovers = shared.recovers || self.progress.0;
+        let stepped = shared.stepped || self.progress.1 == Some(round);
+        if (recovers, stepped) != (shared.recovers, shared.stepped) {
+            let mut next = Agreed { recovers, stepped, ..shared.clone() };
+            if stepped {
+                next.strikes.retain(|s| !shared.members.iter().any(|m| s.is(&m.id)));
+            }
+            return put(next);
+        }
+        // Ranks that keep their memory are not troubled before they have used what they brought.
         if shared.phase == Phase::Running
-            && shared.members.len() < self.rules.max
+            && (shared.members.len() < self.rules.max || is_planted(Mutant::Restless))
+            && (!recovers || stepped || is_planted(Mutant::NewcomersAtOnce))
             && let Some(new) = shared.waiting.first()
         {
             return put(regroup(
@@ -540,45 +506,9 @@ impl Node {
     }
 }
 
-fn put(next: Agreed) -> Vec<Action> {
+fn put(mut next: Agreed) -> Vec<Action> {
+    next.version = next.version.wrapping_add(1);
     vec![Action::Put(Box::new(next))]
-}
-
-/// Ends the round: its members, and the nodes that waited, are expected in the next.
-fn regroup(shared: &Agreed, why: String) -> Agreed {
-    let room = shared.rules.max.saturating_sub(shared.members.len());
-    let expected =
-        shared.members.iter().chain(shared.waiting.iter().take(room)).map(|m| m.id.clone()).collect();
-    Agreed {
-        round: shared.round + 1,
-        phase: Phase::Joining,
-        members: Vec::new(),
-        done: Vec::new(),
-        expected,
-        why,
-        ..shared.clone()
-    }
-}
-
-/// The place of `id` in the round: ranks are prefix sums of the workers in the order of ids.
-fn seat(shared: &Agreed, id: &NodeId) -> Option<Seat> {
-    let group_rank = shared.members.iter().position(|m| m.id == *id)?;
-    let (before, me) = (&shared.members[..group_rank], &shared.members[group_rank]);
-    let count = |members: &[Member]| members.iter().map(|m| m.nproc).sum::<usize>();
-    let of_role = |members: &[Member]| members.iter().filter(|m| m.role == me.role).map(|m| m.nproc).sum();
-    let master = shared.members.first()?;
-    Some(Seat {
-        round: shared.round,
-        group_rank,
-        group_world: shared.members.len(),
-        base_rank: count(before),
-        world: count(&shared.members),
-        role_base_rank: of_role(before),
-        role_world: of_role(&shared.members),
-        master_addr: master.id.addr.clone(),
-        master_port: master.master_port,
-        nodes: shared.members.iter().map(|m| m.host.clone()).collect(),
-    })
 }
 
 #[cfg(test)]

@@ -1,12 +1,14 @@
 //! Carries the protocol out: a thread that reads and writes the store and keeps time for [`Node::step`].
 
-use super::{Action, Agreed, Member, News, Node, NodeId, Rules, Times, Wish};
+use crate::door::Doors;
+use crate::heir::Standby;
 use comm::{StoreClient, Waiting};
+use elastic::rendezvous::{Action, Agreed, Member, News, Node, NodeId, Offer, Rules, Times, Wish};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use spec::{Error, Result};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Writes that lose against another node's in a row before the thread takes a breath.
@@ -33,12 +35,23 @@ pub(crate) struct Setup {
     pub(crate) interval: Duration,
 }
 
+/// What the agent tells the thread.
+enum Word {
+    Wish(Wish, Option<Offer>),
+    /// The workers can recover, and the last round in which they did a step.
+    Progress(Option<u64>),
+}
+
 /// The agent's handle on the thread. The thread ends when this is dropped.
 pub(crate) struct Driver {
-    wishes: Sender<(Wish, Option<u16>)>,
+    wishes: Sender<Word>,
     news: Receiver<Result<News>>,
     wake: Arc<OwnedFd>,
+    endpoint: Endpoint,
 }
+
+/// `host:port` of the store, which moves when its host dies.
+type Endpoint = Arc<Mutex<String>>;
 
 impl Driver {
     pub(crate) fn start(setup: Setup) -> Result<Driver> {
@@ -48,19 +61,31 @@ impl Driver {
         let (wishes, wished) = channel();
         let (told, news) = channel();
         let teller = Teller { told: Some(told), wake: Arc::clone(&wake) };
+        let endpoint = Arc::new(Mutex::new(setup.endpoint.clone()));
+        let there = Arc::clone(&endpoint);
         let thread = move || {
-            if let Err(error) = drive(setup, &wished, &teller) {
+            if let Err(error) = drive(setup, &wished, &teller, &there) {
                 teller.tell(Err(error));
             }
         };
         std::thread::Builder::new().name("launch-rendezvous".into()).spawn(thread).map_err(failed)?;
-        Ok(Driver { wishes, news, wake })
+        Ok(Driver { wishes, news, wake, endpoint })
+    }
+
+    /// Where the store is.
+    pub(crate) fn endpoint(&self) -> String {
+        self.endpoint.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Changes what the node wants.
-    pub(crate) fn wish(&self, wish: Wish, master_port: Option<u16>) {
+    pub(crate) fn wish(&self, wish: Wish, offer: Option<Offer>) {
         // A thread that has ended left its error in the news.
-        let _ = self.wishes.send((wish, master_port));
+        let _ = self.wishes.send(Word::Wish(wish, offer));
+    }
+
+    /// The workers can recover; those of the round `stepped` have done a step.
+    pub(crate) fn note(&self, stepped: Option<u64>) {
+        let _ = self.wishes.send(Word::Progress(stepped));
     }
 
     /// What came, if anything did. After an error nothing more comes.
@@ -108,19 +133,31 @@ impl Drop for Teller {
 }
 
 /// The thread: until the agent drops its handle, or the store is lost.
-fn drive(mut setup: Setup, wished: &Receiver<(Wish, Option<u16>)>, teller: &Teller) -> Result<()> {
+fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller, endpoint: &Endpoint) -> Result<()> {
     let start = Instant::now();
     let mut early = Vec::new();
     let Some(client) = connect(&setup, wished, &mut early)? else { return Ok(()) };
     if setup.me.id.addr.is_empty() {
         setup.me.id.addr = client.local_ip().to_string();
     }
+    let doors = Doors::open(&setup.me.id.addr);
+    let standby = Standby::open(&setup.me.id.addr);
+    (setup.me.door, setup.me.standby) = (doors.port(), standby.port());
     let prefix = format!("rdzv/{}", setup.run_id);
     let node = Node::new(setup.me.clone(), setup.rules, setup.times, setup.patient, setup.is_host);
     let mut seen =
         Seen { client, prefix, raw: None, shared: Agreed::default(), beats: Vec::new(), looked: None };
-    let mut this = Thread { setup, node, start, next_beat: Duration::ZERO, trouble: None };
-    early.into_iter().for_each(|(wish, port)| this.node.wish(wish, port, start.elapsed()));
+    let mut this = Thread {
+        setup,
+        node,
+        doors,
+        standby,
+        start,
+        next_beat: Duration::ZERO,
+        trouble: None,
+        contact: Duration::ZERO,
+    };
+    early.into_iter().for_each(|word| this.hear(word));
     let mut spoken: Option<Waiting> = None;
     loop {
         match (this.node.waits_for(&seen.shared), &spoken) {
@@ -131,12 +168,12 @@ fn drive(mut setup: Setup, wished: &Receiver<(Wish, Option<u16>)>, teller: &Tell
         let pause =
             this.setup.interval.max(PAUSE_PER_NODE * u32::try_from(seen.shared.members.len()).unwrap_or(0));
         match wished.recv_timeout(pause) {
-            Ok((wish, port)) => this.node.wish(wish, port, start.elapsed()),
+            Ok(word) => this.hear(word),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         }
         match this.turn(&mut seen, teller) {
-            Ok(()) => this.trouble = None,
+            Ok(()) => (this.trouble, this.contact) = (None, start.elapsed()),
             Err(error) => {
                 // What is lost on a closed job is no loss.
                 if let Some(closed) = seen.shared.closed.take() {
@@ -144,7 +181,9 @@ fn drive(mut setup: Setup, wished: &Receiver<(Wish, Option<u16>)>, teller: &Tell
                     return Ok(());
                 }
                 let since = *this.trouble.get_or_insert(start.elapsed());
-                if start.elapsed().saturating_sub(since) >= this.setup.times.heartbeat {
+                let hope = this.follow(&mut seen, endpoint);
+                let patience = this.setup.times.heartbeat * if hope { 2 } else { 1 };
+                if start.elapsed().saturating_sub(since) >= patience {
                     return Err(error.context("the job's store is lost").hint(
                         "the node that runs it (--rdzv-endpoint or --master-addr) is gone or cannot be reached",
                     ));
@@ -155,11 +194,7 @@ fn drive(mut setup: Setup, wished: &Receiver<(Wish, Option<u16>)>, teller: &Tell
 }
 
 /// Connects to the store within the join time; `None` if the agent has gone or goes meanwhile.
-fn connect(
-    setup: &Setup,
-    wished: &Receiver<(Wish, Option<u16>)>,
-    early: &mut Vec<(Wish, Option<u16>)>,
-) -> Result<Option<StoreClient>> {
+fn connect(setup: &Setup, wished: &Receiver<Word>, early: &mut Vec<Word>) -> Result<Option<StoreClient>> {
     let until = Instant::now() + setup.times.join;
     let most = setup.times.join.as_secs();
     let spoken =
@@ -182,8 +217,8 @@ fn connect(
         loop {
             match wished.try_recv() {
                 // Nobody knows of this node yet: it goes without a word.
-                Ok((Wish::Leave(_) | Wish::Close(_), _)) => return Ok(None),
-                Ok(wish) => early.push(wish),
+                Ok(Word::Wish(Wish::Leave(_) | Wish::Close(_), _)) => return Ok(None),
+                Ok(word) => early.push(word),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => return Ok(None),
             }
@@ -194,9 +229,13 @@ fn connect(
 struct Thread {
     setup: Setup,
     node: Node,
+    doors: Doors,
+    standby: Standby,
     start: Instant,
     next_beat: Duration,
     trouble: Option<Duration>,
+    /// When the store was last reached.
+    contact: Duration,
 }
 
 /// What was last seen in the store.
@@ -210,6 +249,50 @@ struct Seen {
 }
 
 impl Thread {
+    fn hear(&mut self, word: Word) {
+        match word {
+            Word::Wish(wish, offer) => self.node.wish(wish, offer, self.start.elapsed()),
+            Word::Progress(stepped) => self.node.note(stepped),
+        }
+    }
+
+    /// The nodes whose agents have died, of those that this one has an eye on.
+    fn dead(&mut self, shared: &Agreed) -> Vec<NodeId> {
+        let mut watched = self.node.watched(shared);
+        for id in Standby::line(shared).filter(|id| id != self.node.id()) {
+            if !watched.contains(&id) {
+                watched.push(id);
+            }
+        }
+        self.doors.look(shared, &watched)
+    }
+
+    /// The store is not reached: if its host has died, it moves. Whether there is hope.
+    fn follow(&mut self, seen: &mut Seen, endpoint: &Endpoint) -> bool {
+        let dead = self.dead(&seen.shared);
+        let mut memory = seen.shared.clone();
+        memory.recovers |= self.node.recovers();
+        let times = (self.start.elapsed().saturating_sub(self.contact), self.setup.times.heartbeat);
+        match self.standby.follow(self.node.id(), &seen.prefix, &memory, &dead, times) {
+            None => false,
+            Some(Ok(Some(moved))) => {
+                let place = if moved.host == *self.node.id() { " on this node" } else { "" };
+                crate::cli::say(&format!(
+                    "phalanx launch: the job's store is now at {}{place}",
+                    moved.endpoint
+                ));
+                self.node.moved(&moved.host);
+                *endpoint.lock().unwrap_or_else(PoisonError::into_inner) = moved.endpoint;
+                (seen.client, seen.raw, seen.looked) = (moved.client, None, None);
+                seen.shared = memory;
+                self.next_beat = Duration::ZERO;
+                true
+            }
+            // Not enough are here, or the candidate is about to die too.
+            Some(_) => true,
+        }
+    }
+
     /// One look, and all the writes that follow from it.
     fn turn(&mut self, seen: &mut Seen, teller: &Teller) -> Result<()> {
         let now = self.start.elapsed();
@@ -223,6 +306,9 @@ impl Thread {
             seen.read_beats(&self.node)?;
             seen.looked = Some(now);
         }
+        self.standby.note(&seen.shared);
+        let gone = self.dead(&seen.shared);
+        self.node.gone(gone);
         for _ in 0..WRITES_IN_A_ROW {
             let actions = self.node.step(&seen.shared, &seen.beats, self.start.elapsed());
             let mut wrote = false;

@@ -25,7 +25,7 @@ fn rules(min: usize, max: usize) -> Rules {
 
 fn member(name: &str, nproc: usize) -> Member {
     let id = NodeId { node_rank: 0, addr: name.into(), pid: 1, serial: 0 };
-    Member { id, host: name.into(), nproc, role: "default".into(), master_port: 1000 }
+    Member { id, host: name.into(), nproc, role: "default".into(), master_port: 1000, door: 0, standby: 0 }
 }
 
 impl World {
@@ -345,7 +345,7 @@ proptest! {
                         }
                         News::Regroup(_) => world.wish(node, Wish::Join),
                         News::Closed(_) => ended = true,
-                        News::Refused(..) | News::Left => {}
+                        News::Refused(..) | News::Left | News::Spare => {}
                     }
                 }
             }
@@ -407,4 +407,15 @@ fn fuzzed_states_are_refused_or_acted_on() {
             true
         },
     );
+}
+
+#[test]
+fn an_agent_that_has_died_is_not_waited_for() {
+    let mut world = running(rules(2, 3), false);
+    world.nodes[1].1 = Life::Dead;
+    let dead = world.nodes[1].0.id().clone();
+    world.nodes[0].0.gone(vec![dead]);
+    let told = world.pass(1);
+    let why = |n: &News| matches!(n, News::Regroup(why) if why.contains("node b") && why.contains("its agent has died"));
+    assert!(told.len() == 2 && told.iter().all(|(_, n)| why(n)), "{told:?}");
 }

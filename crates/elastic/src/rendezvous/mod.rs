@@ -2,7 +2,7 @@
 //!
 //! All nodes agree on one value, [`Agreed`], in the key-value store, changed by compare-and-set. [`Node::step`] is the
 //! whole protocol: a pure function from (what this node wants, what is in the store, the time) to actions.
-//! The `drive` module reads, writes and keeps time for it.
+//! The agent's driver reads, writes and keeps time for it.
 //!
 //! - A *round* is one set of nodes with ranks. Nodes join it while it forms; it starts at once with the most nodes, or
 //!   when all that are expected back have come, or with the fewest once nobody has come for the last-call time.
@@ -12,13 +12,17 @@
 //!   clock; one that stands still for the keep-alive time is removed and the round ends for all survivors at once.
 //! - Success closes the job when every node is done; a failure for good closes it at once.
 
-mod drive;
+mod agreed;
 mod step;
 
-pub(crate) use drive::{Driver, Setup};
-pub use step::{Action, Agreed, Closed, Member, News, Node, NodeId, Phase, Rules, Seat, Wish};
+pub(crate) use agreed::regroup;
+pub use agreed::{Agreed, Closed, Member, NodeId, Phase, Rules, Seat, Strike};
+pub use step::{Action, News, Node, Offer, Wish};
 
-use std::time::Duration;
+use core::time::Duration;
+
+/// More workers than this on one node is a typing error; it also bounds what is kept per worker.
+pub const MAX_NPROC: usize = 4096;
 
 /// How long the nodes wait for each other; torchrun's names and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +45,7 @@ pub struct Times {
 
 impl Times {
     /// The keys of `--rdzv-conf`.
-    pub(crate) const KEYS: &'static [&'static str] = &[
+    pub const KEYS: &'static [&'static str] = &[
         "join_timeout",
         "last_call_timeout",
         "close_timeout",
