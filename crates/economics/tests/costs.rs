@@ -275,9 +275,7 @@ fn a_decision_takes_rents_of_the_platforms_own_provider() {
 /// Ends that can hold together, and reasons that do not contradict the choice.
 #[test]
 fn decisions_are_consistent_with_themselves() {
-    for platform in
-        ["dgx-superpod-h100", "aws-p5-ultracluster", "coreweave-h100", "lambda-b200", "tpu-v5p-pod"]
-    {
+    for platform in ["dgx-superpod-h100", "aws-p5-ultracluster", "coreweave-h100", "lambda-b200"] {
         for demand in [
             "48x512@0.8",
             "6x64@0.3,42x512@0.8",

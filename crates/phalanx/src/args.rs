@@ -19,8 +19,8 @@ pub(crate) use pages::{Guide, PlanCommand, PlanOr};
 pub(crate) use serving::Inference;
 pub(crate) use simulate::Simulate;
 pub(crate) use survival::{Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger};
-pub(crate) use watching::{Completions, Dash, Doctor, Journal, JournalCommand, Man, Top};
 pub(crate) use validate::Validate;
+pub(crate) use watching::{Completions, Dash, Doctor, Journal, JournalCommand, Man, Top};
 
 /// Plan, rehearse and run the training of large models
 #[derive(Debug, Parser)]
