@@ -1,5 +1,5 @@
 use serde::Serialize;
-use spec::NormKind;
+use spec::{NormKind, Router};
 
 use crate::buffer::{GradOut, View};
 use crate::comm::{Comm, When};
@@ -138,13 +138,15 @@ pub enum OpKind {
     RingAttention { heads: Heads, axis: Axis },
     /// `(qkv, o, lse, do) -> dqkv`: keys and values walk the ring again, their gradients with them.
     RingAttentionGrad { heads: Heads, axis: Axis },
-    /// `(logits [n, E]) -> (gates [n, k], index [n, k], counts [E])`: each token's `k` best experts, their weights, the
-    /// place of each copy in the order by expert, and the copies of each expert. Planned, not executed: which function
-    /// of the logits the gates are (softmax or sigmoid, before or after the choice, renormalised, biased) is part of
-    /// the model and comes with execution; shapes and costs do not depend on it.
-    Route { top_k: usize },
-    /// `(dgates, logits, index) -> dlogits`.
-    RouteGrad,
+    /// `(logits [n, E]) -> (gates [n, k], index [n, 2k], counts [E, s])`: each token's `k` best experts, best first, and
+    /// their weights, as the model's [`Router`] says. `index` has the place of each copy in the order of (expert,
+    /// token), then its expert; `counts` the copies of each expert from each of `s` equal runs of rows: the sequences
+    /// of the micro-batch where a rank routes whole ones.
+    Route { top_k: usize, router: Router },
+    /// `(dgates, logits, index, counts) -> dlogits`, with the gradients of the router's own losses: the balance of each
+    /// sequence, as a mean over the `sequences` of the global batch, and the squared log-sum-exp, as a mean over its
+    /// tokens. Runs once for each micro-batch, and adds to the step's counts of experts.
+    RouteGrad { top_k: usize, router: Router, sequences: usize },
     /// `(x [n, D], index) -> copies [n k, D]` in the order of their experts.
     Permute { top_k: usize },
     /// `(dcopies, index) -> dx`, accumulating: the sum over a token's copies.
@@ -153,14 +155,14 @@ pub enum OpKind {
     Unpermute { top_k: usize },
     /// `(dy, copies, gates, index) -> (dcopies, dgates)`.
     UnpermuteGrad,
-    /// `(x [m, in], w [experts out, in], counts) -> y [m, out]`: rows lie in the order of their experts, each expert has
-    /// a matrix of its own.
+    /// `(x [m, in], w [experts out, in], counts [E, s]) -> y [m, out]`: each of this rank's experts has a matrix of its
+    /// own. Rows lie in the order of (rank that sent them, expert), as many as `counts` says, at most `m`.
     GroupedLinear { experts: usize },
     /// `(dy, w, counts) -> dx`.
     GroupedLinearGradInput { experts: usize },
-    /// `(dy, x, counts) -> grad of w`.
-    GroupedLinearGradWeight { experts: usize },
-    /// `(gate_up [n, 2F]) -> h [n, F]`.
+    /// `(dy, x, counts) -> grad of w`; a run of rows that is counted apart gives an expert at most `leaf_rows`.
+    GroupedLinearGradWeight { experts: usize, leaf_rows: usize },
+    /// `(gate_up [n, 2F], [counts]) -> h [n, F]`; of as many rows as `counts` adds up to. So the other activations.
     SwiGlu,
     /// `(dh, gate_up) -> dgate_up`.
     SwiGluGrad,
@@ -347,7 +349,7 @@ impl OpKind {
             RingAttention { .. } => "ring_attention",
             RingAttentionGrad { .. } => "ring_attention_grad",
             Route { .. } => "route",
-            RouteGrad => "route_grad",
+            RouteGrad { .. } => "route_grad",
             Permute { .. } => "permute",
             PermuteGrad => "permute_grad",
             Unpermute { .. } => "unpermute",

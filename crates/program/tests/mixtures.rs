@@ -12,7 +12,15 @@ const SEQUENCES: usize = 8;
 const SEQUENCE: usize = 16;
 
 fn experts(model: ModelSpec, shared_ffn: usize, dense_layers: usize) -> ModelSpec {
-    let experts = Experts { count: 8, top_k: 2, ffn: 16, shared_ffn, dense_layers, every: 1 };
+    let experts = Experts {
+        count: 8,
+        top_k: 2,
+        ffn: 16,
+        shared_ffn,
+        dense_layers,
+        every: 1,
+        router: Default::default(),
+    };
     ModelSpec { experts: Some(experts), ..model }
 }
 

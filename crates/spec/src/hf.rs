@@ -8,7 +8,9 @@ pub use bounded::{parse_json, small_json};
 pub use planned::HfModel;
 pub use windows::Windows;
 
-use crate::{Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
+use crate::{
+    Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router,
+};
 use serde_json::{Map, Value, json};
 
 /// `model_type`, the architecture with a language-model head, and what the configuration class assumes of an absent key.
@@ -65,7 +67,17 @@ const GPT2: Family = Family {
     kv_heads: None,
     max_positions: 1024,
 };
-const FAMILIES: [&Family; 5] = [&LLAMA, &MISTRAL, &QWEN2, &QWEN3, &GPT2];
+const MIXTRAL: Family = Family { model_type: "mixtral", architecture: "MixtralForCausalLM", ..MISTRAL };
+const QWEN3_MOE: Family = Family {
+    model_type: "qwen3_moe",
+    architecture: "Qwen3MoeForCausalLM",
+    hidden: 2048,
+    ffn: 6144,
+    layers: 24,
+    kv_heads: Some(4),
+    ..QWEN2
+};
+const FAMILIES: [&Family; 7] = [&LLAMA, &MISTRAL, &QWEN2, &QWEN3, &MIXTRAL, &QWEN3_MOE, &GPT2];
 
 // Sizes under the name that the class writes first, then those of attribute maps, old files and other families.
 const HIDDEN: &[&str] = &["hidden_size", "n_embd", "d_model", "n_embed"];
@@ -146,6 +158,7 @@ impl ModelSpec {
                 });
                 match family.model_type {
                     "qwen2" => own["use_sliding_window"] = json!(false),
+                    "mixtral" | "qwen3_moe" => self.experts_json(family, &mut own),
                     "qwen3" => {
                         own["use_sliding_window"] = json!(false);
                         own["attention_bias"] = json!(self.qkv_bias);
@@ -164,14 +177,59 @@ impl ModelSpec {
         Ok(config)
     }
 
+    fn experts_json(&self, family: &Family, own: &mut Value) {
+        let Some(e) = self.experts else { return };
+        own["num_experts_per_tok"] = json!(e.top_k);
+        own["router_aux_loss_coef"] = json!(wide(e.router.balance_loss));
+        own["output_router_logits"] = json!(false);
+        own["sliding_window"] = Value::Null;
+        if family.model_type == MIXTRAL.model_type {
+            own["num_local_experts"] = json!(e.count);
+            own["intermediate_size"] = json!(e.ffn);
+            return;
+        }
+        own["num_experts"] = json!(e.count);
+        own["moe_intermediate_size"] = json!(e.ffn);
+        own["norm_topk_prob"] = json!(e.router.renormalise);
+        own["decoder_sparse_step"] = json!(e.every);
+        own["mlp_only_layers"] = json!((0..e.dense_layers).collect::<Vec<_>>());
+        own["use_sliding_window"] = json!(false);
+        own["attention_bias"] = json!(self.qkv_bias);
+    }
+
+    /// The family of a mixture, and what it does not have in common with either.
+    fn hf_mixture(&self, e: &Experts) -> std::result::Result<&'static Family, &'static str> {
+        let plain =
+            Router { balance_loss: e.router.balance_loss, z_loss: e.router.z_loss, ..Router::default() };
+        let plain = Router { renormalise: e.router.renormalise, ..plain };
+        let rope = matches!(self.position, Position::Rope(_));
+        if self.norm != NormKind::Rms || !rope || !self.activation.gated() {
+            Err("a mixture without RMSNorm, rotary positions or gates")
+        } else if e.shared_ffn > 0 || e.router != plain {
+            Err("shared experts, and routers other than a softmax, are read, not written")
+        } else if self.mlp_bias || self.qkv_bias != self.attn_out_bias || self.qkv_bias && !self.qk_norm {
+            Err("a mixture with biases")
+        } else if self.qk_norm {
+            Ok(&QWEN3_MOE)
+        } else if e.dense_layers > 0 || e.every > 1 || !e.router.renormalise {
+            Err("Mixtral has experts in every layer and weights that add up to 1")
+        } else {
+            Ok(&MIXTRAL)
+        }
+    }
+
     fn hf_family(&self) -> Result<&'static Family> {
         let refuse = |why: &str| {
-            Err(Error::user(format!("{} has no Hugging Face architecture: {why}", self.name))
-                .hint("the families that can be written are Llama, Qwen 2, Qwen 3 and GPT-2"))
+            Err(Error::user(format!("{} has no Hugging Face architecture: {why}", self.name)).hint(
+                "the families that can be written are Llama, Qwen 2, Qwen 3, Mixtral, Qwen 3 MoE and GPT-2",
+            ))
         };
         let rope = matches!(self.position, Position::Rope(_));
-        if self.experts.is_some() || self.latent.is_some() {
-            return refuse("experts and latent attention are read, not written");
+        if self.latent.is_some() {
+            return refuse("latent attention is read, not written");
+        }
+        if let Some(experts) = &self.experts {
+            return self.hf_mixture(experts).or_else(refuse);
         }
         match (self.norm, rope) {
             (NormKind::Layer, true) => return refuse("LayerNorm with rotary positions"),
@@ -317,6 +375,9 @@ impl<'a> Config<'a> {
                 refuse(key, "only 1 is");
             }
         }
+        if self.number_or("router_jitter_noise", Some(0.0))? != 0.0 {
+            refuse("router_jitter_noise", "routers have no noise");
+        }
         for key in ["scale_attn_by_inverse_layer_idx", "add_cross_attention"] {
             if self.flag_or(key, false)? {
                 refuse(key, "only false is");
@@ -337,7 +398,8 @@ impl<'a> Config<'a> {
     fn sliding_window(&self, family: &Family) -> Result<Option<Error>> {
         let (windowed, default) = match family.model_type {
             "mistral" => (true, Some(4096)),
-            "qwen2" | "qwen3" if self.flag_or("use_sliding_window", false)? => {
+            "mixtral" => (true, None),
+            "qwen2" | "qwen3" | "qwen3_moe" if self.flag_or("use_sliding_window", false)? => {
                 let full_layers = self.count_or("max_window_layers", Some(28))?;
                 (full_layers < self.size(LAYERS, family.layers)?, Some(4096))
             }
@@ -376,12 +438,14 @@ impl<'a> Config<'a> {
             true => heads,
             false => family.kv_heads.unwrap_or(heads),
         };
+        let qwen3 = ["qwen3", "qwen3_moe"].contains(&family.model_type);
+        let experts = self.trained_experts(family)?;
         let own_dim = match family.model_type {
             "qwen3" => Some(128),
             _ => (hidden.is_multiple_of(heads)).then(|| hidden / heads),
         };
         let attention_bias = match family.model_type {
-            "qwen2" | "mistral" => false,
+            "qwen2" | "mistral" | "mixtral" => false,
             _ => self.flag_or("attention_bias", false)?,
         };
         Ok(ModelSpec {
@@ -394,18 +458,50 @@ impl<'a> Config<'a> {
             kv_heads: self.count_or("num_key_value_heads", Some(kv_heads))?,
             head_dim: self.count_or("head_dim", own_dim)?,
             norm: NormKind::Rms,
-            norm_eps: self.number_or("rms_norm_eps", Some(1e-6))? as f32,
+            norm_eps: self
+                .number_or("rms_norm_eps", Some(if family.model_type == "mixtral" { 1e-5 } else { 1e-6 }))?
+                as f32,
             position: Position::Rope(rope(self, self.max_positions(family)?)?),
             activation: Activation::SwiGlu,
             qkv_bias: attention_bias || family.model_type == "qwen2",
             attn_out_bias: attention_bias,
             mlp_bias: family.model_type == "llama" && self.flag_or("mlp_bias", false)?,
-            qk_norm: family.model_type == "qwen3",
+            qk_norm: qwen3,
             tied_embeddings: self.flag_or("tie_word_embeddings", false)?,
             init_std: self.number_or("initializer_range", Some(0.02))? as f32,
-            experts: None,
+            experts,
             latent: None,
         })
+    }
+
+    /// The mixture of a family that trains, with its router.
+    fn trained_experts(&self, family: &Family) -> Result<Option<Experts>> {
+        let layers = self.size(LAYERS, family.layers)?;
+        let (count, ffn, top_k, renormalise) = match family.model_type {
+            "mixtral" => {
+                let count = self.count_or("num_local_experts", Some(8))?;
+                (count, self.size(FFN, family.ffn)?, 2, true)
+            }
+            "qwen3_moe" => {
+                let keys = ["num_experts", "num_local_experts"];
+                let count = self
+                    .count_or(keys.iter().find(|k| self.get(k).is_some()).unwrap_or(&keys[0]), Some(128))?;
+                let ffn = self.count_or("moe_intermediate_size", Some(768))?;
+                (count, ffn, 8, self.flag_or("norm_topk_prob", false)?)
+            }
+            _ => return Ok(None),
+        };
+        let (dense_layers, every) =
+            if family.model_type == "mixtral" { (0, 1) } else { self.expert_layers(layers)? };
+        Ok(Some(Experts {
+            count,
+            top_k: self.count_or("num_experts_per_tok", Some(top_k))?,
+            ffn,
+            shared_ffn: 0,
+            dense_layers,
+            every,
+            router: Router { renormalise, ..Router::default() },
+        }))
     }
 
     fn gpt2(&self) -> Result<ModelSpec> {

@@ -1,6 +1,7 @@
 //! The host's own cores and memory as a device.
 
 mod args;
+mod experts;
 mod table;
 
 use std::time::Instant;

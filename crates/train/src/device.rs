@@ -212,9 +212,12 @@ impl Lack {
     pub fn of(kind: &OpKind) -> Lack {
         use OpKind::*;
         match kind {
-            Route { .. } | RouteGrad | Permute { .. } | PermuteGrad | Unpermute { .. } | UnpermuteGrad => {
-                Lack::Experts
-            }
+            Route { .. }
+            | RouteGrad { .. }
+            | Permute { .. }
+            | PermuteGrad
+            | Unpermute { .. }
+            | UnpermuteGrad => Lack::Experts,
             GroupedLinear { .. } | GroupedLinearGradInput { .. } | GroupedLinearGradWeight { .. } => {
                 Lack::Experts
             }

@@ -98,7 +98,15 @@ fn every_kind_of_layout() {
 /// A small model with four routed experts, with latent attention, or with both.
 fn planned(experts: bool, latent: bool) -> ModelSpec {
     let dense = common::model(2, false, false);
-    let routed = Experts { count: 4, top_k: 2, ffn: 16, shared_ffn: 0, dense_layers: 0, every: 1 };
+    let routed = Experts {
+        count: 4,
+        top_k: 2,
+        ffn: 16,
+        shared_ffn: 0,
+        dense_layers: 0,
+        every: 1,
+        router: Default::default(),
+    };
     let latents = Latent { query_rank: None, kv_rank: 8, nope_dim: 8, rope_dim: 4, value_dim: 8 };
     let kv_heads = if latent { dense.heads } else { dense.kv_heads };
     ModelSpec { experts: experts.then_some(routed), latent: latent.then_some(latents), kv_heads, ..dense }

@@ -57,7 +57,7 @@ fn kernels(p: &Program, op: &Op) -> Vec<Task> {
         OpKind::GroupedLinearGradInput { experts } => {
             grouped(rows(0) / *experts as f64, cols(1), cols(0), *experts)
         }
-        OpKind::GroupedLinearGradWeight { experts } => {
+        OpKind::GroupedLinearGradWeight { experts, .. } => {
             grouped(cols(0), cols(1), rows(0) / *experts as f64, *experts)
         }
         OpKind::Attention { heads } => vec![attention(heads, false)],

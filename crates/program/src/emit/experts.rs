@@ -26,18 +26,22 @@ impl Emitter<'_> {
 
         let logits = self.linear(Role::Router, &p("router"), x, e.count);
         let gates = self.stat(&p("route"), rows, e.top_k);
-        let index = self.g.value(&p("route.index"), rows, e.top_k, DType::U32, Source::Node);
-        let counts = self.g.value(&p("route.counts"), e.count, 1, DType::U32, Source::Node);
+        // Whole sequences are counted one by one: leaves of the sum over them are experts' gradients of one.
+        let whole = rows == cx.tokens() && !cx.generates();
+        let leaves = if whole { cx.layout.micro_batch } else { 1 };
+        let index = self.g.value(&p("route.index"), rows, 2 * e.top_k, DType::U32, Source::Node);
+        let counts = self.g.value(&p("route.counts"), e.count, leaves, DType::U32, Source::Node);
         let [gates_all, index_all, counts_all] = [gates, index, counts].map(|v| self.g.all(v));
         let ins = vec![self.g.all(logits)];
-        self.push(OpKind::Route { top_k: e.top_k }, &p("route"), ins, vec![gates_all, index_all, counts_all]);
+        let route = OpKind::Route { top_k: e.top_k, router: e.router };
+        self.push(route, &p("route"), ins, vec![gates_all, index_all, counts_all]);
 
         let mut y = self.act(&p("permute"), copies, hidden);
         let (ins, outs) = (vec![self.g.all(x), index_all], vec![self.g.all(y)]);
         self.push(OpKind::Permute { top_k: e.top_k }, &p("permute"), ins, outs);
         let mut held = counts_all;
         if cx.layout.ep > 1 {
-            let arrived = self.g.value(&p("dispatch.counts"), e.count, 1, DType::U32, Source::Node);
+            let arrived = self.g.value(&p("dispatch.counts"), e.count, leaves, DType::U32, Source::Node);
             held = self.g.all(arrived);
             let sent = self.act(&p("dispatch"), copies, hidden);
             let (ins, outs) = (vec![self.g.all(y), counts_all], vec![self.g.all(sent), held]);
@@ -50,6 +54,7 @@ impl Emitter<'_> {
         for (role, part, cols) in [(Role::ExpertUp, up, cols), (Role::ExpertDown, "experts.down", hidden)] {
             if role == Role::ExpertDown {
                 y = self.activation(&p("experts.act"), y, e.ffn);
+                self.last().ins.push(held);
             }
             let out = self.act(&p(part), copies, cols);
             let ins = vec![self.g.all(y), self.weight(role), held];

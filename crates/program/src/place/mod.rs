@@ -239,7 +239,7 @@ impl<'a> Placer<'a> {
             row0: o.row0,
             rows: o.rows,
         };
-        let grads = n.grads.iter().map(|&group| self.grad_out(n, group, buffers, sums)).collect();
+        let grads = n.grads.iter().map(|&group| self.grad_out(g, n, group, buffers, sums)).collect();
         let grad_elements = n.grads.iter().map(|id| self.cx.groups[id.0 as usize].len()).sum();
         Some(Op {
             id: OpId::of(&n.name),
@@ -256,7 +256,14 @@ impl<'a> Placer<'a> {
         })
     }
 
-    fn grad_out(&self, n: &Node, group: GroupId, buffers: &[Option<BufferId>], sums: &Sums) -> GradOut {
+    fn grad_out(
+        &self,
+        g: &Graph,
+        n: &Node,
+        group: GroupId,
+        buffers: &[Option<BufferId>],
+        sums: &Sums,
+    ) -> GradOut {
         let of = &self.cx.groups[group.0 as usize];
         let b = &self.groups[group.0 as usize];
         let (inner, outer) = self.split_radices(n.sequences.count);
@@ -265,8 +272,13 @@ impl<'a> Placer<'a> {
         // inside.
         let rows = n.ins.iter().map(|o| o.rows).min().unwrap_or(0);
         let parts = self.cx.layout.sequence_parallel || of.key.role == Role::Router;
-        let whole = of.replication == Replication::Data
-            && (rows == n.sequences.count * self.cx.sequence || self.cx.layout.tp == 1 || !parts);
+        let whole = match of.replication {
+            Replication::Data => {
+                rows == n.sequences.count * self.cx.sequence || self.cx.layout.tp == 1 || !parts
+            }
+            // Rows are counted by sequence where a rank routes whole ones.
+            Replication::Expert => g.get(n.ins[2].value).cols == n.sequences.count,
+        };
         let sum = self.grad_buffer(group, is_head(n));
         let levels = match sums.whole.get(&sum) {
             Some(v) => buffers[v.0 as usize].expect("gradients of a micro-batch are placed"),

@@ -37,8 +37,12 @@ impl Placer<'_> {
         let whole = table(self.cx.model, layout, cx.coords, &chunks(self.cx.model, &Default::default(), 0));
         let mut chunk0 = HashMap::new();
         for g in &whole {
-            chunk0.insert(g.name.as_str(), self.norm_chunks);
-            self.norm_chunks += g.len().div_ceil(NORM_CHUNK);
+            let chunks = g.len().div_ceil(NORM_CHUNK);
+            // Ranks that hold other experts have sums of their own, in the order of the experts.
+            let (parts, part) =
+                if g.key.role.is_expert() { (layout.ep, cx.coords.ep(layout)) } else { (1, 0) };
+            chunk0.insert(g.name.as_str(), self.norm_chunks + part * chunks);
+            self.norm_chunks += parts * chunks;
         }
         let holds_embedding = cx.chunks.iter().any(|c| c.embed);
         let region = |l: &mut Self, prefix: &str, dtype: DType, owned_only: bool| -> Vec<BufferId> {
