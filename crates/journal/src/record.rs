@@ -63,6 +63,10 @@ pub enum Record {
         /// Seconds of communication that no computation hid; absent for a single rank.
         #[serde(with = "float::option", default, skip_serializing_if = "Option::is_none")]
         exposed_comm_s: Option<f64>,
+        /// How many tokens of the step went to each expert, layer by layer, none of a layer without; absent for a dense
+        /// model.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        expert_counts: Option<Vec<Vec<u64>>>,
     },
     /// Which samples a rank put into a step.
     Drawn {
@@ -267,6 +271,7 @@ pub(crate) mod tests {
             step_s: 2.0,
             memory_bytes: 1 << 30,
             exposed_comm_s: None,
+            expert_counts: None,
         }
     }
 
@@ -291,7 +296,7 @@ pub(crate) mod tests {
             let Record::Step { time_us, step, tokens, .. } = step(1, 0.0) else { unreachable!() };
             let record = Record::Step {
                 time_us, step, loss, grad_norm: -loss, lr: loss, tokens, valid_tokens: 0, tokens_per_s: 1.0, mfu,
-                step_s: 0.0, memory_bytes: 0, exposed_comm_s: mfu,
+                step_s: 0.0, memory_bytes: 0, exposed_comm_s: mfu, expert_counts: Some(vec![vec![], vec![3, 0]]),
             };
             let text = serde_json::to_string(&record).unwrap();
             let Record::Step { loss: l, grad_norm: g, mfu: m, exposed_comm_s: e, .. } =

@@ -73,7 +73,7 @@ pub use crate::pool::Pool;
 pub use crate::rope::rope;
 pub use crate::simd::{Backend, backend, force_backend};
 pub use crate::storage::{Acc, Storage};
-pub use crate::sums::{add_bias, add_levels, add_to};
+pub use crate::sums::{add_bias, add_levels, add_roots, add_to};
 pub use crate::tree::{Merge, Step, step as tree_step};
 pub use crate::xent::{xent_combine, xent_dlogits, xent_fused, xent_stats};
 

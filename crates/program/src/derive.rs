@@ -191,13 +191,13 @@ impl Derive<'_> {
                 self.weight(HeadNormGradWeight { heads: *heads }, name("dw"), vec![dy, x, rstd], &[wq, wk]);
             }
             LatentNorm { .. } => self.latent_norm(n),
-            GroupedLinear { experts } => {
-                let (x, w, counts, experts) = (n.ins[0], n.ins[1], n.ins[2], *experts);
-                let grad = GroupedLinearGradInput { experts };
+            GroupedLinear { experts, rows } => {
+                let (x, w, counts, experts, rows) = (n.ins[0], n.ins[1], n.ins[2], *experts, *rows);
+                let grad = GroupedLinearGradInput { experts, rows };
                 self.contribute_each(grad, name("dx"), vec![dy, w, counts], &[x.value]);
                 let by_sequence = self.g.get(counts.value).cols == self.cx.layout.micro_batch;
                 let leaf_rows = if by_sequence { self.cx.sequence } else { x.rows };
-                let grad = GroupedLinearGradWeight { experts, leaf_rows };
+                let grad = GroupedLinearGradWeight { experts, rows, leaf_rows };
                 self.weight(grad, name("dw"), vec![dy, x, counts], &[w]);
             }
             Embed { vocab0, .. } => {

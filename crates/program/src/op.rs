@@ -156,12 +156,13 @@ pub enum OpKind {
     /// `(dy, copies, gates, index) -> (dcopies, dgates)`.
     UnpermuteGrad,
     /// `(x [m, in], w [experts out, in], counts [E, s]) -> y [m, out]`: each of this rank's experts has a matrix of its
-    /// own. Rows lie in the order of (rank that sent them, expert), as many as `counts` says, at most `m`.
-    GroupedLinear { experts: usize },
+    /// own. Rows lie in the order of (rank that sent them, expert), as many as `counts` says, at most `m`; `rows` is an
+    /// even share, which costs speak of.
+    GroupedLinear { experts: usize, rows: usize },
     /// `(dy, w, counts) -> dx`.
-    GroupedLinearGradInput { experts: usize },
+    GroupedLinearGradInput { experts: usize, rows: usize },
     /// `(dy, x, counts) -> grad of w`; a run of rows that is counted apart gives an expert at most `leaf_rows`.
-    GroupedLinearGradWeight { experts: usize, leaf_rows: usize },
+    GroupedLinearGradWeight { experts: usize, rows: usize, leaf_rows: usize },
     /// `(gate_up [n, 2F], [counts]) -> h [n, F]`; of as many rows as `counts` adds up to. So the other activations.
     SwiGlu,
     /// `(dh, gate_up) -> dgate_up`.
@@ -195,7 +196,8 @@ pub enum OpKind {
     /// `(all rows) -> (this rank's rows, summed)`.
     ReduceScatter { axis: Axis },
     /// `(rows, counts that leave, [counts that arrive]) -> (rows, [counts that arrived])`: every rank sends each peer the
-    /// rows of its experts, or back. Routing is balanced in static shapes: as many rows come in as go out.
+    /// rows of its experts, or back. Counts are by (peer, expert), and rows lie in that order; those that arrive go first
+    /// unless they are known. Where rows arrive there is room for as many as the layout says ([`spec::ExpertRows`]).
     AllToAll { axis: Axis },
     /// `(all rows) -> (this rank's rows)` of what every rank of the axis holds alike; backward gathers.
     Slice { axis: Axis },

@@ -374,6 +374,7 @@ mod tests {
             ("qwen3-0.6b", 596_049_920),
             ("qwen3-8b", 8_190_735_360),
             ("llama-tiny-ref", 13_767_552),
+            ("moe-tiny", 35_019_648),
         ] {
             assert_eq!(ModelSpec::preset(name).expect(name).param_count(), expected, "{name}");
         }

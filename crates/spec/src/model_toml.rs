@@ -16,6 +16,7 @@ const PRESETS: &[(&str, &str)] = catalogue![
     "tiny",
     "tiny-gpt2",
     "llama-tiny-ref",
+    "moe-tiny",
     "gpt2",
     "gpt2-medium",
     "gpt2-large",

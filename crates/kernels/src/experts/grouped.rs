@@ -25,7 +25,8 @@ impl Groups<'_> {
         self.counts.iter().map(|c| *c as usize).sum()
     }
 
-    fn peers(&self) -> usize {
+    /// Ranks that rows come from.
+    pub fn peers(&self) -> usize {
         self.counts.len() / (self.experts * self.leaves).max(1)
     }
 
@@ -130,7 +131,7 @@ pub fn grouped_linear_dw_workspace_len(
 /// The gradient of [`grouped_linear`]'s weights into the levels of `dw_grad`, `[levels, experts out, in]`.
 ///
 /// Of each expert and peer, leaves are added as in [`crate::linear_dw`], by `tree`; what they come to joins the levels
-/// as `merge(peer)` says, peer after peer. A leaf gives an expert at most `leaf_rows` rows.
+/// as `merge(peer)` says, counted from its first level, peer after peer. A leaf gives an expert at most `leaf_rows` rows.
 pub fn grouped_linear_dw<T: Storage>(
     pool: &Pool,
     dy: &[T],
@@ -139,7 +140,7 @@ pub fn grouped_linear_dw<T: Storage>(
     dw_grad: &mut [f32],
     (in_, out, leaf_rows): (usize, usize, usize),
     tree: &[u32],
-    merge: &dyn Fn(usize) -> Merge,
+    merge: &dyn Fn(usize) -> (usize, Merge),
     ws: &mut [f32],
 ) {
     assert_eq!(leaves(tree), groups.leaves, "leaves");
@@ -153,15 +154,16 @@ pub fn grouped_linear_dw<T: Storage>(
             let unit = peer * groups.experts + e;
             let (first, end) = (starts[unit] as usize, starts[unit + 1] as usize);
             let counts = groups.unit(peer, e);
+            let (level, merge) = merge(peer);
             gemm::weight_gradient_of_leaves(
                 pool,
                 &dy[first * out..end * out],
                 &x[first * in_..end * in_],
-                (dw_grad, (e * out * in_, apart)),
+                (dw_grad, (level * apart + e * out * in_, apart)),
                 (end - first, in_, out),
                 (most, leaf_rows),
                 (tree, &|leaf| counts[leaf] as usize),
-                merge(peer),
+                merge,
                 ws,
             );
         }

@@ -112,7 +112,7 @@ fn weight_gradient_of<T: Element>(
     assert_eq!((0..leaves(tree)).map(leaf).sum::<usize>(), n, "rows of all leaves");
     let shape = task_shape(outs, ins, pool.threads());
     let shared = shared_len(n, ins);
-    let lens = scratch_len(shared == 0, rows, shape, tree);
+    let lens = scratch_len(shared == 0 && n > 0, rows, shape, tree);
     let own_len = lens.iter().sum::<usize>();
     let mut ws = Workspace::new(ws);
     let packed = &mut ws.take(most_shared)[..shared];

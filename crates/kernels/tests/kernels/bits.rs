@@ -63,7 +63,7 @@ fn everything(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
     keep("experts", &he);
     grouped_linear_dx(pool, &he, &we, groups, &mut dcopies, (DIM, 30), &mut room);
     keep("experts dx", &dcopies);
-    grouped_linear_dw(pool, &he, &copies, groups, &mut dwe, (DIM, 30, SEQ), tree, &|_| merge, &mut room);
+    grouped_linear_dw(pool, &he, &copies, groups, &mut dwe, (DIM, 30, SEQ), tree, &|_| (0, merge), &mut room);
     keep("experts dw", &dwe);
     permute_dx(pool, &dcopies, &index, Acc::None, &mut z, (n, 3, DIM));
     keep("permute dx", &z);

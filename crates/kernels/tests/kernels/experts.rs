@@ -205,7 +205,7 @@ proptest! {
         grouped_linear_dx(&pool, &dy, &w, groups, &mut dx, (in_, out), &mut ws);
         let mut dw = vec![f32::NAN; 2 * experts * out * in_];
         let mut ws = scratch(grouped_linear_dw_workspace_len(units, (rows, most), in_, out, &tree, 2));
-        let merge = |peer: usize| Merge { merge: peer, store: peer };
+        let merge = |peer: usize| (0, Merge { merge: peer, store: peer });
         grouped_linear_dw(&pool, &dy, &x, groups, &mut dw, (in_, out, most), &tree, &merge, &mut ws);
 
         let mut ws = scratch(4_000_000);
@@ -249,4 +249,18 @@ fn ties_and_nonsense_choose_experts_once() {
     let r = Router { sigmoid: true, ..PLAIN };
     let out = routed(&pool, &[0.0, f32::NAN, f32::NEG_INFINITY, 2.0], None, &r, (1, 4, 1));
     assert_eq!(out.chosen(0, 2), [3, 0]);
+}
+
+#[test]
+fn roots_of_counters_are_added_in_a_tree() {
+    let (levels, len) = (3, 150);
+    for tree in [&[2u32, 2][..], &[3, 2], &[5], &[1]] {
+        let count: u32 = tree.iter().product();
+        let mut counters = Numbers::new(5).vec(count as usize * levels * len);
+        let roots: Vec<Vec<f32>> =
+            counters.chunks(levels * len).map(|c| c[(levels - 1) * len..].to_vec()).collect();
+        add_roots(&pool(), &mut counters, levels, len, tree);
+        let sum = &counters[counters.len() - len..];
+        assert_eq!(bits(sum), bits(&add_tree(&roots, tree)), "{tree:?}");
+    }
 }

@@ -4,7 +4,7 @@ mod lifetimes;
 mod offsets;
 mod statics;
 
-use spec::{DType, SumTree, Zero};
+use spec::{DType, Reduce, SumTree, Zero};
 
 use crate::buffer::{Buffer, BufferId, GradOut, Home, View};
 use crate::cost::cost;
@@ -160,6 +160,26 @@ impl<'a> Placer<'a> {
         if head { b.head_grad.unwrap_or(b.grad) } else { b.grad }
     }
 
+    /// How many counters an expert's gradients of a rank keep side by side: one for each rank whose rows come.
+    pub(crate) fn streams(&self, replication: Replication) -> usize {
+        let layout = &self.cx.layout;
+        let ordered = replication == Replication::Expert && layout.reduce == Reduce::Tree;
+        if ordered && !self.cx.generates() { layout.ep } else { 1 }
+    }
+
+    /// Radices, bottom-up, of the tree over the ranks that send rows to these experts.
+    fn upper_radices(&self) -> Vec<u32> {
+        let (ep, tree) = (self.cx.layout.ep, SumTree::new(self.cx.request.sequences));
+        let below: usize = self.radices.iter().map(|r| *r as usize).product();
+        match (tree.inner(below), tree.inner(below * ep)) {
+            // Ranks of a tensor group share their sequences.
+            (Some(below), Some(all)) if self.cx.layout.tp * self.cx.layout.cp == 1 => {
+                all[below.len()..].to_vec()
+            }
+            _ => SumTree::new(ep).radices().to_vec(),
+        }
+    }
+
     /// The local tree cut at `leaves` sequences: (inside, outside), bottom-up.
     fn split_radices(&self, leaves: usize) -> (Vec<u32>, Vec<u32>) {
         let mut product = 1;
@@ -285,9 +305,12 @@ impl<'a> Placer<'a> {
             None if is_head(n) => b.head_grad_levels.unwrap_or(b.grad_levels),
             None => b.grad_levels,
         };
-        let levels = View { buffer: levels, row0: 0, rows: self.levels_of(n.sequences.count) * of.rows };
+        let streams = self.streams(of.replication);
+        let levels =
+            View { buffer: levels, row0: 0, rows: streams * self.levels_of(n.sequences.count) * of.rows };
+        let upper = if streams > 1 { self.upper_radices() } else { Vec::new() };
         let inner = if whole { inner } else { Vec::new() };
         let (results, result) = (m / n.sequences.count, n.sequences.first / n.sequences.count);
-        GradOut { group, sum, levels, inner, outer, results, result }
+        GradOut { group, sum, levels, inner, outer, results, result, streams, upper }
     }
 }

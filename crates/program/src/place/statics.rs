@@ -114,7 +114,12 @@ impl Placer<'_> {
             (self.shard_radices().len().max(1), 1, owned)
         } else {
             (
-                self.levels_of(if from_head { self.cx.loss_sequences() } else { self.cx.layout.micro_batch }),
+                self.streams(g.replication)
+                    * self.levels_of(if from_head {
+                        self.cx.loss_sequences()
+                    } else {
+                        self.cx.layout.micro_batch
+                    }),
                 g.rows,
                 g.cols,
             )
@@ -152,7 +157,9 @@ impl Placer<'_> {
         let before = self.at;
         let (model, sequence) = (self.cx.model, self.cx.sequence);
         let n = if self.cx.generates() { 1 } else { local_sequences * sequence };
+        let experts = model.experts.filter(|_| !self.cx.generates()).map_or(0, |e| e.count);
         let (norm_chunks, sequences) = (self.norm_chunks, self.cx.request.sequences);
+        let shared = norm_chunks + model.layers * experts + sequences + 1;
         let positions = sequence.max(self.cx.request.mode.positions());
         let rotated = model.latent.map_or(model.head_dim, |l| l.rope_dim);
         let half = if matches!(model.position, Position::Rope(_)) { rotated / 2 } else { 0 };
@@ -165,7 +172,8 @@ impl Placer<'_> {
             tokens: table("tokens", n, 1, DType::U32),
             targets: table("targets", n, 1, DType::U32),
             loss_leaves: table("loss_leaves", local_sequences, 1, DType::F64),
-            norm_chunks: table("norm_chunks", norm_chunks + sequences + 1, 1, DType::F64),
+            norm_chunks: table("norm_chunks", shared, 1, DType::F64),
+            expert_counts: (experts > 0).then(|| table("expert_counts", model.layers, experts, DType::F64)),
             cos: table("rope.cos", positions, half, DType::F32),
             sin: table("rope.sin", positions, half, DType::F32),
             k_cache: None,

@@ -96,12 +96,12 @@ fn expected(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
             let (dy, x) = (at(0)?, at(1)?);
             (vec![dy, of(dy.rows, x.cols, dy.dtype)], vec![])
         }
-        GroupedLinear { experts } => {
+        GroupedLinear { experts, .. } => {
             let (x, w) = (at(0)?, at(1)?);
             let out = w.rows / (*experts).max(1);
             (vec![x, of(out * experts, x.cols, x.dtype)], vec![of(x.rows, out, x.dtype)])
         }
-        GroupedLinearGradInput { experts } => {
+        GroupedLinearGradInput { experts, .. } => {
             let (dy, w) = (at(0)?, at(1)?);
             (vec![dy, of(dy.cols * experts, w.cols, dy.dtype)], vec![of(dy.rows, w.cols, dy.dtype)])
         }

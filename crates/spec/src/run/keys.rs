@@ -297,6 +297,12 @@ pub(crate) static KEYS: &[Key] = &[
         "ranks of a stage that experts are spread over; no factor of the ranks",
     ),
     key(
+        "layout.expert_rows",
+        KeyKind::Choice(&["all", "even"]),
+        "\"all\"",
+        "with ep, room for all rows that can come to a rank's experts, or for an even share (to plan)",
+    ),
+    key(
         "layout.sequence_parallel",
         KeyKind::Flag,
         "false",

@@ -1,6 +1,6 @@
 use super::keys::KEYS;
 use super::*;
-use crate::{Activation, Error, NormKind, Position, Recompute, Reduce, Score};
+use crate::{Activation, Error, ExpertRows, NormKind, Position, Recompute, Reduce, Score};
 use std::fmt;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
@@ -296,6 +296,7 @@ fn layout_values(layout: &Layout, values: &mut Vec<(&'static str, String)>) {
             }),
         ),
         ("layout.reduce", quoted(if layout.reduce == Reduce::Ring { "ring" } else { "tree" })),
+        ("layout.expert_rows", quoted(if layout.expert_rows == ExpertRows::Even { "even" } else { "all" })),
     ]);
 }
 

@@ -1,6 +1,6 @@
 //! Kernels of mixtures of experts.
 
-use kernels::{Groups, Pool};
+use kernels::{Groups, Merge, Pool};
 use program::OpKind;
 use spec::{Router, Score};
 
@@ -37,9 +37,18 @@ pub(super) fn route<T: Number>(pool: &Pool, a: &Args<'_, T>) {
             let r = router(top_k, r, sequences, a.launch().sequence());
             let (dgates, logits, index, counts) = (a.floats(0), a.input(1), a.ids(2), a.ids(3));
             kernels::route_dx(pool, dgates, logits, index, counts, &r, a.out(0), (n, experts, leaves), ws);
+            // The step's counts of this layer.
+            for (sum, of) in a.out_doubles(1).iter_mut().zip(counts.chunks_exact(leaves)) {
+                *sum += of.iter().map(|c| f64::from(*c)).sum::<f64>();
+            }
         }
         _ => not_mine!(a),
     }
+}
+
+/// This rank's rows of what every tensor-parallel rank holds.
+pub(super) fn slice<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    kernels::copy(pool, a.input(0), a.out(0));
 }
 
 pub(super) fn permute<T: Number>(pool: &Pool, a: &Args<'_, T>) {
@@ -71,28 +80,31 @@ pub(super) fn grouped_linear<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     let ((_, cols), (_, other), ws) = (a.shape(0), a.shape(1), a.workspace());
     let groups = |experts| Groups { counts: a.ids(2), experts, leaves: a.shape(2).1 };
     match *a.launch().kind() {
-        OpKind::GroupedLinear { experts } => {
+        OpKind::GroupedLinear { experts, .. } => {
             let out = a.launch().output(0).cols;
             kernels::grouped_linear(pool, a.input(0), a.input(1), groups(experts), a.out(0), (cols, out), ws);
         }
-        OpKind::GroupedLinearGradInput { experts } => {
+        OpKind::GroupedLinearGradInput { experts, .. } => {
             let (dy, w, dx) = (a.input(0), a.input(1), a.out(0));
             kernels::grouped_linear_dx(pool, dy, w, groups(experts), dx, (other, cols), ws);
         }
-        OpKind::GroupedLinearGradWeight { experts, leaf_rows } => {
+        OpKind::GroupedLinearGradWeight { experts, leaf_rows, .. } => {
             let (dy, x, (levels, g)) = (a.input(0), a.input(1), a.gradient(0));
             let shape = (other, cols, leaf_rows);
-            kernels::grouped_linear_dw(
-                pool,
-                dy,
-                x,
-                groups(experts),
-                levels,
-                shape,
-                g.inner,
-                &|_| g.merge,
-                ws,
-            );
+            // Whose rows come from one rank alone, or in no fixed order, has one counter.
+            let of_stream = g.stream_levels();
+            let peers = groups(experts).peers();
+            let merge = |peer: usize| match g.streams {
+                // What the first has stored goes on.
+                1 if peer > 0 => (g.merge.store, Merge { merge: 1, store: 0 }),
+                1 => (0, g.merge),
+                _ => (peer * of_stream, g.merge),
+            };
+            debug_assert!(g.streams == 1 || g.streams == peers);
+            kernels::grouped_linear_dw(pool, dy, x, groups(experts), levels, shape, g.inner, &merge, ws);
+            if let Some(upper) = g.upper.filter(|_| g.streams > 1) {
+                kernels::add_roots(pool, levels, of_stream, g.rows * g.cols, upper);
+            }
         }
         _ => not_mine!(a),
     }

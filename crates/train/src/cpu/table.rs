@@ -7,7 +7,7 @@ use program::{Heads, NORM_CHUNK, OpKind};
 use spec::{DType, NormKind};
 
 use super::args::Args;
-use super::experts::{grouped_linear, permute, route};
+use super::experts::{grouped_linear, permute, route, slice};
 use crate::device::Lack;
 
 /// Element types of parameters and activations.
@@ -37,6 +37,7 @@ pub(super) fn kernel<T: Number>(kind: &OpKind) -> Result<Kernel<T>, Lack> {
         Attention { .. } | AttentionGrad { .. } => attention,
         AttentionCached { .. } => attention_cached,
         Route { .. } | RouteGrad { .. } => route,
+        Slice { .. } => slice,
         Permute { .. } | PermuteGrad | Unpermute { .. } | UnpermuteGrad => permute,
         GroupedLinear { .. } | GroupedLinearGradInput { .. } | GroupedLinearGradWeight { .. } => {
             grouped_linear
