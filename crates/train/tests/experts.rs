@@ -69,26 +69,12 @@ fn layouts() -> Vec<Layout> {
     let mut all = Vec::new();
     for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
         let plain = Layout { zero, ..Layout::default() };
-        for (dp, ep, micro_batch) in [
-            (1, 1, 4),
-            (2, 1, 2),
-            (4, 1, 1),
-            (2, 2, 1),
-            (2, 2, 4),
-            (4, 2, 1),
-            (4, 2, 2),
-            (4, 4, 1),
-            (4, 4, 2),
-        ] {
+        for (dp, ep, micro_batch) in [(1, 1, 4), (4, 1, 1), (2, 2, 1), (4, 2, 2), (4, 4, 1)] {
             all.push(Layout { dp, ep, micro_batch, ..plain.clone() });
         }
         all.push(Layout { dp: 4, ep: 2, shard: (zero > Zero::Off).then_some(2), ..plain.clone() });
         let pipeline = Layout { pp: 2, dp: 2, ep: 2, recompute: Recompute::Selective, ..plain.clone() };
-        for (schedule, chunks) in [
-            (PipelineSchedule::OneFOneB, 1),
-            (PipelineSchedule::ZeroBubble, 1),
-            (PipelineSchedule::Interleaved, 2),
-        ] {
+        for (schedule, chunks) in [(PipelineSchedule::ZeroBubble, 1), (PipelineSchedule::Interleaved, 2)] {
             all.push(Layout { schedule, chunks, ..pipeline.clone() });
         }
         all.push(Layout { dp: 2, ep: 2, recompute: Recompute::Full, ..plain });
@@ -98,12 +84,10 @@ fn layouts() -> Vec<Layout> {
 
 #[test]
 fn the_same_bits_over_replicas_stages_and_experts() {
-    for precision in PRECISIONS {
-        for m in models() {
-            let expected = run(&m, &Layout::default(), precision);
-            for layout in layouts() {
-                same(&run(&m, &layout, precision), &expected, &layout);
-            }
+    for (precision, m) in PRECISIONS.into_iter().zip(models()) {
+        let expected = run(&m, &Layout::default(), precision);
+        for layout in layouts() {
+            same(&run(&m, &layout, precision), &expected, &layout);
         }
     }
 }
