@@ -116,6 +116,8 @@ struct Step {
     exposed_comm_s: Option<f64>,
     #[serde(default)]
     waits_s: BTreeMap<String, f64>,
+    #[serde(default)]
+    expert_counts: Option<Vec<Vec<u64>>>,
 }
 
 impl From<Step> for Record {
@@ -134,6 +136,7 @@ impl From<Step> for Record {
             memory_bytes: s.memory_bytes,
             exposed_comm_s: s.exposed_comm_s,
             waits_s: s.waits_s,
+            expert_counts: s.expert_counts,
         }
     }
 }
@@ -154,7 +157,8 @@ mod tests {
         let Record::Step { .. } = step(1, 0.5) else { unreachable!() };
         for mut record in [step(1, 0.5), step(2, f64::INFINITY), step(u64::MAX, -0.0)] {
             for waits in [BTreeMap::new(), BTreeMap::from([("tp".to_owned(), 0.25)])] {
-                if let Record::Step { waits_s, exposed_comm_s, mfu, .. } = &mut record {
+                if let Record::Step { waits_s, exposed_comm_s, mfu, expert_counts, .. } = &mut record {
+                    *expert_counts = (!waits.is_empty()).then(|| vec![vec![3, 0]]);
                     *waits_s = waits;
                     *exposed_comm_s = Some(0.5);
                     *mfu = None;

@@ -68,6 +68,10 @@ pub enum Record {
         /// The same by the axis of the mesh that was waited on: `dp`, `tp`, `pp`, `cp`, `ep`; empty where it is not known.
         #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
         waits_s: BTreeMap<String, f64>,
+        /// How many tokens of the step went to each expert, layer by layer, none of a layer without; absent for a dense
+        /// model.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        expert_counts: Option<Vec<Vec<u64>>>,
     },
     /// Which samples a rank put into a step.
     Drawn {
@@ -273,6 +277,7 @@ pub(crate) mod tests {
             memory_bytes: 1 << 30,
             exposed_comm_s: None,
             waits_s: BTreeMap::new(),
+            expert_counts: None,
         }
     }
 
@@ -298,6 +303,7 @@ pub(crate) mod tests {
             let record = Record::Step {
                 time_us, step, loss, grad_norm: -loss, lr: loss, tokens, valid_tokens: 0, tokens_per_s: 1.0, mfu,
                 step_s: 0.0, memory_bytes: 0, exposed_comm_s: mfu, waits_s: BTreeMap::new(),
+                expert_counts: Some(vec![vec![], vec![3, 0]]),
             };
             let text = serde_json::to_string(&record).unwrap();
             let Record::Step { loss: l, grad_norm: g, mfu: m, exposed_comm_s: e, .. } =

@@ -250,6 +250,8 @@ fn row(kind: &str, record: &Record, axes: &BTreeSet<String>) -> Option<(u64, Str
                 memory_bytes,
                 exposed_comm_s,
                 waits_s,
+                // A table of its own for each step: read it from the journal.
+                expert_counts: _,
             },
         ) => {
             let (mfu, exposed) = (known(mfu), known(exposed_comm_s));

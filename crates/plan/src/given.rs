@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use spec::{Error, Layout, PipelineSchedule, Recompute, Reduce, Result, Zero, suggest};
+use spec::{Error, ExpertRows, Layout, PipelineSchedule, Recompute, Reduce, Result, Zero, suggest};
 
 use crate::estimate::Problem;
 use crate::placement::{Order, Placement};
@@ -180,6 +180,7 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
         micro_batch,
         recompute,
         reduce: Reduce::Ring,
+        expert_rows: ExpertRows::Even,
         cp,
         ep: count("ep")?.unwrap_or(1),
     };

@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 use serde::Serialize;
-use spec::{Error, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Rule, Zero};
+use spec::{
+    Error, ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Rule, Zero,
+};
 
 use crate::estimate::{Estimate, Estimator, Problem, Shared};
 use crate::placement::{Order, Placement};
@@ -229,7 +231,8 @@ fn jobs(problem: &Problem, space: &Space) -> Vec<Job> {
     let n = space.accelerators;
     // Each as one replica of a stage, whatever the rest.
     let allowed = |tp: usize, cp: usize, sequence_parallel: bool| {
-        let layout = Layout { tp, cp, sequence_parallel, reduce: Reduce::Ring, ..Layout::default() };
+        let (reduce, expert_rows) = (Reduce::Ring, ExpertRows::Even);
+        let layout = Layout { tp, cp, sequence_parallel, reduce, expert_rows, ..Layout::default() };
         layout.check(m, 1, problem.sequence, problem.software.tolerance).is_ok()
     };
     let tps: Vec<usize> =
@@ -413,8 +416,19 @@ impl Job {
     /// A layout of this job, without chunks or ZeRO.
     fn layout(&self, dp: usize, pp: usize) -> Layout {
         let Job { tp, cp, ep, sequence_parallel, micro_batch, recompute } = *self;
-        let reduce = Reduce::Ring;
-        Layout { dp, tp, pp, cp, ep, sequence_parallel, micro_batch, recompute, reduce, ..Layout::default() }
+        Layout {
+            dp,
+            tp,
+            pp,
+            cp,
+            ep,
+            sequence_parallel,
+            micro_batch,
+            recompute,
+            reduce: Reduce::Ring,
+            expert_rows: ExpertRows::Even,
+            ..Layout::default()
+        }
     }
 }
 

@@ -230,6 +230,9 @@ impl Executor {
         self.spans.begin();
         self.comm_ns = [0; WAITS.len()];
         self.load()?;
+        if let Some(counts) = self.program.io.expert_counts {
+            self.device.clear(self.whole(counts))?;
+        }
         let loss_scale = (1.0 / inputs.valid_tokens.max(1) as f64) as f32;
         self.stretch(Stretch::Gradients, Turn { loss_scale, ..Turn::default() }, |exec, turn| {
             for i in 0..exec.program.schedule.len() {

@@ -12,14 +12,28 @@ use crate::launch::Message;
 const CHANNEL_DEPTH: usize = 64;
 
 /// The groups that ops name, in the order of their numbers on the wire; the world is there without founding.
-const GROUPS: [Members; 6] = [
+const GROUPS: [Members; 10] = [
     Members::Replicas(Replication::Data),
     Members::Shards(Replication::Data),
     Members::Owners(Replication::Data),
     Members::Axis(Axis::Tp),
     Members::Axis(Axis::Pp),
     Members::Ends,
+    Members::Axis(Axis::Ep),
+    Members::Replicas(Replication::Expert),
+    Members::Shards(Replication::Expert),
+    Members::Owners(Replication::Expert),
 ];
+
+/// The group of the other parameters that experts' gradients meet in where both have the same members.
+fn of_data(members: Members) -> Members {
+    match members {
+        Members::Replicas(Replication::Expert) => Members::Replicas(Replication::Data),
+        Members::Shards(Replication::Expert) => Members::Shards(Replication::Data),
+        Members::Owners(Replication::Expert) => Members::Owners(Replication::Data),
+        other => other,
+    }
+}
 
 /// The ranks that this one talks to, group by group, over the host's own transport.
 #[derive(Default)]
@@ -56,6 +70,10 @@ impl Mesh {
                 _ => false,
             };
             let ranks = members.ranks(coords, layout);
+            let data = of_data(members);
+            if data != members && data.ranks(coords, layout) == ranks {
+                continue;
+            }
             if !silent && ranks.len() > 1 && ranks.contains(&world.rank()) {
                 groups.insert(members, world.group(&ranks, id)?);
             }
@@ -180,7 +198,7 @@ impl Mesh {
     fn group(&self, members: Members) -> Result<&Group> {
         let world = self.world.as_ref().filter(|_| members == Members::World).map(World::all);
         world
-            .or_else(|| self.groups.get(&members))
+            .or_else(|| self.groups.get(&members).or_else(|| self.groups.get(&of_data(members))))
             .ok_or_else(|| Error::failure(format!("this rank has no peers along {members:?}")))
     }
 }
@@ -212,7 +230,12 @@ fn operation<'a>(
         Collective::Recv { channel: c, .. } => {
             (channel(c), comm::Op::Recv { buffer: output()?, from: m.peer, channel: c })
         }
-        Collective::AllToAll | Collective::Ring => {
+        Collective::AllToAll => {
+            let (input_ranges, output_ranges) = (ranges, comm::Ranges::Borrowed(m.arrive));
+            let (input, output) = (input()?, output()?);
+            (tag(m.op), comm::Op::AllToAll { input, input_ranges, output, output_ranges })
+        }
+        Collective::Ring => {
             return Err(Error::failure(format!("{:?} is not carried yet", m.what)));
         }
     })

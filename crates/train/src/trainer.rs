@@ -321,6 +321,7 @@ impl Trainer {
             memory_bytes: self.exec.program.memory.total as u64,
             exposed_comm_s: (self.run.layout.world() > 1).then(|| self.exec.exposed_comm_s()),
             waits_s: self.exec.waits_s().map(|(axis, s)| (axis.to_owned(), s)).collect(),
+            expert_counts: self.exec.expert_counts()?.map(|all| by_layer(&all, self.run.model.layers)),
         };
         Ok((record, drawn, out))
     }
@@ -582,4 +583,13 @@ pub fn now_us() -> u64 {
 pub fn host() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname")
         .map_or_else(|_| "localhost".into(), |h| h.trim().to_owned())
+}
+
+/// Counts of experts, layer by layer: none of a layer that has no experts.
+fn by_layer(all: &[f64], layers: usize) -> Vec<Vec<u64>> {
+    let of_layer = |counts: &[f64]| match counts.iter().all(|c| *c == 0.0) {
+        true => Vec::new(),
+        false => counts.iter().map(|c| *c as u64).collect(),
+    };
+    all.chunks((all.len() / layers.max(1)).max(1)).map(of_layer).collect()
 }

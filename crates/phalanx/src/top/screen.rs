@@ -203,6 +203,7 @@ mod tests {
             memory_bytes: 1 << 20,
             exposed_comm_s: Some(wait_s),
             waits_s: BTreeMap::from([("tp".to_owned(), wait_s)]),
+            expert_counts: None,
         }
     }
 
