@@ -34,6 +34,7 @@ fn main() -> std::io::Result<()> {
             memory_bytes: 64 << 30,
             exposed_comm_s: Some(0.05 * rough),
             waits_s: BTreeMap::new(),
+            expert_counts: None,
         };
         serde_json::to_writer(&mut file, &record)?;
         file.write_all(b"\n")?;
