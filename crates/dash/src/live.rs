@@ -112,6 +112,7 @@ mod tests {
             memory_bytes: 1,
             exposed_comm_s: None,
             waits_s: BTreeMap::new(),
+            expert_counts: None,
         };
         run.observe(&Found { offset: 100 * step, len: 100, line: Line::Record(record) });
     }

@@ -163,6 +163,7 @@ mod tests {
             memory_bytes: 7,
             exposed_comm_s: Some(waited_s),
             waits_s: BTreeMap::from([("dp".to_owned(), waited_s)]),
+            expert_counts: None,
         }
     }
 

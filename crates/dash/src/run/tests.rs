@@ -20,6 +20,7 @@ fn step(n: u64, loss: f64) -> Record {
         memory_bytes: 100,
         exposed_comm_s: None,
         waits_s: BTreeMap::new(),
+        expert_counts: None,
     }
 }
 
