@@ -77,7 +77,9 @@ impl Metrics {
             }
             Record::Eval { loss, .. } => self.set("phalanx_eval_loss", *loss),
             Record::Checkpoint { step, .. } => self.set("phalanx_checkpoint_step", *step as f64),
-            Record::Resumed { step, .. } => self.set("phalanx_step", *step as f64),
+            Record::Resumed { step, .. } | Record::Recovered { step, .. } => {
+                self.set("phalanx_step", *step as f64)
+            }
             _ => {}
         }
     }
