@@ -21,6 +21,7 @@ mod inference;
 mod live;
 mod models;
 mod output;
+mod places;
 mod planner;
 mod program;
 mod ranks;
