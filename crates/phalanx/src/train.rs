@@ -396,6 +396,13 @@ fn announce(run: &RunSpec, trainer: &mut Trainer, threads: usize) {
         run.run.dir.display(),
         run.train.seed
     ));
+    let copies = trainer.copies_bytes();
+    if copies > 0 {
+        output::say(&format!(
+            "a lost rank costs no step: copies of weights and moments in memory take {} a rank",
+            crate::show::binary(copies)
+        ));
+    }
     trainer.notes().for_each(output::say);
     if let Some(path) = trainer.resumed() {
         output::say(&format!("resumed from {} at step {}", path.display(), trainer.step()));

@@ -33,8 +33,6 @@ pub(crate) struct Job<'a> {
     pub(crate) ranks: Vec<usize>,
     round: u64,
     started: usize,
-    /// Processes that were told to meet again at least once, and never started anew.
-    pub(crate) can_recover: usize,
 }
 
 struct Process {
@@ -55,8 +53,8 @@ impl<'a> Job<'a> {
         let server = StoreServer::start(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a store");
         let (tell, heard) = channel();
         let processes = BTreeMap::new();
-        let (ranks, round, started, can_recover) = (Vec::new(), 0, 0, 0);
-        let mut job = Job { dir, keys, server, heard, tell, processes, ranks, round, started, can_recover };
+        let (ranks, round, started) = (Vec::new(), 0, 0);
+        let mut job = Job { dir, keys, server, heard, tell, processes, ranks, round, started };
         job.gather(&[], n, "the job begins");
         job
     }
@@ -131,7 +129,6 @@ impl<'a> Job<'a> {
     fn until(&mut self, wanted: impl Fn(usize, &Option<Report>) -> bool) -> Option<Report> {
         loop {
             let (who, report) = self.heard.recv_timeout(PATIENCE).expect("a rank says something");
-            self.can_recover += usize::from(report == Some(Report::CanRecover));
             if wanted(who, &report) {
                 return report;
             }
