@@ -101,7 +101,7 @@ pub(crate) fn connect(b: &Bootstrap) -> Result<Arc<Core>> {
 /// # Errors
 /// The store cannot be reached.
 pub fn give_up(store: &crate::StoreClient, session: &str, why: &str) -> Result<()> {
-    store.compare_set(&format!("{session}/gave-up"), None, why.to_owned()).map(|_| ())
+    store.compare_set(&format!("{session}/gave-up"), None, why).map(|_| ())
 }
 
 fn join(b: &Bootstrap, gave_up: &str) -> Result<Arc<Core>> {

@@ -149,19 +149,23 @@ fn parent() -> String {
     std::os::unix::process::parent_id().to_string()
 }
 
+/// What is borne of lost ranks; nothing by default.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Losses {
+    /// So often a lost rank is replaced while the others keep their processes.
+    pub(crate) max_restarts: u32,
+    /// Fewest ranks to go on with when one keeps failing; all if `None`.
+    pub(crate) min_nproc: Option<usize>,
+}
+
 /// Starts this same command as `nproc` ranks, with variables `env` set, and waits for them; the failure of the first
-/// rank that failed is its own. Up to `max_restarts` times the others go on when one is lost.
-pub(crate) fn start(
-    nproc: usize,
-    max_restarts: u32,
-    min_nproc: Option<usize>,
-    env: &[(String, String)],
-) -> Result<u8> {
+/// rank that failed is its own.
+pub(crate) fn start(nproc: usize, losses: Losses, env: &[(String, String)]) -> Result<u8> {
     let program = std::env::current_exe().map_err(|e| Error::failure(format!("find this program: {e}")))?;
     let mut command: Vec<OsString> = vec![program.into()];
     command.extend(std::env::args_os().skip(1));
     let mut job = LocalJob::new(nproc, command);
-    (job.max_restarts, job.min_nproc) = (max_restarts, min_nproc);
+    (job.max_restarts, job.min_nproc) = (losses.max_restarts, losses.min_nproc);
     // Whatever stops the job reaches the ranks as this, once: a second SIGINT would end them before they have saved.
     job.saving = Some(Saving { signal: signal_hook::consts::SIGTERM, timeout: SAVE_TIMEOUT });
     job.env.push((STARTED.to_owned(), std::process::id().to_string()));

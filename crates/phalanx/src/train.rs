@@ -17,7 +17,7 @@ use crate::device;
 use crate::live::{Bytes, Live};
 use crate::output;
 use crate::places::{self, Places};
-use crate::ranks::{self, INTERRUPTED, Rank};
+use crate::ranks::{self, INTERRUPTED, Losses, Rank};
 use crate::stop::{self, Early};
 use crate::this_machine;
 
@@ -53,7 +53,8 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
     prepare(&run, &mut begin)?;
     if nproc > 1 {
         drop(early);
-        return ranks::start(nproc, args.max_restarts, args.min_nproc, &env);
+        let losses = Losses { max_restarts: args.max_restarts, min_nproc: args.min_nproc };
+        return ranks::start(nproc, losses, &env);
     }
     let threads = output::threads(run.run.threads.unwrap_or(0));
     let device = device::open(run.run.device, 0, threads)?;

@@ -40,6 +40,8 @@ pub struct Trainer {
     session: u64,
     /// How this rank goes on when another is lost, if it can.
     lifeline: Option<Lifeline>,
+    /// What was recorded before there was anybody to tell.
+    untold: Vec<Record>,
     /// What is due after the step that was done last is not done yet.
     owes: bool,
     /// Weights and moments are those after the last step: no step is in the middle of its update.
@@ -175,6 +177,7 @@ impl Trainer {
             resumed,
             session,
             lifeline: None,
+            untold: Vec::new(),
             owes: false,
             is_whole: true,
             saving: None,
@@ -259,6 +262,7 @@ impl Trainer {
         if stop_after.is_some_and(|n| self.step >= n) {
             return Ok(Outcome::Stopped);
         }
+        self.untold.drain(..).for_each(|record| each(Event::Record(record)));
         let last = self.run.train.steps as u64;
         let mut pace = Pace::new(self.step);
         while self.step < last || self.owes {

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -122,11 +122,8 @@ impl Agent {
 
     /// Whether there are orders of a later round than `round`.
     pub(crate) fn has_orders(&mut self, round: u64) -> bool {
-        loop {
-            match self.orders.try_recv() {
-                Ok(orders) => self.keep(orders),
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
-            }
+        while let Ok(orders) = self.orders.try_recv() {
+            self.keep(orders);
         }
         self.next.as_ref().is_some_and(|next| next.round > round)
     }

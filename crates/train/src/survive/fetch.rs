@@ -17,7 +17,10 @@ const ELEMENTS_AT_ONCE: usize = 1 << 24;
 
 /// What a rank needed, as it came from ranks that held it.
 #[derive(Debug, Default)]
-pub(crate) struct Fetched(HashMap<(Kind, String), Vec<(Vec<Region>, Vec<f32>)>>);
+pub(crate) struct Fetched(HashMap<(Kind, String), Vec<Parts>>);
+
+/// Regions of a tensor and their elements.
+type Parts = (Vec<Region>, Vec<f32>);
 
 impl Source for Fetched {
     fn read_regions(&self, name: &str, kind: Kind, regions: &[Region], out: &mut [f32]) -> Result<()> {

@@ -303,7 +303,7 @@ impl Lifeline {
                 self.held.clear();
                 let Some(exec) = &mut exec else { return Ok(None) };
                 let begin = opened.begin.as_mut().ok_or_else(|| Error::failure("the run was not opened"))?;
-                let (step, path) = self.from_disk(exec, &run, &dir, begin)?;
+                let (step, path) = self.load_saved(exec, &run, &dir, begin)?;
                 let source = path.map_or(From::Beginning, From::Checkpoint);
                 return Ok(Some((step, session, false, source)));
             };
@@ -328,7 +328,7 @@ impl Lifeline {
         Ok(Some(Placed { run, fitted, exec, step, session, owes, source }))
     }
 
-    fn from_disk(
+    fn load_saved(
         &self,
         exec: &mut Executor,
         run: &RunSpec,

@@ -61,6 +61,7 @@ impl Trainer {
             resumed,
             session: placed.session,
             lifeline: Some(lifeline),
+            untold: Vec::new(),
             owes: placed.owes,
             is_whole: true,
             saving: None,
@@ -75,7 +76,12 @@ impl Trainer {
         t.lead()?;
         t.announce(rank)?;
         if round > 0 {
-            t.recovered(why, source, began, &mut |_| {});
+            let mut untold = Vec::new();
+            t.recovered(why, source, began, &mut |event| match event {
+                Event::Record(record) => untold.push(record),
+                Event::Placed { .. } | Event::Eta { .. } => {}
+            });
+            t.untold = untold;
         }
         match t.keep_copies() {
             Ok(()) => Ok(Some(t)),
