@@ -152,8 +152,11 @@ impl Lifeline {
     /// # Errors
     /// The failure itself, if nobody says where to go.
     pub(crate) fn strand(&mut self, e: Error, stop: &AtomicBool) -> Result<()> {
-        let why = e.to_string();
-        self.agent.say(&Report::Stranded { lost: comm::blamed(&why), why });
+        // Orders that came before this rank noticed are about this very loss.
+        if !self.agent.has_orders(self.orders.round) {
+            let why = e.to_string();
+            self.agent.say(&Report::Stranded { lost: comm::blamed(&why), why });
+        }
         self.orders = self.await_orders(ORDERS_TIMEOUT, stop).ok_or(e)?;
         Ok(())
     }
