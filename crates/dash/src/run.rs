@@ -241,6 +241,14 @@ impl Run {
                     if path.is_empty() { "from the beginning".to_owned() } else { format!("from {path}") };
                 ("resume", *step, from)
             }
+            Record::Recovered { step, why, source, world, recovery_s, .. } => {
+                self.back_to(*step);
+                (
+                    "recovered",
+                    *step,
+                    format!("{why}: {world} ranks go on from {source} after {recovery_s:.2} s"),
+                )
+            }
             Record::Eval { time_us, step, loss, tokens } => {
                 self.evaluated = Some((*step, *loss));
                 let at = At {

@@ -63,7 +63,7 @@ pub(crate) const SPANS: &[u8] = br#"{"kind":"spans","#;
 const DRAWN: &[u8] = br#"{"kind":"drawn","#;
 
 /// All kinds of [`Record`], which a test holds to it.
-const KINDS: [&str; 12] = [
+const KINDS: [&str; 13] = [
     "run_started",
     "step",
     "drawn",
@@ -71,6 +71,7 @@ const KINDS: [&str; 12] = [
     "sample",
     "checkpoint",
     "resumed",
+    "recovered",
     "accepted",
     "spans",
     "warning",

@@ -112,7 +112,9 @@ impl Metrics {
                 self.add("phalanx_checkpoint_seconds_total", *save_s);
                 self.add("phalanx_checkpoint_written_bytes_total", *bytes as f64);
             }
-            Record::Resumed { step, .. } => self.set("phalanx_step", *step as f64),
+            Record::Resumed { step, .. } | Record::Recovered { step, .. } => {
+                self.set("phalanx_step", *step as f64);
+            }
             Record::Warning { .. } => self.add("phalanx_warnings_total", 1.0),
             Record::Finished { .. } => self.set("phalanx_running", 0.0),
             Record::Failed { .. } => {

@@ -131,6 +131,22 @@ pub enum Record {
         /// Its directory; empty when there was none.
         path: String,
     },
+    /// Ranks met again without being started anew, since one was lost or one came.
+    Recovered {
+        /// When.
+        time_us: u64,
+        /// Steps done in what they go on from; later steps are done again.
+        step: u64,
+        /// Why they met, as the launcher says.
+        why: String,
+        /// What weights and moments came from: memory, a checkpoint's directory, or the beginning.
+        source: String,
+        /// Ranks that train now.
+        world: usize,
+        /// Seconds since this rank noticed.
+        #[serde(with = "float")]
+        recovery_s: f64,
+    },
     /// The run went on although something that decides its numbers had changed, because a flag said so.
     Accepted {
         /// When.
@@ -201,6 +217,7 @@ impl Record {
             | Record::Sample { time_us, .. }
             | Record::Checkpoint { time_us, .. }
             | Record::Resumed { time_us, .. }
+            | Record::Recovered { time_us, .. }
             | Record::Accepted { time_us, .. }
             | Record::Warning { time_us, .. }
             | Record::Finished { time_us, .. }

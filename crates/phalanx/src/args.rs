@@ -117,13 +117,19 @@ fn in_utf8(path: OsString) -> Result<String, String> {
     })
 }
 
-#[derive(Debug, ClapArgs)]
+#[derive(Clone, Debug, ClapArgs)]
 pub(crate) struct Train {
     #[command(flatten)]
     pub(crate) run: RunArgs,
     /// Ranks to start on this machine; layout.dp follows unless it is set
     #[arg(long, value_name = "N")]
     pub(crate) nproc: Option<usize>,
+    /// Lost ranks that are replaced while the others keep their processes and memory, before the run ends
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) max_restarts: u32,
+    /// Fewest ranks to go on with when one keeps failing; all of them unless it is set
+    #[arg(long, value_name = "N")]
+    pub(crate) min_nproc: Option<usize>,
     /// How ranks talk: auto (shared memory within a machine), shm or tcp; never changes the numbers
     #[arg(long, default_value = "auto", value_parser = ["auto", "shm", "tcp"])]
     pub(crate) transport: String,

@@ -68,6 +68,7 @@ fn kind(line: &Line) -> &str {
             Record::Sample { .. } => "sample",
             Record::Checkpoint { .. } => "checkpoint",
             Record::Resumed { .. } => "resumed",
+            Record::Recovered { .. } => "recovered",
             Record::Accepted { .. } => "accepted",
             Record::Spans { .. } => "spans",
             Record::Warning { .. } => "warning",
@@ -147,7 +148,9 @@ impl Counts {
         let mut last = 0;
         each(run_dir, rank, &mut |found| {
             match found.line {
-                Line::Record(Record::Resumed { step, .. }) if step < last => {
+                Line::Record(Record::Resumed { step, .. } | Record::Recovered { step, .. })
+                    if step < last =>
+                {
                     counts.back.push((found.offset, step));
                     last = step;
                 }

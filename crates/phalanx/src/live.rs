@@ -98,6 +98,7 @@ impl Live {
             self.say(&format!("warning: {text}"));
         }
         match event {
+            train::Event::Placed { .. } => {}
             train::Event::Eta { seconds, settled } => {
                 self.eta = seconds;
                 if settled && !std::mem::replace(&mut self.promised, true) && seconds >= WORTH_A_WORD_S {
@@ -184,6 +185,9 @@ fn line(record: &Record, steps: u64, eta: f64) -> Option<String> {
         }
         Record::Checkpoint { path, bytes, save_s, .. } => {
             format!("saved {path}  {}  {save_s:.2} s", HumanBytes(*bytes))
+        }
+        Record::Recovered { step, why, source, recovery_s, .. } => {
+            format!("{why}: goes on after step {step} from {source}, {recovery_s:.2} s later")
         }
         Record::Finished { reason, step, .. } => format!("{reason}: step {step}"),
         Record::Sample { text, .. } => format!("sample\n{text}"),

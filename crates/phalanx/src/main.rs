@@ -26,6 +26,7 @@ mod journals;
 mod live;
 mod models;
 mod output;
+mod places;
 mod planner;
 mod program;
 mod ranks;

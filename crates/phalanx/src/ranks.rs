@@ -3,7 +3,8 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
-use comm::{Bootstrap, TransportChoice, World};
+use comm::{Bootstrap, StoreClient, TransportChoice, World};
+use elastic::Orders;
 use launch::{Launcher, LocalJob, RankEnv, RankStore, Saving};
 use spec::{Context, Error, Result};
 
@@ -16,7 +17,7 @@ pub(crate) const INTERRUPTED: u8 = 130;
 const SAVE_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// How long ranks wait for each other at the start: a shared file system may hold some up.
-const MEET_TIMEOUT: Duration = Duration::from_secs(120);
+pub(crate) const MEET_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// One rank's way to the others.
 pub(crate) struct Rank {
@@ -33,7 +34,7 @@ impl Rank {
     /// This process's place in a job, if a launcher (ours, torchrun, Slurm, MPI) started it as one of several. `nproc`
     /// is what `--nproc` says: whoever is told by the environment which rank it is cannot be told to start ranks.
     pub(crate) fn env(nproc: Option<usize>) -> Result<Option<RankEnv>> {
-        let Some(env) = RankEnv::read()?.filter(|env| env.world > 1) else {
+        let Some(env) = RankEnv::read()?.filter(|env| env.world > 1 || started_by_us()) else {
             if nproc.is_none()
                 && let Some(tasks) = launch::rank_env::unused_tasks(&|n| std::env::var(n).ok())
             {
@@ -62,18 +63,18 @@ impl Rank {
         transport: TransportChoice,
         timeout: Duration,
     ) -> Result<World> {
-        let mut b = Bootstrap::new(
-            self.env.rank,
-            self.env.world,
-            self.store.client.clone(),
-            self.env.session.clone(),
-        );
-        b.local_rank = self.env.local_rank;
-        b.local_world = self.env.local_world;
-        b.fingerprint = fingerprint(identity);
-        b.transport = transport;
-        b.timeout = timeout;
-        World::connect(&b)
+        let env = &self.env;
+        let orders = Orders {
+            round: 0,
+            rank: env.rank,
+            world: env.world,
+            local_rank: env.local_rank,
+            local_world: env.local_world,
+            store: String::new(),
+            session: env.session.clone(),
+            why: String::new(),
+        };
+        world(&orders, self.store.client.clone(), identity, transport, timeout)
     }
 
     /// Ends this rank's part; the rank that hosts the store stays until all have left.
@@ -91,6 +92,23 @@ impl Rank {
             None => (cores / self.env.local_world.max(1)).max(1),
         }
     }
+}
+
+/// Meets all ranks at the store; those whose `identity` differs are named.
+pub(crate) fn world(
+    orders: &Orders,
+    store: StoreClient,
+    identity: &str,
+    transport: TransportChoice,
+    timeout: Duration,
+) -> Result<World> {
+    let mut b = Bootstrap::new(orders.rank, orders.world, store, orders.session.clone());
+    b.local_rank = orders.local_rank;
+    b.local_world = orders.local_world;
+    b.fingerprint = fingerprint(identity);
+    b.transport = transport;
+    b.timeout = timeout;
+    World::connect(&b)
 }
 
 /// A flag and the environment mean different things by a rank; which of them is meant is not ours to guess.
@@ -147,13 +165,23 @@ fn parent() -> String {
     std::os::unix::process::parent_id().to_string()
 }
 
+/// What is borne of lost ranks; nothing by default.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Losses {
+    /// So often a lost rank is replaced while the others keep their processes.
+    pub(crate) max_restarts: u32,
+    /// Fewest ranks to go on with when one keeps failing; all if `None`.
+    pub(crate) min_nproc: Option<usize>,
+}
+
 /// Starts this same command as `nproc` ranks, with variables `env` set, and waits for them; the failure of the first
 /// rank that failed is its own.
-pub(crate) fn start(nproc: usize, env: &[(String, String)]) -> Result<u8> {
+pub(crate) fn start(nproc: usize, losses: Losses, env: &[(String, String)]) -> Result<u8> {
     let program = std::env::current_exe().map_err(|e| Error::failure(format!("find this program: {e}")))?;
     let mut command: Vec<OsString> = vec![program.into()];
     command.extend(std::env::args_os().skip(1));
     let mut job = LocalJob::new(nproc, command);
+    (job.max_restarts, job.min_nproc) = (losses.max_restarts, losses.min_nproc);
     // Whatever stops the job reaches the ranks as this, once: a second SIGINT would end them before they have saved.
     job.saving = Some(Saving { signal: signal_hook::consts::SIGTERM, timeout: SAVE_TIMEOUT });
     job.env.push((STARTED.to_owned(), std::process::id().to_string()));

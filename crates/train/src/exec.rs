@@ -1,6 +1,7 @@
 //! The executor: a rank's program, op by op, on a device.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
 use program::{Axis, BufferId, Members, Op, Program, Request, Ticket, When};
@@ -10,8 +11,10 @@ use crate::cpu::Cpu;
 use crate::device::{Device, Stretch, check_ops};
 use crate::launch::{Launch, Operand, Talk, Turn};
 use crate::mesh::Mesh;
+use crate::null::Null;
 use crate::resolve::{self, Action};
 use crate::spans::Spans;
+use crate::survive::Pulse;
 
 /// Runs a rank's program on a device.
 pub struct Executor {
@@ -37,6 +40,8 @@ pub struct Executor {
     begun: Vec<(Ticket, (usize, usize))>,
     /// What went on beside others and is over: block, index, start and end.
     over: Vec<((usize, usize), Instant, Instant)>,
+    /// Shows that it lives.
+    pulse: Arc<Pulse>,
 }
 
 /// What a rank may wait on.
@@ -133,10 +138,23 @@ impl Executor {
             batch: Default::default(),
             begun: Vec::new(),
             over: Vec::new(),
+            pulse: Arc::default(),
             program,
             device,
             mesh,
         })
+    }
+
+    /// Where it shows that it lives.
+    pub(crate) fn set_pulse(&mut self, pulse: Arc<Pulse>) {
+        self.pulse = pulse;
+    }
+
+    /// Gives back memory and ranks; nothing can be run from now on.
+    pub(crate) fn leave(&mut self) {
+        self.mesh.quiet();
+        self.device = Box::new(Null::default());
+        self.mesh = Mesh::alone();
     }
 
     /// What it runs on.
@@ -298,7 +316,9 @@ impl Executor {
     /// Runs an op's kernel, if it has one.
     pub(crate) fn compute(&mut self, block: usize, i: usize, turn: Turn) -> Result<()> {
         let Some(call) = &self.actions[block][i].call else { return Ok(()) };
+        self.pulse.begin();
         let ran = self.device.launch(&Launch::new(call, turn));
+        self.pulse.end();
         ran.map_err(|e| e.context(&self.program.blocks[block].ops[i].name))
     }
 

@@ -36,7 +36,10 @@ impl Lost {
                 self.ended = None;
                 self.started_us = Some(*time_us);
             }
-            Record::Resumed { step, .. } => {
+            Record::Resumed { step, .. } | Record::Recovered { step, .. } => {
+                if let Record::Recovered { recovery_s, .. } = record {
+                    self.lose("recovery", *recovery_s);
+                }
                 let before = self.useful_at.range(..=step).next_back().map_or(0.0, |(_, s)| *s);
                 // Where the checkpoint is not among those remembered, nothing is said rather than too much.
                 if self.step > *step && (*step == 0 || self.useful_at.contains_key(step)) {

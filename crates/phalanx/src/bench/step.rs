@@ -35,7 +35,7 @@ pub(super) fn run(args: &BenchStep) -> Result<u8> {
             drop(s);
             rank.leave().map(|()| 0)
         }
-        None if args.nproc > 1 => ranks::start(args.nproc, &[]),
+        None if args.nproc > 1 => ranks::start(args.nproc, ranks::Losses::default(), &[]),
         None => {
             let device = device::open(run.run.device, 0, threads(output::threads(0)))?;
             let mut s = Stepper::open(run, device, args.ops, 0, Mesh::alone())?;

@@ -366,6 +366,12 @@ pub(crate) static KEYS: &[Key] = &[
         "checkpoints of steps that this divides are never removed; 0 = none",
     ),
     key(
+        "checkpoint.memory_every",
+        off(MAX_STEPS),
+        "1",
+        "steps between copies of weights and moments in another rank's memory, under --max-restarts; 0 = none",
+    ),
+    key(
         "run.dir",
         KeyKind::Path,
         "\"runs/default\"",

@@ -93,6 +93,7 @@ impl RunSpec {
                 keep: doc.count_or_off("checkpoint.keep")?,
                 keep_every: doc.count_or_off("checkpoint.keep_every")?,
                 background: doc.flag("checkpoint.background")?,
+                memory_every: doc.count_or_off("checkpoint.memory_every")?,
             },
             run: RunDirSpec {
                 dir: path(&doc, "run.dir")?,

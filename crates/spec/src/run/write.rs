@@ -143,6 +143,7 @@ impl RunSpec {
             ("checkpoint.keep", off(self.checkpoint.keep)),
             ("checkpoint.keep_every", off(self.checkpoint.keep_every)),
             ("checkpoint.background", self.checkpoint.background.to_string()),
+            ("checkpoint.memory_every", off(self.checkpoint.memory_every)),
             ("run.dir", path(&self.run.dir)),
             ("run.threads", off(self.run.threads)),
             ("run.device", quoted(self.run.device.name())),
