@@ -82,6 +82,11 @@ pub(crate) fn fuzz(
     fuzz_within((BYTES_PER_BYTE, FREE_BYTES), name, good, words, seal, parse);
 }
 
+/// What a variable says, for tests that can be told how much to do.
+pub(crate) fn number(key: &str, default: u64) -> u64 {
+    std::env::var(key).map_or(default, |text| text.parse().expect("a whole number"))
+}
+
 /// As [`fuzz`], where a library takes more memory: so many bytes for each byte of input, and for any input at all.
 pub(crate) fn fuzz_within(
     (bytes_per_byte, free_bytes): (usize, usize),
@@ -91,9 +96,6 @@ pub(crate) fn fuzz_within(
     seal: impl Fn(Vec<u8>) -> Vec<u8>,
     mut parse: impl FnMut(&[u8]) -> bool,
 ) {
-    let number = |key: &str, default: u64| {
-        std::env::var(key).map_or(default, |text| text.parse().expect("a whole number"))
-    };
     let (inputs, seed) = (number("PHALANX_FUZZ_INPUTS", INPUTS), number("PHALANX_FUZZ_SEED", 1));
     for (i, input) in good.iter().enumerate() {
         assert!(parse(input), "{name}: good input {i} is refused");

@@ -24,7 +24,10 @@ LR, BETAS, EPS, DECAY, CLIP = 1e-2, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 
 def models():
-    """Name -> (model class, config). Sizes differ between models so that swapped dims cannot hide."""
+    """Name -> (model class, config). Sizes differ between models so that swapped dims cannot hide.
+
+    Mixtures are made with transformers 4, whose parameters go by the names of the files: 5 packs experts.
+    """
     hf = transformers
     llama = dict(vocab_size=67, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                  head_dim=8, intermediate_size=56, rms_norm_eps=1e-5, max_position_embeddings=64, tie_word_embeddings=False)
@@ -43,6 +46,15 @@ def models():
             vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             head_dim=10, intermediate_size=44, rms_norm_eps=1e-6, max_position_embeddings=64, tie_word_embeddings=True,
             rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+        "mixtral-like": (hf.MixtralForCausalLM, hf.MixtralConfig(
+            vocab_size=59, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=20, num_local_experts=6, num_experts_per_tok=2, rms_norm_eps=1e-5,
+            max_position_embeddings=64, tie_word_embeddings=False, rope_theta=1e4)),
+        "qwen3-moe-like": (hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(
+            vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=10, intermediate_size=36, moe_intermediate_size=12, num_experts=8, num_experts_per_tok=3,
+            norm_topk_prob=False, mlp_only_layers=[0], rms_norm_eps=1e-6, max_position_embeddings=64,
+            tie_word_embeddings=True, rope_theta=1e4)),
         "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config(
             vocab_size=67, n_embd=32, n_layer=2, n_head=4, n_positions=32, activation_function="gelu_new",
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)),
@@ -51,9 +63,11 @@ def models():
 
 def main(names):
     torch.set_num_threads(1)
-    for seed, (name, (cls, config)) in enumerate(models().items()):
-        if not names or name in names:
-            make(HERE / name, cls, config, seed)
+    seeds = ["llama-gqa", "llama3-rope", "qwen2-like", "qwen3-like", "gpt2", "mixtral-like", "qwen3-moe-like"]
+    packed = transformers.__version__ >= "5"
+    for name, (cls, config) in models().items():
+        if name in names or not names and packed != (name in ("mixtral-like", "qwen3-moe-like")):
+            make(HERE / name, cls, config, seeds.index(name))
 
 
 def make(folder, cls, config, seed):

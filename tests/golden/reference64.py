@@ -18,7 +18,7 @@ def logits(config, weights, tokens):
 
 
 def llama(config, w, tokens):
-    """Llama, Qwen 2 and Qwen 3: what differs shows in which tensors the checkpoint has."""
+    """Llama, Qwen 2, Qwen 3, Mixtral and Qwen 3 MoE: what differs shows in which tensors the checkpoint has."""
     eps = config["rms_norm_eps"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -44,9 +44,30 @@ def llama(config, w, tokens):
         y = attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
         x = x + project("self_attn.o_proj", y.transpose(1, 2).reshape(batch, time, heads * head_dim))
         h = rms_norm(x, w[at + "post_attention_layernorm.weight"], eps)
-        x = x + project("mlp.down_proj", F.silu(project("mlp.gate_proj", h)) * project("mlp.up_proj", h))
+        if at + "mlp.gate_proj.weight" in w:
+            x = x + project("mlp.down_proj", F.silu(project("mlp.gate_proj", h)) * project("mlp.up_proj", h))
+        else:
+            x = x + mixture(config, w, at, h)
     head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
     return F.linear(rms_norm(x, w["model.norm.weight"], eps), head)
+
+
+def mixture(config, w, at, h):
+    """The weighted sum of each token's best experts, all experts computed for all tokens."""
+    if config["model_type"] == "mixtral":
+        at, names, renormalise = at + "block_sparse_moe.", ("w1", "w3", "w2"), True
+    else:
+        at, names, renormalise = at + "mlp.", ("gate_proj", "up_proj", "down_proj"), config["norm_topk_prob"]
+    scores = F.linear(h, w[at + "gate.weight"]).softmax(-1)
+    best, chosen = scores.topk(config["num_experts_per_tok"], -1)
+    if renormalise:
+        best = best / best.sum(-1, keepdim=True)
+    weights = torch.zeros_like(scores).scatter(-1, chosen, best)
+    y = torch.zeros_like(h)
+    for expert in range(scores.shape[-1]):
+        gate, up, down = (w[f"{at}experts.{expert}.{name}.weight"] for name in names)
+        y = y + weights[..., expert, None] * F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
+    return y
 
 
 def gpt2(config, w, tokens):
@@ -94,7 +115,7 @@ def rotate(x, angles):
 
 def rope_frequencies(config, head_dim):
     """Radians per position for each pair; `llama3` slows the long wavelengths by `factor`."""
-    rope = config["rope_parameters"]
+    rope = config.get("rope_parameters") or dict(rope_type="default", rope_theta=config["rope_theta"])
     f = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if rope["rope_type"] == "default":
         return f

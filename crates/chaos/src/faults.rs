@@ -34,9 +34,13 @@ impl Kind {
         Kind::BitFlip,
     ];
 
-    /// Whether the run goes on by itself.
-    pub(crate) fn is_survived(self) -> bool {
-        self == Kind::NoStorage
+    /// Whether a job of so many ranks goes on by itself.
+    pub(crate) fn is_survived(self, ranks: usize) -> bool {
+        match self {
+            Kind::NoStorage => true,
+            Kind::KillRank | Kind::StopRank => ranks > 1,
+            Kind::KillAgent | Kind::Preempt | Kind::TornCheckpoint | Kind::BitFlip => false,
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! Disturb a small run at random, and hold what comes of it to the undisturbed one.
 //!
 //! A run is trained once alone and once under faults: ranks killed and stopped, the job taken away, storage gone,
-//! checkpoints torn. It is started again after each, as a batch system does, each time under another layout of up to
-//! eight ranks, over shared memory or TCP. In the end its weights must be those of the undisturbed run, bit by bit, and
+//! checkpoints torn. It gets over the loss of a rank by itself; after what ends the job it is started again, as a batch
+//! system does, each time under another layout of up to eight ranks, over shared memory or TCP. In the end its weights must be those of the undisturbed run, bit by bit, and
 //! its journals must show that no sample was lost or seen twice.
 
 mod faults;
@@ -45,6 +45,10 @@ const MODEL: [&str; 18] = [
     // Many times a step: a rank that is silent for so long has been stopped.
     "run.timeout_s=3",
 ];
+/// More ranks than a job loses.
+const MAX_RESTARTS: &str = "1000000";
+/// What a job says once ranks have met again.
+const RECOVERED: &str = ": goes on after step ";
 /// Steps that a run can be ahead of what was read of it, and the steps that a fault waits for.
 const STEPS_A_FAULT: u64 = 50;
 /// Steps without storage: two checkpoints fail.
@@ -84,6 +88,10 @@ pub struct Report {
     /// Steps that were done again, since no checkpoint held them.
     pub steps_redone: u64,
     /// From a fault that ended the job to the next step that was done, in seconds.
+    pub median_restart_s: f64,
+    /// Lost ranks that the others got over in the same job, from memory.
+    pub survived: usize,
+    /// From such a loss to the next step that was done, in seconds.
     pub median_recovery_s: f64,
     /// Jobs that had to be killed because they neither went on nor ended.
     pub hangs: usize,
@@ -139,6 +147,7 @@ impl Chaos<'_> {
         }
         if layout.ranks > 1 {
             command.args(["--nproc", &layout.ranks.to_string(), "--transport", layout.transport]);
+            command.args(["--max-restarts", MAX_RESTARTS]);
         }
         let (steps, dir) =
             (format!("train.steps={steps}"), format!("run.dir={}", self.dir.join(run).display()));
@@ -172,6 +181,7 @@ struct Disturbed<'a> {
     sessions: usize,
     met: Vec<Fault>,
     recoveries_s: Vec<f64>,
+    survivals_s: Vec<f64>,
     report: Report,
 }
 
@@ -181,8 +191,9 @@ impl<'a> Disturbed<'a> {
     fn new(chaos: &'a Chaos<'a>, steps: u64) -> Result<Self> {
         let session = chaos.start(RUN, steps, pick(chaos.seed, chaos.ranks), 0)?;
         let report = Report { steps, ..Report::default() };
-        let (met, recoveries_s) = Default::default();
-        Ok(Disturbed { chaos, steps, session: Some(session), sessions: 1, met, recoveries_s, report })
+        let (met, recoveries_s, survivals_s) = Default::default();
+        let session = Some(session);
+        Ok(Disturbed { chaos, steps, session, sessions: 1, met, recoveries_s, survivals_s, report })
     }
 
     /// Lets a fault happen and the run go on; false if the run was over before.
@@ -193,12 +204,15 @@ impl<'a> Disturbed<'a> {
         self.met.push(fault);
         self.report.faults += 1;
         let began = Instant::now();
-        if fault.kind.is_survived() {
+        if fault.kind == Kind::NoStorage {
             self.without_storage()?;
             self.report.recoveries += 1;
             return Ok(true);
         }
         strike(self.session()?, fault);
+        if fault.kind.is_survived(self.session()?.ranks) {
+            return self.survive(fault, began);
+        }
         // The next job may only be started when this one is gone, as a batch system does it.
         let ended = self.end_session()?;
         if fault.kind == Kind::Preempt && ended.status.and_then(|s| s.code()) != Some(130) {
@@ -214,6 +228,22 @@ impl<'a> Disturbed<'a> {
         self.report.recoveries += 1;
         self.recoveries_s.push(began.elapsed().as_secs_f64());
         Ok(true)
+    }
+
+    /// Waits until the ranks that are left, and the one in the place of the lost, have done a step; false if the run was
+    /// over before anybody missed it.
+    fn survive(&mut self, fault: Fault, began: Instant) -> Result<bool> {
+        let met = self.session()?.until(|line| line.contains(RECOVERED))?;
+        let stepped = met && self.session()?.steps(1)?.is_some();
+        if !stepped && !self.is_done() {
+            return Err(self.failed(&format!("going on without a restart after {:?}", fault.kind)));
+        }
+        self.report.recoveries += 1;
+        if stepped {
+            self.report.survived += 1;
+            self.survivals_s.push(began.elapsed().as_secs_f64());
+        }
+        Ok(stepped)
     }
 
     /// The job under way.
@@ -314,14 +344,20 @@ impl<'a> Disturbed<'a> {
         report.steps_redone = audit.ledger.steps_redone;
         report.tokens_equal = audit.tokens == train::Tokens::Equal;
         report.kinds = by_kind(&self.met);
-        self.recoveries_s.sort_by(f64::total_cmp);
-        report.median_recovery_s = self.recoveries_s.get(self.recoveries_s.len() / 2).copied().unwrap_or(0.0);
+        report.median_restart_s = median(self.recoveries_s);
+        report.median_recovery_s = median(self.survivals_s);
         Ok(report)
     }
 
     fn failed(&self, what: &str) -> Error {
         self.chaos.failed(what, RUN, self.sessions - 1)
     }
+}
+
+/// The middle one; 0 of none.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
 
 fn strike(session: &mut Session, fault: Fault) {

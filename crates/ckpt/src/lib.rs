@@ -56,7 +56,7 @@ pub mod torch;
 pub use dir::{keep, latest, list, remove, superfluous};
 pub use manifest::{FileEntry, Kind, Manifest, Meta, PieceEntry, TensorEntry};
 pub use read::{Checkpoint, Verified};
-pub use region::Region;
+pub use region::{Region, Run, for_each_copy};
 pub use reshard::{Resharded, reshard};
 pub use save::{FileRecord, Piece, Saver};
 pub use tools::{Difference, Listing, TensorDifference, TensorListing, diff, ls, verify};

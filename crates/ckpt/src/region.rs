@@ -178,15 +178,21 @@ impl Rect {
 
 /// One contiguous copy between the data of two regions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Run {
-    pub(crate) from: usize,
-    pub(crate) to: usize,
-    pub(crate) len: usize,
+pub struct Run {
+    /// First element in the data of the region that is copied from.
+    pub from: usize,
+    /// First element in the data of the region that is copied to.
+    pub to: usize,
+    /// Elements.
+    pub len: usize,
 }
 
 /// Calls `copy` for every contiguous run that `from` and `to` have in common; rows that follow each other in both
-/// are one run.
-pub(crate) fn for_each_copy<E>(
+/// are one run. `matrix_cols` are the columns of the tensor seen as a matrix.
+///
+/// # Errors
+/// Those of `copy`.
+pub fn for_each_copy<E>(
     from: &Region,
     to: &Region,
     matrix_cols: usize,

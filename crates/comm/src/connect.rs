@@ -85,6 +85,14 @@ pub(crate) fn connect(b: &Bootstrap) -> Result<Arc<Core>> {
     })
 }
 
+/// Ends the wait of all who are still about to meet in `session`, for a reason; where they have met, nothing happens.
+///
+/// # Errors
+/// The store cannot be reached.
+pub fn give_up(store: &crate::StoreClient, session: &str, why: &str) -> Result<()> {
+    store.compare_set(&format!("{session}/gave-up"), None, why).map(|_| ())
+}
+
 fn join(b: &Bootstrap, gave_up: &str) -> Result<Arc<Core>> {
     let began = Instant::now();
     let wait = Wait { b, gave_up, began, until: began + b.timeout };

@@ -415,6 +415,21 @@ pub fn blames_peer(error: &str) -> bool {
     [" was lost: its connection", " gave up: ", " left while rank "].iter().any(|part| error.contains(part))
 }
 
+/// The rank that an error of a failed world blames, if it names one.
+///
+/// ```
+/// let lost = "rank 2 (pid 7 on a) was lost: its connection ended";
+/// assert_eq!(comm::blamed(lost), Some(2));
+/// assert_eq!(comm::blamed("rank 0 gave up: disk full"), Some(0));
+/// assert_eq!(comm::blamed("rank 1: waited 3.0 s for rank 2 to come"), None);
+/// ```
+pub fn blamed(error: &str) -> Option<usize> {
+    let parts = [" was lost: ", " gave up: ", " left while rank "];
+    let before = parts.iter().filter_map(|part| error.find(part)).min()?;
+    let from = error[..before].rfind("rank ")? + "rank ".len();
+    error[from..before].split(' ').next()?.parse().ok()
+}
+
 /// Why the world has failed, if it has. Threads share it, and with it what must outlive each of them.
 #[derive(Debug, Default)]
 pub(crate) struct Failure {

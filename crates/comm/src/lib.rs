@@ -77,12 +77,12 @@ mod waiting;
 mod world;
 
 pub use bench::{BENCH_SIZES, BenchOp, Row, bench_collectives};
-pub use connect::host_id;
+pub use connect::{give_up, host_id};
 pub use element::{Element, ElementType, OpTag, Order, Span, even_ranges};
 pub use group::{DEFAULT_DEPTH, Group};
 pub use half::bf16;
 pub use header::OpKind;
-pub use inner::{Transport, blames_peer};
+pub use inner::{Transport, blamed, blames_peer};
 pub use op::{Op, Ranges};
 pub use os::{os_error, raise_file_limit};
 pub use progress::{Handle, Times};

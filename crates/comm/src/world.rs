@@ -150,6 +150,11 @@ impl World {
         self.core.peers[rank].transport
     }
 
+    /// Number of the host of `rank`, the same on all ranks. Where only sockets are used each rank counts as a host.
+    pub fn host(&self, rank: usize) -> usize {
+        self.core.peers[rank].host
+    }
+
     /// Founds a group of `ranks`, whose order is the group's. Collective over its members only; a rank's groups have
     /// different ids, and groups without a common member may share one.
     ///

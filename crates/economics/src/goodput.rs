@@ -150,7 +150,7 @@ pub struct Point {
     pub goodput: f64,
 }
 
-/// One end of all ranges.
+/// What goodput follows from, each at one value.
 #[derive(Clone, Copy)]
 struct At {
     per_s: f64,
@@ -165,21 +165,80 @@ struct At {
     evaluation: f64,
 }
 
-impl Job {
-    fn at(&self, end: usize) -> At {
-        let pick = |s: Spread| s.ends()[end];
+impl At {
+    /// In the order of [`Job::spreads`].
+    fn of(values: [f64; 10]) -> Self {
+        let [
+            per_s,
+            planned_per_s,
+            stall_s,
+            behind_s,
+            detect_s,
+            restart_s,
+            read_s,
+            memory_stall_s,
+            pause_s,
+            evaluation,
+        ] = values;
         At {
-            per_s: pick(self.failures.per_day) / DAY_S,
-            planned_per_s: pick(self.failures.planned_per_day) / DAY_S,
-            stall_s: pick(self.save.stall_s),
-            behind_s: pick(self.save.behind_s),
-            detect_s: pick(self.failures.detect_s),
-            restart_s: pick(self.failures.restart_s),
-            read_s: pick(self.read_s),
-            memory_stall_s: pick(MEMORY_STALL_S),
-            pause_s: pick(ELASTIC_PAUSE_S),
-            evaluation: pick(self.evaluation),
+            per_s,
+            planned_per_s,
+            stall_s,
+            behind_s,
+            detect_s,
+            restart_s,
+            read_s,
+            memory_stall_s,
+            pause_s,
+            evaluation,
         }
+    }
+}
+
+impl Job {
+    fn spreads(&self) -> [Spread; 10] {
+        [
+            self.failures.per_day.scaled(1.0 / DAY_S),
+            self.failures.planned_per_day.scaled(1.0 / DAY_S),
+            self.save.stall_s,
+            self.save.behind_s,
+            self.failures.detect_s,
+            self.failures.restart_s,
+            self.read_s,
+            MEMORY_STALL_S,
+            ELASTIC_PAUSE_S,
+            self.evaluation,
+        ]
+    }
+
+    fn at_values(&self) -> At {
+        At::of(self.spreads().map(|s| s.value))
+    }
+
+    /// Goodput with its range: each of what it follows from goes to its ends by itself, and the factors by which that
+    /// changes the time lost for a useful second add up in squares of their logarithms. All bad ends at once would be a job
+    /// that nobody has.
+    fn range(&self, recovery: Recovery, interval_s: f64) -> Spread {
+        let spreads = self.spreads();
+        let values = spreads.map(|s| s.value);
+        let useful = |values: [f64; 10]| {
+            self.terms(recovery, &At::of(values), interval_s)[0].share.max(f64::MIN_POSITIVE)
+        };
+        let value = useful(values);
+        let lost = |useful: f64| (1.0 - useful).max(f64::EPSILON) / useful;
+        let (mut worse, mut better) = (0.0f64, 0.0f64);
+        for (i, s) in spreads.iter().enumerate() {
+            let factor = |x: f64| {
+                let mut changed = values;
+                changed[i] = x;
+                (lost(useful(changed)) / lost(value)).ln()
+            };
+            // What goes wrong more loses more.
+            worse += factor(s.high).max(0.0).powi(2);
+            better += factor(s.low).min(0.0).powi(2);
+        }
+        let with = |factor: f64| 1.0 / (1.0 + lost(value) * factor);
+        Spread::new(with(worse.sqrt().exp()), value, with((-better.sqrt()).exp()))
     }
 
     /// Its goodput under a recovery. `None` for elastic recovery of a single replica, which has nobody to go on.
@@ -187,13 +246,11 @@ impl Job {
         if recovery == Recovery::Elastic && self.replicas < 2 {
             return None;
         }
-        let value = self.at(1);
+        let value = self.at_values();
         let intervals = self.intervals(recovery, &value);
         let interval_s = self.interval_s.unwrap_or(intervals.best_s);
         let terms = self.terms(recovery, &value, interval_s);
-        let useful = |end| self.terms(recovery, &self.at(end), interval_s)[0].share;
-        // The low ends of what goes wrong make the high end of what goes right.
-        let goodput = Spread::new(useful(2), terms[0].share, useful(0));
+        let goodput = self.range(recovery, interval_s);
         Some(Goodput { recovery, save: self.save.save, goodput, terms, interval_s, intervals })
     }
 
@@ -206,7 +263,7 @@ impl Job {
 
     /// Goodput over the interval between checkpoints, logarithmically spaced around the best.
     pub fn curve(&self, recovery: Recovery, points: usize) -> Vec<Point> {
-        let value = self.at(1);
+        let value = self.at_values();
         let best_s = self.intervals(recovery, &value).best_s;
         let (from, to) = ((best_s / 30.0).max(self.shortest(&value)), (best_s * 30.0).min(INTERVAL_MAX_S));
         let at = |i: usize| from * (to / from).powf(i as f64 / (points.max(2) - 1) as f64);

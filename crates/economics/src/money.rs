@@ -38,7 +38,7 @@ impl Usd {
     }
 
     /// The nearest dollar.
-    fn whole(dollars: f64) -> Self {
+    pub(crate) fn whole(dollars: f64) -> Self {
         Usd((dollars.round() as i64).saturating_mul(CENTS as i64))
     }
 
@@ -110,11 +110,11 @@ impl fmt::Display for Usd {
 /// An amount with its range.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Cost {
-    /// With everything at its cheaper end.
+    /// The cheaper end of its range.
     pub low: Usd,
     /// With the values to compute with.
     pub value: Usd,
-    /// With everything at its dearer end.
+    /// The dearer end of its range.
     pub high: Usd,
 }
 

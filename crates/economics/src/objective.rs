@@ -1,15 +1,12 @@
 //! What a plan is best for: time, dollars, or tokens for a dollar.
 //!
-//! On a given number of accelerators the fastest layout is the cheapest. So a search for dollars asks on how many: every
-//! layout that the search for time found among its best or on its front is estimated with fewer replicas, which takes no
-//! second search.
+//! On a given number of accelerators the fastest layout is the cheapest. So a search for dollars asks on how many: the
+//! fastest layout of each size is searched for, all sizes at once, and the size chosen is searched in full.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
-use plan::answer::{Answer, LayoutOut, estimate_each};
+use plan::answer::{Answer, LayoutOut, Question, fastest_each};
 use plan::calibration::Calibration;
-use plan::estimate::Templates;
-use plan::placement::Placement;
 use serde::Serialize;
 use spec::{Catalog, Cluster, Error, Result};
 
@@ -74,12 +71,12 @@ pub struct Chosen {
     pub answer: Answer,
     /// Its run.
     pub run: Run,
+    /// Whether a deadline was kept.
+    pub within: bool,
 }
 
-/// Layouts taken from the best and the front: what comes later is far slower.
-const LAYOUTS_MAX: usize = 64;
 /// Sizes tried, the largest.
-const SIZES_MAX: usize = 32;
+const SIZES_MAX: usize = 16;
 
 /// Chooses the size of `answer`'s plan, on at most its accelerators, that is best for `objective` within so many days.
 /// `resize` gives the same machine with fewer accelerators.
@@ -98,23 +95,21 @@ pub fn choose(
     if let Some(days) = within_days {
         input::number("--within", days, Bounds::Positive)?;
     }
-    let mut tried: Vec<(Size, Answer, Run)> = Vec::new();
-    let mut templates = Templates::new();
-    let by_size =
-        if answer.given || objective == Objective::Time { BTreeMap::new() } else { smaller(&answer) };
-    for (n, placements) in by_size.into_iter().rev() {
-        let question = plan::answer::Question { cluster: resize(n)?, ..answer.question.clone() };
-        let Ok((plan, reused)) =
-            estimate_each(question, &placements, calibration, std::mem::take(&mut templates))
-        else {
-            continue;
-        };
-        templates = reused;
-        let run = run::run(catalog, &plan, ask)?;
-        tried.push((size(&plan, &run)?, plan, run));
-    }
+    let question = answer.question.clone();
+    let alone = answer.given || objective == Objective::Time;
+    let sizes = if alone { Vec::new() } else { smaller(&question.cluster) };
+    let questions: Result<Vec<Question>> = sizes
+        .into_iter()
+        .map(|n| Ok(Question { cluster: resize(n)?, keep: 1, ..question.clone() }))
+        .collect();
     let whole = run::run(catalog, &answer, ask)?;
-    tried.push((size(&answer, &whole)?, answer, whole));
+    let mut tried: Vec<(Size, Answer, Run)> = vec![(size(&answer, &whole)?, answer, whole)];
+    for plan in fastest_each(questions?, calibration)?.into_iter().flatten() {
+        // What cannot be run at a size, as a ramp that its replicas do not divide, is no size to choose.
+        if let Ok(run) = run::run(catalog, &plan, ask) {
+            tried.push((size(&plan, &run)?, plan, run));
+        }
+    }
     if objective != Objective::Time && tried.iter().any(|t| t.0.cost_usd.is_none()) {
         return Err(Error::user(format!("--for {}: no price is known of this machine", objective.name()))
             .hint("give one: --price 2.5, or --price 98.32/node"));
@@ -132,7 +127,14 @@ pub fn choose(
         return Err(Error::user(format!("no size is done within {} days", within_days.unwrap_or(0.0)))
             .hint(format!("the fastest takes {fastest:.1} days")));
     };
-    Ok(Chosen { objective, sizes, answer, run })
+    if answer.question.cluster.accelerators == question.cluster.accelerators {
+        return Ok(Chosen { objective, sizes, answer, run, within: within_days.is_some() });
+    }
+    // Its other layouts and its front, as for a size that was asked for.
+    let chosen = Question { cluster: answer.question.cluster, ..question };
+    let answer = plan::answer::plan(chosen, calibration, &|_, _| ())?;
+    let run = run::run(catalog, &answer, ask)?;
+    Ok(Chosen { objective, sizes, answer, run, within: within_days.is_some() })
 }
 
 fn size(answer: &Answer, run: &Run) -> Result<Size> {
@@ -148,26 +150,30 @@ fn size(answer: &Answer, run: &Run) -> Result<Size> {
     })
 }
 
-/// The layouts of an answer with fewer replicas, by accelerators.
-fn smaller(answer: &Answer) -> BTreeMap<usize, Vec<Placement>> {
-    let all = answer.question.cluster.accelerators;
-    let mut by_size: BTreeMap<usize, Vec<Placement>> = BTreeMap::new();
-    for choice in answer.best.iter().chain(&answer.pareto).take(LAYOUTS_MAX) {
-        let placement = choice.placement();
-        let dp = placement.layout.dp;
-        for fewer in (1..dp).filter(|d| dp.is_multiple_of(*d)) {
-            let mut placement = placement.clone();
-            placement.layout.dp = fewer;
-            let fits = |shard: &usize| *shard < fewer && fewer.is_multiple_of(*shard);
-            placement.layout.shard = placement.layout.shard.filter(fits);
-            let layouts = by_size.entry(all / dp * fewer).or_default();
-            if !layouts.contains(&placement) {
-                layouts.push(placement);
-            }
-        }
+/// Sizes below a cluster's own, the largest first: shares of its nodes, powers of two of nodes, and of one node what
+/// divides it.
+fn smaller(cluster: &Cluster) -> Vec<usize> {
+    let (all, node) = (cluster.accelerators, cluster.per_node.max(1));
+    let nodes = all / node;
+    let shares = (2..=nodes).filter(|d| all.is_multiple_of(d * node)).map(|d| all / d);
+    let powers = std::iter::successors(Some(node), |n| Some(2 * n)).take_while(|n| *n < all);
+    let parts = (1..node).filter(|n| node.is_multiple_of(*n));
+    let sizes: BTreeSet<usize> = shares.chain(powers).chain(parts).filter(|n| *n < all).collect();
+    sizes.into_iter().rev().take(SIZES_MAX).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_whole_nodes_down_to_parts_of_one() {
+        let catalog = Catalog::builtin().unwrap();
+        let check = |n: usize, expected: &[usize]| {
+            assert_eq!(smaller(&catalog.cluster("dgx-superpod-h100", Some(n)).unwrap()), expected, "{n}");
+        };
+        check(64, &[32, 16, 8, 4, 2, 1]);
+        check(96, &[64, 48, 32, 24, 16, 8, 4, 2, 1]);
+        check(1, &[]);
     }
-    while by_size.len() > SIZES_MAX {
-        by_size.pop_first();
-    }
-    by_size
 }

@@ -112,10 +112,75 @@ impl Ownership {
         self.purchase_parts().into_iter().map(|p| p.1).fold(Spread::exact(0.0), Spread::plus)
     }
 
-    /// Dollars a year by part, for machines that work this share of the time.
-    ///
-    /// Each end of the range takes all assumptions at their cheaper or dearer end.
+    /// Dollars a year by part, for machines that work this share of the time. The ends of the whole are those of assumptions
+    /// that err independently ([`Ownership::independent`]); each part goes the same share of its own way to them.
     pub fn yearly_parts(&self, utilisation: f64) -> Vec<(&'static str, Spread)> {
+        let parts = self.extreme_parts(utilisation);
+        let extreme = sum(&parts);
+        let whole = self.independent(|own| sum(&own.extreme_parts(utilisation)).value);
+        let share = |way: f64, all: f64| if all > 0.0 { (way / all).min(1.0) } else { 0.0 };
+        let down = share(whole.value - whole.low, extreme.value - extreme.low);
+        let up = share(whole.high - whole.value, extreme.high - extreme.value);
+        let lean = |s: Spread| Spread {
+            low: s.value - down * (s.value - s.low),
+            value: s.value,
+            high: s.value + up * (s.high - s.value),
+        };
+        parts.into_iter().map(|(name, s)| (name, lean(s))).collect()
+    }
+
+    /// `f` with its range where each assumption goes to its ends by itself: what that changes adds up in squares, of
+    /// logarithms.
+    fn independent(&self, f: impl Fn(&Ownership) -> f64) -> Spread {
+        let mut exact = self.clone();
+        exact.assumptions().into_iter().for_each(|s| *s = Spread::exact(s.value));
+        let value = f(&exact);
+        let (mut down, mut up, mut least) = (0.0f64, 0.0f64, value);
+        let ends: Vec<Spread> = self.clone().assumptions().into_iter().map(|s| *s).collect();
+        for (i, ends) in ends.into_iter().enumerate() {
+            for end in [ends.low, ends.high] {
+                let mut moved = exact.clone();
+                *moved.assumptions()[i] = Spread::exact(end);
+                let result = f(&moved);
+                let by = (result / value).ln();
+                least = least.min(result);
+                if by < 0.0 { down += by * by } else { up += by * by }
+            }
+        }
+        if !value.is_finite() {
+            return Spread::new(least, value, value);
+        }
+        Spread::new(value * (-down.sqrt()).exp(), value, value * up.sqrt().exp())
+    }
+
+    /// Everything that yearly dollars follow from.
+    fn assumptions(&mut self) -> Vec<&mut Spread> {
+        let mut all = vec![
+            &mut self.server_usd,
+            &mut self.network_share,
+            &mut self.storage_share,
+            &mut self.spares,
+            &mut self.lifetime_years,
+            &mut self.resale,
+            &mut self.capital_cost,
+            &mut self.maintenance,
+            &mut self.staff,
+            &mut self.space_usd_per_kw,
+        ];
+        if let Some(site) = &mut self.site {
+            all.extend([
+                &mut site.rated_w,
+                &mut site.load,
+                &mut site.idle_load,
+                &mut site.pue,
+                &mut site.grid.usd_per_kwh,
+            ]);
+        }
+        all
+    }
+
+    /// [`Ownership::yearly_parts`] with all assumptions at their cheaper or dearer end at once.
+    fn extreme_parts(&self, utilisation: f64) -> Vec<(&'static str, Spread)> {
         let written_off = |part: Spread| {
             // A longer life and a better resale are the cheaper end.
             let a_year = |usd: f64, resale: f64, years: f64| usd * (1.0 - resale) / years;
@@ -150,7 +215,7 @@ impl Ownership {
 
     /// Dollars a year, not rounded.
     pub fn yearly_usd(&self, utilisation: f64) -> Spread {
-        self.yearly_parts(utilisation).into_iter().map(|p| p.1).fold(Spread::exact(0.0), Spread::plus)
+        sum(&self.yearly_parts(utilisation))
     }
 
     /// Dollars for an hour of an accelerator in use.
@@ -160,20 +225,31 @@ impl Ownership {
 
     /// The utilisation from which owning is cheaper than renting at `rent_usd_per_h`; see [`break_even`].
     ///
-    /// The low end takes cheap ownership against the dear rent.
+    /// Its range is of assumptions that err independently, the rent among them.
     pub fn break_even(&self, rent_usd_per_h: Spread) -> Spread {
-        let idle = self.yearly_usd(0.0);
-        let busy = self.yearly_usd(1.0);
-        let at = |idle: f64, busy: f64, rent: f64| {
-            let hours = self.accelerators as f64 * HOURS_PER_YEAR;
-            break_even(idle, (busy - idle) / hours, self.accelerators, rent)
+        let at = |own: &Ownership, rent: f64| {
+            let yearly = |utilisation| sum(&own.extreme_parts(utilisation)).value;
+            let (idle, busy) = (yearly(0.0), yearly(1.0));
+            let hours = own.accelerators as f64 * HOURS_PER_YEAR;
+            break_even(idle, (busy - idle) / hours, own.accelerators, rent)
         };
+        let owned = self.independent(|own| at(own, rent_usd_per_h.value));
+        if !owned.value.is_finite() {
+            return owned;
+        }
+        let [dear, cheap] =
+            [rent_usd_per_h.high, rent_usd_per_h.low].map(|rent| at(self, rent) / owned.value);
+        let far = |a: f64, b: f64| (a.ln().powi(2) + b.ln().powi(2)).sqrt().exp();
         Spread::new(
-            at(idle.low, busy.low, rent_usd_per_h.high),
-            at(idle.value, busy.value, rent_usd_per_h.value),
-            at(idle.high, busy.high, rent_usd_per_h.low),
+            owned.value / far(owned.low / owned.value, dear),
+            owned.value,
+            owned.value * far(owned.high / owned.value, cheap),
         )
     }
+}
+
+fn sum(parts: &[(&'static str, Spread)]) -> Spread {
+    parts.iter().map(|p| p.1).fold(Spread::exact(0.0), Spread::plus)
 }
 
 /// The utilisation at which owning costs what renting does: `fixed / (n * hours * (rent - variable))`. Above 1 owning

@@ -159,27 +159,69 @@ pub struct Ask {
 /// The price to pay on `cluster`: the one given, else that of the platform, else that of the same accelerator elsewhere
 /// (the dearest and the cheapest as the range, and the middle one as the value).
 ///
+/// A region that some price of the accelerator names chooses among prices; any other is one of electricity alone, which a
+/// note says.
+///
 /// # Errors
-/// A price for another accelerator or node, one that cannot be meant, a commitment or region that nobody quotes, an
+/// A price for another accelerator, node or region, one that cannot be meant, a commitment that nobody quotes, an
 /// accelerator that nobody rents out, a date after today.
 pub fn quote(catalog: &Catalog, cluster: &Cluster, ask: &Ask, today: Date) -> Result<Quote> {
-    let quote = match &ask.price {
+    let mut quote = match &ask.price {
         Some(Given::Amount { usd_per_h, node }) => {
-            return given::amount(catalog, cluster, *usd_per_h, *node, ask, today);
+            given::amount(catalog, cluster, *usd_per_h, *node, ask, today)?
         }
         Some(Given::Entry(name)) => {
             let entry = catalog.get(EntryKind::Price, name)?;
+            if let Some(region) = &ask.region {
+                same_region(catalog, entry, region)?;
+            }
             entry_quote(entry, cluster, ask)?
         }
         None => match &cluster.price {
-            Some(name) if ask.region.is_none() => {
-                entry_quote(catalog.get(EntryKind::Price, name)?, cluster, ask)?
+            Some(name) => {
+                let entry = catalog.get(EntryKind::Price, name)?;
+                let moved = ask.region.as_deref().is_some_and(|region| {
+                    entry.text("region") != Some(region)
+                        && rented(catalog, &cluster.accelerator.name)
+                            .any(|e| e.text("region") == Some(region))
+                });
+                if moved { elsewhere(catalog, cluster, ask)? } else { entry_quote(entry, cluster, ask)? }
             }
-            _ => elsewhere(catalog, cluster, ask)?,
+            None => elsewhere(catalog, cluster, ask)?,
         },
     };
     quote.age_note(today)?;
+    if let Some(region) = ask.region.as_deref().filter(|r| quote.region.as_deref() != Some(*r)) {
+        let of = quote.region.as_ref().map_or("of no region".to_owned(), |r| format!("of {r}"));
+        quote.notes.push(format!("region {region} is that of the electricity; price {} is {of}", quote.name));
+    }
     Ok(quote)
+}
+
+/// A price that is named and a region of prices go together.
+fn same_region(catalog: &Catalog, entry: &Entry, region: &str) -> Result<()> {
+    let is_of_prices = || {
+        let all = catalog.list(Some(EntryKind::Price)).into_iter();
+        all.filter_map(|l| catalog.get(EntryKind::Price, &l.name).ok())
+            .any(|e| e.text("region") == Some(region))
+    };
+    match entry.text("region") {
+        Some(own) if own != region && is_of_prices() => {
+            let what = format!("price {} is of {own}, not of {region}", entry.name);
+            Err(Error::user(what).hint("leave --region out, or name a price of that region"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What the provider that rents `cluster` out quotes for its accelerator beside the platform's own price, the newest
+/// first.
+pub fn same_provider(catalog: &Catalog, cluster: &Cluster, commitment: Commitment) -> Option<Quote> {
+    let own = catalog.get(EntryKind::Price, cluster.price.as_ref()?).ok()?;
+    let provider = own.text("provider")?;
+    let entries = rented(catalog, &cluster.accelerator.name).filter(|e| e.text("provider") == Some(provider));
+    let quotes = entries.filter_map(|e| quotes(e).ok()).flatten();
+    quotes.filter(|q| q.commitment == commitment).max_by_key(|q| q.date)
 }
 
 fn entry_quote(entry: &Entry, cluster: &Cluster, ask: &Ask) -> Result<Quote> {
@@ -254,9 +296,12 @@ fn elsewhere(catalog: &Catalog, cluster: &Cluster, ask: &Ask) -> Result<Quote> {
         (by_price[0].usd_per_accelerator_h.low, by_price[by_price.len() - 1].usd_per_accelerator_h.high);
     let mut middle = by_price[(by_price.len() - 1) / 2].clone();
     middle.usd_per_accelerator_h = Spread::new(low, middle.usd_per_accelerator_h.value, high);
+    let lacks = match (&cluster.price, &ask.region) {
+        (Some(own), Some(region)) => format!("{own} is not of {region}"),
+        _ => format!("nobody quotes {} itself", cluster.name),
+    };
     middle.notes.push(format!(
-        "{} has no price of its own: {} stands in, the middle of {} for {name}",
-        cluster.name,
+        "{lacks}: {} stands in, the middle of {} quotes for {name}",
         middle.name,
         by_price.len()
     ));

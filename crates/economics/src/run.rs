@@ -1,13 +1,14 @@
 //! A whole run: from tokens to days, interruptions and dollars.
 
 mod cost;
+mod ramp;
+mod range;
 
 use plan::answer::{Answer, Choice};
-use plan::estimate::{Estimator, Problem};
 use serde::Serialize;
 use spec::{Catalog, Cluster, Error, Result};
 
-pub use cost::{Basis, Paid};
+pub use cost::{Basis, Held, Paid};
 
 use crate::energy::{Energy, GRID_USUAL, Site};
 use crate::failures::{JobFailures, Rates};
@@ -119,6 +120,10 @@ pub struct Run {
     pub storage: Option<StoragePlan>,
     /// What was assumed.
     pub assumptions: Vec<String>,
+    /// Accelerators paid for beside those of the job.
+    pub held: Held,
+    /// Why the ranges are as wide as they are, the largest cause first.
+    pub range_of: Vec<String>,
     #[serde(skip)]
     job: Option<Job>,
 }
@@ -146,12 +151,18 @@ pub fn run(catalog: &Catalog, answer: &Answer, ask: &Ask) -> Result<Run> {
 pub fn run_of(catalog: &Catalog, answer: &Answer, choice: &Choice, ask: &Ask) -> Result<Run> {
     input::number("tokens", ask.tokens, Bounds::Positive)?;
     if let Some(interval) = ask.interval_s {
-        input::number("interval_s", interval, Bounds::Positive)?;
+        input::number("seconds between checkpoints", interval, Bounds::Positive)?;
+        if interval < choice.step_s {
+            let what = format!("{interval} s between checkpoints, a step takes {:.3} s", choice.step_s);
+            return Err(
+                Error::user(what).hint("checkpoints lie between steps; leave it out for the best interval")
+            );
+        }
     }
     let cluster = &answer.question.cluster;
     let nodes = cluster.accelerators.div_ceil(cluster.per_node.max(1));
-    let trained = trained(&answer.problem, choice, ask)?;
     let mut assumptions = Vec::new();
+    let trained = ramp::trained(&answer.problem, choice, ask, &mut assumptions)?;
     let paid = Paid::by(catalog, cluster, ask, &mut assumptions)?;
     let failures = expected(catalog, cluster, ask, paid.as_ref(), &mut assumptions)?;
     let (job, recovery) = alive(catalog, answer, choice, ask, failures.clone())?;
@@ -161,14 +172,18 @@ pub fn run_of(catalog: &Catalog, answer: &Answer, choice: &Choice, ask: &Ask) ->
     let slower = recovery.goodput.map(|g| 1.0 / g.max(f64::MIN_POSITIVE));
     let wall = independent(step, slower).scaled(train_days);
     let hours = wall.scaled(24.0 * cluster.accelerators as f64);
-    let cost = paid.as_ref().map(|p| p.bill(cluster.accelerators, wall.scaled(24.0), &recovery));
+    let held = paid.as_ref().map(|p| p.held(cluster.accelerators, &failures, &mut assumptions));
+    let cost = paid
+        .as_ref()
+        .zip(held)
+        .map(|(p, held)| p.bill(cluster.accelerators, held, wall.scaled(24.0), &recovery));
     let ownership = ask.ownership.as_deref().unwrap_or(own::TYPICAL);
     let site = Site::of(catalog, cluster, ownership, grid(catalog, ask.price.region.as_deref()))?;
     let per_step = (answer.question.sequences * answer.question.sequence) as f64;
     let storage = answer.storage.as_ref().map(|estimate| {
         plan_storage(catalog, estimate, nodes, ask.tokens, 1.0 / choice.step_s, per_step, recovery.interval_s)
     });
-    Ok(Run {
+    let mut run = Run {
         tokens: ask.tokens,
         steps: trained.steps,
         accelerators: cluster.accelerators,
@@ -190,8 +205,12 @@ pub fn run_of(catalog: &Catalog, answer: &Answer, choice: &Choice, ask: &Ask) ->
         energy: site.map(|s| s.energy(hours)),
         storage: storage.transpose()?,
         assumptions,
+        held: held.unwrap_or_default(),
+        range_of: Vec::new(),
         job: Some(job),
-    })
+    };
+    run.range_of = range::reasons(&run, choice, &answer.grade);
+    Ok(run)
 }
 
 /// What interrupts the job: the failures of its machine, and a spot market that takes nodes back.
@@ -284,66 +303,4 @@ fn chosen(job: Job, ways: &[SaveTimes], ask: &Ask) -> Result<(Job, Goodput)> {
             .hint("choose a layout with dp=2 or more, or --recovery restart")
     })?;
     Ok((job, goodput))
-}
-
-/// Steps and their seconds.
-struct Trained {
-    steps: f64,
-    seconds: f64,
-}
-
-fn trained(problem: &Problem, choice: &Choice, ask: &Ask) -> Result<Trained> {
-    let sequence = problem.sequence as f64;
-    let mut done = Trained { steps: 0.0, seconds: 0.0 };
-    let mut seen = 0.0;
-    let mut batch = 0.0;
-    for ramp in &ask.ramp {
-        input::number("ramp: tokens of a batch", ramp.batch_tokens, Bounds::Positive)?;
-        input::number("ramp: tokens until", ramp.until_tokens, Bounds::Positive)?;
-        if ramp.until_tokens <= seen || ramp.batch_tokens <= batch {
-            let what = format!(
-                "ramp {:.4e}:{:.4e} does not follow {batch:.4e}:{seen:.4e}",
-                ramp.batch_tokens, ramp.until_tokens
-            );
-            return Err(Error::user(what).hint("batches and tokens rise: --ramp 4M:252M,8M:2.87T"));
-        }
-        let tokens = ramp.until_tokens.min(ask.tokens) - seen;
-        if tokens <= 0.0 {
-            break;
-        }
-        let sequences = ((ramp.batch_tokens / sequence).round() as usize).max(1);
-        let steps = tokens / (sequences as f64 * sequence);
-        done.steps += steps;
-        done.seconds += steps * smaller_step_s(problem, choice, sequences)?;
-        (seen, batch) = (ramp.until_tokens.min(ask.tokens), ramp.batch_tokens);
-    }
-    let steps = (ask.tokens - seen) / (problem.sequences as f64 * sequence);
-    done.steps += steps;
-    done.seconds += steps * choice.step_s;
-    Ok(done)
-}
-
-/// Seconds of a step of fewer sequences in the same layout, with the largest micro-batch that still divides them.
-fn smaller_step_s(problem: &Problem, choice: &Choice, sequences: usize) -> Result<f64> {
-    if sequences > problem.sequences {
-        return Err(Error::user(format!(
-            "ramp: {sequences} sequences, the full batch has {}",
-            problem.sequences
-        ))
-        .hint("a ramp has smaller batches than --batch"));
-    }
-    let mut placement = choice.placement().clone();
-    let dp = placement.layout.dp;
-    if !sequences.is_multiple_of(dp) {
-        return Err(Error::user(format!("ramp: {sequences} sequences do not divide among {dp} replicas"))
-            .hint(format!("{} sequences do", sequences.next_multiple_of(dp))));
-    }
-    let each = sequences / dp;
-    let fits = |b: &usize| each.is_multiple_of(*b);
-    placement.layout.micro_batch = (1..=placement.layout.micro_batch).rev().find(fits).unwrap_or(1);
-    let problem = Problem { sequences, ..problem.clone() };
-    let estimate = Estimator::new(&problem, placement.format)?
-        .estimate(&placement)
-        .map_err(|e| e.context(format!("ramp: a step of {sequences} sequences")))?;
-    Ok(estimate.step_s)
 }

@@ -1,33 +1,44 @@
 //! Accelerator-hours of model cards, from the planner's step and the failures around it.
 
 use economics::Date;
-use economics::run::{Ask, run};
-use plan::answer::{Question, default_batch, plan as search};
+use economics::run::{Ask, Run, run};
+use plan::answer::{Answer, Question, default_batch, plan as search};
 use plan::calibration::Calibration;
 use spec::{Catalog, NumberFormat};
 
 fn hours(model: &str, cluster: &str, n: usize, tokens: f64) -> f64 {
+    run_of(model, cluster, n, tokens, NumberFormat::Bf16, None).0.accelerator_hours
+}
+
+/// The run, and the plan under it; the usual batch, or (sequences, tokens of one).
+fn run_of(
+    model: &str,
+    cluster: &str,
+    n: usize,
+    tokens: f64,
+    format: NumberFormat,
+    batch: Option<(usize, usize)>,
+) -> (Run, Answer) {
     let catalog = Catalog::builtin().unwrap();
     let shape = plan::models::find(model).unwrap();
-    let (sequences, sequence) = default_batch(&shape);
+    let (sequences, sequence) = batch.unwrap_or(default_batch(&shape));
+    let shape_is_dense = shape.experts.is_none();
     let question = Question {
         cluster: catalog.cluster(cluster, Some(n)).unwrap(),
         shape,
         software: None,
-        format: NumberFormat::Bf16,
+        format,
         sequence,
         sequences,
         tokens: Some(tokens),
         keep: 1,
-        trainable_only: true,
+        trainable_only: shape_is_dense,
         strategy: None,
     };
     let answer = search(question, &Calibration::builtin().unwrap(), &|_, _| ()).unwrap();
-    run(&catalog, &answer, &Ask::new(tokens, Date::day(2026, 11, 28))).unwrap().accelerator_hours
+    (run(&catalog, &answer, &Ask::new(tokens, Date::day(2026, 11, 28))).unwrap(), answer)
 }
 
-/// The cards of Llama 3 8B and 70B (1.3 and 6.4 million hours for 15T tokens) are not here: their hours count other stages
-/// as well, and are 16 and 28 % of the H100's peak where the same cluster trained 405B at 38 to 43 %.
 #[test]
 fn hours_of_model_cards_are_within_fifteen_percent() {
     for (model, cluster, n, tokens, published) in [
@@ -40,4 +51,40 @@ fn hours_of_model_cards_are_within_fifteen_percent() {
         println!("{model}: {ratio:.3} of {published} hours");
         assert!((0.85..=1.15).contains(&ratio), "{model}: {ratio:.3}");
     }
+}
+
+/// The cards of Llama 3 8B and 70B give 1.3 and 6.4 million hours for 15T tokens, and neither accelerators nor batch. The
+/// hours of a small model grow with the accelerators that it is spread over, several-fold, so no one prediction is theirs:
+/// what can be held is that a number of accelerators as the publisher used has them.
+#[test]
+fn cards_that_do_not_say_on_how_many_lie_between_two_sizes() {
+    for (model, from, to, published) in [("llama3-8b", 2048, 4096, 1.3e6), ("llama3-70b", 4096, 8192, 6.4e6)]
+    {
+        let (few, many) =
+            (hours(model, "meta-24k-roce", from, 15e12), hours(model, "meta-24k-roce", to, 15e12));
+        println!("{model}: {few:.3e} hours on {from}, {many:.3e} on {to}, {published:.3e} published");
+        assert!(few < published && published < many, "{model}: {few} {many}");
+    }
+}
+
+/// DeepSeek-V3's 2.664M hours (180K for a trillion tokens) are missed by a quarter: more than the 15 % of the others, and just
+/// outside of the interval. Its stack
+/// runs dispatch, bubbles and launches beside its kernels (arXiv 2412.19437, section 3.2: DualPipe, and kernels of its own for
+/// all-to-all); the planner's stacks do not, and these three are what the step is longer by.
+#[test]
+fn deepseek_v3_is_missed_by_what_its_stack_hides() {
+    let (sequences, sequence, n, tokens) = (15_360, 4096, 2048, 14.8e12);
+    let batch = Some((sequences, sequence));
+    let (run, answer) = run_of("deepseek-v3", "hgx-h800", n, tokens, NumberFormat::Fp8, batch);
+    let published = 2.664e6;
+    let ratio = run.accelerator_hours / published;
+    println!("DeepSeek-V3: {ratio:.3} of {published} hours");
+    assert!((1.15..=1.4).contains(&ratio), "{ratio}");
+    let best = &answer.best[0];
+    let (b, step_s) =
+        (best.breakdown, published * 3600.0 / n as f64 / (tokens / (sequences * sequence) as f64));
+    let hidden = b.expert_s + b.bubble_s + b.host_s;
+    let without = (best.step_s - hidden) / step_s;
+    println!("{:.2} s a step, {hidden:.2} s of it hidden there: {without:.3} of {step_s:.2} s", best.step_s);
+    assert!((0.85..=1.15).contains(&without), "{without}");
 }

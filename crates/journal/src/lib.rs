@@ -24,6 +24,9 @@ mod write;
 
 pub mod ledger;
 
+pub mod line;
+pub mod tail;
+
 pub mod perfetto;
 pub mod prometheus;
 pub mod tensorboard;

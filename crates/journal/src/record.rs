@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::float;
@@ -63,6 +65,13 @@ pub enum Record {
         /// Seconds of communication that no computation hid; absent for a single rank.
         #[serde(with = "float::option", default, skip_serializing_if = "Option::is_none")]
         exposed_comm_s: Option<f64>,
+        /// The same by the axis of the mesh that was waited on: `dp`, `tp`, `pp`, `cp`, `ep`; empty where it is not known.
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        waits_s: BTreeMap<String, f64>,
+        /// How many tokens of the step went to each expert, layer by layer, none of a layer without; absent for a dense
+        /// model.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        expert_counts: Option<Vec<Vec<u64>>>,
     },
     /// Which samples a rank put into a step.
     Drawn {
@@ -121,6 +130,22 @@ pub enum Record {
         step: u64,
         /// Its directory; empty when there was none.
         path: String,
+    },
+    /// Ranks met again without being started anew, since one was lost or one came.
+    Recovered {
+        /// When.
+        time_us: u64,
+        /// Steps done in what they go on from; later steps are done again.
+        step: u64,
+        /// Why they met, as the launcher says.
+        why: String,
+        /// What weights and moments came from: memory, a checkpoint's directory, or the beginning.
+        source: String,
+        /// Ranks that train now.
+        world: usize,
+        /// Seconds since this rank noticed.
+        #[serde(with = "float")]
+        recovery_s: f64,
     },
     /// The run went on although something that decides its numbers had changed, because a flag said so.
     Accepted {
@@ -192,6 +217,7 @@ impl Record {
             | Record::Sample { time_us, .. }
             | Record::Checkpoint { time_us, .. }
             | Record::Resumed { time_us, .. }
+            | Record::Recovered { time_us, .. }
             | Record::Accepted { time_us, .. }
             | Record::Warning { time_us, .. }
             | Record::Finished { time_us, .. }
@@ -267,6 +293,8 @@ pub(crate) mod tests {
             step_s: 2.0,
             memory_bytes: 1 << 30,
             exposed_comm_s: None,
+            waits_s: BTreeMap::new(),
+            expert_counts: None,
         }
     }
 
@@ -291,7 +319,8 @@ pub(crate) mod tests {
             let Record::Step { time_us, step, tokens, .. } = step(1, 0.0) else { unreachable!() };
             let record = Record::Step {
                 time_us, step, loss, grad_norm: -loss, lr: loss, tokens, valid_tokens: 0, tokens_per_s: 1.0, mfu,
-                step_s: 0.0, memory_bytes: 0, exposed_comm_s: mfu,
+                step_s: 0.0, memory_bytes: 0, exposed_comm_s: mfu, waits_s: BTreeMap::new(),
+                expert_counts: Some(vec![vec![], vec![3, 0]]),
             };
             let text = serde_json::to_string(&record).unwrap();
             let Record::Step { loss: l, grad_norm: g, mfu: m, exposed_comm_s: e, .. } =

@@ -54,6 +54,11 @@ pub use crate::attention::{
 };
 pub use crate::convert::{copy, fill, from_f32, to_f32};
 pub use crate::embed::{embed, embed_grad, embed_grad_workspace_len, pos_grad, pos_grad_workspace_len};
+pub use crate::experts::{
+    Groups, Router, grouped_linear, grouped_linear_dw, grouped_linear_dw_workspace_len, grouped_linear_dx,
+    grouped_linear_workspace_len, permute, permute_dx, route, route_dx, route_dx_workspace_len,
+    route_workspace_len, unpermute, unpermute_dx,
+};
 pub use crate::head_norm::{qk_norm, qk_norm_dw, qk_norm_dw_workspace_len, qk_norm_dx};
 pub use crate::linear::{
     bias_grad, bias_grad_workspace_len, linear, linear_dw, linear_dw_workspace_len, linear_dx,
@@ -68,7 +73,7 @@ pub use crate::pool::Pool;
 pub use crate::rope::rope;
 pub use crate::simd::{Backend, backend, force_backend};
 pub use crate::storage::{Acc, Storage};
-pub use crate::sums::{add_bias, add_levels, add_to};
+pub use crate::sums::{add_bias, add_levels, add_roots, add_to};
 pub use crate::tree::{Merge, Step, step as tree_step};
 pub use crate::xent::{xent_combine, xent_dlogits, xent_fused, xent_stats};
 
@@ -85,6 +90,7 @@ mod attention;
 mod act;
 mod convert;
 mod embed;
+mod experts;
 mod head_norm;
 mod math;
 mod norm;

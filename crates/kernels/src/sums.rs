@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::pool::{Parts, Pool};
 use crate::storage::Storage;
-use crate::tree::Merge;
+use crate::tree::{MAX_DEPTH, Merge, Step, depth, leaves, step};
 
 /// `y = x + r + b` by rows of `b.len()` elements, rounded once.
 pub fn add_bias<T: Storage>(pool: &Pool, x: &[T], r: &[T], b: &[T], y: &mut [T]) {
@@ -48,6 +48,40 @@ pub fn add_levels(pool: &Pool, x: &[f32], levels: &mut [f32], m: Merge) {
                 sums.iter_mut().zip(of(level)).for_each(|(sum, held)| *sum += *held);
             }
             of(m.store).copy_from_slice(sums);
+        }
+    });
+}
+
+/// Adds the roots of counters that lie side by side in the order of `tree`, radices bottom-up: each root is the last of
+/// a counter's `[levels, len]`, and the last counter's becomes their sum.
+pub fn add_roots(pool: &Pool, counters: &mut [f32], levels: usize, len: usize, tree: &[u32]) {
+    /// Elements at a time: their partial sums stay in the first-level cache.
+    const AT_ONCE: usize = 64;
+    let count = leaves(tree);
+    assert!(counters.len() == count * levels * len && depth(tree) <= MAX_DEPTH);
+    let all = Parts::new(counters);
+    pool.rows(len, count, &|range: Range<usize>, _| {
+        let mut partial = [[0.0f32; AT_ONCE]; MAX_DEPTH];
+        for start in range.clone().step_by(AT_ONCE) {
+            let n = AT_ONCE.min(range.end - start);
+            for leaf in 0..count {
+                let at = (leaf * levels + levels - 1) * len + start;
+                // SAFETY: tasks have disjoint elements of every root.
+                let root = unsafe { all.part(at..at + n) };
+                let mut sum = [0.0f32; AT_ONCE];
+                sum[..n].copy_from_slice(root);
+                let (merge, store) = match step(tree, leaf) {
+                    Step::Keep(m) => (m.merge, Some(m.store)),
+                    Step::Root { merge } => (merge, None),
+                };
+                for held in &partial[..merge] {
+                    sum.iter_mut().zip(held).for_each(|(sum, held)| *sum += *held);
+                }
+                match store {
+                    Some(level) => partial[level] = sum,
+                    None => root.copy_from_slice(&sum[..n]),
+                }
+            }
         }
     });
 }

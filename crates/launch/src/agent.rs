@@ -1,6 +1,7 @@
 //! The agent of one node: joins, starts the workers, watches them, stops them, and starts over or ends.
 
 mod group;
+mod stop;
 mod supervise;
 
 use crate::failure::{self, Failure};
@@ -8,13 +9,16 @@ use crate::logs::{Logs, random_hex};
 use crate::options::Options;
 use crate::secret::Trust;
 use crate::signals::{self, Signals};
+use crate::tail::Tail;
 use crate::warden::Warden;
-use crate::worker::command_line;
-use group::{Group, Joined};
+use crate::worker::{Worker, command_line};
+use elastic::crew::{Action, Crew, Event, Limits, Next};
+use group::Group;
 use spec::{Error, Result};
 use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Instant;
 use supervise::End;
 
 /// How a launch ended on this node.
@@ -83,10 +87,10 @@ pub fn run(options: &Options, program: OsString, args: &[OsString]) -> Result<Ou
     let warden = Warden::start(&marker)?;
     let group =
         Group::start(options, nproc, &run_id, &trust, bind).inspect_err(|_| logs.finish(options, true))?;
+    let crew = Crew::new(nproc, limits(options, nproc, &group));
     let mut agent = Agent {
         options,
         command,
-        nproc,
         run_id,
         marker,
         signals,
@@ -95,7 +99,15 @@ pub fn run(options: &Options, program: OsString, args: &[OsString]) -> Result<Ou
         group,
         trust,
         bind,
-        restarts: 0,
+        crew,
+        began: Instant::now(),
+        workers: Vec::new(),
+        tails: Vec::new(),
+        failures: Vec::new(),
+        held: Vec::new(),
+        why: String::new(),
+        passed_on: None,
+        noted: (false, false),
         attempt: 0,
     };
     let result = agent.lead();
@@ -107,10 +119,21 @@ pub fn run(options: &Options, program: OsString, args: &[OsString]) -> Result<Ou
     result
 }
 
+/// How much trouble the workers may make.
+fn limits(options: &Options, nproc: usize, group: &Group) -> Limits {
+    Limits {
+        max_restarts: options.max_restarts,
+        min_places: options.min_nproc.unwrap_or(nproc),
+        silent: options.silence_timeout,
+        hung: options.hang_timeout,
+        // Workers that are stranded for the loss of a whole node: the other nodes find it within this.
+        stranded: Limits::STRANDED + group.silence(),
+    }
+}
+
 struct Agent<'a> {
     options: &'a Options,
     command: Vec<OsString>,
-    nproc: usize,
     run_id: String,
     marker: String,
     signals: Signals,
@@ -119,39 +142,64 @@ struct Agent<'a> {
     group: Group,
     trust: Trust,
     bind: Option<IpAddr>,
-    restarts: u32,
-    /// Counts starts of the workers; it names their log folder.
+    crew: Crew,
+    /// The crew's time counts from here.
+    began: Instant,
+    /// The last worker of each place that was ever filled.
+    workers: Vec<Worker>,
+    tails: Vec<Tail>,
+    /// Workers that failed in this round.
+    failures: Vec<Failure>,
+    /// What the crew wants, and the agent has not done yet.
+    held: Vec<Action>,
+    /// Why the last round ended.
+    why: String,
+    /// The last signal that was passed on to these workers.
+    passed_on: Option<i32>,
+    /// What the other nodes know: the workers can recover, they have done a step in this round.
+    noted: (bool, bool),
+    /// Counts rounds in which workers were started; it names their log folder.
     attempt: u32,
 }
 
 impl Agent<'_> {
-    /// Attempt after attempt. Each further one is paid for by a restart, or called for by another node.
+    /// Round after round. Each further one is paid for by a restart, or called for by another node.
     fn lead(&mut self) -> Result<Outcome> {
         loop {
-            let seat = match self.group.join(&self.signals, &self.options.signals_to_handle)? {
-                Joined::Seat(seat) => seat,
-                Joined::Signal(signal) => return Ok(self.stopped(signal)),
-                Joined::Closed(closed) => return Ok(self.closed(closed)),
-            };
-            let end = self.attempt(&seat)?;
-            self.attempt += 1;
-            match end {
+            let restarts = self.crew.restarts();
+            match self.watch()? {
                 End::Succeeded => match self.group.finish(&self.signals, &self.options.signals_to_handle)? {
                     group::Finished::Done(closed) => return Ok(self.closed(closed)),
                     group::Finished::Signal(signal) => return Ok(self.stopped(signal)),
-                    group::Finished::Regroup(why) => say(&format!("starting over: {why}")),
-                },
-                End::Failed(failures) => {
-                    let cause = failures.first().map_or_else(String::new, Failure::summary);
-                    if self.restarts >= self.options.max_restarts {
-                        self.group.close(&cause, &self.signals);
-                        return Ok(Outcome { failures, ..self.outcome(1) });
+                    group::Finished::Regroup(why) => {
+                        say(&format!("starting over: {why}"));
+                        // Nobody lives who could be kept: all that follows is a start.
+                        self.tell_aside(Event::Called(why));
                     }
-                    self.restarts += 1;
-                    say(&format!("restart {} of {}: {cause}", self.restarts, self.options.max_restarts));
-                    if let Some(closed) = self.group.regroup(&cause, &self.signals)? {
+                },
+                End::Failed { next, why, failures } => {
+                    if next == Next::GiveUp {
+                        self.give_up(&why);
+                        let reason = failures.is_empty().then_some(why);
+                        return Ok(Outcome { failures, reason, ..self.outcome(1) });
+                    }
+                    say(&format!("restart {}: {why}", self.spent()));
+                    if let Some(closed) = self.group.regroup(&why, &self.signals)? {
                         return Ok(Outcome { failures, ..self.closed(closed) });
                     }
+                }
+                End::Meet { why, own } => {
+                    let on = self.go_on();
+                    match (own, self.crew.restarts() > restarts) {
+                        (true, true) => say(&format!("restart {}: {why}; {on}", self.spent())),
+                        (true, false) => say(&format!("{why}; {on}")),
+                        (false, _) => say(&format!("meeting again: {why}; {on}")),
+                    }
+                    if own && let Some(closed) = self.group.regroup(&why, &self.signals)? {
+                        self.end()?;
+                        return Ok(self.closed(closed));
+                    }
+                    self.why = why;
                 }
                 End::Signal(signal, failures) => return Ok(Outcome { failures, ..self.stopped(signal) }),
                 End::Regroup(why) => say(&format!("starting over: {why}")),
@@ -161,11 +209,25 @@ impl Agent<'_> {
         }
     }
 
+    /// `2 of 3`.
+    fn spent(&self) -> String {
+        format!("{} of {}", self.crew.restarts(), self.options.max_restarts)
+    }
+
+    /// This node is out. Where workers can recover, the other nodes may go on; as under torchrun they may not.
+    fn give_up(&mut self, why: &str) {
+        if self.crew.recovers() {
+            self.group.leave(why, &self.signals);
+        } else {
+            self.group.close(why, &self.signals);
+        }
+    }
+
     fn outcome(&self, exit_code: i32) -> Outcome {
         Outcome {
             exit_code,
             failures: Vec::new(),
-            restarts: self.restarts,
+            restarts: self.crew.restarts(),
             signal: None,
             reason: None,
             log_dir: self.logs.folder().to_owned(),
@@ -177,10 +239,10 @@ impl Agent<'_> {
         Outcome { signal: Some(signal), ..self.outcome(128 + signal) }
     }
 
-    fn closed(&self, closed: crate::rendezvous::Closed) -> Outcome {
+    fn closed(&self, closed: elastic::rendezvous::Closed) -> Outcome {
         match closed {
-            crate::rendezvous::Closed::Succeeded => self.outcome(0),
-            crate::rendezvous::Closed::Failed(why) => Outcome { reason: Some(why), ..self.outcome(1) },
+            elastic::rendezvous::Closed::Succeeded => self.outcome(0),
+            elastic::rendezvous::Closed::Failed(why) => Outcome { reason: Some(why), ..self.outcome(1) },
         }
     }
 }

@@ -40,6 +40,18 @@ impl RankStore {
     }
 }
 
+/// Connects to the job's store at `addr` (`host:port`), with the secret of this process's environment. For ranks whose
+/// store is another one than when they started.
+///
+/// # Errors
+/// As [`RankEnv::store`].
+pub fn connect(addr: &str, timeout: Duration) -> Result<StoreClient> {
+    let trust = Trust::given(None, false)?;
+    let (host, port) = net::split_endpoint(addr, 0)?;
+    trust.check(&host, port)?;
+    StoreClient::connect_with(addr, &trust.secret, timeout)
+}
+
 impl RankEnv {
     /// Connects to the job's store within `timeout`. Under `phalanx launch` the agent hosts it; else rank 0 does, and
     /// the others find it at the master's address: through PyTorch's store under torchrun, else at the master's port.
@@ -50,15 +62,14 @@ impl RankEnv {
     /// The master's address is not known, its port is taken, nobody answers in time, or a secret is needed and not there,
     /// or another one.
     pub fn store(&self, timeout: Duration) -> Result<RankStore> {
+        if let Some(addr) = &self.agent_store {
+            let client = connect(addr, timeout).context(format!("rank {}", self.rank))?;
+            return Ok(self.rank_store(client, None));
+        }
         let trust = Trust::given(None, false)?;
         let connect = |addr: &str| {
             StoreClient::connect_with(addr, &trust.secret, timeout).context(format!("rank {}", self.rank))
         };
-        if let Some(addr) = &self.agent_store {
-            let (host, port) = net::split_endpoint(addr, 0)?;
-            trust.check(&host, port)?;
-            return Ok(self.rank_store(connect(addr)?, None));
-        }
         let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         if self.world == 1 {
             let server = StoreServer::start_with(any_port, &trust.secret)?;

@@ -3,7 +3,9 @@
 use crate::agent::{Outcome, run};
 use crate::flags::{Parsed, help};
 use crate::options::{Options, Runner};
-use spec::Result;
+use crate::signals::Signals;
+use rustix::event::{PollFd, PollFlags, poll};
+use spec::{Error, Result};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
@@ -49,7 +51,25 @@ fn launch(args: &[OsString]) -> Result<i32> {
     };
     let outcome = run(&options, program, &args)?;
     report(&name, &outcome);
-    Ok(outcome.exit_code)
+    if options.hold && outcome.exit_code == 0 {
+        hold(&options)?;
+    }
+    let is_own = options.pass_exit_code && outcome.signal.is_none();
+    Ok(if is_own { outcome.worker_code() } else { outcome.exit_code })
+}
+
+/// Waits until somebody ends the launcher, which has nothing to do any more.
+fn hold(options: &Options) -> Result<()> {
+    say("phalanx launch: done; held until a signal ends it");
+    let signals = Signals::catch(&options.signals_to_handle)?;
+    while signals.next().is_none() {
+        let mut fds = [PollFd::from_borrowed_fd(signals.fd(), PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(Error::failure(format!("wait for a signal: {e}"))),
+        }
+    }
+    Ok(())
 }
 
 fn note_omp_threads(options: &Options) -> Result<()> {

@@ -25,7 +25,7 @@ const fn short(short: char, name: &'static str, value: Option<&'static str>, hel
 }
 
 /// Every flag of torchrun (PyTorch 2.15, `torch/distributed/run.py`) and ours: `--signals-to-forward`, `--secret`,
-/// `--insecure` and `--bind`.
+/// `--insecure`, `--bind`, `--pass-exit-code`, `--hold`, and those for workers that can recover.
 const FLAGS: &[Flag] = &[
     flag("nnodes", Some("N|MIN:MAX"), "number of nodes, or its range [1]"),
     flag("nproc-per-node", Some("N|auto|cpu|gpu"), "workers on this node [1]"),
@@ -42,6 +42,9 @@ const FLAGS: &[Flag] = &[
     flag("insecure", None, "several nodes without a secret"),
     flag("bind", Some("ADDR|IFACE|SUBNET"), "which of this node's addresses to listen on"),
     flag("max-restarts", Some("N"), "restarts of the workers before giving up [0]"),
+    flag("min-nproc", Some("N"), "fewest workers, if a place keeps failing [all]"),
+    flag("silence-timeout", Some("SECONDS"), "a mute worker that can recover is killed [5]"),
+    flag("hang-timeout", Some("SECONDS"), "a stuck worker that can recover is killed [180]"),
     flag("monitor-interval", Some("SECONDS"), "how often the nodes look at each other [0.1]"),
     flag("shutdown-timeout", Some("SECONDS"), "from SIGTERM to SIGKILL [30]"),
     flag("signals-to-handle", Some("SIG,.."), "signals that stop the job"),
@@ -58,6 +61,8 @@ const FLAGS: &[Flag] = &[
     flag("duplicate-stdout-filters", Some("TEXT,.."), "copy matching lines to filtered_stdout.log"),
     flag("duplicate-stderr-filters", Some("TEXT,.."), "copy matching lines to filtered_stderr.log"),
     flag("virtual-local-rank", None, "LOCAL_RANK=0 and one visible GPU per worker"),
+    flag("pass-exit-code", None, "end with the failed worker's own exit code"),
+    flag("hold", None, "after success wait for a signal to end"),
     flag("numa-binding", Some("MODE"), "accepted; workers are not bound yet"),
     flag("start-method", Some("METHOD"), "accepted; workers are always programs"),
     flag("event-log-handler", Some("NAME"), "accepted and ignored"),
@@ -231,7 +236,8 @@ pub fn help() -> String {
         "Start a program on several ranks, under the contract of PyTorch's torchrun.\n\n\
          Usage: phalanx launch [flags] PROGRAM [arguments]\n       \
          phalanx launch --nproc-per-node 2 train.py --lr 0.1\n       \
-         phalanx launch --nnodes 2 --node-rank 0 --master-addr head train.py\n\nFlags:\n",
+         phalanx launch --nnodes 2 --node-rank 0 --master-addr head train.py\n       \
+         phalanx launch slurm --help, phalanx launch kubernetes --help\n\nFlags:\n",
     );
     for f in FLAGS {
         let short = f.short.map_or(String::new(), |s| format!("-{s}, "));

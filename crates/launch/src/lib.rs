@@ -10,19 +10,26 @@
 //!                             +-- warden      outlives the agent for a moment to kill what is left
 //!                             +-- logs, tail  folders, redirects, tee
 //!                             +-- failure     error files, root cause table
-//!                             +-- rendezvous  who takes part; a pure step function and a thread that drives it
+//!                             +-- link        reports of a worker that can recover, and its orders
+//!                             +-- rendezvous  who takes part; a thread that drives `elastic::rendezvous`
+//!                                 +-- door    an agent's death is known at once
+//!                                 +-- heir    the store moves when its host dies
 //! ```
 //!
 //! The agent is one control thread. It blocks in `poll` on the workers' pidfds, the signal pipe and the rendezvous
-//! thread, so it reacts to a death at once, and every wait has a deadline.
+//! thread, so it reacts to a death at once, and every wait has a deadline. What follows from a death is decided by
+//! `elastic::crew`: workers that can recover keep their processes.
 //!
 //! Beyond torchrun's variables a worker gets `PHALANX_STORE` (`host:port` of the agents' store), `PHALANX_SESSION` (run
 //! id and round, a prefix for keys in it), `PHALANX_SECRET` (what the job's processes prove to each other that they are of
-//! it), `PHALANX_BIND` where `--bind` was given, and `PHALANX_JOB` (marks the processes of the launch, so that none is left).
+//! it), `PHALANX_BIND` where `--bind` was given, `PHALANX_AGENT_FD` (see `elastic::Report`) and `PHALANX_JOB` (marks the
+//! processes of the launch, so that none is left).
 //!
 //! # Differences from torchrun
 //!
-//! - A node that vanishes, or fails for good, is told to all survivors, who stop their workers at once.
+//! - A node that vanishes, or fails for good, is told to all survivors, who stop their workers at once, unless these can
+//!   meet again without being started over.
+//! - When the agent that hosts the store is killed, and the workers can recover, the store moves to another.
 //! - Time stamps of several machines are never compared: a node is dead when its heartbeat counter stands still.
 //! - Workers cannot outlive the agent, not even when it is killed with SIGKILL.
 //! - A launcher stopped by signal `n` exits with `128 + n` instead of 1.
@@ -37,9 +44,10 @@ mod options;
 
 mod agent;
 mod bind;
+mod door;
 mod failure;
-#[cfg(test)]
-mod fuzz_test;
+mod heir;
+mod link;
 mod local;
 mod logs;
 mod net;
@@ -51,7 +59,7 @@ mod worker;
 mod worker_env;
 
 pub mod rank_env;
-pub mod rendezvous;
+mod rendezvous;
 
 mod bootstrap;
 mod cli;
@@ -59,7 +67,7 @@ mod torch_store;
 
 pub use agent::{Outcome, run};
 pub use bind::{Bind, from_env as bind_from_env};
-pub use bootstrap::RankStore;
+pub use bootstrap::{RankStore, connect};
 pub use cli::cli;
 pub use failure::{Failure, record_error};
 pub use flags::{Parsed, help};
@@ -67,3 +75,4 @@ pub use local::LocalJob;
 pub use logs::Streams;
 pub use options::{Backend, NprocPerNode, Options, Saving};
 pub use rank_env::{Launcher, RankEnv};
+pub use secret::from_env as secret_from_env;

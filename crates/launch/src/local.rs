@@ -31,8 +31,10 @@ pub struct LocalJob {
     pub tee: Streams,
     /// Prefix of tee'd lines, with torchrun's variables.
     pub line_prefix: Option<String>,
-    /// Restarts of all ranks before giving up.
+    /// Restarts before giving up: of the lost rank where the others can recover, else of all ranks.
     pub max_restarts: u32,
+    /// Fewest ranks to go on with when one keeps failing; all if `None`.
+    pub min_nproc: Option<usize>,
     /// From SIGTERM to SIGKILL.
     pub shutdown_timeout: Duration,
     /// For ranks that save before they end by request.
@@ -51,6 +53,7 @@ impl LocalJob {
             tee: Streams::none(),
             line_prefix: None,
             max_restarts: 0,
+            min_nproc: None,
             shutdown_timeout: Options::default().shutdown_timeout,
             saving: None,
         }
@@ -67,6 +70,7 @@ impl LocalJob {
             nproc: NprocPerNode::Count(self.nproc),
             standalone: true,
             max_restarts: self.max_restarts,
+            min_nproc: self.min_nproc,
             shutdown_timeout: self.shutdown_timeout,
             saving: self.saving,
             runner: Runner::Direct,

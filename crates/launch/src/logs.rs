@@ -100,11 +100,11 @@ impl Logs {
         &self.folder
     }
 
-    /// Creates the folders of one attempt and says where each worker's output goes.
-    pub(crate) fn attempt(&self, options: &Options, attempt: u32, nproc: usize) -> Result<AttemptLogs> {
+    /// Creates the folders of one attempt and says where the output of the worker in each of `places` goes.
+    pub(crate) fn attempt(&self, options: &Options, attempt: u32, places: &[usize]) -> Result<AttemptLogs> {
         let folder = self.folder.join(format!("attempt_{attempt}"));
         let workers =
-            (0..nproc).map(|rank| WorkerLogs::create(options, &folder, rank)).collect::<Result<_>>()?;
+            places.iter().map(|rank| WorkerLogs::create(options, &folder, *rank)).collect::<Result<_>>()?;
         Ok(AttemptLogs { folder, workers })
     }
 
@@ -218,7 +218,7 @@ mod tests {
         let logs = Logs::create(&options, "job/7").unwrap();
         let name = logs.folder().file_name().unwrap().to_str().unwrap().to_owned();
         assert!(name.starts_with("job_7_") && name.len() == "job_7_".len() + 8, "{name}");
-        let attempt = logs.attempt(&options, 2, 2).unwrap();
+        let attempt = logs.attempt(&options, 2, &[0, 1]).unwrap();
         assert!(attempt.folder.ends_with("attempt_2"));
         assert!(attempt.workers[1].error_file.ends_with("attempt_2/1/error.json"));
         assert_eq!((attempt.workers[0].tee("").len(), attempt.workers[1].tee("").len()), (0, 1));
@@ -232,7 +232,7 @@ mod tests {
     fn a_temporary_folder_goes_unless_it_holds_an_error() {
         let options = Options::default();
         let logs = Logs::create(&options, "none").unwrap();
-        let attempt = logs.attempt(&options, 0, 1).unwrap();
+        let attempt = logs.attempt(&options, 0, &[0]).unwrap();
         fs::write(&attempt.workers[0].error_file, "{}").unwrap();
         logs.finish(&options, true);
         assert!(logs.folder().exists());

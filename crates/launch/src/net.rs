@@ -77,6 +77,11 @@ pub(crate) fn resolve(host: &str, port: u16) -> Vec<SocketAddr> {
     (host, port).to_socket_addrs().map_or_else(|_| Vec::new(), Iterator::collect)
 }
 
+/// The address that `host` is or means.
+pub(crate) fn first_address(host: &str) -> Option<IpAddr> {
+    host.parse().ok().or_else(|| resolve(host, 0).first().map(SocketAddr::ip))
+}
+
 /// Whether `host` is this machine: only then can its addresses be bound.
 pub(crate) fn is_local(host: &str) -> bool {
     host == host_name()

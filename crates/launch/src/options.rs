@@ -3,8 +3,10 @@
 use crate::bind::Bind;
 use crate::flags::Values;
 use crate::logs::Streams;
-use crate::rendezvous::Times;
+
 use crate::signals;
+use elastic::crew::Limits;
+use elastic::rendezvous::Times;
 use spec::suggest::nearest;
 use spec::{Error, Result};
 use std::collections::BTreeSet;
@@ -52,6 +54,12 @@ pub struct Options {
     pub monitor_interval: Duration,
     /// From SIGTERM to SIGKILL when workers are stopped.
     pub shutdown_timeout: Duration,
+    /// Fewest workers with which this node goes on when a place of a worker keeps failing; as many as there are, if `None`.
+    pub min_nproc: Option<usize>,
+    /// A worker that can recover and gives no sign of life for so long is killed and replaced.
+    pub silence_timeout: Duration,
+    /// A worker that can recover and whose ops stand still for so long, while it waits for nobody, is killed and replaced.
+    pub hang_timeout: Duration,
     /// For workers that save before they end by request.
     pub saving: Option<Saving>,
     /// Signals that stop the job, passed on to the workers first.
@@ -78,6 +86,10 @@ pub struct Options {
     pub stderr_filters: Vec<String>,
     /// `LOCAL_RANK=0` and one visible GPU per worker.
     pub virtual_local_rank: bool,
+    /// Whether the launcher ends with the failed worker's own exit code instead of 1.
+    pub pass_exit_code: bool,
+    /// Whether the launcher waits for a signal after success, where whatever ends is started again.
+    pub hold: bool,
     /// Variables for the workers, over those of the agent; not a flag.
     pub env: Vec<(String, String)>,
     /// Flags that were accepted and do nothing, for the user to know.
@@ -151,6 +163,9 @@ impl Default for Options {
             max_restarts: 0,
             monitor_interval: Duration::from_millis(100),
             shutdown_timeout: Duration::from_secs(30),
+            min_nproc: None,
+            silence_timeout: Limits::SILENT,
+            hang_timeout: Limits::HUNG,
             saving: None,
             signals_to_handle: vec![libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT],
             signals_to_forward: vec![libc::SIGUSR1, libc::SIGUSR2],
@@ -164,6 +179,8 @@ impl Default for Options {
             stdout_filters: Vec::new(),
             stderr_filters: Vec::new(),
             virtual_local_rank: false,
+            pass_exit_code: false,
+            hold: false,
             env: Vec::new(),
             without_effect: Vec::new(),
         }
@@ -179,6 +196,8 @@ impl Options {
         rendezvous(&mut o, v)?;
         workers(&mut o, v, env)?;
         console(&mut o, v, env)?;
+        o.pass_exit_code = v.on("pass-exit-code")?;
+        o.hold = v.on("hold")?;
         o.check(v)?;
         Ok(o)
     }
@@ -248,8 +267,7 @@ fn gpus() -> usize {
     })
 }
 
-/// More workers than this on one node is a typing error; it also bounds what the agent keeps per worker.
-pub(crate) const MAX_NPROC: usize = 4096;
+pub(crate) use elastic::rendezvous::MAX_NPROC;
 
 fn nodes(v: &Values) -> Result<(usize, usize)> {
     let Some(text) = v.text("nnodes") else { return Ok((1, 1)) };
@@ -355,6 +373,16 @@ fn workers(o: &mut Options, v: &Values, env: &dyn Fn(&str) -> Option<String>) ->
     };
     if let Some(interval) = seconds("monitor-interval")? {
         o.monitor_interval = interval;
+    }
+    if let Some(silence) = seconds("silence-timeout")? {
+        o.silence_timeout = silence;
+    }
+    if let Some(hang) = seconds("hang-timeout")? {
+        o.hang_timeout = hang;
+    }
+    o.min_nproc = v.parse("min-nproc", "a whole number from 1")?;
+    if o.min_nproc == Some(0) {
+        return Err(v.bad("min-nproc", "a whole number from 1"));
     }
     let from_env = env("TORCH_ELASTIC_SHUTDOWN_TIMEOUT").and_then(|t| duration(&t));
     if let Some(grace) = seconds("shutdown-timeout")?.or(from_env) {

@@ -66,6 +66,13 @@ impl RankEnv {
             return Ok(None);
         }
         if let Some(rank) = &mut found
+            && rank.launcher == Launcher::Slurm
+            && let Some(node) = &rank.master_addr
+            && crate::net::resolve(node, 0).is_empty()
+        {
+            rank.master_addr = node_addr(node).or(rank.master_addr.take());
+        }
+        if let Some(rank) = &mut found
             && rank.session == format!("pmi-{NO_JOB}")
             && rank.local_world == rank.world
         {
@@ -272,18 +279,45 @@ fn slurm(vars: &Vars<'_>) -> Result<RankEnv> {
     let local_rank = vars.number("SLURM_LOCALID")?.unwrap_or(0);
     let job = vars.text("SLURM_JOB_ID").or_else(|| vars.text("SLURM_JOBID")).unwrap_or_default();
     let step = vars.text("SLURM_STEP_ID").or_else(|| vars.text("SLURM_STEPID")).unwrap_or_default();
+    // Clusters of one site count their jobs alike.
+    let cluster = vars.text("SLURM_CLUSTER_NAME").map_or(String::new(), |name| format!("{name}-"));
     let local = (local_rank, local_world.unwrap_or(local_rank + 1));
-    let mut env = plain(Launcher::Slurm, rank, world, local, format!("slurm-{job}-{step}"));
+    let mut env = plain(Launcher::Slurm, rank, world, local, format!("slurm-{cluster}{job}-{step}"));
     env.restart = vars.number("SLURM_RESTART_COUNT")?.and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
     env.session = format!("{}-{}", env.session, env.restart);
     env.node = node;
     env.nodes = vars.first(&["SLURM_STEP_NUM_NODES", "SLURM_NNODES"])?.or(env.nodes);
-    let list =
-        ["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"].iter().find_map(|n| vars.text(n));
     if env.nodes != Some(1) {
-        env.master_addr = list.and_then(|l| first_host(&l)).or(env.master_addr);
+        env.master_addr = first_node(vars).or(env.master_addr);
     }
     Ok(env)
+}
+
+/// The step's first node, which rank 0 is on: its address where Slurm says it, else its name.
+fn first_node(vars: &Vars<'_>) -> Option<String> {
+    let first = |name: &str| vars.text(name).and_then(|list| first_host(&list));
+    let job = first("SLURM_JOB_NODELIST").or_else(|| first("SLURM_NODELIST"));
+    let step = first("SLURM_STEP_NODELIST").or_else(|| job.clone());
+    // A batch script runs on the job's first node, and what it starts is told the address that this came from. Under
+    // `salloc` and a plain `srun` that is the address of another machine.
+    let in_batch = vars.text("ENVIRONMENT").as_deref() == Some("BATCH");
+    let address = vars.text("SLURM_LAUNCH_NODE_IPADDR").filter(|_| in_batch && step == job);
+    address.or(step)
+}
+
+/// The address under which Slurm itself reaches a node whose name nothing else resolves.
+fn node_addr(node: &str) -> Option<String> {
+    let asked = std::process::Command::new("scontrol")
+        .args(["--oneliner", "show", "node", node])
+        .stdin(std::process::Stdio::null())
+        .output()
+        .ok()?;
+    word(&String::from_utf8_lossy(&asked.stdout), "NodeAddr=").map(str::to_owned)
+}
+
+/// What follows `key` in a line of `key=value` words.
+fn word<'a>(line: &'a str, key: &str) -> Option<&'a str> {
+    line.split_whitespace().find_map(|w| w.strip_prefix(key)).filter(|value| !value.is_empty())
 }
 
 /// Whether this was started by hand in the shell of `srun --pty`. That shell is a task of a step; what runs in it
@@ -416,6 +450,15 @@ mod tests {
             ("SLURM_STEP_NODELIST", "gpu[003-004]"),
         ];
         check(&slurm, Some((Launcher::Slurm, [5, 7, 1, 3], Some("gpu003"))));
+        // srun in a batch script is told the address of the node that it runs on, the job's first; elsewhere it is
+        // another machine's.
+        let address = [("SLURM_LAUNCH_NODE_IPADDR", "10.0.0.3"), ("SLURM_JOB_NODELIST", "gpu[003-004]")];
+        let by = |host| Some((Launcher::Slurm, [5, 7, 1, 3], Some(host)));
+        check(&[&slurm[..], &address[..]].concat(), by("gpu003"));
+        let batch = [&slurm[..], &address[..], &[("ENVIRONMENT", "BATCH")]].concat();
+        check(&batch, by("10.0.0.3"));
+        let elsewhere = [&batch[..], &[("SLURM_STEP_NODELIST", "gpu004")]].concat();
+        check(&elsewhere, by("gpu004"));
         // The batch script itself is no rank.
         check(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4"), ("SLURM_STEP_ID", "4294967291")], None);
         check(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4")], None);
@@ -454,6 +497,8 @@ mod tests {
         assert_eq!(first_host("login1,gpu2").as_deref(), Some("login1"));
         assert_eq!(first_host("r[01-02]n[3,5],x").as_deref(), Some("r01n3"));
         assert_eq!(first_host(""), None);
+        assert_eq!(word("NodeName=n1 NodeAddr=10.0.0.1 NodeHostName=x", "NodeAddr="), Some("10.0.0.1"));
+        assert_eq!(word("slurm_load_node error", "NodeAddr="), None);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! One worker process: started in a session of its own, watched through a pidfd, killed with all it started.
 
 use crate::failure::{self, Ended};
+use crate::link::{AGENT_FD, Link};
+use elastic::{Orders, Report};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
@@ -14,9 +16,13 @@ use std::process::{Child, Command};
 
 /// One started worker.
 pub(crate) struct Worker {
+    /// Where it runs on this node, whatever its rank is.
+    pub(crate) place: usize,
     pub(crate) rank: usize,
     pub(crate) local_rank: usize,
     pub(crate) error_file: PathBuf,
+    /// `None` when the worker has closed its end.
+    link: Option<Link>,
     child: Child,
     pid: Pid,
     /// Readable when the process has ended; `None` where the kernel has none, and then the agent looks at intervals.
@@ -31,11 +37,15 @@ impl Worker {
     /// watches the worker to its end.
     pub(crate) fn start(
         mut command: Command,
+        place: usize,
         rank: usize,
         local_rank: usize,
         error_file: PathBuf,
     ) -> Result<Worker> {
         let agent = rustix::process::getpid().as_raw_nonzero().get();
+        let (link, end) = Link::pair()?;
+        let number = end.number();
+        command.env(AGENT_FD, number.to_string());
         let prepare = move || {
             // SAFETY: plain system calls without pointers, allowed between fork and exec.
             unsafe {
@@ -47,15 +57,58 @@ impl Worker {
                 if libc::getppid() != agent {
                     libc::_exit(1);
                 }
+                // The one descriptor that outlives the exec, in this process alone.
+                if libc::fcntl(number, libc::F_SETFD, 0) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
             }
             Ok(())
         };
         // SAFETY: `prepare` only makes system calls.
         unsafe { command.pre_exec(prepare) };
         let child = command.spawn().map_err(|e| spawn_error(&command, &e))?;
+        drop(end);
         let pid = Pid::from_child(&child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok();
-        Ok(Worker { rank, local_rank, error_file, child, pid, pidfd, ended: None, killed: Cell::new(false) })
+        let (link, killed) = (Some(link), Cell::new(false));
+        Ok(Worker { place, rank, local_rank, error_file, link, child, pid, pidfd, ended: None, killed })
+    }
+
+    /// What it has reported since the last look.
+    ///
+    /// # Errors
+    /// It says something that is no report; nothing more is heard from it.
+    pub(crate) fn reports(&mut self) -> Result<Vec<Report>> {
+        let Some(link) = &mut self.link else { return Ok(Vec::new()) };
+        let (reports, open) = link.reports()?;
+        if !open {
+            self.link = None;
+        }
+        Ok(reports)
+    }
+
+    /// Orders it to meet again; from then on it has the rank of the orders.
+    pub(crate) fn order(&mut self, orders: &Orders) -> Result<()> {
+        (self.rank, self.local_rank) = (orders.rank, orders.local_rank);
+        let link = self.link.as_ref().ok_or_else(|| Error::failure("it has closed its end"))?;
+        link.order(orders).map_err(|e| Error::failure(e.to_string()))
+    }
+
+    /// Whether it has ended with success.
+    pub(crate) fn is_done(&self) -> bool {
+        self.ended == Some(Ended::Code(0))
+    }
+
+    /// Says that no orders come any more.
+    pub(crate) fn hang_up(&self) {
+        if let Some(link) = self.link.as_ref().filter(|_| self.ended.is_none()) {
+            link.hang_up();
+        }
+    }
+
+    /// The descriptor to wait on for reports.
+    pub(crate) fn reports_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.link.as_ref().filter(|_| self.ended.is_none()).map(Link::fd)
     }
 
     pub(crate) fn pid(&self) -> u32 {

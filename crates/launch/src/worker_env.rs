@@ -2,9 +2,9 @@
 
 use crate::net::host_name;
 use crate::options::Options;
-use crate::rendezvous::Seat;
 use crate::secret::Trust;
 use crate::warden::MARKER;
+use elastic::rendezvous::Seat;
 use spec::{Error, Result};
 use std::net::IpAddr;
 use std::path::Path;
@@ -24,9 +24,11 @@ pub(crate) struct Attempt<'a> {
     pub(crate) marker: &'a str,
 }
 
-/// The variables to set for the worker with `local_rank`, over those it inherits.
+/// The variables to set for the worker with `local_rank`, over those it inherits. It runs in `place`, which is another
+/// number where places before it are not used any more.
 pub(crate) fn variables(
     shared: &Attempt<'_>,
+    place: usize,
     local_rank: usize,
     error_file: &Path,
 ) -> Result<Vec<(String, String)>> {
@@ -59,7 +61,7 @@ pub(crate) fn variables(
         set("OMP_NUM_THREADS", "1".to_owned());
     }
     set("PHALANX_STORE", shared.store.to_owned());
-    set("PHALANX_SESSION", format!("{}/{}", shared.run_id, seat.round));
+    set("PHALANX_SESSION", session(shared.run_id, seat));
     for (name, value) in shared.trust.variables().into_iter().chain(shared.bind.map(crate::bind::variable)) {
         set(name, value);
     }
@@ -67,7 +69,7 @@ pub(crate) fn variables(
     set(MARKER, outer + shared.marker);
     if options.virtual_local_rank {
         set("LOCAL_RANK", "0".to_owned());
-        for (name, value) in visible_gpu(local_rank, &inherited)? {
+        for (name, value) in visible_gpu(place, &inherited)? {
             set(name, value);
         }
     } else {
@@ -77,6 +79,11 @@ pub(crate) fn variables(
         set(name, value.clone());
     }
     Ok(env)
+}
+
+/// Prefix of the keys of one round in the store: run id and round.
+pub(crate) fn session(run_id: &str, seat: &Seat) -> String {
+    format!("{run_id}/{}", seat.round)
 }
 
 /// `--virtual-local-rank`: each worker sees one GPU, of those that the agent may see.
@@ -169,7 +176,7 @@ mod tests {
             bind: Some(std::net::Ipv4Addr::new(10, 0, 0, 7).into()),
             marker: "m",
         };
-        let env = variables(&shared, 1, Path::new("/e.json")).unwrap();
+        let env = variables(&shared, 1, 1, Path::new("/e.json")).unwrap();
         let check = |name: &str, expected: &str| {
             let found: Vec<&str> = env.iter().filter(|(n, _)| n == name).map(|(_, v)| v.as_str()).collect();
             assert_eq!(found, [expected], "{name}");

@@ -1,8 +1,11 @@
+mod clusters;
 mod economy;
 mod pages;
 mod serving;
 mod simulate;
 mod survival;
+mod watching;
+mod validate;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -10,15 +13,18 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args as ClapArgs, Parser, Subcommand};
 
+pub(crate) use clusters::{Alive, Kubernetes, KubernetesKind, Slurm};
 pub(crate) use economy::{Decide, Economy};
 pub(crate) use pages::{Guide, PlanCommand, PlanOr};
 pub(crate) use serving::Inference;
 pub(crate) use simulate::Simulate;
 pub(crate) use survival::{Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger};
+pub(crate) use validate::Validate;
+pub(crate) use watching::{Completions, Dash, Doctor, Journal, JournalCommand, Man, Top};
 
 /// Plan, rehearse and run the training of large models
 #[derive(Debug, Parser)]
-#[command(name = "phalanx", version, max_term_width = 100)]
+#[command(name = "phalanx", version, long_version = crate::version::long(), max_term_width = 100)]
 pub(crate) struct Args {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -60,8 +66,18 @@ pub(crate) enum Command {
     Catalog(Catalog),
     /// What this machine can compute on, and what is missing to use its GPUs
     Devices(Devices),
-    /// Start any program's ranks, with torchrun's flags and environment
+    /// Start any program's ranks, with torchrun's flags and environment; or ask Slurm or Kubernetes to
     Launch(Launch),
+    /// Serve a page that shows runs live: curves, ranks, the last step, what happened; and metrics for Prometheus
+    Dash(Dash),
+    /// Show runs live on the terminal; once, as plain lines, on a pipe
+    Top(Top),
+    /// List, show and export what a run recorded
+    Journal(Journal),
+    /// Check this machine for what training on it needs, and say what to do
+    Doctor(Doctor),
+    /// Say whether a run writes to its journals, for probes; exit code 1 if it does not
+    Alive(Alive),
     /// Write a Perfetto file of a run that was trained with --trace
     Trace(Trace),
     /// List, check, compare and remove checkpoints
@@ -72,6 +88,10 @@ pub(crate) enum Command {
     Chaos(Chaos),
     /// List every key of a run file with its default
     Keys,
+    /// Print what makes a shell complete commands and flags
+    Completions(Completions),
+    /// Write manual pages
+    Man(Man),
 }
 
 /// A run file and what overrides it.
@@ -97,13 +117,19 @@ fn in_utf8(path: OsString) -> Result<String, String> {
     })
 }
 
-#[derive(Debug, ClapArgs)]
+#[derive(Clone, Debug, ClapArgs)]
 pub(crate) struct Train {
     #[command(flatten)]
     pub(crate) run: RunArgs,
     /// Ranks to start on this machine; layout.dp follows unless it is set
     #[arg(long, value_name = "N")]
     pub(crate) nproc: Option<usize>,
+    /// Lost ranks that are replaced while the others keep their processes and memory, before the run ends
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) max_restarts: u32,
+    /// Fewest ranks to go on with when one keeps failing; all of them unless it is set
+    #[arg(long, value_name = "N")]
+    pub(crate) min_nproc: Option<usize>,
     /// How ranks talk: auto (shared memory within a machine), shm or tcp; never changes the numbers
     #[arg(long, default_value = "auto", value_parser = ["auto", "shm", "tcp"])]
     pub(crate) transport: String,
@@ -223,27 +249,6 @@ pub(crate) struct Plan {
 }
 
 #[derive(Debug, ClapArgs)]
-pub(crate) struct Validate {
-    /// Table of published runs, or of serving figures (CSV)
-    pub(crate) file: PathBuf,
-    /// Fit on the table itself, leaving each source out of its own fit
-    #[arg(long, conflicts_with = "calibration")]
-    pub(crate) held_out: bool,
-    /// Fit on half of the rows of each source and estimate the other half
-    #[arg(long, conflicts_with_all = ["calibration", "held_out"])]
-    pub(crate) half: bool,
-    /// Fitted constants to use instead of the built-in ones
-    #[arg(long, value_name = "FILE.toml")]
-    pub(crate) calibration: Option<PathBuf>,
-    /// Fit the constants on the table and write them
-    #[arg(long, value_name = "FILE.toml", conflicts_with_all = ["held_out", "half", "calibration", "json"])]
-    pub(crate) fit: Option<PathBuf>,
-    /// Print JSON
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, ClapArgs)]
 pub(crate) struct Devices {
     /// Print JSON
     #[arg(long)]
@@ -296,7 +301,7 @@ pub(crate) enum CatalogCommand {
 #[derive(Debug, ClapArgs)]
 #[command(disable_help_flag = true)]
 pub(crate) struct Launch {
-    /// torchrun's flags, then the program and its arguments
+    /// torchrun's flags, then the program and its arguments; or slurm or kubernetes with flags of their own
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) args: Vec<OsString>,
 }

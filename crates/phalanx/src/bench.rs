@@ -48,11 +48,11 @@ fn collectives(
             return Err(spec::Error::user(format!("transport {other}, expected auto, shm, tcp or threads")));
         }
     };
-    let Some(rank) = Rank::from_env(None)? else {
+    let Some(rank) = Rank::from_env()? else {
         if ranks < 2 {
             return Err(spec::Error::user(format!("{ranks} ranks, expected 2 or more")));
         }
-        return ranks::start(ranks, &[]);
+        return ranks::start(ranks, ranks::Losses::default(), &[]);
     };
     let world = rank.world("bench collectives", choice, comm::DEFAULT_TIMEOUT)?;
     let rows = comm::bench_collectives(&world, &BenchOp::ALL, &sizes(max_bytes), budget)?;

@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-use economics::HOURS_PER_MONTH;
-use economics::decide::{Assumptions, Decision, Phase, decide, profile};
+use economics::decide::{Assumptions, Decision, Key, Phase, decide, profile};
+use economics::{HOURS_PER_MONTH, Spread};
 use spec::{Error, Result};
 
 use crate::args::Decide;
@@ -13,13 +13,22 @@ use crate::{economy, files, output};
 const BARS: usize = 10;
 
 pub(crate) fn run(args: &Decide) -> Result<u8> {
+    let page = args.html.as_deref().map(|path| files::Pending::create("--html", path)).transpose()?;
     let mut assumptions = match &args.file {
-        Some(path) => Assumptions::parse(&path.display().to_string(), &files::read(path)?)?,
+        Some(path) => {
+            let name = path.display().to_string();
+            let read = Assumptions::parse(&name, &files::read(path)?)?;
+            read.check_machine(&files::catalog(&args.catalog)?).map_err(|e| e.context(&name))?;
+            read
+        }
         None => of_catalogue(args)?,
     };
     assumptions.data_may_leave &= !args.private;
     let text = assumptions.to_toml();
     let decision = decide(assumptions)?;
+    if let Some(page) = page {
+        page.commit(&report::decide_page::decide_page(&decision))?;
+    }
     if let Some(path) = &args.write {
         files::write(path, &text)?;
         output::say(&format!("assumptions in {}; edit them and run: phalanx decide {0}", path.display()));
@@ -79,30 +88,41 @@ fn shown(d: &Decision) -> String {
     out
 }
 
+/// Share of the time; above 1 nothing pays.
 fn percent(x: f64) -> String {
-    if x.is_finite() { format!("{:.0} %", 100.0 * x) } else { "never".to_owned() }
+    if x <= 1.0 { format!("{:.0} %", 100.0 * x) } else { "never".to_owned() }
+}
+
+fn percents(s: Spread) -> String {
+    format!("{} ({} to {})", percent(s.value), percent(s.low), percent(s.high))
 }
 
 fn write(out: &mut String, d: &Decision) -> std::fmt::Result {
+    let a = &d.assumptions;
     writeln!(
         out,
-        "{}: {} for {:.0} accelerator-hours",
+        "{}: {} of {} for {:.0} accelerator-hours over {} months",
         d.choice.name(),
-        d.assumptions.platform,
-        d.accelerator_hours
+        a.accelerator,
+        a.platform,
+        d.accelerator_hours,
+        a.months()
     )?;
     for reason in &d.reasons {
         writeln!(out, "  {reason}")?;
     }
     writeln!(out, "\nwhat it costs, in money of today")?;
     for o in &d.options {
-        let built = match (o.accelerators, o.move_month, o.utilisation) {
-            (Some(n), Some(month), Some(u)) => {
-                format!("  {n} accelerators from month {month}, {} in use", percent(u))
-            }
-            _ => String::new(),
-        };
-        writeln!(out, "  {:<12} {}{built}", o.way.name(), o.cost.total)?;
+        writeln!(out, "  {:<12} {}", o.way.name(), o.cost.total)?;
+        if let (Some(n), Some(month), Some(u), Some(bought), Some(left)) =
+            (o.accelerators, o.move_month, o.utilisation, o.bought_usd, o.left_usd)
+        {
+            writeln!(
+                out,
+                "               {n} accelerators from month {month}, {} in use; bought for {bought}, {left} left at the end",
+                percent(u)
+            )?;
+        }
     }
     if let Some(best) = d.options.first() {
         writeln!(out, "\nwhere {} goes", best.way.name())?;
@@ -112,22 +132,61 @@ fn write(out: &mut String, d: &Decision) -> std::fmt::Result {
     for r in &d.rejected {
         writeln!(out, "  {:<12} {}", r.way.name(), r.why)?;
     }
+    break_evens(out, d)?;
+    prices(out, d)?;
+    tornado(out, d)
+}
+
+fn break_evens(out: &mut String, d: &Decision) -> std::fmt::Result {
     writeln!(
         out,
-        "\nbreak-even utilisation: from there owning is cheaper (the guide says {} of all)",
+        "\nbreak-even utilisation, from which owning is cheaper (the guide says {} of all)",
         percent(d.guide_break_even)
+    )?;
+    writeln!(
+        out,
+        "  {:<20} {:>12}   machines that run for good    bought now, over these months",
+        "against", "an hour"
     )?;
     for b in &d.break_even {
         writeln!(
             out,
-            "  against {:<12} ${:<6.2} an hour  {:>6} ({} to {})",
+            "  {:<20} {:>12}   {:<28}  {}",
             b.against.name(),
-            b.usd_per_h.value,
-            percent(b.utilisation.value),
-            percent(b.utilisation.low),
-            percent(b.utilisation.high)
+            format!("${:.2}", b.usd_per_h.value),
+            percents(b.utilisation),
+            b.over_profile.map_or("they would come too late".to_owned(), percents)
         )?;
     }
+    Ok(())
+}
+
+/// What the answer rests on most, with source and age; --write gives all of it.
+fn prices(out: &mut String, d: &Decision) -> std::fmt::Result {
+    const SHOWN: [Key; 6] = [
+        Key::OnDemandUsdPerH,
+        Key::Reserved1yUsdPerH,
+        Key::Reserved3yUsdPerH,
+        Key::SpotUsdPerH,
+        Key::ServerUsd,
+        Key::ElectricityUsdPerKwh,
+    ];
+    writeln!(out, "\nprices (--write FILE.toml has all assumptions)")?;
+    for key in SHOWN {
+        if let Some(n) = d.assumptions.numbers.get(&key) {
+            let s = n.spread;
+            let range = if s.low < s.high {
+                format!(" ({} to {})", short(s.low), short(s.high))
+            } else {
+                String::new()
+            };
+            writeln!(out, "  {:<24} {}{range}: {}", key.name(), short(s.value), n.source)?;
+        }
+    }
+    Ok(())
+}
+
+fn tornado(out: &mut String, d: &Decision) -> std::fmt::Result {
     writeln!(
         out,
         "\nwhat would change it: owning less renting, millions of dollars, at the low and the high end"

@@ -98,6 +98,7 @@ impl Live {
             self.say(&format!("warning: {text}"));
         }
         match event {
+            train::Event::Placed { .. } => {}
             train::Event::Eta { seconds, settled } => {
                 self.eta = seconds;
                 if settled && !std::mem::replace(&mut self.promised, true) && seconds >= WORTH_A_WORD_S {
@@ -165,14 +166,16 @@ fn line(record: &Record, steps: u64, eta: f64) -> Option<String> {
             memory_bytes,
             exposed_comm_s,
             step_s,
+            expert_counts,
             ..
         } => {
+            let experts = expert_counts.as_deref().and_then(busiest).unwrap_or_default();
             let mfu = mfu.map(|m| format!("  mfu {:.1} %", 100.0 * m)).unwrap_or_default();
             // The share of the step in which this rank did nothing but wait for others.
             let comm =
                 exposed_comm_s.map(|c| format!("  comm {:.1} %", 100.0 * c / step_s)).unwrap_or_default();
             format!(
-                "step {step}/{steps}  loss {loss:.4}  norm {grad_norm:.3}  lr {lr:.2e}  {tokens_per_s:.0} tokens/s{mfu}{comm}  memory {}  eta {}",
+                "step {step}/{steps}  loss {loss:.4}  norm {grad_norm:.3}  lr {lr:.2e}  {tokens_per_s:.0} tokens/s{mfu}{comm}{experts}  memory {}  eta {}",
                 HumanBytes(*memory_bytes),
                 clock(eta),
             )
@@ -183,10 +186,24 @@ fn line(record: &Record, steps: u64, eta: f64) -> Option<String> {
         Record::Checkpoint { path, bytes, save_s, .. } => {
             format!("saved {path}  {}  {save_s:.2} s", HumanBytes(*bytes))
         }
+        Record::Recovered { step, why, source, recovery_s, .. } => {
+            format!("{why}: goes on after step {step} from {source}, {recovery_s:.2} s later")
+        }
         Record::Finished { reason, step, .. } => format!("{reason}: step {step}"),
         Record::Sample { text, .. } => format!("sample\n{text}"),
         _ => return None,
     })
+}
+
+/// The expert that got the most tokens, as a multiple of an even share, and its layer.
+fn busiest(counts: &[Vec<u64>]) -> Option<String> {
+    let times = |of: &Vec<u64>| {
+        let most = of.iter().max().copied().unwrap_or(0) as f64;
+        most * of.len() as f64 / of.iter().sum::<u64>().max(1) as f64
+    };
+    let layers = counts.iter().enumerate().filter(|(_, of)| !of.is_empty());
+    let (layer, most) = layers.map(|(i, of)| (i, times(of))).max_by(|a, b| a.1.total_cmp(&b.1))?;
+    Some(format!("  busiest expert {most:.2}x in layer {layer}"))
 }
 
 fn clock(seconds: f64) -> String {

@@ -5,22 +5,28 @@
 // Both panic when nobody reads: `output` does not.
 #![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
 
+mod alive;
 mod args;
 mod bench;
 mod busy;
 mod catalog;
 mod ckpts;
+mod clusters;
 mod compare;
+mod watching;
 mod data;
 mod decide;
 mod device;
+mod doctor;
 mod economy;
 mod files;
 mod guide;
 mod inference;
+mod journals;
 mod live;
 mod models;
 mod output;
+mod places;
 mod planner;
 mod program;
 mod ranks;
@@ -29,8 +35,10 @@ mod simulate;
 mod stop;
 mod survival;
 mod this_machine;
+mod top;
 mod train;
 mod validate;
+mod version;
 
 use clap::Parser;
 
@@ -66,8 +74,15 @@ fn main() -> std::process::ExitCode {
         Command::Catalog(a) => catalog::run(&a),
         Command::Compare(a) => compare::run(&a),
         Command::Devices(a) => device::list(&a),
-        Command::Launch(a) => Ok(u8::try_from(launch::cli(a.args)).unwrap_or(1)),
+        Command::Launch(a) => clusters::launch(a.args),
+        Command::Alive(a) => alive::run(&a),
         Command::Trace(a) => models::trace(&a),
+        Command::Dash(a) => watching::dash(&a),
+        Command::Top(a) => top::run(&a),
+        Command::Journal(a) => journals::run(&a),
+        Command::Doctor(a) => doctor::run(&a),
+        Command::Completions(a) => version::completions(&a),
+        Command::Man(a) => version::man(&a),
         Command::Ckpt(a) => ckpts::run(&a),
         Command::Ledger(a) => survival::ledger(&a),
         Command::Chaos(a) => survival::chaos(&a),

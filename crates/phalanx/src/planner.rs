@@ -1,6 +1,7 @@
 //! `phalanx plan`.
 
 mod compare;
+mod margin;
 mod report;
 pub(crate) mod text;
 
@@ -76,13 +77,16 @@ fn answered(args: &Plan) -> Result<Answered> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|e| {
         Error::failure(format!("start {threads} threads: {e}")).hint("give fewer with --threads")
     })?;
-    let (mut answer, seconds) = pool.install(|| answer(question, args))?;
+    let (mut answer, mut seconds) = pool.install(|| answer(question, args))?;
     let mut run = None;
     if let Some(ask) = &ask {
-        let chosen = economy::choose(&catalog, answer, args, ask)?;
+        let start = Instant::now();
+        let chosen = pool.install(|| economy::choose(&catalog, answer, args, ask))?;
+        seconds += start.elapsed().as_secs_f64();
         answer = chosen.answer.clone();
         run = Some(chosen);
     }
+    answer.assumptions.extend(margin::said(&answer));
     Ok(Answered { catalog, answer, ask, run, today, seconds, threads, pool })
 }
 
@@ -99,7 +103,15 @@ fn plan(args: &Plan) -> Result<u8> {
     }
     let page = args.html.as_deref().map(|path| files::Pending::create("--html", path)).transpose()?;
     let all = answered(args)?;
-    let Answered { answer, pool, seconds, threads, .. } = &all;
+    let Answered { answer, pool, .. } = &all;
+    let mut chosen = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
+    if !chosen.fits {
+        // Nothing is written, and no other stack's arguments are printed, for a layout that cannot run.
+        if args.emit.is_none() {
+            print(&all, args)?;
+        }
+        return fits(answer, chosen).map(|()| 0);
+    }
     if let Some(page) = page {
         let calibration = files::calibration(args.calibration.as_deref())?;
         let html = pool.install(|| {
@@ -108,7 +120,6 @@ fn plan(args: &Plan) -> Result<u8> {
         })?;
         page.commit(&html)?;
     }
-    let mut chosen = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
     let mut emitted = None;
     if let Some(stack) = &args.emit {
         let (choice, e) = first_emitted(stack, answer)?;
@@ -122,23 +133,31 @@ fn plan(args: &Plan) -> Result<u8> {
         output::print(&e.text);
         e.notes.iter().for_each(|note| output::say(&format!("note: {note}")));
         output::say(&format!("layout: {}", chosen.placement()));
-    } else if args.json {
+    } else {
+        print(&all, args)?;
+    }
+    Ok(0)
+}
+
+/// The answer, as data or as text.
+fn print(all: &Answered, args: &Plan) -> Result<()> {
+    let Answered { answer, pool, seconds, threads, .. } = all;
+    let explained = if args.explain { Some(pool.install(|| answer.explain())?) } else { None };
+    if args.json {
         let mut json = all.json();
-        if args.explain {
-            json["explain"] =
-                serde_json::to_value(pool.install(|| answer.explain())?).expect("numbers are JSON");
+        if let Some(explained) = explained {
+            json["explain"] = serde_json::to_value(explained).expect("numbers are JSON");
         }
         output::print(&serde_json::to_string_pretty(&json).expect("numbers are JSON"));
-    } else {
-        let explained = if args.explain { Some(pool.install(|| answer.explain())?) } else { None };
-        let mut out = text::answer(answer, *seconds, *threads, explained.as_deref());
-        if let Some(chosen) = &all.run {
-            out += &economy::text::run(chosen);
-        }
-        output::print(&out);
+        return Ok(());
     }
-    fits(answer, chosen)?;
-    Ok(0)
+    let mut out = all.run.as_ref().map(economy::text::first).unwrap_or_default();
+    out += &text::answer(answer, *seconds, *threads, explained.as_deref());
+    if let Some(chosen) = &all.run {
+        out += &economy::text::run(chosen);
+    }
+    output::print(&out);
+    Ok(())
 }
 
 /// A layout that was given and cannot run is wrong input, though its answer is printed.
@@ -149,7 +168,7 @@ fn fits(answer: &Answer, chosen: &Choice) -> Result<()> {
     let room = answer.question.cluster.accelerator.memory_bytes.value;
     let gb = |x: f64| x / 1e9;
     let what = format!(
-        "layout {} does not fit: its fullest rank takes {:.1} GB of {:.1} GB",
+        "layout {} does not fit: its fullest rank takes {:.1} GB of {:.1} GB; no file was written",
         chosen.placement(),
         gb(chosen.memory_bytes),
         gb(room)
@@ -179,8 +198,15 @@ fn question(args: &Plan, catalog: &Catalog) -> Result<Question> {
     let sequences = match &args.batch {
         Some(batch) => {
             let tokens = tokens("--batch", batch)?;
-            let sequences = (tokens / sequence as f64).round().max(1.0) as usize;
-            output::say(&format!("--batch {batch}: {sequences} sequences of {sequence} tokens"));
+            let nearest = (tokens / sequence as f64).round().max(1.0) as usize;
+            // Whole sequences are meant as they are; a round number of tokens is meant about.
+            let exact = (nearest * sequence) as f64 == tokens;
+            let sequences = if exact { nearest } else { sequences_for(nearest, cluster.accelerators) };
+            output::say(&format!(
+                "--batch {batch}: {sequences} sequences of {sequence} tokens, {:.3}M tokens{}",
+                (sequences * sequence) as f64 / 1e6,
+                if sequences == nearest { "" } else { ", which the accelerators split well" }
+            ));
             sequences
         }
         None => match positive("sequences", args.sequences)? {

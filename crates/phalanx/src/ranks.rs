@@ -3,8 +3,9 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
-use comm::{Bootstrap, TransportChoice, World};
-use launch::{LocalJob, RankEnv, RankStore, Saving};
+use comm::{Bootstrap, StoreClient, TransportChoice, World};
+use elastic::Orders;
+use launch::{Launcher, LocalJob, RankEnv, RankStore, Saving};
 use spec::{Context, Error, Result};
 
 use crate::output;
@@ -16,7 +17,7 @@ pub(crate) const INTERRUPTED: u8 = 130;
 const SAVE_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// How long ranks wait for each other at the start: a shared file system may hold some up.
-const MEET_TIMEOUT: Duration = Duration::from_secs(120);
+pub(crate) const MEET_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// One rank's way to the others.
 pub(crate) struct Rank {
@@ -25,10 +26,15 @@ pub(crate) struct Rank {
 }
 
 impl Rank {
+    /// The place of this process in a job, and the way to the others.
+    pub(crate) fn from_env() -> Result<Option<Rank>> {
+        Rank::env(None)?.map(Rank::meet).transpose()
+    }
+
     /// This process's place in a job, if a launcher (ours, torchrun, Slurm, MPI) started it as one of several. `nproc`
     /// is what `--nproc` says: whoever is told by the environment which rank it is cannot be told to start ranks.
-    pub(crate) fn from_env(nproc: Option<usize>) -> Result<Option<Rank>> {
-        let Some(env) = RankEnv::read()?.filter(|env| env.world > 1) else {
+    pub(crate) fn env(nproc: Option<usize>) -> Result<Option<RankEnv>> {
+        let Some(env) = RankEnv::read()?.filter(|env| env.world > 1 || started_by_us()) else {
             if nproc.is_none()
                 && let Some(tasks) = launch::rank_env::unused_tasks(&|n| std::env::var(n).ok())
             {
@@ -41,8 +47,13 @@ impl Rank {
         if let Some(nproc) = nproc.filter(|_| !started_by_us()) {
             return Err(contradiction(nproc, &env));
         }
+        Ok(Some(env))
+    }
+
+    /// Finds the store that all ranks share.
+    pub(crate) fn meet(env: RankEnv) -> Result<Rank> {
         let store = env.store(MEET_TIMEOUT).context("meet the other ranks")?;
-        Ok(Some(Rank { env, store }))
+        Ok(Rank { env, store })
     }
 
     /// Meets all ranks; those whose `identity` differs are named.
@@ -52,19 +63,18 @@ impl Rank {
         transport: TransportChoice,
         timeout: Duration,
     ) -> Result<World> {
-        let mut b = Bootstrap::new(
-            self.env.rank,
-            self.env.world,
-            self.store.client.clone(),
-            self.env.session.clone(),
-        );
-        b.local_rank = self.env.local_rank;
-        b.local_world = self.env.local_world;
-        b.fingerprint = fingerprint(identity);
-        b.transport = transport;
-        b.timeout = timeout;
-        b.bind = launch::bind_from_env()?;
-        World::connect(&b)
+        let env = &self.env;
+        let orders = Orders {
+            round: 0,
+            rank: env.rank,
+            world: env.world,
+            local_rank: env.local_rank,
+            local_world: env.local_world,
+            store: String::new(),
+            session: env.session.clone(),
+            why: String::new(),
+        };
+        world(&orders, self.store.client.clone(), identity, transport, timeout)
     }
 
     /// Ends this rank's part; the rank that hosts the store stays until all have left.
@@ -74,8 +84,32 @@ impl Rank {
 
     /// This rank's share of the machine's cores, at least one.
     pub(crate) fn threads(&self) -> usize {
-        (output::threads(0) / self.env.local_world.max(1)).max(1)
+        let cores = output::threads(0);
+        // Under Slurm the cores of a rank may be all that it sees, and must not be shared out once more.
+        let given = std::env::var("SLURM_CPUS_PER_TASK").ok().and_then(|n| n.parse::<usize>().ok());
+        match given.filter(|n| *n > 0 && self.env.launcher == Launcher::Slurm) {
+            Some(given) => given.min(cores),
+            None => (cores / self.env.local_world.max(1)).max(1),
+        }
     }
+}
+
+/// Meets all ranks at the store; those whose `identity` differs are named.
+pub(crate) fn world(
+    orders: &Orders,
+    store: StoreClient,
+    identity: &str,
+    transport: TransportChoice,
+    timeout: Duration,
+) -> Result<World> {
+    let mut b = Bootstrap::new(orders.rank, orders.world, store, orders.session.clone());
+    b.local_rank = orders.local_rank;
+    b.local_world = orders.local_world;
+    b.fingerprint = fingerprint(identity);
+    b.transport = transport;
+    b.timeout = timeout;
+    b.bind = launch::bind_from_env()?;
+    World::connect(&b)
 }
 
 /// A flag and the environment mean different things by a rank; which of them is meant is not ours to guess.
@@ -132,13 +166,23 @@ fn parent() -> String {
     std::os::unix::process::parent_id().to_string()
 }
 
+/// What is borne of lost ranks; nothing by default.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Losses {
+    /// So often a lost rank is replaced while the others keep their processes.
+    pub(crate) max_restarts: u32,
+    /// Fewest ranks to go on with when one keeps failing; all if `None`.
+    pub(crate) min_nproc: Option<usize>,
+}
+
 /// Starts this same command as `nproc` ranks, with variables `env` set, and waits for them; the failure of the first
 /// rank that failed is its own.
-pub(crate) fn start(nproc: usize, env: &[(String, String)]) -> Result<u8> {
+pub(crate) fn start(nproc: usize, losses: Losses, env: &[(String, String)]) -> Result<u8> {
     let program = std::env::current_exe().map_err(|e| Error::failure(format!("find this program: {e}")))?;
     let mut command: Vec<OsString> = vec![program.into()];
     command.extend(std::env::args_os().skip(1));
     let mut job = LocalJob::new(nproc, command);
+    (job.max_restarts, job.min_nproc) = (losses.max_restarts, losses.min_nproc);
     // Whatever stops the job reaches the ranks as this, once: a second SIGINT would end them before they have saved.
     job.saving = Some(Saving { signal: signal_hook::consts::SIGTERM, timeout: SAVE_TIMEOUT });
     job.env.push((STARTED.to_owned(), std::process::id().to_string()));

@@ -109,13 +109,16 @@ fn print(args: &Chaos, r: &Report, again: &str) {
     let kinds: Vec<String> = r.kinds.iter().map(|(kind, n)| format!("{n} {kind:?}")).collect();
     let bits = if r.bit_identical { "equal to the last bit" } else { "DIFFERENT" };
     output::print(&format!(
-        "{} faults over {} steps: {}\n{} recoveries, median {:.2} s to the next step; {} steps redone; {} hangs, {} orphans\n\
+        "{} faults over {} steps: {}\n{} recoveries, {} of them without a restart, median {:.2} s to the next step (with one {:.2} s); {} steps redone; \
+         {} hangs, {} orphans\n\
          weights and moments of the undisturbed run: {bits}\nsamples lost {}, repeated {}; tokens {}\nagain: {again}",
         r.faults,
         r.steps,
         kinds.join(", "),
         r.recoveries,
+        r.survived,
         r.median_recovery_s,
+        r.median_restart_s,
         r.steps_redone,
         r.hangs,
         r.orphans,

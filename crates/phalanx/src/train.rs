@@ -4,26 +4,33 @@ use std::path::Path;
 use std::time::Duration;
 
 use comm::TransportChoice;
+use elastic::Orders;
+use launch::{Launcher, RankEnv};
 use spec::run::Resolved;
 use spec::{Error, Layout, Origin, Result, RunSpec};
-use train::{Asked, Beginning, Cpu, Device, DirLock, Mesh, Outcome, RunDir, Sampling, Trainer, check_run};
+use train::{
+    Agent, Asked, Beginning, Cpu, Device, DirLock, Event, Mesh, Outcome, RunDir, Sampling, Trainer, check_run,
+};
 
 use crate::args::{RunArgs, Train};
 use crate::busy::busy;
 use crate::device;
 use crate::live::{Bytes, Live};
 use crate::output;
-use crate::ranks::{self, INTERRUPTED, Rank};
+use crate::places::{self, Places};
+use crate::ranks::{self, INTERRUPTED, Losses, Rank};
 use crate::stop::{self, Early};
 use crate::this_machine;
 
 pub(crate) fn train(args: &Train) -> Result<u8> {
     let early = Early::watch(!ranks::started_by_us())?;
-    if let Some(rank) = Rank::from_env(args.nproc)? {
-        let me = rank.env.rank;
-        let code = as_rank(args, &rank, early).map_err(|e| e.context(format!("rank {me}")))?;
-        rank.leave()?;
-        return Ok(code);
+    if let Some(env) = Rank::env(args.nproc)? {
+        let me = env.rank;
+        let done = match places::agent(&env)? {
+            Some((agent, orders)) => join(args, agent, orders, early),
+            None => rank_of_several(args, env, early),
+        };
+        return done.map_err(|e| e.context(format!("rank {me}")));
     }
     let nproc = args.nproc.unwrap_or(1);
     if nproc == 0 {
@@ -42,21 +49,34 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
         this_machine::choose(&mut run, nproc, &args.transport, this_machine::Missing::Measure, fresh)?;
         env.push(this_machine::hand_over(&run.layout));
     }
-    let mut begin = begin(args, &run)?;
+    let mut begin = begin(args, &run, asked(args))?;
     prepare(&run, &mut begin)?;
     if nproc > 1 {
         drop(early);
-        return ranks::start(nproc, &env);
+        let losses = Losses { max_restarts: args.max_restarts, min_nproc: args.min_nproc };
+        return ranks::start(nproc, losses, &env);
     }
     let threads = output::threads(run.run.threads.unwrap_or(0));
     let device = device::open(run.run.device, 0, threads)?;
     go(args, &run, begin, Mesh::alone(), device, threads, early)
 }
 
+fn rank_of_several(args: &Train, env: RankEnv, early: Early) -> Result<u8> {
+    // A run file that is wrong is wrong for every rank: none has to meet the others to end by it.
+    let run = match load(args, env.world) {
+        // Nobody gathers what tasks of srun say, and ranks of a node see the same files.
+        Err(e) if env.launcher == Launcher::Slurm && env.local_rank > 0 => return Ok(e.exit_code()),
+        loaded => loaded?,
+    };
+    let rank = Rank::meet(env)?;
+    let code = as_rank(args, run, &rank, early)?;
+    rank.leave()?;
+    Ok(code)
+}
+
 /// One rank of several. Rank 0 owns the run's directory, prepares and speaks; whoever started the ranks may have done so
 /// already.
-fn as_rank(args: &Train, rank: &Rank, early: Early) -> Result<u8> {
-    let mut run = load(args, rank.env.world)?;
+fn as_rank(args: &Train, mut run: RunSpec, rank: &Rank, early: Early) -> Result<u8> {
     let transport = match args.transport.as_str() {
         "shm" => TransportChoice::Shm,
         "tcp" => TransportChoice::Tcp,
@@ -73,7 +93,7 @@ fn as_rank(args: &Train, rank: &Rank, early: Early) -> Result<u8> {
     let mut mine = None;
     if first {
         let lock = if started_by_us { None } else { Some(own(&run, fresh)?) };
-        let mut begin = begin(args, &run)?;
+        let mut begin = begin(args, &run, asked(args))?;
         begin.prepare(&run, &|_| {})?;
         mine = Some((lock, begin));
     }
@@ -94,12 +114,12 @@ fn as_rank(args: &Train, rank: &Rank, early: Early) -> Result<u8> {
 }
 
 /// Whether an earlier run is to be moved aside; a restart of the same job is no earlier run.
-fn fresh(args: &Train) -> bool {
+pub(crate) fn fresh(args: &Train) -> bool {
     args.fresh && !ranks::restarted()
 }
 
 /// Takes the run's directory for this process, after moving an earlier run aside if `fresh`.
-fn own(run: &RunSpec, fresh: bool) -> Result<DirLock> {
+pub(crate) fn own(run: &RunSpec, fresh: bool) -> Result<DirLock> {
     let dir = &run.run.dir;
     let mut lock = DirLock::take(dir)?;
     if fresh && move_aside(dir)? {
@@ -111,7 +131,7 @@ fn own(run: &RunSpec, fresh: bool) -> Result<DirLock> {
     Ok(lock)
 }
 
-fn asked(args: &Train) -> Asked {
+pub(crate) fn asked(args: &Train) -> Asked {
     Asked {
         init: args.init.clone(),
         accept_changed_data: args.accept_changed_data,
@@ -121,8 +141,8 @@ fn asked(args: &Train) -> Asked {
 }
 
 /// What is checked before any rank opens the run.
-fn begin(args: &Train, run: &RunSpec) -> Result<Beginning> {
-    let begin = Beginning::decide(run, asked(args))?;
+pub(crate) fn begin(args: &Train, run: &RunSpec, asked: Asked) -> Result<Beginning> {
+    let begin = Beginning::decide(run, asked)?;
     run.layout.validate(&run.model, run.batch.sequences, run.batch.sequence)?;
     if begin.resumes() {
         return Ok(begin);
@@ -157,10 +177,29 @@ fn go(
     let rank = mesh.rank();
     let speaks = rank == 0;
     let busy = speaks.then(|| busy("opening data, building the step program and filling in the weights"));
-    let mut trainer = Trainer::open(run.clone(), begin, rank, mesh, device, args.trace)?;
+    let trainer = Trainer::open(run.clone(), begin, rank, mesh, device, args.trace)?;
     drop(busy);
+    go_on(args, trainer, threads, early)
+}
+
+/// One rank of several whose agent can bring them together again.
+fn join(args: &Train, agent: Agent, orders: Orders, early: Early) -> Result<u8> {
+    let places = Box::new(Places::new(args));
+    match Trainer::join(places, agent, orders, args.trace)? {
+        Some(trainer) => {
+            let threads = trainer.threads();
+            go_on(args, trainer, threads, early)
+        }
+        None => Ok(0),
+    }
+}
+
+/// Trains to the end, and tells of it where this is the first rank.
+fn go_on(args: &Train, mut trainer: Trainer, threads: usize, early: Early) -> Result<u8> {
+    let run = trainer.run().clone();
+    let speaks = trainer.rank() == 0;
     if speaks {
-        announce(run, &mut trainer, threads);
+        announce(&run, &mut trainer, threads);
     }
     if let Some(text) = trainer.after_the_end() {
         if speaks {
@@ -170,8 +209,12 @@ fn go(
     }
     let stop = stop::flag()?;
     drop(early);
-    let mut live = speaks.then(|| Live::new(run, trainer.step(), args.json));
+    let mut live = speaks.then(|| Live::new(&run, trainer.step(), args.json));
     let mut each = |e| {
+        if let Event::Placed { rank, step } = e {
+            // The first rank speaks, whoever it is now.
+            live = (rank == 0).then(|| live.take().unwrap_or_else(|| Live::new(&run, step, args.json)));
+        }
         if let Some(live) = &mut live {
             live.event(e);
         }
@@ -179,15 +222,15 @@ fn go(
     let outcome = trainer.train(&stop, args.stop_after, &mut each);
     let outcome = outcome.and_then(|outcome| match &mut live {
         Some(live) if outcome == Outcome::Finished => {
-            sample(run, &mut trainer, threads, live).map(|()| outcome)
+            sample(&run, &mut trainer, threads, live).map(|()| outcome)
         }
         _ => Ok(outcome),
     });
     let shown = live.map_or(Ok(()), Live::done);
     let code = match outcome? {
-        Outcome::Finished => 0,
+        Outcome::Finished | Outcome::Spare => 0,
         Outcome::Stopped => {
-            if speaks {
+            if trainer.rank() == 0 {
                 output::say("stopped; the same command goes on from the checkpoint");
             }
             if args.stop_after.is_some_and(|n| trainer.step() >= n) { 0 } else { INTERRUPTED }
@@ -197,7 +240,7 @@ fn go(
 }
 
 /// Reads the run file and its overrides, and fills what they leave open of the layout for so many ranks.
-fn load(args: &Train, world: usize) -> Result<RunSpec> {
+pub(crate) fn load(args: &Train, world: usize) -> Result<RunSpec> {
     let mut read = resolve(&args.run)?;
     check_run(&Cpu::new(1), &read.run)?;
     if !args.fresh && *read.set_by("schedule.warmup_steps") == Origin::Default {
@@ -211,6 +254,42 @@ fn load(args: &Train, world: usize) -> Result<RunSpec> {
         widen_micro_batch(&mut run);
     }
     Ok(run)
+}
+
+/// [`load`] for the ranks that are left, or that came, if `lenient`: then the layout is the nearest that they can run. Says
+/// why it is that one.
+pub(crate) fn load_again(args: &Train, world: usize, lenient: bool) -> Result<(RunSpec, String)> {
+    let mut read = resolve(&args.run)?;
+    check_run(&Cpu::new(1), &read.run)?;
+    if !args.fresh && *read.set_by("schedule.warmup_steps") == Origin::Default {
+        keep_warmup(&mut read.run);
+    }
+    let chosen = read.run.auto_layout && this_machine::take_over(&mut read.run)?;
+    if read.run.auto_layout {
+        let missing = this_machine::Missing::Refuse;
+        this_machine::choose(&mut read.run, world, &args.transport, missing, args.fresh)?;
+    }
+    let filled = match chosen {
+        true => read.run.layout.validate_world(world).map(|()| read.run.clone()),
+        false => fill_ranks(&read, world),
+    };
+    let mut run = match filled {
+        Err(_) if lenient => read.run.clone(),
+        filled => filled?,
+    };
+    let mut why = "the layout that the run began with".to_owned();
+    if lenient {
+        let batch = &run.batch;
+        let Some(fitted) = run.layout.fitted(&run.model, batch.sequences, batch.sequence, world) else {
+            return Err(Error::user(format!("no layout like that of the run takes {world} ranks"))
+                .hint("start more ranks; the same command goes on from the last checkpoint"));
+        };
+        (run.layout, why) = (fitted.layout, fitted.why);
+    }
+    if !chosen && *read.set_by("layout.micro_batch") == Origin::Default {
+        widen_micro_batch(&mut run);
+    }
+    Ok((run, why))
 }
 
 /// A longer run has a longer warmup by default, but not one that goes on: its warmup is past.
@@ -330,6 +409,13 @@ fn announce(run: &RunSpec, trainer: &mut Trainer, threads: usize) {
         run.run.dir.display(),
         run.train.seed
     ));
+    let copies = trainer.copies_bytes();
+    if copies > 0 {
+        output::say(&format!(
+            "a lost rank costs no step: copies of weights and moments in memory take {} a rank",
+            crate::show::binary(copies)
+        ));
+    }
     trainer.notes().for_each(output::say);
     if let Some(path) = trainer.resumed() {
         output::say(&format!("resumed from {} at step {}", path.display(), trainer.step()));

@@ -19,8 +19,10 @@ pub(crate) fn run(args: &Validate) -> Result<u8> {
     let catalog = Catalog::builtin()?;
     let name = args.file.display().to_string();
     let table = files::read(&args.file)?;
+    let unread = published::columns::unread(&name, &table)?;
+    unread.iter().for_each(|column| output::say(&format!("note: {name}: {column}")));
     if published::inference::is_table(&table) {
-        return serving::run(args, &name, &table, &catalog);
+        return serving::run(args, &name, &table, &catalog, &unread);
     }
     if let Some(path) = &args.fit {
         let fitted = calibrate(&name, &table, &catalog)?;
@@ -42,11 +44,16 @@ pub(crate) fn run(args: &Validate) -> Result<u8> {
     if v.priced == 0 && v.memory.is_none() {
         let first = &v.not_priced[0];
         let rows = v.not_priced.len();
-        return Err(Error::user(format!("{name}: none of {rows} rows can be priced; the first: {}", first.reason))
-            .hint("columns are those of crates/published/tests/published/*/runs.csv; see phalanx catalog list for names"));
+        return Err(Error::user(format!(
+            "{name}: none of {rows} rows can be priced; the first: {}",
+            first.reason
+        ))
+        .hint("phalanx validate --help lists the columns, phalanx catalog list the names"));
     }
     output::print(&if args.json {
-        serde_json::to_string_pretty(&v).expect("numbers are JSON")
+        let mut json = serde_json::to_value(&v).expect("numbers are JSON");
+        json["columns_not_read"] = serde_json::json!(unread);
+        serde_json::to_string_pretty(&json).expect("numbers are JSON")
     } else {
         let mut out = String::new();
         text(&mut out, &v).expect("writing to a string");

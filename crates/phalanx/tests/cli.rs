@@ -1,6 +1,7 @@
 //! The program as people meet it: trains, stops, resumes, spreads over ranks, refuses bad input.
 
 mod accidents;
+mod clusters;
 mod common;
 mod economy;
 mod owner;
@@ -9,6 +10,7 @@ mod rehearsal;
 mod serving;
 mod survival;
 mod report;
+mod watching;
 
 use std::fs;
 
@@ -358,21 +360,19 @@ fn check_refused(lab: &Lab, args: &str, first: &str) {
 fn what_does_not_train_yet_is_planned_and_refused_by_name() {
     let lab = Lab::new();
     let experts = "--set model.experts.count=4 --set model.experts.top_k=2 --set model.experts.ffn=16";
-    check(
-        &lab,
-        &tiny("bad", experts),
-        2,
-        "has a mixture of experts: it can be planned, it does not train yet",
-    );
+    let latents = "--set model.latent.kv_rank=8 --set model.latent.nope_dim=8 --set model.latent.rope_dim=4 --set model.latent.value_dim=8";
+    check(&lab, &tiny("bad", latents), 2, "has latent attention: it can be planned, it does not train yet");
     check(&lab, &tiny("bad", "--set layout.cp=2"), 2, "layout.cp = 2: context parallelism can be planned");
     check(&lab, &tiny("bad", "--set layout.ep=2"), 2, "layout.ep = 2, but llama-tiny-ref has no experts");
 
     let sizes = r#""vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768"#;
     fs::create_dir(lab.path("mixtral")).expect("a folder");
+    fs::create_dir(lab.path("oss")).expect("a folder");
     let routed = r#""num_local_experts": 8, "num_experts_per_tok": 2"#;
     lab.write("mixtral/config.json", format!(r#"{{ "model_type": "mixtral", {sizes}, {routed} }}"#));
-    check(&lab, "import mixtral bad", 2, "architecture mixtral can be planned, it does not train yet");
+    lab.write("oss/config.json", format!(r#"{{ "model_type": "gpt_oss", {sizes}, {routed} }}"#));
+    check(&lab, "import oss bad", 2, "architecture gpt_oss can be planned, it does not train yet");
     let plan = lab.ok("plan --model mixtral/config.json --cluster dgx-h100 --accelerators 64 --json");
     let found: serde_json::Value = serde_json::from_str(&plan).expect("JSON");
     assert_eq!(found["params"].as_f64(), Some(46_702_792_704.0));

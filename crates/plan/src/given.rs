@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use spec::{Error, Layout, PipelineSchedule, Recompute, Reduce, Result, Zero, suggest};
+use spec::{Error, ExpertRows, Layout, PipelineSchedule, Recompute, Reduce, Result, Zero, suggest};
 
 use crate::estimate::Problem;
 use crate::placement::{Order, Placement};
@@ -46,6 +46,28 @@ pub struct Given {
     pub filled: Vec<String>,
 }
 
+/// The multiples of `inner` around `n` accelerators, as far as the machine has them.
+fn multiples(n: usize, inner: usize, most: usize) -> String {
+    let around = [n / inner * inner, n.div_ceil(inner) * inner];
+    let there: Vec<String> = around
+        .into_iter()
+        .filter(|m| (1..=most).contains(m))
+        .map(|m| format!("--accelerators {m}"))
+        .collect();
+    match there.is_empty() {
+        true => format!("smaller axes fit: the machine has {most} accelerators"),
+        false => format!("{} would do", there.join(" or ")),
+    }
+}
+
+/// How to get as many accelerators as a layout has ranks, if the machine does.
+fn as_many(ranks: usize, cluster: &spec::Cluster) -> String {
+    match cluster.accelerators_max {
+        most if ranks <= most => format!("give --accelerators {ranks}, or leave dp out"),
+        most => format!("leave dp out: {} has {most} accelerators", cluster.name),
+    }
+}
+
 /// Reads a layout for `problem`. What is not written takes what the training stack does by default: `dp` follows from
 /// the accelerators, ZeRO is 3 for stacks that shard parameters and else 1, the sequence is split where the stack does.
 ///
@@ -77,7 +99,7 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
             return Err(Error::user(format!(
                 "layout {text}: tp x pp x cp = {tp} x {pp} x {cp} = {inner} does not divide {n} accelerators"
             ))
-            .hint(format!("--accelerators {} is the nearest multiple", n.div_ceil(inner) * inner)));
+            .hint(multiples(n, inner, problem.cluster.accelerators_max)));
         }
     };
     if dp * inner != n {
@@ -85,7 +107,7 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
             "layout {text}: dp x tp x pp x cp = {dp} x {tp} x {pp} x {cp} = {} is not the {n} accelerators",
             dp * inner
         ))
-        .hint(format!("give --accelerators {}, or leave dp out", dp * inner)));
+        .hint(as_many(dp * inner, &problem.cluster)));
     }
     let sequence_parallel = match word("sequence_parallel").as_deref() {
         None => {
@@ -158,6 +180,7 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
         micro_batch,
         recompute,
         reduce: Reduce::Ring,
+        expert_rows: ExpertRows::Even,
         cp,
         ep: count("ep")?.unwrap_or(1),
     };
@@ -248,6 +271,18 @@ mod tests {
             constants: PRIOR,
             sequence: 2048,
             sequences: 1536,
+        }
+    }
+
+    #[test]
+    fn multiples_are_those_that_the_machine_has() {
+        for (n, inner, most, hint) in [
+            (1000, 128, 1016, "--accelerators 896 would do"),
+            (1000, 128, 2032, "--accelerators 896 or --accelerators 1024 would do"),
+            (100, 128, 1016, "--accelerators 128 would do"),
+            (100, 128, 100, "smaller axes fit: the machine has 100 accelerators"),
+        ] {
+            assert_eq!(multiples(n, inner, most), hint);
         }
     }
 

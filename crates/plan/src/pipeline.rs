@@ -78,15 +78,11 @@ pub fn makespan_s(p: &Pipeline) -> f64 {
         PipelineSchedule::ZeroBubble => 2.0 * p.weight_s,
         _ => 0.0,
     };
-    let rounds = (p.micro_batches / p.stages).fract();
-    // A round that is not full leaves stages idle between chunks.
-    let ragged =
-        if p.chunks > 1.0 && rounds > 0.0 { (1.0 - rounds) * (p.chunks - 1.0) / p.chunks } else { 0.0 };
     let path = |stage: &Stage, before: f64, behind: f64, count_behind: f64| {
         let hidden = |pass_s: f64| (behind - count_behind * pass_s).max(0.0);
         let waits = hidden(stage.forward_s) + hidden(stage.backward_s);
         let fill = (before + waits - saved * (p.stages - 1.0)).max(0.0) / p.chunks;
-        p.micro_batches * stage.both_s() + fill + ragged * stage.both_s()
+        p.micro_batches * stage.both_s() + fill
     };
     let (first, mean, last) = (p.first.both_s(), p.mean.both_s(), p.last.both_s());
     let between = (p.stages - 2.0).max(0.0);

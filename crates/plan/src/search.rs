@@ -4,16 +4,23 @@
 //! is above the worst of the best kept, and a layout already estimated is at least as fast with no more memory; then it
 //! can be neither among the best nor on the front.
 
+mod fastest;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 use serde::Serialize;
-use spec::{Error, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Rule, Zero};
+use spec::{
+    Error, ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Rule, Zero,
+};
 
 use crate::estimate::{Estimate, Estimator, Problem, Shared};
 use crate::placement::{Order, Placement};
 use crate::strategy::Strategy;
+
+use fastest::Goal;
+pub use fastest::fastest;
 
 /// What to search over.
 #[derive(Clone, Debug)]
@@ -57,7 +64,7 @@ pub struct Searched {
 }
 
 /// Axes that layouts share a template by: one job of the search.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Job {
     tp: usize,
     cp: usize,
@@ -100,7 +107,8 @@ fn explore(problem: &Problem, space: &Space, progress: &(dyn Fn(usize, usize) + 
     let parts: Vec<Result<Part>> = jobs
         .par_iter()
         .map(|job| {
-            let part = run(problem, space, *job);
+            let part = Estimator::new(problem, space.format)
+                .and_then(|mut estimator| run(&mut estimator, (space, Goal::Front), *job));
             progress(done.fetch_add(1, Ordering::Relaxed) + 1, jobs.len());
             part
         })
@@ -223,7 +231,8 @@ fn jobs(problem: &Problem, space: &Space) -> Vec<Job> {
     let n = space.accelerators;
     // Each as one replica of a stage, whatever the rest.
     let allowed = |tp: usize, cp: usize, sequence_parallel: bool| {
-        let layout = Layout { tp, cp, sequence_parallel, reduce: Reduce::Ring, ..Layout::default() };
+        let (reduce, expert_rows) = (Reduce::Ring, ExpertRows::Even);
+        let layout = Layout { tp, cp, sequence_parallel, reduce, expert_rows, ..Layout::default() };
         layout.check(m, 1, problem.sequence, problem.software.tolerance).is_ok()
     };
     let tps: Vec<usize> =
@@ -332,7 +341,7 @@ impl Part {
     fn shards(
         &mut self,
         estimator: &Estimator<'_>,
-        keep: usize,
+        (keep, goal): (usize, Goal<'_>),
         whole: &Placement,
         shared: &Shared,
         twins: &mut Vec<(Option<usize>, f64)>,
@@ -344,12 +353,21 @@ impl Part {
             let placement = Placement { layout, ..*whole };
             let (least_s, memory) = estimator.bound(&placement, shared);
             let fits = memory <= problem.cluster.accelerator.memory_bytes.value;
-            if fits && self.beaten(keep, least_s.max(unspoken_s), memory) {
+            let hopeless = match goal {
+                Goal::Front => fits && self.beaten(keep, least_s.max(unspoken_s), memory),
+                Goal::Fastest(yet) => !fits || least_s.max(unspoken_s) > yet.seconds(),
+            };
+            if hopeless {
                 self.pruned += 1;
                 continue;
             }
             let estimate = estimator.estimate_shared(&placement, shared);
             self.priced += 1;
+            if let Goal::Fastest(yet) = goal
+                && estimate.fits
+            {
+                yet.offer(estimate.step_s);
+            }
             if shard.is_none() {
                 unspoken_s = estimate.unspoken_s();
             }
@@ -398,8 +416,19 @@ impl Job {
     /// A layout of this job, without chunks or ZeRO.
     fn layout(&self, dp: usize, pp: usize) -> Layout {
         let Job { tp, cp, ep, sequence_parallel, micro_batch, recompute } = *self;
-        let reduce = Reduce::Ring;
-        Layout { dp, tp, pp, cp, ep, sequence_parallel, micro_batch, recompute, reduce, ..Layout::default() }
+        Layout {
+            dp,
+            tp,
+            pp,
+            cp,
+            ep,
+            sequence_parallel,
+            micro_batch,
+            recompute,
+            reduce: Reduce::Ring,
+            expert_rows: ExpertRows::Even,
+            ..Layout::default()
+        }
     }
 }
 
@@ -417,7 +446,8 @@ fn reason(rule: Rule) -> &'static str {
 }
 
 /// The dp x pp x schedule x ZeRO x placement part of the space under one template.
-fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
+fn run(estimator: &mut Estimator<'_>, (space, goal): (&Space, Goal<'_>), job: Job) -> Result<Part> {
+    let problem = estimator.problem();
     let mut part = Part::default();
     let (layers, tolerance) = (problem.shape.model.layers, problem.software.tolerance);
     let rest = space.accelerators / job.tp / job.cp;
@@ -425,7 +455,6 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
         part.refuse("axes do not multiply to the accelerators");
         return Ok(part);
     }
-    let mut estimator = Estimator::new(problem, space.format)?;
     let mut shared = None;
     for pp in divisors(rest) {
         let plain = job.layout(rest / pp, pp);
@@ -457,7 +486,7 @@ fn run(problem: &Problem, space: &Space, job: Job) -> Result<Part> {
                         Some(shared) => shared,
                         None => shared.insert(estimator.shared(&whole)?),
                     };
-                    part.shards(&estimator, space.keep, &whole, shared, &mut twins);
+                    part.shards(estimator, (space.keep, goal), &whole, shared, &mut twins);
                 }
             }
         }

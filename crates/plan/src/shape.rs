@@ -156,6 +156,7 @@ impl Known {
             shared_ffn: self.shared_ffn,
             dense_layers: self.dense_layers,
             every: self.expert_every,
+            router: spec::Router::default(),
         });
         let windows = self.window.map(|tokens| Windows { tokens, layers: self.window_layers });
         Shape { model: ModelSpec { experts, latent: self.latent, ..dense(&self.name, sizes) }, windows }

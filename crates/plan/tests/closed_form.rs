@@ -21,7 +21,15 @@ const MICRO_BATCHES: usize = 8;
 fn model(layers: usize, gated: bool, tied: bool, experts: bool) -> ModelSpec {
     let sizes =
         Sizes { layers, hidden: 64, ffn: 192, heads: 4, kv_heads: 4, head_dim: 16, vocab: 512, gated, tied };
-    let mixture = Experts { count: 4, top_k: 2, ffn: 32, shared_ffn: 64, dense_layers: 0, every: 1 };
+    let mixture = Experts {
+        count: 4,
+        top_k: 2,
+        ffn: 32,
+        shared_ffn: 64,
+        dense_layers: 0,
+        every: 1,
+        router: Default::default(),
+    };
     ModelSpec { experts: (gated && experts).then_some(mixture), ..dense("small", sizes) }
 }
 

@@ -41,6 +41,7 @@ fn figures(case: &str) -> Result<String> {
         ("members", sum(&|s| s.members)),
         ("far", sum(&|s| s.far_s)),
         ("pieces", sum(&|s| [&s.forward, &s.input, &s.weight].map(|p| p.len() as f64))),
+        ("stages", (1..).zip(&parts.virtual_layers).map(|(v, n)| f64::from(v) * *n as f64).sum()),
         ("reads", sum(&|s| [s.reads.forward, s.reads.backward, s.expert_reads.forward])),
     ]);
     let shown =

@@ -30,7 +30,15 @@ fn model(gated: bool) -> ModelSpec {
 
 /// A mixture with grouped queries, and one with latent attention, shared experts and two layers without experts.
 fn mixtures() -> Vec<ModelSpec> {
-    let experts = Experts { count: 16, top_k: 4, ffn: 256, shared_ffn: 0, dense_layers: 0, every: 1 };
+    let experts = Experts {
+        count: 16,
+        top_k: 4,
+        ffn: 256,
+        shared_ffn: 0,
+        dense_layers: 0,
+        every: 1,
+        router: Default::default(),
+    };
     let shared = Experts { shared_ffn: 512, dense_layers: 2, ..experts };
     let latent = Latent { query_rank: Some(192), kv_rank: 64, nope_dim: 64, rope_dim: 32, value_dim: 64 };
     vec![

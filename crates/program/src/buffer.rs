@@ -137,4 +137,9 @@ pub struct GradOut {
     pub results: usize,
     /// Which of them this op's is.
     pub result: usize,
+    /// Counters side by side: one for each rank that sends rows to these experts, whose sequences are a run of the
+    /// batch of their own. When all are complete, their roots are added by `upper`, and the last becomes the sum.
+    pub streams: usize,
+    /// Radices of the tree over the streams, bottom-up.
+    pub upper: Vec<u32>,
 }

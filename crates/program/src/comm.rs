@@ -104,6 +104,14 @@ pub enum Deal {
     Even,
     /// In whole chunks of the gradient norm, as ZeRO shards parameters.
     NormChunks,
+    /// Rows of experts, as many to and from each member as these counts add up to, which are known when it is said; an
+    /// even share is what it is expected to be.
+    Counted {
+        /// By (member, expert), of what leaves.
+        leave: View,
+        /// By (member, expert), of what arrives.
+        arrive: View,
+    },
 }
 
 impl Message {
@@ -115,7 +123,7 @@ impl Message {
     /// The elements of member `index` of `members`.
     pub fn part(&self, index: usize, members: usize) -> Range<usize> {
         match self.deal {
-            Deal::Even => spec::shares::even(self.elements, members, index),
+            Deal::Even | Deal::Counted { .. } => spec::shares::even(self.elements, members, index),
             Deal::NormChunks => owned(self.elements, members, index).range(),
         }
     }
@@ -162,7 +170,7 @@ fn state(op: &Op, p: &Program, units: &HashMap<usize, Replication>) -> Option<Co
         AllReduce { axis } => both(Collective::AllReduce, axis),
         AllGather { axis } | Unslice { axis } => both(Collective::AllGather, axis),
         ReduceScatter { axis } => both(Collective::ReduceScatter, axis),
-        AllToAll { axis } => both(Collective::AllToAll, axis),
+        AllToAll { axis } => now(Collective::AllToAll, Members::Axis(*axis), p.exchange(op)),
         RingAttention { heads, axis } => p.ring(op, heads.kv_cols(), *axis, 1),
         RingAttentionGrad { heads, axis } => p.ring(op, heads.kv_cols(), *axis, 2),
         Send { peer, tag } => {
@@ -240,6 +248,19 @@ impl Program {
     fn message(&self, from: Option<Slice>, to: Option<Slice>, deal: Deal) -> Message {
         let larger = from.into_iter().chain(to).max_by_key(|s| s.count).expect("a message has an end");
         Message { from, to, elements: larger.count, dtype: self.buffer(larger.buffer).dtype, deal }
+    }
+
+    /// The counts of rows, unless they are known, and the rows.
+    fn exchange(&self, op: &Op) -> Vec<Message> {
+        let (leave, known) = (op.ins[1], op.outs.get(1));
+        let counts =
+            known.map(|arrive| self.message(Some(self.slice(leave)), Some(self.slice(*arrive)), Deal::Even));
+        let arrive = *known.unwrap_or_else(|| &op.ins[2]);
+        let (from, to) = (self.slice(op.ins[0]), self.slice(op.outs[0]));
+        let rows = self.message(Some(from), Some(to), Deal::Counted { leave, arrive });
+        // There may be room for more than an even share where rows arrive.
+        let rows = Message { elements: from.count.min(to.count), ..rows };
+        counts.into_iter().chain([rows]).collect()
     }
 
     /// Keys and values on their way around the ring, one hop to each other member; backward their gradients after them.

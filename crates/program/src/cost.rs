@@ -21,9 +21,12 @@ pub(crate) fn cost(g: &Graph, n: &Node, sequence: usize, grad_elements: usize) -
         Linear => 2 * rows(0) * cols(0) * rows(1),
         LinearGradInput => 2 * rows(0) * cols(0) * cols(1),
         LinearGradWeight => 2 * rows(0) * cols(0) * cols(1),
-        GroupedLinear { experts } => 2 * rows(0) * cols(0) * (rows(1) / (*experts as u64).max(1)),
-        GroupedLinearGradInput { .. } => 2 * rows(0) * cols(0) * cols(1),
-        GroupedLinearGradWeight { .. } => 2 * rows(0) * cols(0) * cols(1),
+        GroupedLinear { experts, rows } => {
+            2 * *rows as u64 * cols(0) * (n.ins[1].rows as u64 / (*experts as u64).max(1))
+        }
+        GroupedLinearGradInput { rows, .. } | GroupedLinearGradWeight { rows, .. } => {
+            2 * *rows as u64 * cols(0) * cols(1)
+        }
         // Scores and values: 2 products over half of the T x T square.
         Attention { heads } | RingAttention { heads, .. } => {
             rows(0) * sequence as u64 * (heads.q * (heads.dim + heads.value_dim)) as u64

@@ -191,11 +191,14 @@ impl Derive<'_> {
                 self.weight(HeadNormGradWeight { heads: *heads }, name("dw"), vec![dy, x, rstd], &[wq, wk]);
             }
             LatentNorm { .. } => self.latent_norm(n),
-            GroupedLinear { experts } => {
-                let (x, w, counts, experts) = (n.ins[0], n.ins[1], n.ins[2], *experts);
-                let grad = GroupedLinearGradInput { experts };
-                self.contribute(grad, name("dx"), vec![dy, w, counts], x.value);
-                self.weight(GroupedLinearGradWeight { experts }, name("dw"), vec![dy, x, counts], &[w]);
+            GroupedLinear { experts, rows } => {
+                let (x, w, counts, experts, rows) = (n.ins[0], n.ins[1], n.ins[2], *experts, *rows);
+                let grad = GroupedLinearGradInput { experts, rows };
+                self.contribute_each(grad, name("dx"), vec![dy, w, counts], &[x.value]);
+                let by_sequence = self.g.get(counts.value).cols == self.cx.layout.micro_batch;
+                let leaf_rows = if by_sequence { self.cx.sequence } else { x.rows };
+                let grad = GroupedLinearGradWeight { experts, rows, leaf_rows };
+                self.weight(grad, name("dw"), vec![dy, x, counts], &[w]);
             }
             Embed { vocab0, .. } => {
                 self.weight(EmbedGrad { vocab0: *vocab0 }, name("dw"), vec![n.ins[0], dy], &[n.ins[1]]);
@@ -229,9 +232,11 @@ impl Derive<'_> {
                 let grad = LatentRopeGrad { heads: *heads, rope_dim: *rope_dim };
                 self.contribute_each(grad, name("dx"), vec![dy], &inputs);
             }
-            Route { .. } => {
-                let ins = vec![dy, n.ins[0], n.outs[1]];
-                self.contribute(RouteGrad, name("dx"), ins, n.ins[0].value);
+            Route { top_k, router } => {
+                let ins = vec![dy, n.ins[0], n.outs[1], n.outs[2]];
+                let sequences = self.cx.request.sequences;
+                let grad = RouteGrad { top_k: *top_k, router: *router, sequences };
+                self.contribute_each(grad, name("dx"), ins, &[n.ins[0].value]);
             }
             Permute { .. } => {
                 self.contribute(PermuteGrad, name("dx"), vec![dy, n.ins[1]], n.ins[0].value);
@@ -244,9 +249,13 @@ impl Derive<'_> {
                 let ins = vec![dy, copies, gates, index];
                 self.contribute_each(UnpermuteGrad, name("dx"), ins, &[copies.value, gates.value]);
             }
-            SwiGlu => self.contribute(SwiGluGrad, name("dx"), vec![dy, n.ins[0]], n.ins[0].value),
-            Gelu { tanh } => {
-                self.contribute(GeluGrad { tanh: *tanh }, name("dx"), vec![dy, n.ins[0]], n.ins[0].value);
+            SwiGlu | Gelu { .. } => {
+                let grad = match n.kind {
+                    Gelu { tanh } => GeluGrad { tanh },
+                    _ => SwiGluGrad,
+                };
+                let ins = [dy].into_iter().chain(n.ins.iter().copied()).collect();
+                self.contribute_each(grad, name("dx"), ins, &[n.ins[0].value]);
             }
             _ => self.message(n, dy),
         }

@@ -295,9 +295,12 @@ pub struct Io {
     pub targets: BufferId,
     /// One f64 loss sum for each local sequence.
     pub loss_leaves: BufferId,
-    /// Sums of squared gradients by chunk of [`NORM_CHUNK`] elements, over the whole model, then the loss sums of
-    /// all sequences of the global batch, then the number of ranks that want to stop.
+    /// Sums of squared gradients by chunk of [`NORM_CHUNK`] elements, over the whole model, then the counts of
+    /// [`Io::expert_counts`] over all ranks, then the loss sums of all sequences of the global batch, then the number of
+    /// ranks that want to stop.
     pub norm_chunks: BufferId,
+    /// How many copies of this rank's tokens went to each expert in this step, `[layers, experts]`.
+    pub expert_counts: Option<BufferId>,
     /// Cosine table of this rank's positions `[sequence / cp, rotated dims / 2]`, empty without rotary positions.
     pub cos: BufferId,
     /// Sine table.

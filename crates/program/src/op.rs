@@ -1,5 +1,5 @@
 use serde::Serialize;
-use spec::NormKind;
+use spec::{NormKind, Router};
 
 use crate::buffer::{GradOut, View};
 use crate::comm::{Comm, When};
@@ -138,13 +138,15 @@ pub enum OpKind {
     RingAttention { heads: Heads, axis: Axis },
     /// `(qkv, o, lse, do) -> dqkv`: keys and values walk the ring again, their gradients with them.
     RingAttentionGrad { heads: Heads, axis: Axis },
-    /// `(logits [n, E]) -> (gates [n, k], index [n, k], counts [E])`: each token's `k` best experts, their weights, the
-    /// place of each copy in the order by expert, and the copies of each expert. Planned, not executed: which function
-    /// of the logits the gates are (softmax or sigmoid, before or after the choice, renormalised, biased) is part of
-    /// the model and comes with execution; shapes and costs do not depend on it.
-    Route { top_k: usize },
-    /// `(dgates, logits, index) -> dlogits`.
-    RouteGrad,
+    /// `(logits [n, E]) -> (gates [n, k], index [n, 2k], counts [E, s])`: each token's `k` best experts, best first, and
+    /// their weights, as the model's [`Router`] says. `index` has the place of each copy in the order of (expert,
+    /// token), then its expert; `counts` the copies of each expert from each of `s` equal runs of rows: the sequences
+    /// of the micro-batch where a rank routes whole ones.
+    Route { top_k: usize, router: Router },
+    /// `(dgates, logits, index, counts) -> dlogits`, with the gradients of the router's own losses: the balance of each
+    /// sequence, as a mean over the `sequences` of the global batch, and the squared log-sum-exp, as a mean over its
+    /// tokens. Runs once for each micro-batch, and adds to the step's counts of experts.
+    RouteGrad { top_k: usize, router: Router, sequences: usize },
     /// `(x [n, D], index) -> copies [n k, D]` in the order of their experts.
     Permute { top_k: usize },
     /// `(dcopies, index) -> dx`, accumulating: the sum over a token's copies.
@@ -153,14 +155,15 @@ pub enum OpKind {
     Unpermute { top_k: usize },
     /// `(dy, copies, gates, index) -> (dcopies, dgates)`.
     UnpermuteGrad,
-    /// `(x [m, in], w [experts out, in], counts) -> y [m, out]`: rows lie in the order of their experts, each expert has
-    /// a matrix of its own.
-    GroupedLinear { experts: usize },
+    /// `(x [m, in], w [experts out, in], counts [E, s]) -> y [m, out]`: each of this rank's experts has a matrix of its
+    /// own. Rows lie in the order of (rank that sent them, expert), as many as `counts` says, at most `m`; `rows` is an
+    /// even share, which costs speak of.
+    GroupedLinear { experts: usize, rows: usize },
     /// `(dy, w, counts) -> dx`.
-    GroupedLinearGradInput { experts: usize },
-    /// `(dy, x, counts) -> grad of w`.
-    GroupedLinearGradWeight { experts: usize },
-    /// `(gate_up [n, 2F]) -> h [n, F]`.
+    GroupedLinearGradInput { experts: usize, rows: usize },
+    /// `(dy, x, counts) -> grad of w`; a run of rows that is counted apart gives an expert at most `leaf_rows`.
+    GroupedLinearGradWeight { experts: usize, rows: usize, leaf_rows: usize },
+    /// `(gate_up [n, 2F], [counts]) -> h [n, F]`; of as many rows as `counts` adds up to. So the other activations.
     SwiGlu,
     /// `(dh, gate_up) -> dgate_up`.
     SwiGluGrad,
@@ -193,7 +196,8 @@ pub enum OpKind {
     /// `(all rows) -> (this rank's rows, summed)`.
     ReduceScatter { axis: Axis },
     /// `(rows, counts that leave, [counts that arrive]) -> (rows, [counts that arrived])`: every rank sends each peer the
-    /// rows of its experts, or back. Routing is balanced in static shapes: as many rows come in as go out.
+    /// rows of its experts, or back. Counts are by (peer, expert), and rows lie in that order; those that arrive go first
+    /// unless they are known. Where rows arrive there is room for as many as the layout says ([`spec::ExpertRows`]).
     AllToAll { axis: Axis },
     /// `(all rows) -> (this rank's rows)` of what every rank of the axis holds alike; backward gathers.
     Slice { axis: Axis },
@@ -347,7 +351,7 @@ impl OpKind {
             RingAttention { .. } => "ring_attention",
             RingAttentionGrad { .. } => "ring_attention_grad",
             Route { .. } => "route",
-            RouteGrad => "route_grad",
+            RouteGrad { .. } => "route_grad",
             Permute { .. } => "permute",
             PermuteGrad => "permute_grad",
             Unpermute { .. } => "unpermute",

@@ -251,11 +251,10 @@ impl Table<'_> {
         let m = self.model;
         let p = |s: &str| format!("layers.{i}.mlp.{s}");
         self.linear(Role::Router, &p("router"), &[(p("router"), e.count)], m.hidden, Cut::Whole, false);
-        let up = if m.activation.gated() { ("gate_up", 2 * e.ffn) } else { ("up", e.ffn) };
-        let stacks = [(Role::ExpertUp, up, m.hidden), (Role::ExpertDown, ("down", m.hidden), e.ffn)];
-        for (role, (name, rows), in_dim) in stacks {
-            self.stack(role, &p(&format!("experts.{name}.weight")), rows, in_dim, e.count);
-        }
+        let up: (&str, &[&str]) =
+            if m.activation.gated() { ("gate_up", &["gate", "up"]) } else { ("up", &["up"]) };
+        self.stack(Role::ExpertUp, &p("experts"), up, (e.ffn, m.hidden));
+        self.stack(Role::ExpertDown, &p("experts"), ("down", &["down"]), (m.hidden, e.ffn));
         if e.shared_ffn > 0 {
             self.mlp((Role::SharedUp, Role::SharedDown), &p("shared"), e.shared_ffn);
         }
@@ -336,22 +335,26 @@ impl Table<'_> {
         self.push(key, name.to_owned(), at, cols, true, parts, cut == Cut::Whole);
     }
 
-    /// The held ones of `count` experts' matrices, one logical parameter of all experts from top to bottom.
-    fn stack(&mut self, role: Role, name: &str, rows: usize, in_dim: usize, count: usize) {
-        let key = self.key(role);
+    /// The matrices of the held experts, one under another: of each those of `parts`, `[rows, in_dim]`.
+    fn stack(&mut self, role: Role, name: &str, (group, parts): (&str, &[&str]), dims: (usize, usize)) {
+        let (key, (rows, in_dim)) = (self.key(role), dims);
         let (first, held) = self.experts;
-        let part = ParamPart {
-            name: name.to_owned(),
-            key,
-            global: (count * rows, in_dim),
-            dims: [count * rows, in_dim],
-            row0: first * rows,
-            rows: held * rows,
-            col0: 0,
-            cols: in_dim,
-            local_row0: 0,
-        };
-        self.push(key, name.to_owned(), held * rows, in_dim, true, vec![part], false);
+        let mut boxes = Vec::with_capacity(held * parts.len());
+        for (expert, part) in (first..first + held).flat_map(|e| parts.iter().map(move |part| (e, part))) {
+            boxes.push(ParamPart {
+                name: format!("{name}.{expert}.{part}.weight"),
+                key,
+                global: dims,
+                dims: [rows, in_dim],
+                row0: 0,
+                rows,
+                col0: 0,
+                cols: in_dim,
+                local_row0: boxes.len() * rows,
+            });
+        }
+        let all = boxes.len() * rows;
+        self.push(key, format!("{name}.{group}.weight"), all, in_dim, true, boxes, false);
     }
 
     fn norm(&mut self, role: Role, name: &str) {

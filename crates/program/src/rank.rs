@@ -145,13 +145,11 @@ impl<'a> Rank<'a> {
     }
 }
 
-/// Generation is of one rank, and of dense models with keys and values of their own: a token has no part of a sequence
-/// and no expert's share.
+/// Generation is of one rank, and of models with keys and values of their own: a token has no part of a sequence.
 fn check_generates(model: &ModelSpec, layout: &Layout) -> Result<()> {
-    if model.experts.is_some() || model.latent.is_some() {
-        let what = if model.experts.is_some() { "a mixture of experts" } else { "latent attention" };
-        return Err(Error::user(format!("{} has {what}: it does not generate yet", model.name))
-            .hint("dense models of the Llama, Qwen and GPT-2 families generate"));
+    if model.latent.is_some() {
+        return Err(Error::user(format!("{} has latent attention: it does not generate yet", model.name))
+            .hint("models of the Llama, Qwen, Mixtral and GPT-2 families generate"));
     }
     if layout.world() > 1 {
         return Err(Error::user(format!(

@@ -45,7 +45,7 @@ fn scatter_grads(placer: &Placer<'_>, passes: &mut Passes) {
             for &group in &n.grads {
                 let of = &placer.cx.groups[group.0 as usize];
                 let buffer = placer.grad_buffer(group, is_head(n));
-                let levels = placer.levels_of(n.sequences.count);
+                let levels = placer.streams(of.replication) * placer.levels_of(n.sequences.count);
                 let v = *sums.whole.entry(buffer).or_insert_with(|| {
                     let name = format!("{}.micro_batch", of.name);
                     g.place = of.key.place;
@@ -66,10 +66,12 @@ fn scatter_grads(placer: &Placer<'_>, passes: &mut Passes) {
             let name = format!("grads.bucket{bucket}.{name}");
             Node::new(kind, name, ins.clone(), Vec::new(), Phase::Weight, Place::Step)
         };
-        after.entry(at).or_default().extend([
-            node(OpKind::ReduceGrads { bucket, sum: GradSum::Scattered }, "reduce"),
-            node(OpKind::ShardGrads { bucket }, "shard"),
-        ]);
+        let behind = after.entry(at).or_default();
+        // Experts that no other rank holds are not sharded.
+        if placer.cx.shards(b.replication).0 > 1 {
+            behind.push(node(OpKind::ReduceGrads { bucket, sum: GradSum::Scattered }, "reduce"));
+        }
+        behind.push(node(OpKind::ShardGrads { bucket }, "shard"));
     }
     for (pass, nodes) in lists.iter_mut().enumerate() {
         let with = std::mem::take(nodes).into_iter().enumerate().flat_map(|(at, n)| {
@@ -111,6 +113,10 @@ fn gather_params(g: &mut Graph, mut nodes: Vec<Node>, cx: &Rank<'_>) -> Vec<Node
         for o in &mut n.ins {
             let Source::Param(id) = g.get(o.value).source else { continue };
             let group = &cx.groups[id.0 as usize];
+            // What nobody else holds is there already.
+            if cx.shards(group.replication).0 == 1 {
+                continue;
+            }
             o.value = *fresh.entry(id).or_insert_with(|| {
                 let unit = *known.entry(group.unit).or_insert_with(|| {
                     units.push(Unit { number: group.unit, groups: Vec::new(), first_use: at });

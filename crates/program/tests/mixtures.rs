@@ -6,13 +6,21 @@ use std::collections::{BTreeMap, HashMap};
 
 use common::{build, check_world, model};
 use program::{Axis, Collective, Coords, Members, OpKind, Phase, Program, Replication};
-use spec::{Experts, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
+use spec::{DType, ExpertRows, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
 
 const SEQUENCES: usize = 8;
 const SEQUENCE: usize = 16;
 
 fn experts(model: ModelSpec, shared_ffn: usize, dense_layers: usize) -> ModelSpec {
-    let experts = Experts { count: 8, top_k: 2, ffn: 16, shared_ffn, dense_layers, every: 1 };
+    let experts = Experts {
+        count: 8,
+        top_k: 2,
+        ffn: 16,
+        shared_ffn,
+        dense_layers,
+        every: 1,
+        router: Default::default(),
+    };
     ModelSpec { experts: Some(experts), ..model }
 }
 
@@ -69,7 +77,12 @@ fn layouts(model: &ModelSpec) -> Vec<Layout> {
         let ep = if model.experts.is_some() { ep } else { 1 };
         for (pp, chunks, schedule) in PIPELINES {
             for (zero, recompute) in POLICIES {
-                let base = Layout { dp, cp, tp, ep, pp, chunks, schedule, ..Layout::default() };
+                let expert_rows = ExpertRows::Even;
+                let base = Layout { dp, cp, tp, ep, pp, chunks, schedule, expert_rows, ..Layout::default() };
+                if zero == Zero::Gradients && ep > 1 {
+                    let expert_rows = ExpertRows::All;
+                    all.push(Layout { sequence_parallel, zero, recompute, expert_rows, ..base.clone() });
+                }
                 if zero != Zero::Off && dp > 2 && recompute != Recompute::Full {
                     all.push(Layout { sequence_parallel, zero, recompute, shard: Some(2), ..base.clone() });
                 }
@@ -224,7 +237,10 @@ fn messages_of_both_passes_mirror_each_other() {
                         Collective::Ring => ("ring", 1),
                         Collective::Send { .. } | Collective::Recv { .. } => continue,
                     };
-                    *bytes.entry((what, op.phase == Phase::Forward)).or_default() += comm.bytes() * times;
+                    // Counts go with the rows forward alone.
+                    let said = comm.messages.iter().filter(|m| m.dtype != DType::U32);
+                    let said: u64 = said.map(program::Message::bytes).sum();
+                    *bytes.entry((what, op.phase == Phase::Forward)).or_default() += said * times;
                 }
                 let of = |what, forward| bytes.get(&(what, forward)).copied().unwrap_or(0);
                 assert_eq!(of("exchange", true), of("exchange", false), "{layout:?}");

@@ -3,6 +3,7 @@
 //!
 //! Nothing here does I/O: tables come in as text, calibrations and errors go out as values.
 
+pub mod columns;
 pub mod fit;
 pub mod inference;
 pub mod memory;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use plan::calibration::{Calibration, Evidence};
 use rayon::prelude::*;
 use serde::Serialize;
-use spec::{Catalog, Result};
+use spec::{Catalog, Error, Result};
 
 use crate::fit::{self, Miss, Prepared};
 use crate::memory::{self, Memory};
@@ -157,6 +157,13 @@ pub fn cross_validate_by(
 pub fn halves(path: &str, text: &str, catalog: &Catalog) -> Result<Validation> {
     let (prepared, not_priced, memory) = prepare(path, text, catalog)?;
     let (mut back, mut fitted): (Vec<_>, Vec<_>) = prepared.into_iter().partition(|p| p.run().kept_back());
+    if back.is_empty() != fitted.is_empty() {
+        let (kept, n) = if back.is_empty() { ("none", fitted.len()) } else { ("all", back.len()) };
+        return Err(Error::user(format!("{path}: {kept} of its {n} rows are in the half that is kept back"))
+            .hint(
+                "which half a row is in is a property of its id: more rows fill both; or leave --half out",
+            ));
+    }
     let calibration = with_spreads(&mut fitted);
     let rows = back.par_iter_mut().map(|p| row(p, &calibration)).collect();
     Ok(Validation { memory, ..summary(rows, &back, not_priced, Unseen::Half) })

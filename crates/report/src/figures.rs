@@ -4,8 +4,10 @@ mod bars;
 mod frontier;
 mod goodput;
 mod money;
+mod ranks;
 mod sensitivity;
 mod stages;
+mod ways;
 
 use crate::table::Table;
 
@@ -13,8 +15,10 @@ pub(crate) use bars::{memory, parts};
 pub(crate) use frontier::{layouts, scaling};
 pub(crate) use goodput::{interval, losses};
 pub(crate) use money::{cost, utilisation};
+pub(crate) use ranks::by_stage_memory;
 pub(crate) use sensitivity::{cost_swings, time_swings};
 pub(crate) use stages::{Timeline, by_stage, timeline};
+pub(crate) use ways::{decision_swings, use_of_ways, ways};
 
 /// A drawing with its numbers.
 #[derive(Clone, Debug, PartialEq)]

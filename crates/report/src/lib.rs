@@ -1,6 +1,7 @@
 //! Answers as pages: figures drawn here as SVG, the numbers behind them as tables, in one file that needs no network.
 
 pub mod compare;
+pub mod decide_page;
 mod figures;
 pub mod guide_page;
 mod page;

@@ -4,7 +4,7 @@ use economics::Date;
 use economics::own::Ownership;
 use economics::price::Quote;
 use economics::run::{Ask, Basis, Run};
-use plan::answer::{Answer, Choice, Question, plan};
+use plan::answer::{Answer, Choice, Question, fastest_each};
 use plan::calibration::Calibration;
 use serde::Serialize;
 use serde_json::Value;
@@ -58,24 +58,24 @@ pub fn scales(
     ask: Option<&Ask>,
 ) -> Vec<Scale> {
     let asked = question.cluster.accelerators;
-    let sizes = (1..=4).rev().map(|i| asked >> i).chain((0..=2).map(|i| asked << i));
-    sizes
-        .filter(|n| *n > 0)
-        .filter_map(|n| {
-            let cluster = catalog.cluster(&question.cluster.name, Some(n)).ok()?;
-            let smaller = Question { cluster, keep: 1, ..question.clone() };
-            let answer = plan(smaller, calibration, &|_, _| ()).ok()?;
-            let best = answer.best.first()?;
-            let run = ask.and_then(|ask| economics::run::run(catalog, &answer, ask).ok());
-            Some(Scale {
-                accelerators: n,
-                step_s: best.step_s,
-                mfu: best.mfu,
-                wall_days: run.as_ref().map(|r| r.wall_days),
-                usd: run.as_ref().and_then(|r| r.cost_usd).map(|c| c.value.to_dollars()),
-            })
+    let sizes = (1..=4).rev().map(|i| asked >> i).chain((0..=2).map(|i| asked << i)).filter(|n| *n > 0);
+    let questions = sizes.filter_map(|n| {
+        let cluster = catalog.cluster(&question.cluster.name, Some(n)).ok()?;
+        Some(Question { cluster, keep: 1, ..question.clone() })
+    });
+    let answers = fastest_each(questions.collect(), calibration).unwrap_or_default();
+    let scale = |answer: Answer| {
+        let best = answer.best.first()?;
+        let run = ask.and_then(|ask| economics::run::run(catalog, &answer, ask).ok());
+        Some(Scale {
+            accelerators: answer.question.cluster.accelerators,
+            step_s: best.step_s,
+            mfu: best.mfu,
+            wall_days: run.as_ref().map(|r| r.wall_days),
+            usd: run.as_ref().and_then(|r| r.cost_usd).map(|c| c.value.to_dollars()),
         })
-        .collect()
+    };
+    answers.into_iter().flatten().filter_map(scale).collect()
 }
 
 /// The whole page.
@@ -101,9 +101,18 @@ pub fn plan_page(r: &Report<'_>) -> Result<String> {
     page.figure(&figures::timeline(&timeline));
     page.figure(&figures::by_stage(&timeline));
     page.figure(&figures::memory(r.answer, best));
+    match figures::by_stage_memory(r.answer, best) {
+        Ok(figure) => page.figure(&figure),
+        Err(why) => page.html(&format!(
+            "<p class=\"says\" id=\"no-ranks\">Memory rank by rank is drawn from the step program, which this layout has none of: {}.</p>",
+            escape(&why.to_string())
+        )),
+    }
 
     if let Some(run) = r.run {
         page.section("run", "The run");
+        let why: String = run.range_of.iter().map(|w| format!("<li>{}</li>", escape(w))).collect();
+        page.html(&format!("<h3>Why the ranges are as wide</h3><ul id=\"range-of\">{why}</ul>"));
         figures::interval(run).iter().for_each(|f| page.figure(f));
         page.figure(&figures::losses(run));
         page.section("money", "The money");

@@ -1,6 +1,7 @@
 //! Hugging Face `config.json`, both ways. Defaults of absent keys are those of `transformers`' configuration classes.
 
 mod bounded;
+mod mixtures;
 mod planned;
 mod windows;
 
@@ -8,7 +9,9 @@ pub use bounded::{parse_json, small_json};
 pub use planned::HfModel;
 pub use windows::Windows;
 
-use crate::{Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
+use crate::{
+    Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router,
+};
 use serde_json::{Map, Value, json};
 
 /// `model_type`, the architecture with a language-model head, and what the configuration class assumes of an absent key.
@@ -65,7 +68,17 @@ const GPT2: Family = Family {
     kv_heads: None,
     max_positions: 1024,
 };
-const FAMILIES: [&Family; 5] = [&LLAMA, &MISTRAL, &QWEN2, &QWEN3, &GPT2];
+const MIXTRAL: Family = Family { model_type: "mixtral", architecture: "MixtralForCausalLM", ..MISTRAL };
+const QWEN3_MOE: Family = Family {
+    model_type: "qwen3_moe",
+    architecture: "Qwen3MoeForCausalLM",
+    hidden: 2048,
+    ffn: 6144,
+    layers: 24,
+    kv_heads: Some(4),
+    ..QWEN2
+};
+const FAMILIES: [&Family; 7] = [&LLAMA, &MISTRAL, &QWEN2, &QWEN3, &MIXTRAL, &QWEN3_MOE, &GPT2];
 
 // Sizes under the name that the class writes first, then those of attribute maps, old files and other families.
 const HIDDEN: &[&str] = &["hidden_size", "n_embd", "d_model", "n_embed"];
@@ -146,6 +159,7 @@ impl ModelSpec {
                 });
                 match family.model_type {
                     "qwen2" => own["use_sliding_window"] = json!(false),
+                    "mixtral" | "qwen3_moe" => self.experts_json(family, &mut own),
                     "qwen3" => {
                         own["use_sliding_window"] = json!(false);
                         own["attention_bias"] = json!(self.qkv_bias);
@@ -166,12 +180,16 @@ impl ModelSpec {
 
     fn hf_family(&self) -> Result<&'static Family> {
         let refuse = |why: &str| {
-            Err(Error::user(format!("{} has no Hugging Face architecture: {why}", self.name))
-                .hint("the families that can be written are Llama, Qwen 2, Qwen 3 and GPT-2"))
+            Err(Error::user(format!("{} has no Hugging Face architecture: {why}", self.name)).hint(
+                "the families that can be written are Llama, Qwen 2, Qwen 3, Mixtral, Qwen 3 MoE and GPT-2",
+            ))
         };
         let rope = matches!(self.position, Position::Rope(_));
-        if self.experts.is_some() || self.latent.is_some() {
-            return refuse("experts and latent attention are read, not written");
+        if self.latent.is_some() {
+            return refuse("latent attention is read, not written");
+        }
+        if let Some(experts) = &self.experts {
+            return self.hf_mixture(experts).or_else(refuse);
         }
         match (self.norm, rope) {
             (NormKind::Layer, true) => return refuse("LayerNorm with rotary positions"),
@@ -317,6 +335,9 @@ impl<'a> Config<'a> {
                 refuse(key, "only 1 is");
             }
         }
+        if self.number_or("router_jitter_noise", Some(0.0))? != 0.0 {
+            refuse("router_jitter_noise", "routers have no noise");
+        }
         for key in ["scale_attn_by_inverse_layer_idx", "add_cross_attention"] {
             if self.flag_or(key, false)? {
                 refuse(key, "only false is");
@@ -337,7 +358,8 @@ impl<'a> Config<'a> {
     fn sliding_window(&self, family: &Family) -> Result<Option<Error>> {
         let (windowed, default) = match family.model_type {
             "mistral" => (true, Some(4096)),
-            "qwen2" | "qwen3" if self.flag_or("use_sliding_window", false)? => {
+            "mixtral" => (true, None),
+            "qwen2" | "qwen3" | "qwen3_moe" if self.flag_or("use_sliding_window", false)? => {
                 let full_layers = self.count_or("max_window_layers", Some(28))?;
                 (full_layers < self.size(LAYERS, family.layers)?, Some(4096))
             }
@@ -376,12 +398,14 @@ impl<'a> Config<'a> {
             true => heads,
             false => family.kv_heads.unwrap_or(heads),
         };
+        let qwen3 = ["qwen3", "qwen3_moe"].contains(&family.model_type);
+        let experts = self.trained_experts(family)?;
         let own_dim = match family.model_type {
             "qwen3" => Some(128),
             _ => (hidden.is_multiple_of(heads)).then(|| hidden / heads),
         };
         let attention_bias = match family.model_type {
-            "qwen2" | "mistral" => false,
+            "qwen2" | "mistral" | "mixtral" => false,
             _ => self.flag_or("attention_bias", false)?,
         };
         Ok(ModelSpec {
@@ -394,16 +418,18 @@ impl<'a> Config<'a> {
             kv_heads: self.count_or("num_key_value_heads", Some(kv_heads))?,
             head_dim: self.count_or("head_dim", own_dim)?,
             norm: NormKind::Rms,
-            norm_eps: self.number_or("rms_norm_eps", Some(1e-6))? as f32,
+            norm_eps: self
+                .number_or("rms_norm_eps", Some(if family.model_type == "mixtral" { 1e-5 } else { 1e-6 }))?
+                as f32,
             position: Position::Rope(rope(self, self.max_positions(family)?)?),
             activation: Activation::SwiGlu,
             qkv_bias: attention_bias || family.model_type == "qwen2",
             attn_out_bias: attention_bias,
             mlp_bias: family.model_type == "llama" && self.flag_or("mlp_bias", false)?,
-            qk_norm: family.model_type == "qwen3",
+            qk_norm: qwen3,
             tied_embeddings: self.flag_or("tie_word_embeddings", false)?,
             init_std: self.number_or("initializer_range", Some(0.02))? as f32,
-            experts: None,
+            experts,
             latent: None,
         })
     }

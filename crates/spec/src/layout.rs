@@ -37,6 +37,8 @@ pub struct Layout {
     pub recompute: Recompute,
     /// How gradients are summed over ranks.
     pub reduce: Reduce,
+    /// For how many rows of its experts a rank has room, where experts are spread over ranks.
+    pub expert_rows: ExpertRows,
 }
 
 impl Default for Layout {
@@ -56,6 +58,7 @@ impl Default for Layout {
             micro_batch: 1,
             recompute: Recompute::None,
             reduce: Reduce::Tree,
+            expert_rows: ExpertRows::All,
         }
     }
 }
@@ -150,7 +153,7 @@ pub enum PipelineSchedule {
 }
 
 /// Which activations are recomputed in the backward pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Recompute {
     /// Keep everything that backward needs.
@@ -159,6 +162,18 @@ pub enum Recompute {
     Selective,
     /// Keep only the input of each layer.
     Full,
+}
+
+/// For how many rows of its experts a rank has room.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExpertRows {
+    /// For all that can come, should every token choose this rank's experts: what training needs, since no row may be
+    /// left out.
+    #[default]
+    All,
+    /// For an even share: what balanced training takes, to plan it.
+    Even,
 }
 
 /// How gradients are summed over ranks.

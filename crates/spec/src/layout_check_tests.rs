@@ -142,7 +142,15 @@ fn contexts_and_experts() {
     );
     check(Layout { ep: 2, dp: 2, ..one() }, "layout.ep = 2, but tiny has no experts | set layout.ep=1");
 
-    let experts = Experts { count: 12, top_k: 2, ffn: 8, shared_ffn: 10, dense_layers: 0, every: 1 };
+    let experts = Experts {
+        count: 12,
+        top_k: 2,
+        ffn: 8,
+        shared_ffn: 10,
+        dense_layers: 0,
+        every: 1,
+        router: Default::default(),
+    };
     let mixed = ModelSpec { experts: Some(experts), ffn: 97, ..tiny() };
     let verdict = |layout: Layout| {
         layout
@@ -208,7 +216,15 @@ fn groups_that_shard() {
     );
 
     // Groups hold whole sets of experts, or a part of one.
-    let experts = Experts { count: 12, top_k: 2, ffn: 8, shared_ffn: 0, dense_layers: 0, every: 1 };
+    let experts = Experts {
+        count: 12,
+        top_k: 2,
+        ffn: 8,
+        shared_ffn: 0,
+        dense_layers: 0,
+        every: 1,
+        router: Default::default(),
+    };
     let mixed = ModelSpec { experts: Some(experts), ..tiny() };
     let verdict = |ep: usize, shard: usize| {
         let layout =

@@ -129,6 +129,7 @@ mod tests {
         ) -> ModelSpec {
             let experts = experts.map(|(count, shared_ffn)| Experts {
                 count, top_k: 1, ffn: 8, shared_ffn: 6 * shared_ffn, dense_layers: 0, every: 2,
+                router: Default::default(),
             });
             let tiny = ModelSpec::preset("tiny").unwrap();
             ModelSpec { heads: heads * groups, kv_heads: heads, ffn, experts, layers: 4, ..tiny }

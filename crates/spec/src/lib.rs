@@ -11,6 +11,7 @@ mod family;
 mod hf;
 mod layout;
 mod layout_check;
+mod layout_fit;
 mod legality;
 mod lr;
 mod model;
@@ -33,10 +34,13 @@ pub use dtype::DType;
 pub use error::{Context, Error, Kind, Result, printable};
 pub use family::{Family, MatrixUnits};
 pub use hf::{HfModel, Windows, parse_json, small_json};
-pub use layout::{Layout, PipelineSchedule, Recompute, Reduce, Zero};
+pub use layout::{ExpertRows, Layout, PipelineSchedule, Recompute, Reduce, Zero};
+pub use layout_fit::Fitted;
 pub use legality::{Broken, Checked, Rule, Tolerance, lcm};
 pub use lr::{LrSchedule, ScheduleKind};
-pub use model::{Activation, Experts, Latent, ModelSpec, NormKind, Position, Rope, RopeScaling};
+pub use model::{
+    Activation, Experts, Latent, ModelSpec, NormKind, Position, Rope, RopeScaling, Router, Score,
+};
 pub use number_format::NumberFormat;
 pub use origin::Origin;
 pub use run::RunSpec;

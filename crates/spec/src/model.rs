@@ -53,7 +53,7 @@ pub struct ModelSpec {
 }
 
 /// Mixture of experts in place of the feed-forward layer (Shazeer et al. 2017, arXiv 1701.06538).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Experts {
     /// Routed experts of a layer.
@@ -68,6 +68,62 @@ pub struct Experts {
     pub dense_layers: usize,
     /// After those, every how many layers one has experts: the last of each run.
     pub every: usize,
+    /// How experts are chosen and weighed.
+    #[serde(default)]
+    pub router: Router,
+}
+
+/// How a token's experts are chosen and weighed from the router's logits.
+///
+/// Each expert has a score. The `top_k` best are chosen, and their outputs added with the scores as weights.
+///
+/// | family | score | renormalise | scale | groups |
+/// | --- | --- | --- | --- | --- |
+/// | Mixtral | softmax | yes: the softmax over the chosen logits alone | 1 | |
+/// | Qwen3-MoE | softmax | as `norm_topk_prob` says | 1 | |
+/// | DeepSeek-V3, Kimi K2 | sigmoid | yes | 2.5 | 4 of 8; 1 |
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Router {
+    /// What an expert's score is of the logits.
+    pub score: Score,
+    /// The weights of a token are divided by their sum.
+    pub renormalise: bool,
+    /// Factor of all weights.
+    pub scale: f32,
+    /// Equal runs of experts, each as good as its two best together (DeepSeek-V3, arXiv 2412.19437, section 2.1.2);
+    /// 1 without.
+    pub groups: usize,
+    /// Experts are chosen among those of so many groups.
+    pub top_groups: usize,
+    /// Factor of the loss of experts that are chosen unevenly within a sequence; 0 without.
+    pub balance_loss: f32,
+    /// Factor of the mean square of the logits' log-sum-exp; 0 without.
+    pub z_loss: f32,
+}
+
+impl Default for Router {
+    fn default() -> Router {
+        Router {
+            score: Score::Softmax,
+            renormalise: true,
+            scale: 1.0,
+            groups: 1,
+            top_groups: 1,
+            balance_loss: 0.0,
+            z_loss: 0.0,
+        }
+    }
+}
+
+/// What an expert's score is of the router's logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Score {
+    /// The softmax over all experts.
+    Softmax,
+    /// The sigmoid of the expert's own logit.
+    Sigmoid,
 }
 
 /// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1): keys and values of all heads come from one

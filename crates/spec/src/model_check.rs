@@ -9,6 +9,10 @@ const MAX_FFN: usize = 1 << 22;
 const MAX_HEADS: usize = 1 << 14;
 const MAX_HEAD_DIM: usize = 1 << 14;
 const MAX_EXPERTS: usize = 1 << 16;
+/// As many as the router can sort; published models have 8.
+const MAX_GROUPS: usize = 1024;
+/// Factors beyond it are slips of a unit.
+const MAX_FACTOR: f32 = 1e4;
 /// Longest context.
 pub(crate) const MAX_POSITIONS: usize = 1 << 26;
 /// Ten thousand times the largest model trained.
@@ -86,6 +90,7 @@ impl ModelSpec {
                 return Err(Error::user(format!("model.experts.{key} = {size}, expected {least} to {most}")));
             }
         }
+        check_router(e)?;
         if self.mlp_bias {
             return Err(Error::user(
                 "model.mlp_bias = true with model.experts, expected experts without biases",
@@ -205,6 +210,50 @@ fn check_original(positions: usize) -> Result<()> {
     )))
 }
 
+fn check_router(e: &Experts) -> Result<()> {
+    let r = &e.router;
+    let divisors = |of: usize| (1..=of.min(MAX_GROUPS)).filter(move |d| of.is_multiple_of(*d));
+    let list =
+        |works: &mut dyn Iterator<Item = usize>| works.map(|x| x.to_string()).collect::<Vec<_>>().join(", ");
+    if !e.count.is_multiple_of(r.groups.max(1)) || !(1..=MAX_GROUPS).contains(&r.groups) {
+        return Err(Error::user(format!(
+            "model.experts.groups = {} does not divide model.experts.count = {}",
+            r.groups, e.count
+        ))
+        .hint(format!("values of model.experts.groups that work: {}", list(&mut divisors(e.count)))));
+    }
+    if r.top_groups < 1 || r.top_groups > r.groups {
+        return Err(Error::user(format!(
+            "model.experts.top_groups = {}, expected 1 to {}",
+            r.top_groups, r.groups
+        )));
+    }
+    let reached = e.count / r.groups * r.top_groups;
+    if e.top_k > reached {
+        return Err(Error::user(format!(
+            "model.experts.top_k = {} of the {reached} experts in model.experts.top_groups = {}",
+            e.top_k, r.top_groups
+        ))
+        .hint(format!(
+            "values of model.experts.top_groups that work: {} to {}",
+            e.top_k.div_ceil(e.count / r.groups),
+            r.groups
+        )));
+    }
+    let numbers = [
+        ("scale", r.scale, f32::MIN_POSITIVE),
+        ("balance_loss", r.balance_loss, 0.0),
+        ("z_loss", r.z_loss, 0.0),
+    ];
+    for (key, x, least) in numbers {
+        if !(least..=MAX_FACTOR).contains(&x) {
+            let from = if least > 0.0 { "a number above 0" } else { "a number from 0" };
+            return Err(Error::user(format!("model.experts.{key} = {x}, expected {from} to {MAX_FACTOR}")));
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -260,7 +309,15 @@ mod tests {
 
     #[test]
     fn mixtures_and_latents() {
-        let experts = Experts { count: 8, top_k: 2, ffn: 16, shared_ffn: 0, dense_layers: 1, every: 1 };
+        let experts = Experts {
+            count: 8,
+            top_k: 2,
+            ffn: 16,
+            shared_ffn: 0,
+            dense_layers: 1,
+            every: 1,
+            router: Default::default(),
+        };
         let with = |change: fn(&mut Experts)| {
             move |m: &mut ModelSpec| {
                 let mut e = experts;
@@ -317,6 +374,7 @@ mod tests {
             ("qwen3-0.6b", 596_049_920),
             ("qwen3-8b", 8_190_735_360),
             ("llama-tiny-ref", 13_767_552),
+            ("moe-tiny", 35_019_648),
         ] {
             assert_eq!(ModelSpec::preset(name).expect(name).param_count(), expected, "{name}");
         }

@@ -1,7 +1,8 @@
 use crate::doc::Doc;
 use crate::run::keys::{KEYS, ORIGIN_KEYS};
 use crate::{
-    Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, suggest,
+    Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router,
+    Score, suggest,
 };
 
 macro_rules! catalogue {
@@ -15,6 +16,7 @@ const PRESETS: &[(&str, &str)] = catalogue![
     "tiny",
     "tiny-gpt2",
     "llama-tiny-ref",
+    "moe-tiny",
     "gpt2",
     "gpt2-medium",
     "gpt2-large",
@@ -191,7 +193,27 @@ fn read_experts(doc: &Doc, base: Option<Experts>) -> Result<Option<Experts>> {
         shared_ffn: field("model.experts.shared_ffn", base.map(|b| b.shared_ffn), Some(0))?,
         dense_layers: field("model.experts.dense_layers", base.map(|b| b.dense_layers), Some(0))?,
         every: field("model.experts.every", base.map(|b| b.every), Some(1))?,
+        router: read_router(doc, base.map(|b| b.router).unwrap_or_default())?,
     }))
+}
+
+fn read_router(doc: &Doc, base: Router) -> Result<Router> {
+    let number = |key: &str, base: f32| Ok::<f32, Error>(doc.number_if_set(key)?.map_or(base, |x| x as f32));
+    let count = |key: &str, base: usize| if doc.written(key) { doc.count(key) } else { Ok(base) };
+    let renormalise = "model.experts.renormalise";
+    Ok(Router {
+        score: match word(doc, "model.experts.score")? {
+            Some("sigmoid") => Score::Sigmoid,
+            Some(_) => Score::Softmax,
+            None => base.score,
+        },
+        renormalise: if doc.written(renormalise) { doc.flag(renormalise)? } else { base.renormalise },
+        scale: number("model.experts.scale", base.scale)?,
+        groups: count("model.experts.groups", base.groups)?,
+        top_groups: count("model.experts.top_groups", base.top_groups)?,
+        balance_loss: number("model.experts.balance_loss", base.balance_loss)?,
+        z_loss: number("model.experts.z_loss", base.z_loss)?,
+    })
 }
 
 fn read_latent(doc: &Doc, base: Option<Latent>) -> Result<Option<Latent>> {

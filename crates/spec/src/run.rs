@@ -186,6 +186,9 @@ pub struct CheckpointSpec {
     pub keep_every: Option<usize>,
     /// Written while training goes on.
     pub background: bool,
+    /// Steps between copies of each rank's share in the memory of another, where ranks can go on without one that is
+    /// lost; `None` makes none.
+    pub memory_every: Option<usize>,
 }
 
 /// `[run]`: where the run lives.

@@ -47,4 +47,6 @@ golden! {
     llama3_rope "llama3-rope"
     qwen2_like "qwen2-like"
     qwen3_like "qwen3-like"
+    mixtral_like "mixtral-like"
+    qwen3_moe_like "qwen3-moe-like"
 }

@@ -1,8 +1,10 @@
 //! The host's own cores and memory as a device.
 
 mod args;
+mod experts;
 mod table;
 
+use std::ops::Range;
 use std::time::Instant;
 
 use comm::{ElementType, Span};
@@ -22,12 +24,14 @@ use args::Args;
 pub struct Cpu {
     pool: Pool,
     arena: Arena,
+    /// Elements of rows that go to and come from each member, of the message that is said.
+    ranges: [Vec<Range<usize>>; 2],
 }
 
 impl Cpu {
     /// A device of so many threads, without memory yet.
     pub fn new(threads: usize) -> Cpu {
-        Cpu { pool: Pool::new(threads), arena: Arena::none() }
+        Cpu { pool: Pool::new(threads), arena: Arena::none(), ranges: Default::default() }
     }
 
     fn run<T: table::Number>(&self, launch: &Launch<'_>) -> Result<()> {
@@ -64,7 +68,6 @@ impl Device for Cpu {
 
     fn can_run(&self, op: &Op, _: DType) -> Result<(), Lack> {
         match op.comm.as_ref().map(|c| c.what) {
-            Some(Collective::AllToAll) => Err(Lack::ExpertRanks),
             Some(Collective::Ring) => Err(Lack::Contexts),
             Some(_) if op.only_talks() => Ok(()),
             _ => table::kernel::<f32>(&op.kind).map(|_| ()),
@@ -129,9 +132,27 @@ impl Device for Cpu {
 
     fn say(&mut self, mesh: &mut Mesh, message: &Message<'_>, ticket: Option<Ticket>) -> Result<()> {
         let (from, to) = (message.from.map(|o| self.span(o)), message.to.map(|o| self.span(o)));
+        let mut ranges = std::mem::take(&mut self.ranges);
+        if let Some((counts, row)) = message.counted {
+            for ((ranges, counts), room) in ranges.iter_mut().zip(counts).zip([message.from, message.to]) {
+                counted(self.arena.read::<u32>(counts), (message.parts.len(), row), ranges);
+                let (all, room) = (ranges.last().map_or(0, |r| r.end), room.map_or(0, |o| o.len()));
+                if all > room {
+                    return Err(Error::failure(format!(
+                        "{} rows for experts with room for {}",
+                        all / row.max(1),
+                        room / row.max(1)
+                    )));
+                }
+            }
+        }
+        let with_ranges = Message { parts: &ranges[0], arrive: &ranges[1], ..*message };
+        let message = if message.counted.is_some() { &with_ranges } else { message };
         // SAFETY: the spans lie in the arena, in buffers that placement gives to this op alone until it, or the op that
         // waits for it, is over; the executor ends what is under way before the device and its arena go.
-        unsafe { mesh.say(message, from, to, ticket) }
+        let said = unsafe { mesh.say(message, from, to, ticket) };
+        self.ranges = ranges;
+        said
     }
 
     fn end(&mut self, mesh: &mut Mesh, ticket: Ticket, over: &mut dyn FnMut(Instant, Instant)) -> Result<()> {
@@ -141,6 +162,17 @@ impl Device for Cpu {
     fn synchronise(&mut self) -> Result<()> {
         Ok(())
     }
+}
+
+/// The elements of each member's rows, which lie one after another as the counts by (member, expert) say.
+fn counted(counts: &[u32], (members, row): (usize, usize), ranges: &mut Vec<Range<usize>>) {
+    ranges.clear();
+    let mut at = 0;
+    ranges.extend(counts.chunks(counts.len() / members).map(|of_member| {
+        let first = at;
+        at += of_member.iter().map(|c| *c as usize).sum::<usize>() * row;
+        first..at
+    }));
 }
 
 /// Refuses a step that this machine can never hold: the system would hand the memory out and then kill the process.

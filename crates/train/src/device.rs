@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use std::time::Instant;
 
 use bytemuck::Pod;
-use program::{Loss, Mode, Op, OpKind, Program, Request, Ticket};
-use spec::{DType, Error, Layout, Result, RunSpec};
+use program::{Loss, Mode, NORM_CHUNK, Op, OpKind, Program, Request, Ticket};
+use spec::{DType, Error, ExpertRows, Layout, Reduce, Result, RunSpec, Zero};
 
 use crate::arena::Arena;
 use crate::launch::{Launch, Message, Operand, Turn};
@@ -212,9 +212,12 @@ impl Lack {
     pub fn of(kind: &OpKind) -> Lack {
         use OpKind::*;
         match kind {
-            Route { .. } | RouteGrad | Permute { .. } | PermuteGrad | Unpermute { .. } | UnpermuteGrad => {
-                Lack::Experts
-            }
+            Route { .. }
+            | RouteGrad { .. }
+            | Permute { .. }
+            | PermuteGrad
+            | Unpermute { .. }
+            | UnpermuteGrad => Lack::Experts,
             GroupedLinear { .. } | GroupedLinearGradInput { .. } | GroupedLinearGradWeight { .. } => {
                 Lack::Experts
             }
@@ -232,6 +235,7 @@ impl Lack {
 /// # Errors
 /// What the device cannot run, in terms of the model or the layout, and what works.
 pub fn check_run(device: &dyn Device, run: &RunSpec) -> Result<()> {
+    check_experts(run)?;
     // Which kinds of op a step has depends on these axes; how the others divide it may still be open.
     let RunSpec { layout: Layout { cp, ep, .. }, model, batch, train, .. } = run;
     let layout = Layout { cp: *cp, ep: *ep, dp: *ep, ..Layout::default() };
@@ -247,6 +251,49 @@ pub fn check_run(device: &dyn Device, run: &RunSpec) -> Result<()> {
     };
     // A program that cannot be built is refused for its own reasons, by whoever builds the whole of it.
     Program::build(&request, &|_, _| 0).map_or(Ok(()), |p| check_ops(device, &p, &model.name))
+}
+
+/// Refuses what would make the numbers of a mixture depend on its layout, or leave rows out.
+fn check_experts(run: &RunSpec) -> Result<()> {
+    let (l, model) = (&run.layout, &run.model);
+    let Some(e) = model.experts else { return Ok(()) };
+    if e.router.balance_loss > 0.0 && l.tp > 1 {
+        return Err(Error::user(format!(
+            "model.experts.balance_loss with layout.tp = {}: it is of whole sequences, which no rank routes there",
+            l.tp
+        ))
+        .hint("set layout.tp=1, or model.experts.balance_loss=0"));
+    }
+    if l.ep == 1 {
+        return Ok(());
+    }
+    if l.expert_rows == ExpertRows::Even {
+        return Err(Error::user(
+            "layout.expert_rows = \"even\" has no room for uneven choices: it is for planning",
+        )
+        .hint("set layout.expert_rows=all"));
+    }
+    if l.zero >= Zero::Gradients && l.shard_dp() * l.cp * l.tp < l.ep {
+        return Err(Error::user(format!(
+            "layout.shard = {} cuts the {} ranks that hold all experts, whose gradients are sharded after each micro-batch",
+            l.shard_dp(),
+            l.ep
+        ))
+        .hint(format!("set layout.shard={} or more, or layout.zero to 0 or 1", l.ep / (l.cp * l.tp))));
+    }
+    // The gradient norm is summed by chunks, which must not straddle ranks.
+    let whole = |ep: usize| (e.count / ep * e.ffn * model.hidden).is_multiple_of(NORM_CHUNK);
+    if l.reduce == Reduce::Tree && !whole(l.ep) {
+        let works = (1..=e.count).filter(|ep| e.count.is_multiple_of(*ep) && (*ep == 1 || whole(*ep)));
+        let works: Vec<String> = works.map(|ep| ep.to_string()).collect();
+        return Err(Error::user(format!(
+            "layout.ep = {}: a rank's experts have {} elements, no multiple of {NORM_CHUNK}, by which the norm is summed",
+            l.ep,
+            e.count / l.ep * e.ffn * model.hidden
+        ))
+        .hint(format!("values of layout.ep that work: {}; with layout.reduce=ring any does", works.join(", "))));
+    }
+    Ok(())
 }
 
 /// Asks a device about every op of a program.
@@ -266,14 +313,14 @@ pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result
     };
     let has = |what: &str| {
         Error::user(format!("{model} has {what}: it can be planned, it does not train yet")).hint(
-            "phalanx plan --model NAME prices it; dense models of the Llama, Qwen and GPT-2 families train",
+            "phalanx plan --model NAME prices it; models of the Llama, Qwen, Mixtral and GPT-2 families train",
         )
     };
     Err(match first {
-        Lack::Experts if lacks.iter().any(|(l, _)| *l == Lack::Latent) => {
-            has("a mixture of experts and latent attention")
+        Lack::Experts => {
+            Error::user(format!("{model} has a mixture of experts: {} has no kernels for it", device.name()))
+                .hint("set run.device=cpu")
         }
-        Lack::Experts => has("a mixture of experts"),
         Lack::Latent => has("latent attention"),
         Lack::Contexts => axis("cp", p.layout.cp, "context parallelism"),
         Lack::ExpertRanks => axis("ep", p.layout.ep, "expert parallelism"),

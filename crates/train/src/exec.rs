@@ -1,17 +1,20 @@
 //! The executor: a rank's program, op by op, on a device.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
-use program::{BufferId, Op, Program, Request, Ticket, When};
+use program::{Axis, BufferId, Members, Op, Program, Request, Ticket, When};
 use spec::Result;
 
 use crate::cpu::Cpu;
 use crate::device::{Device, Stretch, check_ops};
 use crate::launch::{Launch, Operand, Talk, Turn};
 use crate::mesh::Mesh;
+use crate::null::Null;
 use crate::resolve::{self, Action};
 use crate::spans::Spans;
+use crate::survive::Pulse;
 
 /// Runs a rank's program on a device.
 pub struct Executor {
@@ -25,8 +28,8 @@ pub struct Executor {
     pub(crate) mesh: Mesh,
     /// Start and end of every op of a step, when recorded.
     pub spans: Spans,
-    /// Time in which this step waited for other ranks.
-    comm_ns: u64,
+    /// Time in which this step waited for other ranks, by [`WAITS`].
+    comm_ns: [u64; WAITS.len()],
     /// When the op that yields the gradient norm began.
     pub(crate) norm_start_ns: u64,
     /// The last step failed of something that every rank sees alike.
@@ -37,6 +40,25 @@ pub struct Executor {
     begun: Vec<(Ticket, (usize, usize))>,
     /// What went on beside others and is over: block, index, start and end.
     over: Vec<((usize, usize), Instant, Instant)>,
+    /// Shows that it lives.
+    pulse: Arc<Pulse>,
+}
+
+/// What a rank may wait on.
+const WAITS: [&str; 6] = ["dp", "tp", "pp", "cp", "ep", "world"];
+
+/// Index into [`WAITS`] of whom an op talks to. Those that hold the same parameters are replicas, whatever axes they
+/// differ along.
+fn waits_on(op: &Op) -> usize {
+    match op.comm.as_ref().map(|c| c.members) {
+        Some(Members::Replicas(_) | Members::Shards(_) | Members::Owners(_)) => 0,
+        Some(Members::Axis(Axis::Dp)) => 0,
+        Some(Members::Axis(Axis::Tp)) => 1,
+        Some(Members::Axis(Axis::Pp) | Members::Ends) => 2,
+        Some(Members::Axis(Axis::Cp)) => 3,
+        Some(Members::Axis(Axis::Ep)) => 4,
+        Some(Members::World) | None => 5,
+    }
 }
 
 /// What changes from step to step, besides the batch.
@@ -110,16 +132,29 @@ impl Executor {
             actions: resolve::actions(&program),
             eval_sum: resolve::eval_sum(&program),
             spans: Spans::new(room, record),
-            comm_ns: 0,
+            comm_ns: [0; WAITS.len()],
             norm_start_ns: 0,
             failed_alike: false,
             batch: Default::default(),
             begun: Vec::new(),
             over: Vec::new(),
+            pulse: Arc::default(),
             program,
             device,
             mesh,
         })
+    }
+
+    /// Where it shows that it lives.
+    pub(crate) fn set_pulse(&mut self, pulse: Arc<Pulse>) {
+        self.pulse = pulse;
+    }
+
+    /// Gives back memory and ranks; nothing can be run from now on.
+    pub(crate) fn leave(&mut self) {
+        self.mesh.quiet();
+        self.device = Box::new(Null::default());
+        self.mesh = Mesh::alone();
     }
 
     /// What it runs on.
@@ -134,7 +169,13 @@ impl Executor {
 
     /// Seconds of the last step in which this rank did nothing but wait for others.
     pub fn exposed_comm_s(&self) -> f64 {
-        self.comm_ns as f64 / 1e9
+        self.comm_ns.iter().sum::<u64>() as f64 / 1e9
+    }
+
+    /// The same by the axis of the mesh on which it waited; axes without a wait are left out.
+    pub fn waits_s(&self) -> impl Iterator<Item = (&'static str, f64)> {
+        let waits = WAITS.into_iter().zip(self.comm_ns);
+        waits.filter(|(_, ns)| *ns > 0).map(|(axis, ns)| (axis, ns as f64 / 1e9))
     }
 
     /// Bytes that the device holds for the step: what the program placed.
@@ -205,8 +246,11 @@ impl Executor {
     /// If a peer is lost, or the loss or the gradient norm is NaN or infinite (parameters are then as before the step).
     pub fn step(&mut self, inputs: &StepInputs) -> Result<StepOutputs> {
         self.spans.begin();
-        self.comm_ns = 0;
+        self.comm_ns = [0; WAITS.len()];
         self.load()?;
+        if let Some(counts) = self.program.io.expert_counts {
+            self.device.clear(self.whole(counts))?;
+        }
         let loss_scale = (1.0 / inputs.valid_tokens.max(1) as f64) as f32;
         self.stretch(Stretch::Gradients, Turn { loss_scale, ..Turn::default() }, |exec, turn| {
             for i in 0..exec.program.schedule.len() {
@@ -272,7 +316,9 @@ impl Executor {
     /// Runs an op's kernel, if it has one.
     pub(crate) fn compute(&mut self, block: usize, i: usize, turn: Turn) -> Result<()> {
         let Some(call) = &self.actions[block][i].call else { return Ok(()) };
+        self.pulse.begin();
         let ran = self.device.launch(&Launch::new(call, turn));
+        self.pulse.end();
         ran.map_err(|e| e.context(&self.program.blocks[block].ops[i].name))
     }
 
@@ -301,7 +347,7 @@ impl Executor {
         let end =
             if op.goes_on() { self.spans.now() } else { self.spans.push(block, i, micro_batch, start_ns) };
         if op.only_talks() {
-            self.comm_ns += end - start_ns;
+            self.comm_ns[waits_on(op)] += end - start_ns;
         }
         for (at, began, ended) in self.over.drain(..) {
             self.spans.push_between(at.0, at.1, micro_batch, began, ended);

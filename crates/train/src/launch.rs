@@ -83,6 +83,8 @@ impl<'a> Launch<'a> {
     /// | `LossSum` | | the sequence's sum |
     /// | `ShardGrads` | a micro-batch's sums, the owned part of each | none: a [`Gradient`] for each |
     /// | `TieGrads` | the head's gradient | the table's, in place |
+    /// | `Slice` | this rank's rows | the same |
+    /// | `RouteGrad` | | dlogits, the layer's counts of experts in this step |
     /// | `GradNorm` | owned gradients | all chunk sums, then those of each input |
     /// | `AdamW` | gradient | parameter, first and second moment, \[master\], in place |
     pub fn kind(&self) -> &'a OpKind {
@@ -136,6 +138,8 @@ impl<'a> Launch<'a> {
             cols: of.cols,
             inner: &of.inner,
             merge: Merge { merge, store },
+            streams: of.streams,
+            upper: (index + 1 == count.max(1)).then_some(of.upper.as_slice()),
         }
     }
 
@@ -159,6 +163,17 @@ pub struct Gradient<'a> {
     pub inner: &'a [u32],
     /// Which levels are added, and which one is written.
     pub merge: Merge,
+    /// Counters side by side, each with levels of its own: see [`program::GradOut::streams`].
+    pub streams: usize,
+    /// Radices of the tree over their roots, once all are complete.
+    pub upper: Option<&'a [u32]>,
+}
+
+impl Gradient<'_> {
+    /// Levels of one counter.
+    pub fn stream_levels(&self) -> usize {
+        self.levels.rows / (self.rows * self.streams).max(1)
+    }
 }
 
 /// One message or collective of an op.
@@ -180,6 +195,10 @@ pub struct Message<'a> {
     pub to: Option<Operand>,
     /// The elements of each member.
     pub parts: &'a [Range<usize>],
+    /// Of an all-to-all, those that come from each member.
+    pub arrive: &'a [Range<usize>],
+    /// Of rows that are counted: the counts of what leaves and arrives, by (member, expert), and the elements of a row.
+    pub counted: Option<([Operand; 2], usize)>,
     /// Bytes that this rank gives to others.
     pub sent_bytes: u64,
 }
@@ -256,6 +275,8 @@ pub(crate) struct Target {
     pub(crate) outer: Vec<u32>,
     pub(crate) results: usize,
     pub(crate) result: usize,
+    pub(crate) streams: usize,
+    pub(crate) upper: Vec<u32>,
 }
 
 /// An op's messages, but for what changes from run to run.
@@ -273,6 +294,7 @@ pub(crate) struct Said {
     pub(crate) from: Option<Address>,
     pub(crate) to: Option<Address>,
     pub(crate) parts: Vec<Range<usize>>,
+    pub(crate) counted: Option<([Address; 2], usize)>,
     pub(crate) sent_bytes: u64,
 }
 
@@ -288,6 +310,8 @@ impl Talk {
             from: m.from.map(|a| a.at(micro_batch)),
             to: m.to.map(|a| a.at(micro_batch)),
             parts: &m.parts,
+            arrive: &m.parts,
+            counted: m.counted.map(|(counts, row)| (counts.map(|a| a.at(micro_batch)), row)),
             sent_bytes: m.sent_bytes,
         })
     }

@@ -11,15 +11,35 @@ use crate::launch::Message;
 /// Messages that a stage may have on their way to another before it waits: more than any schedule sends ahead.
 const CHANNEL_DEPTH: usize = 64;
 
+/// Elements of a message when much is passed on: a message is copied on its way, and this much stays in a core's cache.
+const PASSED_AT_ONCE: usize = 1 << 18;
+
+/// The channel of what is passed on; channels of the world's group carry nothing else.
+const PASSING: u32 = 0;
+
 /// The groups that ops name, in the order of their numbers on the wire; the world is there without founding.
-const GROUPS: [Members; 6] = [
+const GROUPS: [Members; 10] = [
     Members::Replicas(Replication::Data),
     Members::Shards(Replication::Data),
     Members::Owners(Replication::Data),
     Members::Axis(Axis::Tp),
     Members::Axis(Axis::Pp),
     Members::Ends,
+    Members::Axis(Axis::Ep),
+    Members::Replicas(Replication::Expert),
+    Members::Shards(Replication::Expert),
+    Members::Owners(Replication::Expert),
 ];
+
+/// The group of the other parameters that experts' gradients meet in where both have the same members.
+fn of_data(members: Members) -> Members {
+    match members {
+        Members::Replicas(Replication::Expert) => Members::Replicas(Replication::Data),
+        Members::Shards(Replication::Expert) => Members::Shards(Replication::Data),
+        Members::Owners(Replication::Expert) => Members::Owners(Replication::Data),
+        other => other,
+    }
+}
 
 /// The ranks that this one talks to, group by group, over the host's own transport.
 #[derive(Default)]
@@ -42,10 +62,21 @@ impl Mesh {
     /// # Errors
     /// If the layout does not multiply to the world, or a rank is lost.
     pub fn new(world: World, layout: &Layout) -> Result<Mesh> {
-        layout.validate_world(world.size())?;
-        if world.size() == 1 {
-            return Ok(Mesh::alone());
+        Mesh::hall(world).found(layout)
+    }
+
+    /// All ranks of a world, whatever their layout will be.
+    pub(crate) fn hall(world: World) -> Mesh {
+        match world.size() {
+            1 => Mesh::alone(),
+            _ => Mesh { world: Some(world), ..Mesh::default() },
         }
+    }
+
+    /// Founds the groups of a layout, as [`Mesh::new`].
+    pub(crate) fn found(self, layout: &Layout) -> Result<Mesh> {
+        layout.validate_world(self.size())?;
+        let Some(world) = self.world else { return Ok(self) };
         let coords = Coords::of(world.rank(), layout);
         let mut groups = HashMap::new();
         for (id, members) in (1..).zip(GROUPS) {
@@ -56,6 +87,10 @@ impl Mesh {
                 _ => false,
             };
             let ranks = members.ranks(coords, layout);
+            let data = of_data(members);
+            if data != members && data.ranks(coords, layout) == ranks {
+                continue;
+            }
             if !silent && ranks.len() > 1 && ranks.contains(&world.rank()) {
                 groups.insert(members, world.group(&ranks, id)?);
             }
@@ -70,6 +105,21 @@ impl Mesh {
     /// This rank; 0 alone.
     pub fn rank(&self) -> usize {
         self.world.as_ref().map_or(0, World::rank)
+    }
+
+    /// Ranks; 1 alone.
+    pub fn size(&self) -> usize {
+        self.world.as_ref().map_or(1, World::size)
+    }
+
+    /// The host of each rank, by number.
+    pub(crate) fn hosts(&self) -> Vec<usize> {
+        self.world.as_ref().map_or(vec![0], |w| (0..w.size()).map(|rank| w.host(rank)).collect())
+    }
+
+    /// Why nothing can be said here any more, if so.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        self.world.as_ref().and_then(World::failure)
     }
 
     /// Whether there is nobody to talk to.
@@ -120,6 +170,65 @@ impl Mesh {
         all[ranges[me].clone()].copy_from_slice(mine);
         world.all().all_gather(tag(OpId::of("exchange.bytes")), &mut all, &ranges)?;
         Ok(ranges.into_iter().map(|r| all[r].to_vec()).collect())
+    }
+
+    /// Part i of `send` goes to rank i; part i of `receive` becomes what rank i has for this one.
+    ///
+    /// # Errors
+    /// If a rank is lost, or parts do not fit each other.
+    pub(crate) fn deal(
+        &self,
+        send: &[f32],
+        send_parts: &[Range<usize>],
+        receive: &mut [f32],
+        receive_parts: &[Range<usize>],
+    ) -> Result<()> {
+        match &self.world {
+            Some(world) => {
+                let tag = tag(OpId::of("deal"));
+                world.all().all_to_all(tag, send, send_parts, receive, receive_parts)
+            }
+            None => {
+                receive.copy_from_slice(send);
+                Ok(())
+            }
+        }
+    }
+
+    /// Sends `parts`, one after the other, to rank `to`, while `receive` is filled with what rank `from` sends likewise.
+    ///
+    /// # Errors
+    /// If a rank is lost.
+    pub(crate) fn pass_on<'a>(
+        &self,
+        to: usize,
+        parts: impl Iterator<Item = &'a [f32]>,
+        from: usize,
+        receive: &mut [f32],
+    ) -> Result<()> {
+        let Some(world) = &self.world else { return Ok(()) };
+        let (all, tag) = (world.all(), tag(OpId::of("pass-on")));
+        let mut incoming = receive.chunks_mut(PASSED_AT_ONCE);
+        let mut pass = |message: &[f32]| {
+            all.send(tag, to, PASSING, message)?;
+            incoming.next().map_or(Ok(()), |room| all.recv(tag, from, PASSING, room))
+        };
+        let mut message = Vec::with_capacity(PASSED_AT_ONCE);
+        for mut part in parts {
+            while !part.is_empty() {
+                let (now, later) = part.split_at(part.len().min(PASSED_AT_ONCE - message.len()));
+                message.extend_from_slice(now);
+                part = later;
+                if message.len() == PASSED_AT_ONCE {
+                    pass(&message)?;
+                    message.clear();
+                }
+            }
+        }
+        if !message.is_empty() {
+            pass(&message)?;
+        }
+        incoming.try_for_each(|room| all.recv(tag, from, PASSING, room))
     }
 
     /// Says something; with a ticket it goes on until [`Mesh::end`].
@@ -180,7 +289,7 @@ impl Mesh {
     fn group(&self, members: Members) -> Result<&Group> {
         let world = self.world.as_ref().filter(|_| members == Members::World).map(World::all);
         world
-            .or_else(|| self.groups.get(&members))
+            .or_else(|| self.groups.get(&members).or_else(|| self.groups.get(&of_data(members))))
             .ok_or_else(|| Error::failure(format!("this rank has no peers along {members:?}")))
     }
 }
@@ -212,7 +321,12 @@ fn operation<'a>(
         Collective::Recv { channel: c, .. } => {
             (channel(c), comm::Op::Recv { buffer: output()?, from: m.peer, channel: c })
         }
-        Collective::AllToAll | Collective::Ring => {
+        Collective::AllToAll => {
+            let (input_ranges, output_ranges) = (ranges, comm::Ranges::Borrowed(m.arrive));
+            let (input, output) = (input()?, output()?);
+            (tag(m.op), comm::Op::AllToAll { input, input_ranges, output, output_ranges })
+        }
+        Collective::Ring => {
             return Err(Error::failure(format!("{:?} is not carried yet", m.what)));
         }
     })

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use program::{
-    Block, BufferId, Collective, Comm, Deal, GroupId, Members, NORM_CHUNK, Op, OpId, OpKind, Owned, Program,
-    Slice, View, When,
+    Axis, Block, BufferId, Collective, Comm, Deal, GroupId, Members, NORM_CHUNK, Op, OpId, OpKind, Owned,
+    Place, Program, Slice, View, When,
 };
 use spec::DType;
 
@@ -36,6 +36,13 @@ pub(crate) fn losses(p: &Program) -> Slice {
     Slice { buffer, first: p.buffer(buffer).len() - 1 - p.sequences, count: p.sequences }
 }
 
+/// The stretch in front of it, in which the counts of all layers' experts lie.
+pub(crate) fn expert_counts(p: &Program) -> Slice {
+    let count = p.io.expert_counts.map_or(0, |id| p.buffer(id).len());
+    let losses = losses(p);
+    Slice { first: losses.first - count, count, ..losses }
+}
+
 /// The sum of the losses over all ranks, for an evaluation; `None` for a rank alone.
 pub(crate) fn eval_sum(p: &Program) -> Option<Talk> {
     let slice = losses(p);
@@ -61,6 +68,8 @@ fn call(p: &Program, op: &Op) -> Call {
         outer: g.outer.clone(),
         results: g.results,
         result: g.result,
+        streams: g.streams,
+        upper: g.upper.clone(),
     };
     let mut call = Call {
         op: op.id,
@@ -105,6 +114,17 @@ fn implied(p: &Program, op: &Op, call: &mut Call) {
             call.ins = b.head_grad.iter().map(|id| owned(group, *id)).collect();
             call.outs = vec![owned(group, b.grad)];
         }
+        OpKind::Slice { axis: Axis::Tp } => {
+            let (from, rows) = (op.ins[0], op.outs[0].rows);
+            let row0 = from.row0 + p.coords.tp * rows;
+            call.ins = vec![Address::view(p, View { row0, rows, ..from })];
+        }
+        OpKind::RouteGrad { .. } => {
+            let of_layer = |buffer, row0| Address::view(p, View { buffer, row0, rows: 1 });
+            if let (Some(counts), Place::Layer(layer)) = (p.io.expert_counts, op.place) {
+                call.outs.push(of_layer(counts, layer));
+            }
+        }
         OpKind::GradNorm => (call.ins, call.outs) = norm(p),
         OpKind::AdamW { group, .. } => {
             let b = buffers(group);
@@ -133,6 +153,8 @@ fn shard(p: &Program, view: &View, (group, sum): (GroupId, BufferId)) -> (Addres
         outer: p.shard_radices.clone(),
         results: 1,
         result: 0,
+        streams: 1,
+        upper: Vec::new(),
     };
     (Address::slice(p, fresh), target)
 }
@@ -170,10 +192,18 @@ fn talk(p: &Program, op: OpId, comm: &Comm) -> Talk {
         let parts: Vec<Range<usize>> =
             (0..ranks.len()).filter(|_| dealt).map(|i| m.part(i, ranks.len())).collect();
         let alone = Comm { messages: vec![*m], ..*comm };
+        let counted = match (m.deal, m.from) {
+            (Deal::Counted { leave, arrive }, Some(rows)) => {
+                let counts = [leave, arrive].map(|v| Address::view(p, v));
+                Some((counts, p.buffer(rows.buffer).cols))
+            }
+            _ => None,
+        };
         Said {
             from: m.from.map(|s| Address::slice(p, s)),
             to: m.to.map(|s| Address::slice(p, s)),
             parts,
+            counted,
             sent_bytes: alone.sent_bytes(me, ranks.len()),
         }
     };

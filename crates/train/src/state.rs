@@ -6,10 +6,35 @@ use std::ops::Range;
 use ckpt::{Kind, Piece, Region};
 use half::bf16;
 use program::{GroupId, Owned, ParamGroup, ParamPart, Program};
+use serde::{Deserialize, Serialize};
 use spec::{DType, ModelSpec, Position, Result, Zero};
 
 use crate::exec::Executor;
 use crate::{init, resolve, rope};
+
+/// Where parameters and moments come from: a checkpoint, or what ranks hold in memory. Whoever restores asks by name and
+/// kind for regions, and not for files or ranks.
+pub trait Source {
+    /// Reads parts of a tensor, one after the other, into `out`.
+    ///
+    /// # Errors
+    /// If the source lacks the tensor or a part of it, or it cannot be read.
+    fn read_regions(&self, name: &str, kind: Kind, regions: &[Region], out: &mut [f32]) -> Result<()>;
+}
+
+impl Source for ckpt::Checkpoint {
+    fn read_regions(&self, name: &str, kind: Kind, regions: &[Region], out: &mut [f32]) -> Result<()> {
+        ckpt::Checkpoint::read_regions(self, name, kind, regions, out)
+    }
+}
+
+/// Regions of a tensor that a rank needs to go on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Want {
+    pub(crate) name: String,
+    pub(crate) kind: Kind,
+    pub(crate) regions: Vec<Region>,
+}
 
 /// A run of elements of a group that lies inside one logical parameter.
 pub(crate) struct Run<'a> {
@@ -67,6 +92,15 @@ impl State<'_> {
             })
         })
     }
+
+    /// The data of all pieces, in their order.
+    pub(crate) fn data(&self) -> impl Iterator<Item = &[f32]> {
+        self.held.iter().flat_map(|held| {
+            let Owned { first, count } = self.program.share(held.group);
+            runs(self.program.group(held.group), first..first + count)
+                .map(move |run| &held.data[run.local.start - first..run.local.end - first])
+        })
+    }
 }
 
 impl Executor {
@@ -116,11 +150,39 @@ impl Executor {
         Ok(())
     }
 
-    /// Sets every parameter from a checkpoint that any layout wrote.
-    pub(crate) fn set_params_from(&mut self, checkpoint: &ckpt::Checkpoint) -> Result<()> {
-        self.set_params(&mut |part, out| {
-            checkpoint.read_box(&part.name, Kind::Param, part.row0, part.rows, part.col0, part.cols, out)
-        })
+    /// Sets every parameter from what any layout left.
+    pub(crate) fn set_params_from(&mut self, source: &dyn Source) -> Result<()> {
+        let mut values = Vec::new();
+        for g in 0..self.program.groups.len() {
+            let group = &self.program.groups[g];
+            values.clear();
+            values.resize(group.len(), 0.0f32);
+            for run in runs(group, kept_params(&self.program, g)) {
+                source.read_regions(&run.part.name, Kind::Param, &run.regions(), &mut values[run.local])?;
+            }
+            self.store_param(g, &values)?;
+        }
+        Ok(())
+    }
+
+    /// What [`Executor::restore`] asks for, in any order.
+    pub(crate) fn wants(&self) -> Vec<Want> {
+        let p = &self.program;
+        let mut wants = Vec::new();
+        for (g, (group, b)) in p.groups.iter().zip(&p.group_buffers).enumerate() {
+            let Owned { first, count } = b.owned;
+            let owned = first..first + count;
+            let ranges =
+                [(Kind::Param, kept_params(p, g)), (Kind::ExpAvg, owned.clone()), (Kind::ExpAvgSq, owned)];
+            for (kind, range) in ranges {
+                wants.extend(runs(group, range).map(|run| Want {
+                    name: run.part.name.clone(),
+                    kind,
+                    regions: run.regions(),
+                }));
+            }
+        }
+        wants
     }
 
     /// Writes a whole group's values into parameters and masters.
@@ -162,12 +224,12 @@ impl Executor {
         Ok(State { program: p, held })
     }
 
-    /// Reads parameters and moments from a checkpoint that any layout wrote.
+    /// Reads parameters and moments that any layout left.
     ///
     /// # Errors
-    /// If the checkpoint lacks a parameter or a moment, holds it in another shape, or cannot be read.
-    pub fn restore(&mut self, checkpoint: &ckpt::Checkpoint) -> Result<()> {
-        self.set_params_from(checkpoint)?;
+    /// If the source lacks a parameter or a moment, holds it in another shape, or cannot be read.
+    pub fn restore(&mut self, source: &dyn Source) -> Result<()> {
+        self.set_params_from(source)?;
         let Executor { program: p, device, .. } = self;
         for (group, b) in p.groups.iter().zip(&p.group_buffers) {
             let Owned { first, count } = b.owned;
@@ -175,7 +237,7 @@ impl Executor {
                 device.write(resolve::whole(p, id), |out: &mut [f32]| {
                     runs(group, first..first + count).try_for_each(|run| {
                         let at = run.local.start - first..run.local.end - first;
-                        checkpoint.read_regions(&run.part.name, kind, &run.regions(), &mut out[at])
+                        source.read_regions(&run.part.name, kind, &run.regions(), &mut out[at])
                     })
                 })?;
             }
@@ -213,6 +275,14 @@ impl Executor {
             }
         }
         Ok(())
+    }
+}
+
+/// The elements of a group's parameters that this rank keeps between steps, or has to know to fill them in.
+fn kept_params(p: &Program, g: usize) -> Range<usize> {
+    match p.layout.zero >= Zero::Parameters {
+        true => p.group_buffers[g].owned.range(),
+        false => 0..p.groups[g].len(),
     }
 }
 

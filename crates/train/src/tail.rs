@@ -43,6 +43,7 @@ impl Executor {
     fn grad_norm(&mut self, block: usize, i: usize, inputs: &StepInputs) -> Result<StepOutputs> {
         let (norms, losses, vote) = self.shared_sums();
         self.spread_losses(losses)?;
+        self.spread_expert_counts()?;
         let own = f64::from(u8::from(inputs.stop)) + RANKS_MAX * f64::from(u8::from(inputs.saved));
         self.device.copy_in(vote, &own.to_ne_bytes())?;
         self.communicate(block, i, Turn::default())?;
@@ -60,7 +61,31 @@ impl Executor {
         let all = self.whole(self.program.io.norm_chunks);
         let losses = resolve::losses(&self.program);
         let end = losses.first + losses.count;
-        (all.part(0, losses.first), all.part(losses.first, losses.count), all.part(end, 1))
+        let counts = resolve::expert_counts(&self.program);
+        (all.part(0, counts.first), all.part(losses.first, losses.count), all.part(end, 1))
+    }
+
+    /// Puts this rank's counts of experts beside what ranks share.
+    fn spread_expert_counts(&mut self) -> Result<()> {
+        let Some(own) = self.program.io.expert_counts else { return Ok(()) };
+        let slice = resolve::expert_counts(&self.program);
+        let all = self.whole(slice.buffer).part(slice.first, slice.count);
+        let own = self.whole(own);
+        self.device.copy(own.part(0, own.len()), all)
+    }
+
+    /// How many copies of tokens went to each expert in the last step, over all ranks: `[layers, experts]`, zeros for
+    /// layers without; `None` for a dense model.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    pub fn expert_counts(&self) -> Result<Option<Vec<f64>>> {
+        let slice = resolve::expert_counts(&self.program);
+        if slice.count == 0 {
+            return Ok(None);
+        }
+        let all = self.whole(slice.buffer).part(slice.first, slice.count);
+        Ok(Some(self.device.read::<f64>(all)?.into_owned()))
     }
 
     /// Puts the losses of this rank's sequences at their places in the global batch, on one rank for each of them.

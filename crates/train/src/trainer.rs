@@ -9,13 +9,16 @@ use spec::run::DataSource;
 use spec::{Error, Result, RunSpec};
 
 use crate::begin::{Beginning, Weights};
-use crate::checkpoint::{self, adopt, restore};
+use crate::checkpoint::{adopt, restore};
 use crate::device::Device;
 use crate::exec::{Executor, StepInputs, StepOutputs};
-use crate::identity;
 use crate::mesh::Mesh;
 use crate::run_dir::RunDir;
 use crate::saving::Saving;
+use crate::survive::meet::Lifeline;
+
+mod again;
+mod saves;
 
 /// One rank of a run: data, executor, journal and checkpoints around the step loop.
 pub struct Trainer {
@@ -28,12 +31,21 @@ pub struct Trainer {
     /// Steps done.
     step: u64,
     sample: Vec<u32>,
-    peak_flops_per_s: f64,
+    /// Not measured where others would have to wait for it.
+    peak_flops_per_s: Option<f64>,
     begin: Beginning,
     /// Checkpoint that the run went on from.
     resumed: Option<PathBuf>,
     /// Tells this start of the run from others, on all ranks alike.
     session: u64,
+    /// How this rank goes on when another is lost, if it can.
+    lifeline: Option<Lifeline>,
+    /// What was recorded before there was anybody to tell.
+    untold: Vec<Record>,
+    /// What is due after the step that was done last is not done yet.
+    owes: bool,
+    /// Weights and moments are those after the last step: no step is in the middle of its update.
+    is_whole: bool,
     /// The checkpoint that is being written.
     saving: Option<Saving>,
     /// Holds the copy that the next one is written from.
@@ -45,6 +57,13 @@ pub struct Trainer {
 pub enum Event {
     /// A record was written.
     Record(Record),
+    /// The rank has another place among the ranks that train.
+    Placed {
+        /// Which it is now.
+        rank: usize,
+        /// Steps done.
+        step: u64,
+    },
     /// A line was measured: progress of the run as a whole.
     Eta {
         /// Seconds to the last step at the present rate.
@@ -61,6 +80,52 @@ pub enum Outcome {
     Finished,
     /// Asked to stop; a checkpoint was saved.
     Stopped,
+    /// The others went on without this rank, to the end.
+    Spare,
+}
+
+/// What is asked of the loop from outside.
+#[derive(Clone, Copy)]
+struct Asks {
+    stop: bool,
+    stop_after: Option<u64>,
+}
+
+/// What comes after a step.
+enum Turn {
+    GoesOn,
+    Ends,
+    /// All ranks leave this world, and meet in another.
+    Meets,
+}
+
+/// How fast steps are done.
+struct Pace {
+    began: Instant,
+    /// Steps done when it began.
+    first: u64,
+    /// Memory is touched for the first time in this one, which takes longer than any step to come.
+    cold: u64,
+}
+
+impl Pace {
+    fn new(step: u64) -> Pace {
+        Pace { began: Instant::now(), first: step, cold: step + 1 }
+    }
+
+    fn rate_s(&self, step: u64) -> f64 {
+        self.began.elapsed().as_secs_f64() / (step - self.first) as f64
+    }
+
+    fn is_settled(&self, step: u64) -> bool {
+        step > self.cold + 1
+    }
+
+    fn done(&mut self, step: u64) {
+        if step == self.cold {
+            (self.began, self.first) = (Instant::now(), step);
+        }
+    }
 }
 
 impl Trainer {
@@ -107,10 +172,14 @@ impl Trainer {
             events,
             step,
             sample,
-            peak_flops_per_s,
+            peak_flops_per_s: Some(peak_flops_per_s),
             begin,
             resumed,
             session,
+            lifeline: None,
+            untold: Vec::new(),
+            owes: false,
+            is_whole: true,
             saving: None,
             copy: Vec::new(),
         };
@@ -193,52 +262,28 @@ impl Trainer {
         if stop_after.is_some_and(|n| self.step >= n) {
             return Ok(Outcome::Stopped);
         }
+        self.untold.drain(..).for_each(|record| each(Event::Record(record)));
         let last = self.run.train.steps as u64;
-        let (mut began, mut first) = (Instant::now(), self.step);
-        let cold = self.step + 1;
-        while self.step < last {
-            let (record, drawn, said) = match self.one_step(stop.load(Ordering::Relaxed)) {
-                Ok(done) => done,
-                Err(e) => {
-                    let (time_us, step) = (now_us(), self.step + 1);
-                    let hint = e.hint_text().map(str::to_owned);
-                    if self.exec.mesh.is_alone() || self.exec.failed_alike {
-                        // All ranks are here for what is nearly on the disk.
-                        self.finish_saving(each);
-                    }
-                    self.exec.mesh.abort(&e.to_string());
-                    // The failure itself is what the caller must see, even if the journal's disk is full too.
-                    let _ = self.journal.write(&Record::Failed { time_us, step, error: e.to_string(), hint });
-                    return Err(e);
+        let mut pace = Pace::new(self.step);
+        while self.step < last || self.owes {
+            let asked = Asks { stop: stop.load(Ordering::Relaxed), stop_after };
+            match self.turn(asked, &mut pace, each) {
+                Ok(Turn::GoesOn) => {}
+                Ok(Turn::Ends) => {
+                    let reason = "stopped on request".to_owned();
+                    self.note(Record::Finished { time_us: now_us(), step: self.step, reason }, each);
+                    return Ok(Outcome::Stopped);
                 }
-            };
-            let rate = began.elapsed().as_secs_f64() / (self.step - first) as f64;
-            each(Event::Eta { seconds: rate * (last - self.step) as f64, settled: self.step > cold + 1 });
-            self.note(record, each);
-            self.write_only(&drawn, each);
-            self.record_spans(each);
-            if self.step == cold {
-                // Memory is touched for the first time there, which takes longer than any step to come.
-                (began, first) = (Instant::now(), self.step);
-            }
-            if self.due(self.run.train.eval_every) || self.step == last {
-                self.evaluate(each)?;
-            }
-            let stopping = said.stop || stop_after.is_some_and(|n| self.step >= n);
-            let ends = self.step == last || stopping;
-            let due = self.due(self.run.checkpoint.every) || ends;
-            if said.saved || due {
-                self.finish_saving(each);
-            }
-            if ends {
-                self.save(each).map_err(|e| self.unsaved(&e))?;
-            } else if due {
-                self.save_beside(each);
-            }
-            if stopping && self.step < last {
-                let reason = "stopped on request".to_owned();
-                self.note(Record::Finished { time_us: now_us(), step: self.step, reason }, each);
-                return Ok(Outcome::Stopped);
+                turn => {
+                    // Either all ranks leave this world, or it has failed.
+                    let lost = match turn {
+                        Err(e) if !self.is_stranded() => return Err(e),
+                        turn => turn.err(),
+                    };
+                    if !self.meet_again(lost, stop, &mut pace, each)? {
+                        return Ok(Outcome::Spare);
+                    }
+                }
             }
         }
         let reason = "all steps done".to_owned();
@@ -246,12 +291,63 @@ impl Trainer {
         Ok(Outcome::Finished)
     }
 
-    /// The failure of a run whose last weights could not be saved.
-    fn unsaved(&mut self, e: &Error) -> Error {
-        let e = checkpoint::unsaved_at_the_end(&self.dir, self.step, e);
-        let (time_us, step, error) = (now_us(), self.step, e.to_string());
+    /// Does a step and what is due after it.
+    fn turn(&mut self, asked: Asks, pace: &mut Pace, each: &mut dyn FnMut(Event)) -> Result<Turn> {
+        let last = self.run.train.steps as u64;
+        let summoned = self.is_summoned();
+        let mut said = StepOutputs::default();
+        if !self.owes {
+            let (record, drawn, outputs) =
+                self.one_step(asked.stop || summoned).map_err(|e| self.step_failed(e, each))?;
+            (said, self.owes) = (outputs, true);
+            let rate = pace.rate_s(self.step);
+            each(Event::Eta {
+                seconds: rate * (last - self.step) as f64,
+                settled: pace.is_settled(self.step),
+            });
+            self.note(record, each);
+            self.write_only(&drawn, each);
+            self.record_spans(each);
+            pace.done(self.step);
+        }
+        self.refresh_copies()?;
+        let votes = self.votes(said.stop, asked.stop, summoned)?;
+        if self.due(self.run.train.eval_every) || self.step == last {
+            self.evaluate(each)?;
+        }
+        let stopping = votes.stop || asked.stop_after.is_some_and(|n| self.step >= n);
+        let ends = self.step == last || stopping;
+        let due = self.due(self.run.checkpoint.every) || ends;
+        if said.saved || due {
+            self.finish_saving(each);
+        }
+        if ends {
+            self.save(each).map_err(|e| self.unsaved(e))?;
+        } else if due {
+            self.save_beside(each);
+        }
+        self.owes = false;
+        Ok(match (stopping && self.step < last, votes.meet) {
+            (true, _) => Turn::Ends,
+            (false, true) => Turn::Meets,
+            (false, false) => Turn::GoesOn,
+        })
+    }
+
+    /// The failure of a step, unless the ranks can meet again.
+    fn step_failed(&mut self, e: Error, each: &mut dyn FnMut(Event)) -> Error {
+        if self.is_stranded() {
+            return e;
+        }
+        let (time_us, step) = (now_us(), self.step + 1);
         let hint = e.hint_text().map(str::to_owned);
-        let _ = self.journal.write(&Record::Failed { time_us, step, error, hint });
+        if self.exec.mesh.is_alone() || self.exec.failed_alike {
+            // All ranks are here for what is nearly on the disk.
+            self.finish_saving(each);
+        }
+        self.exec.mesh.abort(&e.to_string());
+        // The failure itself is what the caller must see, even if the journal's disk is full too.
+        let _ = self.journal.write(&Record::Failed { time_us, step, error: e.to_string(), hint });
         e
     }
 
@@ -301,12 +397,13 @@ impl Trainer {
             stop,
             saved: self.saving.as_ref().is_some_and(Saving::is_written),
         };
+        self.is_whole = false;
         let out = self.exec.step(&inputs)?;
-        self.step = step;
+        (self.step, self.is_whole) = (step, true);
         let step_s = start.elapsed().as_secs_f64();
         let tokens_per_s = tokens as f64 / step_s;
         let flops_per_s = self.run.model.flops_per_token(batch.sequence) * tokens_per_s;
-        let mfu = Some(flops_per_s / (self.peak_flops_per_s * self.run.layout.world() as f64));
+        let mfu = self.peak_flops_per_s.map(|peak| flops_per_s / (peak * self.run.layout.world() as f64));
         let record = Record::Step {
             time_us: now_us(),
             step,
@@ -320,6 +417,8 @@ impl Trainer {
             step_s,
             memory_bytes: self.exec.program.memory.total as u64,
             exposed_comm_s: (self.run.layout.world() > 1).then(|| self.exec.exposed_comm_s()),
+            waits_s: self.exec.waits_s().map(|(axis, s)| (axis.to_owned(), s)).collect(),
+            expert_counts: self.exec.expert_counts()?.map(|all| by_layer(&all, self.run.model.layers)),
         };
         Ok((record, drawn, out))
     }
@@ -359,105 +458,6 @@ impl Trainer {
         Ok(())
     }
 
-    /// What the checkpoint of this step says of the run.
-    fn meta(&self) -> ckpt::Meta {
-        let batch = &self.run.batch;
-        ckpt::Meta {
-            tokens: self.step * (batch.sequence * batch.sequences) as u64,
-            fingerprint: self.run.fingerprint(),
-            world: self.run.layout.world(),
-            state: identity::state(
-                self.step * batch.sequences as u64,
-                &self.streams,
-                self.begin.tokenizer.as_ref(),
-            ),
-        }
-    }
-
-    /// Saves a checkpoint while training waits.
-    fn save(&mut self, each: &mut dyn FnMut(Event)) -> Result<()> {
-        let start = Instant::now();
-        let (dir, meta) = (self.dir.checkpoints(), self.meta());
-        if let Some(saved) = self.exec.save(&dir, self.step, meta)? {
-            let save_s = start.elapsed().as_secs_f64();
-            self.saved(saved, self.step, save_s, save_s, each);
-        }
-        Ok(())
-    }
-
-    /// Saves a checkpoint while training goes on, if it may; what keeps it from being written ends no run.
-    fn save_beside(&mut self, each: &mut dyn FnMut(Event)) {
-        let begun = if self.run.checkpoint.background {
-            let (dir, meta) = (self.dir.checkpoints(), self.meta());
-            Saving::begin(&self.exec, std::mem::take(&mut self.copy), dir, self.step, meta)
-        } else {
-            Ok(None)
-        };
-        // Ranks that have no room for a copy write at once, and all of them together.
-        let all = begun.and_then(|begun| {
-            let mine = [u8::from(begun.is_some())];
-            Ok((self.exec.mesh.exchange(&mine)?.iter().all(|m| m == &[1]), begun))
-        });
-        let failed = match all {
-            Ok((true, begun)) => {
-                self.saving = begun;
-                Ok(())
-            }
-            Ok((false, begun)) => {
-                if let Some(begun) = begun {
-                    self.copy = begun.join().0;
-                }
-                self.save(each)
-            }
-            Err(e) => Err(e),
-        };
-        if let Err(e) = failed {
-            self.unsaved_for_now(self.step, &e, each);
-        }
-    }
-
-    /// Waits for the checkpoint under way, if there is one, and commits it.
-    fn finish_saving(&mut self, each: &mut dyn FnMut(Event)) {
-        let Some(saving) = self.saving.take() else { return };
-        let start = Instant::now();
-        let (dir, step, meta) = (saving.dir.clone(), saving.step, saving.meta.clone());
-        let (began, copied_s) = (saving.began, saving.stall_s);
-        let (copy, written) = saving.join();
-        self.copy = copy;
-        match self.exec.commit(&dir, step, meta, written) {
-            Ok(None) => {}
-            Ok(Some(saved)) => {
-                let stall_s = copied_s + start.elapsed().as_secs_f64();
-                self.saved(saved, step, began.elapsed().as_secs_f64(), stall_s, each);
-            }
-            Err(e) => self.unsaved_for_now(step, &e, each),
-        }
-    }
-
-    fn unsaved_for_now(&mut self, step: u64, e: &Error, each: &mut dyn FnMut(Event)) {
-        let text = checkpoint::unsaved_for_now(&self.run, step, e);
-        self.note(Record::Warning { time_us: now_us(), text }, each);
-    }
-
-    /// Tells of a checkpoint, and removes what `checkpoint.keep` and `keep_every` do not keep.
-    fn saved(
-        &mut self,
-        (path, bytes): (PathBuf, u64),
-        step: u64,
-        save_s: f64,
-        stall_s: f64,
-        each: &mut dyn FnMut(Event),
-    ) {
-        let every = self.run.checkpoint.keep_every.map(|every| every as u64);
-        if let Some(keep) = self.run.checkpoint.keep
-            && let Err(e) = ckpt::keep(&self.dir.checkpoints(), keep, every)
-        {
-            self.note(warning(&e), each);
-        }
-        let (time_us, path, stall_s) = (now_us(), path.display().to_string(), Some(stall_s));
-        self.note(Record::Checkpoint { time_us, step, path, bytes, save_s, stall_s }, each);
-    }
-
     /// Writes start, end and bytes of every op of the last step to the journal, if they are recorded.
     fn record_spans(&mut self, each: &mut dyn FnMut(Event)) {
         if !self.exec.spans.is_on() {
@@ -480,14 +480,18 @@ impl Trainer {
     }
 }
 
-fn warning(e: &Error) -> Record {
+pub(crate) fn warning(e: &Error) -> Record {
     let hint = e.hint_text().map(|h| format!("; {h}")).unwrap_or_default();
     Record::Warning { time_us: now_us(), text: format!("{e}: training goes on{hint}") }
 }
 
 /// Gives the executor its weights; returns the steps that they have seen, and the checkpoint that they came from if the
 /// run goes on.
-fn weights(exec: &mut Executor, run: &RunSpec, begin: &mut Beginning) -> Result<(u64, Option<PathBuf>)> {
+pub(crate) fn weights(
+    exec: &mut Executor,
+    run: &RunSpec,
+    begin: &mut Beginning,
+) -> Result<(u64, Option<PathBuf>)> {
     match &begin.weights {
         Weights::Seed => exec.initialise(&run.model, run.train.seed)?,
         Weights::Run(from) => adopt(exec, run, from)?,
@@ -502,7 +506,7 @@ fn weights(exec: &mut Executor, run: &RunSpec, begin: &mut Beginning) -> Result<
 
 /// Which samples were loaded.
 #[derive(Default)]
-struct Drawn {
+pub(crate) struct Drawn {
     samples: Vec<(u64, u64)>,
     tokens_xxh3: u64,
 }
@@ -522,7 +526,7 @@ impl Drawn {
 }
 
 /// Copies this rank's sequences of batch `index` into the executor.
-fn load(
+pub(crate) fn load(
     exec: &mut Executor,
     stream: &dyn data::TokenStream,
     index: u64,
@@ -581,4 +585,13 @@ pub fn now_us() -> u64 {
 pub fn host() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname")
         .map_or_else(|_| "localhost".into(), |h| h.trim().to_owned())
+}
+
+/// Counts of experts, layer by layer: none of a layer that has no experts.
+fn by_layer(all: &[f64], layers: usize) -> Vec<Vec<u64>> {
+    let of_layer = |counts: &[f64]| match counts.iter().all(|c| *c == 0.0) {
+        true => Vec::new(),
+        false => counts.iter().map(|c| *c as u64).collect(),
+    };
+    all.chunks((all.len() / layers.max(1)).max(1)).map(of_layer).collect()
 }

@@ -3,82 +3,22 @@
 
 mod common;
 
-use std::collections::BTreeMap;
-
-use comm::World;
-use common::{SEQUENCE, executor, fill, first_difference, inputs, model, steps, weights};
+use common::{SEQUENCE, STEPS, Trained, executor, fill, first_difference, model, steps, train, weights};
 use program::{Mode, Request};
 use proptest::prelude::*;
 use spec::{DType, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
-use train::{Executor, Mesh, StepInputs, StepOutputs};
 
-const STEPS: u64 = 10;
 const SEQUENCES: usize = 8;
 
-/// What a run leaves: outputs of its steps, the loss of an evaluation, and weights.
-struct Trained {
-    outputs: Vec<StepOutputs>,
-    eval: f64,
-    weights: BTreeMap<String, Vec<u32>>,
-}
-
-/// Trains on as many threads as the layout has ranks; returns outputs, and weights read back from a checkpoint that
-/// all ranks wrote.
 fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> Trained {
-    let dir = tempfile::tempdir().expect("a folder");
-    let worlds = World::threads(layout.world()).expect("ranks");
-    let outputs: Vec<(Vec<StepOutputs>, f64)> = std::thread::scope(|scope| {
-        let ranks: Vec<_> = worlds
-            .into_iter()
-            .map(|world| {
-                let dir = dir.path();
-                scope.spawn(move || {
-                    let rank = world.rank();
-                    let mesh = Mesh::new(world, layout).expect("groups");
-                    let request = Request {
-                        model: m,
-                        layout,
-                        sequence: SEQUENCE,
-                        sequences: SEQUENCES,
-                        precision,
-                        rank,
-                        mode: Mode::Train,
-                        loss: Default::default(),
-                    };
-                    let mut exec = Executor::new(&request, 1, mesh, false).expect("a program");
-                    assert_eq!(exec.allocated_bytes(), exec.program.memory.total);
-                    exec.initialise(m, 11).expect("weights");
-                    let out = (1..=STEPS)
-                        .map(|k| {
-                            let valid = fill(&mut exec, m.vocab, k);
-                            exec.step(&StepInputs { lr, ..inputs(k, valid) })
-                                .unwrap_or_else(|e| panic!("rank {rank} step {k}: {e}"))
-                        })
-                        .collect();
-                    exec.save(dir, STEPS, ckpt::Meta::default()).expect("saved");
-                    fill(&mut exec, m.vocab, STEPS + 1);
-                    (out, exec.evaluate().expect("evaluated"))
-                })
-            })
-            .collect();
-        ranks.into_iter().map(|r| r.join().expect("a rank")).collect()
-    });
-    for other in &outputs[1..] {
-        assert_eq!(outputs[0], *other, "all ranks report the same loss and norm");
-    }
-    let mut one = executor(m, &Layout::default(), SEQUENCES, precision, 1);
-    let checkpoint =
-        ckpt::Checkpoint::open(&ckpt::latest(dir.path()).expect("a folder").expect("a checkpoint"));
-    one.restore(&checkpoint.expect("whole")).expect("restored");
-    let (outputs, eval) = outputs[0].clone();
-    Trained { outputs, eval, weights: weights(&one) }
+    train(m, layout, (SEQUENCES, precision, lr), &|exec| exec.initialise(m, 11).expect("weights"))
 }
 
 fn reference(m: &ModelSpec, precision: DType) -> Trained {
     let mut one = executor(m, &Layout::default(), SEQUENCES, precision, 1);
     let outputs = steps(&mut one, m.vocab, 1, STEPS + 1);
     fill(&mut one, m.vocab, STEPS + 1);
-    Trained { outputs, eval: one.evaluate().expect("evaluated"), weights: weights(&one) }
+    Trained { outputs, eval: one.evaluate().expect("evaluated"), experts: None, weights: weights(&one) }
 }
 
 /// A rate that moves every bit of the weights.

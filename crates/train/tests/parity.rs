@@ -175,6 +175,16 @@ fn qwen_3_with_head_norms() {
 }
 
 #[test]
+fn mixtral() {
+    check("mixtral-like", 2e-4);
+}
+
+#[test]
+fn qwen_3_mixture_with_a_dense_layer() {
+    check("qwen3-moe-like", 2e-4);
+}
+
+#[test]
 fn gpt_2() {
     check("gpt2", 2e-4);
 }
@@ -182,7 +192,9 @@ fn gpt_2() {
 /// Logits of the generation path, one token after another against a cache, equal those of `transformers`.
 #[test]
 fn logits_agree_with_transformers() {
-    for name in ["llama-gqa", "llama3-rope", "qwen2-like", "qwen3-like", "gpt2"] {
+    for name in
+        ["llama-gqa", "llama3-rope", "qwen2-like", "qwen3-like", "mixtral-like", "qwen3-moe-like", "gpt2"]
+    {
         let (g, weights) = Golden::load(name);
         let layout = Layout::default();
         let request = Request {

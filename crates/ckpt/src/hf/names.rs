@@ -1,6 +1,6 @@
 //! The one table of names: which Hugging Face tensor holds which logical parameters, and how.
 
-use spec::{ModelSpec, NormKind, Position, Result};
+use spec::{Experts, ModelSpec, NormKind, Position, Result};
 
 /// A tensor in a Hugging Face file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,11 +132,33 @@ impl Table<'_> {
             }
             self.linear(&h("self_attn.o_proj"), &p("attn.o"), m.hidden, q, m.attn_out_bias);
             self.norm(&h("post_attention_layernorm"), &p("mlp_norm"));
-            self.linear(&h("mlp.gate_proj"), &p("mlp.gate"), m.ffn, m.hidden, m.mlp_bias);
-            self.linear(&h("mlp.up_proj"), &p("mlp.up"), m.ffn, m.hidden, m.mlp_bias);
-            self.linear(&h("mlp.down_proj"), &p("mlp.down"), m.hidden, m.ffn, m.mlp_bias);
+            match m.experts.filter(|_| m.has_experts(i)) {
+                Some(experts) => self.experts(&hf, &p("mlp"), experts),
+                None => self.mlp(&h("mlp"), ["gate_proj", "up_proj", "down_proj"], &p("mlp"), m.ffn),
+            }
         }
         self.norm("norm", "final_norm");
+    }
+
+    fn mlp(&mut self, hf: &str, [gate, up, down]: [&str; 3], own: &str, ffn: usize) {
+        let m = self.spec;
+        self.linear(&format!("{hf}.{gate}"), &format!("{own}.gate"), ffn, m.hidden, m.mlp_bias);
+        self.linear(&format!("{hf}.{up}"), &format!("{own}.up"), ffn, m.hidden, m.mlp_bias);
+        self.linear(&format!("{hf}.{down}"), &format!("{own}.down"), m.hidden, ffn, m.mlp_bias);
+    }
+
+    /// Mixtral has names of its own for the mixture and its matrices.
+    fn experts(&mut self, layer: &str, own: &str, e: Experts) {
+        let mixtral = self.spec.hf_architecture().is_ok_and(|class| class == "MixtralForCausalLM");
+        let (block, names) = match mixtral {
+            true => ("block_sparse_moe", ["w1", "w3", "w2"]),
+            false => ("mlp", ["gate_proj", "up_proj", "down_proj"]),
+        };
+        let hf = format!("{layer}.{block}");
+        self.linear(&format!("{hf}.gate"), &format!("{own}.router"), e.count, self.spec.hidden, false);
+        for i in 0..e.count {
+            self.mlp(&format!("{hf}.experts.{i}"), names, &format!("{own}.experts.{i}"), e.ffn);
+        }
     }
 
     fn gpt2(&mut self) {

@@ -9,8 +9,9 @@ use toml::Value;
 
 use crate::input::{self, Bounds};
 use crate::own::Ownership;
-use crate::price::{self, Commitment};
-use crate::{Date, Spread};
+use crate::{Date, Spread, price};
+
+use super::rents;
 
 /// A number that a decision rests on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -148,9 +149,8 @@ impl Assumptions {
         let mut put = |key: Key, spread: Spread, source: &str| {
             numbers.insert(key, Number { spread, source: source.to_owned() });
         };
-        for (key, quote) in rents(catalog, cluster, ask, today)? {
-            let source = format!("{} ({} {})", quote.name, quote.source, quote.date);
-            put(key, quote.usd_per_accelerator_h, &source);
+        for (key, quote) in rents::rents(catalog, cluster, ask, today)? {
+            put(key, quote.usd_per_accelerator_h, &rents::source(catalog, &quote, today)?);
         }
         put(
             Key::SpotLost,
@@ -192,6 +192,24 @@ impl Assumptions {
         };
         all.check()?;
         Ok(all)
+    }
+
+    /// Holds the machine that a file names to the catalogue, which it is only labelled with otherwise.
+    ///
+    /// # Errors
+    /// A platform that is unknown, or an accelerator that it does not have.
+    pub fn check_machine(&self, catalog: &Catalog) -> Result<()> {
+        let cluster = catalog.cluster(&self.platform, None).map_err(|e| e.context("platform"))?;
+        let known = catalog.get(spec::EntryKind::Accelerator, &self.accelerator);
+        let known = known.map_err(|e| e.context("accelerator"))?;
+        if known.name != cluster.accelerator.name {
+            let what = format!(
+                "accelerator = \"{}\", while {} has {}",
+                self.accelerator, cluster.name, cluster.accelerator.name
+            );
+            return Err(Error::user(what).hint("name one that the platform has, or another platform"));
+        }
+        Ok(())
     }
 
     /// Reads what [`Assumptions::to_toml`] wrote, edited or not. `path` names it in errors.
@@ -281,40 +299,6 @@ impl Assumptions {
         }
         out
     }
-}
-
-/// What an hour costs under each commitment: the price given under its own, else the platform's, else that of the same
-/// accelerator elsewhere. Only the hourly rate must be known.
-fn rents(
-    catalog: &Catalog,
-    cluster: &Cluster,
-    ask: &price::Ask,
-    today: Date,
-) -> Result<Vec<(Key, price::Quote)>> {
-    let mut found = Vec::new();
-    for (commitment, key) in [
-        (Commitment::OnDemand, Key::OnDemandUsdPerH),
-        (Commitment::Reserved1y, Key::Reserved1yUsdPerH),
-        (Commitment::Reserved3y, Key::Reserved3yUsdPerH),
-        (Commitment::Spot, Key::SpotUsdPerH),
-    ] {
-        let given =
-            ask.price.clone().filter(|_| ask.commitment.unwrap_or(Commitment::OnDemand) == commitment);
-        let own = price::Ask { price: given, commitment: Some(commitment), region: ask.region.clone() };
-        let quote = price::quote(catalog, cluster, &own, today);
-        if own.price.is_some() {
-            found.push((key, quote?));
-            continue;
-        }
-        let stranger = Cluster { price: None, ..cluster.clone() };
-        let quote = quote.or_else(|_| price::quote(catalog, &stranger, &own, today));
-        match quote {
-            Ok(quote) => found.push((key, quote)),
-            Err(e) if commitment == Commitment::OnDemand => return Err(e),
-            Err(_) => {}
-        }
-    }
-    Ok(found)
 }
 
 /// Holds a profile to sense.

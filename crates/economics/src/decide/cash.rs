@@ -15,19 +15,18 @@ pub(super) struct Fixed {
     pub(super) data_may_leave: bool,
 }
 
-/// Which end of the ranges.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum End {
-    /// The values to compute with.
-    Value,
-    /// Whatever makes it cheaper.
-    Cheap,
-    /// Whatever makes it dearer.
-    Dear,
-}
-
 /// Dollars of today, by part.
 pub(super) type Parts = Vec<(&'static str, f64)>;
+
+/// Machines of one's own over the months.
+pub(super) struct Owned {
+    /// What they cost, and the rent beside them.
+    pub(super) parts: Parts,
+    /// Dollars of today paid for machines, replacements included.
+    pub(super) bought: f64,
+    /// What they are worth after the last month, in dollars of today.
+    pub(super) left: f64,
+}
 
 /// Sum of parts.
 pub(super) fn total(parts: &Parts) -> f64 {
@@ -35,22 +34,10 @@ pub(super) fn total(parts: &Parts) -> f64 {
 }
 
 impl Fixed {
-    pub(super) fn at(all: &Assumptions, end: End) -> Self {
-        let pick = |key: Key| {
-            let s = all.number(key);
-            let more_is_cheaper = matches!(key, Key::LifetimeYears | Key::Resale);
-            match end {
-                // The rate that discounts makes later costs smaller and money dearer: it has no cheap end.
-                _ if key == Key::CapitalCostPerYear => s.value,
-                End::Value => s.value,
-                End::Cheap if more_is_cheaper => s.high,
-                End::Dear if more_is_cheaper => s.low,
-                End::Cheap => s.low,
-                End::Dear => s.high,
-            }
-        };
+    /// All at the values to compute with.
+    pub(super) fn of(all: &Assumptions) -> Self {
         Fixed {
-            values: all.numbers.keys().map(|k| (*k, pick(*k))).collect(),
+            values: all.numbers.iter().map(|(key, n)| (*key, n.spread.value)).collect(),
             wanted: all.wanted(),
             data_may_leave: all.data_may_leave,
         }
@@ -66,6 +53,11 @@ impl Fixed {
     /// The same with more or less to compute.
     pub(super) fn with_demand(&self, by: f64) -> Self {
         Fixed { wanted: self.wanted.iter().map(|(n, share)| (n * by, *share)).collect(), ..self.clone() }
+    }
+
+    /// The same with jobs that work more or less of the time.
+    pub(super) fn with_use(&self, by: f64) -> Self {
+        Fixed { wanted: self.wanted.iter().map(|(n, share)| (*n, share * by)).collect(), ..self.clone() }
     }
 
     /// Months looked ahead.
@@ -89,7 +81,7 @@ impl Fixed {
         self.values.contains_key(&key)
     }
 
-    fn get(&self, key: Key) -> f64 {
+    pub(super) fn get(&self, key: Key) -> f64 {
         self.values.get(&key).copied().unwrap_or(0.0)
     }
 
@@ -157,8 +149,10 @@ impl Fixed {
                 };
                 used.clone().map(month).sum()
             };
-            let levels = used.clone().map(|m| self.wanted[m].0.ceil()).chain([0.0]);
-            let costs = levels.map(|level| (level * each, over(level)));
+            let mut levels: Vec<f64> = used.clone().map(|m| self.wanted[m].0.ceil()).chain([0.0]).collect();
+            levels.sort_by(f64::total_cmp);
+            levels.dedup();
+            let costs = levels.into_iter().map(|level| (level * each, over(level)));
             let (a, b) = costs.min_by(|x, y| (x.0 + x.1).total_cmp(&(y.0 + y.1))).unwrap_or((0.0, 0.0));
             bound += a;
             rest += b;
@@ -168,7 +162,7 @@ impl Fixed {
 
     /// Machines ordered in month `order`, for `n` accelerators at work; before they run and beyond them, rent by the hour
     /// where that is allowed. Where it is not, what is beyond stays undone.
-    pub(super) fn own(&self, order: usize, n: f64) -> Parts {
+    pub(super) fn own(&self, order: usize, n: f64) -> Owned {
         let get = |key| self.get(key);
         let lead = self.lead_months();
         let months = self.months();
@@ -177,7 +171,7 @@ impl Fixed {
         let kw = n * get(Key::RatedW) / 1e3;
         let (mut machines, mut rent, mut care, mut people, mut space, mut power) =
             (0.0, 0.0, 0.0, 0.0, 0.0, 0.0);
-        let (mut bought, mut left) = (0.0, 0.0);
+        let (mut bought, mut paid, mut left) = (0.0, 0.0, 0.0);
         for m in 0..months {
             let worth = self.worth(m as f64);
             if m >= order && (m - order).is_multiple_of(life) {
@@ -187,6 +181,7 @@ impl Fixed {
                 machines -= bought * get(Key::Resale) * worth;
                 bought = servers / (1.0 - shares) + servers * get(Key::Spares);
                 machines += bought * worth;
+                paid += bought * worth;
             }
             let owned = if m >= order + lead { n } else { 0.0 };
             let beyond = self.beyond(m, owned);
@@ -209,15 +204,16 @@ impl Fixed {
             let share = 1.0 - (1.0 - get(Key::Resale)) * age as f64 / life as f64;
             left = bought * share * self.worth(months as f64);
         }
-        vec![
-            ("machines", machines),
-            ("value left", -left),
+        let parts = vec![
+            // One part: what a machine brings at the end follows from what it cost.
+            ("machines less resale", machines - left),
             ("maintenance", care),
             ("staff", people),
             ("space", space),
             ("power and cooling", power),
             ("rent", rent),
-        ]
+        ];
+        Owned { parts, bought: paid, left }
     }
 
     /// The best order month in `orders` and number of accelerators: dollars are least, of those tried. Only the levels
@@ -231,7 +227,7 @@ impl Fixed {
             levels = vec![most];
         }
         let tried = orders.flat_map(|order| levels.iter().map(move |n| (order, *n)));
-        let priced = tried.map(|(order, n)| (order, n, total(&self.own(order, n))));
+        let priced = tried.map(|(order, n)| (order, n, total(&self.own(order, n).parts)));
         priced.min_by(|a, b| a.2.total_cmp(&b.2))
     }
 }

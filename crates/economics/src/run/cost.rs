@@ -3,10 +3,11 @@
 use serde::Serialize;
 use spec::{Catalog, Cluster, Result};
 
-use super::{Ask, grid};
+use super::{Ask, grid, independent};
+use crate::failures::{ACCELERATORS_PER_NODE, JobFailures};
 use crate::goodput::Goodput;
 use crate::own::{self, Ownership};
-use crate::price::{self, Quote};
+use crate::price::{self, Commitment, Quote};
 use crate::{Bill, HOURS_PER_YEAR, Spread};
 
 /// Share of the time that owned machines work, as others keep theirs: 83 and 85 % of RSC-1 and RSC-2 (arXiv 2410.21680).
@@ -93,20 +94,75 @@ impl Paid {
         }
     }
 
+    /// What is paid for beside the job's own accelerators: the rest of nodes that are billed whole, and the spare nodes of
+    /// capacity that is bound for a term, where nobody brings another node for a broken one.
+    pub(super) fn held(
+        &self,
+        accelerators: usize,
+        failures: &JobFailures,
+        assumptions: &mut Vec<String>,
+    ) -> Held {
+        let nodes = failures.spares.nodes;
+        match &self.basis {
+            Basis::Own(_) => {
+                assumptions.push("spare nodes are part of what is owned: its bill has them".to_owned());
+                Held::default()
+            }
+            Basis::Rent(quote) => {
+                let rest = quote.billed(accelerators) - accelerators;
+                if rest > 0 {
+                    assumptions.push(format!(
+                        "billed in nodes of {}: {} accelerators for {accelerators}",
+                        quote.billed_in,
+                        accelerators + rest
+                    ));
+                }
+                let bound = matches!(
+                    quote.commitment,
+                    Commitment::Reserved1y | Commitment::Reserved3y | Commitment::CapacityBlock
+                );
+                let spare = if bound { quote.billed(nodes * ACCELERATORS_PER_NODE as usize) } else { 0 };
+                if spare > 0 {
+                    assumptions.push(format!("{spare} spare accelerators are rented beside the job's: broken nodes of a term are not replaced at once"));
+                } else if nodes > 0 {
+                    assumptions.push(
+                        "no spare nodes are billed: who rents by the hour gets another node for a broken one"
+                            .to_owned(),
+                    );
+                }
+                Held { rest_of_nodes: rest, spare }
+            }
+        }
+    }
+
     /// The bill of a job that runs for `hours`: rent by what the time goes to, ownership by what is owned.
-    pub(super) fn bill(&self, accelerators: usize, hours: Spread, goodput: &Goodput) -> Bill {
+    pub(super) fn bill(&self, accelerators: usize, held: Held, hours: Spread, goodput: &Goodput) -> Bill {
         match &self.basis {
             Basis::Rent(quote) => {
-                let usd = quote.usd(accelerators, hours);
+                let each = independent(quote.usd_per_accelerator_h, hours);
+                let of = |n: usize| each.scaled(n as f64);
+                let usd = of(accelerators);
                 let name = |n: &str| if n == "useful" { "training".to_owned() } else { n.to_owned() };
                 let taken = goodput.terms.iter().filter(|t| t.share > 0.0);
-                Bill::of(taken.map(|t| (name(t.name), usd.scaled(t.share))))
+                let parts = taken.map(|t| (name(t.name), usd.scaled(t.share)));
+                let beside = [("rest of whole nodes", held.rest_of_nodes), ("spare nodes", held.spare)];
+                let beside = beside.into_iter().filter(|b| b.1 > 0).map(|(name, n)| (name.to_owned(), of(n)));
+                Bill::of(parts.chain(beside))
             }
             Basis::Own(owned) => {
                 let share = hours.scaled(1.0 / (HOURS_PER_YEAR * owned.utilisation));
                 let parts = owned.ownership.yearly_parts(owned.utilisation);
-                Bill::of(parts.into_iter().map(|(name, usd)| (name, usd.times(share))))
+                Bill::of(parts.into_iter().map(|(name, usd)| (name, independent(usd, share))))
             }
         }
     }
+}
+
+/// Accelerators paid for beside those of the job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Held {
+    /// Of nodes that are billed whole.
+    pub rest_of_nodes: usize,
+    /// That stand by for broken ones.
+    pub spare: usize,
 }

@@ -12,8 +12,11 @@ mod weight;
 
 pub(crate) use micro::{Tile, tile};
 pub(crate) use pack::pack_columns;
-pub(crate) use product::{Left, Out, Right, product, product_workspace_len};
-pub(crate) use weight::{weight_gradient, weight_gradient_workspace_len};
+pub(crate) use product::{Left, Out, Right, product, product_of_runs, product_workspace_len};
+pub(crate) use weight::{
+    weight_gradient, weight_gradient_of_leaves, weight_gradient_of_leaves_workspace_len,
+    weight_gradient_workspace_len,
+};
 
 /// Rows of a register tile.
 pub(crate) const MR: usize = 6;
@@ -26,7 +29,7 @@ pub(crate) const KC: usize = 384;
 const PACKED: usize = 4 << 20;
 /// The most rows and columns of a task: its partial sums, its rows of the left operand and a panel of the right one
 /// stay in the second-level cache.
-const TASK: (usize, usize) = (16 * MR, 6 * NR);
+pub(crate) const TASK: (usize, usize) = (16 * MR, 6 * NR);
 
 /// Floats in a cache line; packed panels start on one.
 const LINE: usize = 16;
@@ -54,6 +57,11 @@ impl<'a> Workspace<'a> {
         let (piece, rest) = rest[skip..].split_at_mut(len);
         self.rest = rest;
         piece
+    }
+
+    /// What is left.
+    pub(crate) fn rest(self) -> &'a mut [f32] {
+        self.rest
     }
 
     /// What `take` may use up for `len` floats.

@@ -64,6 +64,21 @@ pub(crate) fn product<T: Element>(
     (rows, k, cols): (usize, usize, usize),
     ws: &mut [f32],
 ) {
+    product_of_runs(pool, left, right, out, (1, &|_| 0..rows), (rows, k, cols), ws);
+}
+
+/// [`product`] for some runs of rows of `left` and `out` alone, all against one right operand: `runs` of them, each where
+/// `run` says, of at most `rows` rows together. Rows between them are left as they are.
+pub(crate) fn product_of_runs<T: Element>(
+    pool: &Pool,
+    left: Left<'_, T>,
+    right: Right<'_, T>,
+    out: Out<'_, T>,
+    (runs, run): (usize, &(dyn Fn(usize) -> Range<usize> + Sync)),
+    (most, k, cols): (usize, usize, usize),
+    ws: &mut [f32],
+) {
+    let rows = (0..runs).map(run).filter(|r| !r.is_empty()).map(|r| r.end).max().unwrap_or(0);
     if rows == 0 || cols == 0 {
         return;
     }
@@ -73,10 +88,10 @@ pub(crate) fn product<T: Element>(
     assert_eq!(data.len(), k * cols, "right operand");
     assert!(out.bias.is_none_or(|bias| bias.len() == cols), "bias");
     if let Acc::From(from) = out.acc {
-        assert_eq!(from.len(), rows * cols, "accumulator");
+        assert!(from.len() >= rows * cols, "accumulator");
     }
     let step = strip(k, cols);
-    let shape = task_shape(rows, step, pool.threads());
+    let shape = task_shape(most, step, pool.threads());
     let (sums, widened) = scratch_len(k, shape);
     let mut ws = Workspace::new(ws);
     let packed = ws.take(step * k);
@@ -87,12 +102,18 @@ pub(crate) fn product<T: Element>(
         pack(pool, right, k, cols, first..first + width, packed);
         let job = Job { left, packed, y: &y, ld: out.ld, acc: out.acc, bias: out.bias, first, k, cols };
         let across = width.div_ceil(shape.1);
-        pool.run(rows.div_ceil(shape.0) * across, &|task, thread| {
-            let (i, j) = (task / across * shape.0, task % across * shape.1);
+        let down = |r: usize| run(r).len().div_ceil(shape.0);
+        pool.run((0..runs).map(down).sum::<usize>() * across, &|task, thread| {
+            let (mut r, mut block) = (0, task / across);
+            while block >= down(r) {
+                (block, r) = (block - down(r), r + 1);
+            }
+            let rows = run(r);
+            let (i, j) = (rows.start + block * shape.0, task % across * shape.1);
             // SAFETY: each thread has its own part and runs one task at a time.
             let own = unsafe { scratch.part(thread * (sums + widened)..(thread + 1) * (sums + widened)) };
             let (sums, widened) = own.split_at_mut(sums);
-            job.block(i..rows.min(i + shape.0), j..width.min(j + shape.1), sums, widened);
+            job.block(i..rows.end.min(i + shape.0), j..width.min(j + shape.1), sums, widened);
         });
     }
 }

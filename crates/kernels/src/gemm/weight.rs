@@ -17,9 +17,9 @@ fn shared_len(n: usize, ins: usize) -> usize {
 }
 
 /// Scratch floats of one thread: packed left, packed right, one tile or all partial sums, levels of the tree.
-fn scratch_len(n: usize, rows: usize, ins: usize, (mc, nc): (usize, usize), tree: &[u32]) -> [usize; 4] {
+fn scratch_len(own_right: bool, rows: usize, (mc, nc): (usize, usize), tree: &[u32]) -> [usize; 4] {
     let kc = KC.min(rows);
-    let right = if shared_len(n, ins) == 0 { nc * kc } else { 0 };
+    let right = if own_right { nc * kc } else { 0 };
     let sums = if rows > KC { mc * nc } else { MR * NR };
     [mc.next_multiple_of(LANES) * kc, right, sums, depth(tree) * mc * nc]
         .map(|len| len.next_multiple_of(LINE))
@@ -35,7 +35,7 @@ pub(crate) fn weight_gradient_workspace_len(
 ) -> usize {
     let (_, rows) = split(n, tree);
     // The shape of one thread is the largest, so that more threads never need less.
-    let lens = scratch_len(n, rows, ins, task_shape(outs, ins, 1), tree);
+    let lens = scratch_len(shared_len(n, ins) == 0, rows, task_shape(outs, ins, 1), tree);
     Workspace::room(shared_len(n, ins)) + Workspace::room(threads * lens.iter().sum::<usize>())
 }
 
@@ -50,15 +50,72 @@ pub(crate) fn weight_gradient<T: Element>(
     merge: Merge,
     ws: &mut [f32],
 ) {
+    let (_, rows) = split(n, tree);
+    let shared = shared_len(n, ins);
+    let at = (0, outs * ins);
+    weight_gradient_of(pool, dy, x, (grad, at), (n, ins, outs), (tree, rows, &|_| rows), merge, shared, ws);
+}
+
+/// Floats of workspace for [`weight_gradient_of_leaves`], for up to `most` rows in leaves of up to `rows`.
+pub(crate) fn weight_gradient_of_leaves_workspace_len(
+    (most, rows): (usize, usize),
+    ins: usize,
+    outs: usize,
+    tree: &[u32],
+    threads: usize,
+) -> usize {
+    let (shared, shape) = (most_shared(most, ins), task_shape(outs, ins, 1));
+    let own = scratch_len(shared != most * ins.next_multiple_of(NR), rows, shape, tree).iter().sum::<usize>();
+    Workspace::room(shared) + Workspace::room(threads * own)
+}
+
+/// The most floats of a right operand of up to `most` rows that are packed once for all tasks.
+fn most_shared(most: usize, ins: usize) -> usize {
+    PACKED.min(most * ins.next_multiple_of(NR))
+}
+
+/// [`weight_gradient`] for leaves of uneven length: leaf i has `leaf(i)` rows, at most `rows`, of at most `most` in all.
+/// The gradient's first level begins at `at` of `grad`, the others `apart` from each other.
+pub(crate) fn weight_gradient_of_leaves<T: Element>(
+    pool: &Pool,
+    dy: &[T],
+    x: &[T],
+    (grad, at): (&mut [f32], (usize, usize)),
+    (n, ins, outs): (usize, usize, usize),
+    (most, rows): (usize, usize),
+    (tree, leaf): (&[u32], &(dyn Fn(usize) -> usize + Sync)),
+    merge: Merge,
+    ws: &mut [f32],
+) {
+    let shared = most_shared(most, ins);
+    weight_gradient_of(pool, dy, x, (grad, at), (n, ins, outs), (tree, rows, leaf), merge, shared, ws);
+}
+
+/// The leaves of a tree: its radices, the most rows of a leaf, the rows of each.
+type Leaves<'a> = (&'a [u32], usize, &'a (dyn Fn(usize) -> usize + Sync));
+
+fn weight_gradient_of<T: Element>(
+    pool: &Pool,
+    dy: &[T],
+    x: &[T],
+    (grad, (at, apart)): (&mut [f32], (usize, usize)),
+    (n, ins, outs): (usize, usize, usize),
+    (tree, rows, leaf): Leaves<'_>,
+    merge: Merge,
+    most_shared: usize,
+    ws: &mut [f32],
+) {
     assert_eq!(dy.len(), n * outs, "output gradient");
     assert_eq!(x.len(), n * ins, "input");
-    assert!(grad.len() >= merge.levels() * outs * ins, "gradient levels");
-    let (_, rows) = split(n, tree);
+    assert!(grad.len() >= at + (merge.levels() - 1) * apart + outs * ins, "gradient levels");
+    assert!((0..leaves(tree)).all(|i| leaf(i) <= rows), "rows of a leaf");
+    assert_eq!((0..leaves(tree)).map(leaf).sum::<usize>(), n, "rows of all leaves");
     let shape = task_shape(outs, ins, pool.threads());
-    let lens = scratch_len(n, rows, ins, shape, tree);
+    let shared = shared_len(n, ins);
+    let lens = scratch_len(shared == 0 && n > 0, rows, shape, tree);
     let own_len = lens.iter().sum::<usize>();
     let mut ws = Workspace::new(ws);
-    let packed = ws.take(shared_len(n, ins));
+    let packed = &mut ws.take(most_shared)[..shared];
     let scratch = Parts::new(ws.take(pool.threads() * own_len));
     if !packed.is_empty() {
         let packed = Parts::new(packed);
@@ -66,7 +123,8 @@ pub(crate) fn weight_gradient<T: Element>(
             pack_all_rows(&x[range.start * ins..range.end * ins], ins, &packed, range.start * NR, n * NR);
         });
     }
-    let job = Job { dy, x, packed, grad: &Parts::new(grad), n, ins, outs, rows, tree, merge };
+    let grad = (&Parts::new(grad), at, apart);
+    let job = Job { dy, x, packed, grad, n, ins, outs, rows, leaf, tree, merge };
     let across = ins.div_ceil(shape.1);
     pool.run(outs.div_ceil(shape.0) * across, &|task, thread| {
         let (i, j) = (task / across * shape.0, task % across * shape.1);
@@ -92,12 +150,15 @@ struct Job<'a, T> {
     x: &'a [T],
     /// All of `x` in panels, or nothing.
     packed: &'a [f32],
-    grad: &'a Parts<'a, f32>,
+    /// The levels, where the first begins, and how far they are apart.
+    grad: (&'a Parts<'a, f32>, usize, usize),
     n: usize,
     ins: usize,
     outs: usize,
-    /// Rows of a leaf.
+    /// The most rows of a leaf.
     rows: usize,
+    /// The rows of a leaf.
+    leaf: &'a (dyn Fn(usize) -> usize + Sync),
     tree: &'a [u32],
     merge: Merge,
 }
@@ -109,11 +170,14 @@ impl<T: Element> Job<'_, T> {
         let tiles = tiles_down * tiles_across;
         // At least one round for an empty leaf, which gives zeros.
         let kc_most = block(self.rows, 1, KC).max(1);
+        let (grad, grad_at, apart) = self.grad;
+        let mut first = 0;
         for leaf in 0..leaves(self.tree) {
             let at_leaf = step(self.tree, leaf);
-            for k0 in (0..self.rows.max(1)).step_by(kc_most) {
-                let kc = kc_most.min(self.rows - k0);
-                let row = leaf * self.rows + k0;
+            let rows = (self.leaf)(leaf);
+            for k0 in (0..rows.max(1)).step_by(kc_most) {
+                let kc = kc_most.min(rows - k0);
+                let row = first + k0;
                 self.pack(row, kc, &outs, &ins, left, right);
                 for index in 0..tiles {
                     let (across, down) = (index / tiles_down, index % tiles_down);
@@ -135,7 +199,7 @@ impl<T: Element> Job<'_, T> {
                     self.ask(row + kc, kc, &outs, index, tiles);
                     // SAFETY: the packed operands hold kc rows with the tile's m and NR columns, and `c` MR rows of NR.
                     unsafe { tile(m, n, &t) };
-                    if k0 + kc < self.rows {
+                    if k0 + kc < rows {
                         continue;
                     }
                     // A tree of one leaf has no levels.
@@ -149,16 +213,17 @@ impl<T: Element> Job<'_, T> {
                                 m,
                                 n,
                                 tree,
-                                self.grad,
-                                i * self.ins + j,
+                                grad,
+                                grad_at + i * self.ins + j,
                                 self.ins,
-                                self.outs * self.ins,
+                                apart,
                                 self.merge,
                             );
                         }
                     }
                 }
             }
+            first += rows;
         }
     }
 

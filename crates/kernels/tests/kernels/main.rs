@@ -3,6 +3,7 @@
 
 mod attention;
 mod bits;
+mod experts;
 mod linear;
 mod loss;
 mod reference;

@@ -2,10 +2,11 @@
 
 use crate::net::{self, ReservedPort};
 use crate::options::{Backend, Options};
-use crate::rendezvous::{Closed, Driver, Member, News, NodeId, Rules, Seat, Setup, Wish};
+use crate::rendezvous::{Driver, Setup};
 use crate::secret::Trust;
 use crate::signals::Signals;
 use comm::StoreServer;
+use elastic::rendezvous::{Closed, Member, News, NodeId, Offer, Rules, Seat, Wish};
 use rustix::event::Timespec;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::BorrowedFd;
@@ -27,13 +28,6 @@ pub(super) enum Group {
     Many(Many),
 }
 
-/// What came of waiting for a place.
-pub(super) enum Joined {
-    Seat(Seat),
-    Signal(i32),
-    Closed(Closed),
-}
-
 /// What came of waiting for the others to be done.
 pub(super) enum Finished {
     Done(Closed),
@@ -50,7 +44,7 @@ impl Group {
         bind: Option<IpAddr>,
     ) -> Result<Group> {
         if options.is_single() {
-            Single::start(options, nproc, trust).map(Group::Single)
+            Single::start(options, trust).map(Group::Single)
         } else {
             Many::start(options, nproc, run_id, trust, bind).map(Group::Many)
         }
@@ -60,7 +54,7 @@ impl Group {
     pub(super) fn store(&self) -> String {
         match self {
             Group::Single(one) => one.server.addr().to_string(),
-            Group::Many(many) => many.endpoint.clone(),
+            Group::Many(many) => many.driver.endpoint(),
         }
     }
 
@@ -72,19 +66,51 @@ impl Group {
         }
     }
 
-    /// What another node said, if anything.
-    pub(super) fn news(&self) -> Option<Result<News>> {
+    /// What there is to know of the round, if anything.
+    pub(super) fn news(&mut self) -> Option<Result<News>> {
         match self {
-            Group::Single(_) => None,
-            Group::Many(many) => many.driver.news(),
+            Group::Single(one) => one.given_seat.take().map(|seat| Ok(News::Seated(seat))),
+            Group::Many(many) => {
+                let news = many.driver.news();
+                if let Some(Ok(News::Seated(seat))) = &news {
+                    many.round = seat.round;
+                }
+                news
+            }
         }
     }
 
-    /// Waits for a place in the next round.
-    pub(super) fn join(&mut self, signals: &Signals, stopping: &[i32]) -> Result<Joined> {
+    /// Whether there is news that no descriptor tells of.
+    pub(super) fn has_news(&self) -> bool {
+        matches!(self, Group::Single(one) if one.given_seat.is_some())
+    }
+
+    /// Asks for a place for `nproc` workers in the next round; it comes as news. Some may go on from the last one.
+    pub(super) fn ask(&mut self, nproc: usize, keeps: bool) -> Result<()> {
         match self {
-            Group::Single(one) => one.seat().map(Joined::Seat),
-            Group::Many(many) => many.join(signals, stopping),
+            Group::Single(one) => one.given_seat = Some(one.seat(nproc, keeps)?),
+            Group::Many(many) => {
+                // A port is offered before it is known whether this node becomes group rank 0.
+                let reserved = ReservedPort::any()?;
+                many.driver.wish(Wish::Join, Some(Offer { master_port: reserved.port, nproc }));
+                many.reserved = Some(reserved);
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the other nodes that the workers can recover, and whether they have done a step in this round.
+    pub(super) fn note(&self, stepped: bool) {
+        if let Group::Many(many) = self {
+            many.driver.note(stepped.then_some(many.round));
+        }
+    }
+
+    /// How long a node may be gone before the others are told.
+    pub(super) fn silence(&self) -> Duration {
+        match self {
+            Group::Single(_) => Duration::ZERO,
+            Group::Many(many) => many.dead_after,
         }
     }
 
@@ -128,7 +154,7 @@ impl Group {
 
 /// This node alone.
 pub(super) struct Single {
-    nproc: usize,
+    given_seat: Option<Seat>,
     /// The port that the user asked for; else each round gets a free one, so that a worker that clings to the last
     /// one does no harm.
     given: Option<u16>,
@@ -139,17 +165,21 @@ pub(super) struct Single {
 }
 
 impl Single {
-    fn start(options: &Options, nproc: usize, trust: &Trust) -> Result<Single> {
+    fn start(options: &Options, trust: &Trust) -> Result<Single> {
         let server = StoreServer::start_with(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), &trust.secret)?;
         let given = options.master_port.filter(|_| !options.standalone);
         let master_addr = options.local_addr.clone().unwrap_or_else(|| options.master_addr.clone());
-        Ok(Single { nproc, given, reserved: None, master_addr, round: 0, server })
+        Ok(Single { given_seat: None, given, reserved: None, master_addr, round: 0, server })
     }
 
-    fn seat(&mut self) -> Result<Seat> {
+    fn seat(&mut self, nproc: usize, keeps: bool) -> Result<Seat> {
         // The old reservation goes first: a given port is reserved anew.
         self.reserved = None;
-        let reserved = self.given.map_or_else(ReservedPort::any, ReservedPort::at)?;
+        let reserved = match self.given.map_or_else(ReservedPort::any, ReservedPort::at) {
+            // A worker that goes on may have it still; the new ones take another.
+            Err(_) if keeps => ReservedPort::any()?,
+            reserved => reserved?,
+        };
         let master_port = reserved.port;
         self.reserved = Some(reserved);
         let round = self.round;
@@ -159,9 +189,9 @@ impl Single {
             group_rank: 0,
             group_world: 1,
             base_rank: 0,
-            world: self.nproc,
+            world: nproc,
             role_base_rank: 0,
-            role_world: self.nproc,
+            role_world: nproc,
             master_addr: self.master_addr.clone(),
             master_port,
             nodes: vec![net::host_name()],
@@ -172,8 +202,8 @@ impl Single {
 /// This node and others.
 pub(super) struct Many {
     driver: Driver,
-    endpoint: String,
     close_timeout: Duration,
+    dead_after: Duration,
     round: u64,
     reserved: Option<ReservedPort>,
     /// Last in order, so that the driver's connections go first.
@@ -205,16 +235,31 @@ impl Many {
         let server = host_store(&host, port, must_host, trust, bind)?;
         let port = server.as_ref().map_or(port, |s| s.addr().port());
         let endpoint = net::join_endpoint(&host, port);
+        let chosen = bind.filter(|ip| !ip.is_unspecified()).map(|ip| ip.to_string());
+        let addr = options.local_addr.clone().or(chosen).unwrap_or_default();
+        if !addr.is_empty() {
+            // This agent listens there too: the store may move to it.
+            trust.check(&addr, port)?;
+        }
         let id = NodeId {
             node_rank: options.node_rank,
-            addr: options.local_addr.clone().or(bind.map(|ip| ip.to_string())).unwrap_or_default(),
+            addr,
             pid: std::process::id(),
             serial: SERIAL.fetch_add(1, Ordering::Relaxed),
         };
-        let me = Member { id, host: net::host_name(), nproc, role: options.role.clone(), master_port: 0 };
+        let me = Member {
+            id,
+            host: net::host_name(),
+            nproc,
+            role: options.role.clone(),
+            master_port: 0,
+            door: 0,
+            standby: 0,
+        };
         let driver = Driver::start(Setup {
-            endpoint: endpoint.clone(),
+            endpoint,
             secret: trust.secret.clone(),
+            bind,
             run_id: run_id.to_owned(),
             me,
             rules: Rules { min: options.min_nodes, max: options.max_nodes, is_static },
@@ -223,27 +268,8 @@ impl Many {
             is_host: server.is_some(),
             interval: options.monitor_interval,
         })?;
-        let close_timeout = options.times.close;
-        Ok(Many { driver, endpoint, close_timeout, round: 0, reserved: None, _server: server })
-    }
-
-    fn join(&mut self, signals: &Signals, stopping: &[i32]) -> Result<Joined> {
-        // A port is offered before it is known whether this node becomes group rank 0.
-        let reserved = ReservedPort::any()?;
-        self.driver.wish(Wish::Join, Some(reserved.port));
-        self.reserved = Some(reserved);
-        loop {
-            match self.hear(signals, stopping, None)? {
-                Heard::Signal(signal) => return Ok(Joined::Signal(signal)),
-                Heard::News(News::Seated(seat)) => {
-                    self.round = seat.round;
-                    return Ok(Joined::Seat(seat));
-                }
-                Heard::News(News::Closed(closed)) => return Ok(Joined::Closed(closed)),
-                // Word of a round that is over already.
-                Heard::News(_) | Heard::Nothing => {}
-            }
-        }
+        let (close_timeout, dead_after) = (options.times.close, options.times.dead_after());
+        Ok(Many { driver, close_timeout, dead_after, round: 0, reserved: None, _server: server })
     }
 
     /// Wishes and waits for the answer: that the round or the job is over, or that this node has left.

@@ -4,6 +4,7 @@ mod common;
 mod many_nodes;
 mod one_node;
 mod ranks;
+mod recovery;
 mod torch;
 mod trust;
 

@@ -12,19 +12,24 @@ fn free_port() -> u16 {
 }
 
 /// The flags of the nodes of one job.
-struct Job {
+pub(crate) struct Job {
     endpoint: String,
     nnodes: &'static str,
     more: Vec<&'static str>,
 }
 
 impl Job {
-    fn new(nnodes: &'static str, more: &[&'static str]) -> Job {
+    pub(crate) fn new(nnodes: &'static str, more: &[&'static str]) -> Job {
         Job { endpoint: format!("127.0.0.1:{}", free_port()), nnodes, more: more.to_vec() }
     }
 
     /// Starts node `index`; its address orders it among the others. Node 0 hosts the store.
     fn node(&self, index: usize, nproc: usize, script: &str) -> Running {
+        self.program(index, nproc, &["sh", "-c", script])
+    }
+
+    /// The same with another program.
+    pub(crate) fn program(&self, index: usize, nproc: usize, program: &[&str]) -> Running {
         let (addr, nproc) = (format!("127.0.0.{}", index + 1), nproc.to_string());
         let conf = format!("{CONF},is_host={}", u8::from(index == 0));
         let fixed = [
@@ -45,7 +50,7 @@ impl Job {
             "--shutdown-timeout",
             "5",
         ];
-        Running::start(&[&fixed, &self.more[..], &["sh", "-c", script]].concat())
+        Running::start(&[&fixed, &self.more[..], program].concat())
     }
 }
 
@@ -140,7 +145,7 @@ fn survivors_of_a_killed_agent_are_told() {
         }
     };
     // Two are needed: the survivor ends and says who is lost.
-    check("2", libc::SIGKILL, 1, &["is lost: no sign of life", "1 of at least 2 nodes are left"]);
+    check("2", libc::SIGKILL, 1, &["is lost: its agent has died", "1 of at least 2 nodes are left"]);
     check("2", libc::SIGSTOP, 1, &["is lost: no sign of life"]);
     // One is enough: it goes on alone.
     check("1:2", libc::SIGKILL, 0, &["starting over: node"]);

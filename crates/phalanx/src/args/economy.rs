@@ -20,13 +20,13 @@ pub(crate) struct Economy {
     /// On-demand, reserved-1y, reserved-3y, spot or capacity-block
     #[arg(long, value_name = "TERM")]
     pub(crate) commitment: Option<String>,
-    /// Region of the price, or grid of the catalogue for energy and carbon
+    /// Region of the price where the accelerator has prices by region, else the grid for energy and carbon
     #[arg(long, value_name = "NAME")]
     pub(crate) region: Option<String>,
     /// Pay the run's share of owning the machines instead of rent
     #[arg(long, conflicts_with_all = ["price", "commitment"])]
     pub(crate) own: bool,
-    /// Smaller batches at the beginning, each until so many tokens: 4M:252M,8M:2.87T
+    /// Smaller batches at the beginning, each until so many tokens: 4M:252M,8M:2.87T. Rounded to what the replicas divide
     #[arg(long, value_name = "BATCH:UNTIL,...")]
     pub(crate) ramp: Option<String>,
     /// After losing a node: restart, in-memory (copies on peers) or elastic (the others go on)
@@ -98,6 +98,9 @@ pub(crate) struct Decide {
     /// Write the assumptions to edit
     #[arg(long, value_name = "FILE.toml")]
     pub(crate) write: Option<PathBuf>,
+    /// Write a page with figures, tables and sources, in one file that needs no network
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
     /// More catalogue files, over the built-in ones
     #[arg(long, value_name = "FILE.toml")]
     pub(crate) catalog: Vec<PathBuf>,

@@ -25,7 +25,7 @@ pub(super) fn run(args: &BenchStep) -> Result<u8> {
     let run = reference(&args.set, args.nproc == 1)?;
     run.layout.validate_world(args.nproc)?;
     let threads = |share: usize| if args.threads > 0 { args.threads } else { share };
-    match Rank::from_env(None)? {
+    match Rank::from_env()? {
         Some(rank) => {
             let world = rank.world(&run.to_toml(), TransportChoice::Auto, comm::DEFAULT_TIMEOUT)?;
             let (me, mesh) = (world.rank(), Mesh::new(world, &run.layout)?);
@@ -35,7 +35,7 @@ pub(super) fn run(args: &BenchStep) -> Result<u8> {
             drop(s);
             rank.leave().map(|()| 0)
         }
-        None if args.nproc > 1 => ranks::start(args.nproc, &[]),
+        None if args.nproc > 1 => ranks::start(args.nproc, ranks::Losses::default(), &[]),
         None => {
             let device = device::open(run.run.device, 0, threads(output::threads(0)))?;
             let mut s = Stepper::open(run, device, args.ops, 0, Mesh::alone())?;

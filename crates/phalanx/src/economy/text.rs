@@ -9,8 +9,35 @@ use economics::run::{Basis, Run};
 
 use crate::planner::text::{bars, bytes, seconds};
 
+/// Longer than runs are let go on.
+const LONG_DAYS: f64 = 180.0;
 /// Sizes shown of those tried.
 const SIZE_ROWS: usize = 8;
+
+/// Days and dollars, which come before everything else.
+pub(crate) fn first(chosen: &Chosen) -> String {
+    let run = &chosen.run;
+    let q = &chosen.answer.question;
+    let mut out = format!(
+        "{:.1} days ({}) for {:.4}T tokens on {} x {}",
+        run.wall_days,
+        range(run.wall_days_range, 1),
+        run.tokens / 1e12,
+        run.accelerators,
+        q.cluster.accelerator.name
+    );
+    match (&run.cost_usd, &run.basis) {
+        (Some(cost), Some(Basis::Rent(q))) => {
+            let who = q.provider.as_deref().unwrap_or("your price");
+            out += &format!(", {cost}: rented {}, {who} {}", q.commitment.name(), q.date);
+        }
+        (Some(cost), Some(Basis::Own(_))) => {
+            out += &format!(", {cost}: the run's share of machines of one's own");
+        }
+        _ => out += "; what it costs nobody quotes",
+    }
+    out + "\n\n"
+}
 
 pub(crate) fn run(chosen: &Chosen) -> String {
     let mut out = String::new();
@@ -30,8 +57,15 @@ pub(crate) fn run(chosen: &Chosen) -> String {
 }
 
 fn range(s: Spread, digits: usize) -> String {
+    // Where failures come about as fast as recoveries end, a little more of them is no end at all.
+    if s.high > ENDLESS * s.value {
+        return format!("{:.digits$} to no end", s.low);
+    }
     format!("{:.digits$} to {:.digits$}", s.low, s.high)
 }
+
+/// This many times the value says no more than "very long".
+const ENDLESS: f64 = 100.0;
 
 fn head(out: &mut String, run: &Run) -> std::fmt::Result {
     writeln!(
@@ -49,6 +83,17 @@ fn head(out: &mut String, run: &Run) -> std::fmt::Result {
             Basis::Own(o) => format!("owned, ${:.2} an accelerator-hour", o.usd_per_accelerator_h.value),
         };
         writeln!(out, "it costs {cost}: {:.0} accelerator-hours, {per}", run.accelerator_hours)?;
+        let held = run.held;
+        if held.rest_of_nodes + held.spare > 0 {
+            writeln!(
+                out,
+                "  billed beside the job's: {} accelerators of whole nodes, {} that stand by",
+                held.rest_of_nodes, held.spare
+            )?;
+        }
+    }
+    for (i, why) in run.range_of.iter().enumerate() {
+        writeln!(out, "  {}{why}", if i == 0 { "the range: " } else { "           " })?;
     }
     Ok(())
 }
@@ -151,6 +196,9 @@ fn storage(out: &mut String, run: &Run) -> std::fmt::Result {
 
 fn sizes(out: &mut String, chosen: &Chosen) -> std::fmt::Result {
     writeln!(out, "\nfor {}: how many accelerators", chosen.objective.name())?;
+    if chosen.run.wall_days > LONG_DAYS && !chosen.within {
+        writeln!(out, "  the best takes {:.0} days: --within DAYS keeps a deadline", chosen.run.wall_days)?;
+    }
     for s in chosen.sizes.iter().take(SIZE_ROWS) {
         let cost = s.cost_usd.map(|c| c.value.to_string()).unwrap_or_default();
         writeln!(

@@ -42,5 +42,17 @@ fn side(given: &str) -> Result<Side> {
     if plan.cluster == "this" {
         return Err(refused("plans of this machine have other figures".to_owned()));
     }
+    for (flag, there) in [
+        ("--html", plan.html.is_some()),
+        ("--json", plan.json),
+        ("--emit", plan.emit.is_some()),
+        ("--rank-map", plan.rank_map.is_some()),
+        ("--explain", plan.explain),
+    ] {
+        if there {
+            return Err(Error::user(format!("{given}: {flag} is of one plan, not of a side"))
+                .hint("leave it out; --html and --json of the comparison stand outside of the quotes"));
+        }
+    }
     Side::parse(given, &super::answered(&plan)?.json().to_string())
 }

@@ -88,7 +88,11 @@ fn best(out: &mut String, answer: &Answer) -> std::fmt::Result {
     let free = answer.question.cluster.accelerator.memory_bytes.value - best.memory_bytes;
     parts.sort_by(|a, b| b.1.total_cmp(&a.1));
     parts.push(("free", free.max(0.0)));
-    bars(out, &parts, best.memory_bytes + free.max(0.0), bytes)
+    bars(out, &parts, best.memory_bytes + free.max(0.0), bytes)?;
+    match super::margin::said(answer) {
+        Some(tight) => writeln!(out, "  note: {tight}"),
+        None => Ok(()),
+    }
 }
 
 fn row(out: &mut String, n: usize, c: &Choice) -> std::fmt::Result {

@@ -10,11 +10,18 @@ use crate::output;
 const ROWS_SHOWN: usize = 10;
 
 /// A table of serving figures.
-pub(super) fn run(args: &Validate, name: &str, table: &str, catalog: &Catalog) -> Result<u8> {
+pub(super) fn run(
+    args: &Validate,
+    name: &str,
+    table: &str,
+    catalog: &Catalog,
+    unread: &[String],
+) -> Result<u8> {
     for (flag, given) in [
         ("--fit", args.fit.is_some()),
         ("--calibration", args.calibration.is_some()),
         ("--held-out", args.held_out),
+        ("--half", args.half),
     ] {
         if given {
             return Err(Error::user(format!("{flag}: {name} is a table of serving figures"))
@@ -27,7 +34,7 @@ pub(super) fn run(args: &Validate, name: &str, table: &str, catalog: &Catalog) -
             .hint("each line after the header is one published figure"));
     }
     output::print(&if args.json {
-        let json = serde_json::json!({ "inference": v });
+        let json = serde_json::json!({ "inference": v, "columns_not_read": unread });
         serde_json::to_string_pretty(&json).expect("numbers are JSON")
     } else {
         let mut out = String::new();

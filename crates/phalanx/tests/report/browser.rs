@@ -19,7 +19,7 @@ const BROWSERS: [&str; 6] = [
 /// Milliseconds that the page gets on the browser's own clock.
 const BUDGET: &str = "--virtual-time-budget=2000";
 
-fn browser() -> Option<&'static str> {
+pub(crate) fn browser() -> Option<&'static str> {
     let found = BROWSERS.into_iter().find(|b| Path::new(b).is_file());
     if found.is_none() {
         eprintln!(
@@ -78,7 +78,9 @@ fn a_browser_runs_the_pages_without_complaint() {
     let dom = clean(browser, &lab, &lab.path("plan.html"));
     shows(&dom, &json);
     clean(browser, &lab, &lab.path("guide.html"));
-    for (page, size) in [("plan", "1280,5200"), ("guide", "1280,2400")] {
+    lab.ok("decide --profile 6x64@0.3,42x512@0.8 --html decide.html");
+    clean(browser, &lab, &lab.path("decide.html"));
+    for (page, size) in [("plan", "1280,5600"), ("guide", "1280,2400"), ("decide", "1280,2800")] {
         let picture = artefact(&format!("{page}.png"));
         let shot = format!("--screenshot={}", picture.display());
         let (_, messages) = open(

@@ -1,6 +1,6 @@
 //! Pages: what they show is what `--json` says, they need nothing from elsewhere, and a browser has nothing to complain of.
 
-mod browser;
+pub(crate) mod browser;
 
 use std::fs;
 
@@ -104,7 +104,7 @@ fn figures_show_what_the_answer_says() {
     same("break-even", utilisation[0].1[0], number(&data, "/break_even/value"));
     let sizes = table(&page, "scaling");
     assert_eq!(sizes.len(), data["sizes"].as_array().map_or(0, Vec::len));
-    for id in ["layouts", "stages", "sensitivity", "cost-sensitivity", "sources", "best"] {
+    for id in ["layouts", "stages", "ranks", "sensitivity", "cost-sensitivity", "sources", "best"] {
         assert!(page.contains(&format!("<figure id=\"{id}\"")), "{id}");
     }
     let answer = page.split("id=\"answer\">").nth(1).and_then(|a| a.split("</p>").next()).expect("an answer");
@@ -150,6 +150,24 @@ fn an_unwritable_page_leaves_nothing_behind() {
     let left: Vec<_> =
         fs::read_dir(lab.path("")).expect("the folder").map(|e| e.expect("an entry").file_name()).collect();
     assert!(left.iter().all(|n| !n.to_string_lossy().starts_with('.')), "{left:?}");
+}
+
+#[test]
+fn what_does_not_fit_is_shown_and_written_nowhere() {
+    let lab = Lab::new();
+    let large = "plan --model llama3-70b --cluster dgx-h100 --layout tp=1,zero=1 --threads 1";
+    for more in ["--html page.html", "--rank-map ranks.csv", "--emit megatron"] {
+        let ran = lab.run(&format!("{large} {more}"));
+        assert_eq!(ran.code, Some(2), "{more}: {}", ran.err);
+        assert!(
+            ran.err.contains("does not fit") && !ran.out.contains("--tensor-model-parallel"),
+            "{}",
+            ran.out
+        );
+    }
+    for file in ["page.html", "ranks.csv"] {
+        assert!(!lab.path(file).exists(), "{file}");
+    }
 }
 
 #[test]
@@ -202,4 +220,11 @@ fn two_plans_stand_side_by_side() {
     refused(&lab, "plan compare no.json a.json", 2, "no.json: no answer of the planner");
     refused(&lab, "plan compare gone.json a.json", 2, "gone.json");
     refused(&lab, "plan compare a.json --model=gpt3-1.3b", 2, "--model=gpt3-1.3b");
+    for flag in ["--json", "--html x.html"] {
+        let mut command = lab.command("plan compare");
+        let ran = command.args(["a.json", &format!("{b} {flag}")]).output().expect("start the program");
+        assert_eq!(ran.status.code(), Some(2), "{flag}");
+        let said = String::from_utf8_lossy(&ran.stderr).into_owned();
+        assert!(said.contains("is of one plan, not of a side") && !lab.path("x.html").exists(), "{said}");
+    }
 }

@@ -100,6 +100,19 @@ fn bounds_lose_nothing() {
 
 /// Parameters are gathered inside a node, and only shards of gradients cross to the others, once a step.
 #[test]
+fn the_fastest_of_several_sizes_are_those_of_their_own_searches() {
+    let sizes = [256, 96, 64, 8, 1];
+    let problems: Vec<Problem> =
+        sizes.iter().map(|n| problem("gpt3-13b", "dgx-superpod-h100", *n, 768, 2048)).collect();
+    let found = fastest(&problems, &space(1)).unwrap();
+    for ((n, problem), found) in sizes.iter().zip(&problems).zip(found) {
+        let alone = search(problem, &space(*n), &|_, _| ()).ok();
+        assert_eq!(found, alone.and_then(|s| s.best.into_iter().next()), "{n} accelerators");
+    }
+    assert!(fastest(&problems[4..], &space(1)).unwrap()[0].is_none(), "13B parameters do not fit one");
+}
+
+#[test]
 fn several_nodes_shard_inside_each() {
     let problem = problem("gpt3-6.7b", "dgx-h100", 128, 1024, 512);
     let layout = Layout { dp: 128, zero: Zero::Parameters, reduce: Reduce::Ring, ..Layout::default() };

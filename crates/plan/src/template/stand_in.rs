@@ -3,7 +3,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use program::{
     ALIGN, BlockWork, BufferId, Collective, Home, Mode, Pass, Phase, Place, Program, Replication, Request,
 };
-use spec::{Layout, Recompute, Reduce, Result, Tolerance, lcm};
+use spec::{ExpertRows, Layout, Recompute, Reduce, Result, Tolerance, lcm};
 
 use super::tasks::tasks;
 use super::{Key, Reads, Section};
@@ -46,6 +46,7 @@ impl StandIn {
             micro_batch: key.micro_batch,
             recompute: if whole { Recompute::None } else { key.recompute },
             reduce: Reduce::Ring,
+            expert_rows: ExpertRows::Even,
             ..Layout::default()
         };
         let (mut model, sequence) = Tolerance::ALL.held(&layout, &model, key.sequence);

@@ -50,15 +50,15 @@ fn kernels(p: &Program, op: &Op) -> Vec<Task> {
         OpKind::LinearGradInput => gemm(rows(0), cols(1), cols(0)),
         OpKind::LinearGradWeight => gemm(cols(0), cols(1), rows(0)),
         // Rows are spread evenly over the experts.
-        OpKind::GroupedLinear { experts } => {
+        OpKind::GroupedLinear { experts, rows: even } => {
             let each = *experts as f64;
-            grouped(rows(0) / each, rows(1) / each, cols(0), *experts)
+            grouped(*even as f64 / each, rows(1) / each, cols(0), *experts)
         }
-        OpKind::GroupedLinearGradInput { experts } => {
-            grouped(rows(0) / *experts as f64, cols(1), cols(0), *experts)
+        OpKind::GroupedLinearGradInput { experts, rows: even } => {
+            grouped(*even as f64 / *experts as f64, cols(1), cols(0), *experts)
         }
-        OpKind::GroupedLinearGradWeight { experts } => {
-            grouped(cols(0), cols(1), rows(0) / *experts as f64, *experts)
+        OpKind::GroupedLinearGradWeight { experts, rows: even, .. } => {
+            grouped(cols(0), cols(1), *even as f64 / *experts as f64, *experts)
         }
         OpKind::Attention { heads } => vec![attention(heads, false)],
         OpKind::AttentionGrad { heads } => vec![attention(heads, true)],

@@ -1,4 +1,4 @@
-use spec::{DType, Experts};
+use spec::{DType, ExpertRows, Experts};
 
 use super::Emitter;
 use crate::graph::{Source, ValueId};
@@ -9,8 +9,10 @@ impl Emitter<'_> {
     /// `residual + experts(h)`: route, send copies of tokens to their experts, multiply by group, bring them back.
     ///
     /// Each tensor-parallel rank routes its own share of the tokens, experts are whole: under sequence parallelism that
-    /// share is what the rank holds anyway, else it is sliced out and the outcome gathered. Shapes are static: routing
-    /// is taken as balanced, so that a rank gets `n k` rows for the `n` tokens that it routes (capacity factor 1).
+    /// share is what the rank holds anyway, else it is sliced out and the outcome gathered. Shapes are static: a rank that
+    /// alone holds all experts gets exactly `n k` rows for the `n` tokens that it routes. Where experts are spread it has
+    /// room for all rows that can come (each of `ep` ranks may send each token to `min(k, experts held)` of them), or for
+    /// an even share.
     pub(super) fn experts(&mut self, name: &str, e: &Experts, h: ValueId, residual: ValueId) -> ValueId {
         let p = |s: &str| format!("{name}.{s}");
         let residual = match e.shared_ffn {
@@ -23,23 +25,31 @@ impl Emitter<'_> {
         let (rows, hidden) = (self.g.get(x).rows, cx.model.hidden);
         let copies = rows * e.top_k;
         let local = e.count / cx.layout.ep;
+        let room = match cx.layout.expert_rows {
+            ExpertRows::All if cx.layout.ep > 1 => cx.layout.ep * rows * e.top_k.min(local),
+            _ => copies,
+        };
 
         let logits = self.linear(Role::Router, &p("router"), x, e.count);
         let gates = self.stat(&p("route"), rows, e.top_k);
-        let index = self.g.value(&p("route.index"), rows, e.top_k, DType::U32, Source::Node);
-        let counts = self.g.value(&p("route.counts"), e.count, 1, DType::U32, Source::Node);
+        // Whole sequences are counted one by one: leaves of the sum over them are experts' gradients of one.
+        let whole = rows == cx.tokens() && !cx.generates();
+        let leaves = if whole { cx.layout.micro_batch } else { 1 };
+        let index = self.g.value(&p("route.index"), rows, 2 * e.top_k, DType::U32, Source::Node);
+        let counts = self.g.value(&p("route.counts"), e.count, leaves, DType::U32, Source::Node);
         let [gates_all, index_all, counts_all] = [gates, index, counts].map(|v| self.g.all(v));
         let ins = vec![self.g.all(logits)];
-        self.push(OpKind::Route { top_k: e.top_k }, &p("route"), ins, vec![gates_all, index_all, counts_all]);
+        let route = OpKind::Route { top_k: e.top_k, router: e.router };
+        self.push(route, &p("route"), ins, vec![gates_all, index_all, counts_all]);
 
         let mut y = self.act(&p("permute"), copies, hidden);
         let (ins, outs) = (vec![self.g.all(x), index_all], vec![self.g.all(y)]);
         self.push(OpKind::Permute { top_k: e.top_k }, &p("permute"), ins, outs);
         let mut held = counts_all;
         if cx.layout.ep > 1 {
-            let arrived = self.g.value(&p("dispatch.counts"), e.count, 1, DType::U32, Source::Node);
+            let arrived = self.g.value(&p("dispatch.counts"), e.count, leaves, DType::U32, Source::Node);
             held = self.g.all(arrived);
-            let sent = self.act(&p("dispatch"), copies, hidden);
+            let sent = self.act(&p("dispatch"), room, hidden);
             let (ins, outs) = (vec![self.g.all(y), counts_all], vec![self.g.all(sent), held]);
             self.push(OpKind::AllToAll { axis: Axis::Ep }, &p("dispatch"), ins, outs);
             y = sent;
@@ -50,11 +60,12 @@ impl Emitter<'_> {
         for (role, part, cols) in [(Role::ExpertUp, up, cols), (Role::ExpertDown, "experts.down", hidden)] {
             if role == Role::ExpertDown {
                 y = self.activation(&p("experts.act"), y, e.ffn);
+                self.last().ins.push(held);
             }
-            let out = self.act(&p(part), copies, cols);
+            let out = self.act(&p(part), room, cols);
             let ins = vec![self.g.all(y), self.weight(role), held];
             let outs = vec![self.g.all(out)];
-            self.push(OpKind::GroupedLinear { experts: local }, &p(part), ins, outs);
+            self.push(OpKind::GroupedLinear { experts: local, rows: copies }, &p(part), ins, outs);
             y = out;
         }
 

@@ -4,7 +4,7 @@ mod lifetimes;
 mod offsets;
 mod statics;
 
-use spec::{DType, SumTree, Zero};
+use spec::{DType, Reduce, SumTree, Zero};
 
 use crate::buffer::{Buffer, BufferId, GradOut, Home, View};
 use crate::cost::cost;
@@ -160,6 +160,26 @@ impl<'a> Placer<'a> {
         if head { b.head_grad.unwrap_or(b.grad) } else { b.grad }
     }
 
+    /// How many counters an expert's gradients of a rank keep side by side: one for each rank whose rows come.
+    pub(crate) fn streams(&self, replication: Replication) -> usize {
+        let layout = &self.cx.layout;
+        let ordered = replication == Replication::Expert && layout.reduce == Reduce::Tree;
+        if ordered && !self.cx.generates() { layout.ep } else { 1 }
+    }
+
+    /// Radices, bottom-up, of the tree over the ranks that send rows to these experts.
+    fn upper_radices(&self) -> Vec<u32> {
+        let (ep, tree) = (self.cx.layout.ep, SumTree::new(self.cx.request.sequences));
+        let below: usize = self.radices.iter().map(|r| *r as usize).product();
+        match (tree.inner(below), tree.inner(below * ep)) {
+            // Ranks of a tensor group share their sequences.
+            (Some(below), Some(all)) if self.cx.layout.tp * self.cx.layout.cp == 1 => {
+                all[below.len()..].to_vec()
+            }
+            _ => SumTree::new(ep).radices().to_vec(),
+        }
+    }
+
     /// The local tree cut at `leaves` sequences: (inside, outside), bottom-up.
     fn split_radices(&self, leaves: usize) -> (Vec<u32>, Vec<u32>) {
         let mut product = 1;
@@ -239,7 +259,7 @@ impl<'a> Placer<'a> {
             row0: o.row0,
             rows: o.rows,
         };
-        let grads = n.grads.iter().map(|&group| self.grad_out(n, group, buffers, sums)).collect();
+        let grads = n.grads.iter().map(|&group| self.grad_out(g, n, group, buffers, sums)).collect();
         let grad_elements = n.grads.iter().map(|id| self.cx.groups[id.0 as usize].len()).sum();
         Some(Op {
             id: OpId::of(&n.name),
@@ -256,7 +276,14 @@ impl<'a> Placer<'a> {
         })
     }
 
-    fn grad_out(&self, n: &Node, group: GroupId, buffers: &[Option<BufferId>], sums: &Sums) -> GradOut {
+    fn grad_out(
+        &self,
+        g: &Graph,
+        n: &Node,
+        group: GroupId,
+        buffers: &[Option<BufferId>],
+        sums: &Sums,
+    ) -> GradOut {
         let of = &self.cx.groups[group.0 as usize];
         let b = &self.groups[group.0 as usize];
         let (inner, outer) = self.split_radices(n.sequences.count);
@@ -265,17 +292,25 @@ impl<'a> Placer<'a> {
         // inside.
         let rows = n.ins.iter().map(|o| o.rows).min().unwrap_or(0);
         let parts = self.cx.layout.sequence_parallel || of.key.role == Role::Router;
-        let whole = of.replication == Replication::Data
-            && (rows == n.sequences.count * self.cx.sequence || self.cx.layout.tp == 1 || !parts);
+        let whole = match of.replication {
+            Replication::Data => {
+                rows == n.sequences.count * self.cx.sequence || self.cx.layout.tp == 1 || !parts
+            }
+            // Rows are counted by sequence where a rank routes whole ones.
+            Replication::Expert => g.get(n.ins[2].value).cols == n.sequences.count,
+        };
         let sum = self.grad_buffer(group, is_head(n));
         let levels = match sums.whole.get(&sum) {
             Some(v) => buffers[v.0 as usize].expect("gradients of a micro-batch are placed"),
             None if is_head(n) => b.head_grad_levels.unwrap_or(b.grad_levels),
             None => b.grad_levels,
         };
-        let levels = View { buffer: levels, row0: 0, rows: self.levels_of(n.sequences.count) * of.rows };
+        let streams = self.streams(of.replication);
+        let levels =
+            View { buffer: levels, row0: 0, rows: streams * self.levels_of(n.sequences.count) * of.rows };
+        let upper = if streams > 1 { self.upper_radices() } else { Vec::new() };
         let inner = if whole { inner } else { Vec::new() };
         let (results, result) = (m / n.sequences.count, n.sequences.first / n.sequences.count);
-        GradOut { group, sum, levels, inner, outer, results, result }
+        GradOut { group, sum, levels, inner, outer, results, result, streams, upper }
     }
 }

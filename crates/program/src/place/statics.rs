@@ -37,8 +37,12 @@ impl Placer<'_> {
         let whole = table(self.cx.model, layout, cx.coords, &chunks(self.cx.model, &Default::default(), 0));
         let mut chunk0 = HashMap::new();
         for g in &whole {
-            chunk0.insert(g.name.as_str(), self.norm_chunks);
-            self.norm_chunks += g.len().div_ceil(NORM_CHUNK);
+            let chunks = g.len().div_ceil(NORM_CHUNK);
+            // Ranks that hold other experts have sums of their own, in the order of the experts.
+            let (parts, part) =
+                if g.key.role.is_expert() { (layout.ep, cx.coords.ep(layout)) } else { (1, 0) };
+            chunk0.insert(g.name.as_str(), self.norm_chunks + part * chunks);
+            self.norm_chunks += parts * chunks;
         }
         let holds_embedding = cx.chunks.iter().any(|c| c.embed);
         let region = |l: &mut Self, prefix: &str, dtype: DType, owned_only: bool| -> Vec<BufferId> {
@@ -110,7 +114,12 @@ impl Placer<'_> {
             (self.shard_radices().len().max(1), 1, owned)
         } else {
             (
-                self.levels_of(if from_head { self.cx.loss_sequences() } else { self.cx.layout.micro_batch }),
+                self.streams(g.replication)
+                    * self.levels_of(if from_head {
+                        self.cx.loss_sequences()
+                    } else {
+                        self.cx.layout.micro_batch
+                    }),
                 g.rows,
                 g.cols,
             )
@@ -148,7 +157,9 @@ impl Placer<'_> {
         let before = self.at;
         let (model, sequence) = (self.cx.model, self.cx.sequence);
         let n = if self.cx.generates() { 1 } else { local_sequences * sequence };
+        let experts = model.experts.filter(|_| !self.cx.generates()).map_or(0, |e| e.count);
         let (norm_chunks, sequences) = (self.norm_chunks, self.cx.request.sequences);
+        let shared = norm_chunks + model.layers * experts + sequences + 1;
         let positions = sequence.max(self.cx.request.mode.positions());
         let rotated = model.latent.map_or(model.head_dim, |l| l.rope_dim);
         let half = if matches!(model.position, Position::Rope(_)) { rotated / 2 } else { 0 };
@@ -161,7 +172,8 @@ impl Placer<'_> {
             tokens: table("tokens", n, 1, DType::U32),
             targets: table("targets", n, 1, DType::U32),
             loss_leaves: table("loss_leaves", local_sequences, 1, DType::F64),
-            norm_chunks: table("norm_chunks", norm_chunks + sequences + 1, 1, DType::F64),
+            norm_chunks: table("norm_chunks", shared, 1, DType::F64),
+            expert_counts: (experts > 0).then(|| table("expert_counts", model.layers, experts, DType::F64)),
             cos: table("rope.cos", positions, half, DType::F32),
             sin: table("rope.sin", positions, half, DType::F32),
             k_cache: None,

@@ -96,12 +96,12 @@ fn expected(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
             let (dy, x) = (at(0)?, at(1)?);
             (vec![dy, of(dy.rows, x.cols, dy.dtype)], vec![])
         }
-        GroupedLinear { experts } => {
+        GroupedLinear { experts, .. } => {
             let (x, w) = (at(0)?, at(1)?);
             let out = w.rows / (*experts).max(1);
             (vec![x, of(out * experts, x.cols, x.dtype)], vec![of(x.rows, out, x.dtype)])
         }
-        GroupedLinearGradInput { experts } => {
+        GroupedLinearGradInput { experts, .. } => {
             let (dy, w) = (at(0)?, at(1)?);
             (vec![dy, of(dy.cols * experts, w.cols, dy.dtype)], vec![of(dy.rows, w.cols, dy.dtype)])
         }
@@ -132,18 +132,22 @@ fn expected_without_weights(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
             let x = packed(h, at(0)?);
             (vec![of(1, x.cols, x.dtype)], vec![of(1, h.out_cols(), x.dtype)])
         }
-        Route { top_k } => {
+        Route { top_k, .. } => {
             let x = at(0)?;
-            (vec![x], vec![f32(x.rows, *top_k), u32(x.rows, *top_k), u32(x.cols, 1)])
+            (vec![x], vec![f32(x.rows, *top_k), u32(x.rows, 2 * top_k)])
+        }
+        RouteGrad { top_k, .. } => {
+            let x = at(1)?;
+            (vec![f32(x.rows, *top_k), x, u32(x.rows, 2 * top_k), u32(x.cols, at(3)?.cols)], vec![x])
         }
         Permute { top_k } => {
             let x = at(0)?;
-            (vec![x, u32(x.rows, *top_k)], vec![of(x.rows * top_k, x.cols, x.dtype)])
+            (vec![x, u32(x.rows, 2 * top_k)], vec![of(x.rows * top_k, x.cols, x.dtype)])
         }
         Unpermute { top_k } => {
             let (x, rows) = (at(0)?, at(1)?.rows);
             let copies = of(rows * top_k, x.cols, x.dtype);
-            (vec![copies, f32(rows, *top_k), u32(rows, *top_k)], vec![of(rows, x.cols, x.dtype)])
+            (vec![copies, f32(rows, *top_k), u32(rows, 2 * top_k)], vec![of(rows, x.cols, x.dtype)])
         }
         SwiGlu => {
             let a = at(0)?;
@@ -187,7 +191,7 @@ fn unstated(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
     match kind {
         // Widths are the model's; whoever reads these rows asks for theirs.
         LatentNorm { .. } | LatentNormGradInput | LatentNormGradWeight | LatentRopeGrad { .. } => {}
-        RouteGrad | PermuteGrad | UnpermuteGrad | GroupedLinearGradWeight { .. } | Slice { .. } => {}
+        PermuteGrad | UnpermuteGrad | GroupedLinearGradWeight { .. } | Slice { .. } => {}
         // Their ends are stated, and checked, as messages.
         AllGather { .. } | Unslice { .. } | ReduceScatter { .. } | AllToAll { .. } | Recv { .. } => {
             return Some((vec![], vec![]));

@@ -56,7 +56,28 @@ impl Table {
                 .hint("a cell with a comma or a quote in it has to be in double quotes"));
             }
         }
+        if let Some(at) = columns.get("id") {
+            let mut lines: HashMap<&str, usize> = HashMap::new();
+            for row in &records {
+                let id = row.cells[*at].trim();
+                if let Some(first) = lines.insert(id, row.line).filter(|_| !id.is_empty()) {
+                    return Err(Error::user(format!(
+                        "{path}:{}: id \"{id}\" is that of line {first} too",
+                        row.line
+                    ))
+                    .hint("rows are told apart by their ids: leave the copy out, or rename it"));
+                }
+            }
+        }
         Ok(Table { columns, rows: records })
+    }
+
+    /// Names of the columns, in order.
+    pub(crate) fn columns(&self) -> Vec<&str> {
+        let mut all: Vec<(&usize, &str)> =
+            self.columns.iter().map(|(name, at)| (at, name.as_str())).collect();
+        all.sort_unstable();
+        all.into_iter().map(|c| c.1).collect()
     }
 
     /// The text of a cell; empty if there is no such column.
@@ -181,6 +202,7 @@ mod tests {
         check("", "no header");
         check("b\n1\n", "t.csv:1: no column \"a\"");
         check("a,a\n1,2\n", "twice");
+        check("a,id\n1,x\n2,y\n3,x\n", "t.csv:4: id \"x\" is that of line 2 too");
         check("a,b\n1\n", "t.csv:2: 1 cells, the header has 2");
         check("a\nx\n", "t.csv:2: a = \"x\"");
         check("a\n1\n-1\n", "t.csv:3");

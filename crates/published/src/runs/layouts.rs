@@ -1,7 +1,7 @@
 use plan::placement::{Order, Placement};
 use plan::shape::Shape;
 use plan::software::Software;
-use spec::{Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Zero};
+use spec::{ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Zero};
 
 use super::{Reader, Usable};
 
@@ -80,6 +80,7 @@ pub(crate) fn placements(
                         micro_batch,
                         recompute,
                         reduce: Reduce::Ring,
+                        expert_rows: ExpertRows::Even,
                         ..Layout::default()
                     };
                     out.push(Placement { layout, format: p.format, order: Order::default() });

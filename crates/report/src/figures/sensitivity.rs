@@ -12,13 +12,13 @@ use crate::table::{Cell, Table};
 use crate::text::{dollars, seconds};
 
 /// One bar: a name, the result with less of it, with more of it.
-struct Swing {
-    name: String,
-    less: f64,
-    more: f64,
+pub(super) struct Swing {
+    pub(super) name: String,
+    pub(super) less: f64,
+    pub(super) more: f64,
 }
 
-fn tornado(
+pub(super) fn tornado(
     mut swings: Vec<Swing>,
     value: f64,
     heads: [&'static str; 3],

@@ -1,7 +1,7 @@
 //! Families that are planned beyond those that train: read for their sizes, with a note of what is only alike.
 
 use super::windows::Windows;
-use super::{Config, Experts, FAMILIES, GPT2, HEADS, HIDDEN, LAYERS, Latent, parse_json};
+use super::{Config, Experts, FAMILIES, GPT2, HEADS, HIDDEN, LAYERS, Latent, Router, parse_json};
 use crate::{Activation, Error, ModelSpec, NormKind, Position, Result, Rope, RopeScaling};
 use serde_json::{Map, Value};
 
@@ -68,9 +68,7 @@ const GEMMA_NOTES: &str =
     "embeddings are scaled, norms come after the halves of a layer too, logits may be capped";
 
 static PLANNED: &[Planned] = &[
-    Planned { model_type: "mixtral", kv_heads: Some(8), ..LLAMA_LIKE },
     Planned { model_type: "qwen2_moe", qkv_bias: true, note: "shared experts have a gate", ..LLAMA_LIKE },
-    Planned { model_type: "qwen3_moe", qk_norm: true, ..LLAMA_LIKE },
     Planned { model_type: "olmoe", qk_norm: true, note: "query and key norms span all heads", ..LLAMA_LIKE },
     Planned { model_type: "deepseek_v2", note: "scores of experts are limited by group", ..LLAMA_LIKE },
     Planned { model_type: "deepseek_v3", note: DEEPSEEK_V3, ..LLAMA_LIKE },
@@ -531,11 +529,12 @@ impl Config<'_> {
             shared_ffn,
             dense_layers,
             every,
+            router: Router::default(),
         }))
     }
 
     /// Which layers have experts: (first ones without, every how many after those).
-    fn expert_layers(&self, layers: usize) -> Result<(usize, usize)> {
+    pub(super) fn expert_layers(&self, layers: usize) -> Result<(usize, usize)> {
         let first = match self.get("first_k_dense_replace") {
             Some(value) => value
                 .as_u64()

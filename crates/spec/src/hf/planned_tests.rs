@@ -214,12 +214,12 @@ fn refusals_name_the_architecture_and_what_can_be_done() {
     let e = refused(json!({ "model_type": "t5", "architectures": ["T5Model"] }));
     assert_eq!(e.to_string(), "architecture T5Model is not supported");
     assert!(e.hint_text().is_some_and(|h| h.contains("deepseek_v3") && h.contains("llama")));
-    let e = refused(json!({ "model_type": "mixtral", "hidden_size": 64 }));
+    let e = refused(json!({ "model_type": "deepseek_v3", "hidden_size": 64 }));
     assert_eq!(e.to_string(), "num_hidden_layers is missing, expected a whole number above 0");
     // To train, it is refused with another word.
-    let config = json!({ "model_type": "mixtral", "hidden_size": 64 }).to_string();
+    let config = json!({ "model_type": "deepseek_v3", "hidden_size": 64 }).to_string();
     let e = ModelSpec::from_hf_config(&config).expect_err("does not train");
-    assert_eq!(e.to_string(), "architecture mixtral can be planned, it does not train yet");
+    assert_eq!(e.to_string(), "architecture deepseek_v3 can be planned, it does not train yet");
 }
 
 #[test]

@@ -3,7 +3,7 @@ use super::*;
 use crate::doc::{Doc, Val};
 use crate::model_toml::read_model;
 use crate::run::DeviceChoice;
-use crate::{Error, PipelineSchedule, Recompute, Reduce, Result, Zero};
+use crate::{Error, ExpertRows, PipelineSchedule, Recompute, Reduce, Result, Zero};
 use std::path::Path;
 
 impl RunSpec {
@@ -93,6 +93,7 @@ impl RunSpec {
                 keep: doc.count_or_off("checkpoint.keep")?,
                 keep_every: doc.count_or_off("checkpoint.keep_every")?,
                 background: doc.flag("checkpoint.background")?,
+                memory_every: doc.count_or_off("checkpoint.memory_every")?,
             },
             run: RunDirSpec {
                 dir: path(&doc, "run.dir")?,
@@ -397,5 +398,9 @@ fn read_layout(doc: &Doc) -> Result<Layout> {
             _ => Recompute::None,
         },
         reduce: if doc.choice("layout.reduce")? == "ring" { Reduce::Ring } else { Reduce::Tree },
+        expert_rows: match doc.choice("layout.expert_rows")? {
+            "even" => ExpertRows::Even,
+            _ => ExpertRows::All,
+        },
     })
 }

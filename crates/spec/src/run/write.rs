@@ -1,6 +1,6 @@
 use super::keys::KEYS;
 use super::*;
-use crate::{Activation, Error, NormKind, Position, Recompute, Reduce};
+use crate::{Activation, Error, ExpertRows, NormKind, Position, Recompute, Reduce, Score};
 use std::fmt;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
@@ -143,6 +143,7 @@ impl RunSpec {
             ("checkpoint.keep", off(self.checkpoint.keep)),
             ("checkpoint.keep_every", off(self.checkpoint.keep_every)),
             ("checkpoint.background", self.checkpoint.background.to_string()),
+            ("checkpoint.memory_every", off(self.checkpoint.memory_every)),
             ("run.dir", path(&self.run.dir)),
             ("run.threads", off(self.run.threads)),
             ("run.device", quoted(self.run.device.name())),
@@ -249,6 +250,16 @@ fn model_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
             ("model.experts.shared_ffn", e.shared_ffn.to_string()),
             ("model.experts.dense_layers", e.dense_layers.to_string()),
             ("model.experts.every", e.every.to_string()),
+            (
+                "model.experts.score",
+                quoted(if e.router.score == Score::Softmax { "softmax" } else { "sigmoid" }),
+            ),
+            ("model.experts.renormalise", e.router.renormalise.to_string()),
+            ("model.experts.scale", single(e.router.scale)),
+            ("model.experts.groups", e.router.groups.to_string()),
+            ("model.experts.top_groups", e.router.top_groups.to_string()),
+            ("model.experts.balance_loss", single(e.router.balance_loss)),
+            ("model.experts.z_loss", single(e.router.z_loss)),
         ]);
     }
     if let Some(l) = &model.latent {
@@ -286,6 +297,7 @@ fn layout_values(layout: &Layout, values: &mut Vec<(&'static str, String)>) {
             }),
         ),
         ("layout.reduce", quoted(if layout.reduce == Reduce::Ring { "ring" } else { "tree" })),
+        ("layout.expert_rows", quoted(if layout.expert_rows == ExpertRows::Even { "even" } else { "all" })),
     ]);
 }
 

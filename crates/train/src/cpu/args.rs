@@ -63,6 +63,10 @@ impl<'a, T: Pod> Args<'a, T> {
         self.write(self.launch.output(i))
     }
 
+    pub(super) fn out_ids(&self, i: usize) -> &'a mut [u32] {
+        self.write(self.launch.output(i))
+    }
+
     pub(super) fn out_doubles(&self, i: usize) -> &'a mut [f64] {
         self.write(self.launch.output(i))
     }

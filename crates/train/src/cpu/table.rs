@@ -7,6 +7,7 @@ use program::{Heads, NORM_CHUNK, OpKind};
 use spec::{DType, NormKind};
 
 use super::args::Args;
+use super::experts::{grouped_linear, permute, route, slice};
 use crate::device::Lack;
 
 /// Element types of parameters and activations.
@@ -35,6 +36,12 @@ pub(super) fn kernel<T: Number>(kind: &OpKind) -> Result<Kernel<T>, Lack> {
         Rope { .. } => rope,
         Attention { .. } | AttentionGrad { .. } => attention,
         AttentionCached { .. } => attention_cached,
+        Route { .. } | RouteGrad { .. } => route,
+        Slice { .. } => slice,
+        Permute { .. } | PermuteGrad | Unpermute { .. } | UnpermuteGrad => permute,
+        GroupedLinear { .. } | GroupedLinearGradInput { .. } | GroupedLinearGradWeight { .. } => {
+            grouped_linear
+        }
         SwiGlu | SwiGluGrad | Gelu { .. } | GeluGrad { .. } | Add => elementwise,
         Xent | XentStats { .. } | XentCombine { .. } | XentGrad { .. } | LossSum { .. } => loss,
         ShardGrads { .. } => shard_grads,
@@ -51,6 +58,7 @@ macro_rules! not_mine {
         unreachable!("the table sends no {} here", $a.launch().kind().name())
     };
 }
+pub(super) use not_mine;
 
 fn embed<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     let OpKind::Embed { vocab0, positions } = *a.launch().kind() else { not_mine!(a) };
@@ -205,11 +213,29 @@ fn attention_cached<T: Number>(pool: &Pool, a: &Args<'_, T>) {
 
 fn elementwise<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     let ((n, cols), x, y) = (a.shape(0), a.input(0), a.out(0));
+    // Of experts' rows there may be fewer than there is room for: counts say how many.
+    let rows = |counts: usize| match counts < a.launch().inputs() {
+        true => a.ids(counts).iter().map(|c| *c as usize).sum(),
+        false => n,
+    };
     match *a.launch().kind() {
-        OpKind::SwiGlu => kernels::swiglu(pool, x, y, n, cols / 2),
-        OpKind::SwiGluGrad => kernels::swiglu_dx(pool, x, a.input(1), y, n, cols),
-        OpKind::Gelu { tanh } => kernels::gelu(pool, gelu(tanh), x, y),
-        OpKind::GeluGrad { tanh } => kernels::gelu_dx(pool, gelu(tanh), x, a.input(1), y),
+        OpKind::SwiGlu => {
+            let (n, f) = (rows(1), cols / 2);
+            kernels::swiglu(pool, &x[..n * cols], &mut y[..n * f], n, f);
+        }
+        OpKind::SwiGluGrad => {
+            let n = rows(2);
+            let (x, a, y) = (&x[..n * cols], &a.input(1)[..2 * n * cols], &mut y[..2 * n * cols]);
+            kernels::swiglu_dx(pool, x, a, y, n, cols);
+        }
+        OpKind::Gelu { tanh } => {
+            let len = rows(1) * cols;
+            kernels::gelu(pool, gelu(tanh), &x[..len], &mut y[..len]);
+        }
+        OpKind::GeluGrad { tanh } => {
+            let len = rows(2) * cols;
+            kernels::gelu_dx(pool, gelu(tanh), &x[..len], &a.input(1)[..len], &mut y[..len]);
+        }
         OpKind::Add => match a.optional(2) {
             Some(bias) => kernels::add_bias(pool, x, a.input(1), bias, y),
             None => kernels::add(pool, x, a.input(1), y),

@@ -5,11 +5,15 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use comm::World;
 use program::{Mode, Request};
 use spec::{DType, Layout, ModelSpec};
 use train::{Executor, Mesh, StepInputs, StepOutputs};
 
 pub const SEQUENCE: usize = 16;
+
+/// Steps of [`train`].
+pub const STEPS: u64 = 10;
 
 /// A small model with every parameter kind of its family.
 pub fn model(layers: usize, tied: bool, gpt2: bool) -> ModelSpec {
@@ -101,6 +105,74 @@ pub fn weights(exec: &Executor) -> BTreeMap<String, Vec<u32>> {
     })
     .expect("on this machine");
     all
+}
+
+/// What a run leaves: outputs of its steps, the loss of an evaluation, and weights.
+pub struct Trained {
+    pub outputs: Vec<StepOutputs>,
+    pub eval: f64,
+    /// Counts of experts in the last step.
+    pub experts: Option<Vec<f64>>,
+    pub weights: BTreeMap<String, Vec<u32>>,
+}
+
+/// Trains on as many threads as the layout has ranks; returns outputs, and weights read back from a checkpoint that
+/// all ranks wrote.
+pub fn train(
+    m: &ModelSpec,
+    layout: &Layout,
+    (sequences, precision, lr): (usize, DType, f64),
+    initialise: &(dyn Fn(&mut Executor) + Sync),
+) -> Trained {
+    let dir = tempfile::tempdir().expect("a folder");
+    let worlds = World::threads(layout.world()).expect("ranks");
+    type Left = (Vec<StepOutputs>, f64, Option<Vec<f64>>);
+    let outputs: Vec<Left> = std::thread::scope(|scope| {
+        let ranks: Vec<_> = worlds
+            .into_iter()
+            .map(|world| {
+                let dir = dir.path();
+                scope.spawn(move || {
+                    let rank = world.rank();
+                    let mesh = Mesh::new(world, layout).expect("groups");
+                    let request = Request {
+                        model: m,
+                        layout,
+                        sequence: SEQUENCE,
+                        sequences,
+                        precision,
+                        rank,
+                        mode: Mode::Train,
+                        loss: Default::default(),
+                    };
+                    let mut exec = Executor::new(&request, 1, mesh, false).expect("a program");
+                    assert_eq!(exec.allocated_bytes(), exec.program.memory.total);
+                    initialise(&mut exec);
+                    let out = (1..=STEPS)
+                        .map(|k| {
+                            let valid = fill(&mut exec, m.vocab, k);
+                            exec.step(&StepInputs { lr, ..inputs(k, valid) })
+                                .unwrap_or_else(|e| panic!("rank {rank} step {k}: {e}"))
+                        })
+                        .collect();
+                    exec.save(dir, STEPS, ckpt::Meta::default()).expect("saved");
+                    let experts = exec.expert_counts().expect("on this machine");
+                    fill(&mut exec, m.vocab, STEPS + 1);
+                    (out, exec.evaluate().expect("evaluated"), experts)
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|r| r.join().expect("a rank")).collect()
+    });
+    for other in &outputs[1..] {
+        assert_eq!(outputs[0], *other, "all ranks report the same");
+    }
+    let mut one = executor(m, &Layout::default(), sequences, precision, 1);
+    let checkpoint =
+        ckpt::Checkpoint::open(&ckpt::latest(dir.path()).expect("a folder").expect("a checkpoint"));
+    one.restore(&checkpoint.expect("whole")).expect("restored");
+    let (outputs, eval, experts) = outputs[0].clone();
+    Trained { outputs, eval, experts, weights: weights(&one) }
 }
 
 /// The first parameter in which two sets of weights differ.

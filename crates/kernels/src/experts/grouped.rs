@@ -1,0 +1,171 @@
+//! The linear layer of many experts: rows lie in the order of (rank that sent them, expert), and each expert has a
+//! weight of its own, `[out, in]`, one under another.
+
+use std::ops::Range;
+
+use crate::gemm::{self, Left, Out, Right, TASK, Workspace};
+use crate::pool::Pool;
+use crate::storage::{Acc, Storage};
+use crate::tree::{Merge, leaves};
+
+/// How many rows each expert has from each rank and sequence: `counts` is `[peers, experts, leaves]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Groups<'a> {
+    /// Rows, in the order in which they lie.
+    pub counts: &'a [u32],
+    /// Experts here.
+    pub experts: usize,
+    /// Runs of rows (sequences) that each peer's share is counted by.
+    pub leaves: usize,
+}
+
+impl Groups<'_> {
+    /// Rows of all experts.
+    pub fn rows(&self) -> usize {
+        self.counts.iter().map(|c| *c as usize).sum()
+    }
+
+    /// Ranks that rows come from.
+    pub fn peers(&self) -> usize {
+        self.counts.len() / (self.experts * self.leaves).max(1)
+    }
+
+    /// The counts by leaf of an expert's rows from one peer.
+    fn unit(&self, peer: usize, expert: usize) -> &[u32] {
+        &self.counts[(peer * self.experts + expert) * self.leaves..][..self.leaves]
+    }
+
+    /// Where the rows of each (peer, expert) begin, and behind them where the last end.
+    fn starts<'w>(&self, ws: &mut Workspace<'w>) -> &'w [u32] {
+        let starts: &mut [u32] =
+            bytemuck::cast_slice_mut(ws.take(self.counts.len() / self.leaves.max(1) + 1));
+        let mut at = 0;
+        for (start, unit) in starts.iter_mut().zip(self.counts.chunks(self.leaves.max(1))) {
+            *start = at;
+            at += unit.iter().sum::<u32>();
+        }
+        if let Some(end) = starts.last_mut() {
+            *end = at;
+        }
+        starts
+    }
+}
+
+/// Floats of workspace for [`grouped_linear`], and with `in_` and `out` swapped for [`grouped_linear_dx`], of up to `rows` rows.
+pub fn grouped_linear_workspace_len(
+    units: usize,
+    rows: usize,
+    in_: usize,
+    out: usize,
+    threads: usize,
+) -> usize {
+    Workspace::room(units + 1) + gemm::product_workspace_len(rows.min(TASK.0), in_, out, threads)
+}
+
+/// y = x w^T for each expert's rows; `w` is `[experts out, in]`. Rows behind those that are counted are left alone.
+pub fn grouped_linear<T: Storage>(
+    pool: &Pool,
+    x: &[T],
+    w: &[T],
+    groups: Groups<'_>,
+    y: &mut [T],
+    (in_, out): (usize, usize),
+    ws: &mut [f32],
+) {
+    grouped(pool, x, w, groups, y, (in_, out), &|w| Right::Columns(w), ws);
+}
+
+/// dx = dy w for each expert's rows: the gradient of [`grouped_linear`]'s input.
+pub fn grouped_linear_dx<T: Storage>(
+    pool: &Pool,
+    dy: &[T],
+    w: &[T],
+    groups: Groups<'_>,
+    dx: &mut [T],
+    (in_, out): (usize, usize),
+    ws: &mut [f32],
+) {
+    grouped(pool, dy, w, groups, dx, (out, in_), &|w| Right::Rows(w), ws);
+}
+
+fn grouped<'a, T: Storage>(
+    pool: &Pool,
+    x: &[T],
+    w: &'a [T],
+    groups: Groups<'_>,
+    y: &mut [T],
+    (k, cols): (usize, usize),
+    right: &dyn Fn(&'a [T]) -> Right<'a, T>,
+    ws: &mut [f32],
+) {
+    assert_eq!(w.len(), groups.experts * k * cols, "weights");
+    let mut workspace = Workspace::new(ws);
+    let starts = groups.starts(&mut workspace);
+    let ws = workspace.rest();
+    let (peers, experts) = (groups.peers(), groups.experts);
+    for (e, w) in w.chunks_exact((k * cols).max(1)).enumerate() {
+        let run = |peer: usize| -> Range<usize> {
+            let unit = peer * experts + e;
+            starts[unit] as usize..starts[unit + 1] as usize
+        };
+        let rows: usize = (0..peers).map(|p| run(p).len()).sum();
+        let out = Out { y: &mut *y, ld: cols, acc: Acc::None, bias: None };
+        let left = Left { data: x, ld: k };
+        gemm::product_of_runs(pool, left, right(w), out, (peers, &run), (rows, k, cols), ws);
+    }
+}
+
+/// Floats of workspace for [`grouped_linear_dw`] of up to `rows` rows, up to `leaf_rows` of them in a leaf.
+pub fn grouped_linear_dw_workspace_len(
+    units: usize,
+    (rows, leaf_rows): (usize, usize),
+    in_: usize,
+    out: usize,
+    tree: &[u32],
+    threads: usize,
+) -> usize {
+    Workspace::room(units + 1)
+        + gemm::weight_gradient_of_leaves_workspace_len((rows, leaf_rows), in_, out, tree, threads)
+}
+
+/// The gradient of [`grouped_linear`]'s weights into the levels of `dw_grad`, `[levels, experts out, in]`.
+///
+/// Of each expert and peer, leaves are added as in [`crate::linear_dw`], by `tree`; what they come to joins the levels
+/// as `merge(peer)` says, counted from its first level, peer after peer. A leaf gives an expert at most `leaf_rows` rows.
+pub fn grouped_linear_dw<T: Storage>(
+    pool: &Pool,
+    dy: &[T],
+    x: &[T],
+    groups: Groups<'_>,
+    dw_grad: &mut [f32],
+    (in_, out, leaf_rows): (usize, usize, usize),
+    tree: &[u32],
+    merge: &dyn Fn(usize) -> (usize, Merge),
+    ws: &mut [f32],
+) {
+    assert_eq!(leaves(tree), groups.leaves, "leaves");
+    let most = dy.len() / out.max(1);
+    let mut workspace = Workspace::new(ws);
+    let starts = groups.starts(&mut workspace);
+    let ws = workspace.rest();
+    let apart = groups.experts * out * in_;
+    for e in 0..groups.experts {
+        for peer in 0..groups.peers() {
+            let unit = peer * groups.experts + e;
+            let (first, end) = (starts[unit] as usize, starts[unit + 1] as usize);
+            let counts = groups.unit(peer, e);
+            let (level, merge) = merge(peer);
+            gemm::weight_gradient_of_leaves(
+                pool,
+                &dy[first * out..end * out],
+                &x[first * in_..end * in_],
+                (dw_grad, (level * apart + e * out * in_, apart)),
+                (end - first, in_, out),
+                (most, leaf_rows),
+                (tree, &|leaf| counts[leaf] as usize),
+                merge,
+                ws,
+            );
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! The step loop under an agent: joining, and meeting again when a rank was lost or came.
+
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use elastic::{Orders, Report};
+use journal::{Journal, Record, tensorboard::EventWriter};
+use spec::{Error, Result, RunSpec};
+
+use super::{Event, Pace, Trainer, host, load, now_us};
+use crate::run_dir::RunDir;
+use crate::survive::Agent;
+use crate::survive::copies::Copies;
+use crate::survive::meet::{Lifeline, Opened, Placed, Way};
+use crate::survive::share::Share;
+
+/// Before a rank trains, whoever started it catches its signals.
+static NEVER: AtomicBool = AtomicBool::new(false);
+
+/// What ranks asked for in the votes of a step.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Votes {
+    pub(super) stop: bool,
+    /// Some rank has orders to meet again.
+    pub(super) meet: bool,
+}
+
+impl Trainer {
+    /// Joins the ranks of a job whose agent can bring them together again: at its start, or in the place of a rank that was
+    /// lost. Returns once this rank has work; a spare waits for it here, and gets `None` if there is none to the end.
+    ///
+    /// # Errors
+    /// If run file, data, layout and checkpoint do not fit together, files cannot be written, or the agent is gone.
+    pub fn join(way: Box<dyn Way>, agent: Agent, orders: Orders, trace: bool) -> Result<Option<Trainer>> {
+        let began = Instant::now();
+        let mut lifeline = Lifeline::new(agent, way, orders, trace);
+        let mut opened = Opened::default();
+        let Some(placed) = lifeline.settle(&mut opened, None, &NEVER)? else { return Ok(None) };
+        let (Some(begin), Some(streams)) = (opened.begin, opened.streams) else {
+            return Err(Error::failure("a rank that has a place has opened its run"));
+        };
+        let (rank, round) = (placed.exec.program.rank, lifeline.orders.round);
+        let why = lifeline.orders.why.clone();
+        let dir = RunDir::new(&placed.run.run.dir);
+        let resumed = match &placed.source {
+            crate::survive::meet::From::Checkpoint(path) => Some(path.clone()),
+            _ => None,
+        };
+        let source = placed.source.to_string();
+        let mut t = Trainer {
+            journal: Journal::open(dir.path(), rank)?,
+            sample: vec![0; placed.run.batch.sequence + 1],
+            run: placed.run,
+            dir,
+            exec: placed.exec,
+            streams,
+            events: None,
+            step: placed.step,
+            peak_flops_per_s: None,
+            begin,
+            resumed,
+            session: placed.session,
+            lifeline: Some(lifeline),
+            untold: Vec::new(),
+            owes: placed.owes,
+            is_whole: true,
+            saving: None,
+            copy: Vec::new(),
+        };
+        if t.step < t.run.train.steps as u64 {
+            load(&mut t.exec, t.streams.train.as_ref(), t.step, &mut t.sample)?;
+        }
+        if round == 0 {
+            t.peak_flops_per_s = Some(1e9 * t.exec.peak_gflops());
+        }
+        t.lead()?;
+        t.announce(rank)?;
+        if round > 0 {
+            let mut untold = Vec::new();
+            t.recovered(why, source, began, &mut |event| match event {
+                Event::Record(record) => untold.push(record),
+                Event::Placed { .. } | Event::Eta { .. } => {}
+            });
+            t.untold = untold;
+        }
+        match t.keep_copies() {
+            Ok(()) => Ok(Some(t)),
+            Err(e) if t.is_stranded() => {
+                Ok(t.meet_again(Some(e), &NEVER, &mut Pace::new(0), &mut |_| {})?.then_some(t))
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Whether this rank has orders to meet the others elsewhere.
+    pub(super) fn is_summoned(&mut self) -> bool {
+        self.lifeline.as_mut().is_some_and(|l| l.agent.has_orders(l.orders.round))
+    }
+
+    /// Whether what failed is the world, and an agent can make another.
+    pub(super) fn is_stranded(&self) -> bool {
+        self.lifeline.is_some() && self.exec.mesh.failure().is_some()
+    }
+
+    /// What the votes of a step were about.
+    pub(super) fn votes(&self, said: bool, stop: bool, summoned: bool) -> Result<Votes> {
+        if self.lifeline.is_none() || !said {
+            return Ok(Votes { stop: said, meet: false });
+        }
+        let all = self.exec.exchange(&[u8::from(stop), u8::from(summoned)])?;
+        let any = |i: usize| all.iter().any(|votes| votes.get(i) == Some(&1));
+        Ok(Votes { stop: any(0), meet: any(1) })
+    }
+
+    /// Brings the copies in memory up to the last step, if they are due, and tells the agent of the step.
+    pub(super) fn refresh_copies(&mut self) -> Result<()> {
+        let is_due = self.due(self.run.checkpoint.memory_every);
+        let Some(l) = self.lifeline.as_mut() else { return Ok(()) };
+        if let Some(copies) = l.copies.as_mut().filter(|c| is_due && c.step() < self.step) {
+            copies.refresh(&self.exec, self.step)?;
+        }
+        l.agent.say(&Report::Step { step: self.step });
+        Ok(())
+    }
+
+    /// Makes the first copies of a world, and lets go of those of the worlds before.
+    fn keep_copies(&mut self) -> Result<()> {
+        let Some(l) = self.lifeline.as_mut() else { return Ok(()) };
+        if self.run.checkpoint.memory_every.is_some() && !self.exec.mesh.is_alone() {
+            l.copies = Some(Copies::new(&self.exec, self.step, self.session)?);
+        } else if !self.exec.mesh.is_alone() {
+            // Nobody lets go while another may still be lost without having the state.
+            self.exec.mesh.barrier()?;
+        }
+        l.held.clear();
+        Ok(())
+    }
+
+    /// The run, with the layout that it has now.
+    pub fn run(&self) -> &RunSpec {
+        &self.run
+    }
+
+    /// This rank's number among those that train now.
+    pub fn rank(&self) -> usize {
+        self.exec.program.rank
+    }
+
+    /// Threads that this rank computes on.
+    pub fn threads(&self) -> usize {
+        self.exec.device.threads()
+    }
+
+    /// Bytes of copies in memory of this rank's and another's share of the state.
+    pub fn copies_bytes(&self) -> usize {
+        let copies = self.lifeline.as_ref().and_then(|l| l.copies.as_ref());
+        copies.map_or(0, Copies::bytes)
+    }
+
+    /// Leaves this world, which has failed if `lost` says so, and goes on in another: whether there is one that needs this
+    /// rank.
+    pub(super) fn meet_again(
+        &mut self,
+        lost: Option<Error>,
+        stop: &AtomicBool,
+        pace: &mut Pace,
+        each: &mut dyn FnMut(Event),
+    ) -> Result<bool> {
+        let began = Instant::now();
+        if lost.is_none() {
+            // All ranks are here for what is nearly on the disk.
+            self.finish_saving(each);
+        }
+        let mut lost = lost;
+        loop {
+            let gone = self.leave(lost.take(), stop).and_then(|()| self.place(began, stop, each));
+            match gone {
+                Ok(true) => break,
+                Ok(false) => return Ok(false),
+                Err(e) if self.is_stranded() => lost = Some(e),
+                Err(e) => {
+                    let (time_us, step) = (now_us(), self.step + 1);
+                    let hint = e.hint_text().map(str::to_owned);
+                    let _ = self.journal.write(&Record::Failed { time_us, step, error: e.to_string(), hint });
+                    return Err(e);
+                }
+            }
+        }
+        *pace = Pace::new(self.step);
+        Ok(true)
+    }
+
+    /// Lets go of the world, keeping what memory holds of the state, and hears where to go.
+    fn leave(&mut self, lost: Option<Error>, stop: &AtomicBool) -> Result<()> {
+        if let Some(saving) = self.saving.take() {
+            // Without the others it is never committed; the next save clears it away.
+            self.copy = saving.join().0;
+        }
+        let Some(l) = self.lifeline.as_mut() else { return Ok(()) };
+        let copies = l.copies.take();
+        let has_it = copies.as_ref().is_some_and(|c| c.step() == self.step);
+        if self.is_whole && !has_it {
+            // Without memory for it the copies have to do.
+            l.held.extend(Share::take(&self.exec, self.step, self.session));
+        }
+        l.held.extend(copies.into_iter().flat_map(Copies::into_shares));
+        self.is_whole = false;
+        self.exec.leave();
+        match lost {
+            Some(e) => l.strand(e, stop),
+            None => l.follow(stop),
+        }
+    }
+
+    /// Meets the others and takes the place that this rank has among them, if it has one.
+    fn place(&mut self, began: Instant, stop: &AtomicBool, each: &mut dyn FnMut(Event)) -> Result<bool> {
+        let owes = self.owes.then_some(self.step);
+        let Some(l) = self.lifeline.as_mut() else { return Ok(false) };
+        // What was opened stays open.
+        let mut opened = Opened { begin: Some(self.begin.clone()), streams: None, is_elsewhere: true };
+        let placed = l.settle(&mut opened, owes, stop)?;
+        if let Some(begin) = opened.begin {
+            self.begin = begin;
+        }
+        let Some(Placed { run, fitted, exec, step, session, owes, source }) = placed else {
+            return Ok(false);
+        };
+        let was = self.exec.program.rank;
+        (self.run, self.exec, self.step, self.session, self.owes) = (run, exec, step, session, owes);
+        self.is_whole = true;
+        let rank = self.exec.program.rank;
+        if rank != was {
+            self.journal = Journal::open(self.dir.path(), rank)?;
+            self.events = None;
+        }
+        self.lead()?;
+        let why = self.lifeline.as_ref().map(|l| l.orders.why.clone()).unwrap_or_default();
+        each(Event::Placed { rank, step });
+        self.recovered(format!("{why}; {fitted}"), source.to_string(), began, each);
+        self.keep_copies().map(|()| true)
+    }
+
+    /// What rank 0 alone writes.
+    fn lead(&mut self) -> Result<()> {
+        let rank = self.exec.program.rank;
+        if rank == 0 {
+            self.begin.write(&self.run, &self.dir)?;
+            if self.events.is_none() {
+                let events = EventWriter::create(&self.dir.tensorboard(), now_us(), &host(), rank)?;
+                self.events = Some(events);
+            }
+        }
+        Ok(())
+    }
+
+    fn recovered(&mut self, why: String, source: String, began: Instant, each: &mut dyn FnMut(Event)) {
+        let (time_us, step, world) = (now_us(), self.step, self.run.layout.world());
+        let recovery_s = began.elapsed().as_secs_f64();
+        self.note(Record::Recovered { time_us, step, why, source, world, recovery_s }, each);
+    }
+}
