@@ -77,7 +77,7 @@ pub const FAMILIES: &[Family] = &[
     ),
     counter(
         "phalanx_lost_seconds_total",
-        "Seconds that did not count, by cause: redone, down, start, checkpoint",
+        "Seconds that did not count, by cause: redone, down, start, checkpoint, recovery",
     ),
     counter("phalanx_checkpoints_total", "Checkpoints committed"),
     counter("phalanx_checkpoint_seconds_total", "Seconds that checkpoints took, in the background or not"),
