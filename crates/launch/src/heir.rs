@@ -115,3 +115,22 @@ fn vote(me: &NodeId, prefix: &str, memory: &Agreed, dead: &[NodeId], there: Move
     }
     Ok(None)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_that_is_kept_ready_opens_to_the_jobs_secret_alone() {
+        let here = Some(IpAddr::from([127, 0, 0, 1]));
+        let secret = Secret::random("here").unwrap();
+        let standby = Standby::open(here, &secret);
+        let addr = net::join_endpoint("127.0.0.1", standby.port());
+        let connect = |secret: &Secret| StoreClient::connect_with(&addr, secret, Duration::from_secs(10));
+        connect(&secret).unwrap();
+        for other in [Secret::none(), Secret::random("elsewhere").unwrap()] {
+            let error = connect(&other).unwrap_err().to_string();
+            assert!(error.contains("its secret is not ours"), "{error}");
+        }
+    }
+}
