@@ -26,28 +26,6 @@ fn a_script_that_a_person_can_read() {
 }
 
 #[test]
-fn a_secret_is_made_for_each_start_unless_there_is_one() {
-    let secret = |given: &[(&str, &str)]| {
-        let shown = "printf %s \"$(printenv PHALANX_SECRET)\"";
-        let mut bash = std::process::Command::new("bash");
-        bash.args(["-eu", "-o", "pipefail", "-c", &format!("set +u\n{SECRET}{shown} || true")]);
-        for name in ["PHALANX_SECRET", "PHALANX_SECRET_FILE", "PHALANX_INSECURE"] {
-            bash.env_remove(name);
-        }
-        let ran = bash.envs(given.iter().copied()).output().unwrap();
-        assert!(ran.status.success(), "{ran:?}");
-        String::from_utf8(ran.stdout).unwrap()
-    };
-    let made = secret(&[]);
-    assert!(made.len() == 64 && made.bytes().all(|b| b.is_ascii_hexdigit()), "{made}");
-    assert_ne!(secret(&[]), made);
-    assert_eq!(secret(&[("PHALANX_INSECURE", "0")]).len(), 64);
-    assert_eq!(secret(&[("PHALANX_SECRET", "mine")]), "mine");
-    assert_eq!(secret(&[("PHALANX_SECRET_FILE", "job.secret")]), "");
-    assert_eq!(secret(&[("PHALANX_INSECURE", "1")]), "");
-}
-
-#[test]
 fn a_sweep_has_every_combination_once() {
     let axes = vec![Axis::parse("optim.lr=1e-3,3e-4").unwrap(), Axis::parse("train.seed=1, 2 ,3").unwrap()];
     let sweep = Sweep::new(axes, "runs/s".into(), Some(2)).unwrap();
