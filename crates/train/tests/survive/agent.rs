@@ -134,8 +134,8 @@ impl<'a> Job<'a> {
     pub(crate) fn await_step(&mut self, rank: usize, step: u64) -> bool {
         let id = self.ranks[rank];
         self.until(|who, report| {
-            who == id && matches!(report, Some(Report::Step { step: s }) if *s >= step)
-                || report.is_none() && who == id
+            let is_done = |r: &Report| matches!(r, Report::Step { step: s } if *s >= step);
+            who == id && report.as_ref().is_none_or(is_done)
         })
         .is_some()
     }
@@ -165,10 +165,12 @@ impl<'a> Job<'a> {
 
     /// Waits until all ranks that train are done, lets spares go, and looks how each ended.
     pub(crate) fn finish(mut self, training: usize) {
-        for id in self.ranks[..training].to_vec() {
+        let ranks = std::mem::take(&mut self.ranks);
+        let (training, spares) = ranks.split_at(training);
+        for &id in training {
             self.end_of(id);
         }
-        for id in self.ranks[training..].to_vec() {
+        for &id in spares {
             self.processes[&id].socket.shutdown(std::net::Shutdown::Both).expect("shut");
             self.end_of(id);
         }

@@ -220,7 +220,13 @@ fn fewer_ranks_go_on_and_more_are_taken_in() {
 
 #[test]
 fn without_copies_the_last_checkpoint_or_the_beginning_serves() {
-    let keys = ["layout.dp=2", "layout.zero=1", "checkpoint.memory_every=0", "checkpoint.every=4"];
+    let keys = [
+        "layout.dp=2",
+        "layout.zero=1",
+        "checkpoint.memory_every=0",
+        "checkpoint.every=4",
+        "checkpoint.background=false",
+    ];
     check(&keys, 2, &[Fault::Kill(1, 6, 1)], 2, 4);
     let keys = ["layout.dp=2", "layout.zero=1", "checkpoint.memory_every=0", "checkpoint.every=0"];
     check(&keys, 2, &[Fault::Kill(1, 6, 1)], 2, 8);
