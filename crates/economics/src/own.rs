@@ -113,7 +113,7 @@ impl Ownership {
     }
 
     /// Dollars a year by part, for machines that work this share of the time. The ends of the whole are those of assumptions
-    /// that err independently ([`Ownership::independent`]); each part goes the same share of its own way to them.
+    /// that err independently (`Ownership::independent`); each part goes the same share of its own way to them.
     pub fn yearly_parts(&self, utilisation: f64) -> Vec<(&'static str, Spread)> {
         let parts = self.extreme_parts(utilisation);
         let extreme = sum(&parts);

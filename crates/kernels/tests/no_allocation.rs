@@ -56,28 +56,13 @@ fn kernels_do_not_allocate() {
         attention_decode_workspace_len(seq, h, threads),
         embed_grad_workspace_len(N, LD, DIM, &tree, threads),
         pos_grad_workspace_len(DIM, &tree, threads),
-        route_workspace_len(4, threads),
-        grouped_linear_workspace_len(4, 2 * N, DIM, DIM, threads),
-        grouped_linear_dw_workspace_len(4, (2 * N, N), DIM, DIM, &tree, threads),
     ];
     let mut ws = vec(lens.into_iter().max().unwrap_or(0));
     let adam =
         AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.0, step: 1, grad_scale: 1.0 };
-    let router = Router {
-        top_k: 2,
-        sigmoid: true,
-        renormalise: true,
-        scale: 1.0,
-        groups: 2,
-        top_groups: 1,
-        balance: 0.1,
-        z: 0.1,
-    };
-    let (mut gates, mut index, mut counts, mut dlogits) =
-        (vec(2 * N), vec![0u32; 4 * N], vec![0u32; 8], vec(4 * N));
-    let (mut copies, mut dcopies) = (vec(2 * N * DIM), vec(2 * N * DIM));
-    let mut counters = vec(4 * DIM);
+    let mut experts = mixture(&pool);
     let mut run = || {
+        experts();
         let (ws, pool) = (&mut ws[..], &pool);
         embed(pool, &tokens, &wqkv, 0, Some(&x), seq, &mut y, DIM);
         embed_grad(pool, &tokens, 0, LD, &x, &mut grad, DIM, &tree, m, ws);
@@ -107,22 +92,6 @@ fn kernels_do_not_allocate() {
         xent_fused(pool, &mut qkv, &tokens, 0.1, &mut rstd, N, LD);
         adamw(pool, &adam, &mut grad2[..LD], &mut moment, &mut moment2, &grad3[..LD]);
         sum_squares(pool, &x, &mut partials, N * DIM / 4);
-        let shape = (N, 4, 2);
-        route(pool, &x[..4 * N], None, &router, (&mut gates, &mut index, &mut counts), shape, ws);
-        route_dx(pool, &gates, &x[..4 * N], &index, &counts, &router, &mut dlogits, shape, ws);
-        permute(pool, &x, &index, &mut copies, (N, 2, DIM));
-        permute_dx(pool, &copies, &index, Acc::None, &mut y, (N, 2, DIM));
-        unpermute(pool, &copies, &gates, &index, Acc::InPlace, &mut y, (N, 2, DIM));
-        let (dgates, groups) = (&mut rstd[..], Groups { counts: &counts, experts: 4, leaves: 2 });
-        unpermute_dx(pool, &x, &copies, &gates, &index, (&mut dcopies, &mut dlogits[..2 * N]), (N, 2, DIM));
-        dgates.fill(0.0);
-        let (w, dims) = (&wqkv[..4 * DIM * 8], (DIM, 8));
-        grouped_linear(pool, &copies, w, groups, &mut z[..2 * N * 8], dims, ws);
-        grouped_linear_dx(pool, &qkv[..2 * N * 8], w, groups, &mut dcopies, dims, ws);
-        let of_sequence = |_: usize| (0, m);
-        let dims = (DIM, 8, N / 2);
-        grouped_linear_dw(pool, &qkv[..2 * N * 8], &copies, groups, &mut grad, dims, &tree, &of_sequence, ws);
-        add_roots(pool, &mut counters, 2, DIM, &[2]);
         copy(pool, &x, &mut y);
         fill(pool, &mut y, 0.0);
     };
@@ -130,4 +99,52 @@ fn kernels_do_not_allocate() {
     let before = ALLOCATIONS.load(Ordering::Relaxed);
     run();
     assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), before);
+}
+
+/// The kernels of a mixture of experts, with memory of their own.
+fn mixture(pool: &Pool) -> impl FnMut() {
+    const N: usize = 64;
+    const DIM: usize = 48;
+    let (tree, m, threads) = ([2], Merge { merge: 1, store: 1 }, pool.threads());
+    let vec = |len: usize| (0..len).map(|i| (i % 17) as f32 * 0.1 - 0.8).collect::<Vec<f32>>();
+    let (x, w, dh) = (vec(N * DIM), vec(4 * DIM * 8), vec(2 * N * 8));
+    let (mut y, mut h, mut grad) = (x.clone(), vec(2 * N * 8), vec(2 * 4 * DIM * 8));
+    let router = Router {
+        top_k: 2,
+        sigmoid: true,
+        renormalise: true,
+        scale: 1.0,
+        groups: 2,
+        top_groups: 1,
+        balance: 0.1,
+        z: 0.1,
+    };
+    let (mut gates, mut index, mut counts, mut dlogits) =
+        (vec(2 * N), vec![0u32; 4 * N], vec![0u32; 8], vec(4 * N));
+    let (mut copies, mut dcopies) = (vec(2 * N * DIM), vec(2 * N * DIM));
+    let mut counters = vec(4 * DIM);
+    let lens = [
+        route_workspace_len(4, threads),
+        grouped_linear_workspace_len(4, 2 * N, DIM, DIM, threads),
+        grouped_linear_dw_workspace_len(4, (2 * N, N), DIM, DIM, &tree, threads),
+    ];
+    let mut ws = vec(lens.into_iter().max().unwrap_or(0));
+    move || {
+        let ws = &mut ws[..];
+        let shape = (N, 4, 2);
+        route(pool, &x[..4 * N], None, &router, (&mut gates, &mut index, &mut counts), shape, ws);
+        route_dx(pool, &gates, &x[..4 * N], &index, &counts, &router, &mut dlogits, shape, ws);
+        permute(pool, &x, &index, &mut copies, (N, 2, DIM));
+        permute_dx(pool, &copies, &index, Acc::None, &mut y, (N, 2, DIM));
+        unpermute(pool, &copies, &gates, &index, Acc::InPlace, &mut y, (N, 2, DIM));
+        let groups = Groups { counts: &counts, experts: 4, leaves: 2 };
+        unpermute_dx(pool, &x, &copies, &gates, &index, (&mut dcopies, &mut dlogits[..2 * N]), (N, 2, DIM));
+        let dims = (DIM, 8);
+        grouped_linear(pool, &copies, &w, groups, &mut h, dims, ws);
+        grouped_linear_dx(pool, &dh, &w, groups, &mut dcopies, dims, ws);
+        let of_sequence = |_: usize| (0, m);
+        let dims = (DIM, 8, N / 2);
+        grouped_linear_dw(pool, &dh, &copies, groups, &mut grad, dims, &tree, &of_sequence, ws);
+        add_roots(pool, &mut counters, 2, DIM, &[2]);
+    }
 }

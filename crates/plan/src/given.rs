@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use spec::{Error, ExpertRows, Layout, PipelineSchedule, Recompute, Reduce, Result, Zero, suggest};
+use spec::{Error, Layout, PipelineSchedule, Recompute, Result, Zero, suggest};
 
 use crate::estimate::Problem;
 use crate::placement::{Order, Placement};
@@ -179,10 +179,9 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
         stage_layers: stage_layers(written.get("stage_layers"))?,
         micro_batch,
         recompute,
-        reduce: Reduce::Ring,
-        expert_rows: ExpertRows::Even,
         cp,
         ep: count("ep")?.unwrap_or(1),
+        ..Placement::foreign()
     };
     let placement = Placement { layout, format, order };
     check(&placement, problem).map_err(|e| e.context(format!("layout {text}")))?;

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::Serialize;
-use spec::{DType, Layout, NumberFormat, PipelineSchedule, Recompute};
+use spec::{DType, ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce};
 
 /// A layout with the choices that are estimated beside it.
 ///
@@ -18,6 +18,13 @@ pub struct Placement {
     pub format: NumberFormat,
     /// Which axis lies on which links.
     pub order: Order,
+}
+
+impl Placement {
+    /// What other training stacks do where nothing is asked: rings, and room for an even share of rows to experts.
+    pub(crate) fn foreign() -> Layout {
+        Layout { reduce: Reduce::Ring, expert_rows: ExpertRows::Even, ..Layout::default() }
+    }
 }
 
 fn format_name<S: serde::Serializer>(format: &NumberFormat, s: S) -> Result<S::Ok, S::Error> {

@@ -231,8 +231,7 @@ fn jobs(problem: &Problem, space: &Space) -> Vec<Job> {
     let n = space.accelerators;
     // Each as one replica of a stage, whatever the rest.
     let allowed = |tp: usize, cp: usize, sequence_parallel: bool| {
-        let (reduce, expert_rows) = (Reduce::Ring, ExpertRows::Even);
-        let layout = Layout { tp, cp, sequence_parallel, reduce, expert_rows, ..Layout::default() };
+        let layout = Layout { tp, cp, sequence_parallel, ..Placement::foreign() };
         layout.check(m, 1, problem.sequence, problem.software.tolerance).is_ok()
     };
     let tps: Vec<usize> =

@@ -9,8 +9,8 @@ use plan::software::Software;
 use plan::template::{Key, Section, Task, Template, tasks};
 use program::{Program, Replication, Request};
 use spec::{
-    Catalog, DType, Experts, Latent, Layout, ModelSpec, NumberFormat, PipelineSchedule, Recompute, Reduce,
-    Zero,
+    Catalog, DType, ExpertRows, Experts, Latent, Layout, ModelSpec, NumberFormat, PipelineSchedule,
+    Recompute, Reduce, Zero,
 };
 
 fn model(gated: bool) -> ModelSpec {
@@ -49,7 +49,8 @@ fn mixtures() -> Vec<ModelSpec> {
 
 /// Layouts that cut sequences or spread experts, or both.
 fn wide_layouts() -> Vec<Layout> {
-    let base = Layout { reduce: Reduce::Ring, micro_batch: 2, ..Layout::default() };
+    let (reduce, expert_rows) = (Reduce::Ring, ExpertRows::Even);
+    let base = Layout { reduce, expert_rows, micro_batch: 2, ..Layout::default() };
     let mut out = Vec::new();
     for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
         let base = Layout { recompute, ..base.clone() };
@@ -62,7 +63,8 @@ fn wide_layouts() -> Vec<Layout> {
 }
 
 fn layouts() -> Vec<Layout> {
-    let base = Layout { reduce: Reduce::Ring, micro_batch: 2, ..Layout::default() };
+    let (reduce, expert_rows) = (Reduce::Ring, ExpertRows::Even);
+    let base = Layout { reduce, expert_rows, micro_batch: 2, ..Layout::default() };
     let mut out = Vec::new();
     for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
         out.push(Layout { recompute, ..base.clone() });

@@ -17,7 +17,6 @@ fn everything(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
     let mut all = Vec::new();
     let mut keep = |name: &'static str, x: &[f32]| all.push((name, bits(x)));
     let mut r = Numbers::new(99);
-    let threads = pool.threads();
     let (n, tree) = (ROWS, &[2u32][..]);
     let merge = Merge { merge: 1, store: 1 };
     let (table, w) = (r.vec(VOCAB * DIM), r.vec(DIM));
@@ -32,41 +31,6 @@ fn everything(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
     let mut z = x.clone();
     layer_norm(pool, &x, &w, &w, &mut z, &mut stats, n, DIM, 1e-5);
     keep("layer", &z);
-    let router = Router {
-        top_k: 3,
-        sigmoid: false,
-        renormalise: true,
-        scale: 1.5,
-        groups: 2,
-        top_groups: 1,
-        balance: 0.1,
-        z: 0.01,
-    };
-    let (logits, mut gates, mut index, mut counts) =
-        (r.vec(n * 8), vec![0.0; n * 3], vec![0; n * 6], vec![0; 16]);
-    let mut small = scratch(route_workspace_len(8, threads));
-    route(pool, &logits, None, &router, (&mut gates, &mut index, &mut counts), (n, 8, 2), &mut small);
-    keep("gates", &gates);
-    let (mut copies, mut dlogits) = (vec![0.0; 3 * n * DIM], vec![0.0; n * 8]);
-    route_dx(pool, &gates, &logits, &index, &counts, &router, &mut dlogits, (n, 8, 2), &mut small);
-    keep("logits dx", &dlogits);
-    permute(pool, &y, &index, &mut copies, (n, 3, DIM));
-    unpermute(pool, &copies, &gates, &index, Acc::From(&x), &mut z, (n, 3, DIM));
-    keep("unpermute", &z);
-    let (mut dcopies, mut dgates) = (copies.clone(), gates.clone());
-    unpermute_dx(pool, &x, &copies, &gates, &index, (&mut dcopies, &mut dgates), (n, 3, DIM));
-    keep("gates dx", &dgates);
-    let (we, mut he, mut dwe) = (r.vec(8 * 30 * DIM), vec![0.0; 3 * n * 30], vec![0.0; 2 * 8 * 30 * DIM]);
-    let groups = Groups { counts: &counts, experts: 8, leaves: 2 };
-    let mut room = scratch(4_000_000);
-    grouped_linear(pool, &copies, &we, groups, &mut he, (DIM, 30), &mut room);
-    keep("experts", &he);
-    grouped_linear_dx(pool, &he, &we, groups, &mut dcopies, (DIM, 30), &mut room);
-    keep("experts dx", &dcopies);
-    grouped_linear_dw(pool, &he, &copies, groups, &mut dwe, (DIM, 30, SEQ), tree, &|_| (0, merge), &mut room);
-    keep("experts dw", &dwe);
-    permute_dx(pool, &dcopies, &index, Acc::None, &mut z, (n, 3, DIM));
-    keep("permute dx", &z);
     let ld = SHAPE.ld();
     let wqkv = r.vec(ld * DIM);
     let mut qkv = vec![0.0; n * ld];
@@ -140,7 +104,53 @@ fn everything(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
     let mut partials = [0.0; 6];
     sum_squares(pool, &dt, &mut partials, 2000);
     keep("squares", &partials.map(|x| (x as f32, (x - f64::from(x as f32)) as f32)).map(|(a, b)| a + b));
-    assert_eq!(threads, pool.threads());
+    all.extend(mixture(pool));
+    all
+}
+
+/// Those of a mixture of experts: routed, sent to their experts and back.
+fn mixture(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
+    let mut all = Vec::new();
+    let mut keep = |name: &'static str, x: &[f32]| all.push((name, bits(x)));
+    let mut r = Numbers::new(98);
+    let (n, tree) = (ROWS, &[2u32][..]);
+    let merge = Merge { merge: 1, store: 1 };
+    let (x, y, mut z) = (r.vec(n * DIM), r.vec(n * DIM), vec![0.0; n * DIM]);
+    let router = Router {
+        top_k: 3,
+        sigmoid: false,
+        renormalise: true,
+        scale: 1.5,
+        groups: 2,
+        top_groups: 1,
+        balance: 0.1,
+        z: 0.01,
+    };
+    let (logits, mut gates, mut index, mut counts) =
+        (r.vec(n * 8), vec![0.0; n * 3], vec![0; n * 6], vec![0; 16]);
+    let mut small = scratch(route_workspace_len(8, pool.threads()));
+    route(pool, &logits, None, &router, (&mut gates, &mut index, &mut counts), (n, 8, 2), &mut small);
+    keep("gates", &gates);
+    let (mut copies, mut dlogits) = (vec![0.0; 3 * n * DIM], vec![0.0; n * 8]);
+    route_dx(pool, &gates, &logits, &index, &counts, &router, &mut dlogits, (n, 8, 2), &mut small);
+    keep("logits dx", &dlogits);
+    permute(pool, &y, &index, &mut copies, (n, 3, DIM));
+    unpermute(pool, &copies, &gates, &index, Acc::From(&x), &mut z, (n, 3, DIM));
+    keep("unpermute", &z);
+    let (mut dcopies, mut dgates) = (copies.clone(), gates.clone());
+    unpermute_dx(pool, &x, &copies, &gates, &index, (&mut dcopies, &mut dgates), (n, 3, DIM));
+    keep("gates dx", &dgates);
+    let (we, mut he, mut dwe) = (r.vec(8 * 30 * DIM), vec![0.0; 3 * n * 30], vec![0.0; 2 * 8 * 30 * DIM]);
+    let groups = Groups { counts: &counts, experts: 8, leaves: 2 };
+    let mut room = scratch(4_000_000);
+    grouped_linear(pool, &copies, &we, groups, &mut he, (DIM, 30), &mut room);
+    keep("experts", &he);
+    grouped_linear_dx(pool, &he, &we, groups, &mut dcopies, (DIM, 30), &mut room);
+    keep("experts dx", &dcopies);
+    grouped_linear_dw(pool, &he, &copies, groups, &mut dwe, (DIM, 30, SEQ), tree, &|_| (0, merge), &mut room);
+    keep("experts dw", &dwe);
+    permute_dx(pool, &dcopies, &index, Acc::None, &mut z, (n, 3, DIM));
+    keep("permute dx", &z);
     all
 }
 

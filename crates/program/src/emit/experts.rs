@@ -1,7 +1,7 @@
 use spec::{DType, ExpertRows, Experts};
 
 use super::Emitter;
-use crate::graph::{Source, ValueId};
+use crate::graph::{Operand, Source, ValueId};
 use crate::op::{Axis, OpKind};
 use crate::role::Role;
 
@@ -30,27 +30,17 @@ impl Emitter<'_> {
             _ => copies,
         };
 
-        let logits = self.linear(Role::Router, &p("router"), x, e.count);
-        let gates = self.stat(&p("route"), rows, e.top_k);
-        // Whole sequences are counted one by one: leaves of the sum over them are experts' gradients of one.
-        let whole = rows == cx.tokens() && !cx.generates();
-        let leaves = if whole { cx.layout.micro_batch } else { 1 };
-        let index = self.g.value(&p("route.index"), rows, 2 * e.top_k, DType::U32, Source::Node);
-        let counts = self.g.value(&p("route.counts"), e.count, leaves, DType::U32, Source::Node);
-        let [gates_all, index_all, counts_all] = [gates, index, counts].map(|v| self.g.all(v));
-        let ins = vec![self.g.all(logits)];
-        let route = OpKind::Route { top_k: e.top_k, router: e.router };
-        self.push(route, &p("route"), ins, vec![gates_all, index_all, counts_all]);
-
+        let [gates, index, counts] = self.route(name, e, x);
+        let leaves = self.g.get(counts.value).cols;
         let mut y = self.act(&p("permute"), copies, hidden);
-        let (ins, outs) = (vec![self.g.all(x), index_all], vec![self.g.all(y)]);
+        let (ins, outs) = (vec![self.g.all(x), index], vec![self.g.all(y)]);
         self.push(OpKind::Permute { top_k: e.top_k }, &p("permute"), ins, outs);
-        let mut held = counts_all;
+        let mut held = counts;
         if cx.layout.ep > 1 {
             let arrived = self.g.value(&p("dispatch.counts"), e.count, leaves, DType::U32, Source::Node);
             held = self.g.all(arrived);
             let sent = self.act(&p("dispatch"), room, hidden);
-            let (ins, outs) = (vec![self.g.all(y), counts_all], vec![self.g.all(sent), held]);
+            let (ins, outs) = (vec![self.g.all(y), counts], vec![self.g.all(sent), held]);
             self.push(OpKind::AllToAll { axis: Axis::Ep }, &p("dispatch"), ins, outs);
             y = sent;
         }
@@ -71,12 +61,12 @@ impl Emitter<'_> {
 
         if cx.layout.ep > 1 {
             let back = self.act(&p("combine"), copies, hidden);
-            let (ins, outs) = (vec![self.g.all(y), held, counts_all], vec![self.g.all(back)]);
+            let (ins, outs) = (vec![self.g.all(y), held, counts], vec![self.g.all(back)]);
             self.push(OpKind::AllToAll { axis: Axis::Ep }, &p("combine"), ins, outs);
             y = back;
         }
         let out = self.act(&p("unpermute"), rows, hidden);
-        let (ins, outs) = (vec![self.g.all(y), gates_all, index_all], vec![self.g.all(out)]);
+        let (ins, outs) = (vec![self.g.all(y), gates, index], vec![self.g.all(out)]);
         self.push(OpKind::Unpermute { top_k: e.top_k }, &p("unpermute"), ins, outs);
         if !sliced {
             self.last().acc = Some(self.g.all(residual));
@@ -89,6 +79,23 @@ impl Emitter<'_> {
         let (ins, outs) = (vec![self.g.all(residual), self.g.all(whole)], vec![self.g.all(sum)]);
         self.push(OpKind::Add, &p("add"), ins, outs);
         sum
+    }
+
+    /// Which experts the rows of `x` go to: gates, where copies go, and how many come to each expert.
+    fn route(&mut self, name: &str, e: &Experts, x: ValueId) -> [Operand; 3] {
+        let p = |s: &str| format!("{name}.{s}");
+        let (cx, rows) = (self.cx, self.g.get(x).rows);
+        let logits = self.linear(Role::Router, &p("router"), x, e.count);
+        let gates = self.stat(&p("route"), rows, e.top_k);
+        // Whole sequences are counted one by one: leaves of the sum over them are experts' gradients of one.
+        let whole = rows == cx.tokens() && !cx.generates();
+        let leaves = if whole { cx.layout.micro_batch } else { 1 };
+        let index = self.g.value(&p("route.index"), rows, 2 * e.top_k, DType::U32, Source::Node);
+        let counts = self.g.value(&p("route.counts"), e.count, leaves, DType::U32, Source::Node);
+        let routed = [gates, index, counts].map(|v| self.g.all(v));
+        let ins = vec![self.g.all(logits)];
+        self.push(OpKind::Route { top_k: e.top_k, router: e.router }, &p("route"), ins, routed.to_vec());
+        routed
     }
 
     /// This rank's share of rows that every tensor-parallel rank holds.

@@ -22,6 +22,21 @@ impl Placer<'_> {
         self.buffer(name, rows, cols, dtype, home, place)
     }
 
+    /// The first chunk of each parameter of the model in the vector of squared gradient sums.
+    fn first_chunks(&mut self) -> HashMap<String, usize> {
+        let (cx, layout) = (self.cx, &self.cx.layout);
+        let mut first = HashMap::new();
+        for g in table(cx.model, layout, cx.coords, &chunks(cx.model, &Default::default(), 0)) {
+            let chunks = g.len().div_ceil(NORM_CHUNK);
+            // Ranks that hold other experts have sums of their own, in the order of the experts.
+            let (parts, part) =
+                if g.key.role.is_expert() { (layout.ep, cx.coords.ep(layout)) } else { (1, 0) };
+            first.insert(g.name, self.norm_chunks + part * chunks);
+            self.norm_chunks += parts * chunks;
+        }
+        first
+    }
+
     /// Parameters, masters, gradients and moments, each region in forward order.
     pub(super) fn statics(&mut self) {
         let cx = self.cx;
@@ -34,16 +49,7 @@ impl Placer<'_> {
                 if layout.zero >= Zero::Optimizer { owned(g.len(), count, index) } else { whole }
             })
             .collect();
-        let whole = table(self.cx.model, layout, cx.coords, &chunks(self.cx.model, &Default::default(), 0));
-        let mut chunk0 = HashMap::new();
-        for g in &whole {
-            let chunks = g.len().div_ceil(NORM_CHUNK);
-            // Ranks that hold other experts have sums of their own, in the order of the experts.
-            let (parts, part) =
-                if g.key.role.is_expert() { (layout.ep, cx.coords.ep(layout)) } else { (1, 0) };
-            chunk0.insert(g.name.as_str(), self.norm_chunks + part * chunks);
-            self.norm_chunks += parts * chunks;
-        }
+        let chunk0 = self.first_chunks();
         let holds_embedding = cx.chunks.iter().any(|c| c.embed);
         let region = |l: &mut Self, prefix: &str, dtype: DType, owned_only: bool| -> Vec<BufferId> {
             let training = !cx.generates();

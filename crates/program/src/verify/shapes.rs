@@ -132,23 +132,7 @@ fn expected_without_weights(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
             let x = packed(h, at(0)?);
             (vec![of(1, x.cols, x.dtype)], vec![of(1, h.out_cols(), x.dtype)])
         }
-        Route { top_k, .. } => {
-            let x = at(0)?;
-            (vec![x], vec![f32(x.rows, *top_k), u32(x.rows, 2 * top_k)])
-        }
-        RouteGrad { top_k, .. } => {
-            let x = at(1)?;
-            (vec![f32(x.rows, *top_k), x, u32(x.rows, 2 * top_k), u32(x.cols, at(3)?.cols)], vec![x])
-        }
-        Permute { top_k } => {
-            let x = at(0)?;
-            (vec![x, u32(x.rows, 2 * top_k)], vec![of(x.rows * top_k, x.cols, x.dtype)])
-        }
-        Unpermute { top_k } => {
-            let (x, rows) = (at(0)?, at(1)?.rows);
-            let copies = of(rows * top_k, x.cols, x.dtype);
-            (vec![copies, f32(rows, *top_k), u32(rows, 2 * top_k)], vec![of(rows, x.cols, x.dtype)])
-        }
+        Route { .. } | RouteGrad { .. } | Permute { .. } | Unpermute { .. } => return routed(kind, ins),
         SwiGlu => {
             let a = at(0)?;
             (vec![of(a.rows, a.cols / 2 * 2, a.dtype)], vec![of(a.rows, a.cols / 2, a.dtype)])
@@ -180,6 +164,32 @@ fn expected_without_weights(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
         LossSum { .. } => (vec![f32(at(0)?.rows, 1)], vec![]),
         AllReduce { .. } | Fork { .. } => same(at(0)?),
         PosGrad | BiasGrad | Send { .. } => (vec![at(0)?], vec![]),
+        _ => return unstated(kind, ins),
+    })
+}
+
+/// What chooses experts and moves rows to them.
+fn routed(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
+    use OpKind::*;
+    let at = |i: usize| ins.get(i).copied();
+    Some(match kind {
+        Route { top_k, .. } => {
+            let x = at(0)?;
+            (vec![x], vec![f32(x.rows, *top_k), u32(x.rows, 2 * top_k)])
+        }
+        RouteGrad { top_k, .. } => {
+            let x = at(1)?;
+            (vec![f32(x.rows, *top_k), x, u32(x.rows, 2 * top_k), u32(x.cols, at(3)?.cols)], vec![x])
+        }
+        Permute { top_k } => {
+            let x = at(0)?;
+            (vec![x, u32(x.rows, 2 * top_k)], vec![of(x.rows * top_k, x.cols, x.dtype)])
+        }
+        Unpermute { top_k } => {
+            let (x, rows) = (at(0)?, at(1)?.rows);
+            let copies = of(rows * top_k, x.cols, x.dtype);
+            (vec![copies, f32(rows, *top_k), u32(rows, 2 * top_k)], vec![of(rows, x.cols, x.dtype)])
+        }
         _ => return unstated(kind, ins),
     })
 }

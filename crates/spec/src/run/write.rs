@@ -1,6 +1,6 @@
 use super::keys::KEYS;
 use super::*;
-use crate::{Activation, Error, ExpertRows, NormKind, Position, Recompute, Reduce, Score};
+use crate::{Activation, Error, ExpertRows, Experts, NormKind, Position, Recompute, Reduce, Score};
 use std::fmt;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
@@ -242,26 +242,7 @@ fn model_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
         ("model.tied_embeddings", model.tied_embeddings.to_string()),
         ("model.init_std", single(model.init_std)),
     ]);
-    if let Some(e) = &model.experts {
-        values.extend([
-            ("model.experts.count", e.count.to_string()),
-            ("model.experts.top_k", e.top_k.to_string()),
-            ("model.experts.ffn", e.ffn.to_string()),
-            ("model.experts.shared_ffn", e.shared_ffn.to_string()),
-            ("model.experts.dense_layers", e.dense_layers.to_string()),
-            ("model.experts.every", e.every.to_string()),
-            (
-                "model.experts.score",
-                quoted(if e.router.score == Score::Softmax { "softmax" } else { "sigmoid" }),
-            ),
-            ("model.experts.renormalise", e.router.renormalise.to_string()),
-            ("model.experts.scale", single(e.router.scale)),
-            ("model.experts.groups", e.router.groups.to_string()),
-            ("model.experts.top_groups", e.router.top_groups.to_string()),
-            ("model.experts.balance_loss", single(e.router.balance_loss)),
-            ("model.experts.z_loss", single(e.router.z_loss)),
-        ]);
-    }
+    values.extend(model.experts.as_ref().into_iter().flat_map(experts_values));
     if let Some(l) = &model.latent {
         values.extend([
             ("model.latent.kv_rank", l.kv_rank.to_string()),
@@ -272,6 +253,24 @@ fn model_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
         ]);
     }
     values
+}
+
+fn experts_values(e: &Experts) -> Vec<(&'static str, String)> {
+    vec![
+        ("model.experts.count", e.count.to_string()),
+        ("model.experts.top_k", e.top_k.to_string()),
+        ("model.experts.ffn", e.ffn.to_string()),
+        ("model.experts.shared_ffn", e.shared_ffn.to_string()),
+        ("model.experts.dense_layers", e.dense_layers.to_string()),
+        ("model.experts.every", e.every.to_string()),
+        ("model.experts.score", quoted(if e.router.score == Score::Softmax { "softmax" } else { "sigmoid" })),
+        ("model.experts.renormalise", e.router.renormalise.to_string()),
+        ("model.experts.scale", single(e.router.scale)),
+        ("model.experts.groups", e.router.groups.to_string()),
+        ("model.experts.top_groups", e.router.top_groups.to_string()),
+        ("model.experts.balance_loss", single(e.router.balance_loss)),
+        ("model.experts.z_loss", single(e.router.z_loss)),
+    ]
 }
 
 fn layout_values(layout: &Layout, values: &mut Vec<(&'static str, String)>) {

@@ -33,6 +33,8 @@ pub(crate) struct Job<'a> {
     pub(crate) ranks: Vec<usize>,
     round: u64,
     started: usize,
+    /// The last step that ranks may do before they are allowed more.
+    limit: u64,
 }
 
 struct Process {
@@ -48,13 +50,13 @@ impl Drop for Process {
 }
 
 impl<'a> Job<'a> {
-    /// Starts `n` ranks.
-    pub(crate) fn start(dir: &'a Path, keys: &'a [String], n: usize) -> Job<'a> {
+    /// Starts `n` ranks, which may do so many steps at first.
+    pub(crate) fn start(dir: &'a Path, keys: &'a [String], n: usize, limit: u64) -> Job<'a> {
         let server = StoreServer::start(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a store");
         let (tell, heard) = channel();
         let processes = BTreeMap::new();
         let (ranks, round, started) = (Vec::new(), 0, 0);
-        let mut job = Job { dir, keys, server, heard, tell, processes, ranks, round, started };
+        let mut job = Job { dir, keys, server, heard, tell, processes, ranks, round, started, limit };
         job.gather(&[], n, "the job begins");
         job
     }
@@ -86,6 +88,17 @@ impl<'a> Job<'a> {
         }
     }
 
+    /// Lets all that live, and those to come, do more steps.
+    pub(crate) fn allow(&mut self, limit: u64) {
+        self.limit = limit;
+        for process in self.processes.values_mut() {
+            if let Some(stdin) = &mut process.child.stdin {
+                // One that has ended needs no leave.
+                let _ = writeln!(stdin, "{limit}");
+            }
+        }
+    }
+
     fn spawn(&mut self, id: usize, orders: &Orders) {
         let (ours, theirs) = UnixStream::pair().expect("sockets");
         let fd = theirs.as_raw_fd();
@@ -94,7 +107,8 @@ impl<'a> Job<'a> {
         command.env("SURVIVE_ORDERS", orders.line()).env("PHALANX_AGENT_FD", fd.to_string());
         command.env("SURVIVE_KEYS", self.keys.join("\n")).current_dir(self.dir);
         let log = std::fs::File::create(self.dir.join(format!("rank-{id}.log"))).expect("a log");
-        command.stdout(Stdio::null()).stderr(log);
+        command.env("SURVIVE_LIMIT", self.limit.to_string());
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(log);
         // SAFETY: only makes the socket survive the start of the program, which is allowed between fork and exec.
         unsafe {
             command.pre_exec(move || match libc::fcntl(fd, libc::F_SETFD, 0) {
@@ -120,7 +134,8 @@ impl<'a> Job<'a> {
     pub(crate) fn await_step(&mut self, rank: usize, step: u64) -> bool {
         let id = self.ranks[rank];
         self.until(|who, report| {
-            who == id && report.as_ref().is_none_or(|r| matches!(r, Report::Step { step: s } if *s >= step))
+            let is_done = |r: &Report| matches!(r, Report::Step { step: s } if *s >= step);
+            who == id && report.as_ref().is_none_or(is_done)
         })
         .is_some()
     }
@@ -150,12 +165,12 @@ impl<'a> Job<'a> {
 
     /// Waits until all ranks that train are done, lets spares go, and looks how each ended.
     pub(crate) fn finish(mut self, training: usize) {
-        let (train, spares) = self.ranks.split_at(training);
-        let (train, spares) = (train.to_vec(), spares.to_vec());
-        for id in train {
+        let ranks = std::mem::take(&mut self.ranks);
+        let (training, spares) = ranks.split_at(training);
+        for &id in training {
             self.end_of(id);
         }
-        for id in spares {
+        for &id in spares {
             self.processes[&id].socket.shutdown(std::net::Shutdown::Both).expect("shut");
             self.end_of(id);
         }

@@ -11,8 +11,9 @@ use std::time::Duration;
 use agent::Job;
 use comm::{Bootstrap, Secret, StoreClient, TransportChoice, World};
 use elastic::Orders;
+use journal::Record;
 use spec::{Result, RunSpec};
-use train::{Agent, Asked, Audit, Beginning, Cpu, Device, Mesh, Outcome, RunDir, Trainer, Way};
+use train::{Agent, Asked, Audit, Beginning, Cpu, Device, Event, Mesh, Outcome, RunDir, Trainer, Way};
 
 const STEPS: u64 = 12;
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -91,8 +92,22 @@ fn a_rank() {
     let orders = Orders::read(&orders).expect("orders");
     let joined = Trainer::join(Box::new(Here(run(&keys))), agent, orders, false).expect("joined");
     let Some(mut trainer) = joined else { return };
-    let outcome = trainer.train(&AtomicBool::new(false), None, &mut |_| {}).expect("trained");
+    // Faults come between two steps that the test names, however fast or slow the machine is.
+    let mut limit = number(&std::env::var("SURVIVE_LIMIT").expect("a limit"));
+    let mut lines = std::io::stdin().lines();
+    let mut each = |event| {
+        if let Event::Record(Record::Step { step, .. }) = event {
+            while step >= limit {
+                limit = lines.next().map_or(u64::MAX, |line| number(&line.expect("a line")));
+            }
+        }
+    };
+    let outcome = trainer.train(&AtomicBool::new(false), None, &mut each).expect("trained");
     assert_ne!(outcome, Outcome::Stopped);
+}
+
+fn number(text: &str) -> u64 {
+    text.trim().parse().expect("a number")
 }
 
 /// What happens to a job.
@@ -104,6 +119,14 @@ enum Fault {
     Stop(usize, u64, usize),
     /// So many ranks come after step `.0`; nobody is lost.
     Come(u64, usize),
+}
+
+impl Fault {
+    fn step(self) -> u64 {
+        match self {
+            Fault::Kill(_, step, _) | Fault::Stop(_, step, _) | Fault::Come(step, _) => step,
+        }
+    }
 }
 
 fn text() -> String {
@@ -126,10 +149,11 @@ fn check(keys: &[&str], ranks: usize, faults: &[Fault], training: usize, redone:
     };
     let precision: Vec<&str> = keys.iter().copied().filter(|k| k.starts_with("train.")).collect();
     let alone_keys = here(&precision, "alone");
-    Job::start(dir.path(), &alone_keys, 1).finish(1);
+    Job::start(dir.path(), &alone_keys, 1, u64::MAX).finish(1);
     let keys = here(keys, "run");
-    let mut job = Job::start(dir.path(), &keys, ranks);
-    for fault in faults {
+    let limits = faults.iter().map(|fault| fault.step() + 1).chain([u64::MAX]);
+    let mut job = Job::start(dir.path(), &keys, ranks, faults[0].step() + 1);
+    for (fault, limit) in faults.iter().zip(limits.skip(1)) {
         match *fault {
             Fault::Kill(rank, step, new) => {
                 assert!(job.await_step(rank, step), "it was to live until step {step}");
@@ -148,6 +172,7 @@ fn check(keys: &[&str], ranks: usize, faults: &[Fault], training: usize, redone:
                 job.gather(&here, new, &format!("{new} ranks came"));
             }
         }
+        job.allow(limit);
     }
     job.finish(training);
     let newest = |name: &str| RunDir::new(dir.path().join(name)).newest_checkpoint().expect("a checkpoint");
@@ -196,7 +221,13 @@ fn fewer_ranks_go_on_and_more_are_taken_in() {
 
 #[test]
 fn without_copies_the_last_checkpoint_or_the_beginning_serves() {
-    let keys = ["layout.dp=2", "layout.zero=1", "checkpoint.memory_every=0", "checkpoint.every=4"];
+    let keys = [
+        "layout.dp=2",
+        "layout.zero=1",
+        "checkpoint.memory_every=0",
+        "checkpoint.every=4",
+        "checkpoint.background=false",
+    ];
     check(&keys, 2, &[Fault::Kill(1, 6, 1)], 2, 4);
     let keys = ["layout.dp=2", "layout.zero=1", "checkpoint.memory_every=0", "checkpoint.every=0"];
     check(&keys, 2, &[Fault::Kill(1, 6, 1)], 2, 8);
