@@ -52,7 +52,7 @@ fn is_finished(path: &Path) -> std::io::Result<bool> {
     let records = tail.rsplit(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
     let mut telling = records.filter_map(|record| match record {
         Record::Finished { .. } => Some(true),
-        Record::Step { .. } | Record::RunStarted { .. } => Some(false),
+        Record::Step(_) | Record::RunStarted { .. } => Some(false),
         _ => None,
     });
     Ok(telling.next().unwrap_or(false))

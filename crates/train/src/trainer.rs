@@ -404,7 +404,7 @@ impl Trainer {
         let tokens_per_s = tokens as f64 / step_s;
         let flops_per_s = self.run.model.flops_per_token(batch.sequence) * tokens_per_s;
         let mfu = self.peak_flops_per_s.map(|peak| flops_per_s / (peak * self.run.layout.world() as f64));
-        let record = Record::Step {
+        let record = Record::Step(journal::Step {
             time_us: now_us(),
             step,
             loss: out.loss,
@@ -419,7 +419,7 @@ impl Trainer {
             exposed_comm_s: (self.run.layout.world() > 1).then(|| self.exec.exposed_comm_s()),
             waits_s: self.exec.waits_s().map(|(axis, s)| (axis.to_owned(), s)).collect(),
             expert_counts: self.exec.expert_counts()?.map(|all| by_layer(&all, self.run.model.layers)),
-        };
+        });
         Ok((record, drawn, out))
     }
 
