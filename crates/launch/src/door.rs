@@ -4,10 +4,11 @@
 //! Nothing is said over these connections. A connection that breaks proves nothing; that the door is shut as well, where
 //! it was open before, does.
 
+use crate::net::ip_of;
 use elastic::rendezvous::{Agreed, NodeId};
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 /// A neighbour answers within this, or is asked again later: the thread has other things to do.
@@ -33,8 +34,7 @@ enum Visit {
 impl Doors {
     /// Opens a door at `addr`, which other nodes reach this one by. Without one the others wait for signs of life.
     pub(crate) fn open(addr: &str) -> Doors {
-        let ip = addr.parse::<IpAddr>().ok().or_else(|| Some(crate::net::resolve(addr, 0).first()?.ip()));
-        let door = ip.and_then(|ip| TcpListener::bind((ip, 0)).ok());
+        let door = ip_of(addr).and_then(|ip| TcpListener::bind((ip, 0)).ok());
         let door = door.filter(|d| d.set_nonblocking(true).is_ok());
         Doors { door, visitors: Vec::new(), visits: BTreeMap::new() }
     }
@@ -96,8 +96,7 @@ fn held(asked: std::io::Result<TcpStream>, door: SocketAddr, now: Instant) -> Vi
 }
 
 fn address(addr: &str, port: u16) -> Option<SocketAddr> {
-    let ip = addr.parse::<IpAddr>().ok().or_else(|| Some(crate::net::resolve(addr, 0).first()?.ip()))?;
-    (port != 0).then_some(SocketAddr::new(ip, port))
+    Some(SocketAddr::new(ip_of(addr)?, port)).filter(|_| port != 0)
 }
 
 /// Nobody says anything here, so what can be read is the end.

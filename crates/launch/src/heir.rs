@@ -6,7 +6,7 @@ use elastic::rendezvous::{Agreed, NodeId};
 use elastic::succession;
 use spec::Result;
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 /// A candidate answers within this, or is asked again at the next look.
@@ -29,8 +29,7 @@ pub(crate) struct Moved {
 impl Standby {
     /// A store at `addr`, where the other nodes reach this one. Without one this agent can follow and not host.
     pub(crate) fn open(addr: &str) -> Standby {
-        let ip = addr.parse::<IpAddr>().ok().or_else(|| net::resolve(addr, 0).first().map(SocketAddr::ip));
-        let server = ip.and_then(|ip| StoreServer::start(SocketAddr::new(ip, 0)).ok());
+        let server = net::ip_of(addr).and_then(|ip| StoreServer::start(SocketAddr::new(ip, 0)).ok());
         Standby { server, addresses: BTreeMap::new(), voted: false }
     }
 
@@ -94,9 +93,7 @@ fn vote(
         let host = there.host.unwrap_or(candidate);
         return Ok(Some(Moved { client, endpoint, host }));
     }
-    let bytes = serde_json::to_vec(memory)
-        .map_err(|e| spec::Error::failure(format!("the agreed value cannot be written: {e}")))?;
-    client.set(&format!("{prefix}/vote/{me}"), bytes)?;
+    client.set(&format!("{prefix}/vote/{me}"), written(memory)?)?;
     if candidate != *me {
         return Ok(None);
     }
@@ -110,10 +107,13 @@ fn vote(
         }
     }
     if let Ok(next) = succession::succeed(me, &votes, dead) {
-        let bytes = serde_json::to_vec(&next)
-            .map_err(|e| spec::Error::failure(format!("the agreed value cannot be written: {e}")))?;
-        client.compare_set(&state, None, &bytes)?;
+        client.compare_set(&state, None, &written(&next)?)?;
         return Ok(Some(Moved { client, endpoint, host: candidate }));
     }
     Ok(None)
+}
+
+fn written(shared: &Agreed) -> Result<Vec<u8>> {
+    serde_json::to_vec(shared)
+        .map_err(|e| spec::Error::failure(format!("the agreed value cannot be written: {e}")))
 }
