@@ -339,16 +339,20 @@ impl Trainer {
         if self.is_stranded() {
             return e;
         }
-        let (time_us, step) = (now_us(), self.step + 1);
-        let hint = e.hint_text().map(str::to_owned);
+        let step = self.step + 1;
         if self.exec.mesh.is_alone() || self.exec.failed_alike {
             // All ranks are here for what is nearly on the disk.
             self.finish_saving(each);
         }
         self.exec.mesh.abort(&e.to_string());
-        // The failure itself is what the caller must see, even if the journal's disk is full too.
-        let _ = self.journal.write(&Record::Failed { time_us, step, error: e.to_string(), hint });
+        self.write_failed(step, &e);
         e
+    }
+
+    fn write_failed(&mut self, step: u64, e: &Error) {
+        let (time_us, error, hint) = (now_us(), e.to_string(), e.hint_text().map(str::to_owned));
+        // The failure itself is what the caller must see, even if the journal's disk is full too.
+        let _ = self.journal.write(&Record::Failed { time_us, step, error, hint });
     }
 
     fn due(&self, every: Option<usize>) -> bool {

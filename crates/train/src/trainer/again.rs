@@ -179,9 +179,7 @@ impl Trainer {
                 Ok(false) => return Ok(false),
                 Err(e) if self.is_stranded() => lost = Some(e),
                 Err(e) => {
-                    let (time_us, step) = (now_us(), self.step + 1);
-                    let hint = e.hint_text().map(str::to_owned);
-                    let _ = self.journal.write(&Record::Failed { time_us, step, error: e.to_string(), hint });
+                    self.write_failed(self.step + 1, &e);
                     return Err(e);
                 }
             }
