@@ -157,10 +157,7 @@ impl Trainer {
         let session = began[0].as_slice().try_into().map_or(0, u64::from_le_bytes);
         let dir = RunDir::new(&run.run.dir);
         let mut events = None;
-        if rank == 0 {
-            begin.write(&run, &dir)?;
-            events = Some(EventWriter::create(&dir.tensorboard(), now_us(), &host(), rank)?);
-        }
+        again::lead(rank, &begin, &run, &dir, &mut events)?;
         let peak_flops_per_s = 1e9 * exec.peak_gflops();
         let journal = Journal::open(dir.path(), rank)?;
         let mut t = Trainer {
