@@ -1,11 +1,10 @@
 //! Writes a journal of many steps, to see what a page makes of it: `long_journal RUN_DIR STEPS`.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 
-use journal::Record;
+use journal::{Record, Step};
 
 fn main() -> std::io::Result<()> {
     let mut args = std::env::args_os().skip(1);
@@ -20,7 +19,7 @@ fn main() -> std::io::Result<()> {
         noise ^= noise >> 7;
         noise ^= noise << 17;
         let rough = (noise >> 11) as f64 / (1_u64 << 53) as f64;
-        let record = Record::Step {
+        let record = Record::Step(Step {
             time_us: 1_767_225_600_000_000 + 500_000 * step,
             step,
             loss: 2.0 + 8.0 / (1.0 + step as f64 / 1000.0).sqrt() + 0.2 * rough,
@@ -33,9 +32,8 @@ fn main() -> std::io::Result<()> {
             step_s: 0.5 + 0.02 * rough,
             memory_bytes: 64 << 30,
             exposed_comm_s: Some(0.05 * rough),
-            waits_s: BTreeMap::new(),
-            expert_counts: None,
-        };
+            ..Step::default()
+        });
         serde_json::to_writer(&mut file, &record)?;
         file.write_all(b"\n")?;
     }

@@ -89,7 +89,6 @@ fn event(events: &mut String, name: &str, data: &Value) {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
 
     use journal::Record;
     use journal::line::Line;
@@ -98,7 +97,7 @@ mod tests {
     use super::*;
 
     fn add(run: &mut Run, step: u64) {
-        let record = Record::Step {
+        let record = Record::Step(journal::Step {
             time_us: step,
             step,
             loss: 1.5,
@@ -107,13 +106,10 @@ mod tests {
             tokens: step,
             valid_tokens: 1,
             tokens_per_s: 1.0,
-            mfu: None,
             step_s: 0.5,
             memory_bytes: 1,
-            exposed_comm_s: None,
-            waits_s: BTreeMap::new(),
-            expert_counts: None,
-        };
+            ..journal::Step::default()
+        });
         run.observe(&Found { offset: 100 * step, len: 100, line: Line::Record(record) });
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use journal::Record;
+use journal::{Record, Step};
 use serde::Serialize;
 
 /// Weight of the newest step in the means of a rank: some sixteen steps are remembered.
@@ -69,7 +69,7 @@ impl Rank {
                 self.steps = 0;
                 self.waits_s.clear();
             }
-            Record::Step { step, step_s, exposed_comm_s, waits_s, memory_bytes, .. } => {
+            Record::Step(Step { step, step_s, exposed_comm_s, waits_s, memory_bytes, .. }) => {
                 self.step = *step;
                 self.memory_bytes = *memory_bytes;
                 self.steps += 1;
@@ -149,7 +149,7 @@ mod tests {
     use super::*;
 
     fn step(n: u64, took_s: f64, waited_s: f64) -> Record {
-        Record::Step {
+        Record::Step(Step {
             time_us: n,
             step: n,
             loss: 1.0,
@@ -158,13 +158,12 @@ mod tests {
             tokens: 1,
             valid_tokens: 1,
             tokens_per_s: 1.0,
-            mfu: None,
             step_s: took_s,
             memory_bytes: 7,
             exposed_comm_s: Some(waited_s),
             waits_s: BTreeMap::from([("dp".to_owned(), waited_s)]),
-            expert_counts: None,
-        }
+            ..Step::default()
+        })
     }
 
     #[test]

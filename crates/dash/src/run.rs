@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 
-use journal::Record;
 use journal::line::Line;
 use journal::prometheus::Metrics;
 use journal::tail::{Found, lines_between};
+use journal::{Record, Step};
 use serde::Serialize;
 
 use crate::curve::{At, Bucket, Columns, Curve, columns};
@@ -40,7 +40,7 @@ pub struct Point {
 impl Point {
     /// The point of a step's record; none of another record.
     pub fn of(record: &Record) -> Option<Point> {
-        let Record::Step {
+        let Record::Step(Step {
             time_us,
             step,
             loss,
@@ -53,7 +53,7 @@ impl Point {
             step_s,
             exposed_comm_s,
             ..
-        } = record
+        }) = record
         else {
             return None;
         };
@@ -276,7 +276,7 @@ impl Run {
                 let hint = hint.as_ref().map(|h| format!("; {h}")).unwrap_or_default();
                 ("failed", *step, format!("{error}{hint}"))
             }
-            Record::Step { .. } | Record::Drawn { .. } | Record::Spans { .. } => return,
+            Record::Step(_) | Record::Drawn { .. } | Record::Spans { .. } => return,
         };
         self.note(Note { time_ms: record.time_us().unwrap_or(0) / 1000, step, kind, text });
     }

@@ -1,6 +1,5 @@
 //! The server as strangers meet it: other hosts, odd requests, slow ones, too many; and what it says of runs.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -61,7 +60,7 @@ impl Lab {
 }
 
 fn step(n: u64) -> Record {
-    Record::Step {
+    Record::Step(journal::Step {
         time_us: 1_000_000 * n,
         step: n,
         loss: 1.0 / n as f64,
@@ -70,13 +69,10 @@ fn step(n: u64) -> Record {
         tokens: 10 * n,
         valid_tokens: 10,
         tokens_per_s: 5.0,
-        mfu: None,
         step_s: 0.5,
         memory_bytes: 100,
-        exposed_comm_s: None,
-        waits_s: BTreeMap::new(),
-        expert_counts: None,
-    }
+        ..journal::Step::default()
+    })
 }
 
 fn connect(server: &Server) -> TcpStream {

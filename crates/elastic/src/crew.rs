@@ -122,6 +122,19 @@ struct Vitals {
     doomed: Option<(Duration, String)>,
 }
 
+impl Vitals {
+    /// Whether the worker can meet again, and is not about to be killed.
+    fn keeps(&self) -> bool {
+        self.recovers && self.doomed.is_none()
+    }
+
+    /// The worker is to be killed, and why.
+    fn doom(&mut self, place: usize, why: String, now: Duration) -> Action {
+        self.doomed = Some((now, why.clone()));
+        Action::Kill(place, why)
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 enum Life {
     Vacant,
@@ -194,7 +207,7 @@ impl Crew {
 
     /// Whether a worker that can recover lives in this place, and is not about to be killed.
     pub fn keeps(&self, place: usize) -> bool {
-        matches!(&self.places[place].life, Life::Lives(v) if v.recovers && v.doomed.is_none())
+        matches!(&self.places[place].life, Life::Lives(v) if v.keeps())
     }
 
     /// Whether every worker of the round has ended with success. Those that end while a new one is called for take part in
@@ -297,8 +310,7 @@ impl Crew {
 
     /// Workers that go on in the next world.
     fn keepers(&self) -> usize {
-        let keeps = |v: &Vitals| v.recovers && v.doomed.is_none() && !is_planted(Mutant::KeepsNobody);
-        self.vitals().filter(|(_, v)| keeps(v)).count()
+        self.vitals().filter(|(_, v)| v.keeps() && !is_planted(Mutant::KeepsNobody)).count()
     }
 
     fn lost(&mut self, place: usize, why: String, now: Duration) -> Vec<Action> {
@@ -348,9 +360,7 @@ impl Crew {
                 Life::Done => p.life = Life::Vacant,
                 // It is on its way into a world that is gone, and has nothing to lose yet.
                 Life::Lives(v) if !v.recovers && v.doomed.is_none() => {
-                    let why = "it was not ready to meet in another world".to_owned();
-                    v.doomed = Some((now, why.clone()));
-                    actions.push(Action::Kill(place, why));
+                    actions.push(v.doom(place, "it was not ready to meet in another world".to_owned(), now));
                 }
                 _ => {}
             }
@@ -365,9 +375,8 @@ impl Crew {
             if let Life::Lives(v) = &mut p.life
                 && v.doomed.is_none()
             {
-                let why = "the job runs without this node, which waits for a place".to_owned();
-                v.doomed = Some((now, why.clone()));
-                actions.push(Action::Kill(place, why));
+                let why = "the job runs without this node, which waits for a place";
+                actions.push(v.doom(place, why.to_owned(), now));
             }
         }
         actions
@@ -398,8 +407,7 @@ impl Crew {
                 }
                 _ => continue,
             };
-            v.doomed = Some((now, why.clone()));
-            actions.push(Action::Kill(place, why));
+            actions.push(v.doom(place, why, now));
         }
         if let Some(why) = immortal {
             self.phase = Phase::Joins;
@@ -438,8 +446,7 @@ impl Crew {
                     "its ops stood still for {:.1} s while others waited for it: it hangs",
                     still.as_secs_f64()
                 );
-                v.doomed = Some((now, why.clone()));
-                actions.push(Action::Kill(place, why));
+                actions.push(v.doom(place, why, now));
             }
         }
         actions

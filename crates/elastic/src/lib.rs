@@ -19,4 +19,4 @@ mod simulation;
 pub mod succession;
 mod wire;
 
-pub use wire::{Orders, Report};
+pub use wire::{AGENT_FD, Orders, Report};

@@ -1,10 +1,13 @@
 //! What an agent and its ranks tell each other over the socket between them: a value a line, as JSON.
 //!
 //! The agent makes a pair of connected sockets for each rank that it starts and hands over one end; the variable
-//! `PHALANX_AGENT_FD` holds its number. Whoever sees the end of the stream knows that the other is gone.
+//! [`AGENT_FD`] holds its number. Whoever sees the end of the stream knows that the other is gone.
 
 use serde::{Deserialize, Serialize};
 use spec::{Error, Result};
+
+/// The variable that tells a rank the number of its end of the socket.
+pub const AGENT_FD: &str = "PHALANX_AGENT_FD";
 
 /// From the agent: the ranks meet again, in another world. Whoever gets this leaves the world that it is in, keeps its
 /// memory, and joins the new one.

@@ -35,5 +35,5 @@ mod crc32c;
 mod float;
 
 pub use read::{Reader, files, read};
-pub use record::{Lane, Record, Span};
+pub use record::{Lane, Record, Span, Step};
 pub use write::{Journal, path};

@@ -1,11 +1,8 @@
 //! One line of a journal as a view reads it: fast for steps, and never an error for what a newer version wrote.
 
-use std::collections::BTreeMap;
-
 use serde::Deserialize;
 
-use crate::float;
-use crate::record::Record;
+use crate::record::{Record, Step};
 
 /// What a line is.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,10 +30,11 @@ pub enum Line {
 /// assert!(matches!(parse(b"{"), Line::Damaged(_)));
 /// ```
 pub fn parse(line: &[u8]) -> Line {
-    // Writers put the kind first; a line in another order takes the longer way below.
+    // Writers put the kind first; a line in another order takes the longer way below. Without the tag serde fills fields
+    // as they come instead of collecting them first.
     if line.starts_with(STEP) {
         return match serde_json::from_slice::<Step>(line) {
-            Ok(step) => Line::Record(step.into()),
+            Ok(step) => Line::Record(Record::Step(step)),
             Err(e) => Line::Damaged(e.to_string()),
         };
     }
@@ -93,57 +91,10 @@ pub(crate) fn spans_step(head: &[u8]) -> Option<u64> {
     std::str::from_utf8(&head[at..at + digits]).ok()?.parse().ok()
 }
 
-/// [`Record::Step`] without the tag, which lets serde fill fields as they come instead of collecting them first.
-#[derive(Deserialize)]
-struct Step {
-    time_us: u64,
-    step: u64,
-    #[serde(with = "float")]
-    loss: f64,
-    #[serde(with = "float")]
-    grad_norm: f64,
-    #[serde(with = "float")]
-    lr: f64,
-    tokens: u64,
-    valid_tokens: u64,
-    #[serde(with = "float")]
-    tokens_per_s: f64,
-    #[serde(with = "float::option", default)]
-    mfu: Option<f64>,
-    #[serde(with = "float")]
-    step_s: f64,
-    memory_bytes: u64,
-    #[serde(with = "float::option", default)]
-    exposed_comm_s: Option<f64>,
-    #[serde(default)]
-    waits_s: BTreeMap<String, f64>,
-    #[serde(default)]
-    expert_counts: Option<Vec<Vec<u64>>>,
-}
-
-impl From<Step> for Record {
-    fn from(s: Step) -> Record {
-        Record::Step {
-            time_us: s.time_us,
-            step: s.step,
-            loss: s.loss,
-            grad_norm: s.grad_norm,
-            lr: s.lr,
-            tokens: s.tokens,
-            valid_tokens: s.valid_tokens,
-            tokens_per_s: s.tokens_per_s,
-            mfu: s.mfu,
-            step_s: s.step_s,
-            memory_bytes: s.memory_bytes,
-            exposed_comm_s: s.exposed_comm_s,
-            waits_s: s.waits_s,
-            expert_counts: s.expert_counts,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -155,10 +106,10 @@ mod tests {
 
     #[test]
     fn the_fast_way_reads_what_the_long_one_reads() {
-        let Record::Step { .. } = step(1, 0.5) else { unreachable!() };
+        let Record::Step(_) = step(1, 0.5) else { unreachable!() };
         for mut record in [step(1, 0.5), step(2, f64::INFINITY), step(u64::MAX, -0.0)] {
             for waits in [BTreeMap::new(), BTreeMap::from([("tp".to_owned(), 0.25)])] {
-                if let Record::Step { waits_s, exposed_comm_s, mfu, expert_counts, .. } = &mut record {
+                if let Record::Step(Step { waits_s, exposed_comm_s, mfu, expert_counts, .. }) = &mut record {
                     *expert_counts = (!waits.is_empty()).then(|| vec![vec![3, 0]]);
                     *waits_s = waits;
                     *exposed_comm_s = Some(0.5);

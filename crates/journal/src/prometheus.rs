@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use crate::record::Record;
+use crate::record::{Record, Step};
 
 mod family;
 mod lost;
@@ -74,7 +74,7 @@ impl Metrics {
                 self.set("phalanx_running", 1.0);
                 self.set("phalanx_failed", 0.0);
             }
-            Record::Step {
+            Record::Step(Step {
                 time_us,
                 step,
                 loss,
@@ -85,7 +85,7 @@ impl Metrics {
                 step_s,
                 valid_tokens,
                 ..
-            } => {
+            }) => {
                 self.set("phalanx_step", *step as f64);
                 self.set("phalanx_loss", *loss);
                 self.set("phalanx_grad_norm", *grad_norm);
@@ -127,7 +127,7 @@ impl Metrics {
 
     /// Takes over what a record of any rank's journal says of that rank alone.
     pub fn observe_rank(&mut self, rank: usize, record: &Record) {
-        let Record::Step { memory_bytes, exposed_comm_s, waits_s, .. } = record else { return };
+        let Record::Step(Step { memory_bytes, exposed_comm_s, waits_s, .. }) = record else { return };
         let mut set = |name, labels: String, value: f64, adds: bool| {
             let at = self.values.entry((name, labels)).or_default();
             *at = if adds { *at + value } else { value };

@@ -33,46 +33,7 @@ pub enum Record {
         parameters: u64,
     },
     /// An optimiser step was done.
-    Step {
-        /// When it ended.
-        time_us: u64,
-        /// Steps done, this one included.
-        step: u64,
-        /// Mean loss per valid token, in nats.
-        #[serde(with = "float")]
-        loss: f64,
-        /// Norm of the gradient before clipping.
-        #[serde(with = "float")]
-        grad_norm: f64,
-        /// Learning rate.
-        #[serde(with = "float")]
-        lr: f64,
-        /// Tokens trained on since the first step.
-        tokens: u64,
-        /// Tokens of this step that count in the loss.
-        valid_tokens: u64,
-        /// Tokens per second of all ranks.
-        #[serde(with = "float")]
-        tokens_per_s: f64,
-        /// Model FLOPs utilisation, 0 to 1; absent when the machine's peak is not known.
-        #[serde(with = "float::option", default, skip_serializing_if = "Option::is_none")]
-        mfu: Option<f64>,
-        /// Duration in seconds.
-        #[serde(with = "float")]
-        step_s: f64,
-        /// Bytes that the placed program allocated on this rank.
-        memory_bytes: u64,
-        /// Seconds of communication that no computation hid; absent for a single rank.
-        #[serde(with = "float::option", default, skip_serializing_if = "Option::is_none")]
-        exposed_comm_s: Option<f64>,
-        /// The same by the axis of the mesh that was waited on: `dp`, `tp`, `pp`, `cp`, `ep`; empty where it is not known.
-        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-        waits_s: BTreeMap<String, f64>,
-        /// How many tokens of the step went to each expert, layer by layer, none of a layer without; absent for a dense
-        /// model.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        expert_counts: Option<Vec<Vec<u64>>>,
-    },
+    Step(Step),
     /// Which samples a rank put into a step.
     Drawn {
         /// Tells the starts of a run apart, as all ranks of a start agree on it.
@@ -212,7 +173,7 @@ impl Record {
     pub fn time_us(&self) -> Option<u64> {
         match *self {
             Record::RunStarted { time_us, .. }
-            | Record::Step { time_us, .. }
+            | Record::Step(Step { time_us, .. })
             | Record::Eval { time_us, .. }
             | Record::Sample { time_us, .. }
             | Record::Checkpoint { time_us, .. }
@@ -225,6 +186,49 @@ impl Record {
             Record::Drawn { .. } | Record::Spans { .. } => None,
         }
     }
+}
+
+/// An optimiser step.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Step {
+    /// When it ended.
+    pub time_us: u64,
+    /// Steps done, this one included.
+    pub step: u64,
+    /// Mean loss per valid token, in nats.
+    #[serde(with = "float")]
+    pub loss: f64,
+    /// Norm of the gradient before clipping.
+    #[serde(with = "float")]
+    pub grad_norm: f64,
+    /// Learning rate.
+    #[serde(with = "float")]
+    pub lr: f64,
+    /// Tokens trained on since the first step.
+    pub tokens: u64,
+    /// Tokens of this step that count in the loss.
+    pub valid_tokens: u64,
+    /// Tokens per second of all ranks.
+    #[serde(with = "float")]
+    pub tokens_per_s: f64,
+    /// Model FLOPs utilisation, 0 to 1; absent when the machine's peak is not known.
+    #[serde(with = "float::option", default, skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
+    /// Duration in seconds.
+    #[serde(with = "float")]
+    pub step_s: f64,
+    /// Bytes that the placed program allocated on this rank.
+    pub memory_bytes: u64,
+    /// Seconds of communication that no computation hid; absent for a single rank.
+    #[serde(with = "float::option", default, skip_serializing_if = "Option::is_none")]
+    pub exposed_comm_s: Option<f64>,
+    /// The same by the axis of the mesh that was waited on: `dp`, `tp`, `pp`, `cp`, `ep`; empty where it is not known.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub waits_s: BTreeMap<String, f64>,
+    /// How many tokens of the step went to each expert, layer by layer, none of a layer without; absent for a dense
+    /// model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expert_counts: Option<Vec<Vec<u64>>>,
 }
 
 /// One execution of one op.
@@ -280,7 +284,7 @@ pub(crate) mod tests {
     use super::*;
 
     pub(crate) fn step(step: u64, loss: f64) -> Record {
-        Record::Step {
+        Record::Step(Step {
             time_us: 1_700_000_000_000_000 + step,
             step,
             loss,
@@ -295,7 +299,7 @@ pub(crate) mod tests {
             exposed_comm_s: None,
             waits_s: BTreeMap::new(),
             expert_counts: None,
-        }
+        })
     }
 
     fn float() -> impl Strategy<Value = f64> {
@@ -316,14 +320,14 @@ pub(crate) mod tests {
     proptest! {
         #[test]
         fn floats_keep_their_bits(loss in float(), mfu in proptest::option::of(float())) {
-            let Record::Step { time_us, step, tokens, .. } = step(1, 0.0) else { unreachable!() };
-            let record = Record::Step {
+            let Record::Step(Step { time_us, step, tokens, .. }) = step(1, 0.0) else { unreachable!() };
+            let record = Record::Step(Step {
                 time_us, step, loss, grad_norm: -loss, lr: loss, tokens, valid_tokens: 0, tokens_per_s: 1.0, mfu,
                 step_s: 0.0, memory_bytes: 0, exposed_comm_s: mfu, waits_s: BTreeMap::new(),
                 expert_counts: Some(vec![vec![], vec![3, 0]]),
-            };
+            });
             let text = serde_json::to_string(&record).unwrap();
-            let Record::Step { loss: l, grad_norm: g, mfu: m, exposed_comm_s: e, .. } =
+            let Record::Step(Step { loss: l, grad_norm: g, mfu: m, exposed_comm_s: e, .. }) =
                 serde_json::from_str(&text).unwrap() else { unreachable!() };
             prop_assert_eq!((bits(l), bits(g), m.map(bits), e.map(bits)), (bits(loss), bits(-loss), mfu.map(bits), mfu.map(bits)));
         }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use spec::{Error, Result};
 
 use crate::crc32c::masked;
-use crate::record::Record;
+use crate::record::{Record, Step};
 
 /// Writes one event file.
 #[derive(Debug)]
@@ -124,7 +124,7 @@ impl<W: Write> EventWriter<W> {
     /// When writing fails.
     pub fn record(&mut self, record: &Record) -> Result<()> {
         match record {
-            Record::Step { time_us, step, loss, grad_norm, lr, tokens_per_s, mfu, step_s, .. } => {
+            Record::Step(Step { time_us, step, loss, grad_norm, lr, tokens_per_s, mfu, step_s, .. }) => {
                 let mut values = vec![
                     ("train/loss", *loss),
                     ("train/grad_norm", *grad_norm),

@@ -31,11 +31,9 @@ fn kernels_do_not_allocate() {
     const N: usize = 64;
     const DIM: usize = 48;
     const LD: usize = 3 * DIM;
-    let (heads, h, seq) = (3, 16, 32);
+    let (heads, h, seq, tree, m) = (3, 16, 32, [2], Merge { merge: 1, store: 1 });
     let pool = Pool::new(3);
     let threads = pool.threads();
-    let tree = [2];
-    let m = Merge { merge: 1, store: 1 };
     let vec = |len: usize| (0..len).map(|i| (i % 17) as f32 * 0.1 - 0.8).collect::<Vec<f32>>();
     let (x, w, wqkv, tokens) = (vec(N * DIM), vec(DIM), vec(LD * DIM), vec![7u32; N]);
     let (mut y, mut z, mut stats, mut rstd) = (x.clone(), x.clone(), vec(2 * N), vec(N));

@@ -7,6 +7,7 @@
 //! Nobody is asked who he is, because nothing can be had or done here: what a visitor says is not read but ends the visit,
 //! and strangers who take the place of neighbours make them knock once more.
 
+use crate::net::ip_of;
 use elastic::rendezvous::{Agreed, NodeId};
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -100,8 +101,7 @@ fn held(asked: std::io::Result<TcpStream>, door: SocketAddr, now: Instant) -> Vi
 }
 
 fn address(addr: &str, port: u16) -> Option<SocketAddr> {
-    let ip = crate::net::first_address(addr)?;
-    (port != 0).then_some(SocketAddr::new(ip, port))
+    Some(SocketAddr::new(ip_of(addr)?, port)).filter(|_| port != 0)
 }
 
 /// Nobody says anything here, so what can be read is the end.

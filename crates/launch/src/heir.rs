@@ -92,9 +92,7 @@ fn vote(me: &NodeId, prefix: &str, memory: &Agreed, dead: &[NodeId], there: Move
         let host = there.host.unwrap_or(candidate);
         return Ok(Some(Moved { client, endpoint, host }));
     }
-    let bytes = serde_json::to_vec(memory)
-        .map_err(|e| spec::Error::failure(format!("the agreed value cannot be written: {e}")))?;
-    client.set(&format!("{prefix}/vote/{me}"), bytes)?;
+    client.set(&format!("{prefix}/vote/{me}"), written(memory)?)?;
     if candidate != *me {
         return Ok(None);
     }
@@ -108,12 +106,15 @@ fn vote(me: &NodeId, prefix: &str, memory: &Agreed, dead: &[NodeId], there: Move
         }
     }
     if let Ok(next) = succession::succeed(me, &votes, dead) {
-        let bytes = serde_json::to_vec(&next)
-            .map_err(|e| spec::Error::failure(format!("the agreed value cannot be written: {e}")))?;
-        client.compare_set(&state, None, &bytes)?;
+        client.compare_set(&state, None, &written(&next)?)?;
         return Ok(Some(Moved { client, endpoint, host: candidate }));
     }
     Ok(None)
+}
+
+fn written(shared: &Agreed) -> Result<Vec<u8>> {
+    serde_json::to_vec(shared)
+        .map_err(|e| spec::Error::failure(format!("the agreed value cannot be written: {e}")))
 }
 
 #[cfg(test)]

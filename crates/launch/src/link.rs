@@ -6,9 +6,6 @@ use spec::{Error, Result};
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 
-/// The variable that tells a worker the number of its end.
-pub(crate) const AGENT_FD: &str = "PHALANX_AGENT_FD";
-
 /// No report is longer. What a worker says is not believed: a line without an end takes no more memory than this.
 const LONGEST_LINE: usize = 64 << 10;
 /// Bytes taken from one worker at a time, so that one that talks without end does not keep the agent from the others.

@@ -72,14 +72,14 @@ pub(crate) fn join_endpoint(host: &str, port: u16) -> String {
     if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
 }
 
+/// The first address of `host`, which may be one itself.
+pub(crate) fn ip_of(host: &str) -> Option<IpAddr> {
+    host.parse().ok().or_else(|| resolve(host, 0).first().map(SocketAddr::ip))
+}
+
 /// The addresses of `host`; none if it cannot be resolved.
 pub(crate) fn resolve(host: &str, port: u16) -> Vec<SocketAddr> {
     (host, port).to_socket_addrs().map_or_else(|_| Vec::new(), Iterator::collect)
-}
-
-/// The address that `host` is or means.
-pub(crate) fn first_address(host: &str) -> Option<IpAddr> {
-    host.parse().ok().or_else(|| resolve(host, 0).first().map(SocketAddr::ip))
 }
 
 /// Whether `host` is this machine: only then can its addresses be bound.

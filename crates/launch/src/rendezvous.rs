@@ -145,7 +145,7 @@ fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller, endpoint: &
     if setup.me.id.addr.is_empty() {
         setup.me.id.addr = client.local_ip().to_string();
     }
-    let ip = setup.bind.or_else(|| crate::net::first_address(&setup.me.id.addr));
+    let ip = setup.bind.or_else(|| crate::net::ip_of(&setup.me.id.addr));
     let doors = Doors::open(ip);
     let standby = Standby::open(ip, &setup.secret);
     (setup.me.door, setup.me.standby) = (doors.port(), standby.port());

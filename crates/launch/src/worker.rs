@@ -1,7 +1,8 @@
 //! One worker process: started in a session of its own, watched through a pidfd, killed with all it started.
 
 use crate::failure::{self, Ended};
-use crate::link::{AGENT_FD, Link};
+use crate::link::Link;
+use elastic::AGENT_FD;
 use elastic::{Orders, Report};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::process::{

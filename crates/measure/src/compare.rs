@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use journal::Record;
+use journal::{Record, Step};
 use machine::{Machine, OpEstimate, StepEstimate, estimate};
 use program::OpId;
 use serde::Serialize;
@@ -119,7 +119,7 @@ impl Measured {
         match record {
             // A run that went on under another layout is compared from there.
             Record::RunStarted { threads, .. } => *self = Measured { threads, ..Measured::default() },
-            Record::Step { step, step_s, memory_bytes, exposed_comm_s, .. } => {
+            Record::Step(Step { step, step_s, memory_bytes, exposed_comm_s, .. }) => {
                 self.step_s.insert(step, step_s);
                 self.exposed_s.insert(step, exposed_comm_s.unwrap_or(0.0));
                 self.memory_bytes = memory_bytes;

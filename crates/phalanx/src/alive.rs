@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use ::clusters::Time;
@@ -19,10 +19,8 @@ const TAIL_BYTES: i64 = 1 << 20;
 /// Exit code 0 if any rank has written a record within the time that was given, or the run is done; else 1.
 pub(crate) fn run(args: &Alive) -> Result<u8> {
     let within = Duration::from_secs(Time::parse("--within", &args.within)?.seconds);
-    let entries = std::fs::read_dir(&args.run_dir).map_err(|e| Error::io("look into", &args.run_dir, &e))?;
-    let is_journal = |name: &str| name.starts_with("journal-") && name.ends_with(".jsonl");
-    let journals = entries.flatten().filter(|e| e.file_name().to_str().is_some_and(is_journal));
-    let newest = journals.filter_map(|e| Some((e.metadata().ok()?.modified().ok()?, e.path()))).max();
+    let modified = |(_, path): (usize, PathBuf)| Some((path.metadata().ok()?.modified().ok()?, path));
+    let newest = journal::files(&args.run_dir)?.into_iter().filter_map(modified).max();
     let (written, path) = newest.ok_or_else(|| {
         Error::user(format!("{} has no journal", args.run_dir.display()))
             .hint("a run writes it when it begins")
@@ -52,7 +50,7 @@ fn is_finished(path: &Path) -> std::io::Result<bool> {
     let records = tail.rsplit(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
     let mut telling = records.filter_map(|record| match record {
         Record::Finished { .. } => Some(true),
-        Record::Step { .. } | Record::RunStarted { .. } => Some(false),
+        Record::Step(_) | Record::RunStarted { .. } => Some(false),
         _ => None,
     });
     Ok(telling.next().unwrap_or(false))

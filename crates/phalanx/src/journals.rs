@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use dash::run::Run;
-use journal::Record;
 use journal::line::Line;
 use journal::prometheus::{Format, render};
 use journal::tail::{Found, Tail};
+use journal::{Record, Step};
 use serde_json::json;
 use spec::{Error, Result};
 
@@ -62,7 +62,7 @@ fn kind(line: &Line) -> &str {
         Line::Damaged(_) => "damaged",
         Line::Record(record) => match record {
             Record::RunStarted { .. } => "run_started",
-            Record::Step { .. } => "step",
+            Record::Step(_) => "step",
             Record::Drawn { .. } => "drawn",
             Record::Eval { .. } => "eval",
             Record::Sample { .. } => "sample",
@@ -90,7 +90,7 @@ fn list(run_dir: &Path, as_json: bool) -> Result<()> {
         let mut tail = Tail::whole(path.clone());
         let look = tail.look(u64::MAX, &mut |found| {
             *kinds.entry(kind(&found.line).to_owned()).or_default() += 1;
-            if let Line::Record(Record::Step { step, .. }) = found.line {
+            if let Line::Record(Record::Step(Step { step, .. })) = found.line {
                 last = Some(step);
             }
         });
@@ -111,7 +111,7 @@ fn show(run_dir: &Path, rank: usize, as_json: bool) -> Result<()> {
     let mut lines = String::new();
     each(run_dir, rank, &mut |found| {
         if let Line::Record(record) = &found.line
-            && !matches!(record, Record::Step { .. })
+            && !matches!(record, Record::Step(_))
             && as_json
         {
             lines.push_str(&serde_json::to_string(record).expect("a record is plain data"));
@@ -154,7 +154,7 @@ impl Counts {
                     counts.back.push((found.offset, step));
                     last = step;
                 }
-                Line::Record(Record::Step { step, waits_s, .. }) => {
+                Line::Record(Record::Step(Step { step, waits_s, .. })) => {
                     if step <= last {
                         counts.back.push((found.offset, step.saturating_sub(1)));
                     }
@@ -239,7 +239,7 @@ fn row(kind: &str, record: &Record, axes: &BTreeSet<String>) -> Option<(u64, Str
     Some(match (kind, record) {
         (
             "step",
-            Record::Step {
+            Record::Step(Step {
                 time_us,
                 step,
                 loss,
@@ -255,7 +255,7 @@ fn row(kind: &str, record: &Record, axes: &BTreeSet<String>) -> Option<(u64, Str
                 waits_s,
                 // A table of its own for each step: read it from the journal.
                 expert_counts: _,
-            },
+            }),
         ) => {
             let (mfu, exposed) = (known(mfu), known(exposed_comm_s));
             let mut row = format!(

@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use journal::Record;
+use journal::{Record, Step};
 use spec::{Error, Result, RunSpec};
 
 use crate::busy::Progress;
@@ -122,12 +122,12 @@ impl Live {
         let Some(text) = line(record, self.steps, self.eta) else { return };
         let text = spec::printable(&text).into_owned();
         match (&self.bar, record) {
-            (Some(bar), Record::Step { step, .. }) => {
+            (Some(bar), Record::Step(Step { step, .. })) => {
                 bar.set_position(*step);
                 bar.set_message(text);
             }
             (Some(bar), _) => bar.println(text),
-            (None, Record::Step { step, .. })
+            (None, Record::Step(Step { step, .. }))
                 if !step.is_multiple_of(self.log_every) && *step != self.steps => {}
             (None, _) => self.print(&text),
         }
@@ -156,7 +156,7 @@ impl Live {
 /// A record for people.
 fn line(record: &Record, steps: u64, eta: f64) -> Option<String> {
     Some(match record {
-        Record::Step {
+        Record::Step(Step {
             step,
             loss,
             grad_norm,
@@ -168,7 +168,7 @@ fn line(record: &Record, steps: u64, eta: f64) -> Option<String> {
             step_s,
             expert_counts,
             ..
-        } => {
+        }) => {
             let experts = expert_counts.as_deref().and_then(busiest).unwrap_or_default();
             let mfu = mfu.map(|m| format!("  mfu {:.1} %", 100.0 * m)).unwrap_or_default();
             // The share of the step in which this rank did nothing but wait for others.

@@ -4,7 +4,7 @@ use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use comm::{TransportChoice, World};
+use comm::World;
 use elastic::Orders;
 use launch::RankEnv;
 use launch::rank_env::Launcher;
@@ -15,31 +15,16 @@ use crate::args::Train;
 use crate::ranks::{self, MEET_TIMEOUT};
 use crate::{device, output};
 
-/// Number of the socket to the agent.
-const AGENT_FD: &str = "PHALANX_AGENT_FD";
-
 /// The agent of this rank, if there is one that starts lost ranks again, and this rank's first orders.
 pub(crate) fn agent(env: &RankEnv) -> Result<Option<(Agent, Orders)>> {
-    let number = std::env::var(AGENT_FD).ok().and_then(|fd| fd.parse::<i32>().ok());
-    let Some((fd, store)) = number.zip(env.agent_store.clone()) else { return Ok(None) };
+    let number = std::env::var(elastic::AGENT_FD).ok().and_then(|fd| fd.parse::<i32>().ok());
+    let Some(fd) = number.filter(|_| env.agent_store.is_some()) else { return Ok(None) };
     if env.launcher != Launcher::Phalanx || !ranks::has_restarts() || !is_socket(fd) {
         return Ok(None);
     }
     // SAFETY: the agent made it for this process; nothing else here uses it.
     let stream = unsafe { UnixStream::from_raw_fd(fd) };
-    // The round is the last part of the session's name.
-    let round = env.session.rsplit('/').next().and_then(|round| round.parse().ok()).unwrap_or(0);
-    let orders = Orders {
-        round,
-        rank: env.rank,
-        world: env.world,
-        local_rank: env.local_rank,
-        local_world: env.local_world,
-        store,
-        session: env.session.clone(),
-        why: if env.restart == 0 { "the job begins".to_owned() } else { format!("restart {}", env.restart) },
-    };
-    Ok(Some((Agent::new(stream, launch::secret_from_env()?)?, orders)))
+    Ok(Some((Agent::new(stream, launch::secret_from_env()?)?, ranks::first_orders(env))))
 }
 
 /// Whether it is a socket of this process, which what this process starts does not inherit from now on.
@@ -72,11 +57,7 @@ impl Way for Places {
 
     fn connect(&self, orders: &Orders, run: &RunSpec) -> Result<World> {
         let store = launch::connect(&orders.store, MEET_TIMEOUT).context("meet the other ranks")?;
-        let transport = match self.args.transport.as_str() {
-            "shm" => TransportChoice::Shm,
-            "tcp" => TransportChoice::Tcp,
-            _ => TransportChoice::Auto,
-        };
+        let transport = crate::train::transport(&self.args);
         ranks::world(orders, store, &run.to_toml(), transport, Duration::from_secs(run.run.timeout_s))
     }
 

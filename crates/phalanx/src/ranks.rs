@@ -63,18 +63,7 @@ impl Rank {
         transport: TransportChoice,
         timeout: Duration,
     ) -> Result<World> {
-        let env = &self.env;
-        let orders = Orders {
-            round: 0,
-            rank: env.rank,
-            world: env.world,
-            local_rank: env.local_rank,
-            local_world: env.local_world,
-            store: String::new(),
-            session: env.session.clone(),
-            why: String::new(),
-        };
-        world(&orders, self.store.client.clone(), identity, transport, timeout)
+        world(&first_orders(&self.env), self.store.client.clone(), identity, transport, timeout)
     }
 
     /// Ends this rank's part; the rank that hosts the store stays until all have left.
@@ -91,6 +80,21 @@ impl Rank {
             Some(given) => given.min(cores),
             None => (cores / self.env.local_world.max(1)).max(1),
         }
+    }
+}
+
+/// Where the environment sends this rank, as an agent's orders would.
+pub(crate) fn first_orders(env: &RankEnv) -> Orders {
+    Orders {
+        // The round is the last part of the session's name.
+        round: env.session.rsplit('/').next().and_then(|round| round.parse().ok()).unwrap_or(0),
+        rank: env.rank,
+        world: env.world,
+        local_rank: env.local_rank,
+        local_world: env.local_world,
+        store: env.agent_store.clone().unwrap_or_default(),
+        session: env.session.clone(),
+        why: if env.restart == 0 { "the job begins".to_owned() } else { format!("restart {}", env.restart) },
     }
 }
 

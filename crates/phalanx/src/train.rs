@@ -77,11 +77,7 @@ fn rank_of_several(args: &Train, env: RankEnv, early: Early) -> Result<u8> {
 /// One rank of several. Rank 0 owns the run's directory, prepares and speaks; whoever started the ranks may have done so
 /// already.
 fn as_rank(args: &Train, mut run: RunSpec, rank: &Rank, early: Early) -> Result<u8> {
-    let transport = match args.transport.as_str() {
-        "shm" => TransportChoice::Shm,
-        "tcp" => TransportChoice::Tcp,
-        _ => TransportChoice::Auto,
-    };
+    let transport = transport(args);
     let first = rank.env.rank == 0;
     let started_by_us = ranks::started_by_us();
     let fresh = fresh(args);
@@ -111,6 +107,14 @@ fn as_rank(args: &Train, mut run: RunSpec, rank: &Rank, early: Early) -> Result<
     let device = device::open(run.run.device, rank.env.local_rank, threads)?;
     device::agree(&mesh, &*device)?;
     go(args, &run, begin, mesh, device, threads, early)
+}
+
+pub(crate) fn transport(args: &Train) -> TransportChoice {
+    match args.transport.as_str() {
+        "shm" => TransportChoice::Shm,
+        "tcp" => TransportChoice::Tcp,
+        _ => TransportChoice::Auto,
+    }
 }
 
 /// Whether an earlier run is to be moved aside; a restart of the same job is no earlier run.

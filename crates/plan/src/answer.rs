@@ -539,23 +539,30 @@ impl Answer {
 /// # Errors
 /// If the model or the batch does not allow the layout.
 pub fn program_memory(problem: &Problem, placement: &Placement) -> Result<usize> {
-    let layout = &placement.layout;
     let mut most = 0;
-    for stage in 0..layout.pp {
-        let request = program::Request {
-            model: &problem.shape.model,
-            layout,
-            sequence: problem.sequence,
-            sequences: problem.sequences,
-            precision: placement.precision(),
-            rank: stage * layout.stage_ranks(),
-            mode: program::Mode::Train,
-            loss: Default::default(),
-        };
-        let program = program::Program::build(&request, &|_, _| 0)?;
-        most = most.max(program.memory.total);
+    for stage in 0..placement.layout.pp {
+        most = most.max(stage_memory(problem, placement, stage)?.total);
     }
     Ok(most)
+}
+
+/// Where the bytes of a stage's ranks go, from the placed program itself.
+///
+/// # Errors
+/// As [`program_memory`].
+pub fn stage_memory(problem: &Problem, placement: &Placement, stage: usize) -> Result<program::Memory> {
+    let layout = &placement.layout;
+    let request = program::Request {
+        model: &problem.shape.model,
+        layout,
+        sequence: problem.sequence,
+        sequences: problem.sequences,
+        precision: placement.precision(),
+        rank: stage * layout.stage_ranks(),
+        mode: program::Mode::Train,
+        loss: Default::default(),
+    };
+    program::Program::build(&request, &|_, _| 0).map(|p| p.memory)
 }
 
 #[cfg(test)]

@@ -102,17 +102,22 @@ pub struct Router {
     pub z_loss: f32,
 }
 
+impl Router {
+    /// Softmax over all, the best renormalised, and nothing else.
+    pub const PLAIN: Router = Router {
+        score: Score::Softmax,
+        renormalise: true,
+        scale: 1.0,
+        groups: 1,
+        top_groups: 1,
+        balance_loss: 0.0,
+        z_loss: 0.0,
+    };
+}
+
 impl Default for Router {
     fn default() -> Router {
-        Router {
-            score: Score::Softmax,
-            renormalise: true,
-            scale: 1.0,
-            groups: 1,
-            top_groups: 1,
-            balance_loss: 0.0,
-            z_loss: 0.0,
-        }
+        Router::PLAIN
     }
 }
 

@@ -100,7 +100,7 @@ fn megatron_layout(read: &Read, world: usize, layers: usize) -> Placement {
         reduce: spec::Reduce::Ring,
         cp,
         ep: count(read, "expert-model-parallel-size"),
-        expert_rows: spec::ExpertRows::Even,
+        expert_rows: Layout::default().expert_rows,
     };
     Placement {
         layout,

@@ -157,10 +157,7 @@ impl Trainer {
         let session = began[0].as_slice().try_into().map_or(0, u64::from_le_bytes);
         let dir = RunDir::new(&run.run.dir);
         let mut events = None;
-        if rank == 0 {
-            begin.write(&run, &dir)?;
-            events = Some(EventWriter::create(&dir.tensorboard(), now_us(), &host(), rank)?);
-        }
+        again::lead(rank, &begin, &run, &dir, &mut events)?;
         let peak_flops_per_s = 1e9 * exec.peak_gflops();
         let journal = Journal::open(dir.path(), rank)?;
         let mut t = Trainer {
@@ -339,16 +336,20 @@ impl Trainer {
         if self.is_stranded() {
             return e;
         }
-        let (time_us, step) = (now_us(), self.step + 1);
-        let hint = e.hint_text().map(str::to_owned);
+        let step = self.step + 1;
         if self.exec.mesh.is_alone() || self.exec.failed_alike {
             // All ranks are here for what is nearly on the disk.
             self.finish_saving(each);
         }
         self.exec.mesh.abort(&e.to_string());
-        // The failure itself is what the caller must see, even if the journal's disk is full too.
-        let _ = self.journal.write(&Record::Failed { time_us, step, error: e.to_string(), hint });
+        self.write_failed(step, &e);
         e
+    }
+
+    fn write_failed(&mut self, step: u64, e: &Error) {
+        let (time_us, error, hint) = (now_us(), e.to_string(), e.hint_text().map(str::to_owned));
+        // The failure itself is what the caller must see, even if the journal's disk is full too.
+        let _ = self.journal.write(&Record::Failed { time_us, step, error, hint });
     }
 
     fn due(&self, every: Option<usize>) -> bool {
@@ -404,7 +405,7 @@ impl Trainer {
         let tokens_per_s = tokens as f64 / step_s;
         let flops_per_s = self.run.model.flops_per_token(batch.sequence) * tokens_per_s;
         let mfu = self.peak_flops_per_s.map(|peak| flops_per_s / (peak * self.run.layout.world() as f64));
-        let record = Record::Step {
+        let record = Record::Step(journal::Step {
             time_us: now_us(),
             step,
             loss: out.loss,
@@ -419,7 +420,7 @@ impl Trainer {
             exposed_comm_s: (self.run.layout.world() > 1).then(|| self.exec.exposed_comm_s()),
             waits_s: self.exec.waits_s().map(|(axis, s)| (axis.to_owned(), s)).collect(),
             expert_counts: self.exec.expert_counts()?.map(|all| by_layer(&all, self.run.model.layers)),
-        };
+        });
         Ok((record, drawn, out))
     }
 

@@ -15,23 +15,8 @@ const LR: f64 = 1e-2;
 const PRECISIONS: [DType; 2] = [DType::F32, DType::Bf16];
 
 /// An expert's matrices are whole chunks of the gradient norm: 128 x 32.
-const EXPERTS: Experts = Experts {
-    count: 4,
-    top_k: 2,
-    ffn: 128,
-    shared_ffn: 0,
-    dense_layers: 0,
-    every: 1,
-    router: Router {
-        score: Score::Softmax,
-        renormalise: true,
-        scale: 1.0,
-        groups: 1,
-        top_groups: 1,
-        balance_loss: 0.0,
-        z_loss: 0.0,
-    },
-};
+const EXPERTS: Experts =
+    Experts { count: 4, top_k: 2, ffn: 128, shared_ffn: 0, dense_layers: 0, every: 1, router: Router::PLAIN };
 
 /// Mixtral in small; and one with everything else that a router and its experts can have.
 fn models() -> [ModelSpec; 2] {

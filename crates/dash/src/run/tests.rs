@@ -6,7 +6,7 @@ use journal::tail::Tail;
 use super::*;
 
 fn step(n: u64, loss: f64) -> Record {
-    Record::Step {
+    Record::Step(Step {
         time_us: 1_000_000 * n,
         step: n,
         loss,
@@ -21,7 +21,7 @@ fn step(n: u64, loss: f64) -> Record {
         exposed_comm_s: None,
         waits_s: BTreeMap::new(),
         expert_counts: None,
-    }
+    })
 }
 
 fn resumed(step: u64) -> Record {

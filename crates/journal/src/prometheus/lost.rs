@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::record::Record;
+use crate::record::{Record, Step};
 
 /// Checkpoints remembered to go back to: more than anybody keeps between two failures.
 const MARKS_MAX: usize = 256;
@@ -50,7 +50,7 @@ impl Lost {
                 self.step = *step;
                 self.useful_at.split_off(&step.saturating_add(1));
             }
-            Record::Step { time_us, step, step_s, .. } => {
+            Record::Step(Step { time_us, step, step_s, .. }) => {
                 let step_s = if step_s.is_finite() { *step_s } else { 0.0 };
                 if let Some(started_us) = self.started_us.take() {
                     self.lose("start", (seconds(started_us, *time_us) - step_s).max(0.0));

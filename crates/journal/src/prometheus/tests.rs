@@ -20,7 +20,7 @@ fn started(time_us: u64) -> Record {
 
 fn timed(at_s: u64, n: u64, took_s: f64) -> Record {
     let mut record = step(n, 2.5);
-    if let Record::Step { time_us, step_s, exposed_comm_s, waits_s, .. } = &mut record {
+    if let Record::Step(Step { time_us, step_s, exposed_comm_s, waits_s, .. }) = &mut record {
         *time_us = at_s * 1_000_000;
         *step_s = took_s;
         *exposed_comm_s = Some(0.5);

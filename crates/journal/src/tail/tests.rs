@@ -12,7 +12,7 @@ fn text(record: &Record) -> String {
 fn look(tail: &mut Tail) -> (Vec<u64>, Look) {
     let mut steps = Vec::new();
     let ended = tail.look(u64::MAX, &mut |found| match found.line {
-        Line::Record(Record::Step { step, .. }) => steps.push(step),
+        Line::Record(Record::Step(crate::Step { step, .. })) => steps.push(step),
         other => panic!("{other:?}"),
     });
     (steps, ended.expect("a readable file"))
@@ -108,7 +108,7 @@ fn the_end_and_samples_of_a_long_file() {
         .expect("a readable file")
         .into_iter()
         .map(|r| match r {
-            Record::Step { step, .. } => step,
+            Record::Step(crate::Step { step, .. }) => step,
             other => panic!("{other:?}"),
         })
         .collect();

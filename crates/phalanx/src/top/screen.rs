@@ -189,7 +189,7 @@ mod tests {
     use super::*;
 
     fn step(n: u64, wait_s: f64) -> Record {
-        Record::Step {
+        Record::Step(journal::Step {
             time_us: 1_000_000 * n,
             step: n,
             loss: 3.0 / n as f64,
@@ -203,8 +203,8 @@ mod tests {
             memory_bytes: 1 << 20,
             exposed_comm_s: Some(wait_s),
             waits_s: BTreeMap::from([("tp".to_owned(), wait_s)]),
-            expert_counts: None,
-        }
+            ..journal::Step::default()
+        })
     }
 
     fn run(ranks: usize) -> Run {

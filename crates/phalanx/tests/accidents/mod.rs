@@ -255,7 +255,9 @@ fn a_torn_journal_is_read_and_gone_on_with() {
     let records = journal::read(&path).expect("a journal");
     let steps: Vec<u64> = records
         .iter()
-        .filter_map(|r| if let journal::Record::Step { step, .. } = r { Some(*step) } else { None })
+        .filter_map(|r| {
+            if let journal::Record::Step(journal::Step { step, .. }) = r { Some(*step) } else { None }
+        })
         .collect();
     assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
     lab.ok("trace r --output trace.json");

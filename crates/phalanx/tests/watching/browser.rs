@@ -44,7 +44,7 @@ fn fact(run: usize, key: &str) -> String {
 /// A step after the last of the journal, as that was but for its loss.
 fn after(last: &Record, n: u64, new_loss: f64) -> Record {
     let mut record = last.clone();
-    if let Record::Step { step, loss, time_us, .. } = &mut record {
+    if let Record::Step(journal::Step { step, loss, time_us, .. }) = &mut record {
         (*step, *loss) = (n, new_loss);
         *time_us += 1000;
     }
@@ -98,7 +98,7 @@ fn a_page_follows_runs_live() {
 
     // The journal grows while the page is open.
     let records = journal::read(&journal::path(&lab.path("two"), 0)).expect("the journal");
-    let last = records.iter().rfind(|r| matches!(r, Record::Step { .. })).expect("a step");
+    let last = records.iter().rfind(|r| matches!(r, Record::Step(_))).expect("a step");
     let mut journal = Journal::open(&lab.path("two"), 0).expect("the journal");
     journal.write(&after(last, 7, 1.25)).expect("write");
     browser.until(&fact(1, "step"), &json!("7 of 6"));

@@ -77,7 +77,7 @@ fn journals_are_listed_shown_and_exported() {
     let losses: Vec<f64> = records
         .iter()
         .filter_map(|r| match r {
-            journal::Record::Step { loss, .. } => Some(*loss),
+            journal::Record::Step(journal::Step { loss, .. }) => Some(*loss),
             _ => None,
         })
         .collect();

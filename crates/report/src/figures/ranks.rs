@@ -1,7 +1,7 @@
 //! What the ranks of each stage hold, from the step program itself.
 
-use plan::answer::{Answer, Choice};
-use program::{Memory, Mode, Program, Request};
+use plan::answer::{Answer, Choice, stage_memory};
+use program::Memory;
 use spec::Result;
 
 use super::{Figure, fill};
@@ -36,19 +36,7 @@ pub(crate) fn by_stage_memory(answer: &Answer, best: &Choice) -> Result<Figure> 
     let rows = layout.pp.min(STAGES_MAX);
     let stages: Vec<usize> =
         (0..rows).map(|i| if rows < 2 { 0 } else { i * (layout.pp - 1) / (rows - 1) }).collect();
-    let memory = |stage: &usize| {
-        let request = Request {
-            model: &problem.shape.model,
-            layout,
-            sequence: problem.sequence,
-            sequences: problem.sequences,
-            precision: placement.precision(),
-            rank: stage * layout.stage_ranks(),
-            mode: Mode::Train,
-            loss: Default::default(),
-        };
-        Program::build(&request, &|_, _| 0).map(|p| p.memory)
-    };
+    let memory = |stage: &usize| stage_memory(problem, placement, *stage);
     let found: Vec<Memory> = stages.iter().map(memory).collect::<Result<_>>()?;
     let most = found.iter().map(|m| m.total as f64).fold(0.0, f64::max);
     let room = problem.cluster.accelerator.memory_bytes.value;

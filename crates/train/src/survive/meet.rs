@@ -140,6 +140,14 @@ impl Broken {
         let failed = mesh.is_some_and(|m| m.failure().is_some()) || comm::blames_peer(&e.to_string());
         if failed { Broken::Off(e) } else { Broken::Own(e) }
     }
+
+    /// Those who wait in `meshes` hear that this rank cannot go on, if it is that.
+    fn told<'a>(self, meshes: impl IntoIterator<Item = &'a Mesh>) -> Broken {
+        if let Broken::Own(e) = &self {
+            meshes.into_iter().for_each(|m| m.abort(&e.to_string()));
+        }
+        self
+    }
 }
 
 impl Lifeline {
@@ -216,13 +224,7 @@ impl Lifeline {
             Kind::User => Broken::Own(e),
             _ => Broken::Off(e),
         })?);
-        self.open(&hall, &orders, &run, opened).map_err(|e| {
-            let broken = Broken::of(e, Some(&hall));
-            if let Broken::Own(e) = &broken {
-                hall.abort(&e.to_string());
-            }
-            broken
-        })?;
+        self.open(&hall, &orders, &run, opened).map_err(|e| Broken::of(e, Some(&hall)).told([&hall]))?;
         let active = run.layout.world();
         let (hall, mesh) = if active == orders.world {
             (None, Some(hall.found(&run.layout).map_err(Broken::Off)?))
@@ -262,16 +264,8 @@ impl Lifeline {
     }
 
     fn executor(&mut self, orders: &Orders, run: &RunSpec, mesh: Mesh) -> Result<Executor, Broken> {
-        let device = match self.way.device(orders, run, &mesh) {
-            Ok(device) => device,
-            Err(e) => {
-                let broken = Broken::of(e, Some(&mesh));
-                if let Broken::Own(e) = &broken {
-                    mesh.abort(&e.to_string());
-                }
-                return Err(broken);
-            }
-        };
+        let device = self.way.device(orders, run, &mesh);
+        let device = device.map_err(|e| Broken::of(e, Some(&mesh)).told([&mesh]))?;
         let made = Executor::on(device, &Request::of(run, orders.rank), mesh, self.trace);
         let mut exec = made.map_err(|e| Broken::of(e, None))?;
         exec.set_pulse(self.agent.pulse());
@@ -320,13 +314,8 @@ impl Lifeline {
             Ok(Some((choice.step, session, owes(choice.step), From::Memory)))
         })();
         let mesh = hall.as_ref().filter(|h| h.failure().is_some()).or(exec.as_ref().map(|e| &e.mesh));
-        let found = done.map_err(|e| {
-            let broken = Broken::of(e, mesh);
-            if let Broken::Own(e) = &broken {
-                hall.iter().chain(exec.as_ref().map(|e| &e.mesh)).for_each(|m| m.abort(&e.to_string()));
-            }
-            broken
-        })?;
+        let all = || hall.iter().chain(exec.as_ref().map(|e| &e.mesh));
+        let found = done.map_err(|e| Broken::of(e, mesh).told(all()))?;
         let (Some((step, session, owes, source)), Some(exec)) = (found, exec) else { return Ok(None) };
         Ok(Some(Placed { run, fitted, exec, step, session, owes, source }))
     }

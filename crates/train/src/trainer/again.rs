@@ -8,6 +8,7 @@ use journal::{Journal, Record, tensorboard::EventWriter};
 use spec::{Error, Result, RunSpec};
 
 use super::{Event, Pace, Trainer, host, load, now_us};
+use crate::begin::Beginning;
 use crate::run_dir::RunDir;
 use crate::survive::Agent;
 use crate::survive::copies::Copies;
@@ -73,7 +74,7 @@ impl Trainer {
         if round == 0 {
             t.peak_flops_per_s = Some(1e9 * t.exec.peak_gflops());
         }
-        t.lead()?;
+        lead(rank, &t.begin, &t.run, &t.dir, &mut t.events)?;
         t.announce(rank)?;
         if round > 0 {
             let mut untold = Vec::new();
@@ -179,9 +180,7 @@ impl Trainer {
                 Ok(false) => return Ok(false),
                 Err(e) if self.is_stranded() => lost = Some(e),
                 Err(e) => {
-                    let (time_us, step) = (now_us(), self.step + 1);
-                    let hint = e.hint_text().map(str::to_owned);
-                    let _ = self.journal.write(&Record::Failed { time_us, step, error: e.to_string(), hint });
+                    self.write_failed(self.step + 1, &e);
                     return Err(e);
                 }
             }
@@ -233,24 +232,11 @@ impl Trainer {
             self.journal = Journal::open(self.dir.path(), rank)?;
             self.events = None;
         }
-        self.lead()?;
+        lead(rank, &self.begin, &self.run, &self.dir, &mut self.events)?;
         let why = self.lifeline.as_ref().map(|l| l.orders.why.clone()).unwrap_or_default();
         each(Event::Placed { rank, step });
         self.recovered(format!("{why}; {fitted}"), source.to_string(), began, each);
         self.keep_copies().map(|()| true)
-    }
-
-    /// What rank 0 alone writes.
-    fn lead(&mut self) -> Result<()> {
-        let rank = self.exec.program.rank;
-        if rank == 0 {
-            self.begin.write(&self.run, &self.dir)?;
-            if self.events.is_none() {
-                let events = EventWriter::create(&self.dir.tensorboard(), now_us(), &host(), rank)?;
-                self.events = Some(events);
-            }
-        }
-        Ok(())
     }
 
     fn recovered(&mut self, why: String, source: String, began: Instant, each: &mut dyn FnMut(Event)) {
@@ -258,4 +244,21 @@ impl Trainer {
         let recovery_s = began.elapsed().as_secs_f64();
         self.note(Record::Recovered { time_us, step, why, source, world, recovery_s }, each);
     }
+}
+
+/// Writes what rank 0 alone writes.
+pub(super) fn lead(
+    rank: usize,
+    begin: &Beginning,
+    run: &RunSpec,
+    dir: &RunDir,
+    events: &mut Option<EventWriter>,
+) -> Result<()> {
+    if rank == 0 {
+        begin.write(run, dir)?;
+        if events.is_none() {
+            *events = Some(EventWriter::create(&dir.tensorboard(), now_us(), &host(), rank)?);
+        }
+    }
+    Ok(())
 }

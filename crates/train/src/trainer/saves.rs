@@ -116,9 +116,7 @@ impl Trainer {
             return e;
         }
         let e = checkpoint::unsaved_at_the_end(&self.dir, self.step, &e);
-        let (time_us, step, error) = (now_us(), self.step, e.to_string());
-        let hint = e.hint_text().map(str::to_owned);
-        let _ = self.journal.write(&Record::Failed { time_us, step, error, hint });
+        self.write_failed(self.step, &e);
         e
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use agent::Job;
 use comm::{Bootstrap, Secret, StoreClient, TransportChoice, World};
 use elastic::Orders;
-use journal::Record;
+use journal::{Record, Step};
 use spec::{Result, RunSpec};
 use train::{Agent, Asked, Audit, Beginning, Cpu, Device, Event, Mesh, Outcome, RunDir, Trainer, Way};
 
@@ -96,7 +96,7 @@ fn a_rank() {
     let mut limit = number(&std::env::var("SURVIVE_LIMIT").expect("a limit"));
     let mut lines = std::io::stdin().lines();
     let mut each = |event| {
-        if let Event::Record(Record::Step { step, .. }) = event {
+        if let Event::Record(Record::Step(Step { step, .. })) = event {
             while step >= limit {
                 limit = lines.next().map_or(u64::MAX, |line| number(&line.expect("a line")));
             }
