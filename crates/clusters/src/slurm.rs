@@ -196,6 +196,11 @@ pub fn script(request: &Request) -> Result<Script> {
     if let Some(sweep) = &request.sweep {
         text.push_str(&sweep.choice());
     }
+    text.push_str(SECRET);
+    why.note(
+        "a secret for each start",
+        "ranks prove by it that they are of the job; it is made where the script runs, and stands in no file",
+    );
     text.push_str(&body(request, &mut why));
     Ok(Script { text, decisions: why.list() })
 }
@@ -274,6 +279,17 @@ fn body(r: &Request, why: &mut Decisions) -> String {
     let counted = BODY.replace("@restarts@", &r.restarts.to_string());
     counted.replace("@again@\n", &again).replace("@run@", &run)
 }
+
+/// A secret for the ranks, unless there is one or none is wanted. Steps must be given the script's variables for it, which
+/// `sbatch --export=NONE` keeps from them.
+const SECRET: &str = r#"# What the ranks know of each other and nobody else does.
+if [ -z "$PHALANX_SECRET$PHALANX_SECRET_FILE${PHALANX_INSECURE#0}" ]; then
+    PHALANX_SECRET=$(head -c 32 /dev/urandom | od -A n -t x1 -v | tr -d ' \n')
+    export PHALANX_SECRET
+fi
+unset SLURM_EXPORT_ENV
+
+"#;
 
 /// Most starts of one job: more than a run of months takes, and an end to those that get nowhere.
 const REQUEUES_MAX: u32 = 1000;

@@ -1,26 +1,22 @@
 //! How ranks that are processes find each other: cards in the store, then a connection for every pair.
 
+mod door;
+
 use crate::control::{CONTROL_BYTES, Control, MAX_LOCAL};
 use crate::inner::{Core, Failure, Near, Peer, Transport};
-use crate::link::Io;
+use crate::link::{Io, Line};
 use crate::memory::Mapping;
-use crate::os::{is_out_of_files, os_error};
+use crate::os::{is_out_of_files, os_error, raise_file_limit};
+use crate::seal::Seals;
+use crate::secret::random;
 use crate::waiting::Waiting;
 use crate::world::{Bootstrap, TransportChoice, patience};
-use rustix::event::{PollFd, PollFlags};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::OwnedFd;
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags,
-};
 use spec::{Error, Result};
-use std::hash::{BuildHasher, Hasher};
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,9 +24,6 @@ use std::time::{Duration, Instant};
 const LOOK: Duration = Duration::from_millis(250);
 /// How often it looks which of them are missing, which costs the store more.
 const LOOK_FOR_MISSING: Duration = Duration::from_secs(2);
-/// First bytes on every connection; the last one is the version.
-const MAGIC: [u8; 8] = *b"PHXCOM\0\x01";
-const HELLO_BYTES: usize = 32;
 
 /// Identifies this host among the hosts of a job: its name, its boot, and its network namespace. Ranks for which it
 /// is equal can share memory.
@@ -52,7 +45,7 @@ struct Card {
     /// Name of the Unix socket, in the abstract namespace: it leaves nothing behind.
     near: String,
     far: SocketAddr,
-    /// Shown by those who connect, so that strangers are told apart.
+    /// Part of the proofs of those who connect, so that they hold for this card alone.
     token: u128,
 }
 
@@ -79,16 +72,12 @@ impl Card {
     }
 }
 
-fn random() -> u64 {
-    // The standard library seeds its hash maps from the kernel.
-    std::collections::hash_map::RandomState::new().build_hasher().finish()
-}
-
 pub(crate) fn connect(b: &Bootstrap) -> Result<Arc<Core>> {
     if b.rank >= b.world || b.world > crate::sum::MAX_RANKS {
         return Err(Error::user(format!("rank {} of {} ranks", b.rank, b.world))
             .hint(format!("ranks count from 0, and there are at most {}", crate::sum::MAX_RANKS)));
     }
+    raise_file_limit();
     let gave_up = format!("{}/gave-up", b.session);
     join(b, &gave_up).inspect_err(|error| {
         // So that the others need not wait for their own deadlines. If the store is gone they know anyway.
@@ -114,14 +103,17 @@ fn join(b: &Bootstrap, gave_up: &str) -> Result<Arc<Core>> {
     let near = neighbours(b, &cards)?;
     let (mapping, file) = Mapping::shared("phalanx-control", CONTROL_BYTES)?;
     let control = Control::new(Arc::new(mapping), false);
-    let met = meet(&wait, &cards, &near, &doors, &file)?;
+    let met = door::meet(&wait, &cards, &near, &doors, &file)?;
 
-    let mut sockets = Vec::with_capacity(b.world);
+    let mut lines = Vec::with_capacity(b.world);
     let mut peers = Vec::with_capacity(b.world);
     let mut hosts: Vec<&str> = Vec::new();
     for (rank, met) in met.into_iter().enumerate() {
         let index = near.iter().position(|&r| r == rank);
-        let (socket, memory) = met.map_or((None, None), |m| (Some(m.socket), m.memory));
+        let (line, memory) = match met {
+            Some(Met { socket, memory, seals }) => (Some(Line { socket, seals }), memory),
+            None => (None, None),
+        };
         let theirs = match memory {
             Some(file) => {
                 let mapping = Mapping::of_file(&file, CONTROL_BYTES)
@@ -145,11 +137,11 @@ fn join(b: &Bootstrap, gave_up: &str) -> Result<Arc<Core>> {
             transport: if index.is_some() { Transport::Shm } else { Transport::Tcp },
             near: theirs.zip(index).map(|(control, index)| Near { control, index }),
         });
-        sockets.push(socket);
+        lines.push(line);
     }
     let patience = patience(near.len().max(b.local_world));
     let core = Arc::new(Core::new(b.rank, b.timeout, patience, peers, Arc::new(Failure::default()))?);
-    Io::start(&core, sockets)?;
+    Io::start(&core, lines)?;
     Ok(core)
 }
 
@@ -219,7 +211,7 @@ fn publish(b: &Bootstrap, doors: &Doors) -> Result<Card> {
         pid: std::process::id(),
         near: doors.name.clone(),
         far: doors.far.local_addr().map_err(|e| Error::failure(format!("listen for other ranks: {e}")))?,
-        token: u128::from(random()) << 64 | u128::from(random()),
+        token: u128::from_le_bytes(random()?),
     };
     let there = b.store.compare_set(&key(b, b.rank), None, own.encode())?;
     if there == own.encode().as_bytes() {
@@ -319,7 +311,7 @@ struct Doors {
 
 impl Doors {
     fn open(b: &Bootstrap) -> Result<Doors> {
-        let name = format!("phalanx-{:016x}-{}", random(), b.rank);
+        let name = format!("phalanx-{:016x}-{}", u64::from_le_bytes(random()?), b.rank);
         let ip = b.bind.unwrap_or_else(|| b.store.local_ip());
         let failed = |e: std::io::Error| {
             let error = os_error(&format!("listen for other ranks on {ip}"), &e);
@@ -342,174 +334,11 @@ impl Doors {
 struct Met {
     socket: OwnedFd,
     memory: Option<OwnedFd>,
-}
-
-/// Makes a connection to every other rank: this one calls those below it and answers those above. A call needs no
-/// answer to go through, so nobody waits in a circle.
-fn meet(
-    wait: &Wait<'_>,
-    cards: &[Card],
-    near: &[usize],
-    doors: &Doors,
-    file: &OwnedFd,
-) -> Result<Vec<Option<Met>>> {
-    let b = wait.b;
-    let mut met: Vec<Option<Met>> = (0..b.world).map(|_| None).collect();
-    for rank in 0..b.rank {
-        let is_near = near.contains(&rank);
-        let failed = |e: std::io::Error| {
-            wait.kept(&format!("rank {} cannot reach rank {rank} ({})", b.rank, cards[rank].place()), &e)
-        };
-        let left = wait.next(|| names([rank]))?.max(Duration::from_secs(1)).max(wait.until - Instant::now());
-        let socket: OwnedFd = if is_near {
-            UnixAddr::from_abstract_name(&cards[rank].near)
-                .and_then(|a| UnixStream::connect_addr(&a))
-                .map_err(failed)?
-                .into()
-        } else {
-            let stream = TcpStream::connect_timeout(&cards[rank].far, left).map_err(failed)?;
-            stream.set_nodelay(true).map_err(failed)?;
-            stream.into()
-        };
-        say_hello(&socket, cards[rank].token, b.rank, is_near.then_some(file)).map_err(failed)?;
-        met[rank] = Some(Met { socket, memory: None });
-    }
-    let unmet = |met: &[Option<Met>]| names((b.rank + 1..b.world).filter(|r| met[*r].is_none()));
-    let spoken = wait.begin(unmet(&met) + " to connect");
-    while met[b.rank + 1..].iter().any(Option::is_none) {
-        answer(wait, cards, near, doors, file, &mut met)?;
-        spoken.now_for(unmet(&met) + " to connect");
-    }
-    for rank in 0..b.rank {
-        let Some(Met { socket, memory }) = &mut met[rank] else { continue };
-        let lost = |e: std::io::Error| {
-            wait.kept(&format!("rank {rank} ({}) did not answer rank {}", cards[rank].place(), b.rank), &e)
-        };
-        spoken.now_for(names([rank]) + " to answer");
-        await_readable(wait, socket, || names([rank]) + " to answer")?;
-        let (token, from, file) = hear_hello(socket).map_err(lost)?;
-        if (token, from) != (cards[b.rank].token, rank) || (file.is_none() && near.contains(&rank)) {
-            return Err(lost(std::io::Error::other("not a rank of this job")));
-        }
-        *memory = file;
-    }
-    Ok(met)
-}
-
-/// Lets one caller in, if it is a rank that is expected.
-fn answer(
-    wait: &Wait<'_>,
-    cards: &[Card],
-    near: &[usize],
-    doors: &Doors,
-    file: &OwnedFd,
-    met: &mut [Option<Met>],
-) -> Result<()> {
-    let b = wait.b;
-    let slice = wait.next(|| names((b.rank + 1..b.world).filter(|r| met[*r].is_none())) + " to connect")?;
-    let mut doors_polled = [PollFd::new(&doors.near, PollFlags::IN), PollFd::new(&doors.far, PollFlags::IN)];
-    let _ = rustix::event::poll(&mut doors_polled, Some(&timespec(slice)));
-    let near_caller = doors.near.accept().map(|(stream, _)| OwnedFd::from(stream));
-    let caller = near_caller.or_else(|_| {
-        let (stream, _) = doors.far.accept()?;
-        let _ = stream.set_nodelay(true);
-        Ok(stream.into())
-    });
-    let answered = |e: std::io::Error| os_error(&format!("rank {} answers other ranks", b.rank), &e);
-    let socket: OwnedFd = match caller {
-        Ok(socket) => socket,
-        Err(e) if is_out_of_files(&e) => return Err(answered(e)),
-        // Nobody, or somebody who has left again.
-        Err(_) => return Ok(()),
-    };
-    // A stranger, or a rank that died meanwhile: the one is none of ours, the other will be missed by name.
-    let _ = rustix::io::ioctl_fionbio(&socket, false);
-    let _ = rustix::net::sockopt::set_socket_timeout(
-        &socket,
-        rustix::net::sockopt::Timeout::Recv,
-        Some(4 * LOOK),
-    );
-    let (token, rank, memory) = match hear_hello(&socket) {
-        Ok(hello) => hello,
-        Err(e) if is_out_of_files(&e) => return Err(answered(e)),
-        Err(_) => return Ok(()),
-    };
-    let is_near = near.contains(&rank);
-    if token != cards[b.rank].token
-        || rank <= b.rank
-        || rank >= b.world
-        || met[rank].is_some()
-        || memory.is_some() != is_near
-    {
-        return Ok(());
-    }
-    let failed = |e: std::io::Error| {
-        wait.kept(&format!("rank {rank} ({}) hung up on rank {}", cards[rank].place(), b.rank), &e)
-    };
-    say_hello(&socket, cards[rank].token, b.rank, is_near.then_some(file)).map_err(failed)?;
-    met[rank] = Some(Met { socket, memory });
-    Ok(())
+    seals: Option<Seals>,
 }
 
 fn timespec(t: Duration) -> rustix::event::Timespec {
     rustix::event::Timespec { tv_sec: t.as_secs() as i64, tv_nsec: i64::from(t.subsec_nanos()) }
-}
-
-fn await_readable(wait: &Wait<'_>, socket: &OwnedFd, missing: impl Fn() -> String) -> Result<()> {
-    loop {
-        let slice = wait.next(&missing)?;
-        let mut polled = [PollFd::new(socket, PollFlags::IN)];
-        if rustix::event::poll(&mut polled, Some(&timespec(slice))).is_ok_and(|n| n > 0) {
-            return Ok(());
-        }
-    }
-}
-
-/// Shows the other side its own token, says who calls, and hands over control memory.
-fn say_hello(socket: &OwnedFd, token: u128, rank: usize, file: Option<&OwnedFd>) -> std::io::Result<()> {
-    let mut hello = [0; HELLO_BYTES];
-    hello[..8].copy_from_slice(&MAGIC);
-    hello[8..24].copy_from_slice(&token.to_le_bytes());
-    hello[24..].copy_from_slice(&(rank as u64).to_le_bytes());
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    let files: Vec<_> = file.into_iter().map(AsFd::as_fd).collect();
-    if !files.is_empty() {
-        control.push(SendAncillaryMessage::ScmRights(&files));
-    }
-    // So few bytes always fit the buffer of a fresh socket.
-    let sent = rustix::net::sendmsg(socket, &[IoSlice::new(&hello)], &mut control, SendFlags::NOSIGNAL)?;
-    if sent == hello.len() { Ok(()) } else { Err(std::io::ErrorKind::WriteZero.into()) }
-}
-
-fn hear_hello(socket: &OwnedFd) -> std::io::Result<(u128, usize, Option<OwnedFd>)> {
-    let mut hello = [0; HELLO_BYTES];
-    let mut file = None;
-    let mut got = 0;
-    while got < hello.len() {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let parts = &mut [IoSliceMut::new(&mut hello[got..])];
-        let message = rustix::net::recvmsg(socket, parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
-        if message.flags.contains(ReturnFlags::CTRUNC) {
-            // A file came and could not be opened here.
-            return Err(Errno::MFILE.into());
-        }
-        if message.bytes == 0 {
-            return Err(std::io::ErrorKind::UnexpectedEof.into());
-        }
-        got += message.bytes;
-        for part in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(files) = part {
-                file = file.or(files.last());
-            }
-        }
-    }
-    if hello[..8] != MAGIC {
-        return Err(std::io::ErrorKind::InvalidData.into());
-    }
-    let word = |at: usize| u64::from_le_bytes(hello[at..at + 8].try_into().unwrap_or_default());
-    Ok((u128::from(word(8)) | u128::from(word(16)) << 64, word(24) as usize, file))
 }
 
 #[cfg(test)]

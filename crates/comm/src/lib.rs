@@ -47,7 +47,7 @@
 //!
 //! `header` (what messages say about themselves), `control` (what a rank shows its neighbours), `near` (collectives in
 //! shared memory), `p2p` and `link` (messages, in memory and over sockets), `mesh` (collectives made of messages),
-//! `group` (which of these, or both levels), `progress` (who polls), `connect` (how ranks find each other), [`store`].
+//! `group` (which of these, or both levels), `progress` (who polls), `connect` (how ranks find each other), `secret` and `seal` (how they know each other), [`store`].
 
 mod bench;
 mod connect;
@@ -68,6 +68,8 @@ mod op;
 mod os;
 mod p2p;
 mod progress;
+mod seal;
+mod secret;
 pub mod store;
 mod sum;
 mod tree;
@@ -82,8 +84,9 @@ pub use half::bf16;
 pub use header::OpKind;
 pub use inner::{Transport, blamed, blames_peer};
 pub use op::{Op, Ranges};
-pub use os::os_error;
+pub use os::{os_error, raise_file_limit};
 pub use progress::{Handle, Times};
+pub use secret::Secret;
 pub use store::{StoreClient, StoreServer};
 pub use tree::tree_radices;
 pub use waiting::Waiting;

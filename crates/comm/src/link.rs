@@ -13,6 +13,7 @@ use crate::header::{Header, Space};
 use crate::inner::Core;
 use crate::os::os_error;
 use crate::p2p::{Payload, here_or_left};
+use crate::seal::{Seal, Seals, TAG_BYTES};
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
@@ -35,6 +36,9 @@ const LINGER: Duration = Duration::from_secs(2);
 const MAX_TEXT_BYTES: usize = 16 << 10;
 /// A frame's head: kind, payload bytes, and the words of a header.
 const HEAD_BYTES: usize = 80;
+/// Bytes of a sealed body that are read for its tag, then given to the socket at once: few enough to stay in a core's cache
+/// in between, and so many that most messages wake the other side once.
+const PIECE_BYTES: usize = 512 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
@@ -66,8 +70,21 @@ pub(crate) struct Io {
     sent: AtomicU64,
 }
 
+/// A connection to another rank, and its seals where others could change what it carries. A Unix socket needs none once
+/// both ends have shown who they are.
+pub(crate) struct Line {
+    pub(crate) socket: OwnedFd,
+    pub(crate) seals: Option<Seals>,
+}
+
 struct Link {
     socket: OwnedFd,
+    /// Whether heads and bodies carry tags.
+    is_sealed: bool,
+    /// What seals frames, in the order of the queue: taken with its lock held.
+    seal: Option<Mutex<Seal>>,
+    /// What opens them, until the thread takes it.
+    open: Mutex<Option<Seal>>,
     out: Mutex<VecDeque<Frame>>,
     left: AtomicBool,
     /// This side has ended its stream.
@@ -83,6 +100,15 @@ struct Frame {
     body: Body,
     file: Option<OwnedFd>,
     written: usize,
+    tags: Option<Tags>,
+}
+
+/// The tags of a frame that is being written to a sealed connection.
+struct Tags {
+    head: [u8; TAG_BYTES],
+    /// Known when all of the body is `summed`.
+    body: [u8; TAG_BYTES],
+    summed: usize,
 }
 
 enum Body {
@@ -93,7 +119,11 @@ enum Body {
 
 impl Frame {
     fn new(kind: Kind, words: &[u64; 8], body: Vec<u8>) -> Frame {
-        Frame { head: head(kind, body.len(), words), body: Body::Owned(body), file: None, written: 0 }
+        Frame::of(head(kind, body.len(), words), Body::Owned(body))
+    }
+
+    fn of(head: [u8; HEAD_BYTES], body: Body) -> Frame {
+        Frame { head, body, file: None, written: 0, tags: None }
     }
 
     fn body(&self) -> &[u8] {
@@ -104,15 +134,20 @@ impl Frame {
         }
     }
 
-    /// Writes what the socket takes; whether that was all.
-    fn write(&mut self, socket: &OwnedFd) -> Result<bool, Errno> {
-        let total = HEAD_BYTES + self.body().len();
+    /// Whether something of it was written, or its number given: it must be ended then.
+    fn has_begun(&self) -> bool {
+        self.written > 0 || self.tags.is_some()
+    }
+
+    /// Writes what the socket takes; whether that was all. The queue's lock must be held.
+    fn write(&mut self, link: &Link) -> Result<bool, Errno> {
+        let tags = if link.is_sealed { TAG_BYTES } else { 0 };
+        let bytes = self.body().len();
+        let total = HEAD_BYTES + tags + bytes + if bytes > 0 { tags } else { 0 };
         while self.written < total {
-            let from = self.written.saturating_sub(HEAD_BYTES);
-            let parts = [
-                IoSlice::new(&self.head[self.written.min(HEAD_BYTES)..]),
-                IoSlice::new(&self.body()[from..]),
-            ];
+            if let Some(seal) = &link.seal {
+                self.seal(&mut seal.lock().unwrap_or_else(PoisonError::into_inner));
+            }
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             let files: Vec<_> = self.file.iter().filter(|_| self.written == 0).map(AsFd::as_fd).collect();
@@ -120,7 +155,7 @@ impl Frame {
                 control.push(SendAncillaryMessage::ScmRights(&files));
             }
             let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            match rustix::net::sendmsg(socket, &parts, &mut control, flags) {
+            match rustix::net::sendmsg(&link.socket, &self.rest(), &mut control, flags) {
                 Ok(n) => self.written += n,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(false),
@@ -131,6 +166,47 @@ impl Frame {
             sent.store(true, Ordering::Release);
         }
         Ok(true)
+    }
+
+    /// Gives the frame its tags as far as they are needed: a piece of the body is read for its tag just before the
+    /// socket reads it.
+    fn seal(&mut self, seal: &mut Seal) {
+        let bytes = self.body().len();
+        let mut tags = self.tags.take().unwrap_or_else(|| {
+            let head = seal.tag(&self.head);
+            if bytes > 0 {
+                seal.begin_body();
+            }
+            Tags { head, body: [0; TAG_BYTES], summed: 0 }
+        });
+        let is_written = self.written >= HEAD_BYTES + TAG_BYTES + tags.summed;
+        if tags.summed < bytes && (is_written || tags.summed == 0) {
+            let end = bytes.min(tags.summed + PIECE_BYTES);
+            seal.update(&self.body()[tags.summed..end]);
+            tags.summed = end;
+            if end == bytes {
+                tags.body = seal.body_tag();
+            }
+        }
+        self.tags = Some(tags);
+    }
+
+    /// What is to be written next, in order.
+    fn rest(&self) -> [IoSlice<'_>; 4] {
+        let body = self.body();
+        let parts: [&[u8]; 4] = match &self.tags {
+            None => [&self.head, &[], body, &[]],
+            Some(tags) if tags.summed == body.len() && !body.is_empty() => {
+                [&self.head, &tags.head, body, &tags.body]
+            }
+            Some(tags) => [&self.head, &tags.head, &body[..tags.summed], &[]],
+        };
+        let mut skip = self.written;
+        parts.map(|part| {
+            let skipped = skip.min(part.len());
+            skip -= skipped;
+            IoSlice::new(&part[skipped..])
+        })
     }
 }
 
@@ -144,6 +220,19 @@ fn head(kind: Kind, bytes: usize, words: &[u64; 8]) -> [u8; HEAD_BYTES] {
 }
 
 impl Link {
+    fn new(line: Line) -> Link {
+        let (is_sealed, (seal, open)) = match line.seals {
+            Some(Seals { out, r#in }) => (true, (Some(Mutex::new(out)), Some(r#in))),
+            None => (false, (None, None)),
+        };
+        let (out, left, ended, heard, beat) = Default::default();
+        Link { socket: line.socket, is_sealed, seal, open: Mutex::new(open), out, left, ended, heard, beat }
+    }
+
+    fn reader(&self) -> Reader {
+        Reader::new(self.open.lock().unwrap_or_else(PoisonError::into_inner).take())
+    }
+
     fn out(&self) -> MutexGuard<'_, VecDeque<Frame>> {
         self.out.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -152,7 +241,7 @@ impl Link {
     fn flush(&self) -> bool {
         let mut out = self.out();
         while let Some(frame) = out.front_mut() {
-            match frame.write(&self.socket) {
+            match frame.write(self) {
                 Ok(true) => drop(out.pop_front()),
                 Ok(false) => return false,
                 // The reading side will find the connection closed and say so.
@@ -184,10 +273,10 @@ pub(crate) async unsafe fn send(
     io.sent.fetch_add(buffer.bytes() as u64, Ordering::Relaxed);
     let sent = Arc::new(AtomicBool::new(false));
     let head = head(Kind::Message, buffer.bytes(), &header.encode());
-    let mut frame = Frame { head, body: Body::InPlace(buffer, sent.clone()), file: None, written: 0 };
+    let mut frame = Frame::of(head, Body::InPlace(buffer, sent.clone()));
     {
         let mut out = link.out();
-        if out.is_empty() && frame.write(&link.socket).unwrap_or(false) {
+        if out.is_empty() && frame.write(link).unwrap_or(false) {
             return Ok(());
         }
         if payload == Payload::Copied {
@@ -215,7 +304,7 @@ impl Drop for Withdraw<'_> {
         if !self.sent.load(Ordering::Acquire) {
             let ours = |f: &Frame| matches!(&f.body, Body::InPlace(_, sent) if Arc::ptr_eq(sent, self.sent));
             let mut out = self.link.out();
-            out.retain(|frame| !ours(frame) || frame.written > 0);
+            out.retain(|frame| !ours(frame) || frame.has_begun());
             if let Some(frame) = out.iter_mut().find(|f| ours(f)) {
                 frame.body = Body::Owned(frame.body().to_vec());
             }
@@ -241,15 +330,14 @@ fn link(core: &Core, rank: usize) -> Result<(&Io, &Link)> {
 }
 
 impl Io {
-    /// Takes over one socket per rank (none for the rank itself) and starts the thread.
-    pub(crate) fn start(core: &Arc<Core>, sockets: Vec<Option<OwnedFd>>) -> Result<()> {
+    /// Takes over one connection per rank (none for the rank itself) and starts the thread.
+    pub(crate) fn start(core: &Arc<Core>, lines: Vec<Option<Line>>) -> Result<()> {
         let failed = |e: Errno| os_error(&format!("set up the connections of rank {}", core.rank), &e.into());
-        let link = |socket: OwnedFd| {
-            rustix::io::ioctl_fionbio(&socket, true).map_err(failed)?;
-            let (out, left, ended, heard, beat) = Default::default();
-            Ok(Link { socket, out, left, ended, heard, beat })
+        let link = |line: Line| {
+            rustix::io::ioctl_fionbio(&line.socket, true).map_err(failed)?;
+            Ok(Link::new(line))
         };
-        let links = sockets.into_iter().map(|s| s.map(link).transpose()).collect::<Result<Vec<_>>>()?;
+        let links = lines.into_iter().map(|line| line.map(link).transpose()).collect::<Result<Vec<_>>>()?;
         let wake =
             rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed)?;
         let (closing, thread, sent) = Default::default();
@@ -346,7 +434,7 @@ impl Io {
 
     fn serve(&self, core: &Core) {
         let mut readers: Vec<Option<Reader>> =
-            self.links.iter().map(|l| l.as_ref().map(|_| Reader::new())).collect();
+            self.links.iter().map(|l| l.as_ref().map(Link::reader)).collect();
         let mut next_beat = Instant::now();
         let mut closing = None;
         loop {

@@ -30,6 +30,22 @@ pub fn os_error(doing: &str, e: &io::Error) -> Error {
     }
 }
 
+/// Most files that a process asks the system for: connections of the largest job with room to spare. Where a limit is
+/// in the millions, programs that close every file they might have would take seconds over it.
+const FILES_ENOUGH: u64 = 65_536;
+
+/// Lets this process open as many files as the system lets it without asking anybody: what `ulimit -n` starts with
+/// (1024, most often) is a default, and the hard limit the rule.
+pub fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let most = maximum.unwrap_or(FILES_ENOUGH).min(FILES_ENOUGH);
+    if current.is_some_and(|now| now < most) {
+        // Where even that is forbidden, running out is named when it comes.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(most), maximum });
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -16,8 +16,11 @@
 //! # Ok::<(), spec::Error>(())
 //! ```
 //!
-//! There is no authentication: bind the server to an address that only the job can reach.
+//! With a [`Secret`](crate::Secret) ([`StoreServer::start_with`], [`StoreClient::connect_with`]) both sides of a connection
+//! prove that they hold it, and what they say carries tags. Without one, as above, everyone who reaches the server is
+//! served: bind it to an address that only the job can reach.
 
+mod auth;
 mod client;
 mod server;
 mod wire;
@@ -34,5 +37,9 @@ pub const MAX_KEY_BYTES: usize = 1024;
 pub const MAX_VALUE_BYTES: usize = 16 << 20;
 /// Most connections a server holds at once: a few per rank of the largest job it is meant for.
 pub const MAX_CONNECTIONS: usize = 4096;
+/// Most connections that have not shown yet that they are the job's; one more takes the place of the oldest.
+pub const MAX_STRANGERS: usize = 1024;
+/// Most bytes of all keys and values: a thousand ranks leave kilobytes each.
+pub const MAX_STORE_BYTES: usize = 64 << 20;
 /// Most keys in one `wait`.
 pub const MAX_WAIT_KEYS: usize = 16_384;

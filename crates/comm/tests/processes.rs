@@ -65,7 +65,7 @@ fn start_with(
 ) -> Vec<Rank> {
     let start = |rank: usize| {
         let mut command = Command::new("sh");
-        command.arg("-c").arg(format!("ulimit -Sn {files}; exec \"$@\"")).arg("sh");
+        command.arg("-c").arg(format!("ulimit -n {files}; exec \"$@\"")).arg("sh");
         command.arg(std::env::current_exe().unwrap());
         command.args(["--exact", "child", "--nocapture", "--test-threads", "1"]);
         command.env("COMM_TEST", format!("{scenario} {rank} {n} {hosts} {}", timeout.as_millis()));

@@ -7,6 +7,7 @@ mod supervise;
 use crate::failure::{self, Failure};
 use crate::logs::{Logs, random_hex};
 use crate::options::Options;
+use crate::secret::Trust;
 use crate::signals::{self, Signals};
 use crate::tail::Tail;
 use crate::warden::Warden;
@@ -15,6 +16,7 @@ use elastic::crew::{Action, Crew, Event, Limits, Next};
 use group::Group;
 use spec::{Error, Result};
 use std::ffi::OsString;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Instant;
 use supervise::End;
@@ -73,13 +75,18 @@ pub fn run(options: &Options, program: OsString, args: &[OsString]) -> Result<Ou
         options.signals_to_handle.iter().chain(&options.signals_to_forward).copied().collect();
     signals::let_children_be_waited_for();
     let signals = Signals::catch(&caught)?;
+    let trust = Trust::given(options.secret.as_deref(), options.insecure)?;
+    // Nobody else takes part in a job of one node.
+    let trust = if options.is_single() { trust.or_random()? } else { trust };
+    let bind = options.bind.as_ref().map(|bind| bind.resolve()).transpose()?;
     let is_unnamed = options.is_single() && options.run_id == "none";
     let run_id = if is_unnamed { random_hex() } else { options.run_id.clone() };
     let marker = random_hex();
     let logs = Logs::create(options, &run_id)?;
     // Forked before there are threads of ours.
     let warden = Warden::start(&marker)?;
-    let group = Group::start(options, nproc, &run_id).inspect_err(|_| logs.finish(options, true))?;
+    let group =
+        Group::start(options, nproc, &run_id, &trust, bind).inspect_err(|_| logs.finish(options, true))?;
     let crew = Crew::new(nproc, limits(options, nproc, &group));
     let mut agent = Agent {
         options,
@@ -90,6 +97,8 @@ pub fn run(options: &Options, program: OsString, args: &[OsString]) -> Result<Ou
         warden,
         logs,
         group,
+        trust,
+        bind,
         crew,
         began: Instant::now(),
         workers: Vec::new(),
@@ -131,6 +140,8 @@ struct Agent<'a> {
     warden: Warden,
     logs: Logs,
     group: Group,
+    trust: Trust,
+    bind: Option<IpAddr>,
     crew: Crew,
     /// The crew's time counts from here.
     began: Instant,

@@ -2,8 +2,9 @@
 
 use crate::net;
 use crate::rank_env::{Launcher, RankEnv};
+use crate::secret::Trust;
 use crate::torch_store::TorchStore;
-use comm::{StoreClient, StoreServer, Waiting};
+use comm::{Secret, StoreClient, StoreServer, Waiting};
 use spec::{Context as _, Error, Result};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -39,27 +40,47 @@ impl RankStore {
     }
 }
 
+/// Connects to the job's store at `addr` (`host:port`), with the secret of this process's environment. For ranks whose
+/// store is another one than when they started.
+///
+/// # Errors
+/// As [`RankEnv::store`].
+pub fn connect(addr: &str, timeout: Duration) -> Result<StoreClient> {
+    let trust = Trust::given(None, false)?;
+    let (host, port) = net::split_endpoint(addr, 0)?;
+    trust.check(&host, port)?;
+    StoreClient::connect_with(addr, &trust.secret, timeout)
+}
+
 impl RankEnv {
     /// Connects to the job's store within `timeout`. Under `phalanx launch` the agent hosts it; else rank 0 does, and
     /// the others find it at the master's address: through PyTorch's store under torchrun, else at the master's port.
     ///
+    /// The job's secret is in the environment; under torchrun it goes through PyTorch's store too, if it is not there.
+    ///
     /// # Errors
-    /// The master's address is not known, its port is taken, or nobody answers in time.
+    /// The master's address is not known, its port is taken, nobody answers in time, or a secret is needed and not there,
+    /// or another one.
     pub fn store(&self, timeout: Duration) -> Result<RankStore> {
-        let connect = |addr: &str| StoreClient::connect(addr, timeout).context(format!("rank {}", self.rank));
         if let Some(addr) = &self.agent_store {
-            return Ok(self.rank_store(connect(addr)?, None));
+            let client = connect(addr, timeout).context(format!("rank {}", self.rank))?;
+            return Ok(self.rank_store(client, None));
         }
+        let trust = Trust::given(None, false)?;
+        let connect = |addr: &str| {
+            StoreClient::connect_with(addr, &trust.secret, timeout).context(format!("rank {}", self.rank))
+        };
         let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         if self.world == 1 {
-            let server = StoreServer::start(any_port)?;
+            let server = StoreServer::start_with(any_port, &trust.secret)?;
             return Ok(self.rank_store(connect(&server.addr().to_string())?, Some(server)));
         }
         let (host, port) = self.master()?;
         if self.torch_store {
-            return self.through_torch(&host, port, timeout);
+            return self.through_torch(&host, port, timeout, trust);
         }
-        let server = if self.rank == 0 { Some(self.host_at(&host, port)?) } else { None };
+        trust.check(&host, port)?;
+        let server = if self.rank == 0 { Some(self.host_at(&host, port, &trust.secret)?) } else { None };
         Ok(self.rank_store(connect(&net::join_endpoint(&host, port))?, server))
     }
 
@@ -82,31 +103,45 @@ impl RankEnv {
         Ok((host, self.master_port.ok_or_else(|| unknown("MASTER_PORT"))?))
     }
 
-    fn host_at(&self, host: &str, port: u16) -> Result<StoreServer> {
-        let is_loopback = net::resolve(host, port).iter().all(|a| a.ip().is_loopback());
-        let ip = if is_loopback { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
-        StoreServer::start(SocketAddr::from((ip, port)))
+    fn host_at(&self, host: &str, port: u16, secret: &Secret) -> Result<StoreServer> {
+        let ip = crate::bind::from_env()?.unwrap_or_else(|| match net::is_loopback(host, port) {
+            true => Ipv4Addr::LOCALHOST.into(),
+            false => net::bindable(host, port),
+        });
+        StoreServer::start_with(SocketAddr::new(ip, port), secret)
             .map_err(|e| e.hint("another job may use the port: set MASTER_PORT to a free one"))
             .context("rank 0 hosts the job's store")
     }
 
-    /// Rank 0 starts our store at any port and leaves its address in PyTorch's.
-    fn through_torch(&self, host: &str, port: u16, timeout: Duration) -> Result<RankStore> {
+    /// Rank 0 starts our store at any port and leaves its address in PyTorch's, with the job's secret if none was given to
+    /// all: that is as safe then as PyTorch's store is, which asks nobody who he is.
+    fn through_torch(&self, host: &str, port: u16, timeout: Duration, trust: Trust) -> Result<RankStore> {
         let mut torch = TorchStore::connect(host, port, timeout)?;
         let key = format!("phalanx/{}/store", self.session);
         if self.rank > 0 {
             let value = torch.get(&key)?;
-            let addr =
+            let text =
                 String::from_utf8(value).map_err(|_| Error::failure(format!("{key} holds no address")))?;
-            let client = StoreClient::connect(&addr, timeout).context(format!("rank {}", self.rank))?;
+            let (addr, secret) = match text.split_once('\n') {
+                Some((addr, secret)) if trust.secret.is_none() => {
+                    (addr, Secret::parse(secret, "from PyTorch's store")?)
+                }
+                Some((addr, _)) => (addr, trust.secret),
+                None => (text.as_str(), trust.secret),
+            };
+            let client =
+                StoreClient::connect_with(addr, &secret, timeout).context(format!("rank {}", self.rank))?;
             return Ok(self.rank_store(client, None));
         }
-        let server = StoreServer::start(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)))?;
-        let towards = net::resolve(host, port).into_iter().find_map(net::address_towards);
-        let ip = towards.unwrap_or(Ipv4Addr::LOCALHOST.into());
-        let addr = SocketAddr::new(ip, server.addr().port()).to_string();
-        torch.set(&key, addr.as_bytes())?;
-        let client = StoreClient::connect(&addr, timeout).context("rank 0")?;
+        let is_given = !trust.secret.is_none();
+        let trust = trust.or_random()?;
+        let towards = || net::resolve(host, port).into_iter().find_map(net::address_towards);
+        let ip = crate::bind::from_env()?.or_else(towards).unwrap_or(Ipv4Addr::LOCALHOST.into());
+        let server = StoreServer::start_with(SocketAddr::new(ip, 0), &trust.secret)?;
+        let addr = server.addr().to_string();
+        let secret = trust.text().filter(|_| !is_given).map_or(String::new(), |text| format!("\n{text}"));
+        torch.set(&key, format!("{addr}{secret}").as_bytes())?;
+        let client = StoreClient::connect_with(&addr, &trust.secret, timeout).context("rank 0")?;
         Ok(self.rank_store(client, Some(server)))
     }
 }

@@ -3,12 +3,15 @@
 //!
 //! Nothing is said over these connections. A connection that breaks proves nothing; that the door is shut as well, where
 //! it was open before, does.
+//!
+//! Nobody is asked who he is, because nothing can be had or done here: what a visitor says is not read but ends the visit,
+//! and strangers who take the place of neighbours make them knock once more.
 
 use crate::net::ip_of;
 use elastic::rendezvous::{Agreed, NodeId};
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 /// A neighbour answers within this, or is asked again later: the thread has other things to do.
@@ -32,9 +35,9 @@ enum Visit {
 }
 
 impl Doors {
-    /// Opens a door at `addr`, which other nodes reach this one by. Without one the others wait for signs of life.
-    pub(crate) fn open(addr: &str) -> Doors {
-        let door = ip_of(addr).and_then(|ip| TcpListener::bind((ip, 0)).ok());
+    /// Opens a door at `ip`, which other nodes reach this one by. Without one the others wait for signs of life.
+    pub(crate) fn open(ip: Option<IpAddr>) -> Doors {
+        let door = ip.and_then(|ip| TcpListener::bind((ip, 0)).ok());
         let door = door.filter(|d| d.set_nonblocking(true).is_ok());
         Doors { door, visitors: Vec::new(), visits: BTreeMap::new() }
     }
@@ -77,7 +80,9 @@ impl Doors {
 
     fn let_in(&mut self) {
         let Some(door) = &self.door else { return };
-        while let Ok((visitor, _)) = door.accept() {
+        // No more at a time than are kept: whoever knocks without end must hold up nothing, and use up no files.
+        let knocking = (0..MOST_VISITORS).map_while(|_| door.accept().ok());
+        for (visitor, _) in knocking {
             if visitor.set_nonblocking(true).is_ok() {
                 self.visitors.push(visitor);
             }
@@ -112,7 +117,8 @@ mod tests {
 
     #[test]
     fn an_agent_that_dies_is_known_by_its_door_and_one_that_hangs_up_is_not() {
-        let mut theirs = Doors::open("127.0.0.1");
+        let here = || Some(IpAddr::from([127, 0, 0, 1]));
+        let mut theirs = Doors::open(here());
         let id = NodeId { node_rank: 0, addr: "127.0.0.1".into(), pid: 1, serial: 0 };
         let member = Member {
             id: id.clone(),
@@ -125,7 +131,7 @@ mod tests {
         };
         let shared = Agreed { members: vec![member], ..Agreed::default() };
         let watched = [id.clone()];
-        let mut ours = Doors::open("127.0.0.1");
+        let mut ours = Doors::open(here());
         let mut look = |theirs: Option<&mut Doors>| {
             theirs.into_iter().for_each(Doors::let_in);
             ours.look(&shared, &watched)
@@ -140,7 +146,40 @@ mod tests {
         assert_eq!(look(None).as_slice(), std::slice::from_ref(&id));
         assert_eq!(look(None), [id]);
         // Never seen open: a wall may stand before it.
-        let mut others = Doors::open("127.0.0.1");
+        let mut others = Doors::open(here());
         assert_eq!(others.look(&shared, &watched), []);
+    }
+
+    #[test]
+    fn strangers_take_little_and_nobody_for_dead() {
+        let here = || Some(IpAddr::from([127, 0, 0, 1]));
+        let mut theirs = Doors::open(here());
+        let id = NodeId { node_rank: 0, addr: "127.0.0.1".into(), pid: 1, serial: 0 };
+        let door = address("127.0.0.1", theirs.port()).unwrap();
+        let mut ours = Doors::open(here());
+        ours.visits.insert(id.clone(), held(TcpStream::connect(door), door, Instant::now()));
+        theirs.let_in();
+        let mut strangers = Vec::new();
+        for _ in 0..MOST_VISITORS + MOST_VISITORS / 2 {
+            strangers.push(TcpStream::connect(door).unwrap());
+        }
+        theirs.let_in();
+        assert_eq!(theirs.visitors.len(), MOST_VISITORS, "no more at a time than are kept");
+        theirs.let_in();
+        assert_eq!(theirs.visitors.len(), MOST_VISITORS);
+        // The neighbour was the oldest, and finds the door open when it looks.
+        let Some(Visit::Held(stream, _)) = ours.visits.get(&id) else { panic!("no connection") };
+        stream.set_nonblocking(false).unwrap();
+        assert!(matches!(stream.peek(&mut [0]), Ok(0) | Err(_)), "it was sent away");
+        stream.set_nonblocking(true).unwrap();
+        assert_eq!(ours.look(&Agreed::default(), std::slice::from_ref(&id)), []);
+        // What is said is not read, and ends the visit.
+        for stranger in &mut strangers {
+            let _ = std::io::Write::write_all(stranger, b"GET / HTTP/1.1");
+        }
+        while theirs.visitors.len() > 1 {
+            theirs.let_in();
+        }
+        assert_eq!(ours.look(&Agreed::default(), &[id]), []);
     }
 }

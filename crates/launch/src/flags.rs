@@ -24,8 +24,8 @@ const fn short(short: char, name: &'static str, value: Option<&'static str>, hel
     Flag { name, short: Some(short), value, help }
 }
 
-/// Every flag of torchrun (PyTorch 2.15, `torch/distributed/run.py`) and ours: `--signals-to-forward`,
-/// `--pass-exit-code`, `--hold`, and those for workers that can recover.
+/// Every flag of torchrun (PyTorch 2.15, `torch/distributed/run.py`) and ours: `--signals-to-forward`, `--secret`,
+/// `--insecure`, `--bind`, `--pass-exit-code`, `--hold`, and those for workers that can recover.
 const FLAGS: &[Flag] = &[
     flag("nnodes", Some("N|MIN:MAX"), "number of nodes, or its range [1]"),
     flag("nproc-per-node", Some("N|auto|cpu|gpu"), "workers on this node [1]"),
@@ -38,6 +38,9 @@ const FLAGS: &[Flag] = &[
     flag("master-addr", Some("HOST"), "address of node rank 0 [127.0.0.1]"),
     flag("master-port", Some("PORT"), "port of node rank 0 [29500]"),
     flag("local-addr", Some("HOST"), "this node's address, as the others see it"),
+    flag("secret", Some("FILE"), "the job's secret; made if there is none"),
+    flag("insecure", None, "several nodes without a secret"),
+    flag("bind", Some("ADDR|IFACE|SUBNET"), "which of this node's addresses to listen on"),
     flag("max-restarts", Some("N"), "restarts of the workers before giving up [0]"),
     flag("min-nproc", Some("N"), "fewest workers, if a place keeps failing [all]"),
     flag("silence-timeout", Some("SECONDS"), "a mute worker that can recover is killed [5]"),

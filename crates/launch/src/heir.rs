@@ -1,12 +1,12 @@
 //! Carries the succession out (`elastic::succession`): the job's store moves when the agent that ran it has died.
 
 use crate::net;
-use comm::{StoreClient, StoreServer};
+use comm::{Secret, StoreClient, StoreServer};
 use elastic::rendezvous::{Agreed, NodeId};
 use elastic::succession;
 use spec::Result;
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 /// A candidate answers within this, or is asked again at the next look.
@@ -14,6 +14,7 @@ const REACH_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The store that this agent keeps ready, and where the others' are.
 pub(crate) struct Standby {
+    secret: Secret,
     server: Option<StoreServer>,
     addresses: BTreeMap<NodeId, String>,
     voted: bool,
@@ -27,10 +28,11 @@ pub(crate) struct Moved {
 }
 
 impl Standby {
-    /// A store at `addr`, where the other nodes reach this one. Without one this agent can follow and not host.
-    pub(crate) fn open(addr: &str) -> Standby {
-        let server = net::ip_of(addr).and_then(|ip| StoreServer::start(SocketAddr::new(ip, 0)).ok());
-        Standby { server, addresses: BTreeMap::new(), voted: false }
+    /// A store for those who hold `secret` at `ip`, where the other nodes reach this one. Without one this agent can follow
+    /// and not host.
+    pub(crate) fn open(ip: Option<IpAddr>, secret: &Secret) -> Standby {
+        let server = ip.and_then(|ip| StoreServer::start_with(SocketAddr::new(ip, 0), secret).ok());
+        Standby { secret: secret.clone(), server, addresses: BTreeMap::new(), voted: false }
     }
 
     /// The store's port; 0 if there is none.
@@ -73,20 +75,17 @@ impl Standby {
             return None;
         }
         self.voted = true;
-        Some(vote(me, prefix, memory, dead, candidate, endpoint))
+        let client = match StoreClient::connect_with(&endpoint, &self.secret, REACH_TIMEOUT) {
+            Ok(client) => client,
+            Err(error) => return Some(Err(error)),
+        };
+        Some(vote(me, prefix, memory, dead, Moved { client, endpoint, host: candidate }))
     }
 }
 
 /// Brings what this agent remembers to the candidate; if that is this agent, it may have enough.
-fn vote(
-    me: &NodeId,
-    prefix: &str,
-    memory: &Agreed,
-    dead: &[NodeId],
-    candidate: NodeId,
-    endpoint: String,
-) -> Result<Option<Moved>> {
-    let client = StoreClient::connect(&endpoint, REACH_TIMEOUT)?;
+fn vote(me: &NodeId, prefix: &str, memory: &Agreed, dead: &[NodeId], there: Moved) -> Result<Option<Moved>> {
+    let Moved { client, endpoint, host: candidate } = there;
     let state = format!("{prefix}/state");
     let there = client.try_get(&state)?.and_then(|bytes| Agreed::read(&bytes).ok());
     if let Some(there) = there.filter(|s| s.reign > memory.reign) {
@@ -116,4 +115,23 @@ fn vote(
 fn written(shared: &Agreed) -> Result<Vec<u8>> {
     serde_json::to_vec(shared)
         .map_err(|e| spec::Error::failure(format!("the agreed value cannot be written: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_that_is_kept_ready_opens_to_the_jobs_secret_alone() {
+        let here = Some(IpAddr::from([127, 0, 0, 1]));
+        let secret = Secret::random("here").unwrap();
+        let standby = Standby::open(here, &secret);
+        let addr = net::join_endpoint("127.0.0.1", standby.port());
+        let connect = |secret: &Secret| StoreClient::connect_with(&addr, secret, Duration::from_secs(10));
+        connect(&secret).unwrap();
+        for other in [Secret::none(), Secret::random("elsewhere").unwrap()] {
+            let error = connect(&other).unwrap_err().to_string();
+            assert!(error.contains("its secret is not ours"), "{error}");
+        }
+    }
 }

@@ -21,7 +21,8 @@
 //! `elastic::crew`: workers that can recover keep their processes.
 //!
 //! Beyond torchrun's variables a worker gets `PHALANX_STORE` (`host:port` of the agents' store), `PHALANX_SESSION` (run
-//! id and round, a prefix for keys in it), `PHALANX_AGENT_FD` (see `elastic::Report`) and `PHALANX_JOB` (marks the
+//! id and round, a prefix for keys in it), `PHALANX_SECRET` (what the job's processes prove to each other that they are of
+//! it), `PHALANX_BIND` where `--bind` was given, `PHALANX_AGENT_FD` (see `elastic::Report`) and `PHALANX_JOB` (marks the
 //! processes of the launch, so that none is left).
 //!
 //! # Differences from torchrun
@@ -42,6 +43,7 @@ mod flags;
 mod options;
 
 mod agent;
+mod bind;
 mod door;
 mod failure;
 mod heir;
@@ -49,6 +51,7 @@ mod link;
 mod local;
 mod logs;
 mod net;
+mod secret;
 mod signals;
 mod tail;
 mod warden;
@@ -63,7 +66,8 @@ mod cli;
 mod torch_store;
 
 pub use agent::{Outcome, run};
-pub use bootstrap::RankStore;
+pub use bind::{Bind, from_env as bind_from_env};
+pub use bootstrap::{RankStore, connect};
 pub use cli::cli;
 pub use failure::{Failure, record_error};
 pub use flags::{Parsed, help};
@@ -71,3 +75,4 @@ pub use local::LocalJob;
 pub use logs::Streams;
 pub use options::{Backend, NprocPerNode, Options, Saving};
 pub use rank_env::{Launcher, RankEnv};
+pub use secret::from_env as secret_from_env;

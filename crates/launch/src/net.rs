@@ -88,6 +88,29 @@ pub(crate) fn is_local(host: &str) -> bool {
         || resolve(host, 0).iter().any(|a| UdpSocket::bind(SocketAddr::new(a.ip(), 0)).is_ok())
 }
 
+/// Whether only processes of this machine can reach `host`.
+pub(crate) fn is_loopback(host: &str, port: u16) -> bool {
+    let found = resolve(host, port);
+    host == "localhost" || !found.is_empty() && found.iter().all(|a| a.ip().is_loopback())
+}
+
+/// Where to listen so that others find us at `host`: its address if that is one of this machine's. A name that means a
+/// loopback address here may mean another one elsewhere, and one that means none of ours (a proxy in front of us) leads
+/// here by ways that we do not know: only then it is every address.
+pub(crate) fn bindable(host: &str, port: u16) -> IpAddr {
+    let found = resolve(host, port);
+    if host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback()) {
+        return found.first().map_or(Ipv4Addr::LOCALHOST.into(), SocketAddr::ip);
+    }
+    let is_ours =
+        |a: &&SocketAddr| !a.ip().is_loopback() && UdpSocket::bind(SocketAddr::new(a.ip(), 0)).is_ok();
+    match found.iter().filter(is_ours).min_by_key(|a| a.is_ipv6()) {
+        Some(addr) => addr.ip(),
+        None if found.iter().any(SocketAddr::is_ipv4) || found.is_empty() => Ipv4Addr::UNSPECIFIED.into(),
+        None => std::net::Ipv6Addr::UNSPECIFIED.into(),
+    }
+}
+
 /// The address of this machine on the way to `peer`, found by the routing table alone (no packet is sent).
 ///
 /// Peers can reach it without name resolution, and it is on the network that reaches the meeting point.
@@ -148,5 +171,8 @@ mod tests {
         assert!(!is_local("192.0.2.1"));
         let towards = address_towards("127.0.0.2:9".parse().unwrap());
         assert_eq!(towards.map(|a| a.is_loopback()), Some(true));
+        assert!(is_loopback("localhost", 1) && is_loopback("127.0.0.3", 1) && !is_loopback("192.0.2.1", 1));
+        assert_eq!(bindable("127.0.0.2", 1).to_string(), "127.0.0.2");
+        assert_eq!(bindable("192.0.2.1", 1).to_string(), "0.0.0.0");
     }
 }

@@ -1,5 +1,6 @@
 //! What a launch is asked to do, checked.
 
+use crate::bind::Bind;
 use crate::flags::Values;
 use crate::logs::Streams;
 
@@ -41,6 +42,12 @@ pub struct Options {
     pub master_port: Option<u16>,
     /// This node's address as the others see it.
     pub local_addr: Option<String>,
+    /// A file with the job's secret, made if there is none; else the environment is asked.
+    pub secret: Option<PathBuf>,
+    /// Nodes may meet without a secret.
+    pub insecure: bool,
+    /// Which of this node's addresses to listen on.
+    pub bind: Option<Bind>,
     /// Restarts of the workers before giving up.
     pub max_restarts: u32,
     /// How often the nodes look at each other.
@@ -150,6 +157,9 @@ impl Default for Options {
             master_addr: "127.0.0.1".into(),
             master_port: None,
             local_addr: None,
+            secret: None,
+            insecure: false,
+            bind: None,
             max_restarts: 0,
             monitor_interval: Duration::from_millis(100),
             shutdown_timeout: Duration::from_secs(30),
@@ -298,6 +308,12 @@ fn rendezvous(o: &mut Options, v: &Values) -> Result<()> {
     }
     o.master_port = v.parse("master-port", "a port from 1 to 65535")?;
     o.local_addr = v.text("local-addr").map(str::to_owned);
+    o.secret = v.text("secret").map(PathBuf::from);
+    o.insecure = v.on("insecure")?;
+    if o.insecure && o.secret.is_some() {
+        return Err(Error::user("--secret and --insecure contradict each other").hint("give one of them"));
+    }
+    o.bind = v.parse("bind", "an address, an interface or a subnet like 10.0.0.0/8")?;
     for pair in v.text("rdzv-conf").unwrap_or("").split(',').filter(|p| !p.trim().is_empty()) {
         let (key, value) = pair
             .split_once('=')

@@ -388,7 +388,7 @@ fn port_of(session: &str) -> u16 {
     15_000 + u16::try_from((hash ^ (hash >> 32)) % 15_000).unwrap_or(0)
 }
 
-/// The variables that [`RankEnv::read`] understood, for people: name to value.
+/// The variables that [`RankEnv::read`] understood, for people: name to value, but for the job's secret.
 pub fn seen() -> BTreeMap<String, String> {
     const PREFIXES: &[&str] =
         &["TORCHELASTIC_", "SLURM_", "OMPI_COMM_WORLD_", "PMI", "PMIX_", "MPI_LOCAL", "PHALANX_"];
@@ -396,7 +396,11 @@ pub fn seen() -> BTreeMap<String, String> {
         &["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"];
     let of_a_launcher = |name: &str| NAMES.contains(&name) || PREFIXES.iter().any(|p| name.starts_with(p));
     let text = std::env::vars_os().filter_map(|(n, v)| Some((n.into_string().ok()?, v.into_string().ok()?)));
-    text.filter(|(name, _)| of_a_launcher(name)).collect()
+    let hidden = |(name, value): (String, String)| {
+        let shown = if crate::secret::is_secret(&name) { "...".to_owned() } else { value };
+        (name, shown)
+    };
+    text.filter(|(name, _)| of_a_launcher(name)).map(hidden).collect()
 }
 
 #[cfg(test)]

@@ -2,11 +2,12 @@
 
 use crate::door::Doors;
 use crate::heir::Standby;
-use comm::{StoreClient, Waiting};
+use comm::{Secret, StoreClient, Waiting};
 use elastic::rendezvous::{Action, Agreed, Member, News, Node, NodeId, Offer, Rules, Times, Wish};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use spec::{Error, Result};
+use std::net::IpAddr;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,6 +23,10 @@ const PAUSE_PER_NODE: Duration = Duration::from_micros(500);
 pub(crate) struct Setup {
     /// `host:port` of the store.
     pub(crate) endpoint: String,
+    /// What those who may use the store hold.
+    pub(crate) secret: Secret,
+    /// Where to listen, if that was chosen; else at this node's address.
+    pub(crate) bind: Option<IpAddr>,
     pub(crate) run_id: String,
     /// This node; an empty address is replaced by the one that reaches the store.
     pub(crate) me: Member,
@@ -140,8 +145,9 @@ fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller, endpoint: &
     if setup.me.id.addr.is_empty() {
         setup.me.id.addr = client.local_ip().to_string();
     }
-    let doors = Doors::open(&setup.me.id.addr);
-    let standby = Standby::open(&setup.me.id.addr);
+    let ip = setup.bind.or_else(|| crate::net::ip_of(&setup.me.id.addr));
+    let doors = Doors::open(ip);
+    let standby = Standby::open(ip, &setup.secret);
     (setup.me.door, setup.me.standby) = (doors.port(), standby.port());
     let prefix = format!("rdzv/{}", setup.run_id);
     let node = Node::new(setup.me.clone(), setup.rules, setup.times, setup.patient, setup.is_host);
@@ -201,7 +207,7 @@ fn connect(setup: &Setup, wished: &Receiver<Word>, early: &mut Vec<Word>) -> Res
         Waiting::begin("phalanx launch:", format!("the job's store at {}, {most} s at most", setup.endpoint));
     loop {
         let slice = CONNECT_SLICE.min(until.saturating_duration_since(Instant::now()));
-        match StoreClient::connect(&setup.endpoint, slice) {
+        match StoreClient::connect_with(&setup.endpoint, &setup.secret, slice) {
             Ok(client) => return Ok(Some(client)),
             Err(e) if e.kind() == spec::Kind::User => {
                 return Err(e.context("rendezvous").hint("another program may use that port"));

@@ -2,9 +2,11 @@
 
 use crate::net::host_name;
 use crate::options::Options;
+use crate::secret::Trust;
 use crate::warden::MARKER;
 use elastic::rendezvous::Seat;
 use spec::{Error, Result};
+use std::net::IpAddr;
 use std::path::Path;
 
 /// What the workers of one attempt have in common.
@@ -16,6 +18,9 @@ pub(crate) struct Attempt<'a> {
     pub(crate) restarts: u32,
     /// `host:port` of the store that the agents hold.
     pub(crate) store: &'a str,
+    pub(crate) trust: &'a Trust,
+    /// The address that the workers listen on, if one was chosen.
+    pub(crate) bind: Option<IpAddr>,
     pub(crate) marker: &'a str,
 }
 
@@ -57,6 +62,9 @@ pub(crate) fn variables(
     }
     set("PHALANX_STORE", shared.store.to_owned());
     set("PHALANX_SESSION", session(shared.run_id, seat));
+    for (name, value) in shared.trust.variables().into_iter().chain(shared.bind.map(crate::bind::variable)) {
+        set(name, value);
+    }
     let outer = inherited(MARKER).map_or(String::new(), |m| m + ":");
     set(MARKER, outer + shared.marker);
     if options.virtual_local_rank {
@@ -156,6 +164,7 @@ mod tests {
     #[test]
     fn the_environment_of_the_second_worker_of_the_second_node() {
         let (options, seat) = (Options::default(), seat());
+        let trust = Trust::given(None, false).unwrap().or_random().unwrap();
         let shared = Attempt {
             options: &options,
             seat: &seat,
@@ -163,6 +172,8 @@ mod tests {
             run_id: "job",
             restarts: 1,
             store: "10.0.0.1:29400",
+            trust: &trust,
+            bind: Some(std::net::Ipv4Addr::new(10, 0, 0, 7).into()),
             marker: "m",
         };
         let env = variables(&shared, 1, 1, Path::new("/e.json")).unwrap();
@@ -187,6 +198,9 @@ mod tests {
         check("TORCHELASTIC_USE_AGENT_STORE", "False");
         check("TORCHELASTIC_ERROR_FILE", "/e.json");
         check("PHALANX_SESSION", "job/3");
+        check("PHALANX_SECRET", trust.text().unwrap());
+        check("PHALANX_INSECURE", "0");
+        check("PHALANX_BIND", "10.0.0.7");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use comm::{StoreClient, World};
+use comm::World;
 use elastic::Orders;
 use launch::RankEnv;
 use launch::rank_env::Launcher;
@@ -24,7 +24,7 @@ pub(crate) fn agent(env: &RankEnv) -> Result<Option<(Agent, Orders)>> {
     }
     // SAFETY: the agent made it for this process; nothing else here uses it.
     let stream = unsafe { UnixStream::from_raw_fd(fd) };
-    Ok(Some((Agent::new(stream)?, ranks::first_orders(env))))
+    Ok(Some((Agent::new(stream, launch::secret_from_env()?)?, ranks::first_orders(env))))
 }
 
 /// Whether it is a socket of this process, which what this process starts does not inherit from now on.
@@ -56,7 +56,7 @@ impl Way for Places {
     }
 
     fn connect(&self, orders: &Orders, run: &RunSpec) -> Result<World> {
-        let store = StoreClient::connect(&orders.store, MEET_TIMEOUT).context("meet the other ranks")?;
+        let store = launch::connect(&orders.store, MEET_TIMEOUT).context("meet the other ranks")?;
         let transport = crate::train::transport(&self.args);
         ranks::world(orders, store, &run.to_toml(), transport, Duration::from_secs(run.run.timeout_s))
     }

@@ -112,6 +112,7 @@ pub(crate) fn world(
     b.fingerprint = fingerprint(identity);
     b.transport = transport;
     b.timeout = timeout;
+    b.bind = launch::bind_from_env()?;
     World::connect(&b)
 }
 

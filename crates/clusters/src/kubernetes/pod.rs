@@ -11,6 +11,9 @@ pub(crate) const RUN_FILE_DIR: &str = "/etc/phalanx";
 /// Neither root nor a user of a node: the convention of images without a shell.
 const USER: usize = 65_532;
 
+/// Key of the job's secret, and the end of the name of what keeps it.
+const JOB_SECRET: &str = "secret";
+
 /// Seconds that the agent has left after its ranks, to report and to leave.
 const AGENT_S: u64 = 5;
 
@@ -81,7 +84,7 @@ fn container(r: &Request, place: &Place, why: &mut Decisions) -> Yaml {
         "command" => ["phalanx"],
         "args" => args(r, place, why),
         "workingDir" => DATA_DIR,
-        "env" => env(r, place),
+        "env" => env(r, place, why),
         "ports" => [map! { "name" => "store", "containerPort" => usize::from(STORE_PORT) }],
         "resources" => resources(r, why),
         "securityContext" => map! {
@@ -119,7 +122,7 @@ fn args(r: &Request, place: &Place, why: &mut Decisions) -> Vec<String> {
     args
 }
 
-fn env(r: &Request, place: &Place) -> Vec<Yaml> {
+fn env(r: &Request, place: &Place, why: &mut Decisions) -> Vec<Yaml> {
     let plain = |name: &str, value: String| map! { "name" => name, "value" => value };
     let mut env = Vec::new();
     if let Some(master) = &place.master {
@@ -131,10 +134,23 @@ fn env(r: &Request, place: &Place) -> Vec<Yaml> {
         env.push(plain("PET_MASTER_PORT", STORE_PORT.to_string()));
     }
     env.extend(r.env.iter().map(|(name, value)| plain(name, value.clone())));
-    env.extend(r.secrets.iter().map(|s| {
-        let key = map! { "name" => s.secret.as_str(), "key" => s.key.as_str() };
-        map! { "name" => s.variable.as_str(), "valueFrom" => map! { "secretKeyRef" => key } }
-    }));
+    let from = |variable: &str, secret: &str, key: &str| {
+        let key = map! { "name" => secret, "key" => key };
+        map! { "name" => variable, "valueFrom" => map! { "secretKeyRef" => key } }
+    };
+    env.extend(r.secrets.iter().map(|s| from(&s.variable, &s.secret, &s.key)));
+    if r.needs_secret() {
+        let secret = format!("{}-{JOB_SECRET}", r.name);
+        why.note(
+            format!("PHALANX_SECRET is the key {JOB_SECRET} of the secret {secret}, and pods wait until it is there"),
+            format!(
+                "agents on several nodes prove by it that they are of the job: openssl rand -hex 32 | kubectl create \
+                 secret generic {secret} --from-file={JOB_SECRET}=/dev/stdin; --secret-env PHALANX_SECRET=SECRET/KEY \
+                 names another"
+            ),
+        );
+        env.push(from("PHALANX_SECRET", &secret, JOB_SECRET));
+    }
     env
 }
 

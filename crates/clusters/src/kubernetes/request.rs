@@ -258,7 +258,20 @@ impl Request {
         Ok(())
     }
 
+    /// Whether agents must prove to each other that they are of the job, and nothing was said of how.
+    pub(crate) fn needs_secret(&self) -> bool {
+        let given =
+            self.env.iter().map(|(variable, _)| variable).chain(self.secrets.iter().map(|s| &s.variable));
+        let mut said = given
+            .filter(|v| ["PHALANX_SECRET", "PHALANX_SECRET_FILE", "PHALANX_INSECURE"].contains(&v.as_str()));
+        self.nodes > 1 && said.next().is_none()
+    }
+
     fn check_variables(&self) -> Result<()> {
+        if self.env.iter().any(|(variable, _)| variable == "PHALANX_SECRET") {
+            return Err(Error::user("--env PHALANX_SECRET: the job's secret must not stand in a manifest")
+                .hint("--secret-env PHALANX_SECRET=SECRET/KEY names it"));
+        }
         let plain = self.env.iter().map(|(variable, _)| ("--env", variable));
         let names = plain.chain(self.secrets.iter().map(|s| ("--secret-env", &s.variable)));
         let mut seen = Vec::new();

@@ -42,7 +42,8 @@ fn strings(list: Option<&Yaml>) -> Vec<String> {
 fn variable(pod: &Yaml, name: &str) -> Option<String> {
     let Some(Yaml::List(env)) = pod.at("containers.0.env") else { panic!("variables") };
     let found = env.iter().find(|v| v.at("name") == Some(&Yaml::from(name)))?;
-    let value = found.at("value").or_else(|| found.at("valueFrom.fieldRef.fieldPath"))?;
+    let source = ["value", "valueFrom.fieldRef.fieldPath", "valueFrom.secretKeyRef.name"];
+    let value = source.into_iter().find_map(|path| found.at(path))?;
     if let Yaml::Text(text) = value { Some(text.clone()) } else { None }
 }
 
@@ -99,6 +100,25 @@ fn pods_learn_their_place() {
     let service = document(&manifests(&base(Kind::Job)).unwrap(), "Service");
     assert_eq!(service.at("spec.clusterIP"), Some(&Yaml::from("None")));
     assert_eq!(service.at("spec.publishNotReadyAddresses"), Some(&Yaml::from(true)));
+}
+
+#[test]
+fn agents_of_several_nodes_are_given_a_secret() {
+    let check = |change: &dyn Fn(&mut Request), expected: Option<&str>| {
+        for kind in KINDS {
+            let mut request = base(kind);
+            change(&mut request);
+            let made = manifests(&request).unwrap();
+            assert_eq!(variable(&pod(&made, kind), "PHALANX_SECRET").as_deref(), expected, "{kind:?}");
+            let says = made.decisions.iter().any(|d| d.what.contains("the secret mine-secret"));
+            assert_eq!(says, expected == Some("mine-secret"), "{kind:?}");
+        }
+    };
+    check(&|_| {}, Some("mine-secret"));
+    check(&|r| r.nodes = 1, None);
+    check(&|r| r.secrets = vec![Secret::parse("PHALANX_SECRET=ours/key").unwrap()], Some("ours"));
+    check(&|r| r.env = vec![("PHALANX_SECRET_FILE".into(), "/data/job.secret".into())], None);
+    check(&|r| r.env = vec![("PHALANX_INSECURE".into(), "1".into())], None);
 }
 
 #[test]

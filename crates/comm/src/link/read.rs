@@ -1,11 +1,12 @@
 //! The reading side of a connection: frames come in pieces, and payloads go straight to where they are wanted.
 
-use super::{HEAD_BYTES, Io, Kind, Link, MAX_TEXT_BYTES};
+use super::{HEAD_BYTES, Io, Kind, Link, MAX_TEXT_BYTES, PIECE_BYTES};
 use crate::header::{Header, mismatch};
 use crate::inner::{Address, Core, PeerSegment};
 use crate::memory::Mapping;
 use crate::os::os_error;
 use crate::p2p::{Incoming, Lane, Target, Waiting};
+use crate::seal::{Seal, TAG_BYTES};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
@@ -23,8 +24,10 @@ const FIRST_BYTES: usize = 64 << 10;
 
 /// What is being read from one connection.
 pub(super) struct Reader {
-    head: [u8; HEAD_BYTES],
+    /// With its tag, where there are tags.
+    head: [u8; HEAD_BYTES + TAG_BYTES],
     got: usize,
+    seal: Option<Seal>,
     files: VecDeque<OwnedFd>,
     payload: Option<Reading>,
 }
@@ -33,6 +36,8 @@ struct Reading {
     sink: Sink,
     bytes: usize,
     done: usize,
+    tag: [u8; TAG_BYTES],
+    tag_got: usize,
 }
 
 enum Sink {
@@ -42,17 +47,18 @@ enum Sink {
 }
 
 impl Reader {
-    pub(super) fn new() -> Reader {
-        Reader { head: [0; HEAD_BYTES], got: 0, files: VecDeque::new(), payload: None }
+    pub(super) fn new(seal: Option<Seal>) -> Reader {
+        Reader { head: [0; HEAD_BYTES + TAG_BYTES], got: 0, seal, files: VecDeque::new(), payload: None }
     }
 
     /// Reads what there is, up to a turn's worth. An error says how the connection ended.
     pub(super) fn read(&mut self, core: &Core, io: &Io, rank: usize, link: &Link) -> Result<(), String> {
         let mut budget = TURN_BYTES;
+        let head_bytes = HEAD_BYTES + if self.seal.is_some() { TAG_BYTES } else { 0 };
         while budget > 0 {
             let read = match &mut self.payload {
-                Some(reading) => reading.read(&link.socket),
-                None => receive(&link.socket, &mut self.head[self.got..], &mut self.files)
+                Some(reading) => reading.read(&link.socket, self.seal.as_mut()),
+                None => receive(&link.socket, &mut self.head[self.got..head_bytes], &mut self.files)
                     .inspect(|n| self.got += n),
             };
             match read {
@@ -63,22 +69,33 @@ impl Reader {
                 Err(e) => return Err(os_error("its connection failed", &e.into()).to_string()),
             }
             io.heard(link);
-            if self.payload.as_ref().is_some_and(|r| r.done == r.bytes) {
+            if self.payload.as_ref().is_some_and(|r| r.is_whole(self.seal.is_some())) {
                 if let Some(reading) = self.payload.take() {
+                    let is_true = self.seal.as_mut().is_none_or(|seal| seal.is_body_tag(&reading.tag));
+                    is_true.then_some(()).ok_or(FOREIGN)?;
                     reading.finish(core);
                 }
-            } else if self.got == HEAD_BYTES {
+            } else if self.got == head_bytes {
                 self.got = 0;
+                self.check_head()?;
                 self.begin(core, rank, link)?;
             }
         }
         Ok(())
     }
 
+    /// Nothing of a head counts, not even how much follows, before it is known whose it is.
+    fn check_head(&mut self) -> Result<(), String> {
+        let Some(seal) = &mut self.seal else { return Ok(()) };
+        let (head, tag) = self.head.split_at(HEAD_BYTES);
+        let is_true = tag.try_into().is_ok_and(|tag| seal.is_tag(head, tag));
+        is_true.then_some(()).ok_or_else(|| FOREIGN.into())
+    }
+
     /// A frame's head is complete.
     fn begin(&mut self, core: &Core, rank: usize, link: &Link) -> Result<(), String> {
         let mut words = [0; 10];
-        for (word, bytes) in words.iter_mut().zip(self.head.chunks_exact(8)) {
+        for (word, bytes) in words.iter_mut().zip(self.head[..HEAD_BYTES].chunks_exact(8)) {
             *word = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
         }
         let bytes = words[1] as usize;
@@ -110,7 +127,7 @@ impl Reader {
                         return Err("it did something else".into());
                     }
                 };
-                let reading = Reading { sink, bytes, done: 0 };
+                let reading = Reading::new(sink, bytes);
                 match bytes {
                     0 => reading.finish(core),
                     _ => self.payload = Some(reading),
@@ -123,8 +140,7 @@ impl Reader {
             }
             Kind::Beat => {}
             Kind::Abort => {
-                self.payload =
-                    (bytes > 0).then(|| Reading { sink: Sink::Text(vec![0; bytes]), bytes, done: 0 });
+                self.payload = (bytes > 0).then(|| Reading::new(Sink::Text(vec![0; bytes]), bytes));
             }
             Kind::Farewell => {
                 link.left.store(true, Ordering::Release);
@@ -141,12 +157,38 @@ impl Reader {
             }
             Kind::Unshare => core.segments.drop_peer(rank, words[2]),
         }
+        if let (Some(_), Some(seal)) = (&self.payload, &mut self.seal) {
+            seal.begin_body();
+        }
         Ok(())
     }
 }
 
 impl Reading {
-    fn read(&mut self, socket: &OwnedFd) -> Result<usize, Errno> {
+    fn new(sink: Sink, bytes: usize) -> Reading {
+        Reading { sink, bytes, done: 0, tag: [0; TAG_BYTES], tag_got: 0 }
+    }
+
+    fn is_whole(&self, is_sealed: bool) -> bool {
+        self.done == self.bytes && (!is_sealed || self.tag_got == TAG_BYTES)
+    }
+
+    fn read(&mut self, socket: &OwnedFd, mut seal: Option<&mut Seal>) -> Result<usize, Errno> {
+        if self.done == self.bytes {
+            let n = receive_plain(socket, &mut self.tag[self.tag_got..])?;
+            self.tag_got += n;
+            return Ok(n);
+        }
+        // What is received is looked at for its tag while it is in the cache.
+        let most = if seal.is_some() { PIECE_BYTES } else { usize::MAX };
+        let mut receive_plain = |socket: &OwnedFd, buffer: &mut [u8]| {
+            let at_most = buffer.len().min(most);
+            let n = receive_plain(socket, &mut buffer[..at_most])?;
+            if let Some(seal) = &mut seal {
+                seal.update(&buffer[..n]);
+            }
+            Ok(n)
+        };
         let n = match &mut self.sink {
             Sink::Waiting(waiting) => {
                 let cancelled = waiting.cancelled.lock().unwrap_or_else(PoisonError::into_inner);
@@ -188,6 +230,10 @@ impl Reading {
     }
 }
 
+/// What is wrong with a connection whose tags are.
+const FOREIGN: &str = "what came from it does not carry the job's seal: something between the ranks has changed, \
+                       repeated or left out a frame";
+
 fn receive_plain(socket: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
     rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT).map(|(n, _)| n)
 }
@@ -212,7 +258,7 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8], files: &mut VecDeque<OwnedFd>) -
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Io, Kind, Link, head};
+    use super::super::{Io, Kind, Line, Link, head};
     use super::*;
     use crate::control::{CONTROL_BYTES, Control};
     use crate::element::{ElementType, OpTag, Order};
@@ -231,8 +277,7 @@ mod tests {
         let core =
             Core::new(0, Duration::from_secs(1), patience, peers, Arc::new(Failure::default())).unwrap();
         let (here, there) = std::os::unix::net::UnixStream::pair().unwrap();
-        let (out, left, ended, heard, beat) = Default::default();
-        let link = Link { socket: here.into(), out, left, ended, heard, beat };
+        let link = Link::new(Line { socket: here.into(), seals: None });
         let wake = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
         let (closing, thread, sent) = Default::default();
         let links = vec![None, Some(link)];
@@ -278,7 +323,7 @@ mod tests {
             |input| {
                 *core.inbox() = Default::default();
                 let link = io.links[1].as_ref().unwrap();
-                let mut reader = Reader::new();
+                let mut reader = Reader::new(None);
                 // No more at a time than the socket takes.
                 input.chunks(32 << 10).all(|chunk| {
                     assert_eq!(rustix::io::write(&there, chunk).unwrap(), chunk.len());

@@ -1,6 +1,8 @@
+use super::auth::{Line, Refusal};
 use super::wire::{self, Reply, Request};
 use super::{MAX_KEY_BYTES, MAX_VALUE_BYTES, MAX_WAIT_KEYS};
 use crate::os::{is_out_of_files, os_error};
+use crate::secret::Secret;
 use crate::waiting::Waiting;
 use spec::{Error, Result};
 use std::io::{self, Read, Write};
@@ -32,15 +34,26 @@ pub struct StoreClient {
 struct Inner {
     addr: String,
     local: IpAddr,
-    idle: Mutex<Vec<TcpStream>>,
+    secret: Secret,
+    idle: Mutex<Vec<Line<TcpStream>>>,
 }
 
 impl StoreClient {
-    /// Connects to `host:port`, trying again until `deadline` has passed: the server may start later than we do.
+    /// [`StoreClient::connect_with`] to a store [without a secret](Secret::none).
     ///
     /// # Errors
-    /// The address cannot be parsed or resolved, nobody listens there in time, or it is no store.
+    /// As there.
     pub fn connect(addr: &str, deadline: Duration) -> Result<StoreClient> {
+        StoreClient::connect_with(addr, &Secret::none(), deadline)
+    }
+
+    /// Connects to `host:port`, trying again until `deadline` has passed: the server may start later than we do. Both
+    /// sides prove that they hold `secret`.
+    ///
+    /// # Errors
+    /// The address cannot be parsed or resolved, nobody listens there in time, or it is no store, or one with another
+    /// secret.
+    pub fn connect_with(addr: &str, secret: &Secret, deadline: Duration) -> Result<StoreClient> {
         if addr.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
             return Err(Error::user(format!("store address {addr:?}: expected host:port")));
         }
@@ -49,10 +62,10 @@ impl StoreClient {
         let doing = format!("connect to the store at {addr}");
         let mut spoken: Option<Waiting> = None;
         let mut mute_since = None;
-        let stream = loop {
+        let line = loop {
             let tried = Instant::now();
-            let failed = match open(addr, until) {
-                Ok(stream) => break stream,
+            let failed = match open(addr, secret, until) {
+                Ok(line) => break line,
                 Err(failed) => failed,
             };
             let e = match failed {
@@ -71,6 +84,7 @@ impl StoreClient {
                     }
                     e
                 }
+                failed => return Err(failed.into_error(&doing)),
             };
             if Instant::now() + RETRY_PAUSE >= until {
                 return Err(Error::failure(format!(
@@ -89,18 +103,29 @@ impl StoreClient {
             std::thread::sleep(RETRY_PAUSE);
         };
         drop(spoken);
-        let local = stream
+        let local = line
+            .stream()
             .local_addr()
             .map_err(|e| Error::failure(format!("connect to the store at {addr}: {e}")))?
             .ip();
         Ok(StoreClient {
-            inner: Arc::new(Inner { addr: addr.to_string(), local, idle: Mutex::new(vec![stream]) }),
+            inner: Arc::new(Inner {
+                addr: addr.to_string(),
+                local,
+                secret: secret.clone(),
+                idle: Mutex::new(vec![line]),
+            }),
         })
     }
 
     /// The server's address, as given to [`StoreClient::connect`].
     pub fn addr(&self) -> &str {
         &self.inner.addr
+    }
+
+    /// The job's secret, which the server holds too.
+    pub(crate) fn secret(&self) -> &Secret {
+        &self.inner.secret
     }
 
     /// The address of this machine that the server sees, which other machines can most likely reach too.
@@ -255,11 +280,17 @@ impl StoreClient {
         };
         let gone = |e: io::Error| if is_out_of_files(&e) { os_error("call the store", &e) } else { gone(e) };
         let idle = self.inner.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut stream = match idle {
-            Some(stream) => stream,
-            None => open(&self.inner.addr, Instant::now() + CALL_TIMEOUT).map_err(|e| gone(e.into_io()))?,
+        let mut line = match idle {
+            Some(line) => line,
+            None => {
+                let until = Instant::now() + CALL_TIMEOUT;
+                open(&self.inner.addr, &self.inner.secret, until).map_err(|e| match e {
+                    Failed::Connect(e) | Failed::Greet(e) => gone(e),
+                    failed => failed.into_error(&format!("call the store at {}", self.inner.addr)),
+                })?
+            }
         };
-        let body = exchange(&mut stream, request, wait).map_err(gone)?;
+        let body = exchange(&mut line, request, wait).map_err(gone)?;
         let reply = Reply::decode(&body)
             .map_err(|e| e.context(format!("answer of the store at {}", self.inner.addr)))?;
         if matches!(reply, Reply::Refused(_)) {
@@ -267,7 +298,7 @@ impl StoreClient {
         }
         let mut idle = self.inner.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < MAX_IDLE {
-            idle.push(stream);
+            idle.push(line);
         }
         drop(idle);
         Ok(reply)
@@ -275,10 +306,7 @@ impl StoreClient {
 
     fn odd(&self, doing: &str, key: &str, reply: &Reply) -> Error {
         match reply {
-            Reply::Refused(why) => match why.split_once(super::HINT) {
-                Some((why, hint)) => Error::failure(format!("{doing} {key}: {why}")).hint(hint),
-                None => Error::failure(format!("{doing} {key}: {why}")),
-            },
+            Reply::Refused(why) => refused(&format!("{doing} {key}"), why),
             other => {
                 Error::failure(format!("{doing} {key}: the store at {} answered {other:?}", self.inner.addr))
             }
@@ -286,33 +314,56 @@ impl StoreClient {
     }
 }
 
-fn exchange(stream: &mut TcpStream, request: &Request, wait: Duration) -> io::Result<Vec<u8>> {
-    stream.set_read_timeout(Some(wait + CALL_TIMEOUT))?;
-    wire::write_frame(stream, &request.encode())?;
-    wire::read_frame(stream)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+/// A refusal in the store's words, which may hold a hint.
+fn refused(doing: &str, why: &str) -> Error {
+    match why.split_once(super::HINT) {
+        Some((why, hint)) => Error::failure(format!("{doing}: {why}")).hint(hint),
+        None => Error::failure(format!("{doing}: {why}")),
+    }
 }
 
-/// Why there is no connection: nobody answers, or not as a store does.
+fn exchange(line: &mut Line<TcpStream>, request: &Request, wait: Duration) -> io::Result<Vec<u8>> {
+    line.stream().set_read_timeout(Some(wait + CALL_TIMEOUT))?;
+    line.send(&request.encode())?;
+    line.receive()?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+/// Why there is no connection: nobody answers, or not as a store does, or as the store of another job, or of one that
+/// has no room.
 enum Failed {
     Connect(io::Error),
     Greet(io::Error),
+    Secret(String),
+    Full(String),
 }
 
 impl Failed {
-    fn into_io(self) -> io::Error {
+    fn into_error(self, doing: &str) -> Error {
         match self {
-            Failed::Connect(e) | Failed::Greet(e) => e,
+            Failed::Connect(e) | Failed::Greet(e) => Error::failure(format!("{doing}: {e}")),
+            Failed::Full(why) => refused(doing, &why),
+            Failed::Secret(why) => Error::user(format!("{doing}: its secret is not ours: {why}")).hint(
+                "all processes of a job hold one secret: give each PHALANX_SECRET_FILE or PHALANX_SECRET of the same \
+                 content, and each job a port of its own",
+            ),
         }
     }
 }
 
-fn open(addr: &str, until: Instant) -> Result<TcpStream, Failed> {
+fn open(addr: &str, secret: &Secret, until: Instant) -> Result<Line<TcpStream>, Failed> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
     let addrs: Vec<SocketAddr> = addr.to_socket_addrs().map_err(Failed::Connect)?.collect();
     for addr in addrs {
         let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         match TcpStream::connect_timeout(&addr, left) {
-            Ok(stream) => return greet(stream, left).map_err(Failed::Greet),
+            Ok(stream) => {
+                let stream = greet(stream, left).map_err(Failed::Greet)?;
+                return Line::ask(stream, secret).map_err(|why| match why {
+                    Refusal::Io(e) => Failed::Greet(e),
+                    Refusal::Secret(why) => Failed::Secret(why),
+                    Refusal::Full(why) => Failed::Full(why),
+                });
+            }
             Err(e) => last = e,
         }
     }

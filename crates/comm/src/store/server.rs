@@ -1,10 +1,12 @@
+use super::auth::{self, Line};
 use super::wire::{self, Reply, Request};
-use super::{MAX_CONNECTIONS, MAX_KEY_BYTES, MAX_VALUE_BYTES};
-use crate::os::{is_out_of_files, os_error};
+use super::{MAX_CONNECTIONS, MAX_KEY_BYTES, MAX_STORE_BYTES, MAX_STRANGERS, MAX_VALUE_BYTES};
+use crate::os::{is_out_of_files, os_error, raise_file_limit};
+use crate::secret::Secret;
 use spec::{Error, Result};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -28,8 +30,9 @@ pub struct StoreServer {
     accept: Option<JoinHandle<()>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Served {
+    secret: Secret,
     state: Mutex<State>,
     changed: Condvar,
     stopping: AtomicBool,
@@ -38,22 +41,37 @@ struct Served {
 #[derive(Debug, Default)]
 struct State {
     map: BTreeMap<String, Vec<u8>>,
+    /// Of all keys and values.
+    bytes: usize,
     connections: HashMap<u64, Arc<TcpStream>>,
+    /// Those of them that have not shown yet that they are the job's, the oldest first.
+    strangers: BTreeSet<u64>,
 }
 
 impl StoreServer {
-    /// Listens on `bind` (port 0 picks a free one, see [`StoreServer::addr`]) and serves until dropped.
+    /// [`StoreServer::start_with`], [without a secret](Secret::none).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start(bind: SocketAddr) -> Result<StoreServer> {
+        StoreServer::start_with(bind, &Secret::none())
+    }
+
+    /// Serves those who hold `secret`. Listens on `bind` (port 0 picks a free one, see [`StoreServer::addr`]) and serves until dropped.
     ///
     /// # Errors
     /// The address is taken or not one of this machine's.
-    pub fn start(bind: SocketAddr) -> Result<StoreServer> {
+    pub fn start_with(bind: SocketAddr, secret: &Secret) -> Result<StoreServer> {
+        raise_file_limit();
         let listener = TcpListener::bind(bind).map_err(|e| {
             Error::user(format!("start the store on {bind}: {e}"))
                 .hint("choose a free port, or 0 to have one chosen")
         })?;
         let addr =
             listener.local_addr().map_err(|e| Error::failure(format!("start the store on {bind}: {e}")))?;
-        let shared = Arc::new(Served::default());
+        let (secret, state) = (secret.clone(), Mutex::default());
+        let (changed, stopping) = Default::default();
+        let shared = Arc::new(Served { secret, state, changed, stopping });
         let accept = {
             let shared = shared.clone();
             spawn("store-accept", move || shared.accept(&listener))?
@@ -118,7 +136,8 @@ impl Served {
                 Ok((stream, _)) => Arc::new(stream),
                 Err(e) if is_out_of_files(&e) && spare.take().is_some() => {
                     // With the spare descriptor the caller can be told why nobody answers.
-                    let _ = listener.accept().map(|(stream, _)| turn_away(&stream, &e));
+                    let error = os_error("the store cannot take one more connection", &e);
+                    let _ = listener.accept().map(|(stream, _)| turn_away(&stream, &error));
                     spare = self::spare();
                     continue;
                 }
@@ -128,22 +147,21 @@ impl Served {
                     continue;
                 }
             };
-            {
-                let mut state = self.lock();
-                if state.connections.len() >= MAX_CONNECTIONS {
-                    continue;
-                }
-                state.connections.insert(id, stream.clone());
+            if !self.lock().admit(id, &stream) {
+                let error =
+                    Error::failure(format!("the store holds {MAX_CONNECTIONS} connections, its most"));
+                let _ = turn_away(&stream, &error);
+                continue;
             }
             let shared = self.clone();
             let served = spawn("store-client", move || {
                 // An error here is the client's: it sees its connection close.
-                let _ = shared.serve(&stream);
-                shared.lock().connections.remove(&id);
+                let _ = shared.serve(id, &stream);
+                shared.lock().forget(id);
             });
             match served {
                 Ok(thread) => threads.push(thread),
-                Err(_) => drop(self.lock().connections.remove(&id)),
+                Err(_) => self.lock().forget(id),
             }
         }
         // Connections accepted while `drop` was closing the others.
@@ -155,23 +173,25 @@ impl Served {
         }
     }
 
-    fn serve(&self, mut stream: &TcpStream) -> std::io::Result<()> {
+    fn serve(&self, id: u64, mut stream: &TcpStream) -> std::io::Result<()> {
         stream.set_nodelay(true)?;
         stream.set_write_timeout(Some(PEER_TIMEOUT))?;
-        stream.set_read_timeout(Some(PEER_TIMEOUT))?;
+        let until = Instant::now() + PEER_TIMEOUT;
         let mut hello = [0; wire::HELLO.len()];
-        stream.read_exact(&mut hello)?;
+        auth::read_until(stream, &mut hello, until)?;
         stream.write_all(&wire::HELLO)?;
         if hello != wire::HELLO {
             return Ok(());
         }
+        let Some(mut line) = Line::answer(stream, &self.secret, until)? else { return Ok(()) };
+        self.lock().strangers.remove(&id);
         stream.set_read_timeout(None)?;
-        while let Some(body) = wire::read_frame(&mut stream)? {
+        while let Some(body) = line.receive()? {
             let reply = match Request::decode(&body) {
                 Ok(request) => self.answer(request),
                 Err(e) => Reply::Refused(e.to_string()),
             };
-            wire::write_frame(&mut stream, &reply.encode())?;
+            line.send(&reply.encode())?;
         }
         Ok(())
     }
@@ -179,11 +199,13 @@ impl Served {
     fn answer(&self, request: Request) -> Reply {
         let mut state = self.lock();
         match request {
-            Request::Set { key, value } => {
-                state.map.insert(key, value);
-                self.changed.notify_all();
-                Reply::Done
-            }
+            Request::Set { key, value } => match state.put(key, value) {
+                Ok(()) => {
+                    self.changed.notify_all();
+                    Reply::Done
+                }
+                Err(full) => full,
+            },
             Request::Get { key, timeout } => {
                 let keys = [key];
                 state = match self.wait(state, &keys, timeout) {
@@ -196,17 +218,19 @@ impl Served {
                 Ok(_) => Reply::Done,
                 Err(reply) => reply,
             },
-            Request::Add { key, delta } => add(&mut state.map, key, delta, || self.changed.notify_all()),
+            Request::Add { key, delta } => add(&mut state, key, delta, || self.changed.notify_all()),
             Request::CompareSet { key, expect, new } => {
                 let now = state.map.get(&key);
                 if now == expect.as_ref() {
-                    state.map.insert(key, new.clone());
+                    if let Err(full) = state.put(key, new.clone()) {
+                        return full;
+                    }
                     self.changed.notify_all();
                     return Reply::Value(new);
                 }
                 Reply::Value(now.cloned().unwrap_or_default())
             }
-            Request::Delete { key } => Reply::Number(i64::from(state.map.remove(&key).is_some())),
+            Request::Delete { key } => Reply::Number(i64::from(state.take(&key))),
             Request::Keys { prefix } => list(&state.map, &prefix),
         }
     }
@@ -239,19 +263,70 @@ impl Served {
     }
 }
 
+impl State {
+    /// Takes a connection that nothing is known of yet, if there is room. Those that come and say nothing make room for
+    /// those that come after them.
+    fn admit(&mut self, id: u64, stream: &Arc<TcpStream>) -> bool {
+        if self.strangers.len() >= MAX_STRANGERS
+            && let Some(oldest) = self.strangers.pop_first()
+            && let Some(stream) = self.connections.remove(&oldest)
+        {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        let fits = self.connections.len() < MAX_CONNECTIONS;
+        if fits {
+            self.connections.insert(id, stream.clone());
+            self.strangers.insert(id);
+        }
+        fits
+    }
+
+    fn forget(&mut self, id: u64) {
+        self.connections.remove(&id);
+        self.strangers.remove(&id);
+    }
+
+    /// Stores a value, unless that were too much altogether: the answer then.
+    fn put(&mut self, key: String, value: Vec<u8>) -> Result<(), Reply> {
+        let old = self.map.get(&key).map_or(0, |old| size(&key, old));
+        let bytes = self.bytes - old + size(&key, &value);
+        if bytes > MAX_STORE_BYTES {
+            return Err(Reply::Refused(format!(
+                "the store holds {} bytes, and {} more are over its most, {MAX_STORE_BYTES}",
+                self.bytes,
+                value.len()
+            )));
+        }
+        self.bytes = bytes;
+        self.map.insert(key, value);
+        Ok(())
+    }
+
+    fn take(&mut self, key: &str) -> bool {
+        let old = self.map.remove(key);
+        self.bytes -= old.as_ref().map_or(0, |old| size(key, old));
+        old.is_some()
+    }
+}
+
+/// What an entry takes: its bytes, and about as much as a map adds to each.
+fn size(key: &str, value: &[u8]) -> usize {
+    const ENTRY_BYTES: usize = 96;
+    key.len() + value.len() + ENTRY_BYTES
+}
+
 /// A descriptor to give up when all others are in use.
 fn spare() -> Option<File> {
     File::open("/dev/null").ok()
 }
 
 /// Answers a caller that cannot be served with the reason.
-fn turn_away(mut stream: &TcpStream, e: &std::io::Error) -> std::io::Result<()> {
-    let error = os_error("the store cannot take one more connection", e);
+fn turn_away(mut stream: &TcpStream, error: &Error) -> std::io::Result<()> {
     let hint = error.hint_text().map_or(String::new(), |hint| format!("{}{hint}", super::HINT));
     stream.set_write_timeout(Some(TURN_AWAY_TIMEOUT))?;
     stream.set_read_timeout(Some(TURN_AWAY_TIMEOUT))?;
     stream.write_all(&wire::HELLO)?;
-    wire::write_frame(&mut stream, &Reply::Refused(format!("{error}{hint}")).encode())?;
+    auth::refuse(&mut stream, &format!("{error}{hint}"))?;
     stream.shutdown(Shutdown::Write)?;
     // Closing with something unread would take the answer away before it is read.
     let mut rest = [0; 256];
@@ -259,8 +334,8 @@ fn turn_away(mut stream: &TcpStream, e: &std::io::Error) -> std::io::Result<()> 
     Ok(())
 }
 
-fn add(map: &mut BTreeMap<String, Vec<u8>>, key: String, delta: i64, changed: impl FnOnce()) -> Reply {
-    let now = match map.get(&key) {
+fn add(state: &mut State, key: String, delta: i64, changed: impl FnOnce()) -> Reply {
+    let now = match state.map.get(&key) {
         None => 0,
         Some(text) => match std::str::from_utf8(text).ok().and_then(|t| t.parse::<i64>().ok()) {
             Some(n) => n,
@@ -275,7 +350,9 @@ fn add(map: &mut BTreeMap<String, Vec<u8>>, key: String, delta: i64, changed: im
     let Some(sum) = now.checked_add(delta) else {
         return Reply::Refused(format!("add to key {key}: {now} + {delta} overflows"));
     };
-    map.insert(key, sum.to_string().into_bytes());
+    if let Err(full) = state.put(key, sum.to_string().into_bytes()) {
+        return full;
+    }
     changed();
     Reply::Number(sum)
 }

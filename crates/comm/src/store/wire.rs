@@ -7,7 +7,7 @@ use std::time::Duration;
 
 /// First bytes of a connection in both directions; the digits are the version. It ends in an empty line, so that
 /// servers of other protocols answer, or hang up, at once.
-pub(super) const HELLO: [u8; 12] = *b"PHXSTO02\r\n\r\n";
+pub(super) const HELLO: [u8; 12] = *b"PHXSTO03\r\n\r\n";
 
 /// Longest frame: the largest value or list of keys, and its small fields.
 const MAX_FRAME_BYTES: usize = MAX_VALUE_BYTES * 2 + MAX_KEY_BYTES + 64;

@@ -3,6 +3,7 @@
 use crate::net::{self, ReservedPort};
 use crate::options::{Backend, Options};
 use crate::rendezvous::{Driver, Setup};
+use crate::secret::Trust;
 use crate::signals::Signals;
 use comm::StoreServer;
 use elastic::rendezvous::{Closed, Member, News, NodeId, Offer, Rules, Seat, Wish};
@@ -10,7 +11,7 @@ use rustix::event::Timespec;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::BorrowedFd;
 use spec::{Error, Result};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -35,11 +36,17 @@ pub(super) enum Finished {
 }
 
 impl Group {
-    pub(super) fn start(options: &Options, nproc: usize, run_id: &str) -> Result<Group> {
+    pub(super) fn start(
+        options: &Options,
+        nproc: usize,
+        run_id: &str,
+        trust: &Trust,
+        bind: Option<IpAddr>,
+    ) -> Result<Group> {
         if options.is_single() {
-            Single::start(options).map(Group::Single)
+            Single::start(options, trust).map(Group::Single)
         } else {
-            Many::start(options, nproc, run_id).map(Group::Many)
+            Many::start(options, nproc, run_id, trust, bind).map(Group::Many)
         }
     }
 
@@ -158,8 +165,8 @@ pub(super) struct Single {
 }
 
 impl Single {
-    fn start(options: &Options) -> Result<Single> {
-        let server = StoreServer::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    fn start(options: &Options, trust: &Trust) -> Result<Single> {
+        let server = StoreServer::start_with(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), &trust.secret)?;
         let given = options.master_port.filter(|_| !options.standalone);
         let master_addr = options.local_addr.clone().unwrap_or_else(|| options.master_addr.clone());
         Ok(Single { given_seat: None, given, reserved: None, master_addr, round: 0, server })
@@ -210,20 +217,33 @@ enum Heard {
 }
 
 impl Many {
-    fn start(options: &Options, nproc: usize, run_id: &str) -> Result<Many> {
+    fn start(
+        options: &Options,
+        nproc: usize,
+        run_id: &str,
+        trust: &Trust,
+        bind: Option<IpAddr>,
+    ) -> Result<Many> {
         let is_static = options.backend == Backend::Static;
         let (host, port) = match (&options.endpoint, is_static) {
             (Some(endpoint), true) => net::split_endpoint(endpoint, STATIC_PORT)?,
             (Some(endpoint), false) => net::split_endpoint(endpoint, DYNAMIC_PORT)?,
             (None, _) => (options.master_addr.clone(), options.master_port.unwrap_or(STATIC_PORT)),
         };
+        trust.check(&host, port)?;
         let must_host = options.is_host.or(is_static.then_some(options.node_rank == 0));
-        let server = host_store(&host, port, must_host)?;
+        let server = host_store(&host, port, must_host, trust, bind)?;
         let port = server.as_ref().map_or(port, |s| s.addr().port());
         let endpoint = net::join_endpoint(&host, port);
+        let chosen = bind.filter(|ip| !ip.is_unspecified()).map(|ip| ip.to_string());
+        let addr = options.local_addr.clone().or(chosen).unwrap_or_default();
+        if !addr.is_empty() {
+            // This agent listens there too: the store may move to it.
+            trust.check(&addr, port)?;
+        }
         let id = NodeId {
             node_rank: options.node_rank,
-            addr: options.local_addr.clone().unwrap_or_default(),
+            addr,
             pid: std::process::id(),
             serial: SERIAL.fetch_add(1, Ordering::Relaxed),
         };
@@ -238,6 +258,8 @@ impl Many {
         };
         let driver = Driver::start(Setup {
             endpoint,
+            secret: trust.secret.clone(),
+            bind,
             run_id: run_id.to_owned(),
             me,
             rules: Rules { min: options.min_nodes, max: options.max_nodes, is_static },
@@ -311,22 +333,24 @@ fn words(news: &News) -> String {
 
 /// Starts the job's store if this node is to have it: `must` says so, or else the endpoint is this machine's and its
 /// port is free.
-fn host_store(host: &str, port: u16, must: Option<bool>) -> Result<Option<StoreServer>> {
+fn host_store(
+    host: &str,
+    port: u16,
+    must: Option<bool>,
+    trust: &Trust,
+    bind: Option<IpAddr>,
+) -> Result<Option<StoreServer>> {
     if must == Some(false) || (must.is_none() && !net::is_local(host)) {
         return Ok(None);
     }
-    let bind = match host.parse::<IpAddr>() {
-        Ok(ip) => SocketAddr::new(ip, port),
-        // A name may mean a loopback address here and another one elsewhere, so listen on all.
-        Err(_) if host == "localhost" => SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
-        Err(_) if net::resolve(host, port).iter().any(SocketAddr::is_ipv4) => {
-            SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))
-        }
-        Err(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)),
+    let ip = match (bind, host.parse()) {
+        (Some(ip), _) | (None, Ok(ip)) => ip,
+        (None, Err(_)) => net::bindable(host, port),
     };
+    let bind = SocketAddr::new(ip, port);
     let free = TcpListener::bind(bind).map(drop);
     match free {
-        Ok(()) => match StoreServer::start(bind) {
+        Ok(()) => match StoreServer::start_with(bind, &trust.secret) {
             Ok(server) => Ok(Some(server)),
             Err(_) if must.is_none() => Ok(None),
             Err(e) => Err(e),

@@ -252,6 +252,8 @@ impl Agent<'_> {
                 run_id: &self.run_id,
                 restarts: self.crew.restarts(),
                 store: &store,
+                trust: &self.trust,
+                bind: self.bind,
                 marker: &self.marker,
             };
             let (stdout, stderr) = files.open()?;

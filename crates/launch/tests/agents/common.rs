@@ -150,7 +150,7 @@ pub(crate) fn run_without_reader(args: &[&str]) -> Ended {
 pub(crate) fn run_with_files(files: usize, args: &[&str]) -> Ended {
     let plain = launcher(args);
     let mut command = Command::new("sh");
-    command.arg("-c").arg(format!("ulimit -Sn {files}; exec \"$@\"")).arg("sh");
+    command.arg("-c").arg(format!("ulimit -n {files}; exec \"$@\"")).arg("sh");
     command.arg(plain.get_program()).args(plain.get_args()).env_clear();
     command.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -6,6 +6,7 @@ mod one_node;
 mod ranks;
 mod recovery;
 mod torch;
+mod trust;
 
 /// Plays the launcher when this process was started as one.
 #[test]

@@ -15,12 +15,16 @@ fn free_port() -> u16 {
 pub(crate) struct Job {
     endpoint: String,
     nnodes: &'static str,
-    more: Vec<&'static str>,
+    more: Vec<String>,
 }
 
 impl Job {
-    pub(crate) fn new(nnodes: &'static str, more: &[&'static str]) -> Job {
-        Job { endpoint: format!("127.0.0.1:{}", free_port()), nnodes, more: more.to_vec() }
+    pub(crate) fn new(nnodes: &'static str, more: &[&str]) -> Job {
+        Job {
+            endpoint: format!("127.0.0.1:{}", free_port()),
+            nnodes,
+            more: more.iter().map(|m| (*m).to_owned()).collect(),
+        }
     }
 
     /// Starts node `index`; its address orders it among the others. Node 0 hosts the store.
@@ -50,7 +54,8 @@ impl Job {
             "--shutdown-timeout",
             "5",
         ];
-        Running::start(&[&fixed, &self.more[..], program].concat())
+        let more: Vec<&str> = self.more.iter().map(String::as_str).collect();
+        Running::start(&[&fixed, &more[..], program].concat())
     }
 }
 

@@ -33,6 +33,35 @@ fn a_script_is_shown_before_it_is_submitted() {
 }
 
 #[test]
+fn a_script_draws_a_secret_for_each_start_unless_there_is_one() {
+    let lab = Lab::new();
+    let script = lab.ok(&format!("launch slurm --nodes 2 --dry-run -- {}", tiny("run", "")));
+    // In place of Slurm's: shows what a step would be given, and is done.
+    lab.write("srun", "#!/bin/sh\nprintf '%s %s' \"$PHALANX_SECRET\" \"$SLURM_EXPORT_ENV\"\n");
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(lab.path("srun"), executable).expect("a mode");
+    let path = format!("{}:{}", lab.path("").display(), std::env::var("PATH").unwrap_or_default());
+    let secret = |given: &[(&str, &str)]| {
+        let mut bash = std::process::Command::new("bash");
+        for name in ["PHALANX_SECRET", "PHALANX_SECRET_FILE", "PHALANX_INSECURE"] {
+            bash.env_remove(name);
+        }
+        bash.env("PATH", &path).env("SLURM_EXPORT_ENV", "NONE").envs(given.iter().copied());
+        let ran = bash.arg("-c").arg(&script).output().expect("start bash");
+        assert!(ran.status.success(), "{ran:?}");
+        let shown = String::from_utf8_lossy(&ran.stdout).into_owned();
+        shown.strip_suffix(' ').expect("steps get all variables").to_owned()
+    };
+    let made = secret(&[]);
+    assert!(made.len() == 64 && made.bytes().all(|b| b.is_ascii_hexdigit()), "{made}");
+    assert_ne!(secret(&[]), made);
+    assert_eq!(secret(&[("PHALANX_INSECURE", "0")]).len(), 64);
+    assert_eq!(secret(&[("PHALANX_SECRET", "mine")]), "mine");
+    assert_eq!(secret(&[("PHALANX_SECRET_FILE", "job.secret")]), "");
+    assert_eq!(secret(&[("PHALANX_INSECURE", "1")]), "");
+}
+
+#[test]
 fn what_cannot_be_asked_of_slurm_is_refused_at_once() {
     let lab = Lab::new();
     let train = tiny("run", "");

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use comm::StoreClient;
+use comm::{Secret, StoreClient};
 use elastic::{Orders, Report};
 use spec::{Error, Result};
 
@@ -52,6 +52,8 @@ pub struct Agent {
     /// Orders that were looked at and not yet obeyed.
     next: Option<Orders>,
     meeting: Arc<Mutex<Option<Orders>>>,
+    /// What the stores of orders ask for.
+    secret: Secret,
     pulse: Arc<Pulse>,
     beats: Option<JoinHandle<()>>,
     is_over: Arc<AtomicBool>,
@@ -69,11 +71,12 @@ impl Said {
 }
 
 impl Agent {
-    /// Takes the rank's end of the socket, says that orders will be obeyed, and begins to show signs of life.
+    /// Takes the rank's end of the socket, says that orders will be obeyed, and begins to show signs of life. `secret` is
+    /// the job's.
     ///
     /// # Errors
     /// If the socket cannot be used, or there is no thread.
-    pub fn new(stream: UnixStream) -> Result<Agent> {
+    pub fn new(stream: UnixStream, secret: Secret) -> Result<Agent> {
         let failed = |e: std::io::Error| Error::failure(format!("talk to the agent: {e}"));
         stream.set_write_timeout(Some(WRITE_TIMEOUT)).map_err(failed)?;
         let said = Said(Arc::new(Mutex::new(stream.try_clone().map_err(failed)?)));
@@ -90,13 +93,14 @@ impl Agent {
         let meeting: Arc<Mutex<Option<Orders>>> = Arc::default();
         let (tell, orders) = channel();
         let hears = {
-            let (lines, meeting) = (BufReader::new(stream.try_clone().map_err(failed)?), meeting.clone());
+            let lines = BufReader::new(stream.try_clone().map_err(failed)?);
+            let (meeting, secret) = (meeting.clone(), secret.clone());
             move || {
                 for line in lines.lines() {
                     let Ok(orders) = line.map_err(failed).and_then(|line| Orders::read(&line)) else {
                         return;
                     };
-                    leave_meeting(&meeting, &orders);
+                    leave_meeting(&meeting, &secret, &orders);
                     if tell.send(orders).is_err() {
                         return;
                     }
@@ -107,7 +111,7 @@ impl Agent {
         let beats = thread("beats").spawn(beats).map_err(failed)?;
         let hears = thread("orders").spawn(hears).map_err(failed)?;
         let (next, beats, hears) = (None, Some(beats), Some(hears));
-        Ok(Agent { said, orders, next, meeting, pulse, beats, is_over, hears, stream })
+        Ok(Agent { said, orders, next, meeting, secret, pulse, beats, is_over, hears, stream })
     }
 
     /// Where the executor shows that it lives.
@@ -158,20 +162,20 @@ impl Agent {
         if self.has_orders(orders.round)
             && let Some(next) = &self.next
         {
-            leave_meeting(&self.meeting, next);
+            leave_meeting(&self.meeting, &self.secret, next);
         }
     }
 }
 
 /// Ends the meeting under way if `orders` are of a later round.
-fn leave_meeting(meeting: &Mutex<Option<Orders>>, orders: &Orders) {
+fn leave_meeting(meeting: &Mutex<Option<Orders>>, secret: &Secret, orders: &Orders) {
     let earlier = {
         let mut meeting = meeting.lock().unwrap_or_else(PoisonError::into_inner);
         meeting.take_if(|at| at.round < orders.round)
     };
     let Some(earlier) = earlier else { return };
     // The store may be gone with the host that it was on; then the wait ends by itself.
-    if let Ok(store) = StoreClient::connect(&earlier.store, STORE_TIMEOUT) {
+    if let Ok(store) = StoreClient::connect_with(&earlier.store, secret, STORE_TIMEOUT) {
         let _ = comm::give_up(&store, &earlier.session, &format!("met again in round {}", orders.round));
     }
 }
@@ -207,7 +211,7 @@ mod tests {
     #[test]
     fn a_rank_says_that_it_lives_and_hears_the_newest_orders() {
         let (ours, theirs) = UnixStream::pair().expect("sockets");
-        let mut agent = Agent::new(theirs).expect("an agent");
+        let mut agent = Agent::new(theirs, Secret::none()).expect("an agent");
         let mut lines = BufReader::new(ours.try_clone().expect("a socket")).lines();
         let mut next = || Report::read(&lines.next().expect("a line").expect("text")).expect("a report");
         assert_eq!(next(), Report::CanRecover);

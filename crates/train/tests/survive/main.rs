@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use agent::Job;
-use comm::{Bootstrap, StoreClient, TransportChoice, World};
+use comm::{Bootstrap, Secret, StoreClient, TransportChoice, World};
 use elastic::Orders;
 use journal::{Record, Step};
 use spec::{Result, RunSpec};
@@ -87,7 +87,8 @@ fn a_rank() {
     let keys: Vec<String> = std::env::var("SURVIVE_KEYS").expect("keys").lines().map(str::to_owned).collect();
     let fd = std::env::var("PHALANX_AGENT_FD").expect("a socket").parse().expect("a number");
     // SAFETY: the agent made it for this process, and nobody else has it.
-    let agent = Agent::new(unsafe { UnixStream::from_raw_fd(fd) }).expect("an agent");
+    let stream = unsafe { UnixStream::from_raw_fd(fd) };
+    let agent = Agent::new(stream, Secret::none()).expect("an agent");
     let orders = Orders::read(&orders).expect("orders");
     let joined = Trainer::join(Box::new(Here(run(&keys))), agent, orders, false).expect("joined");
     let Some(mut trainer) = joined else { return };
