@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
@@ -68,6 +69,7 @@ impl Lab {
         for name in ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"] {
             command.env_remove(name);
         }
+        heed_signals(&mut command);
         command
     }
 
@@ -220,4 +222,17 @@ impl Started {
         self.child.stderr.take().expect("a pipe").read_to_string(&mut err).expect("read stderr");
         (self.child.wait().expect("wait for the program"), err)
     }
+}
+
+/// Tests that are started in the background (`tests &`) are handed signals that are ignored, and would hand them on.
+fn heed_signals(command: &mut Command) {
+    let heed = || {
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+            // SAFETY: a call that only sets a signal's default action may be made between fork and exec.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+        Ok(())
+    };
+    // SAFETY: `heed` allocates nothing and takes no lock.
+    unsafe { command.pre_exec(heed) };
 }
