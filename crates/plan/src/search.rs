@@ -514,14 +514,6 @@ fn groups(problem: &Problem, whole: &Placement) -> Vec<usize> {
     sizes
 }
 
-/// Layers of the fullest stage where they are dealt to chunks as evenly as they go.
-fn fullest(layers: usize, pp: usize, chunks: usize) -> usize {
-    let virtuals = pp * chunks;
-    let at = |v: usize| layers * v / virtuals;
-    let own = |s: usize| (0..chunks).map(|c| at(c * pp + s + 1) - at(c * pp + s)).sum();
-    (0..pp).map(own).max().unwrap_or(layers)
-}
-
 /// Schedules and chunks a stage. Where the stack deals layers `uneven`, chunks may differ by one. With `empty_ends` the embedding and the head may have chunks of their own.
 fn schedules(
     pp: usize,
@@ -537,9 +529,7 @@ fn schedules(
             let all = layers + if empty_ends { 2 } else { 0 };
             let most = (all / pp).min(CHUNKS_MAX);
             let even = |c: usize| layers.is_multiple_of(c * pp) || (layers + 2).is_multiple_of(c * pp);
-            // Uneven chunks pay where no stage gets more layers by them.
-            let spread = |c: usize| uneven && fullest(layers, pp, c) == layers.div_ceil(pp);
-            let chunks = (2..=most).filter(|c| even(*c) || spread(*c));
+            let chunks = (2..=most).filter(|c| uneven || even(*c));
             out.extend(chunks.map(|c| (PipelineSchedule::Interleaved, c)));
         }
     }
