@@ -9,6 +9,7 @@ mod replicas;
 mod section;
 mod step;
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -226,9 +227,14 @@ pub struct Estimator<'a> {
     wide_chip: Chip,
     templates: Templates,
     timed: HashMap<TimedKey, Timed>,
+    /// Pipelines played before: layouts that differ in what replicas do alone share theirs.
+    played: RefCell<HashMap<PlayedKey, f64>>,
     expert_layers: f64,
     flops: f64,
 }
+
+/// Stages, micro-batches, and the bits of the times of virtual stages.
+type PlayedKey = (usize, usize, Vec<[u64; 2]>);
 
 impl<'a> Estimator<'a> {
     /// An estimator for layouts whose matrix products are in `format`.
@@ -247,6 +253,7 @@ impl<'a> Estimator<'a> {
             wide_chip,
             templates: HashMap::new(),
             timed: HashMap::new(),
+            played: RefCell::default(),
             expert_layers: problem.shape.expert_layers() as f64,
             flops: problem.shape.flops_per_token(problem.sequence as f64, true) * tokens,
             problem,

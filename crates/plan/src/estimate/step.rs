@@ -162,8 +162,11 @@ impl Estimator<'_> {
         if between.iter().all(|n| *n == between[0]) {
             return None;
         }
-        let virtuals = self.virtuals_of(&dealt, t, stages);
-        Some(uneven_s(l.pp, stages.micro_batches as usize, &virtuals))
+        let (virtuals, micro_batches) = (self.virtuals_of(&dealt, t, stages), stages.micro_batches as usize);
+        let bits = virtuals.iter().map(|s| [s.forward_s.to_bits(), s.backward_s.to_bits()]).collect();
+        let mut played = self.played.borrow_mut();
+        let known = played.entry((l.pp, micro_batches, bits));
+        Some(*known.or_insert_with(|| uneven_s(l.pp, micro_batches, &virtuals)))
     }
 
     /// Adds up a step.
