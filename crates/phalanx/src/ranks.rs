@@ -109,7 +109,7 @@ pub(crate) fn world(
     let mut b = Bootstrap::new(orders.rank, orders.world, store, orders.session.clone());
     b.local_rank = orders.local_rank;
     b.local_world = orders.local_world;
-    b.fingerprint = fingerprint(identity);
+    b.fingerprint = launch::fingerprint(identity);
     b.transport = transport;
     b.timeout = timeout;
     b.bind = launch::bind_from_env()?;
@@ -146,15 +146,6 @@ pub(crate) fn has_restarts() -> bool {
 fn is_positive(names: &[&str]) -> bool {
     let number = |name: &&str| std::env::var(name).ok().and_then(|n| n.parse::<u64>().ok());
     names.iter().filter_map(number).any(|n| n > 0)
-}
-
-/// 128 bits of FNV-1a over configuration and version: ranks of another build or run file must not mix in.
-fn fingerprint(identity: &str) -> [u8; 16] {
-    let text = format!("{} {identity}", env!("CARGO_PKG_VERSION"));
-    let hash = text.bytes().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128, |h, b| {
-        (h ^ u128::from(b)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
-    });
-    hash.to_le_bytes()
 }
 
 /// Set for ranks that [`start`] started.

@@ -41,6 +41,26 @@ pub struct Question {
     pub strategy: Option<Strategy>,
 }
 
+impl Question {
+    /// What is usual for a model on a cluster: the batch ([`default_batch`]), the accelerator's 16-bit format and training
+    /// stack, the ten best layouts of any strategy.
+    pub fn usual(shape: Shape, cluster: Cluster) -> Question {
+        let (sequences, sequence) = default_batch(&shape);
+        Question {
+            sequence,
+            sequences: sequences_for(sequences, cluster.accelerators),
+            format: cluster.accelerator.sixteen_bit(),
+            shape,
+            cluster,
+            software: None,
+            tokens: None,
+            keep: 10,
+            trainable_only: false,
+            strategy: None,
+        }
+    }
+}
+
 /// One layout of an answer.
 #[derive(Clone, Debug, Serialize)]
 pub struct Choice {

@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use program::{Axis, BufferId, Members, Op, Program, Request, Ticket, When};
-use spec::Result;
+use program::{Axis, BufferId, Layer, Members, Op, Program, Request, Ticket, When};
+use spec::{Error, Result};
 
 use crate::cpu::Cpu;
 use crate::device::{Device, Stretch, check_ops};
@@ -86,6 +86,25 @@ pub struct StepInputs {
     pub saved: bool,
 }
 
+impl StepInputs {
+    /// A step, from 1, of AdamW with the usual constants, clipping at a norm of 1 (Touvron et al. 2023, arXiv 2307.09288,
+    /// section 2.1), where all of `tokens` targets count.
+    pub fn adamw(step: u64, lr: f64, tokens: usize) -> StepInputs {
+        StepInputs {
+            valid_tokens: tokens as u64,
+            lr,
+            step,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-5,
+            weight_decay: 0.1,
+            clip: Some(1.0),
+            stop: false,
+            saved: false,
+        }
+    }
+}
+
 /// What a step yields.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct StepOutputs {
@@ -114,14 +133,34 @@ impl Executor {
     /// # Errors
     /// If the device cannot run an op of the program, or model, layout and batch do not fit each other, or there is no
     /// memory for it.
-    pub fn on(
+    pub fn on(device: Box<dyn Device>, request: &Request<'_>, mesh: Mesh, record: bool) -> Result<Executor> {
+        let request = Request { loss: device.loss(), ..*request };
+        let program = Program::build(&request, &|op, p| device.workspace_len(op, p))?;
+        Executor::of(program, device, &request, mesh, record)
+    }
+
+    /// The same of a model whose layers are `layer`'s.
+    ///
+    /// # Errors
+    /// As [`Executor::on`] and [`Program::of_layers`].
+    pub fn of_layers(
+        device: Box<dyn Device>,
+        request: &Request<'_>,
+        layer: Layer<'_>,
+        mesh: Mesh,
+    ) -> Result<Executor> {
+        let request = Request { loss: device.loss(), ..*request };
+        let program = Program::of_layers(&request, layer, &|op, p| device.workspace_len(op, p))?;
+        Executor::of(program, device, &request, mesh, false)
+    }
+
+    fn of(
+        program: Program,
         mut device: Box<dyn Device>,
         request: &Request<'_>,
         mesh: Mesh,
         record: bool,
     ) -> Result<Executor> {
-        let request = Request { loss: device.loss(), ..*request };
-        let program = Program::build(&request, &|op, p| device.workspace_len(op, p))?;
         check_ops(&*device, &program, &request.model.name)?;
         device.allocate(program.memory.total, &mesh)?;
         // What goes on beside others leaves a span for each of its messages.
@@ -204,6 +243,26 @@ impl Executor {
     /// Targets, likewise; `u32::MAX` where none is wanted.
     pub fn targets(&mut self) -> &mut [u32] {
         self.input(1, self.program.io.targets)
+    }
+
+    /// Takes the inputs and targets of a step from `stream`: `samples` are this rank's of the step, in the order of
+    /// [`Program::positions`].
+    ///
+    /// # Errors
+    /// If they are not as many as the rank has sequences, or as [`data::TokenStream::sample`].
+    pub fn load_samples(&mut self, stream: &dyn data::TokenStream, samples: &[u64]) -> Result<()> {
+        let (own, t) = (self.program.local_sequences, self.program.sequence);
+        if samples.len() != own {
+            return Err(Error::user(format!("{} samples for a rank of {own} sequences", samples.len()))
+                .hint("take the positions of the batch that the program names"));
+        }
+        let mut sample = vec![0; t + 1];
+        for (i, index) in samples.iter().enumerate() {
+            stream.sample(*index, &mut sample)?;
+            self.tokens()[i * t..(i + 1) * t].copy_from_slice(&sample[..t]);
+            self.targets()[i * t..(i + 1) * t].copy_from_slice(&sample[1..]);
+        }
+        Ok(())
     }
 
     /// Room for an input of a step, made when it is first asked for.
