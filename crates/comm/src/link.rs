@@ -440,7 +440,8 @@ impl Io {
             // Whoever told us may not have told all others yet; they must not take our end for the cause.
             Some(why) => self.abort(&why.to_string()),
             None => {
-                for (_, link) in self.each() {
+                // Whoever has left takes nothing more.
+                for (_, link) in self.each().filter(|(_, l)| !l.left.load(Ordering::Acquire)) {
                     link.push(Frame::new(Kind::Farewell, &[0; 8], Vec::new()));
                     self.leave_frames(link);
                 }
@@ -523,7 +524,8 @@ impl Io {
     /// Shows that this rank lives, and looks who else does.
     fn beat(&self, core: &Core, readers: &[Option<Reader>]) {
         core.control.heartbeat().fetch_add(1, Ordering::Relaxed);
-        let is_open = |(rank, link): &(usize, &Link)| readers[*rank].is_some() || link.way.socket().is_none();
+        let is_open =
+            |(rank, link): &(usize, &Link)| readers[*rank].is_some() || self.is_open_pipe(link);
         for (rank, link) in self.each().filter(is_open) {
             match &core.peers[rank].near {
                 Some(near) => {
@@ -554,9 +556,7 @@ impl Io {
             }
             all && flushed && !far
         });
-        let over_mpi = || self.each().filter(|(_, link)| link.way.socket().is_none());
-        let frames = over_mpi().fold(true, |all, (_, link)| link.flush() && all);
-        sockets && frames && self.mpi.as_ref().is_none_or(|mpi| mpi.pipes.is_drained())
+        self.may_close_pipes(core) && sockets
     }
 
     /// What only the side that sends has noticed.

@@ -142,6 +142,22 @@ impl Io {
         }
     }
 
+    /// Whether everything was sent and everybody has said farewell: the library takes messages that nobody has received for
+    /// a mistake.
+    pub(super) fn may_close_pipes(&self, core: &Core) -> bool {
+        let Some(mpi) = &self.mpi else { return true };
+        let over_mpi = || self.each().filter(|(_, link)| link.way.socket().is_none());
+        let flushed = over_mpi().fold(true, |all, (_, link)| link.flush() && all);
+        let have_left = core.failure.get().is_some() || over_mpi().all(|(_, l)| l.left.load(Ordering::Acquire));
+        flushed && have_left && mpi.pipes.is_drained()
+    }
+
+    /// Whether a rank that is reached over MPI takes signs of life: neither side has begun to leave.
+    pub(super) fn is_open_pipe(&self, link: &Link) -> bool {
+        let leaves = self.closing.load(Ordering::SeqCst) || link.left.load(Ordering::Acquire);
+        link.way.socket().is_none() && !leaves
+    }
+
     /// Whether some of this world's messages go over MPI, which must be called for them to go on.
     pub(crate) fn has_mpi(&self) -> bool {
         self.mpi.is_some()
