@@ -8,8 +8,8 @@ mod read;
 mod way;
 
 use self::read::Reader;
-use self::way::{MpiSide, SendError, Source};
 pub(crate) use self::way::Way;
+use self::way::{MpiSide, SendError, Source};
 use crate::control::publish;
 use crate::element::Span;
 use crate::header::{Header, Space};
@@ -233,7 +233,18 @@ impl Link {
         };
         let (out, left, ended, heard, beat) = Default::default();
         let failure = OnceLock::new();
-        Link { way: line.way, is_sealed, seal, open: Mutex::new(open), out, left, ended, heard, beat, failure }
+        Link {
+            way: line.way,
+            is_sealed,
+            seal,
+            open: Mutex::new(open),
+            out,
+            left,
+            ended,
+            heard,
+            beat,
+            failure,
+        }
     }
 
     fn reader(&self) -> Reader {
@@ -353,7 +364,8 @@ impl Io {
             rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed)?;
         let (closing, thread, sent) = Default::default();
         let mpi = pipes.map(|pipes| MpiSide::new(pipes, &links));
-        let io = core.io.get_or_init(|| Io { links, wake, closing, thread, began: Instant::now(), sent, mpi });
+        let io =
+            core.io.get_or_init(|| Io { links, wake, closing, thread, began: Instant::now(), sent, mpi });
         let serving = core.clone();
         let thread = std::thread::Builder::new()
             .name(format!("link-{}", core.rank))
@@ -524,8 +536,7 @@ impl Io {
     /// Shows that this rank lives, and looks who else does.
     fn beat(&self, core: &Core, readers: &[Option<Reader>]) {
         core.control.heartbeat().fetch_add(1, Ordering::Relaxed);
-        let is_open =
-            |(rank, link): &(usize, &Link)| readers[*rank].is_some() || self.is_open_pipe(link);
+        let is_open = |(rank, link): &(usize, &Link)| readers[*rank].is_some() || self.is_open_pipe(link);
         for (rank, link) in self.each().filter(is_open) {
             match &core.peers[rank].near {
                 Some(near) => {

@@ -94,11 +94,17 @@ impl Mpi {
         let functions = library.functions;
         let mut provided = -1;
         let code = {
-            let _watch = Watch::begin(timeout, 1, format!(
-                "MPI_Init of {} ({}) did not return within {:.0} s, because other ranks have not come to it\nhint: start all \
+            let _watch = Watch::begin(
+                timeout,
+                1,
+                format!(
+                    "MPI_Init of {} ({}) did not return within {:.0} s, because other ranks have not come to it\nhint: start all \
                  ranks with the mpiexec that belongs to this library, or srun --mpi=pmi2",
-                library.path.display(), library.version, timeout.as_secs_f64()
-            ))?;
+                    library.path.display(),
+                    library.version,
+                    timeout.as_secs_f64()
+                ),
+            )?;
             // SAFETY: no arguments are handed over, which the standard allows.
             unsafe {
                 (functions.init_thread)(
@@ -122,7 +128,10 @@ impl Mpi {
         let (mut rank, mut size) = (-1, -1);
         // SAFETY: the numbers are written.
         unsafe {
-            mpi.checked("MPI_Comm_set_errhandler", (functions.comm_set_errhandler)(COMM_WORLD, ERRORS_RETURN))?;
+            mpi.checked(
+                "MPI_Comm_set_errhandler",
+                (functions.comm_set_errhandler)(COMM_WORLD, ERRORS_RETURN),
+            )?;
             mpi.checked("MPI_Comm_rank", (functions.comm_rank)(COMM_WORLD, &raw mut rank))?;
             mpi.checked("MPI_Comm_size", (functions.comm_size)(COMM_WORLD, &raw mut size))?;
         }
@@ -174,7 +183,8 @@ impl Mpi {
     /// # Errors
     /// The library says so.
     pub fn all_reduce_unordered(&self, input: &[f32], output: &mut [f32]) -> Result<()> {
-        let count = c_int::try_from(input.len().min(output.len())).map_err(|_| Error::failure("too many values"))?;
+        let count =
+            c_int::try_from(input.len().min(output.len())).map_err(|_| Error::failure("too many values"))?;
         let _call = self.call();
         // SAFETY: both hold `count` floats.
         let code = unsafe {
@@ -202,7 +212,10 @@ impl Mpi {
         let _watch = Watch::begin(
             END_TIMEOUT,
             1,
-            format!("MPI_Finalize did not return within {} s: other ranks have not ended", END_TIMEOUT.as_secs()),
+            format!(
+                "MPI_Finalize did not return within {} s: other ranks have not ended",
+                END_TIMEOUT.as_secs()
+            ),
         )?;
         // SAFETY: no request is left, or those of a world that failed, whose memory stays.
         mpi.checked("MPI_Finalize", unsafe { (mpi.library.functions.finalize)() })
@@ -256,7 +269,13 @@ impl Mpi {
     ///
     /// # Safety
     /// The bytes stay where they are, and are nobody else's, until the request has ended.
-    unsafe fn receive(&self, bytes: *mut u8, count: usize, from: Option<usize>, tag: c_int) -> Result<Request> {
+    unsafe fn receive(
+        &self,
+        bytes: *mut u8,
+        count: usize,
+        from: Option<usize>,
+        tag: c_int,
+    ) -> Result<Request> {
         let mut request = Request(REQUEST_NULL);
         let from = from.map_or(ANY_SOURCE, |rank| rank as c_int);
         let _call = self.call();

@@ -489,7 +489,9 @@ mod tests {
         let srun_pmi2 = [&[("PMI_RANK", "5"), ("PMI_SIZE", "7")], &slurm[..]].concat();
         check(&srun_pmi2, Some((Launcher::Slurm, [5, 7, 1, 3], Some("gpu003"))));
         let has_mpi = |vars: &[(&str, &str)]| read(vars).unwrap().is_some_and(|rank| rank.mpi);
-        assert!(has_mpi(&hydra) && has_mpi(&srun_pmi2) && has_mpi(&[&mpi[..], &[("PMIX_RANK", "1")]].concat()));
+        assert!(
+            has_mpi(&hydra) && has_mpi(&srun_pmi2) && has_mpi(&[&mpi[..], &[("PMIX_RANK", "1")]].concat())
+        );
         // Started by us in a process of an mpiexec, it is none of the mpiexec's ranks.
         assert!(!has_mpi(TORCHRUN) && !has_mpi(&[TORCHRUN, &hydra].concat()) && !has_mpi(&slurm));
     }

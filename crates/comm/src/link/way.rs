@@ -148,7 +148,8 @@ impl Io {
         let Some(mpi) = &self.mpi else { return true };
         let over_mpi = || self.each().filter(|(_, link)| link.way.socket().is_none());
         let flushed = over_mpi().fold(true, |all, (_, link)| link.flush() && all);
-        let have_left = core.failure.get().is_some() || over_mpi().all(|(_, l)| l.left.load(Ordering::Acquire));
+        let have_left =
+            core.failure.get().is_some() || over_mpi().all(|(_, l)| l.left.load(Ordering::Acquire));
         flushed && have_left && mpi.pipes.is_drained()
     }
 

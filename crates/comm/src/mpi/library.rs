@@ -4,7 +4,7 @@
 //! layout of a status. One program then runs over any library that has it; older ones have interfaces of their own.
 
 use spec::{Error, Result};
-use std::ffi::{CStr, c_char, c_int, c_void, OsString};
+use std::ffi::{CStr, OsString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 
 /// The file's name under the standard's interface, version 1.
@@ -14,13 +14,8 @@ const OLDER: [&str; 4] = ["libmpi_abi.so.0", "libmpi.so.40", "libmpi.so.12", "li
 /// Names the library to load.
 const VARIABLE: &str = "PHALANX_MPI";
 /// Where distributions put libraries; the loader looks there by itself, but does not say what else is there.
-const USUAL: [&str; 5] = [
-    "/usr/lib",
-    "/usr/lib64",
-    "/usr/local/lib",
-    "/usr/lib/x86_64-linux-gnu",
-    "/usr/lib/aarch64-linux-gnu",
-];
+const USUAL: [&str; 5] =
+    ["/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu"];
 
 /// Handles of communicators, types and requests: pointers whose predefined values are small numbers.
 pub(super) type Handle = usize;
@@ -123,7 +118,8 @@ impl Library {
         // SAFETY: the file's name promises the standard's interface, and its version is looked at first.
         let functions = unsafe { Functions::of(&library) };
         let functions = functions.map_err(|e| {
-            Error::user(format!("{} has not the standard's binary interface: {}", path.display(), full(&e))).hint(GET)
+            Error::user(format!("{} has not the standard's binary interface: {}", path.display(), full(&e)))
+                .hint(GET)
         })?;
         // Libraries leave threads and handlers behind: none is ever unloaded.
         std::mem::forget(library);
@@ -214,8 +210,14 @@ fn missing(given: Option<OsString>, dirs: &[PathBuf], why: Option<libloading::Er
     let all: Vec<PathBuf> = all.collect();
     let older = OLDER.iter().find_map(|name| all.iter().map(|d| d.join(name)).find(|p| p.exists()));
     let older = older.map_or_else(String::new, |path| {
-        format!("; {} is there, but has an interface of its own: it is older than the standard's", path.display())
+        format!(
+            "; {} is there, but has an interface of its own: it is older than the standard's",
+            path.display()
+        )
     });
-    Error::user(format!("there is no MPI library that can be used: {NAME} is not in {}{why}{older}", places.join(", ")))
-        .hint(GET)
+    Error::user(format!(
+        "there is no MPI library that can be used: {NAME} is not in {}{why}{older}",
+        places.join(", ")
+    ))
+    .hint(GET)
 }

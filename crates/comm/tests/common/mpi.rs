@@ -21,7 +21,9 @@ fn mpiexec() -> Option<PathBuf> {
 /// Starts this test as `n` ranks and waits for their end; nothing, with the reason printed, where there is no MPI.
 pub(crate) fn start(test: &str, n: usize) -> Option<Output> {
     let Some(mpiexec) = mpiexec() else {
-        eprintln!("skipped: no mpiexec with libmpi_abi.so.1 here; pip install --prefix target/mpi mpich brings one");
+        eprintln!(
+            "skipped: no mpiexec with libmpi_abi.so.1 here; pip install --prefix target/mpi mpich brings one"
+        );
         return None;
     };
     let mut command = Command::new(mpiexec);
