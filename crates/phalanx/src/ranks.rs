@@ -84,6 +84,11 @@ impl Rank {
         output::say(&how);
     }
 
+    /// The store that all ranks share.
+    pub(crate) fn store(&self) -> &StoreClient {
+        &self.store.client
+    }
+
     /// Meets all ranks; those whose `identity` differs are named.
     pub(crate) fn world(
         &self,

@@ -112,7 +112,12 @@ fn as_rank(args: &Train, mut run: RunSpec, rank: &Rank, early: Early) -> Result<
 }
 
 pub(crate) fn transport(args: &Train) -> TransportChoice {
-    match args.transport.as_str() {
+    choice(&args.transport)
+}
+
+/// What `--transport` says, which takes no other words.
+pub(crate) fn choice(word: &str) -> TransportChoice {
+    match word {
         "shm" => TransportChoice::Shm,
         "tcp" => TransportChoice::Tcp,
         "mpi" => TransportChoice::Mpi,
