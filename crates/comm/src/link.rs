@@ -452,8 +452,7 @@ impl Io {
             // Whoever told us may not have told all others yet; they must not take our end for the cause.
             Some(why) => self.abort(&why.to_string()),
             None => {
-                // Whoever has left takes nothing more.
-                for (_, link) in self.each().filter(|(_, l)| !l.left.load(Ordering::Acquire)) {
+                for (_, link) in self.each() {
                     link.push(Frame::new(Kind::Farewell, &[0; 8], Vec::new()));
                     self.leave_frames(link);
                 }
@@ -485,7 +484,7 @@ impl Io {
                 self.beat(core, &readers);
             }
             if self.closing.load(Ordering::SeqCst) {
-                let until = *closing.get_or_insert_with(|| now + LINGER);
+                let until = *closing.get_or_insert_with(|| now + self.linger(core));
                 if now >= until || self.may_close(core, &readers) {
                     return;
                 }

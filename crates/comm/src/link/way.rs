@@ -1,6 +1,6 @@
 //! What frames go through: a socket, or a pipe of MPI.
 
-use super::{Io, Link, Reader};
+use super::{Io, LINGER, Link, Reader};
 use crate::inner::Core;
 use crate::mpi::pipes::Pipes;
 use rustix::fd::OwnedFd;
@@ -142,8 +142,13 @@ impl Io {
         }
     }
 
-    /// Whether everything was sent and everybody has said farewell: the library takes messages that nobody has received for
-    /// a mistake.
+    /// How long a closing rank stays. Over MPI as long as any wait: it must hear everybody's farewell, because the library
+    /// takes messages that nobody has received for a mistake, and ending MPI waits for everybody in any case.
+    pub(super) fn linger(&self, core: &Core) -> Duration {
+        if self.has_mpi() && core.failure.get().is_none() { core.timeout.max(LINGER) } else { LINGER }
+    }
+
+    /// Whether everything was sent and everybody has said farewell, or all has failed.
     pub(super) fn may_close_pipes(&self, core: &Core) -> bool {
         let Some(mpi) = &self.mpi else { return true };
         let over_mpi = || self.each().filter(|(_, link)| link.way.socket().is_none());
