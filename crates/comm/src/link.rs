@@ -569,16 +569,6 @@ impl Io {
         self.may_close_pipes(core) && sockets
     }
 
-    /// What only the side that sends has noticed.
-    fn report_failures(&self, core: &Core) {
-        if core.failure.get().is_none()
-            && let Some((rank, why)) = self.each().find_map(|(rank, l)| Some((rank, l.failure.get()?)))
-        {
-            core.fail(&format!("rank {} cannot reach rank {rank}: {why}", core.rank));
-            core.ring();
-        }
-    }
-
     fn ended(&self, core: &Core, rank: usize, link: &Link, how: &str) {
         link.out().clear();
         // The other side may be waiting for ours to end.

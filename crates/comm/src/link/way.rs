@@ -164,6 +164,16 @@ impl Io {
         link.way.socket().is_none() && !leaves
     }
 
+    /// What only the side that sends has noticed.
+    pub(super) fn report_failures(&self, core: &Core) {
+        if core.failure.get().is_none()
+            && let Some((rank, why)) = self.each().find_map(|(rank, l)| Some((rank, l.failure.get()?)))
+        {
+            core.fail(&format!("rank {} cannot reach rank {rank}: {why}", core.rank));
+            core.ring();
+        }
+    }
+
     /// Whether some of this world's messages go over MPI, which must be called for them to go on.
     pub(crate) fn has_mpi(&self) -> bool {
         self.mpi.is_some()
