@@ -93,14 +93,19 @@ impl RankEnv {
         Ok(self.rank_store(connect(&net::join_endpoint(&host, port))?, server))
     }
 
-    fn rank_store(&self, client: StoreClient, server: Option<StoreServer>) -> RankStore {
+    pub(crate) fn rank_store(&self, client: StoreClient, server: Option<StoreServer>) -> RankStore {
         RankStore { client, server, rank: self.rank, world: self.world, session: self.session.clone() }
     }
 
     fn master(&self) -> Result<(String, u16)> {
         let hint = match self.launcher {
-            Launcher::OpenMpi => "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<free port> ...",
-            Launcher::Pmi => "mpirun -genv MASTER_ADDR <host of rank 0> -genv MASTER_PORT <free port> ...",
+            Launcher::OpenMpi => {
+                "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<free port> ..., or --transport mpi, which needs neither"
+            }
+            Launcher::Pmi => {
+                "mpirun -genv MASTER_ADDR <host of rank 0> -genv MASTER_PORT <free port> ..., or --transport mpi, which \
+                 needs neither"
+            }
             Launcher::Phalanx | Launcher::Torchrun => {
                 "export MASTER_ADDR=<host of rank 0> MASTER_PORT=<free port>, or unset RANK and WORLD_SIZE to be no rank"
             }

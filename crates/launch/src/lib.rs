@@ -63,6 +63,7 @@ mod rendezvous;
 
 mod bootstrap;
 mod cli;
+mod mpi_store;
 mod torch_store;
 
 pub use agent::{Outcome, run};

@@ -130,8 +130,9 @@ pub(crate) struct Train {
     /// Fewest ranks to go on with when one keeps failing; all of them unless it is set
     #[arg(long, value_name = "N")]
     pub(crate) min_nproc: Option<usize>,
-    /// How ranks talk: auto (shared memory within a machine), shm or tcp; never changes the numbers
-    #[arg(long, default_value = "auto", value_parser = ["auto", "shm", "tcp"])]
+    /// How ranks talk: auto (shared memory within a machine; between machines MPI where an mpiexec started the ranks and
+    /// its library loads, else tcp), shm, tcp or mpi; never changes the numbers
+    #[arg(long, default_value = "auto", value_parser = ["auto", "shm", "tcp", "mpi"])]
     pub(crate) transport: String,
     /// Demand that the directory holds a run to continue; one without a checkpoint begins at step 0
     #[arg(long, conflicts_with = "fresh")]
@@ -494,7 +495,7 @@ pub(crate) enum BenchCommand {
         /// Ranks
         #[arg(long, default_value_t = 2)]
         ranks: usize,
-        /// auto (shared memory), tcp, or threads of one process
+        /// auto (shared memory), tcp, threads of one process, or mpi (mpiexec -n 4 phalanx bench collectives --transport mpi)
         #[arg(long, default_value = "auto")]
         transport: String,
         /// Largest buffer in bytes

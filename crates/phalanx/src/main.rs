@@ -93,9 +93,16 @@ fn main() -> std::process::ExitCode {
     };
     drop(busy);
     match done {
-        Ok(code) => code.into(),
+        Ok(code) => {
+            if let Err(e) = comm::Mpi::end() {
+                output::say(&format!("warning: {e}"));
+            }
+            code.into()
+        }
         Err(e) => {
+            ranks::leave_it_to_the_culprit(&e);
             output::error(&e);
+            comm::Mpi::abort(e.exit_code());
             e.exit_code().into()
         }
     }

@@ -24,6 +24,7 @@ use crate::this_machine;
 
 pub(crate) fn train(args: &Train) -> Result<u8> {
     let early = Early::watch(!ranks::started_by_us())?;
+    ranks::check_mpi(transport(args))?;
     if let Some(env) = Rank::env(args.nproc)? {
         let me = env.rank;
         let done = match places::agent(&env)? {
@@ -68,7 +69,7 @@ fn rank_of_several(args: &Train, env: RankEnv, early: Early) -> Result<u8> {
         Err(e) if env.launcher == Launcher::Slurm && env.local_rank > 0 => return Ok(e.exit_code()),
         loaded => loaded?,
     };
-    let rank = Rank::meet(env)?;
+    let rank = Rank::meet(env, transport(args))?;
     let code = as_rank(args, run, &rank, early)?;
     rank.leave()?;
     Ok(code)
@@ -86,6 +87,7 @@ fn as_rank(args: &Train, mut run: RunSpec, rank: &Rank, early: Early) -> Result<
         this_machine::choose(&mut run, rank.env.world, &args.transport, missing, fresh)?;
     }
     let world = rank.world(&run.to_toml(), transport, Duration::from_secs(run.run.timeout_s))?;
+    rank.say_how_they_talk(&world, transport);
     let mut mine = None;
     if first {
         let lock = if started_by_us { None } else { Some(own(&run, fresh)?) };
@@ -110,9 +112,15 @@ fn as_rank(args: &Train, mut run: RunSpec, rank: &Rank, early: Early) -> Result<
 }
 
 pub(crate) fn transport(args: &Train) -> TransportChoice {
-    match args.transport.as_str() {
+    choice(&args.transport)
+}
+
+/// What `--transport` says, which takes no other words.
+pub(crate) fn choice(word: &str) -> TransportChoice {
+    match word {
         "shm" => TransportChoice::Shm,
         "tcp" => TransportChoice::Tcp,
+        "mpi" => TransportChoice::Mpi,
         _ => TransportChoice::Auto,
     }
 }

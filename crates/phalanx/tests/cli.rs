@@ -3,6 +3,7 @@
 mod accidents;
 mod clusters;
 mod common;
+mod mpi;
 mod economy;
 mod owner;
 mod planner;

@@ -113,6 +113,15 @@ pub(crate) struct Doctor {
     /// Directory whose disk is checked: where runs will lie
     #[arg(long, default_value = ".", value_name = "DIR")]
     pub(crate) dir: PathBuf,
+    /// Of an allocation (srun --ntasks-per-node=1 phalanx doctor): what the catalogue says that nodes talk over
+    #[arg(long, value_name = "NAME")]
+    pub(crate) cluster: Option<String>,
+    /// More catalogue files
+    #[arg(long, value_name = "FILE")]
+    pub(crate) catalog: Vec<PathBuf>,
+    /// Of an allocation: how nodes talk, as for train
+    #[arg(long, default_value = "auto", value_parser = ["auto", "shm", "tcp", "mpi"])]
+    pub(crate) transport: String,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -282,6 +282,20 @@ fn the_doctor_looks_at_everything_and_says_what_to_do() {
 }
 
 #[test]
+fn several_ranks_of_one_machine_look_at_it_once() {
+    let lab = Lab::new();
+    let program = env!("CARGO_BIN_EXE_phalanx");
+    let ran = lab.run(&format!("launch --standalone --nproc-per-node 2 {program} doctor --json"));
+    let json: serde_json::Value =
+        serde_json::from_str(&ran.out).unwrap_or_else(|e| panic!("{e}: {}{}", ran.out, ran.err));
+    let nodes = json["nodes"].as_array().expect("nodes");
+    assert_eq!((nodes.len(), &nodes[0]["ranks"], nodes[0]["link"].is_null()), (1, &2.into(), true), "{json}");
+    let checks = nodes[0]["checks"].as_array().expect("checks");
+    assert_eq!(checks.iter().filter(|c| c["name"] == "disk speed").count(), 1);
+    assert_eq!(ran.code, Some(i32::from(json["verdict"] == "bad")), "{}", ran.err);
+}
+
+#[test]
 fn a_limit_that_is_too_low_is_found() {
     let lab = Lab::new();
     let program = env!("CARGO_BIN_EXE_phalanx");
