@@ -71,6 +71,9 @@ fn kind(line: &Line) -> &str {
             Record::Recovered { .. } => "recovered",
             Record::Accepted { .. } => "accepted",
             Record::Spans { .. } => "spans",
+            Record::Trouble { .. } => "trouble",
+            Record::Verified { .. } => "verified",
+            Record::Straggler { .. } => "straggler",
             Record::Warning { .. } => "warning",
             Record::Finished { .. } => "finished",
             Record::Failed { .. } => "failed",
@@ -148,9 +151,11 @@ impl Counts {
         let mut last = 0;
         each(run_dir, rank, &mut |found| {
             match found.line {
-                Line::Record(Record::Resumed { step, .. } | Record::Recovered { step, .. })
-                    if step < last =>
-                {
+                Line::Record(
+                    Record::Resumed { step, .. }
+                    | Record::Recovered { step, .. }
+                    | Record::Trouble { back_to: Some(step), .. },
+                ) if step < last => {
                     counts.back.push((found.offset, step));
                     last = step;
                 }

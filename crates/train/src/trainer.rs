@@ -11,14 +11,21 @@ use spec::{Error, Result, RunSpec};
 use crate::begin::{Beginning, Weights};
 use crate::checkpoint::{adopt, restore};
 use crate::device::Device;
+use crate::drill::Drill;
 use crate::exec::{Executor, StepInputs, StepOutputs};
 use crate::mesh::Mesh;
 use crate::run_dir::RunDir;
 use crate::saving::Saving;
 use crate::survive::meet::Lifeline;
+use crate::trouble::{Decision, Watch};
 
 mod again;
 mod saves;
+mod trouble;
+mod waits;
+
+use trouble::Mended;
+use waits::Waits;
 
 /// One rank of a run: data, executor, journal and checkpoints around the step loop.
 pub struct Trainer {
@@ -50,6 +57,11 @@ pub struct Trainer {
     saving: Option<Saving>,
     /// Holds the copy that the next one is written from.
     copy: Vec<f32>,
+    /// What its next step is judged by.
+    watch: Watch,
+    looks: trouble::Looks,
+    drills: Vec<Drill>,
+    waits: Waits,
 }
 
 /// What happened, for whoever shows it to people. The journal has it already.
@@ -97,6 +109,16 @@ enum Turn {
     Ends,
     /// All ranks leave this world, and meet in another.
     Meets,
+}
+
+/// A step that was done.
+struct Done {
+    record: Record,
+    step_s: f64,
+    drawn: Record,
+    outputs: StepOutputs,
+    /// What follows from it, if it was bad.
+    decision: Option<Decision>,
 }
 
 /// How fast steps are done.
@@ -147,6 +169,7 @@ impl Trainer {
         let mut exec = Executor::on(device, &request, mesh, trace)?;
         exec.set_tables(&run.model)?;
         let (step, resumed) = weights(&mut exec, &run, &mut begin)?;
+        let watch = resumed.as_deref().map(remembered).transpose()?.unwrap_or_default();
         let mut sample = vec![0; run.batch.sequence + 1];
         if step < run.train.steps as u64 {
             // The first batch tells data of another tokenizer before anything is written.
@@ -179,6 +202,10 @@ impl Trainer {
             is_whole: true,
             saving: None,
             copy: Vec::new(),
+            watch,
+            looks: trouble::Looks::default(),
+            drills: Vec::new(),
+            waits: Waits::default(),
         };
         t.announce(rank)?;
         Ok(t)
@@ -294,18 +321,27 @@ impl Trainer {
         let summoned = self.is_summoned();
         let mut said = StepOutputs::default();
         if !self.owes {
-            let (record, drawn, outputs) =
-                self.one_step(asked.stop || summoned).map_err(|e| self.step_failed(e, each))?;
-            (said, self.owes) = (outputs, true);
+            let done = self.one_step(asked.stop || summoned, each);
+            let Some(done) = done.map_err(|e| self.step_failed(e, each))? else {
+                *pace = Pace::new(self.step);
+                return Ok(Turn::GoesOn);
+            };
+            said = done.outputs;
             let rate = pace.rate_s(self.step);
             each(Event::Eta {
                 seconds: rate * (last - self.step) as f64,
                 settled: pace.is_settled(self.step),
             });
-            self.note(record, each);
-            self.write_only(&drawn, each);
+            self.note(done.record, each);
+            self.write_only(&done.drawn, each);
             self.record_spans(each);
             pace.done(self.step);
+            self.watch_waits(done.step_s, each).map_err(|e| self.step_failed(e, each))?;
+            let followed = self.follow_up(done.decision, said, pace, each);
+            if !followed.map_err(|e| self.step_failed(e, each))? {
+                return Ok(Turn::GoesOn);
+            }
+            self.owes = true;
         }
         self.refresh_copies()?;
         let votes = self.votes(said.stop, asked.stop, summoned)?;
@@ -376,36 +412,79 @@ impl Trainer {
         }
     }
 
-    /// Loads the batch of the next step and runs it; gives what the step was and what it drew, and what ranks
-    /// voted for.
-    fn one_step(&mut self, stop: bool) -> Result<(Record, Record, StepOutputs)> {
-        let start = Instant::now();
-        let drawn = load(&mut self.exec, self.streams.train.as_ref(), self.step, &mut self.sample)?;
-        let step = self.step + 1;
-        let drawn = drawn.record(self.session, step);
-        let (batch, optim) = (&self.run.batch, &self.run.optim);
-        let tokens = (batch.sequence * batch.sequences) as u64;
-        let lr = self.run.lr_at(step as usize);
-        let inputs = StepInputs {
-            valid_tokens: tokens,
-            lr,
-            step,
-            beta1: optim.beta1,
-            beta2: optim.beta2,
-            eps: optim.eps,
-            weight_decay: optim.weight_decay,
-            clip: optim.grad_clip,
-            stop,
-            saved: self.saving.as_ref().is_some_and(Saving::is_written),
+    /// What a step leads to beside what is due after it; `false` if the next turn begins from there.
+    fn follow_up(
+        &mut self,
+        decision: Option<Decision>,
+        out: StepOutputs,
+        pace: &mut Pace,
+        each: &mut dyn FnMut(Event),
+    ) -> Result<bool> {
+        let step = self.step;
+        if let Some(decision) = decision {
+            self.leave_out(decision, out, each)?;
+        }
+        let goes_on = match self.verify_after(out, each)? {
+            // What was mended after the step is right from now on.
+            Mended::Right | Mended::Again => true,
+            Mended::Back => false,
         };
-        self.is_whole = false;
-        let out = self.exec.step(&inputs)?;
-        (self.step, self.is_whole) = (step, true);
-        let step_s = start.elapsed().as_secs_f64();
+        if self.step != step {
+            *pace = Pace::new(self.step);
+        }
+        Ok(goes_on)
+    }
+
+    /// Does the next step; `None` if all ranks have gone back instead.
+    fn one_step(&mut self, stop: bool, each: &mut dyn FnMut(Event)) -> Result<Option<Done>> {
+        loop {
+            let start = Instant::now();
+            let step = self.step + 1;
+            let drawn = self.begin_step()?;
+            let inputs = self.inputs(step, stop);
+            let limits = self.watch.limits(&self.run.trouble);
+            let (out, bad) = self.exec.attempt(&inputs, &limits)?;
+            match self.verify_before(out, each)? {
+                Mended::Right => {}
+                Mended::Again => continue,
+                Mended::Back => return Ok(None),
+            }
+            let decision = match &bad {
+                Some(bad) => Some(self.decide(step, bad, out, each)?),
+                None => {
+                    self.is_whole = false;
+                    self.exec.update_weights(&inputs, &out)?;
+                    self.watch.good(&self.run.trouble, step, out.loss, out.grad_norm);
+                    None
+                }
+            };
+            (self.step, self.is_whole) = (step, true);
+            let step_s = start.elapsed().as_secs_f64();
+            let record = self.step_record(out, step_s)?;
+            let drawn = drawn.record(self.session, step);
+            return Ok(Some(Done { record, step_s, drawn, outputs: out, decision }));
+        }
+    }
+
+    /// Loads the batch of the next step, and lets go wrong what is to go wrong in it.
+    fn begin_step(&mut self) -> Result<Drawn> {
+        let drawn = load(&mut self.exec, self.streams.train.as_ref(), self.step, &mut self.sample)?;
+        self.drill().map(|()| drawn)
+    }
+
+    fn inputs(&self, step: u64, stop: bool) -> StepInputs {
+        step_inputs(&self.run, step, stop, self.saving.as_ref().is_some_and(Saving::is_written))
+    }
+
+    /// What the step that was done last was.
+    fn step_record(&self, out: StepOutputs, step_s: f64) -> Result<Record> {
+        let (step, batch) = (self.step, &self.run.batch);
+        let tokens = batch.tokens();
+        let lr = self.run.lr_at(step as usize);
         let tokens_per_s = tokens as f64 / step_s;
         let flops_per_s = self.run.model.flops_per_token(batch.sequence) * tokens_per_s;
         let mfu = self.peak_flops_per_s.map(|peak| flops_per_s / (peak * self.run.layout.world() as f64));
-        let record = Record::Step(journal::Step {
+        Ok(Record::Step(journal::Step {
             time_us: now_us(),
             step,
             loss: out.loss,
@@ -420,8 +499,7 @@ impl Trainer {
             exposed_comm_s: (self.run.layout.world() > 1).then(|| self.exec.exposed_comm_s()),
             waits_s: self.exec.waits_s().map(|(axis, s)| (axis.to_owned(), s)).collect(),
             expert_counts: self.exec.expert_counts()?.map(|all| by_layer(&all, self.run.model.layers)),
-        });
-        Ok((record, drawn, out))
+        }))
     }
 
     /// Why the run is not evaluated although it should be.
@@ -481,6 +559,23 @@ impl Trainer {
     }
 }
 
+/// What a run gives to its step `step`.
+pub(crate) fn step_inputs(run: &RunSpec, step: u64, stop: bool, saved: bool) -> StepInputs {
+    let optim = &run.optim;
+    StepInputs {
+        valid_tokens: run.batch.tokens(),
+        lr: run.lr_at(step as usize),
+        step,
+        beta1: optim.beta1,
+        beta2: optim.beta2,
+        eps: optim.eps,
+        weight_decay: optim.weight_decay,
+        clip: optim.grad_clip,
+        stop,
+        saved,
+    }
+}
+
 pub(crate) fn warning(e: &Error) -> Record {
     let hint = e.hint_text().map(|h| format!("; {h}")).unwrap_or_default();
     Record::Warning { time_us: now_us(), text: format!("{e}: training goes on{hint}") }
@@ -503,6 +598,11 @@ pub(crate) fn weights(
         }
     }
     Ok((0, None))
+}
+
+/// What a checkpoint keeps of a run to judge its next step.
+pub(crate) fn remembered(path: &Path) -> Result<Watch> {
+    Ok(Watch::of(&ckpt::Checkpoint::open(path)?.manifest().meta.state))
 }
 
 /// Which samples were loaded.

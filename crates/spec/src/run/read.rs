@@ -104,7 +104,10 @@ impl RunSpec {
                     _ => DeviceChoice::Auto,
                 },
                 timeout_s: doc.count("run.timeout_s")? as u64,
+                verify_every: doc.count_or_off("run.verify_every")?,
+                straggler_window: doc.count_or_off("run.straggler_window")?,
             },
+            trouble: TroubleSpec::read(&doc)?,
             sample: SampleSpec {
                 prompt: doc.text("sample.prompt")?,
                 tokens: doc.count("sample.tokens")?,
@@ -154,6 +157,7 @@ impl RunSpec {
                     self.model.vocab, self.data.vocab_size
                 )));
         }
+        trouble::check(self, doc)?;
         self.layout.validate(&self.model, sequences, sequence).map_err(|e| doc.locate(e))
     }
 }

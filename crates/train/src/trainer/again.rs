@@ -7,6 +7,8 @@ use elastic::{Orders, Report};
 use journal::{Journal, Record, tensorboard::EventWriter};
 use spec::{Error, Result, RunSpec};
 
+use super::trouble::Looks;
+use super::waits::Waits;
 use super::{Event, Pace, Trainer, host, load, now_us};
 use crate::begin::Beginning;
 use crate::run_dir::RunDir;
@@ -67,6 +69,10 @@ impl Trainer {
             is_whole: true,
             saving: None,
             copy: Vec::new(),
+            watch: opened.watch,
+            looks: Looks::default(),
+            drills: Vec::new(),
+            waits: Waits::default(),
         };
         if t.step < t.run.train.steps as u64 {
             load(&mut t.exec, t.streams.train.as_ref(), t.step, &mut t.sample)?;
@@ -125,7 +131,7 @@ impl Trainer {
     }
 
     /// Makes the first copies of a world, and lets go of those of the worlds before.
-    fn keep_copies(&mut self) -> Result<()> {
+    pub(super) fn keep_copies(&mut self) -> Result<()> {
         let Some(l) = self.lifeline.as_mut() else { return Ok(()) };
         if self.run.checkpoint.memory_every.is_some() && !self.exec.mesh.is_alone() {
             l.copies = Some(Copies::new(&self.exec, self.step, self.session)?);
@@ -216,8 +222,10 @@ impl Trainer {
         let owes = self.owes.then_some(self.step);
         let Some(l) = self.lifeline.as_mut() else { return Ok(false) };
         // What was opened stays open.
-        let mut opened = Opened { begin: Some(self.begin.clone()), streams: None, is_elsewhere: true };
+        let (begin, watch) = (Some(self.begin.clone()), self.watch.clone());
+        let mut opened = Opened { begin, streams: None, is_elsewhere: true, watch };
         let placed = l.settle(&mut opened, owes, stop)?;
+        (self.watch, self.looks, self.waits) = (opened.watch, Looks::default(), Waits::default());
         if let Some(begin) = opened.begin {
             self.begin = begin;
         }
