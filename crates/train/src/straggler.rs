@@ -2,8 +2,8 @@
 //! waited, by axis of the mesh. A rank that is slow works longer than those with the same work, who wait for it; behind a
 //! slow link all wait, whoever comes last.
 //!
-//! One slow step says nothing on a machine that others use too. Each number is the median of a window of steps, and what is
-//! judged is the middle one of the last three windows.
+//! One slow step says nothing on a machine that others use too. Each number is the median of a window of steps; a rank is
+//! slow whose best of the last three windows is worse than what is usual was in the worst of them.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -132,33 +132,37 @@ impl Windows {
         found
     }
 
-    /// The middle one of the last windows.
-    fn now(&self, of: impl Fn(&[Window]) -> f64) -> f64 {
-        median(&mut self.all.iter().rev().take(WINDOWS).map(|w| of(w)).collect::<Vec<_>>())
+    /// The least of the last windows.
+    fn best(&self, of: impl Fn(&[Window]) -> f64) -> f64 {
+        self.all.iter().rev().take(WINDOWS).map(|w| of(w)).fold(f64::INFINITY, f64::min)
     }
 
-    /// The same of those before, if they are as many.
+    /// The most of the last windows.
+    fn worst(&self, of: impl Fn(&[Window]) -> f64) -> f64 {
+        self.all.iter().rev().take(WINDOWS).map(|w| of(w)).fold(0.0, f64::max)
+    }
+
+    /// The most of those before, if they are as many.
     fn before(&self, of: impl Fn(&[Window]) -> f64) -> Option<f64> {
-        let mut past: Vec<f64> = self.all.iter().rev().skip(WINDOWS).map(|w| of(w)).collect();
-        (past.len() >= WINDOWS).then(|| median(&mut past))
+        let past = self.all.iter().rev().skip(WINDOWS).map(|w| of(w));
+        (past.len() >= WINDOWS).then(|| past.fold(0.0, f64::max))
     }
 
     fn slow_ranks(&self) -> Vec<Found> {
         let Some(last) = self.all.back() else { return Vec::new() };
-        let busy = |rank: usize| self.now(|w| w[rank].busy_s);
-        let step_s = self.now(|w| w.iter().map(|r| r.step_s).fold(0.0, f64::max));
+        let step_s = self.worst(|w| w.iter().map(|r| r.step_s).fold(0.0, f64::max));
         let mut found = Vec::new();
         for (rank, window) in last.iter().enumerate() {
-            let alike = |r: &usize| last[*r].work == window.work;
-            let mut peers: Vec<f64> = (0..last.len()).filter(alike).map(busy).collect();
+            let peers: Vec<usize> = (0..last.len()).filter(|r| last[*r].work == window.work).collect();
+            let usual = |w: &[Window]| median(&mut peers.iter().map(|r| w[*r].busy_s).collect::<Vec<_>>());
             let (usual_s, whose) = match peers.len() {
                 1 => match self.before(|w| w[rank].busy_s) {
                     Some(before) => (before, "it used to take"),
                     None => continue,
                 },
-                _ => (median(&mut peers), "ranks with the same work take"),
+                _ => (self.worst(usual), "ranks with the same work take"),
             };
-            let own_s = busy(rank);
+            let own_s = self.best(|w| w[rank].busy_s);
             let (lost_s, share) = (own_s - usual_s, (own_s - usual_s) / step_s);
             if own_s <= SLOW * usual_s || share < LEAST_SHARE {
                 continue;
@@ -198,11 +202,11 @@ impl Windows {
                 waits.fold(f64::INFINITY, f64::min)
             }
         };
-        let step_s = self.now(|w| w.iter().map(|r| r.step_s).fold(0.0, f64::max));
+        let step_s = self.worst(|w| w.iter().map(|r| r.step_s).fold(0.0, f64::max));
         let mut found = Vec::new();
         for (&(axis, ranks), op) in &groups {
             let others = groups.keys().filter(|(a, r)| *a == axis && *r != ranks);
-            let mut others: Vec<f64> = others.map(|(a, r)| self.now(least(a, r))).collect();
+            let mut others: Vec<f64> = others.map(|(a, r)| self.worst(least(a, r))).collect();
             let (usual_s, whose) = match others.len() {
                 0 | 1 => match self.before(least(axis, ranks)) {
                     Some(before) => (before, "before it was"),
@@ -210,7 +214,7 @@ impl Windows {
                 },
                 _ => (median(&mut others), "other groups wait"),
             };
-            let own_s = self.now(least(axis, ranks));
+            let own_s = self.best(least(axis, ranks));
             let (lost_s, share) = (own_s - usual_s, (own_s - usual_s) / step_s);
             if !own_s.is_finite() || own_s <= SLOW_LINK * usual_s || share < LEAST_SHARE {
                 continue;
@@ -271,13 +275,16 @@ mod tests {
     #[test]
     fn who_works_longer_than_its_peers_is_named() {
         let slow = [(60.0, 70.0), (100.0, 30.0), (90.0, 40.0), (90.0, 40.0)];
-        let found = check(&[slow, EVEN, slow], &[(&[1], Cause::Compute)]);
+        let found = check(&[EVEN, slow, slow, slow], &[(&[1], Cause::Compute)]);
         assert_eq!(
             found[0].why,
             "rank 1 works 100.0 ms of a step, ranks with the same work take 60.0 ms: the others wait for it 31 % of the step, most in grads.bucket0.wait (dp)"
         );
-        // One window in three is an accident.
+        // One window in three is an accident, and so are two: somebody else may have been slow in the third.
         check(&[EVEN, slow, EVEN], &[]);
+        check(&[slow, EVEN, slow], &[]);
+        let other = [slow[1], slow[0], slow[2], slow[3]];
+        check(&[slow, other, slow, other], &[]);
         check(&[slow, slow], &[]);
     }
 
@@ -293,7 +300,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn noise_within_bounds_names_nobody(noise in proptest::collection::vec(0.95f64..1.1, 4 * 12)) {
+        fn noise_within_bounds_names_nobody(noise in proptest::collection::vec(0.9f64..1.1, 4 * 12)) {
             let mut all = Windows::default();
             for chunk in noise.chunks(4) {
                 let n = |i: usize| (EVEN[i].0 * chunk[i], EVEN[i].1);

@@ -216,13 +216,17 @@ fn a_step_done_again_tells_a_broken_machine_from_a_broken_model() {
         found
     };
     lab.train("r", &format!("{flags} --nproc 2 --set layout.zero=1 --verify-every 1"));
+    // What was mended there says nothing of the step.
+    let mended = format!("--set trouble.on_corruption=restore --drill flip@6:rank=1:param={WEIGHT}");
+    lab.train("e", &format!("{flags} --nproc 2 --verify-every 1 {mended}"));
     let found = check("r", 5, "", "model_or_data", 2);
     assert_eq!(found["tries"][0]["hash"], found["recorded"]["hash"]);
     assert!(found["from"].as_str().is_some_and(|p| p.ends_with("step-00000004")), "{found}");
+    check("e", 5, "", "model_or_data", 2);
     check("r", 1, "--layout dp=4,zero=3 --layout pp=2", "model_or_data", 2);
     assert!(lab.ok("replay r --step 12").contains("the same bits: model or data"));
     // A bit that was flipped, and nobody looked.
-    lab.train("f", &format!("{flags} --nproc 2 --drill flip@6:rank=1:param={WEIGHT}:bit=30"));
+    lab.train("f", &format!("{flags} --nproc 2 --drill flip@6:rank=1:param={WEIGHT}:bit=22"));
     let found = check("f", 6, "", "machine", 2);
     assert!(found["tries"][0]["differs_in"][0].as_str().is_some_and(|d| d.contains(" was ")), "{found}");
     check("f", 5, "", "model_or_data", 2);
@@ -262,7 +266,7 @@ fn a_step_done_again_tells_a_broken_machine_from_a_broken_model() {
 #[test]
 fn a_rank_that_keeps_the_others_waiting_is_named() {
     let lab = Lab::new();
-    let slow = "--drill slow@1-99:rank=1:ms=30 --set run.straggler_window=5 --set train.steps=20";
+    let slow = "--drill slow@1-99:rank=1:ms=300 --set run.straggler_window=5 --set train.steps=20";
     for layout in ["--nproc 2", "--nproc 4 --set layout.dp=2 --set layout.pp=2"] {
         let run = format!("r{}", layout.len());
         let out = lab.train(&run, &format!("{slow} {layout}"));

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use journal::ledger::{Drawings, Skipped};
-use journal::{Action, Record};
+use journal::{Action, Record, Trouble};
 use spec::{Error, Result};
 
 use super::{Recorded, Try};
@@ -71,6 +71,8 @@ impl History {
                             (h.looked, h.action) = (None, None);
                         }
                     }
+                    // State that changed by itself makes no step bad.
+                    Record::Trouble { what: Trouble::Corruption, .. } => {}
                     Record::Trouble { step: at, loss, grad_norm, action, .. } if rank == 0 && *at == step => {
                         h.outputs.insert(*at, (*loss, *grad_norm));
                         (h.world, h.device) = now.clone();

@@ -49,6 +49,8 @@ impl Trainer {
             crate::survive::meet::From::Checkpoint(path) => Some(path.clone()),
             _ => None,
         };
+        // What memory held may be other than what was saved.
+        let read = if resumed.is_some() { placed.step } else { 0 };
         let source = placed.source.to_string();
         let mut t = Trainer {
             journal: Journal::open(dir.path(), rank)?,
@@ -70,7 +72,7 @@ impl Trainer {
             saving: None,
             copy: Vec::new(),
             watch: opened.watch,
-            looks: Looks::default(),
+            looks: Looks::since(read),
             drills: Vec::new(),
             waits: Waits::default(),
         };
@@ -225,7 +227,7 @@ impl Trainer {
         let (begin, watch) = (Some(self.begin.clone()), self.watch.clone());
         let mut opened = Opened { begin, streams: None, is_elsewhere: true, watch };
         let placed = l.settle(&mut opened, owes, stop)?;
-        (self.watch, self.looks, self.waits) = (opened.watch, Looks::default(), Waits::default());
+        (self.watch, self.waits) = (opened.watch, Waits::default());
         if let Some(begin) = opened.begin {
             self.begin = begin;
         }
@@ -235,6 +237,8 @@ impl Trainer {
         let was = self.exec.program.rank;
         (self.run, self.exec, self.step, self.session, self.owes) = (run, exec, step, session, owes);
         self.is_whole = true;
+        // What memory held was looked at no more than the steps were.
+        self.looks = Looks::since(self.looks.right.min(step));
         let rank = self.exec.program.rank;
         if rank != was {
             self.journal = Journal::open(self.dir.path(), rank)?;

@@ -25,6 +25,13 @@ pub(super) struct Looks {
     pub(super) right: u64,
 }
 
+impl Looks {
+    /// Of a state that was read with its checksums, or that is the first.
+    pub(super) fn since(step: u64) -> Looks {
+        Looks { right: step, ..Looks::default() }
+    }
+}
+
 /// What a look at the state led to.
 pub(super) enum Mended {
     /// Nothing was wrong.
@@ -158,7 +165,7 @@ impl Trainer {
         self.is_whole = false;
         let (at, _, passed) = restore(&mut self.exec, &paths, true)?;
         self.is_whole = true;
-        self.looks = Looks::default();
+        self.looks = Looks::since(at);
         for text in passed {
             self.note(Record::Warning { time_us: now_us(), text }, each);
         }
@@ -230,7 +237,7 @@ impl Trainer {
             self.is_whole = false;
             self.exec.mend(held, &compared.findings)?;
             self.is_whole = true;
-            self.looks = Looks { right, ..Looks::default() };
+            self.looks = Looks::since(right);
             self.note(self.trouble(step, &d(Action::Restore, why), out, None, None), each);
             return Ok(Mended::Again);
         }
