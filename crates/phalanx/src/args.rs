@@ -18,7 +18,7 @@ pub(crate) use economy::{Decide, Economy};
 pub(crate) use pages::{Guide, PlanCommand, PlanOr};
 pub(crate) use serving::Inference;
 pub(crate) use simulate::Simulate;
-pub(crate) use survival::{Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger};
+pub(crate) use survival::{Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger, Replay};
 pub(crate) use validate::Validate;
 pub(crate) use watching::{Completions, Dash, Doctor, Journal, JournalCommand, Man, Top};
 
@@ -84,6 +84,8 @@ pub(crate) enum Command {
     Ckpt(Ckpt),
     /// Prove from a run's journals that each sample was trained on exactly once
     Ledger(Ledger),
+    /// Do a step of a run again, and tell a broken machine from a broken model by its bits
+    Replay(Replay),
     /// Kill, stop and damage a small run at random, and hold its weights to the undisturbed one's
     Chaos(Chaos),
     /// List every key of a run file with its default
@@ -155,6 +157,12 @@ pub(crate) struct Train {
     /// Record start and end of every op in the journal
     #[arg(long)]
     pub(crate) trace: bool,
+    /// Compare what several ranks hold alike after every N steps; the same as --set run.verify_every=N
+    #[arg(long, value_name = "N")]
+    pub(crate) verify_every: Option<usize>,
+    /// Let something go wrong on purpose: nan@STEP, spike@STEP, flip@STEP:rank=R:param=NAME, slow@FIRST-LAST:rank=R:ms=T
+    #[arg(long, value_name = "WHAT@STEP")]
+    pub(crate) drill: Vec<String>,
     /// Print records as JSON lines on stdout instead of text
     #[arg(long)]
     pub(crate) json: bool,

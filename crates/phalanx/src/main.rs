@@ -30,6 +30,7 @@ mod places;
 mod planner;
 mod program;
 mod ranks;
+mod replay;
 mod show;
 mod simulate;
 mod stop;
@@ -85,6 +86,7 @@ fn main() -> std::process::ExitCode {
         Command::Man(a) => version::man(&a),
         Command::Ckpt(a) => ckpts::run(&a),
         Command::Ledger(a) => survival::ledger(&a),
+        Command::Replay(a) => replay::run(&a),
         Command::Chaos(a) => survival::chaos(&a),
         Command::Keys => {
             output::print(&models::keys());

@@ -9,7 +9,8 @@ use launch::{Launcher, RankEnv};
 use spec::run::Resolved;
 use spec::{Error, Layout, Origin, Result, RunSpec};
 use train::{
-    Agent, Asked, Beginning, Cpu, Device, DirLock, Event, Mesh, Outcome, RunDir, Sampling, Trainer, check_run,
+    Agent, Asked, Beginning, Cpu, Device, DirLock, Drill, Event, Mesh, Outcome, RunDir, Sampling, Trainer,
+    check_run,
 };
 
 use crate::args::{RunArgs, Train};
@@ -24,6 +25,8 @@ use crate::this_machine;
 
 pub(crate) fn train(args: &Train) -> Result<u8> {
     let early = Early::watch(!ranks::started_by_us())?;
+    drills(args)?;
+    let args = &with_flags(args);
     ranks::check_mpi(transport(args))?;
     if let Some(env) = Rank::env(args.nproc)? {
         let me = env.rank;
@@ -206,10 +209,23 @@ fn join(args: &Train, agent: Agent, orders: Orders, early: Early) -> Result<u8> 
     }
 }
 
+/// The same with flags that stand for keys as keys.
+fn with_flags(args: &Train) -> Train {
+    let mut args = args.clone();
+    let every = args.verify_every.map(|n| format!("run.verify_every={n}"));
+    args.run.set.extend(every);
+    args
+}
+
+fn drills(args: &Train) -> Result<Vec<Drill>> {
+    args.drill.iter().map(|text| text.parse()).collect()
+}
+
 /// Trains to the end, and tells of it where this is the first rank.
 fn go_on(args: &Train, mut trainer: Trainer, threads: usize, early: Early) -> Result<u8> {
     let run = trainer.run().clone();
     let speaks = trainer.rank() == 0;
+    trainer.set_drills(drills(args)?);
     if speaks {
         announce(&run, &mut trainer, threads);
     }

@@ -11,6 +11,7 @@ mod rehearsal;
 mod serving;
 mod survival;
 mod report;
+mod trouble;
 mod watching;
 
 use std::fs;

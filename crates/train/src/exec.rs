@@ -1,5 +1,6 @@
 //! The executor: a rank's program, op by op, on a device.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,6 +16,8 @@ use crate::null::Null;
 use crate::resolve::{self, Action};
 use crate::spans::Spans;
 use crate::survive::Pulse;
+use crate::tail::{self, not_updated};
+use crate::trouble::{Bad, Limits};
 
 /// Runs a rank's program on a device.
 pub struct Executor {
@@ -30,6 +33,8 @@ pub struct Executor {
     pub spans: Spans,
     /// Time in which this step waited for other ranks, by [`WAITS`].
     comm_ns: [u64; WAITS.len()],
+    /// The same by op of each block, since [`Executor::take_waits`].
+    op_waits_ns: Vec<Vec<u64>>,
     /// When the op that yields the gradient norm began.
     pub(crate) norm_start_ns: u64,
     /// The last step failed of something that every rank sees alike.
@@ -42,6 +47,8 @@ pub struct Executor {
     over: Vec<((usize, usize), Instant, Instant)>,
     /// Shows that it lives.
     pulse: Arc<Pulse>,
+    /// Added to a sum of squared gradients of the next step: a drill.
+    pub(crate) disturbance: Option<f64>,
 }
 
 /// What a rank may wait on.
@@ -172,12 +179,14 @@ impl Executor {
             eval_sum: resolve::eval_sum(&program),
             spans: Spans::new(room, record),
             comm_ns: [0; WAITS.len()],
+            op_waits_ns: program.blocks.iter().map(|b| vec![0; b.ops.len()]).collect(),
             norm_start_ns: 0,
             failed_alike: false,
             batch: Default::default(),
             begun: Vec::new(),
             over: Vec::new(),
             pulse: Arc::default(),
+            disturbance: None,
             program,
             device,
             mesh,
@@ -215,6 +224,21 @@ impl Executor {
     pub fn waits_s(&self) -> impl Iterator<Item = (&'static str, f64)> {
         let waits = WAITS.into_iter().zip(self.comm_ns);
         waits.filter(|(_, ns)| *ns > 0).map(|(axis, ns)| (axis, ns as f64 / 1e9))
+    }
+
+    /// By axis, the name of the op that this rank has waited in most since this was asked last.
+    pub(crate) fn take_waits(&mut self) -> BTreeMap<&'static str, String> {
+        let mut most: BTreeMap<&'static str, (u64, &str)> = BTreeMap::new();
+        for (block, waits) in self.program.blocks.iter().zip(&mut self.op_waits_ns) {
+            for (op, ns) in block.ops.iter().zip(waits) {
+                let ns = std::mem::take(ns);
+                let longest = most.entry(WAITS[waits_on(op)]).or_default();
+                if ns > longest.0 {
+                    *longest = (ns, &op.name);
+                }
+            }
+        }
+        most.into_iter().map(|(axis, (_, name))| (axis, name.to_owned())).collect()
     }
 
     /// Bytes that the device holds for the step: what the program placed.
@@ -304,6 +328,21 @@ impl Executor {
     /// # Errors
     /// If a peer is lost, or the loss or the gradient norm is NaN or infinite (parameters are then as before the step).
     pub fn step(&mut self, inputs: &StepInputs) -> Result<StepOutputs> {
+        let (outputs, bad) = self.attempt(inputs, &Limits::NONE)?;
+        if let Some(bad) = bad {
+            self.failed_alike = true;
+            return Err(not_updated(inputs.step, &bad.to_string()));
+        }
+        self.update_weights(inputs, &outputs)?;
+        Ok(outputs)
+    }
+
+    /// The first part of a step: gradients, their norm, the loss, and what is bad about them by `limits`. What is summed
+    /// over all ranks is found by all of them. Parameters and moments are as before.
+    ///
+    /// # Errors
+    /// If a peer is lost.
+    pub fn attempt(&mut self, inputs: &StepInputs, limits: &Limits) -> Result<(StepOutputs, Option<Bad>)> {
         self.spans.begin();
         self.comm_ns = [0; WAITS.len()];
         self.load()?;
@@ -318,10 +357,17 @@ impl Executor {
             }
             exec.settle(turn)
         })?;
-        let (outputs, turn) = self.judge(inputs)?;
-        self.stretch(Stretch::Update, turn, Executor::update)?;
-        self.device.synchronise()?;
-        Ok(outputs)
+        let outputs = self.judge(inputs)?;
+        Ok((outputs, limits.judge(outputs.loss, outputs.grad_norm)))
+    }
+
+    /// The rest of a step that was attempted: the update, by what it yielded.
+    ///
+    /// # Errors
+    /// If a peer is lost.
+    pub fn update_weights(&mut self, inputs: &StepInputs, outputs: &StepOutputs) -> Result<()> {
+        self.stretch(Stretch::Update, tail::turn(inputs, outputs), Executor::update)?;
+        self.device.synchronise()
     }
 
     /// Runs a stretch as the device recorded it, or call by call. When every op is timed, none is replayed.
@@ -407,6 +453,7 @@ impl Executor {
             if op.goes_on() { self.spans.now() } else { self.spans.push(block, i, micro_batch, start_ns) };
         if op.only_talks() {
             self.comm_ns[waits_on(op)] += end - start_ns;
+            self.op_waits_ns[block][i] += end - start_ns;
         }
         for (at, began, ended) in self.over.drain(..) {
             self.spans.push_between(at.0, at.1, micro_batch, began, ended);

@@ -25,9 +25,11 @@ impl Counts {
         let mut last = 0;
         each(run_dir, rank, &mut |found| {
             match found.line {
-                Line::Record(Record::Resumed { step, .. } | Record::Recovered { step, .. })
-                    if step < last =>
-                {
+                Line::Record(
+                    Record::Resumed { step, .. }
+                    | Record::Recovered { step, .. }
+                    | Record::Trouble { back_to: Some(step), .. },
+                ) if step < last => {
                     counts.back.push((found.offset, step));
                     last = step;
                 }
