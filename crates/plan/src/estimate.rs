@@ -26,6 +26,7 @@ use crate::template::{Key, Template};
 pub use replicas::{Among, Said};
 use section::{Links, Passes, Timed};
 use step::Stages;
+pub(crate) use step::virtual_layers;
 
 /// What is trained, where, and with what.
 #[derive(Clone, Debug)]
@@ -323,6 +324,13 @@ impl<'a> Estimator<'a> {
         let compute = |s: &Passes| s.forward.compute() + s.backward.compute();
         let stage_s = stages.per_layer(compute(&t.layer), compute(&t.expert_layer));
         (stage_s * stages.micro_batches, self.memory(placement, t, &stages).total())
+    }
+
+    /// Compute of one micro-batch on the mean layer, in seconds: the same whatever the size of the machine.
+    pub(crate) fn layer_s(&self, shared: &Shared) -> f64 {
+        let compute = |s: &Passes| s.forward.compute() + s.backward.compute();
+        let with_experts = self.expert_layers / self.problem.shape.model.layers as f64;
+        (1.0 - with_experts) * compute(&shared.0.layer) + with_experts * compute(&shared.0.expert_layer)
     }
 
     fn template(&mut self, placement: &Placement) -> Result<Arc<Template>> {

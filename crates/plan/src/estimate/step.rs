@@ -312,7 +312,7 @@ fn head_by_cost(problem: &Problem, placement: &Placement) -> Option<f64> {
 }
 
 /// Layers of each virtual stage in the order in which they run, so that stages hold what an estimate says of them.
-pub(super) fn virtual_layers(problem: &Problem, placement: &Placement) -> Vec<usize> {
+pub(crate) fn virtual_layers(problem: &Problem, placement: &Placement) -> Vec<usize> {
     let (l, layers, software) = (&placement.layout, problem.shape.model.layers, &problem.software);
     let virtuals = l.pp * l.chunks;
     if l.stage_layers.len() == virtuals {

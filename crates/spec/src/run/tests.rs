@@ -240,6 +240,10 @@ fn values_have_their_type() {
         "[[data.blend]]\nprefix = \"a\"\n",
         "data.blend = a list in run.toml:1, expected a list of { prefix = \"path\", weight = 0.5 } with weights above 0 | data.blend: tokenised datasets and their weights, instead of text",
     );
+    for weight in ["0", "-1.5", "inf", "nan"] {
+        let message = refused(&format!("[[data.blend]]\nprefix = \"a\"\nweight = {weight}\n"), &[]);
+        assert!(message.contains("with weights above 0"), "{weight}: {message}");
+    }
 }
 
 #[test]
