@@ -18,7 +18,7 @@ struct Flow<'w> {
 
 /// All flows of a world.
 pub(crate) struct Flows<'w> {
-    capacity: &'w [u64],
+    capacity: Vec<u64>,
     flows: Vec<Option<Flow<'w>>>,
     /// How often a flow's end was set anew: ends set before do not count.
     versions: Vec<u32>,
@@ -52,10 +52,10 @@ pub(crate) struct End {
 }
 
 impl<'w> Flows<'w> {
-    pub(crate) fn new(capacity: &'w [u64]) -> Self {
+    pub(crate) fn new(capacity: &[u64]) -> Self {
         let touched = Touched { link_at: vec![NONE; capacity.len()], ..Touched::default() };
         Flows {
-            capacity,
+            capacity: capacity.to_vec(),
             flows: Vec::new(),
             versions: Vec::new(),
             free: Vec::new(),
@@ -87,6 +87,14 @@ impl<'w> Flows<'w> {
             self.mark(link);
         }
         self.flows[id] = Some(flow);
+    }
+
+    /// A link carries another rate from now on, once rates are [`settled`](Flows::settle).
+    pub(crate) fn set_capacity(&mut self, link: usize, rate: u64) {
+        if self.capacity[link] != rate {
+            self.capacity[link] = rate;
+            self.mark(link);
+        }
     }
 
     /// Ends a flow whose time has come, and says whose it was.

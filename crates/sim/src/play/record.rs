@@ -1,0 +1,55 @@
+//! What happened in a step, kept: what each rank did when, and which messages ended its waits.
+
+use super::{Kind, Why};
+use crate::clock::Ticks;
+
+/// A stretch of a rank's main stream.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Slice {
+    pub(crate) from: Ticks,
+    pub(crate) to: Ticks,
+    pub(crate) why: Why,
+    /// Which of its stage's passes.
+    pub(crate) pass: usize,
+    /// Which op of the pass, for kernels.
+    pub(crate) op: usize,
+    /// The message that ended the wait.
+    pub(crate) by: Option<u32>,
+}
+
+/// A message.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Message {
+    pub(crate) kind: Kind,
+    /// The class that it waited for.
+    pub(crate) last: usize,
+    /// The message that this one's stream was busy with until then.
+    pub(crate) after: Option<u32>,
+    pub(crate) from: Ticks,
+    pub(crate) to: Ticks,
+}
+
+impl Message {
+    pub(super) fn new(kind: Kind, (last, after): (usize, Option<u32>), now: Ticks) -> Self {
+        Message { kind, last, after, from: now, to: now }
+    }
+}
+
+/// Everything that happened.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Log {
+    /// By class, in order; without gaps from the start to its end.
+    pub(crate) slices: Vec<Vec<Slice>>,
+    pub(crate) messages: Vec<Message>,
+}
+
+impl Log {
+    pub(super) fn begin(&mut self, message: Message) -> u32 {
+        self.messages.push(message);
+        (self.messages.len() - 1) as u32
+    }
+
+    pub(super) fn end(&mut self, message: u32, now: Ticks) {
+        self.messages[message as usize].to = now;
+    }
+}
