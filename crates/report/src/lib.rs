@@ -7,6 +7,7 @@ pub mod guide_page;
 pub mod inference_page;
 mod page;
 mod plan_page;
+mod rehearsal_page;
 mod sources;
 mod svg;
 mod table;
@@ -14,4 +15,5 @@ mod text;
 
 pub use figures::Figure;
 pub use page::data_of;
+pub use rehearsal_page::{Rehearsed, rehearsal_page, trace_page};
 pub use plan_page::{Report, Scale, plan_page, scales};

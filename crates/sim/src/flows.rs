@@ -6,6 +6,13 @@ use crate::flow::{Demand, max_min};
 /// Parts of a byte that progress is counted in: a byte per second moves one in a tick.
 const PARTS: u128 = 1_000_000_000_000;
 
+/// Whose a flow is: which message it belongs to, and which class sends it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Owner {
+    pub(crate) transfer: usize,
+    pub(crate) class: usize,
+}
+
 struct Flow<'w> {
     uses: &'w [(usize, u64)],
     limit: u64,
@@ -13,7 +20,7 @@ struct Flow<'w> {
     left: u128,
     since: Ticks,
     rate: u64,
-    owner: usize,
+    owner: Owner,
 }
 
 /// All flows of a world.
@@ -73,7 +80,7 @@ impl<'w> Flows<'w> {
         uses: &'w [(usize, u64)],
         limit: u64,
         bytes: u64,
-        owner: usize,
+        owner: Owner,
     ) {
         let flow = Flow { uses, limit, left: u128::from(bytes) * PARTS, since: now, rate: 0, owner };
         let id = self.free.pop().unwrap_or_else(|| {
@@ -98,7 +105,7 @@ impl<'w> Flows<'w> {
     }
 
     /// Ends a flow whose time has come, and says whose it was.
-    pub(crate) fn end(&mut self, end: End) -> Option<usize> {
+    pub(crate) fn end(&mut self, end: End) -> Option<Owner> {
         if self.versions[end.flow] != end.version {
             return None;
         }

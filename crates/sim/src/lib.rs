@@ -21,6 +21,8 @@ mod steps;
 pub mod trace;
 pub mod world;
 
+use std::sync::atomic::AtomicBool;
+
 use plan::estimate::{Estimator, Problem};
 use plan::placement::Placement;
 use serde::Serialize;
@@ -41,13 +43,16 @@ pub struct Rehearsal<'a> {
     stages: Vec<StageSteps>,
     predicted_s: f64,
     storage: Option<StorageUse>,
+    stop: Option<&'a AtomicBool>,
 }
 
 /// A step as it was played.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Step {
-    /// From the start to the last rank's end.
+    /// From the start to the last rank's end; as far as it was played, if that was not to its end.
     pub step_s: f64,
+    /// Whether it was played to its end.
+    pub is_whole: bool,
     /// Classes of ranks that had to be played.
     pub classes: usize,
     /// Events on the clock.
@@ -95,13 +100,19 @@ impl<'a> Rehearsal<'a> {
         let beside =
             Beside::of(&problem.software, placement, span(Axis::Tensor).domains, span(Axis::Expert).domains);
         let stages = steps::stages(&problem.shape.model, placement, &parts, &spans, beside);
-        Ok(Rehearsal { problem, parts, mesh, stages, predicted_s, storage: None })
+        Ok(Rehearsal { problem, parts, mesh, stages, predicted_s, storage: None, stop: None })
     }
 
     /// With a storage that tokens are read from, and perhaps a checkpoint written to.
     #[must_use]
     pub fn with_storage(self, storage: StorageUse) -> Self {
         Rehearsal { storage: Some(storage), ..self }
+    }
+
+    /// Plays no further once `stop` is set: the step is then not [whole](Step::is_whole).
+    #[must_use]
+    pub fn until(self, stop: &'a AtomicBool) -> Self {
+        Rehearsal { stop: Some(stop), ..self }
     }
 
     /// What the closed form says of the step.
@@ -142,7 +153,8 @@ impl<'a> Rehearsal<'a> {
     fn played(&self, world: &World, keeps: bool) -> Result<play::Played> {
         let chunks = self.mesh.placement.layout.chunks;
         let (micro_batches, tax) = (self.parts.micro_batches, self.parts.replicas.tax);
-        play::play(world, &self.stages, chunks, micro_batches, tax, keeps)
+        let (stages, stop) = (&self.stages, self.stop);
+        play::play(play::Play { world, stages, chunks, micro_batches, tax, keeps, stop })
     }
 }
 
@@ -151,6 +163,7 @@ impl Step {
         let last = played.last();
         Step {
             step_s: seconds(played.end),
+            is_whole: played.is_whole,
             classes: classes.len(),
             events: played.events,
             last_rank: classes[last].rank,

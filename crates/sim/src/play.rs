@@ -10,13 +10,14 @@ pub(crate) mod record;
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use plan::network::Traffic;
 use serde::Serialize;
 use spec::{Error, Result};
 
 use crate::clock::{Speed, Ticks, USUAL, seconds};
-use crate::flows::{End, Flows};
+use crate::flows::{End, Flows, Owner};
 use crate::mesh::Axis;
 use crate::steps::{STREAMS, Slot, StageSteps, Stream};
 use crate::world::{Path, World};
@@ -37,6 +38,8 @@ pub(crate) struct Played {
     pub(crate) events: u64,
     /// What happened, if it was to be kept.
     pub(crate) log: Option<Log>,
+    /// Whether it was played to its end.
+    pub(crate) is_whole: bool,
 }
 
 impl Played {
@@ -149,23 +152,37 @@ struct Player<'w> {
     flows: Flows<'w>,
     heap: BinaryHeap<Reverse<(Ticks, Event)>>,
     events: u64,
+    /// Events at which to look whether to stop.
+    looks_at: u64,
     /// Ranks that are not done.
     busy: usize,
     log: Option<Log>,
 }
 
-/// Plays a step of `world`.
+/// Between two looks at whether to stop: a few milliseconds.
+const STOP_EVERY: u64 = 1 << 16;
+
+/// What is played, and how.
+#[derive(Clone, Copy)]
+pub(crate) struct Play<'a> {
+    pub(crate) world: &'a World,
+    pub(crate) stages: &'a [StageSteps],
+    pub(crate) chunks: usize,
+    pub(crate) micro_batches: usize,
+    /// Time that kernels lose for each second of a collective of replicas beside them.
+    pub(crate) tax: f64,
+    /// Whether what happens is kept.
+    pub(crate) keeps: bool,
+    /// Set when no more is to be played.
+    pub(crate) stop: Option<&'a AtomicBool>,
+}
+
+/// Plays a step.
 ///
 /// # Errors
 /// If it takes more events than there may be, or some rank waits for ever.
-pub(crate) fn play(
-    world: &World,
-    stages: &[StageSteps],
-    chunks: usize,
-    micro_batches: usize,
-    tax: f64,
-    keeps: bool,
-) -> Result<Played> {
+pub(crate) fn play(play: Play<'_>) -> Result<Played> {
+    let Play { world, stages, chunks, micro_batches, tax, keeps, stop } = play;
     let mut player = Player {
         world,
         stages,
@@ -179,18 +196,20 @@ pub(crate) fn play(
         flows: Flows::new(&world.capacity),
         heap: BinaryHeap::new(),
         events: 0,
+        looks_at: STOP_EVERY,
         busy: world.classes.len(),
         log: keeps.then(Log::default),
     };
     if keeps {
         player.ranks.iter_mut().for_each(|r| r.slices = Some(Vec::new()));
     }
-    player.run()?;
-    player.outcome()
+    let is_whole = player.run(stop)?;
+    player.outcome(is_whole)
 }
 
 impl<'w> Player<'w> {
-    fn run(&mut self) -> Result<()> {
+    /// Plays on until all are done, or it is told to stop: whether they are.
+    fn run(&mut self, stop: Option<&AtomicBool>) -> Result<bool> {
         for class in 0..self.ranks.len() {
             for window in &self.world.classes[class].mark.windows {
                 for at in [window.from, window.to] {
@@ -213,12 +232,19 @@ impl<'w> Player<'w> {
                 self.happen(now, event);
             }
             self.settle(now);
+            if self.events >= self.looks_at {
+                self.looks_at += STOP_EVERY;
+                if stop.is_some_and(|s| s.load(Ordering::Relaxed)) {
+                    self.ranks.iter_mut().for_each(|r| r.stop(now));
+                    return Ok(false);
+                }
+            }
             if self.events > EVENTS_MAX {
                 return Err(Error::user(format!("more than {EVENTS_MAX} events in one step"))
                     .hint("disturb fewer ranks, or rehearse fewer of them"));
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn settle(&mut self, now: Ticks) {
@@ -237,11 +263,8 @@ impl<'w> Player<'w> {
             }
             Event::Moves { transfer } => self.moves(transfer, now),
             Event::Ends { flow, version } => {
-                if let Some(transfer) = self.flows.end(End { at: now, flow, version }) {
-                    self.transfers[transfer].left -= 1;
-                    if self.transfers[transfer].left == 0 {
-                        self.arrives(transfer, now);
-                    }
+                if let Some(owner) = self.flows.end(End { at: now, flow, version }) {
+                    self.part_arrives(owner, now);
                 }
             }
             Event::Speed { class } => self.set_speed(class, now),
@@ -309,19 +332,35 @@ impl<'w> Player<'w> {
             Kind::Group(g) => {
                 for &class in &world.groups[g].members {
                     let at = world.groups[g].axis as usize;
-                    left += send(&mut self.flows, &world.classes[class].paths[at], traffic, id, now);
+                    let owner = Owner { transfer: id, class };
+                    left += send(&mut self.flows, &world.classes[class].paths[at], traffic, owner, now);
                 }
             }
             Kind::Send { from, side, .. } => {
-                left += send(&mut self.flows, &world.classes[from].sends[side], traffic, id, now);
+                let owner = Owner { transfer: id, class: from };
+                left += send(&mut self.flows, &world.classes[from].sends[side], traffic, owner, now);
             }
             Kind::Read(class) | Kind::Write(class) => {
-                left += send(&mut self.flows, world.storage_paths(class, kind), traffic, id, now);
+                let owner = Owner { transfer: id, class };
+                left += send(&mut self.flows, world.storage_paths(class, kind), traffic, owner, now);
             }
         }
         self.transfers[id].left = left;
         if left == 0 {
             self.arrives(id, now);
+        }
+    }
+
+    /// One member's bytes are there, or some of them.
+    fn part_arrives(&mut self, owner: Owner, now: Ticks) {
+        let transfer = &mut self.transfers[owner.transfer];
+        transfer.left -= 1;
+        let (left, kept) = (transfer.left, transfer.kept);
+        if let (Some(log), Some(kept)) = (&mut self.log, kept) {
+            log.part(kept, owner.class, now);
+        }
+        if left == 0 {
+            self.arrives(owner.transfer, now);
         }
     }
 
@@ -403,8 +442,8 @@ impl<'w> Player<'w> {
         (usize::from(slot.backward) * self.chunks + slot.chunk) * self.micro_batches + slot.micro_batch
     }
 
-    fn outcome(mut self) -> Result<Played> {
-        if let Some(class) = self.ranks.iter().position(|r| !r.done) {
+    fn outcome(mut self, is_whole: bool) -> Result<Played> {
+        if is_whole && let Some(class) = self.ranks.iter().position(|r| !r.done) {
             let rank = self.world.classes[class].rank;
             let what = format!("rank {rank} waits for ever for {:?}", self.ranks[class].waiting);
             return Err(
@@ -422,6 +461,7 @@ impl<'w> Player<'w> {
             spent: self.ranks.iter().map(Rank::spent).collect(),
             events: self.events,
             log,
+            is_whole,
         })
     }
 }
@@ -431,7 +471,7 @@ fn send<'w>(
     flows: &mut Flows<'w>,
     paths: &'w [Vec<Path>; 2],
     traffic: Traffic,
-    owner: usize,
+    owner: Owner,
     now: Ticks,
 ) -> usize {
     let mut count = 0;

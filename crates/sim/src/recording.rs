@@ -24,7 +24,7 @@ pub struct Recording<'a> {
 /// A stretch of the critical path: while it lasts, nothing else could have made the step end earlier.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct PathLink {
-    /// Where; of a message, the last rank that it waited for.
+    /// Where; of a message, the rank whose bytes were there last, or the one that it waited for.
     pub rank: usize,
     /// The rank's stage.
     pub stage: usize,
@@ -94,7 +94,8 @@ impl<'a> Recording<'a> {
     fn along(&self, message: &Message, now: Ticks, out: &mut Vec<PathLink>) -> (usize, Ticks) {
         let (mut message, mut now) = (message, now);
         loop {
-            out.push(self.link(message.last, message_name(&self.world, message.kind), None, message.from, now));
+            let rank = message.slowest.unwrap_or(message.last);
+            out.push(self.link(rank, message_name(&self.world, message.kind), None, message.from, now));
             now = message.from;
             match message.after.map(|m| &self.log.messages[m as usize]) {
                 // Its stream was busy with another until then.

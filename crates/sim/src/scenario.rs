@@ -13,6 +13,8 @@ pub struct Scenario {
     parts: Vec<Part>,
     /// Standard deviation of the nodes' speed.
     spread: f64,
+    /// Whether storage is reached through the ports between nodes.
+    pub storage_on_fabric: bool,
     ranks: usize,
     per_node: usize,
 }
@@ -60,6 +62,8 @@ struct File {
     storage: Vec<Entry>,
     #[serde(default)]
     spread: Option<f64>,
+    #[serde(default)]
+    storage_on_fabric: bool,
 }
 
 /// All keys of all kinds of entries; each kind says which it takes.
@@ -129,7 +133,7 @@ impl Scenario {
     pub fn parse(place: &str, text: &str, cluster: &Cluster) -> Result<Self> {
         let file: File = toml::from_str(text).map_err(|e| {
             Error::user(format!("{place}: {}", e.to_string().trim()))
-                .hint("a scenario has tables [[slow]], [[link]], [[switch]], [[throttle]], [[pause]], [[flap]], [[storage]] and [[fail]], and spread")
+                .hint("a scenario has tables [[slow]], [[link]], [[switch]], [[throttle]], [[pause]], [[flap]], [[storage]] and [[fail]], and the keys spread and storage_on_fabric")
         })?;
         let reader = Reader { place, cluster };
         let mut parts = Vec::new();
@@ -159,7 +163,8 @@ impl Scenario {
                 Error::user(what).hint("the standard deviation of the nodes' speed, as a share of it")
             );
         }
-        Ok(Scenario { parts, spread, ranks: cluster.accelerators, per_node: cluster.per_node })
+        let storage_on_fabric = file.storage_on_fabric;
+        Ok(Scenario { parts, spread, storage_on_fabric, ranks: cluster.accelerators, per_node: cluster.per_node })
     }
 
     /// What differs in a step, counted from 1.

@@ -76,7 +76,8 @@ fn critical_paths_lead_through_what_is_slow() {
     assert_eq!(ranks[0].0, 13, "{ranks:?}");
     assert!(ranks[0].1 > 0.7 * step_s, "{ranks:?} of {step_s}");
     let (links, step_s) = path(&slow(13, Mark { port: USUAL / 1000, ..Mark::default() }));
-    let (whats, _) = shares(&links);
+    let (whats, ranks) = shares(&links);
+    assert_eq!(ranks[0].0, 13, "{ranks:?}");
     let said: f64 = whats.iter().filter(|w| w.0.contains("messages")).map(|w| w.1).sum();
     assert!(said > 0.5 * step_s, "{whats:?} of {step_s}");
 }
@@ -96,4 +97,19 @@ fn timelines_are_whole() {
         assert_eq!(sim::clock::ticks(own.last().unwrap().to_s), kept.step().ends.of(rank));
         assert!(bars.iter().any(|b| b.is_message));
     }
+}
+
+/// Told to stop, it says how far it came.
+#[test]
+fn stopped_steps_are_not_whole() {
+    let p = Problem { sequences: 2048, ..problem("llama3-8b", "megatron-core-2024") };
+    let given = given::parse("tp=2,pp=4,micro_batch=1", &p, NumberFormat::Bf16).unwrap();
+    let play = |stop: bool| {
+        let stop = std::sync::atomic::AtomicBool::new(stop);
+        let rehearsal = Rehearsal::new(&p, &given.placement).unwrap().until(&stop);
+        rehearsal.play(&Disturbed::default(), Folding::Folded).unwrap()
+    };
+    let (stopped, whole) = (play(true), play(false));
+    assert!(whole.is_whole && !stopped.is_whole);
+    assert!(0.0 < stopped.step_s && stopped.step_s < whole.step_s && stopped.events < whole.events);
 }

@@ -122,6 +122,13 @@ impl Rank {
         }
     }
 
+    /// Is told to stop, wherever it is.
+    pub(super) fn stop(&mut self, now: Ticks) {
+        if !self.done {
+            self.resume(now);
+        }
+    }
+
     /// Books the wait that ends.
     fn resume(&mut self, now: Ticks) {
         let took = now - self.since;

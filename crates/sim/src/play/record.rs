@@ -27,11 +27,15 @@ pub(crate) struct Message {
     pub(crate) after: Option<u32>,
     pub(crate) from: Ticks,
     pub(crate) to: Ticks,
+    /// When the first member's bytes were there.
+    first: Option<Ticks>,
+    /// The class whose bytes were there last, if others' were there before.
+    pub(crate) slowest: Option<usize>,
 }
 
 impl Message {
     pub(super) fn new(kind: Kind, (last, after): (usize, Option<u32>), now: Ticks) -> Self {
-        Message { kind, last, after, from: now, to: now }
+        Message { kind, last, after, from: now, to: now, first: None, slowest: None }
     }
 }
 
@@ -47,6 +51,13 @@ impl Log {
     pub(super) fn begin(&mut self, message: Message) -> u32 {
         self.messages.push(message);
         (self.messages.len() - 1) as u32
+    }
+
+    /// A class's bytes of a message are there.
+    pub(super) fn part(&mut self, message: u32, class: usize, now: Ticks) {
+        let message = &mut self.messages[message as usize];
+        let first = *message.first.get_or_insert(now);
+        message.slowest = (now > first).then_some(class);
     }
 
     pub(super) fn end(&mut self, message: u32, now: Ticks) {

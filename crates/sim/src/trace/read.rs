@@ -23,6 +23,8 @@ pub struct Row {
     pub seq: i64,
     /// Model chunk, or none.
     pub chunk: i64,
+    /// Ops of a kind and class are to take equally long; tables have one class.
+    pub class: usize,
 }
 
 /// What an op does.
@@ -165,6 +167,7 @@ impl Cells<'_> {
             duration_s: self.number(5, 0.0)?,
             seq: self.number(6, -1.0)? as i64,
             chunk: self.number(7, -1.0)? as i64,
+            class: 0,
         })
     }
 
