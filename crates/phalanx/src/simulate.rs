@@ -14,7 +14,7 @@ use plan::answer::Answer;
 use plan::estimate::Problem;
 use serde_json::{Value, json};
 use sim::scenario::Scenario;
-use sim::world::{Disturbed, Folding, StorageUse};
+use sim::world::{Folding, StorageUse};
 use sim::{Rehearsal, Step};
 use spec::{Error, Result};
 
@@ -72,7 +72,9 @@ fn rehearse(args: &Simulate) -> Result<u8> {
     let start = Instant::now();
     let given = Given { args, answer: &answer, scenario: &scenario, stop: &stop };
     let rehearsal = given.rehearsal(&answer.problem, 0.0)?;
-    let steps = steps(args, &rehearsal, &scenario, &stop)?;
+    let first = scenario.disturbed(1, args.seed);
+    let recording = rehearsal.record(&first, Folding::Folded, answers::KEPT_MAX)?;
+    let steps = steps(args, &rehearsal, &scenario, &stop, Some(recording.step().clone()))?;
     let mut json = json!({
         "model": answer.question.shape.model.name,
         "cluster": cluster.name,
@@ -91,18 +93,18 @@ fn rehearse(args: &Simulate) -> Result<u8> {
     if steps.last.is_whole {
         json["costs"] = json!(given.costs(&rehearsal, &steps)?);
         json["as_if"] = json!(given.as_if(&as_if)?);
-        let recording = given.recording(&rehearsal, &steps)?;
-        if let Some(recording) = &recording {
+        let kept = Some(&recording).filter(|r| r.is_kept());
+        if let Some(recording) = kept {
             json["critical_path"] = answers::path(recording);
         }
         life::live(&given, &rehearsal, &steps, &mut json)?;
         json["wall_s"] = json!(start.elapsed().as_secs_f64());
         let ranks = ranks.unwrap_or_else(|| vec![steps.last.last_rank]);
         if let Some(file) = perfetto {
-            file.commit(&answers::perfetto(answers::needed(&recording)?, &ranks)?)?;
+            file.commit(&answers::perfetto(answers::needed(kept)?, &ranks)?)?;
         }
         if let Some(file) = html {
-            file.commit(&pages::rehearsal(&json, recording.as_ref(), &ranks))?;
+            file.commit(&pages::rehearsal(&json, kept, &ranks))?;
         }
     } else {
         // No step was played to its end: how far it came is all that is known.
@@ -161,16 +163,18 @@ fn question(args: &Simulate) -> Plan {
     }
 }
 
-/// Plays the steps asked for; steps that are alike, once.
+/// Plays the steps asked for, but for the `first` if it was played already; steps that are alike, once.
 fn steps(
     args: &Simulate,
     rehearsal: &Rehearsal<'_>,
     scenario: &Scenario,
     stop: &AtomicBool,
+    first: Option<Step>,
 ) -> Result<Steps> {
     let count = if args.days.is_some() || scenario.is_steady() { 1 } else { args.steps };
-    let mut last: Option<(Disturbed, Step)> = None;
-    let (mut sum, mut slowest_s, mut events, mut played_steps) = (0.0, 0.0f64, 0, 0u64);
+    let (mut sum, mut slowest_s, mut played_steps) = (0.0, 0.0f64, 0u64);
+    let mut events = first.as_ref().map_or(0, |step| step.events);
+    let mut last = first.map(|step| (scenario.disturbed(1, args.seed), step));
     for step in 1..=count {
         if played_steps > 0 && stop.load(Ordering::Relaxed) {
             break;
@@ -209,14 +213,5 @@ impl<'a> Given<'a> {
             write_bytes: checkpoint_bytes / ranks,
             shares_ports: self.scenario.storage_on_fabric,
         }))
-    }
-
-    /// The first step again, with all that happens in it, if that is not too much to keep.
-    fn recording<'r>(&self, rehearsal: &'r Rehearsal<'_>, steps: &Steps) -> Result<Option<sim::Recording<'r>>> {
-        if steps.last.events > answers::RECORDED_MAX || self.stop.load(Ordering::Relaxed) {
-            return Ok(None);
-        }
-        let recording = rehearsal.record(&self.scenario.disturbed(1, self.args.seed), Folding::Folded)?;
-        Ok(Some(recording).filter(|r| r.step().is_whole))
     }
 }

@@ -131,17 +131,17 @@ impl<'a> Rehearsal<'a> {
     /// If it takes more events than there may be.
     pub fn play(&self, disturbed: &Disturbed, folding: Folding) -> Result<Step> {
         let world = self.world(disturbed, folding);
-        let played = self.played(&world, false)?;
+        let played = self.played(&world, 0)?;
         Ok(Step::new(world.class_of, &world.classes, played))
     }
 
-    /// Plays the step and keeps what happened: about 60 bytes an event.
+    /// Plays the step and keeps what happened, at some 60 bytes each; nothing if that is more than `most` things.
     ///
     /// # Errors
     /// As [`play`](Self::play).
-    pub fn record(&self, disturbed: &Disturbed, folding: Folding) -> Result<Recording<'_>> {
+    pub fn record(&self, disturbed: &Disturbed, folding: Folding, most: usize) -> Result<Recording<'_>> {
         let world = self.world(disturbed, folding);
-        let played = self.played(&world, true)?;
+        let played = self.played(&world, most)?;
         Ok(Recording::new(world, &self.stages, played))
     }
 
@@ -150,7 +150,7 @@ impl<'a> Rehearsal<'a> {
         World::new(cluster, &self.mesh, &self.parts, disturbed, storage, folding)
     }
 
-    fn played(&self, world: &World, keeps: bool) -> Result<play::Played> {
+    fn played(&self, world: &World, keeps: usize) -> Result<play::Played> {
         let chunks = self.mesh.placement.layout.chunks;
         let (micro_batches, tax) = (self.parts.micro_batches, self.parts.replicas.tax);
         let (stages, stop) = (&self.stages, self.stop);

@@ -171,8 +171,8 @@ pub(crate) struct Play<'a> {
     pub(crate) micro_batches: usize,
     /// Time that kernels lose for each second of a collective of replicas beside them.
     pub(crate) tax: f64,
-    /// Whether what happens is kept.
-    pub(crate) keeps: bool,
+    /// How much of what happens is kept; of a step in which more happens, nothing.
+    pub(crate) keeps: usize,
     /// Set when no more is to be played.
     pub(crate) stop: Option<&'a AtomicBool>,
 }
@@ -198,18 +198,18 @@ pub(crate) fn play(play: Play<'_>) -> Result<Played> {
         events: 0,
         looks_at: STOP_EVERY,
         busy: world.classes.len(),
-        log: keeps.then(Log::default),
+        log: (keeps > 0).then(Log::default),
     };
-    if keeps {
+    if keeps > 0 {
         player.ranks.iter_mut().for_each(|r| r.slices = Some(Vec::new()));
     }
-    let is_whole = player.run(stop)?;
+    let is_whole = player.run(stop, keeps)?;
     player.outcome(is_whole)
 }
 
 impl<'w> Player<'w> {
     /// Plays on until all are done, or it is told to stop: whether they are.
-    fn run(&mut self, stop: Option<&AtomicBool>) -> Result<bool> {
+    fn run(&mut self, stop: Option<&AtomicBool>, keeps: usize) -> Result<bool> {
         for class in 0..self.ranks.len() {
             for window in &self.world.classes[class].mark.windows {
                 for at in [window.from, window.to] {
@@ -234,6 +234,7 @@ impl<'w> Player<'w> {
             self.settle(now);
             if self.events >= self.looks_at {
                 self.looks_at += STOP_EVERY;
+                self.forget(keeps);
                 if stop.is_some_and(|s| s.load(Ordering::Relaxed)) {
                     self.ranks.iter_mut().for_each(|r| r.stop(now));
                     return Ok(false);
@@ -269,6 +270,16 @@ impl<'w> Player<'w> {
             }
             Event::Speed { class } => self.set_speed(class, now),
             Event::Port { class } => self.set_port(class, now),
+        }
+    }
+
+    /// Keeps nothing any more if that became too much.
+    fn forget(&mut self, most: usize) {
+        let Some(log) = &self.log else { return };
+        let slices: usize = self.ranks.iter().map(|r| r.slices.as_ref().map_or(0, Vec::len)).sum();
+        if log.messages.len() + slices > most {
+            self.log = None;
+            self.ranks.iter_mut().for_each(|r| r.slices = None);
         }
     }
 

@@ -16,7 +16,7 @@ use crate::world::{Class, World};
 pub struct Recording<'a> {
     world: World,
     stages: &'a [StageSteps],
-    log: Log,
+    log: Option<Log>,
     step: Step,
     last: usize,
 }
@@ -60,7 +60,7 @@ pub struct Bar {
 impl<'a> Recording<'a> {
     pub(crate) fn new(world: World, stages: &'a [StageSteps], mut played: Played) -> Self {
         let last = played.last();
-        let log = played.log.take().unwrap_or_default();
+        let log = played.log.take();
         let step = Step::new(world.class_of.clone(), &world.classes, played);
         Recording { world, stages, log, step, last }
     }
@@ -70,16 +70,22 @@ impl<'a> Recording<'a> {
         &self.step
     }
 
+    /// Whether all that happened was kept; else there is no path and no timeline.
+    pub fn is_kept(&self) -> bool {
+        self.log.is_some() && self.step.is_whole
+    }
+
     /// The critical path, from the start of the step to its end without a gap: from the last rank's end backwards, a
     /// kernel leads to what its rank did before, a wait to the message that ended it, and a message to the last of those
     /// it waited for. Of ranks that cannot be told apart it names the first.
     pub fn critical_path(&self) -> Vec<PathLink> {
         let mut out = Vec::new();
-        let (mut class, mut now) = (self.last, self.log.slices[self.last].last().map_or(0, |s| s.to));
-        while let Some(slice) = self.ending_at(class, now) {
-            let message = slice.by.map(|m| &self.log.messages[m as usize]);
+        let Some(log) = self.log.as_ref().filter(|_| self.is_kept()) else { return out };
+        let (mut class, mut now) = (self.last, log.slices[self.last].last().map_or(0, |s| s.to));
+        while let Some(slice) = log.ending_at(class, now) {
+            let message = slice.by.map(|m| &log.messages[m as usize]);
             (class, now) = match message.filter(|m| m.from < now) {
-                Some(message) => self.along(message, now, &mut out),
+                Some(message) => self.along(log, message, now, &mut out),
                 None => {
                     out.push(self.link(class, self.name(class, slice), self.work(class, slice), slice.from, now));
                     (class, slice.from)
@@ -91,13 +97,13 @@ impl<'a> Recording<'a> {
     }
 
     /// Follows a message that ended at `now` back to what it waited for: where that leaves the path.
-    fn along(&self, message: &Message, now: Ticks, out: &mut Vec<PathLink>) -> (usize, Ticks) {
+    fn along(&self, log: &Log, message: &Message, now: Ticks, out: &mut Vec<PathLink>) -> (usize, Ticks) {
         let (mut message, mut now) = (message, now);
         loop {
             let rank = message.slowest.unwrap_or(message.last);
             out.push(self.link(rank, message_name(&self.world, message.kind), None, message.from, now));
             now = message.from;
-            match message.after.map(|m| &self.log.messages[m as usize]) {
+            match message.after.map(|m| &log.messages[m as usize]) {
                 // Its stream was busy with another until then.
                 Some(before) if before.from < now => message = before,
                 _ => return (message.last, now),
@@ -116,13 +122,6 @@ impl<'a> Recording<'a> {
             from_s: seconds(from),
             to_s: seconds(to),
         }
-    }
-
-    /// What a class was at just before `now`.
-    fn ending_at(&self, class: usize, now: Ticks) -> Option<&Slice> {
-        let slices = &self.log.slices[class];
-        let at = slices.partition_point(|s| s.to < now);
-        slices.get(at).filter(|s| s.from < now)
     }
 
     fn name(&self, class: usize, slice: &Slice) -> &'static str {
@@ -151,6 +150,7 @@ impl<'a> Recording<'a> {
 
     /// What a rank did, in order of its start.
     pub fn timeline(&self, rank: usize) -> Vec<Bar> {
+        let Some(log) = &self.log else { return Vec::new() };
         let class = self.step.ends.class_of[rank] as usize;
         let bar = |is_message, what, of, from: Ticks, to: Ticks| Bar {
             is_message,
@@ -159,14 +159,14 @@ impl<'a> Recording<'a> {
             from_s: seconds(from),
             to_s: seconds(to),
         };
-        let own = self.log.slices[class]
+        let own = log.slices[class]
             .iter()
             .map(|s| bar(false, self.name(class, s), self.work(class, s), s.from, s.to));
         let takes_part = |m: &&Message| match m.kind {
             Kind::Group(g) => self.world.groups[g].members.contains(&class),
             Kind::Send { from, .. } | Kind::Read(from) | Kind::Write(from) => from == class,
         };
-        let said = self.log.messages.iter().filter(takes_part);
+        let said = log.messages.iter().filter(takes_part);
         let said = said.map(|m| bar(true, message_name(&self.world, m.kind), None, m.from, m.to));
         let mut out: Vec<Bar> = own.chain(said).collect();
         out.sort_by(|a, b| a.from_s.total_cmp(&b.from_s));

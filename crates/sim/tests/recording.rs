@@ -19,6 +19,9 @@ fn problem(model: &str, software: &str) -> Problem {
     Problem { shape, cluster, software, constants, sequence: 1024, sequences: 64 }
 }
 
+/// More than happens in any of these steps.
+const ALL: usize = 10_000_000;
+
 fn slow(rank: usize, mark: Mark) -> Disturbed {
     let mut out = Disturbed::default();
     out.ranks.insert(rank, mark);
@@ -54,7 +57,7 @@ fn critical_paths_have_no_gaps_and_keeping_changes_nothing() {
         let given = given::parse(layout, &p, NumberFormat::Bf16).unwrap();
         let rehearsal = Rehearsal::new(&p, &given.placement).unwrap();
         for disturbed in &marks {
-            let kept = rehearsal.record(disturbed, Folding::Folded).unwrap();
+            let kept = rehearsal.record(disturbed, Folding::Folded, ALL).unwrap();
             assert_eq!(kept.step(), &rehearsal.play(disturbed, Folding::Folded).unwrap(), "{layout}");
             check_path(&kept.critical_path(), kept.step().step_s);
         }
@@ -68,7 +71,7 @@ fn critical_paths_lead_through_what_is_slow() {
     let given = given::parse("tp=2,pp=4,micro_batch=1", &p, NumberFormat::Bf16).unwrap();
     let rehearsal = Rehearsal::new(&p, &given.placement).unwrap();
     let path = |disturbed: &Disturbed| {
-        let kept = rehearsal.record(disturbed, Folding::Folded).unwrap();
+        let kept = rehearsal.record(disturbed, Folding::Folded, ALL).unwrap();
         (kept.critical_path(), kept.step().step_s)
     };
     let (links, step_s) = path(&slow(13, Mark { speed: USUAL / 3, ..Mark::default() }));
@@ -88,7 +91,7 @@ fn timelines_are_whole() {
     let p = problem("llama3-8b", "megatron-core-2024");
     let given = given::parse("tp=2,pp=4,micro_batch=1", &p, NumberFormat::Bf16).unwrap();
     let rehearsal = Rehearsal::new(&p, &given.placement).unwrap();
-    let kept = rehearsal.record(&Disturbed::default(), Folding::Unfolded).unwrap();
+    let kept = rehearsal.record(&Disturbed::default(), Folding::Unfolded, ALL).unwrap();
     for rank in [0, 13, 31] {
         let bars = kept.timeline(rank);
         let own: Vec<_> = bars.iter().filter(|b| !b.is_message).collect();
@@ -97,6 +100,17 @@ fn timelines_are_whole() {
         assert_eq!(sim::clock::ticks(own.last().unwrap().to_s), kept.step().ends.of(rank));
         assert!(bars.iter().any(|b| b.is_message));
     }
+}
+
+/// A step in which too much happens is played like any other.
+#[test]
+fn what_is_too_much_is_not_kept() {
+    let p = Problem { sequences: 2048, ..problem("llama3-8b", "megatron-core-2024") };
+    let given = given::parse("tp=2,pp=4,micro_batch=1", &p, NumberFormat::Bf16).unwrap();
+    let rehearsal = Rehearsal::new(&p, &given.placement).unwrap();
+    let short = rehearsal.record(&Disturbed::default(), Folding::Folded, 1000).unwrap();
+    assert!(!short.is_kept() && short.critical_path().is_empty() && short.timeline(0).is_empty());
+    assert_eq!(short.step(), &rehearsal.play(&Disturbed::default(), Folding::Folded).unwrap());
 }
 
 /// Told to stop, it says how far it came.

@@ -12,8 +12,8 @@ use spec::{Error, Measure, Result};
 
 use super::{Given, Steps, steps};
 
-/// Events of a step beyond which it is not kept: some 300 MB.
-pub(super) const RECORDED_MAX: u64 = 5_000_000;
+/// Things that happen in a step beyond which it is not kept: some 300 MB.
+pub(super) const KEPT_MAX: usize = 5_000_000;
 /// More things that go wrong than anyone wants the cost of, each.
 const COSTS_MAX: usize = 16;
 /// More ranks than anyone looks at.
@@ -90,7 +90,7 @@ impl Given<'_> {
             if self.stop.load(Ordering::Relaxed) {
                 break;
             }
-            let without = steps(self.args, rehearsal, &self.scenario.without(name), self.stop)?;
+            let without = steps(self.args, rehearsal, &self.scenario.without(name), self.stop, None)?;
             if without.last.is_whole {
                 out.push(json!({ "of": name, "seconds": with.step_s - without.step_s }));
             }
@@ -113,7 +113,7 @@ impl Given<'_> {
             };
             let given = Given { scenario: &scenario, ..*self };
             let rehearsal = given.rehearsal(&problem, 0.0)?;
-            let played = steps(self.args, &rehearsal, &scenario, self.stop)?;
+            let played = steps(self.args, &rehearsal, &scenario, self.stop, None)?;
             if played.last.is_whole {
                 out.push(json!({ "as_if": as_if.name(), "step_s": played.step_s }));
             }
@@ -164,9 +164,9 @@ pub(super) fn ranks(text: &str, of: usize) -> Result<Vec<usize>> {
 }
 
 /// A recording that a file is to be made of.
-pub(super) fn needed<'a, 'r>(recording: &'a Option<Recording<'r>>) -> Result<&'a Recording<'r>> {
-    recording.as_ref().ok_or_else(|| {
-        Error::user(format!("the step has more than {RECORDED_MAX} events, too many to keep"))
+pub(super) fn needed<'a, 'r>(recording: Option<&'a Recording<'r>>) -> Result<&'a Recording<'r>> {
+    recording.ok_or_else(|| {
+        Error::user(format!("more than {KEPT_MAX} things happen in the step, too many to keep"))
             .hint("give fewer --sequences")
     })
 }

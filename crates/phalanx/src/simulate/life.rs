@@ -92,7 +92,7 @@ fn slowed_by_burst(given: &Given<'_>, rehearsal: &Rehearsal<'_>, played: &Steps,
         return Ok(0.0);
     }
     let burst = given.rehearsal(&given.answer.problem, bytes)?;
-    let burst = steps(given.args, &burst, given.scenario, given.stop)?;
+    let burst = steps(given.args, &burst, given.scenario, given.stop, None)?;
     debug_assert_eq!(rehearsal.ranks(), burst.last.ends.all().count());
     let more_s = (burst.step_s - played.step_s).max(0.0);
     Ok(if burst.last.is_whole { more_s * (safe_s / played.step_s).ceil() } else { 0.0 })

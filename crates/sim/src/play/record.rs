@@ -53,6 +53,13 @@ impl Log {
         (self.messages.len() - 1) as u32
     }
 
+    /// What a class was at just before `now`.
+    pub(crate) fn ending_at(&self, class: usize, now: Ticks) -> Option<&Slice> {
+        let slices = &self.slices[class];
+        let at = slices.partition_point(|s| s.to < now);
+        slices.get(at).filter(|s| s.from < now)
+    }
+
     /// A class's bytes of a message are there.
     pub(super) fn part(&mut self, message: u32, class: usize, now: Ticks) {
         let message = &mut self.messages[message as usize];
