@@ -245,6 +245,8 @@ impl Writer<'_> {
             seq: stretch.seq,
             chunk: 0,
             class: 0,
+            // What is sent lies in a buffer from then on.
+            waits: !matches!(stretch.kind, Kind::ForwardSend | Kind::BackwardSend),
         });
     }
 }

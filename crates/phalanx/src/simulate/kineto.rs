@@ -206,7 +206,7 @@ fn step_rows(place: &str, profiles: &[Profile], step: i64, world: usize, out: &m
             let (line, dp_rank, class, seq) = (out.len() + 1, p.rank, seq, seq as i64);
             // Meetings are told apart by their number where chunks are told apart; what lies between two is alike on all
             // ranks and in all steps.
-            out.push(Row { line, dp_rank, stage: 0, step, kind, start_s, duration_s, seq, chunk: seq, class });
+            out.push(Row { line, dp_rank, stage: 0, step, kind, start_s, duration_s, seq, chunk: seq, class, waits: true });
         };
         for (seq, i) in seen.iter().enumerate() {
             let (from, to) = meetings[*i];

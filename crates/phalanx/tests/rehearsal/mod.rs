@@ -114,7 +114,7 @@ fn answers_agree_wherever_they_are_written() {
     for figure in ["path", "path-ranks", "spent", "ranks", "costs", "as-if"] {
         assert!(page.contains(&format!("<figure id=\"{figure}\"")), "no figure {figure}");
     }
-    assert!(page.contains("rank 13") && !page.contains("http"), "self-contained");
+    assert!(page.contains("rank 13") && !page.contains("src=") && !page.contains("https://"), "self-contained");
 }
 
 /// Ranks that keep their processes lose less than those that start over, the more so with spares.
@@ -134,7 +134,7 @@ fn recovery_follows_the_state_machines_of_the_launcher() {
     let with = |spares: u64| lab.json(&format!("{large} --recovery elastic --spares {spares} --min-nodes 1900"));
     let (none, many) = (with(0), with(100));
     assert!(goodput(&none) < goodput(&many), "{none} {many}");
-    assert!(none["lives"]["fewer"]["mean"].as_f64() > Some(0.0) && many["lives"]["fewer"]["mean"] == 0.0);
+    assert!(none["lives"]["fewer"]["mean"].as_f64() > Some(0.0) && many["lives"]["fewer"]["mean"].as_f64() < Some(1e-9));
     let stiff = lab.json(&format!("{large} --spares 0"));
     assert!(stiff["lives"]["repairs"]["mean"].as_f64() > Some(0.1), "{stiff}");
 }
@@ -192,4 +192,25 @@ fn profile(rank: u64, collectives: u64) -> String {
         r#"{{"distributedInfo":{{"backend":"nccl","rank":{rank},"world_size":2}},"traceEvents":[{}]}}"#,
         events.join(",")
     )
+}
+
+/// RSC's mean times to failure, 7.9 hours on 1,024 GPUs and 47.7 days on 8, which its 21 to 27 failures in a thousand
+/// node-days span (Kokolis et al. 2025).
+#[test]
+fn jobs_fail_as_often_as_published_ones() {
+    let lab = Lab::new();
+    let platform = "[platform.all-causes]\ntitle = \"All causes\"\nnode = \"dgx-a100\"\nfailure = \"rsc-jobs\"\n\
+                    nodes = { value = 2000, unit = \"nodes\", source = \"choice\", date = \"2026-11\" }\n";
+    lab.write("causes.toml", platform);
+    let between_h = |accelerators: usize, days: f64| {
+        let json = lab.json(&format!(
+            "simulate --model gpt3-1.3b --cluster all-causes --catalog causes.toml --accelerators {accelerators} \
+             --layout micro_batch=1 --days {days} --seeds 40 --json"
+        ));
+        24.0 * days / json["interruptions"].as_f64().expect("a count")
+    };
+    let large = between_h(1024, 100.0);
+    assert!((large / 7.9 - 1.0).abs() < 0.03, "{large} h on 1,024");
+    let small = between_h(8, 20_000.0) / 24.0;
+    assert!((1000.0 / 27.0..=1000.0 / 20.9).contains(&small), "{small} days on 8");
 }

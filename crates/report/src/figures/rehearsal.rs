@@ -89,15 +89,17 @@ pub(crate) fn lives(lives: &Value) -> Figure {
 const LABEL: f64 = 90.0;
 /// Height of one rank's two rows.
 const ROW: f64 = 26.0;
-/// Bars that a drawing holds: some megabytes.
-const BARS_MAX: usize = 60_000;
+/// Bars closer than this are drawn as one, in the drawing's units.
+const APART: f64 = 0.2;
+/// Ranks that a drawing tells apart.
+const RANKS_MAX: usize = 64;
 /// What bars are drawn as: their names begin with the first.
 const KINDS: [(&str, usize); 4] = [("matrix products", 0), ("attention", 1), ("memory-bound", 2), ("optimizer", 5)];
 
 /// What ranks did over a step: kernels above, messages below. `None` where there is nothing or too much to draw.
 pub(crate) fn rank_timelines(ranks: &[(usize, Vec<sim::Bar>)], step_s: f64) -> Option<Figure> {
-    let bars: usize = ranks.iter().map(|r| r.1.len()).sum();
-    if bars == 0 || bars > BARS_MAX {
+    let ranks = &ranks[..ranks.len().min(RANKS_MAX)];
+    if ranks.is_empty() {
         return None;
     }
     let bottom = ROW * ranks.len() as f64;
@@ -108,25 +110,35 @@ pub(crate) fn rank_timelines(ranks: &[(usize, Vec<sim::Bar>)], step_s: f64) -> O
         let y = ROW * i as f64;
         svg.text(LABEL - 8.0, y + 15.0, Anchor::End, "label", &format!("rank {rank}"));
         svg.rect([LABEL, y + 2.0, WIDTH - 8.0 - LABEL, ROW - 4.0], "free", Some(i), "");
-        let mut paths: Vec<String> = vec![String::new(); KINDS.len() + 1];
+        let mut drawn: Vec<Vec<(f64, f64)>> = vec![Vec::new(); KINDS.len() + 1];
         let [mut computes, mut waits, mut messages] = [0.0; 3];
         for bar in bars {
-            let (from, width) = (x.at(bar.from_s), x.at(bar.to_s) - x.at(bar.from_s));
             let kind = KINDS.iter().position(|k| bar.what.starts_with(k.0));
-            let (path, top) = match (bar.is_message, kind) {
-                (true, _) => (KINDS.len(), y + 15.0),
-                (false, Some(kind)) => (kind, y + 3.0),
+            let row = match (bar.is_message, kind) {
+                (true, _) => KINDS.len(),
+                (false, Some(kind)) => kind,
                 (false, None) => {
                     waits += bar.to_s - bar.from_s;
                     continue;
                 }
             };
             *if bar.is_message { &mut messages } else { &mut computes } += bar.to_s - bar.from_s;
-            paths[path] += &format!("M{from:.2} {top:.0}h{width:.2}v8h-{width:.2}z");
+            let (from, to) = (x.at(bar.from_s), x.at(bar.to_s));
+            match drawn[row].last_mut() {
+                Some(last) if from - last.1 < APART => last.1 = last.1.max(to),
+                _ => drawn[row].push((from, to)),
+            }
         }
-        let classes = KINDS.iter().map(|k| k.1).chain([3]);
-        for (d, class) in paths.iter().zip(classes).filter(|p| !p.0.is_empty()) {
-            svg.path(d, &fill(class));
+        let classes = KINDS.iter().map(|k| (k.1, y + 3.0)).chain([(3, y + 15.0)]);
+        for (spans, (class, top)) in drawn.iter().zip(classes).filter(|p| !p.0.is_empty()) {
+            let d: String = spans
+                .iter()
+                .map(|(from, to)| {
+                    let width = (to - from).max(APART);
+                    format!("M{from:.2} {top:.0}h{width:.2}v8h-{width:.2}z")
+                })
+                .collect();
+            svg.path(&d, &fill(class));
         }
         table.row(vec![
             Cell::words(format!("{rank}")),

@@ -25,6 +25,8 @@ pub struct Row {
     pub chunk: i64,
     /// Ops of a kind and class are to take equally long; tables have one class.
     pub class: usize,
+    /// Whether the worker goes on only when the message is through; tables say nothing else.
+    pub waits: bool,
 }
 
 /// What an op does.
@@ -168,6 +170,7 @@ impl Cells<'_> {
             seq: self.number(6, -1.0)? as i64,
             chunk: self.number(7, -1.0)? as i64,
             class: 0,
+            waits: true,
         })
     }
 

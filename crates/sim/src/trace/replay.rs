@@ -229,6 +229,10 @@ impl<'a> Replay<'a> {
                             }
                             moved = true;
                         }
+                        if !row.waits {
+                            (entered[w], next[w]) = (false, next[w] + 1);
+                            continue;
+                        }
                         let all = |m: usize| there.get(&m).filter(|t| t.0 == self.meetings[m].ops.len());
                         if meetings.clone().any(|(_, m)| all(m).is_none()) {
                             break;
