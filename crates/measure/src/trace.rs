@@ -155,8 +155,15 @@ impl Worker {
         let mut spans: Vec<(&Span, Part)> =
             spans.iter().filter_map(|s| Some((s, *self.ops.get(&s.op)?))).collect();
         spans.sort_by_key(|(s, _)| (s.start_us, s.end_us));
-        let mut writer =
-            Writer { worker: self, step, origin_us, pass: None, tail: BTreeMap::new(), rows: out, done_us: 0 };
+        let mut writer = Writer {
+            worker: self,
+            step,
+            origin_us,
+            pass: None,
+            tail: BTreeMap::new(),
+            rows: out,
+            done_us: 0,
+        };
         for (span, part) in spans {
             writer.take(span, part);
         }
@@ -218,7 +225,8 @@ impl Writer<'_> {
             Part::Once(kind) => {
                 self.finish();
                 let at = TAIL.iter().position(|k| *k == kind).unwrap_or(TAIL.len());
-                self.tail.entry(at).or_insert(Stretch { kind, seq: 0, start_us, busy_us: 0 }).busy_us += busy_us;
+                self.tail.entry(at).or_insert(Stretch { kind, seq: 0, start_us, busy_us: 0 }).busy_us +=
+                    busy_us;
             }
         }
     }

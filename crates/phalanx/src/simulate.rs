@@ -135,7 +135,8 @@ fn bounds(args: &Simulate) -> Result<()> {
     counted("seeds", args.seeds, SEEDS_MAX)?;
     counted("min-nodes", args.min_nodes.unwrap_or(1), u64::MAX)?;
     if args.days.is_none() && (args.spares.is_some() || args.min_nodes.is_some()) {
-        return Err(Error::user("--spares and --min-nodes without --days").hint("nodes are lost over days, as --days 54"));
+        return Err(Error::user("--spares and --min-nodes without --days")
+            .hint("nodes are lost over days, as --days 54"));
     }
     match args.days {
         Some(days) if !(days > 0.0 && days <= DAYS_MAX) => {

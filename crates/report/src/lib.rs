@@ -15,5 +15,5 @@ mod text;
 
 pub use figures::Figure;
 pub use page::data_of;
-pub use rehearsal_page::{Rehearsed, rehearsal_page, trace_page};
 pub use plan_page::{Report, Scale, plan_page, scales};
+pub use rehearsal_page::{Rehearsed, rehearsal_page, trace_page};

@@ -38,19 +38,28 @@ pub fn rehearsal_page(r: &Rehearsed<'_>) -> String {
     page.section("waits", "What the step waited for");
     if let Some(path) = r.data.get("critical_path").filter(|p| p.is_object()) {
         let whats = timed(&path["by_what"], "what", "seconds");
-        page.figure(&figures::seconds_by("path", "The critical path, by what went on", "what", &whats, step_s));
+        page.figure(&figures::seconds_by(
+            "path",
+            "The critical path, by what went on",
+            "what",
+            &whats,
+            step_s,
+        ));
         let ranks = timed(&path["by_rank"], "rank", "seconds");
-        let ranks: Vec<Timed> = ranks.into_iter().map(|t| Timed { name: format!("rank {}", t.name), ..t }).collect();
+        let ranks: Vec<Timed> =
+            ranks.into_iter().map(|t| Timed { name: format!("rank {}", t.name), ..t }).collect();
         page.figure(&figures::seconds_by("path-ranks", "The critical path, by rank", "rank", &ranks, step_s));
     }
-    let spent: Vec<Timed> = r.data["spent"].as_object().into_iter().flatten().map(|(k, v)| spent(k, v)).collect();
+    let spent: Vec<Timed> =
+        r.data["spent"].as_object().into_iter().flatten().map(|(k, v)| spent(k, v)).collect();
     let title = format!("What rank {} did, which was done last", count(n("/last_rank").unwrap_or(0.0)));
     page.figure(&figures::seconds_by("spent", &title, "what", &spent, step_s));
     if let Some(figure) = figures::rank_timelines(&r.timelines, step_s) {
         page.figure(&figure);
     }
 
-    let (costs, as_if) = (timed(&r.data["costs"], "of", "seconds"), timed(&r.data["as_if"], "as_if", "step_s"));
+    let (costs, as_if) =
+        (timed(&r.data["costs"], "of", "seconds"), timed(&r.data["as_if"], "as_if", "step_s"));
     if !costs.is_empty() || !as_if.is_empty() {
         page.section("otherwise", "What things cost, and what if");
     }
@@ -94,14 +103,21 @@ pub fn trace_page(place: &str, blame: &Blame, data: &Value) -> String {
         (cause, "explains most".to_owned()),
         (count(blame.workers as f64), "workers".to_owned()),
         (count(blame.steps as f64), "steps".to_owned()),
-        (digits(blame.forward_backward_correlation, 3), "correlation of forward and backward times".to_owned()),
+        (
+            digits(blame.forward_backward_correlation, 3),
+            "correlation of forward and backward times".to_owned(),
+        ),
     ]);
     page.section("blame", "If only this were as it was");
     let slowed = |name: String, slowdown: f64| (name, slowdown);
-    let stages: Vec<_> = blame.by_stage.iter().map(|s| slowed(format!("stage {}", s.stage), s.slowdown)).collect();
+    let stages: Vec<_> =
+        blame.by_stage.iter().map(|s| slowed(format!("stage {}", s.stage), s.slowdown)).collect();
     page.figure(&figures::slowdowns("stages", "Stages", &stages));
-    let workers: Vec<_> =
-        blame.by_worker.iter().map(|w| slowed(format!("data-parallel rank {}", w.dp_rank), w.slowdown)).collect();
+    let workers: Vec<_> = blame
+        .by_worker
+        .iter()
+        .map(|w| slowed(format!("data-parallel rank {}", w.dp_rank), w.slowdown))
+        .collect();
     page.figure(&figures::slowdowns("workers", "Data-parallel ranks", &workers));
     let ops: Vec<_> = blame.by_op.iter().map(|o| slowed(o.op.to_owned(), o.slowdown)).collect();
     page.figure(&figures::slowdowns("ops", "Kinds of ops", &ops));

@@ -223,7 +223,8 @@ impl<'w> Player<'w> {
         }
         self.settle(0);
         while self.busy > 0
-            && let Some(&Reverse((now, _))) = self.heap.peek() {
+            && let Some(&Reverse((now, _))) = self.heap.peek()
+        {
             while let Some(&Reverse((at, event))) = self.heap.peek()
                 && at == now
             {

@@ -87,7 +87,13 @@ impl<'a> Recording<'a> {
             (class, now) = match message.filter(|m| m.from < now) {
                 Some(message) => self.along(log, message, now, &mut out),
                 None => {
-                    out.push(self.link(class, self.name(class, slice), self.work(class, slice), slice.from, now));
+                    out.push(self.link(
+                        class,
+                        self.name(class, slice),
+                        self.work(class, slice),
+                        slice.from,
+                        now,
+                    ));
                     (class, slice.from)
                 }
             };
@@ -111,7 +117,14 @@ impl<'a> Recording<'a> {
         }
     }
 
-    fn link(&self, class: usize, what: &'static str, of: Option<(Pass, usize)>, from: Ticks, to: Ticks) -> PathLink {
+    fn link(
+        &self,
+        class: usize,
+        what: &'static str,
+        of: Option<(Pass, usize)>,
+        from: Ticks,
+        to: Ticks,
+    ) -> PathLink {
         let Class { rank, stage, .. } = self.world.classes[class];
         PathLink {
             rank,

@@ -159,15 +159,8 @@ impl World {
         let agent = |node: usize| {
             let id = NodeId { node_rank: 0, addr: format!("n{node:02}"), pid: 1, serial: 0 };
             let host = id.addr.clone();
-            let me = Member {
-                id,
-                host,
-                nproc: PLACES,
-                role: String::new(),
-                master_port: 1,
-                door: 1,
-                standby: 1,
-            };
+            let me =
+                Member { id, host, nproc: PLACES, role: String::new(), master_port: 1, door: 1, standby: 1 };
             Agent::new(me, rules, &job, node == 0, PLACES)
         };
         let agents: Vec<Agent> = (0..NODES + job.spares).map(agent).collect();
@@ -195,7 +188,11 @@ impl World {
     }
 
     /// Plays on until `found`.
-    fn until<T>(&mut self, bound: Duration, found: impl Fn(&World) -> Option<T>) -> std::result::Result<T, String> {
+    fn until<T>(
+        &mut self,
+        bound: Duration,
+        found: impl Fn(&World) -> Option<T>,
+    ) -> std::result::Result<T, String> {
         loop {
             if let Some(found) = found(self) {
                 return Ok(found);

@@ -164,7 +164,13 @@ impl Scenario {
             );
         }
         let storage_on_fabric = file.storage_on_fabric;
-        Ok(Scenario { parts, spread, storage_on_fabric, ranks: cluster.accelerators, per_node: cluster.per_node })
+        Ok(Scenario {
+            parts,
+            spread,
+            storage_on_fabric,
+            ranks: cluster.accelerators,
+            per_node: cluster.per_node,
+        })
     }
 
     /// What differs in a step, counted from 1.
@@ -314,10 +320,25 @@ impl Reader<'_> {
     fn flap(&self, at: &str, e: &Entry) -> Result<Flap> {
         let hint = "the share of the port's rate that is left meanwhile";
         let share = self.number(at, "factor", e.factor, SHARE_MIN, 1.0, hint)?;
-        let from = self.number(at, "from_s", Some(e.from_s.unwrap_or(0.0)), 0.0, SECONDS_MAX, "seconds into the step")?;
-        let every = self.number(at, "every_s", e.every_s, FLAP_MIN_S, SECONDS_MAX, "seconds from one time to the next")?;
+        let from = self.number(
+            at,
+            "from_s",
+            Some(e.from_s.unwrap_or(0.0)),
+            0.0,
+            SECONDS_MAX,
+            "seconds into the step",
+        )?;
+        let every = self.number(
+            at,
+            "every_s",
+            e.every_s,
+            FLAP_MIN_S,
+            SECONDS_MAX,
+            "seconds from one time to the next",
+        )?;
         let hint = "how long each time lasts, less than every_s";
-        let length = self.number(at, "for_s", e.for_s, 1.0 / TICKS_PER_S, every * (1.0 - f64::EPSILON), hint)?;
+        let length =
+            self.number(at, "for_s", e.for_s, 1.0 / TICKS_PER_S, every * (1.0 - f64::EPSILON), hint)?;
         Ok(Flap {
             from: ticks(from),
             every: ticks(every),

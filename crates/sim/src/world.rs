@@ -14,8 +14,8 @@ use crate::clock::{Speed, Ticks, USUAL};
 use crate::mesh::{AXES, Axis, Mesh};
 use paths::Fabric;
 pub(crate) use paths::Path;
-pub use storage::StorageUse;
 use storage::Storage;
+pub use storage::StorageUse;
 
 /// What sets a rank apart from others.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -183,8 +183,7 @@ impl World {
             .collect::<Vec<_>>();
         let ports: Vec<[usize; 2]> = classes.iter().map(|c| c.ports).collect();
         let mut capacity = fabric.capacity;
-        let storage =
-            storage.map(|s| Storage::new(s, disturbed.storage, &ports, &counts, &mut capacity));
+        let storage = storage.map(|s| Storage::new(s, disturbed.storage, &ports, &counts, &mut capacity));
         World { classes, groups: groups.all, capacity, class_of, storage }
     }
 }

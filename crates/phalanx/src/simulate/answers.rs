@@ -2,8 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
-use journal::perfetto::{Slice, TraceWriter};
 use journal::Lane;
+use journal::perfetto::{Slice, TraceWriter};
 use plan::estimate::Problem;
 use program::Pass;
 use serde_json::{Value, json};
@@ -44,10 +44,14 @@ impl AsIf {
             None if text == "even-ranks" => Ok(AsIf::EvenRanks),
             None if text == "good-links" => Ok(AsIf::GoodLinks),
             Some((what @ ("fabric" | "domain"), by)) => {
-                let by: Option<f64> = by.parse().ok().filter(|by| (1.0 / FASTER_MAX..=FASTER_MAX).contains(by));
+                let by: Option<f64> =
+                    by.parse().ok().filter(|by| (1.0 / FASTER_MAX..=FASTER_MAX).contains(by));
                 let by = by.ok_or_else(|| {
-                    Error::user(format!("--as-if {text}, expected a factor from {} to {FASTER_MAX}", 1.0 / FASTER_MAX))
-                        .hint("how many times as fast, as fabric=2")
+                    Error::user(format!(
+                        "--as-if {text}, expected a factor from {} to {FASTER_MAX}",
+                        1.0 / FASTER_MAX
+                    ))
+                    .hint("how many times as fast, as fabric=2")
                 })?;
                 Ok(if what == "fabric" { AsIf::Fabric(by) } else { AsIf::Domain(by) })
             }
@@ -185,7 +189,9 @@ pub(super) fn perfetto(recording: &Recording<'_>, ranks: &[usize]) -> Result<Str
             };
             let args: Vec<(&str, u64)> = bar.of.iter().map(|of| ("micro_batch", of.1 as u64)).collect();
             let (start_us, end_us) = (bar.from_s * US, bar.to_s * US);
-            writer.slice(&Slice { rank, lane, name: &name, start_us, end_us, args: &args }).map_err(failed)?;
+            writer
+                .slice(&Slice { rank, lane, name: &name, start_us, end_us, args: &args })
+                .map_err(failed)?;
         }
     }
     let bytes = writer.finish().map_err(failed)?;
@@ -221,7 +227,9 @@ mod tests {
     fn what_ifs_are_read() {
         assert_eq!(AsIf::parse("fabric=2").unwrap(), AsIf::Fabric(2.0));
         assert_eq!(AsIf::parse("even-ranks").unwrap(), AsIf::EvenRanks);
-        for bad in ["fabric", "fabric=0", "fabric=-1", "fabric=nan", "domain=1e9", "luck=2", "", "even-ranks=2"] {
+        for bad in
+            ["fabric", "fabric=0", "fabric=-1", "fabric=nan", "domain=1e9", "luck=2", "", "even-ranks=2"]
+        {
             assert!(AsIf::parse(bad).is_err(), "{bad}");
         }
     }

@@ -124,7 +124,8 @@ fn read(path: &Path, at: usize) -> Result<Profile> {
     }
     for e in file.events.iter().filter(|e| e.ph == "X" && e.cat == "kernel") {
         let at = span(e).ok_or_else(|| {
-            Error::user(format!("{place}: kernel {} without ts and dur", e.name)).hint("times are in microseconds")
+            Error::user(format!("{place}: kernel {} without ts and dur", e.name))
+                .hint("times are in microseconds")
         })?;
         // Kernels belong to the step in which they begin.
         let Some(step) = steps.values_mut().find(|s| s.from_us <= at.0 && at.0 < s.to_us) else { continue };
@@ -175,8 +176,9 @@ fn step_rows(place: &str, profiles: &[Profile], step: i64, world: usize, out: &m
         let it = &p.steps[&step];
         if let Some(c) = it.collectives.iter().find(|c| c.name.contains("SendRecv")) {
             let what = format!("{}: {} in step {step}: stages hand on to each other", p.place, c.name);
-            return Err(Error::user(what)
-                .hint("of pipelines give a table of passes, as StragglerAnalysis has them"));
+            return Err(
+                Error::user(what).hint("of pipelines give a table of passes, as StragglerAnalysis has them")
+            );
         }
         let of_all = |c: &&Collective| c.members.is_none_or(|n| n == world);
         let mut all: Vec<&Collective> = it.collectives.iter().filter(of_all).collect();
@@ -206,7 +208,19 @@ fn step_rows(place: &str, profiles: &[Profile], step: i64, world: usize, out: &m
             let (line, dp_rank, class, seq) = (out.len() + 1, p.rank, seq, seq as i64);
             // Meetings are told apart by their number where chunks are told apart; what lies between two is alike on all
             // ranks and in all steps.
-            out.push(Row { line, dp_rank, stage: 0, step, kind, start_s, duration_s, seq, chunk: seq, class, waits: true });
+            out.push(Row {
+                line,
+                dp_rank,
+                stage: 0,
+                step,
+                kind,
+                start_s,
+                duration_s,
+                seq,
+                chunk: seq,
+                class,
+                waits: true,
+            });
         };
         for (seq, i) in seen.iter().enumerate() {
             let (from, to) = meetings[*i];

@@ -22,7 +22,12 @@ const SPARES_NODE: [&str; 5] = ["software", "network", "maintenance", "unknown",
 const SILENT: [&str; 4] = ["power_supply", "thermal", "ssd", "fan"];
 
 /// Lives the days that were asked for, and says in `json` what became of them.
-pub(super) fn live(given: &Given<'_>, rehearsal: &Rehearsal<'_>, played: &Steps, json: &mut Value) -> Result<()> {
+pub(super) fn live(
+    given: &Given<'_>,
+    rehearsal: &Rehearsal<'_>,
+    played: &Steps,
+    json: &mut Value,
+) -> Result<()> {
     let args = given.args;
     let Some((run, stops)) = life(given, rehearsal, played)? else { return Ok(()) };
     let mut lives = Vec::new();
@@ -129,7 +134,8 @@ fn recovery(
             let it = sim::life::Loss { full_s: restart_s, fewer_s: restart_s, takes_node: loss.takes_node() };
             (*share, it)
         };
-        let recovery = Recovery { losses: losses.iter().map(of).collect(), from_checkpoint: true, join_s: restart_s };
+        let recovery =
+            Recovery { losses: losses.iter().map(of).collect(), from_checkpoint: true, join_s: restart_s };
         let stops = json!({ "how": "restart", "stop_s": restart_s, "from": "checkpoint" });
         return Ok((recovery, stops));
     }

@@ -50,7 +50,8 @@ pub(super) fn text(json: &Value) -> String {
     }
     for other in json["as_if"].as_array().into_iter().flatten() {
         let (what, step_s) = (other["as_if"].as_str().unwrap_or_default(), n(&other["step_s"]));
-        out += &format!("as if {what}: {step_s:.4} s, {:+.1} %\n", 100.0 * (step_s / n(&json["step_s"]) - 1.0));
+        out +=
+            &format!("as if {what}: {step_s:.4} s, {:+.1} %\n", 100.0 * (step_s / n(&json["step_s"]) - 1.0));
     }
     out += &lived(json);
     out += &format!(

@@ -15,8 +15,9 @@ pub(super) const MAGIC: &[u8] = b"PAR1";
 /// The ops of a trace.
 pub(super) fn rows(place: &str, path: &Path) -> Result<Vec<Row>> {
     let bad = |e: ParquetError| {
-        Error::user(format!("{place}: {e}"))
-            .hint("a whole Parquet file, written uncompressed or with snappy, as pandas does unless told otherwise")
+        Error::user(format!("{place}: {e}")).hint(
+            "a whole Parquet file, written uncompressed or with snappy, as pandas does unless told otherwise",
+        )
     };
     let file = File::open(path).map_err(|e| Error::io("read", path, &e).hint("name a readable file"))?;
     let reader = SerializedFileReader::new(file).map_err(bad)?;

@@ -100,13 +100,18 @@ fn answers_agree_wherever_they_are_written() {
     let sum: f64 = parts.iter().map(|p| p["seconds"].as_f64().expect("seconds")).sum();
     assert!((sum / step_s - 1.0).abs() < 1e-9, "{sum} of {step_s}");
     assert_eq!(json["critical_path"]["by_rank"][0]["rank"], 13, "{json}");
-    let others: Vec<f64> =
-        json["as_if"].as_array().expect("a list").iter().map(|o| o["step_s"].as_f64().expect("seconds")).collect();
+    let others: Vec<f64> = json["as_if"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|o| o["step_s"].as_f64().expect("seconds"))
+        .collect();
     assert_eq!(others.len(), 3);
     // The slow rank alone makes the step: without it, it is much faster, and a faster fabric helps little.
     assert!(others[0] < 0.8 * step_s && others[1] <= step_s && others[2] <= step_s, "{others:?} of {step_s}");
     let trace: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(lab.path("trace.json")).expect("a trace")).expect("JSON");
+        serde_json::from_str(&std::fs::read_to_string(lab.path("trace.json")).expect("a trace"))
+            .expect("JSON");
     let ranks: std::collections::BTreeSet<u64> =
         trace["traceEvents"].as_array().expect("events").iter().filter_map(|e| e["pid"].as_u64()).collect();
     assert_eq!(ranks.into_iter().collect::<Vec<_>>(), [0, 13]);
@@ -114,7 +119,10 @@ fn answers_agree_wherever_they_are_written() {
     for figure in ["path", "path-ranks", "spent", "ranks", "costs", "as-if"] {
         assert!(page.contains(&format!("<figure id=\"{figure}\"")), "no figure {figure}");
     }
-    assert!(page.contains("rank 13") && !page.contains("src=") && !page.contains("https://"), "self-contained");
+    assert!(
+        page.contains("rank 13") && !page.contains("src=") && !page.contains("https://"),
+        "self-contained"
+    );
 }
 
 /// Ranks that keep their processes lose less than those that start over, the more so with spares.
@@ -131,10 +139,14 @@ fn recovery_follows_the_state_machines_of_the_launcher() {
     let losses = elastic["recovery"]["losses"].as_array().expect("losses");
     let silent = losses.iter().find(|l| l["loss"] == "node").expect("nodes fall silent");
     assert!((10.0..15.0).contains(&silent["detect_s"].as_f64().expect("seconds")), "{silent}");
-    let with = |spares: u64| lab.json(&format!("{large} --recovery elastic --spares {spares} --min-nodes 1900"));
+    let with =
+        |spares: u64| lab.json(&format!("{large} --recovery elastic --spares {spares} --min-nodes 1900"));
     let (none, many) = (with(0), with(100));
     assert!(goodput(&none) < goodput(&many), "{none} {many}");
-    assert!(none["lives"]["fewer"]["mean"].as_f64() > Some(0.0) && many["lives"]["fewer"]["mean"].as_f64() < Some(1e-9));
+    assert!(
+        none["lives"]["fewer"]["mean"].as_f64() > Some(0.0)
+            && many["lives"]["fewer"]["mean"].as_f64() < Some(1e-9)
+    );
     let stiff = lab.json(&format!("{large} --spares 0"));
     assert!(stiff["lives"]["repairs"]["mean"].as_f64() > Some(0.1), "{stiff}");
 }
@@ -159,7 +171,9 @@ fn journals_and_profiles_are_traces_too() {
     // Of 100 and 200 us the mean is 150: the step takes 200 + 10 where it should take 150 + 10.
     let slowdown = json["slowdown"].as_f64().expect("a factor");
     assert!((slowdown - 210.0 / 160.0).abs() < 0.01, "{json}");
-    assert!(std::fs::read_to_string(lab.path("blame.html")).expect("a page").contains("<figure id=\"workers\""));
+    assert!(
+        std::fs::read_to_string(lab.path("blame.html")).expect("a page").contains("<figure id=\"workers\"")
+    );
     lab.write("prof/rank1.json", profile(1, 1));
     let ran = lab.run("simulate --trace prof");
     assert_eq!(ran.code, Some(2));
@@ -181,7 +195,8 @@ fn profile(rank: u64, collectives: u64) -> String {
             r#"{{"ph":"X","cat":"kernel","name":"gemm","ts":{origin},"dur":{compute},"tid":7}}"#
         ));
         for c in 0..collectives {
-            let (ts, end) = if c == 0 { (origin + compute, origin + 210) } else { (origin + 300, origin + 301) };
+            let (ts, end) =
+                if c == 0 { (origin + compute, origin + 210) } else { (origin + 300, origin + 301) };
             events.push(format!(
                 r#"{{"ph":"X","cat":"kernel","name":"ncclDevKernel_AllReduce_Sum_bf16_RING_LL(args)","ts":{ts},"dur":{},"args":{{"Group size":2}}}}"#,
                 end - ts

@@ -18,15 +18,29 @@ pub(crate) struct Timed {
 const ROWS: usize = 24;
 
 /// Seconds by name, the largest first, as shares of a step.
-pub(crate) fn seconds_by(id: &'static str, title: &str, head: &'static str, all: &[Timed], step_s: f64) -> Figure {
+pub(crate) fn seconds_by(
+    id: &'static str,
+    title: &str,
+    head: &'static str,
+    all: &[Timed],
+    step_s: f64,
+) -> Figure {
     let mut all: Vec<&Timed> = all.iter().filter(|t| t.seconds != 0.0).collect();
     all.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
     let mut table = Table::new(&[head, "time", "share of the step"]);
     let mut rows = Vec::new();
     for t in &all {
         let share = t.seconds / step_s.max(f64::MIN_POSITIVE);
-        rows.push((t.name.clone(), t.seconds.max(0.0), format!("{} ({})", seconds(t.seconds), percent(share))));
-        table.row(vec![Cell::words(t.name.clone()), Cell::number(t.seconds, seconds), Cell::number(share, percent)]);
+        rows.push((
+            t.name.clone(),
+            t.seconds.max(0.0),
+            format!("{} ({})", seconds(t.seconds), percent(share)),
+        ));
+        table.row(vec![
+            Cell::words(t.name.clone()),
+            Cell::number(t.seconds, seconds),
+            Cell::number(share, percent),
+        ]);
     }
     let says = all.first().map_or_else(
         || "There is nothing of it.".to_owned(),
@@ -46,7 +60,9 @@ pub(crate) fn slowdowns(id: &'static str, title: &str, all: &[(String, f64)]) ->
         rows.push((name.clone(), slower.max(0.0), percent(slower)));
         table.row(vec![Cell::words(name.clone()), Cell::number(*slowdown, |s| digits(s, 4))]);
     }
-    let says = all.first().map_or_else(String::new, |(name, s)| format!("{name} alone: {} slower.", percent(s - 1.0)));
+    let says = all
+        .first()
+        .map_or_else(String::new, |(name, s)| format!("{name} alone: {} slower.", percent(s - 1.0)));
     rows.truncate(ROWS);
     let drawing = bars::bars(&rows, 4).finish(id, title, &says);
     Figure { id, title: title.to_owned(), says, drawing, table }
@@ -94,7 +110,8 @@ const APART: f64 = 0.2;
 /// Ranks that a drawing tells apart.
 const RANKS_MAX: usize = 64;
 /// What bars are drawn as: their names begin with the first.
-const KINDS: [(&str, usize); 4] = [("matrix products", 0), ("attention", 1), ("memory-bound", 2), ("optimizer", 5)];
+const KINDS: [(&str, usize); 4] =
+    [("matrix products", 0), ("attention", 1), ("memory-bound", 2), ("optimizer", 5)];
 
 /// What ranks did over a step: kernels above, messages below. `None` where there is nothing or too much to draw.
 pub(crate) fn rank_timelines(ranks: &[(usize, Vec<sim::Bar>)], step_s: f64) -> Option<Figure> {

@@ -202,7 +202,11 @@ mod tests {
 
     #[test]
     fn parts_compute_equally_long() {
-        let ops = vec![Op::Compute(Kernel::Product, 10), Op::Compute(Kernel::Product, 10), Op::Compute(Kernel::Product, 20)];
+        let ops = vec![
+            Op::Compute(Kernel::Product, 10),
+            Op::Compute(Kernel::Product, 10),
+            Op::Compute(Kernel::Product, 20),
+        ];
         let mark = |b: usize| Some(vec![Op::Start(Stream::Data, b)]);
         let out = at_shares(ops, 2, |_| None, mark);
         assert_eq!(
