@@ -220,7 +220,7 @@ fn jobs_fail_as_often_as_published_ones() {
     let between_h = |accelerators: usize, days: f64| {
         let json = lab.json(&format!(
             "simulate --model gpt3-1.3b --cluster all-causes --catalog causes.toml --accelerators {accelerators} \
-             --layout micro_batch=1 --days {days} --seeds 40 --json"
+             --sequences 1024 --layout micro_batch=1 --days {days} --seeds 40 --json"
         ));
         24.0 * days / json["interruptions"].as_f64().expect("a count")
     };
