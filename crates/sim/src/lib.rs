@@ -31,7 +31,7 @@ use spec::Result;
 use clock::seconds;
 use mesh::{AXES, Axis, Mesh};
 pub use play::Spent;
-pub use recording::{Bar, PathLink, Recording, shares};
+pub use recording::{Bar, PathLink, Recording, Shares};
 use steps::{Beside, StageSteps};
 use world::{Disturbed, Folding, StorageUse, World};
 

@@ -187,17 +187,31 @@ impl<'a> Recording<'a> {
     }
 }
 
-/// Shares of a path: seconds by what went on and by rank, each with the largest first.
-pub fn shares(path: &[PathLink]) -> (Vec<(&'static str, f64)>, Vec<(usize, f64)>) {
-    let (mut whats, mut ranks) = (BTreeMap::new(), BTreeMap::new());
-    for link in path {
-        *whats.entry(link.what).or_insert(0.0) += link.to_s - link.from_s;
-        *ranks.entry(link.rank).or_insert(0.0) += link.to_s - link.from_s;
+/// Seconds of a critical path, the largest first.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Shares {
+    /// By what went on.
+    pub by_what: Vec<(&'static str, f64)>,
+    /// By rank.
+    pub by_rank: Vec<(usize, f64)>,
+}
+
+impl Shares {
+    /// Of a path.
+    pub fn of(path: &[PathLink]) -> Self {
+        let (mut whats, mut ranks) = (BTreeMap::new(), BTreeMap::new());
+        for link in path {
+            *whats.entry(link.what).or_insert(0.0) += link.to_s - link.from_s;
+            *ranks.entry(link.rank).or_insert(0.0) += link.to_s - link.from_s;
+        }
+        Shares { by_what: sorted(whats), by_rank: sorted(ranks) }
     }
-    let (mut whats, mut ranks): (Vec<_>, Vec<_>) = (whats.into_iter().collect(), ranks.into_iter().collect());
-    whats.sort_by(|a, b| f64::total_cmp(&b.1, &a.1));
-    ranks.sort_by(|a, b| f64::total_cmp(&b.1, &a.1));
-    (whats, ranks)
+}
+
+fn sorted<K: Ord>(seconds: BTreeMap<K, f64>) -> Vec<(K, f64)> {
+    let mut out: Vec<(K, f64)> = seconds.into_iter().collect();
+    out.sort_by(|a, b| f64::total_cmp(&b.1, &a.1));
+    out
 }
 
 fn waited_for(s: Stream) -> &'static str {

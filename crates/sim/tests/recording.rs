@@ -6,7 +6,7 @@ use plan::software::Software;
 use plan::{given, models};
 use sim::clock::USUAL;
 use sim::world::{Disturbed, Folding, Mark};
-use sim::{PathLink, Rehearsal, shares};
+use sim::{PathLink, Rehearsal, Shares};
 use spec::{Catalog, NumberFormat};
 
 fn problem(model: &str, software: &str) -> Problem {
@@ -75,11 +75,11 @@ fn critical_paths_lead_through_what_is_slow() {
         (kept.critical_path(), kept.step().step_s)
     };
     let (links, step_s) = path(&slow(13, Mark { speed: USUAL / 3, ..Mark::default() }));
-    let (_, ranks) = shares(&links);
+    let ranks = Shares::of(&links).by_rank;
     assert_eq!(ranks[0].0, 13, "{ranks:?}");
     assert!(ranks[0].1 > 0.7 * step_s, "{ranks:?} of {step_s}");
     let (links, step_s) = path(&slow(13, Mark { port: USUAL / 1000, ..Mark::default() }));
-    let (whats, ranks) = shares(&links);
+    let Shares { by_what: whats, by_rank: ranks } = Shares::of(&links);
     assert_eq!(ranks[0].0, 13, "{ranks:?}");
     let said: f64 = whats.iter().filter(|w| w.0.contains("messages")).map(|w| w.1).sum();
     assert!(said > 0.5 * step_s, "{whats:?} of {step_s}");

@@ -129,7 +129,7 @@ impl Given<'_> {
 /// The critical path: its seconds by what went on and by rank, the largest first.
 pub(super) fn path(recording: &Recording<'_>) -> Value {
     let links = recording.critical_path();
-    let (whats, ranks) = sim::shares(&links);
+    let sim::Shares { by_what: whats, by_rank: ranks } = sim::Shares::of(&links);
     let whats: Vec<Value> = whats.iter().map(|(what, s)| json!({ "what": what, "seconds": s })).collect();
     let ranks: Vec<Value> =
         ranks.iter().take(RANKS_MAX).map(|(rank, s)| json!({ "rank": rank, "seconds": s })).collect();
