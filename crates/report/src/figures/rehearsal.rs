@@ -14,6 +14,8 @@ pub(crate) struct Timed {
     pub(crate) seconds: f64,
 }
 
+/// Room for names: the longest says what if.
+const NAMES: f64 = 240.0;
 /// Rows that a figure draws; the table has all.
 const ROWS: usize = 24;
 
@@ -47,7 +49,7 @@ pub(crate) fn seconds_by(
         |t| format!("Most: {}, {}.", t.name, seconds(t.seconds)),
     );
     rows.truncate(ROWS);
-    let drawing = bars::bars(&rows, 0).finish(id, title, &says);
+    let drawing = bars::bars_beside(&rows, 0, NAMES).finish(id, title, &says);
     Figure { id, title: title.to_owned(), says, drawing, table }
 }
 
@@ -64,7 +66,7 @@ pub(crate) fn slowdowns(id: &'static str, title: &str, all: &[(String, f64)]) ->
         .first()
         .map_or_else(String::new, |(name, s)| format!("{name} alone: {} slower.", percent(s - 1.0)));
     rows.truncate(ROWS);
-    let drawing = bars::bars(&rows, 4).finish(id, title, &says);
+    let drawing = bars::bars_beside(&rows, 4, NAMES).finish(id, title, &says);
     Figure { id, title: title.to_owned(), says, drawing, table }
 }
 
