@@ -7,6 +7,7 @@ pub mod calibrate;
 pub mod compare;
 pub mod predict;
 pub mod stepper;
+pub mod trace;
 
 mod host;
 mod programs;

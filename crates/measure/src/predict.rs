@@ -133,3 +133,42 @@ fn prediction(case: Case, estimate: &StepEstimate, mut steps: Steps) -> Predicti
         measured_bytes: steps.rank_bytes,
     }
 }
+
+/// How well the predictions order the layouts: Kendall's tau, the share of pairs in the right order less that of pairs in
+/// the wrong one (Kendall 1938). `None` of fewer than two.
+pub fn order(rows: &[Prediction]) -> Option<f64> {
+    let pairs: Vec<(f64, f64)> = rows.iter().map(|r| (r.predicted_s, r.measured_s)).collect();
+    tau(&pairs)
+}
+
+fn tau(pairs: &[(f64, f64)]) -> Option<f64> {
+    let (mut agree, mut all) = (0.0, 0.0);
+    for (i, a) in pairs.iter().enumerate() {
+        for b in &pairs[..i] {
+            let both = (a.0 - b.0) * (a.1 - b.1);
+            // Ties count for neither.
+            agree += if both == 0.0 { 0.0 } else { both.signum() };
+            all += 1.0;
+        }
+    }
+    (all > 0.0).then(|| agree / all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::tau;
+
+    #[test]
+    fn order_is_counted_by_pairs() {
+        let of = |order: &[f64]| {
+            let pairs: Vec<(f64, f64)> = order.iter().enumerate().map(|(i, m)| (i as f64, *m)).collect();
+            tau(&pairs)
+        };
+        assert_eq!(of(&[1.0, 2.0, 3.0, 4.0]), Some(1.0));
+        assert_eq!(of(&[4.0, 3.0, 2.0, 1.0]), Some(-1.0));
+        // One of six pairs is turned round.
+        assert_eq!(of(&[1.0, 3.0, 2.0, 4.0]), Some(4.0 / 6.0));
+        assert_eq!(of(&[1.0, 1.0, 2.0]), Some(2.0 / 3.0));
+        assert_eq!(of(&[1.0]), None);
+    }
+}

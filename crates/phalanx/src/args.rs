@@ -17,7 +17,7 @@ pub(crate) use clusters::{Alive, Kubernetes, KubernetesKind, Slurm};
 pub(crate) use economy::{Decide, Economy};
 pub(crate) use pages::{Guide, PlanCommand, PlanOr};
 pub(crate) use serving::Inference;
-pub(crate) use simulate::Simulate;
+pub(crate) use simulate::{Recover, Simulate};
 pub(crate) use survival::{Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger, Replay};
 pub(crate) use validate::Validate;
 pub(crate) use watching::{Completions, Dash, Doctor, Journal, JournalCommand, Man, Top};

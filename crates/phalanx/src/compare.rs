@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use measure::compare::{Report, compare};
+use sim::trace::Blame;
 use spec::Result;
 use train::RunDir;
 
@@ -12,12 +13,34 @@ use crate::{output, this_machine};
 pub(crate) fn run(args: &Compare) -> Result<u8> {
     let run = RunDir::new(&args.run_dir).load()?;
     let report = compare(&args.run_dir, &run, &this_machine::load(&args.machine)?)?;
+    // One rank waits for nobody; and a run that cannot be replayed as a whole is compared op by op all the same.
+    let blame = match report.ranks {
+        1 => None,
+        _ => measure::trace::of_run(&args.run_dir, &run).ok(),
+    };
     if args.json {
-        output::print(&serde_json::to_string_pretty(&report).expect("numbers are JSON"));
+        let mut json = serde_json::to_value(&report).expect("numbers are JSON");
+        json["stragglers"] = serde_json::to_value(&blame).expect("numbers are JSON");
+        output::print(&serde_json::to_string_pretty(&json).expect("numbers are JSON"));
     } else {
-        output::print(&text(&report));
+        let stragglers = blame.as_ref().map(stragglers).unwrap_or_default();
+        output::print(&(text(&report) + &stragglers));
     }
     Ok(0)
+}
+
+/// By whom ranks were kept waiting.
+fn stragglers(blame: &Blame) -> String {
+    let percent = |slowdown: f64| 100.0 * (slowdown - 1.0);
+    let worst = |name: &str, first: Option<(usize, f64)>| {
+        first.map(|(i, s)| format!(", {name} {i} alone {:+.1} %", percent(s))).unwrap_or_default()
+    };
+    format!(
+        "\nstragglers     steps {:+.1} % against all ops as usual{}{}\n",
+        percent(blame.slowdown),
+        worst("replica", blame.by_worker.first().map(|w| (w.dp_rank, w.slowdown))),
+        worst("stage", blame.by_stage.first().map(|s| (s.stage, s.slowdown)))
+    )
 }
 
 fn text(r: &Report) -> String {

@@ -14,10 +14,14 @@ mod flows;
 pub mod life;
 mod mesh;
 mod play;
+mod recording;
+pub mod recovery;
 pub mod scenario;
 mod steps;
 pub mod trace;
 pub mod world;
+
+use std::sync::atomic::AtomicBool;
 
 use plan::estimate::{Estimator, Problem};
 use plan::placement::Placement;
@@ -27,8 +31,9 @@ use spec::Result;
 use clock::seconds;
 use mesh::{AXES, Axis, Mesh};
 pub use play::Spent;
+pub use recording::{Bar, PathLink, Recording, Shares};
 use steps::{Beside, StageSteps};
-use world::{Disturbed, Folding, World};
+use world::{Disturbed, Folding, StorageUse, World};
 
 /// A step ready to be played, with any disturbance.
 pub struct Rehearsal<'a> {
@@ -37,13 +42,17 @@ pub struct Rehearsal<'a> {
     mesh: Mesh,
     stages: Vec<StageSteps>,
     predicted_s: f64,
+    storage: Option<StorageUse>,
+    stop: Option<&'a AtomicBool>,
 }
 
 /// A step as it was played.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Step {
-    /// From the start to the last rank's end.
+    /// From the start to the last rank's end; as far as it was played, if that was not to its end.
     pub step_s: f64,
+    /// Whether it was played to its end.
+    pub is_whole: bool,
     /// Classes of ranks that had to be played.
     pub classes: usize,
     /// Events on the clock.
@@ -91,7 +100,19 @@ impl<'a> Rehearsal<'a> {
         let beside =
             Beside::of(&problem.software, placement, span(Axis::Tensor).domains, span(Axis::Expert).domains);
         let stages = steps::stages(&problem.shape.model, placement, &parts, &spans, beside);
-        Ok(Rehearsal { problem, parts, mesh, stages, predicted_s })
+        Ok(Rehearsal { problem, parts, mesh, stages, predicted_s, storage: None, stop: None })
+    }
+
+    /// With a storage that tokens are read from, and perhaps a checkpoint written to.
+    #[must_use]
+    pub fn with_storage(self, storage: StorageUse) -> Self {
+        Rehearsal { storage: Some(storage), ..self }
+    }
+
+    /// Plays no further once `stop` is set: the step is then not [whole](Step::is_whole).
+    #[must_use]
+    pub fn until(self, stop: &'a AtomicBool) -> Self {
+        Rehearsal { stop: Some(stop), ..self }
     }
 
     /// What the closed form says of the step.
@@ -109,19 +130,46 @@ impl<'a> Rehearsal<'a> {
     /// # Errors
     /// If it takes more events than there may be.
     pub fn play(&self, disturbed: &Disturbed, folding: Folding) -> Result<Step> {
-        let world = World::new(&self.problem.cluster, &self.mesh, &self.parts, disturbed, folding);
+        let world = self.world(disturbed, folding);
+        let played = self.played(&world, 0)?;
+        Ok(Step::new(world.class_of, &world.classes, played))
+    }
+
+    /// Plays the step and keeps what happened, at some 60 bytes each; nothing if that is more than `most` things.
+    ///
+    /// # Errors
+    /// As [`play`](Self::play).
+    pub fn record(&self, disturbed: &Disturbed, folding: Folding, most: usize) -> Result<Recording<'_>> {
+        let world = self.world(disturbed, folding);
+        let played = self.played(&world, most)?;
+        Ok(Recording::new(world, &self.stages, played))
+    }
+
+    fn world(&self, disturbed: &Disturbed, folding: Folding) -> World {
+        let (cluster, storage) = (&self.problem.cluster, self.storage.as_ref());
+        World::new(cluster, &self.mesh, &self.parts, disturbed, storage, folding)
+    }
+
+    fn played(&self, world: &World, keeps: usize) -> Result<play::Played> {
         let chunks = self.mesh.placement.layout.chunks;
-        let played =
-            play::play(&world, &self.stages, chunks, self.parts.micro_batches, self.parts.replicas.tax)?;
-        let last = (0..played.ends.len()).rev().max_by_key(|c| played.ends[*c]).unwrap_or(0);
-        Ok(Step {
+        let (micro_batches, tax) = (self.parts.micro_batches, self.parts.replicas.tax);
+        let (stages, stop) = (&self.stages, self.stop);
+        play::play(play::Play { world, stages, chunks, micro_batches, tax, keeps, stop })
+    }
+}
+
+impl Step {
+    fn new(class_of: Vec<u32>, classes: &[world::Class], played: play::Played) -> Self {
+        let last = played.last();
+        Step {
             step_s: seconds(played.end),
-            classes: world.classes.len(),
+            is_whole: played.is_whole,
+            classes: classes.len(),
             events: played.events,
-            last_rank: world.classes[last].rank,
+            last_rank: classes[last].rank,
             spent: played.spent[last],
-            ends: Ends { class_of: world.class_of, ends: played.ends },
-        })
+            ends: Ends { class_of, ends: played.ends },
+        }
     }
 }
 

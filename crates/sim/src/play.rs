@@ -4,24 +4,29 @@
 //! One thread, one heap of events; what happens at one moment is done before rates are set, and no outcome depends on
 //! the order within it.
 
+mod links;
 mod rank;
+pub(crate) mod record;
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use plan::network::Traffic;
 use serde::Serialize;
 use spec::{Error, Result};
 
 use crate::clock::{Speed, Ticks, USUAL, seconds};
-use crate::flows::{End, Flows};
+use crate::flows::{End, Flows, Owner};
 use crate::mesh::Axis;
 use crate::steps::{STREAMS, Slot, StageSteps, Stream};
 use crate::world::{Path, World};
+use links::Kept;
 use rank::Rank;
+use record::{Log, Message};
 
 /// A step as it was played.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Played {
     /// When the last rank was done.
     pub(crate) end: Ticks,
@@ -31,6 +36,17 @@ pub(crate) struct Played {
     pub(crate) spent: Vec<Spent>,
     /// Events on the clock.
     pub(crate) events: u64,
+    /// What happened, if it was to be kept.
+    pub(crate) log: Option<Log>,
+    /// Whether it was played to its end.
+    pub(crate) is_whole: bool,
+}
+
+impl Played {
+    /// The class that was done last; the first of several.
+    pub(crate) fn last(&self) -> usize {
+        (0..self.ends.len()).rev().max_by_key(|c| self.ends[*c]).unwrap_or(0)
+    }
 }
 
 /// Where a rank's main stream spent its time, in seconds.
@@ -52,6 +68,8 @@ pub struct Spent {
     pub stage_s: f64,
     /// Waiting for the host.
     pub host_s: f64,
+    /// Waiting for the next step's tokens.
+    pub storage_s: f64,
 }
 
 /// What a rank waits for.
@@ -61,6 +79,7 @@ pub(crate) enum Why {
     Stream(Stream),
     Stage,
     Host,
+    Storage,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,6 +92,8 @@ enum Event {
     Ends { flow: usize, version: u32 },
     /// A rank's kernels change speed.
     Speed { class: usize },
+    /// A rank's port changes its rate.
+    Port { class: usize },
 }
 
 /// A message under way.
@@ -82,10 +103,12 @@ struct Transfer {
     traffic: Traffic,
     /// Flows that have not ended.
     left: usize,
+    /// As it is kept.
+    kept: Kept,
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Kind {
+pub(crate) enum Kind {
     Group(usize),
     /// To the next stage (0) or the one before (1).
     Send {
@@ -93,6 +116,10 @@ enum Kind {
         side: usize,
         slot: Slot,
     },
+    /// A class reads its next tokens.
+    Read(usize),
+    /// It writes its part of a checkpoint.
+    Write(usize),
 }
 
 /// A message in a stream.
@@ -125,19 +152,37 @@ struct Player<'w> {
     flows: Flows<'w>,
     heap: BinaryHeap<Reverse<(Ticks, Event)>>,
     events: u64,
+    /// Events at which to look whether to stop.
+    looks_at: u64,
+    /// Ranks that are not done.
+    busy: usize,
+    log: Option<Log>,
 }
 
-/// Plays a step of `world`.
+/// Between two looks at whether to stop: a few milliseconds.
+const STOP_EVERY: u64 = 1 << 16;
+
+/// What is played, and how.
+#[derive(Clone, Copy)]
+pub(crate) struct Play<'a> {
+    pub(crate) world: &'a World,
+    pub(crate) stages: &'a [StageSteps],
+    pub(crate) chunks: usize,
+    pub(crate) micro_batches: usize,
+    /// Time that kernels lose for each second of a collective of replicas beside them.
+    pub(crate) tax: f64,
+    /// How much of what happens is kept; of a step in which more happens, nothing.
+    pub(crate) keeps: usize,
+    /// Set when no more is to be played.
+    pub(crate) stop: Option<&'a AtomicBool>,
+}
+
+/// Plays a step.
 ///
 /// # Errors
 /// If it takes more events than there may be, or some rank waits for ever.
-pub(crate) fn play(
-    world: &World,
-    stages: &[StageSteps],
-    chunks: usize,
-    micro_batches: usize,
-    tax: f64,
-) -> Result<Played> {
+pub(crate) fn play(play: Play<'_>) -> Result<Played> {
+    let Play { world, stages, chunks, micro_batches, tax, keeps, stop } = play;
     let mut player = Player {
         world,
         stages,
@@ -151,13 +196,20 @@ pub(crate) fn play(
         flows: Flows::new(&world.capacity),
         heap: BinaryHeap::new(),
         events: 0,
+        looks_at: STOP_EVERY,
+        busy: world.classes.len(),
+        log: (keeps > 0).then(Log::default),
     };
-    player.run()?;
-    player.outcome()
+    if keeps > 0 {
+        player.ranks.iter_mut().for_each(|r| r.slices = Some(Vec::new()));
+    }
+    let is_whole = player.run(stop, keeps)?;
+    player.outcome(is_whole)
 }
 
 impl<'w> Player<'w> {
-    fn run(&mut self) -> Result<()> {
+    /// Plays on until all are done, or it is told to stop: whether they are.
+    fn run(&mut self, stop: Option<&AtomicBool>, keeps: usize) -> Result<bool> {
         for class in 0..self.ranks.len() {
             for window in &self.world.classes[class].mark.windows {
                 for at in [window.from, window.to] {
@@ -165,10 +217,14 @@ impl<'w> Player<'w> {
                 }
             }
             self.set_speed(class, 0);
+            self.set_port(class, 0);
+            self.store(class, 0);
             self.advance(class, 0);
         }
         self.settle(0);
-        while let Some(&Reverse((now, _))) = self.heap.peek() {
+        while self.busy > 0
+            && let Some(&Reverse((now, _))) = self.heap.peek()
+        {
             while let Some(&Reverse((at, event))) = self.heap.peek()
                 && at == now
             {
@@ -177,12 +233,20 @@ impl<'w> Player<'w> {
                 self.happen(now, event);
             }
             self.settle(now);
+            if self.events >= self.looks_at {
+                self.looks_at += STOP_EVERY;
+                self.forget(keeps);
+                if stop.is_some_and(|s| s.load(Ordering::Relaxed)) {
+                    self.ranks.iter_mut().for_each(|r| r.stop(now));
+                    return Ok(false);
+                }
+            }
             if self.events > EVENTS_MAX {
                 return Err(Error::user(format!("more than {EVENTS_MAX} events in one step"))
                     .hint("disturb fewer ranks, or rehearse fewer of them"));
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn settle(&mut self, now: Ticks) {
@@ -201,14 +265,22 @@ impl<'w> Player<'w> {
             }
             Event::Moves { transfer } => self.moves(transfer, now),
             Event::Ends { flow, version } => {
-                if let Some(transfer) = self.flows.end(End { at: now, flow, version }) {
-                    self.transfers[transfer].left -= 1;
-                    if self.transfers[transfer].left == 0 {
-                        self.arrives(transfer, now);
-                    }
+                if let Some(owner) = self.flows.end(End { at: now, flow, version }) {
+                    self.part_arrives(owner, now);
                 }
             }
             Event::Speed { class } => self.set_speed(class, now),
+            Event::Port { class } => self.set_port(class, now),
+        }
+    }
+
+    /// Keeps nothing any more if that became too much.
+    fn forget(&mut self, most: usize) {
+        let Some(log) = &self.log else { return };
+        let slices: usize = self.ranks.iter().map(|r| r.slices.as_ref().map_or(0, Vec::len)).sum();
+        if log.messages.len() + slices > most {
+            self.log = None;
+            self.ranks.iter_mut().for_each(|r| r.slices = None);
         }
     }
 
@@ -218,12 +290,12 @@ impl<'w> Player<'w> {
         s.started += 1;
         s.queue.push_back(queued);
         if !s.busy {
-            self.pump(class, stream, now);
+            self.pump(class, stream, None, now);
         }
     }
 
-    /// Brings the first message of a rank's stream to where the others are.
-    fn pump(&mut self, class: usize, stream: Stream, now: Ticks) {
+    /// Brings the first message of a rank's stream to where the others are; `after` is the message that it waited for.
+    fn pump(&mut self, class: usize, stream: Stream, after: Kept, now: Ticks) {
         let s = &mut self.ranks[class].streams[stream as usize];
         let Some(queued) = s.queue.pop_front() else { return };
         s.busy = true;
@@ -236,18 +308,20 @@ impl<'w> Player<'w> {
                 if meeting.arrived == self.world.groups[g].members.len() {
                     meeting.arrived = 0;
                     let traffic = self.stages[self.world.groups[g].stage].messages[message].traffic;
-                    self.begin(Kind::Group(g), traffic, now);
+                    self.begin(Kind::Group(g), traffic, (class, after), now);
                 }
             }
             Queued::Send { side, slot } => {
                 let traffic = self.stages[self.world.classes[class].stage].boundary;
-                self.begin(Kind::Send { from: class, side, slot }, traffic, now);
+                self.begin(Kind::Send { from: class, side, slot }, traffic, (class, after), now);
             }
         }
     }
 
-    fn begin(&mut self, kind: Kind, traffic: Traffic, now: Ticks) {
-        let transfer = Transfer { kind, traffic, left: 0 };
+    /// A message begins: the last that it waited for was `last`, and that one's message before.
+    fn begin(&mut self, kind: Kind, traffic: Traffic, last: (usize, Kept), now: Ticks) {
+        let kept = self.log.as_mut().map(|log| log.begin(Message::new(kind, last, now)));
+        let transfer = Transfer { kind, traffic, left: 0, kept };
         let id = match self.free.pop() {
             Some(id) => {
                 self.transfers[id] = transfer;
@@ -270,11 +344,17 @@ impl<'w> Player<'w> {
             Kind::Group(g) => {
                 for &class in &world.groups[g].members {
                     let at = world.groups[g].axis as usize;
-                    left += send(&mut self.flows, &world.classes[class].paths[at], traffic, id, now);
+                    let owner = Owner { transfer: id, class };
+                    left += send(&mut self.flows, &world.classes[class].paths[at], traffic, owner, now);
                 }
             }
             Kind::Send { from, side, .. } => {
-                left += send(&mut self.flows, &world.classes[from].sends[side], traffic, id, now);
+                let owner = Owner { transfer: id, class: from };
+                left += send(&mut self.flows, &world.classes[from].sends[side], traffic, owner, now);
+            }
+            Kind::Read(class) | Kind::Write(class) => {
+                let owner = Owner { transfer: id, class };
+                left += send(&mut self.flows, world.storage_paths(class, kind), traffic, owner, now);
             }
         }
         self.transfers[id].left = left;
@@ -283,39 +363,61 @@ impl<'w> Player<'w> {
         }
     }
 
+    /// One member's bytes are there, or some of them.
+    fn part_arrives(&mut self, owner: Owner, now: Ticks) {
+        let transfer = &mut self.transfers[owner.transfer];
+        transfer.left -= 1;
+        let (left, kept) = (transfer.left, transfer.kept);
+        if let (Some(log), Some(kept)) = (&mut self.log, kept) {
+            log.part(kept, owner.class, now);
+        }
+        if left == 0 {
+            self.arrives(owner.transfer, now);
+        }
+    }
+
     /// A message is there: its streams go on, and ranks that waited.
     fn arrives(&mut self, id: usize, now: Ticks) {
-        let kind = self.transfers[id].kind;
+        let Transfer { kind, kept, .. } = self.transfers[id];
         self.free.push(id);
+        if let (Some(log), Some(kept)) = (&mut self.log, kept) {
+            log.end(kept, now);
+        }
         self.tax(kind, now, false);
         match kind {
             Kind::Group(g) => {
                 let group = &self.world.groups[g];
                 let stream = stream(group.axis);
                 for &class in &group.members {
-                    self.sent(class, stream, now);
+                    self.sent(class, stream, kept, now);
                 }
             }
             Kind::Send { from, side, slot } => {
                 let to = self.world.classes[from].beside[side];
                 let at = self.slot(slot);
                 self.ranks[to].inbox[at] = true;
-                self.sent(from, [Stream::Next, Stream::Before][side], now);
-                self.wake(to, now, |why| why == Why::Stage);
+                self.sent(from, [Stream::Next, Stream::Before][side], kept, now);
+                self.wake(to, kept, now, |why| why == Why::Stage);
             }
+            Kind::Read(class) => {
+                self.ranks[class].reads = false;
+                self.wake(class, kept, now, |why| why == Why::Storage);
+            }
+            Kind::Write(_) => {}
         }
     }
 
-    fn sent(&mut self, class: usize, stream: Stream, now: Ticks) {
+    fn sent(&mut self, class: usize, stream: Stream, kept: Kept, now: Ticks) {
         let s = &mut self.ranks[class].streams[stream as usize];
         s.busy = false;
         s.done += 1;
-        self.pump(class, stream, now);
-        self.wake(class, now, |why| why == Why::Stream(stream));
+        self.pump(class, stream, kept, now);
+        self.wake(class, kept, now, |why| why == Why::Stream(stream));
     }
 
-    fn wake(&mut self, class: usize, now: Ticks, by: impl Fn(Why) -> bool) {
+    fn wake(&mut self, class: usize, kept: Kept, now: Ticks, by: impl Fn(Why) -> bool) {
         if self.ranks[class].waiting.is_some_and(by) {
+            self.ranks[class].woken_by = kept;
             self.advance(class, now);
         }
     }
@@ -352,8 +454,8 @@ impl<'w> Player<'w> {
         (usize::from(slot.backward) * self.chunks + slot.chunk) * self.micro_batches + slot.micro_batch
     }
 
-    fn outcome(self) -> Result<Played> {
-        if let Some(class) = self.ranks.iter().position(|r| !r.done) {
+    fn outcome(mut self, is_whole: bool) -> Result<Played> {
+        if is_whole && let Some(class) = self.ranks.iter().position(|r| !r.done) {
             let rank = self.world.classes[class].rank;
             let what = format!("rank {rank} waits for ever for {:?}", self.ranks[class].waiting);
             return Err(
@@ -361,11 +463,17 @@ impl<'w> Player<'w> {
             );
         }
         let ends: Vec<Ticks> = self.ranks.iter().map(|r| r.since).collect();
+        let mut log = self.log.take();
+        if let Some(log) = &mut log {
+            log.slices = self.ranks.iter_mut().map(|r| r.slices.take().unwrap_or_default()).collect();
+        }
         Ok(Played {
             end: ends.iter().copied().max().unwrap_or(0),
             ends,
             spent: self.ranks.iter().map(Rank::spent).collect(),
             events: self.events,
+            log,
+            is_whole,
         })
     }
 }
@@ -375,7 +483,7 @@ fn send<'w>(
     flows: &mut Flows<'w>,
     paths: &'w [Vec<Path>; 2],
     traffic: Traffic,
-    owner: usize,
+    owner: Owner,
     now: Ticks,
 ) -> usize {
     let mut count = 0;
@@ -391,7 +499,7 @@ fn send<'w>(
     count
 }
 
-fn stream(axis: Axis) -> Stream {
+pub(crate) fn stream(axis: Axis) -> Stream {
     match axis {
         Axis::Tensor => Stream::Tensor,
         Axis::Context => Stream::Context,
@@ -416,6 +524,7 @@ impl Rank {
             send_s: of(Stream::Next) + of(Stream::Before),
             stage_s: seconds(self.waited_stage),
             host_s: seconds(self.waited_host),
+            storage_s: seconds(self.waited_storage),
         }
     }
 }

@@ -5,7 +5,7 @@ use spec::{Cluster, Error, Result};
 
 use crate::clock::{TICKS_PER_S, USUAL, ticks};
 use crate::draw::Draw;
-use crate::world::{Disturbed, Mark, Window};
+use crate::world::{Disturbed, Flap, Mark, Window};
 
 /// What goes wrong in a run.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -13,6 +13,8 @@ pub struct Scenario {
     parts: Vec<Part>,
     /// Standard deviation of the nodes' speed.
     spread: f64,
+    /// Whether storage is reached through the ports between nodes.
+    pub storage_on_fabric: bool,
     ranks: usize,
     per_node: usize,
 }
@@ -34,6 +36,8 @@ enum What {
     Domain(std::ops::Range<usize>, f64),
     Tier(usize, usize, f64),
     Window(std::ops::Range<usize>, Window),
+    Flap(std::ops::Range<usize>, Flap),
+    Storage(f64),
     Fail,
 }
 
@@ -53,7 +57,13 @@ struct File {
     #[serde(default)]
     fail: Vec<Entry>,
     #[serde(default)]
+    flap: Vec<Entry>,
+    #[serde(default)]
+    storage: Vec<Entry>,
+    #[serde(default)]
     spread: Option<f64>,
+    #[serde(default)]
+    storage_on_fabric: bool,
 }
 
 /// All keys of all kinds of entries; each kind says which it takes.
@@ -68,6 +78,7 @@ struct Entry {
     inside: Option<bool>,
     from_s: Option<f64>,
     for_s: Option<f64>,
+    every_s: Option<f64>,
     step: Option<u64>,
 }
 
@@ -75,6 +86,10 @@ struct Entry {
 const SHARE_MIN: f64 = 1e-3;
 /// Slower is broken.
 const FACTOR_MAX: f64 = 1e3;
+/// Longer than any step; and what ticks can count many times.
+const SECONDS_MAX: f64 = 1e6;
+/// Ports that come and go faster than this are noise in the rate of the link, and give it as one.
+const FLAP_MIN_S: f64 = 1e-3;
 /// Standard deviations of speed beyond which nodes are not of one kind.
 const SPREAD_MAX: f64 = 0.2;
 
@@ -96,6 +111,13 @@ impl Scenario {
     ///     from_s = 0.5
     ///     for_s = 0.2
     ///     step = 2        # in the second step alone
+    ///     [[flap]]        # the port carries a tenth for 20 ms of every 100
+    ///     rank = 9
+    ///     factor = 0.1
+    ///     every_s = 0.1
+    ///     for_s = 0.02
+    ///     [[storage]]     # a server of it fails
+    ///     factor = 0.5
     ///     [[fail]]        # the job restarts
     ///     node = 7
     ///     step = 3
@@ -111,17 +133,19 @@ impl Scenario {
     pub fn parse(place: &str, text: &str, cluster: &Cluster) -> Result<Self> {
         let file: File = toml::from_str(text).map_err(|e| {
             Error::user(format!("{place}: {}", e.to_string().trim()))
-                .hint("a scenario has tables [[slow]], [[link]], [[switch]], [[throttle]], [[pause]] and [[fail]], and spread")
+                .hint("a scenario has tables [[slow]], [[link]], [[switch]], [[throttle]], [[pause]], [[flap]], [[storage]] and [[fail]], and the keys spread and storage_on_fabric")
         })?;
         let reader = Reader { place, cluster };
         let mut parts = Vec::new();
-        let kinds: [(&str, Vec<Entry>); 6] = [
+        let kinds: [(&str, Vec<Entry>); 8] = [
             ("slow", file.slow),
             ("link", file.link),
             ("switch", file.switch),
             ("throttle", file.throttle),
             ("pause", file.pause),
             ("fail", file.fail),
+            ("flap", file.flap),
+            ("storage", file.storage),
         ];
         for (kind, entries) in kinds {
             for (i, entry) in entries.iter().enumerate() {
@@ -139,7 +163,14 @@ impl Scenario {
                 Error::user(what).hint("the standard deviation of the nodes' speed, as a share of it")
             );
         }
-        Ok(Scenario { parts, spread, ranks: cluster.accelerators, per_node: cluster.per_node })
+        let storage_on_fabric = file.storage_on_fabric;
+        Ok(Scenario {
+            parts,
+            spread,
+            storage_on_fabric,
+            ranks: cluster.accelerators,
+            per_node: cluster.per_node,
+        })
     }
 
     /// What differs in a step, counted from 1.
@@ -166,6 +197,8 @@ impl Scenario {
                     let rate = out.tiers.entry((*tier, *group)).or_insert(USUAL);
                     *rate = scaled(*rate, *by);
                 }
+                What::Flap(ranks, flap) => each(ranks, &|m| m.flap = Some(*flap)),
+                What::Storage(by) => out.storage = Some(scaled(out.storage.unwrap_or(USUAL), *by)),
                 What::Fail => {}
             }
         }
@@ -182,6 +215,26 @@ impl Scenario {
     pub fn without(&self, name: &str) -> Self {
         let parts = self.parts.iter().filter(|p| p.at != name).cloned().collect();
         Scenario { parts, ..self.clone() }
+    }
+
+    /// The same with no rank slower than others.
+    #[must_use]
+    pub fn with_even_ranks(&self) -> Self {
+        let parts = self.parts.iter().filter(|p| !matches!(p.what, What::Speed(..) | What::Window(..)));
+        Scenario { parts: parts.cloned().collect(), spread: 0.0, ..self.clone() }
+    }
+
+    /// The same with no link, switch or storage worse than others.
+    #[must_use]
+    pub fn with_good_links(&self) -> Self {
+        let is_bad = |p: &&Part| matches!(p.what, What::Speed(..) | What::Window(..) | What::Fail);
+        Scenario { parts: self.parts.iter().filter(is_bad).cloned().collect(), ..self.clone() }
+    }
+
+    /// The share of storage's rates that is left in every step.
+    pub fn storage_left(&self) -> f64 {
+        let lasting = self.parts.iter().filter(|p| p.step.is_none());
+        lasting.map(|p| if let What::Storage(by) = p.what { by } else { 1.0 }).product()
     }
 
     /// Steps in which the job fails.
@@ -226,18 +279,19 @@ impl Reader<'_> {
                 let (tier, group) = self.switch(at, e)?;
                 What::Tier(tier, group, share("the share of the links upwards that is left")?)
             }
+            "flap" => What::Flap(self.ranks(at, e)?, self.flap(at, e)?),
+            "storage" => What::Storage(share("the share of its rates that storage has left")?),
             "throttle" | "pause" => {
-                let year = 1e6;
                 let from = self.number(
                     at,
                     "from_s",
                     Some(e.from_s.unwrap_or(0.0)),
                     0.0,
-                    year,
+                    SECONDS_MAX,
                     "seconds into the step",
                 )?;
                 let length =
-                    self.number(at, "for_s", e.for_s, 1.0 / TICKS_PER_S, year, "how many seconds")?;
+                    self.number(at, "for_s", e.for_s, 1.0 / TICKS_PER_S, SECONDS_MAX, "how many seconds")?;
                 let speed = match kind {
                     "pause" => 0.0,
                     _ => share("the share of the clock that is left")?,
@@ -263,6 +317,36 @@ impl Reader<'_> {
         })
     }
 
+    fn flap(&self, at: &str, e: &Entry) -> Result<Flap> {
+        let hint = "the share of the port's rate that is left meanwhile";
+        let share = self.number(at, "factor", e.factor, SHARE_MIN, 1.0, hint)?;
+        let from = self.number(
+            at,
+            "from_s",
+            Some(e.from_s.unwrap_or(0.0)),
+            0.0,
+            SECONDS_MAX,
+            "seconds into the step",
+        )?;
+        let every = self.number(
+            at,
+            "every_s",
+            e.every_s,
+            FLAP_MIN_S,
+            SECONDS_MAX,
+            "seconds from one time to the next",
+        )?;
+        let hint = "how long each time lasts, less than every_s";
+        let length =
+            self.number(at, "for_s", e.for_s, 1.0 / TICKS_PER_S, every * (1.0 - f64::EPSILON), hint)?;
+        Ok(Flap {
+            from: ticks(from),
+            every: ticks(every),
+            length: ticks(length).max(1),
+            share: (share * USUAL as f64).round() as u64,
+        })
+    }
+
     /// Refuses keys that a kind has no use for.
     fn only(&self, kind: &str, at: &str, e: &Entry) -> Result<()> {
         let given = [
@@ -274,6 +358,7 @@ impl Reader<'_> {
             ("inside", e.inside.is_some()),
             ("from_s", e.from_s.is_some()),
             ("for_s", e.for_s.is_some()),
+            ("every_s", e.every_s.is_some()),
         ];
         let takes: &[&str] = match kind {
             "slow" => &["rank", "node", "factor"],
@@ -281,6 +366,8 @@ impl Reader<'_> {
             "switch" => &["tier", "group", "factor"],
             "throttle" => &["rank", "node", "factor", "from_s", "for_s"],
             "pause" => &["rank", "node", "from_s", "for_s"],
+            "flap" => &["rank", "node", "factor", "from_s", "for_s", "every_s"],
+            "storage" => &["factor"],
             _ => &["rank", "node", "tier", "group"],
         };
         match given.iter().find(|(key, is)| *is && !takes.contains(key)) {
@@ -367,6 +454,12 @@ mod tests {
         check("[[link]]\nrank = 1\nnode = 1\nfactor = 0.5", "s.toml: link 1: expected either rank or node");
         check("[[switch]]\ntier = 9\ngroup = 0\nfactor = 0.5", "s.toml: switch 1: tier 9 does not exist");
         check("[[pause]]\nrank = 1", "s.toml: pause 1: no for_s");
+        check("[[flap]]\nrank = 1\nfactor = 0.1\nevery_s = 0.5\nfor_s = 0.2", "fine");
+        check("[[flap]]\nrank = 1\nfactor = 0.1\nevery_s = 0.5\nfor_s = 0.5", "s.toml: flap 1: for_s = 0.5");
+        check("[[flap]]\nrank = 1\nfactor = 0.1\nfor_s = 0.5", "s.toml: flap 1: no every_s");
+        check("[[storage]]\nfactor = 0.5", "fine");
+        check("[[storage]]\nfactor = -0.5", "s.toml: storage 1: factor = -0.5, expected");
+        check("[[storage]]\nnode = 1\nfactor = 0.5", "s.toml: storage 1: has no use for node");
         check("[[fail]]\nnode = 1", "s.toml: fail 1: no step");
         check("[[fail]]\nnode = 1\nstep = 0", "s.toml: fail 1: step = 0");
         check("[[slow]]\nrank = 1\nfactor = 2\ninside = true", "s.toml: slow 1: has no use for inside");

@@ -17,13 +17,32 @@ use crate::mesh::Axis;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Op {
     /// A kernel.
-    Compute(Ticks),
+    Compute(Kernel, Ticks),
     /// Hands a message to its stream and goes on.
     Start(Stream, usize),
     /// Goes on when at most so many messages of the stream are under way.
     Wait(Stream, usize),
     /// Goes on when the host has launched all kernels of this pass.
     Launched(Host),
+}
+
+/// What a kernel does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kernel {
+    Product,
+    Attention,
+    Memory,
+    Optimizer,
+}
+
+impl Kernel {
+    fn of(piece: &Piece) -> Self {
+        match piece {
+            Piece::Gemm { .. } => Kernel::Product,
+            Piece::Attention { .. } => Kernel::Attention,
+            Piece::Stream { .. } | Piece::Talk { .. } => Kernel::Memory,
+        }
+    }
 }
 
 /// What the host does for a pass.
@@ -77,6 +96,8 @@ pub(crate) struct Message {
 /// One piece of a stage's work, with the messages from other stages that it needs and that it makes.
 #[derive(Clone, Debug)]
 pub(crate) struct StagePass {
+    /// What it works on; none before and after all of them.
+    pub(crate) work: Option<Work>,
     /// Ops, shared by all passes alike: an index into [`StageSteps::lists`].
     pub(crate) list: usize,
     /// The message that it waits for: (backward, chunk of this stage, micro-batch).
@@ -274,7 +295,7 @@ impl<'a> Writer<'a> {
         let split = order.iter().any(|w| w.pass == Pass::Weight);
         let mut known: Vec<(Role, usize)> = Vec::new();
         let begin = self.begin();
-        self.push(begin, None, None);
+        self.push(begin);
         for work in order {
             let v = work.chunk * pp + self.stage;
             let role = self.role(work);
@@ -298,16 +319,17 @@ impl<'a> Writer<'a> {
                 }
                 Pass::Weight => (None, None),
             };
-            self.out.passes.push(StagePass { list, needs, makes });
+            self.out.passes.push(StagePass { work: Some(*work), list, needs, makes });
         }
         let end = self.end();
-        self.push(end, None, None);
+        self.push(end);
         self.out
     }
 
-    fn push(&mut self, ops: Vec<Op>, needs: Option<Slot>, makes: Option<Slot>) {
+    fn push(&mut self, ops: Vec<Op>) {
         self.out.lists.push(ops);
-        self.out.passes.push(StagePass { list: self.out.lists.len() - 1, needs, makes });
+        let list = self.out.lists.len() - 1;
+        self.out.passes.push(StagePass { work: None, list, needs: None, makes: None });
     }
 
     /// Passes that differ in what they say to replicas are lists of their own.
@@ -435,7 +457,7 @@ impl<'a> Writer<'a> {
                     1
                 }
                 [kernel, ..] => {
-                    ops.push(Op::Compute(self.time(self.compute(kernel))));
+                    ops.push(Op::Compute(Kernel::of(kernel), self.time(self.compute(kernel))));
                     1
                 }
                 [] => 0,
@@ -481,9 +503,9 @@ impl<'a> Writer<'a> {
             Op::Start(Stream::Tensor, first),
             Op::Wait(Stream::Tensor, 0),
             Op::Start(Stream::Tensor, rest),
-            Op::Compute(self.time(product_s * (1.0 - share))),
+            Op::Compute(Kernel::Product, self.time(product_s * (1.0 - share))),
             Op::Wait(Stream::Tensor, 0),
-            Op::Compute(self.time(product_s * share)),
+            Op::Compute(Kernel::Product, self.time(product_s * share)),
         ]);
     }
 
@@ -506,7 +528,7 @@ impl<'a> Writer<'a> {
                 _ => {}
             }
             products += usize::from(matches!(piece, Piece::Gemm { .. }));
-            ops.push(Op::Compute(self.time(self.compute(piece))));
+            ops.push(Op::Compute(Kernel::of(piece), self.time(self.compute(piece))));
             taken += 1;
         }
         ops.push(Op::Wait(Stream::Tensor, 0));
@@ -519,9 +541,9 @@ impl<'a> Writer<'a> {
         let early = self.message(Axis::Tensor, Collective::ReduceScatter, part(traffic, 1.0 - share));
         let last = self.message(Axis::Tensor, Collective::ReduceScatter, part(traffic, share));
         ops.extend([
-            Op::Compute(self.time(product_s * share)),
+            Op::Compute(Kernel::Product, self.time(product_s * share)),
             Op::Start(Stream::Tensor, early),
-            Op::Compute(self.time(product_s * (1.0 - share))),
+            Op::Compute(Kernel::Product, self.time(product_s * (1.0 - share))),
             Op::Start(Stream::Tensor, last),
             Op::Wait(Stream::Tensor, 0),
         ]);
@@ -541,7 +563,7 @@ impl<'a> Writer<'a> {
             }
         }
         ops.extend(beside.iter().map(|m| Op::Start(Stream::Context, *m)));
-        ops.push(Op::Compute(self.time(attention_s)));
+        ops.push(Op::Compute(Kernel::Attention, self.time(attention_s)));
         if !beside.is_empty() {
             ops.push(Op::Wait(Stream::Context, 0));
         }

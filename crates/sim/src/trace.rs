@@ -10,7 +10,7 @@ mod replay;
 use serde::Serialize;
 use spec::{Error, Result};
 
-pub use read::{Kind, Row, parse};
+pub use read::{Kind, Row, parse, table};
 use replay::{Ideal, Replay};
 
 /// What a trace says about what slowed its run.

@@ -2,6 +2,7 @@
 
 mod colour;
 mod paths;
+mod storage;
 
 use std::collections::BTreeMap;
 
@@ -13,6 +14,8 @@ use crate::clock::{Speed, Ticks, USUAL};
 use crate::mesh::{AXES, Axis, Mesh};
 use paths::Fabric;
 pub(crate) use paths::Path;
+use storage::Storage;
+pub use storage::StorageUse;
 
 /// What sets a rank apart from others.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,6 +28,8 @@ pub struct Mark {
     pub domain: u64,
     /// Times at which its kernels run at another speed.
     pub windows: Vec<Window>,
+    /// Its port comes and goes.
+    pub flap: Option<Flap>,
 }
 
 /// From a moment to another kernels run at so many millionths of their speed; 0 is a pause.
@@ -38,9 +43,39 @@ pub struct Window {
     pub speed: Speed,
 }
 
+/// Again and again a port carries only so many millionths of its rate for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Flap {
+    /// The first time.
+    pub from: Ticks,
+    /// From one time to the next; more than `length`.
+    pub every: Ticks,
+    /// How long each lasts; more than 0.
+    pub length: Ticks,
+    /// What is carried meanwhile.
+    pub share: u64,
+}
+
+impl Flap {
+    /// What is carried from `now` on, until the [next change](Flap::next_change).
+    pub fn share_at(&self, now: Ticks) -> u64 {
+        let is_down = now >= self.from && (now - self.from) % self.every < self.length;
+        if is_down { self.share } else { USUAL }
+    }
+
+    /// When that changes.
+    pub fn next_change(&self, now: Ticks) -> Ticks {
+        if now < self.from {
+            return self.from;
+        }
+        let into = (now - self.from) % self.every;
+        now + if into < self.length { self.length - into } else { self.every - into }
+    }
+}
+
 impl Default for Mark {
     fn default() -> Self {
-        Mark { speed: USUAL, port: USUAL, domain: USUAL, windows: Vec::new() }
+        Mark { speed: USUAL, port: USUAL, domain: USUAL, windows: Vec::new(), flap: None }
     }
 }
 
@@ -51,6 +86,8 @@ pub struct Disturbed {
     pub ranks: BTreeMap<usize, Mark>,
     /// Rate of the links that leave a switch tier's group in millionths of the usual, by tier and group.
     pub tiers: BTreeMap<(usize, usize), u64>,
+    /// What storage carries in millionths of the usual, if servers of it fail.
+    pub storage: Option<u64>,
 }
 
 /// Ranks that behave alike.
@@ -67,6 +104,8 @@ pub(crate) struct Class {
     /// What its bytes inside and outside of its domain cross, by axis, and to the stages beside.
     pub(crate) paths: Vec<[Vec<Path>; 2]>,
     pub(crate) sends: [[Vec<Path>; 2]; 2],
+    /// Its links out of its domain and into it.
+    pub(crate) ports: [usize; 2],
 }
 
 /// Classes that talk: one of the alike groups of an axis.
@@ -86,6 +125,7 @@ pub(crate) struct World {
     pub(crate) capacity: Vec<u64>,
     /// The class of every rank.
     pub(crate) class_of: Vec<u32>,
+    pub(crate) storage: Option<Storage>,
 }
 
 /// Whether ranks that cannot be told apart are played once.
@@ -103,6 +143,7 @@ impl World {
         mesh: &Mesh,
         parts: &StepParts,
         disturbed: &Disturbed,
+        storage: Option<&StorageUse>,
         folding: Folding,
     ) -> World {
         let spans = spans(cluster, mesh, parts);
@@ -136,10 +177,14 @@ impl World {
                     fabric.send([c, at(s)], [rank, there], [counts[c], counts[at(s)]], &mark)
                 });
                 let group = AXES.map(|axis| groups.of(mesh, axis, rank, &class_of));
-                Class { stage, rank, mark, group, beside, paths, sends }
+                let ports = fabric.ports_of(c);
+                Class { stage, rank, mark, group, beside, paths, sends, ports }
             })
-            .collect();
-        World { classes, groups: groups.all, capacity: fabric.capacity, class_of }
+            .collect::<Vec<_>>();
+        let ports: Vec<[usize; 2]> = classes.iter().map(|c| c.ports).collect();
+        let mut capacity = fabric.capacity;
+        let storage = storage.map(|s| Storage::new(s, disturbed.storage, &ports, &counts, &mut capacity));
+        World { classes, groups: groups.all, capacity, class_of, storage }
     }
 }
 

@@ -7,7 +7,7 @@ use plan::models;
 use plan::software::Software;
 use sim::Rehearsal;
 use sim::clock::USUAL;
-use sim::world::{Disturbed, Folding, Mark, Window};
+use sim::world::{Disturbed, Flap, Folding, Mark, StorageUse, Window};
 use spec::{Catalog, NumberFormat};
 
 fn problem(
@@ -26,9 +26,18 @@ fn problem(
     Problem { shape, cluster, software, constants, sequence: batch.1, sequences: batch.0 }
 }
 
-fn rehearse(problem: &Problem, layout: &str, disturbed: &Disturbed, folding: Folding) -> (f64, sim::Step) {
+fn rehearsal<'a>(problem: &'a Problem, layout: &str) -> Rehearsal<'a> {
     let given = given::parse(layout, problem, NumberFormat::Bf16).unwrap();
-    let rehearsal = Rehearsal::new(problem, &given.placement).unwrap();
+    Rehearsal::new(problem, &given.placement).unwrap()
+}
+
+/// Slow enough to be seen, on the ports of all.
+fn storage() -> StorageUse {
+    StorageUse { read_rate: 2e9, write_rate: 1e9, read_bytes: 3e6, write_bytes: 4e7, shares_ports: true }
+}
+
+fn rehearse(problem: &Problem, layout: &str, disturbed: &Disturbed, folding: Folding) -> (f64, sim::Step) {
+    let rehearsal = rehearsal(problem, layout);
     (rehearsal.predicted_s(), rehearsal.play(disturbed, folding).unwrap())
 }
 
@@ -119,7 +128,11 @@ fn marks() -> Vec<Disturbed> {
     pause.ranks.insert(0, Mark { windows: vec![window], ..Mark::default() });
     let mut tier = Disturbed::default();
     tier.tiers.insert((0, 1), USUAL / 2);
-    vec![Disturbed::default(), slow, link, pause, tier]
+    let mut flap = Disturbed::default();
+    let every = Flap { from: 0, every: 50_000_000_000, length: 20_000_000_000, share: USUAL / 50 };
+    flap.ranks.insert(3, Mark { flap: Some(every), ..Mark::default() });
+    let storage = Disturbed { storage: Some(USUAL / 2), ..Disturbed::default() };
+    vec![Disturbed::default(), slow, link, pause, tier, flap, storage]
 }
 
 /// Every rank ends at the same picosecond, whether ranks alike are played once or each.
@@ -132,8 +145,12 @@ fn folded_ranks_end_when_unfolded_ones_do() {
             p.cluster.scale_out.tiers[0].oversubscription = 3.0;
         }
         for (i, disturbed) in marks().iter().enumerate() {
-            let (_, folded) = rehearse(&p, layout, disturbed, Folding::Folded);
-            let (_, unfolded) = rehearse(&p, layout, disturbed, Folding::Unfolded);
+            let rehearsal = match i % 2 {
+                0 => rehearsal(&p, layout).with_storage(storage()),
+                _ => rehearsal(&p, layout),
+            };
+            let folded = rehearsal.play(disturbed, Folding::Folded).unwrap();
+            let unfolded = rehearsal.play(disturbed, Folding::Unfolded).unwrap();
             assert_eq!(unfolded.classes, n);
             assert!(folded.classes < n, "{layout} {i}: {} classes", folded.classes);
             let pairs = folded.ends.all().zip(unfolded.ends.all());
@@ -149,4 +166,47 @@ fn folded_ranks_end_when_unfolded_ones_do() {
     check("meta-24k-roce", 64, "megatron-core-2024", "tp=2,pp=2,cp=2,micro_batch=1", "llama3-8b");
     check("dgx-h100", 32, "megatron-core-2024", "tp=2,ep=8,micro_batch=1", "mixtral-8x7b");
     check("tpu-v5p-pod", 64, "maxtext-2025", "tp=4,zero=3,micro_batch=1", "llama3-8b");
+}
+
+/// A step waits for the next one's tokens if they take longer than it; less storage, longer; a checkpoint beside it takes
+/// bytes of the ports from messages.
+#[test]
+fn storage_is_shared_by_all_who_read() {
+    let p = problem("llama3-8b", "dgx-h100", 32, "megatron-core-2024", (64, 1024));
+    let layout = "tp=2,pp=4,micro_batch=1";
+    let play = |storage: StorageUse, disturbed: &Disturbed| {
+        rehearsal(&p, layout).with_storage(storage).play(disturbed, Folding::Folded).unwrap()
+    };
+    let usual = Disturbed::default();
+    let bare = rehearsal(&p, layout).play(&usual, Folding::Folded).unwrap();
+    let none = StorageUse { write_bytes: 0.0, shares_ports: false, ..storage() };
+    assert_eq!(play(none, &usual).step_s, bare.step_s);
+    // 32 ranks at 2 GB/s share, so that the last byte comes when the whole step's bytes have passed.
+    let slow = StorageUse { read_bytes: bare.step_s * 2.0 * 2e9 / 32.0, ..none };
+    let step = play(slow, &usual);
+    assert!((step.step_s / (2.0 * bare.step_s) - 1.0).abs() < 1e-6, "{} {}", step.step_s, bare.step_s);
+    assert!(step.spent.storage_s > 0.0);
+    let half = Disturbed { storage: Some(USUAL / 2), ..Disturbed::default() };
+    assert!((play(slow, &half).step_s / (4.0 * bare.step_s) - 1.0).abs() < 1e-6);
+    let burst = StorageUse { write_rate: 32.0 * 50e9, write_bytes: 50e9, shares_ports: true, ..none };
+    assert!(play(burst, &usual).step_s > 1.001 * bare.step_s);
+}
+
+/// A port that comes and goes slows what crosses it, the less it carries the more; a flap that takes nothing away costs
+/// nothing.
+#[test]
+fn flapping_ports_slow_what_crosses_them() {
+    let p = problem("llama3-8b", "dgx-h100", 32, "megatron-core-2024", (64, 1024));
+    let with = |mark: Mark| {
+        let mut disturbed = Disturbed::default();
+        disturbed.ranks.insert(3, mark);
+        rehearse(&p, "tp=2,pp=4,micro_batch=1", &disturbed, Folding::Folded).1.step_s
+    };
+    let every = |share| Flap { from: 0, every: 200_000_000, length: 100_000_000, share };
+    let flap = |share| with(Mark { flap: Some(every(share)), ..Mark::default() });
+    assert_eq!(flap(USUAL), with(Mark::default()));
+    let (half, tenth) = (flap(USUAL / 2), flap(USUAL / 10));
+    assert!(with(Mark::default()) < half && half < tenth, "{half} {tenth}");
+    // Less than if it were always so.
+    assert!(tenth < with(Mark { port: USUAL / 10, ..Mark::default() }));
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::process::{Command, Stdio};
 
-use measure::predict::{CASES, Case, Prediction, Steps, predict};
+use measure::predict::{CASES, Case, Prediction, Steps, order, predict};
 use measure::{load_average, quantile};
 use spec::{Error, Result, RunSpec};
 
@@ -67,10 +67,12 @@ fn measure(args: &BenchPredict, case: &Case) -> Result<Steps> {
 fn print(rows: &[Prediction], as_json: bool) {
     let mut errors: Vec<f64> = rows.iter().map(|r| r.error.abs()).collect();
     let (median, worst) = (quantile(&mut errors, 0.5), quantile(&mut errors, 1.0));
+    let tau = order(rows);
     let memory_equal = rows.iter().all(|r| r.memory_equal);
     if as_json {
         let out = serde_json::json!({
             "rows": rows, "median_abs_error": median, "worst_abs_error": worst, "memory_equal": memory_equal,
+            "kendall_tau": tau,
             "load_average": load_average(),
         });
         output::print(&serde_json::to_string_pretty(&out).expect("numbers are JSON"));
@@ -100,7 +102,11 @@ fn print(rows: &[Prediction], as_json: bool) {
                 if r.memory_equal { "equal" } else { "DIFFERS" },
             )?;
         }
-        writeln!(out, "error: median {:.1} %, worst {:.1} %", 100.0 * median, 100.0 * worst)
+        writeln!(out, "error: median {:.1} %, worst {:.1} %", 100.0 * median, 100.0 * worst)?;
+        match tau {
+            Some(tau) => writeln!(out, "order: Kendall tau {tau:.2}"),
+            None => Ok(()),
+        }
     };
     write().expect("writing to a string");
     output::print(&out);

@@ -52,6 +52,7 @@ fn nonsense_is_refused_with_a_hint() {
         ("[[slow]]\nnode = 8\nfactor = 2", "node 8 does not exist"),
         ("[[slow]]\nnode = 1\nfactor = -1", "factor = -1, expected"),
         ("[[switch]]\ntier = 7\ngroup = 0\nfactor = 0.5", "tier 7 does not exist"),
+        ("[[flap]]\nrank = 1\nfactor = 0.5\nfor_s = 1", "no every_s"),
         ("[[quake]]\nnode = 1", "quake"),
         ("slow = ", "storm.toml"),
     ] {
@@ -65,7 +66,14 @@ fn nonsense_is_refused_with_a_hint() {
     refused(&format!("{SMALL} --seeds 0"), "--seeds 0");
     lab.write("ops.csv", "step,stage\n1,2\n");
     refused("simulate --trace ops.csv", "ops.csv: no column dp_rank");
-    refused("simulate --trace ops.parquet", "comma-separated");
+    refused("simulate --trace none.parquet", "none.parquet");
+    lab.write("cut.parquet", b"PAR1 and no more");
+    refused("simulate --trace cut.parquet", "cut.parquet: ");
+    refused(&format!("{SMALL} --as-if luck=2"), "--as-if luck=2");
+    refused(&format!("{SMALL} --ranks 64"), "--ranks 64: 64 is no rank");
+    refused(&format!("{SMALL} --spares 1"), "without --days");
+    refused(&format!("{SMALL} --days 3 --min-nodes 9"), "--min-nodes 9");
+    refused(&format!("{SMALL} --perfetto none/trace.json"), "--perfetto");
 }
 
 #[test]
@@ -75,4 +83,149 @@ fn a_cluster_without_failure_rates_is_said_and_lives_on() {
     let ran = lab.run(args);
     assert_eq!(ran.code, Some(0), "{}", ran.err);
     assert!(ran.err.contains("no failure rates"), "{}", ran.err);
+}
+
+/// What the step waited for, what if, what ranks did: one answer as JSON, text, page and trace.
+#[test]
+fn answers_agree_wherever_they_are_written() {
+    let lab = Lab::new();
+    lab.write("storm.toml", "[[slow]]\nrank = 13\nfactor = 2\n[[link]]\nrank = 40\nfactor = 0.05\n");
+    let args = format!(
+        "{SMALL} --scenario storm.toml --as-if even-ranks --as-if good-links --as-if fabric=2 --ranks 0,13 \
+         --perfetto trace.json --html step.html --json"
+    );
+    let json = lab.json(&args);
+    let step_s = json["step_s"].as_f64().expect("seconds");
+    let parts = json["critical_path"]["by_what"].as_array().expect("a list");
+    let sum: f64 = parts.iter().map(|p| p["seconds"].as_f64().expect("seconds")).sum();
+    assert!((sum / step_s - 1.0).abs() < 1e-9, "{sum} of {step_s}");
+    assert_eq!(json["critical_path"]["by_rank"][0]["rank"], 13, "{json}");
+    let others: Vec<f64> = json["as_if"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|o| o["step_s"].as_f64().expect("seconds"))
+        .collect();
+    assert_eq!(others.len(), 3);
+    // The slow rank alone makes the step: without it, it is much faster, and a faster fabric helps little.
+    assert!(others[0] < 0.8 * step_s && others[1] <= step_s && others[2] <= step_s, "{others:?} of {step_s}");
+    let trace: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(lab.path("trace.json")).expect("a trace"))
+            .expect("JSON");
+    let ranks: std::collections::BTreeSet<u64> =
+        trace["traceEvents"].as_array().expect("events").iter().filter_map(|e| e["pid"].as_u64()).collect();
+    assert_eq!(ranks.into_iter().collect::<Vec<_>>(), [0, 13]);
+    let page = std::fs::read_to_string(lab.path("step.html")).expect("a page");
+    for figure in ["path", "path-ranks", "spent", "ranks", "costs", "as-if"] {
+        assert!(page.contains(&format!("<figure id=\"{figure}\"")), "no figure {figure}");
+    }
+    assert!(
+        page.contains("rank 13") && !page.contains("src=") && !page.contains("https://"),
+        "self-contained"
+    );
+}
+
+/// Ranks that keep their processes lose less than those that start over, the more so with spares.
+#[test]
+fn recovery_follows_the_state_machines_of_the_launcher() {
+    let lab = Lab::new();
+    let large = "simulate --model llama3-405b --cluster meta-24k-roce --accelerators 16384 --layout tp=8,pp=16,micro_batch=1 --days 54 --seeds 5 --json";
+    let restart = lab.json(large);
+    let elastic = lab.json(&format!("{large} --recovery elastic"));
+    let goodput = |json: &serde_json::Value| json["goodput"].as_f64().expect("a share");
+    assert!(goodput(&elastic) > goodput(&restart), "{elastic}");
+    assert_eq!(restart["interruptions"], elastic["interruptions"]);
+    // Silent nodes are known by the keep-alive time of the rendezvous.
+    let losses = elastic["recovery"]["losses"].as_array().expect("losses");
+    let silent = losses.iter().find(|l| l["loss"] == "node").expect("nodes fall silent");
+    assert!((10.0..15.0).contains(&silent["detect_s"].as_f64().expect("seconds")), "{silent}");
+    let with =
+        |spares: u64| lab.json(&format!("{large} --recovery elastic --spares {spares} --min-nodes 1900"));
+    let (none, many) = (with(0), with(100));
+    assert!(goodput(&none) < goodput(&many), "{none} {many}");
+    assert!(
+        none["lives"]["fewer"]["mean"].as_f64() > Some(0.0)
+            && many["lives"]["fewer"]["mean"].as_f64() < Some(1e-9)
+    );
+    let stiff = lab.json(&format!("{large} --spares 0"));
+    assert!(stiff["lives"]["repairs"]["mean"].as_f64() > Some(0.1), "{stiff}");
+}
+
+/// A run of our own, and profiles of PyTorch, replayed like a table of ops.
+#[test]
+fn journals_and_profiles_are_traces_too() {
+    let lab = Lab::new();
+    lab.train("run", "--nproc 4 --trace --set layout.pp=2 --set layout.dp=2");
+    let json = lab.json("simulate --trace run --json");
+    assert_eq!(json["workers"], 4);
+    assert!(json["slowdown"].as_f64().is_some_and(|s| (0.9..100.0).contains(&s)), "{json}");
+    assert_eq!(json["by_worker"].as_array().map(Vec::len), Some(2));
+    assert_eq!(json["by_stage"].as_array().map(Vec::len), Some(2));
+    // Rank 1 computes twice as long in front of what all wait for.
+    std::fs::create_dir(lab.path("prof")).expect("a directory");
+    for rank in 0..2 {
+        lab.write(&format!("prof/rank{rank}.json"), profile(rank, 2));
+    }
+    let json = lab.json("simulate --trace prof --json --html blame.html");
+    assert_eq!(json["by_worker"][0]["dp_rank"], 1, "{json}");
+    // Of 100 and 200 us the mean is 150: the step takes 200 + 10 where it should take 150 + 10.
+    let slowdown = json["slowdown"].as_f64().expect("a factor");
+    assert!((slowdown - 210.0 / 160.0).abs() < 0.01, "{json}");
+    assert!(
+        std::fs::read_to_string(lab.path("blame.html")).expect("a page").contains("<figure id=\"workers\"")
+    );
+    lab.write("prof/rank1.json", profile(1, 1));
+    let ran = lab.run("simulate --trace prof");
+    assert_eq!(ran.code, Some(2));
+    assert!(ran.err.contains("the trace has a hole"), "{}", ran.err);
+    std::fs::remove_file(lab.path("prof/rank0.json")).expect("remove");
+    assert!(lab.run("simulate --trace prof").err.contains("rank 1, expected rank 0"));
+}
+
+/// One rank's profile of two steps, with `collectives` in each.
+fn profile(rank: u64, collectives: u64) -> String {
+    let mut events = Vec::new();
+    for step in 0..2u64 {
+        let origin = 10_000 * step;
+        events.push(format!(
+            r#"{{"ph":"X","cat":"user_annotation","name":"ProfilerStep#{step}","ts":{origin},"dur":1000}}"#
+        ));
+        let compute = 100 * (rank + 1);
+        events.push(format!(
+            r#"{{"ph":"X","cat":"kernel","name":"gemm","ts":{origin},"dur":{compute},"tid":7}}"#
+        ));
+        for c in 0..collectives {
+            let (ts, end) =
+                if c == 0 { (origin + compute, origin + 210) } else { (origin + 300, origin + 301) };
+            events.push(format!(
+                r#"{{"ph":"X","cat":"kernel","name":"ncclDevKernel_AllReduce_Sum_bf16_RING_LL(args)","ts":{ts},"dur":{},"args":{{"Group size":2}}}}"#,
+                end - ts
+            ));
+        }
+    }
+    format!(
+        r#"{{"distributedInfo":{{"backend":"nccl","rank":{rank},"world_size":2}},"traceEvents":[{}]}}"#,
+        events.join(",")
+    )
+}
+
+/// RSC's mean times to failure, 7.9 hours on 1,024 GPUs and 47.7 days on 8, which its 21 to 27 failures in a thousand
+/// node-days span (Kokolis et al. 2025).
+#[test]
+fn jobs_fail_as_often_as_published_ones() {
+    let lab = Lab::new();
+    let platform = "[platform.all-causes]\ntitle = \"All causes\"\nnode = \"dgx-a100\"\nfailure = \"rsc-jobs\"\n\
+                    nodes = { value = 2000, unit = \"nodes\", source = \"choice\", date = \"2026-11\" }\n";
+    lab.write("causes.toml", platform);
+    let between_h = |accelerators: usize, days: f64| {
+        let json = lab.json(&format!(
+            "simulate --model gpt3-1.3b --cluster all-causes --catalog causes.toml --accelerators {accelerators} \
+             --sequences 1024 --layout micro_batch=1 --days {days} --seeds 40 --json"
+        ));
+        24.0 * days / json["interruptions"].as_f64().expect("a count")
+    };
+    let large = between_h(1024, 100.0);
+    assert!((large / 7.9 - 1.0).abs() < 0.03, "{large} h on 1,024");
+    let small = between_h(8, 20_000.0) / 24.0;
+    assert!((1000.0 / 27.0..=1000.0 / 20.9).contains(&small), "{small} days on 8");
 }

@@ -13,20 +13,25 @@ const ROW: f64 = 26.0;
 
 /// Horizontal bars with names to the left and values to the right.
 pub(super) fn bars(rows: &[(String, f64, String)], colour: usize) -> Svg {
+    bars_beside(rows, colour, LABEL)
+}
+
+/// The same with so much room for the names.
+pub(super) fn bars_beside(rows: &[(String, f64, String)], colour: usize, label: f64) -> Svg {
     let mut svg = Svg::new(ROW * rows.len() as f64 + 8.0);
     let most = rows.iter().map(|r| r.1).fold(0.0, f64::max).max(f64::MIN_POSITIVE);
-    let room = WIDTH - LABEL - VALUE;
+    let room = WIDTH - label - VALUE;
     for (i, (name, value, shown)) in rows.iter().enumerate() {
         let y = 4.0 + ROW * i as f64;
         let width = room * value / most;
-        svg.text(LABEL - 8.0, y + 15.0, Anchor::End, "label", name);
+        svg.text(label - 8.0, y + 15.0, Anchor::End, "label", name);
         svg.rect(
-            [LABEL, y + 2.0, width.max(1.0), ROW - 8.0],
+            [label, y + 2.0, width.max(1.0), ROW - 8.0],
             &fill(colour),
             Some(i),
             &format!("{name}: {shown}"),
         );
-        svg.text(LABEL + width + 8.0, y + 15.0, Anchor::Start, "value", shown);
+        svg.text(label + width + 8.0, y + 15.0, Anchor::Start, "value", shown);
     }
     svg
 }

@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use super::links::Kept;
+use super::record::Slice;
 use super::{Event, Player, Queued, Why};
 use crate::clock::{Speed, Ticks, USUAL};
 use crate::steps::{Op, STREAMS, StagePass, Stream};
@@ -31,6 +33,12 @@ pub(super) struct Rank {
     pub(super) streams: [Queue; STREAMS],
     /// Messages of other stages that have arrived.
     pub(super) inbox: Vec<bool>,
+    /// The next step's tokens are on their way.
+    pub(super) reads: bool,
+    /// The message that ended its wait.
+    pub(super) woken_by: Kept,
+    /// What it did, if that is kept.
+    pub(super) slices: Option<Vec<Slice>>,
     /// Work left in its kernel at `worked`, in ticks at a millionth of the usual speed.
     left: u128,
     worked: Ticks,
@@ -42,6 +50,7 @@ pub(super) struct Rank {
     pub(super) waited: [Ticks; STREAMS],
     pub(super) waited_stage: Ticks,
     pub(super) waited_host: Ticks,
+    pub(super) waited_storage: Ticks,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +74,9 @@ impl Rank {
             done: false,
             streams: Default::default(),
             inbox: vec![false; slots],
+            reads: false,
+            woken_by: None,
+            slices: None,
             left: 0,
             worked: 0,
             speed: USUAL,
@@ -74,6 +86,7 @@ impl Rank {
             waited: [0; STREAMS],
             waited_stage: 0,
             waited_host: 0,
+            waited_storage: 0,
         }
     }
 
@@ -109,14 +122,30 @@ impl Rank {
         }
     }
 
+    /// Is told to stop, wherever it is.
+    pub(super) fn stop(&mut self, now: Ticks) {
+        if !self.done {
+            self.resume(now);
+        }
+    }
+
     /// Books the wait that ends.
     fn resume(&mut self, now: Ticks) {
         let took = now - self.since;
+        if let (Some(slices), Some(why), true) = (&mut self.slices, self.waiting, took > 0) {
+            let op = match self.at {
+                Phase::Op(next) => next.saturating_sub(1),
+                Phase::Needs | Phase::Hands => 0,
+            };
+            let by = self.woken_by.filter(|_| !matches!(why, Why::Compute | Why::Host));
+            slices.push(Slice { from: self.since, to: now, why, pass: self.pass, op, by });
+        }
         match self.waiting.take() {
             Some(Why::Compute) => self.computed += took,
             Some(Why::Stream(s)) => self.waited[s as usize] += took,
             Some(Why::Stage) => self.waited_stage += took,
             Some(Why::Host) => self.waited_host += took,
+            Some(Why::Storage) => self.waited_storage += took,
             None => {}
         }
         self.since = now;
@@ -133,8 +162,13 @@ impl Player<'_> {
         loop {
             let rank = &mut self.ranks[class];
             let Some(pass) = stage.passes.get(rank.pass) else {
+                if rank.reads {
+                    rank.wait(Why::Storage, now);
+                    return;
+                }
                 rank.resume(now);
                 rank.done = true;
+                self.busy -= 1;
                 return;
             };
             let step = match rank.at {
@@ -168,7 +202,7 @@ impl Player<'_> {
     fn op(&mut self, class: usize, op: Op, i: usize, now: Ticks) -> Option<Why> {
         let rank = &mut self.ranks[class];
         match op {
-            Op::Compute(ticks) => {
+            Op::Compute(_, ticks) => {
                 rank.at = Phase::Op(i + 1);
                 rank.resume(now);
                 rank.left = u128::from(ticks) * u128::from(USUAL);

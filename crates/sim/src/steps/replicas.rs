@@ -166,7 +166,7 @@ impl<'a> Writer<'a> {
     pub(super) fn end(&mut self) -> Vec<Op> {
         let mut ops = std::mem::take(&mut self.late);
         ops.push(Op::Wait(Stream::Data, 0));
-        ops.push(Op::Compute(self.time(self.parts.optimizer_s + self.parts.once_s)));
+        ops.push(Op::Compute(Kernel::Optimizer, self.time(self.parts.optimizer_s + self.parts.once_s)));
         ops
     }
 }
@@ -178,7 +178,7 @@ fn at_shares(
     before: impl Fn(usize) -> Option<Vec<Op>>,
     after: impl Fn(usize) -> Option<Vec<Op>>,
 ) -> Vec<Op> {
-    let length = |op: &Op| if let Op::Compute(ticks) = op { *ticks } else { 0 };
+    let length = |op: &Op| if let Op::Compute(_, ticks) = op { *ticks } else { 0 };
     let whole: u128 = ops.iter().map(|op| u128::from(length(op))).sum();
     let mut out = Vec::with_capacity(ops.len() + 2 * count);
     let (mut part, mut done) = (0, 0);
@@ -202,16 +202,20 @@ mod tests {
 
     #[test]
     fn parts_compute_equally_long() {
-        let ops = vec![Op::Compute(10), Op::Compute(10), Op::Compute(20)];
+        let ops = vec![
+            Op::Compute(Kernel::Product, 10),
+            Op::Compute(Kernel::Product, 10),
+            Op::Compute(Kernel::Product, 20),
+        ];
         let mark = |b: usize| Some(vec![Op::Start(Stream::Data, b)]);
         let out = at_shares(ops, 2, |_| None, mark);
         assert_eq!(
             out,
             [
-                Op::Compute(10),
-                Op::Compute(10),
+                Op::Compute(Kernel::Product, 10),
+                Op::Compute(Kernel::Product, 10),
                 Op::Start(Stream::Data, 0),
-                Op::Compute(20),
+                Op::Compute(Kernel::Product, 20),
                 Op::Start(Stream::Data, 1)
             ]
         );

@@ -1,4 +1,4 @@
-//! The ops of a trace, from comma-separated text.
+//! The ops of a trace, from comma-separated text or another table.
 
 use spec::{Error, Result, suggest};
 
@@ -23,6 +23,10 @@ pub struct Row {
     pub seq: i64,
     /// Model chunk, or none.
     pub chunk: i64,
+    /// Ops of a kind and class are to take equally long; tables have one class.
+    pub class: usize,
+    /// Whether the worker goes on only when the message is through; tables say nothing else.
+    pub waits: bool,
 }
 
 /// What an op does.
@@ -110,54 +114,89 @@ const MAX: f64 = 1e6;
 /// # Errors
 /// A column that is missing, a cell that cannot be read, no ops.
 pub fn parse(place: &str, text: &str) -> Result<Vec<Row>> {
+    let cells = |line: &str| line.split(',').map(|c| c.trim().trim_matches('"').to_owned()).collect();
     let mut lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let header: Vec<&str> =
-        lines.next().map_or("", |l| l.1).split(',').map(|c| c.trim().trim_matches('"')).collect();
+    let header: Vec<String> = lines.next().map_or_else(Vec::new, |l| cells(l.1));
+    table(place, &header, lines.map(|(i, line)| Ok((i + 1, cells(line)))))
+}
+
+/// Reads the ops of a trace from a table: its columns as for [`parse`], and rows of cells, each with where it stands.
+///
+/// # Errors
+/// As for [`parse`], and of `rows`.
+pub fn table(
+    place: &str,
+    columns: &[String],
+    rows: impl Iterator<Item = Result<(usize, Vec<String>)>>,
+) -> Result<Vec<Row>> {
     let mut at = [0; COLUMNS.len()];
     for (column, place_of) in COLUMNS.iter().zip(&mut at) {
-        *place_of = header.iter().position(|h| h == column).ok_or_else(|| {
+        *place_of = columns.iter().position(|h| h == column).ok_or_else(|| {
             Error::user(format!("{place}: no column {column}"))
-                .hint(format!("a trace is comma-separated text with the columns {}", COLUMNS.join(", ")))
+                .hint(format!("a trace of ops is a table with the columns {}", COLUMNS.join(", ")))
         })?;
     }
-    let mut rows = Vec::new();
-    for (i, line) in lines {
-        let cells: Vec<&str> = line.split(',').map(|c| c.trim().trim_matches('"')).collect();
-        let line = i + 1;
-        let number = |c: usize, min: f64| -> Result<f64> {
-            let cell = cells.get(at[c]).copied().unwrap_or_default();
-            let value: Option<f64> = cell.parse().ok();
-            value.filter(|v| (min..=MAX * MAX).contains(v)).ok_or_else(|| {
-                Error::user(format!("{place}, line {line}: {} = \"{cell}\"", COLUMNS[c]))
-                    .hint("ranks, stages, starts and durations are numbers from 0, times in seconds")
-            })
-        };
-        let count = |c: usize| -> Result<usize> {
-            number(c, 0.0).map(|n| n as usize).and_then(|n| match n <= MAX as usize {
-                true => Ok(n),
-                false => Err(Error::user(format!("{place}, line {line}: {} = {n}", COLUMNS[c]))
-                    .hint(format!("at most {MAX}"))),
-            })
-        };
-        let name = cells.get(at[3]).copied().unwrap_or_default();
-        let kind = Kind::ALL.iter().find(|k| k.0 == name).map(|k| k.1).ok_or_else(|| {
-            Error::user(format!("{place}, line {line}: unknown op \"{name}\""))
-                .hint(suggest::hint(name, Kind::ALL.iter().map(|k| k.0)))
-        })?;
-        rows.push(Row {
-            line,
-            dp_rank: count(0)?,
-            stage: count(1)?,
-            step: number(2, 0.0)? as i64,
-            kind,
-            start_s: number(4, 0.0)?,
-            duration_s: number(5, 0.0)?,
-            seq: number(6, -1.0)? as i64,
-            chunk: number(7, -1.0)? as i64,
-        });
-    }
+    let rows: Result<Vec<Row>> = rows
+        .map(|row| {
+            let (line, cells) = row?;
+            let cell = |c: usize| cells.get(at[c]).map_or("", String::as_str);
+            Cells { place, line, cells: std::array::from_fn(cell) }.row()
+        })
+        .collect();
+    let rows = rows?;
     if rows.is_empty() {
         return Err(Error::user(format!("{place}: no ops")).hint("an op a line below the header"));
     }
     Ok(rows)
+}
+
+/// One row's cells, in the order of [`COLUMNS`].
+struct Cells<'a> {
+    place: &'a str,
+    line: usize,
+    cells: [&'a str; COLUMNS.len()],
+}
+
+impl Cells<'_> {
+    fn row(&self) -> Result<Row> {
+        Ok(Row {
+            line: self.line,
+            dp_rank: self.count(0)?,
+            stage: self.count(1)?,
+            step: self.number(2, 0.0)? as i64,
+            kind: self.kind()?,
+            start_s: self.number(4, 0.0)?,
+            duration_s: self.number(5, 0.0)?,
+            seq: self.number(6, -1.0)? as i64,
+            chunk: self.number(7, -1.0)? as i64,
+            class: 0,
+            waits: true,
+        })
+    }
+
+    fn kind(&self) -> Result<Kind> {
+        let name = self.cells[3];
+        Kind::ALL.iter().find(|k| k.0 == name).map(|k| k.1).ok_or_else(|| {
+            Error::user(format!("{}, line {}: unknown op \"{name}\"", self.place, self.line))
+                .hint(suggest::hint(name, Kind::ALL.iter().map(|k| k.0)))
+        })
+    }
+
+    fn number(&self, c: usize, min: f64) -> Result<f64> {
+        let value: Option<f64> = self.cells[c].parse().ok();
+        value.filter(|v| (min..=MAX * MAX).contains(v)).ok_or_else(|| {
+            let Cells { place, line, cells } = self;
+            Error::user(format!("{place}, line {line}: {} = \"{}\"", COLUMNS[c], cells[c]))
+                .hint("ranks, stages, starts and durations are numbers from 0, times in seconds")
+        })
+    }
+
+    fn count(&self, c: usize) -> Result<usize> {
+        let n = self.number(c, 0.0)?;
+        if n <= MAX {
+            return Ok(n as usize);
+        }
+        Err(Error::user(format!("{}, line {}: {} = {n}", self.place, self.line, COLUMNS[c]))
+            .hint(format!("at most {MAX}")))
+    }
 }

@@ -35,24 +35,25 @@ pub(super) struct Replay<'a> {
     meetings: Vec<Meeting>,
 }
 
-/// What each kind of op usually takes, in seconds.
+/// What each kind and class of op usually takes, in seconds.
 pub(super) struct Ideal {
-    by_kind: BTreeMap<Kind, f64>,
+    by_kind: BTreeMap<(Kind, usize), f64>,
 }
 
 impl Ideal {
     /// Means of what computes, medians of what talks.
     pub(super) fn of(replay: &Replay<'_>) -> Self {
-        let mut times: BTreeMap<Kind, Vec<f64>> = BTreeMap::new();
+        let mut times: BTreeMap<(Kind, usize), Vec<f64>> = BTreeMap::new();
         for (row, meeting) in replay.rows.iter().zip(&replay.meeting_of) {
             if meeting.is_none() {
-                times.entry(row.kind).or_default().push(row.duration_s);
+                times.entry((row.kind, row.class)).or_default().push(row.duration_s);
             }
         }
         for meeting in &replay.meetings {
-            times.entry(replay.rows[meeting.ops[0]].kind.message()).or_default().push(meeting.took_s);
+            let row = &replay.rows[meeting.ops[0]];
+            times.entry((row.kind.message(), row.class)).or_default().push(meeting.took_s);
         }
-        let usual = |(kind, mut all): (Kind, Vec<f64>)| {
+        let usual = |((kind, class), mut all): ((Kind, usize), Vec<f64>)| {
             let computes = matches!(
                 kind,
                 Kind::Forward | Kind::Backward | Kind::Optimizer | Kind::Norms | Kind::Garbage
@@ -61,7 +62,7 @@ impl Ideal {
             let half = all.len() / 2;
             let median =
                 if all.len().is_multiple_of(2) { (all[half - 1] + all[half]) / 2.0 } else { all[half] };
-            (kind, if computes { all.iter().sum::<f64>() / all.len() as f64 } else { median })
+            ((kind, class), if computes { all.iter().sum::<f64>() / all.len() as f64 } else { median })
         };
         Ideal { by_kind: times.into_iter().map(usual).collect() }
     }
@@ -210,7 +211,7 @@ impl<'a> Replay<'a> {
         let mut clock = vec![0.0f64; chains.len()];
         let mut there: BTreeMap<usize, (usize, f64)> = BTreeMap::new();
         let mut entered = vec![false; chains.len()];
-        let usual = |row: &Row| ideal.by_kind.get(&row.kind.message()).copied().unwrap_or(0.0);
+        let usual = |row: &Row| ideal.by_kind.get(&(row.kind.message(), row.class)).copied().unwrap_or(0.0);
         loop {
             let mut moved = false;
             for (w, chain) in chains.iter().enumerate() {
@@ -227,6 +228,10 @@ impl<'a> Replay<'a> {
                                 *at = at.max(clock[w]);
                             }
                             moved = true;
+                        }
+                        if !row.waits {
+                            (entered[w], next[w]) = (false, next[w] + 1);
+                            continue;
                         }
                         let all = |m: usize| there.get(&m).filter(|t| t.0 == self.meetings[m].ops.len());
                         if meetings.clone().any(|(_, m)| all(m).is_none()) {

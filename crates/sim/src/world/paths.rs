@@ -178,6 +178,12 @@ impl<'a> Fabric<'a> {
         self.cluster.scale_out.bytes_per_s.value * self.parts.net.scale_out * self.scale
     }
 
+    /// A class's links out of its domain and into it.
+    pub(super) fn ports_of(&self, class: usize) -> [usize; 2] {
+        let out = self.first_link(class) + 2 * self.dims;
+        [out, out + 1]
+    }
+
     fn first_link(&self, class: usize) -> usize {
         class * (2 * self.dims + 2)
     }
@@ -192,9 +198,9 @@ impl<'a> Fabric<'a> {
         };
         let inside = inside * self.parts.net.scale_up_ring * self.scale * of_usual(mark.domain);
         let port = self.port_rate() * of_usual(mark.port);
-        let (first, ports) = (self.first_link(class), self.first_link(class) + 2 * self.dims);
-        self.capacity[first..ports].fill(whole(inside));
-        self.capacity[ports..ports + 2].fill(whole(port));
+        let (first, ports) = (self.first_link(class), self.ports_of(class));
+        self.capacity[first..ports[0]].fill(whole(inside));
+        self.capacity[ports[0]..=ports[1]].fill(whole(port));
     }
 
     /// Dims of a torus that a group spans, and how many places apart its members are in each.
@@ -292,11 +298,11 @@ impl<'a> Fabric<'a> {
     }
 }
 
-fn of_usual(millionths: u64) -> f64 {
+pub(super) fn of_usual(millionths: u64) -> f64 {
     millionths as f64 / USUAL as f64
 }
 
 /// A rate in whole bytes per second; no link is slower than one.
-fn whole(rate: f64) -> u64 {
+pub(super) fn whole(rate: f64) -> u64 {
     (rate.round() as u64).max(1)
 }
