@@ -94,8 +94,9 @@ fn journals_are_listed_shown_and_exported() {
     assert_eq!(steps, ["2", "3", "4", "6"], "{saved}");
     lab.ok("journal export run --parquet steps.parquet");
     let table = fs::File::open(lab.path("steps.parquet")).expect("a file");
-    let table = SerializedFileReader::new(table).expect("Parquet").get_row_iter(None).expect("rows");
-    let exported: Vec<(i64, f64)> = table
+    let table = SerializedFileReader::new(table).expect("Parquet");
+    let rows = table.get_row_iter(None).expect("rows");
+    let exported: Vec<(i64, f64)> = rows
         .map(|row| row.expect("a row"))
         .map(|row| (row.get_long(1).expect("a step"), row.get_double(2).expect("a loss")))
         .collect();
