@@ -49,8 +49,9 @@
 
 pub use crate::act::{Gelu, add, gelu, gelu_dx, swiglu, swiglu_dx};
 pub use crate::attention::{
-    attention, attention_decode, attention_decode_workspace_len, attention_dx, attention_dx_workspace_len,
-    attention_workspace_len,
+    Attention, Sight, Softmax, attention, attention_decode, attention_decode_workspace_len, attention_dx,
+    attention_dx_workspace_len, attention_part, attention_part_dx, attention_parts, attention_parts_dx,
+    attention_workspace_len, pack_kv,
 };
 pub use crate::convert::{copy, fill, from_f32, to_f32};
 pub use crate::embed::{embed, embed_grad, embed_grad_workspace_len, pos_grad, pos_grad_workspace_len};

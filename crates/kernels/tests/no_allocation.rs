@@ -42,6 +42,9 @@ fn kernels_do_not_allocate() {
     let (cos, sin) = (vec(seq * h / 2), vec(seq * h / 2));
     let (mut grad, mut grad2, mut grad3) = (vec(2 * LD * DIM), vec(2 * LD), vec(2 * LD));
     let (mut moment, mut moment2, mut partials) = (vec(LD), vec(LD), vec![0.0; 4]);
+    let seqs = N / seq;
+    let shape =
+        Attention { seqs, seq, heads, kv_heads: heads, head_dim: h, value_dim: h, scale: 0.3 };
     let lens = [
         linear_workspace_len(N, DIM, LD, threads),
         linear_dx_workspace_len(N, DIM, LD, threads),
@@ -49,8 +52,8 @@ fn kernels_do_not_allocate() {
         bias_grad_workspace_len(LD, &tree),
         norm_dw_workspace_len(DIM, &tree),
         qk_norm_dw_workspace_len(h, &tree),
-        attention_workspace_len(seq, heads, heads, h, threads),
-        attention_dx_workspace_len(seq, heads, heads, h, threads),
+        attention_workspace_len(&shape, threads),
+        attention_dx_workspace_len(&shape, threads),
         attention_decode_workspace_len(seq, h, threads),
         embed_grad_workspace_len(N, LD, DIM, &tree, threads),
         pos_grad_workspace_len(DIM, &tree, threads),
@@ -76,8 +79,8 @@ fn kernels_do_not_allocate() {
         qk_norm(pool, &qkv, &wq, &wq, &mut dqkv, &mut head_rstd, N, heads, heads, h, 1e-5);
         qk_norm_dx(pool, &qkv, &qkv, &wq, &wq, &head_rstd, &mut dqkv, N, heads, heads, h);
         qk_norm_dw(pool, &qkv, &qkv, &head_rstd, &mut grad2, &mut grad3, N, heads, heads, h, &tree, m, ws);
-        attention(pool, &qkv, &mut y, &mut lse, N / seq, seq, heads, heads, h, 0.3, ws);
-        attention_dx(pool, &qkv, &y, &lse, &x, &mut dqkv, N / seq, seq, heads, heads, h, 0.3, ws);
+        attention(pool, &shape, &qkv, &mut y, &mut lse, ws);
+        attention_dx(pool, &shape, &qkv, &y, &lse, &x, &mut dqkv, ws);
         attention_decode(pool, &x, DIM, &x, &x, &[seq, 5], &mut z[..2 * DIM], seq, heads, heads, h, 0.3, ws);
         linear_dx(pool, &dqkv, &wqkv, Acc::None, &mut z, N, DIM, LD, ws);
         linear_dw(pool, &dqkv, &x, &mut grad, N, DIM, LD, &tree, m, ws);

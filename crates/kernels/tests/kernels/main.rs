@@ -7,4 +7,5 @@ mod experts;
 mod linear;
 mod loss;
 mod reference;
+mod ring;
 mod rows;
