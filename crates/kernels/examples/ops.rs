@@ -172,7 +172,7 @@ impl Bench {
         });
         let table = numbers(VOCAB * DIM);
         let mut grad = vec![0.0; VOCAB * DIM];
-        self.line("embed f", 0.0, &mut |pool| embed(pool, &tokens, &table, 0, None, SEQ, &mut y, DIM));
+        self.line("embed f", 0.0, &mut |pool| embed(pool, &tokens, &table, 0, None, Places::whole(SEQ), &mut y, DIM));
         self.line("embed dw", 0.0, &mut |pool| {
             embed_grad(pool, &tokens, 0, VOCAB, &dy, &mut grad, DIM, &TREE, SET, &mut ws);
         });

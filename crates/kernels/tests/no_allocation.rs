@@ -65,9 +65,9 @@ fn kernels_do_not_allocate() {
     let mut run = || {
         experts();
         let (ws, pool) = (&mut ws[..], &pool);
-        embed(pool, &tokens, &wqkv, 0, Some(&x), seq, &mut y, DIM);
+        embed(pool, &tokens, &wqkv, 0, Some(&x), Places::whole(seq), &mut y, DIM);
         embed_grad(pool, &tokens, 0, LD, &x, &mut grad, DIM, &tree, m, ws);
-        pos_grad(pool, &x, &mut grad, seq, seq, DIM, &tree, m, ws);
+        pos_grad(pool, &x, &mut grad, seq, Places::whole(seq), DIM, &tree, m, ws);
         rms_norm(pool, &x, &w, &mut y, &mut rstd, N, DIM, 1e-5);
         rms_norm_dx(pool, &x, &x, &w, &rstd, Acc::None, &mut z, N, DIM);
         rms_norm_dw(pool, &x, &x, &rstd, &mut grad2, N, DIM, &tree, m, ws);

@@ -32,6 +32,8 @@ mod step;
 mod cost;
 pub mod verify;
 
+use std::ops::Range;
+
 use place::Placer;
 use rank::Rank;
 use schedule::{Blocks, Passes, Schedule};
@@ -399,6 +401,18 @@ impl Program {
     /// Tokens of a sequence on this rank: its part where cp cuts sequences.
     pub fn local_sequence(&self) -> usize {
         self.sequence / self.layout.cp
+    }
+
+    /// The positions of this rank's tokens in a sequence, in the order of its rows: all of them or, where cp cuts
+    /// sequences, one piece from the front and its mirror from the back. The halves are as long as each other, or the
+    /// second is one longer.
+    pub fn positions(&self) -> [Range<usize>; 2] {
+        let local = self.local_sequence();
+        let half = local / 2;
+        match self.layout.cp {
+            1 => [0..half, half..local],
+            cp => [self.coords.cp, 2 * cp - 1 - self.coords.cp].map(|piece| piece * half..(piece + 1) * half),
+        }
     }
 
     /// Micro-batches of this rank in one step.

@@ -257,12 +257,12 @@ pub fn check_run(device: &dyn Device, run: &RunSpec) -> Result<()> {
 fn check_experts(run: &RunSpec) -> Result<()> {
     let (l, model) = (&run.layout, &run.model);
     let Some(e) = model.experts else { return Ok(()) };
-    if e.router.balance_loss > 0.0 && l.tp > 1 {
+    let cuts = [("tp", l.tp), ("cp", l.cp)].into_iter().find(|(_, ranks)| *ranks > 1);
+    if let (true, Some((axis, ranks))) = (e.router.balance_loss > 0.0, cuts) {
         return Err(Error::user(format!(
-            "model.experts.balance_loss with layout.tp = {}: it is of whole sequences, which no rank routes there",
-            l.tp
+            "model.experts.balance_loss with layout.{axis} = {ranks}: it is of whole sequences, which no rank routes there",
         ))
-        .hint("set layout.tp=1, or model.experts.balance_loss=0"));
+        .hint(format!("set layout.{axis}=1, or model.experts.balance_loss=0")));
     }
     if l.ep == 1 {
         return Ok(());
@@ -322,7 +322,10 @@ pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result
                 .hint("set run.device=cpu")
         }
         Lack::Latent => has("latent attention"),
-        Lack::Contexts => axis("cp", p.layout.cp, "context parallelism"),
+        Lack::Contexts => {
+            Error::user(format!("layout.cp = {}: {} has no attention over ranks", p.layout.cp, device.name()))
+                .hint("set layout.cp=1, or run.device=cpu")
+        }
         Lack::ExpertRanks => axis("ep", p.layout.ep, "expert parallelism"),
         Lack::HeadWidth => Error::user(format!(
             "{} has no attention in {} for the width of {model}'s heads",

@@ -21,7 +21,7 @@ pub struct Executor {
     /// What to run.
     pub program: Program,
     /// What each op comes to, by block.
-    actions: Vec<Vec<Action>>,
+    pub(crate) actions: Vec<Vec<Action>>,
     /// The sum of the losses over all ranks, which is no op of a step.
     pub(crate) eval_sum: Option<Talk>,
     pub(crate) device: Box<dyn Device>,
@@ -29,7 +29,7 @@ pub struct Executor {
     /// Start and end of every op of a step, when recorded.
     pub spans: Spans,
     /// Time in which this step waited for other ranks, by [`WAITS`].
-    comm_ns: [u64; WAITS.len()],
+    pub(crate) comm_ns: [u64; WAITS.len()],
     /// When the op that yields the gradient norm began.
     pub(crate) norm_start_ns: u64,
     /// The last step failed of something that every rank sees alike.
@@ -49,7 +49,7 @@ const WAITS: [&str; 6] = ["dp", "tp", "pp", "cp", "ep", "world"];
 
 /// Index into [`WAITS`] of whom an op talks to. Those that hold the same parameters are replicas, whatever axes they
 /// differ along.
-fn waits_on(op: &Op) -> usize {
+pub(crate) fn waits_on(op: &Op) -> usize {
     match op.comm.as_ref().map(|c| c.members) {
         Some(Members::Replicas(_) | Members::Shards(_) | Members::Owners(_)) => 0,
         Some(Members::Axis(Axis::Dp)) => 0,
@@ -291,8 +291,12 @@ impl Executor {
     pub(crate) fn ops(&mut self, block: usize, ops: Range<usize>, turn: Turn) -> Result<()> {
         for i in ops {
             let start = self.spans.now();
-            self.compute(block, i, turn)?;
-            self.communicate(block, i, turn)?;
+            if self.actions[block][i].walks {
+                self.ring(block, i, turn)?;
+            } else {
+                self.compute(block, i, turn)?;
+                self.communicate(block, i, turn)?;
+            }
             self.computed(block, i, turn.micro_batch, start)?;
         }
         Ok(())

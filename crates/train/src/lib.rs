@@ -17,6 +17,7 @@ mod mesh;
 mod null;
 mod resolve;
 mod resume;
+mod ring;
 mod rope;
 mod run_dir;
 mod saving;

@@ -4,6 +4,7 @@
 mod attention;
 mod bits;
 mod experts;
+mod latent;
 mod linear;
 mod loss;
 mod reference;
