@@ -122,15 +122,8 @@ impl Bench {
         let d = numbers(ROWS * DIM);
         let mut dqkv = vec![0.0; ROWS * ld];
         let (heads, head_dim) = (HEADS, HEAD_DIM);
-        let shape = Attention {
-            seqs: SEQS,
-            seq: SEQ,
-            heads,
-            kv_heads: heads,
-            head_dim,
-            value_dim: head_dim,
-            scale,
-        };
+        let shape =
+            Attention { seqs: SEQS, seq: SEQ, heads, kv_heads: heads, head_dim, value_dim: head_dim, scale };
         let len = attention_workspace_len(&shape, 2).max(attention_dx_workspace_len(&shape, 2));
         let mut ws = vec![0.0; len];
         // Two products of half a square forward, five backward.
@@ -172,7 +165,9 @@ impl Bench {
         });
         let table = numbers(VOCAB * DIM);
         let mut grad = vec![0.0; VOCAB * DIM];
-        self.line("embed f", 0.0, &mut |pool| embed(pool, &tokens, &table, 0, None, Places::whole(SEQ), &mut y, DIM));
+        self.line("embed f", 0.0, &mut |pool| {
+            embed(pool, &tokens, &table, 0, None, Places::whole(SEQ), &mut y, DIM)
+        });
         self.line("embed dw", 0.0, &mut |pool| {
             embed_grad(pool, &tokens, 0, VOCAB, &dy, &mut grad, DIM, &TREE, SET, &mut ws);
         });

@@ -52,7 +52,10 @@ pub fn embed<T: Storage>(
 ) {
     let vocab = table.len().checked_div(dim).unwrap_or(0);
     assert!(table.len() == vocab * dim && y.len() == tokens.len() * dim && places.seq > 0);
-    assert!(pos.is_none_or(|pos| tokens.len() < places.seq || pos.len() >= places.end() * dim), "position table");
+    assert!(
+        pos.is_none_or(|pos| tokens.len() < places.seq || pos.len() >= places.end() * dim),
+        "position table"
+    );
     let y = Parts::new(y);
     pool.rows(tokens.len(), dim, &|rows, _| {
         for row in rows {

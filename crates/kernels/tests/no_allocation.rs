@@ -43,8 +43,7 @@ fn kernels_do_not_allocate() {
     let (mut grad, mut grad2, mut grad3) = (vec(2 * LD * DIM), vec(2 * LD), vec(2 * LD));
     let (mut moment, mut moment2, mut partials) = (vec(LD), vec(LD), vec![0.0; 4]);
     let seqs = N / seq;
-    let shape =
-        Attention { seqs, seq, heads, kv_heads: heads, head_dim: h, value_dim: h, scale: 0.3 };
+    let shape = Attention { seqs, seq, heads, kv_heads: heads, head_dim: h, value_dim: h, scale: 0.3 };
     let lens = [
         linear_workspace_len(N, DIM, LD, threads),
         linear_dx_workspace_len(N, DIM, LD, threads),

@@ -307,9 +307,9 @@ pub struct Io {
     pub cos: BufferId,
     /// Sine table.
     pub sin: BufferId,
-    /// Keys of the generation cache `[layers * cache, kv_heads * head_dim]`.
+    /// Keys of the generation cache `[layers * cache, kv_heads * head_dim]`, of latent attention too.
     pub k_cache: Option<BufferId>,
-    /// Values of the generation cache.
+    /// Values of the generation cache `[layers * cache, kv_heads * value_dim]`.
     pub v_cache: Option<BufferId>,
 }
 

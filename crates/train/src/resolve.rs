@@ -100,7 +100,9 @@ fn implied(p: &Program, op: &Op, call: &mut Call) {
     let owned = |group: GroupId, buffer| Address::slice(p, p.owned_in(group, buffer));
     let buffers = |group: GroupId| &p.group_buffers[group.0 as usize];
     match op.kind {
-        OpKind::Rope { .. } | OpKind::LatentRope { .. } | OpKind::LatentRopeGrad { .. } => call.ins.extend([p.io.cos, p.io.sin].map(|id| Address::whole(p, id))),
+        OpKind::Rope { .. } | OpKind::LatentRope { .. } | OpKind::LatentRopeGrad { .. } => {
+            call.ins.extend([p.io.cos, p.io.sin].map(|id| Address::whole(p, id)))
+        }
         OpKind::LossSum { sequence } => {
             call.outs = vec![Address::whole(p, p.io.loss_leaves).walk(sequence, 1, p.micro_batch())];
         }

@@ -5,7 +5,14 @@ use spec::{Rope, RopeScaling};
 ///
 /// Frequencies are `theta^(-2i/h)`, stretched as Hugging Face's `rope_type` of the same name does; angles are computed
 /// in f64 and rounded once.
-pub(crate) fn tables(rope: &Rope, head_dim: usize, positions: usize, places: impl Iterator<Item = usize>, cos: &mut [f32], sin: &mut [f32]) {
+pub(crate) fn tables(
+    rope: &Rope,
+    head_dim: usize,
+    positions: usize,
+    places: impl Iterator<Item = usize>,
+    cos: &mut [f32],
+    sin: &mut [f32],
+) {
     let half = head_dim / 2;
     let (frequencies, amplitude) = frequencies(rope, head_dim, positions);
     for (row, place) in places.enumerate() {

@@ -68,7 +68,7 @@ pub fn workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
             kernels::attention_dx_workspace_len(&attention_shape(*heads, 1, p.local_sequence()), threads)
         }
         AttentionCached { heads: h, .. } => {
-            kernels::attention_decode_workspace_len(p.mode.positions(), h.dim, threads)
+            kernels::attention_decode_workspace_len(p.mode.positions(), h.value_dim, threads)
         }
         _ => 0,
     }

@@ -4,9 +4,7 @@
 mod common;
 
 use common::{Trained, first_difference, model, train};
-use spec::{
-    DType, Experts, Layout, ModelSpec, NormKind, PipelineSchedule, Recompute, Router, RunSpec, Zero,
-};
+use spec::{DType, Experts, Layout, ModelSpec, NormKind, PipelineSchedule, Recompute, Router, RunSpec, Zero};
 
 const SEQUENCES: usize = 8;
 /// A rate at which training does not amplify the last bit of a sum a hundredfold in ten steps.
@@ -73,8 +71,7 @@ fn agree_in_bf16() {
 #[test]
 fn agree_with_experts() {
     let router = Router { z_loss: 0.05, ..Router::PLAIN };
-    let experts =
-        Experts { count: 4, top_k: 2, ffn: 128, shared_ffn: 24, dense_layers: 1, every: 1, router };
+    let experts = Experts { count: 4, top_k: 2, ffn: 128, shared_ffn: 24, dense_layers: 1, every: 1, router };
     let m = ModelSpec { experts: Some(experts), ..model(2, false, false) };
     assert_eq!(m.norm, NormKind::Rms);
     let expected = run(&m, &Layout::default(), DType::F32);

@@ -16,10 +16,8 @@ fn run(m: &ModelSpec, layout: &Layout, precision: DType) -> Trained {
 /// Queries out of the residual stream; and, with experts as in DeepSeek-V3, out of a latent of their own.
 fn models() -> [ModelSpec; 2] {
     let latent = Latent { query_rank: None, kv_rank: 12, nope_dim: 8, rope_dim: 4, value_dim: 6 };
-    let router =
-        Router { score: Score::Sigmoid, scale: 2.5, groups: 4, top_groups: 2, ..Router::PLAIN };
-    let experts =
-        Experts { count: 8, top_k: 3, ffn: 128, shared_ffn: 24, dense_layers: 1, every: 1, router };
+    let router = Router { score: Score::Sigmoid, scale: 2.5, groups: 4, top_groups: 2, ..Router::PLAIN };
+    let experts = Experts { count: 8, top_k: 3, ffn: 128, shared_ffn: 24, dense_layers: 1, every: 1, router };
     let base = model(4, false, false);
     let base = ModelSpec { kv_heads: base.heads, latent: Some(latent), ..base };
     let deep = Latent { query_rank: Some(20), ..latent };

@@ -214,7 +214,8 @@ impl<T: Element> Job<'_, T> {
                     for (i, from) in sums.chunks_exact(wide).enumerate() {
                         let to = to + i * shape.o_ld();
                         // SAFETY: as above.
-                        unsafe { all.part(to..to + shape.value_dim) }.copy_from_slice(&from[..shape.value_dim]);
+                        unsafe { all.part(to..to + shape.value_dim) }
+                            .copy_from_slice(&from[..shape.value_dim]);
                     }
                 }
             }

@@ -89,8 +89,7 @@ pub fn attention_part<T: Storage>(
     check(shape, kv.len(), softmax);
     assert!(!first || sight == Sight::Own, "every query begins with a key that it sees");
     let keys = Keys { data: kv, ld: shape.kv_ld(), at: 0 };
-    let (sums, max, total) =
-        (Parts::new(softmax.sums), Parts::new(softmax.max), Parts::new(softmax.total));
+    let (sums, max, total) = (Parts::new(softmax.sums), Parts::new(softmax.max), Parts::new(softmax.total));
     let out = forward::Out::Part { sums: &sums, max: &max, total: &total, first };
     forward::Job { shape: *shape, qkv, keys, out, span: sight.span(shape.seq) }.run(pool, ws);
 }

@@ -25,7 +25,8 @@ struct Whole<T> {
 }
 
 fn whole<T: Storage>(pool: &Pool, s: &Attention, qkv: &[T], d: &[T]) -> Whole<T> {
-    let (mut o, mut lse) = (vec![T::default(); rows(s) * s.heads * s.value_dim], vec![0.0; rows(s) * s.heads]);
+    let (mut o, mut lse) =
+        (vec![T::default(); rows(s) * s.heads * s.value_dim], vec![0.0; rows(s) * s.heads]);
     let mut dqkv = vec![T::default(); qkv.len()];
     let mut ws = scratch(attention_workspace_len(s, 2).max(attention_dx_workspace_len(s, 2)));
     attention(pool, s, qkv, &mut o, &mut lse, &mut ws);
@@ -120,7 +121,11 @@ proptest! {
 #[test]
 fn parts_across_blocks() {
     for (seq, cp, h, v) in [(2400, 2, 16, 16), (1200, 3, 70, 33)] {
-        check(Attention { seqs: 1, seq, heads: 2, kv_heads: 1, head_dim: h, value_dim: v, scale: 0.3 }, cp, 3);
+        check(
+            Attention { seqs: 1, seq, heads: 2, kv_heads: 1, head_dim: h, value_dim: v, scale: 0.3 },
+            cp,
+            3,
+        );
     }
 }
 
@@ -146,7 +151,9 @@ fn narrow_values_are_those_of_wide_ones() {
     let left: Vec<f32> = want
         .dqkv
         .chunks(ld(&square))
-        .flat_map(|row| [row[..keys].to_vec(), row[keys..].chunks(24).flat_map(|v| v[..10].to_vec()).collect()])
+        .flat_map(|row| {
+            [row[..keys].to_vec(), row[keys..].chunks(24).flat_map(|v| v[..10].to_vec()).collect()]
+        })
         .flatten()
         .collect();
     close(&got.dqkv, &wide(&left), 1e-5);

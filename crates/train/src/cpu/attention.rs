@@ -89,10 +89,9 @@ pub(super) fn attention_cached<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     let OpKind::AttentionCached { heads: h, .. } = *a.launch().kind() else { not_mine!(a) };
     let (position, capacity) = (a.launch().turn.position, a.launch().output(1).rows);
     let (qkv, keys, values) = (a.input(0), a.out(1), a.out(2));
-    let (q_width, width) = (h.q * h.dim, h.kv * h.dim);
-    let row = position * width..(position + 1) * width;
-    keys[row.clone()].copy_from_slice(&qkv[q_width..q_width + width]);
-    values[row].copy_from_slice(&qkv[q_width + width..q_width + 2 * width]);
+    let (q_width, width, value_width) = (h.q * h.dim, h.kv * h.dim, h.kv * h.value_dim);
+    keys[position * width..][..width].copy_from_slice(&qkv[q_width..][..width]);
+    values[position * value_width..][..value_width].copy_from_slice(&qkv[q_width + width..][..value_width]);
     kernels::attention_decode(
         pool,
         &qkv[..q_width],

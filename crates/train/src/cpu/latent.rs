@@ -43,15 +43,13 @@ pub(super) fn latent_norm<T: Number>(pool: &Pool, a: &Args<'_, T>) {
 
 pub(super) fn latent_rope<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     let seq = a.launch().sequence();
-    let of = |h: Heads, rope: usize| LatentHeads {
-        heads: h.q,
-        nope: h.dim - rope,
-        rope,
-        value: h.value_dim,
-    };
+    let of = |h: Heads, rope: usize| LatentHeads { heads: h.q, nope: h.dim - rope, rope, value: h.value_dim };
     match *a.launch().kind() {
         OpKind::LatentRope { heads, rope_dim } => {
-            let (ins, tables) = ((a.input(0), a.input(1), a.input(2)), (a.floats(3), a.floats(4)));
+            // One token of a generation has the tables' row of its position.
+            let from = a.launch().turn.position * rope_dim / 2;
+            let tables = (&a.floats(3)[from..], &a.floats(4)[from..]);
+            let ins = (a.input(0), a.input(1), a.input(2));
             kernels::latent_rope(pool, of(heads, rope_dim), ins, tables, a.out(0), seq);
         }
         OpKind::LatentRopeGrad { heads, rope_dim } => {
