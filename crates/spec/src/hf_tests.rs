@@ -209,10 +209,18 @@ fn refusals() {
     check_refused(
         "deepseek_v3",
         json!({ "rope_scaling": { "type": "yarn", "factor": 40 } }),
-        "rope_scaling = ",
+        "rope_scaling = {\"factor\":40,\"type\":\"yarn\"} is not supported: scaled positions change the scale of scores too",
     );
-    check_refused("deepseek_v3", json!({ "rms_norm_eps": 1e-5 }), "rms_norm_eps = 0.00001 is not supported");
-    check_refused("deepseek_v2", json!({ "topk_method": "group_limited_greedy" }), "topk_method = ");
+    check_refused(
+        "deepseek_v3",
+        json!({ "rms_norm_eps": 1e-5 }),
+        "rms_norm_eps = 1e-5 is not supported: the norms of the latents have 1e-6",
+    );
+    check_refused(
+        "deepseek_v2",
+        json!({ "topk_method": "group_limited_greedy" }),
+        "topk_method = \"group_limited_greedy\" is not supported: \"greedy\" is",
+    );
     check_refused("mamba", json!({}), "architecture mamba is not supported");
     check_refused(
         "llama",

@@ -123,7 +123,7 @@ impl Config<'_> {
             return refuse("quantization_config", "weights are read in float32, bfloat16 or float16");
         }
         if self.number_or("rms_norm_eps", Some(LATENT_EPS))? != LATENT_EPS {
-            return refuse("rms_norm_eps", "the norms of the latents have 1e-06");
+            return refuse("rms_norm_eps", "the norms of the latents have 1e-6");
         }
         for key in ["attention_bias", "mlp_bias"] {
             if self.flag_or(key, false)? {
