@@ -182,10 +182,8 @@ impl ModelSpec {
 
     fn hf_family(&self) -> Result<&'static Family> {
         let refuse = |why: &str| {
-            Err(Error::user(format!("{} has no Hugging Face architecture: {why}", self.name)).hint(
-                "the families that can be written are Llama, Qwen 2, Qwen 3, Mixtral, Qwen 3 MoE, DeepSeek-V2, DeepSeek-V3 and \
-                 GPT-2",
-            ))
+            Err(Error::user(format!("{} has no Hugging Face architecture: {why}", self.name))
+                .hint(deepseek::WRITTEN))
         };
         let rope = matches!(self.position, Position::Rope(_));
         if self.latent.is_some() {
@@ -291,9 +289,7 @@ impl<'a> Config<'a> {
 
     fn family(&self) -> Result<&'static Family> {
         let supported = || {
-            let deepseek = [&deepseek::DEEPSEEK_V2, &deepseek::DEEPSEEK_V3];
-            let all = FAMILIES.iter().copied().chain(deepseek);
-            let names: Vec<&str> = all.map(|f| f.architecture).collect();
+            let names: Vec<&str> = FAMILIES.iter().chain(&deepseek::BOTH).map(|f| f.architecture).collect();
             format!("supported: {}", names.join(", "))
         };
         let architecture = self.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str);

@@ -307,26 +307,20 @@ pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result
     lacks.sort_by_key(|(lack, _)| *lack);
     lacks.dedup_by_key(|(lack, _)| *lack);
     let Some((first, op)) = lacks.first() else { return Ok(()) };
-    let axis = |key: &str, size: usize, what: &str| {
-        Error::user(format!("layout.{key} = {size}: {what} can be planned, it does not train yet"))
-            .hint(format!("set layout.{key}=1"))
-    };
-    let has = |what: &str| {
-        Error::user(format!("{model} has {what}: it can be planned, it does not train yet")).hint(
-            "phalanx plan --model NAME prices it; models of the Llama, Qwen, Mixtral and GPT-2 families train",
-        )
-    };
     Err(match first {
-        Lack::Experts => {
-            Error::user(format!("{model} has a mixture of experts: {} has no kernels for it", device.name()))
+        Lack::Experts | Lack::Latent => {
+            let what = if *first == Lack::Latent { "latent attention" } else { "a mixture of experts" };
+            Error::user(format!("{model} has {what}: {} has no kernels for it", device.name()))
                 .hint("set run.device=cpu")
         }
-        Lack::Latent => has("latent attention"),
         Lack::Contexts => {
             Error::user(format!("layout.cp = {}: {} has no attention over ranks", p.layout.cp, device.name()))
                 .hint("set layout.cp=1, or run.device=cpu")
         }
-        Lack::ExpertRanks => axis("ep", p.layout.ep, "expert parallelism"),
+        Lack::ExpertRanks => {
+            Error::user(format!("layout.ep = {}: {} has no exchange of rows", p.layout.ep, device.name()))
+                .hint("set layout.ep=1, or run.device=cpu")
+        }
         Lack::HeadWidth => Error::user(format!(
             "{} has no attention in {} for the width of {model}'s heads",
             device.name(),

@@ -206,6 +206,17 @@ impl Executor {
         self.input(1, self.program.io.targets)
     }
 
+    /// Puts one sequence and the token behind it in place `i` of this rank's: its part of them where cp cuts sequences.
+    pub(crate) fn take(&mut self, i: usize, sample: &[u32]) {
+        let mut at = i * self.program.local_sequence();
+        for piece in self.program.positions() {
+            let to = at..at + piece.len();
+            self.tokens()[to.clone()].copy_from_slice(&sample[piece.clone()]);
+            self.targets()[to.clone()].copy_from_slice(&sample[piece.start + 1..piece.end + 1]);
+            at = to.end;
+        }
+    }
+
     /// Room for an input of a step, made when it is first asked for.
     fn input(&mut self, which: usize, buffer: BufferId) -> &mut [u32] {
         let len = self.program.buffer(buffer).len();

@@ -534,19 +534,13 @@ pub(crate) fn load(
     sample: &mut [u32],
 ) -> Result<Drawn> {
     let mut drawn = Drawn::default();
-    let [front, back] = exec.program.positions();
-    let sequence = front.len() + back.len();
     let m = exec.program.micro_batch();
     for i in 0..exec.program.local_sequences {
         let at = exec.program.first_sequence(i / m) + i % m;
         let index = index * exec.program.sequences as u64 + at as u64;
         stream.sample(index, sample)?;
         drawn.add(index, sample);
-        for (first, piece) in [(0, &front), (front.len(), &back)] {
-            let to = i * sequence + first..i * sequence + first + piece.len();
-            exec.tokens()[to.clone()].copy_from_slice(&sample[piece.clone()]);
-            exec.targets()[to].copy_from_slice(&sample[piece.start + 1..piece.end + 1]);
-        }
+        exec.take(i, sample);
     }
     Ok(drawn)
 }

@@ -24,12 +24,18 @@ pub(super) const DEEPSEEK_V3: Family = Family {
     ..LLAMA
 };
 
+pub(super) const BOTH: [&Family; 2] = [&DEEPSEEK_V2, &DEEPSEEK_V3];
+
+/// What can be written, of all families.
+pub(super) const WRITTEN: &str = "the families that can be written are Llama, Qwen 2, Qwen 3, Mixtral, Qwen 3 MoE, \
+                                  DeepSeek-V2, DeepSeek-V3 and GPT-2";
+
 /// The norms of the latents add this under their roots, whatever `rms_norm_eps` says.
 const LATENT_EPS: f64 = 1e-6;
 
 /// The family that a `model_type` names.
 pub(super) fn family(model_type: &str) -> Option<&'static Family> {
-    [&DEEPSEEK_V2, &DEEPSEEK_V3].into_iter().find(|f| f.model_type == model_type)
+    BOTH.into_iter().find(|f| f.model_type == model_type)
 }
 
 impl Config<'_> {
