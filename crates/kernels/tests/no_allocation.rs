@@ -26,8 +26,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-fn shape(seq: usize, heads: usize, h: usize) -> Attention {
-    Attention { seqs: N / seq, seq, heads, kv_heads: heads, head_dim: h, value_dim: h, scale: 0.3 }
+fn shape(seqs: usize, seq: usize, heads: usize, h: usize) -> Attention {
+    Attention { seqs, seq, heads, kv_heads: heads, head_dim: h, value_dim: h, scale: 0.3 }
 }
 
 #[test]
@@ -42,7 +42,7 @@ fn kernels_do_not_allocate() {
     let (x, w, wqkv, tokens) = (vec(N * DIM), vec(DIM), vec(LD * DIM), vec![7u32; N]);
     let (mut y, mut z, mut stats, mut rstd) = (x.clone(), x.clone(), vec(2 * N), vec(N));
     let (mut qkv, mut dqkv, mut lse) = (vec(N * LD), vec(N * LD), vec(N * heads));
-    let (mut head_rstd, wq, shape) = (vec(N * 2 * heads), vec(h), shape(seq, heads, h));
+    let (mut head_rstd, wq, shape) = (vec(N * 2 * heads), vec(h), shape(N / seq, seq, heads, h));
     let (cos, sin) = (vec(seq * h / 2), vec(seq * h / 2));
     let (mut grad, mut grad2, mut grad3) = (vec(2 * LD * DIM), vec(2 * LD), vec(2 * LD));
     let (mut moment, mut moment2, mut partials) = (vec(LD), vec(LD), vec![0.0; 4]);

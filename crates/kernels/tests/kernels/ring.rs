@@ -44,6 +44,9 @@ fn dealt<T: Copy>(x: &[T], (seqs, seq, cols): (usize, usize, usize), cp: usize) 
     (0..cp).map(of).collect()
 }
 
+/// Outputs, logarithms and the gradient of queries of a rank whose keys' gradients are still on their way.
+type Left<T> = (Vec<T>, Vec<f32>, Vec<f32>);
+
 /// Every rank of a ring, one after another.
 fn ring<T: Storage>(pool: &Pool, s: &Attention, qkv: &[T], d: &[T], cp: usize) -> Vec<Whole<T>> {
     let part = Attention { seq: s.seq / cp, ..*s };
@@ -81,7 +84,7 @@ fn ring<T: Storage>(pool: &Pool, s: &Attention, qkv: &[T], d: &[T], cp: usize) -
         }
         left.push((o, lse, dq));
     }
-    let end = |((o, lse, dq), dkv): ((Vec<T>, Vec<f32>, Vec<f32>), &Vec<f32>)| {
+    let end = |((o, lse, dq), dkv): (Left<T>, &Vec<f32>)| {
         let mut dqkv = vec![T::default(); n * ld(s)];
         attention_parts_dx(pool, &part, &dq, dkv, &mut dqkv);
         Whole { o, lse, dqkv }
