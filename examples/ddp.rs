@@ -32,7 +32,7 @@ fn train() -> phalanx::Result<()> {
     let mut exec = Executor::of_layers(job.device(), &request, &layer, job.mesh(&layout)?)?;
     exec.initialise(&model, 42)?;
     // Each rank draws the sequences of every batch that are its own, in an order that all ranks know.
-    let positions = exec.program.positions();
+    let positions = exec.program.places();
     let (own, items) = (positions.len(), dataset.len());
     let sampler = DistributedSampler::of_batches(items, BATCH as u64, positions)?;
 

@@ -35,7 +35,7 @@ fn run() -> phalanx::Result<()> {
     // Nobody writes before all have read.
     exec.exchange(&[])?;
 
-    let positions = exec.program.positions();
+    let positions = exec.program.places();
     let own = positions.len();
     let sampler = DistributedSampler::of_batches(dataset.len(), BATCH as u64, positions)?;
     let steps_per_epoch = sampler.samples() / own as u64;

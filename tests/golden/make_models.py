@@ -55,6 +55,18 @@ def models():
             head_dim=10, intermediate_size=36, moe_intermediate_size=12, num_experts=8, num_experts_per_tok=3,
             norm_topk_prob=False, mlp_only_layers=[0], rms_norm_eps=1e-6, max_position_embeddings=64,
             tie_word_embeddings=True, rope_theta=1e4)),
+        "deepseek-v2-like": (hf.DeepseekV2ForCausalLM, hf.DeepseekV2Config(
+            vocab_size=57, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+            intermediate_size=36, moe_intermediate_size=12, n_routed_experts=6, n_shared_experts=2,
+            num_experts_per_tok=2, first_k_dense_replace=1, routed_scaling_factor=1.5, topk_method="greedy",
+            q_lora_rank=None, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, head_dim=4,
+            rms_norm_eps=1e-6, max_position_embeddings=64, tie_word_embeddings=False, rope_theta=1e4)),
+        "deepseek-v3-like": (hf.DeepseekV3ForCausalLM, hf.DeepseekV3Config(
+            vocab_size=59, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+            intermediate_size=36, moe_intermediate_size=12, n_routed_experts=8, n_shared_experts=1,
+            num_experts_per_tok=3, first_k_dense_replace=1, routed_scaling_factor=2.5, n_group=4, topk_group=2,
+            norm_topk_prob=True, q_lora_rank=14, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=7,
+            rms_norm_eps=1e-6, max_position_embeddings=64, tie_word_embeddings=False, rope_theta=1e4)),
         "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config(
             vocab_size=67, n_embd=32, n_layer=2, n_head=4, n_positions=32, activation_function="gelu_new",
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)),
@@ -63,10 +75,11 @@ def models():
 
 def main(names):
     torch.set_num_threads(1)
-    seeds = ["llama-gqa", "llama3-rope", "qwen2-like", "qwen3-like", "gpt2", "mixtral-like", "qwen3-moe-like"]
+    seeds = ["llama-gqa", "llama3-rope", "qwen2-like", "qwen3-like", "gpt2", "mixtral-like", "qwen3-moe-like",
+             "deepseek-v2-like", "deepseek-v3-like"]
     packed = transformers.__version__ >= "5"
     for name, (cls, config) in models().items():
-        if name in names or not names and packed != (name in ("mixtral-like", "qwen3-moe-like")):
+        if name in names or not names and packed != (name in seeds[5:]):
             make(HERE / name, cls, config, seeds.index(name))
 
 
@@ -83,8 +96,10 @@ def make(folder, cls, config, seed):
     (folder / "batch.json").write_text(dump([{k: t.tolist() for k, t in b.items()} for b in batches]))
 
     config64 = json.loads((folder / "config.json").read_text())
-    weights64 = {k: t.double().requires_grad_() for k, t in load_file(folder / "model.safetensors").items()}
     parameters = dict(model.named_parameters())
+    buffers = [k for k, _ in model.named_buffers()]
+    stored = load_file(folder / "model.safetensors").items()
+    weights64 = {k: t.double().requires_grad_() for k, t in stored if k not in buffers}
     assert parameters.keys() == weights64.keys(), parameters.keys() ^ weights64.keys()
     forward = lambda tokens: model(input_ids=tokens, use_cache=False).logits
     forward64 = lambda tokens: reference64.logits(config64, weights64, tokens)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 def logits(config, weights, tokens):
     """Logits [batch, time, vocab] of any model in this folder; `tokens` is [batch, time]."""
     forward = gpt2 if config["model_type"] == "gpt2" else llama
+    if "kv_lora_rank" in config:
+        forward = deepseek
     return forward(config, weights, tokens)
 
 
@@ -68,6 +70,62 @@ def mixture(config, w, at, h):
         gate, up, down = (w[f"{at}experts.{expert}.{name}.weight"] for name in names)
         y = y + weights[..., expert, None] * F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
     return y
+
+
+def deepseek(config, w, tokens):
+    """DeepSeek-V2 and V3: latent attention, and a mixture with an expert that all tokens meet."""
+    eps, heads = config["rms_norm_eps"], config["num_attention_heads"]
+    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    rank, (batch, time) = config["kv_lora_rank"], tokens.shape
+    frequencies = config["rope_theta"] ** (-torch.arange(0, rope, 2, dtype=torch.float64) / rope)
+    turn = torch.polar(torch.ones(time, rope // 2, dtype=torch.float64),
+                       torch.arange(time, dtype=torch.float64)[:, None] * frequencies)
+    rotate_pairs = lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    x = F.embedding(tokens, w["model.embed_tokens.weight"])
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        project = lambda name, h: F.linear(h, w[at + name + ".weight"])
+        h = rms_norm(x, w[at + "input_layernorm.weight"], eps)
+        if config["q_lora_rank"]:
+            latent = rms_norm(project("self_attn.q_a_proj", h), w[at + "self_attn.q_a_layernorm.weight"], 1e-6)
+            q = project("self_attn.q_b_proj", latent)
+        else:
+            q = project("self_attn.q_proj", h)
+        q_nope, q_rope = q.view(batch, time, heads, nope + rope).transpose(1, 2).split([nope, rope], -1)
+        latent, k_rope = project("self_attn.kv_a_proj_with_mqa", h).split([rank, rope], -1)
+        latent = rms_norm(latent, w[at + "self_attn.kv_a_layernorm.weight"], 1e-6)
+        kv = project("self_attn.kv_b_proj", latent).view(batch, time, heads, nope + value).transpose(1, 2)
+        k_nope, v = kv.split([nope, value], -1)
+        k_rope = rotate_pairs(k_rope[:, None]).expand(-1, heads, -1, -1)
+        y = attention(torch.cat((q_nope, rotate_pairs(q_rope)), -1), torch.cat((k_nope, k_rope), -1), v)
+        x = x + project("self_attn.o_proj", y.transpose(1, 2).reshape(batch, time, heads * value))
+        h = rms_norm(x, w[at + "post_attention_layernorm.weight"], eps)
+        gated = lambda to, h: project(to + ".down_proj", F.silu(project(to + ".gate_proj", h)) * project(to + ".up_proj", h))
+        if layer < config["first_k_dense_replace"]:
+            x = x + gated("mlp", h)
+            continue
+        weights = deepseek_router(config, project("mlp.gate", h))
+        for expert in range(weights.shape[-1]):
+            x = x + weights[..., expert, None] * gated(f"mlp.experts.{expert}", h)
+        x = x + gated("mlp.shared_experts", h)
+    return F.linear(rms_norm(x, w["model.norm.weight"], eps), w["lm_head.weight"])
+
+
+def deepseek_router(config, logits):
+    """Weights of all experts, zero for those not chosen. V3 takes the best of the groups whose two best are best."""
+    v3 = config["model_type"] == "deepseek_v3"
+    scores = logits.sigmoid() if v3 else logits.softmax(-1)
+    choice = scores
+    if v3:
+        groups = scores.unflatten(-1, (config["n_group"], -1))
+        best = groups.topk(2, -1)[0].sum(-1).topk(config["topk_group"], -1)[1]
+        inside = torch.zeros(groups.shape[:-1], dtype=torch.bool).scatter(-1, best, True)
+        choice = groups.masked_fill(~inside[..., None], 0.0).flatten(-2)
+    chosen = choice.topk(config["num_experts_per_tok"], -1)[1]
+    best = scores.gather(-1, chosen)
+    if v3 and config["norm_topk_prob"]:
+        best = best / best.sum(-1, keepdim=True)
+    return torch.zeros_like(scores).scatter(-1, chosen, best * config["routed_scaling_factor"])
 
 
 def gpt2(config, w, tokens):

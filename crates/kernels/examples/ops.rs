@@ -121,18 +121,18 @@ impl Bench {
         let (mut o, mut lse) = (vec![0.0; ROWS * DIM], vec![0.0; ROWS * HEADS]);
         let d = numbers(ROWS * DIM);
         let mut dqkv = vec![0.0; ROWS * ld];
-        let len = attention_workspace_len(SEQ, HEADS, HEADS, HEAD_DIM, 2)
-            .max(attention_dx_workspace_len(SEQ, HEADS, HEADS, HEAD_DIM, 2));
+        let (heads, head_dim) = (HEADS, HEAD_DIM);
+        let shape =
+            Attention { seqs: SEQS, seq: SEQ, heads, kv_heads: heads, head_dim, value_dim: head_dim, scale };
+        let len = attention_workspace_len(&shape, 2).max(attention_dx_workspace_len(&shape, 2));
         let mut ws = vec![0.0; len];
         // Two products of half a square forward, five backward.
         let square = 2.0 * (SEQS * HEADS * SEQ * SEQ * HEAD_DIM) as f64 / 2.0;
         self.line("attention f", 2.0 * square, &mut |pool| {
-            attention(pool, &qkv, &mut o, &mut lse, SEQS, SEQ, HEADS, HEADS, HEAD_DIM, scale, &mut ws);
+            attention(pool, &shape, &qkv, &mut o, &mut lse, &mut ws);
         });
         self.line("attention dx", 5.0 * square, &mut |pool| {
-            attention_dx(
-                pool, &qkv, &o, &lse, &d, &mut dqkv, SEQS, SEQ, HEADS, HEADS, HEAD_DIM, scale, &mut ws,
-            );
+            attention_dx(pool, &shape, &qkv, &o, &lse, &d, &mut dqkv, &mut ws);
         });
         let (cos, sin) = (numbers(SEQ * 32), numbers(SEQ * 32));
         self.line("rope", 0.0, &mut |pool| {
@@ -165,7 +165,9 @@ impl Bench {
         });
         let table = numbers(VOCAB * DIM);
         let mut grad = vec![0.0; VOCAB * DIM];
-        self.line("embed f", 0.0, &mut |pool| embed(pool, &tokens, &table, 0, None, SEQ, &mut y, DIM));
+        self.line("embed f", 0.0, &mut |pool| {
+            embed(pool, &tokens, &table, 0, None, Places::whole(SEQ), &mut y, DIM)
+        });
         self.line("embed dw", 0.0, &mut |pool| {
             embed_grad(pool, &tokens, 0, VOCAB, &dy, &mut grad, DIM, &TREE, SET, &mut ws);
         });

@@ -6,21 +6,56 @@ use crate::simd::{LANES, kernel};
 use crate::storage::{Element, Storage};
 use crate::tree::{MAX_DEPTH, Merge, depth, split};
 
-/// y\[i\] = table\[tokens\[i\] - vocab0\] + pos\[i % seq\] for rows of `dim`. A token outside the table (another
-/// shard's) gives 0 in place of its row; `pos`, if any, is `[positions, dim]`.
+/// Where the rows of a sequence lie in a table of positions: its front half from one on, the rest from another on.
+#[derive(Clone, Copy, Debug)]
+pub struct Places {
+    /// Rows of a sequence.
+    pub seq: usize,
+    /// Positions of the first row and of row `seq / 2`.
+    pub starts: [usize; 2],
+}
+
+impl Places {
+    /// Of whole sequences.
+    pub fn whole(seq: usize) -> Places {
+        Places { seq, starts: [0, seq / 2] }
+    }
+
+    fn position(&self, row: usize) -> usize {
+        let (row, half) = (row % self.seq, self.seq / 2);
+        if row < half { self.starts[0] + row } else { self.starts[1] + row - half }
+    }
+
+    /// The row of a sequence that lies at `position`.
+    fn row(&self, position: usize) -> Option<usize> {
+        let half = self.seq / 2;
+        let inside = |start: usize, len: usize| position.checked_sub(start).filter(|i| *i < len);
+        inside(self.starts[0], half).or_else(|| Some(half + inside(self.starts[1], self.seq - half)?))
+    }
+
+    fn end(&self) -> usize {
+        (self.starts[0] + self.seq / 2).max(self.starts[1] + self.seq - self.seq / 2)
+    }
+}
+
+/// y\[i\] = table\[tokens\[i\] - vocab0\] + pos\[position of row i\] for rows of `dim`. A token outside the table
+/// (another shard's) gives 0 in place of its row; `pos`, if any, is `[positions, dim]`.
 pub fn embed<T: Storage>(
     pool: &Pool,
     tokens: &[u32],
     table: &[T],
     vocab0: usize,
     pos: Option<&[T]>,
-    seq: usize,
+    places: Places,
     y: &mut [T],
     dim: usize,
 ) {
     let vocab = table.len().checked_div(dim).unwrap_or(0);
-    assert!(table.len() == vocab * dim && y.len() == tokens.len() * dim && seq > 0);
-    assert!(pos.is_none_or(|pos| pos.len() >= seq.min(tokens.len()) * dim), "position table");
+    assert!(table.len() == vocab * dim && y.len() == tokens.len() * dim && places.seq > 0);
+    assert!(
+        pos.is_none_or(|pos| tokens.len() < places.seq || pos.len() >= places.end() * dim),
+        "position table"
+    );
     let y = Parts::new(y);
     pool.rows(tokens.len(), dim, &|rows, _| {
         for row in rows {
@@ -28,7 +63,7 @@ pub fn embed<T: Storage>(
             let y = unsafe { y.part(row * dim..(row + 1) * dim) };
             let at = (tokens[row] as usize).checked_sub(vocab0).filter(|&at| at < vocab);
             let word = at.map(|at| &table[at * dim..(at + 1) * dim]);
-            let place = pos.map(|pos| &pos[row % seq * dim..(row % seq + 1) * dim]);
+            let place = pos.map(|pos| &pos[places.position(row) * dim..][..dim]);
             match (word, place) {
                 (Some(word), None) => y.copy_from_slice(word),
                 (None, Some(place)) => y.copy_from_slice(place),
@@ -189,21 +224,22 @@ unsafe fn put(grad: &Parts<'_, f32>, len: usize, at: usize, r: &mut [f32], m: Me
 }
 
 /// The gradient of the positions of [`embed`] into the levels of `grad`, `[levels, positions, dim]`; order as for
-/// [`embed_grad`]. Row i has position `i % seq`; positions from `seq` on get +0.
+/// [`embed_grad`]. Positions that no row has get +0.
 pub fn pos_grad<T: Storage>(
     pool: &Pool,
     dy: &[T],
     grad: &mut [f32],
     positions: usize,
-    seq: usize,
+    places: Places,
     dim: usize,
     tree: &[u32],
     m: Merge,
     ws: &mut [f32],
 ) {
+    let seq = places.seq;
     let n = dy.len().checked_div(dim).unwrap_or(0);
     let (_, rows) = split(n, tree);
-    assert!(dy.len() == n * dim && seq > 0 && seq.min(n) <= positions, "output gradient");
+    assert!(dy.len() == n * dim && seq > 0 && (n < seq || places.end() <= positions), "output gradient");
     assert!(grad.len() >= m.levels() * positions * dim, "gradient levels");
     let own_len = (depth(tree) + 1) * dim;
     let scratch = Parts::new(Workspace::new(ws).take(pool.threads() * own_len));
@@ -212,7 +248,8 @@ pub fn pos_grad<T: Storage>(
         // SAFETY: each thread has its own part and runs one task at a time.
         let own = unsafe { scratch.part(thread * own_len..(thread + 1) * own_len) };
         for position in range {
-            let sums = sum_position(dy, position, seq, rows, dim, tree, own);
+            let row = places.row(position).unwrap_or(seq);
+            let sums = sum_position(dy, row, seq, rows, dim, tree, own);
             // SAFETY: tasks have disjoint positions.
             unsafe { put(&grad, positions * dim, position * dim, sums, m) };
         }
@@ -224,7 +261,7 @@ pub fn pos_grad_workspace_len(dim: usize, tree: &[u32], threads: usize) -> usize
     Workspace::room(threads * (depth(tree) + 1) * dim)
 }
 
-/// The sum over the rows of one position, in the order of the tree.
+/// The sum over the rows of one position, row `position` of each sequence if below `seq`, in the order of the tree.
 fn sum_position<'a, T: Element>(
     dy: &[T],
     position: usize,

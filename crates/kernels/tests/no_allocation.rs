@@ -26,6 +26,10 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
+fn shape(seqs: usize, seq: usize, heads: usize, h: usize) -> Attention {
+    Attention { seqs, seq, heads, kv_heads: heads, head_dim: h, value_dim: h, scale: 0.3 }
+}
+
 #[test]
 fn kernels_do_not_allocate() {
     const N: usize = 64;
@@ -38,7 +42,7 @@ fn kernels_do_not_allocate() {
     let (x, w, wqkv, tokens) = (vec(N * DIM), vec(DIM), vec(LD * DIM), vec![7u32; N]);
     let (mut y, mut z, mut stats, mut rstd) = (x.clone(), x.clone(), vec(2 * N), vec(N));
     let (mut qkv, mut dqkv, mut lse) = (vec(N * LD), vec(N * LD), vec(N * heads));
-    let (mut head_rstd, wq) = (vec(N * 2 * heads), vec(h));
+    let (mut head_rstd, wq, shape) = (vec(N * 2 * heads), vec(h), shape(N / seq, seq, heads, h));
     let (cos, sin) = (vec(seq * h / 2), vec(seq * h / 2));
     let (mut grad, mut grad2, mut grad3) = (vec(2 * LD * DIM), vec(2 * LD), vec(2 * LD));
     let (mut moment, mut moment2, mut partials) = (vec(LD), vec(LD), vec![0.0; 4]);
@@ -49,8 +53,8 @@ fn kernels_do_not_allocate() {
         bias_grad_workspace_len(LD, &tree),
         norm_dw_workspace_len(DIM, &tree),
         qk_norm_dw_workspace_len(h, &tree),
-        attention_workspace_len(seq, heads, heads, h, threads),
-        attention_dx_workspace_len(seq, heads, heads, h, threads),
+        attention_workspace_len(&shape, threads),
+        attention_dx_workspace_len(&shape, threads),
         attention_decode_workspace_len(seq, h, threads),
         embed_grad_workspace_len(N, LD, DIM, &tree, threads),
         pos_grad_workspace_len(DIM, &tree, threads),
@@ -62,9 +66,9 @@ fn kernels_do_not_allocate() {
     let mut run = || {
         experts();
         let (ws, pool) = (&mut ws[..], &pool);
-        embed(pool, &tokens, &wqkv, 0, Some(&x), seq, &mut y, DIM);
+        embed(pool, &tokens, &wqkv, 0, Some(&x), Places::whole(seq), &mut y, DIM);
         embed_grad(pool, &tokens, 0, LD, &x, &mut grad, DIM, &tree, m, ws);
-        pos_grad(pool, &x, &mut grad, seq, seq, DIM, &tree, m, ws);
+        pos_grad(pool, &x, &mut grad, seq, Places::whole(seq), DIM, &tree, m, ws);
         rms_norm(pool, &x, &w, &mut y, &mut rstd, N, DIM, 1e-5);
         rms_norm_dx(pool, &x, &x, &w, &rstd, Acc::None, &mut z, N, DIM);
         rms_norm_dw(pool, &x, &x, &rstd, &mut grad2, N, DIM, &tree, m, ws);
@@ -76,8 +80,8 @@ fn kernels_do_not_allocate() {
         qk_norm(pool, &qkv, &wq, &wq, &mut dqkv, &mut head_rstd, N, heads, heads, h, 1e-5);
         qk_norm_dx(pool, &qkv, &qkv, &wq, &wq, &head_rstd, &mut dqkv, N, heads, heads, h);
         qk_norm_dw(pool, &qkv, &qkv, &head_rstd, &mut grad2, &mut grad3, N, heads, heads, h, &tree, m, ws);
-        attention(pool, &qkv, &mut y, &mut lse, N / seq, seq, heads, heads, h, 0.3, ws);
-        attention_dx(pool, &qkv, &y, &lse, &x, &mut dqkv, N / seq, seq, heads, heads, h, 0.3, ws);
+        attention(pool, &shape, &qkv, &mut y, &mut lse, ws);
+        attention_dx(pool, &shape, &qkv, &y, &lse, &x, &mut dqkv, ws);
         attention_decode(pool, &x, DIM, &x, &x, &[seq, 5], &mut z[..2 * DIM], seq, heads, heads, h, 0.3, ws);
         linear_dx(pool, &dqkv, &wqkv, Acc::None, &mut z, N, DIM, LD, ws);
         linear_dw(pool, &dqkv, &x, &mut grad, N, DIM, LD, &tree, m, ws);

@@ -31,7 +31,10 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
         Linear => ([rows(0), cols(0), rows(1)], flops),
         LinearGradInput => ([rows(0), cols(1), cols(0)], flops),
         LinearGradWeight => ([rows(0), cols(1), cols(0)], flops),
-        Attention { heads } | AttentionGrad { heads } => {
+        Attention { heads }
+        | AttentionGrad { heads }
+        | RingAttention { heads, .. }
+        | RingAttentionGrad { heads, .. } => {
             ([rows(0), p.sequence as f64, (heads.q * heads.dim) as f64], flops)
         }
         // Only the rows that occur are read, not the whole table.
@@ -75,6 +78,8 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
         Norm { norm: NormKind::Layer, .. } => "layer_norm",
         NormGradInput { norm: NormKind::Layer } => "layer_norm_grad_input",
         NormGradWeight { norm: NormKind::Layer } => "layer_norm_grad_weight",
+        RingAttention { .. } => "attention",
+        RingAttentionGrad { .. } => "attention_grad",
         Gelu { tanh: false } => "gelu_erf",
         GeluGrad { tanh: false } => "gelu_erf_grad",
         Add if op.ins.len() > 2 => "add_bias",

@@ -27,10 +27,11 @@ impl LinkOp {
             Collective::AllReduce => LinkOp::AllReduce,
             Collective::AllGather => LinkOp::AllGather,
             Collective::ReduceScatter => LinkOp::ReduceScatter,
-            Collective::Send { .. } | Collective::Recv { .. } => LinkOp::Send,
-            Collective::AllToAll | Collective::Ring => {
+            // A hop is a message to the next while one comes from the one before.
+            Collective::Send { .. } | Collective::Recv { .. } | Collective::Ring => LinkOp::Send,
+            Collective::AllToAll => {
                 return Err(Error::user(format!("{what:?} is not measured on this machine"))
-                    .hint("experts and context parallelism do not train here yet"));
+                    .hint("experts over several ranks are not planned here yet"));
             }
         })
     }

@@ -362,9 +362,6 @@ fn check_refused(lab: &Lab, args: &str, first: &str) {
 fn what_does_not_train_yet_is_planned_and_refused_by_name() {
     let lab = Lab::new();
     let experts = "--set model.experts.count=4 --set model.experts.top_k=2 --set model.experts.ffn=16";
-    let latents = "--set model.latent.kv_rank=8 --set model.latent.nope_dim=8 --set model.latent.rope_dim=4 --set model.latent.value_dim=8";
-    check(&lab, &tiny("bad", latents), 2, "has latent attention: it can be planned, it does not train yet");
-    check(&lab, &tiny("bad", "--set layout.cp=2"), 2, "layout.cp = 2: context parallelism can be planned");
     check(&lab, &tiny("bad", "--set layout.ep=2"), 2, "layout.ep = 2, but llama-tiny-ref has no experts");
 
     let sizes = r#""vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,

@@ -79,6 +79,10 @@ pub enum Ticket {
     Params(usize),
     /// Gradients of a bucket.
     Grads(usize),
+    /// Keys and values on a ring.
+    Keys,
+    /// Their gradients.
+    KeyGrads,
 }
 
 /// One message or collective.
@@ -171,8 +175,8 @@ fn state(op: &Op, p: &Program, units: &HashMap<usize, Replication>) -> Option<Co
         AllGather { axis } | Unslice { axis } => both(Collective::AllGather, axis),
         ReduceScatter { axis } => both(Collective::ReduceScatter, axis),
         AllToAll { axis } => now(Collective::AllToAll, Members::Axis(*axis), p.exchange(op)),
-        RingAttention { heads, axis } => p.ring(op, heads.kv_cols(), *axis, 1),
-        RingAttentionGrad { heads, axis } => p.ring(op, heads.kv_cols(), *axis, 2),
+        RingAttention { axis, .. } => p.ring(*axis, op.outs.get(2), None),
+        RingAttentionGrad { axis, .. } => p.ring(*axis, op.outs.get(1), op.outs.get(3)),
         Send { peer, tag } => {
             let message = p.message(Some(p.slice(op.ins[0])), None, Deal::Even);
             let what = Collective::Send { to: *peer, channel: *tag };
@@ -263,19 +267,23 @@ impl Program {
         counts.into_iter().chain([rows]).collect()
     }
 
-    /// Keys and values on their way around the ring, one hop to each other member; backward their gradients after them.
-    fn ring(&self, op: &Op, kv_cols: usize, axis: Axis, rounds: usize) -> Option<Comm> {
+    /// Keys and values on their way around the ring, one hop to each other member, out of one part of `keys` into the
+    /// other; backward their gradients after them, one hop further, home, likewise in `gradients`. Of both kinds by turns.
+    fn ring(&self, axis: Axis, keys: Option<&View>, gradients: Option<&View>) -> Option<Comm> {
         let members = Members::Axis(axis);
-        let hops = rounds * (members.ranks(self.coords, &self.layout).len() - 1);
-        let qkv = op.ins[0];
-        let hop = Message {
-            from: None,
-            to: None,
-            elements: qkv.rows * kv_cols,
-            dtype: self.buffer(qkv.buffer).dtype,
-            deal: Deal::Even,
+        let times = members.ranks(self.coords, &self.layout).len();
+        let hop = |held: &View, parts: usize, hop: usize| {
+            let all = self.slice(*held);
+            let count = all.count / parts;
+            let part = |i: usize| Slice { first: all.first + i % 2 * count, count, ..all };
+            self.message(Some(part(hop - 1)), Some(part(hop)), Deal::Even)
         };
-        Some(Comm { what: Collective::Ring, members, messages: vec![hop; hops], when: When::Now })
+        let messages = (1..=times).flat_map(|i| {
+            let keys = keys.filter(|_| i < times).map(|held| hop(held, 2, i));
+            keys.into_iter().chain(gradients.map(|held| hop(held, 3, i)))
+        });
+        let messages = messages.collect();
+        Some(Comm { what: Collective::Ring, members, messages, when: When::Now })
     }
 
     fn reduction(&self, op: &Op, index: usize, how: GradSum) -> Comm {

@@ -4,7 +4,7 @@ use spec::{DType, NormKind};
 
 use crate::emit::Forward;
 use crate::graph::{Graph, Node, Operand, Phase, Sequences, Source, ValueId};
-use crate::op::{Axis, OpKind};
+use crate::op::{Axis, Heads, OpKind};
 use crate::params::{Chunk, GroupId};
 use crate::rank::Rank;
 use crate::role::{Place, Role};
@@ -226,6 +226,7 @@ impl Derive<'_> {
                 let ins = vec![n.ins[0], n.outs[0], n.outs[1], dy];
                 let grad = RingAttentionGrad { heads: *heads, axis: *axis };
                 self.contribute(grad, name("dx"), ins, n.ins[0].value);
+                self.held_on_the_ring(&name("dx"), n.ins[0], *heads);
             }
             LatentRope { heads, rope_dim } => {
                 let inputs: Vec<ValueId> = n.ins.iter().map(|o| o.value).collect();
@@ -262,6 +263,22 @@ impl Derive<'_> {
                 self.contribute_each(RowsGrad { of: *of }, name("dx"), vec![dy, x], &[x.value]);
             }
             _ => self.message(n, dy),
+        }
+    }
+
+    /// What the op pushed last holds while keys and values walk.
+    fn held_on_the_ring(&mut self, name: &str, qkv: Operand, heads: Heads) {
+        let (rows, cols) = (qkv.rows, heads.kv_cols());
+        let dtype = self.g.get(qkv.value).dtype;
+        let held = [
+            (".keys", 2 * rows, cols, dtype),
+            (".queries", rows, heads.q * heads.dim, DType::F32),
+            (".gradients", 3 * rows, cols, DType::F32),
+        ];
+        for (what, rows, cols, dtype) in held {
+            let value = self.g.value(&format!("{name}{what}"), rows, cols, dtype, Source::Node);
+            let out = self.g.all(value);
+            self.out.last_mut().expect("just pushed").outs.push(out);
         }
     }
 

@@ -34,6 +34,7 @@ mod cost;
 pub mod verify;
 
 use std::collections::HashSet;
+use std::ops::Range;
 
 use place::Placer;
 use rank::Rank;
@@ -310,9 +311,9 @@ pub struct Io {
     pub cos: BufferId,
     /// Sine table.
     pub sin: BufferId,
-    /// Keys of the generation cache `[layers * cache, kv_heads * head_dim]`.
+    /// Keys of the generation cache `[layers * cache, kv_heads * head_dim]`, of latent attention too.
     pub k_cache: Option<BufferId>,
-    /// Values of the generation cache.
+    /// Values of the generation cache `[layers * cache, kv_heads * value_dim]`.
     pub v_cache: Option<BufferId>,
 }
 
@@ -435,6 +436,18 @@ impl Program {
         self.sequence / self.layout.cp
     }
 
+    /// The positions of this rank's tokens in a sequence, in the order of its rows: all of them or, where cp cuts
+    /// sequences, one piece from the front and its mirror from the back. The halves are as long as each other, or the
+    /// second is one longer.
+    pub fn positions(&self) -> [Range<usize>; 2] {
+        let local = self.local_sequence();
+        let half = local / 2;
+        match self.layout.cp {
+            1 => [0..half, half..local],
+            cp => [self.coords.cp, 2 * cp - 1 - self.coords.cp].map(|piece| piece * half..(piece + 1) * half),
+        }
+    }
+
     /// Micro-batches of this rank in one step.
     pub fn micro_batches(&self) -> usize {
         self.local_sequences / self.layout.micro_batch
@@ -460,7 +473,7 @@ impl Program {
     }
 
     /// The places of this rank's sequences in the global batch, in the order in which [`Io::tokens`] holds them.
-    pub fn positions(&self) -> Vec<u64> {
+    pub fn places(&self) -> Vec<u64> {
         let m = self.micro_batch();
         let of = |i: usize| self.first_sequence(i / m) + i % m;
         (0..self.local_sequences).map(|i| of(i) as u64).collect()

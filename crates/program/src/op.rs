@@ -136,8 +136,14 @@ pub enum OpKind {
     /// [`OpKind::Attention`] over sequences that are spread along an axis: keys and values walk a ring of ranks while
     /// each rank's queries attend to those at hand (Liu et al. 2023, arXiv 2310.01889). Each rank holds one piece from
     /// the front of a sequence and its mirror from the back, so that causal work is even.
+    ///
+    /// `(qkv) -> (o, lse, keys and values [2 n, K(h+v)], sums [n, Hv], totals)`: behind the results what is held while they
+    /// walk: the keys and values that are computed with and those that come meanwhile, and the softmax so far, whose
+    /// greatest scores lie in `lse`.
     RingAttention { heads: Heads, axis: Axis },
-    /// `(qkv, o, lse, do) -> dqkv`: keys and values walk the ring again, their gradients with them.
+    /// `(qkv, o, lse, do) -> (dqkv, keys and values [2 n, K(h+v)], dq [n, Hh], gradients [3 n, K(h+v)])`: keys and values
+    /// walk the ring again, their gradients, in f32, one hop behind until they are home. Of the three parts of
+    /// `gradients` two come and go by turns, and the last is what this rank adds.
     RingAttentionGrad { heads: Heads, axis: Axis },
     /// `(logits [n, E]) -> (gates [n, k], index [n, 2k], counts [E, s])`: each token's `k` best experts, best first, and
     /// their weights, as the model's [`Router`] says. `index` has the place of each copy in the order of (expert,

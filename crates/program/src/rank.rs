@@ -39,7 +39,7 @@ impl<'a> Rank<'a> {
         let (model, layout) = (request.model, request.layout);
         layout.validate(model, request.sequences, request.sequence)?;
         if request.mode != Mode::Train {
-            check_generates(model, layout)?;
+            check_generates(layout)?;
         }
         let shares = layout.replicas() > 1 || model.experts.is_some() && layout.expert_replicas() > 1;
         let zero = if shares { layout.zero } else { Zero::Off };
@@ -149,12 +149,8 @@ impl<'a> Rank<'a> {
     }
 }
 
-/// Generation is of one rank, and of models with keys and values of their own: a token has no part of a sequence.
-fn check_generates(model: &ModelSpec, layout: &Layout) -> Result<()> {
-    if model.latent.is_some() {
-        return Err(Error::user(format!("{} has latent attention: it does not generate yet", model.name))
-            .hint("models of the Llama, Qwen, Mixtral and GPT-2 families generate"));
-    }
+/// Generation is of one rank: a token has no part of a sequence.
+fn check_generates(layout: &Layout) -> Result<()> {
     if layout.world() > 1 {
         return Err(Error::user(format!(
             "a layout of {} ranks, but one rank generates alone",

@@ -1,6 +1,7 @@
 //! Hugging Face `config.json`, both ways. Defaults of absent keys are those of `transformers`' configuration classes.
 
 mod bounded;
+mod deepseek;
 mod mixtures;
 mod planned;
 mod windows;
@@ -160,6 +161,7 @@ impl ModelSpec {
                 match family.model_type {
                     "qwen2" => own["use_sliding_window"] = json!(false),
                     "mixtral" | "qwen3_moe" => self.experts_json(family, &mut own),
+                    "deepseek_v2" | "deepseek_v3" => self.deepseek_json(family, &mut own),
                     "qwen3" => {
                         own["use_sliding_window"] = json!(false);
                         own["attention_bias"] = json!(self.qkv_bias);
@@ -180,13 +182,12 @@ impl ModelSpec {
 
     fn hf_family(&self) -> Result<&'static Family> {
         let refuse = |why: &str| {
-            Err(Error::user(format!("{} has no Hugging Face architecture: {why}", self.name)).hint(
-                "the families that can be written are Llama, Qwen 2, Qwen 3, Mixtral, Qwen 3 MoE and GPT-2",
-            ))
+            Err(Error::user(format!("{} has no Hugging Face architecture: {why}", self.name))
+                .hint(deepseek::WRITTEN))
         };
         let rope = matches!(self.position, Position::Rope(_));
         if self.latent.is_some() {
-            return refuse("latent attention is read, not written");
+            return self.hf_deepseek().or_else(refuse);
         }
         if let Some(experts) = &self.experts {
             return self.hf_mixture(experts).or_else(refuse);
@@ -288,7 +289,7 @@ impl<'a> Config<'a> {
 
     fn family(&self) -> Result<&'static Family> {
         let supported = || {
-            let names: Vec<&str> = FAMILIES.iter().map(|f| f.architecture).collect();
+            let names: Vec<&str> = FAMILIES.iter().chain(&deepseek::BOTH).map(|f| f.architecture).collect();
             format!("supported: {}", names.join(", "))
         };
         let architecture = self.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str);

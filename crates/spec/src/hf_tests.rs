@@ -142,9 +142,9 @@ fn the_text_part_of_a_wrapper() {
     named["text_config"]["model_type"] = json!("qwen3");
     assert!(HfModel::to_train(&named.to_string()).expect("a qwen3 inside").model.qk_norm);
     let mut other = llava.clone();
-    other["text_config"]["model_type"] = json!("deepseek_v3");
+    other["text_config"]["model_type"] = json!("glm4_moe");
     let refused = HfModel::to_train(&other.to_string()).expect_err("it is only planned");
-    assert_eq!(refused.to_string(), "architecture deepseek_v3 can be planned, it does not train yet");
+    assert_eq!(refused.to_string(), "architecture glm4_moe can be planned, it does not train yet");
     let mut quantised = llava;
     quantised["quantization_config"] = json!({ "bits": 4 });
     assert!(HfModel::to_train(&quantised.to_string()).is_err());
@@ -204,8 +204,27 @@ fn yarn_defaults() {
 }
 
 #[test]
+fn what_of_deepseek_does_not_train() {
+    check_refused(
+        "deepseek_v3",
+        json!({ "rope_scaling": { "type": "yarn", "factor": 40 } }),
+        "rope_scaling = {\"factor\":40,\"type\":\"yarn\"} is not supported: scaled positions change the scale of scores too",
+    );
+    check_refused(
+        "deepseek_v3",
+        json!({ "rms_norm_eps": 1e-5 }),
+        "rms_norm_eps = 1e-5 is not supported: the norms of the latents have 1e-6",
+    );
+    check_refused(
+        "deepseek_v2",
+        json!({ "topk_method": "group_limited_greedy" }),
+        "topk_method = \"group_limited_greedy\" is not supported: \"greedy\" is",
+    );
+}
+
+#[test]
 fn refusals() {
-    check_refused("deepseek_v3", json!({}), "architecture deepseek_v3 can be planned, it does not train yet");
+    check_refused("glm4_moe", json!({}), "architecture glm4_moe can be planned, it does not train yet");
     check_refused("mamba", json!({}), "architecture mamba is not supported");
     check_refused(
         "llama",

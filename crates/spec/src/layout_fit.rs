@@ -14,7 +14,7 @@ pub struct Fitted {
 impl Layout {
     /// The layout nearest to this one for `ranks` ranks, with the same global batch and, under a fixed tree, the same bits:
     /// itself if it takes as many, else the legal one that uses most ranks without splitting the model further than it was
-    /// split, and that keeps tensor and pipeline degrees if it can. `None` if not even one rank can run it.
+    /// split, and that keeps tensor, pipeline and context degrees if it can. `None` if not even one rank can run it.
     ///
     /// ```
     /// use spec::{Layout, ModelSpec, Zero};
@@ -45,21 +45,21 @@ impl Layout {
     /// The legal layout of exactly `n` ranks that is nearest.
     fn nearest(&self, n: usize, legal: &dyn Fn(&Layout) -> bool) -> Option<Layout> {
         let splits = |n: usize, most: usize| (1..=most.min(n)).rev().filter(move |k| n.is_multiple_of(*k));
-        let mut degrees = splits(n, self.tp).flat_map(|tp| splits(n / tp, self.pp).map(move |pp| (tp, pp)));
-        degrees.find_map(|(tp, pp)| self.with_degrees(n / tp / pp, tp, pp, legal))
+        let both = splits(n, self.tp).flat_map(|tp| splits(n / tp, self.pp).map(move |pp| (tp, pp)));
+        let mut degrees = both
+            .flat_map(|(tp, pp)| splits(n / tp / pp, self.cp).map(move |cp| (n / tp / pp / cp, tp, pp, cp)));
+        degrees.find_map(|degrees| self.with_degrees(degrees, legal))
     }
 
     /// This layout with other degrees, and with what depends on them: shards, stages, experts and micro-batches.
     fn with_degrees(
         &self,
-        dp: usize,
-        tp: usize,
-        pp: usize,
+        (dp, tp, pp, cp): (usize, usize, usize, usize),
         legal: &dyn Fn(&Layout) -> bool,
     ) -> Option<Layout> {
-        let mut layout = Layout { dp, tp, pp, cp: 1, ..self.clone() };
+        let mut layout = Layout { dp, tp, pp, cp, ..self.clone() };
         layout.ep = self.ep.min(layout.stage_ranks());
-        if layout.zero > Zero::Off && dp == 1 && self.dp > 1 {
+        if layout.zero > Zero::Off && dp * cp == 1 && self.dp * self.cp > 1 {
             // There is nobody to shard over; sharded state over one rank is the whole.
             layout.zero = Zero::Off;
         }
@@ -128,6 +128,9 @@ mod tests {
         check(&pipeline, 2, (1, 1, 2, 1));
         check(&pipeline, 1, (1, 1, 1, 1));
         let zero = Layout { dp: 4, zero: Zero::Parameters, ..Layout::default() };
+        let cut = Layout { dp: 2, cp: 2, ..Layout::default() };
+        let of = |ranks| cut.fitted(&model(), SEQUENCES, SEQUENCE, ranks).expect("some layout").layout;
+        assert_eq!([4, 3, 1].map(|ranks| (of(ranks).dp, of(ranks).cp)), [(2, 2), (1, 2), (1, 1)]);
         let one = zero.fitted(&model(), SEQUENCES, SEQUENCE, 1).expect("one rank").layout;
         assert_eq!(one.zero, Zero::Off);
     }

@@ -1,7 +1,9 @@
 //! The host's own cores and memory as a device.
 
 mod args;
+mod attention;
 mod experts;
+mod latent;
 mod table;
 
 use std::ops::Range;
@@ -10,7 +12,7 @@ use std::time::Instant;
 use comm::{ElementType, Span};
 use half::bf16;
 use kernels::Pool;
-use program::{Collective, Op, Program, Ticket};
+use program::{Op, Program, Ticket};
 use spec::{DType, Error, Result};
 
 use crate::arena::Arena;
@@ -68,7 +70,6 @@ impl Device for Cpu {
 
     fn can_run(&self, op: &Op, _: DType) -> Result<(), Lack> {
         match op.comm.as_ref().map(|c| c.what) {
-            Some(Collective::Ring) => Err(Lack::Contexts),
             Some(_) if op.only_talks() => Ok(()),
             _ => table::kernel::<f32>(&op.kind).map(|_| ()),
         }

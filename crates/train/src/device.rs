@@ -257,12 +257,12 @@ pub fn check_run(device: &dyn Device, run: &RunSpec) -> Result<()> {
 fn check_experts(run: &RunSpec) -> Result<()> {
     let (l, model) = (&run.layout, &run.model);
     let Some(e) = model.experts else { return Ok(()) };
-    if e.router.balance_loss > 0.0 && l.tp > 1 {
+    let cuts = [("tp", l.tp), ("cp", l.cp)].into_iter().find(|(_, ranks)| *ranks > 1);
+    if let (true, Some((axis, ranks))) = (e.router.balance_loss > 0.0, cuts) {
         return Err(Error::user(format!(
-            "model.experts.balance_loss with layout.tp = {}: it is of whole sequences, which no rank routes there",
-            l.tp
+            "model.experts.balance_loss with layout.{axis} = {ranks}: it is of whole sequences, which no rank routes there",
         ))
-        .hint("set layout.tp=1, or model.experts.balance_loss=0"));
+        .hint(format!("set layout.{axis}=1, or model.experts.balance_loss=0")));
     }
     if l.ep == 1 {
         return Ok(());
@@ -307,23 +307,20 @@ pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result
     lacks.sort_by_key(|(lack, _)| *lack);
     lacks.dedup_by_key(|(lack, _)| *lack);
     let Some((first, op)) = lacks.first() else { return Ok(()) };
-    let axis = |key: &str, size: usize, what: &str| {
-        Error::user(format!("layout.{key} = {size}: {what} can be planned, it does not train yet"))
-            .hint(format!("set layout.{key}=1"))
-    };
-    let has = |what: &str| {
-        Error::user(format!("{model} has {what}: it can be planned, it does not train yet")).hint(
-            "phalanx plan --model NAME prices it; models of the Llama, Qwen, Mixtral and GPT-2 families train",
-        )
-    };
     Err(match first {
-        Lack::Experts => {
-            Error::user(format!("{model} has a mixture of experts: {} has no kernels for it", device.name()))
+        Lack::Experts | Lack::Latent => {
+            let what = if *first == Lack::Latent { "latent attention" } else { "a mixture of experts" };
+            Error::user(format!("{model} has {what}: {} has no kernels for it", device.name()))
                 .hint("set run.device=cpu")
         }
-        Lack::Latent => has("latent attention"),
-        Lack::Contexts => axis("cp", p.layout.cp, "context parallelism"),
-        Lack::ExpertRanks => axis("ep", p.layout.ep, "expert parallelism"),
+        Lack::Contexts => {
+            Error::user(format!("layout.cp = {}: {} has no attention over ranks", p.layout.cp, device.name()))
+                .hint("set layout.cp=1, or run.device=cpu")
+        }
+        Lack::ExpertRanks => {
+            Error::user(format!("layout.ep = {}: {} has no exchange of rows", p.layout.ep, device.name()))
+                .hint("set layout.ep=1, or run.device=cpu")
+        }
         Lack::HeadWidth => Error::user(format!(
             "{} has no attention in {} for the width of {model}'s heads",
             device.name(),

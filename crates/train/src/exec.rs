@@ -24,7 +24,7 @@ pub struct Executor {
     /// What to run.
     pub program: Program,
     /// What each op comes to, by block.
-    actions: Vec<Vec<Action>>,
+    pub(crate) actions: Vec<Vec<Action>>,
     /// The sum of the losses over all ranks, which is no op of a step.
     pub(crate) eval_sum: Option<Talk>,
     pub(crate) device: Box<dyn Device>,
@@ -32,7 +32,7 @@ pub struct Executor {
     /// Start and end of every op of a step, when recorded.
     pub spans: Spans,
     /// Time in which this step waited for other ranks, by [`WAITS`].
-    comm_ns: [u64; WAITS.len()],
+    pub(crate) comm_ns: [u64; WAITS.len()],
     /// The same by op of each block, since [`Executor::take_waits`].
     op_waits_ns: Vec<Vec<u64>>,
     /// When the op that yields the gradient norm began.
@@ -56,7 +56,7 @@ const WAITS: [&str; 6] = ["dp", "tp", "pp", "cp", "ep", "world"];
 
 /// Index into [`WAITS`] of whom an op talks to. Those that hold the same parameters are replicas, whatever axes they
 /// differ along.
-fn waits_on(op: &Op) -> usize {
+pub(crate) fn waits_on(op: &Op) -> usize {
     match op.comm.as_ref().map(|c| c.members) {
         Some(Members::Replicas(_) | Members::Shards(_) | Members::Owners(_)) => 0,
         Some(Members::Axis(Axis::Dp)) => 0,
@@ -270,7 +270,7 @@ impl Executor {
     }
 
     /// Takes the inputs and targets of a step from `stream`: `samples` are this rank's of the step, in the order of
-    /// [`Program::positions`].
+    /// [`Program::places`].
     ///
     /// # Errors
     /// If they are not as many as the rank has sequences, or as [`data::TokenStream::sample`].
@@ -278,15 +278,25 @@ impl Executor {
         let (own, t) = (self.program.local_sequences, self.program.sequence);
         if samples.len() != own {
             return Err(Error::user(format!("{} samples for a rank of {own} sequences", samples.len()))
-                .hint("take the positions of the batch that the program names"));
+                .hint("take the places in the batch that the program names"));
         }
         let mut sample = vec![0; t + 1];
         for (i, index) in samples.iter().enumerate() {
             stream.sample(*index, &mut sample)?;
-            self.tokens()[i * t..(i + 1) * t].copy_from_slice(&sample[..t]);
-            self.targets()[i * t..(i + 1) * t].copy_from_slice(&sample[1..]);
+            self.take(i, &sample);
         }
         Ok(())
+    }
+
+    /// Puts one sequence and the token behind it in place `i` of this rank's: its part of them where cp cuts sequences.
+    pub(crate) fn take(&mut self, i: usize, sample: &[u32]) {
+        let mut at = i * self.program.local_sequence();
+        for piece in self.program.positions() {
+            let to = at..at + piece.len();
+            self.tokens()[to.clone()].copy_from_slice(&sample[piece.clone()]);
+            self.targets()[to.clone()].copy_from_slice(&sample[piece.start + 1..piece.end + 1]);
+            at = to.end;
+        }
     }
 
     /// Room for an input of a step, made when it is first asked for.
@@ -396,8 +406,12 @@ impl Executor {
     pub(crate) fn ops(&mut self, block: usize, ops: Range<usize>, turn: Turn) -> Result<()> {
         for i in ops {
             let start = self.spans.now();
-            self.compute(block, i, turn)?;
-            self.communicate(block, i, turn)?;
+            if self.actions[block][i].walks {
+                self.ring(block, i, turn)?;
+            } else {
+                self.compute(block, i, turn)?;
+                self.communicate(block, i, turn)?;
+            }
             self.computed(block, i, turn.micro_batch, start)?;
         }
         Ok(())

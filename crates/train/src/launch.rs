@@ -53,6 +53,24 @@ pub struct Turn {
     pub loss_scale: f32,
     /// The optimiser's numbers, in the tail of a step.
     pub update: Option<AdamW>,
+    /// What of an op that computes between its messages.
+    pub part: Part,
+}
+
+/// A part of an op.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Part {
+    /// All of it.
+    #[default]
+    Whole,
+    /// Of a ring: puts this rank's keys and values where they are sent from.
+    Begin,
+    /// Computes with the keys and values that have made so many hops.
+    Hop(usize),
+    /// Adds to the gradients that have made so many hops.
+    Join(usize),
+    /// From what was held to results.
+    End,
 }
 
 /// One kernel to run.
@@ -78,13 +96,14 @@ impl<'a> Launch<'a> {
     ///
     /// | kind | inputs | outputs |
     /// | --- | --- | --- |
-    /// | `Rope` | qkv, cosines, sines | |
+    /// | `Rope`, `LatentRope`, `LatentRopeGrad` | as they are, cosines, sines | |
     /// | `AttentionCached` | | o, the layer's keys, its values |
     /// | `LossSum` | | the sequence's sum |
     /// | `ShardGrads` | a micro-batch's sums, the owned part of each | none: a [`Gradient`] for each |
     /// | `TieGrads` | the head's gradient | the table's, in place |
     /// | `Slice` | this rank's rows | the same |
     /// | `RouteGrad` | | dlogits, the layer's counts of experts in this step |
+    /// | `RingAttention`, `RingAttentionGrad` | as they are, [`Part`] by part | |
     /// | `GradNorm` | owned gradients | all chunk sums, then those of each input |
     /// | `AdamW` | gradient | parameter, first and second moment, \[master\], in place |
     pub fn kind(&self) -> &'a OpKind {
@@ -99,6 +118,21 @@ impl<'a> Launch<'a> {
     /// Tokens of a sequence on this rank.
     pub fn sequence(&self) -> usize {
         self.call.sequence
+    }
+
+    /// Tokens of a sequence on all ranks together.
+    pub fn context(&self) -> usize {
+        self.call.sequence * self.call.ring.1
+    }
+
+    /// Positions of the rows of a sequence's two halves on this rank.
+    pub fn places(&self) -> [usize; 2] {
+        self.call.places
+    }
+
+    /// This rank's place on the context-parallel axis, and how many ranks are on it.
+    pub fn ring(&self) -> (usize, usize) {
+        self.call.ring
     }
 
     /// How many inputs there are.
@@ -263,6 +297,8 @@ pub(crate) struct Call {
     pub(crate) grads: Vec<Target>,
     pub(crate) workspace: Operand,
     pub(crate) sequence: usize,
+    pub(crate) places: [usize; 2],
+    pub(crate) ring: (usize, usize),
     pub(crate) precision: DType,
 }
 
@@ -294,6 +330,7 @@ pub(crate) struct Said {
     pub(crate) from: Option<Address>,
     pub(crate) to: Option<Address>,
     pub(crate) parts: Vec<Range<usize>>,
+    pub(crate) arrive: Vec<Range<usize>>,
     pub(crate) counted: Option<([Address; 2], usize)>,
     pub(crate) sent_bytes: u64,
 }
@@ -301,7 +338,13 @@ pub(crate) struct Said {
 impl Talk {
     /// The messages for a micro-batch, in order.
     pub(crate) fn messages(&self, micro_batch: usize) -> impl Iterator<Item = Message<'_>> {
-        self.messages.iter().map(move |m| Message {
+        (0..self.messages.len()).map(move |i| self.message(i, micro_batch))
+    }
+
+    /// One of them.
+    pub(crate) fn message(&self, i: usize, micro_batch: usize) -> Message<'_> {
+        let m = &self.messages[i];
+        Message {
             op: self.op,
             what: self.what,
             members: self.members,
@@ -310,9 +353,9 @@ impl Talk {
             from: m.from.map(|a| a.at(micro_batch)),
             to: m.to.map(|a| a.at(micro_batch)),
             parts: &m.parts,
-            arrive: &m.parts,
+            arrive: &m.arrive,
             counted: m.counted.map(|(counts, row)| (counts.map(|a| a.at(micro_batch)), row)),
             sent_bytes: m.sent_bytes,
-        })
+        }
     }
 }

@@ -19,6 +19,7 @@ mod null;
 mod replay;
 mod resolve;
 mod resume;
+mod ring;
 mod rope;
 mod run_dir;
 mod saving;

@@ -18,7 +18,7 @@ const PASSED_AT_ONCE: usize = 1 << 18;
 const PASSING: u32 = 0;
 
 /// The groups that ops name, in the order of their numbers on the wire; the world is there without founding.
-const GROUPS: [Members; 10] = [
+const GROUPS: [Members; 11] = [
     Members::Replicas(Replication::Data),
     Members::Shards(Replication::Data),
     Members::Owners(Replication::Data),
@@ -29,6 +29,7 @@ const GROUPS: [Members; 10] = [
     Members::Replicas(Replication::Expert),
     Members::Shards(Replication::Expert),
     Members::Owners(Replication::Expert),
+    Members::Axis(Axis::Cp),
 ];
 
 /// The group of the other parameters that experts' gradients meet in where both have the same members.
@@ -321,13 +322,10 @@ fn operation<'a>(
         Collective::Recv { channel: c, .. } => {
             (channel(c), comm::Op::Recv { buffer: output()?, from: m.peer, channel: c })
         }
-        Collective::AllToAll => {
+        Collective::AllToAll | Collective::Ring => {
             let (input_ranges, output_ranges) = (ranges, comm::Ranges::Borrowed(m.arrive));
             let (input, output) = (input()?, output()?);
             (tag(m.op), comm::Op::AllToAll { input, input_ranges, output, output_ranges })
-        }
-        Collective::Ring => {
-            return Err(Error::failure(format!("{:?} is not carried yet", m.what)));
         }
     })
 }

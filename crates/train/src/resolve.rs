@@ -10,8 +10,9 @@ use spec::DType;
 
 use crate::launch::{Address, Call, Operand, Said, Talk, Target};
 
-/// What an op does: a kernel, messages, or first the one and then the other.
+/// What an op does: a kernel, messages, or first the one and then the other unless it `walks`, computing between messages.
 pub(crate) struct Action {
+    pub(crate) walks: bool,
     pub(crate) call: Option<Call>,
     pub(crate) talk: Option<Talk>,
 }
@@ -19,6 +20,7 @@ pub(crate) struct Action {
 /// Of every op, by block.
 pub(crate) fn actions(p: &Program) -> Vec<Vec<Action>> {
     let action = |op: &Op| Action {
+        walks: op.comm.as_ref().is_some_and(|c| c.what == Collective::Ring),
         call: (!op.only_talks()).then(|| call(p, op)),
         talk: op.comm.as_ref().map(|c| talk(p, op.id, c)),
     };
@@ -85,6 +87,8 @@ fn call(p: &Program, op: &Op) -> Call {
             dtype: DType::F32,
         },
         sequence: p.local_sequence(),
+        places: p.positions().map(|range| range.start),
+        ring: (p.coords.cp, p.layout.cp),
         precision: p.precision,
     };
     implied(p, op, &mut call);
@@ -96,7 +100,9 @@ fn implied(p: &Program, op: &Op, call: &mut Call) {
     let owned = |group: GroupId, buffer| Address::slice(p, p.owned_in(group, buffer));
     let buffers = |group: GroupId| &p.group_buffers[group.0 as usize];
     match op.kind {
-        OpKind::Rope { .. } => call.ins.extend([p.io.cos, p.io.sin].map(|id| Address::whole(p, id))),
+        OpKind::Rope { .. } | OpKind::LatentRope { .. } | OpKind::LatentRopeGrad { .. } => {
+            call.ins.extend([p.io.cos, p.io.sin].map(|id| Address::whole(p, id)))
+        }
         OpKind::LossSum { sequence } => {
             call.outs = vec![Address::whole(p, p.io.loss_leaves).walk(sequence, 1, p.micro_batch())];
         }
@@ -191,6 +197,16 @@ fn talk(p: &Program, op: OpId, comm: &Comm) -> Talk {
             matches!(comm.what, Collective::AllGather | Collective::ReduceScatter | Collective::AllToAll);
         let parts: Vec<Range<usize>> =
             (0..ranks.len()).filter(|_| dealt).map(|i| m.part(i, ranks.len())).collect();
+        let (parts, arrive) = match comm.what {
+            // All to the next, from the one before.
+            Collective::Ring => {
+                let whole = |at: usize| {
+                    (0..ranks.len()).map(|i| 0..if i == at { m.elements } else { 0 }).collect::<Vec<_>>()
+                };
+                (whole((me + 1) % ranks.len()), whole((me + ranks.len() - 1) % ranks.len()))
+            }
+            _ => (parts.clone(), parts),
+        };
         let alone = Comm { messages: vec![*m], ..*comm };
         let counted = match (m.deal, m.from) {
             (Deal::Counted { leave, arrive }, Some(rows)) => {
@@ -203,6 +219,7 @@ fn talk(p: &Program, op: OpId, comm: &Comm) -> Talk {
             from: m.from.map(|s| Address::slice(p, s)),
             to: m.to.map(|s| Address::slice(p, s)),
             parts,
+            arrive,
             counted,
             sent_bytes: alone.sent_bytes(me, ranks.len()),
         }

@@ -1,17 +1,25 @@
 use spec::{Rope, RopeScaling};
 
-/// Fills cosine and sine tables `[positions, half]` for a model trained or run at `positions` tokens.
+/// Fills cosine and sine tables `[places, half]` of some places among the `positions` tokens that a model is trained or run
+/// at.
 ///
 /// Frequencies are `theta^(-2i/h)`, stretched as Hugging Face's `rope_type` of the same name does; angles are computed
 /// in f64 and rounded once.
-pub(crate) fn tables(rope: &Rope, head_dim: usize, positions: usize, cos: &mut [f32], sin: &mut [f32]) {
+pub(crate) fn tables(
+    rope: &Rope,
+    head_dim: usize,
+    positions: usize,
+    places: impl Iterator<Item = usize>,
+    cos: &mut [f32],
+    sin: &mut [f32],
+) {
     let half = head_dim / 2;
     let (frequencies, amplitude) = frequencies(rope, head_dim, positions);
-    for p in 0..positions {
+    for (row, place) in places.enumerate() {
         for (i, f) in frequencies.iter().enumerate() {
-            let angle = p as f64 * f;
-            cos[p * half + i] = (angle.cos() * amplitude) as f32;
-            sin[p * half + i] = (angle.sin() * amplitude) as f32;
+            let angle = place as f64 * f;
+            cos[row * half + i] = (angle.cos() * amplitude) as f32;
+            sin[row * half + i] = (angle.sin() * amplitude) as f32;
         }
     }
 }

@@ -124,8 +124,15 @@ impl Executor {
         let Position::Rope(rope) = &model.position else { return Ok(()) };
         let [cos, sin] = [self.program.io.cos, self.program.io.sin].map(|id| self.whole(id));
         let mut sines = vec![0.0; sin.len()];
+        let program = &self.program;
+        // A cache has positions beyond the sequences that were trained on.
+        let ([front, back], all) = match program.mode.positions() {
+            0 => (program.positions(), program.sequence),
+            _ => ([0..0, 0..cos.rows], cos.rows),
+        };
+        let width = model.latent.map_or(model.head_dim, |l| l.rope_dim);
         self.device.write(cos, |cosines| {
-            rope::tables(rope, model.head_dim, cos.rows, cosines, &mut sines);
+            rope::tables(rope, width, all, front.chain(back), cosines, &mut sines);
             Ok(())
         })?;
         self.device.copy_in(sin, bytemuck::cast_slice(&sines))

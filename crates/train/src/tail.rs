@@ -90,7 +90,8 @@ impl Executor {
         Ok(Some(self.device.read::<f64>(all)?.into_owned()))
     }
 
-    /// Puts the losses of this rank's sequences at their places in the global batch, on one rank for each of them.
+    /// Puts the losses of this rank's sequences at their places in the global batch: on one rank for each of them or, where
+    /// cp cuts sequences, on those that hold a part, whose sums are added.
     fn spread_losses(&mut self, all: Operand) -> Result<()> {
         let own = self.whole(self.program.io.loss_leaves);
         let Executor { program: p, device, .. } = self;

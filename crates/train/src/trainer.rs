@@ -518,15 +518,13 @@ pub(crate) fn load(
     sample: &mut [u32],
 ) -> Result<Drawn> {
     let mut drawn = Drawn::default();
-    let sequence = exec.program.sequence;
     let m = exec.program.micro_batch();
     for i in 0..exec.program.local_sequences {
         let at = exec.program.first_sequence(i / m) + i % m;
         let index = index * exec.program.sequences as u64 + at as u64;
         stream.sample(index, sample)?;
         drawn.add(index, sample);
-        exec.tokens()[i * sequence..(i + 1) * sequence].copy_from_slice(&sample[..sequence]);
-        exec.targets()[i * sequence..(i + 1) * sequence].copy_from_slice(&sample[1..]);
+        exec.take(i, sample);
     }
     Ok(drawn)
 }

@@ -1,4 +1,11 @@
-use program::{Op, OpKind, Program, View};
+use kernels::{Attention, Latents};
+use program::{Heads, Op, OpKind, Program, View};
+
+/// Attention over so many sequences of `seq` rows.
+pub(crate) fn attention_shape(h: Heads, seqs: usize, seq: usize) -> Attention {
+    let Heads { q: heads, kv: kv_heads, dim: head_dim, value_dim } = h;
+    Attention { seqs, seq, heads, kv_heads, head_dim, value_dim, scale: 1.0 / (head_dim as f32).sqrt() }
+}
 
 /// Elements of f32 work space that an op's kernel wants with this many threads.
 pub fn workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
@@ -50,13 +57,20 @@ pub fn workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
             kernels::pos_grad_workspace_len(g.cols, inner(), threads)
         }
         NormGradWeight { .. } => kernels::norm_dw_workspace_len(cols(op.ins[0]), inner()),
+        LatentNormGradWeight => {
+            let widths: Vec<usize> = op.grads.iter().map(|g| p.group(g.group).cols).collect();
+            let [kv, queries] = [0, 1].map(|i| widths.get(i).copied().unwrap_or(0));
+            kernels::latent_norm_dw_workspace_len(Latents { queries, kv, shared: 0 }, inner())
+        }
         HeadNormGradWeight { heads: h } => kernels::qk_norm_dw_workspace_len(h.dim, inner()),
-        Attention { heads: h } => kernels::attention_workspace_len(p.sequence, h.q, h.kv, h.dim, threads),
-        AttentionGrad { heads: h } => {
-            kernels::attention_dx_workspace_len(p.sequence, h.q, h.kv, h.dim, threads)
+        Attention { heads } | RingAttention { heads, .. } => {
+            kernels::attention_workspace_len(&attention_shape(*heads, 1, p.local_sequence()), threads)
+        }
+        AttentionGrad { heads } | RingAttentionGrad { heads, .. } => {
+            kernels::attention_dx_workspace_len(&attention_shape(*heads, 1, p.local_sequence()), threads)
         }
         AttentionCached { heads: h, .. } => {
-            kernels::attention_decode_workspace_len(p.mode.positions(), h.dim, threads)
+            kernels::attention_decode_workspace_len(p.mode.positions(), h.value_dim, threads)
         }
         _ => 0,
     }

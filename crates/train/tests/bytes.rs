@@ -88,9 +88,9 @@ fn connected(m: &ModelSpec, layout: &Layout, transport: TransportChoice) {
 }
 
 fn layouts() -> impl Strategy<Value = Layout> {
-    let axes = (0u32..4, 0u32..3, 0u32..3, any::<bool>(), 0usize..4, 0usize..4, 0u32..3);
+    let axes = (0u32..4, 0u32..3, 0u32..3, any::<bool>(), 0usize..4, 0usize..4, 0u32..3, 0u32..3);
     (axes, 0usize..3, any::<bool>(), any::<bool>()).prop_map(
-        |((dp, tp, pp, sp, zero, schedule, mb), recompute, ring, parts)| {
+        |((dp, tp, pp, sp, zero, schedule, mb, cp), recompute, ring, parts)| {
             let (schedule, chunks) = [
                 (PipelineSchedule::Gpipe, 1),
                 (PipelineSchedule::OneFOneB, 1),
@@ -101,6 +101,7 @@ fn layouts() -> impl Strategy<Value = Layout> {
                 dp: 1 << dp,
                 tp: 1 << tp,
                 pp: 1 << pp,
+                cp: 1 << cp,
                 sequence_parallel: sp,
                 shard: (parts && zero > 0 && dp > 1).then_some(2),
                 zero: [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters][zero],
@@ -132,5 +133,6 @@ fn do_not_depend_on_the_transport() {
     for transport in [TransportChoice::Shm, TransportChoice::Tcp] {
         connected(&m, &Layout { dp: 2, tp: 2, sequence_parallel: true, ..Layout::default() }, transport);
         connected(&m, &Layout { dp: 2, pp: 2, zero: Zero::Parameters, ..Layout::default() }, transport);
+        connected(&m, &Layout { cp: 4, ..Layout::default() }, transport);
     }
 }

@@ -185,6 +185,16 @@ fn qwen_3_mixture_with_a_dense_layer() {
 }
 
 #[test]
+fn deepseek_v2_with_latents() {
+    check("deepseek-v2-like", 2e-4);
+}
+
+#[test]
+fn deepseek_v3_with_latent_queries_and_groups() {
+    check("deepseek-v3-like", 2e-4);
+}
+
+#[test]
 fn gpt_2() {
     check("gpt2", 2e-4);
 }
@@ -192,9 +202,17 @@ fn gpt_2() {
 /// Logits of the generation path, one token after another against a cache, equal those of `transformers`.
 #[test]
 fn logits_agree_with_transformers() {
-    for name in
-        ["llama-gqa", "llama3-rope", "qwen2-like", "qwen3-like", "mixtral-like", "qwen3-moe-like", "gpt2"]
-    {
+    for name in [
+        "llama-gqa",
+        "llama3-rope",
+        "qwen2-like",
+        "qwen3-like",
+        "mixtral-like",
+        "qwen3-moe-like",
+        "deepseek-v2-like",
+        "deepseek-v3-like",
+        "gpt2",
+    ] {
         let (g, weights) = Golden::load(name);
         let layout = Layout::default();
         let request = Request {

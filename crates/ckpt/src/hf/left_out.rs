@@ -80,6 +80,17 @@ impl HfWeights {
 
     /// How a buffer of an old version differs from what the model computes in its place, if it does.
     fn unlike_buffer(&self, spec: &ModelSpec, name: &str, found: &Found) -> Result<Option<String>> {
+        if name.ends_with(names::ROUTER_BIAS) {
+            let n = spec.experts.map_or(0, |e| e.count);
+            let zeros = found.info.shape == [n] && self.all(found, n, |_, x| x == 0.0)?;
+            let why = || {
+                format!(
+                    "{} chooses experts by more than their scores: only zeros train",
+                    shown(&found.stored)
+                )
+            };
+            return Ok((!zeros).then(why));
+        }
         let right = match &spec.position {
             Position::Learned { max_positions } if name.ends_with(".attn.bias") => {
                 let n = *max_positions;
@@ -87,7 +98,7 @@ impl HfWeights {
                 found.info.shape == [1, 1, n, n] && self.all(found, n * n, causal)?
             }
             Position::Rope(rope) if rope.scaling == RopeScaling::Default => {
-                let n = spec.head_dim / 2;
+                let n = spec.latent.map_or(spec.head_dim, |l| l.rope_dim) / 2;
                 // Half precision keeps three digits of the small ones at best.
                 let near = |i: usize, x: f32| {
                     let right = rope.theta.powf(-(i as f64) / n as f64);

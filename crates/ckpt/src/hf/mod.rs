@@ -1,7 +1,7 @@
 //! Models as Hugging Face keeps them: `config.json` and `model.safetensors`, whole or in shards with an index.
 //!
 //! Logical parameters (`layers.0.attn.q.weight`, linear weights `[out, in]`) are mapped to the tensors of the Llama,
-//! Mistral, Qwen 2, Qwen 3 and GPT-2 families; GPT-2's fused and transposed ones are split and turned on the way.
+//! Mistral, Qwen 2, Qwen 3, DeepSeek and GPT-2 families; GPT-2's fused and transposed ones are split and turned on the way.
 
 mod companions;
 mod export;
@@ -128,7 +128,7 @@ impl HfWeights {
             HfWeights { files: Vec::new(), parameters: HashMap::new(), order: Vec::new(), notes: Vec::new() };
         let mut problems = Problems::default();
         let mut found = weights.open_files(dir, &mut problems)?;
-        for tensor in &table {
+        for tensor in table.iter().filter(|tensor| !tensor.zeros) {
             match found.remove(&tensor.name) {
                 None => problems.missing.push(format!("{} {:?}", tensor.name, tensor.shape())),
                 Some(at) => {

@@ -1,6 +1,6 @@
 //! The one table of names: which Hugging Face tensor holds which logical parameters, and how.
 
-use spec::{Experts, ModelSpec, NormKind, Position, Result};
+use spec::{Experts, Latent, ModelSpec, NormKind, Position, Result};
 
 /// A tensor in a Hugging Face file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +13,8 @@ pub(crate) struct HfTensor {
     pub(crate) transposed: bool,
     /// The logical parameters, concatenated along their first dim before any transposing.
     pub(crate) parts: Vec<Part>,
+    /// A buffer of zeros, which is no parameter: its part says how many.
+    pub(crate) zeros: bool,
 }
 
 /// A logical parameter.
@@ -73,9 +75,12 @@ pub(crate) fn is_buffer(spec: &ModelSpec, name: &str) -> bool {
     if gpt2(spec) {
         name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")
     } else {
-        name.ends_with("rotary_emb.inv_freq")
+        name.ends_with("rotary_emb.inv_freq") || name.ends_with(ROUTER_BIAS)
     }
 }
+
+/// What DeepSeek-V3 adds to scores when it chooses experts, and moves outside of its gradient.
+pub(crate) const ROUTER_BIAS: &str = "mlp.gate.e_score_correction_bias";
 
 fn gpt2(spec: &ModelSpec) -> bool {
     matches!(spec.position, Position::Learned { .. })
@@ -111,7 +116,7 @@ impl Table<'_> {
     }
 
     fn push(&mut self, hf: &str, transposed: bool, parts: Vec<Part>) {
-        self.tensors.push(HfTensor { name: hf.to_owned(), in_body: true, transposed, parts });
+        self.tensors.push(HfTensor { name: hf.to_owned(), in_body: true, transposed, parts, zeros: false });
     }
 
     fn llama(&mut self) {
@@ -123,14 +128,19 @@ impl Table<'_> {
             let h = |s: &str| format!("{hf}.{s}");
             let p = |s: &str| format!("{own}.{s}");
             self.norm(&h("input_layernorm"), &p("attn_norm"));
-            self.linear(&h("self_attn.q_proj"), &p("attn.q"), q, m.hidden, m.qkv_bias);
-            self.linear(&h("self_attn.k_proj"), &p("attn.k"), kv, m.hidden, m.qkv_bias);
-            self.linear(&h("self_attn.v_proj"), &p("attn.v"), kv, m.hidden, m.qkv_bias);
+            if let Some(latent) = m.latent {
+                self.latent(&h("self_attn"), &p("attn"), latent);
+            } else {
+                self.linear(&h("self_attn.q_proj"), &p("attn.q"), q, m.hidden, m.qkv_bias);
+                self.linear(&h("self_attn.k_proj"), &p("attn.k"), kv, m.hidden, m.qkv_bias);
+                self.linear(&h("self_attn.v_proj"), &p("attn.v"), kv, m.hidden, m.qkv_bias);
+            }
             if m.qk_norm {
                 self.plain(&h("self_attn.q_norm.weight"), &p("attn.q_norm.weight"), &[m.head_dim]);
                 self.plain(&h("self_attn.k_norm.weight"), &p("attn.k_norm.weight"), &[m.head_dim]);
             }
-            self.linear(&h("self_attn.o_proj"), &p("attn.o"), m.hidden, q, m.attn_out_bias);
+            let out = m.latent.map_or(q, |l| m.heads * l.value_dim);
+            self.linear(&h("self_attn.o_proj"), &p("attn.o"), m.hidden, out, m.attn_out_bias);
             self.norm(&h("post_attention_layernorm"), &p("mlp_norm"));
             match m.experts.filter(|_| m.has_experts(i)) {
                 Some(experts) => self.experts(&hf, &p("mlp"), experts),
@@ -138,6 +148,24 @@ impl Table<'_> {
             }
         }
         self.norm("norm", "final_norm");
+    }
+
+    fn latent(&mut self, hf: &str, own: &str, l: Latent) {
+        let (m, queries) = (self.spec, self.spec.heads * l.key_dim());
+        let h = |s: &str| format!("{hf}.{s}");
+        let p = |s: &str| format!("{own}.{s}");
+        match l.query_rank {
+            Some(rank) => {
+                self.linear(&h("q_a_proj"), &p("q_down"), rank, m.hidden, false);
+                self.plain(&h("q_a_layernorm.weight"), &p("q_latent_norm.weight"), &[rank]);
+                self.linear(&h("q_b_proj"), &p("q_up"), queries, rank, false);
+            }
+            None => self.linear(&h("q_proj"), &p("q"), queries, m.hidden, false),
+        }
+        self.linear(&h("kv_a_proj_with_mqa"), &p("kv_down"), l.kv_rank + l.rope_dim, m.hidden, false);
+        self.plain(&h("kv_a_layernorm.weight"), &p("kv_latent_norm.weight"), &[l.kv_rank]);
+        let up = m.heads * (l.nope_dim + l.value_dim);
+        self.linear(&h("kv_b_proj"), &p("kv_up"), up, l.kv_rank, false);
     }
 
     fn mlp(&mut self, hf: &str, [gate, up, down]: [&str; 3], own: &str, ffn: usize) {
@@ -156,8 +184,15 @@ impl Table<'_> {
         };
         let hf = format!("{layer}.{block}");
         self.linear(&format!("{hf}.gate"), &format!("{own}.router"), e.count, self.spec.hidden, false);
+        if self.spec.hf_architecture().is_ok_and(|class| class == "DeepseekV3ForCausalLM") {
+            self.plain(&format!("{layer}.{ROUTER_BIAS}"), "", &[e.count]);
+            self.tensors.iter_mut().rev().take(1).for_each(|tensor| tensor.zeros = true);
+        }
         for i in 0..e.count {
             self.mlp(&format!("{hf}.experts.{i}"), names, &format!("{own}.experts.{i}"), e.ffn);
+        }
+        if e.shared_ffn > 0 {
+            self.mlp(&format!("{hf}.shared_experts"), names, &format!("{own}.shared"), e.shared_ffn);
         }
     }
 

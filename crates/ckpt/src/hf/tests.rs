@@ -2,7 +2,7 @@ use std::fs;
 use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
-use spec::{DType, ModelSpec, Position, Result, Rope, RopeScaling};
+use spec::{DType, Experts, Latent, ModelSpec, Position, Result, Rope, RopeScaling, Router, Score};
 
 use super::*;
 
@@ -22,11 +22,36 @@ fn gpt2() -> ModelSpec {
     ModelSpec { head_dim: 3, position, tied_embeddings: true, ..odd("tiny-gpt2", "gpt2") }
 }
 
+/// DeepSeek-V2 and V3.
+fn deepseek() -> [ModelSpec; 2] {
+    let latent = Latent { query_rank: None, kv_rank: 5, nope_dim: 3, rope_dim: 2, value_dim: 4 };
+    let router = Router { renormalise: false, scale: 1.5, ..Router::PLAIN };
+    let experts = Experts { count: 4, top_k: 2, ffn: 7, shared_ffn: 14, dense_layers: 1, every: 1, router };
+    let v2 = ModelSpec {
+        name: "deepseek_v2".into(),
+        norm_eps: 1e-6,
+        kv_heads: llama().heads,
+        head_dim: latent.key_dim(),
+        latent: Some(latent),
+        experts: Some(experts),
+        ..llama()
+    };
+    let router = Router { score: Score::Sigmoid, renormalise: true, groups: 2, ..router };
+    let v3 = ModelSpec {
+        name: "deepseek_v3".into(),
+        latent: Some(Latent { query_rank: Some(6), ..latent }),
+        experts: Some(Experts { router, ..experts }),
+        ..v2.clone()
+    };
+    [v2, v3]
+}
+
 fn families() -> Vec<ModelSpec> {
     let qwen2 = ModelSpec { name: "qwen2".into(), qkv_bias: true, tied_embeddings: true, ..llama() };
     let qwen3 = ModelSpec { name: "qwen3".into(), qk_norm: true, ..llama() };
     let biased = ModelSpec { qkv_bias: true, attn_out_bias: true, mlp_bias: true, ..llama() };
-    vec![llama(), biased, qwen2, qwen3, gpt2(), ModelSpec { tied_embeddings: false, ..gpt2() }]
+    let untied = ModelSpec { tied_embeddings: false, ..gpt2() };
+    [llama(), biased, qwen2, qwen3, gpt2(), untied].into_iter().chain(deepseek()).collect()
 }
 
 /// A weight that tells its name and place; every third needs more than bfloat16.
@@ -59,7 +84,11 @@ fn round_trip_of_every_family() {
             let dir = tempfile::tempdir().unwrap();
             let out = dir.path().join("out");
             let done = export(&spec, weights(&spec), &out, DType::F32, max_shard_bytes, None).unwrap();
-            assert_eq!(done.bytes, 4 * spec.param_count(), "{}: every parameter once", spec.name);
+            // Beside biases of routers, which are no parameters.
+            let table = names::table(&spec).unwrap();
+            let zeros: usize = table.iter().filter(|t| t.zeros).map(HfTensor::elements).sum();
+            let expected = 4 * (spec.param_count() + zeros as u64);
+            assert_eq!(done.bytes, expected, "{}: every parameter once", spec.name);
             assert_eq!(done.files > 1, max_shard_bytes == 2000);
             let (found, read) = import(&out).unwrap();
             assert_eq!(ModelSpec { name: spec.name.clone(), ..found }, spec);
@@ -128,6 +157,9 @@ fn sixteen_bits() {
 fn filled(name: &str, shape: &[usize], i: usize) -> f32 {
     if name.ends_with("attn.bias") && shape.len() == 4 {
         return if i % shape[3] <= i / shape[3] { 1.0 } else { 0.0 };
+    }
+    if name.ends_with(names::ROUTER_BIAS) {
+        return 0.0;
     }
     if name.ends_with("inv_freq") {
         return 1e4f32.powf(-(i as f32) / shape[0] as f32);
@@ -266,6 +298,12 @@ fn what_is_left_out_is_compared() {
             "inv_freq [3] is not what config.json",
         ),
         (gpt2(), "transformer.h.0.attn.bias", vec![1, 1, 7, 7], "attn.bias [1, 1, 7, 7] is not what"),
+        (
+            deepseek()[1].clone(),
+            "model.layers.1.mlp.gate.e_score_correction_bias",
+            vec![4],
+            "e_score_correction_bias chooses experts by more than their scores: only zeros train",
+        ),
     ] {
         let dir = tempfile::tempdir().unwrap();
         write_f16(dir.path(), &spec, names::prefix(&spec), |shapes| _ = shapes.insert(tensor.into(), shape));

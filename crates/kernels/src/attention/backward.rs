@@ -1,6 +1,6 @@
 //! The derivative: probabilities are computed again from the kept logarithms, block by block.
 
-use super::{AHEAD, KEYS, SCORES, Shape, copy_scaled, pack_keys};
+use super::{AHEAD, Attention, KEYS, Keys, SCORES, Span, copy_scaled, pack_keys};
 use crate::gemm::{MR, NR, Tile, Workspace, tile};
 use crate::math::exp;
 use crate::pool::{Parts, Pool};
@@ -14,62 +14,32 @@ const QUERIES: usize = 8 * MR;
 /// `o`. The gradients of a key head's group of query heads are summed head after head.
 pub fn attention_dx<T: Storage>(
     pool: &Pool,
+    shape: &Attention,
     qkv: &[T],
     o: &[T],
     lse: &[f32],
     do_: &[T],
     dqkv: &mut [T],
-    seqs: usize,
-    seq: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    scale: f32,
     ws: &mut [f32],
 ) {
-    let shape = Shape { seqs, seq, heads, kv_heads, head_dim };
-    shape.check(qkv.len());
-    let outputs = seqs * seq * shape.o_ld();
-    assert_eq!(
-        (o.len(), do_.len(), lse.len(), dqkv.len()),
-        (outputs, outputs, seqs * heads * seq, qkv.len())
-    );
-    let lens = scratch_len(shape);
-    let own_len = lens.iter().sum::<usize>();
-    let scratch = Parts::new(Workspace::new(ws).take(pool.threads() * own_len));
-    let job = Job { shape, qkv, o, lse, do_, dqkv: &Parts::new(dqkv), scale };
-    pool.run(seqs * kv_heads, &|task, thread| {
-        // SAFETY: each thread has its own part and runs one task at a time.
-        let mut rest = unsafe { scratch.part(thread * own_len..(thread + 1) * own_len) };
-        let [key_panels, value_panels, keys, queries, grads, dq, dk, dv, p, ds, dots] = lens.map(|len| {
-            let (piece, left) = std::mem::take(&mut rest).split_at_mut(len);
-            rest = left;
-            piece
-        });
-        let scratch = Scratch { key_panels, value_panels, keys, queries, grads, dq, dk, dv, p, ds, dots };
-        job.head(task / kv_heads, task % kv_heads, scratch);
-    });
+    assert_eq!(dqkv.len(), qkv.len());
+    let out = Out::Whole(&Parts::new(dqkv));
+    let span = Span::causal(shape.seq);
+    Job { shape: *shape, qkv, keys: shape.own(qkv), o, lse, do_, out, span }.run(pool, ws);
 }
 
-/// Floats of workspace for [`attention_dx`].
-pub fn attention_dx_workspace_len(
-    seq: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    threads: usize,
-) -> usize {
-    let own = scratch_len(Shape { seqs: 1, seq, heads, kv_heads, head_dim });
-    Workspace::room(threads * own.iter().sum::<usize>())
+/// Floats of workspace for [`attention_dx`] and [`super::attention_part_dx`].
+pub fn attention_dx_workspace_len(shape: &Attention, threads: usize) -> usize {
+    Workspace::room(threads * scratch_len(shape).iter().sum::<usize>())
 }
 
 /// Scratch floats of a thread, in the order of [`Scratch`]'s fields.
-fn scratch_len(shape: Shape) -> [usize; 11] {
-    let panels = shape.panels_len();
-    let rows = shape.seq * shape.wide();
+fn scratch_len(shape: &Attention) -> [usize; 11] {
+    let (key_panels, value_panels) = (shape.panels_len(shape.head_dim), shape.panels_len(shape.value_dim));
+    let (rows, values) = (shape.seq * shape.wide(), shape.seq * shape.wide_values());
     // Register tiles of keys may start up to MR - 1 rows before the end of a block.
     let (keys, scores) = (KEYS * shape.wide(), QUERIES * SCORES);
-    [panels, panels, keys, rows, rows, rows, rows, rows, scores, scores, shape.seq]
+    [key_panels, value_panels, keys, rows, values, rows, rows, values, scores, scores, shape.seq]
         .map(|len| len.next_multiple_of(LANES))
 }
 
@@ -95,40 +65,76 @@ struct Scratch<'a> {
     dots: &'a mut [f32],
 }
 
-struct Job<'a, T> {
-    shape: Shape,
-    qkv: &'a [T],
-    o: &'a [T],
-    lse: &'a [f32],
-    do_: &'a [T],
-    dqkv: &'a Parts<'a, T>,
-    scale: f32,
+/// Where gradients go.
+#[derive(Clone, Copy)]
+pub(super) enum Out<'a, T> {
+    /// All keys are at hand: packed.
+    Whole(&'a Parts<'a, T>),
+    /// More keys come: what they add to the queries' gradients `[rows, heads, head_dim]`, which are new where this is the
+    /// `first` part, and the gradients of the keys and values at hand, packed.
+    Part { dq: &'a Parts<'a, f32>, dkv: &'a Parts<'a, f32>, first: bool },
+}
+
+pub(super) struct Job<'a, T> {
+    pub(super) shape: Attention,
+    pub(super) qkv: &'a [T],
+    pub(super) keys: Keys<'a, T>,
+    pub(super) o: &'a [T],
+    pub(super) lse: &'a [f32],
+    pub(super) do_: &'a [T],
+    pub(super) out: Out<'a, T>,
+    pub(super) span: Span,
 }
 
 impl<T: Element> Job<'_, T> {
+    pub(super) fn run(&self, pool: &Pool, ws: &mut [f32]) {
+        let shape = &self.shape;
+        shape.check(self.qkv.len());
+        let rows = shape.seqs * shape.seq;
+        let outputs = rows * shape.o_ld();
+        assert_eq!((self.o.len(), self.do_.len(), self.lse.len()), (outputs, outputs, rows * shape.heads));
+        let lens = scratch_len(shape);
+        let own_len = lens.iter().sum::<usize>();
+        let scratch = Parts::new(Workspace::new(ws).take(pool.threads() * own_len));
+        pool.run(shape.seqs * shape.kv_heads, &|task, thread| {
+            // SAFETY: each thread has its own part and runs one task at a time.
+            let mut rest = unsafe { scratch.part(thread * own_len..(thread + 1) * own_len) };
+            let [key_panels, value_panels, keys, queries, grads, dq, dk, dv, p, ds, dots] = lens.map(|len| {
+                let (piece, left) = std::mem::take(&mut rest).split_at_mut(len);
+                rest = left;
+                piece
+            });
+            let scratch = Scratch { key_panels, value_panels, keys, queries, grads, dq, dk, dv, p, ds, dots };
+            self.head(task / shape.kv_heads, task % shape.kv_heads, scratch);
+        });
+    }
+
     /// One sequence and key head, with all query heads of its group.
     fn head(&self, sequence: usize, kv_head: usize, scratch: Scratch<'_>) {
         let Scratch { key_panels, value_panels, keys, queries, grads, dq, dk, dv, p, ds, dots } = scratch;
-        let shape = self.shape;
-        let (seq, ld, o_ld, h, wide) = (shape.seq, shape.ld(), shape.o_ld(), shape.head_dim, shape.wide());
+        let (shape, span) = (self.shape, &self.span);
+        let (seq, ld, o_ld) = (shape.seq, shape.ld(), shape.o_ld());
+        let ((h, wide), (values_h, values_wide)) =
+            ((shape.head_dim, shape.wide()), (shape.value_dim, shape.wide_values()));
         let qkv = &self.qkv[sequence * seq * ld..][..seq * ld];
         dk.fill(0.0);
         dv.fill(0.0);
         for head in kv_head * shape.group()..(kv_head + 1) * shape.group() {
-            let out = sequence * seq * o_ld + head * h;
-            copy_scaled(&qkv[head * h..], ld, seq, h, self.scale, queries, wide);
-            copy_scaled(&self.do_[out..], o_ld, seq, h, 1.0, grads, wide);
-            row_dots(&self.o[out..], &self.do_[out..], o_ld, h, &mut dots[..seq]);
-            dq.fill(0.0);
+            let out = sequence * seq * o_ld + head * values_h;
+            copy_scaled(&qkv[head * h..], ld, seq, h, shape.scale, queries, wide);
+            copy_scaled(&self.do_[out..], o_ld, seq, values_h, 1.0, grads, values_wide);
+            row_dots(&self.o[out..], &self.do_[out..], o_ld, values_h, &mut dots[..seq]);
+            self.begin(sequence, head, dq);
             let lse = &self.lse[(sequence * shape.heads + head) * seq..][..seq];
-            for first in (0..seq).step_by(KEYS) {
-                let count = KEYS.min(seq - first);
-                let k = first * ld + (shape.heads + kv_head) * h;
-                pack_keys(&qkv[k..], ld, count, h, key_panels);
-                copy_scaled(&qkv[k..], ld, count, h, 1.0, keys, wide);
-                pack_keys(&qkv[k + shape.kv_heads * h..], ld, count, h, value_panels);
+            for first in (0..span.keys).step_by(KEYS) {
+                let count = KEYS.min(span.keys - first);
+                let (k, v) = self.keys.head(&shape, sequence, kv_head, first);
+                pack_keys(k, self.keys.ld, count, h, key_panels);
+                copy_scaled(k, self.keys.ld, count, h, 1.0, keys, wide);
+                pack_keys(v, self.keys.ld, count, values_h, value_panels);
                 // Queries before the block see none of its keys. Groups of queries start at fixed positions.
-                for start in (first / QUERIES * QUERIES..seq).step_by(QUERIES) {
+                let seeing = (first.saturating_sub(span.shift) / QUERIES * QUERIES).max(span.queries.start);
+                for start in (seeing..span.queries.end).step_by(QUERIES) {
                     let block = Block {
                         key_panels,
                         value_panels,
@@ -139,31 +145,84 @@ impl<T: Element> Job<'_, T> {
                         dots,
                         first,
                         count,
+                        shift: span.shift,
                         start,
-                        end: seq.min(start + QUERIES),
+                        end: span.queries.end.min(start + QUERIES),
                         h,
                         wide,
+                        values_h,
+                        values_wide,
                     };
                     block.run(p, ds, dq, dk, dv);
                 }
             }
-            self.write(sequence, head, dq, self.scale);
+            self.end_queries(sequence, head, dq);
         }
-        self.write(sequence, shape.heads + kv_head, dk, 1.0);
-        self.write(sequence, shape.heads + shape.kv_heads + kv_head, dv, 1.0);
+        self.end_keys(sequence, kv_head, (dk, dv));
     }
 
-    /// Writes the gradient of one head of qkv.
-    fn write(&self, sequence: usize, head: usize, from: &[f32], scale: f32) {
-        let (h, ld) = (self.shape.head_dim, self.shape.ld());
-        let rows = self.shape.seq * self.shape.wide();
-        write_scaled(&from[..rows], scale, self.dqkv, sequence * self.shape.seq * ld + head * h, ld, h);
+    /// Where a head of queries lies in `[rows, heads, head_dim]`.
+    fn place(&self, sequence: usize, head: usize) -> (usize, usize) {
+        let ld = self.shape.heads * self.shape.head_dim;
+        (sequence * self.shape.seq * ld + head * self.shape.head_dim, ld)
+    }
+
+    /// Takes up what keys before added, if there were any.
+    fn begin(&self, sequence: usize, head: usize, dq: &mut [f32]) {
+        let Out::Part { dq: all, first: false, .. } = self.out else {
+            dq.fill(0.0);
+            return;
+        };
+        let ((at, ld), h) = (self.place(sequence, head), self.shape.head_dim);
+        for (i, to) in dq.chunks_exact_mut(self.shape.wide()).take(self.shape.seq).enumerate() {
+            // SAFETY: a head of a sequence belongs to one task.
+            to[..h].copy_from_slice(unsafe { all.part(at + i * ld..at + i * ld + h) });
+        }
+    }
+
+    fn end_queries(&self, sequence: usize, head: usize, dq: &[f32]) {
+        let (shape, h) = (&self.shape, self.shape.head_dim);
+        let dq = &dq[..shape.seq * shape.wide()];
+        match self.out {
+            Out::Whole(dqkv) => {
+                let ld = shape.ld();
+                write_scaled(dq, shape.scale, dqkv, sequence * shape.seq * ld + head * h, ld, h);
+            }
+            Out::Part { dq: all, .. } => {
+                let (at, ld) = self.place(sequence, head);
+                write_scaled(dq, 1.0, all, at, ld, h);
+            }
+        }
+    }
+
+    fn end_keys(&self, sequence: usize, kv_head: usize, (dk, dv): (&[f32], &[f32])) {
+        let shape = &self.shape;
+        let (h, values_h) = (shape.head_dim, shape.value_dim);
+        let (dk, dv) = (&dk[..shape.seq * shape.wide()], &dv[..shape.seq * shape.wide_values()]);
+        let at = |ld: usize, before: usize| {
+            let keys = sequence * shape.seq * ld + before;
+            (keys + kv_head * h, keys + shape.kv_heads * h + kv_head * values_h)
+        };
+        match self.out {
+            Out::Whole(dqkv) => {
+                let ld = shape.ld();
+                let (keys, values) = at(ld, shape.heads * h);
+                write_scaled(dk, 1.0, dqkv, keys, ld, h);
+                write_scaled(dv, 1.0, dqkv, values, ld, values_h);
+            }
+            Out::Part { dkv, .. } => {
+                let ld = shape.kv_ld();
+                let (keys, values) = at(ld, 0);
+                write_scaled(dk, 1.0, dkv, keys, ld, h);
+                write_scaled(dv, 1.0, dkv, values, ld, values_h);
+            }
+        }
     }
 }
 
 kernel! {
     /// Writes rows, times `scale`, into rows of `cols` elements of `y`, from `at` on, `ld` apart.
-    fn write_scaled[T: Element](
+    pub(super) fn write_scaled[T: Element](
         from: &[f32], scale: f32, y: &Parts<'_, T>, at: usize, ld: usize, cols: usize
     ) = |s: S| {
         let scale = s.splat(scale);
@@ -203,21 +262,26 @@ struct Block<'a> {
     dots: &'a [f32],
     first: usize,
     count: usize,
+    /// What is added to the row of a query for its position among the keys.
+    shift: usize,
     start: usize,
     end: usize,
     h: usize,
     wide: usize,
+    values_h: usize,
+    values_wide: usize,
 }
 
 impl Block<'_> {
     fn run(&self, p: &mut [f32], ds: &mut [f32], dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]) {
+        let (keys, values) = ((self.h, self.wide), (self.values_h, self.values_wide));
         for i in (self.start..self.end).step_by(MR) {
             let m = MR.min(self.end - i);
             let visible = self.visible(i + m - 1);
             for j in (0..visible).step_by(NR) {
                 let n = NR.min(visible - j);
-                self.scores(i, m, j, n, self.queries, self.key_panels, p);
-                self.scores(i, m, j, n, self.grads, self.value_panels, ds);
+                self.scores(i, m, j, n, (self.queries, keys), self.key_panels, p);
+                self.scores(i, m, j, n, (self.grads, values), self.value_panels, ds);
             }
             let len = (visible.next_multiple_of(LANES) + LANES).min(SCORES);
             for q in i..i + m {
@@ -226,37 +290,47 @@ impl Block<'_> {
             }
             if visible > 0 {
                 let a = &ds[(i - self.start) * SCORES..];
-                self.sum(m, visible, (a, SCORES, 1), self.keys, &mut dq[i * self.wide..]);
+                sum(m, visible, (a, SCORES, 1), self.keys, &mut dq[i * self.wide..], keys);
             }
         }
         for j in (0..self.count).step_by(MR) {
             let m = MR.min(self.count - j);
             // Earlier queries see none of these keys; from here on what they do not see is 0.
-            let from = self.start.max(self.first + j);
+            let from = self.start.max((self.first + j).saturating_sub(self.shift));
             if from >= self.end {
                 break;
             }
             let at = (from - self.start) * SCORES + j;
-            let key = (self.first + j) * self.wide;
-            let n = self.end - from;
-            self.sum(m, n, (&p[at..], 1, SCORES), &self.grads[from * self.wide..], &mut dv[key..]);
-            self.sum(m, n, (&ds[at..], 1, SCORES), &self.queries[from * self.wide..], &mut dk[key..]);
+            let (key, n) = (self.first + j, self.end - from);
+            let (grads, dv) = (&self.grads[from * self.values_wide..], &mut dv[key * self.values_wide..]);
+            sum(m, n, (&p[at..], 1, SCORES), grads, dv, values);
+            let (queries, dk) = (&self.queries[from * self.wide..], &mut dk[key * self.wide..]);
+            sum(m, n, (&ds[at..], 1, SCORES), queries, dk, keys);
         }
     }
 
-    /// How many keys of the block the query at `position` sees.
-    fn visible(&self, position: usize) -> usize {
-        (position + 1).saturating_sub(self.first).min(self.count)
+    /// How many keys of the block the query in row `row` sees.
+    fn visible(&self, row: usize) -> usize {
+        (row + self.shift + 1).saturating_sub(self.first).min(self.count)
     }
 
-    /// Products of `m` rows of `left` from `i` on with `n` columns of a block from `j` on.
-    fn scores(&self, i: usize, m: usize, j: usize, n: usize, left: &[f32], panels: &[f32], out: &mut [f32]) {
+    /// Products of `m` rows of `left` (with its width and row length) from `i` on with `n` columns of a block from `j` on.
+    fn scores(
+        &self,
+        i: usize,
+        m: usize,
+        j: usize,
+        n: usize,
+        (left, (h, wide)): (&[f32], (usize, usize)),
+        panels: &[f32],
+        out: &mut [f32],
+    ) {
         let t = Tile {
-            k: self.h,
-            a: left[i * self.wide..].as_ptr(),
-            a_row: self.wide,
+            k: h,
+            a: left[i * wide..].as_ptr(),
+            a_row: wide,
             a_col: 1,
-            b: panels[j / NR * NR * self.h..].as_ptr(),
+            b: panels[j / NR * NR * h..].as_ptr(),
             b_row: NR,
             c: out[(i - self.start) * SCORES + j..].as_mut_ptr(),
             c_row: SCORES,
@@ -265,27 +339,34 @@ impl Block<'_> {
         // SAFETY: m rows of `h` on the left, `h` rows of a panel, m rows of scores with room for whole vectors.
         unsafe { tile(m, n, &t) };
     }
+}
 
-    /// Goes on with the chains in `m` rows of `out` over `k` weights of `a` (slice, row and column stride) and rows of
-    /// `right`.
-    fn sum(&self, m: usize, k: usize, a: (&[f32], usize, usize), right: &[f32], out: &mut [f32]) {
-        debug_assert!(a.0.len() > (m - 1) * a.1 + (k - 1) * a.2);
-        debug_assert!(right.len() >= k * self.wide && out.len() >= m * self.wide);
-        for j in (0..self.h).step_by(NR) {
-            let t = Tile {
-                k,
-                a: a.0.as_ptr(),
-                a_row: a.1,
-                a_col: a.2,
-                b: right[j..].as_ptr(),
-                b_row: self.wide,
-                c: out[j..].as_mut_ptr(),
-                c_row: self.wide,
-                load: true,
-            };
-            // SAFETY: lengths as asserted above; rows of `right` and `out` are whole vectors.
-            unsafe { tile(m, NR.min(self.h - j), &t) };
-        }
+/// Goes on with the chains in `m` rows of `out` over `k` weights of `a` (slice, row and column stride) and rows of
+/// `right`; both have rows of `h` in `wide` floats.
+fn sum(
+    m: usize,
+    k: usize,
+    a: (&[f32], usize, usize),
+    right: &[f32],
+    out: &mut [f32],
+    (h, wide): (usize, usize),
+) {
+    debug_assert!(a.0.len() > (m - 1) * a.1 + (k - 1) * a.2);
+    debug_assert!(right.len() >= k * wide && out.len() >= m * wide);
+    for j in (0..h).step_by(NR) {
+        let t = Tile {
+            k,
+            a: a.0.as_ptr(),
+            a_row: a.1,
+            a_col: a.2,
+            b: right[j..].as_ptr(),
+            b_row: wide,
+            c: out[j..].as_mut_ptr(),
+            c_row: wide,
+            load: true,
+        };
+        // SAFETY: lengths as asserted above; rows of `right` and `out` are whole vectors.
+        unsafe { tile(m, NR.min(h - j), &t) };
     }
 }
 

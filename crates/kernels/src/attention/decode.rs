@@ -9,8 +9,9 @@ use crate::storage::{Element, Storage};
 
 /// One query row per sequence over its cached keys and values.
 ///
-/// `q` and `o` are `[seqs, heads * head_dim]`, with query rows `q_ld` apart (so that packed qkv rows will do); the
-/// caches are `[seqs, capacity, kv_heads * head_dim]`, of which sequence i has `lens[i]` rows, at least 1.
+/// `q` is `[seqs, heads * head_dim]`, with rows `q_ld` apart (so that packed qkv rows will do), and `o` `[seqs, heads *
+/// value_dim]`; the caches are `[seqs, capacity, kv_heads * head_dim]` and `[seqs, capacity, kv_heads * value_dim]`, of
+/// which sequence i has `lens[i]` rows, at least 1.
 pub fn attention_decode<T: Storage>(
     pool: &Pool,
     q: &[T],
@@ -28,11 +29,13 @@ pub fn attention_decode<T: Storage>(
 ) {
     let (seqs, ld) = (lens.len(), kv_heads * head_dim);
     assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "heads do not divide into groups");
-    assert_eq!((keys.len(), values.len()), (seqs * capacity * ld, seqs * capacity * ld), "caches");
+    let value_dim = o.len() / (seqs * heads).max(1);
+    let values_ld = kv_heads * value_dim;
+    assert_eq!((keys.len(), values.len()), (seqs * capacity * ld, seqs * capacity * values_ld), "caches");
     assert!(q_ld >= heads * head_dim && q.len() + q_ld >= seqs * q_ld + heads * head_dim, "queries");
-    assert_eq!(o.len(), seqs * heads * head_dim, "output");
+    assert_eq!(o.len(), seqs * heads * value_dim, "output");
     assert!(lens.iter().all(|&len| len >= 1 && len <= capacity), "cache lengths");
-    let own_len = scratch_len(capacity, head_dim);
+    let own_len = scratch_len(capacity, value_dim);
     let scratch = Parts::new(Workspace::new(ws).take(pool.threads() * own_len));
     let o = Parts::new(o);
     pool.run(seqs * heads, &|task, thread| {
@@ -40,27 +43,29 @@ pub fn attention_decode<T: Storage>(
         // SAFETY: each thread has its own part and runs one task at a time.
         let own = unsafe { scratch.part(thread * own_len..(thread + 1) * own_len) };
         let (scores, sums) = own.split_at_mut(capacity.next_multiple_of(LANES));
-        let at = sequence * capacity * ld + head / (heads / kv_heads) * head_dim;
+        let (rows, kv_head) = (sequence * capacity, head / (heads / kv_heads));
+        let (k, v) = (rows * ld + kv_head * head_dim, rows * values_ld + kv_head * value_dim);
         let q = &q[sequence * q_ld + head * head_dim..][..head_dim];
         // SAFETY: each task has its own head of its own row.
-        let o = unsafe { o.part(task * head_dim..(task + 1) * head_dim) };
-        one_query(q, &keys[at..], &values[at..], ld, scale, &mut scores[..lens[sequence]], sums, o);
+        let o = unsafe { o.part(task * value_dim..(task + 1) * value_dim) };
+        let scores = &mut scores[..lens[sequence]];
+        one_query(q, (&keys[k..], ld), (&values[v..], values_ld), scale, scores, sums, o);
     });
 }
 
 /// Floats of workspace for [`attention_decode`].
-pub fn attention_decode_workspace_len(capacity: usize, head_dim: usize, threads: usize) -> usize {
-    Workspace::room(threads * scratch_len(capacity, head_dim))
+pub fn attention_decode_workspace_len(capacity: usize, value_dim: usize, threads: usize) -> usize {
+    Workspace::room(threads * scratch_len(capacity, value_dim))
 }
 
-fn scratch_len(capacity: usize, head_dim: usize) -> usize {
-    capacity.next_multiple_of(LANES) + head_dim.next_multiple_of(LANES)
+fn scratch_len(capacity: usize, value_dim: usize) -> usize {
+    capacity.next_multiple_of(LANES) + value_dim.next_multiple_of(LANES)
 }
 
 kernel! { fn one_query[T: Element](
-    q: &[T], keys: &[T], values: &[T], ld: usize, scale: f32, scores: &mut [f32], sums: &mut [f32], o: &mut [T]
+    q: &[T], k: (&[T], usize), v: (&[T], usize), scale: f32, scores: &mut [f32], sums: &mut [f32], o: &mut [T]
 ) = |s: S| {
-    let h = q.len();
+    let ((keys, ld), (values, values_ld), h) = (k, v, q.len());
     let mut max = f32::NEG_INFINITY;
     for (i, score) in scores.iter_mut().enumerate() {
         let key = &keys[i * ld..i * ld + h];
@@ -83,12 +88,13 @@ kernel! { fn one_query[T: Element](
         s.store(&mut scores[j..], p);
     }
     let inverse = s.splat(1.0 / s.sum(total));
+    let h = o.len();
     let sums = &mut sums[..h];
     sums.fill(0.0);
     // Blocks of keys keep the sums' rows in cache with long caches of wide heads.
     for first in (0..len).step_by(KEYS) {
         for i in first..len.min(first + KEYS) {
-            let (p, value) = (s.splat(scores[i]), &values[i * ld..i * ld + h]);
+            let (p, value) = (s.splat(scores[i]), &values[i * values_ld..i * values_ld + h]);
             for j in (0..h).step_by(LANES) {
                 let sum = s.fma(p, T::get(s, &value[j..]), s.load(&sums[j..]));
                 s.store(&mut sums[j..], sum);

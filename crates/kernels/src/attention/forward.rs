@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{AHEAD, KEYS, SCORES, Shape, copy_scaled, pack_keys};
+use super::{AHEAD, Attention, KEYS, Keys, SCORES, Span, copy_scaled, pack_keys};
 use crate::gemm::{MR, NR, Tile, Workspace, tile};
 use crate::math::{exp, ln};
 use crate::pool::{Parts, Pool};
@@ -14,65 +14,35 @@ const QUERIES: usize = 8 * MR;
 /// Queries of a task. Keys are packed once per task, so this is many times the cost of packing.
 const CHUNK: usize = 11 * QUERIES;
 
-/// o = softmax(scale q k^T + causal mask) v for each sequence and head of packed qkv, `[seqs * seq, (heads + 2
-/// kv_heads) * head_dim]`; `o` is `[seqs * seq, heads * head_dim]`. `lse`, `[seqs, heads, seq]`, keeps the logarithm of
-/// each softmax's denominator for the derivative.
+/// o = softmax(scale q k^T + causal mask) v for each sequence and head of packed qkv, `[seqs * seq, heads * head_dim +
+/// kv_heads * (head_dim + value_dim)]`; `o` is `[seqs * seq, heads * value_dim]`. `lse`, `[seqs, heads, seq]`, keeps the
+/// logarithm of each softmax's denominator for the derivative.
 pub fn attention<T: Storage>(
     pool: &Pool,
+    shape: &Attention,
     qkv: &[T],
     o: &mut [T],
     lse: &mut [f32],
-    seqs: usize,
-    seq: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    scale: f32,
     ws: &mut [f32],
 ) {
-    let shape = Shape { seqs, seq, heads, kv_heads, head_dim };
     shape.check(qkv.len());
-    assert_eq!((o.len(), lse.len()), (seqs * seq * shape.o_ld(), seqs * heads * seq));
-    let lens = scratch_len(shape);
-    let own_len = lens.iter().sum::<usize>();
-    let scratch = Parts::new(Workspace::new(ws).take(pool.threads() * own_len));
-    let job = Job { shape, qkv, o: &Parts::new(o), lse: &Parts::new(lse), scale };
-    let chunks = seq.div_ceil(CHUNK);
-    pool.run(chunks * seqs * kv_heads, &|task, thread| {
-        // SAFETY: each thread has its own part and runs one task at a time.
-        let mut rest = unsafe { scratch.part(thread * own_len..(thread + 1) * own_len) };
-        let [keys, values, queries, sums, scores, max, total] = lens.map(|len| {
-            let (piece, left) = std::mem::take(&mut rest).split_at_mut(len);
-            rest = left;
-            piece
-        });
-        // The longest chunks, those with the most keys, first.
-        let chunk = chunks - 1 - task / (seqs * kv_heads);
-        let rows = chunk * CHUNK..seq.min((chunk + 1) * CHUNK);
-        let (sequence, kv_head) = (task / kv_heads % seqs, task % kv_heads);
-        job.chunk(sequence, kv_head, rows, Scratch { keys, values, queries, sums, scores, max, total });
-    });
+    let rows = shape.seqs * shape.seq;
+    assert_eq!((o.len(), lse.len()), (rows * shape.o_ld(), rows * shape.heads));
+    let out = Out::Whole { o: &Parts::new(o), lse: &Parts::new(lse) };
+    Job { shape: *shape, qkv, keys: shape.own(qkv), out, span: Span::causal(shape.seq) }.run(pool, ws);
 }
 
-/// Floats of workspace for [`attention`].
-pub fn attention_workspace_len(
-    seq: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    threads: usize,
-) -> usize {
-    let own = scratch_len(Shape { seqs: 1, seq, heads, kv_heads, head_dim });
-    Workspace::room(threads * own.iter().sum::<usize>())
+/// Floats of workspace for [`attention`] and [`super::attention_part`].
+pub fn attention_workspace_len(shape: &Attention, threads: usize) -> usize {
+    Workspace::room(threads * scratch_len(shape).iter().sum::<usize>())
 }
 
 /// Scratch floats of a thread, in the order of [`Scratch`]'s fields.
-fn scratch_len(shape: Shape) -> [usize; 7] {
+fn scratch_len(shape: &Attention) -> [usize; 7] {
     let rows = shape.group() * CHUNK.min(shape.seq);
-    let values = KEYS * shape.wide();
-    let wide = rows * shape.wide();
-    [shape.panels_len(), values, wide, wide, QUERIES * SCORES, rows, rows]
-        .map(|len| len.next_multiple_of(LANES))
+    let (keys, values) = (shape.panels_len(shape.head_dim), KEYS * shape.wide_values());
+    let (queries, sums) = (rows * shape.wide(), rows * shape.wide_values());
+    [keys, values, queries, sums, QUERIES * SCORES, rows, rows].map(|len| len.next_multiple_of(LANES))
 }
 
 /// A thread's scratch; queries, sums, maxima and totals hold the task's rows head after head.
@@ -93,36 +63,71 @@ struct Scratch<'a> {
     total: &'a mut [f32],
 }
 
-struct Job<'a, T> {
-    shape: Shape,
-    qkv: &'a [T],
-    o: &'a Parts<'a, T>,
-    lse: &'a Parts<'a, f32>,
-    scale: f32,
+/// Where results go.
+#[derive(Clone, Copy)]
+pub(super) enum Out<'a, T> {
+    /// All keys are at hand.
+    Whole { o: &'a Parts<'a, T>, lse: &'a Parts<'a, f32> },
+    /// More keys come: weighted sums `[rows, heads, value_dim]`, greatest scores and sums of exponentials `[seqs, heads,
+    /// seq]` so far. Nothing was there before where this is the `first` part.
+    Part { sums: &'a Parts<'a, f32>, max: &'a Parts<'a, f32>, total: &'a Parts<'a, f32>, first: bool },
+}
+
+pub(super) struct Job<'a, T> {
+    pub(super) shape: Attention,
+    pub(super) qkv: &'a [T],
+    pub(super) keys: Keys<'a, T>,
+    pub(super) out: Out<'a, T>,
+    pub(super) span: Span,
 }
 
 impl<T: Element> Job<'_, T> {
+    pub(super) fn run(&self, pool: &Pool, ws: &mut [f32]) {
+        let (shape, span) = (&self.shape, &self.span);
+        let lens = scratch_len(shape);
+        let own_len = lens.iter().sum::<usize>();
+        let scratch = Parts::new(Workspace::new(ws).take(pool.threads() * own_len));
+        let (seqs, kv_heads) = (shape.seqs, shape.kv_heads);
+        let chunks = span.queries.len().div_ceil(CHUNK);
+        pool.run(chunks * seqs * kv_heads, &|task, thread| {
+            // SAFETY: each thread has its own part and runs one task at a time.
+            let mut rest = unsafe { scratch.part(thread * own_len..(thread + 1) * own_len) };
+            let [keys, values, queries, sums, scores, max, total] = lens.map(|len| {
+                let (piece, left) = std::mem::take(&mut rest).split_at_mut(len);
+                rest = left;
+                piece
+            });
+            // The longest chunks, those with the most keys, first.
+            let first = span.queries.start + (chunks - 1 - task / (seqs * kv_heads)) * CHUNK;
+            let rows = first..span.queries.end.min(first + CHUNK);
+            let (sequence, kv_head) = (task / kv_heads % seqs, task % kv_heads);
+            let scratch = Scratch { keys, values, queries, sums, scores, max, total };
+            self.chunk(sequence, kv_head, rows, scratch);
+        });
+    }
+
     /// The queries `rows` of one sequence and key head.
     fn chunk(&self, sequence: usize, kv_head: usize, rows: Range<usize>, scratch: Scratch<'_>) {
         let Scratch { keys, values, queries, sums, scores, max, total } = scratch;
-        let shape = self.shape;
+        let (shape, shift) = (self.shape, self.span.shift);
         let (ld, h, wide, n) = (shape.ld(), shape.head_dim, shape.wide(), rows.len());
+        let (values_h, values_wide) = (shape.value_dim, shape.wide_values());
         let qkv = &self.qkv[sequence * shape.seq * ld..][..shape.seq * ld];
         for g in 0..shape.group() {
             let from = rows.start * ld + (kv_head * shape.group() + g) * h;
-            copy_scaled(&qkv[from..], ld, n, h, self.scale, &mut queries[g * n * wide..], wide);
+            copy_scaled(&qkv[from..], ld, n, h, shape.scale, &mut queries[g * n * wide..], wide);
         }
-        max.fill(f32::NEG_INFINITY);
-        total.fill(0.0);
-        for first in (0..rows.end).step_by(KEYS) {
-            let count = KEYS.min(rows.end - first);
-            let k = first * ld + (shape.heads + kv_head) * h;
-            pack_keys(&qkv[k..], ld, count, h, keys);
-            copy_scaled(&qkv[k + shape.kv_heads * h..], ld, count, h, 1.0, values, wide);
+        let continues = self.begin(sequence, kv_head, rows.clone(), sums, max, total);
+        let last = self.span.keys.min(rows.end + shift);
+        for first in (0..last).step_by(KEYS) {
+            let count = KEYS.min(last - first);
+            let (k, v) = self.keys.head(&shape, sequence, kv_head, first);
+            pack_keys(k, self.keys.ld, count, h, keys);
+            copy_scaled(v, self.keys.ld, count, values_h, 1.0, values, values_wide);
             for g in 0..shape.group() {
                 for start in (0..n).step_by(QUERIES) {
                     let end = n.min(start + QUERIES);
-                    if rows.start + end <= first {
+                    if rows.start + end + shift <= first {
                         continue;
                     }
                     let block = Block {
@@ -130,31 +135,95 @@ impl<T: Element> Job<'_, T> {
                         values,
                         queries: &queries[(g * n + start) * wide..(g * n + end) * wide],
                         first,
+                        later: continues || first > 0,
                         count,
-                        position: rows.start + start,
+                        position: rows.start + start + shift,
                         h,
                         wide,
+                        values_h,
+                        values_wide,
                     };
                     let own = g * n + start..g * n + end;
-                    let sums = &mut sums[own.start * wide..own.end * wide];
+                    let sums = &mut sums[own.start * values_wide..own.end * values_wide];
                     block.run(scores, sums, &mut max[own.clone()], &mut total[own]);
                 }
             }
         }
-        for g in 0..shape.group() {
-            let head = kv_head * shape.group() + g;
-            let at = (sequence * shape.heads + head) * shape.seq;
-            // SAFETY: rows of a sequence and head belong to one task.
-            let lse = unsafe { self.lse.part(at + rows.start..at + rows.end) };
+        self.end(sequence, kv_head, rows, (sums, max, total));
+    }
+
+    /// Where a head's rows lie in `[seqs, heads, seq]` and in `[rows, heads, value_dim]`.
+    fn places(&self, sequence: usize, head: usize, rows: &Range<usize>) -> (Range<usize>, usize) {
+        let shape = &self.shape;
+        let at = (sequence * shape.heads + head) * shape.seq;
+        let to = (sequence * shape.seq + rows.start) * shape.o_ld() + head * shape.value_dim;
+        (at + rows.start..at + rows.end, to)
+    }
+
+    /// Takes up what earlier parts left, if there were any.
+    fn begin(
+        &self,
+        sequence: usize,
+        kv_head: usize,
+        rows: Range<usize>,
+        sums: &mut [f32],
+        max: &mut [f32],
+        total: &mut [f32],
+    ) -> bool {
+        let Out::Part { sums: all, max: maxima, total: totals, first: false } = self.out else {
+            max.fill(f32::NEG_INFINITY);
+            total.fill(0.0);
+            return false;
+        };
+        let (n, wide, ld) = (rows.len(), self.shape.wide_values(), self.shape.o_ld());
+        for g in 0..self.shape.group() {
+            let (of, at) = self.places(sequence, kv_head * self.shape.group() + g, &rows);
             let own = g * n..(g + 1) * n;
-            logarithms(&max[own.clone()], &total[own.clone()], lse);
-            let to = (sequence * shape.seq + rows.start) * shape.o_ld() + head * h;
-            divide(&sums[own.start * wide..own.end * wide], &total[own], self.o, to, shape.o_ld(), h);
+            // SAFETY: rows of a sequence and head belong to one task.
+            max[own.clone()].copy_from_slice(unsafe { maxima.part(of.clone()) });
+            // SAFETY: as above.
+            total[own.clone()].copy_from_slice(unsafe { totals.part(of) });
+            for (i, to) in sums[own.start * wide..own.end * wide].chunks_exact_mut(wide).enumerate() {
+                // SAFETY: as above.
+                let from = unsafe { all.part(at + i * ld..at + i * ld + self.shape.value_dim) };
+                to[..from.len()].copy_from_slice(from);
+            }
+        }
+        true
+    }
+
+    fn end(&self, sequence: usize, kv_head: usize, rows: Range<usize>, state: (&[f32], &[f32], &[f32])) {
+        let (shape, n, (sums, max, total)) = (&self.shape, rows.len(), state);
+        let wide = shape.wide_values();
+        for g in 0..shape.group() {
+            let (of, to) = self.places(sequence, kv_head * shape.group() + g, &rows);
+            let own = g * n..(g + 1) * n;
+            let sums = &sums[own.start * wide..own.end * wide];
+            match self.out {
+                Out::Whole { o, lse } => {
+                    // SAFETY: rows of a sequence and head belong to one task.
+                    let lse = unsafe { lse.part(of) };
+                    logarithms(&max[own.clone()], &total[own.clone()], lse);
+                    divide(sums, &total[own], o, to, shape.o_ld(), shape.value_dim);
+                }
+                Out::Part { sums: all, max: maxima, total: totals, .. } => {
+                    // SAFETY: as above.
+                    unsafe { maxima.part(of.clone()) }.copy_from_slice(&max[own.clone()]);
+                    // SAFETY: as above.
+                    unsafe { totals.part(of) }.copy_from_slice(&total[own]);
+                    for (i, from) in sums.chunks_exact(wide).enumerate() {
+                        let to = to + i * shape.o_ld();
+                        // SAFETY: as above.
+                        unsafe { all.part(to..to + shape.value_dim) }
+                            .copy_from_slice(&from[..shape.value_dim]);
+                    }
+                }
+            }
         }
     }
 }
 
-kernel! { fn logarithms(max: &[f32], total: &[f32], lse: &mut [f32]) = |s: S| {
+kernel! { pub(super) fn logarithms(max: &[f32], total: &[f32], lse: &mut [f32]) = |s: S| {
     for ((lse, &max), &total) in lse.iter_mut().zip(max).zip(total) {
         *lse = max + ln(total);
     }
@@ -184,12 +253,16 @@ struct Block<'a> {
     queries: &'a [f32],
     /// Position of the first key.
     first: usize,
+    /// Whether sums, maxima and totals hold those of earlier keys.
+    later: bool,
     /// Keys in the block.
     count: usize,
     /// Position of the first query.
     position: usize,
     h: usize,
     wide: usize,
+    values_h: usize,
+    values_wide: usize,
 }
 
 impl Block<'_> {
@@ -211,23 +284,23 @@ impl Block<'_> {
             }
             for row in i..i + m {
                 let scores = &mut scores[row * SCORES..row * SCORES + visible.next_multiple_of(LANES)];
-                let sums = &mut sums[row * self.wide..(row + 1) * self.wide];
-                softmax(scores, self.visible(row), &mut max[row], &mut total[row], sums, self.first > 0);
+                let sums = &mut sums[row * self.values_wide..(row + 1) * self.values_wide];
+                softmax(scores, self.visible(row), &mut max[row], &mut total[row], sums, self.later);
             }
-            for j in (0..self.h).step_by(NR) {
+            for j in (0..self.values_h).step_by(NR) {
                 let t = Tile {
                     k: visible,
                     a: scores[i * SCORES..].as_ptr(),
                     a_row: SCORES,
                     a_col: 1,
                     b: self.values[j..].as_ptr(),
-                    b_row: self.wide,
-                    c: sums[i * self.wide + j..].as_mut_ptr(),
-                    c_row: self.wide,
-                    load: self.first > 0,
+                    b_row: self.values_wide,
+                    c: sums[i * self.values_wide + j..].as_mut_ptr(),
+                    c_row: self.values_wide,
+                    load: self.later,
                 };
-                // SAFETY: m rows of `visible` scores, as many rows of values, m rows of sums, both `wide`.
-                unsafe { tile(m, NR.min(self.h - j), &t) };
+                // SAFETY: m rows of `visible` scores, as many rows of values, m rows of sums, both `values_wide`.
+                unsafe { tile(m, NR.min(self.values_h - j), &t) };
             }
         }
     }

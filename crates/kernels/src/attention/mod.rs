@@ -1,8 +1,9 @@
 //! Causal attention with grouped queries, in tiles: scores of a few dozen queries against a block of keys are all that
 //! is ever kept.
 //!
-//! A row of qkv holds `heads` query heads, `kv_heads` key heads and `kv_heads` value heads of `head_dim` elements; a
-//! row of the output holds `heads` heads. Query head h uses key and value head h / (heads / kv_heads).
+//! A row of qkv holds `heads` query heads and `kv_heads` key heads of `head_dim` elements and `kv_heads` value heads of
+//! `value_dim`; a row of the output holds `heads` heads of `value_dim`. Query head h uses key and value head
+//! h / (heads / kv_heads).
 //!
 //! Blocks are cut by position, by constants that depend on nothing else, and keys are taken in ascending order, so
 //! bits depend neither on threads nor on the number of sequences.
@@ -10,10 +11,16 @@
 mod backward;
 mod decode;
 mod forward;
+mod ring;
 
 pub use backward::{attention_dx, attention_dx_workspace_len};
 pub use decode::{attention_decode, attention_decode_workspace_len};
 pub use forward::{attention, attention_workspace_len};
+pub use ring::{
+    Sight, Softmax, attention_part, attention_part_dx, attention_parts, attention_parts_dx, pack_kv,
+};
+
+use std::ops::Range;
 
 use crate::gemm::NR;
 use crate::simd::{LANES, kernel, prefetch_far};
@@ -24,30 +31,44 @@ const KEYS: usize = 256;
 /// Row stride of scores: a block and one more vector, which also keeps rows off the same cache sets.
 const SCORES: usize = KEYS + LANES;
 
-/// The shape of packed qkv.
-#[derive(Clone, Copy)]
-struct Shape {
-    seqs: usize,
-    seq: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
+/// The shape of packed qkv, and what scores are multiplied by.
+#[derive(Clone, Copy, Debug)]
+pub struct Attention {
+    /// Sequences.
+    pub seqs: usize,
+    /// Rows of each.
+    pub seq: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Width of a head's queries and keys.
+    pub head_dim: usize,
+    /// Width of a head's values.
+    pub value_dim: usize,
+    /// What scores are multiplied by.
+    pub scale: f32,
 }
 
-impl Shape {
+impl Attention {
     /// Query heads that share a key head.
     fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
 
+    /// Row length of keys and values alone.
+    fn kv_ld(&self) -> usize {
+        self.kv_heads * (self.head_dim + self.value_dim)
+    }
+
     /// Row length of qkv.
     fn ld(&self) -> usize {
-        (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.heads * self.head_dim + self.kv_ld()
     }
 
     /// Row length of the output.
     fn o_ld(&self) -> usize {
-        self.heads * self.head_dim
+        self.heads * self.value_dim
     }
 
     /// `head_dim` in whole vectors: the row length of unpacked copies.
@@ -55,9 +76,14 @@ impl Shape {
         self.head_dim.next_multiple_of(LANES)
     }
 
-    /// Floats of a block of keys packed by columns.
-    fn panels_len(&self) -> usize {
-        KEYS.div_ceil(NR) * NR * self.head_dim
+    /// The same of values.
+    fn wide_values(&self) -> usize {
+        self.value_dim.next_multiple_of(LANES)
+    }
+
+    /// Floats of a block of keys, or of values, packed by columns.
+    fn panels_len(&self, dim: usize) -> usize {
+        KEYS.div_ceil(NR) * NR * dim
     }
 
     fn check(&self, qkv: usize) {
@@ -66,6 +92,43 @@ impl Shape {
             "heads do not divide into groups"
         );
         assert_eq!(qkv, self.seqs * self.seq * self.ld(), "qkv");
+    }
+
+    /// Keys and values where they lie in packed qkv.
+    fn own<'a, T>(&self, qkv: &'a [T]) -> Keys<'a, T> {
+        Keys { data: qkv, ld: self.ld(), at: self.heads * self.head_dim }
+    }
+}
+
+/// Rows of keys and values, of all heads: keys from `at` on, values behind them.
+#[derive(Clone, Copy)]
+struct Keys<'a, T> {
+    data: &'a [T],
+    ld: usize,
+    at: usize,
+}
+
+impl<'a, T> Keys<'a, T> {
+    /// Keys and values of one sequence and head, from row `first` on.
+    fn head(&self, shape: &Attention, sequence: usize, head: usize, first: usize) -> (&'a [T], &'a [T]) {
+        let row = (sequence * shape.seq + first) * self.ld + self.at;
+        let values = row + shape.kv_heads * shape.head_dim + head * shape.value_dim;
+        (&self.data[row + head * shape.head_dim..], &self.data[values..])
+    }
+}
+
+/// Some queries of a sequence, and the first `keys` rows of keys, of which the query in row i sees those up to `i + shift`.
+#[derive(Clone, Debug)]
+struct Span {
+    queries: Range<usize>,
+    keys: usize,
+    shift: usize,
+}
+
+impl Span {
+    /// All queries of a sequence, each with the keys up to itself.
+    fn causal(seq: usize) -> Span {
+        Span { queries: 0..seq, keys: seq, shift: 0 }
     }
 }
 

@@ -28,10 +28,17 @@ impl Shape {
     }
 }
 
+/// The shape as kernels take it: heads whose values are as wide as their keys.
+fn plain(s: Shape, scale: f32) -> Attention {
+    let Shape { seqs, seq, heads, kv, h } = s;
+    Attention { seqs, seq, heads, kv_heads: kv, head_dim: h, value_dim: h, scale }
+}
+
 pub(crate) fn forward<T: Storage>(pool: &Pool, s: Shape, qkv: &[T], scale: f32) -> (Vec<T>, Vec<f32>) {
     let (mut o, mut lse) = (vec![T::default(); s.o_len()], vec![0.0; s.lse_len()]);
-    let mut ws = scratch(attention_workspace_len(s.seq, s.heads, s.kv, s.h, pool.threads()));
-    attention(pool, qkv, &mut o, &mut lse, s.seqs, s.seq, s.heads, s.kv, s.h, scale, &mut ws);
+    let shape = plain(s, scale);
+    let mut ws = scratch(attention_workspace_len(&shape, pool.threads()));
+    attention(pool, &shape, qkv, &mut o, &mut lse, &mut ws);
     (o, lse)
 }
 
@@ -45,8 +52,9 @@ pub(crate) fn backward<T: Storage>(
     scale: f32,
 ) -> Vec<T> {
     let mut dqkv = vec![T::default(); s.qkv_len()];
-    let mut ws = scratch(attention_dx_workspace_len(s.seq, s.heads, s.kv, s.h, pool.threads()));
-    attention_dx(pool, qkv, o, lse, d, &mut dqkv, s.seqs, s.seq, s.heads, s.kv, s.h, scale, &mut ws);
+    let shape = plain(s, scale);
+    let mut ws = scratch(attention_dx_workspace_len(&shape, pool.threads()));
+    attention_dx(pool, &shape, qkv, o, lse, d, &mut dqkv, &mut ws);
     dqkv
 }
 

@@ -22,7 +22,7 @@ fn everything(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
     let (table, w) = (r.vec(VOCAB * DIM), r.vec(DIM));
     let tokens = r.tokens(n, VOCAB);
     let mut x = vec![0.0; n * DIM];
-    embed(pool, &tokens, &table, 0, None, SEQ, &mut x, DIM);
+    embed(pool, &tokens, &table, 0, None, Places::whole(SEQ), &mut x, DIM);
     let (mut y, mut rstd) = (x.clone(), vec![0.0; n]);
     rms_norm(pool, &x, &w, &mut y, &mut rstd, n, DIM, 1e-5);
     keep("rms", &y);
@@ -94,7 +94,7 @@ fn everything(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
     let mut dt = r.vec(2 * VOCAB * DIM);
     embed_grad(pool, &tokens, 0, VOCAB, &dx, &mut dt, DIM, tree, merge, &mut ws);
     let mut dp = r.vec(2 * SEQ * DIM);
-    pos_grad(pool, &dx, &mut dp, SEQ, SEQ, DIM, tree, merge, &mut ws);
+    pos_grad(pool, &dx, &mut dp, SEQ, Places::whole(SEQ), DIM, tree, merge, &mut ws);
     keep("embed", &[dt.clone(), dp].concat());
     let (mut p, mut m, mut v) = (table.clone(), dt[..table.len()].to_vec(), vec![0.5; table.len()]);
     let c =

@@ -4,7 +4,9 @@
 mod attention;
 mod bits;
 mod experts;
+mod latent;
 mod linear;
 mod loss;
 mod reference;
+mod ring;
 mod rows;

@@ -233,7 +233,7 @@ proptest! {
         let mut y = vec![0.0; n * dim];
         let row = |i: usize| (tokens[i] as usize).checked_sub(vocab0).filter(|&row| row < vocab);
         for pos in [None, Some(&pos[..])] {
-            embed(&pool, &tokens, &table, vocab0, pos, seq, &mut y, dim);
+            embed(&pool, &tokens, &table, vocab0, pos, Places::whole(seq), &mut y, dim);
             for i in 0..n * dim {
                 let word = row(i / dim).map_or(0.0, |row| table[row * dim + i % dim]);
                 prop_assert_eq!(y[i], word + pos.map_or(0.0, |pos| pos[i / dim % seq * dim + i % dim]));
@@ -269,7 +269,7 @@ proptest! {
             let before = r.vec(3 * positions * dim);
             let mut grad = before.clone();
             let mut ws = scratch(pos_grad_workspace_len(dim, tree, 2));
-            pos_grad(&pool, &dy, &mut grad, positions, seq, dim, tree, m, &mut ws);
+            pos_grad(&pool, &dy, &mut grad, positions, Places::whole(seq), dim, tree, m, &mut ws);
             check(&before, &grad, &add_tree(&leaf_sums(positions, &|i| Some(i % seq)), tree), m);
         }
     }

@@ -22,10 +22,15 @@ fn talk(p: &Program, op: &Op) -> Vec<Task> {
         program::Collective::AllGather => Collective::AllGather,
         program::Collective::ReduceScatter => Collective::ReduceScatter,
         program::Collective::AllToAll => Collective::AllToAll,
-        // Keys and values come by as in a gather; backward, their gradients follow in a second round.
+        // Keys and values come by as in a gather; backward, their gradients follow in a second round, one hop further.
         program::Collective::Ring => {
-            let rounds = comm.messages.chunks(times - 1);
-            return rounds.map(|hops| task(Collective::AllGather, hops[0].bytes() * times as u64)).collect();
+            let hops = times - 1;
+            let round = |hops_made: usize, m: &program::Message| {
+                task(Collective::AllGather, m.bytes() * (hops_made * times) as u64 / hops as u64)
+            };
+            let gradients = comm.messages.last().filter(|_| comm.messages.len() > hops);
+            let keys = comm.messages.first().map(|m| round(hops, m));
+            return keys.into_iter().chain(gradients.map(|m| round(times, m))).collect();
         }
         program::Collective::Send { .. } | program::Collective::Recv { .. } => return Vec::new(),
     };

@@ -43,10 +43,16 @@ impl Emitter<'_> {
             return o;
         }
         let lse = self.stat(&format!("{name}.lse"), rows, heads.q);
-        let (ins, outs) = (vec![self.g.all(qkv)], vec![self.g.all(o), self.g.all(lse)]);
+        let (ins, mut outs) = (vec![self.g.all(qkv)], vec![self.g.all(o), self.g.all(lse)]);
         let kind = match self.cx.layout.cp {
             1 => OpKind::Attention { heads },
-            _ => OpKind::RingAttention { heads, axis: Axis::Cp },
+            _ => {
+                let keys = self.act(&format!("{name}.keys"), 2 * rows, heads.kv_cols());
+                let sums = self.stat(&format!("{name}.sums"), rows, heads.out_cols());
+                let totals = self.stat(&format!("{name}.totals"), rows, heads.q);
+                outs.extend([keys, sums, totals].map(|v| self.g.all(v)));
+                OpKind::RingAttention { heads, axis: Axis::Cp }
+            }
         };
         self.push(kind, name, ins, outs);
         o

@@ -169,7 +169,7 @@ impl Placer<'_> {
         let positions = sequence.max(self.cx.request.mode.positions());
         let rotated = model.latent.map_or(model.head_dim, |l| l.rope_dim);
         let half = if matches!(model.position, Position::Rope(_)) { rotated / 2 } else { 0 };
-        let kv = self.cx.heads().kv * model.head_dim;
+        let heads = self.cx.heads();
         let cache = self.cx.request.mode.positions() * model.layers;
         let dtype = self.cx.dtype;
         let mut table =
@@ -186,8 +186,8 @@ impl Placer<'_> {
             v_cache: None,
         };
         if cache > 0 {
-            io.k_cache = Some(table("cache.k", cache, kv, dtype));
-            io.v_cache = Some(table("cache.v", cache, kv, dtype));
+            io.k_cache = Some(table("cache.k", cache, heads.kv * heads.dim, dtype));
+            io.v_cache = Some(table("cache.v", cache, heads.kv * heads.value_dim, dtype));
         }
         self.memory.other = self.at - before;
         io

@@ -121,12 +121,22 @@ fn expected_without_weights(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
         }
         Attention { heads: h } | RingAttention { heads: h, .. } => {
             let x = packed(h, at(0)?);
-            (vec![x], vec![of(x.rows, h.out_cols(), x.dtype), f32(x.rows, h.q)])
+            let mut outs = vec![of(x.rows, h.out_cols(), x.dtype), f32(x.rows, h.q)];
+            if let RingAttention { .. } = kind {
+                let keys = of(2 * x.rows, h.kv_cols(), x.dtype);
+                outs.extend([keys, f32(x.rows, h.out_cols()), f32(x.rows, h.q)]);
+            }
+            (vec![x], outs)
         }
         AttentionGrad { heads: h } | RingAttentionGrad { heads: h, .. } => {
             let x = packed(h, at(0)?);
             let o = of(x.rows, h.out_cols(), x.dtype);
-            (vec![x, o, f32(x.rows, h.q), o], vec![x])
+            let mut outs = vec![x];
+            if let RingAttentionGrad { .. } = kind {
+                let keys = of(2 * x.rows, h.kv_cols(), x.dtype);
+                outs.extend([keys, f32(x.rows, h.q * h.dim), f32(3 * x.rows, h.kv_cols())]);
+            }
+            (vec![x, o, f32(x.rows, h.q), o], outs)
         }
         AttentionCached { heads: h, .. } => {
             let x = packed(h, at(0)?);

@@ -267,6 +267,11 @@ impl HfModel {
             map = text;
         }
         let config = Config(&map);
+        if let Some(family) = config.text("model_type")?.and_then(super::deepseek::family) {
+            let model = config.deepseek(family)?;
+            model.validate()?;
+            return Ok(HfModel { model, windows: None, inexact: left_out });
+        }
         let family = config.family()?;
         if let Some(first) = config.unsupported(family)?.into_iter().next() {
             return Err(first);

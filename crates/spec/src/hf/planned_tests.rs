@@ -245,10 +245,10 @@ fn refusals_name_the_architecture_and_what_can_be_done() {
     assert!(e.hint_text().is_some_and(|h| h.contains("deepseek_v3") && h.contains("llama")));
     let e = refused(json!({ "model_type": "deepseek_v3", "hidden_size": 64 }));
     assert_eq!(e.to_string(), "num_hidden_layers is missing, expected a whole number above 0");
-    // To train, it is refused with another word.
-    let config = json!({ "model_type": "deepseek_v3", "hidden_size": 64 }).to_string();
+    // To train, a model that is planned alone is refused with another word.
+    let config = json!({ "model_type": "glm4_moe", "hidden_size": 64 }).to_string();
     let e = ModelSpec::from_hf_config(&config).expect_err("does not train");
-    assert_eq!(e.to_string(), "architecture deepseek_v3 can be planned, it does not train yet");
+    assert_eq!(e.to_string(), "architecture glm4_moe can be planned, it does not train yet");
 }
 
 #[test]

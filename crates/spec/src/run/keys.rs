@@ -289,7 +289,7 @@ pub(crate) static KEYS: &[Key] = &[
         "layout.cp",
         count(1, MAX_WORLD),
         "1",
-        "context-parallel ranks: each holds a part of every sequence (planned, not trained yet)",
+        "context-parallel ranks: each holds a part of every sequence, and keys and values walk around them",
     ),
     key(
         "layout.ep",

@@ -34,7 +34,7 @@ pub(super) fn route<T: Number>(pool: &Pool, a: &Args<'_, T>) {
         }
         OpKind::RouteGrad { top_k, router: ref r, sequences } => {
             let ((n, experts), (_, leaves)) = (a.shape(1), a.shape(3));
-            let r = router(top_k, r, sequences, a.launch().sequence());
+            let r = router(top_k, r, sequences, a.launch().context());
             let (dgates, logits, index, counts) = (a.floats(0), a.input(1), a.ids(2), a.ids(3));
             kernels::route_dx(pool, dgates, logits, index, counts, &r, a.out(0), (n, experts, leaves), ws);
             // The step's counts of this layer.

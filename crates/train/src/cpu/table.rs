@@ -2,13 +2,16 @@
 
 use bytemuck::Pod;
 use half::bf16;
-use kernels::{AdamW, Gelu, Pool, Storage};
+use kernels::{AdamW, Gelu, Places, Pool, Storage};
 use program::{Heads, NORM_CHUNK, OpKind};
 use spec::{DType, NormKind};
 
 use super::args::Args;
+use super::attention::{attention, attention_cached, ring_attention};
 use super::experts::{grouped_linear, permute, route, slice};
+use super::latent::{latent_norm, latent_rope};
 use crate::device::Lack;
+use crate::launch::Launch;
 
 /// Element types of parameters and activations.
 pub(super) trait Number: Storage + Pod {}
@@ -35,7 +38,10 @@ pub(super) fn kernel<T: Number>(kind: &OpKind) -> Result<Kernel<T>, Lack> {
         LinearGradWeight | BiasGrad => linear_grad_weight,
         Rope { .. } => rope,
         Attention { .. } | AttentionGrad { .. } => attention,
+        RingAttention { .. } | RingAttentionGrad { .. } => ring_attention,
         AttentionCached { .. } => attention_cached,
+        LatentNorm { .. } | LatentNormGradInput | LatentNormGradWeight => latent_norm,
+        LatentRope { .. } | LatentRopeGrad { .. } => latent_rope,
         Route { .. } | RouteGrad { .. } => route,
         Slice { .. } => slice,
         Permute { .. } | PermuteGrad | Unpermute { .. } | UnpermuteGrad => permute,
@@ -67,7 +73,11 @@ fn embed<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     let dim = l.output(0).cols;
     let from = l.turn.position * dim;
     let table = a.optional(2).filter(|_| positions).map(|p| &p[from..]);
-    kernels::embed(pool, a.ids(0), a.input(1), vocab0, table, l.sequence(), a.out(0), dim);
+    kernels::embed(pool, a.ids(0), a.input(1), vocab0, table, places(l), a.out(0), dim);
+}
+
+fn places(l: &Launch<'_>) -> Places {
+    Places { seq: l.sequence(), starts: l.places() }
 }
 
 fn embed_grad<T: Number>(pool: &Pool, a: &Args<'_, T>) {
@@ -78,8 +88,8 @@ fn embed_grad<T: Number>(pool: &Pool, a: &Args<'_, T>) {
             kernels::embed_grad(pool, a.ids(0), vocab0, rows, a.input(1), levels, cols, g.inner, g.merge, ws);
         }
         _ => {
-            let seq = a.launch().sequence();
-            kernels::pos_grad(pool, a.input(0), levels, rows, seq, cols, g.inner, g.merge, ws);
+            let places = places(a.launch());
+            kernels::pos_grad(pool, a.input(0), levels, rows, places, cols, g.inner, g.merge, ws);
         }
     }
 }
@@ -162,54 +172,6 @@ fn rope<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     let seq = if n == 1 { positions } else { l.sequence() };
     let (cos, sin) = (a.floats(1), a.floats(2));
     kernels::rope(pool, a.out(0), cos, sin, n, seq, h.q, h.kv, h.dim, l.turn.position, inverse);
-}
-
-/// What scores of queries and keys are multiplied by.
-fn attention_scale(h: Heads) -> f32 {
-    1.0 / (h.dim as f32).sqrt()
-}
-
-fn attention<T: Number>(pool: &Pool, a: &Args<'_, T>) {
-    let (seq, qkv, ws) = (a.launch().sequence(), a.input(0), a.workspace());
-    let n = a.shape(0).0 / seq;
-    match *a.launch().kind() {
-        OpKind::Attention { heads: h } => {
-            let (o, lse, scale) = (a.out(0), a.out_floats(1), attention_scale(h));
-            kernels::attention(pool, qkv, o, lse, n, seq, h.q, h.kv, h.dim, scale, ws);
-        }
-        OpKind::AttentionGrad { heads: h } => {
-            let (o, lse, dy, dqkv, scale) =
-                (a.input(1), a.floats(2), a.input(3), a.out(0), attention_scale(h));
-            kernels::attention_dx(pool, qkv, o, lse, dy, dqkv, n, seq, h.q, h.kv, h.dim, scale, ws);
-        }
-        _ => not_mine!(a),
-    }
-}
-
-/// Appends the token's keys and values to the layer's cache and attends over all of it so far.
-fn attention_cached<T: Number>(pool: &Pool, a: &Args<'_, T>) {
-    let OpKind::AttentionCached { heads: h, .. } = *a.launch().kind() else { not_mine!(a) };
-    let (position, capacity) = (a.launch().turn.position, a.launch().output(1).rows);
-    let (qkv, keys, values) = (a.input(0), a.out(1), a.out(2));
-    let (q_width, width) = (h.q * h.dim, h.kv * h.dim);
-    let row = position * width..(position + 1) * width;
-    keys[row.clone()].copy_from_slice(&qkv[q_width..q_width + width]);
-    values[row].copy_from_slice(&qkv[q_width + width..q_width + 2 * width]);
-    kernels::attention_decode(
-        pool,
-        &qkv[..q_width],
-        q_width,
-        keys,
-        values,
-        &[position + 1],
-        a.out(0),
-        capacity,
-        h.q,
-        h.kv,
-        h.dim,
-        attention_scale(h),
-        a.workspace(),
-    );
 }
 
 fn elementwise<T: Number>(pool: &Pool, a: &Args<'_, T>) {

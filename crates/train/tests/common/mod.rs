@@ -61,11 +61,12 @@ pub fn target(k: u64, s: usize, i: usize, vocab: usize) -> u32 {
 /// Fills in this rank's sequences of step `k` and returns the valid targets of the global batch.
 pub fn fill(exec: &mut Executor, vocab: usize, k: u64) -> u64 {
     let (m, t, all) = (exec.program.micro_batch(), exec.program.sequence, exec.program.sequences);
+    let local = exec.program.local_sequence();
     for i in 0..exec.program.local_sequences {
         let s = exec.program.first_sequence(i / m) + i % m;
-        for j in 0..t {
-            exec.tokens()[i * t + j] = token(k, s, j, vocab);
-            exec.targets()[i * t + j] = target(k, s, j, vocab);
+        for (at, j) in exec.program.positions().into_iter().flatten().enumerate() {
+            exec.tokens()[i * local + at] = token(k, s, j, vocab);
+            exec.targets()[i * local + at] = target(k, s, j, vocab);
         }
     }
     let valid = |s: usize| (0..t).filter(|&j| target(k, s, j, vocab) != u32::MAX).count() as u64;
