@@ -489,6 +489,8 @@ pub(crate) enum BenchCommand {
     },
     /// Predict steps of the reference model under many layouts, measure them, and compare
     Predict(BenchPredict),
+    /// Time saving, resharding and loading of a model's state against dd on the same disk
+    Checkpoint(BenchCheckpoint),
     /// Time collectives and messages between ranks of this machine
     Collectives {
         /// Ranks

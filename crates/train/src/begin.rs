@@ -58,7 +58,7 @@ impl Beginning {
     /// If run directory, checkpoints, tokenizers and run file do not fit together.
     pub fn decide(run: &RunSpec, asked: Asked) -> Result<Beginning> {
         check_positions(run)?;
-        let dir = RunDir::new(&run.run.dir);
+        let dir = RunDir::of(run);
         let saved = ckpt::list(&dir.checkpoints())
             .map_err(|e| e.hint("set run.dir to a directory, or to a new name"))?;
         let begin = Beginning {

@@ -42,6 +42,7 @@ pub use lock::DirLock;
 pub use mesh::Mesh;
 pub use null::Null;
 pub use run_dir::{RunDir, read};
+pub use saving::Saving;
 pub use spans::{CpuClock, Span, Spans};
 pub use state::{Source, State};
 pub use survive::{Agent, Pulse, Way};

@@ -8,22 +8,36 @@ use crate::begin::{how_to_fall_back, whole};
 use crate::identity::{self, Trained};
 use crate::text::Remembered;
 
+const CHECKPOINTS: &str = "checkpoints";
+
 const DATA: &str = "data.json";
 
 /// Larger than any run file, table or configuration; keeps an endless file from filling memory.
 const TEXT_BYTES_MAX: u64 = 64 << 20;
 
-/// The files of a run: `run.toml`, `tokenizer.json`, `data.json` (which tokens its text became), `checkpoints/`,
+/// The files of a run: `run.toml`, `tokenizer.json`, `data.json` (which tokens its text became), `checkpoints/`
+/// unless `checkpoint.dir` names another place,
 /// `journal-*.jsonl`, `tensorboard/`, and `lock` while a trainer owns it.
 #[derive(Clone, Debug)]
 pub struct RunDir {
     path: PathBuf,
+    /// Where its checkpoints lie, if whoever opened it knows; else its run file is asked.
+    checkpoints: Option<PathBuf>,
 }
 
 impl RunDir {
     /// The run at `path`, which need not exist.
     pub fn new(path: impl Into<PathBuf>) -> RunDir {
-        RunDir { path: path.into() }
+        RunDir { path: path.into(), checkpoints: None }
+    }
+
+    /// The directory of this run, which need not exist.
+    pub fn of(run: &RunSpec) -> RunDir {
+        let own = || run.run.dir.join(CHECKPOINTS);
+        RunDir {
+            path: run.run.dir.clone(),
+            checkpoints: Some(run.checkpoint.dir.clone().unwrap_or_else(own)),
+        }
     }
 
     /// Where it lies.
@@ -50,9 +64,10 @@ impl RunDir {
         Ok(identity::of_run(self, &Trained::of(checkpoint))?.map(|t| t.path))
     }
 
-    /// Where checkpoints go.
+    /// Where checkpoints go: a directory, or a URL.
     pub fn checkpoints(&self) -> PathBuf {
-        self.path.join("checkpoints")
+        let elsewhere = || if self.run_file().is_file() { self.load().ok()?.checkpoint.dir } else { None };
+        self.checkpoints.clone().or_else(elsewhere).unwrap_or_else(|| self.path.join(CHECKPOINTS))
     }
 
     /// Where TensorBoard event files go.
