@@ -11,11 +11,13 @@ use futures_util::stream::BoxStream;
 use object_store::memory::InMemory;
 use object_store::path::Path as Key;
 use object_store::{
-    CopyOptions, Error as StoreError, GetOptions, GetRange, GetResult, ListResult, MultipartUpload, ObjectMeta,
-    ObjectStore, ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+    CopyOptions, Error as StoreError, GetOptions, GetRange, GetResult, ListResult, MultipartUpload,
+    ObjectMeta, ObjectStore, ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
 
-use crate::{Checkpoint, FileRecord, Kind, Meta, Piece, Region, Saver, bucket, diff, keep, latest, list, reshard};
+use crate::{
+    Checkpoint, FileRecord, Kind, Meta, Piece, Region, Saver, bucket, diff, keep, latest, list, reshard,
+};
 
 /// What happens to the operation at which a [`Watched`] store fails, and to those after it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -82,7 +84,9 @@ impl Watched {
 
     /// Everything in it, by name.
     fn names(&self) -> Vec<String> {
-        let all = async { self.inner.list(None).map(|o| o.unwrap().location.to_string()).collect::<Vec<_>>().await };
+        let all = async {
+            self.inner.list(None).map(|o| o.unwrap().location.to_string()).collect::<Vec<_>>().await
+        };
         let mut names = futures(all);
         names.sort();
         names
@@ -152,8 +156,7 @@ fn write(dir: &Path, step: u64, value: f32, ranks: usize) -> spec::Result<Vec<Fi
         let element = |i: usize| value + (i / cols * COLS + col0 + i % cols) as f32;
         let data: Vec<f32> = (0..ROWS * cols).map(element).collect();
         let boxes = vec![Region::rect(0, ROWS, col0, cols)];
-        let piece =
-            Piece { name: "w", kind: Kind::Param, global_shape: &[ROWS, COLS], boxes, data: &data };
+        let piece = Piece { name: "w", kind: Kind::Param, global_shape: &[ROWS, COLS], boxes, data: &data };
         Saver::begin(dir, step)?.write_rank(rank, [piece])
     };
     (0..ranks).map(write_rank).collect()
@@ -210,7 +213,8 @@ fn a_step_is_replaced_by_its_own_run_alone() {
     assert_eq!((newest(&url), store.names().len()), (2.0, 5));
     // Where a step must be new, the store decides, not a look before.
     let saver = Saver::begin(&url, 3).unwrap();
-    let error = saver.commit_only(&url, write(&url, 3, 5.0, 4).unwrap(), Meta::default()).expect_err("refused");
+    let error =
+        saver.commit_only(&url, write(&url, 3, 5.0, 4).unwrap(), Meta::default()).expect_err("refused");
     assert!(error.to_string().contains("it is there already"), "{error}");
     assert_eq!((newest(&url), store.names().len()), (2.0, 5));
 }
@@ -272,7 +276,12 @@ fn check_faults(step: u64, fault: Fault) {
         save(&url, 3, 3.0).unwrap();
         assert_eq!(newest(&url), 3.0, "{fault:?} at {at}");
         keep(&url, 1, None).unwrap();
-        assert_eq!(store.names().len(), 5, "{fault:?} at {at}: the next save clears leftovers: {:?}", store.names());
+        assert_eq!(
+            store.names().len(),
+            5,
+            "{fault:?} at {at}: the next save clears leftovers: {:?}",
+            store.names()
+        );
     }
 }
 
@@ -316,7 +325,10 @@ fn a_rank_reads_the_chunks_that_it_needs_once() {
     assert!(read.windows(2).all(|w| w[0].1.end <= w[1].1.start), "no byte twice: {read:?}");
     let bytes: u64 = read.iter().map(|(_, range)| range.end - range.start).sum();
     let needed = 4 * len as u64;
-    assert!((needed..=needed + 2 * crate::manifest::CHUNK_BYTES as u64).contains(&bytes), "{bytes} of {needed}");
+    assert!(
+        (needed..=needed + 2 * crate::manifest::CHUNK_BYTES as u64).contains(&bytes),
+        "{bytes} of {needed}"
+    );
 }
 
 #[test]

@@ -62,12 +62,13 @@ pub mod hf;
 pub mod torch;
 
 pub use dir::{is_checkpoint, keep, latest, list, remove, superfluous};
-pub use place::is_url;
 pub use manifest::{FileEntry, Kind, Manifest, Meta, PieceEntry, TensorEntry};
+pub use place::is_url;
 pub use read::{Checkpoint, Verified};
 pub use region::{Region, Run, for_each_copy};
 pub use reshard::{Resharded, reshard};
 pub use save::{FileRecord, Piece, Saver};
+pub use save_bucket::{get_beside, put_beside};
 pub use tools::{Difference, Listing, TensorDifference, TensorListing, diff, ls, verify};
 
 #[cfg(test)]

@@ -422,8 +422,9 @@ fn text_of(bucket: &Bucket, file: &Path) -> Result<String> {
         return Err(Error::user(format!("open checkpoint: {} is not there", file.display()))
             .hint("phalanx ckpt ls lists those of a run"));
     };
-    String::from_utf8(text)
-        .map_err(|_| Error::user(format!("checkpoint manifest {} is damaged: it is not UTF-8", file.display())))
+    String::from_utf8(text).map_err(|_| {
+        Error::user(format!("checkpoint manifest {} is damaged: it is not UTF-8", file.display()))
+    })
 }
 
 /// A data file is there at its full length.

@@ -167,9 +167,8 @@ impl Saver {
 
     fn clear_leftovers(&self) -> Result<()> {
         match &self.to {
-            To::Folder { folder, .. } => dir::clear_leftovers(folder, self.step).map_err(|e| {
-                Error::io("clear leftovers of an interrupted save in", folder.path(), &e)
-            }),
+            To::Folder { folder, .. } => dir::clear_leftovers(folder, self.step)
+                .map_err(|e| Error::io("clear leftovers of an interrupted save in", folder.path(), &e)),
             To::Bucket(bucket) => {
                 save_bucket::clear_leftovers(bucket, self.step);
                 Ok(())

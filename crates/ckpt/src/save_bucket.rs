@@ -4,7 +4,7 @@
 //! A rank's file has a name of its own in every attempt. So nothing that a committed manifest names is ever written again,
 //! and what no manifest names is garbage, whoever left it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use spec::{Error, Result};
 
@@ -153,9 +153,29 @@ pub(crate) fn remove(bucket: &Bucket, steps: &[u64]) -> Result<()> {
 
 /// Removes everything in a step's prefix but what its manifest names.
 fn sweep(folder: &Bucket, committed: Option<&Manifest>) -> Result<()> {
-    let kept = |name: &str| {
-        committed.is_some_and(|m| name == MANIFEST || m.files.iter().any(|f| f.name == name))
-    };
+    let kept =
+        |name: &str| committed.is_some_and(|m| name == MANIFEST || m.files.iter().any(|f| f.name == name));
     let rest: Vec<String> = folder.files()?.into_iter().map(|(name, _)| name).filter(|n| !kept(n)).collect();
     if rest.is_empty() { Ok(()) } else { folder.remove(&rest) }
+}
+
+/// Largest file that lies beside checkpoints: a tokenizer.
+const MAX_BESIDE_BYTES: usize = 256 << 20;
+
+/// Puts a small file beside the checkpoints at a URL, in place of the one that is there.
+///
+/// # Errors
+/// When `url` names no object store, or the store cannot take it.
+pub fn put_beside(url: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    let mut upload = Bucket::at(url)?.upload(name, bytes.len() as u64);
+    upload.write_all(bytes)?;
+    upload.finish()
+}
+
+/// Reads a small file beside the checkpoints at a URL; `None` if it is not there.
+///
+/// # Errors
+/// When `url` names no object store, or the store cannot be read.
+pub fn get_beside(url: &Path, name: &str) -> Result<Option<Vec<u8>>> {
+    Ok(Bucket::at(url)?.read(name, MAX_BESIDE_BYTES)?.map(|(bytes, _)| bytes))
 }

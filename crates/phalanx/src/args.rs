@@ -18,7 +18,7 @@ pub(crate) use economy::{Decide, Economy};
 pub(crate) use pages::{Guide, PlanCommand, PlanOr};
 pub(crate) use serving::Inference;
 pub(crate) use simulate::Simulate;
-pub(crate) use survival::{Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger};
+pub(crate) use survival::{BenchCheckpoint, Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger};
 pub(crate) use validate::Validate;
 pub(crate) use watching::{Completions, Dash, Doctor, Journal, JournalCommand, Man, Top};
 

@@ -46,8 +46,9 @@ fn all(path: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let folder = folder(path);
     let found = if ckpt::is_url(&folder) || folder.is_dir() { ckpt::list(&folder)? } else { Vec::new() };
     if found.is_empty() {
-        return Err(Error::user(format!("no checkpoint in {}", folder.display()))
-            .hint("give the directory of a run that has saved one, its checkpoint.dir, or the checkpoint itself"));
+        return Err(Error::user(format!("no checkpoint in {}", folder.display())).hint(
+            "give the directory of a run that has saved one, its checkpoint.dir, or the checkpoint itself",
+        ));
     }
     Ok(found)
 }

@@ -8,6 +8,7 @@ mod owner;
 mod planner;
 mod rehearsal;
 mod serving;
+mod stores;
 mod survival;
 mod report;
 mod watching;

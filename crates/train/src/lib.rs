@@ -2,6 +2,7 @@
 
 mod arena;
 mod begin;
+mod beside;
 mod checkpoint;
 mod cpu;
 mod device;

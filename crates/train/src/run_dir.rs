@@ -1,12 +1,18 @@
 use std::io::Read;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use spec::{Context, Error, Result, RunSpec};
 
 use crate::begin::{how_to_fall_back, whole};
+use crate::beside::Fetched;
 use crate::identity::{self, Trained};
 use crate::text::Remembered;
+
+pub(crate) const RUN_FILE: &str = "run.toml";
+
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
 
 const CHECKPOINTS: &str = "checkpoints";
 
@@ -23,12 +29,27 @@ pub struct RunDir {
     path: PathBuf,
     /// Where its checkpoints lie, if whoever opened it knows; else its run file is asked.
     checkpoints: Option<PathBuf>,
+    /// Holds `path` if the run was fetched.
+    fetched: Option<Arc<Fetched>>,
 }
 
 impl RunDir {
     /// The run at `path`, which need not exist.
     pub fn new(path: impl Into<PathBuf>) -> RunDir {
-        RunDir { path: path.into(), checkpoints: None }
+        RunDir { path: path.into(), checkpoints: None, fetched: None }
+    }
+
+    /// The run at `path`. A URL is that of its checkpoints: what lies beside them is fetched.
+    ///
+    /// # Errors
+    /// If there is no run at that URL, or it cannot be fetched.
+    pub fn open(path: &Path) -> Result<RunDir> {
+        if !ckpt::is_url(path) {
+            return Ok(RunDir::new(path));
+        }
+        let fetched = Arc::new(Fetched::from(path)?);
+        let checkpoints = Some(path.to_owned());
+        Ok(RunDir { path: fetched.path().to_owned(), checkpoints, fetched: Some(fetched) })
     }
 
     /// The directory of this run, which need not exist.
@@ -37,6 +58,7 @@ impl RunDir {
         RunDir {
             path: run.run.dir.clone(),
             checkpoints: Some(run.checkpoint.dir.clone().unwrap_or_else(own)),
+            fetched: None,
         }
     }
 
@@ -47,12 +69,12 @@ impl RunDir {
 
     /// The resolved run file.
     pub fn run_file(&self) -> PathBuf {
-        self.path.join("run.toml")
+        self.path.join(RUN_FILE)
     }
 
     /// The tokenizer, if the run has one.
     pub fn tokenizer(&self) -> Option<PathBuf> {
-        let path = self.path.join("tokenizer.json");
+        let path = self.path.join(TOKENIZER);
         path.exists().then_some(path)
     }
 
@@ -114,7 +136,7 @@ impl RunDir {
         replace(&self.run_file(), run.to_toml().as_bytes())?;
         if let Some(from) = tokenizer {
             let bytes = std::fs::read(from).map_err(|e| Error::io("read tokenizer", from, &e))?;
-            replace(&self.path.join("tokenizer.json"), &bytes)?;
+            replace(&self.path.join(TOKENIZER), &bytes)?;
         }
         Ok(())
     }

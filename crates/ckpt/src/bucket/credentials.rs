@@ -7,7 +7,8 @@ use std::time::Duration;
 use spec::{Error, Result};
 
 /// Where clouds tell a machine who it is; nobody answers elsewhere.
-const METADATA: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(169, 254, 169, 254)), 80);
+const METADATA: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(169, 254, 169, 254)), 80);
 
 /// Metadata come from the host that the machine runs on.
 const METADATA_WAIT: Duration = Duration::from_secs(1);
@@ -47,7 +48,10 @@ pub(super) fn check(scheme: &str, name: &str) -> Result<()> {
     let set = |variables: &[&str]| variables.iter().any(|v| std::env::var_os(v).is_some());
     let known = match scheme {
         "s3" | "s3a" => set(S3) || of_profile().is_some(),
-        "gs" => set(GOOGLE) || home(".config/gcloud/application_default_credentials.json").is_some_and(|p| p.exists()),
+        "gs" => {
+            set(GOOGLE)
+                || home(".config/gcloud/application_default_credentials.json").is_some_and(|p| p.exists())
+        }
         "az" | "azure" | "abfs" | "abfss" => set(AZURE),
         _ => return Ok(()),
     };

@@ -37,7 +37,8 @@ pub(super) struct Connector;
 
 impl HttpConnector for Connector {
     fn connect(&self, _: &ClientOptions) -> object_store::Result<HttpClient> {
-        let client = client().map_err(|why| object_store::Error::Generic { store: "TLS", source: why.into() })?;
+        let client =
+            client().map_err(|why| object_store::Error::Generic { store: "TLS", source: why.into() })?;
         Ok(HttpClient::new(Service(client)))
     }
 }
@@ -66,7 +67,8 @@ pub(super) fn check_cpu() -> Result<(), String> {
     if graviola::util::is_cpu_supported() {
         return Ok(());
     }
-    Err("this processor lacks instructions that TLS is computed with (AES, ADX and BMI2, or those of ARMv8)".into())
+    Err("this processor lacks instructions that TLS is computed with (AES, ADX and BMI2, or those of ARMv8)"
+        .into())
 }
 
 #[derive(Debug)]

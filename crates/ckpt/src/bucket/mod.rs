@@ -204,7 +204,7 @@ impl Bucket {
     }
 
     fn key(&self, name: &str) -> Key {
-        self.prefix.clone().join(name)
+        name.split('/').fold(self.prefix.clone(), Key::join)
     }
 
     fn wait<T>(

@@ -110,12 +110,18 @@ mod tests {
         let mut sha = Crypto.digest(DigestAlgorithm::Sha256).unwrap();
         sha.update(b"a");
         sha.update(b"bc");
-        assert_eq!(hex(sha.finish().unwrap()), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!(
+            hex(sha.finish().unwrap()),
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
         // RFC 4231, test case 2.
         let mut tag = Crypto.hmac(DigestAlgorithm::Sha256, b"Jefe").unwrap();
         tag.update(b"what do ya want ");
         tag.update(b"for nothing?");
-        assert_eq!(hex(tag.finish().unwrap()), "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843");
+        assert_eq!(
+            hex(tag.finish().unwrap()),
+            "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"
+        );
         assert!(Crypto.sign(SigningAlgorithm::RS256, b"no key").is_err());
     }
 

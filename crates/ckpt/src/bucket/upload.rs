@@ -58,7 +58,8 @@ impl Upload {
     /// When it could not be written; then nothing of it stays.
     pub(crate) fn finish(mut self) -> Result<()> {
         if self.parts.is_none() {
-            let (key, all) = (self.bucket.key(&self.name), PutPayload::from(std::mem::take(&mut self.filling)));
+            let (key, all) =
+                (self.bucket.key(&self.name), PutPayload::from(std::mem::take(&mut self.filling)));
             let store = self.bucket.store.clone();
             return self.wait(async move { store.put(&key, all).await.map(|_| ()) });
         }
