@@ -16,13 +16,17 @@ pub(super) fn told(doing: &str, place: &Path, e: &StoreError) -> Error {
         return Error::user(format!("{doing} {place}: there is no such bucket"))
             .hint(format!("create it, or mend its name{}", endpoint()));
     }
+    let code = code(e).map(|c| format!(" ({c})")).unwrap_or_default();
+    let unknown = ["InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthenticationFailed", "InvalidToken", "ExpiredToken"];
     match e {
         StoreError::NotFound { .. } => Error::user(format!("{doing} {place}: it is not there"))
             .hint("give the URL of a checkpoint, or of the place where a run's checkpoints lie"),
-        StoreError::PermissionDenied { .. } => Error::user(format!("{doing} {place}: the store denies it"))
-            .hint("the credentials need the right to list, read, write and delete objects under that URL"),
-        StoreError::Unauthenticated { .. } => {
-            Error::user(format!("{doing} {place}: the store does not accept the credentials"))
+        StoreError::PermissionDenied { .. } if !unknown.iter().any(|u| code.contains(u)) => {
+            Error::user(format!("{doing} {place}: the store denies it{code}"))
+                .hint("the credentials need the right to list, read, write and delete objects under that URL")
+        }
+        StoreError::PermissionDenied { .. } | StoreError::Unauthenticated { .. } => {
+            Error::user(format!("{doing} {place}: the store does not accept the credentials{code}"))
                 .hint(credentials(&place.to_string()))
         }
         StoreError::NotSupported { .. } | StoreError::NotImplemented { .. } => {
@@ -35,18 +39,24 @@ pub(super) fn told(doing: &str, place: &Path, e: &StoreError) -> Error {
 
 /// What is neither the user's nor a plain refusal: no answer, or an answer that says that the store has failed.
 fn failed(doing: &str, place: &str, e: &StoreError) -> Error {
-    let words = short(e);
-    let lower = words.to_lowercase();
-    let denied = ["invalidaccesskeyid", "signaturedoesnotmatch", "accessdenied", "status code: 401"];
-    if denied.iter().any(|d| lower.contains(d)) {
-        return Error::user(format!("{doing} {place}: the store does not accept the credentials: {words}"))
-            .hint(credentials(place));
-    }
     if let Some(http) = http_error(e) {
         return Error::failure(format!("{doing} {place}: no answer from the store: {}", deepest(http)))
             .hint(format!("see that it can be reached from here{}", endpoint()));
     }
-    Error::failure(format!("{doing} {place}: {words}")).hint(format!("try again later{}", endpoint()))
+    let words = short(e);
+    let hint = match words.contains("region") {
+        true => "set AWS_REGION to the bucket's",
+        false => "try again later",
+    };
+    Error::failure(format!("{doing} {place}: {words}")).hint(format!("{hint}{}", endpoint()))
+}
+
+/// What S3, Google and Azure call the refusal, in the XML that they answer with.
+fn code(e: &StoreError) -> Option<String> {
+    let words = e.to_string();
+    let (_, rest) = words.split_once("<Code>")?;
+    let (code, _) = rest.split_once("</Code>")?;
+    Some(code.chars().take(SHOWN_CHARS).collect())
 }
 
 pub(super) fn is_missing_bucket(e: &StoreError) -> bool {
@@ -93,8 +103,14 @@ fn deepest(e: &(dyn std::error::Error + 'static)) -> String {
     at.to_string()
 }
 
+/// The store's words without the request that they repeat.
 fn short(e: &StoreError) -> String {
     let words = e.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-    let cut: String = words.chars().take(SHOWN_CHARS).collect();
-    if cut.len() < words.len() { cut + "..." } else { cut }
+    let (before, said) = words.split_once(" - ").unwrap_or(("", &words));
+    let retries = before.split_once(", after ").and_then(|(_, rest)| rest.split(',').next());
+    let cut: String = said.chars().take(SHOWN_CHARS).collect();
+    match retries {
+        Some(retries) => format!("{} (after {retries})", cut.trim_end_matches([':', ' '])),
+        None => cut,
+    }
 }

@@ -283,7 +283,7 @@ impl Lifeline {
         opened: &mut Opened,
         owes: Option<u64>,
     ) -> Result<Option<Placed>, Broken> {
-        let dir = RunDir::of(run);
+        let dir = RunDir::of(&run);
         let done = (|| {
             let all = match (&hall, &exec) {
                 (Some(hall), _) => hall,
