@@ -30,13 +30,13 @@ pub struct RunDir {
     /// Where its checkpoints lie, if whoever opened it knows; else its run file is asked.
     checkpoints: Option<PathBuf>,
     /// Holds `path` if the run was fetched.
-    fetched: Option<Arc<Fetched>>,
+    _fetched: Option<Arc<Fetched>>,
 }
 
 impl RunDir {
     /// The run at `path`, which need not exist.
     pub fn new(path: impl Into<PathBuf>) -> RunDir {
-        RunDir { path: path.into(), checkpoints: None, fetched: None }
+        RunDir { path: path.into(), checkpoints: None, _fetched: None }
     }
 
     /// The run at `path`. A URL is that of its checkpoints: what lies beside them is fetched.
@@ -49,7 +49,7 @@ impl RunDir {
         }
         let fetched = Arc::new(Fetched::from(path)?);
         let checkpoints = Some(path.to_owned());
-        Ok(RunDir { path: fetched.path().to_owned(), checkpoints, fetched: Some(fetched) })
+        Ok(RunDir { path: fetched.path().to_owned(), checkpoints, _fetched: Some(fetched) })
     }
 
     /// The directory of this run, which need not exist.
@@ -58,7 +58,7 @@ impl RunDir {
         RunDir {
             path: run.run.dir.clone(),
             checkpoints: Some(run.checkpoint.dir.clone().unwrap_or_else(own)),
-            fetched: None,
+            _fetched: None,
         }
     }
 

@@ -34,6 +34,10 @@ struct Found {
     step_while_saving_s: f64,
     /// How long the step loop waited for a save in the background: for the copy, and for the commit.
     stall_s: f64,
+    /// Of that: the copy.
+    stall_copy_s: f64,
+    /// Of that: the commit.
+    stall_commit_s: f64,
     /// Of one step.
     stall_share_of_step: f64,
     /// From the begin of a save in the background to its commit.
@@ -148,7 +152,7 @@ fn measure(args: &BenchCheckpoint, place: &Path) -> Result<Found> {
 /// Steps with a save in the background every few of them, as a run makes it. Rates of the rest are left 0.
 fn beside(stepper: &mut Stepper, args: &BenchCheckpoint, dir: &Path, state_bytes: u64) -> Result<Found> {
     let (mut free, mut busy, mut stalls, mut whole) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let (mut copy, mut extra) = (Vec::new(), None);
+    let (mut copies, mut commits, mut copy, mut extra) = (Vec::new(), Vec::new(), Vec::new(), None);
     for _ in 0..2 {
         stepper.step()?;
     }
@@ -170,7 +174,10 @@ fn beside(stepper: &mut Stepper, args: &BenchCheckpoint, dir: &Path, state_bytes
         let (back, written) = saving.join();
         copy = back;
         Saver::commit(&dir, round, vec![FileRecord::from_bytes(&written?)?], Meta::default())?;
-        stalls.push(copied_s + commit.elapsed().as_secs_f64());
+        let commit_s = commit.elapsed().as_secs_f64();
+        stalls.push(copied_s + commit_s);
+        copies.push(copied_s);
+        commits.push(commit_s);
         whole.push(began.elapsed().as_secs_f64());
         let grown = before.zip(memory_most()).map(|(before, most)| most.saturating_sub(before));
         extra = extra.or(grown.map(|bytes| bytes as f64 / state_bytes as f64));
@@ -185,6 +192,8 @@ fn beside(stepper: &mut Stepper, args: &BenchCheckpoint, dir: &Path, state_bytes
         step_s,
         step_while_saving_s: quantile(&mut busy, 0.5),
         stall_s,
+        stall_copy_s: quantile(&mut copies, 0.5),
+        stall_commit_s: quantile(&mut commits, 0.5),
         stall_share_of_step: stall_s / step_s,
         background_save_s: quantile(&mut whole, 0.5),
         extra_copies: extra,
@@ -271,8 +280,10 @@ fn table(f: &Found) -> String {
             1e3 * f.step_while_saving_s
         ),
         format!(
-            "background save: stall {:.1} ms ({} of a step), {:.2} s in all, {} copies of the state in memory",
+            "background save: stall {:.1} ms (copy {:.1}, commit {:.1}; {} of a step), {:.2} s in all, {} copies of the state in memory",
             1e3 * f.stall_s,
+            1e3 * f.stall_copy_s,
+            1e3 * f.stall_commit_s,
             percent(f.stall_share_of_step),
             f.background_save_s,
             or_none(f.extra_copies.map(|c| format!("{c:.2}")))

@@ -113,7 +113,7 @@ fn a_store_holds_what_a_directory_holds() {
 
     // Weights are taken up from the URL alone.
     at.ok(&tiny("new", &format!("--init {url} --set train.steps=2")));
-    at.ok(&format!("generate {url} --prompt mesh --max-tokens 3"));
+    at.ok(&format!("generate {url} --prompt mesh -n 3"));
     at.ok(&format!("ckpt prune {url} --keep 1"));
     assert_eq!(at.steps(&url), [6]);
 }
