@@ -27,6 +27,14 @@ pub(crate) use upload::Upload;
 #[cfg(test)]
 pub(crate) use connect::place;
 
+#[cfg(test)]
+mod conformance;
+
+/// The S3 server that the program's own tests use.
+#[cfg(test)]
+#[path = "../../../phalanx/tests/stores/server.rs"]
+mod server;
+
 /// Requests of one call that travel at the same time.
 const AT_ONCE: usize = 8;
 

@@ -7,7 +7,11 @@ use tokio::task::JoinSet;
 use super::{Bucket, errors, runtime};
 
 /// Bytes of a part: large enough that the round trip for each does not show. Stores want at least 5 MiB.
-const PART_BYTES: u64 = if cfg!(test) { 1 << 10 } else { 8 << 20 };
+const PART_BYTES: u64 = 8 << 20;
+
+/// The same in a test's own store: many parts of few bytes.
+#[cfg(test)]
+const PART_BYTES_IN_MEMORY: u64 = 1 << 10;
 
 /// Stores take at most 10,000 parts of an object.
 const MAX_PARTS: u64 = 10_000;
@@ -28,6 +32,11 @@ pub(crate) struct Upload {
 impl Upload {
     pub(super) fn new(bucket: Bucket, name: &str, bytes: u64) -> Upload {
         let part_bytes = PART_BYTES.max(bytes.div_ceil(MAX_PARTS)) as usize;
+        #[cfg(test)]
+        let part_bytes = match bucket.url.starts_with("memory:") {
+            true => PART_BYTES_IN_MEMORY as usize,
+            false => part_bytes,
+        };
         let (filling, on_the_way) = (Vec::new(), JoinSet::new());
         Upload { bucket, name: name.to_owned(), part_bytes, filling, parts: None, on_the_way }
     }

@@ -1,5 +1,6 @@
 //! Checkpoints at URLs: trained into, looked at, resharded, taken up again; and a store that makes trouble.
 
+mod proxy;
 mod server;
 
 use std::process::{Command, Stdio};
@@ -7,7 +8,8 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 
 use crate::common::{Lab, Ran, tiny};
-use server::{BUCKET, Proxy, Server, Trouble};
+use proxy::{Proxy, Trouble};
+use server::{BUCKET, Server};
 
 /// The program in a folder, with a store that it reaches at `address`.
 struct At<'a> {
