@@ -1,6 +1,7 @@
 use crate::element::{ElementType, OpTag, Order, even_ranges};
 use crate::header::OpKind;
 use crate::inner::Transport;
+use crate::mpi::Mpi;
 use crate::op::Op;
 use crate::world::World;
 use spec::{Error, Result};
@@ -61,7 +62,7 @@ pub struct Row {
 }
 
 /// Measures `ops` at each of `sizes` (bytes of f32) over all ranks, each for about `budget`. Collective: every rank
-/// calls it alike and gets the same rows.
+/// calls it alike and gets the same rows. Over MPI its own all-reduce, whose sums come in another order, is measured too.
 ///
 /// # Errors
 /// Memory for the buffers is short, or an operation fails.
@@ -103,7 +104,34 @@ pub fn bench_collectives(
             });
         }
     }
+    if slowest_transport(world) == Transport::Mpi && ops.iter().any(|op| op.kind == OpKind::AllReduce) {
+        rows.extend(plain_mpi(world, sizes, budget)?);
+    }
     Ok(rows)
+}
+
+/// The library's own all-reduce beside ours, on private buffers.
+fn plain_mpi(world: &World, sizes: &[usize], budget: Duration) -> Result<Vec<Row>> {
+    let Some(mpi) = Mpi::started() else { return Ok(Vec::new()) };
+    let largest = sizes.iter().copied().max().unwrap_or(0) / 4;
+    let (input, mut output) = (vec![1.0f32; largest], vec![0.0f32; largest]);
+    let row = |bytes: usize, [us, quartile_us]: [f64; 2]| Row {
+        op: "mpi_allreduce",
+        transport: Transport::Mpi.name(),
+        shared: false,
+        ranks: world.size(),
+        bytes,
+        us,
+        quartile_us,
+        bus_gb_per_s: bus_bytes(OpKind::AllReduce, world.size(), bytes) / us / 1e3,
+    };
+    let measured = sizes.iter().map(|&bytes| {
+        let count = bytes / 4;
+        let times =
+            measure(world, budget, || mpi.all_reduce_unordered(&input[..count], &mut output[..count]))?;
+        Ok(row(bytes, times))
+    });
+    measured.collect()
 }
 
 /// What this rank does once; a message goes from rank 0 to the last and back.
@@ -180,7 +208,7 @@ fn measure(world: &World, budget: Duration, mut once: impl FnMut() -> Result<()>
 fn slowest_transport(world: &World) -> Transport {
     let others = || (0..world.size()).filter(|r| *r != world.rank()).map(|r| world.transport(r));
     others()
-        .find(|t| *t == Transport::Tcp)
+        .find(|t| matches!(t, Transport::Tcp | Transport::Mpi))
         .or_else(|| others().next())
         .unwrap_or(world.transport(world.rank()))
 }

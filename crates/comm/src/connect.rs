@@ -4,8 +4,10 @@ mod door;
 
 use crate::control::{CONTROL_BYTES, Control, MAX_LOCAL};
 use crate::inner::{Core, Failure, Near, Peer, Transport};
-use crate::link::{Io, Line};
+use crate::link::{Io, Line, Way};
 use crate::memory::Mapping;
+use crate::mpi::Mpi;
+use crate::mpi::pipes::Pipes;
 use crate::os::{is_out_of_files, os_error, raise_file_limit};
 use crate::seal::Seals;
 use crate::secret::random;
@@ -47,12 +49,36 @@ struct Card {
     far: SocketAddr,
     /// Part of the proofs of those who connect, so that they hold for this card alone.
     token: u128,
+    mpi: HasMpi,
+}
+
+/// What a rank can do over MPI, as its card says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum HasMpi {
+    No,
+    /// It can start it, together with all others.
+    Can,
+    /// It was told to use nothing else.
+    Must,
+}
+
+impl HasMpi {
+    const ALL: [(HasMpi, &str); 3] = [(HasMpi::No, "no"), (HasMpi::Can, "can"), (HasMpi::Must, "must")];
+
+    fn of(b: &Bootstrap) -> HasMpi {
+        match b.transport {
+            TransportChoice::Mpi => HasMpi::Must,
+            TransportChoice::Auto if b.has_mpi => HasMpi::Can,
+            _ => HasMpi::No,
+        }
+    }
 }
 
 impl Card {
     fn encode(&self) -> String {
-        let Card { fingerprint, host, pid, near, far, token } = self;
-        format!("{fingerprint:032x}\n{host}\n{pid}\n{near}\n{far}\n{token:032x}")
+        let Card { fingerprint, host, pid, near, far, token, mpi } = self;
+        let mpi = HasMpi::ALL.iter().find(|(has, _)| has == mpi).map_or("", |(_, word)| word);
+        format!("{fingerprint:032x}\n{host}\n{pid}\n{near}\n{far}\n{token:032x}\n{mpi}")
     }
 
     fn decode(bytes: &[u8]) -> Option<Card> {
@@ -64,6 +90,10 @@ impl Card {
             near: lines.next()?.into(),
             far: lines.next()?.parse().ok()?,
             token: u128::from_str_radix(lines.next()?, 16).ok()?,
+            mpi: {
+                let word = lines.next()?;
+                HasMpi::ALL.iter().find(|(_, own)| *own == word)?.0
+            },
         })
     }
 
@@ -101,9 +131,10 @@ fn join(b: &Bootstrap, gave_up: &str) -> Result<Arc<Core>> {
     let cards = collect(&wait, &own)?;
     check_fingerprints(b, &cards)?;
     let near = neighbours(b, &cards)?;
+    let pipes = pipes(b, &cards)?;
     let (mapping, file) = Mapping::shared("phalanx-control", CONTROL_BYTES)?;
     let control = Control::new(Arc::new(mapping), false);
-    let met = door::meet(&wait, &cards, &near, &doors, &file)?;
+    let met = door::meet(&wait, &cards, &near, pipes.is_none(), &doors, &file)?;
 
     let mut lines = Vec::with_capacity(b.world);
     let mut peers = Vec::with_capacity(b.world);
@@ -111,8 +142,11 @@ fn join(b: &Bootstrap, gave_up: &str) -> Result<Arc<Core>> {
     for (rank, met) in met.into_iter().enumerate() {
         let index = near.iter().position(|&r| r == rank);
         let (line, memory) = match met {
-            Some(Met { socket, memory, seals }) => (Some(Line { socket, seals }), memory),
-            None => (None, None),
+            Some(Met { socket, memory, seals }) => (Some(Line { way: Way::Socket(socket), seals }), memory),
+            None => {
+                let pipes = pipes.clone().filter(|_| rank != b.rank);
+                (pipes.map(|pipes| Line { way: Way::Mpi(pipes, rank), seals: None }), None)
+            }
         };
         let theirs = match memory {
             Some(file) => {
@@ -124,7 +158,7 @@ fn join(b: &Bootstrap, gave_up: &str) -> Result<Arc<Core>> {
             None => None,
         };
         let host = match (b.transport, hosts.iter().position(|h| *h == cards[rank].host)) {
-            (TransportChoice::Tcp, _) => rank,
+            (TransportChoice::Tcp | TransportChoice::Mpi, _) => rank,
             (_, Some(host)) => host,
             (_, None) => {
                 hosts.push(&cards[rank].host);
@@ -134,14 +168,18 @@ fn join(b: &Bootstrap, gave_up: &str) -> Result<Arc<Core>> {
         peers.push(Peer {
             place: cards[rank].place(),
             host,
-            transport: if index.is_some() { Transport::Shm } else { Transport::Tcp },
+            transport: match (index, &pipes) {
+                (Some(_), _) => Transport::Shm,
+                (None, Some(_)) => Transport::Mpi,
+                (None, None) => Transport::Tcp,
+            },
             near: theirs.zip(index).map(|(control, index)| Near { control, index }),
         });
         lines.push(line);
     }
     let patience = patience(near.len().max(b.local_world));
     let core = Arc::new(Core::new(b.rank, b.timeout, patience, peers, Arc::new(Failure::default()))?);
-    Io::start(&core, lines)?;
+    Io::start(&core, lines, pipes)?;
     Ok(core)
 }
 
@@ -212,6 +250,7 @@ fn publish(b: &Bootstrap, doors: &Doors) -> Result<Card> {
         near: doors.name.clone(),
         far: doors.far.local_addr().map_err(|e| Error::failure(format!("listen for other ranks: {e}")))?,
         token: u128::from_le_bytes(random()?),
+        mpi: HasMpi::of(b),
     };
     let there = b.store.compare_set(&key(b, b.rank), None, own.encode())?;
     if there == own.encode().as_bytes() {
@@ -277,11 +316,34 @@ fn check_fingerprints(b: &Bootstrap, cards: &[Card]) -> Result<()> {
     .hint("start all ranks from one binary, with the same run file and overrides"))
 }
 
+/// Pipes of MPI, if those who share no memory are to talk over it: it is started then, by all ranks alike.
+fn pipes(b: &Bootstrap, cards: &[Card]) -> Result<Option<Arc<Pipes>>> {
+    let must = |rank: usize| cards[rank].mpi == HasMpi::Must;
+    if let (Some(one), Some(other)) =
+        ((0..cards.len()).find(|r| must(*r)), (0..cards.len()).find(|r| !must(*r)))
+    {
+        return Err(Error::user(format!(
+            "rank {one} ({}) was told to use MPI alone, rank {other} ({}) was not",
+            cards[one].place(),
+            cards[other].place()
+        ))
+        .hint("give all ranks the same --transport"));
+    }
+    let is_one_host = cards.iter().all(|c| c.host == cards[0].host);
+    let wanted = must(0) || !is_one_host && cards.iter().all(|c| c.mpi == HasMpi::Can);
+    if !wanted || cards.len() == 1 {
+        return Ok(None);
+    }
+    let mpi = Mpi::start(b.timeout)?;
+    mpi.check(b.rank, b.world)?;
+    Ok(Some(Arc::new(Pipes::new(mpi)?)))
+}
+
 /// The ranks that share memory with this one, itself included, ascending.
 fn neighbours(b: &Bootstrap, cards: &[Card]) -> Result<Vec<usize>> {
     let same = |rank: &usize| cards[*rank].host == cards[b.rank].host;
     match b.transport {
-        TransportChoice::Tcp => return Ok(vec![b.rank]),
+        TransportChoice::Tcp | TransportChoice::Mpi => return Ok(vec![b.rank]),
         TransportChoice::Shm => {
             if let Some(other) = (0..b.world).find(|rank| !same(rank)) {
                 return Err(Error::user(format!(
@@ -354,6 +416,7 @@ mod tests {
             near: "phalanx-1-0".into(),
             far: "10.0.0.1:4000".parse().unwrap(),
             token: u128::MAX,
+            mpi: HasMpi::Can,
         };
         let good = vec![card.encode().into_bytes()];
         crate::fuzz_test::fuzz(

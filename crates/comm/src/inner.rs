@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
-/// What carries messages between two ranks. A library that serves whole groups (NCCL, MPI) is none: it would be one
-/// more way of a [`Group`](crate::Group).
+/// What carries messages between two ranks. A library that serves whole groups (NCCL) is none: it would be one more way
+/// of a [`Group`](crate::Group).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Transport {
     /// Memory of one process.
@@ -21,6 +21,8 @@ pub enum Transport {
     Shm,
     /// Sockets between hosts.
     Tcp,
+    /// The site's MPI library.
+    Mpi,
 }
 
 impl Transport {
@@ -30,6 +32,7 @@ impl Transport {
             Transport::Threads => "threads",
             Transport::Shm => "shm",
             Transport::Tcp => "tcp",
+            Transport::Mpi => "mpi",
         }
     }
 }
@@ -108,6 +111,18 @@ impl Core {
 
     pub(crate) fn size(&self) -> usize {
         self.peers.len()
+    }
+
+    /// Lets messages advance that do so only when somebody asks.
+    pub(crate) fn progress(&self) {
+        if let Some(io) = self.io.get() {
+            io.progress(self);
+        }
+    }
+
+    /// Whether there are such messages.
+    pub(crate) fn has_mpi(&self) -> bool {
+        self.io.get().is_some_and(Io::has_mpi)
     }
 
     pub(crate) fn inbox(&self) -> MutexGuard<'_, Inbox> {

@@ -46,7 +46,7 @@
 //! # How it works, in reading order
 //!
 //! `header` (what messages say about themselves), `control` (what a rank shows its neighbours), `near` (collectives in
-//! shared memory), `p2p` and `link` (messages, in memory and over sockets), `mesh` (collectives made of messages),
+//! shared memory), `p2p` and `link` (messages, in memory, over sockets and through `mpi`), `mesh` (collectives made of messages),
 //! `group` (which of these, or both levels), `progress` (who polls), `connect` (how ranks find each other), `secret` and `seal` (how they know each other), [`store`].
 
 mod bench;
@@ -63,6 +63,7 @@ mod inner;
 mod link;
 mod memory;
 mod mesh;
+mod mpi;
 mod near;
 mod op;
 mod os;
@@ -83,6 +84,7 @@ pub use group::{DEFAULT_DEPTH, Group};
 pub use half::bf16;
 pub use header::OpKind;
 pub use inner::{Transport, blamed, blames_peer};
+pub use mpi::{Mpi, MpiLibrary, find_mpi};
 pub use op::{Op, Ranges};
 pub use os::{os_error, raise_file_limit};
 pub use progress::{Handle, Times};

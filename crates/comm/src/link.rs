@@ -1,29 +1,33 @@
-//! Sockets to the other ranks, served by one thread per rank.
+//! Connections to the other ranks, served by one thread per rank.
 //!
-//! Every pair of ranks has a connection: TCP between hosts, which carries messages; a Unix socket within one, which
-//! carries nothing but the files of shared memory. Both bring bad news: a connection that ends without a farewell is
-//! a rank that died, and an abort is passed to all.
+//! Every pair of ranks has a connection: TCP or a pipe of MPI between hosts, which carries messages; a Unix socket within
+//! one, which carries nothing but the files of shared memory. All bring bad news: a socket that ends without a farewell is
+//! a rank that died, and an abort is passed to all. Of MPI's ranks the launcher notices when one dies, and ends all.
 
 mod read;
+mod way;
 
 use self::read::Reader;
+pub(crate) use self::way::Way;
+use self::way::{MpiSide, SendError, Source};
 use crate::control::publish;
 use crate::element::Span;
 use crate::header::{Header, Space};
 use crate::inner::Core;
+use crate::mpi::pipes::Pipes;
 use crate::os::os_error;
 use crate::p2p::{Payload, here_or_left};
 use crate::seal::{Seal, Seals, TAG_BYTES};
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, Shutdown};
 use spec::{Error, Result};
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How often a rank shows that it is alive.
@@ -68,17 +72,18 @@ pub(crate) struct Io {
     began: Instant,
     /// Payload bytes of messages.
     sent: AtomicU64,
+    mpi: Option<MpiSide>,
 }
 
 /// A connection to another rank, and its seals where others could change what it carries. A Unix socket needs none once
-/// both ends have shown who they are.
+/// both ends have shown who they are; MPI's messages are the launcher's to guard.
 pub(crate) struct Line {
-    pub(crate) socket: OwnedFd,
+    pub(crate) way: Way,
     pub(crate) seals: Option<Seals>,
 }
 
 struct Link {
-    socket: OwnedFd,
+    way: Way,
     /// Whether heads and bodies carry tags.
     is_sealed: bool,
     /// What seals frames, in the order of the queue: taken with its lock held.
@@ -93,6 +98,8 @@ struct Link {
     heard: AtomicU64,
     /// The last heartbeat seen in shared memory.
     beat: AtomicU64,
+    /// Why frames do not go, where the reading side does not find out.
+    failure: OnceLock<String>,
 }
 
 struct Frame {
@@ -140,7 +147,7 @@ impl Frame {
     }
 
     /// Writes what the socket takes; whether that was all. The queue's lock must be held.
-    fn write(&mut self, link: &Link) -> Result<bool, Errno> {
+    fn write(&mut self, link: &Link) -> Result<bool, SendError> {
         let tags = if link.is_sealed { TAG_BYTES } else { 0 };
         let bytes = self.body().len();
         let total = HEAD_BYTES + tags + bytes + if bytes > 0 { tags } else { 0 };
@@ -154,11 +161,10 @@ impl Frame {
             if !files.is_empty() {
                 control.push(SendAncillaryMessage::ScmRights(&files));
             }
-            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            match rustix::net::sendmsg(&link.socket, &self.rest(), &mut control, flags) {
+            match link.way.send(&self.rest(), &mut control) {
                 Ok(n) => self.written += n,
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Ok(false),
+                Err(SendError::Socket(Errno::INTR)) => {}
+                Err(SendError::Socket(Errno::AGAIN)) => return Ok(false),
                 Err(e) => return Err(e),
             }
         }
@@ -226,7 +232,19 @@ impl Link {
             None => (false, (None, None)),
         };
         let (out, left, ended, heard, beat) = Default::default();
-        Link { socket: line.socket, is_sealed, seal, open: Mutex::new(open), out, left, ended, heard, beat }
+        let failure = OnceLock::new();
+        Link {
+            way: line.way,
+            is_sealed,
+            seal,
+            open: Mutex::new(open),
+            out,
+            left,
+            ended,
+            heard,
+            beat,
+            failure,
+        }
     }
 
     fn reader(&self) -> Reader {
@@ -245,7 +263,11 @@ impl Link {
                 Ok(true) => drop(out.pop_front()),
                 Ok(false) => return false,
                 // The reading side will find the connection closed and say so.
-                Err(_) => out.clear(),
+                Err(SendError::Socket(_)) => out.clear(),
+                Err(SendError::Mpi(why)) => {
+                    out.clear();
+                    let _ = self.failure.set(why);
+                }
             }
         }
         true
@@ -284,7 +306,7 @@ pub(crate) async unsafe fn send(
         }
         out.push_back(frame);
     }
-    io.wake();
+    io.wake_for(link);
     if payload == Payload::Copied {
         return Ok(());
     }
@@ -318,7 +340,7 @@ pub(crate) fn credit(core: &Core, header: &Header, to: usize) {
         && let Ok((io, link)) = link(core, to)
         && link.push(Frame::new(Kind::Credit, &header.encode(), Vec::new()))
     {
-        io.wake();
+        io.wake_for(link);
     }
 }
 
@@ -331,17 +353,19 @@ fn link(core: &Core, rank: usize) -> Result<(&Io, &Link)> {
 
 impl Io {
     /// Takes over one connection per rank (none for the rank itself) and starts the thread.
-    pub(crate) fn start(core: &Arc<Core>, lines: Vec<Option<Line>>) -> Result<()> {
+    pub(crate) fn start(core: &Arc<Core>, lines: Vec<Option<Line>>, pipes: Option<Arc<Pipes>>) -> Result<()> {
         let failed = |e: Errno| os_error(&format!("set up the connections of rank {}", core.rank), &e.into());
         let link = |line: Line| {
-            rustix::io::ioctl_fionbio(&line.socket, true).map_err(failed)?;
+            line.way.socket().map_or(Ok(()), |s| rustix::io::ioctl_fionbio(s, true)).map_err(failed)?;
             Ok(Link::new(line))
         };
         let links = lines.into_iter().map(|line| line.map(link).transpose()).collect::<Result<Vec<_>>>()?;
         let wake =
             rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed)?;
         let (closing, thread, sent) = Default::default();
-        let io = core.io.get_or_init(|| Io { links, wake, closing, thread, began: Instant::now(), sent });
+        let mpi = pipes.map(|pipes| MpiSide::new(pipes, &links));
+        let io =
+            core.io.get_or_init(|| Io { links, wake, closing, thread, began: Instant::now(), sent, mpi });
         let serving = core.clone();
         let thread = std::thread::Builder::new()
             .name(format!("link-{}", core.rank))
@@ -363,6 +387,18 @@ impl Io {
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
+    /// Has the thread write what was left of a connection's queue.
+    fn wake_for(&self, link: &Link) {
+        self.leave_frames(link);
+        self.wake();
+    }
+
+    fn leave_frames(&self, link: &Link) {
+        if let (Some(mpi), None) = (&self.mpi, link.way.socket()) {
+            mpi.has_frames.store(true, Ordering::Release);
+        }
+    }
+
     pub(crate) fn sent_bytes(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
@@ -378,6 +414,7 @@ impl Io {
         }
         for (_, link) in self.each() {
             link.push(Frame::new(Kind::Abort, &[0; 8], why[..end].into()));
+            self.leave_frames(link);
         }
         self.wake();
     }
@@ -417,6 +454,7 @@ impl Io {
             None => {
                 for (_, link) in self.each() {
                     link.push(Frame::new(Kind::Farewell, &[0; 8], Vec::new()));
+                    self.leave_frames(link);
                 }
             }
         }
@@ -433,9 +471,11 @@ impl Io {
     }
 
     fn serve(&self, core: &Core) {
+        let by_socket = |link: &&Link| link.way.socket().is_some();
         let mut readers: Vec<Option<Reader>> =
-            self.links.iter().map(|l| l.as_ref().map(Link::reader)).collect();
+            self.links.iter().map(|l| l.as_ref().filter(by_socket).map(Link::reader)).collect();
         let mut next_beat = Instant::now();
+        let mut found = Instant::now();
         let mut closing = None;
         loop {
             let now = Instant::now();
@@ -444,17 +484,25 @@ impl Io {
                 self.beat(core, &readers);
             }
             if self.closing.load(Ordering::SeqCst) {
-                let until = *closing.get_or_insert_with(|| now + LINGER);
+                let until = *closing.get_or_insert_with(|| now + self.linger(core));
                 if now >= until || self.may_close(core, &readers) {
                     return;
                 }
             }
-            let ready = self.poll(&readers, next_beat.saturating_duration_since(now));
+            let mut at_most = next_beat.saturating_duration_since(now);
+            if self.has_mpi() {
+                if self.progress(core) {
+                    found = now;
+                }
+                self.report_failures(core);
+                at_most = at_most.min(MpiSide::nap(found));
+            }
+            let ready = self.poll(&readers, at_most);
             for rank in ready {
                 let Some(link) = &self.links[rank] else { continue };
                 link.flush();
-                let Some(reader) = &mut readers[rank] else { continue };
-                if let Err(end) = reader.read(core, self, rank, link) {
+                let (Some(reader), Some(socket)) = (&mut readers[rank], link.way.socket()) else { continue };
+                if let Err(end) = reader.read(core, self, rank, link, &mut Source::Socket(socket)) {
                     self.ended(core, rank, link, &end);
                     readers[rank] = None;
                 }
@@ -467,8 +515,9 @@ impl Io {
         let mut ranks = vec![usize::MAX];
         let mut polled = vec![PollFd::new(&self.wake, PollFlags::IN)];
         for (rank, link) in self.each().filter(|(rank, _)| readers[*rank].is_some()) {
+            let Some(socket) = link.way.socket() else { continue };
             let writing = if link.out().is_empty() { PollFlags::empty() } else { PollFlags::OUT };
-            polled.push(PollFd::new(&link.socket, PollFlags::IN | writing));
+            polled.push(PollFd::new(socket, PollFlags::IN | writing));
             ranks.push(rank);
         }
         let timeout = rustix::event::Timespec {
@@ -486,7 +535,8 @@ impl Io {
     /// Shows that this rank lives, and looks who else does.
     fn beat(&self, core: &Core, readers: &[Option<Reader>]) {
         core.control.heartbeat().fetch_add(1, Ordering::Relaxed);
-        for (rank, link) in self.each().filter(|(rank, _)| readers[*rank].is_some()) {
+        let is_open = |(rank, link): &(usize, &Link)| readers[*rank].is_some() || self.is_open_pipe(link);
+        for (rank, link) in self.each().filter(is_open) {
             match &core.peers[rank].near {
                 Some(near) => {
                     let beat = near.control.heartbeat().load(Ordering::Relaxed);
@@ -496,8 +546,8 @@ impl Io {
                 }
                 None => {
                     // A queue that does not move needs no more beats behind it.
-                    if link.out().is_empty() {
-                        link.push(Frame::new(Kind::Beat, &[0; 8], Vec::new()));
+                    if link.out().is_empty() && link.push(Frame::new(Kind::Beat, &[0; 8], Vec::new())) {
+                        self.leave_frames(link);
                     }
                 }
             }
@@ -508,20 +558,21 @@ impl Io {
     /// side has not read yet, so this side ends its stream first and waits for the other to do the same.
     fn may_close(&self, core: &Core, readers: &[Option<Reader>]) -> bool {
         let open = self.each().filter(|(rank, _)| readers[*rank].is_some());
-        open.fold(true, |all, (rank, link)| {
+        let sockets = open.fold(true, |all, (rank, link)| {
             let flushed = link.flush();
             let far = core.peers[rank].near.is_none();
             if flushed && far && !link.ended.swap(true, Ordering::Relaxed) {
-                let _ = rustix::net::shutdown(&link.socket, rustix::net::Shutdown::Write);
+                link.way.shut(Shutdown::Write);
             }
             all && flushed && !far
-        })
+        });
+        self.may_close_pipes(core) && sockets
     }
 
     fn ended(&self, core: &Core, rank: usize, link: &Link, how: &str) {
         link.out().clear();
         // The other side may be waiting for ours to end.
-        let _ = rustix::net::shutdown(&link.socket, rustix::net::Shutdown::Both);
+        link.way.shut(Shutdown::Both);
         if core.has_left(rank) || self.closing.load(Ordering::SeqCst) || core.failure.get().is_some() {
             link.left.store(true, Ordering::Release);
             core.ring();

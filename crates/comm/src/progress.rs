@@ -18,6 +18,12 @@ use std::time::{Duration, Instant};
 
 /// Longest sleep without a look at the clock: the bound on how late a deadline or a missed bell is noticed.
 const MAX_NAP: Duration = Duration::from_millis(50);
+/// The same where messages come over MPI, whose library rings no bell.
+const MPI_NAP: Duration = Duration::from_micros(100);
+
+fn nap(core: &Core) -> Duration {
+    if core.has_mpi() { MPI_NAP } else { MAX_NAP }
+}
 /// Polls between two looks at the clock while spinning.
 const POLLS_PER_LOOK: u32 = 32;
 
@@ -50,6 +56,7 @@ pub(crate) async fn until<T>(
         if let Some(result) = check() {
             return Poll::Ready(result);
         }
+        core.progress();
         if let Some(error) = core.failure.get() {
             return Poll::Ready(Err(error));
         }
@@ -97,7 +104,7 @@ pub(crate) fn drive<F: Future>(core: &Core, future: F) -> F::Output {
             return output;
         }
         let mut output = None;
-        core.control.bell().sleep(MAX_NAP, || {
+        core.control.bell().sleep(nap(core), || {
             LOOK.set(true);
             output = poll();
             LOOK.set(false);
@@ -220,7 +227,7 @@ impl Worker {
             if spin(patience, &mut sweep).is_some() {
                 continue;
             }
-            core.control.bell().sleep(MAX_NAP, || {
+            core.control.bell().sleep(nap(core), || {
                 LOOK.set(true);
                 let advanced = sweep().is_some();
                 LOOK.set(false);

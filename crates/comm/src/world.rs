@@ -25,13 +25,15 @@ const CROWDED: Patience = Patience { spin: Duration::ZERO, offer: Duration::from
 /// Which transports a world may use between ranks of one host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TransportChoice {
-    /// Shared memory within a host, TCP between hosts.
+    /// Shared memory within a host; between hosts MPI where all ranks may use it, else TCP.
     #[default]
     Auto,
     /// Shared memory only: all ranks must be on one host.
     Shm,
     /// TCP only, even within a host.
     Tcp,
+    /// MPI only, even within a host.
+    Mpi,
 }
 
 /// What a rank that is a process needs to find the others.
@@ -55,6 +57,8 @@ pub struct Bootstrap {
     pub fingerprint: [u8; 16],
     /// Which transports may be used.
     pub transport: TransportChoice,
+    /// Whether this rank was started so that MPI can find the others, and has a library for it.
+    pub has_mpi: bool,
     /// Deadline for connecting and of every wait afterwards.
     pub timeout: Duration,
     /// Address to accept TCP connections on; by default the one that the store sees.
@@ -74,6 +78,7 @@ impl Bootstrap {
             session: session.into(),
             fingerprint: [0; 16],
             transport: TransportChoice::Auto,
+            has_mpi: false,
             timeout: DEFAULT_TIMEOUT,
             bind: None,
         }

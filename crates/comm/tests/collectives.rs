@@ -162,6 +162,20 @@ fn check(kind: Kind, n: usize, counts: &[usize]) {
 const COUNTS: [usize; 4] = [0, 1, 1000, 70_001];
 
 #[test]
+fn mpi() {
+    common::mpi::under_mpiexec("mpi", &[2, 3, 4], |n| check(Kind::Mpi, n, &COUNTS));
+}
+
+#[test]
+fn mpi_between_hosts() {
+    common::mpi::under_mpiexec("mpi_between_hosts", &[4, 5], |n| {
+        check(Kind::MpiHosts(2), n, &COUNTS);
+        // More than all messages of a pipe on their way.
+        check(Kind::Mpi, n, &[1_300_000]);
+    });
+}
+
+#[test]
 fn threads() {
     for n in [1, 2, 3, 4, 8] {
         check(Kind::Threads, n, &COUNTS);

@@ -36,6 +36,73 @@ fn messages_come_in_order_on_each_channel() {
 }
 
 #[test]
+fn mpi_carries_messages_in_order() {
+    common::mpi::under_mpiexec("mpi_carries_messages_in_order", &[2], |n| {
+        run(Kind::Mpi, n, |world| {
+            let group = world.all();
+            let sizes = [1, 0, 3000, 17, 900_000];
+            for (i, size) in sizes.into_iter().enumerate() {
+                let mut x = vec![0.0; size];
+                if world.rank() == 0 {
+                    group.send(TAG, 1, 1, &values(i, size)).unwrap();
+                    group.send(TAG, 1, 2, &values(i + 100, size)).unwrap();
+                } else {
+                    group.recv(TAG, 0, 2, &mut x).unwrap();
+                    assert_eq!(x, values(i + 100, size));
+                    group.recv(TAG, 0, 1, &mut x).unwrap();
+                    assert_eq!(x, values(i, size));
+                }
+            }
+            world.barrier().unwrap();
+        });
+    });
+}
+
+/// Members that do not agree hear of it, and of both versions; the first one that gives up ends all.
+#[test]
+fn mpi_ranks_fail_together() {
+    let name = "mpi_ranks_fail_together";
+    if !common::mpi::is_rank(name) {
+        let Some(ended) = common::mpi::start(name, 2) else { return };
+        let said = String::from_utf8_lossy(&ended.stdout).into_owned();
+        assert_eq!(ended.status.code(), Some(7), "{said}{}", String::from_utf8_lossy(&ended.stderr));
+        assert!(said.contains("of 3 f32") && said.contains("of 4 f32"), "{said}");
+        return;
+    }
+    let world = common::mpi::world(Kind::Mpi, 2, "apart");
+    let count = 3 + world.rank();
+    let error = world.all().all_reduce(TAG, &mut [0.0f32; 4][..count], Order::Tree).unwrap_err();
+    println!("\n{error}");
+    comm::Mpi::abort(7);
+}
+
+/// A rank that stands still is named at the deadline; who names it ends the job, and says with which code.
+#[test]
+fn mpi_waits_have_deadlines() {
+    let name = "mpi_waits_have_deadlines";
+    if !common::mpi::is_rank(name) {
+        let Some(ended) = common::mpi::start(name, 3) else { return };
+        let said = String::from_utf8_lossy(&ended.stdout).into_owned();
+        assert_eq!(ended.status.code(), Some(7), "{said}{}", String::from_utf8_lossy(&ended.stderr));
+        assert!(said.contains("waited 2.0 s for rank 1 (pid"), "{said}");
+        assert!(said.contains("rank 1 (pid") && said.contains("has given no sign of life"), "{said}");
+        return;
+    }
+    let world = common::mpi::world(Kind::Mpi, 3, "still");
+    world.barrier().unwrap();
+    if world.rank() == 1 {
+        // SAFETY: stops this process.
+        unsafe { libc::kill(libc::getpid(), libc::SIGSTOP) };
+        loop {
+            std::thread::park();
+        }
+    }
+    let error = world.all().all_reduce(TAG, &mut [0.0f32; 50_000], Order::Tree).unwrap_err();
+    println!("\n{error}");
+    comm::Mpi::abort(7);
+}
+
+#[test]
 fn a_full_channel_holds_the_sender_and_loses_nothing() {
     for kind in KINDS {
         run(kind, 2, |world| {

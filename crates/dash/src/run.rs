@@ -78,7 +78,8 @@ pub struct Note {
     pub time_ms: u64,
     /// Steps done.
     pub step: u64,
-    /// What kind: `start`, `resume`, `checkpoint`, `accepted`, `warning`, `sample`, `finished`, `failed`, `damage`.
+    /// What kind: `start`, `resume`, `checkpoint`, `accepted`, `trouble`, `straggler`, `warning`, `sample`, `finished`,
+    /// `failed`, `damage`.
     pub kind: &'static str,
     /// In words.
     pub text: String,
@@ -266,6 +267,13 @@ impl Run {
             }
             Record::Sample { step, text, .. } => ("sample", *step, text.clone()),
             Record::Accepted { step, what, .. } => ("accepted", *step, what.clone()),
+            Record::Trouble { step, back_to, .. } => {
+                if let Some(back_to) = back_to {
+                    self.back_to(*back_to);
+                }
+                ("trouble", *step, record.trouble_text().unwrap_or_default())
+            }
+            Record::Straggler { step, why, .. } => ("straggler", *step, why.clone()),
             Record::Warning { text, .. } => ("warning", step, text.clone()),
             Record::Finished { step, reason, .. } => {
                 self.state = State::Finished;
@@ -276,7 +284,7 @@ impl Run {
                 let hint = hint.as_ref().map(|h| format!("; {h}")).unwrap_or_default();
                 ("failed", *step, format!("{error}{hint}"))
             }
-            Record::Step(_) | Record::Drawn { .. } | Record::Spans { .. } => return,
+            Record::Step(_) | Record::Drawn { .. } | Record::Spans { .. } | Record::Verified { .. } => return,
         };
         self.note(Note { time_ms: record.time_us().unwrap_or(0) / 1000, step, kind, text });
     }

@@ -39,6 +39,7 @@ mod split;
 mod stream;
 mod token_type;
 mod tokenizer;
+mod windows;
 
 #[cfg(test)]
 mod fuzz_test;
@@ -69,3 +70,4 @@ pub use split::Split;
 pub use stream::StreamDecoder;
 pub use token_type::TokenType;
 pub use tokenizer::{END_OF_DOCUMENT, Tokenizer};
+pub use windows::Windows;

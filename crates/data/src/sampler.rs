@@ -15,8 +15,10 @@ use crate::random::torch_randperm;
 #[derive(Clone, Debug)]
 pub struct DistributedSampler {
     items: u64,
+    /// Items of the order that are shared out at a time.
     replicas: u64,
-    replica: u64,
+    /// Which of them are this replica's.
+    own: Vec<u64>,
     shuffle: bool,
     seed: u64,
     drop_last: bool,
@@ -33,7 +35,32 @@ impl DistributedSampler {
                 "sampler over {items} items for replica {replica} of {replicas}: needs items >= 1 and replica < replicas"
             )));
         }
-        Ok(DistributedSampler { items, replicas, replica, shuffle: true, seed: 0, drop_last: false })
+        Ok(DistributedSampler::of(items, replicas, vec![replica]))
+    }
+
+    fn of(items: u64, replicas: u64, own: Vec<u64>) -> Self {
+        DistributedSampler { items, replicas, own, shuffle: true, seed: 0, drop_last: false }
+    }
+
+    /// The sampler of a replica that takes, of each `batch` of the order, the items at `positions`: what a step holds
+    /// and where does then not depend on the number of replicas, and no bit of a run does.
+    ///
+    /// ```
+    /// let (one, two) = (vec![0, 1, 2, 3], vec![2, 3]);
+    /// let alone = data::DistributedSampler::of_batches(10, 4, one)?.indices(0);
+    /// let second = data::DistributedSampler::of_batches(10, 4, two)?.indices(0);
+    /// assert_eq!(second[..2], alone[2..4]);
+    /// # Ok::<(), spec::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// No items, or a position that is not below `batch`.
+    pub fn of_batches(items: u64, batch: u64, positions: Vec<u64>) -> Result<Self> {
+        match positions.iter().find(|p| **p >= batch) {
+            Some(p) => Err(Error::user(format!("position {p} of batches of {batch} items"))),
+            None if items == 0 => Err(Error::user("a sampler over no items")),
+            None => Ok(DistributedSampler::of(items, batch, positions)),
+        }
     }
 
     /// Whether the order is a random permutation (seeded with seed + epoch) or the items' own.
@@ -59,15 +86,19 @@ impl DistributedSampler {
 
     /// Items per replica and epoch.
     pub fn samples(&self) -> u64 {
-        if self.drop_last { self.items / self.replicas } else { self.items.div_ceil(self.replicas) }
+        let rounds =
+            if self.drop_last { self.items / self.replicas } else { self.items.div_ceil(self.replicas) };
+        rounds * self.own.len() as u64
     }
 
     /// This replica's items of `epoch`, in order.
     pub fn indices(&self, epoch: u64) -> Vec<u64> {
         let order = self.shuffle.then(|| torch_randperm(self.items, self.seed.wrapping_add(epoch)));
+        let own = self.own.len() as u64;
         (0..self.samples())
             .map(|k| {
-                let position = (self.replica + k * self.replicas) % self.items;
+                let round = k / own;
+                let position = (self.own[(k % own) as usize] + round * self.replicas) % self.items;
                 order.as_ref().map_or(position, |order| order[position as usize])
             })
             .collect()

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 
 use plan::answer::{Answer, LayoutOut, Question, fastest_each};
 use plan::calibration::Calibration;
+use plan::placement::Placement;
 use serde::Serialize;
 use spec::{Catalog, Cluster, Error, Result};
 
@@ -103,8 +104,9 @@ pub fn choose(
         .map(|n| Ok(Question { cluster: resize(n)?, keep: 1, ..question.clone() }))
         .collect();
     let whole = run::run(catalog, &answer, ask)?;
+    let good: Vec<Placement> = answer.best.iter().map(|c| c.placement().clone()).collect();
     let mut tried: Vec<(Size, Answer, Run)> = vec![(size(&answer, &whole)?, answer, whole)];
-    for plan in fastest_each(questions?, calibration)?.into_iter().flatten() {
+    for plan in fastest_each(questions?, calibration, &good)?.into_iter().flatten() {
         // What cannot be run at a size, as a ramp that its replicas do not divide, is no size to choose.
         if let Ok(run) = run::run(catalog, &plan, ask) {
             tried.push((size(&plan, &run)?, plan, run));
@@ -131,8 +133,9 @@ pub fn choose(
         return Ok(Chosen { objective, sizes, answer, run, within: within_days.is_some() });
     }
     // Its other layouts and its front, as for a size that was asked for.
-    let chosen = Question { cluster: answer.question.cluster, ..question };
-    let answer = plan::answer::plan(chosen, calibration, &|_, _| ())?;
+    let chosen = Question { cluster: answer.question.cluster.clone(), ..question };
+    let good: Vec<Placement> = answer.best.iter().map(|c| c.placement().clone()).collect();
+    let answer = plan::answer::plan_from(chosen, calibration, &good, &|_, _| ())?;
     let run = run::run(catalog, &answer, ask)?;
     Ok(Chosen { objective, sizes, answer, run, within: within_days.is_some() })
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::record::Record;
+use crate::record::{Action, Record, Trouble};
 
 /// The batches that a run's weights are made of, and what is wrong with them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -15,8 +15,12 @@ pub struct Ledger {
     pub sessions: usize,
     /// Steps that were done, lost, and done again.
     pub steps_redone: u64,
-    /// Samples in the steps that count.
+    /// Samples in the steps that count and were not left out.
     pub samples: u64,
+    /// Samples that were left out, by decisions on record.
+    pub samples_skipped: u64,
+    /// Those decisions, by step.
+    pub skipped: Vec<Skipped>,
     /// Samples of those steps that no rank drew.
     pub samples_lost: u64,
     /// Samples that were drawn more often than others of their step, or belong to another.
@@ -26,6 +30,23 @@ pub struct Ledger {
     /// What was drawn in the steps that count, by step.
     #[serde(skip)]
     pub batches: Vec<Batch>,
+}
+
+/// Steps whose samples are no part of the weights, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Skipped {
+    /// The step that it was decided after.
+    pub step: u64,
+    /// The first of them.
+    pub first_step: u64,
+    /// The last.
+    pub last_step: u64,
+    /// What was wrong.
+    pub what: Trouble,
+    /// What was done.
+    pub action: Action,
+    /// Why, in words.
+    pub why: String,
 }
 
 /// A step that is not made of its own samples.
@@ -65,7 +86,32 @@ impl Ledger {
 pub struct Drawings {
     /// Sessions in the order in which they began.
     order: Vec<u64>,
-    sessions: BTreeMap<u64, BTreeMap<u64, Step>>,
+    sessions: BTreeMap<u64, Session>,
+}
+
+/// What the ranks did in one start of the run.
+#[derive(Clone, Debug, Default)]
+struct Session {
+    steps: BTreeMap<u64, Step>,
+    /// By first and last step: all ranks tell of the same.
+    skipped: BTreeMap<(u64, u64), Skipped>,
+}
+
+impl Session {
+    /// Takes out what comes from `step` on; how many steps were done there.
+    fn cut(&mut self, step: u64) -> u64 {
+        let last = step.saturating_sub(1);
+        let before = std::mem::take(&mut self.skipped).into_values().filter(|s| s.first_step <= last);
+        let cut = before.map(|s| Skipped { last_step: s.last_step.min(last), ..s });
+        self.skipped = cut.map(|s| ((s.first_step, s.last_step), s)).collect();
+        self.steps.split_off(&step).len() as u64
+    }
+
+    /// The first step that it says something of.
+    fn first(&self) -> Option<u64> {
+        let skipped = self.skipped.keys().next().map(|(first, _)| *first);
+        self.steps.keys().next().copied().into_iter().chain(skipped).min()
+    }
 }
 
 /// What the ranks of a session drew for a step.
@@ -78,48 +124,99 @@ struct Step {
 impl Drawings {
     /// Takes a record of some rank's journal.
     pub fn add(&mut self, record: Record) {
-        let Record::Drawn { session, step, samples, tokens_xxh3 } = record else { return };
+        match record {
+            Record::Drawn { session, step, samples, tokens_xxh3 } => {
+                let drawn = self.session(session).steps.entry(step).or_default();
+                drawn.samples.extend(samples);
+                drawn.tokens_xxh3 = drawn.tokens_xxh3.wrapping_add(tokens_xxh3);
+            }
+            Record::Trouble {
+                session,
+                step,
+                what,
+                action,
+                why,
+                skipped: Some((first_step, last_step)),
+                ..
+            } if first_step <= last_step => {
+                let skipped = Skipped { step, first_step, last_step, what, action, why };
+                self.session(session).skipped.insert((first_step, last_step), skipped);
+            }
+            _ => {}
+        }
+    }
+
+    fn session(&mut self, session: u64) -> &mut Session {
         if !self.sessions.contains_key(&session) {
             self.order.push(session);
         }
-        let drawn = self.sessions.entry(session).or_default().entry(step).or_default();
-        drawn.samples.extend(samples);
-        drawn.tokens_xxh3 = drawn.tokens_xxh3.wrapping_add(tokens_xxh3);
+        self.sessions.entry(session).or_default()
     }
 
-    /// Judges the steps that count, of `sequences` samples each. A session's steps count up to where a later one began.
+    /// Judges the steps that count, of `sequences` samples each. A session's steps count up to where a later one began,
+    /// but for those that were left out.
     pub fn ledger(mut self, sequences: u64) -> Ledger {
         let mut kept: BTreeMap<u64, Step> = BTreeMap::new();
         let mut began_at: Option<u64> = None;
         let mut ledger = Ledger { sessions: self.order.len(), ..Ledger::default() };
         for session in self.order.iter().rev() {
-            let mut steps = self.sessions.remove(session).unwrap_or_default();
+            let mut session = self.sessions.remove(session).unwrap_or_default();
             if let Some(later) = began_at {
-                ledger.steps_redone += steps.split_off(&later).len() as u64;
+                ledger.steps_redone += session.cut(later);
             }
-            began_at = steps.keys().next().copied().or(began_at);
-            kept.extend(steps);
+            began_at = session.first().or(began_at);
+            kept.extend(session.steps);
+            ledger.skipped.extend(session.skipped.into_values());
         }
-        ledger.steps = kept.keys().next_back().copied().unwrap_or(0);
-        ledger.samples = ledger.steps.saturating_mul(sequences);
+        ledger.skipped.sort_by_key(|s| (s.first_step, s.last_step));
+        let gaps = union(&ledger.skipped);
+        let last_skipped = gaps.last().map_or(0, |(_, last)| *last);
+        ledger.steps = kept.keys().next_back().copied().unwrap_or(0).max(last_skipped);
+        let left_out = gaps.iter().fold(0_u64, |sum, (a, b)| sum.saturating_add((b - a).saturating_add(1)));
+        ledger.samples_skipped = left_out.saturating_mul(sequences);
+        ledger.samples = ledger.steps.saturating_sub(left_out).saturating_mul(sequences);
         let mut next = 1;
         for (step, drawn) in kept.into_iter().filter(|(step, _)| *step > 0) {
-            if next < step {
-                ledger.wrong(Wrong {
-                    step: next,
-                    lost: (step - next).saturating_mul(sequences),
-                    repeated: 0,
-                });
+            if gaps.iter().any(|(first, last)| (*first..=*last).contains(&step)) {
+                continue;
             }
+            ledger.missing(next, step, &gaps, sequences);
             next = step.saturating_add(1);
             let batch = judge(&drawn, step, sequences, &mut ledger);
             ledger.batches.push(batch);
         }
+        let end = ledger.steps.saturating_add(1);
+        ledger.missing(next, end, &gaps, sequences);
         ledger
     }
 }
 
+/// Ranges of steps that are left out, in order and apart from each other.
+fn union(skipped: &[Skipped]) -> Vec<(u64, u64)> {
+    let mut all: Vec<(u64, u64)> = Vec::new();
+    for s in skipped {
+        match all.last_mut() {
+            Some((_, last)) if s.first_step <= last.saturating_add(1) => *last = (*last).max(s.last_step),
+            _ => all.push((s.first_step.max(1), s.last_step)),
+        }
+    }
+    all
+}
+
 impl Ledger {
+    /// Steps from `next` to before `step` that nobody drew and nobody left out are lost.
+    fn missing(&mut self, next: u64, step: u64, gaps: &[(u64, u64)], sequences: u64) {
+        let mut at = next;
+        let here = gaps.iter().filter(|(first, last)| *last >= next && *first < step);
+        for (first, last) in here.copied().chain([(step, step)]) {
+            if at < first {
+                let lost = (first - at).saturating_mul(sequences);
+                self.wrong(Wrong { step: at, lost, repeated: 0 });
+            }
+            at = at.max(last.saturating_add(1));
+        }
+    }
+
     fn wrong(&mut self, wrong: Wrong) {
         self.samples_lost = self.samples_lost.saturating_add(wrong.lost);
         self.samples_repeated = self.samples_repeated.saturating_add(wrong.repeated);
@@ -198,6 +295,59 @@ mod tests {
         all.add(Record::Drawn { session: 0, step: huge.1, samples: huge.2.to_vec(), tokens_xxh3: 0 });
         all.add(Record::Drawn { session: 0, step: 0, samples: Vec::new(), tokens_xxh3: 0 });
         assert!(!all.ledger(4).is_exact());
+    }
+
+    /// The same with steps left out in session 9: also samples left out.
+    #[track_caller]
+    fn check_skipped(drawn: &[Drawn<'_>], skipped: &[(u64, u64)], expected: (u64, u64, u64, u64, u64)) {
+        let mut all = Drawings::default();
+        for &(session, step, samples) in drawn {
+            all.add(Record::Drawn { session, step, samples: samples.to_vec(), tokens_xxh3: 1 });
+        }
+        // Every rank tells of it.
+        for &(first, last) in skipped.iter().chain(skipped) {
+            all.add(Record::Trouble {
+                time_us: 0,
+                session: 9,
+                step: last,
+                what: Trouble::Nan,
+                action: Action::Skip,
+                why: "a test".into(),
+                loss: f64::NAN,
+                grad_norm: 1.0,
+                skipped: Some((first, last)),
+                back_to: None,
+            });
+        }
+        let l = all.ledger(4);
+        let found = (l.steps, l.samples, l.samples_skipped, l.samples_lost, l.samples_repeated);
+        assert_eq!(found, expected, "{l:?}");
+    }
+
+    #[test]
+    fn what_is_left_out_on_record_is_not_lost() {
+        let of = |session: u64, step: u64| -> (u64, u64, Vec<(u64, u64)>) {
+            (session, step, vec![(4 * (step - 1), 4)])
+        };
+        let drawn = |all: &[(u64, u64)], skipped: &[(u64, u64)], expected| {
+            let all: Vec<_> = all.iter().map(|(session, step)| of(*session, *step)).collect();
+            let all: Vec<Drawn<'_>> = all.iter().map(|(a, b, c)| (*a, *b, c.as_slice())).collect();
+            check_skipped(&all, skipped, expected);
+        };
+        // A skip: drawn, and no part of the weights.
+        drawn(&[(9, 1), (9, 2), (9, 3)], &[(2, 2)], (3, 8, 4, 0, 0));
+        // A rollback from 3 to 1 that leaves out 4 as well, which nobody drew.
+        drawn(&[(9, 1), (9, 2), (9, 3), (9, 5)], &[(2, 4)], (5, 8, 12, 0, 0));
+        // The last ones; and more decisions over each other.
+        drawn(&[(9, 1), (9, 2), (9, 3)], &[(3, 3), (2, 4)], (4, 4, 12, 0, 0));
+        // 4 is missing, and nobody said so.
+        drawn(&[(9, 1), (9, 2), (9, 3), (9, 5)], &[(2, 3)], (5, 12, 8, 4, 0));
+        drawn(&[(9, 3)], &[(2, 2)], (3, 8, 4, 4, 0));
+        // A later start did what an earlier one had left out.
+        drawn(&[(9, 1), (9, 2), (7, 2), (7, 3)], &[(2, 4)], (3, 12, 0, 0, 0));
+        drawn(&[(9, 1), (9, 2), (7, 3), (7, 4)], &[(2, 4)], (4, 12, 4, 0, 0));
+        // Numbers of a journal are not believed.
+        drawn(&[(9, 1)], &[(2, u64::MAX)], (u64::MAX, 4, u64::MAX, 0, 0));
     }
 
     #[test]

@@ -35,5 +35,5 @@ mod crc32c;
 mod float;
 
 pub use read::{Reader, files, read};
-pub use record::{Lane, Record, Span, Step};
+pub use record::{Action, Cause, Lane, Record, Span, Step, Trouble};
 pub use write::{Journal, path};

@@ -61,7 +61,7 @@ pub(crate) const SPANS: &[u8] = br#"{"kind":"spans","#;
 const DRAWN: &[u8] = br#"{"kind":"drawn","#;
 
 /// All kinds of [`Record`], which a test holds to it.
-const KINDS: [&str; 13] = [
+const KINDS: [&str; 16] = [
     "run_started",
     "step",
     "drawn",
@@ -72,6 +72,9 @@ const KINDS: [&str; 13] = [
     "recovered",
     "accepted",
     "spans",
+    "trouble",
+    "verified",
+    "straggler",
     "warning",
     "finished",
     "failed",

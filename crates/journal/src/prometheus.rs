@@ -115,12 +115,30 @@ impl Metrics {
             Record::Resumed { step, .. } | Record::Recovered { step, .. } => {
                 self.set("phalanx_step", *step as f64);
             }
+            Record::Trouble { .. } | Record::Straggler { .. } | Record::Verified { .. } => {
+                self.trouble(record)
+            }
             Record::Warning { .. } => self.add("phalanx_warnings_total", 1.0),
             Record::Finished { .. } => self.set("phalanx_running", 0.0),
             Record::Failed { .. } => {
                 self.set("phalanx_running", 0.0);
                 self.set("phalanx_failed", 1.0);
             }
+            _ => {}
+        }
+    }
+
+    fn trouble(&mut self, record: &Record) {
+        match record {
+            Record::Trouble { step, .. } => {
+                self.set("phalanx_trouble_step", *step as f64);
+                self.add("phalanx_troubles_total", 1.0);
+            }
+            Record::Straggler { share, .. } => {
+                self.set("phalanx_straggler_ratio", *share);
+                self.add("phalanx_stragglers_total", 1.0);
+            }
+            Record::Verified { step, .. } => self.set("phalanx_verified_step", *step as f64),
             _ => {}
         }
     }

@@ -126,6 +126,76 @@ pub enum Record {
         /// In order of their start.
         spans: Vec<Span>,
     },
+    /// A step or a state that was not as it should be, and what was done about it.
+    Trouble {
+        /// When.
+        time_us: u64,
+        /// The start of the run that it was in, as [`Record::Drawn`] has it.
+        session: u64,
+        /// The bad step, or the one after which the state was looked at.
+        step: u64,
+        /// What was wrong.
+        what: Trouble,
+        /// What was done.
+        action: Action,
+        /// Why, in words.
+        why: String,
+        /// Mean loss of the step.
+        #[serde(with = "float")]
+        loss: f64,
+        /// Its gradient norm.
+        #[serde(with = "float")]
+        grad_norm: f64,
+        /// The first and the last step whose samples are left out; absent if none are.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        skipped: Option<(u64, u64)>,
+        /// Steps done in the checkpoint that weights and moments come from; absent if they come from none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        back_to: Option<u64>,
+    },
+    /// Weights and moments after a step, by their hashes, and that what several ranks hold alike is alike.
+    Verified {
+        /// When.
+        time_us: u64,
+        /// The start of the run that it was in.
+        session: u64,
+        /// Steps done.
+        step: u64,
+        /// Ranks.
+        world: usize,
+        /// Of all weights and moments, in hexadecimal digits: the same in every layout.
+        hash: String,
+        /// By parameter, of what of it this rank saves, weights and moments: the sum over ranks is that of all of it.
+        own: BTreeMap<String, String>,
+        /// Copies of something that were compared with another.
+        compared: u64,
+        /// Seconds that it took.
+        #[serde(with = "float")]
+        verify_s: f64,
+    },
+    /// The ranks wait for one of them, or for a link between some.
+    Straggler {
+        /// When.
+        time_us: u64,
+        /// Steps done.
+        step: u64,
+        /// Who is late, or between whom the link is.
+        ranks: Vec<usize>,
+        /// What keeps the others waiting.
+        cause: Cause,
+        /// The axis of the mesh on which they wait most.
+        axis: String,
+        /// The op in which they do.
+        op: String,
+        /// Seconds of a step that are lost by it.
+        #[serde(with = "float")]
+        lost_s: f64,
+        /// The same as a share of the step.
+        #[serde(with = "float")]
+        share: f64,
+        /// In a sentence, with what it was compared with.
+        why: String,
+    },
     /// Something that a person should know of and that did not stop the run.
     Warning {
         /// When.
@@ -169,6 +239,18 @@ impl Record {
         self
     }
 
+    /// What was wrong and what was done, in a sentence; `None` of another record than [`Record::Trouble`].
+    pub fn trouble_text(&self) -> Option<String> {
+        let Record::Trouble { what, action, why, skipped, back_to, .. } = self else { return None };
+        let back = back_to.map(|step| format!(", weights of step {step}")).unwrap_or_default();
+        let skipped = match skipped {
+            Some((a, b)) if a == b => format!(", samples of step {a} are left out"),
+            Some((a, b)) => format!(", samples of steps {a} to {b} are left out"),
+            None => String::new(),
+        };
+        Some(format!("{what}, {action}{back}{skipped}: {why}"))
+    }
+
     /// When it happened, in microseconds since the Unix epoch; spans have times of their own.
     pub fn time_us(&self) -> Option<u64> {
         match *self {
@@ -180,11 +262,71 @@ impl Record {
             | Record::Resumed { time_us, .. }
             | Record::Recovered { time_us, .. }
             | Record::Accepted { time_us, .. }
+            | Record::Trouble { time_us, .. }
+            | Record::Verified { time_us, .. }
+            | Record::Straggler { time_us, .. }
             | Record::Warning { time_us, .. }
             | Record::Finished { time_us, .. }
             | Record::Failed { time_us, .. } => Some(time_us),
             Record::Drawn { .. } | Record::Spans { .. } => None,
         }
+    }
+}
+
+/// What was wrong with a step or a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Trouble {
+    /// The loss or the gradient norm was not finite.
+    Nan,
+    /// One of them was far above those of the steps before.
+    Spike,
+    /// Weights or moments had changed by themselves.
+    Corruption,
+}
+
+/// What keeps ranks waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// A rank works longer than others.
+    Compute,
+    /// Messages take longer than they did, or than those of others.
+    Link,
+}
+
+/// What was done about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// The run ended.
+    Stop,
+    /// The step's update was left out.
+    Skip,
+    /// Weights and moments are those of a checkpoint once more.
+    Rollback,
+    /// They come from ranks that agree.
+    Restore,
+}
+
+impl std::fmt::Display for Trouble {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Trouble::Nan => "not finite",
+            Trouble::Spike => "spike",
+            Trouble::Corruption => "corruption",
+        })
+    }
+}
+
+impl std::fmt::Display for Action {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Action::Stop => "stopped",
+            Action::Skip => "skipped",
+            Action::Rollback => "rolled back",
+            Action::Restore => "restored",
+        })
     }
 }
 

@@ -141,9 +141,9 @@ impl<W: Write> EventWriter<W> {
                 let text: String = text.lines().map(|line| format!("    {line}\n")).collect();
                 self.text(*time_us, *step, "sample", &text)
             }
-            Record::Resumed { time_us, step, .. } | Record::Recovered { time_us, step, .. } => {
-                self.resumed(*time_us, *step)
-            }
+            Record::Resumed { time_us, step, .. }
+            | Record::Recovered { time_us, step, .. }
+            | Record::Trouble { time_us, back_to: Some(step), .. } => self.resumed(*time_us, *step),
             _ => Ok(()),
         }
     }

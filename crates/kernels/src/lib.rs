@@ -71,6 +71,7 @@ pub use crate::optim::{AdamW, AdamWScalars, adamw, adamw_bf16, sum_squares};
 pub use crate::peak::{fma_peak_gflops, gemm_peak_gflops};
 pub use crate::pool::Pool;
 pub use crate::rope::rope;
+pub use crate::rows::{row_fn, row_fn_dx, row_fn_workspace_len};
 pub use crate::simd::{Backend, backend, force_backend};
 pub use crate::storage::{Acc, Storage};
 pub use crate::sums::{add_bias, add_levels, add_roots, add_to};
@@ -95,6 +96,7 @@ mod head_norm;
 mod math;
 mod norm;
 mod rope;
+mod rows;
 mod sums;
 mod xent;
 

@@ -93,6 +93,14 @@ pub fn from_env() -> Result<Option<IpAddr>> {
     bind.resolve().map(Some)
 }
 
+/// This machine's addresses that others may reach it at, IPv4 before IPv6.
+pub(crate) fn reachable() -> Vec<IpAddr> {
+    let local = |a: &IpAddr| matches!(a, IpAddr::V6(a) if a.is_unicast_link_local()) || a.is_loopback();
+    let mut found: Vec<IpAddr> = interfaces().into_iter().map(|(_, a)| a).filter(|a| !local(a)).collect();
+    found.sort_by_key(IpAddr::is_ipv6);
+    found
+}
+
 /// The variable that tells workers.
 pub(crate) fn variable(addr: IpAddr) -> (&'static str, String) {
     (VARIABLE, addr.to_string())

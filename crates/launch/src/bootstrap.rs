@@ -52,6 +52,15 @@ pub fn connect(addr: &str, timeout: Duration) -> Result<StoreClient> {
     StoreClient::connect_with(addr, &trust.secret, timeout)
 }
 
+/// 128 bits of FNV-1a over a configuration and our version: ranks of another build or run file must not mix in.
+pub fn fingerprint(identity: &str) -> [u8; 16] {
+    let text = format!("{} {identity}", env!("CARGO_PKG_VERSION"));
+    let hash = text.bytes().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128, |h, b| {
+        (h ^ u128::from(b)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+    });
+    hash.to_le_bytes()
+}
+
 impl RankEnv {
     /// Connects to the job's store within `timeout`. Under `phalanx launch` the agent hosts it; else rank 0 does, and
     /// the others find it at the master's address: through PyTorch's store under torchrun, else at the master's port.
@@ -84,14 +93,19 @@ impl RankEnv {
         Ok(self.rank_store(connect(&net::join_endpoint(&host, port))?, server))
     }
 
-    fn rank_store(&self, client: StoreClient, server: Option<StoreServer>) -> RankStore {
+    pub(crate) fn rank_store(&self, client: StoreClient, server: Option<StoreServer>) -> RankStore {
         RankStore { client, server, rank: self.rank, world: self.world, session: self.session.clone() }
     }
 
     fn master(&self) -> Result<(String, u16)> {
         let hint = match self.launcher {
-            Launcher::OpenMpi => "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<free port> ...",
-            Launcher::Pmi => "mpirun -genv MASTER_ADDR <host of rank 0> -genv MASTER_PORT <free port> ...",
+            Launcher::OpenMpi => {
+                "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<free port> ..., or --transport mpi, which needs neither"
+            }
+            Launcher::Pmi => {
+                "mpirun -genv MASTER_ADDR <host of rank 0> -genv MASTER_PORT <free port> ..., or --transport mpi, which \
+                 needs neither"
+            }
             Launcher::Phalanx | Launcher::Torchrun => {
                 "export MASTER_ADDR=<host of rank 0> MASTER_PORT=<free port>, or unset RANK and WORLD_SIZE to be no rank"
             }

@@ -63,11 +63,12 @@ mod rendezvous;
 
 mod bootstrap;
 mod cli;
+mod mpi_store;
 mod torch_store;
 
 pub use agent::{Outcome, run};
 pub use bind::{Bind, from_env as bind_from_env};
-pub use bootstrap::{RankStore, connect};
+pub use bootstrap::{RankStore, connect, fingerprint};
 pub use cli::cli;
 pub use failure::{Failure, record_error};
 pub use flags::{Parsed, help};

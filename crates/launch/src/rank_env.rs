@@ -47,6 +47,8 @@ pub struct RankEnv {
     pub agent_store: Option<String>,
     /// PyTorch's own store listens at the master's port.
     pub torch_store: bool,
+    /// Whether a process manager is there that MPI libraries find the other ranks by.
+    pub mpi: bool,
 }
 
 /// The place of this process in a job, or `None` if no launcher started it (or what it set makes no sense: see
@@ -120,6 +122,7 @@ impl RankEnv {
         if let Some(port) = vars.number("MASTER_PORT")? {
             rank.master_port = Some(u16::try_from(port).map_err(|_| vars.wrong("MASTER_PORT", "a port"))?);
         }
+        rank.mpi = is_counted(&vars, rank.rank, rank.world)?;
         if rank.rank >= rank.world || rank.local_rank >= rank.local_world || rank.local_world > rank.world {
             return Err(Error::user(format!(
                 "the launcher's environment makes no sense: rank {} of {}, local rank {} of {}",
@@ -215,6 +218,7 @@ fn torchrun(vars: &Vars<'_>) -> Result<RankEnv> {
         master_port: None,
         agent_store,
         torch_store: vars.text("TORCHELASTIC_USE_AGENT_STORE").as_deref() == Some("True"),
+        mpi: false,
     })
 }
 
@@ -234,7 +238,16 @@ fn plain(launcher: Launcher, rank: usize, world: usize, local: (usize, usize), s
         session,
         agent_store: None,
         torch_store: false,
+        mpi: false,
     }
+}
+
+/// Whether MPI's process manager counts this process as `rank` of `world`: a launcher inside of it leaves its variables in
+/// place, where they mean another process.
+fn is_counted(vars: &Vars<'_>, rank: usize, world: usize) -> Result<bool> {
+    let (of_pmi, of_pmix) = (vars.number("PMI_RANK")?, vars.number("PMIX_RANK")?);
+    let size = vars.first(&["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])?;
+    Ok(of_pmi.or(of_pmix) == Some(rank) && size.is_none_or(|n| n == world))
 }
 
 fn open_mpi(vars: &Vars<'_>) -> Result<RankEnv> {
@@ -475,6 +488,12 @@ mod tests {
         check(&hydra, Some((Launcher::Pmi, [0, 2, 0, 2], Some("127.0.0.1"))));
         let srun_pmi2 = [&[("PMI_RANK", "5"), ("PMI_SIZE", "7")], &slurm[..]].concat();
         check(&srun_pmi2, Some((Launcher::Slurm, [5, 7, 1, 3], Some("gpu003"))));
+        let has_mpi = |vars: &[(&str, &str)]| read(vars).unwrap().is_some_and(|rank| rank.mpi);
+        assert!(
+            has_mpi(&hydra) && has_mpi(&srun_pmi2) && has_mpi(&[&mpi[..], &[("PMIX_RANK", "1")]].concat())
+        );
+        // Started by us in a process of an mpiexec, it is none of the mpiexec's ranks.
+        assert!(!has_mpi(TORCHRUN) && !has_mpi(&[TORCHRUN, &hydra].concat()) && !has_mpi(&slurm));
     }
 
     #[test]

@@ -18,7 +18,9 @@ pub(crate) use economy::{Decide, Economy};
 pub(crate) use pages::{Guide, PlanCommand, PlanOr};
 pub(crate) use serving::Inference;
 pub(crate) use simulate::Simulate;
-pub(crate) use survival::{BenchCheckpoint, Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger};
+pub(crate) use survival::{
+    BenchCheckpoint, Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger, Replay,
+};
 pub(crate) use validate::Validate;
 pub(crate) use watching::{Completions, Dash, Doctor, Journal, JournalCommand, Man, Top};
 
@@ -84,6 +86,8 @@ pub(crate) enum Command {
     Ckpt(Ckpt),
     /// Prove from a run's journals that each sample was trained on exactly once
     Ledger(Ledger),
+    /// Do a step of a run again, and tell a broken machine from a broken model by its bits
+    Replay(Replay),
     /// Kill, stop and damage a small run at random, and hold its weights to the undisturbed one's
     Chaos(Chaos),
     /// List every key of a run file with its default
@@ -130,8 +134,9 @@ pub(crate) struct Train {
     /// Fewest ranks to go on with when one keeps failing; all of them unless it is set
     #[arg(long, value_name = "N")]
     pub(crate) min_nproc: Option<usize>,
-    /// How ranks talk: auto (shared memory within a machine), shm or tcp; never changes the numbers
-    #[arg(long, default_value = "auto", value_parser = ["auto", "shm", "tcp"])]
+    /// How ranks talk: auto (shared memory within a machine; between machines MPI where an mpiexec started the ranks and
+    /// its library loads, else tcp), shm, tcp or mpi; never changes the numbers
+    #[arg(long, default_value = "auto", value_parser = ["auto", "shm", "tcp", "mpi"])]
     pub(crate) transport: String,
     /// Demand that the directory holds a run to continue; one without a checkpoint begins at step 0
     #[arg(long, conflicts_with = "fresh")]
@@ -154,6 +159,12 @@ pub(crate) struct Train {
     /// Record start and end of every op in the journal
     #[arg(long)]
     pub(crate) trace: bool,
+    /// Compare what several ranks hold alike after every N steps; the same as --set run.verify_every=N
+    #[arg(long, value_name = "N")]
+    pub(crate) verify_every: Option<usize>,
+    /// Let something go wrong on purpose: nan@STEP, spike@STEP, flip@STEP:rank=R:param=NAME, slow@FIRST-LAST:rank=R:ms=T
+    #[arg(long, value_name = "WHAT@STEP")]
+    pub(crate) drill: Vec<String>,
     /// Print records as JSON lines on stdout instead of text
     #[arg(long)]
     pub(crate) json: bool,
@@ -496,7 +507,7 @@ pub(crate) enum BenchCommand {
         /// Ranks
         #[arg(long, default_value_t = 2)]
         ranks: usize,
-        /// auto (shared memory), tcp, or threads of one process
+        /// auto (shared memory), tcp, threads of one process, or mpi (mpiexec -n 4 phalanx bench collectives --transport mpi)
         #[arg(long, default_value = "auto")]
         transport: String,
         /// Largest buffer in bytes

@@ -30,7 +30,7 @@ pub(crate) fn run(args: &Bench) -> Result<u8> {
     }
 }
 
-/// `phalanx bench collectives`: ranks of this machine, as processes or threads.
+/// `phalanx bench collectives`: ranks of this machine, as processes or threads, or whatever ranks a launcher has started.
 fn collectives(
     ranks: usize,
     transport: &str,
@@ -41,16 +41,20 @@ fn collectives(
     let choice = match transport {
         "auto" | "shm" => TransportChoice::Shm,
         "tcp" => TransportChoice::Tcp,
+        "mpi" => TransportChoice::Mpi,
         "threads" => {
             let rows = on_threads(ranks, max_bytes, budget)?;
             print_rows(&rows, as_json);
             return Ok(0);
         }
         other => {
-            return Err(spec::Error::user(format!("transport {other}, expected auto, shm, tcp or threads")));
+            return Err(spec::Error::user(format!(
+                "transport {other}, expected auto, shm, tcp, mpi or threads"
+            )));
         }
     };
-    let Some(rank) = Rank::from_env()? else {
+    ranks::check_mpi(choice)?;
+    let Some(rank) = Rank::from_env(choice)? else {
         if ranks < 2 {
             return Err(spec::Error::user(format!("{ranks} ranks, expected 2 or more")));
         }

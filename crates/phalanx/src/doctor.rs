@@ -1,13 +1,16 @@
-//! `phalanx doctor`: what training on this machine needs, whether it is there, why it matters and what to do.
+//! `phalanx doctor`: what training on this machine, or on all nodes of an allocation, needs, whether it is there, why it
+//! matters and what to do.
 
 use std::fmt::Write as _;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use spec::Result;
 
 use crate::args::Doctor;
 use crate::output;
+use crate::ranks::{self, Rank};
 
+mod allocation;
 mod disk;
 mod host;
 mod limits;
@@ -15,7 +18,7 @@ mod libraries;
 mod network;
 
 /// How a check ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Verdict {
     /// As it should be.
@@ -66,11 +69,14 @@ impl Check {
 }
 
 pub(crate) fn run(args: &Doctor) -> Result<u8> {
-    let mut checks = Vec::new();
-    checks.extend(limits::checks());
-    checks.extend(host::checks());
-    checks.extend(network::checks());
-    checks.extend(libraries::checks());
+    let transport = crate::train::choice(&args.transport);
+    if let Some(env) = Rank::env(None)? {
+        ranks::check_mpi(transport)?;
+        let me = env.rank;
+        let looked = Rank::meet(env, transport).and_then(|rank| allocation::run(args, rank));
+        return looked.map_err(|e| e.context(format!("rank {me}")));
+    }
+    let mut checks = machine();
     checks.extend(disk::checks(&args.dir)?);
     let worst = checks.iter().map(|c| c.verdict).max().unwrap_or(Verdict::Ok);
     output::print(&if args.json {
@@ -79,6 +85,12 @@ pub(crate) fn run(args: &Doctor) -> Result<u8> {
         text(&checks)
     });
     Ok(u8::from(worst == Verdict::Bad))
+}
+
+/// What is looked at beside disks.
+fn machine() -> Vec<Check> {
+    let parts = [limits::checks(), host::checks(), network::checks(), libraries::checks()];
+    parts.into_iter().flatten().collect()
 }
 
 fn text(checks: &[Check]) -> String {

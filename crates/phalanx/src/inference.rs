@@ -12,6 +12,7 @@ use inference::pass::Engine;
 use inference::serve::Traffic;
 use inference::stack::Stack;
 use plan::shape::Shape;
+use report::inference_page::inference_page;
 use spec::{Catalog, Cluster, Error, Result};
 
 use crate::args::Inference;
@@ -19,8 +20,13 @@ use crate::economy::today;
 use crate::{files, output, planner};
 
 pub(crate) fn run(args: &Inference) -> Result<u8> {
-    let question = question(args)?;
+    let page = args.html.as_deref().map(|path| files::Pending::create("--html", path)).transpose()?;
+    let catalog = files::catalog(&args.catalog)?;
+    let (question, priced) = question(args, &catalog)?;
     let answer = answer(&question)?;
+    if let Some(page) = page {
+        page.commit(&inference_page(&answer, &question.cluster, &catalog, priced.as_deref()))?;
+    }
     output::print(&if args.json {
         serde_json::to_string_pretty(&answer).expect("numbers are JSON")
     } else {
@@ -29,8 +35,8 @@ pub(crate) fn run(args: &Inference) -> Result<u8> {
     Ok(0)
 }
 
-fn question(args: &Inference) -> Result<Question> {
-    let catalog = files::catalog(&args.catalog)?;
+/// What is asked, and the name of the price in the catalogue where one was taken.
+fn question(args: &Inference, catalog: &Catalog) -> Result<(Question, Option<String>)> {
     let shape = model(&args.model)?;
     let weights = Weights::parse(&args.weights)?;
     let cache = args.cache.as_deref().map(Cache::parse).transpose()?;
@@ -49,14 +55,14 @@ fn question(args: &Inference) -> Result<Question> {
     }
     let tp = match args.tp {
         Some(tp) => tp,
-        None => smallest(args, &catalog, &shape, weights, cache, &stack, traffic)?,
+        None => smallest(args, catalog, &shape, weights, cache, &stack, traffic)?,
     };
     let cluster = catalog.cluster(&args.cluster, Some(args.accelerators.unwrap_or(tp)))?;
-    let price = match args.price {
-        Some(usd) => Some(Price { usd_per_accelerator_hour: usd, source: "--price".to_owned() }),
-        None => price(&catalog, &cluster)?,
+    let (price, priced) = match args.price {
+        Some(usd) => (Some(Price { usd_per_accelerator_hour: usd, source: "--price".to_owned() }), None),
+        None => price(catalog, &cluster)?.unzip(),
     };
-    Ok(Question {
+    let question = Question {
         shape,
         cluster,
         tp,
@@ -67,7 +73,8 @@ fn question(args: &Inference) -> Result<Question> {
         concurrency: args.concurrency.clone(),
         queue: args.queue,
         price,
-    })
+    };
+    Ok((question, priced))
 }
 
 /// A file, or a name of the catalogue with the endings that serving's tables give it.
@@ -105,13 +112,14 @@ fn smallest(
     Err(last.unwrap_or_else(|| Error::failure("no accelerators to serve on")))
 }
 
-/// What the platform asks for an accelerator and hour on demand, or what stands in for it, as a plan's run is priced; `None`
-/// where nobody publishes one.
-fn price(catalog: &Catalog, cluster: &Cluster) -> Result<Option<Price>> {
+/// What the platform asks for an accelerator and hour on demand, or what stands in for it, as a plan's run is priced, with its
+/// name; `None` where nobody publishes one.
+fn price(catalog: &Catalog, cluster: &Cluster) -> Result<Option<(Price, String)>> {
     let Ok(quote) = quote(catalog, cluster, &Ask::default(), today(None)?) else { return Ok(None) };
     let usd = quote.usd_per_accelerator_h;
-    Ok(Some(Price {
+    let price = Price {
         usd_per_accelerator_hour: usd.value,
         source: format!("{} on demand of {}, {} to {}", quote.name, quote.date, usd.low, usd.high),
-    }))
+    };
+    Ok(Some((price, quote.name)))
 }

@@ -1,9 +1,12 @@
 //! `phalanx journal`: what a run recorded, listed, shown, exported.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod export;
+mod otlp;
+mod parquet;
+
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -24,8 +27,15 @@ pub(crate) fn run(args: &Journal) -> Result<u8> {
     match &args.what {
         JournalCommand::Ls { run_dir, json } => list(run_dir, *json),
         JournalCommand::Show { run_dir, rank, json } => show(run_dir, *rank, *json),
-        JournalCommand::Export { run_dir, csv: _, kind, rank, all, output } => {
-            export(run_dir, kind, *rank, *all, output.as_deref())
+        JournalCommand::Export { run_dir, csv: _, parquet, otlp, kind, rank, all, output } => {
+            let collector = otlp.as_deref().map(otlp::Endpoint::parse).transpose()?;
+            let table = export::Table::read(run_dir, kind, *rank, *all)?;
+            match (parquet, collector) {
+                (Some(path), _) => table.parquet(path),
+                (None, Some(to)) => otlp::send(&table, &run_dir.display().to_string(), &to)
+                    .map(|rows| output::say(&format!("{rows} records sent"))),
+                (None, None) => table.csv(output.as_deref()),
+            }
         }
         JournalCommand::Metrics { dirs } => metrics(dirs),
     }
@@ -71,6 +81,9 @@ fn kind(line: &Line) -> &str {
             Record::Recovered { .. } => "recovered",
             Record::Accepted { .. } => "accepted",
             Record::Spans { .. } => "spans",
+            Record::Trouble { .. } => "trouble",
+            Record::Verified { .. } => "verified",
+            Record::Straggler { .. } => "straggler",
             Record::Warning { .. } => "warning",
             Record::Finished { .. } => "finished",
             Record::Failed { .. } => "failed",
@@ -135,156 +148,6 @@ fn show(run_dir: &Path, rank: usize, as_json: bool) -> Result<()> {
     Ok(())
 }
 
-/// Where a run went back to, and where in the file that stands.
-struct Counts {
-    /// (offset, step) of each going back, in order.
-    back: Vec<(u64, u64)>,
-    axes: BTreeSet<String>,
-}
-
-impl Counts {
-    fn read(run_dir: &Path, rank: usize) -> Result<Counts> {
-        let mut counts = Counts { back: Vec::new(), axes: BTreeSet::new() };
-        let mut last = 0;
-        each(run_dir, rank, &mut |found| {
-            match found.line {
-                Line::Record(Record::Resumed { step, .. } | Record::Recovered { step, .. })
-                    if step < last =>
-                {
-                    counts.back.push((found.offset, step));
-                    last = step;
-                }
-                Line::Record(Record::Step(Step { step, waits_s, .. })) => {
-                    if step <= last {
-                        counts.back.push((found.offset, step.saturating_sub(1)));
-                    }
-                    last = step;
-                    for axis in waits_s.into_keys().filter(|a| !counts.axes.contains(a)).collect::<Vec<_>>() {
-                        counts.axes.insert(axis);
-                    }
-                }
-                _ => {}
-            }
-            Ok(())
-        })?;
-        // From a place on, the least step that the run goes back to later.
-        let mut least = u64::MAX;
-        for (_, step) in counts.back.iter_mut().rev() {
-            least = least.min(*step);
-            *step = least;
-        }
-        Ok(counts)
-    }
-
-    /// Whether what was done at `offset` for `step` is part of the run as it went on.
-    fn keep(&self, offset: u64, step: u64) -> bool {
-        let later = self.back.partition_point(|(at, _)| *at <= offset);
-        self.back.get(later).is_none_or(|(_, least)| step <= *least)
-    }
-}
-
-fn export(run_dir: &Path, kind: &str, rank: usize, all: bool, to: Option<&Path>) -> Result<()> {
-    let counts = Counts::read(run_dir, rank)?;
-    let name = to.map_or_else(|| "stdout".to_owned(), |p| p.display().to_string());
-    let io = |e: io::Error| {
-        Error::failure(format!("write {name}: {e}")).hint("free space there, or choose another --output")
-    };
-    let out: Box<dyn Write> = match to {
-        Some(path) => Box::new(
-            File::create(path)
-                .map_err(|e| Error::io("create", path, &e).hint("name a writable file with --output"))?,
-        ),
-        None => Box::new(io::stdout().lock()),
-    };
-    let mut out = BufWriter::new(out);
-    let written =
-        rows(&mut out, run_dir, kind, rank, all, &counts, &io).and_then(|()| out.flush().map_err(io));
-    match written {
-        // A reader that has seen enough.
-        Err(e) if to.is_none() && e.to_string().contains("Broken pipe") => Ok(()),
-        done => done,
-    }
-}
-
-fn rows(
-    out: &mut dyn Write,
-    run_dir: &Path,
-    kind: &str,
-    rank: usize,
-    all: bool,
-    counts: &Counts,
-    io: &dyn Fn(io::Error) -> Error,
-) -> Result<()> {
-    let waits: String = counts.axes.iter().map(|a| format!(",wait_{}_s", field(a))).collect();
-    let head = match kind {
-        "eval" => "time_us,step,loss,tokens".to_owned(),
-        "checkpoint" => "time_us,step,path,bytes,save_s,stall_s".to_owned(),
-        _ => format!(
-            "time_us,step,loss,grad_norm,lr,tokens,valid_tokens,tokens_per_s,mfu,step_s,memory_bytes,exposed_comm_s{waits}"
-        ),
-    };
-    writeln!(out, "{head}").map_err(io)?;
-    each(run_dir, rank, &mut |found| {
-        let Line::Record(record) = &found.line else { return Ok(()) };
-        match row(kind, record, &counts.axes) {
-            Some((step, row)) if all || counts.keep(found.offset, step) => writeln!(out, "{row}").map_err(io),
-            _ => Ok(()),
-        }
-    })
-}
-
-/// A record's step and its row, if it is of the kind.
-fn row(kind: &str, record: &Record, axes: &BTreeSet<String>) -> Option<(u64, String)> {
-    let known = |value: &Option<f64>| value.map(|v| v.to_string()).unwrap_or_default();
-    Some(match (kind, record) {
-        (
-            "step",
-            Record::Step(Step {
-                time_us,
-                step,
-                loss,
-                grad_norm,
-                lr,
-                tokens,
-                valid_tokens,
-                tokens_per_s,
-                mfu,
-                step_s,
-                memory_bytes,
-                exposed_comm_s,
-                waits_s,
-                // A table of its own for each step: read it from the journal.
-                expert_counts: _,
-            }),
-        ) => {
-            let (mfu, exposed) = (known(mfu), known(exposed_comm_s));
-            let mut row = format!(
-                "{time_us},{step},{loss},{grad_norm},{lr},{tokens},{valid_tokens},{tokens_per_s},{mfu},{step_s},{memory_bytes},{exposed}"
-            );
-            for axis in axes {
-                let _ = write!(row, ",{}", known(&waits_s.get(axis).copied()));
-            }
-            (*step, row)
-        }
-        ("eval", Record::Eval { time_us, step, loss, tokens }) => {
-            (*step, format!("{time_us},{step},{loss},{tokens}"))
-        }
-        ("checkpoint", Record::Checkpoint { time_us, step, path, bytes, save_s, stall_s }) => {
-            (*step, format!("{time_us},{step},{},{bytes},{save_s},{}", field(path), known(stall_s)))
-        }
-        _ => return None,
-    })
-}
-
-/// Text as a field of a table (RFC 4180).
-fn field(text: &str) -> String {
-    if text.contains([',', '"', '\n', '\r']) {
-        format!("\"{}\"", text.replace('"', "\"\""))
-    } else {
-        text.to_owned()
-    }
-}
-
 fn metrics(dirs: &[PathBuf]) -> Result<()> {
     let watch = dash::watch::Watch::new(dirs, &watching::lookup(Path::new("")))?;
     watch.wait_until_read();
@@ -293,28 +156,4 @@ fn metrics(dirs: &[PathBuf]) -> Result<()> {
     let page = render(&dash::view::metrics(&shared.runs(), now_us), &[], Format::Text);
     output::print(&page);
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_counts_is_what_no_later_start_goes_back_behind() {
-        // As read: back to 3 at byte 60, back to 5 at byte 90.
-        let counts = Counts { back: vec![(60, 3), (90, 5)], axes: BTreeSet::new() };
-        let check =
-            |offset, step, expected| assert_eq!(counts.keep(offset, step), expected, "{offset} {step}");
-        check(10, 3, true);
-        check(10, 4, false);
-        check(70, 5, true);
-        check(70, 6, false);
-        check(95, 6, true);
-    }
-
-    #[test]
-    fn text_with_commas_is_quoted() {
-        assert_eq!(field("a"), "a");
-        assert_eq!(field("a,\"b\""), "\"a,\"\"b\"\"\"");
-    }
 }

@@ -189,6 +189,8 @@ fn line(record: &Record, steps: u64, eta: f64) -> Option<String> {
         Record::Recovered { step, why, source, recovery_s, .. } => {
             format!("{why}: goes on after step {step} from {source}, {recovery_s:.2} s later")
         }
+        Record::Straggler { step, why, .. } => format!("slow step {step}: {why}"),
+        Record::Trouble { step, .. } => format!("trouble step {step}: {}", record.trouble_text()?),
         Record::Finished { reason, step, .. } => format!("{reason}: step {step}"),
         Record::Sample { text, .. } => format!("sample\n{text}"),
         _ => return None,

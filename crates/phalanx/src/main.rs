@@ -30,6 +30,7 @@ mod places;
 mod planner;
 mod program;
 mod ranks;
+mod replay;
 mod show;
 mod simulate;
 mod stop;
@@ -85,6 +86,7 @@ fn main() -> std::process::ExitCode {
         Command::Man(a) => version::man(&a),
         Command::Ckpt(a) => ckpts::run(&a),
         Command::Ledger(a) => survival::ledger(&a),
+        Command::Replay(a) => replay::run(&a),
         Command::Chaos(a) => survival::chaos(&a),
         Command::Keys => {
             output::print(&models::keys());
@@ -93,9 +95,16 @@ fn main() -> std::process::ExitCode {
     };
     drop(busy);
     match done {
-        Ok(code) => code.into(),
+        Ok(code) => {
+            if let Err(e) = comm::Mpi::end() {
+                output::say(&format!("warning: {e}"));
+            }
+            code.into()
+        }
         Err(e) => {
+            ranks::leave_it_to_the_culprit(&e);
             output::error(&e);
+            comm::Mpi::abort(e.exit_code());
             e.exit_code().into()
         }
     }

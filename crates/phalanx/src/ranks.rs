@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
-use comm::{Bootstrap, StoreClient, TransportChoice, World};
+use comm::{Bootstrap, Mpi, StoreClient, Transport, TransportChoice, World, find_mpi};
 use elastic::Orders;
 use launch::{Launcher, LocalJob, RankEnv, RankStore, Saving};
 use spec::{Context, Error, Result};
@@ -27,8 +27,8 @@ pub(crate) struct Rank {
 
 impl Rank {
     /// The place of this process in a job, and the way to the others.
-    pub(crate) fn from_env() -> Result<Option<Rank>> {
-        Rank::env(None)?.map(Rank::meet).transpose()
+    pub(crate) fn from_env(transport: TransportChoice) -> Result<Option<Rank>> {
+        Rank::env(None)?.map(|env| Rank::meet(env, transport)).transpose()
     }
 
     /// This process's place in a job, if a launcher (ours, torchrun, Slurm, MPI) started it as one of several. `nproc`
@@ -50,10 +50,43 @@ impl Rank {
         Ok(Some(env))
     }
 
-    /// Finds the store that all ranks share.
-    pub(crate) fn meet(env: RankEnv) -> Result<Rank> {
-        let store = env.store(MEET_TIMEOUT).context("meet the other ranks")?;
-        Ok(Rank { env, store })
+    /// Finds the store that all ranks share: over MPI if ranks are to talk over it, or if nothing else says where it is.
+    pub(crate) fn meet(env: RankEnv, transport: TransportChoice) -> Result<Rank> {
+        let by_mpi = match transport {
+            TransportChoice::Mpi => true,
+            TransportChoice::Auto => env.mpi && !env.can_meet() && find_mpi().is_ok(),
+            TransportChoice::Shm | TransportChoice::Tcp => false,
+        };
+        let store = match by_mpi {
+            true => Mpi::start(MEET_TIMEOUT).and_then(|mpi| env.store_by_mpi(mpi, MEET_TIMEOUT)),
+            false => env.store(MEET_TIMEOUT),
+        };
+        Ok(Rank { store: store.context("meet the other ranks")?, env })
+    }
+
+    /// Says once how ranks talk to each other, and why, where an `mpiexec` started them and they had the choice.
+    pub(crate) fn say_how_they_talk(&self, world: &World, transport: TransportChoice) {
+        if world.rank() > 0 || !self.env.mpi || transport != TransportChoice::Auto {
+            return;
+        }
+        let has = |wanted| (1..world.size()).any(|rank| world.transport(rank) == wanted);
+        let how = if has(Transport::Mpi) {
+            let library = Mpi::started().map(|mpi| format!(": {} ({})", mpi.version(), mpi.path().display()));
+            format!("ranks of different machines talk over MPI{}", library.unwrap_or_default())
+        } else if has(Transport::Tcp) {
+            let why = find_mpi().err().map(|e| e.to_string());
+            let why = why.unwrap_or_else(|| "not every rank has an MPI library that can be used".to_owned());
+            format!("ranks of different machines talk over TCP: {why}")
+        } else {
+            "all ranks are on one machine and talk through shared memory; --transport mpi makes them use MPI"
+                .to_owned()
+        };
+        output::say(&how);
+    }
+
+    /// The store that all ranks share.
+    pub(crate) fn store(&self) -> &StoreClient {
+        &self.store.client
     }
 
     /// Meets all ranks; those whose `identity` differs are named.
@@ -63,7 +96,10 @@ impl Rank {
         transport: TransportChoice,
         timeout: Duration,
     ) -> Result<World> {
-        world(&first_orders(&self.env), self.store.client.clone(), identity, transport, timeout)
+        let orders = first_orders(&self.env);
+        let mut b = bootstrap(&orders, self.store.client.clone(), identity, transport, timeout)?;
+        b.has_mpi = self.env.mpi && transport == TransportChoice::Auto && find_mpi().is_ok();
+        World::connect(&b)
     }
 
     /// Ends this rank's part; the rank that hosts the store stays until all have left.
@@ -106,14 +142,48 @@ pub(crate) fn world(
     transport: TransportChoice,
     timeout: Duration,
 ) -> Result<World> {
+    World::connect(&bootstrap(orders, store, identity, transport, timeout)?)
+}
+
+fn bootstrap(
+    orders: &Orders,
+    store: StoreClient,
+    identity: &str,
+    transport: TransportChoice,
+    timeout: Duration,
+) -> Result<Bootstrap> {
     let mut b = Bootstrap::new(orders.rank, orders.world, store, orders.session.clone());
     b.local_rank = orders.local_rank;
     b.local_world = orders.local_world;
-    b.fingerprint = fingerprint(identity);
+    b.fingerprint = launch::fingerprint(identity);
     b.transport = transport;
     b.timeout = timeout;
     b.bind = launch::bind_from_env()?;
-    World::connect(&b)
+    Ok(b)
+}
+
+/// Refuses MPI where ranks were started otherwise, or without a library: before anything is begun that others wait for.
+pub(crate) fn check_mpi(transport: TransportChoice) -> Result<()> {
+    if transport != TransportChoice::Mpi {
+        return Ok(());
+    }
+    find_mpi().context("--transport mpi")?;
+    if RankEnv::read()?.is_some_and(|env| env.mpi) {
+        return Ok(());
+    }
+    Err(Error::user("--transport mpi: this process was not started so that MPI can find other ranks")
+        .hint("mpiexec -n 4 phalanx ... --transport mpi, without --nproc, or srun --mpi=pmi2 phalanx ... --transport mpi"))
+}
+
+/// How long whoever was told of another rank's failure leaves it to that rank to say so and to end all.
+const CULPRIT_FIRST: Duration = Duration::from_secs(2);
+
+/// Waits a moment before a failure is told that another rank has caused, where MPI ends all ranks at the word of one.
+pub(crate) fn leave_it_to_the_culprit(e: &Error) {
+    if Mpi::started().is_some() && comm::blames_peer(&e.to_string()) {
+        // That rank ends this process too, and most often does so first.
+        std::thread::sleep(CULPRIT_FIRST);
+    }
 }
 
 /// A flag and the environment mean different things by a rank; which of them is meant is not ours to guess.
@@ -146,15 +216,6 @@ pub(crate) fn has_restarts() -> bool {
 fn is_positive(names: &[&str]) -> bool {
     let number = |name: &&str| std::env::var(name).ok().and_then(|n| n.parse::<u64>().ok());
     names.iter().filter_map(number).any(|n| n > 0)
-}
-
-/// 128 bits of FNV-1a over configuration and version: ranks of another build or run file must not mix in.
-fn fingerprint(identity: &str) -> [u8; 16] {
-    let text = format!("{} {identity}", env!("CARGO_PKG_VERSION"));
-    let hash = text.bytes().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128, |h, b| {
-        (h ^ u128::from(b)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
-    });
-    hash.to_le_bytes()
 }
 
 /// Set for ranks that [`start`] started.

@@ -41,6 +41,16 @@ fn in_words(audit: &Audit) -> String {
             l.steps, l.samples, l.sessions, l.steps_redone
         )?;
         writeln!(out, "{} samples lost, {} repeated", l.samples_lost, l.samples_repeated)?;
+        if !l.skipped.is_empty() {
+            writeln!(out, "{} samples left out by decisions on record", l.samples_skipped)?;
+        }
+        for s in &l.skipped {
+            let steps = match s.first_step == s.last_step {
+                true => format!("step {}", s.first_step),
+                false => format!("steps {} to {}", s.first_step, s.last_step),
+            };
+            writeln!(out, "  {steps}: {}, {}: {}", s.what, s.action, s.why)?;
+        }
         for w in &l.wrong {
             writeln!(out, "  step {}: {} lost, {} repeated", w.step, w.lost, w.repeated)?;
         }

@@ -52,7 +52,8 @@ pub(crate) fn choose(
         output::say(&format!("layout auto: no calibration in {FILE} yet, measuring this machine quickly"));
         bench::calibrate(path, true)?
     };
-    let chosen = on(&machine, run, nproc, if transport == "tcp" { "tcp" } else { "shm" })?;
+    // MPI was not measured; between ranks that share no memory it is nearest to TCP.
+    let chosen = on(&machine, run, nproc, if ["tcp", "mpi"].contains(&transport) { "tcp" } else { "shm" })?;
     explain(&chosen, &machine);
     set(run, chosen.best[0].layout.clone());
     Ok(())

@@ -9,7 +9,8 @@ use launch::{Launcher, RankEnv};
 use spec::run::Resolved;
 use spec::{Error, Layout, Origin, Result, RunSpec};
 use train::{
-    Agent, Asked, Beginning, Cpu, Device, DirLock, Event, Mesh, Outcome, RunDir, Sampling, Trainer, check_run,
+    Agent, Asked, Beginning, Cpu, Device, DirLock, Drill, Event, Mesh, Outcome, RunDir, Sampling, Trainer,
+    check_run,
 };
 
 use crate::args::{RunArgs, Train};
@@ -24,6 +25,9 @@ use crate::this_machine;
 
 pub(crate) fn train(args: &Train) -> Result<u8> {
     let early = Early::watch(!ranks::started_by_us())?;
+    drills(args)?;
+    let args = &with_flags(args);
+    ranks::check_mpi(transport(args))?;
     if let Some(env) = Rank::env(args.nproc)? {
         let me = env.rank;
         let done = match places::agent(&env)? {
@@ -68,7 +72,7 @@ fn rank_of_several(args: &Train, env: RankEnv, early: Early) -> Result<u8> {
         Err(e) if env.launcher == Launcher::Slurm && env.local_rank > 0 => return Ok(e.exit_code()),
         loaded => loaded?,
     };
-    let rank = Rank::meet(env)?;
+    let rank = Rank::meet(env, transport(args))?;
     let code = as_rank(args, run, &rank, early)?;
     rank.leave()?;
     Ok(code)
@@ -86,6 +90,7 @@ fn as_rank(args: &Train, mut run: RunSpec, rank: &Rank, early: Early) -> Result<
         this_machine::choose(&mut run, rank.env.world, &args.transport, missing, fresh)?;
     }
     let world = rank.world(&run.to_toml(), transport, Duration::from_secs(run.run.timeout_s))?;
+    rank.say_how_they_talk(&world, transport);
     let mut mine = None;
     if first {
         let lock = if started_by_us { None } else { Some(own(&run, fresh)?) };
@@ -110,9 +115,15 @@ fn as_rank(args: &Train, mut run: RunSpec, rank: &Rank, early: Early) -> Result<
 }
 
 pub(crate) fn transport(args: &Train) -> TransportChoice {
-    match args.transport.as_str() {
+    choice(&args.transport)
+}
+
+/// What `--transport` says, which takes no other words.
+pub(crate) fn choice(word: &str) -> TransportChoice {
+    match word {
         "shm" => TransportChoice::Shm,
         "tcp" => TransportChoice::Tcp,
+        "mpi" => TransportChoice::Mpi,
         _ => TransportChoice::Auto,
     }
 }
@@ -208,10 +219,23 @@ fn join(args: &Train, agent: Agent, orders: Orders, early: Early) -> Result<u8> 
     }
 }
 
+/// The same with flags that stand for keys as keys.
+fn with_flags(args: &Train) -> Train {
+    let mut args = args.clone();
+    let every = args.verify_every.map(|n| format!("run.verify_every={n}"));
+    args.run.set.extend(every);
+    args
+}
+
+fn drills(args: &Train) -> Result<Vec<Drill>> {
+    args.drill.iter().map(|text| text.parse()).collect()
+}
+
 /// Trains to the end, and tells of it where this is the first rank.
 fn go_on(args: &Train, mut trainer: Trainer, threads: usize, early: Early) -> Result<u8> {
     let run = trainer.run().clone();
     let speaks = trainer.rank() == 0;
+    trainer.set_drills(drills(args)?);
     if speaks {
         announce(&run, &mut trainer, threads);
     }

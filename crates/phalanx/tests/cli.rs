@@ -3,6 +3,7 @@
 mod accidents;
 mod clusters;
 mod common;
+mod mpi;
 mod economy;
 mod owner;
 mod planner;
@@ -11,6 +12,7 @@ mod serving;
 mod stores;
 mod survival;
 mod report;
+mod trouble;
 mod watching;
 
 use std::fs;

@@ -7,7 +7,7 @@ use spec::{Cluster, Error, Layout, NumberFormat, Result};
 
 use crate::calibration::{Calibration, Evidence, Grade};
 use crate::compute::lacks;
-use crate::estimate::{Breakdown, Estimate, Estimator, MemoryUse, Problem};
+use crate::estimate::{Breakdown, Estimate, Estimator, MemoryUse, Problem, virtual_layers};
 use crate::given;
 use crate::placement::Placement;
 use crate::search::{self, Found, Searched, Space};
@@ -39,6 +39,26 @@ pub struct Question {
     pub trainable_only: bool,
     /// Only layouts of this strategy.
     pub strategy: Option<Strategy>,
+}
+
+impl Question {
+    /// What is usual for a model on a cluster: the batch ([`default_batch`]), the accelerator's 16-bit format and training
+    /// stack, the ten best layouts of any strategy.
+    pub fn usual(shape: Shape, cluster: Cluster) -> Question {
+        let (sequences, sequence) = default_batch(&shape);
+        Question {
+            sequence,
+            sequences: sequences_for(sequences, cluster.accelerators),
+            format: cluster.accelerator.sixteen_bit(),
+            shape,
+            cluster,
+            software: None,
+            tokens: None,
+            keep: 10,
+            trainable_only: false,
+            strategy: None,
+        }
+    }
 }
 
 /// One layout of an answer.
@@ -222,8 +242,21 @@ pub fn plan(
     calibration: &Calibration,
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<Answer> {
+    plan_from(question, calibration, &[], progress)
+}
+
+/// The same, from layouts of which it is known that they are good: see [`search::search_from`].
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_from(
+    question: Question,
+    calibration: &Calibration,
+    good: &[Placement],
+    progress: &(dyn Fn(usize, usize) + Sync),
+) -> Result<Answer> {
     let problem = pose(&question, calibration)?;
-    let searched = search::search(&problem, &space(&question), progress)?;
+    let searched = search::search_from(&problem, &space(&question), good, progress)?;
     Ok(answer(question, problem, calibration, searched))
 }
 
@@ -254,15 +287,19 @@ pub fn estimate_given(question: Question, layout: &str, calibration: &Calibratio
 }
 
 /// The answers to questions that differ in the size of their machine alone, each with its fastest layout and no front.
-/// `None` where nothing fits. Far quicker than as many calls of [`plan`].
+/// `None` where nothing fits. Far quicker than as many calls of [`plan`], more so with layouts that are `good` at other sizes.
 ///
 /// # Errors
 /// If the model is refused.
-pub fn fastest_each(questions: Vec<Question>, calibration: &Calibration) -> Result<Vec<Option<Answer>>> {
+pub fn fastest_each(
+    questions: Vec<Question>,
+    calibration: &Calibration,
+    good: &[Placement],
+) -> Result<Vec<Option<Answer>>> {
     let Some(first) = questions.first() else { return Ok(Vec::new()) };
     let space = space(first);
     let problems: Vec<Problem> = questions.iter().map(|q| pose(q, calibration)).collect::<Result<_>>()?;
-    let found = search::fastest(&problems, &space)?;
+    let found = search::fastest(&problems, &space, good)?;
     let with = |((question, problem), found): ((Question, Problem), Option<Found>)| {
         let best = vec![found?];
         let searched = Searched {
@@ -551,7 +588,9 @@ pub fn program_memory(problem: &Problem, placement: &Placement) -> Result<usize>
 /// # Errors
 /// As [`program_memory`].
 pub fn stage_memory(problem: &Problem, placement: &Placement, stage: usize) -> Result<program::Memory> {
-    let layout = &placement.layout;
+    // Chunks as the stack deals them: its ends may hold no layer.
+    let stage_layers = virtual_layers(problem, placement);
+    let layout = &Layout { stage_layers, ..placement.layout.clone() };
     let request = program::Request {
         model: &problem.shape.model,
         layout,

@@ -9,6 +9,7 @@ mod replicas;
 mod section;
 mod step;
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -25,6 +26,7 @@ use crate::template::{Key, Template};
 pub use replicas::{Among, Said};
 use section::{Links, Passes, Timed};
 use step::Stages;
+pub(crate) use step::virtual_layers;
 
 /// What is trained, where, and with what.
 #[derive(Clone, Debug)]
@@ -226,9 +228,14 @@ pub struct Estimator<'a> {
     wide_chip: Chip,
     templates: Templates,
     timed: HashMap<TimedKey, Timed>,
+    /// Pipelines played before: layouts that differ in what replicas do alone share theirs.
+    played: RefCell<HashMap<PlayedKey, f64>>,
     expert_layers: f64,
     flops: f64,
 }
+
+/// Stages, micro-batches, and the bits of the times of virtual stages.
+type PlayedKey = (usize, usize, Vec<[u64; 2]>);
 
 impl<'a> Estimator<'a> {
     /// An estimator for layouts whose matrix products are in `format`.
@@ -247,6 +254,7 @@ impl<'a> Estimator<'a> {
             wide_chip,
             templates: HashMap::new(),
             timed: HashMap::new(),
+            played: RefCell::default(),
             expert_layers: problem.shape.expert_layers() as f64,
             flops: problem.shape.flops_per_token(problem.sequence as f64, true) * tokens,
             problem,
@@ -316,6 +324,13 @@ impl<'a> Estimator<'a> {
         let compute = |s: &Passes| s.forward.compute() + s.backward.compute();
         let stage_s = stages.per_layer(compute(&t.layer), compute(&t.expert_layer));
         (stage_s * stages.micro_batches, self.memory(placement, t, &stages).total())
+    }
+
+    /// Compute of one micro-batch on the mean layer, in seconds: the same whatever the size of the machine.
+    pub(crate) fn layer_s(&self, shared: &Shared) -> f64 {
+        let compute = |s: &Passes| s.forward.compute() + s.backward.compute();
+        let with_experts = self.expert_layers / self.problem.shape.model.layers as f64;
+        (1.0 - with_experts) * compute(&shared.0.layer) + with_experts * compute(&shared.0.expert_layer)
     }
 
     fn template(&mut self, placement: &Placement) -> Result<Arc<Template>> {

@@ -1,5 +1,6 @@
 //! How long a pipeline takes, in closed form.
 
+use program::{Pass, orders, spans};
 use spec::PipelineSchedule;
 
 /// One micro-batch on one stage, all chunks, in seconds.
@@ -99,6 +100,31 @@ pub fn makespan_s(p: &Pipeline) -> f64 {
     longest
 }
 
+/// Time of interleaved 1F1B whose virtual stages, in the order in which they run, differ: played.
+///
+/// A stage's forward passes over one chunk stand beside backward passes over another, and beside which differs from stage
+/// to stage: where chunks differ, stages wait for each other at every turn, and no sum of theirs says how long. After two
+/// groups of `p` micro-batches each group takes as long as the one before it, so that two plays stand for any number
+/// (`micro_batches` is a multiple of the `stages`).
+pub fn uneven_s(stages: usize, micro_batches: usize, virtuals: &[Stage]) -> f64 {
+    let chunks = virtuals.len() / stages;
+    let took = |v: usize, pass: Pass| match pass {
+        Pass::Forward => virtuals[v].forward_s,
+        _ => virtuals[v].backward_s,
+    };
+    let play_s = |micro_batches: usize| {
+        let orders = orders(PipelineSchedule::Interleaved, stages, chunks, micro_batches);
+        let spans = spans(&orders, chunks, took).unwrap_or_default();
+        spans.iter().filter_map(|stage| stage.last()).map(|span| span.end).fold(0.0, f64::max)
+    };
+    let (less, more) = (2 * stages, 3 * stages);
+    if micro_batches <= more {
+        return play_s(micro_batches);
+    }
+    let (less_s, more_s) = (play_s(less), play_s(more));
+    more_s + (more_s - less_s) * ((micro_batches - more) as f64 / stages as f64)
+}
+
 /// All micro-batches through all stages in one direction.
 fn wave_s(p: &Pipeline, pass: impl Fn(&Stage) -> f64) -> f64 {
     let (first, mean, last) = (pass(&p.first), pass(&p.mean), pass(&p.last));
@@ -110,7 +136,7 @@ fn wave_s(p: &Pipeline, pass: impl Fn(&Stage) -> f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use program::{Pass, PassTimes, orders, play};
+    use program::{PassTimes, play};
 
     /// The closed form against the schedule itself, played.
     #[test]
@@ -143,6 +169,36 @@ mod tests {
             for v in [2, 4] {
                 check(PipelineSchedule::Interleaved, p, v, m);
             }
+        }
+    }
+
+    /// However many micro-batches, two plays stand for the whole.
+    #[test]
+    fn groups_of_micro_batches_take_as_long_as_the_third() {
+        let check = |layers: usize, stages: usize, chunks: usize, head: f64, groups: usize| {
+            let dealt = spec::Layout { pp: stages, chunks, ..Default::default() }.deal(layers);
+            let last = dealt.len() - 1;
+            let of = |(v, n): (usize, &usize)| {
+                let t = *n as f64 + if v == last { head } else { 0.0 };
+                Stage { forward_s: t, backward_s: 2.0 * t }
+            };
+            let virtuals: Vec<Stage> = dealt.iter().enumerate().map(of).collect();
+            let orders = orders(PipelineSchedule::Interleaved, stages, chunks, groups * stages);
+            let took = |v: usize, pass: Pass| match pass {
+                Pass::Forward => virtuals[v].forward_s,
+                _ => virtuals[v].backward_s,
+            };
+            let whole = spans(&orders, chunks, took).unwrap();
+            let whole_s = whole.iter().flatten().map(|s| s.end).fold(0.0, f64::max);
+            let ratio = uneven_s(stages, groups * stages, &virtuals) / whole_s;
+            assert!((0.995..1.005).contains(&ratio), "{layers}/{stages}x{chunks} {groups}: {ratio}");
+        };
+        for groups in [1, 2, 3, 4, 9, 20] {
+            check(126, 16, 6, 0.7, groups);
+            check(126, 8, 11, 0.7, groups);
+            check(61, 8, 4, 1.5, groups);
+            check(40, 16, 2, 0.0, groups);
+            check(7, 2, 3, 3.0, groups);
         }
     }
 

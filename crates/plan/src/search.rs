@@ -5,15 +5,14 @@
 //! can be neither among the best nor on the front.
 
 mod fastest;
+mod nothing;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 use serde::Serialize;
-use spec::{
-    Error, ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Rule, Zero,
-};
+use spec::{ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Rule, Zero};
 
 use crate::estimate::{Estimate, Estimator, Problem, Shared};
 use crate::placement::{Order, Placement};
@@ -21,6 +20,7 @@ use crate::strategy::Strategy;
 
 use fastest::Goal;
 pub use fastest::fastest;
+use nothing::nothing;
 
 /// What to search over.
 #[derive(Clone, Debug)]
@@ -76,6 +76,8 @@ struct Job {
 
 /// Chunks a stage are tried up to this many.
 const CHUNKS_MAX: usize = 32;
+/// A bound worked out in another order than the one that it stands for may be above it by rounding.
+const ROUNDING: f64 = 1.0 + 1e-9;
 /// Tensor parallelism beyond this leaves slivers of matrices.
 const TP_MAX: usize = 64;
 
@@ -88,7 +90,21 @@ pub fn search(
     space: &Space,
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<Searched> {
-    let all = explore(problem, space, progress)?;
+    search_from(problem, space, &[], progress)
+}
+
+/// The same, with layouts of which it is known that they are good: theirs and what shares a template with them is estimated
+/// first, and bounds the rest. Finds what [`search`] finds, and estimates less on the way.
+///
+/// # Errors
+/// As [`search`].
+pub fn search_from(
+    problem: &Problem,
+    space: &Space,
+    good: &[Placement],
+    progress: &(dyn Fn(usize, usize) + Sync),
+) -> Result<Searched> {
+    let all = explore(problem, space, good, progress)?;
     if all.best.is_empty() {
         return Err(nothing(problem, space, &all));
     }
@@ -101,119 +117,37 @@ pub fn search(
     })
 }
 
-fn explore(problem: &Problem, space: &Space, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Part> {
+fn explore(
+    problem: &Problem,
+    space: &Space,
+    good: &[Placement],
+    progress: &(dyn Fn(usize, usize) + Sync),
+) -> Result<Part> {
     let jobs = jobs(problem, space);
     let done = AtomicUsize::new(0);
-    let parts: Vec<Result<Part>> = jobs
-        .par_iter()
-        .map(|job| {
-            let part = Estimator::new(problem, space.format)
-                .and_then(|mut estimator| run(&mut estimator, (space, Goal::Front), *job));
-            progress(done.fetch_add(1, Ordering::Relaxed) + 1, jobs.len());
-            part
-        })
-        .collect();
+    let part = |job: &Job, known: &Part| {
+        let part = Estimator::new(problem, space.format)
+            .and_then(|mut estimator| run(&mut estimator, (space, Goal::Front { known }), *job));
+        progress(done.fetch_add(1, Ordering::Relaxed) + 1, jobs.len());
+        part
+    };
+    let is_good = |job: &Job| good.iter().any(|g| *job == Job::of(g));
+    let all_of = |wanted: bool, known: &Part| -> Result<Vec<Part>> {
+        let found: Vec<_> =
+            jobs.par_iter().filter(|job| is_good(job) == wanted).map(|job| part(job, known)).collect();
+        found.into_iter().collect()
+    };
+    let first = all_of(true, &Part::default())?;
+    let mut known = Part::default();
+    first.iter().for_each(|part| known.merge(part.clone(), space.keep));
+    let (mut first, mut rest) = (first.into_iter(), all_of(false, &known)?.into_iter());
+    // In the order of jobs, so that of equals the same one wins whatever came first.
     let mut all = Part::default();
-    for part in parts {
-        all.merge(part?, space.keep);
+    for job in &jobs {
+        let next = if is_good(job) { first.next() } else { rest.next() };
+        all.merge(next.unwrap_or_default(), space.keep);
     }
     Ok(all)
-}
-
-fn nothing(problem: &Problem, space: &Space, all: &Part) -> Error {
-    let name = &problem.shape.model.name;
-    let kind = space.strategy.map(|s| format!("{s} ")).unwrap_or_default();
-    let room = problem.cluster.accelerator.memory_bytes.value;
-    match &all.smallest {
-        Some(found) => {
-            let what = format!(
-                "no {kind}layout of {name} fits {} x {}: {}",
-                space.accelerators,
-                problem.cluster.accelerator.name,
-                overfull(found, room)
-            );
-            let hint = match (what_would_fit(problem, space), space.strategy) {
-                (hint, None) => hint,
-                (hint, Some(_)) => format!("{hint}; without --layout all strategies are tried"),
-            };
-            Error::user(what).hint(hint)
-        }
-        None => {
-            let reasons: Vec<String> = all.refused.iter().map(|(why, n)| format!("{why} ({n})")).collect();
-            let reasons = if reasons.is_empty() { vec!["no axis divides both".to_owned()] } else { reasons };
-            Error::user(format!(
-                "no {kind}layout of {name} uses {} accelerators with {} sequences: {}",
-                space.accelerators,
-                problem.sequences,
-                reasons.join(", ")
-            ))
-            .hint("--accelerators and --sequences with small factors have more layouts")
-        }
-    }
-}
-
-/// Which rank a layout overfills, and with what, largest first.
-pub(crate) fn overfull(found: &Found, room: f64) -> String {
-    let m = found.estimate.memory;
-    let gb = |x: f64| x / 1e9;
-    let mut parts = [
-        ("parameters", m.params),
-        ("gradients", m.grads),
-        ("optimiser", m.optimizer),
-        ("activations", m.activations),
-        ("working set", m.working),
-        ("framework", m.framework),
-    ];
-    parts.sort_by(|a, b| b.1.total_cmp(&a.1));
-    let parts: Vec<String> = parts.iter().map(|(what, x)| format!("{what} {:.1}", gb(*x))).collect();
-    // The first stage keeps the most micro-batches in flight.
-    let rank = match found.placement.layout.pp {
-        1 => "every rank".to_owned(),
-        pp => format!("rank 0 (stage 0 of {pp})"),
-    };
-    format!(
-        "the smallest, {}, takes {:.1} GB of {:.1} GB on {rank} ({})",
-        found.placement,
-        gb(m.total()),
-        gb(room),
-        parts.join(", ")
-    )
-}
-
-/// No more accelerators than this, or sixteen times those asked, are tried before giving up.
-const TRIED_MAX: usize = 1 << 18;
-
-/// The smallest number of accelerators found on which some layout fits, by doubling and then halving the gap.
-fn what_would_fit(problem: &Problem, space: &Space) -> String {
-    let fits = |n: usize| -> Option<Found> {
-        let mut problem = problem.clone();
-        problem.cluster.accelerators = n;
-        // A larger micro-batch never takes less.
-        let space = Space { accelerators: n, keep: 1, micro_batch_max: 1, ..space.clone() };
-        explore(&problem, &space, &|_, _| ()).ok()?.best.into_iter().next()
-    };
-    let n = space.accelerators;
-    let has = problem.cluster.accelerators_max;
-    let end = TRIED_MAX.max(16 * n).min(has);
-    // Doubling stops at the machine's size, which is tried too.
-    let doubled = std::iter::successors(Some(2 * n), |many| Some(2 * many)).take_while(|many| *many < end);
-    let tries = doubled.chain((end > n).then_some(end));
-    let Some((mut most, mut found)) = tries.into_iter().find_map(|many| Some((many, fits(many)?))) else {
-        let all = if end == has { format!("all {end}") } else { end.to_string() };
-        return format!(
-            "not even {all} accelerators would do: a shorter --sequence takes less, and so does a smaller model"
-        );
-    };
-    let per_node = problem.cluster.per_node.max(1);
-    let mut least = n.max(most / 2);
-    while most - least > per_node {
-        let middle = least + ((most - least) / 2).next_multiple_of(per_node).min(most - least - 1);
-        match fits(middle) {
-            Some(fitting) => (most, found) = (middle, fitting),
-            None => least = middle,
-        }
-    }
-    format!("{most} accelerators would fit it ({})", found.placement)
 }
 
 fn divisors(n: usize) -> Vec<usize> {
@@ -270,7 +204,7 @@ fn jobs(problem: &Problem, space: &Space) -> Vec<Job> {
 }
 
 /// What a job found.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Part {
     best: Vec<Found>,
     front: Vec<Found>,
@@ -327,6 +261,13 @@ impl Part {
         least_s > worst && self.dominated(at(), least_s, memory)
     }
 
+    /// As [`Part::beaten`], by what is strictly faster: of equals it is the job's to say which comes first.
+    fn outdoes(&self, keep: usize, least_s: f64, memory: f64) -> bool {
+        let worst = self.best.get(keep.saturating_sub(1)).map_or(f64::INFINITY, |b| b.estimate.step_s);
+        let faster = self.front.partition_point(|f| f.estimate.step_s < least_s);
+        least_s > worst && faster > 0 && self.front[faster - 1].estimate.memory.total() <= memory
+    }
+
     /// Whether a layout of the front is no slower than `t` and no larger than `m`. Memory falls along the front.
     fn dominated(&self, at: usize, t: f64, m: f64) -> bool {
         let here =
@@ -353,8 +294,11 @@ impl Part {
             let (least_s, memory) = estimator.bound(&placement, shared);
             let fits = memory <= problem.cluster.accelerator.memory_bytes.value;
             let hopeless = match goal {
-                Goal::Front => fits && self.beaten(keep, least_s.max(unspoken_s), memory),
-                Goal::Fastest(yet) => !fits || least_s.max(unspoken_s) > yet.seconds(),
+                Goal::Front { known } => {
+                    let least_s = least_s.max(unspoken_s);
+                    fits && (self.beaten(keep, least_s, memory) || known.outdoes(keep, least_s, memory))
+                }
+                Goal::Fastest { yet, .. } => !fits || least_s.max(unspoken_s) > yet.seconds(),
             };
             if hopeless {
                 self.pruned += 1;
@@ -362,7 +306,7 @@ impl Part {
             }
             let estimate = estimator.estimate_shared(&placement, shared);
             self.priced += 1;
-            if let Goal::Fastest(yet) = goal
+            if let Goal::Fastest { yet, .. } = goal
                 && estimate.fits
             {
                 yet.offer(estimate.step_s);
@@ -412,6 +356,12 @@ fn better(a: &Found, b: &Found) -> bool {
 }
 
 impl Job {
+    /// The job that estimates a placement.
+    fn of(placement: &Placement) -> Self {
+        let &Layout { tp, cp, ep, sequence_parallel, micro_batch, recompute, .. } = &placement.layout;
+        Job { tp, cp, ep, sequence_parallel, micro_batch, recompute }
+    }
+
     /// A layout of this job, without chunks or ZeRO.
     fn layout(&self, dp: usize, pp: usize) -> Layout {
         let Job { tp, cp, ep, sequence_parallel, micro_batch, recompute } = *self;
@@ -464,6 +414,21 @@ fn run(estimator: &mut Estimator<'_>, (space, goal): (&Space, Goal<'_>), job: Jo
         }
         let dp = plain.dp;
         let micro_batches = problem.sequences / dp / job.micro_batch;
+        if let Goal::Fastest { yet, layer_s } = goal
+            && layer_s.get() * (layers * micro_batches) as f64 / pp as f64 > yet.seconds() * ROUNDING
+        {
+            part.pruned += 1;
+            continue;
+        }
+        let plain = Placement { layout: plain, format: space.format, order: Order::TpCpDpPp };
+        let shared = match &shared {
+            Some(shared) => shared,
+            None => shared.insert(estimator.shared(&plain)?),
+        };
+        if let Goal::Fastest { layer_s, .. } = goal {
+            layer_s.set(estimator.layer_s(shared));
+        }
+        let plain = &plain.layout;
         let ends = !space.trainable_only && tolerance.empty_ends;
         // Megatron-LM of 2021 and its kin want chunks of one size.
         let uneven = space.trainable_only || problem.software.lineage != "megatron";
@@ -481,10 +446,6 @@ fn run(estimator: &mut Estimator<'_>, (space, goal): (&Space, Goal<'_>), job: Jo
                         continue;
                     }
                     let whole = Placement { layout, format: space.format, order };
-                    let shared = match &shared {
-                        Some(shared) => shared,
-                        None => shared.insert(estimator.shared(&whole)?),
-                    };
                     part.shards(estimator, (space.keep, goal), &whole, shared, &mut twins);
                 }
             }
@@ -514,14 +475,6 @@ fn groups(problem: &Problem, whole: &Placement) -> Vec<usize> {
     sizes
 }
 
-/// Layers of the fullest stage where they are dealt to chunks as evenly as they go.
-fn fullest(layers: usize, pp: usize, chunks: usize) -> usize {
-    let virtuals = pp * chunks;
-    let at = |v: usize| layers * v / virtuals;
-    let own = |s: usize| (0..chunks).map(|c| at(c * pp + s + 1) - at(c * pp + s)).sum();
-    (0..pp).map(own).max().unwrap_or(layers)
-}
-
 /// Schedules and chunks a stage. Where the stack deals layers `uneven`, chunks may differ by one. With `empty_ends` the embedding and the head may have chunks of their own.
 fn schedules(
     pp: usize,
@@ -537,9 +490,7 @@ fn schedules(
             let all = layers + if empty_ends { 2 } else { 0 };
             let most = (all / pp).min(CHUNKS_MAX);
             let even = |c: usize| layers.is_multiple_of(c * pp) || (layers + 2).is_multiple_of(c * pp);
-            // Uneven chunks pay where no stage gets more layers by them.
-            let spread = |c: usize| uneven && fullest(layers, pp, c) == layers.div_ceil(pp);
-            let chunks = (2..=most).filter(|c| even(*c) || spread(*c));
+            let chunks = (2..=most).filter(|c| uneven || even(*c));
             out.extend(chunks.map(|c| (PipelineSchedule::Interleaved, c)));
         }
     }

@@ -201,7 +201,7 @@ const NANOTRON: Software = Software {
 };
 
 /// All generations.
-pub const ALL: [Software; 21] = [
+pub const ALL: [Software; 22] = [
     MEGATRON_2021,
     Software { name: "megatron-2022", sequence_parallel: true, ..MEGATRON_2021 },
     Software { name: "megatron-deepspeed", ..MEGATRON_2021 },
@@ -242,6 +242,9 @@ pub const ALL: [Software; 21] = [
         overlap_experts: Overlap::Always,
         ..MEGATRON_CORE
     },
+    // DualPipe runs the dispatch of one micro-batch beside the compute of another (DeepSeek-V3 Technical Report,
+    // arXiv 2412.19437, section 3.2.1).
+    Software { name: "hai-llm-2024", lineage: "hai-llm", overlap_experts: Overlap::Always, ..MEGATRON_CORE },
     FSDP,
     Software { name: "torchtitan", ..FSDP },
     NANOTRON,

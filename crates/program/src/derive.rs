@@ -257,6 +257,10 @@ impl Derive<'_> {
                 let ins = [dy].into_iter().chain(n.ins.iter().copied()).collect();
                 self.contribute_each(grad, name("dx"), ins, &[n.ins[0].value]);
             }
+            Rows { of } => {
+                let x = n.ins[0];
+                self.contribute_each(RowsGrad { of: *of }, name("dx"), vec![dy, x], &[x.value]);
+            }
             _ => self.message(n, dy),
         }
     }

@@ -30,9 +30,9 @@ pub(crate) enum Source {
     Node,
 }
 
-/// Index of a value in its graph.
+/// A tensor while ops are emitted: index of a value in its graph.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct ValueId(pub(crate) u32);
+pub struct ValueId(pub(crate) u32);
 
 /// Some rows of a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

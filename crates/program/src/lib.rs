@@ -16,6 +16,7 @@
 mod op;
 mod comm;
 mod role;
+mod rows;
 mod buffer;
 mod coords;
 mod params;
@@ -32,23 +33,27 @@ mod step;
 mod cost;
 pub mod verify;
 
+use std::collections::HashSet;
+
 use place::Placer;
 use rank::Rank;
 use schedule::{Blocks, Passes, Schedule};
 use serde::Serialize;
-use spec::{DType, Layout, ModelSpec, Result, RunSpec};
+use spec::{DType, Error, Layout, ModelSpec, Result, RunSpec};
 use verify::graph::Check;
 
 pub use buffer::{Buffer, BufferId, GradOut, Home, Owned, Slice, View};
 pub use comm::{Collective, Comm, Deal, Message, Ticket, When};
 pub use coords::{Coords, Members};
 pub use cost::Cost;
-pub use graph::Phase;
+pub use emit::{Emitter, Layer};
+pub use graph::{Phase, ValueId};
 pub use op::{Axis, GradSum, Heads, Op, OpId, OpKind};
 pub use params::{GroupId, ParamGroup, ParamPart, Replication};
 pub use pipeline::{Pass, PassTimes, Played, Span, Work, in_flight, orders, play, spans};
 pub use place::ALIGN;
 pub use role::{ParamKey, Place, Role};
+pub use rows::RowFn;
 pub use zero::owned as owned_range;
 
 /// What to build a program for.
@@ -336,8 +341,37 @@ impl Program {
         Program::compile(request, workspace, true)
     }
 
+    /// [`Program::verified`] of a model whose layers are `layer`'s: the embedding, the head and the parameters are as the
+    /// model says.
+    ///
+    /// # Errors
+    /// As [`Program::verified`], or if a parameter of the model is used by no op.
+    pub fn of_layers(
+        request: &Request<'_>,
+        layer: Layer<'_>,
+        workspace: WorkspaceLen<'_>,
+    ) -> Result<Program> {
+        let rank = Rank { layer: Some(layer), ..Rank::of(request)? };
+        let program = Program::of_rank(&rank, workspace, true)?;
+        program.unused_parameter().map_or(Ok(program), |name| {
+            Err(Error::user(format!("{}: no op of its layers uses {name}", request.model.name))
+                .hint("emit it, or take it out of the model: an optimiser would update it with nothing"))
+        })
+    }
+
+    /// A parameter that gets no gradient.
+    fn unused_parameter(&self) -> Option<String> {
+        let ops = self.blocks.iter().flat_map(|b| &b.ops);
+        let used: HashSet<GroupId> = ops.flat_map(|op| op.grads.iter().map(|g| g.group)).collect();
+        let unused = (0..).map(GroupId).zip(&self.groups).find(|(id, _)| !used.contains(id));
+        unused.filter(|_| self.mode == Mode::Train).map(|(_, group)| group.name.clone())
+    }
+
     fn compile(request: &Request<'_>, workspace: WorkspaceLen<'_>, verify: bool) -> Result<Program> {
-        let rank = &Rank::of(request)?;
+        Program::of_rank(&Rank::of(request)?, workspace, verify)
+    }
+
+    fn of_rank(rank: &Rank<'_>, workspace: WorkspaceLen<'_>, verify: bool) -> Result<Program> {
         let check = &Check { on: verify, rank };
         let schedule = &Schedule::of(rank);
         let mut placer = Placer::new(rank, schedule);
@@ -423,6 +457,13 @@ impl Program {
         let whole = self.buffer(buffer).len() == self.group(group).len();
         let before = if whole { 0 } else { self.group_buffers[group.0 as usize].owned.first };
         Slice { buffer, first: first - before, count }
+    }
+
+    /// The places of this rank's sequences in the global batch, in the order in which [`Io::tokens`] holds them.
+    pub fn positions(&self) -> Vec<u64> {
+        let m = self.micro_batch();
+        let of = |i: usize| self.first_sequence(i / m) + i % m;
+        (0..self.local_sequences).map(|i| of(i) as u64).collect()
     }
 
     /// The index in the global batch of the first sequence of a micro-batch.

@@ -8,6 +8,7 @@ use crate::cost::Cost;
 use crate::graph::Phase;
 use crate::params::GroupId;
 use crate::role::Place;
+use crate::rows::RowFn;
 
 /// A stable name for an op in plans, timelines, journals and on the wire: a hash of its name.
 ///
@@ -171,6 +172,10 @@ pub enum OpKind {
     Gelu { tanh: bool },
     /// `(dh, a) -> da`.
     GeluGrad { tanh: bool },
+    /// `(x [n, in]) -> y [n, out]`: a function of each row that the program brings along.
+    Rows { of: RowFn },
+    /// `(dy, x) -> dx`.
+    RowsGrad { of: RowFn },
     /// `(x, y, [b]) -> x + y + b`.
     Add,
     /// `(logits, targets) -> (dlogits in place, loss [n])` over the whole vocabulary.
@@ -366,6 +371,8 @@ impl OpKind {
             SwiGluGrad => "swiglu_grad",
             Gelu { .. } => "gelu",
             GeluGrad { .. } => "gelu_grad",
+            Rows { .. } => "rows",
+            RowsGrad { .. } => "rows_grad",
             Add => "add",
             Xent => "xent",
             XentStats { .. } => "xent_stats",

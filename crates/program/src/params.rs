@@ -108,11 +108,7 @@ pub(crate) struct Chunk {
 /// The chunks of pipeline stage `stage`, in order of the virtual stages that they serve.
 pub(crate) fn chunks(model: &ModelSpec, layout: &Layout, stage: usize) -> Vec<Chunk> {
     let virtuals = layout.pp * layout.chunks;
-    let counts: Vec<usize> = if layout.stage_layers.is_empty() {
-        (0..virtuals).map(|v| share(model.layers, virtuals, v).1).collect()
-    } else {
-        layout.stage_layers.clone()
-    };
+    let counts = layout.deal(model.layers);
     (0..layout.chunks)
         .map(|c| c * layout.pp + stage)
         .map(|v| Chunk {

@@ -162,8 +162,8 @@ pub fn play(orders: &[Vec<Work>], chunks: usize, times: PassTimes) -> Result<Pla
     Ok(Played { makespan, bubble, in_flight })
 }
 
-/// When each piece of work runs, by stage and in its order, where a pass over a chunk of a stage takes `took` and messages
-/// are instant.
+/// When each piece of work runs, by stage and in its order, where a pass over a virtual stage takes `took` and messages are
+/// instant.
 ///
 /// # Errors
 /// As [`play`].
@@ -192,7 +192,7 @@ pub fn spans(
                 };
                 let Some(ready) = ready else { break };
                 let start = clock[s].max(ready);
-                clock[s] = start + took(s, w.pass);
+                clock[s] = start + took(v, w.pass);
                 end[v][w.micro_batch][w.pass as usize] = Some(clock[s]);
                 spans[s].push(Span { start, end: clock[s] });
                 moved = true;

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use spec::{DType, Error, Layout, ModelSpec, Result, Zero};
 
 use crate::coords::Coords;
+use crate::emit::Layer;
 use crate::op::{Axis, Heads};
 use crate::params::{Chunk, GroupId, ParamGroup, Replication, chunks, share, table};
 use crate::role::{ParamKey, Place, Role};
@@ -21,14 +22,16 @@ pub(crate) struct Rank<'a> {
     pub(crate) chunks: Vec<Chunk>,
     pub(crate) groups: Vec<ParamGroup>,
     /// Which group is which parameter's.
-    index: HashMap<ParamKey, GroupId>,
+    pub(crate) index: HashMap<ParamKey, GroupId>,
     /// Ranks of the pipeline group, by stage.
-    pipeline: Vec<usize>,
+    pub(crate) pipeline: Vec<usize>,
     /// Tokens of a sequence on this rank: its part where cp cuts sequences.
     pub(crate) sequence: usize,
     /// Sequences of this rank in one step.
     pub(crate) local_sequences: usize,
     pub(crate) dtype: DType,
+    /// How layers are emitted, if not as the model says.
+    pub(crate) layer: Option<Layer<'a>>,
 }
 
 impl<'a> Rank<'a> {
@@ -57,6 +60,7 @@ impl<'a> Rank<'a> {
             chunks,
             groups,
             layout,
+            layer: None,
         })
     }
 

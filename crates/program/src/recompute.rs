@@ -25,7 +25,11 @@ pub(crate) fn recompute(cx: &Rank<'_>, both: Both) -> Both {
                 Recompute::Full => kept.contains(&out.value) || is_tail(&graph, n),
                 _ => !matches!(
                     n.kind,
-                    OpKind::Norm { .. } | OpKind::LatentNorm { .. } | OpKind::SwiGlu | OpKind::Gelu { .. }
+                    OpKind::Norm { .. }
+                        | OpKind::LatentNorm { .. }
+                        | OpKind::SwiGlu
+                        | OpKind::Gelu { .. }
+                        | OpKind::Rows { .. }
                 ),
             };
             if !kept && !matches!(n.kind, OpKind::Recv { .. }) {

@@ -70,6 +70,17 @@ fn every_rule_holds_after_every_pass_and_between_ranks() {
             check_world(&m, &layout);
         }
     }
+    // The embedding and the head in chunks of their own.
+    let layers = model(4, true, false).layers;
+    let ends = Layout {
+        pp: 2,
+        chunks: 2,
+        schedule: PipelineSchedule::Interleaved,
+        stage_layers: vec![0, layers / 2, layers - layers / 2, 0],
+        ..Layout::default()
+    };
+    check_world(&model(4, true, false), &ends);
+    check_world(&model(4, false, true), &Layout { dp: 2, zero: Zero::Gradients, ..ends });
 }
 
 #[test]

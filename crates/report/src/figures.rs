@@ -1,4 +1,4 @@
-//! The figures of a plan's page. Each is drawn from values that its table shows too.
+//! The figures of the pages. Each is drawn from values that its table shows too.
 
 mod bars;
 mod frontier;
@@ -6,6 +6,7 @@ mod goodput;
 mod money;
 mod ranks;
 mod sensitivity;
+mod serving;
 mod stages;
 mod ways;
 
@@ -17,6 +18,7 @@ pub(crate) use goodput::{interval, losses};
 pub(crate) use money::{cost, utilisation};
 pub(crate) use ranks::by_stage_memory;
 pub(crate) use sensitivity::{cost_swings, time_swings};
+pub(crate) use serving::{load_curve, loads, passes, serving_memory, token_cost};
 pub(crate) use stages::{Timeline, by_stage, timeline};
 pub(crate) use ways::{decision_swings, use_of_ways, ways};
 

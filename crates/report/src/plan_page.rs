@@ -12,6 +12,7 @@ use spec::{Catalog, EntryKind, Error, Result};
 
 use crate::figures::{self, Timeline};
 use crate::page::Page;
+use crate::sources::{facts_table, list};
 use crate::table::{Cell, Table};
 use crate::text::{bytes, count, digits, dollars, escape, percent, seconds};
 
@@ -63,7 +64,7 @@ pub fn scales(
         let cluster = catalog.cluster(&question.cluster.name, Some(n)).ok()?;
         Some(Question { cluster, keep: 1, ..question.clone() })
     });
-    let answers = fastest_each(questions.collect(), calibration).unwrap_or_default();
+    let answers = fastest_each(questions.collect(), calibration, &[]).unwrap_or_default();
     let scale = |answer: Answer| {
         let best = answer.best.first()?;
         let run = ask.and_then(|ask| economics::run::run(catalog, &answer, ask).ok());
@@ -256,17 +257,12 @@ fn assumptions(r: &Report<'_>) -> String {
             all.push(note);
         }
     }
-    let items: String = all.iter().map(|a| format!("<li>{}</li>", escape(a))).collect();
-    format!("<ul>{items}</ul>")
+    list(&all)
 }
 
 /// Numbers of the catalogue that the answer stands on, with their sources.
 fn sources(r: &Report<'_>) -> String {
-    let q = &r.answer.question;
-    let mut out = String::from(
-        "<figure id=\"sources\"><h3>Facts and their sources</h3><div class=\"rows\" tabindex=\"0\" role=\"region\" aria-label=\"Facts and their sources\"><table><caption>Facts and their sources</caption><thead><tr><th scope=\"col\">fact</th><th scope=\"col\">value</th><th scope=\"col\">source</th><th scope=\"col\">date</th></tr></thead><tbody>",
-    );
-    let cluster = &q.cluster;
+    let cluster = &r.answer.question.cluster;
     let mut entries: Vec<(EntryKind, &str)> = vec![
         (EntryKind::Accelerator, &cluster.accelerator.name),
         (EntryKind::Fabric, &cluster.scale_out.fabric),
@@ -281,22 +277,5 @@ fn sources(r: &Report<'_>) -> String {
         entries.push((EntryKind::Price, &quote.name));
         entries.push((EntryKind::Ownership, economics::own::TYPICAL));
     }
-    for (kind, name) in entries {
-        let Ok(entry) = r.catalog.get(kind, name) else { continue };
-        for (key, field) in &entry.fields {
-            let spec::catalog::Field::Number(n) = field else { continue };
-            let what = r.catalog.source(&n.source).map_or(n.source.as_str(), |s| s.what.as_str());
-            let value = n.to_string();
-            let value = value.split(" [").next().unwrap_or(&value);
-            out += &format!(
-                "<tr><th scope=\"row\">{} {}</th><td>{}</td><td>{}</td><td>{}</td></tr>",
-                escape(&entry.name),
-                escape(key),
-                escape(value),
-                escape(what),
-                escape(&n.date)
-            );
-        }
-    }
-    out + "</tbody></table></div></figure>"
+    facts_table(r.catalog, &entries)
 }

@@ -75,6 +75,27 @@ fn undisturbed_steps_take_what_the_closed_form_says() {
     }
 }
 
+/// Chunks of different numbers of layers wait for each other at every turn.
+#[test]
+fn uneven_chunks_take_what_the_planner_says() {
+    let check = |software: &str, layout: &str| {
+        let layout = format!("tp=8,micro_batch=1,{layout}");
+        let (played, predicted, off) =
+            against(("llama3-405b", "dgx-superpod-h100-64su", 2048, software, (2048, 8192), &layout));
+        assert!(off.abs() < 0.03, "{software} {layout}: {played} for {predicted}, {:+.2} %", 100.0 * off);
+    };
+    for layout in [
+        "pp=16,chunks=5",
+        "pp=16,chunks=6",
+        "pp=16,chunks=6,recompute=full",
+        "pp=8,chunks=11",
+        "pp=32,chunks=3",
+    ] {
+        check("megatron-core-2024", layout);
+        check("phalanx", layout);
+    }
+}
+
 /// Larger differences, each for a reason: products beside a message are shorter than it, where the closed form lets all
 /// products of a pass hide all of its messages; stages of few layers wait for each other's messages.
 #[test]

@@ -29,7 +29,7 @@ pub struct Layout {
     pub schedule: PipelineSchedule,
     /// Model chunks per stage (interleaving); 1 unless the schedule is interleaved.
     pub chunks: usize,
-    /// Layers of each virtual stage in order; empty means as even as possible.
+    /// Layers of each virtual stage in order; empty means as [`deal`](Layout::deal) does.
     pub stage_layers: Vec<usize>,
     /// Sequences executed at once. Never changes the numbers, only memory and speed.
     pub micro_batch: usize,
@@ -67,6 +67,34 @@ impl Layout {
     /// Number of ranks.
     pub fn world(&self) -> usize {
         self.stage_ranks() * self.pp
+    }
+
+    /// Layers of each virtual stage in order: those of `stage_layers`, or else `layers` dealt so that no two virtual stages
+    /// differ by more than one.
+    ///
+    /// Micro-batches pass the stages chunk by chunk, and the slowest stage of a chunk sets its pace. So whole chunks get one
+    /// layer more where layers do not divide: the last ones, because the first one's time fills and drains the pipeline.
+    /// What then is left goes to stages between the ends, of which the last has the head to do as well.
+    ///
+    /// ```
+    /// let layout = spec::Layout { pp: 4, chunks: 3, ..Default::default() };
+    /// assert_eq!(layout.deal(18), [1, 1, 1, 1, 1, 2, 2, 1, 2, 2, 2, 2]);
+    /// ```
+    pub fn deal(&self, layers: usize) -> Vec<usize> {
+        let (pp, virtuals) = (self.pp, self.pp * self.chunks);
+        if self.stage_layers.len() == virtuals {
+            return self.stage_layers.clone();
+        }
+        let (least, more) = (layers / virtuals, layers % virtuals);
+        let (whole, left) = (more / pp, more % pp);
+        let from = usize::from(left + 1 < pp);
+        let of_chunk = |v: usize| {
+            let (chunk, stage) = (v / pp, v % pp);
+            let is_whole = chunk + whole >= self.chunks;
+            let is_left = chunk + whole + 1 == self.chunks && (from..from + left).contains(&stage);
+            least + usize::from(is_whole || is_left)
+        };
+        (0..virtuals).map(of_chunk).collect()
     }
 
     /// Ranks of one pipeline stage.

@@ -299,7 +299,8 @@ impl Layout {
             });
         }
         // Ends of their own need chunks: a stage of a plain pipeline holds a layer at least.
-        let room = model.layers + if tolerance.empty_ends && interleaved { 2 } else { 0 };
+        let own_ends = tolerance.empty_ends || !self.stage_layers.is_empty();
+        let room = model.layers + if own_ends && interleaved { 2 } else { 0 };
         if stages > room || pp > model.layers {
             return broken(Rule::Stages, move || {
                 let most = (room / chunks).min(model.layers);
@@ -324,7 +325,9 @@ impl Layout {
             return Ok(());
         }
         let sum = split.iter().fold(0usize, |sum, &n| sum.saturating_add(n));
-        let empty = split.iter().position(|&n| n == 0);
+        // A chunk may hold the embedding alone, or the head, where its stage has others.
+        let end = |v: usize| self.chunks > 1 && (v == 0 || v + 1 == stages);
+        let empty = split.iter().enumerate().position(|(v, &n)| n == 0 && !end(v));
         if split.len() == stages && empty.is_none() && sum == model.layers {
             return Ok(());
         }

@@ -88,6 +88,15 @@ fn pipeline() {
         Layout { pp: 2, stage_layers: vec![0, 6], ..one() },
         "layout.stage_layers[0] = 0, expected at least one layer a stage | for example layout.stage_layers=[3, 3]",
     );
+    let split =
+        |stage_layers: &[usize]| Layout { pp: 4, stage_layers: stage_layers.to_vec(), ..interleaved.clone() };
+    check(split(&[0, 1, 1, 1, 1, 1, 1, 0]), "ok");
+    check(Layout { pp: 2, ..split(&[0, 3, 3, 0]) }, "ok");
+    check(
+        split(&[1, 0, 1, 1, 1, 1, 1, 0]),
+        "layout.stage_layers[1] = 0, expected at least one layer a stage | \
+         for example layout.stage_layers=[1, 1, 1, 1, 1, 1, 0, 0]",
+    );
     check(
         Layout { pp: 3, dp: 8, micro_batch: 3, ..interleaved },
         "layout.schedule = \"interleaved\" needs layout.pp = 3 to divide the 1 micro-batches of a rank | \

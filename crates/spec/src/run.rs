@@ -2,9 +2,11 @@
 
 pub(crate) mod keys;
 mod read;
+mod trouble;
 mod write;
 
 pub use keys::{Key, KeyKind};
+pub use trouble::{OnCorruption, OnNan, OnSpike, TroubleSpec};
 pub use write::Difference;
 
 use crate::{DType, Layout, LrSchedule, ModelSpec, Origin, ScheduleKind};
@@ -36,6 +38,8 @@ pub struct RunSpec {
     pub checkpoint: CheckpointSpec,
     /// Where.
     pub run: RunDirSpec,
+    /// What is done about steps that are not like others.
+    pub trouble: TroubleSpec,
     /// How text is generated.
     pub sample: SampleSpec,
 }
@@ -204,6 +208,10 @@ pub struct RunDirSpec {
     pub device: DeviceChoice,
     /// How long ranks wait for each other before one is held to be lost.
     pub timeout_s: u64,
+    /// Steps between comparisons of what several ranks hold alike; `None` compares nothing.
+    pub verify_every: Option<usize>,
+    /// Steps whose waits are put together to find who keeps others waiting; `None` looks for nobody.
+    pub straggler_window: Option<usize>,
 }
 
 /// What a rank computes on.

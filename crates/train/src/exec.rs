@@ -1,11 +1,12 @@
 //! The executor: a rank's program, op by op, on a device.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use program::{Axis, BufferId, Members, Op, Program, Request, Ticket, When};
-use spec::Result;
+use program::{Axis, BufferId, Layer, Members, Op, Program, Request, Ticket, When};
+use spec::{Error, Result};
 
 use crate::cpu::Cpu;
 use crate::device::{Device, Stretch, check_ops};
@@ -15,6 +16,8 @@ use crate::null::Null;
 use crate::resolve::{self, Action};
 use crate::spans::Spans;
 use crate::survive::Pulse;
+use crate::tail::{self, not_updated};
+use crate::trouble::{Bad, Limits};
 
 /// Runs a rank's program on a device.
 pub struct Executor {
@@ -30,6 +33,8 @@ pub struct Executor {
     pub spans: Spans,
     /// Time in which this step waited for other ranks, by [`WAITS`].
     comm_ns: [u64; WAITS.len()],
+    /// The same by op of each block, since [`Executor::take_waits`].
+    op_waits_ns: Vec<Vec<u64>>,
     /// When the op that yields the gradient norm began.
     pub(crate) norm_start_ns: u64,
     /// The last step failed of something that every rank sees alike.
@@ -42,6 +47,8 @@ pub struct Executor {
     over: Vec<((usize, usize), Instant, Instant)>,
     /// Shows that it lives.
     pulse: Arc<Pulse>,
+    /// Added to a sum of squared gradients of the next step: a drill.
+    pub(crate) disturbance: Option<f64>,
 }
 
 /// What a rank may wait on.
@@ -86,6 +93,25 @@ pub struct StepInputs {
     pub saved: bool,
 }
 
+impl StepInputs {
+    /// A step, from 1, of AdamW with the usual constants, clipping at a norm of 1 (Touvron et al. 2023, arXiv 2307.09288,
+    /// section 2.1), where all of `tokens` targets count.
+    pub fn adamw(step: u64, lr: f64, tokens: usize) -> StepInputs {
+        StepInputs {
+            valid_tokens: tokens as u64,
+            lr,
+            step,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-5,
+            weight_decay: 0.1,
+            clip: Some(1.0),
+            stop: false,
+            saved: false,
+        }
+    }
+}
+
 /// What a step yields.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct StepOutputs {
@@ -114,14 +140,34 @@ impl Executor {
     /// # Errors
     /// If the device cannot run an op of the program, or model, layout and batch do not fit each other, or there is no
     /// memory for it.
-    pub fn on(
+    pub fn on(device: Box<dyn Device>, request: &Request<'_>, mesh: Mesh, record: bool) -> Result<Executor> {
+        let request = Request { loss: device.loss(), ..*request };
+        let program = Program::build(&request, &|op, p| device.workspace_len(op, p))?;
+        Executor::of(program, device, &request, mesh, record)
+    }
+
+    /// The same of a model whose layers are `layer`'s.
+    ///
+    /// # Errors
+    /// As [`Executor::on`] and [`Program::of_layers`].
+    pub fn of_layers(
+        device: Box<dyn Device>,
+        request: &Request<'_>,
+        layer: Layer<'_>,
+        mesh: Mesh,
+    ) -> Result<Executor> {
+        let request = Request { loss: device.loss(), ..*request };
+        let program = Program::of_layers(&request, layer, &|op, p| device.workspace_len(op, p))?;
+        Executor::of(program, device, &request, mesh, false)
+    }
+
+    fn of(
+        program: Program,
         mut device: Box<dyn Device>,
         request: &Request<'_>,
         mesh: Mesh,
         record: bool,
     ) -> Result<Executor> {
-        let request = Request { loss: device.loss(), ..*request };
-        let program = Program::build(&request, &|op, p| device.workspace_len(op, p))?;
         check_ops(&*device, &program, &request.model.name)?;
         device.allocate(program.memory.total, &mesh)?;
         // What goes on beside others leaves a span for each of its messages.
@@ -133,12 +179,14 @@ impl Executor {
             eval_sum: resolve::eval_sum(&program),
             spans: Spans::new(room, record),
             comm_ns: [0; WAITS.len()],
+            op_waits_ns: program.blocks.iter().map(|b| vec![0; b.ops.len()]).collect(),
             norm_start_ns: 0,
             failed_alike: false,
             batch: Default::default(),
             begun: Vec::new(),
             over: Vec::new(),
             pulse: Arc::default(),
+            disturbance: None,
             program,
             device,
             mesh,
@@ -178,6 +226,21 @@ impl Executor {
         waits.filter(|(_, ns)| *ns > 0).map(|(axis, ns)| (axis, ns as f64 / 1e9))
     }
 
+    /// By axis, the name of the op that this rank has waited in most since this was asked last.
+    pub(crate) fn take_waits(&mut self) -> BTreeMap<&'static str, String> {
+        let mut most: BTreeMap<&'static str, (u64, &str)> = BTreeMap::new();
+        for (block, waits) in self.program.blocks.iter().zip(&mut self.op_waits_ns) {
+            for (op, ns) in block.ops.iter().zip(waits) {
+                let ns = std::mem::take(ns);
+                let longest = most.entry(WAITS[waits_on(op)]).or_default();
+                if ns > longest.0 {
+                    *longest = (ns, &op.name);
+                }
+            }
+        }
+        most.into_iter().map(|(axis, (_, name))| (axis, name.to_owned())).collect()
+    }
+
     /// Bytes that the device holds for the step: what the program placed.
     pub fn allocated_bytes(&self) -> usize {
         self.device.allocated_bytes()
@@ -204,6 +267,26 @@ impl Executor {
     /// Targets, likewise; `u32::MAX` where none is wanted.
     pub fn targets(&mut self) -> &mut [u32] {
         self.input(1, self.program.io.targets)
+    }
+
+    /// Takes the inputs and targets of a step from `stream`: `samples` are this rank's of the step, in the order of
+    /// [`Program::positions`].
+    ///
+    /// # Errors
+    /// If they are not as many as the rank has sequences, or as [`data::TokenStream::sample`].
+    pub fn load_samples(&mut self, stream: &dyn data::TokenStream, samples: &[u64]) -> Result<()> {
+        let (own, t) = (self.program.local_sequences, self.program.sequence);
+        if samples.len() != own {
+            return Err(Error::user(format!("{} samples for a rank of {own} sequences", samples.len()))
+                .hint("take the positions of the batch that the program names"));
+        }
+        let mut sample = vec![0; t + 1];
+        for (i, index) in samples.iter().enumerate() {
+            stream.sample(*index, &mut sample)?;
+            self.tokens()[i * t..(i + 1) * t].copy_from_slice(&sample[..t]);
+            self.targets()[i * t..(i + 1) * t].copy_from_slice(&sample[1..]);
+        }
+        Ok(())
     }
 
     /// Room for an input of a step, made when it is first asked for.
@@ -245,6 +328,21 @@ impl Executor {
     /// # Errors
     /// If a peer is lost, or the loss or the gradient norm is NaN or infinite (parameters are then as before the step).
     pub fn step(&mut self, inputs: &StepInputs) -> Result<StepOutputs> {
+        let (outputs, bad) = self.attempt(inputs, &Limits::NONE)?;
+        if let Some(bad) = bad {
+            self.failed_alike = true;
+            return Err(not_updated(inputs.step, &bad.to_string()));
+        }
+        self.update_weights(inputs, &outputs)?;
+        Ok(outputs)
+    }
+
+    /// The first part of a step: gradients, their norm, the loss, and what is bad about them by `limits`. What is summed
+    /// over all ranks is found by all of them. Parameters and moments are as before.
+    ///
+    /// # Errors
+    /// If a peer is lost.
+    pub fn attempt(&mut self, inputs: &StepInputs, limits: &Limits) -> Result<(StepOutputs, Option<Bad>)> {
         self.spans.begin();
         self.comm_ns = [0; WAITS.len()];
         self.load()?;
@@ -259,10 +357,17 @@ impl Executor {
             }
             exec.settle(turn)
         })?;
-        let (outputs, turn) = self.judge(inputs)?;
-        self.stretch(Stretch::Update, turn, Executor::update)?;
-        self.device.synchronise()?;
-        Ok(outputs)
+        let outputs = self.judge(inputs)?;
+        Ok((outputs, limits.judge(outputs.loss, outputs.grad_norm)))
+    }
+
+    /// The rest of a step that was attempted: the update, by what it yielded.
+    ///
+    /// # Errors
+    /// If a peer is lost.
+    pub fn update_weights(&mut self, inputs: &StepInputs, outputs: &StepOutputs) -> Result<()> {
+        self.stretch(Stretch::Update, tail::turn(inputs, outputs), Executor::update)?;
+        self.device.synchronise()
     }
 
     /// Runs a stretch as the device recorded it, or call by call. When every op is timed, none is replayed.
@@ -348,6 +453,7 @@ impl Executor {
             if op.goes_on() { self.spans.now() } else { self.spans.push(block, i, micro_batch, start_ns) };
         if op.only_talks() {
             self.comm_ns[waits_on(op)] += end - start_ns;
+            self.op_waits_ns[block][i] += end - start_ns;
         }
         for (at, began, ended) in self.over.drain(..) {
             self.spans.push_between(at.0, at.1, micro_batch, began, ended);

@@ -21,15 +21,12 @@ impl Executor {
         self.compute(tail, norm, turn)
     }
 
-    /// Joins the norms of all ranks, and tells how to update; nothing is to be updated if loss or norm is not finite.
-    pub(crate) fn judge(&mut self, inputs: &StepInputs) -> Result<(StepOutputs, Turn)> {
+    /// Joins the norms and the losses of all ranks.
+    pub(crate) fn judge(&mut self, inputs: &StepInputs) -> Result<StepOutputs> {
         let (tail, norm) = (self.program.tail, self.norm_op());
         let outputs = self.grad_norm(tail, norm, inputs)?;
         self.ran(tail, norm, 0, self.norm_start_ns);
-        // What is summed over all ranks is found by all of them.
-        check_finite(&outputs, inputs.step).inspect_err(|_| self.failed_alike = true)?;
-        let update = Some(update(inputs, clip_factor(outputs.grad_norm, inputs.clip)));
-        Ok((outputs, Turn { update, ..Turn::default() }))
+        Ok(outputs)
     }
 
     /// The rest of the tail: updates, and hands out parameters.
@@ -46,6 +43,11 @@ impl Executor {
         self.spread_expert_counts()?;
         let own = f64::from(u8::from(inputs.stop)) + RANKS_MAX * f64::from(u8::from(inputs.saved));
         self.device.copy_in(vote, &own.to_ne_bytes())?;
+        if let Some(more) = self.disturbance.take() {
+            let first = norms.part(0, 1);
+            let sum = self.device.sum(first)? + more;
+            self.device.copy_in(first, &sum.to_ne_bytes())?;
+        }
         self.communicate(block, i, Turn::default())?;
         let votes = self.device.sum(vote)?;
         Ok(StepOutputs {
@@ -116,6 +118,12 @@ impl Executor {
 /// Two counts share one number: votes to stop below this, shares saved above. Both are exact up to as many ranks.
 const RANKS_MAX: f64 = (1_u64 << 26) as f64;
 
+/// How the rest of a step is run.
+pub(crate) fn turn(inputs: &StepInputs, outputs: &StepOutputs) -> Turn {
+    let factor = clip_factor(outputs.grad_norm, inputs.clip);
+    Turn { update: Some(update(inputs, factor)), ..Turn::default() }
+}
+
 fn update(inputs: &StepInputs, factor: f32) -> AdamW {
     AdamW {
         lr: inputs.lr,
@@ -133,14 +141,11 @@ fn clip_factor(norm: f64, bound: Option<f64>) -> f32 {
     bound.map_or(1.0, |b| (b / (norm + 1e-6)).min(1.0)) as f32
 }
 
-fn check_finite(outputs: &StepOutputs, step: u64) -> Result<()> {
-    let bad = if !outputs.loss.is_finite() {
-        ("loss", outputs.loss)
-    } else if !outputs.grad_norm.is_finite() {
-        ("gradient norm", outputs.grad_norm)
-    } else {
-        return Ok(());
-    };
-    Err(Error::failure(format!("step {step}: {} is {}; the weights were not updated", bad.0, bad.1))
-        .hint("resume from the last checkpoint with a lower optim.lr, a longer schedule.warmup_steps or optim.grad_clip"))
+/// The failure of a step that was bad: `what` says of what.
+pub(crate) fn not_updated(step: u64, what: &str) -> Error {
+    Error::failure(format!("step {step}: {what}; the weights were not updated")).hint(
+        "resume from the last checkpoint with a lower optim.lr, a longer schedule.warmup_steps or optim.grad_clip; \
+         trouble.on_nan and trouble.on_spike go on without such steps; phalanx replay tells a broken machine from a \
+         broken model",
+    )
 }

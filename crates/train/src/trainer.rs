@@ -11,14 +11,22 @@ use spec::{Error, Result, RunSpec};
 use crate::begin::{Beginning, Weights};
 use crate::checkpoint::{adopt, restore};
 use crate::device::Device;
-use crate::exec::{Executor, StepInputs, StepOutputs};
+use crate::drill::Drill;
+use crate::exec::{Executor, StepOutputs};
 use crate::mesh::Mesh;
 use crate::run_dir::RunDir;
 use crate::saving::Saving;
 use crate::survive::meet::Lifeline;
+use crate::trouble::Watch;
 
 mod again;
 mod saves;
+mod step;
+mod trouble;
+mod waits;
+
+pub(crate) use step::step_inputs;
+use waits::Waits;
 
 /// One rank of a run: data, executor, journal and checkpoints around the step loop.
 pub struct Trainer {
@@ -50,6 +58,11 @@ pub struct Trainer {
     saving: Option<Saving>,
     /// Holds the copy that the next one is written from.
     copy: Vec<f32>,
+    /// What its next step is judged by.
+    watch: Watch,
+    looks: trouble::Looks,
+    drills: Vec<Drill>,
+    waits: Waits,
 }
 
 /// What happened, for whoever shows it to people. The journal has it already.
@@ -147,6 +160,7 @@ impl Trainer {
         let mut exec = Executor::on(device, &request, mesh, trace)?;
         exec.set_tables(&run.model)?;
         let (step, resumed) = weights(&mut exec, &run, &mut begin)?;
+        let watch = resumed.as_deref().map(remembered).transpose()?.unwrap_or_default();
         let mut sample = vec![0; run.batch.sequence + 1];
         if step < run.train.steps as u64 {
             // The first batch tells data of another tokenizer before anything is written.
@@ -179,6 +193,10 @@ impl Trainer {
             is_whole: true,
             saving: None,
             copy: Vec::new(),
+            watch,
+            looks: trouble::Looks::since(step),
+            drills: Vec::new(),
+            waits: Waits::default(),
         };
         t.announce(rank)?;
         Ok(t)
@@ -294,18 +312,27 @@ impl Trainer {
         let summoned = self.is_summoned();
         let mut said = StepOutputs::default();
         if !self.owes {
-            let (record, drawn, outputs) =
-                self.one_step(asked.stop || summoned).map_err(|e| self.step_failed(e, each))?;
-            (said, self.owes) = (outputs, true);
+            let done = self.one_step(asked.stop || summoned, each);
+            let Some(done) = done.map_err(|e| self.step_failed(e, each))? else {
+                *pace = Pace::new(self.step);
+                return Ok(Turn::GoesOn);
+            };
+            said = done.outputs;
             let rate = pace.rate_s(self.step);
             each(Event::Eta {
                 seconds: rate * (last - self.step) as f64,
                 settled: pace.is_settled(self.step),
             });
-            self.note(record, each);
-            self.write_only(&drawn, each);
+            self.note(done.record, each);
+            self.write_only(&done.drawn, each);
             self.record_spans(each);
             pace.done(self.step);
+            self.watch_waits(done.step_s, each).map_err(|e| self.step_failed(e, each))?;
+            let followed = self.follow_up(done.decision, said, pace, each);
+            if !followed.map_err(|e| self.step_failed(e, each))? {
+                return Ok(Turn::GoesOn);
+            }
+            self.owes = true;
         }
         self.refresh_copies()?;
         let votes = self.votes(said.stop, asked.stop, summoned)?;
@@ -374,54 +401,6 @@ impl Trainer {
         if let Err(e) = self.journal.write(record) {
             each(Event::Record(warning(&e)));
         }
-    }
-
-    /// Loads the batch of the next step and runs it; gives what the step was and what it drew, and what ranks
-    /// voted for.
-    fn one_step(&mut self, stop: bool) -> Result<(Record, Record, StepOutputs)> {
-        let start = Instant::now();
-        let drawn = load(&mut self.exec, self.streams.train.as_ref(), self.step, &mut self.sample)?;
-        let step = self.step + 1;
-        let drawn = drawn.record(self.session, step);
-        let (batch, optim) = (&self.run.batch, &self.run.optim);
-        let tokens = (batch.sequence * batch.sequences) as u64;
-        let lr = self.run.lr_at(step as usize);
-        let inputs = StepInputs {
-            valid_tokens: tokens,
-            lr,
-            step,
-            beta1: optim.beta1,
-            beta2: optim.beta2,
-            eps: optim.eps,
-            weight_decay: optim.weight_decay,
-            clip: optim.grad_clip,
-            stop,
-            saved: self.saving.as_ref().is_some_and(Saving::is_written),
-        };
-        self.is_whole = false;
-        let out = self.exec.step(&inputs)?;
-        (self.step, self.is_whole) = (step, true);
-        let step_s = start.elapsed().as_secs_f64();
-        let tokens_per_s = tokens as f64 / step_s;
-        let flops_per_s = self.run.model.flops_per_token(batch.sequence) * tokens_per_s;
-        let mfu = self.peak_flops_per_s.map(|peak| flops_per_s / (peak * self.run.layout.world() as f64));
-        let record = Record::Step(journal::Step {
-            time_us: now_us(),
-            step,
-            loss: out.loss,
-            grad_norm: out.grad_norm,
-            lr,
-            tokens: step * tokens,
-            valid_tokens: tokens,
-            tokens_per_s,
-            mfu,
-            step_s,
-            memory_bytes: self.exec.program.memory.total as u64,
-            exposed_comm_s: (self.run.layout.world() > 1).then(|| self.exec.exposed_comm_s()),
-            waits_s: self.exec.waits_s().map(|(axis, s)| (axis.to_owned(), s)).collect(),
-            expert_counts: self.exec.expert_counts()?.map(|all| by_layer(&all, self.run.model.layers)),
-        });
-        Ok((record, drawn, out))
     }
 
     /// Why the run is not evaluated although it should be.
@@ -505,6 +484,11 @@ pub(crate) fn weights(
     Ok((0, None))
 }
 
+/// What a checkpoint keeps of a run to judge its next step.
+pub(crate) fn remembered(path: &Path) -> Result<Watch> {
+    Ok(Watch::of(&ckpt::Checkpoint::open(path)?.manifest().meta.state))
+}
+
 /// Which samples were loaded.
 #[derive(Default)]
 pub(crate) struct Drawn {
@@ -586,13 +570,4 @@ pub fn now_us() -> u64 {
 pub fn host() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname")
         .map_or_else(|_| "localhost".into(), |h| h.trim().to_owned())
-}
-
-/// Counts of experts, layer by layer: none of a layer that has no experts.
-fn by_layer(all: &[f64], layers: usize) -> Vec<Vec<u64>> {
-    let of_layer = |counts: &[f64]| match counts.iter().all(|c| *c == 0.0) {
-        true => Vec::new(),
-        false => counts.iter().map(|c| *c as u64).collect(),
-    };
-    all.chunks((all.len() / layers.max(1)).max(1)).map(of_layer).collect()
 }

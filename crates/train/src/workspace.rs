@@ -14,6 +14,8 @@ pub fn workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
         LinearGradWeight => {
             kernels::linear_dw_workspace_len(rows(0), cols(op.ins[1]), cols(op.ins[0]), inner(), threads)
         }
+        Rows { .. } => kernels::row_fn_workspace_len(cols(op.ins[0]), cols(op.outs[0]), threads),
+        RowsGrad { .. } => kernels::row_fn_workspace_len(2 * cols(op.ins[1]), cols(op.ins[0]), threads),
         Route { .. } => kernels::route_workspace_len(cols(op.ins[0]), threads),
         RouteGrad { .. } => kernels::route_dx_workspace_len(cols(op.ins[1]), threads),
         GroupedLinear { .. } => kernels::grouped_linear_workspace_len(

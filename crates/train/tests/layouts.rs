@@ -112,6 +112,26 @@ fn pipelines_with_uneven_stages_and_recompute() {
     }
 }
 
+/// The embedding and the head are chunks of their own.
+#[test]
+fn pipelines_whose_ends_hold_no_layer() {
+    for m in models() {
+        let expected = reference(&m, DType::F32);
+        for zero in zeros() {
+            let layout = Layout {
+                dp: 2,
+                pp: 2,
+                chunks: 2,
+                schedule: PipelineSchedule::Interleaved,
+                stage_layers: vec![0, 2, 2, 0],
+                zero,
+                ..Layout::default()
+            };
+            check(&m, &layout, DType::F32, &expected);
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 

@@ -93,22 +93,23 @@ enum Heard {
     Stranger(std::io::Error),
 }
 
-/// Makes a connection to every other rank.
+/// Makes a connection to every other rank, or, unless `has_far`, to every neighbour.
 pub(super) fn meet(
     wait: &Wait<'_>,
     cards: &[Card],
     near: &[usize],
+    has_far: bool,
     doors: &Doors,
     file: &OwnedFd,
 ) -> Result<Vec<Option<Met>>> {
     let met = (0..cards.len()).map(|_| None).collect();
-    let mut meeting = Meeting { wait, cards, near, doors, file, met, talks: Vec::new() };
-    for rank in 0..wait.b.rank {
+    let mut meeting = Meeting { wait, cards, near, has_far, doors, file, met, talks: Vec::new() };
+    for rank in (0..wait.b.rank).filter(|rank| has_far || near.contains(rank)) {
         let talk = meeting.call(rank, 1)?;
         meeting.talks.push(talk);
     }
     let spoken = wait.begin(meeting.missing());
-    while meeting.met.iter().enumerate().any(|(rank, met)| rank != wait.b.rank && met.is_none()) {
+    while (0..cards.len()).any(|rank| rank != wait.b.rank && meeting.lacks(rank)) {
         spoken.now_for(meeting.missing());
         meeting.turn()?;
     }
@@ -119,6 +120,7 @@ struct Meeting<'a> {
     wait: &'a Wait<'a>,
     cards: &'a [Card],
     near: &'a [usize],
+    has_far: bool,
     doors: &'a Doors,
     file: &'a OwnedFd,
     met: Vec<Option<Met>>,
@@ -126,9 +128,14 @@ struct Meeting<'a> {
 }
 
 impl Meeting<'_> {
+    /// Whether a connection to another rank is wanted and not there.
+    fn lacks(&self, rank: usize) -> bool {
+        self.met[rank].is_none() && (self.has_far || self.near.contains(&rank))
+    }
+
     fn missing(&self) -> String {
         let own = self.wait.b.rank;
-        let unmet = |ranks: std::ops::Range<usize>| ranks.filter(|r| self.met[*r].is_none());
+        let unmet = |ranks: std::ops::Range<usize>| ranks.filter(|r| self.lacks(*r));
         match unmet(own + 1..self.met.len()).next() {
             Some(_) => names(unmet(own + 1..self.met.len())) + " to connect",
             None => names(unmet(0..own)) + " to answer",
@@ -248,7 +255,7 @@ impl Meeting<'_> {
                 let number =
                     |at: usize| ranks[at..at + 4].iter().rev().fold(0, |n, b| n << 8 | usize::from(*b));
                 let rank = number(0);
-                let is_expected = rank > own && rank < self.met.len() && self.met[rank].is_none();
+                let is_expected = rank > own && rank < self.met.len() && self.lacks(rank);
                 if !is_expected || number(4) != own || talk.is_near != self.near.contains(&rank) {
                     return foreign();
                 }

@@ -1,6 +1,6 @@
 //! The reading side of a connection: frames come in pieces, and payloads go straight to where they are wanted.
 
-use super::{HEAD_BYTES, Io, Kind, Link, MAX_TEXT_BYTES, PIECE_BYTES};
+use super::{HEAD_BYTES, Io, Kind, Link, MAX_TEXT_BYTES, PIECE_BYTES, Source};
 use crate::header::{Header, mismatch};
 use crate::inner::{Address, Core, PeerSegment};
 use crate::memory::Mapping;
@@ -52,13 +52,20 @@ impl Reader {
     }
 
     /// Reads what there is, up to a turn's worth. An error says how the connection ended.
-    pub(super) fn read(&mut self, core: &Core, io: &Io, rank: usize, link: &Link) -> Result<(), String> {
+    pub(super) fn read(
+        &mut self,
+        core: &Core,
+        io: &Io,
+        rank: usize,
+        link: &Link,
+        source: &mut Source<'_>,
+    ) -> Result<(), String> {
         let mut budget = TURN_BYTES;
         let head_bytes = HEAD_BYTES + if self.seal.is_some() { TAG_BYTES } else { 0 };
         while budget > 0 {
             let read = match &mut self.payload {
-                Some(reading) => reading.read(&link.socket, self.seal.as_mut()),
-                None => receive(&link.socket, &mut self.head[self.got..head_bytes], &mut self.files)
+                Some(reading) => reading.read(source, self.seal.as_mut()),
+                None => receive(source, &mut self.head[self.got..head_bytes], &mut self.files)
                     .inspect(|n| self.got += n),
             };
             match read {
@@ -173,17 +180,17 @@ impl Reading {
         self.done == self.bytes && (!is_sealed || self.tag_got == TAG_BYTES)
     }
 
-    fn read(&mut self, socket: &OwnedFd, mut seal: Option<&mut Seal>) -> Result<usize, Errno> {
+    fn read(&mut self, source: &mut Source<'_>, mut seal: Option<&mut Seal>) -> Result<usize, Errno> {
         if self.done == self.bytes {
-            let n = receive_plain(socket, &mut self.tag[self.tag_got..])?;
+            let n = source.receive(&mut self.tag[self.tag_got..])?;
             self.tag_got += n;
             return Ok(n);
         }
         // What is received is looked at for its tag while it is in the cache.
         let most = if seal.is_some() { PIECE_BYTES } else { usize::MAX };
-        let mut receive_plain = |socket: &OwnedFd, buffer: &mut [u8]| {
+        let mut receive = |buffer: &mut [u8]| {
             let at_most = buffer.len().min(most);
-            let n = receive_plain(socket, &mut buffer[..at_most])?;
+            let n = source.receive(&mut buffer[..at_most])?;
             if let Some(seal) = &mut seal {
                 seal.update(&buffer[..n]);
             }
@@ -195,13 +202,11 @@ impl Reading {
                 if *cancelled {
                     let mut waste = [0; 4096];
                     let n = waste.len().min(self.bytes - self.done);
-                    receive_plain(socket, &mut waste[..n])
+                    receive(&mut waste[..n])
                 } else {
                     let at = Address(waiting.buffer.as_ptr().wrapping_add(self.done));
                     // SAFETY: the receive keeps its buffer of `bytes` bytes until it sets `cancelled`, whose lock we hold.
-                    receive_plain(socket, unsafe {
-                        std::slice::from_raw_parts_mut(at.0, self.bytes - self.done)
-                    })
+                    receive(unsafe { std::slice::from_raw_parts_mut(at.0, self.bytes - self.done) })
                 }
             }
             Sink::Incoming(incoming) => {
@@ -212,9 +217,9 @@ impl Reading {
                     payload.try_reserve_exact(more).map_err(|_| Errno::NOMEM)?;
                     payload.resize(self.done + more, 0);
                 }
-                receive_plain(socket, &mut payload[self.done..])
+                receive(&mut payload[self.done..])
             }
-            Sink::Text(text) => receive_plain(socket, &mut text[self.done..]),
+            Sink::Text(text) => receive(&mut text[self.done..]),
         }?;
         self.done += n;
         Ok(n)
@@ -234,12 +239,13 @@ impl Reading {
 const FOREIGN: &str = "what came from it does not carry the job's seal: something between the ranks has changed, \
                        repeated or left out a frame";
 
-fn receive_plain(socket: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
-    rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT).map(|(n, _)| n)
-}
-
-/// Receives bytes and the files that come with them.
-fn receive(socket: &OwnedFd, buffer: &mut [u8], files: &mut VecDeque<OwnedFd>) -> Result<usize, Errno> {
+/// Receives bytes and the files that come with them, which only sockets can carry.
+fn receive(
+    source: &mut Source<'_>,
+    buffer: &mut [u8],
+    files: &mut VecDeque<OwnedFd>,
+) -> Result<usize, Errno> {
+    let Source::Socket(socket) = source else { return source.receive(buffer) };
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
@@ -258,7 +264,7 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8], files: &mut VecDeque<OwnedFd>) -
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Io, Kind, Line, Link, head};
+    use super::super::{Io, Kind, Line, Link, Way, head};
     use super::*;
     use crate::control::{CONTROL_BYTES, Control};
     use crate::element::{ElementType, OpTag, Order};
@@ -277,11 +283,11 @@ mod tests {
         let core =
             Core::new(0, Duration::from_secs(1), patience, peers, Arc::new(Failure::default())).unwrap();
         let (here, there) = std::os::unix::net::UnixStream::pair().unwrap();
-        let link = Link::new(Line { socket: here.into(), seals: None });
+        let link = Link::new(Line { way: Way::Socket(here.into()), seals: None });
         let wake = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
         let (closing, thread, sent) = Default::default();
         let links = vec![None, Some(link)];
-        (core, Io { links, wake, closing, thread, began: Instant::now(), sent }, there.into())
+        (core, Io { links, wake, closing, thread, began: Instant::now(), sent, mpi: None }, there.into())
     }
 
     fn frame(kind: Kind, message: u64, body: &[u8]) -> Vec<u8> {
@@ -327,9 +333,9 @@ mod tests {
                 // No more at a time than the socket takes.
                 input.chunks(32 << 10).all(|chunk| {
                     assert_eq!(rustix::io::write(&there, chunk).unwrap(), chunk.len());
-                    let read = reader.read(&core, &io, 1, link);
-                    while rustix::net::recv(&link.socket, &mut [0u8; 4096][..], RecvFlags::DONTWAIT).is_ok() {
-                    }
+                    let socket = link.way.socket().unwrap();
+                    let read = reader.read(&core, &io, 1, link, &mut Source::Socket(socket));
+                    while rustix::net::recv(socket, &mut [0u8; 4096][..], RecvFlags::DONTWAIT).is_ok() {}
                     read.is_ok()
                 })
             },

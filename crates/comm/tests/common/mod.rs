@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub(crate) mod mpi;
+
 use comm::{Bootstrap, StoreClient, StoreServer, TransportChoice, World, bf16};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,9 +17,15 @@ pub(crate) enum Kind {
     Tcp,
     /// Hosts of so many ranks each.
     Hosts(usize),
+    /// MPI alone, in processes that [`mpi::under_mpiexec`] has started.
+    Mpi,
+    /// Hosts of so many ranks each, with MPI between them.
+    MpiHosts(usize),
 }
 
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
+/// Of worlds of sessions that are called so: long enough to start, short enough to wait for.
+const SHORT: (&str, Duration) = ("still", Duration::from_secs(2));
 
 pub(crate) fn serve() -> (StoreServer, StoreClient) {
     let server = StoreServer::start(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
@@ -28,9 +36,14 @@ pub(crate) fn serve() -> (StoreServer, StoreClient) {
 /// Rank `rank` of `n`; hosts have loopback addresses of their own.
 pub(crate) fn bootstrap(kind: Kind, rank: usize, n: usize, store: StoreClient, session: &str) -> Bootstrap {
     let mut b = Bootstrap::new(rank, n, store, session);
-    b.timeout = TIMEOUT;
-    b.transport = if kind == Kind::Tcp { TransportChoice::Tcp } else { TransportChoice::Auto };
-    if let Kind::Hosts(local) = kind {
+    b.timeout = if session == SHORT.0 { SHORT.1 } else { TIMEOUT };
+    b.transport = match kind {
+        Kind::Tcp => TransportChoice::Tcp,
+        Kind::Mpi => TransportChoice::Mpi,
+        _ => TransportChoice::Auto,
+    };
+    b.has_mpi = matches!(kind, Kind::MpiHosts(_));
+    if let Kind::Hosts(local) | Kind::MpiHosts(local) = kind {
         b.host = format!("host-{}/test", rank / local);
         b.bind = Some(std::net::Ipv4Addr::new(127, 0, 0, (1 + rank / local) as u8).into());
     }
@@ -46,6 +59,10 @@ pub(crate) fn run<T: Send>(kind: Kind, n: usize, work: impl Fn(World) -> T + Syn
             let threads: Vec<_> = worlds.into_iter().map(|w| s.spawn(|| work(w))).collect();
             threads.into_iter().map(|t| t.join().unwrap()).collect()
         });
+    }
+    if matches!(kind, Kind::Mpi | Kind::MpiHosts(_)) {
+        let session = format!("test-{}", SESSIONS.fetch_add(1, Ordering::Relaxed));
+        return vec![work(mpi::world(kind, n, &session))];
     }
     let (_server, store) = serve();
     let session = format!("test-{}", SESSIONS.fetch_add(1, Ordering::Relaxed));

@@ -36,7 +36,9 @@ impl Lost {
                 self.ended = None;
                 self.started_us = Some(*time_us);
             }
-            Record::Resumed { step, .. } | Record::Recovered { step, .. } => {
+            Record::Resumed { step, .. }
+            | Record::Recovered { step, .. }
+            | Record::Trouble { back_to: Some(step), .. } => {
                 if let Record::Recovered { recovery_s, .. } = record {
                     self.lose("recovery", *recovery_s);
                 }

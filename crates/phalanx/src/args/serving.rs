@@ -8,7 +8,9 @@ Examples:
     phalanx inference --model llama2-7b --cluster dgx-h100 --tp 2 --concurrency 1,8,64 \\
       --input 200 --output 200 --price 2.5
   What a node of eight does with 8-bit weights, replicas as small as fit:
-    phalanx inference --model Llama-3.1-70B --cluster dgx-h200 --accelerators 8 --weights fp8";
+    phalanx inference --model Llama-3.1-70B --cluster dgx-h200 --accelerators 8 --weights fp8
+  The same as one page with figures, assumptions and sources:
+    phalanx inference --model Llama-3.1-70B --cluster dgx-h200 --accelerators 8 --html serving.html";
 
 #[derive(Debug, ClapArgs)]
 #[command(after_help = INFERENCE_EXAMPLES)]
@@ -52,6 +54,9 @@ pub(crate) struct Inference {
     /// More catalogue files, over the built-in ones
     #[arg(long, value_name = "FILE.toml")]
     pub(crate) catalog: Vec<PathBuf>,
+    /// Write a page with figures, tables and sources, in one file that needs no network
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -136,6 +136,25 @@ pub(crate) struct Ledger {
 }
 
 #[derive(Debug, ClapArgs)]
+pub(crate) struct Replay {
+    /// Directory of a run
+    pub(crate) run_dir: PathBuf,
+    /// The step to do again
+    #[arg(long, value_name = "K")]
+    pub(crate) step: u64,
+    /// Layout to do it in, for example dp=2,zero=1; may be given several times; the run's own and one rank alone if
+    /// absent
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub(crate) layout: Vec<String>,
+    /// Threads of all ranks together; one for each core if 0
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) threads: usize,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
 pub(crate) struct Chaos {
     /// How many faults
     #[arg(long, default_value_t = 14, value_name = "N")]

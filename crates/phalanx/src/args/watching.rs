@@ -78,9 +78,15 @@ pub(crate) enum JournalCommand {
     Export {
         /// Directory of a run
         run_dir: PathBuf,
-        /// Comma-separated values, the only format there is
-        #[arg(long, required = true)]
+        /// Comma-separated values
+        #[arg(long, required_unless_present_any = ["parquet", "otlp"])]
         csv: bool,
+        /// A Parquet file, with snappy
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["csv", "output"])]
+        parquet: Option<PathBuf>,
+        /// Send as metrics, and steps as spans, to an OpenTelemetry collector: http://HOST:4318
+        #[arg(long, value_name = "URL", conflicts_with_all = ["csv", "output", "parquet"])]
+        otlp: Option<String>,
         /// What becomes a row: step, eval or checkpoint
         #[arg(long, default_value = "step", value_parser = ["step", "eval", "checkpoint"])]
         kind: String,
@@ -107,6 +113,15 @@ pub(crate) struct Doctor {
     /// Directory whose disk is checked: where runs will lie
     #[arg(long, default_value = ".", value_name = "DIR")]
     pub(crate) dir: PathBuf,
+    /// Of an allocation (srun --ntasks-per-node=1 phalanx doctor): what the catalogue says that nodes talk over
+    #[arg(long, value_name = "NAME")]
+    pub(crate) cluster: Option<String>,
+    /// More catalogue files
+    #[arg(long, value_name = "FILE")]
+    pub(crate) catalog: Vec<PathBuf>,
+    /// Of an allocation: how nodes talk, as for train
+    #[arg(long, default_value = "auto", value_parser = ["auto", "shm", "tcp", "mpi"])]
+    pub(crate) transport: String,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

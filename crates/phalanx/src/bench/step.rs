@@ -25,7 +25,7 @@ pub(super) fn run(args: &BenchStep) -> Result<u8> {
     let run = reference(&args.set, args.nproc == 1)?;
     run.layout.validate_world(args.nproc)?;
     let threads = |share: usize| if args.threads > 0 { args.threads } else { share };
-    match Rank::from_env()? {
+    match Rank::from_env(TransportChoice::Auto)? {
         Some(rank) => {
             let world = rank.world(&run.to_toml(), TransportChoice::Auto, comm::DEFAULT_TIMEOUT)?;
             let (me, mesh) = (world.rank(), Mesh::new(world, &run.layout)?);

@@ -1,7 +1,5 @@
 //! GPUs and what other libraries there are.
 
-use std::path::PathBuf;
-
 use cuda::census;
 
 use super::{Check, Verdict};
@@ -51,22 +49,11 @@ fn gpus() -> Vec<Check> {
     all
 }
 
-/// Names under which MPI libraries lie, the standard's own first.
-const MPI: [&str; 4] = ["libmpi_abi.so.1", "libmpi_abi.so.0", "libmpi.so.40", "libmpi.so.12"];
-
+/// What `--transport mpi` would load.
 fn mpi() -> Check {
-    let why = "mpirun starts ranks; Phalanx itself needs no MPI";
-    let usual = [
-        "/usr/lib",
-        "/usr/lib64",
-        "/usr/local/lib",
-        "/usr/lib/x86_64-linux-gnu",
-        "/usr/lib/aarch64-linux-gnu",
-        "/opt/mpi/lib",
-    ];
-    let given = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
-    let dirs = given.split(':').filter(|d| !d.is_empty()).chain(usual).map(PathBuf::from);
-    let dirs: Vec<PathBuf> = dirs.collect();
-    let found = MPI.iter().find_map(|name| dirs.iter().map(|d| d.join(name)).find(|p| p.exists()));
-    Check::ok("MPI", found.map_or_else(|| "none".to_owned(), |p| p.display().to_string()), why)
+    let why = "--transport mpi sends messages through it; Phalanx itself needs no MPI";
+    match comm::find_mpi() {
+        Ok(library) => Check::ok("MPI", format!("{} ({})", library.version, library.path.display()), why),
+        Err(e) => Check::ok("MPI", e.to_string(), why),
+    }
 }

@@ -1,6 +1,6 @@
 //! What clusters are asked for, and training on one.
 
-mod cluster;
+pub(crate) mod cluster;
 mod kubernetes;
 mod slurm;
 

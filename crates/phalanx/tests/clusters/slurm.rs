@@ -167,6 +167,60 @@ fn scancel_leaves_a_checkpoint_and_no_process() {
 }
 
 #[test]
+fn the_doctor_looks_at_every_node_and_at_what_lies_between() {
+    let Some(site) = Site::new(2, 2) else { return };
+    // The second node lets a process open few files.
+    let script =
+        format!("[ $SLURM_NODEID = 0 ] || ulimit -n 256\nexec {PROGRAM} doctor --transport tcp \"$@\"\n");
+    site.lab.write("doctor.sh", script);
+    let doctor = |args: &str| {
+        let args = format!("-N 2 --ntasks-per-node=2 bash doctor.sh {args}");
+        let ran = site.cluster.client("srun", &args).current_dir(site.lab.path("")).output();
+        let ran = ran.expect("start srun");
+        let (out, err) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+        (ran.status.code(), out.into_owned(), err.into_owned())
+    };
+    let (code, out, err) = doctor("--json --cluster dgx-h100");
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}{err}"));
+    assert_eq!(code, Some(i32::from(json["verdict"] == "bad")), "{out}{err}");
+    let nodes = json["nodes"].as_array().expect("nodes");
+    let of = |node: usize, check: &str| {
+        let checks = nodes[node]["checks"].as_array().expect("checks");
+        checks
+            .iter()
+            .find(|c| c["name"] == check)
+            .unwrap_or_else(|| panic!("no {check} in {checks:?}"))
+            .clone()
+    };
+    assert_eq!((&nodes[0]["node"], &nodes[1]["node"], nodes.len()), (&"n1".into(), &"n2".into(), 2));
+    assert_eq!((&nodes[0]["ranks"], &nodes[1]["ranks"]), (&2.into(), &2.into()));
+    assert_eq!(
+        (&of(0, "open files")["verdict"], &of(1, "open files")["verdict"]),
+        (&"ok".into(), &"warn".into())
+    );
+    assert!(of(0, "disk speed")["found"].as_str().is_some_and(|f| f.contains("MB/s")));
+    // Both nodes are this machine, whose clock is one.
+    assert_eq!(of(1, "clock offset")["verdict"], "ok");
+    let link = of(0, "to the next");
+    let found = link["found"].as_str().expect("text");
+    assert!(
+        found.contains(" to n2 over tcp, ") && found.contains("that the catalogue gives dgx-h100"),
+        "{found}"
+    );
+    assert!(nodes[0]["link"]["bytes_per_s"].as_f64().is_some_and(|rate| rate > 0.0), "{out}");
+
+    let (_, out, err) = doctor("");
+    for line in ["2 nodes, 4 ranks: n1, n2", "256 (at most 256)  [n2]"] {
+        assert!(out.contains(line), "no {line} in {out}{err}");
+    }
+    let (code, out, err) = doctor("--dir nowhere");
+    assert_eq!(code, Some(1), "{out}{err}");
+    assert!(out.contains("BAD  disk") && out.contains("[all 2]"), "{out}{err}");
+    let (code, out, err) = doctor("--cluster nowhere");
+    assert_eq!((code, out.is_empty()), (Some(2), true), "{out}{err}");
+}
+
+#[test]
 fn a_sweep_is_an_array_of_runs() {
     let Some(site) = Site::new(2, 2) else { return };
     let job = site.submit("--sweep optim.lr=1e-3,3e-4 --sweep train.seed=1,2 --at-once 2", &tiny("run", ""));

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{RUN, shows};
+use super::{RUN, SERVE, shows};
 use crate::common::Lab;
 
 /// Debian's headless shell itself, not the script that starts it; then what else may be there.
@@ -80,7 +80,11 @@ fn a_browser_runs_the_pages_without_complaint() {
     clean(browser, &lab, &lab.path("guide.html"));
     lab.ok("decide --profile 6x64@0.3,42x512@0.8 --html decide.html");
     clean(browser, &lab, &lab.path("decide.html"));
-    for (page, size) in [("plan", "1280,5600"), ("guide", "1280,2400"), ("decide", "1280,2800")] {
+    lab.ok(&format!("{SERVE} --html serving.html"));
+    clean(browser, &lab, &lab.path("serving.html"));
+    let pages =
+        [("plan", "1280,5600"), ("guide", "1280,2400"), ("decide", "1280,2800"), ("serving", "1280,3200")];
+    for (page, size) in pages {
         let picture = artefact(&format!("{page}.png"));
         let shot = format!("--screenshot={}", picture.display());
         let (_, messages) = open(

@@ -112,12 +112,76 @@ fn figures_show_what_the_answer_says() {
     assert!(answer.contains("It costs $"), "{answer}");
 }
 
+const SERVE: &str = "inference --model llama2-7b --cluster dgx-h100 --tp 2 --accelerators 4 --input 200 --output 200 --concurrency 1,8,64";
+
+#[test]
+fn a_page_of_serving_shows_what_the_answer_says() {
+    let lab = Lab::new();
+    let json = lab.json(&format!("{SERVE} --json --html serving.html"));
+    let page = fs::read_to_string(lab.path("serving.html")).expect("a page");
+    let data: Value = serde_json::from_str(report::data_of(&page).expect("data")).expect("JSON");
+    assert_eq!(data, json);
+    let rows = |figure: &str, loads: &str| {
+        let (rows, loads) = (table(&page, figure), json[loads].as_array().expect("loads"));
+        assert_eq!(rows.len(), loads.len(), "{figure}");
+        rows.into_iter().map(|r| r.1).zip(loads.clone()).collect::<Vec<_>>()
+    };
+    for (row, load) in rows("load-curve", "curve").into_iter().chain(rows("loads", "loads")) {
+        let keys = ["/concurrency", "/ttft_ms", "/itl_ms", "/latency_s", "/tokens_per_s"];
+        let more = ["/tokens_per_s_per_accelerator", "/usd_per_million_tokens"];
+        for (i, key) in keys.into_iter().chain(more).enumerate() {
+            let unit = if key.ends_with("_ms") { 1e-3 } else { 1.0 };
+            same(key, row[i], number(&load, key) * unit);
+        }
+    }
+    for (row, load) in rows("token-cost", "curve") {
+        same("a million tokens", row[1], number(&load, "/usd_per_million_tokens"));
+        same("a request", row[2], row[1] * 200.0 / 1e6);
+    }
+    let knee = json["curve"].as_array().and_then(|c| c.iter().find(|l| l["concurrency"] == json["knee"]));
+    for (figure, pass) in
+        [("decode", &knee.expect("a knee")["replica"]["decode"]), ("prefill", &json["prefill"])]
+    {
+        let parts = table(&page, figure);
+        let all = pass.as_object().expect("parts").values().filter_map(Value::as_f64).sum();
+        same(figure, parts[parts.len() - 1].1[0], all);
+        same(figure, parts[..parts.len() - 1].iter().map(|p| p.1[0]).sum(), all);
+    }
+    let memory = table(&page, "serving-memory");
+    same("weights", memory[0].1[0], number(&json, "/memory/weights_bytes"));
+    same("memory", memory.iter().map(|r| r.1[0]).sum(), 80e9);
+    let clients = format!("serves {} clients at the knee", json["knee"]);
+    assert!(page.contains(&clients), "{clients}");
+    assert!(page.contains("<figure id=\"sources\"") && page.contains("on demand of"), "sources");
+}
+
+/// 126 layers and the two ends make 128 chunks.
+#[test]
+fn memory_by_stage_is_drawn_where_ends_hold_no_layer() {
+    let lab = Lab::new();
+    let plan = "plan --model llama3-405b --cluster dgx-superpod-h100-64su --accelerators 16384";
+    let json = lab.json(&format!("{plan} --layout tp=8,pp=16,chunks=8,zero=1 --html plan.html --json"));
+    let page = fs::read_to_string(lab.path("plan.html")).expect("a page");
+    let stages = table(&page, "ranks");
+    assert_eq!(stages.len(), 16);
+    // Values of a row: the stage, five parts, and their sum.
+    for (_, row) in &stages {
+        same("a stage", row[1..6].iter().sum(), row[6]);
+    }
+    let (first, second) = (stages[0].1[1], stages[1].1[1]);
+    assert!(first < second, "an embedding and seven layers, {first}, against eight layers, {second}");
+    let most = stages.iter().map(|r| r.1[6]).fold(0.0, f64::max);
+    let estimated = number(&json["best"][0], "/memory_bytes") - number(&json["best"][0], "/memory/framework");
+    assert!((0.8..1.25).contains(&(most / estimated)), "{most} by the program, {estimated} estimated");
+}
+
 #[test]
 fn a_page_needs_nothing_from_elsewhere() {
     let lab = Lab::new();
+    lab.ok(&format!("{SERVE} --html serving.html"));
     lab.ok(&format!("{RUN} --html plan.html"));
     lab.ok("guide --html guide.html");
-    for name in ["plan.html", "guide.html"] {
+    for name in ["plan.html", "guide.html", "serving.html"] {
         let page = fs::read_to_string(lab.path(name)).expect("a page");
         for loads in ["<link", "<img", "<iframe", "@import", "url(", " src=", "fetch(", "XMLHttpRequest"] {
             assert!(!page.contains(loads), "{name} has {loads}");
@@ -142,6 +206,7 @@ fn an_unwritable_page_leaves_nothing_behind() {
     refused(&lab, &format!("{small} --html nowhere/plan.html"), 2, "nowhere/plan.html");
     refused(&lab, &format!("{small} --html ."), 2, "there is something that is no file");
     refused(&lab, "guide --html nowhere/guide.html", 2, "nowhere/guide.html");
+    refused(&lab, &format!("{SERVE} --html nowhere/serving.html"), 2, "nowhere/serving.html");
     refused(&lab, "plan --model gpt3-1.3b --cluster this --html plan.html", 2, "its plan has no page");
     // A plan that fails leaves the page of the last one.
     lab.write("plan.html", "the last one");

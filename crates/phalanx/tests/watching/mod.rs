@@ -5,8 +5,13 @@ mod devtools;
 mod terminal;
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output, Stdio};
+
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::RowAccessor;
 
 use crate::common::Lab;
 
@@ -87,8 +92,86 @@ fn journals_are_listed_shown_and_exported() {
     let saved = fs::read_to_string(lab.path("saved.csv")).expect("a file");
     let steps: Vec<&str> = saved.lines().skip(1).filter_map(|l| l.split(',').nth(1)).collect();
     assert_eq!(steps, ["2", "3", "4", "6"], "{saved}");
+    lab.ok("journal export run --parquet steps.parquet");
+    let table = fs::File::open(lab.path("steps.parquet")).expect("a file");
+    let table = SerializedFileReader::new(table).expect("Parquet").get_row_iter(None).expect("rows");
+    let exported: Vec<(i64, f64)> = table
+        .map(|row| row.expect("a row"))
+        .map(|row| (row.get_long(1).expect("a step"), row.get_double(2).expect("a loss")))
+        .collect();
+    assert_eq!(exported, (1..).zip(losses).collect::<Vec<_>>());
     // A corpus of one document has nothing held out.
     assert_eq!(lab.ok("journal export run --csv --kind eval"), "time_us,step,loss,tokens\n");
+}
+
+/// What a collector is told: requests to it, each with its path and its body.
+fn collected(lab: &Lab, args: &str, answer: &'static str) -> (Vec<(String, serde_json::Value)>, Output) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let url = format!("http://{}", listener.local_addr().expect("an address"));
+    let mut command = lab.command(&format!("journal export run {args} --otlp {url}"));
+    let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("started");
+    let waits = std::thread::spawn(move || child.wait_with_output().expect("ended"));
+    listener.set_nonblocking(true).expect("set");
+    let mut requests = Vec::new();
+    while !waits.is_finished() {
+        let Ok((stream, _)) = listener.accept() else {
+            std::thread::yield_now();
+            continue;
+        };
+        stream.set_nonblocking(false).expect("set");
+        let mut reader = BufReader::new(&stream);
+        let (mut head, mut len) = (String::new(), 0);
+        loop {
+            let mut line = String::new();
+            reader.read_line(&mut line).expect("a line");
+            if let Some(n) = line.strip_prefix("Content-Length: ") {
+                len = n.trim().parse().expect("a length");
+            }
+            if line.trim().is_empty() {
+                break;
+            }
+            head += &line;
+        }
+        let mut body = vec![0; len];
+        reader.read_exact(&mut body).expect("a body");
+        (&stream).write_all(answer.as_bytes()).expect("answered");
+        let path = head.split(' ').nth(1).expect("a path").to_owned();
+        requests.push((path, serde_json::from_slice(&body).expect("JSON")));
+    }
+    (requests, waits.join().expect("ended"))
+}
+
+#[test]
+fn a_collector_gets_the_numbers_of_the_journal() {
+    let lab = Lab::new();
+    eventful(&lab);
+    const OK: &str = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}";
+    let (requests, done) = collected(&lab, "", OK);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let paths: Vec<&str> = requests.iter().map(|(path, _)| path.as_str()).collect();
+    assert_eq!(paths, ["/v1/metrics", "/v1/traces"]);
+    let metrics = &requests[0].1["resourceMetrics"][0]["scopeMetrics"][0]["metrics"];
+    let metric = |name: &str| {
+        metrics.as_array().and_then(|all| all.iter().find(|m| m["name"] == name)).expect("a metric")
+    };
+    let sent = metric("phalanx.step.loss")["gauge"]["dataPoints"].as_array().expect("points").iter();
+    let sent: Vec<f64> = sent.map(|p| p["asDouble"].as_f64().expect("a number")).collect();
+    let csv = lab.ok("journal export run --csv");
+    let losses: Vec<f64> = csv
+        .lines()
+        .skip(1)
+        .map(|l| l.split(',').nth(2).expect("a loss").parse().expect("a number"))
+        .collect();
+    assert_eq!(sent, losses);
+    let spans = requests[1].1["resourceSpans"][0]["scopeSpans"][0]["spans"].as_array().expect("spans");
+    assert_eq!(spans.len(), 6);
+    let ns = |v: &serde_json::Value| v.as_str().and_then(|t| t.parse::<u64>().ok()).expect("nanoseconds");
+    assert!(spans.iter().all(|s| ns(&s["endTimeUnixNano"]) > ns(&s["startTimeUnixNano"])), "{spans:?}");
+    const FULL: &str = "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\r\nfull";
+    let (_, refused) = collected(&lab, "", FULL);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("answered 503: full"));
+    assert_eq!(lab.run("journal export run --otlp localhost:4318").code, Some(2));
 }
 
 #[test]
@@ -196,6 +279,20 @@ fn the_doctor_looks_at_everything_and_says_what_to_do() {
     assert!(left.iter().all(|n| !n.to_string_lossy().contains("doctor")), "{left:?}");
     let ran = lab.run("doctor --dir nowhere");
     assert!(ran.code == Some(2) && ran.err.contains("hint:"), "{}", ran.err);
+}
+
+#[test]
+fn several_ranks_of_one_machine_look_at_it_once() {
+    let lab = Lab::new();
+    let program = env!("CARGO_BIN_EXE_phalanx");
+    let ran = lab.run(&format!("launch --standalone --nproc-per-node 2 {program} doctor --json"));
+    let json: serde_json::Value =
+        serde_json::from_str(&ran.out).unwrap_or_else(|e| panic!("{e}: {}{}", ran.out, ran.err));
+    let nodes = json["nodes"].as_array().expect("nodes");
+    assert_eq!((nodes.len(), &nodes[0]["ranks"], nodes[0]["link"].is_null()), (1, &2.into(), true), "{json}");
+    let checks = nodes[0]["checks"].as_array().expect("checks");
+    assert_eq!(checks.iter().filter(|c| c["name"] == "disk speed").count(), 1);
+    assert_eq!(ran.code, Some(i32::from(json["verdict"] == "bad")), "{}", ran.err);
 }
 
 #[test]

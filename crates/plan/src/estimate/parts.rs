@@ -240,7 +240,9 @@ mod tests {
         check("megatron-core-2024", 8, 4, 1, &[2, 2, 2, 2]);
         check("megatron-core-2024", 126, 16, 1, &[7, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 7]);
         check("megatron-core-2024", 6, 2, 2, &[1, 2, 2, 1]);
-        check("phalanx", 7, 2, 1, &[3, 4]);
+        check("phalanx", 7, 2, 1, &[4, 3]);
+        check("phalanx", 7, 2, 2, &[2, 1, 2, 2]);
+        check("phalanx", 10, 4, 1, &[2, 3, 3, 2]);
         check("phalanx", 7, 1, 1, &[7]);
     }
 }

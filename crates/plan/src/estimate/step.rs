@@ -3,7 +3,7 @@
 use spec::Result;
 
 use crate::network::{Collective, Group, Span, on_span};
-use crate::pipeline::{Pipeline, Stage, makespan_s};
+use crate::pipeline::{Pipeline, Stage, makespan_s, uneven_s};
 use crate::placement::Placement;
 use crate::software::Software;
 
@@ -54,11 +54,8 @@ impl Stages {
     /// The layers of one stage as the trainer deals them.
     pub(super) fn share_of(&self, problem: &Problem, placement: &Placement, stage: usize) -> Share {
         let (l, model) = (&placement.layout, &problem.shape.model);
-        let virtuals = l.pp * l.chunks;
-        let ends = |v: usize| match l.stage_layers.len() == virtuals {
-            true => l.stage_layers[..v].iter().sum(),
-            false => model.layers * v / virtuals,
-        };
+        let dealt = l.deal(model.layers);
+        let ends = |v: usize| dealt[..v].iter().sum();
         let of_chunk = |c: usize| ends(c * l.pp + stage)..ends(c * l.pp + stage + 1);
         let layers = || (0..l.chunks).flat_map(of_chunk);
         let experts = layers().filter(|i| model.has_experts(*i)).count();
@@ -134,6 +131,44 @@ impl Estimator<'_> {
         }
     }
 
+    /// What one micro-batch takes on each virtual stage, in the order in which they run.
+    ///
+    /// # Errors
+    /// If the model does not allow the layout.
+    pub fn virtuals(&mut self, placement: &Placement) -> Result<Vec<Stage>> {
+        let timed = self.timed(placement)?;
+        let stages = Stages::of(self.problem, placement, self.expert_layers);
+        Ok(self.virtuals_of(&virtual_layers(self.problem, placement), &timed, &stages))
+    }
+
+    fn virtuals_of(&self, dealt: &[usize], t: &Timed, stages: &Stages) -> Vec<Stage> {
+        let pass_s = |t: &Times| t.busy() + self.host_wait(t);
+        let of = |(v, n): (usize, &usize)| {
+            let (f, b, _) = stages.stage(t, *n as f64, v == 0, v + 1 == dealt.len());
+            Stage { forward_s: pass_s(&f), backward_s: pass_s(&b) }
+        };
+        dealt.iter().enumerate().map(of).collect()
+    }
+
+    /// The time of a pipeline whose chunks hold different numbers of layers, which no closed form gives. The first and the
+    /// last one may hold less, for the embedding's and the head's sake.
+    fn uneven_s(&self, placement: &Placement, t: &Timed, stages: &Stages) -> Option<f64> {
+        let l = &placement.layout;
+        if l.chunks == 1 {
+            return None;
+        }
+        let dealt = virtual_layers(self.problem, placement);
+        let between = &dealt[1..dealt.len() - 1];
+        if between.iter().all(|n| *n == between[0]) {
+            return None;
+        }
+        let (virtuals, micro_batches) = (self.virtuals_of(&dealt, t, stages), stages.micro_batches as usize);
+        let bits = virtuals.iter().map(|s| [s.forward_s.to_bits(), s.backward_s.to_bits()]).collect();
+        let mut played = self.played.borrow_mut();
+        let known = played.entry((l.pp, micro_batches, bits));
+        Some(*known.or_insert_with(|| uneven_s(l.pp, micro_batches, &virtuals)))
+    }
+
     /// Adds up a step.
     pub(super) fn combine(&self, placement: &Placement, t: &Timed) -> Estimate {
         let p = self.problem;
@@ -148,7 +183,9 @@ impl Estimator<'_> {
         let mut d = self.stage_parts(&slowest, stages.micro_batches);
         let mut busy_port_s = 0.0;
         if !single {
-            let whole = makespan_s(&self.pipeline_of(placement, &stages, [&first, &middle, &mean, &last]));
+            let whole = self.uneven_s(placement, t, &stages).unwrap_or_else(|| {
+                makespan_s(&self.pipeline_of(placement, &stages, [&first, &middle, &mean, &last]))
+            });
             d.bubble_s = (whole - stages.micro_batches * time(&slowest)).max(0.0);
             busy_port_s = self.messages(placement, t, &stages, &mut d);
         }
@@ -275,7 +312,7 @@ fn head_by_cost(problem: &Problem, placement: &Placement) -> Option<f64> {
 }
 
 /// Layers of each virtual stage in the order in which they run, so that stages hold what an estimate says of them.
-pub(super) fn virtual_layers(problem: &Problem, placement: &Placement) -> Vec<usize> {
+pub(crate) fn virtual_layers(problem: &Problem, placement: &Placement) -> Vec<usize> {
     let (l, layers, software) = (&placement.layout, problem.shape.model.layers, &problem.software);
     let virtuals = l.pp * l.chunks;
     if l.stage_layers.len() == virtuals {
@@ -288,21 +325,26 @@ pub(super) fn virtual_layers(problem: &Problem, placement: &Placement) -> Vec<us
         return (0..virtuals).map(of).collect();
     }
     if !spares_ends(placement, layers, software) {
-        return (0..virtuals).map(|v| share(layers, virtuals, v)).collect();
+        return l.deal(layers);
     }
-    let stages = stage_layers(placement, layers, software);
-    let (first, last) = (stages.first as usize, stages.last as usize);
-    let between = layers - first - last;
-    let of_chunk = |v: usize| {
-        let (c, s) = (v / l.pp, v % l.pp);
-        // The first chunk of the first stage also holds the embedding, the last of the last the head.
-        match s {
-            0 => share(first, l.chunks, c),
-            s if s + 1 == l.pp => share(last, l.chunks, l.chunks - 1 - c),
-            s => share(share(between, l.pp - 2, s - 1), l.chunks, c),
+    let dealt = stage_layers(placement, layers, software);
+    let each = layers.div_ceil(virtuals);
+    if (dealt.between as usize) < each * l.chunks {
+        return l.deal(layers);
+    }
+    // The first chunks of the first stage and the last ones of the last go without.
+    let mut all = vec![each; virtuals];
+    let mut take = |mut missing: usize, of: &mut dyn Iterator<Item = usize>| {
+        for v in of {
+            let off = missing.min(each);
+            all[v] -= off;
+            missing -= off;
         }
     };
-    (0..virtuals).map(of_chunk).collect()
+    let full = each * l.chunks;
+    take(full - dealt.first as usize, &mut (0..virtuals).step_by(l.pp));
+    take(full - dealt.last as usize, &mut (0..virtuals).rev().step_by(l.pp));
+    all
 }
 
 /// Some stacks let the embedding and the head count as a layer each: their chunks may hold nothing else.
@@ -315,14 +357,9 @@ fn spares_ends(placement: &Placement, layers: usize, software: &Software) -> boo
 fn stage_layers(placement: &Placement, layers: usize, software: &Software) -> StageLayers {
     let l = &placement.layout;
     let virtuals = l.pp * l.chunks;
-    let own = |s: usize, of: &dyn Fn(usize) -> usize| (0..l.chunks).map(|c| of(c * l.pp + s)).sum::<usize>();
-    if l.stage_layers.len() == virtuals {
-        return StageLayers::of(layers, l.pp, |s| own(s, &|v| l.stage_layers[v]));
-    }
-    let at = |v: usize| layers * v / virtuals;
-    let evenly = || StageLayers::of(layers, l.pp, |s| own(s, &|v| at(v + 1) - at(v)));
-    if !spares_ends(placement, layers, software) {
-        return evenly();
+    if l.stage_layers.len() == virtuals || !spares_ends(placement, layers, software) {
+        let dealt = l.deal(layers);
+        return StageLayers::of(layers, l.pp, |s| dealt[s..].iter().step_by(l.pp).sum());
     }
     // Layers are taken off the last stage first, for the head's sake, then off the first.
     let full = layers.div_ceil(virtuals) * l.chunks;

@@ -104,12 +104,34 @@ fn the_fastest_of_several_sizes_are_those_of_their_own_searches() {
     let sizes = [256, 96, 64, 8, 1];
     let problems: Vec<Problem> =
         sizes.iter().map(|n| problem("gpt3-13b", "dgx-superpod-h100", *n, 768, 2048)).collect();
-    let found = fastest(&problems, &space(1)).unwrap();
-    for ((n, problem), found) in sizes.iter().zip(&problems).zip(found) {
+    let found = fastest(&problems, &space(1), &[]).unwrap();
+    for ((n, problem), found) in sizes.iter().zip(&problems).zip(&found) {
         let alone = search(problem, &space(*n), &|_, _| ()).ok();
-        assert_eq!(found, alone.and_then(|s| s.best.into_iter().next()), "{n} accelerators");
+        assert_eq!(*found, alone.and_then(|s| s.best.into_iter().next()), "{n} accelerators");
     }
-    assert!(fastest(&problems[4..], &space(1)).unwrap()[0].is_none(), "13B parameters do not fit one");
+    let good: Vec<Placement> = found.iter().flatten().map(|f| f.placement.clone()).collect();
+    assert_eq!(fastest(&problems, &space(1), &good).unwrap(), found, "bounds change nothing");
+    assert!(fastest(&problems[4..], &space(1), &[]).unwrap()[0].is_none(), "13B parameters do not fit one");
+}
+
+#[test]
+fn a_search_from_good_layouts_finds_the_same() {
+    let mut spared = 0;
+    for (model, n, sequences, trainable_only) in
+        [("gpt3-13b", 64, 256, true), ("gpt3-13b", 48, 768, true), ("mixtral-8x7b", 64, 256, false)]
+    {
+        let problem = problem(model, "dgx-superpod-h100", n, sequences, 2048);
+        let space = Space { trainable_only, ..space(n) };
+        let plain = search(&problem, &space, &|_, _| ()).unwrap();
+        for good in [&plain.best[..1], &plain.best, &plain.pareto] {
+            let good: Vec<Placement> = good.iter().map(|f| f.placement.clone()).collect();
+            let found = search_from(&problem, &space, &good, &|_, _| ()).unwrap();
+            assert_eq!((&found.best, &found.pareto), (&plain.best, &plain.pareto), "{model} on {n}");
+            assert!(found.layouts_priced <= plain.layouts_priced);
+            spared += plain.layouts_priced - found.layouts_priced;
+        }
+    }
+    assert!(spared > 0);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use crate::role::{Place, Role};
 
 impl Emitter<'_> {
     /// Grouped-query attention on the normed residual stream, up to the output projection.
-    pub(super) fn grouped_queries(&mut self, name: &str, h: ValueId) -> ValueId {
+    pub fn grouped_queries(&mut self, name: &str, h: ValueId) -> ValueId {
         let p = |s: &str| format!("{name}.{s}");
         let heads = self.cx.heads();
         let h = self.enter_tp(&p("in"), h);

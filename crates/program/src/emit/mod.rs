@@ -1,8 +1,9 @@
-//! Layers as ops: what each half of a layer emits lies in a file of its own.
+//! Layers as ops: what each half of a layer emits lies in a file of its own. [`Emitter`] is open to layers of one's own.
 
 mod attention;
 mod experts;
 mod latent;
+mod own;
 
 use spec::{Activation, DType};
 
@@ -11,6 +12,8 @@ use crate::op::{Axis, OpKind};
 use crate::params::Chunk;
 use crate::rank::Rank;
 use crate::role::{Place, Role};
+
+pub use own::Layer;
 
 /// What a chunk's forward pass leaves behind for the passes after it.
 pub(crate) struct Forward {
@@ -31,7 +34,10 @@ pub(crate) fn forward(cx: &Rank<'_>, chunk: &Chunk) -> Forward {
     let mut boundaries = vec![input];
     for layer in chunk.first_layer..chunk.first_layer + chunk.layers {
         e.g.place = Place::Layer(layer);
-        x = e.layer(layer, x);
+        x = match cx.layer {
+            Some(own) => own(&mut e, layer, x),
+            None => e.layer(layer, x),
+        };
         boundaries.push(x);
     }
     if chunk.head {
@@ -50,7 +56,15 @@ pub(crate) fn forward(cx: &Rank<'_>, chunk: &Chunk) -> Forward {
     Forward { graph: e.g, input, output: x, boundaries }
 }
 
-struct Emitter<'a> {
+/// Writes the forward ops of a rank's part of a layer: operands are local shards, and what tensor parallelism says is
+/// an op among them. Derivatives follow from the ops.
+///
+/// Values of the residual stream are `[tokens, hidden]`. Methods that take a [`Role`] use the model's parameter of that
+/// role in the layer that is being emitted.
+///
+/// # Panics
+/// Its methods, if the model has no parameter of the role in this layer.
+pub struct Emitter<'a> {
     cx: &'a Rank<'a>,
     g: Graph,
     params: Vec<Option<ValueId>>,
@@ -131,7 +145,8 @@ impl Emitter<'_> {
         x
     }
 
-    fn layer(&mut self, i: usize, x: ValueId) -> ValueId {
+    /// Layer `i` as the model says: attention, then the feed-forward half, each on the normed residual stream.
+    pub fn layer(&mut self, i: usize, x: ValueId) -> ValueId {
         let cx = self.cx;
         let p = |s: &str| format!("layers.{i}.{s}");
         let h = self.norm(Role::AttentionNorm, &p("attn_norm"), x);
@@ -147,8 +162,8 @@ impl Emitter<'_> {
         }
     }
 
-    /// `residual + mlp(h)`, cut over tp along its width.
-    fn mlp(
+    /// `residual + mlp(h)`, cut over tp along its width `ffn`; `role`s of the matrices into it and back.
+    pub fn mlp(
         &mut self,
         (into, back): (Role, Role),
         name: &str,
@@ -166,7 +181,8 @@ impl Emitter<'_> {
         self.row_parallel(back, &p("down"), h, residual)
     }
 
-    fn norm(&mut self, role: Role, name: &str, x: ValueId) -> ValueId {
+    /// The model's norm of each row, with the weight (and bias) of `role`.
+    pub fn norm(&mut self, role: Role, name: &str, x: ValueId) -> ValueId {
         let cx = self.cx;
         let rows = self.g.get(x).rows;
         let y = self.g.like(x, name);
@@ -180,7 +196,8 @@ impl Emitter<'_> {
         y
     }
 
-    fn activation(&mut self, name: &str, a: ValueId, cols: usize) -> ValueId {
+    /// The model's activation, to `cols` columns: as many as `a` has, or half of them where it is gated.
+    pub fn activation(&mut self, name: &str, a: ValueId, cols: usize) -> ValueId {
         let kind = match self.cx.model.activation {
             Activation::SwiGlu => OpKind::SwiGlu,
             Activation::GeluTanh => OpKind::Gelu { tanh: true },
@@ -193,8 +210,8 @@ impl Emitter<'_> {
         h
     }
 
-    /// `x w^T + b`.
-    fn linear(&mut self, role: Role, name: &str, x: ValueId, cols: usize) -> ValueId {
+    /// `x w^T + b`, to `cols` columns of this rank.
+    pub fn linear(&mut self, role: Role, name: &str, x: ValueId, cols: usize) -> ValueId {
         let y = self.product(role, name, x, cols);
         let bias = self.param(role, true);
         self.last().ins.extend(bias);
@@ -215,7 +232,7 @@ impl Emitter<'_> {
     }
 
     /// `residual + x w^T + b`, where each rank holds some columns of `w`.
-    fn row_parallel(&mut self, role: Role, name: &str, x: ValueId, residual: ValueId) -> ValueId {
+    pub fn row_parallel(&mut self, role: Role, name: &str, x: ValueId, residual: ValueId) -> ValueId {
         if self.cx.layout.tp == 1 {
             let y = self.linear(role, name, x, self.cx.model.hidden);
             self.last().acc = Some(self.g.all(residual));
@@ -233,7 +250,7 @@ impl Emitter<'_> {
     }
 
     /// From the residual stream into a tensor-parallel region (Megatron's f, or the gather of sequence parallelism).
-    fn enter_tp(&mut self, name: &str, x: ValueId) -> ValueId {
+    pub fn enter_tp(&mut self, name: &str, x: ValueId) -> ValueId {
         if self.cx.layout.tp == 1 {
             return x;
         }
@@ -247,7 +264,7 @@ impl Emitter<'_> {
     }
 
     /// Out of a tensor-parallel region: partial sums become the residual stream (Megatron's g).
-    fn leave_tp(&mut self, name: &str, x: ValueId) -> ValueId {
+    pub fn leave_tp(&mut self, name: &str, x: ValueId) -> ValueId {
         if self.cx.layout.tp == 1 {
             return x;
         }

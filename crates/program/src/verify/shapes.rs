@@ -142,6 +142,8 @@ fn expected_without_weights(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
             (vec![dh, a], vec![a])
         }
         Gelu { .. } => same(at(0)?),
+        Rows { .. } => (vec![at(0)?], vec![]),
+        RowsGrad { .. } => (vec![at(0)?, at(1)?], vec![at(1)?]),
         GeluGrad { .. } => (vec![at(0)?, at(0)?], vec![at(0)?]),
         Add => {
             let x = at(0)?;

@@ -63,26 +63,9 @@ pub(crate) fn parts(best: &Choice) -> Figure {
 /// Memory of the fullest rank.
 pub(crate) fn memory(answer: &Answer, best: &Choice) -> Figure {
     let room = answer.question.cluster.accelerator.memory_bytes.value;
-    let free = (room - best.memory_bytes).max(0.0);
-    let whole = room.max(best.memory_bytes);
-    let mut svg = Svg::new(118.0);
-    let mut table = Table::new(&["held", "bytes", "share of the accelerator"]);
-    let (mut x, mut legend) = (0.0, 0.0);
-    let named = best.memory.parts().into_iter().chain([("free", free)]);
-    for (i, (name, value)) in named.enumerate() {
-        let width = WIDTH * value / whole;
-        let class = if name == "free" { "free".to_owned() } else { fill(i) };
-        svg.rect([x, 4.0, width, 44.0], &class, Some(i), &format!("{name}: {}", bytes(value)));
-        x += width;
-        svg.rect([legend, 76.0, 12.0, 12.0], &class, Some(i), "");
-        svg.text(legend + 17.0, 86.0, Anchor::Start, "label", name);
-        svg.text(legend + 17.0, 102.0, Anchor::Start, "value", &bytes(value));
-        legend += WIDTH / 7.0;
-        table.row(vec![Cell::words(name), Cell::number(value, bytes), Cell::number(value / room, percent)]);
-    }
-    let end = WIDTH * room / whole;
-    svg.line((end - 1.0, 0.0), (end - 1.0, 54.0), "rule");
-    svg.text(end - 4.0, 66.0, Anchor::End, "label", &format!("{} there are", bytes(room)));
+    let mut parts = best.memory.parts().to_vec();
+    parts.push((FREE, (room - best.memory_bytes).max(0.0)));
+    let (svg, table) = held(&parts, room);
     let says = format!(
         "The fullest rank holds {} of {}{}.",
         bytes(best.memory_bytes),
@@ -91,4 +74,30 @@ pub(crate) fn memory(answer: &Answer, best: &Choice) -> Figure {
     );
     let drawing = svg.finish("memory", "Memory of the fullest rank", &says);
     Figure { id: "memory", title: "What the fullest rank holds".to_owned(), says, drawing, table }
+}
+
+/// The part of memory that nothing holds.
+pub(super) const FREE: &str = "free";
+
+/// Bytes of one accelerator beside each other, with a line at what there is.
+pub(super) fn held(parts: &[(&'static str, f64)], room: f64) -> (Svg, Table) {
+    let whole = parts.iter().map(|p| p.1).sum::<f64>().max(room);
+    let mut svg = Svg::new(118.0);
+    let mut table = Table::new(&["held", "bytes", "share of the accelerator"]);
+    let (mut x, mut legend) = (0.0, 0.0);
+    for (i, &(name, value)) in parts.iter().enumerate() {
+        let width = WIDTH * value / whole;
+        let class = if name == FREE { "free".to_owned() } else { fill(i) };
+        svg.rect([x, 4.0, width, 44.0], &class, Some(i), &format!("{name}: {}", bytes(value)));
+        x += width;
+        svg.rect([legend, 76.0, 12.0, 12.0], &class, Some(i), "");
+        svg.text(legend + 17.0, 86.0, Anchor::Start, "label", name);
+        svg.text(legend + 17.0, 102.0, Anchor::Start, "value", &bytes(value));
+        legend += WIDTH / parts.len() as f64;
+        table.row(vec![Cell::words(name), Cell::number(value, bytes), Cell::number(value / room, percent)]);
+    }
+    let end = WIDTH * room / whole;
+    svg.line((end - 1.0, 0.0), (end - 1.0, 54.0), "rule");
+    svg.text(end - 4.0, 66.0, Anchor::End, "label", &format!("{} there are", bytes(room)));
+    (svg, table)
 }

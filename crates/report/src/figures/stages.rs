@@ -2,7 +2,7 @@
 
 use plan::answer::{Answer, Choice};
 use plan::estimate::Estimator;
-use plan::pipeline::{Pipeline, Stage};
+use plan::pipeline::Pipeline;
 use program::{Pass, Span, Work, in_flight, orders, spans};
 use spec::{Error, Result};
 
@@ -39,15 +39,14 @@ impl Timeline {
         let (stages, chunks) = (pipeline.stages as usize, pipeline.chunks as usize);
         let orders = orders(pipeline.schedule, stages, chunks, pipeline.micro_batches as usize);
         let split = orders.iter().flatten().any(|w| w.pass == Pass::Weight);
-        let took = |stage: usize, pass: Pass| {
-            let of = stage_of(&pipeline, stage);
+        let virtuals = estimator.virtuals(best.placement())?;
+        let took = |v: usize, pass: Pass| {
             let weight = if split { pipeline.weight_s } else { 0.0 };
-            let all = match pass {
-                Pass::Forward => of.forward_s,
-                Pass::Backward => (of.backward_s - weight).max(0.0),
+            match pass {
+                Pass::Forward => virtuals[v].forward_s,
+                Pass::Backward => (virtuals[v].backward_s - weight).max(0.0),
                 Pass::Weight => weight,
-            };
-            all / pipeline.chunks
+            }
         };
         let spans = spans(&orders, chunks, took).map_err(Error::failure)?;
         let end_s = spans.iter().flatten().map(|s| s.end).fold(0.0, f64::max);
@@ -71,14 +70,6 @@ impl Timeline {
             return vec![0];
         }
         (0..rows).map(|i| i * (all - 1) / (rows - 1)).collect()
-    }
-}
-
-fn stage_of(p: &Pipeline, stage: usize) -> &Stage {
-    match stage {
-        0 => &p.first,
-        s if s + 1 == p.stages as usize => &p.last,
-        _ => &p.middle,
     }
 }
 

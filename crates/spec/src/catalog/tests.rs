@@ -44,6 +44,10 @@ fn rates_are_one_way_and_ports_are_shared_out() {
     assert_eq!(cluster.scale_out.bytes_per_s.value, 50e9);
     assert_eq!(cluster.accelerator.peak(crate::NumberFormat::Bf16).unwrap().value, 989e12);
     assert_eq!(cluster.accelerator.peak(crate::NumberFormat::Fp4), None);
+    let measured = |format| cluster.accelerator.matmul(format).map(|m| m.value);
+    assert_eq!(measured(crate::NumberFormat::Bf16), Some(794.5e12));
+    assert_eq!(measured(crate::NumberFormat::Fp8), Some(1402.6e12));
+    assert_eq!(measured(crate::NumberFormat::Fp32), None);
 }
 
 const CHIP: &str = r#"

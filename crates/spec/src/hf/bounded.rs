@@ -139,4 +139,17 @@ mod tests {
             (0..20_000).map(|i| format!("\"{i}\": \"label {i}, or another\"")).collect();
         assert!(parse_json(&format!("{{{}}}", labels.join(", "))).is_ok());
     }
+
+    #[test]
+    fn a_key_costs_its_own_bytes_and_a_place() {
+        let paid = |key: &str| {
+            let budget = Cell::new(FREE_BYTES);
+            let text = format!("{{\"{key}\": null}}");
+            Node(&budget).deserialize(&mut serde_json::Deserializer::from_str(&text)).expect("fits");
+            FREE_BYTES - budget.get()
+        };
+        // The object's place and its own, the key's, its value's.
+        assert_eq!(paid(""), OBJECT_BYTES + 3 * VALUE_BYTES);
+        assert_eq!(paid(&"k".repeat(1000)), paid("") + 1000);
+    }
 }

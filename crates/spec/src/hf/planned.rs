@@ -142,24 +142,8 @@ static PLANNED: &[Planned] = &[
     },
     Planned { model_type: "starcoder2", tied: true, kv_heads: Some(2), ..GPT_LIKE },
     Planned { model_type: "gpt_neox", note: PARALLEL, ..GPT_LIKE },
-    Planned {
-        model_type: "falcon",
-        qkv_bias: false,
-        out_bias: false,
-        mlp_bias: false,
-        tied: true,
-        note: PARALLEL,
-        ..GPT_LIKE
-    },
-    Planned {
-        model_type: "mpt",
-        qkv_bias: false,
-        out_bias: false,
-        mlp_bias: false,
-        tied: true,
-        position: Positions::Alibi,
-        ..GPT_LIKE
-    },
+    Planned { model_type: "falcon", tied: true, note: PARALLEL, ..GPT_LIKE },
+    Planned { model_type: "mpt", tied: true, position: Positions::Alibi, ..GPT_LIKE },
     Planned {
         model_type: "bloom",
         tied: true,
@@ -396,18 +380,17 @@ impl Config<'_> {
             "llama4_text" => &["intermediate_size_mlp", "intermediate_size"],
             _ => &["intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner"],
         };
-        let attention_bias = self.flag_or("attention_bias", false)?;
-        let bias = |own: bool| match p.model_type {
-            "falcon" => self.flag_or("bias", false),
-            "mpt" => Ok(!self.flag_or("no_bias", true)?),
-            "starcoder2" => self.flag_or("use_bias", true),
-            // The projection behind attention has none there.
-            "glm4_moe" => Ok(attention_bias),
-            _ => Ok(own || attention_bias),
-        };
         let latent = self.latent()?;
+        let attention_bias = self.flag_or("attention_bias", false)?;
+        // Some classes have one switch for all products of the model.
+        let all_biased = match p.model_type {
+            "falcon" => Some(self.flag_or("bias", false)?),
+            "mpt" => Some(!self.flag_or("no_bias", true)?),
+            "starcoder2" => Some(self.flag_or("use_bias", true)?),
+            _ => None,
+        };
+        let biased = |own: bool| all_biased.unwrap_or(own || attention_bias) && latent.is_none();
         let experts = self.experts(p.model_type, layers)?;
-        let mlp_bias = p.mlp_bias || (self.flag_or("bias", false)? && p.model_type == "falcon");
         Ok(ModelSpec {
             name: self.text("_name_or_path")?.filter(|n| !n.is_empty()).unwrap_or(p.model_type).to_owned(),
             vocab: self.count_or("vocab_size", gemma3.then_some(262_208))?,
@@ -424,9 +407,10 @@ impl Config<'_> {
             norm_eps: self.number_or("rms_norm_eps", Some(1e-5))? as f32,
             position: self.positions(p, notes)?,
             activation: if gated { Activation::SwiGlu } else { Activation::Gelu },
-            qkv_bias: bias(p.qkv_bias)? && latent.is_none(),
-            attn_out_bias: bias(p.out_bias)? && latent.is_none() && p.model_type != "glm4_moe",
-            mlp_bias: mlp_bias && experts.is_none(),
+            qkv_bias: biased(p.qkv_bias),
+            // GLM has none behind its attention.
+            attn_out_bias: biased(p.out_bias) && p.model_type != "glm4_moe",
+            mlp_bias: all_biased.unwrap_or(p.mlp_bias) && experts.is_none(),
             qk_norm: p.qk_norm || self.flag_or("use_qk_norm", false)?,
             tied_embeddings: self.flag_or("tie_word_embeddings", p.tied)?,
             init_std: self.number_or("initializer_range", Some(0.02))? as f32,

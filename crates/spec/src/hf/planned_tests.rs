@@ -188,6 +188,35 @@ fn dense_families() {
     );
 }
 
+/// Biases are too few to show in a count of parameters.
+#[test]
+fn biases_of_older_families() {
+    let check = |kind: &str, mut keys: Value, [qkv, out, mlp]: [bool; 3]| {
+        keys["model_type"] = json!(kind);
+        let model = HfModel::read(&keys.to_string()).unwrap_or_else(|e| panic!("{kind}: {e}")).model;
+        assert_eq!([model.qkv_bias, model.attn_out_bias, model.mlp_bias], [qkv, out, mlp], "{kind} {keys}");
+    };
+    let plain = || sizes([64, 128, 2, 4, 4, 96], json!({}));
+    check("gpt_neox", plain(), [true, true, true]);
+    check("starcoder2", plain(), [true, true, true]);
+    let without = sizes([64, 128, 2, 4, 4, 96], json!({ "use_bias": false }));
+    check("starcoder2", without, [false; 3]);
+    check("opt", plain(), [true, true, true]);
+    check("gptj", json!({ "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96 }), [false, false, true]);
+    check("bloom", json!({ "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96 }), [true; 3]);
+    let falcon = |bias: bool| json!({ "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96, "bias": bias });
+    check("falcon", falcon(false), [false; 3]);
+    check("falcon", falcon(true), [true; 3]);
+    let mpt = |more: &str| {
+        let mut keys =
+            json!({ "d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 96, "max_seq_len": 128 });
+        keys["no_bias"] = serde_json::from_str(more).expect("a flag");
+        keys
+    };
+    check("mpt", mpt("null"), [false; 3]);
+    check("mpt", mpt("false"), [true; 3]);
+}
+
 #[test]
 fn what_trains_is_planned_as_it_trains_and_says_what_differs() {
     let config = sizes([4096, 14336, 32, 32, 8, 32000], json!({ "sliding_window": 4096 }));

@@ -2,6 +2,7 @@
 
 use crate::layout_check::MAX_WORLD;
 use crate::model_check::MAX_POSITIONS;
+use crate::run::trouble::{OnCorruption, OnNan, OnSpike};
 
 /// Longest run: steps times the largest batch still count tokens in 63 bits.
 pub(super) const MAX_STEPS: usize = 1 << 30;
@@ -395,6 +396,61 @@ pub(crate) static KEYS: &[Key] = &[
         count(1, 86_400),
         "60",
         "a rank that says nothing for so long is lost; longer than the slowest step and save",
+    ),
+    key(
+        "run.verify_every",
+        off(MAX_STEPS),
+        "0",
+        "steps between comparisons of weights and moments that several ranks hold alike; also --verify-every",
+    ),
+    key(
+        "run.straggler_window",
+        off(1 << 20),
+        "20",
+        "steps whose waits are put together to find the rank or link that others wait for; 0 = none",
+    ),
+    key(
+        "trouble.on_nan",
+        KeyKind::Choice(OnNan::WORDS),
+        "\"stop\"",
+        "what a loss or gradient norm that is not finite does: rollback goes back to a checkpoint and leaves samples out",
+    ),
+    key(
+        "trouble.on_spike",
+        KeyKind::Choice(OnSpike::WORDS),
+        "\"ignore\"",
+        "what a loss or gradient norm far above those of the last steps does",
+    ),
+    key(
+        "trouble.spike_factor",
+        ABOVE_ZERO,
+        "10.0",
+        "how far: so many times 1.4826 MAD, or 2 % of the median if that is more, above the median",
+    ),
+    key(
+        "trouble.window",
+        count(4, 4096),
+        "64",
+        "of so many good steps; nothing is a spike before half of them are done",
+    ),
+    key(
+        "trouble.back_steps",
+        off(MAX_STEPS),
+        "0",
+        "a rollback goes back to a checkpoint of at least so many steps before the last good one",
+    ),
+    key("trouble.skip_steps", off(MAX_STEPS), "0", "batches that a rollback leaves out beyond the bad one"),
+    key(
+        "trouble.most",
+        count(1, 1 << 20),
+        "8",
+        "bad steps within trouble.window steps; one more ends the run",
+    ),
+    key(
+        "trouble.on_corruption",
+        KeyKind::Choice(OnCorruption::WORDS),
+        "\"stop\"",
+        "what run.verify_every does about what it finds: restore takes it from ranks that agree, else as rollback",
     ),
     key("sample.prompt", KeyKind::Text, "\"\"", "text to continue"),
     key("sample.tokens", count(1, MAX_POSITIONS), "128", "tokens to generate"),

@@ -96,16 +96,8 @@ impl RunSpec {
                 background: doc.flag("checkpoint.background")?,
                 memory_every: doc.count_or_off("checkpoint.memory_every")?,
             },
-            run: RunDirSpec {
-                dir: directory(&doc, "run.dir")?,
-                threads: doc.count_or_off("run.threads")?,
-                device: match doc.choice("run.device")? {
-                    "cpu" => DeviceChoice::Cpu,
-                    "cuda" => DeviceChoice::Cuda,
-                    _ => DeviceChoice::Auto,
-                },
-                timeout_s: doc.count("run.timeout_s")? as u64,
-            },
+            run: read_place(&doc)?,
+            trouble: TroubleSpec::read(&doc)?,
             sample: SampleSpec {
                 prompt: doc.text("sample.prompt")?,
                 tokens: doc.count("sample.tokens")?,
@@ -155,6 +147,7 @@ impl RunSpec {
                     self.model.vocab, self.data.vocab_size
                 )));
         }
+        trouble::check(self, doc)?;
         self.layout.validate(&self.model, sequences, sequence).map_err(|e| doc.locate(e))
     }
 }
@@ -181,6 +174,21 @@ fn hint_from_key(error: Error) -> Error {
         Some(key) => error.hint(format!("{}: {} (default {})", key.path, key.doc, key.default_text())),
         None => error.hint("`phalanx keys` lists every key with its range and default"),
     }
+}
+
+fn read_place(doc: &Doc) -> Result<RunDirSpec> {
+    Ok(RunDirSpec {
+        dir: directory(doc, "run.dir")?,
+        threads: doc.count_or_off("run.threads")?,
+        device: match doc.choice("run.device")? {
+            "cpu" => DeviceChoice::Cpu,
+            "cuda" => DeviceChoice::Cuda,
+            _ => DeviceChoice::Auto,
+        },
+        timeout_s: doc.count("run.timeout_s")? as u64,
+        verify_every: doc.count_or_off("run.verify_every")?,
+        straggler_window: doc.count_or_off("run.straggler_window")?,
+    })
 }
 
 fn read_whole_model(doc: &Doc, load_file: &dyn Fn(&Path) -> Result<String>) -> Result<ModelSpec> {

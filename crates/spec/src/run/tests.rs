@@ -44,6 +44,32 @@ fn defaults() {
 }
 
 #[test]
+fn trouble_is_read_and_decides_no_number() {
+    let set = [
+        "trouble.on_nan=rollback",
+        "trouble.on_spike=skip",
+        "trouble.back_steps=200",
+        "trouble.on_corruption=restore",
+        "run.verify_every=5",
+    ];
+    let run = good("", &set);
+    assert_eq!((run.trouble.on_nan, run.trouble.on_spike), (OnNan::Rollback, OnSpike::Skip));
+    assert_eq!((run.trouble.on_corruption, run.run.verify_every), (OnCorruption::Restore, Some(5)));
+    assert_eq!(good(&run.to_toml(), &[]), run);
+    assert_eq!(run.fingerprint(), good("", &[]).fingerprint());
+    check_set(
+        &["trouble.on_nan=rollback", "checkpoint.every=0"],
+        "a rollback needs checkpoints, and checkpoint.every = 0 saves none before the end | set checkpoint.every, or trouble.on_nan and trouble.on_spike to skip",
+    );
+    // Two are kept, 200 steps apart: the older one is 200 steps back at most.
+    check_set(
+        &["trouble.on_spike=rollback", "trouble.back_steps=201"],
+        "trouble.back_steps = 201 goes back further than the checkpoints that are kept: 200 steps | set checkpoint.keep=3 or more, or lower trouble.back_steps",
+    );
+    good("", &["trouble.on_spike=rollback", "trouble.back_steps=201", "checkpoint.keep=0"]);
+}
+
+#[test]
 fn who_set_a_key_is_known() {
     let file = "# layout.tp, layout.micro_batch = 8\n[layout]\ndp = 2\nzero = 1\n";
     let set = ["layout.zero=2".to_owned()];
@@ -117,11 +143,11 @@ fn unknown_keys_name_the_place_and_the_nearest() {
     check("[train]\nlr = 1\n", "unknown key train.lr in run.toml:2 | did you mean `optim.lr`?");
     check(
         "zzzzzz = 1",
-        "unknown key zzzzzz in run.toml:1 | sections: model, data, batch, optim, schedule, train, layout, checkpoint, run, sample",
+        "unknown key zzzzzz in run.toml:1 | sections: model, data, batch, optim, schedule, train, layout, checkpoint, run, trouble, sample",
     );
     check_set(
         &["zzzzzz.qqqqqq=1"],
-        "unknown key zzzzzz.qqqqqq in --set zzzzzz.qqqqqq=1 | sections: model, data, batch, optim, schedule, train, layout, checkpoint, run, sample",
+        "unknown key zzzzzz.qqqqqq in --set zzzzzz.qqqqqq=1 | sections: model, data, batch, optim, schedule, train, layout, checkpoint, run, trouble, sample",
     );
     check_set(&["lr=1"], "unknown key lr in --set lr=1 | did you mean `optim.lr`?");
     check_set(&["train.steps"], "`train.steps` is not KEY=VALUE | write it like --set train.steps=200");
@@ -218,6 +244,10 @@ fn values_have_their_type() {
         "[[data.blend]]\nprefix = \"a\"\n",
         "data.blend = a list in run.toml:1, expected a list of { prefix = \"path\", weight = 0.5 } with weights above 0 | data.blend: tokenised datasets and their weights, instead of text",
     );
+    for weight in ["0", "-1.5", "inf", "nan"] {
+        let message = refused(&format!("[[data.blend]]\nprefix = \"a\"\nweight = {weight}\n"), &[]);
+        assert!(message.contains("with weights above 0"), "{weight}: {message}");
+    }
 }
 
 #[test]

@@ -149,6 +149,11 @@ impl RunSpec {
             ("run.threads", off(self.run.threads)),
             ("run.device", quoted(self.run.device.name())),
             ("run.timeout_s", self.run.timeout_s.to_string()),
+            ("run.verify_every", off(self.run.verify_every)),
+            ("run.straggler_window", off(self.run.straggler_window)),
+        ]);
+        self.trouble_values(&mut values);
+        values.extend([
             ("sample.prompt", quoted(&sample.prompt)),
             ("sample.tokens", sample.tokens.to_string()),
             ("sample.temperature", float(sample.temperature)),
@@ -156,6 +161,20 @@ impl RunSpec {
             ("sample.top_p", float(sample.top_p)),
         ]);
         values
+    }
+
+    fn trouble_values(&self, values: &mut Vec<(&'static str, String)>) {
+        let t = &self.trouble;
+        values.extend([
+            ("trouble.on_nan", quoted(t.on_nan.name())),
+            ("trouble.on_spike", quoted(t.on_spike.name())),
+            ("trouble.spike_factor", float(t.spike_factor)),
+            ("trouble.window", t.window.to_string()),
+            ("trouble.back_steps", t.back_steps.to_string()),
+            ("trouble.skip_steps", t.skip_steps.to_string()),
+            ("trouble.most", t.most.to_string()),
+            ("trouble.on_corruption", quoted(t.on_corruption.name())),
+        ]);
     }
 
     fn data_values(&self, values: &mut Vec<(&'static str, String)>) {

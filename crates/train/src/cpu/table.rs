@@ -42,6 +42,7 @@ pub(super) fn kernel<T: Number>(kind: &OpKind) -> Result<Kernel<T>, Lack> {
         GroupedLinear { .. } | GroupedLinearGradInput { .. } | GroupedLinearGradWeight { .. } => {
             grouped_linear
         }
+        Rows { .. } | RowsGrad { .. } => row_fn,
         SwiGlu | SwiGluGrad | Gelu { .. } | GeluGrad { .. } | Add => elementwise,
         Xent | XentStats { .. } | XentCombine { .. } | XentGrad { .. } | LossSum { .. } => loss,
         ShardGrads { .. } => shard_grads,
@@ -240,6 +241,17 @@ fn elementwise<T: Number>(pool: &Pool, a: &Args<'_, T>) {
             Some(bias) => kernels::add_bias(pool, x, a.input(1), bias, y),
             None => kernels::add(pool, x, a.input(1), y),
         },
+        _ => not_mine!(a),
+    }
+}
+
+fn row_fn<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let ((n, _), ws) = (a.shape(0), a.workspace());
+    match *a.launch().kind() {
+        OpKind::Rows { of } => kernels::row_fn(pool, of.forward, a.input(0), a.out(0), n, ws),
+        OpKind::RowsGrad { of } => {
+            kernels::row_fn_dx(pool, of.backward, a.input(0), a.input(1), a.out(0), n, ws);
+        }
         _ => not_mine!(a),
     }
 }

@@ -20,7 +20,8 @@ use crate::device::Device;
 use crate::exec::Executor;
 use crate::mesh::Mesh;
 use crate::run_dir::RunDir;
-use crate::trainer::{now_us, open_data, weights};
+use crate::trainer::{now_us, open_data, remembered, weights};
+use crate::trouble::Watch;
 
 /// How long a rank that has lost its world waits for orders: an agent has to find out who is left, over all hosts.
 const ORDERS_TIMEOUT: Duration = Duration::from_secs(300);
@@ -82,6 +83,8 @@ pub(crate) struct Opened {
     pub(crate) streams: Option<Streams>,
     /// Its data are open elsewhere.
     pub(crate) is_elsewhere: bool,
+    /// What its next step is judged by: of the state that it has, and in the end of that which it goes on from.
+    pub(crate) watch: Watch,
 }
 
 /// A place to train at.
@@ -124,6 +127,8 @@ struct Hello {
     owes: Option<u64>,
     /// The newest checkpoint that it sees.
     saved: Option<u64>,
+    /// What it judges steps by.
+    watch: Watch,
     time_us: u64,
 }
 
@@ -290,7 +295,7 @@ impl Lifeline {
                 (None, Some(exec)) => &exec.mesh,
                 (None, None) => return Err(Error::failure("a rank without a place has a hall")),
             };
-            let hellos = greet(all, &self.held, &dir, owes)?;
+            let hellos = greet(all, &self.held, &dir, owes, &opened.watch)?;
             let holds: Vec<Vec<Label>> = hellos.iter().map(|h| h.holds.clone()).collect();
             let saved = hellos[0].saved;
             let choice = newest_whole(&holds).filter(|c| saved.is_none_or(|saved| saved <= c.step));
@@ -301,9 +306,14 @@ impl Lifeline {
                 let Some(exec) = &mut exec else { return Ok(None) };
                 let begin = opened.begin.as_mut().ok_or_else(|| Error::failure("the run was not opened"))?;
                 let (step, path) = self.load_saved(exec, &run, &dir, begin)?;
+                opened.watch = path.as_deref().map(remembered).transpose()?.unwrap_or_default();
                 let source = path.map_or(From::Beginning, From::Checkpoint);
                 return Ok(Some((step, session, false, source)));
             };
+            // Who was there knows more than who has come; what they know is the same as far as it goes.
+            let knows = hellos.iter().map(|h| &h.watch).max_by_key(|w| w.last());
+            opened.watch = knows.cloned().unwrap_or_default();
+            opened.watch.back_to(choice.step);
             self.held.retain(|s| (s.label.step, s.label.era) == (choice.step, choice.era));
             let wants = exec.as_ref().map(Executor::wants).unwrap_or_default();
             let fetched = fetch(all, &choice, &self.held, wants).context("take over the state")?;
@@ -338,11 +348,12 @@ impl Lifeline {
 }
 
 /// All ranks say what they hold.
-fn greet(all: &Mesh, held: &[Share], dir: &RunDir, owes: Option<u64>) -> Result<Vec<Hello>> {
+fn greet(all: &Mesh, held: &[Share], dir: &RunDir, owes: Option<u64>, watch: &Watch) -> Result<Vec<Hello>> {
     let hello = Hello {
         holds: held.iter().map(|s| s.label).collect(),
         owes,
         saved: ckpt::list(&dir.checkpoints()).ok().and_then(|saved| saved.last().map(|(step, _)| *step)),
+        watch: watch.clone(),
         time_us: now_us(),
     };
     let failed = |e: serde_json::Error| Error::failure(format!("say what this rank holds: {e}"));

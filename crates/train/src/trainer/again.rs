@@ -7,6 +7,8 @@ use elastic::{Orders, Report};
 use journal::{Journal, Record, tensorboard::EventWriter};
 use spec::{Error, Result, RunSpec};
 
+use super::trouble::Looks;
+use super::waits::Waits;
 use super::{Event, Pace, Trainer, host, load, now_us};
 use crate::begin::Beginning;
 use crate::run_dir::RunDir;
@@ -47,6 +49,8 @@ impl Trainer {
             crate::survive::meet::From::Checkpoint(path) => Some(path.clone()),
             _ => None,
         };
+        // What memory held may be other than what was saved.
+        let read = if resumed.is_some() { placed.step } else { 0 };
         let source = placed.source.to_string();
         let mut t = Trainer {
             journal: Journal::open(dir.path(), rank)?,
@@ -67,6 +71,10 @@ impl Trainer {
             is_whole: true,
             saving: None,
             copy: Vec::new(),
+            watch: opened.watch,
+            looks: Looks::since(read),
+            drills: Vec::new(),
+            waits: Waits::default(),
         };
         if t.step < t.run.train.steps as u64 {
             load(&mut t.exec, t.streams.train.as_ref(), t.step, &mut t.sample)?;
@@ -125,7 +133,7 @@ impl Trainer {
     }
 
     /// Makes the first copies of a world, and lets go of those of the worlds before.
-    fn keep_copies(&mut self) -> Result<()> {
+    pub(super) fn keep_copies(&mut self) -> Result<()> {
         let Some(l) = self.lifeline.as_mut() else { return Ok(()) };
         if self.run.checkpoint.memory_every.is_some() && !self.exec.mesh.is_alone() {
             l.copies = Some(Copies::new(&self.exec, self.step, self.session)?);
@@ -216,8 +224,10 @@ impl Trainer {
         let owes = self.owes.then_some(self.step);
         let Some(l) = self.lifeline.as_mut() else { return Ok(false) };
         // What was opened stays open.
-        let mut opened = Opened { begin: Some(self.begin.clone()), streams: None, is_elsewhere: true };
+        let (begin, watch) = (Some(self.begin.clone()), self.watch.clone());
+        let mut opened = Opened { begin, streams: None, is_elsewhere: true, watch };
         let placed = l.settle(&mut opened, owes, stop)?;
+        (self.watch, self.waits) = (opened.watch, Waits::default());
         if let Some(begin) = opened.begin {
             self.begin = begin;
         }
@@ -227,6 +237,8 @@ impl Trainer {
         let was = self.exec.program.rank;
         (self.run, self.exec, self.step, self.session, self.owes) = (run, exec, step, session, owes);
         self.is_whole = true;
+        // What memory held was looked at no more than the steps were.
+        self.looks = Looks::since(self.looks.right.min(step));
         let rank = self.exec.program.rank;
         if rank != was {
             self.journal = Journal::open(self.dir.path(), rank)?;

@@ -14,15 +14,14 @@ impl Trainer {
     /// What the checkpoint of this step says of the run.
     pub(super) fn meta(&self) -> ckpt::Meta {
         let batch = &self.run.batch;
+        let samples = self.step * batch.sequences as u64;
+        let mut state = identity::state(samples, &self.streams, self.begin.tokenizer.as_ref());
+        self.watch.write(&self.run.trouble, &mut state);
         ckpt::Meta {
             tokens: self.step * (batch.sequence * batch.sequences) as u64,
             fingerprint: self.run.fingerprint(),
             world: self.run.layout.world(),
-            state: identity::state(
-                self.step * batch.sequences as u64,
-                &self.streams,
-                self.begin.tokenizer.as_ref(),
-            ),
+            state,
         }
     }
 
