@@ -1,6 +1,8 @@
 //! The directory that holds a run's checkpoints: `step-00000123/` committed, `.step-00000123.tmp/` being written or
 //! removed, `.step-00000123.old/` put aside while its successor of the same step takes its place.
 //!
+//! Under a prefix of an object store the same names are prefixes, and what has a manifest is committed.
+//!
 //! A checkpoint may be a link to one that lies elsewhere: it is read through, and only ever unlinked.
 
 use std::ffi::{OsStr, OsString};
@@ -12,12 +14,17 @@ use spec::{Error, Result};
 
 use crate::disk::Folder;
 use crate::manifest::MANIFEST;
+use crate::place::Place;
+use crate::save_bucket;
 
 /// Committed checkpoints in `dir`, oldest step first. A missing directory holds none.
 ///
 /// # Errors
 /// When `dir` cannot be read.
 pub fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    if let Place::Bucket(bucket) = Place::of(dir)? {
+        return save_bucket::list(&bucket);
+    }
     let mut found = Vec::new();
     for (name, path) in entries(dir)? {
         let Some((step, state)) = parse(&name) else { continue };
@@ -41,6 +48,17 @@ pub fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
 /// When `dir` cannot be read.
 pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
     Ok(list(dir)?.pop().map(|(_, path)| path))
+}
+
+/// Whether `path` is a committed checkpoint itself, and no directory of several.
+///
+/// # Errors
+/// When an object store cannot be asked.
+pub fn is_checkpoint(path: &Path) -> Result<bool> {
+    match Place::of(path)? {
+        Place::Folder(path) => Ok(path.join(MANIFEST).exists()),
+        Place::Bucket(bucket) => Ok(bucket.have(&[MANIFEST.to_owned()])? == [true]),
+    }
 }
 
 /// The steps in `dir` that retention removes: all but the newest `count` (0 removes none), and of those before not the
@@ -74,6 +92,9 @@ pub fn keep(dir: &Path, count: usize, every: Option<u64>) -> Result<Vec<u64>> {
 pub fn remove(dir: &Path, steps: &[u64]) -> Result<()> {
     if steps.is_empty() {
         return Ok(());
+    }
+    if let Place::Bucket(bucket) = Place::of(dir)? {
+        return save_bucket::remove(&bucket, steps);
     }
     let folder = Folder::open(dir).map_err(|e| Error::io("open checkpoint directory", dir, &e))?;
     for (step, path) in list(dir)?.iter().filter(|(step, _)| steps.contains(step)) {
@@ -147,6 +168,11 @@ fn parse(name: &str) -> Option<(u64, State)> {
     };
     let step: u64 = core.strip_prefix("step-")?.parse().ok()?;
     (committed_name(step) == *core).then_some((step, state))
+}
+
+/// The step of a committed checkpoint's name.
+pub(crate) fn committed_step(name: &str) -> Option<u64> {
+    parse(name).filter(|(_, state)| *state == State::Committed).map(|(step, _)| step)
 }
 
 fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {

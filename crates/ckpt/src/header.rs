@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, btree_map};
 use std::fmt;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -74,25 +75,39 @@ impl Header {
     /// When the file cannot be read, is cut short or contradicts itself.
     pub(crate) fn read(file: &File, path: &Path) -> Result<Self> {
         let io = |e: std::io::Error| Error::io("read", path, &e);
+        let file_bytes = file.metadata().map_err(io)?.len();
+        Self::read_with(file_bytes, path, |range| {
+            let mut bytes = vec![0; (range.end - range.start) as usize];
+            file.read_exact_at(&mut bytes, range.start).map_err(io)?;
+            if range.start == 0 && input::is_lfs_pointer(file) {
+                return Err(input::lfs_pointer(path));
+            }
+            Ok(bytes)
+        })
+    }
+
+    /// The same of a file of `file_bytes` bytes, whose bytes `read` gives.
+    ///
+    /// # Errors
+    /// As [`Header::read`].
+    pub(crate) fn read_with(
+        file_bytes: u64,
+        path: &Path,
+        mut read: impl FnMut(Range<u64>) -> Result<Vec<u8>>,
+    ) -> Result<Self> {
+        const LENGTH: u64 = size_of::<u64>() as u64;
         let damaged =
             |why: String| Error::user(format!("safetensors file {} is damaged: {why}", path.display()));
-        let file_bytes = file.metadata().map_err(io)?.len();
-        if file_bytes < 8 {
+        if file_bytes < LENGTH {
             return Err(damaged(format!("{file_bytes} bytes are too short for a header")));
         }
-        let mut length = [0; 8];
-        file.read_exact_at(&mut length, 0).map_err(io)?;
-        if input::is_lfs_pointer(file) {
-            return Err(input::lfs_pointer(path));
-        }
-        let length = u64::from_le_bytes(length);
-        if length > MAX_HEADER_BYTES || length > file_bytes - 8 {
+        let length = read(0..LENGTH)?.try_into().map_or(0, u64::from_le_bytes);
+        if length > MAX_HEADER_BYTES || length > file_bytes - LENGTH {
             return Err(damaged(format!("a header of {length} bytes in a file of {file_bytes}")));
         }
-        let mut json = vec![0; length as usize];
-        file.read_exact_at(&mut json, 8).map_err(io)?;
-        let (data_start, data_bytes) = (8 + length, file_bytes - 8 - length);
-        let tensors = parse(&json, data_bytes).map_err(damaged)?;
+        let data_start = LENGTH + length;
+        let json = read(LENGTH..data_start)?;
+        let tensors = parse(&json, file_bytes - data_start).map_err(damaged)?;
         Ok(Header { data_start, tensors })
     }
 }

@@ -3,7 +3,8 @@
 //! A checkpoint is a directory `step-00000123/`: one safetensors file per writing rank, each holding *slices* of
 //! logical tensors, and `manifest.json`, which says which slice lies where, carries a checksum per chunk of every file
 //! and is the commit point. Everything is written into a temporary sibling, synced, and renamed, so a crash at any
-//! moment leaves either the old state or the new one.
+//! moment leaves either the old state or the new one. Where checkpoints are named by a URL (`s3://bucket/prefix`) the same
+//! lies in an object store, and a create-only put of the manifest is the commit.
 //!
 //! ```
 //! use ckpt::{Checkpoint, Kind, Meta, Piece, Region, Saver};
@@ -40,11 +41,18 @@ mod region;
 
 mod manifest;
 
+#[cfg(feature = "object-store")]
+mod bucket;
+#[cfg(not(feature = "object-store"))]
+#[path = "bucket_absent.rs"]
+mod bucket;
 mod dir;
 mod disk;
 mod input;
+mod place;
 mod read;
 mod save;
+mod save_bucket;
 
 mod reshard;
 mod tools;
@@ -53,12 +61,14 @@ mod header;
 pub mod hf;
 pub mod torch;
 
-pub use dir::{keep, latest, list, remove, superfluous};
+pub use dir::{is_checkpoint, keep, latest, list, remove, superfluous};
 pub use manifest::{FileEntry, Kind, Manifest, Meta, PieceEntry, TensorEntry};
+pub use place::is_url;
 pub use read::{Checkpoint, Verified};
 pub use region::{Region, Run, for_each_copy};
 pub use reshard::{Resharded, reshard};
 pub use save::{FileRecord, Piece, Saver};
+pub use save_bucket::{get_beside, put_beside};
 pub use tools::{Difference, Listing, TensorDifference, TensorListing, diff, ls, verify};
 
 #[cfg(test)]
@@ -66,6 +76,9 @@ mod crash_test;
 
 #[cfg(test)]
 mod fuzz_test;
+
+#[cfg(all(test, feature = "object-store"))]
+mod bucket_test;
 
 // Tensor bytes on disk are little-endian (safetensors); buffers are written and read without swapping.
 const _: () = assert!(cfg!(target_endian = "little"), "checkpoints need a little-endian machine");

@@ -1,4 +1,4 @@
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -8,11 +8,13 @@ use std::sync::{Mutex, PoisonError};
 use spec::{Error, Result};
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::bucket::Bucket;
 use crate::dir;
 use crate::header::Header;
 use crate::input::{self, shown};
-use crate::manifest::{Kind, MANIFEST, Manifest, TensorEntry};
-use crate::region::{Region, for_each_copy, matrix};
+use crate::manifest::{FileEntry, Kind, MANIFEST, Manifest, TensorEntry};
+use crate::place::Place;
+use crate::region::{Region, Run, for_each_copy, matrix};
 
 /// A committed checkpoint, open for reading.
 ///
@@ -22,6 +24,8 @@ use crate::region::{Region, for_each_copy, matrix};
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
+    /// Where the files lie if not in the directory `path`.
+    bucket: Option<Bucket>,
     manifest: Manifest,
     index: HashMap<(Kind, String), usize>,
     cache: Mutex<Cache>,
@@ -39,11 +43,14 @@ pub struct Verified {
 }
 
 /// More than the manifest of a million pieces.
-const MAX_MANIFEST_BYTES: usize = 4 << 30;
+pub(crate) const MAX_MANIFEST_BYTES: usize = 4 << 30;
 
 /// Chunks kept: one for a parameter, each of its moments, and the piece that follows. Neighbouring rows and small
 /// tensors mostly lie in the same chunk.
 const CACHED_CHUNKS: usize = 4;
+
+/// Bytes of chunks that are asked of an object store at the same time: enough that round trips do not show.
+const AHEAD_BYTES: usize = 32 << 20;
 
 /// The chunks read last, most recent first, and the file they came from.
 #[derive(Debug, Default)]
@@ -71,30 +78,25 @@ impl Checkpoint {
     }
 
     fn open_alone(path: &Path) -> Result<Self> {
+        let bucket = match Place::of(path)? {
+            Place::Folder(_) => None,
+            Place::Bucket(bucket) => Some(bucket),
+        };
         let file = path.join(MANIFEST);
-        let text = input::read_text("open checkpoint: read", &file, MAX_MANIFEST_BYTES)?;
+        let text = match &bucket {
+            None => input::read_text("open checkpoint: read", &file, MAX_MANIFEST_BYTES)?,
+            Some(bucket) => text_of(bucket, &file)?,
+        };
         let manifest = Manifest::from_text(&text, &file)?;
-        for file in &manifest.files {
-            let path = path.join(&file.name);
-            let found = fs::metadata(&path).map_err(|e| Error::io("open checkpoint: find", &path, &e))?;
-            if !found.is_file() {
-                return Err(Error::user(format!("checkpoint file {} is not a regular file", path.display())));
-            }
-            let found = found.len();
-            if found != file.bytes {
-                let how = if found < file.bytes { "cut short" } else { "too long" };
-                return Err(Error::user(format!(
-                    "checkpoint file {} is {how}: {found} bytes, the manifest says {}",
-                    path.display(),
-                    file.bytes
-                )));
-            }
+        match &bucket {
+            None => manifest.files.iter().try_for_each(|file| check_file(&path.join(&file.name), file))?,
+            Some(bucket) => check_objects(bucket, &manifest)?,
         }
         let index = manifest.tensors.iter().enumerate().map(|(i, t)| ((t.kind, t.name.clone()), i)).collect();
-        Ok(Checkpoint { path: path.to_owned(), manifest, index, cache: Mutex::default() })
+        Ok(Checkpoint { path: path.to_owned(), bucket, manifest, index, cache: Mutex::default() })
     }
 
-    /// The directory.
+    /// The directory, or the URL.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -172,10 +174,22 @@ impl Checkpoint {
         // A panic while the lock was held leaves at worst a chunk less in the list.
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         for piece in &tensor.pieces {
+            let at = |run: &Run| {
+                let start = piece.offset + (run.from * size_of::<f32>()) as u64;
+                start..start + (run.len * size_of::<f32>()) as u64
+            };
+            let mut ahead = BTreeSet::new();
+            if self.bucket.is_some() {
+                let note = |run| {
+                    ahead.extend(self.chunks_of(piece.file, at(&run)));
+                    Ok::<(), Error>(())
+                };
+                for_each_copy(&piece.region, region, cols, note)?;
+            }
             for_each_copy(&piece.region, region, cols, |run| {
-                let offset = piece.offset + (run.from * size_of::<f32>()) as u64;
+                let range = at(&run);
                 let bytes = bytemuck::cast_slice_mut(&mut out[run.to..run.to + run.len]);
-                self.read_bytes(&mut cache, piece.file, offset, bytes)
+                self.read_bytes(&mut cache, piece.file, range.start, &ahead, bytes)
             })
             .map_err(|e| hint_previous(e, &self.path))?;
         }
@@ -183,9 +197,16 @@ impl Checkpoint {
     }
 
     /// Copies verified bytes of a file into `out`.
-    fn read_bytes(&self, cache: &mut Cache, file: usize, offset: u64, out: &mut [u8]) -> Result<()> {
+    fn read_bytes(
+        &self,
+        cache: &mut Cache,
+        file: usize,
+        offset: u64,
+        ahead: &BTreeSet<u64>,
+        out: &mut [u8],
+    ) -> Result<()> {
         let mut done = 0;
-        self.visit(cache, file, offset..offset + out.len() as u64, &mut |bytes| {
+        self.visit(cache, file, offset..offset + out.len() as u64, ahead, &mut |bytes| {
             out[done..done + bytes.len()].copy_from_slice(bytes);
             done += bytes.len();
             Ok(())
@@ -203,7 +224,17 @@ impl Checkpoint {
         each: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        self.visit(&mut cache, file, range, each)
+        let ahead = match self.bucket {
+            None => BTreeSet::new(),
+            Some(_) => self.chunks_of(file, range.clone()).collect(),
+        };
+        self.visit(&mut cache, file, range, &ahead, each)
+    }
+
+    /// The chunks that a range of a file lies in.
+    fn chunks_of(&self, file: usize, range: Range<u64>) -> Range<u64> {
+        let chunk_bytes = self.manifest.files[file].chunk_bytes as u64;
+        range.start / chunk_bytes..range.end.div_ceil(chunk_bytes)
     }
 
     fn visit(
@@ -211,13 +242,14 @@ impl Checkpoint {
         cache: &mut Cache,
         file: usize,
         range: Range<u64>,
+        ahead: &BTreeSet<u64>,
         each: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
         let chunk_bytes = self.manifest.files[file].chunk_bytes as u64;
         let mut offset = range.start;
         while offset < range.end {
             let (chunk, within) = (offset / chunk_bytes, (offset % chunk_bytes) as usize);
-            let available = &self.chunk(cache, file, chunk)?[within..];
+            let available = &self.chunk(cache, file, chunk, ahead)?[within..];
             let n = (available.len() as u64).min(range.end - offset);
             each(&available[..n as usize])?;
             offset += n;
@@ -225,43 +257,99 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The bytes of a chunk, read and checked unless they are in the cache.
-    fn chunk<'c>(&self, cache: &'c mut Cache, file: usize, chunk: u64) -> Result<&'c [u8]> {
+    /// The bytes of a chunk, read and checked unless they are in the cache; `ahead` says which chunks of the file will be
+    /// wanted beside it.
+    fn chunk<'c>(
+        &self,
+        cache: &'c mut Cache,
+        file: usize,
+        chunk: u64,
+        ahead: &BTreeSet<u64>,
+    ) -> Result<&'c [u8]> {
         if let Some(at) = cache.chunks.iter().position(|c| (c.file, c.index) == (file, chunk)) {
             cache.chunks[..=at].rotate_right(1);
             return Ok(&cache.chunks[0].bytes);
         }
+        match &self.bucket {
+            None => self.read_chunk(cache, file, chunk)?,
+            Some(bucket) => self.fetch_chunks(bucket, cache, file, chunk, ahead)?,
+        }
+        Ok(&cache.chunks[0].bytes)
+    }
+
+    /// Reads a chunk from its file to the front of the cache.
+    fn read_chunk(&self, cache: &mut Cache, file: usize, chunk: u64) -> Result<()> {
         // Out of the list while it is filled: what fails to verify must not stay.
         let mut bytes = match cache.chunks.len() {
             CACHED_CHUNKS => cache.chunks.pop().map(|c| c.bytes).unwrap_or_default(),
             _ => Vec::new(),
         };
-        let entry = &self.manifest.files[file];
-        let path = self.path.join(&entry.name);
+        let path = self.path.join(&self.manifest.files[file].name);
         let io = |e| Error::io("read checkpoint", &path, &e);
         if cache.file.as_ref().is_none_or(|(open, _)| *open != file) {
             cache.file = Some((file, input::open("read checkpoint", &path)?));
         }
         let Some((_, handle)) = &cache.file else { unreachable!("opened above") };
-        let start = chunk * entry.chunk_bytes as u64;
-        let len = (entry.bytes - start).min(entry.chunk_bytes as u64) as usize;
-        bytes.resize(len, 0);
-        handle.read_exact_at(&mut bytes, start).map_err(|e| match e.kind() {
+        let at = self.bytes_of(file, chunk);
+        bytes.resize((at.end - at.start) as usize, 0);
+        handle.read_exact_at(&mut bytes, at.start).map_err(|e| match e.kind() {
             std::io::ErrorKind::UnexpectedEof => {
                 Error::user(format!("checkpoint file {} was cut short", path.display()))
             }
             _ => io(e),
         })?;
-        let (found, expected) = (xxh3_64(&bytes), entry.checksums[chunk as usize]);
-        if found != expected {
-            return Err(Error::user(format!(
-                "checkpoint file {} is damaged in chunk {chunk} (bytes {start}..{}): checksum {found:016x}, expected {expected:016x}",
-                path.display(),
-                start + len as u64
-            )));
-        }
+        self.check_chunk(file, chunk, &bytes)?;
         cache.chunks.insert(0, Chunk { file, index: chunk, bytes });
-        Ok(&cache.chunks[0].bytes)
+        Ok(())
+    }
+
+    /// Fetches a chunk, and some of those wanted after it at the same time, to the front of the cache.
+    fn fetch_chunks(
+        &self,
+        bucket: &Bucket,
+        cache: &mut Cache,
+        file: usize,
+        chunk: u64,
+        ahead: &BTreeSet<u64>,
+    ) -> Result<()> {
+        let entry = &self.manifest.files[file];
+        let at_once = (AHEAD_BYTES / entry.chunk_bytes).max(1);
+        let known = |c: &u64| cache.chunks.iter().any(|k| (k.file, k.index) == (file, *c));
+        let later = ahead.range(chunk + 1..).filter(|c| !known(c)).take(at_once - 1).copied();
+        let wanted: Vec<u64> = std::iter::once(chunk).chain(later).collect();
+        let ranges: Vec<Range<u64>> = wanted.iter().map(|c| self.bytes_of(file, *c)).collect();
+        cache.chunks.truncate(CACHED_CHUNKS);
+        let fetched = bucket.ranges(&entry.name, &ranges)?;
+        // The first is needed now; what is wrong with a later one is told when it is.
+        for (index, bytes) in wanted.into_iter().zip(fetched).rev() {
+            match self.check_chunk(file, index, &bytes) {
+                Ok(()) => cache.chunks.insert(0, Chunk { file, index, bytes }),
+                Err(e) if index == chunk => return Err(e),
+                Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a chunk lies in its file.
+    fn bytes_of(&self, file: usize, chunk: u64) -> Range<u64> {
+        let entry = &self.manifest.files[file];
+        let start = chunk * entry.chunk_bytes as u64;
+        start..entry.bytes.min(start + entry.chunk_bytes as u64)
+    }
+
+    fn check_chunk(&self, file: usize, chunk: u64, bytes: &[u8]) -> Result<()> {
+        let (entry, at) = (&self.manifest.files[file], self.bytes_of(file, chunk));
+        let (found, expected) = (xxh3_64(bytes), entry.checksums[chunk as usize]);
+        if found == expected && bytes.len() as u64 == at.end - at.start {
+            return Ok(());
+        }
+        Err(Error::user(format!(
+            "checkpoint file {} is damaged in chunk {chunk} (bytes {}..{}): checksum {found:016x}, expected {expected:016x}",
+            self.path.join(&entry.name).display(),
+            at.start,
+            at.end
+        )))
     }
 
     /// Reads every byte and compares all checksums; also that the files' own headers agree with the manifest.
@@ -275,8 +363,9 @@ impl Checkpoint {
         // What is in memory was right when it was read; the question is what is on the disk now.
         *cache = Cache::default();
         for (i, file) in self.manifest.files.iter().enumerate() {
-            for chunk in 0..file.checksums.len() {
-                if let Err(e) = self.chunk(&mut cache, i, chunk as u64) {
+            let all: BTreeSet<u64> = (0..file.checksums.len() as u64).collect();
+            for chunk in &all {
+                if let Err(e) = self.chunk(&mut cache, i, *chunk, &all) {
                     bad += 1;
                     first.get_or_insert(e);
                 }
@@ -297,8 +386,16 @@ impl Checkpoint {
 
     fn verify_header(&self, file: usize) -> Result<()> {
         let path = self.path.join(&self.manifest.files[file].name);
-        let handle = input::open("read checkpoint", &path)?;
-        let header = Header::read(&handle, &path)?;
+        let header = match &self.bucket {
+            None => Header::read(&input::open("read checkpoint", &path)?, &path)?,
+            Some(bucket) => {
+                let entry = &self.manifest.files[file];
+                Header::read_with(entry.bytes, &path, |range| {
+                    let mut found = bucket.ranges(&entry.name, &[range])?;
+                    Ok(found.pop().unwrap_or_default())
+                })?
+            }
+        };
         for tensor in &self.manifest.tensors {
             for piece in tensor.pieces.iter().filter(|p| p.file == file) {
                 let agrees = header.tensors.get(&piece.key).is_some_and(|info| {
@@ -319,6 +416,51 @@ impl Checkpoint {
     }
 }
 
+/// A manifest's text in an object store.
+fn text_of(bucket: &Bucket, file: &Path) -> Result<String> {
+    let Some((text, _)) = bucket.read(MANIFEST, MAX_MANIFEST_BYTES)? else {
+        return Err(Error::user(format!("open checkpoint: {} is not there", file.display()))
+            .hint("phalanx ckpt ls lists those of a run"));
+    };
+    String::from_utf8(text).map_err(|_| {
+        Error::user(format!("checkpoint manifest {} is damaged: it is not UTF-8", file.display()))
+    })
+}
+
+/// A data file is there at its full length.
+fn check_file(path: &Path, file: &FileEntry) -> Result<()> {
+    let found = fs::metadata(path).map_err(|e| Error::io("open checkpoint: find", path, &e))?;
+    if !found.is_file() {
+        return Err(Error::user(format!("checkpoint file {} is not a regular file", path.display())));
+    }
+    check_bytes(path, found.len(), file)
+}
+
+/// All data files are there at their full lengths.
+fn check_objects(bucket: &Bucket, manifest: &Manifest) -> Result<()> {
+    let found: HashMap<String, u64> = bucket.files()?.into_iter().collect();
+    for file in &manifest.files {
+        let path = bucket.url().join(&file.name);
+        let Some(bytes) = found.get(&file.name) else {
+            return Err(Error::user(format!("checkpoint file {} is not there", path.display())));
+        };
+        check_bytes(&path, *bytes, file)?;
+    }
+    Ok(())
+}
+
+fn check_bytes(path: &Path, found: u64, file: &FileEntry) -> Result<()> {
+    if found == file.bytes {
+        return Ok(());
+    }
+    let how = if found < file.bytes { "cut short" } else { "too long" };
+    Err(Error::user(format!(
+        "checkpoint file {} is {how}: {found} bytes, the manifest says {}",
+        path.display(),
+        file.bytes
+    )))
+}
+
 /// Points to the newest older checkpoint beside `path` that opens.
 fn hint_previous(error: Error, path: &Path) -> Error {
     let Some(parent) = path.parent() else { return error };
@@ -331,202 +473,5 @@ fn hint_previous(error: Error, path: &Path) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::{Meta, Piece, Saver};
-
-    /// Saves one tensor of consecutive numbers, dealt out to ranks as the given regions.
-    fn save(dir: &Path, step: u64, shape: &[usize], ranks: &[Vec<Region>]) -> Result<PathBuf> {
-        let (_, cols) = matrix(shape).unwrap();
-        let all: Vec<f32> = (0..shape.iter().product::<usize>()).map(|i| i as f32).collect();
-        let whole = Region::whole(shape);
-        let mut records = Vec::new();
-        for (rank, boxes) in ranks.iter().enumerate() {
-            let mut data = Vec::new();
-            for region in boxes {
-                let mut part = vec![0.0; region.len()];
-                for_each_copy(&whole, region, cols, |r| {
-                    part[r.to..r.to + r.len].copy_from_slice(&all[r.from..r.from + r.len]);
-                    Ok::<(), ()>(())
-                })
-                .unwrap();
-                data.extend(part);
-            }
-            let kinds = Kind::ALL.map(|kind| Piece {
-                name: "w",
-                kind,
-                global_shape: shape,
-                boxes: boxes.clone(),
-                data: &data,
-            });
-            let bytes = Saver::begin(dir, step)?.write_rank(rank, kinds)?.to_bytes();
-            records.push(crate::FileRecord::from_bytes(&bytes)?);
-        }
-        // Records arrive in any order.
-        records.reverse();
-        Saver::commit(dir, step, records, Meta { world: ranks.len(), ..Meta::default() })
-    }
-
-    /// Cuts a box into `2^depth` boxes, alternating by the bits of `seed`.
-    fn cut(region: Region, depth: u32, seed: u64) -> Vec<Region> {
-        let Region::Box { row0, rows, col0, cols } = region else { return vec![region] };
-        if depth == 0 {
-            return vec![region];
-        }
-        let (left, right) = if seed & 1 == 0 {
-            let n = (seed >> 1) as usize % (rows + 1);
-            (Region::rect(row0, n, col0, cols), Region::rect(row0 + n, rows - n, col0, cols))
-        } else {
-            let n = (seed >> 1) as usize % (cols + 1);
-            (Region::rect(row0, rows, col0, n), Region::rect(row0, rows, col0 + n, cols - n))
-        };
-        [cut(left, depth - 1, seed >> 3), cut(right, depth - 1, seed >> 5)].concat()
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-        #[test]
-        fn any_layout_reads_what_any_other_wrote(
-            rows in 1usize..9, cols in 1usize..9, seed: u64, world in 1usize..5, ask: [usize; 4]
-        ) {
-            let dir = tempfile::tempdir().unwrap();
-            let mut ranks = vec![Vec::new(); world];
-            for (i, b) in cut(Region::rect(0, rows, 0, cols), 3, seed).into_iter().enumerate() {
-                let Region::Box { row0, rows: r, col0, cols: c } = b else { unreachable!() };
-                // Half of the boxes are dealt out as two flat ranges, as ZeRO does.
-                let middle = r * c / 2;
-                let half = |s, n| Region::of_local_range(cols, (row0, r, col0, c), s, n);
-                if i % 2 == 0 {
-                    ranks[i % world].extend(half(0, middle));
-                    ranks[(i + 1) % world].extend(half(middle, r * c - middle));
-                } else {
-                    ranks[i % world].push(b);
-                }
-            }
-            let path = save(dir.path(), 1, &[rows, cols], &ranks).unwrap();
-            let ckpt = Checkpoint::open(&path).unwrap();
-            prop_assert_eq!(ckpt.verify().unwrap().files, world);
-            let (row0, col0) = (ask[0] % rows, ask[1] % cols);
-            let (r, c) = (ask[2] % (rows - row0) + 1, ask[3] % (cols - col0) + 1);
-            let mut out = vec![-1.0; r * c];
-            ckpt.read_box("w", Kind::ExpAvg, row0, r, col0, c, &mut out).unwrap();
-            for (i, got) in out.into_iter().enumerate() {
-                prop_assert_eq!(got as usize, (row0 + i / c) * cols + col0 + i % c);
-            }
-        }
-    }
-
-    fn one_rank(dir: &Path, step: u64) -> PathBuf {
-        save(dir, step, &[3, 4], &[vec![Region::range(0, 12)]]).unwrap()
-    }
-
-    #[track_caller]
-    fn check_error<T: std::fmt::Debug>(result: Result<T>, what: &str, hint: &str) {
-        let error = result.expect_err("must fail");
-        assert_eq!(error.exit_code(), 2, "{error}");
-        assert!(error.to_string().contains(what), "{error}");
-        assert!(error.hint_text().unwrap_or_default().contains(hint), "{:?}", error.hint_text());
-    }
-
-    #[test]
-    fn a_whole_tensor_is_plain_safetensors() {
-        let dir = tempfile::tempdir().unwrap();
-        let bytes = fs::read(one_rank(dir.path(), 1).join("rank-00000.safetensors")).unwrap();
-        let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        assert_eq!(theirs.tensor("w").unwrap().shape(), [3, 4]);
-        assert_eq!(theirs.tensor("exp_avg_sq.w").unwrap().dtype(), safetensors::Dtype::F32);
-    }
-
-    #[test]
-    fn every_flipped_byte_is_found() {
-        let dir = tempfile::tempdir().unwrap();
-        one_rank(dir.path(), 1);
-        let path = one_rank(dir.path(), 2);
-        let file = path.join("rank-00000.safetensors");
-        let good = fs::read(&file).unwrap();
-        for i in 0..good.len() {
-            let mut bad = good.clone();
-            bad[i] ^= 0x10;
-            fs::write(&file, &bad).unwrap();
-            let ckpt = Checkpoint::open(&path).unwrap();
-            check_error(ckpt.verify(), "rank-00000.safetensors is damaged in chunk 0", "step-00000001");
-            let read = ckpt.read_box("w", Kind::Param, 0, 1, 0, 1, &mut [0.0]);
-            check_error(read, "damaged in chunk 0", "step-00000001");
-        }
-    }
-
-    #[test]
-    fn what_is_cut_or_missing_is_named() {
-        let dir = tempfile::tempdir().unwrap();
-        one_rank(dir.path(), 1);
-        let path = one_rank(dir.path(), 2);
-        let file = path.join("rank-00000.safetensors");
-        let good = fs::read(&file).unwrap();
-        fs::write(&file, &good[..good.len() - 1]).unwrap();
-        check_error(Checkpoint::open(&path), "is cut short", "step-00000001");
-        fs::remove_file(&file).unwrap();
-        check_error(Checkpoint::open(&path), "rank-00000.safetensors", "step-00000001");
-        fs::write(path.join(MANIFEST), "{").unwrap();
-        check_error(Checkpoint::open(&path), "manifest.json is damaged", "step-00000001");
-        fs::remove_file(path.join(MANIFEST)).unwrap();
-        check_error(Checkpoint::open(&path), "manifest.json", "");
-        // With nothing older there is no hint.
-        let first = dir.path().join("step-00000001");
-        fs::write(first.join(MANIFEST), "{").unwrap();
-        assert_eq!(Checkpoint::open(&first).unwrap_err().hint_text(), None);
-    }
-
-    #[test]
-    fn wrong_questions_are_answered() {
-        let dir = tempfile::tempdir().unwrap();
-        let ckpt = Checkpoint::open(&one_rank(dir.path(), 1)).unwrap();
-        check_error(ckpt.read_box("v", Kind::Param, 0, 1, 0, 1, &mut [0.0]), "has no param v", "");
-        check_error(ckpt.read_box("w", Kind::Param, 2, 2, 0, 1, &mut [0.0; 2]), "rows 2..4", "");
-        let short = ckpt.read_box("w", Kind::Param, 0, 1, 0, 4, &mut [0.0]).unwrap_err();
-        assert_eq!(short.exit_code(), 1, "a wrong buffer is our own fault");
-    }
-
-    #[test]
-    fn commit_refuses_gaps_and_overlaps() {
-        let dir = tempfile::tempdir().unwrap();
-        let whole = || vec![Region::range(0, 12)];
-        for (ranks, what) in [
-            (vec![vec![Region::range(0, 11)]], "1 of 12 elements are written nowhere"),
-            (
-                vec![whole(), whole()],
-                "written twice: elements 0..12 in rank-00000.safetensors and elements 0..12 in rank-00001",
-            ),
-            (vec![vec![Region::range(3, 10)]], "reach outside"),
-        ] {
-            let error = save(dir.path(), 1, &[3, 4], &ranks).unwrap_err();
-            assert!(error.to_string().contains(what), "{error}");
-        }
-        assert_eq!(dir::list(dir.path()).unwrap(), []);
-    }
-
-    #[test]
-    fn chunks_end_inside_tensors() {
-        let dir = tempfile::tempdir().unwrap();
-        let shape = [1100, 1000];
-        let halves = [vec![Region::rect(0, 1100, 0, 300)], vec![Region::rect(0, 1100, 300, 700)]];
-        let path = save(dir.path(), 1, &shape, &halves).unwrap();
-        let ckpt = Checkpoint::open(&path).unwrap();
-        let found = ckpt.verify().unwrap();
-        assert!((13_200_000..13_201_000).contains(&found.bytes), "{found:?}");
-        assert_eq!(found.chunks, 1 + 3);
-        let mut all = vec![0.0; 1_100_000];
-        ckpt.read_box("w", Kind::ExpAvgSq, 0, 1100, 0, 1000, &mut all).unwrap();
-        assert!(all.iter().enumerate().all(|(i, x)| *x == i as f32));
-        // A flip in the last chunk is found there, and reads elsewhere still work.
-        let file = path.join("rank-00001.safetensors");
-        let mut bytes = fs::read(&file).unwrap();
-        let last = bytes.len() - 1;
-        bytes[last] ^= 1;
-        fs::write(&file, bytes).unwrap();
-        let ckpt = Checkpoint::open(&path).unwrap();
-        check_error(ckpt.verify(), "damaged in chunk 2 (bytes 8388608..", "");
-        ckpt.read_box("w", Kind::Param, 0, 10, 0, 1000, &mut [0.0; 10_000]).unwrap();
-    }
-}
+#[path = "read_test.rs"]
+mod tests;

@@ -50,7 +50,7 @@ pub fn reshard(from: &Path, out_dir: &Path, ranks: usize) -> Result<Resharded> {
         }
         let meta = Meta { world: ranks, ..checkpoint.manifest().meta.clone() };
         let (files, bytes) = (records.len(), records.iter().map(FileRecord::bytes).sum());
-        Ok(Resharded { path: Saver::commit(out_dir, step, records, meta)?, files, bytes })
+        Ok(Resharded { path: saver.commit_only(out_dir, records, meta)?, files, bytes })
     })
 }
 

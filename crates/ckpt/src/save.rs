@@ -7,11 +7,14 @@ use serde::{Deserialize, Serialize};
 use spec::{DType, Error, Result};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::bucket::{Bucket, Upload};
 use crate::dir;
 use crate::disk::{Folder, NewFile};
 use crate::header;
 use crate::manifest::{CHUNK_BYTES, FileEntry, Kind, MANIFEST, Manifest, Meta, PieceEntry, TensorEntry, key};
+use crate::place::Place;
 use crate::region::{Region, matrix};
+use crate::save_bucket;
 
 /// What one rank holds of one tensor.
 #[derive(Clone, Debug)]
@@ -65,9 +68,16 @@ impl FileRecord {
 /// not overlap in time.
 #[derive(Debug)]
 pub struct Saver {
-    folder: Folder,
-    temp: Folder,
+    to: To,
     step: u64,
+}
+
+#[derive(Debug)]
+enum To {
+    /// A directory, and the temporary one in it.
+    Folder { folder: Folder, temp: Folder },
+    /// The prefix that holds a run's checkpoints.
+    Bucket(Bucket),
 }
 
 impl Saver {
@@ -76,10 +86,16 @@ impl Saver {
     /// # Errors
     /// When the directory cannot be made.
     pub fn begin(dir: &Path, step: u64) -> Result<Self> {
-        let folder = Folder::create(dir).map_err(|e| save_error("create", dir, &e, dir))?;
-        let name = dir::temporary_name(step);
-        let temp = folder.make(&name).map_err(|e| save_error("create", &dir.join(&name), &e, dir))?;
-        Ok(Saver { folder, temp, step })
+        let to = match Place::of(dir)? {
+            Place::Bucket(bucket) => To::Bucket(bucket),
+            Place::Folder(dir) => {
+                let folder = Folder::create(dir).map_err(|e| save_error("create", dir, &e, dir))?;
+                let name = dir::temporary_name(step);
+                let temp = folder.make(&name).map_err(|e| save_error("create", &dir.join(&name), &e, dir))?;
+                To::Folder { folder, temp }
+            }
+        };
+        Ok(Saver { to, step })
     }
 
     /// Streams the parts that `rank` holds into its file and syncs it. Rank 0 first clears what interrupted saves left.
@@ -116,32 +132,48 @@ impl Saver {
         outlines: &[Outline<'_>],
         data: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
     ) -> Result<FileRecord> {
-        let dir = self.folder.path();
         if rank == 0 {
-            dir::clear_leftovers(&self.folder, self.step)
-                .map_err(|e| Error::io("clear leftovers of an interrupted save in", dir, &e))?;
+            self.clear_leftovers()?;
         }
-        let name = format!("rank-{rank:05}.safetensors");
-        let path = self.temp.path().join(&name);
         let (mut tensors, header) = plan(outlines)?;
-        let failed = |e: io::Error| save_error("write", &path, &e, dir);
-        let write = || -> Result<(u64, Vec<u64>)> {
-            let mut out = Checksummed::new(self.temp.new_file(name.as_ref()).map_err(failed)?);
-            out.write(&header).map_err(failed)?;
-            data(&mut |bytes| out.write(bytes).map_err(failed))?;
-            let sums = out.finish().map_err(failed)?;
-            self.temp.sync().map_err(failed)?;
-            Ok(sums)
+        let total = (header.len() + 4 * outlines.iter().map(Outline::elements).sum::<usize>()) as u64;
+        let write = |out: &mut Checksummed| -> Result<()> {
+            out.write(&header)?;
+            data(&mut |bytes| out.write(bytes))
         };
-        let (bytes, checksums) = write().inspect_err(|_| {
-            // The error to report is the first one; what cannot be removed now is cleared by the next save.
-            self.folder.discard(&dir::temporary_name(self.step), name.as_ref());
-        })?;
+        let (name, (bytes, checksums)) = match &self.to {
+            To::Folder { folder, temp } => {
+                let name = format!("rank-{rank:05}.safetensors");
+                let written = write_file(folder, temp, &name, write).inspect_err(|_| {
+                    // The error to report is the first one; what cannot be removed now is cleared by the next save.
+                    folder.discard(&dir::temporary_name(self.step), name.as_ref());
+                })?;
+                (name, written)
+            }
+            To::Bucket(bucket) => {
+                let name = save_bucket::file_name(rank)?;
+                let upload = save_bucket::folder(bucket, self.step).upload(&name, total);
+                let mut out = Checksummed::new(Sink::Upload(upload));
+                write(&mut out)?;
+                (name, out.finish()?)
+            }
+        };
         for piece in tensors.iter_mut().flat_map(|t| &mut t.pieces) {
             piece.offset += header.len() as u64;
         }
         let file = FileEntry { name, bytes, chunk_bytes: CHUNK_BYTES, checksums };
         Ok(FileRecord { step: self.step, rank, file, tensors })
+    }
+
+    fn clear_leftovers(&self) -> Result<()> {
+        match &self.to {
+            To::Folder { folder, .. } => dir::clear_leftovers(folder, self.step)
+                .map_err(|e| Error::io("clear leftovers of an interrupted save in", folder.path(), &e)),
+            To::Bucket(bucket) => {
+                save_bucket::clear_leftovers(bucket, self.step);
+                Ok(())
+            }
+        }
     }
 
     /// Checks that the records cover every tensor exactly once, writes the manifest and moves the checkpoint to its
@@ -151,6 +183,9 @@ impl Saver {
     /// When the records do not fit together or writing fails; the temporary directory is removed then and earlier
     /// checkpoints are as they were.
     pub fn commit(dir: &Path, step: u64, records: Vec<FileRecord>, meta: Meta) -> Result<PathBuf> {
+        if let Place::Bucket(bucket) = Place::of(dir)? {
+            return save_bucket::commit(&bucket, &merge(step, records, meta)?, save_bucket::There::Replace);
+        }
         let folder = Folder::open(dir).map_err(|e| Error::io("commit checkpoint in", dir, &e))?;
         let temp = dir::temporary_name(step);
         let prepared = merge(step, records, meta).and_then(|manifest| prepare(&folder, &temp, &manifest));
@@ -175,6 +210,9 @@ impl Saver {
     /// # Errors
     /// When a file cannot be removed.
     pub fn abort(dir: &Path, step: u64) -> Result<()> {
+        if let Place::Bucket(bucket) = Place::of(dir)? {
+            return save_bucket::abort(&bucket, step);
+        }
         let temp = dir::temporary_name(step);
         let removed = match Folder::open(dir) {
             Ok(folder) => folder.remove(&temp),
@@ -182,6 +220,19 @@ impl Saver {
             Err(e) => Err(e),
         };
         removed.map_err(|e| Error::io("remove unfinished checkpoint", &dir.join(&temp), &e))
+    }
+
+    /// Commits a checkpoint that was not there when [`Saver::only`] looked.
+    ///
+    /// # Errors
+    /// As [`Saver::commit`]; in an object store also when somebody else has committed that step since.
+    pub(crate) fn commit_only(&self, dir: &Path, records: Vec<FileRecord>, meta: Meta) -> Result<PathBuf> {
+        match &self.to {
+            To::Folder { .. } => Saver::commit(dir, self.step, records, meta),
+            To::Bucket(bucket) => {
+                save_bucket::commit(bucket, &merge(self.step, records, meta)?, save_bucket::There::Refuse)
+            }
+        }
     }
 
     /// Writes a checkpoint that `dir` does not have yet; `write` commits it. A failure leaves nothing behind.
@@ -224,6 +275,10 @@ pub(crate) struct Outline<'a> {
 }
 
 impl<'a> Outline<'a> {
+    fn elements(&self) -> usize {
+        self.boxes.iter().map(Region::len).sum()
+    }
+
     fn of(piece: &'a Piece<'_>) -> Self {
         Outline { name: piece.name, kind: piece.kind, shape: piece.global_shape, boxes: &piece.boxes }
     }
@@ -283,25 +338,66 @@ fn plan(outlines: &[Outline<'_>]) -> Result<(Vec<TensorEntry>, Vec<u8>)> {
     Ok((tensors, header))
 }
 
-/// A file whose chunks are hashed on the way to the disk.
-struct Checksummed {
-    file: NewFile,
+/// Streams a rank's file into the temporary directory and syncs it.
+fn write_file(
+    folder: &Folder,
+    temp: &Folder,
+    name: &str,
+    write: impl FnOnce(&mut Checksummed) -> Result<()>,
+) -> Result<(u64, Vec<u64>)> {
+    let (path, dir) = (temp.path().join(name), folder.path());
+    let failed = |e: io::Error| save_error("write", &path, &e, dir);
+    let file = temp.new_file(name.as_ref()).map_err(failed)?;
+    let mut out = Checksummed::new(Sink::File { file, path: &path, dir });
+    write(&mut out)?;
+    let sums = out.finish()?;
+    temp.sync().map_err(failed)?;
+    Ok(sums)
+}
+
+/// Where a rank's bytes go.
+enum Sink<'a> {
+    File { file: NewFile, path: &'a Path, dir: &'a Path },
+    Upload(Upload),
+}
+
+impl Sink<'_> {
+    fn write_all(&mut self, bytes: &[u8]) -> Result<()> {
+        match self {
+            Sink::File { file, path, dir } => {
+                file.write_all(bytes).map_err(|e| save_error("write", path, &e, dir))
+            }
+            Sink::Upload(upload) => upload.write_all(bytes),
+        }
+    }
+
+    fn finish(self) -> Result<()> {
+        match self {
+            Sink::File { file, path, dir } => file.sync().map_err(|e| save_error("write", path, &e, dir)),
+            Sink::Upload(upload) => upload.finish(),
+        }
+    }
+}
+
+/// A file whose chunks are hashed on the way out.
+struct Checksummed<'a> {
+    to: Sink<'a>,
     bytes: u64,
     hash: Xxh3,
     sums: Vec<u64>,
 }
 
-impl Checksummed {
-    fn new(file: NewFile) -> Self {
-        Checksummed { file, bytes: 0, hash: Xxh3::new(), sums: Vec::new() }
+impl<'a> Checksummed<'a> {
+    fn new(to: Sink<'a>) -> Self {
+        Checksummed { to, bytes: 0, hash: Xxh3::new(), sums: Vec::new() }
     }
 
-    fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+    fn write(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
             let room = CHUNK_BYTES - (self.bytes % CHUNK_BYTES as u64) as usize;
             let (now, later) = bytes.split_at(room.min(bytes.len()));
             self.hash.update(now);
-            self.file.write_all(now)?;
+            self.to.write_all(now)?;
             self.bytes += now.len() as u64;
             if now.len() == room {
                 self.sums.push(self.hash.digest());
@@ -312,11 +408,11 @@ impl Checksummed {
         Ok(())
     }
 
-    fn finish(mut self) -> io::Result<(u64, Vec<u64>)> {
+    fn finish(mut self) -> Result<(u64, Vec<u64>)> {
         if !self.bytes.is_multiple_of(CHUNK_BYTES as u64) {
             self.sums.push(self.hash.digest());
         }
-        self.file.sync()?;
+        self.to.finish()?;
         Ok((self.bytes, self.sums))
     }
 }

@@ -18,7 +18,9 @@ pub(crate) use economy::{Decide, Economy};
 pub(crate) use pages::{Guide, PlanCommand, PlanOr};
 pub(crate) use serving::Inference;
 pub(crate) use simulate::{Recover, Simulate};
-pub(crate) use survival::{Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger, Replay};
+pub(crate) use survival::{
+    BenchCheckpoint, Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger, Replay,
+};
 pub(crate) use validate::Validate;
 pub(crate) use watching::{Completions, Dash, Doctor, Journal, JournalCommand, Man, Top};
 
@@ -498,6 +500,8 @@ pub(crate) enum BenchCommand {
     },
     /// Predict steps of the reference model under many layouts, measure them, and compare
     Predict(BenchPredict),
+    /// Time saving, resharding and loading of a model's state against dd on the same disk
+    Checkpoint(BenchCheckpoint),
     /// Time collectives and messages between ranks of this machine
     Collectives {
         /// Ranks

@@ -1,5 +1,6 @@
 //! `phalanx bench`.
 
+mod checkpoint;
 mod machine;
 mod predict;
 mod step;
@@ -21,6 +22,7 @@ pub(crate) fn run(args: &Bench) -> Result<u8> {
         BenchCommand::Step(a) => step::run(a),
         BenchCommand::Machine { output, quick, json } => machine::run(output, *quick, *json),
         BenchCommand::Predict(a) => predict::run(a),
+        BenchCommand::Checkpoint(a) => checkpoint::run(a),
         BenchCommand::Collectives { ranks, transport, max_bytes, budget_ms, json } => {
             let budget = Duration::from_millis((*budget_ms).max(1));
             collectives(*ranks, transport, *max_bytes, budget, *json)

@@ -34,28 +34,28 @@ pub(crate) fn run(args: &Ckpt) -> Result<u8> {
 
 /// Where checkpoints lie: in a run's directory, or in this one itself.
 fn folder(path: &Path) -> PathBuf {
+    if ckpt::is_url(path) {
+        return path.to_owned();
+    }
     let of_run = RunDir::new(path).checkpoints();
-    if of_run.is_dir() { of_run } else { path.to_owned() }
+    if ckpt::is_url(&of_run) || of_run.is_dir() { of_run } else { path.to_owned() }
 }
 
 /// The checkpoints that a path names, by step.
 fn all(path: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let folder = folder(path);
-    let found = if folder.is_dir() { ckpt::list(&folder)? } else { Vec::new() };
+    let found = if ckpt::is_url(&folder) || folder.is_dir() { ckpt::list(&folder)? } else { Vec::new() };
     if found.is_empty() {
-        return Err(Error::user(format!("no checkpoint in {}", folder.display()))
-            .hint("give the directory of a run that has saved one, or of the checkpoint itself"));
+        return Err(Error::user(format!("no checkpoint in {}", folder.display())).hint(
+            "give the directory of a run that has saved one, its checkpoint.dir, or the checkpoint itself",
+        ));
     }
     Ok(found)
 }
 
-fn is_one(path: &Path) -> bool {
-    path.join("manifest.json").exists()
-}
-
 /// A checkpoint: the one named, or the newest of a run.
 fn one(path: &Path) -> Result<PathBuf> {
-    if is_one(path) {
+    if ckpt::is_checkpoint(path)? {
         return Ok(path.to_owned());
     }
     all(path).map(|mut found| found.pop().expect("none is an error").1)
@@ -105,7 +105,7 @@ fn show(path: &Path, as_json: bool) -> Result<u8> {
 
 /// Checks one checkpoint or all of a run; the first that is damaged is the error, after all were read.
 fn verify(path: &Path, as_json: bool) -> Result<u8> {
-    let paths = if is_one(path) {
+    let paths = if ckpt::is_checkpoint(path)? {
         vec![path.to_owned()]
     } else {
         all(path)?.into_iter().map(|(_, path)| path).collect()
@@ -172,6 +172,10 @@ fn reshard(from: &Path, out_dir: &Path, ranks: usize, as_json: bool) -> Result<u
 }
 
 fn export(from: &Path, out: &Path, as_json: bool) -> Result<u8> {
+    if ckpt::is_url(out) {
+        return Err(Error::user(format!("{}: an export goes to a directory", out.display()))
+            .hint("export to a directory, and copy that into the store"));
+    }
     let done = torch::export_dcp(&Checkpoint::open(from)?, out)
         .map_err(|e| e.hint("give an output directory in a writable place with free space"))?;
     let shown = out.display().to_string();

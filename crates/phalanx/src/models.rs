@@ -82,12 +82,7 @@ fn parse(ids: &str) -> Result<Vec<u32>> {
 pub(crate) fn import(args: &Import) -> Result<u8> {
     let (model, weights) =
         ckpt::hf::import(&args.hf_dir).map_err(|e| e.hint("copy the model's files again"))?;
-    let dir = RunDir::new(&args.run_dir);
     let _lock = DirLock::take(&args.run_dir)?;
-    if ckpt::latest(&dir.checkpoints())?.is_some() {
-        return Err(Error::user(format!("{} already holds a run", args.run_dir.display()))
-            .hint("import into a new directory"));
-    }
     let toml = model.to_toml();
     let section = format!("[model]\n{toml}");
     let mut set = vec![format!(
@@ -100,6 +95,13 @@ pub(crate) fn import(args: &Import) -> Result<u8> {
     }
     set.extend(args.set.iter().cloned());
     let run = RunSpec::load(Some(("the imported model", &section)), &set, &train::read)?;
+    let dir = RunDir::of(&run);
+    for checkpoints in [RunDir::new(&args.run_dir).checkpoints(), dir.checkpoints()] {
+        if ckpt::latest(&checkpoints)?.is_some() {
+            return Err(Error::user(format!("{} already holds a run", args.run_dir.display()))
+                .hint("import into a new directory"));
+        }
+    }
     let tokenizer = args.hf_dir.join("tokenizer.json");
     dir.create(&run, tokenizer.exists().then_some(tokenizer.as_path()))?;
     let kept = ckpt::hf::keep_companions(&args.hf_dir, &args.run_dir)
@@ -122,7 +124,7 @@ pub(crate) fn export(args: &Export) -> Result<u8> {
                 .hint("give --dtype f32 or --dtype bf16"));
         }
     };
-    let dir = RunDir::new(&args.run_dir);
+    let dir = RunDir::open(&args.run_dir)?;
     let run = dir.load()?;
     let checkpoint = dir.open_newest()?;
     let path = dir.tokenizer_of(&checkpoint)?;

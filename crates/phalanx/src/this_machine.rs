@@ -66,7 +66,7 @@ fn set(run: &mut RunSpec, layout: Layout) {
 
 /// The layout of a run that has saved a checkpoint, if it is one of so many ranks.
 fn begun_with(run: &RunSpec, nproc: usize) -> Result<Option<Layout>> {
-    let dir = RunDir::new(&run.run.dir);
+    let dir = RunDir::of(run);
     if ckpt::latest(&dir.checkpoints())?.is_none() {
         return Ok(None);
     }

@@ -137,8 +137,18 @@ pub(crate) fn fresh(args: &Train) -> bool {
 pub(crate) fn own(run: &RunSpec, fresh: bool) -> Result<DirLock> {
     let dir = &run.run.dir;
     let mut lock = DirLock::take(dir)?;
-    if fresh && move_aside(dir)? {
-        lock = DirLock::take(dir)?;
+    if fresh {
+        let elsewhere = run.checkpoint.dir.as_deref();
+        if let Some(holds) = elsewhere.filter(|dir| !matches!(ckpt::latest(dir), Ok(None))) {
+            return Err(Error::user(format!(
+                "--fresh begins anew, but {} may hold checkpoints of an earlier run",
+                holds.display()
+            ))
+            .hint("set checkpoint.dir to another place, or remove those first"));
+        }
+        if move_aside(dir)? {
+            lock = DirLock::take(dir)?;
+        }
     }
     if let Some(note) = lock.note() {
         output::say(note);
@@ -162,7 +172,7 @@ pub(crate) fn begin(args: &Train, run: &RunSpec, asked: Asked) -> Result<Beginni
     if begin.resumes() {
         return Ok(begin);
     }
-    let dir = RunDir::new(&run.run.dir);
+    let dir = RunDir::of(run);
     if dir.run_file().exists() {
         output::say(&format!(
             "{} was started before and has no checkpoint: it begins at step 0",
@@ -322,7 +332,7 @@ pub(crate) fn load_again(args: &Train, world: usize, lenient: bool) -> Result<(R
 
 /// A longer run has a longer warmup by default, but not one that goes on: its warmup is past.
 fn keep_warmup(run: &mut RunSpec) {
-    let dir = RunDir::new(&run.run.dir);
+    let dir = RunDir::of(run);
     let goes_on = ckpt::latest(&dir.checkpoints()).is_ok_and(|found| found.is_some());
     if let Some(earlier) = dir.load().ok().filter(|_| goes_on)
         && earlier.schedule.warmup_steps < run.train.steps
@@ -452,7 +462,7 @@ fn announce(run: &RunSpec, trainer: &mut Trainer, threads: usize) {
 
 /// Shows what the model has learnt.
 fn sample(run: &RunSpec, trainer: &mut Trainer, threads: usize, live: &mut Live) -> Result<()> {
-    let has_tokenizer = RunDir::new(&run.run.dir).tokenizer().is_some();
+    let has_tokenizer = RunDir::of(run).tokenizer().is_some();
     if run.train.sample_tokens == 0 || !has_tokenizer {
         return Ok(());
     }

@@ -9,6 +9,7 @@ mod owner;
 mod planner;
 mod rehearsal;
 mod serving;
+mod stores;
 mod survival;
 mod report;
 mod trouble;

@@ -180,8 +180,10 @@ pub struct TrainSpec {
 }
 
 /// `[checkpoint]`: what is saved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckpointSpec {
+    /// Where they go, a directory or a URL; `None` puts them into the run's directory.
+    pub dir: Option<PathBuf>,
     /// Steps between checkpoints; `None` saves none before the end.
     pub every: Option<usize>,
     /// Newest checkpoints kept; `None` keeps all.

@@ -6,6 +6,7 @@ use data::Prepared;
 use spec::run::{DataSource, DataSpec};
 use spec::{Error, Result, RunSpec};
 
+use crate::beside;
 use crate::identity::{self, Named, Trained};
 use crate::run_dir::RunDir;
 
@@ -47,6 +48,8 @@ pub struct Beginning {
     /// Where the data lay when the run was started.
     pub(crate) source_was: Option<DataSource>,
     pub(crate) tokenizer_was: Option<PathBuf>,
+    /// The run that weights come from, held for as long as its files are needed.
+    pub(crate) other: Option<RunDir>,
     pub(crate) notes: Vec<String>,
     pub(crate) accepted: Vec<String>,
 }
@@ -58,7 +61,7 @@ impl Beginning {
     /// If run directory, checkpoints, tokenizers and run file do not fit together.
     pub fn decide(run: &RunSpec, asked: Asked) -> Result<Beginning> {
         check_positions(run)?;
-        let dir = RunDir::new(&run.run.dir);
+        let dir = RunDir::of(run);
         let saved = ckpt::list(&dir.checkpoints())
             .map_err(|e| e.hint("set run.dir to a directory, or to a new name"))?;
         let begin = Beginning {
@@ -70,6 +73,7 @@ impl Beginning {
             before: None,
             source_was: None,
             tokenizer_was: None,
+            other: None,
             notes: Vec::new(),
             accepted: Vec::new(),
         };
@@ -137,7 +141,7 @@ impl Beginning {
     }
 
     fn with_run(mut self, run: &RunSpec, other: &Path) -> Result<Self> {
-        let dir = RunDir::new(other);
+        let dir = RunDir::open(other)?;
         dir.load()?;
         let checkpoint = dir.open_newest()?;
         let own = identity::of_run(&dir, &Trained::of(&checkpoint))?;
@@ -149,6 +153,7 @@ impl Beginning {
             ));
         }
         self.bind(run, own, other)?;
+        self.other = Some(dir);
         self.weights = Weights::Run(other.to_owned());
         Ok(self)
     }
@@ -211,10 +216,10 @@ impl Beginning {
             let tokenizer = ckpt::hf::Tokenizer { path, eod: from.eod() };
             ckpt::hf::keep_settings(tokenizer, dir.path(), &run.model)?;
         }
-        match self.to_remember() {
-            Some(remembered) => dir.remember(&remembered),
-            None => Ok(()),
+        if let Some(remembered) = self.to_remember() {
+            dir.remember(&remembered)?;
         }
+        beside::publish(dir)
     }
 
     /// Compares the data with what the checkpoint was trained on.

@@ -6,6 +6,7 @@ use program::Request;
 use spec::{Context, Error, Result, RunSpec};
 
 use crate::begin::{fell_back, how_to_fall_back, whole};
+use crate::beside;
 use crate::exec::Executor;
 use crate::mesh::Mesh;
 use crate::run_dir::RunDir;
@@ -148,6 +149,7 @@ pub fn import_weights(run: &RunSpec, dir: &RunDir, weights: &ckpt::hf::HfWeights
     })?;
     let meta = ckpt::Meta { fingerprint: run.fingerprint(), world: 1, ..ckpt::Meta::default() };
     let saved = exec.save(&dir.checkpoints(), 0, meta)?;
+    beside::publish(dir)?;
     saved.map(|(path, _)| path).ok_or_else(|| Error::failure("one rank alone commits its checkpoint"))
 }
 
@@ -184,7 +186,7 @@ pub(crate) fn restore(
 
 /// Weights of another run's newest checkpoint, with fresh optimiser state.
 pub(crate) fn adopt(exec: &mut Executor, run: &RunSpec, from: &Path) -> Result<()> {
-    let other = RunDir::new(from);
+    let other = RunDir::open(from)?;
     let theirs = other.load()?;
     let mut shape = theirs.model.clone();
     shape.name.clone_from(&run.model.name);

@@ -23,7 +23,7 @@ impl Generator {
     /// # Errors
     /// If the run has no checkpoint, or it cannot be read.
     pub fn open(dir: &Path, device: Box<dyn Device>) -> Result<Generator> {
-        let dir = RunDir::new(dir);
+        let dir = RunDir::open(dir)?;
         let run = dir.load()?;
         let checkpoint = dir.open_newest()?;
         let layout = Layout::default();

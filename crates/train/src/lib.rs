@@ -2,6 +2,7 @@
 
 mod arena;
 mod begin;
+mod beside;
 mod checkpoint;
 mod cpu;
 mod device;
@@ -50,6 +51,7 @@ pub use mesh::Mesh;
 pub use null::Null;
 pub use replay::{Recorded, Replay, Try, Verdict};
 pub use run_dir::{RunDir, read};
+pub use saving::Saving;
 pub use spans::{CpuClock, Span, Spans};
 pub use state::{Source, State};
 pub use survive::{Agent, Pulse, Way};

@@ -1,29 +1,65 @@
 use std::io::Read;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use spec::{Context, Error, Result, RunSpec};
 
 use crate::begin::{how_to_fall_back, whole};
+use crate::beside::Fetched;
 use crate::identity::{self, Trained};
 use crate::text::Remembered;
+
+pub(crate) const RUN_FILE: &str = "run.toml";
+
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
+
+const CHECKPOINTS: &str = "checkpoints";
 
 const DATA: &str = "data.json";
 
 /// Larger than any run file, table or configuration; keeps an endless file from filling memory.
 const TEXT_BYTES_MAX: u64 = 64 << 20;
 
-/// The files of a run: `run.toml`, `tokenizer.json`, `data.json` (which tokens its text became), `checkpoints/`,
+/// The files of a run: `run.toml`, `tokenizer.json`, `data.json` (which tokens its text became), `checkpoints/`
+/// unless `checkpoint.dir` names another place,
 /// `journal-*.jsonl`, `tensorboard/`, and `lock` while a trainer owns it.
 #[derive(Clone, Debug)]
 pub struct RunDir {
     path: PathBuf,
+    /// Where its checkpoints lie, if whoever opened it knows; else its run file is asked.
+    checkpoints: Option<PathBuf>,
+    /// Holds `path` if the run was fetched.
+    _fetched: Option<Arc<Fetched>>,
 }
 
 impl RunDir {
     /// The run at `path`, which need not exist.
     pub fn new(path: impl Into<PathBuf>) -> RunDir {
-        RunDir { path: path.into() }
+        RunDir { path: path.into(), checkpoints: None, _fetched: None }
+    }
+
+    /// The run at `path`. A URL is that of its checkpoints: what lies beside them is fetched.
+    ///
+    /// # Errors
+    /// If there is no run at that URL, or it cannot be fetched.
+    pub fn open(path: &Path) -> Result<RunDir> {
+        if !ckpt::is_url(path) {
+            return Ok(RunDir::new(path));
+        }
+        let fetched = Arc::new(Fetched::from(path)?);
+        let checkpoints = Some(path.to_owned());
+        Ok(RunDir { path: fetched.path().to_owned(), checkpoints, _fetched: Some(fetched) })
+    }
+
+    /// The directory of this run, which need not exist.
+    pub fn of(run: &RunSpec) -> RunDir {
+        let own = || run.run.dir.join(CHECKPOINTS);
+        RunDir {
+            path: run.run.dir.clone(),
+            checkpoints: Some(run.checkpoint.dir.clone().unwrap_or_else(own)),
+            _fetched: None,
+        }
     }
 
     /// Where it lies.
@@ -33,12 +69,12 @@ impl RunDir {
 
     /// The resolved run file.
     pub fn run_file(&self) -> PathBuf {
-        self.path.join("run.toml")
+        self.path.join(RUN_FILE)
     }
 
     /// The tokenizer, if the run has one.
     pub fn tokenizer(&self) -> Option<PathBuf> {
-        let path = self.path.join("tokenizer.json");
+        let path = self.path.join(TOKENIZER);
         path.exists().then_some(path)
     }
 
@@ -50,9 +86,10 @@ impl RunDir {
         Ok(identity::of_run(self, &Trained::of(checkpoint))?.map(|t| t.path))
     }
 
-    /// Where checkpoints go.
+    /// Where checkpoints go: a directory, or a URL.
     pub fn checkpoints(&self) -> PathBuf {
-        self.path.join("checkpoints")
+        let elsewhere = || if self.run_file().is_file() { self.load().ok()?.checkpoint.dir } else { None };
+        self.checkpoints.clone().or_else(elsewhere).unwrap_or_else(|| self.path.join(CHECKPOINTS))
     }
 
     /// Where TensorBoard event files go.
@@ -99,7 +136,7 @@ impl RunDir {
         replace(&self.run_file(), run.to_toml().as_bytes())?;
         if let Some(from) = tokenizer {
             let bytes = std::fs::read(from).map_err(|e| Error::io("read tokenizer", from, &e))?;
-            replace(&self.path.join("tokenizer.json"), &bytes)?;
+            replace(&self.path.join(TOKENIZER), &bytes)?;
         }
         Ok(())
     }

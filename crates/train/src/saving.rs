@@ -19,7 +19,7 @@ struct Copied {
 }
 
 /// A rank's share of a checkpoint on its way to the disk.
-pub(crate) struct Saving {
+pub struct Saving {
     /// Gives the buffer back, and what was written.
     thread: JoinHandle<(Vec<f32>, Result<Vec<u8>>)>,
     pub(crate) dir: PathBuf,
@@ -27,7 +27,7 @@ pub(crate) struct Saving {
     pub(crate) meta: ckpt::Meta,
     pub(crate) began: Instant,
     /// How long the step loop waited.
-    pub(crate) stall_s: f64,
+    pub stall_s: f64,
 }
 
 impl Saving {
@@ -36,7 +36,7 @@ impl Saving {
     ///
     /// # Errors
     /// If the device is lost.
-    pub(crate) fn begin(
+    pub fn begin(
         exec: &Executor,
         mut buffer: Vec<f32>,
         dir: PathBuf,
@@ -82,12 +82,15 @@ impl Saving {
     }
 
     /// Whether this rank's share is written, or has failed to be.
-    pub(crate) fn is_written(&self) -> bool {
+    pub fn is_written(&self) -> bool {
         self.thread.is_finished()
     }
 
     /// Waits for this rank's share; gives the buffer back, and the record of what was written.
-    pub(crate) fn join(self) -> (Vec<f32>, Result<Vec<u8>>) {
+    ///
+    /// # Errors
+    /// The record is an error if the share could not be written.
+    pub fn join(self) -> (Vec<f32>, Result<Vec<u8>>) {
         let lost = |_| (Vec::new(), Err(Error::failure("the thread that wrote the checkpoint has failed")));
         self.thread.join().unwrap_or_else(lost)
     }

@@ -80,7 +80,7 @@ impl Beginning {
         if self.trained.step == 0 {
             return None;
         }
-        let dir = RunDir::new(&run.run.dir);
+        let dir = RunDir::of(run);
         let remembered = dir.remembered()?;
         let Some(prepared) = tokens_of(run, &dir) else {
             self.notes.push(format!(

@@ -169,7 +169,7 @@ impl Trainer {
         // Nobody may look at the directory after rank 0 has begun to write it; all begin this session together.
         let began = exec.mesh.exchange(&now_us().to_le_bytes())?;
         let session = began[0].as_slice().try_into().map_or(0, u64::from_le_bytes);
-        let dir = RunDir::new(&run.run.dir);
+        let dir = RunDir::of(&run);
         let mut events = None;
         again::lead(rank, &begin, &run, &dir, &mut events)?;
         let peak_flops_per_s = 1e9 * exec.peak_gflops();

@@ -30,7 +30,7 @@ class AsSavedTokenizer(PreTrainedTokenizerFast):
 "#;
 
 /// Files beside a `tokenizer.json` that say how to use it.
-const KEPT: [&str; 7] = [
+pub const COMPANIONS: [&str; 7] = [
     TOKENIZER_CONFIG,
     SPECIAL_TOKENS,
     GENERATION,
@@ -73,7 +73,7 @@ impl Companions {
         let facts = Facts::read(&text, tokenizer.eod)
             .context(format!("export: read tokenizer {}", tokenizer.path.display()))?;
         let mut files = BTreeMap::from([(TOKENIZER, text.into_bytes())]);
-        for name in KEPT {
+        for name in COMPANIONS {
             if let Some(text) = optional(&tokenizer.path.with_file_name(name))? {
                 files.insert(name, text.into_bytes());
             }
@@ -140,7 +140,7 @@ pub fn keep_companions(hf_dir: &Path, run_dir: &Path) -> Result<Vec<String>> {
         write(&folder, name, bytes)
     };
     let mut generation = false;
-    for name in KEPT {
+    for name in COMPANIONS {
         if let Some(text) = optional(&hf_dir.join(name))? {
             write(name, text.as_bytes())?;
             generation |= name == GENERATION;

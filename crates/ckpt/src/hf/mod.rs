@@ -27,7 +27,7 @@ use crate::region::matrix;
 use names::HfTensor;
 use problems::Problems;
 
-pub use companions::{Tokenizer, keep_companions, keep_settings};
+pub use companions::{COMPANIONS, Tokenizer, keep_companions, keep_settings};
 pub(crate) use export::Target;
 pub use export::{Exported, export};
 

@@ -117,7 +117,7 @@ pub fn import(from: &Path, out_dir: &Path, format: Option<Format>) -> Result<Imp
                 .try_for_each(|w| source.stream(w.index, &mut |part| out(bytemuck::cast_slice(part))))
         })?;
         let bytes = record.bytes();
-        let path = Saver::commit(out_dir, step, vec![record], meta)?;
+        let path = saver.commit_only(out_dir, vec![record], meta)?;
         Ok(Imported { format: found, path, tensors: wanted.len(), bytes, whole, notes })
     })
 }

@@ -172,3 +172,25 @@ pub(crate) struct Chaos {
     #[arg(long)]
     pub(crate) json: bool,
 }
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct BenchCheckpoint {
+    /// Directory or URL to write under; what is written is removed again
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+    /// Rounds in which saves and dd take turns
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub(crate) rounds: usize,
+    /// Steps between two saves in the background
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    pub(crate) steps: usize,
+    /// Threads of the training step; 0 for all cores
+    #[arg(long, default_value_t = 0)]
+    pub(crate) threads: usize,
+    /// Override a key of the run file, model.preset for example
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}

@@ -352,6 +352,12 @@ pub(crate) static KEYS: &[Key] = &[
         "\"tree\"",
         "gradient sums: tree is bit-identical for every layout",
     ),
+    key(
+        "checkpoint.dir",
+        KeyKind::Path,
+        "",
+        "where checkpoints go: a directory, or s3://, gs:// or az://BUCKET/PREFIX; into run.dir if absent",
+    ),
     key("checkpoint.every", off(MAX_STEPS), "200", "steps between checkpoints"),
     key(
         "checkpoint.background",

@@ -89,6 +89,7 @@ impl RunSpec {
             layout: read_layout(&doc)?,
             auto_layout,
             checkpoint: CheckpointSpec {
+                dir: doc.text_or_none("checkpoint.dir")?.map(PathBuf::from),
                 every: doc.count_or_off("checkpoint.every")?,
                 keep: doc.count_or_off("checkpoint.keep")?,
                 keep_every: doc.count_or_off("checkpoint.keep_every")?,
@@ -177,7 +178,7 @@ fn hint_from_key(error: Error) -> Error {
 
 fn read_place(doc: &Doc) -> Result<RunDirSpec> {
     Ok(RunDirSpec {
-        dir: path(doc, "run.dir")?,
+        dir: directory(doc, "run.dir")?,
         threads: doc.count_or_off("run.threads")?,
         device: match doc.choice("run.device")? {
             "cpu" => DeviceChoice::Cpu,
@@ -210,6 +211,15 @@ fn path(doc: &Doc, key: &str) -> Result<PathBuf> {
     match doc.text_or_none(key)? {
         Some(text) => Ok(text.into()),
         None => Err(doc.wrong(key, "a path")),
+    }
+}
+
+/// A path that is no URL: journals and locks need a file system.
+fn directory(doc: &Doc, key: &str) -> Result<PathBuf> {
+    let path = path(doc, key)?;
+    match path.to_str().is_some_and(|text| text.contains("://")) {
+        true => Err(doc.wrong(key, "a directory; checkpoint.dir may be a URL")),
+        false => Ok(path),
     }
 }
 

@@ -233,6 +233,10 @@ fn values_have_their_type() {
         "run.dir = \"\" in run.toml:2, expected text in quotes, not empty | run.dir: where journal, checkpoints and the resolved run file go (default runs/default)",
     );
     check(
+        "[run]\ndir = \"s3://bucket/run\"\n",
+        "run.dir = \"s3://bucket/run\" in run.toml:2, expected a directory; checkpoint.dir may be a URL | run.dir: where journal, checkpoints and the resolved run file go (default runs/default)",
+    );
+    check(
         "[data]\nsplit = \"0,1\"\n",
         "data.split = \"0,1\" in run.toml:2, expected three weights like \"99,1,0\", none negative, the first above 0 | data.split: weights of the train, validation and test splits (default 99,1,0)",
     );
@@ -411,7 +415,16 @@ fn differences_name_the_keys() {
     assert_ne!(a.fingerprint(), b.fingerprint());
     let refused = a.not_the_run(&a.differences(&b)).to_string();
     assert_eq!(refused, "this is not the run that was started in runs/default: optim.lr = 0.001, was 0.002");
-    let moved = good("", &["run.dir=b", "layout.micro_batch=4", "train.log_every=7", "model.name=x"]);
+    let moved = good(
+        "",
+        &[
+            "run.dir=b",
+            "checkpoint.dir=s3://b/c",
+            "layout.micro_batch=4",
+            "train.log_every=7",
+            "model.name=x",
+        ],
+    );
     assert_eq!(a.fingerprint(), moved.fingerprint());
     assert!(a.differences(&moved).is_empty());
 }

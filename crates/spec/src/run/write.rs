@@ -138,6 +138,7 @@ impl RunSpec {
             layout_values(&self.layout, &mut values);
         }
         let sample = &self.sample;
+        values.extend(self.checkpoint.dir.as_deref().map(|p| ("checkpoint.dir", path(p))));
         values.extend([
             ("checkpoint.every", off(self.checkpoint.every)),
             ("checkpoint.keep", off(self.checkpoint.keep)),

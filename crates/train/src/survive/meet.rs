@@ -288,7 +288,7 @@ impl Lifeline {
         opened: &mut Opened,
         owes: Option<u64>,
     ) -> Result<Option<Placed>, Broken> {
-        let dir = RunDir::new(&run.run.dir);
+        let dir = RunDir::of(&run);
         let done = (|| {
             let all = match (&hall, &exec) {
                 (Some(hall), _) => hall,

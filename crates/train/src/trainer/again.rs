@@ -44,7 +44,7 @@ impl Trainer {
         };
         let (rank, round) = (placed.exec.program.rank, lifeline.orders.round);
         let why = lifeline.orders.why.clone();
-        let dir = RunDir::new(&placed.run.run.dir);
+        let dir = RunDir::of(&placed.run);
         let resumed = match &placed.source {
             crate::survive::meet::From::Checkpoint(path) => Some(path.clone()),
             _ => None,
