@@ -162,7 +162,8 @@ fn a_ledger_counts_what_was_lost_and_what_came_twice() {
     lab.train("r", "--nproc 4 --set layout.dp=2 --set layout.pp=2");
     let ledger = lab.json("ledger r --json");
     let expected = json!({"steps": 6, "sessions": 2, "steps_redone": 2, "samples": 24, "samples_lost": 0,
-        "samples_repeated": 0, "wrong": [], "tokens": {"state": "equal"}, "exact": true});
+        "samples_repeated": 0, "wrong": [], "steps_missing": 0, "missing": [], "damage": [],
+        "tokens": {"state": "equal"}, "exact": true});
     assert_eq!(ledger, expected);
 
     // A rank that drew something else, or whose record is gone.
