@@ -4,7 +4,7 @@ pub(crate) mod keys;
 mod read;
 mod write;
 
-pub use keys::{Key, KeyKind};
+pub use keys::{Key, KeyKind, THREADS_MAX};
 pub use write::Difference;
 
 use crate::{DType, Layout, LrSchedule, ModelSpec, Origin, ScheduleKind};
