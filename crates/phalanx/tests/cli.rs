@@ -8,6 +8,7 @@ mod owner;
 mod planner;
 mod rehearsal;
 mod serving;
+mod strangers;
 mod survival;
 mod report;
 mod watching;
