@@ -35,9 +35,14 @@ fn launch(args: &[OsString]) -> Result<i32> {
     let parsed = Options::parse(args, &|name| std::env::var(name).ok())?;
     let (options, program, args) = match parsed {
         Parsed::Help => {
-            // A reader that has seen enough is no error.
-            let _ = std::io::stdout().write_all(help().as_bytes());
-            return Ok(0);
+            let written = std::io::stdout().write_all(help().as_bytes());
+            return match written.and_then(|()| std::io::stdout().flush()) {
+                // A reader that has seen enough is no error.
+                Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+                    Err(Error::failure(format!("write to stdout: {e}")).hint("free space there"))
+                }
+                _ => Ok(0),
+            };
         }
         Parsed::Run { options, program, args } => (options, program, args),
     };
