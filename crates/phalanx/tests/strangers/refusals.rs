@@ -64,7 +64,11 @@ fn every_refusal_has_the_same_shape() {
     {
         bad(&format!("launch --{flag} true"), &format!("--{}", flag.replace(' ', "=")));
     }
-    let ran = lab.command(&tiny("bad", "")).env("RANK", "abc").output().expect("start the program");
+    let ran = lab
+        .command(&tiny("bad", ""))
+        .envs([("RANK", "abc"), ("WORLD_SIZE", "2")])
+        .output()
+        .expect("start the program");
     let err = String::from_utf8_lossy(&ran.stderr);
     assert!(ran.status.code() == Some(2) && err.contains("RANK=abc") && err.contains("\nhint: "), "{err}");
     assert!(lab.run("launch slurm --help").out.contains("Usage: phalanx launch slurm"));

@@ -63,8 +63,8 @@ fn checkpoints_are_listed_checked_compared_and_removed() {
         assert!(ran.err.contains(what) && ran.err.contains("hint: "), "{args}: {}", ran.err);
     };
     check("ckpt prune r --keep 0", "--keep 0 would leave no checkpoint");
-    check("ckpt ls none", "no checkpoint in none");
-    check("ckpt diff r none", "no checkpoint in none");
+    check("ckpt ls none", "none: no such directory");
+    check("ckpt diff r none", "none: no such directory");
 }
 
 #[test]
@@ -98,7 +98,7 @@ fn a_checkpoint_in_other_files_is_the_same_and_a_run_goes_on_from_it() {
     for (args, what) in [
         ("ckpt reshard r s --ranks 2", "step-00000006 is there already"),
         ("ckpt reshard r t --ranks 0", "reshard for 0 ranks"),
-        ("ckpt reshard none t --ranks 1", "no checkpoint in none"),
+        ("ckpt reshard none t --ranks 1", "none: no such directory"),
     ] {
         let ran = lab.run(args);
         assert_eq!(ran.code, Some(2), "{args}: {}", ran.err);
