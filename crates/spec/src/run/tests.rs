@@ -294,7 +294,7 @@ fn contradictions() {
     );
     check(
         "[model]\npreset = \"tiny\"\n",
-        "data.vocab_size = 257 by default, expected at most the vocabulary of 96 of tiny | set model.vocab=257: 96 entries hold no text, the bytes alone take 257",
+        "data.vocab_size = 4096, expected at most the vocabulary of 96 of tiny | set model.vocab=257: 96 entries hold no text, the bytes alone take 257",
     );
     let one_key_more =
         RunSpec::load(None, &["model.preset=tiny".into(), "model.vocab=257".into()], &|_| unreachable!());
