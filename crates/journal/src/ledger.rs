@@ -349,18 +349,21 @@ mod tests {
         }
         // Every rank tells of it.
         for &(first, last) in skipped.iter().chain(skipped) {
-            all.add(0, Record::Trouble {
-                time_us: 0,
-                session: 9,
-                step: last,
-                what: Trouble::Nan,
-                action: Action::Skip,
-                why: "a test".into(),
-                loss: f64::NAN,
-                grad_norm: 1.0,
-                skipped: Some((first, last)),
-                back_to: None,
-            });
+            all.add(
+                0,
+                Record::Trouble {
+                    time_us: 0,
+                    session: 9,
+                    step: last,
+                    what: Trouble::Nan,
+                    action: Action::Skip,
+                    why: "a test".into(),
+                    loss: f64::NAN,
+                    grad_norm: 1.0,
+                    skipped: Some((first, last)),
+                    back_to: None,
+                },
+            );
         }
         let l = all.ledger(4);
         let found = (l.steps, l.samples, l.samples_skipped, l.steps_missing, l.samples_lost);

@@ -120,6 +120,11 @@ fn show(path: &Path, as_json: bool) -> Result<u8> {
     Ok(0)
 }
 
+/// Whether a directory is a checkpoint.
+fn is_one(path: &Path) -> bool {
+    path.join("manifest.json").exists()
+}
+
 /// Checks one checkpoint or all of a run; the first that is damaged is the error, after all were read.
 fn verify(path: &Path, as_json: bool) -> Result<u8> {
     let paths = if ckpt::is_checkpoint(path)? {
