@@ -210,6 +210,7 @@ mod tests {
     use journal::tail::Tail;
 
     use super::*;
+    use std::fs::File;
 
     fn span(op: u64, lane: Lane, start_us: u64, end_us: u64) -> Span {
         Span { op, name: format!("op{op}"), lane, micro_batch: None, start_us, end_us, bytes: 0 }
