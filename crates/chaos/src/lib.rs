@@ -339,7 +339,8 @@ impl<'a> Disturbed<'a> {
         let audit = Audit::of(&self.chaos.dir.join(RUN), &|_, _| {})?;
         let mut report = self.report;
         report.bit_identical = difference.bit_equal();
-        report.samples_lost = audit.ledger.samples_lost;
+        // What is not on record is not known to be there.
+        report.samples_lost = audit.ledger.samples_lost + audit.ledger.steps_missing;
         report.samples_repeated = audit.ledger.samples_repeated;
         report.steps_redone = audit.ledger.steps_redone;
         report.tokens_equal = audit.tokens == train::Tokens::Equal;

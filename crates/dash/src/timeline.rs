@@ -1,9 +1,8 @@
 //! The last recorded step: what each rank did when, and its ops against what was planned of them.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use journal::{Lane, Record, Span};
 use serde::Serialize;
@@ -124,12 +123,12 @@ impl Plan {
     }
 }
 
-fn spans(path: &PathBuf, at: SpansAt) -> Option<Vec<Span>> {
+fn spans(path: &Path, at: SpansAt) -> Option<Vec<Span>> {
     if at.len > RECORD_BYTES_MAX {
         return None;
     }
     let mut line = vec![0; at.len as usize];
-    File::open(path).ok()?.read_exact_at(&mut line, at.offset).ok()?;
+    journal::open_file(path).ok()?.read_exact_at(&mut line, at.offset).ok()?;
     match serde_json::from_slice(&line).ok()? {
         Record::Spans { spans, .. } => Some(spans),
         _ => None,
@@ -211,6 +210,7 @@ mod tests {
     use journal::tail::Tail;
 
     use super::*;
+    use std::fs::File;
 
     fn span(op: u64, lane: Lane, start_us: u64, end_us: u64) -> Span {
         Span { op, name: format!("op{op}"), lane, micro_batch: None, start_us, end_us, bytes: 0 }

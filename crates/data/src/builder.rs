@@ -123,7 +123,7 @@ pub(crate) fn build_inputs(
     let (sender, receiver) = sync_channel::<Vec<Item>>(BATCHES_AHEAD);
     check_field(inputs, &options.text)?;
     let skipped = thread::scope(|scope| {
-        let reading = scope.spawn(move || {
+        let read = move || {
             let (mut batch, mut bytes) = (Vec::new(), 0);
             let mut reader = Reader {
                 emit: |item: Item| {
@@ -144,7 +144,11 @@ pub(crate) fn build_inputs(
             // A closed channel means that encoding failed, which is reported there.
             let _ = sender.send(batch);
             Ok(skipped)
-        });
+        };
+        let reading = thread::Builder::new().spawn_scoped(scope, read).map_err(|e| {
+            Error::failure(format!("start a reading thread: {e}"))
+                .hint("raise the limit on threads: ulimit -u")
+        })?;
         let encoded = match &pool {
             Some(pool) => pool.install(|| encoder.run(receiver)),
             None => encoder.run(receiver),

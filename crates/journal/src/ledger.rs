@@ -1,6 +1,6 @@
 //! Which samples made up which step of a run, from the journals of all its ranks: whether each was drawn exactly once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
@@ -25,6 +25,10 @@ pub struct Ledger {
     pub samples_lost: u64,
     /// Samples that were drawn more often than others of their step, or belong to another.
     pub samples_repeated: u64,
+    /// Steps whose records are missing, in all journals or in some: nothing can be said of their samples.
+    pub steps_missing: u64,
+    /// The first ranges of such steps.
+    pub missing: Vec<Missing>,
     /// The first steps that are not made of their own samples, each once.
     pub wrong: Vec<Wrong>,
     /// What was drawn in the steps that count, by step.
@@ -60,6 +64,15 @@ pub struct Wrong {
     pub repeated: u64,
 }
 
+/// Steps without records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Missing {
+    /// The first of them.
+    pub first: u64,
+    /// The last of them.
+    pub last: u64,
+}
+
 /// What all ranks together drew for one step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
@@ -71,13 +84,16 @@ pub struct Batch {
     pub tokens_xxh3: u64,
 }
 
-/// More wrong steps than these are counted, not named.
+/// More wrong steps or ranges of missing ones than these are counted, not named.
 const WRONG_MAX: usize = 100;
 
 impl Ledger {
-    /// Whether every step is made of its own samples, each once.
+    /// Whether it is on record that every step is made of its own samples, each once.
     pub fn is_exact(&self) -> bool {
-        self.samples_lost == 0 && self.samples_repeated == 0 && self.wrong.is_empty()
+        self.samples_lost == 0
+            && self.samples_repeated == 0
+            && self.wrong.is_empty()
+            && self.steps_missing == 0
     }
 }
 
@@ -87,6 +103,8 @@ pub struct Drawings {
     /// Sessions in the order in which they began.
     order: Vec<u64>,
     sessions: BTreeMap<u64, Session>,
+    /// Step that the run has reached, by records of other kinds.
+    reached: u64,
 }
 
 /// What the ranks did in one start of the run.
@@ -119,16 +137,25 @@ impl Session {
 struct Step {
     samples: Vec<(u64, u64)>,
     tokens_xxh3: u64,
+    /// Journals that say something of it.
+    journals: BTreeSet<usize>,
 }
 
 impl Drawings {
-    /// Takes a record of some rank's journal.
-    pub fn add(&mut self, record: Record) {
+    /// Takes a record of rank `journal`'s journal.
+    pub fn add(&mut self, journal: usize, record: Record) {
         match record {
             Record::Drawn { session, step, samples, tokens_xxh3 } => {
                 let drawn = self.session(session).steps.entry(step).or_default();
                 drawn.samples.extend(samples);
                 drawn.tokens_xxh3 = drawn.tokens_xxh3.wrapping_add(tokens_xxh3);
+                drawn.journals.insert(journal);
+            }
+            Record::Resumed { step, .. } | Record::Recovered { step, .. } if journal == 0 => {
+                self.reached = step;
+            }
+            Record::Checkpoint { step, .. } | Record::Finished { step, .. } if journal == 0 => {
+                self.has_reached(step);
             }
             Record::Trouble {
                 session,
@@ -153,25 +180,36 @@ impl Drawings {
         self.sessions.entry(session).or_default()
     }
 
+    /// The run has done so many steps, whatever journals say of them.
+    pub fn has_reached(&mut self, step: u64) {
+        self.reached = self.reached.max(step);
+    }
+
     /// Judges the steps that count, of `sequences` samples each. A session's steps count up to where a later one began,
-    /// but for those that were left out.
+    /// but for those that were left out. Where a journal of the session is silent on a step, or all are, its records are
+    /// missing: a full disk or a damaged line takes records, not samples.
     pub fn ledger(mut self, sequences: u64) -> Ledger {
         let mut kept: BTreeMap<u64, Step> = BTreeMap::new();
-        let mut began_at: Option<u64> = None;
+        let (mut began_at, mut last): (Option<u64>, u64) = (None, 0);
         let mut ledger = Ledger { sessions: self.order.len(), ..Ledger::default() };
         for session in self.order.iter().rev() {
             let mut session = self.sessions.remove(session).unwrap_or_default();
+            let journals: BTreeSet<usize> =
+                session.steps.values().flat_map(|s| s.journals.iter().copied()).collect();
+            // They are told by being absent.
+            let is_heard = |step: &Step| step.journals.len() == journals.len();
             if let Some(later) = began_at {
                 ledger.steps_redone += session.cut(later);
             }
             began_at = session.first().or(began_at);
-            kept.extend(session.steps);
+            last = last.max(session.steps.keys().next_back().copied().unwrap_or(0));
+            kept.extend(session.steps.into_iter().filter(|(_, step)| is_heard(step)));
             ledger.skipped.extend(session.skipped.into_values());
         }
         ledger.skipped.sort_by_key(|s| (s.first_step, s.last_step));
         let gaps = union(&ledger.skipped);
         let last_skipped = gaps.last().map_or(0, |(_, last)| *last);
-        ledger.steps = kept.keys().next_back().copied().unwrap_or(0).max(last_skipped);
+        ledger.steps = last.max(last_skipped).max(self.reached);
         let left_out = gaps.iter().fold(0_u64, |sum, (a, b)| sum.saturating_add((b - a).saturating_add(1)));
         ledger.samples_skipped = left_out.saturating_mul(sequences);
         ledger.samples = ledger.steps.saturating_sub(left_out).saturating_mul(sequences);
@@ -180,13 +218,13 @@ impl Drawings {
             if gaps.iter().any(|(first, last)| (*first..=*last).contains(&step)) {
                 continue;
             }
-            ledger.missing(next, step, &gaps, sequences);
+            ledger.missing(next, step, &gaps);
             next = step.saturating_add(1);
             let batch = judge(&drawn, step, sequences, &mut ledger);
             ledger.batches.push(batch);
         }
         let end = ledger.steps.saturating_add(1);
-        ledger.missing(next, end, &gaps, sequences);
+        ledger.missing(next, end, &gaps);
         ledger
     }
 }
@@ -204,14 +242,16 @@ fn union(skipped: &[Skipped]) -> Vec<(u64, u64)> {
 }
 
 impl Ledger {
-    /// Steps from `next` to before `step` that nobody drew and nobody left out are lost.
-    fn missing(&mut self, next: u64, step: u64, gaps: &[(u64, u64)], sequences: u64) {
+    /// Steps from `next` to before `step` that nobody drew and nobody left out have no records.
+    fn missing(&mut self, next: u64, step: u64, gaps: &[(u64, u64)]) {
         let mut at = next;
         let here = gaps.iter().filter(|(first, last)| *last >= next && *first < step);
         for (first, last) in here.copied().chain([(step, step)]) {
             if at < first {
-                let lost = (first - at).saturating_mul(sequences);
-                self.wrong(Wrong { step: at, lost, repeated: 0 });
+                self.steps_missing = self.steps_missing.saturating_add(first - at);
+                if self.missing.len() < WRONG_MAX {
+                    self.missing.push(Missing { first: at, last: first - 1 });
+                }
             }
             at = at.max(last.saturating_add(1));
         }
@@ -260,12 +300,16 @@ mod tests {
 
     type Drawn<'a> = (u64, u64, &'a [(u64, u64)]);
 
+    fn drawn(session: u64, step: u64, samples: &[(u64, u64)]) -> Record {
+        Record::Drawn { session, step, samples: samples.to_vec(), tokens_xxh3: 1 }
+    }
+
     /// Of drawings (session, step, samples): steps, redone, lost and repeated samples with batches of 4.
     #[track_caller]
-    fn check(drawn: &[Drawn<'_>], expected: (u64, u64, u64, u64)) {
+    fn check(all_drawn: &[Drawn<'_>], expected: (u64, u64, u64, u64)) {
         let mut all = Drawings::default();
-        for &(session, step, samples) in drawn {
-            all.add(Record::Drawn { session, step, samples: samples.to_vec(), tokens_xxh3: 1 });
+        for &(session, step, samples) in all_drawn {
+            all.add(0, drawn(session, step, samples));
         }
         let l = all.ledger(4);
         assert_eq!((l.steps, l.steps_redone, l.samples_lost, l.samples_repeated), expected, "{l:?}");
@@ -287,40 +331,42 @@ mod tests {
         check(&[(9, 1, &[(0, 3)])], (1, 0, 1, 0));
         check(&[(9, 1, &[(0, 3), (2, 1)])], (1, 0, 1, 1));
         check(&[(9, 1, &[(0, 4)]), (9, 2, &[(3, 4)])], (2, 0, 1, 1));
-        check(&[(9, 1, &[(0, 4)]), (9, 3, &[(8, 4)])], (3, 0, 4, 0));
         check(&[(9, 1, &[(0, 4), (0, 4), (0, 4)]), (9, 1, &[(0, 2)])], (1, 0, 2, 0));
         // Numbers of a journal are not believed.
         let huge: Drawn<'_> = (9, u64::MAX, &[(u64::MAX, u64::MAX), (0, u64::MAX)]);
         let mut all = Drawings::default();
-        all.add(Record::Drawn { session: 0, step: huge.1, samples: huge.2.to_vec(), tokens_xxh3: 0 });
-        all.add(Record::Drawn { session: 0, step: 0, samples: Vec::new(), tokens_xxh3: 0 });
+        all.add(0, drawn(0, huge.1, huge.2));
+        all.add(0, drawn(0, 0, &[]));
         assert!(!all.ledger(4).is_exact());
     }
 
-    /// The same with steps left out in session 9: also samples left out.
+    /// The same with steps left out in session 9: also samples left out, and steps without records.
     #[track_caller]
     fn check_skipped(drawn: &[Drawn<'_>], skipped: &[(u64, u64)], expected: (u64, u64, u64, u64, u64)) {
         let mut all = Drawings::default();
         for &(session, step, samples) in drawn {
-            all.add(Record::Drawn { session, step, samples: samples.to_vec(), tokens_xxh3: 1 });
+            all.add(0, Record::Drawn { session, step, samples: samples.to_vec(), tokens_xxh3: 1 });
         }
         // Every rank tells of it.
         for &(first, last) in skipped.iter().chain(skipped) {
-            all.add(Record::Trouble {
-                time_us: 0,
-                session: 9,
-                step: last,
-                what: Trouble::Nan,
-                action: Action::Skip,
-                why: "a test".into(),
-                loss: f64::NAN,
-                grad_norm: 1.0,
-                skipped: Some((first, last)),
-                back_to: None,
-            });
+            all.add(
+                0,
+                Record::Trouble {
+                    time_us: 0,
+                    session: 9,
+                    step: last,
+                    what: Trouble::Nan,
+                    action: Action::Skip,
+                    why: "a test".into(),
+                    loss: f64::NAN,
+                    grad_norm: 1.0,
+                    skipped: Some((first, last)),
+                    back_to: None,
+                },
+            );
         }
         let l = all.ledger(4);
-        let found = (l.steps, l.samples, l.samples_skipped, l.samples_lost, l.samples_repeated);
+        let found = (l.steps, l.samples, l.samples_skipped, l.steps_missing, l.samples_lost);
         assert_eq!(found, expected, "{l:?}");
     }
 
@@ -341,13 +387,41 @@ mod tests {
         // The last ones; and more decisions over each other.
         drawn(&[(9, 1), (9, 2), (9, 3)], &[(3, 3), (2, 4)], (4, 4, 12, 0, 0));
         // 4 is missing, and nobody said so.
-        drawn(&[(9, 1), (9, 2), (9, 3), (9, 5)], &[(2, 3)], (5, 12, 8, 4, 0));
-        drawn(&[(9, 3)], &[(2, 2)], (3, 8, 4, 4, 0));
+        drawn(&[(9, 1), (9, 2), (9, 3), (9, 5)], &[(2, 3)], (5, 12, 8, 1, 0));
+        drawn(&[(9, 3)], &[(2, 2)], (3, 8, 4, 1, 0));
         // A later start did what an earlier one had left out.
         drawn(&[(9, 1), (9, 2), (7, 2), (7, 3)], &[(2, 4)], (3, 12, 0, 0, 0));
         drawn(&[(9, 1), (9, 2), (7, 3), (7, 4)], &[(2, 4)], (4, 12, 4, 0, 0));
         // Numbers of a journal are not believed.
         drawn(&[(9, 1)], &[(2, u64::MAX)], (u64::MAX, 4, u64::MAX, 0, 0));
+    }
+
+    /// Of two ranks' drawings of steps, of half a batch each: what is missing of a run that has reached a step.
+    #[track_caller]
+    fn check_missing(ranks: [&[u64]; 2], reached: u64, expected: &[(u64, u64)]) {
+        let mut all = Drawings::default();
+        for (rank, steps) in ranks.into_iter().enumerate() {
+            for &step in steps {
+                all.add(rank, drawn(9, step, &[(4 * (step - 1) + 2 * rank as u64, 2)]));
+            }
+        }
+        all.has_reached(reached);
+        let l = all.ledger(4);
+        let found: Vec<_> = l.missing.iter().map(|m| (m.first, m.last)).collect();
+        assert_eq!(found, expected, "{l:?}");
+        assert_eq!((l.samples_lost, l.samples_repeated, l.steps), (0, 0, 5), "nobody is accused: {l:?}");
+        assert_eq!(l.is_exact(), expected.is_empty());
+        assert_eq!(l.steps_missing, expected.iter().map(|(a, b)| b - a + 1).sum::<u64>());
+    }
+
+    #[test]
+    fn records_that_are_missing_are_no_samples_that_are_lost() {
+        let all: &[u64] = &[1, 2, 3, 4, 5];
+        check_missing([all, all], 5, &[]);
+        check_missing([&[1, 2, 4, 5], &[1, 2, 4, 5]], 0, &[(3, 3)]);
+        check_missing([&[1, 2, 5], all], 5, &[(3, 4)]);
+        check_missing([all, &[1, 2, 3]], 5, &[(4, 5)]);
+        check_missing([&[2, 3], &[2, 3]], 5, &[(1, 1), (4, 5)]);
     }
 
     #[test]

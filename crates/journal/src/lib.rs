@@ -34,6 +34,6 @@ pub mod tensorboard;
 mod crc32c;
 mod float;
 
-pub use read::{Reader, files, read};
+pub use read::{Damage, Reader, files, open_file, read, read_sound};
 pub use record::{Action, Cause, Lane, Record, Span, Step, Trouble};
 pub use write::{Journal, path};

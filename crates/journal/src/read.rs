@@ -1,5 +1,6 @@
+use std::fmt;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Seek, SeekFrom};
+use std::io::{self, BufRead, BufReader, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use spec::{Error, Result};
@@ -18,19 +19,74 @@ pub fn read(path: &Path) -> Result<Vec<Record>> {
     Reader::open(path)?.collect()
 }
 
+/// Opens a journal, or what else views read of a run, which is a file: a pipe of that name would keep them waiting for a
+/// writer.
+///
+/// # Errors
+/// When it is no file ([`io::ErrorKind::InvalidInput`]) or cannot be opened.
+pub fn open_file(path: &Path) -> io::Result<File> {
+    is_file(&fs::metadata(path)?)?;
+    File::open(path)
+}
+
+/// What `meta` is of must be a file.
+pub(crate) fn is_file(meta: &fs::Metadata) -> io::Result<()> {
+    let refused = || io::Error::new(io::ErrorKind::InvalidInput, "no regular file");
+    if meta.is_file() { Ok(()) } else { Err(refused()) }
+}
+
+/// All records of a journal file that has perhaps been damaged, and what was passed over.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn read_sound(path: &Path) -> Result<(Vec<Record>, Option<Damage>)> {
+    let mut reader = Reader::open(path)?;
+    let mut records = Vec::new();
+    while let Some(record) = reader.next_sound()? {
+        records.push(record);
+    }
+    Ok((records, reader.damage))
+}
+
+/// Whole lines of a journal that are no records: passed over, and named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    path: PathBuf,
+    /// How many.
+    pub lines: u64,
+    /// Number of the first, from 1.
+    pub first: usize,
+    why: String,
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Damage { path, lines, first, why } = self;
+        let what = if *lines == 1 { "1 damaged line is" } else { &format!("{lines} damaged lines are") };
+        write!(f, "{}: {what} left out, the first is line {first}: {why}", path.display())
+    }
+}
+
 /// The journal files of a run, by rank.
 ///
 /// # Errors
-/// When `dir` cannot be read.
+/// When `dir` cannot be read, or a pipe or directory has a journal's name.
 pub fn files(dir: &Path) -> Result<Vec<(usize, PathBuf)>> {
-    let io = |e| Error::io("read run directory", dir, &e);
+    let io =
+        |e| Error::io("read run directory", dir, &e).hint("give the directory of a run, as its run.dir says");
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).map_err(io)? {
         let entry = entry.map_err(io)?;
         let name = entry.file_name().into_string().unwrap_or_default();
         let rank = name.strip_prefix("journal-").and_then(|n| n.strip_suffix(".jsonl"));
         if let Some(rank) = rank.and_then(|r| r.parse().ok()) {
-            found.push((rank, entry.path()));
+            let path = entry.path();
+            if let Ok(meta) = fs::metadata(&path) {
+                is_file(&meta).map_err(|e| {
+                    Error::io("read journal", &path, &e).hint("move it away: it is no journal")
+                })?;
+            }
+            found.push((rank, path));
         }
     }
     found.sort();
@@ -46,6 +102,8 @@ pub struct Reader {
     offset: u64,
     line: usize,
     buffer: Vec<u8>,
+    /// What [`Reader::next_sound`] passed over.
+    pub damage: Option<Damage>,
 }
 
 impl Reader {
@@ -54,13 +112,16 @@ impl Reader {
     /// # Errors
     /// When it cannot be opened.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|e| Error::io("open journal", path, &e))?;
+        let file = open_file(path).map_err(|e| {
+            Error::io("open journal", path, &e).hint("give the directory of a run, as its run.dir says")
+        })?;
         Ok(Reader {
             file: BufReader::new(file),
             path: path.to_owned(),
             offset: 0,
             line: 0,
             buffer: Vec::new(),
+            damage: None,
         })
     }
 
@@ -68,8 +129,35 @@ impl Reader {
     /// its newline is being written or was torn by a crash; it is not read.
     ///
     /// # Errors
-    /// A whole line that is no record, with file and line.
+    /// A whole line that is no record, with file and line; the next call reads the line after it.
     pub fn next_record(&mut self) -> Result<Option<Record>> {
+        self.next_line()?.transpose().map_err(|why| {
+            let (path, line) = (self.path.display(), self.line);
+            Error::user(format!("journal {path}:{line}: not a record: {why}")).hint(format!(
+                "that line alone is damaged; to read all others, remove it: sed -i {line}d {path}"
+            ))
+        })
+    }
+
+    /// As [`Reader::next_record`], but lines that are no records are passed over and noted in `damage`.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn next_sound(&mut self) -> Result<Option<Record>> {
+        loop {
+            match self.next_line()? {
+                None => return Ok(None),
+                Some(Ok(record)) => return Ok(Some(record)),
+                Some(Err(why)) => {
+                    let (path, first) = (self.path.clone(), self.line);
+                    self.damage.get_or_insert(Damage { path, lines: 0, first, why }).lines += 1;
+                }
+            }
+        }
+    }
+
+    /// The next whole line: a record, or why it is none.
+    fn next_line(&mut self) -> Result<Option<Result<Record, String>>> {
         use std::io::Read;
         let io = |e| Error::io("read journal", &self.path, &e);
         self.buffer.clear();
@@ -77,25 +165,17 @@ impl Reader {
         let read = read.map_err(io)?;
         if self.buffer.last() != Some(&b'\n') {
             if read == MAX_LINE_BYTES {
-                return Err(self.bad("longer than any record"));
+                let (path, line) = (self.path.display(), self.line + 1);
+                return Err(Error::user(format!("journal {path}:{line}: longer than any record"))
+                    .hint("the file is no journal from there on: put another in its place"));
             }
             self.file.seek(SeekFrom::Start(self.offset)).map_err(io)?;
             return Ok(None);
         }
         self.offset += read as u64;
         self.line += 1;
-        match serde_json::from_slice(&self.buffer) {
-            Ok(record) => Ok(Some(Record::current(record))),
-            Err(e) => {
-                self.line -= 1;
-                Err(self.bad(&e.to_string()))
-            }
-        }
-    }
-
-    fn bad(&self, why: &str) -> Error {
-        Error::user(format!("journal {}:{}: not a record: {why}", self.path.display(), self.line + 1))
-            .hint("the file is damaged there; cut it off before that line to read what came before")
+        let record = serde_json::from_slice(&self.buffer).map(Record::current);
+        Ok(Some(record.map_err(|e| e.to_string())))
     }
 }
 
@@ -137,6 +217,10 @@ mod tests {
             fs::write(&path, format!("{good}\n{bad}\n{good}\n")).unwrap();
             let error = read(&path).unwrap_err();
             assert!(error.to_string().contains("j:2: not a record"), "{error}");
+            let (records, damage) = read_sound(&path).unwrap();
+            assert_eq!(records, [step(1, 0.5), step(1, 0.5)], "what lies around it is read");
+            let damage = damage.unwrap();
+            assert_eq!((damage.lines, damage.first), (1, 2), "{damage}");
         }
     }
 

@@ -31,6 +31,9 @@ pub enum Record {
         threads: Option<usize>,
         /// Parameters of the model.
         parameters: u64,
+        /// FLOP/s of a rank's device that `mfu` is a share of, until a step beats it: the best ever measured there.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        peak_flops_per_s: Option<f64>,
     },
     /// An optimiser step was done.
     Step(Step),

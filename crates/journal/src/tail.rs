@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::line::{Line, SPANS, parse, spans_step};
+use crate::read::{is_file, open_file};
 use crate::record::Record;
 
 /// Read at once.
@@ -95,6 +96,7 @@ impl Tail {
             }
             Err(e) => return Err(e),
         };
+        is_file(&meta)?;
         let id = (meta.dev(), meta.ino());
         if self.open.as_ref().is_some_and(|open| open.id != id || meta.len() < open.offset) {
             self.open = None;
@@ -183,7 +185,7 @@ impl Open {
 pub fn sample(path: &Path, count: u64) -> io::Result<Vec<Record>> {
     /// Lines other than steps stand between them, and a few fit in here.
     const NEAR_BYTES: usize = 4 << 10;
-    let file = File::open(path)?;
+    let file = open_file(path)?;
     let len = file.metadata()?.len();
     let mut block = vec![0; NEAR_BYTES];
     let mut found = Vec::new();
@@ -216,7 +218,7 @@ pub fn sample(path: &Path, count: u64) -> io::Result<Vec<Record>> {
 /// # Errors
 /// When it cannot be read.
 pub fn lines_between(path: &Path, offset: u64, end: u64, each: &mut dyn FnMut(Found)) -> io::Result<()> {
-    let file = File::open(path)?;
+    let file = open_file(path)?;
     let mut open = Open { file, id: (0, 0), offset, seen_len: 0 };
     let mut block = Vec::new();
     while open.offset < end

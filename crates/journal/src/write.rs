@@ -38,6 +38,9 @@ impl Journal {
         fs::create_dir_all(dir).map_err(|e| Error::io("create run directory", dir, &e))?;
         let path = path(dir, rank);
         let io = |e: io::Error| Error::io("open journal", &path, &e);
+        if let Ok(meta) = fs::metadata(&path) {
+            crate::read::is_file(&meta).map_err(|e| io(e).hint("move it away: a journal goes there"))?;
+        }
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path).map_err(io)?;
         let bytes = whole_lines(&mut file).map_err(io)?;
         file.set_len(bytes).map_err(io)?;

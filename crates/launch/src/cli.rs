@@ -35,9 +35,14 @@ fn launch(args: &[OsString]) -> Result<i32> {
     let parsed = Options::parse(args, &|name| std::env::var(name).ok())?;
     let (options, program, args) = match parsed {
         Parsed::Help => {
-            // A reader that has seen enough is no error.
-            let _ = std::io::stdout().write_all(help().as_bytes());
-            return Ok(0);
+            let written = std::io::stdout().write_all(help().as_bytes());
+            return match written.and_then(|()| std::io::stdout().flush()) {
+                // A reader that has seen enough is no error.
+                Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+                    Err(Error::failure(format!("write to stdout: {e}")).hint("free space there"))
+                }
+                _ => Ok(0),
+            };
         }
         Parsed::Run { options, program, args } => (options, program, args),
     };
@@ -54,8 +59,14 @@ fn launch(args: &[OsString]) -> Result<i32> {
     if options.hold && outcome.exit_code == 0 {
         hold(&options)?;
     }
-    let is_own = options.pass_exit_code && outcome.signal.is_none();
+    let is_own = outcome.signal.is_none() && (options.pass_exit_code || is_refused(&options, &outcome)?);
     Ok(if is_own { outcome.worker_code() } else { outcome.exit_code })
+}
+
+/// Whether every worker refused its input: a launcher that is asked again would be refused again.
+fn is_refused(options: &Options, outcome: &Outcome) -> Result<bool> {
+    let refusals = outcome.failures.iter().filter(|f| f.code == Some(2)).count();
+    Ok(options.is_single() && refusals == options.nproc.resolve()?)
 }
 
 /// Waits until somebody ends the launcher, which has nothing to do any more.

@@ -141,6 +141,14 @@ impl Options {
     /// An unknown flag (with the nearest known one), a missing or wrong value, flags that contradict each other, or no
     /// program.
     pub fn parse(args: &[OsString], env: &dyn Fn(&str) -> Option<String>) -> Result<Parsed> {
+        Options::parsed(args, env).map_err(|e| {
+            e.hint(
+                "phalanx launch --help lists the flags and what they take; each is read from PET_<FLAG> too",
+            )
+        })
+    }
+
+    fn parsed(args: &[OsString], env: &dyn Fn(&str) -> Option<String>) -> Result<Parsed> {
         let mut values = from_environment(env);
         let mut rest = args.iter();
         let mut program = None;
@@ -323,9 +331,10 @@ mod tests {
     fn wrong_input_says_what_and_how_to_mend_it() {
         check_error("--nproc-pre-node 2 x", "unknown flag --nproc-pre-node", "--nproc-per-node");
         check_error("--max_restart=1x y", "--max-restarts=1x: expected", "");
-        check_error("-z x", "unknown flag -z", "");
+        check_error("-z x", "unknown flag -z", "--help");
         check_error("--nproc-per-node", "needs a value", "");
-        check_error("--nproc-per-node 0 x", "--nproc-per-node=0", "");
+        check_error("--nproc-per-node 0 x", "--nproc-per-node=0", "--help");
+        check_error("--master-port zz x", "--master-port=zz", "--help");
         check_error("--nnodes 3:2 x", "--nnodes=3:2", "");
         check_error("--nnodes 0 x", "--nnodes=0", "");
         check_error("--log x y", "may mean --log-dir or --log-line-prefix-template", "");
@@ -335,7 +344,10 @@ mod tests {
         check_error("--rdzv-conf joint_timeout=3 x", "joint_timeout", "join_timeout");
         check_error("-m --no-python x", "--no-python", "");
         check_error("-r 4 x", "--redirects=4", "");
-        check_error("--nnodes 2 --node-rank 2 x", "--node-rank=2", "");
+        check_error("--nnodes 2 --node-rank 2 x", "--node-rank=2", "--help");
+        check_error("--node-rank 5 x", "--node-rank=5: expected a rank below --nnodes=1", "--help");
+        check_error("--nproc-per-node 2 --local-ranks-filter 0,9 x", "--local-ranks-filter=0,9", "");
+        check_error("--nproc-per-node 2 --min-nproc 4 x", "--min-nproc=4: expected", "");
         check_error("--nnodes 1:2 --rdzv-backend c10d x", "--rdzv-endpoint", "");
         check_error("--signals-to-handle SIGTREM x", "SIGTREM", "SIGTERM");
         check_error("--signals-to-handle SIGKILL x", "SIGKILL", "");

@@ -75,6 +75,34 @@ pub(crate) struct Logs {
     folder: PathBuf,
     /// Our own temporary folder goes away when it holds nothing that somebody asked for.
     temporary: bool,
+    /// Locked as long as this agent, or the warden that outlives it, is there: see [`sweep`].
+    _owner: Option<File>,
+}
+
+/// In a temporary folder that nobody asked for, until its agent has ended as it should.
+const OWNER: &str = "owner";
+
+/// Marks `folder` as one that may go when its owner is gone.
+fn own(folder: &Path) -> std::io::Result<File> {
+    // Locked before it has the name by which others find it.
+    let fresh = folder.join("owner.new");
+    let file = File::create(&fresh)?;
+    file.lock()?;
+    fs::rename(&fresh, folder.join(OWNER))?;
+    Ok(file)
+}
+
+/// Removes the temporary folders of agents that were killed before they could do so themselves.
+fn sweep(temporary: &Path) {
+    let entries = fs::read_dir(temporary).into_iter().flatten().flatten();
+    for folder in entries.filter(|e| e.file_name().as_encoded_bytes().starts_with(b"phalanx_")) {
+        // What is another user's cannot be opened, and what a living agent owns is locked.
+        if let Ok(owner) = File::options().write(true).open(folder.path().join(OWNER))
+            && owner.try_lock().is_ok()
+        {
+            let _ = fs::remove_dir_all(folder.path());
+        }
+    }
 }
 
 impl Logs {
@@ -93,7 +121,14 @@ impl Logs {
             .map_err(|e| e.hint("--log-dir takes a folder that this user can write"))
             .context("log folder")?;
         let folder = folder.canonicalize().unwrap_or(folder);
-        Ok(Logs { folder, temporary })
+        let is_for_us_alone = temporary && options.redirects.is_none() && options.tee.is_none();
+        let mut owner = None;
+        if is_for_us_alone {
+            sweep(&std::env::temp_dir());
+            // Where locks do not work the folder is kept, as if somebody had asked for it.
+            owner = own(&folder).ok();
+        }
+        Ok(Logs { folder, temporary, _owner: owner })
     }
 
     pub(crate) fn folder(&self) -> &Path {
@@ -117,6 +152,9 @@ impl Logs {
         {
             // Best effort: a leftover folder of empty folders does no harm.
             let _ = fs::remove_dir_all(&self.folder);
+        } else if self.temporary {
+            // What is in it is for people.
+            let _ = fs::remove_file(self.folder.join(OWNER));
         }
     }
 
@@ -238,6 +276,24 @@ mod tests {
         assert!(logs.folder().exists());
         logs.finish(&options, false);
         assert!(!logs.folder().exists());
+    }
+
+    #[test]
+    fn what_a_killed_agent_left_is_swept_and_nothing_else() {
+        let base = tempfile::tempdir().unwrap();
+        let made = ["phalanx_dead_1", "phalanx_alive_2", "phalanx_kept_3", "other_4"].map(|name| {
+            let folder = base.path().join(name);
+            fs::create_dir_all(folder.join("attempt_0")).unwrap();
+            folder
+        });
+        drop(own(&made[0]).unwrap());
+        let alive = own(&made[1]).unwrap();
+        drop(own(&made[3]).unwrap());
+        sweep(base.path());
+        assert_eq!(made.clone().map(|f| f.exists()), [false, true, true, true]);
+        drop(alive);
+        sweep(base.path());
+        assert_eq!(made.map(|f| f.exists()), [false, false, true, true]);
     }
 
     #[test]

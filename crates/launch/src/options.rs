@@ -209,6 +209,7 @@ impl Options {
 
     /// What no single flag can tell.
     fn check(&self, v: &Values) -> Result<()> {
+        self.check_places(v)?;
         if self.standalone && self.min_nodes > 1 {
             return Err(v
                 .bad("nnodes", "1 with --standalone")
@@ -225,10 +226,24 @@ impl Options {
             Backend::Static if self.min_nodes != self.max_nodes => Err(v
                 .bad("nnodes", "one number with the static backend")
                 .hint("--rdzv-backend=c10d takes MIN:MAX")),
-            Backend::Static if self.node_rank >= self.max_nodes => {
-                Err(v.bad("node-rank", &format!("a rank below --nnodes={}", self.max_nodes)))
-            }
             _ => Ok(()),
+        }
+    }
+
+    /// Places that are named are there.
+    fn check_places(&self, v: &Values) -> Result<()> {
+        if !self.standalone && self.backend == Backend::Static && self.node_rank >= self.max_nodes {
+            return Err(v.bad("node-rank", &format!("a rank below --nnodes={}", self.max_nodes)));
+        }
+        let NprocPerNode::Count(workers) = self.nproc else { return Ok(()) };
+        if self.local_ranks_filter.iter().flatten().any(|rank| *rank >= workers) {
+            return Err(
+                v.bad("local-ranks-filter", &format!("local ranks below {workers}, the workers of a node"))
+            );
+        }
+        match self.min_nproc.filter(|least| *least > workers) {
+            Some(_) => Err(v.bad("min-nproc", &format!("at most the {workers} of --nproc-per-node"))),
+            None => Ok(()),
         }
     }
 }

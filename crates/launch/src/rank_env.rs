@@ -189,7 +189,9 @@ impl Vars<'_> {
 
     fn wrong(&self, name: &str, wanted: &str) -> Error {
         let found = self.text(name).unwrap_or_default();
-        Error::user(format!("environment variable {name}={found}: expected {wanted}"))
+        Error::user(format!("environment variable {name}={found}: expected {wanted}")).hint(format!(
+            "a launcher sets it for each rank; for one process alone: env -u {name} phalanx ..."
+        ))
     }
 }
 

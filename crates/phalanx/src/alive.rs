@@ -1,6 +1,5 @@
 //! `phalanx alive`: whether a run writes to its journals, for probes.
 
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -41,7 +40,7 @@ pub(crate) fn run(args: &Alive) -> Result<u8> {
 
 /// Whether a journal ends with the end of the run.
 fn is_finished(path: &Path) -> std::io::Result<bool> {
-    let mut file = File::open(path)?;
+    let mut file = journal::open_file(path)?;
     let bytes = i64::try_from(file.metadata()?.len()).unwrap_or(i64::MAX);
     file.seek(SeekFrom::End(-bytes.min(TAIL_BYTES)))?;
     let mut tail = Vec::new();

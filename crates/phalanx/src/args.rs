@@ -91,7 +91,7 @@ pub(crate) enum Command {
     /// Kill, stop and damage a small run at random, and hold its weights to the undisturbed one's
     Chaos(Chaos),
     /// List every key of a run file with its default
-    Keys,
+    Keys(Keys),
     /// Print what makes a shell complete commands and flags
     Completions(Completions),
     /// Write manual pages
@@ -201,10 +201,10 @@ pub(crate) struct Plan {
     #[arg(long, default_value = crate::this_machine::FILE, value_name = "FILE")]
     pub(crate) machine: PathBuf,
     /// Accelerators to use, or ranks of this machine; all of the cluster, or one for each core, if absent
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N")]
     pub(crate) accelerators: Option<usize>,
     /// Tokens to train on, for example 15.6T
-    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
+    #[arg(long, value_name = "TOKENS")]
     pub(crate) tokens: Option<String>,
     /// Tokens of a sequence; usual for the model if absent
     #[arg(long, value_name = "TOKENS")]
@@ -213,7 +213,7 @@ pub(crate) struct Plan {
     #[arg(long, value_name = "N")]
     pub(crate) sequences: Option<usize>,
     /// Global batch in tokens instead of sequences, for example 16M
-    #[arg(long, value_name = "TOKENS", conflicts_with = "sequences", allow_negative_numbers = true)]
+    #[arg(long, value_name = "TOKENS", conflicts_with = "sequences")]
     pub(crate) batch: Option<String>,
     /// Number format of the matrix products: bf16, fp16, fp8, fp4, int8, tf32 or fp32; bf16, or fp16 without it, if absent
     #[arg(long)]
@@ -232,7 +232,7 @@ pub(crate) struct Plan {
     #[arg(long)]
     pub(crate) trainable_only: bool,
     /// Threads of the search; 0 for all cores
-    #[arg(long, default_value_t = 0, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) threads: usize,
     /// Say what would help: step time against bandwidth, FLOP/s and memory
     #[arg(long)]
@@ -256,6 +256,13 @@ pub(crate) struct Plan {
     pub(crate) calibration: Option<PathBuf>,
     /// Print JSON
     #[arg(long, conflicts_with = "emit")]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Keys {
+    /// Print JSON
+    #[arg(long)]
     pub(crate) json: bool,
 }
 
@@ -354,6 +361,9 @@ pub(crate) struct Generate {
     /// Threads; 0 for all cores
     #[arg(long, default_value_t = 0)]
     pub(crate) threads: usize,
+    /// Print prompt, text or token ids, and why it ended, as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -459,6 +469,9 @@ pub(crate) enum DataCommand {
         /// Threads; 0 for all cores
         #[arg(long, default_value_t = 0)]
         threads: usize,
+        /// Replace a dataset that is there
+        #[arg(long)]
+        force: bool,
         /// Print the facts about the dataset as JSON
         #[arg(long)]
         json: bool,

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use comm::{BenchOp, Row, TransportChoice};
 use serde_json::json;
-use spec::Result;
+use spec::{Error, Result};
 
 pub(crate) use machine::calibrate;
 
@@ -38,6 +38,10 @@ fn collectives(
     budget: Duration,
     as_json: bool,
 ) -> Result<u8> {
+    if ranks < 2 {
+        return Err(Error::user(format!("--ranks {ranks}, expected 2 or more"))
+            .hint("one rank has nobody to talk to"));
+    }
     let choice = match transport {
         "auto" | "shm" => TransportChoice::Shm,
         "tcp" => TransportChoice::Tcp,
@@ -48,16 +52,12 @@ fn collectives(
             return Ok(0);
         }
         other => {
-            return Err(spec::Error::user(format!(
-                "transport {other}, expected auto, shm, tcp, mpi or threads"
-            )));
+            return Err(Error::user(format!("--transport {other}, expected auto, shm, tcp, mpi or threads"))
+                .hint("auto is shared memory within a machine"));
         }
     };
     ranks::check_mpi(choice)?;
     let Some(rank) = Rank::from_env(choice)? else {
-        if ranks < 2 {
-            return Err(spec::Error::user(format!("{ranks} ranks, expected 2 or more")));
-        }
         return ranks::start(ranks, ranks::Losses::default(), &[]);
     };
     let world = rank.world("bench collectives", choice, comm::DEFAULT_TIMEOUT)?;

@@ -41,10 +41,27 @@ fn folder(path: &Path) -> PathBuf {
     if ckpt::is_url(&of_run) || of_run.is_dir() { of_run } else { path.to_owned() }
 }
 
+/// Where a new checkpoint goes: to the run in `path`, to the checkpoints that lie there themselves, or to a run that is yet
+/// to be; never into a checkpoint, which ends where its manifest says.
+fn destination(path: &Path, is_of_a_run: bool) -> Result<PathBuf> {
+    let inside = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    if let Some(whole) = inside.ancestors().find(|p| is_one(p)) {
+        return Err(Error::user(format!("{} is a checkpoint itself", whole.display()))
+            .hint("give the directory of a run, of checkpoints, or a new one"));
+    }
+    let holds_checkpoints = path.is_dir() && !ckpt::list(path)?.is_empty();
+    Ok(if is_of_a_run && !holds_checkpoints { RunDir::new(path).checkpoints() } else { folder(path) })
+}
+
 /// The checkpoints that a path names, by step.
 fn all(path: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let folder = folder(path);
-    let found = if ckpt::is_url(&folder) || folder.is_dir() { ckpt::list(&folder)? } else { Vec::new() };
+    let is_url = ckpt::is_url(&folder);
+    if !is_url && !folder.exists() {
+        return Err(Error::user(format!("{}: no such directory", folder.display()))
+            .hint("give the directory of a run that has saved a checkpoint, or of the checkpoint itself"));
+    }
+    let found = if is_url || folder.is_dir() { ckpt::list(&folder)? } else { Vec::new() };
     if found.is_empty() {
         return Err(Error::user(format!("no checkpoint in {}", folder.display())).hint(
             "give the directory of a run that has saved one, its checkpoint.dir, or the checkpoint itself",
@@ -103,6 +120,11 @@ fn show(path: &Path, as_json: bool) -> Result<u8> {
     Ok(0)
 }
 
+/// Whether a directory is a checkpoint.
+fn is_one(path: &Path) -> bool {
+    path.join("manifest.json").exists()
+}
+
 /// Checks one checkpoint or all of a run; the first that is damaged is the error, after all were read.
 fn verify(path: &Path, as_json: bool) -> Result<u8> {
     let paths = if ckpt::is_checkpoint(path)? {
@@ -110,6 +132,15 @@ fn verify(path: &Path, as_json: bool) -> Result<u8> {
     } else {
         all(path)?.into_iter().map(|(_, path)| path).collect()
     };
+    if !is_one(path) {
+        // What a killed save left is no checkpoint, and nothing is said of it else.
+        for left in unfinished(&folder(path)) {
+            output::say(&format!(
+                "{}: no manifest.json, so no checkpoint: the run passes over it",
+                left.display()
+            ));
+        }
+    }
     let (mut rows, mut out, mut damaged) = (Vec::new(), String::new(), None);
     for path in paths {
         let shown = path.display();
@@ -128,6 +159,18 @@ fn verify(path: &Path, as_json: bool) -> Result<u8> {
     }
     print(as_json, || json!({"checkpoints": rows}), &out);
     damaged.map_or(Ok(0), Err)
+}
+
+/// Directories with a checkpoint's name that hold none.
+fn unfinished(folder: &Path) -> Vec<PathBuf> {
+    let all = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut found: Vec<PathBuf> = all
+        .filter(|e| e.file_name().as_encoded_bytes().starts_with(b"step-"))
+        .map(|e| e.path())
+        .filter(|path| path.is_dir() && !is_one(path))
+        .collect();
+    found.sort();
+    found
 }
 
 fn diff(a: &Path, b: &Path, as_json: bool) -> Result<u8> {
@@ -164,7 +207,7 @@ fn diff(a: &Path, b: &Path, as_json: bool) -> Result<u8> {
 }
 
 fn reshard(from: &Path, out_dir: &Path, ranks: usize, as_json: bool) -> Result<u8> {
-    let done = ckpt::reshard(from, &folder(out_dir), ranks)?;
+    let done = ckpt::reshard(from, &destination(out_dir, false)?, ranks)?;
     let shown = done.path.display().to_string();
     let out = format!("{shown}: {} in {} files", binary(done.bytes as usize), done.files);
     print(as_json, || json!({"path": shown, "files": done.files, "bytes": done.bytes}), &out);
@@ -176,8 +219,13 @@ fn export(from: &Path, out: &Path, as_json: bool) -> Result<u8> {
         return Err(Error::user(format!("{}: an export goes to a directory", out.display()))
             .hint("export to a directory, and copy that into the store"));
     }
-    let done = torch::export_dcp(&Checkpoint::open(from)?, out)
+    let checkpoint = Checkpoint::open(from)?;
+    let done = torch::export_dcp(&checkpoint, out)
         .map_err(|e| e.hint("give an output directory in a writable place with free space"))?;
+    if let Some(run) = run_of(from) {
+        // Beside the tensors, where PyTorch does not look: with them a run goes on from an import.
+        run.copy_into(out, run.tokenizer_of(&checkpoint)?.as_deref())?;
+    }
     let shown = out.display().to_string();
     let text = format!("{shown}: {} in {} tensors", binary(done.bytes as usize), done.tensors);
     print(as_json, || json!({"path": shown, "tensors": done.tensors, "bytes": done.bytes}), &text);
@@ -190,11 +238,12 @@ fn import(from: &Path, out_dir: &Path, format: Option<ImportFormat>, as_json: bo
         ImportFormat::Megatron => Format::Megatron,
         ImportFormat::Llmc => Format::LlmC,
     });
-    let done = torch::import(from, &folder(out_dir), format)
+    let done = torch::import(from, &destination(out_dir, true)?, format)
         .map_err(|e| if e.hint_text().is_some() { e } else { e.hint("copy the checkpoint again") })?;
     for note in &done.notes {
         output::say(&format!("note: {note}"));
     }
+    bring_run(from, out_dir, done.whole)?;
     let (shown, format) = (done.path.display().to_string(), done.format.to_string());
     let text =
         format!("{shown}: {} in {} tensors, read as {format}", binary(done.bytes as usize), done.tensors);
@@ -204,6 +253,36 @@ fn import(from: &Path, out_dir: &Path, format: Option<ImportFormat>, as_json: bo
     };
     print(as_json, json, &text);
     Ok(0)
+}
+
+/// The run that a checkpoint lies in, if it lies in one.
+fn run_of(checkpoint: &Path) -> Option<RunDir> {
+    let path = std::fs::canonicalize(checkpoint).ok()?;
+    let run = RunDir::new(path.parent()?.parent()?);
+    run.run_file().exists().then_some(run)
+}
+
+/// Makes a run of a directory that a checkpoint was imported into, with the run file and the tokenizer that came with it;
+/// says what is missing where none did.
+fn bring_run(from: &Path, out_dir: &Path, whole: bool) -> Result<()> {
+    let (theirs, ours) = (RunDir::new(from), RunDir::new(out_dir));
+    if ours.run_file().exists() {
+        return Ok(());
+    }
+    if theirs.run_file().exists() && whole {
+        return theirs.copy_into(out_dir, theirs.tokenizer().as_deref());
+    }
+    output::say(&if whole {
+        format!(
+            "note: no run.toml came with it: a run goes on from it with the keys that it was trained with, and \
+             its tokenizer.json in {}",
+            out_dir.display()
+        )
+    } else {
+        "note: another trainer's: it can be shown, checked, compared and exported; no run goes on from it"
+            .to_owned()
+    });
+    Ok(())
 }
 
 /// What the run in `path` keeps for good, if a run is there.

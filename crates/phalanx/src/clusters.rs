@@ -7,30 +7,21 @@ use std::process::{Command, Stdio};
 use ::clusters::quantity::Bare;
 use ::clusters::slurm::{Axis, Sweep};
 use ::clusters::{Decision, Memory, Time, kubernetes, slurm};
-use clap::Parser;
+use clap::Parser as _;
 use serde_json::json;
 use spec::{Error, Result, RunSpec};
 
 use crate::args::{self, Args, Train};
-use crate::{files, output, train};
+use crate::{files, output, train, usage};
 
 /// `phalanx launch`: the first word may be a cluster's, else it is torchrun's command line.
 pub(crate) fn launch(words: Vec<OsString>) -> Result<u8> {
     let of_cluster = words.first().and_then(|word| word.to_str());
     match of_cluster {
-        Some("slurm") => parse(&words).map_or_else(Ok, |args| on_slurm(&args)),
-        Some("kubernetes") => parse(&words).map_or_else(Ok, |args| on_kubernetes(&args)),
+        Some("slurm") => usage::parse(words)?.map_or_else(Ok, |args| on_slurm(&args)),
+        Some("kubernetes") => usage::parse(words)?.map_or_else(Ok, |args| on_kubernetes(&args)),
         _ => Ok(u8::try_from(launch::cli(words)).unwrap_or(1)),
     }
-}
-
-/// The flags, or the exit code of help and of wrong usage, which clap has printed.
-fn parse<T: Parser>(words: &[OsString]) -> Result<T, u8> {
-    T::try_parse_from(words).map_err(|e| {
-        let code = if e.use_stderr() { 2 } else { 0 };
-        let _ = e.print();
-        code
-    })
 }
 
 fn on_slurm(args: &args::Slurm) -> Result<u8> {
@@ -42,8 +33,14 @@ fn on_slurm(args: &args::Slurm) -> Result<u8> {
     }
     let path = args.script.clone().unwrap_or_else(|| format!("{}.sbatch", args.job_name).into());
     keep_others(&path)?;
-    files::write(&path, &script.text)?;
-    let job = submit(&path)?;
+    let was_there = path.exists();
+    files::write("--script", &path, &script.text)?;
+    let job = submit(&path).inspect_err(|e| {
+        // Refused: the next try writes another. One that could not be submitted from here is for a login node.
+        if e.to_string().starts_with("sbatch refused") && !was_there {
+            let _ = std::fs::remove_file(&path);
+        }
+    })?;
     let shown = json!({"job": job, "script": path.display().to_string(), "decisions": script.decisions});
     output::print(&if args.json { shown.to_string() } else { job.clone() });
     output::say(&format!("submitted {}; squeue -j {job} shows it, scancel {job} ends it", path.display()));
@@ -54,13 +51,17 @@ fn slurm_request(args: &args::Slurm) -> Result<slurm::Request> {
     let memory = args.mem.as_deref().map(|text| Memory::parse("--mem", text, Bare::Binary)).transpose()?;
     let time = args.time.as_deref().map(|text| Time::parse("--time", text)).transpose()?;
     let tasks_per_node = tasks_per_node(args)?;
-    let what = what(&args.command, args.nodes.saturating_mul(tasks_per_node).max(1))?;
+    let world = args.nodes.saturating_mul(tasks_per_node).max(1);
+    let what = what(&args.command, world)?;
     let program = std::env::current_exe().map_err(|e| Error::failure(format!("find this program: {e}")))?;
     let mut command = vec![utf8(program.into_os_string())?];
     command.extend(what.words);
     let axes = args.sweep.iter().map(|text| Axis::parse(text)).collect::<Result<Vec<_>>>()?;
     let run_dir = what.run.run.dir.display().to_string();
     let sweep = (!axes.is_empty()).then(|| Sweep::new(axes, run_dir, args.at_once)).transpose()?;
+    if let Some(sweep) = &sweep {
+        check_sweep(&what.args, sweep, world)?;
+    }
     Ok(slurm::Request {
         nodes: args.nodes,
         tasks_per_node,
@@ -76,6 +77,18 @@ fn slurm_request(args: &args::Slurm) -> Result<slurm::Request> {
         sweep,
         ..slurm::Request::new(args.job_name.as_str(), command)
     })
+}
+
+/// Refuses a sweep now of which a run would be refused after the queue.
+fn check_sweep(args: &Train, sweep: &Sweep, world: usize) -> Result<()> {
+    for set in sweep.runs() {
+        let mut args = args.clone();
+        let said = set.iter().filter(|key| !key.starts_with("run.dir=")).map(String::as_str);
+        let said = format!("--sweep: the run with {}", said.collect::<Vec<_>>().join(" "));
+        args.run.set.extend(set);
+        train::load(&args, world).map_err(|e| e.context(said))?;
+    }
+    Ok(())
 }
 
 /// What the flags say of ranks on a node; they may say it twice, but not differently.
@@ -273,11 +286,7 @@ fn what(words: &[String], world: usize) -> Result<What> {
     let args = match Args::try_parse_from(all).map(|args| args.command) {
         Ok(args::Command::Train(args)) => args,
         Ok(_) => return Err(expected("another command")),
-        Err(e) => {
-            let text = e.to_string();
-            let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
-            return Err(Error::user(format!("train: {first}")).hint("phalanx train --help lists its flags"));
-        }
+        Err(e) => return Err(usage::refusal(&e.render().to_string()).context("train")),
     };
     if let Some(nproc) = args.nproc {
         return Err(Error::user(format!("train --nproc {nproc}: the cluster starts the ranks"))

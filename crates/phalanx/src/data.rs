@@ -1,6 +1,6 @@
 //! `phalanx data`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use data::{BuildOptions, Source, Summary, TextOptions, Tokenizer, tokenizer_path};
 use spec::{Error, Result};
@@ -14,13 +14,41 @@ const SAMPLE_BYTES: u64 = 8 << 20;
 
 pub(crate) fn run(args: &Data) -> Result<u8> {
     match &args.what {
-        DataCommand::Build { inputs, output, tokenizer, vocab_size, field, skip_bad, eod, threads, json } => {
+        DataCommand::Build {
+            inputs,
+            output,
+            tokenizer,
+            vocab_size,
+            field,
+            skip_bad,
+            eod,
+            threads,
+            force,
+            json,
+        } => {
+            keep_others(output, *force)?;
             let mut options = BuildOptions::new(inputs.clone(), output);
             options.text = TextOptions { field: field.clone(), skip_bad: *skip_bad, end: eod.clone() };
-            options.threads = (*threads > 0).then_some(*threads);
+            options.threads = (*threads > 0).then(|| output::threads_asked(*threads)).transpose()?;
             build(&options, tokenizer.as_deref(), *vocab_size, *json)
         }
         DataCommand::Show { path, tokenizer, json } => show(path, tokenizer.as_deref(), *json),
+    }
+}
+
+/// A dataset that is there stays, unless it is to be replaced: a run may be trained on it.
+fn keep_others(prefix: &Path, force: bool) -> Result<()> {
+    let named = |end: &str| {
+        let mut name = prefix.as_os_str().to_owned();
+        name.push(end);
+        PathBuf::from(name)
+    };
+    match [".bin", ".idx"].map(named).into_iter().find(|path| path.exists() && !force) {
+        Some(there) => {
+            Err(Error::user(format!("--output {}: {} is there", prefix.display(), there.display()))
+                .hint("name another prefix, or replace the dataset with --force"))
+        }
+        None => Ok(()),
     }
 }
 

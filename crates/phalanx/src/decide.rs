@@ -13,6 +13,13 @@ use crate::{economy, files, output};
 const BARS: usize = 10;
 
 pub(crate) fn run(args: &Decide) -> Result<u8> {
+    if let Some(path) = args.write.as_deref().filter(|path| path.is_file() && !args.force) {
+        return Err(Error::user(format!(
+            "--write {}: there is a file, perhaps an edited one",
+            path.display()
+        ))
+        .hint("name another, or replace it with --force"));
+    }
     let page = args.html.as_deref().map(|path| files::Pending::create("--html", path)).transpose()?;
     let mut assumptions = match &args.file {
         Some(path) => {
@@ -30,7 +37,7 @@ pub(crate) fn run(args: &Decide) -> Result<u8> {
         page.commit(&report::decide_page::decide_page(&decision))?;
     }
     if let Some(path) = &args.write {
-        files::write(path, &text)?;
+        files::write("--write", path, &text)?;
         output::say(&format!("assumptions in {}; edit them and run: phalanx decide {0}", path.display()));
     }
     if args.json {

@@ -29,10 +29,13 @@ pub(crate) fn calibration(file: Option<&Path>) -> Result<Calibration> {
     }
 }
 
-/// Writes a file whole.
-pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
-    std::fs::write(path, text)
-        .map_err(|e| Error::io("write", path, &e).hint("name a writable file, with free space"))
+/// Writes a file that `flag` names, whole or not at all; a device or a pipe as it comes.
+pub(crate) fn write(flag: &str, path: &Path, text: &str) -> Result<()> {
+    if path.exists() && !path.is_file() && !path.is_dir() {
+        return std::fs::write(path, text)
+            .map_err(|e| Error::io("write", path, &e).hint("name a writable file, with free space"));
+    }
+    Pending::create(flag, path)?.commit(text)
 }
 
 /// A file that appears whole or not at all: written beside its place and moved there.
@@ -46,7 +49,7 @@ impl Pending {
     /// Makes sure that the file can be written, before any work is done for it.
     ///
     /// # Errors
-    /// If it cannot: the user's fault, whatever the reason.
+    /// If it cannot: the user's fault, unless the disk is full.
     pub(crate) fn create(flag: &str, path: &Path) -> Result<Self> {
         let hint = format!("name a writable file with {flag}, in a folder that is there");
         let refused = |what: String| Error::user(what).hint(hint.clone());
@@ -59,20 +62,23 @@ impl Pending {
             return Err(refused(format!("{flag} {}: no name of a file", path.display())));
         };
         let beside = path.with_file_name(format!(".{}.{}", name.to_string_lossy(), std::process::id()));
-        let file = std::fs::File::create_new(&beside)
-            .map_err(|e| refused(format!("write {}: {e}", path.display())))?;
+        let file = std::fs::File::create_new(&beside).map_err(|e| match e.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                Error::io("write", &path, &e).hint("free space there")
+            }
+            _ => refused(format!("write {}: {e}", path.display())),
+        })?;
         Ok(Pending { path, beside, file: Some(file) })
     }
 
     /// Writes the file and moves it to its place.
     ///
     /// # Errors
-    /// As [`Pending::create`]; what was there before is still there then.
+    /// If it cannot, a full disk among others; what was there before is still there then.
     pub(crate) fn commit(mut self, text: &str) -> Result<()> {
         use std::io::Write as _;
         let failed = |e: std::io::Error| {
-            Error::user(format!("write {}: {e}", self.path.display()))
-                .hint("name a writable file, on a disk with free space")
+            Error::io("write", &self.path, &e).hint("name a writable file, on a disk with free space")
         };
         let mut file = self.file.take().ok_or_else(|| Error::failure("the file is closed"))?;
         file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;

@@ -44,6 +44,17 @@ pub(crate) fn run(args: &Journal) -> Result<u8> {
 
 /// Looks at every whole line of a rank's journal; damaged ones are told of in the end.
 fn each(run_dir: &Path, rank: usize, with: &mut dyn FnMut(Found) -> Result<()>) -> Result<()> {
+    let damage = each_sound(run_dir, rank, with)?;
+    damage.iter().for_each(|what| output::say(what));
+    Ok(())
+}
+
+/// As [`each`]; what is damaged is for the caller to tell.
+fn each_sound(
+    run_dir: &Path,
+    rank: usize,
+    with: &mut dyn FnMut(Found) -> Result<()>,
+) -> Result<Option<String>> {
     let path = journal::path(run_dir, rank);
     let io = |e: io::Error| Error::io("read journal", &path, &e).hint(NO_RUN);
     std::fs::metadata(&path).map_err(io)?;
@@ -57,10 +68,9 @@ fn each(run_dir: &Path, rank: usize, with: &mut dyn FnMut(Found) -> Result<()>) 
         _ => {}
     };
     Tail::whole(path.clone()).look(u64::MAX, &mut look).map_err(io)?;
-    if let Some(first) = first {
-        output::say(&format!("{}: {damaged} damaged lines are left out, the first {first}", path.display()));
-    }
-    failed.map_or(Ok(()), Err)
+    let damage = first
+        .map(|first| format!("{}: {damaged} damaged lines are left out, the first {first}", path.display()));
+    failed.map_or(Ok(damage), Err)
 }
 
 /// The kind of a line.
@@ -121,8 +131,9 @@ fn list(run_dir: &Path, as_json: bool) -> Result<()> {
 
 fn show(run_dir: &Path, rank: usize, as_json: bool) -> Result<()> {
     let mut run = Run::new(String::new(), run_dir.to_owned());
-    let mut lines = String::new();
+    let (mut lines, mut is_empty) = (String::new(), true);
     each(run_dir, rank, &mut |found| {
+        is_empty = false;
         if let Line::Record(record) = &found.line
             && !matches!(record, Record::Step(_))
             && as_json
@@ -138,7 +149,9 @@ fn show(run_dir: &Path, rank: usize, as_json: bool) -> Result<()> {
             let text = note.text.replace('\n', "\n            ");
             let _ = writeln!(lines, "step {:<8} {:<10} {text}", note.step, note.kind);
         }
-        if lines.is_empty() {
+        if is_empty {
+            output::say("the journal is empty: the run has recorded nothing yet");
+        } else if lines.is_empty() {
             output::say("nothing but steps: phalanx journal export --csv writes them");
         }
     }

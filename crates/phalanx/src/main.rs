@@ -38,23 +38,18 @@ mod survival;
 mod this_machine;
 mod top;
 mod train;
+mod usage;
 mod validate;
 mod version;
-
-use clap::Parser;
 
 use crate::args::{Args, Command};
 
 /// Exit codes: 0 done, 1 something failed, 2 the input was wrong, 130 interrupted.
 fn main() -> std::process::ExitCode {
-    let args = match Args::try_parse() {
-        Ok(args) => args,
-        Err(e) => {
-            // Help and version go to stdout and are no error; clap prints usage errors with the nearest flag itself.
-            let code = if e.use_stderr() { 2 } else { 0 };
-            let _ = e.print();
-            return code.into();
-        }
+    let args = match usage::parse::<Args>(std::env::args_os()) {
+        Ok(Ok(args)) => args,
+        Ok(Err(code)) => return code.into(),
+        Err(e) => return failed(e),
     };
     let busy = doing(&args.command).map(busy::busy);
     let done = match args.command {
@@ -88,10 +83,7 @@ fn main() -> std::process::ExitCode {
         Command::Ledger(a) => survival::ledger(&a),
         Command::Replay(a) => replay::run(&a),
         Command::Chaos(a) => survival::chaos(&a),
-        Command::Keys => {
-            output::print(&models::keys());
-            Ok(0)
-        }
+        Command::Keys(a) => models::keys(&a),
     };
     drop(busy);
     match done {
@@ -101,13 +93,19 @@ fn main() -> std::process::ExitCode {
             }
             code.into()
         }
-        Err(e) => {
-            ranks::leave_it_to_the_culprit(&e);
-            output::error(&e);
-            comm::Mpi::abort(e.exit_code());
-            e.exit_code().into()
-        }
+        Err(e) => failed(e),
     }
+}
+
+fn failed(e: spec::Error) -> std::process::ExitCode {
+    ranks::leave_it_to_the_culprit(&e);
+    let e = match e.kind() {
+        spec::Kind::User => e.hint("phalanx COMMAND --help says what each flag takes"),
+        spec::Kind::Failure => e,
+    };
+    output::error(&e);
+    comm::Mpi::abort(e.exit_code());
+    e.exit_code().into()
 }
 
 /// What a command may be long about, for those that do not say so themselves.

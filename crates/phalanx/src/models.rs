@@ -5,16 +5,19 @@ use std::fmt::Write as _;
 use ckpt::Kind;
 use journal::Record;
 use journal::perfetto::TraceWriter;
+use serde_json::json;
+use spec::run::Key;
 use spec::{DType, Error, Result, RunSpec};
-use train::{Cpu, DirLock, Generator, RunDir, Sampling};
+use train::{Cpu, DirLock, Ended, Generator, RunDir, Sampling};
 
-use crate::args::{Export, Generate, Import, Logits, Trace};
+use crate::args::{Export, Generate, Import, Keys, Logits, Trace};
 use crate::busy::busy;
 use crate::output;
 
 pub(crate) fn generate(args: &Generate) -> Result<u8> {
     let mut busy = Some(busy("reading the checkpoint and the prompt"));
-    let mut g = Generator::open(&args.run_dir, Box::new(Cpu::new(output::threads(args.threads))))?;
+    let threads = output::threads_asked(args.threads)?;
+    let mut g = Generator::open(&args.run_dir, || Box::new(Cpu::new(threads)))?;
     let s = g.run().sample.clone();
     let sampling = Sampling {
         temperature: args.temperature.unwrap_or(s.temperature),
@@ -24,19 +27,43 @@ pub(crate) fn generate(args: &Generate) -> Result<u8> {
     };
     check(sampling)?;
     let count = args.count.unwrap_or(s.tokens);
+    let (made, ended, mut shown);
     if let Some(tokens) = &args.tokens {
-        let ids: Vec<String> = g.ids(&parse(tokens)?, count, sampling)?.iter().map(u32::to_string).collect();
-        output::print(&ids.join(" "));
-        return Ok(0);
+        let prompt = parse(tokens)?;
+        let (ids, why) = g.ids(&prompt, count, sampling)?;
+        (made, ended, shown) = (ids.len(), why, json!({ "prompt": prompt, "tokens": ids }));
+        if !args.json {
+            let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
+            output::print(&ids.join(" "));
+        }
+    } else {
+        let prompt = args.prompt.clone().unwrap_or(s.prompt);
+        let (mut first, mut text) = (Some(prompt.as_str()), String::new());
+        (made, ended) = g.text(&prompt, count, sampling, &mut |t| {
+            busy = None;
+            text.push_str(t);
+            if !args.json {
+                // The prompt waits for the first token: a refused one is not echoed.
+                output::print_part(&format!("{}{t}", first.take().unwrap_or_default()));
+            }
+        })?;
+        if !args.json {
+            output::print(first.unwrap_or_default());
+        }
+        shown = json!({ "prompt": prompt, "text": text });
     }
-    let prompt = args.prompt.clone().unwrap_or(s.prompt);
-    let mut shown = Some(prompt.as_str());
-    g.text(&prompt, count, sampling, &mut |t| {
-        busy = None;
-        // The prompt waits for the first token: a refused one is not echoed.
-        output::print_part(&format!("{}{t}", shown.take().unwrap_or_default()));
-    })?;
-    output::print(shown.unwrap_or_default());
+    drop(busy);
+    if ended == Ended::Full {
+        output::say(&format!(
+            "stopped after {made} of {count} tokens: the {} that the run was trained to see are full (batch.sequence)",
+            g.positions()
+        ));
+    }
+    if args.json {
+        shown["count"] = made.into();
+        shown["ended"] = ended.name().into();
+        output::print(&shown.to_string());
+    }
     Ok(0)
 }
 
@@ -53,7 +80,7 @@ fn check(s: Sampling) -> Result<()> {
 }
 
 pub(crate) fn logits(args: &Logits) -> Result<u8> {
-    let mut g = Generator::open(&args.run_dir, Box::new(Cpu::new(output::threads(0))))?;
+    let mut g = Generator::open(&args.run_dir, || Box::new(Cpu::new(output::threads(0))))?;
     let all = g.logits(&parse(&args.tokens)?)?;
     if args.json {
         output::print(&serde_json::to_string(&all).expect("numbers are JSON"));
@@ -110,12 +137,16 @@ pub(crate) fn import(args: &Import) -> Result<u8> {
         output::say(&format!("note: {note}"));
     }
     let path = train::import_weights(&run, &dir, &weights)?;
-    output::say(&format!("{}: {:.1}M parameters", model.name, model.param_count() as f64 / 1e6));
+    output::say(&format!("{}: {} parameters", model.name, output::count(model.param_count() as f64)));
     output::print(&path.display().to_string());
     Ok(0)
 }
 
 pub(crate) fn export(args: &Export) -> Result<u8> {
+    if args.max_shard_bytes == 0 {
+        return Err(Error::user("--max-shard-bytes 0, expected at least one byte")
+            .hint("leave it out for files of 5 GB; a tensor is never split"));
+    }
     let dtype = match args.dtype.as_str() {
         "f32" => DType::F32,
         "bf16" => DType::Bf16,
@@ -162,7 +193,11 @@ pub(crate) fn trace(args: &Trace) -> Result<u8> {
     };
     let mut all = Vec::new();
     for (_, path) in journal::files(&args.run_dir).map_err(|e| e.hint("give the directory of a run"))? {
-        all.extend(journal::read(&path)?);
+        let (records, damage) = journal::read_sound(&path)?;
+        all.extend(records);
+        if let Some(damage) = damage {
+            output::say(&damage.to_string());
+        }
     }
     let spans = all.iter().filter_map(|r| match r {
         Record::Spans { spans, .. } => spans.iter().map(|s| s.start_us).min(),
@@ -183,7 +218,18 @@ pub(crate) fn trace(args: &Trace) -> Result<u8> {
 }
 
 /// Every key of a run file.
-pub(crate) fn keys() -> String {
+pub(crate) fn keys(args: &Keys) -> Result<u8> {
+    if args.json {
+        let one = |key: &Key| json!({ "key": key.path, "type": key.type_text(), "default": key.default_text(), "doc": key.doc });
+        let all: Vec<_> = RunSpec::keys().iter().map(one).collect();
+        output::print(&serde_json::to_string_pretty(&all).expect("text is JSON"));
+    } else {
+        output::print(&table());
+    }
+    Ok(0)
+}
+
+fn table() -> String {
     let mut out = String::new();
     for key in RunSpec::keys() {
         writeln!(out, "{:<46} {:<22} {:<16} {}", key.path, key.type_text(), key.default_text(), key.doc)

@@ -2,7 +2,8 @@
 
 use std::io::{IsTerminal, Write};
 
-use spec::{Error, printable};
+use spec::run::THREADS_MAX;
+use spec::{Error, Result, printable};
 
 /// One message: what and where, then what to do. A rank that this program started leaves it to its starter, who knows
 /// which rank failed first.
@@ -55,6 +56,30 @@ fn or_exit(written: std::io::Result<()>) {
         );
         std::process::exit(1);
     }
+}
+
+/// A large number for people, such as 13.8M or 24.6k.
+pub(crate) fn count(n: f64) -> String {
+    match n {
+        1e9.. => format!("{:.1}B", n / 1e9),
+        // As it would be rounded: 0.0M says nothing.
+        99_950.0.. => format!("{:.1}M", n / 1e6),
+        1e3.. => format!("{:.1}k", n / 1e3),
+        _ => format!("{n:.0}"),
+    }
+}
+
+/// Threads to use for a flag: what was asked for, or all cores.
+///
+/// # Errors
+/// If it is more than any machine runs at once; systems refuse some such numbers, and others end the process.
+pub(crate) fn threads_asked(asked: usize) -> Result<usize> {
+    if asked > THREADS_MAX {
+        return Err(
+            Error::user(format!("--threads {asked}, expected 0 to {THREADS_MAX}")).hint("0 takes all cores")
+        );
+    }
+    Ok(threads(asked))
 }
 
 /// Threads to use: what was asked for, or all cores.

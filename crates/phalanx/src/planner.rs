@@ -26,8 +26,6 @@ use crate::{economy, files, output};
 
 /// More layouts than anyone reads; each is held while the search runs.
 const KEEP_MAX: usize = 10_000;
-/// More threads than any machine has cores.
-const THREADS_MAX: usize = 1024;
 /// Layouts kept to find one that another stack can run.
 const KEEP_TO_EMIT: usize = 256;
 
@@ -65,15 +63,11 @@ impl Answered {
 }
 
 fn answered(args: &Plan) -> Result<Answered> {
-    if args.threads > THREADS_MAX {
-        return Err(Error::user(format!("--threads {}, expected 0 to {THREADS_MAX}", args.threads))
-            .hint("0 takes all cores"));
-    }
     let catalog = economy::catalog(&args.catalog, args.economy.price.as_deref())?;
     let question = question(args, &catalog)?;
     let today = economy::today(args.economy.today.as_deref())?;
     let ask = economy::ask(&args.economy, question.tokens, args.layout.is_some())?;
-    let threads = output::threads(args.threads);
+    let threads = output::threads_asked(args.threads)?;
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|e| {
         Error::failure(format!("start {threads} threads: {e}")).hint("give fewer with --threads")
     })?;
@@ -98,9 +92,11 @@ fn plan(args: &Plan) -> Result<u8> {
         }
         return crate::this_machine::plan(args);
     }
-    if let Some(path) = &args.rank_map {
+    let map = args.rank_map.as_deref().map(|path| {
         rank_format(path)?;
-    }
+        files::Pending::create("--rank-map", path)
+    });
+    let map = map.transpose()?;
     let page = args.html.as_deref().map(|path| files::Pending::create("--html", path)).transpose()?;
     let all = answered(args)?;
     let Answered { answer, pool, .. } = &all;
@@ -126,8 +122,8 @@ fn plan(args: &Plan) -> Result<u8> {
         chosen = choice;
         emitted = Some(e);
     }
-    if let Some(path) = &args.rank_map {
-        write_ranks(path, answer, chosen)?;
+    if let Some((map, path)) = map.zip(args.rank_map.as_deref()) {
+        map.commit(&ranks(path, answer, chosen)?)?;
     }
     if let Some(e) = emitted {
         output::print(&e.text);
@@ -326,17 +322,14 @@ fn rank_format(path: &Path) -> Result<RankFormat> {
     }
 }
 
-fn write_ranks(path: &Path, answer: &Answer, choice: &Choice) -> Result<()> {
+fn ranks(path: &Path, answer: &Answer, choice: &Choice) -> Result<String> {
     let per_node = answer.problem.cluster.per_node;
-    let content = match rank_format(path)? {
+    Ok(match rank_format(path)? {
         RankFormat::Csv => stacks::rank_csv(choice.placement(), per_node),
         RankFormat::Json => {
             let all: Vec<stacks::Place> = stacks::ranks(choice.placement(), per_node).collect();
             serde_json::to_string(&all).expect("numbers are JSON") + "\n"
         }
-    };
-    std::fs::write(path, content).map_err(|e| {
-        Error::io("write", path, &e).hint("name a writable file with --rank-map, with free space")
     })
 }
 

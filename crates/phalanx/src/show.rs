@@ -76,6 +76,14 @@ fn memory(s: &mut String, p: &Program) -> std::fmt::Result {
     for (name, bytes) in rows {
         writeln!(s, "  {name:<24} {:>14}  {:>10}", bytes, binary(bytes))?;
     }
+    if m.grads > m.params && p.layout.zero < spec::Zero::Gradients {
+        writeln!(
+            s,
+            "  gradients take {:.1} times the parameters: with partial sums of the fixed tree over a batch's sequences, \
+             which makes bits the same under every layout",
+            m.grads as f64 / m.params as f64
+        )?;
+    }
     if m.scratch_bound > 0 {
         let over = 100.0 * (m.scratch as f64 / m.scratch_bound as f64 - 1.0);
         writeln!(

@@ -21,6 +21,7 @@ pub(crate) fn ledger(args: &Ledger) -> Result<u8> {
     let audit =
         Audit::of(&args.run_dir, &|step, steps| busy.now(format!("comparing step {step} of {steps}")))?;
     drop(busy);
+    audit.damage.iter().for_each(|what| output::say(what));
     if args.json {
         let mut json = serde_json::to_value(&audit).expect("numbers are JSON");
         json["exact"] = audit.is_exact().into();
@@ -54,7 +55,18 @@ fn in_words(audit: &Audit) -> String {
         for w in &l.wrong {
             writeln!(out, "  step {}: {} lost, {} repeated", w.step, w.lost, w.repeated)?;
         }
+        for m in &l.missing {
+            let steps = if m.first == m.last {
+                format!("step {}", m.first)
+            } else {
+                format!("steps {} to {}", m.first, m.last)
+            };
+            writeln!(out, "records are missing for {steps}: what they drew is not known")?;
+        }
         match &audit.tokens {
+            Tokens::Equal if l.steps_missing > 0 => {
+                writeln!(out, "the tokens of every step on record are those of the data")
+            }
             Tokens::Equal => writeln!(out, "the tokens of every step are those of the data"),
             Tokens::Differ { step } => writeln!(out, "the tokens of step {step} are not those of the data"),
             Tokens::Unknown { reason } => writeln!(out, "the tokens could not be compared: {reason}"),

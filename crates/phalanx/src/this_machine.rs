@@ -49,7 +49,9 @@ pub(crate) fn choose(
     let machine = if path.exists() || missing == Missing::Refuse {
         load(path)?
     } else {
-        output::say(&format!("layout auto: no calibration in {FILE} yet, measuring this machine quickly"));
+        output::say(&format!(
+            "layout auto: no calibration in {FILE} yet, measuring this machine first, which takes a minute or two"
+        ));
         bench::calibrate(path, true)?
     };
     // MPI was not measured; between ranks that share no memory it is nearest to TCP.
@@ -304,9 +306,9 @@ fn text(
     let mut write = || -> std::fmt::Result {
         writeln!(
             out,
-            "{} ({:.1}M parameters) on {ranks} ranks of this machine ({}), {} sequences of {} tokens",
+            "{} ({} parameters) on {ranks} ranks of this machine ({}), {} sequences of {} tokens",
             run.model.name,
-            run.model.param_count() as f64 / 1e6,
+            output::count(run.model.param_count() as f64),
             machine.cpu,
             run.batch.sequences,
             run.batch.sequence

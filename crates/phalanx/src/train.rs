@@ -40,6 +40,10 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
     if nproc == 0 {
         return Err(Error::user("--nproc 0, expected at least one rank").hint("leave it out for one rank"));
     }
+    if let Some(least) = args.min_nproc.filter(|least| *least == 0 || *least > nproc) {
+        return Err(Error::user(format!("--min-nproc {least}, expected 1 to the {nproc} of --nproc"))
+            .hint("it is the fewest ranks to go on with when others are lost"));
+    }
     if args.stop_after == Some(0) {
         return Err(
             Error::user("--stop-after 0, expected a step from 1").hint("leave it out to train to the end")
@@ -173,6 +177,10 @@ pub(crate) fn begin(args: &Train, run: &RunSpec, asked: Asked) -> Result<Beginni
         return Ok(begin);
     }
     let dir = RunDir::of(run);
+    if dir.run_file().exists() && ranks::started_by_us() {
+        // Whoever started this rank has said so.
+        return Ok(begin);
+    }
     if dir.run_file().exists() {
         output::say(&format!(
             "{} was started before and has no checkpoint: it begins at step 0",
@@ -281,6 +289,13 @@ fn go_on(args: &Train, mut trainer: Trainer, threads: usize, early: Early) -> Re
 pub(crate) fn load(args: &Train, world: usize) -> Result<RunSpec> {
     let mut read = resolve(&args.run)?;
     check_run(&Cpu::new(1), &read.run)?;
+    if let Some(stop) = args.stop_after.filter(|stop| *stop > read.run.train.steps as u64) {
+        return Err(Error::user(format!(
+            "--stop-after {stop} is beyond train.steps = {}",
+            read.run.train.steps
+        ))
+        .hint("leave it out to train to the end, or raise train.steps"));
+    }
     if !args.fresh && *read.set_by("schedule.warmup_steps") == Origin::Default {
         keep_warmup(&mut read.run);
     }
@@ -433,9 +448,9 @@ fn announce(run: &RunSpec, trainer: &mut Trainer, threads: usize) {
     let device = trainer.executor().device();
     let on = if device.kind() == "cpu" { format!("{threads} threads") } else { device.name() };
     output::say(&format!(
-        "model {}: {:.1}M parameters, {} layers, width {}, vocabulary {}; {} on {on}, {}",
+        "model {}: {} parameters, {} layers, width {}, vocabulary {}; {} on {on}, {}",
         m.name,
-        m.param_count() as f64 / 1e6,
+        output::count(m.param_count() as f64),
         m.layers,
         m.hidden,
         m.vocab,
@@ -467,7 +482,7 @@ fn sample(run: &RunSpec, trainer: &mut Trainer, threads: usize, live: &mut Live)
         return Ok(());
     }
     let _busy = busy("sampling text");
-    let mut generator = train::Generator::open(&run.run.dir, Box::new(Cpu::new(threads)))?;
+    let mut generator = train::Generator::open(&run.run.dir, || Box::new(Cpu::new(threads)))?;
     let s = &run.sample;
     let sampling = Sampling {
         temperature: s.temperature,

@@ -26,7 +26,7 @@ pub(crate) fn run(args: &Validate) -> Result<u8> {
     }
     if let Some(path) = &args.fit {
         let fitted = calibrate(&name, &table, &catalog)?;
-        files::write(path, &fitted.to_toml())?;
+        files::write("--fit", path, &fitted.to_toml())?;
         output::say(&format!("wrote {}; --calibration takes it", path.display()));
         return Ok(0);
     }

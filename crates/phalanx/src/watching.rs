@@ -21,6 +21,10 @@ const TOKEN_BYTES: usize = 16;
 const TOKEN_CHARS_MIN: usize = 16;
 
 pub(crate) fn dash(args: &Dash) -> Result<u8> {
+    if args.machine != Path::new(this_machine::FILE) {
+        // One that is named is there, or is not what was meant.
+        this_machine::load(&args.machine)?;
+    }
     let token = match &args.token_file {
         Some(path) => Some(read_token(path)?),
         None if !args.bind.is_loopback() => Some(make_token()?),
@@ -65,9 +69,8 @@ impl Lookup for Files {
 }
 
 fn read_token(path: &Path) -> Result<String> {
-    let text = std::fs::read_to_string(path).map_err(|e| {
-        Error::io("read token", path, &e).hint("name a file that holds the token with --token-file")
-    })?;
+    let text = train::read(path)
+        .map_err(|e| e.context("--token-file").hint("name a file that holds the token with --token-file"))?;
     let token = text.lines().next().unwrap_or_default().trim();
     let is_plain = token.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.~".contains(&b));
     if token.len() < TOKEN_CHARS_MIN || !is_plain {

@@ -10,6 +10,7 @@ mod planner;
 mod rehearsal;
 mod serving;
 mod stores;
+mod strangers;
 mod survival;
 mod report;
 mod trouble;

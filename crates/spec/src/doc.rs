@@ -294,7 +294,7 @@ impl Doc {
             Some(KeyKind::CountOrOff { .. }) if entry.is_none() || entry.value == Val::Flag(false) => {
                 return Ok(None);
             }
-            Some(KeyKind::CountOrOff { max }) => (0, *max),
+            Some(KeyKind::CountOrOff { max, .. }) => (0, *max),
             _ => (0, usize::MAX >> 1),
         };
         let range = || self.wrong(path, format!("a whole number from {min} to {max}"));

@@ -50,6 +50,7 @@ impl Error {
             | K::NotADirectory
             | K::IsADirectory
             | K::ReadOnlyFilesystem
+            | K::InvalidInput
             | K::AlreadyExists => Error::user(what),
             _ if error.raw_os_error() == Some(TOO_MANY_LINKS) => Error::user(what),
             _ => Error::failure(what),

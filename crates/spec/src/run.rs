@@ -5,7 +5,7 @@ mod read;
 mod trouble;
 mod write;
 
-pub use keys::{Key, KeyKind};
+pub use keys::{Key, KeyKind, THREADS_MAX};
 pub use trouble::{OnCorruption, OnNan, OnSpike, TroubleSpec};
 pub use write::Difference;
 

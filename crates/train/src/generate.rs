@@ -18,6 +18,28 @@ pub struct Sampling {
     pub seed: u64,
 }
 
+/// Why no more tokens were drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// As many as were asked for are there.
+    Count,
+    /// The model ended the document, or whoever took tokens had enough.
+    Stop,
+    /// The context is full.
+    Full,
+}
+
+impl Ended {
+    /// One word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Ended::Count => "count",
+            Ended::Stop => "stop",
+            Ended::Full => "full",
+        }
+    }
+}
+
 impl Executor {
     /// Continues `prompt` by up to `tokens` tokens, calling `each` with every one; stops early at `stop` or when `each`
     /// returns false.
@@ -31,7 +53,7 @@ impl Executor {
         sampling: Sampling,
         stop: Option<u32>,
         each: &mut dyn FnMut(u32) -> bool,
-    ) -> Result<()> {
+    ) -> Result<Ended> {
         self.check_prompt(prompt)?;
         let vocab = self.logits_len();
         let mut candidates = Vec::with_capacity(vocab);
@@ -43,15 +65,18 @@ impl Executor {
         for n in 0..tokens {
             let token = self.pick(&mut candidates, sampling, n as u64)?;
             if Some(token) == stop || !each(token) {
-                return Ok(());
+                return Ok(Ended::Stop);
             }
             last += 1;
-            if n + 1 == tokens || last >= self.positions() {
-                return Ok(());
+            if n + 1 == tokens {
+                break;
+            }
+            if last >= self.positions() {
+                return Ok(Ended::Full);
             }
             self.feed(token, last)?;
         }
-        Ok(())
+        Ok(Ended::Count)
     }
 
     /// The logits after each of these tokens.
@@ -105,7 +130,7 @@ impl Executor {
     }
 
     /// Tokens that the cache, or a sequence, has room for.
-    fn positions(&self) -> usize {
+    pub(crate) fn positions(&self) -> usize {
         self.program.sequence.max(self.program.mode.positions())
     }
 

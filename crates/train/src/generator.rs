@@ -6,7 +6,7 @@ use spec::{Error, Layout, Result, RunSpec};
 
 use crate::device::Device;
 use crate::exec::Executor;
-use crate::generate::Sampling;
+use crate::generate::{Ended, Sampling};
 use crate::mesh::Mesh;
 use crate::run_dir::RunDir;
 
@@ -18,18 +18,18 @@ pub struct Generator {
 }
 
 impl Generator {
-    /// Loads the newest checkpoint of a run, whatever layout wrote it.
+    /// Loads the newest checkpoint of a run, whatever layout wrote it, onto a device that is opened once the run is found.
     ///
     /// # Errors
     /// If the run has no checkpoint, or it cannot be read.
-    pub fn open(dir: &Path, device: Box<dyn Device>) -> Result<Generator> {
+    pub fn open(dir: &Path, device: impl FnOnce() -> Box<dyn Device>) -> Result<Generator> {
         let dir = RunDir::open(dir)?;
         let run = dir.load()?;
         let checkpoint = dir.open_newest()?;
         let layout = Layout::default();
         let mode = Mode::Generate { positions: run.batch.sequence.max(2) };
         let request = Request { layout: &layout, sequences: 1, mode, ..Request::of(&run, 0) };
-        let mut exec = Executor::on(device, &request, Mesh::alone(), false)?;
+        let mut exec = Executor::on(device(), &request, Mesh::alone(), false)?;
         exec.set_tables(&run.model)?;
         exec.set_params_from(&checkpoint)
             .map_err(|e| e.hint("run.toml and the checkpoint must be of the same run"))?;
@@ -42,7 +42,12 @@ impl Generator {
         &self.run
     }
 
-    /// Continues `prompt`, handing text to `each` as it becomes whole characters.
+    /// Tokens of prompt and continuation that the model sees at once.
+    pub fn positions(&self) -> usize {
+        self.exec.positions()
+    }
+
+    /// Continues `prompt`, handing text to `each` as it becomes whole characters; how many tokens were made, and why no more.
     ///
     /// # Errors
     /// If the run has no tokenizer, or the prompt does not fit.
@@ -52,7 +57,7 @@ impl Generator {
         tokens: usize,
         sampling: Sampling,
         each: &mut dyn FnMut(&str),
-    ) -> Result<()> {
+    ) -> Result<(usize, Ended)> {
         let tokenizer = self.tokenizer.as_ref().ok_or_else(|| {
             Error::user("the run has no tokenizer")
                 .hint("give token ids: phalanx generate --tokens \"1 2 3\"")
@@ -63,25 +68,27 @@ impl Generator {
         }
         let mut decoder = StreamDecoder::new(tokenizer);
         let eod = tokenizer.eod();
-        self.exec.generate(&ids, tokens, sampling, eod, &mut |id| {
+        let mut made = 0;
+        let ended = self.exec.generate(&ids, tokens, sampling, eod, &mut |id| {
+            made += 1;
             each(&decoder.push(id));
             true
         })?;
         each(&decoder.finish());
-        Ok(())
+        Ok((made, ended))
     }
 
-    /// Continues token ids.
+    /// Continues token ids; those that were made, and why no more.
     ///
     /// # Errors
     /// If the prompt is empty or does not fit.
-    pub fn ids(&mut self, prompt: &[u32], tokens: usize, sampling: Sampling) -> Result<Vec<u32>> {
-        let mut out = Vec::with_capacity(tokens);
-        self.exec.generate(prompt, tokens, sampling, None, &mut |id| {
+    pub fn ids(&mut self, prompt: &[u32], tokens: usize, sampling: Sampling) -> Result<(Vec<u32>, Ended)> {
+        let mut out = Vec::new();
+        let ended = self.exec.generate(prompt, tokens, sampling, None, &mut |id| {
             out.push(id);
             true
         })?;
-        Ok(out)
+        Ok((out, ended))
     }
 
     /// The logits after each of these tokens.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use data::{Fingerprint, Manifest, Streams, Tokenizer};
 use serde_json::{Value, json};
 use spec::run::DataSource;
-use spec::{Context, Error, Result, RunSpec};
+use spec::{Error, Result, RunSpec};
 
 /// A tokenizer and its name by content.
 #[derive(Clone, Debug)]
@@ -182,7 +182,12 @@ pub(crate) fn of_run(dir: &crate::RunDir, trained: &Trained) -> Result<Option<Na
             .hint(put_back(dir))),
         };
     };
-    let found = Named::load(&path).context("read the run's own tokenizer")?;
+    let found = Named::load(&path).map_err(|e| {
+        // Its own hint does not know that there is a copy.
+        let what = e.to_string();
+        let e = if e.kind() == spec::Kind::User { Error::user(what) } else { Error::failure(what) };
+        e.context("read the run's own tokenizer").hint(put_back(dir))
+    })?;
     match &trained.tokenizer {
         Some(known) if *known != found.fingerprint => Err(Error::user(format!(
             "{} is not the tokenizer that the checkpoint of step {} was trained with ({})",

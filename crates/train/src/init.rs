@@ -2,14 +2,17 @@
 //! the three, whoever holds it and whatever the layout.
 
 use program::{ParamKey, ParamPart};
-use spec::ModelSpec;
 use spec::random::mix;
+use spec::{Error, ModelSpec, Result};
 
 /// Elements from which several threads fill a box: below, starting them takes longer.
 const SPREAD: usize = 1 << 22;
 
 /// Fills the rank's box of a parameter, row by row; `out` has `ld` elements a row.
-pub(crate) fn fill(model: &ModelSpec, seed: u64, part: &ParamPart, out: &mut [f32], ld: usize) {
+///
+/// # Errors
+/// If the system starts no more threads.
+pub(crate) fn fill(model: &ModelSpec, seed: u64, part: &ParamPart, out: &mut [f32], ld: usize) -> Result<()> {
     let (scheme, key) = (Scheme::of(model, part.key), key(seed, &part.name));
     let row = |r: usize, row: &mut [f32]| {
         let first = (part.row0 + r) * part.global.1 + part.col0;
@@ -28,14 +31,20 @@ pub(crate) fn fill(model: &ModelSpec, seed: u64, part: &ParamPart, out: &mut [f3
     };
     let chunks = out[..part.rows * ld].chunks_mut(rows * ld).enumerate();
     if threads == 1 {
-        return chunks.for_each(fill);
+        chunks.for_each(fill);
+        return Ok(());
     }
     std::thread::scope(|scope| {
         for chunk in chunks {
             let fill = &fill;
-            scope.spawn(move || fill(chunk));
+            let thread = std::thread::Builder::new().spawn_scoped(scope, move || fill(chunk));
+            thread.map_err(|e| {
+                Error::failure(format!("start {threads} threads: {e}"))
+                    .hint("raise the limit on threads: ulimit -u")
+            })?;
         }
-    });
+        Ok(())
+    })
 }
 
 #[derive(Clone, Copy)]
@@ -103,8 +112,8 @@ mod tests {
         };
         let part = ParamPart { row0: 2, rows: 3, col0: 4, cols: 5, ..whole.clone() };
         let (mut a, mut b) = (vec![0.0; 60], vec![0.0; 15]);
-        fill(&model, 3, &whole, &mut a, 10);
-        fill(&model, 3, &part, &mut b, 5);
+        fill(&model, 3, &whole, &mut a, 10).expect("threads");
+        fill(&model, 3, &part, &mut b, 5).expect("threads");
         for r in 0..3 {
             assert_eq!(a[(2 + r) * 10 + 4..][..5], b[r * 5..][..5]);
         }

@@ -15,6 +15,8 @@ pub struct Audit {
     pub ledger: Ledger,
     /// Whether the tokens are those that the data has at those samples.
     pub tokens: Tokens,
+    /// Damaged lines of journals that were passed over, in words.
+    pub damage: Vec<String>,
 }
 
 /// Whether the tokens that ranks drew are those of the data as it is now.
@@ -40,19 +42,26 @@ impl Audit {
     /// step that was compared and of how many there are.
     ///
     /// # Errors
-    /// If there is no run or no record of what was drawn, or a journal cannot be read.
+    /// If there is no run or no record of what was drawn, or a journal cannot be read; lines of it that are damaged are
+    /// passed over.
     pub fn of(dir: &Path, progress: &dyn Fn(u64, u64)) -> Result<Audit> {
         let run_dir = RunDir::new(dir);
         let run = run_dir.load()?;
-        let mut drawings = Drawings::default();
-        for (_, path) in journal::files(dir)? {
+        let (mut drawings, mut damage) = (Drawings::default(), Vec::new());
+        // Before the journals are read, which a run that goes on writes first.
+        let saved = run_dir.newest_checkpoint().ok().and_then(|path| ckpt::Checkpoint::open(&path).ok());
+        for (rank, path) in journal::files(dir)? {
             let mut reader = journal::Reader::open(&path)?;
-            while let Some(record) = reader.next_record()? {
-                drawings.add(record);
+            while let Some(record) = reader.next_sound()? {
+                drawings.add(rank, record);
             }
+            damage.extend(reader.damage.map(|d| d.to_string()));
+        }
+        if let Some(saved) = saved {
+            drawings.has_reached(saved.step());
         }
         let ledger = drawings.ledger(run.batch.sequences as u64);
-        if ledger.steps == 0 {
+        if ledger.batches.is_empty() && ledger.sessions == 0 {
             return Err(Error::user(format!("no journal in {} says what a step drew", dir.display()))
                 .hint("give the directory of a run that has done a step"));
         }
@@ -60,7 +69,7 @@ impl Audit {
             Ok(tokens) => tokens,
             Err(e) => Tokens::Unknown { reason: e.to_string() },
         };
-        Ok(Audit { ledger, tokens })
+        Ok(Audit { ledger, tokens, damage })
     }
 
     /// Whether no sample was lost, repeated or changed.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use spec::{Error, Result};
 
-use crate::trainer::host;
+use crate::host::host;
 
 /// Name of the locked file inside a run's directory; it holds the owner's process id and host, and is gone after a
 /// clean end.

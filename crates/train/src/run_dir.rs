@@ -141,6 +141,16 @@ impl RunDir {
         Ok(())
     }
 
+    /// Writes this run's file and its tokenizer into another directory, as a run that lies there.
+    ///
+    /// # Errors
+    /// If they cannot be read or written.
+    pub fn copy_into(&self, to: &Path, tokenizer: Option<&Path>) -> Result<()> {
+        let mut run = self.load()?;
+        to.clone_into(&mut run.run.dir);
+        RunDir::new(to).create(&run, tokenizer)
+    }
+
     /// The newest checkpoint, opened.
     ///
     /// # Errors

@@ -107,13 +107,10 @@ impl Executor {
     /// Sets tables, and weights from `seed`.
     ///
     /// # Errors
-    /// If the device is lost.
+    /// If the device is lost, or the system starts no more threads.
     pub fn initialise(&mut self, model: &ModelSpec, seed: u64) -> Result<()> {
         self.set_tables(model)?;
-        self.set_params(&mut |part, out| {
-            init::fill(model, seed, part, out, part.cols);
-            Ok(())
-        })
+        self.set_params(&mut |part, out| init::fill(model, seed, part, out, part.cols))
     }
 
     /// Sets the rotary tables.

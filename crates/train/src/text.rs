@@ -132,7 +132,7 @@ pub(crate) fn tokens_of(run: &RunSpec, dir: &RunDir) -> Option<Prepared> {
 }
 
 /// Beside the run unless it is set, so that runs in one folder share it.
-fn cache(run: &RunSpec) -> PathBuf {
+pub(crate) fn cache(run: &RunSpec) -> PathBuf {
     let beside = run.run.dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     run.data.cache_dir.clone().unwrap_or_else(|| beside.join("cache"))
 }

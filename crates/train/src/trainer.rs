@@ -1,6 +1,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use data::{Order, Prepared, Split, StreamOptions, Streams};
 use journal::{Journal, Record, tensorboard::EventWriter};
@@ -13,7 +13,9 @@ use crate::checkpoint::{adopt, restore};
 use crate::device::Device;
 use crate::drill::Drill;
 use crate::exec::{Executor, StepOutputs};
+use crate::host::{host, now_us};
 use crate::mesh::Mesh;
+use crate::peak::Peak;
 use crate::run_dir::RunDir;
 use crate::saving::Saving;
 use crate::survive::meet::Lifeline;
@@ -40,7 +42,7 @@ pub struct Trainer {
     step: u64,
     sample: Vec<u32>,
     /// Not measured where others would have to wait for it.
-    peak_flops_per_s: Option<f64>,
+    peak: Option<Peak>,
     begin: Beginning,
     /// Checkpoint that the run went on from.
     resumed: Option<PathBuf>,
@@ -172,7 +174,7 @@ impl Trainer {
         let dir = RunDir::of(&run);
         let mut events = None;
         again::lead(rank, &begin, &run, &dir, &mut events)?;
-        let peak_flops_per_s = 1e9 * exec.peak_gflops();
+        let peak = Peak::measure(&mut *exec.device, &crate::text::cache(&run));
         let journal = Journal::open(dir.path(), rank)?;
         let mut t = Trainer {
             run,
@@ -183,7 +185,7 @@ impl Trainer {
             events,
             step,
             sample,
-            peak_flops_per_s: Some(peak_flops_per_s),
+            peak: Some(peak),
             begin,
             resumed,
             session,
@@ -224,7 +226,11 @@ impl Trainer {
 
     /// If all steps were done before: that, and how to go on.
     pub fn after_the_end(&self) -> Option<String> {
-        (self.step >= self.run.train.steps as u64).then(|| crate::resume::after_the_end(&self.run))
+        self.is_past_the_end().then(|| crate::resume::after_the_end(&self.run))
+    }
+
+    fn is_past_the_end(&self) -> bool {
+        self.step >= self.run.train.steps as u64 && !self.owes
     }
 
     fn announce(&mut self, rank: usize) -> Result<()> {
@@ -239,6 +245,7 @@ impl Trainer {
             device: self.exec.device.name(),
             threads: Some(self.exec.device.threads()),
             parameters: self.run.model.param_count(),
+            peak_flops_per_s: self.peak.as_ref().map(Peak::flops_per_s),
         };
         self.journal.write(&started)?;
         let path = self.resumed.as_ref().map(|path| path.display().to_string());
@@ -256,6 +263,11 @@ impl Trainer {
         for text in &self.begin.notes {
             let text = text.clone();
             self.journal.write(&Record::Warning { time_us, text })?;
+        }
+        if self.is_past_the_end() {
+            // Nothing will follow: whoever watches must not wait for it.
+            let reason = "all steps were done before".to_owned();
+            self.journal.write(&Record::Finished { time_us, step: self.step, reason })?;
         }
         Ok(())
     }
@@ -275,6 +287,8 @@ impl Trainer {
             self.note(Record::Warning { time_us: now_us(), text }, each);
         }
         if stop_after.is_some_and(|n| self.step >= n) {
+            let reason = "stopped on request".to_owned();
+            self.note(Record::Finished { time_us: now_us(), step: self.step, reason }, each);
             return Ok(Outcome::Stopped);
         }
         self.untold.drain(..).for_each(|record| each(Event::Record(record)));
@@ -301,6 +315,7 @@ impl Trainer {
                 }
             }
         }
+        self.peak.iter_mut().for_each(Peak::keep);
         let reason = "all steps done".to_owned();
         self.note(Record::Finished { time_us: now_us(), step: self.step, reason }, each);
         Ok(Outcome::Finished)
@@ -529,13 +544,6 @@ pub(crate) fn load(
     Ok(drawn)
 }
 
-/// Memory of this machine, if the system says.
-pub fn memory_bytes() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib = text.lines().find_map(|l| l.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"))?;
-    Some(kib.parse::<usize>().ok()? << 10)
-}
-
 pub(crate) fn open_data(run: &RunSpec, prepared: Option<&Prepared>) -> Result<Streams> {
     let parts = match (&run.data.source, prepared) {
         (_, Some(p)) => vec![(p.prefix.clone(), 1.0)],
@@ -555,17 +563,4 @@ pub(crate) fn open_data(run: &RunSpec, prepared: Option<&Prepared>) -> Result<St
         valid_samples: run.train.eval_batches as u64 * sequences,
         order: Order::Endless,
     })
-}
-
-/// Microseconds since 1970.
-pub fn now_us() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX))
-}
-
-/// This machine's name.
-pub fn host() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname")
-        .map_or_else(|_| "localhost".into(), |h| h.trim().to_owned())
 }

@@ -15,6 +15,7 @@ fn started(time_us: u64) -> Record {
         device: "cpu".into(),
         threads: None,
         parameters: 13_800_000,
+        peak_flops_per_s: None,
     }
 }
 

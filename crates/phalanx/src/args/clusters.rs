@@ -14,7 +14,7 @@ Examples:
 
 /// Write a batch script that trains to the end, over time limits, preemptions and failures, and submit it
 #[derive(Debug, Parser)]
-#[command(name = "phalanx launch slurm", max_term_width = 100, after_help = SLURM_EXAMPLES)]
+#[command(name = "phalanx launch slurm", bin_name = "phalanx launch slurm", max_term_width = 100, after_help = SLURM_EXAMPLES)]
 pub(crate) struct Slurm {
     /// Nodes
     #[arg(long, short = 'N', default_value_t = 1, value_name = "N")]
@@ -101,7 +101,7 @@ Examples:
 
 /// Write manifests for Kubernetes: pods that find each other, keep checkpoints and are started again
 #[derive(Debug, Parser)]
-#[command(name = "phalanx launch kubernetes", max_term_width = 100, after_help = KUBERNETES_EXAMPLES)]
+#[command(name = "phalanx launch kubernetes", bin_name = "phalanx launch kubernetes", max_term_width = 100, after_help = KUBERNETES_EXAMPLES)]
 pub(crate) struct Kubernetes {
     /// What keeps the pods; the cluster must have it
     #[arg(long, default_value = "job")]

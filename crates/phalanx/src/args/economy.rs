@@ -98,6 +98,9 @@ pub(crate) struct Decide {
     /// Write the assumptions to edit
     #[arg(long, value_name = "FILE.toml")]
     pub(crate) write: Option<PathBuf>,
+    /// With --write, replace a file that is there
+    #[arg(long, requires = "write")]
+    pub(crate) force: bool,
     /// Write a page with figures, tables and sources, in one file that needs no network
     #[arg(long, value_name = "FILE")]
     pub(crate) html: Option<PathBuf>,

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use spec::{Error, Result};
 
 use crate::busy::Progress;
-use crate::output;
+use crate::{files, output};
 
 pub(super) fn run(path: &Path, quick: bool, as_json: bool) -> Result<u8> {
     let m = calibrate(path, quick)?;
@@ -25,6 +25,13 @@ pub(super) fn run(path: &Path, quick: bool, as_json: bool) -> Result<u8> {
 
 /// Measures this machine and writes what it found to `path`.
 pub(crate) fn calibrate(path: &Path, quick: bool) -> Result<Machine> {
+    if let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+        std::fs::create_dir_all(folder).map_err(|e| {
+            Error::io("make folder", folder, &e).hint("name a file in a writable folder with --output")
+        })?;
+    }
+    // Minutes of measuring are not for a file that cannot be written.
+    drop(files::Pending::create("--output", path)?);
     let start = Instant::now();
     let cores = output::threads(0);
     let loaded = measure::load_average().filter(|load| *load > 0.5 * cores as f64);
@@ -35,7 +42,7 @@ pub(crate) fn calibrate(path: &Path, quick: bool) -> Result<Machine> {
     };
     let machine = Calibration { quick, cores, collectives: &collectives, progress: &progress }.measure()?;
     drop(shown);
-    write(path, &machine.to_toml())?;
+    files::write("--output", path, &machine.to_toml())?;
     output::say(&format!(
         "measured {} ({cores} cores) in {:.0} s: {} kernel tables, {} link tables in {}",
         machine.cpu,
@@ -76,21 +83,6 @@ fn collectives(transport: &str, ranks: usize, budget: Duration) -> Result<Vec<Co
 pub(super) fn could_not(measure: &str, said: &[u8]) -> Error {
     let said = String::from_utf8_lossy(said);
     Error::failure(format!("{measure} could not be measured: {}", said.trim()))
-}
-
-/// Writes a file under a temporary name and renames it, so that nobody reads half of it.
-fn write(path: &Path, text: &str) -> Result<()> {
-    let io = |e: std::io::Error| {
-        Error::io("write calibration", path, &e).hint("name a file in a writable folder with --output")
-    };
-    if let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
-        std::fs::create_dir_all(folder).map_err(io)?;
-    }
-    let temp = path.with_extension(format!("{}.tmp", std::process::id()));
-    std::fs::write(&temp, text).and_then(|()| std::fs::rename(&temp, path)).map_err(|e| {
-        let _ = std::fs::remove_file(&temp);
-        io(e)
-    })
 }
 
 fn summary(m: &Machine, path: &Path) -> Value {

@@ -22,6 +22,10 @@ pub(super) fn run(args: &BenchStep) -> Result<u8> {
         return Err(Error::user("--resident answers for one rank, found --nproc above 1")
             .hint("leave out --resident or --nproc"));
     }
+    if args.steps == 0 {
+        return Err(Error::user("--steps 0, expected at least one timed step").hint("leave it out for 10"));
+    }
+    output::threads_asked(args.threads)?;
     let run = reference(&args.set, args.nproc == 1)?;
     run.layout.validate_world(args.nproc)?;
     let threads = |share: usize| if args.threads > 0 { args.threads } else { share };
@@ -67,7 +71,7 @@ fn serve(stepper: &mut Stepper) -> Result<()> {
 
 /// Times the steps; the first rank prints.
 fn report(stepper: &mut Stepper, args: &BenchStep) -> Result<()> {
-    let Some(r) = stepper.report(args.steps.max(1))? else { return Ok(()) };
+    let Some(r) = stepper.report(args.steps)? else { return Ok(()) };
     if args.json {
         // By way of a value, whose keys are sorted.
         let value = serde_json::to_value(&r).expect("numbers are JSON");

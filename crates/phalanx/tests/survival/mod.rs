@@ -63,8 +63,8 @@ fn checkpoints_are_listed_checked_compared_and_removed() {
         assert!(ran.err.contains(what) && ran.err.contains("hint: "), "{args}: {}", ran.err);
     };
     check("ckpt prune r --keep 0", "--keep 0 would leave no checkpoint");
-    check("ckpt ls none", "no checkpoint in none");
-    check("ckpt diff r none", "no checkpoint in none");
+    check("ckpt ls none", "none: no such directory");
+    check("ckpt diff r none", "none: no such directory");
 }
 
 #[test]
@@ -98,7 +98,7 @@ fn a_checkpoint_in_other_files_is_the_same_and_a_run_goes_on_from_it() {
     for (args, what) in [
         ("ckpt reshard r s --ranks 2", "step-00000006 is there already"),
         ("ckpt reshard r t --ranks 0", "reshard for 0 ranks"),
-        ("ckpt reshard none t --ranks 1", "no checkpoint in none"),
+        ("ckpt reshard none t --ranks 1", "none: no such directory"),
     ] {
         let ran = lab.run(args);
         assert_eq!(ran.code, Some(2), "{args}: {}", ran.err);
@@ -162,7 +162,8 @@ fn a_ledger_counts_what_was_lost_and_what_came_twice() {
     lab.train("r", "--nproc 4 --set layout.dp=2 --set layout.pp=2");
     let ledger = lab.json("ledger r --json");
     let expected = json!({"steps": 6, "sessions": 2, "steps_redone": 2, "samples": 24, "samples_lost": 0,
-        "samples_skipped": 0, "skipped": [], "samples_repeated": 0, "wrong": [], "tokens": {"state": "equal"}, "exact": true});
+        "samples_skipped": 0, "skipped": [], "samples_repeated": 0, "wrong": [], "steps_missing": 0, "missing": [],
+        "damage": [], "tokens": {"state": "equal"}, "exact": true});
     assert_eq!(ledger, expected);
 
     // A rank that drew something else, or whose record is gone.

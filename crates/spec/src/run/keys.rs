@@ -4,6 +4,10 @@ use crate::layout_check::MAX_WORLD;
 use crate::model_check::MAX_POSITIONS;
 use crate::run::trouble::{OnCorruption, OnNan, OnSpike};
 
+/// Most threads of a process: more than any machine has cores, and few enough that every system starts them.
+pub const THREADS_MAX: usize = 1024;
+/// Fewest entries of a tokenizer that is trained: the bytes, and the end of a document.
+pub(super) const VOCAB_MIN: usize = 257;
 /// Longest run: steps times the largest batch still count tokens in 63 bits.
 pub(super) const MAX_STEPS: usize = 1 << 30;
 /// Most tokens of a global batch, so that tokens times any width of a model stay far inside 64 bits.
@@ -36,6 +40,8 @@ pub enum KeyKind {
     CountOrOff {
         /// Most.
         max: usize,
+        /// What 0 stands for.
+        zero: &'static str,
     },
     /// A finite number.
     Number {
@@ -65,7 +71,7 @@ impl Key {
     pub fn type_text(&self) -> String {
         match &self.kind {
             KeyKind::Count { .. } => "count".to_owned(),
-            KeyKind::CountOrOff { .. } => "count, 0 = off".to_owned(),
+            KeyKind::CountOrOff { zero, .. } => format!("count, 0 = {zero}"),
             KeyKind::Number { .. } => "number".to_owned(),
             KeyKind::Flag => "true | false".to_owned(),
             KeyKind::Text => "text".to_owned(),
@@ -97,7 +103,11 @@ const fn count(min: usize, max: usize) -> KeyKind {
 }
 
 const fn off(max: usize) -> KeyKind {
-    KeyKind::CountOrOff { max }
+    or_zero(max, "off")
+}
+
+const fn or_zero(max: usize, zero: &'static str) -> KeyKind {
+    KeyKind::CountOrOff { max, zero }
 }
 
 const ABOVE_ZERO: KeyKind =
@@ -206,7 +216,7 @@ pub(crate) static KEYS: &[Key] = &[
     key("data.tokenizer", KeyKind::Path, "", "tokenizer.json; trained from the text if absent"),
     key(
         "data.vocab_size",
-        count(257, 1 << 24),
+        count(VOCAB_MIN, 1 << 24),
         "4096",
         "vocabulary of the tokenizer that is trained; at most the model's",
     ),
@@ -365,7 +375,7 @@ pub(crate) static KEYS: &[Key] = &[
         "true",
         "write checkpoints while training goes on, from a copy of weights and moments in memory",
     ),
-    key("checkpoint.keep", off(MAX_STEPS), "2", "newest checkpoints kept; 0 = all"),
+    key("checkpoint.keep", or_zero(MAX_STEPS, "all"), "2", "newest checkpoints kept; 0 = all"),
     key(
         "checkpoint.keep_every",
         off(MAX_STEPS),
@@ -384,7 +394,12 @@ pub(crate) static KEYS: &[Key] = &[
         "\"runs/default\"",
         "where journal, checkpoints and the resolved run file go",
     ),
-    key("run.threads", off(1 << 16), "0", "threads of a rank; 0 = its share of the machine's cores"),
+    key(
+        "run.threads",
+        or_zero(THREADS_MAX, "all"),
+        "0",
+        "threads of a rank; 0 = its share of the machine's cores",
+    ),
     key(
         "run.device",
         KeyKind::Choice(&["auto", "cpu", "cuda"]),
@@ -460,7 +475,7 @@ pub(crate) static KEYS: &[Key] = &[
         "0.8",
         "0 takes the likeliest token",
     ),
-    key("sample.top_k", off(1 << 24), "50", "sample among this many likeliest tokens"),
+    key("sample.top_k", or_zero(1 << 24, "all"), "50", "sample among this many likeliest tokens"),
     key("sample.top_p", PART, "1.0", "sample among the likeliest tokens that hold this share"),
 ];
 

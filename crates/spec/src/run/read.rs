@@ -1,4 +1,4 @@
-use super::keys::{KEYS, Key, MAX_BATCH_TOKENS};
+use super::keys::{KEYS, Key, MAX_BATCH_TOKENS, VOCAB_MIN};
 use super::*;
 use crate::doc::{Doc, Val};
 use crate::model_toml::read_model;
@@ -79,12 +79,12 @@ impl RunSpec {
         let optim = read_optim(&doc)?;
         let mut data = read_data(&doc)?;
         if !doc.written("data.vocab_size") {
-            // A smaller model gets a tokenizer that fits; the bytes alone take 257 entries.
-            data.vocab_size = data.vocab_size.min(model.vocab).max(257);
+            // A smaller model gets a tokenizer that fits.
+            data.vocab_size = data.vocab_size.min(model.vocab).max(VOCAB_MIN);
         }
         let run = RunSpec {
             data,
-            batch: read_batch(&doc)?,
+            batch: read_batch(&doc, model.max_positions())?,
             schedule: read_schedule(&doc, train.steps, optim.lr)?,
             layout: read_layout(&doc)?,
             auto_layout,
@@ -142,10 +142,13 @@ impl RunSpec {
                     "data.vocab_size",
                     format!("at most the vocabulary of {} of {}", self.model.vocab, self.model.name),
                 )
-                .hint(format!(
-                    "set data.vocab_size={}, or model.vocab={}",
-                    self.model.vocab, self.data.vocab_size
-                )));
+                .hint(match self.model.vocab {
+                    too_small @ ..VOCAB_MIN => format!(
+                        "set model.vocab={}: {too_small} entries hold no text, the bytes alone take {VOCAB_MIN}",
+                        self.data.vocab_size
+                    ),
+                    vocab => format!("set data.vocab_size={vocab}, or model.vocab={}", self.data.vocab_size),
+                }));
         }
         trouble::check(self, doc)?;
         self.layout.validate(&self.model, sequences, sequence).map_err(|e| doc.locate(e))
@@ -282,8 +285,10 @@ fn read_split(doc: &Doc) -> Result<[f64; 3]> {
     if fine { Ok(split) } else { Err(wrong()) }
 }
 
-fn read_batch(doc: &Doc) -> Result<BatchSpec> {
+/// What a batch is; sequences are as long as a model that sees less than the default can see, unless they say.
+fn read_batch(doc: &Doc, longest: usize) -> Result<BatchSpec> {
     let sequence = doc.count("batch.sequence")?;
+    let sequence = if doc.written("batch.sequence") { sequence } else { sequence.min(longest) };
     let sequences = if doc.has("batch.tokens") {
         let tokens = doc.count("batch.tokens")?;
         if !tokens.is_multiple_of(sequence) {

@@ -293,6 +293,13 @@ fn contradictions() {
         "data.vocab_size = 5000 in run.toml:2, expected at most the vocabulary of 4096 of llama-tiny-ref | set data.vocab_size=4096, or model.vocab=5000",
     );
     check(
+        "[model]\npreset = \"tiny\"\n",
+        "data.vocab_size = 4096, expected at most the vocabulary of 96 of tiny | set model.vocab=257: 96 entries hold no text, the bytes alone take 257",
+    );
+    let one_key_more =
+        RunSpec::load(None, &["model.preset=tiny".into(), "model.vocab=257".into()], &|_| unreachable!());
+    assert_eq!(one_key_more.expect("a run").batch.sequence, 64, "as much as the model sees");
+    check(
         "[data]\ntext = \"a\"\nprefix = \"b\"\n",
         "data.prefix = \"b\" in run.toml:3 contradicts data.text = \"a\" in run.toml:2 | keep one of data.text, data.prefix, data.blend",
     );

@@ -91,7 +91,7 @@ impl History {
                     }
                     _ => {}
                 }
-                drawings.add(record);
+                drawings.add(rank, record);
             }
         }
         h.skipped = drawings.ledger(sequences).skipped;

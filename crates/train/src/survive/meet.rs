@@ -18,9 +18,10 @@ use super::share::{Label, Share};
 use crate::begin::{Beginning, Weights};
 use crate::device::Device;
 use crate::exec::Executor;
+use crate::host::now_us;
 use crate::mesh::Mesh;
 use crate::run_dir::RunDir;
-use crate::trainer::{now_us, open_data, remembered, weights};
+use crate::trainer::{open_data, remembered, weights};
 use crate::trouble::Watch;
 
 /// How long a rank that has lost its world waits for orders: an agent has to find out who is left, over all hosts.

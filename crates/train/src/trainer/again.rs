@@ -11,6 +11,7 @@ use super::trouble::Looks;
 use super::waits::Waits;
 use super::{Event, Pace, Trainer, host, load, now_us};
 use crate::begin::Beginning;
+use crate::peak::Peak;
 use crate::run_dir::RunDir;
 use crate::survive::Agent;
 use crate::survive::copies::Copies;
@@ -61,7 +62,7 @@ impl Trainer {
             streams,
             events: None,
             step: placed.step,
-            peak_flops_per_s: None,
+            peak: None,
             begin,
             resumed,
             session: placed.session,
@@ -80,7 +81,7 @@ impl Trainer {
             load(&mut t.exec, t.streams.train.as_ref(), t.step, &mut t.sample)?;
         }
         if round == 0 {
-            t.peak_flops_per_s = Some(1e9 * t.exec.peak_gflops());
+            t.peak = Some(Peak::measure(&mut *t.exec.device, &crate::text::cache(&t.run)));
         }
         lead(rank, &t.begin, &t.run, &t.dir, &mut t.events)?;
         t.announce(rank)?;

@@ -6,8 +6,9 @@ use journal::Record;
 use spec::{Result, RunSpec};
 
 use super::trouble::Mended;
-use super::{Drawn, Event, Pace, Trainer, load, now_us};
+use super::{Drawn, Event, Pace, Trainer, load};
 use crate::exec::{StepInputs, StepOutputs};
+use crate::host::now_us;
 use crate::saving::Saving;
 use crate::trouble::Decision;
 
@@ -87,13 +88,14 @@ impl Trainer {
     }
 
     /// What the step that was done last was.
-    fn step_record(&self, out: StepOutputs, step_s: f64) -> Result<Record> {
+    fn step_record(&mut self, out: StepOutputs, step_s: f64) -> Result<Record> {
         let (step, batch) = (self.step, &self.run.batch);
         let tokens = batch.tokens();
         let lr = self.run.lr_at(step as usize);
         let tokens_per_s = tokens as f64 / step_s;
         let flops_per_s = self.run.model.flops_per_token(batch.sequence) * tokens_per_s;
-        let mfu = self.peak_flops_per_s.map(|peak| flops_per_s / (peak * self.run.layout.world() as f64));
+        let each_flops_per_s = flops_per_s / self.run.layout.world() as f64;
+        let mfu = self.peak.as_mut().map(|peak| peak.share(each_flops_per_s));
         Ok(Record::Step(journal::Step {
             time_us: now_us(),
             step,

@@ -1,0 +1,101 @@
+//! One line, one hint, exit code 2.
+
+use crate::check;
+use crate::common::{Lab, tiny};
+
+#[test]
+fn numbers_of_threads_are_bounded_before_one_is_started() {
+    let lab = Lab::new();
+    check(&lab, &tiny("bad", "--set run.threads=65536"), 2, "run.threads = 65536");
+    for args in [
+        "generate bad --threads 20000",
+        "bench step --threads 100000",
+        "data build text.txt -o s --threads 9999",
+    ] {
+        check(&lab, args, 2, "expected 0 to 1024");
+    }
+    check(&lab, "generate none --threads 8", 2, "read none/run.toml");
+}
+
+#[test]
+fn nonsense_is_refused_before_anything_is_done() {
+    let lab = Lab::new();
+    let bad = |args: &str, what: &str| check(&lab, args, 2, what);
+    bad(&tiny("bad", "--min-nproc 4 --nproc 2"), "--min-nproc 4, expected 1 to the 2 of --nproc");
+    bad(&tiny("bad", "--stop-after 500"), "--stop-after 500 is beyond train.steps = 6");
+    bad("bench step --steps 0", "--steps 0");
+    bad("export bad out --max-shard-bytes 0", "--max-shard-bytes 0");
+    bad("launch --node-rank 5 true", "--node-rank=5: expected a rank below --nnodes=1");
+    bad("launch --local-ranks-filter 9 true", "--local-ranks-filter=9: expected local ranks below 1");
+    bad("dash . --machine none.toml", "read none.toml");
+    for (sweep, what) in
+        [("optim.lr=1e-3,xx", "optim.lr = \"xx\""), ("nosuch.key=1,2", "unknown key nosuch.key")]
+    {
+        bad(&format!("launch slurm --sweep {sweep} -- train"), what);
+        assert!(!lab.path("phalanx.sbatch").exists(), "{sweep}");
+    }
+}
+
+#[test]
+fn a_file_that_cannot_be_written_is_told_of_before_the_work_for_it() {
+    let lab = Lab::new();
+    lab.write("file", "");
+    check(&lab, "bench machine -o file/machine.toml", 2, "file");
+    let plan = "plan --model llama3-8b --cluster dgx-h100 --accelerators 8";
+    check(&lab, &format!("{plan} --rank-map none/ranks.csv"), 2, "none/ranks.csv");
+}
+
+#[test]
+fn every_refusal_has_the_same_shape() {
+    let lab = Lab::new();
+    let bad = |args: &str, what: &str| check(&lab, args, 2, what);
+    bad("alive none", "read run directory none");
+    bad("bench collectives --ranks 0", "--ranks 0");
+    bad("bench collectives --transport zz", "--transport zz");
+    bad("ckpt ls nonex", "nonex: no such directory");
+    bad("top", "required arguments were not provided: <RUN_DIR>");
+    bad("train --stpes 3", "unexpected argument '--stpes' found");
+    bad("tarin", "unrecognized subcommand 'tarin'");
+    bad("train --nproc x", "invalid value 'x' for '--nproc <N>'");
+    bad("plan --model llama3-8b --cluster dgx-h100 --tokens -1T", "--tokens -1T");
+    bad("launch slurm --nodes", "--nodes");
+    for flag in
+        ["nproc-per-node 0", "nnodes 0", "node-rank x", "master-port x", "max-restarts x", "redirects 9"]
+    {
+        bad(&format!("launch --{flag} true"), &format!("--{}", flag.replace(' ', "=")));
+    }
+    let ran = lab
+        .command(&tiny("bad", ""))
+        .envs([("RANK", "abc"), ("WORLD_SIZE", "2")])
+        .output()
+        .expect("start the program");
+    let err = String::from_utf8_lossy(&ran.stderr);
+    assert!(ran.status.code() == Some(2) && err.contains("RANK=abc") && err.contains("\nhint: "), "{err}");
+    assert!(lab.run("launch slurm --help").out.contains("Usage: phalanx launch slurm"));
+}
+
+#[test]
+fn help_that_nobody_can_read_is_a_failure() {
+    let lab = Lab::new();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
+    let ran = lab.command("train --help").stdout(full).output().expect("start the program");
+    assert_eq!(ran.status.code(), Some(1), "{}", String::from_utf8_lossy(&ran.stderr));
+}
+
+#[test]
+fn a_launcher_whose_workers_all_refuse_their_input_refuses_too() {
+    let lab = Lab::new();
+    lab.write("two.sh", "exit 2");
+    lab.write("one.sh", "exit 1");
+    assert_eq!(lab.run("launch sh two.sh").code, Some(2));
+    assert_eq!(lab.run("launch sh one.sh").code, Some(1));
+}
+
+#[test]
+fn the_tiny_preset_trains_with_one_more_key() {
+    let lab = Lab::new();
+    let tiny = "train --set model.preset=tiny --set run.dir=bad --text text.txt --set train.steps=1";
+    check(&lab, tiny, 2, "expected at most the vocabulary of 96 of tiny");
+    assert!(lab.run(tiny).err.contains("hint: set model.vocab=257"));
+    lab.ok(&format!("{} --set model.vocab=257", tiny.replace("bad", "good")));
+}
