@@ -80,8 +80,8 @@ fn a_real_store_does_what_checkpoints_need() {
         assert!(found == large[range.start as usize..range.end as usize], "{range:?}");
     }
     assert!(parts.read("parts", 100).is_err(), "it is longer than that");
-    let beyond = large.len() as u64;
-    assert!(parts.ranges("parts", &[beyond..beyond + 1]).is_err());
+    let end = large.len() as u64;
+    assert!(parts.ranges("parts", &[0..1, end..end + 1]).is_err(), "there is nothing beyond the end");
 
     // An upload that is given up leaves nothing.
     let mut upload = bucket.upload("aborted", large.len() as u64);

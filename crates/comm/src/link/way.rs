@@ -71,7 +71,7 @@ impl Source<'_> {
     pub(super) fn receive(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
         match self {
             Source::Socket(socket) => rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT).map(|(n, _)| n),
-            Source::Message(rest) if rest.is_empty() => Err(Errno::AGAIN),
+            Source::Message([]) => Err(Errno::AGAIN),
             Source::Message(rest) => {
                 let (now, later) = rest.split_at(buffer.len().min(rest.len()));
                 buffer[..now.len()].copy_from_slice(now);
