@@ -44,6 +44,9 @@ fn folder(path: &Path) -> PathBuf {
 /// Where a new checkpoint goes: to the run in `path`, to the checkpoints that lie there themselves, or to a run that is yet
 /// to be; never into a checkpoint, which ends where its manifest says.
 fn destination(path: &Path, is_of_a_run: bool) -> Result<PathBuf> {
+    if ckpt::is_url(path) {
+        return Ok(path.to_owned());
+    }
     let inside = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     if let Some(whole) = inside.ancestors().find(|p| is_one(p)) {
         return Err(Error::user(format!("{} is a checkpoint itself", whole.display()))
@@ -266,7 +269,7 @@ fn run_of(checkpoint: &Path) -> Option<RunDir> {
 /// says what is missing where none did.
 fn bring_run(from: &Path, out_dir: &Path, whole: bool) -> Result<()> {
     let (theirs, ours) = (RunDir::new(from), RunDir::new(out_dir));
-    if ours.run_file().exists() {
+    if ckpt::is_url(out_dir) || ours.run_file().exists() {
         return Ok(());
     }
     if theirs.run_file().exists() && whole {

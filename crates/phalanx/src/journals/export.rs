@@ -9,8 +9,8 @@ use journal::line::Line;
 use journal::{Record, Step};
 use spec::{Error, Result};
 
-use super::each;
 use super::parquet::Writer;
+use super::{each, each_sound};
 
 /// Where a run went back to, and where in the file that stands.
 struct Counts {
@@ -23,7 +23,8 @@ impl Counts {
     fn read(run_dir: &Path, rank: usize) -> Result<Counts> {
         let mut counts = Counts { back: Vec::new(), axes: BTreeSet::new() };
         let mut last = 0;
-        each(run_dir, rank, &mut |found| {
+        // Told of where rows are written.
+        each_sound(run_dir, rank, &mut |found| {
             match found.line {
                 Line::Record(
                     Record::Resumed { step, .. }

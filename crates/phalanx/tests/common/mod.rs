@@ -227,7 +227,7 @@ impl Started {
 /// Tests that are started in the background (`tests &`) are handed signals that are ignored, and would hand them on.
 fn heed_signals(command: &mut Command) {
     let heed = || {
-        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1] {
             // SAFETY: a call that only sets a signal's default action may be made between fork and exec.
             unsafe { libc::signal(signal, libc::SIG_DFL) };
         }

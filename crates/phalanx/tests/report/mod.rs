@@ -160,7 +160,9 @@ fn a_page_of_serving_shows_what_the_answer_says() {
 fn memory_by_stage_is_drawn_where_ends_hold_no_layer() {
     let lab = Lab::new();
     let plan = "plan --model llama3-405b --cluster dgx-superpod-h100-64su --accelerators 16384";
-    let json = lab.json(&format!("{plan} --layout tp=8,pp=16,chunks=8,zero=1 --html plan.html --json"));
+    let json = lab.json(&format!(
+        "{plan} --layout tp=8,pp=16,chunks=8,zero=2,recompute=selective --html plan.html --json"
+    ));
     let page = fs::read_to_string(lab.path("plan.html")).expect("a page");
     let stages = table(&page, "ranks");
     assert_eq!(stages.len(), 16);
