@@ -74,35 +74,7 @@ impl Metrics {
                 self.set("phalanx_running", 1.0);
                 self.set("phalanx_failed", 0.0);
             }
-            Record::Step(Step {
-                time_us,
-                step,
-                loss,
-                grad_norm,
-                lr,
-                tokens_per_s,
-                mfu,
-                step_s,
-                valid_tokens,
-                ..
-            }) => {
-                self.set("phalanx_step", *step as f64);
-                self.set("phalanx_loss", *loss);
-                self.set("phalanx_grad_norm", *grad_norm);
-                self.set("phalanx_learning_rate", *lr);
-                self.set("phalanx_tokens_per_second", *tokens_per_s);
-                self.set("phalanx_last_step_seconds", *step_s);
-                self.set("phalanx_last_step_timestamp_seconds", *time_us as f64 / 1e6);
-                if let Some(mfu) = mfu {
-                    self.set("phalanx_mfu_ratio", *mfu);
-                }
-                self.add("phalanx_steps_total", 1.0);
-                self.add("phalanx_tokens_total", *valid_tokens as f64);
-                if !loss.is_finite() || !grad_norm.is_finite() {
-                    self.add("phalanx_nonfinite_steps_total", 1.0);
-                }
-                self.count_step(*step_s);
-            }
+            Record::Step(step) => self.step(step),
             Record::Eval { loss, .. } => self.set("phalanx_eval_loss", *loss),
             Record::Checkpoint { time_us, step, bytes, save_s, .. } => {
                 self.set("phalanx_checkpoint_step", *step as f64);
@@ -126,6 +98,25 @@ impl Metrics {
             }
             _ => {}
         }
+    }
+
+    fn step(&mut self, step: &Step) {
+        self.set("phalanx_step", step.step as f64);
+        self.set("phalanx_loss", step.loss);
+        self.set("phalanx_grad_norm", step.grad_norm);
+        self.set("phalanx_learning_rate", step.lr);
+        self.set("phalanx_tokens_per_second", step.tokens_per_s);
+        self.set("phalanx_last_step_seconds", step.step_s);
+        self.set("phalanx_last_step_timestamp_seconds", step.time_us as f64 / 1e6);
+        if let Some(mfu) = step.mfu {
+            self.set("phalanx_mfu_ratio", mfu);
+        }
+        self.add("phalanx_steps_total", 1.0);
+        self.add("phalanx_tokens_total", step.valid_tokens as f64);
+        if !step.loss.is_finite() || !step.grad_norm.is_finite() {
+            self.add("phalanx_nonfinite_steps_total", 1.0);
+        }
+        self.count_step(step.step_s);
     }
 
     fn trouble(&mut self, record: &Record) {

@@ -1,5 +1,7 @@
 //! A planning question and its answer: the best layouts, how sure they are, and why.
 
+mod placed;
+
 use serde::Serialize;
 use serde_json::{Value, json};
 use spec::cluster::Knob;
@@ -7,7 +9,7 @@ use spec::{Cluster, Error, Layout, NumberFormat, Result};
 
 use crate::calibration::{Calibration, Evidence, Grade};
 use crate::compute::lacks;
-use crate::estimate::{Breakdown, Estimate, Estimator, MemoryUse, Problem, virtual_layers};
+use crate::estimate::{Breakdown, Estimate, Estimator, MemoryUse, Problem};
 use crate::given;
 use crate::placement::Placement;
 use crate::search::{self, Found, Searched, Space};
@@ -15,6 +17,8 @@ use crate::shape::Shape;
 use crate::software::Software;
 use crate::storage::{self, StorageEstimate};
 use crate::strategy::Strategy;
+
+pub use placed::{program_memory, stage_memory};
 
 /// What is to be planned.
 #[derive(Clone, Debug)]
@@ -495,7 +499,7 @@ fn assumptions(question: &Question, problem: &Problem, grade: &Grade, best: Opti
         && !question.shape.model.layers.is_multiple_of(pp * chunks)
     {
         out.push(format!(
-            "{} layers over {pp} stages of {chunks} chunks: some hold one more",
+            "{} layers over {pp} stages of {chunks} chunks: not all hold as many",
             question.shape.model.layers
         ));
     }
@@ -569,39 +573,6 @@ impl Answer {
             })
             .collect()
     }
-}
-
-/// Bytes of the fullest rank from the placed program itself: every stage's program is built and the largest counts.
-///
-/// # Errors
-/// If the model or the batch does not allow the layout.
-pub fn program_memory(problem: &Problem, placement: &Placement) -> Result<usize> {
-    let mut most = 0;
-    for stage in 0..placement.layout.pp {
-        most = most.max(stage_memory(problem, placement, stage)?.total);
-    }
-    Ok(most)
-}
-
-/// Where the bytes of a stage's ranks go, from the placed program itself.
-///
-/// # Errors
-/// As [`program_memory`].
-pub fn stage_memory(problem: &Problem, placement: &Placement, stage: usize) -> Result<program::Memory> {
-    // Chunks as the stack deals them: its ends may hold no layer.
-    let stage_layers = virtual_layers(problem, placement);
-    let layout = &Layout { stage_layers, ..placement.layout.clone() };
-    let request = program::Request {
-        model: &problem.shape.model,
-        layout,
-        sequence: problem.sequence,
-        sequences: problem.sequences,
-        precision: placement.precision(),
-        rank: stage * layout.stage_ranks(),
-        mode: program::Mode::Train,
-        loss: Default::default(),
-    };
-    program::Program::build(&request, &|_, _| 0).map(|p| p.memory)
 }
 
 #[cfg(test)]

@@ -64,7 +64,7 @@ pub struct Recovered {
     pub detect_s: f64,
     /// From then until all that go on have their places.
     pub meet_s: f64,
-    /// Nodes that go on, of [`Job::nodes`].
+    /// Nodes that go on, of all that the job began with.
     pub nodes: usize,
     /// Workers that kept their process and memory.
     pub kept: usize,

@@ -103,7 +103,7 @@ impl<'a> Launch<'a> {
     /// | `TieGrads` | the head's gradient | the table's, in place |
     /// | `Slice` | this rank's rows | the same |
     /// | `RouteGrad` | | dlogits, the layer's counts of experts in this step |
-    /// | `RingAttention`, `RingAttentionGrad` | as they are, [`Part`] by part | |
+    /// | `RingAttention`, `RingAttentionGrad` | as they are, part by part | |
     /// | `GradNorm` | owned gradients | all chunk sums, then those of each input |
     /// | `AdamW` | gradient | parameter, first and second moment, \[master\], in place |
     pub fn kind(&self) -> &'a OpKind {

@@ -180,7 +180,7 @@ fn a_missing_or_older_library_is_one_message() {
     if find(&lab).is_none() {
         refused(&[("LD_LIBRARY_PATH", &folder)], &train, &names);
     }
-    lab.write(LIBRARY, &"no library ".repeat(100));
+    lab.write(LIBRARY, "no library ".repeat(100));
     let path = lab.path(LIBRARY).display().to_string();
     refused(&[("PHALANX_MPI", &path)], &train, &[LIBRARY, "invalid ELF header"]);
     let bench = "bench collectives --transport mpi";
