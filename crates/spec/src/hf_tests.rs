@@ -213,7 +213,7 @@ fn what_of_deepseek_does_not_train() {
     check_refused(
         "deepseek_v3",
         json!({ "rms_norm_eps": 1e-5 }),
-        "rms_norm_eps = 1e-5 is not supported: the norms of the latents have 1e-6",
+        "rms_norm_eps = 0.00001 is not supported: the norms of the latents have 1e-6",
     );
     check_refused(
         "deepseek_v2",

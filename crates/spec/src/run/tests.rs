@@ -64,7 +64,7 @@ fn trouble_is_read_and_decides_no_number() {
     // Two are kept, 200 steps apart: the older one is 200 steps back at most.
     check_set(
         &["trouble.on_spike=rollback", "trouble.back_steps=201"],
-        "trouble.back_steps = 201 goes back further than the checkpoints that are kept: 200 steps | set checkpoint.keep=3 or more, or lower trouble.back_steps",
+        "--set trouble.back_steps=201: trouble.back_steps = 201 goes back further than the checkpoints that are kept: 200 steps | set checkpoint.keep=3 or more, or lower trouble.back_steps",
     );
     good("", &["trouble.on_spike=rollback", "trouble.back_steps=201", "checkpoint.keep=0"]);
 }
