@@ -388,7 +388,7 @@ const TOKENS_AT_ONCE: usize = 2048;
 /// Data parallelism fills the ranks that a layout leaves over, unless a flag says how many there are.
 fn fill_ranks(read: &Resolved, world: usize) -> Result<RunSpec> {
     let run = &read.run;
-    let model_ranks = run.layout.tp * run.layout.pp;
+    let model_ranks = run.layout.tp * run.layout.cp * run.layout.pp;
     let asked = matches!(read.set_by("layout.dp"), Origin::Set(_));
     if run.layout.dp != 1 || asked || !world.is_multiple_of(model_ranks) {
         return run.layout.validate_world(world).map(|()| run.clone());
@@ -400,7 +400,7 @@ fn fill_ranks(read: &Resolved, world: usize) -> Result<RunSpec> {
         } else {
             read.locate(e)
         };
-        e.hint("set layout.dp, layout.tp and layout.pp to fit the ranks")
+        e.hint("set layout.dp, layout.tp, layout.cp and layout.pp to fit the ranks")
     })?;
     Ok(RunSpec { layout, ..run.clone() })
 }

@@ -185,6 +185,22 @@ fn text_is_drawn_by_seed() {
     assert_eq!((logits.as_array().map(Vec::len), logits[0].as_array().map(Vec::len)), (Some(3), Some(300)));
 }
 
+/// Replicas fill the ranks that contexts leave over; every sample is drawn once for each copy of the model.
+#[test]
+fn contexts_over_ranks_train_and_their_ledger_is_exact() {
+    let lab = Lab::new();
+    lab.train("whole", "");
+    lab.train("cut", "--nproc 4 --set layout.cp=2");
+    assert_eq!(lab.json("ledger cut --json")["exact"], true);
+    let last = |run: &str| {
+        let steps = lab.ok(&format!("journal export {run} --csv"));
+        let loss = steps.lines().last().and_then(|l| l.split(',').nth(2)).map(str::parse::<f64>);
+        loss.expect("a step").expect("a loss")
+    };
+    let (whole, cut) = (last("whole"), last("cut"));
+    assert!((whole / cut - 1.0).abs() < 1e-5, "{whole} by one rank, {cut} by four");
+}
+
 #[test]
 fn programs_of_all_ranks_are_checked_together() {
     let lab = Lab::new();
