@@ -83,7 +83,7 @@ impl Secret {
     /// # Errors
     /// The system gives no random bytes.
     pub fn random_text() -> Result<String> {
-        Ok(random::<KEY_BYTES>()?.iter().map(|b| format!("{b:02x}")).collect())
+        Ok(hex(&random::<KEY_BYTES>()?))
     }
 
     /// Whether this is [`Secret::none`].

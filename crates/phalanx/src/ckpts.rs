@@ -48,7 +48,8 @@ fn destination(path: &Path, is_of_a_run: bool) -> Result<PathBuf> {
         return Ok(path.to_owned());
     }
     let inside = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    if let Some(whole) = inside.ancestors().find(|p| is_one(p)) {
+    let is_one = |p: &&Path| ckpt::is_checkpoint(p).unwrap_or(false);
+    if let Some(whole) = inside.ancestors().find(is_one) {
         return Err(Error::user(format!("{} is a checkpoint itself", whole.display()))
             .hint("give the directory of a run, of checkpoints, or a new one"));
     }
@@ -123,19 +124,12 @@ fn show(path: &Path, as_json: bool) -> Result<u8> {
     Ok(0)
 }
 
-/// Whether a directory is a checkpoint.
-fn is_one(path: &Path) -> bool {
-    path.join("manifest.json").exists()
-}
-
 /// Checks one checkpoint or all of a run; the first that is damaged is the error, after all were read.
 fn verify(path: &Path, as_json: bool) -> Result<u8> {
-    let paths = if ckpt::is_checkpoint(path)? {
-        vec![path.to_owned()]
-    } else {
-        all(path)?.into_iter().map(|(_, path)| path).collect()
-    };
-    if !is_one(path) {
+    let is_one = ckpt::is_checkpoint(path)?;
+    let paths =
+        if is_one { vec![path.to_owned()] } else { all(path)?.into_iter().map(|(_, path)| path).collect() };
+    if !is_one {
         // What a killed save left is no checkpoint, and nothing is said of it else.
         for left in unfinished(&folder(path)) {
             output::say(&format!(
@@ -170,7 +164,7 @@ fn unfinished(folder: &Path) -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = all
         .filter(|e| e.file_name().as_encoded_bytes().starts_with(b"step-"))
         .map(|e| e.path())
-        .filter(|path| path.is_dir() && !is_one(path))
+        .filter(|path| path.is_dir() && !ckpt::is_checkpoint(path).unwrap_or(false))
         .collect();
     found.sort();
     found

@@ -474,9 +474,13 @@ impl Program {
 
     /// The places of this rank's sequences in the global batch, in the order in which [`Io::tokens`] holds them.
     pub fn places(&self) -> Vec<u64> {
+        (0..self.local_sequences).map(|i| self.place(i) as u64).collect()
+    }
+
+    /// The place in the global batch of this rank's sequence `i`.
+    pub fn place(&self, i: usize) -> usize {
         let m = self.micro_batch();
-        let of = |i: usize| self.first_sequence(i / m) + i % m;
-        (0..self.local_sequences).map(|i| of(i) as u64).collect()
+        self.first_sequence(i / m) + i % m
     }
 
     /// The index in the global batch of the first sequence of a micro-batch.

@@ -282,14 +282,7 @@ impl Reader<'_> {
             "flap" => What::Flap(self.ranks(at, e)?, self.flap(at, e)?),
             "storage" => What::Storage(share("the share of its rates that storage has left")?),
             "throttle" | "pause" => {
-                let from = self.number(
-                    at,
-                    "from_s",
-                    Some(e.from_s.unwrap_or(0.0)),
-                    0.0,
-                    SECONDS_MAX,
-                    "seconds into the step",
-                )?;
+                let from = self.begin_s(at, e)?;
                 let length =
                     self.number(at, "for_s", e.for_s, 1.0 / TICKS_PER_S, SECONDS_MAX, "how many seconds")?;
                 let speed = match kind {
@@ -317,17 +310,16 @@ impl Reader<'_> {
         })
     }
 
+    /// When in the step it begins.
+    fn begin_s(&self, at: &str, e: &Entry) -> Result<f64> {
+        let from_s = Some(e.from_s.unwrap_or(0.0));
+        self.number(at, "from_s", from_s, 0.0, SECONDS_MAX, "seconds into the step")
+    }
+
     fn flap(&self, at: &str, e: &Entry) -> Result<Flap> {
         let hint = "the share of the port's rate that is left meanwhile";
         let share = self.number(at, "factor", e.factor, SHARE_MIN, 1.0, hint)?;
-        let from = self.number(
-            at,
-            "from_s",
-            Some(e.from_s.unwrap_or(0.0)),
-            0.0,
-            SECONDS_MAX,
-            "seconds into the step",
-        )?;
+        let from = self.begin_s(at, e)?;
         let every = self.number(
             at,
             "every_s",

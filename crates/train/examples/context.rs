@@ -76,18 +76,7 @@ fn one(model: &ModelSpec, layout: &Layout, sequence: usize, world: World) -> Ran
         exec.tokens()[row] = id(at);
         exec.targets()[row] = id(at + 1);
     }
-    let inputs = StepInputs {
-        valid_tokens: sequence as u64,
-        lr: 1e-3,
-        step: 1,
-        beta1: 0.9,
-        beta2: 0.95,
-        eps: 1e-8,
-        weight_decay: 0.1,
-        clip: Some(1.0),
-        stop: false,
-        saved: false,
-    };
+    let inputs = StepInputs { eps: 1e-8, ..StepInputs::adamw(1, 1e-3, sequence) };
     exec.mesh().barrier().expect("all ranks");
     let (began, cpu) = (Instant::now(), cpu_s(libc::CLOCK_THREAD_CPUTIME_ID));
     let out = exec.step(&inputs).expect("a step");

@@ -46,7 +46,7 @@ pub use drill::Drill;
 pub use exec::{Executor, StepInputs, StepOutputs};
 pub use generate::{Ended, Sampling};
 pub use generator::Generator;
-pub use host::{host, memory_bytes, now_us};
+pub use host::{host, memory_bytes, now_us, processor};
 pub use launch::{Gradient, Launch, Message, Operand, Turn};
 pub use ledger::{Audit, Tokens};
 pub use lock::DirLock;

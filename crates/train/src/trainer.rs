@@ -533,10 +533,8 @@ pub(crate) fn load(
     sample: &mut [u32],
 ) -> Result<Drawn> {
     let mut drawn = Drawn::default();
-    let m = exec.program.micro_batch();
     for i in 0..exec.program.local_sequences {
-        let at = exec.program.first_sequence(i / m) + i % m;
-        let index = index * exec.program.sequences as u64 + at as u64;
+        let index = index * exec.program.sequences as u64 + exec.program.place(i) as u64;
         stream.sample(index, sample)?;
         drawn.add(index, sample);
         exec.take(i, sample);

@@ -65,18 +65,7 @@ impl Golden {
         exec.tokens().copy_from_slice(tokens);
         exec.targets().copy_from_slice(targets);
         let valid_tokens = targets.iter().filter(|&&t| t != u32::MAX).count() as u64;
-        let inputs = StepInputs {
-            valid_tokens,
-            lr,
-            step,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            clip: Some(1.0),
-            stop: false,
-            saved: false,
-        };
+        let inputs = StepInputs { lr, ..common::inputs(step, valid_tokens) };
         exec.step(&inputs).expect("a step")
     }
 

@@ -12,8 +12,7 @@ pub(super) fn checks() -> Vec<Check> {
 }
 
 fn processor() -> Check {
-    let info = line_of("/proc/cpuinfo").unwrap_or_default();
-    let name = field(&info, "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned());
+    let name = train::processor();
     let why = "matrix products run on the widest vectors that there are; other processors get the same bits, slower";
     #[cfg(target_arch = "x86_64")]
     let (vectors, fine) = match () {

@@ -315,9 +315,6 @@ fn head_by_cost(problem: &Problem, placement: &Placement) -> Option<f64> {
 pub(crate) fn virtual_layers(problem: &Problem, placement: &Placement) -> Vec<usize> {
     let (l, layers, software) = (&placement.layout, problem.shape.model.layers, &problem.software);
     let virtuals = l.pp * l.chunks;
-    if l.stage_layers.len() == virtuals {
-        return l.stage_layers.clone();
-    }
     let share = |n: usize, parts: usize, i: usize| n * (i + 1) / parts - n * i / parts;
     if let Some(head) = head_by_cost(problem, placement) {
         let end = |s: usize| StageLayers::end_by_cost(l.pp, layers, head, s);
@@ -347,17 +344,19 @@ pub(crate) fn virtual_layers(problem: &Problem, placement: &Placement) -> Vec<us
     all
 }
 
-/// Some stacks let the embedding and the head count as a layer each: their chunks may hold nothing else.
+/// Some stacks let the embedding and the head count as a layer each, unless layers are given: their chunks may hold nothing
+/// else.
 fn spares_ends(placement: &Placement, layers: usize, software: &Software) -> bool {
     let l = &placement.layout;
-    software.tolerance.empty_ends && layers + 2 >= l.pp * l.chunks && l.pp > 1
+    let (virtuals, given) = (l.pp * l.chunks, l.stage_layers.len());
+    given != virtuals && software.tolerance.empty_ends && layers + 2 >= virtuals && l.pp > 1
 }
 
 /// How layers are dealt to the stages of a pipeline.
 fn stage_layers(placement: &Placement, layers: usize, software: &Software) -> StageLayers {
     let l = &placement.layout;
     let virtuals = l.pp * l.chunks;
-    if l.stage_layers.len() == virtuals || !spares_ends(placement, layers, software) {
+    if !spares_ends(placement, layers, software) {
         let dealt = l.deal(layers);
         return StageLayers::of(layers, l.pp, |s| dealt[s..].iter().step_by(l.pp).sum());
     }

@@ -60,10 +60,10 @@ pub fn target(k: u64, s: usize, i: usize, vocab: usize) -> u32 {
 
 /// Fills in this rank's sequences of step `k` and returns the valid targets of the global batch.
 pub fn fill(exec: &mut Executor, vocab: usize, k: u64) -> u64 {
-    let (m, t, all) = (exec.program.micro_batch(), exec.program.sequence, exec.program.sequences);
+    let (t, all) = (exec.program.sequence, exec.program.sequences);
     let local = exec.program.local_sequence();
     for i in 0..exec.program.local_sequences {
-        let s = exec.program.first_sequence(i / m) + i % m;
+        let s = exec.program.place(i);
         for (at, j) in exec.program.positions().into_iter().flatten().enumerate() {
             exec.tokens()[i * local + at] = token(k, s, j, vocab);
             exec.targets()[i * local + at] = target(k, s, j, vocab);
@@ -74,18 +74,7 @@ pub fn fill(exec: &mut Executor, vocab: usize, k: u64) -> u64 {
 }
 
 pub fn inputs(step: u64, valid_tokens: u64) -> StepInputs {
-    StepInputs {
-        valid_tokens,
-        lr: 1e-2,
-        step,
-        beta1: 0.9,
-        beta2: 0.95,
-        eps: 1e-8,
-        weight_decay: 0.1,
-        clip: Some(1.0),
-        stop: false,
-        saved: false,
-    }
+    StepInputs { valid_tokens, eps: 1e-8, ..StepInputs::adamw(step, 1e-2, 0) }
 }
 
 /// Runs steps `from..to` (from 1) and returns each one's outputs.
