@@ -396,10 +396,7 @@ fn first_host(list: &str) -> Option<String> {
 /// A port that all ranks of a job derive alike: below the kernel's ephemeral ports (32768 on), so that nothing holds
 /// it by chance; another job of the same machine most likely derives another. `MASTER_PORT` overrides it.
 fn port_of(session: &str) -> u16 {
-    // FNV-1a: stable over versions and machines, which the standard library's hashes do not promise.
-    let hash = session
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    let hash = spec::hash::fnv1a(session.bytes());
     15_000 + u16::try_from((hash ^ (hash >> 32)) % 15_000).unwrap_or(0)
 }
 

@@ -19,10 +19,7 @@ pub struct OpId(pub u64);
 impl OpId {
     /// The upper bits of FNV-1a (64 bits) of the op's name.
     pub fn of(name: &str) -> OpId {
-        let hash = name
-            .bytes()
-            .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3_u64));
-        OpId(hash >> 11)
+        OpId(spec::hash::fnv1a(name.bytes()) >> 11)
     }
 }
 

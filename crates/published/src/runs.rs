@@ -64,9 +64,7 @@ impl Run {
     /// Whether the run is in the half of its source that [`crate::validate::halves`] keeps back from the fit: the lowest
     /// bit of the FNV-1a hash (64 bit) of its id. A property of the id alone, so that no table's order or size moves it.
     pub fn kept_back(&self) -> bool {
-        const BASIS: u64 = 0xcbf2_9ce4_8422_2325;
-        const PRIME: u64 = 0x0100_0000_01b3;
-        self.id.bytes().fold(BASIS, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(PRIME)) & 1 == 1
+        spec::hash::fnv1a(self.id.bytes()) & 1 == 1
     }
 }
 

@@ -8,6 +8,7 @@ mod doc;
 mod dtype;
 mod error;
 mod family;
+pub mod hash;
 mod hf;
 mod layout;
 mod layout_check;

@@ -226,9 +226,7 @@ fn fingerprint(t: &Trained) -> u64 {
     let outputs = t.outputs.iter().flat_map(|o| [o.loss.to_bits(), o.grad_norm.to_bits()]);
     let weights = t.weights.values().flatten().map(|w| u64::from(*w));
     let words = outputs.chain([t.eval.to_bits()]).chain(weights);
-    words
-        .flat_map(u64::to_le_bytes)
-        .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3))
+    spec::hash::fnv1a(words.flat_map(u64::to_le_bytes))
 }
 
 /// The matrix above compares layouts with each other; this holds them to what they were, from one version to the next.

@@ -202,12 +202,9 @@ fn point(cell: &Cell, time_ns: u64) -> Option<Value> {
     })
 }
 
-/// FNV-1a over parts that are told apart; never 0, which is no id.
+/// A hash over parts that are told apart; never 0, which is no id.
 fn hash(parts: &[&str]) -> u64 {
-    let bytes = parts.iter().flat_map(|part| part.bytes().chain([0]));
-    let hash =
-        bytes.fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3));
-    hash.max(1)
+    spec::hash::fnv1a(parts.iter().flat_map(|part| part.bytes().chain([0]))).max(1)
 }
 
 #[cfg(test)]
