@@ -293,6 +293,13 @@ impl Part {
             let placement = Placement { layout, ..*whole };
             let (least_s, memory) = estimator.bound(&placement, shared);
             let fits = memory <= problem.cluster.accelerator.memory_bytes.value;
+            // Of what does not fit the smallest is kept, to say what is lacking where nothing fits.
+            let larger = |s: &Found| s.estimate.memory.total() <= memory;
+            if !fits && self.smallest.as_ref().is_some_and(larger) {
+                self.pruned += 1;
+                self.refuse("does not fit in memory");
+                continue;
+            }
             let hopeless = match goal {
                 Goal::Front { known } => {
                     let least_s = least_s.max(unspoken_s);
