@@ -55,7 +55,16 @@ impl Date {
         if parts.len() > 3 {
             return Err(bad());
         }
-        Ok(Date { year, month: part(1, 12).ok_or_else(bad)?, day: part(2, 31).ok_or_else(bad)? })
+        let month = part(1, 12).ok_or_else(bad)?;
+        let days = match month {
+            Some(2) if year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400)) => {
+                29
+            }
+            Some(2) => 28,
+            Some(4 | 6 | 9 | 11) => 30,
+            _ => 31,
+        };
+        Ok(Date { year, month, day: part(2, days).ok_or_else(bad)? })
     }
 
     /// Whole months from `self` until `today`; 0 if it is not before.
@@ -110,11 +119,13 @@ mod tests {
 
     #[test]
     fn what_is_no_date_is_refused() {
-        for text in ["", "20", "2025-13", "2025-00", "2025-01-32", "2025-1", "2025-01-01-01", "-2025", "nan"]
+        let no_days = ["2025-01-32", "2025-02-29", "2100-02-29", "2026-02-30", "2026-04-31"];
+        for text in
+            ["", "20", "2025-13", "2025-00", "2025-1", "2025-01-01-01", "-2025", "nan"].iter().chain(&no_days)
         {
             assert!(Date::parse(text).is_err(), "{text}");
         }
-        for text in ["2025", "2025-06", "2025-06-30"] {
+        for text in ["2025", "2025-06", "2025-06-30", "2024-02-29", "2000-02-29"] {
             assert_eq!(Date::parse(text).unwrap().to_string(), text);
         }
     }

@@ -189,9 +189,10 @@ fn check(q: &Question) -> Result<()> {
         let what = format!("--tp {} does not divide {} accelerators", q.tp, q.cluster.accelerators);
         return Err(Error::user(what).hint("a replica takes --tp accelerators: give a multiple"));
     }
-    if q.tp > q.shape.heads {
+    if !q.shape.heads.is_multiple_of(q.tp) {
         let what = format!("--tp {} for the {} heads of {}", q.tp, q.shape.heads, q.shape.model.name);
-        return Err(Error::user(what).hint("each rank needs a head: lower --tp, add replicas instead"));
+        return Err(Error::user(what)
+            .hint("ranks share the heads equally: take a divisor of their number, add replicas instead"));
     }
     let longest = q.shape.max_positions();
     if q.traffic.input + q.traffic.output > longest {

@@ -98,7 +98,10 @@ fn smallest(
     let most = args.accelerators.unwrap_or(cluster.accelerators).min(shape.heads);
     let mut last = None;
     let sizes = std::iter::successors(Some(1usize), |n| n.checked_mul(2)).take_while(|n| *n <= most);
-    for tp in sizes.filter(|n| args.accelerators.is_none_or(|all| all.is_multiple_of(*n))) {
+    let allowed = |n: &usize| {
+        shape.heads.is_multiple_of(*n) && args.accelerators.is_none_or(|all| all.is_multiple_of(*n))
+    };
+    for tp in sizes.filter(allowed) {
         let engine = Engine::new(shape, &cluster, tp, weights, cache, stack)?;
         let (input, output) = (traffic.input as f64, traffic.output as f64);
         match Memory::of(&engine, &cluster.accelerator, shape.tied_embeddings, input, output) {

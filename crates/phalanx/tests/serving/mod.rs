@@ -83,6 +83,7 @@ fn serving_that_makes_no_sense_is_refused() {
     check("--model llama2-7b --cluster dgx-h100 --input 0", "--input 0");
     check("--model llama2-7b --cluster dgx-h100 --input 4000 --output 200", "takes 4096");
     check("--model llama2-70b --cluster dgx-h100 --tp 1", "do not fit");
+    check("--model llama2-7b --cluster dgx-h100 --tp 3", "--tp 3 for the 32 heads");
     check("--model lama2-7b --cluster dgx-h100", "no model is called");
     check("--model llama2-7b --cluster dgx-h101", "unknown cluster");
 }

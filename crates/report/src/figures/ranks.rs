@@ -69,11 +69,13 @@ pub(crate) fn by_stage_memory(answer: &Answer, best: &Choice) -> Result<Figure> 
     let fullest = stages.iter().zip(&found).max_by_key(|(_, m)| m.total).unwrap_or((&0, &found[0]));
     let says = format!(
         "Buffers of the step program on the {} ranks of each stage: stage {} holds the most, {}. What a framework adds, {} in \
-         the estimate, comes on top.",
+         the estimate, comes on top; {}, which the estimate is of, holds {} in all.",
         count((layout.dp * layout.tp * layout.cp) as f64),
         fullest.0,
         bytes(fullest.1.total as f64),
-        bytes(best.memory.framework)
+        bytes(best.memory.framework),
+        problem.software.name,
+        bytes(best.memory.total())
     );
     let drawing = svg.finish("ranks", "Memory of the ranks of each stage", &says);
     Ok(Figure { id: "ranks", title: "What each rank holds, by stage".to_owned(), says, drawing, table })
