@@ -78,7 +78,7 @@ impl Ownership {
             network_share: need("network_share")?,
             storage_share: need("storage_share")?,
             spares: need("spares")?,
-            lifetime_years: need("lifetime")?.scaled(1.0 / (HOURS_PER_YEAR * crate::HOUR_S)),
+            lifetime_years: need("lifetime")?.map(|s| s / (HOURS_PER_YEAR * crate::HOUR_S)),
             resale: need("resale")?,
             capital_cost: need("capital_cost")?,
             maintenance: need("maintenance")?,

@@ -481,7 +481,7 @@ fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str> + Clone) -> Opti
     known
         // A name of a megabyte is not compared letter by letter.
         .filter(|name| letters.abs_diff(name.chars().count()) <= within(name))
-        .map(|name| (distance(&word, &name.to_lowercase()), name))
+        .map(|name| (crate::suggest::distance(&word, &name.to_lowercase()), name))
         .filter(|(d, name)| *d <= within(name))
         .min_by_key(|(d, name)| (*d, name.len()))
         .map(|(_, name)| name)
@@ -490,22 +490,6 @@ fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str> + Clone) -> Opti
 /// [`nearest`] over owned names.
 pub(crate) fn nearest_name<'a>(word: &str, known: &'a [String]) -> Option<&'a str> {
     nearest(word, known.iter().map(String::as_str))
-}
-
-/// Edit distance (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut corner = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let change = corner + usize::from(x != *y);
-            corner = row[j + 1];
-            row[j + 1] = change.min(row[j] + 1).min(corner + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]

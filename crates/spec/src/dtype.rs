@@ -16,6 +16,11 @@ pub enum DType {
 
 impl DType {
     /// Bytes of one element.
+    ///
+    /// ```
+    /// use spec::DType;
+    /// assert_eq!([DType::F32, DType::Bf16, DType::U32, DType::F64].map(DType::bytes), [4, 2, 4, 8]);
+    /// ```
     pub const fn bytes(self) -> usize {
         match self {
             DType::Bf16 => 2,

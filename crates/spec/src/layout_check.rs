@@ -437,7 +437,10 @@ fn values(key: &str, works: impl Iterator<Item = usize>) -> String {
     if all.len() > SHOWN {
         all[SHOWN] = "...".to_owned();
     }
-    format!("values of {key} that work: {}", all.join(", "))
+    match all.is_empty() {
+        true => format!("no value of {key} suits the rest of the layout"),
+        false => format!("values of {key} that work: {}", all.join(", ")),
+    }
 }
 
 #[cfg(test)]

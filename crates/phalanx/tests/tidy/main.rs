@@ -1,9 +1,10 @@
 //! The repository says what it is: every crate on the map, no edge that the map does not show, no file that nothing
-//! reaches, no function that outgrows its place, no link into the void.
+//! reaches, no function that outgrows its place, no name that means three things, no link into the void.
 
 mod docs;
 mod functions;
 mod modules;
+mod names;
 
 use std::collections::BTreeSet;
 use std::fs;

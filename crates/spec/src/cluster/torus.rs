@@ -58,4 +58,26 @@ mod tests {
         check(1, 3, &[1, 1, 1]);
         check(7, 2, &[1, 7]);
     }
+
+    #[test]
+    fn slices_are_of_one_size() {
+        let check = |n: usize, most: usize, expected: usize| assert_eq!(even_slice(n, most), expected);
+        check(512, 256, 256);
+        check(300, 256, 150);
+        check(257, 256, 1);
+        check(6, 0, 1);
+        check(5, 8, 5);
+    }
+
+    #[test]
+    fn shapes_are_extents_with_an_x_between() {
+        let check = |text: &str, expected: Option<&[usize]>| {
+            assert_eq!(parse_shape(text, None).ok().as_deref(), expected, "{text}");
+        };
+        check("16x8x4", Some(&[16, 8, 4]));
+        check("65536", Some(&[1 << 16]));
+        for text in ["", "x", "16x", "16xx4", "16x0", "16xfour", "16x65537", "16,4"] {
+            check(text, None);
+        }
+    }
 }
