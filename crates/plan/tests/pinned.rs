@@ -5,6 +5,7 @@
 use plan::calibration::PRIOR;
 use plan::estimate::parts::SectionParts;
 use plan::estimate::{Estimator, Problem};
+use plan::network::{Collective, CommTime, Group, NetworkModel, collective};
 use plan::software::Software;
 use plan::{given, models};
 use spec::{Catalog, NumberFormat, Result};
@@ -61,5 +62,51 @@ fn estimates_change_only_on_purpose() {
         "{moved} of {} moved; if they should, tests/pinned.txt becomes:\n{}",
         found.len(),
         found.concat()
+    );
+}
+
+/// One line each: cluster, members, stride, what, bytes; then seconds, of them latency, what bounds, bytes on the wire.
+const COLLECTIVES: &str = include_str!("pinned_collectives.txt");
+
+#[test]
+fn collectives_take_what_they_took() {
+    let catalog = Catalog::builtin().expect("the catalogue");
+    let whats = [
+        Collective::AllReduce,
+        Collective::AllGather,
+        Collective::ReduceScatter,
+        Collective::AllToAll,
+        Collective::Send,
+    ];
+    let mut found = String::new();
+    for name in [
+        "dgx-superpod-h100-64su",
+        "meta-24k-roce",
+        "dgx-a100",
+        "tpu-v4-pod",
+        "aws-p5",
+        "dgx-superpod-gb200-1su",
+        "rtx-4090",
+        "frontier",
+    ] {
+        for (size, stride) in [(2, 1), (8, 1), (4, 2), (16, 1), (32, 8), (4, 512), (3072, 1), (3072, 8)] {
+            let Ok(cluster) = catalog.cluster(name, Some(size * stride)) else { continue };
+            let net = NetworkModel::of(&cluster);
+            for what in whats {
+                for bytes in [1e4, 1e9] {
+                    let t = collective(&cluster, &net, what, Group { size, stride }, bytes);
+                    let CommTime { seconds, latency_s, bound, wire_bytes } = t;
+                    found += &format!(
+                        "{name} {size} {stride} {what:?} {bytes:e}: {seconds:.6e} {latency_s:.6e} {bound:?} {wire_bytes:.6e}\n"
+                    );
+                }
+            }
+        }
+    }
+    let moved: Vec<&str> = found.lines().filter(|l| !COLLECTIVES.lines().any(|known| known == *l)).collect();
+    assert!(
+        found == COLLECTIVES,
+        "moved:\n{}\ntests/pinned_collectives.txt becomes:\n{found}",
+        moved.join("\n")
     );
 }

@@ -1,5 +1,9 @@
 //! Programs of many layouts, in figures and a digest each: whoever changes a pass sees here which programs it moves, and
 //! means it. That they are right is asked elsewhere: by the verifier, and by training.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "what is pinned is read, and what it should become is written"
+)]
 
 mod common;
 
