@@ -146,6 +146,9 @@ fn configurations_are_read_as_they_were() {
         json!({ "num_attention_heads": 7, "n_head": 7, "n_heads": 7 }),
         json!({ "num_hidden_layers": 0, "n_layer": 0, "n_layers": 0 }),
         json!({ "vocab_size": "many" }),
+        json!({ "rope_scaling": { "rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.0 } }),
+        json!({ "rope_scaling": { "rope_type": "yarn", "factor": 1.0, "mscale": 0.7, "mscale_all_dim": 1.0 } }),
+        json!({ "rope_scaling": { "rope_type": "yarn", "factor": 8.0, "mscale": 0.0, "beta_fast": 16, "beta_slow": 2 } }),
     ];
     let kinds = [
         "llama",
@@ -361,7 +364,7 @@ fn machines_are_found_as_they_were() {
     ];
     let mut all = String::new();
     for name in names {
-        for size in [None, Some(1), Some(7), Some(48), Some(512), Some(5000), Some(6144)] {
+        for size in [None, Some(1), Some(7), Some(48), Some(257), Some(512), Some(5000), Some(6144)] {
             let found = match catalog.cluster(name, size) {
                 Err(e) => said(&e),
                 Ok(c) => format!(
