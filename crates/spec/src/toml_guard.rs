@@ -71,6 +71,8 @@ mod tests {
             assert_eq!(found, expected, "{}", &text[..text.len().min(40)]);
         };
         check("", None);
+        check(&" ".repeat(BYTES_MAX), None);
+        check(&" ".repeat(BYTES_MAX + 1), Some((0, "longer than 4 MiB")));
         check("a = \"[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[\" # [[[[", None);
         check(&"[a]\n".repeat(1000), None);
         check(&"[[a.b]]\nc = { d = [1] }\n".repeat(1000), None);
