@@ -180,7 +180,13 @@ const CULPRIT_FIRST: Duration = Duration::from_secs(2);
 
 /// Waits a moment before a failure is told that another rank has caused, where MPI ends all ranks at the word of one.
 pub(crate) fn leave_it_to_the_culprit(e: &Error) {
-    if Mpi::started().is_some() && comm::blames_peer(&e.to_string()) {
+    // While ranks meet they hear of each other's failures through the store, or by its being gone.
+    let text = e.to_string();
+    let is_victim = || {
+        comm::blames_peer(&text)
+            || [" did not start: rank ", "lost the store at "].iter().any(|part| text.contains(part))
+    };
+    if Mpi::started().is_some() && is_victim() {
         // That rank ends this process too, and most often does so first.
         std::thread::sleep(CULPRIT_FIRST);
     }
