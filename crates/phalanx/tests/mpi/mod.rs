@@ -104,12 +104,14 @@ fn a_rank_that_is_killed_ends_all_and_the_same_command_goes_on() {
     let Some(root) = mpi() else { return };
     let lab = Lab::new();
     let long = format!("{SHORT} --set train.steps=400 --set checkpoint.every=20 --set checkpoint.keep=2");
-    let train =
-        format!("-n 3 {PROGRAM} {}", tiny("run", &format!("{long} --set batch.sequences=3 --transport mpi")));
+    let train = format!("-n 4 {PROGRAM} {}", tiny("run", &format!("{long} --transport mpi")));
     let child = mpiexec(&root, &lab, &train).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
-    let child = child.expect("start mpiexec");
+    let mut child = child.expect("start mpiexec");
     let saved = lab.path("run/checkpoints");
-    until("a checkpoint", || ckpt::latest(&saved).ok().flatten());
+    until("a checkpoint", || {
+        assert!(child.try_wait().expect("a child").is_none(), "it ended before it had saved");
+        ckpt::latest(&saved).ok().flatten()
+    });
     let is_rank_2 = |env: &[u8]| env.split(|b| *b == 0).any(|v| v == b"PMI_RANK=2");
     let rank = processes(&lab).into_iter().find(|(_, env)| is_rank_2(env)).expect("rank 2");
     kill(rank.0);
@@ -119,7 +121,7 @@ fn a_rank_that_is_killed_ends_all_and_the_same_command_goes_on() {
     assert!(err(&ended).matches("error: ").count() <= 1, "{}", err(&ended));
     until("all ranks to end", || processes(&lab).is_empty().then_some(()));
     ok(mpiexec(&root, &lab, &train));
-    lab.train("undisturbed", &format!("{long} --set batch.sequences=3"));
+    lab.train("undisturbed", &long);
     same_bits(&lab, "undisturbed", "run");
     lab.ok("ledger run");
 }
