@@ -131,7 +131,7 @@ def main():
         os.chmod(folder, 0o755)
         (folder / "text.txt").write_text("".join(f"mesh {i * i // 7} rank {i // 3}.\n" for i in range(6000)))
         (folder / "peer.py").write_text(PEER)
-        keys = ["model.preset=tiny", "data.vocab_size=300", "model.vocab=300", "layout.reduce=ring", "batch.sequence=32", f"batch.sequences={args.ranks}",
+        keys = ["model.preset=tiny", "data.vocab_size=300", "model.vocab=300", "layout.reduce=ring", "layout.micro_batch=1", "batch.sequence=32", f"batch.sequences={args.ranks}",
                 "train.steps=2", "train.eval_every=0", "train.sample_tokens=0", "checkpoint.every=0", "run.threads=1",
                 "data.cache_dir=cache"]
         train = [program, "train", "--text", "text.txt", *(a for k in keys for a in ("--set", k))]
