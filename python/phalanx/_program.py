@@ -32,7 +32,7 @@ def run(*args):
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode == 0:
         return done.stdout
-    said = done.stderr.strip() or f"{' '.join(command)} ended with {done.returncode}"
+    said = done.stderr.strip().removeprefix("error: ") or f"{' '.join(command)} ended with {done.returncode}"
     raise (ValueError if done.returncode == 2 else RuntimeError)(said)
 
 

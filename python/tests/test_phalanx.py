@@ -54,7 +54,7 @@ def test_wrong_input_is_a_value_error_with_a_hint():
 
 def test_a_journal_is_its_records(trained):
     records = phalanx.read_journal(trained / "run")
-    lines = [json.loads(line) for line in (trained / "run" / "journal-0.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (trained / "run" / "journal-00000.jsonl").read_text().splitlines()]
     kept = [line for line in lines if line["kind"] not in ("drawn", "spans")]
     assert [r["kind"] for r in records] == [line["kind"] for line in kept]
     steps = phalanx.read_journal(trained / "run", kind="step")
@@ -63,11 +63,11 @@ def test_a_journal_is_its_records(trained):
 
 
 def test_a_journal_with_damage_and_numbers_that_json_lacks(tmp_path, trained):
-    lines = (trained / "run" / "journal-0.jsonl").read_text().splitlines()
+    lines = (trained / "run" / "journal-00000.jsonl").read_text().splitlines()
     step = json.loads(next(line for line in lines if '"kind":"step"' in line))
     step["loss"] = "NaN"
     text = [json.dumps(step, separators=(",", ":")), '{"kind":"dance","tune":3}', '{"kind":"st', '{"kind":"ste']
-    (tmp_path / "journal-0.jsonl").write_text("\n".join(text))
+    (tmp_path / "journal-00000.jsonl").write_text("\n".join(text))
     with pytest.warns(UserWarning, match="1 damaged"):
         records = phalanx.read_journal(tmp_path)
     assert len(records) == 1 and math.isnan(records[0]["loss"])

@@ -4,10 +4,12 @@
 //! its own, and its blocking calls have no deadline. It is started once in a process and ended with it; every call is made
 //! with a lock held, because sites often build it for one thread at a time.
 
+mod last_words;
 mod library;
 pub(crate) mod pipes;
 mod text;
 
+use last_words::LastWords;
 use library::{
     ANY_SOURCE, BYTE, COMM_WORLD, ERRORS_RETURN, FLOAT, Handle, Library, REQUEST_NULL, SUCCESS, SUM, Status,
     THREAD_SERIALIZED,
@@ -94,6 +96,7 @@ impl Mpi {
         let functions = library.functions;
         let mut provided = -1;
         let code = {
+            let _last_words = LastWords::begin(library);
             let _watch = Watch::begin(
                 timeout,
                 1,

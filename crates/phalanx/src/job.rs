@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use comm::{Bootstrap, World};
+use comm::{Bootstrap, Mpi, World};
 use launch::{Launcher, RankEnv, RankStore};
 use serde_json::{Map, Value};
 use spec::{Context as _, DType, Error, Layout, ModelSpec, Result};
@@ -32,7 +32,12 @@ impl Job {
     /// If what launchers leave in the environment contradicts itself, or the other ranks cannot be met.
     pub fn join() -> Result<Job> {
         let Some(env) = RankEnv::read()?.filter(|env| env.world > 1) else { return Ok(Job { ranks: None }) };
-        let store = env.store(MEET_TIMEOUT).context("meet the other ranks")?;
+        // Under an mpiexec over several machines nothing else may say where the ranks meet.
+        let store = match env.mpi && !env.can_meet() && comm::find_mpi().is_ok() {
+            true => Mpi::start(MEET_TIMEOUT).and_then(|mpi| env.store_by_mpi(mpi, MEET_TIMEOUT)),
+            false => env.store(MEET_TIMEOUT),
+        };
+        let store = store.context("meet the other ranks")?;
         Ok(Job { ranks: Some((env, store)) })
     }
 
@@ -83,7 +88,7 @@ impl Job {
         let Some((env, store)) = &self.ranks else { return Ok(Mesh::alone()) };
         let mut b = Bootstrap::new(env.rank, env.world, store.client.clone(), env.session.clone());
         (b.local_rank, b.local_world, b.timeout) = (env.local_rank, env.local_world, SILENCE_MAX);
-        b.bind = launch::bind_from_env()?;
+        (b.bind, b.has_mpi) = (launch::bind_from_env()?, env.mpi && comm::find_mpi().is_ok());
         b.fingerprint = launch::fingerprint(&format!("{layout:?}"));
         Mesh::new(World::connect(&b)?, layout)
     }
@@ -137,11 +142,13 @@ fn wrong(keys: &str, what: &str) -> Error {
     Error::user(format!("layout {keys}: {what}")).hint("give keys of a layout, such as tp=2,pp=2,zero=1")
 }
 
-/// Says what went wrong, to people and to the launcher; 0, or 2 where the input was wrong and 1 where something failed.
+/// Says what went wrong, to people and to the launcher; 0, or 2 where the input was wrong and 1 where something failed. Call
+/// it last: where ranks talk over MPI it ends that too, or ends all ranks if this one failed.
 pub fn exit(done: Result<()>) -> ExitCode {
-    let Err(e) = done else { return ExitCode::SUCCESS };
+    let Err(e) = done.and_then(|()| Mpi::end()) else { return ExitCode::SUCCESS };
     let hint = e.hint_text().map(|hint| format!("\nhint: {hint}")).unwrap_or_default();
     launch::record_error("error", &format!("{e}{hint}"));
     let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("error: {e}{hint}\n").as_bytes());
+    Mpi::abort(e.exit_code());
     e.exit_code().into()
 }

@@ -178,11 +178,21 @@ pub(crate) fn check_mpi(transport: TransportChoice) -> Result<()> {
 /// How long whoever was told of another rank's failure leaves it to that rank to say so and to end all.
 const CULPRIT_FIRST: Duration = Duration::from_secs(2);
 
-/// Waits a moment before a failure is told that another rank has caused, where MPI ends all ranks at the word of one.
+/// How long the others leave it to rank 0 to say what most often all have found.
+const RANK_0_FIRST: Duration = Duration::from_millis(500);
+
+/// Waits a moment before a failure is told that another rank tells too, where MPI ends all ranks at the word of one.
 pub(crate) fn leave_it_to_the_culprit(e: &Error) {
-    if Mpi::started().is_some() && comm::blames_peer(&e.to_string()) {
-        // That rank ends this process too, and most often does so first.
-        std::thread::sleep(CULPRIT_FIRST);
+    let Some(mpi) = Mpi::started() else { return };
+    let text = e.to_string();
+    // While ranks meet they hear of each other's failures through the store, or by its being gone.
+    let is_victim = comm::blames_peer(&text)
+        || [" did not start: rank ", "lost the store at "].iter().any(|part| text.contains(part));
+    match mpi.rank() {
+        // The other one ends this process too, and most often does so first.
+        _ if is_victim => std::thread::sleep(CULPRIT_FIRST),
+        0 => {}
+        _ => std::thread::sleep(RANK_0_FIRST),
     }
 }
 

@@ -30,8 +30,17 @@ pub(crate) fn long() -> &'static str {
     })
 }
 
-/// What is built in; libraries of GPUs are looked for when they are wanted.
-const FEATURES: [&str; 5] = ["cpu", "cuda (loaded at run time)", "shared memory", "tcp", "dash"];
+/// What is built in; libraries of GPUs and MPI are looked for when they are wanted.
+const FEATURES: &[&str] = &[
+    "cpu",
+    "cuda (loaded at run time)",
+    "shared memory",
+    "tcp",
+    "mpi (loaded at run time)",
+    "dash",
+    #[cfg(feature = "object-store")]
+    "object stores",
+];
 
 pub(crate) fn completions(args: &Completions) -> Result<u8> {
     let mut script = Vec::new();

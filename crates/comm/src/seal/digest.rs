@@ -11,26 +11,30 @@ pub(super) const CHUNK_BYTES: usize = 4096;
 /// Bytes of one sum.
 pub(super) const SUM_BYTES: usize = 16;
 
+/// On the border of a cache line: the widest loads would else touch two each.
+#[repr(align(64))]
+struct Words([u8; CHUNK_BYTES]);
+
 /// The secret words, and how this processor multiplies.
 pub(super) struct Digest {
-    key: Box<[u8; CHUNK_BYTES]>,
+    key: Box<Words>,
     sum: fn(&[u8; CHUNK_BYTES], &[u8]) -> u128,
 }
 
 impl Digest {
     pub(super) fn new(key: Box<[u8; CHUNK_BYTES]>) -> Digest {
-        Digest { key, sum: fastest() }
+        Digest { key: Box::new(Words(*key)), sum: fastest() }
     }
 
     /// The sum of a chunk. What is shorter than [`CHUNK_BYTES`] is filled up with zeros to whole pairs of words; its
     /// length must be known from elsewhere.
     pub(super) fn sum(&self, chunk: &[u8]) -> [u8; SUM_BYTES] {
         let (whole, rest) = chunk.split_at(chunk.len() / SUM_BYTES * SUM_BYTES);
-        let mut sum = (self.sum)(&self.key, whole);
+        let mut sum = (self.sum)(&self.key.0, whole);
         if !rest.is_empty() {
             let mut last = [0; SUM_BYTES];
             last[..rest.len()].copy_from_slice(rest);
-            let key = u128_at(&*self.key, whole.len());
+            let key = u128_at(&self.key.0, whole.len());
             sum ^= multiply(u128::from_le_bytes(last) ^ key);
         }
         sum.to_le_bytes()
@@ -87,20 +91,30 @@ mod x86 {
 
     /// Bytes of the widest registers.
     const WIDE: usize = 64;
+    const SUMS: usize = 4;
 
     #[target_feature(enable = "avx512f,vpclmulqdq,pclmulqdq")]
     pub(super) fn wide(key: &[u8; CHUNK_BYTES], chunk: &[u8]) -> u128 {
-        // Two sums, so that an addition need not wait for the last one.
-        let mut sums = [_mm512_setzero_si512(); 2];
-        let mut steps = chunk.chunks_exact(WIDE).zip(key.chunks_exact(WIDE)).enumerate();
-        steps.by_ref().for_each(|(i, (m, k))| {
+        // Several sums, so that an addition need not wait for the last one.
+        let mut sums = [_mm512_setzero_si512(); SUMS];
+        let step = |sum: __m512i, m: &[u8], k: &[u8]| {
             // SAFETY: both slices have so many bytes, and loads of these kinds need no alignment.
             let (m, k) =
                 unsafe { (_mm512_loadu_si512(m.as_ptr().cast()), _mm512_loadu_si512(k.as_ptr().cast())) };
             let x = _mm512_xor_si512(m, k);
-            sums[i % 2] = _mm512_xor_si512(sums[i % 2], _mm512_clmulepi64_epi128::<0x10>(x, x));
-        });
-        let sum = _mm512_xor_si512(sums[0], sums[1]);
+            _mm512_xor_si512(sum, _mm512_clmulepi64_epi128::<0x10>(x, x))
+        };
+        let (wholes, tail) = chunk.split_at(chunk.len() / (SUMS * WIDE) * (SUMS * WIDE));
+        for (m, k) in wholes.chunks_exact(SUMS * WIDE).zip(key.chunks_exact(SUMS * WIDE)) {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = step(*sum, &m[i * WIDE..][..WIDE], &k[i * WIDE..][..WIDE]);
+            }
+        }
+        for (m, k) in tail.chunks_exact(WIDE).zip(key[wholes.len()..].chunks_exact(WIDE)) {
+            sums[0] = step(sums[0], m, k);
+        }
+        let [a, b, c, d] = sums;
+        let sum = _mm512_xor_si512(_mm512_xor_si512(a, b), _mm512_xor_si512(c, d));
         let lanes = [
             _mm512_extracti32x4_epi32::<0>(sum),
             _mm512_extracti32x4_epi32::<1>(sum),

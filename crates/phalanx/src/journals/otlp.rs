@@ -121,16 +121,19 @@ struct Sender<'a> {
 impl Sender<'_> {
     fn metrics(&self, rows: &[Vec<Cell>]) -> Value {
         let metrics = self.columns.iter().enumerate().skip(1).filter(|(_, (_, of))| *of != Type::Text);
-        let metrics = metrics.map(|(i, (name, _))| {
+        let metrics = metrics.filter_map(|(i, (name, _))| {
             let point = |row: &Vec<Cell>| Some(point(&row[i], time_ns(row)?));
             let points: Vec<Value> = rows.iter().filter_map(point).flatten().collect();
+            if points.is_empty() {
+                return None;
+            }
             // Units come last in names of ours.
             let unit = if name.ends_with("_s") && !name.ends_with("per_s") { "s" } else { "1" };
-            json!({
+            Some(json!({
                 "name": format!("phalanx.{}.{name}", self.kind),
                 "unit": if name.ends_with("bytes") { "By" } else { unit },
                 "gauge": { "dataPoints": points },
-            })
+            }))
         });
         let metrics: Vec<Value> = metrics.collect();
         json!({ "resourceMetrics": [{

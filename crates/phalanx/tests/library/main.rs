@@ -1,5 +1,10 @@
 //! The examples of the library, run as their documentation says; and the list of what the library is.
 
+#[path = "../clusters/cluster.rs"]
+#[allow(dead_code, reason = "its other half is for the program's tests")]
+mod cluster;
+#[path = "../mpi/found.rs"]
+mod found;
 mod surface;
 
 use std::io::{BufRead, BufReader};
@@ -119,6 +124,25 @@ fn ranks_of_mpi_find_each_other_without_a_launcher_of_ours() {
     }
     let said: Vec<String> = String::from_utf8_lossy(&done[0].stdout).lines().map(str::to_owned).collect();
     assert_eq!(said, lines(command(&example("ddp"), &[])));
+}
+
+#[test]
+fn a_real_mpiexec_starts_it_too() {
+    let Some(root) = found::mpi() else { return };
+    let example = example("ddp");
+    let args = ["-n", "4", example.to_str().expect("a path"), "pp=2,zero=1"];
+    let said = lines(command(&root.join("bin/mpiexec"), &args));
+    assert_eq!(said, lines(command(&example, &[])), "{}", root.join("lib").join(found::LIBRARY).display());
+}
+
+#[test]
+fn srun_starts_it_over_two_nodes_of_a_real_slurm() {
+    let Some(cluster) = cluster::Cluster::start(2, 4) else { return };
+    let example = example("ddp");
+    let ranks = format!("-N 2 --ntasks-per-node=2 {} tp=1,pp=2", example.display());
+    let mut srun = cluster.client("srun", &ranks);
+    srun.current_dir(cluster.path("")).env("PHALANX_SECRET", "0123456789abcdef".repeat(4));
+    assert_eq!(lines(srun), lines(command(&example, &[])));
 }
 
 #[test]

@@ -1,31 +1,16 @@
 //! Training under an `mpiexec`, and under a real Slurm's `srun --mpi=pmi2`, with messages over MPI.
 
+mod found;
+
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use crate::clusters::cluster::{Cluster, kill, until};
 use crate::common::{Lab, tiny};
+use found::{LIBRARY, mpi};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_phalanx");
-const LIBRARY: &str = "libmpi_abi.so.1";
-
-/// The folder of an MPI whose library has the standard's interface: that of `.ci/run`, or one whose `mpiexec` is on the
-/// path; none, with the reason printed.
-fn mpi() -> Option<PathBuf> {
-    let ours = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/mpi/bin");
-    let paths = std::env::var_os("PATH").unwrap_or_default();
-    let roots = std::env::split_paths(&paths).chain([ours]).map(|bin| bin.join(".."));
-    let is_one =
-        |root: &PathBuf| root.join("bin/mpiexec").is_file() && root.join("lib").join(LIBRARY).exists();
-    let found = roots.map(|root| root.canonicalize().unwrap_or(root)).find(is_one);
-    if found.is_none() {
-        eprintln!(
-            "skipped: no mpiexec with {LIBRARY} here; pip install --prefix target/mpi mpich brings one"
-        );
-    }
-    found
-}
 
 /// `mpiexec` with these words, in the lab's folder.
 fn mpiexec(root: &Path, lab: &Lab, args: &str) -> Command {
@@ -119,12 +104,14 @@ fn a_rank_that_is_killed_ends_all_and_the_same_command_goes_on() {
     let Some(root) = mpi() else { return };
     let lab = Lab::new();
     let long = format!("{SHORT} --set train.steps=400 --set checkpoint.every=20 --set checkpoint.keep=2");
-    let train =
-        format!("-n 3 {PROGRAM} {}", tiny("run", &format!("{long} --set batch.sequences=3 --transport mpi")));
+    let train = format!("-n 4 {PROGRAM} {}", tiny("run", &format!("{long} --transport mpi")));
     let child = mpiexec(&root, &lab, &train).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
-    let child = child.expect("start mpiexec");
+    let mut child = child.expect("start mpiexec");
     let saved = lab.path("run/checkpoints");
-    until("a checkpoint", || ckpt::latest(&saved).ok().flatten());
+    until("a checkpoint", || {
+        assert!(child.try_wait().expect("a child").is_none(), "it ended before it had saved");
+        ckpt::latest(&saved).ok().flatten()
+    });
     let is_rank_2 = |env: &[u8]| env.split(|b| *b == 0).any(|v| v == b"PMI_RANK=2");
     let rank = processes(&lab).into_iter().find(|(_, env)| is_rank_2(env)).expect("rank 2");
     kill(rank.0);
@@ -134,7 +121,7 @@ fn a_rank_that_is_killed_ends_all_and_the_same_command_goes_on() {
     assert!(err(&ended).matches("error: ").count() <= 1, "{}", err(&ended));
     until("all ranks to end", || processes(&lab).is_empty().then_some(()));
     ok(mpiexec(&root, &lab, &train));
-    lab.train("undisturbed", &format!("{long} --set batch.sequences=3"));
+    lab.train("undisturbed", &long);
     same_bits(&lab, "undisturbed", "run");
     lab.ok("ledger run");
 }
@@ -206,14 +193,27 @@ fn find(lab: &Lab) -> Option<String> {
 fn a_library_that_does_not_belong_to_the_launcher_is_named() {
     let Some(root) = mpi() else { return };
     let lab = Lab::new();
-    // As under an mpiexec that this library does not speak to: it sees itself alone.
     let library = root.join("lib").join(LIBRARY);
-    let mut command = lab.command(&format!("{} --transport mpi", tiny("run", SHORT)));
-    command.env("PHALANX_MPI", library).env("PMIX_RANK", "1").env("OMPI_COMM_WORLD_RANK", "1");
-    let output = command.env("OMPI_COMM_WORLD_SIZE", "2").output().expect("start the program");
-    assert_eq!(output.status.code(), Some(2), "{}", err(&output));
-    let words = ["the launcher calls this process rank 1 of 2, but for ", "it is rank 0 of 1", "hint: "];
-    assert!(words.iter().all(|w| err(&output).contains(w)), "{}", err(&output));
+    let named = |vars: &[(&str, &str)], code: i32, words: &[&str]| {
+        let mut command = lab.command(&format!("{} --transport mpi", tiny("run", SHORT)));
+        command.env("PHALANX_MPI", &library).envs(vars.iter().copied());
+        let output = command.output().expect("start the program");
+        let err = err(&output);
+        assert_eq!(output.status.code(), Some(code), "{err}");
+        assert!(err.matches("error: ").count() == 1 && err.contains("hint: "), "{err}");
+        assert!(words.iter().all(|w| err.contains(w)), "{words:?}: {err}");
+        assert!(err.contains(library.to_str().expect("a path")) && err.contains("MPICH"), "{err}");
+    };
+    // Under a launcher that it does not speak to a library sees itself alone,
+    let alone = ["the launcher calls this process rank 1 of 2, but for ", "it is rank 0 of 1"];
+    named(&[("PMI_RANK", "1"), ("PMI_SIZE", "2")], 2, &alone);
+    // or ends the process: with Open MPI's mpirun,
+    let open_mpi = [("PMIX_RANK", "1"), ("OMPI_COMM_WORLD_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "2")];
+    let ended = "ended this process; the launcher has left ";
+    named(&open_mpi, 2, &["MPI_Init of ", ended, "PMIX_RANK, OMPI_COMM_WORLD_RANK for it"]);
+    // and where a launcher that it knows does not answer.
+    let gone = [("PMI_RANK", "1"), ("PMI_SIZE", "2"), ("PMI_FD", "999")];
+    named(&gone, 1, &["MPI_Init of ", ended, "PMI_RANK, PMI_FD for it"]);
 }
 
 #[test]

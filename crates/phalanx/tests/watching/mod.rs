@@ -142,6 +142,25 @@ fn collected(lab: &Lab, args: &str, answer: &'static str) -> (Vec<(String, serde
     (requests, waits.join().expect("ended"))
 }
 
+/// Holds requests to the schema that collectors are built from: names, types, ids, times.
+fn are_by_the_schema(requests: &[(String, serde_json::Value)]) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let python = root.join("target/otlp");
+    if !python.is_dir() {
+        return eprintln!(
+            "skipped: no schema of OpenTelemetry here; pip install --target target/otlp opentelemetry-proto"
+        );
+    }
+    let mut command = Command::new("python3");
+    command.env("PYTHONPATH", python).arg(root.join("tests/otlp/check.py"));
+    let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let mut child = child.expect("start python3");
+    serde_json::to_writer(child.stdin.take().expect("a pipe"), requests).expect("written");
+    let done = child.wait_with_output().expect("ended");
+    let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(done.status.success(), "{}{}", said(&done.stdout), said(&done.stderr));
+}
+
 #[test]
 fn a_collector_gets_the_numbers_of_the_journal() {
     let lab = Lab::new();
@@ -151,6 +170,7 @@ fn a_collector_gets_the_numbers_of_the_journal() {
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let paths: Vec<&str> = requests.iter().map(|(path, _)| path.as_str()).collect();
     assert_eq!(paths, ["/v1/metrics", "/v1/traces"]);
+    are_by_the_schema(&requests);
     let metrics = &requests[0].1["resourceMetrics"][0]["scopeMetrics"][0]["metrics"];
     let metric = |name: &str| {
         metrics.as_array().and_then(|all| all.iter().find(|m| m["name"] == name)).expect("a metric")
