@@ -57,6 +57,10 @@ pub trait Way {
     /// If another process holds it.
     fn lead(&mut self, orders: &Orders, run: &RunSpec) -> Result<()>;
 
+    /// Another rank is the first from now on: the run's directory is no longer this one's, if it was. Called before ranks
+    /// meet, so that whoever leads finds it free.
+    fn follow(&mut self) {}
+
     /// What to compute on; collective over the ranks of the mesh.
     ///
     /// # Errors
@@ -262,6 +266,9 @@ impl Lifeline {
         self.laps.lap("orders");
         let (run, fitted) = self.way.run(&orders).map_err(Broken::Own)?;
         self.laps.lap("run");
+        if orders.rank > 0 {
+            self.way.follow();
+        }
         self.agent.meets(Some(&orders));
         let world = self.way.connect(&orders, &run);
         self.agent.meets(None);
