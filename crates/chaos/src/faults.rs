@@ -9,14 +9,30 @@ use spec::random::{GOLDEN, scatter};
 pub enum Kind {
     /// A rank is killed (SIGKILL).
     KillRank,
-    /// The process that started the ranks is killed.
+    /// An agent, the process that started ranks, is killed: of several one that does not host the job's store.
     KillAgent,
+    /// Of several agents the one that hosts the job's store is killed.
+    KillHost,
     /// A rank is stopped (SIGSTOP): it lives and says nothing.
     StopRank,
     /// The job is asked to end (SIGTERM), as by a batch system that takes the machine back.
     Preempt,
+    /// A connection between two ranks is broken, and both are told.
+    CutLink,
+    /// What two ranks say to each other goes nowhere, and nobody is told.
+    SilentLink,
+    /// What two ranks say to each other is late, for some steps.
+    SlowLink,
+    /// The clock of all ranks jumps, by up to a day, forward or back.
+    ClockJump,
     /// The directory of checkpoints is gone for some steps, as a file system that is not there.
     NoStorage,
+    /// The checkpoints' disk is full for some steps, in the middle of a save.
+    FullDisk,
+    /// The checkpoints' disk can only be read for some steps.
+    ReadOnlyDisk,
+    /// A rank is killed while a checkpoint is written.
+    KillInSave,
     /// All ranks are killed, and the newest checkpoint is cut short.
     TornCheckpoint,
     /// All ranks are killed, and a byte of the newest checkpoint is another.
@@ -24,24 +40,65 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Kind; 7] = [
+    /// Every kind.
+    pub const ALL: [Kind; 15] = [
         Kind::KillRank,
         Kind::KillAgent,
+        Kind::KillHost,
         Kind::StopRank,
         Kind::Preempt,
+        Kind::CutLink,
+        Kind::SilentLink,
+        Kind::SlowLink,
+        Kind::ClockJump,
         Kind::NoStorage,
+        Kind::FullDisk,
+        Kind::ReadOnlyDisk,
+        Kind::KillInSave,
         Kind::TornCheckpoint,
         Kind::BitFlip,
     ];
 
-    /// Whether a job of so many ranks goes on by itself.
-    pub(crate) fn is_survived(self, ranks: usize) -> bool {
+    /// Whether it can happen to a job of such a layout.
+    pub(crate) fn suits(self, layout: Layout) -> bool {
         match self {
-            Kind::NoStorage => true,
-            Kind::KillRank | Kind::StopRank => ranks > 1,
-            Kind::KillAgent | Kind::Preempt | Kind::TornCheckpoint | Kind::BitFlip => false,
+            Kind::KillHost => layout.nodes > 1,
+            Kind::CutLink | Kind::SilentLink | Kind::SlowLink => {
+                layout.ranks > 1 && layout.transport == "tcp"
+            }
+            _ => true,
         }
     }
+
+    /// Whether it needs a disk of its own.
+    pub(crate) fn needs_disk(self) -> bool {
+        matches!(self, Kind::FullDisk | Kind::ReadOnlyDisk)
+    }
+
+    /// What a job of such a layout does about it.
+    pub(crate) fn outcome(self, layout: Layout) -> Outcome {
+        match self {
+            Kind::NoStorage | Kind::FullDisk | Kind::ReadOnlyDisk | Kind::SlowLink | Kind::ClockJump => {
+                Outcome::GoesOn
+            }
+            Kind::CutLink | Kind::SilentLink => Outcome::MeetsAgain,
+            Kind::KillRank | Kind::StopRank | Kind::KillInSave if layout.ranks > 1 => Outcome::MeetsAgain,
+            Kind::KillHost => Outcome::MeetsAgain,
+            Kind::KillAgent if layout.nodes > 1 => Outcome::MeetsAgain,
+            _ => Outcome::Ends,
+        }
+    }
+}
+
+/// What becomes of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// Nobody is lost.
+    GoesOn,
+    /// Ranks meet again in the same job.
+    MeetsAgain,
+    /// It is started once more.
+    Ends,
 }
 
 /// One disturbance.
@@ -61,43 +118,59 @@ pub struct Fault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
     pub(crate) ranks: usize,
+    /// Agents, each with as many ranks.
+    pub(crate) nodes: usize,
     pub(crate) keys: &'static [&'static str],
     pub(crate) transport: &'static str,
 }
 
 /// Layouts of the small model with eight sequences a batch, from one rank to eight.
-const LAYOUTS: [Layout; 9] = [
-    layout(4, &["layout.dp=4"], "shm"),
-    layout(4, &["layout.dp=2", "layout.pp=2"], "shm"),
-    layout(4, &["layout.dp=4", "layout.zero=3"], "tcp"),
-    layout(2, &["layout.dp=2", "layout.zero=1"], "shm"),
-    layout(2, &["layout.pp=2", "layout.micro_batch=2"], "tcp"),
-    layout(1, &["layout.micro_batch=4"], "shm"),
-    layout(4, &["layout.dp=4", "layout.zero=2"], "shm"),
-    layout(8, &["layout.dp=8", "layout.zero=1"], "shm"),
-    layout(8, &["layout.dp=4", "layout.pp=2"], "tcp"),
+const LAYOUTS: [Layout; 13] = [
+    layout(4, 1, &["layout.dp=4"], "shm"),
+    layout(4, 1, &["layout.dp=2", "layout.pp=2"], "shm"),
+    layout(4, 1, &["layout.dp=4", "layout.zero=3"], "tcp"),
+    layout(2, 1, &["layout.dp=2", "layout.zero=1"], "shm"),
+    layout(2, 1, &["layout.pp=2", "layout.micro_batch=2"], "tcp"),
+    layout(1, 1, &["layout.micro_batch=4"], "shm"),
+    layout(4, 1, &["layout.dp=4", "layout.zero=2"], "shm"),
+    layout(8, 1, &["layout.dp=8", "layout.zero=1"], "shm"),
+    layout(8, 1, &["layout.dp=4", "layout.pp=2"], "tcp"),
+    layout(2, 2, &["layout.dp=2"], "tcp"),
+    layout(4, 2, &["layout.dp=4", "layout.zero=1"], "tcp"),
+    layout(4, 2, &["layout.dp=2", "layout.pp=2"], "shm"),
+    layout(8, 2, &["layout.dp=4", "layout.pp=2", "layout.zero=2"], "tcp"),
 ];
 
-const fn layout(ranks: usize, keys: &'static [&'static str], transport: &'static str) -> Layout {
-    Layout { ranks, keys, transport }
+const fn layout(
+    ranks: usize,
+    nodes: usize,
+    keys: &'static [&'static str],
+    transport: &'static str,
+) -> Layout {
+    Layout { ranks, nodes, keys, transport }
 }
 
-/// The layout that `choice` picks among those of at most `ranks` ranks.
-pub(crate) fn pick(choice: u64, ranks: usize) -> Layout {
-    let allowed: Vec<Layout> = LAYOUTS.into_iter().filter(|l| l.ranks <= ranks.max(1)).collect();
-    allowed[(choice % allowed.len() as u64) as usize]
+/// The layout that `choice` picks among those of at most `ranks` ranks that `suits` takes.
+pub(crate) fn pick(choice: u64, ranks: usize, suits: impl Fn(Layout) -> bool) -> Option<Layout> {
+    let allowed: Vec<Layout> = LAYOUTS.into_iter().filter(|l| l.ranks <= ranks.max(1) && suits(*l)).collect();
+    let at = choice.checked_rem(allowed.len() as u64)?;
+    allowed.get(at as usize).copied()
 }
 
-/// The first `count` faults of a seed: the same whenever they are asked for, and each kind as often as any other.
-pub fn faults(seed: u64, count: usize) -> Vec<Fault> {
+/// The layout that needs nobody else.
+pub(crate) const ALONE: Layout = layout(1, 1, &["layout.micro_batch=4"], "shm");
+
+/// The first `count` faults of a seed among `kinds`: the same whenever they are asked for, and each kind as often as any
+/// other.
+pub fn faults(seed: u64, count: usize, kinds: &[Kind]) -> Vec<Fault> {
     let mut random = SplitMix(seed);
-    let mut kinds: Vec<Kind> = Vec::new();
+    let mut left: Vec<Kind> = Vec::new();
     (0..count)
         .map(|_| {
-            if kinds.is_empty() {
-                kinds = Kind::ALL.to_vec();
+            if left.is_empty() {
+                left = kinds.to_vec();
             }
-            let kind = kinds.swap_remove((random.next() % kinds.len() as u64) as usize);
+            let kind = left.swap_remove((random.next() % left.len() as u64) as usize);
             Fault { kind, after_steps: 1 + random.next() % 8, victim: random.next(), layout: random.next() }
         })
         .collect()
@@ -128,18 +201,27 @@ mod tests {
 
     #[test]
     fn a_seed_gives_the_same_faults_and_all_kinds() {
-        assert_eq!(faults(7, 20)[..12], faults(7, 12));
-        assert_ne!(faults(7, 12), faults(8, 12));
-        let count = by_kind(&faults(3, 7 * 9));
+        let of = |seed, count| faults(seed, count, &Kind::ALL);
+        assert_eq!(of(7, 20)[..12], of(7, 12));
+        assert_ne!(of(7, 12), of(8, 12));
+        let count = by_kind(&of(3, Kind::ALL.len() * 9));
         assert_eq!(count.len(), Kind::ALL.len());
         assert!(count.values().all(|n| *n == 9), "{count:?}");
     }
 
     #[test]
-    fn layouts_keep_to_the_ranks_there_are() {
+    fn layouts_keep_to_the_ranks_there_are_and_suit() {
         for ranks in 0..10 {
-            let widest = (0..100).map(|choice| pick(choice, ranks).ranks).max();
-            assert!(widest <= Some(ranks.max(1)), "{ranks}");
+            let picked = (0..100).filter_map(|choice| pick(choice, ranks, |_| true));
+            assert!(picked.map(|l| l.ranks).max() <= Some(ranks.max(1)), "{ranks}");
+        }
+        for kind in Kind::ALL {
+            let suits = |l| kind.suits(l);
+            assert!(pick(5, 2, suits).is_some_and(suits), "{kind:?}: two ranks are enough for each");
+            let alone = pick(5, 1, suits).is_some();
+            let wants_others =
+                [Kind::KillHost, Kind::CutLink, Kind::SilentLink, Kind::SlowLink].contains(&kind);
+            assert_eq!(alone, !wants_others, "{kind:?}");
         }
     }
 }

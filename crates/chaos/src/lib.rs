@@ -1,27 +1,32 @@
 //! Disturb a small run at random, and hold what comes of it to the undisturbed one.
 //!
-//! A run is trained once alone and once under faults: ranks killed and stopped, the job taken away, storage gone,
-//! checkpoints torn. It gets over the loss of a rank by itself; after what ends the job it is started again, as a batch
-//! system does, each time under another layout of up to eight ranks, over shared memory or TCP. In the end its weights must be those of the undisturbed run, bit by bit, and
-//! its journals must show that no sample was lost or seen twice.
+//! A run is trained once alone and once under faults: ranks and agents killed and stopped, links cut and slowed, clocks that
+//! jump, disks full or gone, checkpoints torn. It gets over the loss of a rank or of one of several agents by itself; after
+//! what ends the job it is started again, as a batch system does, each time under another layout of up to eight ranks, over
+//! shared memory or TCP, under one agent or two. In the end its weights must be those of the undisturbed run, bit by bit,
+//! its journals must show that no sample was lost or seen twice, and nothing may be left of it.
 
+mod disk;
+mod disturbed;
 mod faults;
+mod links;
 mod session;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
 
-use rustix::process::Signal;
 use serde::Serialize;
-use spec::{Context, Error, Result};
-use train::{Audit, RunDir};
+use spec::{Error, Result};
 
+use disk::Disk;
+use disturbed::Disturbed;
+use faults::{ALONE, Layout, pick};
 pub use faults::{Fault, Kind, faults};
-use faults::{Layout, by_kind, pick};
-use session::{Ended, Session};
+use links::Links;
+use session::Session;
 
 /// Keys of a model and a batch so small that a step takes about a millisecond.
 const MODEL: [&str; 18] = [
@@ -47,12 +52,13 @@ const MODEL: [&str; 18] = [
 ];
 /// More ranks than a job loses.
 const MAX_RESTARTS: &str = "1000000";
-/// What a job says once ranks have met again.
-const RECOVERED: &str = ": goes on after step ";
 /// Steps that a run can be ahead of what was read of it, and the steps that a fault waits for.
 const STEPS_A_FAULT: u64 = 50;
-/// Steps without storage: two checkpoints fail.
-const STEPS_WITHOUT_STORAGE: u64 = 10;
+/// How agents find each other and miss each other: short, so that faults and not waits fill the time.
+const RENDEZVOUS: &str =
+    "join_timeout=60,last_call_timeout=3,keep_alive_interval=0.5,keep_alive_max_attempt=8";
+/// What a shared-memory transport leaves if it is not taken away begins so.
+const SHARED_MEMORY: &str = "phalanx";
 
 /// What to do to a run.
 pub struct Chaos<'a> {
@@ -83,6 +89,8 @@ pub struct Report {
     pub samples_lost: u64,
     /// Samples that some step was trained on twice.
     pub samples_repeated: u64,
+    /// Steps of which some rank has no record: what they were trained on is not known.
+    pub steps_unrecorded: u64,
     /// Whether the tokens of all steps are those of the data.
     pub tokens_equal: bool,
     /// Steps that were done again, since no checkpoint held them.
@@ -97,10 +105,14 @@ pub struct Report {
     pub hangs: usize,
     /// Processes that outlived their job.
     pub orphans: usize,
+    /// Pieces of shared memory that were left.
+    pub leftovers: usize,
     /// Steps of the run.
     pub steps: u64,
     /// Faults by kind.
     pub kinds: BTreeMap<Kind, usize>,
+    /// Kinds of faults that could not be tried here, and why.
+    pub not_tried: BTreeMap<Kind, String>,
 }
 
 impl Report {
@@ -108,10 +120,19 @@ impl Report {
     pub fn holds(&self) -> bool {
         self.bit_identical
             && self.tokens_equal
-            && self.samples_lost + self.samples_repeated == 0
-            && self.hangs + self.orphans == 0
+            && self.samples_lost + self.samples_repeated + self.steps_unrecorded == 0
+            && self.hangs + self.orphans + self.leftovers == 0
             && self.recoveries == self.faults
     }
+}
+
+/// Where a run is disturbed, and by what.
+struct Place<'a> {
+    chaos: &'a Chaos<'a>,
+    steps: u64,
+    links: Links,
+    disk: Option<Disk>,
+    not_tried: BTreeMap<Kind, String>,
 }
 
 impl Chaos<'_> {
@@ -120,46 +141,144 @@ impl Chaos<'_> {
     /// # Errors
     /// If a run cannot be started, or one under faults cannot be gone on with: then with what it said last.
     pub fn run(&self) -> Result<Report> {
-        let steps = STEPS_A_FAULT * (self.faults as u64 + 1);
-        fs::create_dir_all(self.dir.join("tmp")).map_err(|e| Error::io("create", self.dir, &e))?;
-        fs::write(self.dir.join("text.txt"), text()).map_err(|e| Error::io("write", self.dir, &e))?;
+        let place = Place::make(self)?;
+        let before = Place::leftovers();
         (self.progress)("training undisturbed", 0, self.faults);
-        let alone = self.start("alone", steps, pick(0, 1), 0)?.end()?;
-        if !alone.status.is_some_and(|s| s.success()) {
-            return Err(self.failed("the undisturbed run", "alone", 0));
+        let alone = place.start("alone", ALONE, 0)?.end()?;
+        if !alone.is(&[0]) {
+            return Err(place.failed("the undisturbed run", "alone", 0));
         }
-        let mut disturbed = Disturbed::new(self, steps)?;
-        for fault in faults(self.seed, self.faults) {
+        let mut disturbed = Disturbed::new(&place)?;
+        let kinds: Vec<Kind> = Kind::ALL.into_iter().filter(|k| !place.not_tried.contains_key(k)).collect();
+        for fault in faults(self.seed, self.faults, &kinds) {
             (self.progress)("disturbing", disturbed.report.faults, self.faults);
             if !disturbed.meet(fault)? {
                 break;
             }
         }
-        disturbed.finish()
+        let mut report = disturbed.finish()?;
+        report.leftovers = Place::leftovers().saturating_sub(before);
+        report.not_tried = place.not_tried;
+        Ok(report)
+    }
+}
+
+impl<'a> Place<'a> {
+    fn make(chaos: &'a Chaos<'a>) -> Result<Place<'a>> {
+        let io = |e: std::io::Error| Error::io("prepare", chaos.dir, &e);
+        fs::create_dir_all(chaos.dir.join("tmp")).map_err(io)?;
+        fs::write(chaos.dir.join("text.txt"), text()).map_err(io)?;
+        fs::write(chaos.dir.join("clock"), "0").map_err(io)?;
+        let mut not_tried = BTreeMap::new();
+        let disk = Disk::mount(&chaos.dir.join("disk"));
+        for kind in Kind::ALL {
+            if pick(0, chaos.ranks, |l| kind.suits(l)).is_none() {
+                not_tried.insert(kind, format!("it takes more than {} ranks", chaos.ranks));
+            } else if let Some(why) = disk.as_ref().err().filter(|_| kind.needs_disk()) {
+                not_tried.insert(kind, format!("there is no disk to do it to: {why}"));
+            }
+        }
+        Ok(Place {
+            chaos,
+            steps: STEPS_A_FAULT * (chaos.faults as u64 + 1),
+            links: Links::open().map_err(io)?,
+            disk: disk.ok(),
+            not_tried,
+        })
     }
 
-    fn start(&self, run: &str, steps: u64, layout: Layout, session: usize) -> Result<Session> {
-        let mut command = Command::new(self.program);
-        command.current_dir(self.dir).arg("train").env("TMPDIR", self.dir.join("tmp"));
-        if session > 0 {
+    /// Starts a job of `layout` that trains `run`.
+    fn start(&self, run: &str, layout: Layout, number: usize) -> Result<Session> {
+        let mark = format!("{}-{run}-{number}", std::process::id());
+        let mut session = Session::new(mark, layout, &self.log(run, number))?;
+        if layout.nodes == 1 {
+            let mut command = self.command(number);
+            command.args(self.train(run, layout));
+            if layout.ranks > 1 {
+                command.args(["--nproc", &layout.ranks.to_string(), "--max-restarts", MAX_RESTARTS]);
+            }
+            session.start(0, command)?;
+            return Ok(session);
+        }
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|port| port.local_addr());
+        session.endpoint = free.map_err(|e| Error::failure(format!("find a port: {e}")))?.to_string();
+        for node in 0..layout.nodes {
+            let command = self.agent(run, layout, number, node, &session.endpoint, node == 0);
+            session.start(node, command)?;
+        }
+        Ok(session)
+    }
+
+    /// The command of agent `node` of several, which meet at `endpoint`.
+    fn agent(
+        &self,
+        run: &str,
+        layout: Layout,
+        number: usize,
+        node: usize,
+        endpoint: &str,
+        hosts: bool,
+    ) -> Command {
+        let mut command = self.command(number);
+        command.arg("launch").arg("--secret").arg(self.chaos.dir.join("secret"));
+        command.args(["--nnodes", &format!("1:{}", layout.nodes)]);
+        command.args(["--nproc-per-node", &(layout.ranks / layout.nodes).to_string()]);
+        command.args([
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            endpoint,
+            "--rdzv-id",
+            &format!("chaos-{number}"),
+        ]);
+        command.args(["--rdzv-conf", &format!("{RENDEZVOUS},is_host={}", u8::from(hosts))]);
+        command.args(["--local-addr", &format!("127.0.0.{}", node + 1), "--max-restarts", MAX_RESTARTS]);
+        command.arg(self.chaos.program).args(self.train(run, layout));
+        command
+    }
+
+    fn command(&self, number: usize) -> Command {
+        let mut command = Command::new(self.chaos.program);
+        command.current_dir(self.chaos.dir).env("TMPDIR", self.chaos.dir.join("tmp"));
+        command.env("PHALANX_PROXY", self.links.addr.to_string());
+        command.env("PHALANX_CLOCK_DRILL", self.clock());
+        if number > 0 {
             // Nobody watches: a damaged checkpoint is passed over.
             command.env("PHALANX_RESTARTED", "1");
         }
-        if layout.ranks > 1 {
-            command.args(["--nproc", &layout.ranks.to_string(), "--transport", layout.transport]);
-            command.args(["--max-restarts", MAX_RESTARTS]);
-        }
-        let (steps, dir) =
-            (format!("train.steps={steps}"), format!("run.dir={}", self.dir.join(run).display()));
-        for key in MODEL.iter().chain(layout.keys).copied().chain([steps.as_str(), &dir]) {
-            command.args(["--set", key]);
-        }
-        let mark = format!("{}-{run}-{session}", std::process::id());
-        Session::start(command, mark, layout.ranks, &self.log(run, session))
+        command
+    }
+
+    fn train(&self, run: &str, layout: Layout) -> Vec<String> {
+        let mut args = vec!["train".to_owned(), "--transport".to_owned(), layout.transport.to_owned()];
+        let own = [
+            format!("train.steps={}", self.steps),
+            format!("run.dir={}", self.chaos.dir.join(run).display()),
+            format!("checkpoint.dir={}", self.checkpoints(run).display()),
+        ];
+        let keys = MODEL.iter().chain(layout.keys).map(|key| (*key).to_owned()).chain(own);
+        args.extend(keys.flat_map(|key| ["--set".to_owned(), key]));
+        args
+    }
+
+    /// The file that says by how many seconds the clock of all ranks is wrong.
+    fn clock(&self) -> PathBuf {
+        self.chaos.dir.join("clock")
+    }
+
+    /// On a disk that can be taken away and filled.
+    fn checkpoints(&self, run: &str) -> PathBuf {
+        self.chaos.dir.join("disk").join(run)
+    }
+
+    /// Shared memory that has a name.
+    fn leftovers() -> usize {
+        let entries = fs::read_dir("/dev/shm").into_iter().flatten().flatten();
+        entries.filter(|e| e.file_name().to_str().is_some_and(|name| name.starts_with(SHARED_MEMORY))).count()
     }
 
     fn log(&self, run: &str, session: usize) -> PathBuf {
-        self.dir.join(format!("{run}-{session:04}.log"))
+        self.chaos.dir.join(format!("{run}-{session:04}.log"))
     }
 
     fn failed(&self, what: &str, run: &str, session: usize) -> Error {
@@ -169,209 +288,6 @@ impl Chaos<'_> {
         let last = lines[lines.len().saturating_sub(4)..].join("; ");
         Error::failure(format!("{what} failed: {last}"))
             .hint(format!("{} has all that it said", log.display()))
-    }
-}
-
-/// The run under faults.
-struct Disturbed<'a> {
-    chaos: &'a Chaos<'a>,
-    steps: u64,
-    /// Gone between the end of one and the start of the next.
-    session: Option<Session>,
-    sessions: usize,
-    met: Vec<Fault>,
-    recoveries_s: Vec<f64>,
-    survivals_s: Vec<f64>,
-    report: Report,
-}
-
-const RUN: &str = "run";
-
-impl<'a> Disturbed<'a> {
-    fn new(chaos: &'a Chaos<'a>, steps: u64) -> Result<Self> {
-        let session = chaos.start(RUN, steps, pick(chaos.seed, chaos.ranks), 0)?;
-        let report = Report { steps, ..Report::default() };
-        let (met, recoveries_s, survivals_s) = Default::default();
-        let session = Some(session);
-        Ok(Disturbed { chaos, steps, session, sessions: 1, met, recoveries_s, survivals_s, report })
-    }
-
-    /// Lets a fault happen and the run go on; false if the run was over before.
-    fn meet(&mut self, fault: Fault) -> Result<bool> {
-        if self.session()?.steps(fault.after_steps)?.is_none() {
-            return Ok(false);
-        }
-        self.met.push(fault);
-        self.report.faults += 1;
-        let began = Instant::now();
-        if fault.kind == Kind::NoStorage {
-            self.without_storage()?;
-            self.report.recoveries += 1;
-            return Ok(true);
-        }
-        strike(self.session()?, fault);
-        if fault.kind.is_survived(self.session()?.ranks) {
-            return self.survive(fault, began);
-        }
-        // The next job may only be started when this one is gone, as a batch system does it.
-        let ended = self.end_session()?;
-        if fault.kind == Kind::Preempt && ended.status.and_then(|s| s.code()) != Some(130) {
-            return Err(self.failed("a job that was asked to save and leave"));
-        }
-        self.damage(fault)?;
-        self.start(pick(fault.layout, self.chaos.ranks))?;
-        // The first line of a step after the fault.
-        let said = self.session()?.steps(1)?;
-        if said.is_none() && !self.is_done() {
-            return Err(self.failed(&format!("going on after {:?}", fault.kind)));
-        }
-        self.report.recoveries += 1;
-        self.recoveries_s.push(began.elapsed().as_secs_f64());
-        Ok(true)
-    }
-
-    /// Waits until the ranks that are left, and the one in the place of the lost, have done a step; false if the run was
-    /// over before anybody missed it.
-    fn survive(&mut self, fault: Fault, began: Instant) -> Result<bool> {
-        let met = self.session()?.until(|line| line.contains(RECOVERED))?;
-        let stepped = met && self.session()?.steps(1)?.is_some();
-        if !stepped && !self.is_done() {
-            return Err(self.failed(&format!("going on without a restart after {:?}", fault.kind)));
-        }
-        self.report.recoveries += 1;
-        if stepped {
-            self.report.survived += 1;
-            self.survivals_s.push(began.elapsed().as_secs_f64());
-        }
-        Ok(stepped)
-    }
-
-    /// The job under way.
-    fn session(&mut self) -> Result<&mut Session> {
-        self.session.as_mut().ok_or_else(|| Error::failure("no job is under way"))
-    }
-
-    /// Starts the job once more.
-    fn start(&mut self, layout: Layout) -> Result<()> {
-        self.session = Some(self.chaos.start(RUN, self.steps, layout, self.sessions)?);
-        self.sessions += 1;
-        Ok(())
-    }
-
-    fn end_session(&mut self) -> Result<Ended> {
-        let session = self.session.take().ok_or_else(|| Error::failure("no job is under way"))?;
-        let ended = session.end()?;
-        self.report.hangs += usize::from(ended.hung);
-        self.report.orphans += ended.orphans;
-        Ok(ended)
-    }
-
-    /// Moves the checkpoints away for some steps, with a file in their place that nobody can write into.
-    fn without_storage(&mut self) -> Result<()> {
-        let dir = self.checkpoints();
-        let away = self.chaos.dir.join("checkpoints.away");
-        let io = |e| Error::io("take away", &dir, &e);
-        let had = dir.exists();
-        if had {
-            fs::rename(&dir, &away).map_err(io)?;
-        }
-        fs::write(&dir, "").map_err(io)?;
-        let went_on = self.session()?.steps(STEPS_WITHOUT_STORAGE)?;
-        fs::remove_file(&dir).map_err(io)?;
-        if had {
-            fs::rename(&away, &dir).map_err(io)?;
-        }
-        // By now a later checkpoint may have failed for good if the run ended meanwhile.
-        match went_on {
-            Some(_) => Ok(()),
-            None => Err(self.failed("training on without storage")),
-        }
-    }
-
-    /// Damages the newest checkpoint, if there is one before it.
-    fn damage(&self, fault: Fault) -> Result<()> {
-        if !matches!(fault.kind, Kind::TornCheckpoint | Kind::BitFlip) {
-            return Ok(());
-        }
-        let saved = ckpt::list(&self.checkpoints())?;
-        let [.., _, (_, newest)] = saved.as_slice() else { return Ok(()) };
-        let mut files: Vec<PathBuf> = fs::read_dir(newest)
-            .map_err(|e| Error::io("read", newest, &e))?
-            .filter_map(|e| e.ok().map(|e| e.path()))
-            .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
-            .collect();
-        files.sort();
-        let path = &files[(fault.victim % files.len().max(1) as u64) as usize];
-        let mut bytes = fs::read(path).map_err(|e| Error::io("read", path, &e))?;
-        let at = (fault.layout % bytes.len().max(1) as u64) as usize;
-        match fault.kind {
-            Kind::TornCheckpoint => bytes.truncate(at),
-            _ => bytes[at] ^= 1 << (fault.victim % 8),
-        }
-        fs::write(path, bytes).map_err(|e| Error::io("damage", path, &e))
-    }
-
-    fn checkpoints(&self) -> PathBuf {
-        RunDir::new(self.chaos.dir.join(RUN)).checkpoints()
-    }
-
-    /// Whether the newest checkpoint is of the last step.
-    fn is_done(&self) -> bool {
-        let saved = ckpt::list(&self.checkpoints());
-        saved.is_ok_and(|s| s.last().is_some_and(|(step, _)| *step == self.steps))
-    }
-
-    /// Lets the run end undisturbed, and compares.
-    fn finish(mut self) -> Result<Report> {
-        (self.chaos.progress)("letting it end", self.report.faults, self.chaos.faults);
-        if self.session()?.ranks > 1 {
-            // What is left says nothing new, and one rank is done with it soonest.
-            self.session()?.signal_agent(Signal::TERM);
-            self.end_session()?;
-            self.start(pick(0, 1))?;
-        }
-        let ended = self.end_session()?;
-        if !ended.status.is_some_and(|s| s.success()) {
-            return Err(self.failed("the run under faults, left alone at last,"));
-        }
-        let newest = |run: &str| RunDir::new(self.chaos.dir.join(run)).newest_checkpoint();
-        let difference = ckpt::diff(&newest("alone")?, &newest(RUN)?).context("compare the two runs")?;
-        let audit = Audit::of(&self.chaos.dir.join(RUN), &|_, _| {})?;
-        let mut report = self.report;
-        report.bit_identical = difference.bit_equal();
-        // What is not on record is not known to be there.
-        report.samples_lost = audit.ledger.samples_lost + audit.ledger.steps_missing;
-        report.samples_repeated = audit.ledger.samples_repeated;
-        report.steps_redone = audit.ledger.steps_redone;
-        report.tokens_equal = audit.tokens == train::Tokens::Equal;
-        report.kinds = by_kind(&self.met);
-        report.median_restart_s = median(self.recoveries_s);
-        report.median_recovery_s = median(self.survivals_s);
-        Ok(report)
-    }
-
-    fn failed(&self, what: &str) -> Error {
-        self.chaos.failed(what, RUN, self.sessions - 1)
-    }
-}
-
-/// The middle one; 0 of none.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
-}
-
-fn strike(session: &mut Session, fault: Fault) {
-    let victim = (fault.victim % session.ranks as u64) as usize;
-    match fault.kind {
-        Kind::KillRank => session.signal_rank(victim, Signal::KILL),
-        // A stopped rank is noticed by those who wait for it; alone it has nobody.
-        Kind::StopRank if session.ranks == 1 => session.kill_all(),
-        Kind::StopRank => session.signal_rank(victim, Signal::STOP),
-        Kind::KillAgent => session.signal_agent(Signal::KILL),
-        Kind::Preempt => session.signal_agent(Signal::TERM),
-        Kind::TornCheckpoint | Kind::BitFlip => session.kill_all(),
-        Kind::NoStorage => {}
     }
 }
 

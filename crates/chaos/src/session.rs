@@ -1,12 +1,16 @@
+use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io::Read;
-use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use spec::{Error, Result};
+
+use crate::faults::Layout;
 
 /// A run that prints no step for so long hangs: many times the deadline of its ranks.
 const QUIET: Duration = Duration::from_secs(60);
@@ -20,14 +24,22 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(10);
 
 /// A job under way, and what it has printed.
 pub(crate) struct Session {
-    child: Child,
+    /// The processes that start ranks; `None` in the place of one that was killed and is not there again.
+    agents: Vec<Option<Child>>,
     out: File,
+    /// What a further agent of the job writes to.
+    write: Option<OwnedFd>,
+    log: PathBuf,
     mark: String,
     /// What was printed of the line that is not whole yet.
     partial: Vec<u8>,
     /// Whole lines that nobody has looked at.
-    lines: std::collections::VecDeque<String>,
-    pub(crate) ranks: usize,
+    lines: VecDeque<String>,
+    pub(crate) layout: Layout,
+    /// The agent that hosts the job's store.
+    pub(crate) host: usize,
+    /// Where several agents meet: the address of that store.
+    pub(crate) endpoint: String,
 }
 
 /// What the next line was.
@@ -37,19 +49,50 @@ enum Next {
 }
 
 impl Session {
-    /// Starts `command`, marked so that all its processes can be found.
-    pub(crate) fn start(mut command: Command, mark: String, ranks: usize, log: &Path) -> Result<Session> {
-        let fail = |what: &str, e: std::io::Error| Error::failure(format!("{what}: {e}"));
+    /// A job of no agents yet, whose processes are marked so that all can be found.
+    pub(crate) fn new(mark: String, layout: Layout, log: &Path) -> Result<Session> {
         let (read, write) = rustix::pipe::pipe().map_err(|e| fail("make a pipe", e.into()))?;
         // Without a short pipe a run gets further before it is met; nothing else depends on it.
         let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES);
-        let log = File::create(log).map_err(|e| Error::io("create log", log, &e))?;
-        command.env(MARK, &mark).stdin(Stdio::null()).stdout(Stdio::from(write)).stderr(log);
-        let child = command.spawn().map_err(|e| fail("start a run", e))?;
-        // The command holds the pipe's other end.
-        drop(command);
+        File::create(log).map_err(|e| Error::io("create log", log, &e))?;
         let (partial, lines) = Default::default();
-        Ok(Session { child, out: read.into(), mark, partial, lines, ranks })
+        let (out, write, log) = (read.into(), Some(write), log.to_owned());
+        Ok(Session {
+            agents: Vec::new(),
+            out,
+            write,
+            log,
+            mark,
+            partial,
+            lines,
+            layout,
+            host: 0,
+            endpoint: String::new(),
+        })
+    }
+
+    /// Starts `command` as agent `at`.
+    pub(crate) fn start(&mut self, at: usize, mut command: Command) -> Result<()> {
+        let log = File::options().append(true).open(&self.log);
+        let log = log.map_err(|e| Error::io("open log", &self.log, &e))?;
+        let write = self.write.as_ref().ok_or_else(|| Error::failure("the job is about to end"))?;
+        let write = write.try_clone().map_err(|e| fail("share a pipe", e))?;
+        command.env(MARK, &self.mark).stdin(Stdio::null()).stdout(Stdio::from(write)).stderr(log);
+        let child = command.spawn().map_err(|e| fail("start a run", e))?;
+        if self.agents.len() <= at {
+            self.agents.resize_with(at + 1, || None);
+        }
+        self.agents[at] = Some(child);
+        if self.layout.nodes == 1 {
+            // Nobody else writes, so that the end of the output is the job's.
+            self.write = None;
+        }
+        Ok(())
+    }
+
+    /// What the job has said so far.
+    pub(crate) fn said(&self) -> String {
+        fs::read(&self.log).map(|text| String::from_utf8_lossy(&text).into_owned()).unwrap_or_default()
     }
 
     /// Reads on until `wanted` says yes to a line; false where the output ends first.
@@ -80,49 +123,57 @@ impl Session {
 
     /// Waits for the end of the job and of its output.
     pub(crate) fn end(mut self) -> Result<Ended> {
+        self.write = None;
         let finished = self.until(|_| false);
         let deadline = Instant::now() + ORPHAN_AFTER;
-        let mut status = None;
-        while status.is_none() && Instant::now() < deadline && finished.is_ok() {
-            status = self.child.try_wait().map_err(|e| Error::failure(format!("wait for a run: {e}")))?;
-            std::thread::sleep(BETWEEN_LOOKS);
+        let mut codes = Vec::new();
+        for agent in self.agents.iter_mut().flatten() {
+            let mut status = None;
+            while status.is_none() && Instant::now() < deadline && finished.is_ok() {
+                status = agent.try_wait().map_err(|e| fail("wait for a run", e))?;
+                std::thread::sleep(BETWEEN_LOOKS);
+            }
+            codes.push(status);
         }
-        let hung = status.is_none();
+        let hung = codes.iter().any(Option::is_none);
         while !hung && !self.processes().is_empty() && Instant::now() < deadline {
             std::thread::sleep(BETWEEN_LOOKS);
         }
         let left = self.processes();
         left.iter().for_each(|pid| signal(*pid, Signal::KILL));
-        let status = match status {
-            Some(status) => Some(status),
-            None => {
-                let _ = self.child.kill();
-                self.child.wait().ok()
-            }
-        };
-        Ok(Ended { status, hung, orphans: if hung { 0 } else { left.len() } })
+        for agent in self.agents.iter_mut().flatten() {
+            let _ = agent.kill();
+            let _ = agent.wait();
+        }
+        let codes = codes.into_iter().flatten().map(|status| status.code()).collect();
+        Ok(Ended { codes, hung, orphans: if hung { 0 } else { left.len() } })
     }
 
     /// Kills every process of the job.
     pub(crate) fn kill_all(&mut self) {
-        let _ = self.child.kill();
+        self.agents.iter_mut().flatten().for_each(|agent| drop(agent.kill()));
         self.processes().into_iter().for_each(|pid| signal(pid, Signal::KILL));
     }
 
-    /// Sends a signal to the process that was started first.
-    pub(crate) fn signal_agent(&self, what: Signal) {
-        if let Ok(pid) = i32::try_from(self.child.id()) {
-            signal(pid, what);
-        }
+    /// Sends a signal to every process that was started first.
+    pub(crate) fn signal_agents(&self, what: Signal) {
+        let pids = self.agents.iter().flatten().filter_map(|agent| i32::try_from(agent.id()).ok());
+        pids.for_each(|pid| signal(pid, what));
     }
 
-    /// Sends a signal to one of the ranks; the only process is its own rank.
-    pub(crate) fn signal_rank(&self, rank: usize, what: Signal) {
-        let of_rank = self.find(|env| env.iter().any(|v| *v == format!("RANK={rank}").as_bytes()));
-        match of_rank.first() {
-            Some(pid) if self.ranks > 1 => signal(*pid, what),
-            _ => self.signal_agent(what),
-        }
+    /// Kills one agent of several and takes it from the job.
+    pub(crate) fn kill_agent(&mut self, at: usize) -> Result<()> {
+        let Some(mut agent) = self.agents[at].take() else { return Ok(()) };
+        agent.kill().and_then(|()| agent.wait()).map(drop).map_err(|e| fail("kill an agent", e))
+    }
+
+    /// One of the ranks' processes, whatever its number is by now; the only process is its own rank.
+    pub(crate) fn rank(&self, victim: u64) -> Option<i32> {
+        let mut ranks = self.find(|env| env.iter().any(|v| v.starts_with(b"RANK=")));
+        ranks.sort_unstable();
+        let at = victim.checked_rem(ranks.len() as u64);
+        let alone = || self.agents.iter().flatten().next().and_then(|agent| agent.id().try_into().ok());
+        at.map(|at| ranks[at as usize]).or_else(alone)
     }
 
     /// All living processes of the session.
@@ -180,20 +231,26 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if !matches!(self.child.try_wait(), Ok(Some(_))) {
-            self.kill_all();
-            let _ = self.child.wait();
-        }
+        self.kill_all();
+        self.agents.iter_mut().flatten().for_each(|agent| drop(agent.wait()));
     }
 }
 
 /// How a job ended.
 pub(crate) struct Ended {
-    pub(crate) status: Option<ExitStatus>,
+    /// The exit codes of its agents; none of one that a signal ended.
+    pub(crate) codes: Vec<Option<i32>>,
     /// It had to be killed.
     pub(crate) hung: bool,
     /// Processes that were left.
     pub(crate) orphans: usize,
+}
+
+impl Ended {
+    /// Whether all agents ended with one of `codes`.
+    pub(crate) fn is(&self, codes: &[i32]) -> bool {
+        !self.hung && self.codes.iter().all(|code| code.is_some_and(|code| codes.contains(&code)))
+    }
 }
 
 /// The step of a line that tells of one.
@@ -201,9 +258,13 @@ fn step_of(line: &str) -> Option<u64> {
     line.strip_prefix("step ")?.split('/').next()?.parse().ok()
 }
 
-fn signal(pid: i32, what: Signal) {
+pub(crate) fn signal(pid: i32, what: Signal) {
     // One that is gone already has nothing to be told.
     if let Some(pid) = Pid::from_raw(pid) {
         let _ = kill_process(pid, what);
     }
+}
+
+fn fail(what: &str, e: std::io::Error) -> Error {
+    Error::failure(format!("{what}: {e}"))
 }

@@ -1,6 +1,7 @@
 //! How ranks that are processes find each other: cards in the store, then a connection for every pair.
 
 mod door;
+mod via;
 
 use crate::control::{CONTROL_BYTES, Control, MAX_LOCAL};
 use crate::inner::{Core, Failure, Near, Peer, Transport};

@@ -100,7 +100,7 @@ fn receive(world: &World) -> Result<()> {
 #[test]
 fn a_message_must_be_one() {
     let good = |core: &Core| {
-        let (id, _) = core.share(4 * COUNT).unwrap();
+        let (id, _, _) = core.share(4 * COUNT).unwrap();
         words(&message(COUNT), Location { segment: id, offset: 0 })
     };
     let damaged = "sent a message that cannot be read";
@@ -118,7 +118,7 @@ fn a_message_must_be_one() {
 fn a_message_lies_in_memory_of_its_sender() {
     for offset in [4, 4096 * COUNT as u64, u64::MAX - 3, u64::MAX] {
         let attack = |w: &World| {
-            let (id, _) = w.core.share(4 * COUNT).unwrap();
+            let (id, _, _) = w.core.share(4 * COUNT).unwrap();
             post(&w.core, 0, words(&message(COUNT), Location { segment: id, offset }), 1);
         };
         check(attack, receive, "named 200000 bytes outside its shared memory");
@@ -145,7 +145,7 @@ fn buffers_of_a_meeting_lie_in_memory_of_their_members() {
     };
     for offset in [4, u64::MAX - 3] {
         let attack = |w: &World| {
-            let (id, _) = w.core.share(4 * COUNT).unwrap();
+            let (id, _, _) = w.core.share(4 * COUNT).unwrap();
             come(&w.core, words(&header(&op()), Location { segment: id, offset }), [0; 2]);
         };
         check(attack, act, "named 200000 bytes outside its shared memory");
@@ -171,7 +171,7 @@ fn runs_of_an_all_to_all_are_checked_as_they_are_used() {
     };
     let attack = |row: [u64; 2]| {
         move |w: &World| {
-            let (id, _) = w.core.share(4 * COUNT).unwrap();
+            let (id, _, _) = w.core.share(4 * COUNT).unwrap();
             let header = header(&op(span(COUNT), span(COUNT)));
             come(&w.core, words(&header, Location { segment: id, offset: 0 }), row);
         }

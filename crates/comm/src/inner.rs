@@ -5,6 +5,7 @@ use crate::link::Io;
 use crate::memory::Mapping;
 use crate::p2p::{Inbox, Outbox};
 use crate::progress::{Patience, Worker};
+use rustix::fd::OwnedFd;
 use spec::{Error, Result};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -345,20 +346,28 @@ impl Segments {
 }
 
 impl Core {
-    /// Makes memory that neighbours can reach by [`Core::locate`].
-    pub(crate) fn share(&self, bytes: usize) -> Result<(u64, Arc<Mapping>)> {
-        let id = self.segments.made.fetch_add(1, Ordering::Relaxed) as u64;
-        let Some(io) = self.io.get() else {
-            return Ok((id, Arc::new(Mapping::anonymous(bytes)?)));
-        };
+    /// Makes memory that neighbours can reach by [`Core::locate`]; its file, unless ranks are threads.
+    pub(crate) fn share(&self, bytes: usize) -> Result<(u64, Arc<Mapping>, Option<Arc<OwnedFd>>)> {
+        if self.io.get().is_none() {
+            let mapping = Arc::new(Mapping::anonymous(bytes)?);
+            return Ok((self.adopt(&mapping, None)?, mapping, None));
+        }
         let (mapping, file) = Mapping::shared("phalanx-arena", bytes)?;
         mapping.populate()?;
-        let mapping = Arc::new(mapping);
-        let mut own = self.segments.own.write().unwrap_or_else(PoisonError::into_inner);
-        own.push((id, mapping.clone()));
-        drop(own);
-        io.share(self, id, bytes, &file)?;
-        Ok((id, mapping))
+        let (mapping, file) = (Arc::new(mapping), Arc::new(file));
+        Ok((self.adopt(&mapping, Some(&file))?, mapping, Some(file)))
+    }
+
+    /// Lets neighbours reach memory that is there already.
+    pub(crate) fn adopt(&self, mapping: &Arc<Mapping>, file: Option<&Arc<OwnedFd>>) -> Result<u64> {
+        let id = self.segments.made.fetch_add(1, Ordering::Relaxed) as u64;
+        if let (Some(io), Some(file)) = (self.io.get(), file) {
+            let mut own = self.segments.own.write().unwrap_or_else(PoisonError::into_inner);
+            own.push((id, mapping.clone()));
+            drop(own);
+            io.share(self, id, mapping.bytes(), file)?;
+        }
+        Ok(id)
     }
 
     /// Takes it back; no operation may be using it. After a failure neighbours keep it: they may not know yet.

@@ -116,7 +116,7 @@ impl Outbox {
         if let Some(i) = found {
             return Ok(i);
         }
-        let (_, mapping) = core.share(bytes.max(4096).next_power_of_two())?;
+        let (_, mapping, _) = core.share(bytes.max(4096).next_power_of_two())?;
         if core.control.is_private() {
             core.failure.keep(mapping.clone());
         }

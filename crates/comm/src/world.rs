@@ -6,8 +6,9 @@ use crate::inner::{Core, Failure, Near, Peer, Transport};
 use crate::memory::Mapping;
 use crate::progress::Patience;
 use crate::store::StoreClient;
+use rustix::fd::OwnedFd;
 use spec::{Error, Result};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -63,6 +64,8 @@ pub struct Bootstrap {
     pub timeout: Duration,
     /// Address to accept TCP connections on; by default the one that the store sees.
     pub bind: Option<IpAddr>,
+    /// A SOCKS proxy (version 5, no login) to connect to ranks of other hosts through.
+    pub via: Option<SocketAddr>,
 }
 
 impl Bootstrap {
@@ -81,6 +84,7 @@ impl Bootstrap {
             has_mpi: false,
             timeout: DEFAULT_TIMEOUT,
             bind: None,
+            via: None,
         }
     }
 }
@@ -191,8 +195,19 @@ impl World {
     /// # Errors
     /// Memory is short.
     pub fn alloc_shared(&self, bytes: usize) -> Result<SharedArena> {
-        let (id, mapping) = self.core.share(bytes)?;
-        Ok(SharedArena { core: self.core.clone(), id, mapping, bytes })
+        let (id, mapping, file) = self.core.share(bytes)?;
+        Ok(SharedArena { core: self.core.clone(), id, mapping, file, bytes })
+    }
+
+    /// The same memory, as it is, in this world. Its former world must be one that no rank of this one uses any more: all
+    /// have left it before they came here.
+    ///
+    /// # Errors
+    /// A neighbour is lost.
+    pub fn adopt(&self, arena: &SharedArena) -> Result<SharedArena> {
+        let id = self.core.adopt(&arena.mapping, arena.file.as_ref())?;
+        let (mapping, file) = (arena.mapping.clone(), arena.file.clone());
+        Ok(SharedArena { core: self.core.clone(), id, mapping, file, bytes: arena.bytes })
     }
 
     /// Returns once every rank has called it.
@@ -244,6 +259,8 @@ pub struct SharedArena {
     core: Arc<Core>,
     id: u64,
     mapping: Arc<Mapping>,
+    /// What neighbours map it by.
+    file: Option<Arc<OwnedFd>>,
     bytes: usize,
 }
 

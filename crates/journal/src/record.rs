@@ -110,6 +110,11 @@ pub enum Record {
         /// Seconds since this rank noticed.
         #[serde(with = "float")]
         recovery_s: f64,
+        /// What they went into, in order: `orders` until the launcher said where to go, `run` to read the run file, `meet`
+        /// until all had come, `open` for the data, `build` for program and memory, `restore` for weights and moments,
+        /// `copies` for those that other ranks keep.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        phases: Vec<(String, f64)>,
     },
     /// The run went on although something that decides its numbers had changed, because a flag said so.
     Accepted {

@@ -2,7 +2,7 @@
 
 use spec::{Error, Result};
 use std::ffi::CStr;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 /// For ranks: what `--bind` is for `phalanx launch`.
@@ -91,6 +91,22 @@ pub fn from_env() -> Result<Option<IpAddr>> {
         ))
     })?;
     bind.resolve().map(Some)
+}
+
+/// A SOCKS proxy that ranks reach each other through.
+const PROXY: &str = "PHALANX_PROXY";
+
+/// The proxy that connections to ranks of other hosts go through, if `PHALANX_PROXY` (`ADDRESS:PORT`) names one.
+///
+/// # Errors
+/// What it says is no address with a port.
+pub fn proxy_from_env() -> Result<Option<SocketAddr>> {
+    let Some(text) = std::env::var(PROXY).ok().filter(|v| !v.trim().is_empty()) else { return Ok(None) };
+    let wrong = |_| {
+        Error::user(format!("environment variable {PROXY}={text}: expected ADDRESS:PORT of a SOCKS proxy"))
+            .hint("unset it to connect to other ranks directly")
+    };
+    text.trim().parse().map(Some).map_err(wrong)
 }
 
 /// This machine's addresses that others may reach it at, IPv4 before IPv6.

@@ -22,8 +22,9 @@
 //!
 //! Beyond torchrun's variables a worker gets `PHALANX_STORE` (`host:port` of the agents' store), `PHALANX_SESSION` (run
 //! id and round, a prefix for keys in it), `PHALANX_SECRET` (what the job's processes prove to each other that they are of
-//! it), `PHALANX_BIND` where `--bind` was given, `PHALANX_AGENT_FD` (see `elastic::Report`) and `PHALANX_JOB` (marks the
-//! processes of the launch, so that none is left).
+//! it), `PHALANX_BIND` where `--bind` was given, `PHALANX_AGENT_FD` (see `elastic::Report`), `PHALANX_ELASTIC` (1 where
+//! workers that can recover are to do so: with `--max-restarts`, `--nnodes MIN:MAX` or `--min-nproc`) and `PHALANX_JOB`
+//! (marks the processes of the launch, so that none is left).
 //!
 //! # Differences from torchrun
 //!
@@ -67,7 +68,7 @@ mod mpi_store;
 mod torch_store;
 
 pub use agent::{Outcome, run};
-pub use bind::{Bind, from_env as bind_from_env};
+pub use bind::{Bind, from_env as bind_from_env, proxy_from_env};
 pub use bootstrap::{RankStore, connect, fingerprint};
 pub use cli::cli;
 pub use failure::{Failure, record_error};

@@ -202,6 +202,11 @@ impl Options {
         Ok(o)
     }
 
+    /// Whether workers that can meet again are to do so when one is lost: somebody pays for it, or the job may shrink.
+    pub(crate) fn is_elastic(&self) -> bool {
+        self.max_restarts > 0 || self.min_nodes < self.max_nodes || self.min_nproc.is_some()
+    }
+
     /// Whether there is no other node to meet.
     pub(crate) fn is_single(&self) -> bool {
         self.standalone || (self.max_nodes == 1 && self.backend == Backend::Static && self.endpoint.is_none())

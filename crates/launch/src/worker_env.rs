@@ -62,6 +62,7 @@ pub(crate) fn variables(
     }
     set("PHALANX_STORE", shared.store.to_owned());
     set("PHALANX_SESSION", session(shared.run_id, seat));
+    set("PHALANX_ELASTIC", u8::from(options.is_elastic()).to_string());
     for (name, value) in shared.trust.variables().into_iter().chain(shared.bind.map(crate::bind::variable)) {
         set(name, value);
     }
@@ -198,6 +199,7 @@ mod tests {
         check("TORCHELASTIC_USE_AGENT_STORE", "False");
         check("TORCHELASTIC_ERROR_FILE", "/e.json");
         check("PHALANX_SESSION", "job/3");
+        check("PHALANX_ELASTIC", "0");
         check("PHALANX_SECRET", trust.text().unwrap());
         check("PHALANX_INSECURE", "0");
         check("PHALANX_BIND", "10.0.0.7");

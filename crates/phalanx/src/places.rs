@@ -79,6 +79,10 @@ impl Way for Places {
         Ok(())
     }
 
+    fn follow(&mut self) {
+        self.lock = None;
+    }
+
     fn device(&self, orders: &Orders, run: &RunSpec, mesh: &Mesh) -> Result<Box<dyn Device>> {
         let share = (output::threads(0) / orders.local_world.max(1)).max(1);
         let threads = run.run.threads.unwrap_or(share);

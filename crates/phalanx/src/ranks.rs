@@ -159,6 +159,7 @@ fn bootstrap(
     b.transport = transport;
     b.timeout = timeout;
     b.bind = launch::bind_from_env()?;
+    b.via = launch::proxy_from_env()?;
     Ok(b)
 }
 
@@ -218,9 +219,9 @@ pub(crate) fn restarted() -> bool {
     is_positive(&["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", RESTARTED])
 }
 
-/// Whether somebody is there who starts the job once more when it fails.
+/// Whether somebody is there who starts the job once more when it fails, or brings its ranks together again.
 pub(crate) fn has_restarts() -> bool {
-    restarted() || is_positive(&["TORCHELASTIC_MAX_RESTARTS"])
+    restarted() || is_positive(&["TORCHELASTIC_MAX_RESTARTS", "PHALANX_ELASTIC"])
 }
 
 fn is_positive(names: &[&str]) -> bool {

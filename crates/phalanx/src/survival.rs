@@ -130,10 +130,14 @@ fn print(args: &Chaos, r: &Report, again: &str) {
     }
     let kinds: Vec<String> = r.kinds.iter().map(|(kind, n)| format!("{n} {kind:?}")).collect();
     let bits = if r.bit_identical { "equal to the last bit" } else { "DIFFERENT" };
+    for (kind, why) in &r.not_tried {
+        output::say(&format!("{kind:?} is not tried: {why}"));
+    }
     output::print(&format!(
-        "{} faults over {} steps: {}\n{} recoveries, {} of them without a restart, median {:.2} s to the next step (with one {:.2} s); {} steps redone; \
-         {} hangs, {} orphans\n\
-         weights and moments of the undisturbed run: {bits}\nsamples lost {}, repeated {}; tokens {}\nagain: {again}",
+        "{} faults over {} steps: {}\n{} recoveries, {} of them from the loss of ranks without a restart, median {:.2} s to \
+         the next step (with one {:.2} s); {} steps redone\n{} hangs, {} orphans, {} leftovers\n\
+         weights and moments of the undisturbed run: {bits}\nsamples lost {}, repeated {}; {} steps without records; \
+         tokens {}\nagain: {again}",
         r.faults,
         r.steps,
         kinds.join(", "),
@@ -144,8 +148,10 @@ fn print(args: &Chaos, r: &Report, again: &str) {
         r.steps_redone,
         r.hangs,
         r.orphans,
+        r.leftovers,
         r.samples_lost,
         r.samples_repeated,
+        r.steps_unrecorded,
         if r.tokens_equal { "equal" } else { "DIFFERENT" },
     ));
 }

@@ -58,6 +58,11 @@ impl Arena {
         Arena { base: shared.as_ptr(), len: shared.bytes(), shared: Some(shared) }
     }
 
+    /// The transport's memory that it is.
+    pub(crate) fn in_world(&self) -> Option<&comm::SharedArena> {
+        self.shared.as_ref()
+    }
+
     /// Bytes.
     pub fn len(&self) -> usize {
         self.len
@@ -71,6 +76,12 @@ impl Arena {
     /// First byte.
     pub fn base(&self) -> *mut u8 {
         self.base
+    }
+
+    /// Zeroes all bytes.
+    pub(crate) fn wipe(&mut self) {
+        // SAFETY: the arena is borrowed alone, and is that long.
+        unsafe { self.slice_mut::<u8>(0, self.len) }.fill(0);
     }
 
     /// The elements of an operand.

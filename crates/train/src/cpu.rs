@@ -80,12 +80,26 @@ impl Device for Cpu {
     }
 
     fn allocate(&mut self, bytes: usize, mesh: &Mesh) -> Result<()> {
+        // What it had before goes first: there may be no room for both.
+        self.arena = Arena::none();
         check_memory(bytes)?;
         self.arena = match mesh.shared(bytes)? {
             Some(shared) => Arena::shared(shared),
             None => Arena::new(bytes)?,
         };
         Ok(())
+    }
+
+    fn move_to(&mut self, bytes: usize, mesh: &Mesh) -> Result<bool> {
+        let moved = match self.arena.in_world() {
+            Some(shared) if shared.bytes() == bytes => mesh.adopt(shared)?,
+            _ => None,
+        };
+        let is_moved = moved.is_some();
+        if let Some(shared) = moved {
+            self.arena = Arena::shared(shared);
+        }
+        Ok(is_moved)
     }
 
     fn allocated_bytes(&self) -> usize {

@@ -61,6 +61,15 @@ pub trait Device: Any + Send {
     /// If there is no such memory.
     fn allocate(&mut self, bytes: usize, mesh: &Mesh) -> Result<()>;
 
+    /// Takes the arena that it has along to the ranks of `mesh`, with all that is in it, if it has so many bytes and can.
+    ///
+    /// # Errors
+    /// If a rank is lost.
+    fn move_to(&mut self, bytes: usize, mesh: &Mesh) -> Result<bool> {
+        let _ = (bytes, mesh);
+        Ok(false)
+    }
+
     /// Bytes of the arena.
     fn allocated_bytes(&self) -> usize;
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use program::{Axis, BufferId, Layer, Members, Op, Program, Request, Ticket, When};
-use spec::{Error, Result};
+use spec::{Error, ModelSpec, Result};
 
 use crate::cpu::Cpu;
 use crate::device::{Device, Stretch, check_ops};
@@ -146,6 +146,27 @@ impl Executor {
         Executor::of(program, device, &request, mesh, record)
     }
 
+    /// What ran the program of this rank in a world that all have left, weights and all, for its program in the one of `mesh`:
+    /// the same program. Whether the memory is that which it had; else it is new, and empty.
+    ///
+    /// # Errors
+    /// As [`Executor::on`].
+    pub(crate) fn again(
+        device: Box<dyn Device>,
+        request: &Request<'_>,
+        mesh: Mesh,
+        record: bool,
+    ) -> Result<(Executor, bool)> {
+        let request = Request { loss: device.loss(), ..*request };
+        let program = Program::build(&request, &|op, p| device.workspace_len(op, p))?;
+        let mut device = device;
+        let is_kept = device.move_to(program.memory.total, &mesh)?;
+        if !is_kept {
+            device.allocate(program.memory.total, &mesh)?;
+        }
+        Ok((Executor::with_memory(program, device, mesh, record), is_kept))
+    }
+
     /// The same of a model whose layers are `layer`'s.
     ///
     /// # Errors
@@ -170,11 +191,15 @@ impl Executor {
     ) -> Result<Executor> {
         check_ops(&*device, &program, &request.model.name)?;
         device.allocate(program.memory.total, &mesh)?;
+        Ok(Executor::with_memory(program, device, mesh, record))
+    }
+
+    fn with_memory(program: Program, device: Box<dyn Device>, mesh: Mesh, record: bool) -> Executor {
         // What goes on beside others leaves a span for each of its messages.
         let spans_of = |op: &Op| op.comm.as_ref().map_or(1, |c| c.messages.len().max(1));
         let spans = |b: usize| program.blocks[b].ops.iter().map(spans_of).sum::<usize>();
         let room = program.schedule.iter().map(|i| spans(i.block)).sum::<usize>() + spans(program.tail);
-        Ok(Executor {
+        Executor {
             actions: resolve::actions(&program),
             eval_sum: resolve::eval_sum(&program),
             spans: Spans::new(room, record),
@@ -190,7 +215,7 @@ impl Executor {
             program,
             device,
             mesh,
-        })
+        }
     }
 
     /// Where it shows that it lives.
@@ -198,11 +223,19 @@ impl Executor {
         self.pulse = pulse;
     }
 
-    /// Gives back memory and ranks; nothing can be run from now on.
-    pub(crate) fn leave(&mut self) {
+    /// Leaves the other ranks, and gives what it ran on with its memory; nothing can be run from now on.
+    pub(crate) fn leave(&mut self) -> Box<dyn Device> {
         self.mesh.quiet();
-        self.device = Box::new(Null::default());
         self.mesh = Mesh::alone();
+        std::mem::replace(&mut self.device, Box::new(Null::default()))
+    }
+
+    /// All memory as it was when it was new.
+    pub(crate) fn wipe(&mut self, model: &ModelSpec) -> Result<()> {
+        if let Some(arena) = self.device.host_mut() {
+            arena.wipe();
+        }
+        self.set_tables(model)
     }
 
     /// What it runs on.

@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::time::Instant;
 
-use comm::{Group, Handle, OpTag, Order, Span, World};
+use comm::{ElementType, Group, Handle, OpTag, Order, Span, World};
 use program::{Axis, Collective, Coords, Members, OpId, Replication, Ticket};
 use spec::{Error, Layout, Reduce, Result, Zero};
 
@@ -133,6 +133,17 @@ impl Mesh {
         self.world.as_ref().map(|w| w.alloc_shared(bytes)).transpose()
     }
 
+    /// The same memory in this world, after all its ranks have left the one that it was made in.
+    pub(crate) fn adopt(&self, arena: &comm::SharedArena) -> Result<Option<comm::SharedArena>> {
+        self.world.as_ref().map(|w| w.adopt(arena)).transpose()
+    }
+
+    /// Ranks that reach this one's memory, itself included.
+    pub(crate) fn near(&self) -> usize {
+        let hosts = self.hosts();
+        hosts.iter().filter(|host| **host == hosts[self.rank()]).count()
+    }
+
     /// Ends what all ranks are doing, so that none waits for this one.
     pub fn abort(&self, reason: &str) {
         if let Some(world) = &self.world {
@@ -187,7 +198,14 @@ impl Mesh {
         match &self.world {
             Some(world) => {
                 let tag = tag(OpId::of("deal"));
-                world.all().all_to_all(tag, send, send_parts, receive, receive_parts)
+                // From memory that neighbours reach, one meeting serves all of it; a staging area of a few KiB takes hundreds,
+                // and each of them costs a turn of the scheduler where ranks are more than cores.
+                let mut arena = world.alloc_shared(size_of_val(send).max(1))?;
+                let span = arena.span(0, send.len(), ElementType::F32)?;
+                // SAFETY: nobody else knows of the arena yet, and the span is all of it.
+                let shared = unsafe { arena.slice_mut::<f32>(span) };
+                shared.copy_from_slice(send);
+                world.all().all_to_all(tag, shared, send_parts, receive, receive_parts)
             }
             None => {
                 receive.copy_from_slice(send);

@@ -5,6 +5,7 @@ pub(crate) mod agent;
 pub(crate) mod choose;
 pub(crate) mod copies;
 pub(crate) mod fetch;
+pub(crate) mod laps;
 pub(crate) mod meet;
 pub(crate) mod share;
 

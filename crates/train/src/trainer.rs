@@ -48,6 +48,8 @@ pub struct Trainer {
     resumed: Option<PathBuf>,
     /// Tells this start of the run from others, on all ranks alike.
     session: u64,
+    /// Tells which dealing of shares the copies in memory are of; see [`crate::survive`].
+    era: u64,
     /// How this rank goes on when another is lost, if it can.
     lifeline: Option<Lifeline>,
     /// What was recorded before there was anybody to tell.
@@ -189,6 +191,7 @@ impl Trainer {
             begin,
             resumed,
             session,
+            era: session,
             lifeline: None,
             untold: Vec::new(),
             owes: false,

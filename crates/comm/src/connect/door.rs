@@ -10,7 +10,7 @@
 //! A proof holds for this session, these two ranks, the tokens on their cards, this way to talk and both nonces: one for
 //! another door, or from another time, opens nothing. Who brings none is never heard of again, and keeps nobody waiting.
 
-use super::{Card, Doors, Met, Wait, names, timespec};
+use super::{Card, Doors, Met, Wait, names, timespec, via};
 use crate::os::{is_out_of_files, os_error};
 use crate::seal::Seals;
 use crate::secret::{KEY_BYTES, Key, NONCE_BYTES, random};
@@ -24,7 +24,6 @@ use rustix::net::{
 use spec::Result;
 use std::io::{ErrorKind, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::net::TcpStream;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixStream};
 use std::time::{Duration, Instant};
@@ -160,9 +159,7 @@ impl Meeting<'_> {
                 .map_err(failed)?
                 .into()
         } else {
-            let stream = TcpStream::connect_timeout(&self.cards[rank].far, left).map_err(failed)?;
-            stream.set_nodelay(true).map_err(failed)?;
-            stream.into()
+            via::connect(&self.cards[rank].far, b.via.as_ref(), left).map_err(failed)?.into()
         };
         rustix::io::ioctl_fionbio(&socket, true).map_err(|e| failed(e.into()))?;
         let nonce = random()?;

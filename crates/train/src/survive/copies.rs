@@ -29,11 +29,12 @@ struct Kept {
 }
 
 impl Copies {
-    /// Deals out who keeps whose, and makes the first copies; collective over all ranks.
+    /// Deals out who keeps whose, and makes the first copies; collective over all ranks. What is `held` of this very state
+    /// is used as it is.
     ///
     /// # Errors
-    /// If a rank is lost, or memory is short.
-    pub(crate) fn new(exec: &Executor, step: u64, era: u64) -> Result<Copies> {
+    /// If a rank is lost, or memory is short: then all is held that was.
+    pub(crate) fn new(exec: &Executor, step: u64, era: u64, held: &mut Vec<Share>) -> Result<Copies> {
         let rank = exec.program.rank;
         let keepers = keepers(&exec.mesh.hosts());
         let (keeper, kept) = (keepers[rank], keepers.iter().position(|k| *k == rank).unwrap_or(rank));
@@ -42,13 +43,26 @@ impl Copies {
         let theirs: Vec<Outline> = serde_json::from_slice(&exec.mesh.exchange(&mine)?[kept])
             .map_err(|e| Error::failure(format!("read the pieces of rank {kept}: {e}")))?;
         let label = Label { step, era, shares: exec.program.layout.world(), owner: kept };
-        let share = Share { label, outlines: Arc::new(theirs), data: Vec::new() };
-        let mut kept_twice = [share.clone(), share].map(|share| Kept { share, is_whole: false });
-        kept_twice.iter_mut().try_for_each(|k| k.share.make_room())?;
-        let own = Share::take(exec, step, era)?;
-        let mut copies = Copies { own, theirs: kept_twice, next: 0, keeper, kept };
-        copies.refresh(exec, step)?;
-        Ok(copies)
+        let mut next = Share { label, outlines: Arc::new(theirs), data: Vec::new() };
+        next.make_room()?;
+        let mut again = |owner: usize| {
+            let label = Label { owner, ..label };
+            held.iter().position(|share| share.label == label).map(|at| held.swap_remove(at))
+        };
+        let own = again(rank).map_or_else(|| Share::take(exec, step, era), Ok)?;
+        let last = match again(kept) {
+            Some(share) => Kept { share, is_whole: true },
+            None => Kept { share: Share { data: Vec::new(), ..next.clone() }, is_whole: false },
+        };
+        let theirs = [Kept { share: next, is_whole: false }, last];
+        let mut copies = Copies { own, theirs, next: 0, keeper, kept };
+        match copies.refresh(exec, step) {
+            Ok(()) => Ok(copies),
+            Err(e) => {
+                held.extend(copies.into_shares());
+                Err(e)
+            }
+        }
     }
 
     /// Makes the copies those of `step`; collective. Whenever it is interrupted, and wherever, the ranks that are left hold
@@ -59,6 +73,9 @@ impl Copies {
     pub(crate) fn refresh(&mut self, exec: &Executor, step: u64) -> Result<()> {
         let Kept { share, is_whole } = &mut self.theirs[self.next];
         *is_whole = false;
+        if share.data.capacity() == 0 {
+            share.make_room()?;
+        }
         share.data.resize(share.outlines.iter().map(Outline::len).sum(), 0.0);
         let state = exec.state()?;
         exec.mesh.pass_on(self.keeper, state.data(), self.kept, &mut share.data)?;
@@ -66,7 +83,9 @@ impl Copies {
         *is_whole = true;
         // Nobody lets go of the former step before everybody has this one.
         exec.mesh.barrier()?;
-        self.own.refresh(exec, step)?;
+        if self.own.label.step != step {
+            self.own.refresh(exec, step)?;
+        }
         self.next = 1 - self.next;
         Ok(())
     }

@@ -8,12 +8,13 @@ use data::Streams;
 use elastic::{Orders, Report};
 use program::Request;
 use serde::{Deserialize, Serialize};
-use spec::{Context, Error, Kind, Result, RunSpec};
+use spec::{Context, Error, Kind, Layout, Result, RunSpec};
 
 use super::agent::Agent;
 use super::choose::newest_whole;
 use super::copies::Copies;
 use super::fetch::fetch;
+use super::laps::Laps;
 use super::share::{Label, Share};
 use crate::begin::{Beginning, Weights};
 use crate::device::Device;
@@ -56,6 +57,10 @@ pub trait Way {
     /// If another process holds it.
     fn lead(&mut self, orders: &Orders, run: &RunSpec) -> Result<()>;
 
+    /// Another rank is the first from now on: the run's directory is no longer this one's, if it was. Called before ranks
+    /// meet, so that whoever leads finds it free.
+    fn follow(&mut self) {}
+
     /// What to compute on; collective over the ranks of the mesh.
     ///
     /// # Errors
@@ -73,8 +78,30 @@ pub(crate) struct Lifeline {
     pub(crate) held: Vec<Share>,
     /// What it holds of the world that it is in.
     pub(crate) copies: Option<Copies>,
+    /// The era that it has left, and its layout.
+    pub(crate) dealt: Option<(u64, Layout)>,
+    /// What it ran on there, with all that lies in it.
+    pub(crate) kept: Option<Kept>,
+    /// What its way to the next step is taking.
+    pub(crate) laps: Laps,
     /// Record every op.
     trace: bool,
+}
+
+/// A device and its memory as a rank left them; the same program can go on in it.
+pub(crate) struct Kept {
+    pub(crate) device: Box<dyn Device>,
+    pub(crate) layout: Layout,
+    pub(crate) rank: usize,
+    /// Step and session of weights and moments, if they are whole.
+    pub(crate) state: Option<(u64, u64)>,
+}
+
+/// An executor in its place, and which state lies in it: nothing, or what was kept of the world before.
+struct Seated {
+    exec: Executor,
+    is_new: bool,
+    state: Option<(u64, u64)>,
 }
 
 /// What a rank opens once, and keeps through all meetings.
@@ -96,6 +123,8 @@ pub(crate) struct Placed {
     pub(crate) exec: Executor,
     pub(crate) step: u64,
     pub(crate) session: u64,
+    /// Tells by which dealing, in which world, a rank has its share of the state: kept while the layout is.
+    pub(crate) era: u64,
     /// What is due after that step is not done yet.
     pub(crate) owes: bool,
     /// The checkpoint that weights and moments came from, or memory.
@@ -128,6 +157,8 @@ struct Hello {
     owes: Option<u64>,
     /// The newest checkpoint that it sees.
     saved: Option<u64>,
+    /// The layout by which the shares of an era were dealt.
+    dealt: Option<(u64, Layout)>,
     /// What it judges steps by.
     watch: Watch,
     time_us: u64,
@@ -158,7 +189,17 @@ impl Broken {
 
 impl Lifeline {
     pub(crate) fn new(agent: Agent, way: Box<dyn Way>, orders: Orders, trace: bool) -> Lifeline {
-        Lifeline { agent, way, orders, held: Vec::new(), copies: None, trace }
+        Lifeline {
+            agent,
+            way,
+            orders,
+            held: Vec::new(),
+            copies: None,
+            dealt: None,
+            kept: None,
+            laps: Laps::begin(),
+            trace,
+        }
     }
 
     /// Tells the agent that the world has failed, and waits for its orders.
@@ -222,7 +263,12 @@ impl Lifeline {
     /// One meeting; `None` if there are more ranks than any layout takes and this is one too many.
     fn meet(&mut self, opened: &mut Opened, owes: Option<u64>) -> Result<Option<Placed>, Broken> {
         let orders = self.orders.clone();
+        self.laps.lap("orders");
         let (run, fitted) = self.way.run(&orders).map_err(Broken::Own)?;
+        self.laps.lap("run");
+        if orders.rank > 0 {
+            self.way.follow();
+        }
         self.agent.meets(Some(&orders));
         let world = self.way.connect(&orders, &run);
         self.agent.meets(None);
@@ -230,7 +276,9 @@ impl Lifeline {
             Kind::User => Broken::Own(e),
             _ => Broken::Off(e),
         })?);
+        self.laps.lap("meet");
         self.open(&hall, &orders, &run, opened).map_err(|e| Broken::of(e, Some(&hall)).told([&hall]))?;
+        self.laps.lap("open");
         let active = run.layout.world();
         let (hall, mesh) = if active == orders.world {
             (None, Some(hall.found(&run.layout).map_err(Broken::Off)?))
@@ -245,8 +293,13 @@ impl Lifeline {
             })?;
             (Some(hall), mesh)
         };
-        let exec = mesh.map(|mesh| self.executor(&orders, &run, mesh)).transpose()?;
-        self.restore(run, fitted, hall, exec, opened, owes)
+        let seated = mesh.map(|mesh| self.executor(&orders, &run, mesh)).transpose()?;
+        // Whoever has no place gives its memory back while it waits for one.
+        self.kept = None;
+        self.laps.lap("build");
+        let placed = self.restore(run, fitted, hall, seated, opened, owes);
+        self.laps.lap("restore");
+        placed
     }
 
     /// Opens the run's data on ranks that have not; rank 0 prepares what the others open.
@@ -269,14 +322,23 @@ impl Lifeline {
         Ok(())
     }
 
-    fn executor(&mut self, orders: &Orders, run: &RunSpec, mesh: Mesh) -> Result<Executor, Broken> {
+    fn executor(&mut self, orders: &Orders, run: &RunSpec, mesh: Mesh) -> Result<Seated, Broken> {
         let device = self.way.device(orders, run, &mesh);
         let device = device.map_err(|e| Broken::of(e, Some(&mesh)).told([&mesh]))?;
-        let made = Executor::on(device, &Request::of(run, orders.rank), mesh, self.trace);
-        let mut exec = made.map_err(|e| Broken::of(e, None))?;
+        let request = Request::of(run, orders.rank);
+        let kept = self.kept.take().filter(|kept| {
+            (&kept.layout, kept.rank) == (&run.layout, orders.rank)
+                && (kept.device.kind(), kept.device.threads()) == (device.kind(), device.threads())
+        });
+        let made = match kept {
+            Some(kept) => Executor::again(kept.device, &request, mesh, self.trace)
+                .map(|(exec, is_kept)| (exec, !is_kept, kept.state.filter(|_| is_kept))),
+            None => Executor::on(device, &request, mesh, self.trace).map(|exec| (exec, true, None)),
+        };
+        let (mut exec, is_new, state) = made.map_err(|e| Broken::of(e, None))?;
         exec.set_pulse(self.agent.pulse());
         exec.set_tables(&run.model).map_err(|e| Broken::of(e, Some(&exec.mesh)))?;
-        Ok(exec)
+        Ok(Seated { exec, is_new, state })
     }
 
     /// Gives the executors the newest state that is whole: from memory, from a checkpoint, or the first.
@@ -285,18 +347,20 @@ impl Lifeline {
         run: RunSpec,
         fitted: String,
         hall: Option<Mesh>,
-        mut exec: Option<Executor>,
+        seated: Option<Seated>,
         opened: &mut Opened,
         owes: Option<u64>,
     ) -> Result<Option<Placed>, Broken> {
         let dir = RunDir::of(&run);
+        let (is_new, state) = seated.as_ref().map_or((true, None), |s| (s.is_new, s.state));
+        let mut exec = seated.map(|s| s.exec);
         let done = (|| {
             let all = match (&hall, &exec) {
                 (Some(hall), _) => hall,
                 (None, Some(exec)) => &exec.mesh,
                 (None, None) => return Err(Error::failure("a rank without a place has a hall")),
             };
-            let hellos = greet(all, &self.held, &dir, owes, &opened.watch)?;
+            let hellos = greet(all, self, &dir, owes, &opened.watch)?;
             let holds: Vec<Vec<Label>> = hellos.iter().map(|h| h.holds.clone()).collect();
             let saved = hellos[0].saved;
             let choice = newest_whole(&holds).filter(|c| saved.is_none_or(|saved| saved <= c.step));
@@ -306,29 +370,39 @@ impl Lifeline {
                 self.held.clear();
                 let Some(exec) = &mut exec else { return Ok(None) };
                 let begin = opened.begin.as_mut().ok_or_else(|| Error::failure("the run was not opened"))?;
+                if !is_new {
+                    exec.wipe(&run.model)?;
+                }
                 let (step, path) = self.load_saved(exec, &run, &dir, begin)?;
                 opened.watch = path.as_deref().map(remembered).transpose()?.unwrap_or_default();
                 let source = path.map_or(From::Beginning, From::Checkpoint);
-                return Ok(Some((step, session, false, source)));
+                return Ok(Some((step, (session, session), false, source)));
             };
             // Who was there knows more than who has come; what they know is the same as far as it goes.
             let knows = hellos.iter().map(|h| &h.watch).max_by_key(|w| w.last());
             opened.watch = knows.cloned().unwrap_or_default();
             opened.watch.back_to(choice.step);
             self.held.retain(|s| (s.label.step, s.label.era) == (choice.step, choice.era));
-            let wants = exec.as_ref().map(Executor::wants).unwrap_or_default();
+            // Who was not in the middle of an update has it where it belongs.
+            let has_it = state == Some((choice.step, choice.era));
+            let wants = exec.as_ref().filter(|_| !has_it).map(Executor::wants).unwrap_or_default();
             let fetched = fetch(all, &choice, &self.held, wants).context("take over the state")?;
             // Nobody leaves while another still takes.
             all.barrier()?;
             let Some(exec) = &mut exec else { return Ok(None) };
-            exec.restore(&fetched)?;
-            Ok(Some((choice.step, session, owes(choice.step), From::Memory)))
+            if !has_it {
+                exec.restore(&fetched)?;
+            }
+            let same = (choice.era, run.layout.clone());
+            let is_same = hellos.iter().any(|h| h.dealt.as_ref() == Some(&same));
+            let era = if is_same { choice.era } else { session };
+            Ok(Some((choice.step, (session, era), owes(choice.step), From::Memory)))
         })();
         let mesh = hall.as_ref().filter(|h| h.failure().is_some()).or(exec.as_ref().map(|e| &e.mesh));
         let all = || hall.iter().chain(exec.as_ref().map(|e| &e.mesh));
         let found = done.map_err(|e| Broken::of(e, mesh).told(all()))?;
-        let (Some((step, session, owes, source)), Some(exec)) = (found, exec) else { return Ok(None) };
-        Ok(Some(Placed { run, fitted, exec, step, session, owes, source }))
+        let (Some((step, (session, era), owes, source)), Some(exec)) = (found, exec) else { return Ok(None) };
+        Ok(Some(Placed { run, fitted, exec, step, session, era, owes, source }))
     }
 
     fn load_saved(
@@ -349,10 +423,11 @@ impl Lifeline {
 }
 
 /// All ranks say what they hold.
-fn greet(all: &Mesh, held: &[Share], dir: &RunDir, owes: Option<u64>, watch: &Watch) -> Result<Vec<Hello>> {
+fn greet(all: &Mesh, me: &Lifeline, dir: &RunDir, owes: Option<u64>, watch: &Watch) -> Result<Vec<Hello>> {
     let hello = Hello {
-        holds: held.iter().map(|s| s.label).collect(),
+        holds: me.held.iter().map(|s| s.label).collect(),
         owes,
+        dealt: me.dealt.clone(),
         saved: ckpt::list(&dir.checkpoints()).ok().and_then(|saved| saved.last().map(|(step, _)| *step)),
         watch: watch.clone(),
         time_us: now_us(),

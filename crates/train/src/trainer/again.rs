@@ -1,7 +1,6 @@
 //! The step loop under an agent: joining, and meeting again when a rank was lost or came.
 
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
 
 use elastic::{Orders, Report};
 use journal::{Journal, Record, tensorboard::EventWriter};
@@ -15,7 +14,8 @@ use crate::peak::Peak;
 use crate::run_dir::RunDir;
 use crate::survive::Agent;
 use crate::survive::copies::Copies;
-use crate::survive::meet::{Lifeline, Opened, Placed, Way};
+use crate::survive::laps::Laps;
+use crate::survive::meet::{Kept, Lifeline, Opened, Placed, Way};
 use crate::survive::share::Share;
 
 /// Before a rank trains, whoever started it catches its signals.
@@ -36,7 +36,6 @@ impl Trainer {
     /// # Errors
     /// If run file, data, layout and checkpoint do not fit together, files cannot be written, or the agent is gone.
     pub fn join(way: Box<dyn Way>, agent: Agent, orders: Orders, trace: bool) -> Result<Option<Trainer>> {
-        let began = Instant::now();
         let mut lifeline = Lifeline::new(agent, way, orders, trace);
         let mut opened = Opened::default();
         let Some(placed) = lifeline.settle(&mut opened, None, &NEVER)? else { return Ok(None) };
@@ -66,6 +65,7 @@ impl Trainer {
             begin,
             resumed,
             session: placed.session,
+            era: placed.era,
             lifeline: Some(lifeline),
             untold: Vec::new(),
             owes: placed.owes,
@@ -85,16 +85,17 @@ impl Trainer {
         }
         lead(rank, &t.begin, &t.run, &t.dir, &mut t.events)?;
         t.announce(rank)?;
-        if round > 0 {
-            let mut untold = Vec::new();
-            t.recovered(why, source, began, &mut |event| match event {
-                Event::Record(record) => untold.push(record),
-                Event::Placed { .. } | Event::Eta { .. } => {}
-            });
-            t.untold = untold;
-        }
         match t.keep_copies() {
-            Ok(()) => Ok(Some(t)),
+            Ok(()) if round == 0 => Ok(Some(t)),
+            Ok(()) => {
+                let mut untold = Vec::new();
+                t.recovered(why, source, &mut |event| match event {
+                    Event::Record(record) => untold.push(record),
+                    Event::Placed { .. } | Event::Eta { .. } => {}
+                });
+                t.untold = untold;
+                Ok(Some(t))
+            }
             Err(e) if t.is_stranded() => {
                 Ok(t.meet_again(Some(e), &NEVER, &mut Pace::new(0), &mut |_| {})?.then_some(t))
             }
@@ -137,7 +138,7 @@ impl Trainer {
     pub(super) fn keep_copies(&mut self) -> Result<()> {
         let Some(l) = self.lifeline.as_mut() else { return Ok(()) };
         if self.run.checkpoint.memory_every.is_some() && !self.exec.mesh.is_alone() {
-            l.copies = Some(Copies::new(&self.exec, self.step, self.session)?);
+            l.copies = Some(Copies::new(&self.exec, self.step, self.era, &mut l.held)?);
         } else if !self.exec.mesh.is_alone() {
             // Nobody lets go while another may still be lost without having the state.
             self.exec.mesh.barrier()?;
@@ -176,14 +177,16 @@ impl Trainer {
         pace: &mut Pace,
         each: &mut dyn FnMut(Event),
     ) -> Result<bool> {
-        let began = Instant::now();
+        if let Some(l) = &mut self.lifeline {
+            l.laps = Laps::begin();
+        }
         if lost.is_none() {
             // All ranks are here for what is nearly on the disk.
             self.finish_saving(each);
         }
         let mut lost = lost;
         loop {
-            let gone = self.leave(lost.take(), stop).and_then(|()| self.place(began, stop, each));
+            let gone = self.leave(lost.take(), stop).and_then(|()| self.place(stop, each));
             match gone {
                 Ok(true) => break,
                 Ok(false) => return Ok(false),
@@ -209,11 +212,20 @@ impl Trainer {
         let has_it = copies.as_ref().is_some_and(|c| c.step() == self.step);
         if self.is_whole && !has_it {
             // Without memory for it the copies have to do.
-            l.held.extend(Share::take(&self.exec, self.step, self.session));
+            l.held.extend(Share::take(&self.exec, self.step, self.era));
         }
         l.held.extend(copies.into_iter().flat_map(Copies::into_shares));
+        // Others may write to memory that they reach until they have left too: that is known of those whom this agent seats.
+        let is_ours = self.exec.mesh.near() <= l.orders.local_world;
+        let device = self.exec.leave();
+        l.kept = is_ours.then(|| Kept {
+            device,
+            layout: self.run.layout.clone(),
+            rank: self.exec.program.rank,
+            state: self.is_whole.then_some((self.step, self.era)),
+        });
+        l.dealt = Some((self.era, self.run.layout.clone()));
         self.is_whole = false;
-        self.exec.leave();
         match lost {
             Some(e) => l.strand(e, stop),
             None => l.follow(stop),
@@ -221,7 +233,7 @@ impl Trainer {
     }
 
     /// Meets the others and takes the place that this rank has among them, if it has one.
-    fn place(&mut self, began: Instant, stop: &AtomicBool, each: &mut dyn FnMut(Event)) -> Result<bool> {
+    fn place(&mut self, stop: &AtomicBool, each: &mut dyn FnMut(Event)) -> Result<bool> {
         let owes = self.owes.then_some(self.step);
         let Some(l) = self.lifeline.as_mut() else { return Ok(false) };
         // What was opened stays open.
@@ -232,11 +244,12 @@ impl Trainer {
         if let Some(begin) = opened.begin {
             self.begin = begin;
         }
-        let Some(Placed { run, fitted, exec, step, session, owes, source }) = placed else {
+        let Some(Placed { run, fitted, exec, step, session, era, owes, source }) = placed else {
             return Ok(false);
         };
         let was = self.exec.program.rank;
-        (self.run, self.exec, self.step, self.session, self.owes) = (run, exec, step, session, owes);
+        (self.run, self.exec, self.step, self.owes) = (run, exec, step, owes);
+        (self.session, self.era) = (session, era);
         self.is_whole = true;
         // What memory held was looked at no more than the steps were.
         self.looks = Looks::since(self.looks.right.min(step));
@@ -248,14 +261,17 @@ impl Trainer {
         lead(rank, &self.begin, &self.run, &self.dir, &mut self.events)?;
         let why = self.lifeline.as_ref().map(|l| l.orders.why.clone()).unwrap_or_default();
         each(Event::Placed { rank, step });
-        self.recovered(format!("{why}; {fitted}"), source.to_string(), began, each);
-        self.keep_copies().map(|()| true)
+        self.keep_copies()?;
+        self.recovered(format!("{why}; {fitted}"), source.to_string(), each);
+        Ok(true)
     }
 
-    fn recovered(&mut self, why: String, source: String, began: Instant, each: &mut dyn FnMut(Event)) {
+    fn recovered(&mut self, why: String, source: String, each: &mut dyn FnMut(Event)) {
         let (time_us, step, world) = (now_us(), self.step, self.run.layout.world());
-        let recovery_s = began.elapsed().as_secs_f64();
-        self.note(Record::Recovered { time_us, step, why, source, world, recovery_s }, each);
+        let Some(l) = &mut self.lifeline else { return };
+        l.laps.lap("copies");
+        let (recovery_s, phases) = (l.laps.total_s(), l.laps.phases());
+        self.note(Record::Recovered { time_us, step, why, source, world, recovery_s, phases }, each);
     }
 }
 

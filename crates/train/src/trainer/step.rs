@@ -54,7 +54,6 @@ impl Trainer {
             let drawn = self.begin_step()?;
             let inputs = self.inputs(step, stop);
             let limits = self.watch.limits(&self.run.trouble);
-            self.is_whole = false;
             let (out, bad) = self.exec.attempt(&inputs, &limits)?;
             match self.verify_before(out, each)? {
                 Mended::Right => {}
@@ -64,6 +63,7 @@ impl Trainer {
             let decision = match &bad {
                 Some(bad) => Some(self.decide(step, bad, out, each)?),
                 None => {
+                    self.is_whole = false;
                     self.exec.update_weights(&inputs, &out)?;
                     self.watch.good(&self.run.trouble, step, out.loss, out.grad_norm);
                     None

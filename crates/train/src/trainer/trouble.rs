@@ -249,6 +249,8 @@ impl Trainer {
             // The steps since are done again: what they drew before does not count.
             let began = self.exec.exchange(&now_us().to_le_bytes())?;
             self.session = began[0].as_slice().try_into().map_or(0, u64::from_le_bytes);
+            // What follows is another history: copies of the two do not mix.
+            self.era = self.session;
             (self.step, self.owes) = (at, false);
             self.keep_copies()?;
             return Ok(Mended::Back);

@@ -147,8 +147,10 @@ fn check(keys: &[&str], ranks: usize, faults: &[Fault], training: usize, redone:
         all.push(format!("run.dir={name}"));
         all
     };
-    let precision: Vec<&str> = keys.iter().copied().filter(|k| k.starts_with("train.")).collect();
-    let alone_keys = here(&precision, "alone");
+    // What decides the numbers is the same for both.
+    let numbers: Vec<&str> =
+        keys.iter().copied().filter(|k| k.starts_with("train.") || k.starts_with("model.")).collect();
+    let alone_keys = here(&numbers, "alone");
     Job::start(dir.path(), &alone_keys, 1, u64::MAX).finish(1);
     let keys = here(keys, "run");
     let limits = faults.iter().map(|fault| fault.step() + 1).chain([u64::MAX]);
@@ -208,6 +210,18 @@ fn stages_and_half_precision_survive_too() {
         2,
         1,
     );
+}
+
+/// Experts that lie on several ranks: lost ones come from memory, and those of four ranks go to two and back.
+#[test]
+fn experts_over_ranks_survive() {
+    let experts =
+        ["model.experts.count=4", "model.experts.top_k=2", "model.experts.ffn=128", "checkpoint.every=0"];
+    let over = |keys: &[&'static str]| [&experts, keys].concat();
+    check(&over(&["layout.dp=4", "layout.ep=2"]), 4, &[Fault::Kill(1, 3, 1), Fault::Kill(2, 6, 1)], 4, 2);
+    let faults = [Fault::Kill(3, 2, 0), Fault::Kill(0, 5, 0), Fault::Come(8, 2)];
+    check(&over(&["layout.dp=4", "layout.ep=4", "layout.zero=1"]), 4, &faults, 4, 2);
+    check(&over(&["layout.dp=2", "layout.pp=2", "layout.ep=2"]), 4, &[Fault::Kill(3, 3, 1)], 4, 1);
 }
 
 #[test]
