@@ -62,6 +62,14 @@ fn rehearse(args: &Simulate) -> Result<u8> {
         args.perfetto.as_deref().map(|path| files::Pending::create("--perfetto", path)).transpose()?;
     let answer = planner::best(&question(args))?;
     let choice = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
+    if let Err(e) = planner::fits(&answer, choice, "nothing was played") {
+        if !args.anyway {
+            return Err(
+                e.hint("--anyway plays it all the same; without --layout the best that fits is found")
+            );
+        }
+        output::say(&format!("note: {}", e.to_string().replace("; nothing was played", "")));
+    }
     let cluster = &answer.problem.cluster;
     let scenario = match &args.scenario {
         Some(path) => Scenario::parse(&path.display().to_string(), &files::read(path)?, cluster)?,
@@ -79,6 +87,7 @@ fn rehearse(args: &Simulate) -> Result<u8> {
         "model": answer.question.shape.model.name,
         "cluster": cluster.name,
         "layout": choice.placement().to_string(),
+        "fits": choice.fits,
         "ranks": rehearsal.ranks(),
         "step_s": steps.step_s,
         "slowest_step_s": steps.slowest_s,

@@ -58,6 +58,11 @@ pub(crate) fn placements(
                 continue;
             }
         };
+        let stage = product([dp, tp, cp]);
+        if !stage.is_multiple_of(ep) {
+            refused = format!("experts over {ep} ranks, but a stage has {stage}");
+            continue;
+        }
         let share = p.sequences as f64 / dp as f64;
         for micro_batch in micro_batches(r, torus.then(|| product([tp, pp, cp])), share)? {
             for chunks in chunks(r.count("vpp")?, pp, p, share / micro_batch as f64) {
