@@ -62,14 +62,7 @@ fn rehearse(args: &Simulate) -> Result<u8> {
         args.perfetto.as_deref().map(|path| files::Pending::create("--perfetto", path)).transpose()?;
     let answer = planner::best(&question(args))?;
     let choice = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
-    if let Err(e) = planner::fits(&answer, choice, "nothing was played") {
-        if !args.anyway {
-            return Err(
-                e.hint("--anyway plays it all the same; without --layout the best that fits is found")
-            );
-        }
-        output::say(&format!("note: {}", e.to_string().replace("; nothing was played", "")));
-    }
+    fits(args, &answer)?;
     let cluster = &answer.problem.cluster;
     let scenario = match &args.scenario {
         Some(path) => Scenario::parse(&path.display().to_string(), &files::read(path)?, cluster)?,
@@ -132,6 +125,22 @@ fn rehearse(args: &Simulate) -> Result<u8> {
         return Ok(crate::ranks::INTERRUPTED);
     }
     Ok(0)
+}
+
+/// What does not fit is played only where that was asked for.
+fn fits(args: &Simulate, answer: &Answer) -> Result<()> {
+    let refused =
+        answer.best.first().and_then(|choice| planner::fits(answer, choice, "nothing was played").err());
+    match refused {
+        Some(e) if args.anyway => {
+            output::say(&format!("note: {}", e.to_string().replace("; nothing was played", "")))
+        }
+        Some(e) => {
+            return Err(e.hint("--anyway plays it all the same; without --layout the best that fits is found"));
+        }
+        None => {}
+    }
+    Ok(())
 }
 
 fn bounds(args: &Simulate) -> Result<()> {
