@@ -10,7 +10,7 @@ mod trace;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use plan::answer::Answer;
+use plan::answer::{Answer, Choice};
 use plan::estimate::Problem;
 use serde_json::{Value, json};
 use sim::scenario::Scenario;
@@ -61,8 +61,7 @@ fn rehearse(args: &Simulate) -> Result<u8> {
     let perfetto =
         args.perfetto.as_deref().map(|path| files::Pending::create("--perfetto", path)).transpose()?;
     let answer = planner::best(&question(args))?;
-    let choice = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
-    fits(args, &answer)?;
+    let choice = chosen(args, &answer)?;
     let cluster = &answer.problem.cluster;
     let scenario = match &args.scenario {
         Some(path) => Scenario::parse(&path.display().to_string(), &files::read(path)?, cluster)?,
@@ -80,8 +79,7 @@ fn rehearse(args: &Simulate) -> Result<u8> {
         "model": answer.question.shape.model.name,
         "cluster": cluster.name,
         "layout": choice.placement().to_string(),
-        "fits": choice.fits,
-        "ranks": rehearsal.ranks(),
+        "fits": choice.fits, "ranks": rehearsal.ranks(),
         "step_s": steps.step_s,
         "slowest_step_s": steps.slowest_s,
         "predicted_step_s": rehearsal.predicted_s(),
@@ -127,20 +125,20 @@ fn rehearse(args: &Simulate) -> Result<u8> {
     Ok(0)
 }
 
-/// What does not fit is played only where that was asked for.
-fn fits(args: &Simulate, answer: &Answer) -> Result<()> {
-    let refused =
-        answer.best.first().and_then(|choice| planner::fits(answer, choice, "nothing was played").err());
-    match refused {
-        Some(e) if args.anyway => {
-            output::say(&format!("note: {}", e.to_string().replace("; nothing was played", "")))
+/// The layout to play; one that does not fit only where that was asked for.
+fn chosen<'a>(args: &Simulate, answer: &'a Answer) -> Result<&'a Choice> {
+    let choice = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
+    let so = if args.anyway { "it is played all the same" } else { "nothing was played" };
+    match planner::fits(answer, choice, so) {
+        Err(e) if args.anyway => output::say(&format!("note: {e}")),
+        Err(e) => {
+            return Err(
+                e.hint("--anyway plays it all the same; without --layout the best that fits is found")
+            );
         }
-        Some(e) => {
-            return Err(e.hint("--anyway plays it all the same; without --layout the best that fits is found"));
-        }
-        None => {}
+        Ok(()) => {}
     }
-    Ok(())
+    Ok(choice)
 }
 
 fn bounds(args: &Simulate) -> Result<()> {
