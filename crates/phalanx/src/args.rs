@@ -21,7 +21,7 @@ pub(crate) use simulate::{Recover, Simulate};
 pub(crate) use survival::{
     BenchCheckpoint, Chaos, Ckpt, CkptCommand, ExportFormat, ImportFormat, Ledger, Replay,
 };
-pub(crate) use validate::Validate;
+pub(crate) use validate::{By, Validate};
 pub(crate) use watching::{Completions, Dash, Doctor, Journal, JournalCommand, Man, Top};
 
 /// Plan, rehearse and run the training of large models

@@ -106,7 +106,7 @@ fn plan(args: &Plan) -> Result<u8> {
         if args.emit.is_none() {
             print(&all, args)?;
         }
-        return fits(answer, chosen).map(|()| 0);
+        return fits(answer, chosen, "no file was written").map(|()| 0);
     }
     if let Some(page) = page {
         let calibration = files::calibration(args.calibration.as_deref())?;
@@ -156,15 +156,15 @@ fn print(all: &Answered, args: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// A layout that was given and cannot run is wrong input, though its answer is printed.
-fn fits(answer: &Answer, chosen: &Choice) -> Result<()> {
+/// A layout that was given and cannot run is wrong input, though its answer is printed; `so` says what follows.
+pub(crate) fn fits(answer: &Answer, chosen: &Choice, so: &str) -> Result<()> {
     if chosen.fits {
         return Ok(());
     }
     let room = answer.question.cluster.accelerator.memory_bytes.value;
     let gb = |x: f64| x / 1e9;
     let what = format!(
-        "layout {} does not fit: its fullest rank takes {:.1} GB of {:.1} GB; no file was written",
+        "layout {} does not fit: its fullest rank takes {:.1} GB of {:.1} GB; {so}",
         chosen.placement(),
         gb(chosen.memory_bytes),
         gb(room)

@@ -10,7 +10,7 @@ mod trace;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use plan::answer::Answer;
+use plan::answer::{Answer, Choice};
 use plan::estimate::Problem;
 use serde_json::{Value, json};
 use sim::scenario::Scenario;
@@ -61,7 +61,7 @@ fn rehearse(args: &Simulate) -> Result<u8> {
     let perfetto =
         args.perfetto.as_deref().map(|path| files::Pending::create("--perfetto", path)).transpose()?;
     let answer = planner::best(&question(args))?;
-    let choice = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
+    let choice = chosen(args, &answer)?;
     let cluster = &answer.problem.cluster;
     let scenario = match &args.scenario {
         Some(path) => Scenario::parse(&path.display().to_string(), &files::read(path)?, cluster)?,
@@ -79,7 +79,7 @@ fn rehearse(args: &Simulate) -> Result<u8> {
         "model": answer.question.shape.model.name,
         "cluster": cluster.name,
         "layout": choice.placement().to_string(),
-        "ranks": rehearsal.ranks(),
+        "fits": choice.fits, "ranks": rehearsal.ranks(),
         "step_s": steps.step_s,
         "slowest_step_s": steps.slowest_s,
         "predicted_step_s": rehearsal.predicted_s(),
@@ -123,6 +123,22 @@ fn rehearse(args: &Simulate) -> Result<u8> {
         return Ok(crate::ranks::INTERRUPTED);
     }
     Ok(0)
+}
+
+/// The layout to play; one that does not fit only where that was asked for.
+fn chosen<'a>(args: &Simulate, answer: &'a Answer) -> Result<&'a Choice> {
+    let choice = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
+    let so = if args.anyway { "it is played all the same" } else { "nothing was played" };
+    match planner::fits(answer, choice, so) {
+        Err(e) if args.anyway => output::say(&format!("note: {e}")),
+        Err(e) => {
+            return Err(
+                e.hint("--anyway plays it all the same; without --layout the best that fits is found")
+            );
+        }
+        Ok(()) => {}
+    }
+    Ok(choice)
 }
 
 fn bounds(args: &Simulate) -> Result<()> {

@@ -1,15 +1,16 @@
 //! `phalanx validate`.
 
+mod rehearsed;
 mod serving;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use published::memory::{Calls, Memory};
-use published::validate::{Unseen, Validation, calibrate, cross_validate, halves, validate};
-use spec::{Catalog, Error, Result};
+use published::validate::{Unseen, Validation, calibrate, cross_validate, halves, nothing, validate};
+use spec::{Catalog, Result};
 
-use crate::args::Validate;
+use crate::args::{By, Validate};
 use crate::{files, output};
 
 /// Reasons printed for rows that were not estimated; `--json` has each row's.
@@ -24,6 +25,9 @@ pub(crate) fn run(args: &Validate) -> Result<u8> {
     if published::inference::is_table(&table) {
         return serving::run(args, &name, &table, &catalog, &unread);
     }
+    if args.by == By::Simulate {
+        return rehearsed::run(args, &name, &table, &catalog);
+    }
     if let Some(path) = &args.fit {
         let fitted = calibrate(&name, &table, &catalog)?;
         files::write("--fit", path, &fitted.to_toml())?;
@@ -37,18 +41,8 @@ pub(crate) fn run(args: &Validate) -> Result<u8> {
     } else {
         validate(&name, &table, &catalog, &files::calibration(args.calibration.as_deref())?)?
     };
-    if v.priced + v.not_priced.len() == 0 && v.memory.is_none() {
-        return Err(Error::user(format!("{name}: a header without rows"))
-            .hint("each line after the header is one published run"));
-    }
     if v.priced == 0 && v.memory.is_none() {
-        let first = &v.not_priced[0];
-        let rows = v.not_priced.len();
-        return Err(Error::user(format!(
-            "{name}: none of {rows} rows can be priced; the first: {}",
-            first.reason
-        ))
-        .hint("phalanx validate --help lists the columns, phalanx catalog list the names"));
+        return Err(nothing(&name, "priced", &v.not_priced));
     }
     output::print(&if args.json {
         let mut json = serde_json::to_value(&v).expect("numbers are JSON");

@@ -184,11 +184,15 @@ impl Span {
             }
             ScaleUpKind::Torus { extents } => {
                 let dims = dims_spanned(extents, group.stride, inside).count().max(1);
+                // Members that lie apart share each link of a dim with the groups between them.
+                let own: f64 =
+                    dims_spanned(extents, group.stride, inside).map(|(_, hops)| 1.0 / hops as f64).sum();
+                let own = if own > 0.0 { own } else { 1.0 };
                 let link = up.peer_bytes_per_s.value;
                 // A ring uses both directions of each dim that the group spans; a line without wrap-around only one.
                 let wrap = if group.stride * inside >= WRAP_PLACES { 2.0 } else { 1.0 };
                 (
-                    link * wrap * dims as f64 * net.scale_up_ring,
+                    link * wrap * own * net.scale_up_ring,
                     (inside as f64).powf(1.0 / dims as f64) * dims as f64 / 2.0,
                 )
             }

@@ -97,6 +97,8 @@ pub struct Prepared {
     /// Which of the run's layouts is taken.
     chosen: usize,
     templates: HashMap<Key, Arc<Template>>,
+    /// What the way that is fitted says of the run, over the closed form.
+    over: f64,
 }
 
 /// A published run that had a bigger memory than the model believes still ran: up to this factor counts as fitting.
@@ -110,8 +112,13 @@ impl Prepared {
     /// # Errors
     /// If the model allows none of them.
     pub fn new(run: &Run) -> Result<Self> {
-        let mut prepared =
-            Prepared { problem: run.problem(), run: run.clone(), chosen: 0, templates: HashMap::new() };
+        let mut prepared = Prepared {
+            problem: run.problem(),
+            run: run.clone(),
+            chosen: 0,
+            templates: HashMap::new(),
+            over: 1.0,
+        };
         prepared.choose(PRIOR)?;
         Ok(prepared)
     }
@@ -157,6 +164,21 @@ impl Prepared {
         &self.run
     }
 
+    /// The run as a problem, with the constants that it was last estimated with.
+    pub(crate) fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// Takes constants for [`problem`](Self::problem) without estimating.
+    pub(crate) fn set(&mut self, constants: Constants) {
+        self.problem.constants = constants;
+    }
+
+    /// Fits what takes so many times as long as the closed form says.
+    pub(crate) fn set_over(&mut self, over: f64) {
+        self.over = over;
+    }
+
     /// The layout taken.
     pub fn placement(&self) -> &plan::placement::Placement {
         &self.run.placements[self.chosen]
@@ -187,7 +209,8 @@ impl Prepared {
 
     /// Logarithm of predicted over published.
     fn residual(&mut self, calibration: &Calibration) -> f64 {
-        self.estimate(self.constants(calibration)).map_or(0.0, |p| (p.step_s / self.run.step_s).ln())
+        self.estimate(self.constants(calibration))
+            .map_or(0.0, |p| (self.over * p.step_s / self.run.step_s).ln())
     }
 }
 

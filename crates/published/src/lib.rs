@@ -7,6 +7,7 @@ pub mod columns;
 pub mod fit;
 pub mod inference;
 pub mod memory;
+pub mod rehearsed;
 pub mod runs;
 pub mod validate;
 

@@ -294,10 +294,14 @@ impl Reader<'_> {
         let torchtitan = software.name == "torchtitan";
         if torchtitan {
             let said = format!("{id} {}", self.text("notes")).to_ascii_lowercase();
-            software.overlap_tp = said.contains("async");
+            // The table that compares both has "asynctp" in the ids of either.
+            software.overlap_tp = said.contains("async") && !id.ends_with("-vanilla");
         }
         if self.text("model name").contains("tokendrop") {
             // Fixed capacities: the host need not wait for token counts.
+            software.eager = false;
+        }
+        if known::is_graphed(id) {
             software.eager = false;
         }
         // Its float8 recipe gathers in 8 bit; scales by rows do not allow that.

@@ -172,10 +172,24 @@ pub fn halves(path: &str, text: &str, catalog: &Catalog) -> Result<Validation> {
 /// Fits the constants on all rows of a table.
 ///
 /// # Errors
-/// If the text is no table of runs.
+/// If the text is no table of runs, or none of them has a time to fit on.
 pub fn calibrate(path: &str, text: &str, catalog: &Catalog) -> Result<Calibration> {
-    let (mut prepared, ..) = prepare(path, text, catalog)?;
+    let (mut prepared, not_priced, _) = prepare(path, text, catalog)?;
+    if prepared.is_empty() {
+        return Err(nothing(path, "fitted on", &not_priced));
+    }
     Ok(with_spreads(&mut prepared))
+}
+
+/// No row of a table could be used.
+pub fn nothing(path: &str, used: &str, not_priced: &[Skipped]) -> Error {
+    let Some(first) = not_priced.first() else {
+        return Error::user(format!("{path}: a header without rows"))
+            .hint("each line after the header is one published run");
+    };
+    let rows = not_priced.len();
+    Error::user(format!("{path}: none of {rows} rows can be {used}; the first: {}", first.reason))
+        .hint("phalanx validate --help lists the columns, phalanx catalog list the names")
 }
 
 /// Constants fitted on these rows, and how wide their intervals are, from what they miss by on sources left out.
@@ -214,7 +228,7 @@ fn fifth(run: &Run) -> String {
     (hash % 5).to_string()
 }
 
-fn prepare(
+pub(crate) fn prepare(
     path: &str,
     text: &str,
     catalog: &Catalog,
@@ -358,6 +372,18 @@ fn kendall_tau(pairs: &[(f64, f64)]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_is_fitted_on_no_rows() {
+        let catalog = Catalog::builtin().unwrap();
+        let header = "id,source,accelerator,n_accel,layers,hidden,seq_len,global_batch\n";
+        let check = |rows: &str, expected: &str| {
+            let e = calibrate("t.csv", &format!("{header}{rows}"), &catalog).unwrap_err();
+            assert!(e.to_string().starts_with(expected) && e.hint_text().is_some(), "{e}");
+        };
+        check("", "t.csv: a header without rows");
+        check("a,b,h100,,32,4096,4096,8\n", "t.csv: none of 1 rows can be fitted on; the first: ");
+    }
 
     #[test]
     fn order_and_quantiles_are_the_textbooks() {

@@ -11,6 +11,7 @@ pub mod clock;
 mod draw;
 pub mod flow;
 mod flows;
+pub mod jitter;
 pub mod life;
 mod mesh;
 mod play;
@@ -26,7 +27,7 @@ use std::sync::atomic::AtomicBool;
 use plan::estimate::{Estimator, Problem};
 use plan::placement::Placement;
 use serde::Serialize;
-use spec::Result;
+use spec::{Error, Result};
 
 use clock::seconds;
 use mesh::{AXES, Axis, Mesh};
@@ -91,6 +92,13 @@ impl<'a> Rehearsal<'a> {
     /// # Errors
     /// If the model does not allow the layout.
     pub fn new(problem: &'a Problem, placement: &Placement) -> Result<Self> {
+        let (ep, stage) = (placement.layout.ep, placement.layout.stage_ranks());
+        if !stage.is_multiple_of(ep.max(1)) {
+            return Err(Error::user(format!(
+                "layout.ep = {ep} does not divide the {stage} ranks of a stage"
+            ))
+            .hint("experts are dealt to ranks of one stage: dp x tp x cp"));
+        }
         let mut estimator = Estimator::new(problem, placement.format)?;
         let predicted_s = estimator.estimate(placement)?.step_s;
         let parts = estimator.parts(placement)?;

@@ -1,10 +1,14 @@
 //! What goes wrong, as data: slow ranks, bad links, pauses and failures, written in TOML.
 
+mod jitter;
+
 use serde::Deserialize;
+use spec::random::mix;
 use spec::{Cluster, Error, Result};
 
 use crate::clock::{TICKS_PER_S, USUAL, ticks};
 use crate::draw::Draw;
+use crate::jitter::{Distribution, Jitter};
 use crate::world::{Disturbed, Flap, Mark, Window};
 
 /// What goes wrong in a run.
@@ -38,6 +42,7 @@ enum What {
     Window(std::ops::Range<usize>, Window),
     Flap(std::ops::Range<usize>, Flap),
     Storage(f64),
+    Jitter(std::ops::Range<usize>, Distribution),
     Fail,
 }
 
@@ -61,6 +66,8 @@ struct File {
     #[serde(default)]
     storage: Vec<Entry>,
     #[serde(default)]
+    jitter: Vec<Entry>,
+    #[serde(default)]
     spread: Option<f64>,
     #[serde(default)]
     storage_on_fabric: bool,
@@ -79,6 +86,9 @@ struct Entry {
     from_s: Option<f64>,
     for_s: Option<f64>,
     every_s: Option<f64>,
+    distribution: Option<String>,
+    spread: Option<f64>,
+    chance: Option<f64>,
     step: Option<u64>,
 }
 
@@ -118,6 +128,10 @@ impl Scenario {
     ///     for_s = 0.02
     ///     [[storage]]     # a server of it fails
     ///     factor = 0.5
+    ///     [[jitter]]      # every kernel is drawn anew; without `rank` or `node` those of all ranks
+    ///     rank = 9
+    ///     distribution = \"lognormal\"
+    ///     spread = 0.05
     ///     [[fail]]        # the job restarts
     ///     node = 7
     ///     step = 3
@@ -133,11 +147,11 @@ impl Scenario {
     pub fn parse(place: &str, text: &str, cluster: &Cluster) -> Result<Self> {
         let file: File = toml::from_str(text).map_err(|e| {
             Error::user(format!("{place}: {}", e.to_string().trim()))
-                .hint("a scenario has tables [[slow]], [[link]], [[switch]], [[throttle]], [[pause]], [[flap]], [[storage]] and [[fail]], and the keys spread and storage_on_fabric")
+                .hint("a scenario has tables [[slow]], [[link]], [[switch]], [[throttle]], [[pause]], [[flap]], [[storage]], [[jitter]] and [[fail]], and the keys spread and storage_on_fabric")
         })?;
         let reader = Reader { place, cluster };
         let mut parts = Vec::new();
-        let kinds: [(&str, Vec<Entry>); 8] = [
+        let kinds: [(&str, Vec<Entry>); 9] = [
             ("slow", file.slow),
             ("link", file.link),
             ("switch", file.switch),
@@ -146,6 +160,7 @@ impl Scenario {
             ("fail", file.fail),
             ("flap", file.flap),
             ("storage", file.storage),
+            ("jitter", file.jitter),
         ];
         for (kind, entries) in kinds {
             for (i, entry) in entries.iter().enumerate() {
@@ -198,6 +213,14 @@ impl Scenario {
                     *rate = scaled(*rate, *by);
                 }
                 What::Flap(ranks, flap) => each(ranks, &|m| m.flap = Some(*flap)),
+                What::Jitter(ranks, distribution) => {
+                    // A draw of its own for each rank, step and entry.
+                    let of = part.at.bytes().fold(mix(seed), |a, b| mix(a ^ u64::from(b))) ^ mix(step);
+                    for rank in ranks.clone() {
+                        let jitter = Jitter { distribution: *distribution, seed: mix(of ^ mix(rank as u64)) };
+                        out.ranks.entry(rank).or_default().jitter.push(jitter);
+                    }
+                }
                 What::Storage(by) => out.storage = Some(scaled(out.storage.unwrap_or(USUAL), *by)),
                 What::Fail => {}
             }
@@ -220,14 +243,14 @@ impl Scenario {
     /// The same with no rank slower than others.
     #[must_use]
     pub fn with_even_ranks(&self) -> Self {
-        let parts = self.parts.iter().filter(|p| !matches!(p.what, What::Speed(..) | What::Window(..)));
+        let parts = self.parts.iter().filter(|p| !is_of_ranks(&p.what));
         Scenario { parts: parts.cloned().collect(), spread: 0.0, ..self.clone() }
     }
 
     /// The same with no link, switch or storage worse than others.
     #[must_use]
     pub fn with_good_links(&self) -> Self {
-        let is_bad = |p: &&Part| matches!(p.what, What::Speed(..) | What::Window(..) | What::Fail);
+        let is_bad = |p: &&Part| is_of_ranks(&p.what) || p.what == What::Fail;
         Scenario { parts: self.parts.iter().filter(is_bad).cloned().collect(), ..self.clone() }
     }
 
@@ -244,8 +267,14 @@ impl Scenario {
 
     /// Whether every step is like the others.
     pub fn is_steady(&self) -> bool {
-        self.parts.iter().all(|p| p.step.is_none() || p.what == What::Fail)
+        let alike = |p: &Part| p.step.is_none() && !matches!(p.what, What::Jitter(..));
+        self.parts.iter().all(|p| alike(p) || p.what == What::Fail)
     }
+}
+
+/// Whether it makes ranks compute at other speeds than others.
+fn is_of_ranks(what: &What) -> bool {
+    matches!(what, What::Speed(..) | What::Window(..) | What::Jitter(..))
 }
 
 struct Reader<'a> {
@@ -280,6 +309,7 @@ impl Reader<'_> {
                 What::Tier(tier, group, share("the share of the links upwards that is left")?)
             }
             "flap" => What::Flap(self.ranks(at, e)?, self.flap(at, e)?),
+            "jitter" => self.jitter(at, e)?,
             "storage" => What::Storage(share("the share of its rates that storage has left")?),
             "throttle" | "pause" => {
                 let from = self.begin_s(at, e)?;
@@ -351,6 +381,9 @@ impl Reader<'_> {
             ("from_s", e.from_s.is_some()),
             ("for_s", e.for_s.is_some()),
             ("every_s", e.every_s.is_some()),
+            ("distribution", e.distribution.is_some()),
+            ("spread", e.spread.is_some()),
+            ("chance", e.chance.is_some()),
         ];
         let takes: &[&str] = match kind {
             "slow" => &["rank", "node", "factor"],
@@ -360,6 +393,7 @@ impl Reader<'_> {
             "pause" => &["rank", "node", "from_s", "for_s"],
             "flap" => &["rank", "node", "factor", "from_s", "for_s", "every_s"],
             "storage" => &["factor"],
+            "jitter" => &["rank", "node", "distribution", "spread", "chance", "factor"],
             _ => &["rank", "node", "tier", "group"],
         };
         match given.iter().find(|(key, is)| *is && !takes.contains(key)) {
@@ -449,6 +483,16 @@ mod tests {
         check("[[flap]]\nrank = 1\nfactor = 0.1\nevery_s = 0.5\nfor_s = 0.2", "fine");
         check("[[flap]]\nrank = 1\nfactor = 0.1\nevery_s = 0.5\nfor_s = 0.5", "s.toml: flap 1: for_s = 0.5");
         check("[[flap]]\nrank = 1\nfactor = 0.1\nfor_s = 0.5", "s.toml: flap 1: no every_s");
+        check("[[jitter]]\nspread = 0.05", "fine");
+        check("[[jitter]]\nnode = 1\ndistribution = \"exponential\"\nspread = 0.05", "fine");
+        check("[[jitter]]\ndistribution = \"spike\"\nchance = 0.01\nfactor = 10", "fine");
+        check("[[jitter]]", "s.toml: jitter 1: no spread");
+        check("[[jitter]]\nspread = nan", "s.toml: jitter 1: spread = NaN, expected");
+        check("[[jitter]]\nspread = 0.1\nfactor = 2", "s.toml: jitter 1: lognormal has no use for factor");
+        check("[[jitter]]\ndistribution = \"cauchy\"", "s.toml: jitter 1: distribution = \"cauchy\"");
+        check("[[jitter]]\ndistribution = \"spike\"\nchance = 2\nfactor = 2", "s.toml: jitter 1: chance = 2");
+        check("[[jitter]]\nrank = 64\nspread = 0.1", "s.toml: jitter 1: rank 64 does not exist");
+        check("[[slow]]\nrank = 1\nfactor = 2\nspread = 1", "s.toml: slow 1: has no use for spread");
         check("[[storage]]\nfactor = 0.5", "fine");
         check("[[storage]]\nfactor = -0.5", "s.toml: storage 1: factor = -0.5, expected");
         check("[[storage]]\nnode = 1\nfactor = 0.5", "s.toml: storage 1: has no use for node");

@@ -11,6 +11,7 @@ use plan::network::Span;
 use spec::Cluster;
 
 use crate::clock::{Speed, Ticks, USUAL};
+use crate::jitter::Jitter;
 use crate::mesh::{AXES, Axis, Mesh};
 use paths::Fabric;
 pub(crate) use paths::Path;
@@ -30,6 +31,8 @@ pub struct Mark {
     pub windows: Vec<Window>,
     /// Its port comes and goes.
     pub flap: Option<Flap>,
+    /// Its kernels vary, each for itself.
+    pub jitter: Vec<Jitter>,
 }
 
 /// From a moment to another kernels run at so many millionths of their speed; 0 is a pause.
@@ -75,7 +78,7 @@ impl Flap {
 
 impl Default for Mark {
     fn default() -> Self {
-        Mark { speed: USUAL, port: USUAL, domain: USUAL, windows: Vec::new(), flap: None }
+        Mark { speed: USUAL, port: USUAL, domain: USUAL, windows: Vec::new(), flap: None, jitter: Vec::new() }
     }
 }
 

@@ -7,6 +7,7 @@ use plan::models;
 use plan::software::Software;
 use sim::Rehearsal;
 use sim::clock::USUAL;
+use sim::jitter::{Distribution, Jitter};
 use sim::world::{Disturbed, Flap, Folding, Mark, StorageUse, Window};
 use spec::{Catalog, NumberFormat};
 
@@ -118,6 +119,34 @@ fn what_hides_behind_its_neighbours_alone_shows_more() {
     check("llama3-70b", 256, "tp=8,pp=4,cp=2,micro_batch=1", 0.01, 0.03);
 }
 
+fn varying(seed: u64) -> Jitter {
+    Jitter { distribution: Distribution::Lognormal { spread: USUAL / 10 }, seed }
+}
+
+/// Ranks whose kernels are drawn are all played, and wait for whoever is last: a step takes longer the more of them there
+/// are, though no rank is slower than another on the mean.
+#[test]
+fn jitter_costs_by_how_many_wait_for_each_other() {
+    let p = problem("llama3-8b", "dgx-h100", 32, "megatron-core-2024", (64, 1024));
+    let with = |layout: &str, seed: u64, of: usize| {
+        let mut disturbed = Disturbed::default();
+        for rank in 0..of {
+            let mark = Mark { jitter: vec![varying(1000 * seed + rank as u64)], ..Mark::default() };
+            disturbed.ranks.insert(rank, mark);
+        }
+        rehearse(&p, layout, &disturbed, Folding::Folded).1
+    };
+    let layout = "tp=8,pp=1,zero=0,micro_batch=1";
+    let step_s = |of: usize| with(layout, 1, of).step_s;
+    let steps = [0, 1, 8, 32].map(step_s);
+    assert!(steps[3] > steps[1] && steps[3] > 1.01 * steps[0], "{steps:?}");
+    assert_eq!(with(layout, 1, 32).classes, 32);
+    // One rank unfolds its own group and the ranks in its place of the others.
+    assert!((3..32).contains(&with(layout, 1, 1).classes), "{}", with(layout, 1, 1).classes);
+    assert_eq!(with(layout, 1, 32).step_s, with(layout, 1, 32).step_s);
+    assert_ne!(with(layout, 1, 32).step_s, with(layout, 2, 32).step_s);
+}
+
 fn marks() -> Vec<Disturbed> {
     let mut slow = Disturbed::default();
     slow.ranks.insert(5, Mark { speed: USUAL * 3 / 4, ..Mark::default() });
@@ -132,7 +161,9 @@ fn marks() -> Vec<Disturbed> {
     let every = Flap { from: 0, every: 50_000_000_000, length: 20_000_000_000, share: USUAL / 50 };
     flap.ranks.insert(3, Mark { flap: Some(every), ..Mark::default() });
     let storage = Disturbed { storage: Some(USUAL / 2), ..Disturbed::default() };
-    vec![Disturbed::default(), slow, link, pause, tier, flap, storage]
+    let mut jitter = Disturbed::default();
+    jitter.ranks.insert(6, Mark { jitter: vec![varying(6)], ..Mark::default() });
+    vec![Disturbed::default(), slow, link, pause, tier, flap, storage, jitter]
 }
 
 /// Every rank ends at the same picosecond, whether ranks alike are played once or each.

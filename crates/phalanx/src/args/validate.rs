@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use clap::Args as ClapArgs;
+use clap::{Args as ClapArgs, ValueEnum};
 use published::columns::{Column, RUNS, SERVING};
 
 /// The columns that are read, after the flags.
@@ -15,6 +15,15 @@ fn columns() -> String {
     )
 }
 
+/// How rows are predicted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum By {
+    /// In closed form.
+    Estimate,
+    /// By playing their steps, beside it.
+    Simulate,
+}
+
 #[derive(Debug, ClapArgs)]
 #[command(after_long_help = columns())]
 pub(crate) struct Validate {
@@ -26,6 +35,9 @@ pub(crate) struct Validate {
     /// Fit on half of the rows of each source and estimate the other half
     #[arg(long, conflicts_with_all = ["calibration", "held_out"])]
     pub(crate) half: bool,
+    /// Estimate in closed form, or play each row's step too and compare both
+    #[arg(long, value_enum, default_value_t = By::Estimate, conflicts_with_all = ["half", "fit"])]
+    pub(crate) by: By,
     /// Fitted constants to use instead of the built-in ones
     #[arg(long, value_name = "FILE.toml")]
     pub(crate) calibration: Option<PathBuf>,

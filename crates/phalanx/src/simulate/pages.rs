@@ -41,7 +41,8 @@ pub(super) fn text(json: &Value) -> String {
         let parts: Vec<String> = shown
             .map(|(k, v)| format!("{} {:.4} s", k.trim_end_matches("_s").replace('_', " "), n(v)))
             .collect();
-        out += &format!("rank {:<6}{}\n", json["last_rank"], parts.join(", "));
+        // A JSON value pads nothing.
+        out += &format!("{:<11}{}\n", format!("rank {} ", json["last_rank"]), parts.join(", "));
     }
     out += &waited(json);
     for cost in json["costs"].as_array().into_iter().flatten() {

@@ -3,7 +3,7 @@ use std::fmt::Write as _;
 use published::inference::{Validation, validate};
 use spec::{Catalog, Error, Result};
 
-use crate::args::Validate;
+use crate::args::{By, Validate};
 use crate::output;
 
 /// Rows printed, those furthest off first; `--json` has all.
@@ -22,6 +22,7 @@ pub(super) fn run(
         ("--calibration", args.calibration.is_some()),
         ("--held-out", args.held_out),
         ("--half", args.half),
+        ("--by", args.by != By::Estimate),
     ] {
         if given {
             return Err(Error::user(format!("{flag}: {name} is a table of serving figures"))

@@ -76,6 +76,53 @@ fn nonsense_is_refused_with_a_hint() {
     refused(&format!("{SMALL} --perfetto none/trace.json"), "--perfetto");
 }
 
+/// Published runs are played beside the closed form, and a table that says nothing is refused.
+#[test]
+fn published_runs_are_played_too() {
+    let lab = Lab::new();
+    let header = "id,source,model name,layers,hidden,heads,vocab,seq_len,global_batch,micro_batch,accelerator,n_accel,tp,pp,dp,recompute,precision,step_time_s";
+    let row = "a,here,GPT 22B,48,6144,64,51200,2048,4,4,NVIDIA A100-SXM4-80GB,8,8,1,1,full,fp16,1.42";
+    lab.write("runs.csv", format!("{header}\n{row}\n"));
+    let json = lab.json("validate runs.csv --by simulate --json");
+    assert_eq!((&json["rows"][0]["contention"], &json["shares"][0]["rows"]), (&"nothing".into(), &1.into()));
+    let differs = json["rows"][0]["differs"].as_f64().expect("a share");
+    assert!(differs.abs() < 0.01, "{json}");
+    assert!(lab.ok("validate runs.csv --by simulate").contains("1 rows estimated and played"));
+    lab.write("none.csv", format!("{header}\n"));
+    for args in [
+        "validate none.csv --by simulate",
+        "validate none.csv --fit out.toml",
+        "validate runs.csv --by simulate --half",
+    ] {
+        let ran = lab.run(args);
+        assert_eq!(ran.code, Some(2), "{args}\n{}{}", ran.out, ran.err);
+        assert!(!lab.path("out.toml").exists(), "{args}");
+    }
+}
+
+/// What cannot run is not rehearsed without a word.
+#[test]
+fn a_layout_that_does_not_fit_is_refused_or_said() {
+    let lab = Lab::new();
+    let args = "simulate --model llama3-70b --cluster dgx-h100 --accelerators 8 --layout tp=1,micro_batch=1 --sequences 8";
+    let ran = lab.run(args);
+    assert_eq!(ran.code, Some(2), "{}{}", ran.out, ran.err);
+    assert!(
+        ran.err.contains("does not fit") && ran.err.contains("--anyway") && ran.out.is_empty(),
+        "{}",
+        ran.err
+    );
+    let ran = lab.run(&format!("{args} --anyway"));
+    assert_eq!(ran.code, Some(0), "{}", ran.err);
+    let spent = ran.out.lines().find(|l| l.starts_with("rank ")).unwrap_or_default();
+    assert!(
+        ran.err.contains("does not fit") && spent[11..].starts_with("compute "),
+        "{}{}",
+        ran.out,
+        ran.err
+    );
+}
+
 #[test]
 fn a_cluster_without_failure_rates_is_said_and_lives_on() {
     let lab = Lab::new();

@@ -6,9 +6,10 @@ use spec::{DType, NumberFormat, Zero};
 use crate::compute::stream_s;
 use crate::network::{Collective, Group, Span, on_span};
 use crate::placement::Placement;
+use crate::template::TalkAxis;
 
 use super::memory::SUM_BYTES;
-use super::section::{Timed, Times};
+use super::section::{Links, Timed, Times};
 use super::step::Stages;
 use super::{Breakdown, Estimator};
 
@@ -270,7 +271,9 @@ impl Estimator<'_> {
     ) {
         let r = self.replicas(placement, t, stages);
         let port_s = if r.between_nodes { busy_port_s } else { 0.0 };
-        let free = |t: &Times| ((t.compute() - t.spent).max(0.0) + self.host_wait(t) - port_s).max(0.0);
+        let quiet = |t: &Times| if r.between_nodes { self.quiet_s(placement, t) } else { 0.0 };
+        let free =
+            |t: &Times| ((t.compute() - t.spent).max(0.0) + quiet(t) + self.host_wait(t) - port_s).max(0.0);
         let windows = (free(&slowest.0), free(&slowest.1));
         let zero = placement.layout.zero;
         d.data_s = if zero == Zero::Parameters {
@@ -288,6 +291,13 @@ impl Estimator<'_> {
         let update = 2.0 * SUM_BYTES * 4.0 + if placement.precision() == DType::F32 { 0.0 } else { 2.0 };
         d.optimizer_s = stream_s(&self.wide_chip, elements * update + SUM_BYTES * held)
             / self.problem.constants.stream.min(1.0);
+    }
+
+    /// How long a micro-batch waits for messages inside of nodes: the ports between them are free for replicas meanwhile.
+    fn quiet_s(&self, placement: &Placement, t: &Times) -> f64 {
+        let links = Links::of(&self.problem.cluster, &self.net, placement);
+        let inside = |axis, s: f64| if links.get(axis).0.domains <= 1.0 { s } else { 0.0 };
+        inside(TalkAxis::Tp, t.tensor) + inside(TalkAxis::Cp, t.context) + inside(TalkAxis::Ep, t.expert)
     }
 
     /// ZeRO 3: parameters are gathered forward and backward for every micro-batch, gradients scattered; the next

@@ -55,6 +55,24 @@ const SOURCES: &[(&str, &str, &str, &str)] = &[
     ("SimuMax", "", "", "megatron-core-2025"),
 ];
 
+/// Mixtures whose attention and routers the stack launches from CUDA graphs: releases, model and chips, as they stand in
+/// ids. From `cuda_graph_impl` and `cuda_graph_scope` of NVIDIA-NeMo/Megatron-Bridge `scripts/performance/configs`
+/// (`qwen/` at 01b2977, `deepseek/` at 0426418, `gpt_oss/` at 07eea52).
+const GRAPHED: &[(&[&str], &str, &[&str])] = &[
+    (&["25.11-", "26.04-", "26.04.01-"], "Qwen3", &["-GB200-", "-GB300-"]),
+    (&["26.04-", "26.04.01-"], "Qwen330B", &["-B200-", "-B300-"]),
+    (&["25.11-", "26.04-", "26.04.01-"], "DeepSeekV3", &["-GB200-"]),
+    (&["26.04.01-"], "DeepSeekV3", &["-B200-", "-B300-"]),
+    (&["25.11-", "26.04-", "26.04.01-"], "GPTOSS120B", &["-GB300-", "-B300-"]),
+];
+
+/// Whether a run's layers are launched from graphs, so that the host need not keep up kernel by kernel.
+pub(crate) fn is_graphed(id: &str) -> bool {
+    let has = |parts: &[&str]| parts.iter().any(|part| id.contains(part));
+    let bridge = id.starts_with("mbridge");
+    bridge && GRAPHED.iter().any(|(release, model, chips)| has(release) && id.contains(model) && has(chips))
+}
+
 /// The node or platform that an accelerator usually comes in.
 const USUAL: &[(&str, &str)] = &[
     ("v100-sxm2", "dgx-v100"),

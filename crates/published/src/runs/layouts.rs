@@ -51,7 +51,7 @@ pub(crate) fn placements(
     let slice = published_dp.filter(|_| torus).map(|slices| p.n / slices.clamp(1, p.n));
     let (mut out, mut refused) = (Vec::new(), String::new());
     for tp in tps {
-        let dp = match replicas(p.n, [tp, pp, cp], published_dp.filter(|_| !torus), per_group) {
+        let dp = match replicas(p.n, [tp, pp, cp, ep], published_dp.filter(|_| !torus), per_group) {
             Ok(dp) => dp,
             Err(reason) => {
                 refused = reason;
@@ -112,7 +112,7 @@ fn chips(tp: usize, all: usize, p: &Problem<'_>) -> usize {
 /// groups that shard.
 fn replicas(
     n: usize,
-    [tp, pp, cp]: [usize; 3],
+    [tp, pp, cp, ep]: [usize; 4],
     published: Option<usize>,
     per_group: Option<usize>,
 ) -> Usable<usize> {
@@ -121,6 +121,10 @@ fn replicas(
         return Err(format!("tp x pp x cp = {tp} x {pp} x {cp} does not divide {n} accelerators"));
     }
     let dp = n / ranks;
+    let stage = n / pp;
+    if !stage.is_multiple_of(ep) {
+        return Err(format!("experts over {ep} ranks, but a stage has {stage}"));
+    }
     match published {
         Some(said) if said != dp && said.saturating_mul(per_group.unwrap_or(1)) != dp => Err(format!(
             "dp = {said} published, but {n} accelerators over tp x pp x cp = {tp} x {pp} x {cp} leave {dp}"

@@ -44,6 +44,8 @@ pub(super) struct Rank {
     worked: Ticks,
     speed: Speed,
     pub(super) taxed: bool,
+    /// Kernels begun.
+    kernels: u64,
     /// How often its next event was set anew.
     version: u32,
     pub(super) computed: Ticks,
@@ -81,6 +83,7 @@ impl Rank {
             worked: 0,
             speed: USUAL,
             taxed: false,
+            kernels: 0,
             version: 0,
             computed: 0,
             waited: [0; STREAMS],
@@ -205,7 +208,10 @@ impl Player<'_> {
             Op::Compute(_, ticks) => {
                 rank.at = Phase::Op(i + 1);
                 rank.resume(now);
-                rank.left = u128::from(ticks) * u128::from(USUAL);
+                let jitter = &self.world.classes[class].mark.jitter;
+                let takes = jitter.iter().fold(ticks, |ticks, jitter| jitter.of(rank.kernels, ticks));
+                rank.kernels += 1;
+                rank.left = u128::from(takes) * u128::from(USUAL);
                 rank.worked = now;
                 rank.version += 1;
                 if let Some((at, version)) = rank.kernel_ends(now) {

@@ -220,13 +220,13 @@ impl<'a> Fabric<'a> {
         mark: &Mark,
     ) -> Vec<Path> {
         let dims = self.dims_spanned(size, stride);
-        let count = dims.len() as f64;
-        let limit = whole(span.inside_rate * self.scale * of_usual(mark.domain) / count);
+        let own: f64 = dims.iter().map(|(_, hops)| 1.0 / *hops as f64).sum();
         let (from, to) = (self.first_link(from), self.first_link(to));
-        let path = |&(dim, hops): &(usize, u64)| Path {
-            uses: vec![(from + 2 * dim, hops), (to + 2 * dim + 1, hops)],
-            limit,
-            share: 1.0 / count,
+        let path = |&(dim, hops): &(usize, u64)| {
+            // A dim takes as much of the bytes as it has of the rate.
+            let share = 1.0 / hops as f64 / own;
+            let limit = whole(span.inside_rate * self.scale * of_usual(mark.domain) * share);
+            Path { uses: vec![(from + 2 * dim, hops), (to + 2 * dim + 1, hops)], limit, share }
         };
         dims.iter().map(path).collect()
     }
