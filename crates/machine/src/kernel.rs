@@ -56,6 +56,17 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
             let all: usize = p.group_buffers.iter().map(|b| b.owned.count).sum();
             ([bytes / each, all as f64, 1.0], bytes)
         }
+        // Products of about this shape.
+        Orthogonalise { matrices, shares } => {
+            let of = matrices
+                .iter()
+                .map(|m| shares.whole(m.rows, p.buffer(op.outs[0].buffer).cols))
+                .max()
+                .unwrap_or_default();
+            let (m, n) = (of.0.min(of.1) as f64, of.0.max(of.1) as f64);
+            ([m, m, n], flops)
+        }
+        MuonMomentum { .. } | Muon { .. } => ([bytes / 12.0, 1.0, 1.0], bytes),
         GradNorm => {
             let counted = (0..).map(GroupId).zip(&p.group_buffers).filter(|(_, b)| b.counts);
             let elements = counted.map(|(g, _)| p.share(g).count).sum::<usize>() as f64;
@@ -83,6 +94,10 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
         Gelu { tanh: false } => "gelu_erf",
         GeluGrad { tanh: false } => "gelu_erf_grad",
         Add if op.ins.len() > 2 => "add_bias",
+        // Measured by what they are made of.
+        Orthogonalise { .. } => "linear_grad_input",
+        MuonMomentum { .. } | Muon { .. } => "add",
+        SoftCap { .. } => "gelu",
         kind => kind.name(),
     };
     Some(Kernel { kind, shape, work })

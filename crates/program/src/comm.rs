@@ -219,6 +219,19 @@ fn state(op: &Op, p: &Program, units: &HashMap<usize, Replication>) -> Option<Co
             let members = Members::Shards(p.group(*group).replication);
             now(Collective::AllGather, members, vec![p.message(None, Some(whole), Deal::NormChunks)])
         }
+        GatherUpdate { over, .. } => {
+            let to = p.slice(op.outs[0]);
+            // Owners have their range of it already; tensor-parallel ranks put theirs one under another.
+            let message = match op.ins.first() {
+                Some(own) => p.message(Some(p.slice(*own)), Some(to), Deal::Even),
+                None => p.message(None, Some(to), Deal::NormChunks),
+            };
+            now(Collective::AllGather, *over, vec![message])
+        }
+        ScatterUpdate { group } => {
+            let message = p.message(Some(p.slice(op.ins[0])), None, Deal::NormChunks);
+            now(Collective::ReduceScatter, Members::Shards(p.group(*group).replication), vec![message])
+        }
         GradNorm => {
             let sums = p.all_of(p.io.norm_chunks);
             now(Collective::AllReduce, Members::World, vec![p.message(Some(sums), Some(sums), Deal::Even)])

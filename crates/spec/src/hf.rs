@@ -185,6 +185,9 @@ impl ModelSpec {
             Err(Error::user(format!("{} has no Hugging Face architecture: {why}", self.name))
                 .hint(deepseek::WRITTEN))
         };
+        if self.logit_softcap != 0.0 {
+            return refuse("logits that are squeezed");
+        }
         let rope = matches!(self.position, Position::Rope(_));
         if self.latent.is_some() {
             return self.hf_deepseek().or_else(refuse);
@@ -430,6 +433,7 @@ impl<'a> Config<'a> {
             qk_norm: qwen3,
             tied_embeddings: self.flag_or("tie_word_embeddings", false)?,
             init_std: self.number_or("initializer_range", Some(0.02))? as f32,
+            logit_softcap: 0.0,
             experts,
             latent: None,
         })
@@ -468,6 +472,7 @@ impl<'a> Config<'a> {
             qk_norm: false,
             tied_embeddings: self.flag_or("tie_word_embeddings", true)?,
             init_std: self.number_or("initializer_range", Some(0.02))? as f32,
+            logit_softcap: 0.0,
             experts: None,
             latent: None,
         })
