@@ -58,7 +58,6 @@ fn kernels_do_not_allocate() {
         attention_decode_workspace_len(seq, h, threads),
         embed_grad_workspace_len(N, LD, DIM, &tree, threads),
         pos_grad_workspace_len(DIM, &tree, threads),
-        orthogonalise_workspace_len(N, DIM, threads),
     ];
     let mut ws = vec(lens.into_iter().max().unwrap_or(0));
     let adam =
@@ -94,9 +93,6 @@ fn kernels_do_not_allocate() {
         add(pool, &x, &x, &mut y);
         xent_fused(pool, &mut qkv, &tokens, LossTerms::plain(0.1), &mut rstd, N, LD);
         adamw(pool, &adam, &mut grad2[..LD], &mut moment, &mut moment2, &grad3[..LD]);
-        muon_momentum(pool, 0.95, 1.0, &mut moment, &mut moment2, &grad3[..LD]);
-        orthogonalise(pool, &mut z, (N, DIM), 5, 1.0, ws);
-        muon(pool, (1.0, -1e-3), &mut grad2[..LD], &moment2);
         sum_squares(pool, &x, &mut partials, N * DIM / 4);
         copy(pool, &x, &mut y);
         fill(pool, &mut y, 0.0);

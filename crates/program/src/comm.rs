@@ -219,15 +219,7 @@ fn state(op: &Op, p: &Program, units: &HashMap<usize, Replication>) -> Option<Co
             let members = Members::Shards(p.group(*group).replication);
             now(Collective::AllGather, members, vec![p.message(None, Some(whole), Deal::NormChunks)])
         }
-        GatherUpdate { over, .. } => {
-            let to = p.slice(op.outs[0]);
-            // Owners have their range of it already; tensor-parallel ranks put theirs one under another.
-            let message = match op.ins.first() {
-                Some(own) => p.message(Some(p.slice(*own)), Some(to), Deal::Even),
-                None => p.message(None, Some(to), Deal::NormChunks),
-            };
-            now(Collective::AllGather, *over, vec![message])
-        }
+        GatherUpdate { over, .. } => now(Collective::AllGather, *over, vec![p.gathered_update(op)]),
         ScatterUpdate { group } => {
             let message = p.message(Some(p.slice(op.ins[0])), None, Deal::NormChunks);
             now(Collective::ReduceScatter, Members::Shards(p.group(*group).replication), vec![message])
@@ -265,6 +257,15 @@ impl Program {
     fn message(&self, from: Option<Slice>, to: Option<Slice>, deal: Deal) -> Message {
         let larger = from.into_iter().chain(to).max_by_key(|s| s.count).expect("a message has an end");
         Message { from, to, elements: larger.count, dtype: self.buffer(larger.buffer).dtype, deal }
+    }
+
+    /// The update of a group: owners have their range of it already, tensor-parallel ranks put theirs one under another.
+    fn gathered_update(&self, op: &Op) -> Message {
+        let to = Some(self.slice(op.outs[0]));
+        match op.ins.first() {
+            Some(own) => self.message(Some(self.slice(*own)), to, Deal::Even),
+            None => self.message(None, to, Deal::NormChunks),
+        }
     }
 
     /// The counts of rows, unless they are known, and the rows.

@@ -185,7 +185,10 @@ pub enum OpKind {
     /// `(logits) -> logits` in place: `c tanh(x / c)`.
     SoftCap { cap: f32 },
     /// `(logits, targets) -> (dlogits in place, loss [n])` over the whole vocabulary.
-    Xent { terms: LossTerms },
+    Xent {
+        #[serde(skip_serializing_if = "LossTerms::is_plain")]
+        terms: LossTerms,
+    },
     /// `(logits, targets) -> stats [n, 3]` of one vocabulary shard.
     XentStats { vocab0: usize },
     /// `(stats of all shards [shards * n, 3]) -> stats [n, 3]`.
@@ -194,7 +197,11 @@ pub enum OpKind {
         shards: usize,
     },
     /// `(logits, targets, stats) -> (dlogits in place, loss [n])` of one vocabulary shard.
-    XentGrad { vocab0: usize, terms: LossTerms },
+    XentGrad {
+        vocab0: usize,
+        #[serde(skip_serializing_if = "LossTerms::is_plain")]
+        terms: LossTerms,
+    },
     /// `(loss [n]) -> the sum of one sequence among the step's loss sums`.
     LossSum {
         /// Which sequence of the micro-batch.
@@ -301,6 +308,13 @@ pub struct LossTerms {
     pub z: f32,
     /// Logits were squeezed by [`OpKind::SoftCap`] to this, whose derivative follows; 0 if not.
     pub cap: f32,
+}
+
+impl LossTerms {
+    /// Cross-entropy of logits as they are.
+    fn is_plain(&self) -> bool {
+        *self == LossTerms::default()
+    }
 }
 
 /// A sum of gradients over ranks that hold the same parameters.
@@ -423,19 +437,30 @@ impl OpKind {
             GatherParams { .. } => "gather_params",
             WaitParams { .. } => "wait_params",
             ReduceGrads { .. } => "reduce_grads",
-            ShardGrads { .. } => "shard_grads",
             WaitGrads { .. } => "wait_grads",
+            AttentionCached { .. } => "attention_cached",
+            GradNorm | ShardGrads { .. } | SyncGrads { .. } | TieGrads { .. } => self.update_name(),
+            AdamW { .. } | AllGatherParams { .. } | MuonMomentum { .. } => self.update_name(),
+            GatherUpdate { .. } | Orthogonalise { .. } => self.update_name(),
+            ScatterUpdate { .. } | Muon { .. } => self.update_name(),
+        }
+    }
+
+    /// The same of what is done about gradients and updates.
+    fn update_name(&self) -> &'static str {
+        use OpKind::*;
+        match self {
+            ShardGrads { .. } => "shard_grads",
             SyncGrads { .. } => "sync_grads",
             TieGrads { .. } => "tie_grads",
-            GradNorm => "grad_norm",
             AdamW { .. } => "adamw",
+            AllGatherParams { .. } => "all_gather_params",
             MuonMomentum { .. } => "muon_momentum",
             GatherUpdate { .. } => "gather_update",
             Orthogonalise { .. } => "orthogonalise",
             ScatterUpdate { .. } => "scatter_update",
             Muon { .. } => "muon",
-            AllGatherParams { .. } => "all_gather_params",
-            AttentionCached { .. } => "attention_cached",
+            _ => "grad_norm",
         }
     }
 

@@ -108,14 +108,6 @@ impl ModelSpec {
         HfModel::to_train(text).map(|found| found.model)
     }
 
-    /// The class in `transformers` that computes this model, for example `LlamaForCausalLM`.
-    ///
-    /// # Errors
-    /// Combinations that none of the families has.
-    pub fn hf_architecture(&self) -> Result<&'static str> {
-        self.hf_family().map(|family| family.architecture)
-    }
-
     /// The model as a `config.json`, with `rope_theta` and `rope_scaling` where every version of `transformers` reads
     /// them.
     ///

@@ -1,5 +1,5 @@
 use kernels::{Attention, Latents};
-use program::{Heads, Matrix, Op, OpKind, Program, View};
+use program::{Heads, Op, OpKind, Program, View};
 
 use crate::cpu::muon;
 
@@ -72,9 +72,7 @@ pub fn workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
             kernels::attention_dx_workspace_len(&attention_shape(*heads, 1, p.local_sequence()), threads)
         }
         Orthogonalise { matrices, shares } => {
-            let width = cols(op.outs[0]);
-            let room = |m: &Matrix| muon::workspace_len(*shares, (m.rows, width), threads);
-            matrices.iter().filter(|m| m.mine).map(room).max().unwrap_or(0)
+            muon::workspace_len(matrices, *shares, cols(op.outs[0]), threads)
         }
         AttentionCached { heads: h, .. } => {
             kernels::attention_decode_workspace_len(p.mode.positions(), h.value_dim, threads)

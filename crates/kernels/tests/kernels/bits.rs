@@ -90,11 +90,7 @@ fn everything(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
     xent_stats(pool, &logits, &tokens, 0, &mut s, n, VOCAB);
     xent_combine(&s, 1, &mut total, n);
     xent_fused(pool, &mut logits, &tokens, LossTerms { scale: 0.01, z: 1e-3, cap: 0.0 }, &mut loss, n, VOCAB);
-    keep("xent", &[total, logits, loss.clone()].concat());
-    let mut logits: Vec<f32> = r.vec(n * VOCAB).iter().map(|x| 10.0 * x).collect();
-    soft_cap(pool, &mut logits, 6.0);
-    xent_fused(pool, &mut logits, &tokens, LossTerms { scale: 0.01, z: 1e-3, cap: 6.0 }, &mut loss, n, VOCAB);
-    keep("soft cap", &logits);
+    keep("xent", &[total, logits, loss].concat());
     let mut dt = r.vec(2 * VOCAB * DIM);
     embed_grad(pool, &tokens, 0, VOCAB, &dx, &mut dt, DIM, tree, merge, &mut ws);
     let mut dp = r.vec(2 * SEQ * DIM);
@@ -105,18 +101,28 @@ fn everything(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
         AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 3, grad_scale: 1.0 };
     adamw(pool, &c, &mut p, &mut m, &mut v, &dt[table.len()..]);
     keep("adamw", &[p, m, v].concat());
-    let (mut update, mut momentum, mut moved) = (vec![0.0; ld * DIM], r.vec(ld * DIM), wqkv.clone());
-    muon_momentum(pool, 0.95, 0.5, &mut momentum, &mut update, &dw[..ld * DIM]);
+    let mut partials = [0.0; 6];
+    sum_squares(pool, &dt, &mut partials, 2000);
+    keep("squares", &partials.map(|x| (x as f32, (x - f64::from(x as f32)) as f32)).map(|(a, b)| a + b));
+    all.extend(mixture(pool).into_iter().chain(recipes(pool)));
+    all
+}
+
+/// Those that recipes add: squeezed logits, whole matrices.
+fn recipes(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
+    let mut r = Numbers::new(97);
+    let (n, ld) = (ROWS, SHAPE.ld());
+    let (tokens, mut loss, mut ws) = (r.tokens(n, VOCAB), vec![0.0; n], scratch(4_000_000));
+    let mut logits: Vec<f32> = r.vec(n * VOCAB).iter().map(|x| 10.0 * x).collect();
+    soft_cap(pool, &mut logits, 6.0);
+    xent_fused(pool, &mut logits, &tokens, LossTerms { scale: 0.01, z: 1e-3, cap: 6.0 }, &mut loss, n, VOCAB);
+    let (mut update, mut momentum, mut moved) = (vec![0.0; ld * DIM], r.vec(ld * DIM), r.vec(ld * DIM));
+    muon_momentum(pool, 0.95, 0.5, &mut momentum, &mut update, &r.vec(ld * DIM));
     for shape in [(ld, DIM), (DIM, ld)] {
         orthogonalise(pool, &mut update, shape, 5, 0.2, &mut ws);
         muon(pool, (0.999, -1e-3), &mut moved, &update);
     }
-    keep("muon", &[update, momentum, moved].concat());
-    let mut partials = [0.0; 6];
-    sum_squares(pool, &dt, &mut partials, 2000);
-    keep("squares", &partials.map(|x| (x as f32, (x - f64::from(x as f32)) as f32)).map(|(a, b)| a + b));
-    all.extend(mixture(pool));
-    all
+    vec![("soft cap", bits(&logits)), ("muon", bits(&[update, momentum, moved].concat()))]
 }
 
 /// Those of a mixture of experts: routed, sent to their experts and back.

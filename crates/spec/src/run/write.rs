@@ -105,23 +105,12 @@ impl RunSpec {
     fn values(&self) -> Vec<(&'static str, String)> {
         let mut values = model_values(&self.model);
         self.data_values(&mut values);
-        let (optim, schedule, train) = (&self.optim, &self.schedule, &self.train);
+        let (schedule, train) = (&self.schedule, &self.train);
         values.extend([
             ("batch.sequence", self.batch.sequence.to_string()),
             ("batch.sequences", self.batch.sequences.to_string()),
         ]);
-        // Named where it is not AdamW, so that fingerprints of older runs stay as they are.
-        let muon = optim.kind == Optimizer::Muon;
-        values.extend(muon.then(|| ("optim.kind", quoted(optim.kind.name()))));
-        values.extend([
-            ("optim.lr", float(optim.lr)),
-            ("optim.beta1", float(optim.beta1)),
-            ("optim.beta2", float(optim.beta2)),
-            ("optim.eps", float(optim.eps)),
-            ("optim.weight_decay", float(optim.weight_decay)),
-            ("optim.grad_clip", float(optim.grad_clip.unwrap_or(0.0))),
-        ]);
-        values.extend(muon.then(|| ("optim.momentum", float(optim.momentum))));
+        self.optim_values(&mut values);
         values.extend([
             ("schedule.kind", quoted(schedule.kind.name())),
             ("schedule.warmup_steps", schedule.warmup_steps.to_string()),
@@ -174,6 +163,22 @@ impl RunSpec {
             ("sample.top_p", float(sample.top_p)),
         ]);
         values
+    }
+
+    fn optim_values(&self, values: &mut Vec<(&'static str, String)>) {
+        let optim = &self.optim;
+        // Named where it is not AdamW, so that fingerprints of older runs stay as they are.
+        let muon = optim.kind == Optimizer::Muon;
+        values.extend(muon.then(|| ("optim.kind", quoted(optim.kind.name()))));
+        values.extend([
+            ("optim.lr", float(optim.lr)),
+            ("optim.beta1", float(optim.beta1)),
+            ("optim.beta2", float(optim.beta2)),
+            ("optim.eps", float(optim.eps)),
+            ("optim.weight_decay", float(optim.weight_decay)),
+            ("optim.grad_clip", float(optim.grad_clip.unwrap_or(0.0))),
+        ]);
+        values.extend(muon.then(|| ("optim.momentum", float(optim.momentum))));
     }
 
     fn trouble_values(&self, values: &mut Vec<(&'static str, String)>) {

@@ -74,9 +74,12 @@ fn place(shares: Shares, (rank, i): (usize, usize), (rows, cols): (usize, usize)
     }
 }
 
-/// Floats of work space for a matrix of which each rank holds `rows` x `cols`.
-pub(crate) fn workspace_len(shares: Shares, (rows, cols): (usize, usize), threads: usize) -> usize {
-    let whole = shares.whole(rows, cols);
-    let together = if shares == Shares::Whole { 0 } else { whole.0 * whole.1 };
-    together + kernels::orthogonalise_workspace_len(whole.0, whole.1, threads)
+/// Floats of work space for the matrices that are this rank's, of which each rank holds `cols` columns.
+pub(crate) fn workspace_len(matrices: &[Matrix], shares: Shares, cols: usize, threads: usize) -> usize {
+    let room = |m: &Matrix| {
+        let whole = shares.whole(m.rows, cols);
+        let together = if shares == Shares::Whole { 0 } else { whole.0 * whole.1 };
+        together + kernels::orthogonalise_workspace_len(whole.0, whole.1, threads)
+    };
+    matrices.iter().filter(|m| m.mine).map(room).max().unwrap_or(0)
 }
