@@ -5,6 +5,9 @@ use std::fmt;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
 
+/// The default of `optim.momentum`.
+const MOMENTUM: f64 = 0.95;
+
 /// A key whose value differs between two runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Difference {
@@ -178,7 +181,8 @@ impl RunSpec {
             ("optim.weight_decay", float(optim.weight_decay)),
             ("optim.grad_clip", float(optim.grad_clip.unwrap_or(0.0))),
         ]);
-        values.extend(muon.then(|| ("optim.momentum", float(optim.momentum))));
+        let momentum = muon || optim.momentum != MOMENTUM;
+        values.extend(momentum.then(|| ("optim.momentum", float(optim.momentum))));
     }
 
     fn trouble_values(&self, values: &mut Vec<(&'static str, String)>) {
