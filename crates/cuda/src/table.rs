@@ -1,6 +1,6 @@
 //! Which kernels an op's kind is, and what they are called with. Parameters follow the kernels' declarations.
 
-use program::{GroupId, Heads, Op, OpKind, Program, View};
+use program::{GroupId, Heads, LossTerms, Op, OpKind, Program, View};
 use spec::{DType, NormKind, Result};
 use train::{Gradient, Lack, Launch, Operand};
 
@@ -45,7 +45,7 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
         AttentionGrad { .. } => attention::backward,
         AttentionCached { .. } => attention::decode,
         SwiGlu | SwiGluGrad | Gelu { .. } | GeluGrad { .. } | Add => elementwise,
-        Xent | XentStats { .. } | XentCombine { .. } | XentGrad { .. } | LossSum { .. } => loss,
+        Xent { .. } | XentStats { .. } | XentCombine { .. } | XentGrad { .. } | LossSum { .. } => loss,
         ShardGrads { .. } => shard_grads,
         TieGrads { .. } => tie_grads,
         GradNorm => update::grad_norm,
@@ -60,6 +60,9 @@ pub(crate) fn can_run(kind: &OpKind, precision: DType) -> Result<(), Lack> {
     match kind {
         OpKind::Attention { heads } | OpKind::AttentionGrad { heads } => {
             attention::can_run(precision, *heads)
+        }
+        OpKind::Xent { terms } | OpKind::XentGrad { terms, .. } if *terms != LossTerms::default() => {
+            Err(Lack::LossTerms)
         }
         _ => Ok(()),
     }
@@ -460,7 +463,7 @@ fn loss(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let at = |d: &Cuda, i: usize| d.at(l.input(i));
     let rows = Geometry::line(x.rows, VOCAB_THREADS);
     match *l.kind() {
-        OpKind::Xent => {
+        OpKind::Xent { .. } => {
             let params = Params::new().with(d.at(l.output(0))).with(at(d, 1)).with(numbers);
             let params = params.with(d.at(l.output(1))).with(int(x.cols));
             d.start(variant!(l, "xent"), rows, params)
@@ -475,7 +478,7 @@ fn loss(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
             let params = Params::new().with(at(d, 0)).with(int(shards)).with(d.at(l.output(0))).with(int(n));
             d.start("xent_combine", Geometry::line(n.div_ceil(256), 256), params)
         }
-        OpKind::XentGrad { vocab0 } => {
+        OpKind::XentGrad { vocab0, .. } => {
             let params = Params::new().with(d.at(l.output(0))).with(at(d, 1)).with(int(vocab0));
             let params = params.with(at(d, 2)).with(numbers).with(d.at(l.output(1))).with(int(x.cols));
             d.start(variant!(l, "xent_grad"), rows, params)

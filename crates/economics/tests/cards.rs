@@ -36,6 +36,7 @@ fn run_of(
         keep: 1,
         trainable_only: shape_is_dense,
         strategy: None,
+        optimizer: Default::default(),
     };
     let answer = search(question, &Calibration::builtin().unwrap(), &|_, _| ()).unwrap();
     (run(&catalog, &answer, &Ask::new(tokens, Date::day(2026, 11, 28))).unwrap(), answer)

@@ -73,6 +73,7 @@ impl<'a> Facts<'a> {
             keep: 1,
             trainable_only: false,
             strategy: None,
+            optimizer: Default::default(),
         };
         self.used.insert("phalanx plan".to_owned());
         estimate_given(question, job.layout, self.calibration)

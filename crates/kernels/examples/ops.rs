@@ -161,7 +161,7 @@ impl Bench {
         let mut loss = vec![0.0; SEQ];
         self.line("xent", 0.0, &mut |pool| {
             work.copy_from_slice(&logits);
-            xent_fused(pool, &mut work, &tokens[..SEQ], 1e-3, &mut loss, SEQ, VOCAB);
+            xent_fused(pool, &mut work, &tokens[..SEQ], LossTerms::plain(1e-3), &mut loss, SEQ, VOCAB);
         });
         let table = numbers(VOCAB * DIM);
         let mut grad = vec![0.0; VOCAB * DIM];

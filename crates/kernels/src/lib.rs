@@ -71,6 +71,7 @@ pub use crate::linear::{
     bias_grad, bias_grad_workspace_len, linear, linear_dw, linear_dw_workspace_len, linear_dx,
     linear_dx_workspace_len, linear_strided, linear_workspace_len,
 };
+pub use crate::muon::{muon, muon_bf16, muon_momentum, orthogonalise, orthogonalise_workspace_len};
 pub use crate::norm::{
     layer_norm, layer_norm_dw, layer_norm_dx, norm_dw_workspace_len, rms_norm, rms_norm_dw, rms_norm_dx,
 };
@@ -83,7 +84,7 @@ pub use crate::simd::{Backend, backend, force_backend};
 pub use crate::storage::{Acc, Storage};
 pub use crate::sums::{add_bias, add_levels, add_roots, add_to};
 pub use crate::tree::{Merge, Step, step as tree_step};
-pub use crate::xent::{xent_combine, xent_dlogits, xent_fused, xent_stats};
+pub use crate::xent::{LossTerms, soft_cap, xent_combine, xent_dlogits, xent_fused, xent_stats};
 
 mod pool;
 mod simd;
@@ -108,5 +109,6 @@ mod rows;
 mod sums;
 mod xent;
 
+mod muon;
 mod optim;
 mod peak;

@@ -1,9 +1,45 @@
 //! Cross-entropy over rows of logits, whole or split over shards of the vocabulary.
 
-use crate::math::{exp, ln};
+use crate::math::{exp, ln, tanh};
 use crate::pool::{Parts, Pool};
 use crate::simd::{LANES, Simd, kernel};
 use crate::storage::{Element, Storage};
+
+/// What the gradient of a loss is made of beside its cross-entropy.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LossTerms {
+    /// Factor of all gradients.
+    pub scale: f32,
+    /// Factor of the squared log-sum-exp of a row, no part of the loss; 0 without.
+    pub z: f32,
+    /// Logits were squeezed by [`soft_cap`] to this, whose derivative follows; 0 if not.
+    pub cap: f32,
+}
+
+impl LossTerms {
+    /// Cross-entropy alone, with this factor.
+    pub fn plain(scale: f32) -> LossTerms {
+        LossTerms { scale, ..LossTerms::default() }
+    }
+}
+
+/// Squeezes logits in place: `cap tanh(x / cap)`.
+pub fn soft_cap<T: Storage>(pool: &Pool, logits: &mut [T], cap: f32) {
+    let len = logits.len();
+    let logits = Parts::new(logits);
+    pool.rows(len, 4, &|range, _| {
+        // SAFETY: tasks have disjoint ranges.
+        squeeze(unsafe { logits.part(range) }, cap);
+    });
+}
+
+kernel! { fn squeeze[T: Element](logits: &mut [T], cap: f32) = |s: S| {
+    let (cap, inverse) = (s.splat(cap), s.splat(1.0 / cap));
+    for j in (0..logits.len()).step_by(LANES) {
+        let squeezed = tanh(s, s.mul(T::get(s, &logits[j..]), inverse));
+        T::put(s, &mut logits[j..], s.mul(squeezed, cap));
+    }
+} }
 
 /// The target that does not count: its row has no loss and no gradient.
 const IGNORED: u32 = u32::MAX;
@@ -91,7 +127,7 @@ kernel! { fn combine(stats: &[f32], out: &mut [f32]) = |s: S| {
     }
 } }
 
-/// Turns logits into their gradient in place, (softmax - onehot) scale, given the stats of whole rows, `[n, 3]`; rows
+/// Turns logits into their gradient in place, (softmax - onehot) scale and the other [`LossTerms`], given the stats of whole rows, `[n, 3]`; rows
 /// with an ignored target become 0. `loss` gets each row's negative log-likelihood, not scaled, 0 where ignored.
 pub fn xent_dlogits<T: Storage>(
     pool: &Pool,
@@ -99,7 +135,7 @@ pub fn xent_dlogits<T: Storage>(
     targets: &[u32],
     vocab0: usize,
     stats: &[f32],
-    scale: f32,
+    terms: LossTerms,
     loss: &mut [f32],
     n: usize,
     v: usize,
@@ -111,7 +147,7 @@ pub fn xent_dlogits<T: Storage>(
             // SAFETY: tasks have disjoint rows.
             let (logits, loss) = unsafe { (logits.part(row * v..(row + 1) * v), loss.part(row..row + 1)) };
             let [max, sum, target] = [stats[3 * row], stats[3 * row + 1], stats[3 * row + 2]];
-            loss[0] = row_gradient(logits, targets[row], vocab0, max, sum, target, scale);
+            loss[0] = row_gradient(logits, targets[row], vocab0, [max, sum, target], terms);
         }
     });
 }
@@ -121,7 +157,7 @@ pub fn xent_fused<T: Storage>(
     pool: &Pool,
     logits: &mut [T],
     targets: &[u32],
-    scale: f32,
+    terms: LossTerms,
     loss: &mut [f32],
     n: usize,
     v: usize,
@@ -134,7 +170,7 @@ pub fn xent_fused<T: Storage>(
             let (logits, loss) = unsafe { (logits.part(row * v..(row + 1) * v), loss.part(row..row + 1)) };
             let (max, sum) = row_stats(logits);
             let target = in_shard(targets[row], 0, v).map_or(0.0, |t| logits[t].one());
-            loss[0] = row_gradient(logits, targets[row], 0, max, sum, target, scale);
+            loss[0] = row_gradient(logits, targets[row], 0, [max, sum, target], terms);
         }
     });
 }
@@ -144,35 +180,54 @@ fn row_gradient<T: Element>(
     logits: &mut [T],
     target: u32,
     vocab0: usize,
-    max: f32,
-    sum: f32,
-    target_logit: f32,
-    scale: f32,
+    [max, sum, target_logit]: [f32; 3],
+    terms: LossTerms,
 ) -> f32 {
     if target == IGNORED {
         logits.fill(T::default());
         return 0.0;
     }
+    let LossTerms { scale, z, cap } = terms;
+    let log_sum = ln(sum) + max;
+    // d/dx of z lse^2 is 2 z lse softmax(x).
+    let more = 1.0 + 2.0 * z * log_sum;
     let here = in_shard(target, vocab0, logits.len());
     // The target's probability before its logit is overwritten, so that 1 is taken off before rounding.
     let at_target = here.map(|t| logits[t]);
-    softmax_row(logits, max, 1.0 / sum, scale);
+    if cap > 0.0 {
+        capped_row(logits, (max, 1.0 / sum, more), scale, 1.0 / cap);
+    } else {
+        softmax_row(logits, max, 1.0 / sum, more, scale);
+    }
     if let (Some(t), Some(logit)) = (here, at_target) {
-        logits[t] = target_gradient(logit, max, 1.0 / sum, scale);
+        let slope = if cap > 0.0 { 1.0 - (logit.one() / cap) * (logit.one() / cap) } else { 1.0 };
+        logits[t] = target_gradient(logit, max, 1.0 / sum, more, scale * slope);
     }
     ln(sum) + (max - target_logit)
 }
 
-kernel! { fn softmax_row[T: Element](logits: &mut [T], max: f32, inverse: f32, scale: f32) = |s: S| {
-    let (m, inverse, scale) = (s.splat(max), s.splat(inverse), s.splat(scale));
+kernel! { fn softmax_row[T: Element](logits: &mut [T], max: f32, inverse: f32, more: f32, scale: f32) = |s: S| {
+    let (m, inverse, more, scale) = (s.splat(max), s.splat(inverse), s.splat(more), s.splat(scale));
     for j in (0..logits.len()).step_by(LANES) {
         let p = s.mul(exp(s, s.sub(T::get(s, &logits[j..]), m)), inverse);
-        T::put(s, &mut logits[j..], s.mul(p, scale));
+        T::put(s, &mut logits[j..], s.mul(s.mul(p, more), scale));
     }
 } }
 
-kernel! { fn target_gradient[T: Element](logit: T, max: f32, inverse: f32, scale: f32) -> T = |s: S| {
+kernel! { fn capped_row[T: Element](logits: &mut [T], of: (f32, f32, f32), scale: f32, per_cap: f32) = |s: S| {
+    let (m, inverse, more) = (s.splat(of.0), s.splat(of.1), s.splat(of.2));
+    let (scale, per_cap, one) = (s.splat(scale), s.splat(per_cap), s.splat(1.0));
+    for j in (0..logits.len()).step_by(LANES) {
+        let x = T::get(s, &logits[j..]);
+        let p = s.mul(s.mul(exp(s, s.sub(x, m)), inverse), more);
+        let share = s.mul(x, per_cap);
+        let slope = s.sub(one, s.mul(share, share));
+        T::put(s, &mut logits[j..], s.mul(s.mul(p, slope), scale));
+    }
+} }
+
+kernel! { fn target_gradient[T: Element](logit: T, max: f32, inverse: f32, more: f32, scale: f32) -> T = |s: S| {
     let mut lanes = [0.0; LANES];
     s.store(&mut lanes, exp(s, s.splat(logit.one() - max)));
-    T::of((lanes[0] * inverse - 1.0) * scale)
+    T::of((lanes[0] * inverse * more - 1.0) * scale)
 } }

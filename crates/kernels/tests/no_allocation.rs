@@ -91,7 +91,7 @@ fn kernels_do_not_allocate() {
         gelu(pool, Gelu::Erf, &x, &mut y);
         gelu_dx(pool, Gelu::Tanh, &x, &x, &mut y);
         add(pool, &x, &x, &mut y);
-        xent_fused(pool, &mut qkv, &tokens, 0.1, &mut rstd, N, LD);
+        xent_fused(pool, &mut qkv, &tokens, LossTerms::plain(0.1), &mut rstd, N, LD);
         adamw(pool, &adam, &mut grad2[..LD], &mut moment, &mut moment2, &grad3[..LD]);
         sum_squares(pool, &x, &mut partials, N * DIM / 4);
         copy(pool, &x, &mut y);

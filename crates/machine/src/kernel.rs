@@ -56,6 +56,7 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
             let all: usize = p.group_buffers.iter().map(|b| b.owned.count).sum();
             ([bytes / each, all as f64, 1.0], bytes)
         }
+        Orthogonalise { .. } | MuonMomentum { .. } | Muon { .. } => muon(op, p),
         GradNorm => {
             let counted = (0..).map(GroupId).zip(&p.group_buffers).filter(|(_, b)| b.counts);
             let elements = counted.map(|(g, _)| p.share(g).count).sum::<usize>() as f64;
@@ -83,9 +84,31 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
         Gelu { tanh: false } => "gelu_erf",
         GeluGrad { tanh: false } => "gelu_erf_grad",
         Add if op.ins.len() > 2 => "add_bias",
-        kind => kind.name(),
+        kind => measured_as(kind),
     };
     Some(Kernel { kind, shape, work })
+}
+
+/// Shape and work of Muon's ops: products of about the shape of the largest matrix, and streams.
+fn muon(op: &Op, p: &Program) -> ([f64; 3], f64) {
+    let OpKind::Orthogonalise { matrices, shares } = &op.kind else {
+        let bytes = op.cost.bytes as f64;
+        return ([bytes / 12.0, 1.0, 1.0], bytes);
+    };
+    let cols = p.buffer(op.outs[0].buffer).cols;
+    let (rows, cols) = matrices.iter().map(|m| shares.whole(m.rows, cols)).max().unwrap_or_default();
+    let (m, n) = (rows.min(cols) as f64, rows.max(cols) as f64);
+    ([m, m, n], op.cost.flops as f64)
+}
+
+/// The kernel whose rate stands for a kind's: its own, or that of what it is made of.
+fn measured_as(kind: &OpKind) -> &'static str {
+    match kind {
+        OpKind::Orthogonalise { .. } => "linear_grad_input",
+        OpKind::MuonMomentum { .. } | OpKind::Muon { .. } => "add",
+        OpKind::SoftCap { .. } => "gelu",
+        kind => kind.name(),
+    }
 }
 
 /// Rates of one machine for one storage type and condition, with what was looked up before.

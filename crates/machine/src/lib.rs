@@ -12,7 +12,7 @@ pub mod table;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use program::{Collective, Coords, Members, Mode, Op, OpId, Program, Request, When};
+use program::{Collective, Coords, Members, Mode, Op, OpId, Program, Recipe, Request, When};
 use serde::Serialize;
 use spec::{DType, Layout, ModelSpec, Result};
 
@@ -33,6 +33,8 @@ pub struct Workload<'a> {
     pub sequences: usize,
     /// Storage of parameters and activations.
     pub precision: DType,
+    /// What of the run's recipe is part of its program.
+    pub recipe: Recipe,
     /// Threads of a rank.
     pub threads: usize,
     /// How ranks talk: `shm` or `tcp`.
@@ -116,6 +118,7 @@ fn program_of(load: &Workload<'_>, layout: &Layout, rank: usize) -> Result<Progr
         rank,
         mode: Mode::Train,
         loss: Default::default(),
+        recipe: load.recipe,
     };
     Program::build(&request, &|op, p| (load.workspace)(op, p, load.threads))
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use program::{OpKind, Program};
+use program::{OpKind, Program, Recipe};
 use spec::{DType, Kind, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
 
 use super::*;
@@ -82,6 +82,7 @@ fn load(model: &ModelSpec) -> Workload<'_> {
         sequence: 16,
         sequences: 8,
         precision: DType::F32,
+        recipe: Recipe::default(),
         threads: 1,
         transport: "shm",
         workspace: no_workspace,

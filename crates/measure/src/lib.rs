@@ -27,6 +27,7 @@ pub fn workload<'a>(run: &'a RunSpec, threads: usize, transport: &'a str) -> Wor
         sequence: run.batch.sequence,
         sequences: run.batch.sequences,
         precision: run.train.precision,
+        recipe: program::Recipe::of(run),
         threads,
         transport,
         workspace: train::workspace_len,

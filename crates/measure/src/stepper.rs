@@ -107,6 +107,7 @@ impl Stepper {
             beta2: 0.999,
             eps: 1e-8,
             weight_decay: 0.01,
+            momentum: 0.95,
             clip: Some(1.0),
             stop: false,
             saved: false,

@@ -135,7 +135,10 @@ fn part(kind: &OpKind, work: BlockWork) -> Option<Part> {
         }
         ShardGrads { .. } | SyncGrads { .. } | TieGrads { .. } => Part::Once(Kind::Scatter),
         GradNorm => Part::Once(Kind::Clip),
-        AdamW { .. } => Part::Once(Kind::Optimizer),
+        AdamW { .. } | MuonMomentum { .. } | Orthogonalise { .. } | Muon { .. } => {
+            Part::Once(Kind::Optimizer)
+        }
+        GatherUpdate { .. } | ScatterUpdate { .. } => Part::Once(Kind::Optimizer),
         AllGatherParams { .. } => Part::Once(Kind::Gather),
         _ => Part::Pass(pass?),
     })

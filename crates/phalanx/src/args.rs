@@ -1,6 +1,7 @@
 mod clusters;
 mod economy;
 mod pages;
+mod run;
 mod serving;
 mod simulate;
 mod survival;
@@ -10,12 +11,12 @@ mod validate;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args as ClapArgs, Parser, Subcommand};
 
 pub(crate) use clusters::{Alive, Kubernetes, KubernetesKind, Slurm};
 pub(crate) use economy::{Decide, Economy};
 pub(crate) use pages::{Guide, PlanCommand, PlanOr};
+pub(crate) use run::RunArgs;
 pub(crate) use serving::Inference;
 pub(crate) use simulate::{Recover, Simulate};
 pub(crate) use survival::{
@@ -96,29 +97,6 @@ pub(crate) enum Command {
     Completions(Completions),
     /// Write manual pages
     Man(Man),
-}
-
-/// A run file and what overrides it.
-#[derive(Clone, Debug, ClapArgs)]
-pub(crate) struct RunArgs {
-    /// Run file (TOML); every key has a default
-    #[arg(value_name = "RUN.toml")]
-    pub(crate) file: Option<PathBuf>,
-    /// Override a key, for example --set train.steps=200; see `phalanx keys`
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    pub(crate) set: Vec<String>,
-    /// Text to train on: file, folder or glob; the same as --set data.text=PATH
-    #[arg(long, value_name = "PATH", value_parser = OsStringValueParser::new().try_map(in_utf8))]
-    pub(crate) text: Option<String>,
-}
-
-fn in_utf8(path: OsString) -> Result<String, String> {
-    path.into_string().map_err(|path| {
-        format!(
-            "{} is not UTF-8, and a run file is: give a link or a folder with another name",
-            path.display()
-        )
-    })
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -218,6 +196,9 @@ pub(crate) struct Plan {
     /// Number format of the matrix products: bf16, fp16, fp8, fp4, int8, tf32 or fp32; bf16, or fp16 without it, if absent
     #[arg(long)]
     pub(crate) format: Option<String>,
+    /// How gradients become updates: adamw, or muon for matrices inside layers; adamw if absent
+    #[arg(long, value_name = "NAME")]
+    pub(crate) optimizer: Option<String>,
     /// Training stack to plan for; the usual one for the accelerator if absent
     #[arg(long, value_name = "NAME")]
     pub(crate) software: Option<String>,

@@ -18,7 +18,7 @@ use plan::shape::Shape;
 use plan::software::{self, Software};
 use plan::strategy::Strategy;
 use serde_json::Value;
-use spec::{Catalog, Cluster, Error, HfModel, NumberFormat, Result, RunSpec, suggest};
+use spec::{Catalog, Cluster, Error, HfModel, NumberFormat, Optimizer, Result, RunSpec, suggest};
 use stacks::Emitted;
 
 use crate::args::{Plan, PlanCommand, PlanOr};
@@ -231,6 +231,7 @@ fn question(args: &Plan, catalog: &Catalog) -> Result<Question> {
             Some(layout) if !layout.contains('=') => Some(Strategy::parse(layout)?),
             _ => None,
         },
+        optimizer: args.optimizer.as_deref().map_or(Ok(Optimizer::AdamW), optimizer)?,
     })
 }
 
@@ -247,6 +248,12 @@ fn format(asked: Option<&str>, cluster: &Cluster) -> Result<NumberFormat> {
         let known = || NumberFormat::all().map(NumberFormat::name);
         Error::user(format!("unknown number format \"{asked}\""))
             .hint(suggest::hint(asked, known().collect::<Vec<_>>()))
+    })
+}
+
+fn optimizer(name: &str) -> Result<Optimizer> {
+    Optimizer::parse(name).ok_or_else(|| {
+        Error::user(format!("unknown optimizer \"{name}\"")).hint(suggest::hint(name, ["adamw", "muon"]))
     })
 }
 

@@ -408,6 +408,8 @@ fn fill_ranks(read: &Resolved, world: usize) -> Result<RunSpec> {
 /// Reads the run file and its overrides, for any number of ranks.
 pub(crate) fn resolve(args: &RunArgs) -> Result<Resolved> {
     let mut overrides = args.set.clone();
+    // In front, as if written first: keys of the model that are set go over it.
+    overrides.splice(..0, args.preset.as_deref().map(|name| format!("model.preset={}", toml_string(name))));
     if let Some(text) = &args.text {
         overrides.push(format!("data.text={}", toml_string(text)));
     }

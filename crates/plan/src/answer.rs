@@ -5,7 +5,7 @@ mod placed;
 use serde::Serialize;
 use serde_json::{Value, json};
 use spec::cluster::Knob;
-use spec::{Cluster, Error, Layout, NumberFormat, Result};
+use spec::{Cluster, Error, Layout, NumberFormat, Optimizer, Result};
 
 use crate::calibration::{Calibration, Evidence, Grade};
 use crate::compute::lacks;
@@ -35,6 +35,8 @@ pub struct Question {
     pub sequence: usize,
     /// Sequences of the global batch.
     pub sequences: usize,
+    /// How gradients become updates.
+    pub optimizer: Optimizer,
     /// Tokens to train on, for the time of the whole run.
     pub tokens: Option<f64>,
     /// How many of the best layouts to give.
@@ -57,6 +59,7 @@ impl Question {
             shape,
             cluster,
             software: None,
+            optimizer: Optimizer::AdamW,
             tokens: None,
             keep: 10,
             trainable_only: false,
@@ -346,6 +349,7 @@ fn pose(question: &Question, calibration: &Calibration) -> Result<Problem> {
         constants,
         sequence: question.sequence,
         sequences: question.sequences,
+        optimizer: question.optimizer,
     })
 }
 

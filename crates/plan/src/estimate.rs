@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use spec::{Cluster, NumberFormat, Result};
+use spec::{Cluster, NumberFormat, Optimizer, Result};
 
 use crate::calibration::Constants;
 use crate::compute::Chip;
@@ -43,6 +43,8 @@ pub struct Problem {
     pub sequence: usize,
     /// Sequences of the global batch.
     pub sequences: usize,
+    /// How gradients become updates.
+    pub optimizer: Optimizer,
 }
 
 /// Where the time of a step goes on the slowest stage, in seconds; adds up to the step.

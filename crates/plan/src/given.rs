@@ -270,6 +270,7 @@ mod tests {
             constants: PRIOR,
             sequence: 2048,
             sequences: 1536,
+            optimizer: Default::default(),
         }
     }
 

@@ -108,6 +108,7 @@ pub fn dense(name: &str, sizes: Sizes) -> ModelSpec {
         qk_norm: false,
         tied_embeddings: tied,
         init_std: 0.02,
+        logit_softcap: 0.0,
         experts: None,
         latent: None,
     }

@@ -83,6 +83,10 @@ pub struct Section {
     pub params: f64,
     /// Expert weights of this rank.
     pub expert_params: f64,
+    /// The former that Muon would update.
+    pub hidden: Hidden,
+    /// The latter that it would.
+    pub expert_hidden: Hidden,
     /// The former that ops read.
     pub reads: Reads,
     /// The latter that ops read.
@@ -93,6 +97,15 @@ pub struct Section {
     pub working_bytes: f64,
     /// Kernels that an eager stack launches beyond [`LAUNCHES_PER_TASK`] for each task, in each pass.
     pub launches: f64,
+}
+
+/// Matrices inside layers, which Muon orthogonalises whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Hidden {
+    /// Elements of this rank.
+    pub elements: f64,
+    /// FLOPs of orthogonalising all of which it holds a part.
+    pub flops: f64,
 }
 
 /// Elements of parameters that the passes over a micro-batch read: what ZeRO 3 gathers for them.

@@ -38,6 +38,7 @@ fn question(catalog: &Catalog, name: &str) -> Question {
         keep: 1,
         trainable_only: false,
         strategy: None,
+        optimizer: Default::default(),
     }
 }
 

@@ -78,6 +78,7 @@ fn problem(model: &ModelSpec, layout: &Layout, micro_batches: usize) -> Problem 
         constants: PRIOR,
         sequence: SEQUENCE,
         sequences: micro_batches * layout.dp * layout.micro_batch,
+        optimizer: Default::default(),
     }
 }
 
@@ -91,6 +92,7 @@ fn program(model: &ModelSpec, layout: &Layout, format: NumberFormat, rank: usize
         rank,
         mode: Mode::Train,
         loss: Default::default(),
+        recipe: Default::default(),
     };
     Program::build(&request, &|_, _| 0).unwrap()
 }

@@ -26,6 +26,7 @@ fn figures(case: &str) -> Result<String> {
         constants: PRIOR,
         sequence: count(sequence),
         sequences: count(sequences),
+        optimizer: Default::default(),
     };
     let placement = given::parse(layout, &problem, format)?.placement;
     let mut estimator = Estimator::new(&problem, format)?;

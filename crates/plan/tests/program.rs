@@ -138,6 +138,7 @@ fn check_fold(model: &ModelSpec, layout: &Layout) {
             rank: stage * layout.stage_ranks(),
             mode: program::Mode::Train,
             loss: Default::default(),
+            recipe: Default::default(),
         };
         let p = Program::build(&request, &|_, _| 0).unwrap();
         let first = p.schedule.iter().filter(|item| item.micro_batch == 0);
@@ -212,6 +213,7 @@ fn check_closed_form(model: ModelSpec, layout: Layout, tolerance: f64) {
         constants: PRIOR,
         sequence: SEQUENCE,
         sequences: 16,
+        optimizer: Default::default(),
     };
     let placement = Placement::of(layout, NumberFormat::Bf16);
     let placed = program_memory(&problem, &placement).unwrap() as f64;

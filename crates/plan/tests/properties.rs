@@ -22,7 +22,7 @@ fn problem(model: &str, cluster: &str, n: usize, sequences: usize, sequence: usi
     let calibration = Calibration::builtin().unwrap();
     let constants =
         calibration.constants(&cluster.accelerator.family.name, &cluster.accelerator.name, "bf16", &software);
-    Problem { shape, cluster, software, constants, sequence, sequences }
+    Problem { shape, cluster, software, constants, sequence, sequences, optimizer: Default::default() }
 }
 
 const MODELS: [&str; 4] = ["gpt3-13b", "llama1-65b", "mixtral-8x7b", "deepseek-v2"];

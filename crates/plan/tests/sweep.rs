@@ -47,6 +47,7 @@ fn question(cluster: Cluster, model: &str, format: NumberFormat) -> Question {
         keep: 3,
         trainable_only: false,
         strategy: None,
+        optimizer: Default::default(),
     }
 }
 

@@ -219,6 +219,11 @@ fn state(op: &Op, p: &Program, units: &HashMap<usize, Replication>) -> Option<Co
             let members = Members::Shards(p.group(*group).replication);
             now(Collective::AllGather, members, vec![p.message(None, Some(whole), Deal::NormChunks)])
         }
+        GatherUpdate { over, .. } => now(Collective::AllGather, *over, vec![p.gathered_update(op)]),
+        ScatterUpdate { group } => {
+            let message = p.message(Some(p.slice(op.ins[0])), None, Deal::NormChunks);
+            now(Collective::ReduceScatter, Members::Shards(p.group(*group).replication), vec![message])
+        }
         GradNorm => {
             let sums = p.all_of(p.io.norm_chunks);
             now(Collective::AllReduce, Members::World, vec![p.message(Some(sums), Some(sums), Deal::Even)])
@@ -252,6 +257,15 @@ impl Program {
     fn message(&self, from: Option<Slice>, to: Option<Slice>, deal: Deal) -> Message {
         let larger = from.into_iter().chain(to).max_by_key(|s| s.count).expect("a message has an end");
         Message { from, to, elements: larger.count, dtype: self.buffer(larger.buffer).dtype, deal }
+    }
+
+    /// The update of a group: owners have their range of it already, tensor-parallel ranks put theirs one under another.
+    fn gathered_update(&self, op: &Op) -> Message {
+        let to = Some(self.slice(op.outs[0]));
+        match op.ins.first() {
+            Some(own) => self.message(Some(self.slice(*own)), to, Deal::Even),
+            None => self.message(None, to, Deal::NormChunks),
+        }
     }
 
     /// The counts of rows, unless they are known, and the rows.

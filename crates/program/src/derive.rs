@@ -4,7 +4,7 @@ use spec::{DType, NormKind};
 
 use crate::emit::Forward;
 use crate::graph::{Graph, Node, Operand, Phase, Sequences, Source, ValueId};
-use crate::op::{Axis, Heads, OpKind};
+use crate::op::{Axis, Heads, LossTerms, OpKind};
 use crate::params::{Chunk, GroupId};
 use crate::rank::Rank;
 use crate::role::{Place, Role};
@@ -63,7 +63,9 @@ pub(crate) fn generation(cx: &Rank<'_>, forward: Forward) -> Graph {
     let w = d.table();
     let logits = d.g.value("logits", 1, cx.vocab().1, cx.dtype, Source::Node);
     let (ins, outs) = (vec![d.g.all(output), w], vec![d.g.all(logits)]);
+    let l = outs[0];
     d.push(OpKind::Linear, "head.decode".into(), ins, outs, Phase::Forward);
+    d.soft_capped(l, "head.decode.cap".into(), Phase::Forward);
     let decode = d.out;
     graph.nodes.extend(decode);
     graph
@@ -373,6 +375,7 @@ impl Derive<'_> {
         let leaves = self.g.value("loss_leaves", 1, 1, DType::F64, Source::LossLeaves);
         let dx = train.then(|| self.g.like(x, "head.dx"));
         let count = cx.loss_sequences();
+        let terms = LossTerms { z: cx.request.recipe.z_loss, cap: cx.model.logit_softcap };
         let t = count * cx.sequence;
         for leaf in (0..cx.layout.micro_batch).step_by(count) {
             let rows = |value| Operand { value, row0: leaf * cx.sequence, rows: t };
@@ -380,15 +383,18 @@ impl Derive<'_> {
             let logits = self.g.value(&name(""), t, vocab, cx.dtype, Source::Node);
             let l = self.g.all(logits);
             self.push(OpKind::Linear, name(""), vec![rows(x), w], vec![l], Phase::Input);
+            let l = self.soft_capped(l, name(".cap"), Phase::Input);
             let d = self.g.like(logits, &name(".dlogits"));
             let loss = self.g.value(&name(".loss"), t, 1, DType::F32, Source::Node);
             let (d, loss) = (self.g.all(d), self.g.all(loss));
             if cx.layout.tp == 1 {
-                self.push(OpKind::Xent, name(".xent"), vec![l, rows(targets)], vec![d, loss], Phase::Input);
+                let kind = OpKind::Xent { terms };
+                self.push(kind, name(".xent"), vec![l, rows(targets)], vec![d, loss], Phase::Input);
             } else {
                 let stats = self.vocab_stats(&name(".stats"), l, rows(targets), vocab0);
                 let ins = vec![l, rows(targets), stats];
-                self.push(OpKind::XentGrad { vocab0 }, name(".xent"), ins, vec![d, loss], Phase::Input);
+                let kind = OpKind::XentGrad { vocab0, terms };
+                self.push(kind, name(".xent"), ins, vec![d, loss], Phase::Input);
             }
             let sums = self.g.all(leaves);
             for i in 0..count {
@@ -407,6 +413,18 @@ impl Derive<'_> {
             }
         }
         dx
+    }
+
+    /// Logits, squeezed where the model says so.
+    fn soft_capped(&mut self, logits: Operand, name: String, phase: Phase) -> Operand {
+        let cap = self.cx.model.logit_softcap;
+        if cap == 0.0 {
+            return logits;
+        }
+        let squeezed = self.g.like(logits.value, &name);
+        let squeezed = self.g.all(squeezed);
+        self.push(OpKind::SoftCap { cap }, name, vec![logits], vec![squeezed], phase);
+        squeezed
     }
 
     /// The output projection: its own matrix, or the embedding's.

@@ -30,6 +30,7 @@ mod pipeline;
 mod schedule;
 mod place;
 mod step;
+mod muon;
 mod cost;
 pub mod verify;
 
@@ -40,7 +41,7 @@ use place::Placer;
 use rank::Rank;
 use schedule::{Blocks, Passes, Schedule};
 use serde::Serialize;
-use spec::{DType, Error, Layout, ModelSpec, Result, RunSpec};
+use spec::{DType, Error, Layout, ModelSpec, Optimizer, Result, RunSpec};
 use verify::graph::Check;
 
 pub use buffer::{Buffer, BufferId, GradOut, Home, Owned, Slice, View};
@@ -49,7 +50,8 @@ pub use coords::{Coords, Members};
 pub use cost::Cost;
 pub use emit::{Emitter, Layer};
 pub use graph::{Phase, ValueId};
-pub use op::{Axis, GradSum, Heads, Op, OpId, OpKind};
+pub use muon::{Matrix, NEWTON_SCHULZ_STEPS, Shares, newton_schulz_flops};
+pub use op::{Axis, GradSum, Heads, LossTerms, Op, OpId, OpKind};
 pub use params::{GroupId, ParamGroup, ParamPart, Replication};
 pub use pipeline::{Pass, PassTimes, Played, Span, Work, in_flight, orders, play, spans};
 pub use place::ALIGN;
@@ -76,6 +78,24 @@ pub struct Request<'a> {
     pub mode: Mode,
     /// How much of a micro-batch has logits at a time.
     pub loss: Loss,
+    /// What of the run's recipe is part of the program.
+    pub recipe: Recipe,
+}
+
+/// What of a run's recipe decides which ops its step has.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Recipe {
+    /// How gradients become updates.
+    pub optimizer: Optimizer,
+    /// Factor of the mean square of the log-sum-exp of the logits, beside the loss; 0 without.
+    pub z_loss: f32,
+}
+
+impl Recipe {
+    /// That of a run.
+    pub fn of(run: &RunSpec) -> Recipe {
+        Recipe { optimizer: run.optim.kind, z_loss: run.train.z_loss }
+    }
 }
 
 impl<'a> Request<'a> {
@@ -90,6 +110,7 @@ impl<'a> Request<'a> {
             rank,
             mode: Mode::Train,
             loss: Loss::default(),
+            recipe: Recipe::of(run),
         }
     }
 }
@@ -182,10 +203,10 @@ pub struct GroupBuffers {
     pub head_grad: Option<BufferId>,
     /// With their partial sums.
     pub head_grad_levels: Option<BufferId>,
-    /// First moment of the owned range.
+    /// First moment of the owned range; of what Muon updates its momentum.
     pub exp_avg: BufferId,
-    /// Second moment of the owned range.
-    pub exp_avg_sq: BufferId,
+    /// Second moment of the owned range; `None` where Muon updates.
+    pub exp_avg_sq: Option<BufferId>,
     /// The elements that this rank updates.
     pub owned: Owned,
     /// First chunk of the group in the model-wide vector of squared gradient sums.
@@ -398,7 +419,7 @@ impl Program {
             let block = blocks.push(name, c, work, ops);
             if rank.generates() { decode = Some(block) } else { eval.push(block) }
         }
-        let tail = blocks.push("step".into(), 0, BlockWork::Tail, step::ops(rank, &placer));
+        let tail = blocks.push("step".into(), 0, BlockWork::Tail, step::ops(rank, &mut placer));
         let mut program = placer.program(schedule, blocks, tail, eval, decode);
         program.state_messages();
         program.add_workspace(workspace);

@@ -6,6 +6,7 @@ use crate::comm::{Comm, When};
 use crate::coords::Members;
 use crate::cost::Cost;
 use crate::graph::Phase;
+use crate::muon::{Matrix, Shares};
 use crate::params::GroupId;
 use crate::role::Place;
 use crate::rows::RowFn;
@@ -181,8 +182,13 @@ pub enum OpKind {
     RowsGrad { of: RowFn },
     /// `(x, y, [b]) -> x + y + b`.
     Add,
+    /// `(logits) -> logits` in place: `c tanh(x / c)`.
+    SoftCap { cap: f32 },
     /// `(logits, targets) -> (dlogits in place, loss [n])` over the whole vocabulary.
-    Xent,
+    Xent {
+        #[serde(skip_serializing_if = "LossTerms::is_plain")]
+        terms: LossTerms,
+    },
     /// `(logits, targets) -> stats [n, 3]` of one vocabulary shard.
     XentStats { vocab0: usize },
     /// `(stats of all shards [shards * n, 3]) -> stats [n, 3]`.
@@ -191,7 +197,11 @@ pub enum OpKind {
         shards: usize,
     },
     /// `(logits, targets, stats) -> (dlogits in place, loss [n])` of one vocabulary shard.
-    XentGrad { vocab0: usize },
+    XentGrad {
+        vocab0: usize,
+        #[serde(skip_serializing_if = "LossTerms::is_plain")]
+        terms: LossTerms,
+    },
     /// `(loss [n]) -> the sum of one sequence among the step's loss sums`.
     LossSum {
         /// Which sequence of the micro-batch.
@@ -262,6 +272,25 @@ pub enum OpKind {
         /// Decoupled decay applies.
         decay: bool,
     },
+    /// `(grad) -> (momentum, update)`, the momentum in place, of the owned range of a group: `m += (1 - b)(g - m)`, and
+    /// Nesterov's look ahead, `g + b (m - g)`.
+    MuonMomentum { group: GroupId },
+    /// Updates of a group from the ranks that own or hold its parts: `([update]) -> update`, all of it, or the parts of
+    /// all members, one under another.
+    GatherUpdate { over: Members, group: GroupId },
+    /// `(update, or the parts of all tensor-parallel ranks) -> update [rows, D]`: the orthogonal factor of each matrix,
+    /// nearly, by five iterations of Newton and Schulz with the coefficients 3.4445, -4.7750, 2.0315 (Jordan 2024),
+    /// times `0.2 sqrt(max(rows, columns))`, which gives it the usual size of AdamW's (Liu et al. 2025, arXiv
+    /// 2502.16982, equation 4). Zero for matrices of which another rank has the turn.
+    Orthogonalise { matrices: Vec<Matrix>, shares: Shares },
+    /// `(update) -> update`: the sum over those that took turns, each part to its owner.
+    ScatterUpdate { group: GroupId },
+    /// `(update) -> (param, [master])` in place on the owned range of a group: decoupled decay, and a step along it.
+    Muon {
+        group: GroupId,
+        /// Decoupled decay applies.
+        decay: bool,
+    },
     /// Updated parameters from their owners (ZeRO 1 and 2).
     AllGatherParams { group: GroupId },
     /// `(qkv [n, ..]) -> o` against the key and value cache, for generation.
@@ -270,6 +299,22 @@ pub enum OpKind {
         /// Whose cache.
         layer: usize,
     },
+}
+
+/// What the gradient of the loss has beside the cross-entropy's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct LossTerms {
+    /// Factor of the squared log-sum-exp of each row; 0 without. It is no part of the loss that is reported.
+    pub z: f32,
+    /// Logits were squeezed by [`OpKind::SoftCap`] to this, whose derivative follows; 0 if not.
+    pub cap: f32,
+}
+
+impl LossTerms {
+    /// Cross-entropy of logits as they are.
+    fn is_plain(&self) -> bool {
+        *self == LossTerms::default()
+    }
 }
 
 /// A sum of gradients over ranks that hold the same parameters.
@@ -377,7 +422,8 @@ impl OpKind {
             Rows { .. } => "rows",
             RowsGrad { .. } => "rows_grad",
             Add => "add",
-            Xent => "xent",
+            SoftCap { .. } => "soft_cap",
+            Xent { .. } => "xent",
             XentStats { .. } => "xent_stats",
             XentCombine { .. } => "xent_combine",
             XentGrad { .. } => "xent_grad",
@@ -391,20 +437,44 @@ impl OpKind {
             GatherParams { .. } => "gather_params",
             WaitParams { .. } => "wait_params",
             ReduceGrads { .. } => "reduce_grads",
-            ShardGrads { .. } => "shard_grads",
             WaitGrads { .. } => "wait_grads",
+            AttentionCached { .. } => "attention_cached",
+            GradNorm | ShardGrads { .. } | SyncGrads { .. } | TieGrads { .. } => self.update_name(),
+            AdamW { .. } | AllGatherParams { .. } | MuonMomentum { .. } => self.update_name(),
+            GatherUpdate { .. } | Orthogonalise { .. } => self.update_name(),
+            ScatterUpdate { .. } | Muon { .. } => self.update_name(),
+        }
+    }
+
+    /// The same of what is done about gradients and updates.
+    fn update_name(&self) -> &'static str {
+        use OpKind::*;
+        match self {
+            ShardGrads { .. } => "shard_grads",
             SyncGrads { .. } => "sync_grads",
             TieGrads { .. } => "tie_grads",
-            GradNorm => "grad_norm",
             AdamW { .. } => "adamw",
             AllGatherParams { .. } => "all_gather_params",
-            AttentionCached { .. } => "attention_cached",
+            MuonMomentum { .. } => "muon_momentum",
+            GatherUpdate { .. } => "gather_update",
+            Orthogonalise { .. } => "orthogonalise",
+            ScatterUpdate { .. } => "scatter_update",
+            Muon { .. } => "muon",
+            _ => "grad_norm",
         }
     }
 
     /// Whether output 0 is written over input 0.
     pub(crate) fn in_place(&self) -> bool {
         use OpKind::*;
-        matches!(self, Rope { .. } | Xent | XentGrad { .. } | AllReduce { .. })
+        matches!(
+            self,
+            Rope { .. }
+                | SoftCap { .. }
+                | Xent { .. }
+                | XentGrad { .. }
+                | AllReduce { .. }
+                | Orthogonalise { .. }
+        )
     }
 }

@@ -84,6 +84,26 @@ impl Role {
         matches!(self, Role::AttentionOut | Role::Down | Role::SharedDown | Role::ExpertDown)
     }
 
+    /// Whether it is a matrix inside a layer, between one vector of activations and another. The router, which chooses,
+    /// is none.
+    pub fn is_hidden_matrix(self) -> bool {
+        use Role::*;
+        matches!(
+            self,
+            QueryKeyValue
+                | AttentionOut
+                | LatentDown
+                | QueryUp
+                | KeyValueUp
+                | Up
+                | Down
+                | SharedUp
+                | SharedDown
+                | ExpertUp
+                | ExpertDown
+        )
+    }
+
     /// Whether it is a matrix of routed experts, which are spread over ranks their own way.
     pub fn is_expert(self) -> bool {
         matches!(self, Role::ExpertUp | Role::ExpertDown)

@@ -2,10 +2,11 @@ use std::collections::HashMap;
 
 use spec::{DType, Zero};
 
-use crate::buffer::{BufferId, View};
+use crate::buffer::{Buffer, BufferId, View};
 use crate::coords::Members;
 use crate::cost::Cost;
 use crate::graph::Phase;
+use crate::muon::{self, Turns};
 use crate::op::{Axis, GradSum, Op, OpId, OpKind};
 use crate::params::{GroupId, ParamGroup};
 use crate::place::Placer;
@@ -14,9 +15,29 @@ use crate::role::{Place, Role};
 use crate::{Bucket, GroupBuffers};
 
 /// The tail of a step: wait for reduced gradients, settle shared ones, clip, update, hand out parameters.
-pub(crate) fn ops(cx: &Rank<'_>, placer: &Placer<'_>) -> Vec<Op> {
+pub(crate) fn ops(cx: &Rank<'_>, placer: &mut Placer<'_>) -> Vec<Op> {
+    let mut ops = settle(cx, placer);
+    updates(cx, placer, &mut ops);
+    let shared = |group: &ParamGroup| cx.shards(group.replication).0 > 1;
+    if matches!(cx.layout.zero, Zero::Optimizer | Zero::Gradients) {
+        for (id, group, b) in each(cx, &placer.groups).filter(|(_, group, _)| shared(group)) {
+            let kind = OpKind::AllGatherParams { group: id };
+            let param = whole(&placer.buffers, b.param);
+            ops.push(op(format!("optim.{}.gather", group.name), kind, vec![], vec![param]));
+        }
+    }
+    ops
+}
+
+/// All rows of a buffer.
+pub(crate) fn whole(buffers: &[Buffer], buffer: BufferId) -> View {
+    View { buffer, row0: 0, rows: buffers[buffer.0 as usize].rows }
+}
+
+/// What is done about gradients once all of them are there, up to their norm.
+fn settle(cx: &Rank<'_>, placer: &Placer<'_>) -> Vec<Op> {
     let Placer { buffers, groups, buckets, .. } = placer;
-    let whole = |id: BufferId| View { buffer: id, row0: 0, rows: buffers[id.0 as usize].rows };
+    let whole = |id: BufferId| whole(buffers, id);
     let layout = &cx.layout;
     let mut ops = Vec::new();
     for (bucket, b) in buckets.iter().enumerate() {
@@ -45,25 +66,28 @@ pub(crate) fn ops(cx: &Rank<'_>, placer: &Placer<'_>) -> Vec<Op> {
     }
     let all = each(cx, groups).map(|(_, _, b)| whole(b.grad)).collect();
     ops.push(op("grads.norm".into(), OpKind::GradNorm, all, vec![]));
-    for (id, group, b) in each(cx, groups) {
+    ops
+}
+
+/// Pushes the update of every group, by the rule that it is updated by.
+fn updates(cx: &Rank<'_>, placer: &mut Placer<'_>, ops: &mut Vec<Op>) {
+    let mut turns = Turns::default();
+    for (id, group) in (0..).map(GroupId).zip(&cx.groups) {
+        let b = &placer.groups[id.0 as usize];
+        let Some(exp_avg_sq) = b.exp_avg_sq else {
+            muon::update(placer, id, &mut turns, ops);
+            continue;
+        };
+        let whole = |id: BufferId| whole(&placer.buffers, id);
         let kind = OpKind::AdamW { group: id, decay: group.decay };
         let mut outs = vec![whole(b.param)];
         outs.extend(b.master.map(whole));
-        outs.extend([whole(b.exp_avg), whole(b.exp_avg_sq)]);
+        outs.extend([whole(b.exp_avg), whole(exp_avg_sq)]);
         let mut adamw = op(format!("optim.{}", group.name), kind, vec![whole(b.grad)], outs);
-        let count = if layout.zero >= Zero::Optimizer { b.owned.count } else { group.len() } as u64;
         // Gradient, master and both moments are read, all but the gradient written, in f32; bf16 weights written too.
-        adamw.cost.bytes = count * if cx.dtype == DType::F32 { 28 } else { 30 };
+        adamw.cost.bytes = b.owned.count as u64 * if cx.dtype == DType::F32 { 28 } else { 30 };
         ops.push(adamw);
     }
-    if matches!(layout.zero, Zero::Optimizer | Zero::Gradients) {
-        let shared = |group: &ParamGroup| cx.shards(group.replication).0 > 1;
-        for (id, group, b) in each(cx, groups).filter(|(_, group, _)| shared(group)) {
-            let kind = OpKind::AllGatherParams { group: id };
-            ops.push(op(format!("optim.{}.gather", group.name), kind, vec![], vec![whole(b.param)]));
-        }
-    }
-    ops
 }
 
 /// The ops of a rank's last backward pass, with each bucket's reduction begun as soon as its gradients are complete.
@@ -128,7 +152,7 @@ fn each<'a>(
     ids.zip(&cx.groups).zip(groups).map(|((id, group), b)| (id, group, b))
 }
 
-fn op(name: String, kind: OpKind, ins: Vec<View>, outs: Vec<View>) -> Op {
+pub(crate) fn op(name: String, kind: OpKind, ins: Vec<View>, outs: Vec<View>) -> Op {
     Op {
         id: OpId::of(&name),
         name,

@@ -47,7 +47,7 @@ fn each_element_is_one_ranks_to_save() {
                     for (id, b) in (0..).map(program::GroupId).zip(&p.group_buffers).filter(|(_, b)| b.counts)
                     {
                         *saved.entry(p.group(id).name.clone()).or_default() += p.share(id).count;
-                        for buffer in [b.param, b.exp_avg, b.exp_avg_sq, b.grad] {
+                        for buffer in [b.param, b.exp_avg, b.grad].into_iter().chain(b.exp_avg_sq) {
                             let slice = p.share_in(id, buffer);
                             let len = p.buffer(buffer).len();
                             let before = if len == p.group(id).len() { 0 } else { b.owned.first };
@@ -82,6 +82,7 @@ fn work_space_is_what_the_greediest_op_wants() {
         rank: 0,
         mode: Mode::Train,
         loss: Default::default(),
+        recipe: Default::default(),
     };
     let wants = |op: &program::Op, _: &Program| if matches!(op.kind, OpKind::Linear) { 1000 } else { 10 };
     let p = Program::build(&request, &wants).expect("a valid layout");
@@ -127,6 +128,7 @@ fn the_cache_of_generation_holds_every_layers_positions() {
         rank: 0,
         mode: Mode::Generate { positions: 40 },
         loss: Default::default(),
+        recipe: Default::default(),
     };
     let p = Program::build(&request, &|_, _| 0).expect("a valid layout");
     for cache in [p.io.k_cache, p.io.v_cache] {

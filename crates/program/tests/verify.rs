@@ -107,7 +107,8 @@ fn no_two_live_values_on_one_byte() {
     });
     broken(Rule::SharedBytes, "", |p| {
         let home = p.buffer(p.group_buffers[0].exp_avg).home;
-        p.buffers[p.group_buffers[1].exp_avg_sq.0 as usize].home = home;
+        let other = p.group_buffers[1].exp_avg_sq.expect("AdamW has two moments");
+        p.buffers[other.0 as usize].home = home;
     });
 }
 

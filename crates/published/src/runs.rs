@@ -58,6 +58,7 @@ impl Run {
             constants: PRIOR,
             sequence: self.sequence,
             sequences: self.sequences,
+            optimizer: Default::default(),
         }
     }
 

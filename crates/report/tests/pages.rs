@@ -31,6 +31,7 @@ fn question(
         keep: 5,
         trainable_only: false,
         strategy: None,
+        optimizer: Default::default(),
     }
 }
 

@@ -16,7 +16,15 @@ fn problem(model: &str, software: &str) -> Problem {
     let family = &cluster.accelerator.family.name;
     let constants =
         Calibration::builtin().unwrap().constants(family, &cluster.accelerator.name, "bf16", &software);
-    Problem { shape, cluster, software, constants, sequence: 1024, sequences: 64 }
+    Problem {
+        shape,
+        cluster,
+        software,
+        constants,
+        sequence: 1024,
+        sequences: 64,
+        optimizer: Default::default(),
+    }
 }
 
 /// More than happens in any of these steps.

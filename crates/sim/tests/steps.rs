@@ -24,7 +24,15 @@ fn problem(
     let family = &cluster.accelerator.family.name;
     let constants =
         Calibration::builtin().unwrap().constants(family, &cluster.accelerator.name, "bf16", &software);
-    Problem { shape, cluster, software, constants, sequence: batch.1, sequences: batch.0 }
+    Problem {
+        shape,
+        cluster,
+        software,
+        constants,
+        sequence: batch.1,
+        sequences: batch.0,
+        optimizer: Default::default(),
+    }
 }
 
 fn rehearsal<'a>(problem: &'a Problem, layout: &str) -> Rehearsal<'a> {

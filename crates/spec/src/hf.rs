@@ -108,14 +108,6 @@ impl ModelSpec {
         HfModel::to_train(text).map(|found| found.model)
     }
 
-    /// The class in `transformers` that computes this model, for example `LlamaForCausalLM`.
-    ///
-    /// # Errors
-    /// Combinations that none of the families has.
-    pub fn hf_architecture(&self) -> Result<&'static str> {
-        self.hf_family().map(|family| family.architecture)
-    }
-
     /// The model as a `config.json`, with `rope_theta` and `rope_scaling` where every version of `transformers` reads
     /// them.
     ///
@@ -185,6 +177,9 @@ impl ModelSpec {
             Err(Error::user(format!("{} has no Hugging Face architecture: {why}", self.name))
                 .hint(deepseek::WRITTEN))
         };
+        if self.logit_softcap != 0.0 {
+            return refuse("logits that are squeezed");
+        }
         let rope = matches!(self.position, Position::Rope(_));
         if self.latent.is_some() {
             return self.hf_deepseek().or_else(refuse);
@@ -430,6 +425,7 @@ impl<'a> Config<'a> {
             qk_norm: qwen3,
             tied_embeddings: self.flag_or("tie_word_embeddings", false)?,
             init_std: self.number_or("initializer_range", Some(0.02))? as f32,
+            logit_softcap: 0.0,
             experts,
             latent: None,
         })
@@ -468,6 +464,7 @@ impl<'a> Config<'a> {
             qk_norm: false,
             tied_embeddings: self.flag_or("tie_word_embeddings", true)?,
             init_std: self.number_or("initializer_range", Some(0.02))? as f32,
+            logit_softcap: 0.0,
             experts: None,
             latent: None,
         })

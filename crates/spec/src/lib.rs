@@ -44,7 +44,7 @@ pub use model::{
 };
 pub use number_format::NumberFormat;
 pub use origin::Origin;
-pub use run::RunSpec;
+pub use run::{Optimizer, RunSpec};
 pub use sum_tree::{SumTree, merge_at};
 pub use toml_guard::{Unreadable, guard_toml};
 

@@ -43,6 +43,8 @@ pub struct ModelSpec {
     pub tied_embeddings: bool,
     /// Standard deviation of initial weights.
     pub init_std: f32,
+    /// Logits of the output projection are squeezed to `c tanh(x / c)` (Gemma 2, arXiv 2408.00118, section 2); 0 without.
+    pub logit_softcap: f32,
     /// A mixture of experts in place of the feed-forward layer, in some or all layers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experts: Option<Experts>,

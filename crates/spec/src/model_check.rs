@@ -146,6 +146,14 @@ impl ModelSpec {
                 return Err(Error::user(format!("model.{key} = {x}, expected a number above 0 and below 1")));
             }
         }
+        // Below one the squeeze leaves no room for probabilities.
+        if self.logit_softcap != 0.0 && !(1.0..=1e6).contains(&self.logit_softcap) {
+            return Err(Error::user(format!(
+                "model.logit_softcap = {}, expected 0 or a number from 1 to 1e6",
+                self.logit_softcap
+            ))
+            .hint("Gemma 2 has 30; 0 leaves logits as they are"));
+        }
         let Position::Rope(rope) = &self.position else { return Ok(()) };
         if self.latent.is_none() && !self.head_dim.is_multiple_of(2) {
             return Err(Error::user(format!(

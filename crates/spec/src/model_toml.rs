@@ -164,6 +164,7 @@ pub(crate) fn read_model(doc: &Doc, base: Option<&ModelSpec>) -> Result<ModelSpe
         qk_norm: flag("model.qk_norm", base.map(|b| b.qk_norm))?,
         tied_embeddings: flag("model.tied_embeddings", base.map(|b| b.tied_embeddings))?,
         init_std: single("model.init_std", base.map(|b| b.init_std), 0.02)?,
+        logit_softcap: single("model.logit_softcap", base.map(|b| b.logit_softcap), 0.0)?,
         experts: read_experts(doc, base.and_then(|b| b.experts))?,
         latent: read_latent(doc, base.and_then(|b| b.latent))?,
     })

@@ -111,9 +111,11 @@ impl BatchSpec {
     }
 }
 
-/// `[optim]`: AdamW with decoupled decay (Loshchilov and Hutter 2019).
+/// `[optim]`: how gradients become updates.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct OptimSpec {
+    /// By which rule.
+    pub kind: Optimizer,
     /// Peak learning rate.
     pub lr: f64,
     /// Decay of the first moment.
@@ -126,6 +128,35 @@ pub struct OptimSpec {
     pub weight_decay: f64,
     /// Largest global gradient norm; `None` does not clip.
     pub grad_clip: Option<f64>,
+    /// Decay of the momentum of Muon's matrices.
+    pub momentum: f64,
+}
+
+/// The rule by which gradients become updates.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Optimizer {
+    /// AdamW with decoupled decay (Loshchilov and Hutter 2019, arXiv 1711.05101) for every parameter.
+    #[default]
+    AdamW,
+    /// Matrices inside layers by their orthogonalised momentum (Jordan 2024, <https://kellerjordan.github.io/posts/muon>),
+    /// scaled so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, section 2.2); AdamW for
+    /// embeddings, the output projection, routers, norms and biases.
+    Muon,
+}
+
+impl Optimizer {
+    /// As a run file has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Optimizer::AdamW => "adamw",
+            Optimizer::Muon => "muon",
+        }
+    }
+
+    /// By its name.
+    pub fn parse(name: &str) -> Option<Optimizer> {
+        [Optimizer::AdamW, Optimizer::Muon].into_iter().find(|o| o.name() == name)
+    }
 }
 
 /// `[schedule]`: the course of the learning rate.
@@ -161,12 +192,15 @@ impl MinLr {
 }
 
 /// `[train]`: length, precision and what is watched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TrainSpec {
     /// Optimiser steps.
     pub steps: usize,
     /// Storage of parameters and activations: [`DType::F32`], or [`DType::Bf16`] with f32 master weights.
     pub precision: DType,
+    /// Factor of the mean squared log-sum-exp of the logits, beside the loss, which it is not counted in (Chowdhery et
+    /// al. 2022, arXiv 2204.02311, section 5); 0 without.
+    pub z_loss: f32,
     /// Steps between evaluations; `None` never evaluates.
     pub eval_every: Option<usize>,
     /// Global batches of one evaluation.

@@ -17,6 +17,7 @@ pub(crate) fn problem(model: &str, n: usize) -> Problem {
         constants: PRIOR,
         sequence: 2048,
         sequences: 256,
+        optimizer: Default::default(),
     }
 }
 

@@ -4,6 +4,7 @@ mod args;
 mod attention;
 mod experts;
 mod latent;
+pub(crate) mod muon;
 mod table;
 
 use std::ops::Range;

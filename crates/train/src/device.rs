@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::time::Instant;
 
 use bytemuck::Pod;
-use program::{Loss, Mode, NORM_CHUNK, Op, OpKind, Program, Request, Ticket};
+use program::{Loss, Mode, NORM_CHUNK, Op, OpKind, Program, Recipe, Request, Ticket};
 use spec::{DType, Error, ExpertRows, Layout, Reduce, Result, RunSpec, Zero};
 
 use crate::arena::Arena;
@@ -210,6 +210,10 @@ pub enum Lack {
     Contexts,
     /// Messages between experts on several ranks.
     ExpertRanks,
+    /// A loss beside the cross-entropy, or logits that are squeezed.
+    LossTerms,
+    /// Kernels for Muon.
+    Muon,
     /// Attention for heads of this width.
     HeadWidth,
     /// A kernel for this kind of op.
@@ -234,6 +238,8 @@ impl Lack {
             LatentRope { .. } | LatentRopeGrad { .. } => Lack::Latent,
             RingAttention { .. } | RingAttentionGrad { .. } => Lack::Contexts,
             AllToAll { .. } => Lack::ExpertRanks,
+            SoftCap { .. } | Xent { .. } | XentGrad { .. } => Lack::LossTerms,
+            MuonMomentum { .. } | Orthogonalise { .. } | Muon { .. } => Lack::Muon,
             _ => Lack::Kernel,
         }
     }
@@ -257,6 +263,7 @@ pub fn check_run(device: &dyn Device, run: &RunSpec) -> Result<()> {
         rank: 0,
         mode: Mode::Train,
         loss: Loss::default(),
+        recipe: Recipe::of(run),
     };
     // A program that cannot be built is refused for its own reasons, by whoever builds the whole of it.
     Program::build(&request, &|_, _| 0).map_or(Ok(()), |p| check_ops(device, &p, &model.name))
@@ -330,6 +337,13 @@ pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result
             Error::user(format!("layout.ep = {}: {} has no exchange of rows", p.layout.ep, device.name()))
                 .hint("set layout.ep=1, or run.device=cpu")
         }
+        Lack::LossTerms => Error::user(format!(
+            "train.z_loss or model.logit_softcap: {} has no kernels for them",
+            device.name()
+        ))
+        .hint("set run.device=cpu, or train.z_loss=0"),
+        Lack::Muon => Error::user(format!("optim.kind = muon: {} has no kernels for it", device.name()))
+            .hint("set optim.kind=adamw, or run.device=cpu"),
         Lack::HeadWidth => Error::user(format!(
             "{} has no attention in {} for the width of {model}'s heads",
             device.name(),

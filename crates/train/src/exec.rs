@@ -83,8 +83,10 @@ pub struct StepInputs {
     pub beta2: f64,
     /// AdamW.
     pub eps: f64,
-    /// Decoupled decay of matrices.
+    /// Decoupled decay of matrices, by either rule.
     pub weight_decay: f64,
+    /// Decay of the momentum of what Muon updates.
+    pub momentum: f64,
     /// Largest norm of the gradient, if bounded.
     pub clip: Option<f64>,
     /// This rank was asked to stop after the step.
@@ -105,6 +107,7 @@ impl StepInputs {
             beta2: 0.95,
             eps: 1e-5,
             weight_decay: 0.1,
+            momentum: 0.95,
             clip: Some(1.0),
             stop: false,
             saved: false,

@@ -53,6 +53,8 @@ pub struct Turn {
     pub loss_scale: f32,
     /// The optimiser's numbers, in the tail of a step.
     pub update: Option<AdamW>,
+    /// Decay of Muon's momentum, likewise.
+    pub momentum: f64,
     /// What of an op that computes between its messages.
     pub part: Part,
 }
@@ -105,6 +107,8 @@ impl<'a> Launch<'a> {
     /// | `RouteGrad` | | dlogits, the layer's counts of experts in this step |
     /// | `RingAttention`, `RingAttentionGrad` | as they are, part by part | |
     /// | `GradNorm` | owned gradients | all chunk sums, then those of each input |
+    /// | `MuonMomentum` | gradient | momentum, update, the owned range of each |
+    /// | `Muon` | update | parameter, \[master\], in place |
     /// | `AdamW` | gradient | parameter, first and second moment, \[master\], in place |
     pub fn kind(&self) -> &'a OpKind {
         &self.call.kind

@@ -135,8 +135,18 @@ fn implied(p: &Program, op: &Op, call: &mut Call) {
         OpKind::AdamW { group, .. } => {
             let b = buffers(group);
             call.ins = vec![owned(group, b.grad)];
-            let outs = [b.param, b.exp_avg, b.exp_avg_sq].into_iter().chain(b.master);
+            let outs = [b.param, b.exp_avg].into_iter().chain(b.exp_avg_sq).chain(b.master);
             call.outs = outs.map(|id| owned(group, id)).collect();
+        }
+        OpKind::MuonMomentum { group } => {
+            let b = buffers(group);
+            call.ins = vec![owned(group, b.grad)];
+            call.outs = [b.exp_avg, op.outs[1].buffer].map(|id| owned(group, id)).to_vec();
+        }
+        OpKind::Muon { group, .. } => {
+            let b = buffers(group);
+            call.ins = vec![owned(group, op.ins[0].buffer)];
+            call.outs = [b.param].into_iter().chain(b.master).map(|id| owned(group, id)).collect();
         }
         _ => {}
     }

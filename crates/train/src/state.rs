@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use ckpt::{Kind, Piece, Region};
 use half::bf16;
-use program::{GroupId, Owned, ParamGroup, ParamPart, Program};
+use program::{BufferId, GroupBuffers, GroupId, Owned, ParamGroup, ParamPart, Program};
 use serde::{Deserialize, Serialize};
 use spec::{DType, ModelSpec, Position, Result, Zero};
 
@@ -176,9 +176,8 @@ impl Executor {
         for (g, (group, b)) in p.groups.iter().zip(&p.group_buffers).enumerate() {
             let Owned { first, count } = b.owned;
             let owned = first..first + count;
-            let ranges =
-                [(Kind::Param, kept_params(p, g)), (Kind::ExpAvg, owned.clone()), (Kind::ExpAvgSq, owned)];
-            for (kind, range) in ranges {
+            let moments = moments(b).map(|(kind, _)| (kind, owned.clone()));
+            for (kind, range) in [(Kind::Param, kept_params(p, g))].into_iter().chain(moments) {
                 wants.extend(runs(group, range).map(|run| Want {
                     name: run.part.name.clone(),
                     kind,
@@ -217,9 +216,7 @@ impl Executor {
         let mut held = Vec::new();
         for (group, b) in (0..).map(GroupId).zip(&p.group_buffers).filter(|(_, b)| b.counts) {
             let param = b.master.unwrap_or(b.param);
-            for (kind, id) in
-                [(Kind::Param, param), (Kind::ExpAvg, b.exp_avg), (Kind::ExpAvgSq, b.exp_avg_sq)]
-            {
+            for (kind, id) in [(Kind::Param, param)].into_iter().chain(moments(b)) {
                 let program::Slice { first, count, .. } = p.share_in(group, id);
                 let data = self.device.read(self.whole(id).part(first, count))?;
                 held.push(Held { group, kind, data });
@@ -237,7 +234,7 @@ impl Executor {
         let Executor { program: p, device, .. } = self;
         for (group, b) in p.groups.iter().zip(&p.group_buffers) {
             let Owned { first, count } = b.owned;
-            for (kind, id) in [(Kind::ExpAvg, b.exp_avg), (Kind::ExpAvgSq, b.exp_avg_sq)] {
+            for (kind, id) in moments(b) {
                 device.write(resolve::whole(p, id), |out: &mut [f32]| {
                     runs(group, first..first + count).try_for_each(|run| {
                         let at = run.local.start - first..run.local.end - first;
@@ -267,7 +264,7 @@ impl Executor {
 
     fn each_of(
         &self,
-        of: &dyn Fn(&program::GroupBuffers) -> program::BufferId,
+        of: &dyn Fn(&GroupBuffers) -> BufferId,
         each: &mut dyn FnMut(&ParamPart, &[f32]),
     ) -> Result<()> {
         let p = &self.program;
@@ -288,6 +285,12 @@ fn kept_params(p: &Program, g: usize) -> Range<usize> {
         true => p.group_buffers[g].owned.range(),
         false => 0..p.groups[g].len(),
     }
+}
+
+/// What the optimiser keeps of a group: AdamW's two moments, or Muon's momentum in place of the first.
+fn moments(b: &GroupBuffers) -> impl Iterator<Item = (Kind, BufferId)> + use<> {
+    let second = b.exp_avg_sq.map(|id| (Kind::ExpAvgSq, id));
+    [(Kind::ExpAvg, b.exp_avg)].into_iter().chain(second)
 }
 
 /// Matrices have two dims, vectors one.

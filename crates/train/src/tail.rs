@@ -122,7 +122,7 @@ const RANKS_MAX: f64 = (1_u64 << 26) as f64;
 /// How the rest of a step is run.
 pub(crate) fn turn(inputs: &StepInputs, outputs: &StepOutputs) -> Turn {
     let factor = clip_factor(outputs.grad_norm, inputs.clip);
-    Turn { update: Some(update(inputs, factor)), ..Turn::default() }
+    Turn { update: Some(update(inputs, factor)), momentum: inputs.momentum, ..Turn::default() }
 }
 
 fn update(inputs: &StepInputs, factor: f32) -> AdamW {

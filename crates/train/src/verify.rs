@@ -35,7 +35,8 @@ enum Store {
 impl Store {
     fn of(b: &GroupBuffers) -> impl Iterator<Item = (Store, BufferId)> {
         let master = b.master.map(|id| (Store::Master, id));
-        let moments = [(Store::ExpAvg, b.exp_avg), (Store::ExpAvgSq, b.exp_avg_sq)];
+        let second = b.exp_avg_sq.map(|id| (Store::ExpAvgSq, id));
+        let moments = [(Store::ExpAvg, b.exp_avg)].into_iter().chain(second);
         [(Store::Param, b.param)].into_iter().chain(master).chain(moments)
     }
 

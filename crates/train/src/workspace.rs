@@ -1,6 +1,8 @@
 use kernels::{Attention, Latents};
 use program::{Heads, Op, OpKind, Program, View};
 
+use crate::cpu::muon;
+
 /// Attention over so many sequences of `seq` rows.
 pub(crate) fn attention_shape(h: Heads, seqs: usize, seq: usize) -> Attention {
     let Heads { q: heads, kv: kv_heads, dim: head_dim, value_dim } = h;
@@ -68,6 +70,9 @@ pub fn workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
         }
         AttentionGrad { heads } | RingAttentionGrad { heads, .. } => {
             kernels::attention_dx_workspace_len(&attention_shape(*heads, 1, p.local_sequence()), threads)
+        }
+        Orthogonalise { matrices, shares } => {
+            muon::workspace_len(matrices, *shares, cols(op.outs[0]), threads)
         }
         AttentionCached { heads: h, .. } => {
             kernels::attention_decode_workspace_len(p.mode.positions(), h.value_dim, threads)

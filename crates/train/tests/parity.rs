@@ -8,9 +8,9 @@ use std::path::Path;
 
 use ckpt::hf::HfWeights;
 use common::golden;
-use program::Request;
+use program::{Recipe, Request};
 use serde_json::Value;
-use spec::{DType, Layout, ModelSpec, Position};
+use spec::{DType, Layout, ModelSpec, Optimizer, Position};
 use train::{Executor, Mesh, StepInputs, StepOutputs};
 
 const SEQUENCE: usize = 24;
@@ -40,7 +40,7 @@ impl Golden {
         (Golden { model, batches, train: json("train.json"), name }, weights)
     }
 
-    fn executor(&self, weights: &HfWeights, micro_batch: usize) -> Executor {
+    fn executor(&self, weights: &HfWeights, micro_batch: usize, optimizer: Optimizer) -> Executor {
         let layout = Layout { micro_batch, ..Layout::default() };
         let request = Request {
             model: &self.model,
@@ -51,6 +51,7 @@ impl Golden {
             rank: 0,
             mode: program::Mode::Train,
             loss: Default::default(),
+            recipe: Recipe { optimizer, ..Recipe::default() },
         };
         let mut exec = Executor::new(&request, 2, Mesh::alone(), false).expect("a program");
         exec.set_tables(&self.model).expect("tables");
@@ -113,7 +114,7 @@ fn collect(each: impl Fn(&mut dyn FnMut(&program::ParamPart, &[f32]))) -> BTreeM
 fn check(name: &'static str, weights_tolerance: f64) {
     let (g, weights) = Golden::load(name);
     for (file, batch) in [("grads.safetensors", 0), ("grads_masked.safetensors", 1)] {
-        let mut exec = g.executor(&weights, 4);
+        let mut exec = g.executor(&weights, 4, Optimizer::AdamW);
         let out = g.step(&mut exec, batch, 1, 0.0);
         let expected = g.numbers("/initial_losses/float64")[batch];
         assert!((out.loss / expected - 1.0).abs() < 2e-6, "{name}: loss {} against {expected}", out.loss);
@@ -121,10 +122,19 @@ fn check(name: &'static str, weights_tolerance: f64) {
         let (off, tensor) = distance(&grads, &g.tensors(file), &g.model);
         assert!(off < 1e-5, "{name}: gradient of {tensor} is off by {off:e} of its norm");
     }
-    let mut exec = g.executor(&weights, 2);
+    let mut exec = g.executor(&weights, 2, Optimizer::AdamW);
+    ten_steps(&g, &mut exec);
+    let ours = collect(|f| exec.each_param(f).expect("on this machine"));
+    let (off, tensor) = distance(&ours, &g.tensors("after10.safetensors"), &g.model);
+    assert!(off < weights_tolerance, "{name}: {tensor} after ten steps is off by {off:e} of its norm");
+}
+
+/// Ten steps whose losses and gradient norms are those of the golden.
+fn ten_steps(g: &Golden, exec: &mut Executor) {
+    let name = g.name;
     let (losses, norms) = (g.numbers("/float64/losses"), g.numbers("/float64/grad_norms"));
     for k in 0..10 {
-        let out = g.step(&mut exec, k % 3, k as u64 + 1, 1e-2);
+        let out = g.step(exec, k % 3, k as u64 + 1, 1e-2);
         assert!(
             (out.loss / losses[k] - 1.0).abs() < 3e-5,
             "{name} step {k}: {} against {}",
@@ -138,9 +148,21 @@ fn check(name: &'static str, weights_tolerance: f64) {
             norms[k]
         );
     }
-    let ours = collect(|f| exec.each_param(f).expect("on this machine"));
-    let (off, tensor) = distance(&ours, &g.tensors("after10.safetensors"), &g.model);
-    assert!(off < weights_tolerance, "{name}: {tensor} after ten steps is off by {off:e} of its norm");
+}
+
+/// Ten steps of torch.optim.Muon, in float64, for the matrices inside layers, and of AdamW for the rest.
+#[test]
+fn muon_beside_adamw() {
+    for (name, tolerance) in [("llama-gqa", 2e-4), ("deepseek-v3-like", 2e-4)] {
+        let (mut g, weights) = Golden::load(name);
+        let text = std::fs::read_to_string(golden(name).join("muon.json")).expect("a golden file");
+        g.train = serde_json::from_str(&text).expect("JSON");
+        let mut exec = g.executor(&weights, 2, Optimizer::Muon);
+        ten_steps(&g, &mut exec);
+        let ours = collect(|f| exec.each_param(f).expect("on this machine"));
+        let (off, tensor) = distance(&ours, &g.tensors("muon10_from64.safetensors"), &g.model);
+        assert!(off < tolerance, "{name}: {tensor} after ten steps is off by {off:e} of its norm");
+    }
 }
 
 #[test]
@@ -213,6 +235,7 @@ fn logits_agree_with_transformers() {
             rank: 0,
             mode: program::Mode::Generate { positions: SEQUENCE },
             loss: Default::default(),
+            recipe: Default::default(),
         };
         let mut exec = Executor::new(&request, 1, Mesh::alone(), false).expect("a program");
         exec.set_tables(&g.model).expect("tables");

@@ -89,7 +89,7 @@ fn everything(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
     let (mut s, mut total, mut loss) = (vec![0.0; 3 * n], vec![0.0; 3 * n], vec![0.0; n]);
     xent_stats(pool, &logits, &tokens, 0, &mut s, n, VOCAB);
     xent_combine(&s, 1, &mut total, n);
-    xent_fused(pool, &mut logits, &tokens, 0.01, &mut loss, n, VOCAB);
+    xent_fused(pool, &mut logits, &tokens, LossTerms { scale: 0.01, z: 1e-3, cap: 0.0 }, &mut loss, n, VOCAB);
     keep("xent", &[total, logits, loss].concat());
     let mut dt = r.vec(2 * VOCAB * DIM);
     embed_grad(pool, &tokens, 0, VOCAB, &dx, &mut dt, DIM, tree, merge, &mut ws);
@@ -104,8 +104,25 @@ fn everything(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
     let mut partials = [0.0; 6];
     sum_squares(pool, &dt, &mut partials, 2000);
     keep("squares", &partials.map(|x| (x as f32, (x - f64::from(x as f32)) as f32)).map(|(a, b)| a + b));
-    all.extend(mixture(pool));
+    all.extend(mixture(pool).into_iter().chain(recipes(pool)));
     all
+}
+
+/// Those that recipes add: squeezed logits, whole matrices.
+fn recipes(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
+    let mut r = Numbers::new(97);
+    let (n, ld) = (ROWS, SHAPE.ld());
+    let (tokens, mut loss, mut ws) = (r.tokens(n, VOCAB), vec![0.0; n], scratch(4_000_000));
+    let mut logits: Vec<f32> = r.vec(n * VOCAB).iter().map(|x| 10.0 * x).collect();
+    soft_cap(pool, &mut logits, 6.0);
+    xent_fused(pool, &mut logits, &tokens, LossTerms { scale: 0.01, z: 1e-3, cap: 6.0 }, &mut loss, n, VOCAB);
+    let (mut update, mut momentum, mut moved) = (vec![0.0; ld * DIM], r.vec(ld * DIM), r.vec(ld * DIM));
+    muon_momentum(pool, 0.95, 0.5, &mut momentum, &mut update, &r.vec(ld * DIM));
+    for shape in [(ld, DIM), (DIM, ld)] {
+        orthogonalise(pool, &mut update, shape, 5, 0.2, &mut ws);
+        muon(pool, (0.999, -1e-3), &mut moved, &update);
+    }
+    vec![("soft cap", bits(&logits)), ("muon", bits(&[update, momentum, moved].concat()))]
 }
 
 /// Those of a mixture of experts: routed, sent to their experts and back.

@@ -7,6 +7,7 @@ mod experts;
 mod latent;
 mod linear;
 mod loss;
+mod muon;
 mod reference;
 mod ring;
 mod rows;

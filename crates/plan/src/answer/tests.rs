@@ -16,6 +16,7 @@ fn question(model: &str, cluster: &str, n: usize) -> Question {
         keep: 3,
         trainable_only: true,
         strategy: None,
+        optimizer: Default::default(),
     }
 }
 

@@ -2,7 +2,7 @@
 
 mod pool;
 
-use spec::{DType, PipelineSchedule, Zero};
+use spec::{DType, Optimizer, PipelineSchedule, Zero};
 
 use crate::placement::Placement;
 
@@ -66,11 +66,26 @@ impl Estimator<'_> {
         MemoryUse {
             params: weight * over(Zero::Parameters),
             grads: SUM_BYTES * over(Zero::Gradients) * sums,
-            optimizer: SUM_BYTES * optimizer_states(placement.precision()) * over(Zero::Optimizer),
+            optimizer: SUM_BYTES * optimizer_states(placement.precision()) * over(Zero::Optimizer)
+                - self.second_moments_spared(placement, t, stages),
             activations,
             working,
             framework,
         }
+    }
+
+    /// Bytes of the second moments that Muon does not keep.
+    fn second_moments_spared(&self, placement: &Placement, t: &Timed, stages: &Stages) -> f64 {
+        if self.problem.optimizer != Optimizer::Muon {
+            return 0.0;
+        }
+        let l = &placement.layout;
+        let (dense, experts) = stages.hidden(t);
+        let shares = match l.zero {
+            Zero::Off => (1.0, 1.0),
+            _ => (l.shards() as f64, l.expert_shards() as f64),
+        };
+        SUM_BYTES * (dense.elements / shares.0 + experts.elements / shares.1)
     }
 }
 

@@ -231,6 +231,7 @@ mod tests {
                 constants: crate::calibration::PRIOR,
                 sequence: 8192,
                 sequences: 64,
+                optimizer: Default::default(),
             };
             let layout = spec::Layout { pp, chunks, ..Default::default() };
             let dealt = virtual_layers(&problem, &Placement::of(layout, NumberFormat::Bf16));

@@ -1,9 +1,9 @@
 //! What replicas of a stage say to each other: gradients, sharded parameters, and the optimiser between.
 
 use program::Replication;
-use spec::{DType, NumberFormat, Zero};
+use spec::{DType, NumberFormat, Optimizer, Zero};
 
-use crate::compute::stream_s;
+use crate::compute::{gemm_s, stream_s};
 use crate::network::{Collective, Group, Span, on_span};
 use crate::placement::Placement;
 use crate::template::TalkAxis;
@@ -291,6 +291,40 @@ impl Estimator<'_> {
         let update = 2.0 * SUM_BYTES * 4.0 + if placement.precision() == DType::F32 { 0.0 } else { 2.0 };
         d.optimizer_s = stream_s(&self.wide_chip, elements * update + SUM_BYTES * held)
             / self.problem.constants.stream.min(1.0);
+        if self.problem.optimizer == Optimizer::Muon {
+            d.optimizer_s += self.orthogonalised_s(placement, &r, t, stages);
+        }
+    }
+
+    /// Seconds in which Muon gathers matrices whole, orthogonalises them in 16 bit and hands updates back. Ranks that
+    /// shard take turns with matrices; those of a tensor group each do all of theirs.
+    fn orthogonalised_s(&self, placement: &Placement, r: &Replicas, t: &Timed, stages: &Stages) -> f64 {
+        let (dense, experts) = stages.hidden(t);
+        let width = self.problem.shape.model.hidden as f64;
+        let wide = 2.0 * 3.0 * width * width;
+        let flop_s = gemm_s(&self.wide_chip, width, width, width, wide) / (2.0 * width.powi(3));
+        let tp = Group { size: placement.layout.tp, stride: 1 };
+        let mut seconds = 0.0;
+        for (kind, holders, tensor) in
+            [(dense, &r.holders[0], tp), (experts, &r.holders[1], Group { size: 1, ..tp })]
+        {
+            let shards = if placement.layout.zero == Zero::Off { 1 } else { holders.shards.size };
+            seconds += kind.flops / shards as f64 * flop_s / self.problem.constants.gemm;
+            let whole = SUM_BYTES * kind.elements;
+            let gathered = whole * tensor.size as f64;
+            let said = [
+                (Collective::AllGather, Group { size: shards, ..holders.shards }, whole),
+                (Collective::ReduceScatter, Group { size: shards, ..holders.shards }, whole),
+                (Collective::AllGather, tensor, gathered),
+            ];
+            for (what, group, bytes) in
+                said.into_iter().filter(|(_, group, bytes)| group.size > 1 && *bytes > 0.0)
+            {
+                let comm = on_span(&self.net, what, &self.span(group), group.size, bytes);
+                seconds += comm.latency_s + (comm.seconds - comm.latency_s) / self.problem.constants.network;
+            }
+        }
+        seconds
     }
 
     /// How long a micro-batch waits for messages inside of nodes: the ports between them are free for replicas meanwhile.

@@ -4,7 +4,7 @@ use crate::compute::{Chip, gemm_s, stream_s};
 use crate::network::{Collective, Group, NetworkModel, Span, Traffic, traffic};
 use crate::placement::Placement;
 use crate::software::{AttentionKernel, Overlap};
-use crate::template::{LAUNCHES_PER_TASK, Reads, Section, TalkAxis, Task};
+use crate::template::{Hidden, LAUNCHES_PER_TASK, Reads, Section, TalkAxis, Task};
 use spec::Cluster;
 
 use super::Estimator;
@@ -91,6 +91,8 @@ pub(super) struct Passes {
     pub(super) weight: f64,
     pub(super) params: f64,
     pub(super) expert_params: f64,
+    pub(super) hidden: Hidden,
+    pub(super) expert_hidden: Hidden,
     pub(super) reads: Reads,
     pub(super) expert_reads: Reads,
     pub(super) kept: f64,
@@ -147,6 +149,8 @@ impl Estimator<'_> {
             weight: weight.compute(),
             params: s.params,
             expert_params: s.expert_params,
+            hidden: s.hidden,
+            expert_hidden: s.expert_hidden,
             reads: s.reads,
             expert_reads: s.expert_reads,
             kept: s.kept_bytes,

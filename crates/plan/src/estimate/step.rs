@@ -6,6 +6,7 @@ use crate::network::{Collective, Group, Span, on_span};
 use crate::pipeline::{Pipeline, Stage, makespan_s, uneven_s};
 use crate::placement::Placement;
 use crate::software::Software;
+use crate::template::Hidden;
 
 use super::replicas::Share;
 use super::section::{Timed, Times};
@@ -43,6 +44,16 @@ impl Stages {
     /// The sum over the fullest stage's layers of what a dense one and one with experts have.
     pub(super) fn per_layer(&self, dense: f64, expert: f64) -> f64 {
         self.most * ((1.0 - self.mix) * dense + self.mix * expert)
+    }
+
+    /// What Muon orthogonalises of the fullest stage: of dense layers' matrices, and of experts.
+    pub(super) fn hidden(&self, t: &Timed) -> (Hidden, Hidden) {
+        let of = |field: fn(&Hidden) -> f64| {
+            let dense = self.per_layer(field(&t.layer.hidden), field(&t.expert_layer.hidden));
+            (dense, self.per_layer(0.0, field(&t.expert_layer.expert_hidden)))
+        };
+        let (elements, flops) = (of(|h| h.elements), of(|h| h.flops));
+        (Hidden { elements: elements.0, flops: flops.0 }, Hidden { elements: elements.1, flops: flops.1 })
     }
 
     /// The fullest stage, with the embedding.

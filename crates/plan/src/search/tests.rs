@@ -14,7 +14,7 @@ fn problem(model: &str, cluster: &str, n: usize, sequences: usize, sequence: usi
         "bf16",
         &software,
     );
-    Problem { shape, cluster, software, constants, sequence, sequences }
+    Problem { shape, cluster, software, constants, sequence, sequences, optimizer: Default::default() }
 }
 
 fn space(accelerators: usize) -> Space {

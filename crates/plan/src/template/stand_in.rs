@@ -6,7 +6,7 @@ use program::{
 use spec::{ExpertRows, Layout, Recompute, Reduce, Result, Tolerance, lcm};
 
 use super::tasks::tasks;
-use super::{Key, Reads, Section};
+use super::{Hidden, Key, Reads, Section};
 use crate::shape::Shape;
 
 /// The layer that stands for all.
@@ -61,6 +61,7 @@ impl StandIn {
                 rank,
                 mode: Mode::Train,
                 loss: Default::default(),
+                recipe: Default::default(),
             };
             Program::build(&request, &|_, _| 0)
         };
@@ -126,6 +127,18 @@ fn parameters(p: &Program, replication: Replication, place: Place) -> f64 {
     groups.map(program::ParamGroup::len).sum::<usize>() as f64
 }
 
+/// What Muon would orthogonalise of the parameters of `place`.
+fn hidden(p: &Program, replication: Replication, place: Place) -> Hidden {
+    let of = |g: &&program::ParamGroup| {
+        g.replication == replication && g.key.place == place && g.key.role.is_hidden_matrix() && !g.key.bias
+    };
+    let parts = || p.groups.iter().filter(of).flat_map(|g| &g.parts);
+    Hidden {
+        elements: parts().map(|part| (part.rows * part.cols) as f64).sum(),
+        flops: parts().map(|part| program::newton_schulz_flops(part.global.0, part.global.1) as f64).sum(),
+    }
+}
+
 /// Elements of parameters that the ops of `place` read, each once a pass.
 fn reads(p: &Program, replication: Replication, place: Place) -> Reads {
     let groups: Vec<(BufferId, usize)> = (p.groups.iter().zip(&p.group_buffers))
@@ -153,6 +166,8 @@ fn section(p: &Program, place: Place) -> Section {
     let mut s = Section {
         params: parameters(p, Replication::Data, place),
         expert_params: parameters(p, Replication::Expert, place),
+        hidden: hidden(p, Replication::Data, place),
+        expert_hidden: hidden(p, Replication::Expert, place),
         reads: reads(p, Replication::Data, place),
         expert_reads: reads(p, Replication::Expert, place),
         ..Section::default()

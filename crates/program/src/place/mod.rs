@@ -81,6 +81,22 @@ impl<'a> Placer<'a> {
         placer
     }
 
+    /// A value of the tail of a step, f32, at the start of the scratch region or behind another one.
+    pub(crate) fn tail_value(
+        &mut self,
+        name: String,
+        (rows, cols): (usize, usize),
+        behind: Option<BufferId>,
+        alive: (usize, usize),
+    ) -> BufferId {
+        let offset = behind.map_or(0, |b| aligned(self.buffers[b.0 as usize].bytes()));
+        let home = Home::Scratch { offset, alive };
+        let end = offset + aligned(rows * cols * DType::F32.bytes());
+        self.scratch = self.scratch.max(end);
+        self.memory.scratch_bound = self.memory.scratch_bound.max(end);
+        self.buffer(name, rows, cols, DType::F32, home, Place::Step)
+    }
+
     /// The whole program, once all blocks are there.
     pub(crate) fn program(
         mut self,

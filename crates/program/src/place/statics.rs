@@ -6,6 +6,7 @@ use spec::{DType, Position, SumTree, Zero};
 
 use super::{Placer, aligned};
 use crate::buffer::{BufferId, Home, Owned};
+use crate::muon;
 use crate::params::{GroupId, chunks, table};
 use crate::role::{Place, Role};
 use crate::zero::owned;
@@ -84,7 +85,7 @@ impl Placer<'_> {
         self.memory.grads = self.at - before;
         let before = self.at;
         let exp_avg = region(self, "exp_avg.", DType::F32, true);
-        let exp_avg_sq = region(self, "exp_avg_sq.", DType::F32, true);
+        let exp_avg_sq = self.second_moments(&owned);
         self.memory.moments = self.at - before;
         for (i, g) in groups.iter().enumerate() {
             let copy_of_tied = g.key.role == Role::Embedding && !holds_embedding;
@@ -102,6 +103,23 @@ impl Placer<'_> {
                 counts: !copy_of_tied && (!g.replicated_tp || cx.coords.tp == 0),
             });
         }
+    }
+
+    /// The second moments of what AdamW updates: Muon keeps none.
+    fn second_moments(&mut self, owned: &[Owned]) -> Vec<Option<BufferId>> {
+        let (cx, mut all) = (self.cx, Vec::new());
+        for (group, owned) in cx.groups.iter().zip(owned) {
+            let (rows, cols) = match cx.generates() {
+                true => (0, group.cols),
+                false if owned.count != group.len() => (1, owned.count),
+                false => (group.rows, group.cols),
+            };
+            all.push((!muon::updates(cx, group)).then(|| {
+                let name = format!("exp_avg_sq.{}", group.name);
+                self.fixed(name, rows, cols, DType::F32, group.key.place)
+            }));
+        }
+        all
     }
 
     /// The gradient sums of a group: all levels, and the last one, which holds the sum in the end.

@@ -160,7 +160,8 @@ fn expected_without_weights(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
             let bias = at(2).map(|_| of(1, x.cols, x.dtype));
             ([x, x].into_iter().chain(bias).collect(), vec![x])
         }
-        Xent => {
+        SoftCap { .. } => same(at(0)?),
+        Xent { .. } => {
             let x = at(0)?;
             (vec![x, u32(x.rows, 1)], vec![x, f32(x.rows, 1)])
         }
@@ -226,6 +227,14 @@ fn unstated(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
             return Some((vec![], vec![]));
         }
         AdamW { .. } => return Some((vec![], vec![])),
+        MuonMomentum { .. } | GatherUpdate { .. } | ScatterUpdate { .. } | Muon { .. } => {
+            return Some((vec![], vec![]));
+        }
+        Orthogonalise { shares, .. } => {
+            let all = *ins.first()?;
+            let own = f32(all.rows / shares.ranks().max(1), all.cols);
+            return Some((vec![f32(own.rows * shares.ranks(), all.cols)], vec![own]));
+        }
         _ => return None,
     }
     Some((vec![*ins.first()?], vec![]))

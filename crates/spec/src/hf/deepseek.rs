@@ -75,6 +75,7 @@ impl Config<'_> {
             qk_norm: false,
             tied_embeddings: self.flag_or("tie_word_embeddings", false)?,
             init_std: self.number_or("initializer_range", Some(0.02))? as f32,
+            logit_softcap: 0.0,
             experts: self.deepseek_experts(v3)?,
             latent: Some(latent),
         })

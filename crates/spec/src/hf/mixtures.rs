@@ -6,6 +6,14 @@ use super::{Config, FFN, Family, LAYERS, MIXTRAL, QWEN3_MOE, wide};
 use crate::{Experts, ModelSpec, NormKind, Position, Result, Router};
 
 impl ModelSpec {
+    /// The class in `transformers` that computes this model, for example `LlamaForCausalLM`.
+    ///
+    /// # Errors
+    /// Combinations that none of the families has.
+    pub fn hf_architecture(&self) -> Result<&'static str> {
+        self.hf_family().map(|family| family.architecture)
+    }
+
     pub(super) fn experts_json(&self, family: &Family, own: &mut Value) {
         let Some(e) = self.experts else { return };
         own["num_experts_per_tok"] = json!(e.top_k);

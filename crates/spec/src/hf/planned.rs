@@ -419,6 +419,7 @@ impl Config<'_> {
             qk_norm: p.qk_norm || self.flag_or("use_qk_norm", false)?,
             tied_embeddings: self.flag_or("tie_word_embeddings", p.tied)?,
             init_std: self.number_or("initializer_range", Some(0.02))? as f32,
+            logit_softcap: 0.0,
             experts,
             latent,
         })

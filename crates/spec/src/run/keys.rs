@@ -177,6 +177,7 @@ pub(crate) static KEYS: &[Key] = &[
     key("model.qk_norm", KeyKind::Flag, "", "RMSNorm on query and key heads"),
     key("model.tied_embeddings", KeyKind::Flag, "", "the output projection is the embedding table"),
     key("model.init_std", ANY, "", "standard deviation of initial weights"),
+    key("model.logit_softcap", ANY, "", "logits are squeezed into so much on both sides; 0 = none"),
     key("model.experts.count", off(1 << 16), "", "routed experts of a layer; 0 = none"),
     key("model.experts.top_k", SIZE, "", "experts that each token goes to"),
     key("model.experts.ffn", SIZE, "", "width of one expert (of each half when gated)"),
@@ -233,7 +234,13 @@ pub(crate) static KEYS: &[Key] = &[
     key("batch.sequence", count(1, MAX_POSITIONS), "256", "tokens of a sequence"),
     key("batch.sequences", count(1, MAX_WORLD), "8", "global batch in sequences"),
     key("batch.tokens", count(1, MAX_BATCH_TOKENS), "", "global batch in tokens, instead of sequences"),
-    key("optim.lr", ABOVE_ZERO, "1e-3", "peak learning rate of AdamW"),
+    key(
+        "optim.kind",
+        KeyKind::Choice(&["adamw", "muon"]),
+        "\"adamw\"",
+        "muon orthogonalises the momentum of matrices inside layers; the rest is AdamW's",
+    ),
+    key("optim.lr", ABOVE_ZERO, "1e-3", "peak learning rate"),
     key("optim.beta1", BELOW_ONE, "0.9", "decay of the first moment"),
     key("optim.beta2", BELOW_ONE, "0.95", "decay of the second moment"),
     key(
@@ -244,6 +251,7 @@ pub(crate) static KEYS: &[Key] = &[
     ),
     key("optim.weight_decay", ZERO_UP, "0.1", "decoupled decay, not on norms and biases"),
     key("optim.grad_clip", ZERO_UP, "1.0", "largest global gradient norm; 0 = off"),
+    key("optim.momentum", BELOW_ONE, "0.95", "muon: decay of the momentum (Nesterov's)"),
     key(
         "schedule.kind",
         KeyKind::Choice(&["cosine", "wsd", "linear", "constant"]),
@@ -270,6 +278,12 @@ pub(crate) static KEYS: &[Key] = &[
         KeyKind::Choice(&["f32", "bf16"]),
         "\"f32\"",
         "storage of parameters and activations; bf16 keeps f32 master weights",
+    ),
+    key(
+        "train.z_loss",
+        SHARE,
+        "0",
+        "factor of the mean squared log-sum-exp of the logits, beside the loss; 0 = none",
     ),
     key("train.seed", count(0, i64::MAX as usize), "42", "seed of weights and data order"),
     key(

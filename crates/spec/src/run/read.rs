@@ -314,13 +314,16 @@ fn read_batch(doc: &Doc, longest: usize) -> Result<BatchSpec> {
 
 fn read_optim(doc: &Doc) -> Result<OptimSpec> {
     let clip = doc.number_if_set("optim.grad_clip")?.unwrap_or(0.0);
+    let kind = Optimizer::parse(doc.choice("optim.kind")?).unwrap_or_default();
     Ok(OptimSpec {
+        kind,
         lr: doc.number("optim.lr")?,
         beta1: doc.number("optim.beta1")?,
         beta2: doc.number("optim.beta2")?,
         eps: doc.number("optim.eps")?,
         weight_decay: doc.number("optim.weight_decay")?,
         grad_clip: (clip > 0.0).then_some(clip),
+        momentum: doc.number("optim.momentum")?,
     })
 }
 
@@ -382,6 +385,7 @@ fn read_train(doc: &Doc) -> Result<TrainSpec> {
     Ok(TrainSpec {
         steps: doc.count("train.steps")?,
         precision: if doc.choice("train.precision")? == "bf16" { DType::Bf16 } else { DType::F32 },
+        z_loss: doc.number("train.z_loss")? as f32,
         eval_every: doc.count_or_off("train.eval_every")?,
         eval_batches: doc.count("train.eval_batches")?,
         log_every: doc.count("train.log_every")?,

@@ -5,6 +5,9 @@ use std::fmt;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
 
+/// The default of `optim.momentum`.
+const MOMENTUM: f64 = 0.95;
+
 /// A key whose value differs between two runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Difference {
@@ -68,11 +71,13 @@ impl RunSpec {
     /// data lies is not compared: it is known by its content.
     pub fn differences(&self, other: &RunSpec) -> Vec<Difference> {
         let (here, there) = (self.numerics(), other.numerics());
-        let value = |of: &[(&'static str, String)], key: &str| {
-            of.iter().find(|(k, _)| *k == key).map_or_else(|| "none".to_owned(), |(_, v)| v.clone())
+        // What is not spelled out is at its default.
+        let value = |of: &[(&'static str, String)], key: &Key| {
+            let absent = || if key.default.is_empty() { "none" } else { key.default }.to_owned();
+            of.iter().find(|(k, _)| *k == key.path).map_or_else(absent, |(_, v)| v.clone())
         };
         KEYS.iter()
-            .map(|k| Difference { key: k.path, here: value(&here, k.path), there: value(&there, k.path) })
+            .map(|k| Difference { key: k.path, here: value(&here, k), there: value(&there, k) })
             .filter(|d| d.here != d.there)
             .collect()
     }
@@ -92,7 +97,7 @@ impl RunSpec {
         let decides = |key: &str| match key.split_once('.') {
             Some(("model", name)) => name != "name",
             Some(("data", name)) => ["vocab_size", "split"].contains(&name),
-            Some(("train", name)) => ["steps", "precision", "seed"].contains(&name),
+            Some(("train", name)) => ["steps", "precision", "z_loss", "seed"].contains(&name),
             Some((section, _)) => ["batch", "optim", "schedule"].contains(&section),
             None => false,
         };
@@ -103,16 +108,13 @@ impl RunSpec {
     fn values(&self) -> Vec<(&'static str, String)> {
         let mut values = model_values(&self.model);
         self.data_values(&mut values);
-        let (optim, schedule, train) = (&self.optim, &self.schedule, &self.train);
+        let (schedule, train) = (&self.schedule, &self.train);
         values.extend([
             ("batch.sequence", self.batch.sequence.to_string()),
             ("batch.sequences", self.batch.sequences.to_string()),
-            ("optim.lr", float(optim.lr)),
-            ("optim.beta1", float(optim.beta1)),
-            ("optim.beta2", float(optim.beta2)),
-            ("optim.eps", float(optim.eps)),
-            ("optim.weight_decay", float(optim.weight_decay)),
-            ("optim.grad_clip", float(optim.grad_clip.unwrap_or(0.0))),
+        ]);
+        self.optim_values(&mut values);
+        values.extend([
             ("schedule.kind", quoted(schedule.kind.name())),
             ("schedule.warmup_steps", schedule.warmup_steps.to_string()),
         ]);
@@ -126,6 +128,9 @@ impl RunSpec {
             },
             ("train.steps", train.steps.to_string()),
             ("train.precision", quoted(&train.precision.to_string())),
+        ]);
+        values.extend((train.z_loss != 0.0).then(|| ("train.z_loss", single(train.z_loss))));
+        values.extend([
             ("train.seed", train.seed.to_string()),
             ("train.eval_every", off(train.eval_every)),
             ("train.eval_batches", train.eval_batches.to_string()),
@@ -161,6 +166,23 @@ impl RunSpec {
             ("sample.top_p", float(sample.top_p)),
         ]);
         values
+    }
+
+    fn optim_values(&self, values: &mut Vec<(&'static str, String)>) {
+        let optim = &self.optim;
+        // Named where it is not AdamW, so that fingerprints of older runs stay as they are.
+        let muon = optim.kind == Optimizer::Muon;
+        values.extend(muon.then(|| ("optim.kind", quoted(optim.kind.name()))));
+        values.extend([
+            ("optim.lr", float(optim.lr)),
+            ("optim.beta1", float(optim.beta1)),
+            ("optim.beta2", float(optim.beta2)),
+            ("optim.eps", float(optim.eps)),
+            ("optim.weight_decay", float(optim.weight_decay)),
+            ("optim.grad_clip", float(optim.grad_clip.unwrap_or(0.0))),
+        ]);
+        let momentum = muon || optim.momentum != MOMENTUM;
+        values.extend(momentum.then(|| ("optim.momentum", float(optim.momentum))));
     }
 
     fn trouble_values(&self, values: &mut Vec<(&'static str, String)>) {
@@ -262,6 +284,8 @@ fn model_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
         ("model.tied_embeddings", model.tied_embeddings.to_string()),
         ("model.init_std", single(model.init_std)),
     ]);
+    let cap = model.logit_softcap;
+    values.extend((cap != 0.0).then(|| ("model.logit_softcap", single(cap))));
     values.extend(model.experts.as_ref().into_iter().flat_map(experts_values));
     if let Some(l) = &model.latent {
         values.extend([

@@ -3,13 +3,14 @@
 use bytemuck::Pod;
 use half::bf16;
 use kernels::{AdamW, Gelu, Places, Pool, Storage};
-use program::{Heads, NORM_CHUNK, OpKind};
+use program::{Heads, LossTerms, NORM_CHUNK, OpKind};
 use spec::{DType, NormKind};
 
 use super::args::Args;
 use super::attention::{attention, attention_cached, ring_attention};
 use super::experts::{grouped_linear, permute, route, slice};
 use super::latent::{latent_norm, latent_rope};
+use super::muon::muon;
 use crate::device::Lack;
 use crate::launch::Launch;
 
@@ -50,11 +51,17 @@ pub(super) fn kernel<T: Number>(kind: &OpKind) -> Result<Kernel<T>, Lack> {
         }
         Rows { .. } | RowsGrad { .. } => row_fn,
         SwiGlu | SwiGluGrad | Gelu { .. } | GeluGrad { .. } | Add => elementwise,
-        Xent | XentStats { .. } | XentCombine { .. } | XentGrad { .. } | LossSum { .. } => loss,
+        SoftCap { .. }
+        | Xent { .. }
+        | XentStats { .. }
+        | XentCombine { .. }
+        | XentGrad { .. }
+        | LossSum { .. } => loss,
         ShardGrads { .. } => shard_grads,
         TieGrads { .. } => tie_grads,
         GradNorm => grad_norm,
         AdamW { .. } => adamw,
+        MuonMomentum { .. } | Orthogonalise { .. } | Muon { .. } => muon,
         other => return Err(Lack::of(other)),
     })
 }
@@ -226,22 +233,30 @@ fn loss<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     let ((n, cols), l) = (a.shape(0), a.launch());
     let scale = l.turn.loss_scale;
     match *l.kind() {
-        OpKind::Xent => kernels::xent_fused(pool, a.out(0), a.ids(1), scale, a.out_floats(1), n, cols),
+        OpKind::SoftCap { cap } => kernels::soft_cap(pool, a.out(0), cap),
+        OpKind::Xent { terms } => {
+            kernels::xent_fused(pool, a.out(0), a.ids(1), terms_of(terms, scale), a.out_floats(1), n, cols);
+        }
         OpKind::XentStats { vocab0 } => {
             kernels::xent_stats(pool, a.input(0), a.ids(1), vocab0, a.out_floats(0), n, cols);
         }
         OpKind::XentCombine { shards } => {
             kernels::xent_combine(a.floats(0), shards, a.out_floats(0), n / shards);
         }
-        OpKind::XentGrad { vocab0 } => {
+        OpKind::XentGrad { vocab0, terms } => {
             let (targets, stats, losses) = (a.ids(1), a.floats(2), a.out_floats(1));
-            kernels::xent_dlogits(pool, a.out(0), targets, vocab0, stats, scale, losses, n, cols);
+            let terms = terms_of(terms, scale);
+            kernels::xent_dlogits(pool, a.out(0), targets, vocab0, stats, terms, losses, n, cols);
         }
         OpKind::LossSum { .. } => {
             a.out_doubles(0)[0] = a.floats(0).iter().map(|&l| f64::from(l)).sum();
         }
         _ => not_mine!(a),
     }
+}
+
+fn terms_of(of: LossTerms, scale: f32) -> kernels::LossTerms {
+    kernels::LossTerms { scale, z: of.z, cap: of.cap }
 }
 
 /// Adds one micro-batch's scattered gradients to the partial sums of the owned shards, in tree order.

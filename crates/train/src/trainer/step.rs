@@ -126,6 +126,7 @@ pub(crate) fn step_inputs(run: &RunSpec, step: u64, stop: bool, saved: bool) -> 
         beta2: optim.beta2,
         eps: optim.eps,
         weight_decay: optim.weight_decay,
+        momentum: optim.momentum,
         clip: optim.grad_clip,
         stop,
         saved,

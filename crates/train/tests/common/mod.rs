@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use comm::World;
-use program::{Mode, Request};
+use program::{Mode, Recipe, Request};
 use spec::{DType, Layout, ModelSpec};
 use train::{Executor, Mesh, StepInputs, StepOutputs};
 
@@ -28,6 +28,15 @@ pub fn executor(
     precision: DType,
     threads: usize,
 ) -> Executor {
+    executor_of(Recipe::default(), model, layout, (sequences, precision, threads))
+}
+
+pub fn executor_of(
+    recipe: Recipe,
+    model: &ModelSpec,
+    layout: &Layout,
+    (sequences, precision, threads): (usize, DType, usize),
+) -> Executor {
     let request = Request {
         model,
         layout,
@@ -37,6 +46,7 @@ pub fn executor(
         rank: 0,
         mode: Mode::Train,
         loss: Default::default(),
+        recipe,
     };
     let mut exec = Executor::new(&request, threads, Mesh::alone(), false).expect("a valid layout");
     exec.initialise(model, 11).expect("weights");
@@ -114,6 +124,17 @@ pub fn train(
     (sequences, precision, lr): (usize, DType, f64),
     initialise: &(dyn Fn(&mut Executor) + Sync),
 ) -> Trained {
+    train_by(Recipe::default(), m, layout, (sequences, precision, lr), initialise)
+}
+
+/// [`train`] by any recipe.
+pub fn train_by(
+    recipe: Recipe,
+    m: &ModelSpec,
+    layout: &Layout,
+    (sequences, precision, lr): (usize, DType, f64),
+    initialise: &(dyn Fn(&mut Executor) + Sync),
+) -> Trained {
     let dir = tempfile::tempdir().expect("a folder");
     let worlds = World::threads(layout.world()).expect("ranks");
     type Left = (Vec<StepOutputs>, f64, Option<Vec<f64>>);
@@ -134,6 +155,7 @@ pub fn train(
                         rank,
                         mode: Mode::Train,
                         loss: Default::default(),
+                        recipe,
                     };
                     let mut exec = Executor::new(&request, 1, mesh, false).expect("a program");
                     assert_eq!(exec.allocated_bytes(), exec.program.memory.total);
@@ -157,7 +179,7 @@ pub fn train(
     for other in &outputs[1..] {
         assert_eq!(outputs[0], *other, "all ranks report the same");
     }
-    let mut one = executor(m, &Layout::default(), sequences, precision, 1);
+    let mut one = executor_of(recipe, m, &Layout::default(), (sequences, precision, 1));
     let checkpoint =
         ckpt::Checkpoint::open(&ckpt::latest(dir.path()).expect("a folder").expect("a checkpoint"));
     one.restore(&checkpoint.expect("whole")).expect("restored");

@@ -82,7 +82,8 @@ impl Estimator<'_> {
         MemoryUse {
             params: weight * over(Zero::Parameters),
             grads: SUM_BYTES * over(Zero::Gradients) + buckets,
-            optimizer: SUM_BYTES * optimizer_states(placement.precision()) * over(Zero::Optimizer),
+            optimizer: SUM_BYTES * optimizer_states(placement.precision()) * over(Zero::Optimizer)
+                - share * self.second_moments_spared(placement, t, stages),
             activations,
             working: peak - activations + gathers + anew,
             framework: pool.fixed_bytes + pool.fragmentation * peak,

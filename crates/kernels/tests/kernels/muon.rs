@@ -1,0 +1,94 @@
+//! Muon against the same iteration in double precision, and against what it is for.
+
+use half::bf16;
+use kernels::*;
+use proptest::prelude::*;
+
+use crate::reference::*;
+
+const STEPS: usize = 5;
+
+fn product(a: &[f64], b: &[f64], (m, k, n): (usize, usize, usize)) -> Vec<f64> {
+    let at = |i: usize, j: usize| (0..k).map(|p| a[i * k + p] * b[p * n + j]).sum();
+    (0..m * n).map(|i| at(i / n, i % n)).collect()
+}
+
+fn transposed(x: &[f64], (rows, cols): (usize, usize)) -> Vec<f64> {
+    (0..rows * cols).map(|i| x[i % rows * cols + i / rows]).collect()
+}
+
+/// As `torch.optim.Muon` writes it down, without its rounding to 16 bit.
+fn reference(x: &[f32], (rows, cols): (usize, usize)) -> Vec<f64> {
+    let mut x = wide(x);
+    let (m, n) = (rows.min(cols), rows.max(cols));
+    if rows > cols {
+        x = transposed(&x, (rows, cols));
+    }
+    let norm = x.iter().map(|v| v * v).sum::<f64>().sqrt().max(1e-7);
+    x.iter_mut().for_each(|v| *v /= norm);
+    for _ in 0..STEPS {
+        let gram = product(&x, &transposed(&x, (m, n)), (m, n, m));
+        let square = product(&gram, &gram, (m, m, m));
+        let sum: Vec<f64> = gram.iter().zip(&square).map(|(g, s)| -4.7750 * g + 2.0315 * s).collect();
+        let more = product(&sum, &x, (m, m, n));
+        x.iter_mut().zip(&more).for_each(|(x, more)| *x = 3.4445 * *x + more);
+    }
+    if rows > cols { transposed(&x, (m, n)) } else { x }
+}
+
+fn ours(x: &[f32], shape: (usize, usize), scale: f32, threads: usize) -> Vec<f32> {
+    let (pool, mut x) = (Pool::new(threads), x.to_vec());
+    let mut ws = scratch(orthogonalise_workspace_len(shape.0, shape.1, threads));
+    orthogonalise(&pool, &mut x, shape, STEPS, scale, &mut ws);
+    x
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 20 }))]
+
+    #[test]
+    fn orthogonal_factors(rows in 1usize..40, cols in 1usize..40, threads in 1usize..4, seed: u64) {
+        let x = Numbers::new(seed).vec(rows * cols);
+        let got = ours(&x, (rows, cols), 2.0, threads);
+        let want: Vec<f64> = reference(&x, (rows, cols)).iter().map(|v| 2.0 * v).collect();
+        close(&got, &want, 3e-4);
+    }
+
+    #[test]
+    fn momentum_looks_ahead_and_weights_follow(len in 1usize..80, seed: u64) {
+        let mut r = Numbers::new(seed);
+        let (w, m, g) = (r.vec(len), r.vec(len), r.vec(len));
+        let (mut new, mut update, mut moved) = (m.clone(), vec![0.0; len], w.clone());
+        muon_momentum(&pool(), 0.9, 0.5, &mut new, &mut update, &g);
+        muon(&pool(), (0.99, -0.1), &mut moved, &update);
+        let (mut again, mut out) = (w.clone(), vec![bf16::ZERO; len]);
+        muon_bf16(&pool(), (0.99, -0.1), &mut again, &update, &mut out);
+        prop_assert_eq!(bits(&moved), bits(&again));
+        prop_assert!(out.iter().zip(&moved).all(|(o, &w)| *o == bf16::from_f32(w)));
+        for i in 0..len {
+            let (w, m, g) = (f64::from(w[i]), f64::from(m[i]), 0.5 * f64::from(g[i]));
+            let momentum = 0.9 * m + 0.1 * g;
+            let ahead = 0.1 * g + 0.9 * momentum;
+            prop_assert!((f64::from(new[i]) - momentum).abs() < 1e-6);
+            prop_assert!((f64::from(update[i]) - ahead).abs() < 1e-6);
+            prop_assert!((f64::from(moved[i]) - (0.99 * w - 0.1 * ahead)).abs() < 1e-6);
+        }
+    }
+}
+
+/// Strips of more than one tile, and every number of threads.
+#[test]
+fn large_matrices_are_what_small_ones_are() {
+    let shape = if cfg!(miri) { (9, 20) } else { (300, 150) };
+    let x = Numbers::new(3).vec(shape.0 * shape.1);
+    let one = ours(&x, shape, 1.0, 1);
+    close(&one, &reference(&x, shape), 3e-4);
+    for threads in [2, 3] {
+        assert_eq!(bits(&one), bits(&ours(&x, shape, 1.0, threads)), "{threads} threads");
+    }
+}
+
+#[test]
+fn zero_stays_zero() {
+    assert_eq!(ours(&[0.0; 12], (3, 4), 1.0, 1), [0.0; 12]);
+}

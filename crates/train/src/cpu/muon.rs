@@ -1,0 +1,85 @@
+//! Muon's kernels on whole matrices, of which tensor-parallel ranks hold parts.
+
+use half::bf16;
+use kernels::Pool;
+use program::{Matrix, NEWTON_SCHULZ_STEPS, OpKind, Shares};
+use spec::DType;
+
+use super::args::Args;
+use super::table::{Number, not_mine};
+
+/// Of an orthogonal matrix whose larger side is `n`, entries are about `1 / sqrt(n)` in size; AdamW's updates usually
+/// 0.2 to 0.4 (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+const USUAL_UPDATE: f64 = 0.2;
+
+pub(super) fn muon<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let turn = a.launch().turn;
+    let Some(update) = turn.update else { unreachable!("the tail of a step has its numbers") };
+    match a.launch().kind() {
+        OpKind::MuonMomentum { .. } => {
+            let (m, out) = (a.out_floats(0), a.out_floats(1));
+            kernels::muon_momentum(pool, turn.momentum, update.grad_scale, m, out, a.floats(0));
+        }
+        OpKind::Orthogonalise { matrices, shares } => orthogonalise(pool, a, matrices, *shares),
+        OpKind::Muon { decay, .. } => {
+            let decay = if *decay { update.weight_decay } else { 0.0 };
+            let numbers = ((1.0 - update.lr * decay) as f32, -update.lr as f32);
+            if a.launch().precision() == DType::F32 {
+                kernels::muon(pool, numbers, a.out_floats(0), a.floats(0));
+            } else {
+                let param: &mut [bf16] = bytemuck::cast_slice_mut(a.out(0));
+                kernels::muon_bf16(pool, numbers, a.out_floats(1), a.floats(0), param);
+            }
+        }
+        _ => not_mine!(a),
+    }
+}
+
+/// One matrix after the other: each with its parts from all ranks put together, of which this rank's own is kept.
+fn orthogonalise<T: Number>(pool: &Pool, a: &Args<'_, T>, matrices: &[Matrix], shares: Shares) {
+    let (out, ws) = (a.out_floats(0), a.workspace());
+    let (all_rows, cols) = (a.launch().output(0).rows, a.launch().output(0).cols);
+    for m in matrices {
+        let own = &mut out[m.row0 * cols..(m.row0 + m.rows) * cols];
+        if !m.mine {
+            own.fill(0.0);
+            continue;
+        }
+        let whole = shares.whole(m.rows, cols);
+        let scale = (USUAL_UPDATE * (whole.0.max(whole.1) as f64).sqrt()) as f32;
+        if shares == Shares::Whole {
+            kernels::orthogonalise(pool, own, whole, NEWTON_SCHULZ_STEPS, scale, ws);
+            continue;
+        }
+        let (matrix, ws) = ws.split_at_mut(whole.0 * whole.1);
+        for (rank, part) in a.floats(0).chunks_exact(all_rows * cols).enumerate() {
+            for i in 0..m.rows {
+                let row = &part[(m.row0 + i) * cols..][..cols];
+                matrix[place(shares, (rank, i), (m.rows, cols))..][..cols].copy_from_slice(row);
+            }
+        }
+        kernels::orthogonalise(pool, matrix, whole, NEWTON_SCHULZ_STEPS, scale, ws);
+        let (Shares::Rows { index, .. } | Shares::Cols { index, .. }) = shares else { continue };
+        for (i, row) in own.chunks_exact_mut(cols).enumerate() {
+            row.copy_from_slice(&matrix[place(shares, (index, i), (m.rows, cols))..][..cols]);
+        }
+    }
+}
+
+/// Where row `i` of a rank's part begins in the whole matrix.
+fn place(shares: Shares, (rank, i): (usize, usize), (rows, cols): (usize, usize)) -> usize {
+    match shares {
+        Shares::Cols { ranks, .. } => (i * ranks + rank) * cols,
+        _ => (rank * rows + i) * cols,
+    }
+}
+
+/// Floats of work space for the matrices that are this rank's, of which each rank holds `cols` columns.
+pub(crate) fn workspace_len(matrices: &[Matrix], shares: Shares, cols: usize, threads: usize) -> usize {
+    let room = |m: &Matrix| {
+        let whole = shares.whole(m.rows, cols);
+        let together = if shares == Shares::Whole { 0 } else { whole.0 * whole.1 };
+        together + kernels::orthogonalise_workspace_len(whole.0, whole.1, threads)
+    };
+    matrices.iter().filter(|m| m.mine).map(room).max().unwrap_or(0)
+}
