@@ -31,11 +31,13 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
         Linear => ([rows(0), cols(0), rows(1)], flops),
         LinearGradInput => ([rows(0), cols(1), cols(0)], flops),
         LinearGradWeight => ([rows(0), cols(1), cols(0)], flops),
-        Attention { heads }
-        | AttentionGrad { heads }
-        | RingAttention { heads, .. }
-        | RingAttentionGrad { heads, .. } => {
-            ([rows(0), p.sequence as f64, (heads.q * heads.dim) as f64], flops)
+        Attention { heads, sees }
+        | AttentionGrad { heads, sees }
+        | RingAttention { heads, sees, .. }
+        | RingAttentionGrad { heads, sees, .. } => {
+            // Over a window it has the tiles of sequences as long.
+            let sequence = sees.window.unwrap_or(p.sequence).min(p.sequence);
+            ([rows(0), sequence as f64, (heads.q * heads.dim) as f64], flops)
         }
         // Only the rows that occur are read, not the whole table.
         Embed { .. } => {
@@ -68,24 +70,33 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
             ([elements, 1.0, 1.0], 12.0 * elements)
         }
         _ if op.only_talks() => return None,
-        Fork { .. } | AttentionCached { .. } => return None,
+        Fork { .. } | AttentionCached { .. } | LatentCached { .. } => return None,
         _ => {
             let of = op.ins.first().copied().unwrap_or_else(|| op.outs[0]);
             ([of.rows as f64, width(of), 1.0], bytes)
         }
     };
-    let kind = match &op.kind {
+    Some(Kernel { kind: kind(op), shape, work })
+}
+
+/// Which kernel of the tables runs an op.
+fn kind(op: &Op) -> &'static str {
+    use OpKind::*;
+    match &op.kind {
         Norm { norm: NormKind::Layer, .. } => "layer_norm",
         NormGradInput { norm: NormKind::Layer } => "layer_norm_grad_input",
         NormGradWeight { norm: NormKind::Layer } => "layer_norm_grad_weight",
         RingAttention { .. } => "attention",
         RingAttentionGrad { .. } => "attention_grad",
+        // Alike in what they do to memory.
+        SinkGrad { .. } | GroupedBiasGrad { .. } => "bias_grad",
+        SwiGlu { .. } => "swiglu",
+        SwiGluGrad { .. } => "swiglu_grad",
         Gelu { tanh: false } => "gelu_erf",
         GeluGrad { tanh: false } => "gelu_erf_grad",
         Add if op.ins.len() > 2 => "add_bias",
         kind => kind.name(),
-    };
-    Some(Kernel { kind, shape, work })
+    }
 }
 
 /// Rates of one machine for one storage type and condition, with what was looked up before.

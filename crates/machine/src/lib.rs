@@ -37,6 +37,8 @@ pub struct Workload<'a> {
     pub threads: usize,
     /// How ranks talk: `shm` or `tcp`.
     pub transport: &'a str,
+    /// Attention keeps inside documents.
+    pub documents: bool,
     /// Elements of f32 work space of an op on so many threads, as the executor asks for.
     pub workspace: fn(&Op, &Program, usize) -> usize,
 }
@@ -116,6 +118,7 @@ fn program_of(load: &Workload<'_>, layout: &Layout, rank: usize) -> Result<Progr
         rank,
         mode: Mode::Train,
         loss: Default::default(),
+        documents: load.documents,
     };
     Program::build(&request, &|op, p| (load.workspace)(op, p, load.threads))
 }

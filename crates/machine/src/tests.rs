@@ -84,6 +84,7 @@ fn load(model: &ModelSpec) -> Workload<'_> {
         precision: DType::F32,
         threads: 1,
         transport: "shm",
+        documents: false,
         workspace: no_workspace,
     }
 }

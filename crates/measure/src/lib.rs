@@ -29,6 +29,7 @@ pub fn workload<'a>(run: &'a RunSpec, threads: usize, transport: &'a str) -> Wor
         precision: run.train.precision,
         threads,
         transport,
+        documents: run.data.attend == spec::run::Attend::Documents,
         workspace: train::workspace_len,
     }
 }

@@ -71,7 +71,17 @@ impl Job {
         sequences: usize,
     ) -> Request<'a> {
         let (mode, loss) = Default::default();
-        Request { model, layout, sequence, sequences, precision: DType::F32, rank: self.rank(), mode, loss }
+        Request {
+            model,
+            layout,
+            sequence,
+            sequences,
+            precision: DType::F32,
+            rank: self.rank(),
+            mode,
+            loss,
+            documents: false,
+        }
     }
 
     /// Connects all ranks, in the groups of a layout. Collective, once.

@@ -91,6 +91,7 @@ fn program(model: &ModelSpec, layout: &Layout, format: NumberFormat, rank: usize
         rank,
         mode: Mode::Train,
         loss: Default::default(),
+        documents: false,
     };
     Program::build(&request, &|_, _| 0).unwrap()
 }

@@ -138,6 +138,7 @@ fn check_fold(model: &ModelSpec, layout: &Layout) {
             rank: stage * layout.stage_ranks(),
             mode: program::Mode::Train,
             loss: Default::default(),
+            documents: false,
         };
         let p = Program::build(&request, &|_, _| 0).unwrap();
         let first = p.schedule.iter().filter(|item| item.micro_batch == 0);

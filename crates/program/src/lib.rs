@@ -40,6 +40,7 @@ use place::Placer;
 use rank::Rank;
 use schedule::{Blocks, Passes, Schedule};
 use serde::Serialize;
+use spec::run::Attend;
 use spec::{DType, Error, Layout, ModelSpec, Result, RunSpec};
 use verify::graph::Check;
 
@@ -49,7 +50,7 @@ pub use coords::{Coords, Members};
 pub use cost::Cost;
 pub use emit::{Emitter, Layer};
 pub use graph::{Phase, ValueId};
-pub use op::{Axis, GradSum, Heads, Op, OpId, OpKind};
+pub use op::{Axis, GradSum, Heads, Op, OpId, OpKind, Sees};
 pub use params::{GroupId, ParamGroup, ParamPart, Replication};
 pub use pipeline::{Pass, PassTimes, Played, Span, Work, in_flight, orders, play, spans};
 pub use place::ALIGN;
@@ -76,6 +77,8 @@ pub struct Request<'a> {
     pub mode: Mode,
     /// How much of a micro-batch has logits at a time.
     pub loss: Loss,
+    /// Attention keeps inside the documents of a sequence.
+    pub documents: bool,
 }
 
 impl<'a> Request<'a> {
@@ -90,6 +93,7 @@ impl<'a> Request<'a> {
             rank,
             mode: Mode::Train,
             loss: Loss::default(),
+            documents: run.data.attend == Attend::Documents,
         }
     }
 }
@@ -299,6 +303,8 @@ pub struct Io {
     pub tokens: BufferId,
     /// Target ids, `u32::MAX` where ignored.
     pub targets: BufferId,
+    /// Position in its sequence at which each token's document begins, where attention keeps inside documents.
+    pub starts: Option<BufferId>,
     /// One f64 loss sum for each local sequence.
     pub loss_leaves: BufferId,
     /// Sums of squared gradients by chunk of [`NORM_CHUNK`] elements, over the whole model, then the counts of
@@ -311,9 +317,10 @@ pub struct Io {
     pub cos: BufferId,
     /// Sine table.
     pub sin: BufferId,
-    /// Keys of the generation cache `[layers * cache, kv_heads * head_dim]`, of latent attention too.
+    /// Keys of the generation cache `[layers * cache, kv_heads * head_dim]`; of latent attention the latents.
     pub k_cache: Option<BufferId>,
-    /// Values of the generation cache `[layers * cache, kv_heads * value_dim]`.
+    /// Values of the generation cache `[layers * cache, kv_heads * value_dim]`; of latent attention the rotated part of keys
+    /// that heads share.
     pub v_cache: Option<BufferId>,
 }
 

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use common::{build, check_world, model};
 use program::{ALIGN, Axis, Home, Members, Mode, OpKind, Program, Request, Role, View, verify};
-use spec::{DType, Layout, ModelSpec, PipelineSchedule, Zero};
+use spec::{DType, Latent, Layout, ModelSpec, PipelineSchedule, Zero};
 
 const ZEROS: [Zero; 4] = [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters];
 
@@ -82,6 +82,7 @@ fn work_space_is_what_the_greediest_op_wants() {
         rank: 0,
         mode: Mode::Train,
         loss: Default::default(),
+        documents: false,
     };
     let wants = |op: &program::Op, _: &Program| if matches!(op.kind, OpKind::Linear) { 1000 } else { 10 };
     let p = Program::build(&request, &wants).expect("a valid layout");
@@ -127,12 +128,19 @@ fn the_cache_of_generation_holds_every_layers_positions() {
         rank: 0,
         mode: Mode::Generate { positions: 40 },
         loss: Default::default(),
+        documents: false,
     };
     let p = Program::build(&request, &|_, _| 0).expect("a valid layout");
     for cache in [p.io.k_cache, p.io.v_cache] {
         let cache = p.buffer(cache.expect("a cache"));
         assert_eq!((cache.rows, cache.cols), (40 * 3, m.kv_heads * m.head_dim));
     }
+    // Latents in place of the keys and values of all heads: 12 + 4 columns, not 4 (6 + 4) + 4 8.
+    let latent = Latent { query_rank: None, kv_rank: 12, nope_dim: 6, rope_dim: 4, value_dim: 8 };
+    let m = ModelSpec { latent: Some(latent), qk_norm: false, kv_heads: m.heads, ..m };
+    let p = Program::build(&Request { model: &m, ..request }, &|_, _| 0).expect("a valid layout");
+    let cols = [p.io.k_cache, p.io.v_cache].map(|cache| p.buffer(cache.expect("a cache")).cols);
+    assert_eq!(cols, [12, 4]);
 }
 
 /// What is not shared is not sharded, whatever was asked for.

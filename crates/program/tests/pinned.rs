@@ -138,6 +138,7 @@ fn programs_change_only_on_purpose() {
                     rank,
                     mode: Mode::Train,
                     loss: if rank == 0 { Loss::OneSequence } else { Loss::MicroBatch },
+                    documents: false,
                 };
                 let program = Program::build(&request, &|_, _| 640).expect("a legal layout");
                 let l = layout;
@@ -169,6 +170,7 @@ fn programs_change_only_on_purpose() {
             rank: 0,
             mode,
             loss: Loss::default(),
+            documents: false,
         };
         let program = Program::build(&request, &|_, _| 640).expect("a program that generates");
         writeln!(all, "{name} generates: {}", figures(&program)).unwrap();

@@ -68,7 +68,8 @@ fn one(model: &ModelSpec, layout: &Layout, sequence: usize, world: World) -> Ran
     let rank = world.rank();
     let mesh = Mesh::new(world, layout).expect("groups");
     let (sequences, precision, mode, loss) = (1, DType::F32, Mode::Train, Default::default());
-    let request = Request { model, layout, sequence, sequences, precision, rank, mode, loss };
+    let request =
+        Request { model, layout, sequence, sequences, precision, rank, mode, loss, documents: false };
     let mut exec = Executor::new(&request, 1, mesh, false).expect("a program");
     exec.initialise(model, 1).expect("weights");
     let id = |at: usize| (at * 7919 % model.vocab) as u32;

@@ -55,6 +55,7 @@ fn check(gpt2: bool, precision: DType, layout: &Layout, begun: usize) {
             rank,
             mode,
             loss: Default::default(),
+            documents: false,
         };
         let mut exec = Executor::new(&request, 2, mesh, false).expect("a program");
         exec.initialise(&m, 11).expect("weights");

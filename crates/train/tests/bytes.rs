@@ -44,6 +44,7 @@ fn check(m: &ModelSpec, layout: &Layout, precision: DType, join: impl Fn(usize) 
             rank,
             mode,
             loss: Default::default(),
+            documents: false,
         };
         let mut exec = Executor::new(&request, 1, mesh, false).expect("a program");
         exec.initialise(m, 1).expect("weights");

@@ -55,6 +55,7 @@ fn check(model: &ModelSpec, layout: &Layout, sequence: usize, sequences: usize) 
             rank,
             mode: Mode::Train,
             loss: Default::default(),
+            documents: false,
         };
         let null = Box::new(Null::default());
         let mut exec = Executor::on(null, &request, Mesh::alone(), false).expect("a program");
@@ -129,7 +130,8 @@ fn mixtures_and_latents_have_kernels() {
         check(model, layout, common::SEQUENCE, 8);
         let (sequence, sequences, mode, precision) = (common::SEQUENCE, 8, Mode::Train, DType::F32);
         let loss = Default::default();
-        let request = Request { model, layout, sequence, sequences, precision, rank: 0, mode, loss };
+        let request =
+            Request { model, layout, sequence, sequences, precision, rank: 0, mode, loss, documents: false };
         assert!(Executor::new(&request, 1, Mesh::alone(), false).is_ok(), "experts {experts}");
     }
 }

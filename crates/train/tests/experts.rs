@@ -226,6 +226,7 @@ fn an_executor_without_room_says_so() {
                         rank,
                         mode: program::Mode::Train,
                         loss: Default::default(),
+                        documents: false,
                     };
                     let mut exec = Executor::new(&request, 1, mesh, false).expect("a program");
                     blind(&mut exec, m);

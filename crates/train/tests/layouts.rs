@@ -212,6 +212,7 @@ fn zero_3_shards_the_state() {
             rank: dp - 1,
             mode: Mode::Train,
             loss: Default::default(),
+            documents: false,
         };
         let p =
             program::Program::build(&request, &|op, p| train::workspace_len(op, p, 1)).expect("a program");

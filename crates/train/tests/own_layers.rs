@@ -82,7 +82,17 @@ fn train(
 
 fn request<'a>(model: &'a ModelSpec, layout: &'a Layout, precision: DType, rank: usize) -> Request<'a> {
     let (mode, loss) = (Mode::Train, Loss::default());
-    Request { model, layout, sequence: SEQUENCE, sequences: SEQUENCES, precision, rank, mode, loss }
+    Request {
+        model,
+        layout,
+        sequence: SEQUENCE,
+        sequences: SEQUENCES,
+        precision,
+        rank,
+        mode,
+        loss,
+        documents: false,
+    }
 }
 
 #[test]

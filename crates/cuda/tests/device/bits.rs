@@ -39,6 +39,7 @@ fn together(model: &ModelSpec, layout: &Layout, precision: DType) -> Weights {
                         rank,
                         mode,
                         loss: Default::default(),
+                        documents: false,
                     };
                     let device = Box::new(Cuda::new(rank).expect("the same GPU"));
                     let mut exec = Executor::on(device, &request, mesh, false).expect("a program");

@@ -58,6 +58,7 @@ fn executor(
         rank: 0,
         mode: Mode::Train,
         loss: Default::default(),
+        documents: false,
     };
     let mut exec = Executor::on(device, &request, Mesh::alone(), record).expect("a program");
     exec.initialise(model, 11).expect("weights");

@@ -10,3 +10,4 @@ mod loss;
 mod reference;
 mod ring;
 mod rows;
+mod sees;

@@ -34,6 +34,7 @@ pub fn stage_memory(problem: &Problem, placement: &Placement, stage: usize) -> R
         rank: stage * layout.stage_ranks(),
         mode: program::Mode::Train,
         loss: Default::default(),
+        documents: false,
     };
     program::Program::build(&request, &|_, _| 0).map(|p| p.memory)
 }

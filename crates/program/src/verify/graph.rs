@@ -130,6 +130,7 @@ mod tests {
             rank: 0,
             mode,
             loss: Default::default(),
+            documents: false,
         };
         let rank = Rank::of(&request).expect("a rank");
         let mut g = emit::forward(&rank, &rank.chunks[0]).graph;

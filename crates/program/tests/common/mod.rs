@@ -19,6 +19,7 @@ pub(crate) fn build(model: &ModelSpec, layout: &Layout, sequences: usize, rank: 
         rank,
         mode: Mode::Train,
         loss: Default::default(),
+        documents: false,
     };
     Program::build(&request, &|_, _| 0).expect("a valid layout")
 }
@@ -33,7 +34,16 @@ pub(crate) fn check_world(m: &ModelSpec, layout: &Layout) {
 
 pub(crate) fn verified(model: &ModelSpec, layout: &Layout, sequences: usize, rank: usize) -> Program {
     let (precision, mode) = (DType::F32, Mode::Train);
-    let request =
-        Request { model, layout, sequence: 16, sequences, precision, rank, mode, loss: Default::default() };
+    let request = Request {
+        model,
+        layout,
+        sequence: 16,
+        sequences,
+        precision,
+        rank,
+        mode,
+        loss: Default::default(),
+        documents: false,
+    };
     Program::verified(&request, &|_, _| 0).unwrap_or_else(|e| panic!("{e} under {layout:?}"))
 }

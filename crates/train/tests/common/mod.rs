@@ -37,6 +37,7 @@ pub fn executor(
         rank: 0,
         mode: Mode::Train,
         loss: Default::default(),
+        documents: false,
     };
     let mut exec = Executor::new(&request, threads, Mesh::alone(), false).expect("a valid layout");
     exec.initialise(model, 11).expect("weights");
@@ -58,8 +59,14 @@ pub fn target(k: u64, s: usize, i: usize, vocab: usize) -> u32 {
     if !s.is_multiple_of(2) && i.is_multiple_of(3) { u32::MAX } else { token(k, s, i + 1, vocab) }
 }
 
+/// Where the document of token `i` begins: some end at any token.
+pub fn document(k: u64, s: usize, i: usize) -> u32 {
+    (1..=i).rev().find(|i| token(k, s, *i, 4) == 0).unwrap_or(0) as u32
+}
+
 /// Fills in this rank's sequences of step `k` and returns the valid targets of the global batch.
 pub fn fill(exec: &mut Executor, vocab: usize, k: u64) -> u64 {
+    let packed = !exec.starts().is_empty();
     let (t, all) = (exec.program.sequence, exec.program.sequences);
     let local = exec.program.local_sequence();
     for i in 0..exec.program.local_sequences {
@@ -67,6 +74,9 @@ pub fn fill(exec: &mut Executor, vocab: usize, k: u64) -> u64 {
         for (at, j) in exec.program.positions().into_iter().flatten().enumerate() {
             exec.tokens()[i * local + at] = token(k, s, j, vocab);
             exec.targets()[i * local + at] = target(k, s, j, vocab);
+            if packed {
+                exec.starts()[i * local + at] = document(k, s, j);
+            }
         }
     }
     let valid = |s: usize| (0..t).filter(|&j| target(k, s, j, vocab) != u32::MAX).count() as u64;
@@ -111,7 +121,18 @@ pub struct Trained {
 pub fn train(
     m: &ModelSpec,
     layout: &Layout,
+    how: (usize, DType, f64),
+    initialise: &(dyn Fn(&mut Executor) + Sync),
+) -> Trained {
+    train_on(m, layout, how, false, initialise)
+}
+
+/// The same where attention may keep inside `documents`.
+pub fn train_on(
+    m: &ModelSpec,
+    layout: &Layout,
     (sequences, precision, lr): (usize, DType, f64),
+    documents: bool,
     initialise: &(dyn Fn(&mut Executor) + Sync),
 ) -> Trained {
     let dir = tempfile::tempdir().expect("a folder");
@@ -134,6 +155,7 @@ pub fn train(
                         rank,
                         mode: Mode::Train,
                         loss: Default::default(),
+                        documents,
                     };
                     let mut exec = Executor::new(&request, 1, mesh, false).expect("a program");
                     assert_eq!(exec.allocated_bytes(), exec.program.memory.total);
