@@ -24,6 +24,10 @@ data.vocab_size=400 train.steps=120 optim.lr=1e-2 model.max_positions=64"""
 FAMILIES = {
     "llama": [],
     "qwen2": ["model.qkv_bias=true"],
+    "mistral": ["model.window.tokens=9"],
+    "gpt_oss": ["model.window.tokens=9", "model.window.full_every=2", "model.sinks=true", "model.qkv_bias=true",
+                "model.attn_out_bias=true", "model.mlp_bias=true", "model.activation=swiglu_clamped",
+                "model.experts.count=4", "model.experts.top_k=2", "model.experts.ffn=64", "model.experts.router_bias=true"],
     "qwen3": ["model.qk_norm=true", "model.tied_embeddings=true"],
     "gpt2": ["model.preset=gpt2"],
 }

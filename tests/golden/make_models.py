@@ -67,6 +67,14 @@ def models():
             num_experts_per_tok=3, first_k_dense_replace=1, routed_scaling_factor=2.5, n_group=4, topk_group=2,
             norm_topk_prob=True, q_lora_rank=14, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=7,
             rms_norm_eps=1e-6, max_position_embeddings=64, tie_word_embeddings=False, rope_theta=1e4)),
+        "mistral-like": (hf.MistralForCausalLM, hf.MistralConfig(
+            **{**llama, "vocab_size": 63, "intermediate_size": 52}, sliding_window=7, rope_theta=1e4)),
+        "gpt-oss-like": (hf.GptOssForCausalLM, hf.GptOssConfig(
+            vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=10, intermediate_size=14, num_local_experts=6, num_experts_per_tok=3, sliding_window=5,
+            rms_norm_eps=1e-5, max_position_embeddings=64, tie_word_embeddings=False, rope_theta=150000.0,
+            rope_scaling=dict(rope_type="yarn", factor=4.0, beta_fast=8.0, beta_slow=1.0, truncate=False,
+                              original_max_position_embeddings=16))),
         "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config(
             vocab_size=67, n_embd=32, n_layer=2, n_head=4, n_positions=32, activation_function="gelu_new",
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)),
@@ -76,7 +84,7 @@ def models():
 def main(names):
     torch.set_num_threads(1)
     seeds = ["llama-gqa", "llama3-rope", "qwen2-like", "qwen3-like", "gpt2", "mixtral-like", "qwen3-moe-like",
-             "deepseek-v2-like", "deepseek-v3-like"]
+             "deepseek-v2-like", "deepseek-v3-like", "mistral-like", "gpt-oss-like"]
     packed = transformers.__version__ >= "5"
     for name, (cls, config) in models().items():
         if name in names or not names and packed != (name in seeds[5:]):
@@ -138,7 +146,9 @@ def randomise(model, rng):
         for name, p in sorted(model.named_parameters()):
             noise = torch.randn(p.shape, generator=rng)
             norm = p.dim() == 1 and name.endswith("weight")
-            p.copy_(1 + 0.2 * noise if norm else (0.2 if p.dim() > 1 else 0.1) * noise)
+            # Wide enough that some gates meet their bounds.
+            deviation = 1.0 if name.endswith("experts.gate_up_proj") else 0.2 if p.dim() > 1 else 0.1
+            p.copy_(1 + 0.2 * noise if norm else deviation * noise)
 
 
 def make_batches(vocab, rng):
@@ -166,10 +176,11 @@ def gradients(forward, parameters, batch):
 
 
 def run_steps(forward, parameters, batches):
-    """Ten steps of AdamW at a constant rate, in place; matrices decay (embeddings too), vectors do not."""
+    """Ten steps of AdamW at a constant rate, in place; matrices decay (embeddings too), vectors do not, stacked or alone."""
+    vector = lambda name, p: p.dim() == 1 or name.endswith("_proj_bias")
     groups = [
-        {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": DECAY},
-        {"params": [p for p in parameters.values() if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for k, p in parameters.items() if not vector(k, p)], "weight_decay": DECAY},
+        {"params": [p for k, p in parameters.items() if vector(k, p)], "weight_decay": 0.0},
     ]
     optimiser = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, foreach=False, fused=False)
     losses, norms = [], []

@@ -26,6 +26,8 @@ def llama(config, w, tokens):
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     batch, time = tokens.shape
     angles = torch.arange(time, dtype=torch.float64)[:, None] * rope_frequencies(config, head_dim)
+    scaling = config.get("rope_scaling") or {}
+    amplitude = 0.1 * math.log(scaling["factor"]) + 1 if scaling.get("rope_type") == "yarn" else 1.0
     x = F.embedding(tokens, w["model.embed_tokens.weight"])
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
@@ -39,14 +41,17 @@ def llama(config, w, tokens):
             return (y if scale is None else rms_norm(y, scale, eps)).transpose(1, 2)
 
         h = rms_norm(x, w[at + "input_layernorm.weight"], eps)
-        q = rotate(split("q", h, heads), angles)
-        k = rotate(split("k", h, kv_heads), angles)
+        q = rotate(split("q", h, heads), angles, amplitude)
+        k = rotate(split("k", h, kv_heads), angles, amplitude)
         v = split("v", h, kv_heads)
         group = heads // kv_heads
-        y = attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+        y = attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), window(config, layer),
+                      w.get(at + "self_attn.sinks"))
         x = x + project("self_attn.o_proj", y.transpose(1, 2).reshape(batch, time, heads * head_dim))
         h = rms_norm(x, w[at + "post_attention_layernorm.weight"], eps)
-        if at + "mlp.gate_proj.weight" in w:
+        if config["model_type"] == "gpt_oss":
+            x = x + gpt_oss_mixture(config, w, at + "mlp.", h)
+        elif at + "mlp.gate_proj.weight" in w:
             x = x + project("mlp.down_proj", F.silu(project("mlp.gate_proj", h)) * project("mlp.up_proj", h))
         else:
             x = x + mixture(config, w, at, h)
@@ -70,6 +75,27 @@ def mixture(config, w, at, h):
         gate, up, down = (w[f"{at}experts.{expert}.{name}.weight"] for name in names)
         y = y + weights[..., expert, None] * F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
     return y
+
+
+def gpt_oss_mixture(config, w, at, h):
+    """Experts with biases, gates and ups by turns in one tensor, both with bounds; logits of the best, then a softmax."""
+    best, chosen = F.linear(h, w[at + "router.weight"], w[at + "router.bias"]).topk(config["num_experts_per_tok"], -1)
+    weights = torch.zeros(*h.shape[:-1], config["num_local_experts"], dtype=h.dtype)
+    weights = weights.scatter(-1, chosen, best.softmax(-1))
+    y = torch.zeros_like(h)
+    for expert in range(config["num_local_experts"]):
+        of = lambda name: w[at + "experts." + name][expert]
+        gate, up = (h @ of("gate_up_proj") + of("gate_up_proj_bias")).unflatten(-1, (-1, 2)).unbind(-1)
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        out = ((up + 1) * gate * torch.sigmoid(1.702 * gate)) @ of("down_proj") + of("down_proj_bias")
+        y = y + weights[..., expert, None] * out
+    return y
+
+
+def window(config, layer):
+    """How many tokens a layer looks back over, its own among them."""
+    types = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
+    return config.get("sliding_window") if types[layer] == "sliding_attention" else None
 
 
 def deepseek(config, w, tokens):
@@ -156,27 +182,41 @@ def rms_norm(x, scale, eps):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale
 
 
-def attention(q, k, v):
-    """Causal softmax attention; all of [batch, heads, time, head_dim]."""
-    time = q.shape[2]
+def attention(q, k, v, window=None, sinks=None):
+    """Causal softmax attention, over a window and with a sink for each head; all of [batch, heads, time, head_dim]."""
+    batch, heads, time, _ = q.shape
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-    future = torch.ones(time, time, dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -math.inf).softmax(-1) @ v
+    unseen = torch.ones(time, time, dtype=torch.bool).triu(1)
+    if window is not None:
+        unseen |= torch.ones(time, time, dtype=torch.bool).tril(-window)
+    scores = scores.masked_fill(unseen, -math.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(1, heads, 1, 1).expand(batch, heads, time, 1)), -1)
+    return scores.softmax(-1)[..., :time] @ v
 
 
-def rotate(x, angles):
+def rotate(x, angles, amplitude=1.0):
     """Rotary position embedding in the half-split convention: dim i pairs with dim i + head_dim/2."""
     a, b = x.chunk(2, -1)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def rope_frequencies(config, head_dim):
     """Radians per position for each pair; `llama3` slows the long wavelengths by `factor`."""
-    rope = config.get("rope_parameters") or dict(rope_type="default", rope_theta=config["rope_theta"])
+    rope = config.get("rope_parameters") or dict(config.get("rope_scaling") or dict(rope_type="default"),
+                                                 rope_theta=config["rope_theta"])
     f = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if rope["rope_type"] == "default":
         return f
+    if rope["rope_type"] == "yarn":
+        # Between the dims that make beta_fast and beta_slow turns in a full context (Peng et al. 2023, section 3.2).
+        assert not rope["truncate"], rope
+        dim = lambda turns: (head_dim * math.log(rope["original_max_position_embeddings"] / (turns * 2 * math.pi))
+                             / (2 * math.log(rope["rope_theta"])))
+        low, high = max(dim(rope["beta_fast"]), 0), min(dim(rope["beta_slow"]), head_dim - 1)
+        ramp = ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
+        return f / rope["factor"] * ramp + f * (1 - ramp)
     assert rope["rope_type"] == "llama3", rope
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)

@@ -1,7 +1,7 @@
 //! Causal attention with grouped queries, in tiles on the card: which variant a head's width takes, and its geometry,
 //! which `kernels/attention.cu` and `kernels/attention_grad.cu` state beside their tiles.
 
-use program::{Heads, OpKind};
+use program::{Heads, OpKind, Sees};
 use spec::{DType, Result};
 use train::{Lack, Launch, Operand};
 
@@ -110,8 +110,11 @@ impl Tile {
     }
 }
 
-/// Whether there are kernels for heads of this width.
-pub(crate) fn can_run(dtype: DType, heads: Heads) -> Result<(), Lack> {
+/// Whether there are kernels for heads of this width that see this far.
+pub(crate) fn can_run(dtype: DType, heads: Heads, sees: Sees) -> Result<(), Lack> {
+    if sees != Sees::ALL {
+        return Err(Lack::Sees);
+    }
     Variant::of(dtype, heads.dim).map(|_| ()).ok_or(Lack::HeadWidth)
 }
 
@@ -132,7 +135,7 @@ fn variant_of(l: &Launch<'_>, h: Heads) -> Result<Variant> {
 }
 
 pub(crate) fn forward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
-    let OpKind::Attention { heads } = *l.kind() else { not_mine!(l) };
+    let OpKind::Attention { heads, .. } = *l.kind() else { not_mine!(l) };
     let qkv = l.input(0);
     let sequences = qkv.rows / l.sequence();
     if let Some(Variant { forward, .. }) = Variant::wide(d, l, heads) {
@@ -147,7 +150,7 @@ pub(crate) fn forward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
 }
 
 pub(crate) fn backward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
-    let OpKind::AttentionGrad { heads } = *l.kind() else { not_mine!(l) };
+    let OpKind::AttentionGrad { heads, .. } = *l.kind() else { not_mine!(l) };
     let [qkv, o, lse, dy] = [0, 1, 2, 3].map(|i| l.input(i));
     let (n, sequence) = (qkv.rows, l.sequence());
     let delta: Operand = l.workspace().part(0, n * heads.q);

@@ -1,6 +1,6 @@
 //! Which kernels an op's kind is, and what they are called with. Parameters follow the kernels' declarations.
 
-use program::{GroupId, Heads, LossTerms, Op, OpKind, Program, View};
+use program::{GroupId, Heads, LossTerms, Op, OpKind, Program, Sees, View};
 use spec::{DType, NormKind, Result};
 use train::{Gradient, Lack, Launch, Operand};
 
@@ -44,7 +44,8 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
         Attention { .. } => attention::forward,
         AttentionGrad { .. } => attention::backward,
         AttentionCached { .. } => attention::decode,
-        SwiGlu | SwiGluGrad | Gelu { .. } | GeluGrad { .. } | Add => elementwise,
+        SwiGlu { clamped: false } | SwiGluGrad { clamped: false } => elementwise,
+        Gelu { .. } | GeluGrad { .. } | Add => elementwise,
         Xent { .. } | XentStats { .. } | XentCombine { .. } | XentGrad { .. } | LossSum { .. } => loss,
         ShardGrads { .. } => shard_grads,
         TieGrads { .. } => tie_grads,
@@ -58,12 +59,13 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
 pub(crate) fn can_run(kind: &OpKind, precision: DType) -> Result<(), Lack> {
     kernel(kind)?;
     match kind {
-        OpKind::Attention { heads } | OpKind::AttentionGrad { heads } => {
-            attention::can_run(precision, *heads)
+        OpKind::Attention { heads, sees } | OpKind::AttentionGrad { heads, sees } => {
+            attention::can_run(precision, *heads, *sees)
         }
         OpKind::Xent { terms } | OpKind::XentGrad { terms, .. } if *terms != LossTerms::default() => {
             Err(Lack::LossTerms)
         }
+        OpKind::AttentionCached { sees, .. } if *sees != Sees::ALL => Err(Lack::Sees),
         _ => Ok(()),
     }
 }
@@ -107,7 +109,7 @@ pub fn workspace_len(op: &Op, p: &Program, hopper: bool) -> usize {
         }
         HeadNormGradWeight { heads } => 2 * parts(&op.kind, rows(0), leaves(), heads.dim).0 * heads.dim,
         EmbedGrad { .. } => rows(0) * cols(op.ins[1]) + group(op.grads[0].group).rows,
-        AttentionGrad { heads } => rows(0) * heads.q,
+        AttentionGrad { heads, .. } => rows(0) * heads.q,
         _ => 0,
     }
 }
@@ -429,11 +431,11 @@ fn elementwise(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let at = |d: &Cuda, i: usize| d.at(l.input(i));
     let out = d.at(y);
     let (name, params) = match *l.kind() {
-        OpKind::SwiGlu => {
+        OpKind::SwiGlu { .. } => {
             let params = Params::new().with(at(d, 0)).with(out).with(int(x.rows)).with(int(x.cols / 2));
             (variant!(l, "swiglu"), params)
         }
-        OpKind::SwiGluGrad => {
+        OpKind::SwiGluGrad { .. } => {
             let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(out);
             (variant!(l, "swiglu_dx"), params.with(int(x.rows)).with(int(x.cols)))
         }

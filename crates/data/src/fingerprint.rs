@@ -61,6 +61,20 @@ pub fn dataset_tokenizer(path: &Path) -> Result<Option<Fingerprint>> {
     }
 }
 
+/// The token that ends each document of a dataset, from its manifest or from the tokenizer file beside it; `None` where
+/// neither says.
+///
+/// # Errors
+/// The tokenizer beside the data cannot be read.
+pub fn dataset_end(path: &Path) -> Result<Option<u32>> {
+    let prefix = strip_extension(path);
+    if let Ok(manifest) = Manifest::load(&prefix) {
+        return Ok(manifest.end_of_document);
+    }
+    let beside = tokenizer_path(&prefix);
+    if beside.exists() { Tokenizer::load(&beside).map(|t| t.eod()) } else { Ok(None) }
+}
+
 impl Fingerprint {
     pub(crate) fn of(hash: &Xxh3) -> Self {
         Fingerprint(hash.digest128())

@@ -49,7 +49,9 @@ pub use blend::{Blend, blend_len, blend_parts};
 pub use builder::{BuildOptions, BuildReport, build, tokenizer_path, train_tokenizer};
 pub use corpus::{cargo_sources, default_cargo_home};
 pub use epochs::Epochs;
-pub use fingerprint::{Fingerprint, dataset_fingerprint, dataset_tokenizer, tokenizer_fingerprint};
+pub use fingerprint::{
+    Fingerprint, dataset_end, dataset_fingerprint, dataset_tokenizer, tokenizer_fingerprint,
+};
 pub use gpt::GptDataset;
 pub use index_writer::IndexedWriter;
 pub use indexed::{IndexedDataset, bin_path, idx_path};

@@ -129,10 +129,17 @@ impl Bench {
         // Two products of half a square forward, five backward.
         let square = 2.0 * (SEQS * HEADS * SEQ * SEQ * HEAD_DIM) as f64 / 2.0;
         self.line("attention f", 2.0 * square, &mut |pool| {
-            attention(pool, &shape, &qkv, &mut o, &mut lse, &mut ws);
+            attention(pool, &shape, &qkv, Sees::ALL, &mut o, &mut lse, &mut ws);
+        });
+        let near = Sees { window: Some(SEQ / 8), ..Sees::ALL };
+        self.line("attention f, windows of an eighth", 2.0 * square, &mut |pool| {
+            attention(pool, &shape, &qkv, near, &mut o, &mut lse, &mut ws);
+        });
+        self.line("attention dx, windows of an eighth", 5.0 * square, &mut |pool| {
+            attention_dx(pool, &shape, &qkv, near, &o, &lse, &d, &mut dqkv, &mut ws);
         });
         self.line("attention dx", 5.0 * square, &mut |pool| {
-            attention_dx(pool, &shape, &qkv, &o, &lse, &d, &mut dqkv, &mut ws);
+            attention_dx(pool, &shape, &qkv, Sees::ALL, &o, &lse, &d, &mut dqkv, &mut ws);
         });
         let (cos, sin) = (numbers(SEQ * 32), numbers(SEQ * 32));
         self.line("rope", 0.0, &mut |pool| {
@@ -153,8 +160,8 @@ impl Bench {
         });
         let (gu, mut h) = (numbers(ROWS * 2 * HIDDEN), vec![0.0; ROWS * HIDDEN]);
         let mut dgu = gu.clone();
-        self.line("swiglu f", 0.0, &mut |pool| swiglu(pool, &gu, &mut h, ROWS, HIDDEN));
-        self.line("swiglu dx", 0.0, &mut |pool| swiglu_dx(pool, &h, &gu, &mut dgu, ROWS, HIDDEN));
+        self.line("swiglu f", 0.0, &mut |pool| glu(pool, Glu::Silu, &gu, &mut h, ROWS, HIDDEN));
+        self.line("swiglu dx", 0.0, &mut |pool| glu_dx(pool, Glu::Silu, &h, &gu, &mut dgu, ROWS, HIDDEN));
         let logits = numbers(SEQ * VOCAB);
         let mut work = logits.clone();
         let tokens: Vec<u32> = (0..ROWS as u32).map(|i| i * 7919 % VOCAB as u32).collect();

@@ -7,14 +7,32 @@ use crate::pool::{Parts, Pool};
 use crate::simd::{LANES, Simd, kernel};
 use crate::storage::{Element, Storage};
 
-/// h = silu(gate) up for `n` rows; `gu` is `[n, 2 f]`, gates first, and `h` is `[n, f]`.
-pub fn swiglu<T: Storage>(pool: &Pool, gu: &[T], h: &mut [T], n: usize, f: usize) {
+/// Which gated linear unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Glu {
+    /// silu(gate) up (Shazeer 2020, arXiv 2002.05202).
+    Silu,
+    /// g sigmoid(1.702 g) (u + 1), where g is the gate, at most 7, and u is up, from -7 to 7 (GPT-OSS, arXiv 2508.10925,
+    /// section 2.2; the constants are those of the published code).
+    Clamped,
+}
+
+/// Of the sigmoid that comes near the error function.
+const CLAMPED_SLOPE: f32 = 1.702;
+const CLAMPED_LIMIT: f32 = 7.0;
+
+/// The gated linear unit of `n` rows; `gu` is `[n, 2 f]`, gates first, and `h` is `[n, f]`.
+pub fn glu<T: Storage>(pool: &Pool, kind: Glu, gu: &[T], h: &mut [T], n: usize, f: usize) {
     assert_eq!((gu.len(), h.len()), (n * 2 * f, n * f));
     let h = Parts::new(h);
     pool.rows(n, 4 * f, &|rows, _| {
         // SAFETY: tasks have disjoint rows.
         let h = unsafe { h.part(rows.start * f..rows.end * f) };
-        swiglu_rows(&gu[rows.start * 2 * f..rows.end * 2 * f], h, f);
+        let gu = &gu[rows.start * 2 * f..rows.end * 2 * f];
+        match kind {
+            Glu::Silu => swiglu_rows(gu, h, f),
+            Glu::Clamped => clamped_rows(gu, h, f),
+        }
     });
 }
 
@@ -32,15 +50,61 @@ kernel! { fn swiglu_rows[T: Element](gu: &[T], h: &mut [T], f: usize) = |s: S| {
     }
 } }
 
-/// The gradient of [`swiglu`]'s input.
-pub fn swiglu_dx<T: Storage>(pool: &Pool, dh: &[T], gu: &[T], dgu: &mut [T], n: usize, f: usize) {
+kernel! { fn clamped_rows[T: Element](gu: &[T], h: &mut [T], f: usize) = |s: S| {
+    if f == 0 {
+        return;
+    }
+    let (limit, low, one) = (s.splat(CLAMPED_LIMIT), s.splat(-CLAMPED_LIMIT), s.splat(1.0));
+    for (gu, h) in gu.chunks_exact(2 * f).zip(h.chunks_exact_mut(f)) {
+        let (gate, up) = gu.split_at(f);
+        for j in (0..f).step_by(LANES) {
+            // The bound comes first, so that NaN stays.
+            let g = s.min(limit, T::get(s, &gate[j..]));
+            let u = s.max(low, s.min(limit, T::get(s, &up[j..])));
+            let part = s.mul(g, sigmoid(s, s.mul(g, s.splat(CLAMPED_SLOPE))));
+            T::put(s, &mut h[j..], s.mul(part, s.add(u, one)));
+        }
+    }
+} }
+
+kernel! { fn clamped_rows_dx[T: Element](dh: &[T], gu: &[T], dgu: &mut [T], f: usize) = |s: S| {
+    if f == 0 {
+        return;
+    }
+    let (limit, low, one, zero) = (s.splat(CLAMPED_LIMIT), s.splat(-CLAMPED_LIMIT), s.splat(1.0), s.splat(0.0));
+    let slope = s.splat(CLAMPED_SLOPE);
+    for ((dh, gu), dgu) in dh.chunks_exact(f).zip(gu.chunks_exact(2 * f)).zip(dgu.chunks_exact_mut(2 * f)) {
+        let (gate, up) = gu.split_at(f);
+        let (dgate, dup) = dgu.split_at_mut(f);
+        for j in (0..f).step_by(LANES) {
+            let (gate, up, d) = (T::get(s, &gate[j..]), T::get(s, &up[j..]), T::get(s, &dh[j..]));
+            let (g, u) = (s.min(limit, gate), s.max(low, s.min(limit, up)));
+            let sig = sigmoid(s, s.mul(g, slope));
+            // (g sig)' = sig + slope g sig (1 - sig)
+            let part = s.mul(g, sig);
+            let bend = s.fma(s.mul(slope, part), s.sub(one, sig), sig);
+            let of_gate = s.mul(s.mul(d, s.add(u, one)), bend);
+            let of_up = s.mul(d, part);
+            // At a bound the gradient passes, as it does in PyTorch.
+            T::put(s, &mut dgate[j..], s.less(limit, gate, zero, of_gate));
+            T::put(s, &mut dup[j..], s.less(limit, up, zero, s.less(up, low, zero, of_up)));
+        }
+    }
+} }
+
+/// The gradient of [`glu`]'s input.
+pub fn glu_dx<T: Storage>(pool: &Pool, kind: Glu, dh: &[T], gu: &[T], dgu: &mut [T], n: usize, f: usize) {
     assert_eq!((dh.len(), gu.len(), dgu.len()), (n * f, n * 2 * f, n * 2 * f));
     let dgu = Parts::new(dgu);
     pool.rows(n, 8 * f, &|rows, _| {
         let wide = rows.start * 2 * f..rows.end * 2 * f;
         // SAFETY: tasks have disjoint rows.
         let dgu = unsafe { dgu.part(wide.clone()) };
-        swiglu_rows_dx(&dh[rows.start * f..rows.end * f], &gu[wide], dgu, f);
+        let dh = &dh[rows.start * f..rows.end * f];
+        match kind {
+            Glu::Silu => swiglu_rows_dx(dh, &gu[wide], dgu, f),
+            Glu::Clamped => clamped_rows_dx(dh, &gu[wide], dgu, f),
+        }
     });
 }
 

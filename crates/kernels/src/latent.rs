@@ -274,8 +274,8 @@ pub fn latent_rope_dx<T: Storage>(
     });
 }
 
-/// Turns pairs of neighbours.
-fn rotate_pairs<T: Element>(x: &mut [T], cos: &[f32], sin: &[f32]) {
+/// Turns pairs of neighbours, dims 2j and 2j + 1, by the angles whose cosines and sines are given.
+pub fn rotate_pairs<T: Element>(x: &mut [T], cos: &[f32], sin: &[f32]) {
     for ((pair, c), s) in x.chunks_exact_mut(2).zip(cos).zip(sin) {
         let (a, b) = (pair[0].one(), pair[1].one());
         pair[0] = T::of(a * c - b * s);

@@ -47,26 +47,28 @@
 //! assert_eq!(dw, [4.0, 2.0, 4.0, 2.0, 4.0, 2.0]);
 //! ```
 
-pub use crate::act::{Gelu, add, gelu, gelu_dx, swiglu, swiglu_dx};
+pub use crate::act::{Gelu, Glu, add, gelu, gelu_dx, glu, glu_dx};
 pub use crate::attention::{
-    Attention, Sight, Softmax, attention, attention_decode, attention_decode_workspace_len, attention_dx,
-    attention_dx_workspace_len, attention_part, attention_part_dx, attention_parts, attention_parts_dx,
-    attention_workspace_len, pack_kv,
+    Attention, Sees, Sight, Softmax, attention, attention_decode, attention_decode_workspace_len,
+    attention_dx, attention_dx_workspace_len, attention_part, attention_part_dx, attention_parts,
+    attention_parts_dx, attention_sinks_dw, attention_sinks_dw_workspace_len, attention_workspace_len,
+    pack_kv,
 };
 pub use crate::convert::{copy, fill, from_f32, to_f32};
 pub use crate::embed::{
     Places, embed, embed_grad, embed_grad_workspace_len, pos_grad, pos_grad_workspace_len,
 };
 pub use crate::experts::{
-    Groups, Router, grouped_linear, grouped_linear_dw, grouped_linear_dw_workspace_len, grouped_linear_dx,
-    grouped_linear_workspace_len, permute, permute_dx, route, route_dx, route_dx_workspace_len,
-    route_workspace_len, unpermute, unpermute_dx,
+    Groups, Router, grouped_bias_grad, grouped_bias_grad_workspace_len, grouped_linear, grouped_linear_dw,
+    grouped_linear_dw_workspace_len, grouped_linear_dx, grouped_linear_workspace_len, permute, permute_dx,
+    route, route_dx, route_dx_workspace_len, route_workspace_len, unpermute, unpermute_dx,
 };
 pub use crate::head_norm::{qk_norm, qk_norm_dw, qk_norm_dw_workspace_len, qk_norm_dx};
 pub use crate::latent::{
     LatentHeads, Latents, latent_norm, latent_norm_dw, latent_norm_dw_workspace_len, latent_norm_dx,
-    latent_rope, latent_rope_dx,
+    latent_rope, latent_rope_dx, rotate_pairs,
 };
+pub use crate::latent_decode::{LatentCache, latent_decode, latent_decode_workspace_len};
 pub use crate::linear::{
     bias_grad, bias_grad_workspace_len, linear, linear_dw, linear_dw_workspace_len, linear_dx,
     linear_dx_workspace_len, linear_strided, linear_workspace_len,
@@ -102,6 +104,7 @@ mod embed;
 mod experts;
 mod head_norm;
 mod latent;
+mod latent_decode;
 mod math;
 mod norm;
 mod rope;

@@ -121,7 +121,7 @@ pub fn bias_grad_workspace_len(out: usize, tree: &[u32]) -> usize {
     column_sums_workspace_len(out, tree)
 }
 
-kernel! { fn add_rows[T: Element](
+kernel! { pub(crate) fn add_rows[T: Element](
     dy: &[T], ld: usize, rows: std::ops::Range<usize>, cols: std::ops::Range<usize>, sums: &mut [f32]
 ) = |s: S| {
     for row in rows {
@@ -156,8 +156,24 @@ pub(crate) fn column_sums(
     ws: &mut [f32],
     add: &AddRows<'_>,
 ) {
-    assert!(grad.len() >= merge.levels() * cols, "gradient levels");
     let (_, rows) = split(n, tree);
+    let rows = |leaf: usize| leaf * rows..(leaf + 1) * rows;
+    column_sums_of_leaves(pool, &rows, cols, (grad, (0, cols)), tree, merge, ws, add);
+}
+
+/// The same where the rows of each leaf are `rows(leaf)`; the gradient's first level begins at `at` of `grad`, the others
+/// `apart` from each other.
+pub(crate) fn column_sums_of_leaves(
+    pool: &Pool,
+    rows: &(dyn Fn(usize) -> std::ops::Range<usize> + Sync),
+    cols: usize,
+    (grad, (at, apart)): (&mut [f32], (usize, usize)),
+    tree: &[u32],
+    merge: Merge,
+    ws: &mut [f32],
+    add: &AddRows<'_>,
+) {
+    assert!(grad.len() >= at + (merge.levels() - 1) * apart + cols, "gradient levels");
     let own = (depth(tree) + 1) * COLUMNS;
     let tasks = cols.div_ceil(COLUMNS);
     let scratch = Parts::new(Workspace::new(ws).take(tasks * own));
@@ -171,7 +187,7 @@ pub(crate) fn column_sums(
         let sums = &mut sums[..len];
         for leaf in 0..leaves(tree) {
             sums.fill(0.0);
-            add(leaf * rows..(leaf + 1) * rows, range.clone(), sums);
+            add(rows(leaf), range.clone(), sums);
             let (tree_merge, store) = match step(tree, leaf) {
                 Step::Keep(m) => (m.merge, Some(m.store)),
                 Step::Root { merge } => (merge, None),
@@ -184,10 +200,11 @@ pub(crate) fn column_sums(
             }
         }
         for level in 0..merge.merge {
+            let at = at + level * apart;
             // SAFETY: these columns, at every level, belong to this task.
-            add_into(unsafe { grad.part(level * cols + range.start..level * cols + range.end) }, sums);
+            add_into(unsafe { grad.part(at + range.start..at + range.end) }, sums);
         }
-        let at = merge.store * cols;
+        let at = at + merge.store * apart;
         // SAFETY: as above.
         unsafe { grad.part(at + range.start..at + range.end) }.copy_from_slice(sums);
     });

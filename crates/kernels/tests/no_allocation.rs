@@ -43,7 +43,7 @@ fn kernels_do_not_allocate() {
     let (mut y, mut z, mut stats, mut rstd) = (x.clone(), x.clone(), vec(2 * N), vec(N));
     let (mut qkv, mut dqkv, mut lse) = (vec(N * LD), vec(N * LD), vec(N * heads));
     let (mut head_rstd, wq, shape) = (vec(N * 2 * heads), vec(h), shape(N / seq, seq, heads, h));
-    let (cos, sin) = (vec(seq * h / 2), vec(seq * h / 2));
+    let (cos, sin, mut two) = (vec(seq * h / 2), vec(seq * h / 2), vec(2 * DIM));
     let (mut grad, mut grad2, mut grad3) = (vec(2 * LD * DIM), vec(2 * LD), vec(2 * LD));
     let (mut moment, mut moment2, mut partials) = (vec(LD), vec(LD), vec![0.0; 4]);
     let lens = [
@@ -65,7 +65,7 @@ fn kernels_do_not_allocate() {
     let mut experts = mixture(&pool);
     let mut run = || {
         experts();
-        let (ws, pool) = (&mut ws[..], &pool);
+        let (ws, pool, all) = (&mut ws[..], &pool, Sees::ALL);
         embed(pool, &tokens, &wqkv, 0, Some(&x), Places::whole(seq), &mut y, DIM);
         embed_grad(pool, &tokens, 0, LD, &x, &mut grad, DIM, &tree, m, ws);
         pos_grad(pool, &x, &mut grad, seq, Places::whole(seq), DIM, &tree, m, ws);
@@ -80,14 +80,14 @@ fn kernels_do_not_allocate() {
         qk_norm(pool, &qkv, &wq, &wq, &mut dqkv, &mut head_rstd, N, heads, heads, h, 1e-5);
         qk_norm_dx(pool, &qkv, &qkv, &wq, &wq, &head_rstd, &mut dqkv, N, heads, heads, h);
         qk_norm_dw(pool, &qkv, &qkv, &head_rstd, &mut grad2, &mut grad3, N, heads, heads, h, &tree, m, ws);
-        attention(pool, &shape, &qkv, &mut y, &mut lse, ws);
-        attention_dx(pool, &shape, &qkv, &y, &lse, &x, &mut dqkv, ws);
-        attention_decode(pool, &x, DIM, &x, &x, &[seq, 5], &mut z[..2 * DIM], seq, heads, heads, h, 0.3, ws);
+        attention(pool, &shape, &qkv, all, &mut y, &mut lse, ws);
+        attention_dx(pool, &shape, &qkv, all, &y, &lse, &x, &mut dqkv, ws);
+        attention_decode(pool, &x, DIM, &x, &x, &[seq, 5], all, &mut two, seq, heads, heads, h, 0.3, ws);
         linear_dx(pool, &dqkv, &wqkv, Acc::None, &mut z, N, DIM, LD, ws);
         linear_dw(pool, &dqkv, &x, &mut grad, N, DIM, LD, &tree, m, ws);
         bias_grad(pool, &dqkv, &mut grad2, N, LD, &tree, m, ws);
-        swiglu(pool, &qkv[..2 * N * DIM], &mut y, N, DIM);
-        swiglu_dx(pool, &x, &qkv[..2 * N * DIM], &mut dqkv[..2 * N * DIM], N, DIM);
+        glu(pool, Glu::Silu, &qkv[..2 * N * DIM], &mut y, N, DIM);
+        glu_dx(pool, Glu::Silu, &x, &qkv[..2 * N * DIM], &mut dqkv[..2 * N * DIM], N, DIM);
         gelu(pool, Gelu::Erf, &x, &mut y);
         gelu_dx(pool, Gelu::Tanh, &x, &x, &mut y);
         add(pool, &x, &x, &mut y);
@@ -142,7 +142,7 @@ fn mixture(pool: &Pool) -> impl FnMut() {
         let groups = Groups { counts: &counts, experts: 4, leaves: 2 };
         unpermute_dx(pool, &x, &copies, &gates, &index, (&mut dcopies, &mut dlogits[..2 * N]), (N, 2, DIM));
         let dims = (DIM, 8);
-        grouped_linear(pool, &copies, &w, groups, &mut h, dims, ws);
+        grouped_linear(pool, &copies, (&w, None), groups, &mut h, dims, ws);
         grouped_linear_dx(pool, &dh, &w, groups, &mut dcopies, dims, ws);
         let of_sequence = |_: usize| (0, m);
         let dims = (DIM, 8, N / 2);

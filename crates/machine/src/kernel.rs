@@ -31,11 +31,13 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
         Linear => ([rows(0), cols(0), rows(1)], flops),
         LinearGradInput => ([rows(0), cols(1), cols(0)], flops),
         LinearGradWeight => ([rows(0), cols(1), cols(0)], flops),
-        Attention { heads }
-        | AttentionGrad { heads }
-        | RingAttention { heads, .. }
-        | RingAttentionGrad { heads, .. } => {
-            ([rows(0), p.sequence as f64, (heads.q * heads.dim) as f64], flops)
+        Attention { heads, sees }
+        | AttentionGrad { heads, sees }
+        | RingAttention { heads, sees, .. }
+        | RingAttentionGrad { heads, sees, .. } => {
+            // Over a window it has the tiles of sequences as long.
+            let sequence = sees.window.unwrap_or(p.sequence).min(p.sequence);
+            ([rows(0), sequence as f64, (heads.q * heads.dim) as f64], flops)
         }
         // Only the rows that occur are read, not the whole table.
         Embed { .. } => {
@@ -69,24 +71,36 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
             ([elements, 1.0, 1.0], 12.0 * elements)
         }
         _ if op.only_talks() => return None,
-        Fork { .. } | AttentionCached { .. } => return None,
+        Fork { .. } | AttentionCached { .. } | LatentCached { .. } => return None,
         _ => {
             let of = op.ins.first().copied().unwrap_or_else(|| op.outs[0]);
             ([of.rows as f64, width(of), 1.0], bytes)
         }
     };
-    let kind = match &op.kind {
+    Some(Kernel { kind: kind(op), shape, work })
+}
+
+/// Which kernel of the tables runs an op, or has the rate of what it is made of.
+fn kind(op: &Op) -> &'static str {
+    use OpKind::*;
+    match &op.kind {
         Norm { norm: NormKind::Layer, .. } => "layer_norm",
         NormGradInput { norm: NormKind::Layer } => "layer_norm_grad_input",
         NormGradWeight { norm: NormKind::Layer } => "layer_norm_grad_weight",
         RingAttention { .. } => "attention",
         RingAttentionGrad { .. } => "attention_grad",
+        // Alike in what they do to memory.
+        SinkGrad { .. } | GroupedBiasGrad { .. } => "bias_grad",
+        SwiGlu { .. } => "swiglu",
+        SwiGluGrad { .. } => "swiglu_grad",
         Gelu { tanh: false } => "gelu_erf",
         GeluGrad { tanh: false } => "gelu_erf_grad",
         Add if op.ins.len() > 2 => "add_bias",
-        kind => measured_as(kind),
-    };
-    Some(Kernel { kind, shape, work })
+        Orthogonalise { .. } => "linear_grad_input",
+        MuonMomentum { .. } | Muon { .. } => "add",
+        SoftCap { .. } => "gelu",
+        kind => kind.name(),
+    }
 }
 
 /// Shape and work of Muon's ops: products of about the shape of the largest matrix, and streams.
@@ -99,16 +113,6 @@ fn muon(op: &Op, p: &Program) -> ([f64; 3], f64) {
     let (rows, cols) = matrices.iter().map(|m| shares.whole(m.rows, cols)).max().unwrap_or_default();
     let (m, n) = (rows.min(cols) as f64, rows.max(cols) as f64);
     ([m, m, n], op.cost.flops as f64)
-}
-
-/// The kernel whose rate stands for a kind's: its own, or that of what it is made of.
-fn measured_as(kind: &OpKind) -> &'static str {
-    match kind {
-        OpKind::Orthogonalise { .. } => "linear_grad_input",
-        OpKind::MuonMomentum { .. } | OpKind::Muon { .. } => "add",
-        OpKind::SoftCap { .. } => "gelu",
-        kind => kind.name(),
-    }
 }
 
 /// Rates of one machine for one storage type and condition, with what was looked up before.

@@ -111,6 +111,8 @@ pub fn dense(name: &str, sizes: Sizes) -> ModelSpec {
         logit_softcap: 0.0,
         experts: None,
         latent: None,
+        window: None,
+        sinks: false,
     }
 }
 
@@ -178,7 +180,7 @@ fn plain(name: &str) -> String {
 impl Shape {
     /// A model of one's own.
     pub fn from_model(model: ModelSpec) -> Self {
-        Shape { model, windows: None }
+        Shape { windows: model.windows(), model }
     }
 
     /// Pairs that attention scores over `sequence` tokens, as a share of those without windows.

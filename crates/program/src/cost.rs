@@ -27,13 +27,13 @@ pub(crate) fn cost(g: &Graph, n: &Node, sequence: usize, grad_elements: usize) -
         GroupedLinearGradInput { rows, .. } | GroupedLinearGradWeight { rows, .. } => {
             2 * *rows as u64 * cols(0) * cols(1)
         }
-        // Scores and values: 2 products over half of the T x T square.
-        Attention { heads } | RingAttention { heads, .. } => {
-            rows(0) * sequence as u64 * (heads.q * (heads.dim + heads.value_dim)) as u64
+        // Scores and values: 2 products over half of the T x T square, or the part of it inside a window.
+        Attention { heads, sees } | RingAttention { heads, sees, .. } => {
+            rows(0) * sees.keys_twice(sequence) * (heads.q * (heads.dim + heads.value_dim)) as u64
         }
         // Scores again, dQ and dK; dV and dP: 5 products.
-        AttentionGrad { heads } | RingAttentionGrad { heads, .. } => {
-            rows(0) * sequence as u64 * (heads.q * (3 * heads.dim + 2 * heads.value_dim)) as u64
+        AttentionGrad { heads, sees } | RingAttentionGrad { heads, sees, .. } => {
+            rows(0) * sees.keys_twice(sequence) * (heads.q * (3 * heads.dim + 2 * heads.value_dim)) as u64
         }
         _ => 0,
     };

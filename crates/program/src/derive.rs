@@ -4,7 +4,7 @@ use spec::{DType, NormKind};
 
 use crate::emit::Forward;
 use crate::graph::{Graph, Node, Operand, Phase, Sequences, Source, ValueId};
-use crate::op::{Axis, Heads, LossTerms, OpKind};
+use crate::op::{Axis, Heads, LossTerms, OpKind, Sees};
 use crate::params::{Chunk, GroupId};
 use crate::rank::Rank;
 use crate::role::{Place, Role};
@@ -201,6 +201,9 @@ impl Derive<'_> {
                 let leaf_rows = if by_sequence { self.cx.sequence } else { x.rows };
                 let grad = GroupedLinearGradWeight { experts, rows, leaf_rows };
                 self.weight(grad, name("dw"), vec![dy, x, counts], &[w]);
+                if let Some(b) = n.ins.get(3) {
+                    self.weight(GroupedBiasGrad { experts }, name("db"), vec![dy, counts], &[*b]);
+                }
             }
             Embed { vocab0, .. } => {
                 self.weight(EmbedGrad { vocab0: *vocab0 }, name("dw"), vec![n.ins[0], dy], &[n.ins[1]]);
@@ -220,15 +223,13 @@ impl Derive<'_> {
             Rope { heads, .. } => {
                 self.contribute(Rope { heads: *heads, inverse: true }, name("dx"), vec![dy], n.ins[0].value);
             }
-            Attention { heads } => {
-                let ins = vec![n.ins[0], n.outs[0], n.outs[1], dy];
-                self.contribute(AttentionGrad { heads: *heads }, name("dx"), ins, n.ins[0].value);
+            Attention { heads, sees } => {
+                let grad = AttentionGrad { heads: *heads, sees: *sees };
+                self.attention(n, dy, (*heads, *sees), grad);
             }
-            RingAttention { heads, axis } => {
-                let ins = vec![n.ins[0], n.outs[0], n.outs[1], dy];
-                let grad = RingAttentionGrad { heads: *heads, axis: *axis };
-                self.contribute(grad, name("dx"), ins, n.ins[0].value);
-                self.held_on_the_ring(&name("dx"), n.ins[0], *heads);
+            RingAttention { heads, sees, axis } => {
+                let grad = RingAttentionGrad { heads: *heads, sees: *sees, axis: *axis };
+                self.attention(n, dy, (*heads, *sees), grad);
             }
             LatentRope { heads, rope_dim } => {
                 let inputs: Vec<ValueId> = n.ins.iter().map(|o| o.value).collect();
@@ -252,10 +253,11 @@ impl Derive<'_> {
                 let ins = vec![dy, copies, gates, index];
                 self.contribute_each(UnpermuteGrad, name("dx"), ins, &[copies.value, gates.value]);
             }
-            SwiGlu | Gelu { .. } => {
+            SwiGlu { .. } | Gelu { .. } => {
                 let grad = match n.kind {
                     Gelu { tanh } => GeluGrad { tanh },
-                    _ => SwiGluGrad,
+                    SwiGlu { clamped } => SwiGluGrad { clamped },
+                    _ => unreachable!("the arm has two kinds"),
                 };
                 let ins = [dy].into_iter().chain(n.ins.iter().copied()).collect();
                 self.contribute_each(grad, name("dx"), ins, &[n.ins[0].value]);
@@ -265,6 +267,22 @@ impl Derive<'_> {
                 self.contribute_each(RowsGrad { of: *of }, name("dx"), vec![dy, x], &[x.value]);
             }
             _ => self.message(n, dy),
+        }
+    }
+
+    fn attention(&mut self, n: &Node, dy: Operand, (heads, sees): (Heads, Sees), grad: OpKind) {
+        let name = |suffix: &str| format!("{}.{suffix}", n.name);
+        let (qkv, o, lse) = (n.ins[0], n.outs[0], n.outs[1]);
+        let mut ins = vec![qkv, o, lse, dy];
+        ins.extend(n.ins.get(1).filter(|_| sees.documents));
+        let ring = matches!(grad, OpKind::RingAttentionGrad { .. });
+        self.contribute(grad, name("dx"), ins, qkv.value);
+        if ring {
+            self.held_on_the_ring(&name("dx"), qkv, heads);
+        }
+        if let (true, Some(sinks)) = (sees.sinks, n.ins.last()) {
+            let ins = vec![dy, o, lse, *sinks];
+            self.weight(OpKind::SinkGrad { heads }, name("dsinks"), ins, &[*sinks]);
         }
     }
 

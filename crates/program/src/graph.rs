@@ -24,6 +24,8 @@ pub(crate) enum Source {
     Tokens,
     /// Targets of the micro-batch.
     Targets,
+    /// Positions at which the documents of the micro-batch's tokens begin.
+    Starts,
     /// One f64 sum of losses for each sequence of the step.
     LossLeaves,
     /// An op.

@@ -41,6 +41,7 @@ use place::Placer;
 use rank::Rank;
 use schedule::{Blocks, Passes, Schedule};
 use serde::Serialize;
+use spec::run::Attend;
 use spec::{DType, Error, Layout, ModelSpec, Optimizer, Result, RunSpec};
 use verify::graph::Check;
 
@@ -51,7 +52,7 @@ pub use cost::Cost;
 pub use emit::{Emitter, Layer};
 pub use graph::{Phase, ValueId};
 pub use muon::{Matrix, NEWTON_SCHULZ_STEPS, Shares, newton_schulz_flops};
-pub use op::{Axis, GradSum, Heads, LossTerms, Op, OpId, OpKind};
+pub use op::{Axis, GradSum, Heads, LossTerms, Op, OpId, OpKind, Sees};
 pub use params::{GroupId, ParamGroup, ParamPart, Replication};
 pub use pipeline::{Pass, PassTimes, Played, Span, Work, in_flight, orders, play, spans};
 pub use place::ALIGN;
@@ -89,12 +90,15 @@ pub struct Recipe {
     pub optimizer: Optimizer,
     /// Factor of the mean square of the log-sum-exp of the logits, beside the loss; 0 without.
     pub z_loss: f32,
+    /// Attention keeps inside the documents of a sequence.
+    pub documents: bool,
 }
 
 impl Recipe {
     /// That of a run.
     pub fn of(run: &RunSpec) -> Recipe {
-        Recipe { optimizer: run.optim.kind, z_loss: run.train.z_loss }
+        let documents = run.data.attend == Attend::Documents;
+        Recipe { optimizer: run.optim.kind, z_loss: run.train.z_loss, documents }
     }
 }
 
@@ -320,6 +324,8 @@ pub struct Io {
     pub tokens: BufferId,
     /// Target ids, `u32::MAX` where ignored.
     pub targets: BufferId,
+    /// Position in its sequence at which each token's document begins, where attention keeps inside documents.
+    pub starts: Option<BufferId>,
     /// One f64 loss sum for each local sequence.
     pub loss_leaves: BufferId,
     /// Sums of squared gradients by chunk of [`NORM_CHUNK`] elements, over the whole model, then the counts of
@@ -332,9 +338,10 @@ pub struct Io {
     pub cos: BufferId,
     /// Sine table.
     pub sin: BufferId,
-    /// Keys of the generation cache `[layers * cache, kv_heads * head_dim]`, of latent attention too.
+    /// Keys of the generation cache `[layers * cache, kv_heads * head_dim]`; of latent attention the latents.
     pub k_cache: Option<BufferId>,
-    /// Values of the generation cache `[layers * cache, kv_heads * value_dim]`.
+    /// Values of the generation cache `[layers * cache, kv_heads * value_dim]`; of latent attention the rotated part of keys
+    /// that heads share.
     pub v_cache: Option<BufferId>,
 }
 

@@ -74,7 +74,7 @@ impl Op {
 ///
 /// A field means the same in every kind: `axis` over which ranks, `heads` counts and widths of the local shard, `norm`
 /// and `eps` which normalisation and what is added under its root, `vocab0` the first row of the local vocabulary
-/// shard, `experts` those of this rank, `top_k` those of a token, `bucket` and `group` indices into the program's.
+/// shard, `sees` what bounds attention beside causality, `experts` those of this rank, `top_k` those of a token, `bucket` and `group` indices into the program's.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 #[expect(missing_docs, reason = "fields of one name mean the same in every kind: said once, above")]
@@ -127,22 +127,24 @@ pub enum OpKind {
     LatentRope { heads: Heads, rope_dim: usize },
     /// `(dqkv) -> (dq, dkv, dshared)`.
     LatentRopeGrad { heads: Heads, rope_dim: usize },
-    /// `(qkv [n, (H+2K)h]) -> (o [n, Hh], lse)`: causal grouped-query attention.
-    Attention { heads: Heads },
-    /// `(qkv, o, lse, do) -> dqkv`.
-    AttentionGrad { heads: Heads },
+    /// `(qkv [n, (H+2K)h], [starts [n]], [sinks [1, H]]) -> (o [n, Hh], lse)`: causal grouped-query attention.
+    Attention { heads: Heads, sees: Sees },
+    /// `(qkv, o, lse, do, [starts]) -> dqkv`. Sinks are in `lse`.
+    AttentionGrad { heads: Heads, sees: Sees },
+    /// `(do, o, lse, sinks) -> grad of the sinks`.
+    SinkGrad { heads: Heads },
     /// [`OpKind::Attention`] over sequences that are spread along an axis: keys and values walk a ring of ranks while
     /// each rank's queries attend to those at hand (Liu et al. 2023, arXiv 2310.01889). Each rank holds one piece from
     /// the front of a sequence and its mirror from the back, so that causal work is even.
     ///
-    /// `(qkv) -> (o, lse, keys and values [2 n, K(h+v)], sums [n, Hv], totals)`: behind the results what is held while they
+    /// `(qkv, [starts], [sinks]) -> (o, lse, keys and values [2 n, K(h+v)], sums [n, Hv], totals)`: behind the results what is held while they
     /// walk: the keys and values that are computed with and those that come meanwhile, and the softmax so far, whose
     /// greatest scores lie in `lse`.
-    RingAttention { heads: Heads, axis: Axis },
-    /// `(qkv, o, lse, do) -> (dqkv, keys and values [2 n, K(h+v)], dq [n, Hh], gradients [3 n, K(h+v)])`: keys and values
+    RingAttention { heads: Heads, sees: Sees, axis: Axis },
+    /// `(qkv, o, lse, do, [starts]) -> (dqkv, keys and values [2 n, K(h+v)], dq [n, Hh], gradients [3 n, K(h+v)])`: keys and values
     /// walk the ring again, their gradients, in f32, one hop behind until they are home. Of the three parts of
     /// `gradients` two come and go by turns, and the last is what this rank adds.
-    RingAttentionGrad { heads: Heads, axis: Axis },
+    RingAttentionGrad { heads: Heads, sees: Sees, axis: Axis },
     /// `(logits [n, E]) -> (gates [n, k], index [n, 2k], counts [E, s])`: each token's `k` best experts, best first, and
     /// their weights, as the model's [`Router`] says. `index` has the place of each copy in the order of (expert,
     /// token), then its expert; `counts` the copies of each expert from each of `s` equal runs of rows: the sequences
@@ -163,15 +165,21 @@ pub enum OpKind {
     /// `(x [m, in], w [experts out, in], counts [E, s]) -> y [m, out]`: each of this rank's experts has a matrix of its
     /// own. Rows lie in the order of (rank that sent them, expert), as many as `counts` says, at most `m`; `rows` is an
     /// even share, which costs speak of.
+    /// A fourth input `b [experts parts, out / parts]`, if there, has each expert's biases.
     GroupedLinear { experts: usize, rows: usize },
     /// `(dy, w, counts) -> dx`.
     GroupedLinearGradInput { experts: usize, rows: usize },
     /// `(dy, x, counts) -> grad of w`; a run of rows that is counted apart gives an expert at most `leaf_rows`.
     GroupedLinearGradWeight { experts: usize, rows: usize, leaf_rows: usize },
+    /// `(dy, counts) -> grads of the biases`: column sums by expert.
+    GroupedBiasGrad { experts: usize },
     /// `(gate_up [n, 2F], [counts]) -> h [n, F]`; of as many rows as `counts` adds up to. So the other activations.
-    SwiGlu,
+    SwiGlu {
+        /// Gates and ups have bounds, and another sigmoid ([`spec::Activation::SwiGluClamped`]).
+        clamped: bool,
+    },
     /// `(dh, gate_up) -> dgate_up`.
-    SwiGluGrad,
+    SwiGluGrad { clamped: bool },
     /// `(a) -> h`.
     Gelu { tanh: bool },
     /// `(dh, a) -> da`.
@@ -293,9 +301,19 @@ pub enum OpKind {
     },
     /// Updated parameters from their owners (ZeRO 1 and 2).
     AllGatherParams { group: GroupId },
-    /// `(qkv [n, ..]) -> o` against the key and value cache, for generation.
+    /// `(qkv [n, ..], [sinks]) -> o` against the key and value cache, for generation.
     AttentionCached {
         heads: Heads,
+        sees: Sees,
+        /// Whose cache.
+        layer: usize,
+    },
+    /// `(q [1, H(d+t)], latent [1, r], shared key part [1, t], w [H(d+v), r], [sinks]) -> o [1, Hv]` against a cache of
+    /// latents and shared key parts, for generation. `w` makes keys and values of latents; neither is made.
+    LatentCached {
+        heads: Heads,
+        sees: Sees,
+        rope_dim: usize,
         /// Whose cache.
         layer: usize,
     },
@@ -359,6 +377,33 @@ impl Heads {
     }
 }
 
+/// What bounds the keys that a query sees, beside its own position, and what else its softmax sums. Operands that it says
+/// are there follow the others, in its order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Sees {
+    /// Tokens of a window; `None` where it sees all of the sequence before it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub window: Option<usize>,
+    /// Keys of its own document alone. Position at which each row's document begins: `starts [n]`.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub documents: bool,
+    /// A learned score for each head: `sinks [1, H]`.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub sinks: bool,
+}
+
+impl Sees {
+    /// Everything up to itself, and nothing else.
+    pub const ALL: Sees = Sees { window: None, documents: false, sinks: false };
+
+    /// Twice the keys that a query of `sequence` tokens sees in the mean: as many as the sequence has where it sees all
+    /// before it (causal attention is counted at half). Documents are as data has them, and not counted.
+    pub fn keys_twice(self, sequence: usize) -> u64 {
+        let (t, w) = (sequence as u64, self.window.unwrap_or(sequence).min(sequence) as u64);
+        if w == t { t } else { w * (2 * t - w) / t }
+    }
+}
+
 /// An axis of the mesh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -396,6 +441,7 @@ impl OpKind {
             Rope { .. } => "rope",
             Attention { .. } => "attention",
             AttentionGrad { .. } => "attention_grad",
+            SinkGrad { .. } => "sink_grad",
             LatentNorm { .. } => "latent_norm",
             LatentNormGradInput => "latent_norm_grad_input",
             LatentNormGradWeight => "latent_norm_grad_weight",
@@ -415,8 +461,11 @@ impl OpKind {
             AllToAll { .. } => "all_to_all",
             Slice { .. } => "slice",
             Unslice { .. } => "unslice",
-            SwiGlu => "swiglu",
-            SwiGluGrad => "swiglu_grad",
+            GroupedBiasGrad { .. } => "grouped_bias_grad",
+            SwiGlu { clamped: false } => "swiglu",
+            SwiGlu { .. } => "swiglu_clamped",
+            SwiGluGrad { clamped: false } => "swiglu_grad",
+            SwiGluGrad { .. } => "swiglu_clamped_grad",
             Gelu { .. } => "gelu",
             GeluGrad { .. } => "gelu_grad",
             Rows { .. } => "rows",
@@ -434,25 +483,24 @@ impl OpKind {
             Fork { .. } => "fork",
             Send { .. } => "send",
             Recv { .. } => "recv",
-            GatherParams { .. } => "gather_params",
-            WaitParams { .. } => "wait_params",
-            ReduceGrads { .. } => "reduce_grads",
-            WaitGrads { .. } => "wait_grads",
             AttentionCached { .. } => "attention_cached",
-            GradNorm | ShardGrads { .. } | SyncGrads { .. } | TieGrads { .. } => self.update_name(),
-            AdamW { .. } | AllGatherParams { .. } | MuonMomentum { .. } => self.update_name(),
-            GatherUpdate { .. } | Orthogonalise { .. } => self.update_name(),
-            ScatterUpdate { .. } | Muon { .. } => self.update_name(),
+            LatentCached { .. } => "latent_cached",
+            _ => self.name_of_step(),
         }
     }
 
-    /// The same of what is done about gradients and updates.
-    fn update_name(&self) -> &'static str {
+    /// The same of what happens to parameters and their gradients.
+    fn name_of_step(&self) -> &'static str {
         use OpKind::*;
         match self {
+            GatherParams { .. } => "gather_params",
+            WaitParams { .. } => "wait_params",
+            ReduceGrads { .. } => "reduce_grads",
             ShardGrads { .. } => "shard_grads",
+            WaitGrads { .. } => "wait_grads",
             SyncGrads { .. } => "sync_grads",
             TieGrads { .. } => "tie_grads",
+            GradNorm => "grad_norm",
             AdamW { .. } => "adamw",
             AllGatherParams { .. } => "all_gather_params",
             MuonMomentum { .. } => "muon_momentum",
@@ -460,7 +508,7 @@ impl OpKind {
             Orthogonalise { .. } => "orthogonalise",
             ScatterUpdate { .. } => "scatter_update",
             Muon { .. } => "muon",
-            _ => "grad_norm",
+            _ => unreachable!("kinds of passes have their names above"),
         }
     }
 

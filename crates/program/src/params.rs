@@ -1,5 +1,5 @@
 use serde::Serialize;
-use spec::{Activation, Experts, Latent, Layout, ModelSpec, NormKind, Position};
+use spec::{Experts, Latent, Layout, ModelSpec, NormKind, Position};
 
 use crate::coords::Coords;
 use crate::role::{ParamKey, Place, Role};
@@ -174,6 +174,9 @@ impl Table<'_> {
             Some(latent) => self.latent(i, latent),
             None => self.attention(i),
         }
+        if m.sinks {
+            self.per_head(Role::Sinks, &p("attn.sinks"), m.heads);
+        }
         self.norm(Role::MlpNorm, &p("mlp_norm"));
         match m.experts.filter(|_| m.has_experts(i)) {
             Some(experts) => self.experts(i, experts),
@@ -233,7 +236,7 @@ impl Table<'_> {
     fn mlp(&mut self, (into, back): (Role, Role), name: &str, ffn: usize) {
         let m = self.model;
         let p = |s: &str| format!("{name}.{s}");
-        if m.activation == Activation::SwiGlu {
+        if m.activation.gated() {
             let gate_up = [(p("gate"), ffn), (p("up"), ffn)];
             self.linear(into, &p("gate_up"), &gate_up, m.hidden, Cut::Rows, m.mlp_bias);
         } else {
@@ -246,7 +249,14 @@ impl Table<'_> {
     fn experts(&mut self, i: usize, e: Experts) {
         let m = self.model;
         let p = |s: &str| format!("layers.{i}.mlp.{s}");
-        self.linear(Role::Router, &p("router"), &[(p("router"), e.count)], m.hidden, Cut::Whole, false);
+        self.linear(
+            Role::Router,
+            &p("router"),
+            &[(p("router"), e.count)],
+            m.hidden,
+            Cut::Whole,
+            e.router.bias,
+        );
         let up: (&str, &[&str]) =
             if m.activation.gated() { ("gate_up", &["gate", "up"]) } else { ("up", &["up"]) };
         self.stack(Role::ExpertUp, &p("experts"), up, (e.ffn, m.hidden));
@@ -333,12 +343,27 @@ impl Table<'_> {
 
     /// The matrices of the held experts, one under another: of each those of `parts`, `[rows, in_dim]`.
     fn stack(&mut self, role: Role, name: &str, (group, parts): (&str, &[&str]), dims: (usize, usize)) {
-        let (key, (rows, in_dim)) = (self.key(role), dims);
+        self.stack_of(self.key(role), &format!("{name}."), "weight", (group, parts), dims);
+        if self.model.mlp_bias {
+            let key = ParamKey { bias: true, ..self.key(role) };
+            self.stack_of(key, &format!("{name}."), "bias", (group, parts), (1, dims.0));
+        }
+    }
+
+    fn stack_of(
+        &mut self,
+        key: ParamKey,
+        name: &str,
+        what: &str,
+        (group, parts): (&str, &[&str]),
+        dims: (usize, usize),
+    ) {
+        let (rows, in_dim) = dims;
         let (first, held) = self.experts;
         let mut boxes = Vec::with_capacity(held * parts.len());
         for (expert, part) in (first..first + held).flat_map(|e| parts.iter().map(move |part| (e, part))) {
             boxes.push(ParamPart {
-                name: format!("{name}.{expert}.{part}.weight"),
+                name: format!("{name}{expert}.{part}.{what}"),
                 key,
                 global: dims,
                 dims: [rows, in_dim],
@@ -350,7 +375,7 @@ impl Table<'_> {
             });
         }
         let all = boxes.len() * rows;
-        self.push(key, format!("{name}.{group}.weight"), all, in_dim, true, boxes, false);
+        self.push(key, format!("{name}{group}.{what}"), all, in_dim, !key.bias, boxes, false);
     }
 
     fn norm(&mut self, role: Role, name: &str) {
@@ -378,6 +403,17 @@ impl Table<'_> {
             local_row0: 0,
         };
         self.push(key, name.to_owned(), 1, len, false, vec![part], true);
+    }
+
+    /// A number for each query head, cut with the heads.
+    fn per_head(&mut self, role: Role, name: &str, heads: usize) {
+        let (col0, cols) = share(heads, self.tp, self.tp_rank);
+        let key = self.key(role);
+        let (global, dims) = ((1, heads), [1, heads]);
+        let name = name.to_owned();
+        let part =
+            ParamPart { name: name.clone(), key, global, dims, row0: 0, rows: 1, col0, cols, local_row0: 0 };
+        self.push(key, name, 1, cols, false, vec![part], false);
     }
 
     /// A tied table is the embedding, whichever stage holds it.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use spec::{DType, Error, Layout, ModelSpec, Result, Zero};
+use spec::{DType, Error, Layout, ModelSpec, Position, Result, Zero};
 
 use crate::coords::Coords;
 use crate::emit::Layer;
@@ -40,6 +40,12 @@ impl<'a> Rank<'a> {
         layout.validate(model, request.sequences, request.sequence)?;
         if request.mode != Mode::Train {
             check_generates(layout)?;
+        }
+        if let (true, Position::Learned { .. }) = (request.recipe.documents, &model.position) {
+            return Err(Error::user(
+                "data.attend = \"documents\" with learned positions, which begin anew in no document",
+            )
+            .hint("set data.attend=all, or model.position=rope"));
         }
         let shares = layout.replicas() > 1 || model.experts.is_some() && layout.expert_replicas() > 1;
         let zero = if shares { layout.zero } else { Zero::Off };

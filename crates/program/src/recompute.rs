@@ -27,7 +27,7 @@ pub(crate) fn recompute(cx: &Rank<'_>, both: Both) -> Both {
                     n.kind,
                     OpKind::Norm { .. }
                         | OpKind::LatentNorm { .. }
-                        | OpKind::SwiGlu
+                        | OpKind::SwiGlu { .. }
                         | OpKind::Gelu { .. }
                         | OpKind::Rows { .. }
                 ),

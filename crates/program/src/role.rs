@@ -35,6 +35,8 @@ pub enum Role {
     QueryNorm,
     /// Norm of each key head.
     KeyNorm,
+    /// A score for each query head that its softmax sums too.
+    Sinks,
     /// Attention's projection back into the residual stream.
     AttentionOut,
     /// Projections into the latents of latent attention.

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use common::{build, check_world, model};
 use program::{ALIGN, Axis, Home, Members, Mode, OpKind, Program, Request, Role, View, verify};
-use spec::{DType, Layout, ModelSpec, PipelineSchedule, Zero};
+use spec::{DType, Latent, Layout, ModelSpec, PipelineSchedule, Zero};
 
 const ZEROS: [Zero; 4] = [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters];
 
@@ -135,6 +135,12 @@ fn the_cache_of_generation_holds_every_layers_positions() {
         let cache = p.buffer(cache.expect("a cache"));
         assert_eq!((cache.rows, cache.cols), (40 * 3, m.kv_heads * m.head_dim));
     }
+    // Latents in place of the keys and values of all heads: 12 + 4 columns, not 4 (6 + 4) + 4 8.
+    let latent = Latent { query_rank: None, kv_rank: 12, nope_dim: 6, rope_dim: 4, value_dim: 8 };
+    let latents = ModelSpec { latent: Some(latent), qk_norm: false, kv_heads: m.heads, ..m.clone() };
+    let p = Program::build(&Request { model: &latents, ..request }, &|_, _| 0).expect("a valid layout");
+    let cols = [p.io.k_cache, p.io.v_cache].map(|cache| p.buffer(cache.expect("a cache")).cols);
+    assert_eq!(cols, [12, 4]);
 }
 
 /// What is not shared is not sharded, whatever was asked for.

@@ -2,6 +2,7 @@
 
 mod bounded;
 mod deepseek;
+mod gpt_oss;
 mod mixtures;
 mod planned;
 mod windows;
@@ -150,12 +151,13 @@ impl ModelSpec {
                     "rope_theta": rope.theta,
                     "rope_scaling": scaling_json(&rope.scaling),
                 });
+                self.windows_json(family, &mut own);
                 match family.model_type {
-                    "qwen2" => own["use_sliding_window"] = json!(false),
+                    "qwen2" | "mistral" => {}
                     "mixtral" | "qwen3_moe" => self.experts_json(family, &mut own),
+                    "gpt_oss" => self.gpt_oss_json(&mut own),
                     "deepseek_v2" | "deepseek_v3" => self.deepseek_json(family, &mut own),
                     "qwen3" => {
-                        own["use_sliding_window"] = json!(false);
                         own["attention_bias"] = json!(self.qkv_bias);
                     }
                     _ => {
@@ -181,7 +183,13 @@ impl ModelSpec {
             return refuse("logits that are squeezed");
         }
         let rope = matches!(self.position, Position::Rope(_));
+        if self.sinks || self.activation == Activation::SwiGluClamped {
+            return self.hf_gpt_oss().or_else(refuse);
+        }
         if self.latent.is_some() {
+            if self.window.is_some() {
+                return refuse("latent attention over windows");
+            }
             return self.hf_deepseek().or_else(refuse);
         }
         if let Some(experts) = &self.experts {
@@ -216,9 +224,23 @@ impl ModelSpec {
             }
             (true, ..) => &QWEN3,
             (false, true, false) => &QWEN2,
-            (false, ..) => return Ok(&LLAMA),
+            (false, ..) => return self.hf_plain().or_else(refuse),
         };
         if self.mlp_bias { refuse("feed-forward biases outside of Llama") } else { Ok(family) }
+    }
+
+    /// Mistral is Llama with windows in every layer, and without biases.
+    fn hf_plain(&self) -> std::result::Result<&'static Family, &'static str> {
+        match self.window {
+            None => Ok(&LLAMA),
+            Some(w) if w.full_layers + w.full_every > 0 => {
+                Err("windows in some layers alone, without biases on query, key and value or norms of theirs")
+            }
+            Some(_) if self.mlp_bias || self.attn_out_bias || self.qkv_bias => {
+                Err("windows in every layer with biases")
+            }
+            Some(_) => Ok(&MISTRAL),
+        }
     }
 }
 
@@ -285,6 +307,7 @@ impl<'a> Config<'a> {
     fn family(&self) -> Result<&'static Family> {
         let supported = || {
             let names: Vec<&str> = FAMILIES.iter().chain(&deepseek::BOTH).map(|f| f.architecture).collect();
+            let names = [names, vec![gpt_oss::GPT_OSS.architecture]].concat();
             format!("supported: {}", names.join(", "))
         };
         let architecture = self.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str);
@@ -342,38 +365,8 @@ impl<'a> Config<'a> {
         if !self.flag_or("scale_attn_weights", true)? {
             refuse("scale_attn_weights", "only true is");
         }
-        let mixed = self.get("layer_types").and_then(Value::as_array);
-        if mixed.is_some_and(|types| types.iter().any(|t| t != "full_attention")) {
-            refuse("layer_types", "only full attention in every layer is");
-        }
-        found.extend(self.sliding_window(family)?);
+        found.extend(self.unknown_windows(family)?);
         Ok(found)
-    }
-
-    /// A window that is never narrower than the context changes nothing.
-    fn sliding_window(&self, family: &Family) -> Result<Option<Error>> {
-        let (windowed, default) = match family.model_type {
-            "mistral" => (true, Some(4096)),
-            "mixtral" => (true, None),
-            "qwen2" | "qwen3" | "qwen3_moe" if self.flag_or("use_sliding_window", false)? => {
-                let full_layers = self.count_or("max_window_layers", Some(28))?;
-                (full_layers < self.size(LAYERS, family.layers)?, Some(4096))
-            }
-            _ => (false, None),
-        };
-        // An absent key is the class's default; only a null says that there is no window.
-        let window = match self.0.get("sliding_window") {
-            Some(Value::Null) => None,
-            Some(_) => Some(self.count("sliding_window")?),
-            None => default,
-        };
-        match window {
-            Some(window) if windowed && window < self.max_positions(family)? => Ok(Some(
-                Error::user(format!("sliding_window = {window} is not supported: only full attention is"))
-                    .hint(format!("supported: {} with \"sliding_window\": null", family.architecture)),
-            )),
-            _ => Ok(None),
-        }
     }
 
     fn name(&self, family: &Family) -> Result<String> {
@@ -428,6 +421,8 @@ impl<'a> Config<'a> {
             logit_softcap: 0.0,
             experts,
             latent: None,
+            window: self.trained_window(family)?,
+            sinks: false,
         })
     }
 
@@ -467,6 +462,8 @@ impl<'a> Config<'a> {
             logit_softcap: 0.0,
             experts: None,
             latent: None,
+            window: None,
+            sinks: false,
         })
     }
 
@@ -533,9 +530,6 @@ impl<'a> Config<'a> {
     }
 
     fn yarn(&self, max_positions: usize) -> Result<RopeScaling> {
-        if !self.flag_or("truncate", true)? {
-            return Err(self.wrong("truncate", "true, the range of dims is rounded"));
-        }
         let original_max_positions =
             self.count_or("original_max_position_embeddings", Some(max_positions))?;
         let factor = self.number_or("factor", Some(max_positions as f64 / original_max_positions as f64))?;
@@ -558,6 +552,7 @@ impl<'a> Config<'a> {
             beta_slow: self.number_or("beta_slow", Some(1.0))?,
             original_max_positions,
             attention_factor,
+            truncate: self.flag_or("truncate", true)?,
         })
     }
 }
@@ -573,6 +568,7 @@ fn scaling_json(scaling: &RopeScaling) -> Value {
             "original_max_positions" => {
                 map.insert("original_max_position_embeddings".to_owned(), json!(x as u64))
             }
+            "truncate" => map.insert(name.to_owned(), json!(x != 0.0)),
             _ => map.insert(name.to_owned(), json!(x)),
         };
     }

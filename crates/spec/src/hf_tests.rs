@@ -1,4 +1,5 @@
 use super::*;
+use crate::Window;
 use proptest::prelude::*;
 
 const LLAMA_31: &str = r#"{
@@ -99,9 +100,8 @@ fn a_config_that_says_only_what_differs() {
         json!({ "model_type": "mistral", "sliding_window": null, "num_key_value_heads": null }),
         [32000, 4096, 14336, 32, 32, 32, 128, 131_072],
     );
-    let refused =
-        ModelSpec::from_hf_config(r#"{ "model_type": "mistral" }"#).expect_err("a window by default");
-    assert_eq!(refused.to_string(), "sliding_window = 4096 is not supported: only full attention is");
+    let windowed = ModelSpec::from_hf_config(r#"{ "model_type": "mistral" }"#).expect("a window by default");
+    assert_eq!(windowed.window, Some(Window { tokens: 4096, full_layers: 0, full_every: 0 }));
 }
 
 #[test]
@@ -187,6 +187,7 @@ fn yarn_defaults() {
         beta_slow: 1.0,
         original_max_positions: 16,
         attention_factor,
+        truncate: true,
     };
     let base = json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16 });
     let with = |extra: Value| {
@@ -255,19 +256,19 @@ fn refusals() {
         "rope_parameters.full_attention is not supported: one rotary embedding for all layers is",
     );
     check_refused(
-        "mistral",
-        json!({ "sliding_window": 32 }),
-        "sliding_window = 32 is not supported: only full attention is",
-    );
-    check_refused(
-        "qwen2",
-        json!({ "sliding_window": 32, "use_sliding_window": true, "max_window_layers": 1 }),
-        "sliding_window = 32 is not supported: only full attention is",
-    );
-    check_refused(
-        "qwen3",
+        "llama",
         json!({ "layer_types": ["full_attention", "sliding_attention"] }),
-        "layer_types = [\"full_attention\",\"sliding_attention\"] is not supported: only full attention in every layer is",
+        "layer_types is not supported: llama has full attention alone",
+    );
+    check_refused(
+        "mistral",
+        json!({ "layer_types": ["sliding_attention", "chunked_attention"], "sliding_window": 32 }),
+        "layer_types with \"chunked_attention\" is not supported: full and sliding attention are",
+    );
+    check_refused(
+        "mistral",
+        json!({ "layer_types": ["sliding_attention"], "sliding_window": 32 }),
+        "layer_types = [\"sliding_attention\"], expected one for each layer",
     );
     check_refused("llama", json!({ "vocab_size": -1 }), "vocab_size = -1, expected a whole number above 0");
     check_refused(
@@ -306,6 +307,30 @@ fn windows_as_wide_as_the_context_are_fine() {
     read("mistral", json!({ "sliding_window": 64 }));
     read("qwen2", json!({ "sliding_window": 32, "use_sliding_window": false }));
     read("qwen2", json!({ "sliding_window": 32, "use_sliding_window": true, "max_window_layers": 2 }));
+}
+
+#[test]
+fn windows_are_read_and_written() {
+    let check = |family: &str, extra: Value, expected: Option<(usize, usize, usize)>| {
+        let model = read(family, extra);
+        let found = model.window.map(|w| (w.tokens, w.full_layers, w.full_every));
+        assert_eq!(found, expected, "{family}");
+        check_round_trip(&model);
+    };
+    check("mistral", json!({ "sliding_window": 32 }), Some((32, 0, 0)));
+    check("mistral", json!({ "sliding_window": null }), None);
+    let qwen = |extra: Value| {
+        let mut all = json!({ "sliding_window": 8, "use_sliding_window": true, "num_hidden_layers": 5 });
+        all.as_object_mut().expect("keys").extend(extra.as_object().expect("keys").clone());
+        all
+    };
+    check("qwen2", qwen(json!({ "max_window_layers": 2 })), Some((8, 2, 0)));
+    let types = |full: &[usize]| -> Value {
+        (0..5).map(|i| if full.contains(&i) { "full_attention" } else { "sliding_attention" }).collect()
+    };
+    check("qwen3", qwen(json!({ "layer_types": types(&[2]) })), Some((8, 0, 3)));
+    check("qwen3", qwen(json!({ "layer_types": types(&[0, 2, 4]) })), Some((8, 1, 2)));
+    check("qwen3", qwen(json!({ "layer_types": types(&[0, 1, 2, 3, 4]) })), None);
 }
 
 #[test]
@@ -356,14 +381,15 @@ fn any_scaling() -> impl Strategy<Value = RopeScaling> {
             high_freq_factor: 4.0,
             original_max_positions
         }),
-        (factor, 1usize..9999, prop::option::of(0.5..2.0)).prop_map(
-            |(factor, original_max_positions, attention_factor)| {
+        (factor, 1usize..9999, prop::option::of(0.5..2.0), any::<bool>()).prop_map(
+            |(factor, original_max_positions, attention_factor, truncate)| {
                 RopeScaling::Yarn {
                     factor,
                     beta_fast: 32.0,
                     beta_slow: 1.0,
                     original_max_positions,
                     attention_factor,
+                    truncate,
                 }
             }
         ),

@@ -52,6 +52,41 @@ pub struct ModelSpec {
     /// nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latent: Option<Latent>,
+    /// Layers whose tokens attend to themselves and those just before, not to all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<Window>,
+    /// A learned score for each query head that every softmax of attention sums too, without a value (GPT-OSS,
+    /// arXiv 2508.10925 section 2.1).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sinks: bool,
+}
+
+/// Attention over a sliding window in some or all layers (Beltagy et al. 2020, arXiv 2004.05150, section 3.1).
+///
+/// | family | window | which layers attend to all |
+/// | --- | --- | --- |
+/// | Mistral 7B | 4096 | none |
+/// | Gemma 2 | 4096 | every 2nd |
+/// | Gemma 3 | 1024 | every 6th |
+/// | GPT-OSS | 128 | every 2nd |
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Window {
+    /// Tokens of a window, the attending one among them.
+    pub tokens: usize,
+    /// First layers that attend to all.
+    pub full_layers: usize,
+    /// After those, every how many layers one attends to all: the last of each run; 0 where none does.
+    pub full_every: usize,
+}
+
+impl Window {
+    /// Tokens that layer `i` looks back over; `None` where it attends to all.
+    pub fn of(self, i: usize) -> Option<usize> {
+        let after = (i + 1).checked_sub(self.full_layers).filter(|n| *n > 0)?;
+        let full = self.full_every > 0 && after.is_multiple_of(self.full_every);
+        (!full).then_some(self.tokens)
+    }
 }
 
 /// Mixture of experts in place of the feed-forward layer (Shazeer et al. 2017, arXiv 1701.06538).
@@ -83,6 +118,7 @@ pub struct Experts {
 /// | --- | --- | --- | --- | --- |
 /// | Mixtral | softmax | yes: the softmax over the chosen logits alone | 1 | |
 /// | Qwen3-MoE | softmax | as `norm_topk_prob` says | 1 | |
+/// | GPT-OSS | softmax of logits with biases | yes | 1 | |
 /// | DeepSeek-V3, Kimi K2 | sigmoid | yes | 2.5 | 4 of 8; 1 |
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -102,6 +138,9 @@ pub struct Router {
     pub balance_loss: f32,
     /// Factor of the mean square of the logits' log-sum-exp; 0 without.
     pub z_loss: f32,
+    /// The logits have biases.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bias: bool,
 }
 
 impl Router {
@@ -114,6 +153,7 @@ impl Router {
         top_groups: 1,
         balance_loss: 0.0,
         z_loss: 0.0,
+        bias: false,
     };
 }
 
@@ -174,6 +214,9 @@ pub enum Activation {
     /// `silu(gate) * up` (Shazeer 2020).
     #[serde(rename = "swiglu")]
     SwiGlu,
+    /// `g sigmoid(1.702 g) (u + 1)` of a gate of at most 7 and an up between -7 and 7 (GPT-OSS, arXiv 2508.10925).
+    #[serde(rename = "swiglu_clamped")]
+    SwiGluClamped,
     /// The tanh approximation of GELU (`gelu_new` in GPT-2).
     GeluTanh,
     /// GELU by the error function.
@@ -183,7 +226,7 @@ pub enum Activation {
 impl Activation {
     /// Whether the feed-forward layer has a gate beside `up`.
     pub fn gated(self) -> bool {
-        self == Activation::SwiGlu
+        matches!(self, Activation::SwiGlu | Activation::SwiGluClamped)
     }
 }
 
@@ -253,5 +296,12 @@ pub enum RopeScaling {
         original_max_positions: usize,
         /// Scale of cos and sin; `0.1 ln(factor) + 1` when absent.
         attention_factor: Option<f64>,
+        /// The range of dims that are blended is rounded to whole ones; GPT-OSS leaves it as it is.
+        #[serde(default = "whole_dims")]
+        truncate: bool,
     },
+}
+
+fn whole_dims() -> bool {
+    true
 }

@@ -1,4 +1,4 @@
-use crate::{Error, Experts, Latent, ModelSpec, Position, Result, RopeScaling};
+use crate::{Error, Experts, Latent, ModelSpec, Position, Result, RopeScaling, Window};
 
 /// Upper bounds of a model's sizes: above any model known, and low enough that products of them (parameters, bytes,
 /// FLOPs) stay far inside 64 bits.
@@ -68,6 +68,9 @@ impl ModelSpec {
         if let Some(latent) = &self.latent {
             self.check_latent(latent)?;
         }
+        if let Some(window) = &self.window {
+            self.check_window(window)?;
+        }
         let params = self.param_sum();
         if params > MAX_PARAMS {
             return Err(Error::user(format!(
@@ -91,18 +94,33 @@ impl ModelSpec {
             }
         }
         check_router(e)?;
-        if self.mlp_bias {
-            return Err(Error::user(
-                "model.mlp_bias = true with model.experts, expected experts without biases",
-            )
-            .hint("set model.mlp_bias=false"));
-        }
         if self.expert_layers() == 0 {
             return Err(Error::user(format!(
                 "model.experts.dense_layers = {} and every = {} leave none of the {} layers with experts",
                 e.dense_layers, e.every, self.layers
             ))
             .hint("set model.experts.dense_layers=0, or model.experts.count=0"));
+        }
+        Ok(())
+    }
+
+    /// A window longer than the context is one that bounds nothing.
+    fn check_window(&self, w: &Window) -> Result<()> {
+        for (key, size, least, most) in [
+            ("tokens", w.tokens, 1, MAX_POSITIONS),
+            ("full_layers", w.full_layers, 0, self.layers),
+            ("full_every", w.full_every, 0, MAX_LAYERS),
+        ] {
+            if size < least || size > most {
+                return Err(Error::user(format!("model.window.{key} = {size}, expected {least} to {most}")));
+            }
+        }
+        if self.windows().is_none() {
+            return Err(Error::user(format!(
+                "model.window.full_layers = {} and full_every = {} leave none of the {} layers with a window",
+                w.full_layers, w.full_every, self.layers
+            ))
+            .hint("set model.window.full_layers=0 and full_every=0, or model.window.tokens=0"));
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! How many parameters a model has, and the FLOPs that follow from them.
 
-use crate::{ModelSpec, NormKind, Position};
+use crate::{ModelSpec, NormKind, Position, Windows};
 
 impl ModelSpec {
     /// Width of all query heads together, `H h`.
@@ -57,8 +57,8 @@ impl ModelSpec {
     ///
     /// `6 N + 6 L T H h`: `N` parameters that a token meets, a multiply-add is 2 FLOPs and backward is twice
     /// forward (Kaplan et al. 2020, section 2.1); scores and weighted values of `L` layers cost `2 T H h` each in
-    /// forward (Chowdhery et al. 2022, appendix B: `12 L H Q T` with backward), halved because attention is causal.
-    /// Recomputation never counts: this is the numerator of MFU.
+    /// forward (Chowdhery et al. 2022, appendix B: `12 L H Q T` with backward), halved because attention is causal, less
+    /// what windows leave out. Recomputation never counts: this is the numerator of MFU.
     ///
     /// ```
     /// use spec::ModelSpec;
@@ -71,7 +71,28 @@ impl ModelSpec {
     pub fn flops_per_token(&self, sequence: usize) -> f64 {
         let weights = 6.0 * self.active_param_count() as f64;
         let attention = 6.0 * self.layers as f64 * sequence as f64 * self.score_width();
-        weights + attention
+        weights + attention * self.windows().map_or(1.0, |w| w.share(self.layers, sequence))
+    }
+
+    /// How many tokens layer `i` looks back over, its own among them; `None` where it attends to all.
+    ///
+    /// ```
+    /// use spec::{ModelSpec, Window};
+    /// let window = Some(Window { tokens: 128, full_layers: 0, full_every: 2 });
+    /// let model = ModelSpec { layers: 4, window, ..ModelSpec::preset("tiny")? };
+    /// assert_eq!([0, 1, 2, 3].map(|i| model.window_of(i)), [Some(128), None, Some(128), None]);
+    /// # Ok::<(), spec::Error>(())
+    /// ```
+    pub fn window_of(&self, i: usize) -> Option<usize> {
+        self.window?.of(i)
+    }
+
+    /// How wide windows are and how many layers have one.
+    pub fn windows(&self) -> Option<Windows> {
+        let w = self.window?;
+        let after = self.layers.saturating_sub(w.full_layers);
+        let layers = after - after.checked_div(w.full_every).unwrap_or(0);
+        (layers > 0).then_some(Windows { tokens: w.tokens, layers })
     }
 
     /// Width over which scores and values are computed: query heads times head width, the mean of keys' and values'
@@ -115,7 +136,8 @@ impl ModelSpec {
                 Some(q) => hidden * q + q + q * heads * key,
                 None => hidden * heads * key,
             };
-            return queries + hidden * (kv + rope) + kv + kv * heads * up + heads * value * hidden;
+            let rest = hidden * (kv + rope) + kv + kv * heads * up + heads * value * hidden;
+            return queries + rest + self.sink_sum();
         }
         let (q, kv) = (self.q_width() as u128, self.kv_width() as u128);
         let bias = |on: bool, width: u128| if on { width } else { 0 };
@@ -124,6 +146,11 @@ impl ModelSpec {
             + q * hidden
             + bias(self.attn_out_bias, hidden)
             + bias(self.qk_norm, 2 * self.head_dim as u128)
+            + self.sink_sum()
+    }
+
+    fn sink_sum(&self) -> u128 {
+        if self.sinks { self.heads as u128 } else { 0 }
     }
 
     fn norm_sum(&self) -> u128 {
@@ -140,8 +167,11 @@ impl ModelSpec {
         let rest = self.attention_sum() + 2 * self.norm_sum();
         match self.experts.filter(|_| experts) {
             Some(e) => {
-                let base =
-                    rest + hidden * e.count as u128 + if e.shared_ffn > 0 { mlp(e.shared_ffn) } else { 0 };
+                let biases = if e.router.bias { e.count as u128 } else { 0 };
+                let base = rest
+                    + hidden * e.count as u128
+                    + biases
+                    + if e.shared_ffn > 0 { mlp(e.shared_ffn) } else { 0 };
                 (base + mlp(e.ffn) * e.count as u128, base + mlp(e.ffn) * e.top_k as u128)
             }
             None => (rest + mlp(self.ffn), rest + mlp(self.ffn)),

@@ -2,7 +2,7 @@ use crate::doc::Doc;
 use crate::run::keys::{KEYS, ORIGIN_KEYS};
 use crate::{
     Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router,
-    Score, suggest,
+    Score, Window, suggest,
 };
 
 macro_rules! catalogue {
@@ -155,6 +155,7 @@ pub(crate) fn read_model(doc: &Doc, base: Option<&ModelSpec>) -> Result<ModelSpe
         activation: match word(doc, "model.activation")? {
             Some("gelu_tanh") => Activation::GeluTanh,
             Some("gelu") => Activation::Gelu,
+            Some("swiglu_clamped") => Activation::SwiGluClamped,
             Some(_) => Activation::SwiGlu,
             None => base.map_or(Activation::SwiGlu, |b| b.activation),
         },
@@ -167,6 +168,8 @@ pub(crate) fn read_model(doc: &Doc, base: Option<&ModelSpec>) -> Result<ModelSpe
         logit_softcap: single("model.logit_softcap", base.map(|b| b.logit_softcap), 0.0)?,
         experts: read_experts(doc, base.and_then(|b| b.experts))?,
         latent: read_latent(doc, base.and_then(|b| b.latent))?,
+        window: read_window(doc, base.and_then(|b| b.window))?,
+        sinks: flag("model.sinks", base.map(|b| b.sinks))?,
     })
 }
 
@@ -201,19 +204,20 @@ fn read_experts(doc: &Doc, base: Option<Experts>) -> Result<Option<Experts>> {
 fn read_router(doc: &Doc, base: Router) -> Result<Router> {
     let number = |key: &str, base: f32| Ok::<f32, Error>(doc.number_if_set(key)?.map_or(base, |x| x as f32));
     let count = |key: &str, base: usize| if doc.written(key) { doc.count(key) } else { Ok(base) };
-    let renormalise = "model.experts.renormalise";
+    let flag = |key: &str, base: bool| if doc.written(key) { doc.flag(key) } else { Ok(base) };
     Ok(Router {
         score: match word(doc, "model.experts.score")? {
             Some("sigmoid") => Score::Sigmoid,
             Some(_) => Score::Softmax,
             None => base.score,
         },
-        renormalise: if doc.written(renormalise) { doc.flag(renormalise)? } else { base.renormalise },
+        renormalise: flag("model.experts.renormalise", base.renormalise)?,
         scale: number("model.experts.scale", base.scale)?,
         groups: count("model.experts.groups", base.groups)?,
         top_groups: count("model.experts.top_groups", base.top_groups)?,
         balance_loss: number("model.experts.balance_loss", base.balance_loss)?,
         z_loss: number("model.experts.z_loss", base.z_loss)?,
+        bias: flag("model.experts.router_bias", base.bias)?,
     })
 }
 
@@ -238,6 +242,25 @@ fn read_latent(doc: &Doc, base: Option<Latent>) -> Result<Option<Latent>> {
         nope_dim: width("model.latent.nope_dim", base.map(|b| b.nope_dim))?,
         rope_dim: width("model.latent.rope_dim", base.map(|b| b.rope_dim))?,
         value_dim: width("model.latent.value_dim", base.map(|b| b.value_dim))?,
+    }))
+}
+
+fn read_window(doc: &Doc, base: Option<Window>) -> Result<Option<Window>> {
+    const TOKENS: &str = "model.window.tokens";
+    let tokens = match base {
+        _ if doc.written(TOKENS) => doc.count_or_off(TOKENS)?,
+        Some(base) => Some(base.tokens),
+        None => None,
+    };
+    let Some(tokens) = tokens else { return alone(doc, "model.window.", TOKENS).map(|()| None) };
+    let layers = |key: &str, base: Option<usize>| match base {
+        _ if doc.written(key) => Ok::<usize, Error>(doc.count_or_off(key)?.unwrap_or(0)),
+        base => Ok(base.unwrap_or(0)),
+    };
+    Ok(Some(Window {
+        tokens,
+        full_layers: layers("model.window.full_layers", base.map(|b| b.full_layers))?,
+        full_every: layers("model.window.full_every", base.map(|b| b.full_every))?,
     }))
 }
 
@@ -286,7 +309,9 @@ fn read_scaling(doc: &Doc, base: &RopeScaling, max_positions: usize) -> Result<R
     let wanted: &[&str] = match kind {
         "linear" | "dynamic" => &["factor"],
         "llama3" => &["factor", "low_freq_factor", "high_freq_factor", "original_max_positions"],
-        "yarn" => &["factor", "beta_fast", "beta_slow", "original_max_positions", "attention_factor"],
+        "yarn" => {
+            &["factor", "beta_fast", "beta_slow", "original_max_positions", "attention_factor", "truncate"]
+        }
         _ => &[],
     };
     let prefix = "model.rope_scaling.";
@@ -339,6 +364,7 @@ fn read_scaling(doc: &Doc, base: &RopeScaling, max_positions: usize) -> Result<R
             beta_slow: optional("beta_slow")?.unwrap_or(1.0),
             original_max_positions: original()?,
             attention_factor: optional("attention_factor")?,
+            truncate: optional("truncate")?.is_none_or(|x| x != 0.0),
         },
         _ => RopeScaling::Default,
     })
@@ -369,7 +395,14 @@ impl RopeScaling {
                     ("original_max_positions", original_max_positions as f64),
                 ]
             }
-            RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, attention_factor } => {
+            RopeScaling::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                original_max_positions,
+                attention_factor,
+                truncate,
+            } => {
                 let mut fields = vec![
                     ("factor", factor),
                     ("beta_fast", beta_fast),
@@ -377,6 +410,7 @@ impl RopeScaling {
                     ("original_max_positions", original_max_positions as f64),
                 ];
                 fields.extend(attention_factor.map(|x| ("attention_factor", x)));
+                fields.extend((!truncate).then_some(("truncate", 0.0)));
                 fields
             }
         }

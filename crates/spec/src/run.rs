@@ -67,10 +67,32 @@ pub struct DataSpec {
     pub skip_bad: bool,
     /// The token that ends a document; `None` is the tokenizer's own.
     pub eod: Option<String>,
+    /// How far attention reaches in a sequence that several documents fill.
+    pub attend: Attend,
     /// Weights of the train, validation and test splits; not negative, the first above zero, in any scale.
     pub split: [f64; 3],
     /// Where prepared data is kept; `None` leaves the choice to the program.
     pub cache_dir: Option<PathBuf>,
+}
+
+/// How far attention reaches in a sequence that several documents fill.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Attend {
+    /// Over all of the sequence before a token.
+    #[default]
+    All,
+    /// Inside a token's own document (Llama 3, arXiv 2407.21783, section 3.2).
+    Documents,
+}
+
+impl Attend {
+    /// As written in a run file.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Attend::All => "all",
+            Attend::Documents => "documents",
+        }
+    }
 }
 
 /// Where tokens come from.

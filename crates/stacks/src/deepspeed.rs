@@ -131,6 +131,7 @@ fn numbers(name: &str, m: &ModelSpec, tp: usize, notes: &mut Vec<String>) -> Vec
     }
     match m.activation {
         Activation::SwiGlu => args.push("--swiglu".into()),
+        Activation::SwiGluClamped => unsaid_ones.push("activation"),
         // The fused kernel takes the tanh approximation, and wants a bias.
         Activation::GeluTanh if !m.mlp_bias => unsaid_ones.push("activation"),
         Activation::GeluTanh => {}

@@ -163,9 +163,7 @@ fn numbers(m: &ModelSpec, block: &str, out: &mut String, notes: &mut Vec<String>
     ];
     unsaid_ones.extend(biases.iter().filter(|(_, own, its)| own != its).map(|(name, ..)| *name));
     let normed = m.qk_norm && ["qwen2", "qwen3", "qwen3_moe"].contains(&block);
-    if m.qk_norm != normed {
-        unsaid_ones.push("qk_norm");
-    }
+    unsaid_ones.extend((m.qk_norm != normed).then_some("qk_norm"));
     let _ = write!(
         out,
         "normalization_layer_epsilon: {}\ndropout_rate: 0\nenable_dropout: false\nattention_bias: {}\n\
@@ -193,6 +191,7 @@ fn numbers(m: &ModelSpec, block: &str, out: &mut String, notes: &mut Vec<String>
                     beta_slow,
                     original_max_positions,
                     attention_factor: None,
+                    truncate: true,
                 } => {
                     writeln!(
                         out,

@@ -138,6 +138,7 @@ fn numbers(m: &ModelSpec, tp: usize, notes: &mut Vec<String>) -> Vec<String> {
     }
     match m.activation {
         Activation::SwiGlu => args.push("--swiglu".into()),
+        Activation::SwiGluClamped => unsaid_ones.push("activation"),
         // The fused kernel takes the tanh approximation, and wants a bias.
         Activation::GeluTanh if !m.mlp_bias => unsaid_ones.push("activation"),
         Activation::GeluTanh => {}
@@ -171,9 +172,14 @@ fn positions(m: &ModelSpec, unsaid_ones: &mut Vec<&'static str>) -> Vec<String> 
             args.push(format!("--rotary-seq-len-interpolation-factor {factor}"));
         }
         // Latent attention takes the constants of its own class.
-        RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, attention_factor }
-            if !latent || (beta_fast, beta_slow, original_max_positions) == (32.0, 1.0, 4096) =>
-        {
+        RopeScaling::Yarn {
+            factor,
+            beta_fast,
+            beta_slow,
+            original_max_positions,
+            attention_factor,
+            truncate: true,
+        } if !latent || (beta_fast, beta_slow, original_max_positions) == (32.0, 1.0, 4096) => {
             args.push(kind("yarn"));
             let mscale =
                 attention_factor.filter(|_| factor > 1.0).map_or(1.0, |a| (a - 1.0) / (0.1 * factor.ln()));

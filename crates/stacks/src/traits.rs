@@ -28,6 +28,13 @@ pub(crate) fn traits(m: &ModelSpec) -> Vec<(&'static str, String)> {
         ("init_std", m.init_std.to_string()),
         ("dropout", "0".to_owned()),
     ]);
+    if let Some(w) = m.window {
+        let runs = format!("{} tokens, full_layers {}, full_every {}", w.tokens, w.full_layers, w.full_every);
+        all.push(("window", runs));
+    }
+    if m.sinks {
+        all.push(("sinks", "true".to_owned()));
+    }
     match &m.position {
         Position::Learned { max_positions } => all.push(("learned_positions", max_positions.to_string())),
         Position::Rope(rope) => {
@@ -48,8 +55,16 @@ fn scaling(scaling: &RopeScaling) -> String {
                 "llama3 by {factor} from {original_max_positions}, {low_freq_factor} to {high_freq_factor}"
             )
         }
-        RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, attention_factor } => {
+        RopeScaling::Yarn {
+            factor,
+            beta_fast,
+            beta_slow,
+            original_max_positions,
+            attention_factor,
+            truncate,
+        } => {
             let scale = attention_factor.map_or(String::new(), |a| format!(", scaled by {a}"));
+            let scale = if *truncate { scale } else { format!("{scale}, not rounded") };
             format!("yarn by {factor} from {original_max_positions}, {beta_fast} to {beta_slow}{scale}")
         }
     }
@@ -57,7 +72,9 @@ fn scaling(scaling: &RopeScaling) -> String {
 
 /// One sentence that names the traits that `stack` has no words for; `None` when it has them all.
 pub(crate) fn unsaid(stack: &str, m: &ModelSpec, names: &[&str]) -> Option<String> {
-    let named = traits(m).into_iter().filter(|(name, _)| names.contains(name));
+    // What no stack is told of.
+    let never = ["window", "sinks"];
+    let named = traits(m).into_iter().filter(|(name, _)| names.contains(name) || never.contains(name));
     let list: Vec<String> = named.map(|(name, value)| format!("{name} = {value}")).collect();
     (!list.is_empty()).then(|| format!("{stack} has no argument for: {}; change its code", list.join("; ")))
 }

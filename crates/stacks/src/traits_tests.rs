@@ -147,6 +147,7 @@ fn models() -> Vec<ModelSpec> {
         beta_slow: 2.0,
         original_max_positions: 1024,
         attention_factor,
+        truncate: true,
     };
     let gpt2 = ModelSpec::preset("gpt2").unwrap();
     vec![

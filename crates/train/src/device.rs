@@ -208,6 +208,8 @@ pub enum Lack {
     Latent,
     /// Attention over sequences that several ranks hold.
     Contexts,
+    /// Attention over windows, inside documents or with sinks.
+    Sees,
     /// Messages between experts on several ranks.
     ExpertRanks,
     /// A loss beside the cross-entropy, or logits that are squeezed.
@@ -231,12 +233,12 @@ impl Lack {
             | PermuteGrad
             | Unpermute { .. }
             | UnpermuteGrad => Lack::Experts,
-            GroupedLinear { .. } | GroupedLinearGradInput { .. } | GroupedLinearGradWeight { .. } => {
-                Lack::Experts
-            }
+            GroupedLinear { .. } | GroupedLinearGradInput { .. } => Lack::Experts,
+            GroupedLinearGradWeight { .. } | GroupedBiasGrad { .. } => Lack::Experts,
             LatentNorm { .. } | LatentNormGradInput | LatentNormGradWeight => Lack::Latent,
-            LatentRope { .. } | LatentRopeGrad { .. } => Lack::Latent,
+            LatentRope { .. } | LatentRopeGrad { .. } | LatentCached { .. } => Lack::Latent,
             RingAttention { .. } | RingAttentionGrad { .. } => Lack::Contexts,
+            SinkGrad { .. } => Lack::Sees,
             AllToAll { .. } => Lack::ExpertRanks,
             SoftCap { .. } | Xent { .. } | XentGrad { .. } => Lack::LossTerms,
             MuonMomentum { .. } | Orthogonalise { .. } | Muon { .. } => Lack::Muon,
@@ -298,14 +300,21 @@ fn check_experts(run: &RunSpec) -> Result<()> {
         .hint(format!("set layout.shard={} or more, or layout.zero to 0 or 1", l.ep / (l.cp * l.tp))));
     }
     // The gradient norm is summed by chunks, which must not straddle ranks.
-    let whole = |ep: usize| (e.count / ep * e.ffn * model.hidden).is_multiple_of(NORM_CHUNK);
-    if l.reduce == Reduce::Tree && !whole(l.ep) {
-        let works = (1..=e.count).filter(|ep| e.count.is_multiple_of(*ep) && (*ep == 1 || whole(*ep)));
+    let odd = |ep: usize| {
+        let held = e.count / ep;
+        let biases = if model.mlp_bias { [held * model.hidden, 2 * held * e.ffn] } else { [0; 2] };
+        [[held * e.ffn * model.hidden, 0], biases]
+            .concat()
+            .into_iter()
+            .find(|n| !n.is_multiple_of(NORM_CHUNK))
+    };
+    if let (Reduce::Tree, Some(elements)) = (l.reduce, odd(l.ep)) {
+        let works =
+            (1..=e.count).filter(|ep| e.count.is_multiple_of(*ep) && (*ep == 1 || odd(*ep).is_none()));
         let works: Vec<String> = works.map(|ep| ep.to_string()).collect();
         return Err(Error::user(format!(
-            "layout.ep = {}: a rank's experts have {} elements, no multiple of {NORM_CHUNK}, by which the norm is summed",
+            "layout.ep = {}: a rank's experts have {elements} elements, no multiple of {NORM_CHUNK}, by which the norm is summed",
             l.ep,
-            e.count / l.ep * e.ffn * model.hidden
         ))
         .hint(format!("values of layout.ep that work: {}; with layout.reduce=ring any does", works.join(", "))));
     }
@@ -332,6 +341,24 @@ pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result
         Lack::Contexts => {
             Error::user(format!("layout.cp = {}: {} has no attention over ranks", p.layout.cp, device.name()))
                 .hint("set layout.cp=1, or run.device=cpu")
+        }
+        Lack::Sees => {
+            let what = match op.kind {
+                OpKind::Attention { sees, .. } | OpKind::AttentionCached { sees, .. } if !sees.sinks => {
+                    if sees.documents {
+                        "attention inside documents"
+                    } else {
+                        "attention over windows"
+                    }
+                }
+                _ => "attention sinks",
+            };
+            Error::user(format!("{model} has {what}: {} has no kernels for it", device.name())).hint(
+                match what {
+                    "attention inside documents" => "set data.attend=all, or run.device=cpu",
+                    _ => "set run.device=cpu",
+                },
+            )
         }
         Lack::ExpertRanks => {
             Error::user(format!("layout.ep = {}: {} has no exchange of rows", p.layout.ep, device.name()))

@@ -10,6 +10,7 @@ use spec::{Error, ModelSpec, Result};
 
 use crate::cpu::Cpu;
 use crate::device::{Device, Stretch, check_ops};
+use crate::documents::document_starts;
 use crate::launch::{Launch, Operand, Talk, Turn};
 use crate::mesh::Mesh;
 use crate::null::Null;
@@ -39,8 +40,10 @@ pub struct Executor {
     pub(crate) norm_start_ns: u64,
     /// The last step failed of something that every rank sees alike.
     pub(crate) failed_alike: bool,
-    /// The batch of this rank on its way to the device: tokens and targets.
-    batch: [Vec<u32>; 2],
+    /// The batch of this rank on its way to the device: tokens, targets, and where documents begin.
+    batch: [Vec<u32>; 3],
+    /// The token that ends a document, where attention keeps inside documents.
+    document_end: Option<u32>,
     /// Tickets that were begun, with block and index of the op that began them.
     begun: Vec<(Ticket, (usize, usize))>,
     /// What went on beside others and is over: block, index, start and end.
@@ -211,6 +214,7 @@ impl Executor {
             norm_start_ns: 0,
             failed_alike: false,
             batch: Default::default(),
+            document_end: None,
             begun: Vec::new(),
             over: Vec::new(),
             pulse: Arc::default(),
@@ -305,12 +309,29 @@ impl Executor {
         self.input(1, self.program.io.targets)
     }
 
+    /// Position in its sequence at which each token's document begins, likewise; none where attention sees all.
+    pub fn starts(&mut self) -> &mut [u32] {
+        match self.program.io.starts {
+            Some(starts) => self.input(2, starts),
+            None => &mut [],
+        }
+    }
+
+    /// The token that ends documents, for programs whose attention keeps inside them.
+    pub fn set_document_end(&mut self, token: u32) {
+        self.document_end = Some(token);
+    }
+
     /// Takes the inputs and targets of a step from `stream`: `samples` are this rank's of the step, in the order of
     /// [`Program::places`].
     ///
     /// # Errors
     /// If they are not as many as the rank has sequences, or as [`data::TokenStream::sample`].
     pub fn load_samples(&mut self, stream: &dyn data::TokenStream, samples: &[u64]) -> Result<()> {
+        if self.program.io.starts.is_some() && self.document_end.is_none() {
+            return Err(Error::user("attention keeps inside documents, but no token is known that ends one")
+                .hint("name it with Executor::set_document_end"));
+        }
         let (own, t) = (self.program.local_sequences, self.program.sequence);
         if samples.len() != own {
             return Err(Error::user(format!("{} samples for a rank of {own} sequences", samples.len()))
@@ -331,6 +352,9 @@ impl Executor {
             let to = at..at + piece.len();
             self.tokens()[to.clone()].copy_from_slice(&sample[piece.clone()]);
             self.targets()[to.clone()].copy_from_slice(&sample[piece.start + 1..piece.end + 1]);
+            if let (Some(end), true) = (self.document_end, self.program.io.starts.is_some()) {
+                document_starts(sample, end, piece, &mut self.starts()[to.clone()]);
+            }
             at = to.end;
         }
     }
@@ -344,8 +368,10 @@ impl Executor {
 
     /// Gives the device the batch, if there is one.
     fn load(&mut self) -> Result<()> {
-        for (ids, to) in self.batch.iter().zip([self.program.io.tokens, self.program.io.targets]) {
-            if !ids.is_empty() {
+        let io = &self.program.io;
+        let inputs = [Some(io.tokens), Some(io.targets), io.starts];
+        for (ids, to) in self.batch.iter().zip(inputs) {
+            if let (Some(to), false) = (to, ids.is_empty()) {
                 self.device.copy_in(resolve::whole(&self.program, to), bytemuck::cast_slice(ids))?;
             }
         }

@@ -6,6 +6,7 @@ mod beside;
 mod checkpoint;
 mod cpu;
 mod device;
+mod documents;
 mod drill;
 mod exec;
 mod generate;

@@ -106,10 +106,13 @@ fn implied(p: &Program, op: &Op, call: &mut Call) {
         OpKind::LossSum { sequence } => {
             call.outs = vec![Address::whole(p, p.io.loss_leaves).walk(sequence, 1, p.micro_batch())];
         }
-        OpKind::AttentionCached { layer, .. } => {
+        OpKind::AttentionCached { layer, .. } | OpKind::LatentCached { layer, .. } => {
             let rows = p.mode.positions();
             let of_layer = |buffer| Address::view(p, View { buffer, row0: layer * rows, rows });
             call.outs.extend([p.io.k_cache, p.io.v_cache].into_iter().flatten().map(of_layer));
+            if let OpKind::LatentCached { .. } = op.kind {
+                call.ins.extend([p.io.cos, p.io.sin].map(|id| Address::whole(p, id)));
+            }
         }
         OpKind::ShardGrads { bucket } => {
             (call.ins, call.grads) =

@@ -53,14 +53,22 @@ fn frequencies(rope: &Rope, head_dim: usize, positions: usize) -> (Vec<f64>, f64
             });
             (scaled.collect(), 1.0)
         }
-        RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, attention_factor } => {
+        RopeScaling::Yarn {
+            factor,
+            beta_fast,
+            beta_slow,
+            original_max_positions,
+            attention_factor,
+            truncate,
+        } => {
             // The dim at which a full context makes `rotations` turns (Peng et al. 2023, section 3.2).
             let dim = |rotations: f64| {
                 d * (original_max_positions as f64 / (rotations * std::f64::consts::TAU)).ln()
                     / (2.0 * rope.theta.ln())
             };
-            let low = dim(beta_fast).floor().max(0.0);
-            let high = dim(beta_slow).ceil().min(d - 1.0);
+            let (low, high) = (dim(beta_fast), dim(beta_slow));
+            let (low, high) = if truncate { (low.floor(), high.ceil()) } else { (low, high) };
+            let (low, high) = (low.max(0.0), high.min(d - 1.0));
             let blended = plain().enumerate().map(|(i, f)| {
                 let ramp = ((i as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
                 f / factor * ramp + f * (1.0 - ramp)

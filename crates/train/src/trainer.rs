@@ -5,12 +5,12 @@ use std::time::Instant;
 use data::{Order, Prepared, Split, StreamOptions, Streams};
 use journal::{Journal, Record, tensorboard::EventWriter};
 use program::Request;
-use spec::run::DataSource;
 use spec::{Error, Result, RunSpec};
 
 use crate::begin::{Beginning, Weights};
 use crate::checkpoint::{adopt, restore};
 use crate::device::Device;
+use crate::documents::{attend, parts};
 use crate::drill::Drill;
 use crate::exec::{Executor, StepOutputs};
 use crate::host::{host, now_us};
@@ -162,6 +162,7 @@ impl Trainer {
         begin.check_data(&run, &streams)?;
         let request = Request::of(&run, rank);
         let mut exec = Executor::on(device, &request, mesh, trace)?;
+        attend(&mut exec, &run, begin.prepared())?;
         exec.set_tables(&run.model)?;
         let (step, resumed) = weights(&mut exec, &run, &mut begin)?;
         let watch = resumed.as_deref().map(remembered).transpose()?.unwrap_or_default();
@@ -546,12 +547,7 @@ pub(crate) fn load(
 }
 
 pub(crate) fn open_data(run: &RunSpec, prepared: Option<&Prepared>) -> Result<Streams> {
-    let parts = match (&run.data.source, prepared) {
-        (_, Some(p)) => vec![(p.prefix.clone(), 1.0)],
-        (DataSource::Prefix(prefix), _) => vec![(prefix.clone(), 1.0)],
-        (DataSource::Blend(parts), _) => parts.iter().map(|p| (p.prefix.clone(), p.weight)).collect(),
-        _ => return Err(Error::failure("text was not prepared before training")),
-    };
+    let parts = parts(run, prepared)?;
     let [train, valid, test] = run.data.split;
     let sequences = run.batch.sequences as u64;
     data::open_streams(&StreamOptions {

@@ -49,6 +49,7 @@ pub fn workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
             inner(),
             threads,
         ),
+        GroupedBiasGrad { .. } => kernels::grouped_bias_grad_workspace_len(rows(1), cols(op.ins[0]), inner()),
         BiasGrad => kernels::bias_grad_workspace_len(cols(op.ins[0]), inner()),
         EmbedGrad { .. } => {
             let g = p.group(op.grads[0].group);
@@ -65,14 +66,30 @@ pub fn workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
             kernels::latent_norm_dw_workspace_len(Latents { queries, kv, shared: 0 }, inner())
         }
         HeadNormGradWeight { heads: h } => kernels::qk_norm_dw_workspace_len(h.dim, inner()),
-        Attention { heads } | RingAttention { heads, .. } => {
+        _ => attention_workspace_len(op, p, threads),
+    }
+}
+
+/// The same of attention.
+fn attention_workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
+    use OpKind::*;
+    let cols = |v: View| p.buffer(v.buffer).cols;
+    match &op.kind {
+        Attention { heads, .. } | RingAttention { heads, .. } => {
             kernels::attention_workspace_len(&attention_shape(*heads, 1, p.local_sequence()), threads)
         }
-        AttentionGrad { heads } | RingAttentionGrad { heads, .. } => {
+        AttentionGrad { heads, .. } | RingAttentionGrad { heads, .. } => {
             kernels::attention_dx_workspace_len(&attention_shape(*heads, 1, p.local_sequence()), threads)
         }
         Orthogonalise { matrices, shares } => {
             muon::workspace_len(matrices, *shares, cols(op.outs[0]), threads)
+        }
+        SinkGrad { heads } => {
+            kernels::attention_sinks_dw_workspace_len(heads.q, op.grads[0].inner.as_slice())
+        }
+        LatentCached { rope_dim, .. } => {
+            let (positions, rank) = (p.mode.positions(), cols(op.ins[1]));
+            kernels::latent_decode_workspace_len(positions, rank, *rope_dim, threads)
         }
         AttentionCached { heads: h, .. } => {
             kernels::attention_decode_workspace_len(p.mode.positions(), h.value_dim, threads)

@@ -8,7 +8,7 @@ use spec::{DType, Layout, ModelSpec, Zero};
 use train::{Executor, Mesh};
 
 const SEQUENCES: usize = 8;
-const RECIPE: Recipe = Recipe { optimizer: spec::Optimizer::AdamW, z_loss: 0.01 };
+const RECIPE: Recipe = Recipe { optimizer: spec::Optimizer::AdamW, z_loss: 0.01, documents: false };
 
 fn capped() -> ModelSpec {
     // Weights that make logits large against the cap.

@@ -8,7 +8,7 @@ use program::Recipe;
 use spec::{DType, Experts, Layout, ModelSpec, Optimizer, PipelineSchedule, Recompute, Router, Zero};
 
 const SEQUENCES: usize = 8;
-const MUON: Recipe = Recipe { optimizer: Optimizer::Muon, z_loss: 0.0 };
+const MUON: Recipe = Recipe { optimizer: Optimizer::Muon, z_loss: 0.0, documents: false };
 
 fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> Trained {
     let initialise = |exec: &mut train::Executor| exec.initialise(m, 11).expect("weights");

@@ -206,6 +206,16 @@ fn deepseek_v3_with_latent_queries_and_groups() {
 }
 
 #[test]
+fn mistral_over_windows() {
+    check("mistral-like", 2e-4);
+}
+
+#[test]
+fn gpt_oss_with_sinks_windows_and_biases() {
+    check("gpt-oss-like", 2e-4);
+}
+
+#[test]
 fn gpt_2() {
     check("gpt2", 2e-4);
 }
@@ -222,6 +232,8 @@ fn logits_agree_with_transformers() {
         "qwen3-moe-like",
         "deepseek-v2-like",
         "deepseek-v3-like",
+        "mistral-like",
+        "gpt-oss-like",
         "gpt2",
     ] {
         let (g, weights) = Golden::load(name);
@@ -257,4 +269,32 @@ fn logits(dir: &Path) -> Vec<f32> {
     let file = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
     let data = file.tensor("logits").expect("a tensor");
     data.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes"))).collect()
+}
+
+/// What was imported goes out as it came in: stacks of experts whose gates and ups alternate, sinks, windows.
+#[test]
+fn exports_are_what_was_imported() {
+    for name in ["mistral-like", "gpt-oss-like"] {
+        let (g, weights) = Golden::load(name);
+        let dir = tempfile::tempdir().expect("a folder");
+        let out = dir.path().join("out");
+        let whole = |name: &str| {
+            let shape = weights.shape(name).expect("a parameter");
+            let mut all = vec![0.0; shape.iter().product()];
+            weights.read(name, 0, if shape.len() == 2 { shape[0] } else { 1 }, &mut all).map(|()| all)
+        };
+        ckpt::hf::export(&g.model, whole, &out, DType::F32, u64::MAX, None).expect("exported");
+        let read = |dir: &Path| std::fs::read(dir.join("model.safetensors")).expect("weights");
+        let (ours, theirs) = (read(&out), read(&golden(name)));
+        let tensors = |bytes: &[u8]| {
+            let file = safetensors::SafeTensors::deserialize(bytes).expect("safetensors");
+            let of = |(name, t): (String, safetensors::tensor::TensorView<'_>)| {
+                (name, (t.shape().to_vec(), t.data().to_vec()))
+            };
+            file.tensors().into_iter().map(of).collect::<BTreeMap<_, _>>()
+        };
+        assert!(tensors(&ours) == tensors(&theirs), "{name}");
+        let (again, _) = ckpt::hf::import(&out).expect("imported again");
+        assert_eq!(again, g.model, "{name}");
+    }
 }

@@ -187,13 +187,19 @@ impl<S: Fn(&str) -> Result<Vec<f32>>> Writer<'_, S> {
         file.write_all(&header::encode(&entries)).map_err(io)?;
         let mut out = Converted { file: &mut file, dtype: self.dtype, staging: Vec::new() };
         for tensor in tensors {
-            if tensor.transposed {
-                let parts =
-                    tensor.parts.iter().map(|p| self.load(p, tensor.zeros)).collect::<Result<Vec<_>>>()?;
-                out.write_turned(tensor, &parts).map_err(io)?;
-            } else {
-                for part in &tensor.parts {
-                    out.write(&self.load(part, tensor.zeros)?).map_err(io)?;
+            for slab in tensor.parts.chunks(tensor.parts_of_slab()) {
+                let mut parts = slab.iter().map(|p| self.load(p, tensor.zeros));
+                match (tensor.transposed, tensor.interleaved) {
+                    (true, _) => {
+                        let parts = parts.collect::<Result<Vec<_>>>()?;
+                        out.write_turned(tensor, &parts).map_err(io)?;
+                    }
+                    (false, true) => {
+                        let parts = parts.collect::<Result<Vec<_>>>()?;
+                        let turns = (0..parts[0].len()).flat_map(|i| parts.iter().map(move |p| p[i]));
+                        out.write(&turns.collect::<Vec<_>>()).map_err(io)?;
+                    }
+                    (false, false) => parts.try_for_each(|part| out.write(&part?).map_err(io))?,
                 }
             }
         }
@@ -252,19 +258,20 @@ impl Converted<'_> {
 
     /// The parts, each `[out, in]`, as `[in, all outs]`.
     fn write_turned(&mut self, tensor: &HfTensor, parts: &[Vec<f32>]) -> io::Result<()> {
-        let stored = tensor.shape();
+        let stored = tensor.slab_shape();
         let (rows, cols) = (stored[0], stored[1]);
         let mut block = vec![0.0; TURNED_ROWS.min(rows) * cols];
         for r0 in (0..rows).step_by(TURNED_ROWS) {
             let n = TURNED_ROWS.min(rows - r0);
-            let mut col = 0;
-            for data in parts {
-                for from in data.chunks_exact(rows) {
+            let mut before = 0;
+            for (turn, data) in parts.iter().enumerate() {
+                for (c, from) in data.chunks_exact(rows).enumerate() {
+                    let col = if tensor.interleaved { c * parts.len() + turn } else { before + c };
                     for i in 0..n {
                         block[i * cols + col] = from[r0 + i];
                     }
-                    col += 1;
                 }
+                before += data.len() / rows;
             }
             self.write(&block[..n * cols])?;
         }

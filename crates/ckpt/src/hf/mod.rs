@@ -91,8 +91,8 @@ struct Source {
 enum Place {
     /// Row-major, from this element of the tensor on.
     Rows { first: usize },
-    /// Transposed: logical rows are stored columns from `first` on, of `stored_cols`.
-    Columns { first: usize, stored_cols: usize },
+    /// Transposed: logical rows are stored columns from `first` on, every `step`-th, of `stored_cols`.
+    Columns { first: usize, stored_cols: usize, step: usize },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -184,18 +184,25 @@ impl HfWeights {
         let kind = Float::parse(&info.dtype).ok_or_else(|| {
             format!("tensor {name} is of type {}, expected F32, BF16 or F16", shown(&info.dtype))
         })?;
-        let mut rows = 0;
-        for part in &tensor.parts {
-            let row_elements: usize = part.shape[1..].iter().product();
-            let place = if tensor.transposed {
-                Place::Columns { first: rows, stored_cols: stored[1] }
-            } else {
-                Place::Rows { first: rows * row_elements }
-            };
-            let source = Source { file, offset, kind, shape: part.shape.clone(), place };
-            self.parameters.insert(part.name.clone(), source);
-            self.order.push(part.name.clone());
-            rows += part.shape[0];
+        let slab = tensor.slab_shape();
+        let (elements, step) = (slab.iter().product::<usize>(), tensor.parts_of_slab());
+        for (s, parts) in tensor.parts.chunks(step).enumerate() {
+            let mut rows = 0;
+            for (turn, part) in parts.iter().enumerate() {
+                let row_elements: usize = part.shape[1..].iter().product();
+                let begins = s * elements;
+                let place = match (tensor.transposed, tensor.interleaved) {
+                    (true, false) => Place::Columns { first: begins + rows, stored_cols: slab[1], step: 1 },
+                    (true, true) => Place::Columns { first: begins + turn, stored_cols: slab[1], step },
+                    (false, false) => Place::Rows { first: begins + rows * row_elements },
+                    // A vector: one row, whose elements are stored `step` apart.
+                    (false, true) => Place::Columns { first: begins + turn, stored_cols: step, step },
+                };
+                let source = Source { file, offset, kind, shape: part.shape.clone(), place };
+                self.parameters.insert(part.name.clone(), source);
+                self.order.push(part.name.clone());
+                rows += part.shape[0];
+            }
         }
         Ok(())
     }
@@ -260,8 +267,8 @@ impl HfWeights {
                 .chunks_exact_mut(cols)
                 .zip(row0..)
                 .try_for_each(|(row, r)| reader.read(first + r * all_cols + col0, row)),
-            Place::Columns { first, stored_cols } => {
-                reader.read_turned(first + row0, rows, stored_cols, col0, cols, out)
+            Place::Columns { first, stored_cols, step } => {
+                reader.read_turned((first + row0 * step, step), rows, stored_cols, col0, cols, out)
             }
         }
         .map_err(|e| Error::io("read", path, &e))
@@ -298,25 +305,27 @@ impl Elements<'_> {
         Ok(())
     }
 
-    /// Stored columns `first..first + rows` of stored rows `col0..col0 + cols`, turned into `rows` rows of `cols`.
+    /// `rows` stored columns from `first` on, every `step`-th, of stored rows `col0..col0 + cols`, turned into `rows` rows
+    /// of `cols`.
     fn read_turned(
         &mut self,
-        first: usize,
+        (first, step): (usize, usize),
         rows: usize,
         stored_cols: usize,
         col0: usize,
         cols: usize,
         out: &mut [f32],
     ) -> std::io::Result<()> {
-        let mut block = vec![0.0; TURNED_ROWS * rows];
+        let wide = (rows - 1) * step + 1;
+        let mut block = vec![0.0; TURNED_ROWS * wide];
         for c0 in (0..cols).step_by(TURNED_ROWS) {
             let n = TURNED_ROWS.min(cols - c0);
-            for (i, line) in block.chunks_exact_mut(rows).take(n).enumerate() {
+            for (i, line) in block.chunks_exact_mut(wide).take(n).enumerate() {
                 self.read((col0 + c0 + i) * stored_cols + first, line)?;
             }
             for (r, row) in out.chunks_exact_mut(cols).enumerate() {
                 for i in 0..n {
-                    row[c0 + i] = block[i * rows + r];
+                    row[c0 + i] = block[i * wide + r * step];
                 }
             }
         }

@@ -11,8 +11,12 @@ pub(crate) struct HfTensor {
     pub(crate) in_body: bool,
     /// Stored `[in, out]` (GPT-2's Conv1D) where logical weights are `[out, in]`.
     pub(crate) transposed: bool,
-    /// The logical parameters, concatenated along their first dim before any transposing.
+    /// The logical parameters, concatenated along their first dim before any transposing; slab after slab.
     pub(crate) parts: Vec<Part>,
+    /// A first dim in front of the others, for experts that lie one behind another; each slab has as many parts.
+    pub(crate) slabs: Option<usize>,
+    /// The parts of a slab lie along its last dim by turns (GPT-OSS: gate, up, gate, ...), not one behind another.
+    pub(crate) interleaved: bool,
     /// A buffer of zeros, which is no parameter: its part says how many.
     pub(crate) zeros: bool,
 }
@@ -27,12 +31,25 @@ pub(crate) struct Part {
 impl HfTensor {
     /// The shape in the file.
     pub(crate) fn shape(&self) -> Vec<usize> {
+        let mut shape = self.slab_shape();
+        if let Some(slabs) = self.slabs {
+            shape.insert(0, slabs);
+        }
+        shape
+    }
+
+    /// The shape of one slab in the file.
+    pub(crate) fn slab_shape(&self) -> Vec<usize> {
         let mut shape = self.parts[0].shape.clone();
-        shape[0] = self.parts.iter().map(|p| p.shape[0]).sum();
+        shape[0] = self.parts[..self.parts_of_slab()].iter().map(|p| p.shape[0]).sum();
         if self.transposed {
             shape.reverse();
         }
         shape
+    }
+
+    pub(crate) fn parts_of_slab(&self) -> usize {
+        self.parts.len() / self.slabs.unwrap_or(1)
     }
 
     pub(crate) fn elements(&self) -> usize {
@@ -116,7 +133,9 @@ impl Table<'_> {
     }
 
     fn push(&mut self, hf: &str, transposed: bool, parts: Vec<Part>) {
-        self.tensors.push(HfTensor { name: hf.to_owned(), in_body: true, transposed, parts, zeros: false });
+        let name = hf.to_owned();
+        let (in_body, zeros, slabs, interleaved) = (true, false, None, false);
+        self.tensors.push(HfTensor { name, in_body, transposed, parts, zeros, slabs, interleaved });
     }
 
     fn llama(&mut self) {
@@ -138,6 +157,9 @@ impl Table<'_> {
             if m.qk_norm {
                 self.plain(&h("self_attn.q_norm.weight"), &p("attn.q_norm.weight"), &[m.head_dim]);
                 self.plain(&h("self_attn.k_norm.weight"), &p("attn.k_norm.weight"), &[m.head_dim]);
+            }
+            if m.sinks {
+                self.plain(&h("self_attn.sinks"), &p("attn.sinks"), &[m.heads]);
             }
             let out = m.latent.map_or(q, |l| m.heads * l.value_dim);
             self.linear(&h("self_attn.o_proj"), &p("attn.o"), m.hidden, out, m.attn_out_bias);
@@ -175,8 +197,11 @@ impl Table<'_> {
         self.linear(&format!("{hf}.{down}"), &format!("{own}.down"), m.hidden, ffn, m.mlp_bias);
     }
 
-    /// Mixtral has names of its own for the mixture and its matrices.
+    /// Mixtral has names of its own for the mixture and its matrices, and GPT-OSS has all experts in one tensor.
     fn experts(&mut self, layer: &str, own: &str, e: Experts) {
+        if self.spec.hf_architecture().is_ok_and(|class| class == "GptOssForCausalLM") {
+            return self.stacked_experts(&format!("{layer}.mlp"), own, e);
+        }
         let mixtral = self.spec.hf_architecture().is_ok_and(|class| class == "MixtralForCausalLM");
         let (block, names) = match mixtral {
             true => ("block_sparse_moe", ["w1", "w3", "w2"]),
@@ -193,6 +218,29 @@ impl Table<'_> {
         }
         if e.shared_ffn > 0 {
             self.mlp(&format!("{hf}.shared_experts"), names, &format!("{own}.shared"), e.shared_ffn);
+        }
+    }
+
+    fn stacked_experts(&mut self, hf: &str, own: &str, e: Experts) {
+        let hidden = self.spec.hidden;
+        self.linear(&format!("{hf}.router"), &format!("{own}.router"), e.count, hidden, true);
+        let (gate_up, down): (&[&str], &[&str]) = (&["gate", "up"], &["down"]);
+        for (name, of, rows, cols) in
+            [("gate_up_proj", gate_up, e.ffn, hidden), ("down_proj", down, hidden, e.ffn)]
+        {
+            for (suffix, what, transposed, shape) in
+                [("", "weight", true, vec![rows, cols]), ("_bias", "bias", false, vec![rows])]
+            {
+                let each = (0..e.count).flat_map(|i| of.iter().map(move |part| (i, part)));
+                let parts = each.map(|(i, part)| Part {
+                    name: format!("{own}.experts.{i}.{part}.{what}"),
+                    shape: shape.clone(),
+                });
+                self.push(&format!("{hf}.experts.{name}{suffix}"), transposed, parts.collect());
+                self.tensors.iter_mut().rev().take(1).for_each(|tensor| {
+                    (tensor.slabs, tensor.interleaved) = (Some(e.count), of.len() > 1);
+                });
+            }
         }
     }
 

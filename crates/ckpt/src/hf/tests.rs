@@ -2,7 +2,9 @@ use std::fs;
 use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
-use spec::{DType, Experts, Latent, ModelSpec, Position, Result, Rope, RopeScaling, Router, Score};
+use spec::{
+    Activation, DType, Experts, Latent, ModelSpec, Position, Result, Rope, RopeScaling, Router, Score, Window,
+};
 
 use super::*;
 
@@ -46,12 +48,33 @@ fn deepseek() -> [ModelSpec; 2] {
     [v2, v3]
 }
 
+/// Experts of uneven number, in stacks.
+fn gpt_oss() -> ModelSpec {
+    let router = Router { bias: true, ..Router::PLAIN };
+    let experts = Experts { count: 3, top_k: 2, ffn: 7, shared_ffn: 0, dense_layers: 0, every: 1, router };
+    ModelSpec {
+        name: "gpt_oss".into(),
+        ffn: 7,
+        activation: Activation::SwiGluClamped,
+        qkv_bias: true,
+        attn_out_bias: true,
+        mlp_bias: true,
+        experts: Some(experts),
+        window: Some(Window { tokens: 4, full_layers: 0, full_every: 2 }),
+        sinks: true,
+        ..llama()
+    }
+}
+
 fn families() -> Vec<ModelSpec> {
     let qwen2 = ModelSpec { name: "qwen2".into(), qkv_bias: true, tied_embeddings: true, ..llama() };
     let qwen3 = ModelSpec { name: "qwen3".into(), qk_norm: true, ..llama() };
     let biased = ModelSpec { qkv_bias: true, attn_out_bias: true, mlp_bias: true, ..llama() };
     let untied = ModelSpec { tied_embeddings: false, ..gpt2() };
-    [llama(), biased, qwen2, qwen3, gpt2(), untied].into_iter().chain(deepseek()).collect()
+    let window = Some(Window { tokens: 5, full_layers: 0, full_every: 0 });
+    let mistral = ModelSpec { name: "mistral".into(), window, ..llama() };
+    let all = [llama(), biased, mistral, qwen2, qwen3, gpt_oss(), gpt2(), untied];
+    all.into_iter().chain(deepseek()).collect()
 }
 
 /// A weight that tells its name and place; every third needs more than bfloat16.
@@ -120,6 +143,22 @@ fn boxes() {
     let out = dir.path().join("out");
     export(&spec, weights(&spec), &out, DType::F32, u64::MAX, None).unwrap();
     let (_, read) = import(&out).unwrap();
+    // Strided ones too: gates and their biases lie between ups.
+    let stacked = dir.path().join("stacked");
+    export(&gpt_oss(), weights(&gpt_oss()), &stacked, DType::F32, u64::MAX, None).unwrap();
+    let (_, of_experts) = import(&stacked).unwrap();
+    for (name, (row0, rows), (col0, cols)) in [
+        ("layers.1.mlp.experts.2.up.weight", (2, 3), (1, 5)),
+        ("layers.0.mlp.experts.1.gate.bias", (0, 1), (3, 4)),
+        ("layers.0.mlp.experts.2.down.weight", (1, 2), (2, 3)),
+    ] {
+        let all_cols = matrix(of_experts.shape(name).unwrap()).unwrap().1;
+        let mut part = vec![0.0; rows * cols];
+        of_experts.read_box(name, row0, rows, col0, cols, &mut part).unwrap();
+        for (i, x) in part.into_iter().enumerate() {
+            assert_eq!(x, value(name, (row0 + i / cols) * all_cols + col0 + i % cols), "{name} {i}");
+        }
+    }
     for name in
         ["embed.weight", "layers.1.attn.k.weight", "layers.0.mlp.up.weight", "layers.0.mlp.down.weight"]
     {

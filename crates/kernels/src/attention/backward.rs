@@ -1,6 +1,9 @@
 //! The derivative: probabilities are computed again from the kept logarithms, block by block.
 
-use super::{AHEAD, Attention, KEYS, Keys, SCORES, Span, copy_scaled, pack_keys};
+use std::ops::Range;
+
+use super::sees::{Places, Span, View};
+use super::{AHEAD, Attention, KEYS, Keys, SCORES, Sees, copy_scaled, pack_keys};
 use crate::gemm::{MR, NR, Tile, Workspace, tile};
 use crate::math::exp;
 use crate::pool::{Parts, Pool};
@@ -16,6 +19,7 @@ pub fn attention_dx<T: Storage>(
     pool: &Pool,
     shape: &Attention,
     qkv: &[T],
+    sees: Sees<'_, T>,
     o: &[T],
     lse: &[f32],
     do_: &[T],
@@ -24,8 +28,8 @@ pub fn attention_dx<T: Storage>(
 ) {
     assert_eq!(dqkv.len(), qkv.len());
     let out = Out::Whole(&Parts::new(dqkv));
-    let span = Span::causal(shape.seq);
-    Job { shape: *shape, qkv, keys: shape.own(qkv), o, lse, do_, out, span }.run(pool, ws);
+    let span = Span::causal(shape.seq, Places::whole(shape.seq));
+    Job { shape: *shape, qkv, keys: shape.own(qkv), o, lse, do_, out, span, sees }.run(pool, ws);
 }
 
 /// Floats of workspace for [`attention_dx`] and [`super::attention_part_dx`].
@@ -84,6 +88,8 @@ pub(super) struct Job<'a, T> {
     pub(super) do_: &'a [T],
     pub(super) out: Out<'a, T>,
     pub(super) span: Span,
+    /// Sinks are no part of it: `lse` has them.
+    pub(super) sees: Sees<'a, T>,
 }
 
 impl<T: Element> Job<'_, T> {
@@ -91,6 +97,7 @@ impl<T: Element> Job<'_, T> {
         let shape = &self.shape;
         shape.check(self.qkv.len());
         let rows = shape.seqs * shape.seq;
+        self.sees.check(rows, shape.heads);
         let outputs = rows * shape.o_ld();
         assert_eq!((self.o.len(), self.do_.len(), self.lse.len()), (outputs, outputs, rows * shape.heads));
         let lens = scratch_len(shape);
@@ -117,6 +124,7 @@ impl<T: Element> Job<'_, T> {
         let ((h, wide), (values_h, values_wide)) =
             ((shape.head_dim, shape.wide()), (shape.value_dim, shape.wide_values()));
         let qkv = &self.qkv[sequence * seq * ld..][..seq * ld];
+        let view = self.sees.of(span, sequence, seq);
         dk.fill(0.0);
         dv.fill(0.0);
         for head in kv_head * shape.group()..(kv_head + 1) * shape.group() {
@@ -135,6 +143,9 @@ impl<T: Element> Job<'_, T> {
                 // Queries before the block see none of its keys. Groups of queries start at fixed positions.
                 let seeing = (first.saturating_sub(span.shift) / QUERIES * QUERIES).max(span.queries.start);
                 for start in (seeing..span.queries.end).step_by(QUERIES) {
+                    if view.first(start) >= first + count {
+                        break;
+                    }
                     let block = Block {
                         key_panels,
                         value_panels,
@@ -145,6 +156,7 @@ impl<T: Element> Job<'_, T> {
                         dots,
                         first,
                         count,
+                        view,
                         shift: span.shift,
                         start,
                         end: span.queries.end.min(start + QUERIES),
@@ -262,6 +274,7 @@ struct Block<'a> {
     dots: &'a [f32],
     first: usize,
     count: usize,
+    view: View<'a>,
     /// What is added to the row of a query for its position among the keys.
     shift: usize,
     start: usize,
@@ -277,23 +290,27 @@ impl Block<'_> {
         let (keys, values) = ((self.h, self.wide), (self.values_h, self.values_wide));
         for i in (self.start..self.end).step_by(MR) {
             let m = MR.min(self.end - i);
-            let visible = self.visible(i + m - 1);
-            for j in (0..visible).step_by(NR) {
-                let n = NR.min(visible - j);
+            let seen = self.seen(i).start..self.seen(i + m - 1).end;
+            for j in (seen.start / NR * NR..seen.end).step_by(NR) {
+                let n = NR.min(seen.end - j);
                 self.scores(i, m, j, n, (self.queries, keys), self.key_panels, p);
                 self.scores(i, m, j, n, (self.grads, values), self.value_panels, ds);
             }
-            let len = (visible.next_multiple_of(LANES) + LANES).min(SCORES);
+            let len = (seen.end.next_multiple_of(LANES) + LANES).min(SCORES);
             for q in i..i + m {
                 let row = (q - self.start) * SCORES..(q - self.start) * SCORES + len;
-                gradient(&mut p[row.clone()], &mut ds[row], self.visible(q), self.lse[q], self.dots[q]);
+                let own = self.seen(q);
+                gradient(&mut p[row.clone()], &mut ds[row], own.start, own.end, self.lse[q], self.dots[q]);
             }
-            if visible > 0 {
-                let a = &ds[(i - self.start) * SCORES..];
-                sum(m, visible, (a, SCORES, 1), self.keys, &mut dq[i * self.wide..], keys);
+            if !seen.is_empty() {
+                let a = &ds[(i - self.start) * SCORES + seen.start..];
+                let right = &self.keys[seen.start * self.wide..];
+                sum(m, seen.len(), (a, SCORES, 1), right, &mut dq[i * self.wide..], keys);
             }
         }
-        for j in (0..self.count).step_by(MR) {
+        // Later queries see none of the keys before.
+        let first = self.seen(self.start).start / MR * MR;
+        for j in (first..self.count).step_by(MR) {
             let m = MR.min(self.count - j);
             // Earlier queries see none of these keys; from here on what they do not see is 0.
             let from = self.start.max((self.first + j).saturating_sub(self.shift));
@@ -309,9 +326,9 @@ impl Block<'_> {
         }
     }
 
-    /// How many keys of the block the query in row `row` sees.
-    fn visible(&self, row: usize) -> usize {
-        (row + self.shift + 1).saturating_sub(self.first).min(self.count)
+    /// Which keys of the block the query in row `row` sees.
+    fn seen(&self, row: usize) -> Range<usize> {
+        self.view.of(row, self.first, self.count)
     }
 
     /// Products of `m` rows of `left` (with its width and row length) from `i` on with `n` columns of a block from `j` on.
@@ -371,24 +388,29 @@ fn sum(
 }
 
 kernel! {
-    /// Turns scores into probabilities p and products with values into score gradients p (ds - dot); both are 0 from
-    /// `visible` on.
-    fn gradient(p: &mut [f32], ds: &mut [f32], visible: usize, lse: f32, dot: f32) = |s: S| {
+    /// Turns scores into probabilities p and products with values into score gradients p (ds - dot); both are 0 before
+    /// `first` and from `end` on.
+    fn gradient(p: &mut [f32], ds: &mut [f32], first: usize, end: usize, lse: f32, dot: f32) = |s: S| {
         let zero = s.splat(0.0);
         let (lse, dot) = (s.splat(lse), s.splat(dot));
         for j in (0..p.len()).step_by(LANES) {
             let (p, ds) = (&mut p[j..j + LANES], &mut ds[j..j + LANES]);
-            if j >= visible {
+            if j >= end || j + LANES <= first {
                 s.store(p, zero);
                 s.store(ds, zero);
                 continue;
             }
             let mut prob = exp(s, s.sub(s.load(p), lse));
             let mut grad = s.mul(prob, s.sub(s.load(ds), dot));
-            if visible < j + LANES {
-                let edge = s.splat((visible - j) as f32);
+            if end < j + LANES {
+                let edge = s.splat((end - j) as f32);
                 prob = s.less(s.iota(), edge, prob, zero);
                 grad = s.less(s.iota(), edge, grad, zero);
+            }
+            if j < first {
+                let edge = s.splat((first - j) as f32);
+                prob = s.less(s.iota(), edge, zero, prob);
+                grad = s.less(s.iota(), edge, zero, grad);
             }
             s.store(p, prob);
             s.store(ds, grad);

@@ -1,13 +1,14 @@
 //! Attention of single queries over a cache of keys and values, for generation.
 
-use super::KEYS;
+use super::{KEYS, Sees};
 use crate::gemm::Workspace;
 use crate::math::exp;
 use crate::pool::{Parts, Pool};
-use crate::simd::{LANES, kernel};
+use crate::simd::{LANES, Simd, kernel};
 use crate::storage::{Element, Storage};
 
-/// One query row per sequence over its cached keys and values.
+/// One query row per sequence over those of its cached keys and values that it `sees`, of which only windows and sinks
+/// count.
 ///
 /// `q` is `[seqs, heads * head_dim]`, with rows `q_ld` apart (so that packed qkv rows will do), and `o` `[seqs, heads *
 /// value_dim]`; the caches are `[seqs, capacity, kv_heads * head_dim]` and `[seqs, capacity, kv_heads * value_dim]`, of
@@ -19,6 +20,7 @@ pub fn attention_decode<T: Storage>(
     keys: &[T],
     values: &[T],
     lens: &[usize],
+    sees: Sees<'_, T>,
     o: &mut [T],
     capacity: usize,
     heads: usize,
@@ -43,13 +45,15 @@ pub fn attention_decode<T: Storage>(
         // SAFETY: each thread has its own part and runs one task at a time.
         let own = unsafe { scratch.part(thread * own_len..(thread + 1) * own_len) };
         let (scores, sums) = own.split_at_mut(capacity.next_multiple_of(LANES));
-        let (rows, kv_head) = (sequence * capacity, head / (heads / kv_heads));
+        let len = lens[sequence].min(sees.window.unwrap_or(capacity));
+        let (rows, kv_head) = (sequence * capacity + lens[sequence] - len, head / (heads / kv_heads));
         let (k, v) = (rows * ld + kv_head * head_dim, rows * values_ld + kv_head * value_dim);
         let q = &q[sequence * q_ld + head * head_dim..][..head_dim];
         // SAFETY: each task has its own head of its own row.
         let o = unsafe { o.part(task * value_dim..(task + 1) * value_dim) };
-        let scores = &mut scores[..lens[sequence]];
-        one_query(q, (&keys[k..], ld), (&values[v..], values_ld), scale, scores, sums, o);
+        let sink = sees.sinks.map(|s| s[head].one());
+        let scores = &mut scores[..len];
+        one_query(q, (&keys[k..], ld), (&values[v..], values_ld), scale, sink, scores, sums, o);
     });
 }
 
@@ -63,10 +67,10 @@ fn scratch_len(capacity: usize, value_dim: usize) -> usize {
 }
 
 kernel! { fn one_query[T: Element](
-    q: &[T], k: (&[T], usize), v: (&[T], usize), scale: f32, scores: &mut [f32], sums: &mut [f32], o: &mut [T]
+    q: &[T], k: (&[T], usize), v: (&[T], usize), scale: f32, sink: Option<f32>, scores: &mut [f32], sums: &mut [f32],
+    o: &mut [T]
 ) = |s: S| {
     let ((keys, ld), (values, values_ld), h) = (k, v, q.len());
-    let mut max = f32::NEG_INFINITY;
     for (i, score) in scores.iter_mut().enumerate() {
         let key = &keys[i * ld..i * ld + h];
         let mut dot = s.splat(0.0);
@@ -74,20 +78,9 @@ kernel! { fn one_query[T: Element](
             dot = s.fma(T::get(s, &q[j..]), T::get(s, &key[j..]), dot);
         }
         *score = s.sum(dot) * scale;
-        max = if *score > max { *score } else { max };
     }
-    let mut total = s.splat(0.0);
+    let inverse = s.splat(softmax_of(s, scores, sink));
     let len = scores.len();
-    for j in (0..len).step_by(LANES) {
-        let mut x = s.sub(s.load(&scores[j..]), s.splat(max));
-        if len - j < LANES {
-            x = s.less(s.iota(), s.splat((len - j) as f32), x, s.splat(f32::NEG_INFINITY));
-        }
-        let p = exp(s, x);
-        total = s.add(total, p);
-        s.store(&mut scores[j..], p);
-    }
-    let inverse = s.splat(1.0 / s.sum(total));
     let h = o.len();
     let sums = &mut sums[..h];
     sums.fill(0.0);
@@ -105,3 +98,26 @@ kernel! { fn one_query[T: Element](
         T::put(s, &mut o[j..], s.mul(s.load(&sums[j..]), inverse));
     }
 } }
+
+/// Turns scores into exponentials over the greatest of them; gives the inverse of their sum, with the sink's.
+#[inline(always)]
+pub(crate) fn softmax_of<S: Simd>(s: S, scores: &mut [f32], sink: Option<f32>) -> f32 {
+    let mut max = sink.unwrap_or(f32::NEG_INFINITY);
+    for score in scores.iter() {
+        max = if *score > max { *score } else { max };
+    }
+    // One lane of it is the sink's.
+    let of_sink = exp(s, s.splat(sink.unwrap_or(f32::NEG_INFINITY) - max));
+    let mut total = s.less(s.iota(), s.splat(1.0), of_sink, s.splat(0.0));
+    let len = scores.len();
+    for j in (0..len).step_by(LANES) {
+        let mut x = s.sub(s.load(&scores[j..]), s.splat(max));
+        if len - j < LANES {
+            x = s.less(s.iota(), s.splat((len - j) as f32), x, s.splat(f32::NEG_INFINITY));
+        }
+        let p = exp(s, x);
+        total = s.add(total, p);
+        s.store(&mut scores[j..], p);
+    }
+    1.0 / s.sum(total)
+}

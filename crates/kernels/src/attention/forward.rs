@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::{AHEAD, Attention, KEYS, Keys, SCORES, Span, copy_scaled, pack_keys};
+use super::sees::{Places, Span, View};
+use super::{AHEAD, Attention, KEYS, Keys, SCORES, Sees, copy_scaled, pack_keys};
 use crate::gemm::{MR, NR, Tile, Workspace, tile};
 use crate::math::{exp, ln};
 use crate::pool::{Parts, Pool};
@@ -14,22 +15,23 @@ const QUERIES: usize = 8 * MR;
 /// Queries of a task. Keys are packed once per task, so this is many times the cost of packing.
 const CHUNK: usize = 11 * QUERIES;
 
-/// o = softmax(scale q k^T + causal mask) v for each sequence and head of packed qkv, `[seqs * seq, heads * head_dim +
+/// o = softmax(scale q k^T + mask) v, where the mask leaves what a query `sees`, for each sequence and head of packed qkv, `[seqs * seq, heads * head_dim +
 /// kv_heads * (head_dim + value_dim)]`; `o` is `[seqs * seq, heads * value_dim]`. `lse`, `[seqs, heads, seq]`, keeps the
 /// logarithm of each softmax's denominator for the derivative.
 pub fn attention<T: Storage>(
     pool: &Pool,
     shape: &Attention,
     qkv: &[T],
+    sees: Sees<'_, T>,
     o: &mut [T],
     lse: &mut [f32],
     ws: &mut [f32],
 ) {
-    shape.check(qkv.len());
     let rows = shape.seqs * shape.seq;
     assert_eq!((o.len(), lse.len()), (rows * shape.o_ld(), rows * shape.heads));
     let out = Out::Whole { o: &Parts::new(o), lse: &Parts::new(lse) };
-    Job { shape: *shape, qkv, keys: shape.own(qkv), out, span: Span::causal(shape.seq) }.run(pool, ws);
+    let span = Span::causal(shape.seq, Places::whole(shape.seq));
+    Job { shape: *shape, qkv, keys: shape.own(qkv), out, span, sees }.run(pool, ws);
 }
 
 /// Floats of workspace for [`attention`] and [`super::attention_part`].
@@ -79,11 +81,14 @@ pub(super) struct Job<'a, T> {
     pub(super) keys: Keys<'a, T>,
     pub(super) out: Out<'a, T>,
     pub(super) span: Span,
+    pub(super) sees: Sees<'a, T>,
 }
 
 impl<T: Element> Job<'_, T> {
     pub(super) fn run(&self, pool: &Pool, ws: &mut [f32]) {
         let (shape, span) = (&self.shape, &self.span);
+        shape.check(self.qkv.len());
+        self.sees.check(shape.seqs * shape.seq, shape.heads);
         let lens = scratch_len(shape);
         let own_len = lens.iter().sum::<usize>();
         let scratch = Parts::new(Workspace::new(ws).take(pool.threads() * own_len));
@@ -118,8 +123,10 @@ impl<T: Element> Job<'_, T> {
             copy_scaled(&qkv[from..], ld, n, h, shape.scale, &mut queries[g * n * wide..], wide);
         }
         let continues = self.begin(sequence, kv_head, rows.clone(), sums, max, total);
+        let view = self.sees.of(&self.span, sequence, shape.seq);
         let last = self.span.keys.min(rows.end + shift);
-        for first in (0..last).step_by(KEYS) {
+        // Blocks of keys begin at fixed rows.
+        for first in (view.first(rows.start) / KEYS * KEYS..last).step_by(KEYS) {
             let count = KEYS.min(last - first);
             let (k, v) = self.keys.head(&shape, sequence, kv_head, first);
             pack_keys(k, self.keys.ld, count, h, keys);
@@ -127,7 +134,7 @@ impl<T: Element> Job<'_, T> {
             for g in 0..shape.group() {
                 for start in (0..n).step_by(QUERIES) {
                     let end = n.min(start + QUERIES);
-                    if rows.start + end + shift <= first {
+                    if rows.start + end + shift <= first || view.first(rows.start + start) >= first + count {
                         continue;
                     }
                     let block = Block {
@@ -137,7 +144,8 @@ impl<T: Element> Job<'_, T> {
                         first,
                         later: continues || first > 0,
                         count,
-                        position: rows.start + start + shift,
+                        view,
+                        row: rows.start + start,
                         h,
                         wide,
                         values_h,
@@ -160,7 +168,8 @@ impl<T: Element> Job<'_, T> {
         (at + rows.start..at + rows.end, to)
     }
 
-    /// Takes up what earlier parts left, if there were any.
+    /// Takes up what earlier parts left, if there were any, or what every softmax begins with. False where nothing was
+    /// summed yet, and the first keys are seen by all.
     fn begin(
         &self,
         sequence: usize,
@@ -171,9 +180,20 @@ impl<T: Element> Job<'_, T> {
         total: &mut [f32],
     ) -> bool {
         let Out::Part { sums: all, max: maxima, total: totals, first: false } = self.out else {
-            max.fill(f32::NEG_INFINITY);
+            // Finite, so that scores which nobody sees are below it.
+            max.fill(f32::MIN);
             total.fill(0.0);
-            return false;
+            if self.sees.bounds() || self.sees.sinks.is_some() {
+                sums.fill(0.0);
+            }
+            let Some(sinks) = self.sees.sinks else { return self.sees.bounds() };
+            // A sink's exponential over itself.
+            total.fill(1.0);
+            let (n, group) = (rows.len(), self.shape.group());
+            for (max, sink) in max.chunks_exact_mut(n).zip(&sinks[kv_head * group..]).take(group) {
+                max.fill(sink.one());
+            }
+            return true;
         };
         let (n, wide, ld) = (rows.len(), self.shape.wide_values(), self.shape.o_ld());
         for g in 0..self.shape.group() {
@@ -251,14 +271,15 @@ struct Block<'a> {
     keys: &'a [f32],
     values: &'a [f32],
     queries: &'a [f32],
-    /// Position of the first key.
+    /// Row of the first key.
     first: usize,
     /// Whether sums, maxima and totals hold those of earlier keys.
     later: bool,
     /// Keys in the block.
     count: usize,
-    /// Position of the first query.
-    position: usize,
+    view: View<'a>,
+    /// Row of the first query.
+    row: usize,
     h: usize,
     wide: usize,
     values_h: usize,
@@ -270,44 +291,56 @@ impl Block<'_> {
         let rows = max.len();
         for i in (0..rows).step_by(MR) {
             let m = MR.min(rows - i);
-            let visible = self.visible(i + m - 1);
-            for j in (0..visible).step_by(NR) {
-                self.score(i, m, j, NR.min(visible - j), scores);
+            let seen = self.seen_by(i, m);
+            for j in seen.clone().step_by(NR) {
+                self.score(i, m, j, NR.min(seen.end - j), scores);
             }
         }
         for i in (0..rows).step_by(MR) {
             let m = MR.min(rows - i);
-            // Rows of a tile are treated alike up to the last one's key, so that their sums run over whole tiles.
-            let visible = self.visible(i + m - 1);
-            if visible == 0 {
+            // Rows of a tile are treated alike from the first one's key to the last one's, so that their sums run over
+            // whole tiles.
+            let seen = self.seen_by(i, m);
+            if seen.is_empty() {
                 continue;
             }
+            let first = seen.start;
             for row in i..i + m {
-                let scores = &mut scores[row * SCORES..row * SCORES + visible.next_multiple_of(LANES)];
+                let of = row * SCORES;
+                let scores = &mut scores[of + first..of + first + seen.len().next_multiple_of(LANES)];
                 let sums = &mut sums[row * self.values_wide..(row + 1) * self.values_wide];
-                softmax(scores, self.visible(row), &mut max[row], &mut total[row], sums, self.later);
+                let own = self.seen(row);
+                let own = own.start.saturating_sub(first)..own.end.saturating_sub(first);
+                softmax(scores, own.start, own.end, &mut max[row], &mut total[row], sums, self.later);
             }
             for j in (0..self.values_h).step_by(NR) {
                 let t = Tile {
-                    k: visible,
-                    a: scores[i * SCORES..].as_ptr(),
+                    k: seen.len(),
+                    a: scores[i * SCORES + first..].as_ptr(),
                     a_row: SCORES,
                     a_col: 1,
-                    b: self.values[j..].as_ptr(),
+                    b: self.values[first * self.values_wide + j..].as_ptr(),
                     b_row: self.values_wide,
                     c: sums[i * self.values_wide + j..].as_mut_ptr(),
                     c_row: self.values_wide,
                     load: self.later,
                 };
-                // SAFETY: m rows of `visible` scores, as many rows of values, m rows of sums, both `values_wide`.
+                // SAFETY: m rows of as many scores as keys are seen, as many rows of values, m rows of sums, both
+                // `values_wide`.
                 unsafe { tile(m, NR.min(self.values_h - j), &t) };
             }
         }
     }
 
-    /// How many keys of the block query `row` sees.
-    fn visible(&self, row: usize) -> usize {
-        (self.position + row + 1).saturating_sub(self.first).min(self.count)
+    /// Which keys of the block query `row` sees.
+    fn seen(&self, row: usize) -> Range<usize> {
+        self.view.of(self.row + row, self.first, self.count)
+    }
+
+    /// Keys of the block in whole panels, up to the last that one of `m` queries from `i` on sees.
+    fn seen_by(&self, i: usize, m: usize) -> Range<usize> {
+        let (first, end) = (self.seen(i).start, self.seen(i + m - 1).end);
+        if first < end { first / NR * NR..end } else { end..end }
     }
 
     /// Scores of `m` queries from `i` on against `n` keys from `j` on.
@@ -329,18 +362,22 @@ impl Block<'_> {
 }
 
 kernel! {
-    /// Turns a row of scores, of which the first `visible` count, into exponentials over the running maximum; when
-    /// that rises, what was summed so far shrinks.
+    /// Turns a row of scores, of which those from `first` to `end` count, into exponentials over the running maximum;
+    /// when that rises, what was summed so far shrinks.
     fn softmax(
-        scores: &mut [f32], visible: usize, max: &mut f32, total: &mut f32, sums: &mut [f32], later: bool
+        scores: &mut [f32], first: usize, end: usize, max: &mut f32, total: &mut f32, sums: &mut [f32], later: bool
     ) = |s: S| {
         let lowest = s.splat(f32::NEG_INFINITY);
         let mut top = lowest;
         for j in (0..scores.len()).step_by(LANES) {
             let scores = &mut scores[j..j + LANES];
             let mut x = s.load(scores);
-            if visible < j + LANES {
-                x = s.less(s.iota(), s.splat(visible.saturating_sub(j) as f32), x, lowest);
+            if end < j + LANES {
+                x = s.less(s.iota(), s.splat(end.saturating_sub(j) as f32), x, lowest);
+                s.store(scores, x);
+            }
+            if j < first {
+                x = s.less(s.iota(), s.splat((first - j) as f32), lowest, x);
                 s.store(scores, x);
             }
             top = s.max(x, top);

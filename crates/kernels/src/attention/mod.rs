@@ -1,5 +1,6 @@
 //! Causal attention with grouped queries, in tiles: scores of a few dozen queries against a block of keys are all that
-//! is ever kept.
+//! is ever kept. Tiles that no query of theirs sees, for windows or documents, are left out; the others are computed as
+//! if all were.
 //!
 //! A row of qkv holds `heads` query heads and `kv_heads` key heads of `head_dim` elements and `kv_heads` value heads of
 //! `value_dim`; a row of the output holds `heads` heads of `value_dim`. Query head h uses key and value head
@@ -12,22 +13,25 @@ mod backward;
 mod decode;
 mod forward;
 mod ring;
+mod sees;
+mod sinks;
 
 pub use backward::{attention_dx, attention_dx_workspace_len};
+pub(crate) use decode::softmax_of;
 pub use decode::{attention_decode, attention_decode_workspace_len};
 pub use forward::{attention, attention_workspace_len};
 pub use ring::{
     Sight, Softmax, attention_part, attention_part_dx, attention_parts, attention_parts_dx, pack_kv,
 };
-
-use std::ops::Range;
+pub use sees::Sees;
+pub use sinks::{attention_sinks_dw, attention_sinks_dw_workspace_len};
 
 use crate::gemm::NR;
 use crate::simd::{LANES, kernel, prefetch_far};
 use crate::storage::Element;
 
 /// Keys of a block.
-const KEYS: usize = 256;
+pub(crate) const KEYS: usize = 256;
 /// Row stride of scores: a block and one more vector, which also keeps rows off the same cache sets.
 const SCORES: usize = KEYS + LANES;
 
@@ -114,21 +118,6 @@ impl<'a, T> Keys<'a, T> {
         let row = (sequence * shape.seq + first) * self.ld + self.at;
         let values = row + shape.kv_heads * shape.head_dim + head * shape.value_dim;
         (&self.data[row + head * shape.head_dim..], &self.data[values..])
-    }
-}
-
-/// Some queries of a sequence, and the first `keys` rows of keys, of which the query in row i sees those up to `i + shift`.
-#[derive(Clone, Debug)]
-struct Span {
-    queries: Range<usize>,
-    keys: usize,
-    shift: usize,
-}
-
-impl Span {
-    /// All queries of a sequence, each with the keys up to itself.
-    fn causal(seq: usize) -> Span {
-        Span { queries: 0..seq, keys: seq, shift: 0 }
     }
 }
 

@@ -5,44 +5,42 @@
 //! the same work for every pair (Brandon et al. 2023, arXiv 2311.09431, section 3).
 
 use super::forward::{self, logarithms};
-use super::{Attention, Keys, Span, backward};
+use super::sees::{Places, Span};
+use super::{Attention, Keys, Sees, backward};
 use crate::pool::{Parts, Pool};
 use crate::simd::{LANES, kernel};
 use crate::storage::{Element, Storage};
 
-/// Which of the keys at hand the queries of a rank see.
+/// Whose keys the queries of a rank meet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sight {
-    /// Their own: each those up to itself.
-    Own,
-    /// Those of a rank whose front piece lies earlier: all queries see the front half.
-    Front,
-    /// Those of a rank whose front piece lies later: the back half of the queries sees all.
-    Back,
+pub struct Sight {
+    me: usize,
+    of: usize,
+    ranks: usize,
 }
 
 impl Sight {
-    /// What rank `me` of a ring sees of the keys that rank `of` holds.
-    ///
-    /// ```
-    /// use kernels::Sight;
-    /// assert_eq!([0, 1, 2].map(|of| Sight::of(1, of)), [Sight::Front, Sight::Own, Sight::Back]);
-    /// ```
-    pub fn of(me: usize, of: usize) -> Sight {
-        match of.cmp(&me) {
-            std::cmp::Ordering::Less => Sight::Front,
-            std::cmp::Ordering::Equal => Sight::Own,
-            std::cmp::Ordering::Greater => Sight::Back,
-        }
+    /// What rank `me` of a ring meets when keys have made so many hops.
+    pub fn after(hops: usize, me: usize, ranks: usize) -> Sight {
+        assert!(me < ranks && hops < ranks, "rank {me} of {ranks} after {hops} hops");
+        Sight { me, of: (me + ranks - hops) % ranks, ranks }
     }
 
+    /// Whether they are its own.
+    fn own(self) -> bool {
+        self.me == self.of
+    }
+
+    /// Its own, each those up to itself. Of a rank whose front piece lies earlier all queries see the front half; of one
+    /// whose front piece lies later the back half of the queries sees all.
     fn span(self, seq: usize) -> Span {
+        let (at, of) = (Places::of(self.me, self.ranks, seq), Places::of(self.of, self.ranks, seq));
         // Far enough behind to see every key.
-        let all = usize::MAX / 4;
-        match self {
-            Sight::Own => Span::causal(seq),
-            Sight::Front => Span { queries: 0..seq, keys: seq / 2, shift: all },
-            Sight::Back => Span { queries: seq / 2..seq, keys: seq, shift: all },
+        let shift = usize::MAX / 4;
+        match self.of.cmp(&self.me) {
+            std::cmp::Ordering::Equal => Span::causal(seq, at),
+            std::cmp::Ordering::Less => Span { queries: 0..seq, keys: seq / 2, shift, at, of },
+            std::cmp::Ordering::Greater => Span { queries: seq / 2..seq, keys: seq, shift, at, of },
         }
     }
 }
@@ -74,24 +72,22 @@ pub fn pack_kv<T: Storage>(pool: &Pool, shape: &Attention, qkv: &[T], kv: &mut [
 }
 
 /// Goes on with the softmax of packed qkv's queries over the keys and values `kv` of one rank, as [`pack_kv`] leaves them;
-/// the `first` part begins it, and must be [`Sight::Own`].
+/// the `first` part begins it, with the rank's own keys. Starts of documents in `sees` are positions in the whole sequence.
 pub fn attention_part<T: Storage>(
     pool: &Pool,
     shape: &Attention,
     qkv: &[T],
     kv: &[T],
+    sees: Sees<'_, T>,
     sight: Sight,
-    first: bool,
     softmax: &mut Softmax<'_>,
     ws: &mut [f32],
 ) {
-    shape.check(qkv.len());
     check(shape, kv.len(), softmax);
-    assert!(!first || sight == Sight::Own, "every query begins with a key that it sees");
     let keys = Keys { data: kv, ld: shape.kv_ld(), at: 0 };
     let (sums, max, total) = (Parts::new(softmax.sums), Parts::new(softmax.max), Parts::new(softmax.total));
-    let out = forward::Out::Part { sums: &sums, max: &max, total: &total, first };
-    forward::Job { shape: *shape, qkv, keys, out, span: sight.span(shape.seq) }.run(pool, ws);
+    let out = forward::Out::Part { sums: &sums, max: &max, total: &total, first: sight.own() };
+    forward::Job { shape: *shape, qkv, keys, out, span: sight.span(shape.seq), sees }.run(pool, ws);
 }
 
 fn check(shape: &Attention, kv: usize, softmax: &Softmax<'_>) {
@@ -140,15 +136,15 @@ fn ends(lse: &mut [f32], total: &[f32]) {
 }
 
 /// The derivative of [`attention_part`], once `o` and `lse` are whole and with the gradient `do_` of `o`: adds to the
-/// gradients `dq` of queries, `[rows, heads * head_dim]`, which are new where this is the `first` part, and writes those of
-/// `kv` to `dkv`. `dq` is the gradient of scaled queries.
+/// gradients `dq` of queries, `[rows, heads * head_dim]`, which are new where the keys are the rank's own, and writes those
+/// of `kv` to `dkv`. `dq` is the gradient of scaled queries.
 pub fn attention_part_dx<T: Storage>(
     pool: &Pool,
     shape: &Attention,
     (qkv, kv): (&[T], &[T]),
     (o, lse, do_): (&[T], &[f32], &[T]),
+    sees: Sees<'_, T>,
     sight: Sight,
-    first: bool,
     (dq, dkv): (&mut [f32], &mut [f32]),
     ws: &mut [f32],
 ) {
@@ -158,9 +154,9 @@ pub fn attention_part_dx<T: Storage>(
     assert_eq!(lens, (of_keys, of_keys, rows * shape.heads * shape.head_dim), "keys and gradients");
     let keys = Keys { data: kv, ld: shape.kv_ld(), at: 0 };
     let (dq, dkv) = (Parts::new(dq), Parts::new(dkv));
-    let out = backward::Out::Part { dq: &dq, dkv: &dkv, first };
+    let out = backward::Out::Part { dq: &dq, dkv: &dkv, first: sight.own() };
     let span = sight.span(shape.seq);
-    backward::Job { shape: *shape, qkv, keys, o, lse, do_, out, span }.run(pool, ws);
+    backward::Job { shape: *shape, qkv, keys, o, lse, do_, out, span, sees }.run(pool, ws);
 }
 
 /// Ends the derivative: `dqkv`, packed, from the gradients of queries, and of keys and values.

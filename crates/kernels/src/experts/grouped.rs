@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use crate::gemm::{self, Left, Out, Right, TASK, Workspace};
+use crate::linear::{add_rows, column_sums_of_leaves, column_sums_workspace_len};
 use crate::pool::Pool;
 use crate::storage::{Acc, Storage};
 use crate::tree::{Merge, leaves};
@@ -62,17 +63,17 @@ pub fn grouped_linear_workspace_len(
     Workspace::room(units + 1) + gemm::product_workspace_len(rows.min(TASK.0), in_, out, threads)
 }
 
-/// y = x w^T for each expert's rows; `w` is `[experts out, in]`. Rows behind those that are counted are left alone.
+/// y = x w^T + b for each expert's rows; `w` is `[experts out, in]`, and `b`, if there is one, `[experts, out]`. Rows behind those that are counted are left alone.
 pub fn grouped_linear<T: Storage>(
     pool: &Pool,
     x: &[T],
-    w: &[T],
+    (w, b): (&[T], Option<&[T]>),
     groups: Groups<'_>,
     y: &mut [T],
     (in_, out): (usize, usize),
     ws: &mut [f32],
 ) {
-    grouped(pool, x, w, groups, y, (in_, out), &|w| Right::Columns(w), ws);
+    grouped(pool, x, (w, b), groups, y, (in_, out), &|w| Right::Columns(w), ws);
 }
 
 /// dx = dy w for each expert's rows: the gradient of [`grouped_linear`]'s input.
@@ -85,13 +86,13 @@ pub fn grouped_linear_dx<T: Storage>(
     (in_, out): (usize, usize),
     ws: &mut [f32],
 ) {
-    grouped(pool, dy, w, groups, dx, (out, in_), &|w| Right::Rows(w), ws);
+    grouped(pool, dy, (w, None), groups, dx, (out, in_), &|w| Right::Rows(w), ws);
 }
 
 fn grouped<'a, T: Storage>(
     pool: &Pool,
     x: &[T],
-    w: &'a [T],
+    (w, b): (&'a [T], Option<&[T]>),
     groups: Groups<'_>,
     y: &mut [T],
     (k, cols): (usize, usize),
@@ -99,6 +100,7 @@ fn grouped<'a, T: Storage>(
     ws: &mut [f32],
 ) {
     assert_eq!(w.len(), groups.experts * k * cols, "weights");
+    assert!(b.is_none_or(|b| b.len() == groups.experts * cols), "biases");
     let mut workspace = Workspace::new(ws);
     let starts = groups.starts(&mut workspace);
     let ws = workspace.rest();
@@ -109,7 +111,8 @@ fn grouped<'a, T: Storage>(
             starts[unit] as usize..starts[unit + 1] as usize
         };
         let rows: usize = (0..peers).map(|p| run(p).len()).sum();
-        let out = Out { y: &mut *y, ld: cols, acc: Acc::None, bias: None };
+        let bias = b.map(|b| &b[e * cols..(e + 1) * cols]);
+        let out = Out { y: &mut *y, ld: cols, acc: Acc::None, bias };
         let left = Left { data: x, ld: k };
         gemm::product_of_runs(pool, left, right(w), out, (peers, &run), (rows, k, cols), ws);
     }
@@ -166,6 +169,46 @@ pub fn grouped_linear_dw<T: Storage>(
                 merge,
                 ws,
             );
+        }
+    }
+}
+
+/// Floats of workspace for [`grouped_bias_grad`].
+pub fn grouped_bias_grad_workspace_len(units: usize, out: usize, tree: &[u32]) -> usize {
+    Workspace::room(units + 1) + column_sums_workspace_len(out, tree)
+}
+
+/// The gradient of [`grouped_linear`]'s biases into the levels of `db_grad`, `[levels, experts out]`; order as for
+/// [`grouped_linear_dw`].
+pub fn grouped_bias_grad<T: Storage>(
+    pool: &Pool,
+    dy: &[T],
+    groups: Groups<'_>,
+    db_grad: &mut [f32],
+    out: usize,
+    tree: &[u32],
+    merge: &dyn Fn(usize) -> (usize, Merge),
+    ws: &mut [f32],
+) {
+    assert_eq!(leaves(tree), groups.leaves, "leaves");
+    let mut workspace = Workspace::new(ws);
+    let starts = groups.starts(&mut workspace);
+    let ws = workspace.rest();
+    let apart = groups.experts * out;
+    for e in 0..groups.experts {
+        for peer in 0..groups.peers() {
+            let counts = groups.unit(peer, e);
+            let first = starts[peer * groups.experts + e] as usize;
+            let rows = |leaf: usize| {
+                let before: u32 = counts[..leaf].iter().sum();
+                let from = first + before as usize;
+                from..from + counts[leaf] as usize
+            };
+            let (level, merge) = merge(peer);
+            let grad = (&mut *db_grad, (level * apart + e * out, apart));
+            column_sums_of_leaves(pool, &rows, out, grad, tree, merge, ws, &|rows, cols, sums| {
+                add_rows(dy, out, rows, cols, sums);
+            });
         }
     }
 }

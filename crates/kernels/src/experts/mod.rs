@@ -8,8 +8,8 @@ mod permute;
 mod route;
 
 pub use grouped::{
-    Groups, grouped_linear, grouped_linear_dw, grouped_linear_dw_workspace_len, grouped_linear_dx,
-    grouped_linear_workspace_len,
+    Groups, grouped_bias_grad, grouped_bias_grad_workspace_len, grouped_linear, grouped_linear_dw,
+    grouped_linear_dw_workspace_len, grouped_linear_dx, grouped_linear_workspace_len,
 };
 pub use permute::{permute, permute_dx, unpermute, unpermute_dx};
 pub use route::{Router, route, route_dx, route_dx_workspace_len, route_workspace_len};

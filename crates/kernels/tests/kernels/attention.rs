@@ -38,7 +38,7 @@ pub(crate) fn forward<T: Storage>(pool: &Pool, s: Shape, qkv: &[T], scale: f32) 
     let (mut o, mut lse) = (vec![T::default(); s.o_len()], vec![0.0; s.lse_len()]);
     let shape = plain(s, scale);
     let mut ws = scratch(attention_workspace_len(&shape, pool.threads()));
-    attention(pool, &shape, qkv, &mut o, &mut lse, &mut ws);
+    attention(pool, &shape, qkv, Sees::ALL, &mut o, &mut lse, &mut ws);
     (o, lse)
 }
 
@@ -54,7 +54,7 @@ pub(crate) fn backward<T: Storage>(
     let mut dqkv = vec![T::default(); s.qkv_len()];
     let shape = plain(s, scale);
     let mut ws = scratch(attention_dx_workspace_len(&shape, pool.threads()));
-    attention_dx(pool, &shape, qkv, o, lse, d, &mut dqkv, &mut ws);
+    attention_dx(pool, &shape, qkv, Sees::ALL, o, lse, d, &mut dqkv, &mut ws);
     dqkv
 }
 
@@ -176,10 +176,22 @@ fn decoding_continues_a_sequence() {
         (0..2).flat_map(|i| qkv[(i * s.seq + lens[i] - 1) * s.ld()..][..s.heads * s.h].to_vec()).collect();
     let mut got = vec![0.0; 2 * s.heads * s.h];
     let mut ws = scratch(attention_decode_workspace_len(capacity, s.h, 2));
-    attention_decode(&pool, &q, s.heads * s.h, &k, &v, &lens, &mut got, capacity, 4, 2, s.h, 0.3, &mut ws);
+    let mut decode = |lens: &[usize], sees: Sees<'_, f32>, got: &mut [f32]| {
+        let ld = s.heads * s.h;
+        attention_decode(&pool, &q, ld, &k, &v, lens, sees, got, capacity, 4, 2, s.h, 0.3, &mut ws);
+    };
+    decode(&lens, Sees::ALL, &mut got);
     let row = |i: usize, t: usize| wide(&o[(i * s.seq + t) * s.heads * s.h..][..s.heads * s.h]);
     close(&got, &[row(0, 36), row(1, 19)].concat(), 1e-5);
     lens[0] = 1;
-    attention_decode(&pool, &q, s.heads * s.h, &k, &v, &lens, &mut got, capacity, 4, 2, s.h, 0.3, &mut ws);
+    decode(&lens, Sees::ALL, &mut got);
     close(&got[..s.h], &wide(&v[..s.h]), 1e-6);
+    // A window of one key, and a sink that weighs as much.
+    lens[0] = 37;
+    decode(&lens, Sees { window: Some(1), ..Sees::ALL }, &mut got);
+    let last = &v[36 * width..][..s.h];
+    close(&got[..s.h], &wide(last), 1e-6);
+    let score: f32 = (0..s.h).map(|j| 0.3 * q[j] * k[36 * width + j]).sum();
+    decode(&lens, Sees { window: Some(1), sinks: Some(&[score; 4]), ..Sees::ALL }, &mut got);
+    close(&got[..s.h], &last.iter().map(|x| f64::from(x / 2.0)).collect::<Vec<_>>(), 1e-5);
 }

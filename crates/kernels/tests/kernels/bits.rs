@@ -76,8 +76,8 @@ fn everything(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
     keep("norm dw", &[dg, dl, dlb].concat());
     let gu = r.vec(n * 2 * HIDDEN);
     let (mut h, mut dgu) = (vec![0.0; n * HIDDEN], vec![0.0; n * 2 * HIDDEN]);
-    swiglu(pool, &gu, &mut h, n, HIDDEN);
-    swiglu_dx(pool, &h, &gu, &mut dgu, n, HIDDEN);
+    glu(pool, Glu::Silu, &gu, &mut h, n, HIDDEN);
+    glu_dx(pool, Glu::Silu, &h, &gu, &mut dgu, n, HIDDEN);
     keep("swiglu", &[h, dgu.clone()].concat());
     for kind in [Gelu::Tanh, Gelu::Erf] {
         let (mut y, mut dx) = (gu.clone(), gu.clone());
@@ -160,7 +160,7 @@ fn mixture(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
     let (we, mut he, mut dwe) = (r.vec(8 * 30 * DIM), vec![0.0; 3 * n * 30], vec![0.0; 2 * 8 * 30 * DIM]);
     let groups = Groups { counts: &counts, experts: 8, leaves: 2 };
     let mut room = scratch(4_000_000);
-    grouped_linear(pool, &copies, &we, groups, &mut he, (DIM, 30), &mut room);
+    grouped_linear(pool, &copies, (&we, None), groups, &mut he, (DIM, 30), &mut room);
     keep("experts", &he);
     grouped_linear_dx(pool, &he, &we, groups, &mut dcopies, (DIM, 30), &mut room);
     keep("experts dx", &dcopies);

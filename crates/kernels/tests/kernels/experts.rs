@@ -201,31 +201,41 @@ proptest! {
             .max(grouped_linear_workspace_len(units, rows, out, in_, 2));
         let mut ws = scratch(len);
         let (mut y, mut dx) = (vec![7.0; rows * out], vec![7.0; rows * in_]);
-        grouped_linear(&pool, &x, &w, groups, &mut y, (in_, out), &mut ws);
+        let b = numbers.vec(experts * out);
+        grouped_linear(&pool, &x, (&w, Some(&b)), groups, &mut y, (in_, out), &mut ws);
         grouped_linear_dx(&pool, &dy, &w, groups, &mut dx, (in_, out), &mut ws);
         let mut dw = vec![f32::NAN; 2 * experts * out * in_];
         let mut ws = scratch(grouped_linear_dw_workspace_len(units, (rows, most), in_, out, &tree, 2));
         let merge = |peer: usize| (0, Merge { merge: peer, store: peer });
         grouped_linear_dw(&pool, &dy, &x, groups, &mut dw, (in_, out, most), &tree, &merge, &mut ws);
 
+        let mut db = vec![f32::NAN; 2 * experts * out];
+        let mut ws = scratch(grouped_bias_grad_workspace_len(units, out, &tree));
+        grouped_bias_grad(&pool, &dy, groups, &mut db, out, &tree, &merge, &mut ws);
+
         let mut ws = scratch(4_000_000);
         let (mut want_y, mut want_dx) = (vec![7.0; rows * out], vec![7.0; rows * in_]);
         let mut sums: Vec<Vec<Vec<f32>>> = vec![Vec::new(); experts];
+        let mut of_biases = sums.clone();
         let mut at = 0;
         for (unit, counts) in counts.chunks(leaves).enumerate() {
             let e = unit % experts;
-            let w = &w[e * out * in_..][..out * in_];
-            let mut of_leaves = Vec::new();
+            let (w, b) = (&w[e * out * in_..][..out * in_], &b[e * out..][..out]);
+            let (mut of_leaves, mut of_bias) = (Vec::new(), Vec::new());
             for n in counts.iter().map(|c| *c as usize) {
                 let (x, dy) = (&x[at * in_..(at + n) * in_], &dy[at * out..(at + n) * out]);
-                linear(&pool, x, w, None, Acc::None, &mut want_y[at * out..(at + n) * out], n, in_, out, &mut ws);
+                linear(&pool, x, w, Some(b), Acc::None, &mut want_y[at * out..(at + n) * out], n, in_, out, &mut ws);
                 linear_dx(&pool, dy, w, Acc::None, &mut want_dx[at * in_..(at + n) * in_], n, in_, out, &mut ws);
                 let mut dw = vec![0.0; out * in_];
                 linear_dw(&pool, dy, x, &mut dw, n, in_, out, &[], Merge { merge: 0, store: 0 }, &mut ws);
                 of_leaves.push(dw);
+                let mut db = vec![0.0; out];
+                bias_grad(&pool, dy, &mut db, n, out, &[], Merge { merge: 0, store: 0 }, &mut ws);
+                of_bias.push(db);
                 at += n;
             }
             sums[e].push(add_tree(&of_leaves, &tree));
+            of_biases[e].push(add_tree(&of_bias, &tree));
         }
         prop_assert_eq!(bits(&y), bits(&want_y));
         prop_assert_eq!(bits(&dx), bits(&want_dx));
@@ -233,6 +243,9 @@ proptest! {
             let last = (peers - 1) * experts * out * in_ + e * out * in_;
             let want = add_tree(of_peers, &[peers as u32]);
             prop_assert_eq!(bits(&dw[last..][..out * in_]), bits(&want));
+            let last = (peers - 1) * experts * out + e * out;
+            let want = add_tree(&of_biases[e], &[peers as u32]);
+            prop_assert_eq!(bits(&db[last..][..out]), bits(&want));
         }
     }
 }

@@ -11,3 +11,4 @@ mod muon;
 mod reference;
 mod ring;
 mod rows;
+mod sees;

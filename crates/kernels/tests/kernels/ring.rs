@@ -24,13 +24,13 @@ struct Whole<T> {
     dqkv: Vec<T>,
 }
 
-fn whole<T: Storage>(pool: &Pool, s: &Attention, qkv: &[T], d: &[T]) -> Whole<T> {
+fn whole<T: Storage>(pool: &Pool, s: &Attention, sees: Sees<'_, T>, qkv: &[T], d: &[T]) -> Whole<T> {
     let (mut o, mut lse) =
         (vec![T::default(); rows(s) * s.heads * s.value_dim], vec![0.0; rows(s) * s.heads]);
     let mut dqkv = vec![T::default(); qkv.len()];
     let mut ws = scratch(attention_workspace_len(s, 2).max(attention_dx_workspace_len(s, 2)));
-    attention(pool, s, qkv, &mut o, &mut lse, &mut ws);
-    attention_dx(pool, s, qkv, &o, &lse, d, &mut dqkv, &mut ws);
+    attention(pool, s, qkv, sees, &mut o, &mut lse, &mut ws);
+    attention_dx(pool, s, qkv, sees, &o, &lse, d, &mut dqkv, &mut ws);
     Whole { o, lse, dqkv }
 }
 
@@ -48,11 +48,19 @@ fn dealt<T: Copy>(x: &[T], (seqs, seq, cols): (usize, usize, usize), cp: usize) 
 type Left<T> = (Vec<T>, Vec<f32>, Vec<f32>);
 
 /// Every rank of a ring, one after another.
-fn ring<T: Storage>(pool: &Pool, s: &Attention, qkv: &[T], d: &[T], cp: usize) -> Vec<Whole<T>> {
+fn ring<T: Storage>(
+    pool: &Pool,
+    s: &Attention,
+    sees: Sees<'_, T>,
+    qkv: &[T],
+    d: &[T],
+    cp: usize,
+) -> Vec<Whole<T>> {
     let part = Attention { seq: s.seq / cp, ..*s };
     let qkv = dealt(qkv, (s.seqs, s.seq, ld(s)), cp);
     let d = dealt(d, (s.seqs, s.seq, s.heads * s.value_dim), cp);
     let n = rows(&part);
+    let starts = sees.starts.map(|starts| dealt(starts, (s.seqs, s.seq, 1), cp));
     let kv: Vec<Vec<T>> = qkv
         .iter()
         .map(|qkv| {
@@ -68,18 +76,18 @@ fn ring<T: Storage>(pool: &Pool, s: &Attention, qkv: &[T], d: &[T], cp: usize) -
         let (mut sums, mut lse) = (scratch(n * s.heads * s.value_dim), scratch(n * s.heads));
         let (mut total, mut o) = (scratch(n * s.heads), vec![T::default(); n * s.heads * s.value_dim]);
         let mut softmax = Softmax { sums: &mut sums, max: &mut lse, total: &mut total };
-        let others = (0..cp).map(|hop| (hop, (me + cp - hop) % cp));
-        for (hop, of) in others.clone() {
-            let sight = Sight::of(me, of);
-            attention_part(pool, &part, &qkv[me], &kv[of], sight, hop == 0, &mut softmax, &mut ws);
+        let sees = Sees { starts: starts.as_ref().map(|s| &s[me][..]), ..sees };
+        let others = (0..cp).map(|hop| (Sight::after(hop, me, cp), (me + cp - hop) % cp));
+        for (sight, of) in others.clone() {
+            attention_part(pool, &part, &qkv[me], &kv[of], sees, sight, &mut softmax, &mut ws);
         }
         attention_parts(pool, &part, &mut softmax, &mut o);
         let mut dq = scratch(n * s.heads * s.head_dim);
-        for (hop, of) in others {
+        for (sight, of) in others {
             let mut dkv = scratch(n * kv_ld(s));
             let (keys, out) = ((&qkv[me][..], &kv[of][..]), (&o[..], &lse[..], &d[me][..]));
             let grads = (&mut dq[..], &mut dkv[..]);
-            attention_part_dx(pool, &part, keys, out, Sight::of(me, of), hop == 0, grads, &mut ws);
+            attention_part_dx(pool, &part, keys, out, sees, sight, grads, &mut ws);
             add_to(pool, &dkv, &mut gradients[of]);
         }
         left.push((o, lse, dq));
@@ -92,15 +100,15 @@ fn ring<T: Storage>(pool: &Pool, s: &Attention, qkv: &[T], d: &[T], cp: usize) -
     left.into_iter().zip(&gradients).map(end).collect()
 }
 
-fn check(s: Attention, cp: usize, seed: u64) {
+fn check(s: Attention, sees: Sees<'_, f32>, cp: usize, seed: u64) {
     let mut r = Numbers::new(seed);
     let (qkv, d) = (r.vec(rows(&s) * ld(&s)), r.vec(rows(&s) * s.heads * s.value_dim));
     let pool = pool();
-    let all = whole(&pool, &s, &qkv, &d);
+    let all = whole(&pool, &s, sees, &qkv, &d);
     let o = dealt(&all.o, (s.seqs, s.seq, s.heads * s.value_dim), cp);
     let dqkv = dealt(&all.dqkv, (s.seqs, s.seq, ld(&s)), cp);
     let lse = dealt(&all.lse, (s.seqs * s.heads, s.seq, 1), cp);
-    for (rank, got) in ring(&pool, &s, &qkv, &d, cp).iter().enumerate() {
+    for (rank, got) in ring(&pool, &s, sees, &qkv, &d, cp).iter().enumerate() {
         close(&got.o, &wide(&o[rank]), 1e-5);
         close(&got.lse, &wide(&lse[rank]), 1e-5);
         close(&got.dqkv, &wide(&dqkv[rank]), 2e-5);
@@ -116,7 +124,21 @@ proptest! {
         h in 1usize..20, v in 1usize..20, seed: u64
     ) {
         let (seq, heads) = (2 * cp * piece, kv * group);
-        check(Attention { seqs, seq, heads, kv_heads: kv, head_dim: h, value_dim: v, scale: 0.4 }, cp, seed);
+        check(Attention { seqs, seq, heads, kv_heads: kv, head_dim: h, value_dim: v, scale: 0.4 }, Sees::ALL, cp, seed);
+    }
+}
+
+/// Windows, documents and sinks are those of whole sequences, also where a piece lies outside of all windows.
+#[test]
+fn parts_see_as_far_as_the_whole() {
+    for (seq, cp, window) in [(2400, 2, 100), (240, 3, 1), (1200, 3, 500), (96, 4, 95)] {
+        let s = Attention { seqs: 2, seq, heads: 4, kv_heads: 2, head_dim: 16, value_dim: 8, scale: 0.4 };
+        let sinks = [0.3, -1.0, 2.0, 0.0];
+        let starts: Vec<u32> = (0..2 * seq).map(|i| (i % seq / 77 * 77) as u32).collect();
+        let sees = Sees { window: Some(window), starts: Some(&starts), sinks: Some(&sinks) };
+        check(s, sees, cp, seq as u64);
+        check(s, Sees { starts: None, ..sees }, cp, seq as u64);
+        check(s, Sees { window: None, ..sees }, cp, seq as u64);
     }
 }
 
@@ -126,6 +148,7 @@ fn parts_across_blocks() {
     for (seq, cp, h, v) in [(2400, 2, 16, 16), (1200, 3, 70, 33)] {
         check(
             Attention { seqs: 1, seq, heads: 2, kv_heads: 1, head_dim: h, value_dim: v, scale: 0.3 },
+            Sees::ALL,
             cp,
             3,
         );
@@ -147,8 +170,8 @@ fn narrow_values_are_those_of_wide_ones() {
     let split = |row: &[f32]| [row[..keys].to_vec(), pad(&row[keys..], s.kv_heads)].concat();
     let padded: Vec<f32> = qkv.chunks(ld(&s)).flat_map(split).collect();
     let pool = pool();
-    let got = whole(&pool, &s, &qkv, &d);
-    let want = whole(&pool, &square, &padded, &pad(&d, s.heads));
+    let got = whole(&pool, &s, Sees::ALL, &qkv, &d);
+    let want = whole(&pool, &square, Sees::ALL, &padded, &pad(&d, s.heads));
     close(&pad(&got.o, s.heads), &wide(&want.o), 1e-6);
     close(&got.lse, &wide(&want.lse), 1e-6);
     let left: Vec<f32> = want
@@ -170,8 +193,8 @@ fn parts_in_bf16_round_once() {
     let widen = |x: &[bf16]| x.iter().map(|x| x.to_f32()).collect::<Vec<_>>();
     let (qkv, d) = (round(&r.vec(rows(&s) * ld(&s))), round(&r.vec(rows(&s) * s.heads * s.value_dim)));
     let pool = pool();
-    let narrow = ring(&pool, &s, &qkv, &d, 2);
-    let exact = ring(&pool, &s, &widen(&qkv), &widen(&d), 2);
+    let narrow = ring(&pool, &s, Sees::ALL, &qkv, &d, 2);
+    let exact = ring(&pool, &s, Sees::ALL, &widen(&qkv), &widen(&d), 2);
     for (a, b) in narrow.iter().zip(&exact) {
         assert_eq!((&a.o, bits(&a.lse)), (&round(&b.o), bits(&b.lse)));
         // The derivative begins with rounded outputs.

@@ -169,11 +169,25 @@ proptest! {
                 .collect()
         };
         let mut h = vec![0.0; n * f];
-        swiglu(&pool, &gu, &mut h, n, f);
+        glu(&pool, Glu::Silu, &gu, &mut h, n, f);
         close(&h, &silu(&wide(&gu)), 1e-6);
         let mut dgu = vec![0.0; 2 * n * f];
-        swiglu_dx(&pool, &dh, &gu, &mut dgu, n, f);
+        glu_dx(&pool, Glu::Silu, &dh, &gu, &mut dgu, n, f);
         gradient(&dgu, &gu, 1e-5, &|gu| dot(&silu(gu), &dh));
+        // Some beyond the bounds, none at one.
+        let gu: Vec<f32> = gu.iter().map(|x| 4.0 * x).collect();
+        let clamped = |gu: &[f64]| -> Vec<f64> {
+            (0..n * f)
+                .map(|i| {
+                    let (g, u) = (gu[i / f * 2 * f + i % f].min(7.0), gu[i / f * 2 * f + f + i % f]);
+                    g / (1.0 + (-1.702 * g).exp()) * (u.clamp(-7.0, 7.0) + 1.0)
+                })
+                .collect()
+        };
+        glu(&pool, Glu::Clamped, &gu, &mut h, n, f);
+        close(&h, &clamped(&wide(&gu)), 1e-6);
+        glu_dx(&pool, Glu::Clamped, &dh, &gu, &mut dgu, n, f);
+        gradient(&dgu, &gu, 1e-5, &|gu| dot(&clamped(gu), &dh));
         let (x, g) = (&gu[..n * f], &dh[..]);
         let gelu_tanh = |x: f64| 0.5 * x * (1.0 + (0.797_884_560_802_865_4 * (x + 0.044715 * x * x * x)).tanh());
         // The integral of the normal density by Simpson's rule.
@@ -325,9 +339,9 @@ fn large_activations_stay_finite() {
     let pool = pool();
     let gu: Vec<f32> = x.iter().chain(&[1.0; 5]).copied().collect();
     let (mut h, mut dgu) = ([0.0; 5], [0.0; 10]);
-    swiglu(&pool, &gu, &mut h, 1, 5);
+    glu(&pool, Glu::Silu, &gu, &mut h, 1, 5);
     assert_eq!(h, [1e30, 0.0, 100.0, 0.0, f32::INFINITY].map(|h: f32| h));
-    swiglu_dx(&pool, &[1.0; 5], &gu, &mut dgu, 1, 5);
+    glu_dx(&pool, Glu::Silu, &[1.0; 5], &gu, &mut dgu, 1, 5);
     assert_eq!(dgu[..4], [1.0, 0.0, 1.0, 0.0]);
     for kind in [Gelu::Tanh, Gelu::Erf] {
         let mut y = [0.0; 4];

@@ -27,6 +27,8 @@ impl StandIn {
     pub(super) fn build(shape: &Shape, key: &Key, experts: bool, head: bool) -> Result<Self> {
         let mut model = shape.model.clone();
         model.experts = model.experts.filter(|_| experts);
+        // What windows leave out is taken off afterwards, as a mean over layers.
+        model.window = None;
         if let Some(e) = &mut model.experts {
             (e.dense_layers, e.every) = (0, 1);
         }

@@ -65,8 +65,8 @@ fn kernels(p: &Program, op: &Op) -> Vec<Task> {
         OpKind::GroupedLinearGradWeight { experts, rows: even, .. } => {
             grouped(cols(0), cols(1), *even as f64 / *experts as f64, *experts)
         }
-        OpKind::Attention { heads } => vec![attention(heads, false)],
-        OpKind::AttentionGrad { heads } => vec![attention(heads, true)],
+        OpKind::Attention { heads, .. } => vec![attention(heads, false)],
+        OpKind::AttentionGrad { heads, .. } => vec![attention(heads, true)],
         OpKind::RingAttention { heads, .. } => vec![attention(heads, false)],
         OpKind::RingAttentionGrad { heads, .. } => vec![attention(heads, true)],
         _ if op.only_talks() => Vec::new(),

@@ -1,8 +1,8 @@
-use spec::Position;
+use spec::{DType, Position};
 
 use super::Emitter;
-use crate::graph::ValueId;
-use crate::op::{Axis, OpKind};
+use crate::graph::{Source, ValueId};
+use crate::op::{Axis, OpKind, Sees};
 use crate::role::{Place, Role};
 
 impl Emitter<'_> {
@@ -35,26 +35,47 @@ impl Emitter<'_> {
     /// Attention over packed queries, keys and values.
     pub(super) fn attention(&mut self, name: &str, qkv: ValueId) -> ValueId {
         let heads = self.cx.heads();
+        let sees = self.sees();
         let rows = self.g.get(qkv).rows;
         let o = self.act(name, rows, heads.out_cols());
+        let mut ins = vec![self.g.all(qkv)];
+        if sees.documents {
+            let starts = self.g.value("starts", rows, 1, DType::U32, Source::Starts);
+            ins.push(self.g.all(starts));
+        }
+        if sees.sinks {
+            ins.push(self.weight(Role::Sinks));
+        }
         if let (true, Place::Layer(layer)) = (self.cx.generates(), self.g.place) {
-            let (ins, outs) = (vec![self.g.all(qkv)], vec![self.g.all(o)]);
-            self.push(OpKind::AttentionCached { heads, layer }, name, ins, outs);
+            let outs = vec![self.g.all(o)];
+            self.push(OpKind::AttentionCached { heads, sees, layer }, name, ins, outs);
             return o;
         }
         let lse = self.stat(&format!("{name}.lse"), rows, heads.q);
-        let (ins, mut outs) = (vec![self.g.all(qkv)], vec![self.g.all(o), self.g.all(lse)]);
+        let mut outs = vec![self.g.all(o), self.g.all(lse)];
         let kind = match self.cx.layout.cp {
-            1 => OpKind::Attention { heads },
+            1 => OpKind::Attention { heads, sees },
             _ => {
                 let keys = self.act(&format!("{name}.keys"), 2 * rows, heads.kv_cols());
                 let sums = self.stat(&format!("{name}.sums"), rows, heads.out_cols());
                 let totals = self.stat(&format!("{name}.totals"), rows, heads.q);
                 outs.extend([keys, sums, totals].map(|v| self.g.all(v)));
-                OpKind::RingAttention { heads, axis: Axis::Cp }
+                OpKind::RingAttention { heads, sees, axis: Axis::Cp }
             }
         };
         self.push(kind, name, ins, outs);
         o
+    }
+
+    /// What the layer that is being emitted sees: a window as long as the sequence bounds nothing.
+    pub(super) fn sees(&self) -> Sees {
+        let Place::Layer(layer) = self.g.place else { return Sees::ALL };
+        let tokens = self.cx.context().max(self.cx.request.mode.positions());
+        let window = self.cx.model.window_of(layer).filter(|w| *w < tokens);
+        Sees {
+            window,
+            documents: self.cx.request.recipe.documents && !self.cx.generates(),
+            sinks: self.cx.model.sinks,
+        }
     }
 }

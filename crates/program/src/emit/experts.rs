@@ -53,7 +53,8 @@ impl Emitter<'_> {
                 self.last().ins.push(held);
             }
             let out = self.act(&p(part), room, cols);
-            let ins = vec![self.g.all(y), self.weight(role), held];
+            let mut ins = vec![self.g.all(y), self.weight(role), held];
+            ins.extend(self.param(role, true));
             let outs = vec![self.g.all(out)];
             self.push(OpKind::GroupedLinear { experts: local, rows: copies }, &p(part), ins, outs);
             y = out;

@@ -3,7 +3,7 @@ use spec::Latent;
 use super::Emitter;
 use crate::graph::ValueId;
 use crate::op::OpKind;
-use crate::role::Role;
+use crate::role::{Place, Role};
 
 impl Emitter<'_> {
     /// Multi-head latent attention on the normed residual stream, up to the output projection.
@@ -37,6 +37,18 @@ impl Emitter<'_> {
                 self.linear(Role::QueryUp, &p("q"), h, heads.q * heads.dim)
             }
         };
+        if let (true, Place::Layer(layer)) = (self.cx.generates(), self.g.place) {
+            let (o, sees) = (self.act(&p("core"), rows, heads.out_cols()), self.sees());
+            let mut ins = vec![self.g.all(q), self.g.all(latent), self.g.all(shared)];
+            ins.push(self.weight(Role::KeyValueUp));
+            if sees.sinks {
+                ins.push(self.weight(Role::Sinks));
+            }
+            let outs = vec![self.g.all(o)];
+            let kind = OpKind::LatentCached { heads, sees, rope_dim: l.rope_dim, layer };
+            self.push(kind, &p("core"), ins, outs);
+            return o;
+        }
         let kv = self.linear(Role::KeyValueUp, &p("kv_up"), latent, heads.kv * (l.nope_dim + l.value_dim));
         let qkv = self.act(&p("rope"), rows, heads.packed());
         let (ins, outs) = (vec![self.g.all(q), self.g.all(kv), self.g.all(shared)], vec![self.g.all(qkv)]);

@@ -199,7 +199,8 @@ impl Emitter<'_> {
     /// The model's activation, to `cols` columns: as many as `a` has, or half of them where it is gated.
     pub fn activation(&mut self, name: &str, a: ValueId, cols: usize) -> ValueId {
         let kind = match self.cx.model.activation {
-            Activation::SwiGlu => OpKind::SwiGlu,
+            Activation::SwiGlu => OpKind::SwiGlu { clamped: false },
+            Activation::SwiGluClamped => OpKind::SwiGlu { clamped: true },
             Activation::GeluTanh => OpKind::Gelu { tanh: true },
             Activation::Gelu => OpKind::Gelu { tanh: false },
         };

@@ -217,6 +217,7 @@ impl<'a> Placer<'a> {
                 Source::Param(group) => ids[i] = Some(self.groups[group.0 as usize].param),
                 Source::Tokens => ids[i] = Some(self.rows_of(self.io.tokens, v)),
                 Source::Targets => ids[i] = Some(self.rows_of(self.io.targets, v)),
+                Source::Starts => ids[i] = self.io.starts.map(|starts| self.rows_of(starts, v)),
                 Source::LossLeaves => ids[i] = Some(self.io.loss_leaves),
                 Source::Node => {
                     let (Some((birth, death)), true) = (life.span[i], life.root[i] == i) else { continue };
@@ -306,14 +307,15 @@ impl<'a> Placer<'a> {
         let m = self.cx.layout.micro_batch;
         // Rows that are not whole sequences (sequence parallelism, tokens in the order of their experts) have no tree
         // inside.
-        let rows = n.ins.iter().map(|o| o.rows).min().unwrap_or(0);
+        let data = n.ins.iter().filter(|o| !matches!(g.get(o.value).source, Source::Param(_)));
+        let rows = data.map(|o| o.rows).min().unwrap_or(0);
         let parts = self.cx.layout.sequence_parallel || of.key.role == Role::Router;
         let whole = match of.replication {
             Replication::Data => {
                 rows == n.sequences.count * self.cx.sequence || self.cx.layout.tp == 1 || !parts
             }
             // Rows are counted by sequence where a rank routes whole ones.
-            Replication::Expert => g.get(n.ins[2].value).cols == n.sequences.count,
+            Replication::Expert => n.ins.last().is_some_and(|o| g.get(o.value).cols == n.sequences.count),
         };
         let sum = self.grad_buffer(group, is_head(n));
         let levels = match sums.whole.get(&sum) {

@@ -188,6 +188,7 @@ impl Placer<'_> {
         let rotated = model.latent.map_or(model.head_dim, |l| l.rope_dim);
         let half = if matches!(model.position, Position::Rope(_)) { rotated / 2 } else { 0 };
         let heads = self.cx.heads();
+        let documents = self.cx.request.recipe.documents && !self.cx.generates();
         let cache = self.cx.request.mode.positions() * model.layers;
         let dtype = self.cx.dtype;
         let mut table =
@@ -195,6 +196,7 @@ impl Placer<'_> {
         let mut io = Io {
             tokens: table("tokens", n, 1, DType::U32),
             targets: table("targets", n, 1, DType::U32),
+            starts: documents.then(|| table("starts", n, 1, DType::U32)),
             loss_leaves: table("loss_leaves", local_sequences, 1, DType::F64),
             norm_chunks: table("norm_chunks", shared, 1, DType::F64),
             expert_counts: (experts > 0).then(|| table("expert_counts", model.layers, experts, DType::F64)),
@@ -204,8 +206,13 @@ impl Placer<'_> {
             v_cache: None,
         };
         if cache > 0 {
-            io.k_cache = Some(table("cache.k", cache, heads.kv * heads.dim, dtype));
-            io.v_cache = Some(table("cache.v", cache, heads.kv * heads.value_dim, dtype));
+            // Of latent attention what keys and values are made of.
+            let (keys, values) = match model.latent {
+                Some(l) => (l.kv_rank, l.rope_dim),
+                None => (heads.kv * heads.dim, heads.kv * heads.value_dim),
+            };
+            io.k_cache = Some(table("cache.k", cache, keys, dtype));
+            io.v_cache = Some(table("cache.v", cache, values, dtype));
         }
         self.memory.other = self.at - before;
         io

@@ -33,6 +33,7 @@ pub(super) fn check(kind: &OpKind, ins: &[Shape], outs: &[Shape], grads: &[Shape
     let want = match kind {
         OpKind::LinearGradWeight => Some((ins[0].cols, ins[1].cols)),
         OpKind::BiasGrad => Some((1, ins[0].cols)),
+        OpKind::SinkGrad { heads } => Some((1, heads.q)),
         _ => None,
     };
     match (want, grads.first()) {
@@ -99,7 +100,12 @@ fn expected(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
         GroupedLinear { experts, .. } => {
             let (x, w) = (at(0)?, at(1)?);
             let out = w.rows / (*experts).max(1);
-            (vec![x, of(out * experts, x.cols, x.dtype)], vec![of(x.rows, out, x.dtype)])
+            let mut ins = vec![x, of(out * experts, x.cols, x.dtype)];
+            if let (Some(counts), Some(b)) = (at(2), at(3)) {
+                let parts = out / b.cols.max(1);
+                ins.extend([counts, of(experts * parts, out / parts.max(1), x.dtype)]);
+            }
+            (ins, vec![of(x.rows, out, x.dtype)])
         }
         GroupedLinearGradInput { experts, .. } => {
             let (dy, w) = (at(0)?, at(1)?);
@@ -119,35 +125,16 @@ fn expected_without_weights(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
             let q = at(0)?;
             (vec![of(q.rows, heads.q * heads.dim, q.dtype)], vec![packed(heads, q)])
         }
-        Attention { heads: h } | RingAttention { heads: h, .. } => {
-            let x = packed(h, at(0)?);
-            let mut outs = vec![of(x.rows, h.out_cols(), x.dtype), f32(x.rows, h.q)];
-            if let RingAttention { .. } = kind {
-                let keys = of(2 * x.rows, h.kv_cols(), x.dtype);
-                outs.extend([keys, f32(x.rows, h.out_cols()), f32(x.rows, h.q)]);
-            }
-            (vec![x], outs)
+        Attention { .. } | RingAttention { .. } | AttentionGrad { .. } | RingAttentionGrad { .. } => {
+            return attended(kind, ins);
         }
-        AttentionGrad { heads: h } | RingAttentionGrad { heads: h, .. } => {
-            let x = packed(h, at(0)?);
-            let o = of(x.rows, h.out_cols(), x.dtype);
-            let mut outs = vec![x];
-            if let RingAttentionGrad { .. } = kind {
-                let keys = of(2 * x.rows, h.kv_cols(), x.dtype);
-                outs.extend([keys, f32(x.rows, h.q * h.dim), f32(3 * x.rows, h.kv_cols())]);
-            }
-            (vec![x, o, f32(x.rows, h.q), o], outs)
-        }
-        AttentionCached { heads: h, .. } => {
-            let x = packed(h, at(0)?);
-            (vec![of(1, x.cols, x.dtype)], vec![of(1, h.out_cols(), x.dtype)])
-        }
+        SinkGrad { .. } | AttentionCached { .. } | LatentCached { .. } => return attended(kind, ins),
         Route { .. } | RouteGrad { .. } | Permute { .. } | Unpermute { .. } => return routed(kind, ins),
-        SwiGlu => {
+        SwiGlu { .. } => {
             let a = at(0)?;
             (vec![of(a.rows, a.cols / 2 * 2, a.dtype)], vec![of(a.rows, a.cols / 2, a.dtype)])
         }
-        SwiGluGrad => {
+        SwiGluGrad { .. } => {
             let (dh, a) = (at(0)?, of(at(0)?.rows, 2 * at(0)?.cols, at(0)?.dtype));
             (vec![dh, a], vec![a])
         }
@@ -177,6 +164,56 @@ fn expected_without_weights(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
         LossSum { .. } => (vec![f32(at(0)?.rows, 1)], vec![]),
         AllReduce { .. } | Fork { .. } => same(at(0)?),
         PosGrad | BiasGrad | Send { .. } => (vec![at(0)?], vec![]),
+        _ => return unstated(kind, ins),
+    })
+}
+
+/// Attention: at once, on a ring, against a cache; and its sinks.
+fn attended(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
+    use OpKind::*;
+    let at = |i: usize| ins.get(i).copied();
+    Some(match kind {
+        Attention { heads: h, sees } | RingAttention { heads: h, sees, .. } => {
+            let x = packed(h, at(0)?);
+            let mut outs = vec![of(x.rows, h.out_cols(), x.dtype), f32(x.rows, h.q)];
+            if let RingAttention { .. } = kind {
+                let keys = of(2 * x.rows, h.kv_cols(), x.dtype);
+                outs.extend([keys, f32(x.rows, h.out_cols()), f32(x.rows, h.q)]);
+            }
+            let mut wanted = vec![x];
+            wanted.extend(sees.documents.then_some(u32(x.rows, 1)));
+            wanted.extend(sees.sinks.then_some(of(1, h.q, x.dtype)));
+            (wanted, outs)
+        }
+        SinkGrad { heads: h } => {
+            let o = of(at(0)?.rows, h.out_cols(), at(0)?.dtype);
+            (vec![o, o, f32(o.rows, h.q), of(1, h.q, o.dtype)], vec![])
+        }
+        AttentionGrad { heads: h, sees } | RingAttentionGrad { heads: h, sees, .. } => {
+            let x = packed(h, at(0)?);
+            let o = of(x.rows, h.out_cols(), x.dtype);
+            let mut outs = vec![x];
+            if let RingAttentionGrad { .. } = kind {
+                let keys = of(2 * x.rows, h.kv_cols(), x.dtype);
+                outs.extend([keys, f32(x.rows, h.q * h.dim), f32(3 * x.rows, h.kv_cols())]);
+            }
+            let mut wanted = vec![x, o, f32(x.rows, h.q), o];
+            wanted.extend(sees.documents.then_some(u32(x.rows, 1)));
+            (wanted, outs)
+        }
+        AttentionCached { heads: h, sees, .. } => {
+            let x = packed(h, at(0)?);
+            let sinks = sees.sinks.then_some(of(1, h.q, x.dtype));
+            ([of(1, x.cols, x.dtype)].into_iter().chain(sinks).collect(), vec![of(1, h.out_cols(), x.dtype)])
+        }
+        LatentCached { heads: h, sees, rope_dim, .. } => {
+            let (q, latent) = (at(0)?, at(1)?);
+            let up = of(h.q * (h.dim - rope_dim + h.value_dim), latent.cols, q.dtype);
+            let sinks = sees.sinks.then_some(of(1, h.q, q.dtype));
+            let one = |cols| of(1, cols, q.dtype);
+            let ins = [one(h.q * h.dim), one(latent.cols), one(*rope_dim), up].into_iter().chain(sinks);
+            (ins.collect(), vec![one(h.out_cols())])
+        }
         _ => return unstated(kind, ins),
     })
 }
@@ -214,7 +251,8 @@ fn unstated(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
     match kind {
         // Widths are the model's; whoever reads these rows asks for theirs.
         LatentNorm { .. } | LatentNormGradInput | LatentNormGradWeight | LatentRopeGrad { .. } => {}
-        PermuteGrad | UnpermuteGrad | GroupedLinearGradWeight { .. } | Slice { .. } => {}
+        PermuteGrad | UnpermuteGrad | Slice { .. } => {}
+        GroupedLinearGradWeight { .. } | GroupedBiasGrad { .. } => {}
         // Their ends are stated, and checked, as messages.
         AllGather { .. } | Unslice { .. } | ReduceScatter { .. } | AllToAll { .. } | Recv { .. } => {
             return Some((vec![], vec![]));

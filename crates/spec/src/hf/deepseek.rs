@@ -28,7 +28,7 @@ pub(super) const BOTH: [&Family; 2] = [&DEEPSEEK_V2, &DEEPSEEK_V3];
 
 /// What can be written, of all families.
 pub(super) const WRITTEN: &str = "the families that can be written are Llama, Qwen 2, Qwen 3, Mixtral, Qwen 3 MoE, \
-                                  DeepSeek-V2, DeepSeek-V3 and GPT-2";
+                                  Mistral, GPT-OSS, DeepSeek-V2, DeepSeek-V3 and GPT-2";
 
 /// The norms of the latents add this under their roots, whatever `rms_norm_eps` says.
 const LATENT_EPS: f64 = 1e-6;
@@ -78,6 +78,8 @@ impl Config<'_> {
             logit_softcap: 0.0,
             experts: self.deepseek_experts(v3)?,
             latent: Some(latent),
+            window: None,
+            sinks: false,
         })
     }
 

@@ -19,7 +19,6 @@ impl ModelSpec {
         own["num_experts_per_tok"] = json!(e.top_k);
         own["router_aux_loss_coef"] = json!(wide(e.router.balance_loss));
         own["output_router_logits"] = json!(false);
-        own["sliding_window"] = Value::Null;
         if family.model_type == MIXTRAL.model_type {
             own["num_local_experts"] = json!(e.count);
             own["intermediate_size"] = json!(e.ffn);
@@ -31,6 +30,7 @@ impl ModelSpec {
         own["decoder_sparse_step"] = json!(e.every);
         own["mlp_only_layers"] = json!((0..e.dense_layers).collect::<Vec<_>>());
         own["use_sliding_window"] = json!(false);
+        own["sliding_window"] = Value::Null;
         own["attention_bias"] = json!(self.qkv_bias);
     }
 
@@ -46,6 +46,10 @@ impl ModelSpec {
             Err("shared experts, and routers other than a softmax, are read, not written")
         } else if self.mlp_bias || self.qkv_bias != self.attn_out_bias || self.qkv_bias && !self.qk_norm {
             Err("a mixture with biases")
+        } else if self.qk_norm && self.window.is_some() {
+            Err("windows in a mixture with query and key norms")
+        } else if self.window.is_some_and(|w| w.full_layers + w.full_every > 0) {
+            Err("a mixture with windows in some layers alone")
         } else if self.qk_norm {
             Ok(&QWEN3_MOE)
         } else if e.dense_layers > 0 || e.every > 1 || !e.router.renormalise {

@@ -272,6 +272,11 @@ impl HfModel {
             model.validate()?;
             return Ok(HfModel { model, windows: None, inexact: left_out });
         }
+        if config.text("model_type")? == Some(super::gpt_oss::GPT_OSS.model_type) {
+            let model = config.gpt_oss()?;
+            model.validate()?;
+            return Ok(HfModel { windows: model.windows(), model, inexact: left_out });
+        }
         let family = config.family()?;
         if let Some(first) = config.unsupported(family)?.into_iter().next() {
             return Err(first);
@@ -298,10 +303,13 @@ impl HfModel {
             let planned =
                 |e: &&Error| !["sliding_window", "layer_types"].iter().any(|k| e.to_string().starts_with(k));
             notes.extend(config.unsupported(family)?.iter().filter(planned).map(ToString::to_string));
+            // Windows in any order are planned.
+            let mut map = map.clone();
+            map.retain(|key, _| key != "layer_types");
             if family.model_type == GPT2.model_type {
                 config.gpt2()?
             } else {
-                config.llama(family, |c, positions| Ok(c.rope_or_plain(positions, &mut notes)))?
+                Config(&map).llama(family, |c, positions| Ok(c.rope_or_plain(positions, &mut notes)))?
             }
         } else if let Some(planned) = PLANNED.iter().find(|p| p.model_type == kind) {
             config.planned(planned, &mut notes)?
@@ -422,6 +430,8 @@ impl Config<'_> {
             logit_softcap: 0.0,
             experts,
             latent,
+            window: None,
+            sinks: false,
         })
     }
 

@@ -244,6 +244,7 @@ fn read_data(doc: &Doc) -> Result<DataSpec> {
         field: doc.text_or_none("data.field")?,
         skip_bad: doc.flag("data.skip_bad")?,
         eod: doc.text_or_none("data.eod")?,
+        attend: if doc.choice("data.attend")? == "documents" { Attend::Documents } else { Attend::All },
         split: read_split(doc)?,
         cache_dir: doc.text_or_none("data.cache_dir")?.map(PathBuf::from),
     })

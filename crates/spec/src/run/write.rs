@@ -96,7 +96,7 @@ impl RunSpec {
     fn numerics(&self) -> Vec<(&'static str, String)> {
         let decides = |key: &str| match key.split_once('.') {
             Some(("model", name)) => name != "name",
-            Some(("data", name)) => ["vocab_size", "split"].contains(&name),
+            Some(("data", name)) => ["vocab_size", "split", "attend"].contains(&name),
             Some(("train", name)) => ["steps", "precision", "z_loss", "seed"].contains(&name),
             Some((section, _)) => ["batch", "optim", "schedule"].contains(&section),
             None => false,
@@ -221,6 +221,9 @@ impl RunSpec {
         values.extend(data.field.as_deref().map(|field| ("data.field", quoted(field))));
         values.extend(data.skip_bad.then(|| ("data.skip_bad", "true".to_owned())));
         values.extend(data.eod.as_deref().map(|eod| ("data.eod", quoted(eod))));
+        // Runs from before there was a choice have no such key in their fingerprints.
+        let attend = data.attend.name();
+        values.extend((data.attend != Attend::All).then(|| ("data.attend", quoted(attend))));
         values.push(("data.split", quoted(&format!("{train},{valid},{test}"))));
         values.extend(data.cache_dir.as_deref().map(|p| ("data.cache_dir", path(p))));
     }
@@ -273,6 +276,7 @@ fn model_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
             "model.activation",
             quoted(match model.activation {
                 Activation::SwiGlu => "swiglu",
+                Activation::SwiGluClamped => "swiglu_clamped",
                 Activation::GeluTanh => "gelu_tanh",
                 Activation::Gelu => "gelu",
             }),
@@ -296,11 +300,19 @@ fn model_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
             ("model.latent.value_dim", l.value_dim.to_string()),
         ]);
     }
+    if let Some(w) = &model.window {
+        values.extend([
+            ("model.window.tokens", w.tokens.to_string()),
+            ("model.window.full_layers", w.full_layers.to_string()),
+            ("model.window.full_every", w.full_every.to_string()),
+        ]);
+    }
+    values.extend(model.sinks.then(|| ("model.sinks", "true".to_owned())));
     values
 }
 
 fn experts_values(e: &Experts) -> Vec<(&'static str, String)> {
-    vec![
+    let mut values = vec![
         ("model.experts.count", e.count.to_string()),
         ("model.experts.top_k", e.top_k.to_string()),
         ("model.experts.ffn", e.ffn.to_string()),
@@ -314,7 +326,9 @@ fn experts_values(e: &Experts) -> Vec<(&'static str, String)> {
         ("model.experts.top_groups", e.router.top_groups.to_string()),
         ("model.experts.balance_loss", single(e.router.balance_loss)),
         ("model.experts.z_loss", single(e.router.z_loss)),
-    ]
+    ];
+    values.extend(e.router.bias.then(|| ("model.experts.router_bias", "true".to_owned())));
+    values
 }
 
 fn layout_values(layout: &Layout, values: &mut Vec<(&'static str, String)>) {

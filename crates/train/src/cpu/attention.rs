@@ -1,6 +1,6 @@
 //! Kernels of attention: at once, on a ring of ranks, and against a cache.
 
-use kernels::{Pool, Sight, Softmax};
+use kernels::{Pool, Sees, Sight, Softmax};
 use program::OpKind;
 
 use super::args::Args;
@@ -12,15 +12,31 @@ pub(super) fn attention<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     let (seq, qkv, ws) = (a.launch().sequence(), a.input(0), a.workspace());
     let n = a.shape(0).0 / seq;
     match *a.launch().kind() {
-        OpKind::Attention { heads } => {
-            kernels::attention(pool, &attention_shape(heads, n, seq), qkv, a.out(0), a.out_floats(1), ws);
+        OpKind::Attention { heads, sees } => {
+            let (shape, sees) = (attention_shape(heads, n, seq), seen(a, sees, 1));
+            kernels::attention(pool, &shape, qkv, sees, a.out(0), a.out_floats(1), ws);
         }
-        OpKind::AttentionGrad { heads } => {
+        OpKind::AttentionGrad { heads, sees } => {
+            let (shape, sees) = (attention_shape(heads, n, seq), seen(a, sees, 4));
             let (o, lse, dy, dqkv) = (a.input(1), a.floats(2), a.input(3), a.out(0));
-            kernels::attention_dx(pool, &attention_shape(heads, n, seq), qkv, o, lse, dy, dqkv, ws);
+            kernels::attention_dx(pool, &shape, qkv, sees, o, lse, dy, dqkv, ws);
+        }
+        OpKind::SinkGrad { heads } => {
+            let (shape, (levels, g)) = (attention_shape(heads, n, seq), a.gradient(0));
+            let of = (a.input(1), a.floats(2), a.input(0));
+            kernels::attention_sinks_dw(pool, &shape, of, a.input(3), levels, g.inner, g.merge, ws);
         }
         _ => not_mine!(a),
     }
+}
+
+/// What queries see, with the operands that say so: they follow `first` others. Sinks are no operand of a derivative.
+pub(super) fn seen<'a, T: Number>(a: &Args<'a, T>, sees: program::Sees, first: usize) -> Sees<'a, T> {
+    use OpKind::*;
+    let starts = sees.documents.then(|| a.ids(first));
+    let derivative = matches!(a.launch().kind(), AttentionGrad { .. } | RingAttentionGrad { .. });
+    let sinks = (sees.sinks && !derivative).then(|| a.input(first + usize::from(sees.documents)));
+    Sees { window: sees.window, starts, sinks }
 }
 
 /// What a rank of a ring does between two messages.
@@ -33,7 +49,7 @@ pub(super) fn ring_attention<T: Number>(pool: &Pool, a: &Args<'_, T>) {
 }
 
 fn ring_forward<T: Number>(pool: &Pool, a: &Args<'_, T>) {
-    let OpKind::RingAttention { heads, .. } = *a.launch().kind() else { not_mine!(a) };
+    let OpKind::RingAttention { heads, sees, .. } = *a.launch().kind() else { not_mine!(a) };
     let (seq, qkv) = (a.launch().sequence(), a.input(0));
     let shape = attention_shape(heads, a.shape(0).0 / seq, seq);
     let keys = a.out(2);
@@ -43,8 +59,8 @@ fn ring_forward<T: Number>(pool: &Pool, a: &Args<'_, T>) {
         Part::Begin => kernels::pack_kv(pool, &shape, qkv, &mut keys[..half]),
         Part::Hop(hop) => {
             let kv = &keys[hop % 2 * half..][..half];
-            let (sight, ws) = (sight(a, hop), a.workspace());
-            kernels::attention_part(pool, &shape, qkv, kv, sight, hop == 0, &mut softmax, ws);
+            let (sees, sight, ws) = (seen(a, sees, 1), sight(a, hop), a.workspace());
+            kernels::attention_part(pool, &shape, qkv, kv, sees, sight, &mut softmax, ws);
         }
         Part::End => kernels::attention_parts(pool, &shape, &mut softmax, a.out(0)),
         Part::Whole | Part::Join(_) => not_mine!(a),
@@ -52,7 +68,7 @@ fn ring_forward<T: Number>(pool: &Pool, a: &Args<'_, T>) {
 }
 
 fn ring_backward<T: Number>(pool: &Pool, a: &Args<'_, T>) {
-    let OpKind::RingAttentionGrad { heads, .. } = *a.launch().kind() else { not_mine!(a) };
+    let OpKind::RingAttentionGrad { heads, sees, .. } = *a.launch().kind() else { not_mine!(a) };
     let (seq, qkv) = (a.launch().sequence(), a.input(0));
     let shape = attention_shape(heads, a.shape(0).0 / seq, seq);
     let (keys, dq) = (a.out(1), a.out_floats(2));
@@ -66,8 +82,8 @@ fn ring_backward<T: Number>(pool: &Pool, a: &Args<'_, T>) {
             // The first to add is the one that they belong to.
             let dkv = if hop == 0 { &mut walking[..half] } else { own };
             let (out, ws) = ((a.input(1), a.floats(2), a.input(3)), a.workspace());
-            let sight = sight(a, hop);
-            kernels::attention_part_dx(pool, &shape, (qkv, kv), out, sight, hop == 0, (dq, dkv), ws);
+            let (sees, sight) = (seen(a, sees, 4), sight(a, hop));
+            kernels::attention_part_dx(pool, &shape, (qkv, kv), out, sees, sight, (dq, dkv), ws);
         }
         Part::Join(hop) => kernels::add_to(pool, own, &mut walking[hop % 2 * half..][..half]),
         Part::End => {
@@ -78,15 +94,15 @@ fn ring_backward<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     }
 }
 
-/// Which keys the queries of this rank see of those that have made so many hops.
+/// Whose keys the queries of this rank meet after so many hops.
 fn sight<T: Number>(a: &Args<'_, T>, hop: usize) -> Sight {
     let (me, ranks) = a.launch().ring();
-    Sight::of(me, (me + ranks - hop) % ranks)
+    Sight::after(hop, me, ranks)
 }
 
 /// Appends the token's keys and values to the layer's cache and attends over all of it so far.
 pub(super) fn attention_cached<T: Number>(pool: &Pool, a: &Args<'_, T>) {
-    let OpKind::AttentionCached { heads: h, .. } = *a.launch().kind() else { not_mine!(a) };
+    let OpKind::AttentionCached { heads: h, sees, .. } = *a.launch().kind() else { not_mine!(a) };
     let (position, capacity) = (a.launch().turn.position, a.launch().output(1).rows);
     let (qkv, keys, values) = (a.input(0), a.out(1), a.out(2));
     let (q_width, width, value_width) = (h.q * h.dim, h.kv * h.dim, h.kv * h.value_dim);
@@ -99,6 +115,7 @@ pub(super) fn attention_cached<T: Number>(pool: &Pool, a: &Args<'_, T>) {
         keys,
         values,
         &[position + 1],
+        seen(a, sees, 1),
         a.out(0),
         capacity,
         h.q,

@@ -6,6 +6,7 @@ use spec::{Router, Score};
 
 use super::args::Args;
 use super::table::{Number, not_mine};
+use crate::launch::Gradient;
 
 /// A router as its kernels take it: its own losses as shares of `sequences`, each of so many tokens.
 fn router(top_k: usize, r: &Router, sequences: usize, sequence: usize) -> kernels::Router {
@@ -82,7 +83,8 @@ pub(super) fn grouped_linear<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     match *a.launch().kind() {
         OpKind::GroupedLinear { experts, .. } => {
             let out = a.launch().output(0).cols;
-            kernels::grouped_linear(pool, a.input(0), a.input(1), groups(experts), a.out(0), (cols, out), ws);
+            let (x, w, groups) = (a.input(0), (a.input(1), a.optional(3)), groups(experts));
+            kernels::grouped_linear(pool, x, w, groups, a.out(0), (cols, out), ws);
         }
         OpKind::GroupedLinearGradInput { experts, .. } => {
             let (dy, w, dx) = (a.input(0), a.input(1), a.out(0));
@@ -90,22 +92,42 @@ pub(super) fn grouped_linear<T: Number>(pool: &Pool, a: &Args<'_, T>) {
         }
         OpKind::GroupedLinearGradWeight { experts, leaf_rows, .. } => {
             let (dy, x, (levels, g)) = (a.input(0), a.input(1), a.gradient(0));
-            let shape = (other, cols, leaf_rows);
-            // Whose rows come from one rank alone, or in no fixed order, has one counter.
-            let of_stream = g.stream_levels();
-            let peers = groups(experts).peers();
-            let merge = |peer: usize| match g.streams {
-                // What the first has stored goes on.
-                1 if peer > 0 => (g.merge.store, Merge { merge: 1, store: 0 }),
-                1 => (0, g.merge),
-                _ => (peer * of_stream, g.merge),
-            };
-            debug_assert!(g.streams == 1 || g.streams == peers);
-            kernels::grouped_linear_dw(pool, dy, x, groups(experts), levels, shape, g.inner, &merge, ws);
-            if let Some(upper) = g.upper.filter(|_| g.streams > 1) {
-                kernels::add_roots(pool, levels, of_stream, g.rows * g.cols, upper);
-            }
+            let (shape, groups) = ((other, cols, leaf_rows), groups(experts));
+            into_streams(pool, levels, &g, groups.peers(), &mut |levels, merge| {
+                kernels::grouped_linear_dw(pool, dy, x, groups, levels, shape, g.inner, merge, ws);
+            });
+        }
+        OpKind::GroupedBiasGrad { experts } => {
+            let (dy, (levels, g)) = (a.input(0), a.gradient(0));
+            let groups = Groups { counts: a.ids(1), experts, leaves: other };
+            into_streams(pool, levels, &g, groups.peers(), &mut |levels, merge| {
+                kernels::grouped_bias_grad(pool, dy, groups, levels, cols, g.inner, merge, ws);
+            });
         }
         _ => not_mine!(a),
+    }
+}
+
+/// Which of an expert's partial sums a peer's share joins.
+type OfPeer<'a> = dyn Fn(usize) -> (usize, Merge) + 'a;
+
+/// Runs the derivative of an expert's parameter, and adds up the counters of the ranks whose rows it met.
+fn into_streams(
+    pool: &Pool,
+    levels: &mut [f32],
+    g: &Gradient<'_>,
+    peers: usize,
+    derivative: &mut dyn FnMut(&mut [f32], &OfPeer<'_>),
+) {
+    debug_assert!(g.streams == 1 || g.streams == peers);
+    let of_stream = g.stream_levels();
+    derivative(levels, &|peer| match g.streams {
+        // Whose rows come from one rank alone, or in no fixed order, has one counter: what the first has stored goes on.
+        1 if peer > 0 => (g.merge.store, Merge { merge: 1, store: 0 }),
+        1 => (0, g.merge),
+        _ => (peer * of_stream, g.merge),
+    });
+    if let Some(upper) = g.upper.filter(|_| g.streams > 1) {
+        kernels::add_roots(pool, levels, of_stream, g.rows * g.cols, upper);
     }
 }

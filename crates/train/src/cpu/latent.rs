@@ -1,10 +1,12 @@
 //! Kernels of latent attention around its products.
 
-use kernels::{LatentHeads, Latents, Pool};
+use kernels::{LatentCache, LatentHeads, Latents, Pool};
 use program::{Heads, OpKind};
 
 use super::args::Args;
+use super::attention::seen;
 use super::table::{Number, not_mine};
+use crate::workspace::attention_shape;
 
 pub(super) fn latent_norm<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     let (l, none) = (a.launch(), &[][..]);
@@ -41,9 +43,40 @@ pub(super) fn latent_norm<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     }
 }
 
+fn of(h: Heads, rope: usize) -> LatentHeads {
+    LatentHeads { heads: h.q, nope: h.dim - rope, rope, value: h.value_dim }
+}
+
+/// Appends the token's latent and shared key part to the layer's cache and attends over all of it so far.
+pub(super) fn latent_cached<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let OpKind::LatentCached { heads, sees, rope_dim, .. } = *a.launch().kind() else { not_mine!(a) };
+    let (position, tables) = (a.launch().turn.position, a.launch().inputs() - 2);
+    let (latent, shared, latents, keys) = (a.input(1), a.input(2), a.out(1), a.out(2));
+    let at = position * rope_dim / 2..(position + 1) * rope_dim / 2;
+    let tables = (&a.floats(tables)[at.clone()], &a.floats(tables + 1)[at]);
+    latents[position * latent.len()..][..latent.len()].copy_from_slice(latent);
+    let key = &mut keys[position * rope_dim..][..rope_dim];
+    key.copy_from_slice(shared);
+    kernels::rotate_pairs(key, tables.0, tables.1);
+    let cache = LatentCache { latents, shared: keys, len: position + 1 };
+    let scale = attention_shape(heads, 1, 1).scale;
+    let (h, sees) = (of(heads, rope_dim), seen(a, sees, 4));
+    kernels::latent_decode(
+        pool,
+        h,
+        a.input(0),
+        cache,
+        a.input(3),
+        tables,
+        sees,
+        scale,
+        a.out(0),
+        a.workspace(),
+    );
+}
+
 pub(super) fn latent_rope<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     let seq = a.launch().sequence();
-    let of = |h: Heads, rope: usize| LatentHeads { heads: h.q, nope: h.dim - rope, rope, value: h.value_dim };
     match *a.launch().kind() {
         OpKind::LatentRope { heads, rope_dim } => {
             // One token of a generation has the tables' row of its position.

@@ -2,14 +2,14 @@
 
 use bytemuck::Pod;
 use half::bf16;
-use kernels::{AdamW, Gelu, Places, Pool, Storage};
+use kernels::{AdamW, Gelu, Glu, Places, Pool, Storage};
 use program::{Heads, LossTerms, NORM_CHUNK, OpKind};
 use spec::{DType, NormKind};
 
 use super::args::Args;
 use super::attention::{attention, attention_cached, ring_attention};
 use super::experts::{grouped_linear, permute, route, slice};
-use super::latent::{latent_norm, latent_rope};
+use super::latent::{latent_cached, latent_norm, latent_rope};
 use super::muon::muon;
 use crate::device::Lack;
 use crate::launch::Launch;
@@ -38,19 +38,19 @@ pub(super) fn kernel<T: Number>(kind: &OpKind) -> Result<Kernel<T>, Lack> {
         Linear | LinearGradInput => linear,
         LinearGradWeight | BiasGrad => linear_grad_weight,
         Rope { .. } => rope,
-        Attention { .. } | AttentionGrad { .. } => attention,
+        Attention { .. } | AttentionGrad { .. } | SinkGrad { .. } => attention,
         RingAttention { .. } | RingAttentionGrad { .. } => ring_attention,
         AttentionCached { .. } => attention_cached,
+        LatentCached { .. } => latent_cached,
         LatentNorm { .. } | LatentNormGradInput | LatentNormGradWeight => latent_norm,
         LatentRope { .. } | LatentRopeGrad { .. } => latent_rope,
         Route { .. } | RouteGrad { .. } => route,
         Slice { .. } => slice,
         Permute { .. } | PermuteGrad | Unpermute { .. } | UnpermuteGrad => permute,
-        GroupedLinear { .. } | GroupedLinearGradInput { .. } | GroupedLinearGradWeight { .. } => {
-            grouped_linear
-        }
+        GroupedLinear { .. } | GroupedLinearGradInput { .. } => grouped_linear,
+        GroupedLinearGradWeight { .. } | GroupedBiasGrad { .. } => grouped_linear,
         Rows { .. } | RowsGrad { .. } => row_fn,
-        SwiGlu | SwiGluGrad | Gelu { .. } | GeluGrad { .. } | Add => elementwise,
+        SwiGlu { .. } | SwiGluGrad { .. } | Gelu { .. } | GeluGrad { .. } | Add => elementwise,
         SoftCap { .. }
         | Xent { .. }
         | XentStats { .. }
@@ -189,14 +189,14 @@ fn elementwise<T: Number>(pool: &Pool, a: &Args<'_, T>) {
         false => n,
     };
     match *a.launch().kind() {
-        OpKind::SwiGlu => {
+        OpKind::SwiGlu { clamped } => {
             let (n, f) = (rows(1), cols / 2);
-            kernels::swiglu(pool, &x[..n * cols], &mut y[..n * f], n, f);
+            kernels::glu(pool, glu(clamped), &x[..n * cols], &mut y[..n * f], n, f);
         }
-        OpKind::SwiGluGrad => {
+        OpKind::SwiGluGrad { clamped } => {
             let n = rows(2);
             let (x, a, y) = (&x[..n * cols], &a.input(1)[..2 * n * cols], &mut y[..2 * n * cols]);
-            kernels::swiglu_dx(pool, x, a, y, n, cols);
+            kernels::glu_dx(pool, glu(clamped), x, a, y, n, cols);
         }
         OpKind::Gelu { tanh } => {
             let len = rows(1) * cols;
@@ -223,6 +223,10 @@ fn row_fn<T: Number>(pool: &Pool, a: &Args<'_, T>) {
         }
         _ => not_mine!(a),
     }
+}
+
+fn glu(clamped: bool) -> Glu {
+    if clamped { Glu::Clamped } else { Glu::Silu }
 }
 
 fn gelu(tanh: bool) -> Gelu {

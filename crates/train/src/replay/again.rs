@@ -10,6 +10,7 @@ use spec::{Context, Error, Result, RunSpec};
 use super::Try;
 use super::history::History;
 use crate::cpu::Cpu;
+use crate::documents::attend;
 use crate::exec::Executor;
 use crate::mesh::Mesh;
 use crate::run_dir::RunDir;
@@ -154,6 +155,7 @@ fn again(
             ));
     }
     let streams = open_data(run, prepared.as_ref())?;
+    attend(&mut exec, run, prepared.as_ref())?;
     exec.set_tables(&run.model)?;
     let mut done = 0;
     match from {

@@ -10,6 +10,7 @@ use super::trouble::Looks;
 use super::waits::Waits;
 use super::{Event, Pace, Trainer, host, load, now_us};
 use crate::begin::Beginning;
+use crate::documents::attend;
 use crate::peak::Peak;
 use crate::run_dir::RunDir;
 use crate::survive::Agent;
@@ -77,6 +78,7 @@ impl Trainer {
             drills: Vec::new(),
             waits: Waits::default(),
         };
+        attend(&mut t.exec, &t.run, t.begin.prepared())?;
         if t.step < t.run.train.steps as u64 {
             load(&mut t.exec, t.streams.train.as_ref(), t.step, &mut t.sample)?;
         }

@@ -68,8 +68,14 @@ pub fn target(k: u64, s: usize, i: usize, vocab: usize) -> u32 {
     if !s.is_multiple_of(2) && i.is_multiple_of(3) { u32::MAX } else { token(k, s, i + 1, vocab) }
 }
 
+/// Where the document of token `i` begins: some end at any token.
+pub fn document(k: u64, s: usize, i: usize) -> u32 {
+    (1..=i).rev().find(|i| token(k, s, *i, 4) == 0).unwrap_or(0) as u32
+}
+
 /// Fills in this rank's sequences of step `k` and returns the valid targets of the global batch.
 pub fn fill(exec: &mut Executor, vocab: usize, k: u64) -> u64 {
+    let packed = !exec.starts().is_empty();
     let (t, all) = (exec.program.sequence, exec.program.sequences);
     let local = exec.program.local_sequence();
     for i in 0..exec.program.local_sequences {
@@ -77,6 +83,9 @@ pub fn fill(exec: &mut Executor, vocab: usize, k: u64) -> u64 {
         for (at, j) in exec.program.positions().into_iter().flatten().enumerate() {
             exec.tokens()[i * local + at] = token(k, s, j, vocab);
             exec.targets()[i * local + at] = target(k, s, j, vocab);
+            if packed {
+                exec.starts()[i * local + at] = document(k, s, j);
+            }
         }
     }
     let valid = |s: usize| (0..t).filter(|&j| target(k, s, j, vocab) != u32::MAX).count() as u64;
@@ -121,10 +130,10 @@ pub struct Trained {
 pub fn train(
     m: &ModelSpec,
     layout: &Layout,
-    (sequences, precision, lr): (usize, DType, f64),
+    how: (usize, DType, f64),
     initialise: &(dyn Fn(&mut Executor) + Sync),
 ) -> Trained {
-    train_by(Recipe::default(), m, layout, (sequences, precision, lr), initialise)
+    train_by(Recipe::default(), m, layout, how, initialise)
 }
 
 /// [`train`] by any recipe.
