@@ -82,7 +82,7 @@ pub fn bench_collectives(
             let (input, output) = if op.shared {
                 (arena.span(0, count, ElementType::F32)?, arena.span(largest, count, ElementType::F32)?)
             } else {
-                let span = crate::element::Span::of(&mut private[..count]);
+                let span = crate::element::RawSlice::of(&mut private[..count]);
                 (span, span)
             };
             let [us, quartile_us] = measure(world, budget, || {
@@ -138,8 +138,8 @@ fn plain_mpi(world: &World, sizes: &[usize], budget: Duration) -> Result<Vec<Row
 fn operation<'a>(
     world: &World,
     kind: OpKind,
-    input: crate::element::Span,
-    output: crate::element::Span,
+    input: crate::element::RawSlice,
+    output: crate::element::RawSlice,
 ) -> Result<Vec<Op<'a>>> {
     let (n, me) = (world.size(), world.rank());
     let ranges = || even_ranges(input.count, n).into();

@@ -76,31 +76,31 @@ elements!(f32 => F32, bf16 => Bf16, f64 => F64, u32 => U32, u8 => U8);
 ///
 /// A span is only a name for memory. Making one is safe; the operations that read or write through it are not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Span {
+pub struct RawSlice {
     pub(crate) ptr: *mut u8,
     pub(crate) count: usize,
     pub(crate) element: ElementType,
 }
 
 // SAFETY: a span is an address and two numbers; who dereferences it answers for the memory.
-unsafe impl Send for Span {}
+unsafe impl Send for RawSlice {}
 // SAFETY: as above.
-unsafe impl Sync for Span {}
+unsafe impl Sync for RawSlice {}
 
-impl Span {
+impl RawSlice {
     /// `count` elements at `ptr`.
-    pub fn new(ptr: *mut u8, count: usize, element: ElementType) -> Span {
-        Span { ptr, count, element }
+    pub fn new(ptr: *mut u8, count: usize, element: ElementType) -> RawSlice {
+        RawSlice { ptr, count, element }
     }
 
     /// The elements of a slice that may be written.
-    pub fn of<T: Element>(slice: &mut [T]) -> Span {
-        Span { ptr: slice.as_mut_ptr().cast(), count: slice.len(), element: T::TYPE }
+    pub fn of<T: Element>(slice: &mut [T]) -> RawSlice {
+        RawSlice { ptr: slice.as_mut_ptr().cast(), count: slice.len(), element: T::TYPE }
     }
 
     /// The elements of a slice that is only read.
-    pub fn of_const<T: Element>(slice: &[T]) -> Span {
-        Span { ptr: slice.as_ptr().cast_mut().cast(), count: slice.len(), element: T::TYPE }
+    pub fn of_const<T: Element>(slice: &[T]) -> RawSlice {
+        RawSlice { ptr: slice.as_ptr().cast_mut().cast(), count: slice.len(), element: T::TYPE }
     }
 
     /// Number of elements.
@@ -124,15 +124,15 @@ impl Span {
     }
 
     /// As many elements elsewhere.
-    pub(crate) fn moved(&self, to: Address) -> Span {
-        Span { ptr: to.0, ..*self }
+    pub(crate) fn moved(&self, to: Address) -> RawSlice {
+        RawSlice { ptr: to.0, ..*self }
     }
 
     /// The elements of `range`, which must lie inside (checked: a range outside gives an empty span at the end).
-    pub(crate) fn part(&self, range: &Range<usize>) -> Span {
+    pub(crate) fn part(&self, range: &Range<usize>) -> RawSlice {
         let start = range.start.min(self.count);
         let end = range.end.clamp(start, self.count);
-        Span { ptr: self.ptr.wrapping_add(start * self.element.bytes()), count: end - start, ..*self }
+        RawSlice { ptr: self.ptr.wrapping_add(start * self.element.bytes()), count: end - start, ..*self }
     }
 }
 

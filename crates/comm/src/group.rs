@@ -1,10 +1,10 @@
 mod hosts;
 
 use crate::control::MAX_GROUPS;
-use crate::element::{Element, ElementType, OpTag, Order, Span};
+use crate::element::{Element, ElementType, OpTag, Order, RawSlice};
 use crate::header::{GroupKey, Header, OpKind, Space};
 use crate::inner::{Address, Core};
-use crate::mesh::{Exchange, Mesh};
+use crate::mesh::{Exchange, Members};
 use crate::near::{Meeting, Neighbours};
 use crate::op::{Op, Summary};
 use crate::p2p::{self, Lane, Payload};
@@ -50,15 +50,15 @@ enum Path {
     /// All members share memory.
     Near(Neighbours),
     /// They do not.
-    Mesh(Mesh),
+    Members(Members),
     /// Equal numbers of members on each host, side by side: first within the host, then across.
     Hosts(Box<TwoLevels>),
 }
 
 struct TwoLevels {
     near: Neighbours,
-    across: Mesh,
-    all: Mesh,
+    across: Members,
+    all: Members,
 }
 
 impl Group {
@@ -93,15 +93,15 @@ impl Group {
             let slots = near.iter().map(|&m| slot(m)).collect();
             Neighbours::new(core, near.iter().map(|&m| ranks[m]).collect(), slots)
         };
-        let mesh = |space| Mesh::new(ranks.clone(), me, GroupKey { id, space });
+        let mesh = |space| Members::new(ranks.clone(), me, GroupKey { id, space });
         let path = if near.len() == ranks.len() {
             Path::Near(neighbours()?)
         } else if let Some(local) = even_hosts(core, &ranks) {
             let across: Vec<usize> = ranks.iter().skip(me % local).step_by(local).copied().collect();
-            let across = Mesh::new(across, me / local, GroupKey { id, space: Space::Across });
+            let across = Members::new(across, me / local, GroupKey { id, space: Space::Across });
             Path::Hosts(Box::new(TwoLevels { near: neighbours()?, across, all: mesh(Space::Collective) }))
         } else {
-            Path::Mesh(mesh(Space::Collective))
+            Path::Members(mesh(Space::Collective))
         };
         let (next, turn) = Default::default();
         let depth = AtomicUsize::new(DEFAULT_DEPTH);
@@ -166,7 +166,7 @@ impl Group {
     /// Members disagree about the operation, or one is lost or late; so for every operation.
     pub fn all_reduce<T: Element>(&self, tag: OpTag, buffer: &mut [T], order: Order) -> Result<()> {
         // SAFETY: the buffer is borrowed for the call.
-        unsafe { self.run(tag, Op::AllReduce { buffer: Span::of(buffer), order }) }
+        unsafe { self.run(tag, Op::AllReduce { buffer: RawSlice::of(buffer), order }) }
     }
 
     /// `buffer[ranges[i]]` of member i becomes that range of the sum; the rest of the buffer stays as it is.
@@ -180,7 +180,8 @@ impl Group {
         ranges: &[Range<usize>],
         order: Order,
     ) -> Result<()> {
-        let op = Op::ReduceScatter { input: Span::of(buffer), output: None, ranges: ranges.into(), order };
+        let op =
+            Op::ReduceScatter { input: RawSlice::of(buffer), output: None, ranges: ranges.into(), order };
         // SAFETY: the buffer is borrowed for the call.
         unsafe { self.run(tag, op) }
     }
@@ -195,7 +196,7 @@ impl Group {
         buffer: &mut [T],
         ranges: &[Range<usize>],
     ) -> Result<()> {
-        let op = Op::AllGather { input: None, output: Span::of(buffer), ranges: ranges.into() };
+        let op = Op::AllGather { input: None, output: RawSlice::of(buffer), ranges: ranges.into() };
         // SAFETY: the buffer is borrowed for the call.
         unsafe { self.run(tag, op) }
     }
@@ -213,9 +214,9 @@ impl Group {
         output_ranges: &[Range<usize>],
     ) -> Result<()> {
         let op = Op::AllToAll {
-            input: Span::of_const(input),
+            input: RawSlice::of_const(input),
             input_ranges: input_ranges.into(),
-            output: Span::of(output),
+            output: RawSlice::of(output),
             output_ranges: output_ranges.into(),
         };
         // SAFETY: the buffers are borrowed for the call, and an all-to-all does not write its input.
@@ -228,7 +229,7 @@ impl Group {
     /// See [`Group::all_reduce`].
     pub fn broadcast<T: Element>(&self, tag: OpTag, buffer: &mut [T], root: usize) -> Result<()> {
         // SAFETY: the buffer is borrowed for the call.
-        unsafe { self.run(tag, Op::Broadcast { buffer: Span::of(buffer), root }) }
+        unsafe { self.run(tag, Op::Broadcast { buffer: RawSlice::of(buffer), root }) }
     }
 
     /// Sends a copy of `data` to member `to`: returns at once unless the channel is full.
@@ -237,7 +238,7 @@ impl Group {
     /// See [`Group::all_reduce`]; a mismatch is found by the receiver and reported to both.
     pub fn send<T: Element>(&self, tag: OpTag, to: usize, channel: u32, data: &[T]) -> Result<()> {
         // SAFETY: the buffer is borrowed for the call, and a send does not write it.
-        unsafe { self.run(tag, Op::Send { buffer: Span::of_const(data), to, channel }) }
+        unsafe { self.run(tag, Op::Send { buffer: RawSlice::of_const(data), to, channel }) }
     }
 
     /// Receives the next message of member `from` on `channel`, of exactly the length of `buffer`.
@@ -246,7 +247,7 @@ impl Group {
     /// See [`Group::all_reduce`].
     pub fn recv<T: Element>(&self, tag: OpTag, from: usize, channel: u32, buffer: &mut [T]) -> Result<()> {
         // SAFETY: the buffer is borrowed for the call.
-        unsafe { self.run(tag, Op::Recv { buffer: Span::of(buffer), from, channel }) }
+        unsafe { self.run(tag, Op::Recv { buffer: RawSlice::of(buffer), from, channel }) }
     }
 
     /// Returns once every member has called it.
@@ -340,7 +341,9 @@ async fn join(core: &Core, ranks: &[usize], id: u32, slot: usize) -> Result<Vec<
     for &peer in ranks.iter().filter(|&&r| r != core.rank) {
         let header = header(&|| core.outbox().number(lane(peer)), card.len());
         // SAFETY: the card lives until the end of the function.
-        unsafe { p2p::send(core, header, peer, Span::of_const(&card), Payload::Copied, usize::MAX).await? };
+        unsafe {
+            p2p::send(core, header, peer, RawSlice::of_const(&card), Payload::Copied, usize::MAX).await?
+        };
     }
     let mut slots = Vec::with_capacity(ranks.len());
     for &peer in ranks {
@@ -348,7 +351,7 @@ async fn join(core: &Core, ranks: &[usize], id: u32, slot: usize) -> Result<Vec<
         if peer != core.rank {
             let header = header(&|| core.inbox().number(lane(peer)), card.len());
             // SAFETY: the buffer lives beyond the await.
-            unsafe { p2p::recv(core, header, peer, Span::of(&mut theirs)).await? };
+            unsafe { p2p::recv(core, header, peer, RawSlice::of(&mut theirs)).await? };
         }
         let slot = u64::from_le_bytes(theirs);
         if slot >= MAX_GROUPS as u64 {
@@ -452,7 +455,7 @@ impl Work {
         unsafe {
             match &group.path {
                 Path::Near(near) => near_collective(&Meeting { core, near, header }, op).await,
-                Path::Mesh(mesh) => mesh_collective(&Exchange { core, mesh, header }, op).await,
+                Path::Members(mesh) => mesh_collective(&Exchange { core, mesh, header }, op).await,
                 Path::Hosts(levels) => {
                     let TwoLevels { near, across, all } = &**levels;
                     let hosts = Hosts {

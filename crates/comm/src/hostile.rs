@@ -3,7 +3,7 @@
 
 use crate::connect::host_id;
 use crate::control::MAX_SENDS;
-use crate::element::{ElementType, OpTag, Order, Span};
+use crate::element::{ElementType, OpTag, Order, RawSlice};
 use crate::header::{Header, Space};
 use crate::inner::{Core, Location, PeerSegment};
 use crate::memory::Mapping;
@@ -74,8 +74,8 @@ fn message(count: usize) -> Header {
     Header { part: count as u64, ..header }
 }
 
-fn span(count: usize) -> Span {
-    Span::new(std::ptr::NonNull::<u8>::dangling().as_ptr(), count, ElementType::F32)
+fn span(count: usize) -> RawSlice {
+    RawSlice::new(std::ptr::NonNull::<u8>::dangling().as_ptr(), count, ElementType::F32)
 }
 
 /// Posts `words` as a message to rank 0 in `slot`, as the ring entry after `tail` earlier ones.
@@ -156,7 +156,7 @@ fn buffers_of_a_meeting_lie_in_memory_of_their_members() {
 #[test]
 fn runs_of_an_all_to_all_are_checked_as_they_are_used() {
     let run = COUNT / 2;
-    let op = |input: Span, output: Span| Op::AllToAll {
+    let op = |input: RawSlice, output: RawSlice| Op::AllToAll {
         input,
         input_ranges: crate::even_ranges(COUNT, 2).into(),
         output,

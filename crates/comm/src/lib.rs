@@ -8,8 +8,8 @@
 //! | call | buffers | ends |
 //! | --- | --- | --- |
 //! | [`Group::all_reduce`] and its siblings | slices | when done |
-//! | [`Group::run`] with an [`Op`] | [`Span`]s (unsafe: raw memory) | when done |
-//! | [`Group::start`] with an [`Op`] | [`Span`]s (unsafe: raw memory) | later, see [`Handle::wait`] |
+//! | [`Group::run`] with an [`Op`] | [`RawSlice`]s (unsafe: raw memory) | when done |
+//! | [`Group::start`] with an [`Op`] | [`RawSlice`]s (unsafe: raw memory) | later, see [`Handle::wait`] |
 //!
 //! Any memory may take part. Memory from [`World::alloc_shared`] is the fast case: neighbours then add up each
 //! other's buffers where they lie and nothing is copied. Nobody need say which is which; it is looked up by address.
@@ -79,7 +79,7 @@ mod world;
 
 pub use bench::{BENCH_SIZES, BenchOp, Row, bench_collectives};
 pub use connect::{give_up, host_id};
-pub use element::{Element, ElementType, OpTag, Order, Span, even_ranges};
+pub use element::{Element, ElementType, OpTag, Order, RawSlice, even_ranges};
 pub use group::{DEFAULT_DEPTH, Group};
 pub use half::bf16;
 pub use header::OpKind;

@@ -11,7 +11,7 @@ use self::read::Reader;
 pub(crate) use self::way::Way;
 use self::way::{MpiSide, SendError, Source};
 use crate::control::publish;
-use crate::element::Span;
+use crate::element::RawSlice;
 use crate::header::{Header, Space};
 use crate::inner::Core;
 use crate::mpi::pipes::Pipes;
@@ -121,7 +121,7 @@ struct Tags {
 enum Body {
     Owned(Vec<u8>),
     /// The sender waits until the flag is set.
-    InPlace(Span, Arc<AtomicBool>),
+    InPlace(RawSlice, Arc<AtomicBool>),
 }
 
 impl Frame {
@@ -288,7 +288,7 @@ pub(crate) async unsafe fn send(
     core: &Core,
     header: Header,
     to: usize,
-    buffer: Span,
+    buffer: RawSlice,
     payload: Payload,
 ) -> Result<()> {
     let (io, link) = link(core, to)?;

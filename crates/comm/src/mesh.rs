@@ -3,7 +3,7 @@
 //! A reduction sends each share of the buffer to the member that owns it, which adds all of them in tree order and
 //! sends the sum back: per rank the same bytes as a ring, in two hops, and with bits that depend on nothing.
 
-use crate::element::{ElementType, Order, Span};
+use crate::element::{ElementType, Order, RawSlice};
 use crate::header::{GroupKey, Header};
 use crate::inner::{Address, Core};
 use crate::p2p::{self, Lane, Payload};
@@ -21,7 +21,7 @@ const CHUNK_BYTES: usize = 512 << 10;
 const CHAINS: usize = 2;
 
 /// Members that exchange messages.
-pub(crate) struct Mesh {
+pub(crate) struct Members {
     pub(crate) ranks: Vec<usize>,
     pub(crate) me: usize,
     pub(crate) key: GroupKey,
@@ -29,27 +29,27 @@ pub(crate) struct Mesh {
     scratch: Mutex<Vec<Vec<u64>>>,
 }
 
-impl Mesh {
-    pub(crate) fn new(ranks: Vec<usize>, me: usize, key: GroupKey) -> Mesh {
+impl Members {
+    pub(crate) fn new(ranks: Vec<usize>, me: usize, key: GroupKey) -> Members {
         let tree = Tree::new(ranks.len());
-        Mesh { ranks, me, key, tree, scratch: Mutex::default() }
+        Members { ranks, me, key, tree, scratch: Mutex::default() }
     }
 }
 
 /// One collective operation of a mesh.
 pub(crate) struct Exchange<'a> {
     pub(crate) core: &'a Core,
-    pub(crate) mesh: &'a Mesh,
+    pub(crate) mesh: &'a Members,
     pub(crate) header: Header,
 }
 
 /// Memory for received parts, back to the mesh on drop: after the first step nothing is allocated.
 pub(crate) struct Scratch<'a> {
-    mesh: &'a Mesh,
+    mesh: &'a Members,
     words: Vec<u64>,
 }
 
-impl Mesh {
+impl Members {
     pub(crate) fn scratch(&self, bytes: usize) -> Scratch<'_> {
         let mut free = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         let mut words = free.pop().unwrap_or_default();
@@ -105,14 +105,14 @@ impl Exchange<'_> {
         (1..n).map(move |i| (me + i) % n)
     }
 
-    fn header(&self, channel: u32, buffer: Span, message: u64) -> Header {
+    fn header(&self, channel: u32, buffer: RawSlice, message: u64) -> Header {
         let (part, element, group) = (buffer.count as u64, buffer.element, self.mesh.key);
         Header { channel, part, element, message, group, ..self.header }
     }
 
     /// # Safety
     /// As [`p2p::send`].
-    unsafe fn send<'f>(&'f self, channel: u32, to: usize, buffer: Span) -> Part<'f> {
+    unsafe fn send<'f>(&'f self, channel: u32, to: usize, buffer: RawSlice) -> Part<'f> {
         let peer = self.mesh.ranks[to];
         let lane = Lane { peer, group: self.mesh.key, channel };
         let header = self.header(channel, buffer, self.core.outbox().number(lane));
@@ -122,7 +122,7 @@ impl Exchange<'_> {
 
     /// # Safety
     /// As [`p2p::recv`].
-    unsafe fn recv<'f>(&'f self, channel: u32, from: usize, buffer: Span) -> Part<'f> {
+    unsafe fn recv<'f>(&'f self, channel: u32, from: usize, buffer: RawSlice) -> Part<'f> {
         let peer = self.mesh.ranks[from];
         let lane = Lane { peer, group: self.mesh.key, channel };
         let header = self.header(channel, buffer, self.core.inbox().number(lane));
@@ -132,7 +132,7 @@ impl Exchange<'_> {
 
     /// Nobody leaves before all have come: in round k each tells the member 2^k further on.
     pub(crate) async fn barrier(&self) -> Result<()> {
-        let nothing = Span::new(std::ptr::NonNull::<u8>::dangling().as_ptr(), 0, ElementType::U8);
+        let nothing = RawSlice::new(std::ptr::NonNull::<u8>::dangling().as_ptr(), 0, ElementType::U8);
         let (me, n) = (self.mesh.me, self.size());
         let mut distance = 1;
         while distance < n {
@@ -151,7 +151,7 @@ impl Exchange<'_> {
 
     /// # Safety
     /// `buffer` is this rank's alone, readable and writable, until the future has ended.
-    pub(crate) async unsafe fn all_reduce(&self, buffer: Span) -> Result<()> {
+    pub(crate) async unsafe fn all_reduce(&self, buffer: RawSlice) -> Result<()> {
         if self.header.order == Order::Ring && self.size() > 2 {
             // SAFETY: passed on from the caller.
             return unsafe { self.ring(buffer).await };
@@ -193,8 +193,8 @@ impl Exchange<'_> {
     async unsafe fn collect(
         &self,
         channel: u32,
-        part_of: impl Fn(usize) -> Span,
-        own: Span,
+        part_of: impl Fn(usize) -> RawSlice,
+        own: RawSlice,
         output: Address,
         into: Into,
     ) -> Result<()> {
@@ -217,7 +217,7 @@ impl Exchange<'_> {
     }
 
     /// Sums along a ring and passes the sums on: one neighbour to talk to in each direction, bits in ring order.
-    async unsafe fn ring(&self, buffer: Span) -> Result<()> {
+    async unsafe fn ring(&self, buffer: RawSlice) -> Result<()> {
         let (me, n) = (self.mesh.me, self.size());
         let part = |i: usize| buffer.part(&shares::even(buffer.count, n, i % n));
         let (right, left) = ((me + 1) % n, (me + n - 1) % n);
@@ -247,7 +247,7 @@ impl Exchange<'_> {
     /// As [`crate::near::Meeting::reduce_scatter`].
     pub(crate) async unsafe fn reduce_scatter(
         &self,
-        input: Span,
+        input: RawSlice,
         output: Address,
         into: Into,
         ranges: &[Range<usize>],
@@ -273,8 +273,8 @@ impl Exchange<'_> {
     /// As [`crate::near::Meeting::all_gather`].
     pub(crate) async unsafe fn all_gather(
         &self,
-        input: Span,
-        output: Span,
+        input: RawSlice,
+        output: RawSlice,
         ranges: &[Range<usize>],
     ) -> Result<()> {
         let own = output.part(&ranges[self.mesh.me]);
@@ -293,9 +293,9 @@ impl Exchange<'_> {
     /// As [`crate::near::Meeting::all_to_all`].
     pub(crate) async unsafe fn all_to_all(
         &self,
-        input: Span,
+        input: RawSlice,
         input_ranges: &[Range<usize>],
-        output: Span,
+        output: RawSlice,
         output_ranges: &[Range<usize>],
     ) -> Result<()> {
         let (from, to) = (input.part(&input_ranges[self.mesh.me]), output.part(&output_ranges[self.mesh.me]));
@@ -312,7 +312,7 @@ impl Exchange<'_> {
     ///
     /// # Safety
     /// As [`crate::near::Meeting::broadcast`].
-    pub(crate) async unsafe fn broadcast(&self, buffer: Span, root: usize) -> Result<()> {
+    pub(crate) async unsafe fn broadcast(&self, buffer: RawSlice, root: usize) -> Result<()> {
         let n = self.size();
         let place = (self.mesh.me + n - root) % n;
         let member = |place: usize| (place + root) % n;

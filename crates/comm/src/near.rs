@@ -6,7 +6,7 @@
 //! next but one, because nobody comes to the next before having read it.
 
 use crate::control::{Control, MAX_LOCAL, STAGE_BYTES, WORDS, publish};
-use crate::element::Span;
+use crate::element::RawSlice;
 use crate::header::{Header, mismatch};
 use crate::inner::{Address, Core, Location, Touch};
 use crate::progress::{give_way, until};
@@ -195,7 +195,7 @@ impl Meeting<'_> {
         }
     }
 
-    fn shared(&self, buffer: Span) -> Location {
+    fn shared(&self, buffer: RawSlice) -> Location {
         self.core.locate(buffer.as_ptr(), buffer.bytes())
     }
 
@@ -209,7 +209,7 @@ impl Meeting<'_> {
 
     /// # Safety
     /// `buffer` is this rank's alone, readable and writable, until the future has ended.
-    pub(crate) async unsafe fn all_reduce(&self, buffer: Span) -> Result<()> {
+    pub(crate) async unsafe fn all_reduce(&self, buffer: RawSlice) -> Result<()> {
         let small = buffer.bytes() <= SMALL_BYTES;
         let always_staged = if self.near.size() == 2 { TINY_BYTES } else { SMALL_BYTES };
         let here = if buffer.bytes() <= always_staged { Location::NONE } else { self.shared(buffer) };
@@ -252,12 +252,12 @@ impl Meeting<'_> {
         Ok(())
     }
 
-    fn sum<'s>(&'s self, buffer: Span, sources: &'s [Address], destinations: &'s [Address]) -> Sum<'s> {
+    fn sum<'s>(&'s self, buffer: RawSlice, sources: &'s [Address], destinations: &'s [Address]) -> Sum<'s> {
         Sum { tree: &self.near.tree, element: buffer.element, into: Into::Same, sources, destinations }
     }
 
     /// Copies a range of `buffer` to the start of this rank's stage for the next meeting.
-    unsafe fn stage_in(&self, buffer: Span, range: Range<usize>) {
+    unsafe fn stage_in(&self, buffer: RawSlice, range: Range<usize>) {
         let part = buffer.part(&range);
         debug_assert!(part.bytes() <= STAGE_BYTES);
         let stage = self.stages(self.next())[self.near.me];
@@ -266,14 +266,14 @@ impl Meeting<'_> {
     }
 
     /// Adds up everyone's stage of the last meeting.
-    unsafe fn add_all(&self, to: Span) {
+    unsafe fn add_all(&self, to: RawSlice) {
         let stages = self.stages(self.next() - 1);
         // SAFETY: after the meeting all stages hold `to.count` elements; the caller vouches for the buffer.
         unsafe { self.sum(to, stages, &[Address(to.as_ptr())]).run(0, 0, to.count) };
     }
 
     /// Adds up this member's share of all buffers, in all buffers.
-    async unsafe fn add_share(&self, buffer: Span, buffers: &[Address]) {
+    async unsafe fn add_share(&self, buffer: RawSlice, buffers: &[Address]) {
         let share = shares::aligned(buffer.count, self.near.size(), self.near.me);
         let turn = TURN_BYTES / buffer.element.bytes();
         for start in share.clone().step_by(turn) {
@@ -293,7 +293,7 @@ impl Meeting<'_> {
     /// be exactly the own range of `input`, and has room for `ranges[me]` in the type of `into`.
     pub(crate) async unsafe fn reduce_scatter(
         &self,
-        input: Span,
+        input: RawSlice,
         output: Address,
         into: Into,
         ranges: &[Range<usize>],
@@ -334,8 +334,8 @@ impl Meeting<'_> {
     /// range of `output`. Their sizes are those of the ranges.
     pub(crate) async unsafe fn all_gather(
         &self,
-        input: Span,
-        output: Span,
+        input: RawSlice,
+        output: RawSlice,
         ranges: &[Range<usize>],
     ) -> Result<()> {
         let longest = ranges.iter().map(Range::len).max().unwrap_or(0);
@@ -381,7 +381,7 @@ impl Meeting<'_> {
         (1..n).map(move |i| (me + i) % n)
     }
 
-    async unsafe fn copy_in_turns(&self, from: Address, to: Span) {
+    async unsafe fn copy_in_turns(&self, from: Address, to: RawSlice) {
         let bytes = to.bytes();
         for start in (0..bytes).step_by(TURN_BYTES) {
             let count = TURN_BYTES.min(bytes - start);
@@ -399,9 +399,9 @@ impl Meeting<'_> {
     /// `input` is readable and `output` this rank's alone until the future has ended; they do not overlap.
     pub(crate) async unsafe fn all_to_all(
         &self,
-        input: Span,
+        input: RawSlice,
         input_ranges: &[Range<usize>],
-        output: Span,
+        output: RawSlice,
         output_ranges: &[Range<usize>],
     ) -> Result<()> {
         let (near, n, element) = (self.near, self.near.size(), input.element);
@@ -465,7 +465,7 @@ impl Meeting<'_> {
     ///
     /// # Safety
     /// `buffer` is this rank's alone, and writable unless it is the root, until the future has ended.
-    pub(crate) async unsafe fn broadcast(&self, buffer: Span, root: usize) -> Result<()> {
+    pub(crate) async unsafe fn broadcast(&self, buffer: RawSlice, root: usize) -> Result<()> {
         let is_root = self.near.me == root;
         if buffer.bytes() > SMALL_BYTES {
             let brought = self.meet(self.shared(buffer)).await?;

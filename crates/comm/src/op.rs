@@ -1,4 +1,4 @@
-use crate::element::{ElementType, Order, Span};
+use crate::element::{ElementType, Order, RawSlice};
 use crate::header::{OpKind, hash_ranges};
 use spec::{Error, Result, shares};
 use std::borrow::Cow;
@@ -14,16 +14,16 @@ pub enum Op<'a> {
     /// Every member's `buffer` becomes the sum of all.
     AllReduce {
         /// Read and written.
-        buffer: Span,
+        buffer: RawSlice,
         /// The order of additions.
         order: Order,
     },
     /// Member i gets range i of the sum of all inputs.
     ReduceScatter {
         /// The whole length on every member.
-        input: Span,
+        input: RawSlice,
         /// The own range; `None`: it is written in place, into the own range of `input`.
-        output: Option<Span>,
+        output: Option<RawSlice>,
         /// Equal on all members; they may be uneven or empty and do not overlap.
         ranges: Ranges<'a>,
         /// The order of additions.
@@ -32,34 +32,34 @@ pub enum Op<'a> {
     /// Range i of every output becomes member i's input.
     AllGather {
         /// The own range; `None`: it is already in place in `output`.
-        input: Option<Span>,
+        input: Option<RawSlice>,
         /// The whole length on every member.
-        output: Span,
+        output: RawSlice,
         /// Equal on all members; they may be uneven or empty and do not overlap.
         ranges: Ranges<'a>,
     },
     /// Output range i becomes what member i has in its input range for this one.
     AllToAll {
         /// What is sent.
-        input: Span,
+        input: RawSlice,
         /// For each member the part of `input` that goes there.
         input_ranges: Ranges<'a>,
         /// What is received; it does not overlap `input`.
-        output: Span,
+        output: RawSlice,
         /// For each member the part of `output` that comes from there.
         output_ranges: Ranges<'a>,
     },
     /// Every member's buffer becomes the root's.
     Broadcast {
         /// Read on the root, written elsewhere.
-        buffer: Span,
+        buffer: RawSlice,
         /// Group index of the root.
         root: usize,
     },
     /// To one member, first in, first out per (group, channel).
     Send {
         /// Read only.
-        buffer: Span,
+        buffer: RawSlice,
         /// Group index of the receiver.
         to: usize,
         /// Any number that sender and receiver agree on.
@@ -68,7 +68,7 @@ pub enum Op<'a> {
     /// From one member.
     Recv {
         /// Written; it has exactly the length that was sent.
-        buffer: Span,
+        buffer: RawSlice,
         /// Group index of the sender.
         from: usize,
         /// As the sender's.
@@ -138,7 +138,7 @@ impl Op<'_> {
     /// The part of the header that must be equal on all members.
     pub(crate) fn summary(&self) -> Summary {
         let nothing = Summary { element: ElementType::U8, count: 0, order: Order::Tree, root: 0, detail: 0 };
-        let of = |b: &Span| Summary { element: b.element, count: b.count as u64, ..nothing };
+        let of = |b: &RawSlice| Summary { element: b.element, count: b.count as u64, ..nothing };
         match self {
             Op::AllReduce { buffer, order } => Summary { order: *order, ..of(buffer) },
             Op::ReduceScatter { input, ranges, order, .. } => {
@@ -210,7 +210,7 @@ fn check_ranges(kind: OpKind, ranges: &[Range<usize>], count: usize, size: usize
 fn check_own(
     kind: OpKind,
     name: &str,
-    span: Option<&Span>,
+    span: Option<&RawSlice>,
     element: ElementType,
     count: usize,
 ) -> Result<()> {

@@ -5,7 +5,7 @@
 //! into the receiver's buffer if a receive is waiting there.
 
 use crate::control::{MAX_SENDS, publish};
-use crate::element::Span;
+use crate::element::RawSlice;
 use crate::header::{GroupKey, Header, mismatch};
 use crate::inner::{Core, Location};
 use crate::memory::Mapping;
@@ -169,7 +169,7 @@ pub(crate) struct Incoming {
 /// A receive that a message from another host can be read into.
 pub(crate) struct Waiting {
     header: Header,
-    pub(crate) buffer: Span,
+    pub(crate) buffer: RawSlice,
     pub(crate) complete: AtomicBool,
     /// Held while the buffer is written; true once the receive was given up.
     pub(crate) cancelled: Mutex<bool>,
@@ -257,7 +257,7 @@ pub(crate) async unsafe fn send(
     core: &Core,
     header: Header,
     to: usize,
-    buffer: Span,
+    buffer: RawSlice,
     payload: Payload,
     depth: usize,
 ) -> Result<()> {
@@ -328,7 +328,7 @@ unsafe fn copy_out(
     outbox: &mut Outbox,
     slot: usize,
     lane: Lane,
-    buffer: Span,
+    buffer: RawSlice,
 ) -> Result<Location> {
     let block = outbox.block(core, buffer.bytes())?;
     let mapping = outbox.pool[block].mapping.clone();
@@ -360,7 +360,7 @@ fn post(core: &Core, to: usize, slot: usize, header: &Header, location: Location
 ///
 /// # Safety
 /// `buffer` is writable, and nobody else touches it until the future has ended or been dropped.
-pub(crate) async unsafe fn recv(core: &Core, header: Header, from: usize, buffer: Span) -> Result<()> {
+pub(crate) async unsafe fn recv(core: &Core, header: Header, from: usize, buffer: RawSlice) -> Result<()> {
     let lane = Lane { peer: from, group: header.group, channel: header.channel };
     let what = || format!("rank {from} ({}) to send {header}", core.peers[from].place);
     if core.peers[from].near.is_none() {
@@ -396,7 +396,7 @@ fn compare(core: &Core, from: usize, ours: &Header, theirs: &Header) -> Result<(
     if ours == theirs { Ok(()) } else { Err(core.fail(&mismatch(core.rank, ours, from, theirs))) }
 }
 
-async unsafe fn recv_far(core: &Core, header: Header, lane: Lane, buffer: Span) -> Result<()> {
+async unsafe fn recv_far(core: &Core, header: Header, lane: Lane, buffer: RawSlice) -> Result<()> {
     let from = lane.peer;
     let what = || format!("rank {from} ({}) to send {header}", core.peers[from].place);
     let (message, waiting) = {

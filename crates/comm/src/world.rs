@@ -1,6 +1,6 @@
 use crate::connect;
 use crate::control::{CONTROL_BYTES, Control, MAX_LOCAL};
-use crate::element::{ElementType, OpTag, Span};
+use crate::element::{ElementType, OpTag, RawSlice};
 use crate::group::Group;
 use crate::inner::{Core, Failure, Near, Peer, Transport};
 use crate::memory::Mapping;
@@ -253,7 +253,7 @@ pub(crate) fn patience(local_world: usize) -> Patience {
 
 /// Memory that neighbours can reach; freed on drop, which must come after the last operation that uses it.
 ///
-/// The memory is zeroed and page-aligned. It is handed out as [`Span`]s or as a raw pointer: which parts are whose at
+/// The memory is zeroed and page-aligned. It is handed out as [`RawSlice`]s or as a raw pointer: which parts are whose at
 /// what time is the executor's plan, and the arena does not check it.
 pub struct SharedArena {
     core: Arc<Core>,
@@ -279,7 +279,7 @@ impl SharedArena {
     ///
     /// # Errors
     /// The range is not inside the arena, or the offset not aligned to the element.
-    pub fn span(&self, offset: usize, count: usize, element: ElementType) -> Result<Span> {
+    pub fn span(&self, offset: usize, count: usize, element: ElementType) -> Result<RawSlice> {
         let end = count.checked_mul(element.bytes()).and_then(|bytes| offset.checked_add(bytes));
         if end.is_none_or(|end| end > self.bytes) || !offset.is_multiple_of(element.bytes()) {
             return Err(Error::failure(format!(
@@ -287,14 +287,14 @@ impl SharedArena {
                 self.bytes
             )));
         }
-        Ok(Span::new(self.mapping.ptr().wrapping_add(offset), count, element))
+        Ok(RawSlice::new(self.mapping.ptr().wrapping_add(offset), count, element))
     }
 
     /// The elements of a span of this arena.
     ///
     /// # Safety
     /// No operation and no other reference touches them while the slice lives, and `T` is the span's element.
-    pub unsafe fn slice_mut<T: crate::Element>(&mut self, span: Span) -> &mut [T] {
+    pub unsafe fn slice_mut<T: crate::Element>(&mut self, span: RawSlice) -> &mut [T] {
         assert!(span.element == T::TYPE && self.mapping.offset_of(span.ptr, span.bytes()).is_some());
         // SAFETY: inside the mapping and of the right type; the caller vouches for the rest.
         unsafe { std::slice::from_raw_parts_mut(span.ptr.cast(), span.count) }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use comm::{ElementType, Group, Op, OpTag, Order, SharedArena, Span, World, even_ranges};
+use comm::{ElementType, Group, Op, OpTag, Order, RawSlice, SharedArena, World, even_ranges};
 use common::{Kind, run, summed, summed_bf16, to_bf16, value, values};
 use proptest::prelude::*;
 use std::ops::Range;
@@ -97,7 +97,8 @@ fn check_shared(world: &World, group: &Group, count: usize) {
     let (me, n, ranks) = (group.rank(), group.size(), group.ranks());
     let stride = (count * 4).next_multiple_of(64).max(64);
     let mut arena = world.alloc_shared(3 * stride).unwrap();
-    let spans: Vec<Span> = (0..3).map(|k| arena.span(k * stride, count, ElementType::F32).unwrap()).collect();
+    let spans: Vec<RawSlice> =
+        (0..3).map(|k| arena.span(k * stride, count, ElementType::F32).unwrap()).collect();
     let own = values(ranks[me], count);
     let ranges = ranges(count, n);
     fill(&mut arena, spans[0], &own);
@@ -125,12 +126,12 @@ fn check_shared(world: &World, group: &Group, count: usize) {
     world.barrier().unwrap();
 }
 
-fn fill(arena: &mut SharedArena, span: Span, x: &[f32]) {
+fn fill(arena: &mut SharedArena, span: RawSlice, x: &[f32]) {
     // SAFETY: no operation is under way.
     unsafe { arena.slice_mut::<f32>(span) }.copy_from_slice(x);
 }
 
-fn read(arena: &mut SharedArena, span: Span) -> Vec<f32> {
+fn read(arena: &mut SharedArena, span: RawSlice) -> Vec<f32> {
     // SAFETY: no operation is under way.
     unsafe { arena.slice_mut::<f32>(span) }.to_vec()
 }

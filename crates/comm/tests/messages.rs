@@ -2,7 +2,7 @@
 
 mod common;
 
-use comm::{Bootstrap, ElementType, Op, OpTag, Order, Span, World};
+use comm::{Bootstrap, ElementType, Op, OpTag, Order, RawSlice, World};
 use common::{Kind, run, serve, values};
 use std::time::{Duration, Instant};
 
@@ -144,7 +144,7 @@ fn started_messages_and_collectives_overlap() {
                     let recv = ring
                         .start(TAG, Op::Recv { buffer: inn, from: (me + n - 1) % n, channel: 0 })
                         .unwrap();
-                    let reduce = Op::AllReduce { buffer: Span::of(&mut reduced), order: Order::Tree };
+                    let reduce = Op::AllReduce { buffer: RawSlice::of(&mut reduced), order: Order::Tree };
                     let reduce = pairs.start(OpTag(round as u64), reduce).unwrap();
                     let send =
                         ring.start(TAG, Op::Send { buffer: out, to: (me + 1) % n, channel: 0 }).unwrap();
@@ -175,7 +175,7 @@ fn groups_do_not_wait_for_each_other() {
             for round in 0..20u64 {
                 let mut buffers = [values(world.rank(), 5000), values(world.rank(), 5000)];
                 let mut groups = [&everyone, &reversed];
-                let spans = buffers.each_mut().map(|b| Span::of(b));
+                let spans = buffers.each_mut().map(|b| RawSlice::of(b));
                 if world.rank() % 2 == 1 {
                     groups.reverse();
                 }

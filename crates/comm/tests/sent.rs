@@ -2,7 +2,7 @@
 
 mod common;
 
-use comm::{Group, Op, OpTag, Order, Span, World, bf16, even_ranges};
+use comm::{Group, Op, OpTag, Order, RawSlice, World, bf16, even_ranges};
 use common::{Kind, run};
 use proptest::prelude::*;
 use std::ops::Range;
@@ -51,7 +51,7 @@ fn all_operations(
     let out = runs((0..n).map(|j| part(here, j)).collect());
     let into = runs((0..n).map(|j| part(j, here)).collect());
     let mut z = vec![0f64; n * count];
-    let (x, y, z) = (Span::of(&mut x), Span::of(&mut y), Span::of(&mut z));
+    let (x, y, z) = (RawSlice::of(&mut x), RawSlice::of(&mut y), RawSlice::of(&mut z));
     let reduce = |order| Op::AllReduce { buffer: x, order };
     let mut rows = vec![
         ("all_reduce", true, measure(world, group, reduce(Order::Tree), later)),

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use comm::{ElementType, Span};
+use comm::{ElementType, RawSlice};
 use program::Ticket;
 use spec::Result;
 use train::{Mesh, Message, Operand};
@@ -67,14 +67,14 @@ impl HostMessages {
     }
 
     /// The host's copy of an operand, with what it holds if `filled`.
-    fn fetch(&mut self, stream: &Stream, arena: &Memory, of: Operand, filled: bool) -> Result<Span> {
+    fn fetch(&mut self, stream: &Stream, arena: &Memory, of: Operand, filled: bool) -> Result<RawSlice> {
         let (key, bytes) = ((of.offset, of.bytes()), of.bytes());
         let copy = self.copies.entry(key).or_insert_with(|| vec![0; bytes.div_ceil(8)]);
         let all: &mut [u8] = bytemuck::cast_slice_mut(copy);
         if filled {
             stream.download(arena.base + of.offset as u64, &mut all[..bytes])?;
         }
-        Ok(Span::new(all.as_mut_ptr(), of.len(), ElementType::from(of.dtype)))
+        Ok(RawSlice::new(all.as_mut_ptr(), of.len(), ElementType::from(of.dtype)))
     }
 
     fn give_back(&self, stream: &Stream, key: (usize, usize), address: u64) -> Result<()> {

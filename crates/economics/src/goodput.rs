@@ -76,7 +76,7 @@ pub struct SaveTimes {
 
 /// A job as its goodput sees it.
 #[derive(Clone, Debug)]
-pub struct Job {
+pub struct ExposedRun {
     /// What interrupts it.
     pub failures: JobFailures,
     /// Seconds of a step.
@@ -166,7 +166,7 @@ struct At {
 }
 
 impl At {
-    /// In the order of [`Job::spreads`].
+    /// In the order of [`ExposedRun::spreads`].
     fn of(values: [f64; 10]) -> Self {
         let [
             per_s,
@@ -195,7 +195,7 @@ impl At {
     }
 }
 
-impl Job {
+impl ExposedRun {
     fn spreads(&self) -> [Spread; 10] {
         [
             self.failures.per_day.scaled(1.0 / DAY_S),

@@ -12,7 +12,7 @@ pub use cost::{Basis, Held, Paid};
 
 use crate::energy::{Energy, GRID_USUAL, Site};
 use crate::failures::{JobFailures, Rates};
-use crate::goodput::{Goodput, Job, Recovery, Save, SaveTimes};
+use crate::goodput::{ExposedRun, Goodput, Recovery, Save, SaveTimes};
 use crate::input::{self, Bounds};
 use crate::storage::{StoragePlan, plan_storage, save_times};
 use crate::{Bill, Cost, DAY_S, Date, Spread, own, price};
@@ -125,12 +125,12 @@ pub struct Run {
     /// Why the ranges are as wide as they are, the largest cause first.
     pub range_of: Vec<String>,
     #[serde(skip)]
-    job: Option<Job>,
+    job: Option<ExposedRun>,
 }
 
 impl Run {
     /// The job behind its goodput, for curves over the interval.
-    pub fn job(&self) -> Option<&Job> {
+    pub fn job(&self) -> Option<&ExposedRun> {
         self.job.as_ref()
     }
 }
@@ -247,12 +247,12 @@ fn alive(
     choice: &Choice,
     ask: &Ask,
     failures: JobFailures,
-) -> Result<(Job, Goodput)> {
+) -> Result<(ExposedRun, Goodput)> {
     let evaluation = match ask.evaluation {
         Some(share) => Spread::exact(input::number("evaluation", share, Bounds::Share)?),
         None => EVALUATION,
     };
-    let job = Job {
+    let job = ExposedRun {
         failures,
         step_s: choice.step_s,
         replicas: choice.layout.dp,
@@ -282,7 +282,7 @@ pub(crate) fn independent(a: Spread, b: Spread) -> Spread {
 }
 
 /// Of the ways of saving, the one that is asked for, or that leaves the most time useful.
-fn chosen(job: Job, ways: &[SaveTimes], ask: &Ask) -> Result<(Job, Goodput)> {
+fn chosen(job: ExposedRun, ways: &[SaveTimes], ask: &Ask) -> Result<(ExposedRun, Goodput)> {
     let recovery = ask.recovery.unwrap_or(Recovery::Restart);
     let fitting: Vec<&SaveTimes> = ways.iter().filter(|w| ask.save.is_none_or(|s| s == w.save)).collect();
     if let (Some(save), true) = (ask.save, fitting.is_empty()) {
@@ -292,7 +292,7 @@ fn chosen(job: Job, ways: &[SaveTimes], ask: &Ask) -> Result<(Job, Goodput)> {
                 ways.iter().map(|w| w.save.name()).collect::<Vec<_>>().join(", ")
             )));
     }
-    let mut jobs: Vec<Job> = fitting.iter().map(|w| Job { save: **w, ..job.clone() }).collect();
+    let mut jobs: Vec<ExposedRun> = fitting.iter().map(|w| ExposedRun { save: **w, ..job.clone() }).collect();
     if jobs.is_empty() {
         jobs.push(job);
     }

@@ -2,12 +2,12 @@
 
 use economics::Spread;
 use economics::failures::{Rates, poisson, spares};
-use economics::goodput::{Job, Recovery, Save, SaveTimes, daly, young};
+use economics::goodput::{ExposedRun, Recovery, Save, SaveTimes, daly, young};
 use proptest::prelude::*;
 use spec::Catalog;
 
-fn job(accelerators: usize, stall_s: f64, behind_s: f64, step_s: f64, replicas: usize) -> Job {
-    Job {
+fn job(accelerators: usize, stall_s: f64, behind_s: f64, step_s: f64, replicas: usize) -> ExposedRun {
+    ExposedRun {
         failures: Rates::named(&Catalog::builtin().unwrap(), "usual").unwrap().of_job(accelerators),
         step_s,
         replicas,
@@ -43,7 +43,7 @@ proptest! {
         let job = job(n, stall, 0.0, 1.0, 8);
         let best = job.goodput(Recovery::Restart).unwrap();
         for interval in [best.interval_s * by, best.intervals.young_s, best.intervals.daly_s] {
-            let other = Job { interval_s: Some(interval.clamp(1.0, 86_400.0)), ..job.clone() };
+            let other = ExposedRun { interval_s: Some(interval.clamp(1.0, 86_400.0)), ..job.clone() };
             let other = other.goodput(Recovery::Restart).unwrap();
             prop_assert!(other.goodput.value <= best.goodput.value * (1.0 + 1e-6), "{interval}");
         }
@@ -51,7 +51,7 @@ proptest! {
 
     #[test]
     fn more_failures_or_slower_saves_never_help(n in 64usize..50_000, stall in 0.1f64..300.0, behind in 0.0f64..300.0) {
-        let of = |job: Job| job.goodput(Recovery::Restart).unwrap().goodput.value;
+        let of = |job: ExposedRun| job.goodput(Recovery::Restart).unwrap().goodput.value;
         let base = of(job(n, stall, behind, 1.0, 8));
         prop_assert!(of(job(2 * n, stall, behind, 1.0, 8)) <= base);
         prop_assert!(of(job(n, stall * 1.5, behind, 1.0, 8)) <= base * (1.0 + 1e-6));

@@ -2,7 +2,7 @@
 
 use economics::Spread;
 use economics::failures::{JobFailures, Rates};
-use economics::goodput::{Job, Recovery, Save, SaveTimes};
+use economics::goodput::{ExposedRun, Recovery, Save, SaveTimes};
 use spec::Catalog;
 
 /// Whether a constant of the catalogue or of the model was taken from the row.
@@ -18,8 +18,8 @@ fn failures(entry: &str, accelerators: usize) -> JobFailures {
 }
 
 /// A job that saves in the background every best interval and reads back within a minute or two.
-fn job(entry: &str, accelerators: usize) -> Job {
-    Job {
+fn job(entry: &str, accelerators: usize) -> ExposedRun {
+    ExposedRun {
         failures: failures(entry, accelerators),
         step_s: 5.0,
         replicas: 16,

@@ -9,7 +9,7 @@ mod training;
 
 use spec::{EntryKind, Measure, Result};
 
-use crate::facts::{Facts, Found, Job};
+use crate::facts::{Case, Facts, Found};
 
 /// A claim and who answers it.
 pub(crate) type Ask = (&'static str, fn(&mut Facts<'_>) -> Result<Found>);
@@ -44,7 +44,7 @@ const H100: &str = "h100-sxm5";
 const DGX_H100: &str = "dgx-h100";
 
 /// Llama 3.1 405B as it was published: 16,384 H100, 2,048 sequences of 8,192 tokens (arXiv 2407.21783, table 4).
-const LLAMA_405B: Job<'static> = Job {
+const LLAMA_405B: Case<'static> = Case {
     model: "llama3-405b",
     cluster: "meta-24k-roce",
     accelerators: 16_384,

@@ -61,7 +61,7 @@ impl<'a> Facts<'a> {
     }
 
     /// What the planner makes of one layout, in bf16.
-    pub(crate) fn planned(&mut self, job: Job<'_>) -> Result<Answer> {
+    pub(crate) fn planned(&mut self, job: Case<'_>) -> Result<Answer> {
         let question = Question {
             shape: self.model(job.model)?,
             cluster: self.cluster(job.cluster, Some(job.accelerators))?,
@@ -92,7 +92,7 @@ impl<'a> Facts<'a> {
 
 /// One layout to estimate.
 #[derive(Clone, Copy)]
-pub(crate) struct Job<'a> {
+pub(crate) struct Case<'a> {
     pub(crate) model: &'a str,
     pub(crate) cluster: &'a str,
     pub(crate) accelerators: usize,

@@ -1,7 +1,7 @@
 //! What one pass takes on a machine under a serving stack.
 
 use plan::compute::Chip;
-use plan::network::{Collective, Group, NetworkModel, Span, on_span};
+use plan::network::{Collective, Extent, Group, NetworkModel, on_span};
 use plan::shape::Shape;
 use serde::Serialize;
 use spec::{Cluster, Result};
@@ -116,7 +116,7 @@ pub struct Engine {
     /// For what stays in 16 bit.
     pub wide: Chip,
     net: NetworkModel,
-    span: Span,
+    span: Extent,
     family: String,
     /// Weights are widened to 16 bit before each product.
     widened: bool,
@@ -147,7 +147,7 @@ impl Engine {
             bytes_per_s: accelerator.memory_bytes_per_s.value,
             narrow: Chip::of(accelerator, format)?,
             wide: Chip::of(accelerator, accelerator.sixteen_bit())?,
-            span: Span::of(cluster, &net, Group { size: tp, stride: 1 }),
+            span: Extent::of(cluster, &net, Group { size: tp, stride: 1 }),
             net,
             family: accelerator.family.name.clone(),
             widened: weights.widened(accelerator),

@@ -108,7 +108,7 @@ fn joined<T>(thread: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
 }
 
 fn record(stepper: &Stepper, wall_s: f64) -> RecordedStep {
-    let op = |s: &train::Span| {
+    let op = |s: &train::OpSpan| {
         let took = Took { wall_s: (s.end_ns - s.start_ns) as f64 / 1e9, cpu_s: s.cpu_ns as f64 / 1e9 };
         RecordedOp { block: s.block, op: s.op, micro_batch: s.micro_batch, took }
     };

@@ -154,7 +154,7 @@ const NOTHING: CommTime = CommTime { seconds: 0.0, latency_s: 0.0, bound: Bound:
 
 /// How a group lies on the machine.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Span {
+pub struct Extent {
     /// Members in one scale-up domain.
     pub inside: f64,
     /// Domains.
@@ -169,7 +169,7 @@ pub struct Span {
     pub(crate) inside_steps: f64,
 }
 
-impl Span {
+impl Extent {
     /// Where `group` lies on `cluster`.
     pub fn of(cluster: &Cluster, net: &NetworkModel, group: Group) -> Self {
         let domain = cluster.scale_up.domain.max(1);
@@ -209,7 +209,7 @@ impl Span {
         if cluster.scale_out.topology == FabricTopology::RailOnly && !group.stride.is_multiple_of(domain) {
             taper *= PORTS_TO_CHANGE_RAIL;
         }
-        Span {
+        Extent {
             inside: inside as f64,
             domains: domains as f64,
             inside_rate,
@@ -267,11 +267,11 @@ pub fn collective(
     if group.size <= 1 || bytes <= 0.0 {
         return NOTHING;
     }
-    on_span(net, what, &Span::of(cluster, net, group), group.size, bytes)
+    on_span(net, what, &Extent::of(cluster, net, group), group.size, bytes)
 }
 
 /// [`collective`] on a span worked out before: the inner loop of a search.
-pub fn on_span(net: &NetworkModel, what: Collective, span: &Span, size: usize, bytes: f64) -> CommTime {
+pub fn on_span(net: &NetworkModel, what: Collective, span: &Extent, size: usize, bytes: f64) -> CommTime {
     if size <= 1 || bytes <= 0.0 {
         return NOTHING;
     }
@@ -312,7 +312,7 @@ pub struct Traffic {
 /// What a collective of `bytes` over a group of `size` on `span` takes from its links, by its algorithm: rings inside
 /// a domain, or its switches where they add, and between domains a tree (all-reduce) or ring of each member's own;
 /// both run at once, piece by piece.
-pub fn traffic(net: &NetworkModel, what: Collective, span: &Span, size: usize, bytes: f64) -> Traffic {
+pub fn traffic(net: &NetworkModel, what: Collective, span: &Extent, size: usize, bytes: f64) -> Traffic {
     if size <= 1 || bytes <= 0.0 {
         return Traffic::default();
     }
@@ -569,8 +569,8 @@ mod tests {
     fn strides_decide_what_crosses_nodes() {
         let cluster = Catalog::builtin().unwrap().cluster("dgx-superpod-h100-64su", None).unwrap();
         let net = NetworkModel::of(&cluster);
-        let inner = Span::of(&cluster, &net, Group { size: 8, stride: 1 });
-        let outer = Span::of(&cluster, &net, Group { size: 8, stride: 8 });
+        let inner = Extent::of(&cluster, &net, Group { size: 8, stride: 1 });
+        let outer = Extent::of(&cluster, &net, Group { size: 8, stride: 8 });
         assert_eq!((inner.inside, inner.domains), (8.0, 1.0));
         assert_eq!((outer.inside, outer.domains), (1.0, 8.0));
     }

@@ -65,7 +65,7 @@ pub struct Searched {
 
 /// Axes that layouts share a template by: one job of the search.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Job {
+struct SharedAxes {
     tp: usize,
     cp: usize,
     ep: usize,
@@ -125,13 +125,13 @@ fn explore(
 ) -> Result<Part> {
     let jobs = jobs(problem, space);
     let done = AtomicUsize::new(0);
-    let part = |job: &Job, known: &Part| {
+    let part = |job: &SharedAxes, known: &Part| {
         let part = Estimator::new(problem, space.format)
             .and_then(|mut estimator| run(&mut estimator, (space, Goal::Front { known }), *job));
         progress(done.fetch_add(1, Ordering::Relaxed) + 1, jobs.len());
         part
     };
-    let is_good = |job: &Job| good.iter().any(|g| *job == Job::of(g));
+    let is_good = |job: &SharedAxes| good.iter().any(|g| *job == SharedAxes::of(g));
     let all_of = |wanted: bool, known: &Part| -> Result<Vec<Part>> {
         let found: Vec<_> =
             jobs.par_iter().filter(|job| is_good(job) == wanted).map(|job| part(job, known)).collect();
@@ -160,7 +160,7 @@ fn divisors(n: usize) -> Vec<usize> {
         .collect()
 }
 
-fn jobs(problem: &Problem, space: &Space) -> Vec<Job> {
+fn jobs(problem: &Problem, space: &Space) -> Vec<SharedAxes> {
     let m = &problem.shape.model;
     let n = space.accelerators;
     // Each as one replica of a stage, whatever the rest.
@@ -193,7 +193,7 @@ fn jobs(problem: &Problem, space: &Space) -> Vec<Job> {
                 for &micro_batch in &micro_batches {
                     for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
                         for sequence_parallel in [true, false].into_iter().filter(|m| allowed(tp, cp, *m)) {
-                            jobs.push(Job { tp, cp, ep, sequence_parallel, micro_batch, recompute });
+                            jobs.push(SharedAxes { tp, cp, ep, sequence_parallel, micro_batch, recompute });
                         }
                     }
                 }
@@ -362,16 +362,16 @@ fn better(a: &Found, b: &Found) -> bool {
     key(a) <= key(b)
 }
 
-impl Job {
+impl SharedAxes {
     /// The job that estimates a placement.
     fn of(placement: &Placement) -> Self {
         let &Layout { tp, cp, ep, sequence_parallel, micro_batch, recompute, .. } = &placement.layout;
-        Job { tp, cp, ep, sequence_parallel, micro_batch, recompute }
+        SharedAxes { tp, cp, ep, sequence_parallel, micro_batch, recompute }
     }
 
     /// A layout of this job, without chunks or ZeRO.
     fn layout(&self, dp: usize, pp: usize) -> Layout {
-        let Job { tp, cp, ep, sequence_parallel, micro_batch, recompute } = *self;
+        let SharedAxes { tp, cp, ep, sequence_parallel, micro_batch, recompute } = *self;
         Layout {
             dp,
             tp,
@@ -402,7 +402,7 @@ fn reason(rule: Rule) -> &'static str {
 }
 
 /// The dp x pp x schedule x ZeRO x placement part of the space under one template.
-fn run(estimator: &mut Estimator<'_>, (space, goal): (&Space, Goal<'_>), job: Job) -> Result<Part> {
+fn run(estimator: &mut Estimator<'_>, (space, goal): (&Space, Goal<'_>), job: SharedAxes) -> Result<Part> {
     let problem = estimator.problem();
     let mut part = Part::default();
     let (layers, tolerance) = (problem.shape.model.layers, problem.software.tolerance);

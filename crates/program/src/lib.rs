@@ -54,7 +54,7 @@ pub use graph::{Phase, ValueId};
 pub use muon::{Matrix, NEWTON_SCHULZ_STEPS, Shares, newton_schulz_flops};
 pub use op::{Axis, GradSum, Heads, LossTerms, Op, OpId, OpKind, Sees};
 pub use params::{GroupId, ParamGroup, ParamPart, Replication};
-pub use pipeline::{Pass, PassTimes, Played, Span, Work, in_flight, orders, play, spans};
+pub use pipeline::{Pass, PassTimes, Played, Work, WorkSpan, in_flight, orders, play, spans};
 pub use place::ALIGN;
 pub use role::{ParamKey, Place, Role};
 pub use rows::RowFn;

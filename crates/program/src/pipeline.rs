@@ -135,7 +135,7 @@ pub struct Played {
 
 /// When a piece of work runs, in the unit of the times given.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Span {
+pub struct WorkSpan {
     /// Begin.
     pub start: f64,
     /// End.
@@ -171,11 +171,11 @@ pub fn spans(
     orders: &[Vec<Work>],
     chunks: usize,
     took: impl Fn(usize, Pass) -> f64,
-) -> Result<Vec<Vec<Span>>, String> {
+) -> Result<Vec<Vec<WorkSpan>>, String> {
     let stages = orders.len();
     let micro_batches = orders.iter().flatten().map(|w| w.micro_batch + 1).max().unwrap_or(0);
     let mut end = vec![vec![[None::<f64>; 3]; micro_batches]; stages * chunks];
-    let mut spans: Vec<Vec<Span>> = orders.iter().map(|o| Vec::with_capacity(o.len())).collect();
+    let mut spans: Vec<Vec<WorkSpan>> = orders.iter().map(|o| Vec::with_capacity(o.len())).collect();
     let mut clock = vec![0.0f64; stages];
     loop {
         let mut moved = false;
@@ -194,7 +194,7 @@ pub fn spans(
                 let start = clock[s].max(ready);
                 clock[s] = start + took(v, w.pass);
                 end[v][w.micro_batch][w.pass as usize] = Some(clock[s]);
-                spans[s].push(Span { start, end: clock[s] });
+                spans[s].push(WorkSpan { start, end: clock[s] });
                 moved = true;
             }
         }

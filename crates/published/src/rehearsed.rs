@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use plan::calibration::Calibration;
-use plan::network::{Group, NetworkModel, Span};
+use plan::network::{Extent, Group, NetworkModel};
 use rayon::prelude::*;
 use serde::Serialize;
 use sim::Rehearsal;
@@ -43,7 +43,7 @@ impl Contention {
     fn of(p: &Prepared) -> Self {
         let (cluster, l) = (&p.run().cluster, &p.placement().layout);
         let net = NetworkModel::of(cluster);
-        let over_nodes = |size, stride| Span::of(cluster, &net, Group { size, stride }).domains > 1.0;
+        let over_nodes = |size, stride| Extent::of(cluster, &net, Group { size, stride }).domains > 1.0;
         if over_nodes(l.tp, 1) {
             Contention::TensorOverNodes
         } else if l.ep > 1 {

@@ -30,7 +30,7 @@ use serde::Serialize;
 use spec::{Error, Result};
 
 use clock::seconds;
-use mesh::{AXES, Axis, Mesh};
+use mesh::{AXES, Axis, RankGrid};
 pub use play::Spent;
 pub use recording::{Bar, PathLink, Recording, Shares};
 use steps::{Beside, StageSteps};
@@ -40,7 +40,7 @@ use world::{Disturbed, Folding, StorageUse, World};
 pub struct Rehearsal<'a> {
     problem: &'a Problem,
     parts: plan::estimate::parts::StepParts,
-    mesh: Mesh,
+    mesh: RankGrid,
     stages: Vec<StageSteps>,
     predicted_s: f64,
     storage: Option<StorageUse>,
@@ -102,7 +102,7 @@ impl<'a> Rehearsal<'a> {
         let mut estimator = Estimator::new(problem, placement.format)?;
         let predicted_s = estimator.estimate(placement)?.step_s;
         let parts = estimator.parts(placement)?;
-        let mesh = Mesh::of(placement);
+        let mesh = RankGrid::of(placement);
         let spans = world::spans(&problem.cluster, &mesh, &parts);
         let span = |axis: Axis| spans[axis as usize];
         let beside =

@@ -61,17 +61,17 @@ impl Axis {
 
 /// The ranks of a layout: `stage * width + q`, where `q` counts tp first, then cp, then dp.
 #[derive(Clone, Debug)]
-pub(crate) struct Mesh {
+pub(crate) struct RankGrid {
     pub(crate) placement: Placement,
     /// Ranks of a stage.
     pub(crate) width: usize,
     pub(crate) stages: usize,
 }
 
-impl Mesh {
+impl RankGrid {
     pub(crate) fn of(placement: &Placement) -> Self {
         let layout: &Layout = &placement.layout;
-        Mesh { width: layout.stage_ranks(), stages: layout.pp, placement: placement.clone() }
+        RankGrid { width: layout.stage_ranks(), stages: layout.pp, placement: placement.clone() }
     }
 
     pub(crate) fn ranks(&self) -> usize {
@@ -114,7 +114,7 @@ mod tests {
     fn groups_and_places_are_those_of_the_layout() {
         let layout = Layout { dp: 4, tp: 2, pp: 2, cp: 2, ep: 4, shard: Some(2), ..Layout::default() };
         let placement = Placement::of(layout, NumberFormat::Bf16);
-        let mesh = Mesh::of(&placement);
+        let mesh = RankGrid::of(&placement);
         let check = |axis: Axis, rank: usize, expected: &[usize]| {
             assert_eq!(mesh.members(axis, rank).collect::<Vec<_>>(), expected, "{axis:?}");
         };
@@ -127,7 +127,7 @@ mod tests {
         check(Axis::ExpertNear, 1, &[1, 5]);
         check(Axis::ExpertFar, 1, &[1, 9]);
         assert_eq!(mesh.place(17), 17);
-        let mesh = Mesh::of(&Placement { order: Order::TpCpPpDp, ..placement });
+        let mesh = RankGrid::of(&Placement { order: Order::TpCpPpDp, ..placement });
         assert_eq!([0, 3, 4, 16, 20].map(|r| mesh.place(r)), [0, 3, 8, 4, 12]);
         let mut all: Vec<usize> = (0..mesh.ranks()).map(|r| mesh.place(r)).collect();
         all.sort_unstable();

@@ -72,7 +72,7 @@ pub struct Recovered {
 
 /// The job that is played.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Job {
+pub struct PlayedJob {
     /// Nodes that stand by.
     pub spares: usize,
     /// Fewest nodes that it goes on with, of four.
@@ -83,14 +83,14 @@ pub struct Job {
     pub limits: Limits,
 }
 
-impl Job {
+impl PlayedJob {
     /// Of how many nodes the job that stands for all is.
     pub const NODES: usize = NODES;
 
     /// With the timeouts that `phalanx launch` has unless told otherwise, and restarts enough.
     pub fn usual(spares: usize, min_nodes: usize) -> Self {
         let limits = Limits { max_restarts: 100, min_places: PLACES, ..Limits::default() };
-        Job { spares, min_nodes, times: Times::default(), limits }
+        PlayedJob { spares, min_nodes, times: Times::default(), limits }
     }
 
     /// Loses something and waits until the job steps again.
@@ -99,10 +99,10 @@ impl Job {
     /// spare the round is full again without waiting for a last call:
     ///
     /// ```
-    /// use sim::recovery::{Job, Loss};
-    /// let died = Job::usual(0, 3).lose(Loss::Process)?;
+    /// use sim::recovery::{PlayedJob, Loss};
+    /// let died = PlayedJob::usual(0, 3).lose(Loss::Process)?;
     /// assert!(died.detect_s < 1.0 && died.nodes == 4 && died.kept == 7);
-    /// let silent = Job::usual(1, 3).lose(Loss::Node)?;
+    /// let silent = PlayedJob::usual(1, 3).lose(Loss::Node)?;
     /// assert!(10.0 < silent.detect_s && silent.detect_s < 15.0 && silent.nodes == 4);
     /// # Ok::<(), spec::Error>(())
     /// ```
@@ -154,7 +154,7 @@ struct World {
 }
 
 impl World {
-    fn new(job: Job) -> Self {
+    fn new(job: PlayedJob) -> Self {
         let rules = Rules { min: job.min_nodes.min(NODES), max: NODES, is_static: false };
         let agent = |node: usize| {
             let id = NodeId { node_rank: 0, addr: format!("n{node:02}"), pid: 1, serial: 0 };

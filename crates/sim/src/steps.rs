@@ -3,7 +3,7 @@
 mod replicas;
 
 use plan::estimate::parts::{Piece, SectionParts, StepParts};
-use plan::network::{Collective, Span, Traffic, traffic};
+use plan::network::{Collective, Extent, Traffic, traffic};
 use plan::placement::Placement;
 use plan::software::Software;
 use plan::template::{Reads, TalkAxis};
@@ -163,7 +163,7 @@ pub(crate) fn stages(
     model: &ModelSpec,
     placement: &Placement,
     parts: &StepParts,
-    spans: &[Span],
+    spans: &[Extent],
     beside: Beside,
 ) -> Vec<StageSteps> {
     let l = &placement.layout;
@@ -215,7 +215,7 @@ struct Writer<'a> {
     chunks: Vec<Vec<Unit<'a>>>,
     out: StageSteps,
     /// By axis.
-    spans: &'a [Span],
+    spans: &'a [Extent],
     /// How much longer everything takes.
     pace: f64,
     /// Messages of replicas started after the parameters that the next unit waits for.
@@ -242,7 +242,7 @@ impl<'a> Writer<'a> {
         model: &ModelSpec,
         placement: &'a Placement,
         parts: &'a StepParts,
-        spans: &'a [Span],
+        spans: &'a [Extent],
         beside: Beside,
         stage: usize,
     ) -> Self {

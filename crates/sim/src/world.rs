@@ -7,12 +7,12 @@ mod storage;
 use std::collections::BTreeMap;
 
 use plan::estimate::parts::StepParts;
-use plan::network::Span;
+use plan::network::Extent;
 use spec::Cluster;
 
 use crate::clock::{Speed, Ticks, USUAL};
 use crate::jitter::Jitter;
-use crate::mesh::{AXES, Axis, Mesh};
+use crate::mesh::{AXES, Axis, RankGrid};
 use paths::Fabric;
 pub(crate) use paths::Path;
 use storage::Storage;
@@ -143,7 +143,7 @@ pub enum Folding {
 impl World {
     pub(crate) fn new(
         cluster: &Cluster,
-        mesh: &Mesh,
+        mesh: &RankGrid,
         parts: &StepParts,
         disturbed: &Disturbed,
         storage: Option<&StorageUse>,
@@ -192,7 +192,7 @@ impl World {
 }
 
 /// How groups lie on the machine, by axis.
-pub(crate) fn spans(cluster: &Cluster, mesh: &Mesh, parts: &StepParts) -> Vec<Span> {
+pub(crate) fn spans(cluster: &Cluster, mesh: &RankGrid, parts: &StepParts) -> Vec<Extent> {
     let r = &parts.replicas;
     let span = |axis: &Axis| {
         let group = match axis {
@@ -207,7 +207,7 @@ pub(crate) fn spans(cluster: &Cluster, mesh: &Mesh, parts: &StepParts) -> Vec<Sp
                 plan::network::Group { size, stride }
             }
         };
-        Span::of(cluster, &parts.net, group)
+        Extent::of(cluster, &parts.net, group)
     };
     AXES.iter().map(span).collect()
 }
@@ -220,7 +220,7 @@ struct Groups {
 }
 
 impl Groups {
-    fn of(&mut self, mesh: &Mesh, axis: Axis, rank: usize, class_of: &[u32]) -> usize {
+    fn of(&mut self, mesh: &RankGrid, axis: Axis, rank: usize, class_of: &[u32]) -> usize {
         let mut members: BTreeMap<u32, usize> = BTreeMap::new();
         for member in mesh.members(axis, rank) {
             *members.entry(class_of[member]).or_default() += 1;

@@ -4,10 +4,10 @@ use core::time::Duration;
 
 use elastic::crew::Limits;
 use elastic::rendezvous::Times;
-use sim::recovery::{Job, LOOK, Loss, Recovered};
+use sim::recovery::{LOOK, Loss, PlayedJob, Recovered};
 
 fn lose(spares: usize, min_nodes: usize, loss: Loss) -> Recovered {
-    Job::usual(spares, min_nodes).lose(loss).unwrap()
+    PlayedJob::usual(spares, min_nodes).lose(loss).unwrap()
 }
 
 /// Noticed within a few looks of what the timeout says; the others keep what they have.
@@ -18,8 +18,8 @@ fn check(loss: Loss, low: Duration, high: Duration) {
         assert!(low <= detect && detect <= high + 4 * LOOK, "{loss:?}: {it:?}");
         assert!(it.meet_s < 1.0, "{loss:?}: {it:?}");
         let lost = usize::from(loss.takes_node());
-        assert_eq!(it.nodes, if spares > 0 { Job::NODES } else { Job::NODES - lost }, "{loss:?}");
-        assert_eq!(it.kept, 2 * Job::NODES - if lost > 0 { 2 } else { 1 }, "{loss:?}");
+        assert_eq!(it.nodes, if spares > 0 { PlayedJob::NODES } else { PlayedJob::NODES - lost }, "{loss:?}");
+        assert_eq!(it.kept, 2 * PlayedJob::NODES - if lost > 0 { 2 } else { 1 }, "{loss:?}");
     }
 }
 
@@ -36,7 +36,7 @@ fn losses_are_noticed_when_their_timeouts_say() {
 
 #[test]
 fn shorter_timeouts_are_kept_too() {
-    let mut job = Job::usual(1, 3);
+    let mut job = PlayedJob::usual(1, 3);
     job.times.keep_alive_interval = Duration::from_secs(1);
     job.limits.hung = Duration::from_secs(20);
     let silent = job.lose(Loss::Node).unwrap().detect_s;
@@ -48,6 +48,6 @@ fn shorter_timeouts_are_kept_too() {
 /// Without a spare and with no leave to shrink, nobody comes within the time to join, and the job ends.
 #[test]
 fn a_job_that_may_not_shrink_ends_without_spares() {
-    let said = Job::usual(0, Job::NODES).lose(Loss::Node).unwrap_err();
+    let said = PlayedJob::usual(0, PlayedJob::NODES).lose(Loss::Node).unwrap_err();
     assert!(said.to_string().contains("3 of 4 nodes came within 600 s"), "{said}");
 }

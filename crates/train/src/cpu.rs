@@ -10,7 +10,7 @@ mod table;
 use std::ops::Range;
 use std::time::Instant;
 
-use comm::{ElementType, Span};
+use comm::{ElementType, RawSlice};
 use half::bf16;
 use kernels::Pool;
 use program::{Op, Program, Ticket};
@@ -46,9 +46,9 @@ impl Cpu {
     }
 
     /// An operand as the transport takes it.
-    fn span(&self, of: Operand) -> Span {
+    fn span(&self, of: Operand) -> RawSlice {
         assert!(of.offset + of.bytes() <= self.arena.len());
-        Span::new(self.arena.base().wrapping_add(of.offset), of.len(), ElementType::from(of.dtype))
+        RawSlice::new(self.arena.base().wrapping_add(of.offset), of.len(), ElementType::from(of.dtype))
     }
 }
 

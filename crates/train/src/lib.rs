@@ -56,7 +56,7 @@ pub use null::Null;
 pub use replay::{Recorded, Replay, Try, Verdict};
 pub use run_dir::{RunDir, read};
 pub use saving::Saving;
-pub use spans::{CpuClock, Span, Spans};
+pub use spans::{CpuClock, OpSpan, Spans};
 pub use state::{Source, State};
 pub use survive::{Agent, Pulse, Way};
 pub use trainer::{Event, Outcome, Trainer};

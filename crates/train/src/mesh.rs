@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::time::Instant;
 
-use comm::{ElementType, Group, Handle, OpTag, Order, Span, World};
+use comm::{ElementType, Group, Handle, OpTag, Order, RawSlice, World};
 use program::{Axis, Collective, Coords, Members, OpId, Replication, Ticket};
 use spec::{Error, Layout, Reduce, Result, Zero};
 
@@ -260,8 +260,8 @@ impl Mesh {
     pub unsafe fn say(
         &mut self,
         m: &Message<'_>,
-        from: Option<Span>,
-        to: Option<Span>,
+        from: Option<RawSlice>,
+        to: Option<RawSlice>,
         ticket: Option<Ticket>,
     ) -> Result<()> {
         // Of what all ranks sum, each element is held by one of them.
@@ -320,8 +320,8 @@ fn tag(id: OpId) -> OpTag {
 /// A message as the transport takes it.
 fn operation<'a>(
     m: &Message<'a>,
-    from: Option<Span>,
-    to: Option<Span>,
+    from: Option<RawSlice>,
+    to: Option<RawSlice>,
     order: Order,
 ) -> Result<(OpTag, comm::Op<'a>)> {
     let lacks = || Error::failure(format!("{:?} has no end", m.what));

@@ -2,7 +2,7 @@ use std::time::Instant;
 
 /// One op's start and end in nanoseconds since the recorder was made, see [`Spans::origin_us`].
 #[derive(Clone, Copy, Debug)]
-pub struct Span {
+pub struct OpSpan {
     /// Block of the program.
     pub block: u32,
     /// Op of the block.
@@ -48,7 +48,7 @@ pub struct Spans {
     cpu: Option<CpuClock>,
     /// What the clock showed at the last op's end.
     cpu_ns: u64,
-    spans: Vec<Span>,
+    spans: Vec<OpSpan>,
 }
 
 impl Spans {
@@ -102,7 +102,7 @@ impl Spans {
         // Room is fixed so that recording never allocates; a program that outgrows it loses its last ops.
         if self.on && self.spans.len() < self.spans.capacity() {
             let cpu_ns = self.since_last();
-            self.spans.push(Span {
+            self.spans.push(OpSpan {
                 block: block as u32,
                 op: op as u32,
                 micro_batch: micro_batch as u32,
@@ -128,7 +128,7 @@ impl Spans {
         };
         if self.on && self.spans.len() < self.spans.capacity() {
             let (start_ns, end_ns) = (ns(began), ns(ended));
-            self.spans.push(Span {
+            self.spans.push(OpSpan {
                 block: block as u32,
                 op: op as u32,
                 micro_batch: micro_batch as u32,
@@ -140,7 +140,7 @@ impl Spans {
     }
 
     /// The ops of the last step in order.
-    pub fn all(&self) -> &[Span] {
+    pub fn all(&self) -> &[OpSpan] {
         &self.spans
     }
 

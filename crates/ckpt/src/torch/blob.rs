@@ -25,16 +25,16 @@ const ELSEWHERE: u64 = 0xffff_ffff;
 
 /// Part of a file.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Span {
+pub(crate) struct FilePart {
     pub(crate) at: u64,
     pub(crate) len: u64,
 }
 
-impl Span {
+impl FilePart {
     /// A part of it, if it lies inside.
-    fn part(self, at: u64, len: u64) -> Result<Span, String> {
+    fn part(self, at: u64, len: u64) -> Result<FilePart, String> {
         let inside = at.checked_add(len).is_some_and(|end| end <= self.len);
-        if inside { Ok(Span { at: self.at + at, len }) } else { Err("its archive is cut short".into()) }
+        if inside { Ok(FilePart { at: self.at + at, len }) } else { Err("its archive is cut short".into()) }
     }
 
     fn read(self, file: &File, limit: u64) -> Result<Vec<u8>, String> {
@@ -64,7 +64,7 @@ impl Blob {
     ///
     /// # Errors
     /// What is wrong with it.
-    pub(crate) fn read(file: &File, span: Span) -> Result<Self, String> {
+    pub(crate) fn read(file: &File, span: FilePart) -> Result<Self, String> {
         let entries = directory(file, span)?;
         let find = |name: &str| entries.iter().find(|e| e.name == name.as_bytes());
         let (pickle, root) = entries
@@ -95,7 +95,7 @@ impl Blob {
     ///
     /// # Errors
     /// When they cannot be read or are not what was written.
-    pub(crate) fn bytes(&self, file: &File, span: Span) -> Result<Vec<u8>, String> {
+    pub(crate) fn bytes(&self, file: &File, span: FilePart) -> Result<Vec<u8>, String> {
         let bytes = self.storage.open(file, span)?.read(file, u64::MAX)?;
         self.storage.check(&bytes)?;
         Ok(bytes)
@@ -170,7 +170,7 @@ struct Entry {
 
 impl Entry {
     /// Where its bytes lie.
-    fn open(&self, file: &File, archive: Span) -> Result<Span, String> {
+    fn open(&self, file: &File, archive: FilePart) -> Result<FilePart, String> {
         let local = archive.part(self.at, LOCAL_BYTES)?.read(file, LOCAL_BYTES)?;
         if !local.starts_with(b"PK\x03\x04") {
             return Err("an entry of its archive is not where the directory says".into());
@@ -191,7 +191,7 @@ impl Entry {
 }
 
 /// The entries of an archive.
-fn directory(file: &File, archive: Span) -> Result<Vec<Entry>, String> {
+fn directory(file: &File, archive: FilePart) -> Result<Vec<Entry>, String> {
     let tail = |bytes| archive.len.checked_sub(bytes).ok_or("it is too short for an archive");
     let end = archive.part(tail(END_BYTES)?, END_BYTES)?.read(file, END_BYTES)?;
     if !end.starts_with(b"PK\x05\x06") {

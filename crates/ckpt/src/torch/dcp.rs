@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 use spec::{Error, Result};
 
-use super::blob::{Blob, Span, dims};
+use super::blob::{Blob, FilePart, dims};
 use super::globals::{Element, Global};
 use super::pickle::{Kind, Pickle, Value};
 use crate::header::dims as shown_dims;
@@ -59,7 +59,7 @@ struct Chunk {
     offsets: Vec<u64>,
     sizes: Vec<u64>,
     file: usize,
-    span: Span,
+    span: FilePart,
 }
 
 impl Dcp {
@@ -100,7 +100,7 @@ impl Dcp {
         }
         for tensor in &self.tensors {
             for chunk in &self.chunks[tensor.chunks.clone()] {
-                let (file, Span { at, len }) = (chunk.file, chunk.span);
+                let (file, FilePart { at, len }) = (chunk.file, chunk.span);
                 let end = at.checked_add(len).filter(|end| *end <= lengths[file]);
                 let (file_name, name) = (&self.files[file], shown(&tensor.name));
                 let end = end.ok_or_else(|| {
@@ -227,7 +227,7 @@ fn mark(seen: &mut [u64], elements: Range<usize>) -> Result<(), String> {
 }
 
 /// Where a chunk lies, by tensor and offsets.
-type Places<'a> = HashMap<(&'a str, Vec<u64>), (usize, Span)>;
+type Places<'a> = HashMap<(&'a str, Vec<u64>), (usize, FilePart)>;
 
 /// What `.metadata` says, and nothing of whether it is so.
 pub(crate) fn parse(bytes: &[u8], dir: &Path) -> Result<Dcp, String> {
@@ -291,7 +291,7 @@ fn places<'a>(p: &Pickle<'a>, files: &mut Vec<String>, most: usize) -> Result<Pl
             files.len() - 1
         });
         let number = |key| p.count(p.attribute(info, key)?);
-        let span = Span { at: number("offset")?, len: number("length")? };
+        let span = FilePart { at: number("offset")?, len: number("length")? };
         let fqn = p.text(p.attribute(key, "fqn")?)?;
         places.insert((fqn, dims(p, offset)?), (file, span));
     }

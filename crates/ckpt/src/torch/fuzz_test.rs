@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::blob::{Blob, Span, View};
+use super::blob::{Blob, FilePart, View};
 use super::dcp::{self, Dcp};
 use super::llmc::LlmC;
 use crate::fuzz_test::harness::fuzz;
@@ -91,7 +91,7 @@ fn fuzz_torch_save() {
         |input| {
             file.set_len(input.len() as u64).unwrap();
             file.write_all_at(input, 0).unwrap();
-            Blob::read(&file, Span { at: 0, len: input.len() as u64 }).is_ok()
+            Blob::read(&file, FilePart { at: 0, len: input.len() as u64 }).is_ok()
         },
     );
 }

@@ -19,12 +19,12 @@ impl Hosts<'_> {
         if element == ElementType::Bf16 { ElementType::F32 } else { element }
     }
 
-    pub(super) async unsafe fn all_reduce(&self, buffer: Span) -> Result<()> {
+    pub(super) async unsafe fn all_reduce(&self, buffer: RawSlice) -> Result<()> {
         let (n, me, wide) = (self.near.near.ranks.len(), self.near.near.me, Hosts::wide(buffer.element));
         let shares: Vec<_> = (0..n).map(|m| shares::aligned(buffer.count, n, m)).collect();
         let own = buffer.part(&shares[me]);
         let mut scratch = self.across.mesh.scratch(own.count * wide.bytes());
-        let sum = Span::new(scratch.at(0).0, own.count, wide);
+        let sum = RawSlice::new(scratch.at(0).0, own.count, wide);
         // SAFETY: passed on from the caller; the scratch is large enough and nobody else's.
         unsafe {
             self.near.reduce_scatter(buffer, Address(sum.as_ptr()), Into::F32, &shares).await?;
@@ -42,8 +42,8 @@ impl Hosts<'_> {
 
     pub(super) async unsafe fn reduce_scatter(
         &self,
-        input: Span,
-        output: Span,
+        input: RawSlice,
+        output: RawSlice,
         ranges: &[Range<usize>],
     ) -> Result<()> {
         let (me, hosts, here) = (self.near.near.me, self.across.mesh.ranks.len(), self.across.mesh.me);
@@ -57,7 +57,7 @@ impl Hosts<'_> {
             end += len;
         }
         let mut scratch = self.across.mesh.scratch(end * wide.bytes());
-        let sums = Span::new(scratch.at(0).0, end, wide);
+        let sums = RawSlice::new(scratch.at(0).0, end, wide);
         // SAFETY: passed on from the caller; the scratch is large enough and nobody else's.
         unsafe {
             for host in 0..hosts {
@@ -75,8 +75,8 @@ impl Hosts<'_> {
 
     pub(super) async unsafe fn all_gather(
         &self,
-        input: Span,
-        output: Span,
+        input: RawSlice,
+        output: RawSlice,
         ranges: &[Range<usize>],
     ) -> Result<()> {
         let (me, hosts, local) =

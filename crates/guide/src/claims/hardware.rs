@@ -113,7 +113,7 @@ fn nvme(f: &mut Facts<'_>) -> Result<Found> {
 }
 
 fn checkpoint(f: &mut Facts<'_>) -> Result<Found> {
-    let answer = f.planned(crate::facts::Job { cluster: "dgx-superpod-h100-64su", ..LLAMA_405B })?;
+    let answer = f.planned(crate::facts::Case { cluster: "dgx-superpod-h100-64su", ..LLAMA_405B })?;
     let Some(storage) = answer.storage else { return Ok(Found::new()) };
     let Some(stall) = storage.stall else { return Ok(Found::new()) };
     f.arithmetic();

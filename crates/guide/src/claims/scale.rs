@@ -6,7 +6,7 @@ use super::{
     Ask, DAY_S, DGX_H100, FLOPS_PER_PARAM, GIGA, GUIDE_RATE, H100, HOURS, LLAMA_405B, TERA, YEAR_DAYS, chip,
     exact, rent, size,
 };
-use crate::facts::{Facts, Found, Job};
+use crate::facts::{Case, Facts, Found};
 use crate::verdict::{Rule, Stated};
 
 pub(crate) const CLAIMS: &[Ask] = &[
@@ -139,7 +139,7 @@ fn one_gpu(f: &mut Facts<'_>) -> Result<Found> {
         let years = work / GUIDE_RATE / DAY_S / YEAR_DAYS;
         found = found.reads(of, exact(years), "years", Stated::AtLeast(1.0));
     }
-    let alone = f.planned(Job {
+    let alone = f.planned(Case {
         model: "llama2-70b",
         cluster: DGX_H100,
         accelerators: 1,

@@ -3,7 +3,7 @@
 use spec::{EntryKind, Result};
 
 use super::{Ask, DGX_H100, GIGA, exact};
-use crate::facts::{Facts, Found, Job};
+use crate::facts::{Case, Facts, Found};
 use crate::verdict::{Rule, Stated};
 
 pub(crate) const CLAIMS: &[Ask] = &[
@@ -46,7 +46,7 @@ fn megatron(_: &mut Facts<'_>) -> Result<Found> {
 }
 
 fn zero3(f: &mut Facts<'_>) -> Result<Found> {
-    let job = |layout| Job {
+    let job = |layout| Case {
         model: "llama2-13b",
         cluster: "dgx-superpod-h100",
         accelerators: 64,

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::sees::{Places, Span, View};
+use super::sees::{Places, Queries, View};
 use super::{AHEAD, Attention, KEYS, Keys, SCORES, Sees, copy_scaled, pack_keys};
 use crate::gemm::{MR, NR, Tile, Workspace, tile};
 use crate::math::exp;
@@ -28,8 +28,8 @@ pub fn attention_dx<T: Storage>(
 ) {
     assert_eq!(dqkv.len(), qkv.len());
     let out = Out::Whole(&Parts::new(dqkv));
-    let span = Span::causal(shape.seq, Places::whole(shape.seq));
-    Job { shape: *shape, qkv, keys: shape.own(qkv), o, lse, do_, out, span, sees }.run(pool, ws);
+    let span = Queries::causal(shape.seq, Places::whole(shape.seq));
+    BackwardJob { shape: *shape, qkv, keys: shape.own(qkv), o, lse, do_, out, span, sees }.run(pool, ws);
 }
 
 /// Floats of workspace for [`attention_dx`] and [`super::attention_part_dx`].
@@ -79,7 +79,7 @@ pub(super) enum Out<'a, T> {
     Part { dq: &'a Parts<'a, f32>, dkv: &'a Parts<'a, f32>, first: bool },
 }
 
-pub(super) struct Job<'a, T> {
+pub(super) struct BackwardJob<'a, T> {
     pub(super) shape: Attention,
     pub(super) qkv: &'a [T],
     pub(super) keys: Keys<'a, T>,
@@ -87,12 +87,12 @@ pub(super) struct Job<'a, T> {
     pub(super) lse: &'a [f32],
     pub(super) do_: &'a [T],
     pub(super) out: Out<'a, T>,
-    pub(super) span: Span,
+    pub(super) span: Queries,
     /// Sinks are no part of it: `lse` has them.
     pub(super) sees: Sees<'a, T>,
 }
 
-impl<T: Element> Job<'_, T> {
+impl<T: Element> BackwardJob<'_, T> {
     pub(super) fn run(&self, pool: &Pool, ws: &mut [f32]) {
         let shape = &self.shape;
         shape.check(self.qkv.len());

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::sees::{Places, Span, View};
+use super::sees::{Places, Queries, View};
 use super::{AHEAD, Attention, KEYS, Keys, SCORES, Sees, copy_scaled, pack_keys};
 use crate::gemm::{MR, NR, Tile, Workspace, tile};
 use crate::math::{exp, ln};
@@ -30,8 +30,8 @@ pub fn attention<T: Storage>(
     let rows = shape.seqs * shape.seq;
     assert_eq!((o.len(), lse.len()), (rows * shape.o_ld(), rows * shape.heads));
     let out = Out::Whole { o: &Parts::new(o), lse: &Parts::new(lse) };
-    let span = Span::causal(shape.seq, Places::whole(shape.seq));
-    Job { shape: *shape, qkv, keys: shape.own(qkv), out, span, sees }.run(pool, ws);
+    let span = Queries::causal(shape.seq, Places::whole(shape.seq));
+    ForwardJob { shape: *shape, qkv, keys: shape.own(qkv), out, span, sees }.run(pool, ws);
 }
 
 /// Floats of workspace for [`attention`] and [`super::attention_part`].
@@ -75,16 +75,16 @@ pub(super) enum Out<'a, T> {
     Part { sums: &'a Parts<'a, f32>, max: &'a Parts<'a, f32>, total: &'a Parts<'a, f32>, first: bool },
 }
 
-pub(super) struct Job<'a, T> {
+pub(super) struct ForwardJob<'a, T> {
     pub(super) shape: Attention,
     pub(super) qkv: &'a [T],
     pub(super) keys: Keys<'a, T>,
     pub(super) out: Out<'a, T>,
-    pub(super) span: Span,
+    pub(super) span: Queries,
     pub(super) sees: Sees<'a, T>,
 }
 
-impl<T: Element> Job<'_, T> {
+impl<T: Element> ForwardJob<'_, T> {
     pub(super) fn run(&self, pool: &Pool, ws: &mut [f32]) {
         let (shape, span) = (&self.shape, &self.span);
         shape.check(self.qkv.len());

@@ -5,7 +5,7 @@
 //! the same work for every pair (Brandon et al. 2023, arXiv 2311.09431, section 3).
 
 use super::forward::{self, logarithms};
-use super::sees::{Places, Span};
+use super::sees::{Places, Queries};
 use super::{Attention, Keys, Sees, backward};
 use crate::pool::{Parts, Pool};
 use crate::simd::{LANES, kernel};
@@ -33,14 +33,14 @@ impl Sight {
 
     /// Its own, each those up to itself. Of a rank whose front piece lies earlier all queries see the front half; of one
     /// whose front piece lies later the back half of the queries sees all.
-    fn span(self, seq: usize) -> Span {
+    fn span(self, seq: usize) -> Queries {
         let (at, of) = (Places::of(self.me, self.ranks, seq), Places::of(self.of, self.ranks, seq));
         // Far enough behind to see every key.
         let shift = usize::MAX / 4;
         match self.of.cmp(&self.me) {
-            std::cmp::Ordering::Equal => Span::causal(seq, at),
-            std::cmp::Ordering::Less => Span { queries: 0..seq, keys: seq / 2, shift, at, of },
-            std::cmp::Ordering::Greater => Span { queries: seq / 2..seq, keys: seq, shift, at, of },
+            std::cmp::Ordering::Equal => Queries::causal(seq, at),
+            std::cmp::Ordering::Less => Queries { queries: 0..seq, keys: seq / 2, shift, at, of },
+            std::cmp::Ordering::Greater => Queries { queries: seq / 2..seq, keys: seq, shift, at, of },
         }
     }
 }
@@ -87,7 +87,7 @@ pub fn attention_part<T: Storage>(
     let keys = Keys { data: kv, ld: shape.kv_ld(), at: 0 };
     let (sums, max, total) = (Parts::new(softmax.sums), Parts::new(softmax.max), Parts::new(softmax.total));
     let out = forward::Out::Part { sums: &sums, max: &max, total: &total, first: sight.own() };
-    forward::Job { shape: *shape, qkv, keys, out, span: sight.span(shape.seq), sees }.run(pool, ws);
+    forward::ForwardJob { shape: *shape, qkv, keys, out, span: sight.span(shape.seq), sees }.run(pool, ws);
 }
 
 fn check(shape: &Attention, kv: usize, softmax: &Softmax<'_>) {
@@ -156,7 +156,7 @@ pub fn attention_part_dx<T: Storage>(
     let (dq, dkv) = (Parts::new(dq), Parts::new(dkv));
     let out = backward::Out::Part { dq: &dq, dkv: &dkv, first: sight.own() };
     let span = sight.span(shape.seq);
-    backward::Job { shape: *shape, qkv, keys, o, lse, do_, out, span, sees }.run(pool, ws);
+    backward::BackwardJob { shape: *shape, qkv, keys, o, lse, do_, out, span, sees }.run(pool, ws);
 }
 
 /// Ends the derivative: `dqkv`, packed, from the gradients of queries, and of keys and values.

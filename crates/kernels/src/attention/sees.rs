@@ -30,7 +30,7 @@ impl<T> Sees<'_, T> {
     }
 
     /// What the queries of one sequence see of `seq` rows each.
-    pub(super) fn of<'b>(&'b self, span: &'b Span, sequence: usize, seq: usize) -> View<'b> {
+    pub(super) fn of<'b>(&'b self, span: &'b Queries, sequence: usize, seq: usize) -> View<'b> {
         let starts = self.starts.map(|s| &s[sequence * seq..(sequence + 1) * seq]);
         View { span, window: self.window, starts }
     }
@@ -70,7 +70,7 @@ impl Places {
 /// Some queries of a sequence, and the first `keys` rows of keys, of which the query in row i sees those up to `i + shift`
 /// at most.
 #[derive(Clone, Debug)]
-pub(super) struct Span {
+pub(super) struct Queries {
     pub(super) queries: Range<usize>,
     pub(super) keys: usize,
     pub(super) shift: usize,
@@ -80,17 +80,17 @@ pub(super) struct Span {
     pub(super) of: Places,
 }
 
-impl Span {
+impl Queries {
     /// All queries of a sequence, each with the keys up to itself.
-    pub(super) fn causal(seq: usize, at: Places) -> Span {
-        Span { queries: 0..seq, keys: seq, shift: 0, at, of: at }
+    pub(super) fn causal(seq: usize, at: Places) -> Queries {
+        Queries { queries: 0..seq, keys: seq, shift: 0, at, of: at }
     }
 }
 
 /// What the queries of one sequence see.
 #[derive(Clone, Copy)]
 pub(super) struct View<'a> {
-    span: &'a Span,
+    span: &'a Queries,
     window: Option<usize>,
     starts: Option<&'a [u32]>,
 }
@@ -121,7 +121,7 @@ mod tests {
     fn windows_reach_over_pieces() {
         let check = |of: usize, shift: usize, row: usize, expected: Range<usize>| {
             let (at, of) = (Places::of(0, 2, 8), Places::of(of, 2, 8));
-            let span = Span { queries: 0..8, keys: 8, shift, at, of };
+            let span = Queries { queries: 0..8, keys: 8, shift, at, of };
             let sees = Sees::<f32> { window: Some(4), ..Sees::ALL };
             assert_eq!(sees.of(&span, 0, 8).of(row, 0, 8), expected, "row {row}");
         };

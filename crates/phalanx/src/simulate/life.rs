@@ -6,7 +6,7 @@ use economics::failures::{JobFailures, Rates};
 use serde_json::{Value, json};
 use sim::Rehearsal;
 use sim::life::{Lived, Pool, Recovery, Run};
-use sim::recovery::{Job, Loss, Recovered};
+use sim::recovery::{Loss, PlayedJob, Recovered};
 use spec::{Error, Result};
 
 use super::{DAY_S, Given, Steps, steps};
@@ -141,8 +141,8 @@ fn recovery(
     }
     // A few nodes stand for all of them; whether one less is allowed is asked as of all.
     let shrinks = pool.is_some_and(|p| p.min_nodes < p.nodes);
-    let full = Job::usual(1, Job::NODES);
-    let fewer = Job::usual(0, if shrinks { Job::NODES - 1 } else { Job::NODES });
+    let full = PlayedJob::usual(1, PlayedJob::NODES);
+    let fewer = PlayedJob::usual(0, if shrinks { PlayedJob::NODES - 1 } else { PlayedJob::NODES });
     let (mut out, mut said) = (Vec::new(), Vec::new());
     // A process that takes the lost one's place starts while the others keep theirs.
     let start_s = rates.restart_s.value;

@@ -6,7 +6,7 @@ pub use super::replicas::Holders;
 use super::section::Links;
 use super::step::{Stages, virtual_layers};
 use super::{Breakdown, Estimator};
-use crate::network::{Collective, Group, NetworkModel, Span, Traffic};
+use crate::network::{Collective, Extent, Group, NetworkModel, Traffic};
 use crate::placement::Placement;
 use crate::template::{LAUNCHES_PER_TASK, Reads, Section, TalkAxis, Task};
 
@@ -139,7 +139,7 @@ impl Estimator<'_> {
         // Without sequence parallelism each tensor rank sends its share and the receiver gathers.
         let l = &placement.layout;
         let bytes = if l.sequence_parallel { timed.boundary } else { timed.boundary / l.tp as f64 };
-        let span = Span::of(&p.cluster, &self.net, Group { size: 2, stride: placement.pp_stride() });
+        let span = Extent::of(&p.cluster, &self.net, Group { size: 2, stride: placement.pp_stride() });
         Ok(StepParts {
             embed: section(&template.embed),
             layer: section(&template.layer),

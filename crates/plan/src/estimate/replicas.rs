@@ -4,7 +4,7 @@ use program::Replication;
 use spec::{DType, NumberFormat, Optimizer, Zero};
 
 use crate::compute::{gemm_s, stream_s};
-use crate::network::{Collective, Group, Span, on_span};
+use crate::network::{Collective, Extent, Group, on_span};
 use crate::placement::Placement;
 use crate::template::TalkAxis;
 
@@ -229,8 +229,8 @@ impl Estimator<'_> {
         }
     }
 
-    fn span(&self, group: Group) -> Span {
-        Span::of(&self.problem.cluster, &self.net, group)
+    fn span(&self, group: Group) -> Extent {
+        Extent::of(&self.problem.cluster, &self.net, group)
     }
 
     /// Seconds that everything takes which is said beside the forward passes, or beside the backward ones.
@@ -250,7 +250,7 @@ impl Estimator<'_> {
         };
         let span = self.span(group);
         let span = if self.problem.software.flat_collectives {
-            Span { outside_rate: span.outside_rate / span.inside, ..span }
+            Extent { outside_rate: span.outside_rate / span.inside, ..span }
         } else {
             span
         };

@@ -1,7 +1,7 @@
 //! Times of the sections of a model: kernels by roofline, collectives by the links that their groups span.
 
 use crate::compute::{Chip, gemm_s, stream_s};
-use crate::network::{Collective, Group, NetworkModel, Span, Traffic, traffic};
+use crate::network::{Collective, Extent, Group, NetworkModel, Traffic, traffic};
 use crate::placement::Placement;
 use crate::software::{AttentionKernel, Overlap};
 use crate::template::{Hidden, LAUNCHES_PER_TASK, Reads, Section, TalkAxis, Task};
@@ -309,7 +309,7 @@ impl Estimator<'_> {
 
 /// All-to-all of tokens to experts: a token goes to each domain once, however many of its experts are there, and is
 /// handed on inside.
-fn dispatch(net: &NetworkModel, span: &Span, size: usize, bytes: f64, top_k: usize) -> Traffic {
+fn dispatch(net: &NetworkModel, span: &Extent, size: usize, bytes: f64, top_k: usize) -> Traffic {
     let all = traffic(net, Collective::AllToAll, span, size, bytes);
     let k = span.domains;
     if k <= 1.0 {
@@ -321,20 +321,20 @@ fn dispatch(net: &NetworkModel, span: &Span, size: usize, bytes: f64, top_k: usi
 
 /// Groups that talk inside layers, on their links.
 pub(super) struct Links {
-    tp: (Span, usize),
-    cp: (Span, usize),
-    ep: (Span, usize),
+    tp: (Extent, usize),
+    cp: (Extent, usize),
+    ep: (Extent, usize),
 }
 
 impl Links {
     pub(super) fn of(cluster: &Cluster, net: &NetworkModel, placement: &Placement) -> Self {
         let tp = placement.layout.tp;
-        let span = |size, stride| (Span::of(cluster, net, Group { size, stride }), size);
+        let span = |size, stride| (Extent::of(cluster, net, Group { size, stride }), size);
         // Experts are not cut by tensor parallelism: their ranks are the innermost ones.
         Links { tp: span(tp, 1), cp: span(placement.layout.cp, tp), ep: span(placement.layout.ep, 1) }
     }
 
-    pub(super) fn get(&self, axis: TalkAxis) -> (&Span, usize) {
+    pub(super) fn get(&self, axis: TalkAxis) -> (&Extent, usize) {
         let (span, size) = match axis {
             TalkAxis::Tp => &self.tp,
             TalkAxis::Cp => &self.cp,

@@ -2,7 +2,7 @@
 
 use spec::Result;
 
-use crate::network::{Collective, Group, Span, on_span};
+use crate::network::{Collective, Extent, Group, on_span};
 use crate::pipeline::{Pipeline, Stage, makespan_s, uneven_s};
 use crate::placement::Placement;
 use crate::software::Software;
@@ -242,7 +242,7 @@ impl Estimator<'_> {
     fn messages(&self, placement: &Placement, t: &Timed, stages: &Stages, d: &mut Breakdown) -> f64 {
         let p = self.problem;
         let l = &placement.layout;
-        let span = Span::of(&p.cluster, &self.net, Group { size: 2, stride: placement.pp_stride() });
+        let span = Extent::of(&p.cluster, &self.net, Group { size: 2, stride: placement.pp_stride() });
         // Without sequence parallelism each tensor rank sends its share and the receiver gathers.
         let bytes = if l.sequence_parallel { t.boundary } else { t.boundary / l.tp as f64 };
         let comm = on_span(&self.net, Collective::Send, &span, 2, bytes);

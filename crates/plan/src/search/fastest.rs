@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rayon::prelude::*;
 use spec::Result;
 
-use super::{Found, Job, Part, Space, jobs, run};
+use super::{Found, Part, SharedAxes, Space, jobs, run};
 use crate::estimate::{Estimator, Problem, Templates};
 use crate::placement::Placement;
 
@@ -24,14 +24,14 @@ pub fn fastest(problems: &[Problem], space: &Space, good: &[Placement]) -> Resul
         .iter()
         .map(|p| Space { accelerators: p.cluster.accelerators, keep: 1, ..space.clone() })
         .collect();
-    let mut by_template: BTreeMap<Job, Vec<usize>> = BTreeMap::new();
+    let mut by_template: BTreeMap<SharedAxes, Vec<usize>> = BTreeMap::new();
     for (i, (problem, space)) in problems.iter().zip(&spaces).enumerate() {
         for job in jobs(problem, space) {
             by_template.entry(job).or_default().push(i);
         }
     }
-    let all: Vec<(Job, Vec<usize>)> = by_template.into_iter().collect();
-    let parts = |(job, sizes): &(Job, Vec<usize>)| {
+    let all: Vec<(SharedAxes, Vec<usize>)> = by_template.into_iter().collect();
+    let parts = |(job, sizes): &(SharedAxes, Vec<usize>)| {
         let (mut templates, layer_s) = (Templates::new(), Cell::new(0.0));
         let mut parts = Vec::new();
         for &i in sizes {
@@ -42,7 +42,7 @@ pub fn fastest(problems: &[Problem], space: &Space, good: &[Placement]) -> Resul
         }
         Ok(parts)
     };
-    let is_good = |job: &Job| good.iter().any(|g| *job == Job::of(g));
+    let is_good = |job: &SharedAxes| good.iter().any(|g| *job == SharedAxes::of(g));
     let first: Vec<Result<Vec<(usize, Part)>>> =
         all.par_iter().filter(|of| is_good(&of.0)).map(parts).collect();
     let rest: Vec<Result<Vec<(usize, Part)>>> =

@@ -62,10 +62,6 @@ pub(crate) fn placements(
         for micro_batch in micro_batches(r, torus.then(|| product([tp, pp, cp])), share)? {
             for chunks in chunks(r.count("vpp")?, pp, p, share / micro_batch as f64) {
                 for &recompute in &recomputes {
-                    let schedule = match chunks {
-                        1 => PipelineSchedule::OneFOneB,
-                        _ => PipelineSchedule::Interleaved,
-                    };
                     let layout = Layout {
                         dp,
                         tp,
@@ -75,7 +71,7 @@ pub(crate) fn placements(
                         sequence_parallel: tp > 1 && sequence_parallel(r.text("sequence_parallel"), p, tp),
                         zero,
                         shard: shard(dp),
-                        schedule,
+                        schedule: schedule_of(chunks),
                         chunks,
                         micro_batch,
                         recompute,
@@ -95,6 +91,10 @@ pub(crate) fn placements(
         r.assume("choices not published (micro-batch, chunks, recompute): the fastest that fits is taken");
     }
     Ok(Ok((out, slice)))
+}
+
+fn schedule_of(chunks: usize) -> PipelineSchedule {
+    if chunks == 1 { PipelineSchedule::OneFOneB } else { PipelineSchedule::Interleaved }
 }
 
 /// As large as can be where it is no number: degrees come from a table.

@@ -3,7 +3,7 @@
 use plan::answer::{Answer, Choice};
 use plan::estimate::Estimator;
 use plan::pipeline::Pipeline;
-use program::{Pass, Span, Work, in_flight, orders, spans};
+use program::{Pass, Work, WorkSpan, in_flight, orders, spans};
 use spec::{Error, Result};
 
 use super::Figure;
@@ -19,7 +19,7 @@ const STAGES_MAX: usize = 32;
 /// A step as played.
 pub(crate) struct Timeline {
     orders: Vec<Vec<Work>>,
-    spans: Vec<Vec<Span>>,
+    spans: Vec<Vec<WorkSpan>>,
     /// Micro-batches in flight at most, by stage.
     in_flight: Vec<f64>,
     /// End of the last pass.

@@ -7,7 +7,7 @@ use elastic::Report;
 use elastic::crew::{Action, Crew, Event, Next};
 use elastic::rendezvous::{self, Agreed, Member, News, Node, NodeId, Offer, Rules, Seat, Wish};
 
-use super::Job;
+use super::PlayedJob;
 
 /// Writes that may follow from one look before the next one.
 const WRITES: usize = 16;
@@ -46,7 +46,7 @@ pub(super) struct Agent {
 }
 
 impl Agent {
-    pub(super) fn new(me: Member, rules: Rules, job: &Job, is_host: bool, places: usize) -> Self {
+    pub(super) fn new(me: Member, rules: Rules, job: &PlayedJob, is_host: bool, places: usize) -> Self {
         Agent {
             node: Node::new(me, rules, job.times, true, is_host),
             crew: Crew::new(places, job.limits),

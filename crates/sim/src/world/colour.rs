@@ -7,10 +7,15 @@ use spec::random::mix;
 
 use super::paths::{Crossings, Tier};
 use super::{Disturbed, Mark};
-use crate::mesh::{AXES, Mesh};
+use crate::mesh::{AXES, RankGrid};
 
 /// The class of every rank, numbered by the first rank of each.
-pub(super) fn classes(mesh: &Mesh, disturbed: &Disturbed, tiers: &[Tier], crossings: &Crossings) -> Vec<u32> {
+pub(super) fn classes(
+    mesh: &RankGrid,
+    disturbed: &Disturbed,
+    tiers: &[Tier],
+    crossings: &Crossings,
+) -> Vec<u32> {
     let ranks = mesh.ranks();
     let mut kinds: Vec<&Mark> = disturbed.ranks.values().collect();
     kinds.sort_unstable();
@@ -45,7 +50,7 @@ pub(super) fn classes(mesh: &Mesh, disturbed: &Disturbed, tiers: &[Tier], crossi
 }
 
 /// Signatures of ranks from their classes and those of everyone they talk to.
-fn refine(mesh: &Mesh, tiers: &[Tier], class_of: &[u32], signature: &mut [u64]) {
+fn refine(mesh: &RankGrid, tiers: &[Tier], class_of: &[u32], signature: &mut [u64]) {
     signature.iter_mut().zip(class_of).for_each(|(s, c)| *s = mix(u64::from(*c)));
     let mut sums = vec![0u64; class_of.len()];
     let mut fold = |of: &dyn Fn(usize) -> usize, salt: u64| {

@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 
 use plan::estimate::parts::StepParts;
-use plan::network::{Group, Span, dims_spanned};
+use plan::network::{Extent, Group, dims_spanned};
 use spec::Cluster;
 use spec::cluster::{FabricTopology, ScaleUpKind};
 use spec::random::GOLDEN;
 
 use super::{Disturbed, Mark};
 use crate::clock::USUAL;
-use crate::mesh::{AXES, Axis, Mesh};
+use crate::mesh::{AXES, Axis, RankGrid};
 
 /// Links that bytes cross, and how many flows of their kind cross each.
 #[derive(Clone, Debug, PartialEq)]
@@ -57,12 +57,12 @@ pub(crate) struct Crossings {
 }
 
 impl Crossings {
-    pub(crate) fn new(tiers: &[Tier], spans: &[Span]) -> Self {
+    pub(crate) fn new(tiers: &[Tier], spans: &[Extent]) -> Self {
         Crossings { tiers: tiers.to_vec(), inside: spans.iter().map(|s| s.inside as usize).collect() }
     }
 
     /// Shares of the bytes that a rank sends out of its domain by how many tiers they leave: none, one, ...
-    fn shares(&self, mesh: &Mesh, axis: usize, rank: usize) -> Vec<f64> {
+    fn shares(&self, mesh: &RankGrid, axis: usize, rank: usize) -> Vec<f64> {
         let mut counts = vec![0usize; self.tiers.len() + 1];
         let (first, size, stride) = mesh.group(AXES[axis], rank);
         let me = (rank - first) / stride;
@@ -84,7 +84,7 @@ impl Crossings {
     }
 
     /// What tells ranks apart by where their neighbours are.
-    pub(crate) fn signature(&self, mesh: &Mesh, rank: usize) -> u64 {
+    pub(crate) fn signature(&self, mesh: &RankGrid, rank: usize) -> u64 {
         let mut s = 0u64;
         for axis in 0..AXES.len() {
             if AXES[axis].size(&mesh.placement) > 1 {
@@ -100,7 +100,7 @@ impl Crossings {
 /// Links and their rates.
 pub(super) struct Fabric<'a> {
     cluster: &'a Cluster,
-    mesh: &'a Mesh,
+    mesh: &'a RankGrid,
     parts: &'a StepParts,
     tiers: &'a [Tier],
     /// Dims of a torus, 1 elsewhere.
@@ -117,7 +117,7 @@ pub(super) struct Fabric<'a> {
 impl<'a> Fabric<'a> {
     pub(super) fn new(
         cluster: &'a Cluster,
-        mesh: &'a Mesh,
+        mesh: &'a RankGrid,
         parts: &'a StepParts,
         disturbed: &Disturbed,
         tiers: &'a [Tier],
@@ -216,7 +216,7 @@ impl<'a> Fabric<'a> {
         to: usize,
         size: usize,
         stride: usize,
-        span: &Span,
+        span: &Extent,
         mark: &Mark,
     ) -> Vec<Path> {
         let dims = self.dims_spanned(size, stride);
@@ -238,7 +238,7 @@ impl<'a> Fabric<'a> {
         class: usize,
         rank: usize,
         at: usize,
-        span: &Span,
+        span: &Extent,
         crossings: &Crossings,
         count: usize,
         mark: &Mark,
@@ -269,7 +269,7 @@ impl<'a> Fabric<'a> {
         mark: &Mark,
     ) -> [Vec<Path>; 2] {
         let stride = self.mesh.placement.pp_stride();
-        let span = Span::of(self.cluster, &self.parts.net, Group { size: 2, stride });
+        let span = Extent::of(self.cluster, &self.parts.net, Group { size: 2, stride });
         let inside = self.inside(from, to, 2, stride, &span, mark);
         let ports = self.ports(stride);
         let port = |class: usize| self.first_link(class) + 2 * self.dims;

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Config, Family, HEADS, HIDDEN, LAYERS, QWEN2, wide};
+use super::{Config, Family, HEADS, HIDDEN, LAYERS, wide};
 use crate::{Activation, Error, Experts, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router};
 
 pub(super) const GPT_OSS: Family = Family {
@@ -15,7 +15,6 @@ pub(super) const GPT_OSS: Family = Family {
     heads: 64,
     kv_heads: Some(8),
     max_positions: 131_072,
-    ..QWEN2
 };
 
 /// Gates and ups are clamped to it.
