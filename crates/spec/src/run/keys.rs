@@ -212,7 +212,7 @@ pub(crate) static KEYS: &[Key] = &[
         "model.latent.kv_rank",
         off(1 << 20),
         "",
-        "rank of the latent of keys and values; 0 = none (planned, not trained yet)",
+        "rank of the latent of keys and values; 0 = none",
     ),
     key("model.latent.query_rank", off(1 << 20), "", "rank of the latent of queries; 0 = queries have none"),
     key("model.latent.nope_dim", SIZE, "", "width of a head's unrotated part"),
