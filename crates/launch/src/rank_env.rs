@@ -134,12 +134,18 @@ impl RankEnv {
     }
 }
 
+/// Where Slurm says how many tasks there are: of the step, else of the job.
+const SLURM_TASKS: [&str; 3] = ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"];
+
 impl RankEnv {
     /// The two variables that say which rank this is, and their values: `RANK=3 and WORLD_SIZE=8`.
     pub fn told_by(&self) -> String {
         let (rank, world) = match self.launcher {
             Launcher::Phalanx | Launcher::Torchrun => ("RANK", "WORLD_SIZE"),
-            Launcher::Slurm => ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+            Launcher::Slurm => {
+                let of_step = std::env::var_os(SLURM_TASKS[0]).is_some();
+                ("SLURM_PROCID", SLURM_TASKS[usize::from(!of_step)])
+            }
             Launcher::OpenMpi => ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
             Launcher::Pmi => ("PMI_RANK", "PMI_SIZE"),
         };
@@ -284,7 +290,7 @@ fn in_slurm_step(vars: &Vars<'_>) -> bool {
 
 fn slurm(vars: &Vars<'_>) -> Result<RankEnv> {
     let rank = vars.need(&["SLURM_PROCID"])?;
-    let world = vars.need(&["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"])?;
+    let world = vars.need(&SLURM_TASKS)?;
     let node = vars.number("SLURM_NODEID")?.unwrap_or(0);
     let per_node = vars.text("SLURM_STEP_TASKS_PER_NODE").or_else(|| vars.text("SLURM_TASKS_PER_NODE"));
     let counts = per_node.map(|text| {
@@ -354,7 +360,7 @@ fn is_in_srun_shell() -> bool {
 /// ```
 pub fn unused_tasks(lookup: &dyn Fn(&str) -> Option<String>) -> Option<usize> {
     let vars = Vars { lookup };
-    let tasks = vars.first(&["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"]).ok().flatten();
+    let tasks = vars.first(&SLURM_TASKS).ok().flatten();
     tasks.filter(|n| *n > 1)
 }
 

@@ -61,7 +61,7 @@ fn rehearse(args: &Simulate) -> Result<u8> {
     let perfetto =
         args.perfetto.as_deref().map(|path| files::Pending::create("--perfetto", path)).transpose()?;
     let answer = planner::best(&question(args))?;
-    let choice = chosen(args, &answer)?;
+    let choice = chosen(&answer)?;
     let cluster = &answer.problem.cluster;
     let scenario = match &args.scenario {
         Some(path) => Scenario::parse(&path.display().to_string(), &files::read(path)?, cluster)?,
@@ -125,18 +125,12 @@ fn rehearse(args: &Simulate) -> Result<u8> {
     Ok(0)
 }
 
-/// The layout to play; one that does not fit only where that was asked for.
-fn chosen<'a>(args: &Simulate, answer: &'a Answer) -> Result<&'a Choice> {
+/// The layout to play. One that does not fit is played all the same, and not without a word: a published run may have had
+/// a stack that takes less than the one that is priced.
+fn chosen(answer: &Answer) -> Result<&Choice> {
     let choice = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
-    let so = if args.anyway { "it is played all the same" } else { "nothing was played" };
-    match planner::fits(answer, choice, so) {
-        Err(e) if args.anyway => output::say(&format!("note: {e}")),
-        Err(e) => {
-            return Err(
-                e.hint("--anyway plays it all the same; without --layout the best that fits is found")
-            );
-        }
-        Ok(()) => {}
+    if let Err(e) = planner::fits(answer, choice, "it is played all the same") {
+        output::say(&format!("note: {e}"));
     }
     Ok(choice)
 }

@@ -385,11 +385,11 @@ fn what_does_not_train_yet_is_planned_and_refused_by_name() {
     let sizes = r#""vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768"#;
     fs::create_dir(lab.path("mixtral")).expect("a folder");
-    fs::create_dir(lab.path("oss")).expect("a folder");
+    fs::create_dir(lab.path("granite")).expect("a folder");
     let routed = r#""num_local_experts": 8, "num_experts_per_tok": 2"#;
     lab.write("mixtral/config.json", format!(r#"{{ "model_type": "mixtral", {sizes}, {routed} }}"#));
-    lab.write("oss/config.json", format!(r#"{{ "model_type": "gpt_oss", {sizes}, {routed} }}"#));
-    check(&lab, "import oss bad", 2, "architecture gpt_oss can be planned, it does not train yet");
+    lab.write("granite/config.json", format!(r#"{{ "model_type": "granitemoe", {sizes}, {routed} }}"#));
+    check(&lab, "import granite bad", 2, "architecture granitemoe can be planned, it does not train yet");
     let plan = lab.ok("plan --model mixtral/config.json --cluster dgx-h100 --accelerators 64 --json");
     let found: serde_json::Value = serde_json::from_str(&plan).expect("JSON");
     assert_eq!(found["params"].as_f64(), Some(46_702_792_704.0));

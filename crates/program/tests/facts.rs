@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use common::{build, check_world, model};
 use program::{ALIGN, Axis, Home, Members, Mode, OpKind, Program, Request, Role, View, verify};
-use spec::{DType, Latent, Layout, ModelSpec, PipelineSchedule, Zero};
+use spec::{DType, Latent, Layout, ModelSpec, PipelineSchedule, Reduce, Zero};
 
 const ZEROS: [Zero; 4] = [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters];
 
@@ -244,4 +244,30 @@ fn a_whole_steps_buffer_may_end_with_its_region() {
     };
     assert!(!leaves(end - (last + 1) * bytes));
     assert!(leaves(end - (last + 1) * bytes + ALIGN));
+}
+
+/// Where sums over ranks have no fixed order any micro-batch that divides a rank's share will do, also one that no node of
+/// the usual tree covers.
+#[test]
+fn rows_fall_into_the_leaves_of_their_tree() {
+    let m = model(2, false, false);
+    for (sequences, micro_batch) in
+        [(12, 4), (12, 3), (12, 6), (12, 12), (10, 5), (10, 2), (9, 3), (15, 5), (24, 8)]
+    {
+        let layout = Layout { micro_batch, reduce: Reduce::Ring, ..Layout::default() };
+        layout.validate(&m, sequences, 16).expect("a legal layout");
+        let p = build(&m, &layout, sequences, 0);
+        for op in ops(&p).filter(|op| op.kind == OpKind::LinearGradWeight) {
+            let rows = op.ins[0].rows / 16;
+            let (inner, outer) = (&op.grads[0].inner, &op.grads[0].outer);
+            let product = |radices: &[u32]| radices.iter().product::<u32>() as usize;
+            assert_eq!(product(inner), rows, "{} of {sequences} by {micro_batch}", op.name);
+            assert_eq!(
+                product(inner) * product(outer),
+                sequences,
+                "{} of {sequences} by {micro_batch}",
+                op.name
+            );
+        }
+    }
 }

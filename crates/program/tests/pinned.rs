@@ -48,8 +48,12 @@ fn figures(p: &Program) -> String {
     let kinds: Vec<String> = kinds.iter().map(|(kind, n)| format!("{kind} {n}")).collect();
     let m = &p.memory;
     format!(
-        "{} blocks, {} buffers, {} groups, {} buckets; {flops} FLOP, {bytes} B, {sent} B said, {levels} sums; \
+        "{} x {} x {} tokens at {:?}; {} blocks, {} buffers, {} groups, {} buckets; {flops} FLOP, {bytes} B, {sent} B said, {levels} sums; \
          memory {} {} {} {} {} {} {} {} = {}; {}; {:016x}",
+        p.micro_batches(),
+        p.micro_batch(),
+        p.local_sequence(),
+        p.positions(),
         p.blocks.len(),
         p.buffers.len(),
         p.groups.len(),
@@ -116,6 +120,7 @@ fn layouts() -> Vec<Layout> {
         Layout { ep: 2, tp: 2, dp: 2, ..one.clone() },
         Layout { ep: 2, cp: 2, ..one.clone() },
         Layout { ep: 2, dp: 4, ..zero(Zero::Gradients, 4) },
+        Layout { ep: 2, dp: 2, micro_batch: 4, ..zero(Zero::Gradients, 2) },
     ]
 }
 

@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use serde_json::{Value, json};
+use spec::run::KeyKind;
 use spec::{
     Catalog, ExpertRows, HfModel, Layout, ModelSpec, PipelineSchedule, Recompute, Reduce, RunSpec, Zero,
     hash::fnv1a,
@@ -85,6 +86,23 @@ fn keys_take_what_they_took() {
         writeln!(all, "{} ({}; {}) takes {}", key.path, key.type_text(), key.default_text(), takes.join(" "))
             .unwrap();
         writeln!(all, "  {refusal}").unwrap();
+        let words: Vec<String> = match &key.kind {
+            KeyKind::Choice(words) => words.iter().map(|word| format!("\"{word}\"")).collect(),
+            _ => takes.last().map(|&value| value.to_owned()).into_iter().collect(),
+        };
+        let as_it_was =
+            RunSpec::load(Some(("run.toml", &file)), &[], &RunSpec::no_files).map(|run| run.to_toml());
+        let as_it_was = as_it_was.unwrap_or_default();
+        for word in words {
+            let read = load(&word).map_or_else(
+                |e| e.to_string(),
+                |run| {
+                    let new = |line: &&str| !as_it_was.lines().any(|old| old == *line);
+                    run.to_toml().lines().filter(new).collect::<Vec<_>>().join("; ")
+                },
+            );
+            writeln!(all, "  {word}: {read}").unwrap();
+        }
     }
     check("keys", &all);
 }

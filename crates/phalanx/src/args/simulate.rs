@@ -41,9 +41,6 @@ pub(crate) struct Simulate {
     /// Layout as `phalanx plan` takes it; the best that it finds if absent
     #[arg(long, value_name = "KEY=VALUE,...|STRATEGY")]
     pub(crate) layout: Option<String>,
-    /// Play a layout that does not fit in memory all the same
-    #[arg(long)]
-    pub(crate) anyway: bool,
     /// Tokens of a sequence; usual for the model if absent
     #[arg(long, value_name = "TOKENS")]
     pub(crate) sequence: Option<usize>,

@@ -54,8 +54,24 @@ fn local_radices(cx: &Rank<'_>) -> Vec<u32> {
     let tree = SumTree::new(cx.request.sequences);
     let layout = &cx.layout;
     let covered = if layout.zero >= Zero::Gradients { layout.micro_batch } else { cx.local_sequences };
-    // Without a fixed order over ranks only the local order matters.
-    tree.inner(covered).unwrap_or_else(|| SumTree::new(covered).radices().to_vec())
+    // Without a fixed order over ranks only the local order matters; a micro-batch is a part of it either way.
+    let whole = |n: usize| SumTree::new(n).radices().to_vec();
+    let cut = |radices: &Vec<u32>| cut_at(radices, layout.micro_batch).is_some();
+    let trees = [tree.inner(covered), Some(whole(covered))];
+    trees
+        .into_iter()
+        .flatten()
+        .find(cut)
+        .unwrap_or_else(|| [whole(layout.micro_batch), whole(covered / layout.micro_batch)].concat())
+}
+
+/// After how many radices, bottom-up, a tree has so many leaves below a node.
+fn cut_at(radices: &[u32], leaves: usize) -> Option<usize> {
+    let mut product = 1;
+    (0..=radices.len()).find(|&at| {
+        product *= at.checked_sub(1).map_or(1, |below| radices[below] as usize);
+        product == leaves
+    })
 }
 
 impl<'a> Placer<'a> {
@@ -198,13 +214,7 @@ impl<'a> Placer<'a> {
 
     /// The local tree cut at `leaves` sequences: (inside, outside), bottom-up.
     fn split_radices(&self, leaves: usize) -> (Vec<u32>, Vec<u32>) {
-        let mut product = 1;
-        let at = self.radices.iter().position(|&r| {
-            let whole = product == leaves;
-            product *= r as usize;
-            whole
-        });
-        let at = at.unwrap_or(self.radices.len());
+        let at = cut_at(&self.radices, leaves).unwrap_or(self.radices.len());
         (self.radices[..at].to_vec(), self.radices[at..].to_vec())
     }
 

@@ -208,12 +208,7 @@ pub(crate) static KEYS: &[Key] = &[
     ),
     key("model.experts.router_bias", KeyKind::Flag, "", "biases on the router's logits"),
     key("model.experts.z_loss", ANY, "", "factor of the mean squared log-sum-exp of the router; 0 = none"),
-    key(
-        "model.latent.kv_rank",
-        off(1 << 20),
-        "",
-        "rank of the latent of keys and values; 0 = none (planned, not trained yet)",
-    ),
+    key("model.latent.kv_rank", off(1 << 20), "", "rank of the latent of keys and values; 0 = none"),
     key("model.latent.query_rank", off(1 << 20), "", "rank of the latent of queries; 0 = queries have none"),
     key("model.latent.nope_dim", SIZE, "", "width of a head's unrotated part"),
     key("model.latent.rope_dim", SIZE, "", "width of a head's rotated part"),

@@ -1,6 +1,6 @@
 use super::keys::KEYS;
 use super::*;
-use crate::{Activation, Error, ExpertRows, Experts, NormKind, Position, Recompute, Reduce, Score};
+use crate::{Activation, Error, ExpertRows, Experts, NormKind, Position, Recompute, Reduce, Score, Window};
 use std::fmt;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
@@ -300,15 +300,21 @@ fn model_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
             ("model.latent.value_dim", l.value_dim.to_string()),
         ]);
     }
-    if let Some(w) = &model.window {
-        values.extend([
+    values.extend(sees_values(model));
+    values
+}
+
+/// What attention sees beside all before a token.
+fn sees_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
+    let window = |w: &Window| {
+        [
             ("model.window.tokens", w.tokens.to_string()),
             ("model.window.full_layers", w.full_layers.to_string()),
             ("model.window.full_every", w.full_every.to_string()),
-        ]);
-    }
-    values.extend(model.sinks.then(|| ("model.sinks", "true".to_owned())));
-    values
+        ]
+    };
+    let sinks = model.sinks.then(|| ("model.sinks", "true".to_owned()));
+    model.window.iter().flat_map(window).chain(sinks).collect()
 }
 
 fn experts_values(e: &Experts) -> Vec<(&'static str, String)> {
