@@ -32,9 +32,16 @@ fn show_rank(run: &RunArgs, rank: usize, brief: bool, json: bool) -> Result<u8> 
     Ok(0)
 }
 
+/// Programs of small models of as many ranks take some 3 GB.
+const RANKS_CHECKED_MAX: usize = 16_384;
+
 fn check(run: &RunArgs, json: bool) -> Result<u8> {
     let run = train::fixed(train::resolve(run)?.run)?;
     let (world, threads) = (run.layout.world(), threads(&run));
+    if world > RANKS_CHECKED_MAX {
+        return Err(Error::user(format!("a layout of {world} ranks, of which at most {RANKS_CHECKED_MAX} are checked"))
+            .hint("all ranks' programs are held at once, some 0.2 MB each or more; lower layout.dp, whose ranks are alike"));
+    }
     let build = |rank| Program::verified(&request(&run, rank), &workspace(&run, threads));
     let programs: Vec<Program> = (0..world).map(build).collect::<Result<_>>()?;
     let (checked, found) = verify::world(&programs);

@@ -18,7 +18,7 @@ pub(crate) fn run(args: &args::Replay) -> Result<u8> {
     let progress = |step: u64, last: u64| {
         shown.now("doing steps again", step, last, || format!("did step {step} of {last} again"));
     };
-    let threads = output::threads(args.threads);
+    let threads = output::threads_asked(args.threads)?;
     let replay = Replay::of(&args.run_dir, args.step, &args.layout, threads, &progress)?;
     drop(shown);
     if args.json {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use comm::TransportChoice;
 use elastic::Orders;
 use launch::{Launcher, RankEnv};
-use spec::run::Resolved;
+use spec::run::{DeviceChoice, Resolved};
 use spec::{Error, Layout, Origin, Result, RunSpec};
 use train::{
     Agent, Asked, Beginning, Cpu, Device, DirLock, Drill, Event, Mesh, Outcome, RunDir, Sampling, Trainer,
@@ -149,6 +149,11 @@ pub(crate) fn own(run: &RunSpec, fresh: bool) -> Result<DirLock> {
                 holds.display()
             ))
             .hint("set checkpoint.dir to another place, or remove those first"));
+        }
+        // What cannot begin moves nothing.
+        program::Program::build(&program::Request::of(run, 0), &|_, _| 0)?;
+        if run.run.device == DeviceChoice::Cuda {
+            device::open(run.run.device, 0, 1)?;
         }
         if move_aside(dir)? {
             lock = DirLock::take(dir)?;

@@ -468,6 +468,9 @@ fn assumptions(question: &Question, problem: &Problem, grade: &Grade, best: Opti
         format!("training stack: {}", problem.software.name),
         format!("batch: {} sequences of {} tokens", question.sequences, question.sequence),
     ];
+    if question.optimizer != Optimizer::AdamW {
+        out.push(format!("optimizer: {}", question.optimizer.name()));
+    }
     let family = &question.cluster.accelerator.family.name;
     out.push(match grade.evidence {
         Evidence::Validated => format!(
@@ -527,6 +530,7 @@ impl Answer {
             "sequence": q.sequence,
             "sequences": q.sequences,
             "tokens": q.tokens,
+            "optimizer": q.optimizer.name(),
             "search": {
                 "layouts_priced": self.searched.layouts_priced,
                 "layouts_pruned": self.searched.layouts_pruned,

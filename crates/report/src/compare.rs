@@ -25,6 +25,9 @@ pub struct Side {
     pub software: String,
     /// Format of the products.
     pub format: String,
+    /// By what gradients become updates; absent in answers of old, which is AdamW.
+    #[serde(default = "adamw")]
+    pub optimizer: String,
     /// Tokens of a sequence.
     pub sequence: usize,
     /// Sequences of a step.
@@ -100,6 +103,10 @@ impl Side {
             self.cluster
         )
     }
+}
+
+fn adamw() -> String {
+    "adamw".to_owned()
 }
 
 /// One line of a comparison.
@@ -188,6 +195,7 @@ impl Comparison {
             ("format", a.format != b.format),
             ("batch", (a.sequence, a.sequences) != (b.sequence, b.sequences)),
             ("tokens", a.tokens != b.tokens),
+            ("optimizer", a.optimizer != b.optimizer),
         ];
         let differs = questions.into_iter().filter(|q| q.1).map(|q| q.0).collect();
         let says = outcome(&a, &b);

@@ -14,7 +14,7 @@ pub use ranks::{Place, rank_csv, ranks};
 
 use plan::estimate::Problem;
 use plan::placement::Placement;
-use spec::{Error, PipelineSchedule, Result, suggest};
+use spec::{Error, Optimizer, PipelineSchedule, Result, suggest};
 
 /// Stacks that arguments can be written for, each with the training stack whose layouts suit it.
 pub const STACKS: [(&str, &str); 5] = [
@@ -39,6 +39,13 @@ pub struct Emitted {
 /// # Errors
 /// If the stack is unknown, or cannot express the layout: the message says which part, and what it has instead.
 pub fn emit(stack: &str, problem: &Problem, placement: &Placement) -> Result<Emitted> {
+    if problem.optimizer != Optimizer::AdamW && STACKS.iter().any(|s| s.0 == stack) {
+        let what = format!(
+            "the optimizer {}, which it is not known to shard as it was priced",
+            problem.optimizer.name()
+        );
+        return Err(lacks(stack, what, "plan for the stack without --optimizer"));
+    }
     match stack {
         "megatron" => megatron::emit(problem, placement),
         "torchtitan" => torchtitan::emit(problem, placement),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use journal::Action;
 use serde::Serialize;
-use spec::{Error, Reduce, Result, RunSpec};
+use spec::{Error, Layout, Reduce, Result, RunSpec};
 
 use crate::run_dir::RunDir;
 use again::Redone;
@@ -138,16 +138,31 @@ impl Replay {
     }
 }
 
+/// Whether sums come out in the same bits: those inside of products and around a ring depend on how a model is cut.
+fn has_the_bits_of(a: &Layout, b: &Layout) -> bool {
+    let ring = |l: &Layout| (l.reduce == Reduce::Ring).then_some((l.dp, l.micro_batch, l.zero, l.shard));
+    (a.tp, a.cp, a.sequence_parallel, ring(a)) == (b.tp, b.cp, b.sequence_parallel, ring(b))
+}
+
 /// The layouts to try it in.
 fn spread(run: &RunSpec, history: &History, layouts: &[String]) -> Result<Vec<RunSpec>> {
     let own = run.layout.world() == history.world();
     let mut alone = run.clone();
-    alone.layout = spec::Layout { reduce: run.layout.reduce, ..spec::Layout::default() };
+    alone.layout = Layout { reduce: run.layout.reduce, ..Layout::default() };
     if !layouts.is_empty() {
         let given = |text: &String| {
             let keys: Vec<String> = text.split(',').map(|key| format!("layout.{}", key.trim())).collect();
-            RunSpec::load(Some(("run.toml", &alone.to_toml())), &keys, &crate::run_dir::read)
-                .map_err(|e| e.context(format!("--layout {text}")))
+            let given = RunSpec::load(Some(("run.toml", &alone.to_toml())), &keys, &crate::run_dir::read);
+            let given = given.map_err(|e| e.context(format!("--layout {text}")))?;
+            // Where run.toml has another layout than the step, the one given may be the step's.
+            let may_be_its = !own && given.layout.world() == history.world();
+            if may_be_its || has_the_bits_of(&given.layout, &run.layout) {
+                return Ok(given);
+            }
+            Err(Error::user(format!(
+                "--layout {text} has other bits than the run's layout, whatever the machine"
+            ))
+            .hint("tp, cp and reduce are to be the run's, and dp too where reduce is a ring"))
         };
         return layouts.iter().map(given).collect();
     }

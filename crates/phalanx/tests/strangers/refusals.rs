@@ -11,6 +11,7 @@ fn numbers_of_threads_are_bounded_before_one_is_started() {
         "generate bad --threads 20000",
         "bench step --threads 100000",
         "data build text.txt -o s --threads 9999",
+        "replay none --step 1 --threads 1000000",
     ] {
         check(&lab, args, 2, "expected 0 to 1024");
     }
@@ -28,12 +29,31 @@ fn nonsense_is_refused_before_anything_is_done() {
     bad("launch --node-rank 5 true", "--node-rank=5: expected a rank below --nnodes=1");
     bad("launch --local-ranks-filter 9 true", "--local-ranks-filter=9: expected local ranks below 1");
     bad("dash . --machine none.toml", "read none.toml");
+    let ranks = "--set layout.dp=65536 --set batch.sequences=65536";
+    bad(&format!("program check {ranks}"), "a layout of 65536 ranks, of which at most 16384 are checked");
+    let muon = "plan --model llama3-8b --cluster dgx-h100 --accelerators 8 --layout zero-1 --optimizer muon";
+    bad(&format!("{muon} --emit megatron"), "megatron");
+    let header = "id,model name,params_b,layers,hidden,ffn_hidden,heads,kv_heads,vocab,seq_len,global_batch,micro_batch,accelerator,n_accel,tp,pp,step_time_s";
+    lab.write(
+        "runs.csv",
+        format!("{header}\na,m,8,32,4096,14336,32,8,128256,8192,256,1000000,h100,8,1,1,5\n"),
+    );
+    bad("validate runs.csv", "micro_batch = 1000000 is more than the 256 sequences");
     for (sweep, what) in
         [("optim.lr=1e-3,xx", "optim.lr = \"xx\""), ("nosuch.key=1,2", "unknown key nosuch.key")]
     {
         bad(&format!("launch slurm --sweep {sweep} -- train"), what);
         assert!(!lab.path("phalanx.sbatch").exists(), "{sweep}");
     }
+}
+
+#[test]
+fn what_cannot_begin_anew_leaves_the_run_where_it_is() {
+    let lab = Lab::new();
+    lab.ok(&tiny("r", ""));
+    let documents = "--fresh --set model.position=learned --set data.attend=documents";
+    check(&lab, &tiny("r", documents), 2, "learned positions");
+    assert!(lab.path("r/checkpoints").exists());
 }
 
 #[test]

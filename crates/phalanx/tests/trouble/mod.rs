@@ -252,6 +252,7 @@ fn a_step_done_again_tells_a_broken_machine_from_a_broken_model() {
         ("replay none --step 1", "none"),
         ("replay r --step 3 --layout dp=3", "layout.dp"),
         ("replay r --step 3 --layout dance", "--layout dance"),
+        ("replay r --step 3 --layout tp=2", "has other bits than the run's layout"),
     ] {
         let ran = lab.run(args);
         assert_eq!(ran.code, Some(2), "{args}: {}", ran.err);

@@ -1,7 +1,7 @@
 use plan::placement::{Order, Placement};
 use plan::shape::Shape;
 use plan::software::Software;
-use spec::{ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Zero};
+use spec::{Error, ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Zero};
 
 use super::{Reader, Usable};
 
@@ -59,7 +59,7 @@ pub(crate) fn placements(
             }
         };
         let share = p.sequences as f64 / dp as f64;
-        for micro_batch in micro_batches(r, torus.then(|| product([tp, pp, cp])), share)? {
+        for micro_batch in micro_batches(r, torus.then(|| product([tp, pp, cp])), (p.sequences, share))? {
             for chunks in chunks(r.count("vpp")?, pp, p, share / micro_batch as f64) {
                 for &recompute in &recomputes {
                     let layout = Layout {
@@ -134,8 +134,20 @@ fn replicas(
 }
 
 /// Micro-batches to try, of `share` sequences for each replica; on a torus of `model_ranks` accelerators a replica.
-fn micro_batches(r: &Reader<'_>, model_ranks: Option<usize>, share: f64) -> Result<Vec<usize>> {
-    Ok(match (r.count("micro_batch")?, model_ranks) {
+fn micro_batches(
+    r: &Reader<'_>,
+    model_ranks: Option<usize>,
+    (sequences, share): (usize, f64),
+) -> Result<Vec<usize>> {
+    let published = r.count("micro_batch")?;
+    if let Some(m) = published.filter(|m| *m > sequences) {
+        return Err(Error::user(format!(
+            "{}:{}: micro_batch = {m} is more than the {sequences} sequences of the global batch",
+            r.path, r.row.line
+        ))
+        .hint("micro_batch counts sequences that a replica takes at once"));
+    }
+    Ok(match (published, model_ranks) {
         // MaxText counts sequences for each device of a replica, and takes them all at once.
         (Some(m), Some(ranks)) => vec![m.saturating_mul(ranks).min((share as usize).max(1))],
         (Some(m), None) => vec![m],
