@@ -68,7 +68,8 @@ impl Memory {
         }
         let gb = |bytes: f64| format!("{:.1} GB", bytes / 1e9);
         let what = format!(
-            "{} of weights, {} of working space and {} of cache for one request of {} tokens do not fit into {} of {}",
+            "--tp {}: {} of weights, {} of working space and {} of cache for one request of {} tokens do not fit into {} of each {}",
+            engine.tp,
             gb(weights_bytes),
             gb(working_bytes),
             gb(cache_request_bytes),

@@ -129,13 +129,14 @@ fn print(args: &Chaos, r: &Report, again: &str) {
         return;
     }
     let kinds: Vec<String> = r.kinds.iter().map(|(kind, n)| format!("{n} {kind:?}")).collect();
+    let median = |n: usize, s: f64| if n == 0 { "of none".to_owned() } else { format!("{s:.2} s") };
     let bits = if r.bit_identical { "equal to the last bit" } else { "DIFFERENT" };
     for (kind, why) in &r.not_tried {
         output::say(&format!("{kind:?} is not tried: {why}"));
     }
     output::print(&format!(
-        "{} faults over {} steps: {}\n{} recoveries, {} of them from the loss of ranks without a restart, median {:.2} s to \
-         the next step (with one {:.2} s); {} steps redone\n{} hangs, {} orphans, {} leftovers\n\
+        "{} faults over {} steps: {}\n{} recoveries, {} of them from the loss of ranks without a restart, median {} to \
+         the next step (with one {}); {} steps redone\n{} hangs, {} orphans, {} leftovers\n\
          weights and moments of the undisturbed run: {bits}\nsamples lost {}, repeated {}; {} steps without records; \
          tokens {}\nagain: {again}",
         r.faults,
@@ -143,8 +144,8 @@ fn print(args: &Chaos, r: &Report, again: &str) {
         kinds.join(", "),
         r.recoveries,
         r.survived,
-        r.median_recovery_s,
-        r.median_restart_s,
+        median(r.survived, r.median_recovery_s),
+        median(r.recoveries - r.survived, r.median_restart_s),
         r.steps_redone,
         r.hangs,
         r.orphans,
