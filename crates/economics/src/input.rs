@@ -27,16 +27,22 @@ pub(crate) enum Bounds {
 /// # Errors
 /// Names `what` and what was expected of it.
 pub(crate) fn number(what: &str, x: f64, bounds: Bounds) -> Result<f64> {
+    const USUAL: &str = "leave it out for what is usual";
     let (fine, expected, hint) = match bounds {
-        Bounds::Positive => (x > 0.0, "more than 0", "leave it out for the catalogue's figure"),
-        Bounds::FromZero => (x >= 0.0, "0 or more", "leave it out for the catalogue's figure"),
+        Bounds::Positive => (x > 0.0, "more than 0", USUAL),
+        Bounds::FromZero => (x >= 0.0, "0 or more", USUAL),
         Bounds::Share => ((0.0..=1.0).contains(&x), "from 0 to 1", "70 % is written 0.7"),
         Bounds::FromOne => (x >= 1.0, "1 or more", "1 is the least it can be"),
         Bounds::Change => {
             (x > -1.0 && x <= 10.0, "more than -1 and up to 10", "a fall by 10 % is written -0.1")
         }
     };
-    if !x.is_finite() || x.abs() > NUMBER_MAX || !fine {
+    if x.is_finite() && x.abs() > NUMBER_MAX {
+        return Err(
+            Error::user(format!("{what} = {x:e}, expected {expected}, up to {NUMBER_MAX:e}")).hint(hint)
+        );
+    }
+    if !x.is_finite() || !fine {
         return Err(Error::user(format!("{what} = {x}, expected {expected}")).hint(hint));
     }
     Ok(x)

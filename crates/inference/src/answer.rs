@@ -204,7 +204,10 @@ fn check(q: &Question) -> Result<()> {
     }
     match &q.price {
         Some(p) if !(p.usd_per_accelerator_hour > 0.0 && p.usd_per_accelerator_hour <= PRICE_MAX) => {
-            let what = format!("--price {}, expected dollars above 0", p.usd_per_accelerator_hour);
+            let what = format!(
+                "--price {}, expected dollars above 0, up to {PRICE_MAX}",
+                p.usd_per_accelerator_hour
+            );
             Err(Error::user(what).hint("give US dollars for one accelerator and hour, as 2.5"))
         }
         _ => Ok(()),

@@ -143,7 +143,10 @@ fn bounds(args: &Simulate) -> Result<()> {
     };
     counted("steps", args.steps, STEPS_MAX)?;
     counted("seeds", args.seeds, SEEDS_MAX)?;
-    counted("min-nodes", args.min_nodes.unwrap_or(1), u64::MAX)?;
+    if args.min_nodes == Some(0) {
+        return Err(Error::user("--min-nodes 0, expected at least 1")
+            .hint("it is the fewest nodes that the job goes on with"));
+    }
     if args.days.is_none() && (args.spares.is_some() || args.min_nodes.is_some()) {
         return Err(Error::user("--spares and --min-nodes without --days")
             .hint("nodes are lost over days, as --days 54"));
