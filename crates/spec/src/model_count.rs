@@ -88,6 +88,15 @@ impl ModelSpec {
     }
 
     /// How wide windows are and how many layers have one.
+    ///
+    /// ```
+    /// use spec::{ModelSpec, Window};
+    /// let window = Window { tokens: 128, full_layers: 2, full_every: 3 };
+    /// let model = ModelSpec { layers: 12, window: Some(window), ..ModelSpec::preset("tiny")? };
+    /// assert_eq!(model.windows().map(|w| w.layers), Some(7));
+    /// assert_eq!((0..12).filter(|i| model.window_of(*i).is_some()).count(), 7);
+    /// # Ok::<(), spec::Error>(())
+    /// ```
     pub fn windows(&self) -> Option<Windows> {
         let w = self.window?;
         let after = self.layers.saturating_sub(w.full_layers);

@@ -8,6 +8,7 @@
 /// use spec::suggest::nearest;
 /// assert_eq!(nearest("train.step", ["train.steps", "train.seed"]), Some("train.steps"));
 /// assert_eq!(nearest("train.lr", ["train.seed", "optim.lr"]), Some("optim.lr"));
+/// assert_eq!(nearest("checkpnt.evry", ["checkpoint.every"]), Some("checkpoint.every"));
 /// assert_eq!(nearest("banana", ["train.steps"]), None);
 /// ```
 pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
