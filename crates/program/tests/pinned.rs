@@ -13,7 +13,6 @@ use std::path::Path;
 
 use common::model;
 use program::{Loss, Mode, Pass, PassTimes, Program, Request, in_flight, orders, play};
-use serde_json::Value;
 use spec::hash::fnv1a;
 use spec::{DType, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Reduce, Zero};
 
@@ -33,13 +32,11 @@ fn check(name: &str, found: &str) {
 
 /// Ops by kind, bytes, what is said to others, and a digest of all of it.
 fn figures(p: &Program) -> String {
-    let mut kinds: BTreeMap<String, usize> = BTreeMap::new();
+    let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
     let (mut flops, mut bytes, mut sent) = (0, 0, 0);
     let mut levels = 0;
     for op in p.blocks.iter().flat_map(|b| &b.ops) {
-        let json = serde_json::to_value(op).expect("JSON");
-        let kind = json["kind"].as_str().or(json["op"].as_str()).map_or_else(|| tag(&json), str::to_owned);
-        *kinds.entry(kind).or_default() += 1;
+        *kinds.entry(op.kind.name()).or_default() += 1;
         flops += op.cost.flops;
         bytes += op.cost.bytes;
         levels += op.grads.len();
@@ -70,13 +67,6 @@ fn figures(p: &Program) -> String {
         kinds.join(", "),
         fnv1a(serde_json::to_string(p).expect("JSON").bytes())
     )
-}
-
-/// The name that an op's kind is flattened to.
-fn tag(op: &Value) -> String {
-    let fixed = ["id", "name", "ins", "acc", "outs", "grads", "phase", "place", "comm", "cost"];
-    let own = op.as_object().expect("an object").keys().find(|key| !fixed.contains(&key.as_str()));
-    own.cloned().unwrap_or_default()
 }
 
 fn models() -> Vec<(&'static str, ModelSpec)> {
