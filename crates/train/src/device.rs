@@ -343,22 +343,17 @@ pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result
                 .hint("set layout.cp=1, or run.device=cpu")
         }
         Lack::Sees => {
-            let what = match op.kind {
+            let cpu = "set run.device=cpu";
+            let (what, hint) = match op.kind {
                 OpKind::Attention { sees, .. } | OpKind::AttentionCached { sees, .. } if !sees.sinks => {
-                    if sees.documents {
-                        "attention inside documents"
-                    } else {
-                        "attention over windows"
+                    match sees.documents {
+                        true => ("attention inside documents", "set data.attend=all, or run.device=cpu"),
+                        false => ("attention over windows", cpu),
                     }
                 }
-                _ => "attention sinks",
+                _ => ("attention sinks", cpu),
             };
-            Error::user(format!("{model} has {what}: {} has no kernels for it", device.name())).hint(
-                match what {
-                    "attention inside documents" => "set data.attend=all, or run.device=cpu",
-                    _ => "set run.device=cpu",
-                },
-            )
+            Error::user(format!("{model} has {what}: {} has no kernels for it", device.name())).hint(hint)
         }
         Lack::ExpertRanks => {
             Error::user(format!("layout.ep = {}: {} has no exchange of rows", p.layout.ep, device.name()))
