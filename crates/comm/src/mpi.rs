@@ -23,6 +23,9 @@ use std::time::Duration;
 /// How long ranks may take to end MPI together: those that are late are saving something.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long a launcher may take to read what a rank has said before that rank ends the job.
+const READ_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// The library of this process, once it is started.
 static STARTED: OnceLock<Result<Mpi, Failed>> = OnceLock::new();
 
@@ -229,6 +232,7 @@ impl Mpi {
         let Some(mpi) = Mpi::started() else { return };
         // Whoever holds the lock may never give it back; the library is about to end the process anyway.
         let _call = mpi.call.try_lock();
+        text::wait_until_read(READ_TIMEOUT);
         // It may wait for the launcher, which may be gone.
         let _watch = Watch::begin(END_TIMEOUT, code, String::new());
         // SAFETY: the call does not come back, or if it does nothing depends on it.

@@ -82,3 +82,21 @@ pub(super) fn say(words: &str) {
         let _ = writeln!(std::io::stderr(), "error: {words}");
     }
 }
+
+/// Waits until nobody has anything left to read of what this process has said, for `timeout` at most: launchers that are
+/// told to end all ranks close their pipes on what is still in them.
+pub(super) fn wait_until_read(timeout: Duration) {
+    let _ = std::io::stdout().flush();
+    let until = Instant::now() + timeout;
+    // SAFETY: asks how many bytes a pipe or socket holds; other files know no answer, or have none to wait for.
+    let unread = |fd| unsafe {
+        let (mut bytes, mut is) = (0, std::mem::zeroed::<libc::stat>());
+        libc::fstat(fd, &raw mut is) == 0
+            && is.st_mode & libc::S_IFMT == libc::S_IFIFO
+            && libc::ioctl(fd, libc::FIONREAD, &raw mut bytes) == 0
+            && bytes > 0
+    };
+    while [libc::STDOUT_FILENO, libc::STDERR_FILENO].into_iter().any(unread) && Instant::now() < until {
+        std::thread::park_timeout(LOOK);
+    }
+}
