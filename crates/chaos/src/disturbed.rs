@@ -321,6 +321,9 @@ impl<'a> Disturbed<'a> {
         report.kinds = by_kind(&self.met);
         report.median_restart_s = median(self.restarts_s);
         report.median_recovery_s = median(self.recoveries_s);
+        report.median_detection_s = median(audit.detections_s);
+        report.damage = audit.damage;
+        report.unrecorded = audit.ledger.missing.iter().map(|m| (m.first, m.last)).collect();
         Ok(report)
     }
 

@@ -101,6 +101,13 @@ pub struct Report {
     pub survived: usize,
     /// From such a loss to the next step that was done, in seconds.
     pub median_recovery_s: f64,
+    /// From the last sign of life of whoever was lost to the moment at which the last of the others knew, in seconds, of all
+    /// such losses.
+    pub median_detection_s: f64,
+    /// Steps whose records are missing, the first ranges of them.
+    pub unrecorded: Vec<(u64, u64)>,
+    /// Damaged and doubled lines of journals, in words.
+    pub damage: Vec<String>,
     /// Jobs that had to be killed because they neither went on nor ended.
     pub hangs: usize,
     /// Processes that outlived their job.

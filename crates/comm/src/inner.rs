@@ -152,7 +152,7 @@ impl Core {
 
     /// Ends every operation of every rank with `why`; the first reason stays, and comes back as the error.
     pub(crate) fn fail(&self, why: &str) -> Error {
-        let first = self.failure.set(why);
+        let first = self.told(why);
         if first {
             if let Some(io) = self.io.get() {
                 io.abort(why);
@@ -160,6 +160,15 @@ impl Core {
             self.wake_neighbours();
         }
         self.failure.get().unwrap_or_else(|| Error::failure(why))
+    }
+
+    /// Another rank says that the world has failed, or this one has found out; whether it is the first word.
+    pub(crate) fn told(&self, why: &str) -> bool {
+        if let Some(io) = self.io.get() {
+            // Before the failure is there to be seen: whoever sees it may ask at once.
+            self.failure.note_silence(io.silence());
+        }
+        self.failure.set(why)
     }
 
     /// Rings the bells that this rank can reach: its own and, between threads, everyone's.
@@ -459,6 +468,8 @@ pub fn blamed(error: &str) -> Option<usize> {
 pub(crate) struct Failure {
     set: AtomicBool,
     why: Mutex<Option<String>>,
+    /// How long the quietest other rank had been silent then, where ranks give signs of life.
+    silence: OnceLock<Duration>,
     kept: Mutex<Vec<Arc<Mapping>>>,
 }
 
@@ -470,6 +481,15 @@ impl Failure {
         first.get_or_insert_with(|| why.to_string());
         self.set.store(true, Ordering::Release);
         is_first
+    }
+
+    /// Keeps how long the quietest other rank had been silent when the world failed; the first word stays.
+    pub(crate) fn note_silence(&self, silence: Duration) {
+        let _ = self.silence.set(silence);
+    }
+
+    pub(crate) fn silence(&self) -> Option<Duration> {
+        self.silence.get().copied()
     }
 
     /// Keeps memory that messages of a thread lie in until all threads are gone: they may be read after it has left.

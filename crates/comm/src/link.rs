@@ -446,6 +446,14 @@ impl Io {
         self.each().filter(alive).map(|(rank, l)| (rank, age(l))).filter(|(_, age)| *age > SILENT).collect()
     }
 
+    /// How long ago the rank last showed life that has been quiet for longest, of those that have not left.
+    pub(crate) fn silence(&self) -> Duration {
+        let now = self.began.elapsed();
+        let heard = self.each().filter(|(_, link)| !link.left.load(Ordering::Relaxed));
+        let heard = heard.map(|(_, link)| Duration::from_millis(link.heard.load(Ordering::Relaxed)));
+        heard.min().map_or(Duration::ZERO, |at| now.saturating_sub(at))
+    }
+
     /// Says farewell, or why not, waits a little for it to be read, and ends the thread.
     pub(crate) fn close(&self, core: &Core) {
         match core.failure.get() {

@@ -227,6 +227,12 @@ impl World {
     pub fn failure(&self) -> Option<Error> {
         self.core.failure.get()
     }
+
+    /// How long the quietest other rank had given no sign of life when this one knew that the world had failed: the time from
+    /// a loss to its being known is no longer. `None` before, and between threads, which give none.
+    pub fn silence(&self) -> Option<Duration> {
+        self.core.failure.silence()
+    }
 }
 
 impl Drop for World {

@@ -93,8 +93,11 @@ fn child() {
         b.transport = TransportChoice::Tcp;
     }
     // On a line of its own: the test harness has begun one.
-    let outcome = match World::connect(&b).and_then(|world| play_scenario(words[0], &world)) {
-        Ok(said) => said,
+    let outcome = match World::connect(&b) {
+        Ok(world) => play_scenario(words[0], &world).unwrap_or_else(|error| {
+            let silence = world.silence().expect("processes show that they live");
+            format!("{error}; silent for {} ms", silence.as_millis())
+        }),
         Err(error) => error.to_string(),
     };
     println!("\n{outcome}");
@@ -125,6 +128,12 @@ fn play_scenario(scenario: &str, world: &World) -> spec::Result<String> {
         started.wait()?;
         private.fill(0.0);
     }
+}
+
+/// How long the quietest rank had been silent by the last word of another.
+fn silent_ms(said: &str) -> u64 {
+    let ms = said.rsplit_once("; silent for ").and_then(|(_, rest)| rest.strip_suffix(" ms")?.parse().ok());
+    ms.unwrap_or_else(|| panic!("no silence in: {said}"))
 }
 
 fn hash(x: &[f32]) -> u64 {
@@ -162,6 +171,7 @@ fn a_killed_rank_is_named_by_all_others_at_once() {
                 said.contains(&format!("rank 1 (pid {pid}")) && said.contains("was lost"),
                 "{scenario}: {said}"
             );
+            assert!(silent_ms(&said) < 4 * common::TIMEOUT.as_millis() as u64, "{scenario}: {said}");
         }
         // The deadline is minutes away; how many milliseconds it really takes depends on the machine.
         assert!(began.elapsed() < common::TIMEOUT, "{scenario}");
@@ -189,6 +199,8 @@ fn a_stopped_rank_is_named_at_the_deadline() {
             let said = rank.finish();
             assert!(said.contains("waited 3.0 s") && said.contains("rank 1 (pid"), "{said}");
             assert!(said.contains("has given no sign of life"), "{said}");
+            // For as long as it was waited for, but for the time between two signs of life.
+            assert!(silent_ms(&said) > 1500, "{said}");
         }
         // Woken up, it hears what happened, or finds the others gone.
         stopped.signal(libc::SIGCONT);

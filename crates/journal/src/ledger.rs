@@ -31,6 +31,8 @@ pub struct Ledger {
     pub missing: Vec<Missing>,
     /// The first steps that are not made of their own samples, each once.
     pub wrong: Vec<Wrong>,
+    /// Journals in which lines of drawn samples are there twice, which is damage of a file and no training.
+    pub doubled: Vec<Doubled>,
     /// What was drawn in the steps that count, by step.
     #[serde(skip)]
     pub batches: Vec<Batch>,
@@ -62,6 +64,17 @@ pub struct Wrong {
     pub lost: u64,
     /// Samples drawn too often, or of another step.
     pub repeated: u64,
+}
+
+/// Lines of a journal that are there twice, and count once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Doubled {
+    /// Whose journal.
+    pub rank: usize,
+    /// How many.
+    pub lines: u64,
+    /// The step that the first is of.
+    pub first_step: u64,
 }
 
 /// Steps without records.
@@ -105,6 +118,11 @@ pub struct Drawings {
     sessions: BTreeMap<u64, Session>,
     /// Step that the run has reached, by records of other kinds.
     reached: u64,
+    /// The session that the journal read last told of, and whose journal it is.
+    told: Option<(usize, u64)>,
+    /// The step that it told of last, and when that was done.
+    done: Option<(usize, u64, u64)>,
+    doubled: BTreeMap<usize, Doubled>,
 }
 
 /// What the ranks did in one start of the run.
@@ -137,19 +155,51 @@ impl Session {
 struct Step {
     samples: Vec<(u64, u64)>,
     tokens_xxh3: u64,
-    /// Journals that say something of it.
-    journals: BTreeSet<usize>,
+    /// What each journal says of it: once, unless something is wrong.
+    told: BTreeMap<usize, Vec<Told>>,
+    /// Samples that a rank drew for it once more.
+    again: u64,
+}
+
+/// What a rank drew for a step, and when that was done if its journal says so.
+#[derive(Clone, Debug, PartialEq)]
+struct Told {
+    samples: Vec<(u64, u64)>,
+    tokens_xxh3: u64,
+    time_us: Option<u64>,
+}
+
+impl Step {
+    /// Adds what `journal` says; false if it has said the very same before: then a line is there twice.
+    fn add(&mut self, journal: usize, told: Told) -> bool {
+        let before = self.told.entry(journal).or_default();
+        if before.contains(&told) {
+            return false;
+        }
+        if before.is_empty() {
+            self.samples.extend(told.samples.iter().copied());
+            self.tokens_xxh3 = self.tokens_xxh3.wrapping_add(told.tokens_xxh3);
+        } else {
+            // No rank does a step of its session twice.
+            self.again = told.samples.iter().fold(self.again, |sum, (_, n)| sum.saturating_add(*n));
+        }
+        before.push(told);
+        true
+    }
 }
 
 impl Drawings {
     /// Takes a record of rank `journal`'s journal.
     pub fn add(&mut self, journal: usize, record: Record) {
         match record {
+            Record::Step(done) => self.done = Some((journal, done.step, done.time_us)),
             Record::Drawn { session, step, samples, tokens_xxh3 } => {
-                let drawn = self.session(session).steps.entry(step).or_default();
-                drawn.samples.extend(samples);
-                drawn.tokens_xxh3 = drawn.tokens_xxh3.wrapping_add(tokens_xxh3);
-                drawn.journals.insert(journal);
+                let done = self.done.filter(|(whose, of, _)| (*whose, *of) == (journal, step));
+                let told = Told { samples, tokens_xxh3, time_us: done.map(|(.., time_us)| time_us) };
+                if !self.session(journal, session).steps.entry(step).or_default().add(journal, told) {
+                    let first = Doubled { rank: journal, lines: 0, first_step: step };
+                    self.doubled.entry(journal).or_insert(first).lines += 1;
+                }
             }
             Record::Resumed { step, .. } | Record::Recovered { step, .. } if journal == 0 => {
                 self.reached = step;
@@ -167,16 +217,22 @@ impl Drawings {
                 ..
             } if first_step <= last_step => {
                 let skipped = Skipped { step, first_step, last_step, what, action, why };
-                self.session(session).skipped.insert((first_step, last_step), skipped);
+                self.session(journal, session).skipped.insert((first_step, last_step), skipped);
             }
             _ => {}
         }
     }
 
-    fn session(&mut self, session: u64) -> &mut Session {
+    /// A session of which `journal` tells. One that rank 0 has nothing of comes where the other journal has it: rank 0 was lost
+    /// in its first step.
+    fn session(&mut self, journal: usize, session: u64) -> &mut Session {
+        let before = self.told.filter(|(whose, _)| *whose == journal).map(|(_, before)| before);
         if !self.sessions.contains_key(&session) {
-            self.order.push(session);
+            let at = before.and_then(|before| self.order.iter().position(|s| *s == before));
+            let at = if journal == 0 { self.order.len() } else { at.map_or(0, |at| at + 1) };
+            self.order.insert(at, session);
         }
+        self.told = Some((journal, session));
         self.sessions.entry(session).or_default()
     }
 
@@ -187,17 +243,18 @@ impl Drawings {
 
     /// Judges the steps that count, of `sequences` samples each. A session's steps count up to where a later one began,
     /// but for those that were left out. Where a journal of the session is silent on a step, or all are, its records are
-    /// missing: a full disk or a damaged line takes records, not samples.
+    /// missing: a full disk or a damaged line takes records, not samples. Rank 0 takes part in every session.
     pub fn ledger(mut self, sequences: u64) -> Ledger {
         let mut kept: BTreeMap<u64, Step> = BTreeMap::new();
         let (mut began_at, mut last): (Option<u64>, u64) = (None, 0);
-        let mut ledger = Ledger { sessions: self.order.len(), ..Ledger::default() };
+        let doubled = self.doubled.into_values().collect();
+        let mut ledger = Ledger { sessions: self.order.len(), doubled, ..Ledger::default() };
         for session in self.order.iter().rev() {
             let mut session = self.sessions.remove(session).unwrap_or_default();
-            let journals: BTreeSet<usize> =
-                session.steps.values().flat_map(|s| s.journals.iter().copied()).collect();
+            let all = session.steps.values().flat_map(|s| s.told.keys().copied());
+            let journals: BTreeSet<usize> = all.chain([0]).collect();
             // They are told by being absent.
-            let is_heard = |step: &Step| step.journals.len() == journals.len();
+            let is_heard = |step: &Step| step.told.len() == journals.len();
             if let Some(later) = began_at {
                 ledger.steps_redone += session.cut(later);
             }
@@ -280,7 +337,8 @@ fn judge(drawn: &Step, step: u64, sequences: u64, ledger: &mut Ledger) -> Batch 
         *edges.entry(to).or_default() -= 1;
         own = own.saturating_add(to - from);
     }
-    let (mut lost, mut repeated, mut times) = (0_u64, total.saturating_sub(own), 0_i64);
+    let (mut lost, mut times) = (0_u64, 0_i64);
+    let mut repeated = total.saturating_sub(own).saturating_add(drawn.again);
     for ((at, change), next) in edges.iter().zip(edges.keys().skip(1)) {
         times += change;
         let off = times.saturating_sub_unsigned(copies);
@@ -308,8 +366,12 @@ mod tests {
     #[track_caller]
     fn check(all_drawn: &[Drawn<'_>], expected: (u64, u64, u64, u64)) {
         let mut all = Drawings::default();
+        let mut told: BTreeMap<(u64, u64), usize> = BTreeMap::new();
         for &(session, step, samples) in all_drawn {
-            all.add(0, drawn(session, step, samples));
+            // Each drawing of a step is by another rank.
+            let rank = told.entry((session, step)).or_default();
+            all.add(*rank, drawn(session, step, samples));
+            *rank += 1;
         }
         let l = all.ledger(4);
         assert_eq!((l.steps, l.steps_redone, l.samples_lost, l.samples_repeated), expected, "{l:?}");
@@ -394,6 +456,61 @@ mod tests {
         drawn(&[(9, 1), (9, 2), (7, 3), (7, 4)], &[(2, 4)], (4, 12, 4, 0, 0));
         // Numbers of a journal are not believed.
         drawn(&[(9, 1)], &[(2, u64::MAX)], (u64::MAX, 4, u64::MAX, 0, 0));
+    }
+
+    /// Of a journal's lines, as (when the step was done, step) or a drawing of its four samples: doubled lines, repeated
+    /// samples, lost ones.
+    #[track_caller]
+    fn check_twice(lines: &[(Option<u64>, u64)], expected: (u64, u64, u64)) {
+        let mut all = Drawings::default();
+        for &(time_us, step) in lines {
+            all.add(
+                0,
+                match time_us {
+                    Some(time_us) => {
+                        Record::Step(crate::record::Step { time_us, step, ..Default::default() })
+                    }
+                    None => drawn(9, step, &[(4 * (step - 1), 4)]),
+                },
+            );
+        }
+        let l = all.ledger(4);
+        let lines = l.doubled.iter().map(|d| d.lines).sum::<u64>();
+        assert_eq!((lines, l.samples_repeated, l.samples_lost), expected, "{l:?}");
+        assert_eq!(l.is_exact(), expected.1 + expected.2 == 0);
+    }
+
+    #[test]
+    fn a_line_that_is_there_twice_is_no_step_that_was_done_twice() {
+        check_twice(&[(Some(5), 1), (None, 1), (Some(6), 2), (None, 2)], (0, 0, 0));
+        check_twice(&[(Some(5), 1), (None, 1), (None, 1), (Some(6), 2), (None, 2)], (1, 0, 0));
+        // A piece of the file.
+        let piece = [(Some(5), 1), (None, 1), (Some(6), 2), (None, 2)];
+        check_twice(&[piece, piece].concat(), (2, 0, 0));
+        check_twice(&[(None, 1), (None, 2), (None, 1)], (1, 0, 0));
+        // The step was done once more, and later.
+        check_twice(&[(Some(5), 1), (None, 1), (Some(7), 1), (None, 1)], (0, 4, 0));
+        let mut all = Drawings::default();
+        for first in [0, 4] {
+            all.add(0, drawn(9, 1, &[(first, 4)]));
+        }
+        assert_eq!(all.ledger(4).samples_repeated, 4, "another drawing of the same step");
+    }
+
+    #[test]
+    fn a_session_that_rank_0_says_nothing_of_is_where_others_have_it() {
+        let mut all = Drawings::default();
+        let of = |rank: usize, session: u64, step: u64| {
+            (rank, drawn(session, step, &[(4 * (step - 1) + 2 * rank as u64, 2)]))
+        };
+        let rank_0 = [of(0, 5, 1), of(0, 5, 2), of(0, 7, 3), of(0, 7, 4)];
+        // Rank 0 was lost in the first step of the second session.
+        let rank_1 = [of(1, 5, 1), of(1, 5, 2), of(1, 6, 3), of(1, 7, 3), of(1, 7, 4)];
+        for (rank, record) in rank_0.into_iter().chain(rank_1) {
+            all.add(rank, record);
+        }
+        let l = all.ledger(4);
+        assert_eq!((l.steps, l.steps_redone, l.sessions, l.is_exact()), (4, 1, 3, true), "{l:?}");
     }
 
     /// Of two ranks' drawings of steps, of half a batch each: what is missing of a run that has reached a step.

@@ -107,6 +107,13 @@ pub enum Record {
         source: String,
         /// Ranks that train now.
         world: usize,
+        /// Tells the steps that follow from those before, as [`Record::Drawn`] has it; absent in older journals.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        session: Option<u64>,
+        /// Seconds from the last sign of life of the rank that had been quiet for longest until this rank knew that its world
+        /// had failed; absent if nobody was lost, of a rank that came, and where ranks give no signs of life.
+        #[serde(with = "float::option", default, skip_serializing_if = "Option::is_none")]
+        detection_s: Option<f64>,
         /// Seconds since this rank noticed.
         #[serde(with = "float")]
         recovery_s: f64,

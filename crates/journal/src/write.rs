@@ -1,3 +1,4 @@
+use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -5,6 +6,9 @@ use std::path::{Path, PathBuf};
 use spec::{Error, Result};
 
 use crate::record::Record;
+
+/// Steps whose samples are kept until they can be written: some ten megabytes.
+const HELD_MAX: usize = 1 << 16;
 
 /// The journal file of a rank inside a run's directory.
 pub fn path(dir: &Path, rank: usize) -> PathBuf {
@@ -20,9 +24,13 @@ pub struct Journal {
     bytes: u64,
     earlier: bool,
     line: Vec<u8>,
-    /// Records not written since the last one that was.
-    failing: u64,
+    /// The last write failed.
+    is_failing: bool,
+    /// Records that were lost since then, and in all.
+    lost_now: u64,
     lost: u64,
+    /// What was drawn in steps, as far as it could not be written: nobody else can say it, and a disk may have room again.
+    held: VecDeque<Record>,
     /// Tests let the disk have room for this many bytes of the file.
     #[cfg(test)]
     room: Option<u64>,
@@ -50,8 +58,10 @@ impl Journal {
             earlier: bytes > 0,
             bytes,
             line: Vec::new(),
-            failing: 0,
+            is_failing: false,
+            lost_now: 0,
             lost: 0,
+            held: VecDeque::new(),
             #[cfg(test)]
             room: None,
         })
@@ -61,21 +71,16 @@ impl Journal {
     ///
     /// # Errors
     /// On the first write that fails after one that did not, so that a full disk is reported once and training decides
-    /// what to do. Later records are tried too; once one gets through, a warning record says how many were lost.
+    /// what to do. Later records are tried too; once one gets through, a warning record says how many were lost, and what steps
+    /// drew meanwhile is written behind it.
     pub fn write(&mut self, record: &Record) -> Result<()> {
-        if self.failing > 0 {
-            let note = Record::Warning {
-                time_us: record.time_us().unwrap_or(0),
-                text: format!("{} journal records were lost: writing failed", self.failing),
-            };
-            if self.append(&note).is_err() {
-                self.missed();
-                return Ok(());
-            }
-            self.failing = 0;
+        if self.is_failing && self.catch_up(record.time_us().unwrap_or(0)).is_err() {
+            self.missed(record);
+            return Ok(());
         }
         self.append(record).map_err(|e| {
-            self.missed();
+            self.is_failing = true;
+            self.missed(record);
             Error::io("write journal", &self.path, &e).hint("free space for run.dir")
         })
     }
@@ -95,9 +100,30 @@ impl Journal {
         &self.path
     }
 
-    fn missed(&mut self) {
-        self.failing += 1;
-        self.lost += 1;
+    fn missed(&mut self, record: &Record) {
+        if matches!(record, Record::Drawn { .. }) && self.held.len() < HELD_MAX {
+            self.held.push_back(record.clone());
+        } else {
+            self.lost_now += 1;
+            self.lost += 1;
+        }
+    }
+
+    /// Writes what could not be written before.
+    fn catch_up(&mut self, time_us: u64) -> io::Result<()> {
+        if self.lost_now > 0 {
+            let text = format!("{} journal records were lost: writing failed", self.lost_now);
+            self.append(&Record::Warning { time_us, text })?;
+            self.lost_now = 0;
+        }
+        while let Some(record) = self.held.pop_front() {
+            if let Err(e) = self.append(&record) {
+                self.held.push_front(record);
+                return Err(e);
+            }
+        }
+        self.is_failing = false;
+        Ok(())
     }
 
     fn append(&mut self, record: &Record) -> io::Result<()> {
@@ -124,10 +150,21 @@ impl Journal {
 
     #[cfg(test)]
     fn put(&mut self) -> io::Result<()> {
-        let fits =
-            self.room.map_or(self.line.len(), |room| (room - self.bytes) as usize).min(self.line.len());
+        let fits = self
+            .room
+            .map_or(self.line.len(), |room| room.saturating_sub(self.bytes) as usize)
+            .min(self.line.len());
         self.file.write_all(&self.line[..fits])?;
         if fits < self.line.len() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        if self.is_failing {
+            // The last try: whoever reads the journal says what it lacks.
+            let _ = self.catch_up(0);
+        }
     }
 }
 
@@ -172,6 +209,36 @@ mod tests {
         assert_eq!(records.len() as u64, 10 - lost + 2);
         let note = format!("{lost} journal records were lost: writing failed");
         assert!(matches!(&records[10 - lost as usize], Record::Warning { text, .. } if *text == note));
+    }
+
+    #[test]
+    fn what_steps_drew_is_written_once_there_is_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let drawn = |step| Record::Drawn { session: 1, step, samples: vec![(step, 1)], tokens_xxh3: 7 };
+        let of = |all: Vec<Record>| -> Vec<u64> {
+            let steps = all
+                .into_iter()
+                .filter_map(|r| if let Record::Drawn { step, .. } = r { Some(step) } else { None });
+            steps.collect()
+        };
+        let mut journal = Journal::open(dir.path(), 0).unwrap();
+        journal.room = Some(200);
+        let errors = (1..=9).filter(|i| journal.write(&drawn(*i)).is_err()).count();
+        assert_eq!((errors, journal.lost()), (1, 0));
+        assert!(of(read(journal.path()).unwrap()).len() < 9);
+        journal.write(&step(9, 1.0)).unwrap();
+        assert_eq!(journal.lost(), 1, "of other records one is not worth the memory");
+        journal.room = Some(500);
+        journal.write(&drawn(10)).unwrap();
+        journal.room = None;
+        journal.write(&drawn(11)).unwrap();
+        assert_eq!(of(read(journal.path()).unwrap()), (1..=11).collect::<Vec<_>>());
+        // A rank that goes writes what it has left.
+        journal.room = Some(0);
+        let _ = journal.write(&drawn(12));
+        journal.room = None;
+        drop(journal);
+        assert_eq!(of(read(&path(dir.path(), 0)).unwrap()), (1..=12).collect::<Vec<_>>());
     }
 
     #[test]

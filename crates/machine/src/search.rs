@@ -1,13 +1,13 @@
 //! The fastest layout of a run on the machine at hand.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use program::{Coords, Program};
 use rayon::prelude::*;
 use serde::Serialize;
 use spec::{Error, Layout, PipelineSchedule, Recompute, Result, Zero};
 
-use crate::{Machine, StepEstimate, Workload, estimate, estimate_programs, program_of};
+use crate::{Machine, StepEstimate, Workload, estimate, estimate_programs, kernel, program_of};
 
 /// A layout and what its step takes.
 #[derive(Clone, Debug, Serialize)]
@@ -101,6 +101,46 @@ pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Ch
     same.truncate(KEEP);
     let best = same.iter().map(|c| exact(machine, load, c)).collect::<Result<_>>()?;
     Ok(Chosen { best, faster_with_other_bits, layouts_priced, too_large, not_allowed })
+}
+
+/// Kinds of op that the layouts of a search have and the calibration knows nothing of.
+///
+/// # Errors
+/// If the program of a layout that is allowed cannot be built.
+pub fn lacking(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<BTreeSet<&'static str>> {
+    // One layout for each thing that brings ops of its own stands for all.
+    let axes = [
+        Layout::default(),
+        Layout { dp: 2, zero: Zero::Gradients, ..Layout::default() },
+        Layout { tp: 2, ..Layout::default() },
+        Layout { pp: 2, ..Layout::default() },
+    ];
+    let is_searched = |l: &&Layout| {
+        ranks.is_multiple_of(l.world()) && l.validate(load.model, load.sequences, load.sequence).is_ok()
+    };
+    let known: BTreeSet<&str> = machine.kernels.keys().map(|key| key.kind.as_str()).collect();
+    let mut lacks = BTreeSet::new();
+    for layout in axes.iter().filter(is_searched) {
+        for rank in 0..layout.world() {
+            lacks.extend(kinds(&program_of(load, layout, rank)?));
+        }
+    }
+    lacks.retain(|kind| !known.contains(kind));
+    Ok(lacks)
+}
+
+/// The kinds of op of a run on one rank.
+///
+/// # Errors
+/// If its program cannot be built.
+pub fn kinds_of(load: &Workload<'_>) -> Result<BTreeSet<&'static str>> {
+    program_of(load, &Layout::default(), 0).map(|p| kinds(&p))
+}
+
+/// Those of a program that take time.
+fn kinds(p: &Program) -> BTreeSet<&'static str> {
+    let ops = p.blocks.iter().flat_map(|block| &block.ops);
+    ops.filter_map(|op| kernel(op, p)).filter(|k| k.work > 0.0).map(|k| k.kind).collect()
 }
 
 /// The estimate with one program for each stage and tensor shard: data-parallel ranks differ in rounding only.

@@ -3,12 +3,13 @@
 //! Kernels are measured where they are used: short programs of several shapes run on the executor with spans on, alone
 //! and side by side, so that caches and memory are as full as in training.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use machine::Machine;
+use machine::search::kinds_of;
 use machine::table::{Conditions, LinkKey, Message};
-use spec::Result;
+use spec::{Result, RunSpec};
 use train::CpuClock;
 
 use crate::record::{partners, side_by_side, strangers};
@@ -44,7 +45,7 @@ impl Calibration<'_> {
     /// If the memory for a program cannot be had, or ranks cannot be started.
     pub fn measure(&self) -> Result<Machine> {
         let mut measured = Measured::default();
-        self.kernels(&mut measured)?;
+        self.kernels(&mut measured, &programs::alone(self.quick)?)?;
         self.split_kinds(&mut measured)?;
         let crowding = self.crowding()?;
         let links = self.links()?;
@@ -66,16 +67,40 @@ impl Calibration<'_> {
         })
     }
 
+    /// Measures kinds of op that a calibration of this machine lacks, and adds them to it. Of kinds that no program here has
+    /// nothing is added.
+    ///
+    /// # Errors
+    /// As [`Calibration::measure`].
+    pub fn add(&self, machine: &mut Machine, lacks: &BTreeSet<&str>) -> Result<()> {
+        let mut measured = Measured::default();
+        let has = |run: &RunSpec| -> Result<bool> {
+            let load = crate::workload(run, 1, "shm");
+            Ok(kinds_of(&load)?.iter().any(|kind| lacks.contains(kind)))
+        };
+        let mut programs = Vec::new();
+        for run in programs::alone(true)? {
+            if has(&run)? {
+                programs.push(run);
+            }
+        }
+        self.kernels(&mut measured, &programs)?;
+        self.split_kinds(&mut measured)?;
+        let (kernels, _) = measured.kernels();
+        machine.kernels.extend(kernels.into_iter().filter(|(key, _)| lacks.contains(key.kind.as_str())));
+        Ok(())
+    }
+
     /// For one program under one condition in one round.
     fn budget(&self) -> Duration {
         Duration::from_millis(if self.quick { 60 } else { 120 })
     }
 
-    fn kernels(&self, measured: &mut Measured) -> Result<()> {
-        let (programs, conditions) = (programs::alone(self.quick)?, conditions(self.cores));
+    fn kernels(&self, measured: &mut Measured, programs: &[RunSpec]) -> Result<()> {
+        let conditions = conditions(self.cores);
         let all = ROUNDS * programs.len() * conditions.len();
         let turns =
-            (0..ROUNDS).flat_map(|_| &programs).flat_map(|run| conditions.iter().map(move |at| (run, *at)));
+            (0..ROUNDS).flat_map(|_| programs).flat_map(|run| conditions.iter().map(move |at| (run, *at)));
         for (done, (run, at)) in turns.enumerate() {
             let what = format!("width {}, {} x {} threads", run.model.hidden, at.beside, at.threads);
             (self.progress)(&what, done, all);

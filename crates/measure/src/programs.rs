@@ -24,7 +24,7 @@ const QUICK: [usize; 5] = [0, 2, 5, 7, 9];
 const BF16: [usize; 5] = [0, 3, 5, 7, 9];
 
 /// Keys of models with the kinds of op that the shapes above lack.
-const OTHERS: [&str; 3] = [
+const OTHERS: [&str; 6] = [
     "model.hidden=128 model.ffn=512 model.heads=4 model.kv_heads=4 model.head_dim=32 model.vocab=1024 model.norm=layer \
      model.position=learned model.max_positions=128 model.activation=gelu_tanh model.qkv_bias=true \
      model.attn_out_bias=true model.mlp_bias=true model.tied_embeddings=true batch.sequence=128 batch.sequences=4",
@@ -33,7 +33,21 @@ const OTHERS: [&str; 3] = [
      model.attn_out_bias=true model.mlp_bias=true model.tied_embeddings=true batch.sequence=256 batch.sequences=2",
     "model.hidden=256 model.ffn=688 model.heads=8 model.kv_heads=4 model.head_dim=32 model.vocab=2048 \
      model.qk_norm=true batch.sequence=256 batch.sequences=4",
+    // Mixtures: softmax scores that are renormalised, and sigmoid scores in groups beside an expert for all.
+    "model.hidden=128 model.ffn=344 model.heads=4 model.kv_heads=2 model.head_dim=32 model.vocab=1024 \
+     model.experts.count=8 model.experts.top_k=2 model.experts.ffn=128 batch.sequence=128 batch.sequences=4",
+    "model.hidden=384 model.ffn=1024 model.heads=6 model.kv_heads=6 model.head_dim=64 model.vocab=1024 \
+     model.experts.count=16 model.experts.top_k=4 model.experts.ffn=256 model.experts.shared_ffn=256 \
+     model.experts.score=sigmoid batch.sequence=256 batch.sequences=2",
+    // Latent attention.
+    "model.hidden=256 model.ffn=688 model.heads=4 model.kv_heads=4 model.vocab=1024 model.latent.kv_rank=64 \
+     model.latent.query_rank=96 model.latent.nope_dim=32 model.latent.rope_dim=16 model.latent.value_dim=32 \
+     batch.sequence=256 batch.sequences=2",
 ];
+
+/// The smaller mixture, and latent attention.
+const MIXTURE: usize = 3;
+const LATENT: usize = 5;
 
 /// Programs of one rank.
 pub(crate) fn alone(quick: bool) -> Result<Vec<RunSpec>> {
@@ -54,6 +68,8 @@ pub(crate) fn split() -> Result<Vec<RunSpec>> {
         format!("{llama} model.layers=1 batch.sequence=256 batch.sequences=2 layout.tp=2"),
         format!("{small} model.layers=2 batch.sequence=64 batch.sequences=2 layout.tp=2"),
         format!("{gpt} model.layers=1 layout.tp=2"),
+        format!("{} model.layers=1 layout.tp=2", OTHERS[MIXTURE]),
+        format!("{} model.layers=1 layout.tp=2", OTHERS[LATENT]),
         format!("{llama} model.layers=1 batch.sequence=256 batch.sequences=4 layout.dp=2 layout.zero=2"),
         format!("{small} model.layers=2 batch.sequence=64 batch.sequences=4 layout.dp=2 layout.zero=2"),
     ]

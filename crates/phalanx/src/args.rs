@@ -107,10 +107,10 @@ pub(crate) struct Train {
     #[arg(long, value_name = "N")]
     pub(crate) nproc: Option<usize>,
     /// Lost ranks that are replaced while the others keep their processes and memory, before the run ends
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "nproc")]
     pub(crate) max_restarts: u32,
     /// Fewest ranks to go on with when one keeps failing; all of them unless it is set
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", requires = "nproc")]
     pub(crate) min_nproc: Option<usize>,
     /// How ranks talk: auto (shared memory within a machine; between machines MPI where an mpiexec started the ranks and
     /// its library loads, else tcp), shm, tcp or mpi; never changes the numbers
@@ -175,28 +175,29 @@ pub(crate) struct Plan {
     /// Platform or node of the catalogue, for example dgx-superpod-h100-64su; `this` for the machine at hand
     #[arg(long, value_name = "NAME")]
     pub(crate) cluster: String,
-    /// Calibration file of the machine at hand, with --cluster this
-    #[arg(long, default_value = crate::this_machine::FILE, value_name = "FILE")]
-    pub(crate) machine: PathBuf,
+    /// Calibration file of the machine at hand, with --cluster this; runs/machine.toml if absent
+    #[arg(long, value_name = "FILE")]
+    pub(crate) machine: Option<PathBuf>,
     /// Accelerators to use, or ranks of this machine; all of the cluster, or one for each core, if absent
     #[arg(long, value_name = "N")]
     pub(crate) accelerators: Option<usize>,
     /// Tokens to train on, for example 15.6T
     #[arg(long, value_name = "TOKENS")]
     pub(crate) tokens: Option<String>,
-    /// Tokens of a sequence; usual for the model if absent
+    /// Tokens of a sequence; what the run file says, or usual for the model, if absent
     #[arg(long, value_name = "TOKENS")]
     pub(crate) sequence: Option<usize>,
-    /// Sequences of the global batch; usual for the model's size if absent
+    /// Sequences of the global batch; what the run file says, or usual for the model's size, if absent
     #[arg(long, value_name = "N")]
     pub(crate) sequences: Option<usize>,
     /// Global batch in tokens instead of sequences, for example 16M
     #[arg(long, value_name = "TOKENS", conflicts_with = "sequences")]
     pub(crate) batch: Option<String>,
-    /// Number format of the matrix products: bf16, fp16, fp8, fp4, int8, tf32 or fp32; bf16, or fp16 without it, if absent
+    /// Number format of the matrix products: bf16, fp16, fp8, fp4, int8, tf32 or fp32; what the run file says, else bf16,
+    /// or fp16 without it, if absent
     #[arg(long)]
     pub(crate) format: Option<String>,
-    /// How gradients become updates: adamw, or muon for matrices inside layers; adamw if absent
+    /// How gradients become updates: adamw, or muon for matrices inside layers; what the run file says, else adamw, if absent
     #[arg(long, value_name = "NAME")]
     pub(crate) optimizer: Option<String>,
     /// Training stack to plan for; the usual one for the accelerator if absent

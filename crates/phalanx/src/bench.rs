@@ -11,7 +11,7 @@ use comm::{BenchOp, Row, TransportChoice};
 use serde_json::json;
 use spec::{Error, Result};
 
-pub(crate) use machine::calibrate;
+pub(crate) use machine::{add, calibrate};
 
 use crate::args::{Bench, BenchCommand};
 use crate::output;

@@ -66,8 +66,8 @@ pub(crate) fn today(given: Option<&str>) -> Result<Date> {
     given.map_or_else(|| Ok(Date::from_unix_days(since_1970 as i64)), Date::parse)
 }
 
-/// The run that a plan's flags ask for; none without tokens.
-pub(crate) fn ask(args: &Economy, trained: Option<f64>, given: bool) -> Result<Option<Ask>> {
+/// The first flag of a run that was given.
+pub(crate) fn given_flag(args: &Economy) -> Option<&'static str> {
     let flags = [
         ("--price", args.price.is_some()),
         ("--commitment", args.commitment.is_some()),
@@ -81,14 +81,17 @@ pub(crate) fn ask(args: &Economy, trained: Option<f64>, given: bool) -> Result<O
         ("--failures", args.failures.is_some()),
         ("--region", args.region.is_some()),
     ];
+    flags.into_iter().find(|(_, is_given)| *is_given).map(|(flag, _)| flag)
+}
+
+/// The run that a plan's flags ask for; none without tokens.
+pub(crate) fn ask(args: &Economy, trained: Option<f64>, given: bool) -> Result<Option<Ask>> {
     let price = price_ask(args.price.as_deref(), args.commitment.as_deref(), args.region.as_deref())?;
     let today = today(args.today.as_deref())?;
     let Some(trained) = trained else {
-        return match flags.iter().find(|f| f.1) {
-            Some((flag, _)) => {
-                Err(Error::user(format!("{flag} is of a run, and --tokens does not say how long"))
-                    .hint("give the tokens to train on: --tokens 2T"))
-            }
+        return match given_flag(args) {
+            Some(flag) => Err(Error::user(format!("{flag} is of a run, and --tokens does not say how long"))
+                .hint("give the tokens to train on: --tokens 2T")),
             None => Ok(None),
         };
     };

@@ -18,7 +18,10 @@ use plan::shape::Shape;
 use plan::software::{self, Software};
 use plan::strategy::Strategy;
 use serde_json::Value;
-use spec::{Catalog, Cluster, Error, HfModel, NumberFormat, Optimizer, Result, RunSpec, suggest};
+use spec::run::Resolved;
+use spec::{
+    Catalog, Cluster, DType, Error, HfModel, NumberFormat, Optimizer, Origin, Result, RunSpec, suggest,
+};
 use stacks::Emitted;
 
 use crate::args::{Plan, PlanCommand, PlanOr};
@@ -85,6 +88,16 @@ fn answered(args: &Plan) -> Result<Answered> {
 }
 
 fn plan(args: &Plan) -> Result<u8> {
+    if args.cluster != "this"
+        && let Some(path) = &args.machine
+    {
+        return Err(Error::user(format!(
+            "--machine {} counts only with --cluster this: {} is of the catalogue",
+            path.display(),
+            args.cluster
+        ))
+        .hint("leave one of them out"));
+    }
     if args.cluster == "this" {
         if args.html.is_some() {
             return Err(Error::user("--html with --cluster this: its plan has no page")
@@ -178,9 +191,9 @@ fn question(args: &Plan, catalog: &Catalog) -> Result<Question> {
     let cluster = catalog.cluster(&args.cluster, args.accelerators)?;
     let doubt = catalog.meaning(&args.cluster).ok().and_then(|m| m.doubt(&args.cluster));
     doubt.iter().for_each(|doubt| output::say(&format!("note: {doubt}")));
-    let shape = model(&args.model)?;
-    let usual = default_batch(&shape);
-    let format = format(args.format.as_deref(), &cluster)?;
+    let (shape, said) = model_and_recipe(args)?;
+    let usual = said.batch.unwrap_or_else(|| default_batch(&shape));
+    let format = format(args.format.as_deref().or(said.format), &cluster)?;
     if !(1..=KEEP_MAX).contains(&args.keep) {
         return Err(Error::user(format!("--keep {}, expected 1 to {KEEP_MAX}", args.keep))
             .hint("the best layouts are printed, this many"));
@@ -207,6 +220,7 @@ fn question(args: &Plan, catalog: &Catalog) -> Result<Question> {
         }
         None => match positive("sequences", args.sequences)? {
             Some(n) => n,
+            None if said.batch.is_some() && sequence == usual.1 => usual.0,
             // The usual tokens of a step, in sequences of the length asked for.
             None => sequences_for((usual.0.saturating_mul(usual.1) / sequence).max(1), cluster.accelerators),
         },
@@ -231,7 +245,13 @@ fn question(args: &Plan, catalog: &Catalog) -> Result<Question> {
             Some(layout) if !layout.contains('=') => Some(Strategy::parse(layout)?),
             _ => None,
         },
-        optimizer: args.optimizer.as_deref().map_or(Ok(Optimizer::AdamW), optimizer)?,
+        optimizer: args
+            .optimizer
+            .as_deref()
+            .map(optimizer)
+            .transpose()?
+            .or(said.optimizer)
+            .unwrap_or_default(),
     })
 }
 
@@ -340,15 +360,57 @@ fn ranks(path: &Path, answer: &Answer, choice: &Choice) -> Result<String> {
     })
 }
 
+/// What a run file says beside its model; nothing of what it leaves open.
+#[derive(Default)]
+struct Recipe {
+    /// Sequences and their tokens.
+    batch: Option<(usize, usize)>,
+    format: Option<&'static str>,
+    optimizer: Option<Optimizer>,
+}
+
+/// The model, and what its run file says that no flag does.
+fn model_and_recipe(args: &Plan) -> Result<(Shape, Recipe)> {
+    if Path::new(&args.model).extension().is_none_or(|e| e != "toml") {
+        return Ok((model(&args.model)?, Recipe::default()));
+    }
+    let read = run_file(&args.model)?;
+    let says = |keys: &[&str]| keys.iter().any(|key| *read.set_by(key) != Origin::Default);
+    let run = &read.run;
+    let has_batch = says(&["batch.sequence", "batch.sequences", "batch.tokens"]);
+    let recipe = Recipe {
+        batch: has_batch.then_some((run.batch.sequences, run.batch.sequence)),
+        format: says(&["train.precision"]).then(|| precision(run.train.precision).name()),
+        optimizer: says(&["optim.kind"]).then_some(run.optim.kind),
+    };
+    let flagged = args.sequence.is_some() || args.sequences.is_some() || args.batch.is_some();
+    let taken = [
+        recipe.batch.filter(|_| !flagged).map(|(n, of)| format!("{n} sequences of {of} tokens")),
+        recipe.format.filter(|_| args.format.is_none()).map(|format| format!("--format {format}")),
+        recipe.optimizer.filter(|_| args.optimizer.is_none()).map(|o| format!("--optimizer {}", o.name())),
+    ];
+    let taken: Vec<String> = taken.into_iter().flatten().collect();
+    if !taken.is_empty() {
+        output::say(&format!("note: as {} says: {}", args.model, taken.join(", ")));
+    }
+    Ok((Shape::from_model(read.run.model), recipe))
+}
+
+/// What products run in where a run stores its parameters so.
+fn precision(storage: DType) -> NumberFormat {
+    if storage == DType::F32 { NumberFormat::Fp32 } else { NumberFormat::Bf16 }
+}
+
+fn run_file(name: &str) -> Result<Resolved> {
+    RunSpec::resolve(Some((name, &files::read(Path::new(name))?)), &[], &files::read)
+}
+
 /// A name of the catalogue, a Hugging Face config.json or its directory, or a run file.
 pub(crate) fn model(name: &str) -> Result<Shape> {
     let path = Path::new(name);
     match path.extension().and_then(|e| e.to_str()) {
         Some("json") => config(path),
-        Some("toml") => {
-            let run = RunSpec::load(Some((name, &files::read(path)?)), &[], &files::read)?;
-            Ok(Shape::from_model(run.model))
-        }
+        Some("toml") => Ok(Shape::from_model(run_file(name)?.run.model)),
         _ => models::find(name).or_else(|unknown| {
             let inside = path.join("config.json");
             if inside.is_file() { config(&inside) } else { Err(unknown) }

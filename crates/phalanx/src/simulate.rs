@@ -10,7 +10,7 @@ mod trace;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use plan::answer::{Answer, Choice};
+use plan::answer::Answer;
 use plan::estimate::Problem;
 use serde_json::{Value, json};
 use sim::scenario::Scenario;
@@ -61,13 +61,14 @@ fn rehearse(args: &Simulate) -> Result<u8> {
     let perfetto =
         args.perfetto.as_deref().map(|path| files::Pending::create("--perfetto", path)).transpose()?;
     let answer = planner::best(&question(args))?;
-    let choice = chosen(&answer)?;
+    chosen(&answer)?;
     let cluster = &answer.problem.cluster;
     let scenario = match &args.scenario {
         Some(path) => Scenario::parse(&path.display().to_string(), &files::read(path)?, cluster)?,
         None => Scenario::default(),
     };
     let ranks = args.ranks.as_deref().map(|text| answers::ranks(text, cluster.accelerators)).transpose()?;
+    counts(args, &scenario)?;
     let stop = crate::stop::flag()?;
     let start = Instant::now();
     let given = Given { args, answer: &answer, scenario: &scenario, stop: &stop };
@@ -75,21 +76,7 @@ fn rehearse(args: &Simulate) -> Result<u8> {
     let first = scenario.disturbed(1, args.seed);
     let recording = rehearsal.record(&first, Folding::Folded, answers::KEPT_MAX)?;
     let steps = steps(args, &rehearsal, &scenario, &stop, Some(recording.step().clone()))?;
-    let mut json = json!({
-        "model": answer.question.shape.model.name,
-        "cluster": cluster.name,
-        "layout": choice.placement().to_string(),
-        "fits": choice.fits, "ranks": rehearsal.ranks(),
-        "step_s": steps.step_s,
-        "slowest_step_s": steps.slowest_s,
-        "predicted_step_s": rehearsal.predicted_s(),
-        "goodput": 1.0,
-        "interruptions": 0.0,
-        "events": steps.events,
-        "classes": steps.last.classes,
-        "last_rank": steps.last.last_rank,
-        "spent": steps.last.spent,
-    });
+    let mut json = given.played(&rehearsal, &steps);
     if steps.last.is_whole {
         json["costs"] = json!(given.costs(&rehearsal, &steps)?);
         json["as_if"] = json!(given.as_if(&as_if)?);
@@ -125,14 +112,14 @@ fn rehearse(args: &Simulate) -> Result<u8> {
     Ok(0)
 }
 
-/// The layout to play. One that does not fit is played all the same, and not without a word: a published run may have had
+/// There is a layout to play. One that does not fit is played all the same, and not without a word: a published run may have had
 /// a stack that takes less than the one that is priced.
-fn chosen(answer: &Answer) -> Result<&Choice> {
+fn chosen(answer: &Answer) -> Result<()> {
     let choice = answer.best.first().ok_or_else(|| Error::failure("the search found nothing"))?;
     if let Err(e) = planner::fits(answer, choice, "it is played all the same") {
         output::say(&format!("note: {e}"));
     }
-    Ok(choice)
+    Ok(())
 }
 
 fn bounds(args: &Simulate) -> Result<()> {
@@ -160,6 +147,27 @@ fn bounds(args: &Simulate) -> Result<()> {
     }
 }
 
+/// Refuses flags that change nothing here: ranks that nothing shows, what follows failures where nothing fails.
+fn counts(args: &Simulate, scenario: &Scenario) -> Result<()> {
+    if args.ranks.is_some() && args.perfetto.is_none() && args.html.is_none() {
+        return Err(Error::user("--ranks without --perfetto or --html: nothing shows them")
+            .hint("name a file to show them in, as --perfetto step.json"));
+    }
+    if args.days.is_some() || scenario.failing_steps().next().is_some() {
+        return Ok(());
+    }
+    let given = [("--recovery", args.recovery.is_some()), ("--seeds", args.seeds > 1)];
+    given.into_iter().filter(|(_, is_given)| *is_given).try_for_each(|(flag, _)| {
+        Err(Error::user(format!("{flag}, and nothing fails"))
+            .hint("failures come over days, as --days 54, or with [[fail]] in a --scenario"))
+    })
+}
+
+/// Steps that are played one by one: of days one stands for all.
+fn counted(args: &Simulate) -> u64 {
+    if args.days.is_some() { 1 } else { args.steps }
+}
+
 /// The question to the planner.
 fn question(args: &Simulate) -> Plan {
     Plan {
@@ -185,7 +193,7 @@ fn steps(
     stop: &AtomicBool,
     first: Option<Step>,
 ) -> Result<Steps> {
-    let count = if args.days.is_some() || scenario.is_steady() { 1 } else { args.steps };
+    let count = if scenario.is_steady() { 1 } else { counted(args) };
     let (mut sum, mut slowest_s, mut played_steps) = (0.0, 0.0f64, 0u64);
     let mut events = first.as_ref().map_or(0, |step| step.events);
     let mut last = first.map(|step| (scenario.disturbed(1, args.seed), step));
@@ -227,5 +235,27 @@ impl<'a> Given<'a> {
             write_bytes: checkpoint_bytes / ranks,
             shares_ports: self.scenario.storage_on_fabric,
         }))
+    }
+
+    /// What was played, as data.
+    fn played(&self, rehearsal: &Rehearsal<'_>, steps: &Steps) -> Value {
+        let best = self.answer.best.first();
+        json!({
+            "model": self.answer.question.shape.model.name,
+            "cluster": self.answer.problem.cluster.name,
+            "layout": best.map(|choice| choice.placement().to_string()),
+            "fits": best.is_some_and(|choice| choice.fits),
+            "ranks": rehearsal.ranks(),
+            "step_s": steps.step_s,
+            "slowest_step_s": steps.slowest_s,
+            "predicted_step_s": rehearsal.predicted_s(),
+            "goodput": 1.0,
+            "interruptions": 0.0,
+            "events": steps.events,
+            "classes": steps.last.classes,
+            "last_rank": steps.last.last_rank,
+            "spent": steps.last.spent,
+            "not_played": self.not_played(),
+        })
     }
 }

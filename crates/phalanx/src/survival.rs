@@ -98,6 +98,10 @@ pub(crate) fn chaos(args: &Chaos) -> Result<u8> {
     let report = done.map_err(|e| e.context(&again).hint(format!("{} has all logs", dir.display())))?;
     print(args, &report, &again);
     let holds = report.holds();
+    for (first, last) in &report.unrecorded {
+        output::say(&format!("records are missing for steps {first} to {last}"));
+    }
+    report.damage.iter().for_each(|what| output::say(what));
     if !holds {
         output::say(&format!("{} has both runs and all logs", dir.display()));
     } else if args.dir.is_none() {
@@ -135,8 +139,8 @@ fn print(args: &Chaos, r: &Report, again: &str) {
         output::say(&format!("{kind:?} is not tried: {why}"));
     }
     output::print(&format!(
-        "{} faults over {} steps: {}\n{} recoveries, {} of them from the loss of ranks without a restart, median {} to \
-         the next step (with one {}); {} steps redone\n{} hangs, {} orphans, {} leftovers\n\
+        "{} faults over {} steps: {}\n{} recoveries, {} of them from the loss of ranks without a restart, known after {} and median {} \
+         to the next step (with one {}); {} steps redone\n{} hangs, {} orphans, {} leftovers\n\
          weights and moments of the undisturbed run: {bits}\nsamples lost {}, repeated {}; {} steps without records; \
          tokens {}\nagain: {again}",
         r.faults,
@@ -144,6 +148,7 @@ fn print(args: &Chaos, r: &Report, again: &str) {
         kinds.join(", "),
         r.recoveries,
         r.survived,
+        median(r.survived, r.median_detection_s),
         median(r.survived, r.median_recovery_s),
         median(r.recoveries - r.survived, r.median_restart_s),
         r.steps_redone,

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use machine::Machine;
-use machine::search::{Chosen, search};
+use machine::search::{Chosen, lacking, search};
 use serde_json::json;
 use spec::{DType, Error, Layout, ModelSpec, NumberFormat, Recompute, Result, RunSpec};
 use train::RunDir;
@@ -46,7 +46,7 @@ pub(crate) fn choose(
         return Ok(());
     }
     let path = Path::new(FILE);
-    let machine = if path.exists() || missing == Missing::Refuse {
+    let mut machine = if path.exists() || missing == Missing::Refuse {
         load(path)?
     } else {
         output::say(&format!(
@@ -54,11 +54,32 @@ pub(crate) fn choose(
         ));
         bench::calibrate(path, true)?
     };
+    if missing == Missing::Measure {
+        complete(&mut machine, path, run, nproc)?;
+    }
     // MPI was not measured; between ranks that share no memory it is nearest to TCP.
     let chosen = on(&machine, run, nproc, if ["tcp", "mpi"].contains(&transport) { "tcp" } else { "shm" })?;
     explain(&chosen, &machine);
     set(run, chosen.best[0].layout.clone());
     Ok(())
+}
+
+/// Measures what the calibration in `path` lacks of the run's kinds of op, which takes seconds, and adds it there.
+fn complete(machine: &mut Machine, path: &Path, run: &RunSpec, ranks: usize) -> Result<()> {
+    let lacks = lacking(machine, &measure::workload(run, 1, "shm"), ranks)?;
+    if lacks.is_empty() {
+        return Ok(());
+    }
+    let kinds = lacks.iter().copied().collect::<Vec<_>>().join(", ");
+    output::say(&format!("{} knows nothing of {kinds}: measuring that, which takes seconds", path.display()));
+    bench::add(machine, path, &lacks)?;
+    let still = lacking(machine, &measure::workload(run, 1, "shm"), ranks)?;
+    if still.is_empty() {
+        return Ok(());
+    }
+    let kinds = still.into_iter().collect::<Vec<_>>().join(", ");
+    Err(Error::user(format!("no layout of {} can be priced: nothing here measures {kinds}", run.model.name))
+        .hint("set layout keys instead, as layout.dp=2"))
 }
 
 fn set(run: &mut RunSpec, layout: Layout) {
@@ -186,19 +207,16 @@ pub(crate) fn take_over(run: &mut RunSpec) -> Result<bool> {
 
 /// `phalanx plan --cluster this`.
 pub(crate) fn plan(args: &Plan) -> Result<u8> {
-    let machine = load(&args.machine)?;
+    only_here(args)?;
+    let path = args.machine.as_deref().unwrap_or(Path::new(FILE));
+    let mut machine = load(path)?;
     let run = question(args)?;
     let n = args.accelerators.unwrap_or(machine.cores);
     if n == 0 {
         return Err(Error::user("--accelerators 0, expected at least one rank")
             .hint("leave it out for one rank on each core"));
     }
-    for (flag, given) in [("--explain", args.explain), ("--emit", args.emit.is_some())] {
-        if given {
-            return Err(Error::user(format!("{flag} with --cluster this"))
-                .hint(format!("leave out {flag}, or name a cluster of the catalogue")));
-        }
-    }
+    complete(&mut machine, path, &run, n)?;
     let start = Instant::now();
     let chosen = on(&machine, &run, n, "shm")?;
     let seconds = start.elapsed().as_secs_f64();
@@ -211,6 +229,27 @@ pub(crate) fn plan(args: &Plan) -> Result<u8> {
     Ok(0)
 }
 
+/// Refuses flags that this machine's planner does not ask.
+fn only_here(args: &Plan) -> Result<()> {
+    let flags = [
+        ("--explain", args.explain),
+        ("--emit", args.emit.is_some()),
+        ("--tokens", args.tokens.is_some()),
+        ("--software", args.software.is_some()),
+        ("--layout", args.layout.is_some()),
+        ("--threads", args.threads > 0),
+        ("--rank-map", args.rank_map.is_some()),
+        ("--catalog", !args.catalog.is_empty()),
+        ("--calibration", args.calibration.is_some()),
+    ];
+    let given = flags.into_iter().find(|(_, is_given)| *is_given).map(|(flag, _)| flag);
+    match given.or(crate::economy::given_flag(&args.economy)) {
+        Some(flag) => Err(Error::user(format!("{flag} with --cluster this, which takes no notice of it"))
+            .hint(format!("leave out {flag}, or name a cluster of the catalogue"))),
+        None => Ok(()),
+    }
+}
+
 /// What to plan for: a run file, or a model with the batch of the default recipe.
 fn question(args: &Plan) -> Result<RunSpec> {
     let path = Path::new(&args.model);
@@ -219,6 +258,15 @@ fn question(args: &Plan) -> Result<RunSpec> {
         .into_iter()
         .filter_map(|(key, n)| n.map(|n| format!("batch.{key}={n}")))
         .collect();
+    if let Some(batch) = &args.batch {
+        let tokens = crate::planner::tokens("--batch", batch)?;
+        set.push(format!("batch.tokens={tokens}"));
+    }
+    set.extend(args.optimizer.as_ref().map(|kind| format!("optim.kind={kind}")));
+    let is_run_file = path.extension().is_some_and(|e| e == "toml");
+    // A run file says itself how it stores; a model of the catalogue is taken as clusters take it.
+    let format = args.format.as_deref().or((!is_run_file).then_some("bf16"));
+    set.extend(format.map(stored).transpose()?.map(|precision| format!("train.precision={precision}")));
     // Planning reads no data, so that no tokenizer has to fit the model.
     let no_data = || "data.prefix=unread".to_owned();
     // Models of the catalogue that take less than the default recipe's sequences get what they take.
@@ -228,32 +276,29 @@ fn question(args: &Plan) -> Result<RunSpec> {
             set.push(format!("batch.sequence={}", model.max_positions()));
         }
     };
-    let run = match path.extension().and_then(|e| e.to_str()) {
-        Some("toml") => RunSpec::load(Some((&args.model, &train::read(path)?)), &set, &train::read)?,
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("toml") => RunSpec::load(Some((&args.model, &train::read(path)?)), &set, &train::read),
         Some("json") => {
             shorten(&mut set, &ModelSpec::from_hf_config(&train::read(path)?)?);
             set.extend([no_data(), format!("model.config={quoted}")]);
-            RunSpec::load(None, &set, &train::read)?
+            RunSpec::load(None, &set, &train::read)
         }
         _ => {
             shorten(&mut set, &ModelSpec::preset(&args.model)?);
             set.extend([no_data(), format!("model.preset={quoted}")]);
-            RunSpec::load(None, &set, &train::read)?
+            RunSpec::load(None, &set, &train::read)
         }
-    };
-    if path.extension().is_some_and(|e| e == "toml") {
-        return Ok(run);
     }
-    let format = args.format.as_deref().unwrap_or("bf16");
-    let precision = match NumberFormat::parse(format) {
-        Some(NumberFormat::Fp32) => DType::F32,
-        Some(NumberFormat::Bf16) => DType::Bf16,
-        _ => {
-            return Err(Error::user(format!("format {format}, expected bf16 or fp32 on this machine"))
-                .hint("give --format bf16 or --format fp32"));
-        }
-    };
-    Ok(RunSpec { train: spec::run::TrainSpec { precision, ..run.train }, ..run })
+}
+
+/// How parameters are stored whose products run in this format.
+fn stored(format: &str) -> Result<DType> {
+    match NumberFormat::parse(&format.to_lowercase()) {
+        Some(NumberFormat::Fp32) => Ok(DType::F32),
+        Some(NumberFormat::Bf16) => Ok(DType::Bf16),
+        _ => Err(Error::user(format!("format {format}, expected bf16 or fp32 on this machine"))
+            .hint("give --format bf16 or --format fp32")),
+    }
 }
 
 fn answer(

@@ -26,7 +26,7 @@ use crate::this_machine;
 pub(crate) fn train(args: &Train) -> Result<u8> {
     let early = Early::watch(!ranks::started_by_us())?;
     drills(args)?;
-    let args = &with_flags(args);
+    let args = &with_flags(args)?;
     ranks::check_mpi(transport(args))?;
     if let Some(env) = Rank::env(args.nproc)? {
         let me = env.rank;
@@ -233,15 +233,35 @@ fn join(args: &Train, agent: Agent, orders: Orders, early: Early) -> Result<u8> 
 }
 
 /// The same with flags that stand for keys as keys.
-fn with_flags(args: &Train) -> Train {
+fn with_flags(args: &Train) -> Result<Train> {
     let mut args = args.clone();
-    let every = args.verify_every.map(|n| format!("run.verify_every={n}"));
-    args.run.set.extend(every);
-    args
+    if let Some(n) = args.verify_every {
+        once("--verify-every", "run.verify_every", &args.run.set)?;
+        args.run.set.push(format!("run.verify_every={n}"));
+    }
+    Ok(args)
+}
+
+/// Refuses a flag beside a `--set` of the key that it stands for: which of them is meant is not ours to guess.
+fn once(flag: &str, key: &str, set: &[String]) -> Result<()> {
+    let sets_key = |text: &&String| text.split('=').next().is_some_and(|set| set.trim() == key);
+    match set.iter().find(sets_key) {
+        Some(text) => Err(Error::user(format!("{flag} beside --set {text}: both say what {key} is"))
+            .hint(format!("leave one of them out; both go over {key} of a run file"))),
+        None => Ok(()),
+    }
 }
 
 fn drills(args: &Train) -> Result<Vec<Drill>> {
     args.drill.iter().map(|text| text.parse()).collect()
+}
+
+/// Refuses drills that can never strike a run of so many ranks.
+fn can_strike(args: &Train, run: &RunSpec, ranks: usize) -> Result<()> {
+    let last = (run.train.steps as u64).min(args.stop_after.unwrap_or(u64::MAX));
+    drills(args)?.iter().zip(&args.drill).try_for_each(|(drill, text)| {
+        drill.check(run, ranks, last).map_err(|e| e.context(format!("--drill {text}")))
+    })
 }
 
 /// Trains to the end, and tells of it where this is the first rank.
@@ -305,12 +325,14 @@ pub(crate) fn load(args: &Train, world: usize) -> Result<RunSpec> {
         keep_warmup(&mut read.run);
     }
     if read.run.auto_layout {
+        can_strike(args, &read.run, world)?;
         return Ok(read.run);
     }
     let mut run = fill_ranks(&read, world)?;
     if *read.set_by("layout.micro_batch") == Origin::Default {
         widen_micro_batch(&mut run);
     }
+    can_strike(args, &run, world)?;
     Ok(run)
 }
 
@@ -343,6 +365,8 @@ pub(crate) fn load_again(args: &Train, world: usize, lenient: bool) -> Result<(R
                 .hint("start more ranks; the same command goes on from the last checkpoint"));
         };
         (run.layout, why) = (fitted.layout, fitted.why);
+    } else {
+        can_strike(args, &run, world)?;
     }
     if !chosen && *read.set_by("layout.micro_batch") == Origin::Default {
         widen_micro_batch(&mut run);
@@ -412,6 +436,10 @@ fn fill_ranks(read: &Resolved, world: usize) -> Result<RunSpec> {
 
 /// Reads the run file and its overrides, for any number of ranks.
 pub(crate) fn resolve(args: &RunArgs) -> Result<Resolved> {
+    let flags = [("--preset", "model.preset", &args.preset), ("--text", "data.text", &args.text)];
+    for (flag, key, _) in flags.into_iter().filter(|(.., given)| given.is_some()) {
+        once(flag, key, &args.set)?;
+    }
     let mut overrides = args.set.clone();
     // In front, as if written first: keys of the model that are set go over it.
     overrides.splice(..0, args.preset.as_deref().map(|name| format!("model.preset={}", toml_string(name))));

@@ -177,6 +177,57 @@ fn this_machine_is_planned_for_like_a_cluster() {
 }
 
 #[test]
+fn what_a_calibration_lacks_of_a_model_is_measured() {
+    let lab = lab();
+    let experts = "--set model.experts.count=4 --set model.experts.top_k=2 --set model.experts.ffn=32";
+    let args = format!("--nproc 2 --set layout=auto {experts} --set train.eval_every=0");
+    let ran = lab.run(&tiny("mixture", &args));
+    assert_eq!(ran.code, Some(0), "{}", ran.err);
+    let lacks = ran.err.lines().find(|l| l.contains("knows nothing of ")).unwrap_or_default();
+    assert!(lacks.starts_with("runs/machine.toml ") && lacks.contains("route"), "{}", ran.err);
+    let text = std::fs::read_to_string(lab.path("runs/machine.toml")).expect("a calibration");
+    assert!(text.contains("kind = \"route\""), "{text}");
+    assert!(text.contains("host = \"lab\"") && text.contains("2e10"), "what was there stays: {text}");
+    // Known from now on.
+    let ran = lab.run(&tiny("again", &args));
+    assert!(ran.code == Some(0) && !ran.err.contains("knows nothing"), "{}", ran.err);
+}
+
+#[test]
+fn a_run_file_says_how_it_stores_and_flags_go_over_it() {
+    let lab = lab();
+    let keys: String =
+        sets().replace("--set ", "").split_whitespace().map(|k| k.replacen('=', " = ", 1) + "\n").collect();
+    lab.write("run.toml", format!("{keys}optim.kind = \"muon\"\n"));
+    let plan = |more: &str| {
+        lab.json(&format!("plan --cluster this --model run.toml --accelerators 2 --json {more}"))
+    };
+    let check = |more: &str, format: &str, sequences: u64| {
+        let plan = plan(more);
+        assert_eq!(
+            (&plan["format"], &plan["sequences"]),
+            (&format.into(), &sequences.into()),
+            "{more}: {plan}"
+        );
+    };
+    check("", "f32", 4);
+    check("--format bf16 --sequences 8", "bf16", 8);
+    check("--batch 512 --optimizer adamw", "f32", 16);
+}
+
+#[test]
+fn flags_that_this_machines_planner_does_not_ask_are_refused() {
+    let lab = lab();
+    for flag in ["--tokens 1T", "--layout tp=2", "--recovery elastic", "--price 2", "--software torchtitan"] {
+        let name = flag.split(' ').next().unwrap_or_default();
+        let ran = lab.run(&format!("plan --cluster this --model tiny {flag}"));
+        assert_eq!(ran.code, Some(2), "{flag}: {}", ran.err);
+        assert!(ran.err.contains(&format!("error: {name} with --cluster this")), "{flag}: {}", ran.err);
+        assert!(ran.err.contains(&format!("hint: leave out {name}")), "{flag}: {}", ran.err);
+    }
+}
+
+#[test]
 fn a_calibration_that_cannot_be_used_is_refused() {
     let lab = lab();
     let good = calibration();

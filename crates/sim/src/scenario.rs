@@ -233,6 +233,11 @@ impl Scenario {
         self.parts.iter().filter(|p| p.what != What::Fail).map(|p| p.at.as_str()).collect()
     }
 
+    /// What goes wrong only in a step after the first `steps`, and in which; failures too.
+    pub fn beyond(&self, steps: u64) -> impl Iterator<Item = (&str, u64)> {
+        self.parts.iter().filter_map(move |p| Some((p.at.as_str(), p.step.filter(|step| *step > steps)?)))
+    }
+
     /// The same without one of the [`names`](Self::names).
     #[must_use]
     pub fn without(&self, name: &str) -> Self {

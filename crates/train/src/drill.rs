@@ -3,7 +3,8 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use spec::{Error, Result};
+use program::{Program, Request};
+use spec::{Error, Result, RunSpec, suggest};
 
 /// Something that goes wrong at a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +41,52 @@ pub enum Drill {
         /// How much longer.
         delay: Duration,
     },
+}
+
+/// Bits of the widest element that parameters are stored as; of a narrower one the bit is counted around.
+const BITS_MAX: u32 = 32;
+
+impl Drill {
+    /// Refuses one that can never strike `run`, of so many ranks, which ends with step `last`.
+    ///
+    /// # Errors
+    /// If there is no such step, rank, bit or parameter.
+    pub fn check(&self, run: &RunSpec, ranks: usize, last: u64) -> Result<()> {
+        let (step, whose) = match self {
+            Drill::Nan { step } | Drill::Spike { step } => (*step, None),
+            Drill::Flip { step, rank, .. } | Drill::Slow { step, rank, .. } => (*step, Some(*rank)),
+        };
+        if step > last {
+            return Err(Error::user(format!("step {step} never comes: the run ends with step {last}"))
+                .hint("name an earlier step, or let the run go on for longer"));
+        }
+        if let Some(rank) = whose.filter(|rank| *rank >= ranks) {
+            return Err(Error::user(format!("there is no rank {rank}: the run has {ranks}"))
+                .hint(format!("ranks count from 0: the last is rank={}", ranks.saturating_sub(1))));
+        }
+        match self {
+            Drill::Slow { step, last, .. } if last < step => {
+                Err(Error::user(format!("steps {step} to {last}: the last comes before the first"))
+                    .hint("write it like slow@3-9:rank=1:ms=20"))
+            }
+            Drill::Flip { bit, .. } if *bit >= BITS_MAX => {
+                Err(Error::user(format!("there is no bit {bit} of {BITS_MAX}"))
+                    .hint("bits count from 0, the least"))
+            }
+            // A layout that is left to the machine is not known yet.
+            Drill::Flip { rank, param, .. } if !run.auto_layout => {
+                let p = Program::build(&Request::of(run, *rank), &|_, _| 0)?;
+                let names: Vec<&str> =
+                    p.groups.iter().flat_map(|g| &g.parts).map(|part| part.name.as_str()).collect();
+                match names.contains(&param.as_str()) {
+                    true => Ok(()),
+                    false => Err(Error::user(format!("rank {rank} has no parameter {param}"))
+                        .hint(suggest::hint(param, names))),
+                }
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Of a sum of squares, so that the norm is a million.

@@ -1,6 +1,8 @@
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use journal::ledger::{Drawings, Ledger};
+use journal::Record;
+use journal::ledger::{Doubled, Drawings, Ledger};
 use serde::Serialize;
 use spec::{Error, Result, RunSpec};
 
@@ -15,8 +17,11 @@ pub struct Audit {
     pub ledger: Ledger,
     /// Whether the tokens are those that the data has at those samples.
     pub tokens: Tokens,
-    /// Damaged lines of journals that were passed over, in words.
+    /// Damaged lines of journals that were passed over, and lines that are there twice, in words.
     pub damage: Vec<String>,
+    /// Of each loss that ranks got over without a restart, the seconds until the last of them knew of it.
+    #[serde(skip)]
+    pub detections_s: Vec<f64>,
 }
 
 /// Whether the tokens that ranks drew are those of the data as it is now.
@@ -50,17 +55,24 @@ impl Audit {
         let (mut drawings, mut damage) = (Drawings::default(), Vec::new());
         // Before the journals are read, which a run that goes on writes first.
         let saved = run_dir.newest_checkpoint().ok().and_then(|path| ckpt::Checkpoint::open(&path).ok());
+        let mut detections_s: BTreeMap<u64, f64> = BTreeMap::new();
         for (rank, path) in journal::files(dir)? {
             let mut reader = journal::Reader::open(&path)?;
             while let Some(record) = reader.next_sound()? {
+                if let Record::Recovered { session: Some(session), detection_s: Some(s), .. } = &record {
+                    let last_s = detections_s.entry(*session).or_default();
+                    *last_s = s.max(*last_s);
+                }
                 drawings.add(rank, record);
             }
             damage.extend(reader.damage.map(|d| d.to_string()));
         }
+        let detections_s = detections_s.into_values().collect();
         if let Some(saved) = saved {
             drawings.has_reached(saved.step());
         }
         let ledger = drawings.ledger(run.batch.sequences as u64);
+        damage.extend(ledger.doubled.iter().map(|d| twice(dir, d)));
         if ledger.batches.is_empty() && ledger.sessions == 0 {
             return Err(Error::user(format!("no journal in {} says what a step drew", dir.display()))
                 .hint("give the directory of a run that has done a step"));
@@ -69,13 +81,23 @@ impl Audit {
             Ok(tokens) => tokens,
             Err(e) => Tokens::Unknown { reason: e.to_string() },
         };
-        Ok(Audit { ledger, tokens, damage })
+        Ok(Audit { ledger, tokens, damage, detections_s })
     }
 
     /// Whether no sample was lost, repeated or changed.
     pub fn is_exact(&self) -> bool {
         self.ledger.is_exact() && self.tokens == Tokens::Equal
     }
+}
+
+/// Says that lines are there twice, and that this is no training.
+fn twice(dir: &Path, d: &Doubled) -> String {
+    let lines = if d.lines == 1 { "1 line is" } else { &format!("{} lines are", d.lines) };
+    format!(
+        "{}: {lines} there twice, the first of step {}: the file is damaged, and each counts once",
+        journal::path(dir, d.rank).display(),
+        d.first_step
+    )
 }
 
 fn compare(run: &RunSpec, dir: &RunDir, ledger: &Ledger, progress: &dyn Fn(u64, u64)) -> Result<Tokens> {

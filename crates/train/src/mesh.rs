@@ -123,6 +123,11 @@ impl Mesh {
         self.world.as_ref().and_then(World::failure)
     }
 
+    /// How long the quietest rank had been silent when this one knew that the world had failed, in seconds.
+    pub(crate) fn silence_s(&self) -> Option<f64> {
+        self.world.as_ref().and_then(World::silence).map(|silence| silence.as_secs_f64())
+    }
+
     /// Whether there is nobody to talk to.
     pub fn is_alone(&self) -> bool {
         self.world.is_none()

@@ -229,7 +229,9 @@ impl Reading {
         match self.sink {
             Sink::Waiting(waiting) => waiting.complete.store(true, Ordering::Release),
             Sink::Incoming(incoming) => incoming.complete.store(true, Ordering::Release),
-            Sink::Text(text) => drop(core.failure.set(&String::from_utf8_lossy(&text))),
+            Sink::Text(text) => {
+                core.told(&String::from_utf8_lossy(&text));
+            }
         }
         core.ring();
     }

@@ -65,9 +65,9 @@ pub(crate) struct Simulate {
     /// Lives to live, with seeds from --seed on
     #[arg(long, value_name = "K", default_value_t = 1)]
     pub(crate) seeds: u64,
-    /// What follows a failure: start everything over from a checkpoint, or keep who lives (`elastic`)
-    #[arg(long, value_name = "HOW", value_enum, default_value_t = Recover::Restart)]
-    pub(crate) recovery: Recover,
+    /// What follows a failure: start everything over from a checkpoint, which it is if absent, or keep who lives (`elastic`)
+    #[arg(long, value_name = "HOW", value_enum)]
+    pub(crate) recovery: Option<Recover>,
     /// Nodes that stand by; as many as are wanted if neither this nor --min-nodes is given
     #[arg(long, value_name = "N")]
     pub(crate) spares: Option<u64>,
@@ -90,7 +90,9 @@ pub(crate) struct Simulate {
     #[arg(long, value_name = "FILE.toml")]
     pub(crate) scenario: Option<PathBuf>,
     /// Play a trace of a real run instead, and say what slowed it: a table of ops, comma-separated or Parquet
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "cluster", "accelerators", "layout", "days", "scenario", "as_if", "perfetto"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "cluster", "accelerators", "layout",
+        "sequence", "sequences", "format", "software", "steps", "days", "seed", "seeds", "recovery", "spares", "min_nodes", "scenario", "as_if",
+        "perfetto", "ranks", "catalog"])]
     pub(crate) trace: Option<PathBuf>,
     /// More catalogue files, over the built-in ones
     #[arg(long, value_name = "FILE.toml")]

@@ -1,5 +1,6 @@
 //! `phalanx bench machine`: measures this machine and writes what it found.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -58,6 +59,16 @@ pub(crate) fn calibrate(path: &Path, quick: bool) -> Result<Machine> {
         ));
     }
     Ok(machine)
+}
+
+/// Measures what a calibration lacks, and writes the file with it.
+pub(crate) fn add(machine: &mut Machine, path: &Path, lacks: &BTreeSet<&str>) -> Result<()> {
+    drop(files::Pending::create("--machine", path)?);
+    let cores = machine.cores.min(output::threads(0));
+    let progress = |_: &str, _: usize, _: usize| {};
+    let calibration = Calibration { quick: true, cores, collectives: &collectives, progress: &progress };
+    calibration.add(machine, lacks)?;
+    files::write("--machine", path, &machine.to_toml())
 }
 
 /// Starts this program as ranks that time their collectives.

@@ -90,7 +90,9 @@ impl Given<'_> {
     /// What each thing that goes wrong costs a step, in seconds: the step less what it would take without it.
     pub(super) fn costs(&self, rehearsal: &Rehearsal<'_>, with: &Steps) -> Result<Vec<Value>> {
         let mut out = Vec::new();
-        for name in self.scenario.names().into_iter().take(COSTS_MAX) {
+        let beyond: Vec<&str> = self.beyond().map(|(name, _)| name).collect();
+        let names = self.scenario.names().into_iter().filter(|name| !beyond.contains(name));
+        for name in names.take(COSTS_MAX) {
             if self.stop.load(Ordering::Relaxed) {
                 break;
             }
@@ -100,6 +102,25 @@ impl Given<'_> {
             }
         }
         Ok(out)
+    }
+
+    /// What goes wrong only in steps that are not played. Failures of days are lived, not played.
+    fn beyond(&self) -> impl Iterator<Item = (&str, u64)> {
+        let names = self.scenario.names();
+        let lived = self.args.days.is_some();
+        self.scenario
+            .beyond(super::counted(self.args))
+            .filter(move |(name, _)| !lived || names.contains(name))
+    }
+
+    /// The same as data: nothing is known of what it costs.
+    pub(super) fn not_played(&self) -> Value {
+        let steps = super::counted(self.args);
+        let without = if self.args.days.is_some() { " without --days" } else { "" };
+        let plays = |step: u64| format!("--steps {step}{without}");
+        let said =
+            |(name, step)| json!({ "of": name, "step": step, "steps": steps, "played_by": plays(step) });
+        self.beyond().map(said).collect()
     }
 
     /// The step if things were otherwise.

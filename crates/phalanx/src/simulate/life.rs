@@ -129,7 +129,7 @@ fn recovery(
 ) -> Result<(Recovery, Value)> {
     let restart_s = failures.detect_s.value + failures.restart_s.value;
     let losses = losses(failures);
-    if given.args.recovery == Recover::Restart {
+    if given.args.recovery != Some(Recover::Elastic) {
         let of = |(share, loss): &(f64, Loss)| {
             let it = sim::life::Loss { full_s: restart_s, fewer_s: restart_s, takes_node: loss.takes_node() };
             (*share, it)

@@ -49,6 +49,12 @@ pub(super) fn text(json: &Value) -> String {
         out +=
             &format!("{:<11}costs {:.4} s\n", cost["of"].as_str().unwrap_or_default(), n(&cost["seconds"]));
     }
+    for of in json["not_played"].as_array().into_iter().flatten() {
+        let name = of["of"].as_str().unwrap_or_default();
+        let (step, steps, by) = (&of["step"], &of["steps"], of["played_by"].as_str().unwrap_or_default());
+        out +=
+            &format!("{name:<11}not played: it is in step {step}, after the {steps} played; {by} plays it\n");
+    }
     for other in json["as_if"].as_array().into_iter().flatten() {
         let (what, step_s) = (other["as_if"].as_str().unwrap_or_default(), n(&other["step_s"]));
         out +=

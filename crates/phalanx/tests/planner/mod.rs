@@ -23,6 +23,41 @@ pub(crate) fn refused(lab: &Lab, args: &str, code: i32, what: &str) -> String {
 }
 
 #[test]
+fn a_run_file_says_batch_format_and_optimizer_and_flags_go_over_it() {
+    let lab = Lab::new();
+    let machine = "--cluster dgx-superpod-h100 --accelerators 16 --threads 1";
+    lab.write("model.toml", "model.preset = \"llama3.2-1b\"\ndata.prefix = \"unread\"\n");
+    lab.write(
+        "run.toml",
+        "model.preset = \"llama3.2-1b\"\ndata.prefix = \"unread\"\nbatch.sequence = 1024\nbatch.sequences = 96\n\
+         optim.kind = \"muon\"\ntrain.precision = \"f32\"\n",
+    );
+    let check = |args: &str, said: &str, same_as: &str| {
+        let ran = lab.run(&format!("plan {machine} --model {args} --json"));
+        assert_eq!(ran.code, Some(0), "{args}: {}", ran.err);
+        assert!(
+            if said.is_empty() { !ran.err.contains("says") } else { ran.err.contains(said) },
+            "{}",
+            ran.err
+        );
+        let best = |text: &str| -> Value {
+            let json: Value = serde_json::from_str(text).expect("JSON");
+            json["best"].clone()
+        };
+        let by_flags = lab.ok(&format!("plan {machine} --model llama3.2-1b {same_as} --json"));
+        assert_eq!(best(&ran.out), best(&by_flags), "{args}");
+    };
+    let flags = "--sequence 1024 --sequences 96 --optimizer muon --format fp32";
+    check("run.toml", "run.toml says: 96 sequences of 1024 tokens, --format fp32, --optimizer muon", flags);
+    check(
+        "run.toml --format bf16 --sequences 64",
+        "run.toml says: --optimizer muon",
+        "--sequence 1024 --sequences 64 --optimizer muon --format bf16",
+    );
+    check("model.toml", "", "");
+}
+
+#[test]
 fn an_answer_has_the_keys_that_scripts_read() {
     let lab = Lab::new();
     let json = lab.json(&format!("{SMALL} --tokens 30B --json --explain"));

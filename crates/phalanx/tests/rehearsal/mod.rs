@@ -71,9 +71,43 @@ fn nonsense_is_refused_with_a_hint() {
     refused("simulate --trace cut.parquet", "cut.parquet: ");
     refused(&format!("{SMALL} --as-if luck=2"), "--as-if luck=2");
     refused(&format!("{SMALL} --ranks 64"), "--ranks 64: 64 is no rank");
+    refused(&format!("{SMALL} --ranks 3"), "--ranks without --perfetto or --html");
+    refused(&format!("{SMALL} --recovery elastic"), "--recovery, and nothing fails");
+    refused(&format!("{SMALL} --seeds 3"), "--seeds, and nothing fails");
+    refused("simulate --trace ops.csv --recovery elastic", "--recovery");
     refused(&format!("{SMALL} --spares 1"), "without --days");
     refused(&format!("{SMALL} --days 3 --min-nodes 9"), "--min-nodes 9");
     refused(&format!("{SMALL} --perfetto none/trace.json"), "--perfetto");
+}
+
+/// What is in a step that is not played has no cost that is known: it is said, never priced at nothing.
+#[test]
+fn what_is_outside_the_steps_played_is_said() {
+    let lab = Lab::new();
+    lab.write("late.toml", "[[slow]]\nrank = 3\nfactor = 2\n[[pause]]\nrank = 0\nfor_s = 3\nstep = 3\n[[fail]]\nnode = 1\nstep = 7\n");
+    let play = |more: &str| lab.json(&format!("{SMALL} --scenario late.toml --json {more}"));
+    let names = |json: &serde_json::Value, key: &str| -> Vec<String> {
+        let all = json[key].as_array().expect("a list").iter();
+        all.map(|of| of["of"].as_str().expect("a name").to_owned()).collect()
+    };
+    let check = |more: &str, costs: &[&str], not_played: &[&str]| {
+        let json = play(more);
+        assert_eq!(names(&json, "costs"), costs, "{more}: {json}");
+        assert_eq!(names(&json, "not_played"), not_played, "{more}: {json}");
+        let priced = json["costs"].as_array().expect("a list").iter();
+        assert!(priced.clone().all(|cost| cost["seconds"].as_f64() > Some(0.0)), "{more}: {json}");
+    };
+    check("", &["slow 1"], &["pause 1", "fail 1"]);
+    check("--steps 2", &["slow 1"], &["pause 1", "fail 1"]);
+    check("--steps 3", &["slow 1", "pause 1"], &["fail 1"]);
+    check("--steps 7", &["slow 1", "pause 1"], &[]);
+    check("--days 3", &["slow 1"], &["pause 1"]);
+    let text = lab.ok(&format!("{SMALL} --scenario late.toml"));
+    assert!(
+        text.contains("pause 1    not played: it is in step 3, after the 1 played; --steps 3 plays it"),
+        "{text}"
+    );
+    assert_eq!(play("--days 3")["not_played"][0]["played_by"], "--steps 3 without --days");
 }
 
 /// Published runs are played beside the closed form, and a table that says nothing is refused.

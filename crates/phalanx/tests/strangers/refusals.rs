@@ -49,6 +49,34 @@ fn nonsense_is_refused_before_anything_is_done() {
 }
 
 #[test]
+fn flags_that_would_not_count_are_refused() {
+    let lab = Lab::new();
+    let bad = |args: &str, what: &str| check(&lab, args, 2, what);
+    bad(&tiny("bad", "--min-nproc 2"), "--nproc");
+    bad(&tiny("bad", "--max-restarts 2"), "--nproc");
+    bad(&tiny("bad", "--set data.text=other.txt"), "--text beside --set data.text=other.txt");
+    bad(
+        "program show --preset tiny --set model.preset=tiny-gpt2",
+        "--preset beside --set model.preset=tiny-gpt2",
+    );
+    let verify = "--nproc 2 --verify-every 2 --set run.verify_every=3";
+    bad(&tiny("bad", verify), "--verify-every beside --set run.verify_every=3");
+    assert!(!lab.path("bad").exists());
+    // A flag goes over a run file.
+    lab.write("other.txt", "");
+    lab.write("run.toml", "[data]\ntext = \"other.txt\"\n");
+    let flags = tiny("r", "").replacen("train", "train run.toml", 1);
+    lab.ok(&flags);
+    let run = std::fs::read_to_string(lab.path("r/run.toml")).expect("a run file");
+    assert!(run.contains("text = [\"text.txt\"]"), "{run}");
+    bad(
+        "plan --model tiny --cluster dgx-h100 --machine mine.toml",
+        "--machine mine.toml counts only with --cluster this",
+    );
+    bad("plan --model llama3-8b --cluster dgx-h100 --recovery elastic", "--tokens does not say how long");
+}
+
+#[test]
 fn what_cannot_begin_anew_leaves_the_run_where_it_is() {
     let lab = Lab::new();
     lab.ok(&tiny("r", ""));

@@ -165,7 +165,7 @@ fn a_ledger_counts_what_was_lost_and_what_came_twice() {
     let ledger = lab.json("ledger r --json");
     let expected = json!({"steps": 6, "sessions": 2, "steps_redone": 2, "samples": 24, "samples_lost": 0,
         "samples_skipped": 0, "skipped": [], "samples_repeated": 0, "wrong": [], "steps_missing": 0, "missing": [],
-        "damage": [], "tokens": {"state": "equal"}, "exact": true});
+        "doubled": [], "damage": [], "tokens": {"state": "equal"}, "exact": true});
     assert_eq!(ledger, expected);
 
     // A rank that drew something else, or whose record is gone.
@@ -186,6 +186,18 @@ fn a_ledger_counts_what_was_lost_and_what_came_twice() {
     let at = line.find("tokens_xxh3\":").expect("a hash") + "tokens_xxh3\":".len();
     let other = format!("{}1{}", &line[..at], line[at..].trim_start_matches(|c: char| c.is_ascii_digit()));
     check(text.replace(line, &other), "the tokens of step 5 are not those of the data");
+    // The same line twice is damage of the file; the step done once more is not.
+    let done = text.lines().rfind(|l| l.contains("\"step\"") && l.contains("\"step\":5,") && !of_step_5(l));
+    let done = done.expect("the record of step 5");
+    fs::write(&journal, text.replace(line, &format!("{line}\n{line}"))).expect("double it");
+    let ran = lab.run("ledger r");
+    assert_eq!(ran.code, Some(0), "{}{}", ran.out, ran.err);
+    assert!(ran.err.contains("1 line is there twice, the first of step 5"), "{}", ran.err);
+    let doubled = &lab.json("ledger r --json")["doubled"];
+    assert_eq!(doubled, &json!([{"rank": 3, "lines": 1, "first_step": 5}]));
+    let again = done.replacen("\"time_us\":1", "\"time_us\":2", 1);
+    assert_ne!(again, done);
+    check(text.replace(line, &format!("{line}\n{again}\n{line}")), "step 5: 0 lost, 2 repeated");
     fs::write(&journal, text).expect("as it was");
     lab.ok("ledger r");
 }
@@ -202,6 +214,9 @@ fn a_run_keeps_its_promises_under_faults() {
     for (key, value) in expected.as_object().expect("keys") {
         assert_eq!(&report[key], value, "{key}: {report}");
     }
+    let seconds = |key: &str| report[key].as_f64().unwrap_or_else(|| panic!("{key}: {report}"));
+    let (detection_s, recovery_s) = (seconds("median_detection_s"), seconds("median_recovery_s"));
+    assert!(detection_s > 0.0 && recovery_s > 0.0, "{report}");
     let kinds = report["kinds"].as_object().map(serde_json::Map::len);
     assert_eq!(kinds, Some(15 - not_tried.len()), "each kind at least once: {report}");
     let ran = lab.run("chaos --faults 1 --dir chaos");

@@ -54,4 +54,15 @@ fn a_lost_rank_is_done_without_where_fewer_are_enough() {
     let (status, err) = run.end();
     assert!(status.success() && err.contains("no restart is left: its place stays empty"), "{err}");
     assert_eq!(lab.json("ledger r --json")["exact"], true);
+    let records = journal::read(&journal::path(&lab.path("r"), 0)).expect("a journal");
+    let known = records.iter().find_map(|r| match r {
+        journal::Record::Recovered { detection_s, session, .. } => Some((*detection_s, *session)),
+        _ => None,
+    });
+    let (detection_s, session) = known.expect("a record of the recovery");
+    assert!(detection_s.is_some_and(|s| s >= 0.0), "when the loss was known: {detection_s:?}");
+    let steps_after = records
+        .iter()
+        .filter(|r| matches!(r, journal::Record::Drawn { session: s, .. } if Some(*s) == session));
+    assert!(steps_after.count() > 0, "the steps that follow have its session");
 }

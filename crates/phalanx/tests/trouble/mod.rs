@@ -111,10 +111,22 @@ fn a_run_ends_by_trouble_that_does_not_end() {
         ("--set trouble.on_nan=rollback --set trouble.back_steps=9", "trouble.back_steps = 9"),
         ("--drill nan@0", "steps count from 1"),
         ("--drill dance@3", "unknown"),
+        ("--drill nan@7", "--drill nan@7: step 7 never comes: the run ends with step 6"),
+        ("--drill spike@4 --stop-after 3", "step 4 never comes: the run ends with step 3"),
+        ("--drill slow@9-12:rank=0:ms=1", "step 9 never comes"),
+        ("--drill slow@3-2:rank=0:ms=1", "the last comes before the first"),
+        ("--nproc 2 --drill slow@3-4:rank=2:ms=1", "there is no rank 2: the run has 2"),
+        ("--drill flip@3:rank=1:param=x", "there is no rank 1: the run has 1"),
+        (
+            "--drill flip@3:rank=0:param=layers.0.mlp.down.wieght",
+            "rank 0 has no parameter layers.0.mlp.down.wieght",
+        ),
+        ("--drill flip@3:rank=0:param=layers.0.mlp.down.weight:bit=32", "there is no bit 32"),
     ] {
         let ran = lab.run(&tiny("t", set));
         assert_eq!(ran.code, Some(2), "{set}: {}", ran.err);
         assert!(ran.err.contains(what) && ran.err.contains("hint: "), "{set}: {}", ran.err);
+        assert!(!lab.path("t").exists(), "{set}");
     }
 }
 

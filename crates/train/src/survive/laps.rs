@@ -7,11 +7,13 @@ use std::time::Instant;
 pub(crate) struct Laps {
     since: Instant,
     phases: Vec<(&'static str, f64)>,
+    /// Seconds until the loss was known, before all phases; of the first loss, if another follows on the way.
+    pub(crate) detection_s: Option<f64>,
 }
 
 impl Laps {
-    pub(crate) fn begin() -> Laps {
-        Laps { since: Instant::now(), phases: Vec::new() }
+    pub(crate) fn begin(detection_s: Option<f64>) -> Laps {
+        Laps { since: Instant::now(), phases: Vec::new(), detection_s }
     }
 
     /// What was done since the last call was `phase`.

@@ -197,7 +197,7 @@ impl Lifeline {
             copies: None,
             dealt: None,
             kept: None,
-            laps: Laps::begin(),
+            laps: Laps::begin(None),
             trace,
         }
     }

@@ -179,8 +179,9 @@ impl Trainer {
         pace: &mut Pace,
         each: &mut dyn FnMut(Event),
     ) -> Result<bool> {
+        let detection_s = self.exec.mesh.silence_s();
         if let Some(l) = &mut self.lifeline {
-            l.laps = Laps::begin();
+            l.laps = Laps::begin(detection_s);
         }
         if lost.is_none() {
             // All ranks are here for what is nearly on the disk.
@@ -272,8 +273,11 @@ impl Trainer {
         let (time_us, step, world) = (now_us(), self.step, self.run.layout.world());
         let Some(l) = &mut self.lifeline else { return };
         l.laps.lap("copies");
-        let (recovery_s, phases) = (l.laps.total_s(), l.laps.phases());
-        self.note(Record::Recovered { time_us, step, why, source, world, recovery_s, phases }, each);
+        let (detection_s, recovery_s, phases) = (l.laps.detection_s, l.laps.total_s(), l.laps.phases());
+        let session = Some(self.session);
+        let record =
+            Record::Recovered { time_us, step, why, source, world, session, detection_s, recovery_s, phases };
+        self.note(record, each);
     }
 }
 
