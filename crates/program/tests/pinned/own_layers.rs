@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use program::{Emitter, Loss, Mode, Program, Recipe, Request, Role, RowFn, ValueId};
+use program::{Emitter, Loss, Mode, ParamGroup, Program, Recipe, Request, Role, RowFn, ValueId};
 use spec::{DType, Layout, Recompute};
 
 use crate::check::check;
@@ -15,6 +15,19 @@ fn twice(x: &[f32], y: &mut [f32]) {
 
 fn twice_back(dy: &[f32], _: &[f32], dx: &mut [f32]) {
     twice(dy, dx);
+}
+
+/// Buffers and groups that hold nothing, and bytes that are said.
+fn empty(p: &Program) -> String {
+    let buffers = p.buffers.iter().filter(|b| b.is_empty()).count();
+    let groups = p.groups.iter().filter(|g| g.is_empty()).count();
+    let said: u64 =
+        p.blocks.iter().flat_map(|b| &b.ops).filter_map(|op| op.comm.as_ref()).map(|c| c.bytes()).sum();
+    format!(
+        "{buffers} of {} buffers and {groups} of {} groups are empty, {said} B said",
+        p.buffers.len(),
+        p.groups.len()
+    )
 }
 
 /// Layers of one's own: functions of rows beside the model's layers, and a model whose parameters no op uses.
@@ -45,7 +58,7 @@ fn layers_of_ones_own_change_only_on_purpose() {
             recipe: Recipe::default(),
         };
         let program = Program::of_layers(&request, &layer, &|_, _| 640).expect("a program");
-        writeln!(all, "{}", figures(&program)).unwrap();
+        writeln!(all, "{}; {}", figures(&program), empty(&program)).unwrap();
         let refused =
             Program::of_layers(&request, &|_, _, x| x, &|_, _| 640).expect_err("no op uses its parameters");
         writeln!(all, "{refused} ({})", refused.hint_text().unwrap_or_default()).unwrap();
@@ -60,7 +73,7 @@ fn layers_of_ones_own_change_only_on_purpose() {
         writeln!(
             all,
             "{:?}, {}",
-            found.map(|p| p.groups.len()).map_err(|e| e.to_string()),
+            found.map(|p| empty(&p)).map_err(|e| e.to_string()),
             generates.mode.positions()
         )
         .unwrap();
