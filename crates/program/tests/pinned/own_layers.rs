@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use program::{Emitter, Loss, Mode, ParamGroup, Program, Recipe, Request, Role, RowFn, ValueId};
+use program::{Emitter, Loss, Mode, Program, Recipe, Request, Role, RowFn, ValueId};
 use spec::{DType, Layout, Recompute};
 
 use crate::check::check;
