@@ -10,18 +10,7 @@
 /// assert!(comm::tree_radices(1).is_empty());
 /// ```
 pub fn tree_radices(n: usize) -> Vec<usize> {
-    let mut radices = Vec::new();
-    let (mut rest, mut factor) = (n.max(1), 2);
-    while rest > 1 {
-        if rest.is_multiple_of(factor) {
-            radices.push(factor);
-            rest /= factor;
-        } else if factor * factor > rest {
-            factor = rest;
-        } else {
-            factor += 1;
-        }
-    }
+    let mut radices = spec::sum_tree::prime_factors(n);
     radices.reverse();
     radices
 }

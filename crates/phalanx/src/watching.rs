@@ -1,7 +1,5 @@
 //! `phalanx dash`, and what views of runs ask besides journals.
 
-use std::fs::File;
-use std::io::Read as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,9 +12,6 @@ use train::RunDir;
 use crate::args::Dash;
 use crate::{output, this_machine};
 
-/// Bytes of a token that is made up: as many as nobody guesses.
-const TOKEN_BYTES: usize = 16;
-
 /// Shortest token taken from a file.
 const TOKEN_CHARS_MIN: usize = 16;
 
@@ -27,7 +22,10 @@ pub(crate) fn dash(args: &Dash) -> Result<u8> {
     }
     let token = match &args.token_file {
         Some(path) => Some(read_token(path)?),
-        None if !args.bind.is_loopback() => Some(make_token()?),
+        None if !args.bind.is_loopback() => {
+            let token = comm::Secret::random_text();
+            Some(token.map_err(|e| e.hint("give a token with --token-file"))?)
+        }
         None => None,
     };
     let server = serve(Options {
@@ -81,13 +79,4 @@ fn read_token(path: &Path) -> Result<String> {
         .hint("make one: head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n'"));
     }
     Ok(token.to_owned())
-}
-
-fn make_token() -> Result<String> {
-    let mut bytes = [0; TOKEN_BYTES];
-    let source = Path::new("/dev/urandom");
-    File::open(source)
-        .and_then(|mut f| f.read_exact(&mut bytes))
-        .map_err(|e| Error::io("make a token from", source, &e).hint("give a token with --token-file"))?;
-    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
 }

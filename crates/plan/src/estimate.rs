@@ -214,7 +214,6 @@ pub struct Shared(Timed);
 struct TimedKey {
     key: Key,
     format: NumberFormat,
-    tp_stride: usize,
 }
 
 /// Templates by what they depend on.
@@ -347,7 +346,7 @@ impl<'a> Estimator<'a> {
 
     fn timed(&mut self, placement: &Placement) -> Result<Timed> {
         let key = self.key(placement);
-        let timed_key = TimedKey { key, format: placement.format, tp_stride: 1 };
+        let timed_key = TimedKey { key, format: placement.format };
         if let Some(timed) = self.timed.get(&timed_key) {
             return Ok(*timed);
         }
@@ -384,7 +383,36 @@ mod tests {
         check(0.15, 0.2, Pace::Host);
         check(0.05, 0.3, Pace::Network);
         check(0.15, 0.3, Pace::Host);
+        check(HOST_SHARE, 0.0, Pace::Compute);
+        check(0.0, TALK_SHARE, Pace::Compute);
         assert_eq!(Breakdown::default().pace(), Pace::Compute);
+    }
+
+    /// A layer is of the kind that all are, or the mean of both kinds.
+    #[test]
+    fn the_mean_layer_is_of_both_kinds() {
+        let check = |model: &str, with_experts: f64| {
+            let problem = Problem {
+                shape: crate::models::find(model).unwrap(),
+                cluster: spec::Catalog::builtin().unwrap().cluster("dgx-h100", Some(8)).unwrap(),
+                software: Software::named("megatron-core-2024").unwrap(),
+                constants: crate::calibration::PRIOR,
+                sequence: 2048,
+                sequences: 64,
+                optimizer: Optimizer::AdamW,
+            };
+            let mut estimator = Estimator::new(&problem, NumberFormat::Bf16).unwrap();
+            let placement = Placement::of(spec::Layout { dp: 8, ..Default::default() }, NumberFormat::Bf16);
+            let shared = estimator.shared(&placement).unwrap();
+            let sum = |t: &section::Times| t.gemm + t.attention + t.stream;
+            let of = |p: &Passes| sum(&p.forward) + sum(&p.backward);
+            let (dense, experts) = (of(&shared.0.layer), of(&shared.0.expert_layer));
+            let expected = dense + with_experts * (experts - dense);
+            assert!(expected > 0.0 && (estimator.layer_s(&shared) / expected - 1.0).abs() < 1e-12, "{model}");
+        };
+        check("llama3-8b", 0.0);
+        check("mixtral-8x7b", 1.0);
+        check("deepseek-v3", 58.0 / 61.0);
     }
 
     /// Messages stretch with the stragglers that the rest waits for.

@@ -264,19 +264,16 @@ pub fn collective(
     group: Group,
     bytes: f64,
 ) -> CommTime {
-    if group.size <= 1 || bytes <= 0.0 {
-        return NOTHING;
-    }
     on_span(net, what, &Extent::of(cluster, net, group), group.size, bytes)
 }
 
 /// [`collective`] on a span worked out before: the inner loop of a search.
 pub fn on_span(net: &NetworkModel, what: Collective, span: &Extent, size: usize, bytes: f64) -> CommTime {
-    if size <= 1 || bytes <= 0.0 {
+    let t = traffic(net, what, span, size, bytes);
+    if t == Traffic::default() {
         return NOTHING;
     }
     let n = size as f64;
-    let t = traffic(net, what, span, size, bytes);
     let inside_s = t.inside_bytes / span.inside_rate;
     let outside_s = t.outside_bytes / span.outside_rate;
     let moving = inside_s.max(outside_s);

@@ -69,8 +69,7 @@ fn one_f_one_b(warm_up: usize, micro_batches: usize, chunks: usize, stages: usiz
     let nth = |k: usize, pass: Pass| {
         let turn = (k / stages) % chunks;
         let chunk = if pass == Pass::Forward { turn } else { chunks - 1 - turn };
-        let micro_batch = if chunks == 1 { k } else { k / (stages * chunks) * stages + k % stages };
-        Work { chunk: if chunks == 1 { 0 } else { chunk }, micro_batch, pass }
+        Work { chunk, micro_batch: k / (stages * chunks) * stages + k % stages, pass }
     };
     let warm_up = warm_up.min(total);
     let mut order: Vec<Work> = (0..warm_up).map(|k| nth(k, Pass::Forward)).collect();

@@ -75,7 +75,6 @@ impl<'a> Rank<'a> {
         self.local_sequences / self.layout.micro_batch
     }
 
-    /// One token against a cache instead of whole sequences.
     /// Sequences that have logits at a time.
     pub(crate) fn loss_sequences(&self) -> usize {
         match self.request.loss {
@@ -84,6 +83,7 @@ impl<'a> Rank<'a> {
         }
     }
 
+    /// One token against a cache instead of whole sequences.
     pub(crate) fn generates(&self) -> bool {
         self.request.mode != Mode::Train
     }

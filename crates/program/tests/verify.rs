@@ -3,7 +3,7 @@
 mod common;
 
 use common::{build, model};
-use program::verify::{Rule, Violation, program, world};
+use program::verify::{Rule, Violation, accept, program, world};
 use program::{Collective, Home, OpKind, Program};
 use spec::{Layout, Zero};
 
@@ -203,6 +203,19 @@ fn no_rank_waits_for_ever() {
     });
     // A schedule that takes a micro-batch back before it went out.
     broken_world(Rule::Deadlock, "rank 0", &pipeline, |all| all[0].schedule.reverse());
+}
+
+#[test]
+fn what_is_found_first_is_said_and_how_much_more() {
+    let found = ["is short", "is long", "is none"].map(|what| Violation {
+        rule: Rule::Shapes,
+        at: "layers.0".to_owned(),
+        what: what.to_owned(),
+    });
+    accept("emit", &[]).expect("nothing was found");
+    let said = |n: usize| accept("emit", &found[..n]).expect_err("something was").to_string();
+    assert_eq!(said(1), "the program is wrong after emit: layers.0: is short (Shapes)");
+    assert_eq!(said(3), "the program is wrong after emit: layers.0: is short (Shapes), and 2 more");
 }
 
 /// The rule for values, before bytes are given, is kept by the passes; a second writer shows in a placed program as two

@@ -287,7 +287,7 @@ impl Catalog {
                 "ask for at most {per_node}, or give the node a fabric and scale_out in a --catalog file"
             )));
         }
-        self.assemble(&node.name, node, None, None, accelerators)
+        self.assemble(&node.name, node, None, accelerators.unwrap_or(per_node))
     }
 
     fn platform(&self, platform: &Entry, units: Option<usize>, asked: Option<usize>) -> Result<Cluster> {
@@ -335,7 +335,7 @@ impl Catalog {
             let what = format!("{n} accelerators asked, {name} has {has} and runs jobs of up to {limit}");
             return Err(Error::user(what).hint(format!("ask for at most {limit}")));
         }
-        self.assemble(&name, node, Some((platform, limit)), asked.or(Some(limit)).map(|n| n.min(n)), asked)
+        self.assemble(&name, node, Some((platform, limit)), asked.unwrap_or(limit))
     }
 
     fn assemble(
@@ -343,12 +343,10 @@ impl Catalog {
         name: &str,
         node: &Entry,
         platform: Option<(&Entry, usize)>,
-        size: Option<usize>,
-        asked: Option<usize>,
+        accelerators: usize,
     ) -> Result<Cluster> {
         let mut assumptions = Vec::new();
         let per_node = count(node, "accelerators")?;
-        let accelerators = asked.or(size).unwrap_or(per_node);
         if accelerators == 0 || accelerators > ACCELERATORS_MAX {
             let what =
                 format!("{accelerators} accelerators asked of {name}, expected 1 to {ACCELERATORS_MAX}");

@@ -170,6 +170,61 @@ mod tests {
     }
 
     #[test]
+    fn failures_of_the_system_are_the_users_or_the_worlds() {
+        let check = |errno: i32, kind: Kind, hint: Option<&str>| {
+            let e = Error::io("read", "a/b".as_ref(), &std::io::Error::from_raw_os_error(errno));
+            assert_eq!((e.kind(), e.hint_text()), (kind, hint), "{errno}: {e}");
+            assert!(e.to_string().starts_with("read a/b: "), "{e}");
+            assert_eq!(e.exit_code(), if kind == Kind::User { 2 } else { 1 });
+        };
+        // Linux: no entry, no permission, exists, no directory, a directory, read only, invalid, links in a circle.
+        for errno in [2, 13, 17, 20, 21, 30, 22, 40] {
+            check(errno, Kind::User, None);
+        }
+        // I/O, no memory, too large, no space, broken pipe, connection reset.
+        for errno in [5, 12, 27, 28, 32, 104] {
+            check(errno, Kind::Failure, None);
+        }
+        let hint = Some("raise the limit on open files: ulimit -n");
+        check(23, Kind::Failure, hint);
+        check(24, Kind::Failure, hint);
+        let other = Error::io("write", "x".as_ref(), &std::io::Error::other("full"));
+        assert_eq!((other.kind(), other.to_string().as_str()), (Kind::Failure, "write x: full"));
+    }
+
+    #[test]
+    fn what_turns_or_hides_text_is_spelt_out() {
+        let check = |text: &str, expected: &str| assert_eq!(printable(text), expected);
+        check(
+            "a\t\n\u{200d}\u{2029}\u{202f}\u{2065}\u{206a}",
+            "a\t\n\u{200d}\u{2029}\u{202f}\u{2065}\u{206a}",
+        );
+        check(
+            "\u{200e}\u{200f}\u{202a}\u{202e}\u{2066}\u{2069}",
+            "\\u200e\\u200f\\u202a\\u202e\\u2066\\u2069",
+        );
+        check("\r\u{7f}\u{85}", "\\u000d\\u007f\\u0085");
+    }
+
+    /// As long as it may be is left alone; the ends of what is cut are whole characters.
+    #[test]
+    fn only_what_is_too_long_is_cut() {
+        let fits = "x".repeat(MESSAGE_BYTES_MAX);
+        assert_eq!(Error::user(fits.clone()).to_string(), fits);
+        for n in 1..9 {
+            let text = format!("{}{}", "y".repeat(n), "ü".repeat(MESSAGE_BYTES_MAX));
+            let cut = Error::user(text.clone()).to_string();
+            let (head, rest) = cut.split_once(" [... ").expect("it is cut");
+            let (bytes, tail) = rest.split_once(" bytes ...] ").expect("it says how much");
+            let gone: usize = bytes.parse().expect("a count");
+            assert_eq!(head.len() + gone + tail.len(), text.len(), "{n}");
+            assert!(text.starts_with(head) && text.ends_with(tail) && head.len() > tail.len(), "{n}");
+            let kept = head.len() + tail.len();
+            assert!((3068..=3072).contains(&kept), "{n}: {kept}");
+        }
+    }
+
+    #[test]
     fn a_long_message_keeps_both_ends() {
         let long = format!("unknown key {} in run.toml:7", "ü".repeat(1 << 20));
         let e = Error::user(long.clone()).hint(long).context("read");

@@ -27,22 +27,9 @@ impl SumTree {
     /// The tree over `n` leaves; 0 is read as 1.
     pub fn new(n: usize) -> Self {
         let leaves = n.max(1);
-        let mut top_down = Vec::new();
-        let mut rest = leaves;
-        let mut factor = 2;
-        while factor * factor <= rest {
-            while rest.is_multiple_of(factor) {
-                // Factors are at most the root of a usize here, and a sum over 2^32 siblings is out of reach.
-                top_down.push(factor as u32);
-                rest /= factor;
-            }
-            factor += 1;
-        }
-        if rest > 1 {
-            top_down.push(u32::try_from(rest).unwrap_or(u32::MAX));
-        }
-        top_down.reverse();
-        SumTree { leaves, bottom_up: top_down }
+        // A sum over 2^32 siblings is out of reach.
+        let radix = |factor| u32::try_from(factor).unwrap_or(u32::MAX);
+        SumTree { leaves, bottom_up: prime_factors(leaves).into_iter().rev().map(radix).collect() }
     }
 
     /// Number of leaves.
@@ -98,6 +85,26 @@ impl SumTree {
         }
         None
     }
+}
+
+/// The prime factors of `n`, ascending, each as often as it divides; none of 0 and 1.
+///
+/// ```
+/// assert_eq!(spec::sum_tree::prime_factors(360), [2, 2, 2, 3, 3, 5]);
+/// assert_eq!(spec::sum_tree::prime_factors(97 * 97), [97, 97]);
+/// ```
+pub fn prime_factors(n: usize) -> Vec<usize> {
+    let (mut rest, mut factor, mut factors) = (n, 2, Vec::new());
+    while factor * factor <= rest {
+        if rest.is_multiple_of(factor) {
+            factors.push(factor);
+            rest /= factor;
+        } else {
+            factor += 1;
+        }
+    }
+    factors.extend((rest > 1).then_some(rest));
+    factors
 }
 
 /// What to do with the `index`-th partial sum of a tree with these radices (bottom-up), arriving in order:

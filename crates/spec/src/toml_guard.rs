@@ -77,7 +77,12 @@ mod tests {
         check(&"[a]\n".repeat(1000), None);
         check(&"[[a.b]]\nc = { d = [1] }\n".repeat(1000), None);
         let deep = Some((32, "more than 32 tables and lists within each other"));
+        check(&"[".repeat(32), None);
         check(&"[".repeat(33), deep);
+        check(&"[] ".repeat(33), None);
+        // The end of the text is one of them.
+        check(&"a\n".repeat(TOKENS_MAX - 1), None);
+        check(&"a\n".repeat(TOKENS_MAX), Some((2 * TOKENS_MAX, "more than 131072 words and values")));
         check(&"[".repeat(1 << 20), deep);
         let unclosed = "a = { b = 1\nc = 2\n[d]\ne".repeat(99);
         assert!(guard_toml(&unclosed).is_err());

@@ -2,6 +2,7 @@
 
 mod pool;
 
+use spec::sum_tree::prime_factors;
 use spec::{DType, Optimizer, PipelineSchedule, Zero};
 
 use crate::placement::Placement;
@@ -44,7 +45,7 @@ impl Estimator<'_> {
         let (pp, chunks) = (l.pp as f64, l.chunks as f64);
         // A counter over the micro-batches holds one partial sum for each of its digits.
         let sums = if self.problem.software.tree_sums {
-            prime_factors(micro_batches as usize).max(1.0)
+            prime_factors(micro_batches as usize).len().max(1) as f64
         } else {
             1.0
         };
@@ -97,17 +98,4 @@ fn interleaved(pp: f64, chunks: f64) -> f64 {
 /// Numbers in 32 bit that the optimiser keeps for each parameter: two moments, and a master of weights in 16 bit.
 pub(super) fn optimizer_states(precision: DType) -> f64 {
     if precision == DType::F32 { 2.0 } else { 3.0 }
-}
-
-/// How many prime factors a number has, counted with their multiplicity.
-fn prime_factors(mut n: usize) -> f64 {
-    let (mut count, mut factor) = (0.0, 2);
-    while factor * factor <= n {
-        while n.is_multiple_of(factor) {
-            n /= factor;
-            count += 1.0;
-        }
-        factor += 1;
-    }
-    if n > 1 { count + 1.0 } else { count }
 }

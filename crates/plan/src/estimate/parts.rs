@@ -241,6 +241,8 @@ mod tests {
         check("megatron-core-2024", 8, 4, 1, &[2, 2, 2, 2]);
         check("megatron-core-2024", 126, 16, 1, &[7, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 7]);
         check("megatron-core-2024", 6, 2, 2, &[1, 2, 2, 1]);
+        check("megatron-core-2024", 5, 4, 1, &[1, 2, 1, 1]);
+        check("megatron-core-2024", 40, 16, 1, &[2, 3, 3, 3, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2, 2, 2]);
         check("phalanx", 7, 2, 1, &[4, 3]);
         check("phalanx", 7, 2, 2, &[2, 1, 2, 2]);
         check("phalanx", 10, 4, 1, &[2, 3, 3, 2]);

@@ -236,7 +236,7 @@ impl Estimator<'_> {
     /// Seconds that everything takes which is said beside the forward passes, or beside the backward ones.
     fn said_s(&self, r: &Replicas, forward: bool) -> f64 {
         let of = |(said, holders): (&[Said; 4], &Holders)| -> f64 {
-            let spoken = said.iter().filter(|s| s.forward == forward && s.bytes > 0.0);
+            let spoken = said.iter().filter(|s| s.forward == forward);
             spoken.map(|s| self.talk(r, holders, s) * s.times).sum()
         };
         r.said.iter().zip(&r.holders).map(of).sum()
@@ -317,9 +317,7 @@ impl Estimator<'_> {
                 (Collective::ReduceScatter, Group { size: shards, ..holders.shards }, whole),
                 (Collective::AllGather, tensor, gathered),
             ];
-            for (what, group, bytes) in
-                said.into_iter().filter(|(_, group, bytes)| group.size > 1 && *bytes > 0.0)
-            {
+            for (what, group, bytes) in said {
                 let comm = on_span(&self.net, what, &self.span(group), group.size, bytes);
                 seconds += comm.latency_s + (comm.seconds - comm.latency_s) / self.problem.constants.network;
             }

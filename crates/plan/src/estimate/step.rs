@@ -336,6 +336,12 @@ pub(crate) fn virtual_layers(problem: &Problem, placement: &Placement) -> Vec<us
         return l.deal(layers);
     }
     let dealt = stage_layers(placement, layers, software);
+    if l.chunks == 1 && dealt.mean < dealt.between {
+        // Stages between the ends are of two sizes.
+        let (first, last, between) = (dealt.first as usize, dealt.last as usize, l.pp - 2);
+        let own = |i| spec::shares::even(layers - first - last, between, i).len();
+        return std::iter::once(first).chain((0..between).map(own)).chain([last]).collect();
+    }
     let each = layers.div_ceil(virtuals);
     if (dealt.between as usize) < each * l.chunks {
         return l.deal(layers);

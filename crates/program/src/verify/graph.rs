@@ -118,7 +118,7 @@ mod tests {
     use crate::{Mode, Request, emit};
 
     /// Spoils the forward ops of a model and expects a rule to say so.
-    fn broken(rule: Rule, spoil: impl FnOnce(&mut Graph)) {
+    fn broken(rule: Rule, spoil: impl Fn(&mut Graph)) {
         let (model, layout) = (ModelSpec::preset("tiny").expect("a preset"), Layout::default());
         let (precision, mode) = (DType::F32, Mode::Train);
         let request = Request {
@@ -133,12 +133,20 @@ mod tests {
             recipe: Default::default(),
         };
         let rank = Rank::of(&request).expect("a rank");
-        let mut g = emit::forward(&rank, &rank.chunks[0]).graph;
-        let check = |g: &Graph| check(g, &[&g.nodes], &HashSet::new(), &rank.groups);
-        assert_eq!(check(&g), []);
-        spoil(&mut g);
-        let found = check(&g);
+        let spoiled = || {
+            let mut f = emit::forward(&rank, &rank.chunks[0]);
+            assert_eq!(check(&f.graph, &[&f.graph.nodes], &HashSet::new(), &rank.groups), []);
+            spoil(&mut f.graph);
+            f
+        };
+        let g = spoiled().graph;
+        let found = check(&g, &[&g.nodes], &HashSet::new(), &rank.groups);
         assert!(found.iter().any(|v| v.rule == rule), "{rule:?} is not among {found:?}");
+        // Whoever asks for checks hears of it, and nobody else.
+        let pass = |on| Check { on, rank: &rank }.forward(spoiled()).map(|f| f.graph.nodes.len());
+        assert_eq!(pass(false).expect("unasked"), g.nodes.len());
+        let refused = pass(true).expect_err("asked").to_string();
+        assert!(refused.starts_with("the program is wrong after emit: "), "{refused}");
     }
 
     #[test]

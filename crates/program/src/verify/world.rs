@@ -87,7 +87,7 @@ pub fn world(all: &[Program]) -> (Checked, Vec<Violation>) {
     // Ranks that may be able to go on: those whose turn it is, and those whom another's move may have freed.
     let mut ready: Vec<usize> = (0..all.len()).rev().collect();
     while let Some(rank) = ready.pop() {
-        while let Some(s) = said[rank].get(next[rank]) {
+        while let Some(s) = said.get(rank).and_then(|l| l.get(next[rank])) {
             match &s.event {
                 Event::Send { to, channel, micro_batch, bytes } => {
                     sent.insert((rank, *to, *channel, *micro_batch), *bytes);

@@ -1,6 +1,7 @@
 //! Extents of tori, and slices of one size.
 
 use crate::catalog::Entry;
+use crate::sum_tree::prime_factors;
 use crate::{Error, Result};
 
 /// The largest part of `n` in equal parts of at most `most`: slices that are joined are of one size.
@@ -13,18 +14,7 @@ pub(super) fn even_slice(n: usize, most: usize) -> usize {
 /// Extents as even as possible whose product is `n`: largest prime factors first, each to the smallest extent.
 pub(super) fn even_extents(n: usize, dims: usize) -> Vec<usize> {
     let mut extents = vec![1; dims.clamp(1, 4)];
-    let (mut rest, mut factor, mut factors) = (n.max(1), 2, Vec::new());
-    while factor * factor <= rest {
-        while rest.is_multiple_of(factor) {
-            factors.push(factor);
-            rest /= factor;
-        }
-        factor += 1;
-    }
-    if rest > 1 {
-        factors.push(rest);
-    }
-    for factor in factors.into_iter().rev() {
+    for factor in prime_factors(n).into_iter().rev() {
         if let Some(smallest) = extents.iter_mut().min() {
             *smallest *= factor;
         }
@@ -57,6 +47,13 @@ mod tests {
         check(128, 3, &[4, 4, 8]);
         check(1, 3, &[1, 1, 1]);
         check(7, 2, &[1, 7]);
+        check(4, 2, &[2, 2]);
+        check(9, 2, &[3, 3]);
+        check(25, 3, &[1, 5, 5]);
+        check(36, 2, &[6, 6]);
+        check(0, 2, &[1, 1]);
+        check(12, 0, &[12]);
+        check(64, 5, &[2, 2, 4, 4]);
     }
 
     #[test]

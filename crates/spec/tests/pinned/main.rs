@@ -1,12 +1,15 @@
 //! What a great many inputs become, line by line: whoever changes a rule sees here what else it moves, and means it. That
 //! the lines are right is asked elsewhere, by tests that give the reason.
-#![expect(
-    clippy::disallowed_methods,
-    reason = "what is pinned is read, and what it should become is written"
-)]
+#[path = "../../../../tests/pinned.rs"]
+mod check;
+
+mod catalog;
+mod configs;
+mod legal;
+mod runs;
+mod shapes;
 
 use std::fmt::Write as _;
-use std::path::Path;
 
 use serde_json::{Value, json};
 use spec::run::KeyKind;
@@ -15,19 +18,7 @@ use spec::{
     hash::fnv1a,
 };
 
-/// Compares with `tests/pinned/NAME.txt`.
-#[track_caller]
-fn check(name: &str, found: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/pinned/{name}.txt"));
-    let pinned = std::fs::read_to_string(&path).unwrap_or_default();
-    let moved: Vec<&str> = found.lines().filter(|line| !pinned.lines().any(|known| known == *line)).collect();
-    if found == pinned {
-        return;
-    }
-    let new = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.txt"));
-    std::fs::write(&new, found).expect("a folder for what tests write");
-    panic!("{} should become {}; what moved:\n{}", path.display(), new.display(), moved.join("\n"));
-}
+use check::check;
 
 /// One line of whatever went wrong, hint and all.
 fn said(error: &spec::Error) -> String {
