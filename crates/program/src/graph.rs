@@ -28,6 +28,8 @@ pub(crate) enum Source {
     Starts,
     /// One f64 sum of losses for each sequence of the step.
     LossLeaves,
+    /// Biases that experts are chosen by, a row for each layer.
+    ExpertBias,
     /// An op.
     Node,
 }

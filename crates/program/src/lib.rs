@@ -276,6 +276,10 @@ pub struct Program {
     pub mode: Mode,
     /// Parameter groups of the rank, in forward order.
     pub groups: Vec<ParamGroup>,
+    /// What [`Io::expert_bias`] holds: a row for each layer of the whole model, and a part of one row for each that has
+    /// experts. It is saved and restored as parameters are, and has no gradient.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_bias: Option<ParamGroup>,
     /// Their buffers.
     pub group_buffers: Vec<GroupBuffers>,
     /// Gradient buckets in the order in which backward fills them.
@@ -334,6 +338,9 @@ pub struct Io {
     pub norm_chunks: BufferId,
     /// How many copies of this rank's tokens went to each expert in this step, `[layers, experts]`.
     pub expert_counts: Option<BufferId>,
+    /// Biases that experts are chosen by, `[layers, experts]` in f32 whatever the precision, alike on every rank.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_bias: Option<BufferId>,
     /// Cosine table of this rank's positions `[sequence / cp, rotated dims / 2]`, empty without rotary positions.
     pub cos: BufferId,
     /// Sine table.

@@ -156,6 +156,35 @@ pub(crate) fn table(model: &ModelSpec, layout: &Layout, coords: Coords, chunks: 
     t.groups
 }
 
+/// The biases that the experts of all layers are chosen by, where a model has them.
+pub(crate) fn expert_bias(model: &ModelSpec) -> Option<ParamGroup> {
+    let e = model.experts.filter(|e| e.router.expert_bias)?;
+    let key = |place| ParamKey { place, role: Role::ExpertBias, bias: true };
+    let part = |layer: usize| ParamPart {
+        name: format!("layers.{layer}.mlp.expert_bias"),
+        key: key(Place::Layer(layer)),
+        global: (1, e.count),
+        dims: [1, e.count],
+        row0: 0,
+        rows: 1,
+        col0: 0,
+        cols: e.count,
+        local_row0: layer,
+    };
+    Some(ParamGroup {
+        name: "expert_bias".to_owned(),
+        key: key(Place::Step),
+        rows: model.layers,
+        cols: e.count,
+        decay: false,
+        parts: (0..model.layers).filter(|i| model.has_experts(*i)).map(part).collect(),
+        unit: 0,
+        replicated_tp: true,
+        replication: Replication::Data,
+        chunk: 0,
+    })
+}
+
 impl Table<'_> {
     fn embedding(&mut self) {
         let m = self.model;

@@ -95,9 +95,15 @@ impl<'a> Rank<'a> {
     pub(crate) fn heads(&self) -> Heads {
         let (m, tp) = (self.model, self.layout.tp);
         let q = m.heads / tp;
+        let score_factor = match (&m.position, m.latent) {
+            (Position::Rope(rope), Some(_)) => rope.scaling.score_factor() as f32,
+            _ => 1.0,
+        };
         match m.latent {
-            Some(l) => Heads { q, kv: q, dim: l.key_dim(), value_dim: l.value_dim },
-            None => Heads { q, kv: m.kv_heads / tp, dim: m.head_dim, value_dim: m.head_dim },
+            Some(l) => Heads { q, kv: q, dim: l.key_dim(), value_dim: l.value_dim, score_factor },
+            None => {
+                Heads { q, kv: m.kv_heads / tp, dim: m.head_dim, value_dim: m.head_dim, score_factor }
+            }
         }
     }
 

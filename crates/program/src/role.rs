@@ -61,6 +61,8 @@ pub enum Role {
     SharedDown,
     /// Scores of the experts.
     Router,
+    /// What is added to the scores of experts where the best are chosen.
+    ExpertBias,
     /// [`Role::Up`] of routed experts, one under another.
     ExpertUp,
     /// [`Role::Down`] of routed experts, one under another.

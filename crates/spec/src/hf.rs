@@ -11,6 +11,7 @@ pub use bounded::{parse_json, small_json};
 pub use planned::HfModel;
 pub use windows::Windows;
 
+use crate::model::yarn_scale;
 use crate::{
     Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router,
 };
@@ -534,7 +535,7 @@ impl<'a> Config<'a> {
             self.count_or("original_max_position_embeddings", Some(max_positions))?;
         let factor = self.number_or("factor", Some(max_positions as f64 / original_max_positions as f64))?;
         // DeepSeek's two scales of the logarithm come down to one attention factor.
-        let scale = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
+        let scale = |m: f64| yarn_scale(factor, m);
         let attention_factor =
             match (self.get("attention_factor"), self.get("mscale"), self.get("mscale_all_dim")) {
                 (Some(_), ..) => Some(self.number_or("attention_factor", None)?),
@@ -553,6 +554,7 @@ impl<'a> Config<'a> {
             original_max_positions,
             attention_factor,
             truncate: self.flag_or("truncate", true)?,
+            mscale_all_dim: 0.0,
         })
     }
 }
@@ -569,11 +571,16 @@ fn scaling_json(scaling: &RopeScaling) -> Value {
                 map.insert("original_max_position_embeddings".to_owned(), json!(x as u64))
             }
             "truncate" => map.insert(name.to_owned(), json!(x != 0.0)),
+            "mscale_all_dim" => {
+                map.insert("mscale".to_owned(), json!(scaling.mscale()));
+                map.insert(name.to_owned(), json!(x))
+            }
             _ => map.insert(name.to_owned(), json!(x)),
         };
     }
     Value::Object(map)
 }
+
 
 /// The double that has the same shortest decimal: `1e-5`, not `9.999999747378752e-6`.
 fn wide(x: f32) -> f64 {

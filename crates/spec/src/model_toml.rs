@@ -218,6 +218,8 @@ fn read_router(doc: &Doc, base: Router) -> Result<Router> {
         balance_loss: number("model.experts.balance_loss", base.balance_loss)?,
         z_loss: number("model.experts.z_loss", base.z_loss)?,
         bias: flag("model.experts.router_bias", base.bias)?,
+        expert_bias: flag("model.experts.expert_bias", base.expert_bias)?,
+        bias_rate: number("model.experts.bias_rate", base.bias_rate)?,
     })
 }
 
@@ -310,7 +312,16 @@ fn read_scaling(doc: &Doc, base: &RopeScaling, max_positions: usize) -> Result<R
         "linear" | "dynamic" => &["factor"],
         "llama3" => &["factor", "low_freq_factor", "high_freq_factor", "original_max_positions"],
         "yarn" => {
-            &["factor", "beta_fast", "beta_slow", "original_max_positions", "attention_factor", "truncate"]
+            const YARN: [&str; 7] = [
+                "factor",
+                "beta_fast",
+                "beta_slow",
+                "original_max_positions",
+                "attention_factor",
+                "truncate",
+                "mscale_all_dim",
+            ];
+            &YARN
         }
         _ => &[],
     };
@@ -365,6 +376,7 @@ fn read_scaling(doc: &Doc, base: &RopeScaling, max_positions: usize) -> Result<R
             original_max_positions: original()?,
             attention_factor: optional("attention_factor")?,
             truncate: optional("truncate")?.is_none_or(|x| x != 0.0),
+            mscale_all_dim: optional("mscale_all_dim")?.unwrap_or(0.0),
         },
         _ => RopeScaling::Default,
     })
@@ -402,6 +414,7 @@ impl RopeScaling {
                 original_max_positions,
                 attention_factor,
                 truncate,
+                mscale_all_dim,
             } => {
                 let mut fields = vec![
                     ("factor", factor),
@@ -411,6 +424,7 @@ impl RopeScaling {
                 ];
                 fields.extend(attention_factor.map(|x| ("attention_factor", x)));
                 fields.extend((!truncate).then_some(("truncate", 0.0)));
+                fields.extend((mscale_all_dim != 0.0).then_some(("mscale_all_dim", mscale_all_dim)));
                 fields
             }
         }

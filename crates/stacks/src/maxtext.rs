@@ -192,6 +192,7 @@ fn numbers(m: &ModelSpec, block: &str, out: &mut String, notes: &mut Vec<String>
                     original_max_positions,
                     attention_factor: None,
                     truncate: true,
+                    mscale_all_dim: 0.0,
                 } => {
                     writeln!(
                         out,

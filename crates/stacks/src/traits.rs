@@ -62,9 +62,14 @@ fn scaling(scaling: &RopeScaling) -> String {
             original_max_positions,
             attention_factor,
             truncate,
+            mscale_all_dim,
         } => {
             let scale = attention_factor.map_or(String::new(), |a| format!(", scaled by {a}"));
             let scale = if *truncate { scale } else { format!("{scale}, not rounded") };
+            let scale = match *mscale_all_dim {
+                0.0 => scale,
+                m => format!("{scale}, scores by mscale_all_dim {m}"),
+            };
             format!("yarn by {factor} from {original_max_positions}, {beta_fast} to {beta_slow}{scale}")
         }
     }

@@ -10,6 +10,14 @@ use super::{Elements, Float, Found, HfWeights, Place, STAGING_BYTES, Source, nam
 use crate::header::dims;
 use crate::input::shown;
 
+/// What the names of a layer's tensors begin with, if `name` is the projection by which a layer behind the model's own
+/// predicts a later token (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+fn prediction_layer(spec: &ModelSpec, name: &str) -> Option<String> {
+    let layer = name.strip_prefix("layers.")?.strip_suffix(".eh_proj.weight")?;
+    let behind = layer.parse::<usize>().is_ok_and(|i| i >= spec.layers);
+    behind.then(|| format!("layers.{layer}."))
+}
+
 impl HfWeights {
     /// Sorts the tensors that the table of names does not list into those that change nothing, those of other parts
     /// of a wrapper, and problems.
@@ -19,7 +27,8 @@ impl HfWeights {
         left: BTreeMap<String, Found>,
         problems: &mut Problems,
     ) -> Result<()> {
-        let mut other_parts = Vec::new();
+        let (mut other_parts, mut later) = (Vec::new(), Vec::new());
+        let predicts: Vec<String> = left.keys().filter_map(|name| prediction_layer(spec, name)).collect();
         for (name, found) in left {
             if name == names::HEAD && spec.tied_embeddings {
                 if !self.is_embedding(spec, &found)? {
@@ -35,6 +44,8 @@ impl HfWeights {
                 }
             } else if names::of_another_part(&found.stored) {
                 other_parts.push(found.stored);
+            } else if predicts.iter().any(|layer| name.starts_with(layer)) {
+                later.push(found.stored);
             } else {
                 problems.unexpected.push(found.stored);
             }
@@ -43,6 +54,13 @@ impl HfWeights {
             self.notes.push(format!(
                 "{} tensors of other parts than the text model are left out, such as {}",
                 other_parts.len(),
+                shown(first)
+            ));
+        }
+        if let Some(first) = later.first() {
+            self.notes.push(format!(
+                "{} tensors of layers that predict later tokens are left out, such as {}",
+                later.len(),
                 shown(first)
             ));
         }
@@ -80,17 +98,7 @@ impl HfWeights {
 
     /// How a buffer of an old version differs from what the model computes in its place, if it does.
     fn unlike_buffer(&self, spec: &ModelSpec, name: &str, found: &Found) -> Result<Option<String>> {
-        if name.ends_with(names::ROUTER_BIAS) {
-            let n = spec.experts.map_or(0, |e| e.count);
-            let zeros = found.info.shape == [n] && self.all(found, n, |_, x| x == 0.0)?;
-            let why = || {
-                format!(
-                    "{} chooses experts by more than their scores: only zeros train",
-                    shown(&found.stored)
-                )
-            };
-            return Ok((!zeros).then(why));
-        }
+
         let right = match &spec.position {
             Position::Learned { max_positions } if name.ends_with(".attn.bias") => {
                 let n = *max_positions;

@@ -17,8 +17,10 @@ pub(crate) struct HfTensor {
     pub(crate) slabs: Option<usize>,
     /// The parts of a slab lie along its last dim by turns (GPT-OSS: gate, up, gate, ...), not one behind another.
     pub(crate) interleaved: bool,
-    /// A buffer of zeros, which is no parameter: its part says how many.
+    /// A class's own that the model does without: zeros.
     pub(crate) zeros: bool,
+    /// In float32 whatever the others are in.
+    pub(crate) single: bool,
 }
 
 /// A logical parameter.
@@ -92,12 +94,10 @@ pub(crate) fn is_buffer(spec: &ModelSpec, name: &str) -> bool {
     if gpt2(spec) {
         name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")
     } else {
-        name.ends_with("rotary_emb.inv_freq") || name.ends_with(ROUTER_BIAS)
+        name.ends_with("rotary_emb.inv_freq")
     }
 }
 
-/// What DeepSeek-V3 adds to scores when it chooses experts, and moves outside of its gradient.
-pub(crate) const ROUTER_BIAS: &str = "mlp.gate.e_score_correction_bias";
 
 fn gpt2(spec: &ModelSpec) -> bool {
     matches!(spec.position, Position::Learned { .. })
@@ -134,8 +134,8 @@ impl Table<'_> {
 
     fn push(&mut self, hf: &str, transposed: bool, parts: Vec<Part>) {
         let name = hf.to_owned();
-        let (in_body, zeros, slabs, interleaved) = (true, false, None, false);
-        self.tensors.push(HfTensor { name, in_body, transposed, parts, zeros, slabs, interleaved });
+        let (in_body, zeros, single, slabs, interleaved) = (true, false, false, None, false);
+        self.tensors.push(HfTensor { name, in_body, transposed, parts, zeros, single, slabs, interleaved });
     }
 
     fn llama(&mut self) {
@@ -210,8 +210,10 @@ impl Table<'_> {
         let hf = format!("{layer}.{block}");
         self.linear(&format!("{hf}.gate"), &format!("{own}.router"), e.count, self.spec.hidden, false);
         if self.spec.hf_architecture().is_ok_and(|class| class == "DeepseekV3ForCausalLM") {
-            self.plain(&format!("{layer}.{ROUTER_BIAS}"), "", &[e.count]);
-            self.tensors.iter_mut().rev().take(1).for_each(|tensor| tensor.zeros = true);
+            let bias = format!("{hf}.gate.e_score_correction_bias");
+            self.plain(&bias, &format!("{own}.expert_bias"), &[e.count]);
+            let zeros = !e.router.expert_bias;
+            self.tensors.iter_mut().rev().take(1).for_each(|t| (t.zeros, t.single) = (zeros, true));
         }
         for i in 0..e.count {
             self.mlp(&format!("{hf}.experts.{i}"), names, &format!("{own}.experts.{i}"), e.ffn);

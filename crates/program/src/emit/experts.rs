@@ -3,7 +3,7 @@ use spec::{DType, ExpertRows, Experts};
 use super::Emitter;
 use crate::graph::{Operand, Source, ValueId};
 use crate::op::{Axis, OpKind};
-use crate::role::Role;
+use crate::role::{Place, Role};
 
 impl Emitter<'_> {
     /// `residual + experts(h)`: route, send copies of tokens to their experts, multiply by group, bring them back.
@@ -94,7 +94,12 @@ impl Emitter<'_> {
         let index = self.g.value(&p("route.index"), rows, 2 * e.top_k, DType::U32, Source::Node);
         let counts = self.g.value(&p("route.counts"), e.count, leaves, DType::U32, Source::Node);
         let routed = [gates, index, counts].map(|v| self.g.all(v));
-        let ins = vec![self.g.all(logits)];
+        let mut ins = vec![self.g.all(logits)];
+        if let (true, Place::Layer(layer)) = (e.router.expert_bias, self.g.place) {
+            let biases =
+                self.g.value("expert_bias", cx.model.layers, e.count, DType::F32, Source::ExpertBias);
+            ins.push(Operand { value: biases, row0: layer, rows: 1 });
+        }
         self.push(OpKind::Route { top_k: e.top_k, router: e.router }, &p("route"), ins, routed.to_vec());
         routed
     }

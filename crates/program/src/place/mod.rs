@@ -10,7 +10,7 @@ use crate::buffer::{Buffer, BufferId, GradOut, Home, View};
 use crate::cost::cost;
 use crate::graph::{Graph, Node, Operand, Source};
 use crate::op::{Op, OpId, OpKind};
-use crate::params::{GroupId, Replication};
+use crate::params::{GroupId, Replication, expert_bias};
 use crate::rank::Rank;
 use crate::role::{Place, Role};
 use crate::schedule::{Blocks, Passes, Schedule};
@@ -134,6 +134,7 @@ impl<'a> Placer<'a> {
             precision: cx.dtype,
             mode: cx.request.mode,
             groups: cx.groups.clone(),
+            expert_bias: expert_bias(cx.model),
             shard_radices: self.shard_radices(),
             group_buffers: self.groups,
             buckets: self.buckets,
@@ -229,6 +230,7 @@ impl<'a> Placer<'a> {
                 Source::Targets => ids[i] = Some(self.rows_of(self.io.targets, v)),
                 Source::Starts => ids[i] = self.io.starts.map(|starts| self.rows_of(starts, v)),
                 Source::LossLeaves => ids[i] = Some(self.io.loss_leaves),
+                Source::ExpertBias => ids[i] = self.io.expert_bias,
                 Source::Node => {
                     let (Some((birth, death)), true) = (life.span[i], life.root[i] == i) else { continue };
                     let span = Need { bytes: v.rows * v.cols * v.dtype.bytes(), birth, death };

@@ -182,6 +182,7 @@ impl Placer<'_> {
         let (model, sequence) = (self.cx.model, self.cx.sequence);
         let n = if self.cx.generates() { 1 } else { local_sequences * sequence };
         let experts = model.experts.filter(|_| !self.cx.generates()).map_or(0, |e| e.count);
+        let biases = model.experts.filter(|e| e.router.expert_bias);
         let (norm_chunks, sequences) = (self.norm_chunks, self.cx.request.sequences);
         let shared = norm_chunks + model.layers * experts + sequences + 1;
         let positions = sequence.max(self.cx.request.mode.positions());
@@ -200,6 +201,7 @@ impl Placer<'_> {
             loss_leaves: table("loss_leaves", local_sequences, 1, DType::F64),
             norm_chunks: table("norm_chunks", shared, 1, DType::F64),
             expert_counts: (experts > 0).then(|| table("expert_counts", model.layers, experts, DType::F64)),
+            expert_bias: biases.map(|e| table("expert_bias", model.layers, e.count, DType::F32)),
             cos: table("rope.cos", positions, half, DType::F32),
             sin: table("rope.sin", positions, half, DType::F32),
             k_cache: None,

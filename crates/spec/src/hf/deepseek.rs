@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{Config, Family, LLAMA, MAX_POSITIONS, wide};
+use crate::model::LATENT_NORM_EPS;
 use crate::{
     Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router,
     Score,
@@ -30,12 +31,14 @@ pub(super) const BOTH: [&Family; 2] = [&DEEPSEEK_V2, &DEEPSEEK_V3];
 pub(super) const WRITTEN: &str = "the families that can be written are Llama, Qwen 2, Qwen 3, Mixtral, Qwen 3 MoE, \
                                   Mistral, GPT-OSS, DeepSeek-V2, DeepSeek-V3 and GPT-2";
 
-/// The norms of the latents add this under their roots, whatever `rms_norm_eps` says.
-const LATENT_EPS: f64 = 1e-6;
+/// DeepSeek-V3 under a name of its own.
+const KIMI_K2: &str = "kimi_k2";
 
 /// The family that a `model_type` names.
 pub(super) fn family(model_type: &str) -> Option<&'static Family> {
-    BOTH.into_iter().find(|f| f.model_type == model_type)
+    BOTH.into_iter().find(|f| {
+        f.model_type == model_type || model_type == KIMI_K2 && f.model_type == DEEPSEEK_V3.model_type
+    })
 }
 
 impl Config<'_> {
@@ -55,7 +58,6 @@ impl Config<'_> {
             value_dim: self.count_or("v_head_dim", Some(128))?,
         };
         let max_positions = self.size(MAX_POSITIONS, family.max_positions)?;
-        let theta = self.rope(max_positions)?.theta;
         Ok(ModelSpec {
             name: self.name(family)?,
             vocab: self.size(&["vocab_size"], family.vocab)?,
@@ -66,8 +68,8 @@ impl Config<'_> {
             kv_heads: heads,
             head_dim: latent.key_dim(),
             norm: NormKind::Rms,
-            norm_eps: self.number_or("rms_norm_eps", Some(LATENT_EPS))? as f32,
-            position: Position::Rope(Rope { theta, scaling: RopeScaling::Default, max_positions }),
+            norm_eps: self.number_or("rms_norm_eps", Some(wide(LATENT_NORM_EPS)))? as f32,
+            position: Position::Rope(self.deepseek_rope(max_positions)?),
             activation: Activation::SwiGlu,
             qkv_bias: false,
             attn_out_bias: false,
@@ -81,6 +83,17 @@ impl Config<'_> {
             window: None,
             sinks: false,
         })
+    }
+
+    /// Scaled positions change the scale of scores too, by a factor for all dims.
+    fn deepseek_rope(&self, max_positions: usize) -> Result<Rope> {
+        let mut rope = self.rope(max_positions)?;
+        let keys = ["rope_parameters", "rope_scaling"];
+        let map = keys.iter().find_map(|key| self.get(key)?.as_object());
+        if let (RopeScaling::Yarn { mscale_all_dim, .. }, Some(map)) = (&mut rope.scaling, map) {
+            *mscale_all_dim = Config(map).number_or("mscale_all_dim", Some(0.0))?;
+        }
+        Ok(rope)
     }
 
     fn deepseek_experts(&self, v3: bool) -> Result<Option<Experts>> {
@@ -108,6 +121,7 @@ impl Config<'_> {
             scale: self.number_or("routed_scaling_factor", Some(if v3 { 2.5 } else { 1.0 }))? as f32,
             groups,
             top_groups,
+            expert_bias: v3,
             ..Router::PLAIN
         };
         Ok(Some(Experts {
@@ -131,9 +145,6 @@ impl Config<'_> {
         if self.get("quantization_config").is_some() {
             return refuse("quantization_config", "weights are read in float32, bfloat16 or float16");
         }
-        if self.number_or("rms_norm_eps", Some(LATENT_EPS))? != LATENT_EPS {
-            return refuse("rms_norm_eps", "the norms of the latents have 1e-6");
-        }
         for key in ["attention_bias", "mlp_bias"] {
             if self.flag_or(key, false)? {
                 return refuse(key, "projections have no biases");
@@ -146,8 +157,8 @@ impl Config<'_> {
         for key in ["rope_scaling", "rope_parameters"] {
             let map = self.get(key).and_then(Value::as_object).unwrap_or(&empty);
             let kind = map.get("rope_type").or(map.get("type")).and_then(Value::as_str);
-            if kind.is_some_and(|kind| kind != "default") {
-                return refuse(key, "scaled positions change the scale of scores too");
+            if kind.is_some_and(|kind| !["default", "yarn"].contains(&kind)) {
+                return refuse(key, "positions of latent attention are scaled by \"yarn\" alone");
             }
         }
         let act = self.text("hidden_act")?.unwrap_or("silu");
@@ -176,14 +187,13 @@ impl ModelSpec {
     /// The family of a model with latent attention, and what it does not have in common with either.
     pub(super) fn hf_deepseek(&self) -> std::result::Result<&'static Family, &'static str> {
         let rope = match &self.position {
-            Position::Rope(rope) => rope.scaling == RopeScaling::Default,
+            Position::Rope(rope) => {
+                matches!(rope.scaling, RopeScaling::Default | RopeScaling::Yarn { .. })
+            }
             Position::Learned { .. } => false,
         };
         if self.norm != NormKind::Rms || !rope || !self.activation.gated() {
-            return Err("latent attention without RMSNorm, unscaled rotary positions or gates");
-        }
-        if wide(self.norm_eps) != LATENT_EPS {
-            return Err("latent attention with another norm_eps than 1e-6");
+            return Err("latent attention without RMSNorm, gates or rotary positions, plain or by YaRN");
         }
         if self.mlp_bias || self.attn_out_bias {
             return Err("latent attention with biases");
@@ -194,8 +204,8 @@ impl ModelSpec {
         }
         let softmax = e.router.score == Score::Softmax;
         match softmax {
-            true if e.router.renormalise || e.router.groups > 1 => {
-                Err("latent attention with softmax scores that are grouped or renormalised")
+            true if e.router.renormalise || e.router.groups > 1 || e.router.expert_bias => {
+                Err("latent attention with softmax scores that are grouped, renormalised or have biases")
             }
             true => Ok(&DEEPSEEK_V2),
             false => Ok(&DEEPSEEK_V3),

@@ -74,6 +74,7 @@ impl Config<'_> {
                 original_max_positions: max_positions,
                 attention_factor: None,
                 truncate: false,
+                mscale_all_dim: 0.0,
             };
         }
         let said = |map: Option<&Value>| map.is_some_and(|m| m.get("rope_theta").is_some());

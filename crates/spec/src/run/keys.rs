@@ -172,6 +172,12 @@ pub(crate) static KEYS: &[Key] = &[
         "yarn: 1 = bounds of the blended dims are whole, 0 = as they are",
     ),
     key(
+        "model.rope_scaling.mscale_all_dim",
+        ANY,
+        "",
+        "yarn: latent attention's scores are scaled by (0.1 m ln(factor) + 1)^2; 0 = not",
+    ),
+    key(
         "model.activation",
         KeyKind::Choice(&["swiglu", "swiglu_clamped", "gelu_tanh", "gelu"]),
         "",
@@ -207,6 +213,13 @@ pub(crate) static KEYS: &[Key] = &[
         "factor of the loss of uneven choices in a sequence; 0 = none",
     ),
     key("model.experts.router_bias", KeyKind::Flag, "", "biases on the router's logits"),
+    key("model.experts.expert_bias", KeyKind::Flag, "", "experts are chosen by their scores plus biases"),
+    key(
+        "model.experts.bias_rate",
+        ANY,
+        "",
+        "how far those biases move after each step, towards an even load; 0 = not",
+    ),
     key("model.experts.z_loss", ANY, "", "factor of the mean squared log-sum-exp of the router; 0 = none"),
     key("model.latent.kv_rank", off(1 << 20), "", "rank of the latent of keys and values; 0 = none"),
     key("model.latent.query_rank", off(1 << 20), "", "rank of the latent of queries; 0 = queries have none"),

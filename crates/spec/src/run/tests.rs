@@ -92,7 +92,7 @@ fn every_key_is_read_and_documented() {
         let set = format!("{}=[[]]", key.path);
         let scaling = match key.path.strip_prefix("model.rope_scaling.") {
             Some("low_freq_factor" | "high_freq_factor" | "original_max_positions") => "llama3",
-            Some("beta_fast" | "beta_slow" | "attention_factor" | "truncate") => "yarn",
+            Some("beta_fast" | "beta_slow" | "attention_factor" | "truncate" | "mscale_all_dim") => "yarn",
             Some("factor") => "linear",
             _ => "default",
         };

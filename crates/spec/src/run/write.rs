@@ -334,6 +334,10 @@ fn experts_values(e: &Experts) -> Vec<(&'static str, String)> {
         ("model.experts.z_loss", single(e.router.z_loss)),
     ];
     values.extend(e.router.bias.then(|| ("model.experts.router_bias", "true".to_owned())));
+    if e.router.expert_bias {
+        values.push(("model.experts.expert_bias", "true".to_owned()));
+        values.push(("model.experts.bias_rate", single(e.router.bias_rate)));
+    }
     values
 }
 
