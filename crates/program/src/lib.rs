@@ -328,6 +328,13 @@ pub struct Io {
     pub tokens: BufferId,
     /// Target ids, `u32::MAX` where ignored.
     pub targets: BufferId,
+    /// The token behind each of the same sequence; of a last one its target. Where the rank learns to predict one token
+    /// more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_tokens: Option<BufferId>,
+    /// The target behind each; a last one has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_targets: Option<BufferId>,
     /// Position in its sequence at which each token's document begins, where attention keeps inside documents.
     pub starts: Option<BufferId>,
     /// One f64 loss sum for each local sequence.
@@ -414,7 +421,7 @@ impl Program {
         let mut blocks = Blocks::default();
         let (mut eval, mut decode) = (Vec::new(), None);
         for (c, chunk) in rank.chunks.iter().enumerate().filter(|_| !rank.generates()) {
-            let forward = check.forward(emit::forward(rank, chunk))?;
+            let forward = check.forward(emit::forward(rank, chunk, chunk.mtp))?;
             let both = check.both("derive", derive::backward(rank, chunk, forward))?;
             let both = check.both("recompute", recompute::recompute(rank, both))?;
             let passes = check.passes("schedule", schedule.passes(both))?;
@@ -423,7 +430,7 @@ impl Program {
             blocks.train(rank, c, ops, &placer.buckets);
         }
         for (c, chunk) in rank.chunks.iter().enumerate() {
-            let forward = emit::forward(rank, chunk);
+            let forward = emit::forward(rank, chunk, false);
             let (name, work, graph) = match rank.generates() {
                 true => ("decode".to_owned(), BlockWork::Generate, derive::generation(rank, forward)),
                 false => (format!("e{c}"), BlockWork::Evaluate, derive::evaluation(rank, chunk, forward)),

@@ -323,12 +323,21 @@ pub enum OpKind {
 }
 
 /// What the gradient of the loss has beside the cross-entropy's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct LossTerms {
     /// Factor of the squared log-sum-exp of each row; 0 without. It is no part of the loss that is reported.
     pub z: f32,
     /// Logits were squeezed by [`OpKind::SoftCap`] to this, whose derivative follows; 0 if not.
     pub cap: f32,
+    /// Factor of all gradients: below 1 for a loss beside the model's own.
+    #[serde(skip_serializing_if = "is_one")]
+    pub weight: f32,
+}
+
+impl Default for LossTerms {
+    fn default() -> LossTerms {
+        LossTerms { z: 0.0, cap: 0.0, weight: 1.0 }
+    }
 }
 
 impl LossTerms {

@@ -13,6 +13,8 @@ pub enum Place {
     Layer(usize),
     /// Final norm, output projection and loss.
     Head,
+    /// The module behind the last layer that learns to predict one token more ([`spec::Mtp`]).
+    Mtp,
     /// Messages between pipeline stages.
     Stage,
     /// What happens once a step: gradients meet, the optimiser updates.
@@ -67,6 +69,16 @@ pub enum Role {
     ExpertUp,
     /// [`Role::Down`] of routed experts, one under another.
     ExpertDown,
+    /// Norm of the embedding of the next token.
+    MtpEmbeddingNorm,
+    /// Norm of the hidden state beside it.
+    MtpHiddenNorm,
+    /// Projection of the former into the layer that predicts one token more.
+    MtpEmbedding,
+    /// Projection of the latter.
+    MtpHidden,
+    /// Norm after that layer.
+    MtpNorm,
     /// Norm after the last layer.
     FinalNorm,
     /// Output projection of its own.
@@ -79,7 +91,16 @@ impl Role {
         use Role::*;
         matches!(
             self,
-            AttentionNorm | QueryNorm | KeyNorm | QueryLatentNorm | KeyValueLatentNorm | MlpNorm | FinalNorm
+            AttentionNorm
+                | QueryNorm
+                | KeyNorm
+                | QueryLatentNorm
+                | KeyValueLatentNorm
+                | MlpNorm
+                | MtpEmbeddingNorm
+                | MtpHiddenNorm
+                | MtpNorm
+                | FinalNorm
         )
     }
 
@@ -105,6 +126,8 @@ impl Role {
                 | SharedDown
                 | ExpertUp
                 | ExpertDown
+                | MtpEmbedding
+                | MtpHidden
         )
     }
 

@@ -70,7 +70,7 @@ fn settle(cx: &Rank<'_>, placer: &Placer<'_>) -> Vec<Op> {
             let kind = OpKind::SyncGrads { over: Members::Axis(Axis::Tp), group: id };
             ops.push(op(format!("grads.{}.sync", group.name), kind, vec![], vec![whole(b.grad)]));
         }
-        if group.key.role == Role::Embedding && cx.model.tied_embeddings {
+        if group.key.role == Role::Embedding && cx.shares_embedding() {
             let kind = match b.head_grad {
                 Some(_) => OpKind::TieGrads { group: id },
                 None => OpKind::SyncGrads { over: Members::Ends, group: id },

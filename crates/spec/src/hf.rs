@@ -183,6 +183,9 @@ impl ModelSpec {
         if self.logit_softcap != 0.0 {
             return refuse("logits that are squeezed");
         }
+        if self.mtp.is_some() && self.latent.is_none() {
+            return refuse("a module that predicts later tokens outside of DeepSeek-V3");
+        }
         let rope = matches!(self.position, Position::Rope(_));
         if self.sinks || self.activation == Activation::SwiGluClamped {
             return self.hf_gpt_oss().or_else(refuse);
@@ -424,6 +427,7 @@ impl<'a> Config<'a> {
             latent: None,
             window: self.trained_window(family)?,
             sinks: false,
+            mtp: None,
         })
     }
 
@@ -465,6 +469,7 @@ impl<'a> Config<'a> {
             latent: None,
             window: None,
             sinks: false,
+            mtp: None,
         })
     }
 

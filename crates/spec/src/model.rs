@@ -59,6 +59,25 @@ pub struct ModelSpec {
     /// arXiv 2508.10925 section 2.1).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub sinks: bool,
+    /// A module behind the last layer that learns to predict one token more; generation does without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtp: Option<Mtp>,
+}
+
+/// Multi-token prediction one token deep (DeepSeek-V3, arXiv 2412.19437, section 2.2). From the final norm's output at a
+/// token and the embedding of the next one, each normed, two projections added make the input of one more layer; its
+/// normed output goes through the model's output projection, and is held to the token after the next.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mtp {
+    /// Factor of its cross-entropy, summed over all tokens that have one after the next and divided by as many as the
+    /// model's own, beside which it is no part of the loss that is reported.
+    pub weight: f32,
+}
+
+impl Mtp {
+    /// DeepSeek-V3's for its first ten of 14.8 trillion tokens; 0.1 for the rest (section 4.2).
+    pub const WEIGHT: f32 = 0.3;
 }
 
 /// Attention over a sliding window in some or all layers (Beltagy et al. 2020, arXiv 2004.05150, section 3.1).

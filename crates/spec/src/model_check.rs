@@ -1,4 +1,4 @@
-use crate::{Error, Experts, Latent, ModelSpec, Position, Result, RopeScaling, Window};
+use crate::{Error, Experts, Latent, ModelSpec, Mtp, Position, Result, RopeScaling, Window};
 
 /// Upper bounds of a model's sizes: above any model known, and low enough that products of them (parameters, bytes,
 /// FLOPs) stay far inside 64 bits.
@@ -73,6 +73,9 @@ impl ModelSpec {
         if let Some(window) = &self.window {
             self.check_window(window)?;
         }
+        if let Some(mtp) = &self.mtp {
+            self.check_mtp(mtp)?;
+        }
         let params = self.param_sum();
         if params > MAX_PARAMS {
             return Err(Error::user(format!(
@@ -102,6 +105,22 @@ impl ModelSpec {
                 e.dense_layers, e.every, self.layers
             ))
             .hint("set model.experts.dense_layers=0, or model.experts.count=0"));
+        }
+        Ok(())
+    }
+
+    fn check_mtp(&self, mtp: &Mtp) -> Result<()> {
+        let weight = mtp.weight;
+        if !(f32::MIN_POSITIVE..=MAX_FACTOR).contains(&weight) {
+            return Err(Error::user(format!(
+                "model.mtp.weight = {weight}, expected a number above 0 to {MAX_FACTOR}"
+            ))
+            .hint("set model.mtp.depth=0 for a model without"));
+        }
+        if self.tied_embeddings {
+            return Err(Error::user("model.mtp needs an output projection of its own").hint(
+                "set model.tied_embeddings=false, or model.mtp.depth=0",
+            ));
         }
         Ok(())
     }

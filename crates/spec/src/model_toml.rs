@@ -1,7 +1,7 @@
 use crate::doc::Doc;
 use crate::run::keys::{KEYS, ORIGIN_KEYS};
 use crate::{
-    Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router,
+    Activation, Error, Experts, Mtp, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router,
     Score, Window, suggest,
 };
 
@@ -170,6 +170,7 @@ pub(crate) fn read_model(doc: &Doc, base: Option<&ModelSpec>) -> Result<ModelSpe
         latent: read_latent(doc, base.and_then(|b| b.latent))?,
         window: read_window(doc, base.and_then(|b| b.window))?,
         sinks: flag("model.sinks", base.map(|b| b.sinks))?,
+        mtp: read_mtp(doc, base.and_then(|b| b.mtp))?,
     })
 }
 
@@ -199,6 +200,16 @@ fn read_experts(doc: &Doc, base: Option<Experts>) -> Result<Option<Experts>> {
         every: field("model.experts.every", base.map(|b| b.every), Some(1))?,
         router: read_router(doc, base.map(|b| b.router).unwrap_or_default())?,
     }))
+}
+
+fn read_mtp(doc: &Doc, base: Option<Mtp>) -> Result<Option<Mtp>> {
+    const DEPTH: &str = "model.mtp.depth";
+    let there = if doc.written(DEPTH) { doc.count_or_off(DEPTH)?.is_some() } else { base.is_some() };
+    if !there {
+        return alone(doc, "model.mtp.", DEPTH).map(|()| None);
+    }
+    let weight = doc.number_if_set("model.mtp.weight")?;
+    Ok(Some(Mtp { weight: weight.map_or(base.map_or(Mtp::WEIGHT, |b| b.weight), |x| x as f32) }))
 }
 
 fn read_router(doc: &Doc, base: Router) -> Result<Router> {

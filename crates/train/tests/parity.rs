@@ -215,6 +215,11 @@ fn kimi_with_expert_biases_and_scaled_scores() {
 }
 
 #[test]
+fn one_token_more_behind_latents() {
+    check("mtp-like", 2e-4);
+}
+
+#[test]
 fn mistral_over_windows() {
     check("mistral-like", 2e-4);
 }
@@ -284,7 +289,7 @@ fn logits(dir: &Path) -> Vec<f32> {
 /// What was imported goes out as it came in: stacks of experts whose gates and ups alternate, sinks, windows.
 #[test]
 fn exports_are_what_was_imported() {
-    for name in ["mistral-like", "gpt-oss-like", "deepseek-v3-like", "kimi-like"] {
+    for name in ["mistral-like", "gpt-oss-like", "deepseek-v3-like", "kimi-like", "mtp-like"] {
         let (g, weights) = Golden::load(name);
         let dir = tempfile::tempdir().expect("a folder");
         let out = dir.path().join("out");

@@ -208,6 +208,16 @@ impl<S: Fn(&str) -> Result<Vec<f32>>> Writer<'_, S> {
                         let turns = (0..parts[0].len()).flat_map(|i| parts.iter().map(move |p| p[i]));
                         out.write(&turns.collect::<Vec<_>>()).map_err(io)?;
                     }
+                    (false, false) if tensor.beside => {
+                        let parts = parts.collect::<Result<Vec<_>>>()?;
+                        let rows = tensor.parts[0].shape[0];
+                        let row = |r: usize, p: &Vec<f32>| {
+                            let cols = p.len() / rows;
+                            p[r * cols..(r + 1) * cols].to_vec()
+                        };
+                        let all = (0..rows).flat_map(|r| parts.iter().flat_map(move |p| row(r, p)));
+                        out.write(&all.collect::<Vec<_>>()).map_err(io)?;
+                    }
                     (false, false) => parts.try_for_each(|part| out.write(&part?).map_err(io))?,
                 }
             }

@@ -12,7 +12,7 @@ use crate::input::shown;
 
 /// What the names of a layer's tensors begin with, if `name` is the projection by which a layer behind the model's own
 /// predicts a later token (DeepSeek-V3, arXiv 2412.19437, section 2.2).
-fn prediction_layer(spec: &ModelSpec, name: &str) -> Option<String> {
+pub(super) fn prediction_layer(spec: &ModelSpec, name: &str) -> Option<String> {
     let layer = name.strip_prefix("layers.")?.strip_suffix(".eh_proj.weight")?;
     let behind = layer.parse::<usize>().is_ok_and(|i| i >= spec.layers);
     behind.then(|| format!("layers.{layer}."))
@@ -29,9 +29,14 @@ impl HfWeights {
     ) -> Result<()> {
         let (mut other_parts, mut later) = (Vec::new(), Vec::new());
         let predicts: Vec<String> = left.keys().filter_map(|name| prediction_layer(spec, name)).collect();
+        let copies = names::copies(spec);
         for (name, found) in left {
-            if name == names::HEAD && spec.tied_embeddings {
-                if !self.is_embedding(spec, &found)? {
+            if let Some((_, of)) = copies.iter().find(|(copy, _)| *copy == name) {
+                if !self.is_table(spec, of, &found)? {
+                    problems.other.push(format!("tensor {} is not {of} once more", shown(&found.stored)));
+                }
+            } else if name == names::HEAD && spec.tied_embeddings {
+                if !self.is_table(spec, names::EMBEDDING, &found)? {
                     problems.other.push(format!(
                         "tensor {} is not the embedding that config.json ties it to (set tie_word_embeddings to false \
                          there to keep it, or remove the tensor)",
@@ -67,11 +72,11 @@ impl HfWeights {
         Ok(())
     }
 
-    /// Whether a head holds the same numbers as the embedding.
-    fn is_embedding(&self, spec: &ModelSpec, head: &Found) -> Result<bool> {
+    /// Whether a table holds the same numbers as the embedding, or the head.
+    fn is_table(&self, spec: &ModelSpec, of: &str, head: &Found) -> Result<bool> {
         let (rows, cols) = (spec.vocab, spec.hidden);
         // A missing embedding is a problem of its own.
-        if !self.parameters.contains_key(names::EMBEDDING) {
+        if !self.parameters.contains_key(of) {
             return Ok(true);
         }
         let Some(kind) = Float::parse(&head.info.dtype).filter(|_| head.info.shape == [rows, cols]) else {
@@ -79,7 +84,7 @@ impl HfWeights {
         };
         let (file, offset) = (head.file, head.offset);
         let source =
-            Source { file, offset, kind, shape: head.info.shape.clone(), place: Place::Rows { first: 0 } };
+            Source { file, offset, kind, shape: head.info.shape.clone(), place: Place::whole(cols) };
         let (path, file) = &self.files[file];
         let mut elements = Elements { file, source: &source, staging: Vec::new() };
         let at_once = (STAGING_BYTES / cols.max(1)).clamp(1, rows);
@@ -87,7 +92,7 @@ impl HfWeights {
         for row0 in (0..rows).step_by(at_once) {
             let n = at_once.min(rows - row0);
             let [ours, theirs] = &mut buffers;
-            self.read(names::EMBEDDING, row0, n, &mut ours[..n * cols])?;
+            self.read(of, row0, n, &mut ours[..n * cols])?;
             elements.read(row0 * cols, &mut theirs[..n * cols]).map_err(|e| Error::io("read", path, &e))?;
             if ours[..n * cols] != theirs[..n * cols] {
                 return Ok(false);

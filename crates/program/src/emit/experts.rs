@@ -3,7 +3,7 @@ use spec::{DType, ExpertRows, Experts};
 use super::Emitter;
 use crate::graph::{Operand, Source, ValueId};
 use crate::op::{Axis, OpKind};
-use crate::role::{Place, Role};
+use crate::role::Role;
 
 impl Emitter<'_> {
     /// `residual + experts(h)`: route, send copies of tokens to their experts, multiply by group, bring them back.
@@ -95,9 +95,9 @@ impl Emitter<'_> {
         let counts = self.g.value(&p("route.counts"), e.count, leaves, DType::U32, Source::Node);
         let routed = [gates, index, counts].map(|v| self.g.all(v));
         let mut ins = vec![self.g.all(logits)];
-        if let (true, Place::Layer(layer)) = (e.router.expert_bias, self.g.place) {
-            let biases =
-                self.g.value("expert_bias", cx.model.layers, e.count, DType::F32, Source::ExpertBias);
+        if let (true, Some(layer)) = (e.router.expert_bias, cx.layer_of(self.g.place)) {
+            let rows = cx.model.all_layers();
+            let biases = self.g.value("expert_bias", rows, e.count, DType::F32, Source::ExpertBias);
             ins.push(Operand { value: biases, row0: layer, rows: 1 });
         }
         self.push(OpKind::Route { top_k: e.top_k, router: e.router }, &p("route"), ins, routed.to_vec());

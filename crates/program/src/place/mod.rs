@@ -228,6 +228,8 @@ impl<'a> Placer<'a> {
                 Source::Param(group) => ids[i] = Some(self.groups[group.0 as usize].param),
                 Source::Tokens => ids[i] = Some(self.rows_of(self.io.tokens, v)),
                 Source::Targets => ids[i] = Some(self.rows_of(self.io.targets, v)),
+                Source::NextTokens => ids[i] = self.io.next_tokens.map(|ids| self.rows_of(ids, v)),
+                Source::NextTargets => ids[i] = self.io.next_targets.map(|ids| self.rows_of(ids, v)),
                 Source::Starts => ids[i] = self.io.starts.map(|starts| self.rows_of(starts, v)),
                 Source::LossLeaves => ids[i] = Some(self.io.loss_leaves),
                 Source::ExpertBias => ids[i] = self.io.expert_bias,
@@ -315,8 +317,12 @@ impl<'a> Placer<'a> {
     ) -> GradOut {
         let of = &self.cx.groups[group.0 as usize];
         let b = &self.groups[group.0 as usize];
-        let (inner, outer) = self.split_radices(n.sequences.count);
-        let m = self.cx.layout.micro_batch;
+        let (inner, mut outer) = self.split_radices(n.sequences.count);
+        let (m, turns) = (self.cx.layout.micro_batch, n.sequences.turns.max(1));
+        if turns > 1 {
+            // What a sequence gives in turns is added first.
+            outer.insert(0, u32::try_from(turns).expect("few turns"));
+        }
         // Rows that are not whole sequences (sequence parallelism, tokens in the order of their experts) have no tree
         // inside.
         let data = n.ins.iter().filter(|o| !matches!(g.get(o.value).source, Source::Param(_)));
@@ -337,10 +343,11 @@ impl<'a> Placer<'a> {
         };
         let streams = self.streams(of.replication);
         let levels =
-            View { buffer: levels, row0: 0, rows: streams * self.levels_of(n.sequences.count) * of.rows };
+            View { buffer: levels, row0: 0, rows: streams * self.levels_of(of, n.sequences.count) * of.rows };
         let upper = if streams > 1 { self.upper_radices() } else { Vec::new() };
         let inner = if whole { inner } else { Vec::new() };
-        let (results, result) = (m / n.sequences.count, n.sequences.first / n.sequences.count);
+        let results = m / n.sequences.count * turns;
+        let result = n.sequences.first / n.sequences.count * turns + n.sequences.turn;
         GradOut { group, sum, levels, inner, outer, results, result, streams, upper }
     }
 }

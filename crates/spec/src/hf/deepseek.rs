@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::{Config, Family, LLAMA, MAX_POSITIONS, wide};
 use crate::model::LATENT_NORM_EPS;
 use crate::{
-    Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router,
+    Activation, Error, Experts, Latent, ModelSpec, Mtp, NormKind, Position, Result, Rope, RopeScaling, Router,
     Score,
 };
 
@@ -82,6 +82,7 @@ impl Config<'_> {
             latent: Some(latent),
             window: None,
             sinks: false,
+            mtp: self.deepseek_mtp(family)?,
         })
     }
 
@@ -94,6 +95,18 @@ impl Config<'_> {
             *mscale_all_dim = Config(map).number_or("mscale_all_dim", Some(0.0))?;
         }
         Ok(rope)
+    }
+
+    /// Of how many tokens after the next one there is a module for.
+    fn deepseek_mtp(&self, family: &Family) -> Result<Option<Mtp>> {
+        const KEY: &str = "num_nextn_predict_layers";
+        match self.get(KEY).map(|value| value.as_u64()) {
+            None | Some(Some(0)) => Ok(None),
+            Some(Some(1)) if family.model_type == DEEPSEEK_V3.model_type => {
+                Ok(Some(Mtp { weight: Mtp::WEIGHT }))
+            }
+            _ => Err(self.wrong(KEY, "0 or, of DeepSeek-V3, 1")),
+        }
     }
 
     fn deepseek_experts(&self, v3: bool) -> Result<Option<Experts>> {
@@ -198,6 +211,10 @@ impl ModelSpec {
         if self.mlp_bias || self.attn_out_bias {
             return Err("latent attention with biases");
         }
+        let v2 = self.experts.is_some_and(|e| e.router.score == Score::Softmax);
+        if self.mtp.is_some() && v2 {
+            return Err("a module that predicts later tokens outside of DeepSeek-V3");
+        }
         let Some(e) = self.experts else { return Ok(&DEEPSEEK_V3) };
         if e.every > 1 || e.shared_ffn == 0 || !e.shared_ffn.is_multiple_of(e.ffn) {
             return Err("latent attention with experts that are not shared in part, in every layer");
@@ -224,6 +241,9 @@ impl ModelSpec {
         own["head_dim"] = json!(l.rope_dim);
         own["attention_bias"] = json!(false);
         own["first_k_dense_replace"] = json!(self.experts.map_or(self.layers, |e| e.dense_layers));
+        if self.mtp.is_some() {
+            own["num_nextn_predict_layers"] = json!(1);
+        }
         let Some(e) = self.experts else { return };
         own["n_routed_experts"] = json!(e.count);
         own["num_experts_per_tok"] = json!(e.top_k);

@@ -60,6 +60,7 @@ impl Config<'_> {
             latent: None,
             window: self.trained_window(family)?,
             sinks: true,
+            mtp: None,
         })
     }
 

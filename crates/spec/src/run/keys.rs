@@ -235,6 +235,8 @@ pub(crate) static KEYS: &[Key] = &[
     key("model.window.full_layers", off(1 << 14), "", "first layers that attend to all"),
     key("model.window.full_every", off(1 << 14), "", "after those, every how many layers one attends to all"),
     key("model.sinks", KeyKind::Flag, "", "a learned score for each head in the sum of every softmax"),
+    key("model.mtp.depth", off(1), "", "tokens after the next that a module learns to predict; 0 = none"),
+    key("model.mtp.weight", ANY, "0.3", "factor of that module's loss"),
     key("data.text", KeyKind::Paths, "", "files, folders or globs of text to train on"),
     key("data.prefix", KeyKind::Path, "", "tokenised dataset PREFIX.bin and PREFIX.idx, instead of text"),
     key("data.blend", KeyKind::Blend, "", "tokenised datasets and their weights, instead of text"),

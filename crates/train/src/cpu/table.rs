@@ -261,7 +261,7 @@ fn loss<T: Number>(pool: &Pool, a: &Args<'_, T>) {
 }
 
 fn terms_of(of: LossTerms, scale: f32) -> kernels::LossTerms {
-    kernels::LossTerms { scale, z: of.z, cap: of.cap }
+    kernels::LossTerms { scale: scale * of.weight, z: of.z, cap: of.cap }
 }
 
 /// Adds one micro-batch's scattered gradients to the partial sums of the owned shards, in tree order.
