@@ -1,5 +1,5 @@
 use super::*;
-use crate::Window;
+use crate::{Mtp, RopeScaling, Window};
 use proptest::prelude::*;
 
 const LLAMA_31: &str = r#"{
@@ -205,7 +205,7 @@ fn yarn_defaults() {
     assert_eq!(with(json!({ "mscale": 1.0, "mscale_all_dim": 0 })), yarn(None));
 }
 
-/// The `config.json` that is published of each, but for how its weights are quantised.
+/// The `config.json` that is published of each.
 #[test]
 fn deepseek_v3_and_kimi_k2_as_published() {
     let scaling = json!({ "type": "yarn", "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
@@ -219,7 +219,8 @@ fn deepseek_v3_and_kimi_k2_as_published() {
         "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6,
         "rope_scaling": scaling, "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
         "tie_word_embeddings": false, "topk_group": 4, "topk_method": "noaux_tc", "v_head_dim": 128,
-        "vocab_size": 129_280,
+        "vocab_size": 129_280, "quantization_config": { "activation_scheme": "dynamic", "fmt": "e4m3",
+        "quant_method": "fp8", "weight_block_size": [128, 128] }, "num_nextn_predict_layers": 1,
     });
     let check = |config: &Value, scale: f32, theta: f64, factor: f64| {
         let model = ModelSpec::from_hf_config(&config.to_string()).expect("it trains");
@@ -233,12 +234,14 @@ fn deepseek_v3_and_kimi_k2_as_published() {
         model
     };
     let model = check(&v3, 2.5, 1e4, 40.0);
-    assert_eq!(model.param_count(), 671_026_404_352);
+    assert_eq!(model.mtp, Some(Mtp { weight: 0.3 }));
+    assert_eq!(ModelSpec { mtp: None, ..model }.param_count(), 671_026_404_352);
     let mut k2 = v3.clone();
     for (key, value) in [
         ("model_type", json!("kimi_k2")),
         ("first_k_dense_replace", json!(1)),
         ("max_position_embeddings", json!(131_072)),
+        ("num_nextn_predict_layers", json!(0)),
         ("n_group", json!(1)),
         ("topk_group", json!(1)),
         ("n_routed_experts", json!(384)),
@@ -250,6 +253,9 @@ fn deepseek_v3_and_kimi_k2_as_published() {
     ] {
         k2[key] = value;
     }
+    k2["quantization_config"]["weight_block_size"] = json!([64, 64]);
+    assert!(ModelSpec::from_hf_config(&k2.to_string()).is_err());
+    k2["quantization_config"]["weight_block_size"] = json!([128, 128]);
     k2["rope_scaling"]["factor"] = json!(32.0);
     k2["rope_scaling"]["beta_fast"] = json!(1.0);
     check(&k2, 2.827, 5e4, 32.0);

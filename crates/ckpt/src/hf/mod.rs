@@ -8,7 +8,10 @@ mod export;
 mod left_out;
 mod names;
 mod problems;
+mod scaled;
 
+#[cfg(test)]
+mod scaled_tests;
 #[cfg(test)]
 mod tests;
 
@@ -98,6 +101,8 @@ enum Place {
     Rows { first: usize, stored_cols: usize },
     /// Transposed: logical rows are stored columns from `first` on, every `step`-th, of `stored_cols`.
     Columns { first: usize, stored_cols: usize, step: usize },
+    /// In few bits, with scales in another tensor.
+    Scaled(scaled::Rows),
 }
 
 impl Place {
@@ -140,13 +145,24 @@ impl HfWeights {
         let mut problems = Problems::default();
         let mut found = weights.open_files(dir, &mut problems)?;
         for tensor in table.iter().filter(|tensor| !tensor.zeros && !tensor.copy) {
-            match found.remove(&tensor.name) {
-                None => problems.missing.push(format!("{} {:?}", tensor.name, tensor.shape())),
-                Some(at) => {
-                    let added = weights.add(tensor, at.file, at.offset, &at.info);
-                    added.unwrap_or_else(|problem| problems.other.push(problem));
-                }
-            }
+            let mut take = |suffix: &str| found.remove(&format!("{}{suffix}", tensor.name));
+            let added = match take("") {
+                Some(at) if at.info.dtype == "F8_E4M3" => match take("_scale_inv") {
+                    Some(scales) => weights.add_squares(tensor, &at, &scales),
+                    None => Err(format!("tensor {} has no scales, {0}_scale_inv", tensor.name)),
+                },
+                Some(at) => weights.add(tensor, at.file, at.offset, &at.info),
+                None => match (take("_blocks"), take("_scales")) {
+                    (Some(blocks), Some(scales)) if tensor.slabs.is_some() && tensor.transposed => {
+                        weights.add_blocks(tensor, &blocks, &scales)
+                    }
+                    _ => {
+                        problems.missing.push(format!("{} {:?}", tensor.name, tensor.shape()));
+                        Ok(())
+                    }
+                },
+            };
+            added.unwrap_or_else(|problem| problems.other.push(problem));
         }
         weights.leave_out(spec, found, &mut problems)?;
         problems.refuse(dir, spec)?;
@@ -299,6 +315,9 @@ impl HfWeights {
             Place::Columns { first, stored_cols, step } => {
                 reader.read_turned((first + row0 * step, step), rows, stored_cols, col0, cols, out)
             }
+            Place::Scaled(rows) => out.chunks_exact_mut(cols).zip(row0..).try_for_each(|(out, row)| {
+                self.read_scaled((source.file, source.offset), &rows, row, col0, out)
+            }),
         }
         .map_err(|e| Error::io("read", path, &e))
     }

@@ -3,7 +3,7 @@ use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use spec::{
-    Activation, DType, Experts, Latent, ModelSpec, Position, Result, Rope, RopeScaling, Router, Score, Window,
+    Activation, DType, Experts, Latent, ModelSpec, Mtp, Position, Result, Rope, RopeScaling, Router, Score, Window,
 };
 
 use super::*;
@@ -25,7 +25,7 @@ fn gpt2() -> ModelSpec {
 }
 
 /// DeepSeek-V2 and V3.
-fn deepseek() -> [ModelSpec; 2] {
+pub(super) fn deepseek() -> [ModelSpec; 2] {
     let latent = Latent { query_rank: None, kv_rank: 5, nope_dim: 3, rope_dim: 2, value_dim: 4 };
     let router = Router { renormalise: false, scale: 1.5, ..Router::PLAIN };
     let experts = Experts { count: 4, top_k: 2, ffn: 7, shared_ffn: 14, dense_layers: 1, every: 1, router };
@@ -49,7 +49,7 @@ fn deepseek() -> [ModelSpec; 2] {
 }
 
 /// Experts of uneven number, in stacks.
-fn gpt_oss() -> ModelSpec {
+pub(super) fn gpt_oss() -> ModelSpec {
     let router = Router { bias: true, ..Router::PLAIN };
     let experts = Experts { count: 3, top_k: 2, ffn: 7, shared_ffn: 0, dense_layers: 0, every: 1, router };
     ModelSpec {
@@ -74,7 +74,12 @@ fn families() -> Vec<ModelSpec> {
     let window = Some(Window { tokens: 5, full_layers: 0, full_every: 0 });
     let mistral = ModelSpec { name: "mistral".into(), window, ..llama() };
     let all = [llama(), biased, mistral, qwen2, qwen3, gpt_oss(), gpt2(), untied];
-    all.into_iter().chain(deepseek()).collect()
+    all.into_iter().chain(deepseek()).chain([ahead()]).collect()
+}
+
+/// DeepSeek-V3 that predicts one token more.
+fn ahead() -> ModelSpec {
+    ModelSpec { mtp: Some(Mtp { weight: Mtp::WEIGHT }), ..deepseek()[1].clone() }
 }
 
 /// A weight that tells its name and place; every third needs more than bfloat16.
@@ -83,7 +88,7 @@ fn value(name: &str, i: usize) -> f32 {
     (seed % 1000) as f32 + i as f32 * if i.is_multiple_of(3) { 1.001 } else { 0.5 }
 }
 
-fn weights(spec: &ModelSpec) -> impl Fn(&str) -> Result<Vec<f32>> + use<> {
+pub(super) fn weights(spec: &ModelSpec) -> impl Fn(&str) -> Result<Vec<f32>> + use<> {
     let parts: HashMap<String, usize> = names::table(spec)
         .unwrap()
         .into_iter()
@@ -107,10 +112,10 @@ fn round_trip_of_every_family() {
             let dir = tempfile::tempdir().unwrap();
             let out = dir.path().join("out");
             let done = export(&spec, weights(&spec), &out, DType::F32, max_shard_bytes, None).unwrap();
-            // Beside biases of routers, which are no parameters.
+            // Beside biases of routers, which are no parameters, and what is there twice.
             let table = names::table(&spec).unwrap();
-            let biases: usize = table.iter().filter(|t| t.single).map(HfTensor::elements).sum();
-            let expected = 4 * (spec.param_count() + biases as u64);
+            let more: usize = table.iter().filter(|t| t.single || t.copy).map(HfTensor::elements).sum();
+            let expected = 4 * (spec.param_count() + more as u64);
             assert_eq!(done.bytes, expected, "{}: every parameter once", spec.name);
             assert_eq!(done.files > 1, max_shard_bytes == 2000);
             let (found, read) = import(&out).unwrap();
@@ -239,6 +244,20 @@ fn write_f16(
 }
 
 #[test]
+fn a_config_may_promise_a_layer_that_is_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let layer = format!("model.layers.{}.", ahead().layers);
+    write_f16(dir.path(), &ahead(), "model.", |shapes| shapes.retain(|name, _| !name.starts_with(&layer)));
+    let (spec, read) = import(dir.path()).unwrap();
+    assert_eq!(spec, ModelSpec { mtp: None, ..ahead() });
+    assert!(read.notes()[0].contains("num_nextn_predict_layers is 1"), "{:?}", read.notes());
+    // Half of one is another matter.
+    let dir = tempfile::tempdir().unwrap();
+    write_f16(dir.path(), &ahead(), "model.", |shapes| _ = shapes.remove(&format!("{layer}enorm.weight")));
+    check_refused(dir.path(), "enorm.weight [12] is missing");
+}
+
+#[test]
 fn layers_that_predict_later_tokens_are_left_out() {
     let spec = deepseek()[1].clone();
     let layer = format!("model.layers.{}", spec.layers);
@@ -363,6 +382,7 @@ fn what_is_left_out_is_compared() {
             "inv_freq [3] is not what config.json",
         ),
         (gpt2(), "transformer.h.0.attn.bias", vec![1, 1, 7, 7], "attn.bias [1, 1, 7, 7] is not what"),
+        (ahead(), "model.layers.2.shared_head.head.weight", vec![11, 12], "is not head.weight once more"),
     ] {
         let dir = tempfile::tempdir().unwrap();
         write_f16(dir.path(), &spec, names::prefix(&spec), |shapes| _ = shapes.insert(tensor.into(), shape));
@@ -376,7 +396,7 @@ fn what_is_left_out_is_compared() {
 }
 
 #[track_caller]
-fn check_refused(dir: &Path, expected: &str) {
+pub(super) fn check_refused(dir: &Path, expected: &str) {
     let error = import(dir).unwrap_err();
     assert_eq!(error.exit_code(), 2, "{error}");
     assert!(error.to_string().contains(expected), "{error}");

@@ -155,8 +155,11 @@ impl Config<'_> {
             Err(Error::user(format!("{key} = {shown} is not supported: {why}"))
                 .hint(format!("supported: {} without it", family.architecture)))
         };
-        if self.get("quantization_config").is_some() {
-            return refuse("quantization_config", "weights are read in float32, bfloat16 or float16");
+        if !self.quantised_by("fp8", &[("weight_block_size", json!([128, 128])), ("fmt", json!("e4m3"))]) {
+            return refuse(
+                "quantization_config",
+                "weights are read in 32 or 16 bits, or in e4m3 with a scale for each 128 rows and columns",
+            );
         }
         for key in ["attention_bias", "mlp_bias"] {
             if self.flag_or(key, false)? {

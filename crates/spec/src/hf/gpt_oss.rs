@@ -90,8 +90,8 @@ impl Config<'_> {
             let shown = self.0.get(key).map(super::short).unwrap_or_default();
             Err(Error::user(format!("{key} = {shown} is not supported: {why}")))
         };
-        if self.get("quantization_config").is_some() {
-            return refuse("quantization_config", "weights are read in float32, bfloat16 or float16")
+        if !self.quantised_by("mxfp4", &[]) {
+            return refuse("quantization_config", "weights are read in 32 or 16 bits, or in MXFP4")
                 .map_err(|e: Error| {
                     e.hint(
                         "load it with dequantize=True (Mxfp4Config) in transformers, and save_pretrained it",
