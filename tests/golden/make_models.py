@@ -69,7 +69,7 @@ def models():
             rms_norm_eps=1e-6, max_position_embeddings=64, tie_word_embeddings=False, rope_theta=1e4)),
         "kimi-like": (hf.DeepseekV3ForCausalLM, hf.DeepseekV3Config(
             vocab_size=61, hidden_size=20, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
-            intermediate_size=28, moe_intermediate_size=10, n_routed_experts=7, n_shared_experts=1,
+            intermediate_size=28, moe_intermediate_size=10, n_routed_experts=5, n_shared_experts=1,
             num_experts_per_tok=3, first_k_dense_replace=1, routed_scaling_factor=2.827, n_group=1, topk_group=1,
             norm_topk_prob=True, q_lora_rank=12, kv_lora_rank=9, qk_nope_head_dim=5, qk_rope_head_dim=8, v_head_dim=6,
             rms_norm_eps=1e-5, max_position_embeddings=8192, tie_word_embeddings=False, rope_theta=1e4,
@@ -106,10 +106,10 @@ def make(folder, cls, config, seed):
     model = cls(config).float().train()
     randomise(model, rng)
     if folder.name == "kimi-like":
-        # Wide enough that they choose other experts than the scores would.
+        # Wide enough to choose other experts than the scores would, and not so wide that one is never chosen.
         biases = [b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
         for bias in biases:
-            bias.copy_(0.3 * torch.randn(bias.shape, generator=rng))
+            bias.copy_(0.08 * torch.randn(bias.shape, generator=rng))
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
 

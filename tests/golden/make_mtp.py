@@ -67,7 +67,7 @@ def module(config):
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=rng)
         norm = len(shape) == 1 and name.endswith("weight")
-        weights[name] = 1 + 0.2 * noise if norm else (0.3 if name.endswith("correction_bias") else 0.2) * noise
+        weights[name] = 1 + 0.2 * noise if norm else (0.1 if name.endswith("correction_bias") else 0.2) * noise
     copies = {"embed_tokens": "model.embed_tokens", "shared_head.head": "lm_head"}
     return weights | {at + f"{name}.weight": stored[of + ".weight"].clone() for name, of in copies.items()}
 

@@ -135,7 +135,7 @@ def deepseek_layer(config, w, layer, x):
         amplitude, stretch = of("mscale") / of("mscale_all_dim"), of("mscale_all_dim") ** 2
     turn = torch.polar(torch.full((time, rope // 2), amplitude, dtype=torch.float64),
                        torch.arange(time, dtype=torch.float64)[:, None] * frequencies)
-    rotate_pairs = lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    rotate_pairs = lambda x: torch.view_as_real(torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2))) * turn).flatten(-2)
     at = f"model.layers.{layer}."
     project = lambda name, h: F.linear(h, w[at + name + ".weight"])
     h = rms_norm(x, w[at + "input_layernorm.weight"], eps)

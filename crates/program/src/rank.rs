@@ -122,9 +122,7 @@ impl<'a> Rank<'a> {
         };
         match m.latent {
             Some(l) => Heads { q, kv: q, dim: l.key_dim(), value_dim: l.value_dim, score_factor },
-            None => {
-                Heads { q, kv: m.kv_heads / tp, dim: m.head_dim, value_dim: m.head_dim, score_factor }
-            }
+            None => Heads { q, kv: m.kv_heads / tp, dim: m.head_dim, value_dim: m.head_dim, score_factor },
         }
     }
 

@@ -12,9 +12,7 @@ pub use bounded::{parse_json, small_json};
 pub use planned::HfModel;
 pub use windows::Windows;
 
-use crate::{
-    Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, Router,
-};
+use crate::{Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, Router};
 use serde_json::{Map, Value, json};
 
 /// `model_type`, the architecture with a language-model head, and what the configuration class assumes of an absent key.
@@ -295,7 +293,8 @@ impl<'a> Config<'a> {
     fn quantised_by(&self, method: &str, settings: &[(&str, Value)]) -> bool {
         let Some(config) = self.get("quantization_config") else { return true };
         let is = |key: &str, wanted: &Value| config.get(key).is_none_or(|found| found == wanted);
-        config.get("quant_method") == Some(&json!(method)) && settings.iter().all(|(key, wanted)| is(key, wanted))
+        config.get("quant_method") == Some(&json!(method))
+            && settings.iter().all(|(key, wanted)| is(key, wanted))
     }
 
     fn max_positions(&self, family: &Family) -> Result<usize> {

@@ -138,8 +138,11 @@ impl Layout {
             return Ok(());
         }
         broken(Rule::Context, || {
-            Error::user(format!("layout.cp = {} with model.mtp.depth = 1, which needs whole sequences", self.cp))
-                .hint("set layout.cp=1, or model.mtp.depth=0")
+            Error::user(format!(
+                "layout.cp = {} with model.mtp.depth = 1, which needs whole sequences",
+                self.cp
+            ))
+            .hint("set layout.cp=1, or model.mtp.depth=0")
         })
     }
 

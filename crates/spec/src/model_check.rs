@@ -118,9 +118,8 @@ impl ModelSpec {
             .hint("set model.mtp.depth=0 for a model without"));
         }
         if self.tied_embeddings {
-            return Err(Error::user("model.mtp needs an output projection of its own").hint(
-                "set model.tied_embeddings=false, or model.mtp.depth=0",
-            ));
+            return Err(Error::user("model.mtp needs an output projection of its own")
+                .hint("set model.tied_embeddings=false, or model.mtp.depth=0"));
         }
         Ok(())
     }

@@ -1,8 +1,8 @@
 use crate::doc::Doc;
 use crate::run::keys::{KEYS, ORIGIN_KEYS};
 use crate::{
-    Activation, Error, Experts, Mtp, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router,
-    Score, Window, suggest,
+    Activation, Error, Experts, Latent, ModelSpec, Mtp, NormKind, Position, Result, Rope, RopeScaling,
+    Router, Score, Window, suggest,
 };
 
 macro_rules! catalogue {

@@ -96,6 +96,13 @@ fn model(p: &Problem) -> Vec<String> {
                 (0..m.layers).map(|i| if p.shape.has_experts(i) { "1" } else { "0" }).collect();
             args.push(format!("--moe-layer-freq '[{}]'", pattern.join(",")));
         }
+        if e.router.expert_bias {
+            let rate = e.router.bias_rate;
+            args.push(format!("--moe-router-enable-expert-bias --moe-router-bias-update-rate {rate}"));
+        }
+    }
+    if let Some(mtp) = m.mtp {
+        args.push(format!("--mtp-num-layers 1 --mtp-loss-scaling-factor {}", mtp.weight));
     }
     args
 }

@@ -35,6 +35,9 @@ pub(crate) fn traits(m: &ModelSpec) -> Vec<(&'static str, String)> {
     if m.sinks {
         all.push(("sinks", "true".to_owned()));
     }
+    if let Some(mtp) = m.mtp {
+        all.push(("mtp", format!("one token more, its loss times {}", mtp.weight)));
+    }
     match &m.position {
         Position::Learned { max_positions } => all.push(("learned_positions", max_positions.to_string())),
         Position::Rope(rope) => {

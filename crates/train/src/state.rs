@@ -161,10 +161,7 @@ impl Executor {
     }
 
     /// Sets the biases that experts are chosen by, where the model has them.
-    fn set_expert_bias(
-        &mut self,
-        fill: &mut dyn FnMut(&Run<'_>, &mut [f32]) -> Result<()>,
-    ) -> Result<()> {
+    fn set_expert_bias(&mut self, fill: &mut dyn FnMut(&Run<'_>, &mut [f32]) -> Result<()>) -> Result<()> {
         let Executor { program: p, device, .. } = self;
         let Some((group, id)) = p.expert_bias.as_ref().zip(p.io.expert_bias) else { return Ok(()) };
         device.write(resolve::whole(p, id), |out: &mut [f32]| {

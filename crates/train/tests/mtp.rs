@@ -6,8 +6,7 @@ mod common;
 use common::{Trained, executor, first_difference, model, train};
 use program::{Mode, Place, Request};
 use spec::{
-    DType, Experts, Latent, Layout, ModelSpec, Mtp, PipelineSchedule, Recompute, Router, RunSpec,
-    Score, Zero,
+    DType, Experts, Latent, Layout, ModelSpec, Mtp, PipelineSchedule, Recompute, Router, RunSpec, Score, Zero,
 };
 use train::{Executor, Mesh};
 
@@ -47,7 +46,11 @@ fn bits_do_not_depend_on_the_layout() {
         ] {
             let got = run(&m, &layout, precision, 1e-2);
             assert_eq!(got.outputs, expected.outputs, "under {layout:?}");
-            assert_eq!((got.eval, got.experts), (expected.eval, expected.experts.clone()), "under {layout:?}");
+            assert_eq!(
+                (got.eval, got.experts),
+                (expected.eval, expected.experts.clone()),
+                "under {layout:?}"
+            );
             assert_eq!(first_difference(&expected.weights, &got.weights), None, "under {layout:?}");
         }
     }
@@ -83,8 +86,7 @@ fn its_loss_moves_weights_and_is_not_reported() {
     assert!(with.outputs[0].grad_norm > without.outputs[0].grad_norm);
     assert_ne!(with.weights["layers.0.mlp.up.weight"], without.weights["layers.0.mlp.up.weight"]);
     let moved = |name: &str| {
-        let first = executor(&m, &Layout::default(), SEQUENCES, DType::F32, 1);
-        let mut first = first;
+        let mut first = executor(&m, &Layout::default(), SEQUENCES, DType::F32, 1);
         first.initialise(&m, 11).expect("weights");
         common::weights(&first)[name] != with.weights[name]
     };
@@ -107,7 +109,8 @@ fn generation_does_without() {
         loss: Default::default(),
         recipe: Default::default(),
     };
-    let of = |mode| Executor::new(&request(mode), 1, Mesh::alone(), false).expect("a program").program.clone();
+    let of =
+        |mode| Executor::new(&request(mode), 1, Mesh::alone(), false).expect("a program").program.clone();
     let behind = |mode| of(mode).groups.iter().filter(|g| g.key.place == Place::Mtp).count();
     assert!(behind(Mode::Train) > 10);
     assert_eq!(behind(Mode::Generate { positions: 8 }), 0);
@@ -115,8 +118,12 @@ fn generation_does_without() {
 
 #[track_caller]
 fn refused(sets: &str, message: &str, hint: &str) {
-    let sets: Vec<String> =
-        "model.mtp.depth=1 ".split(' ').chain(sets.split(' ')).filter(|s| !s.is_empty()).map(str::to_owned).collect();
+    let sets: Vec<String> = "model.mtp.depth=1 "
+        .split(' ')
+        .chain(sets.split(' '))
+        .filter(|s| !s.is_empty())
+        .map(str::to_owned)
+        .collect();
     let run = RunSpec::load(None, &sets, &RunSpec::no_files);
     let found = run.and_then(|run| train::check_run(&train::Cpu::new(1), &run)).expect_err(message);
     assert!(found.to_string().contains(message), "{found}");
@@ -129,6 +136,10 @@ fn what_does_not_fit_is_refused() {
     refused("model.mtp.weight=0", "model.mtp.weight = 0, expected a number above 0", "model.mtp.depth=0");
     refused("model.mtp.weight=nan", "model.mtp.weight", "");
     refused("model.mtp.depth=0 model.mtp.weight=0.1", "model.mtp.weight = 0.1", "set model.mtp.depth too");
-    refused("model.tied_embeddings=true", "model.mtp needs an output projection", "model.tied_embeddings=false");
+    refused(
+        "model.tied_embeddings=true",
+        "model.mtp needs an output projection",
+        "model.tied_embeddings=false",
+    );
     refused("layout.cp=2", "layout.cp = 2 with model.mtp.depth = 1", "set layout.cp=1");
 }

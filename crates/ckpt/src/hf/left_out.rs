@@ -83,8 +83,7 @@ impl HfWeights {
             return Ok(false);
         };
         let (file, offset) = (head.file, head.offset);
-        let source =
-            Source { file, offset, kind, shape: head.info.shape.clone(), place: Place::whole(cols) };
+        let source = Source { file, offset, kind, shape: head.info.shape.clone(), place: Place::whole(cols) };
         let (path, file) = &self.files[file];
         let mut elements = Elements { file, source: &source, staging: Vec::new() };
         let at_once = (STAGING_BYTES / cols.max(1)).clamp(1, rows);
@@ -103,7 +102,6 @@ impl HfWeights {
 
     /// How a buffer of an old version differs from what the model computes in its place, if it does.
     fn unlike_buffer(&self, spec: &ModelSpec, name: &str, found: &Found) -> Result<Option<String>> {
-
         let right = match &spec.position {
             Position::Learned { max_positions } if name.ends_with(".attn.bias") => {
                 let n = *max_positions;

@@ -235,9 +235,7 @@ impl HfWeights {
                     (false, false) if tensor.beside => {
                         Place::Rows { first: begins + turn * cols, stored_cols: slab[1] }
                     }
-                    (false, false) => {
-                        Place::Rows { first: begins + rows * row_elements, stored_cols: cols }
-                    }
+                    (false, false) => Place::Rows { first: begins + rows * row_elements, stored_cols: cols },
                     // A vector: one row, whose elements are stored `step` apart.
                     (false, true) => Place::Columns { first: begins + turn, stored_cols: step, step },
                 };

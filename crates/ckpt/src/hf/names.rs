@@ -103,7 +103,6 @@ pub(crate) fn is_buffer(spec: &ModelSpec, name: &str) -> bool {
     }
 }
 
-
 /// Tensors of the module that predicts one token more that are others once more, and which parameters those are.
 pub(crate) fn copies(spec: &ModelSpec) -> Vec<(String, &'static str)> {
     let name = |of: &str| format!("layers.{}.{of}.weight", spec.layers);
@@ -209,7 +208,8 @@ impl Table<'_> {
         let h = |s: &str| format!("{hf}.{s}");
         self.norm(&h("enorm"), "mtp.embed_norm");
         self.norm(&h("hnorm"), "mtp.hidden_norm");
-        let half = |name: &str| Part { name: format!("mtp.{name}_proj.weight"), shape: vec![m.hidden, m.hidden] };
+        let half =
+            |name: &str| Part { name: format!("mtp.{name}_proj.weight"), shape: vec![m.hidden, m.hidden] };
         self.push(&h("eh_proj.weight"), false, vec![half("embed"), half("hidden")]);
         self.tensors.iter_mut().rev().take(1).for_each(|t| t.beside = true);
         self.layer(m.layers, "mtp");

@@ -35,7 +35,12 @@ pub(super) struct Rows {
 
 impl HfWeights {
     /// Adds a tensor of e4m3 elements, whose scales are in `scales`.
-    pub(super) fn add_squares(&mut self, tensor: &HfTensor, at: &Found, scales: &Found) -> Result<(), String> {
+    pub(super) fn add_squares(
+        &mut self,
+        tensor: &HfTensor,
+        at: &Found,
+        scales: &Found,
+    ) -> Result<(), String> {
         let (name, stored) = (&tensor.name, tensor.shape());
         if at.info.shape != stored || stored.len() != 2 || tensor.transposed {
             return Err(format!("tensor {name} has shape {}, expected {stored:?}", dims(&at.info.shape)));

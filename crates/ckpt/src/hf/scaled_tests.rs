@@ -22,9 +22,9 @@ fn written(spec: &ModelSpec, change: impl FnOnce(&mut Tensors)) -> tempfile::Tem
     let of = |(name, t): (String, TensorView<'_>)| (name, (t.dtype(), t.shape().to_vec(), t.data().to_vec()));
     let mut tensors: Tensors = file.tensors().into_iter().map(of).collect();
     change(&mut tensors);
-    let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
-        (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
-    });
+    let views = tensors
+        .iter()
+        .map(|(name, (dtype, shape, bytes))| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
     std::fs::write(out.join(SINGLE), safetensors::serialize(views, None).unwrap()).unwrap();
     dir
 }
@@ -56,7 +56,8 @@ fn experts_in_mxfp4() {
     let e = spec.experts.unwrap();
     let spec = ModelSpec { ffn: 32, experts: Some(spec::Experts { ffn: 32, ..e }), ..spec };
     let (count, hidden, ffn) = (e.count, 64, 32);
-    let (blocks, scales) = (bytes(count * 2 * ffn * hidden / 2, 255), bytes(count * 2 * ffn * hidden / 32, 200));
+    let (blocks, scales) =
+        (bytes(count * 2 * ffn * hidden / 2, 255), bytes(count * 2 * ffn * hidden / 32, 200));
     let name = "model.layers.1.mlp.experts.gate_up_proj";
     let dir = written(&spec, |tensors| {
         tensors.remove(name).unwrap();
@@ -68,7 +69,8 @@ fn experts_in_mxfp4() {
     let sizes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
     for expert in 0..count {
         for (turn, part) in ["gate", "up"].into_iter().enumerate() {
-            let found = read(dir.path(), &format!("layers.1.mlp.experts.{expert}.{part}.weight"), (ffn, hidden));
+            let found =
+                read(dir.path(), &format!("layers.1.mlp.experts.{expert}.{part}.weight"), (ffn, hidden));
             for (i, x) in found.iter().enumerate() {
                 let (row, col) = (expert * 2 * ffn + i / hidden * 2 + turn, i % hidden);
                 let byte = blocks[(row * hidden + col) / 2];
@@ -101,7 +103,8 @@ fn matrices_in_e4m3() {
     for (i, x) in read(dir.path(), "layers.0.mlp.down.weight", (160, 300)).iter().enumerate() {
         let (bits, scale) = (elements[i], scales[i / 300 / 128 * 3 + i % 300 / 128]);
         let (exponent, mantissa) = (i32::from(bits / 8), f32::from(bits % 8) / 8.0);
-        let size = if exponent == 0 { mantissa * 2f32.powi(-6) } else { (1.0 + mantissa) * 2f32.powi(exponent - 7) };
+        let size =
+            if exponent == 0 { mantissa * 2f32.powi(-6) } else { (1.0 + mantissa) * 2f32.powi(exponent - 7) };
         assert_eq!(*x, size * scale, "{i}");
     }
     let without = written(&wide, |tensors| {

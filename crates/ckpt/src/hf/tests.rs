@@ -3,7 +3,8 @@ use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use spec::{
-    Activation, DType, Experts, Latent, ModelSpec, Mtp, Position, Result, Rope, RopeScaling, Router, Score, Window,
+    Activation, DType, Experts, Latent, ModelSpec, Mtp, Position, Result, Rope, RopeScaling, Router, Score,
+    Window,
 };
 
 use super::*;

@@ -144,7 +144,9 @@ impl Estimator<'_> {
             // The head's products are all in the backward pass, so that no pass reads a tied table at both ends.
             let forward = layers(t.layer.reads.forward, t.expert_layer.reads.forward)
                 + embed * t.embed.reads.forward
-                + head * t.head.reads.forward;
+                + head * t.head.reads.forward
+                // A module behind the last layer looks up in the embedding too.
+                - if self.problem.shape.model.mtp.is_some() { both * t.tied } else { 0.0 };
             let backward = layers(behind(&t.layer.reads), behind(&t.expert_layer.reads))
                 + embed * behind(&t.embed.reads)
                 + head * behind(&t.head.reads);

@@ -132,7 +132,8 @@ impl Placer<'_> {
     ) -> (BufferId, BufferId) {
         let g = &self.cx.groups[i];
         // A tied table's are the output projection's, of sequences one by one.
-        let tied = self.cx.model.tied_embeddings && (head || g.key.role == Role::Embedding && !holds_embedding);
+        let tied =
+            self.cx.model.tied_embeddings && (head || g.key.role == Role::Embedding && !holds_embedding);
         let from_head = g.key.role == Role::Head || tied;
         let (levels, rows, cols) = if self.cx.generates() {
             (1, 0, g.cols)

@@ -5,8 +5,8 @@ use serde_json::{Map, Value, json};
 use super::{Config, Family, LLAMA, MAX_POSITIONS, wide};
 use crate::model::LATENT_NORM_EPS;
 use crate::{
-    Activation, Error, Experts, Latent, ModelSpec, Mtp, NormKind, Position, Result, Rope, RopeScaling, Router,
-    Score,
+    Activation, Error, Experts, Latent, ModelSpec, Mtp, NormKind, Position, Result, Rope, RopeScaling,
+    Router, Score,
 };
 
 /// Softmax scores, the best of all as they are.

@@ -91,12 +91,13 @@ impl Config<'_> {
             Err(Error::user(format!("{key} = {shown} is not supported: {why}")))
         };
         if !self.quantised_by("mxfp4", &[]) {
-            return refuse("quantization_config", "weights are read in 32 or 16 bits, or in MXFP4")
-                .map_err(|e: Error| {
+            return refuse("quantization_config", "weights are read in 32 or 16 bits, or in MXFP4").map_err(
+                |e: Error| {
                     e.hint(
                         "load it with dequantize=True (Mxfp4Config) in transformers, and save_pretrained it",
                     )
-                });
+                },
+            );
         }
         if !self.flag_or("attention_bias", true)? {
             return refuse("attention_bias", "projections have biases");

@@ -48,7 +48,6 @@ pub(super) fn route<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     }
 }
 
-
 /// Moves what experts are chosen by, once a step.
 pub(super) fn balance<T: Number>(_: &Pool, a: &Args<'_, T>) {
     let OpKind::BalanceExperts { rate } = *a.launch().kind() else { not_mine!(a) };
