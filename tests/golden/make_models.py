@@ -67,6 +67,14 @@ def models():
             num_experts_per_tok=3, first_k_dense_replace=1, routed_scaling_factor=2.5, n_group=4, topk_group=2,
             norm_topk_prob=True, q_lora_rank=14, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=7,
             rms_norm_eps=1e-6, max_position_embeddings=64, tie_word_embeddings=False, rope_theta=1e4)),
+        "kimi-like": (hf.DeepseekV3ForCausalLM, hf.DeepseekV3Config(
+            vocab_size=61, hidden_size=20, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+            intermediate_size=28, moe_intermediate_size=10, n_routed_experts=5, n_shared_experts=1,
+            num_experts_per_tok=3, first_k_dense_replace=1, routed_scaling_factor=2.827, n_group=1, topk_group=1,
+            norm_topk_prob=True, q_lora_rank=12, kv_lora_rank=9, qk_nope_head_dim=5, qk_rope_head_dim=8, v_head_dim=6,
+            rms_norm_eps=1e-5, max_position_embeddings=8192, tie_word_embeddings=False, rope_theta=1e4,
+            rope_scaling=dict(type="yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0, mscale=1.2, mscale_all_dim=0.8,
+                              original_max_position_embeddings=2048))),
         "mistral-like": (hf.MistralForCausalLM, hf.MistralConfig(
             **{**llama, "vocab_size": 63, "intermediate_size": 52}, sliding_window=7, rope_theta=1e4)),
         "gpt-oss-like": (hf.GptOssForCausalLM, hf.GptOssConfig(
@@ -84,7 +92,7 @@ def models():
 def main(names):
     torch.set_num_threads(1)
     seeds = ["llama-gqa", "llama3-rope", "qwen2-like", "qwen3-like", "gpt2", "mixtral-like", "qwen3-moe-like",
-             "deepseek-v2-like", "deepseek-v3-like", "mistral-like", "gpt-oss-like"]
+             "deepseek-v2-like", "deepseek-v3-like", "mistral-like", "gpt-oss-like", "kimi-like"]
     packed = transformers.__version__ >= "5"
     for name, (cls, config) in models().items():
         if name in names or not names and packed != (name in seeds[5:]):
@@ -97,6 +105,11 @@ def make(folder, cls, config, seed):
     rng = torch.Generator().manual_seed(1000 + seed)
     model = cls(config).float().train()
     randomise(model, rng)
+    if folder.name == "kimi-like":
+        # Wide enough to choose other experts than the scores would, and not so wide that one is never chosen.
+        biases = [b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
+        for bias in biases:
+            bias.copy_(0.08 * torch.randn(bias.shape, generator=rng))
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
 
@@ -108,9 +121,10 @@ def make(folder, cls, config, seed):
     buffers = [k for k, _ in model.named_buffers()]
     stored = load_file(folder / "model.safetensors").items()
     weights64 = {k: t.double().requires_grad_() for k, t in stored if k not in buffers}
+    fixed = {k: t.double() for k, t in stored if k in buffers}
     assert parameters.keys() == weights64.keys(), parameters.keys() ^ weights64.keys()
     forward = lambda tokens: model(input_ids=tokens, use_cache=False).logits
-    forward64 = lambda tokens: reference64.logits(config64, weights64, tokens)
+    forward64 = lambda tokens: reference64.logits(config64, {**weights64, **fixed}, tokens)
 
     save_file({"logits": forward(batches[0]["tokens"]).detach()}, folder / "logits.safetensors")
     initial = {"float32": [], "float64": []}

@@ -100,53 +100,80 @@ def window(config, layer):
 
 def deepseek(config, w, tokens):
     """DeepSeek-V2 and V3: latent attention, and a mixture with an expert that all tokens meet."""
-    eps, heads = config["rms_norm_eps"], config["num_attention_heads"]
-    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
-    rank, (batch, time) = config["kv_lora_rank"], tokens.shape
-    frequencies = config["rope_theta"] ** (-torch.arange(0, rope, 2, dtype=torch.float64) / rope)
-    turn = torch.polar(torch.ones(time, rope // 2, dtype=torch.float64),
-                       torch.arange(time, dtype=torch.float64)[:, None] * frequencies)
-    rotate_pairs = lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    return F.linear(deepseek_hidden(config, w, tokens), w["lm_head.weight"])
+
+
+def deepseek_hidden(config, w, tokens):
+    """What the output projection reads."""
     x = F.embedding(tokens, w["model.embed_tokens.weight"])
     for layer in range(config["num_hidden_layers"]):
-        at = f"model.layers.{layer}."
-        project = lambda name, h: F.linear(h, w[at + name + ".weight"])
-        h = rms_norm(x, w[at + "input_layernorm.weight"], eps)
-        if config["q_lora_rank"]:
-            latent = rms_norm(project("self_attn.q_a_proj", h), w[at + "self_attn.q_a_layernorm.weight"], 1e-6)
-            q = project("self_attn.q_b_proj", latent)
-        else:
-            q = project("self_attn.q_proj", h)
-        q_nope, q_rope = q.view(batch, time, heads, nope + rope).transpose(1, 2).split([nope, rope], -1)
-        latent, k_rope = project("self_attn.kv_a_proj_with_mqa", h).split([rank, rope], -1)
-        latent = rms_norm(latent, w[at + "self_attn.kv_a_layernorm.weight"], 1e-6)
-        kv = project("self_attn.kv_b_proj", latent).view(batch, time, heads, nope + value).transpose(1, 2)
-        k_nope, v = kv.split([nope, value], -1)
-        k_rope = rotate_pairs(k_rope[:, None]).expand(-1, heads, -1, -1)
-        y = attention(torch.cat((q_nope, rotate_pairs(q_rope)), -1), torch.cat((k_nope, k_rope), -1), v)
-        x = x + project("self_attn.o_proj", y.transpose(1, 2).reshape(batch, time, heads * value))
-        h = rms_norm(x, w[at + "post_attention_layernorm.weight"], eps)
-        gated = lambda to, h: project(to + ".down_proj", F.silu(project(to + ".gate_proj", h)) * project(to + ".up_proj", h))
-        if layer < config["first_k_dense_replace"]:
-            x = x + gated("mlp", h)
-            continue
-        weights = deepseek_router(config, project("mlp.gate", h))
-        for expert in range(weights.shape[-1]):
-            x = x + weights[..., expert, None] * gated(f"mlp.experts.{expert}", h)
-        x = x + gated("mlp.shared_experts", h)
-    return F.linear(rms_norm(x, w["model.norm.weight"], eps), w["lm_head.weight"])
+        x = deepseek_layer(config, w, layer, x)
+    return rms_norm(x, w["model.norm.weight"], config["rms_norm_eps"])
 
 
-def deepseek_router(config, logits):
-    """Weights of all experts, zero for those not chosen. V3 takes the best of the groups whose two best are best."""
+def deepseek_ahead(config, w, tokens, targets):
+    """Logits of the next token, and of the one behind it (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
+    eps, at = config["rms_norm_eps"], f"model.layers.{config['num_hidden_layers']}."
+    x = deepseek_hidden(config, w, tokens)
+    following = torch.cat((tokens[:, 1:], targets[:, -1:]), 1)
+    known = (following >= 0)[..., None]
+    e = F.embedding(following.clamp(min=0), w["model.embed_tokens.weight"]) * known
+    both = torch.cat((rms_norm(e, w[at + "enorm.weight"], eps), rms_norm(x, w[at + "hnorm.weight"], eps)), -1)
+    y = deepseek_layer(config, w, config["num_hidden_layers"], F.linear(both, w[at + "eh_proj.weight"]))
+    y = rms_norm(y, w[at + "shared_head.norm.weight"], eps)
+    return F.linear(x, w["lm_head.weight"]), F.linear(y, w["lm_head.weight"])
+
+
+def deepseek_layer(config, w, layer, x):
+    eps, heads = config["rms_norm_eps"], config["num_attention_heads"]
+    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    rank, (batch, time, _) = config["kv_lora_rank"], x.shape
+    frequencies = rope_frequencies(config, rope)
+    amplitude, stretch = 1.0, 1.0
+    if scaling := config.get("rope_scaling"):
+        of = lambda key: 0.1 * scaling[key] * math.log(scaling["factor"]) + 1
+        amplitude, stretch = of("mscale") / of("mscale_all_dim"), of("mscale_all_dim") ** 2
+    turn = torch.polar(torch.full((time, rope // 2), amplitude, dtype=torch.float64),
+                       torch.arange(time, dtype=torch.float64)[:, None] * frequencies)
+    rotate_pairs = lambda x: torch.view_as_real(torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    at = f"model.layers.{layer}."
+    project = lambda name, h: F.linear(h, w[at + name + ".weight"])
+    h = rms_norm(x, w[at + "input_layernorm.weight"], eps)
+    if config["q_lora_rank"]:
+        latent = rms_norm(project("self_attn.q_a_proj", h), w[at + "self_attn.q_a_layernorm.weight"], 1e-6)
+        q = project("self_attn.q_b_proj", latent)
+    else:
+        q = project("self_attn.q_proj", h)
+    q_nope, q_rope = q.view(batch, time, heads, nope + rope).transpose(1, 2).split([nope, rope], -1)
+    latent, k_rope = project("self_attn.kv_a_proj_with_mqa", h).split([rank, rope], -1)
+    latent = rms_norm(latent, w[at + "self_attn.kv_a_layernorm.weight"], 1e-6)
+    kv = project("self_attn.kv_b_proj", latent).view(batch, time, heads, nope + value).transpose(1, 2)
+    k_nope, v = kv.split([nope, value], -1)
+    k_rope = rotate_pairs(k_rope[:, None]).expand(-1, heads, -1, -1)
+    q = torch.cat((q_nope, rotate_pairs(q_rope)), -1) * stretch
+    y = attention(q, torch.cat((k_nope, k_rope), -1), v)
+    x = x + project("self_attn.o_proj", y.transpose(1, 2).reshape(batch, time, heads * value))
+    h = rms_norm(x, w[at + "post_attention_layernorm.weight"], eps)
+    gated = lambda to, h: project(to + ".down_proj", F.silu(project(to + ".gate_proj", h)) * project(to + ".up_proj", h))
+    if layer < config["first_k_dense_replace"]:
+        return x + gated("mlp", h)
+    weights = deepseek_router(config, project("mlp.gate", h), w.get(at + "mlp.gate.e_score_correction_bias", 0.0))
+    for expert in range(weights.shape[-1]):
+        x = x + weights[..., expert, None] * gated(f"mlp.experts.{expert}", h)
+    return x + gated("mlp.shared_experts", h)
+
+
+def deepseek_router(config, logits, bias):
+    """Weights of all experts, zero for those not chosen. V3 takes the best, by score and bias, of the groups whose two
+    best are best."""
     v3 = config["model_type"] == "deepseek_v3"
     scores = logits.sigmoid() if v3 else logits.softmax(-1)
     choice = scores
     if v3:
-        groups = scores.unflatten(-1, (config["n_group"], -1))
+        groups = (scores + bias).unflatten(-1, (config["n_group"], -1))
         best = groups.topk(2, -1)[0].sum(-1).topk(config["topk_group"], -1)[1]
         inside = torch.zeros(groups.shape[:-1], dtype=torch.bool).scatter(-1, best, True)
-        choice = groups.masked_fill(~inside[..., None], 0.0).flatten(-2)
+        choice = groups.masked_fill(~inside[..., None], -math.inf).flatten(-2)
     chosen = choice.topk(config["num_experts_per_tok"], -1)[1]
     best = scores.gather(-1, chosen)
     if v3 and config["norm_topk_prob"]:
@@ -211,10 +238,12 @@ def rope_frequencies(config, head_dim):
         return f
     if rope["rope_type"] == "yarn":
         # Between the dims that make beta_fast and beta_slow turns in a full context (Peng et al. 2023, section 3.2).
-        assert not rope["truncate"], rope
         dim = lambda turns: (head_dim * math.log(rope["original_max_position_embeddings"] / (turns * 2 * math.pi))
                              / (2 * math.log(rope["rope_theta"])))
-        low, high = max(dim(rope["beta_fast"]), 0), min(dim(rope["beta_slow"]), head_dim - 1)
+        low, high = dim(rope["beta_fast"]), dim(rope["beta_slow"])
+        if rope.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
         ramp = ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
         return f / rope["factor"] * ramp + f * (1 - ramp)
     assert rope["rope_type"] == "llama3", rope

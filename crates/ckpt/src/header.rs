@@ -193,7 +193,7 @@ fn element_bytes(dtype: &str) -> Option<u64> {
         "F64" | "I64" | "U64" => Some(8),
         "F32" | "I32" | "U32" => Some(4),
         "F16" | "BF16" | "I16" | "U16" => Some(2),
-        "I8" | "U8" | "BOOL" => Some(1),
+        "I8" | "U8" | "BOOL" | "F8_E4M3" => Some(1),
         _ => None,
     }
 }

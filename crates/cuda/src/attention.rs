@@ -122,11 +122,7 @@ pub(crate) fn can_run(dtype: DType, heads: Heads, sees: Sees) -> Result<(), Lack
 fn shape(p: Params, l: &Launch<'_>, h: Heads) -> Params {
     let p = p.with(int(l.sequence())).with(int(h.q)).with(int(h.kv));
     let p = if l.precision() == DType::Bf16 { p } else { p.with(int(h.dim)) };
-    p.with(scale(h))
-}
-
-fn scale(h: Heads) -> f32 {
-    1.0 / (h.dim as f32).sqrt()
+    p.with(h.scale())
 }
 
 fn variant_of(l: &Launch<'_>, h: Heads) -> Result<Variant> {
@@ -188,6 +184,6 @@ pub(crate) fn decode(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
         .with(int(heads.q))
         .with(int(heads.kv))
         .with(int(heads.dim))
-        .with(scale(heads));
+        .with(heads.scale());
     d.start(variant!(l, "attention_decode"), Geometry::line(heads.q, 256), params)
 }

@@ -191,6 +191,8 @@ impl CacheShape {
 fn local(shape: &Shape, tp: usize) -> Shape {
     let mut local = shape.clone();
     let m = &mut local.model;
+    // What is served is the next token.
+    m.mtp = None;
     m.kv_heads = m.kv_heads.div_ceil(tp);
     m.heads = m.heads.div_ceil(tp).next_multiple_of(m.kv_heads);
     m.ffn = m.ffn.div_ceil(tp);

@@ -59,9 +59,10 @@ pub use crate::embed::{
     Places, embed, embed_grad, embed_grad_workspace_len, pos_grad, pos_grad_workspace_len,
 };
 pub use crate::experts::{
-    Groups, Router, grouped_bias_grad, grouped_bias_grad_workspace_len, grouped_linear, grouped_linear_dw,
-    grouped_linear_dw_workspace_len, grouped_linear_dx, grouped_linear_workspace_len, permute, permute_dx,
-    route, route_dx, route_dx_workspace_len, route_workspace_len, unpermute, unpermute_dx,
+    Groups, Router, balance_experts, grouped_bias_grad, grouped_bias_grad_workspace_len, grouped_linear,
+    grouped_linear_dw, grouped_linear_dw_workspace_len, grouped_linear_dx, grouped_linear_workspace_len,
+    permute, permute_dx, route, route_dx, route_dx_workspace_len, route_workspace_len, unpermute,
+    unpermute_dx,
 };
 pub use crate::head_norm::{qk_norm, qk_norm_dw, qk_norm_dw_workspace_len, qk_norm_dx};
 pub use crate::latent::{

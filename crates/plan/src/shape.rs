@@ -113,6 +113,7 @@ pub fn dense(name: &str, sizes: Sizes) -> ModelSpec {
         latent: None,
         window: None,
         sinks: false,
+        mtp: None,
     }
 }
 
@@ -230,16 +231,23 @@ impl Shape {
             (all as f64, active as f64)
         };
         let (a, b) = (of(true), of(false));
-        (a.0 * with + b.0 * without, a.1 * with + b.1 * without)
+        let mut sum = (a.0 * with + b.0 * without, a.1 * with + b.1 * without);
+        if self.model.mtp.is_some() {
+            let behind = if self.model.has_experts(self.model.layers) { a } else { b };
+            let projections = 2.0 * (self.model.hidden as f64).powi(2);
+            sum = (sum.0 + behind.0 + projections, sum.1 + behind.1 + projections);
+        }
+        sum
     }
 
     /// Model FLOPs of one token, forward and backward: 6 for each weight used except the input table, and attention
     /// over `sequence` tokens, whole or at the causal half (PaLM, arXiv 2204.02311 appendix B), less what windows clip.
     pub fn flops_per_token(&self, sequence: f64, causal: bool) -> f64 {
-        let attention = 12.0 * self.model.layers as f64 * self.model.score_width() * sequence;
+        let attention = 12.0 * self.model.all_layers() as f64 * self.model.score_width() * sequence;
         let attention = if causal { attention / 2.0 } else { attention };
         let attention = attention * self.attended(sequence as usize);
-        6.0 * (self.layers_params().1 + self.table_params()) + attention
+        let heads = if self.model.mtp.is_some() { 2.0 } else { 1.0 };
+        6.0 * (self.layers_params().1 + heads * self.table_params()) + attention
     }
 }
 

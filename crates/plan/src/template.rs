@@ -215,10 +215,12 @@ impl Template {
     pub fn build(shape: &Shape, key: &Key) -> Result<Self> {
         let with = shape.expert_layers();
         let without = with == 0 || with < shape.model.layers;
-        let dense = without.then(|| StandIn::build(shape, key, false, true)).transpose()?;
-        // One head is enough.
-        let expert = (with > 0).then(|| StandIn::build(shape, key, true, !without)).transpose()?;
+        // One head is enough; a layer behind it is of the kind that comes next.
+        let behind = shape.model.mtp.is_some() && shape.model.has_experts(shape.model.layers);
+        let dense = without.then(|| StandIn::build(shape, key, false, !behind)).transpose()?;
+        let expert = (with > 0).then(|| StandIn::build(shape, key, true, behind || !without)).transpose()?;
         let any = dense.as_ref().or(expert.as_ref()).expect("layers are of one kind at least");
+        let last = if behind { expert.as_ref().unwrap_or(any) } else { any };
         let mut expert_layer = expert.as_ref().map(StandIn::layer);
         if let Some(layer) = &mut expert_layer {
             layer.launches = EXPERT_LAUNCHES;
@@ -229,8 +231,8 @@ impl Template {
             embed: any.embed(),
             layer,
             expert_layer,
-            head: any.head(),
-            tied_params: any.tied_params(),
+            head: last.head(),
+            tied_params: last.tied_params(),
             boundary_bytes: any.boundary_bytes(),
         };
         let attended = shape.attended(key.sequence);

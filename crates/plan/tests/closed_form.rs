@@ -12,7 +12,9 @@ use plan::software::Software;
 use plan::template::{Task, tasks};
 use program::{ALIGN, Axis, Members, Mode, Pass, Place, Program, Replication, Request, orders};
 use proptest::prelude::*;
-use spec::{Catalog, Experts, Layout, ModelSpec, NumberFormat, PipelineSchedule, Recompute, Reduce, Zero};
+use spec::{
+    Catalog, Experts, Layout, ModelSpec, Mtp, NumberFormat, PipelineSchedule, Recompute, Reduce, Zero,
+};
 
 const SEQUENCE: usize = 64;
 /// Micro-batches of a rank.
@@ -31,6 +33,17 @@ fn model(layers: usize, gated: bool, tied: bool, experts: bool) -> ModelSpec {
         router: Default::default(),
     };
     ModelSpec { experts: (gated && experts).then_some(mixture), ..dense("small", sizes) }
+}
+
+/// With a module that predicts one token more, where the model can have one: of whole sequences.
+fn ahead(model: ModelSpec, layout: Layout, ahead: bool) -> (ModelSpec, Layout) {
+    if !ahead || model.tied_embeddings {
+        return (model, layout);
+    }
+    let mut layout = Layout { cp: 1, ..layout };
+    layout.ep = if layout.stage_ranks().is_multiple_of(layout.ep) { layout.ep } else { 1 };
+    layout.shard = layout.shard.filter(|_| layout.check_shard().is_ok());
+    (ModelSpec { mtp: Some(Mtp { weight: 0.3 }), ..model }, layout)
 }
 
 prop_compose! {
@@ -158,10 +171,11 @@ proptest! {
 
     #[test]
     fn parameters_and_states_are_those_of_the_fullest_stage(
-        layout in layouts(), layers in 6usize..9, gated: bool, tied: bool, experts: bool, wide: bool,
+        layout in layouts(), layers in 6usize..9, gated: bool, tied: bool, experts: bool, wide: bool, mtp: bool,
     ) {
         let model = model(layers, gated, tied, experts);
         let layout = Layout { ep: if model.experts.is_some() { layout.ep } else { 1 }, ..layout };
+        let (model, layout) = ahead(model, layout, mtp);
         let format = if wide { NumberFormat::Fp32 } else { NumberFormat::Bf16 };
         let programs = programs(&model, &layout, format);
         let (elements, table, slack) = fullest(&programs);
@@ -209,13 +223,14 @@ proptest! {
     #[test]
     fn replicas_are_charged_the_bytes_that_the_program_states(
         layout in layouts(), layers in 6usize..9, gated: bool, tied: bool, experts: bool, wide: bool,
-        dense_layers in 0usize..3, vocab in 500usize..520,
+        dense_layers in 0usize..3, vocab in 500usize..520, mtp: bool,
     ) {
         let mut model = ModelSpec { vocab, ..model(layers, gated, tied, experts) };
         if let Some(e) = &mut model.experts {
             e.dense_layers = dense_layers;
         }
         let layout = Layout { ep: if model.experts.is_some() { layout.ep } else { 1 }, ..layout };
+        let (model, layout) = ahead(model, layout, mtp);
         let format = if wide { NumberFormat::Fp32 } else { NumberFormat::Bf16 };
         let problem = problem(&model, &layout, MICRO_BATCHES);
         let placement = Placement::of(layout.clone(), format);
@@ -251,10 +266,11 @@ proptest! {
     /// What the estimator charges for messages inside layers is what the ranks of the group give to each other.
     #[test]
     fn messages_are_charged_the_bytes_that_the_program_states(
-        layout in layouts(), gated: bool, experts: bool,
+        layout in layouts(), gated: bool, experts: bool, mtp: bool,
     ) {
         let model = model(6, gated, false, experts);
         let layout = Layout { ep: if model.experts.is_some() { layout.ep } else { 1 }, ..layout };
+        let (model, layout) = ahead(model, layout, mtp);
         for p in programs(&model, &layout, NumberFormat::Bf16) {
             for op in p.blocks.iter().flat_map(|b| &b.ops) {
                 let charged: f64 = tasks(&p, op).iter().map(|t| match *t {

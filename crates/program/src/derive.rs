@@ -1,6 +1,6 @@
 use std::collections::HashMap;
 
-use spec::{DType, NormKind};
+use spec::{DType, Mtp, NormKind};
 
 use crate::emit::Forward;
 use crate::graph::{Graph, Node, Operand, Phase, Sequences, Source, ValueId};
@@ -22,11 +22,11 @@ pub(crate) struct Both {
 ///
 /// Backward begins with the loss (for the last chunk), then comes the derivative of every forward op in reverse.
 pub(crate) fn backward(cx: &Rank<'_>, chunk: &Chunk, forward: Forward) -> Both {
-    let Forward { mut graph, input, output, boundaries } = forward;
+    let Forward { mut graph, input, output, mtp, boundaries } = forward;
     let forward = std::mem::take(&mut graph.nodes);
     let mut d = Derive { cx, g: &mut graph, out: Vec::new(), grads: HashMap::new() };
     if chunk.head {
-        d.loss(output);
+        d.loss(output, mtp);
     } else {
         d.receive(chunk, output);
     }
@@ -48,7 +48,7 @@ pub(crate) fn evaluation(cx: &Rank<'_>, chunk: &Chunk, forward: Forward) -> Grap
     if chunk.head {
         graph.place = Place::Head;
         let mut d = Derive { cx, g: &mut graph, out: Vec::new(), grads: HashMap::new() };
-        d.loss_ops(output, false);
+        d.loss_ops(output, None, false);
         let loss = d.out;
         graph.nodes.extend(loss);
     }
@@ -69,6 +69,16 @@ pub(crate) fn generation(cx: &Rank<'_>, forward: Forward) -> Graph {
     let decode = d.out;
     graph.nodes.extend(decode);
     graph
+}
+
+/// What the output projection turns into logits, and what those are held to.
+struct Head {
+    name: &'static str,
+    x: ValueId,
+    targets: ValueId,
+    terms: LossTerms,
+    /// The gradient of `x`, if it is wanted.
+    dx: Option<ValueId>,
 }
 
 struct Derive<'a> {
@@ -95,7 +105,8 @@ impl Derive<'_> {
     /// A weight-gradient op over all sequences of the micro-batch.
     fn weight(&mut self, kind: OpKind, name: String, ins: Vec<Operand>, params: &[Operand]) {
         let grads = params.iter().map(|p| self.group_of(*p)).collect();
-        let sequences = Sequences { first: 0, count: self.cx.layout.micro_batch };
+        let count = self.cx.layout.micro_batch;
+        let sequences = Sequences { first: 0, count, ..Sequences::default() };
         let node = self.push(kind, name, ins, vec![], Phase::Weight);
         node.grads = grads;
         node.sequences = sequences;
@@ -375,62 +386,85 @@ impl Derive<'_> {
         );
     }
 
-    fn loss(&mut self, x: ValueId) {
+    fn loss(&mut self, x: ValueId, mtp: Option<ValueId>) {
         self.g.place = Place::Head;
-        if let Some(dx) = self.loss_ops(x, true) {
-            self.grads.insert(x, dx);
-        }
+        let grads = self.loss_ops(x, mtp, true);
+        self.grads.extend([Some(x), mtp].into_iter().flatten().zip(grads));
     }
 
     /// The ops that turn the final norm's output into losses, and with `train` into gradients: one sequence at a time, so
-    /// that logits of more than one never exist, or a whole micro-batch.
-    fn loss_ops(&mut self, x: ValueId, train: bool) -> Option<ValueId> {
+    /// that logits of more than one never exist, or a whole micro-batch. Likewise, in turn, of the output of the module
+    /// that predicts one token more, whose loss is in the gradients alone. Gives the gradients of both.
+    fn loss_ops(&mut self, x: ValueId, mtp: Option<ValueId>, train: bool) -> Vec<ValueId> {
         let cx = self.cx;
-        let (vocab0, vocab) = cx.vocab();
         let w = self.table();
-        let table = self.group_of(w);
+        let terms = LossTerms { z: cx.request.recipe.z_loss, cap: cx.model.logit_softcap, weight: 1.0 };
         let targets = self.g.value("targets", cx.tokens(), 1, DType::U32, Source::Targets);
         let leaves = self.g.value("loss_leaves", 1, 1, DType::F64, Source::LossLeaves);
         let dx = train.then(|| self.g.like(x, "head.dx"));
+        let mut heads = vec![Head { name: "head", x, targets, terms, dx }];
+        if let (Some(x), Some(Mtp { weight })) = (mtp, cx.model.mtp) {
+            let targets = self.g.value("next_targets", cx.tokens(), 1, DType::U32, Source::NextTargets);
+            let dx = train.then(|| self.g.like(x, "mtp.head.dx"));
+            let terms = LossTerms { z: 0.0, weight, ..terms };
+            heads.push(Head { name: "mtp.head", x, targets, terms, dx });
+        }
+        let sums = self.g.all(leaves);
         let count = cx.loss_sequences();
-        let terms = LossTerms { z: cx.request.recipe.z_loss, cap: cx.model.logit_softcap };
-        let t = count * cx.sequence;
         for leaf in (0..cx.layout.micro_batch).step_by(count) {
-            let rows = |value| Operand { value, row0: leaf * cx.sequence, rows: t };
-            let name = |s: &str| format!("head.{leaf}{s}");
-            let logits = self.g.value(&name(""), t, vocab, cx.dtype, Source::Node);
-            let l = self.g.all(logits);
-            self.push(OpKind::Linear, name(""), vec![rows(x), w], vec![l], Phase::Input);
-            let l = self.soft_capped(l, name(".cap"), Phase::Input);
-            let d = self.g.like(logits, &name(".dlogits"));
-            let loss = self.g.value(&name(".loss"), t, 1, DType::F32, Source::Node);
-            let (d, loss) = (self.g.all(d), self.g.all(loss));
-            if cx.layout.tp == 1 {
-                let kind = OpKind::Xent { terms };
-                self.push(kind, name(".xent"), vec![l, rows(targets)], vec![d, loss], Phase::Input);
-            } else {
-                let stats = self.vocab_stats(&name(".stats"), l, rows(targets), vocab0);
-                let ins = vec![l, rows(targets), stats];
-                let kind = OpKind::XentGrad { vocab0, terms };
-                self.push(kind, name(".xent"), ins, vec![d, loss], Phase::Input);
-            }
-            let sums = self.g.all(leaves);
-            for i in 0..count {
-                let one = Operand { row0: i * cx.sequence, rows: cx.sequence, ..loss };
-                let sum = OpKind::LossSum { sequence: leaf + i };
-                let name = format!("head.{}.sum", leaf + i);
-                self.push(sum, name, vec![one], vec![sums], Phase::Input);
-            }
-            if let Some(dx) = dx {
-                self.push(OpKind::LinearGradInput, name(".dx"), vec![d, w], vec![rows(dx)], Phase::Input);
-                // Logits of a sequence are gone after its turn, so its weight gradient cannot wait.
-                let n =
-                    self.push(OpKind::LinearGradWeight, name(".dw"), vec![d, rows(x)], vec![], Phase::Input);
-                n.grads = vec![table];
-                n.sequences = Sequences { first: leaf, count };
+            for (turn, head) in heads.iter().enumerate() {
+                let sequences = Sequences { first: leaf, count, turns: heads.len(), turn };
+                let loss = self.loss_of(head, w, sequences);
+                for i in (0..count).filter(|_| turn == 0) {
+                    let one = Operand { row0: i * cx.sequence, rows: cx.sequence, ..loss.0 };
+                    let sum = OpKind::LossSum { sequence: leaf + i };
+                    let name = format!("head.{}.sum", leaf + i);
+                    self.push(sum, name, vec![one], vec![sums], Phase::Input);
+                }
+                self.loss_grads(head, w, sequences, loss.1);
             }
         }
-        dx
+        heads.iter().filter_map(|head| head.dx).collect()
+    }
+
+    /// Logits of some sequences, and their losses and gradients: (losses, gradients).
+    fn loss_of(&mut self, head: &Head, w: Operand, s: Sequences) -> (Operand, Operand) {
+        let cx = self.cx;
+        let ((vocab0, vocab), terms) = (cx.vocab(), head.terms);
+        let t = s.count * cx.sequence;
+        let rows = |value| Operand { value, row0: s.first * cx.sequence, rows: t };
+        let name = |part: &str| format!("{}.{}{part}", head.name, s.first);
+        let logits = self.g.value(&name(""), t, vocab, cx.dtype, Source::Node);
+        let l = self.g.all(logits);
+        self.push(OpKind::Linear, name(""), vec![rows(head.x), w], vec![l], Phase::Input);
+        let l = self.soft_capped(l, name(".cap"), Phase::Input);
+        let d = self.g.like(logits, &name(".dlogits"));
+        let loss = self.g.value(&name(".loss"), t, 1, DType::F32, Source::Node);
+        let (d, loss, targets) = (self.g.all(d), self.g.all(loss), rows(head.targets));
+        if cx.layout.tp == 1 {
+            let kind = OpKind::Xent { terms };
+            self.push(kind, name(".xent"), vec![l, targets], vec![d, loss], Phase::Input);
+        } else {
+            let stats = self.vocab_stats(&name(".stats"), l, targets, vocab0);
+            let kind = OpKind::XentGrad { vocab0, terms };
+            self.push(kind, name(".xent"), vec![l, targets, stats], vec![d, loss], Phase::Input);
+        }
+        (loss, d)
+    }
+
+    /// From gradients `d` of logits to those of what they were made of, if anybody asks.
+    fn loss_grads(&mut self, head: &Head, w: Operand, s: Sequences, d: Operand) {
+        let Some(dx) = head.dx else { return };
+        let (first, rows) = (s.first * self.cx.sequence, s.count * self.cx.sequence);
+        let rows = |value| Operand { value, row0: first, rows };
+        let name = |part: &str| format!("{}.{}{part}", head.name, s.first);
+        let table = self.group_of(w);
+        self.push(OpKind::LinearGradInput, name(".dx"), vec![d, w], vec![rows(dx)], Phase::Input);
+        // Logits of a sequence are gone after its turn, so its weight gradient cannot wait.
+        let ins = vec![d, rows(head.x)];
+        let n = self.push(OpKind::LinearGradWeight, name(".dw"), ins, vec![], Phase::Input);
+        n.grads = vec![table];
+        n.sequences = s;
     }
 
     /// Logits, squeezed where the model says so.

@@ -24,10 +24,16 @@ pub(crate) enum Source {
     Tokens,
     /// Targets of the micro-batch.
     Targets,
+    /// The token behind each of the micro-batch's.
+    NextTokens,
+    /// The target behind each of the micro-batch's.
+    NextTargets,
     /// Positions at which the documents of the micro-batch's tokens begin.
     Starts,
     /// One f64 sum of losses for each sequence of the step.
     LossLeaves,
+    /// Biases that experts are chosen by, a row for each layer.
+    ExpertBias,
     /// An op.
     Node,
 }
@@ -78,6 +84,9 @@ pub(crate) struct Node {
 pub(crate) struct Sequences {
     pub(crate) first: usize,
     pub(crate) count: usize,
+    /// How many such gradients each of them has, where not one, and which of them it is.
+    pub(crate) turns: usize,
+    pub(crate) turn: usize,
 }
 
 impl Node {

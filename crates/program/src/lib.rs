@@ -276,6 +276,10 @@ pub struct Program {
     pub mode: Mode,
     /// Parameter groups of the rank, in forward order.
     pub groups: Vec<ParamGroup>,
+    /// What [`Io::expert_bias`] holds: a row for each layer of the whole model, and a part of one row for each that has
+    /// experts. It is saved and restored as parameters are, and has no gradient.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_bias: Option<ParamGroup>,
     /// Their buffers.
     pub group_buffers: Vec<GroupBuffers>,
     /// Gradient buckets in the order in which backward fills them.
@@ -324,6 +328,13 @@ pub struct Io {
     pub tokens: BufferId,
     /// Target ids, `u32::MAX` where ignored.
     pub targets: BufferId,
+    /// The token behind each of the same sequence; of a last one its target. Where the rank learns to predict one token
+    /// more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_tokens: Option<BufferId>,
+    /// The target behind each; a last one has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_targets: Option<BufferId>,
     /// Position in its sequence at which each token's document begins, where attention keeps inside documents.
     pub starts: Option<BufferId>,
     /// One f64 loss sum for each local sequence.
@@ -334,6 +345,9 @@ pub struct Io {
     pub norm_chunks: BufferId,
     /// How many copies of this rank's tokens went to each expert in this step, `[layers, experts]`.
     pub expert_counts: Option<BufferId>,
+    /// Biases that experts are chosen by, `[layers, experts]` in f32 whatever the precision, alike on every rank.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_bias: Option<BufferId>,
     /// Cosine table of this rank's positions `[sequence / cp, rotated dims / 2]`, empty without rotary positions.
     pub cos: BufferId,
     /// Sine table.
@@ -407,7 +421,7 @@ impl Program {
         let mut blocks = Blocks::default();
         let (mut eval, mut decode) = (Vec::new(), None);
         for (c, chunk) in rank.chunks.iter().enumerate().filter(|_| !rank.generates()) {
-            let forward = check.forward(emit::forward(rank, chunk))?;
+            let forward = check.forward(emit::forward(rank, chunk, chunk.mtp))?;
             let both = check.both("derive", derive::backward(rank, chunk, forward))?;
             let both = check.both("recompute", recompute::recompute(rank, both))?;
             let passes = check.passes("schedule", schedule.passes(both))?;
@@ -416,7 +430,7 @@ impl Program {
             blocks.train(rank, c, ops, &placer.buckets);
         }
         for (c, chunk) in rank.chunks.iter().enumerate() {
-            let forward = emit::forward(rank, chunk);
+            let forward = emit::forward(rank, chunk, false);
             let (name, work, graph) = match rank.generates() {
                 true => ("decode".to_owned(), BlockWork::Generate, derive::generation(rank, forward)),
                 false => (format!("e{c}"), BlockWork::Evaluate, derive::evaluation(rank, chunk, forward)),

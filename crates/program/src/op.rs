@@ -145,8 +145,8 @@ pub enum OpKind {
     /// walk the ring again, their gradients, in f32, one hop behind until they are home. Of the three parts of
     /// `gradients` two come and go by turns, and the last is what this rank adds.
     RingAttentionGrad { heads: Heads, sees: Sees, axis: Axis },
-    /// `(logits [n, E]) -> (gates [n, k], index [n, 2k], counts [E, s])`: each token's `k` best experts, best first, and
-    /// their weights, as the model's [`Router`] says. `index` has the place of each copy in the order of (expert,
+    /// `(logits [n, E], [biases [1, E]]) -> (gates [n, k], index [n, 2k], counts [E, s])`: each token's `k` best experts,
+    /// best first, and their weights, as the model's [`Router`] says. `index` has the place of each copy in the order of (expert,
     /// token), then its expert; `counts` the copies of each expert from each of `s` equal runs of rows: the sequences
     /// of the micro-batch where a rank routes whole ones.
     Route { top_k: usize, router: Router },
@@ -299,6 +299,9 @@ pub enum OpKind {
         /// Decoupled decay applies.
         decay: bool,
     },
+    /// `(counts of the step over all ranks [layers E, 1]) -> biases of experts [layers, E]` in place: `b += rate sign(mean of
+    /// the layer's counts - count)`, alike on every rank (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
+    BalanceExperts { rate: f32 },
     /// Updated parameters from their owners (ZeRO 1 and 2).
     AllGatherParams { group: GroupId },
     /// `(qkv [n, ..], [sinks]) -> o` against the key and value cache, for generation.
@@ -320,12 +323,21 @@ pub enum OpKind {
 }
 
 /// What the gradient of the loss has beside the cross-entropy's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct LossTerms {
     /// Factor of the squared log-sum-exp of each row; 0 without. It is no part of the loss that is reported.
     pub z: f32,
     /// Logits were squeezed by [`OpKind::SoftCap`] to this, whose derivative follows; 0 if not.
     pub cap: f32,
+    /// Factor of all gradients: below 1 for a loss beside the model's own.
+    #[serde(skip_serializing_if = "is_one")]
+    pub weight: f32,
+}
+
+impl Default for LossTerms {
+    fn default() -> LossTerms {
+        LossTerms { z: 0.0, cap: 0.0, weight: 1.0 }
+    }
 }
 
 impl LossTerms {
@@ -348,7 +360,7 @@ pub enum GradSum {
 }
 
 /// Heads of the local shard.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Heads {
     /// Query heads.
     pub q: usize,
@@ -358,9 +370,21 @@ pub struct Heads {
     pub dim: usize,
     /// Width of one head's values.
     pub value_dim: usize,
+    /// What scores are multiplied by, beside one over the root of `dim` ([`spec::RopeScaling::score_factor`]).
+    #[serde(skip_serializing_if = "is_one")]
+    pub score_factor: f32,
+}
+
+fn is_one(x: &f32) -> bool {
+    *x == 1.0
 }
 
 impl Heads {
+    /// What scores are multiplied by.
+    pub fn scale(self) -> f32 {
+        self.score_factor * (1.0 / (self.dim as f32).sqrt())
+    }
+
     /// Columns of the packed query, key and value projections.
     pub fn packed(self) -> usize {
         (self.q + self.kv) * self.dim + self.kv * self.value_dim
@@ -501,6 +525,7 @@ impl OpKind {
             SyncGrads { .. } => "sync_grads",
             TieGrads { .. } => "tie_grads",
             GradNorm => "grad_norm",
+            BalanceExperts { .. } => "balance_experts",
             AdamW { .. } => "adamw",
             AllGatherParams { .. } => "all_gather_params",
             MuonMomentum { .. } => "muon_momentum",

@@ -25,7 +25,8 @@ pub struct ParamGroup {
     /// The logical parameters, top to bottom.
     pub parts: Vec<ParamPart>,
     /// The unit that is gathered together under ZeRO 3: 0 the embedding, `1 + i` layer `i`, `1 + layers` the head,
-    /// `2 + layers + i` the experts of layer `i`, which come from other ranks.
+    /// `2 + layers + i` the experts of layer `i`, which come from other ranks; behind those the module that predicts one
+    /// token more, and its experts.
     pub unit: usize,
     /// The same rows live on every tensor-parallel rank. Never of experts, which are spread over ranks their own way.
     pub replicated_tp: bool,
@@ -103,6 +104,8 @@ pub(crate) struct Chunk {
     pub(crate) layers: usize,
     pub(crate) embed: bool,
     pub(crate) head: bool,
+    /// It learns to predict one token more.
+    pub(crate) mtp: bool,
 }
 
 /// The chunks of pipeline stage `stage`, in order of the virtual stages that they serve.
@@ -117,6 +120,7 @@ pub(crate) fn chunks(model: &ModelSpec, layout: &Layout, stage: usize) -> Vec<Ch
             layers: counts[v],
             embed: v == 0,
             head: v + 1 == virtuals,
+            mtp: v + 1 == virtuals && model.mtp.is_some(),
         })
         .collect()
 }
@@ -146,14 +150,50 @@ pub(crate) fn table(model: &ModelSpec, layout: &Layout, coords: Coords, chunks: 
         }
         for layer in chunk.first_layer..chunk.first_layer + chunk.layers {
             t.place = Place::Layer(layer);
-            t.layer(layer);
+            t.layer(&format!("layers.{layer}"), layer);
         }
+        let embed_here = chunks.iter().any(|c| c.embed);
         if chunk.head {
             t.place = Place::Head;
-            t.head(chunks.iter().any(|c| c.embed));
+            t.head(embed_here);
+        }
+        if chunk.mtp {
+            t.mtp(embed_here);
         }
     }
     t.groups
+}
+
+/// The biases that the experts of all layers are chosen by, where a model has them.
+pub(crate) fn expert_bias(model: &ModelSpec) -> Option<ParamGroup> {
+    let e = model.experts.filter(|e| e.router.expert_bias)?;
+    let key = |place| ParamKey { place, role: Role::ExpertBias, bias: true };
+    let part = |layer: usize| ParamPart {
+        name: match layer < model.layers {
+            true => format!("layers.{layer}.mlp.expert_bias"),
+            false => "mtp.mlp.expert_bias".to_owned(),
+        },
+        key: key(if layer < model.layers { Place::Layer(layer) } else { Place::Mtp }),
+        global: (1, e.count),
+        dims: [1, e.count],
+        row0: 0,
+        rows: 1,
+        col0: 0,
+        cols: e.count,
+        local_row0: layer,
+    };
+    Some(ParamGroup {
+        name: "expert_bias".to_owned(),
+        key: key(Place::Step),
+        rows: model.all_layers(),
+        cols: e.count,
+        decay: false,
+        parts: (0..model.all_layers()).filter(|i| model.has_experts(*i)).map(part).collect(),
+        unit: 0,
+        replicated_tp: true,
+        replication: Replication::Data,
+        chunk: 0,
+    })
 }
 
 impl Table<'_> {
@@ -166,28 +206,48 @@ impl Table<'_> {
         }
     }
 
-    fn layer(&mut self, i: usize) {
+    /// What the module has of its own, and the embedding where the stage lacks it: a copy, like a tied table's.
+    fn mtp(&mut self, embed_here: bool) {
         let m = self.model;
-        let p = |s: &str| format!("layers.{i}.{s}");
+        if !embed_here {
+            self.matrix(Role::Embedding, "embed.weight", &[("embed.weight", m.vocab)], m.hidden, Cut::Rows);
+        }
+        self.place = Place::Mtp;
+        for (norm, of, name) in [
+            (Role::MtpEmbeddingNorm, Role::MtpEmbedding, "mtp.embed"),
+            (Role::MtpHiddenNorm, Role::MtpHidden, "mtp.hidden"),
+        ] {
+            self.norm(norm, &format!("{name}_norm"));
+            let name = format!("{name}_proj");
+            self.linear(of, &name, &[(name.clone(), m.hidden)], m.hidden, Cut::Whole, false);
+        }
+        self.layer("mtp", m.layers);
+        self.norm(Role::MtpNorm, "mtp.norm");
+    }
+
+    /// Layer `i`, whose parameters' names begin with `name`.
+    fn layer(&mut self, name: &str, i: usize) {
+        let m = self.model;
+        let p = |s: &str| format!("{name}.{s}");
         self.norm(Role::AttentionNorm, &p("attn_norm"));
         match m.latent {
-            Some(latent) => self.latent(i, latent),
-            None => self.attention(i),
+            Some(latent) => self.latent(name, latent),
+            None => self.attention(name),
         }
         if m.sinks {
             self.per_head(Role::Sinks, &p("attn.sinks"), m.heads);
         }
         self.norm(Role::MlpNorm, &p("mlp_norm"));
         match m.experts.filter(|_| m.has_experts(i)) {
-            Some(experts) => self.experts(i, experts),
+            Some(experts) => self.experts(name, experts),
             None => self.mlp((Role::Up, Role::Down), &p("mlp"), m.ffn),
         }
     }
 
-    fn attention(&mut self, i: usize) {
+    fn attention(&mut self, name: &str) {
         let m = self.model;
         let (q, kv) = (m.heads * m.head_dim, m.kv_heads * m.head_dim);
-        let p = |s: &str| format!("layers.{i}.{s}");
+        let p = |s: &str| format!("{name}.{s}");
         let qkv = [(p("attn.q"), q), (p("attn.k"), kv), (p("attn.v"), kv)];
         self.linear(Role::QueryKeyValue, &p("attn.qkv"), &qkv, m.hidden, Cut::Rows, m.qkv_bias);
         if m.qk_norm {
@@ -205,9 +265,9 @@ impl Table<'_> {
     }
 
     /// The projections into the latents are whole on every rank, those out of them are cut by head.
-    fn latent(&mut self, i: usize, l: Latent) {
+    fn latent(&mut self, name: &str, l: Latent) {
         let m = self.model;
-        let p = |s: &str| format!("layers.{i}.attn.{s}");
+        let p = |s: &str| format!("{name}.attn.{s}");
         let mut down = Vec::new();
         down.extend(l.query_rank.map(|q| (p("q_down"), q)));
         down.push((p("kv_down"), l.kv_rank + l.rope_dim));
@@ -246,9 +306,9 @@ impl Table<'_> {
     }
 
     /// The router is whole on every rank, shared experts are cut by tp, routed ones are whole experts.
-    fn experts(&mut self, i: usize, e: Experts) {
+    fn experts(&mut self, name: &str, e: Experts) {
         let m = self.model;
-        let p = |s: &str| format!("layers.{i}.mlp.{s}");
+        let p = |s: &str| format!("{name}.mlp.{s}");
         self.linear(
             Role::Router,
             &p("router"),
@@ -437,6 +497,7 @@ impl Table<'_> {
             Place::Layer(i) if expert => 2 + self.model.layers + i,
             Place::Layer(i) => 1 + i,
             Place::Head => 1 + self.model.layers,
+            Place::Mtp => 2 + 2 * self.model.layers + usize::from(expert),
             _ => 0,
         };
         self.groups.push(ParamGroup {

@@ -52,7 +52,9 @@ impl<'a> Rank<'a> {
         let shard = layout.shard.filter(|shard| zero != Zero::Off && *shard < layout.dp);
         let layout = Layout { zero, shard, ..layout.clone() };
         let coords = Coords::of(request.rank, &layout);
-        let chunks = chunks(model, &layout, coords.pp);
+        let mut chunks = chunks(model, &layout, coords.pp);
+        // What is generated is the next token.
+        chunks.iter_mut().for_each(|c| c.mtp &= request.mode == Mode::Train);
         let groups = table(model, &layout, coords, &chunks);
         Ok(Rank {
             request,
@@ -78,8 +80,27 @@ impl<'a> Rank<'a> {
     /// Sequences that have logits at a time.
     pub(crate) fn loss_sequences(&self) -> usize {
         match self.request.loss {
-            Loss::OneSequence => 1,
-            Loss::MicroBatch => self.layout.micro_batch,
+            Loss::MicroBatch if !self.mtp() => self.layout.micro_batch,
+            _ => 1,
+        }
+    }
+
+    /// Whether the rank learns to predict one token more.
+    pub(crate) fn mtp(&self) -> bool {
+        self.chunks.iter().any(|c| c.mtp)
+    }
+
+    /// Whether the embedding is used at both ends of the pipeline.
+    pub(crate) fn shares_embedding(&self) -> bool {
+        self.model.tied_embeddings || self.model.mtp.is_some()
+    }
+
+    /// How many layers come before that of `place`, where it is in one.
+    pub(crate) fn layer_of(&self, place: Place) -> Option<usize> {
+        match place {
+            Place::Layer(i) => Some(i),
+            Place::Mtp => Some(self.model.layers),
+            _ => None,
         }
     }
 
@@ -95,9 +116,13 @@ impl<'a> Rank<'a> {
     pub(crate) fn heads(&self) -> Heads {
         let (m, tp) = (self.model, self.layout.tp);
         let q = m.heads / tp;
+        let score_factor = match (&m.position, m.latent) {
+            (Position::Rope(rope), Some(_)) => rope.scaling.score_factor() as f32,
+            _ => 1.0,
+        };
         match m.latent {
-            Some(l) => Heads { q, kv: q, dim: l.key_dim(), value_dim: l.value_dim },
-            None => Heads { q, kv: m.kv_heads / tp, dim: m.head_dim, value_dim: m.head_dim },
+            Some(l) => Heads { q, kv: q, dim: l.key_dim(), value_dim: l.value_dim, score_factor },
+            None => Heads { q, kv: m.kv_heads / tp, dim: m.head_dim, value_dim: m.head_dim, score_factor },
         }
     }
 

@@ -50,7 +50,8 @@ pub(crate) fn recompute(cx: &Rank<'_>, both: Both) -> Both {
 
 /// The final norm and what follows: its output is the loss's input and is used at once.
 fn is_tail(g: &Graph, n: &Node) -> bool {
-    n.place == Place::Head && g.nodes.last().is_some_and(|last| last.place == Place::Head)
+    let ends = |last: &Node| matches!(last.place, Place::Head | Place::Mtp);
+    n.place == Place::Head && g.nodes.last().is_some_and(ends)
 }
 
 struct Rerun<'a> {

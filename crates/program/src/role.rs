@@ -13,6 +13,8 @@ pub enum Place {
     Layer(usize),
     /// Final norm, output projection and loss.
     Head,
+    /// The module behind the last layer that learns to predict one token more ([`spec::Mtp`]).
+    Mtp,
     /// Messages between pipeline stages.
     Stage,
     /// What happens once a step: gradients meet, the optimiser updates.
@@ -61,10 +63,22 @@ pub enum Role {
     SharedDown,
     /// Scores of the experts.
     Router,
+    /// What is added to the scores of experts where the best are chosen.
+    ExpertBias,
     /// [`Role::Up`] of routed experts, one under another.
     ExpertUp,
     /// [`Role::Down`] of routed experts, one under another.
     ExpertDown,
+    /// Norm of the embedding of the next token.
+    MtpEmbeddingNorm,
+    /// Norm of the hidden state beside it.
+    MtpHiddenNorm,
+    /// Projection of the former into the layer that predicts one token more.
+    MtpEmbedding,
+    /// Projection of the latter.
+    MtpHidden,
+    /// Norm after that layer.
+    MtpNorm,
     /// Norm after the last layer.
     FinalNorm,
     /// Output projection of its own.
@@ -77,7 +91,16 @@ impl Role {
         use Role::*;
         matches!(
             self,
-            AttentionNorm | QueryNorm | KeyNorm | QueryLatentNorm | KeyValueLatentNorm | MlpNorm | FinalNorm
+            AttentionNorm
+                | QueryNorm
+                | KeyNorm
+                | QueryLatentNorm
+                | KeyValueLatentNorm
+                | MlpNorm
+                | MtpEmbeddingNorm
+                | MtpHiddenNorm
+                | MtpNorm
+                | FinalNorm
         )
     }
 
@@ -103,6 +126,8 @@ impl Role {
                 | SharedDown
                 | ExpertUp
                 | ExpertDown
+                | MtpEmbedding
+                | MtpHidden
         )
     }
 

@@ -18,6 +18,7 @@ use crate::{Bucket, GroupBuffers};
 pub(crate) fn ops(cx: &Rank<'_>, placer: &mut Placer<'_>) -> Vec<Op> {
     let mut ops = settle(cx, placer);
     updates(cx, placer, &mut ops);
+    ops.extend(balance(cx, placer));
     let shared = |group: &ParamGroup| cx.shards(group.replication).0 > 1;
     if matches!(cx.layout.zero, Zero::Optimizer | Zero::Gradients) {
         for (id, group, b) in each(cx, &placer.groups).filter(|(_, group, _)| shared(group)) {
@@ -27,6 +28,20 @@ pub(crate) fn ops(cx: &Rank<'_>, placer: &mut Placer<'_>) -> Vec<Op> {
         }
     }
     ops
+}
+
+/// Moves the biases of experts by the counts of the step, which every rank has in the sums that ranks share.
+fn balance(cx: &Rank<'_>, placer: &Placer<'_>) -> Option<Op> {
+    let rate = cx.model.experts.map(|e| e.router.bias_rate).filter(|rate| *rate > 0.0)?;
+    let (bias, counts) = (placer.io.expert_bias?, placer.io.expert_counts?);
+    let rows = placer.buffers[counts.0 as usize].len();
+    let sums = whole(&placer.buffers, placer.io.norm_chunks);
+    let row0 = sums.rows - 1 - cx.request.sequences - rows;
+    let (ins, outs) = (vec![View { row0, rows, ..sums }], vec![whole(&placer.buffers, bias)]);
+    let mut balance = op("experts.balance".into(), OpKind::BalanceExperts { rate }, ins, outs);
+    // Counts are read, biases read and written.
+    balance.cost.bytes = 16 * rows as u64;
+    Some(balance)
 }
 
 /// All rows of a buffer.
@@ -55,7 +70,7 @@ fn settle(cx: &Rank<'_>, placer: &Placer<'_>) -> Vec<Op> {
             let kind = OpKind::SyncGrads { over: Members::Axis(Axis::Tp), group: id };
             ops.push(op(format!("grads.{}.sync", group.name), kind, vec![], vec![whole(b.grad)]));
         }
-        if group.key.role == Role::Embedding && cx.model.tied_embeddings {
+        if group.key.role == Role::Embedding && cx.shares_embedding() {
             let kind = match b.head_grad {
                 Some(_) => OpKind::TieGrads { group: id },
                 None => OpKind::SyncGrads { over: Members::Ends, group: id },

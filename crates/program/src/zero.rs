@@ -45,7 +45,7 @@ fn scatter_grads(placer: &Placer<'_>, passes: &mut Passes) {
             for &group in &n.grads {
                 let of = &placer.cx.groups[group.0 as usize];
                 let buffer = placer.grad_buffer(group, is_head(n));
-                let levels = placer.streams(of.replication) * placer.levels_of(n.sequences.count);
+                let levels = placer.streams(of.replication) * placer.levels_of(of, n.sequences.count);
                 let v = *sums.whole.entry(buffer).or_insert_with(|| {
                     let name = format!("{}.micro_batch", of.name);
                     g.place = of.key.place;
@@ -91,9 +91,14 @@ pub(crate) struct Sums {
     pub(crate) hidden: HashSet<ValueId>,
 }
 
-/// Whether a weight gradient is the output projection's: the only matrix of the head.
+/// Whether a weight gradient is of a table as the head has it: the output projection's, the only matrix of the head, or
+/// that of embeddings looked up behind it.
 pub(crate) fn is_head(n: &Node) -> bool {
-    n.place == Place::Head && n.kind == OpKind::LinearGradWeight
+    match n.kind {
+        OpKind::LinearGradWeight => n.place == Place::Head,
+        OpKind::EmbedGrad { .. } => n.place == Place::Mtp,
+        _ => false,
+    }
 }
 
 /// The parameters that are gathered together: a layer's, its experts', the embedding's, the head's.

@@ -1,5 +1,5 @@
 use super::*;
-use crate::Window;
+use crate::{Mtp, RopeScaling, Window};
 use proptest::prelude::*;
 
 const LLAMA_31: &str = r#"{
@@ -188,6 +188,7 @@ fn yarn_defaults() {
         original_max_positions: 16,
         attention_factor,
         truncate: true,
+        mscale_all_dim: 0.0,
     };
     let base = json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16 });
     let with = |extra: Value| {
@@ -204,17 +205,76 @@ fn yarn_defaults() {
     assert_eq!(with(json!({ "mscale": 1.0, "mscale_all_dim": 0 })), yarn(None));
 }
 
+/// The `config.json` that is published of each.
+#[test]
+fn deepseek_v3_and_kimi_k2_as_published() {
+    let scaling = json!({ "type": "yarn", "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
+                          "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096 });
+    let v3 = json!({
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "attention_bias": false,
+        "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "intermediate_size": 18432,
+        "kv_lora_rank": 512, "max_position_embeddings": 163_840, "moe_intermediate_size": 2048, "moe_layer_freq": 1,
+        "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": true,
+        "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+        "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6,
+        "rope_scaling": scaling, "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+        "tie_word_embeddings": false, "topk_group": 4, "topk_method": "noaux_tc", "v_head_dim": 128,
+        "vocab_size": 129_280, "quantization_config": { "activation_scheme": "dynamic", "fmt": "e4m3",
+        "quant_method": "fp8", "weight_block_size": [128, 128] }, "num_nextn_predict_layers": 1,
+    });
+    let check = |config: &Value, scale: f32, theta: f64, factor: f64| {
+        let model = ModelSpec::from_hf_config(&config.to_string()).expect("it trains");
+        let router = model.experts.expect("a mixture").router;
+        assert_eq!((router.expert_bias, router.bias_rate, router.scale), (true, 0.0, scale));
+        let Position::Rope(rope) = &model.position else { panic!("rotary positions") };
+        assert_eq!(rope.theta, theta);
+        assert!(matches!(rope.scaling, RopeScaling::Yarn { attention_factor: Some(1.0), .. }), "{rope:?}");
+        assert!((rope.scaling.score_factor() - (0.1 * factor.ln() + 1.0).powi(2)).abs() < 1e-12);
+        check_round_trip(&model);
+        model
+    };
+    let model = check(&v3, 2.5, 1e4, 40.0);
+    assert_eq!(model.mtp, Some(Mtp { weight: 0.3 }));
+    assert_eq!(ModelSpec { mtp: None, ..model }.param_count(), 671_026_404_352);
+    let mut k2 = v3.clone();
+    for (key, value) in [
+        ("model_type", json!("kimi_k2")),
+        ("first_k_dense_replace", json!(1)),
+        ("max_position_embeddings", json!(131_072)),
+        ("num_nextn_predict_layers", json!(0)),
+        ("n_group", json!(1)),
+        ("topk_group", json!(1)),
+        ("n_routed_experts", json!(384)),
+        ("num_attention_heads", json!(64)),
+        ("num_key_value_heads", json!(64)),
+        ("rope_theta", json!(50000.0)),
+        ("routed_scaling_factor", json!(2.827)),
+        ("vocab_size", json!(163_840)),
+    ] {
+        k2[key] = value;
+    }
+    k2["quantization_config"]["weight_block_size"] = json!([64, 64]);
+    assert!(ModelSpec::from_hf_config(&k2.to_string()).is_err());
+    k2["quantization_config"]["weight_block_size"] = json!([128, 128]);
+    k2["rope_scaling"]["factor"] = json!(32.0);
+    k2["rope_scaling"]["beta_fast"] = json!(1.0);
+    check(&k2, 2.827, 5e4, 32.0);
+    // A small one of the family adds another number in its layers' norms.
+    let moonlight = json!({ "rms_norm_eps": 1e-5, "q_lora_rank": null });
+    assert_eq!(read("deepseek_v3", moonlight).norm_eps, 1e-5);
+}
+
 #[test]
 fn what_of_deepseek_does_not_train() {
     check_refused(
         "deepseek_v3",
-        json!({ "rope_scaling": { "type": "yarn", "factor": 40 } }),
-        "rope_scaling = {\"factor\":40,\"type\":\"yarn\"} is not supported: scaled positions change the scale of scores too",
+        json!({ "rope_scaling": { "type": "linear", "factor": 40 } }),
+        "rope_scaling = {\"factor\":40,\"type\":\"linear\"} is not supported: positions of latent attention are scaled by \"yarn\" alone",
     );
     check_refused(
         "deepseek_v3",
-        json!({ "rms_norm_eps": 1e-5 }),
-        "rms_norm_eps = 0.00001 is not supported: the norms of the latents have 1e-6",
+        json!({ "rope_scaling": { "type": "yarn", "factor": 40, "mscale": 1, "mscale_all_dim": -1 } }),
+        "model.rope_scaling.mscale_all_dim = -1, expected a number from 0 to 100",
     );
     check_refused(
         "deepseek_v2",
@@ -390,6 +450,7 @@ fn any_scaling() -> impl Strategy<Value = RopeScaling> {
                     original_max_positions,
                     attention_factor,
                     truncate,
+                    mscale_all_dim: 0.0,
                 }
             }
         ),

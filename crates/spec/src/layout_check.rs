@@ -39,6 +39,7 @@ impl Layout {
     ) -> Checked<'a> {
         self.check_sizes(sequences)?;
         self.check_context(sequence, tolerance)?;
+        self.check_mtp(model)?;
         self.check_tensor(model, sequence, tolerance)?;
         self.check_shard()?;
         self.check_experts(model, sequence, tolerance)?;
@@ -128,6 +129,20 @@ impl Layout {
                 2 * cp
             );
             Error::user(what).hint(values("layout.cp", divisors(sequence).filter(|&c| works(c))))
+        })
+    }
+
+    /// The token after the next one of a piece's last is another rank's.
+    fn check_mtp<'a>(&'a self, model: &'a ModelSpec) -> Checked<'a> {
+        if model.mtp.is_none() || self.cp == 1 {
+            return Ok(());
+        }
+        broken(Rule::Context, || {
+            Error::user(format!(
+                "layout.cp = {} with model.mtp.depth = 1, which needs whole sequences",
+                self.cp
+            ))
+            .hint("set layout.cp=1, or model.mtp.depth=0")
         })
     }
 

@@ -40,7 +40,8 @@ pub use layout_fit::Fitted;
 pub use legality::{Broken, Checked, Rule, Tolerance, lcm};
 pub use lr::{LrSchedule, ScheduleKind};
 pub use model::{
-    Activation, Experts, Latent, ModelSpec, NormKind, Position, Rope, RopeScaling, Router, Score, Window,
+    Activation, Experts, LATENT_NORM_EPS, Latent, ModelSpec, Mtp, NormKind, Position, Rope, RopeScaling,
+    Router, Score, Window,
 };
 pub use number_format::NumberFormat;
 pub use origin::Origin;

@@ -59,6 +59,25 @@ pub struct ModelSpec {
     /// arXiv 2508.10925 section 2.1).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub sinks: bool,
+    /// A module behind the last layer that learns to predict one token more; generation does without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtp: Option<Mtp>,
+}
+
+/// Multi-token prediction one token deep (DeepSeek-V3, arXiv 2412.19437, section 2.2). From the final norm's output at a
+/// token and the embedding of the next one, each normed, two projections added make the input of one more layer; its
+/// normed output goes through the model's output projection, and is held to the token after the next.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mtp {
+    /// Factor of its cross-entropy, summed over all tokens that have one after the next and divided by as many as the
+    /// model's own, beside which it is no part of the loss that is reported.
+    pub weight: f32,
+}
+
+impl Mtp {
+    /// DeepSeek-V3's for its first ten of 14.8 trillion tokens; 0.1 for the rest (section 4.2).
+    pub const WEIGHT: f32 = 0.3;
 }
 
 /// Attention over a sliding window in some or all layers (Beltagy et al. 2020, arXiv 2004.05150, section 3.1).
@@ -119,7 +138,7 @@ pub struct Experts {
 /// | Mixtral | softmax | yes: the softmax over the chosen logits alone | 1 | |
 /// | Qwen3-MoE | softmax | as `norm_topk_prob` says | 1 | |
 /// | GPT-OSS | softmax of logits with biases | yes | 1 | |
-/// | DeepSeek-V3, Kimi K2 | sigmoid | yes | 2.5 | 4 of 8; 1 |
+/// | DeepSeek-V3, Kimi K2 | sigmoid | yes | 2.5; 2.827 | 4 of 8; 1 |
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Router {
@@ -141,6 +160,19 @@ pub struct Router {
     /// The logits have biases.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub bias: bool,
+    /// Each expert has a bias that its score has added where the best are chosen, and not where they are weighed (Wang et
+    /// al. 2024, arXiv 2408.15664; DeepSeek-V3, section 2.1.2). It has no gradient.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub expert_bias: bool,
+    /// After each step that bias moves by this much: up where an expert got fewer copies of the whole batch's tokens than
+    /// the mean, down where it got more. 0 leaves biases as they are.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub bias_rate: f32,
+}
+
+/// What a serialised model leaves out.
+fn is_zero(x: &f32) -> bool {
+    *x == 0.0
 }
 
 impl Router {
@@ -154,6 +186,8 @@ impl Router {
         balance_loss: 0.0,
         z_loss: 0.0,
         bias: false,
+        expert_bias: false,
+        bias_rate: 0.0,
     };
 }
 
@@ -189,6 +223,10 @@ pub struct Latent {
     /// Width of a head's values.
     pub value_dim: usize,
 }
+
+/// What the norms of the latents add under their roots, whatever those of the layers add: the classes of DeepSeek-V2 and
+/// V3 hand them no other.
+pub const LATENT_NORM_EPS: f32 = 1e-6;
 
 impl Latent {
     /// Width of a head's queries and keys.
@@ -299,7 +337,62 @@ pub enum RopeScaling {
         /// The range of dims that are blended is rounded to whole ones; GPT-OSS leaves it as it is.
         #[serde(default = "whole_dims")]
         truncate: bool,
+        /// Factor of the logarithm in the scale of latent attention's scores ([`RopeScaling::score_factor`]); 0 leaves it
+        /// as it is.
+        #[serde(default, skip_serializing_if = "is_unscaled")]
+        mscale_all_dim: f64,
     },
+}
+
+impl RopeScaling {
+    /// What the scores of latent attention are multiplied by beside one over the root of the key's width: the square of
+    /// `0.1 m ln(factor) + 1`, as DeepSeek's published model code has it (`softmax_scale` under `mscale_all_dim`).
+    ///
+    /// ```
+    /// let yarn = spec::RopeScaling::Yarn {
+    ///     factor: 40.0,
+    ///     beta_fast: 32.0,
+    ///     beta_slow: 1.0,
+    ///     original_max_positions: 4096,
+    ///     attention_factor: Some(1.0),
+    ///     truncate: true,
+    ///     mscale_all_dim: 1.0,
+    /// };
+    /// // DeepSeek-V3: 0.1352 of a width of 192.
+    /// assert!((yarn.score_factor() / 192f64.sqrt() - 0.13523).abs() < 1e-5);
+    /// ```
+    pub fn score_factor(&self) -> f64 {
+        match *self {
+            RopeScaling::Yarn { factor, mscale_all_dim, .. } if mscale_all_dim != 0.0 => {
+                yarn_scale(factor, mscale_all_dim).powi(2)
+            }
+            _ => 1.0,
+        }
+    }
+
+    /// The `mscale` of those who write the scale of YaRN's cosines and sines as `0.1 m ln(factor) + 1`, divided by the
+    /// same of `mscale_all_dim`.
+    pub fn mscale(&self) -> f64 {
+        match *self {
+            RopeScaling::Yarn { attention_factor: Some(1.0), mscale_all_dim, .. } => mscale_all_dim,
+            RopeScaling::Yarn { factor, attention_factor, mscale_all_dim: all, .. }
+                if factor > 1.0 && (attention_factor.is_some() || all != 0.0) =>
+            {
+                let scale = attention_factor.unwrap_or(yarn_scale(factor, 1.0)) * yarn_scale(factor, all);
+                (scale - 1.0) / (0.1 * factor.ln())
+            }
+            _ => 1.0,
+        }
+    }
+}
+
+/// `0.1 m ln(factor) + 1`, and 1 where nothing is stretched (Peng et al. 2023, arXiv 2309.00071, equation 22).
+pub(crate) fn yarn_scale(factor: f64, m: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 }
+}
+
+fn is_unscaled(m: &f64) -> bool {
+    *m == 0.0
 }
 
 fn whole_dims() -> bool {

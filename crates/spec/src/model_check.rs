@@ -1,4 +1,4 @@
-use crate::{Error, Experts, Latent, ModelSpec, Position, Result, RopeScaling, Window};
+use crate::{Error, Experts, Latent, ModelSpec, Mtp, Position, Result, RopeScaling, Window};
 
 /// Upper bounds of a model's sizes: above any model known, and low enough that products of them (parameters, bytes,
 /// FLOPs) stay far inside 64 bits.
@@ -13,6 +13,8 @@ const MAX_EXPERTS: usize = 1 << 16;
 const MAX_GROUPS: usize = 1024;
 /// Factors beyond it are slips of a unit.
 const MAX_FACTOR: f32 = 1e4;
+/// Far above the 1 that published models have.
+const MAX_MSCALE: f64 = 100.0;
 /// Longest context.
 pub(crate) const MAX_POSITIONS: usize = 1 << 26;
 /// Ten thousand times the largest model trained.
@@ -71,6 +73,9 @@ impl ModelSpec {
         if let Some(window) = &self.window {
             self.check_window(window)?;
         }
+        if let Some(mtp) = &self.mtp {
+            self.check_mtp(mtp)?;
+        }
         let params = self.param_sum();
         if params > MAX_PARAMS {
             return Err(Error::user(format!(
@@ -100,6 +105,21 @@ impl ModelSpec {
                 e.dense_layers, e.every, self.layers
             ))
             .hint("set model.experts.dense_layers=0, or model.experts.count=0"));
+        }
+        Ok(())
+    }
+
+    fn check_mtp(&self, mtp: &Mtp) -> Result<()> {
+        let weight = mtp.weight;
+        if !(f32::MIN_POSITIVE..=MAX_FACTOR).contains(&weight) {
+            return Err(Error::user(format!(
+                "model.mtp.weight = {weight}, expected a number above 0 to {MAX_FACTOR}"
+            ))
+            .hint("set model.mtp.depth=0 for a model without"));
+        }
+        if self.tied_embeddings {
+            return Err(Error::user("model.mtp needs an output projection of its own")
+                .hint("set model.tied_embeddings=false, or model.mtp.depth=0"));
         }
         Ok(())
     }
@@ -211,11 +231,27 @@ impl ModelSpec {
                 }
                 check_original(original_max_positions)
             }
-            RopeScaling::Yarn { beta_fast, beta_slow, original_max_positions, attention_factor, .. } => {
+            RopeScaling::Yarn {
+                beta_fast,
+                beta_slow,
+                original_max_positions,
+                attention_factor,
+                mscale_all_dim: m,
+                ..
+            } => {
                 if !(beta_slow > 0.0 && beta_slow <= beta_fast && beta_fast < 1e6) {
                     return Err(Error::user(format!(
                         "model.rope_scaling.beta_fast = {beta_fast} and beta_slow = {beta_slow}, expected 0 < slow <= fast"
                     )));
+                }
+                if !(0.0..=MAX_MSCALE).contains(&m) {
+                    return bad("rope_scaling.mscale_all_dim", m, &format!("from 0 to {MAX_MSCALE}"));
+                }
+                if m != 0.0 && self.latent.is_none() {
+                    return Err(Error::user(format!(
+                        "model.rope_scaling.mscale_all_dim = {m} has no meaning without model.latent"
+                    ))
+                    .hint("set model.rope_scaling.mscale_all_dim=0"));
                 }
                 match attention_factor {
                     Some(x) if !(x > 0.0 && x < 1e6) => bad("rope_scaling.attention_factor", x, "above 0"),
@@ -270,12 +306,20 @@ fn check_router(e: &Experts) -> Result<()> {
         ("scale", r.scale, f32::MIN_POSITIVE),
         ("balance_loss", r.balance_loss, 0.0),
         ("z_loss", r.z_loss, 0.0),
+        ("bias_rate", r.bias_rate, 0.0),
     ];
     for (key, x, least) in numbers {
         if !(least..=MAX_FACTOR).contains(&x) {
             let from = if least > 0.0 { "a number above 0" } else { "a number from 0" };
             return Err(Error::user(format!("model.experts.{key} = {x}, expected {from} to {MAX_FACTOR}")));
         }
+    }
+    if r.bias_rate != 0.0 && !r.expert_bias {
+        return Err(Error::user(format!(
+            "model.experts.bias_rate = {} without biases that it would move",
+            r.bias_rate
+        ))
+        .hint("set model.experts.expert_bias=true, or model.experts.bias_rate=0"));
     }
     Ok(())
 }

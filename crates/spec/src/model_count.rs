@@ -49,7 +49,8 @@ impl ModelSpec {
         };
         let looked_up = rows.saturating_add(positions).saturating_mul(self.hidden) as u64;
         let (all, active) = self.layer_params(true);
-        let idle = (all - active).saturating_mul(self.expert_layers() as u64);
+        let behind = self.mtp.is_some() && self.has_experts(self.layers);
+        let idle = (all - active).saturating_mul(self.expert_layers() as u64 + u64::from(behind));
         self.param_count().saturating_sub(looked_up).saturating_sub(idle)
     }
 
@@ -70,8 +71,16 @@ impl ModelSpec {
     /// ```
     pub fn flops_per_token(&self, sequence: usize) -> f64 {
         let weights = 6.0 * self.active_param_count() as f64;
-        let attention = 6.0 * self.layers as f64 * sequence as f64 * self.score_width();
-        weights + attention * self.windows().map_or(1.0, |w| w.share(self.layers, sequence))
+        let attention = 6.0 * sequence as f64 * self.score_width();
+        let whole = self.layers as f64 * self.windows().map_or(1.0, |w| w.share(self.layers, sequence));
+        weights + attention * whole + self.mtp_flops(attention)
+    }
+
+    /// What the module behind the last layer adds beside its own parameters: one layer's `attention`, and the output
+    /// projection once more.
+    fn mtp_flops(&self, attention: f64) -> f64 {
+        let head = 6.0 * self.vocab as f64 * self.hidden as f64;
+        if self.mtp.is_some() { attention + head } else { 0.0 }
     }
 
     /// How many tokens layer `i` looks back over, its own among them; `None` where it attends to all.
@@ -111,6 +120,11 @@ impl ModelSpec {
             Some(l) => self.heads as f64 * (l.key_dim() + l.value_dim) as f64 / 2.0,
             None => self.q_width() as f64,
         }
+    }
+
+    /// Layers with the one of the module that predicts later tokens, which comes last.
+    pub fn all_layers(&self) -> usize {
+        self.layers + usize::from(self.mtp.is_some())
     }
 
     /// Whether layer `i` has experts.
@@ -187,6 +201,13 @@ impl ModelSpec {
         }
     }
 
+    /// All that the module behind the last layer has of its own: its layer, two projections and three norms.
+    fn mtp_sum(&self) -> u128 {
+        let hidden = self.hidden as u128;
+        let own = self.layer_sum(self.has_experts(self.layers)).0 + 2 * hidden * hidden + 3 * self.norm_sum();
+        if self.mtp.is_some() { own } else { 0 }
+    }
+
     pub(crate) fn param_sum(&self) -> u128 {
         let tables = if self.tied_embeddings { 1 } else { 2 } * self.vocab as u128 * self.hidden as u128;
         let positions = match self.position {
@@ -196,7 +217,7 @@ impl ModelSpec {
         let with = self.expert_layers() as u128;
         let without = self.layers as u128 - with;
         let layers = with * self.layer_sum(true).0 + without * self.layer_sum(false).0;
-        tables + positions + layers + self.norm_sum()
+        tables + positions + layers + self.norm_sum() + self.mtp_sum()
     }
 }
 

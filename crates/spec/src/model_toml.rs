@@ -1,8 +1,8 @@
 use crate::doc::Doc;
 use crate::run::keys::{KEYS, ORIGIN_KEYS};
 use crate::{
-    Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router,
-    Score, Window, suggest,
+    Activation, Error, Experts, Latent, ModelSpec, Mtp, NormKind, Position, Result, Rope, RopeScaling,
+    Router, Score, Window, suggest,
 };
 
 macro_rules! catalogue {
@@ -170,6 +170,7 @@ pub(crate) fn read_model(doc: &Doc, base: Option<&ModelSpec>) -> Result<ModelSpe
         latent: read_latent(doc, base.and_then(|b| b.latent))?,
         window: read_window(doc, base.and_then(|b| b.window))?,
         sinks: flag("model.sinks", base.map(|b| b.sinks))?,
+        mtp: read_mtp(doc, base.and_then(|b| b.mtp))?,
     })
 }
 
@@ -201,6 +202,16 @@ fn read_experts(doc: &Doc, base: Option<Experts>) -> Result<Option<Experts>> {
     }))
 }
 
+fn read_mtp(doc: &Doc, base: Option<Mtp>) -> Result<Option<Mtp>> {
+    const DEPTH: &str = "model.mtp.depth";
+    let there = if doc.written(DEPTH) { doc.count_or_off(DEPTH)?.is_some() } else { base.is_some() };
+    if !there {
+        return alone(doc, "model.mtp.", DEPTH).map(|()| None);
+    }
+    let weight = doc.number_if_set("model.mtp.weight")?;
+    Ok(Some(Mtp { weight: weight.map_or(base.map_or(Mtp::WEIGHT, |b| b.weight), |x| x as f32) }))
+}
+
 fn read_router(doc: &Doc, base: Router) -> Result<Router> {
     let number = |key: &str, base: f32| Ok::<f32, Error>(doc.number_if_set(key)?.map_or(base, |x| x as f32));
     let count = |key: &str, base: usize| if doc.written(key) { doc.count(key) } else { Ok(base) };
@@ -218,6 +229,8 @@ fn read_router(doc: &Doc, base: Router) -> Result<Router> {
         balance_loss: number("model.experts.balance_loss", base.balance_loss)?,
         z_loss: number("model.experts.z_loss", base.z_loss)?,
         bias: flag("model.experts.router_bias", base.bias)?,
+        expert_bias: flag("model.experts.expert_bias", base.expert_bias)?,
+        bias_rate: number("model.experts.bias_rate", base.bias_rate)?,
     })
 }
 
@@ -310,7 +323,16 @@ fn read_scaling(doc: &Doc, base: &RopeScaling, max_positions: usize) -> Result<R
         "linear" | "dynamic" => &["factor"],
         "llama3" => &["factor", "low_freq_factor", "high_freq_factor", "original_max_positions"],
         "yarn" => {
-            &["factor", "beta_fast", "beta_slow", "original_max_positions", "attention_factor", "truncate"]
+            const YARN: [&str; 7] = [
+                "factor",
+                "beta_fast",
+                "beta_slow",
+                "original_max_positions",
+                "attention_factor",
+                "truncate",
+                "mscale_all_dim",
+            ];
+            &YARN
         }
         _ => &[],
     };
@@ -365,6 +387,7 @@ fn read_scaling(doc: &Doc, base: &RopeScaling, max_positions: usize) -> Result<R
             original_max_positions: original()?,
             attention_factor: optional("attention_factor")?,
             truncate: optional("truncate")?.is_none_or(|x| x != 0.0),
+            mscale_all_dim: optional("mscale_all_dim")?.unwrap_or(0.0),
         },
         _ => RopeScaling::Default,
     })
@@ -402,6 +425,7 @@ impl RopeScaling {
                 original_max_positions,
                 attention_factor,
                 truncate,
+                mscale_all_dim,
             } => {
                 let mut fields = vec![
                     ("factor", factor),
@@ -411,6 +435,7 @@ impl RopeScaling {
                 ];
                 fields.extend(attention_factor.map(|x| ("attention_factor", x)));
                 fields.extend((!truncate).then_some(("truncate", 0.0)));
+                fields.extend((mscale_all_dim != 0.0).then_some(("mscale_all_dim", mscale_all_dim)));
                 fields
             }
         }

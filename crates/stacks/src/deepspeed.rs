@@ -102,7 +102,7 @@ pub(crate) fn megatron(p: &Problem, placement: &Placement) -> Result<Emitted> {
 
 /// What decides the numbers of the model beside its sizes; traits that have no argument go to the notes.
 fn numbers(name: &str, m: &ModelSpec, tp: usize, notes: &mut Vec<String>) -> Vec<String> {
-    let mut unsaid_ones = Vec::new();
+    let mut unsaid_ones = vec!["mtp"];
     let mut args = vec![
         format!("--vocab-size {} --make-vocab-size-divisible-by 1", m.vocab),
         format!("--layernorm-epsilon {}", m.norm_eps),

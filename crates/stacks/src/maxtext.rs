@@ -147,7 +147,7 @@ fn block(p: &Problem) -> &'static str {
 /// What decides the numbers of the model beside its sizes; traits that have no key go to the notes.
 fn numbers(m: &ModelSpec, block: &str, out: &mut String, notes: &mut Vec<String>) {
     // Its weights start from the fan-in of each product.
-    let mut unsaid_ones = vec!["init_std"];
+    let mut unsaid_ones = vec!["init_std", "mtp"];
     let gpt3 = block == "gpt3";
     if (m.norm == NormKind::Layer) != gpt3 {
         unsaid_ones.push("norm");
@@ -192,6 +192,7 @@ fn numbers(m: &ModelSpec, block: &str, out: &mut String, notes: &mut Vec<String>
                     original_max_positions,
                     attention_factor: None,
                     truncate: true,
+                    mscale_all_dim: 0.0,
                 } => {
                     writeln!(
                         out,

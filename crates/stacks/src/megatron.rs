@@ -96,6 +96,13 @@ fn model(p: &Problem) -> Vec<String> {
                 (0..m.layers).map(|i| if p.shape.has_experts(i) { "1" } else { "0" }).collect();
             args.push(format!("--moe-layer-freq '[{}]'", pattern.join(",")));
         }
+        if e.router.expert_bias {
+            let rate = e.router.bias_rate;
+            args.push(format!("--moe-router-enable-expert-bias --moe-router-bias-update-rate {rate}"));
+        }
+    }
+    if let Some(mtp) = m.mtp {
+        args.push(format!("--mtp-num-layers 1 --mtp-loss-scaling-factor {}", mtp.weight));
     }
     args
 }
@@ -177,13 +184,13 @@ fn positions(m: &ModelSpec, unsaid_ones: &mut Vec<&'static str>) -> Vec<String> 
             beta_fast,
             beta_slow,
             original_max_positions,
-            attention_factor,
             truncate: true,
+            mscale_all_dim: all,
+            ..
         } if !latent || (beta_fast, beta_slow, original_max_positions) == (32.0, 1.0, 4096) => {
             args.push(kind("yarn"));
-            let mscale =
-                attention_factor.filter(|_| factor > 1.0).map_or(1.0, |a| (a - 1.0) / (0.1 * factor.ln()));
-            args.push(format!("--rotary-scaling-factor {factor} --mscale {mscale} --mscale-all-dim 0"));
+            let mscale = rope.scaling.mscale();
+            args.push(format!("--rotary-scaling-factor {factor} --mscale {mscale} --mscale-all-dim {all}"));
             if !latent {
                 args.push(format!("--yarn-original-max-position-embeddings {original_max_positions}"));
                 args.push(format!("--yarn-beta-fast {beta_fast} --yarn-beta-slow {beta_slow}"));

@@ -35,6 +35,9 @@ pub(crate) fn traits(m: &ModelSpec) -> Vec<(&'static str, String)> {
     if m.sinks {
         all.push(("sinks", "true".to_owned()));
     }
+    if let Some(mtp) = m.mtp {
+        all.push(("mtp", format!("one token more, its loss times {}", mtp.weight)));
+    }
     match &m.position {
         Position::Learned { max_positions } => all.push(("learned_positions", max_positions.to_string())),
         Position::Rope(rope) => {
@@ -62,9 +65,14 @@ fn scaling(scaling: &RopeScaling) -> String {
             original_max_positions,
             attention_factor,
             truncate,
+            mscale_all_dim,
         } => {
             let scale = attention_factor.map_or(String::new(), |a| format!(", scaled by {a}"));
             let scale = if *truncate { scale } else { format!("{scale}, not rounded") };
+            let scale = match *mscale_all_dim {
+                0.0 => scale,
+                m => format!("{scale}, scores by mscale_all_dim {m}"),
+            };
             format!("yarn by {factor} from {original_max_positions}, {beta_fast} to {beta_slow}{scale}")
         }
     }

@@ -148,6 +148,7 @@ fn models() -> Vec<ModelSpec> {
         original_max_positions: 1024,
         attention_factor,
         truncate: true,
+        mscale_all_dim: 0.0,
     };
     let gpt2 = ModelSpec::preset("gpt2").unwrap();
     vec![

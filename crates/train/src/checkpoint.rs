@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use program::Request;
-use spec::{Context, Error, Result, RunSpec};
+use spec::{Context, Error, Result, Router, RunSpec};
 
 use crate::begin::{fell_back, how_to_fall_back, whole};
 use crate::beside;
@@ -191,6 +191,11 @@ pub(crate) fn adopt(exec: &mut Executor, run: &RunSpec, from: &Path) -> Result<(
     let mut shape = theirs.model.clone();
     shape.name.clone_from(&run.model.name);
     shape.init_std = run.model.init_std;
+    if let (Some(theirs), Some(ours)) = (&mut shape.experts, run.model.experts) {
+        // How experts are kept even changes no weight's meaning.
+        let Router { balance_loss, z_loss, bias_rate, .. } = ours.router;
+        theirs.router = Router { balance_loss, z_loss, bias_rate, ..theirs.router };
+    }
     if shape != run.model {
         return Err(Error::user(format!("the model of {} is not the model of this run", from.display()))
             .hint(format!("take its [model] section from {}", other.run_file().display())));

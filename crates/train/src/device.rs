@@ -360,10 +360,10 @@ pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result
                 .hint("set layout.ep=1, or run.device=cpu")
         }
         Lack::LossTerms => Error::user(format!(
-            "train.z_loss or model.logit_softcap: {} has no kernels for them",
+            "train.z_loss, model.logit_softcap or model.mtp: {} has no kernels for them",
             device.name()
         ))
-        .hint("set run.device=cpu, or train.z_loss=0"),
+        .hint("set run.device=cpu, or train.z_loss=0 and model.mtp.depth=0"),
         Lack::Muon => Error::user(format!("optim.kind = muon: {} has no kernels for it", device.name()))
             .hint("set optim.kind=adamw, or run.device=cpu"),
         Lack::HeadWidth => Error::user(format!(

@@ -8,6 +8,7 @@ use std::time::Instant;
 use program::{Axis, BufferId, Layer, Members, Op, Program, Request, Ticket, When};
 use spec::{Error, ModelSpec, Result};
 
+use crate::ahead::look_ahead;
 use crate::cpu::Cpu;
 use crate::device::{Device, Stretch, check_ops};
 use crate::documents::document_starts;
@@ -40,8 +41,9 @@ pub struct Executor {
     pub(crate) norm_start_ns: u64,
     /// The last step failed of something that every rank sees alike.
     pub(crate) failed_alike: bool,
-    /// The batch of this rank on its way to the device: tokens, targets, and where documents begin.
-    batch: [Vec<u32>; 3],
+    /// The batch of this rank on its way to the device: tokens, targets, where documents begin, and the tokens and targets
+    /// behind those.
+    batch: [Vec<u32>; 5],
     /// The token that ends a document, where attention keeps inside documents.
     document_end: Option<u32>,
     /// Tickets that were begun, with block and index of the op that began them.
@@ -369,7 +371,12 @@ impl Executor {
     /// Gives the device the batch, if there is one.
     fn load(&mut self) -> Result<()> {
         let io = &self.program.io;
-        let inputs = [Some(io.tokens), Some(io.targets), io.starts];
+        if io.next_tokens.is_some() {
+            let [tokens, targets, _, next_tokens, next_targets] = &mut self.batch;
+            let t = self.program.local_sequence();
+            look_ahead((tokens, targets), (next_tokens, next_targets), t);
+        }
+        let inputs = [Some(io.tokens), Some(io.targets), io.starts, io.next_tokens, io.next_targets];
         for (ids, to) in self.batch.iter().zip(inputs) {
             if let (Some(to), false) = (to, ids.is_empty()) {
                 self.device.copy_in(resolve::whole(&self.program, to), bytemuck::cast_slice(ids))?;

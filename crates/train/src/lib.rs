@@ -1,5 +1,6 @@
 //! The executor and the step loop of one rank.
 
+mod ahead;
 mod arena;
 mod begin;
 mod beside;

@@ -129,10 +129,13 @@ fn implied(p: &Program, op: &Op, call: &mut Call) {
             call.ins = vec![Address::view(p, View { row0, rows, ..from })];
         }
         OpKind::RouteGrad { .. } => {
-            let of_layer = |buffer, row0| Address::view(p, View { buffer, row0, rows: 1 });
-            if let (Some(counts), Place::Layer(layer)) = (p.io.expert_counts, op.place) {
-                call.outs.push(of_layer(counts, layer));
-            }
+            let Some(counts) = p.io.expert_counts else { return };
+            let row0 = match op.place {
+                Place::Layer(layer) => layer,
+                // It comes last.
+                _ => p.buffer(counts).rows - 1,
+            };
+            call.outs.push(Address::view(p, View { buffer: counts, row0, rows: 1 }));
         }
         OpKind::GradNorm => (call.ins, call.outs) = norm(p),
         OpKind::AdamW { group, .. } => {

@@ -60,6 +60,7 @@ fn frequencies(rope: &Rope, head_dim: usize, positions: usize) -> (Vec<f64>, f64
             original_max_positions,
             attention_factor,
             truncate,
+            ..
         } => {
             // The dim at which a full context makes `rotations` turns (Peng et al. 2023, section 3.2).
             let dim = |rotations: f64| {

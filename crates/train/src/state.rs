@@ -65,41 +65,47 @@ pub(crate) fn runs(group: &ParamGroup, range: Range<usize>) -> impl Iterator<Ite
     })
 }
 
-/// A rank's share of a checkpoint: masters and moments, each element on exactly one rank.
+/// A rank's share of a checkpoint: masters, moments and biases of experts, each element on exactly one rank.
 pub struct State<'a> {
-    program: &'a Program,
     held: Vec<Held<'a>>,
 }
 
 /// The share of one group's parameters or moments.
 struct Held<'a> {
-    group: GroupId,
+    group: &'a ParamGroup,
     kind: Kind,
+    /// The first element of the group that is held.
+    first: usize,
     data: Cow<'a, [f32]>,
+}
+
+impl Held<'_> {
+    fn runs(&self) -> impl Iterator<Item = (Run<'_>, &[f32])> {
+        let first = self.first;
+        runs(self.group, first..first + self.data.len()).map(move |run| {
+            let data = &self.data[run.local.start - first..run.local.end - first];
+            (run, data)
+        })
+    }
 }
 
 impl State<'_> {
     /// By logical parameter.
     pub fn pieces(&self) -> impl Iterator<Item = Piece<'_>> {
         self.held.iter().flat_map(|held| {
-            let Owned { first, count } = self.program.share(held.group);
-            runs(self.program.group(held.group), first..first + count).map(move |run| Piece {
+            held.runs().map(|(run, data)| Piece {
                 name: &run.part.name,
                 kind: held.kind,
                 global_shape: shape(run.part),
                 boxes: run.regions(),
-                data: &held.data[run.local.start - first..run.local.end - first],
+                data,
             })
         })
     }
 
     /// The data of all pieces, in their order.
     pub(crate) fn data(&self) -> impl Iterator<Item = &[f32]> {
-        self.held.iter().flat_map(|held| {
-            let Owned { first, count } = self.program.share(held.group);
-            runs(self.program.group(held.group), first..first + count)
-                .map(move |run| &held.data[run.local.start - first..run.local.end - first])
-        })
+        self.held.iter().flat_map(|held| held.runs().map(|(_, data)| data))
     }
 }
 
@@ -151,7 +157,16 @@ impl Executor {
             }
             self.store_param(g, &values)?;
         }
-        Ok(())
+        self.set_expert_bias(&mut |run, out| fill(run.part, out))
+    }
+
+    /// Sets the biases that experts are chosen by, where the model has them.
+    fn set_expert_bias(&mut self, fill: &mut dyn FnMut(&Run<'_>, &mut [f32]) -> Result<()>) -> Result<()> {
+        let Executor { program: p, device, .. } = self;
+        let Some((group, id)) = p.expert_bias.as_ref().zip(p.io.expert_bias) else { return Ok(()) };
+        device.write(resolve::whole(p, id), |out: &mut [f32]| {
+            runs(group, 0..group.len()).try_for_each(|run| fill(&run, &mut out[run.local.clone()]))
+        })
     }
 
     /// Sets every parameter from what any layout left.
@@ -166,24 +181,28 @@ impl Executor {
             }
             self.store_param(g, &values)?;
         }
-        Ok(())
+        self.set_expert_bias(&mut |run, out| {
+            source.read_regions(&run.part.name, Kind::Param, &run.regions(), out)
+        })
     }
 
     /// What [`Executor::restore`] asks for, in any order.
     pub(crate) fn wants(&self) -> Vec<Want> {
         let p = &self.program;
         let mut wants = Vec::new();
+        let mut want = |group, kind, range| {
+            wants.extend(runs(group, range).map(|run| Want {
+                name: run.part.name.clone(),
+                kind,
+                regions: run.regions(),
+            }));
+        };
         for (g, (group, b)) in p.groups.iter().zip(&p.group_buffers).enumerate() {
-            let Owned { first, count } = b.owned;
-            let owned = first..first + count;
-            let moments = moments(b).map(|(kind, _)| (kind, owned.clone()));
-            for (kind, range) in [(Kind::Param, kept_params(p, g))].into_iter().chain(moments) {
-                wants.extend(runs(group, range).map(|run| Want {
-                    name: run.part.name.clone(),
-                    kind,
-                    regions: run.regions(),
-                }));
-            }
+            want(group, Kind::Param, kept_params(p, g));
+            moments(b).for_each(|(kind, _)| want(group, kind, b.owned.range()));
+        }
+        if let Some(group) = &p.expert_bias {
+            want(group, Kind::Param, 0..group.len());
         }
         wants
     }
@@ -219,10 +238,14 @@ impl Executor {
             for (kind, id) in [(Kind::Param, param)].into_iter().chain(moments(b)) {
                 let program::Slice { first, count, .. } = p.share_in(group, id);
                 let data = self.device.read(self.whole(id).part(first, count))?;
-                held.push(Held { group, kind, data });
+                held.push(Held { group: p.group(group), kind, first: p.share(group).first, data });
             }
         }
-        Ok(State { program: p, held })
+        // All ranks hold all of them.
+        if let (Some(group), Some(id), 0) = (&p.expert_bias, p.io.expert_bias, p.rank) {
+            held.push(Held { group, kind: Kind::Param, first: 0, data: self.device.read(self.whole(id))? });
+        }
+        Ok(State { held })
     }
 
     /// Reads parameters and moments that any layout left.
@@ -246,12 +269,19 @@ impl Executor {
         Ok(())
     }
 
-    /// The elements of each logical parameter that this rank holds: masters if there are any.
+    /// The elements of each logical parameter that this rank holds: masters if there are any; and what its experts are
+    /// chosen by.
     ///
     /// # Errors
     /// If the device is lost.
     pub fn each_param(&self, each: &mut dyn FnMut(&ParamPart, &[f32])) -> Result<()> {
-        self.each_of(&|b| b.master.unwrap_or(b.param), each)
+        self.each_of(&|b| b.master.unwrap_or(b.param), each)?;
+        let p = &self.program;
+        if let Some((group, id)) = p.expert_bias.as_ref().zip(p.io.expert_bias) {
+            let data = self.device.read::<f32>(self.whole(id))?;
+            runs(group, 0..group.len()).for_each(|run| each(run.part, &data[run.local]));
+        }
+        Ok(())
     }
 
     /// The sum of this rank's gradients of each logical parameter after a step (before clipping).

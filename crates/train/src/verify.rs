@@ -10,10 +10,11 @@ mod hash;
 mod mend;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
 
 use ckpt::Region;
 use half::bf16;
-use program::{BufferId, GroupBuffers, GroupId, Owned};
+use program::{BufferId, GroupBuffers, GroupId, Owned, ParamGroup, Program};
 use spec::random::{GOLDEN, scatter};
 use spec::{DType, Error, Result};
 
@@ -53,7 +54,7 @@ impl Store {
 /// A part of a buffer that is a part of one parameter, and its hash.
 #[derive(Clone, Debug)]
 pub(crate) struct Part {
-    group: GroupId,
+    buffer: BufferId,
     store: Store,
     /// In the buffer's elements.
     first: usize,
@@ -134,34 +135,26 @@ impl Executor {
         let p = &self.program;
         let mut held = Held::default();
         let mut jobs = Vec::new();
-        for (group, b) in (0..).map(GroupId).zip(&p.group_buffers) {
-            for (store, id) in Store::of(b) {
-                let whole = resolve::whole(p, id);
-                let range = match whole.len() == p.group(group).len() {
-                    true => 0..whole.len(),
-                    false => b.owned.range(),
-                };
-                let is_saved = b.counts && (store != Store::Param || b.master.is_none());
-                let share = if is_saved { p.share(group) } else { Owned { first: 0, count: 0 } };
-                let bits = match p.buffer(id).dtype {
-                    DType::Bf16 => hash::Bits::Half(self.device.read::<bf16>(whole)?),
-                    _ => hash::Bits::Single(self.device.read::<f32>(whole)?),
-                };
-                let bits = std::sync::Arc::new(bits);
-                for run in runs(p.group(group), range.clone()) {
-                    let at = held.parts.len();
-                    let name = run.part.name.clone();
-                    let (first, count) = (run.local.start - range.start, run.local.len());
-                    let key = key(&name, store, &run.regions());
-                    jobs.extend(pieces(&run, share).map(|(run, is_own)| hash::Job {
-                        part: at,
-                        is_own,
-                        bits: bits.clone(),
-                        at: run.local.start - range.start..run.local.end - range.start,
-                        place: hash::Place::of(&run, seed(&name, store)),
-                    }));
-                    held.parts.push(Part { group, store, first, count, name, key, sum: 0 });
-                }
+        for Stored { group, store, buffer, range, share } in stored(p) {
+            let whole = resolve::whole(p, buffer);
+            let bits = match p.buffer(buffer).dtype {
+                DType::Bf16 => hash::Bits::Half(self.device.read::<bf16>(whole)?),
+                _ => hash::Bits::Single(self.device.read::<f32>(whole)?),
+            };
+            let bits = std::sync::Arc::new(bits);
+            for run in runs(group, range.clone()) {
+                let at = held.parts.len();
+                let name = run.part.name.clone();
+                let (first, count) = (run.local.start - range.start, run.local.len());
+                let key = key(&name, store, &run.regions());
+                jobs.extend(pieces(&run, share).map(|(run, is_own)| hash::Job {
+                    part: at,
+                    is_own,
+                    bits: bits.clone(),
+                    at: run.local.start - range.start..run.local.end - range.start,
+                    place: hash::Place::of(&run, seed(&name, store)),
+                }));
+                held.parts.push(Part { buffer, store, first, count, name, key, sum: 0 });
             }
         }
         let sums = hash::all(&jobs, self.device.threads());
@@ -202,6 +195,36 @@ impl Executor {
         }
         Ok(compared)
     }
+}
+
+/// A buffer that is as it was until the next update.
+struct Stored<'a> {
+    group: &'a ParamGroup,
+    store: Store,
+    buffer: BufferId,
+    /// The elements of the group in it.
+    range: Range<usize>,
+    /// Those that this rank saves.
+    share: Owned,
+}
+
+fn stored(p: &Program) -> Vec<Stored<'_>> {
+    let mut all = Vec::new();
+    for (id, b) in (0..).map(GroupId).zip(&p.group_buffers) {
+        for (store, buffer) in Store::of(b) {
+            let (group, len) = (p.group(id), p.buffer(buffer).len());
+            let range = if len == group.len() { 0..len } else { b.owned.range() };
+            let is_saved = b.counts && (store != Store::Param || b.master.is_none());
+            let share = if is_saved { p.share(id) } else { Owned { first: 0, count: 0 } };
+            all.push(Stored { group, store, buffer, range, share });
+        }
+    }
+    if let Some((group, buffer)) = p.expert_bias.as_ref().zip(p.io.expert_bias) {
+        let count = if p.rank == 0 { group.len() } else { 0 };
+        let (range, share) = (0..group.len(), Owned { first: 0, count });
+        all.push(Stored { group, store: Store::Param, buffer, range, share });
+    }
+    all
 }
 
 /// What a rank says of what it holds.

@@ -5,8 +5,8 @@ use crate::cpu::muon;
 
 /// Attention over so many sequences of `seq` rows.
 pub(crate) fn attention_shape(h: Heads, seqs: usize, seq: usize) -> Attention {
-    let Heads { q: heads, kv: kv_heads, dim: head_dim, value_dim } = h;
-    Attention { seqs, seq, heads, kv_heads, head_dim, value_dim, scale: 1.0 / (head_dim as f32).sqrt() }
+    let Heads { q: heads, kv: kv_heads, dim: head_dim, value_dim, .. } = h;
+    Attention { seqs, seq, heads, kv_heads, head_dim, value_dim, scale: h.scale() }
 }
 
 /// Elements of f32 work space that an op's kernel wants with this many threads.

@@ -27,6 +27,8 @@ fn models() -> [ModelSpec; 2] {
         top_groups: 2,
         balance_loss: 0.3,
         z_loss: 0.05,
+        expert_bias: true,
+        bias_rate: 0.01,
         ..EXPERTS.router
     };
     let all = Experts { count: 8, top_k: 3, shared_ffn: 24, dense_layers: 1, router, ..EXPERTS };
@@ -77,7 +79,7 @@ fn the_same_bits_over_replicas_stages_and_experts() {
     }
 }
 
-/// Weights that send every token to the first experts: all scores are equal.
+/// Weights that send every token to the first experts: all scores are equal, and biases fall from one to the next.
 fn blind(exec: &mut Executor, m: &ModelSpec) {
     exec.set_tables(m).expect("tables");
     let number = |part: &ParamPart, i: usize| {
@@ -86,11 +88,14 @@ fn blind(exec: &mut Executor, m: &ModelSpec) {
         (h >> 40) as f32 / (1 << 24) as f32 - 0.5
     };
     exec.set_params(&mut |part, out| {
-        let blind = part.key.role == Role::Router;
         let first = part.row0 * part.global.1;
-        out.iter_mut()
-            .enumerate()
-            .for_each(|(i, x)| *x = if blind { 0.0 } else { 0.1 * number(part, first + i) });
+        out.iter_mut().enumerate().for_each(|(i, x)| {
+            *x = match part.key.role {
+                Role::Router => 0.0,
+                Role::ExpertBias => (part.cols - i) as f32 / 8.0,
+                _ => 0.1 * number(part, first + i),
+            }
+        });
         Ok(())
     })
     .expect("weights");
@@ -112,12 +117,56 @@ fn a_router_that_sends_all_to_one_rank() {
     }
 }
 
+/// Biases follow the counts of the whole batch by the stated rule, whoever counted, and choose other experts in the end.
+#[test]
+fn biases_move_towards_an_even_load() {
+    // All numbers here are whole multiples of it.
+    let rate = 1.0 / 32.0;
+    let balanced = |bias_rate| {
+        let router = Router { score: Score::Sigmoid, expert_bias: true, bias_rate, ..EXPERTS.router };
+        ModelSpec { experts: Some(Experts { router, ..EXPERTS }), ..model(4, false, false) }
+    };
+    // All scores are equal, so that only biases tell experts apart.
+    let go = |rate: f32, layout: &Layout| {
+        let m = &balanced(rate);
+        train(m, layout, (SEQUENCES, DType::F32, 1e-30), &|exec| blind(exec, m))
+    };
+    let one = Layout::default();
+    let moved = go(rate, &one);
+    let biases = |t: &Trained, layer: usize| -> Vec<f32> {
+        t.weights[&format!("layers.{layer}.mlp.expert_bias")].iter().map(|b| f32::from_bits(*b)).collect()
+    };
+    // Step by step: the two best by bias get all copies, twice the mean, and the others none.
+    let mut expected = [4.0, 3.0, 2.0, 1.0].map(|b: f32| b / 8.0);
+    let first = expected;
+    for _ in 0..common::STEPS {
+        let mut order = [0, 1, 2, 3];
+        order.sort_by(|a, b| expected[*b].total_cmp(&expected[*a]));
+        order[..2].iter().for_each(|e| expected[*e] -= rate);
+        order[2..].iter().for_each(|e| expected[*e] += rate);
+    }
+    for layer in 0..4 {
+        assert_eq!(biases(&moved, layer), expected, "layer {layer}");
+    }
+    assert_ne!(expected, first);
+    for layout in [
+        Layout { tp: 2, ..one.clone() },
+        Layout { cp: 2, dp: 2, zero: Zero::Gradients, ..one.clone() },
+        Layout { pp: 2, dp: 2, ep: 2, zero: Zero::Parameters, ..one.clone() },
+    ] {
+        let got = go(rate, &layout);
+        assert_eq!(got.experts, moved.experts, "{layout:?}");
+        (0..4).for_each(|layer| assert_eq!(biases(&got, layer), expected, "layer {layer} under {layout:?}"));
+    }
+    assert_eq!(biases(&go(0.0, &one), 2), first);
+}
+
 /// Tensor parallelism routes a share of the tokens on each rank: losses agree to 1e-5 in float32, with experts whole or
 /// spread over the tensor group.
 #[test]
 fn tensor_parallel_within_tolerance() {
     for m in models() {
-        let router = |e: Experts| Router { balance_loss: 0.0, ..e.router };
+        let router = |e: Experts| Router { balance_loss: 0.0, bias_rate: 0.0, ..e.router };
         let m = ModelSpec { experts: m.experts.map(|e| Experts { router: router(e), ..e }), ..m };
         let go = |layout: &Layout| {
             train(&m, layout, (SEQUENCES, DType::F32, 1e-3), &|exec| {
@@ -171,6 +220,16 @@ fn what_does_not_fit_is_refused() {
         "that work: 2 to 4",
     );
     refused("model.experts.scale=0", "model.experts.scale = 0, expected a number above 0", "");
+    refused(
+        "model.experts.bias_rate=0.1",
+        "model.experts.bias_rate = 0.1 without biases",
+        "set model.experts.expert_bias=true",
+    );
+    refused(
+        "model.experts.expert_bias=true model.experts.bias_rate=-1",
+        "model.experts.bias_rate = -1, expected a number from 0",
+        "",
+    );
     refused(
         "layout.dp=3 layout.ep=3 batch.tokens=768",
         "layout.ep = 3 does not divide the 4 experts",

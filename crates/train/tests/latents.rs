@@ -4,7 +4,10 @@
 mod common;
 
 use common::{Trained, first_difference, model, train};
-use spec::{DType, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Router, Score, Zero};
+use spec::{
+    DType, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Position, Recompute, Rope, RopeScaling,
+    Router, Score, Zero,
+};
 
 const SEQUENCES: usize = 8;
 const LR: f64 = 1e-3;
@@ -21,7 +24,17 @@ fn models() -> [ModelSpec; 2] {
     let base = model(4, false, false);
     let base = ModelSpec { kv_heads: base.heads, latent: Some(latent), ..base };
     let deep = Latent { query_rank: Some(20), ..latent };
-    [base.clone(), ModelSpec { latent: Some(deep), experts: Some(experts), ..base }]
+    let scaling = RopeScaling::Yarn {
+        factor: 8.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        original_max_positions: 64,
+        attention_factor: Some(1.1),
+        truncate: true,
+        mscale_all_dim: 1.0,
+    };
+    let position = Position::Rope(Rope { theta: 1e4, scaling, max_positions: base.max_positions() });
+    [base.clone(), ModelSpec { latent: Some(deep), experts: Some(experts), position, ..base }]
 }
 
 #[test]

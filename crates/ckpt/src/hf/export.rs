@@ -41,15 +41,13 @@ pub fn export(
     max_shard_bytes: u64,
     tokenizer: Option<Tokenizer<'_>>,
 ) -> Result<Exported> {
-    let element = match dtype {
-        DType::F32 => "F32",
-        DType::Bf16 => "BF16",
-        other => return Err(Error::user(format!("export as {other}: expected f32 or bf16"))),
-    };
+    if !matches!(dtype, DType::F32 | DType::Bf16) {
+        return Err(Error::user(format!("export as {dtype}: expected f32 or bf16")));
+    }
     let table = names::table(spec)?;
     let companions = tokenizer.map_or_else(|| Ok(Companions::default()), |t| Companions::gather(t, spec))?;
     let target = Target::prepare(out_dir)?;
-    let writer = Writer { spec, source: &source, dir: &target.temp, dtype, element };
+    let writer = Writer { spec, source: &source, dir: &target.temp, dtype };
     let written = writer.texts(&companions).and_then(|()| writer.shards(&table, max_shard_bytes));
     let finished = written.and_then(|done| {
         target.publish().map_err(|e| Error::io("export: move into place", out_dir, &e))?;
@@ -121,7 +119,6 @@ struct Writer<'a, S> {
     source: &'a S,
     dir: &'a Folder,
     dtype: DType,
-    element: &'static str,
 }
 
 impl<S: Fn(&str) -> Result<Vec<f32>>> Writer<'_, S> {
@@ -147,7 +144,7 @@ impl<S: Fn(&str) -> Result<Vec<f32>>> Writer<'_, S> {
     }
 
     fn shards(&self, table: &[HfTensor], max_shard_bytes: u64) -> Result<Exported> {
-        let sizes: Vec<u64> = table.iter().map(|t| (t.elements() * self.dtype.bytes()) as u64).collect();
+        let sizes: Vec<u64> = table.iter().map(|t| self.bytes(t) as u64).collect();
         let shards = cut(&sizes, max_shard_bytes);
         let mut weight_map = serde_json::Map::new();
         for (i, range) in shards.iter().enumerate() {
@@ -167,6 +164,14 @@ impl<S: Fn(&str) -> Result<Vec<f32>>> Writer<'_, S> {
         Ok(Exported { files: shards.len(), tensors: table.len(), bytes })
     }
 
+    fn dtype_of(&self, tensor: &HfTensor) -> DType {
+        if tensor.single { DType::F32 } else { self.dtype }
+    }
+
+    fn bytes(&self, tensor: &HfTensor) -> usize {
+        tensor.elements() * self.dtype_of(tensor).bytes()
+    }
+
     fn full_name(&self, tensor: &HfTensor) -> String {
         let prefix = if tensor.in_body { names::prefix(self.spec) } else { "" };
         format!("{prefix}{}", tensor.name)
@@ -174,19 +179,23 @@ impl<S: Fn(&str) -> Result<Vec<f32>>> Writer<'_, S> {
 
     fn shard(&self, name: &str, tensors: &[HfTensor]) -> Result<()> {
         let io = |e: io::Error| Error::io("export: write", &self.dir.path().join(name), &e);
+        // Wide elements first, so that all lie at multiples of their size.
+        let mut tensors: Vec<&HfTensor> = tensors.iter().collect();
+        tensors.sort_by_key(|t| std::cmp::Reverse(self.dtype_of(t).bytes()));
         let entries: Vec<header::Entry> = tensors
             .iter()
             .map(|t| header::Entry {
                 name: self.full_name(t),
-                dtype: self.element,
+                dtype: if self.dtype_of(t) == DType::F32 { "F32" } else { "BF16" },
                 shape: t.shape(),
-                bytes: t.elements() * self.dtype.bytes(),
+                bytes: self.bytes(t),
             })
             .collect();
         let mut file = self.dir.new_file(name.as_ref()).map_err(io)?;
         file.write_all(&header::encode(&entries)).map_err(io)?;
         let mut out = Converted { file: &mut file, dtype: self.dtype, staging: Vec::new() };
         for tensor in tensors {
+            out.dtype = self.dtype_of(tensor);
             for slab in tensor.parts.chunks(tensor.parts_of_slab()) {
                 let mut parts = slab.iter().map(|p| self.load(p, tensor.zeros));
                 match (tensor.transposed, tensor.interleaved) {
@@ -198,6 +207,16 @@ impl<S: Fn(&str) -> Result<Vec<f32>>> Writer<'_, S> {
                         let parts = parts.collect::<Result<Vec<_>>>()?;
                         let turns = (0..parts[0].len()).flat_map(|i| parts.iter().map(move |p| p[i]));
                         out.write(&turns.collect::<Vec<_>>()).map_err(io)?;
+                    }
+                    (false, false) if tensor.beside => {
+                        let parts = parts.collect::<Result<Vec<_>>>()?;
+                        let rows = tensor.parts[0].shape[0];
+                        let row = |r: usize, p: &Vec<f32>| {
+                            let cols = p.len() / rows;
+                            p[r * cols..(r + 1) * cols].to_vec()
+                        };
+                        let all = (0..rows).flat_map(|r| parts.iter().flat_map(move |p| row(r, p)));
+                        out.write(&all.collect::<Vec<_>>()).map_err(io)?;
                     }
                     (false, false) => parts.try_for_each(|part| out.write(&part?).map_err(io))?,
                 }

@@ -10,6 +10,14 @@ use super::{Elements, Float, Found, HfWeights, Place, STAGING_BYTES, Source, nam
 use crate::header::dims;
 use crate::input::shown;
 
+/// What the names of a layer's tensors begin with, if `name` is the projection by which a layer behind the model's own
+/// predicts a later token (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+pub(super) fn prediction_layer(spec: &ModelSpec, name: &str) -> Option<String> {
+    let layer = name.strip_prefix("layers.")?.strip_suffix(".eh_proj.weight")?;
+    let behind = layer.parse::<usize>().is_ok_and(|i| i >= spec.layers);
+    behind.then(|| format!("layers.{layer}."))
+}
+
 impl HfWeights {
     /// Sorts the tensors that the table of names does not list into those that change nothing, those of other parts
     /// of a wrapper, and problems.
@@ -19,10 +27,16 @@ impl HfWeights {
         left: BTreeMap<String, Found>,
         problems: &mut Problems,
     ) -> Result<()> {
-        let mut other_parts = Vec::new();
+        let (mut other_parts, mut later) = (Vec::new(), Vec::new());
+        let predicts: Vec<String> = left.keys().filter_map(|name| prediction_layer(spec, name)).collect();
+        let copies = names::copies(spec);
         for (name, found) in left {
-            if name == names::HEAD && spec.tied_embeddings {
-                if !self.is_embedding(spec, &found)? {
+            if let Some((_, of)) = copies.iter().find(|(copy, _)| *copy == name) {
+                if !self.is_table(spec, of, &found)? {
+                    problems.other.push(format!("tensor {} is not {of} once more", shown(&found.stored)));
+                }
+            } else if name == names::HEAD && spec.tied_embeddings {
+                if !self.is_table(spec, names::EMBEDDING, &found)? {
                     problems.other.push(format!(
                         "tensor {} is not the embedding that config.json ties it to (set tie_word_embeddings to false \
                          there to keep it, or remove the tensor)",
@@ -35,6 +49,8 @@ impl HfWeights {
                 }
             } else if names::of_another_part(&found.stored) {
                 other_parts.push(found.stored);
+            } else if predicts.iter().any(|layer| name.starts_with(layer)) {
+                later.push(found.stored);
             } else {
                 problems.unexpected.push(found.stored);
             }
@@ -46,22 +62,28 @@ impl HfWeights {
                 shown(first)
             ));
         }
+        if let Some(first) = later.first() {
+            self.notes.push(format!(
+                "{} tensors of layers that predict later tokens are left out, such as {}",
+                later.len(),
+                shown(first)
+            ));
+        }
         Ok(())
     }
 
-    /// Whether a head holds the same numbers as the embedding.
-    fn is_embedding(&self, spec: &ModelSpec, head: &Found) -> Result<bool> {
+    /// Whether a table holds the same numbers as the embedding, or the head.
+    fn is_table(&self, spec: &ModelSpec, of: &str, head: &Found) -> Result<bool> {
         let (rows, cols) = (spec.vocab, spec.hidden);
         // A missing embedding is a problem of its own.
-        if !self.parameters.contains_key(names::EMBEDDING) {
+        if !self.parameters.contains_key(of) {
             return Ok(true);
         }
         let Some(kind) = Float::parse(&head.info.dtype).filter(|_| head.info.shape == [rows, cols]) else {
             return Ok(false);
         };
         let (file, offset) = (head.file, head.offset);
-        let source =
-            Source { file, offset, kind, shape: head.info.shape.clone(), place: Place::Rows { first: 0 } };
+        let source = Source { file, offset, kind, shape: head.info.shape.clone(), place: Place::whole(cols) };
         let (path, file) = &self.files[file];
         let mut elements = Elements { file, source: &source, staging: Vec::new() };
         let at_once = (STAGING_BYTES / cols.max(1)).clamp(1, rows);
@@ -69,7 +91,7 @@ impl HfWeights {
         for row0 in (0..rows).step_by(at_once) {
             let n = at_once.min(rows - row0);
             let [ours, theirs] = &mut buffers;
-            self.read(names::EMBEDDING, row0, n, &mut ours[..n * cols])?;
+            self.read(of, row0, n, &mut ours[..n * cols])?;
             elements.read(row0 * cols, &mut theirs[..n * cols]).map_err(|e| Error::io("read", path, &e))?;
             if ours[..n * cols] != theirs[..n * cols] {
                 return Ok(false);
@@ -80,17 +102,6 @@ impl HfWeights {
 
     /// How a buffer of an old version differs from what the model computes in its place, if it does.
     fn unlike_buffer(&self, spec: &ModelSpec, name: &str, found: &Found) -> Result<Option<String>> {
-        if name.ends_with(names::ROUTER_BIAS) {
-            let n = spec.experts.map_or(0, |e| e.count);
-            let zeros = found.info.shape == [n] && self.all(found, n, |_, x| x == 0.0)?;
-            let why = || {
-                format!(
-                    "{} chooses experts by more than their scores: only zeros train",
-                    shown(&found.stored)
-                )
-            };
-            return Ok((!zeros).then(why));
-        }
         let right = match &spec.position {
             Position::Learned { max_positions } if name.ends_with(".attn.bias") => {
                 let n = *max_positions;

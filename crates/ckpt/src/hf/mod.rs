@@ -8,7 +8,10 @@ mod export;
 mod left_out;
 mod names;
 mod problems;
+mod scaled;
 
+#[cfg(test)]
+mod scaled_tests;
 #[cfg(test)]
 mod tests;
 
@@ -59,8 +62,13 @@ pub fn import(dir: &Path) -> Result<(ModelSpec, HfWeights)> {
     let text = input::read_text("import: read", &path, MAX_CONFIG_BYTES)
         .map_err(|e| e.hint("give the directory that holds config.json and model.safetensors"))?;
     // A model that trains has none: it was refused otherwise.
-    let HfModel { model, inexact, windows: _ } =
+    let HfModel { mut model, mut inexact, windows: _ } =
         HfModel::to_train(&text).context(format!("import {}", path.display()))?;
+    if model.mtp.is_some() && !HfWeights::predicts(dir, &model)? {
+        // As conversions leave it.
+        model.mtp = None;
+        inexact.push("num_nextn_predict_layers is 1, but the weights of that layer are not there".to_owned());
+    }
     let mut weights = HfWeights::open(dir, &model)?;
     weights.notes.splice(0..0, inexact);
     Ok((model, weights))
@@ -89,10 +97,19 @@ struct Source {
 
 #[derive(Clone, Copy, Debug)]
 enum Place {
-    /// Row-major, from this element of the tensor on.
-    Rows { first: usize },
+    /// Row-major, from this element of the tensor on, each row `stored_cols` behind the one before.
+    Rows { first: usize, stored_cols: usize },
     /// Transposed: logical rows are stored columns from `first` on, every `step`-th, of `stored_cols`.
     Columns { first: usize, stored_cols: usize, step: usize },
+    /// In few bits, with scales in another tensor.
+    Scaled(scaled::Rows),
+}
+
+impl Place {
+    /// Rows of so many elements, one under another.
+    fn whole(stored_cols: usize) -> Place {
+        Place::Rows { first: 0, stored_cols }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -124,22 +141,43 @@ impl HfWeights {
     /// As [`import`].
     pub fn open(dir: &Path, spec: &ModelSpec) -> Result<Self> {
         let table = names::table(spec)?;
-        let mut weights =
-            HfWeights { files: Vec::new(), parameters: HashMap::new(), order: Vec::new(), notes: Vec::new() };
+        let mut weights = HfWeights::nothing();
         let mut problems = Problems::default();
         let mut found = weights.open_files(dir, &mut problems)?;
-        for tensor in table.iter().filter(|tensor| !tensor.zeros) {
-            match found.remove(&tensor.name) {
-                None => problems.missing.push(format!("{} {:?}", tensor.name, tensor.shape())),
-                Some(at) => {
-                    let added = weights.add(tensor, at.file, at.offset, &at.info);
-                    added.unwrap_or_else(|problem| problems.other.push(problem));
-                }
-            }
+        for tensor in table.iter().filter(|tensor| !tensor.zeros && !tensor.copy) {
+            let mut take = |suffix: &str| found.remove(&format!("{}{suffix}", tensor.name));
+            let added = match take("") {
+                Some(at) if at.info.dtype == "F8_E4M3" => match take("_scale_inv") {
+                    Some(scales) => weights.add_squares(tensor, &at, &scales),
+                    None => Err(format!("tensor {} has no scales, {0}_scale_inv", tensor.name)),
+                },
+                Some(at) => weights.add(tensor, at.file, at.offset, &at.info),
+                None => match (take("_blocks"), take("_scales")) {
+                    (Some(blocks), Some(scales)) if tensor.slabs.is_some() && tensor.transposed => {
+                        weights.add_blocks(tensor, &blocks, &scales)
+                    }
+                    _ => {
+                        problems.missing.push(format!("{} {:?}", tensor.name, tensor.shape()));
+                        Ok(())
+                    }
+                },
+            };
+            added.unwrap_or_else(|problem| problems.other.push(problem));
         }
         weights.leave_out(spec, found, &mut problems)?;
         problems.refuse(dir, spec)?;
         Ok(weights)
+    }
+
+    /// Whether the files in `dir` hold a layer that predicts one token more.
+    fn predicts(dir: &Path, spec: &ModelSpec) -> Result<bool> {
+        let mut weights = HfWeights::nothing();
+        let found = weights.open_files(dir, &mut Problems::default())?;
+        Ok(found.keys().any(|name| left_out::prediction_layer(spec, name).is_some()))
+    }
+
+    fn nothing() -> HfWeights {
+        HfWeights { files: Vec::new(), parameters: HashMap::new(), order: Vec::new(), notes: Vec::new() }
     }
 
     /// Opens all files and finds their tensors, by name without what wraps it.
@@ -187,14 +225,17 @@ impl HfWeights {
         let slab = tensor.slab_shape();
         let (elements, step) = (slab.iter().product::<usize>(), tensor.parts_of_slab());
         for (s, parts) in tensor.parts.chunks(step).enumerate() {
-            let mut rows = 0;
+            let (mut rows, begins) = (0, s * elements);
             for (turn, part) in parts.iter().enumerate() {
                 let row_elements: usize = part.shape[1..].iter().product();
-                let begins = s * elements;
+                let (_, cols) = matrix(&part.shape).unwrap_or_default();
                 let place = match (tensor.transposed, tensor.interleaved) {
                     (true, false) => Place::Columns { first: begins + rows, stored_cols: slab[1], step: 1 },
                     (true, true) => Place::Columns { first: begins + turn, stored_cols: slab[1], step },
-                    (false, false) => Place::Rows { first: begins + rows * row_elements },
+                    (false, false) if tensor.beside => {
+                        Place::Rows { first: begins + turn * cols, stored_cols: slab[1] }
+                    }
+                    (false, false) => Place::Rows { first: begins + rows * row_elements, stored_cols: cols },
                     // A vector: one row, whose elements are stored `step` apart.
                     (false, true) => Place::Columns { first: begins + turn, stored_cols: step, step },
                 };
@@ -262,14 +303,19 @@ impl HfWeights {
         let (path, file) = &self.files[source.file];
         let mut reader = Elements { file, source, staging: Vec::new() };
         match source.place {
-            Place::Rows { first } if cols == all_cols => reader.read(first + row0 * all_cols, out),
-            Place::Rows { first } => out
+            Place::Rows { first, stored_cols } if cols == stored_cols => {
+                reader.read(first + row0 * stored_cols, out)
+            }
+            Place::Rows { first, stored_cols } => out
                 .chunks_exact_mut(cols)
                 .zip(row0..)
-                .try_for_each(|(row, r)| reader.read(first + r * all_cols + col0, row)),
+                .try_for_each(|(row, r)| reader.read(first + r * stored_cols + col0, row)),
             Place::Columns { first, stored_cols, step } => {
                 reader.read_turned((first + row0 * step, step), rows, stored_cols, col0, cols, out)
             }
+            Place::Scaled(rows) => out.chunks_exact_mut(cols).zip(row0..).try_for_each(|(out, row)| {
+                self.read_scaled((source.file, source.offset), &rows, row, col0, out)
+            }),
         }
         .map_err(|e| Error::io("read", path, &e))
     }

@@ -17,8 +17,14 @@ pub(crate) struct HfTensor {
     pub(crate) slabs: Option<usize>,
     /// The parts of a slab lie along its last dim by turns (GPT-OSS: gate, up, gate, ...), not one behind another.
     pub(crate) interleaved: bool,
-    /// A buffer of zeros, which is no parameter: its part says how many.
+    /// A class's own that the model does without: zeros.
     pub(crate) zeros: bool,
+    /// In float32 whatever the others are in.
+    pub(crate) single: bool,
+    /// The parts of a slab lie side by side, not one under another.
+    pub(crate) beside: bool,
+    /// Another tensor's once more.
+    pub(crate) copy: bool,
 }
 
 /// A logical parameter.
@@ -41,7 +47,8 @@ impl HfTensor {
     /// The shape of one slab in the file.
     pub(crate) fn slab_shape(&self) -> Vec<usize> {
         let mut shape = self.parts[0].shape.clone();
-        shape[0] = self.parts[..self.parts_of_slab()].iter().map(|p| p.shape[0]).sum();
+        let along = usize::from(self.beside);
+        shape[along] = self.parts[..self.parts_of_slab()].iter().map(|p| p.shape[along]).sum();
         if self.transposed {
             shape.reverse();
         }
@@ -92,12 +99,16 @@ pub(crate) fn is_buffer(spec: &ModelSpec, name: &str) -> bool {
     if gpt2(spec) {
         name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")
     } else {
-        name.ends_with("rotary_emb.inv_freq") || name.ends_with(ROUTER_BIAS)
+        name.ends_with("rotary_emb.inv_freq")
     }
 }
 
-/// What DeepSeek-V3 adds to scores when it chooses experts, and moves outside of its gradient.
-pub(crate) const ROUTER_BIAS: &str = "mlp.gate.e_score_correction_bias";
+/// Tensors of the module that predicts one token more that are others once more, and which parameters those are.
+pub(crate) fn copies(spec: &ModelSpec) -> Vec<(String, &'static str)> {
+    let name = |of: &str| format!("layers.{}.{of}.weight", spec.layers);
+    let all = [(name("embed_tokens"), EMBEDDING), (name("shared_head.head"), "head.weight")];
+    all.into_iter().filter(|_| spec.mtp.is_some()).collect()
+}
 
 fn gpt2(spec: &ModelSpec) -> bool {
     matches!(spec.position, Position::Learned { .. })
@@ -133,43 +144,80 @@ impl Table<'_> {
     }
 
     fn push(&mut self, hf: &str, transposed: bool, parts: Vec<Part>) {
-        let name = hf.to_owned();
-        let (in_body, zeros, slabs, interleaved) = (true, false, None, false);
-        self.tensors.push(HfTensor { name, in_body, transposed, parts, zeros, slabs, interleaved });
+        self.tensors.push(HfTensor {
+            name: hf.to_owned(),
+            in_body: true,
+            transposed,
+            parts,
+            slabs: None,
+            interleaved: false,
+            zeros: false,
+            single: false,
+            beside: false,
+            copy: false,
+        });
     }
 
     fn llama(&mut self) {
         let m = self.spec;
-        let (q, kv) = (m.heads * m.head_dim, m.kv_heads * m.head_dim);
         self.plain("embed_tokens.weight", "embed.weight", &[m.vocab, m.hidden]);
         for i in 0..m.layers {
-            let (hf, own) = (format!("layers.{i}"), format!("layers.{i}"));
-            let h = |s: &str| format!("{hf}.{s}");
-            let p = |s: &str| format!("{own}.{s}");
-            self.norm(&h("input_layernorm"), &p("attn_norm"));
-            if let Some(latent) = m.latent {
-                self.latent(&h("self_attn"), &p("attn"), latent);
-            } else {
-                self.linear(&h("self_attn.q_proj"), &p("attn.q"), q, m.hidden, m.qkv_bias);
-                self.linear(&h("self_attn.k_proj"), &p("attn.k"), kv, m.hidden, m.qkv_bias);
-                self.linear(&h("self_attn.v_proj"), &p("attn.v"), kv, m.hidden, m.qkv_bias);
-            }
-            if m.qk_norm {
-                self.plain(&h("self_attn.q_norm.weight"), &p("attn.q_norm.weight"), &[m.head_dim]);
-                self.plain(&h("self_attn.k_norm.weight"), &p("attn.k_norm.weight"), &[m.head_dim]);
-            }
-            if m.sinks {
-                self.plain(&h("self_attn.sinks"), &p("attn.sinks"), &[m.heads]);
-            }
-            let out = m.latent.map_or(q, |l| m.heads * l.value_dim);
-            self.linear(&h("self_attn.o_proj"), &p("attn.o"), m.hidden, out, m.attn_out_bias);
-            self.norm(&h("post_attention_layernorm"), &p("mlp_norm"));
-            match m.experts.filter(|_| m.has_experts(i)) {
-                Some(experts) => self.experts(&hf, &p("mlp"), experts),
-                None => self.mlp(&h("mlp"), ["gate_proj", "up_proj", "down_proj"], &p("mlp"), m.ffn),
-            }
+            self.layer(i, &format!("layers.{i}"));
         }
         self.norm("norm", "final_norm");
+        if m.mtp.is_some() {
+            self.mtp();
+        }
+    }
+
+    fn layer(&mut self, i: usize, own: &str) {
+        let m = self.spec;
+        let (q, kv) = (m.heads * m.head_dim, m.kv_heads * m.head_dim);
+        let hf = format!("layers.{i}");
+        let h = |s: &str| format!("{hf}.{s}");
+        let p = |s: &str| format!("{own}.{s}");
+        self.norm(&h("input_layernorm"), &p("attn_norm"));
+        if let Some(latent) = m.latent {
+            self.latent(&h("self_attn"), &p("attn"), latent);
+        } else {
+            self.linear(&h("self_attn.q_proj"), &p("attn.q"), q, m.hidden, m.qkv_bias);
+            self.linear(&h("self_attn.k_proj"), &p("attn.k"), kv, m.hidden, m.qkv_bias);
+            self.linear(&h("self_attn.v_proj"), &p("attn.v"), kv, m.hidden, m.qkv_bias);
+        }
+        if m.qk_norm {
+            self.plain(&h("self_attn.q_norm.weight"), &p("attn.q_norm.weight"), &[m.head_dim]);
+            self.plain(&h("self_attn.k_norm.weight"), &p("attn.k_norm.weight"), &[m.head_dim]);
+        }
+        if m.sinks {
+            self.plain(&h("self_attn.sinks"), &p("attn.sinks"), &[m.heads]);
+        }
+        let out = m.latent.map_or(q, |l| m.heads * l.value_dim);
+        self.linear(&h("self_attn.o_proj"), &p("attn.o"), m.hidden, out, m.attn_out_bias);
+        self.norm(&h("post_attention_layernorm"), &p("mlp_norm"));
+        match m.experts.filter(|_| m.has_experts(i)) {
+            Some(experts) => self.experts(&hf, &p("mlp"), experts),
+            None => self.mlp(&h("mlp"), ["gate_proj", "up_proj", "down_proj"], &p("mlp"), m.ffn),
+        }
+    }
+
+    /// The module behind the last layer: one layer more, with copies of the embedding and the head. One matrix projects the
+    /// embedding and the hidden state side by side.
+    fn mtp(&mut self) {
+        let m = self.spec;
+        let hf = format!("layers.{}", m.layers);
+        let h = |s: &str| format!("{hf}.{s}");
+        self.norm(&h("enorm"), "mtp.embed_norm");
+        self.norm(&h("hnorm"), "mtp.hidden_norm");
+        let half =
+            |name: &str| Part { name: format!("mtp.{name}_proj.weight"), shape: vec![m.hidden, m.hidden] };
+        self.push(&h("eh_proj.weight"), false, vec![half("embed"), half("hidden")]);
+        self.tensors.iter_mut().rev().take(1).for_each(|t| t.beside = true);
+        self.layer(m.layers, "mtp");
+        self.norm(&h("shared_head.norm"), "mtp.norm");
+        for (name, of) in copies(m) {
+            self.plain(&name, of, &[m.vocab, m.hidden]);
+            self.tensors.iter_mut().rev().take(1).for_each(|t| t.copy = true);
+        }
     }
 
     fn latent(&mut self, hf: &str, own: &str, l: Latent) {
@@ -210,8 +258,10 @@ impl Table<'_> {
         let hf = format!("{layer}.{block}");
         self.linear(&format!("{hf}.gate"), &format!("{own}.router"), e.count, self.spec.hidden, false);
         if self.spec.hf_architecture().is_ok_and(|class| class == "DeepseekV3ForCausalLM") {
-            self.plain(&format!("{layer}.{ROUTER_BIAS}"), "", &[e.count]);
-            self.tensors.iter_mut().rev().take(1).for_each(|tensor| tensor.zeros = true);
+            let bias = format!("{hf}.gate.e_score_correction_bias");
+            self.plain(&bias, &format!("{own}.expert_bias"), &[e.count]);
+            let zeros = !e.router.expert_bias;
+            self.tensors.iter_mut().rev().take(1).for_each(|t| (t.zeros, t.single) = (zeros, true));
         }
         for i in 0..e.count {
             self.mlp(&format!("{hf}.experts.{i}"), names, &format!("{own}.experts.{i}"), e.ffn);

@@ -3,7 +3,8 @@ use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use spec::{
-    Activation, DType, Experts, Latent, ModelSpec, Position, Result, Rope, RopeScaling, Router, Score, Window,
+    Activation, DType, Experts, Latent, ModelSpec, Mtp, Position, Result, Rope, RopeScaling, Router, Score,
+    Window,
 };
 
 use super::*;
@@ -25,7 +26,7 @@ fn gpt2() -> ModelSpec {
 }
 
 /// DeepSeek-V2 and V3.
-fn deepseek() -> [ModelSpec; 2] {
+pub(super) fn deepseek() -> [ModelSpec; 2] {
     let latent = Latent { query_rank: None, kv_rank: 5, nope_dim: 3, rope_dim: 2, value_dim: 4 };
     let router = Router { renormalise: false, scale: 1.5, ..Router::PLAIN };
     let experts = Experts { count: 4, top_k: 2, ffn: 7, shared_ffn: 14, dense_layers: 1, every: 1, router };
@@ -38,7 +39,7 @@ fn deepseek() -> [ModelSpec; 2] {
         experts: Some(experts),
         ..llama()
     };
-    let router = Router { score: Score::Sigmoid, renormalise: true, groups: 2, ..router };
+    let router = Router { score: Score::Sigmoid, renormalise: true, groups: 2, expert_bias: true, ..router };
     let v3 = ModelSpec {
         name: "deepseek_v3".into(),
         latent: Some(Latent { query_rank: Some(6), ..latent }),
@@ -49,7 +50,7 @@ fn deepseek() -> [ModelSpec; 2] {
 }
 
 /// Experts of uneven number, in stacks.
-fn gpt_oss() -> ModelSpec {
+pub(super) fn gpt_oss() -> ModelSpec {
     let router = Router { bias: true, ..Router::PLAIN };
     let experts = Experts { count: 3, top_k: 2, ffn: 7, shared_ffn: 0, dense_layers: 0, every: 1, router };
     ModelSpec {
@@ -74,7 +75,12 @@ fn families() -> Vec<ModelSpec> {
     let window = Some(Window { tokens: 5, full_layers: 0, full_every: 0 });
     let mistral = ModelSpec { name: "mistral".into(), window, ..llama() };
     let all = [llama(), biased, mistral, qwen2, qwen3, gpt_oss(), gpt2(), untied];
-    all.into_iter().chain(deepseek()).collect()
+    all.into_iter().chain(deepseek()).chain([ahead()]).collect()
+}
+
+/// DeepSeek-V3 that predicts one token more.
+fn ahead() -> ModelSpec {
+    ModelSpec { mtp: Some(Mtp { weight: Mtp::WEIGHT }), ..deepseek()[1].clone() }
 }
 
 /// A weight that tells its name and place; every third needs more than bfloat16.
@@ -83,7 +89,7 @@ fn value(name: &str, i: usize) -> f32 {
     (seed % 1000) as f32 + i as f32 * if i.is_multiple_of(3) { 1.001 } else { 0.5 }
 }
 
-fn weights(spec: &ModelSpec) -> impl Fn(&str) -> Result<Vec<f32>> + use<> {
+pub(super) fn weights(spec: &ModelSpec) -> impl Fn(&str) -> Result<Vec<f32>> + use<> {
     let parts: HashMap<String, usize> = names::table(spec)
         .unwrap()
         .into_iter()
@@ -107,10 +113,10 @@ fn round_trip_of_every_family() {
             let dir = tempfile::tempdir().unwrap();
             let out = dir.path().join("out");
             let done = export(&spec, weights(&spec), &out, DType::F32, max_shard_bytes, None).unwrap();
-            // Beside biases of routers, which are no parameters.
+            // Beside biases of routers, which are no parameters, and what is there twice.
             let table = names::table(&spec).unwrap();
-            let zeros: usize = table.iter().filter(|t| t.zeros).map(HfTensor::elements).sum();
-            let expected = 4 * (spec.param_count() + zeros as u64);
+            let more: usize = table.iter().filter(|t| t.single || t.copy).map(HfTensor::elements).sum();
+            let expected = 4 * (spec.param_count() + more as u64);
             assert_eq!(done.bytes, expected, "{}: every parameter once", spec.name);
             assert_eq!(done.files > 1, max_shard_bytes == 2000);
             let (found, read) = import(&out).unwrap();
@@ -181,14 +187,20 @@ fn boxes() {
 
 #[test]
 fn sixteen_bits() {
-    let spec = gpt2();
-    let dir = tempfile::tempdir().unwrap();
-    let out = dir.path().join("out");
-    export(&spec, weights(&spec), &out, DType::Bf16, u64::MAX, None).unwrap();
-    let (_, read) = import(&out).unwrap();
-    for name in read.names() {
-        let all = read_all(&read, name);
-        assert!(all.iter().enumerate().all(|(i, x)| *x == bf16::from_f32(value(name, i)).to_f32()), "{name}");
+    for spec in [gpt2(), deepseek()[1].clone()] {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        export(&spec, weights(&spec), &out, DType::Bf16, u64::MAX, None).unwrap();
+        let (_, read) = import(&out).unwrap();
+        for name in read.names() {
+            // What experts are chosen by is never rounded.
+            let stored = |x: f32| match name.ends_with("expert_bias") {
+                true => x,
+                false => bf16::from_f32(x).to_f32(),
+            };
+            let all = read_all(&read, name);
+            assert!(all.iter().enumerate().all(|(i, x)| *x == stored(value(name, i))), "{name}");
+        }
     }
 }
 
@@ -197,9 +209,7 @@ fn filled(name: &str, shape: &[usize], i: usize) -> f32 {
     if name.ends_with("attn.bias") && shape.len() == 4 {
         return if i % shape[3] <= i / shape[3] { 1.0 } else { 0.0 };
     }
-    if name.ends_with(names::ROUTER_BIAS) {
-        return 0.0;
-    }
+
     if name.ends_with("inv_freq") {
         return 1e4f32.powf(-(i as f32) / shape[0] as f32);
     }
@@ -232,6 +242,42 @@ fn write_f16(
         (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F16, shape.clone(), bytes).unwrap())
     });
     fs::write(dir.join(SINGLE), safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+#[test]
+fn a_config_may_promise_a_layer_that_is_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let layer = format!("model.layers.{}.", ahead().layers);
+    write_f16(dir.path(), &ahead(), "model.", |shapes| shapes.retain(|name, _| !name.starts_with(&layer)));
+    let (spec, read) = import(dir.path()).unwrap();
+    assert_eq!(spec, ModelSpec { mtp: None, ..ahead() });
+    assert!(read.notes()[0].contains("num_nextn_predict_layers is 1"), "{:?}", read.notes());
+    // Half of one is another matter.
+    let dir = tempfile::tempdir().unwrap();
+    write_f16(dir.path(), &ahead(), "model.", |shapes| _ = shapes.remove(&format!("{layer}enorm.weight")));
+    check_refused(dir.path(), "enorm.weight [12] is missing");
+}
+
+#[test]
+fn layers_that_predict_later_tokens_are_left_out() {
+    let spec = deepseek()[1].clone();
+    let layer = format!("model.layers.{}", spec.layers);
+    let projected = |shapes: &mut BTreeMap<String, Vec<usize>>| {
+        shapes.insert(format!("{layer}.enorm.weight"), vec![12]);
+        shapes.insert(format!("{layer}.self_attn.o_proj.weight"), vec![12, 16]);
+    };
+    let dir = tempfile::tempdir().unwrap();
+    write_f16(dir.path(), &spec, "model.", |shapes| {
+        projected(shapes);
+        shapes.insert(format!("{layer}.eh_proj.weight"), vec![12, 24]);
+    });
+    let note =
+        format!("3 tensors of layers that predict later tokens are left out, such as {layer}.eh_proj.weight");
+    assert_eq!(import(dir.path()).unwrap().1.notes(), [note]);
+    // A layer too many is no such layer.
+    let dir = tempfile::tempdir().unwrap();
+    write_f16(dir.path(), &spec, "model.", projected);
+    check_refused(dir.path(), &format!("tensor {layer}.enorm.weight is unexpected"));
 }
 
 #[test]
@@ -337,12 +383,7 @@ fn what_is_left_out_is_compared() {
             "inv_freq [3] is not what config.json",
         ),
         (gpt2(), "transformer.h.0.attn.bias", vec![1, 1, 7, 7], "attn.bias [1, 1, 7, 7] is not what"),
-        (
-            deepseek()[1].clone(),
-            "model.layers.1.mlp.gate.e_score_correction_bias",
-            vec![4],
-            "e_score_correction_bias chooses experts by more than their scores: only zeros train",
-        ),
+        (ahead(), "model.layers.2.shared_head.head.weight", vec![11, 12], "is not head.weight once more"),
     ] {
         let dir = tempfile::tempdir().unwrap();
         write_f16(dir.path(), &spec, names::prefix(&spec), |shapes| _ = shapes.insert(tensor.into(), shape));
@@ -356,7 +397,7 @@ fn what_is_left_out_is_compared() {
 }
 
 #[track_caller]
-fn check_refused(dir: &Path, expected: &str) {
+pub(super) fn check_refused(dir: &Path, expected: &str) {
     let error = import(dir).unwrap_err();
     assert_eq!(error.exit_code(), 2, "{error}");
     assert!(error.to_string().contains(expected), "{error}");

@@ -3,10 +3,12 @@
 //! A token's rows are added in the order of its choices, best first, whoever computed them: no sum depends on where an
 //! expert lives.
 
+mod balance;
 mod grouped;
 mod permute;
 mod route;
 
+pub use balance::balance_experts;
 pub use grouped::{
     Groups, grouped_bias_grad, grouped_bias_grad_workspace_len, grouped_linear, grouped_linear_dw,
     grouped_linear_dw_workspace_len, grouped_linear_dx, grouped_linear_workspace_len,

@@ -35,7 +35,7 @@ impl Estimator<'_> {
         let tables =
             if both { t.embed.params + t.head.params } else { t.embed.params.max(t.head.params + t.tied) };
         let dense = stages.per_layer(t.layer.params, t.expert_layer.params) + tables;
-        let experts = stages.per_layer(0.0, t.expert_layer.expert_params);
+        let experts = stages.per_layer(0.0, t.expert_layer.expert_params) + t.head.expert_params;
         let (shard, expert_shard) = (l.shards() as f64, l.expert_shards() as f64);
         let over = |stage: Zero| {
             if l.zero >= stage { dense / shard + experts / expert_shard } else { dense + experts }

@@ -134,7 +134,7 @@ impl Estimator<'_> {
             + embed * t.embed.params
             + head * t.head.params
             + copy * t.tied;
-        let experts = layers(0.0, t.expert_layer.expert_params);
+        let experts = layers(0.0, t.expert_layer.expert_params) + head * t.head.expert_params;
         let split =
             placement.layout.schedule == spec::PipelineSchedule::ZeroBubble && placement.layout.pp > 1;
         let dense = if software.gathers_whole_units {
@@ -144,18 +144,21 @@ impl Estimator<'_> {
             // The head's products are all in the backward pass, so that no pass reads a tied table at both ends.
             let forward = layers(t.layer.reads.forward, t.expert_layer.reads.forward)
                 + embed * t.embed.reads.forward
-                + head * t.head.reads.forward;
+                + head * t.head.reads.forward
+                // A module behind the last layer looks up in the embedding too.
+                - if self.problem.shape.model.mtp.is_some() { both * t.tied } else { 0.0 };
             let backward = layers(behind(&t.layer.reads), behind(&t.expert_layer.reads))
                 + embed * behind(&t.embed.reads)
                 + head * behind(&t.head.reads);
             Elements { held, grads: held, forward, backward }
         };
         let dense = Elements { grads: held + if software.tree_sums { both * t.tied } else { 0.0 }, ..dense };
-        let reads = &t.expert_layer.expert_reads;
+        let (reads, last) = (&t.expert_layer.expert_reads, &t.head.expert_reads);
         let experts = if software.gathers_whole_units {
             Elements { held: experts, grads: experts, forward: experts, backward: experts }
         } else {
-            let (forward, backward) = (s.experts * reads.forward, s.experts * reads.behind(split));
+            let forward = s.experts * reads.forward + head * last.forward;
+            let backward = s.experts * reads.behind(split) + head * last.behind(split);
             Elements { held: experts, grads: experts, forward, backward }
         };
         [(Replication::Data, dense), (Replication::Expert, experts)]

@@ -91,6 +91,7 @@ impl StandIn {
     pub(super) fn head(&self) -> Section {
         let Some(last) = &self.last else { return Section::default() };
         let mut s = section(last, Place::Head);
+        s.add(section(last, Place::Mtp));
         // With one micro-batch in flight what the layers keep lies in scratch too.
         let kept = LAYERS as f64 * self.layer_kept();
         s.working_bytes = (last.memory.scratch as f64 - kept).max(0.0);
@@ -160,6 +161,31 @@ fn reads(p: &Program, replication: Replication, place: Place) -> Reads {
         backward: read(Pass::Backward, &|_| true),
         input: read(Pass::Backward, &|phase| phase != Phase::Weight),
         weight: read(Pass::Backward, &|phase| phase == Phase::Weight),
+    }
+}
+
+impl Section {
+    /// Takes what another has too, of one stage.
+    fn add(&mut self, other: Section) {
+        self.forward.extend(other.forward);
+        self.input.extend(other.input);
+        self.weight.extend(other.weight);
+        self.params += other.params;
+        self.expert_params += other.expert_params;
+        let hidden = |a: &mut Hidden, b: Hidden| {
+            a.elements += b.elements;
+            a.flops += b.flops;
+        };
+        hidden(&mut self.hidden, other.hidden);
+        hidden(&mut self.expert_hidden, other.expert_hidden);
+        let reads = |a: &mut Reads, b: Reads| {
+            a.forward += b.forward;
+            a.backward += b.backward;
+            a.input += b.input;
+            a.weight += b.weight;
+        };
+        reads(&mut self.reads, other.reads);
+        reads(&mut self.expert_reads, other.expert_reads);
     }
 }
 

@@ -69,7 +69,7 @@ impl Emitter<'_> {
 
     /// What the layer that is being emitted sees: a window as long as the sequence bounds nothing.
     pub(super) fn sees(&self) -> Sees {
-        let Place::Layer(layer) = self.g.place else { return Sees::ALL };
+        let Some(layer) = self.cx.layer_of(self.g.place) else { return Sees::ALL };
         let tokens = self.cx.context().max(self.cx.request.mode.positions());
         let window = self.cx.model.window_of(layer).filter(|w| *w < tokens);
         Sees {

@@ -94,7 +94,12 @@ impl Emitter<'_> {
         let index = self.g.value(&p("route.index"), rows, 2 * e.top_k, DType::U32, Source::Node);
         let counts = self.g.value(&p("route.counts"), e.count, leaves, DType::U32, Source::Node);
         let routed = [gates, index, counts].map(|v| self.g.all(v));
-        let ins = vec![self.g.all(logits)];
+        let mut ins = vec![self.g.all(logits)];
+        if let (true, Some(layer)) = (e.router.expert_bias, cx.layer_of(self.g.place)) {
+            let rows = cx.model.all_layers();
+            let biases = self.g.value("expert_bias", rows, e.count, DType::F32, Source::ExpertBias);
+            ins.push(Operand { value: biases, row0: layer, rows: 1 });
+        }
         self.push(OpKind::Route { top_k: e.top_k, router: e.router }, &p("route"), ins, routed.to_vec());
         routed
     }

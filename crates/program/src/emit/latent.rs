@@ -1,4 +1,4 @@
-use spec::Latent;
+use spec::{LATENT_NORM_EPS, Latent};
 
 use super::Emitter;
 use crate::graph::ValueId;
@@ -28,7 +28,7 @@ impl Emitter<'_> {
         let mut outs = vec![self.g.all(latent), self.g.all(shared), self.g.all(rstd)];
         let queries = l.query_rank.map(|q| self.act(&p("q_latent"), rows, q));
         outs.extend(queries.map(|q| self.g.all(q)));
-        self.push(OpKind::LatentNorm { eps: self.cx.model.norm_eps }, &p("latent_norm"), ins, outs);
+        self.push(OpKind::LatentNorm { eps: LATENT_NORM_EPS }, &p("latent_norm"), ins, outs);
 
         let q = match queries {
             Some(queries) => self.linear(Role::QueryUp, &p("q_up"), queries, heads.q * heads.dim),

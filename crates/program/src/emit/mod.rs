@@ -3,6 +3,7 @@
 mod attention;
 mod experts;
 mod latent;
+mod mtp;
 mod own;
 
 use spec::{Activation, DType};
@@ -22,12 +23,15 @@ pub(crate) struct Forward {
     pub(crate) input: ValueId,
     /// The activation sent on, or the final norm's output.
     pub(crate) output: ValueId,
+    /// What the module that predicts one token more hands to the output projection, if it was asked for.
+    pub(crate) mtp: Option<ValueId>,
     /// Values at layer boundaries, which full recompute keeps.
     pub(crate) boundaries: Vec<ValueId>,
 }
 
-/// Emits the forward ops of one chunk on local shards, with explicit collectives.
-pub(crate) fn forward(cx: &Rank<'_>, chunk: &Chunk) -> Forward {
+/// Emits the forward ops of one chunk on local shards, with explicit collectives; with those of the module that predicts one
+/// token more only if `mtp`.
+pub(crate) fn forward(cx: &Rank<'_>, chunk: &Chunk, mtp: bool) -> Forward {
     let mut e = Emitter { cx, g: Graph::default(), params: vec![None; cx.groups.len()] };
     let input = if chunk.embed { e.embedding() } else { e.receive(chunk) };
     let mut x = input;
@@ -40,10 +44,17 @@ pub(crate) fn forward(cx: &Rank<'_>, chunk: &Chunk) -> Forward {
         };
         boundaries.push(x);
     }
+    let mut ahead = None;
     if chunk.head {
         e.g.place = Place::Head;
-        x = e.norm(Role::FinalNorm, "final_norm", x);
-        x = e.enter_tp("head.in", x);
+        let normed = e.norm(Role::FinalNorm, "final_norm", x);
+        x = e.enter_tp("head.in", normed);
+        if mtp {
+            let y = e.mtp(normed);
+            let entered = e.enter_tp("mtp.head.in", y);
+            boundaries.extend([y, entered]);
+            ahead = Some(entered);
+        }
     } else {
         e.g.place = Place::Stage;
         let kind = OpKind::Send {
@@ -53,7 +64,7 @@ pub(crate) fn forward(cx: &Rank<'_>, chunk: &Chunk) -> Forward {
         let x = e.g.all(x);
         e.push(kind, &format!("stage{}.send", chunk.virtual_stage), vec![x], vec![]);
     }
-    Forward { graph: e.g, input, output: x, boundaries }
+    Forward { graph: e.g, input, output: x, mtp: ahead, boundaries }
 }
 
 /// Writes the forward ops of a rank's part of a layer: operands are local shards, and what tensor parallelism says is
@@ -113,20 +124,19 @@ impl Emitter<'_> {
     }
 
     fn embedding(&mut self) -> ValueId {
-        let cx = self.cx;
-        let tokens = self.g.value("tokens", cx.tokens(), 1, DType::U32, Source::Tokens);
+        let tokens = self.g.value("tokens", self.cx.tokens(), 1, DType::U32, Source::Tokens);
         let table = self.weight(Role::Embedding);
         let mut ins = vec![self.g.all(tokens), table];
         ins.extend(self.param(Role::Positions, false));
-        let x = self.act("embed", cx.tokens(), cx.model.hidden);
+        self.embed("embed", ins, self.cx.coords.tp == 0)
+    }
+
+    fn embed(&mut self, name: &str, ins: Vec<Operand>, positions: bool) -> ValueId {
+        let cx = self.cx;
+        let x = self.act(name, cx.tokens(), cx.model.hidden);
         let out = self.g.all(x);
-        self.push(
-            OpKind::Embed { vocab0: cx.vocab().0, positions: cx.coords.tp == 0 },
-            "embed",
-            ins,
-            vec![out],
-        );
-        self.leave_tp("embed.reduce", x)
+        self.push(OpKind::Embed { vocab0: cx.vocab().0, positions }, name, ins, vec![out]);
+        self.leave_tp(&format!("{name}.reduce"), x)
     }
 
     fn receive(&mut self, chunk: &Chunk) -> ValueId {
@@ -147,8 +157,12 @@ impl Emitter<'_> {
 
     /// Layer `i` as the model says: attention, then the feed-forward half, each on the normed residual stream.
     pub fn layer(&mut self, i: usize, x: ValueId) -> ValueId {
+        self.layer_named(&format!("layers.{i}"), i, x)
+    }
+
+    fn layer_named(&mut self, name: &str, i: usize, x: ValueId) -> ValueId {
         let cx = self.cx;
-        let p = |s: &str| format!("layers.{i}.{s}");
+        let p = |s: &str| format!("{name}.{s}");
         let h = self.norm(Role::AttentionNorm, &p("attn_norm"), x);
         let o = match cx.model.latent {
             Some(latent) => self.latent(&p("attn"), latent, h),

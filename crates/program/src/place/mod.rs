@@ -10,7 +10,7 @@ use crate::buffer::{Buffer, BufferId, GradOut, Home, View};
 use crate::cost::cost;
 use crate::graph::{Graph, Node, Operand, Source};
 use crate::op::{Op, OpId, OpKind};
-use crate::params::{GroupId, Replication};
+use crate::params::{GroupId, Replication, expert_bias};
 use crate::rank::Rank;
 use crate::role::{Place, Role};
 use crate::schedule::{Blocks, Passes, Schedule};
@@ -134,6 +134,7 @@ impl<'a> Placer<'a> {
             precision: cx.dtype,
             mode: cx.request.mode,
             groups: cx.groups.clone(),
+            expert_bias: expert_bias(cx.model),
             shard_radices: self.shard_radices(),
             group_buffers: self.groups,
             buckets: self.buckets,
@@ -227,8 +228,11 @@ impl<'a> Placer<'a> {
                 Source::Param(group) => ids[i] = Some(self.groups[group.0 as usize].param),
                 Source::Tokens => ids[i] = Some(self.rows_of(self.io.tokens, v)),
                 Source::Targets => ids[i] = Some(self.rows_of(self.io.targets, v)),
+                Source::NextTokens => ids[i] = self.io.next_tokens.map(|ids| self.rows_of(ids, v)),
+                Source::NextTargets => ids[i] = self.io.next_targets.map(|ids| self.rows_of(ids, v)),
                 Source::Starts => ids[i] = self.io.starts.map(|starts| self.rows_of(starts, v)),
                 Source::LossLeaves => ids[i] = Some(self.io.loss_leaves),
+                Source::ExpertBias => ids[i] = self.io.expert_bias,
                 Source::Node => {
                     let (Some((birth, death)), true) = (life.span[i], life.root[i] == i) else { continue };
                     let span = Need { bytes: v.rows * v.cols * v.dtype.bytes(), birth, death };
@@ -313,8 +317,12 @@ impl<'a> Placer<'a> {
     ) -> GradOut {
         let of = &self.cx.groups[group.0 as usize];
         let b = &self.groups[group.0 as usize];
-        let (inner, outer) = self.split_radices(n.sequences.count);
-        let m = self.cx.layout.micro_batch;
+        let (inner, mut outer) = self.split_radices(n.sequences.count);
+        let (m, turns) = (self.cx.layout.micro_batch, n.sequences.turns.max(1));
+        if turns > 1 {
+            // What a sequence gives in turns is added first.
+            outer.insert(0, u32::try_from(turns).expect("few turns"));
+        }
         // Rows that are not whole sequences (sequence parallelism, tokens in the order of their experts) have no tree
         // inside.
         let data = n.ins.iter().filter(|o| !matches!(g.get(o.value).source, Source::Param(_)));
@@ -335,10 +343,11 @@ impl<'a> Placer<'a> {
         };
         let streams = self.streams(of.replication);
         let levels =
-            View { buffer: levels, row0: 0, rows: streams * self.levels_of(n.sequences.count) * of.rows };
+            View { buffer: levels, row0: 0, rows: streams * self.levels_of(of, n.sequences.count) * of.rows };
         let upper = if streams > 1 { self.upper_radices() } else { Vec::new() };
         let inner = if whole { inner } else { Vec::new() };
-        let (results, result) = (m / n.sequences.count, n.sequences.first / n.sequences.count);
+        let results = m / n.sequences.count * turns;
+        let result = n.sequences.first / n.sequences.count * turns + n.sequences.turn;
         GradOut { group, sum, levels, inner, outer, results, result, streams, upper }
     }
 }

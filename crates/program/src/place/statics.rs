@@ -7,7 +7,7 @@ use spec::{DType, Position, SumTree, Zero};
 use super::{Placer, aligned};
 use crate::buffer::{BufferId, Home, Owned};
 use crate::muon;
-use crate::params::{GroupId, chunks, table};
+use crate::params::{GroupId, ParamGroup, chunks, table};
 use crate::role::{Place, Role};
 use crate::zero::owned;
 use crate::{Bucket, GroupBuffers, Io, NORM_CHUNK};
@@ -77,7 +77,7 @@ impl Placer<'_> {
             (0..groups.len()).map(|i| self.grad_levels(i, owned[i].count, holds_embedding, false)).collect();
         let head_grads: Vec<Option<(BufferId, BufferId)>> = (0..groups.len())
             .map(|i| {
-                let tied_here = self.cx.model.tied_embeddings && groups[i].key.role == Role::Embedding;
+                let tied_here = self.cx.shares_embedding() && groups[i].key.role == Role::Embedding;
                 (tied_here && holds_embedding && cx.chunks.iter().any(|c| c.head))
                     .then(|| self.grad_levels(i, owned[i].count, holds_embedding, true))
             })
@@ -131,7 +131,10 @@ impl Placer<'_> {
         head: bool,
     ) -> (BufferId, BufferId) {
         let g = &self.cx.groups[i];
-        let from_head = head || g.key.role == Role::Head || g.key.role == Role::Embedding && !holds_embedding;
+        // A tied table's are the output projection's, of sequences one by one.
+        let tied =
+            self.cx.model.tied_embeddings && (head || g.key.role == Role::Embedding && !holds_embedding);
+        let from_head = g.key.role == Role::Head || tied;
         let (levels, rows, cols) = if self.cx.generates() {
             (1, 0, g.cols)
         } else if self.cx.layout.zero >= Zero::Gradients {
@@ -139,11 +142,10 @@ impl Placer<'_> {
         } else {
             (
                 self.streams(g.replication)
-                    * self.levels_of(if from_head {
-                        self.cx.loss_sequences()
-                    } else {
-                        self.cx.layout.micro_batch
-                    }),
+                    * self.levels_of(
+                        g,
+                        if from_head { self.cx.loss_sequences() } else { self.cx.layout.micro_batch },
+                    ),
                 g.rows,
                 g.cols,
             )
@@ -156,9 +158,10 @@ impl Placer<'_> {
         (all, self.buffer(format!("{prefix}{}", g.name), rows, cols, DType::F32, home, g.key.place))
     }
 
-    /// Partial sums kept for a gradient whose ops cover `leaves` sequences each.
-    pub(crate) fn levels_of(&self, leaves: usize) -> usize {
-        self.split_radices(leaves).1.len().max(1)
+    /// Partial sums kept for a group's gradient whose ops cover `leaves` sequences each.
+    pub(crate) fn levels_of(&self, group: &ParamGroup, leaves: usize) -> usize {
+        let turns = usize::from(group.key.role == Role::Head && self.cx.mtp());
+        (self.split_radices(leaves).1.len() + turns).max(1)
     }
 
     /// Radices of the counter over this rank's micro-batches, bottom-up.
@@ -182,13 +185,16 @@ impl Placer<'_> {
         let (model, sequence) = (self.cx.model, self.cx.sequence);
         let n = if self.cx.generates() { 1 } else { local_sequences * sequence };
         let experts = model.experts.filter(|_| !self.cx.generates()).map_or(0, |e| e.count);
+        let biases = model.experts.filter(|e| e.router.expert_bias);
         let (norm_chunks, sequences) = (self.norm_chunks, self.cx.request.sequences);
-        let shared = norm_chunks + model.layers * experts + sequences + 1;
+        let layers = model.all_layers();
+        let shared = norm_chunks + layers * experts + sequences + 1;
         let positions = sequence.max(self.cx.request.mode.positions());
         let rotated = model.latent.map_or(model.head_dim, |l| l.rope_dim);
         let half = if matches!(model.position, Position::Rope(_)) { rotated / 2 } else { 0 };
         let heads = self.cx.heads();
         let documents = self.cx.request.recipe.documents && !self.cx.generates();
+        let mtp = self.cx.mtp();
         let cache = self.cx.request.mode.positions() * model.layers;
         let dtype = self.cx.dtype;
         let mut table =
@@ -196,10 +202,13 @@ impl Placer<'_> {
         let mut io = Io {
             tokens: table("tokens", n, 1, DType::U32),
             targets: table("targets", n, 1, DType::U32),
+            next_tokens: mtp.then(|| table("next_tokens", n, 1, DType::U32)),
+            next_targets: mtp.then(|| table("next_targets", n, 1, DType::U32)),
             starts: documents.then(|| table("starts", n, 1, DType::U32)),
             loss_leaves: table("loss_leaves", local_sequences, 1, DType::F64),
             norm_chunks: table("norm_chunks", shared, 1, DType::F64),
-            expert_counts: (experts > 0).then(|| table("expert_counts", model.layers, experts, DType::F64)),
+            expert_counts: (experts > 0).then(|| table("expert_counts", layers, experts, DType::F64)),
+            expert_bias: biases.map(|e| table("expert_bias", layers, e.count, DType::F32)),
             cos: table("rope.cos", positions, half, DType::F32),
             sin: table("rope.sin", positions, half, DType::F32),
             k_cache: None,

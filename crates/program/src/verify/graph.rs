@@ -134,7 +134,7 @@ mod tests {
         };
         let rank = Rank::of(&request).expect("a rank");
         let spoiled = || {
-            let mut f = emit::forward(&rank, &rank.chunks[0]);
+            let mut f = emit::forward(&rank, &rank.chunks[0], false);
             assert_eq!(check(&f.graph, &[&f.graph.nodes], &HashSet::new(), &rank.groups), []);
             spoil(&mut f.graph);
             f

@@ -223,9 +223,10 @@ fn routed(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
     use OpKind::*;
     let at = |i: usize| ins.get(i).copied();
     Some(match kind {
-        Route { top_k, .. } => {
+        Route { top_k, router } => {
             let x = at(0)?;
-            (vec![x], vec![f32(x.rows, *top_k), u32(x.rows, 2 * top_k)])
+            let biases = router.expert_bias.then_some(f32(1, x.cols));
+            ([x].into_iter().chain(biases).collect(), vec![f32(x.rows, *top_k), u32(x.rows, 2 * top_k)])
         }
         RouteGrad { top_k, .. } => {
             let x = at(1)?;
@@ -265,6 +266,10 @@ fn unstated(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
             return Some((vec![], vec![]));
         }
         AdamW { .. } => return Some((vec![], vec![])),
+        BalanceExperts { .. } => {
+            let counts = *ins.first()?;
+            return Some((vec![of(counts.rows, 1, DType::F64)], vec![]));
+        }
         MuonMomentum { .. } | GatherUpdate { .. } | ScatterUpdate { .. } | Muon { .. } => {
             return Some((vec![], vec![]));
         }

@@ -3,9 +3,10 @@
 use serde_json::{Map, Value, json};
 
 use super::{Config, Family, LLAMA, MAX_POSITIONS, wide};
+use crate::model::LATENT_NORM_EPS;
 use crate::{
-    Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router,
-    Score,
+    Activation, Error, Experts, Latent, ModelSpec, Mtp, NormKind, Position, Result, Rope, RopeScaling,
+    Router, Score,
 };
 
 /// Softmax scores, the best of all as they are.
@@ -30,12 +31,14 @@ pub(super) const BOTH: [&Family; 2] = [&DEEPSEEK_V2, &DEEPSEEK_V3];
 pub(super) const WRITTEN: &str = "the families that can be written are Llama, Qwen 2, Qwen 3, Mixtral, Qwen 3 MoE, \
                                   Mistral, GPT-OSS, DeepSeek-V2, DeepSeek-V3 and GPT-2";
 
-/// The norms of the latents add this under their roots, whatever `rms_norm_eps` says.
-const LATENT_EPS: f64 = 1e-6;
+/// DeepSeek-V3 under a name of its own.
+const KIMI_K2: &str = "kimi_k2";
 
 /// The family that a `model_type` names.
 pub(super) fn family(model_type: &str) -> Option<&'static Family> {
-    BOTH.into_iter().find(|f| f.model_type == model_type)
+    BOTH.into_iter().find(|f| {
+        f.model_type == model_type || model_type == KIMI_K2 && f.model_type == DEEPSEEK_V3.model_type
+    })
 }
 
 impl Config<'_> {
@@ -55,7 +58,6 @@ impl Config<'_> {
             value_dim: self.count_or("v_head_dim", Some(128))?,
         };
         let max_positions = self.size(MAX_POSITIONS, family.max_positions)?;
-        let theta = self.rope(max_positions)?.theta;
         Ok(ModelSpec {
             name: self.name(family)?,
             vocab: self.size(&["vocab_size"], family.vocab)?,
@@ -66,8 +68,8 @@ impl Config<'_> {
             kv_heads: heads,
             head_dim: latent.key_dim(),
             norm: NormKind::Rms,
-            norm_eps: self.number_or("rms_norm_eps", Some(LATENT_EPS))? as f32,
-            position: Position::Rope(Rope { theta, scaling: RopeScaling::Default, max_positions }),
+            norm_eps: self.number_or("rms_norm_eps", Some(wide(LATENT_NORM_EPS)))? as f32,
+            position: Position::Rope(self.deepseek_rope(max_positions)?),
             activation: Activation::SwiGlu,
             qkv_bias: false,
             attn_out_bias: false,
@@ -80,7 +82,31 @@ impl Config<'_> {
             latent: Some(latent),
             window: None,
             sinks: false,
+            mtp: self.deepseek_mtp(family)?,
         })
+    }
+
+    /// Scaled positions change the scale of scores too, by a factor for all dims.
+    fn deepseek_rope(&self, max_positions: usize) -> Result<Rope> {
+        let mut rope = self.rope(max_positions)?;
+        let keys = ["rope_parameters", "rope_scaling"];
+        let map = keys.iter().find_map(|key| self.get(key)?.as_object());
+        if let (RopeScaling::Yarn { mscale_all_dim, .. }, Some(map)) = (&mut rope.scaling, map) {
+            *mscale_all_dim = Config(map).number_or("mscale_all_dim", Some(0.0))?;
+        }
+        Ok(rope)
+    }
+
+    /// Of how many tokens after the next one there is a module for.
+    fn deepseek_mtp(&self, family: &Family) -> Result<Option<Mtp>> {
+        const KEY: &str = "num_nextn_predict_layers";
+        match self.get(KEY).map(|value| value.as_u64()) {
+            None | Some(Some(0)) => Ok(None),
+            Some(Some(1)) if family.model_type == DEEPSEEK_V3.model_type => {
+                Ok(Some(Mtp { weight: Mtp::WEIGHT }))
+            }
+            _ => Err(self.wrong(KEY, "0 or, of DeepSeek-V3, 1")),
+        }
     }
 
     fn deepseek_experts(&self, v3: bool) -> Result<Option<Experts>> {
@@ -108,6 +134,7 @@ impl Config<'_> {
             scale: self.number_or("routed_scaling_factor", Some(if v3 { 2.5 } else { 1.0 }))? as f32,
             groups,
             top_groups,
+            expert_bias: v3,
             ..Router::PLAIN
         };
         Ok(Some(Experts {
@@ -128,11 +155,11 @@ impl Config<'_> {
             Err(Error::user(format!("{key} = {shown} is not supported: {why}"))
                 .hint(format!("supported: {} without it", family.architecture)))
         };
-        if self.get("quantization_config").is_some() {
-            return refuse("quantization_config", "weights are read in float32, bfloat16 or float16");
-        }
-        if self.number_or("rms_norm_eps", Some(LATENT_EPS))? != LATENT_EPS {
-            return refuse("rms_norm_eps", "the norms of the latents have 1e-6");
+        if !self.quantised_by("fp8", &[("weight_block_size", json!([128, 128])), ("fmt", json!("e4m3"))]) {
+            return refuse(
+                "quantization_config",
+                "weights are read in 32 or 16 bits, or in e4m3 with a scale for each 128 rows and columns",
+            );
         }
         for key in ["attention_bias", "mlp_bias"] {
             if self.flag_or(key, false)? {
@@ -146,8 +173,8 @@ impl Config<'_> {
         for key in ["rope_scaling", "rope_parameters"] {
             let map = self.get(key).and_then(Value::as_object).unwrap_or(&empty);
             let kind = map.get("rope_type").or(map.get("type")).and_then(Value::as_str);
-            if kind.is_some_and(|kind| kind != "default") {
-                return refuse(key, "scaled positions change the scale of scores too");
+            if kind.is_some_and(|kind| !["default", "yarn"].contains(&kind)) {
+                return refuse(key, "positions of latent attention are scaled by \"yarn\" alone");
             }
         }
         let act = self.text("hidden_act")?.unwrap_or("silu");
@@ -176,17 +203,20 @@ impl ModelSpec {
     /// The family of a model with latent attention, and what it does not have in common with either.
     pub(super) fn hf_deepseek(&self) -> std::result::Result<&'static Family, &'static str> {
         let rope = match &self.position {
-            Position::Rope(rope) => rope.scaling == RopeScaling::Default,
+            Position::Rope(rope) => {
+                matches!(rope.scaling, RopeScaling::Default | RopeScaling::Yarn { .. })
+            }
             Position::Learned { .. } => false,
         };
         if self.norm != NormKind::Rms || !rope || !self.activation.gated() {
-            return Err("latent attention without RMSNorm, unscaled rotary positions or gates");
-        }
-        if wide(self.norm_eps) != LATENT_EPS {
-            return Err("latent attention with another norm_eps than 1e-6");
+            return Err("latent attention without RMSNorm, gates or rotary positions, plain or by YaRN");
         }
         if self.mlp_bias || self.attn_out_bias {
             return Err("latent attention with biases");
+        }
+        let v2 = self.experts.is_some_and(|e| e.router.score == Score::Softmax);
+        if self.mtp.is_some() && v2 {
+            return Err("a module that predicts later tokens outside of DeepSeek-V3");
         }
         let Some(e) = self.experts else { return Ok(&DEEPSEEK_V3) };
         if e.every > 1 || e.shared_ffn == 0 || !e.shared_ffn.is_multiple_of(e.ffn) {
@@ -194,8 +224,8 @@ impl ModelSpec {
         }
         let softmax = e.router.score == Score::Softmax;
         match softmax {
-            true if e.router.renormalise || e.router.groups > 1 => {
-                Err("latent attention with softmax scores that are grouped or renormalised")
+            true if e.router.renormalise || e.router.groups > 1 || e.router.expert_bias => {
+                Err("latent attention with softmax scores that are grouped, renormalised or have biases")
             }
             true => Ok(&DEEPSEEK_V2),
             false => Ok(&DEEPSEEK_V3),
@@ -214,6 +244,9 @@ impl ModelSpec {
         own["head_dim"] = json!(l.rope_dim);
         own["attention_bias"] = json!(false);
         own["first_k_dense_replace"] = json!(self.experts.map_or(self.layers, |e| e.dense_layers));
+        if self.mtp.is_some() {
+            own["num_nextn_predict_layers"] = json!(1);
+        }
         let Some(e) = self.experts else { return };
         own["n_routed_experts"] = json!(e.count);
         own["num_experts_per_tok"] = json!(e.top_k);

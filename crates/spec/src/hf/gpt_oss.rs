@@ -60,6 +60,7 @@ impl Config<'_> {
             latent: None,
             window: self.trained_window(family)?,
             sinks: true,
+            mtp: None,
         })
     }
 
@@ -74,6 +75,7 @@ impl Config<'_> {
                 original_max_positions: max_positions,
                 attention_factor: None,
                 truncate: false,
+                mscale_all_dim: 0.0,
             };
         }
         let said = |map: Option<&Value>| map.is_some_and(|m| m.get("rope_theta").is_some());
@@ -88,13 +90,14 @@ impl Config<'_> {
             let shown = self.0.get(key).map(super::short).unwrap_or_default();
             Err(Error::user(format!("{key} = {shown} is not supported: {why}")))
         };
-        if self.get("quantization_config").is_some() {
-            return refuse("quantization_config", "weights are read in float32, bfloat16 or float16")
-                .map_err(|e: Error| {
+        if !self.quantised_by("mxfp4", &[]) {
+            return refuse("quantization_config", "weights are read in 32 or 16 bits, or in MXFP4").map_err(
+                |e: Error| {
                     e.hint(
                         "load it with dequantize=True (Mxfp4Config) in transformers, and save_pretrained it",
                     )
-                });
+                },
+            );
         }
         if !self.flag_or("attention_bias", true)? {
             return refuse("attention_bias", "projections have biases");

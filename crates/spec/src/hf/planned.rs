@@ -432,6 +432,7 @@ impl Config<'_> {
             latent,
             window: None,
             sinks: false,
+            mtp: None,
         })
     }
 

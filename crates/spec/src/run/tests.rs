@@ -92,7 +92,7 @@ fn every_key_is_read_and_documented() {
         let set = format!("{}=[[]]", key.path);
         let scaling = match key.path.strip_prefix("model.rope_scaling.") {
             Some("low_freq_factor" | "high_freq_factor" | "original_max_positions") => "llama3",
-            Some("beta_fast" | "beta_slow" | "attention_factor" | "truncate") => "yarn",
+            Some("beta_fast" | "beta_slow" | "attention_factor" | "truncate" | "mscale_all_dim") => "yarn",
             Some("factor") => "linear",
             _ => "default",
         };
@@ -122,6 +122,9 @@ fn every_key_is_read_and_documented() {
         }
         if key.path.starts_with("model.window.") {
             all.push("model.window.tokens=4".to_owned());
+        }
+        if key.path == "model.mtp.weight" {
+            all.push("model.mtp.depth=1".to_owned());
         }
         all.push(set);
         let all: Vec<&str> = all.iter().map(String::as_str).collect();

@@ -1,6 +1,8 @@
 use super::keys::KEYS;
 use super::*;
-use crate::{Activation, Error, ExpertRows, Experts, NormKind, Position, Recompute, Reduce, Score, Window};
+use crate::{
+    Activation, Error, ExpertRows, Experts, Mtp, NormKind, Position, Recompute, Reduce, Score, Window,
+};
 use std::fmt;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
@@ -304,7 +306,7 @@ fn model_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
     values
 }
 
-/// What attention sees beside all before a token.
+/// What attention sees beside all before a token, and what is learnt beside the next one.
 fn sees_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
     let window = |w: &Window| {
         [
@@ -314,7 +316,8 @@ fn sees_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
         ]
     };
     let sinks = model.sinks.then(|| ("model.sinks", "true".to_owned()));
-    model.window.iter().flat_map(window).chain(sinks).collect()
+    let mtp = |m: &Mtp| [("model.mtp.depth", "1".to_owned()), ("model.mtp.weight", single(m.weight))];
+    model.window.iter().flat_map(window).chain(sinks).chain(model.mtp.iter().flat_map(mtp)).collect()
 }
 
 fn experts_values(e: &Experts) -> Vec<(&'static str, String)> {
@@ -334,6 +337,10 @@ fn experts_values(e: &Experts) -> Vec<(&'static str, String)> {
         ("model.experts.z_loss", single(e.router.z_loss)),
     ];
     values.extend(e.router.bias.then(|| ("model.experts.router_bias", "true".to_owned())));
+    if e.router.expert_bias {
+        values.push(("model.experts.expert_bias", "true".to_owned()));
+        values.push(("model.experts.bias_rate", single(e.router.bias_rate)));
+    }
     values
 }
 

@@ -31,7 +31,8 @@ pub(super) fn route<T: Number>(pool: &Pool, a: &Args<'_, T>) {
             let leaves = a.launch().output(2).cols;
             let outs = (a.out_floats(0), a.out_ids(1), a.out_ids(2));
             let r = router(top_k, r, 0, 0);
-            kernels::route(pool, a.input(0), None, &r, outs, (n, experts, leaves), ws);
+            let biases = (a.launch().inputs() > 1).then(|| a.floats(1));
+            kernels::route(pool, a.input(0), biases, &r, outs, (n, experts, leaves), ws);
         }
         OpKind::RouteGrad { top_k, router: ref r, sequences } => {
             let ((n, experts), (_, leaves)) = (a.shape(1), a.shape(3));
@@ -45,6 +46,12 @@ pub(super) fn route<T: Number>(pool: &Pool, a: &Args<'_, T>) {
         }
         _ => not_mine!(a),
     }
+}
+
+/// Moves what experts are chosen by, once a step.
+pub(super) fn balance<T: Number>(_: &Pool, a: &Args<'_, T>) {
+    let OpKind::BalanceExperts { rate } = *a.launch().kind() else { not_mine!(a) };
+    kernels::balance_experts(a.doubles(0), a.out_floats(0), a.launch().output(0).cols, rate);
 }
 
 /// This rank's rows of what every tensor-parallel rank holds.

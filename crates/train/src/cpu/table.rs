@@ -8,7 +8,7 @@ use spec::{DType, NormKind};
 
 use super::args::Args;
 use super::attention::{attention, attention_cached, ring_attention};
-use super::experts::{grouped_linear, permute, route, slice};
+use super::experts::{balance, grouped_linear, permute, route, slice};
 use super::latent::{latent_cached, latent_norm, latent_rope};
 use super::muon::muon;
 use crate::device::Lack;
@@ -45,6 +45,7 @@ pub(super) fn kernel<T: Number>(kind: &OpKind) -> Result<Kernel<T>, Lack> {
         LatentNorm { .. } | LatentNormGradInput | LatentNormGradWeight => latent_norm,
         LatentRope { .. } | LatentRopeGrad { .. } => latent_rope,
         Route { .. } | RouteGrad { .. } => route,
+        BalanceExperts { .. } => balance,
         Slice { .. } => slice,
         Permute { .. } | PermuteGrad | Unpermute { .. } | UnpermuteGrad => permute,
         GroupedLinear { .. } | GroupedLinearGradInput { .. } => grouped_linear,
@@ -260,7 +261,7 @@ fn loss<T: Number>(pool: &Pool, a: &Args<'_, T>) {
 }
 
 fn terms_of(of: LossTerms, scale: f32) -> kernels::LossTerms {
-    kernels::LossTerms { scale, z: of.z, cap: of.cap }
+    kernels::LossTerms { scale: scale * of.weight, z: of.z, cap: of.cap }
 }
 
 /// Adds one micro-batch's scattered gradients to the partial sums of the owned shards, in tree order.

@@ -110,7 +110,7 @@ impl Trainer {
             memory_bytes: self.exec.program.memory.total as u64,
             exposed_comm_s: (self.run.layout.world() > 1).then(|| self.exec.exposed_comm_s()),
             waits_s: self.exec.waits_s().map(|(axis, s)| (axis.to_owned(), s)).collect(),
-            expert_counts: self.exec.expert_counts()?.map(|all| by_layer(&all, self.run.model.layers)),
+            expert_counts: self.exec.expert_counts()?.map(|all| by_layer(&all, self.run.model.all_layers())),
         }))
     }
 }

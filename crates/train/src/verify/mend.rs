@@ -61,9 +61,7 @@ impl Executor {
     }
 
     fn operand(&self, part: &Part) -> Operand {
-        let b = &self.program.group_buffers[part.group.0 as usize];
-        let id = Store::of(b).find(|(store, _)| *store == part.store).map_or(b.param, |(_, id)| id);
-        debug_assert!(matches!(self.program.buffer(id).dtype, DType::F32 | DType::Bf16));
-        resolve::whole(&self.program, id).part(part.first, part.count)
+        debug_assert!(matches!(self.program.buffer(part.buffer).dtype, DType::F32 | DType::Bf16));
+        resolve::whole(&self.program, part.buffer).part(part.first, part.count)
     }
 }

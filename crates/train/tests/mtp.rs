@@ -1,0 +1,145 @@
+//! A module that predicts one token more: the same bits in every layout that keeps them, and nothing of it in what is
+//! reported, evaluated or generated.
+
+mod common;
+
+use common::{Trained, executor, first_difference, model, train};
+use program::{Mode, Place, Request};
+use spec::{
+    DType, Experts, Latent, Layout, ModelSpec, Mtp, PipelineSchedule, Recompute, Router, RunSpec, Score, Zero,
+};
+use train::{Executor, Mesh};
+
+const SEQUENCES: usize = 8;
+
+fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> Trained {
+    train(m, layout, (SEQUENCES, precision, lr), &|exec| exec.initialise(m, 11).expect("weights"))
+}
+
+/// Behind plain layers, and behind those of DeepSeek-V3.
+fn models() -> [ModelSpec; 2] {
+    let plain = ModelSpec { mtp: Some(Mtp { weight: 0.5 }), ..model(4, false, false) };
+    let latent = Latent { query_rank: Some(20), kv_rank: 12, nope_dim: 8, rope_dim: 4, value_dim: 6 };
+    let router =
+        Router { score: Score::Sigmoid, scale: 2.5, expert_bias: true, bias_rate: 0.01, ..Router::PLAIN };
+    let experts = Experts { count: 8, top_k: 3, ffn: 128, shared_ffn: 24, dense_layers: 1, every: 1, router };
+    let deep =
+        ModelSpec { kv_heads: plain.heads, latent: Some(latent), experts: Some(experts), ..plain.clone() };
+    [plain, deep]
+}
+
+#[test]
+fn bits_do_not_depend_on_the_layout() {
+    let one = Layout::default();
+    for (m, precision) in models().into_iter().zip([DType::F32, DType::Bf16]) {
+        let expected = run(&m, &one, precision, 1e-2);
+        let ep = if m.experts.is_some() { 2 } else { 1 };
+        for layout in [
+            Layout { micro_batch: 4, ..one.clone() },
+            Layout { dp: 2, ep, zero: Zero::Parameters, ..one.clone() },
+            Layout { dp: 4, ep, micro_batch: 2, zero: Zero::Gradients, ..one.clone() },
+            Layout { pp: 2, schedule: PipelineSchedule::ZeroBubble, ..one.clone() },
+            Layout { pp: 2, dp: 2, ep, micro_batch: 2, zero: Zero::Optimizer, ..one.clone() },
+            Layout { pp: 2, schedule: PipelineSchedule::Interleaved, chunks: 2, ..one.clone() },
+            Layout { recompute: Recompute::Full, ..one.clone() },
+            Layout { recompute: Recompute::Selective, dp: 2, ..one.clone() },
+        ] {
+            let got = run(&m, &layout, precision, 1e-2);
+            assert_eq!(got.outputs, expected.outputs, "under {layout:?}");
+            assert_eq!(
+                (got.eval, got.experts),
+                (expected.eval, expected.experts.clone()),
+                "under {layout:?}"
+            );
+            assert_eq!(first_difference(&expected.weights, &got.weights), None, "under {layout:?}");
+        }
+    }
+}
+
+#[test]
+fn tensor_parallel_within_tolerance() {
+    for m in models() {
+        let router = |r: Router| Router { bias_rate: 0.0, ..r };
+        let experts = m.experts.map(|e| Experts { router: router(e.router), ..e });
+        let m = ModelSpec { experts, ..m };
+        let expected = run(&m, &Layout::default(), DType::F32, 1e-3);
+        for sequence_parallel in [false, true] {
+            for (dp, pp) in [(2, 1), (1, 2)] {
+                let layout = Layout { tp: 2, dp, pp, sequence_parallel, ..Layout::default() };
+                let got = run(&m, &layout, DType::F32, 1e-3);
+                for (k, (a, b)) in got.outputs.iter().zip(&expected.outputs).enumerate() {
+                    let off = ((a.loss / b.loss - 1.0).abs(), (a.grad_norm / b.grad_norm - 1.0).abs());
+                    assert!(off.0 < 1e-5 && off.1 < 1e-3, "step {}: {a:?}, {b:?} under {layout:?}", k + 1);
+                }
+            }
+        }
+    }
+}
+
+/// What is reported and evaluated is the model's own loss; what is learnt is both.
+#[test]
+fn its_loss_moves_weights_and_is_not_reported() {
+    let [m, _] = models();
+    let with = run(&m, &Layout::default(), DType::F32, 1e-2);
+    let without = run(&ModelSpec { mtp: None, ..m.clone() }, &Layout::default(), DType::F32, 1e-2);
+    assert_eq!(with.outputs[0].loss, without.outputs[0].loss);
+    assert!(with.outputs[0].grad_norm > without.outputs[0].grad_norm);
+    assert_ne!(with.weights["layers.0.mlp.up.weight"], without.weights["layers.0.mlp.up.weight"]);
+    let moved = |name: &str| {
+        let mut first = executor(&m, &Layout::default(), SEQUENCES, DType::F32, 1);
+        first.initialise(&m, 11).expect("weights");
+        common::weights(&first)[name] != with.weights[name]
+    };
+    assert!(moved("mtp.embed_proj.weight") && moved("mtp.norm.weight") && moved("mtp.attn.q.weight"));
+}
+
+/// Generation holds nothing of it.
+#[test]
+fn generation_does_without() {
+    let [_, m] = models();
+    let layout = Layout::default();
+    let request = |mode| Request {
+        model: &m,
+        layout: &layout,
+        sequence: common::SEQUENCE,
+        sequences: 1,
+        precision: DType::F32,
+        rank: 0,
+        mode,
+        loss: Default::default(),
+        recipe: Default::default(),
+    };
+    let of =
+        |mode| Executor::new(&request(mode), 1, Mesh::alone(), false).expect("a program").program.clone();
+    let behind = |mode| of(mode).groups.iter().filter(|g| g.key.place == Place::Mtp).count();
+    assert!(behind(Mode::Train) > 10);
+    assert_eq!(behind(Mode::Generate { positions: 8 }), 0);
+}
+
+#[track_caller]
+fn refused(sets: &str, message: &str, hint: &str) {
+    let sets: Vec<String> = "model.mtp.depth=1 "
+        .split(' ')
+        .chain(sets.split(' '))
+        .filter(|s| !s.is_empty())
+        .map(str::to_owned)
+        .collect();
+    let run = RunSpec::load(None, &sets, &RunSpec::no_files);
+    let found = run.and_then(|run| train::check_run(&train::Cpu::new(1), &run)).expect_err(message);
+    assert!(found.to_string().contains(message), "{found}");
+    assert!(found.hint_text().unwrap_or_default().contains(hint) && found.exit_code() == 2, "{found:?}");
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    refused("model.mtp.depth=2", "model.mtp.depth = 2", "");
+    refused("model.mtp.weight=0", "model.mtp.weight = 0, expected a number above 0", "model.mtp.depth=0");
+    refused("model.mtp.weight=nan", "model.mtp.weight", "");
+    refused("model.mtp.depth=0 model.mtp.weight=0.1", "model.mtp.weight = 0.1", "set model.mtp.depth too");
+    refused(
+        "model.tied_embeddings=true",
+        "model.mtp needs an output projection",
+        "model.tied_embeddings=false",
+    );
+    refused("layout.cp=2", "layout.cp = 2 with model.mtp.depth = 1", "set layout.cp=1");
+}
