@@ -142,6 +142,7 @@ impl<'a> Placer<'a> {
             blocks: blocks.list,
             tail,
             eval,
+            average: None,
             decode,
             io: self.io,
             slots: schedule.slots.clone(),

@@ -133,7 +133,7 @@ mod tests {
             recipe: Default::default(),
         };
         let rank = Rank::of(&request).expect("a rank");
-        let mut g = emit::forward(&rank, &rank.chunks[0]).graph;
+        let mut g = emit::forward(&rank, &rank.chunks[0], true).graph;
         let check = |g: &Graph| check(g, &[&g.nodes], &HashSet::new(), &rank.groups);
         assert_eq!(check(&g), []);
         spoil(&mut g);

@@ -51,6 +51,10 @@ impl<'a, T: Pod> Args<'a, T> {
         self.read(self.launch.input(i))
     }
 
+    pub(super) fn doubles(&self, i: usize) -> &'a [f64] {
+        self.read(self.launch.input(i))
+    }
+
     pub(super) fn ids(&self, i: usize) -> &'a [u32] {
         self.read(self.launch.input(i))
     }
