@@ -32,11 +32,13 @@ pub enum Kind {
     ExpAvg,
     /// AdamW's second moment.
     ExpAvgSq,
+    /// The average of the weights over steps.
+    Ema,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Kind; 3] = [Kind::Param, Kind::ExpAvg, Kind::ExpAvgSq];
+    pub const ALL: [Kind; 4] = [Kind::Param, Kind::ExpAvg, Kind::ExpAvgSq, Kind::Ema];
 }
 
 impl fmt::Display for Kind {
@@ -45,6 +47,7 @@ impl fmt::Display for Kind {
             Kind::Param => "param",
             Kind::ExpAvg => "exp_avg",
             Kind::ExpAvgSq => "exp_avg_sq",
+            Kind::Ema => "ema",
         })
     }
 }

@@ -250,7 +250,7 @@ impl Run {
                     format!("{why}: {world} ranks go on from {source} after {recovery_s:.2} s"),
                 )
             }
-            Record::Eval { time_us, step, loss, tokens } => {
+            Record::Eval { time_us, step, loss, tokens, .. } => {
                 self.evaluated = Some((*step, *loss));
                 let at = At {
                     step: *step,

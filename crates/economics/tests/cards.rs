@@ -1,7 +1,7 @@
 //! Accelerator-hours of model cards, from the planner's step and the failures around it.
 
 use economics::Date;
-use economics::run::{Ask, Run, run};
+use economics::run::{Ask, Ramp, Run, run};
 use plan::answer::{Answer, Question, default_batch, plan as search};
 use plan::calibration::Calibration;
 use plan::software::Software;
@@ -88,4 +88,27 @@ fn deepseek_v3_takes_what_its_stack_takes() {
     let (own, usual) = (ratio("hai-llm-2024"), ratio("megatron-core-2024"));
     assert!((0.85..=1.15).contains(&own), "{own}");
     assert!(usual > own, "{usual}");
+}
+
+/// The planner's steps of a batch that grows are those that the trainer takes, but for what steps round up.
+#[test]
+fn a_ramp_takes_the_steps_that_training_takes() {
+    let set = ["batch.sequences=1024", "batch.sequence=2048", "batch.ramp=[256,256,300000]", "layout.dp=8"];
+    let set = ["model.preset=llama3-8b"].iter().chain(&set).map(|s| (*s).to_owned()).collect::<Vec<_>>();
+    let batch = spec::RunSpec::load(None, &set, &spec::RunSpec::no_files).unwrap().batch;
+    let (catalog, tokens) = (Catalog::builtin().unwrap(), 2e9);
+    let (_, answer) =
+        run_of("llama3-8b", "dgx-h100", 8, tokens, NumberFormat::Bf16, Some((1024, 2048)), None);
+    let stages: Vec<_> = batch.stages().collect();
+    let ramp = stages.windows(2).map(|s| Ramp {
+        batch_tokens: (s[0].sequences * batch.sequence) as f64,
+        until_tokens: (s[1].samples as usize * batch.sequence) as f64,
+    });
+    let ask = Ask { ramp: ramp.collect(), ..Ask::new(tokens, Date::day(2026, 11, 28)) };
+    let priced = run(&catalog, &answer, &ask).unwrap().steps;
+    let taken =
+        (0..).find(|done| (batch.samples_before(*done) * batch.sequence as u64) as f64 >= tokens).unwrap();
+    assert!((priced - taken as f64).abs() <= 1.0, "{priced} against {taken}");
+    let flat = tokens / batch.tokens() as f64;
+    assert!(priced > 1.2 * flat, "{priced} {flat}");
 }

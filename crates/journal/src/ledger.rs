@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
+use spec::run::BatchSpec;
 
 use crate::record::{Action, Record, Trouble};
 
@@ -241,10 +242,10 @@ impl Drawings {
         self.reached = self.reached.max(step);
     }
 
-    /// Judges the steps that count, of `sequences` samples each. A session's steps count up to where a later one began,
+    /// Judges the steps that count, by the samples that each takes of `batch`. A session's steps count up to where a later one began,
     /// but for those that were left out. Where a journal of the session is silent on a step, or all are, its records are
     /// missing: a full disk or a damaged line takes records, not samples. Rank 0 takes part in every session.
-    pub fn ledger(mut self, sequences: u64) -> Ledger {
+    pub fn ledger(mut self, batch: BatchSpec) -> Ledger {
         let mut kept: BTreeMap<u64, Step> = BTreeMap::new();
         let (mut began_at, mut last): (Option<u64>, u64) = (None, 0);
         let doubled = self.doubled.into_values().collect();
@@ -267,9 +268,10 @@ impl Drawings {
         let gaps = union(&ledger.skipped);
         let last_skipped = gaps.last().map_or(0, |(_, last)| *last);
         ledger.steps = last.max(last_skipped).max(self.reached);
-        let left_out = gaps.iter().fold(0_u64, |sum, (a, b)| sum.saturating_add((b - a).saturating_add(1)));
-        ledger.samples_skipped = left_out.saturating_mul(sequences);
-        ledger.samples = ledger.steps.saturating_sub(left_out).saturating_mul(sequences);
+        let samples =
+            |(a, b): &(u64, u64)| batch.samples_before(*b).saturating_sub(batch.samples_before(a - 1));
+        ledger.samples_skipped = gaps.iter().fold(0_u64, |sum, gap| sum.saturating_add(samples(gap)));
+        ledger.samples = batch.samples_before(ledger.steps).saturating_sub(ledger.samples_skipped);
         let mut next = 1;
         for (step, drawn) in kept.into_iter().filter(|(step, _)| *step > 0) {
             if gaps.iter().any(|(first, last)| (*first..=*last).contains(&step)) {
@@ -277,8 +279,8 @@ impl Drawings {
             }
             ledger.missing(next, step, &gaps);
             next = step.saturating_add(1);
-            let batch = judge(&drawn, step, sequences, &mut ledger);
-            ledger.batches.push(batch);
+            let judged = judge(&drawn, step, batch, &mut ledger);
+            ledger.batches.push(judged);
         }
         let end = ledger.steps.saturating_add(1);
         ledger.missing(next, end, &gaps);
@@ -324,9 +326,9 @@ impl Ledger {
 }
 
 /// Counts how often each sample of a step was drawn; each should be as often as all others.
-fn judge(drawn: &Step, step: u64, sequences: u64, ledger: &mut Ledger) -> Batch {
-    let first = (step - 1).saturating_mul(sequences);
-    let end = first.saturating_add(sequences);
+fn judge(drawn: &Step, step: u64, batch: BatchSpec, ledger: &mut Ledger) -> Batch {
+    let (first, end) = (batch.samples_before(step - 1), batch.samples_before(step));
+    let sequences = end - first;
     let inside = |&(from, n): &(u64, u64)| (from.max(first), from.saturating_add(n).min(end));
     let total = drawn.samples.iter().fold(0, |sum: u64, (_, n)| sum.saturating_add(*n));
     let copies = (total.saturating_add(sequences / 2) / sequences.max(1)).max(1);
@@ -358,6 +360,8 @@ mod tests {
 
     type Drawn<'a> = (u64, u64, &'a [(u64, u64)]);
 
+    const FOUR: BatchSpec = BatchSpec { sequence: 1, sequences: 4, ramp: None };
+
     fn drawn(session: u64, step: u64, samples: &[(u64, u64)]) -> Record {
         Record::Drawn { session, step, samples: samples.to_vec(), tokens_xxh3: 1 }
     }
@@ -373,7 +377,7 @@ mod tests {
             all.add(*rank, drawn(session, step, samples));
             *rank += 1;
         }
-        let l = all.ledger(4);
+        let l = all.ledger(FOUR);
         assert_eq!((l.steps, l.steps_redone, l.samples_lost, l.samples_repeated), expected, "{l:?}");
         assert_eq!(l.is_exact(), expected.2 + expected.3 == 0);
     }
@@ -399,7 +403,7 @@ mod tests {
         let mut all = Drawings::default();
         all.add(0, drawn(0, huge.1, huge.2));
         all.add(0, drawn(0, 0, &[]));
-        assert!(!all.ledger(4).is_exact());
+        assert!(!all.ledger(FOUR).is_exact());
     }
 
     /// The same with steps left out in session 9: also samples left out, and steps without records.
@@ -427,7 +431,7 @@ mod tests {
                 },
             );
         }
-        let l = all.ledger(4);
+        let l = all.ledger(FOUR);
         let found = (l.steps, l.samples, l.samples_skipped, l.steps_missing, l.samples_lost);
         assert_eq!(found, expected, "{l:?}");
     }
@@ -474,7 +478,7 @@ mod tests {
                 },
             );
         }
-        let l = all.ledger(4);
+        let l = all.ledger(FOUR);
         let lines = l.doubled.iter().map(|d| d.lines).sum::<u64>();
         assert_eq!((lines, l.samples_repeated, l.samples_lost), expected, "{l:?}");
         assert_eq!(l.is_exact(), expected.1 + expected.2 == 0);
@@ -494,7 +498,7 @@ mod tests {
         for first in [0, 4] {
             all.add(0, drawn(9, 1, &[(first, 4)]));
         }
-        assert_eq!(all.ledger(4).samples_repeated, 4, "another drawing of the same step");
+        assert_eq!(all.ledger(FOUR).samples_repeated, 4, "another drawing of the same step");
     }
 
     #[test]
@@ -509,7 +513,7 @@ mod tests {
         for (rank, record) in rank_0.into_iter().chain(rank_1) {
             all.add(rank, record);
         }
-        let l = all.ledger(4);
+        let l = all.ledger(FOUR);
         assert_eq!((l.steps, l.steps_redone, l.sessions, l.is_exact()), (4, 1, 3, true), "{l:?}");
     }
 
@@ -523,7 +527,7 @@ mod tests {
             }
         }
         all.has_reached(reached);
-        let l = all.ledger(4);
+        let l = all.ledger(FOUR);
         let found: Vec<_> = l.missing.iter().map(|m| (m.first, m.last)).collect();
         assert_eq!(found, expected, "{l:?}");
         assert_eq!((l.samples_lost, l.samples_repeated, l.steps), (0, 0, 5), "nobody is accused: {l:?}");

@@ -9,7 +9,7 @@
 //! # fn main() -> spec::Result<()> {
 //! # let run = tempfile::tempdir().unwrap();
 //! let mut journal = Journal::open(run.path(), 0)?;
-//! journal.write(&Record::Eval { time_us: 1, step: 10, loss: f64::NAN, tokens: 4096 })?;
+//! journal.write(&Record::Eval { time_us: 1, step: 10, loss: f64::NAN, average_loss: None, tokens: 4096 })?;
 //!
 //! let records = journal::read(&journal::path(run.path(), 0))?;
 //! assert!(matches!(records[0], Record::Eval { step: 10, loss, .. } if loss.is_nan()));

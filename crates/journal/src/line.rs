@@ -124,7 +124,7 @@ mod tests {
             }
         }
         let other_order = br#"{"step":1,"kind":"eval","time_us":3,"loss":1.5,"tokens":4}"#;
-        let eval = Record::Eval { time_us: 3, step: 1, loss: 1.5, tokens: 4 };
+        let eval = Record::Eval { time_us: 3, step: 1, loss: 1.5, average_loss: None, tokens: 4 };
         assert_eq!(parse(other_order), Line::Record(eval));
     }
 

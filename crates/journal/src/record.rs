@@ -57,6 +57,9 @@ pub enum Record {
         /// Mean loss per token, in nats.
         #[serde(with = "float")]
         loss: f64,
+        /// The same of the average of the weights over steps, where one is kept.
+        #[serde(with = "float::option", default, skip_serializing_if = "Option::is_none")]
+        average_loss: Option<f64>,
         /// Tokens evaluated.
         tokens: u64,
     },
@@ -517,10 +520,16 @@ pub(crate) mod tests {
             serde_json::to_string(&spans).unwrap(),
             r#"{"kind":"spans","rank":1,"step":2,"spans":[{"op":7,"name":"linear","lane":"compute","start_us":5,"end_us":9}]}"#
         );
-        let eval = Record::Eval { time_us: 3, step: 1, loss: f64::NEG_INFINITY, tokens: 4 };
+        let eval =
+            Record::Eval { time_us: 3, step: 1, loss: f64::NEG_INFINITY, average_loss: None, tokens: 4 };
         assert_eq!(
             serde_json::to_string(&eval).unwrap(),
             r#"{"kind":"eval","time_us":3,"step":1,"loss":"-inf","tokens":4}"#
+        );
+        let eval = Record::Eval { time_us: 3, step: 1, loss: 2.5, average_loss: Some(f64::NAN), tokens: 4 };
+        assert_eq!(
+            serde_json::to_string(&eval).unwrap(),
+            r#"{"kind":"eval","time_us":3,"step":1,"loss":2.5,"average_loss":"nan","tokens":4}"#
         );
         let newer = r#"{"kind":"warning","time_us":1,"text":"x","colour":"red"}"#;
         assert_eq!(

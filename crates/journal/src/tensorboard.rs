@@ -135,7 +135,11 @@ impl<W: Write> EventWriter<W> {
                 values.extend(mfu.map(|mfu| ("speed/mfu", mfu)));
                 self.scalars(*time_us, *step, &values)
             }
-            Record::Eval { time_us, step, loss, .. } => self.scalar(*time_us, *step, "eval/loss", *loss),
+            Record::Eval { time_us, step, loss, average_loss, .. } => {
+                let average = average_loss.map(|loss| ("eval/average_loss", loss));
+                let values: Vec<_> = [("eval/loss", *loss)].into_iter().chain(average).collect();
+                self.scalars(*time_us, *step, &values)
+            }
             Record::Sample { time_us, step, text } => {
                 // Indented, Markdown shows it as it is.
                 let text: String = text.lines().map(|line| format!("    {line}\n")).collect();

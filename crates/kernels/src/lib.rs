@@ -50,11 +50,13 @@
 pub use crate::act::{Gelu, Glu, add, gelu, gelu_dx, glu, glu_dx};
 pub use crate::attention::{
     Attention, Sees, Sight, Softmax, attention, attention_decode, attention_decode_workspace_len,
-    attention_dx, attention_dx_workspace_len, attention_part, attention_part_dx, attention_parts,
-    attention_parts_dx, attention_sinks_dw, attention_sinks_dw_workspace_len, attention_workspace_len,
-    pack_kv,
+    attention_dx, attention_dx_workspace_len, attention_maxima, attention_part, attention_part_dx,
+    attention_parts, attention_parts_dx, attention_sinks_dw, attention_sinks_dw_workspace_len,
+    attention_workspace_len, pack_kv,
 };
+pub use crate::average::{average, average_share, swap};
 pub use crate::convert::{copy, fill, from_f32, to_f32};
+pub use crate::dropout::{Dropout, dropout};
 pub use crate::embed::{
     Places, embed, embed_grad, embed_grad_workspace_len, pos_grad, pos_grad_workspace_len,
 };
@@ -81,6 +83,7 @@ pub use crate::norm::{
 pub use crate::optim::{AdamW, AdamWScalars, adamw, adamw_bf16, sum_squares};
 pub use crate::peak::{fma_peak_gflops, gemm_peak_gflops};
 pub use crate::pool::Pool;
+pub use crate::qk_clip::{head_maxima, scale};
 pub use crate::rope::rope;
 pub use crate::rows::{row_fn, row_fn_dx, row_fn_workspace_len};
 pub use crate::simd::{Backend, backend, force_backend};
@@ -101,6 +104,7 @@ mod attention;
 
 mod act;
 mod convert;
+mod dropout;
 mod embed;
 mod experts;
 mod head_norm;
@@ -113,6 +117,8 @@ mod rows;
 mod sums;
 mod xent;
 
+mod average;
 mod muon;
 mod optim;
 mod peak;
+mod qk_clip;

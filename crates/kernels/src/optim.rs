@@ -48,18 +48,6 @@ pub struct AdamWScalars {
 impl AdamW {
     /// What the update of an element is computed with.
     pub fn scalars(&self) -> AdamWScalars {
-        // Powers by repeated multiplication: the standard library's may differ between systems.
-        let power = |mut base: f64, mut exponent: u64| {
-            let mut result = 1.0;
-            while exponent > 0 {
-                if exponent & 1 == 1 {
-                    result *= base;
-                }
-                base *= base;
-                exponent >>= 1;
-            }
-            result
-        };
         let correction1 = 1.0 - power(self.beta1, self.step);
         let correction2 = 1.0 - power(self.beta2, self.step);
         AdamWScalars {
@@ -73,6 +61,19 @@ impl AdamW {
             grad_scale: self.grad_scale,
         }
     }
+}
+
+/// A power by repeated multiplication: the standard library's may differ between systems.
+pub(crate) fn power(mut base: f64, mut exponent: u64) -> f64 {
+    let mut result = 1.0;
+    while exponent > 0 {
+        if exponent & 1 == 1 {
+            result *= base;
+        }
+        base *= base;
+        exponent >>= 1;
+    }
+    result
 }
 
 /// Updates the weights `w` and the moments `m` and `v`.

@@ -59,6 +59,7 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
             ([bytes / each, all as f64, 1.0], bytes)
         }
         Orthogonalise { .. } | MuonMomentum { .. } | Muon { .. } => muon(op, p),
+        Average { .. } | SwapAverage { .. } | QkClip { .. } => muon(op, p),
         GradNorm => {
             let counted = (0..).map(GroupId).zip(&p.group_buffers).filter(|(_, b)| b.counts);
             let elements = counted.map(|(g, _)| p.share(g).count).sum::<usize>() as f64;
@@ -97,13 +98,15 @@ fn kind(op: &Op) -> &'static str {
         GeluGrad { tanh: false } => "gelu_erf_grad",
         Add if op.ins.len() > 2 => "add_bias",
         Orthogonalise { .. } => "linear_grad_input",
-        MuonMomentum { .. } | Muon { .. } => "add",
+        MuonMomentum { .. } | Muon { .. } | Average { .. } | SwapAverage { .. } => "add",
+        QkClip { .. } | LogitMax { .. } => "add",
         SoftCap { .. } => "gelu",
+        Dropout { .. } => "add",
         kind => kind.name(),
     }
 }
 
-/// Shape and work of Muon's ops: products of about the shape of the largest matrix, and streams.
+/// Shape and work of Muon's ops and of averages: products of about the shape of the largest matrix, and streams.
 fn muon(op: &Op, p: &Program) -> ([f64; 3], f64) {
     let OpKind::Orthogonalise { matrices, shares } = &op.kind else {
         let bytes = op.cost.bytes as f64;

@@ -59,8 +59,10 @@ const MEMORY_SHARE: f64 = 0.9;
 /// If no layout is allowed, or none fits in the memory; then the message says what the smallest one takes.
 pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Chosen> {
     let (mut allowed, mut not_allowed, mut why) = (Vec::new(), 0, None);
+    let ramp: Vec<usize> = load.recipe.ramp.iter().flat_map(|b| b.stages().map(|s| s.sequences)).collect();
     for layout in layouts(load, ranks) {
-        match layout.validate(load.model, load.sequences, load.sequence) {
+        let fits = |sequences: &usize| layout.validate(load.model, *sequences, load.sequence);
+        match ramp.iter().chain([&load.sequences]).try_for_each(fits) {
             Ok(()) => allowed.push(layout),
             Err(e) => {
                 not_allowed += 1;

@@ -90,35 +90,39 @@ pub struct Report {
 /// # Errors
 /// If the run was not traced on every rank, or the table lacks a kind of op.
 pub fn compare(dir: &Path, run: &RunSpec, table: &Machine) -> Result<Report> {
-    let measured = read(dir)?;
+    let measured =
+        read(dir, &|step| run.batch.sequences_after(step.saturating_sub(1)) == run.batch.sequences)?;
     let estimate = predict(table, run, &measured)?;
     Ok(report(dir, run, &measured, &estimate))
 }
 
-/// The journals of all ranks, by rank.
-fn read(dir: &Path) -> Result<Vec<Measured>> {
+/// The journals of all ranks, by rank, of the steps that are `full`: what is predicted is a step of the full batch.
+fn read(dir: &Path, full: &dyn Fn(u64) -> bool) -> Result<Vec<Measured>> {
     let mut all = Vec::new();
     for (_, path) in journal::files(dir).map_err(|e| e.hint("give the directory of a run"))? {
         let mut m = Measured::default();
         for record in journal::read(&path)? {
-            m.take(record);
+            m.take(record, full);
         }
         all.push(m);
     }
     if all.is_empty() || all.iter().any(|m| m.ops.is_empty()) {
-        return Err(
-            Error::user(format!("no ops are recorded in {}", dir.display())).hint("train with --trace")
-        );
+        return Err(Error::user(format!(
+            "no ops of a step of the full batch are recorded in {}",
+            dir.display()
+        ))
+        .hint("train with --trace, past the steps of batch.ramp"));
     }
     all.iter_mut().for_each(Measured::forget_warm_up);
     Ok(all)
 }
 
 impl Measured {
-    fn take(&mut self, record: Record) {
+    fn take(&mut self, record: Record, full: &dyn Fn(u64) -> bool) {
         match record {
             // A run that went on under another layout is compared from there.
             Record::RunStarted { threads, .. } => *self = Measured { threads, ..Measured::default() },
+            Record::Step(Step { step, .. }) | Record::Spans { step, .. } if !full(step) => {}
             Record::Step(Step { step, step_s, memory_bytes, exposed_comm_s, .. }) => {
                 self.step_s.insert(step, step_s);
                 self.exposed_s.insert(step, exposed_comm_s.unwrap_or(0.0));

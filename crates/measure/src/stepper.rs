@@ -108,6 +108,8 @@ impl Stepper {
             eps: 1e-8,
             weight_decay: 0.01,
             momentum: 0.95,
+            ema: self.run.train.ema,
+            seed: self.run.train.seed,
             clip: Some(1.0),
             stop: false,
             saved: false,

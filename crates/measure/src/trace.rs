@@ -122,7 +122,7 @@ fn part(kind: &OpKind, work: BlockWork) -> Option<Part> {
     let pass = match work {
         BlockWork::Train(pass) | BlockWork::TrainLast(pass) => Some(pass),
         BlockWork::Tail => None,
-        BlockWork::Evaluate | BlockWork::Generate => return None,
+        BlockWork::Evaluate | BlockWork::Generate | BlockWork::Average => return None,
     };
     let forward = pass == Some(Pass::Forward);
     Some(match kind {
@@ -138,7 +138,9 @@ fn part(kind: &OpKind, work: BlockWork) -> Option<Part> {
         AdamW { .. } | MuonMomentum { .. } | Orthogonalise { .. } | Muon { .. } => {
             Part::Once(Kind::Optimizer)
         }
-        GatherUpdate { .. } | ScatterUpdate { .. } => Part::Once(Kind::Optimizer),
+        GatherUpdate { .. } | ScatterUpdate { .. } | Average { .. } | QkClip { .. } => {
+            Part::Once(Kind::Optimizer)
+        }
         AllGatherParams { .. } => Part::Once(Kind::Gather),
         _ => Part::Pass(pass?),
     })

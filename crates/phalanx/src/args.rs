@@ -200,6 +200,9 @@ pub(crate) struct Plan {
     /// How gradients become updates: adamw, or muon for matrices inside layers; what the run file says, else adamw, if absent
     #[arg(long, value_name = "NAME")]
     pub(crate) optimizer: Option<String>,
+    /// An average of the weights over steps is kept (train.ema)
+    #[arg(long)]
+    pub(crate) ema: bool,
     /// Training stack to plan for; the usual one for the accelerator if absent
     #[arg(long, value_name = "NAME")]
     pub(crate) software: Option<String>,
@@ -340,6 +343,9 @@ pub(crate) struct Generate {
     /// Seed of the draws
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    /// Take the average of the weights over steps (train.ema)
+    #[arg(long)]
+    pub(crate) ema: bool,
     /// Threads; 0 for all cores
     #[arg(long, default_value_t = 0)]
     pub(crate) threads: usize,
@@ -380,6 +386,9 @@ pub(crate) struct Export {
     /// Element type: f32 or bf16
     #[arg(long, default_value = "f32")]
     pub(crate) dtype: String,
+    /// Write the average of the weights over steps (train.ema)
+    #[arg(long)]
+    pub(crate) ema: bool,
     /// Split into files of at most this many bytes
     #[arg(long, default_value_t = 5_000_000_000, value_name = "BYTES")]
     pub(crate) max_shard_bytes: u64,
@@ -537,9 +546,6 @@ pub(crate) struct BenchStep {
     /// Read lines `step` on stdin and answer each with the seconds that a step took
     #[arg(long)]
     pub(crate) resident: bool,
-    /// Keep to these instructions, though the processor has wider ones: avx512, avx2 or scalar
-    #[arg(long, value_name = "NAME")]
-    pub(crate) simd: Option<String>,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

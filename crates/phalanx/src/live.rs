@@ -180,8 +180,12 @@ fn line(record: &Record, steps: u64, eta: f64) -> Option<String> {
                 clock(eta),
             )
         }
-        Record::Eval { step, loss, tokens, .. } => {
-            format!("eval {step}/{steps}  loss {loss:.4}  perplexity {:.2}  over {tokens} tokens", loss.exp())
+        Record::Eval { step, loss, average_loss, tokens, .. } => {
+            let average = average_loss.map_or_else(String::new, |loss| format!("  average's loss {loss:.4}"));
+            format!(
+                "eval {step}/{steps}  loss {loss:.4}  perplexity {:.2}{average}  over {tokens} tokens",
+                loss.exp()
+            )
         }
         Record::Checkpoint { path, bytes, save_s, .. } => {
             format!("saved {path}  {}  {save_s:.2} s", HumanBytes(*bytes))

@@ -17,7 +17,7 @@ use crate::output;
 pub(crate) fn generate(args: &Generate) -> Result<u8> {
     let mut busy = Some(busy("reading the checkpoint and the prompt"));
     let threads = output::threads_asked(args.threads)?;
-    let mut g = Generator::open(&args.run_dir, || Box::new(Cpu::new(threads)))?;
+    let mut g = Generator::open_with(&args.run_dir, args.ema, || Box::new(Cpu::new(threads)))?;
     let s = g.run().sample.clone();
     let sampling = Sampling {
         temperature: args.temperature.unwrap_or(s.temperature),
@@ -159,11 +159,16 @@ pub(crate) fn export(args: &Export) -> Result<u8> {
     let run = dir.load()?;
     let checkpoint = dir.open_newest()?;
     let path = dir.tokenizer_of(&checkpoint)?;
+    if args.ema {
+        train::check_averaged(&run)?;
+    }
+    // Before the first step an average is what it is of.
+    let kind = if args.ema && checkpoint.step() > 0 { Kind::Ema } else { Kind::Param };
     let source = |name: &str| {
-        let shape = &checkpoint.tensor(name, Kind::Param)?.shape;
+        let shape = &checkpoint.tensor(name, kind)?.shape;
         let (rows, cols) = if shape.len() == 2 { (shape[0], shape[1]) } else { (1, shape[0]) };
         let mut out = vec![0.0; rows * cols];
-        checkpoint.read_box(name, Kind::Param, 0, rows, 0, cols, &mut out)?;
+        checkpoint.read_box(name, kind, 0, rows, 0, cols, &mut out)?;
         Ok(out)
     };
     let tokenizer = match &path {
@@ -176,8 +181,9 @@ pub(crate) fn export(args: &Export) -> Result<u8> {
     let done = ckpt::hf::export(&run.model, source, &args.out_dir, dtype, args.max_shard_bytes, tokenizer)
         .map_err(|e| e.hint("give an output directory in a writable place with free space"))?;
     output::say(&format!(
-        "step {}: {} tensors in {} files, {}",
+        "step {}{}: {} tensors in {} files, {}",
         checkpoint.step(),
+        if args.ema { ", averaged" } else { "" },
         done.tensors,
         done.files,
         crate::show::binary(done.bytes as usize)

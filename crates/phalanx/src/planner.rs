@@ -13,6 +13,7 @@ use economics::objective::Chosen;
 use economics::run::Ask;
 use indicatif::{ProgressBar, ProgressStyle};
 use plan::answer::{Answer, Choice, Question, default_batch, sequences_for};
+use plan::estimate::Updates;
 use plan::models;
 use plan::shape::Shape;
 use plan::software::{self, Software};
@@ -245,13 +246,16 @@ fn question(args: &Plan, catalog: &Catalog) -> Result<Question> {
             Some(layout) if !layout.contains('=') => Some(Strategy::parse(layout)?),
             _ => None,
         },
-        optimizer: args
-            .optimizer
-            .as_deref()
-            .map(optimizer)
-            .transpose()?
-            .or(said.optimizer)
-            .unwrap_or_default(),
+        optimizer: Updates {
+            rule: args
+                .optimizer
+                .as_deref()
+                .map(optimizer)
+                .transpose()?
+                .or(said.optimizer)
+                .unwrap_or_default(),
+            average: args.ema,
+        },
     })
 }
 

@@ -67,13 +67,16 @@ fn memory(s: &mut String, p: &Program) -> std::fmt::Result {
         ("master weights", m.master),
         ("gradients", m.grads),
         ("moments", m.moments),
+        ("average of weights", m.average),
         ("inputs, tables, sums", m.other),
         ("activations in flight", m.slots),
         ("scratch and activations", m.scratch),
         ("kernel work space", m.workspace),
+        ("other sizes of the batch", m.ramp),
         ("total", m.total),
     ];
-    for (name, bytes) in rows {
+    let optional = ["average of weights", "other sizes of the batch"];
+    for (name, bytes) in rows.into_iter().filter(|(name, bytes)| *bytes > 0 || !optional.contains(name)) {
         writeln!(s, "  {name:<24} {:>14}  {:>10}", bytes, binary(bytes))?;
     }
     if m.grads > m.params && p.layout.zero < spec::Zero::Gradients {

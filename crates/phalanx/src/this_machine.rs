@@ -94,8 +94,7 @@ fn begun_with(run: &RunSpec, nproc: usize) -> Result<Option<Layout>> {
         return Ok(None);
     }
     let Ok(earlier) = dir.load() else { return Ok(None) };
-    let works = earlier.layout.world() == nproc
-        && earlier.layout.validate(&run.model, run.batch.sequences, run.batch.sequence).is_ok();
+    let works = earlier.layout.world() == nproc && run.validate_layout(&earlier.layout).is_ok();
     Ok(works.then_some(earlier.layout))
 }
 

@@ -177,7 +177,7 @@ pub(crate) fn asked(args: &Train) -> Asked {
 /// What is checked before any rank opens the run.
 pub(crate) fn begin(args: &Train, run: &RunSpec, asked: Asked) -> Result<Beginning> {
     let begin = Beginning::decide(run, asked)?;
-    run.layout.validate(&run.model, run.batch.sequences, run.batch.sequence)?;
+    run.validate_layout(&run.layout)?;
     if begin.resumes() {
         return Ok(begin);
     }
@@ -359,8 +359,8 @@ pub(crate) fn load_again(args: &Train, world: usize, lenient: bool) -> Result<(R
     };
     let mut why = "the layout that the run began with".to_owned();
     if lenient {
-        let batch = &run.batch;
-        let Some(fitted) = run.layout.fitted(&run.model, batch.sequences, batch.sequence, world) else {
+        let legal = |layout: &Layout| run.validate_layout(layout).is_ok();
+        let Some(fitted) = run.layout.fitted_where(world, &legal) else {
             return Err(Error::user(format!("no layout like that of the run takes {world} ranks"))
                 .hint("start more ranks; the same command goes on from the last checkpoint"));
         };
@@ -400,11 +400,9 @@ fn widen_micro_batch(run: &mut RunSpec) {
     if run.layout.pp > 1 {
         return;
     }
-    let batch = &run.batch;
     let fits = |m: usize| {
         let layout = Layout { micro_batch: m, ..run.layout.clone() };
-        m * batch.sequence <= TOKENS_AT_ONCE
-            && layout.validate(&run.model, batch.sequences, batch.sequence).is_ok()
+        m * run.batch.sequence <= TOKENS_AT_ONCE && run.validate_layout(&layout).is_ok()
     };
     if let Some(m) = [8, 4, 2].into_iter().find(|m| fits(*m)) {
         run.layout.micro_batch = m;
@@ -423,7 +421,7 @@ fn fill_ranks(read: &Resolved, world: usize) -> Result<RunSpec> {
         return run.layout.validate_world(world).map(|()| run.clone());
     }
     let layout = Layout { dp: world / model_ranks, ..run.layout.clone() };
-    layout.validate(&run.model, run.batch.sequences, run.batch.sequence).map_err(|e| {
+    run.validate_layout(&layout).map_err(|e| {
         let e = if e.to_string().starts_with("layout.dp ") {
             e.context(format!("{world} ranks"))
         } else {
@@ -478,7 +476,11 @@ fn prepare(run: &RunSpec, begin: &mut Beginning) -> Result<()> {
 fn announce(run: &RunSpec, trainer: &mut Trainer, threads: usize) {
     let m = &run.model;
     let steps = run.train.steps;
-    let tokens = run.batch.sequence * run.batch.sequences;
+    let full = run.batch.tokens();
+    let tokens = match run.batch.tokens_after(0) {
+        first if first < full => format!("{first} to {full}"),
+        _ => full.to_string(),
+    };
     let bytes = trainer.executor().program.memory.total;
     let device = trainer.executor().device();
     let on = if device.kind() == "cpu" { format!("{threads} threads") } else { device.name() };

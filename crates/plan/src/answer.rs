@@ -9,7 +9,7 @@ use spec::{Cluster, Error, Layout, NumberFormat, Optimizer, Result};
 
 use crate::calibration::{Calibration, Evidence, Grade};
 use crate::compute::lacks;
-use crate::estimate::{Breakdown, Estimate, Estimator, MemoryUse, Problem};
+use crate::estimate::{Breakdown, Estimate, Estimator, MemoryUse, Problem, Updates};
 use crate::given;
 use crate::placement::Placement;
 use crate::search::{self, Found, Searched, Space};
@@ -36,7 +36,7 @@ pub struct Question {
     /// Sequences of the global batch.
     pub sequences: usize,
     /// How gradients become updates.
-    pub optimizer: Optimizer,
+    pub optimizer: Updates,
     /// Tokens to train on, for the time of the whole run.
     pub tokens: Option<f64>,
     /// How many of the best layouts to give.
@@ -59,7 +59,7 @@ impl Question {
             shape,
             cluster,
             software: None,
-            optimizer: Optimizer::AdamW,
+            optimizer: Updates::default(),
             tokens: None,
             keep: 10,
             trainable_only: false,
@@ -468,8 +468,11 @@ fn assumptions(question: &Question, problem: &Problem, grade: &Grade, best: Opti
         format!("training stack: {}", problem.software.name),
         format!("batch: {} sequences of {} tokens", question.sequences, question.sequence),
     ];
-    if question.optimizer != Optimizer::AdamW {
-        out.push(format!("optimizer: {}", question.optimizer.name()));
+    if question.optimizer.rule != Optimizer::AdamW {
+        out.push(format!("optimizer: {}", question.optimizer.rule.name()));
+    }
+    if question.optimizer.average {
+        out.push("an average of the weights over steps is kept, in 32 bit".to_owned());
     }
     let family = &question.cluster.accelerator.family.name;
     out.push(match grade.evidence {
@@ -530,7 +533,7 @@ impl Answer {
             "sequence": q.sequence,
             "sequences": q.sequences,
             "tokens": q.tokens,
-            "optimizer": q.optimizer.name(),
+            "optimizer": q.optimizer.rule.name(),
             "search": {
                 "layouts_priced": self.searched.layouts_priced,
                 "layouts_pruned": self.searched.layouts_pruned,

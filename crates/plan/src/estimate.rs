@@ -43,8 +43,17 @@ pub struct Problem {
     pub sequence: usize,
     /// Sequences of the global batch.
     pub sequences: usize,
-    /// How gradients become updates.
-    pub optimizer: Optimizer,
+    /// How gradients become updates, and what is kept of them.
+    pub optimizer: Updates,
+}
+
+/// How gradients become updates, and what is kept beside the optimiser's state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Updates {
+    /// By which rule.
+    pub rule: Optimizer,
+    /// An average of the weights over steps is kept.
+    pub average: bool,
 }
 
 /// Where the time of a step goes on the slowest stage, in seconds; adds up to the step.
@@ -399,7 +408,7 @@ mod tests {
                 constants: crate::calibration::PRIOR,
                 sequence: 2048,
                 sequences: 64,
-                optimizer: Optimizer::AdamW,
+                optimizer: Updates::default(),
             };
             let mut estimator = Estimator::new(&problem, NumberFormat::Bf16).unwrap();
             let placement = Placement::of(spec::Layout { dp: 8, ..Default::default() }, NumberFormat::Bf16);

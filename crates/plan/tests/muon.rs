@@ -2,13 +2,17 @@
 
 use plan::answer::stage_memory;
 use plan::calibration::PRIOR;
-use plan::estimate::{Estimate, Estimator, Problem};
+use plan::estimate::{Estimate, Estimator, Problem, Updates};
 use plan::placement::Placement;
 use plan::shape::Shape;
 use plan::software::Software;
 use spec::{Catalog, Layout, ModelSpec, NumberFormat, Optimizer, Zero};
 
-fn problem(optimizer: Optimizer, sequences: usize) -> Problem {
+fn problem(rule: Optimizer, sequences: usize) -> Problem {
+    updated(Updates { rule, average: false }, sequences)
+}
+
+fn updated(optimizer: Updates, sequences: usize) -> Problem {
     let cluster = Catalog::builtin().unwrap().cluster("dgx-h100", Some(8)).unwrap();
     Problem {
         shape: Shape::from_model(ModelSpec::preset("moe-tiny").unwrap()),
@@ -42,6 +46,32 @@ fn moments_are_as_many_fewer_as_the_program_places() {
             expected > 0.0 && (spared / expected - 1.0).abs() < 0.01,
             "{spared} against {expected} under {layout:?}"
         );
+    }
+}
+
+#[test]
+fn an_average_takes_the_bytes_that_the_program_places_and_its_time() {
+    for (dp, tp, zero, precision) in [
+        (1, 1, Zero::Off, NumberFormat::Bf16),
+        (2, 2, Zero::Off, NumberFormat::Bf16),
+        (4, 1, Zero::Optimizer, NumberFormat::Bf16),
+        (4, 2, Zero::Parameters, NumberFormat::Bf16),
+        (4, 1, Zero::Gradients, NumberFormat::Fp32),
+    ] {
+        let layout = Layout { dp, tp, zero, ..Layout::default() };
+        let placement = Placement::of(layout, precision);
+        let [plain, kept] =
+            [false, true].map(|average| updated(Updates { average, ..Updates::default() }, 16));
+        let of = |p: &Problem| Estimator::new(p, precision).unwrap().estimate(&placement).unwrap();
+        let placed = |p: &Problem| stage_memory(p, &placement, 0).unwrap();
+        let (more, s) = {
+            let (plain, kept) = (of(&plain), of(&kept));
+            let s = kept.breakdown.optimizer_s - plain.breakdown.optimizer_s;
+            (kept.memory.optimizer - plain.memory.optimizer, s)
+        };
+        let (without, with) = (placed(&plain), placed(&kept));
+        assert_eq!((without.average, with.total - without.total), (0, with.average), "{placement:?}");
+        assert!((more / with.average as f64 - 1.0).abs() < 0.01 && s > 0.0, "{more} {s} {with:?}");
     }
 }
 

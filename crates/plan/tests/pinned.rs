@@ -11,7 +11,7 @@ use check::check;
 use plan::calibration::{Constants, PRIOR};
 use plan::compute::{Chip, gemm_s, stream_s};
 use plan::estimate::parts::{Piece, SectionParts, StepParts};
-use plan::estimate::{Estimator, Problem};
+use plan::estimate::{Estimator, Problem, Updates};
 use plan::network::{
     Collective, CommTime, Extent, Group, NetworkModel, Traffic, collective, dims_spanned, traffic,
 };
@@ -478,7 +478,7 @@ fn rare_layouts_take_what_they_took() {
                 constants: UNLIKE,
                 sequence: 2048,
                 sequences: 768,
-                optimizer,
+                optimizer: Updates { rule: optimizer, average: false },
             };
             let found = asked(layout, &problem, format).unwrap_or_else(|e| panic!("{case}: {e}"));
             writeln!(all, "{case} {optimizer:?}\n  {found}").unwrap();
@@ -528,7 +528,10 @@ fn drawn_layouts_take_what_they_took() {
             constants: UNLIKE,
             sequence: [1024, 4096][pick(&[0, 1])],
             sequences: 64 * pick(&[1, 3]),
-            optimizer: [Optimizer::AdamW, Optimizer::Muon][pick(&[0, 0, 1])],
+            optimizer: Updates {
+                rule: [Optimizer::AdamW, Optimizer::Muon][pick(&[0, 0, 1])],
+                average: false,
+            },
         };
         let Ok(found) = asked(&case, &problem, format) else { continue };
         count += 1;

@@ -253,6 +253,18 @@ impl Derive<'_> {
                 let grad = RouteGrad { top_k: *top_k, router: *router, sequences };
                 self.contribute_each(grad, name("dx"), ins, &[n.ins[0].value]);
             }
+            Dropout { .. } => {
+                if let Some(acc) = n.acc {
+                    self.pass(n.outs[0].value, acc.value, &n.name);
+                }
+                // The same is left out of the gradient.
+                let x = n.ins[0].value;
+                self.contribute(n.kind.clone(), name("dx"), vec![dy], x);
+                if let Some(b) = n.ins.get(1) {
+                    let dx = self.g.all(self.grads[&x]);
+                    self.weight(BiasGrad, name("db"), vec![dx], &[*b]);
+                }
+            }
             Permute { .. } => {
                 self.contribute(PermuteGrad, name("dx"), vec![dy, n.ins[1]], n.ins[0].value);
             }

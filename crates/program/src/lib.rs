@@ -31,6 +31,9 @@ mod schedule;
 mod place;
 mod step;
 mod muon;
+mod average;
+mod qk_clip;
+mod ramp;
 mod cost;
 pub mod verify;
 
@@ -41,7 +44,7 @@ use place::Placer;
 use rank::Rank;
 use schedule::{Blocks, Passes, Schedule};
 use serde::Serialize;
-use spec::run::Attend;
+use spec::run::{Attend, BatchSpec};
 use spec::{DType, Error, Layout, ModelSpec, Optimizer, Result, RunSpec};
 use verify::graph::Check;
 
@@ -92,13 +95,25 @@ pub struct Recipe {
     pub z_loss: f32,
     /// Attention keeps inside the documents of a sequence.
     pub documents: bool,
+    /// Share of embeddings and of what layers add that training leaves out; 0 without.
+    pub dropout: f32,
+    /// Greatest score of attention that updates leave a head; 0 without.
+    pub qk_clip: f32,
+    /// An average of the weights over steps is kept.
+    pub ema: bool,
+    /// The batch grows to that of the run: room is for the step that takes most, whatever the size at hand.
+    pub ramp: Option<BatchSpec>,
 }
 
 impl Recipe {
     /// That of a run.
     pub fn of(run: &RunSpec) -> Recipe {
         let documents = run.data.attend == Attend::Documents;
-        Recipe { optimizer: run.optim.kind, z_loss: run.train.z_loss, documents }
+        let ramp = run.batch.ramp.map(|_| run.batch);
+        let RunSpec { optim, train, .. } = run;
+        let (optimizer, z_loss, dropout) = (optim.kind, train.z_loss, train.dropout);
+        let (qk_clip, ema) = (optim.qk_clip, train.ema > 0.0);
+        Recipe { optimizer, z_loss, documents, dropout, qk_clip, ema, ramp }
     }
 }
 
@@ -181,6 +196,8 @@ pub enum BlockWork {
     Generate,
     /// Once a step.
     Tail,
+    /// Around an evaluation of the averaged weights.
+    Average,
 }
 
 /// A block run on a micro-batch.
@@ -211,6 +228,9 @@ pub struct GroupBuffers {
     pub exp_avg: BufferId,
     /// Second moment of the owned range; `None` where Muon updates.
     pub exp_avg_sq: Option<BufferId>,
+    /// The average of the weights of the owned range over steps, f32, where one is kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub average: Option<BufferId>,
     /// The elements that this rank updates.
     pub owned: Owned,
     /// First chunk of the group in the model-wide vector of squared gradient sums.
@@ -241,6 +261,9 @@ pub struct Memory {
     pub grads: usize,
     /// Moments of the optimiser.
     pub moments: usize,
+    /// The average of the weights over steps, if one is kept.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub average: usize,
     /// Tokens, targets, tables, norms, losses.
     pub other: usize,
     /// Activations of micro-batches in flight.
@@ -251,8 +274,15 @@ pub struct Memory {
     pub scratch_bound: usize,
     /// Kernel work space.
     pub workspace: usize,
+    /// What steps of another size take beyond this, where the batch grows.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub ramp: usize,
     /// Everything.
     pub total: usize,
+}
+
+fn is_zero(bytes: &usize) -> bool {
+    *bytes == 0
 }
 
 /// What one rank does in one training step.
@@ -294,6 +324,9 @@ pub struct Program {
     pub tail: usize,
     /// Forward and loss without gradients, by chunk.
     pub eval: Vec<usize>,
+    /// Weights and their average change places: before an evaluation of the average, and after it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub average: Option<usize>,
     /// One token against the cache.
     pub decode: Option<usize>,
     /// Where static buffers of the step's inputs and sums lie.
@@ -339,10 +372,14 @@ pub struct Io {
     pub starts: Option<BufferId>,
     /// One f64 loss sum for each local sequence.
     pub loss_leaves: BufferId,
-    /// Sums of squared gradients by chunk of [`NORM_CHUNK`] elements, over the whole model, then the counts of
+    /// Sums of squared gradients by chunk of [`NORM_CHUNK`] elements, over the whole model, then the maxima of
+    /// [`Io::logit_maxima`] of each data-parallel rank, `[dp, layers, all heads]`, then the counts of
     /// [`Io::expert_counts`] over all ranks, then the loss sums of all sequences of the global batch, then the number of
     /// ranks that want to stop.
     pub norm_chunks: BufferId,
+    /// The greatest score of attention of each of this rank's heads in this step, `[layers, heads]`, if they are bounded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logit_maxima: Option<BufferId>,
     /// How many copies of this rank's tokens went to each expert in this step, `[layers, experts]`.
     pub expert_counts: Option<BufferId>,
     /// Biases that experts are chosen by, `[layers, experts]` in f32 whatever the precision, alike on every rank.
@@ -411,7 +448,8 @@ impl Program {
     }
 
     fn compile(request: &Request<'_>, workspace: WorkspaceLen<'_>, verify: bool) -> Result<Program> {
-        Program::of_rank(&Rank::of(request)?, workspace, verify)
+        let program = Program::of_rank(&Rank::of(request)?, workspace, verify)?;
+        program.with_room(request, workspace)
     }
 
     fn of_rank(rank: &Rank<'_>, workspace: WorkspaceLen<'_>, verify: bool) -> Result<Program> {
@@ -421,7 +459,7 @@ impl Program {
         let mut blocks = Blocks::default();
         let (mut eval, mut decode) = (Vec::new(), None);
         for (c, chunk) in rank.chunks.iter().enumerate().filter(|_| !rank.generates()) {
-            let forward = check.forward(emit::forward(rank, chunk, chunk.mtp))?;
+            let forward = check.forward(emit::forward(rank, chunk, true))?;
             let both = check.both("derive", derive::backward(rank, chunk, forward))?;
             let both = check.both("recompute", recompute::recompute(rank, both))?;
             let passes = check.passes("schedule", schedule.passes(both))?;
@@ -430,6 +468,7 @@ impl Program {
             blocks.train(rank, c, ops, &placer.buckets);
         }
         for (c, chunk) in rank.chunks.iter().enumerate() {
+            // What is looked at, or generates, is the whole model.
             let forward = emit::forward(rank, chunk, false);
             let (name, work, graph) = match rank.generates() {
                 true => ("decode".to_owned(), BlockWork::Generate, derive::generation(rank, forward)),
@@ -441,7 +480,10 @@ impl Program {
             if rank.generates() { decode = Some(block) } else { eval.push(block) }
         }
         let tail = blocks.push("step".into(), 0, BlockWork::Tail, step::ops(rank, &mut placer));
+        let ops = average::swap(rank, &placer);
+        let average = (!ops.is_empty()).then(|| blocks.push("average".into(), 0, BlockWork::Average, ops));
         let mut program = placer.program(schedule, blocks, tail, eval, decode);
+        program.average = average;
         program.state_messages();
         program.add_workspace(workspace);
         if verify {

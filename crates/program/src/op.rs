@@ -190,6 +190,14 @@ pub enum OpKind {
     RowsGrad { of: RowFn },
     /// `(x, y, [b]) -> x + y + b`.
     Add,
+    /// `(x [n, D], [b]) -> kept(x + b)`, or that added: each element is left out with probability `rate`, and divided by
+    /// `1 - rate` if not. What is drawn follows from the seed, the step, the site, the row's sequence in the global batch and
+    /// position there, and the column. It is its own derivative.
+    Dropout {
+        /// The forward op's id, which no layout changes.
+        site: u64,
+        rate: f32,
+    },
     /// `(logits) -> logits` in place: `c tanh(x / c)`.
     SoftCap { cap: f32 },
     /// `(logits, targets) -> (dlogits in place, loss [n])` over the whole vocabulary.
@@ -274,6 +282,16 @@ pub enum OpKind {
     /// `(gradients of all groups) -> sums of squares by fixed chunks`, each chunk on the rank that owns it, then summed
     /// over all ranks; yields norm and clip factor.
     GradNorm,
+    /// `(greatest scores [rows, heads])`: the greatest of each head joins that of the step.
+    LogitMax {
+        heads: Heads,
+        /// Which layer's.
+        layer: usize,
+    },
+    /// `() -> (param, [master])` in place, of the owned range of what makes queries, keys and values: rows of the queries and
+    /// keys of heads whose greatest score `s` in the step was above `tau` are scaled by `sqrt(tau / s)`, so that their scores
+    /// are by `tau / s` (Kimi Team 2025, arXiv 2507.20534, section 2.1). Heads that share a key go by the greatest of them.
+    QkClip { group: GroupId, heads: Heads, layer: usize, tau: f32 },
     /// `(grad) -> (param, [master], first moment, second moment)` in place: AdamW on the owned range of a group.
     AdamW {
         group: GroupId,
@@ -302,6 +320,12 @@ pub enum OpKind {
     /// `(counts of the step over all ranks [layers E, 1]) -> biases of experts [layers, E]` in place: `b += rate sign(mean of
     /// the layer's counts - count)`, alike on every rank (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
     BalanceExperts { rate: f32 },
+    /// `(param or master) -> average` in place, of the owned range of a group: a step towards the updated weights, by the
+    /// share `(1 - d) / (1 - d^t)` after step `t`, so that the average over all steps so far has weights `d^(t - s)`.
+    Average { group: GroupId },
+    /// `() -> (param, [master], average)`: the weights of the owned range and their average change places; run again it is
+    /// undone.
+    SwapAverage { group: GroupId },
     /// Updated parameters from their owners (ZeRO 1 and 2).
     AllGatherParams { group: GroupId },
     /// `(qkv [n, ..], [sinks]) -> o` against the key and value cache, for generation.
@@ -495,6 +519,7 @@ impl OpKind {
             Rows { .. } => "rows",
             RowsGrad { .. } => "rows_grad",
             Add => "add",
+            Dropout { .. } => "dropout",
             SoftCap { .. } => "soft_cap",
             Xent { .. } => "xent",
             XentStats { .. } => "xent_stats",
@@ -533,6 +558,10 @@ impl OpKind {
             Orthogonalise { .. } => "orthogonalise",
             ScatterUpdate { .. } => "scatter_update",
             Muon { .. } => "muon",
+            Average { .. } => "average",
+            SwapAverage { .. } => "swap_average",
+            LogitMax { .. } => "logit_max",
+            QkClip { .. } => "qk_clip",
             _ => unreachable!("kinds of passes have their names above"),
         }
     }

@@ -9,7 +9,7 @@ use crate::emit::Layer;
 use crate::op::{Axis, Heads};
 use crate::params::{Chunk, GroupId, ParamGroup, Replication, chunks, share, table};
 use crate::role::{ParamKey, Place, Role};
-use crate::{Loss, Mode, Request};
+use crate::{Loss, Mode, Request, qk_clip};
 
 /// A rank with its layers and parameters.
 pub(crate) struct Rank<'a> {
@@ -47,6 +47,7 @@ impl<'a> Rank<'a> {
             )
             .hint("set data.attend=all, or model.position=rope"));
         }
+        qk_clip::check(request, layout.cp)?;
         let shares = layout.replicas() > 1 || model.experts.is_some() && layout.expert_replicas() > 1;
         let zero = if shares { layout.zero } else { Zero::Off };
         let shard = layout.shard.filter(|shard| zero != Zero::Off && *shard < layout.dp);

@@ -2,6 +2,7 @@ use std::collections::HashMap;
 
 use spec::{DType, Zero};
 
+use crate::average;
 use crate::buffer::{Buffer, BufferId, View};
 use crate::coords::Members;
 use crate::cost::Cost;
@@ -12,21 +13,16 @@ use crate::params::{GroupId, ParamGroup};
 use crate::place::Placer;
 use crate::rank::Rank;
 use crate::role::{Place, Role};
-use crate::{Bucket, GroupBuffers};
+use crate::{Bucket, GroupBuffers, qk_clip};
 
 /// The tail of a step: wait for reduced gradients, settle shared ones, clip, update, hand out parameters.
 pub(crate) fn ops(cx: &Rank<'_>, placer: &mut Placer<'_>) -> Vec<Op> {
     let mut ops = settle(cx, placer);
     updates(cx, placer, &mut ops);
     ops.extend(balance(cx, placer));
-    let shared = |group: &ParamGroup| cx.shards(group.replication).0 > 1;
-    if matches!(cx.layout.zero, Zero::Optimizer | Zero::Gradients) {
-        for (id, group, b) in each(cx, &placer.groups).filter(|(_, group, _)| shared(group)) {
-            let kind = OpKind::AllGatherParams { group: id };
-            let param = whole(&placer.buffers, b.param);
-            ops.push(op(format!("optim.{}.gather", group.name), kind, vec![], vec![param]));
-        }
-    }
+    ops.extend(qk_clip::updates(cx, placer));
+    ops.extend(average::updates(cx, placer));
+    ops.extend(gathers(cx, placer, "optim"));
     ops
 }
 
@@ -42,6 +38,18 @@ fn balance(cx: &Rank<'_>, placer: &Placer<'_>) -> Option<Op> {
     // Counts are read, biases read and written.
     balance.cost.bytes = 16 * rows as u64;
     Some(balance)
+}
+
+/// Hands parameters that their owners have changed to those that share them.
+pub(crate) fn gathers(cx: &Rank<'_>, placer: &Placer<'_>, why: &str) -> Vec<Op> {
+    let zero = matches!(cx.layout.zero, Zero::Optimizer | Zero::Gradients);
+    let shared = |group: &ParamGroup| zero && cx.shards(group.replication).0 > 1;
+    let gather = |(id, group, b): (GroupId, &ParamGroup, &GroupBuffers)| {
+        let param = whole(&placer.buffers, b.param);
+        let name = format!("{why}.{}.gather", group.name);
+        op(name, OpKind::AllGatherParams { group: id }, vec![], vec![param])
+    };
+    each(cx, &placer.groups).filter(|(_, group, _)| shared(group)).map(gather).collect()
 }
 
 /// All rows of a buffer.
@@ -159,7 +167,7 @@ fn needs_tp_sync(cx: &Rank<'_>, group: &ParamGroup) -> bool {
     cx.layout.tp > 1 && on_rows && (cx.layout.sequence_parallel || group.key.role.used_apart())
 }
 
-fn each<'a>(
+pub(crate) fn each<'a>(
     cx: &'a Rank<'_>,
     groups: &'a [GroupBuffers],
 ) -> impl Iterator<Item = (GroupId, &'a ParamGroup, &'a GroupBuffers)> {

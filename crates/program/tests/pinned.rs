@@ -288,6 +288,7 @@ fn drawn() -> Vec<(String, spec::Result<Program>)> {
             optimizer: [Optimizer::AdamW, Optimizer::Muon][pick(&[0, 1])],
             z_loss: [0.0, 1e-4][pick(&[0, 0, 1])],
             documents: pick(&[0, 0, 1]) == 1,
+            ..Recipe::default()
         };
         let request = Request {
             model,
@@ -394,7 +395,7 @@ fn ranks_meet_whom_they_met() {
         }
     }
     for (q, kv, dim, value_dim) in [(4, 2, 8, 8), (6, 6, 12, 5), (1, 1, 3, 7)] {
-        let heads = Heads { q, kv, dim, value_dim };
+        let heads = Heads { q, kv, dim, value_dim, score_factor: 1.0 };
         writeln!(all, "{heads:?}: {} {} {}", heads.packed(), heads.kv_cols(), heads.out_cols()).unwrap();
     }
     for window in [None, Some(1), Some(5), Some(16), Some(17)] {

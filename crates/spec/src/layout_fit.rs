@@ -33,10 +33,14 @@ impl Layout {
         sequence: usize,
         ranks: usize,
     ) -> Option<Fitted> {
-        let legal = |layout: &Layout| layout.validate(model, sequences, sequence).is_ok();
+        self.fitted_where(ranks, &|layout| layout.validate(model, sequences, sequence).is_ok())
+    }
+
+    /// [`Layout::fitted`] by a rule of one's own for what is legal.
+    pub fn fitted_where(&self, ranks: usize, legal: &dyn Fn(&Layout) -> bool) -> Option<Fitted> {
         let layout = match self.world() == ranks && legal(self) {
             true => self.clone(),
-            false => (1..=ranks).rev().find_map(|n| self.nearest(n, &legal))?,
+            false => (1..=ranks).rev().find_map(|n| self.nearest(n, legal))?,
         };
         let why = layout.described(ranks);
         Some(Fitted { layout, why })

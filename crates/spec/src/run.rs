@@ -1,15 +1,17 @@
 //! The run file: everything that says what a training run is, as one checked value.
 
 pub(crate) mod keys;
+mod ramp;
 mod read;
 mod trouble;
 mod write;
 
 pub use keys::{Key, KeyKind, THREADS_MAX};
+pub use ramp::{BatchRamp, BatchStage};
 pub use trouble::{OnCorruption, OnNan, OnSpike, TroubleSpec};
 pub use write::Difference;
 
-use crate::{DType, Layout, LrSchedule, ModelSpec, Origin, ScheduleKind};
+use crate::{DType, Error, Layout, LrSchedule, ModelSpec, Origin, Result, ScheduleKind};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -124,10 +126,12 @@ pub struct BatchSpec {
     pub sequence: usize,
     /// Sequences of the global batch.
     pub sequences: usize,
+    /// Steps are smaller at first, and grow to that.
+    pub ramp: Option<BatchRamp>,
 }
 
 impl BatchSpec {
-    /// Tokens of the global batch.
+    /// Tokens of the global batch, once it is full.
     pub fn tokens(&self) -> u64 {
         self.sequence as u64 * self.sequences as u64
     }
@@ -152,6 +156,9 @@ pub struct OptimSpec {
     pub grad_clip: Option<f64>,
     /// Decay of the momentum of Muon's matrices.
     pub momentum: f64,
+    /// Greatest score of attention that a step leaves a head, by scaling down what makes queries and keys; 0 bounds none
+    /// (Kimi Team 2025, arXiv 2507.20534, section 2.1).
+    pub qk_clip: f32,
 }
 
 /// The rule by which gradients become updates.
@@ -223,6 +230,10 @@ pub struct TrainSpec {
     /// Factor of the mean squared log-sum-exp of the logits, beside the loss, which it is not counted in (Chowdhery et
     /// al. 2022, arXiv 2204.02311, section 5); 0 without.
     pub z_loss: f32,
+    /// Share of what layers add to the residual stream, and of embeddings, that training leaves out; 0 leaves all in.
+    pub dropout: f32,
+    /// Decay of the average of the weights over steps that evaluation looks at too; 0 keeps none.
+    pub ema: f64,
     /// Steps between evaluations; `None` never evaluates.
     pub eval_every: Option<usize>,
     /// Global batches of one evaluation.
@@ -332,6 +343,20 @@ impl RunSpec {
     /// ```
     pub fn lr_at(&self, step: usize) -> f64 {
         self.lr_schedule().at(step)
+    }
+
+    /// Checks a layout against the model and every size that the batch has on its way.
+    ///
+    /// # Errors
+    /// As [`Layout::validate`], with the size if it is not the full batch.
+    pub fn validate_layout(&self, layout: &Layout) -> Result<()> {
+        let BatchSpec { sequence, sequences: full, .. } = self.batch;
+        self.batch.stages().try_for_each(|stage| {
+            let fits = layout.validate(&self.model, stage.sequences, sequence);
+            let on_its_way =
+                |e: Error| e.context(format!("batch.ramp: a step of {} sequences", stage.sequences));
+            fits.map_err(|e| if stage.sequences == full { e } else { on_its_way(e) })
+        })
     }
 }
 

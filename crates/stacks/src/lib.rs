@@ -12,7 +12,7 @@ mod torchtitan;
 
 pub use ranks::{Place, rank_csv, ranks};
 
-use plan::estimate::Problem;
+use plan::estimate::{Problem, Updates};
 use plan::placement::Placement;
 use spec::{Error, Optimizer, PipelineSchedule, Result, suggest};
 
@@ -39,12 +39,13 @@ pub struct Emitted {
 /// # Errors
 /// If the stack is unknown, or cannot express the layout: the message says which part, and what it has instead.
 pub fn emit(stack: &str, problem: &Problem, placement: &Placement) -> Result<Emitted> {
-    if problem.optimizer != Optimizer::AdamW && STACKS.iter().any(|s| s.0 == stack) {
-        let what = format!(
-            "the optimizer {}, which it is not known to shard as it was priced",
-            problem.optimizer.name()
-        );
-        return Err(lacks(stack, what, "plan for the stack without --optimizer"));
+    if problem.optimizer != Updates::default() && STACKS.iter().any(|s| s.0 == stack) {
+        let (what, flag) = match problem.optimizer.rule {
+            Optimizer::AdamW => ("an average of the weights".to_owned(), "--ema"),
+            rule => (format!("the optimizer {}", rule.name()), "--optimizer"),
+        };
+        let what = format!("{what}, which it is not known to shard as it was priced");
+        return Err(lacks(stack, what, format!("plan for the stack without {flag}")));
     }
     match stack {
         "megatron" => megatron::emit(problem, placement),

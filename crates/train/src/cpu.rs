@@ -103,6 +103,10 @@ impl Device for Cpu {
         Ok(is_moved)
     }
 
+    fn takes_programs(&self) -> bool {
+        true
+    }
+
     fn allocated_bytes(&self) -> usize {
         self.arena.len()
     }

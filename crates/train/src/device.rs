@@ -70,6 +70,11 @@ pub trait Device: Any + Send {
         Ok(false)
     }
 
+    /// Whether another program of the same rank may take over its arena between two steps: nothing is recorded.
+    fn takes_programs(&self) -> bool {
+        false
+    }
+
     /// Bytes of the arena.
     fn allocated_bytes(&self) -> usize;
 
@@ -216,6 +221,12 @@ pub enum Lack {
     LossTerms,
     /// Kernels for Muon.
     Muon,
+    /// Kernels for an average of the weights.
+    Average,
+    /// Kernels that leave elements out at random.
+    Dropout,
+    /// Kernels that bound scores of attention.
+    QkClip,
     /// Attention for heads of this width.
     HeadWidth,
     /// A kernel for this kind of op.
@@ -242,6 +253,9 @@ impl Lack {
             AllToAll { .. } => Lack::ExpertRanks,
             SoftCap { .. } | Xent { .. } | XentGrad { .. } => Lack::LossTerms,
             MuonMomentum { .. } | Orthogonalise { .. } | Muon { .. } => Lack::Muon,
+            Average { .. } | SwapAverage { .. } => Lack::Average,
+            Dropout { .. } => Lack::Dropout,
+            LogitMax { .. } | QkClip { .. } => Lack::QkClip,
             _ => Lack::Kernel,
         }
     }
@@ -265,10 +279,21 @@ pub fn check_run(device: &dyn Device, run: &RunSpec) -> Result<()> {
         rank: 0,
         mode: Mode::Train,
         loss: Loss::default(),
-        recipe: Recipe::of(run),
+        // Sizes of a ramp differ in no kind of op.
+        recipe: Recipe { ramp: None, ..Recipe::of(run) },
     };
+    check_ramp(device, &Recipe::of(run))?;
     // A program that cannot be built is refused for its own reasons, by whoever builds the whole of it.
     Program::build(&request, &|_, _| 0).map_or(Ok(()), |p| check_ops(device, &p, &model.name))
+}
+
+/// Refuses a batch that grows where one program cannot follow another.
+pub(crate) fn check_ramp(device: &dyn Device, recipe: &Recipe) -> Result<()> {
+    if recipe.ramp.is_none() || device.takes_programs() {
+        return Ok(());
+    }
+    let what = format!("batch.ramp: {} keeps to the program of one batch", device.name());
+    Err(Error::user(what).hint("set batch.ramp=[], or run.device=cpu"))
 }
 
 /// Refuses what would make the numbers of a mixture depend on its layout, or leave rows out.
@@ -366,6 +391,12 @@ pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result
         .hint("set run.device=cpu, or train.z_loss=0 and model.mtp.depth=0"),
         Lack::Muon => Error::user(format!("optim.kind = muon: {} has no kernels for it", device.name()))
             .hint("set optim.kind=adamw, or run.device=cpu"),
+        Lack::Average => Error::user(format!("train.ema: {} has no kernels for it", device.name()))
+            .hint("set train.ema=0, or run.device=cpu"),
+        Lack::Dropout => Error::user(format!("train.dropout: {} has no kernels for it", device.name()))
+            .hint("set train.dropout=0, or run.device=cpu"),
+        Lack::QkClip => Error::user(format!("optim.qk_clip: {} has no kernels for it", device.name()))
+            .hint("set optim.qk_clip=0, or run.device=cpu"),
         Lack::HeadWidth => Error::user(format!(
             "{} has no attention in {} for the width of {model}'s heads",
             device.name(),

@@ -6,15 +6,17 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use program::{Axis, BufferId, Layer, Members, Op, Program, Request, Ticket, When};
+use spec::random::mix;
 use spec::{Error, ModelSpec, Result};
 
 use crate::ahead::look_ahead;
 use crate::cpu::Cpu;
-use crate::device::{Device, Stretch, check_ops};
+use crate::device::{Device, Stretch, check_ops, check_ramp};
 use crate::documents::document_starts;
 use crate::launch::{Launch, Operand, Talk, Turn};
 use crate::mesh::Mesh;
 use crate::null::Null;
+use crate::resize::Compiled;
 use crate::resolve::{self, Action};
 use crate::spans::Spans;
 use crate::survive::Pulse;
@@ -36,14 +38,16 @@ pub struct Executor {
     /// Time in which this step waited for other ranks, by [`WAITS`].
     pub(crate) comm_ns: [u64; WAITS.len()],
     /// The same by op of each block, since [`Executor::take_waits`].
-    op_waits_ns: Vec<Vec<u64>>,
+    pub(crate) op_waits_ns: Vec<Vec<u64>>,
+    /// What was run before this program: evaluations take turns with steps of another size.
+    pub(crate) other: Option<Compiled>,
     /// When the op that yields the gradient norm began.
     pub(crate) norm_start_ns: u64,
     /// The last step failed of something that every rank sees alike.
     pub(crate) failed_alike: bool,
     /// The batch of this rank on its way to the device: tokens, targets, where documents begin, and the tokens and targets
     /// behind those.
-    batch: [Vec<u32>; 5],
+    pub(crate) batch: [Vec<u32>; 5],
     /// The token that ends a document, where attention keeps inside documents.
     document_end: Option<u32>,
     /// Tickets that were begun, with block and index of the op that began them.
@@ -92,6 +96,10 @@ pub struct StepInputs {
     pub weight_decay: f64,
     /// Decay of the momentum of what Muon updates.
     pub momentum: f64,
+    /// Decay of the average of the weights, if one is kept.
+    pub ema: f64,
+    /// Seed of what is left out at random.
+    pub seed: u64,
     /// Largest norm of the gradient, if bounded.
     pub clip: Option<f64>,
     /// This rank was asked to stop after the step.
@@ -113,6 +121,8 @@ impl StepInputs {
             eps: 1e-5,
             weight_decay: 0.1,
             momentum: 0.95,
+            ema: 0.999,
+            seed: 42,
             clip: Some(1.0),
             stop: false,
             saved: false,
@@ -149,6 +159,7 @@ impl Executor {
     /// If the device cannot run an op of the program, or model, layout and batch do not fit each other, or there is no
     /// memory for it.
     pub fn on(device: Box<dyn Device>, request: &Request<'_>, mesh: Mesh, record: bool) -> Result<Executor> {
+        check_ramp(&*device, &request.recipe)?;
         let request = Request { loss: device.loss(), ..*request };
         let program = Program::build(&request, &|op, p| device.workspace_len(op, p))?;
         Executor::of(program, device, &request, mesh, record)
@@ -203,16 +214,14 @@ impl Executor {
     }
 
     fn with_memory(program: Program, device: Box<dyn Device>, mesh: Mesh, record: bool) -> Executor {
-        // What goes on beside others leaves a span for each of its messages.
-        let spans_of = |op: &Op| op.comm.as_ref().map_or(1, |c| c.messages.len().max(1));
-        let spans = |b: usize| program.blocks[b].ops.iter().map(spans_of).sum::<usize>();
-        let room = program.schedule.iter().map(|i| spans(i.block)).sum::<usize>() + spans(program.tail);
+        let Compiled { program, actions, eval_sum, spans, op_waits_ns } = Compiled::of(program, record);
         Executor {
-            actions: resolve::actions(&program),
-            eval_sum: resolve::eval_sum(&program),
-            spans: Spans::new(room, record),
+            actions,
+            eval_sum,
+            spans,
             comm_ns: [0; WAITS.len()],
-            op_waits_ns: program.blocks.iter().map(|b| vec![0; b.ops.len()]).collect(),
+            op_waits_ns,
+            other: None,
             norm_start_ns: 0,
             failed_alike: false,
             batch: Default::default(),
@@ -402,6 +411,17 @@ impl Executor {
         self.loss_sum()
     }
 
+    /// Puts the average of the weights over steps in their place, and the weights in its; or back again. Nothing happens
+    /// where none is kept.
+    ///
+    /// # Errors
+    /// If a peer is lost.
+    pub fn swap_average(&mut self) -> Result<()> {
+        let Some(block) = self.program.average else { return Ok(()) };
+        self.block(block, Turn::default())?;
+        self.device.synchronise()
+    }
+
     /// Runs all micro-batches and the tail of a step, or stops before the update if loss or norm is not finite.
     ///
     /// # Errors
@@ -425,11 +445,12 @@ impl Executor {
         self.spans.begin();
         self.comm_ns = [0; WAITS.len()];
         self.load()?;
-        if let Some(counts) = self.program.io.expert_counts {
-            self.device.clear(self.whole(counts))?;
+        for table in [self.program.io.expert_counts, self.program.io.logit_maxima].into_iter().flatten() {
+            self.device.clear(self.whole(table))?;
         }
         let loss_scale = (1.0 / inputs.valid_tokens.max(1) as f64) as f32;
-        self.stretch(Stretch::Gradients, Turn { loss_scale, ..Turn::default() }, |exec, turn| {
+        let draws = mix(mix(inputs.seed) ^ inputs.step);
+        self.stretch(Stretch::Gradients, Turn { loss_scale, draws, ..Turn::default() }, |exec, turn| {
             for i in 0..exec.program.schedule.len() {
                 let item = exec.program.schedule[i];
                 exec.block(item.block, Turn { micro_batch: item.micro_batch, ..turn })?;

@@ -9,6 +9,19 @@ use crate::exec::Executor;
 use crate::generate::{Ended, Sampling};
 use crate::mesh::Mesh;
 use crate::run_dir::RunDir;
+use crate::state::{Averages, Source};
+
+/// Refuses a run that keeps no average of its weights.
+///
+/// # Errors
+/// If it keeps none.
+pub fn check_averaged(run: &RunSpec) -> Result<()> {
+    if run.train.ema > 0.0 {
+        return Ok(());
+    }
+    Err(Error::user("--ema: the run keeps no average of its weights")
+        .hint("leave --ema out, or train with --set train.ema=0.999"))
+}
 
 /// A trained model on one rank, ready to continue text.
 pub struct Generator {
@@ -23,15 +36,31 @@ impl Generator {
     /// # Errors
     /// If the run has no checkpoint, or it cannot be read.
     pub fn open(dir: &Path, device: impl FnOnce() -> Box<dyn Device>) -> Result<Generator> {
+        Generator::open_with(dir, false, device)
+    }
+
+    /// The same, with the average of the weights over steps in their place if `averaged`.
+    ///
+    /// # Errors
+    /// As [`Generator::open`], or if the run keeps no average.
+    pub fn open_with(
+        dir: &Path,
+        averaged: bool,
+        device: impl FnOnce() -> Box<dyn Device>,
+    ) -> Result<Generator> {
         let dir = RunDir::open(dir)?;
         let run = dir.load()?;
+        if averaged {
+            check_averaged(&run)?;
+        }
         let checkpoint = dir.open_newest()?;
         let layout = Layout::default();
         let mode = Mode::Generate { positions: run.batch.sequence.max(2) };
         let request = Request { layout: &layout, sequences: 1, mode, ..Request::of(&run, 0) };
         let mut exec = Executor::on(device(), &request, Mesh::alone(), false)?;
         exec.set_tables(&run.model)?;
-        exec.set_params_from(&checkpoint)
+        let source: &dyn Source = if averaged { &Averages(&checkpoint) } else { &checkpoint };
+        exec.set_params_from(source)
             .map_err(|e| e.hint("run.toml and the checkpoint must be of the same run"))?;
         let tokenizer = dir.tokenizer_of(&checkpoint)?.map(|p| Tokenizer::load(&p)).transpose()?;
         Ok(Generator { exec, tokenizer, run })

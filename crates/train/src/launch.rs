@@ -55,6 +55,10 @@ pub struct Turn {
     pub update: Option<AdamW>,
     /// Decay of Muon's momentum, likewise.
     pub momentum: f64,
+    /// Decay of the average of the weights, likewise.
+    pub ema: f64,
+    /// What is left out at random in this step follows from this.
+    pub draws: u64,
     /// What of an op that computes between its messages.
     pub part: Part,
 }
@@ -109,6 +113,10 @@ impl<'a> Launch<'a> {
     /// | `GradNorm` | owned gradients | all chunk sums, then those of each input |
     /// | `MuonMomentum` | gradient | momentum, update, the owned range of each |
     /// | `Muon` | update | parameter, \[master\], in place |
+    /// | `LogitMax` | as they are | the layer's maxima |
+    /// | `QkClip` | maxima of this rank's heads, one for each data-parallel rank | parameter, \[master\], the owned range of each |
+    /// | `Average` | parameter or master | average, the owned range of each |
+    /// | `SwapAverage` | | parameter, \[master\], average, likewise |
     /// | `AdamW` | gradient | parameter, first and second moment, \[master\], in place |
     pub fn kind(&self) -> &'a OpKind {
         &self.call.kind
@@ -137,6 +145,21 @@ impl<'a> Launch<'a> {
     /// This rank's place on the context-parallel axis, and how many ranks are on it.
     pub fn ring(&self) -> (usize, usize) {
         self.call.ring
+    }
+
+    /// Where row `i` of an activation of the residual stream lies: its sequence in the global batch, and its position there.
+    pub fn place(&self, i: usize) -> (usize, usize) {
+        let Call { sequence: t, places, first, .. } = *self.call;
+        let row = self.call.row0 + i;
+        let (in_micro_batch, at) = (row / t, row % t);
+        let half = t / 2;
+        let position = if at < half { places[0] + at } else { places[1] + at - half };
+        (first.0 + self.turn.micro_batch * first.1 + in_micro_batch, position)
+    }
+
+    /// Of weights that are changed in place: the first element in their group, and how many elements make a feature.
+    pub fn features(&self) -> (usize, usize) {
+        self.call.features
     }
 
     /// How many inputs there are.
@@ -302,6 +325,12 @@ pub(crate) struct Call {
     pub(crate) workspace: Operand,
     pub(crate) sequence: usize,
     pub(crate) places: [usize; 2],
+    /// Index in the global batch of the first micro-batch's first sequence, and how many further each next one's is.
+    pub(crate) first: (usize, usize),
+    /// Rows of a micro-batch before the first one that the op is for, where ranks share them.
+    pub(crate) row0: usize,
+    /// Of weights in place: the first element of theirs in the group, and how many make a feature.
+    pub(crate) features: (usize, usize),
     pub(crate) ring: (usize, usize),
     pub(crate) precision: DType,
 }

@@ -71,7 +71,7 @@ impl Audit {
         if let Some(saved) = saved {
             drawings.has_reached(saved.step());
         }
-        let ledger = drawings.ledger(run.batch.sequences as u64);
+        let ledger = drawings.ledger(run.batch);
         damage.extend(ledger.doubled.iter().map(|d| twice(dir, d)));
         if ledger.batches.is_empty() && ledger.sessions == 0 {
             return Err(Error::user(format!("no journal in {} says what a step drew", dir.display()))
@@ -104,11 +104,9 @@ fn compare(run: &RunSpec, dir: &RunDir, ledger: &Ledger, progress: &dyn Fn(u64, 
     let prepared = crate::text::tokens_of(run, dir);
     let streams = open_data(run, prepared.as_ref())?;
     let mut sample = vec![0; run.batch.sequence + 1];
-    let sequences = run.batch.sequences as u64;
     for batch in &ledger.batches {
         let (step, mut once) = (batch.step, 0_u64);
-        let first = (step - 1).saturating_mul(sequences);
-        for index in first..first.saturating_add(sequences) {
+        for index in run.batch.samples_before(step - 1)..run.batch.samples_before(step) {
             streams.train.sample(index, &mut sample)?;
             once = once.wrapping_add(data::sample_xxh3(index, &sample));
         }

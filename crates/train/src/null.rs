@@ -49,6 +49,10 @@ impl Device for Null {
         Ok(())
     }
 
+    fn takes_programs(&self) -> bool {
+        true
+    }
+
     fn allocated_bytes(&self) -> usize {
         0
     }

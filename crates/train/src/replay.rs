@@ -113,7 +113,7 @@ impl Replay {
         let run_dir = RunDir::new(dir);
         let mut run = run_dir.load()?;
         run.run.dir = dir.to_owned();
-        let history = History::read(dir, step, run.batch.sequences as u64)?;
+        let history = History::read(dir, step, run.batch)?;
         let recorded = history.recorded(dir)?;
         let from = history.checkpoint(&run_dir)?;
         let mut tries = Vec::new();

@@ -45,6 +45,14 @@ pub(crate) fn expert_counts(p: &Program) -> Slice {
     Slice { first: losses.first - count, count, ..losses }
 }
 
+/// The stretch in front of those, in which the greatest scores of all data-parallel ranks' heads lie.
+pub(crate) fn logit_maxima(p: &Program) -> Slice {
+    let own = p.io.logit_maxima.map_or(0, |id| p.buffer(id).len());
+    let count = own * p.layout.tp * p.layout.dp;
+    let counts = expert_counts(p);
+    Slice { first: counts.first - count, count, ..counts }
+}
+
 /// The sum of the losses over all ranks, for an evaluation; `None` for a rank alone.
 pub(crate) fn eval_sum(p: &Program) -> Option<Talk> {
     let slice = losses(p);
@@ -88,11 +96,21 @@ fn call(p: &Program, op: &Op) -> Call {
         },
         sequence: p.local_sequence(),
         places: p.positions().map(|range| range.start),
+        first: (p.first_sequence(0), p.first_sequence(1) - p.first_sequence(0)),
+        row0: row0(p, op),
+        features: (0, 1),
         ring: (p.coords.cp, p.layout.cp),
         precision: p.precision,
     };
     implied(p, op, &mut call);
     call
+}
+
+/// Tensor-parallel ranks that share the rows of a micro-batch have equal runs of them.
+fn row0(p: &Program, op: &Op) -> usize {
+    let rows = op.outs.first().map_or(0, |v| v.rows);
+    let shared = p.layout.sequence_parallel && rows < p.micro_batch() * p.local_sequence();
+    if shared { p.coords.tp * rows } else { 0 }
 }
 
 /// Operands that an op's kind implies and its views do not list; see [`crate::Launch::kind`].
@@ -154,8 +172,38 @@ fn implied(p: &Program, op: &Op, call: &mut Call) {
             call.ins = vec![owned(group, op.ins[0].buffer)];
             call.outs = [b.param].into_iter().chain(b.master).map(|id| owned(group, id)).collect();
         }
+        OpKind::LogitMax { layer, .. } => {
+            let row = p.io.logit_maxima.map(|buffer| Address::view(p, View { buffer, row0: layer, rows: 1 }));
+            call.outs = row.into_iter().collect();
+        }
+        OpKind::QkClip { group, layer, .. } => {
+            let b = buffers(group);
+            call.ins = (0..p.layout.dp).map(|replica| maxima_of(p, replica, layer)).collect();
+            call.outs = [b.param].into_iter().chain(b.master).map(|id| owned(group, id)).collect();
+            // A row of a matrix, or an element of a bias, is a feature.
+            let of = p.group(group);
+            call.features = (b.owned.first, if of.rows == 1 { 1 } else { of.cols });
+        }
+        OpKind::Average { group } => {
+            let b = buffers(group);
+            call.ins = vec![owned(group, b.master.unwrap_or(b.param))];
+            call.outs = b.average.map(|id| owned(group, id)).into_iter().collect();
+        }
+        OpKind::SwapAverage { group } => {
+            let b = buffers(group);
+            let outs = [b.param].into_iter().chain(b.master).chain(b.average);
+            call.outs = outs.map(|id| owned(group, id)).collect();
+        }
         _ => {}
     }
+}
+
+/// The greatest scores of this rank's heads of a layer, as the data-parallel rank `replica` has seen them.
+fn maxima_of(p: &Program, replica: usize, layer: usize) -> Address {
+    let all = logit_maxima(p);
+    let (layers, heads) = p.io.logit_maxima.map_or((0, 0), |id| (p.buffer(id).rows, p.buffer(id).cols));
+    let row = (replica * layers + layer) * p.layout.tp + p.coords.tp;
+    Address::slice(p, Slice { first: all.first + row * heads, count: heads, ..all })
 }
 
 /// One gradient of a micro-batch, scattered: the owned part of its sum, and the partial sums that it is added to.

@@ -24,6 +24,8 @@ pub trait Source {
 
 impl Source for ckpt::Checkpoint {
     fn read_regions(&self, name: &str, kind: Kind, regions: &[Region], out: &mut [f32]) -> Result<()> {
+        // Before the first step an average is what it is of, also in models that were imported without one.
+        let kind = if kind == Kind::Ema && self.step() == 0 { Kind::Param } else { kind };
         ckpt::Checkpoint::read_regions(self, name, kind, regions, out)
     }
 }
@@ -65,7 +67,17 @@ pub(crate) fn runs(group: &ParamGroup, range: Range<usize>) -> impl Iterator<Ite
     })
 }
 
-/// A rank's share of a checkpoint: masters, moments and biases of experts, each element on exactly one rank.
+/// The averages of a source where its parameters are asked for.
+pub(crate) struct Averages<'a>(pub(crate) &'a ckpt::Checkpoint);
+
+impl Source for Averages<'_> {
+    fn read_regions(&self, name: &str, kind: Kind, regions: &[Region], out: &mut [f32]) -> Result<()> {
+        let kind = if kind == Kind::Param { Kind::Ema } else { kind };
+        Source::read_regions(self.0, name, kind, regions, out)
+    }
+}
+
+/// A rank's share of a checkpoint: masters, moments, averages and biases of experts, each element on exactly one rank.
 pub struct State<'a> {
     held: Vec<Held<'a>>,
 }
@@ -214,8 +226,10 @@ impl Executor {
         let sharded = self.program.layout.zero >= Zero::Parameters;
         let mine = if sharded { owned } else { values };
         let (param, master) = (self.whole(b.param), b.master.map(|id| self.whole(id)));
-        if let Some(master) = master {
-            self.device.copy_in(master, bytemuck::cast_slice(owned))?;
+        let average = b.average.map(|id| self.whole(id));
+        // The average begins where the weights do.
+        for kept in [master, average].into_iter().flatten() {
+            self.device.copy_in(kept, bytemuck::cast_slice(owned))?;
         }
         if self.program.precision != DType::Bf16 {
             return self.device.copy_in(param, bytemuck::cast_slice(mine));
@@ -317,10 +331,12 @@ fn kept_params(p: &Program, g: usize) -> Range<usize> {
     }
 }
 
-/// What the optimiser keeps of a group: AdamW's two moments, or Muon's momentum in place of the first.
+/// What is kept of a group beside its parameters: AdamW's two moments, or Muon's momentum in place of the first; and the
+/// average of the weights, if there is one.
 fn moments(b: &GroupBuffers) -> impl Iterator<Item = (Kind, BufferId)> + use<> {
     let second = b.exp_avg_sq.map(|id| (Kind::ExpAvgSq, id));
-    [(Kind::ExpAvg, b.exp_avg)].into_iter().chain(second)
+    let average = b.average.map(|id| (Kind::Ema, id));
+    [(Kind::ExpAvg, b.exp_avg)].into_iter().chain(second).chain(average)
 }
 
 /// Matrices have two dims, vectors one.

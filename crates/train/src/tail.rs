@@ -41,6 +41,7 @@ impl Executor {
         let (norms, losses, vote) = self.shared_sums();
         self.spread_losses(losses)?;
         self.spread_expert_counts()?;
+        self.spread_logit_maxima()?;
         let own = f64::from(u8::from(inputs.stop)) + RANKS_MAX * f64::from(u8::from(inputs.saved));
         self.device.copy_in(vote, &own.to_ne_bytes())?;
         if let Some(more) = self.disturbance.take() {
@@ -63,8 +64,8 @@ impl Executor {
         let all = self.whole(self.program.io.norm_chunks);
         let losses = resolve::losses(&self.program);
         let end = losses.first + losses.count;
-        let counts = resolve::expert_counts(&self.program);
-        (all.part(0, counts.first), all.part(losses.first, losses.count), all.part(end, 1))
+        let maxima = resolve::logit_maxima(&self.program);
+        (all.part(0, maxima.first), all.part(losses.first, losses.count), all.part(end, 1))
     }
 
     /// Puts this rank's counts of experts beside what ranks share.
@@ -74,6 +75,37 @@ impl Executor {
         let all = self.whole(slice.buffer).part(slice.first, slice.count);
         let own = self.whole(own);
         self.device.copy(own.part(0, own.len()), all)
+    }
+
+    /// The greatest score of attention of each head in the last step, over all sequences: `[layers, heads]`; 0 where none is
+    /// above that, `None` where they are not looked at.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    pub fn logit_maxima(&self) -> Result<Option<Vec<f64>>> {
+        let slice = resolve::logit_maxima(&self.program);
+        if slice.count == 0 {
+            return Ok(None);
+        }
+        let all = self.whole(slice.buffer).part(slice.first, slice.count);
+        let all = self.device.read::<f64>(all)?;
+        let replica = slice.count / self.program.layout.dp;
+        let most = |i: usize| all.iter().skip(i).step_by(replica).copied().fold(0.0, f64::max);
+        Ok(Some((0..replica).map(most).collect()))
+    }
+
+    /// Puts the greatest scores of this rank's heads in their places: those of a data-parallel rank, a layer and a head.
+    fn spread_logit_maxima(&mut self) -> Result<()> {
+        let Some(own) = self.program.io.logit_maxima else { return Ok(()) };
+        let slice = resolve::logit_maxima(&self.program);
+        let all = self.whole(slice.buffer).part(slice.first, slice.count);
+        let own = self.whole(own);
+        let Executor { program: p, device, .. } = self;
+        let (layers, heads) = (own.rows, own.cols);
+        (0..layers).try_for_each(|layer| {
+            let row = (p.coords.dp * layers + layer) * p.layout.tp + p.coords.tp;
+            device.copy(own.part(layer * heads, heads), all.part(row * heads, heads))
+        })
     }
 
     /// How many copies of tokens went to each expert in the last step, over all ranks: `[layers, experts]`, zeros for
@@ -122,7 +154,8 @@ const RANKS_MAX: f64 = (1_u64 << 26) as f64;
 /// How the rest of a step is run.
 pub(crate) fn turn(inputs: &StepInputs, outputs: &StepOutputs) -> Turn {
     let factor = clip_factor(outputs.grad_norm, inputs.clip);
-    Turn { update: Some(update(inputs, factor)), momentum: inputs.momentum, ..Turn::default() }
+    let (momentum, ema) = (inputs.momentum, inputs.ema);
+    Turn { update: Some(update(inputs, factor)), momentum, ema, ..Turn::default() }
 }
 
 fn update(inputs: &StepInputs, factor: f32) -> AdamW {

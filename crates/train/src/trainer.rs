@@ -22,6 +22,7 @@ use crate::survive::meet::Lifeline;
 use crate::trouble::Watch;
 
 mod again;
+mod evaluate;
 mod saves;
 mod step;
 mod trouble;
@@ -169,7 +170,7 @@ impl Trainer {
         let mut sample = vec![0; run.batch.sequence + 1];
         if step < run.train.steps as u64 {
             // The first batch tells data of another tokenizer before anything is written.
-            load(&mut exec, streams.train.as_ref(), step, &mut sample)?;
+            load_step(&mut exec, &run, streams.train.as_ref(), step, &mut sample)?;
         }
         // Nobody may look at the directory after rank 0 has begun to write it; all begin this session together.
         let began = exec.mesh.exchange(&now_us().to_le_bytes())?;
@@ -422,41 +423,6 @@ impl Trainer {
         }
     }
 
-    /// Why the run is not evaluated although it should be.
-    fn why_no_evaluation(&self) -> Option<String> {
-        self.run.train.eval_every?;
-        let why = match &self.streams.valid {
-            None => self.streams.valid_missing.clone()?,
-            Some(valid) if valid.len() < self.run.batch.sequences as u64 => {
-                format!(
-                    "the validation split holds {} samples, a batch {}",
-                    valid.len(),
-                    self.run.batch.sequences
-                )
-            }
-            Some(_) => return None,
-        };
-        Some(format!("no evaluation: {why}"))
-    }
-
-    fn evaluate(&mut self, each: &mut dyn FnMut(Event)) -> Result<()> {
-        let Some(valid) = &self.streams.valid else { return Ok(()) };
-        let sequences = self.run.batch.sequences as u64;
-        let batches = (valid.len() / sequences).min(self.run.train.eval_batches as u64);
-        if batches == 0 {
-            return Ok(());
-        }
-        let mut sum = 0.0;
-        for b in 0..batches {
-            load(&mut self.exec, valid.as_ref(), b, &mut self.sample)?;
-            sum += self.exec.evaluate()?;
-        }
-        let tokens = batches * sequences * self.run.batch.sequence as u64;
-        let record = Record::Eval { time_us: now_us(), step: self.step, loss: sum / tokens as f64, tokens };
-        self.note(record, each);
-        Ok(())
-    }
-
     /// Writes start, end and bytes of every op of the last step to the journal, if they are recorded.
     fn record_spans(&mut self, each: &mut dyn FnMut(Event)) {
         if !self.exec.spans.is_on() {
@@ -529,16 +495,28 @@ impl Drawn {
     }
 }
 
-/// Copies this rank's sequences of batch `index` into the executor.
-pub(crate) fn load(
+/// Makes the executor ready for the step that follows `done` steps: its size, and this rank's sequences of it.
+pub(crate) fn load_step(
+    exec: &mut Executor,
+    run: &RunSpec,
+    stream: &dyn data::TokenStream,
+    done: u64,
+    sample: &mut [u32],
+) -> Result<Drawn> {
+    exec.resize(run, run.batch.sequences_after(done))?;
+    load(exec, stream, run.batch.samples_before(done), sample)
+}
+
+/// Copies this rank's sequences of the batch that begins with sample `first` into the executor.
+fn load(
     exec: &mut Executor,
     stream: &dyn data::TokenStream,
-    index: u64,
+    first: u64,
     sample: &mut [u32],
 ) -> Result<Drawn> {
     let mut drawn = Drawn::default();
     for i in 0..exec.program.local_sequences {
-        let index = index * exec.program.sequences as u64 + exec.program.place(i) as u64;
+        let index = first + exec.program.place(i) as u64;
         stream.sample(index, sample)?;
         drawn.add(index, sample);
         exec.take(i, sample);
@@ -556,7 +534,7 @@ pub(crate) fn open_data(run: &RunSpec, prepared: Option<&Prepared>) -> Result<St
         sequence: run.batch.sequence,
         seed: run.train.seed as u32,
         vocab: Some(run.model.vocab),
-        train_samples: run.train.steps as u64 * sequences,
+        train_samples: run.batch.samples_before(run.train.steps as u64),
         valid_samples: run.train.eval_batches as u64 * sequences,
         order: Order::Endless,
     })

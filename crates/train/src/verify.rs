@@ -31,6 +31,7 @@ enum Store {
     Master,
     ExpAvg,
     ExpAvgSq,
+    Average,
 }
 
 impl Store {
@@ -38,7 +39,8 @@ impl Store {
         let master = b.master.map(|id| (Store::Master, id));
         let second = b.exp_avg_sq.map(|id| (Store::ExpAvgSq, id));
         let moments = [(Store::ExpAvg, b.exp_avg)].into_iter().chain(second);
-        [(Store::Param, b.param)].into_iter().chain(master).chain(moments)
+        let average = b.average.map(|id| (Store::Average, id));
+        [(Store::Param, b.param)].into_iter().chain(master).chain(moments).chain(average)
     }
 
     fn words(self, name: &str) -> String {
@@ -47,6 +49,7 @@ impl Store {
             Store::Master => format!("{name} (f32 copy)"),
             Store::ExpAvg => format!("{name} (first moment)"),
             Store::ExpAvgSq => format!("{name} (second moment)"),
+            Store::Average => format!("{name} (average over steps)"),
         }
     }
 }
@@ -314,6 +317,7 @@ fn seed(name: &str, store: Store) -> u64 {
         Store::Param | Store::Master => 1,
         Store::ExpAvg => 2,
         Store::ExpAvgSq => 3,
+        Store::Average => 4,
     };
     name.bytes().fold(store, |h: u64, b| scatter(h.wrapping_add(GOLDEN) ^ u64::from(b)))
 }

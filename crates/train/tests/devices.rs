@@ -5,11 +5,12 @@ mod common;
 
 use std::any::Any;
 use std::collections::HashMap;
+use std::time::Instant;
 
 use common::inputs;
-use program::{Members, Mode, OpId, OpKind, Program, Request};
-use spec::{DType, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Zero};
-use train::{Executor, Mesh, Null};
+use program::{Members, Mode, Op, OpId, OpKind, Program, Request, Ticket};
+use spec::{DType, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Result, RunSpec, Zero};
+use train::{Device, Executor, Lack, Launch, Mesh, Message, Null, Operand};
 
 /// The ops of a step, each as often as it runs.
 fn ops(p: &Program) -> impl Iterator<Item = &program::Op> {
@@ -143,4 +144,97 @@ fn mixtures_and_latents_have_kernels() {
         };
         assert!(Executor::new(&request, 1, Mesh::alone(), false).is_ok(), "experts {experts}");
     }
+}
+
+/// A device that lacks what it has no kernels for, as GPUs do, and keeps to one program.
+struct Card(Null);
+
+impl Device for Card {
+    fn kind(&self) -> &'static str {
+        "card"
+    }
+
+    fn name(&self) -> String {
+        "card 0".into()
+    }
+
+    fn peak_gflops(&mut self) -> f64 {
+        self.0.peak_gflops()
+    }
+
+    fn can_run(&self, op: &Op, _: DType) -> Result<(), Lack> {
+        match Lack::of(&op.kind) {
+            Lack::Dropout | Lack::Average | Lack::QkClip => Err(Lack::of(&op.kind)),
+            _ => Ok(()),
+        }
+    }
+
+    fn workspace_len(&self, op: &Op, p: &Program) -> usize {
+        self.0.workspace_len(op, p)
+    }
+
+    fn allocate(&mut self, bytes: usize, mesh: &Mesh) -> Result<()> {
+        self.0.allocate(bytes, mesh)
+    }
+
+    fn allocated_bytes(&self) -> usize {
+        self.0.allocated_bytes()
+    }
+
+    fn copy_in(&mut self, to: Operand, bytes: &[u8]) -> Result<()> {
+        self.0.copy_in(to, bytes)
+    }
+
+    fn copy_out(&self, from: Operand, bytes: &mut [u8]) -> Result<()> {
+        self.0.copy_out(from, bytes)
+    }
+
+    fn clear(&mut self, what: Operand) -> Result<()> {
+        self.0.clear(what)
+    }
+
+    fn copy(&mut self, from: Operand, to: Operand) -> Result<()> {
+        self.0.copy(from, to)
+    }
+
+    fn sum(&mut self, what: Operand) -> Result<f64> {
+        self.0.sum(what)
+    }
+
+    fn launch(&mut self, launch: &Launch<'_>) -> Result<()> {
+        self.0.launch(launch)
+    }
+
+    fn say(&mut self, mesh: &mut Mesh, message: &Message<'_>, ticket: Option<Ticket>) -> Result<()> {
+        self.0.say(mesh, message, ticket)
+    }
+
+    fn end(&mut self, mesh: &mut Mesh, ticket: Ticket, over: &mut dyn FnMut(Instant, Instant)) -> Result<()> {
+        self.0.end(mesh, ticket, over)
+    }
+
+    fn synchronise(&mut self) -> Result<()> {
+        self.0.synchronise()
+    }
+}
+
+#[test]
+fn what_a_device_lacks_of_a_recipe_is_said_before_anything_is_prepared() {
+    for (key, without) in [
+        ("train.dropout=0.1", "train.dropout=0"),
+        ("train.ema=0.9", "train.ema=0"),
+        ("optim.qk_clip=50", "optim.qk_clip=0"),
+        ("batch.ramp=[4,4,20]", "batch.ramp=[]"),
+    ] {
+        let run = RunSpec::load(None, &["model.preset=tiny".into(), key.into()], &RunSpec::no_files);
+        let run = run.expect("a run");
+        let e = train::check_run(&Card(Null::default()), &run).expect_err(key);
+        let name = key.split('=').next().expect("a key");
+        assert!(e.to_string().starts_with(&format!("{name}: card 0 ")), "{e}");
+        assert_eq!(e.hint_text(), Some(format!("set {without}, or run.device=cpu").as_str()));
+        assert_eq!(e.exit_code(), 2);
+        train::check_run(&Null::default(), &run).expect("whoever runs everything runs it");
+    }
+    let plain = RunSpec::load(None, &["model.preset=tiny".into()], &RunSpec::no_files).expect("a run");
+    train::check_run(&Card(Null::default()), &plain).expect("nothing is lacking");
 }

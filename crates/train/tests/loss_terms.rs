@@ -8,7 +8,15 @@ use spec::{DType, Layout, ModelSpec, Zero};
 use train::{Executor, Mesh};
 
 const SEQUENCES: usize = 8;
-const RECIPE: Recipe = Recipe { optimizer: spec::Optimizer::AdamW, z_loss: 0.01, documents: false };
+const RECIPE: Recipe = Recipe {
+    optimizer: spec::Optimizer::AdamW,
+    z_loss: 0.01,
+    documents: false,
+    dropout: 0.0,
+    qk_clip: 0.0,
+    ema: false,
+    ramp: None,
+};
 
 fn capped() -> ModelSpec {
     // Weights that make logits large against the cap.

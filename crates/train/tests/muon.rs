@@ -8,7 +8,15 @@ use program::Recipe;
 use spec::{DType, Experts, Layout, ModelSpec, Optimizer, PipelineSchedule, Recompute, Router, Zero};
 
 const SEQUENCES: usize = 8;
-const MUON: Recipe = Recipe { optimizer: Optimizer::Muon, z_loss: 0.0, documents: false };
+const MUON: Recipe = Recipe {
+    optimizer: Optimizer::Muon,
+    z_loss: 0.0,
+    documents: false,
+    dropout: 0.0,
+    qk_clip: 0.0,
+    ema: false,
+    ramp: None,
+};
 
 fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> Trained {
     let initialise = |exec: &mut train::Executor| exec.initialise(m, 11).expect("weights");

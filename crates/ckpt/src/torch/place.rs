@@ -3,12 +3,17 @@ use crate::manifest::Kind;
 /// The tensor of bytes that holds what a manifest says beside its tensors.
 pub(crate) const META: &str = "phalanx.meta";
 
+/// In front of the names of averaged parameters.
+const AVERAGES: &str = "ema.";
+
 /// What a tensor of a training state is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     Param,
     ExpAvg,
     ExpAvgSq,
+    /// The average of a parameter over steps.
+    Ema,
     /// The optimiser's count of steps of one parameter.
     Step,
 }
@@ -19,6 +24,7 @@ impl Place {
             Kind::Param => Place::Param,
             Kind::ExpAvg => Place::ExpAvg,
             Kind::ExpAvgSq => Place::ExpAvgSq,
+            Kind::Ema => Place::Ema,
         }
     }
 
@@ -27,13 +33,14 @@ impl Place {
             Place::Param => Some(Kind::Param),
             Place::ExpAvg => Some(Kind::ExpAvg),
             Place::ExpAvgSq => Some(Kind::ExpAvgSq),
+            Place::Ema => Some(Kind::Ema),
             Place::Step => None,
         }
     }
 
     fn state(self) -> &'static str {
         match self {
-            Place::Param => "",
+            Place::Param | Place::Ema => "",
             Place::ExpAvg => "exp_avg",
             Place::ExpAvgSq => "exp_avg_sq",
             Place::Step => "step",
@@ -44,6 +51,7 @@ impl Place {
     pub(crate) fn name(self, parameter: &str) -> String {
         match self {
             Place::Param => format!("model.{parameter}"),
+            Place::Ema => format!("{AVERAGES}{parameter}"),
             _ => format!("optim.state.{parameter}.{}", self.state()),
         }
     }
@@ -61,7 +69,10 @@ impl Place {
                 }
             }
         }
-        (Place::Param, name.strip_prefix("model.").unwrap_or(name))
+        match name.strip_prefix(AVERAGES) {
+            Some(parameter) => (Place::Ema, parameter),
+            None => (Place::Param, name.strip_prefix("model.").unwrap_or(name)),
+        }
     }
 
     /// The keys of the nested dictionaries that lead to a tensor with a name of [`Place::name`].
@@ -93,7 +104,7 @@ mod tests {
         ] {
             assert_eq!(Place::parse(name), expected, "{name}");
         }
-        for place in [Place::Param, Place::ExpAvg, Place::ExpAvgSq, Place::Step] {
+        for place in [Place::Param, Place::ExpAvg, Place::ExpAvgSq, Place::Ema, Place::Step] {
             assert_eq!(Place::parse(&place.name("a.b")), (place, "a.b"));
         }
         assert_eq!(Place::path("optim.state.a.b.exp_avg"), ["optim", "state", "a.b", "exp_avg"]);

@@ -21,6 +21,7 @@ fn check(name: &str, format: Format, step: u64, expected: &[(&str, Kind, &[usize
             Kind::Param => 1.0,
             Kind::ExpAvg => 0.5,
             Kind::ExpAvgSq => 0.25,
+            Kind::Ema => unreachable!("PyTorch's own states have none"),
         };
         let n = shape.iter().product();
         let mut all = vec![0.0; n];
@@ -40,7 +41,8 @@ const STATE: [(&str, &[usize]); 4] =
     [("embed.weight", &[7, 4]), ("layers.0.w", &[6, 5]), ("layers.0.b", &[5]), ("stack", &[3, 2, 4])];
 
 fn state() -> Vec<(&'static str, Kind, &'static [usize])> {
-    STATE.iter().flat_map(|(name, shape)| Kind::ALL.map(|kind| (*name, kind, *shape))).collect()
+    let kinds = [Kind::Param, Kind::ExpAvg, Kind::ExpAvgSq];
+    STATE.iter().flat_map(|(name, shape)| kinds.map(|kind| (*name, kind, *shape))).collect()
 }
 
 #[test]
@@ -100,7 +102,7 @@ fn an_export_comes_back_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let from = Checkpoint::open(&checkpoint(&dir.path().join("a"))).unwrap();
     let out = dir.path().join("dcp");
-    assert_eq!(export_dcp(&from, &out).unwrap().tensors, 6 + 2 + 1);
+    assert_eq!(export_dcp(&from, &out).unwrap().tensors, 8 + 2 + 1);
     let done = import(&out, &dir.path().join("b"), Some(Format::Dcp)).unwrap();
     assert!(done.whole && done.notes.is_empty(), "{:?}", done.notes);
     assert!(done.path.ends_with("step-00000007"));

@@ -35,7 +35,7 @@ pub struct ExportedDcp {
 }
 
 /// Writes `checkpoint` as a directory that `torch.distributed.checkpoint` loads: parameters as `model.NAME`, moments as
-/// `optim.state.NAME.exp_avg` and `.exp_avg_sq`, steps as `optim.state.NAME.step`, all float32, each in one chunk; and
+/// `optim.state.NAME.exp_avg` and `.exp_avg_sq`, steps as `optim.state.NAME.step`, averages as `ema.NAME`, all float32, each in one chunk; and
 /// what else a manifest says as JSON in `phalanx.meta`, a tensor of bytes. Streams; the directory appears whole or not
 /// at all.
 ///

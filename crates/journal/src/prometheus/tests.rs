@@ -89,7 +89,7 @@ fn a_page_says_what_the_journal_says() {
 fn what_is_not_finite_is_written_as_prometheus_wants_it() {
     let mut m = Metrics::default();
     m.observe(&step(3, f64::NAN));
-    m.observe(&Record::Eval { time_us: 0, step: 3, loss: f64::INFINITY, tokens: 1 });
+    m.observe(&Record::Eval { time_us: 0, step: 3, loss: f64::INFINITY, average_loss: None, tokens: 1 });
     let page = render(&[("r".into(), m)], &[], Format::Text);
     for line in ["phalanx_loss{run=\"r\"} NaN", "phalanx_eval_loss{run=\"r\"} +Inf"] {
         assert!(page.lines().any(|l| l == line), "{line} in\n{page}");

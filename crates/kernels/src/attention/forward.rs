@@ -27,9 +27,25 @@ pub fn attention<T: Storage>(
     lse: &mut [f32],
     ws: &mut [f32],
 ) {
+    attention_maxima(pool, shape, qkv, sees, o, lse, None, ws);
+}
+
+/// [`attention`], which also writes the greatest score of every query, `[seqs, heads, seq]`; with sinks, they count too.
+pub fn attention_maxima<T: Storage>(
+    pool: &Pool,
+    shape: &Attention,
+    qkv: &[T],
+    sees: Sees<'_, T>,
+    o: &mut [T],
+    lse: &mut [f32],
+    maxima: Option<&mut [f32]>,
+    ws: &mut [f32],
+) {
     let rows = shape.seqs * shape.seq;
     assert_eq!((o.len(), lse.len()), (rows * shape.o_ld(), rows * shape.heads));
-    let out = Out::Whole { o: &Parts::new(o), lse: &Parts::new(lse) };
+    assert!(maxima.as_ref().is_none_or(|m| m.len() == lse.len()), "greatest scores");
+    let maxima = maxima.map(Parts::new);
+    let out = Out::Whole { o: &Parts::new(o), lse: &Parts::new(lse), maxima: maxima.as_ref() };
     let span = Queries::causal(shape.seq, Places::whole(shape.seq));
     ForwardJob { shape: *shape, qkv, keys: shape.own(qkv), out, span, sees }.run(pool, ws);
 }
@@ -69,7 +85,7 @@ struct Scratch<'a> {
 #[derive(Clone, Copy)]
 pub(super) enum Out<'a, T> {
     /// All keys are at hand.
-    Whole { o: &'a Parts<'a, T>, lse: &'a Parts<'a, f32> },
+    Whole { o: &'a Parts<'a, T>, lse: &'a Parts<'a, f32>, maxima: Option<&'a Parts<'a, f32>> },
     /// More keys come: weighted sums `[rows, heads, value_dim]`, greatest scores and sums of exponentials `[seqs, heads,
     /// seq]` so far. Nothing was there before where this is the `first` part.
     Part { sums: &'a Parts<'a, f32>, max: &'a Parts<'a, f32>, total: &'a Parts<'a, f32>, first: bool },
@@ -220,8 +236,12 @@ impl<T: Element> ForwardJob<'_, T> {
             let own = g * n..(g + 1) * n;
             let sums = &sums[own.start * wide..own.end * wide];
             match self.out {
-                Out::Whole { o, lse } => {
-                    // SAFETY: rows of a sequence and head belong to one task.
+                Out::Whole { o, lse, maxima } => {
+                    if let Some(maxima) = maxima {
+                        // SAFETY: rows of a sequence and head belong to one task.
+                        unsafe { maxima.part(of.clone()) }.copy_from_slice(&max[own.clone()]);
+                    }
+                    // SAFETY: as above.
                     let lse = unsafe { lse.part(of) };
                     logarithms(&max[own.clone()], &total[own.clone()], lse);
                     divide(sums, &total[own], o, to, shape.o_ld(), shape.value_dim);

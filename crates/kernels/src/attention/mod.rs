@@ -19,7 +19,7 @@ mod sinks;
 pub use backward::{attention_dx, attention_dx_workspace_len};
 pub(crate) use decode::softmax_of;
 pub use decode::{attention_decode, attention_decode_workspace_len};
-pub use forward::{attention, attention_workspace_len};
+pub use forward::{attention, attention_maxima, attention_workspace_len};
 pub use ring::{
     Sight, Softmax, attention_part, attention_part_dx, attention_parts, attention_parts_dx, pack_kv,
 };

@@ -122,7 +122,16 @@ fn recipes(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
         orthogonalise(pool, &mut update, shape, 5, 0.2, &mut ws);
         muon(pool, (0.999, -1e-3), &mut moved, &update);
     }
-    vec![("soft cap", bits(&logits)), ("muon", bits(&[update, momentum, moved].concat()))]
+    let (mut mean, mut left) = (r.vec(ld * DIM), r.vec(ROWS * DIM));
+    average(pool, 0.3, &mut mean, &moved);
+    let (x, bias, of) = (r.vec(ROWS * DIM), r.vec(DIM), Dropout { key: 5, rate: 0.2 });
+    dropout(pool, of, &|row| 3 * row as u64, &x, Some(&bias), Acc::InPlace, &mut left, DIM);
+    vec![
+        ("soft cap", bits(&logits)),
+        ("muon", bits(&[update, momentum, moved].concat())),
+        ("average", bits(&mean)),
+        ("dropout", bits(&left)),
+    ]
 }
 
 /// Those of a mixture of experts: routed, sent to their experts and back.

@@ -8,6 +8,7 @@ mod latent;
 mod linear;
 mod loss;
 mod muon;
+mod recipes;
 mod reference;
 mod ring;
 mod rows;

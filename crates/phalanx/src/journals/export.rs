@@ -115,7 +115,9 @@ impl<'a> Table<'a> {
     pub(super) fn columns(&self) -> Vec<(String, Type)> {
         use Type::*;
         let fixed: &[(&str, Type)] = match self.kind {
-            "eval" => &[("time_us", Int), ("step", Int), ("loss", Float), ("tokens", Int)],
+            "eval" => {
+                &[("time_us", Int), ("step", Int), ("loss", Float), ("tokens", Int), ("average_loss", Float)]
+            }
             "checkpoint" => &[
                 ("time_us", Int),
                 ("step", Int),
@@ -216,8 +218,9 @@ fn row(kind: &str, record: &Record, axes: &BTreeSet<String>) -> Option<(u64, Vec
             row.extend(axes.iter().map(|axis| Float(s.waits_s.get(axis).copied())));
             (s.step, row)
         }
-        ("eval", Record::Eval { time_us, step, loss, tokens }) => {
-            (*step, vec![Int(*time_us), Int(*step), Float(Some(*loss)), Int(*tokens)])
+        ("eval", Record::Eval { time_us, step, loss, average_loss, tokens }) => {
+            let values = [Int(*time_us), Int(*step), Float(Some(*loss)), Int(*tokens), Float(*average_loss)];
+            (*step, values.into())
         }
         ("checkpoint", Record::Checkpoint { time_us, step, path, bytes, save_s, stall_s }) => {
             let path = Text(path.clone());

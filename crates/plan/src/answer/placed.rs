@@ -34,7 +34,11 @@ pub fn stage_memory(problem: &Problem, placement: &Placement, stage: usize) -> R
         rank: stage * layout.stage_ranks(),
         mode: program::Mode::Train,
         loss: Default::default(),
-        recipe: program::Recipe { optimizer: problem.optimizer, ..Default::default() },
+        recipe: program::Recipe {
+            optimizer: problem.optimizer.rule,
+            ema: problem.optimizer.average,
+            ..Default::default()
+        },
     };
     program::Program::build(&request, &|_, _| 0).map(|p| p.memory)
 }

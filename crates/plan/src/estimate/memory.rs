@@ -67,7 +67,7 @@ impl Estimator<'_> {
         MemoryUse {
             params: weight * over(Zero::Parameters),
             grads: SUM_BYTES * over(Zero::Gradients) * sums,
-            optimizer: SUM_BYTES * optimizer_states(placement.precision()) * over(Zero::Optimizer)
+            optimizer: SUM_BYTES * self.optimizer_states(placement.precision()) * over(Zero::Optimizer)
                 - self.second_moments_spared(placement, t, stages),
             activations,
             working,
@@ -75,9 +75,16 @@ impl Estimator<'_> {
         }
     }
 
+    /// Numbers in 32 bit that are kept for each parameter: two moments, a master of weights in 16 bit, and an average of the
+    /// weights if there is one.
+    fn optimizer_states(&self, precision: DType) -> f64 {
+        let average = if self.problem.optimizer.average { 1.0 } else { 0.0 };
+        average + if precision == DType::F32 { 2.0 } else { 3.0 }
+    }
+
     /// Bytes of the second moments that Muon does not keep.
     fn second_moments_spared(&self, placement: &Placement, t: &Timed, stages: &Stages) -> f64 {
-        if self.problem.optimizer != Optimizer::Muon {
+        if self.problem.optimizer.rule != Optimizer::Muon {
             return 0.0;
         }
         let l = &placement.layout;
@@ -93,9 +100,4 @@ impl Estimator<'_> {
 /// Micro-batches in flight on the first of `pp` stages with `chunks` each.
 fn interleaved(pp: f64, chunks: f64) -> f64 {
     (2.0 * (pp - 1.0) + (chunks - 1.0) * pp + 1.0) / chunks
-}
-
-/// Numbers in 32 bit that the optimiser keeps for each parameter: two moments, and a master of weights in 16 bit.
-pub(super) fn optimizer_states(precision: DType) -> f64 {
-    if precision == DType::F32 { 2.0 } else { 3.0 }
 }

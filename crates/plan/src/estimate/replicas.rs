@@ -291,10 +291,13 @@ impl Estimator<'_> {
         };
         let elements: f64 = r.elements.iter().zip(&r.holders).map(owned).sum();
         let held: f64 = r.elements.iter().map(|e| e.held).sum();
-        let update = 2.0 * SUM_BYTES * 4.0 + if placement.precision() == DType::F32 { 0.0 } else { 2.0 };
+        // An average reads weights and itself, and is written.
+        let average = if self.problem.optimizer.average { 3.0 * SUM_BYTES } else { 0.0 };
+        let update =
+            2.0 * SUM_BYTES * 4.0 + average + if placement.precision() == DType::F32 { 0.0 } else { 2.0 };
         d.optimizer_s = stream_s(&self.wide_chip, elements * update + SUM_BYTES * held)
             / self.problem.constants.stream.min(1.0);
-        if self.problem.optimizer == Optimizer::Muon {
+        if self.problem.optimizer.rule == Optimizer::Muon {
             d.optimizer_s += self.orthogonalised_s(placement, &r, t, stages);
         }
     }

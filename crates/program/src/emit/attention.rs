@@ -63,8 +63,24 @@ impl Emitter<'_> {
                 OpKind::RingAttention { heads, sees, axis: Axis::Cp }
             }
         };
+        let Some(layer) = self.layer_that_clips() else {
+            self.push(kind, name, ins, outs);
+            return o;
+        };
+        let maxima = self.stat(&format!("{name}.maxima"), rows, heads.q);
+        let maxima = self.g.all(maxima);
+        outs.push(maxima);
         self.push(kind, name, ins, outs);
+        self.push(OpKind::LogitMax { heads, layer }, &format!("{name}.max"), vec![maxima], vec![]);
         o
+    }
+
+    /// The layer that is being emitted, if its greatest scores are looked at.
+    fn layer_that_clips(&self) -> Option<usize> {
+        match self.g.place {
+            Place::Layer(layer) if self.clips => Some(layer),
+            _ => None,
+        }
     }
 
     /// What the layer that is being emitted sees: a window as long as the sequence bounds nothing.

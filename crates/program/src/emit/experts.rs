@@ -69,13 +69,20 @@ impl Emitter<'_> {
         let out = self.act(&p("unpermute"), rows, hidden);
         let (ins, outs) = (vec![self.g.all(y), gates, index], vec![self.g.all(out)]);
         self.push(OpKind::Unpermute { top_k: e.top_k }, &p("unpermute"), ins, outs);
+        let drop = p("drop");
         if !sliced {
+            if self.dropout > 0.0 {
+                return self.dropped(&drop, out, None, Some(residual));
+            }
             self.last().acc = Some(self.g.all(residual));
             return out;
         }
         let whole = self.act(&p("unslice"), cx.tokens(), hidden);
         let (ins, outs) = (vec![self.g.all(out)], vec![self.g.all(whole)]);
         self.push(OpKind::Unslice { axis: Axis::Tp }, &p("unslice"), ins, outs);
+        if self.dropout > 0.0 {
+            return self.dropped(&drop, whole, None, Some(residual));
+        }
         let sum = self.g.like(residual, &p("add"));
         let (ins, outs) = (vec![self.g.all(residual), self.g.all(whole)], vec![self.g.all(sum)]);
         self.push(OpKind::Add, &p("add"), ins, outs);

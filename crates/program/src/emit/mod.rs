@@ -9,7 +9,7 @@ mod own;
 use spec::{Activation, DType};
 
 use crate::graph::{Graph, Node, Operand, Phase, Source, ValueId};
-use crate::op::{Axis, OpKind};
+use crate::op::{Axis, OpId, OpKind};
 use crate::params::Chunk;
 use crate::rank::Rank;
 use crate::role::{Place, Role};
@@ -29,10 +29,15 @@ pub(crate) struct Forward {
     pub(crate) boundaries: Vec<ValueId>,
 }
 
-/// Emits the forward ops of one chunk on local shards, with explicit collectives; with those of the module that predicts one
-/// token more only if `mtp`.
-pub(crate) fn forward(cx: &Rank<'_>, chunk: &Chunk, mtp: bool) -> Forward {
-    let mut e = Emitter { cx, g: Graph::default(), params: vec![None; cx.groups.len()] };
+/// Emits the forward ops of one chunk on local shards, with explicit collectives.
+///
+/// With `trains` elements are left out and scores are looked at, as the recipe says, and the module is there that predicts one token
+/// more; else it is the model itself.
+pub(crate) fn forward(cx: &Rank<'_>, chunk: &Chunk, trains: bool) -> Forward {
+    let mtp = trains && chunk.mtp;
+    let recipe = &cx.request.recipe;
+    let (dropout, clips) = if trains { (recipe.dropout, recipe.qk_clip > 0.0) } else { (0.0, false) };
+    let mut e = Emitter { cx, g: Graph::default(), params: vec![None; cx.groups.len()], dropout, clips };
     let input = if chunk.embed { e.embedding() } else { e.receive(chunk) };
     let mut x = input;
     let mut boundaries = vec![input];
@@ -79,6 +84,10 @@ pub struct Emitter<'a> {
     cx: &'a Rank<'a>,
     g: Graph,
     params: Vec<Option<ValueId>>,
+    /// Share that is left out of embeddings and of what layers add to the residual stream.
+    dropout: f32,
+    /// The greatest scores of attention are looked at.
+    clips: bool,
 }
 
 impl Emitter<'_> {
@@ -136,7 +145,8 @@ impl Emitter<'_> {
         let x = self.act(name, cx.tokens(), cx.model.hidden);
         let out = self.g.all(x);
         self.push(OpKind::Embed { vocab0: cx.vocab().0, positions }, name, ins, vec![out]);
-        self.leave_tp(&format!("{name}.reduce"), x)
+        let x = self.leave_tp(&format!("{name}.reduce"), x);
+        if self.dropout > 0.0 { self.dropped(&format!("{name}.drop"), x, None, None) } else { x }
     }
 
     fn receive(&mut self, chunk: &Chunk) -> ValueId {
@@ -248,13 +258,21 @@ impl Emitter<'_> {
 
     /// `residual + x w^T + b`, where each rank holds some columns of `w`.
     pub fn row_parallel(&mut self, role: Role, name: &str, x: ValueId, residual: ValueId) -> ValueId {
+        let drop = format!("{name}.drop");
         if self.cx.layout.tp == 1 {
             let y = self.linear(role, name, x, self.cx.model.hidden);
+            if self.dropout > 0.0 {
+                return self.dropped(&drop, y, None, Some(residual));
+            }
             self.last().acc = Some(self.g.all(residual));
             return y;
         }
         let partial = self.product(role, name, x, self.cx.model.hidden);
         let y = self.leave_tp(&format!("{name}.reduce"), partial);
+        if self.dropout > 0.0 {
+            let bias = self.param(role, true);
+            return self.dropped(&drop, y, bias, Some(residual));
+        }
         let out = self.g.like(residual, &format!("{name}.add"));
         // The bias is added once, after the sum over ranks.
         let mut ins = vec![self.g.all(residual), self.g.all(y)];
@@ -262,6 +280,22 @@ impl Emitter<'_> {
         let o = self.g.all(out);
         self.push(OpKind::Add, &format!("{name}.add"), ins, vec![o]);
         out
+    }
+
+    /// `residual + kept(x + b)`: what is left out is drawn by the op's name, the step, and the places of row and column.
+    fn dropped(
+        &mut self,
+        name: &str,
+        x: ValueId,
+        bias: Option<Operand>,
+        residual: Option<ValueId>,
+    ) -> ValueId {
+        let y = self.g.like(x, name);
+        let ins = [self.g.all(x)].into_iter().chain(bias).collect();
+        let outs = vec![self.g.all(y)];
+        self.push(OpKind::Dropout { site: OpId::of(name).0, rate: self.dropout }, name, ins, outs);
+        self.last().acc = residual.map(|r| self.g.all(r));
+        y
     }
 
     /// From the residual stream into a tensor-parallel region (Megatron's f, or the gather of sequence parallelism).

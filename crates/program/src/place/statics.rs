@@ -16,6 +16,13 @@ use crate::{Bucket, GroupBuffers, Io, NORM_CHUNK};
 /// while most of the backward pass is still ahead.
 const BUCKET_BYTES: usize = 8 << 20;
 
+/// What the optimiser keeps of each group.
+struct State {
+    exp_avg: Vec<BufferId>,
+    exp_avg_sq: Vec<Option<BufferId>>,
+    average: Option<Vec<BufferId>>,
+}
+
 impl Placer<'_> {
     fn fixed(&mut self, name: String, rows: usize, cols: usize, dtype: DType, place: Place) -> BufferId {
         let home = Home::Static { offset: self.at };
@@ -52,26 +59,14 @@ impl Placer<'_> {
             .collect();
         let chunk0 = self.first_chunks();
         let holds_embedding = cx.chunks.iter().any(|c| c.embed);
-        let region = |l: &mut Self, prefix: &str, dtype: DType, owned_only: bool| -> Vec<BufferId> {
-            let training = !cx.generates();
-            (0..groups.len())
-                .map(|i| {
-                    let (rows, cols) = if !training && !prefix.is_empty() {
-                        (0, groups[i].cols)
-                    } else if owned_only && owned[i].count != groups[i].len() {
-                        (1, owned[i].count)
-                    } else {
-                        (groups[i].rows, groups[i].cols)
-                    };
-                    l.fixed(format!("{prefix}{}", groups[i].name), rows, cols, dtype, groups[i].key.place)
-                })
-                .collect()
-        };
-        let params = region(self, "", self.cx.dtype, layout.zero >= Zero::Parameters);
+        let sharded = (layout.zero >= Zero::Parameters).then_some(owned.as_slice());
+        let params = self.region("", cx.dtype, sharded);
         self.memory.params = self.at;
         let masters = (self.cx.dtype != DType::F32 && !cx.generates())
-            .then(|| region(self, "master.", DType::F32, true));
+            .then(|| self.region("master.", DType::F32, Some(&owned)));
         self.memory.master = self.at - self.memory.params;
+        // Where the batch grows, what steps hand on lies where no size of it moves it.
+        let early = cx.request.recipe.ramp.is_some().then(|| self.state(&owned));
         let before = self.at;
         let grads: Vec<(BufferId, BufferId)> =
             (0..groups.len()).map(|i| self.grad_levels(i, owned[i].count, holds_embedding, false)).collect();
@@ -83,10 +78,7 @@ impl Placer<'_> {
             })
             .collect();
         self.memory.grads = self.at - before;
-        let before = self.at;
-        let exp_avg = region(self, "exp_avg.", DType::F32, true);
-        let exp_avg_sq = self.second_moments(&owned);
-        self.memory.moments = self.at - before;
+        let state = early.unwrap_or_else(|| self.state(&owned));
         for (i, g) in groups.iter().enumerate() {
             let copy_of_tied = g.key.role == Role::Embedding && !holds_embedding;
             self.groups.push(GroupBuffers {
@@ -96,13 +88,48 @@ impl Placer<'_> {
                 grad: grads[i].1,
                 head_grad_levels: head_grads[i].map(|h| h.0),
                 head_grad: head_grads[i].map(|h| h.1),
-                exp_avg: exp_avg[i],
-                exp_avg_sq: exp_avg_sq[i],
+                exp_avg: state.exp_avg[i],
+                exp_avg_sq: state.exp_avg_sq[i],
+                average: state.average.as_ref().map(|a| a[i]),
                 owned: owned[i],
                 norm_chunk0: chunk0[g.name.as_str()],
                 counts: !copy_of_tied && (!g.replicated_tp || cx.coords.tp == 0),
             });
         }
+    }
+
+    /// A buffer for each group: all of it or, of groups that are sharded, the owned part.
+    fn region(&mut self, prefix: &str, dtype: DType, owned: Option<&[Owned]>) -> Vec<BufferId> {
+        let cx = self.cx;
+        let buffer = |(i, group): (usize, &ParamGroup)| {
+            let part = owned.map(|all| all[i].count).filter(|count| *count != group.len());
+            let (rows, cols) = match part {
+                _ if cx.generates() && !prefix.is_empty() => (0, group.cols),
+                Some(count) => (1, count),
+                None => (group.rows, group.cols),
+            };
+            self.fixed(format!("{prefix}{}", group.name), rows, cols, dtype, group.key.place)
+        };
+        cx.groups.iter().enumerate().map(buffer).collect()
+    }
+
+    /// What steps hand on: the optimiser's, biases of experts, and the average of the weights.
+    fn state(&mut self, owned: &[Owned]) -> State {
+        let before = self.at;
+        let exp_avg = self.region("exp_avg.", DType::F32, Some(owned));
+        let exp_avg_sq = self.second_moments(owned);
+        self.memory.moments = self.at - before;
+        let biased = self.cx.model.experts.filter(|e| e.router.expert_bias);
+        self.io.expert_bias = biased.map(|e| {
+            let layers = self.cx.model.all_layers();
+            self.fixed("expert_bias".to_owned(), layers, e.count, DType::F32, Place::Step)
+        });
+        self.biases = self.at - before - self.memory.moments;
+        let before = self.at;
+        let keeps = self.cx.request.recipe.ema && !self.cx.generates();
+        let average = keeps.then(|| self.region("average.", DType::F32, Some(owned)));
+        self.memory.average = self.at - before;
+        State { exp_avg, exp_avg_sq, average }
     }
 
     /// The second moments of what AdamW updates: Muon keeps none.
@@ -185,10 +212,11 @@ impl Placer<'_> {
         let (model, sequence) = (self.cx.model, self.cx.sequence);
         let n = if self.cx.generates() { 1 } else { local_sequences * sequence };
         let experts = model.experts.filter(|_| !self.cx.generates()).map_or(0, |e| e.count);
-        let biases = model.experts.filter(|e| e.router.expert_bias);
         let (norm_chunks, sequences) = (self.norm_chunks, self.cx.request.sequences);
         let layers = model.all_layers();
-        let shared = norm_chunks + layers * experts + sequences + 1;
+        let clips = self.cx.request.recipe.qk_clip > 0.0 && !self.cx.generates();
+        let maxima = if clips { self.cx.layout.dp * layers * model.heads } else { 0 };
+        let shared = norm_chunks + maxima + layers * experts + sequences + 1;
         let positions = sequence.max(self.cx.request.mode.positions());
         let rotated = model.latent.map_or(model.head_dim, |l| l.rope_dim);
         let half = if matches!(model.position, Position::Rope(_)) { rotated / 2 } else { 0 };
@@ -197,6 +225,7 @@ impl Placer<'_> {
         let mtp = self.cx.mtp();
         let cache = self.cx.request.mode.positions() * model.layers;
         let dtype = self.cx.dtype;
+        let expert_bias = self.io.expert_bias;
         let mut table =
             |name: &str, rows, cols, dtype| self.fixed(name.to_owned(), rows, cols, dtype, Place::Step);
         let mut io = Io {
@@ -207,8 +236,9 @@ impl Placer<'_> {
             starts: documents.then(|| table("starts", n, 1, DType::U32)),
             loss_leaves: table("loss_leaves", local_sequences, 1, DType::F64),
             norm_chunks: table("norm_chunks", shared, 1, DType::F64),
+            logit_maxima: clips.then(|| table("logit_maxima", layers, heads.q, DType::F64)),
             expert_counts: (experts > 0).then(|| table("expert_counts", layers, experts, DType::F64)),
-            expert_bias: biases.map(|e| table("expert_bias", layers, e.count, DType::F32)),
+            expert_bias,
             cos: table("rope.cos", positions, half, DType::F32),
             sin: table("rope.sin", positions, half, DType::F32),
             k_cache: None,
@@ -223,7 +253,7 @@ impl Placer<'_> {
             io.k_cache = Some(table("cache.k", cache, keys, dtype));
             io.v_cache = Some(table("cache.v", cache, values, dtype));
         }
-        self.memory.other = self.at - before;
+        self.memory.other = self.at - before + std::mem::take(&mut self.biases);
         io
     }
 

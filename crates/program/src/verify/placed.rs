@@ -43,7 +43,9 @@ fn timelines(p: &Program) -> Vec<Timeline<'_>> {
             BlockWork::Train(_) => chunks.entry(block.chunk).or_default().push(block),
             // The same values as without reductions.
             BlockWork::TrainLast(_) => {}
-            BlockWork::Evaluate | BlockWork::Generate | BlockWork::Tail => alone.push(vec![block]),
+            BlockWork::Evaluate | BlockWork::Generate | BlockWork::Tail | BlockWork::Average => {
+                alone.push(vec![block]);
+            }
         }
     }
     chunks.into_values().chain(alone).collect()

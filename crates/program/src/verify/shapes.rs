@@ -121,6 +121,11 @@ fn expected_without_weights(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
     let at = |i: usize| ins.get(i).copied();
     Some(match kind {
         Rope { heads, .. } => same(packed(heads, at(0)?)),
+        Dropout { .. } => {
+            let x = at(0)?;
+            let bias = at(1).map(|_| of(1, x.cols, x.dtype));
+            ([x].into_iter().chain(bias).collect(), vec![x])
+        }
         LatentRope { heads, .. } => {
             let q = at(0)?;
             (vec![of(q.rows, heads.q * heads.dim, q.dtype)], vec![packed(heads, q)])
@@ -162,6 +167,7 @@ fn expected_without_weights(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
             (vec![x, u32(x.rows, 1), f32(x.rows, 3)], vec![x, f32(x.rows, 1)])
         }
         LossSum { .. } => (vec![f32(at(0)?.rows, 1)], vec![]),
+        LogitMax { heads, .. } => (vec![f32(at(0)?.rows, heads.q)], vec![]),
         AllReduce { .. } | Fork { .. } => same(at(0)?),
         PosGrad | BiasGrad | Send { .. } => (vec![at(0)?], vec![]),
         _ => return unstated(kind, ins),
@@ -265,7 +271,7 @@ fn unstated(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
         SyncGrads { .. } | AllGatherParams { .. } | ShardGrads { .. } | TieGrads { .. } | GradNorm => {
             return Some((vec![], vec![]));
         }
-        AdamW { .. } => return Some((vec![], vec![])),
+        AdamW { .. } | Average { .. } | SwapAverage { .. } | QkClip { .. } => return Some((vec![], vec![])),
         BalanceExperts { .. } => {
             let counts = *ins.first()?;
             return Some((vec![of(counts.rows, 1, DType::F64)], vec![]));

@@ -19,7 +19,7 @@ fn parts(m: &Memory) -> [(&'static str, f64); 5] {
     [
         ("parameters", m.params + m.master),
         ("gradients", m.grads),
-        ("optimizer", m.moments),
+        ("optimizer", m.moments + m.average),
         ("activations", m.slots + m.scratch),
         ("other", m.other + m.workspace),
     ]

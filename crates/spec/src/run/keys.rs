@@ -267,6 +267,12 @@ pub(crate) static KEYS: &[Key] = &[
     key("batch.sequences", count(1, MAX_WORLD), "8", "global batch in sequences"),
     key("batch.tokens", count(1, MAX_BATCH_TOKENS), "", "global batch in tokens, instead of sequences"),
     key(
+        "batch.ramp",
+        KeyKind::Counts,
+        "[]",
+        "[START, INCREMENT, SAMPLES]: steps begin with START sequences and grow by INCREMENT to the full batch over SAMPLES",
+    ),
+    key(
         "optim.kind",
         KeyKind::Choice(&["adamw", "muon"]),
         "\"adamw\"",
@@ -284,6 +290,12 @@ pub(crate) static KEYS: &[Key] = &[
     key("optim.weight_decay", ZERO_UP, "0.1", "decoupled decay, not on norms and biases"),
     key("optim.grad_clip", ZERO_UP, "1.0", "largest global gradient norm; 0 = off"),
     key("optim.momentum", BELOW_ONE, "0.95", "muon: decay of the momentum (Nesterov's)"),
+    key(
+        "optim.qk_clip",
+        ZERO_UP,
+        "0",
+        "heads with a greater score of attention in a step get queries and keys that make it this; 0 = none",
+    ),
     key(
         "schedule.kind",
         KeyKind::Choice(&["cosine", "wsd", "linear", "constant"]),
@@ -316,6 +328,18 @@ pub(crate) static KEYS: &[Key] = &[
         SHARE,
         "0",
         "factor of the mean squared log-sum-exp of the logits, beside the loss; 0 = none",
+    ),
+    key(
+        "train.dropout",
+        BELOW_ONE,
+        "0",
+        "share of embeddings, and of what layers add to the residual stream, left out at random in training; 0 = none",
+    ),
+    key(
+        "train.ema",
+        BELOW_ONE,
+        "0",
+        "decay of an average of the weights over steps, which is evaluated beside them; 0 = none",
     ),
     key("train.seed", count(0, i64::MAX as usize), "42", "seed of weights and data order"),
     key(

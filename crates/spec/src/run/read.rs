@@ -127,7 +127,7 @@ impl RunSpec {
     }
 
     fn check_together(&self, doc: &Doc) -> Result<()> {
-        let BatchSpec { sequence, sequences } = self.batch;
+        let sequence = self.batch.sequence;
         let longest = self.model.max_positions();
         if sequence > longest {
             return Err(doc
@@ -151,7 +151,7 @@ impl RunSpec {
                 }));
         }
         trouble::check(self, doc)?;
-        self.layout.validate(&self.model, sequences, sequence).map_err(|e| doc.locate(e))
+        self.validate_layout(&self.layout).map_err(|e| doc.locate(e))
     }
 }
 
@@ -310,7 +310,7 @@ fn read_batch(doc: &Doc, longest: usize) -> Result<BatchSpec> {
             "batch.sequence x sequences = {sequence} x {sequences} tokens, expected at most {MAX_BATCH_TOKENS}"
         )));
     }
-    Ok(BatchSpec { sequence, sequences })
+    Ok(BatchSpec { sequence, sequences, ramp: ramp::read(doc, sequences)? })
 }
 
 fn read_optim(doc: &Doc) -> Result<OptimSpec> {
@@ -325,6 +325,7 @@ fn read_optim(doc: &Doc) -> Result<OptimSpec> {
         weight_decay: doc.number("optim.weight_decay")?,
         grad_clip: (clip > 0.0).then_some(clip),
         momentum: doc.number("optim.momentum")?,
+        qk_clip: doc.number("optim.qk_clip")? as f32,
     })
 }
 
@@ -387,6 +388,8 @@ fn read_train(doc: &Doc) -> Result<TrainSpec> {
         steps: doc.count("train.steps")?,
         precision: if doc.choice("train.precision")? == "bf16" { DType::Bf16 } else { DType::F32 },
         z_loss: doc.number("train.z_loss")? as f32,
+        dropout: doc.number("train.dropout")? as f32,
+        ema: doc.number("train.ema")?,
         eval_every: doc.count_or_off("train.eval_every")?,
         eval_batches: doc.count("train.eval_batches")?,
         log_every: doc.count("train.log_every")?,

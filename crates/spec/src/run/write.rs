@@ -99,7 +99,9 @@ impl RunSpec {
         let decides = |key: &str| match key.split_once('.') {
             Some(("model", name)) => name != "name",
             Some(("data", name)) => ["vocab_size", "split", "attend"].contains(&name),
-            Some(("train", name)) => ["steps", "precision", "z_loss", "seed"].contains(&name),
+            Some(("train", name)) => {
+                ["steps", "precision", "z_loss", "dropout", "ema", "seed"].contains(&name)
+            }
             Some((section, _)) => ["batch", "optim", "schedule"].contains(&section),
             None => false,
         };
@@ -115,6 +117,7 @@ impl RunSpec {
             ("batch.sequence", self.batch.sequence.to_string()),
             ("batch.sequences", self.batch.sequences.to_string()),
         ]);
+        values.extend(self.batch.ramp.map(|_| ("batch.ramp", format!("{:?}", self.batch.ramp_list()))));
         self.optim_values(&mut values);
         values.extend([
             ("schedule.kind", quoted(schedule.kind.name())),
@@ -132,6 +135,8 @@ impl RunSpec {
             ("train.precision", quoted(&train.precision.to_string())),
         ]);
         values.extend((train.z_loss != 0.0).then(|| ("train.z_loss", single(train.z_loss))));
+        values.extend((train.dropout != 0.0).then(|| ("train.dropout", single(train.dropout))));
+        values.extend((train.ema != 0.0).then(|| ("train.ema", float(train.ema))));
         values.extend([
             ("train.seed", train.seed.to_string()),
             ("train.eval_every", off(train.eval_every)),
@@ -185,6 +190,7 @@ impl RunSpec {
         ]);
         let momentum = muon || optim.momentum != MOMENTUM;
         values.extend(momentum.then(|| ("optim.momentum", float(optim.momentum))));
+        values.extend((optim.qk_clip != 0.0).then(|| ("optim.qk_clip", single(optim.qk_clip))));
     }
 
     fn trouble_values(&self, values: &mut Vec<(&'static str, String)>) {

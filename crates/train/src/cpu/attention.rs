@@ -1,7 +1,11 @@
 //! Kernels of attention: at once, on a ring of ranks, and against a cache.
 
+use std::ops::Range;
+
+use half::bf16;
 use kernels::{Pool, Sees, Sight, Softmax};
 use program::OpKind;
+use spec::DType;
 
 use super::args::Args;
 use super::table::{Number, not_mine};
@@ -14,7 +18,8 @@ pub(super) fn attention<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     match *a.launch().kind() {
         OpKind::Attention { heads, sees } => {
             let (shape, sees) = (attention_shape(heads, n, seq), seen(a, sees, 1));
-            kernels::attention(pool, &shape, qkv, sees, a.out(0), a.out_floats(1), ws);
+            let maxima = (a.launch().outputs() > 2).then(|| a.out_floats(2));
+            kernels::attention_maxima(pool, &shape, qkv, sees, a.out(0), a.out_floats(1), maxima, ws);
         }
         OpKind::AttentionGrad { heads, sees } => {
             let (shape, sees) = (attention_shape(heads, n, seq), seen(a, sees, 4));
@@ -124,4 +129,45 @@ pub(super) fn attention_cached<T: Number>(pool: &Pool, a: &Args<'_, T>) {
         attention_shape(h, 1, 1).scale,
         a.workspace(),
     );
+}
+
+/// The greatest scores of a step, and weights scaled by them.
+pub(super) fn qk_clip<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    match *a.launch().kind() {
+        OpKind::LogitMax { .. } => kernels::head_maxima(a.floats(0), a.launch().sequence(), a.out_doubles(0)),
+        OpKind::QkClip { heads, tau, .. } => {
+            let group = heads.q / heads.kv;
+            // Queries' heads, then keys', each with those that share its key.
+            for head in 0..heads.q + heads.kv {
+                let key = if head < heads.q { head / group } else { head - heads.q };
+                let most = greatest(a, key * group..(key + 1) * group);
+                if most > f64::from(tau) {
+                    let factor = (f64::from(tau) / most).sqrt() as f32;
+                    scale_features(pool, a, head * heads.dim..(head + 1) * heads.dim, factor);
+                }
+            }
+        }
+        _ => not_mine!(a),
+    }
+}
+
+/// The greatest score of some heads over all data-parallel ranks.
+fn greatest<T: Number>(a: &Args<'_, T>, heads: Range<usize>) -> f64 {
+    let of_rank = |i: usize| a.doubles(i)[heads.clone()].iter().copied().fold(0.0, f64::max);
+    (0..a.launch().inputs()).map(of_rank).fold(0.0, f64::max)
+}
+
+/// Scales those of some features' weights that this rank updates.
+fn scale_features<T: Number>(pool: &Pool, a: &Args<'_, T>, features: Range<usize>, factor: f32) {
+    let (first, width) = a.launch().features();
+    let count = a.launch().output(0).len();
+    let [start, end] = [features.start, features.end].map(|f| (f * width).saturating_sub(first).min(count));
+    if a.launch().precision() == DType::F32 {
+        kernels::scale(pool, factor, &mut a.out_floats(0)[start..end]);
+        return;
+    }
+    let master = &mut a.out_floats(1)[start..end];
+    kernels::scale(pool, factor, master);
+    let param: &mut [bf16] = bytemuck::cast_slice_mut(a.out(0));
+    kernels::from_f32(pool, master, &mut param[start..end]);
 }

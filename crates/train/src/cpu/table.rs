@@ -7,7 +7,7 @@ use program::{Heads, LossTerms, NORM_CHUNK, OpKind};
 use spec::{DType, NormKind};
 
 use super::args::Args;
-use super::attention::{attention, attention_cached, ring_attention};
+use super::attention::{attention, attention_cached, qk_clip, ring_attention};
 use super::experts::{balance, grouped_linear, permute, route, slice};
 use super::latent::{latent_cached, latent_norm, latent_rope};
 use super::muon::muon;
@@ -52,6 +52,7 @@ pub(super) fn kernel<T: Number>(kind: &OpKind) -> Result<Kernel<T>, Lack> {
         GroupedLinearGradWeight { .. } | GroupedBiasGrad { .. } => grouped_linear,
         Rows { .. } | RowsGrad { .. } => row_fn,
         SwiGlu { .. } | SwiGluGrad { .. } | Gelu { .. } | GeluGrad { .. } | Add => elementwise,
+        Dropout { .. } => dropout,
         SoftCap { .. }
         | Xent { .. }
         | XentStats { .. }
@@ -63,6 +64,8 @@ pub(super) fn kernel<T: Number>(kind: &OpKind) -> Result<Kernel<T>, Lack> {
         GradNorm => grad_norm,
         AdamW { .. } => adamw,
         MuonMomentum { .. } | Orthogonalise { .. } | Muon { .. } => muon,
+        Average { .. } | SwapAverage { .. } => average,
+        LogitMax { .. } | QkClip { .. } => qk_clip,
         other => return Err(Lack::of(other)),
     })
 }
@@ -215,6 +218,17 @@ fn elementwise<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     }
 }
 
+fn dropout<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let OpKind::Dropout { site, rate } = *a.launch().kind() else { not_mine!(a) };
+    let l = a.launch();
+    let of = kernels::Dropout { key: site ^ l.turn.draws, rate };
+    let place = |row: usize| {
+        let (sequence, position) = l.place(row);
+        (sequence as u64) << 32 | position as u64
+    };
+    kernels::dropout(pool, of, &place, a.input(0), a.optional(1), a.acc(), a.out(0), a.shape(0).1);
+}
+
 fn row_fn<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     let ((n, _), ws) = (a.shape(0), a.workspace());
     match *a.launch().kind() {
@@ -294,5 +308,25 @@ fn adamw<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     } else {
         let param: &mut [bf16] = bytemuck::cast_slice_mut(a.out(0));
         kernels::adamw_bf16(pool, &config, a.out_floats(3), m, v, grad, param);
+    }
+}
+
+fn average<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let turn = a.launch().turn;
+    match *a.launch().kind() {
+        OpKind::Average { .. } => {
+            let Some(update) = turn.update else { unreachable!("the tail of a step has its numbers") };
+            let share = kernels::average_share(turn.ema, update.step);
+            kernels::average(pool, share, a.out_floats(0), a.floats(0));
+        }
+        OpKind::SwapAverage { .. } if a.launch().precision() == DType::F32 => {
+            kernels::swap(pool, a.out_floats(0), a.out_floats(1));
+        }
+        OpKind::SwapAverage { .. } => {
+            let (master, param) = (a.out_floats(1), bytemuck::cast_slice_mut(a.out(0)));
+            kernels::swap(pool, master, a.out_floats(2));
+            kernels::from_f32(pool, master, param);
+        }
+        _ => not_mine!(a),
     }
 }

@@ -14,7 +14,7 @@ use crate::documents::attend;
 use crate::exec::Executor;
 use crate::mesh::Mesh;
 use crate::run_dir::RunDir;
-use crate::trainer::{load, open_data, step_inputs};
+use crate::trainer::{load_step, open_data, step_inputs};
 use crate::trouble::Limits;
 
 /// More named differences than these are counted.
@@ -44,7 +44,7 @@ impl Redone {
         threads: usize,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Redone> {
-        run.layout.validate(&run.model, run.batch.sequences, run.batch.sequence)?;
+        run.validate_layout(&run.layout)?;
         let world = run.layout.world();
         let worlds = World::threads(world)?;
         let each = (threads / world).max(1);
@@ -170,7 +170,7 @@ fn again(
     let mut outputs = BTreeMap::new();
     let mut updated = true;
     for step in (done + 1..=history.step).filter(|step| !history.is_left_out(*step)) {
-        load(&mut exec, streams.train.as_ref(), step - 1, &mut sample)?;
+        load_step(&mut exec, run, streams.train.as_ref(), step - 1, &mut sample)?;
         let inputs = step_inputs(run, step, false, false);
         let (out, bad) = exec.attempt(&inputs, &Limits::NONE)?;
         outputs.insert(step, (out.loss, out.grad_norm));

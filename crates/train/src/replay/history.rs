@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use journal::ledger::{Drawings, Skipped};
 use journal::{Action, Record, Trouble};
+use spec::run::BatchSpec;
 use spec::{Error, Result};
 
 use super::{Recorded, Try};
@@ -46,7 +47,7 @@ pub(super) struct History {
 }
 
 impl History {
-    pub(super) fn read(dir: &Path, step: u64, sequences: u64) -> Result<History> {
+    pub(super) fn read(dir: &Path, step: u64, batch: BatchSpec) -> Result<History> {
         let mut h = History {
             step,
             outputs: BTreeMap::new(),
@@ -94,7 +95,7 @@ impl History {
                 drawings.add(rank, record);
             }
         }
-        h.skipped = drawings.ledger(sequences).skipped;
+        h.skipped = drawings.ledger(batch).skipped;
         h.skipped.retain(|s| s.step < step);
         Ok(h)
     }

@@ -8,7 +8,7 @@ use spec::{Error, Result, RunSpec};
 
 use super::trouble::Looks;
 use super::waits::Waits;
-use super::{Event, Pace, Trainer, host, load, now_us};
+use super::{Event, Pace, Trainer, host, load_step, now_us};
 use crate::begin::Beginning;
 use crate::documents::attend;
 use crate::peak::Peak;
@@ -80,7 +80,7 @@ impl Trainer {
         };
         attend(&mut t.exec, &t.run, t.begin.prepared())?;
         if t.step < t.run.train.steps as u64 {
-            load(&mut t.exec, t.streams.train.as_ref(), t.step, &mut t.sample)?;
+            load_step(&mut t.exec, &t.run, t.streams.train.as_ref(), t.step, &mut t.sample)?;
         }
         if round == 0 {
             t.peak = Some(Peak::measure(&mut *t.exec.device, &crate::text::cache(&t.run)));

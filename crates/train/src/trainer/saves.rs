@@ -14,11 +14,11 @@ impl Trainer {
     /// What the checkpoint of this step says of the run.
     pub(super) fn meta(&self) -> ckpt::Meta {
         let batch = &self.run.batch;
-        let samples = self.step * batch.sequences as u64;
+        let samples = batch.samples_before(self.step);
         let mut state = identity::state(samples, &self.streams, self.begin.tokenizer.as_ref());
         self.watch.write(&self.run.trouble, &mut state);
         ckpt::Meta {
-            tokens: self.step * (batch.sequence * batch.sequences) as u64,
+            tokens: samples * batch.sequence as u64,
             fingerprint: self.run.fingerprint(),
             world: self.run.layout.world(),
             state,

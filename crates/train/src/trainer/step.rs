@@ -6,7 +6,7 @@ use journal::Record;
 use spec::{Result, RunSpec};
 
 use super::trouble::Mended;
-use super::{Drawn, Event, Pace, Trainer, load};
+use super::{Drawn, Event, Pace, Trainer, load_step};
 use crate::exec::{StepInputs, StepOutputs};
 use crate::host::now_us;
 use crate::saving::Saving;
@@ -79,7 +79,8 @@ impl Trainer {
 
     /// Loads the batch of the next step, and lets go wrong what is to go wrong in it.
     fn begin_step(&mut self) -> Result<Drawn> {
-        let drawn = load(&mut self.exec, self.streams.train.as_ref(), self.step, &mut self.sample)?;
+        let stream = self.streams.train.as_ref();
+        let drawn = load_step(&mut self.exec, &self.run, stream, self.step, &mut self.sample)?;
         self.drill().map(|()| drawn)
     }
 
@@ -90,7 +91,7 @@ impl Trainer {
     /// What the step that was done last was.
     fn step_record(&mut self, out: StepOutputs, step_s: f64) -> Result<Record> {
         let (step, batch) = (self.step, &self.run.batch);
-        let tokens = batch.tokens();
+        let (tokens, sequence) = (batch.tokens_after(step - 1), batch.sequence as u64);
         let lr = self.run.lr_at(step as usize);
         let tokens_per_s = tokens as f64 / step_s;
         let flops_per_s = self.run.model.flops_per_token(batch.sequence) * tokens_per_s;
@@ -102,7 +103,7 @@ impl Trainer {
             loss: out.loss,
             grad_norm: out.grad_norm,
             lr,
-            tokens: step * tokens,
+            tokens: batch.samples_before(step) * sequence,
             valid_tokens: tokens,
             tokens_per_s,
             mfu,
@@ -119,7 +120,7 @@ impl Trainer {
 pub(crate) fn step_inputs(run: &RunSpec, step: u64, stop: bool, saved: bool) -> StepInputs {
     let optim = &run.optim;
     StepInputs {
-        valid_tokens: run.batch.tokens(),
+        valid_tokens: run.batch.tokens_after(step - 1),
         lr: run.lr_at(step as usize),
         step,
         beta1: optim.beta1,
@@ -127,6 +128,8 @@ pub(crate) fn step_inputs(run: &RunSpec, step: u64, stop: bool, saved: bool) -> 
         eps: optim.eps,
         weight_decay: optim.weight_decay,
         momentum: optim.momentum,
+        ema: run.train.ema,
+        seed: run.train.seed,
         clip: optim.grad_clip,
         stop,
         saved,

@@ -148,8 +148,11 @@ fn check(keys: &[&str], ranks: usize, faults: &[Fault], training: usize, redone:
         all
     };
     // What decides the numbers is the same for both.
-    let numbers: Vec<&str> =
-        keys.iter().copied().filter(|k| k.starts_with("train.") || k.starts_with("model.")).collect();
+    let numbers: Vec<&str> = keys
+        .iter()
+        .copied()
+        .filter(|k| ["train.", "model.", "batch."].iter().any(|s| k.starts_with(s)))
+        .collect();
     let alone_keys = here(&numbers, "alone");
     Job::start(dir.path(), &alone_keys, 1, u64::MAX).finish(1);
     let keys = here(keys, "run");
@@ -210,6 +213,18 @@ fn stages_and_half_precision_survive_too() {
         2,
         1,
     );
+}
+
+/// A batch that grows under them, and an average of the weights that is evaluated in their place.
+#[test]
+fn a_growing_batch_and_averages_survive() {
+    // 4 sequences in the first five steps, 8 from then on.
+    let grows = ["batch.ramp=[4,4,20]", "train.ema=0.9", "checkpoint.every=0"];
+    let over = |keys: &[&'static str]| [&grows, keys].concat();
+    let kills = [Fault::Kill(1, 3, 1), Fault::Kill(0, 5, 1), Fault::Kill(1, 7, 1)];
+    check(&over(&["layout.dp=2", "layout.zero=1"]), 2, &kills, 2, 3);
+    check(&over(&["layout.dp=4", "layout.zero=3"]), 4, &[Fault::Kill(3, 4, 0), Fault::Come(8, 1)], 4, 2);
+    check(&over(&["layout.dp=2", "layout.pp=2", "train.precision=bf16"]), 4, &[Fault::Stop(3, 6, 1)], 4, 1);
 }
 
 /// Experts that lie on several ranks: lost ones come from memory, and those of four ranks go to two and back.

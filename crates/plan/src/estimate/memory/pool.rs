@@ -9,7 +9,7 @@ use crate::software::Pool;
 use super::super::section::Timed;
 use super::super::step::Stages;
 use super::super::{Estimator, MemoryUse};
-use super::{SUM_BYTES, optimizer_states};
+use super::SUM_BYTES;
 
 /// What one stage of a pipeline holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -82,7 +82,7 @@ impl Estimator<'_> {
         MemoryUse {
             params: weight * over(Zero::Parameters),
             grads: SUM_BYTES * over(Zero::Gradients) + buckets,
-            optimizer: SUM_BYTES * optimizer_states(placement.precision()) * over(Zero::Optimizer)
+            optimizer: SUM_BYTES * self.optimizer_states(placement.precision()) * over(Zero::Optimizer)
                 - share * self.second_moments_spared(placement, t, stages),
             activations,
             working: peak - activations + gathers + anew,
