@@ -24,7 +24,7 @@ const QUICK: [usize; 5] = [0, 2, 5, 7, 9];
 const BF16: [usize; 5] = [0, 3, 5, 7, 9];
 
 /// Keys of models with the kinds of op that the shapes above lack.
-const OTHERS: [&str; 3] = [
+const OTHERS: [&str; 5] = [
     "model.hidden=128 model.ffn=512 model.heads=4 model.kv_heads=4 model.head_dim=32 model.vocab=1024 model.norm=layer \
      model.position=learned model.max_positions=128 model.activation=gelu_tanh model.qkv_bias=true \
      model.attn_out_bias=true model.mlp_bias=true model.tied_embeddings=true batch.sequence=128 batch.sequences=4",
@@ -33,6 +33,10 @@ const OTHERS: [&str; 3] = [
      model.attn_out_bias=true model.mlp_bias=true model.tied_embeddings=true batch.sequence=256 batch.sequences=2",
     "model.hidden=256 model.ffn=688 model.heads=8 model.kv_heads=4 model.head_dim=32 model.vocab=2048 \
      model.qk_norm=true batch.sequence=256 batch.sequences=4",
+    "model.hidden=128 model.ffn=256 model.heads=4 model.kv_heads=4 model.head_dim=32 model.vocab=1024 \
+     model.experts.count=4 model.experts.top_k=2 model.experts.ffn=256 batch.sequence=128 batch.sequences=4",
+    "model.hidden=384 model.ffn=512 model.heads=6 model.kv_heads=6 model.head_dim=64 model.vocab=2048 \
+     model.experts.count=8 model.experts.top_k=2 model.experts.ffn=512 batch.sequence=256 batch.sequences=4",
 ];
 
 /// Programs of one rank.
@@ -44,8 +48,8 @@ pub(crate) fn alone(quick: bool) -> Result<Vec<RunSpec>> {
     f32s.chain(others).chain(bf16s).collect()
 }
 
-/// Programs of two ranks with the kinds of op that only groups run: of split vocabularies, added biases and sharded
-/// gradients.
+/// Programs of two ranks with the kinds of op that only groups run: of split vocabularies, added biases, sharded gradients,
+/// rows that tensor-parallel ranks route, and heads that context-parallel ranks deal.
 pub(crate) fn split() -> Result<Vec<RunSpec>> {
     let (llama, gpt) = ("model.hidden=384 model.ffn=1024 model.heads=6 model.kv_heads=6", OTHERS[0]);
     let small =
@@ -56,6 +60,9 @@ pub(crate) fn split() -> Result<Vec<RunSpec>> {
         format!("{gpt} model.layers=1 layout.tp=2"),
         format!("{llama} model.layers=1 batch.sequence=256 batch.sequences=4 layout.dp=2 layout.zero=2"),
         format!("{small} model.layers=2 batch.sequence=64 batch.sequences=4 layout.dp=2 layout.zero=2"),
+        format!("{} model.layers=1 layout.tp=2", OTHERS[3]),
+        format!("{llama} model.layers=1 batch.sequence=512 batch.sequences=2 layout.cp=2 layout.context=heads"),
+        format!("{small} model.layers=2 batch.sequence=64 batch.sequences=2 layout.cp=2 layout.context=heads"),
     ]
     .iter()
     .map(|keys| load(keys))

@@ -14,7 +14,7 @@ use std::path::Path;
 use common::model;
 use program::{Loss, Mode, Pass, PassTimes, Program, Request, in_flight, orders, play};
 use spec::hash::fnv1a;
-use spec::{DType, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Reduce, Zero};
+use spec::{ContextMode, DType, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Reduce, Zero};
 
 /// Compares with `tests/pinned/NAME.txt`.
 #[track_caller]
@@ -111,6 +111,9 @@ fn layouts() -> Vec<Layout> {
         Layout { ep: 2, cp: 2, ..one.clone() },
         Layout { ep: 2, dp: 4, ..zero(Zero::Gradients, 4) },
         Layout { ep: 2, dp: 2, micro_batch: 4, ..zero(Zero::Gradients, 2) },
+        Layout { cp: 2, context: ContextMode::Heads, micro_batch: 2, ..one.clone() },
+        Layout { cp: 4, context: ContextMode::Heads, recompute: Recompute::Full, ..zero(Zero::Optimizer, 2) },
+        Layout { cp: 2, tp: 2, context: ContextMode::Heads, sequence_parallel: true, ..zero(Zero::Parameters, 2) },
     ]
 }
 
@@ -139,12 +142,13 @@ fn programs_change_only_on_purpose() {
                 let l = layout;
                 writeln!(
                     all,
-                    "{name} {precision} dp={} tp={} pp={}x{} cp={} ep={} {:?} {:?} {:?} rank {rank}: {}",
+                    "{name} {precision} dp={} tp={} pp={}x{} cp={}{} ep={} {:?} {:?} {:?} rank {rank}: {}",
                     l.dp,
                     l.tp,
                     l.pp,
                     l.chunks,
                     l.cp,
+                    if l.deals_heads() { " by heads" } else { "" },
                     l.ep,
                     l.zero,
                     l.schedule,

@@ -86,7 +86,7 @@ fn call(p: &Program, op: &Op) -> Call {
             cols: p.memory.workspace / 4,
             dtype: DType::F32,
         },
-        sequence: p.local_sequence(),
+        sequence: p.sequence_of(&op.kind),
         places: p.positions().map(|range| range.start),
         ring: (p.coords.cp, p.layout.cp),
         precision: p.precision,

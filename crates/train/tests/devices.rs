@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use common::inputs;
 use program::{Members, Mode, OpId, OpKind, Program, Request};
-use spec::{DType, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Zero};
+use spec::{ContextMode, DType, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Zero};
 use train::{Executor, Mesh, Null};
 
 /// The ops of a step, each as often as it runs.
@@ -99,7 +99,9 @@ fn every_kind_of_layout() {
             let layout =
                 Layout { dp: 8, tp: 2, pp: 2, zero, schedule, chunks, micro_batch: 2, ..Layout::default() };
             check(&model, &layout, common::SEQUENCE, 64);
-            check(&model, &Layout { dp: 4, cp: 4, ..layout }, common::SEQUENCE, 64);
+            check(&model, &Layout { dp: 4, cp: 4, ..layout.clone() }, common::SEQUENCE, 64);
+            let context = ContextMode::Heads;
+            check(&model, &Layout { dp: 4, cp: 2, context, ..layout }, common::SEQUENCE, 64);
         }
     }
 }

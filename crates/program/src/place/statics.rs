@@ -181,6 +181,8 @@ impl Placer<'_> {
         let before = self.at;
         let (model, sequence) = (self.cx.model, self.cx.sequence);
         let n = if self.cx.generates() { 1 } else { local_sequences * sequence };
+        // Where heads are dealt, attention has whole sequences.
+        let seen = if self.cx.layout.deals_heads() { n * self.cx.layout.cp } else { n };
         let experts = model.experts.filter(|_| !self.cx.generates()).map_or(0, |e| e.count);
         let (norm_chunks, sequences) = (self.norm_chunks, self.cx.request.sequences);
         let shared = norm_chunks + model.layers * experts + sequences + 1;
@@ -196,7 +198,7 @@ impl Placer<'_> {
         let mut io = Io {
             tokens: table("tokens", n, 1, DType::U32),
             targets: table("targets", n, 1, DType::U32),
-            starts: documents.then(|| table("starts", n, 1, DType::U32)),
+            starts: documents.then(|| table("starts", seen, 1, DType::U32)),
             loss_leaves: table("loss_leaves", local_sequences, 1, DType::F64),
             norm_chunks: table("norm_chunks", shared, 1, DType::F64),
             expert_counts: (experts > 0).then(|| table("expert_counts", model.layers, experts, DType::F64)),

@@ -330,7 +330,13 @@ pub(crate) static KEYS: &[Key] = &[
         "layout.cp",
         count(1, MAX_WORLD),
         "1",
-        "context-parallel ranks: each holds a part of every sequence, and keys and values walk around them",
+        "context-parallel ranks: each holds a part of every sequence",
+    ),
+    key(
+        "layout.context",
+        KeyKind::Choice(&["ring", "heads"]),
+        "\"ring\"",
+        "with cp, attention by keys and values that walk around its ranks, or by an exchange of rows for heads",
     ),
     key(
         "layout.ep",
