@@ -106,7 +106,8 @@ pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Ch
     let too_large = layouts_priced - fit.len();
     // A stable sort: of equals the first in the order of the search stays first, on every rank.
     fit.sort_by(|a, b| a.step_s.total_cmp(&b.step_s));
-    let (mut same, mut other): (Vec<_>, Vec<_>) = fit.into_iter().partition(|c| c.layout.tp * c.layout.cp == 1);
+    let (mut same, mut other): (Vec<_>, Vec<_>) =
+        fit.into_iter().partition(|c| c.layout.tp * c.layout.cp == 1);
     if same.is_empty() {
         std::mem::swap(&mut same, &mut other);
     }
@@ -120,8 +121,7 @@ pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Ch
 /// how many rows come to their experts, which is no part of a program.
 fn quick(machine: &Machine, load: &Workload<'_>, layout: &Layout) -> Result<Choice> {
     // The last of those that shard owns the most under ZeRO.
-    let of =
-        |rank: usize| Coords { dp: layout.dp - 1, cp: layout.cp - 1, tp: 0, ..Coords::of(rank, layout) };
+    let of = |rank: usize| Coords { dp: layout.dp - 1, cp: layout.cp - 1, tp: 0, ..Coords::of(rank, layout) };
     let mut built: BTreeMap<usize, Program> = BTreeMap::new();
     for rank in 0..layout.world() {
         let stands = of(rank).rank(layout);

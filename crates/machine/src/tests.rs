@@ -301,9 +301,8 @@ fn the_search_takes_the_fastest_that_keeps_the_bits_and_is_the_same_every_time()
     // Experts are spread where that keeps the bits; sequences are cut where nothing else is left.
     let moe = mixture();
     let all = search::axes(&load(&moe), 2);
-    let has = |cp: usize, ep: usize, context| {
-        all.iter().any(|l| (l.cp, l.ep, l.context) == (cp, ep, context))
-    };
+    let has =
+        |cp: usize, ep: usize, context| all.iter().any(|l| (l.cp, l.ep, l.context) == (cp, ep, context));
     let (ring, heads) = (ContextMode::Ring, ContextMode::Heads);
     assert!(has(1, 2, ring) && has(2, 1, heads) && has(2, 2, ring) && !has(1, 2, heads));
     assert_eq!(search(&m, &load(&moe), 2).expect("a choice").best[0].layout.cp, 1);

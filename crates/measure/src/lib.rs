@@ -96,9 +96,8 @@ mod tests {
 
     #[test]
     fn counts_of_steps_become_shares_of_layers() {
-        let step = |counts: Option<Vec<Vec<u64>>>| {
-            Record::Step(Step { expert_counts: counts, ..Step::default() })
-        };
+        let step =
+            |counts: Option<Vec<Vec<u64>>>| Record::Step(Step { expert_counts: counts, ..Step::default() });
         let of = |all: &[Option<Vec<Vec<u64>>>]| {
             let mut sums = Counts::default();
             all.iter().for_each(|counts| sums.take(&step(counts.clone())));

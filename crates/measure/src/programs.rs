@@ -61,8 +61,12 @@ pub(crate) fn split() -> Result<Vec<RunSpec>> {
         format!("{llama} model.layers=1 batch.sequence=256 batch.sequences=4 layout.dp=2 layout.zero=2"),
         format!("{small} model.layers=2 batch.sequence=64 batch.sequences=4 layout.dp=2 layout.zero=2"),
         format!("{} model.layers=1 layout.tp=2", OTHERS[3]),
-        format!("{llama} model.layers=1 batch.sequence=512 batch.sequences=2 layout.cp=2 layout.context=heads"),
-        format!("{small} model.layers=2 batch.sequence=64 batch.sequences=2 layout.cp=2 layout.context=heads"),
+        format!(
+            "{llama} model.layers=1 batch.sequence=512 batch.sequences=2 layout.cp=2 layout.context=heads"
+        ),
+        format!(
+            "{small} model.layers=2 batch.sequence=64 batch.sequences=2 layout.cp=2 layout.context=heads"
+        ),
     ]
     .iter()
     .map(|keys| load(keys))

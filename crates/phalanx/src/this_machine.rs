@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Instant;
 
-use machine::{Machine, Workload};
 use machine::search::{Chosen, search};
+use machine::{Machine, Workload};
 use serde_json::json;
 use spec::{DType, Error, Layout, ModelSpec, NumberFormat, Recompute, Result, RunSpec};
 use train::RunDir;
@@ -316,7 +316,8 @@ fn assumptions(machine: &Machine, run: &RunSpec, args: &Plan) -> Vec<String> {
     let always = [
         format!("rates measured on {} ({} cores) at {}", machine.cpu, machine.cores, machine.measured),
         "nothing else runs on the machine; tokens are at hand when a step begins".to_owned(),
-        "tensor- and context-parallel layouts are set apart, because they change the order of sums".to_owned(),
+        "tensor- and context-parallel layouts are set apart, because they change the order of sums"
+            .to_owned(),
     ];
     always.into_iter().chain(experts).collect()
 }
@@ -328,8 +329,12 @@ fn shares(dir: &Path, run: &RunSpec) -> Result<Vec<Vec<f64>>> {
     let wanted = |layer: usize| model.experts.filter(|_| model.has_experts(layer)).map_or(0, |e| e.count);
     let fits = found.len() == model.layers && found.iter().enumerate().all(|(i, s)| s.len() == wanted(i));
     if !fits {
-        return Err(Error::user(format!("{} has other layers or experts than {}", dir.display(), model.name))
-            .hint("give a run of the same model"));
+        return Err(Error::user(format!(
+            "{} has other layers or experts than {}",
+            dir.display(),
+            model.name
+        ))
+        .hint("give a run of the same model"));
     }
     Ok(found)
 }

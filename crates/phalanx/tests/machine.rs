@@ -45,6 +45,7 @@ fn calibration() -> String {
         "unpermute_grad",
         "split_heads",
         "join_heads",
+        "slice",
     ];
     let mut text = String::from(
         "version = 1\n\n[machine]\nhost = \"lab\"\ncpu = \"two plausible cores\"\nphalanx = \"0.1.0\"\n\
@@ -210,7 +211,8 @@ fn an_automatic_layout_spreads_experts_and_cuts_sequences() {
     assert!(difference.bit_equal(), "{difference:?}");
 
     let plan = |args: &str| lab.json(&format!("plan --cluster this --model two/run.toml --json {args}"));
-    let (even, chosen) = (plan("--accelerators 2 --keep 99"), plan("--accelerators 2 --experts-of two --keep 99"));
+    let (even, chosen) =
+        (plan("--accelerators 2 --keep 99"), plan("--accelerators 2 --experts-of two --keep 99"));
     let spread = |plan: &Value| -> Vec<(Value, f64)> {
         let best = plan["best"].as_array().expect("layouts").iter();
         best.filter(|c| c["layout"]["ep"] == 2)
@@ -221,7 +223,10 @@ fn an_automatic_layout_spreads_experts_and_cuts_sequences() {
     assert!(chosen["assumptions"].to_string().contains("experts are chosen as in two"), "{chosen}");
     for (layout, even_s) in spread(&even) {
         let found = spread(&chosen).into_iter().find(|(l, _)| *l == layout);
-        assert!(found.is_none_or(|(_, s)| s > even_s), "some rank has more to do than an even share: {layout}");
+        assert!(
+            found.is_none_or(|(_, s)| s > even_s),
+            "some rank has more to do than an even share: {layout}"
+        );
     }
 
     let cut = "--nproc 2 --set layout=auto --set batch.sequences=1 --set model.layers=1 --set model.heads=3 \
@@ -245,8 +250,12 @@ fn counts_of_experts_come_from_a_run_of_the_same_model() {
     };
     let this = "--cluster this --model mixture/run.toml --experts-of";
     lab.ok(&format!("plan {this} mixture"));
-    check(&format!("{this} plain"), "no counts of experts are recorded in plain", "give the directory of a run");
-    check(&format!("{this} none"), "read none", "give the directory of a run");
+    check(
+        &format!("{this} plain"),
+        "no counts of experts are recorded in plain",
+        "give the directory of a run",
+    );
+    check(&format!("{this} none"), "read run directory none", "give the directory of a run");
     let other = "--cluster this --model plain/run.toml --experts-of mixture";
     check(other, "mixture has other layers or experts than", "give a run of the same model");
     let cluster = "--cluster dgx-h100 --model tiny --experts-of mixture";

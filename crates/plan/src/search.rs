@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 use serde::Serialize;
-use spec::{ContextMode, ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Rule, Zero};
+use spec::{
+    ContextMode, ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Rule, Zero,
+};
 
 use crate::estimate::{Estimate, Estimator, Problem, Shared};
 use crate::placement::{Order, Placement};
@@ -375,7 +377,8 @@ fn better(a: &Found, b: &Found) -> bool {
 impl SharedAxes {
     /// The job that estimates a placement.
     fn of(placement: &Placement) -> Self {
-        let &Layout { tp, cp, context, ep, sequence_parallel, micro_batch, recompute, .. } = &placement.layout;
+        let &Layout { tp, cp, context, ep, sequence_parallel, micro_batch, recompute, .. } =
+            &placement.layout;
         SharedAxes { tp, cp, context, ep, sequence_parallel, micro_batch, recompute }
     }
 

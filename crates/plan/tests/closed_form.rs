@@ -12,7 +12,9 @@ use plan::software::Software;
 use plan::template::{Task, tasks};
 use program::{ALIGN, Axis, Members, Mode, Pass, Place, Program, Replication, Request, orders};
 use proptest::prelude::*;
-use spec::{Catalog, ContextMode, Experts, Layout, ModelSpec, NumberFormat, PipelineSchedule, Recompute, Reduce, Zero};
+use spec::{
+    Catalog, ContextMode, Experts, Layout, ModelSpec, NumberFormat, PipelineSchedule, Recompute, Reduce, Zero,
+};
 
 const SEQUENCE: usize = 64;
 /// Micro-batches of a rank.

@@ -9,8 +9,8 @@ use plan::software::Software;
 use plan::template::{Key, Section, Task, Template, tasks};
 use program::{Program, Replication, Request};
 use spec::{
-    Catalog, ContextMode, DType, ExpertRows, Experts, Latent, Layout, ModelSpec, NumberFormat, PipelineSchedule,
-    Recompute, Reduce, Zero,
+    Catalog, ContextMode, DType, ExpertRows, Experts, Latent, Layout, ModelSpec, NumberFormat,
+    PipelineSchedule, Recompute, Reduce, Zero,
 };
 
 fn model(gated: bool) -> ModelSpec {

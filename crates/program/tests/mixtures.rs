@@ -6,7 +6,9 @@ use std::collections::{BTreeMap, HashMap};
 
 use common::{build, check_world, model};
 use program::{Axis, Collective, Coords, Members, OpKind, Phase, Program, Replication};
-use spec::{ContextMode, DType, ExpertRows, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
+use spec::{
+    ContextMode, DType, ExpertRows, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Zero,
+};
 
 const SEQUENCES: usize = 8;
 const SEQUENCE: usize = 16;
@@ -75,14 +77,26 @@ const POLICIES: [(Zero, Recompute); 7] = [
 
 fn layouts(model: &ModelSpec) -> Vec<Layout> {
     let mut all = Vec::new();
-    let axes = AXES.into_iter().flat_map(|a| CONTEXTS.into_iter().filter(move |c| a.1 > 1 || *c == ContextMode::Ring).map(move |c| (a, c)));
+    let axes = AXES.into_iter().flat_map(|a| {
+        CONTEXTS.into_iter().filter(move |c| a.1 > 1 || *c == ContextMode::Ring).map(move |c| (a, c))
+    });
     for ((dp, cp, tp, sequence_parallel, ep), context) in axes {
         let ep = if model.experts.is_some() { ep } else { 1 };
         for (pp, chunks, schedule) in PIPELINES {
             for (zero, recompute) in POLICIES {
                 let expert_rows = ExpertRows::Even;
-                let base =
-                    Layout { dp, cp, context, tp, ep, pp, chunks, schedule, expert_rows, ..Layout::default() };
+                let base = Layout {
+                    dp,
+                    cp,
+                    context,
+                    tp,
+                    ep,
+                    pp,
+                    chunks,
+                    schedule,
+                    expert_rows,
+                    ..Layout::default()
+                };
                 if zero == Zero::Gradients && ep > 1 {
                     let expert_rows = ExpertRows::All;
                     all.push(Layout { sequence_parallel, zero, recompute, expert_rows, ..base.clone() });

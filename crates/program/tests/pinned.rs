@@ -113,7 +113,13 @@ fn layouts() -> Vec<Layout> {
         Layout { ep: 2, dp: 2, micro_batch: 4, ..zero(Zero::Gradients, 2) },
         Layout { cp: 2, context: ContextMode::Heads, micro_batch: 2, ..one.clone() },
         Layout { cp: 4, context: ContextMode::Heads, recompute: Recompute::Full, ..zero(Zero::Optimizer, 2) },
-        Layout { cp: 2, tp: 2, context: ContextMode::Heads, sequence_parallel: true, ..zero(Zero::Parameters, 2) },
+        Layout {
+            cp: 2,
+            tp: 2,
+            context: ContextMode::Heads,
+            sequence_parallel: true,
+            ..zero(Zero::Parameters, 2)
+        },
     ]
 }
 

@@ -135,12 +135,7 @@ impl Layout {
 
     /// Where context-parallel ranks deal the heads of a tensor-parallel rank among themselves, each takes as many query
     /// heads, all with the same number of key and value heads: a share of them, or a copy of one.
-    fn check_heads<'a>(
-        &'a self,
-        model: &'a ModelSpec,
-        sequence: usize,
-        tolerance: Tolerance,
-    ) -> Checked<'a> {
+    fn check_heads<'a>(&'a self, model: &'a ModelSpec, sequence: usize, tolerance: Tolerance) -> Checked<'a> {
         if !self.deals_heads() {
             return Ok(());
         }
@@ -158,7 +153,8 @@ impl Layout {
         broken(Rule::Context, move || {
             let (count, what) =
                 if queries.is_multiple_of(cp) { (kv, "key and value") } else { (queries, "query") };
-            let of = if tp > 1 { format!("a tensor-parallel rank of {}", model.name) } else { model.name.clone() };
+            let of =
+                if tp > 1 { format!("a tensor-parallel rank of {}", model.name) } else { model.name.clone() };
             let fits = move |cp: usize| cp == 1 || sequence.is_multiple_of(cp) || tolerance.padded_sequence;
             let hint = values("layout.cp", divisors(queries).filter(|&c| works(c) && fits(c)));
             Error::user(format!("layout.context = \"heads\" with layout.cp = {cp} does not divide the {count} {what} heads of {of}"))

@@ -39,7 +39,9 @@ pub(crate) fn config(p: &Problem, placement: &Placement) -> Result<Emitted> {
     if l.cp > 1 {
         file["sequence_parallel_size"] = json!(l.cp);
         file["data_parallel_size"] = json!(l.dp);
-        notes.push("in the model: attention inside DistributedAttention, and each rank's part of a sequence".into());
+        notes.push(
+            "in the model: attention inside DistributedAttention, and each rank's part of a sequence".into(),
+        );
     }
     if l.pp > 1 {
         notes.push(format!("in the model: PipelineModule(..., num_stages={})", l.pp));

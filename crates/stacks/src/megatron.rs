@@ -2,7 +2,8 @@ use plan::estimate::Problem;
 use plan::placement::{Order, Placement};
 use plan::software::AttentionKernel;
 use spec::{
-    Activation, Layout, ModelSpec, NumberFormat, PipelineSchedule, Position, Recompute, Result, RopeScaling, Zero,
+    Activation, Layout, ModelSpec, NumberFormat, PipelineSchedule, Position, Recompute, Result, RopeScaling,
+    Zero,
 };
 
 use crate::traits::{beyond_positions, llama31, unsaid, whole};

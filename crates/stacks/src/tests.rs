@@ -348,7 +348,12 @@ fn what_a_stack_lacks_is_refused_with_what_it_has() {
     check("torchtitan", heads(Zero::Parameters, 1), "no all-to-all over heads", "context=ring");
     check("maxtext", heads(Zero::Parameters, 1), "no all-to-all over heads", "context=ring");
     check("megatron-deepspeed", heads(Zero::Optimizer, 2), "beside tensor or pipeline", "tp=1 and pp=1");
-    check("megatron", Layout { cp: 16, ..heads(Zero::Optimizer, 1) }, "no copies of 40 key and value heads", "smaller cp");
+    check(
+        "megatron",
+        Layout { cp: 16, ..heads(Zero::Optimizer, 1) },
+        "no copies of 40 key and value heads",
+        "smaller cp",
+    );
     check("slurm", layout(), "unknown stack", "known: megatron");
     check("megatorn", layout(), "unknown stack", "did you mean `megatron`?");
 }

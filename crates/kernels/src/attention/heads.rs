@@ -39,7 +39,8 @@ impl Share {
         let sections = sections.map(|(heads, copies, dim)| {
             let len = heads * copies / ranks * dim;
             let first = rank * heads / ranks * dim;
-            let section = Section { from: from + first, to, len, copies, again: !rank.is_multiple_of(copies) };
+            let section =
+                Section { from: from + first, to, len, copies, again: !rank.is_multiple_of(copies) };
             (from, to) = (from + heads * dim, to + len);
             section
         });

@@ -46,8 +46,7 @@ fn by_heads<T: Storage>(
 ) -> Vec<(Vec<T>, Vec<T>)> {
     let held_rows = Attention { seq: whole.seq / cp, ..*whole };
     let out = Attention { kv_heads: 0, head_dim: whole.value_dim, value_dim: 0, ..held_rows };
-    let own =
-        Attention { heads: whole.heads / cp, kv_heads: whole.kv_heads.div_ceil(cp), ..*whole };
+    let own = Attention { heads: whole.heads / cp, kv_heads: whole.kv_heads.div_ceil(cp), ..*whole };
     let o_cols = whole.heads * whole.value_dim;
     let parts = |x: &[T], shape: &Attention, cols: usize, own: usize| -> Vec<Vec<T>> {
         let split = |rank| split(pool, shape, cp, own, &held(x, whole, cols, cp, rank));
@@ -69,7 +68,8 @@ fn by_heads<T: Storage>(
     let (os, dqkvs) = (exchanged(&os, whole.seqs), exchanged(&dqkvs, whole.seqs));
     let rows = held_rows.seqs * held_rows.seq;
     let join = |(o, dqkv): (&Vec<T>, &Vec<T>)| {
-        let (mut o_rows, mut d_rows) = (vec![T::default(); rows * o_cols], vec![T::default(); rows * ld(whole)]);
+        let (mut o_rows, mut d_rows) =
+            (vec![T::default(); rows * o_cols], vec![T::default(); rows * ld(whole)]);
         join_heads(pool, &out, cp, o, &mut o_rows);
         join_heads(pool, &held_rows, cp, dqkv, &mut d_rows);
         (o_rows, d_rows)

@@ -326,12 +326,7 @@ pub(crate) static KEYS: &[Key] = &[
     key("layout.dp", count(1, MAX_WORLD), "1", "data-parallel ranks"),
     key("layout.tp", count(1, MAX_WORLD), "1", "tensor-parallel ranks"),
     key("layout.pp", count(1, MAX_WORLD), "1", "pipeline stages"),
-    key(
-        "layout.cp",
-        count(1, MAX_WORLD),
-        "1",
-        "context-parallel ranks: each holds a part of every sequence",
-    ),
+    key("layout.cp", count(1, MAX_WORLD), "1", "context-parallel ranks: each holds a part of every sequence"),
     key(
         "layout.context",
         KeyKind::Choice(&["ring", "heads"]),

@@ -431,7 +431,11 @@ fn read_layout(doc: &Doc) -> Result<Layout> {
         tp: doc.count("layout.tp")?,
         pp: doc.count("layout.pp")?,
         cp: doc.count("layout.cp")?,
-        context: if doc.choice("layout.context")? == "heads" { ContextMode::Heads } else { ContextMode::Ring },
+        context: if doc.choice("layout.context")? == "heads" {
+            ContextMode::Heads
+        } else {
+            ContextMode::Ring
+        },
         ep: doc.count("layout.ep")?,
         sequence_parallel: doc.flag("layout.sequence_parallel")?,
         zero,
