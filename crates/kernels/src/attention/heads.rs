@@ -29,7 +29,7 @@ struct Share {
 impl Share {
     fn of(shape: &Attention, ranks: usize, rank: usize) -> Share {
         let (q, kv) = (shape.heads, shape.kv_heads);
-        let copies = if kv > 0 { (ranks / kv).max(1) } else { 1 };
+        let copies = ranks.checked_div(kv).map_or(1, |copies| copies.max(1));
         assert!(
             q.is_multiple_of(ranks) && (kv * copies).is_multiple_of(ranks),
             "{q} query and {kv} key heads over {ranks} ranks"
