@@ -81,7 +81,8 @@ fn check<T: Storage + PartialEq + std::fmt::Debug>(
     s: Attention,
     cp: usize,
     seed: u64,
-    (of, one): (fn(f32) -> T, fn(T) -> f32),
+    of: fn(f32) -> T,
+    one: fn(T) -> f32,
 ) {
     let pool = Pool::new(2);
     let mut r = Numbers::new(seed);
@@ -124,8 +125,8 @@ proptest! {
         // Each rank has `kv` key and value heads, or a copy of one of so many.
         let (kv_heads, heads) = if copied && cp.is_multiple_of(kv) { (kv, cp * group) } else { (kv * cp, kv * cp * group) };
         let s = Attention { seqs, seq: cp * piece, heads, kv_heads, head_dim, value_dim, scale: 0.4 };
-        check::<f32>(s, cp, seed, (|x| x, |x| x));
-        check::<bf16>(s, cp, seed, (bf16::from_f32, bf16::to_f32));
+        check::<f32>(s, cp, seed, |x| x, |x| x);
+        check::<bf16>(s, cp, seed, bf16::from_f32, bf16::to_f32);
     }
 }
 
