@@ -148,8 +148,7 @@ impl Device for Cuda {
 
     fn can_run(&self, op: &Op, precision: DType) -> Result<(), Lack> {
         match op.comm.as_ref().map(|c| c.what) {
-            Some(Collective::AllToAll) => Err(Lack::ExpertRanks),
-            Some(Collective::Ring) => Err(Lack::Contexts),
+            Some(Collective::AllToAll | Collective::Ring) => Err(Lack::of(&op.kind)),
             Some(_) if op.only_talks() => Ok(()),
             _ => table::can_run(&op.kind, precision),
         }

@@ -103,7 +103,7 @@ fn kernels_do_not_allocate() {
     assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), before);
 }
 
-/// The kernels of a mixture of experts, with memory of their own.
+/// The kernels of a mixture of experts, and of heads that ranks deal, with memory of their own.
 fn mixture(pool: &Pool) -> impl FnMut() {
     const N: usize = 64;
     const DIM: usize = 48;
@@ -131,7 +131,11 @@ fn mixture(pool: &Pool) -> impl FnMut() {
         grouped_linear_dw_workspace_len(4, (2 * N, N), DIM, DIM, &tree, threads),
     ];
     let mut ws = vec(lens.into_iter().max().unwrap_or(0));
+    let (dealt, packed) = (shape(2, N / 2, 4, 4), vec(N * DIM));
+    let (mut parts, mut joined) = (vec(N * DIM), vec(N * DIM));
     move || {
+        split_heads(pool, &dealt, 2, &packed, &mut parts);
+        join_heads(pool, &dealt, 2, &parts, &mut joined);
         let ws = &mut ws[..];
         let shape = (N, 4, 2);
         route(pool, &x[..4 * N], None, &router, (&mut gates, &mut index, &mut counts), shape, ws);

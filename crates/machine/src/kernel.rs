@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use program::{GroupId, NORM_CHUNK, Op, OpKind, Program, View};
 use spec::{DType, Error, NormKind, Result};
 
+use crate::experts;
 use crate::table::{Conditions, KernelKey, Machine, Sample};
 
 /// An op as the tables know it.
@@ -26,11 +27,17 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
     let cols = |i: usize| width(op.ins[i]);
     let storage = p.precision.bytes() as f64;
     let owned = |group: GroupId| p.group_buffers[group.0 as usize].owned.count as f64;
-    let (flops, bytes) = (op.cost.flops as f64, op.cost.bytes as f64);
+    let (flops, bytes) = (op.cost.flops as f64, op.cost.bytes as f64 * experts::filled(op, p));
+    let each = |rows: usize, experts: usize| rows as f64 / experts as f64;
     let (shape, work) = match &op.kind {
         Linear => ([rows(0), cols(0), rows(1)], flops),
         LinearGradInput => ([rows(0), cols(1), cols(0)], flops),
         LinearGradWeight => ([rows(0), cols(1), cols(0)], flops),
+        // Rows of an even share, and what is streamed of them.
+        GroupedLinear { experts, rows } => ([each(*rows, *experts), cols(0), width(op.outs[0])], flops),
+        GroupedLinearGradInput { experts, rows } | GroupedLinearGradWeight { experts, rows, .. } => {
+            ([each(*rows, *experts), cols(1), cols(0)], flops)
+        }
         Attention { heads, sees }
         | AttentionGrad { heads, sees }
         | RingAttention { heads, sees, .. }
@@ -75,7 +82,7 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
         Fork { .. } | AttentionCached { .. } | LatentCached { .. } => return None,
         _ => {
             let of = op.ins.first().copied().unwrap_or_else(|| op.outs[0]);
-            ([of.rows as f64, width(of), 1.0], bytes)
+            ([of.rows as f64 * experts::filled(op, p), width(of), 1.0], bytes)
         }
     };
     Some(Kernel { kind: kind(op), shape, work })

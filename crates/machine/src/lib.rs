@@ -3,6 +3,7 @@
 //! `table` is the file, `kernel` what an op is to it, `link` what messages take, `play` lets all ranks go through
 //! their programs at once on the cores that they share, and `search` takes the fastest layout that fits.
 
+mod experts;
 mod kernel;
 mod link;
 mod play;
@@ -35,6 +36,8 @@ pub struct Workload<'a> {
     pub precision: DType,
     /// What of the run's recipe is part of its program.
     pub recipe: Recipe,
+    /// Share of a layer's tokens that each expert gets, layer by layer, as a journal has them; even where nothing is said.
+    pub experts: Option<&'a [Vec<f64>]>,
     /// Threads of a rank.
     pub threads: usize,
     /// How ranks talk: `shm` or `tcp`.
@@ -135,6 +138,7 @@ fn estimate_programs(machine: &Machine, load: &Workload<'_>, programs: &[&Progra
     let mut estimator = Estimator {
         machine,
         transport: load.transport,
+        experts: load.experts.unwrap_or_default(),
         rates: levels
             .iter()
             .map(|&beside| Rates::new(machine, load.precision, Conditions { threads: load.threads, beside }))
@@ -200,6 +204,8 @@ impl Spread {
 struct Estimator<'a> {
     machine: &'a Machine,
     transport: &'a str,
+    /// Shares of experts by layer.
+    experts: &'a [Vec<f64>],
     /// By level.
     rates: Vec<Rates<'a>>,
     groups: Vec<(Members, Vec<usize>)>,
@@ -254,7 +260,7 @@ impl Estimator<'_> {
             }
         };
         for (i, op) in list.iter().enumerate() {
-            let s = self.compute(op, p)?;
+            let s = self.compute(op, p, rank)?;
             alone.push(s.last().copied().unwrap_or(0.0));
             let segment =
                 open.get_or_insert_with(|| Segment { ops: (block, i, i), s: vec![0.0; self.rates.len()] });
@@ -270,9 +276,10 @@ impl Estimator<'_> {
     }
 
     /// Seconds of an op's own arithmetic by level, and between it and the next op.
-    fn compute(&mut self, op: &Op, p: &Program) -> Result<Vec<f64>> {
+    fn compute(&mut self, op: &Op, p: &Program, rank: usize) -> Result<Vec<f64>> {
         let gap = self.machine.op_gap_s;
-        let Some(k) = kernel(op, p) else { return Ok(vec![gap; self.rates.len()]) };
+        let Some(mut k) = kernel(op, p) else { return Ok(vec![gap; self.rates.len()]) };
+        k.work *= experts::load(self.experts, op, p, rank);
         let mut out = Vec::with_capacity(self.rates.len());
         let mut far = (0.0, 0.0);
         for rates in &mut self.rates {
@@ -295,11 +302,11 @@ impl Estimator<'_> {
         let members = comm.members.ranks(mine, &p.layout);
         let mut times = Vec::with_capacity(comm.messages.len());
         for message in &comm.messages {
-            let bytes = message.bytes() as f64;
+            let bytes = message.bytes() as f64 * experts::busiest(self.experts, op, message, p);
             times.push(link::seconds(
                 self.machine,
                 self.transport,
-                LinkOp::of(comm.what)?,
+                LinkOp::of(comm.what),
                 members.len(),
                 bytes,
             )?);

@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use program::{Coords, Program};
+use program::{Coords, Program, check_mixture};
 use rayon::prelude::*;
 use serde::Serialize;
-use spec::{Error, Layout, PipelineSchedule, Recompute, Result, Zero};
+use spec::{ContextMode, Error, Layout, PipelineSchedule, Recompute, Result, Zero};
 
 use crate::{Machine, StepEstimate, Workload, estimate, estimate_programs, kernel, program_of};
 
@@ -33,7 +33,8 @@ pub struct Choice {
 pub struct Chosen {
     /// The fastest that fit and keep the promise of equal bits, then the next ones.
     pub best: Vec<Choice>,
-    /// The fastest tensor-parallel layout that fits, if one is faster than the best: it changes the order of sums.
+    /// The fastest layout with other bits that fits, if one is faster than the best: tensor and context parallelism change
+    /// the order of sums.
     pub faster_with_other_bits: Option<Choice>,
     /// Layouts estimated.
     pub layouts_priced: usize,
@@ -41,6 +42,8 @@ pub struct Chosen {
     pub too_large: usize,
     /// Layouts that the model or the batch does not allow.
     pub not_allowed: usize,
+    /// Layouts that cut sequences and need what was not measured.
+    pub not_measured: usize,
 }
 
 /// Layouts kept, the best included.
@@ -52,8 +55,9 @@ const MEMORY_SHARE: f64 = 0.9;
 
 /// Estimates every layout of `ranks` ranks that the trainer runs and takes the fastest that fits.
 ///
-/// Tensor parallelism changes the order of sums inside products, so what is trained would depend on the machine. It is
-/// taken only where no other layout of so many ranks is allowed or fits.
+/// Tensor parallelism changes the order of sums inside products, context parallelism that of sums over the tokens of a
+/// sequence, so what is trained would depend on the machine. They are taken only where no other layout of so many ranks is
+/// allowed or fits. Experts are spread over ranks wherever that is faster: the bits are the same.
 ///
 /// # Errors
 /// If no layout is allowed, or none fits in the memory; then the message says what the smallest one takes.
@@ -62,7 +66,8 @@ pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Ch
     let ramp: Vec<usize> = load.recipe.ramp.iter().flat_map(|b| b.stages().map(|s| s.sequences)).collect();
     for layout in layouts(load, ranks) {
         let fits = |sequences: &usize| layout.validate(load.model, *sequences, load.sequence);
-        match ramp.iter().chain([&load.sequences]).try_for_each(fits) {
+        let legal = ramp.iter().chain([&load.sequences]).try_for_each(fits);
+        match legal.and_then(|()| check_mixture(load.model, &layout)) {
             Ok(()) => allowed.push(layout),
             Err(e) => {
                 not_allowed += 1;
@@ -76,9 +81,17 @@ pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Ch
         return Err(Error::user(format!("no layout of {ranks} ranks trains {name}: {why}"))
             .hint(why.hint_text().unwrap_or("start another number of ranks, or set batch.sequences")));
     }
-    let timed: Vec<Choice> =
-        allowed.par_iter().map(|layout| quick(machine, load, layout)).collect::<Result<_>>()?;
+    let all = allowed.len();
+    let timed: Vec<Choice> = allowed
+        .par_iter()
+        .filter_map(|layout| match quick(machine, load, layout) {
+            // A file that is older than what cuts sequences prices the rest.
+            Err(_) if layout.deals_heads() => None,
+            timed => Some(timed),
+        })
+        .collect::<Result<_>>()?;
     let layouts_priced = timed.len();
+    let not_measured = all - layouts_priced;
     let smallest = timed.iter().map(|c| c.total_bytes).min().unwrap_or(0);
     let most = MEMORY_SHARE * machine.memory_bytes as f64;
     let mut fit: Vec<Choice> = timed.into_iter().filter(|c| c.total_bytes as f64 <= most).collect();
@@ -95,14 +108,15 @@ pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Ch
     let too_large = layouts_priced - fit.len();
     // A stable sort: of equals the first in the order of the search stays first, on every rank.
     fit.sort_by(|a, b| a.step_s.total_cmp(&b.step_s));
-    let (mut same, mut other): (Vec<_>, Vec<_>) = fit.into_iter().partition(|c| c.layout.tp == 1);
+    let (mut same, mut other): (Vec<_>, Vec<_>) =
+        fit.into_iter().partition(|c| c.layout.tp * c.layout.cp == 1);
     if same.is_empty() {
         std::mem::swap(&mut same, &mut other);
     }
     let faster_with_other_bits = other.into_iter().next().filter(|f| f.step_s < same[0].step_s);
     same.truncate(KEEP);
     let best = same.iter().map(|c| exact(machine, load, c)).collect::<Result<_>>()?;
-    Ok(Chosen { best, faster_with_other_bits, layouts_priced, too_large, not_allowed })
+    Ok(Chosen { best, faster_with_other_bits, layouts_priced, too_large, not_allowed, not_measured })
 }
 
 /// Kinds of op that the layouts of a search have and the calibration knows nothing of.
@@ -145,10 +159,11 @@ fn kinds(p: &Program) -> BTreeSet<&'static str> {
     ops.filter_map(|op| kernel(op, p)).filter(|k| k.work > 0.0).map(|k| k.kind).collect()
 }
 
-/// The estimate with one program for each stage and tensor shard: data-parallel ranks differ in rounding only.
+/// The estimate with one program for each stage and tensor shard: ranks that hold the same differ in rounding only, and in
+/// how many rows come to their experts, which is no part of a program.
 fn quick(machine: &Machine, load: &Workload<'_>, layout: &Layout) -> Result<Choice> {
-    // The last data-parallel rank owns the most under ZeRO.
-    let of = |rank: usize| Coords { dp: layout.dp - 1, tp: 0, ..Coords::of(rank, layout) };
+    // The last of those that shard owns the most under ZeRO.
+    let of = |rank: usize| Coords { dp: layout.dp - 1, cp: layout.cp - 1, tp: 0, ..Coords::of(rank, layout) };
     let mut built: BTreeMap<usize, Program> = BTreeMap::new();
     for rank in 0..layout.world() {
         let stands = of(rank).rank(layout);
@@ -184,32 +199,27 @@ fn choice(machine: &Machine, load: &Workload<'_>, layout: &Layout, e: &StepEstim
 
 /// Every layout of so many ranks, valid or not, simple ones first.
 fn layouts(load: &Workload<'_>, ranks: usize) -> Vec<Layout> {
-    let divisors = |n: usize| (1..=n).filter(move |d| n.is_multiple_of(*d));
     let mut out = Vec::new();
-    for tp in divisors(ranks) {
-        for pp in divisors(ranks / tp) {
-            let dp = ranks / tp / pp;
-            for (schedule, chunks) in schedules(pp) {
-                for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
-                    for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
-                        for sequence_parallel in [false, true] {
-                            for micro_batch in divisors(load.sequences / dp) {
-                                if (dp == 1 && zero != Zero::Off) || (tp == 1 && sequence_parallel) {
-                                    continue;
-                                }
-                                out.push(Layout {
-                                    dp,
-                                    tp,
-                                    pp,
-                                    sequence_parallel,
-                                    zero,
-                                    schedule,
-                                    chunks,
-                                    micro_batch,
-                                    recompute,
-                                    ..Layout::default()
-                                });
+    for axes in axes(load, ranks) {
+        for (schedule, chunks) in schedules(axes.pp) {
+            for zero in [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters] {
+                for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
+                    for sequence_parallel in [false, true] {
+                        for micro_batch in divisors(load.sequences / axes.dp) {
+                            if (axes.replicas() == 1 && zero != Zero::Off)
+                                || (axes.tp == 1 && sequence_parallel)
+                            {
+                                continue;
                             }
+                            out.push(Layout {
+                                sequence_parallel,
+                                zero,
+                                schedule,
+                                chunks,
+                                micro_batch,
+                                recompute,
+                                ..axes.clone()
+                            });
                         }
                     }
                 }
@@ -217,6 +227,31 @@ fn layouts(load: &Workload<'_>, ranks: usize) -> Vec<Layout> {
         }
     }
     out
+}
+
+/// Every degree of every axis, and both ways in which ranks see sequences that are cut.
+pub(crate) fn axes(load: &Workload<'_>, ranks: usize) -> Vec<Layout> {
+    let mut out = Vec::new();
+    for cp in divisors(ranks) {
+        let contexts: &[ContextMode] =
+            if cp == 1 { &[ContextMode::Ring] } else { &[ContextMode::Ring, ContextMode::Heads] };
+        for &context in contexts {
+            for tp in divisors(ranks / cp) {
+                for pp in divisors(ranks / cp / tp) {
+                    let dp = ranks / cp / tp / pp;
+                    let experts = load.model.experts.map_or(1, |e| e.count);
+                    for ep in divisors(experts).filter(|ep| (dp * cp * tp).is_multiple_of(*ep)) {
+                        out.push(Layout { dp, tp, pp, cp, context, ep, ..Layout::default() });
+                    }
+                }
+            }
+        }
+    }
+    out
+}
+
+fn divisors(n: usize) -> impl Iterator<Item = usize> {
+    (1..=n).filter(move |d| n.is_multiple_of(*d))
 }
 
 fn schedules(pp: usize) -> Vec<(PipelineSchedule, usize)> {

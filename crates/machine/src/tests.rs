@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use program::{OpKind, Program, Recipe};
-use spec::{DType, Kind, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
+use spec::{ContextMode, DType, Kind, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
 
 use super::*;
 use crate::search::search;
@@ -42,6 +42,9 @@ fn machine(rate: f64, message_s: f64) -> Machine {
     ];
     let mut kinds = KINDS.to_vec();
     kinds.extend(["tie_grads", "xent_combine", "xent_grad", "xent_stats"]);
+    kinds.extend(["route", "route_grad", "permute", "permute_grad", "unpermute", "unpermute_grad", "slice"]);
+    kinds.extend(["grouped_linear", "grouped_linear_grad_input", "grouped_linear_grad_weight"]);
+    kinds.extend(["split_heads", "join_heads"]);
     let key = |kind: &str| KernelKey {
         kind: kind.into(),
         storage: "f32".into(),
@@ -61,7 +64,7 @@ fn machine(rate: f64, message_s: f64) -> Machine {
         spread: 0.1,
         crowding: 1.0,
         kernels: kinds.iter().map(|k| (key(k), vec![sample])).collect(),
-        links: ["all_reduce", "all_gather", "reduce_scatter", "send"]
+        links: ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
             .iter()
             .map(|op| (link(op), vec![message]))
             .collect(),
@@ -70,6 +73,14 @@ fn machine(rate: f64, message_s: f64) -> Machine {
 
 fn tiny() -> ModelSpec {
     ModelSpec::preset("tiny").expect("a preset")
+}
+
+/// Experts of which two ranks hold whole chunks of the gradient norm each.
+fn mixture() -> ModelSpec {
+    let (count, top_k, ffn) = (4, 2, 128);
+    let router = spec::Router::PLAIN;
+    let experts = spec::Experts { count, top_k, ffn, shared_ffn: 0, dense_layers: 1, every: 1, router };
+    ModelSpec { experts: Some(experts), ..tiny() }
 }
 
 fn no_workspace(_: &Op, _: &Program, _: usize) -> usize {
@@ -83,6 +94,7 @@ fn load(model: &ModelSpec) -> Workload<'_> {
         sequences: 8,
         precision: DType::F32,
         recipe: Recipe::default(),
+        experts: None,
         threads: 1,
         transport: "shm",
         workspace: no_workspace,
@@ -152,6 +164,8 @@ fn every_layout_is_estimated_and_faster_machines_are_never_slower() {
         Layout { pp: 2, ..base.clone() },
         Layout { pp: 2, schedule: PipelineSchedule::ZeroBubble, ..base.clone() },
         Layout { dp: 2, pp: 2, schedule: PipelineSchedule::Gpipe, ..base.clone() },
+        Layout { cp: 2, ..base.clone() },
+        Layout { cp: 2, context: ContextMode::Heads, dp: 2, zero: Zero::Parameters, ..base.clone() },
         Layout { dp: 2, tp: 2, pp: 2, zero: Zero::Optimizer, ..base },
     ] {
         let at = |rate: f64, message_s: f64, cores: usize| {
@@ -170,13 +184,78 @@ fn every_layout_is_estimated_and_faster_machines_are_never_slower() {
 
 #[test]
 fn memory_is_that_of_the_placed_program_of_every_rank() {
-    let model = tiny();
-    let layout = Layout { dp: 2, pp: 2, zero: Zero::Optimizer, ..Layout::default() };
-    let found = estimate(&machine(1e9, 1.0), &load(&model), &layout).expect("an estimate");
-    for (rank, r) in found.ranks.iter().enumerate() {
-        assert_eq!(r.memory_bytes, program_of(&load(&model), &layout, rank).expect("a program").memory.total);
+    let base = Layout::default();
+    for (model, layout) in [
+        (tiny(), Layout { dp: 2, pp: 2, zero: Zero::Optimizer, ..base.clone() }),
+        (tiny(), Layout { cp: 4, ..base.clone() }),
+        (tiny(), Layout { cp: 2, context: ContextMode::Heads, zero: Zero::Optimizer, ..base.clone() }),
+        (mixture(), Layout { dp: 2, ep: 2, zero: Zero::Parameters, ..base }),
+    ] {
+        let found = estimate(&machine(1e9, 1.0), &load(&model), &layout).expect("an estimate");
+        for (rank, r) in found.ranks.iter().enumerate() {
+            let placed = program_of(&load(&model), &layout, rank).expect("a program").memory.total;
+            assert_eq!(r.memory_bytes, placed, "rank {rank} of {layout:?}");
+        }
+        assert_eq!(found.total_bytes(), found.ranks.iter().map(|r| r.memory_bytes).sum::<usize>());
     }
-    assert_eq!(found.total_bytes(), found.ranks.iter().map(|r| r.memory_bytes).sum::<usize>());
+}
+
+/// A rank to whose experts twice as many rows come has twice their work, and everybody waits for it.
+#[test]
+fn uneven_experts_take_the_time_of_the_busiest_rank() {
+    let model = mixture();
+    let layout = Layout { dp: 2, ep: 2, ..Layout::default() };
+    let m = machine(1e9, 1e-30);
+    // Layer 0 has none.
+    let at = |shares: [f64; 4]| {
+        let shares = [vec![], shares.to_vec()];
+        let load = Workload { experts: Some(&shares), ..load(&model) };
+        estimate(&m, &load, &layout).expect("an estimate").step_s
+    };
+    let even = estimate(&m, &load(&model), &layout).expect("an estimate").step_s;
+    close(at([0.25; 4]), even);
+    close(at([0.4, 0.1, 0.3, 0.2]), even);
+    let p = program_of(&load(&model), &layout, 0).expect("a program");
+    let runs = p.schedule.iter().flat_map(|i| &p.blocks[i.block].ops);
+    let of_experts = runs.filter(|op| op.name.contains(".experts.")).filter_map(|op| kernel(op, &p));
+    let grouped: f64 = of_experts.map(|k| k.work).sum::<f64>() / 1e9;
+    assert!(grouped > 0.1 * even);
+    // Ranks differ in little else.
+    for (shares, more) in [([0.5, 0.25, 0.125, 0.125], 0.5), ([0.0, 0.0, 0.0, 1.0], 1.0)] {
+        let found = (at(shares) - even) / grouped;
+        assert!((found - more).abs() < 0.02, "{found} for {shares:?}, expected {more}");
+    }
+}
+
+/// Rows are priced as they come, not as there is room for, and messages by the rank that most come to.
+#[test]
+fn experts_are_priced_by_the_rows_that_come() {
+    let model = mixture();
+    for (layout, room) in [
+        (Layout::default(), 1.0),
+        (Layout { dp: 2, ep: 2, ..Layout::default() }, 2.0),
+        (Layout { dp: 4, ep: 4, ..Layout::default() }, 2.0),
+    ] {
+        let p = program_of(&load(&model), &layout, 0).expect("a program");
+        let ops = || p.blocks.iter().flat_map(|b| &b.ops);
+        let copies = 16.0 * 2.0;
+        for op in ops().filter(|op| op.name.ends_with("experts.act") || op.name.ends_with("experts.act.dx")) {
+            let k = kernel(op, &p).expect("a kernel");
+            assert_eq!((k.shape[0], op.ins[0].rows as f64), (copies, room * copies), "{}", op.name);
+            assert_eq!(k.work * room, op.cost.bytes as f64, "{}", op.name);
+        }
+        let shares = [vec![], vec![0.7, 0.1, 0.1, 0.1]];
+        let most = [1.0, 1.6, 2.8][layout.ep / 2];
+        let mut said = 0;
+        for op in ops().filter(|op| matches!(op.kind, OpKind::AllToAll { .. })) {
+            for message in &op.comm.as_ref().expect("ranks talk").messages {
+                let rows = message.dtype == DType::F32;
+                close(experts::busiest(&shares, op, message, &p), if rows { most } else { 1.0 });
+                said += 1;
+            }
+        }
+        assert_eq!(said > 0, layout.ep > 1);
+    }
 }
 
 #[test]
@@ -219,6 +298,23 @@ fn the_search_takes_the_fastest_that_keeps_the_bits_and_is_the_same_every_time()
             assert!((c.step_s / exact.step_s - 1.0).abs() < 0.05, "{:?}", c.layout);
         }
     }
+    // Experts are spread where that keeps the bits; sequences are cut where nothing else is left.
+    let moe = mixture();
+    let all = search::axes(&load(&moe), 2);
+    let has =
+        |cp: usize, ep: usize, context| all.iter().any(|l| (l.cp, l.ep, l.context) == (cp, ep, context));
+    let (ring, heads) = (ContextMode::Ring, ContextMode::Heads);
+    assert!(has(1, 2, ring) && has(2, 1, heads) && has(2, 2, ring) && !has(1, 2, heads));
+    assert_eq!(search(&m, &load(&moe), 2).expect("a choice").best[0].layout.cp, 1);
+    let one = ModelSpec { layers: 1, heads: 3, kv_heads: 1, ..tiny() };
+    let one_sequence = Workload { sequences: 1, ..load(&one) };
+    let cut = search(&m, &one_sequence, 2).expect("a choice");
+    assert_eq!((cut.best[0].layout.cp, cut.faster_with_other_bits.is_none()), (2, true));
+    // A file from before heads were dealt prices all else.
+    let mut older = machine(1e9, 1e-30);
+    older.links.retain(|k, _| k.op != "all_to_all");
+    let found = search(&older, &load(&model), 2).expect("a choice");
+    assert!(found.not_measured > 0 && found.layouts_priced > found.not_measured);
     // Where one rank alone must do, there is nothing to share.
     assert_eq!(search(&m, &load(&model), 1).expect("a choice").best[0].layout.world(), 1);
 }
@@ -297,7 +393,7 @@ fn a_bad_file_is_refused_with_its_line() {
     let at = good.rfind("\n[[link]]").expect("a link");
     check(&good[..at], "m.toml:");
     assert!(
-        Machine::parse("m", &good[..at]).expect_err("short").to_string().contains("cut short: 3 of 4 links")
+        Machine::parse("m", &good[..at]).expect_err("short").to_string().contains("cut short: 4 of 5 links")
     );
     check(&good[..good.len() - 10], "m.toml:");
 }

@@ -4,18 +4,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use journal::{Record, Step};
-use machine::{Machine, OpEstimate, StepEstimate, estimate};
+use machine::{Machine, OpEstimate, StepEstimate, Workload, estimate};
 use program::OpId;
 use serde::Serialize;
 use spec::{Error, Result, RunSpec};
 
-use crate::{quantile, workload};
+use crate::{Counts, quantile, workload};
 
 /// What one rank's journal says about its steps.
 #[derive(Default)]
 struct Measured {
     threads: Option<usize>,
     memory_bytes: u64,
+    experts: Counts,
     step_s: BTreeMap<u64, f64>,
     exposed_s: BTreeMap<u64, f64>,
     /// By op id: its name and its seconds in each step.
@@ -119,6 +120,7 @@ fn read(dir: &Path, full: &dyn Fn(u64) -> bool) -> Result<Vec<Measured>> {
 
 impl Measured {
     fn take(&mut self, record: Record, full: &dyn Fn(u64) -> bool) {
+        self.experts.take(&record);
         match record {
             // A run that went on under another layout is compared from there.
             Record::RunStarted { threads, .. } => *self = Measured { threads, ..Measured::default() },
@@ -168,7 +170,9 @@ fn predict(table: &Machine, run: &RunSpec, measured: &[Measured]) -> Result<Step
         .hint("compare a run whose ranks were all traced, with --fresh if their number changed"));
     }
     let threads = measured[0].threads.unwrap_or_else(|| (table.cores / world).max(1));
-    estimate(table, &workload(run, threads, "shm"), &run.layout)
+    let experts = measured[0].experts.shares();
+    let load = Workload { experts: experts.as_deref(), ..workload(run, threads, "shm") };
+    estimate(table, &load, &run.layout)
 }
 
 fn report(dir: &Path, run: &RunSpec, measured: &[Measured], predicted: &StepEstimate) -> Report {

@@ -58,8 +58,8 @@ pub(crate) fn alone(quick: bool) -> Result<Vec<RunSpec>> {
     f32s.chain(others).chain(bf16s).collect()
 }
 
-/// Programs of two ranks with the kinds of op that only groups run: of split vocabularies, added biases and sharded
-/// gradients.
+/// Programs of two ranks with the kinds of op that only groups run: of split vocabularies, added biases, sharded gradients,
+/// rows that tensor-parallel ranks route, and heads that context-parallel ranks deal.
 pub(crate) fn split() -> Result<Vec<RunSpec>> {
     let (llama, gpt) = ("model.hidden=384 model.ffn=1024 model.heads=6 model.kv_heads=6", OTHERS[0]);
     let small =
@@ -72,6 +72,12 @@ pub(crate) fn split() -> Result<Vec<RunSpec>> {
         format!("{} model.layers=1 layout.tp=2", OTHERS[LATENT]),
         format!("{llama} model.layers=1 batch.sequence=256 batch.sequences=4 layout.dp=2 layout.zero=2"),
         format!("{small} model.layers=2 batch.sequence=64 batch.sequences=4 layout.dp=2 layout.zero=2"),
+        format!(
+            "{llama} model.layers=1 batch.sequence=512 batch.sequences=2 layout.cp=2 layout.context=heads"
+        ),
+        format!(
+            "{small} model.layers=2 batch.sequence=64 batch.sequences=2 layout.cp=2 layout.context=heads"
+        ),
     ]
     .iter()
     .map(|keys| load(keys))

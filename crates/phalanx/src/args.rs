@@ -178,6 +178,9 @@ pub(crate) struct Plan {
     /// Calibration file of the machine at hand, with --cluster this; runs/machine.toml if absent
     #[arg(long, value_name = "FILE")]
     pub(crate) machine: Option<PathBuf>,
+    /// A run whose counts of experts say how uneven they are chosen, with --cluster this; evenly if absent
+    #[arg(long, value_name = "RUN_DIR")]
+    pub(crate) experts_of: Option<PathBuf>,
     /// Accelerators to use, or ranks of this machine; all of the cluster, or one for each core, if absent
     #[arg(long, value_name = "N")]
     pub(crate) accelerators: Option<usize>,

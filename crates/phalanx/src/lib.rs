@@ -44,7 +44,9 @@ mod job;
 pub use ckpt::{Checkpoint, Meta, latest};
 pub use job::{Job, exit, layout};
 pub use program::{Emitter, Layer, Program, Request, Role, RowFn, ValueId};
-pub use spec::{DType, Error, Layout, ModelSpec, PipelineSchedule, Recompute, Result, RunSpec, Zero};
+pub use spec::{
+    ContextMode, DType, Error, Layout, ModelSpec, PipelineSchedule, Recompute, Result, RunSpec, Zero,
+};
 pub use train::{Cpu, Device, Executor, Mesh, StepInputs, StepOutputs};
 
 /// Tokens and samples.

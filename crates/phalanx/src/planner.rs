@@ -106,6 +106,13 @@ fn plan(args: &Plan) -> Result<u8> {
         }
         return crate::this_machine::plan(args);
     }
+    if args.experts_of.is_some() {
+        return Err(Error::user(format!(
+            "--experts-of with --cluster {}: its plan has even experts",
+            args.cluster
+        ))
+        .hint("leave --experts-of out, or plan for --cluster this"));
+    }
     let map = args.rank_map.as_deref().map(|path| {
         rank_format(path)?;
         files::Pending::create("--rank-map", path)

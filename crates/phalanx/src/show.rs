@@ -46,7 +46,8 @@ fn summary(s: &mut String, p: &Program) -> std::fmt::Result {
         p.precision
     )?;
     if l.cp > 1 {
-        writeln!(s, "sequences over {} ranks, this is number {}", l.cp, p.coords.cp)?;
+        let how = if l.deals_heads() { " with heads dealt" } else { "" };
+        writeln!(s, "sequences over {} ranks{how}, this is number {}", l.cp, p.coords.cp)?;
     }
     if l.ep > 1 {
         writeln!(s, "experts over {} ranks, this is number {}", l.ep, p.coords.ep(l))?;

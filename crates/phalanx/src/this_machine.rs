@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Instant;
 
-use machine::Machine;
 use machine::search::{Chosen, lacking, search};
+use machine::{Machine, Workload};
 use serde_json::json;
 use spec::{DType, Error, Layout, ModelSpec, NumberFormat, Recompute, Result, RunSpec};
 use train::RunDir;
@@ -58,7 +58,8 @@ pub(crate) fn choose(
         complete(&mut machine, path, run, nproc)?;
     }
     // MPI was not measured; between ranks that share no memory it is nearest to TCP.
-    let chosen = on(&machine, run, nproc, if ["tcp", "mpi"].contains(&transport) { "tcp" } else { "shm" })?;
+    let transport = if ["tcp", "mpi"].contains(&transport) { "tcp" } else { "shm" };
+    let chosen = on(&machine, run, nproc, transport, None)?;
     explain(&chosen, &machine);
     set(run, chosen.best[0].layout.clone());
     Ok(())
@@ -100,9 +101,15 @@ fn begun_with(run: &RunSpec, nproc: usize) -> Result<Option<Layout>> {
 
 /// Searches the layouts of a run on a machine. What its ranks compute with depends on the file alone, so that every
 /// rank that reads it comes to the same answer.
-fn on(machine: &Machine, run: &RunSpec, ranks: usize, transport: &str) -> Result<Chosen> {
+fn on(
+    machine: &Machine,
+    run: &RunSpec,
+    ranks: usize,
+    transport: &str,
+    experts: Option<&[Vec<f64>]>,
+) -> Result<Chosen> {
     let threads = run.run.threads.unwrap_or_else(|| (machine.cores / ranks.max(1)).max(1));
-    search(machine, &measure::workload(run, threads, transport), ranks)
+    search(machine, &Workload { experts, ..measure::workload(run, threads, transport) }, ranks)
 }
 
 fn explain(chosen: &Chosen, machine: &Machine) {
@@ -111,6 +118,13 @@ fn explain(chosen: &Chosen, machine: &Machine) {
         write!(say, "layout auto: {} layouts priced from {FILE}", chosen.layouts_priced)?;
         if chosen.too_large > 0 {
             write!(say, ", {} of them too large", chosen.too_large)?;
+        }
+        if chosen.not_measured > 0 {
+            write!(
+                say,
+                "; {} that deal heads are left out, which it is too old for: phalanx bench machine measures it again",
+                chosen.not_measured
+            )?;
         }
         if machine.cpu != measure::cpu() || machine.cores != output::threads(0) {
             write!(say, "; it was measured on {} with {} cores", machine.cpu, machine.cores)?;
@@ -134,8 +148,11 @@ fn explain(chosen: &Chosen, machine: &Machine) {
                 100.0 * (next.step_s / best.step_s - 1.0)
             )?;
         }
-        if best.layout.tp > 1 {
-            write!(say, "\nlayout auto: only tensor parallelism fits, which changes the last bits of sums")?;
+        if best.layout.tp * best.layout.cp > 1 {
+            write!(
+                say,
+                "\nlayout auto: only cuts of products or sequences fit, which change the last bits of sums"
+            )?;
         }
         if let Some(faster) = &chosen.faster_with_other_bits {
             write!(
@@ -158,10 +175,13 @@ fn ms(s: f64) -> String {
 /// The keys of a layout that differ from the default, as in a run file.
 pub(crate) fn keys(l: &Layout) -> String {
     let mut out = Vec::new();
-    for (key, n) in [("dp", l.dp), ("tp", l.tp), ("pp", l.pp)] {
+    for (key, n) in [("dp", l.dp), ("tp", l.tp), ("pp", l.pp), ("cp", l.cp), ("ep", l.ep)] {
         if n > 1 {
             out.push(format!("{key}={n}"));
         }
+    }
+    if l.deals_heads() {
+        out.push("context=heads".into());
     }
     if l.sequence_parallel {
         out.push("sequence_parallel=true".into());
@@ -217,13 +237,14 @@ pub(crate) fn plan(args: &Plan) -> Result<u8> {
     }
     complete(&mut machine, path, &run, n)?;
     let start = Instant::now();
-    let chosen = on(&machine, &run, n, "shm")?;
+    let experts = args.experts_of.as_deref().map(|dir| shares(dir, &run)).transpose()?;
+    let chosen = on(&machine, &run, n, "shm", experts.as_deref())?;
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
-        let out = answer(&chosen, &machine, &run, n, seconds, args.keep);
+        let out = answer(&chosen, &machine, &run, n, seconds, args);
         output::print(&serde_json::to_string_pretty(&out).expect("numbers are JSON"));
     } else {
-        output::print(&text(&chosen, &machine, &run, n, seconds, args.keep));
+        output::print(&text(&chosen, &machine, &run, n, seconds, args));
     }
     Ok(0)
 }
@@ -306,7 +327,7 @@ fn answer(
     run: &RunSpec,
     ranks: usize,
     seconds: f64,
-    keep: usize,
+    args: &Plan,
 ) -> serde_json::Value {
     json!({
         "model": run.model.name,
@@ -323,19 +344,43 @@ fn answer(
             "seconds": seconds,
             "too_large": chosen.too_large,
             "not_allowed": chosen.not_allowed,
+            "not_measured": chosen.not_measured,
         },
-        "best": &chosen.best[..chosen.best.len().min(keep.max(1))],
+        "best": &chosen.best[..chosen.best.len().min(args.keep.max(1))],
         "faster_with_other_bits": chosen.faster_with_other_bits,
-        "assumptions": assumptions(machine),
+        "assumptions": assumptions(machine, run, args),
     })
 }
 
-fn assumptions(machine: &Machine) -> Vec<String> {
-    vec![
+fn assumptions(machine: &Machine, run: &RunSpec, args: &Plan) -> Vec<String> {
+    let experts = run.model.experts.map(|_| match &args.experts_of {
+        Some(dir) => format!("experts are chosen as in {}", dir.display()),
+        None => "every expert is chosen as often; --experts-of RUN_DIR takes a run's counts".to_owned(),
+    });
+    let always = [
         format!("rates measured on {} ({} cores) at {}", machine.cpu, machine.cores, machine.measured),
         "nothing else runs on the machine; tokens are at hand when a step begins".to_owned(),
-        "tensor-parallel layouts are set apart, because they change the order of sums".to_owned(),
-    ]
+        "tensor- and context-parallel layouts are set apart, because they change the order of sums"
+            .to_owned(),
+    ];
+    always.into_iter().chain(experts).collect()
+}
+
+/// Which share of a layer's tokens each expert got in a run, which must have as many as the one that is planned.
+fn shares(dir: &Path, run: &RunSpec) -> Result<Vec<Vec<f64>>> {
+    let found = measure::expert_shares(dir)?;
+    let model = &run.model;
+    let wanted = |layer: usize| model.experts.filter(|_| model.has_experts(layer)).map_or(0, |e| e.count);
+    let fits = found.len() == model.layers && found.iter().enumerate().all(|(i, s)| s.len() == wanted(i));
+    if !fits {
+        return Err(Error::user(format!(
+            "{} has other layers or experts than {}",
+            dir.display(),
+            model.name
+        ))
+        .hint("give a run of the same model"));
+    }
+    Ok(found)
 }
 
 fn text(
@@ -344,7 +389,7 @@ fn text(
     run: &RunSpec,
     ranks: usize,
     seconds: f64,
-    keep: usize,
+    args: &Plan,
 ) -> String {
     let mut out = String::new();
     let mut write = || -> std::fmt::Result {
@@ -362,7 +407,7 @@ fn text(
             "{} layouts priced in {seconds:.2} s, {} too large, {} not allowed\n",
             chosen.layouts_priced, chosen.too_large, chosen.not_allowed
         )?;
-        for (i, c) in chosen.best.iter().take(keep.max(1)).enumerate() {
+        for (i, c) in chosen.best.iter().take(args.keep.max(1)).enumerate() {
             writeln!(
                 out,
                 "{}. {} ({} to {})  mfu {:.1} %  {} a rank\n   {}",
@@ -379,7 +424,7 @@ fn text(
             writeln!(out, "\nfaster, with other bits: {}  {}", ms(c.step_s), keys(&c.layout))?;
         }
         writeln!(out, "\nassumed")?;
-        assumptions(machine).iter().try_for_each(|a| writeln!(out, "  {a}"))
+        assumptions(machine, run, args).iter().try_for_each(|a| writeln!(out, "  {a}"))
     };
     write().expect("writing to a string");
     out

@@ -312,7 +312,13 @@ fn go_on(args: &Train, mut trainer: Trainer, threads: usize, early: Early) -> Re
 
 /// Reads the run file and its overrides, and fills what they leave open of the layout for so many ranks.
 pub(crate) fn load(args: &Train, world: usize) -> Result<RunSpec> {
-    let mut read = resolve(&args.run)?;
+    let mut read = resolve_open(&args.run)?;
+    // What a layout is on so many ranks it may not be on fewer: those come first, then what it is held to.
+    if read.run.auto_layout {
+        read.check_layout()?;
+    } else {
+        fill_ranks(&mut read, world)?;
+    }
     check_run(&Cpu::new(1), &read.run)?;
     if let Some(stop) = args.stop_after.filter(|stop| *stop > read.run.train.steps as u64) {
         return Err(Error::user(format!(
@@ -328,7 +334,8 @@ pub(crate) fn load(args: &Train, world: usize) -> Result<RunSpec> {
         can_strike(args, &read.run, world)?;
         return Ok(read.run);
     }
-    let mut run = fill_ranks(&read, world)?;
+    read.run.layout.validate_world(world)?;
+    let mut run = read.run.clone();
     if *read.set_by("layout.micro_batch") == Origin::Default {
         widen_micro_batch(&mut run);
     }
@@ -339,8 +346,7 @@ pub(crate) fn load(args: &Train, world: usize) -> Result<RunSpec> {
 /// [`load`] for the ranks that are left, or that came, if `lenient`: then the layout is the nearest that they can run. Says
 /// why it is that one.
 pub(crate) fn load_again(args: &Train, world: usize, lenient: bool) -> Result<(RunSpec, String)> {
-    let mut read = resolve(&args.run)?;
-    check_run(&Cpu::new(1), &read.run)?;
+    let mut read = resolve_open(&args.run)?;
     if !args.fresh && *read.set_by("schedule.warmup_steps") == Origin::Default {
         keep_warmup(&mut read.run);
     }
@@ -349,14 +355,12 @@ pub(crate) fn load_again(args: &Train, world: usize, lenient: bool) -> Result<(R
         let missing = this_machine::Missing::Refuse;
         this_machine::choose(&mut read.run, world, &args.transport, missing, args.fresh)?;
     }
-    let filled = match chosen {
-        true => read.run.layout.validate_world(world).map(|()| read.run.clone()),
-        false => fill_ranks(&read, world),
-    };
-    let mut run = match filled {
-        Err(_) if lenient => read.run.clone(),
-        filled => filled?,
-    };
+    let filled = if chosen { Ok(()) } else { fill_ranks(&mut read, world) };
+    let filled = filled.and_then(|()| read.run.layout.validate_world(world));
+    if !lenient {
+        filled?;
+    }
+    let mut run = read.run.clone();
     let mut why = "the layout that the run began with".to_owned();
     if lenient {
         let legal = |layout: &Layout| run.validate_layout(layout).is_ok();
@@ -368,6 +372,7 @@ pub(crate) fn load_again(args: &Train, world: usize, lenient: bool) -> Result<(R
     } else {
         can_strike(args, &run, world)?;
     }
+    check_run(&Cpu::new(1), &run)?;
     if !chosen && *read.set_by("layout.micro_batch") == Origin::Default {
         widen_micro_batch(&mut run);
     }
@@ -413,15 +418,18 @@ fn widen_micro_batch(run: &mut RunSpec) {
 const TOKENS_AT_ONCE: usize = 2048;
 
 /// Data parallelism fills the ranks that a layout leaves over, unless a flag says how many there are.
-fn fill_ranks(read: &Resolved, world: usize) -> Result<RunSpec> {
-    let run = &read.run;
-    let model_ranks = run.layout.tp * run.layout.cp * run.layout.pp;
+///
+/// # Errors
+/// If the layout does not suit the model or the batch. Whether it has as many ranks is asked elsewhere.
+fn fill_ranks(read: &mut Resolved, world: usize) -> Result<()> {
+    let Layout { dp, tp, cp, pp, .. } = read.run.layout;
+    let model_ranks = tp.saturating_mul(cp).saturating_mul(pp);
     let asked = matches!(read.set_by("layout.dp"), Origin::Set(_));
-    if run.layout.dp != 1 || asked || !world.is_multiple_of(model_ranks) {
-        return run.layout.validate_world(world).map(|()| run.clone());
+    if dp != 1 || asked || !world.is_multiple_of(model_ranks) {
+        return read.check_layout();
     }
-    let layout = Layout { dp: world / model_ranks, ..run.layout.clone() };
-    run.validate_layout(&layout).map_err(|e| {
+    let layout = Layout { dp: world / model_ranks, ..read.run.layout.clone() };
+    read.run.validate_layout(&layout).map_err(|e| {
         let e = if e.to_string().starts_with("layout.dp ") {
             e.context(format!("{world} ranks"))
         } else {
@@ -429,11 +437,19 @@ fn fill_ranks(read: &Resolved, world: usize) -> Result<RunSpec> {
         };
         e.hint("set layout.dp, layout.tp, layout.cp and layout.pp to fit the ranks")
     })?;
-    Ok(RunSpec { layout, ..run.clone() })
+    read.run.layout = layout;
+    Ok(())
 }
 
-/// Reads the run file and its overrides, for any number of ranks.
+/// Reads the run file and its overrides.
 pub(crate) fn resolve(args: &RunArgs) -> Result<Resolved> {
+    let read = resolve_open(args)?;
+    read.check_layout()?;
+    Ok(read)
+}
+
+/// The same, for any number of ranks: whether the layout suits the model depends on it.
+fn resolve_open(args: &RunArgs) -> Result<Resolved> {
     let flags = [("--preset", "model.preset", &args.preset), ("--text", "data.text", &args.text)];
     for (flag, key, _) in flags.into_iter().filter(|(.., given)| given.is_some()) {
         once(flag, key, &args.set)?;
@@ -447,7 +463,7 @@ pub(crate) fn resolve(args: &RunArgs) -> Result<Resolved> {
     let text = args.file.as_deref().map(train::read).transpose();
     let text = text.map_err(|e| e.hint("give the path of a run file, or none for the defaults"))?;
     let name = args.file.as_deref().map(|p| p.display().to_string());
-    RunSpec::resolve(name.as_deref().zip(text.as_deref()), &overrides, &train::read)
+    RunSpec::resolve_open(name.as_deref().zip(text.as_deref()), &overrides, &train::read)
 }
 
 /// A string in TOML's quotes.

@@ -369,6 +369,17 @@ fn what_a_run_file_leaves_open_is_filled_and_comments_set_nothing() {
     check("flag", "[layout]\nmicro_batch = 2\n", "--set layout.micro_batch=1", 1, 1);
     check("ranks", "[layout]\ndp = 1\n", "--nproc 2", 2, 2);
     check_refused(&lab, "--nproc 2 --set layout.dp=1", "but 2 ranks were started");
+    // Ranks come first, then what a layout of so many is held to.
+    let experts = "--set model.experts.count=4 --set model.experts.top_k=2 --set model.experts.ffn=64";
+    check("experts", "", &format!("--nproc 2 --set layout.ep=2 {experts}"), 2, 2);
+    check("shard", "[layout]\nzero = 1\n", "--nproc 2 --set layout.shard=2", 2, 2);
+    check_refused(&lab, &format!("--set layout.ep=2 {experts}"), "layout.ep = 2 does not divide the 1 ranks");
+    check_refused(
+        &lab,
+        &format!("--nproc 2 --set layout.ep=4 {experts}"),
+        "layout.ep = 4 does not divide the 2 ranks",
+    );
+    check_refused(&lab, "--nproc 2 --set layout.tp=2 --set layout.ep=2", "layout.ep = 2, but llama-tiny-ref");
     lab.write("run-file.toml", "[layout]\nzero = 1\nmicro_batch = 4\n");
     check_refused(&lab, "--nproc 2", "run-file.toml:3: layout.micro_batch = 4 does not divide");
 }

@@ -9,7 +9,16 @@ use serde_json::Value;
 /// A calibration file as `bench machine` writes it, with plausible rates of a machine with two cores; every op of the
 /// small models is in it.
 fn calibration() -> String {
-    let products = ["linear", "linear_grad_input", "linear_grad_weight", "attention", "attention_grad"];
+    let products = [
+        "linear",
+        "linear_grad_input",
+        "linear_grad_weight",
+        "grouped_linear",
+        "grouped_linear_grad_input",
+        "grouped_linear_grad_weight",
+        "attention",
+        "attention_grad",
+    ];
     let streams = [
         "adamw",
         "embed",
@@ -28,13 +37,22 @@ fn calibration() -> String {
         "xent_combine",
         "xent_grad",
         "xent_stats",
+        "route",
+        "route_grad",
+        "permute",
+        "permute_grad",
+        "unpermute",
+        "unpermute_grad",
+        "split_heads",
+        "join_heads",
+        "slice",
     ];
     let mut text = String::from(
         "version = 1\n\n[machine]\nhost = \"lab\"\ncpu = \"two plausible cores\"\nphalanx = \"0.1.0\"\n\
          measured = \"2026-01-01T00:00:00Z\"\ncores = 2\nmemory_bytes = 8589934592\nop_gap_s = 1e-7\nspread = 0.03\n\
          crowding = 1.05\n",
     );
-    let links = ["all_reduce", "all_gather", "reduce_scatter", "send"];
+    let links = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"];
     text += &format!("kernels = {}\nlinks = {}\n", 2 * (products.len() + streams.len()), links.len());
     let kinds = products.iter().map(|k| (k, 2e10)).chain(streams.iter().map(|k| (k, 8e9)));
     for (kind, rate) in kinds {
@@ -61,6 +79,9 @@ fn lab() -> Lab {
     lab.write("runs/machine.toml", calibration());
     lab
 }
+
+/// Keys of a mixture, whose experts are whole chunks of the gradient norm on either of two ranks.
+const EXPERTS: &str = "--set model.experts.count=4 --set model.experts.top_k=2 --set model.experts.ffn=64";
 
 /// The `[layout]` section of a run's own file.
 fn layout(lab: &Lab, run: &str) -> String {
@@ -136,6 +157,9 @@ fn a_traced_run_is_joined_with_its_prediction_op_by_op() {
         ("tp", "--nproc 2 --set layout.tp=2"),
         ("pp", "--nproc 2 --set layout.pp=2 --set layout.recompute=full"),
         ("both", "--nproc 4 --set layout.pp=2"),
+        ("ring", "--nproc 2 --set layout.cp=2"),
+        ("heads", "--nproc 2 --set layout.cp=2 --set layout.context=heads"),
+        ("experts", &format!("--nproc 2 --set layout.ep=2 {EXPERTS}")),
     ] {
         lab.train(run, &format!("--trace --set data.cache_dir=cache --set train.eval_every=0 {keys}"));
         let report = lab.json(&format!("compare {run} --json"));
@@ -174,6 +198,68 @@ fn this_machine_is_planned_for_like_a_cluster() {
     let axis = |name: &str| best["layout"][name].as_u64().expect("an axis");
     assert_eq!(axis("dp") * axis("tp") * axis("pp"), 2, "{best}");
     assert!(lab.ok("plan --cluster this --model tiny --format fp32").contains("layouts priced"));
+}
+
+/// Experts may be spread without a bit changing; sequences are cut where nothing else is left.
+#[test]
+fn an_automatic_layout_spreads_experts_and_cuts_sequences() {
+    let lab = lab();
+    let keys = format!("{EXPERTS} --set layout=auto --set data.cache_dir=cache --set train.eval_every=0");
+    lab.train("one", &keys);
+    lab.train("two", &format!("--nproc 2 {keys}"));
+    let difference = ckpt::diff(&lab.newest("one"), &lab.newest("two")).expect("two checkpoints");
+    assert!(difference.bit_equal(), "{difference:?}");
+
+    let plan = |args: &str| lab.json(&format!("plan --cluster this --model two/run.toml --json {args}"));
+    let (even, chosen) =
+        (plan("--accelerators 2 --keep 99"), plan("--accelerators 2 --experts-of two --keep 99"));
+    let spread = |plan: &Value| -> Vec<(Value, f64)> {
+        let best = plan["best"].as_array().expect("layouts").iter();
+        best.filter(|c| c["layout"]["ep"] == 2)
+            .map(|c| (c["layout"].clone(), c["step_s"].as_f64().expect("seconds")))
+            .collect()
+    };
+    assert!(even["assumptions"].to_string().contains("every expert is chosen as often"), "{even}");
+    assert!(chosen["assumptions"].to_string().contains("experts are chosen as in two"), "{chosen}");
+    for (layout, even_s) in spread(&even) {
+        let found = spread(&chosen).into_iter().find(|(l, _)| *l == layout);
+        assert!(
+            found.is_none_or(|(_, s)| s > even_s),
+            "some rank has more to do than an even share: {layout}"
+        );
+    }
+
+    let cut = "--nproc 2 --set layout=auto --set batch.sequences=1 --set model.layers=1 --set model.heads=3 \
+               --set model.kv_heads=3 --set model.head_dim=8";
+    let ran = lab.run(&tiny("cut", cut));
+    assert_eq!(ran.code, Some(0), "{}", ran.err);
+    assert!(layout(&lab, "cut").contains("cp = 2"), "{}", ran.err);
+    assert!(ran.err.contains("only cuts of products or sequences fit"), "{}", ran.err);
+}
+
+#[test]
+fn counts_of_experts_come_from_a_run_of_the_same_model() {
+    let lab = lab();
+    lab.train("plain", "");
+    lab.train("mixture", EXPERTS);
+    let check = |args: &str, first: &str, hint: &str| {
+        let ran = lab.run(&format!("plan {args}"));
+        assert_eq!(ran.code, Some(2), "{args}\n{}{}", ran.out, ran.err);
+        assert!(ran.err.contains(&format!("error: {first}")), "{args}\n{}", ran.err);
+        assert!(ran.err.contains(&format!("hint: {hint}")), "{args}\n{}", ran.err);
+    };
+    let this = "--cluster this --model mixture/run.toml --experts-of";
+    lab.ok(&format!("plan {this} mixture"));
+    check(
+        &format!("{this} plain"),
+        "no counts of experts are recorded in plain",
+        "give the directory of a run",
+    );
+    check(&format!("{this} none"), "read run directory none", "give the directory of a run");
+    let other = "--cluster this --model plain/run.toml --experts-of mixture";
+    check(other, "mixture has other layers or experts than", "give a run of the same model");
+    let cluster = "--cluster dgx-h100 --model tiny --experts-of mixture";
+    check(cluster, "--experts-of with --cluster dgx-h100", "leave --experts-of out");
 }
 
 #[test]

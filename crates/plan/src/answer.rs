@@ -128,6 +128,9 @@ pub struct LayoutOut {
     pub pp: usize,
     /// Context-parallel ranks.
     pub cp: usize,
+    /// How they attend; a ring if it is not there.
+    #[serde(skip_serializing_if = "spec::ContextMode::is_ring")]
+    pub context: spec::ContextMode,
     /// Expert-parallel ranks.
     pub ep: usize,
     /// ZeRO stage.
@@ -155,6 +158,7 @@ impl LayoutOut {
             tp: l.tp,
             pp: l.pp,
             cp: l.cp,
+            context: l.context,
             ep: l.ep,
             zero: l.zero.into(),
             sequence_parallel: l.sequence_parallel,

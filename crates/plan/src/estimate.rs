@@ -292,6 +292,7 @@ impl<'a> Estimator<'a> {
         Key {
             tp: l.tp,
             cp: l.cp,
+            context: l.context,
             ep: l.ep,
             sequence_parallel: l.sequence_parallel,
             micro_batch: l.micro_batch,

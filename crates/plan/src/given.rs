@@ -2,17 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use spec::{Error, Layout, PipelineSchedule, Recompute, Result, Zero, suggest};
+use spec::{ContextMode, Error, Layout, PipelineSchedule, Recompute, Result, Zero, suggest};
 
 use crate::estimate::Problem;
 use crate::placement::{Order, Placement};
 
 /// Keys of a written layout, named as in answers, and what they take.
-const KEYS: [(&str, &str); 14] = [
+const KEYS: [(&str, &str); 15] = [
     ("dp", "a count"),
     ("tp", "a count"),
     ("pp", "a count"),
     ("cp", "a count"),
+    ("context", "ring or heads"),
     ("ep", "a count"),
     ("shard", "a count"),
     ("zero", "0, 1, 2 or 3"),
@@ -155,11 +156,7 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
         Some("full") => Recompute::Full,
         Some(value) => return Err(wrong("recompute", value, "none, selective or full")),
     };
-    let order = match word("order").as_deref() {
-        None | Some("tp-cp-dp-pp") => Order::TpCpDpPp,
-        Some("tp-cp-pp-dp") => Order::TpCpPpDp,
-        Some(value) => return Err(wrong("order", value, "tp-cp-dp-pp or tp-cp-pp-dp")),
-    };
+    let order = order(word("order").as_deref())?;
     let micro_batch = match count("micro_batch")? {
         Some(micro_batch) => micro_batch,
         None => {
@@ -180,12 +177,29 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
         micro_batch,
         recompute,
         cp,
+        context: context(word("context").as_deref())?,
         ep: count("ep")?.unwrap_or(1),
         ..Placement::foreign()
     };
     let placement = Placement { layout, format, order };
     check(&placement, problem).map_err(|e| e.context(format!("layout {text}")))?;
     Ok(Given { placement, filled })
+}
+
+fn order(word: Option<&str>) -> Result<Order> {
+    match word {
+        None | Some("tp-cp-dp-pp") => Ok(Order::TpCpDpPp),
+        Some("tp-cp-pp-dp") => Ok(Order::TpCpPpDp),
+        Some(value) => Err(wrong("order", value, "tp-cp-dp-pp or tp-cp-pp-dp")),
+    }
+}
+
+fn context(word: Option<&str>) -> Result<ContextMode> {
+    match word {
+        None | Some("ring") => Ok(ContextMode::Ring),
+        Some("heads" | "ulysses") => Ok(ContextMode::Heads),
+        Some(value) => Err(wrong("context", value, "ring or heads")),
+    }
 }
 
 /// More ranks than any axis has; keeps products of axes far from overflow.
@@ -298,6 +312,16 @@ mod tests {
     }
 
     #[test]
+    fn heads_are_dealt_where_that_is_written() {
+        let p = problem("gpt3-175b", 1024);
+        let given = parse("tp=8,pp=8,cp=4,context=Heads", &p, NumberFormat::Bf16).unwrap().placement;
+        assert!(given.layout.deals_heads());
+        assert_eq!(parse(&given.to_string(), &p, NumberFormat::Bf16).unwrap().placement, given);
+        let ring = parse("tp=8,pp=8,cp=4", &p, NumberFormat::Bf16).unwrap().placement;
+        assert!(ring.layout.has_ring() && ring != given);
+    }
+
+    #[test]
     fn impossible_layouts_are_refused_with_the_reason() {
         let check = |model: &str, n: usize, text: &str, part: &str| {
             let error = parse(text, &problem(model, n), NumberFormat::Bf16).unwrap_err();
@@ -334,6 +358,8 @@ mod tests {
         check("gpt3-175b", 1024, "tp=0", "expected a count from 1");
         check("gpt3-175b", 1024, "tp=18446744073709551616", "expected a count from 1");
         check("gpt3-175b", 1024, "zero=4", "zero = 4");
+        check("gpt3-175b", 1024, "tp=8,cp=2,context=tree", "context=tree, expected ring or heads");
+        check("gpt3-175b", 1024, "tp=8,cp=8,context=heads", "cp = 8 does not divide the 12 query heads");
         check("gpt3-175b", 1024, "tp=8,shard=3", "shard = 3 does not divide dp = 128");
         check("gpt3-175b", 1024, "", "the layout is empty");
         check("gpt3-175b", 1024, "tp=8,pp=2,stage_layers=48", "stage_layers has 1 entries");

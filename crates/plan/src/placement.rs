@@ -52,6 +52,9 @@ impl fmt::Display for Placement {
                 write!(f, ",{key}={value}")?;
             }
         }
+        if l.deals_heads() {
+            f.write_str(",context=heads")?;
+        }
         if !l.stage_layers.is_empty() {
             let counts: Vec<String> = l.stage_layers.iter().map(usize::to_string).collect();
             write!(f, ",stage_layers={}", counts.join("/"))?;

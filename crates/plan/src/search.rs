@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 use serde::Serialize;
-use spec::{ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Rule, Zero};
+use spec::{
+    ContextMode, ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Rule, Zero,
+};
 
 use crate::estimate::{Estimate, Estimator, Problem, Shared};
 use crate::placement::{Order, Placement};
@@ -68,6 +70,7 @@ pub struct Searched {
 struct SharedAxes {
     tp: usize,
     cp: usize,
+    context: ContextMode,
     ep: usize,
     sequence_parallel: bool,
     micro_batch: usize,
@@ -193,7 +196,16 @@ fn jobs(problem: &Problem, space: &Space) -> Vec<SharedAxes> {
                 for &micro_batch in &micro_batches {
                     for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
                         for sequence_parallel in [true, false].into_iter().filter(|m| allowed(tp, cp, *m)) {
-                            jobs.push(SharedAxes { tp, cp, ep, sequence_parallel, micro_batch, recompute });
+                            let context = ContextMode::Ring;
+                            jobs.push(SharedAxes {
+                                tp,
+                                cp,
+                                context,
+                                ep,
+                                sequence_parallel,
+                                micro_batch,
+                                recompute,
+                            });
                         }
                     }
                 }
@@ -365,18 +377,20 @@ fn better(a: &Found, b: &Found) -> bool {
 impl SharedAxes {
     /// The job that estimates a placement.
     fn of(placement: &Placement) -> Self {
-        let &Layout { tp, cp, ep, sequence_parallel, micro_batch, recompute, .. } = &placement.layout;
-        SharedAxes { tp, cp, ep, sequence_parallel, micro_batch, recompute }
+        let &Layout { tp, cp, context, ep, sequence_parallel, micro_batch, recompute, .. } =
+            &placement.layout;
+        SharedAxes { tp, cp, context, ep, sequence_parallel, micro_batch, recompute }
     }
 
     /// A layout of this job, without chunks or ZeRO.
     fn layout(&self, dp: usize, pp: usize) -> Layout {
-        let SharedAxes { tp, cp, ep, sequence_parallel, micro_batch, recompute } = *self;
+        let SharedAxes { tp, cp, context, ep, sequence_parallel, micro_batch, recompute } = *self;
         Layout {
             dp,
             tp,
             pp,
             cp,
+            context,
             ep,
             sequence_parallel,
             micro_batch,
@@ -392,7 +406,7 @@ impl SharedAxes {
 fn reason(rule: Rule) -> &'static str {
     match rule {
         Rule::Sizes => "more ranks than any machine has",
-        Rule::Context => "the sequence has no such halves",
+        Rule::Context => "the sequence has no such halves, or heads no such shares",
         Rule::Tensor => "tensor parallelism has no equal shares",
         Rule::Experts => "experts do not divide the ranks of a stage",
         Rule::Shards => "experts do not divide the ranks that shard together",

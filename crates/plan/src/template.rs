@@ -7,7 +7,7 @@
 mod stand_in;
 mod tasks;
 
-use spec::{DType, Recompute, Result};
+use spec::{ContextMode, DType, Recompute, Result};
 
 use crate::network::Collective;
 use crate::shape::Shape;
@@ -143,6 +143,8 @@ pub struct Key {
     pub tp: usize,
     /// Context-parallel ranks.
     pub cp: usize,
+    /// How they attend.
+    pub context: ContextMode,
     /// Expert-parallel ranks.
     pub ep: usize,
     /// Residual stream split along the sequence between tensor-parallel regions.
@@ -169,6 +171,7 @@ impl Key {
         Key {
             tp: 1,
             cp: 1,
+            context: ContextMode::Ring,
             ep: 1,
             sequence_parallel: false,
             micro_batch: 1,
@@ -184,7 +187,7 @@ impl Key {
 
 impl std::hash::Hash for Key {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        (self.tp, self.cp, self.ep, self.micro_batch, self.sequence).hash(state);
+        (self.tp, self.cp, self.context, self.ep, self.micro_batch, self.sequence).hash(state);
         (self.sequence_parallel, self.whole_layers, self.stops_early, self.unfused_attention).hash(state);
         (self.recompute as u8, self.precision).hash(state);
     }

@@ -13,7 +13,8 @@ use plan::template::{Task, tasks};
 use program::{ALIGN, Axis, Members, Mode, Pass, Place, Program, Replication, Request, orders};
 use proptest::prelude::*;
 use spec::{
-    Catalog, Experts, Layout, ModelSpec, Mtp, NumberFormat, PipelineSchedule, Recompute, Reduce, Zero,
+    Catalog, ContextMode, Experts, Layout, ModelSpec, Mtp, NumberFormat, PipelineSchedule, Recompute, Reduce,
+    Zero,
 };
 
 const SEQUENCE: usize = 64;
@@ -50,7 +51,7 @@ prop_compose! {
     fn layouts()(
         dp in 0u32..3, tp in 0u32..3, cp in 0u32..2, ep in 0u32..2, pp in 1usize..4, chunks in 1usize..3,
         zero in 0u8..4, schedule in 0usize..3, flag: bool, recompute in 0usize..3, micro_batch in 1usize..3,
-        groups in 0u32..3,
+        groups in 0u32..3, heads: bool,
     ) -> Layout {
         let chunks = if pp > 1 && MICRO_BATCHES.is_multiple_of(pp) { chunks } else { 1 };
         let plain =
@@ -59,6 +60,8 @@ prop_compose! {
             dp: 1 << dp,
             tp: 1 << tp,
             cp: 1 << cp,
+            // Of four heads.
+            context: if heads && tp + cp < 3 { ContextMode::Heads } else { ContextMode::Ring },
             ep: if dp + cp + tp > 0 { 1 << ep } else { 1 },
             pp,
             chunks,

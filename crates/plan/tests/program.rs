@@ -9,8 +9,8 @@ use plan::software::Software;
 use plan::template::{Key, Section, Task, Template, tasks};
 use program::{Program, Replication, Request};
 use spec::{
-    Catalog, DType, ExpertRows, Experts, Latent, Layout, ModelSpec, NumberFormat, PipelineSchedule,
-    Recompute, Reduce, Zero,
+    Catalog, ContextMode, DType, ExpertRows, Experts, Latent, Layout, ModelSpec, NumberFormat,
+    PipelineSchedule, Recompute, Reduce, Zero,
 };
 
 fn model(gated: bool) -> ModelSpec {
@@ -57,6 +57,8 @@ fn wide_layouts() -> Vec<Layout> {
         out.push(Layout { dp: 4, ep: 4, ..base.clone() });
         out.push(Layout { cp: 2, ep: 2, pp: 2, ..base.clone() });
         out.push(Layout { tp: 2, ep: 1, ..base.clone() });
+        out.push(Layout { cp: 4, context: ContextMode::Heads, ep: 4, ..base.clone() });
+        out.push(Layout { cp: 2, context: ContextMode::Heads, tp: 2, ep: 4, pp: 2, ..base.clone() });
         out.push(Layout { dp: 2, cp: 2, tp: 2, ep: 8, pp: 2, sequence_parallel: true, ..base });
     }
     out
@@ -108,6 +110,7 @@ fn check_fold(model: &ModelSpec, layout: &Layout) {
     let key = Key {
         tp: layout.tp,
         cp: layout.cp,
+        context: layout.context,
         ep: layout.ep,
         sequence_parallel: layout.sequence_parallel,
         micro_batch: layout.micro_batch,

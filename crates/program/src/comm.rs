@@ -268,8 +268,16 @@ impl Program {
         }
     }
 
-    /// The counts of rows, unless they are known, and the rows.
+    /// The counts of rows, unless they are known, and the rows; or those of each sequence where none are counted.
     fn exchange(&self, op: &Op) -> Vec<Message> {
+        if let &[rows] = op.ins.as_slice() {
+            let of = |view: View, i: usize| {
+                let count = view.rows / self.micro_batch();
+                Some(self.slice(View { row0: view.row0 + i * count, rows: count, ..view }))
+            };
+            let one = |i: usize| self.message(of(rows, i), of(op.outs[0], i), Deal::Even);
+            return (0..self.micro_batch()).map(one).collect();
+        }
         let (leave, known) = (op.ins[1], op.outs.get(1));
         let counts =
             known.map(|arrive| self.message(Some(self.slice(leave)), Some(self.slice(*arrive)), Deal::Even));

@@ -242,6 +242,14 @@ impl Derive<'_> {
                 let grad = RingAttentionGrad { heads: *heads, sees: *sees, axis: *axis };
                 self.attention(n, dy, (*heads, *sees), grad);
             }
+            SplitHeads { heads, ranks } => {
+                let grad = JoinHeads { heads: *heads, ranks: *ranks };
+                self.contribute_each(grad, name("dx"), vec![dy], &[n.ins[0].value]);
+            }
+            JoinHeads { heads, ranks } => {
+                let grad = SplitHeads { heads: *heads, ranks: *ranks };
+                self.contribute_each(grad, name("dx"), vec![dy], &[n.ins[0].value]);
+            }
             LatentRope { heads, rope_dim } => {
                 let inputs: Vec<ValueId> = n.ins.iter().map(|o| o.value).collect();
                 let grad = LatentRopeGrad { heads: *heads, rope_dim: *rope_dim };
@@ -333,7 +341,8 @@ impl Derive<'_> {
             // The rows go back the way that they came: what arrived leaves, what left arrives.
             AllToAll { axis } => {
                 let arrived = *n.outs.get(1).unwrap_or(&n.ins[n.ins.len() - 1]);
-                let ins = vec![dy, arrived, n.ins[1]];
+                let mut ins = vec![dy];
+                ins.extend(n.ins.get(1).into_iter().flat_map(|left| [arrived, *left]));
                 self.contribute_each(AllToAll { axis: *axis }, name, ins, &[x]);
             }
             Slice { axis } => self.contribute_each(AllGather { axis: *axis }, name, vec![dy], &[x]),

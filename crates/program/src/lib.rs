@@ -30,6 +30,7 @@ mod pipeline;
 mod schedule;
 mod place;
 mod step;
+mod mixture;
 mod muon;
 mod average;
 mod qk_clip;
@@ -54,6 +55,7 @@ pub use coords::{Coords, Members};
 pub use cost::Cost;
 pub use emit::{Emitter, Layer};
 pub use graph::{Phase, ValueId};
+pub use mixture::check_mixture;
 pub use muon::{Matrix, NEWTON_SCHULZ_STEPS, Shares, newton_schulz_flops};
 pub use op::{Axis, GradSum, Heads, LossTerms, Op, OpId, OpKind, Sees};
 pub use params::{GroupId, ParamGroup, ParamPart, Replication};
@@ -368,7 +370,8 @@ pub struct Io {
     /// The target behind each; a last one has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next_targets: Option<BufferId>,
-    /// Position in its sequence at which each token's document begins, where attention keeps inside documents.
+    /// Position in its sequence at which each token's document begins, where attention keeps inside documents: of this
+    /// rank's tokens, or of all where heads are dealt ([`Program::seen`]).
     pub starts: Option<BufferId>,
     /// One f64 loss sum for each local sequence.
     pub loss_leaves: BufferId,
@@ -521,15 +524,33 @@ impl Program {
     }
 
     /// The positions of this rank's tokens in a sequence, in the order of its rows: all of them or, where cp cuts
-    /// sequences, one piece from the front and its mirror from the back. The halves are as long as each other, or the
-    /// second is one longer.
+    /// sequences, one piece or, on a ring, one from the front and its mirror from the back. The halves are as long as each
+    /// other, or the second is one longer.
     pub fn positions(&self) -> [Range<usize>; 2] {
-        let local = self.local_sequence();
+        let (local, cp) = (self.local_sequence(), self.coords.cp);
         let half = local / 2;
-        match self.layout.cp {
-            1 => [0..half, half..local],
-            cp => [self.coords.cp, 2 * cp - 1 - self.coords.cp].map(|piece| piece * half..(piece + 1) * half),
+        if self.layout.has_ring() {
+            let mirror = 2 * self.layout.cp - 1 - cp;
+            return [cp, mirror].map(|piece| piece * half..(piece + 1) * half);
         }
+        let (first, end) = (cp * local, (cp + 1) * local);
+        [first..first + half, first + half..end]
+    }
+
+    /// The positions of the queries of a sequence that this rank works on in attention: those of its tokens, or all where
+    /// heads are dealt.
+    pub fn seen(&self) -> [Range<usize>; 2] {
+        match self.layout.deals_heads() {
+            true => [0..self.sequence / 2, self.sequence / 2..self.sequence],
+            false => self.positions(),
+        }
+    }
+
+    /// Tokens of a sequence among the rows of an op.
+    pub fn sequence_of(&self, kind: &OpKind) -> usize {
+        let attends =
+            matches!(kind, OpKind::Attention { .. } | OpKind::AttentionGrad { .. } | OpKind::SinkGrad { .. });
+        if attends && self.layout.deals_heads() { self.sequence } else { self.local_sequence() }
     }
 
     /// Micro-batches of this rank in one step.

@@ -127,7 +127,9 @@ pub enum OpKind {
     LatentRope { heads: Heads, rope_dim: usize },
     /// `(dqkv) -> (dq, dkv, dshared)`.
     LatentRopeGrad { heads: Heads, rope_dim: usize },
-    /// `(qkv [n, (H+2K)h], [starts [n]], [sinks [1, H]]) -> (o [n, Hh], lse)`: causal grouped-query attention.
+    /// `(qkv [n, (H+2K)h], [starts [n]], [sinks [1, H]]) -> (o [n, Hh], lse)`: causal grouped-query attention. Where
+    /// context-parallel ranks deal heads, `n` rows are whole sequences, `H` and `K` this rank's share, and sinks those of
+    /// all ranks.
     Attention { heads: Heads, sees: Sees },
     /// `(qkv, o, lse, do, [starts]) -> dqkv`. Sinks are in `lse`.
     AttentionGrad { heads: Heads, sees: Sees },
@@ -145,6 +147,11 @@ pub enum OpKind {
     /// walk the ring again, their gradients, in f32, one hop behind until they are home. Of the three parts of
     /// `gradients` two come and go by turns, and the last is what this rank adds.
     RingAttentionGrad { heads: Heads, sees: Sees, axis: Axis },
+    /// `(packed [n, W]) -> parts [ranks n, V]`: of each sequence the rows of every rank in turn, with its share of `heads`
+    /// ([`Heads::dealt`]; an output has [`Heads::of_output`]). Key and value heads that are fewer than ranks are copied.
+    SplitHeads { heads: Heads, ranks: usize },
+    /// `(parts) -> packed`, back; of copies the sum, in the order of the ranks.
+    JoinHeads { heads: Heads, ranks: usize },
     /// `(logits [n, E], [biases [1, E]]) -> (gates [n, k], index [n, 2k], counts [E, s])`: each token's `k` best experts,
     /// best first, and their weights, as the model's [`Router`] says. `index` has the place of each copy in the order of (expert,
     /// token), then its expert; `counts` the copies of each expert from each of `s` equal runs of rows: the sequences
@@ -232,6 +239,8 @@ pub enum OpKind {
     /// `(rows, counts that leave, [counts that arrive]) -> (rows, [counts that arrived])`: every rank sends each peer the
     /// rows of its experts, or back. Counts are by (peer, expert), and rows lie in that order; those that arrive go first
     /// unless they are known. Where rows arrive there is room for as many as the layout says ([`spec::ExpertRows`]).
+    ///
+    /// `(rows) -> rows` without counts: the rows of each sequence are dealt evenly, and arrive in the order of the peers.
     AllToAll { axis: Axis },
     /// `(all rows) -> (this rank's rows)` of what every rank of the axis holds alike; backward gathers.
     Slice { axis: Axis },
@@ -423,6 +432,22 @@ impl Heads {
     pub fn out_cols(self) -> usize {
         self.q * self.value_dim
     }
+
+    /// The heads of the attention's output alone: as many as queries, as wide as values.
+    pub fn of_output(self) -> Heads {
+        Heads { q: self.q, kv: 0, dim: self.value_dim, value_dim: 0, score_factor: 1.0 }
+    }
+
+    /// Those of each of `ranks` ranks that these are dealt to. Fewer key and value heads than ranks are copied.
+    ///
+    /// ```
+    /// let heads = program::Heads { q: 8, kv: 2, dim: 16, value_dim: 16 };
+    /// assert_eq!(heads.dealt(2), program::Heads { q: 4, kv: 1, ..heads });
+    /// assert_eq!(heads.dealt(4), program::Heads { q: 2, kv: 1, ..heads });
+    /// ```
+    pub fn dealt(self, ranks: usize) -> Heads {
+        Heads { q: self.q / ranks, kv: self.kv.div_ceil(ranks), ..self }
+    }
 }
 
 /// What bounds the keys that a query sees, beside its own position, and what else its softmax sums. Operands that it says
@@ -497,6 +522,8 @@ impl OpKind {
             LatentRopeGrad { .. } => "latent_rope_grad",
             RingAttention { .. } => "ring_attention",
             RingAttentionGrad { .. } => "ring_attention_grad",
+            SplitHeads { .. } => "split_heads",
+            JoinHeads { .. } => "join_heads",
             Route { .. } => "route",
             RouteGrad { .. } => "route_grad",
             Permute { .. } => "permute",

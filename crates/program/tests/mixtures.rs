@@ -6,7 +6,9 @@ use std::collections::{BTreeMap, HashMap};
 
 use common::{build, check_world, model};
 use program::{Axis, Collective, Coords, Members, OpKind, Phase, Program, Replication};
-use spec::{DType, ExpertRows, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
+use spec::{
+    ContextMode, DType, ExpertRows, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Zero,
+};
 
 const SEQUENCES: usize = 8;
 const SEQUENCE: usize = 16;
@@ -54,6 +56,8 @@ const AXES: [(usize, usize, usize, bool, usize); 9] = [
     (4, 1, 2, true, 8),
 ];
 
+const CONTEXTS: [ContextMode; 2] = [ContextMode::Ring, ContextMode::Heads];
+
 const PIPELINES: [(usize, usize, PipelineSchedule); 4] = [
     (1, 1, PipelineSchedule::OneFOneB),
     (2, 1, PipelineSchedule::OneFOneB),
@@ -73,12 +77,26 @@ const POLICIES: [(Zero, Recompute); 7] = [
 
 fn layouts(model: &ModelSpec) -> Vec<Layout> {
     let mut all = Vec::new();
-    for (dp, cp, tp, sequence_parallel, ep) in AXES {
+    let axes = AXES.into_iter().flat_map(|a| {
+        CONTEXTS.into_iter().filter(move |c| a.1 > 1 || *c == ContextMode::Ring).map(move |c| (a, c))
+    });
+    for ((dp, cp, tp, sequence_parallel, ep), context) in axes {
         let ep = if model.experts.is_some() { ep } else { 1 };
         for (pp, chunks, schedule) in PIPELINES {
             for (zero, recompute) in POLICIES {
                 let expert_rows = ExpertRows::Even;
-                let base = Layout { dp, cp, tp, ep, pp, chunks, schedule, expert_rows, ..Layout::default() };
+                let base = Layout {
+                    dp,
+                    cp,
+                    context,
+                    tp,
+                    ep,
+                    pp,
+                    chunks,
+                    schedule,
+                    expert_rows,
+                    ..Layout::default()
+                };
                 if zero == Zero::Gradients && ep > 1 {
                     let expert_rows = ExpertRows::All;
                     all.push(Layout { sequence_parallel, zero, recompute, expert_rows, ..base.clone() });
@@ -247,7 +265,8 @@ fn messages_of_both_passes_mirror_each_other() {
                 let back = of("ring", true) + of("ring", true) * wide * (hops + 1) / hops.max(1);
                 assert_eq!(back, of("ring", false), "{layout:?}");
                 assert!(layout.ep == 1 || of("exchange", true) > 0 || p.coords.pp == 0, "{layout:?}");
-                assert_eq!(layout.cp > 1, of("ring", true) > 0);
+                assert_eq!(layout.has_ring(), of("ring", true) > 0);
+                assert!(!layout.deals_heads() || of("exchange", true) > 0, "{layout:?}");
                 if layout.sequence_parallel {
                     assert_eq!(of("gather", true), of("scatter", false), "{layout:?}");
                     assert_eq!(of("scatter", true), of("gather", false), "{layout:?}");
@@ -269,7 +288,7 @@ fn every_copy_of_a_token_is_sent_once() {
                     continue;
                 }
                 match op.kind {
-                    OpKind::AllToAll { .. } => sent += op.ins[0].rows,
+                    OpKind::AllToAll { axis: Axis::Ep } => sent += op.ins[0].rows,
                     OpKind::GroupedLinear { .. } => rows += op.ins[0].rows,
                     _ => {}
                 }

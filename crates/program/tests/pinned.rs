@@ -18,7 +18,10 @@ use program::{
     Sees, Shares, in_flight, newton_schulz_flops, orders, owned_range, play, spans,
 };
 use spec::hash::fnv1a;
-use spec::{DType, Latent, Layout, ModelSpec, Optimizer, PipelineSchedule, Recompute, Reduce, Window, Zero};
+use spec::{
+    ContextMode, DType, Latent, Layout, ModelSpec, Optimizer, PipelineSchedule, Recompute, Reduce, Window,
+    Zero,
+};
 
 /// Ops by kind, bytes, what is said to others, and a digest of all of it.
 fn figures(p: &Program) -> String {
@@ -101,6 +104,15 @@ fn layouts() -> Vec<Layout> {
         Layout { ep: 2, cp: 2, ..one.clone() },
         Layout { ep: 2, dp: 4, ..zero(Zero::Gradients, 4) },
         Layout { ep: 2, dp: 2, micro_batch: 4, ..zero(Zero::Gradients, 2) },
+        Layout { cp: 2, context: ContextMode::Heads, micro_batch: 2, ..one.clone() },
+        Layout { cp: 4, context: ContextMode::Heads, recompute: Recompute::Full, ..zero(Zero::Optimizer, 2) },
+        Layout {
+            cp: 2,
+            tp: 2,
+            context: ContextMode::Heads,
+            sequence_parallel: true,
+            ..zero(Zero::Parameters, 2)
+        },
     ]
 }
 
@@ -129,12 +141,13 @@ fn programs_change_only_on_purpose() {
                 let l = layout;
                 writeln!(
                     all,
-                    "{name} {precision} dp={} tp={} pp={}x{} cp={} ep={} {:?} {:?} {:?} rank {rank}: {}",
+                    "{name} {precision} dp={} tp={} pp={}x{} cp={}{} ep={} {:?} {:?} {:?} rank {rank}: {}",
                     l.dp,
                     l.tp,
                     l.pp,
                     l.chunks,
                     l.cp,
+                    if l.deals_heads() { " by heads" } else { "" },
                     l.ep,
                     l.zero,
                     l.schedule,

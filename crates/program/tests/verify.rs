@@ -5,7 +5,7 @@ mod common;
 use common::{build, model};
 use program::verify::{Rule, Violation, accept, program, world};
 use program::{Collective, Home, OpKind, Program};
-use spec::{Layout, Zero};
+use spec::{ContextMode, Layout, Zero};
 
 fn one() -> Program {
     build(&model(2, true, false), &Layout { micro_batch: 2, ..Layout::default() }, 8, 0)
@@ -78,6 +78,25 @@ fn shapes_and_element_types() {
     broken(Rule::Shapes, ".dw", |p| {
         let (b, i) = first(p, "linear_grad_weight");
         p.blocks[b].ops[i].grads.clear();
+    });
+}
+
+/// Rows that are dealt by heads: parts of the right shape, and as many bytes from everybody.
+#[test]
+fn heads_are_dealt_in_equal_parts() {
+    let layout = Layout { cp: 2, context: ContextMode::Heads, micro_batch: 2, ..Layout::default() };
+    for kind in ["split_heads", "all_to_all", "join_heads"] {
+        let mut p = ranks(&layout).remove(0);
+        assert_eq!(program(&p), []);
+        let (b, i) = first(&p, kind);
+        let out = p.blocks[b].ops[i].outs[0].buffer;
+        p.buffers[out.0 as usize].cols += 1;
+        check(Rule::Shapes, &program(&p), "layers.0.attn.core");
+    }
+    broken_world(Rule::Messages, "layers.0.attn.core.in", &layout, |all| {
+        let (b, i) = first(&all[1], "all_to_all");
+        let comm = all[1].blocks[b].ops[i].comm.as_mut().expect("a message");
+        comm.messages[1].elements /= 2;
     });
 }
 

@@ -449,6 +449,7 @@ impl<'a> Writer<'a> {
                         .iter()
                         .take_while(|p| matches!(p, Piece::Talk { axis: TalkAxis::Cp, .. }))
                         .count();
+                    let ring = if self.placement.layout.has_ring() { ring } else { 0 };
                     self.ring(ops, self.compute(attention), &rest[..ring]);
                     1 + ring
                 }

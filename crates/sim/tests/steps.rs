@@ -88,6 +88,9 @@ fn undisturbed_steps_take_what_the_closed_form_says() {
     }
     check("llama3-8b", "dgx-h100", 64, "megatron-core-2024", (512, 8192), "tp=4,micro_batch=1");
     check("llama3-405b", "dgx-h100", 1024, "megatron-core-2024", (512, 8192), "tp=8,pp=16,micro_batch=1");
+    for layout in ["cp=2,context=heads,micro_batch=1", "cp=4,context=heads,micro_batch=1"] {
+        check("llama3-8b", "dgx-h100", 64, "megatron-core-2024", (512, 8192), layout);
+    }
     for layout in ["pp=4,micro_batch=1", "pp=8,micro_batch=1,zero=0", "micro_batch=1,zero=1"] {
         check("llama3-8b", "dgx-h100", 64, "megatron-core-2024", (512, 8192), layout);
     }

@@ -16,6 +16,9 @@ pub struct Layout {
     pub pp: usize,
     /// Context-parallel ranks: each holds a part of every sequence.
     pub cp: usize,
+    /// How their attention sees the rest of it. JSON leaves a ring out.
+    #[serde(skip_serializing_if = "ContextMode::is_ring")]
+    pub context: ContextMode,
     /// Expert-parallel ranks: each holds a part of every layer's routed experts, whole ones.
     pub ep: usize,
     /// Activations between tensor-parallel regions are split along the sequence.
@@ -48,6 +51,7 @@ impl Default for Layout {
             tp: 1,
             pp: 1,
             cp: 1,
+            context: ContextMode::Ring,
             ep: 1,
             sequence_parallel: false,
             zero: Zero::Off,
@@ -100,6 +104,16 @@ impl Layout {
     /// Ranks of one pipeline stage.
     pub fn stage_ranks(&self) -> usize {
         self.dp * self.cp * self.tp
+    }
+
+    /// Whether keys and values walk around a ring of context-parallel ranks.
+    pub fn has_ring(&self) -> bool {
+        self.cp > 1 && self.context == ContextMode::Ring
+    }
+
+    /// Whether context-parallel ranks take heads over for attention, and see whole sequences with them.
+    pub fn deals_heads(&self) -> bool {
+        self.cp > 1 && self.context == ContextMode::Heads
     }
 
     /// Ranks that hold the same dense parameters, or shards of them: gradients are summed over all of these.
@@ -190,6 +204,41 @@ pub enum Recompute {
     Selective,
     /// Keep only the input of each layer.
     Full,
+}
+
+/// How attention sees sequences that context-parallel ranks hold parts of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ContextMode {
+    /// Keys and values walk around a ring of the ranks (Liu et al. 2023, arXiv 2310.01889). Any number of heads will do.
+    #[default]
+    Ring,
+    /// Ranks exchange rows for heads, and back: each sees all of a sequence with its share of the heads (DeepSpeed
+    /// Ulysses, Jacobs et al. 2023, arXiv 2309.14509).
+    Heads,
+}
+
+impl ContextMode {
+    /// Whether it goes without saying.
+    pub fn is_ring(&self) -> bool {
+        *self == ContextMode::Ring
+    }
+
+    /// Pieces of every sequence that a rank holds.
+    pub(crate) fn pieces(self) -> usize {
+        match self {
+            ContextMode::Ring => 2,
+            ContextMode::Heads => 1,
+        }
+    }
+
+    /// As written in a run file.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ContextMode::Ring => "ring",
+            ContextMode::Heads => "heads",
+        }
+    }
 }
 
 /// For how many rows of its experts a rank has room.

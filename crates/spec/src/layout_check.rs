@@ -41,6 +41,7 @@ impl Layout {
         self.check_context(sequence, tolerance)?;
         self.check_mtp(model)?;
         self.check_tensor(model, sequence, tolerance)?;
+        self.check_heads(model, sequence, tolerance)?;
         self.check_shard()?;
         self.check_experts(model, sequence, tolerance)?;
         self.check_pipeline(model, tolerance)?;
@@ -116,17 +117,18 @@ impl Layout {
         }
     }
 
-    /// Causal work grows along the sequence: each rank takes one piece from the front and its mirror from the back.
+    /// On a ring causal work grows along the sequence: each rank takes one piece from the front and its mirror from the
+    /// back. Where heads are dealt all ranks do the same work, and take one piece each.
     fn check_context(&self, sequence: usize, tolerance: Tolerance) -> Checked<'_> {
-        let cp = self.cp;
-        let works = move |cp: usize| cp == 1 || sequence.is_multiple_of(2 * cp);
+        let (cp, pieces) = (self.cp, self.context.pieces());
+        let works = move |cp: usize| cp == 1 || sequence.is_multiple_of(pieces * cp);
         if works(cp) || tolerance.padded_sequence {
             return Ok(());
         }
         broken(Rule::Context, move || {
             let what = format!(
                 "layout.cp = {cp} cuts a sequence into {} pieces, which do not divide its {sequence} tokens",
-                2 * cp
+                pieces * cp
             );
             Error::user(what).hint(values("layout.cp", divisors(sequence).filter(|&c| works(c))))
         })
@@ -143,6 +145,35 @@ impl Layout {
                 self.cp
             ))
             .hint("set layout.cp=1, or model.mtp.depth=0")
+        })
+    }
+
+    /// Where context-parallel ranks deal the heads of a tensor-parallel rank among themselves, each takes as many query
+    /// heads, all with the same number of key and value heads: a share of them, or a copy of one.
+    fn check_heads<'a>(&'a self, model: &'a ModelSpec, sequence: usize, tolerance: Tolerance) -> Checked<'a> {
+        if !self.deals_heads() {
+            return Ok(());
+        }
+        let held = tolerance.held(self, model, sequence).0;
+        let tp = self.tp;
+        // Keys and values of latent attention are as many as queries.
+        let kv = if model.latent.is_some() { held.heads } else { held.kv_heads };
+        let (queries, kv) = (held.heads / tp, kv / tp);
+        let shares = move |cp: usize| kv.is_multiple_of(cp) || cp.is_multiple_of(kv);
+        let works = move |cp: usize| queries.is_multiple_of(cp) && shares(cp);
+        let cp = self.cp;
+        if works(cp) {
+            return Ok(());
+        }
+        broken(Rule::Context, move || {
+            let (count, what) =
+                if queries.is_multiple_of(cp) { (kv, "key and value") } else { (queries, "query") };
+            let of =
+                if tp > 1 { format!("a tensor-parallel rank of {}", model.name) } else { model.name.clone() };
+            let fits = move |cp: usize| cp == 1 || sequence.is_multiple_of(cp) || tolerance.padded_sequence;
+            let hint = values("layout.cp", divisors(queries).filter(|&c| works(c) && fits(c)));
+            Error::user(format!("layout.context = \"heads\" with layout.cp = {cp} does not divide the {count} {what} heads of {of}"))
+                .hint(format!("{hint}; or layout.context=ring"))
         })
     }
 

@@ -48,8 +48,8 @@ impl Tolerance {
         }
         let mut tokens = sequence;
         if self.padded_sequence {
-            // Context parallelism cuts in halves, tensor parallelism takes equal shares.
-            let halves = if cp > 1 { 2 } else { 1 };
+            // A ring of context-parallel ranks cuts in halves, tensor parallelism takes equal shares.
+            let halves = if cp > 1 { layout.context.pieces() } else { 1 };
             let shares = if layout.sequence_parallel || model.experts.is_some() { tp } else { 1 };
             tokens = sequence.div_ceil(cp).next_multiple_of(lcm(halves, shares)) * cp;
         }
@@ -74,7 +74,7 @@ pub fn lcm(a: usize, b: usize) -> usize {
 pub enum Rule {
     /// Counts are from one to the most ranks of any machine.
     Sizes,
-    /// Context parallelism cuts a sequence into equal halves.
+    /// Context parallelism cuts a sequence into equal pieces, or deals heads evenly.
     Context,
     /// Tensor parallelism takes equal shares of heads, columns and tokens.
     Tensor,
@@ -117,7 +117,7 @@ pub(crate) fn broken<'a>(rule: Rule, explain: impl Fn() -> Error + 'a) -> Checke
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Experts, Reduce};
+    use crate::{ContextMode, Experts, Reduce};
     use proptest::prelude::*;
 
     prop_compose! {
@@ -137,9 +137,12 @@ mod tests {
     }
 
     prop_compose! {
-        fn layouts()(tp in 1usize..9, cp in 1usize..4, ep in 1usize..4, dp in 1usize..4, pp in 1usize..6, sp: bool) -> Layout {
+        fn layouts()(
+            tp in 1usize..9, cp in 1usize..4, ep in 1usize..4, dp in 1usize..4, pp in 1usize..6, sp: bool, heads: bool,
+        ) -> Layout {
             let sequence_parallel = sp && tp > 1;
-            Layout { dp: dp * ep, tp, pp, cp, ep, sequence_parallel, reduce: Reduce::Ring, ..Layout::default() }
+            let context = if heads { ContextMode::Heads } else { ContextMode::Ring };
+            Layout { dp: dp * ep, tp, pp, cp, context, ep, sequence_parallel, reduce: Reduce::Ring, ..Layout::default() }
         }
     }
 

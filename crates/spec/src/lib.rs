@@ -35,7 +35,7 @@ pub use dtype::DType;
 pub use error::{Context, Error, Kind, Result, printable};
 pub use family::{Family, MatrixUnits};
 pub use hf::{HfModel, Windows, parse_json, small_json};
-pub use layout::{ExpertRows, Layout, PipelineSchedule, Recompute, Reduce, Zero};
+pub use layout::{ContextMode, ExpertRows, Layout, PipelineSchedule, Recompute, Reduce, Zero};
 pub use layout_fit::Fitted;
 pub use legality::{Broken, Checked, Rule, Tolerance, lcm};
 pub use lr::{LrSchedule, ScheduleKind};

@@ -36,6 +36,13 @@ pub(crate) fn config(p: &Problem, placement: &Placement) -> Result<Emitted> {
         file["tensor_parallel"] = json!({ "autotp_size": l.tp });
     }
     let mut notes = vec![all_unsaid(&p.shape.model)];
+    if l.cp > 1 {
+        file["sequence_parallel_size"] = json!(l.cp);
+        file["data_parallel_size"] = json!(l.dp);
+        notes.push(
+            "in the model: attention inside DistributedAttention, and each rank's part of a sequence".into(),
+        );
+    }
     if l.pp > 1 {
         notes.push(format!("in the model: PipelineModule(..., num_stages={})", l.pp));
     }
@@ -72,6 +79,9 @@ pub(crate) fn megatron(p: &Problem, placement: &Placement) -> Result<Emitted> {
     ];
     if l.pp == 1 {
         args.push("--no-pipeline-parallel".into());
+    }
+    if l.cp > 1 {
+        args.push(format!("--ds-sequence-parallel-size {}", l.cp));
     }
     if l.schedule == PipelineSchedule::ZeroBubble && l.pp > 1 {
         args.push("--enable-zbh1-pipeline".into());
@@ -175,10 +185,16 @@ fn common(name: &str, placement: &Placement) -> Result<()> {
     if l.chunks > 1 || l.schedule == PipelineSchedule::Gpipe && l.pp > 1 {
         return refuse(format!("{} schedule", schedule_name(l.schedule)), "plan with schedule=1f1b");
     }
-    if l.cp > 1 {
+    if l.has_ring() {
         return refuse(
             "ring of context-parallel ranks (it has all-to-all over heads)".into(),
-            "plan with cp=1",
+            "plan with context=heads, or cp=1",
+        );
+    }
+    if l.cp > 1 && l.tp * l.pp > 1 {
+        return refuse(
+            "all-to-all over heads beside tensor or pipeline parallelism".into(),
+            "plan with tp=1 and pp=1, or emit for megatron",
         );
     }
     if l.dp > 1 && l.pp > 1 && placement.order != Order::TpCpDpPp {

@@ -73,6 +73,9 @@ fn axes(p: &Problem, placement: &Placement, micro_batches: usize) -> Result<Vec<
             "plan with a pp that divides both",
         );
     }
+    if l.deals_heads() {
+        return refuse("all-to-all over heads".into(), "plan with context=ring");
+    }
     let replicas = l.dp;
     if l.zero == Zero::Optimizer && l.shard_dp() < l.dp {
         return refuse(

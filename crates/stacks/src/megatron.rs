@@ -2,7 +2,8 @@ use plan::estimate::Problem;
 use plan::placement::{Order, Placement};
 use plan::software::AttentionKernel;
 use spec::{
-    Activation, ModelSpec, NumberFormat, PipelineSchedule, Position, Recompute, Result, RopeScaling, Zero,
+    Activation, Layout, ModelSpec, NumberFormat, PipelineSchedule, Position, Recompute, Result, RopeScaling,
+    Zero,
 };
 
 use crate::traits::{beyond_positions, llama31, unsaid, whole};
@@ -23,6 +24,7 @@ pub(crate) fn emit(p: &Problem, placement: &Placement) -> Result<Emitted> {
     args.push(format!("--tensor-model-parallel-size {}", l.tp));
     args.push(format!("--pipeline-model-parallel-size {}", l.pp));
     args.push(format!("--context-parallel-size {}", l.cp));
+    args.extend(heads(p, l)?);
     if p.shape.experts.is_some() {
         args.push(format!("--expert-model-parallel-size {}", l.ep));
         args.push("--expert-tensor-parallel-size 1".into());
@@ -56,6 +58,23 @@ pub(crate) fn emit(p: &Problem, placement: &Placement) -> Result<Emitted> {
         notes.push("set CUDA_DEVICE_MAX_CONNECTIONS=1 before Blackwell".into());
     }
     Ok(Emitted { text: arguments(&args), notes })
+}
+
+/// All-to-all over heads, by Transformer Engine, which cuts sequences as its ring does and copies no heads.
+fn heads(p: &Problem, l: &Layout) -> Result<Option<String>> {
+    if !l.deals_heads() {
+        return Ok(None);
+    }
+    let kv = if p.shape.latent.is_some() { p.shape.model.heads } else { p.shape.model.kv_heads };
+    if !kv.is_multiple_of(l.tp * l.cp) {
+        let what = format!("copies of {kv} key and value heads for cp={} by heads", l.cp);
+        return Err(lacks(NAME, what, "plan with context=ring, or a smaller cp"));
+    }
+    if !p.sequence.is_multiple_of(2 * l.cp) {
+        let what = format!("{} halves of a sequence of {} tokens for cp={}", 2 * l.cp, p.sequence, l.cp);
+        return Err(lacks(NAME, what, "plan with a sequence that twice cp divides"));
+    }
+    Ok(Some("--cp-comm-type a2a".to_owned()))
 }
 
 fn model(p: &Problem) -> Vec<String> {

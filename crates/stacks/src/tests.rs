@@ -4,7 +4,7 @@ use plan::calibration::PRIOR;
 use plan::placement::Order;
 use plan::shape::Shape;
 use plan::software::Software;
-use spec::{Catalog, Layout, NumberFormat, Recompute, Zero};
+use spec::{Catalog, ContextMode, Layout, NumberFormat, Recompute, Zero};
 
 use super::*;
 
@@ -100,6 +100,10 @@ fn megatron_layout(read: &Read, world: usize, layers: usize) -> Placement {
         },
         reduce: spec::Reduce::Ring,
         cp,
+        context: match read.get("cp-comm-type").map(String::as_str) {
+            Some("a2a") => ContextMode::Heads,
+            _ => ContextMode::Ring,
+        },
         ep: count(read, "expert-model-parallel-size"),
         expert_rows: Layout::default().expert_rows,
     };
@@ -133,6 +137,7 @@ fn megatron_reads_the_layout_that_was_written() {
     }
     let interleaved = Layout { chunks: 4, schedule: PipelineSchedule::Interleaved, ..layout() };
     check("gpt3-13b", placement(interleaved));
+    check("gpt3-13b", placement(Layout { cp: 2, context: ContextMode::Heads, ..layout() }));
     // 126 layers over 16 x 8 virtual stages: the embedding and the head count as a layer each.
     let ends = Layout { dp: 1, tp: 8, pp: 16, chunks: 8, ..layout() };
     let mut given = placement(Layout { schedule: PipelineSchedule::Interleaved, ..ends });
@@ -275,6 +280,12 @@ fn deepspeed_reads_the_layout_that_was_written() {
         );
         assert_eq!(file["bf16"]["enabled"], true);
     }
+    let heads = Layout { cp: 4, context: ContextMode::Heads, tp: 1, pp: 1, dp: 16, ..layout() };
+    let heads = placement(Layout { sequence_parallel: false, ..heads });
+    let file: serde_json::Value = serde_json::from_str(&emit("deepspeed", &p, &heads).unwrap().text).unwrap();
+    assert_eq!((&file["sequence_parallel_size"], &file["data_parallel_size"]), (&4.into(), &16.into()));
+    let read = read_arguments(&emit("megatron-deepspeed", &p, &heads).unwrap().text);
+    assert_eq!(count(&read, "ds-sequence-parallel-size"), 4);
     let zb = Layout { schedule: PipelineSchedule::ZeroBubble, ..layout() };
     let emitted = emit("megatron-deepspeed", &p, &placement(zb)).unwrap();
     let read = read_arguments(&emitted.text);
@@ -333,6 +344,16 @@ fn what_a_stack_lacks_is_refused_with_what_it_has() {
     check("megatron-deepspeed", chunks, "no interleaved 1F1B", "schedule=1f1b");
     check("maxtext", layout(), "no 1F1B schedule", "gpipe");
     check("maxtext", Layout { zero: Zero::Gradients, pp: 1, dp: 16, ..layout() }, "no ZeRO 2", "zero=3");
+    let heads = |zero, pp| Layout { cp: 2, context: ContextMode::Heads, zero, pp, ..layout() };
+    check("torchtitan", heads(Zero::Parameters, 1), "no all-to-all over heads", "context=ring");
+    check("maxtext", heads(Zero::Parameters, 1), "no all-to-all over heads", "context=ring");
+    check("megatron-deepspeed", heads(Zero::Optimizer, 2), "beside tensor or pipeline", "tp=1 and pp=1");
+    check(
+        "megatron",
+        Layout { cp: 16, ..heads(Zero::Optimizer, 1) },
+        "no copies of 40 key and value heads",
+        "smaller cp",
+    );
     check("slurm", layout(), "unknown stack", "known: megatron");
     check("megatorn", layout(), "unknown stack", "did you mean `megatron`?");
 }

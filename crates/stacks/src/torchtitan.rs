@@ -73,6 +73,9 @@ fn shard(placement: &Placement) -> Result<usize> {
     if l.zero == Zero::Off && l.cp > 1 {
         return refuse("replicas beside context parallelism: it shards over cp".into(), "plan with zero=3");
     }
+    if l.deals_heads() {
+        return refuse("all-to-all over heads".into(), "plan with context=ring");
+    }
     if l.tp > 1 && !l.sequence_parallel {
         return refuse(
             "tensor parallelism without sequence parallelism".into(),

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use comm::World;
 use program::{Mode, Request};
-use spec::{DType, Layout, ModelSpec, Result};
+use spec::{ContextMode, DType, Layout, ModelSpec, Result};
 use train::{Executor, Mesh, StepInputs};
 
 fn main() -> Result<()> {
@@ -24,15 +24,16 @@ fn main() -> Result<()> {
     let model = ModelSpec { layers, position, ..tiny };
     println!("{} with {layers} layers, 1 sequence of {tokens} tokens, f32", model.name);
     for round in 1..=rounds {
-        for cp in [1, 2] {
-            let layout = Layout { cp, ..Layout::default() };
+        for (cp, context) in [(1, ContextMode::Ring), (2, ContextMode::Ring), (2, ContextMode::Heads)] {
+            let layout = Layout { cp, context, ..Layout::default() };
             let before = cpu_s(libc::CLOCK_PROCESS_CPUTIME_ID);
             let ranks = step(&model, &layout, tokens);
             let process = cpu_s(libc::CLOCK_PROCESS_CPUTIME_ID) - before;
             let most = |of: fn(&Rank) -> f64| ranks.iter().map(of).fold(0.0, f64::max);
             println!(
-                "round {round} cp={cp}: {:.1} s, {:.1} s of CPU on the busiest rank, {process:.1} s in all, {:.2} s \
+                "round {round} cp={cp} {}: {:.1} s, {:.1} s of CPU on the busiest rank, {process:.1} s in all, {:.2} s \
                  waited, {:.1} MiB a rank, loss {:.6}",
+                context.name(),
                 most(|r| r.wall_s),
                 most(|r| r.cpu_s),
                 most(|r| r.waited_s),

@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use std::time::Instant;
 
 use bytemuck::Pod;
-use program::{Loss, Mode, NORM_CHUNK, Op, OpKind, Program, Recipe, Request, Ticket};
-use spec::{DType, Error, ExpertRows, Layout, Reduce, Result, RunSpec, Zero};
+use program::{Axis, Loss, Mode, Op, OpKind, Program, Recipe, Request, Ticket};
+use spec::{DType, Error, Layout, Result, RunSpec};
 
 use crate::arena::Arena;
 use crate::launch::{Launch, Message, Operand, Turn};
@@ -249,6 +249,7 @@ impl Lack {
             LatentNorm { .. } | LatentNormGradInput | LatentNormGradWeight => Lack::Latent,
             LatentRope { .. } | LatentRopeGrad { .. } | LatentCached { .. } => Lack::Latent,
             RingAttention { .. } | RingAttentionGrad { .. } => Lack::Contexts,
+            SplitHeads { .. } | JoinHeads { .. } | AllToAll { axis: Axis::Cp } => Lack::Contexts,
             SinkGrad { .. } => Lack::Sees,
             AllToAll { .. } => Lack::ExpertRanks,
             SoftCap { .. } | Xent { .. } | XentGrad { .. } => Lack::LossTerms,
@@ -266,10 +267,10 @@ impl Lack {
 /// # Errors
 /// What the device cannot run, in terms of the model or the layout, and what works.
 pub fn check_run(device: &dyn Device, run: &RunSpec) -> Result<()> {
-    check_experts(run)?;
+    program::check_mixture(&run.model, &run.layout)?;
     // Which kinds of op a step has depends on these axes; how the others divide it may still be open.
-    let RunSpec { layout: Layout { cp, ep, .. }, model, batch, train, .. } = run;
-    let layout = Layout { cp: *cp, ep: *ep, dp: *ep, ..Layout::default() };
+    let RunSpec { layout: Layout { cp, context, ep, .. }, model, batch, train, .. } = run;
+    let layout = Layout { cp: *cp, context: *context, ep: *ep, dp: *ep, ..Layout::default() };
     let request = Request {
         model,
         layout: &layout,
@@ -294,56 +295,6 @@ pub(crate) fn check_ramp(device: &dyn Device, recipe: &Recipe) -> Result<()> {
     }
     let what = format!("batch.ramp: {} keeps to the program of one batch", device.name());
     Err(Error::user(what).hint("set batch.ramp=[], or run.device=cpu"))
-}
-
-/// Refuses what would make the numbers of a mixture depend on its layout, or leave rows out.
-fn check_experts(run: &RunSpec) -> Result<()> {
-    let (l, model) = (&run.layout, &run.model);
-    let Some(e) = model.experts else { return Ok(()) };
-    let cuts = [("tp", l.tp), ("cp", l.cp)].into_iter().find(|(_, ranks)| *ranks > 1);
-    if let (true, Some((axis, ranks))) = (e.router.balance_loss > 0.0, cuts) {
-        return Err(Error::user(format!(
-            "model.experts.balance_loss with layout.{axis} = {ranks}: it is of whole sequences, which no rank routes there",
-        ))
-        .hint(format!("set layout.{axis}=1, or model.experts.balance_loss=0")));
-    }
-    if l.ep == 1 {
-        return Ok(());
-    }
-    if l.expert_rows == ExpertRows::Even {
-        return Err(Error::user(
-            "layout.expert_rows = \"even\" has no room for uneven choices: it is for planning",
-        )
-        .hint("set layout.expert_rows=all"));
-    }
-    if l.zero >= Zero::Gradients && l.shard_dp() * l.cp * l.tp < l.ep {
-        return Err(Error::user(format!(
-            "layout.shard = {} cuts the {} ranks that hold all experts, whose gradients are sharded after each micro-batch",
-            l.shard_dp(),
-            l.ep
-        ))
-        .hint(format!("set layout.shard={} or more, or layout.zero to 0 or 1", l.ep / (l.cp * l.tp))));
-    }
-    // The gradient norm is summed by chunks, which must not straddle ranks.
-    let odd = |ep: usize| {
-        let held = e.count / ep;
-        let biases = if model.mlp_bias { [held * model.hidden, 2 * held * e.ffn] } else { [0; 2] };
-        [[held * e.ffn * model.hidden, 0], biases]
-            .concat()
-            .into_iter()
-            .find(|n| !n.is_multiple_of(NORM_CHUNK))
-    };
-    if let (Reduce::Tree, Some(elements)) = (l.reduce, odd(l.ep)) {
-        let works =
-            (1..=e.count).filter(|ep| e.count.is_multiple_of(*ep) && (*ep == 1 || odd(*ep).is_none()));
-        let works: Vec<String> = works.map(|ep| ep.to_string()).collect();
-        return Err(Error::user(format!(
-            "layout.ep = {}: a rank's experts have {elements} elements, no multiple of {NORM_CHUNK}, by which the norm is summed",
-            l.ep,
-        ))
-        .hint(format!("values of layout.ep that work: {}; with layout.reduce=ring any does", works.join(", "))));
-    }
-    Ok(())
 }
 
 /// Asks a device about every op of a program.

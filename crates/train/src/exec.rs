@@ -320,7 +320,8 @@ impl Executor {
         self.input(1, self.program.io.targets)
     }
 
-    /// Position in its sequence at which each token's document begins, likewise; none where attention sees all.
+    /// Position in its sequence at which each token's document begins, likewise, or of all tokens where heads are dealt
+    /// ([`Program::seen`]); none where attention sees all.
     pub fn starts(&mut self) -> &mut [u32] {
         match self.program.io.starts {
             Some(starts) => self.input(2, starts),
@@ -363,9 +364,14 @@ impl Executor {
             let to = at..at + piece.len();
             self.tokens()[to.clone()].copy_from_slice(&sample[piece.clone()]);
             self.targets()[to.clone()].copy_from_slice(&sample[piece.start + 1..piece.end + 1]);
-            if let (Some(end), true) = (self.document_end, self.program.io.starts.is_some()) {
-                document_starts(sample, end, piece, &mut self.starts()[to.clone()]);
-            }
+            at = to.end;
+        }
+        let (Some(end), true) = (self.document_end, self.program.io.starts.is_some()) else { return };
+        let seen = self.program.seen();
+        let mut at = i * seen.iter().map(Range::len).sum::<usize>();
+        for piece in seen {
+            let to = at..at + piece.len();
+            document_starts(sample, end, piece, &mut self.starts()[to.clone()]);
             at = to.end;
         }
     }

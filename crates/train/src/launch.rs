@@ -127,12 +127,12 @@ impl<'a> Launch<'a> {
         self.call.precision
     }
 
-    /// Tokens of a sequence on this rank.
+    /// Tokens of a sequence among the rows of the op.
     pub fn sequence(&self) -> usize {
         self.call.sequence
     }
 
-    /// Tokens of a sequence on all ranks together.
+    /// Tokens of a sequence on all ranks together, where the op has those of this rank.
     pub fn context(&self) -> usize {
         self.call.sequence * self.call.ring.1
     }

@@ -141,7 +141,8 @@ impl Replay {
 /// Whether sums come out in the same bits: those inside of products and around a ring depend on how a model is cut.
 fn has_the_bits_of(a: &Layout, b: &Layout) -> bool {
     let ring = |l: &Layout| (l.reduce == Reduce::Ring).then_some((l.dp, l.micro_batch, l.zero, l.shard));
-    (a.tp, a.cp, a.sequence_parallel, ring(a)) == (b.tp, b.cp, b.sequence_parallel, ring(b))
+    let cut = |l: &Layout| (l.tp, l.cp, l.deals_heads(), l.sequence_parallel, ring(l));
+    cut(a) == cut(b)
 }
 
 /// The layouts to try it in.
@@ -162,7 +163,7 @@ fn spread(run: &RunSpec, history: &History, layouts: &[String]) -> Result<Vec<Ru
             Err(Error::user(format!(
                 "--layout {text} has other bits than the run's layout, whatever the machine"
             ))
-            .hint("tp, cp and reduce are to be the run's, and dp too where reduce is a ring"))
+            .hint("tp, cp, context and reduce are to be the run's, and dp too where reduce is a ring"))
         };
         return layouts.iter().map(given).collect();
     }

@@ -94,7 +94,7 @@ fn call(p: &Program, op: &Op) -> Call {
             cols: p.memory.workspace / 4,
             dtype: DType::F32,
         },
-        sequence: p.local_sequence(),
+        sequence: p.sequence_of(&op.kind),
         places: p.positions().map(|range| range.start),
         first: (p.first_sequence(0), p.first_sequence(1) - p.first_sequence(0)),
         row0: row0(p, op),

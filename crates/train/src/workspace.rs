@@ -76,16 +76,16 @@ fn attention_workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
     let cols = |v: View| p.buffer(v.buffer).cols;
     match &op.kind {
         Attention { heads, .. } | RingAttention { heads, .. } => {
-            kernels::attention_workspace_len(&attention_shape(*heads, 1, p.local_sequence()), threads)
+            kernels::attention_workspace_len(&attention_shape(*heads, 1, p.sequence_of(&op.kind)), threads)
         }
         AttentionGrad { heads, .. } | RingAttentionGrad { heads, .. } => {
-            kernels::attention_dx_workspace_len(&attention_shape(*heads, 1, p.local_sequence()), threads)
+            kernels::attention_dx_workspace_len(&attention_shape(*heads, 1, p.sequence_of(&op.kind)), threads)
         }
         Orthogonalise { matrices, shares } => {
             muon::workspace_len(matrices, *shares, cols(op.outs[0]), threads)
         }
-        SinkGrad { heads } => {
-            kernels::attention_sinks_dw_workspace_len(heads.q, op.grads[0].inner.as_slice())
+        SinkGrad { .. } => {
+            kernels::attention_sinks_dw_workspace_len(cols(op.ins[3]), op.grads[0].inner.as_slice())
         }
         LatentCached { rope_dim, .. } => {
             let (positions, rank) = (p.mode.positions(), cols(op.ins[1]));

@@ -8,7 +8,7 @@ use comm::{Bootstrap, StoreClient, StoreServer, TransportChoice, World};
 use common::{SEQUENCE, fill, inputs, model};
 use program::{Mode, Program, Request};
 use proptest::prelude::*;
-use spec::{DType, Layout, ModelSpec, PipelineSchedule, Recompute, Reduce, Zero};
+use spec::{ContextMode, DType, Layout, ModelSpec, PipelineSchedule, Recompute, Reduce, Zero};
 use train::{Executor, Mesh};
 
 const SEQUENCES: usize = 16;
@@ -90,8 +90,8 @@ fn connected(m: &ModelSpec, layout: &Layout, transport: TransportChoice) {
 
 fn layouts() -> impl Strategy<Value = Layout> {
     let axes = (0u32..4, 0u32..3, 0u32..3, any::<bool>(), 0usize..4, 0usize..4, 0u32..3, 0u32..3);
-    (axes, 0usize..3, any::<bool>(), any::<bool>()).prop_map(
-        |((dp, tp, pp, sp, zero, schedule, mb, cp), recompute, ring, parts)| {
+    (axes, 0usize..3, any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+        |((dp, tp, pp, sp, zero, schedule, mb, cp), recompute, ring, parts, heads)| {
             let (schedule, chunks) = [
                 (PipelineSchedule::Gpipe, 1),
                 (PipelineSchedule::OneFOneB, 1),
@@ -103,6 +103,7 @@ fn layouts() -> impl Strategy<Value = Layout> {
                 tp: 1 << tp,
                 pp: 1 << pp,
                 cp: 1 << cp,
+                context: if heads { ContextMode::Heads } else { ContextMode::Ring },
                 sequence_parallel: sp,
                 shard: (parts && zero > 0 && dp > 1).then_some(2),
                 zero: [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters][zero],
@@ -135,5 +136,7 @@ fn do_not_depend_on_the_transport() {
         connected(&m, &Layout { dp: 2, tp: 2, sequence_parallel: true, ..Layout::default() }, transport);
         connected(&m, &Layout { dp: 2, pp: 2, zero: Zero::Parameters, ..Layout::default() }, transport);
         connected(&m, &Layout { cp: 4, ..Layout::default() }, transport);
+        let context = ContextMode::Heads;
+        connected(&m, &Layout { cp: 2, context, tp: 2, micro_batch: 2, ..Layout::default() }, transport);
     }
 }

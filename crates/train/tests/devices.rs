@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use common::inputs;
 use program::{Members, Mode, Op, OpId, OpKind, Program, Request, Ticket};
-use spec::{DType, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Result, RunSpec, Zero};
+use spec::{ContextMode, DType, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Result, RunSpec, Zero};
 use train::{Device, Executor, Lack, Launch, Mesh, Message, Null, Operand};
 
 /// The ops of a step, each as often as it runs.
@@ -100,7 +100,9 @@ fn every_kind_of_layout() {
             let layout =
                 Layout { dp: 8, tp: 2, pp: 2, zero, schedule, chunks, micro_batch: 2, ..Layout::default() };
             check(&model, &layout, common::SEQUENCE, 64);
-            check(&model, &Layout { dp: 4, cp: 4, ..layout }, common::SEQUENCE, 64);
+            check(&model, &Layout { dp: 4, cp: 4, ..layout.clone() }, common::SEQUENCE, 64);
+            let context = ContextMode::Heads;
+            check(&model, &Layout { dp: 4, cp: 2, context, ..layout }, common::SEQUENCE, 64);
         }
     }
 }

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use common::{Trained, document, first_difference, model, token, train_by};
 use program::{Mode, Recipe, Request};
 use spec::{
-    Activation, DType, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Reduce, Router,
-    Window, Zero,
+    Activation, ContextMode, DType, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Recompute, Reduce,
+    Router, Window, Zero,
 };
 use train::{Executor, Mesh, StepInputs};
 
@@ -51,7 +51,16 @@ fn cuts() -> Vec<Layout> {
         Layout { tp: 2, sequence_parallel: true, dp: 2, zero: Zero::Parameters, ..one.clone() },
         Layout { cp: 2, ..one.clone() },
         Layout { cp: 4, micro_batch: 2, recompute: Recompute::Full, ..one.clone() },
-        Layout { cp: 2, tp: 2, pp: 2, sequence_parallel: true, zero: Zero::Optimizer, ..one },
+        Layout { cp: 2, tp: 2, pp: 2, sequence_parallel: true, zero: Zero::Optimizer, ..one.clone() },
+        Layout {
+            cp: 2,
+            context: ContextMode::Heads,
+            tp: 2,
+            sequence_parallel: true,
+            micro_batch: 2,
+            ..one.clone()
+        },
+        Layout { cp: 4, context: ContextMode::Heads, dp: 2, zero: Zero::Parameters, ..one },
     ]
 }
 

@@ -12,6 +12,7 @@
 mod backward;
 mod decode;
 mod forward;
+mod heads;
 mod ring;
 mod sees;
 mod sinks;
@@ -20,6 +21,7 @@ pub use backward::{attention_dx, attention_dx_workspace_len};
 pub(crate) use decode::softmax_of;
 pub use decode::{attention_decode, attention_decode_workspace_len};
 pub use forward::{attention, attention_maxima, attention_workspace_len};
+pub use heads::{join_heads, split_heads};
 pub use ring::{
     Sight, Softmax, attention_part, attention_part_dx, attention_parts, attention_parts_dx, pack_kv,
 };

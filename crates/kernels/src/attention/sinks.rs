@@ -10,24 +10,27 @@ use crate::simd::{LANES, kernel};
 use crate::storage::{Element, Storage};
 use crate::tree::Merge;
 
-/// The gradients of sinks, `[heads]`, into the levels of `grad`: for each query, less its probability of the sink times the
+/// The gradients of sinks into the levels of `grad`: of the heads of `shape`, which are those from `first` on among all that
+/// have `sinks`; others get zero. For each query, less its probability of the sink times the
 /// dot product of output and output gradient. The chain of a leaf runs over its rows; leaves as for [`crate::linear_dw`].
 pub fn attention_sinks_dw<T: Storage>(
     pool: &Pool,
     shape: &Attention,
     (o, lse, do_): (&[T], &[f32], &[T]),
-    sinks: &[T],
+    (sinks, first): (&[T], usize),
     grad: &mut [f32],
     tree: &[u32],
     merge: Merge,
     ws: &mut [f32],
 ) {
     let n = shape.seqs * shape.seq;
-    let lens = (o.len(), do_.len(), lse.len(), sinks.len());
-    assert_eq!(lens, (n * shape.o_ld(), n * shape.o_ld(), n * shape.heads, shape.heads));
-    column_sums(pool, n, shape.heads, grad, tree, merge, ws, &|rows, heads, sums| {
+    let lens = (o.len(), do_.len(), lse.len());
+    assert_eq!(lens, (n * shape.o_ld(), n * shape.o_ld(), n * shape.heads));
+    assert!(first + shape.heads <= sinks.len(), "sinks");
+    column_sums(pool, n, sinks.len(), grad, tree, merge, ws, &|rows, heads, sums| {
         for (head, sum) in heads.zip(sums) {
-            *sum = add_head(shape, (o, lse, do_), sinks[head].one(), head, rows.clone(), *sum);
+            let Some(own) = head.checked_sub(first).filter(|own| *own < shape.heads) else { continue };
+            *sum = add_head(shape, (o, lse, do_), sinks[head].one(), own, rows.clone(), *sum);
         }
     });
 }

@@ -4,6 +4,7 @@
 mod attention;
 mod bits;
 mod experts;
+mod heads;
 mod latent;
 mod linear;
 mod loss;

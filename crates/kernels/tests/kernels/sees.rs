@@ -70,7 +70,7 @@ fn run(s: &Attention, seen: &Seen, qkv: &[f32], d: &[f32]) -> Found {
     if let Some(sinks) = &seen.sinks {
         let mut ws = scratch(attention_sinks_dw_workspace_len(s.heads, &[]));
         let one = Merge { merge: 0, store: 0 };
-        attention_sinks_dw(&pool, s, (&o, &lse, d), sinks, &mut dsinks, &[], one, &mut ws);
+        attention_sinks_dw(&pool, s, (&o, &lse, d), (sinks, 0), &mut dsinks, &[], one, &mut ws);
     }
     Found { o, dqkv, dsinks }
 }

@@ -126,10 +126,10 @@ impl Estimator<'_> {
                 t.tensor = first + (t.tensor - first - PIECES_BESIDE * t.gemm).max(0.0);
                 t.spent += PIECES_BESIDE * t.gemm;
             }
-            // A ring of keys and values hides behind the attention of the piece before.
-            let first = t.context / placement.layout.cp as f64;
-            t.context = first + (t.context - first - t.attention).max(0.0);
-            if placement.layout.cp > 1 {
+            // A ring of keys and values hides behind the attention of the piece before; heads are there before attention.
+            if placement.layout.has_ring() {
+                let first = t.context / placement.layout.cp as f64;
+                t.context = first + (t.context - first - t.attention).max(0.0);
                 t.spent += t.attention;
             }
             let overlaps = match p.software.overlap_experts {
@@ -294,7 +294,8 @@ impl Estimator<'_> {
                 + stream_s(&self.wide_chip, traffic);
             return took * crate::calibration::PRIOR.attention / c.attention;
         }
-        let sequence = self.problem.sequence as f64 / placement.layout.cp as f64;
+        let pieces = if placement.layout.deals_heads() { 1 } else { placement.layout.cp };
+        let sequence = self.problem.sequence as f64 / pieces as f64;
         let tuned = self.problem.software.attention == AttentionKernel::Tuned;
         let rate = self.wide_chip.attention(tuned, sequence, dim, backward) * c.attention;
         (flops / rate).max(stream_s(&self.wide_chip, bytes))

@@ -43,6 +43,7 @@ impl StandIn {
             tp: key.tp,
             pp: 2,
             cp: key.cp,
+            context: key.context,
             ep,
             sequence_parallel: key.sequence_parallel,
             micro_batch: key.micro_batch,

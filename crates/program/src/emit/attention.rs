@@ -2,7 +2,7 @@ use spec::{DType, Position};
 
 use super::Emitter;
 use crate::graph::{Source, ValueId};
-use crate::op::{Axis, OpKind, Sees};
+use crate::op::{Axis, Heads, OpKind, Sees};
 use crate::role::{Place, Role};
 
 impl Emitter<'_> {
@@ -32,9 +32,35 @@ impl Emitter<'_> {
         y
     }
 
-    /// Attention over packed queries, keys and values.
+    /// Attention over packed queries, keys and values. Where context-parallel ranks deal heads, each rank's rows are
+    /// exchanged for all rows of its heads before it, and back behind it.
     pub(super) fn attention(&mut self, name: &str, qkv: ValueId) -> ValueId {
-        let heads = self.cx.heads();
+        let (heads, ranks) = (self.cx.heads(), self.cx.layout.cp);
+        if !self.cx.layout.deals_heads() {
+            return self.attend(name, heads, qkv);
+        }
+        let p = |s: &str| format!("{name}.{s}");
+        let own = heads.dealt(ranks);
+        let (rows, all) = (self.g.get(qkv).rows, ranks * self.g.get(qkv).rows);
+        let parts = self.moved(OpKind::SplitHeads { heads, ranks }, &p("split"), qkv, (all, own.packed()));
+        let exchange = OpKind::AllToAll { axis: Axis::Cp };
+        let seen = self.map(exchange.clone(), &p("in"), parts);
+        let o = self.attend(name, own, seen);
+        let parts = self.map(exchange, &p("out"), o);
+        let kind = OpKind::JoinHeads { heads: heads.of_output(), ranks };
+        self.moved(kind, &p("join"), parts, (rows, heads.out_cols()))
+    }
+
+    /// One op with one output of another shape.
+    fn moved(&mut self, kind: OpKind, name: &str, x: ValueId, (rows, cols): (usize, usize)) -> ValueId {
+        let y = self.act(name, rows, cols);
+        let (ins, outs) = (vec![self.g.all(x)], vec![self.g.all(y)]);
+        self.push(kind, name, ins, outs);
+        y
+    }
+
+    /// Attention with these heads over the rows at hand.
+    fn attend(&mut self, name: &str, heads: Heads, qkv: ValueId) -> ValueId {
         let sees = self.sees();
         let rows = self.g.get(qkv).rows;
         let o = self.act(name, rows, heads.out_cols());
@@ -53,9 +79,9 @@ impl Emitter<'_> {
         }
         let lse = self.stat(&format!("{name}.lse"), rows, heads.q);
         let mut outs = vec![self.g.all(o), self.g.all(lse)];
-        let kind = match self.cx.layout.cp {
-            1 => OpKind::Attention { heads, sees },
-            _ => {
+        let kind = match self.cx.layout.has_ring() {
+            false => OpKind::Attention { heads, sees },
+            true => {
                 let keys = self.act(&format!("{name}.keys"), 2 * rows, heads.kv_cols());
                 let sums = self.stat(&format!("{name}.sums"), rows, heads.out_cols());
                 let totals = self.stat(&format!("{name}.totals"), rows, heads.q);

@@ -334,7 +334,8 @@ impl<'a> Placer<'a> {
         let parts = self.cx.layout.sequence_parallel || of.key.role == Role::Router;
         let whole = match of.replication {
             Replication::Data => {
-                rows == n.sequences.count * self.cx.sequence || self.cx.layout.tp == 1 || !parts
+                let of_whole = [self.cx.sequence, self.cx.context()].map(|t| n.sequences.count * t);
+                of_whole.contains(&rows) || self.cx.layout.tp == 1 || !parts
             }
             // Rows are counted by sequence where a rank routes whole ones.
             Replication::Expert => n.ins.last().is_some_and(|o| g.get(o.value).cols == n.sequences.count),

@@ -211,6 +211,8 @@ impl Placer<'_> {
         let before = self.at;
         let (model, sequence) = (self.cx.model, self.cx.sequence);
         let n = if self.cx.generates() { 1 } else { local_sequences * sequence };
+        // Where heads are dealt, attention has whole sequences.
+        let seen = if self.cx.layout.deals_heads() { n * self.cx.layout.cp } else { n };
         let experts = model.experts.filter(|_| !self.cx.generates()).map_or(0, |e| e.count);
         let (norm_chunks, sequences) = (self.norm_chunks, self.cx.request.sequences);
         let layers = model.all_layers();
@@ -233,7 +235,7 @@ impl Placer<'_> {
             targets: table("targets", n, 1, DType::U32),
             next_tokens: mtp.then(|| table("next_tokens", n, 1, DType::U32)),
             next_targets: mtp.then(|| table("next_targets", n, 1, DType::U32)),
-            starts: documents.then(|| table("starts", n, 1, DType::U32)),
+            starts: documents.then(|| table("starts", seen, 1, DType::U32)),
             loss_leaves: table("loss_leaves", local_sequences, 1, DType::F64),
             norm_chunks: table("norm_chunks", shared, 1, DType::F64),
             logit_maxima: clips.then(|| table("logit_maxima", layers, heads.q, DType::F64)),

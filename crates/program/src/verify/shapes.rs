@@ -33,7 +33,7 @@ pub(super) fn check(kind: &OpKind, ins: &[Shape], outs: &[Shape], grads: &[Shape
     let want = match kind {
         OpKind::LinearGradWeight => Some((ins[0].cols, ins[1].cols)),
         OpKind::BiasGrad => Some((1, ins[0].cols)),
-        OpKind::SinkGrad { heads } => Some((1, heads.q)),
+        OpKind::SinkGrad { .. } => Some((1, ins[3].cols)),
         _ => None,
     };
     match (want, grads.first()) {
@@ -134,6 +134,16 @@ fn expected_without_weights(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
             return attended(kind, ins);
         }
         SinkGrad { .. } | AttentionCached { .. } | LatentCached { .. } => return attended(kind, ins),
+        SplitHeads { heads, ranks } => {
+            let x = packed(heads, at(0)?);
+            (vec![x], vec![of(x.rows * ranks, dealt(heads, *ranks)?, x.dtype)])
+        }
+        JoinHeads { heads, ranks } => {
+            let parts = at(0)?;
+            let rows = parts.rows / (*ranks).max(1);
+            let from = of(rows * ranks, dealt(heads, *ranks)?, parts.dtype);
+            (vec![from], vec![of(rows, heads.packed(), parts.dtype)])
+        }
         Route { .. } | RouteGrad { .. } | Permute { .. } | Unpermute { .. } => return routed(kind, ins),
         SwiGlu { .. } => {
             let a = at(0)?;
@@ -188,12 +198,15 @@ fn attended(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
             }
             let mut wanted = vec![x];
             wanted.extend(sees.documents.then_some(u32(x.rows, 1)));
-            wanted.extend(sees.sinks.then_some(of(1, h.q, x.dtype)));
+            // Of all ranks that heads are dealt to.
+            let sinks = at(wanted.len()).map_or(1, |s| (s.cols / h.q.max(1)).max(1));
+            wanted.extend(sees.sinks.then_some(of(1, sinks * h.q, x.dtype)));
             (wanted, outs)
         }
         SinkGrad { heads: h } => {
             let o = of(at(0)?.rows, h.out_cols(), at(0)?.dtype);
-            (vec![o, o, f32(o.rows, h.q), of(1, h.q, o.dtype)], vec![])
+            let ranks = (at(3)?.cols / h.q.max(1)).max(1);
+            (vec![o, o, f32(o.rows, h.q), of(1, ranks * h.q, o.dtype)], vec![])
         }
         AttentionGrad { heads: h, sees } | RingAttentionGrad { heads: h, sees, .. } => {
             let x = packed(h, at(0)?);
@@ -260,6 +273,8 @@ fn unstated(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
         LatentNorm { .. } | LatentNormGradInput | LatentNormGradWeight | LatentRopeGrad { .. } => {}
         PermuteGrad | UnpermuteGrad | Slice { .. } => {}
         GroupedLinearGradWeight { .. } | GroupedBiasGrad { .. } => {}
+        // Without counts, as many rows arrive as leave.
+        AllToAll { .. } if ins.len() == 1 => return Some(same(ins[0])),
         // Their ends are stated, and checked, as messages.
         AllGather { .. } | Unslice { .. } | ReduceScatter { .. } | AllToAll { .. } | Recv { .. } => {
             return Some((vec![], vec![]));
@@ -303,6 +318,15 @@ fn u32(rows: usize, cols: usize) -> Shape {
 
 fn same(x: Shape) -> Expected {
     (vec![x], vec![x])
+}
+
+/// Columns of a rank's share of heads; none where they do not divide.
+fn dealt(h: &Heads, ranks: usize) -> Option<usize> {
+    let ranks = ranks.max(1);
+    let copied = h.kv > 0 && ranks.is_multiple_of(h.kv);
+    let kv = if copied { 1 } else { h.kv / ranks };
+    let divides = h.q.is_multiple_of(ranks) && (copied || h.kv.is_multiple_of(ranks));
+    divides.then_some(h.q / ranks * h.dim + kv * (h.dim + h.value_dim))
 }
 
 fn packed(heads: &Heads, x: Shape) -> Shape {

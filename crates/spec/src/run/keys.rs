@@ -365,11 +365,12 @@ pub(crate) static KEYS: &[Key] = &[
     key("layout.dp", count(1, MAX_WORLD), "1", "data-parallel ranks"),
     key("layout.tp", count(1, MAX_WORLD), "1", "tensor-parallel ranks"),
     key("layout.pp", count(1, MAX_WORLD), "1", "pipeline stages"),
+    key("layout.cp", count(1, MAX_WORLD), "1", "context-parallel ranks: each holds a part of every sequence"),
     key(
-        "layout.cp",
-        count(1, MAX_WORLD),
-        "1",
-        "context-parallel ranks: each holds a part of every sequence, and keys and values walk around them",
+        "layout.context",
+        KeyKind::Choice(&["ring", "heads"]),
+        "\"ring\"",
+        "with cp, attention by keys and values that walk around its ranks, or by an exchange of rows for heads",
     ),
     key(
         "layout.ep",

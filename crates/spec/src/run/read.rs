@@ -3,7 +3,7 @@ use super::*;
 use crate::doc::{Doc, Val};
 use crate::model_toml::read_model;
 use crate::run::DeviceChoice;
-use crate::{Error, ExpertRows, PipelineSchedule, Recompute, Reduce, Result, Zero};
+use crate::{ContextMode, Error, ExpertRows, PipelineSchedule, Recompute, Reduce, Result, Zero};
 use std::path::Path;
 
 impl RunSpec {
@@ -43,6 +43,21 @@ impl RunSpec {
     /// # Errors
     /// Those of [`RunSpec::load`].
     pub fn resolve(
+        file: Option<(&str, &str)>,
+        overrides: &[String],
+        load_file: &dyn Fn(&Path) -> Result<String>,
+    ) -> Result<Resolved> {
+        let read = Self::resolve_open(file, overrides, load_file)?;
+        read.check_layout()?;
+        Ok(read)
+    }
+
+    /// The same, of a layout that is not yet held to the model and the batch, because how many ranks there are is still
+    /// open: [`Resolved::check_layout`] does it.
+    ///
+    /// # Errors
+    /// Those of [`RunSpec::load`], but for what the layout does not suit.
+    pub fn resolve_open(
         file: Option<(&str, &str)>,
         overrides: &[String],
         load_file: &dyn Fn(&Path) -> Result<String>,
@@ -150,8 +165,7 @@ impl RunSpec {
                     vocab => format!("set data.vocab_size={vocab}, or model.vocab={}", self.data.vocab_size),
                 }));
         }
-        trouble::check(self, doc)?;
-        self.validate_layout(&self.layout).map_err(|e| doc.locate(e))
+        trouble::check(self, doc)
     }
 }
 
@@ -159,6 +173,15 @@ impl Resolved {
     /// Who set `key`, which is written like `layout.dp`.
     pub fn set_by(&self, key: &str) -> &Origin {
         self.origins.get(key).unwrap_or(&Origin::Default)
+    }
+
+    /// Holds the layout to the model and the batch.
+    ///
+    /// # Errors
+    /// As [`Layout::validate`](crate::Layout::validate), with the place where the key was written.
+    pub fn check_layout(&self) -> Result<()> {
+        let checked = self.run.validate_layout(&self.run.layout);
+        checked.map_err(|e| hint_from_key(self.locate(e)))
     }
 
     /// Puts the place where the key was written that a message starts with in front of it.
@@ -410,6 +433,11 @@ fn read_layout(doc: &Doc) -> Result<Layout> {
         tp: doc.count("layout.tp")?,
         pp: doc.count("layout.pp")?,
         cp: doc.count("layout.cp")?,
+        context: if doc.choice("layout.context")? == "heads" {
+            ContextMode::Heads
+        } else {
+            ContextMode::Ring
+        },
         ep: doc.count("layout.ep")?,
         sequence_parallel: doc.flag("layout.sequence_parallel")?,
         zero,

@@ -164,7 +164,7 @@ fn unknown_keys_name_the_place_and_the_nearest() {
 fn syntax() {
     check(
         "layout = \"fast\"",
-        "layout = \"fast\" in run.toml:1, expected \"auto\" or a section [layout] | keys of [layout]: auto, dp, tp, pp, cp, ep, expert_rows, sequence_parallel, zero, shard, schedule, chunks, stage_layers, micro_batch, recompute, reduce",
+        "layout = \"fast\" in run.toml:1, expected \"auto\" or a section [layout] | keys of [layout]: auto, dp, tp, pp, cp, context, ep, expert_rows, sequence_parallel, zero, shard, schedule, chunks, stage_layers, micro_batch, recompute, reduce",
     );
     let message = refused("[train]\nsteps = \n", &[]);
     assert!(message.starts_with("run.toml:2: ") && !message.contains('\n'), "{message}");

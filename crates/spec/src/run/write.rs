@@ -356,6 +356,7 @@ fn layout_values(layout: &Layout, values: &mut Vec<(&'static str, String)>) {
         ("layout.tp", layout.tp.to_string()),
         ("layout.pp", layout.pp.to_string()),
         ("layout.cp", layout.cp.to_string()),
+        ("layout.context", quoted(layout.context.name())),
         ("layout.ep", layout.ep.to_string()),
         ("layout.sequence_parallel", layout.sequence_parallel.to_string()),
         ("layout.zero", u8::from(layout.zero).to_string()),

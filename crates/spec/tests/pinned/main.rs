@@ -261,6 +261,7 @@ fn layouts() -> impl Iterator<Item = Layout> {
             chunks,
             tp: pick(&[1, 1, 2, 3, 4]),
             cp: pick(&[1, 1, 1, 2, 3]),
+            context: spec::ContextMode::Ring,
             ep: pick(&[1, 1, 1, 2, 4, 5]),
             sequence_parallel: pick(&[0, 0, 1]) == 1,
             zero: [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters][pick(&[0, 0, 1, 2, 3])],

@@ -1,10 +1,10 @@
-//! Kernels of attention: at once, on a ring of ranks, and against a cache.
+//! Kernels of attention: at once, on a ring of ranks, with heads dealt to ranks, and against a cache.
 
 use std::ops::Range;
 
 use half::bf16;
 use kernels::{Pool, Sees, Sight, Softmax};
-use program::OpKind;
+use program::{Heads, OpKind};
 use spec::DType;
 
 use super::args::Args;
@@ -29,7 +29,9 @@ pub(super) fn attention<T: Number>(pool: &Pool, a: &Args<'_, T>) {
         OpKind::SinkGrad { heads } => {
             let (shape, (levels, g)) = (attention_shape(heads, n, seq), a.gradient(0));
             let of = (a.input(1), a.floats(2), a.input(0));
-            kernels::attention_sinks_dw(pool, &shape, of, a.input(3), levels, g.inner, g.merge, ws);
+            let sinks = a.input(3);
+            let own = own_heads(a, heads, sinks.len());
+            kernels::attention_sinks_dw(pool, &shape, of, (sinks, own.start), levels, g.inner, g.merge, ws);
         }
         _ => not_mine!(a),
     }
@@ -41,7 +43,34 @@ pub(super) fn seen<'a, T: Number>(a: &Args<'a, T>, sees: program::Sees, first: u
     let starts = sees.documents.then(|| a.ids(first));
     let derivative = matches!(a.launch().kind(), AttentionGrad { .. } | RingAttentionGrad { .. });
     let sinks = (sees.sinks && !derivative).then(|| a.input(first + usize::from(sees.documents)));
+    let sinks = sinks.map(|all| match *a.launch().kind() {
+        Attention { heads, .. } => &all[own_heads(a, heads, all.len())],
+        _ => all,
+    });
     Sees { window: sees.window, starts, sinks }
+}
+
+/// Which of so many heads this rank's are: all, or a share of them where context-parallel ranks deal heads.
+fn own_heads<T: Number>(a: &Args<'_, T>, heads: Heads, all: usize) -> Range<usize> {
+    let (me, _) = a.launch().ring();
+    let first = if all == heads.q { 0 } else { me * heads.q };
+    first..first + heads.q
+}
+
+/// From rows of this rank with all heads to those that every context-parallel rank attends with, and back.
+pub(super) fn deal_heads<T: Number>(pool: &Pool, a: &Args<'_, T>) {
+    let seq = a.launch().sequence();
+    match *a.launch().kind() {
+        OpKind::SplitHeads { heads, ranks } => {
+            let shape = attention_shape(heads, a.shape(0).0 / seq, seq);
+            kernels::split_heads(pool, &shape, ranks, a.input(0), a.out(0));
+        }
+        OpKind::JoinHeads { heads, ranks } => {
+            let shape = attention_shape(heads, a.shape(0).0 / (ranks * seq), seq);
+            kernels::join_heads(pool, &shape, ranks, a.input(0), a.out(0));
+        }
+        _ => not_mine!(a),
+    }
 }
 
 /// What a rank of a ring does between two messages.

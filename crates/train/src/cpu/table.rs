@@ -7,7 +7,7 @@ use program::{Heads, LossTerms, NORM_CHUNK, OpKind};
 use spec::{DType, NormKind};
 
 use super::args::Args;
-use super::attention::{attention, attention_cached, qk_clip, ring_attention};
+use super::attention::{attention, attention_cached, deal_heads, qk_clip, ring_attention};
 use super::experts::{balance, grouped_linear, permute, route, slice};
 use super::latent::{latent_cached, latent_norm, latent_rope};
 use super::muon::muon;
@@ -40,6 +40,7 @@ pub(super) fn kernel<T: Number>(kind: &OpKind) -> Result<Kernel<T>, Lack> {
         Rope { .. } => rope,
         Attention { .. } | AttentionGrad { .. } | SinkGrad { .. } => attention,
         RingAttention { .. } | RingAttentionGrad { .. } => ring_attention,
+        SplitHeads { .. } | JoinHeads { .. } => deal_heads,
         AttentionCached { .. } => attention_cached,
         LatentCached { .. } => latent_cached,
         LatentNorm { .. } | LatentNormGradInput | LatentNormGradWeight => latent_norm,

@@ -68,11 +68,12 @@ impl Redone {
         let l = &run.layout;
         let axes =
             [("dp", l.dp), ("tp", l.tp), ("pp", l.pp), ("cp", l.cp), ("ep", l.ep), ("zero", l.zero as usize)];
-        let axes: Vec<String> = axes
+        let mut axes: Vec<String> = axes
             .iter()
             .filter(|(k, n)| *n > usize::from(*k != "zero"))
             .map(|(k, n)| format!("{k}={n}"))
             .collect();
+        axes.extend(l.deals_heads().then(|| "context=heads".to_owned()));
         let layout = if axes.is_empty() { "one rank".to_owned() } else { axes.join(",") };
         let steps = ranks.first().map_or(0, |r| r.outputs.len() as u64);
         Ok(Redone { layout, ranks, steps })

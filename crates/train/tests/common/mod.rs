@@ -83,9 +83,10 @@ pub fn fill(exec: &mut Executor, vocab: usize, k: u64) -> u64 {
         for (at, j) in exec.program.positions().into_iter().flatten().enumerate() {
             exec.tokens()[i * local + at] = token(k, s, j, vocab);
             exec.targets()[i * local + at] = target(k, s, j, vocab);
-            if packed {
-                exec.starts()[i * local + at] = document(k, s, j);
-            }
+        }
+        let seen: Vec<usize> = exec.program.seen().into_iter().flatten().filter(|_| packed).collect();
+        for (at, j) in seen.iter().enumerate() {
+            exec.starts()[i * seen.len() + at] = document(k, s, *j);
         }
     }
     let valid = |s: usize| (0..t).filter(|&j| target(k, s, j, vocab) != u32::MAX).count() as u64;
