@@ -50,6 +50,7 @@ fn scaling(d: &mut Draw) -> RopeScaling {
         original_max_positions: 32,
         attention_factor,
         truncate,
+        mscale_all_dim: 0.0,
     };
     let llama3 = RopeScaling::Llama3 {
         factor: 8.0,
@@ -132,6 +133,7 @@ fn drawn(i: u64) -> ModelSpec {
         latent: latent.then_some(rank),
         window: d.odds(if latent { 9 } else { 3 }).then_some(window),
         sinks,
+        mtp: None,
     }
 }
 
@@ -386,6 +388,7 @@ fn constant_bounds() -> Vec<(String, Change)> {
             original_max_positions,
             attention_factor,
             truncate,
+            mscale_all_dim: 0.0,
         };
         with_rope(m, |r| r.scaling = scaling);
     };
