@@ -205,12 +205,11 @@ fn yarn_defaults() {
     assert_eq!(with(json!({ "mscale": 1.0, "mscale_all_dim": 0 })), yarn(None));
 }
 
-/// The `config.json` that is published of each.
-#[test]
-fn deepseek_v3_and_kimi_k2_as_published() {
+/// The `config.json` of DeepSeek-V3 as it is published.
+fn deepseek_v3() -> Value {
     let scaling = json!({ "type": "yarn", "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
                           "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096 });
-    let v3 = json!({
+    json!({
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "attention_bias": false,
         "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "intermediate_size": 18432,
         "kv_lora_rank": 512, "max_position_embeddings": 163_840, "moe_intermediate_size": 2048, "moe_layer_freq": 1,
@@ -221,7 +220,12 @@ fn deepseek_v3_and_kimi_k2_as_published() {
         "tie_word_embeddings": false, "topk_group": 4, "topk_method": "noaux_tc", "v_head_dim": 128,
         "vocab_size": 129_280, "quantization_config": { "activation_scheme": "dynamic", "fmt": "e4m3",
         "quant_method": "fp8", "weight_block_size": [128, 128] }, "num_nextn_predict_layers": 1,
-    });
+    })
+}
+
+#[test]
+fn deepseek_v3_and_kimi_k2_as_published() {
+    let v3 = deepseek_v3();
     let check = |config: &Value, scale: f32, theta: f64, factor: f64| {
         let model = ModelSpec::from_hf_config(&config.to_string()).expect("it trains");
         let router = model.experts.expect("a mixture").router;

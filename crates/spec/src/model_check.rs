@@ -231,34 +231,43 @@ impl ModelSpec {
                 }
                 check_original(original_max_positions)
             }
-            RopeScaling::Yarn {
-                beta_fast,
-                beta_slow,
-                original_max_positions,
-                attention_factor,
-                mscale_all_dim: m,
-                ..
-            } => {
-                if !(beta_slow > 0.0 && beta_slow <= beta_fast && beta_fast < 1e6) {
-                    return Err(Error::user(format!(
-                        "model.rope_scaling.beta_fast = {beta_fast} and beta_slow = {beta_slow}, expected 0 < slow <= fast"
-                    )));
-                }
-                if !(0.0..=MAX_MSCALE).contains(&m) {
-                    return bad("rope_scaling.mscale_all_dim", m, &format!("from 0 to {MAX_MSCALE}"));
-                }
-                if m != 0.0 && self.latent.is_none() {
-                    return Err(Error::user(format!(
-                        "model.rope_scaling.mscale_all_dim = {m} has no meaning without model.latent"
-                    ))
-                    .hint("set model.rope_scaling.mscale_all_dim=0"));
-                }
-                match attention_factor {
-                    Some(x) if !(x > 0.0 && x < 1e6) => bad("rope_scaling.attention_factor", x, "above 0"),
-                    _ => check_original(original_max_positions),
-                }
-            }
+            RopeScaling::Yarn { .. } => self.check_yarn(&rope.scaling),
             _ => Ok(()),
+        }
+    }
+
+    fn check_yarn(&self, scaling: &RopeScaling) -> Result<()> {
+        let RopeScaling::Yarn {
+            beta_fast,
+            beta_slow,
+            original_max_positions,
+            attention_factor,
+            mscale_all_dim: m,
+            ..
+        } = *scaling
+        else {
+            return Ok(());
+        };
+        let bad = |key: &str, x: f64, expected: &str| {
+            Err(Error::user(format!("model.{key} = {x}, expected a number {expected}")))
+        };
+        if !(beta_slow > 0.0 && beta_slow <= beta_fast && beta_fast < 1e6) {
+            return Err(Error::user(format!(
+                "model.rope_scaling.beta_fast = {beta_fast} and beta_slow = {beta_slow}, expected 0 < slow <= fast"
+            )));
+        }
+        if !(0.0..=MAX_MSCALE).contains(&m) {
+            return bad("rope_scaling.mscale_all_dim", m, &format!("from 0 to {MAX_MSCALE}"));
+        }
+        if m != 0.0 && self.latent.is_none() {
+            return Err(Error::user(format!(
+                "model.rope_scaling.mscale_all_dim = {m} has no meaning without model.latent"
+            ))
+            .hint("set model.rope_scaling.mscale_all_dim=0"));
+        }
+        match attention_factor {
+            Some(x) if !(x > 0.0 && x < 1e6) => bad("rope_scaling.attention_factor", x, "above 0"),
+            _ => check_original(original_max_positions),
         }
     }
 }

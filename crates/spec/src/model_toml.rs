@@ -313,6 +313,17 @@ fn read_position(doc: &Doc, base: Option<&ModelSpec>) -> Result<Position> {
     Ok(Position::Rope(Rope { theta, scaling, max_positions }))
 }
 
+/// The fields of YaRN.
+const YARN: [&str; 7] = [
+    "factor",
+    "beta_fast",
+    "beta_slow",
+    "original_max_positions",
+    "attention_factor",
+    "truncate",
+    "mscale_all_dim",
+];
+
 fn read_scaling(doc: &Doc, base: &RopeScaling, max_positions: usize) -> Result<RopeScaling> {
     let kind = word(doc, "model.rope_scaling.type")?;
     // Another type starts from nothing.
@@ -322,18 +333,7 @@ fn read_scaling(doc: &Doc, base: &RopeScaling, max_positions: usize) -> Result<R
     let wanted: &[&str] = match kind {
         "linear" | "dynamic" => &["factor"],
         "llama3" => &["factor", "low_freq_factor", "high_freq_factor", "original_max_positions"],
-        "yarn" => {
-            const YARN: [&str; 7] = [
-                "factor",
-                "beta_fast",
-                "beta_slow",
-                "original_max_positions",
-                "attention_factor",
-                "truncate",
-                "mscale_all_dim",
-            ];
-            &YARN
-        }
+        "yarn" => &YARN,
         _ => &[],
     };
     let prefix = "model.rope_scaling.";
