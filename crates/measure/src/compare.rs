@@ -109,7 +109,7 @@ fn read(dir: &Path, full: &dyn Fn(u64) -> bool) -> Result<Vec<Measured>> {
     }
     if all.is_empty() || all.iter().any(|m| m.ops.is_empty()) {
         return Err(Error::user(format!(
-            "no ops of a step of the full batch are recorded in {}",
+            "no ops are recorded in {}, of a step of the full batch",
             dir.display()
         ))
         .hint("train with --trace, past the steps of batch.ramp"));

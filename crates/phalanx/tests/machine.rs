@@ -265,14 +265,15 @@ fn counts_of_experts_come_from_a_run_of_the_same_model() {
 #[test]
 fn what_a_calibration_lacks_of_a_model_is_measured() {
     let lab = lab();
-    let experts = "--set model.experts.count=4 --set model.experts.top_k=2 --set model.experts.ffn=32";
-    let args = format!("--nproc 2 --set layout=auto {experts} --set train.eval_every=0");
-    let ran = lab.run(&tiny("mixture", &args));
+    let latents = "--set model.latent.kv_rank=16 --set model.latent.nope_dim=8 --set model.latent.rope_dim=8 \
+                   --set model.latent.value_dim=8 --set model.kv_heads=2";
+    let args = format!("--nproc 2 --set layout=auto {latents} --set train.eval_every=0");
+    let ran = lab.run(&tiny("latent", &args));
     assert_eq!(ran.code, Some(0), "{}", ran.err);
     let lacks = ran.err.lines().find(|l| l.contains("knows nothing of ")).unwrap_or_default();
-    assert!(lacks.starts_with("runs/machine.toml ") && lacks.contains("route"), "{}", ran.err);
+    assert!(lacks.starts_with("runs/machine.toml ") && lacks.contains("latent_norm"), "{}", ran.err);
     let text = std::fs::read_to_string(lab.path("runs/machine.toml")).expect("a calibration");
-    assert!(text.contains("kind = \"route\""), "{text}");
+    assert!(text.contains("kind = \"latent_norm\""), "{text}");
     assert!(text.contains("host = \"lab\"") && text.contains("2e10"), "what was there stays: {text}");
     // Known from now on.
     let ran = lab.run(&tiny("again", &args));

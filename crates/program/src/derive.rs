@@ -261,18 +261,7 @@ impl Derive<'_> {
                 let grad = RouteGrad { top_k: *top_k, router: *router, sequences };
                 self.contribute_each(grad, name("dx"), ins, &[n.ins[0].value]);
             }
-            Dropout { .. } => {
-                if let Some(acc) = n.acc {
-                    self.pass(n.outs[0].value, acc.value, &n.name);
-                }
-                // The same is left out of the gradient.
-                let x = n.ins[0].value;
-                self.contribute(n.kind.clone(), name("dx"), vec![dy], x);
-                if let Some(b) = n.ins.get(1) {
-                    let dx = self.g.all(self.grads[&x]);
-                    self.weight(BiasGrad, name("db"), vec![dx], &[*b]);
-                }
-            }
+            Dropout { .. } => self.dropout(n, dy),
             Permute { .. } => {
                 self.contribute(PermuteGrad, name("dx"), vec![dy, n.ins[1]], n.ins[0].value);
             }
@@ -298,6 +287,19 @@ impl Derive<'_> {
                 self.contribute_each(RowsGrad { of: *of }, name("dx"), vec![dy, x], &[x.value]);
             }
             _ => self.message(n, dy),
+        }
+    }
+
+    /// What was left out is left out of the gradient.
+    fn dropout(&mut self, n: &Node, dy: Operand) {
+        if let Some(acc) = n.acc {
+            self.pass(n.outs[0].value, acc.value, &n.name);
+        }
+        let x = n.ins[0].value;
+        self.contribute(n.kind.clone(), format!("{}.dx", n.name), vec![dy], x);
+        if let Some(b) = n.ins.get(1) {
+            let dx = self.g.all(self.grads[&x]);
+            self.weight(OpKind::BiasGrad, format!("{}.db", n.name), vec![dx], &[*b]);
         }
     }
 

@@ -13,6 +13,7 @@
 //!
 //! Nothing here knows clocks, hardware or files.
 
+mod recipe;
 mod op;
 mod comm;
 mod role;
@@ -45,8 +46,7 @@ use place::Placer;
 use rank::Rank;
 use schedule::{Blocks, Passes, Schedule};
 use serde::Serialize;
-use spec::run::{Attend, BatchSpec};
-use spec::{DType, Error, Layout, ModelSpec, Optimizer, Result, RunSpec};
+use spec::{DType, Error, Layout, ModelSpec, Result, RunSpec};
 use verify::graph::Check;
 
 pub use buffer::{Buffer, BufferId, GradOut, Home, Owned, Slice, View};
@@ -61,6 +61,7 @@ pub use op::{Axis, GradSum, Heads, LossTerms, Op, OpId, OpKind, Sees};
 pub use params::{GroupId, ParamGroup, ParamPart, Replication};
 pub use pipeline::{Pass, PassTimes, Played, Work, WorkSpan, in_flight, orders, play, spans};
 pub use place::ALIGN;
+pub use recipe::Recipe;
 pub use role::{ParamKey, Place, Role};
 pub use rows::RowFn;
 pub use zero::owned as owned_range;
@@ -86,37 +87,6 @@ pub struct Request<'a> {
     pub loss: Loss,
     /// What of the run's recipe is part of the program.
     pub recipe: Recipe,
-}
-
-/// What of a run's recipe decides which ops its step has.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Recipe {
-    /// How gradients become updates.
-    pub optimizer: Optimizer,
-    /// Factor of the mean square of the log-sum-exp of the logits, beside the loss; 0 without.
-    pub z_loss: f32,
-    /// Attention keeps inside the documents of a sequence.
-    pub documents: bool,
-    /// Share of embeddings and of what layers add that training leaves out; 0 without.
-    pub dropout: f32,
-    /// Greatest score of attention that updates leave a head; 0 without.
-    pub qk_clip: f32,
-    /// An average of the weights over steps is kept.
-    pub ema: bool,
-    /// The batch grows to that of the run: room is for the step that takes most, whatever the size at hand.
-    pub ramp: Option<BatchSpec>,
-}
-
-impl Recipe {
-    /// That of a run.
-    pub fn of(run: &RunSpec) -> Recipe {
-        let documents = run.data.attend == Attend::Documents;
-        let ramp = run.batch.ramp.map(|_| run.batch);
-        let RunSpec { optim, train, .. } = run;
-        let (optimizer, z_loss, dropout) = (optim.kind, train.z_loss, train.dropout);
-        let (qk_clip, ema) = (optim.qk_clip, train.ema > 0.0);
-        Recipe { optimizer, z_loss, documents, dropout, qk_clip, ema, ramp }
-    }
 }
 
 impl<'a> Request<'a> {

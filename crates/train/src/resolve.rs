@@ -156,6 +156,15 @@ fn implied(p: &Program, op: &Op, call: &mut Call) {
             call.outs.push(Address::view(p, View { buffer: counts, row0, rows: 1 }));
         }
         OpKind::GradNorm => (call.ins, call.outs) = norm(p),
+        _ => updated(p, op, call),
+    }
+}
+
+/// Those of what changes weights once a step.
+fn updated(p: &Program, op: &Op, call: &mut Call) {
+    let owned = |group: GroupId, buffer| Address::slice(p, p.owned_in(group, buffer));
+    let buffers = |group: GroupId| &p.group_buffers[group.0 as usize];
+    match op.kind {
         OpKind::AdamW { group, .. } => {
             let b = buffers(group);
             call.ins = vec![owned(group, b.grad)];

@@ -13,7 +13,7 @@ use spec::{ContextMode, DType, Experts, Latent, Layout, ModelSpec, PipelineSched
 use train::{Device, Executor, Lack, Launch, Mesh, Message, Null, Operand};
 
 /// The ops of a step, each as often as it runs.
-fn ops(p: &Program) -> impl Iterator<Item = &program::Op> {
+fn ops(p: &Program) -> impl Iterator<Item = &Op> {
     let items = p.schedule.iter().map(|item| item.block).chain([p.tail]);
     items.flat_map(|block| &p.blocks[block].ops)
 }

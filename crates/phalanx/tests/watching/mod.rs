@@ -102,7 +102,7 @@ fn journals_are_listed_shown_and_exported() {
         .collect();
     assert_eq!(exported, (1..).zip(losses).collect::<Vec<_>>());
     // A corpus of one document has nothing held out.
-    assert_eq!(lab.ok("journal export run --csv --kind eval"), "time_us,step,loss,tokens\n");
+    assert_eq!(lab.ok("journal export run --csv --kind eval"), "time_us,step,loss,tokens,average_loss\n");
 }
 
 /// What a collector is told: requests to it, each with its path and its body.

@@ -25,10 +25,8 @@ impl Emitter<'_> {
         let (rows, hidden) = (self.g.get(x).rows, cx.model.hidden);
         let copies = rows * e.top_k;
         let local = e.count / cx.layout.ep;
-        let room = match cx.layout.expert_rows {
-            ExpertRows::All if cx.layout.ep > 1 => cx.layout.ep * rows * e.top_k.min(local),
-            _ => copies,
-        };
+        let spread = cx.layout.ep > 1 && cx.layout.expert_rows == ExpertRows::All;
+        let room = if spread { cx.layout.ep * rows * e.top_k.min(local) } else { copies };
 
         let [gates, index, counts] = self.route(name, e, x);
         let leaves = self.g.get(counts.value).cols;
@@ -69,19 +67,18 @@ impl Emitter<'_> {
         let out = self.act(&p("unpermute"), rows, hidden);
         let (ins, outs) = (vec![self.g.all(y), gates, index], vec![self.g.all(out)]);
         self.push(OpKind::Unpermute { top_k: e.top_k }, &p("unpermute"), ins, outs);
-        let drop = p("drop");
+        let mut whole = out;
+        if sliced {
+            whole = self.act(&p("unslice"), cx.tokens(), hidden);
+            let (ins, outs) = (vec![self.g.all(out)], vec![self.g.all(whole)]);
+            self.push(OpKind::Unslice { axis: Axis::Tp }, &p("unslice"), ins, outs);
+        }
+        if self.dropout > 0.0 {
+            return self.dropped(&p("drop"), whole, None, Some(residual));
+        }
         if !sliced {
-            if self.dropout > 0.0 {
-                return self.dropped(&drop, out, None, Some(residual));
-            }
             self.last().acc = Some(self.g.all(residual));
             return out;
-        }
-        let whole = self.act(&p("unslice"), cx.tokens(), hidden);
-        let (ins, outs) = (vec![self.g.all(out)], vec![self.g.all(whole)]);
-        self.push(OpKind::Unslice { axis: Axis::Tp }, &p("unslice"), ins, outs);
-        if self.dropout > 0.0 {
-            return self.dropped(&drop, whole, None, Some(residual));
         }
         let sum = self.g.like(residual, &p("add"));
         let (ins, outs) = (vec![self.g.all(residual), self.g.all(whole)], vec![self.g.all(sum)]);
