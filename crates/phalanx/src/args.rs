@@ -549,6 +549,9 @@ pub(crate) struct BenchStep {
     /// Read lines `step` on stdin and answer each with the seconds that a step took
     #[arg(long)]
     pub(crate) resident: bool,
+    /// Keep to these instructions, though the processor has wider ones: avx512, avx2 or scalar
+    #[arg(long, value_name = "NAME")]
+    pub(crate) simd: Option<String>,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

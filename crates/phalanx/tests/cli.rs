@@ -220,7 +220,7 @@ fn the_program_shows_the_memory_that_a_step_takes() {
     let lab = Lab::new();
     let keys = format!("{} --set layout.micro_batch=4", sets());
     let program = lab.json(&format!("program show {keys} --json"));
-    let step = lab.json(&format!("bench step {keys} --threads 1 --steps 1 --json"));
+    let step = lab.json(&format!("bench step {keys} --threads 1 --simd scalar --steps 1 --json"));
     let total = &program["memory"]["total"];
     assert!(total.as_u64().is_some_and(|bytes| bytes > 0), "{total}");
     assert_eq!((&step["peak_bytes_placed"], &step["peak_bytes_allocated"]), (total, total));

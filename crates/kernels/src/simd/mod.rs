@@ -53,7 +53,7 @@ pub fn backend() -> Backend {
     }
 }
 
-/// Makes all later calls in this process use `backend`, for tests that compare bits. Returns false, and changes
+/// Makes all later calls in this process use `backend`, for tests and benches. Returns false, and changes
 /// nothing, if this processor lacks it.
 #[doc(hidden)]
 pub fn force_backend(backend: Backend) -> bool {

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::io::BufRead;
 
 use comm::TransportChoice;
+use kernels::Backend;
 use measure::Stepper;
 use measure::stepper::OpTime;
 use spec::{Error, Result, RunSpec};
@@ -26,6 +27,7 @@ pub(super) fn run(args: &BenchStep) -> Result<u8> {
         return Err(Error::user("--steps 0, expected at least one timed step").hint("leave it out for 10"));
     }
     output::threads_asked(args.threads)?;
+    args.simd.as_deref().map_or(Ok(()), keep_to)?;
     let run = reference(&args.set, args.nproc == 1)?;
     run.layout.validate_world(args.nproc)?;
     let threads = |share: usize| if args.threads > 0 { args.threads } else { share };
@@ -46,6 +48,20 @@ pub(super) fn run(args: &BenchStep) -> Result<u8> {
             if args.resident { serve(&mut s) } else { report(&mut s, args) }.map(|()| 0)
         }
     }
+}
+
+/// Has kernels use these instructions alone, in this process and, since ranks are started with the same words, in every rank.
+fn keep_to(simd: &str) -> Result<()> {
+    let known = [("avx512", Backend::Avx512), ("avx2", Backend::Avx2), ("scalar", Backend::Scalar)];
+    let Some((_, backend)) = known.into_iter().find(|(name, _)| *name == simd) else {
+        return Err(Error::user(format!("--simd {simd}, expected avx512, avx2 or scalar"))
+            .hint("leave it out for the best"));
+    };
+    if kernels::force_backend(backend) {
+        return Ok(());
+    }
+    Err(Error::user(format!("--simd {simd}: this processor has no such instructions"))
+        .hint("leave it out for the best"))
 }
 
 /// The reference model with overrides; a rank alone runs its batch of 8 sequences at once.

@@ -25,6 +25,7 @@ fn nonsense_is_refused_before_anything_is_done() {
     bad(&tiny("bad", "--min-nproc 4 --nproc 2"), "--min-nproc 4, expected 1 to the 2 of --nproc");
     bad(&tiny("bad", "--stop-after 500"), "--stop-after 500 is beyond train.steps = 6");
     bad("bench step --steps 0", "--steps 0");
+    bad("bench step --simd neon", "--simd neon, expected avx512, avx2 or scalar");
     bad("export bad out --max-shard-bytes 0", "--max-shard-bytes 0");
     bad("launch --node-rank 5 true", "--node-rank=5: expected a rank below --nnodes=1");
     bad("launch --local-ranks-filter 9 true", "--local-ranks-filter=9: expected local ranks below 1");
