@@ -105,7 +105,9 @@ fn cycle(groups: f64, prefill_s: f64, own_s: f64, decode_s: f64, steps: f64) -> 
     let busy = ((groups - 1.0) * prefill_s / whole_s).min(1.0);
     let wait_s = busy * prefill_s / (2.0 * (1.0 - busy)).max(f64::MIN_POSITIVE);
     let wait_s = wait_s.min((groups - 1.0) * prefill_s);
-    Cycle { first_s: rest_s + wait_s + prefill_s + own_s, whole_s }
+    // Where nothing follows the first token its end is the request's.
+    let first_s = if steps > 0.0 { rest_s + wait_s + prefill_s + own_s } else { whole_s };
+    Cycle { first_s, whole_s }
 }
 
 /// What `group` prompts add to a server where `others` decode, in as many passes as their tokens take.

@@ -459,7 +459,7 @@ mod tests {
         drawn(&[(9, 1), (9, 2), (7, 2), (7, 3)], &[(2, 4)], (3, 12, 0, 0, 0));
         drawn(&[(9, 1), (9, 2), (7, 3), (7, 4)], &[(2, 4)], (4, 12, 4, 0, 0));
         // Numbers of a journal are not believed.
-        drawn(&[(9, 1)], &[(2, u64::MAX)], (u64::MAX, 4, u64::MAX, 0, 0));
+        drawn(&[(9, 1)], &[(2, u64::MAX)], (u64::MAX, 4, u64::MAX - 4, 0, 0));
     }
 
     /// Of a journal's lines, as (when the step was done, step) or a drawing of its four samples: doubled lines, repeated

@@ -529,7 +529,7 @@ pub(crate) mod tests {
         let eval = Record::Eval { time_us: 3, step: 1, loss: 2.5, average_loss: Some(f64::NAN), tokens: 4 };
         assert_eq!(
             serde_json::to_string(&eval).unwrap(),
-            r#"{"kind":"eval","time_us":3,"step":1,"loss":2.5,"average_loss":"nan","tokens":4}"#
+            r#"{"kind":"eval","time_us":3,"step":1,"loss":2.5,"average_loss":"NaN","tokens":4}"#
         );
         let newer = r#"{"kind":"warning","time_us":1,"text":"x","colour":"red"}"#;
         assert_eq!(
