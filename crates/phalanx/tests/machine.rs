@@ -274,7 +274,7 @@ fn what_a_calibration_lacks_of_a_model_is_measured() {
     assert!(lacks.starts_with("runs/machine.toml ") && lacks.contains("latent_norm"), "{}", ran.err);
     let text = std::fs::read_to_string(lab.path("runs/machine.toml")).expect("a calibration");
     assert!(text.contains("kind = \"latent_norm\""), "{text}");
-    assert!(text.contains("host = \"lab\"") && text.contains("2e10"), "what was there stays: {text}");
+    assert!(text.contains("host = \"lab\"") && text.contains("2.0000e10"), "what was there stays: {text}");
     // Known from now on.
     let ran = lab.run(&tiny("again", &args));
     assert!(ran.code == Some(0) && !ran.err.contains("knows nothing"), "{}", ran.err);

@@ -4,7 +4,8 @@ use spec::{DType, Mtp, NormKind};
 
 use crate::emit::Forward;
 use crate::graph::{Graph, Node, Operand, Phase, Sequences, Source, ValueId};
-use crate::op::{Axis, Heads, LossTerms, OpKind, Sees};
+use crate::heads::Heads;
+use crate::op::{Axis, LossTerms, OpKind, Sees};
 use crate::params::{Chunk, GroupId};
 use crate::rank::Rank;
 use crate::role::{Place, Role};

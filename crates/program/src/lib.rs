@@ -14,6 +14,7 @@
 //! Nothing here knows clocks, hardware or files.
 
 mod recipe;
+mod heads;
 mod op;
 mod comm;
 mod role;
@@ -55,9 +56,10 @@ pub use coords::{Coords, Members};
 pub use cost::Cost;
 pub use emit::{Emitter, Layer};
 pub use graph::{Phase, ValueId};
+pub use heads::Heads;
 pub use mixture::check_mixture;
 pub use muon::{Matrix, NEWTON_SCHULZ_STEPS, Shares, newton_schulz_flops};
-pub use op::{Axis, GradSum, Heads, LossTerms, Op, OpId, OpKind, Sees};
+pub use op::{Axis, GradSum, LossTerms, Op, OpId, OpKind, Sees};
 pub use params::{GroupId, ParamGroup, ParamPart, Replication};
 pub use pipeline::{Pass, PassTimes, Played, Work, WorkSpan, in_flight, orders, play, spans};
 pub use place::ALIGN;

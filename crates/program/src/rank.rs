@@ -6,7 +6,8 @@ use spec::{DType, Error, Layout, ModelSpec, Position, Result, Zero};
 
 use crate::coords::Coords;
 use crate::emit::Layer;
-use crate::op::{Axis, Heads};
+use crate::heads::Heads;
+use crate::op::Axis;
 use crate::params::{Chunk, GroupId, ParamGroup, Replication, chunks, share, table};
 use crate::role::{ParamKey, Place, Role};
 use crate::{Loss, Mode, Request, qk_clip};

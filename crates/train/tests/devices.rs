@@ -228,8 +228,7 @@ fn what_a_device_lacks_of_a_recipe_is_said_before_anything_is_prepared() {
         ("optim.qk_clip=50", "optim.qk_clip=0"),
         ("batch.ramp=[4,4,20]", "batch.ramp=[]"),
     ] {
-        let run = RunSpec::load(None, &["model.preset=tiny".into(), key.into()], &RunSpec::no_files);
-        let run = run.expect("a run");
+        let run = RunSpec::load(None, &[key.into()], &RunSpec::no_files).expect("a run");
         let e = train::check_run(&Card(Null::default()), &run).expect_err(key);
         let name = key.split('=').next().expect("a key");
         assert!(e.to_string().starts_with(&format!("{name}: card 0 ")), "{e}");
@@ -237,6 +236,6 @@ fn what_a_device_lacks_of_a_recipe_is_said_before_anything_is_prepared() {
         assert_eq!(e.exit_code(), 2);
         train::check_run(&Null::default(), &run).expect("whoever runs everything runs it");
     }
-    let plain = RunSpec::load(None, &["model.preset=tiny".into()], &RunSpec::no_files).expect("a run");
+    let plain = RunSpec::load(None, &[], &RunSpec::no_files).expect("a run");
     train::check_run(&Card(Null::default()), &plain).expect("nothing is lacking");
 }

@@ -2,7 +2,8 @@ use spec::{DType, Position};
 
 use super::Emitter;
 use crate::graph::{Source, ValueId};
-use crate::op::{Axis, Heads, OpKind, Sees};
+use crate::heads::Heads;
+use crate::op::{Axis, OpKind, Sees};
 use crate::role::{Place, Role};
 
 impl Emitter<'_> {

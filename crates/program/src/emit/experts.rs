@@ -23,18 +23,17 @@ impl Emitter<'_> {
         let sliced = cx.layout.tp > 1 && !cx.sequence_parallel();
         let x = if sliced { self.slice(&p("slice"), h) } else { h };
         let (rows, hidden) = (self.g.get(x).rows, cx.model.hidden);
-        let copies = rows * e.top_k;
-        let local = e.count / cx.layout.ep;
+        let (copies, local) = (rows * e.top_k, e.count / cx.layout.ep);
         let spread = cx.layout.ep > 1 && cx.layout.expert_rows == ExpertRows::All;
         let room = if spread { cx.layout.ep * rows * e.top_k.min(local) } else { copies };
 
         let [gates, index, counts] = self.route(name, e, x);
-        let leaves = self.g.get(counts.value).cols;
         let mut y = self.act(&p("permute"), copies, hidden);
         let (ins, outs) = (vec![self.g.all(x), index], vec![self.g.all(y)]);
         self.push(OpKind::Permute { top_k: e.top_k }, &p("permute"), ins, outs);
         let mut held = counts;
         if cx.layout.ep > 1 {
+            let leaves = self.g.get(counts.value).cols;
             let arrived = self.g.value(&p("dispatch.counts"), e.count, leaves, DType::U32, Source::Node);
             held = self.g.all(arrived);
             let sent = self.act(&p("dispatch"), room, hidden);
@@ -75,8 +74,7 @@ impl Emitter<'_> {
         }
         if self.dropout > 0.0 {
             return self.dropped(&p("drop"), whole, None, Some(residual));
-        }
-        if !sliced {
+        } else if !sliced {
             self.last().acc = Some(self.g.all(residual));
             return out;
         }

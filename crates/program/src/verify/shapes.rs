@@ -2,7 +2,8 @@
 
 use spec::{DType, NormKind};
 
-use crate::op::{Heads, OpKind};
+use crate::heads::Heads;
+use crate::op::OpKind;
 
 /// Rows, columns and element type of an operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
