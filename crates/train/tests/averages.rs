@@ -7,21 +7,13 @@ use std::collections::BTreeMap;
 
 use ckpt::Kind;
 use comm::World;
-use common::{SEQUENCE, executor_of, fill, first_difference, inputs, model, steps, weights};
+use common::{PLAIN, SEQUENCE, executor_of, fill, first_difference, inputs, model, steps, weights};
 use program::{Mode, Recipe, Request};
 use spec::{DType, Layout, ModelSpec, Optimizer, Zero};
 use train::{Executor, Mesh, StepInputs};
 
 const SEQUENCES: usize = 8;
-const KEPT: Recipe = Recipe {
-    optimizer: Optimizer::AdamW,
-    z_loss: 0.0,
-    documents: false,
-    dropout: 0.0,
-    qk_clip: 0.0,
-    ema: true,
-    ramp: None,
-};
+const KEPT: Recipe = Recipe { ema: true, ..PLAIN };
 
 /// What a run of six steps leaves.
 #[derive(PartialEq, Debug)]

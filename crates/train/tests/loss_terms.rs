@@ -2,21 +2,13 @@
 
 mod common;
 
-use common::{Trained, executor_of, fill, first_difference, model, train_by};
+use common::{PLAIN, Trained, executor_of, fill, first_difference, model, same_bits, train_from_seed};
 use program::{Mode, Recipe, Request};
 use spec::{DType, Layout, ModelSpec, Zero};
 use train::{Executor, Mesh};
 
 const SEQUENCES: usize = 8;
-const RECIPE: Recipe = Recipe {
-    optimizer: spec::Optimizer::AdamW,
-    z_loss: 0.01,
-    documents: false,
-    dropout: 0.0,
-    qk_clip: 0.0,
-    ema: false,
-    ramp: None,
-};
+const RECIPE: Recipe = Recipe { z_loss: 0.01, ..PLAIN };
 
 fn capped() -> ModelSpec {
     // Weights that make logits large against the cap.
@@ -24,8 +16,7 @@ fn capped() -> ModelSpec {
 }
 
 fn run(m: &ModelSpec, recipe: Recipe, layout: &Layout, precision: DType, lr: f64) -> Trained {
-    let initialise = |exec: &mut Executor| exec.initialise(m, 11).expect("weights");
-    train_by(recipe, m, layout, (SEQUENCES, precision, lr), &initialise)
+    train_from_seed(recipe, m, layout, (SEQUENCES, precision, lr))
 }
 
 #[test]
@@ -38,8 +29,7 @@ fn bits_do_not_depend_on_the_layout() {
             Layout { dp: 2, pp: 2, micro_batch: 2, ..Layout::default() },
         ] {
             let got = run(&m, RECIPE, &layout, precision, 1e-2);
-            assert_eq!(got.outputs, expected.outputs, "under {layout:?}");
-            assert_eq!(first_difference(&expected.weights, &got.weights), None, "under {layout:?}");
+            same_bits(&expected, &got, &format!("under {layout:?}"));
         }
     }
 }

@@ -3,41 +3,24 @@
 
 mod common;
 
-use common::{Trained, executor_of, first_difference, model, steps, train_by, weights};
+use common::{
+    PLAIN, Trained, executor_of, first_difference, mixture, model, same_bits, steps, train_from_seed, weights,
+};
 use program::Recipe;
-use spec::{DType, Experts, Layout, ModelSpec, Optimizer, PipelineSchedule, Recompute, Router, Zero};
+use spec::{DType, Layout, ModelSpec, Optimizer, PipelineSchedule, Recompute, Zero};
 
 const SEQUENCES: usize = 8;
-const MUON: Recipe = Recipe {
-    optimizer: Optimizer::Muon,
-    z_loss: 0.0,
-    documents: false,
-    dropout: 0.0,
-    qk_clip: 0.0,
-    ema: false,
-    ramp: None,
-};
+const MUON: Recipe = Recipe { optimizer: Optimizer::Muon, ..PLAIN };
 
 fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> Trained {
-    let initialise = |exec: &mut train::Executor| exec.initialise(m, 11).expect("weights");
-    train_by(MUON, m, layout, (SEQUENCES, precision, lr), &initialise)
-}
-
-/// Every kind of matrix: queries with fewer keys, gate and up, and experts with a shared one.
-fn mixture() -> ModelSpec {
-    let router = Router { z_loss: 0.05, ..Router::PLAIN };
-    let experts = Experts { count: 4, top_k: 2, ffn: 128, shared_ffn: 32, dense_layers: 1, every: 1, router };
-    ModelSpec { experts: Some(experts), ..model(4, false, false) }
+    train_from_seed(MUON, m, layout, (SEQUENCES, precision, lr))
 }
 
 fn check(m: &ModelSpec, precision: DType, layouts: &[Layout]) {
     let expected = run(m, &Layout::default(), precision, 1e-2);
     for layout in layouts {
         let got = run(m, layout, precision, 1e-2);
-        assert_eq!(got.outputs, expected.outputs, "losses and norms under {layout:?}");
-        if let Some(difference) = first_difference(&expected.weights, &got.weights) {
-            panic!("{difference} under {layout:?} in {precision}");
-        }
+        same_bits(&expected, &got, &format!("under {layout:?} in {precision}"));
     }
 }
 

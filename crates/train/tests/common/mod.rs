@@ -7,13 +7,31 @@ use std::path::PathBuf;
 
 use comm::World;
 use program::{Mode, Recipe, Request};
-use spec::{DType, Layout, ModelSpec};
+use spec::{DType, Experts, Layout, ModelSpec, Optimizer, Router};
 use train::{Executor, Mesh, StepInputs, StepOutputs};
 
 pub const SEQUENCE: usize = 16;
 
 /// Steps of [`train`].
 pub const STEPS: u64 = 10;
+
+/// A step of AdamW and nothing else, as [`Recipe::default`] is.
+pub const PLAIN: Recipe = Recipe {
+    optimizer: Optimizer::AdamW,
+    z_loss: 0.0,
+    documents: false,
+    dropout: 0.0,
+    qk_clip: 0.0,
+    ema: false,
+    ramp: None,
+};
+
+/// Every kind of matrix: queries with fewer keys, gate and up, and experts with a shared one.
+pub fn mixture() -> ModelSpec {
+    let router = Router { z_loss: 0.05, ..Router::PLAIN };
+    let experts = Experts { count: 4, top_k: 2, ffn: 128, shared_ffn: 32, dense_layers: 1, every: 1, router };
+    ModelSpec { experts: Some(experts), ..model(4, false, false) }
+}
 
 /// A small model with every parameter kind of its family.
 pub fn model(layers: usize, tied: bool, gpt2: bool) -> ModelSpec {
@@ -135,6 +153,20 @@ pub fn train(
     initialise: &(dyn Fn(&mut Executor) + Sync),
 ) -> Trained {
     train_by(Recipe::default(), m, layout, how, initialise)
+}
+
+/// [`train_by`] from the same weights every time.
+pub fn train_from_seed(recipe: Recipe, m: &ModelSpec, layout: &Layout, how: (usize, DType, f64)) -> Trained {
+    train_by(recipe, m, layout, how, &|exec| exec.initialise(m, 11).expect("weights"))
+}
+
+/// Holds a run to the bits of the losses, norms and weights of another.
+#[track_caller]
+pub fn same_bits(expected: &Trained, got: &Trained, what: &str) {
+    assert_eq!(got.outputs, expected.outputs, "losses and norms {what}");
+    if let Some(difference) = first_difference(&expected.weights, &got.weights) {
+        panic!("{difference} {what}");
+    }
 }
 
 /// [`train`] by any recipe.
