@@ -5,6 +5,7 @@ use half::bf16;
 use crate::gemm::{self, Left, Out, Right, Workspace};
 use crate::optim::squares;
 use crate::pool::{Parts, Pool};
+use crate::qk_clip::scale as rescale;
 use crate::simd::{LANES, kernel};
 use crate::storage::Acc;
 
@@ -99,7 +100,7 @@ pub fn orthogonalise(
     let (spare, gram, square) = (ws.take(m * n), ws.take(m * m), ws.take(m * m));
     let ws = ws.rest();
     let norm = squares(x).sqrt().max(SMALLEST_NORM);
-    each(pool, x, |v| v * (1.0 / norm) as f32);
+    rescale(pool, (1.0 / norm) as f32, x);
     let (mut from, mut to) = (&mut *x, spare);
     // The smaller side makes the Gram matrix.
     if rows > cols {
@@ -115,7 +116,7 @@ pub fn orthogonalise(
         gemm::product(pool, Left { data: &*square, ld: m }, Right::Rows(&*from), out, (m, m, n), ws);
         std::mem::swap(&mut from, &mut to);
     }
-    each(pool, from, |v| v * scale);
+    rescale(pool, scale, from);
     // The matrix is in `x` after an even number of swaps.
     let swaps = steps + usize::from(rows > cols);
     match (rows > cols, swaps.is_multiple_of(2)) {
@@ -179,15 +180,6 @@ kernel! { fn combine(k: (f32, f32), gram: &[f32], square: &mut [f32]) = |s: S| {
         s.store(&mut square[j..], sum);
     }
 } }
-
-fn each(pool: &Pool, x: &mut [f32], f: impl Fn(f32) -> f32 + Sync) {
-    let len = x.len();
-    let x = Parts::new(x);
-    pool.rows(len, 1, &|range, _| {
-        // SAFETY: tasks have disjoint ranges.
-        unsafe { x.part(range) }.iter_mut().for_each(|v| *v = f(*v));
-    });
-}
 
 /// `to`, `cols` by `rows`, is the transpose of `from`.
 fn transpose(pool: &Pool, from: &[f32], (rows, cols): (usize, usize), to: &mut [f32]) {

@@ -34,8 +34,6 @@ pub(crate) struct Placer<'a> {
     radices: Vec<u32>,
     /// Bytes of static buffers so far.
     at: usize,
-    /// Bytes of biases of experts, which lie beside the optimiser's state.
-    biases: usize,
     /// Chunks of the gradient norm over the whole model.
     norm_chunks: usize,
     /// One micro-batch in flight: activations share the scratch region.
@@ -87,7 +85,6 @@ impl<'a> Placer<'a> {
             buckets: Vec::new(),
             io: Io::default(),
             at: 0,
-            biases: 0,
             memory: Memory::default(),
             norm_chunks: 0,
             unified: schedule.slots.iter().sum::<usize>() <= 1,

@@ -119,12 +119,13 @@ impl Placer<'_> {
         let exp_avg = self.region("exp_avg.", DType::F32, Some(owned));
         let exp_avg_sq = self.second_moments(owned);
         self.memory.moments = self.at - before;
+        let before = self.at;
         let biased = self.cx.model.experts.filter(|e| e.router.expert_bias);
         self.io.expert_bias = biased.map(|e| {
             let layers = self.cx.model.all_layers();
             self.fixed("expert_bias".to_owned(), layers, e.count, DType::F32, Place::Step)
         });
-        self.biases = self.at - before - self.memory.moments;
+        self.memory.other += self.at - before;
         let before = self.at;
         let keeps = self.cx.request.recipe.ema && !self.cx.generates();
         let average = keeps.then(|| self.region("average.", DType::F32, Some(owned)));
@@ -255,7 +256,7 @@ impl Placer<'_> {
             io.k_cache = Some(table("cache.k", cache, keys, dtype));
             io.v_cache = Some(table("cache.v", cache, values, dtype));
         }
-        self.memory.other = self.at - before + std::mem::take(&mut self.biases);
+        self.memory.other += self.at - before;
         io
     }
 

@@ -325,9 +325,8 @@ fn same(x: Shape) -> Expected {
 fn dealt(h: &Heads, ranks: usize) -> Option<usize> {
     let ranks = ranks.max(1);
     let copied = h.kv > 0 && ranks.is_multiple_of(h.kv);
-    let kv = if copied { 1 } else { h.kv / ranks };
     let divides = h.q.is_multiple_of(ranks) && (copied || h.kv.is_multiple_of(ranks));
-    divides.then_some(h.q / ranks * h.dim + kv * (h.dim + h.value_dim))
+    divides.then(|| h.dealt(ranks).packed())
 }
 
 fn packed(heads: &Heads, x: Shape) -> Shape {
