@@ -89,22 +89,20 @@ fn answered(args: &Plan) -> Result<Answered> {
 }
 
 fn plan(args: &Plan) -> Result<u8> {
-    if args.cluster != "this"
-        && let Some(path) = &args.machine
-    {
-        return Err(Error::user(format!(
-            "--machine {} counts only with --cluster this: {} is of the catalogue",
-            path.display(),
-            args.cluster
-        ))
-        .hint("leave one of them out"));
-    }
     if args.cluster == "this" {
         if args.html.is_some() {
             return Err(Error::user("--html with --cluster this: its plan has no page")
                 .hint("leave --html out, or name a cluster of the catalogue"));
         }
         return crate::this_machine::plan(args);
+    }
+    if let Some(path) = &args.machine {
+        return Err(Error::user(format!(
+            "--machine {} counts only with --cluster this: {} is of the catalogue",
+            path.display(),
+            args.cluster
+        ))
+        .hint("leave one of them out"));
     }
     if args.experts_of.is_some() {
         return Err(Error::user(format!(

@@ -268,6 +268,8 @@ impl Lack {
 /// What the device cannot run, in terms of the model or the layout, and what works.
 pub fn check_run(device: &dyn Device, run: &RunSpec) -> Result<()> {
     program::check_mixture(&run.model, &run.layout)?;
+    let recipe = Recipe::of(run);
+    check_ramp(device, &recipe)?;
     // Which kinds of op a step has depends on these axes; how the others divide it may still be open.
     let RunSpec { layout: Layout { cp, context, ep, .. }, model, batch, train, .. } = run;
     let layout = Layout { cp: *cp, context: *context, ep: *ep, dp: *ep, ..Layout::default() };
@@ -281,9 +283,8 @@ pub fn check_run(device: &dyn Device, run: &RunSpec) -> Result<()> {
         mode: Mode::Train,
         loss: Loss::default(),
         // Sizes of a ramp differ in no kind of op.
-        recipe: Recipe { ramp: None, ..Recipe::of(run) },
+        recipe: Recipe { ramp: None, ..recipe },
     };
-    check_ramp(device, &Recipe::of(run))?;
     // A program that cannot be built is refused for its own reasons, by whoever builds the whole of it.
     Program::build(&request, &|_, _| 0).map_or(Ok(()), |p| check_ops(device, &p, &model.name))
 }

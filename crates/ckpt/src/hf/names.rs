@@ -158,6 +158,11 @@ impl Table<'_> {
         });
     }
 
+    /// The tensor that was pushed last.
+    fn last(&mut self) -> &mut HfTensor {
+        self.tensors.last_mut().expect("one was pushed")
+    }
+
     fn llama(&mut self) {
         let m = self.spec;
         self.plain("embed_tokens.weight", "embed.weight", &[m.vocab, m.hidden]);
@@ -211,12 +216,12 @@ impl Table<'_> {
         let half =
             |name: &str| Part { name: format!("mtp.{name}_proj.weight"), shape: vec![m.hidden, m.hidden] };
         self.push(&h("eh_proj.weight"), false, vec![half("embed"), half("hidden")]);
-        self.tensors.iter_mut().rev().take(1).for_each(|t| t.beside = true);
+        self.last().beside = true;
         self.layer(m.layers, "mtp");
         self.norm(&h("shared_head.norm"), "mtp.norm");
         for (name, of) in copies(m) {
             self.plain(&name, of, &[m.vocab, m.hidden]);
-            self.tensors.iter_mut().rev().take(1).for_each(|t| t.copy = true);
+            self.last().copy = true;
         }
     }
 
@@ -261,7 +266,8 @@ impl Table<'_> {
             let bias = format!("{hf}.gate.e_score_correction_bias");
             self.plain(&bias, &format!("{own}.expert_bias"), &[e.count]);
             let zeros = !e.router.expert_bias;
-            self.tensors.iter_mut().rev().take(1).for_each(|t| (t.zeros, t.single) = (zeros, true));
+            let last = self.last();
+            (last.zeros, last.single) = (zeros, true);
         }
         for i in 0..e.count {
             self.mlp(&format!("{hf}.experts.{i}"), names, &format!("{own}.experts.{i}"), e.ffn);
@@ -287,9 +293,8 @@ impl Table<'_> {
                     shape: shape.clone(),
                 });
                 self.push(&format!("{hf}.experts.{name}{suffix}"), transposed, parts.collect());
-                self.tensors.iter_mut().rev().take(1).for_each(|tensor| {
-                    (tensor.slabs, tensor.interleaved) = (Some(e.count), of.len() > 1);
-                });
+                let last = self.last();
+                (last.slabs, last.interleaved) = (Some(e.count), of.len() > 1);
             }
         }
     }
