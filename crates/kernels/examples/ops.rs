@@ -1,7 +1,7 @@
 //! Times each op of the reference step (6 layers, width 384, 6 heads, SwiGLU 1024, vocabulary 4096, sequence 256,
 //! batch 8): best milliseconds and GFLOP/s at 1 and 2 threads, beside the `gemm` crate for the matrix products.
 //!
-//! `cargo run --release -p phalanx-kernels --example ops [FILTER]`
+//! `cargo run --release -p phalanx-kernels --example ops [FILTER [avx2]]`
 
 use std::time::Instant;
 
@@ -20,6 +20,9 @@ const SET: Merge = Merge { merge: 0, store: 0 };
 
 fn main() {
     let filter = std::env::args().nth(1).unwrap_or_default();
+    if std::env::args().nth(2).is_some_and(|simd| simd == "avx2") {
+        assert!(force_backend(Backend::Avx2), "this processor has no AVX2");
+    }
     let pools = [Pool::new(1), Pool::new(2)];
     for pool in &pools {
         let threads = pool.threads();

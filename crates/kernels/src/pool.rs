@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use crate::simd::ask_rows;
+
 /// How often an idle worker looks for work before it parks: some tens of microseconds, longer than the gap
 /// between two ops, short enough that a waiting rank does not burn a core.
 const SPINS: usize = if cfg!(miri) { 10 } else { 2000 };
@@ -248,6 +250,12 @@ unsafe impl<T: Send> Sync for Parts<'_, T> {}
 impl<'a, T> Parts<'a, T> {
     pub(crate) fn new(whole: &'a mut [T]) -> Self {
         Parts { start: whole.as_mut_ptr(), len: whole.len(), life: std::marker::PhantomData }
+    }
+
+    /// Asks for rows that are about to be written, as [`ask_rows`] does.
+    #[inline(always)]
+    pub(crate) fn ask(&self, at: usize, shape: (usize, usize), ld: usize) {
+        ask_rows(self.start.wrapping_add(at), shape, ld);
     }
 
     /// The part `range`.

@@ -154,6 +154,6 @@ fn pack_keys<T: Element>(src: &[T], ld: usize, keys: usize, head_dim: usize, pan
                 prefetch_far(src.as_ptr().wrapping_add(row * ld + j));
             }
         }
-        crate::gemm::pack_columns(&src[first * ld..], ld, head_dim, NR.min(keys - first), to);
+        crate::gemm::pack_columns(&src[first * ld..], ld, head_dim, NR.min(keys - first), NR, to);
     }
 }

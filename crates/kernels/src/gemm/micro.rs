@@ -2,8 +2,8 @@
 
 use super::{MR, NR};
 #[cfg(target_arch = "x86_64")]
-use crate::simd::{Avx2, Avx512, Backend};
-use crate::simd::{LANES, Scalar, Simd, backend};
+use crate::simd::{Avx2, Avx512};
+use crate::simd::{Backend, LANES, Scalar, Simd, backend};
 
 /// The arguments of a tile: c = (load ? c : 0) + a b.
 #[derive(Clone, Copy)]
@@ -24,7 +24,17 @@ pub(crate) struct Tile {
     pub(crate) load: bool,
 }
 
-type TileFn = unsafe fn(&Tile);
+/// Columns of the widest tile that is computed at once, and of a packed panel of this crate's products. A strip of a wider
+/// panel would be read line by line from far apart, which fills a part of the first-level cache and leaves the rest empty.
+pub(crate) fn panel() -> usize {
+    match backend() {
+        Backend::Avx512 => NR,
+        Backend::Avx2 | Backend::Scalar => LANES,
+    }
+}
+
+/// Computes the vectors of a tile from the given one on.
+type TileFn = unsafe fn(&Tile, usize);
 
 /// Computes a tile of `rows` x `cols` (at most [`MR`] x [`NR`]).
 ///
@@ -38,7 +48,7 @@ pub(crate) unsafe fn tile(rows: usize, cols: usize, t: &Tile) {
     match backend() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the backend was detected; memory by contract.
-        Backend::Avx512 => unsafe { TILES512[rows - 1][vectors - 1](t) },
+        Backend::Avx512 => unsafe { TILES512[rows - 1][vectors - 1](t, 0) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above, vector by vector.
         Backend::Avx2 => unsafe { strips(&TILES256[rows - 1], vectors, t) },
@@ -49,15 +59,35 @@ pub(crate) unsafe fn tile(rows: usize, cols: usize, t: &Tile) {
 
 /// Computes a tile in strips of one vector.
 unsafe fn strips(one: &TileFn, vectors: usize, t: &Tile) {
-    for j in 0..vectors {
-        // SAFETY: strip j lies inside the tile.
-        unsafe { one(&Tile { b: t.b.add(j * LANES), c: t.c.add(j * LANES), ..*t }) }
+    for strip in 0..vectors {
+        // SAFETY: the strip lies inside the tile. It is told by its number: a copy of the tile would be read back in wider
+        // pieces than it was written in, which waits until all stores before it, results among them, have left the core.
+        unsafe { one(t, strip) }
     }
 }
 
+/// Links of a chain in a round of the loop: with a known distance between elements of `a` their addresses are constants
+/// beside two registers, and the loop's own arithmetic is a fourth.
+const LINKS: usize = 4;
+
 #[inline(always)]
-unsafe fn body<S: Simd, const M: usize, const N: usize>(s: S, t: &Tile) {
-    let &Tile { k, mut a, a_row, a_col, mut b, b_row, c, c_row, load } = t;
+unsafe fn body<S: Simd, const M: usize, const N: usize>(s: S, t: &Tile, from: usize) {
+    // SAFETY: by contract of `tile`; the distance is the tile's own.
+    unsafe {
+        match t.a_col {
+            1 if M == MR => chains::<S, M, N, 1>(s, t, from),
+            MR if M == MR => chains::<S, M, N, MR>(s, t, from),
+            _ => chains::<S, M, N, 0>(s, t, from),
+        }
+    }
+}
+
+/// The tile, of a left operand whose elements are `COL` apart in a row, or as far as it says if that is 0.
+#[inline(always)]
+unsafe fn chains<S: Simd, const M: usize, const N: usize, const COL: usize>(s: S, t: &Tile, from: usize) {
+    let &Tile { k, mut a, a_row, a_col, b, b_row, c, c_row, load } = t;
+    let (mut b, c) = (b.wrapping_add(from * LANES), c.wrapping_add(from * LANES));
+    let a_col = if COL > 0 { COL } else { a_col };
     let mut sums = [[s.splat(0.0); N]; M];
     if load {
         for (i, sums) in sums.iter_mut().enumerate() {
@@ -67,21 +97,19 @@ unsafe fn body<S: Simd, const M: usize, const N: usize>(s: S, t: &Tile) {
             }
         }
     }
-    for _ in 0..k {
-        let mut right = [s.splat(0.0); N];
-        for (j, right) in right.iter_mut().enumerate() {
-            // SAFETY: inside row p of b.
-            *right = unsafe { s.load_at(b.add(j * LANES)) };
+    let mut left = k;
+    while left >= LINKS {
+        for p in 0..LINKS {
+            // SAFETY: elements p of the rows of a, and row p of b.
+            unsafe { link(s, &mut sums, a.add(p * a_col), a_row, b.add(p * b_row)) };
         }
-        for (i, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: element (i, p) of a.
-            let left = s.splat(unsafe { *a.add(i * a_row) });
-            for (sum, &right) in sums.iter_mut().zip(&right) {
-                *sum = s.fma(left, right, *sum);
-            }
-        }
-        a = a.wrapping_add(a_col);
-        b = b.wrapping_add(b_row);
+        (a, b) = (a.wrapping_add(LINKS * a_col), b.wrapping_add(LINKS * b_row));
+        left -= LINKS;
+    }
+    for _ in 0..left {
+        // SAFETY: as above.
+        unsafe { link(s, &mut sums, a, a_row, b) };
+        (a, b) = (a.wrapping_add(a_col), b.wrapping_add(b_row));
     }
     for (i, sums) in sums.iter().enumerate() {
         for (j, &sum) in sums.iter().enumerate() {
@@ -91,23 +119,46 @@ unsafe fn body<S: Simd, const M: usize, const N: usize>(s: S, t: &Tile) {
     }
 }
 
+/// Adds the products of a column of `a`, its elements `a_row` apart, with a row of `b`.
+#[inline(always)]
+unsafe fn link<S: Simd, const M: usize, const N: usize>(
+    s: S,
+    sums: &mut [[S::V; N]; M],
+    a: *const f32,
+    a_row: usize,
+    b: *const f32,
+) {
+    let mut right = [s.splat(0.0); N];
+    for (j, right) in right.iter_mut().enumerate() {
+        // SAFETY: by contract.
+        *right = unsafe { s.load_at(b.add(j * LANES)) };
+    }
+    for (i, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: by contract.
+        let left = s.splat(unsafe { *a.add(i * a_row) });
+        for (sum, &right) in sums.iter_mut().zip(&right) {
+            *sum = s.fma(left, right, *sum);
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-unsafe fn tile512<const M: usize, const N: usize>(t: &Tile) {
+unsafe fn tile512<const M: usize, const N: usize>(t: &Tile, from: usize) {
     // SAFETY: called only where AVX-512 was detected; memory by contract of `tile`.
-    unsafe { body::<_, M, N>(Avx512::new(), t) }
+    unsafe { body::<_, M, N>(Avx512::new(), t, from) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tile256<const M: usize>(t: &Tile) {
+unsafe fn tile256<const M: usize>(t: &Tile, from: usize) {
     // SAFETY: called only where AVX2 and FMA were detected; memory by contract of `tile`.
-    unsafe { body::<_, M, 1>(Avx2::new(), t) }
+    unsafe { body::<_, M, 1>(Avx2::new(), t, from) }
 }
 
-unsafe fn tile_any<const M: usize>(t: &Tile) {
+unsafe fn tile_any<const M: usize>(t: &Tile, from: usize) {
     // SAFETY: memory by contract of `tile`.
-    unsafe { body::<_, M, 1>(Scalar, t) }
+    unsafe { body::<_, M, 1>(Scalar, t, from) }
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -10,6 +10,8 @@ mod pack;
 mod product;
 mod weight;
 
+use crate::simd::prefetch_far;
+
 pub(crate) use micro::{Tile, tile};
 pub(crate) use pack::pack_columns;
 pub(crate) use product::{Left, Out, Right, product, product_of_runs, product_workspace_len};
@@ -20,7 +22,7 @@ pub(crate) use weight::{
 
 /// Rows of a register tile.
 pub(crate) const MR: usize = 6;
-/// Columns of a register tile and of a packed panel.
+/// The most columns of a register tile.
 pub(crate) const NR: usize = 64;
 /// The longest inner block: with a few rows of the left operand a panel of it stays in the second-level cache while it
 /// streams through the first.
@@ -33,6 +35,16 @@ pub(crate) const TASK: (usize, usize) = (16 * MR, 6 * NR);
 
 /// Floats in a cache line; packed panels start on one.
 const LINE: usize = 16;
+
+/// Asks for part `part` of `parts` of a panel of `len` floats, which need not be readable: the processor foresees no more than a
+/// page of it.
+#[inline(always)]
+fn ask_panel(panel: *const f32, len: usize, part: usize, parts: usize) {
+    let share = len.div_ceil(parts).next_multiple_of(LINE);
+    for at in (part * share..len.min((part + 1) * share)).step_by(LINE) {
+        prefetch_far(panel.wrapping_add(at));
+    }
+}
 
 /// Hands out aligned pieces of a workspace.
 pub(crate) struct Workspace<'a> {

@@ -1,6 +1,6 @@
 //! Operands laid out in the order in which tiles read them.
 
-use super::NR;
+use super::{MR, TASK};
 use crate::pool::Parts;
 use crate::simd::{LANES, Simd, kernel};
 use crate::storage::Element;
@@ -10,12 +10,12 @@ const AHEAD_ROWS: usize = 16;
 const AHEAD_COLUMNS: usize = 2 * LANES;
 
 kernel! {
-    /// Packs a panel of `cols <= NR` columns and `k` rows of a row-major `src` (row stride `ld`): row p goes to
-    /// `dst[p * NR..]`, filled up with zeros to whole vectors.
-    pub(crate) fn pack_rows[T: Element](src: &[T], ld: usize, k: usize, cols: usize, dst: &mut [f32]) = |s: S| {
+    /// Packs a panel of `cols <= nr` columns and `k` rows of a row-major `src` (row stride `ld`): row p goes to
+    /// `dst[p * nr..]`, filled up with zeros to whole vectors.
+    pub(crate) fn pack_rows[T: Element](src: &[T], ld: usize, k: usize, cols: usize, nr: usize, dst: &mut [f32]) = |s: S| {
         for p in 0..k {
             let from = &src[p * ld..p * ld + cols];
-            let to = &mut dst[p * NR..(p + 1) * NR];
+            let to = &mut dst[p * nr..(p + 1) * nr];
             let ahead = from.as_ptr().wrapping_add(AHEAD_ROWS * ld);
             for j in (0..cols).step_by(LANES) {
                 s.prefetch(ahead.wrapping_add(j).cast());
@@ -26,21 +26,21 @@ kernel! {
 }
 
 kernel! {
-    /// Packs all columns of `src` (dense rows of `cols`) into panels that are `stride` apart; row p of a panel goes to
-    /// `dst[p * NR..]`.
+    /// Packs all columns of `src` (dense rows of `cols`) into panels of `nr` columns that are `stride` apart; row p of a panel goes to
+    /// `dst[p * nr..]`.
     ///
     /// The panels are parts of a whole that other tasks fill for other rows; `at` is the offset of the first row.
     pub(crate) fn pack_all_rows[T: Element](
-        src: &[T], cols: usize, whole: &Parts<'_, f32>, at: usize, stride: usize
+        src: &[T], cols: usize, nr: usize, whole: &Parts<'_, f32>, at: usize, stride: usize
     ) = |s: S| {
         for (p, from) in src.chunks_exact(cols.max(1)).enumerate() {
             let ahead = from.as_ptr().wrapping_add(AHEAD_ROWS / 4 * cols);
-            for (panel, from) in from.chunks(NR).enumerate() {
-                let to = panel * stride + at + p * NR;
+            for (panel, from) in from.chunks(nr).enumerate() {
+                let to = panel * stride + at + p * nr;
                 // SAFETY: a row of a panel belongs to one task.
-                let to = unsafe { whole.part(to..to + NR) };
+                let to = unsafe { whole.part(to..to + nr) };
                 for j in (0..from.len()).step_by(LANES) {
-                    s.prefetch(ahead.wrapping_add(panel * NR + j).cast());
+                    s.prefetch(ahead.wrapping_add(panel * nr + j).cast());
                     s.store(&mut to[j..j + LANES], T::get(s, &from[j..]));
                 }
             }
@@ -49,15 +49,17 @@ kernel! {
 }
 
 kernel! {
-    /// Packs a panel of `cols <= NR` columns and `k` rows of the transpose of a row-major `src` (row stride `ld`):
+    /// Packs a panel of `cols <= nr` columns and `k` rows of the transpose of a row-major `src` (row stride `ld`):
     /// element (p, j) is `src[j * ld + p]`. Filled up with zeros to whole vectors.
-    pub(crate) fn pack_columns[T: Element](src: &[T], ld: usize, k: usize, cols: usize, dst: &mut [f32]) = |s: S| {
+    pub(crate) fn pack_columns[T: Element](
+        src: &[T], ld: usize, k: usize, cols: usize, nr: usize, dst: &mut [f32]
+    ) = |s: S| {
         for j in (0..cols).step_by(LANES) {
             let lines = LANES.min(cols - j);
             for p in (0..k).step_by(LANES) {
                 if lines == LANES && p + LANES <= k {
                     let from = &src[j * ld + p..(j + LANES - 1) * ld + p + LANES];
-                    transpose_block(s, from, ld, &mut dst[p * NR + j..(p + LANES - 1) * NR + j + LANES]);
+                    transpose_block(s, from, ld, nr, &mut dst[p * nr + j..(p + LANES - 1) * nr + j + LANES]);
                     continue;
                 }
                 let mut block = [s.splat(0.0); LANES];
@@ -67,7 +69,7 @@ kernel! {
                 }
                 s.transpose(&mut block);
                 for i in 0..LANES.min(k - p) {
-                    let at = (p + i) * NR + j;
+                    let at = (p + i) * nr + j;
                     s.store(&mut dst[at..at + LANES], block[i]);
                 }
             }
@@ -75,11 +77,11 @@ kernel! {
     }
 }
 
-/// Transposes a whole block from rows that are `ld` apart into rows that are [`NR`] apart, and asks for what will be
+/// Transposes a whole block from rows that are `ld` apart into rows that are `nr` apart, and asks for what will be
 /// needed soon.
 #[inline(always)]
-fn transpose_block<S: Simd, T: Element>(s: S, src: &[T], ld: usize, dst: &mut [f32]) {
-    assert!(src.len() == (LANES - 1) * ld + LANES && dst.len() == (LANES - 1) * NR + LANES);
+fn transpose_block<S: Simd, T: Element>(s: S, src: &[T], ld: usize, nr: usize, dst: &mut [f32]) {
+    assert!(src.len() == (LANES - 1) * ld + LANES && dst.len() == (LANES - 1) * nr + LANES);
     let mut block = [s.splat(0.0); LANES];
     for (i, row) in block.iter_mut().enumerate() {
         // SAFETY: row i of the block lies inside `src` by the assertion.
@@ -90,22 +92,25 @@ fn transpose_block<S: Simd, T: Element>(s: S, src: &[T], ld: usize, dst: &mut [f
     s.transpose(&mut block);
     for (i, &row) in block.iter().enumerate() {
         // SAFETY: row i of the result lies inside `dst` by the assertion.
-        unsafe { s.store_at(dst.as_mut_ptr().add(i * NR), row) };
+        unsafe { s.store_at(dst.as_mut_ptr().add(i * nr), row) };
     }
 }
 
 kernel! {
-    /// Copies `k` rows of `cols` elements (row stride `ld`) into rows of whole vectors, for use as a transposed left
-    /// operand.
+    /// Packs `k` rows of `cols` elements (row stride `ld`) for use as a transposed left operand: into panels of [`MR`]
+    /// columns, row p of a panel at `p * MR`. Of the last panel's columns beyond `cols` nothing is written.
     pub(crate) fn pack_left[T: Element](src: &[T], ld: usize, k: usize, cols: usize, dst: &mut [f32]) = |s: S| {
-        let wide = cols.next_multiple_of(LANES);
+        let panels = cols.div_ceil(MR);
+        let mut row = [0.0; TASK.0.next_multiple_of(LANES)];
         for p in 0..k {
             let from = &src[p * ld..p * ld + cols];
-            let to = &mut dst[p * wide..(p + 1) * wide];
             let ahead = from.as_ptr().wrapping_add(AHEAD_ROWS * ld);
             for j in (0..cols).step_by(LANES) {
                 s.prefetch(ahead.wrapping_add(j).cast());
-                s.store(&mut to[j..j + LANES], T::get(s, &from[j..]));
+                s.store(&mut row[j..j + LANES], T::get(s, &from[j..]));
+            }
+            for (panel, row) in row.as_chunks::<MR>().0[..panels].iter().enumerate() {
+                dst[(panel * k + p) * MR..][..MR].copy_from_slice(row);
             }
         }
     }
@@ -126,6 +131,7 @@ kernel! {
 
 #[cfg(test)]
 mod tests {
+    use super::super::NR;
     use super::*;
 
     #[test]
@@ -135,14 +141,15 @@ mod tests {
             let src: Vec<f32> = (0..70 * 70).map(|i| i as f32 + 1.0).collect();
             let mut dst = vec![f32::NAN; k * NR];
             let wide = cols.next_multiple_of(LANES);
-            pack_rows(&src, ld, k, cols, &mut dst);
+            pack_rows(&src, ld, k, cols, NR, &mut dst);
             let at = |i: usize, j: usize| if j < cols { src[i] } else { 0.0 };
             assert!((0..k).all(|p| (0..wide).all(|j| dst[p * NR + j] == at(p * ld + j, j))));
-            pack_columns(&src, ld, k, cols, &mut dst);
+            pack_columns(&src, ld, k, cols, NR, &mut dst);
             assert!((0..k).all(|p| (0..wide).all(|j| dst[p * NR + j] == at((j * ld + p) % src.len(), j))));
-            let mut left = vec![f32::NAN; wide * k];
+            let mut left = vec![f32::NAN; cols.next_multiple_of(MR) * k];
             pack_left(&src, ld, k, cols, &mut left);
-            assert!((0..k).all(|p| (0..wide).all(|j| left[p * wide + j] == at(p * ld + j, j))));
+            let of = |p: usize, j: usize| left[(j / MR * k + p) * MR + j % MR];
+            assert!((0..k).all(|p| (0..cols).all(|j| of(p, j) == src[p * ld + j])));
         }
     }
 }

@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use super::micro::{Tile, tile};
+use super::micro::{Tile, panel, tile};
 use super::pack::{pack_columns, pack_rows, widen};
-use super::{KC, LINE, MR, NR, PACKED, Workspace, block, task_shape};
+use super::{KC, LINE, MR, NR, PACKED, Workspace, ask_panel, block, task_shape};
 use crate::pool::{Parts, Pool};
-use crate::simd::{LANES, kernel};
+use crate::simd::{LANES, ask_rows, kernel};
 use crate::storage::{Acc, Element};
 
 /// The left operand: `rows` x `k`, row-major with row stride `ld`.
@@ -103,13 +103,15 @@ pub(crate) fn product_of_runs<T: Element>(
         let job = Job { left, packed, y: &y, ld: out.ld, acc: out.acc, bias: out.bias, first, k, cols };
         let across = width.div_ceil(shape.1);
         let down = |r: usize| run(r).len().div_ceil(shape.0);
-        pool.run((0..runs).map(down).sum::<usize>() * across, &|task, thread| {
-            let (mut r, mut block) = (0, task / across);
+        let all_down = (0..runs).map(down).sum::<usize>();
+        // Down first: the part of the right operand that tasks share stays in the second-level cache.
+        pool.run(all_down * across, &|task, thread| {
+            let (mut r, mut block) = (0, task % all_down);
             while block >= down(r) {
                 (block, r) = (block - down(r), r + 1);
             }
             let rows = run(r);
-            let (i, j) = (rows.start + block * shape.0, task % across * shape.1);
+            let (i, j) = (rows.start + block * shape.0, task / all_down * shape.1);
             // SAFETY: each thread has its own part and runs one task at a time.
             let own = unsafe { scratch.part(thread * (sums + widened)..(thread + 1) * (sums + widened)) };
             let (sums, widened) = own.split_at_mut(sums);
@@ -127,15 +129,15 @@ fn pack<T: Element>(
     range: Range<usize>,
     packed: &mut [f32],
 ) {
-    let packed = Parts::new(packed);
-    pool.run(range.len().div_ceil(NR), &|panel, _| {
-        let from = range.start + panel * NR;
-        let n = NR.min(range.end - from);
+    let (packed, nr) = (Parts::new(packed), panel());
+    pool.run(range.len().div_ceil(nr), &|panel, _| {
+        let from = range.start + panel * nr;
+        let n = nr.min(range.end - from);
         // SAFETY: each task has its own panel.
-        let to = unsafe { packed.part(panel * NR * k..(panel + 1) * NR * k) };
+        let to = unsafe { packed.part(panel * nr * k..(panel + 1) * nr * k) };
         match right {
-            Right::Rows(b) if k > 0 => pack_rows(&b[from..], cols, k, n, to),
-            Right::Columns(b) => pack_columns(&b[from * k..], k, k, n, to),
+            Right::Rows(b) if k > 0 => pack_rows(&b[from..], cols, k, n, nr, to),
+            Right::Columns(b) => pack_columns(&b[from * k..], k, k, n, nr, to),
             Right::Rows(_) => {}
         }
     });
@@ -158,36 +160,40 @@ struct Job<'a, T> {
 impl<T: Element> Job<'_, T> {
     /// Computes a block of the output; `cols` counts within the strip and starts at a panel.
     fn block(&self, rows: Range<usize>, cols: Range<usize>, sums: &mut [f32], widened: &mut [f32]) {
-        let k = self.k;
+        let (k, nr) = (self.k, panel());
         let tiles_down = rows.len().div_ceil(MR);
         // At least one round, so that an empty inner dimension gives zeros.
         let step = block(k, 1, KC).max(1);
         for k0 in (0..k.max(1)).step_by(step) {
             let kc = step.min(k - k0);
             let (a, a_row) = self.left_block(rows.clone(), k0..k0 + kc, widened);
-            for (across, j) in cols.clone().step_by(NR).enumerate() {
-                let n = NR.min(cols.end - j);
-                let b = &self.packed[j / NR * NR * k + k0 * NR..][..kc * NR];
+            for (across, j) in cols.clone().step_by(nr).enumerate() {
+                let n = nr.min(cols.end - j);
+                let b = &self.packed[j / nr * nr * k + k0 * nr..][..kc * nr];
                 for (down, i) in (0..rows.len()).step_by(MR).enumerate() {
                     let m = MR.min(rows.len() - i);
-                    let at = if k > KC { (across * tiles_down + down) * MR * NR } else { 0 };
-                    let c = &mut sums[at..at + MR * NR];
+                    let at = if k > KC { (across * tiles_down + down) * MR * nr } else { 0 };
+                    let c = &mut sums[at..at + MR * nr];
                     let t = Tile {
                         k: kc,
                         a: a.wrapping_add(i * a_row),
                         a_row,
                         a_col: 1,
                         b: b.as_ptr(),
-                        b_row: NR,
+                        b_row: nr,
                         c: c.as_mut_ptr(),
-                        c_row: NR,
+                        c_row: nr,
                         load: k0 > 0,
                     };
-                    // SAFETY: rows i..i + m of the left block have kc elements each, `b` holds kc rows of NR, and
-                    // `c` MR rows of NR.
+                    if k0 + kc == k {
+                        self.ask(rows.start + i, self.first + j, (m, n));
+                    }
+                    ask_panel(b.as_ptr().wrapping_add(k * nr), kc * nr, down, tiles_down);
+                    // SAFETY: rows i..i + m of the left block have kc elements each, `b` holds kc rows of `nr`, and
+                    // `c` MR rows of `nr`.
                     unsafe { tile(m, n, &t) };
                     if k0 + kc == k {
-                        self.finish(c, rows.start + i, m, self.first + j, n);
+                        self.finish((c, nr), rows.start + i, m, self.first + j, n);
                     }
                 }
             }
@@ -204,29 +210,37 @@ impl<T: Element> Job<'_, T> {
         (widened.as_ptr(), ks.len())
     }
 
-    /// Writes a finished tile.
-    fn finish(&self, tile: &[f32], row: usize, rows: usize, col: usize, cols: usize) {
+    /// Asks for what finishing a tile of `rows` x `cols` touches.
+    fn ask(&self, row: usize, col: usize, (rows, cols): (usize, usize)) {
+        self.y.ask(row * self.ld + col, (rows, cols), self.ld);
+        if let Acc::From(from) = self.acc {
+            ask_rows(from.as_ptr().wrapping_add(row * self.cols + col), (rows, cols), self.cols);
+        }
+    }
+
+    /// Writes a finished tile, with its row length.
+    fn finish(&self, (tile, nr): (&[f32], usize), row: usize, rows: usize, col: usize, cols: usize) {
         let y_at = row * self.ld + col;
         let bias = self.bias.map(|bias| &bias[col..col + cols]);
         let from_at = row * self.cols + col;
         match self.acc {
-            Acc::None => finish_none(tile, rows, cols, bias, self.y, y_at, self.ld),
-            Acc::InPlace => finish_in_place(tile, rows, cols, bias, self.y, y_at, self.ld),
+            Acc::None => finish_none(tile, nr, rows, cols, bias, self.y, y_at, self.ld),
+            Acc::InPlace => finish_in_place(tile, nr, rows, cols, bias, self.y, y_at, self.ld),
             Acc::From(from) => {
-                finish_from(tile, rows, cols, bias, &from[from_at..], self.cols, self.y, y_at, self.ld);
+                finish_from(tile, nr, rows, cols, bias, &from[from_at..], self.cols, self.y, y_at, self.ld);
             }
         }
     }
 }
 
 kernel! { fn finish_none[T: Element](
-    tile: &[f32], rows: usize, cols: usize, bias: Option<&[T]>, y: &Parts<'_, T>, y_at: usize, y_ld: usize
+    tile: &[f32], nr: usize, rows: usize, cols: usize, bias: Option<&[T]>, y: &Parts<'_, T>, y_at: usize, y_ld: usize
 ) = |s: S| {
     for i in 0..rows {
         // SAFETY: a tile of the output belongs to one task.
         let y = unsafe { y.part(y_at + i * y_ld..y_at + i * y_ld + cols) };
         for j in (0..cols).step_by(LANES) {
-            let mut sum = s.load(&tile[i * NR + j..(i + 1) * NR]);
+            let mut sum = s.load(&tile[i * nr + j..(i + 1) * nr]);
             if let Some(bias) = bias {
                 sum = s.add(sum, T::get(s, &bias[j..]));
             }
@@ -236,13 +250,13 @@ kernel! { fn finish_none[T: Element](
 } }
 
 kernel! { fn finish_in_place[T: Element](
-    tile: &[f32], rows: usize, cols: usize, bias: Option<&[T]>, y: &Parts<'_, T>, y_at: usize, y_ld: usize
+    tile: &[f32], nr: usize, rows: usize, cols: usize, bias: Option<&[T]>, y: &Parts<'_, T>, y_at: usize, y_ld: usize
 ) = |s: S| {
     for i in 0..rows {
         // SAFETY: a tile of the output belongs to one task.
         let y = unsafe { y.part(y_at + i * y_ld..y_at + i * y_ld + cols) };
         for j in (0..cols).step_by(LANES) {
-            let mut sum = s.load(&tile[i * NR + j..(i + 1) * NR]);
+            let mut sum = s.load(&tile[i * nr + j..(i + 1) * nr]);
             if let Some(bias) = bias {
                 sum = s.add(sum, T::get(s, &bias[j..]));
             }
@@ -253,7 +267,7 @@ kernel! { fn finish_in_place[T: Element](
 } }
 
 kernel! { fn finish_from[T: Element](
-    tile: &[f32], rows: usize, cols: usize, bias: Option<&[T]>, from: &[T], from_ld: usize,
+    tile: &[f32], nr: usize, rows: usize, cols: usize, bias: Option<&[T]>, from: &[T], from_ld: usize,
     y: &Parts<'_, T>, y_at: usize, y_ld: usize
 ) = |s: S| {
     for i in 0..rows {
@@ -261,7 +275,7 @@ kernel! { fn finish_from[T: Element](
         let y = unsafe { y.part(y_at + i * y_ld..y_at + i * y_ld + cols) };
         let from = &from[i * from_ld..i * from_ld + cols];
         for j in (0..cols).step_by(LANES) {
-            let mut sum = s.load(&tile[i * NR + j..(i + 1) * NR]);
+            let mut sum = s.load(&tile[i * nr + j..(i + 1) * nr]);
             if let Some(bias) = bias {
                 sum = s.add(sum, T::get(s, &bias[j..]));
             }

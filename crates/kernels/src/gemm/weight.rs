@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use super::micro::{Tile, tile};
+use super::micro::{Tile, panel, tile};
 use super::pack::{pack_all_rows, pack_left, pack_rows};
-use super::{KC, LINE, MR, NR, PACKED, Workspace, block, task_shape};
+use super::{KC, LINE, MR, NR, PACKED, Workspace, ask_panel, block, task_shape};
 use crate::pool::{Parts, Pool};
 use crate::simd::{LANES, kernel, prefetch_far};
 use crate::storage::Element;
@@ -118,13 +118,17 @@ fn weight_gradient_of<T: Element>(
     let packed = &mut ws.take(most_shared)[..shared];
     let scratch = Parts::new(ws.take(pool.threads() * own_len));
     if !packed.is_empty() {
-        let packed = Parts::new(packed);
-        pool.rows(n, ins, &|range, _| {
-            pack_all_rows(&x[range.start * ins..range.end * ins], ins, &packed, range.start * NR, n * NR);
+        let (packed, nr) = (Parts::new(packed), panel());
+        let wide = ins.next_multiple_of(nr);
+        pool.run(pieces((tree, rows, leaf)).count(), &|task, _| {
+            for piece in pieces((tree, rows, leaf)).skip(task).take(1) {
+                let from = &x[piece.row * ins..(piece.row + piece.len) * ins];
+                pack_all_rows(from, ins, nr, &packed, piece.row * wide, piece.len * nr);
+            }
         });
     }
     let grad = (&Parts::new(grad), at, apart);
-    let job = Job { dy, x, packed, grad, n, ins, outs, rows, leaf, tree, merge };
+    let job = Job { dy, x, packed, grad, ins, outs, rows, leaf, tree, merge };
     let across = ins.div_ceil(shape.1);
     pool.run(outs.div_ceil(shape.0) * across, &|task, thread| {
         let (i, j) = (task / across * shape.0, task % across * shape.1);
@@ -138,6 +142,31 @@ fn weight_gradient_of<T: Element>(
     });
 }
 
+/// Rows of a leaf that are taken in at a time.
+struct Piece {
+    leaf: usize,
+    row: usize,
+    len: usize,
+    is_first: bool,
+    is_last: bool,
+}
+
+/// The pieces of all leaves in order: at least one of each leaf, so that an empty one gives zeros.
+fn pieces<'a>((tree, rows, leaf): Leaves<'a>) -> impl Iterator<Item = Piece> + use<'a> {
+    let most = block(rows, 1, KC).max(1);
+    let (mut at, mut done, mut row) = (0, 0, 0);
+    std::iter::from_fn(move || {
+        let of = (at < leaves(tree)).then(|| leaf(at))?;
+        let len = most.min(of - done);
+        let piece = Piece { leaf: at, row, len, is_first: done == 0, is_last: done + len == of };
+        (done, row) = (done + len, row + len);
+        if piece.is_last {
+            (at, done) = (at + 1, 0);
+        }
+        Some(piece)
+    })
+}
+
 struct Scratch<'a> {
     left: &'a mut [f32],
     right: &'a mut [f32],
@@ -148,11 +177,10 @@ struct Scratch<'a> {
 struct Job<'a, T> {
     dy: &'a [T],
     x: &'a [T],
-    /// All of `x` in panels, or nothing.
+    /// All of `x`, piece by piece in panels, or nothing.
     packed: &'a [f32],
     /// The levels, where the first begins, and how far they are apart.
     grad: (&'a Parts<'a, f32>, usize, usize),
-    n: usize,
     ins: usize,
     outs: usize,
     /// The most rows of a leaf.
@@ -166,64 +194,56 @@ struct Job<'a, T> {
 impl<T: Element> Job<'_, T> {
     fn block(&self, outs: Range<usize>, ins: Range<usize>, scratch: Scratch<'_>) {
         let Scratch { left, right, sums, levels } = scratch;
-        let (tiles_down, tiles_across) = (outs.len().div_ceil(MR), ins.len().div_ceil(NR));
+        let nr = panel();
+        let (tiles_down, tiles_across) = (outs.len().div_ceil(MR), ins.len().div_ceil(nr));
         let tiles = tiles_down * tiles_across;
-        // At least one round for an empty leaf, which gives zeros.
-        let kc_most = block(self.rows, 1, KC).max(1);
         let (grad, grad_at, apart) = self.grad;
-        let mut first = 0;
-        for leaf in 0..leaves(self.tree) {
-            let at_leaf = step(self.tree, leaf);
-            let rows = (self.leaf)(leaf);
-            for k0 in (0..rows.max(1)).step_by(kc_most) {
-                let kc = kc_most.min(rows - k0);
-                let row = first + k0;
-                self.pack(row, kc, &outs, &ins, left, right);
-                for index in 0..tiles {
-                    let (across, down) = (index / tiles_down, index % tiles_down);
-                    let (i, j) = (outs.start + down * MR, ins.start + across * NR);
-                    let (m, n) = (MR.min(outs.end - i), NR.min(ins.end - j));
-                    let at = if self.rows > KC { index * MR * NR } else { 0 };
-                    let c = &mut sums[at..at + MR * NR];
-                    let t = Tile {
-                        k: kc,
-                        a: left[down * MR..].as_ptr(),
-                        a_row: 1,
-                        a_col: outs.len().next_multiple_of(LANES),
-                        b: self.right(row, j, across, kc, right),
-                        b_row: NR,
-                        c: c.as_mut_ptr(),
-                        c_row: NR,
-                        load: k0 > 0,
-                    };
-                    self.ask(row + kc, kc, &outs, index, tiles);
-                    // SAFETY: the packed operands hold kc rows with the tile's m and NR columns, and `c` MR rows of NR.
-                    unsafe { tile(m, n, &t) };
-                    if k0 + kc < rows {
-                        continue;
-                    }
-                    // A tree of one leaf has no levels.
-                    let levels = levels.get_mut(index * MR * NR..).unwrap_or_default();
-                    match at_leaf {
-                        Step::Keep(merge) => keep(c, n, levels, tiles * MR * NR, merge),
-                        Step::Root { merge } => {
-                            let tree = Levels { levels, len: tiles * MR * NR, merge };
-                            root(
-                                c,
-                                m,
-                                n,
-                                tree,
-                                grad,
-                                grad_at + i * self.ins + j,
-                                self.ins,
-                                apart,
-                                self.merge,
-                            );
-                        }
+        for piece in pieces((self.tree, self.rows, self.leaf)) {
+            let Piece { row, len: kc, .. } = piece;
+            let at_leaf = step(self.tree, piece.leaf);
+            self.pack(row, kc, &outs, &ins, left, right);
+            for index in 0..tiles {
+                let (across, down) = (index / tiles_down, index % tiles_down);
+                let (i, j) = (outs.start + down * MR, ins.start + across * nr);
+                let (m, n) = (MR.min(outs.end - i), nr.min(ins.end - j));
+                let at = if self.rows > KC { index * MR * nr } else { 0 };
+                let c = &mut sums[at..at + MR * nr];
+                let b = self.right(row, j, across, kc, right);
+                let t = Tile {
+                    k: kc,
+                    a: left[down * kc * MR..].as_ptr(),
+                    a_row: 1,
+                    a_col: MR,
+                    b,
+                    b_row: nr,
+                    c: c.as_mut_ptr(),
+                    c_row: nr,
+                    load: !piece.is_first,
+                };
+                let grad_at = grad_at + i * self.ins + j;
+                self.ask(row + kc, kc, &outs, index, tiles);
+                // The next panel, but for the last.
+                ask_panel(b.wrapping_add(kc * nr), kc * nr, down, tiles_down);
+                if piece.is_last
+                    && let Step::Root { .. } = at_leaf
+                {
+                    grad.ask(grad_at + self.merge.store * apart, (m, n), self.ins);
+                }
+                // SAFETY: the packed operands hold kc rows with the tile's m and `nr` columns, and `c` MR rows of `nr`.
+                unsafe { tile(m, n, &t) };
+                if !piece.is_last {
+                    continue;
+                }
+                // A tree of one leaf has no levels.
+                let levels = levels.get_mut(index * MR * nr..).unwrap_or_default();
+                match at_leaf {
+                    Step::Keep(merge) => keep(c, nr, n, levels, tiles * MR * nr, merge),
+                    Step::Root { merge } => {
+                        let tree = Levels { levels, len: tiles * MR * nr, merge };
+                        root(c, nr, m, n, tree, grad, grad_at, self.ins, apart, self.merge);
                     }
                 }
             }
-            first += rows;
         }
     }
 
@@ -242,19 +262,21 @@ impl<T: Element> Job<'_, T> {
         }
         pack_left(&self.dy[row * self.outs + outs.start..], self.outs, kc, outs.len(), left);
         if self.packed.is_empty() {
-            for (panel, j) in ins.clone().step_by(NR).enumerate() {
-                let to = &mut right[panel * NR * kc..(panel + 1) * NR * kc];
-                pack_rows(&self.x[row * self.ins + j..], self.ins, kc, NR.min(ins.end - j), to);
+            let nr = panel();
+            for (panel, j) in ins.clone().step_by(nr).enumerate() {
+                let to = &mut right[panel * nr * kc..(panel + 1) * nr * kc];
+                pack_rows(&self.x[row * self.ins + j..], self.ins, kc, nr.min(ins.end - j), nr, to);
             }
         }
     }
 
     /// The packed right operand from `row` on of the panel at column `j`, the task's panel number `across`.
     fn right(&self, row: usize, j: usize, across: usize, kc: usize, own: &[f32]) -> *const f32 {
+        let nr = panel();
         if self.packed.is_empty() {
-            own[across * NR * kc..].as_ptr()
+            own[across * nr * kc..].as_ptr()
         } else {
-            self.packed[(j / NR * self.n + row) * NR..].as_ptr()
+            self.packed[row * self.ins.next_multiple_of(nr) + j / nr * nr * kc..].as_ptr()
         }
     }
 
@@ -281,10 +303,10 @@ struct Levels<'a> {
 
 kernel! {
     /// Folds a tile into the levels of the tree of leaves, which are `len` apart.
-    fn keep(tile: &[f32], cols: usize, levels: &mut [f32], len: usize, merge: Merge) = |s: S| {
+    fn keep(tile: &[f32], nr: usize, cols: usize, levels: &mut [f32], len: usize, merge: Merge) = |s: S| {
         for i in 0..MR {
             for j in (0..cols).step_by(LANES) {
-                let at = i * NR + j;
+                let at = i * nr + j;
                 let mut r = s.load(&tile[at..at + LANES]);
                 for level in 0..merge.merge {
                     r = s.add(s.load(&levels[level * len + at..][..LANES]), r);
@@ -298,12 +320,12 @@ kernel! {
 kernel! {
     /// Completes the tree of leaves and folds the result into the levels of the gradient, which are `grad_len` apart.
     fn root(
-        tile: &[f32], rows: usize, cols: usize, tree: Levels<'_>,
+        tile: &[f32], nr: usize, rows: usize, cols: usize, tree: Levels<'_>,
         grad: &Parts<'_, f32>, at: usize, ld: usize, grad_len: usize, merge: Merge,
     ) = |s: S| {
         for i in 0..rows {
             for j in (0..cols).step_by(LANES) {
-                let from = i * NR + j;
+                let from = i * nr + j;
                 let mut r = s.load(&tile[from..from + LANES]);
                 for level in 0..tree.merge {
                     r = s.add(s.load(&tree.levels[level * tree.len + from..][..LANES]), r);

@@ -76,8 +76,6 @@ impl Avx2 {
 
 impl Simd for Avx2 {
     type V = V;
-    const TILE_VECTORS: usize = 1;
-
     #[inline(always)]
     fn splat(self, x: f32) -> V {
         op!([_mm256_set1_ps(x); 2])

@@ -41,8 +41,6 @@ fn first(n: usize) -> __mmask16 {
 
 impl Simd for Avx512 {
     type V = V;
-    const TILE_VECTORS: usize = 4;
-
     #[inline(always)]
     fn splat(self, x: f32) -> V {
         op!(_mm512_set1_ps(x))

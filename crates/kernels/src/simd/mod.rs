@@ -92,8 +92,6 @@ fn has(backend: Backend) -> bool {
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Sixteen `f32`.
     type V: Copy;
-    /// The widest register tile of the matrix product, in vectors.
-    const TILE_VECTORS: usize;
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::V;
@@ -162,6 +160,16 @@ pub(crate) fn prefetch_far<T>(p: *const T) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = p;
+}
+
+/// Asks for the cache lines of `rows` rows of `cols` elements, `ld` apart.
+#[inline(always)]
+pub(crate) fn ask_rows<T>(from: *const T, (rows, cols): (usize, usize), ld: usize) {
+    for row in (0..rows).map(|i| from.wrapping_add(i * ld)) {
+        for j in (0..cols).step_by(64 / size_of::<T>()) {
+            prefetch_far(row.wrapping_add(j));
+        }
+    }
 }
 
 /// Compiles a kernel, a function over a backend `s: S`, for each backend, and gives it a front that picks one.

@@ -18,8 +18,6 @@ fn each(f: impl Fn(usize) -> f32) -> V {
 
 impl Simd for Scalar {
     type V = V;
-    const TILE_VECTORS: usize = 1;
-
     #[inline(always)]
     fn splat(self, x: f32) -> V {
         [x; LANES]
