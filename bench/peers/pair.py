@@ -37,7 +37,7 @@ def main():
     programs = {"ours": Program("ours", shlex.split(args.ours or OURS.format(threads=args.threads)))}
     for peer in args.peers.split(","):
         programs[peer] = Program(peer, [*preload, args.python, str(HERE / "reference_step.py"),
-                                        "--threads", str(args.threads), *PEERS[peer], *(["--rotary"] if args.rotary else [])])
+                                        "--threads", str(args.threads), *PEERS[peer], *(["--rotary"] if args.rotary else []), *shlex.split(args.peer_flags)])
     try:
         seconds = measure(programs, args)
     finally:
@@ -57,6 +57,7 @@ def parse_args():
     parser.add_argument("--peers", default="eager,compiled", help="eager, compiled or both (default)")
     parser.add_argument("--rotary", action="store_true", help="give the peers rotary positions too")
     parser.add_argument("--preload", type=pathlib.Path, help="a shared library to load into the peers first")
+    parser.add_argument("--peer-flags", default="", help="more flags of reference_step.py, such as '--experts 8 --hidden 512'")
     parser.add_argument("--ours", help=f"command of our side (default: {OURS})")
     parser.add_argument("--python", default=sys.executable, help="a Python that has torch")
     parser.add_argument("--rounds", type=int, default=15)

@@ -1,6 +1,6 @@
 """The reference training step in PyTorch on the CPU, one step for each line of standard input.
 
-    python bench/peers/reference_step.py --threads 2 [--compile] [--rotary]
+    python bench/peers/reference_step.py --threads 2 [--compile] [--rotary] [--experts 8 --top-k 2 --hidden 512]
 
 Reads lines saying `step` and answers each with the seconds it took; ends with its input. Standing by like this,
 it can take turns with another program, so that both see the same state of the machine (pair.py). The first
@@ -9,6 +9,9 @@ answers include warming up, and with --compile the compiling.
 The model: 6 layers, width 384, 6 heads of 64, SwiGLU of 1024, RMSNorm, vocabulary 4096, head not tied; 8 sequences
 of 256 tokens, float32, AdamW. The fastest standard forms are used: one product for q, k and v, fused attention, fused
 AdamW. Positions are left out unless --rotary asks for them: the work they add to PyTorch is its own matter.
+
+With --experts the MLPs are mixtures of experts, dropless: a softmax router whose weights of the chosen sum to one, tokens sorted
+by expert, grouped products. Losses that keep experts in balance are left out; they cost ours a little and the peer nothing.
 """
 
 import argparse
@@ -28,7 +31,12 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--rotary", action="store_true", help="rotary position embedding on q and k")
+    parser.add_argument("--experts", type=int, help="experts of a layer, instead of one MLP")
+    parser.add_argument("--top-k", type=int, default=2, help="experts of a token")
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help="width inside an MLP or an expert")
     args = parser.parse_args()
+    if args.experts is not None and not 1 <= args.top_k <= args.experts:
+        parser.error("--top-k is 1 to --experts")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     step = trainer(args)
@@ -40,7 +48,7 @@ def main():
 
 def trainer(args):
     """A function that takes one optimiser step and returns its seconds; making the batch is not counted."""
-    model = Model(args.rotary)
+    model = Model(args)
     run = torch.compile(model) if args.compile else model
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
@@ -57,13 +65,14 @@ def trainer(args):
 
 
 class Model(nn.Module):
-    def __init__(self, rotary):
+    def __init__(self, args):
         super().__init__()
         self.embedding = nn.Embedding(VOCAB, WIDTH)
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        mlp = lambda: Experts(args.experts, args.top_k, args.hidden) if args.experts else Mlp(args.hidden)
+        self.layers = nn.ModuleList(Layer(mlp()) for _ in range(LAYERS))
         self.norm = nn.RMSNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
-        self.register_buffer("turn", turns() if rotary else None)
+        self.register_buffer("turn", turns() if args.rotary else None)
 
     def forward(self, tokens, targets):
         x = self.embedding(tokens)
@@ -73,12 +82,10 @@ class Model(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self):
+    def __init__(self, mlp):
         super().__init__()
-        linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.attention_norm, self.mlp_norm, self.mlp = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH), mlp
         self.qkv, self.out = linear(WIDTH, 3 * WIDTH), linear(WIDTH, WIDTH)
-        self.gate, self.up, self.down = linear(WIDTH, HIDDEN), linear(WIDTH, HIDDEN), linear(HIDDEN, WIDTH)
 
     def forward(self, x, turn):
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1))
@@ -87,8 +94,39 @@ class Layer(nn.Module):
             q, k = rotate(q, turn), rotate(k, turn)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).flatten(2))
-        h = self.mlp_norm(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden):
+        super().__init__()
+        self.gate, self.up, self.down = linear(WIDTH, hidden), linear(WIDTH, hidden), linear(hidden, WIDTH)
+
+    def forward(self, h):
+        return self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class Experts(nn.Module):
+    def __init__(self, experts, top_k, hidden):
+        super().__init__()
+        self.router, self.top_k = linear(WIDTH, experts), top_k
+        weights = lambda inputs, outputs: nn.Parameter(torch.randn(experts, inputs, outputs) * 0.02)
+        self.gate_up, self.down = weights(WIDTH, 2 * hidden), weights(hidden, WIDTH)
+
+    def forward(self, h):
+        tokens = h.flatten(0, 1)
+        chosen, expert = F.softmax(self.router(tokens), -1).topk(self.top_k)
+        weight = (chosen / chosen.sum(-1, keepdim=True)).flatten()
+        order = expert.flatten().argsort(stable=True)
+        ends = torch.bincount(expert.flatten(), minlength=len(self.down)).cumsum(0).to(torch.int32)
+        row = order // self.top_k
+        gate, up = F.grouped_mm(tokens[row], self.gate_up, offs=ends).chunk(2, -1)
+        y = F.grouped_mm(F.silu(gate) * up, self.down, offs=ends) * weight[order, None]
+        return torch.zeros_like(tokens).index_add(0, row, y).view_as(h)
+
+
+def linear(inputs, outputs):
+    return nn.Linear(inputs, outputs, bias=False)
 
 
 def turns():
