@@ -1,5 +1,8 @@
 //! Which samples made up which step of a run, from the journals of all its ranks: whether each was drawn exactly once.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
@@ -126,7 +129,7 @@ pub struct Drawings {
     doubled: BTreeMap<usize, Doubled>,
 }
 
-/// What the ranks did in one start of the run.
+/// What the ranks did, or began, in one start of the run.
 #[derive(Clone, Debug, Default)]
 struct Session {
     steps: BTreeMap<u64, Step>,
@@ -141,7 +144,13 @@ impl Session {
         let before = std::mem::take(&mut self.skipped).into_values().filter(|s| s.first_step <= last);
         let cut = before.map(|s| Skipped { last_step: s.last_step.min(last), ..s });
         self.skipped = cut.map(|s| ((s.first_step, s.last_step), s)).collect();
-        self.steps.split_off(&step).len() as u64
+        self.steps.split_off(&step).values().filter(|s| s.is_done).count() as u64
+    }
+
+    /// Takes out the steps after `step` that no rank has done: they were begun, and are no part of any weights.
+    fn cut_begun(&mut self, step: u64) {
+        let done = self.steps.iter().rev().find(|(_, s)| s.is_done).map_or(0, |(step, _)| *step);
+        self.steps.retain(|of, _| *of <= done.max(step));
     }
 
     /// The first step that it says something of.
@@ -154,6 +163,8 @@ impl Session {
 /// What the ranks of a session drew for a step.
 #[derive(Clone, Debug, Default)]
 struct Step {
+    /// Some rank says so.
+    is_done: bool,
     samples: Vec<(u64, u64)>,
     tokens_xxh3: u64,
     /// What each journal says of it: once, unless something is wrong.
@@ -162,7 +173,7 @@ struct Step {
     again: u64,
 }
 
-/// What a rank drew for a step, and when that was done if its journal says so.
+/// What a rank drew for a step, and when that began, or was done, if its journal says so.
 #[derive(Clone, Debug, PartialEq)]
 struct Told {
     samples: Vec<(u64, u64)>,
@@ -193,11 +204,21 @@ impl Drawings {
     /// Takes a record of rank `journal`'s journal.
     pub fn add(&mut self, journal: usize, record: Record) {
         match record {
-            Record::Step(done) => self.done = Some((journal, done.step, done.time_us)),
-            Record::Drawn { session, step, samples, tokens_xxh3 } => {
+            Record::Step(done) => {
+                let session = self.told.filter(|(whose, _)| *whose == journal);
+                let session = session.and_then(|(_, session)| self.sessions.get_mut(&session));
+                if let Some(begun) = session.and_then(|session| session.steps.get_mut(&done.step)) {
+                    begun.is_done |= begun.told.contains_key(&journal);
+                }
+                self.done = Some((journal, done.step, done.time_us));
+            }
+            Record::Drawn { begun_us, session, step, samples, tokens_xxh3 } => {
                 let done = self.done.filter(|(whose, of, _)| (*whose, *of) == (journal, step));
-                let told = Told { samples, tokens_xxh3, time_us: done.map(|(.., time_us)| time_us) };
-                if !self.session(journal, session).steps.entry(step).or_default().add(journal, told) {
+                let time_us = begun_us.or(done.map(|(.., time_us)| time_us));
+                let told = Told { samples, tokens_xxh3, time_us };
+                let drawn = self.session(journal, session).steps.entry(step).or_default();
+                drawn.is_done |= begun_us.is_none();
+                if !drawn.add(journal, told) {
                     let first = Doubled { rank: journal, lines: 0, first_step: step };
                     self.doubled.entry(journal).or_insert(first).lines += 1;
                 }
@@ -252,6 +273,8 @@ impl Drawings {
         let mut ledger = Ledger { sessions: self.order.len(), doubled, ..Ledger::default() };
         for session in self.order.iter().rev() {
             let mut session = self.sessions.remove(session).unwrap_or_default();
+            // What a later start went on from was done, whether or not a journal came to say so.
+            session.cut_begun(began_at.map_or(self.reached, |later| later.saturating_sub(1)));
             let all = session.steps.values().flat_map(|s| s.told.keys().copied());
             let journals: BTreeSet<usize> = all.chain([0]).collect();
             // They are told by being absent.
@@ -352,211 +375,4 @@ fn judge(drawn: &Step, step: u64, batch: BatchSpec, ledger: &mut Ledger) -> Batc
         ledger.wrong(Wrong { step, lost, repeated });
     }
     Batch { step, copies, tokens_xxh3: drawn.tokens_xxh3 }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    type Drawn<'a> = (u64, u64, &'a [(u64, u64)]);
-
-    const FOUR: BatchSpec = BatchSpec { sequence: 1, sequences: 4, ramp: None };
-
-    fn drawn(session: u64, step: u64, samples: &[(u64, u64)]) -> Record {
-        Record::Drawn { session, step, samples: samples.to_vec(), tokens_xxh3: 1 }
-    }
-
-    /// Of drawings (session, step, samples): steps, redone, lost and repeated samples with batches of 4.
-    #[track_caller]
-    fn check(all_drawn: &[Drawn<'_>], expected: (u64, u64, u64, u64)) {
-        let mut all = Drawings::default();
-        let mut told: BTreeMap<(u64, u64), usize> = BTreeMap::new();
-        for &(session, step, samples) in all_drawn {
-            // Each drawing of a step is by another rank.
-            let rank = told.entry((session, step)).or_default();
-            all.add(*rank, drawn(session, step, samples));
-            *rank += 1;
-        }
-        let l = all.ledger(FOUR);
-        assert_eq!((l.steps, l.steps_redone, l.samples_lost, l.samples_repeated), expected, "{l:?}");
-        assert_eq!(l.is_exact(), expected.2 + expected.3 == 0);
-    }
-
-    #[test]
-    fn each_sample_once() {
-        check(&[], (0, 0, 0, 0));
-        check(&[(9, 1, &[(0, 4)]), (9, 2, &[(4, 4)])], (2, 0, 0, 0));
-        // Two data-parallel ranks of two that share a model, dealt in turn.
-        let even: &[_] = &[(0, 1), (2, 1)];
-        let odd: &[_] = &[(1, 1), (3, 1)];
-        check(&[(9, 1, even), (9, 1, even), (9, 1, odd), (9, 1, odd)], (1, 0, 0, 0));
-    }
-
-    #[test]
-    fn what_is_missing_or_too_much_is_counted() {
-        check(&[(9, 1, &[(0, 3)])], (1, 0, 1, 0));
-        check(&[(9, 1, &[(0, 3), (2, 1)])], (1, 0, 1, 1));
-        check(&[(9, 1, &[(0, 4)]), (9, 2, &[(3, 4)])], (2, 0, 1, 1));
-        check(&[(9, 1, &[(0, 4), (0, 4), (0, 4)]), (9, 1, &[(0, 2)])], (1, 0, 2, 0));
-        // Numbers of a journal are not believed.
-        let huge: Drawn<'_> = (9, u64::MAX, &[(u64::MAX, u64::MAX), (0, u64::MAX)]);
-        let mut all = Drawings::default();
-        all.add(0, drawn(0, huge.1, huge.2));
-        all.add(0, drawn(0, 0, &[]));
-        assert!(!all.ledger(FOUR).is_exact());
-    }
-
-    /// The same with steps left out in session 9: also samples left out, and steps without records.
-    #[track_caller]
-    fn check_skipped(drawn: &[Drawn<'_>], skipped: &[(u64, u64)], expected: (u64, u64, u64, u64, u64)) {
-        let mut all = Drawings::default();
-        for &(session, step, samples) in drawn {
-            all.add(0, Record::Drawn { session, step, samples: samples.to_vec(), tokens_xxh3: 1 });
-        }
-        // Every rank tells of it.
-        for &(first, last) in skipped.iter().chain(skipped) {
-            all.add(
-                0,
-                Record::Trouble {
-                    time_us: 0,
-                    session: 9,
-                    step: last,
-                    what: Trouble::Nan,
-                    action: Action::Skip,
-                    why: "a test".into(),
-                    loss: f64::NAN,
-                    grad_norm: 1.0,
-                    skipped: Some((first, last)),
-                    back_to: None,
-                },
-            );
-        }
-        let l = all.ledger(FOUR);
-        let found = (l.steps, l.samples, l.samples_skipped, l.steps_missing, l.samples_lost);
-        assert_eq!(found, expected, "{l:?}");
-    }
-
-    #[test]
-    fn what_is_left_out_on_record_is_not_lost() {
-        let of = |session: u64, step: u64| -> (u64, u64, Vec<(u64, u64)>) {
-            (session, step, vec![(4 * (step - 1), 4)])
-        };
-        let drawn = |all: &[(u64, u64)], skipped: &[(u64, u64)], expected| {
-            let all: Vec<_> = all.iter().map(|(session, step)| of(*session, *step)).collect();
-            let all: Vec<Drawn<'_>> = all.iter().map(|(a, b, c)| (*a, *b, c.as_slice())).collect();
-            check_skipped(&all, skipped, expected);
-        };
-        // A skip: drawn, and no part of the weights.
-        drawn(&[(9, 1), (9, 2), (9, 3)], &[(2, 2)], (3, 8, 4, 0, 0));
-        // A rollback from 3 to 1 that leaves out 4 as well, which nobody drew.
-        drawn(&[(9, 1), (9, 2), (9, 3), (9, 5)], &[(2, 4)], (5, 8, 12, 0, 0));
-        // The last ones; and more decisions over each other.
-        drawn(&[(9, 1), (9, 2), (9, 3)], &[(3, 3), (2, 4)], (4, 4, 12, 0, 0));
-        // 4 is missing, and nobody said so.
-        drawn(&[(9, 1), (9, 2), (9, 3), (9, 5)], &[(2, 3)], (5, 12, 8, 1, 0));
-        drawn(&[(9, 3)], &[(2, 2)], (3, 8, 4, 1, 0));
-        // A later start did what an earlier one had left out.
-        drawn(&[(9, 1), (9, 2), (7, 2), (7, 3)], &[(2, 4)], (3, 12, 0, 0, 0));
-        drawn(&[(9, 1), (9, 2), (7, 3), (7, 4)], &[(2, 4)], (4, 12, 4, 0, 0));
-        // Numbers of a journal are not believed.
-        drawn(&[(9, 1)], &[(2, u64::MAX)], (u64::MAX, 4, u64::MAX - 4, 0, 0));
-    }
-
-    /// Of a journal's lines, as (when the step was done, step) or a drawing of its four samples: doubled lines, repeated
-    /// samples, lost ones.
-    #[track_caller]
-    fn check_twice(lines: &[(Option<u64>, u64)], expected: (u64, u64, u64)) {
-        let mut all = Drawings::default();
-        for &(time_us, step) in lines {
-            all.add(
-                0,
-                match time_us {
-                    Some(time_us) => {
-                        Record::Step(crate::record::Step { time_us, step, ..Default::default() })
-                    }
-                    None => drawn(9, step, &[(4 * (step - 1), 4)]),
-                },
-            );
-        }
-        let l = all.ledger(FOUR);
-        let lines = l.doubled.iter().map(|d| d.lines).sum::<u64>();
-        assert_eq!((lines, l.samples_repeated, l.samples_lost), expected, "{l:?}");
-        assert_eq!(l.is_exact(), expected.1 + expected.2 == 0);
-    }
-
-    #[test]
-    fn a_line_that_is_there_twice_is_no_step_that_was_done_twice() {
-        check_twice(&[(Some(5), 1), (None, 1), (Some(6), 2), (None, 2)], (0, 0, 0));
-        check_twice(&[(Some(5), 1), (None, 1), (None, 1), (Some(6), 2), (None, 2)], (1, 0, 0));
-        // A piece of the file.
-        let piece = [(Some(5), 1), (None, 1), (Some(6), 2), (None, 2)];
-        check_twice(&[piece, piece].concat(), (2, 0, 0));
-        check_twice(&[(None, 1), (None, 2), (None, 1)], (1, 0, 0));
-        // The step was done once more, and later.
-        check_twice(&[(Some(5), 1), (None, 1), (Some(7), 1), (None, 1)], (0, 4, 0));
-        let mut all = Drawings::default();
-        for first in [0, 4] {
-            all.add(0, drawn(9, 1, &[(first, 4)]));
-        }
-        assert_eq!(all.ledger(FOUR).samples_repeated, 4, "another drawing of the same step");
-    }
-
-    #[test]
-    fn a_session_that_rank_0_says_nothing_of_is_where_others_have_it() {
-        let mut all = Drawings::default();
-        let of = |rank: usize, session: u64, step: u64| {
-            (rank, drawn(session, step, &[(4 * (step - 1) + 2 * rank as u64, 2)]))
-        };
-        let rank_0 = [of(0, 5, 1), of(0, 5, 2), of(0, 7, 3), of(0, 7, 4)];
-        // Rank 0 was lost in the first step of the second session.
-        let rank_1 = [of(1, 5, 1), of(1, 5, 2), of(1, 6, 3), of(1, 7, 3), of(1, 7, 4)];
-        for (rank, record) in rank_0.into_iter().chain(rank_1) {
-            all.add(rank, record);
-        }
-        let l = all.ledger(FOUR);
-        assert_eq!((l.steps, l.steps_redone, l.sessions, l.is_exact()), (4, 1, 3, true), "{l:?}");
-    }
-
-    /// Of two ranks' drawings of steps, of half a batch each: what is missing of a run that has reached a step.
-    #[track_caller]
-    fn check_missing(ranks: [&[u64]; 2], reached: u64, expected: &[(u64, u64)]) {
-        let mut all = Drawings::default();
-        for (rank, steps) in ranks.into_iter().enumerate() {
-            for &step in steps {
-                all.add(rank, drawn(9, step, &[(4 * (step - 1) + 2 * rank as u64, 2)]));
-            }
-        }
-        all.has_reached(reached);
-        let l = all.ledger(FOUR);
-        let found: Vec<_> = l.missing.iter().map(|m| (m.first, m.last)).collect();
-        assert_eq!(found, expected, "{l:?}");
-        assert_eq!((l.samples_lost, l.samples_repeated, l.steps), (0, 0, 5), "nobody is accused: {l:?}");
-        assert_eq!(l.is_exact(), expected.is_empty());
-        assert_eq!(l.steps_missing, expected.iter().map(|(a, b)| b - a + 1).sum::<u64>());
-    }
-
-    #[test]
-    fn records_that_are_missing_are_no_samples_that_are_lost() {
-        let all: &[u64] = &[1, 2, 3, 4, 5];
-        check_missing([all, all], 5, &[]);
-        check_missing([&[1, 2, 4, 5], &[1, 2, 4, 5]], 0, &[(3, 3)]);
-        check_missing([&[1, 2, 5], all], 5, &[(3, 4)]);
-        check_missing([all, &[1, 2, 3]], 5, &[(4, 5)]);
-        check_missing([&[2, 3], &[2, 3]], 5, &[(1, 1), (4, 5)]);
-    }
-
-    #[test]
-    fn steps_after_the_point_of_return_do_not_count() {
-        let lost: Drawn<'_> = (5, 3, &[(8, 1)]);
-        check(&[(5, 1, &[(0, 4)]), (5, 2, &[(4, 4)]), lost, (7, 3, &[(8, 4)])], (3, 1, 0, 0));
-        // Back beyond the session before, and under other ranks.
-        let all = [
-            (5, 1, &[(0, 4)][..]),
-            (5, 2, &[(4, 4)]),
-            (6, 3, &[(8, 4)]),
-            (4, 2, &[(4, 2)]),
-            (4, 2, &[(6, 2)]),
-        ];
-        check(&all, (2, 2, 0, 0));
-    }
 }

@@ -132,7 +132,8 @@ mod tests {
     fn long_and_new_lines_are_known_for_what_they_are() {
         let spans = Record::Spans { rank: 7, step: 12, spans: Vec::new() };
         assert_eq!(parse(&line(&spans)), Line::Spans { step: 12 });
-        let drawn = Record::Drawn { session: 1, step: 12, samples: vec![(0, 4)], tokens_xxh3: 1 };
+        let drawn =
+            Record::Drawn { begun_us: Some(5), session: 1, step: 12, samples: vec![(0, 4)], tokens_xxh3: 1 };
         assert_eq!(parse(&line(&drawn)), Line::Drawn);
         assert_eq!(parse(br#"{"kind":"shrunk","to":3}"#), Line::Unknown("shrunk".into()));
         for damaged in

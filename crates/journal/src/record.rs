@@ -37,11 +37,14 @@ pub enum Record {
     },
     /// An optimiser step was done.
     Step(Step),
-    /// Which samples a rank put into a step.
+    /// Which samples a rank puts into a step: written before it gives anything of the step to others.
     Drawn {
+        /// When the step began; absent in older journals, which have this record after the step.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        begun_us: Option<u64>,
         /// Tells the starts of a run apart, as all ranks of a start agree on it.
         session: u64,
-        /// Steps done, this one included.
+        /// Steps done once this one is.
         step: u64,
         /// First index and number of samples that follow each other in the data's order; one run of them or several.
         samples: Vec<(u64, u64)>,

@@ -214,7 +214,13 @@ mod tests {
     #[test]
     fn what_steps_drew_is_written_once_there_is_room() {
         let dir = tempfile::tempdir().unwrap();
-        let drawn = |step| Record::Drawn { session: 1, step, samples: vec![(step, 1)], tokens_xxh3: 7 };
+        let drawn = |step| Record::Drawn {
+            begun_us: Some(5),
+            session: 1,
+            step,
+            samples: vec![(step, 1)],
+            tokens_xxh3: 7,
+        };
         let of = |all: Vec<Record>| -> Vec<u64> {
             let steps = all
                 .into_iter()

@@ -344,7 +344,6 @@ impl Trainer {
                 settled: pace.is_settled(self.step),
             });
             self.note(done.record, each);
-            self.write_only(&done.drawn, each);
             self.record_spans(each);
             pace.done(self.step);
             self.watch_waits(done.step_s, each).map_err(|e| self.step_failed(e, each))?;
@@ -491,7 +490,8 @@ impl Drawn {
     }
 
     fn record(self, session: u64, step: u64) -> Record {
-        Record::Drawn { session, step, samples: self.samples, tokens_xxh3: self.tokens_xxh3 }
+        let begun_us = Some(now_us());
+        Record::Drawn { begun_us, session, step, samples: self.samples, tokens_xxh3: self.tokens_xxh3 }
     }
 }
 

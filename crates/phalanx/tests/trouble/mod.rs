@@ -103,6 +103,11 @@ fn a_run_ends_by_trouble_that_does_not_end() {
         let actions: Vec<Value> =
             records(&lab, &run, "trouble").iter().map(|r| r["action"].clone()).collect();
         assert_eq!(actions, ["skip", "skip", "stop"]);
+        // Step 5 was begun, and is no part of the weights.
+        let begun: Vec<Value> = records(&lab, &run, "drawn").iter().map(|r| r["step"].clone()).collect();
+        assert_eq!(begun, [1, 2, 3, 4, 5]);
+        let ledger = lab.json(&format!("ledger {run} --json"));
+        assert_eq!((&ledger["exact"], &ledger["steps"]), (&Value::from(true), &Value::from(4)), "{ledger}");
     }
     let ran = fails(&lab, &tiny("s", "--drill nan@1 --set trouble.on_nan=rollback"));
     assert!(ran.err.contains("no checkpoint up to step 0"), "{}", ran.err);

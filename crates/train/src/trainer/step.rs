@@ -16,7 +16,6 @@ use crate::trouble::Decision;
 pub(super) struct Done {
     pub(super) record: Record,
     pub(super) step_s: f64,
-    pub(super) drawn: Record,
     pub(super) outputs: StepOutputs,
     /// What follows from it, if it was bad.
     pub(super) decision: Option<Decision>,
@@ -48,10 +47,15 @@ impl Trainer {
 
     /// Does the next step; `None` if all ranks have gone back instead.
     pub(super) fn one_step(&mut self, stop: bool, each: &mut dyn FnMut(Event)) -> Result<Option<Done>> {
+        let mut is_told = false;
         loop {
             let start = Instant::now();
             let step = self.step + 1;
             let drawn = self.begin_step()?;
+            // Once the others have this rank's gradients they can go on from the step without it.
+            if !std::mem::replace(&mut is_told, true) {
+                self.write_only(&drawn.record(self.session, step), each);
+            }
             let inputs = self.inputs(step, stop);
             let limits = self.watch.limits(&self.run.trouble);
             let (out, bad) = self.exec.attempt(&inputs, &limits)?;
@@ -72,8 +76,7 @@ impl Trainer {
             (self.step, self.is_whole) = (step, true);
             let step_s = start.elapsed().as_secs_f64();
             let record = self.step_record(out, step_s)?;
-            let drawn = drawn.record(self.session, step);
-            return Ok(Some(Done { record, step_s, drawn, outputs: out, decision }));
+            return Ok(Some(Done { record, step_s, outputs: out, decision }));
         }
     }
 
