@@ -460,22 +460,6 @@ impl Layout {
     }
 }
 
-impl PipelineSchedule {
-    /// As written in a run file.
-    pub const fn name(self) -> &'static str {
-        match self {
-            PipelineSchedule::Gpipe => "gpipe",
-            PipelineSchedule::OneFOneB => "1f1b",
-            PipelineSchedule::Interleaved => "interleaved",
-            PipelineSchedule::ZeroBubble => "zero-bubble",
-        }
-    }
-}
-
-fn divisors(n: usize) -> impl Iterator<Item = usize> {
-    (1..=n).filter(move |d| n.is_multiple_of(*d))
-}
-
 /// `values of layout.tp that work: 1, 2, 4`, at most a dozen of them.
 fn values(key: &str, works: impl Iterator<Item = usize>) -> String {
     const SHOWN: usize = 12;

@@ -29,6 +29,7 @@ pub mod sum_tree;
 mod toml_guard;
 pub mod units;
 
+mod words;
 pub use catalog::{Catalog, EntryKind, Measure};
 pub use cluster::{Accelerator, Cluster};
 pub use dtype::DType;

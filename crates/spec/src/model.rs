@@ -1,5 +1,7 @@
 use serde::{Deserialize, Serialize};
 
+use crate::words::words;
+
 /// The shape of a decoder-only transformer of the Llama or GPT-2 family, with experts and latent attention where a
 /// model has them.
 ///
@@ -207,6 +209,8 @@ pub enum Score {
     Sigmoid,
 }
 
+words!(Score: "softmax" => Softmax, "sigmoid" => Sigmoid);
+
 /// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1): keys and values of all heads come from one
 /// latent of low rank, and a part of each key that all heads share carries the rotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -245,6 +249,8 @@ pub enum NormKind {
     Layer,
 }
 
+words!(NormKind: "rms" => Rms, "layer" => Layer);
+
 /// The feed-forward non-linearity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -260,6 +266,8 @@ pub enum Activation {
     /// GELU by the error function.
     Gelu,
 }
+
+words!(Activation: "swiglu" => SwiGlu, "swiglu_clamped" => SwiGluClamped, "gelu_tanh" => GeluTanh, "gelu" => Gelu);
 
 impl Activation {
     /// Whether the feed-forward layer has a gate beside `up`.

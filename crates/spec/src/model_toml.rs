@@ -145,20 +145,15 @@ pub(crate) fn read_model(doc: &Doc, base: Option<&ModelSpec>) -> Result<ModelSpe
         heads,
         kv_heads,
         head_dim,
-        norm: match word(doc, "model.norm")? {
-            Some("layer") => NormKind::Layer,
-            Some(_) => NormKind::Rms,
-            None => base.map_or(NormKind::Rms, |b| b.norm),
-        },
+        norm: or_base(doc, "model.norm", NormKind::of, base.map_or(NormKind::Rms, |b| b.norm))?,
         norm_eps: single("model.norm_eps", base.map(|b| b.norm_eps), 1e-5)?,
         position: read_position(doc, base)?,
-        activation: match word(doc, "model.activation")? {
-            Some("gelu_tanh") => Activation::GeluTanh,
-            Some("gelu") => Activation::Gelu,
-            Some("swiglu_clamped") => Activation::SwiGluClamped,
-            Some(_) => Activation::SwiGlu,
-            None => base.map_or(Activation::SwiGlu, |b| b.activation),
-        },
+        activation: or_base(
+            doc,
+            "model.activation",
+            Activation::of,
+            base.map_or(Activation::SwiGlu, |b| b.activation),
+        )?,
         qkv_bias: flag("model.qkv_bias", base.map(|b| b.qkv_bias))?,
         attn_out_bias: flag("model.attn_out_bias", base.map(|b| b.attn_out_bias))?,
         mlp_bias: flag("model.mlp_bias", base.map(|b| b.mlp_bias))?,
@@ -217,11 +212,7 @@ fn read_router(doc: &Doc, base: Router) -> Result<Router> {
     let count = |key: &str, base: usize| if doc.written(key) { doc.count(key) } else { Ok(base) };
     let flag = |key: &str, base: bool| if doc.written(key) { doc.flag(key) } else { Ok(base) };
     Ok(Router {
-        score: match word(doc, "model.experts.score")? {
-            Some("sigmoid") => Score::Sigmoid,
-            Some(_) => Score::Softmax,
-            None => base.score,
-        },
+        score: or_base(doc, "model.experts.score", Score::of, base.score)?,
         renormalise: flag("model.experts.renormalise", base.renormalise)?,
         scale: number("model.experts.scale", base.scale)?,
         groups: count("model.experts.groups", base.groups)?,
@@ -285,6 +276,10 @@ fn alone(doc: &Doc, prefix: &str, key: &str) -> Result<()> {
             .hint(format!("set {key} too"))),
         None => Ok(()),
     }
+}
+
+fn or_base<T>(doc: &Doc, key: &str, read: fn(&Doc, &str) -> Result<T>, base: T) -> Result<T> {
+    if doc.written(key) { read(doc, key) } else { Ok(base) }
 }
 
 fn word(doc: &Doc, key: &str) -> Result<Option<&'static str>> {
