@@ -42,7 +42,7 @@ pub use legality::{Broken, Checked, Rule, Tolerance, lcm};
 pub use lr::{LrSchedule, ScheduleKind};
 pub use model::{
     Activation, Experts, LATENT_NORM_EPS, Latent, ModelSpec, Mtp, NormKind, Position, Rope, RopeScaling,
-    Router, Score, Window,
+    Router, Score, Window, Yarn,
 };
 pub use number_format::NumberFormat;
 pub use origin::Origin;

@@ -2,7 +2,7 @@ use crate::doc::Doc;
 use crate::run::keys::{KEYS, ORIGIN_KEYS};
 use crate::{
     Activation, Error, Experts, Latent, ModelSpec, Mtp, NormKind, Position, Result, Rope, RopeScaling,
-    Router, Score, Window, suggest,
+    Router, Score, Window, Yarn, suggest,
 };
 
 macro_rules! catalogue {
@@ -375,7 +375,7 @@ fn read_scaling(doc: &Doc, base: &RopeScaling, max_positions: usize) -> Result<R
             high_freq_factor: number("high_freq_factor")?,
             original_max_positions: original()?,
         },
-        "yarn" => RopeScaling::Yarn {
+        "yarn" => RopeScaling::Yarn(Yarn {
             factor: number("factor")?,
             beta_fast: optional("beta_fast")?.unwrap_or(32.0),
             beta_slow: optional("beta_slow")?.unwrap_or(1.0),
@@ -383,7 +383,7 @@ fn read_scaling(doc: &Doc, base: &RopeScaling, max_positions: usize) -> Result<R
             attention_factor: optional("attention_factor")?,
             truncate: optional("truncate")?.is_none_or(|x| x != 0.0),
             mscale_all_dim: optional("mscale_all_dim")?.unwrap_or(0.0),
-        },
+        }),
         _ => RopeScaling::Default,
     })
 }
@@ -396,7 +396,7 @@ impl RopeScaling {
             RopeScaling::Linear { .. } => "linear",
             RopeScaling::Dynamic { .. } => "dynamic",
             RopeScaling::Llama3 { .. } => "llama3",
-            RopeScaling::Yarn { .. } => "yarn",
+            RopeScaling::Yarn(_) => "yarn",
         }
     }
 
@@ -413,24 +413,16 @@ impl RopeScaling {
                     ("original_max_positions", original_max_positions as f64),
                 ]
             }
-            RopeScaling::Yarn {
-                factor,
-                beta_fast,
-                beta_slow,
-                original_max_positions,
-                attention_factor,
-                truncate,
-                mscale_all_dim,
-            } => {
+            RopeScaling::Yarn(y) => {
                 let mut fields = vec![
-                    ("factor", factor),
-                    ("beta_fast", beta_fast),
-                    ("beta_slow", beta_slow),
-                    ("original_max_positions", original_max_positions as f64),
+                    ("factor", y.factor),
+                    ("beta_fast", y.beta_fast),
+                    ("beta_slow", y.beta_slow),
+                    ("original_max_positions", y.original_max_positions as f64),
                 ];
-                fields.extend(attention_factor.map(|x| ("attention_factor", x)));
-                fields.extend((!truncate).then_some(("truncate", 0.0)));
-                fields.extend((mscale_all_dim != 0.0).then_some(("mscale_all_dim", mscale_all_dim)));
+                fields.extend(y.attention_factor.map(|x| ("attention_factor", x)));
+                fields.extend((!y.truncate).then_some(("truncate", 0.0)));
+                fields.extend((y.mscale_all_dim != 0.0).then_some(("mscale_all_dim", y.mscale_all_dim)));
                 fields
             }
         }

@@ -198,21 +198,16 @@ fn positions(m: &ModelSpec, unsaid_ones: &mut Vec<&'static str>) -> Vec<String> 
             args.push(format!("--rotary-seq-len-interpolation-factor {factor}"));
         }
         // Latent attention takes the constants of its own class.
-        RopeScaling::Yarn {
-            factor,
-            beta_fast,
-            beta_slow,
-            original_max_positions,
-            truncate: true,
-            mscale_all_dim: all,
-            ..
-        } if !latent || (beta_fast, beta_slow, original_max_positions) == (32.0, 1.0, 4096) => {
+        RopeScaling::Yarn(y)
+            if y.truncate
+                && (!latent || (y.beta_fast, y.beta_slow, y.original_max_positions) == (32.0, 1.0, 4096)) =>
+        {
             args.push(kind("yarn"));
-            let mscale = rope.scaling.mscale();
+            let (factor, mscale, all) = (y.factor, rope.scaling.mscale(), y.mscale_all_dim);
             args.push(format!("--rotary-scaling-factor {factor} --mscale {mscale} --mscale-all-dim {all}"));
             if !latent {
-                args.push(format!("--yarn-original-max-position-embeddings {original_max_positions}"));
-                args.push(format!("--yarn-beta-fast {beta_fast} --yarn-beta-slow {beta_slow}"));
+                args.push(format!("--yarn-original-max-position-embeddings {}", y.original_max_positions));
+                args.push(format!("--yarn-beta-fast {} --yarn-beta-slow {}", y.beta_fast, y.beta_slow));
             }
         }
         ref scaling => {
