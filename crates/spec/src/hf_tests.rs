@@ -293,7 +293,7 @@ fn what_of_deepseek_does_not_train() {
 }
 
 #[test]
-fn refusals() {
+fn families_and_traits_that_are_not_read_are_refused() {
     check_refused("glm4_moe", json!({}), "architecture glm4_moe can be planned, it does not train yet");
     check_refused("mamba", json!({}), "architecture mamba is not supported");
     check_refused(
@@ -339,6 +339,10 @@ fn refusals() {
         json!({ "layer_types": ["sliding_attention"], "sliding_window": 32 }),
         "layer_types = [\"sliding_attention\"], expected one for each layer",
     );
+}
+
+#[test]
+fn values_that_are_no_sizes_or_numbers_are_refused() {
     check_refused("llama", json!({ "vocab_size": -1 }), "vocab_size = -1, expected a whole number above 0");
     check_refused(
         "llama",
@@ -460,7 +464,7 @@ fn any_scaling() -> impl Strategy<Value = RopeScaling> {
                     attention_factor,
                     truncate,
                     mscale_all_dim: 0.0,
-                }
+                })
             }
         ),
     ]
