@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use program::{Coords, Program, check_mixture};
 use rayon::prelude::*;
 use serde::Serialize;
-use spec::{ContextMode, Error, Layout, PipelineSchedule, Recompute, Result, Zero};
+use spec::{ContextMode, Error, Layout, PipelineSchedule, Recompute, Result, Zero, divisors};
 
 use crate::{Machine, StepEstimate, Workload, estimate, estimate_programs, kernel, program_of};
 
@@ -248,10 +248,6 @@ pub(crate) fn axes(load: &Workload<'_>, ranks: usize) -> Vec<Layout> {
         }
     }
     out
-}
-
-fn divisors(n: usize) -> impl Iterator<Item = usize> {
-    (1..=n).filter(move |d| n.is_multiple_of(*d))
 }
 
 fn schedules(pp: usize) -> Vec<(PipelineSchedule, usize)> {

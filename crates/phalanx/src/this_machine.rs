@@ -126,7 +126,7 @@ fn explain(chosen: &Chosen, machine: &Machine) {
                 chosen.not_measured
             )?;
         }
-        if machine.cpu != measure::cpu() || machine.cores != output::threads(0) {
+        if machine.cpu != train::processor() || machine.cores != output::threads(0) {
             write!(say, "; it was measured on {} with {} cores", machine.cpu, machine.cores)?;
         }
         let best = &chosen.best[0];

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use spec::{
     ContextMode, ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Rule, Zero,
+    divisors,
 };
 
 use crate::estimate::{Estimate, Estimator, Problem, Shared};
@@ -182,13 +183,11 @@ fn jobs(problem: &Problem, space: &Space) -> Vec<SharedAxes> {
             .collect()
     };
     let experts: Vec<usize> = match problem.shape.experts {
-        Some(e) if !space.trainable_only => {
-            divisors(e.count).into_iter().filter(|ep| n.is_multiple_of(*ep)).collect()
-        }
+        Some(e) if !space.trainable_only => divisors(e.count).filter(|ep| n.is_multiple_of(*ep)).collect(),
         _ => vec![1],
     };
     let micro_batches: Vec<usize> =
-        divisors(problem.sequences).into_iter().filter(|b| *b <= space.micro_batch_max).collect();
+        divisors(problem.sequences).filter(|b| *b <= space.micro_batch_max).collect();
     let mut jobs = Vec::new();
     for &tp in &tps {
         for &cp in contexts.iter().filter(|cp| space.strategy.is_none_or(|s| s.allows_inside(tp, **cp))) {

@@ -1,4 +1,4 @@
-use crate::legality::{Checked, Rule, Tolerance, broken};
+use crate::legality::{Checked, Rule, Tolerance, broken, divisors};
 use crate::sum_tree::SumTree;
 use crate::{Error, Layout, ModelSpec, PipelineSchedule, Reduce, Result, Zero};
 

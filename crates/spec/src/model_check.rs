@@ -273,7 +273,6 @@ fn check_original(positions: usize) -> Result<()> {
 
 fn check_router(e: &Experts) -> Result<()> {
     let r = &e.router;
-    let divisors = |of: usize| (1..=of.min(MAX_GROUPS)).filter(move |d| of.is_multiple_of(*d));
     let list =
         |works: &mut dyn Iterator<Item = usize>| works.map(|x| x.to_string()).collect::<Vec<_>>().join(", ");
     if !e.count.is_multiple_of(r.groups.max(1)) || !(1..=MAX_GROUPS).contains(&r.groups) {
@@ -281,7 +280,10 @@ fn check_router(e: &Experts) -> Result<()> {
             "model.experts.groups = {} does not divide model.experts.count = {}",
             r.groups, e.count
         ))
-        .hint(format!("values of model.experts.groups that work: {}", list(&mut divisors(e.count)))));
+        .hint(format!(
+            "values of model.experts.groups that work: {}",
+            list(&mut divisors(e.count).take_while(|d| *d <= MAX_GROUPS))
+        )));
     }
     if r.top_groups < 1 || r.top_groups > r.groups {
         return Err(Error::user(format!(
