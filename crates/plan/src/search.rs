@@ -228,16 +228,24 @@ struct Part {
 impl Part {
     fn refuse(&mut self, why: &'static str) {
         *self.refused.entry(why).or_default() += 1;
+        self.rank(found, keep);
+    }
+
+    fn rank(&mut self, found: Found, keep: usize) {
     }
 
     fn take(&mut self, found: Found, keep: usize) {
         if !found.estimate.fits {
             self.refuse("does not fit in memory");
-            let total = |f: &Found| f.estimate.memory.total();
-            if self.smallest.as_ref().is_none_or(|s| total(&found) < total(s)) {
-                self.smallest = Some(found);
-            }
+            self.too_large(found);
             return;
+    fn too_large(&mut self, found: Found) {
+        let total = |f: &Found| f.estimate.memory.total();
+        if self.smallest.as_ref().is_none_or(|s| total(&found) < total(s)) {
+            self.smallest = Some(found);
+        }
+    }
+
         }
         self.offer(&found);
         let at = self.best.partition_point(|b| better(b, &found));
@@ -342,20 +350,13 @@ impl Part {
 
     fn merge(&mut self, other: Part, keep: usize) {
         for found in other.best {
-            let at = self.best.partition_point(|b| better(b, &found));
-            if at < keep {
-                self.best.insert(at, found);
-                self.best.truncate(keep);
-            }
+            self.rank(found, keep);
         }
         for found in &other.front {
             self.offer(found);
         }
-        let total = |f: &Found| f.estimate.memory.total();
-        if let Some(found) = other.smallest
-            && self.smallest.as_ref().is_none_or(|s| total(&found) < total(s))
-        {
-            self.smallest = Some(found);
+        if let Some(found) = other.smallest {
+            self.too_large(found);
         }
         self.priced += other.priced;
         self.pruned += other.pruned;
