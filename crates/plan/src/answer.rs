@@ -399,12 +399,15 @@ fn estimate_storage(question: &Question, problem: &Problem) -> Option<StorageEst
     )
 }
 
+/// The largest micro-batch that is tried: products are large long before.
+const MICRO_BATCH_MAX: usize = 32;
+
 fn space(question: &Question) -> Space {
     Space {
         accelerators: question.cluster.accelerators,
         format: question.format,
         keep: question.keep.max(1),
-        micro_batch_max: 32,
+        micro_batch_max: MICRO_BATCH_MAX,
         trainable_only: question.trainable_only,
         strategy: question.strategy,
     }
@@ -560,6 +563,7 @@ impl Answer {
     /// If the changed machine allows no layout, which more of anything excludes.
     pub fn explain(&self) -> Result<Vec<Sensitivity>> {
         const STEP: f64 = 1.01;
+        const BETTER: f64 = 1.25;
         let Some(best) = self.best.first() else { return Ok(Vec::new()) };
         let space = space(&self.question);
         Knob::ALL
@@ -573,9 +577,9 @@ impl Answer {
                     Ok(Estimator::new(&changed(by), self.question.format)?.estimate(&best.placement)?.step_s)
                 };
                 let more = if self.given {
-                    with(1.25)?
+                    with(BETTER)?
                 } else {
-                    let more = search::search(&changed(1.25), &space, &|_, _| ())?;
+                    let more = search::search(&changed(BETTER), &space, &|_, _| ())?;
                     more.best.first().map_or(best.step_s, |f| f.estimate.step_s)
                 };
                 // Faster machines wait for the same storage.

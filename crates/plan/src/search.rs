@@ -154,15 +154,9 @@ fn explore(
     Ok(all)
 }
 
-fn divisors(n: usize) -> Vec<usize> {
-    (1..=n)
-        .take_while(|d| d * d <= n)
-        .filter(|d| n.is_multiple_of(*d))
-        .flat_map(|d| [d, n / d])
-        .collect::<std::collections::BTreeSet<_>>()
-        .into_iter()
-        .collect()
-}
+/// Tokens of a sequence from which it is cut over ranks: below, other axes have enough to cut.
+const CONTEXT_FROM: usize = 16_384;
+const CONTEXTS: [usize; 6] = [1, 2, 4, 8, 16, 32];
 
 fn jobs(problem: &Problem, space: &Space) -> Vec<SharedAxes> {
     let m = &problem.shape.model;
@@ -172,15 +166,11 @@ fn jobs(problem: &Problem, space: &Space) -> Vec<SharedAxes> {
         let layout = Layout { tp, cp, sequence_parallel, ..Placement::foreign() };
         layout.check(m, 1, problem.sequence, problem.software.tolerance).is_ok()
     };
-    let tps: Vec<usize> =
-        divisors(n).into_iter().filter(|tp| *tp <= TP_MAX && allowed(*tp, 1, false)).collect();
-    let contexts: Vec<usize> = if space.trainable_only || problem.sequence < 16_384 {
+    let tps: Vec<usize> = divisors(n).filter(|tp| *tp <= TP_MAX && allowed(*tp, 1, false)).collect();
+    let contexts: Vec<usize> = if space.trainable_only || problem.sequence < CONTEXT_FROM {
         vec![1]
     } else {
-        [1, 2, 4, 8, 16, 32]
-            .into_iter()
-            .filter(|cp| n.is_multiple_of(*cp) && allowed(1, *cp, false))
-            .collect()
+        CONTEXTS.into_iter().filter(|cp| n.is_multiple_of(*cp) && allowed(1, *cp, false)).collect()
     };
     let experts: Vec<usize> = match problem.shape.experts {
         Some(e) if !space.trainable_only => divisors(e.count).filter(|ep| n.is_multiple_of(*ep)).collect(),
