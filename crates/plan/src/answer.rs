@@ -285,7 +285,7 @@ pub fn estimate_given(question: Question, layout: &str, calibration: &Calibratio
     let searched = Searched {
         pareto: found.clone(),
         best: found,
-        layouts_priced: 1,
+        layouts_estimated: 1,
         layouts_pruned: 0,
         refused: Default::default(),
     };
@@ -316,7 +316,7 @@ pub fn fastest_each(
         let searched = Searched {
             pareto: best.clone(),
             best,
-            layouts_priced: 0,
+            layouts_estimated: 0,
             layouts_pruned: 0,
             refused: Default::default(),
         };
@@ -542,9 +542,9 @@ impl Answer {
             "tokens": q.tokens,
             "optimizer": q.optimizer.rule.name(),
             "search": {
-                "layouts_priced": self.searched.layouts_priced,
+                "layouts_priced": self.searched.layouts_estimated,
                 "layouts_pruned": self.searched.layouts_pruned,
-                "layouts_per_s": self.searched.layouts_priced as f64 / seconds.max(1e-9),
+                "layouts_per_s": self.searched.layouts_estimated as f64 / seconds.max(1e-9),
                 "seconds": seconds,
                 "threads": threads,
                 "refused": self.searched.refused,
@@ -583,10 +583,10 @@ impl Answer {
                     more.best.first().map_or(best.step_s, |f| f.estimate.step_s)
                 };
                 // Faster machines wait for the same storage.
-                let priced = best.step_s - best.loading_s;
+                let estimated = best.step_s - best.loading_s;
                 Ok(Sensitivity {
                     of,
-                    elasticity: (with(STEP)? / priced).ln() / STEP.ln(),
+                    elasticity: (with(STEP)? / estimated).ln() / STEP.ln(),
                     step_s_with_quarter_more: more.max(if best.loading_s > 0.0 { best.step_s } else { 0.0 }),
                 })
             })

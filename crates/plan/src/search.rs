@@ -59,7 +59,8 @@ pub struct Searched {
     /// No layout is both faster and smaller than one of these; fastest first.
     pub pareto: Vec<Found>,
     /// Layouts estimated in full.
-    pub layouts_priced: usize,
+    #[serde(rename = "layouts_priced")]
+    pub layouts_estimated: usize,
     /// Layouts left out by their bound.
     pub layouts_pruned: usize,
     /// Layouts that the model or the batch does not allow, or that do not fit, by reason.
@@ -115,7 +116,7 @@ pub fn search_from(
     Ok(Searched {
         best: all.best,
         pareto: all.front,
-        layouts_priced: all.priced,
+        layouts_estimated: all.estimated,
         layouts_pruned: all.pruned,
         refused: all.refused,
     })
@@ -210,7 +211,7 @@ struct Part {
     best: Vec<Found>,
     front: Vec<Found>,
     smallest: Option<Found>,
-    priced: usize,
+    estimated: usize,
     pruned: usize,
     refused: BTreeMap<&'static str, usize>,
 }
@@ -218,10 +219,6 @@ struct Part {
 impl Part {
     fn refuse(&mut self, why: &'static str) {
         *self.refused.entry(why).or_default() += 1;
-        self.rank(found, keep);
-    }
-
-    fn rank(&mut self, found: Found, keep: usize) {
     }
 
     fn take(&mut self, found: Found, keep: usize) {
@@ -229,19 +226,23 @@ impl Part {
             self.refuse("does not fit in memory");
             self.too_large(found);
             return;
-    fn too_large(&mut self, found: Found) {
-        let total = |f: &Found| f.estimate.memory.total();
-        if self.smallest.as_ref().is_none_or(|s| total(&found) < total(s)) {
-            self.smallest = Some(found);
-        }
-    }
-
         }
         self.offer(&found);
+        self.rank(found, keep);
+    }
+
+    fn rank(&mut self, found: Found, keep: usize) {
         let at = self.best.partition_point(|b| better(b, &found));
         if at < keep {
             self.best.insert(at, found);
             self.best.truncate(keep);
+        }
+    }
+
+    fn too_large(&mut self, found: Found) {
+        let total = |f: &Found| f.estimate.memory.total();
+        if self.smallest.as_ref().is_none_or(|s| total(&found) < total(s)) {
+            self.smallest = Some(found);
         }
     }
 
@@ -321,7 +322,7 @@ impl Part {
                 continue;
             }
             let estimate = estimator.estimate_shared(&placement, shared);
-            self.priced += 1;
+            self.estimated += 1;
             if let Goal::Fastest { yet, .. } = goal
                 && estimate.fits
             {
@@ -348,7 +349,7 @@ impl Part {
         if let Some(found) = other.smallest {
             self.too_large(found);
         }
-        self.priced += other.priced;
+        self.estimated += other.estimated;
         self.pruned += other.pruned;
         for (why, n) in other.refused {
             *self.refused.entry(why).or_default() += n;
