@@ -216,7 +216,7 @@ fn same_region(catalog: &Catalog, entry: &Entry, region: &str) -> Result<()> {
 
 /// What the provider that rents `cluster` out quotes for its accelerator beside the platform's own price, the newest
 /// first.
-pub fn same_provider(catalog: &Catalog, cluster: &Cluster, commitment: Commitment) -> Option<Quote> {
+pub(crate) fn same_provider(catalog: &Catalog, cluster: &Cluster, commitment: Commitment) -> Option<Quote> {
     let own = catalog.get(EntryKind::Price, cluster.price.as_ref()?).ok()?;
     let provider = own.text("provider")?;
     let entries = rented(catalog, &cluster.accelerator.name).filter(|e| e.text("provider") == Some(provider));

@@ -119,7 +119,7 @@ impl Strategy {
     }
 
     /// Whether a layout is of this strategy.
-    pub fn allows(self, l: &Layout) -> bool {
+    pub(crate) fn allows(self, l: &Layout) -> bool {
         let alone = l.tp == 1 && l.pp == 1 && l.cp == 1;
         match self {
             Strategy::Data => alone && l.zero == Zero::Off,
