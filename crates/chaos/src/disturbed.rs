@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
+use spec::stats::median;
 use spec::{Context, Error, Result};
 use train::{Audit, RunDir};
 
@@ -351,10 +352,4 @@ fn await_save(checkpoints: &Path) {
     while !is_written() && Instant::now() < deadline {
         std::thread::sleep(BETWEEN_LOOKS);
     }
-}
-
-/// The middle one; 0 of none.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
 }

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use spec::random::{GOLDEN, scatter};
+use spec::random::SplitMix;
 
 /// What is done to a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -170,8 +170,8 @@ pub fn faults(seed: u64, count: usize, kinds: &[Kind]) -> Vec<Fault> {
             if left.is_empty() {
                 left = kinds.to_vec();
             }
-            let kind = left.swap_remove((random.next() % left.len() as u64) as usize);
-            Fault { kind, after_steps: 1 + random.next() % 8, victim: random.next(), layout: random.next() }
+            let kind = left.swap_remove((random.draw() % left.len() as u64) as usize);
+            Fault { kind, after_steps: 1 + random.draw() % 8, victim: random.draw(), layout: random.draw() }
         })
         .collect()
 }
@@ -183,16 +183,6 @@ pub(crate) fn by_kind(faults: &[Fault]) -> BTreeMap<Kind, usize> {
         *count.entry(fault.kind).or_default() += 1;
     }
     count
-}
-
-/// SplitMix64.
-struct SplitMix(u64);
-
-impl SplitMix {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(GOLDEN);
-        scatter(self.0)
-    }
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ pub use quantity::{Memory, Time};
 pub use yaml::Yaml;
 
 /// Exit code of `phalanx train` and of its agent for input that no restart mends.
-pub const WRONG_INPUT: u8 = 2;
+pub(crate) const WRONG_INPUT: u8 = 2;
 
 /// Something that was chosen for a request, and why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

@@ -3,7 +3,7 @@
 use spec::{Error, Result};
 
 /// Longest DNS label (RFC 1123, section 2.1).
-pub const LABEL_MAX: usize = 63;
+pub(crate) const LABEL_MAX: usize = 63;
 
 /// A label of RFC 1123: lower-case letters, digits and hyphens, beginning with a letter and ending with no hyphen, short
 /// enough that `suffix` more characters fit. Kubernetes asks for a leading letter where the name becomes a service's.
@@ -46,7 +46,7 @@ fn nearest(text: &str, most: usize) -> String {
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn subdomain(flag: &str, text: &str) -> Result<()> {
+pub(crate) fn subdomain(flag: &str, text: &str) -> Result<()> {
     /// Longest name (RFC 1123, section 2.1).
     const MOST: usize = 253;
     let is_part = |part: &str| {

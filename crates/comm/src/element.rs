@@ -99,7 +99,7 @@ impl RawSlice {
     }
 
     /// The elements of a slice that is only read.
-    pub fn of_const<T: Element>(slice: &[T]) -> RawSlice {
+    pub(crate) fn of_const<T: Element>(slice: &[T]) -> RawSlice {
         RawSlice { ptr: slice.as_ptr().cast_mut().cast(), count: slice.len(), element: T::TYPE }
     }
 

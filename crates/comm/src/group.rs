@@ -20,7 +20,7 @@ use hosts::Hosts;
 
 /// Messages on their way per (channel, receiver) unless [`Group::set_depth`] says otherwise: enough for the
 /// micro-batches in flight of a deep pipeline.
-pub const DEFAULT_DEPTH: usize = 64;
+pub(crate) const DEFAULT_DEPTH: usize = 64;
 
 /// Ranks that communicate with each other; cheap to clone, usable from several threads.
 ///

@@ -188,7 +188,7 @@ impl Mpi {
     ///
     /// # Errors
     /// The library says so.
-    pub fn all_reduce_unordered(&self, input: &[f32], output: &mut [f32]) -> Result<()> {
+    pub(crate) fn all_reduce_unordered(&self, input: &[f32], output: &mut [f32]) -> Result<()> {
         let count =
             c_int::try_from(input.len().min(output.len())).map_err(|_| Error::failure("too many values"))?;
         let _call = self.call();

@@ -36,7 +36,7 @@ const FILES_ENOUGH: u64 = 65_536;
 
 /// Lets this process open as many files as the system lets it without asking anybody: what `ulimit -n` starts with
 /// (1024, most often) is a default, and the hard limit the rule.
-pub fn raise_file_limit() {
+pub(crate) fn raise_file_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let most = maximum.unwrap_or(FILES_ENOUGH).min(FILES_ENOUGH);

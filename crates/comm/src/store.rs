@@ -32,14 +32,14 @@ pub use server::StoreServer;
 const HINT: &str = "\nhint: ";
 
 /// Longest key, bytes.
-pub const MAX_KEY_BYTES: usize = 1024;
+pub(crate) const MAX_KEY_BYTES: usize = 1024;
 /// Longest value, bytes: endpoints, plans and error reports are kilobytes, so a larger one is a mistake.
-pub const MAX_VALUE_BYTES: usize = 16 << 20;
+pub(crate) const MAX_VALUE_BYTES: usize = 16 << 20;
 /// Most connections a server holds at once: a few per rank of the largest job it is meant for.
-pub const MAX_CONNECTIONS: usize = 4096;
+pub(crate) const MAX_CONNECTIONS: usize = 4096;
 /// Most connections that have not shown yet that they are the job's; one more takes the place of the oldest.
-pub const MAX_STRANGERS: usize = 1024;
+pub(crate) const MAX_STRANGERS: usize = 1024;
 /// Most bytes of all keys and values: a thousand ranks leave kilobytes each.
 pub const MAX_STORE_BYTES: usize = 64 << 20;
 /// Most keys in one `wait`.
-pub const MAX_WAIT_KEYS: usize = 16_384;
+pub(crate) const MAX_WAIT_KEYS: usize = 16_384;

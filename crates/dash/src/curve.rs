@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 /// Buckets at most. A screen shows fewer; what is narrower is read from the file ([`crate::run::Run::zoom`]).
-pub const BUCKETS_MAX: usize = 2048;
+pub(crate) const BUCKETS_MAX: usize = 2048;
 
 /// Least, most and mean of one quantity over a bucket; values that are not finite are left out.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -106,7 +106,7 @@ impl<const N: usize> Curve<N> {
     }
 
     /// Nothing yet, with buckets of `width` points for a start.
-    pub fn of_width(width: u64) -> Self {
+    pub(crate) fn of_width(width: u64) -> Self {
         Curve { buckets: Vec::new(), width: width.max(1) }
     }
 

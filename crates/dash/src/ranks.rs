@@ -86,7 +86,7 @@ impl Rank {
     }
 
     /// Remembers where ops of a step lie.
-    pub fn observe_spans(&mut self, at: SpansAt) {
+    pub(crate) fn observe_spans(&mut self, at: SpansAt) {
         const STEPS_MAX: usize = 3;
         if self.spans.len() == STEPS_MAX {
             self.spans.remove(0);

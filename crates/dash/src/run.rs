@@ -17,7 +17,7 @@ pub const SERIES: [&str; 8] =
     ["loss", "grad_norm", "lr", "tokens_per_s", "mfu", "memory_bytes", "step_s", "exposed_comm_s"];
 
 /// Points kept one by one for those who look live; who is further behind gets the curves anew.
-pub const RECENT_MAX: usize = 1024;
+pub(crate) const RECENT_MAX: usize = 1024;
 
 /// Events kept for the list on the page.
 const NOTES_MAX: usize = 200;
@@ -164,7 +164,7 @@ impl Run {
     }
 
     /// Shows samples of the curves until the journal was read; then [`Run::replace`].
-    pub fn preview(&mut self, records: &[Record]) {
+    pub(crate) fn preview(&mut self, records: &[Record]) {
         for point in records.iter().filter_map(Point::of) {
             if self.latest.is_none_or(|l| l.at.step < point.at.step) {
                 self.steps.add(point.at, point.values);
@@ -369,7 +369,7 @@ impl Run {
     }
 
     /// Whether curves are made of samples so far.
-    pub fn is_preview(&self) -> bool {
+    pub(crate) fn is_preview(&self) -> bool {
         self.sampled
     }
 

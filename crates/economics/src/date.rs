@@ -82,7 +82,7 @@ impl Date {
     }
 
     /// Whether it lies wholly after `today`.
-    pub fn is_after(self, today: Date) -> bool {
+    pub(crate) fn is_after(self, today: Date) -> bool {
         let key = |d: Date, of: Date| {
             (d.year, of.month.and(d.month).unwrap_or(0), of.month.and(of.day).and(d.day).unwrap_or(0))
         };

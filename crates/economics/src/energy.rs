@@ -93,7 +93,7 @@ impl Site {
     }
 
     /// Kilowatts of the site for an accelerator that works for this share of the time.
-    pub fn kw_per_accelerator(&self, utilisation: f64) -> Spread {
+    pub(crate) fn kw_per_accelerator(&self, utilisation: f64) -> Spread {
         let mean = self.load.scaled(utilisation).plus(self.idle_load.scaled(1.0 - utilisation));
         self.rated_w.scaled(1e-3).times(mean).times(self.pue)
     }

@@ -10,7 +10,7 @@ use spec::{Catalog, Cluster, EntryKind, Error, Result};
 use crate::{DAY_S, Spread};
 
 /// Accelerators of the node that rates are given for.
-pub const ACCELERATORS_PER_NODE: f64 = 8.0;
+pub(crate) const ACCELERATORS_PER_NODE: f64 = 8.0;
 /// The entry that stands for machines of which nothing is known, and says what the others leave out.
 pub const USUAL: &str = "usual";
 /// What each accelerator adds to a restart, in seconds: 200, 300, 600 and 900 s on 16, 22, 64 and 98 thousand GPUs

@@ -263,9 +263,11 @@ impl ExposedRun {
 
     /// Goodput over the interval between checkpoints, logarithmically spaced around the best.
     pub fn curve(&self, recovery: Recovery, points: usize) -> Vec<Point> {
+        /// On either side of the best.
+        const SPAN: f64 = 30.0;
         let value = self.at_values();
         let best_s = self.intervals(recovery, &value).best_s;
-        let (from, to) = ((best_s / 30.0).max(self.shortest(&value)), (best_s * 30.0).min(INTERVAL_MAX_S));
+        let (from, to) = ((best_s / SPAN).max(self.shortest(&value)), (best_s * SPAN).min(INTERVAL_MAX_S));
         let at = |i: usize| from * (to / from).powf(i as f64 / (points.max(2) - 1) as f64);
         let point =
             |interval_s| Point { interval_s, goodput: self.terms(recovery, &value, interval_s)[0].share };

@@ -108,7 +108,7 @@ impl Ownership {
     }
 
     /// Dollars to buy it, in all and not rounded.
-    pub fn purchase_usd(&self) -> Spread {
+    pub(crate) fn purchase_usd(&self) -> Spread {
         self.purchase_parts().into_iter().map(|p| p.1).fold(Spread::exact(0.0), Spread::plus)
     }
 
@@ -214,7 +214,7 @@ impl Ownership {
     }
 
     /// Dollars a year, not rounded.
-    pub fn yearly_usd(&self, utilisation: f64) -> Spread {
+    pub(crate) fn yearly_usd(&self, utilisation: f64) -> Spread {
         sum(&self.yearly_parts(utilisation))
     }
 

@@ -8,7 +8,7 @@ use spec::{Catalog, Cluster, EntryKind, Error, Result};
 
 pub use given::{Given, names_in};
 
-use crate::{Date, HOURS_PER_MONTH, Spread};
+use crate::{Date, Spread};
 
 /// Older prices are said to be old: lists change by a third or more within a year (AWS p5 in 2025-06: -44 %).
 const OLD_MONTHS: u32 = 6;
@@ -216,7 +216,7 @@ fn same_region(catalog: &Catalog, entry: &Entry, region: &str) -> Result<()> {
 
 /// What the provider that rents `cluster` out quotes for its accelerator beside the platform's own price, the newest
 /// first.
-pub fn same_provider(catalog: &Catalog, cluster: &Cluster, commitment: Commitment) -> Option<Quote> {
+pub(crate) fn same_provider(catalog: &Catalog, cluster: &Cluster, commitment: Commitment) -> Option<Quote> {
     let own = catalog.get(EntryKind::Price, cluster.price.as_ref()?).ok()?;
     let provider = own.text("provider")?;
     let entries = rented(catalog, &cluster.accelerator.name).filter(|e| e.text("provider") == Some(provider));
@@ -359,11 +359,6 @@ fn one(entry: &Entry, commitment: Commitment, rate: &Quantity) -> Result<Quote> 
             .flatten(),
         notes: rate.note.iter().cloned().collect(),
     })
-}
-
-/// A share a month that a spot node is taken back, as providers state it, in events an hour.
-pub fn hazard_of_month(share: f64) -> f64 {
-    -(1.0 - share.clamp(0.0, 1.0)).max(f64::MIN_POSITIVE).ln() / HOURS_PER_MONTH
 }
 
 /// What an accelerator costs to buy, in dollars, if the catalogue knows.

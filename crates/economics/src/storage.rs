@@ -69,7 +69,11 @@ pub struct Sizing {
 ///
 /// # Errors
 /// If the catalogue lacks the server that filesystems are sized from.
-pub fn save_times(catalog: &Catalog, estimate: &StorageEstimate, nodes: usize) -> Result<Vec<SaveTimes>> {
+pub(crate) fn save_times(
+    catalog: &Catalog,
+    estimate: &StorageEstimate,
+    nodes: usize,
+) -> Result<Vec<SaveTimes>> {
     let written = Spread::from(estimate.write);
     let mut all = vec![SaveTimes { save: Save::Blocking, stall_s: written, behind_s: Spread::exact(0.0) }];
     if let Some(stall) = estimate.stall {
@@ -87,7 +91,7 @@ pub fn save_times(catalog: &Catalog, estimate: &StorageEstimate, nodes: usize) -
 ///
 /// # Errors
 /// If the catalogue lacks the server that filesystems are sized from.
-pub fn plan_storage(
+pub(crate) fn plan_storage(
     catalog: &Catalog,
     estimate: &StorageEstimate,
     nodes: usize,

@@ -17,7 +17,7 @@ use crate::mutant::{Mutant, is_planted};
 use core::time::Duration;
 
 /// Losses of one place in a row, no step between them, after which it is not worth another try.
-pub const KEEPS_FAILING: u32 = 3;
+pub(crate) const KEEPS_FAILING: u32 = 3;
 /// Workers that die together are seen to within this, and cost one restart.
 const SETTLE: Duration = Duration::from_millis(20);
 /// Before the second try in a row; it doubles from there.

@@ -135,7 +135,7 @@ pub enum Rule {
 }
 
 /// The verdict of one part from its readings: whether each agrees, and whether it is of today.
-pub fn of_readings(rule: Rule, readings: &[(Agreement, bool)]) -> Verdict {
+pub(crate) fn of_readings(rule: Rule, readings: &[(Agreement, bool)]) -> Verdict {
     match rule {
         Rule::Undisclosed => return Verdict::Unconfirmed,
         Rule::NothingStated => return Verdict::NoFigure,

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use spec::{Error, Result, suggest};
+use spec::suggest::{self, plain};
+use spec::{Error, Result};
 
 /// What a serving stack makes of a machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -148,10 +149,11 @@ impl Stack {
     /// # Ok::<(), spec::Error>(())
     /// ```
     pub fn named(name: &str) -> Result<Stack> {
-        let wanted = plain(name);
+        let wanted = plain(name, "");
         let all = Stack::all()?;
         let known: Vec<String> = all.iter().map(|s| s.name.clone()).collect();
-        let named = |s: &Stack| plain(&s.name) == wanted || s.aliases.iter().any(|a| plain(a) == wanted);
+        let named =
+            |s: &Stack| plain(&s.name, "") == wanted || s.aliases.iter().any(|a| plain(a, "") == wanted);
         all.into_iter().find(named).ok_or_else(|| {
             Error::user(format!("unknown serving stack \"{name}\""))
                 .hint(suggest::hint(name, known.iter().map(String::as_str)))
@@ -163,11 +165,12 @@ impl Stack {
     /// # Errors
     /// As [`Stack::all`].
     pub fn of_source(source: &str) -> Result<Stack> {
-        let text = plain(source);
+        let text = plain(source, "");
         let mut best: Option<(usize, Stack)> = None;
         for stack in Stack::all()? {
             let names = stack.aliases.iter().chain(std::iter::once(&stack.name));
-            let found = names.map(|n| plain(n)).filter(|n| text.contains(n.as_str())).map(|n| n.len()).max();
+            let found =
+                names.map(|n| plain(n, "")).filter(|n| text.contains(n.as_str())).map(|n| n.len()).max();
             if let Some(length) = found
                 && best.as_ref().is_none_or(|b| b.0 < length)
             {
@@ -193,10 +196,6 @@ impl Stack {
     }
 }
 
-fn plain(name: &str) -> String {
-    name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -218,7 +217,7 @@ mod tests {
         for s in &all {
             assert!(s.source.len() > 20 && s.date.len() >= 7, "{}", s.name);
             for name in std::iter::once(&s.name).chain(&s.aliases) {
-                assert!(seen.insert(plain(name)), "{name} names two stacks");
+                assert!(seen.insert(plain(name, "")), "{name} names two stacks");
             }
         }
     }

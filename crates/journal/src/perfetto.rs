@@ -58,7 +58,7 @@ impl<W: Write> TraceWriter<W> {
     ///
     /// # Errors
     /// When writing fails.
-    pub fn rank_name(&mut self, rank: usize, name: &str) -> io::Result<()> {
+    pub(crate) fn rank_name(&mut self, rank: usize, name: &str) -> io::Result<()> {
         self.separator()?;
         let name = text(name);
         write!(self.out, r#"{{"ph":"M","name":"process_name","pid":{rank},"args":{{"name":{name}}}}}"#)?;

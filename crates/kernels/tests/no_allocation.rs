@@ -30,6 +30,9 @@ fn shape(seqs: usize, seq: usize, heads: usize, h: usize) -> Attention {
     Attention { seqs, seq, heads, kv_heads: heads, head_dim: h, value_dim: h, scale: 0.3 }
 }
 
+const ADAM: AdamW =
+    AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.0, step: 1, grad_scale: 1.0 };
+
 #[test]
 fn kernels_do_not_allocate() {
     const N: usize = 64;
@@ -60,8 +63,6 @@ fn kernels_do_not_allocate() {
         pos_grad_workspace_len(DIM, &tree, threads),
     ];
     let mut ws = vec(lens.into_iter().max().unwrap_or(0));
-    let adam =
-        AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.0, step: 1, grad_scale: 1.0 };
     let mut experts = mixture(&pool);
     let mut run = || {
         experts();
@@ -92,7 +93,7 @@ fn kernels_do_not_allocate() {
         gelu_dx(pool, Gelu::Tanh, &x, &x, &mut y);
         add(pool, &x, &x, &mut y);
         xent_fused(pool, &mut qkv, &tokens, LossTerms::plain(0.1), &mut rstd, N, LD);
-        adamw(pool, &adam, &mut grad2[..LD], &mut moment, &mut moment2, &grad3[..LD]);
+        adamw(pool, &ADAM, &mut grad2[..LD], &mut moment, &mut moment2, &grad3[..LD]);
         sum_squares(pool, &x, &mut partials, N * DIM / 4);
         copy(pool, &x, &mut y);
         fill(pool, &mut y, 0.0);

@@ -60,7 +60,7 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
             ([rows(0), cols(0), 1.0], (op.ins[0].rows as f64) * cols(0) * 4.0)
         }
         AdamW { .. } => {
-            let each = if p.precision == DType::F32 { 28.0 } else { 30.0 };
+            let each = if p.precision == DType::F32 { ADAMW_BYTES } else { ADAMW_BYTES + 2.0 };
             // Parameters that all fit in a cache are updated faster than those that stream from memory.
             let all: usize = p.group_buffers.iter().map(|b| b.owned.count).sum();
             ([bytes / each, all as f64, 1.0], bytes)
@@ -71,12 +71,12 @@ pub fn kernel(op: &Op, p: &Program) -> Option<Kernel> {
             let counted = (0..).map(GroupId).zip(&p.group_buffers).filter(|(_, b)| b.counts);
             let elements = counted.map(|(g, _)| p.share(g).count).sum::<usize>() as f64;
             let sums = p.buffer(p.io.norm_chunks).len() as f64;
-            ([elements, NORM_CHUNK as f64, sums], 4.0 * elements + 16.0 * sums)
+            ([elements, NORM_CHUNK as f64, sums], F32 * elements + 2.0 * F64 * sums)
         }
-        TieGrads { group } => ([owned(*group), 1.0, 1.0], 12.0 * owned(*group)),
+        TieGrads { group } => ([owned(*group), 1.0, 1.0], SUM_BYTES * owned(*group)),
         ShardGrads { bucket } => {
             let elements: f64 = p.buckets[*bucket].grads.iter().map(|(g, _)| owned(*g)).sum();
-            ([elements, 1.0, 1.0], 12.0 * elements)
+            ([elements, 1.0, 1.0], SUM_BYTES * elements)
         }
         _ if op.only_talks() => return None,
         Fork { .. } | AttentionCached { .. } | LatentCached { .. } => return None,
@@ -113,11 +113,21 @@ fn kind(op: &Op) -> &'static str {
     }
 }
 
+const F32: f64 = 4.0;
+const F64: f64 = 8.0;
+
+/// Bytes of an element that AdamW updates: it reads weight, gradient and both moments, and writes all but the gradient; in
+/// bf16 the parameter beside its master too.
+const ADAMW_BYTES: f64 = 7.0 * F32;
+
+/// Bytes of an element that two in 32 bit become.
+const SUM_BYTES: f64 = 3.0 * F32;
+
 /// Shape and work of Muon's ops and of averages: products of about the shape of the largest matrix, and streams.
 fn muon(op: &Op, p: &Program) -> ([f64; 3], f64) {
     let OpKind::Orthogonalise { matrices, shares } = &op.kind else {
         let bytes = op.cost.bytes as f64;
-        return ([bytes / 12.0, 1.0, 1.0], bytes);
+        return ([bytes / SUM_BYTES, 1.0, 1.0], bytes);
     };
     let cols = p.buffer(op.outs[0].buffer).cols;
     let (rows, cols) = matrices.iter().map(|m| shares.whole(m.rows, cols)).max().unwrap_or_default();

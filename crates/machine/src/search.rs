@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use program::{Coords, Program, check_mixture};
 use rayon::prelude::*;
 use serde::Serialize;
-use spec::{ContextMode, Error, Layout, PipelineSchedule, Recompute, Result, Zero};
+use spec::{ContextMode, Error, Layout, PipelineSchedule, Recompute, Result, Zero, divisors};
 
 use crate::{Machine, StepEstimate, Workload, estimate, estimate_programs, kernel, program_of};
 
@@ -37,7 +37,8 @@ pub struct Chosen {
     /// the order of sums.
     pub faster_with_other_bits: Option<Choice>,
     /// Layouts estimated.
-    pub layouts_priced: usize,
+    #[serde(rename = "layouts_priced")]
+    pub layouts_estimated: usize,
     /// Layouts that do not fit in the memory.
     pub too_large: usize,
     /// Layouts that the model or the batch does not allow.
@@ -85,13 +86,13 @@ pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Ch
     let timed: Vec<Choice> = allowed
         .par_iter()
         .filter_map(|layout| match quick(machine, load, layout) {
-            // A file that is older than what cuts sequences prices the rest.
+            // A file that is older than what cuts sequences estimates the rest.
             Err(_) if layout.deals_heads() => None,
             timed => Some(timed),
         })
         .collect::<Result<_>>()?;
-    let layouts_priced = timed.len();
-    let not_measured = all - layouts_priced;
+    let layouts_estimated = timed.len();
+    let not_measured = all - layouts_estimated;
     let smallest = timed.iter().map(|c| c.total_bytes).min().unwrap_or(0);
     let most = MEMORY_SHARE * machine.memory_bytes as f64;
     let mut fit: Vec<Choice> = timed.into_iter().filter(|c| c.total_bytes as f64 <= most).collect();
@@ -105,7 +106,7 @@ pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Ch
         ))
         .hint("a smaller model or batch takes less"));
     }
-    let too_large = layouts_priced - fit.len();
+    let too_large = layouts_estimated - fit.len();
     // A stable sort: of equals the first in the order of the search stays first, on every rank.
     fit.sort_by(|a, b| a.step_s.total_cmp(&b.step_s));
     let (mut same, mut other): (Vec<_>, Vec<_>) =
@@ -116,7 +117,7 @@ pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Ch
     let faster_with_other_bits = other.into_iter().next().filter(|f| f.step_s < same[0].step_s);
     same.truncate(KEEP);
     let best = same.iter().map(|c| exact(machine, load, c)).collect::<Result<_>>()?;
-    Ok(Chosen { best, faster_with_other_bits, layouts_priced, too_large, not_allowed, not_measured })
+    Ok(Chosen { best, faster_with_other_bits, layouts_estimated, too_large, not_allowed, not_measured })
 }
 
 /// Kinds of op that the layouts of a search have and the calibration knows nothing of.
@@ -248,10 +249,6 @@ pub(crate) fn axes(load: &Workload<'_>, ranks: usize) -> Vec<Layout> {
         }
     }
     out
-}
-
-fn divisors(n: usize) -> impl Iterator<Item = usize> {
-    (1..=n).filter(move |d| n.is_multiple_of(*d))
 }
 
 fn schedules(pp: usize) -> Vec<(PipelineSchedule, usize)> {

@@ -100,7 +100,7 @@ impl Machine {
     }
 
     /// The best rate of matrix products that ranks reach together, FLOP/s.
-    pub fn product_rate(&self) -> f64 {
+    pub(crate) fn product_rate(&self) -> f64 {
         let products = self.kernels.iter().filter(|(k, _)| k.kind == "linear");
         let rates = products.flat_map(|(k, samples)| samples.iter().map(|s| s.per_s * k.at.beside as f64));
         rates.fold(0.0, f64::max)

@@ -227,9 +227,9 @@ fn uneven_experts_take_the_time_of_the_busiest_rank() {
     }
 }
 
-/// Rows are priced as they come, not as there is room for, and messages by the rank that most come to.
+/// Rows are estimated as they come, not as there is room for, and messages by the rank that most come to.
 #[test]
-fn experts_are_priced_by_the_rows_that_come() {
+fn experts_are_estimated_by_the_rows_that_come() {
     let model = mixture();
     for (layout, room) in [
         (Layout::default(), 1.0),
@@ -282,7 +282,7 @@ fn the_search_takes_the_fastest_that_keeps_the_bits_and_is_the_same_every_time()
     let found = search(&m, &load(&model), 2).expect("a choice");
     assert_eq!(found.best[0].layout.tp, 1);
     assert!(found.best.windows(2).all(|w| w[0].step_s <= w[1].step_s));
-    assert!(found.layouts_priced > 10);
+    assert!(found.layouts_estimated > 10);
     let again = search(&m, &load(&model), 2).expect("a choice");
     assert_eq!(found.best[0].layout, again.best[0].layout);
     assert_eq!(found.best[0].step_s.to_bits(), again.best[0].step_s.to_bits());
@@ -310,11 +310,11 @@ fn the_search_takes_the_fastest_that_keeps_the_bits_and_is_the_same_every_time()
     let one_sequence = Workload { sequences: 1, ..load(&one) };
     let cut = search(&m, &one_sequence, 2).expect("a choice");
     assert_eq!((cut.best[0].layout.cp, cut.faster_with_other_bits.is_none()), (2, true));
-    // A file from before heads were dealt prices all else.
+    // A file from before heads were dealt estimates all else.
     let mut older = machine(1e9, 1e-30);
     older.links.retain(|k, _| k.op != "all_to_all");
     let found = search(&older, &load(&model), 2).expect("a choice");
-    assert!(found.not_measured > 0 && found.layouts_priced > found.not_measured);
+    assert!(found.not_measured > 0 && found.layouts_estimated > found.not_measured);
     // Where one rank alone must do, there is nothing to share.
     assert_eq!(search(&m, &load(&model), 1).expect("a choice").best[0].layout.world(), 1);
 }

@@ -53,7 +53,7 @@ impl Calibration<'_> {
         let (kernels, spread) = measured.kernels();
         Ok(Machine {
             host: train::host(),
-            cpu: host::cpu(),
+            cpu: train::processor(),
             cores: self.cores,
             // Without the system's word enough not to stand in the way.
             memory_bytes: train::memory_bytes().unwrap_or(usize::MAX >> 1),

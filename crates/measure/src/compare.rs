@@ -7,9 +7,10 @@ use journal::{Record, Step};
 use machine::{Machine, OpEstimate, StepEstimate, Workload, estimate};
 use program::OpId;
 use serde::Serialize;
+use spec::stats::median;
 use spec::{Error, Result, RunSpec};
 
-use crate::{Counts, quantile, workload};
+use crate::{Counts, workload};
 
 /// What one rank's journal says about its steps.
 #[derive(Default)]
@@ -150,12 +151,8 @@ impl Measured {
     }
 
     fn op_s(&self, id: OpId) -> f64 {
-        self.ops.get(&id).map_or(0.0, |(_, steps)| median(steps.values()))
+        self.ops.get(&id).map_or(0.0, |(_, steps)| median(steps.values().copied()))
     }
-}
-
-fn median<'a>(values: impl Iterator<Item = &'a f64>) -> f64 {
-    quantile(&mut values.copied().collect::<Vec<_>>(), 0.5)
 }
 
 /// What is predicted of the program that the run ran.
@@ -177,12 +174,12 @@ fn predict(table: &Machine, run: &RunSpec, measured: &[Measured]) -> Result<Step
 
 fn report(dir: &Path, run: &RunSpec, measured: &[Measured], predicted: &StepEstimate) -> Report {
     let (kinds, ops, unmatched) = join(measured, predicted);
-    let exposed: Vec<f64> = measured.iter().map(|m| median(m.exposed_s.values())).collect();
+    let exposed: Vec<f64> = measured.iter().map(|m| median(m.exposed_s.values().copied())).collect();
     let most = (0..exposed.len()).max_by(|&a, &b| exposed[a].total_cmp(&exposed[b])).unwrap_or(0);
     let comm = |of: &dyn Fn(&OpEstimate) -> f64| -> f64 {
         predicted.ranks[most].ops.iter().filter(|o| o.talks).map(of).sum()
     };
-    let measured_step_s = measured.iter().map(|m| median(m.step_s.values())).fold(0.0, f64::max);
+    let measured_step_s = measured.iter().map(|m| median(m.step_s.values().copied())).fold(0.0, f64::max);
     let predicted_bytes: Vec<u64> = predicted.ranks.iter().map(|r| r.memory_bytes as u64).collect();
     let measured_bytes: Vec<u64> = measured.iter().map(|m| m.memory_bytes).collect();
     Report {

@@ -14,7 +14,7 @@ mod programs;
 mod record;
 mod tables;
 
-pub use host::{cpu, load_average};
+pub use host::load_average;
 pub use stepper::Stepper;
 
 use std::path::Path;
@@ -83,16 +83,9 @@ impl Counts {
     }
 }
 
-/// The value that the share `q` of `values` is not above; 0 of none. Sorts them.
-pub fn quantile(values: &mut [f64], q: f64) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let at = (q * values.len().saturating_sub(1) as f64).round() as usize;
-    values.get(at).copied().unwrap_or(0.0)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{Counts, Record, Step, quantile};
+    use super::{Counts, Record, Step};
 
     #[test]
     fn counts_of_steps_become_shares_of_layers() {
@@ -109,13 +102,5 @@ mod tests {
         assert_eq!(of(&steps), Some(vec![vec![], vec![0.5, 0.5]]));
         let other = [Some(vec![vec![8, 0]]), Some(vec![vec![], vec![3, 1]])];
         assert_eq!(of(&other), Some(vec![vec![], vec![0.75, 0.25]]));
-    }
-
-    #[test]
-    fn quantiles_of_few_values() {
-        assert_eq!(quantile(&mut [3.0, 1.0, 2.0], 0.3), 2.0);
-        assert_eq!(quantile(&mut [5.0, 1.0, 2.0, 3.0, 4.0], 0.3), 2.0);
-        assert_eq!(quantile(&mut [7.0], 0.9), 7.0);
-        assert_eq!(quantile(&mut [], 0.5), 0.0);
     }
 }

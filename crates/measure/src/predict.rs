@@ -2,9 +2,10 @@
 
 use machine::{Machine, StepEstimate, estimate};
 use serde::{Deserialize, Serialize};
+use spec::stats::{kendall_tau, median, quantile};
 use spec::{Result, RunSpec};
 
-use crate::{quantile, workload};
+use crate::workload;
 
 /// A layout to try.
 #[derive(Clone, Copy, Debug)]
@@ -107,7 +108,7 @@ pub fn predict(
             let found = measure(case)?;
             all.steps_s.extend(found.steps_s);
             all.rank_bytes = found.rank_bytes;
-            each(round, case, estimate.step_s, quantile(&mut all.steps_s.clone(), 0.5));
+            each(round, case, estimate.step_s, median(all.steps_s.iter().copied()));
         }
     }
     Ok(open.into_iter().map(|(case, estimate, steps)| prediction(case, &estimate, steps)).collect())
@@ -138,37 +139,5 @@ fn prediction(case: Case, estimate: &StepEstimate, mut steps: Steps) -> Predicti
 /// the wrong one (Kendall 1938). `None` of fewer than two.
 pub fn order(rows: &[Prediction]) -> Option<f64> {
     let pairs: Vec<(f64, f64)> = rows.iter().map(|r| (r.predicted_s, r.measured_s)).collect();
-    tau(&pairs)
-}
-
-fn tau(pairs: &[(f64, f64)]) -> Option<f64> {
-    let (mut agree, mut all) = (0.0, 0.0);
-    for (i, a) in pairs.iter().enumerate() {
-        for b in &pairs[..i] {
-            let both = (a.0 - b.0) * (a.1 - b.1);
-            // Ties count for neither.
-            agree += if both == 0.0 { 0.0 } else { both.signum() };
-            all += 1.0;
-        }
-    }
-    (all > 0.0).then(|| agree / all)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::tau;
-
-    #[test]
-    fn order_is_counted_by_pairs() {
-        let of = |order: &[f64]| {
-            let pairs: Vec<(f64, f64)> = order.iter().enumerate().map(|(i, m)| (i as f64, *m)).collect();
-            tau(&pairs)
-        };
-        assert_eq!(of(&[1.0, 2.0, 3.0, 4.0]), Some(1.0));
-        assert_eq!(of(&[4.0, 3.0, 2.0, 1.0]), Some(-1.0));
-        // One of six pairs is turned round.
-        assert_eq!(of(&[1.0, 3.0, 2.0, 4.0]), Some(4.0 / 6.0));
-        assert_eq!(of(&[1.0, 1.0, 2.0]), Some(2.0 / 3.0));
-        assert_eq!(of(&[1.0]), None);
-    }
+    kendall_tau(&pairs)
 }

@@ -5,10 +5,9 @@ use std::time::Instant;
 
 use program::Request;
 use serde::Serialize;
+use spec::stats::quantile;
 use spec::{Result, RunSpec};
 use train::{Device, Executor, Mesh, StepInputs};
-
-use crate::quantile;
 
 /// One rank of a model that steps on random tokens.
 pub struct Stepper {

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use machine::table::{Conditions, KernelKey, LinkKey, Message, Sample};
 use machine::{LinkOp, kernel};
 use serde::Deserialize;
+use spec::stats::quantile;
 
-use crate::quantile;
 use crate::record::{Recorded, Took};
 
 /// What others take of the machine while it is measured is not its own noise.

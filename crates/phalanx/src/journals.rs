@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use dash::run::Run;
 use journal::line::Line;
@@ -164,9 +163,8 @@ fn show(run_dir: &Path, rank: usize, as_json: bool) -> Result<()> {
 fn metrics(dirs: &[PathBuf]) -> Result<()> {
     let watch = dash::watch::Watch::new(dirs, &watching::lookup(Path::new("")))?;
     watch.wait_until_read();
-    let now_us = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_micros() as u64);
     let shared = watch.shared();
-    let page = render(&dash::view::metrics(&shared.runs(), now_us), &[], Format::Text);
+    let page = render(&dash::view::metrics(&shared.runs(), train::now_us()), &[], Format::Text);
     output::print(&page);
     Ok(())
 }

@@ -46,7 +46,8 @@ pub(crate) fn try_print(text: &str) -> std::io::Result<()> {
     write!(out, "{text}{newline}").and_then(|()| out.flush())
 }
 
-fn or_exit(written: std::io::Result<()>) {
+/// Ends the process where stdout takes no more; a reader that has seen enough is no error.
+pub(crate) fn or_exit(written: std::io::Result<()>) {
     if let Err(e) = written
         && e.kind() != std::io::ErrorKind::BrokenPipe
     {

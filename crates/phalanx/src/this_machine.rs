@@ -115,7 +115,7 @@ fn on(
 fn explain(chosen: &Chosen, machine: &Machine) {
     let mut say = String::new();
     let mut write = || -> std::fmt::Result {
-        write!(say, "layout auto: {} layouts priced from {FILE}", chosen.layouts_priced)?;
+        write!(say, "layout auto: {} layouts priced from {FILE}", chosen.layouts_estimated)?;
         if chosen.too_large > 0 {
             write!(say, ", {} of them too large", chosen.too_large)?;
         }
@@ -126,7 +126,7 @@ fn explain(chosen: &Chosen, machine: &Machine) {
                 chosen.not_measured
             )?;
         }
-        if machine.cpu != measure::cpu() || machine.cores != output::threads(0) {
+        if machine.cpu != train::processor() || machine.cores != output::threads(0) {
             write!(say, "; it was measured on {} with {} cores", machine.cpu, machine.cores)?;
         }
         let best = &chosen.best[0];
@@ -339,8 +339,8 @@ fn answer(
         "sequence": run.batch.sequence,
         "sequences": run.batch.sequences,
         "search": {
-            "layouts_priced": chosen.layouts_priced,
-            "layouts_per_s": chosen.layouts_priced as f64 / seconds.max(1e-9),
+            "layouts_priced": chosen.layouts_estimated,
+            "layouts_per_s": chosen.layouts_estimated as f64 / seconds.max(1e-9),
             "seconds": seconds,
             "too_large": chosen.too_large,
             "not_allowed": chosen.not_allowed,
@@ -405,7 +405,7 @@ fn text(
         writeln!(
             out,
             "{} layouts priced in {seconds:.2} s, {} too large, {} not allowed\n",
-            chosen.layouts_priced, chosen.too_large, chosen.not_allowed
+            chosen.layouts_estimated, chosen.too_large, chosen.not_allowed
         )?;
         for (i, c) in chosen.best.iter().take(args.keep.max(1)).enumerate() {
             writeln!(

@@ -17,7 +17,10 @@ pub(crate) fn parse<T: Parser>(words: impl IntoIterator<Item = OsString>) -> Res
     match T::try_parse_from(joined(words)) {
         Ok(args) => Ok(Ok(args)),
         Err(e) => match e.kind() {
-            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => shown(&e).map(Err),
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+                output::or_exit(e.print().and_then(|()| std::io::stdout().flush()));
+                Ok(Err(0))
+            }
             // A command that lacks its subcommand: its help says more than any line.
             ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
                 output::say(e.render().to_string().trim_end());
@@ -25,17 +28,6 @@ pub(crate) fn parse<T: Parser>(words: impl IntoIterator<Item = OsString>) -> Res
             }
             _ => Err(refusal(&e.render().to_string())),
         },
-    }
-}
-
-fn shown(e: &clap::Error) -> Result<u8> {
-    // A reader that has seen enough is no error.
-    match e.print().and_then(|()| std::io::stdout().flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Error::failure(format!("write to stdout: {e}"))
-                .hint("free space there, or send stdout elsewhere"))
-        }
-        _ => Ok(0),
     }
 }
 

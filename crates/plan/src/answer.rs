@@ -285,7 +285,7 @@ pub fn estimate_given(question: Question, layout: &str, calibration: &Calibratio
     let searched = Searched {
         pareto: found.clone(),
         best: found,
-        layouts_priced: 1,
+        layouts_estimated: 1,
         layouts_pruned: 0,
         refused: Default::default(),
     };
@@ -316,7 +316,7 @@ pub fn fastest_each(
         let searched = Searched {
             pareto: best.clone(),
             best,
-            layouts_priced: 0,
+            layouts_estimated: 0,
             layouts_pruned: 0,
             refused: Default::default(),
         };
@@ -399,12 +399,15 @@ fn estimate_storage(question: &Question, problem: &Problem) -> Option<StorageEst
     )
 }
 
+/// The largest micro-batch that is tried: products are large long before.
+const MICRO_BATCH_MAX: usize = 32;
+
 fn space(question: &Question) -> Space {
     Space {
         accelerators: question.cluster.accelerators,
         format: question.format,
         keep: question.keep.max(1),
-        micro_batch_max: 32,
+        micro_batch_max: MICRO_BATCH_MAX,
         trainable_only: question.trainable_only,
         strategy: question.strategy,
     }
@@ -539,9 +542,9 @@ impl Answer {
             "tokens": q.tokens,
             "optimizer": q.optimizer.rule.name(),
             "search": {
-                "layouts_priced": self.searched.layouts_priced,
+                "layouts_priced": self.searched.layouts_estimated,
                 "layouts_pruned": self.searched.layouts_pruned,
-                "layouts_per_s": self.searched.layouts_priced as f64 / seconds.max(1e-9),
+                "layouts_per_s": self.searched.layouts_estimated as f64 / seconds.max(1e-9),
                 "seconds": seconds,
                 "threads": threads,
                 "refused": self.searched.refused,
@@ -560,6 +563,7 @@ impl Answer {
     /// If the changed machine allows no layout, which more of anything excludes.
     pub fn explain(&self) -> Result<Vec<Sensitivity>> {
         const STEP: f64 = 1.01;
+        const BETTER: f64 = 1.25;
         let Some(best) = self.best.first() else { return Ok(Vec::new()) };
         let space = space(&self.question);
         Knob::ALL
@@ -573,16 +577,16 @@ impl Answer {
                     Ok(Estimator::new(&changed(by), self.question.format)?.estimate(&best.placement)?.step_s)
                 };
                 let more = if self.given {
-                    with(1.25)?
+                    with(BETTER)?
                 } else {
-                    let more = search::search(&changed(1.25), &space, &|_, _| ())?;
+                    let more = search::search(&changed(BETTER), &space, &|_, _| ())?;
                     more.best.first().map_or(best.step_s, |f| f.estimate.step_s)
                 };
                 // Faster machines wait for the same storage.
-                let priced = best.step_s - best.loading_s;
+                let estimated = best.step_s - best.loading_s;
                 Ok(Sensitivity {
                     of,
-                    elasticity: (with(STEP)? / priced).ln() / STEP.ln(),
+                    elasticity: (with(STEP)? / estimated).ln() / STEP.ln(),
                     step_s_with_quarter_more: more.max(if best.loading_s > 0.0 { best.step_s } else { 0.0 }),
                 })
             })

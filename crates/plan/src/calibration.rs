@@ -168,6 +168,9 @@ const WIDER_PER_DOUBLING: f64 = 0.15;
 
 /// How much an interval widens (as a power) where nothing of the same pace was validated.
 const OTHER_PACE: f64 = 1.25;
+/// The same where it was validated on the accelerator's family, or on the stack, but not on both together.
+const FAMILY_ALONE: f64 = 1.25;
+const SOFTWARE_ALONE: f64 = 1.5;
 
 /// Fewer rows than this say little about a spread.
 const SPREAD_ROWS_MIN: usize = 5;
@@ -212,10 +215,10 @@ impl Calibration {
         let of = &self.spread;
         find(&of.both, &both, Some(pace), 1.0, Evidence::Validated)
             .or_else(|| find(&of.both, &both, None, OTHER_PACE, Evidence::OtherPace))
-            .or_else(|| find(&of.family, family, Some(pace), 1.25, Evidence::Family))
-            .or_else(|| find(&of.family, family, None, 1.25 * OTHER_PACE, Evidence::Family))
-            .or_else(|| find(&of.software, software, Some(pace), 1.5, Evidence::Software))
-            .or_else(|| find(&of.software, software, None, 1.5 * OTHER_PACE, Evidence::Software))
+            .or_else(|| find(&of.family, family, Some(pace), FAMILY_ALONE, Evidence::Family))
+            .or_else(|| find(&of.family, family, None, FAMILY_ALONE * OTHER_PACE, Evidence::Family))
+            .or_else(|| find(&of.software, software, Some(pace), SOFTWARE_ALONE, Evidence::Software))
+            .or_else(|| find(&of.software, software, None, SOFTWARE_ALONE * OTHER_PACE, Evidence::Software))
             .unwrap_or(Grade {
                 factor: FACTOR_UNKNOWN,
                 rows: 0,

@@ -75,94 +75,34 @@ fn as_many(ranks: usize, cluster: &spec::Cluster) -> String {
 /// # Errors
 /// If a key or value is unknown, or the layout is impossible on this problem: the message says why.
 pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Result<Given> {
-    let written = split(text)?;
-    let count = |key: &str| -> Result<Option<usize>> {
-        let Some(value) = written.get(key) else { return Ok(None) };
-        match value.parse() {
-            Ok(n) if (1..=MAX).contains(&n) => Ok(Some(n)),
-            _ => Err(wrong(key, value, &format!("a count from 1 to {MAX}"))),
-        }
+    let mut w = Written { values: split(text)?, filled: Vec::new() };
+    let (tp, pp, cp) = (w.count_or("tp", 1)?, w.count_or("pp", 1)?, w.count_or("cp", 1)?);
+    let dp = w.dp(text, [tp, pp, cp], &problem.cluster)?;
+    let splits = problem.software.sequence_parallel && (problem.sequence / cp).is_multiple_of(tp);
+    let sequence_parallel = match w.choice("sequence_parallel", &FLAGS)? {
+        Some(given) => given,
+        None => tp > 1 && w.fill("sequence_parallel", splits),
     };
-    let word = |key: &str| written.get(key).map(|v| v.to_ascii_lowercase());
-    let mut filled = Vec::new();
-    let mut fill = |key: &str, value: String| filled.push(format!("{key}={value}"));
-
-    let n = problem.cluster.accelerators;
-    let (tp, pp, cp) = (count("tp")?.unwrap_or(1), count("pp")?.unwrap_or(1), count("cp")?.unwrap_or(1));
-    let inner = tp * pp * cp;
-    let dp = match count("dp")? {
-        Some(dp) => dp,
-        None if n.is_multiple_of(inner) => {
-            fill("dp", (n / inner).to_string());
-            n / inner
-        }
-        None => {
-            return Err(Error::user(format!(
-                "layout {text}: tp x pp x cp = {tp} x {pp} x {cp} = {inner} does not divide {n} accelerators"
-            ))
-            .hint(multiples(n, inner, problem.cluster.accelerators_max)));
-        }
-    };
-    if dp * inner != n {
-        return Err(Error::user(format!(
-            "layout {text}: dp x tp x pp x cp = {dp} x {tp} x {pp} x {cp} = {} is not the {n} accelerators",
-            dp * inner
-        ))
-        .hint(as_many(dp * inner, &problem.cluster)));
-    }
-    let sequence_parallel = match word("sequence_parallel").as_deref() {
-        None => {
-            let usual =
-                tp > 1 && problem.software.sequence_parallel && (problem.sequence / cp).is_multiple_of(tp);
-            if tp > 1 {
-                fill("sequence_parallel", usual.to_string());
-            }
-            usual
-        }
-        Some("true" | "yes" | "on" | "1") => true,
-        Some("false" | "no" | "off" | "0") => false,
-        Some(value) => return Err(wrong("sequence_parallel", value, "true or false")),
-    };
-    let zero = match word("zero") {
-        None => {
-            let usual = match (dp * cp, problem.software.fsdp) {
-                (1, _) => 0,
-                (_, true) => 3,
-                (_, false) => 1,
-            };
-            fill("zero", usual.to_string());
-            usual
-        }
-        Some(value) => value.parse().map_err(|_| wrong("zero", &value, "0, 1, 2 or 3"))?,
+    let zero = match w.word("zero") {
+        Some(value) => value.parse().map_err(|_| wrong("zero", &value))?,
+        None if dp * cp == 1 => w.fill("zero", 0),
+        None => w.fill("zero", if problem.software.fsdp { 3 } else { 1 }),
     };
     let zero = Zero::try_from(zero).map_err(|e| Error::user(e).hint("0 shards nothing, 3 everything"))?;
-    let chunks = count("chunks")?;
-    let schedule = match word("schedule").as_deref() {
-        None if chunks.unwrap_or(1) > 1 => PipelineSchedule::Interleaved,
-        None => PipelineSchedule::OneFOneB,
-        Some("1f1b") => PipelineSchedule::OneFOneB,
-        Some("interleaved") => PipelineSchedule::Interleaved,
-        Some("zero-bubble" | "zb" | "zb-h1") => PipelineSchedule::ZeroBubble,
-        Some("gpipe") => PipelineSchedule::Gpipe,
-        Some(value) => return Err(wrong("schedule", value, "1f1b, interleaved, zero-bubble or gpipe")),
-    };
-    let recompute = match word("recompute").as_deref() {
+    let chunks = w.count_or("chunks", 1)?;
+    let usual = if chunks > 1 { PipelineSchedule::Interleaved } else { PipelineSchedule::OneFOneB };
+    let schedule = w.choice("schedule", &SCHEDULES)?.unwrap_or(usual);
+    let recompute = match w.word("recompute") {
+        Some(word) => Recompute::parse(&word).ok_or_else(|| wrong("recompute", &word))?,
         None => {
-            fill("recompute", "none".to_owned());
+            w.fill("recompute", Recompute::None.name());
             Recompute::None
         }
-        Some("none") => Recompute::None,
-        Some("selective") => Recompute::Selective,
-        Some("full") => Recompute::Full,
-        Some(value) => return Err(wrong("recompute", value, "none, selective or full")),
     };
-    let order = order(word("order").as_deref())?;
-    let micro_batch = match count("micro_batch")? {
-        Some(micro_batch) => micro_batch,
-        None => {
-            fill("micro_batch", "1".to_owned());
-            1
-        }
+    let order = w.choice("order", &ORDERS)?.unwrap_or_default();
+    let micro_batch = match w.count("micro_batch")? {
+        Some(given) => given,
+        None => w.fill("micro_batch", 1),
     };
     let layout = Layout {
         dp,
@@ -170,35 +110,97 @@ pub fn parse(text: &str, problem: &Problem, format: spec::NumberFormat) -> Resul
         pp,
         sequence_parallel,
         zero,
-        shard: count("shard")?.filter(|shard| *shard != dp),
+        shard: w.count("shard")?.filter(|shard| *shard != dp),
         schedule,
-        chunks: chunks.unwrap_or(1),
-        stage_layers: stage_layers(written.get("stage_layers"))?,
+        chunks,
+        stage_layers: stage_layers(w.values.get("stage_layers"))?,
         micro_batch,
         recompute,
         cp,
-        context: context(word("context").as_deref())?,
-        ep: count("ep")?.unwrap_or(1),
+        context: w.choice("context", &CONTEXTS)?.unwrap_or_default(),
+        ep: w.count_or("ep", 1)?,
         ..Placement::foreign()
     };
     let placement = Placement { layout, format, order };
     check(&placement, problem).map_err(|e| e.context(format!("layout {text}")))?;
-    Ok(Given { placement, filled })
+    Ok(Given { placement, filled: w.filled })
 }
 
-fn order(word: Option<&str>) -> Result<Order> {
-    match word {
-        None | Some("tp-cp-dp-pp") => Ok(Order::TpCpDpPp),
-        Some("tp-cp-pp-dp") => Ok(Order::TpCpPpDp),
-        Some(value) => Err(wrong("order", value, "tp-cp-dp-pp or tp-cp-pp-dp")),
+const FLAGS: [(&str, bool); 8] = [
+    ("true", true),
+    ("yes", true),
+    ("on", true),
+    ("1", true),
+    ("false", false),
+    ("no", false),
+    ("off", false),
+    ("0", false),
+];
+
+const SCHEDULES: [(&str, PipelineSchedule); 6] = [
+    ("1f1b", PipelineSchedule::OneFOneB),
+    ("interleaved", PipelineSchedule::Interleaved),
+    ("zero-bubble", PipelineSchedule::ZeroBubble),
+    ("zb", PipelineSchedule::ZeroBubble),
+    ("zb-h1", PipelineSchedule::ZeroBubble),
+    ("gpipe", PipelineSchedule::Gpipe),
+];
+
+const ORDERS: [(&str, Order); 2] = [("tp-cp-dp-pp", Order::TpCpDpPp), ("tp-cp-pp-dp", Order::TpCpPpDp)];
+
+const CONTEXTS: [(&str, ContextMode); 3] =
+    [("ring", ContextMode::Ring), ("heads", ContextMode::Heads), ("ulysses", ContextMode::Heads)];
+
+/// What is written of a layout, and what was filled in.
+struct Written {
+    values: BTreeMap<&'static str, String>,
+    filled: Vec<String>,
+}
+
+impl Written {
+    fn count(&self, key: &str) -> Result<Option<usize>> {
+        let Some(value) = self.values.get(key) else { return Ok(None) };
+        match value.parse() {
+            Ok(n) if (1..=MAX).contains(&n) => Ok(Some(n)),
+            _ => Err(not(key, value, &format!("a count from 1 to {MAX}"))),
+        }
     }
-}
 
-fn context(word: Option<&str>) -> Result<ContextMode> {
-    match word {
-        None | Some("ring") => Ok(ContextMode::Ring),
-        Some("heads" | "ulysses") => Ok(ContextMode::Heads),
-        Some(value) => Err(wrong("context", value, "ring or heads")),
+    fn count_or(&self, key: &str, usual: usize) -> Result<usize> {
+        Ok(self.count(key)?.unwrap_or(usual))
+    }
+
+    fn word(&self, key: &str) -> Option<String> {
+        self.values.get(key).map(|value| value.to_ascii_lowercase())
+    }
+
+    fn choice<T: Copy>(&self, key: &str, words: &[(&str, T)]) -> Result<Option<T>> {
+        let Some(value) = self.word(key) else { return Ok(None) };
+        let found = words.iter().find(|(word, _)| *word == value);
+        found.map(|(_, meant)| Some(*meant)).ok_or_else(|| wrong(key, &value))
+    }
+
+    fn fill<T: std::fmt::Display>(&mut self, key: &str, value: T) -> T {
+        self.filled.push(format!("{key}={value}"));
+        value
+    }
+
+    /// The replicas: what is left of the accelerators, which the axes must use up.
+    fn dp(&mut self, text: &str, [tp, pp, cp]: [usize; 3], cluster: &spec::Cluster) -> Result<usize> {
+        let (n, inner) = (cluster.accelerators, tp * pp * cp);
+        match self.count("dp")? {
+            Some(dp) if dp * inner == n => Ok(dp),
+            Some(dp) => Err(Error::user(format!(
+                "layout {text}: dp x tp x pp x cp = {dp} x {tp} x {pp} x {cp} = {} is not the {n} accelerators",
+                dp * inner
+            ))
+            .hint(as_many(dp * inner, cluster))),
+            None if n.is_multiple_of(inner) => Ok(self.fill("dp", n / inner)),
+            None => Err(Error::user(format!(
+                "layout {text}: tp x pp x cp = {tp} x {pp} x {cp} = {inner} does not divide {n} accelerators"
+            ))
+            .hint(multiples(n, inner, cluster.accelerators_max))),
+        }
     }
 }
 
@@ -236,11 +238,20 @@ fn split(text: &str) -> Result<BTreeMap<&'static str, String>> {
 fn stage_layers(written: Option<&String>) -> Result<Vec<usize>> {
     let Some(value) = written else { return Ok(Vec::new()) };
     let counts = value.split('/').map(|n| n.parse().ok().filter(|n| (1..=MAX).contains(n)));
-    counts.collect::<Option<_>>().ok_or_else(|| wrong("stage_layers", value, "counts with / between them"))
+    counts.collect::<Option<_>>().ok_or_else(|| not("stage_layers", value, "counts with / between them"))
 }
 
-fn wrong(key: &str, value: &str, expected: &str) -> Error {
-    let takes = KEYS.iter().find(|k| k.0 == key).map_or("", |k| k.1);
+/// None of the words that a key takes.
+fn wrong(key: &str, value: &str) -> Error {
+    not(key, value, takes(key))
+}
+
+fn takes(key: &str) -> &'static str {
+    KEYS.iter().find(|k| k.0 == key).map_or("", |k| k.1)
+}
+
+fn not(key: &str, value: &str, expected: &str) -> Error {
+    let takes = takes(key);
     Error::user(format!("layout key {key}={value}, expected {expected}")).hint(format!("{key} takes {takes}"))
 }
 

@@ -1,7 +1,8 @@
 //! Every model by name: those that train (`catalog/models`) and those that are only estimated (`catalog/shapes.toml`).
 
 use serde::{Deserialize, Serialize};
-use spec::{Error, ModelSpec, Result, suggest};
+use spec::suggest::{self, plain};
+use spec::{Error, ModelSpec, Result};
 
 use crate::shape::Shape;
 
@@ -72,7 +73,7 @@ pub fn all() -> Result<Vec<Known>> {
     for about in shapes.model {
         // A name in both lists is one model.
         if let Some(shape) = Shape::find(&about.name)?
-            && !all.iter().any(|k| plain(&k.name) == plain(&about.name))
+            && !all.iter().any(|k| plain(&k.name, ".") == plain(&about.name, "."))
         {
             all.push(known(about, &shape, false));
         }
@@ -117,13 +118,14 @@ fn known(about: About, shape: &Shape, trains: bool) -> Known {
 /// If there is none, with the nearest name of either list.
 pub fn find(name: &str) -> Result<Shape> {
     let bare = name.rsplit('/').next().unwrap_or(name);
-    let wanted = plain(bare);
-    let preset = ALSO.iter().find(|a| plain(a.0) == wanted).map_or(wanted.clone(), |a| plain(a.1));
-    if let Some(preset) = ModelSpec::preset_names().find(|n| plain(n) == preset) {
+    let wanted = plain(bare, ".");
+    let preset = ALSO.iter().find(|a| plain(a.0, ".") == wanted).map_or(wanted.clone(), |a| plain(a.1, "."));
+    if let Some(preset) = ModelSpec::preset_names().find(|n| plain(n, ".") == preset) {
         return ModelSpec::preset(preset).map(Shape::from_model);
     }
     let known = all()?;
-    let named = |k: &&Known| plain(&k.name) == wanted || k.aliases.iter().any(|a| plain(a) == wanted);
+    let named =
+        |k: &&Known| plain(&k.name, ".") == wanted || k.aliases.iter().any(|a| plain(a, ".") == wanted);
     if let Some(k) = known.iter().find(named)
         && let Some(shape) = Shape::find(&k.name)?
     {
@@ -138,12 +140,6 @@ pub fn find(name: &str) -> Result<Shape> {
         Some(near) => error.hint(format!("did you mean `{near}`? `phalanx catalog list model` shows all")),
         None => error.hint("`phalanx catalog list model` shows all; a config.json or run.toml is taken too"),
     })
-}
-
-/// Letters, digits and dots: 1.3 is not 13.
-fn plain(name: &str) -> String {
-    let kept = |c: &char| c.is_ascii_alphanumeric() || *c == '.';
-    name.chars().filter(kept).map(|c| c.to_ascii_lowercase()).collect()
 }
 
 #[cfg(test)]
@@ -164,7 +160,8 @@ mod tests {
         for k in &all {
             assert!(!k.source.is_empty() && k.date.len() >= 4 && k.active_params <= k.params, "{k:?}");
             for name in std::iter::once(&k.name).chain(&k.aliases) {
-                let unique = seen.insert(plain(name)) || k.aliases.iter().any(|a| plain(a) == plain(&k.name));
+                let unique = seen.insert(plain(name, "."))
+                    || k.aliases.iter().any(|a| plain(a, ".") == plain(&k.name, "."));
                 assert!(unique, "{name} stands for two models");
                 find(name).unwrap();
             }

@@ -7,6 +7,7 @@
 use serde::Serialize;
 use spec::Cluster;
 use spec::cluster::{FabricTopology, ScaleUpKind};
+use spec::stats::median;
 
 /// What ranks do together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -114,9 +115,7 @@ fn ring_step_s(cluster: &Cluster) -> (f64, f64) {
         let waits = |(nodes, bus): &(usize, f64)| {
             (passes * measured.message_bytes * (1.0 / bus - 1.0 / port) / (*nodes as f64 * node)).max(0.0)
         };
-        let mut steps: Vec<f64> = table.iter().map(waits).collect();
-        steps.sort_by(f64::total_cmp);
-        steps.get(steps.len() / 2).copied()
+        (!table.is_empty()).then(|| median(table.iter().map(waits)))
     };
     let (reduce, gather) = (step(&measured.all_reduce, 2.0), step(&measured.all_gather, 1.0));
     let other = |a: Option<f64>, b: Option<f64>| a.or(b).unwrap_or(0.0);

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::Serialize;
-use spec::{DType, ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce};
+use spec::{DType, ExpertRows, Layout, NumberFormat, PipelineSchedule, Reduce};
 
 /// A layout with the choices that are estimated beside it.
 ///
@@ -59,10 +59,8 @@ impl fmt::Display for Placement {
             let counts: Vec<String> = l.stage_layers.iter().map(usize::to_string).collect();
             write!(f, ",stage_layers={}", counts.join("/"))?;
         }
-        match l.schedule {
-            PipelineSchedule::ZeroBubble => f.write_str(",schedule=zero-bubble")?,
-            PipelineSchedule::Gpipe => f.write_str(",schedule=gpipe")?,
-            PipelineSchedule::OneFOneB | PipelineSchedule::Interleaved => {}
+        if matches!(l.schedule, PipelineSchedule::ZeroBubble | PipelineSchedule::Gpipe) {
+            write!(f, ",schedule={}", l.schedule.name())?;
         }
         write!(f, ",micro_batch={},zero={}", l.micro_batch, u8::from(l.zero))?;
         if let Some(shard) = l.shard.filter(|shard| *shard < l.dp) {
@@ -71,12 +69,7 @@ impl fmt::Display for Placement {
         if l.tp > 1 {
             write!(f, ",sequence_parallel={}", l.sequence_parallel)?;
         }
-        let recompute = match l.recompute {
-            Recompute::None => "none",
-            Recompute::Selective => "selective",
-            Recompute::Full => "full",
-        };
-        write!(f, ",recompute={recompute}")?;
+        write!(f, ",recompute={}", l.recompute.name())?;
         if self.order == Order::TpCpPpDp { f.write_str(",order=tp-cp-pp-dp") } else { Ok(()) }
     }
 }

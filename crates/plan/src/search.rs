@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use spec::{
     ContextMode, ExpertRows, Layout, NumberFormat, PipelineSchedule, Recompute, Reduce, Result, Rule, Zero,
+    divisors,
 };
 
 use crate::estimate::{Estimate, Estimator, Problem, Shared};
@@ -58,7 +59,8 @@ pub struct Searched {
     /// No layout is both faster and smaller than one of these; fastest first.
     pub pareto: Vec<Found>,
     /// Layouts estimated in full.
-    pub layouts_priced: usize,
+    #[serde(rename = "layouts_priced")]
+    pub layouts_estimated: usize,
     /// Layouts left out by their bound.
     pub layouts_pruned: usize,
     /// Layouts that the model or the batch does not allow, or that do not fit, by reason.
@@ -114,7 +116,7 @@ pub fn search_from(
     Ok(Searched {
         best: all.best,
         pareto: all.front,
-        layouts_priced: all.priced,
+        layouts_estimated: all.estimated,
         layouts_pruned: all.pruned,
         refused: all.refused,
     })
@@ -153,15 +155,9 @@ fn explore(
     Ok(all)
 }
 
-fn divisors(n: usize) -> Vec<usize> {
-    (1..=n)
-        .take_while(|d| d * d <= n)
-        .filter(|d| n.is_multiple_of(*d))
-        .flat_map(|d| [d, n / d])
-        .collect::<std::collections::BTreeSet<_>>()
-        .into_iter()
-        .collect()
-}
+/// Tokens of a sequence from which it is cut over ranks: below, other axes have enough to cut.
+const CONTEXT_FROM: usize = 16_384;
+const CONTEXTS: [usize; 6] = [1, 2, 4, 8, 16, 32];
 
 fn jobs(problem: &Problem, space: &Space) -> Vec<SharedAxes> {
     let m = &problem.shape.model;
@@ -171,24 +167,18 @@ fn jobs(problem: &Problem, space: &Space) -> Vec<SharedAxes> {
         let layout = Layout { tp, cp, sequence_parallel, ..Placement::foreign() };
         layout.check(m, 1, problem.sequence, problem.software.tolerance).is_ok()
     };
-    let tps: Vec<usize> =
-        divisors(n).into_iter().filter(|tp| *tp <= TP_MAX && allowed(*tp, 1, false)).collect();
-    let contexts: Vec<usize> = if space.trainable_only || problem.sequence < 16_384 {
+    let tps: Vec<usize> = divisors(n).filter(|tp| *tp <= TP_MAX && allowed(*tp, 1, false)).collect();
+    let contexts: Vec<usize> = if space.trainable_only || problem.sequence < CONTEXT_FROM {
         vec![1]
     } else {
-        [1, 2, 4, 8, 16, 32]
-            .into_iter()
-            .filter(|cp| n.is_multiple_of(*cp) && allowed(1, *cp, false))
-            .collect()
+        CONTEXTS.into_iter().filter(|cp| n.is_multiple_of(*cp) && allowed(1, *cp, false)).collect()
     };
     let experts: Vec<usize> = match problem.shape.experts {
-        Some(e) if !space.trainable_only => {
-            divisors(e.count).into_iter().filter(|ep| n.is_multiple_of(*ep)).collect()
-        }
+        Some(e) if !space.trainable_only => divisors(e.count).filter(|ep| n.is_multiple_of(*ep)).collect(),
         _ => vec![1],
     };
     let micro_batches: Vec<usize> =
-        divisors(problem.sequences).into_iter().filter(|b| *b <= space.micro_batch_max).collect();
+        divisors(problem.sequences).filter(|b| *b <= space.micro_batch_max).collect();
     let mut jobs = Vec::new();
     for &tp in &tps {
         for &cp in contexts.iter().filter(|cp| space.strategy.is_none_or(|s| s.allows_inside(tp, **cp))) {
@@ -221,7 +211,7 @@ struct Part {
     best: Vec<Found>,
     front: Vec<Found>,
     smallest: Option<Found>,
-    priced: usize,
+    estimated: usize,
     pruned: usize,
     refused: BTreeMap<&'static str, usize>,
 }
@@ -234,17 +224,25 @@ impl Part {
     fn take(&mut self, found: Found, keep: usize) {
         if !found.estimate.fits {
             self.refuse("does not fit in memory");
-            let total = |f: &Found| f.estimate.memory.total();
-            if self.smallest.as_ref().is_none_or(|s| total(&found) < total(s)) {
-                self.smallest = Some(found);
-            }
+            self.too_large(found);
             return;
         }
         self.offer(&found);
+        self.rank(found, keep);
+    }
+
+    fn rank(&mut self, found: Found, keep: usize) {
         let at = self.best.partition_point(|b| better(b, &found));
         if at < keep {
             self.best.insert(at, found);
             self.best.truncate(keep);
+        }
+    }
+
+    fn too_large(&mut self, found: Found) {
+        let total = |f: &Found| f.estimate.memory.total();
+        if self.smallest.as_ref().is_none_or(|s| total(&found) < total(s)) {
+            self.smallest = Some(found);
         }
     }
 
@@ -324,7 +322,7 @@ impl Part {
                 continue;
             }
             let estimate = estimator.estimate_shared(&placement, shared);
-            self.priced += 1;
+            self.estimated += 1;
             if let Goal::Fastest { yet, .. } = goal
                 && estimate.fits
             {
@@ -343,22 +341,15 @@ impl Part {
 
     fn merge(&mut self, other: Part, keep: usize) {
         for found in other.best {
-            let at = self.best.partition_point(|b| better(b, &found));
-            if at < keep {
-                self.best.insert(at, found);
-                self.best.truncate(keep);
-            }
+            self.rank(found, keep);
         }
         for found in &other.front {
             self.offer(found);
         }
-        let total = |f: &Found| f.estimate.memory.total();
-        if let Some(found) = other.smallest
-            && self.smallest.as_ref().is_none_or(|s| total(&found) < total(s))
-        {
-            self.smallest = Some(found);
+        if let Some(found) = other.smallest {
+            self.too_large(found);
         }
-        self.priced += other.priced;
+        self.estimated += other.estimated;
         self.pruned += other.pruned;
         for (why, n) in other.refused {
             *self.refused.entry(why).or_default() += n;

@@ -4,6 +4,7 @@
 use std::ops::{Deref, DerefMut};
 
 use serde::{Deserialize, Serialize};
+use spec::suggest::plain;
 use spec::{
     Activation, Error, Experts, Latent, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Windows,
 };
@@ -173,11 +174,6 @@ fn known() -> Result<Vec<Known>> {
     Ok(file.model)
 }
 
-/// Letters and digits only, in lower case: `DeepSeekV3` and `deepseek-v3` are one name.
-fn plain(name: &str) -> String {
-    name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
-}
-
 impl Shape {
     /// A model of one's own.
     pub fn from_model(model: ModelSpec) -> Self {
@@ -196,8 +192,9 @@ impl Shape {
     /// # Errors
     /// If `catalog/shapes.toml` is wrong, which a test rules out.
     pub fn find(name: &str) -> Result<Option<Self>> {
-        let wanted = plain(name);
-        let hit = |k: &&Known| plain(&k.name) == wanted || k.aliases.iter().any(|a| plain(a) == wanted);
+        let wanted = plain(name, "");
+        let hit =
+            |k: &&Known| plain(&k.name, "") == wanted || k.aliases.iter().any(|a| plain(a, "") == wanted);
         let all = known()?;
         // Without its dot gpt3-1.3b would be gpt3-13b.
         let exact = all.iter().find(|k| k.name.eq_ignore_ascii_case(name));

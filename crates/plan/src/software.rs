@@ -286,7 +286,7 @@ pub const ALL: [Software; 22] = [
     },
 ];
 
-/// What stacks other than this program are planned with: layouts beyond it are priced where a published run had them.
+/// What stacks other than this program are planned with: layouts beyond it are estimated where a published run had them.
 const OTHERS: Tolerance = Tolerance { empty_ends: true, ..Tolerance::NONE };
 
 impl Software {

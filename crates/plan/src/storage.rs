@@ -9,9 +9,9 @@ use spec::cluster::{Cluster, StorageLimit};
 /// Bytes of checkpoint for each parameter: weights in 16 bit, and master weights and two moments in 32.
 ///
 /// MLPerf Storage 2.0 sizes its checkpoints by the same rule: 105, 912 and 5,290 GiB for Llama 3 8B, 70B and 405B.
-pub const CHECKPOINT_BYTES_PER_PARAM: f64 = 14.0;
+pub(crate) const CHECKPOINT_BYTES_PER_PARAM: f64 = 14.0;
 /// The same in this program's own format: 32-bit weights and two moments, no second copy of the weights.
-pub const OWN_BYTES_PER_PARAM: f64 = 12.0;
+pub(crate) const OWN_BYTES_PER_PARAM: f64 = 12.0;
 /// Share of a host link's rating that copies reach: 55.4 of 63 GB/s measured on PCIe 5 (ml-engineering at 744d01e).
 const HOST_SHARE: f64 = 0.88;
 /// What a snapshot to the host takes beside its bytes, in seconds: 0.34 (7B, 1,488 GPUs) and 0.59 (405B, 8,960 GPUs)
@@ -92,7 +92,11 @@ pub fn estimate(
 }
 
 /// [`estimate`] of a checkpoint of `checkpoint_bytes` and a step that reads `load_bytes`.
-pub fn estimate_state(cluster: &Cluster, checkpoint_bytes: f64, load_bytes: f64) -> Option<StorageEstimate> {
+pub(crate) fn estimate_state(
+    cluster: &Cluster,
+    checkpoint_bytes: f64,
+    load_bytes: f64,
+) -> Option<StorageEstimate> {
     let storage = cluster.storage.as_ref()?;
     let at = |bytes: f64, rate: spec::Measure| Seconds {
         value: bytes / rate.value,
@@ -121,7 +125,7 @@ pub fn estimate_state(cluster: &Cluster, checkpoint_bytes: f64, load_bytes: f64)
 }
 
 /// Bytes of a token in a dataset: `.bin` files hold 16-bit ids where the vocabulary allows it, else 32-bit ones.
-pub fn bytes_per_token(vocab: usize) -> f64 {
+pub(crate) fn bytes_per_token(vocab: usize) -> f64 {
     if vocab <= 1 << 16 { 2.0 } else { 4.0 }
 }
 

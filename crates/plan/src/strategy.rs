@@ -1,7 +1,8 @@
 //! Ways to spread a step that have names: what people and papers call them, and which layouts they are.
 
 use serde::Serialize;
-use spec::{Error, Layout, Result, Zero, suggest};
+use spec::suggest::{self, plain};
+use spec::{Error, Layout, Result, Zero};
 
 /// A named way to spread a step over ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -98,8 +99,8 @@ impl Strategy {
     /// assert!(Strategy::find("tp=8").is_none());
     /// ```
     pub fn find(name: &str) -> Option<&'static Named> {
-        let wanted = plain(name);
-        ALL.iter().find(|s| s.names.iter().any(|n| plain(n) == wanted))
+        let wanted = plain(name, "");
+        ALL.iter().find(|s| s.names.iter().any(|n| plain(n, "") == wanted))
     }
 
     /// The same, where nothing but a strategy can be meant.
@@ -118,7 +119,7 @@ impl Strategy {
     }
 
     /// Whether a layout is of this strategy.
-    pub fn allows(self, l: &Layout) -> bool {
+    pub(crate) fn allows(self, l: &Layout) -> bool {
         let alone = l.tp == 1 && l.pp == 1 && l.cp == 1;
         match self {
             Strategy::Data => alone && l.zero == Zero::Off,
@@ -145,8 +146,4 @@ impl std::fmt::Display for Strategy {
         let named = ALL.iter().find(|s| s.strategy == *self);
         f.write_str(named.map_or("strategy", |s| s.names[0]))
     }
-}
-
-fn plain(name: &str) -> String {
-    name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
 }

@@ -9,7 +9,7 @@ use plan::network::Collective;
 use plan::placement::Placement;
 use plan::shape::{Shape, Sizes, dense};
 use plan::software::Software;
-use plan::template::{Task, tasks};
+use plan::template::{Key, Task, Template, tasks};
 use program::{ALIGN, Axis, Members, Mode, Pass, Place, Program, Replication, Request, orders};
 use proptest::prelude::*;
 use spec::{
@@ -263,6 +263,36 @@ proptest! {
                 }
             }
             prop_assert_eq!(charged, found, "stage {} of {:?}", p.coords.pp, layout);
+        }
+    }
+
+    /// What the estimator charges a stage for is the activation that each of its messages to another carries.
+    #[test]
+    fn stages_are_charged_the_bytes_that_the_program_states(layout in layouts(), gated: bool, wide: bool) {
+        let model = model(6, gated, false, false);
+        let layout = Layout { ep: 1, ..layout };
+        let format = if wide { NumberFormat::Fp32 } else { NumberFormat::Bf16 };
+        let key = Key {
+            tp: layout.tp,
+            cp: layout.cp,
+            context: layout.context,
+            ep: 1,
+            sequence_parallel: layout.sequence_parallel,
+            micro_batch: layout.micro_batch,
+            recompute: layout.recompute,
+            whole_layers: false,
+            stops_early: false,
+            unfused_attention: false,
+            sequence: SEQUENCE,
+            precision: Placement::of(layout.clone(), format).precision(),
+        };
+        let charged = Template::build(&Shape::from_model(model.clone()), &key).unwrap().boundary_bytes;
+        for p in programs(&model, &layout, format) {
+            let said = p.blocks.iter().flat_map(|b| &b.ops).filter_map(|op| op.comm.as_ref());
+            let between: Vec<u64> =
+                said.filter(|c| c.members == Members::Axis(Axis::Pp)).map(program::Comm::bytes).collect();
+            prop_assert_eq!(between.is_empty(), layout.pp == 1);
+            prop_assert!(between.iter().all(|b| *b as f64 == charged), "{:?} {}", between, charged);
         }
     }
 

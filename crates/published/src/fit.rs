@@ -24,6 +24,12 @@ const HALVINGS: usize = 4;
 const LEAVE_OUT_STEPS: usize = 4;
 /// How far a logarithm is moved to find a slope.
 const NUDGE: f64 = 0.02;
+/// How far a logarithm is moved in one step at most.
+const MOVE_MAX: f64 = 0.25;
+/// The power of the number of rows of one source that weighs each of them.
+const SAME_SOURCE: f64 = -0.25;
+/// Pivots below this are of constants that nothing in the rows depends on.
+const SINGULAR: f64 = 1e-12;
 /// Errors beyond this (in log) count linearly.
 const HUBER: f64 = 0.12;
 
@@ -294,7 +300,7 @@ impl Linear {
             }
         }
         // Rows of one source share what the model lacks: many of them say less than as many sources would.
-        let weights = runs.iter().map(|p| size[p.run.family.as_str()].powf(-0.25)).collect();
+        let weights = runs.iter().map(|p| size[p.run.family.as_str()].powf(SAME_SOURCE)).collect();
         let base = residuals(runs, calibration);
         let effects: Vec<(Effect, f64, Vec<bool>)> =
             effects.into_iter().map(|(e, (r, rows))| (e, r, rows)).collect();
@@ -373,7 +379,7 @@ impl Linear {
         }
         for (a, d) in solve(normal, right).iter().enumerate() {
             let f = &mut self.effects[a / COUNT].0.factors(calibration)[a % COUNT];
-            *f = (*f + d.clamp(-0.25, 0.25)).clamp(-FACTOR_MAX, FACTOR_MAX);
+            *f = (*f + d.clamp(-MOVE_MAX, MOVE_MAX)).clamp(-FACTOR_MAX, FACTOR_MAX);
         }
     }
 }
@@ -435,7 +441,7 @@ fn solve(mut a: Vec<Vec<f64>>, mut b: Vec<f64>) -> Vec<f64> {
         a.swap(i, pivot);
         b.swap(i, pivot);
         let row = a[i].clone();
-        if row[i].abs() < 1e-12 {
+        if row[i].abs() < SINGULAR {
             continue;
         }
         for j in i + 1..n {
@@ -451,7 +457,7 @@ fn solve(mut a: Vec<Vec<f64>>, mut b: Vec<f64>) -> Vec<f64> {
     let mut x = vec![0.0; n];
     for i in (0..n).rev() {
         let sum: f64 = (i + 1..n).map(|k| a[i][k] * x[k]).sum();
-        x[i] = if a[i][i].abs() < 1e-12 { 0.0 } else { (b[i] - sum) / a[i][i] };
+        x[i] = if a[i][i].abs() < SINGULAR { 0.0 } else { (b[i] - sum) / a[i][i] };
     }
     x
 }

@@ -3,6 +3,7 @@
 use plan::estimate::Estimator;
 use rayon::prelude::*;
 use serde::Serialize;
+use spec::stats::median;
 
 use crate::runs::{Outcome, Skipped};
 
@@ -101,15 +102,13 @@ fn sum<'a>(calls: impl Iterator<Item = &'a Call>) -> Calls {
         let among: Vec<&&Call> = calls.iter().filter(|c| among(c)).collect();
         among.iter().filter(|c| hit(c)).count() as f64 / among.len().max(1) as f64
     };
-    let mut ratios: Vec<f64> =
-        calls.iter().filter_map(|c| c.reserved_bytes.map(|r| c.predicted_bytes / r)).collect();
-    ratios.sort_by(f64::total_cmp);
+    let ratios = calls.iter().filter_map(|c| c.reserved_bytes.map(|r| c.predicted_bytes / r));
     Calls {
         rows: calls.len(),
         right: share(&|_| true, &|c| c.fits == c.ran),
         missed: share(&|c| !c.ran, &|c| c.fits),
         false_alarms: share(&|c| c.ran, &|c| !c.fits),
-        median_ratio: ratios.get(ratios.len() / 2).copied().unwrap_or(0.0),
+        median_ratio: median(ratios),
     }
 }
 

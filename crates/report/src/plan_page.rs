@@ -232,7 +232,7 @@ fn best_layouts(answer: &Answer) -> String {
         true => String::new(),
         false => format!(
             "<p class=\"says\">{} layouts were estimated; --layout takes one of these.</p>",
-            count(answer.searched.layouts_priced as f64)
+            count(answer.searched.layouts_estimated as f64)
         ),
     };
     format!(

@@ -73,6 +73,15 @@ impl Svg {
         );
     }
 
+    /// The ticks of a scale below a chart that ends at `bottom`.
+    pub(crate) fn ticks(&mut self, x: &Scale, bottom: f64, shown: &dyn Fn(f64) -> String) {
+        for tick in x.ticks() {
+            let at = x.at(tick);
+            self.line((at, bottom), (at, bottom + 5.0), "axis");
+            self.text(at, bottom + 19.0, Anchor::Middle, "tick", &shown(tick));
+        }
+    }
+
     /// A line through points.
     pub(crate) fn curve(&mut self, points: &[(f64, f64)], class: &str) {
         let mut d = String::new();

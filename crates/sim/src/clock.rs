@@ -4,7 +4,7 @@
 pub type Ticks = u64;
 
 /// Ticks of a second.
-pub const TICKS_PER_S: f64 = 1e12;
+pub(crate) const TICKS_PER_S: f64 = 1e12;
 
 /// Nearest ticks of `seconds`; nothing is shorter than none or longer than can be counted.
 pub fn ticks(seconds: f64) -> Ticks {

@@ -1,22 +1,20 @@
 //! Random numbers that a seed and a place decide: the same whoever asks first.
 
-use spec::random::{GOLDEN, scatter};
+use spec::random::{GOLDEN, SplitMix, scatter};
 
 /// Draws for one thing: a node, a run.
 #[derive(Clone, Debug)]
-pub(crate) struct Draw {
-    state: u64,
-}
+pub(crate) struct Draw(SplitMix);
 
 impl Draw {
     pub(crate) fn new(seed: u64, of: u64) -> Self {
-        Draw { state: scatter(seed.wrapping_add(GOLDEN)) ^ scatter(of.wrapping_mul(GOLDEN).wrapping_add(1)) }
+        let of = scatter(of.wrapping_mul(GOLDEN).wrapping_add(1));
+        Draw(SplitMix(scatter(seed.wrapping_add(GOLDEN)) ^ of))
     }
 
     /// Uniform in (0, 1].
     pub(crate) fn uniform(&mut self) -> f64 {
-        self.state = self.state.wrapping_add(GOLDEN);
-        ((scatter(self.state) >> 11) + 1) as f64 / (1u64 << 53) as f64
+        ((self.0.draw() >> 11) + 1) as f64 / (1u64 << 53) as f64
     }
 
     /// Exponential of mean 1.

@@ -61,13 +61,13 @@ pub struct Flap {
 
 impl Flap {
     /// What is carried from `now` on, until the [next change](Flap::next_change).
-    pub fn share_at(&self, now: Ticks) -> u64 {
+    pub(crate) fn share_at(&self, now: Ticks) -> u64 {
         let is_down = now >= self.from && (now - self.from) % self.every < self.length;
         if is_down { self.share } else { USUAL }
     }
 
     /// When that changes.
-    pub fn next_change(&self, now: Ticks) -> Ticks {
+    pub(crate) fn next_change(&self, now: Ticks) -> Ticks {
         if now < self.from {
             return self.from;
         }

@@ -12,6 +12,7 @@ pub use quantity::{Dimension, Direction, Measure, Quantity, Sparsity};
 pub use schema::EntryKind;
 use schema::{Want, keys};
 
+use crate::suggest::plain;
 use crate::{Error, Result};
 
 /// The files that ship with the program.
@@ -213,7 +214,7 @@ impl Catalog {
         let mut checked = Checked { entries: self.entries.len(), numbers: 0, ranges: 0, platforms: 0 };
         let mut names: BTreeMap<(EntryKind, String), &Entry> = BTreeMap::new();
         for entry in self.entries.values() {
-            names.insert((entry.kind, plain(&entry.name)), entry);
+            names.insert((entry.kind, plain(&entry.name, ".")), entry);
         }
         for entry in self.entries.values() {
             let path = |key: &str| format!("{}: {}.{}.{key}", entry.place, entry.kind, entry.name);
@@ -238,7 +239,7 @@ impl Catalog {
                 }
             }
             for alias in entry.aliases() {
-                if let Some(other) = names.insert((entry.kind, plain(alias)), entry)
+                if let Some(other) = names.insert((entry.kind, plain(alias, ".")), entry)
                     && other.name != entry.name
                 {
                     let what = format!("{}: \"{alias}\" already names {}", path("aliases"), other.name);
@@ -287,8 +288,9 @@ impl Catalog {
         if let Some(entry) = self.entries.get(&(kind, name.to_owned())) {
             return Ok(entry);
         }
-        let wanted = plain(name);
-        let named = |e: &&Entry| plain(&e.name) == wanted || e.aliases().any(|a| plain(a) == wanted);
+        let wanted = plain(name, ".");
+        let named =
+            |e: &&Entry| plain(&e.name, ".") == wanted || e.aliases().any(|a| plain(a, ".") == wanted);
         self.of_kind(kind).find(named).ok_or_else(|| {
             let known: Vec<&str> = self
                 .of_kind(kind)
@@ -449,12 +451,6 @@ impl Entry {
     fn aliases(&self) -> impl Iterator<Item = &str> {
         self.list("aliases").iter().map(String::as_str)
     }
-}
-
-/// Letters, digits and dots in lower case: `DGX SuperPOD H100` and `dgx-superpod-h100` are one name.
-fn plain(name: &str) -> String {
-    let kept = |c: &char| c.is_ascii_alphanumeric() || *c == '.';
-    name.chars().filter(kept).map(|c| c.to_ascii_lowercase()).collect()
 }
 
 /// The name nearest to `word`, if one is near enough to be meant: the shortest that has all its parts in any order,

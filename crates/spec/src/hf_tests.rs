@@ -1,5 +1,5 @@
 use super::*;
-use crate::{Mtp, RopeScaling, Window};
+use crate::{Mtp, RopeScaling, Window, Yarn};
 use proptest::prelude::*;
 
 const LLAMA_31: &str = r#"{
@@ -181,14 +181,16 @@ fn rope_in_every_spelling() {
 
 #[test]
 fn yarn_defaults() {
-    let yarn = |attention_factor| RopeScaling::Yarn {
-        factor: 4.0,
-        beta_fast: 32.0,
-        beta_slow: 1.0,
-        original_max_positions: 16,
-        attention_factor,
-        truncate: true,
-        mscale_all_dim: 0.0,
+    let yarn = |attention_factor| {
+        RopeScaling::Yarn(Yarn {
+            factor: 4.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            original_max_positions: 16,
+            attention_factor,
+            truncate: true,
+            mscale_all_dim: 0.0,
+        })
     };
     let base = json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16 });
     let with = |extra: Value| {
@@ -232,7 +234,10 @@ fn deepseek_v3_and_kimi_k2_as_published() {
         assert_eq!((router.expert_bias, router.bias_rate, router.scale), (true, 0.0, scale));
         let Position::Rope(rope) = &model.position else { panic!("rotary positions") };
         assert_eq!(rope.theta, theta);
-        assert!(matches!(rope.scaling, RopeScaling::Yarn { attention_factor: Some(1.0), .. }), "{rope:?}");
+        assert!(
+            matches!(rope.scaling, RopeScaling::Yarn(Yarn { attention_factor: Some(1.0), .. })),
+            "{rope:?}"
+        );
         assert!((rope.scaling.score_factor() - (0.1 * factor.ln() + 1.0).powi(2)).abs() < 1e-12);
         check_round_trip(&model);
         model
@@ -288,7 +293,7 @@ fn what_of_deepseek_does_not_train() {
 }
 
 #[test]
-fn refusals() {
+fn families_and_traits_that_are_not_read_are_refused() {
     check_refused("glm4_moe", json!({}), "architecture glm4_moe can be planned, it does not train yet");
     check_refused("mamba", json!({}), "architecture mamba is not supported");
     check_refused(
@@ -334,6 +339,10 @@ fn refusals() {
         json!({ "layer_types": ["sliding_attention"], "sliding_window": 32 }),
         "layer_types = [\"sliding_attention\"], expected one for each layer",
     );
+}
+
+#[test]
+fn values_that_are_no_sizes_or_numbers_are_refused() {
     check_refused("llama", json!({ "vocab_size": -1 }), "vocab_size = -1, expected a whole number above 0");
     check_refused(
         "llama",
@@ -447,7 +456,7 @@ fn any_scaling() -> impl Strategy<Value = RopeScaling> {
         }),
         (factor, 1usize..9999, prop::option::of(0.5..2.0), any::<bool>()).prop_map(
             |(factor, original_max_positions, attention_factor, truncate)| {
-                RopeScaling::Yarn {
+                RopeScaling::Yarn(Yarn {
                     factor,
                     beta_fast: 32.0,
                     beta_slow: 1.0,
@@ -455,7 +464,7 @@ fn any_scaling() -> impl Strategy<Value = RopeScaling> {
                     attention_factor,
                     truncate,
                     mscale_all_dim: 0.0,
-                }
+                })
             }
         ),
     ]

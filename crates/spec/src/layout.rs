@@ -1,5 +1,7 @@
 use serde::{Deserialize, Serialize};
 
+use crate::words::words;
+
 /// How a step is spread over ranks and time: axes, schedule, ZeRO stage, recompute.
 ///
 /// World size is `dp * cp * tp * pp`. Ranks are numbered with tp fastest, then cp, dp, pp (Megatron's order
@@ -194,6 +196,10 @@ pub enum PipelineSchedule {
     ZeroBubble,
 }
 
+words!(
+    PipelineSchedule: "gpipe" => Gpipe, "1f1b" => OneFOneB, "interleaved" => Interleaved, "zero-bubble" => ZeroBubble
+);
+
 /// Which activations are recomputed in the backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -205,6 +211,8 @@ pub enum Recompute {
     /// Keep only the input of each layer.
     Full,
 }
+
+words!(Recompute: "none" => None, "selective" => Selective, "full" => Full);
 
 /// How attention sees sequences that context-parallel ranks hold parts of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -231,15 +239,9 @@ impl ContextMode {
             ContextMode::Heads => 1,
         }
     }
-
-    /// As written in a run file.
-    pub const fn name(self) -> &'static str {
-        match self {
-            ContextMode::Ring => "ring",
-            ContextMode::Heads => "heads",
-        }
-    }
 }
+
+words!(ContextMode: "ring" => Ring, "heads" => Heads);
 
 /// For how many rows of its experts a rank has room.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -253,6 +255,8 @@ pub enum ExpertRows {
     Even,
 }
 
+words!(ExpertRows: "all" => All, "even" => Even);
+
 /// How gradients are summed over ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -262,3 +266,5 @@ pub enum Reduce {
     /// Along a ring: any degree of data parallelism, bits depend on the layout.
     Ring,
 }
+
+words!(Reduce: "tree" => Tree, "ring" => Ring);

@@ -1,4 +1,4 @@
-use crate::legality::{Checked, Rule, Tolerance, broken};
+use crate::legality::{Checked, Rule, Tolerance, broken, divisors};
 use crate::sum_tree::SumTree;
 use crate::{Error, Layout, ModelSpec, PipelineSchedule, Reduce, Result, Zero};
 
@@ -458,22 +458,6 @@ impl Layout {
             .hint(values("layout.pp", divisors(micro_batches)))
         })
     }
-}
-
-impl PipelineSchedule {
-    /// As written in a run file.
-    pub const fn name(self) -> &'static str {
-        match self {
-            PipelineSchedule::Gpipe => "gpipe",
-            PipelineSchedule::OneFOneB => "1f1b",
-            PipelineSchedule::Interleaved => "interleaved",
-            PipelineSchedule::ZeroBubble => "zero-bubble",
-        }
-    }
-}
-
-fn divisors(n: usize) -> impl Iterator<Item = usize> {
-    (1..=n).filter(move |d| n.is_multiple_of(*d))
 }
 
 /// `values of layout.tp that work: 1, 2, 4`, at most a dozen of them.

@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::{Error, Layout, ModelSpec, Position};
@@ -58,6 +59,12 @@ impl Tolerance {
         }
         (m, tokens)
     }
+}
+
+/// What divides `n`, in order.
+pub fn divisors(n: usize) -> impl Iterator<Item = usize> {
+    let pairs = (1..=n).take_while(|d| d * d <= n).filter(|d| n.is_multiple_of(*d)).flat_map(|d| [d, n / d]);
+    pairs.collect::<BTreeSet<_>>().into_iter()
 }
 
 /// The least number that both divide.

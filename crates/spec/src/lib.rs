@@ -24,10 +24,12 @@ mod origin;
 pub mod random;
 pub mod run;
 pub mod shares;
+pub mod stats;
 pub mod suggest;
 pub mod sum_tree;
 mod toml_guard;
 pub mod units;
+mod words;
 
 pub use catalog::{Catalog, EntryKind, Measure};
 pub use cluster::{Accelerator, Cluster};
@@ -37,11 +39,11 @@ pub use family::{Family, MatrixUnits};
 pub use hf::{HfModel, Windows, parse_json, small_json};
 pub use layout::{ContextMode, ExpertRows, Layout, PipelineSchedule, Recompute, Reduce, Zero};
 pub use layout_fit::Fitted;
-pub use legality::{Broken, Checked, Rule, Tolerance, lcm};
+pub use legality::{Broken, Checked, Rule, Tolerance, divisors, lcm};
 pub use lr::{LrSchedule, ScheduleKind};
 pub use model::{
     Activation, Experts, LATENT_NORM_EPS, Latent, ModelSpec, Mtp, NormKind, Position, Rope, RopeScaling,
-    Router, Score, Window,
+    Router, Score, Window, Yarn,
 };
 pub use number_format::NumberFormat;
 pub use origin::Origin;

@@ -1,5 +1,7 @@
 use serde::{Deserialize, Serialize};
 
+use crate::words::words;
+
 /// Course of the learning rate after warmup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -14,17 +16,7 @@ pub enum ScheduleKind {
     Constant,
 }
 
-impl ScheduleKind {
-    /// As written in a run file.
-    pub const fn name(self) -> &'static str {
-        match self {
-            ScheduleKind::Cosine => "cosine",
-            ScheduleKind::Wsd => "wsd",
-            ScheduleKind::Linear => "linear",
-            ScheduleKind::Constant => "constant",
-        }
-    }
-}
+words!(ScheduleKind: "cosine" => Cosine, "wsd" => Wsd, "linear" => Linear, "constant" => Constant);
 
 /// The learning rate of every step.
 ///

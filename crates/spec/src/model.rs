@@ -1,5 +1,7 @@
 use serde::{Deserialize, Serialize};
 
+use crate::words::words;
+
 /// The shape of a decoder-only transformer of the Llama or GPT-2 family, with experts and latent attention where a
 /// model has them.
 ///
@@ -207,6 +209,8 @@ pub enum Score {
     Sigmoid,
 }
 
+words!(Score: "softmax" => Softmax, "sigmoid" => Sigmoid);
+
 /// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1): keys and values of all heads come from one
 /// latent of low rank, and a part of each key that all heads share carries the rotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -245,6 +249,8 @@ pub enum NormKind {
     Layer,
 }
 
+words!(NormKind: "rms" => Rms, "layer" => Layer);
+
 /// The feed-forward non-linearity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -260,6 +266,8 @@ pub enum Activation {
     /// GELU by the error function.
     Gelu,
 }
+
+words!(Activation: "swiglu" => SwiGlu, "swiglu_clamped" => SwiGluClamped, "gelu_tanh" => GeluTanh, "gelu" => Gelu);
 
 impl Activation {
     /// Whether the feed-forward layer has a gate beside `up`.
@@ -322,26 +330,37 @@ pub enum RopeScaling {
         /// The context before stretching.
         original_max_positions: usize,
     },
-    /// YaRN (Peng et al. 2023).
-    Yarn {
-        /// The stretch.
-        factor: f64,
-        /// Rotations above which a dimension is kept.
-        beta_fast: f64,
-        /// Rotations below which a dimension is interpolated.
-        beta_slow: f64,
-        /// The context before stretching.
-        original_max_positions: usize,
-        /// Scale of cos and sin; `0.1 ln(factor) + 1` when absent.
-        attention_factor: Option<f64>,
-        /// The range of dims that are blended is rounded to whole ones; GPT-OSS leaves it as it is.
-        #[serde(default = "whole_dims")]
-        truncate: bool,
-        /// Factor of the logarithm in the scale of latent attention's scores ([`RopeScaling::score_factor`]); 0 leaves it
-        /// as it is.
-        #[serde(default, skip_serializing_if = "is_unscaled")]
-        mscale_all_dim: f64,
-    },
+    /// By wavelength, blended over a range of dims.
+    Yarn(Yarn),
+}
+
+/// YaRN (Peng et al. 2023, arXiv 2309.00071).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Yarn {
+    /// The stretch.
+    pub factor: f64,
+    /// Rotations above which a dimension is kept.
+    pub beta_fast: f64,
+    /// Rotations below which a dimension is interpolated.
+    pub beta_slow: f64,
+    /// The context before stretching.
+    pub original_max_positions: usize,
+    /// Scale of cos and sin; `0.1 ln(factor) + 1` when absent.
+    pub attention_factor: Option<f64>,
+    /// The range of dims that are blended is rounded to whole ones; GPT-OSS leaves it as it is.
+    #[serde(default = "whole_dims")]
+    pub truncate: bool,
+    /// Factor of the logarithm in the scale of latent attention's scores ([`RopeScaling::score_factor`]); 0 leaves it
+    /// as it is.
+    #[serde(default, skip_serializing_if = "is_unscaled")]
+    pub mscale_all_dim: f64,
+}
+
+impl Yarn {
+    /// What cosines and sines are multiplied by.
+    pub fn amplitude(&self) -> f64 {
+        self.attention_factor.unwrap_or(yarn_scale(self.factor, 1.0))
+    }
 }
 
 impl RopeScaling {
@@ -349,7 +368,7 @@ impl RopeScaling {
     /// `0.1 m ln(factor) + 1`, as DeepSeek's published model code has it (`softmax_scale` under `mscale_all_dim`).
     ///
     /// ```
-    /// let yarn = spec::RopeScaling::Yarn {
+    /// let yarn = spec::RopeScaling::Yarn(spec::Yarn {
     ///     factor: 40.0,
     ///     beta_fast: 32.0,
     ///     beta_slow: 1.0,
@@ -357,15 +376,13 @@ impl RopeScaling {
     ///     attention_factor: Some(1.0),
     ///     truncate: true,
     ///     mscale_all_dim: 1.0,
-    /// };
+    /// });
     /// // DeepSeek-V3: 0.1352 of a width of 192.
     /// assert!((yarn.score_factor() / 192f64.sqrt() - 0.13523).abs() < 1e-5);
     /// ```
     pub fn score_factor(&self) -> f64 {
-        match *self {
-            RopeScaling::Yarn { factor, mscale_all_dim, .. } if mscale_all_dim != 0.0 => {
-                yarn_scale(factor, mscale_all_dim).powi(2)
-            }
+        match self {
+            RopeScaling::Yarn(y) if y.mscale_all_dim != 0.0 => yarn_scale(y.factor, y.mscale_all_dim).powi(2),
             _ => 1.0,
         }
     }
@@ -373,13 +390,12 @@ impl RopeScaling {
     /// The `mscale` of those who write the scale of YaRN's cosines and sines as `0.1 m ln(factor) + 1`, divided by the
     /// same of `mscale_all_dim`.
     pub fn mscale(&self) -> f64 {
-        match *self {
-            RopeScaling::Yarn { attention_factor: Some(1.0), mscale_all_dim, .. } => mscale_all_dim,
-            RopeScaling::Yarn { factor, attention_factor, mscale_all_dim: all, .. }
-                if factor > 1.0 && (attention_factor.is_some() || all != 0.0) =>
-            {
-                let scale = attention_factor.unwrap_or(yarn_scale(factor, 1.0)) * yarn_scale(factor, all);
-                (scale - 1.0) / (0.1 * factor.ln())
+        let RopeScaling::Yarn(y) = self else { return 1.0 };
+        match y.attention_factor {
+            Some(1.0) => y.mscale_all_dim,
+            given if y.factor > 1.0 && (given.is_some() || y.mscale_all_dim != 0.0) => {
+                let scale = y.amplitude() * yarn_scale(y.factor, y.mscale_all_dim);
+                (scale - 1.0) / (0.1 * y.factor.ln())
             }
             _ => 1.0,
         }

@@ -1,4 +1,4 @@
-use crate::{Error, Experts, Latent, ModelSpec, Mtp, Position, Result, RopeScaling, Window};
+use crate::{Error, Experts, Latent, ModelSpec, Mtp, Position, Result, RopeScaling, Window, Yarn, divisors};
 
 /// Upper bounds of a model's sizes: above any model known, and low enough that products of them (parameters, bytes,
 /// FLOPs) stay far inside 64 bits.
@@ -212,7 +212,7 @@ impl ModelSpec {
             RopeScaling::Linear { factor }
             | RopeScaling::Dynamic { factor }
             | RopeScaling::Llama3 { factor, .. }
-            | RopeScaling::Yarn { factor, .. } => factor,
+            | RopeScaling::Yarn(Yarn { factor, .. }) => factor,
         };
         if !(1.0..=1e6).contains(&factor) {
             return bad("rope_scaling.factor", factor, "from 1 to 1e6");
@@ -231,23 +231,13 @@ impl ModelSpec {
                 }
                 check_original(original_max_positions)
             }
-            RopeScaling::Yarn { .. } => self.check_yarn(&rope.scaling),
+            RopeScaling::Yarn(yarn) => self.check_yarn(yarn),
             _ => Ok(()),
         }
     }
 
-    fn check_yarn(&self, scaling: &RopeScaling) -> Result<()> {
-        let RopeScaling::Yarn {
-            beta_fast,
-            beta_slow,
-            original_max_positions,
-            attention_factor,
-            mscale_all_dim: m,
-            ..
-        } = *scaling
-        else {
-            return Ok(());
-        };
+    fn check_yarn(&self, yarn: Yarn) -> Result<()> {
+        let Yarn { beta_fast, beta_slow, mscale_all_dim: m, .. } = yarn;
         let bad = |key: &str, x: f64, expected: &str| {
             Err(Error::user(format!("model.{key} = {x}, expected a number {expected}")))
         };
@@ -265,9 +255,9 @@ impl ModelSpec {
             ))
             .hint("set model.rope_scaling.mscale_all_dim=0"));
         }
-        match attention_factor {
+        match yarn.attention_factor {
             Some(x) if !(x > 0.0 && x < 1e6) => bad("rope_scaling.attention_factor", x, "above 0"),
-            _ => check_original(original_max_positions),
+            _ => check_original(yarn.original_max_positions),
         }
     }
 }
@@ -283,7 +273,6 @@ fn check_original(positions: usize) -> Result<()> {
 
 fn check_router(e: &Experts) -> Result<()> {
     let r = &e.router;
-    let divisors = |of: usize| (1..=of.min(MAX_GROUPS)).filter(move |d| of.is_multiple_of(*d));
     let list =
         |works: &mut dyn Iterator<Item = usize>| works.map(|x| x.to_string()).collect::<Vec<_>>().join(", ");
     if !e.count.is_multiple_of(r.groups.max(1)) || !(1..=MAX_GROUPS).contains(&r.groups) {
@@ -291,7 +280,10 @@ fn check_router(e: &Experts) -> Result<()> {
             "model.experts.groups = {} does not divide model.experts.count = {}",
             r.groups, e.count
         ))
-        .hint(format!("values of model.experts.groups that work: {}", list(&mut divisors(e.count)))));
+        .hint(format!(
+            "values of model.experts.groups that work: {}",
+            list(&mut divisors(e.count).take_while(|d| *d <= MAX_GROUPS))
+        )));
     }
     if r.top_groups < 1 || r.top_groups > r.groups {
         return Err(Error::user(format!(

@@ -2,7 +2,7 @@ use crate::doc::Doc;
 use crate::run::keys::{KEYS, ORIGIN_KEYS};
 use crate::{
     Activation, Error, Experts, Latent, ModelSpec, Mtp, NormKind, Position, Result, Rope, RopeScaling,
-    Router, Score, Window, suggest,
+    Router, Score, Window, Yarn, suggest,
 };
 
 macro_rules! catalogue {
@@ -145,20 +145,15 @@ pub(crate) fn read_model(doc: &Doc, base: Option<&ModelSpec>) -> Result<ModelSpe
         heads,
         kv_heads,
         head_dim,
-        norm: match word(doc, "model.norm")? {
-            Some("layer") => NormKind::Layer,
-            Some(_) => NormKind::Rms,
-            None => base.map_or(NormKind::Rms, |b| b.norm),
-        },
+        norm: or_base(doc, "model.norm", NormKind::of, base.map_or(NormKind::Rms, |b| b.norm))?,
         norm_eps: single("model.norm_eps", base.map(|b| b.norm_eps), 1e-5)?,
         position: read_position(doc, base)?,
-        activation: match word(doc, "model.activation")? {
-            Some("gelu_tanh") => Activation::GeluTanh,
-            Some("gelu") => Activation::Gelu,
-            Some("swiglu_clamped") => Activation::SwiGluClamped,
-            Some(_) => Activation::SwiGlu,
-            None => base.map_or(Activation::SwiGlu, |b| b.activation),
-        },
+        activation: or_base(
+            doc,
+            "model.activation",
+            Activation::of,
+            base.map_or(Activation::SwiGlu, |b| b.activation),
+        )?,
         qkv_bias: flag("model.qkv_bias", base.map(|b| b.qkv_bias))?,
         attn_out_bias: flag("model.attn_out_bias", base.map(|b| b.attn_out_bias))?,
         mlp_bias: flag("model.mlp_bias", base.map(|b| b.mlp_bias))?,
@@ -217,11 +212,7 @@ fn read_router(doc: &Doc, base: Router) -> Result<Router> {
     let count = |key: &str, base: usize| if doc.written(key) { doc.count(key) } else { Ok(base) };
     let flag = |key: &str, base: bool| if doc.written(key) { doc.flag(key) } else { Ok(base) };
     Ok(Router {
-        score: match word(doc, "model.experts.score")? {
-            Some("sigmoid") => Score::Sigmoid,
-            Some(_) => Score::Softmax,
-            None => base.score,
-        },
+        score: or_base(doc, "model.experts.score", Score::of, base.score)?,
         renormalise: flag("model.experts.renormalise", base.renormalise)?,
         scale: number("model.experts.scale", base.scale)?,
         groups: count("model.experts.groups", base.groups)?,
@@ -285,6 +276,10 @@ fn alone(doc: &Doc, prefix: &str, key: &str) -> Result<()> {
             .hint(format!("set {key} too"))),
         None => Ok(()),
     }
+}
+
+fn or_base<T>(doc: &Doc, key: &str, read: fn(&Doc, &str) -> Result<T>, base: T) -> Result<T> {
+    if doc.written(key) { read(doc, key) } else { Ok(base) }
 }
 
 fn word(doc: &Doc, key: &str) -> Result<Option<&'static str>> {
@@ -380,7 +375,7 @@ fn read_scaling(doc: &Doc, base: &RopeScaling, max_positions: usize) -> Result<R
             high_freq_factor: number("high_freq_factor")?,
             original_max_positions: original()?,
         },
-        "yarn" => RopeScaling::Yarn {
+        "yarn" => RopeScaling::Yarn(Yarn {
             factor: number("factor")?,
             beta_fast: optional("beta_fast")?.unwrap_or(32.0),
             beta_slow: optional("beta_slow")?.unwrap_or(1.0),
@@ -388,7 +383,7 @@ fn read_scaling(doc: &Doc, base: &RopeScaling, max_positions: usize) -> Result<R
             attention_factor: optional("attention_factor")?,
             truncate: optional("truncate")?.is_none_or(|x| x != 0.0),
             mscale_all_dim: optional("mscale_all_dim")?.unwrap_or(0.0),
-        },
+        }),
         _ => RopeScaling::Default,
     })
 }
@@ -401,7 +396,7 @@ impl RopeScaling {
             RopeScaling::Linear { .. } => "linear",
             RopeScaling::Dynamic { .. } => "dynamic",
             RopeScaling::Llama3 { .. } => "llama3",
-            RopeScaling::Yarn { .. } => "yarn",
+            RopeScaling::Yarn(_) => "yarn",
         }
     }
 
@@ -418,24 +413,16 @@ impl RopeScaling {
                     ("original_max_positions", original_max_positions as f64),
                 ]
             }
-            RopeScaling::Yarn {
-                factor,
-                beta_fast,
-                beta_slow,
-                original_max_positions,
-                attention_factor,
-                truncate,
-                mscale_all_dim,
-            } => {
+            RopeScaling::Yarn(y) => {
                 let mut fields = vec![
-                    ("factor", factor),
-                    ("beta_fast", beta_fast),
-                    ("beta_slow", beta_slow),
-                    ("original_max_positions", original_max_positions as f64),
+                    ("factor", y.factor),
+                    ("beta_fast", y.beta_fast),
+                    ("beta_slow", y.beta_slow),
+                    ("original_max_positions", y.original_max_positions as f64),
                 ];
-                fields.extend(attention_factor.map(|x| ("attention_factor", x)));
-                fields.extend((!truncate).then_some(("truncate", 0.0)));
-                fields.extend((mscale_all_dim != 0.0).then_some(("mscale_all_dim", mscale_all_dim)));
+                fields.extend(y.attention_factor.map(|x| ("attention_factor", x)));
+                fields.extend((!y.truncate).then_some(("truncate", 0.0)));
+                fields.extend((y.mscale_all_dim != 0.0).then_some(("mscale_all_dim", y.mscale_all_dim)));
                 fields
             }
         }

@@ -21,3 +21,15 @@ pub fn scatter(x: u64) -> u64 {
 pub fn mix(x: u64) -> u64 {
     scatter(x.wrapping_add(GOLDEN))
 }
+
+/// The generator: numbers one after another from a state.
+#[derive(Clone, Debug)]
+pub struct SplitMix(pub u64);
+
+impl SplitMix {
+    /// The next number.
+    pub fn draw(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(GOLDEN);
+        scatter(self.0)
+    }
+}

@@ -11,6 +11,7 @@ pub use ramp::{BatchRamp, BatchStage};
 pub use trouble::{OnCorruption, OnNan, OnSpike, TroubleSpec};
 pub use write::Difference;
 
+use crate::words::words;
 use crate::{DType, Error, Layout, LrSchedule, ModelSpec, Origin, Result, ScheduleKind};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -87,15 +88,7 @@ pub enum Attend {
     Documents,
 }
 
-impl Attend {
-    /// As written in a run file.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Attend::All => "all",
-            Attend::Documents => "documents",
-        }
-    }
-}
+words!(Attend: "all" => All, "documents" => Documents);
 
 /// Where tokens come from.
 #[derive(Clone, Debug, PartialEq)]
@@ -173,20 +166,7 @@ pub enum Optimizer {
     Muon,
 }
 
-impl Optimizer {
-    /// As a run file has it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Optimizer::AdamW => "adamw",
-            Optimizer::Muon => "muon",
-        }
-    }
-
-    /// By its name.
-    pub fn parse(name: &str) -> Option<Optimizer> {
-        [Optimizer::AdamW, Optimizer::Muon].into_iter().find(|o| o.name() == name)
-    }
-}
+words!(Optimizer: "adamw" => AdamW, "muon" => Muon);
 
 /// `[schedule]`: the course of the learning rate.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -293,16 +273,7 @@ pub enum DeviceChoice {
     Cuda,
 }
 
-impl DeviceChoice {
-    /// As a run file has it.
-    pub fn name(self) -> &'static str {
-        match self {
-            DeviceChoice::Auto => "auto",
-            DeviceChoice::Cpu => "cpu",
-            DeviceChoice::Cuda => "cuda",
-        }
-    }
-}
+words!(DeviceChoice: "auto" => Auto, "cpu" => Cpu, "cuda" => Cuda);
 
 /// `[sample]`: how text is generated.
 #[derive(Clone, Debug, PartialEq)]
@@ -321,7 +292,7 @@ pub struct SampleSpec {
 
 impl RunSpec {
     /// The learning rate of every step, as a value.
-    pub fn lr_schedule(&self) -> LrSchedule {
+    pub(crate) fn lr_schedule(&self) -> LrSchedule {
         LrSchedule {
             kind: self.schedule.kind,
             peak: self.optim.lr,

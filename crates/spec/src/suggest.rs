@@ -44,6 +44,18 @@ pub fn hint<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str> + Clon
     }
 }
 
+/// Letters and digits of a name in lower case, and what else is in `also`: names that differ in nothing else are one.
+///
+/// ```
+/// use spec::suggest::plain;
+/// assert_eq!(plain("DeepSeek V3.1", ""), "deepseekv31");
+/// assert_eq!(plain("DeepSeek V3.1", "."), "deepseekv3.1");
+/// ```
+pub fn plain(name: &str, also: &str) -> String {
+    let kept = name.chars().filter(|c| c.is_ascii_alphanumeric() || also.contains(*c));
+    kept.map(|c| c.to_ascii_lowercase()).collect()
+}
+
 fn normal(name: &str) -> String {
     name.chars().map(|c| if c == '-' { '_' } else { c.to_ascii_lowercase() }).collect()
 }

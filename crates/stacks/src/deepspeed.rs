@@ -1,10 +1,9 @@
 use plan::estimate::Problem;
 use plan::placement::{Order, Placement};
 use serde_json::json;
-use spec::{
-    Activation, ModelSpec, NumberFormat, PipelineSchedule, Position, Recompute, Result, RopeScaling, Zero,
-};
+use spec::{ModelSpec, NumberFormat, PipelineSchedule, Position, Recompute, Result, RopeScaling, Zero};
 
+use crate::megatron::{activation, padded_vocab};
 use crate::traits::{all_unsaid, beyond_positions, unsaid, whole};
 use crate::{Emitted, arguments, lacks, schedule_name};
 
@@ -120,11 +119,7 @@ fn numbers(name: &str, m: &ModelSpec, tp: usize, notes: &mut Vec<String>) -> Vec
         // Both are 0.1 where nothing is said.
         "--hidden-dropout 0 --attention-dropout 0".to_owned(),
     ];
-    let padded = m.vocab.next_multiple_of(tp.max(1));
-    if padded != m.vocab {
-        notes
-            .push(format!("the embedding has {padded} rows for {} ids, so that tp={tp} divides it", m.vocab));
-    }
+    padded_vocab(m, tp, notes);
     if let Position::Rope(rope) = &m.position {
         args.push("--use-rotary-position-embeddings".into());
         if whole(rope.theta) {
@@ -139,14 +134,7 @@ fn numbers(name: &str, m: &ModelSpec, tp: usize, notes: &mut Vec<String>) -> Vec
     if m.norm == spec::NormKind::Rms {
         args.push("--normalization rmsnorm".into());
     }
-    match m.activation {
-        Activation::SwiGlu => args.push("--swiglu".into()),
-        Activation::SwiGluClamped => unsaid_ones.push("activation"),
-        // The fused kernel takes the tanh approximation, and wants a bias.
-        Activation::GeluTanh if !m.mlp_bias => unsaid_ones.push("activation"),
-        Activation::GeluTanh => {}
-        Activation::Gelu => args.push("--no-bias-gelu-fusion".into()),
-    }
+    args.extend(activation(m, &mut unsaid_ones));
     // All linears have biases, or none.
     if !m.mlp_bias {
         args.push("--disable-bias-linear".into());

@@ -17,7 +17,7 @@ use plan::placement::Placement;
 use spec::{Error, Optimizer, PipelineSchedule, Result, suggest};
 
 /// Stacks that arguments can be written for, each with the training stack whose layouts suit it.
-pub const STACKS: [(&str, &str); 5] = [
+pub(crate) const STACKS: [(&str, &str); 5] = [
     ("megatron", "megatron-core-2026"),
     ("torchtitan", "torchtitan"),
     ("deepspeed", "deepspeed-zero3"),

@@ -4,7 +4,7 @@ use plan::estimate::Problem;
 use plan::placement::{Order, Placement};
 use spec::{
     Activation, ModelSpec, NormKind, NumberFormat, PipelineSchedule, Position, Recompute, Result,
-    RopeScaling, Zero,
+    RopeScaling, Yarn, Zero,
 };
 
 use crate::traits::{beyond_positions, llama31, unsaid};
@@ -188,21 +188,15 @@ fn numbers(m: &ModelSpec, block: &str, out: &mut String, notes: &mut Vec<String>
                 RopeScaling::Linear { factor } => {
                     writeln!(out, "rope_type: \"default\"\nrope_linear_scaling_factor: {factor}")
                 }
-                RopeScaling::Yarn {
-                    factor,
-                    beta_fast,
-                    beta_slow,
-                    original_max_positions,
-                    attention_factor: None,
-                    truncate: true,
-                    mscale_all_dim: 0.0,
-                } => {
+                RopeScaling::Yarn(
+                    y @ Yarn { attention_factor: None, truncate: true, mscale_all_dim: 0.0, .. },
+                ) => {
                     writeln!(
                         out,
-                        "rope_type: \"yarn\"\nrope_factor: {factor}\nbeta_fast: {beta_fast}\nbeta_slow: {beta_slow}\n\
-                         original_max_position_embeddings: {original_max_positions}\n\
+                        "rope_type: \"yarn\"\nrope_factor: {}\nbeta_fast: {}\nbeta_slow: {}\n\
+                         original_max_position_embeddings: {}\n\
                          max_position_embeddings: {}\nrope_attention_scaling: true",
-                        rope.max_positions
+                        y.factor, y.beta_fast, y.beta_slow, y.original_max_positions, rope.max_positions
                     )
                 }
                 ref scaling if llama31(scaling) == Some(8.0) => writeln!(out, "rope_type: \"llama3.1\""),

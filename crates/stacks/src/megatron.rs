@@ -129,7 +129,7 @@ fn model(p: &Problem) -> Vec<String> {
 /// What decides the numbers of the model beside its sizes; traits that have no argument go to the notes.
 fn numbers(m: &ModelSpec, tp: usize, notes: &mut Vec<String>) -> Vec<String> {
     let mut unsaid_ones = Vec::new();
-    let padded = m.vocab.next_multiple_of(tp.max(1));
+    let padded = padded_vocab(m, tp, notes);
     let mut args = vec![
         format!("--vocab-size {} --padded-vocab-size {padded}", m.vocab),
         format!("--norm-epsilon {}", m.norm_eps),
@@ -137,10 +137,6 @@ fn numbers(m: &ModelSpec, tp: usize, notes: &mut Vec<String>) -> Vec<String> {
         // Both are 0.1 where nothing is said.
         "--hidden-dropout 0 --attention-dropout 0".to_owned(),
     ];
-    if padded != m.vocab {
-        notes
-            .push(format!("the embedding has {padded} rows for {} ids, so that tp={tp} divides it", m.vocab));
-    }
     if m.norm == spec::NormKind::Rms {
         args.push("--normalization RMSNorm".into());
     }
@@ -162,17 +158,32 @@ fn numbers(m: &ModelSpec, tp: usize, notes: &mut Vec<String>) -> Vec<String> {
     if m.attn_out_bias != m.mlp_bias {
         unsaid_ones.push("attn_out_bias");
     }
-    match m.activation {
-        Activation::SwiGlu => args.push("--swiglu".into()),
-        Activation::SwiGluClamped => unsaid_ones.push("activation"),
-        // The fused kernel takes the tanh approximation, and wants a bias.
-        Activation::GeluTanh if !m.mlp_bias => unsaid_ones.push("activation"),
-        Activation::GeluTanh => {}
-        Activation::Gelu => args.push("--no-bias-gelu-fusion".into()),
-    }
+    args.extend(activation(m, &mut unsaid_ones));
     args.extend(positions(m, &mut unsaid_ones));
     notes.extend(unsaid(NAME, m, &unsaid_ones));
     args
+}
+
+/// Rows of an embedding that `tp` ranks share evenly; a note where they are more than ids.
+pub(crate) fn padded_vocab(m: &ModelSpec, tp: usize, notes: &mut Vec<String>) -> usize {
+    let padded = m.vocab.next_multiple_of(tp.max(1));
+    if padded != m.vocab {
+        notes
+            .push(format!("the embedding has {padded} rows for {} ids, so that tp={tp} divides it", m.vocab));
+    }
+    padded
+}
+
+/// The argument for the activation, where it takes one.
+pub(crate) fn activation(m: &ModelSpec, unsaid_ones: &mut Vec<&'static str>) -> Option<String> {
+    match m.activation {
+        Activation::SwiGlu => return Some("--swiglu".into()),
+        Activation::Gelu => return Some("--no-bias-gelu-fusion".into()),
+        // The fused kernel takes the tanh approximation, and wants a bias.
+        Activation::GeluTanh if m.mlp_bias => {}
+        Activation::GeluTanh | Activation::SwiGluClamped => unsaid_ones.push("activation"),
+    }
+    None
 }
 
 fn positions(m: &ModelSpec, unsaid_ones: &mut Vec<&'static str>) -> Vec<String> {
@@ -198,21 +209,16 @@ fn positions(m: &ModelSpec, unsaid_ones: &mut Vec<&'static str>) -> Vec<String> 
             args.push(format!("--rotary-seq-len-interpolation-factor {factor}"));
         }
         // Latent attention takes the constants of its own class.
-        RopeScaling::Yarn {
-            factor,
-            beta_fast,
-            beta_slow,
-            original_max_positions,
-            truncate: true,
-            mscale_all_dim: all,
-            ..
-        } if !latent || (beta_fast, beta_slow, original_max_positions) == (32.0, 1.0, 4096) => {
+        RopeScaling::Yarn(y)
+            if y.truncate
+                && (!latent || (y.beta_fast, y.beta_slow, y.original_max_positions) == (32.0, 1.0, 4096)) =>
+        {
             args.push(kind("yarn"));
-            let mscale = rope.scaling.mscale();
+            let (factor, mscale, all) = (y.factor, rope.scaling.mscale(), y.mscale_all_dim);
             args.push(format!("--rotary-scaling-factor {factor} --mscale {mscale} --mscale-all-dim {all}"));
             if !latent {
-                args.push(format!("--yarn-original-max-position-embeddings {original_max_positions}"));
-                args.push(format!("--yarn-beta-fast {beta_fast} --yarn-beta-slow {beta_slow}"));
+                args.push(format!("--yarn-original-max-position-embeddings {}", y.original_max_positions));
+                args.push(format!("--yarn-beta-fast {} --yarn-beta-slow {}", y.beta_fast, y.beta_slow));
             }
         }
         ref scaling => {

@@ -1,7 +1,7 @@
 //! What makes a model the model that it is. Each trait is written for a stack, or named as what the stack cannot say.
 
 use plan::estimate::Problem;
-use spec::{ModelSpec, NormKind, Position, RopeScaling};
+use spec::{ModelSpec, NormKind, Position, RopeScaling, Yarn};
 
 /// Every trait beside sizes that a stack asks for anyway, by name and value.
 pub(crate) fn traits(m: &ModelSpec) -> Vec<(&'static str, String)> {
@@ -58,18 +58,10 @@ fn scaling(scaling: &RopeScaling) -> String {
                 "llama3 by {factor} from {original_max_positions}, {low_freq_factor} to {high_freq_factor}"
             )
         }
-        RopeScaling::Yarn {
-            factor,
-            beta_fast,
-            beta_slow,
-            original_max_positions,
-            attention_factor,
-            truncate,
-            mscale_all_dim,
-        } => {
-            let scale = attention_factor.map_or(String::new(), |a| format!(", scaled by {a}"));
-            let scale = if *truncate { scale } else { format!("{scale}, not rounded") };
-            let scale = match *mscale_all_dim {
+        RopeScaling::Yarn(y @ Yarn { factor, beta_fast, beta_slow, original_max_positions, .. }) => {
+            let scale = y.attention_factor.map_or(String::new(), |a| format!(", scaled by {a}"));
+            let scale = if y.truncate { scale } else { format!("{scale}, not rounded") };
+            let scale = match y.mscale_all_dim {
                 0.0 => scale,
                 m => format!("{scale}, scores by mscale_all_dim {m}"),
             };

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use plan::estimate::Problem;
 use plan::shape::Shape;
-use spec::{Activation, Layout, ModelSpec, Position, Rope, RopeScaling, Zero};
+use spec::{Activation, Layout, ModelSpec, Position, Rope, RopeScaling, Yarn, Zero};
 
 use crate::tests::{Read, layout, placement, problem, read_arguments, read_lines};
 use crate::{STACKS, emit, traits};
@@ -141,14 +141,16 @@ fn models() -> Vec<ModelSpec> {
         high_freq_factor: 4.0,
         original_max_positions,
     };
-    let yarn = |attention_factor| RopeScaling::Yarn {
-        factor: 4.0,
-        beta_fast: 24.0,
-        beta_slow: 2.0,
-        original_max_positions: 1024,
-        attention_factor,
-        truncate: true,
-        mscale_all_dim: 0.0,
+    let yarn = |attention_factor| {
+        RopeScaling::Yarn(Yarn {
+            factor: 4.0,
+            beta_fast: 24.0,
+            beta_slow: 2.0,
+            original_max_positions: 1024,
+            attention_factor,
+            truncate: true,
+            mscale_all_dim: 0.0,
+        })
     };
     let gpt2 = ModelSpec::preset("gpt2").unwrap();
     vec![

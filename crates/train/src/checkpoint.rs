@@ -56,7 +56,7 @@ impl Executor {
     }
 
     /// The spans of the last step as the journal keeps them.
-    pub fn journal_spans(&self) -> Vec<journal::Span> {
+    pub(crate) fn journal_spans(&self) -> Vec<journal::Span> {
         let of = |s: &crate::spans::OpSpan| {
             let op = &self.program.blocks[s.block as usize].ops[s.op as usize];
             let lane = if op.only_talks() { journal::Lane::Comm } else { journal::Lane::Compute };

@@ -232,7 +232,7 @@ pub struct Gradient<'a> {
 
 impl Gradient<'_> {
     /// Levels of one counter.
-    pub fn stream_levels(&self) -> usize {
+    pub(crate) fn stream_levels(&self) -> usize {
         self.levels.rows / (self.rows * self.streams).max(1)
     }
 }

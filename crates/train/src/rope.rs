@@ -53,30 +53,20 @@ fn frequencies(rope: &Rope, head_dim: usize, positions: usize) -> (Vec<f64>, f64
             });
             (scaled.collect(), 1.0)
         }
-        RopeScaling::Yarn {
-            factor,
-            beta_fast,
-            beta_slow,
-            original_max_positions,
-            attention_factor,
-            truncate,
-            ..
-        } => {
+        RopeScaling::Yarn(yarn) => {
             // The dim at which a full context makes `rotations` turns (Peng et al. 2023, section 3.2).
             let dim = |rotations: f64| {
-                d * (original_max_positions as f64 / (rotations * std::f64::consts::TAU)).ln()
+                d * (yarn.original_max_positions as f64 / (rotations * std::f64::consts::TAU)).ln()
                     / (2.0 * rope.theta.ln())
             };
-            let (low, high) = (dim(beta_fast), dim(beta_slow));
-            let (low, high) = if truncate { (low.floor(), high.ceil()) } else { (low, high) };
+            let (low, high) = (dim(yarn.beta_fast), dim(yarn.beta_slow));
+            let (low, high) = if yarn.truncate { (low.floor(), high.ceil()) } else { (low, high) };
             let (low, high) = (low.max(0.0), high.min(d - 1.0));
             let blended = plain().enumerate().map(|(i, f)| {
                 let ramp = ((i as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
-                f / factor * ramp + f * (1.0 - ramp)
+                f / yarn.factor * ramp + f * (1.0 - ramp)
             });
-            let amplitude =
-                attention_factor.unwrap_or(if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 });
-            (blended.collect(), amplitude)
+            (blended.collect(), yarn.amplitude())
         }
     }
 }

@@ -145,7 +145,7 @@ impl Spans {
     }
 
     /// Whether ops are recorded.
-    pub fn is_on(&self) -> bool {
+    pub(crate) fn is_on(&self) -> bool {
         self.on
     }
 }

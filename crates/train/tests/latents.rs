@@ -6,7 +6,7 @@ mod common;
 use common::{Trained, first_difference, model, train};
 use spec::{
     DType, Experts, Latent, Layout, ModelSpec, PipelineSchedule, Position, Recompute, Rope, RopeScaling,
-    Router, Score, Zero,
+    Router, Score, Yarn, Zero,
 };
 
 const SEQUENCES: usize = 8;
@@ -24,7 +24,7 @@ fn models() -> [ModelSpec; 2] {
     let base = model(4, false, false);
     let base = ModelSpec { kv_heads: base.heads, latent: Some(latent), ..base };
     let deep = Latent { query_rank: Some(20), ..latent };
-    let scaling = RopeScaling::Yarn {
+    let scaling = RopeScaling::Yarn(Yarn {
         factor: 8.0,
         beta_fast: 32.0,
         beta_slow: 1.0,
@@ -32,7 +32,7 @@ fn models() -> [ModelSpec; 2] {
         attention_factor: Some(1.1),
         truncate: true,
         mscale_all_dim: 1.0,
-    };
+    });
     let position = Position::Rope(Rope { theta: 1e4, scaling, max_positions: base.max_positions() });
     [base.clone(), ModelSpec { latent: Some(deep), experts: Some(experts), position, ..base }]
 }

@@ -49,12 +49,7 @@ pub fn export(
     let target = Target::prepare(out_dir)?;
     let writer = Writer { spec, source: &source, dir: &target.temp, dtype };
     let written = writer.texts(&companions).and_then(|()| writer.shards(&table, max_shard_bytes));
-    let finished = written.and_then(|done| {
-        target.publish().map_err(|e| Error::io("export: move into place", out_dir, &e))?;
-        Ok(done)
-    });
-    // The first error is the one to report.
-    finished.inspect_err(|_| target.discard())
+    target.end(out_dir, written)
 }
 
 /// Where an export goes, and the directory beside it that becomes it.
@@ -101,16 +96,19 @@ impl Target {
         Ok(Target { parent, name, temp_name, temp })
     }
 
-    /// Removes what was written; the next export clears what cannot be removed now.
-    pub(crate) fn discard(&self) {
-        let _ = self.parent.remove(&self.temp_name);
-    }
-
-    /// Gives the directory its name.
-    pub(crate) fn publish(&self) -> io::Result<()> {
-        self.temp.sync()?;
-        self.parent.rename(&self.temp_name, &self.name)?;
-        self.parent.sync()
+    /// Gives the directory its name if all of it was written, else removes it: the first error is the one to report, and
+    /// the next export clears what cannot be removed now.
+    pub(crate) fn end<T>(&self, out_dir: &Path, written: Result<T>) -> Result<T> {
+        let publish = || {
+            self.temp.sync()?;
+            self.parent.rename(&self.temp_name, &self.name)?;
+            self.parent.sync()
+        };
+        let finished = written.and_then(|done| {
+            publish().map_err(|e| Error::io("export: move into place", out_dir, &e))?;
+            Ok(done)
+        });
+        finished.inspect_err(|_| _ = self.parent.remove(&self.temp_name))
     }
 }
 

@@ -43,12 +43,7 @@ pub struct ExportedDcp {
 /// When `out_dir` exists and holds something, the checkpoint is damaged, a tensor takes 4 GiB or more, or writing fails.
 pub fn export_dcp(checkpoint: &Checkpoint, out_dir: &Path) -> Result<ExportedDcp> {
     let target = Target::prepare(out_dir)?;
-    let written = write_all(checkpoint, &target, out_dir);
-    let finished = written.and_then(|done| {
-        target.publish().map_err(|e| Error::io("export: move into place", out_dir, &e))?;
-        Ok(done)
-    });
-    finished.inspect_err(|_| target.discard())
+    target.end(out_dir, write_all(checkpoint, &target, out_dir))
 }
 
 fn write_all(checkpoint: &Checkpoint, target: &Target, out_dir: &Path) -> Result<ExportedDcp> {

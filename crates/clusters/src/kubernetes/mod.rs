@@ -16,7 +16,7 @@ use crate::yaml::map;
 use crate::{Decision, Decisions, Yaml};
 
 /// Port of the agents' store on node 0: torchrun's default for the static rendezvous.
-pub const STORE_PORT: u16 = 29_500;
+pub(crate) const STORE_PORT: u16 = 29_500;
 
 /// Name of the container that trains: what Kubeflow's Trainer expects, and policies speak of.
 pub(crate) const CONTAINER: &str = "node";

@@ -14,7 +14,7 @@ use crate::rendezvous::{Agreed, Member, NodeId, Phase, Rules, Times};
 use agent::{Agent, State};
 use core::time::Duration;
 use faults::Fault;
-use spec::random::{GOLDEN, scatter};
+use spec::random::SplitMix;
 use std::collections::BTreeMap;
 use worlds::Worlds;
 
@@ -47,12 +47,11 @@ fn times() -> Times {
 }
 
 /// The generator of a schedule.
-struct Draw(u64);
+struct Draw(SplitMix);
 
 impl Draw {
     fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(GOLDEN);
-        scatter(self.0) % n
+        self.0.draw() % n
     }
 
     fn index(&mut self, n: usize) -> usize {
@@ -101,7 +100,7 @@ struct Sim {
 
 impl Sim {
     fn new(seed: u64, tells: bool) -> Sim {
-        let mut draw = Draw(seed);
+        let mut draw = Draw(SplitMix(seed));
         let max = 1 + draw.index(4);
         let min = 1 + draw.index(max);
         let rules = Rules { min, max, is_static: false };

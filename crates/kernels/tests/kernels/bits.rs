@@ -74,6 +74,23 @@ fn everything(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
     rms_norm_dw(pool, &dy, &x, &rstd, &mut dg, n, DIM, tree, merge, &mut ws);
     layer_norm_dw(pool, &dy, &x, &stats, &mut dl, &mut dlb, n, DIM, tree, merge, &mut ws);
     keep("norm dw", &[dg, dl, dlb].concat());
+    let mut dt = r.vec(2 * VOCAB * DIM);
+    embed_grad(pool, &tokens, 0, VOCAB, &dx, &mut dt, DIM, tree, merge, &mut ws);
+    let mut dp = r.vec(2 * SEQ * DIM);
+    pos_grad(pool, &dx, &mut dp, SEQ, Places::whole(SEQ), DIM, tree, merge, &mut ws);
+    keep("embed", &[dt, dp].concat());
+    all.extend(pointwise(pool).into_iter().chain(mixture(pool)).chain(recipes(pool)));
+    all
+}
+
+/// Those that take rows or elements one by one: activations, the loss, the optimiser.
+fn pointwise(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
+    const LEN: usize = VOCAB * DIM;
+    let mut all = Vec::new();
+    let mut keep = |name: &'static str, x: &[f32]| all.push((name, bits(x)));
+    let mut r = Numbers::new(96);
+    let n = ROWS;
+    let tokens = r.tokens(n, VOCAB);
     let gu = r.vec(n * 2 * HIDDEN);
     let (mut h, mut dgu) = (vec![0.0; n * HIDDEN], vec![0.0; n * 2 * HIDDEN]);
     glu(pool, Glu::Silu, &gu, &mut h, n, HIDDEN);
@@ -91,20 +108,15 @@ fn everything(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
     xent_combine(&s, 1, &mut total, n);
     xent_fused(pool, &mut logits, &tokens, LossTerms { scale: 0.01, z: 1e-3, cap: 0.0 }, &mut loss, n, VOCAB);
     keep("xent", &[total, logits, loss].concat());
-    let mut dt = r.vec(2 * VOCAB * DIM);
-    embed_grad(pool, &tokens, 0, VOCAB, &dx, &mut dt, DIM, tree, merge, &mut ws);
-    let mut dp = r.vec(2 * SEQ * DIM);
-    pos_grad(pool, &dx, &mut dp, SEQ, Places::whole(SEQ), DIM, tree, merge, &mut ws);
-    keep("embed", &[dt.clone(), dp].concat());
-    let (mut p, mut m, mut v) = (table.clone(), dt[..table.len()].to_vec(), vec![0.5; table.len()]);
+    let grad = r.vec(LEN);
+    let (mut p, mut m, mut v) = (r.vec(LEN), r.vec(LEN), vec![0.5; LEN]);
     let c =
         AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 3, grad_scale: 1.0 };
-    adamw(pool, &c, &mut p, &mut m, &mut v, &dt[table.len()..]);
+    adamw(pool, &c, &mut p, &mut m, &mut v, &grad);
     keep("adamw", &[p, m, v].concat());
     let mut partials = [0.0; 6];
-    sum_squares(pool, &dt, &mut partials, 2000);
+    sum_squares(pool, &grad, &mut partials, 1000);
     keep("squares", &partials.map(|x| (x as f32, (x - f64::from(x as f32)) as f32)).map(|(a, b)| a + b));
-    all.extend(mixture(pool).into_iter().chain(recipes(pool)));
     all
 }
 

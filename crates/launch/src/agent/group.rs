@@ -137,17 +137,18 @@ impl Group {
 
     /// Ends the job for all nodes; waits a bounded time for them to see it. Errors have nobody to go to any more.
     pub(super) fn close(&mut self, why: &str, signals: &Signals) {
-        if let Group::Many(many) = self {
-            let until = Some(Instant::now() + many.close_timeout);
-            let _ = many.settle(Wish::Close(why.to_owned()), signals, &[], until);
-        }
+        self.part_with(Wish::Close(why.to_owned()), signals);
     }
 
     /// Goes, so that the others can go on without this node at once.
     pub(super) fn leave(&mut self, why: &str, signals: &Signals) {
+        self.part_with(Wish::Leave(why.to_owned()), signals);
+    }
+
+    fn part_with(&mut self, wish: Wish, signals: &Signals) {
         if let Group::Many(many) = self {
             let until = Some(Instant::now() + many.close_timeout);
-            let _ = many.settle(Wish::Leave(why.to_owned()), signals, &[], until);
+            let _ = many.settle(wish, signals, &[], until);
         }
     }
 }

@@ -5,8 +5,9 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use ckpt::{Checkpoint, FileRecord, Meta, Saver};
-use measure::{Stepper, quantile};
+use measure::Stepper;
 use serde::Serialize;
+use spec::stats::quantile;
 use spec::{Error, Result};
 use train::{Mesh, Saving};
 

@@ -3,8 +3,9 @@
 use std::fmt::Write as _;
 use std::process::{Command, Stdio};
 
+use measure::load_average;
 use measure::predict::{CASES, Case, Prediction, Steps, order, predict};
-use measure::{load_average, quantile};
+use spec::stats::quantile;
 use spec::{Error, Result, RunSpec};
 
 use super::machine::could_not;

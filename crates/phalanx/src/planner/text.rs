@@ -57,7 +57,7 @@ fn head(out: &mut String, answer: &Answer, search_s: f64, threads: usize) -> std
     writeln!(
         out,
         "{} layouts priced, {} pruned, in {} on {threads} thread{}",
-        answer.searched.layouts_priced,
+        answer.searched.layouts_estimated,
         answer.searched.layouts_pruned,
         seconds(search_s),
         if threads == 1 { "" } else { "s" }

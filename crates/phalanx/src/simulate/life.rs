@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use sim::Rehearsal;
 use sim::life::{Lived, Pool, Recovery, Run};
 use sim::recovery::{Loss, PlayedJob, Recovered};
+use spec::stats::quantile;
 use spec::{Error, Result};
 
 use super::{DAY_S, Given, Steps, steps};
@@ -194,9 +195,7 @@ fn mean(lives: &[Lived], of: impl Fn(&Lived) -> f64) -> Option<f64> {
 fn spread(lives: &[Lived], run: &Run) -> Value {
     let range = |of: &dyn Fn(&Lived) -> f64| {
         let mut all: Vec<f64> = lives.iter().map(of).collect();
-        all.sort_by(f64::total_cmp);
-        let at = |q: f64| all[((all.len() - 1) as f64 * q).round() as usize];
-        json!({ "mean": mean(lives, of), "low": at(0.05), "high": at(0.95) })
+        json!({ "mean": mean(lives, of), "low": quantile(&mut all, 0.05), "high": quantile(&mut all, 0.95) })
     };
     json!({
         "seeds": lives.len(),

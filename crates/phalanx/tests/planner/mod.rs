@@ -279,6 +279,11 @@ fn questions_that_make_no_sense_are_refused() {
     }
     refused(&lab, &format!("{} --threads 100000", SMALL.replace(" --threads 1", "")), 2, "--threads 100000");
     bad("--layout tp=2 --keep 3", "cannot be used with");
+}
+
+#[test]
+fn names_and_files_that_make_no_sense_are_refused() {
+    let lab = Lab::new();
     let model =
         |name: &str, what: &str| refused(&lab, &format!("plan --model {name} --cluster dgx-h100"), 2, what);
     assert!(model("lama3-70b", "no model is called `lama3-70b`").contains("did you mean `llama3-70b`?"));

@@ -1,13 +1,9 @@
-//! Functions fit on a screen. Those that never did are listed with their lengths, which may only fall.
+//! Functions fit on a screen.
 
-use std::cmp::Ordering;
-use std::collections::BTreeMap;
-
-use super::{files, read};
+use super::files;
 
 /// Longest function, from its signature to its closing brace.
 const LINES_MAX: usize = 70;
-const LIST: &str = "crates/phalanx/tests/tidy/long_functions.txt";
 
 /// Names and lengths of all functions of a formatted source file.
 fn functions(text: &str) -> Vec<(&str, usize)> {
@@ -36,32 +32,12 @@ fn name(line: &str) -> Option<&str> {
 
 #[test]
 fn no_function_grows_beyond_a_screen() {
-    let mut long: BTreeMap<(String, String), usize> = BTreeMap::new();
+    let mut long = Vec::new();
     for (path, text) in files("crates", "rs") {
-        for (name, lines) in functions(&text).into_iter().filter(|(_, lines)| *lines > LINES_MAX) {
-            long.insert((path.clone(), name.to_owned()), lines);
-        }
+        let found = functions(&text).into_iter().filter(|(_, lines)| *lines > LINES_MAX);
+        long.extend(found.map(|(name, lines)| format!("{path} {name}: {lines} lines, at most {LINES_MAX}")));
     }
-    let list = read(LIST);
-    let rows = list.lines().filter(|l| !l.starts_with('#')).map(|l| l.split_whitespace().collect::<Vec<_>>());
-    let listed: BTreeMap<(String, String), usize> = rows
-        .map(|row| match row[..] {
-            [lines, path, name] => ((path.to_owned(), name.to_owned()), lines.parse().expect("a length")),
-            _ => panic!("{LIST}: {row:?} is not LINES PATH NAME"),
-        })
-        .collect();
-    let mut wrong = Vec::new();
-    for (function @ (path, name), lines) in &long {
-        let most = listed.get(function).copied().unwrap_or(LINES_MAX);
-        match lines.cmp(&most) {
-            Ordering::Greater => wrong.push(format!("split {path} {name}: {lines} lines, at most {most}")),
-            Ordering::Less => wrong.push(format!("say {lines} {path} {name}: the list allows {most}")),
-            Ordering::Equal => {}
-        }
-    }
-    let gone = listed.keys().filter(|function| !long.contains_key(*function));
-    wrong.extend(gone.map(|(path, name)| format!("take {path} {name} out of the list: it is short or gone")));
-    assert!(wrong.is_empty(), "{LIST}:\n{}", wrong.join("\n"));
+    assert!(long.is_empty(), "split {}", long.join("\n"));
 }
 
 #[test]

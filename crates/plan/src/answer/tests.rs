@@ -51,7 +51,7 @@ fn a_given_layout_costs_what_the_search_says_it_does() {
         assert!(given.given && given.best[0].fits && given.assumptions[0].starts_with("training stack"));
     }
     let short = estimate_given(question("gpt3-13b", "dgx-h100", 64), "tp=8", &calibration).unwrap();
-    assert!(short.assumptions[0].contains("dp=8") && short.searched.layouts_priced == 1);
+    assert!(short.assumptions[0].contains("dp=8") && short.searched.layouts_estimated == 1);
     let tight = estimate_given(question("gpt3-175b", "dgx-h100", 64), "tp=8,zero=0", &calibration).unwrap();
     assert!(!tight.best[0].fits);
     for s in short.explain().unwrap() {

@@ -35,7 +35,7 @@ fn brute_force(problem: &Problem, space: &Space) -> (f64, usize) {
     for job in jobs(problem, space) {
         let rest = space.accelerators / job.tp / job.cp;
         let mut estimator = Estimator::new(problem, space.format).unwrap();
-        for pp in divisors(rest).into_iter().filter(|pp| *pp <= problem.shape.model.layers) {
+        for pp in divisors(rest).filter(|pp| *pp <= problem.shape.model.layers) {
             let dp = rest / pp;
             if !problem.sequences.is_multiple_of(dp * job.micro_batch) {
                 continue;
@@ -94,7 +94,7 @@ fn bounds_lose_nothing() {
     let found = search(&problem, &space, &|_, _| ()).unwrap();
     let (best, count) = brute_force(&problem, &space);
     assert_eq!(found.best[0].estimate.step_s, best);
-    assert_eq!(found.layouts_priced + found.layouts_pruned, count);
+    assert_eq!(found.layouts_estimated + found.layouts_pruned, count);
     assert!(found.layouts_pruned > 0);
 }
 
@@ -127,8 +127,8 @@ fn a_search_from_good_layouts_finds_the_same() {
             let good: Vec<Placement> = good.iter().map(|f| f.placement.clone()).collect();
             let found = search_from(&problem, &space, &good, &|_, _| ()).unwrap();
             assert_eq!((&found.best, &found.pareto), (&plain.best, &plain.pareto), "{model} on {n}");
-            assert!(found.layouts_priced <= plain.layouts_priced);
-            spared += plain.layouts_priced - found.layouts_priced;
+            assert!(found.layouts_estimated <= plain.layouts_estimated);
+            spared += plain.layouts_estimated - found.layouts_estimated;
         }
     }
     assert!(spared > 0);
@@ -181,6 +181,6 @@ fn a_search_is_deterministic_and_reports_progress() {
     let a = search(&problem, &space(16), &count).unwrap();
     let b = search(&problem, &space(16), &|_, _| ()).unwrap();
     assert_eq!(a.best, b.best);
-    assert_eq!((a.layouts_priced, a.layouts_pruned), (b.layouts_priced, b.layouts_pruned));
+    assert_eq!((a.layouts_estimated, a.layouts_pruned), (b.layouts_estimated, b.layouts_pruned));
     assert!(calls.load(Ordering::Relaxed) > 10);
 }

@@ -52,14 +52,6 @@ impl Emitter<'_> {
         self.moved(kind, &p("join"), parts, (rows, heads.out_cols()))
     }
 
-    /// One op with one output of another shape.
-    fn moved(&mut self, kind: OpKind, name: &str, x: ValueId, (rows, cols): (usize, usize)) -> ValueId {
-        let y = self.act(name, rows, cols);
-        let (ins, outs) = (vec![self.g.all(x)], vec![self.g.all(y)]);
-        self.push(kind, name, ins, outs);
-        y
-    }
-
     /// Attention with these heads over the rows at hand.
     fn attend(&mut self, name: &str, heads: Heads, qkv: ValueId) -> ValueId {
         let sees = self.sees();

@@ -109,9 +109,6 @@ impl Emitter<'_> {
     /// This rank's share of rows that every tensor-parallel rank holds.
     fn slice(&mut self, name: &str, x: ValueId) -> ValueId {
         let (rows, cols) = (self.g.get(x).rows, self.g.get(x).cols);
-        let y = self.act(name, rows / self.cx.layout.tp, cols);
-        let (ins, outs) = (vec![self.g.all(x)], vec![self.g.all(y)]);
-        self.push(OpKind::Slice { axis: Axis::Tp }, name, ins, outs);
-        y
+        self.moved(OpKind::Slice { axis: Axis::Tp }, name, x, (rows / self.cx.layout.tp, cols))
     }
 }

@@ -112,6 +112,14 @@ impl Emitter<'_> {
         y
     }
 
+    /// One op with one output of another shape.
+    fn moved(&mut self, kind: OpKind, name: &str, x: ValueId, (rows, cols): (usize, usize)) -> ValueId {
+        let y = self.act(name, rows, cols);
+        let (ins, outs) = (vec![self.g.all(x)], vec![self.g.all(y)]);
+        self.push(kind, name, ins, outs);
+        y
+    }
+
     /// A parameter of the part of the model that is being emitted, if it has one.
     fn param(&mut self, role: Role, bias: bool) -> Option<Operand> {
         let id = self.cx.group(self.g.place, role, bias)?;
@@ -306,10 +314,8 @@ impl Emitter<'_> {
         if !self.cx.sequence_parallel() {
             return self.map(OpKind::Fork { axis: Axis::Tp }, name, x);
         }
-        let y = self.act(name, self.cx.tokens(), self.g.get(x).cols);
-        let (ins, outs) = (vec![self.g.all(x)], vec![self.g.all(y)]);
-        self.push(OpKind::AllGather { axis: Axis::Tp }, name, ins, outs);
-        y
+        let shape = (self.cx.tokens(), self.g.get(x).cols);
+        self.moved(OpKind::AllGather { axis: Axis::Tp }, name, x, shape)
     }
 
     /// Out of a tensor-parallel region: partial sums become the residual stream (Megatron's g).
@@ -320,9 +326,7 @@ impl Emitter<'_> {
         if !self.cx.sequence_parallel() {
             return self.map(OpKind::AllReduce { axis: Axis::Tp }, name, x);
         }
-        let y = self.act(name, self.cx.residual_rows(), self.cx.model.hidden);
-        let (ins, outs) = (vec![self.g.all(x)], vec![self.g.all(y)]);
-        self.push(OpKind::ReduceScatter { axis: Axis::Tp }, name, ins, outs);
-        y
+        let shape = (self.cx.residual_rows(), self.cx.model.hidden);
+        self.moved(OpKind::ReduceScatter { axis: Axis::Tp }, name, x, shape)
     }
 }

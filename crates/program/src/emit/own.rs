@@ -35,9 +35,6 @@ impl Emitter<'_> {
     /// A function of each row, to `cols` columns, with the derivative that it brings along. Runs on CPUs.
     pub fn rows(&mut self, of: RowFn, name: &str, x: ValueId, cols: usize) -> ValueId {
         let rows = self.g.get(x).rows;
-        let y = self.act(name, rows, cols);
-        let (ins, outs) = (vec![self.g.all(x)], vec![self.g.all(y)]);
-        self.push(OpKind::Rows { of }, name, ins, outs);
-        y
+        self.moved(OpKind::Rows { of }, name, x, (rows, cols))
     }
 }

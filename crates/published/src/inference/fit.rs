@@ -11,6 +11,9 @@ use super::Prepared;
 const ROUNDS: usize = 60;
 /// The first move, as a share of the constant.
 const FIRST_MOVE: f64 = 0.2;
+/// A move grows by this where it helped, and shrinks by this where it did not.
+const LONGER: f64 = 1.3;
+const SHORTER: f64 = 0.6;
 /// Errors beyond this (in log) count linearly.
 const HUBER: f64 = 0.15;
 /// How much an error counts that a constant has for being far from where it began, for each doubling.
@@ -76,9 +79,9 @@ pub fn fit(rows: &[Prepared], start: &Stack, names: &[&str]) -> Stack {
             match tried.filter(|t| t.0 < least).min_by(|a, b| a.0.total_cmp(&b.0)) {
                 Some((found, stack)) => {
                     (least, best) = (found, stack);
-                    *by *= 1.3;
+                    *by *= LONGER;
                 }
-                None => *by *= 0.6,
+                None => *by *= SHORTER,
             }
         }
     }

@@ -123,6 +123,12 @@ pub(crate) fn conditions(source: &str, id: &str, accelerator: &str, family: &Fam
 /// Head widths that models use when it is not hidden over heads.
 const HEAD_DIMS: [usize; 4] = [64, 128, 192, 256];
 
+/// What people usually do wins unless the count speaks against it by so much (as a logarithm): heads as wide as the
+/// residual over their number, four times the residual without a gate, tied tables without one.
+const ODD_HEADS: f64 = 0.04;
+const ODD_GATE: f64 = 0.03;
+const ODD_TIE: f64 = 0.005;
+
 /// The kind of transformer whose parameter count comes closest to the published one: gated or plain, tables tied or
 /// not, and the width of heads. Without a count, a feed-forward layer of four times the residual is plain.
 pub(crate) fn closest(
@@ -151,10 +157,9 @@ pub(crate) fn closest(
                         Some(p) => (found / p).ln().abs(),
                         None => f64::from(u8::from((ffn == 4 * hidden) == gated)),
                     };
-                    // What people usually do wins unless the count speaks clearly against it.
-                    let odd_dim = if head_dim == square { 0.0 } else { 0.04 };
-                    let odd_gate = if (ffn == 4 * hidden) == gated { 0.03 } else { 0.0 };
-                    let odd_tie = if tied == gated { 0.005 } else { 0.0 };
+                    let odd_dim = if head_dim == square { 0.0 } else { ODD_HEADS };
+                    let odd_gate = if (ffn == 4 * hidden) == gated { ODD_GATE } else { 0.0 };
+                    let odd_tie = if tied == gated { ODD_TIE } else { 0.0 };
                     let cost = off + odd_dim + odd_gate + odd_tie;
                     if best.is_none_or(|(c, _)| cost < c) {
                         best = Some((cost, sizes));

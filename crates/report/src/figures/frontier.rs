@@ -25,11 +25,7 @@ pub(super) fn axes(
         svg.line((LEFT, at), (RIGHT, at), "grid");
         svg.text(LEFT - 8.0, at + 4.0, Anchor::End, "tick", &y_shown(tick));
     }
-    for tick in x.ticks() {
-        let at = x.at(tick);
-        svg.line((at, BOTTOM), (at, BOTTOM + 5.0), "axis");
-        svg.text(at, BOTTOM + 19.0, Anchor::Middle, "tick", &x_shown(tick));
-    }
+    svg.ticks(x, BOTTOM, x_shown);
     svg.line((LEFT, BOTTOM), (RIGHT, BOTTOM), "axis");
     svg.text((LEFT + RIGHT) / 2.0, BOTTOM + 40.0, Anchor::Middle, "label", x_name);
     svg.text(LEFT, TOP - 4.0, Anchor::Start, "label", y_name);

@@ -166,10 +166,7 @@ pub(crate) fn rank_timelines(ranks: &[(usize, Vec<sim::Bar>)], step_s: f64) -> O
             Cell::number(messages, seconds),
         ]);
     }
-    for tick in x.ticks() {
-        svg.line((x.at(tick), bottom), (x.at(tick), bottom + 5.0), "axis");
-        svg.text(x.at(tick), bottom + 19.0, Anchor::Middle, "tick", &seconds(tick));
-    }
+    svg.ticks(&x, bottom, &seconds);
     let mut at = LABEL;
     for (name, class) in KINDS.iter().copied().chain([("messages", 3)]) {
         svg.rect([at, bottom + 36.0, 12.0, 12.0], &fill(class), None, "");

@@ -169,10 +169,7 @@ pub(crate) fn timeline(t: &Timeline) -> Figure {
         let says = format!("between replicas, optimizer, stragglers: {}", seconds(tail));
         svg.rect([x.at(t.end_s), 0.0, x.at(t.step_s) - x.at(t.end_s), bottom], "c3", None, &says);
     }
-    for tick in x.ticks() {
-        svg.line((x.at(tick), bottom), (x.at(tick), bottom + 5.0), "axis");
-        svg.text(x.at(tick), bottom + 19.0, Anchor::Middle, "tick", &seconds(tick));
-    }
+    svg.ticks(&x, bottom, &seconds);
     legend(
         &mut svg,
         bottom + 46.0,

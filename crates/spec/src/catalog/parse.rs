@@ -196,60 +196,18 @@ fn field(at: &At<'_>, path: &str, value: &Spanned<DeValue<'_>>, want: Want) -> R
 fn number(at: &At<'_>, path: &str, value: &Spanned<DeValue<'_>>, dimension: Dimension) -> Result<Quantity> {
     let place = value.span().start;
     let fail = |what: String| at.error(place, what);
-    let example = "a number is written { value = 80, unit = \"GB\", source = \"...\", date = \"2026-11\" }";
-    let Some(table) = value.get_ref().as_table() else {
-        return Err(fail(format!("{path} has no unit, source and date")).hint(example));
-    };
-    let mut text: BTreeMap<&str, String> = BTreeMap::new();
-    let mut numbers: BTreeMap<&str, f64> = BTreeMap::new();
-    for (key, v) in table {
-        let name = key.get_ref().as_ref();
-        match name {
-            "value" | "low" | "high" => {
-                numbers.insert(
-                    name,
-                    float(v).ok_or_else(|| at.wrong(&format!("{path}.{name}"), v, "a number"))?,
-                );
-            }
-            "unit" | "source" | "date" | "direction" | "sparsity" | "note" => {
-                text.insert(name, at.string(&format!("{path}.{name}"), v)?);
-            }
-            _ => return Err(fail(format!("unknown key {path}.{name}")).hint(example)),
-        }
-    }
+    let (numbers, mut words) = written(at, path, value)?;
     let need =
-        |key: &str| text.get(key).cloned().ok_or_else(|| fail(format!("{path} has no {key}")).hint(example));
+        |key: &str| words.get(key).cloned().ok_or_else(|| fail(format!("{path} has no {key}")).hint(EXAMPLE));
     let (unit, source, date) = (need("unit")?, need("source")?, need("date")?);
     check_date(&date).map_err(|e| fail(format!("{path}: {e}")).hint(DATES))?;
     let factor = dimension.factor(&unit).ok_or_else(|| {
         fail(format!("{path} is {dimension}, and `{unit}` is no unit of it"))
             .hint(format!("units are {}", dimension.units().join(", ")))
     })?;
-    let direction = match (dimension, text.get("direction").map(String::as_str)) {
-        (Dimension::LinkRate, Some("one-way")) => Some(Direction::OneWay),
-        (Dimension::LinkRate, Some("both-ways")) => Some(Direction::BothWays),
-        (Dimension::LinkRate, found) => {
-            return Err(missing_word(fail, path, "direction", found, "one-way or both-ways"));
-        }
-        (_, None) => None,
-        (_, Some(_)) => {
-            return Err(fail(format!("{path} has a direction but is {dimension}"))
-                .hint("remove direction: only link rates have one"));
-        }
-    };
-    let sparsity = match (dimension, text.get("sparsity").map(String::as_str)) {
-        (Dimension::FlopRate, Some("dense")) => Some(Sparsity::Dense),
-        (Dimension::FlopRate, Some("sparse")) => Some(Sparsity::Sparse2To4),
-        (Dimension::FlopRate, found) => {
-            return Err(missing_word(fail, path, "sparsity", found, "dense or sparse"));
-        }
-        (_, None) => None,
-        (_, Some(_)) => {
-            return Err(fail(format!("{path} has a sparsity but is {dimension}"))
-                .hint("remove sparsity: only arithmetic rates have one"));
-        }
-    };
-    let written = *numbers.get("value").ok_or_else(|| fail(format!("{path} has no value")).hint(example))?;
+    let direction = DIRECTION.read(fail, path, dimension, words.get(DIRECTION.key))?;
+    let sparsity = SPARSITY.read(fail, path, dimension, words.get(SPARSITY.key))?;
+    let written = *numbers.get("value").ok_or_else(|| fail(format!("{path} has no value")).hint(EXAMPLE))?;
     let low = numbers.get("low").copied().unwrap_or(written);
     let high = numbers.get("high").copied().unwrap_or(written);
     for x in [written, low, high] {
@@ -277,20 +235,80 @@ fn number(at: &At<'_>, path: &str, value: &Spanned<DeValue<'_>>, dimension: Dime
         sparsity,
         source,
         date,
-        note: text.remove("note"),
+        note: words.remove("note"),
     })
 }
 
-fn missing_word(
-    fail: impl Fn(String) -> Error,
-    path: &str,
-    key: &str,
-    found: Option<&str>,
-    words: &str,
-) -> Error {
-    match found {
-        Some(found) => fail(format!("{path}.{key} = \"{found}\"")).hint(format!("say {words}")),
-        None => fail(format!("{path} has no {key}")).hint(format!("say {words}: vendors print both")),
+const EXAMPLE: &str =
+    "a number is written { value = 80, unit = \"GB\", source = \"...\", date = \"2026-11\" }";
+
+/// The numbers and the words of a number's table, by key.
+type Written<'a> = (BTreeMap<&'a str, f64>, BTreeMap<&'a str, String>);
+
+fn written<'a>(at: &At<'_>, path: &str, value: &'a Spanned<DeValue<'_>>) -> Result<Written<'a>> {
+    let fail = |what: String| at.error(value.span().start, what).hint(EXAMPLE);
+    let Some(table) = value.get_ref().as_table() else {
+        return Err(fail(format!("{path} has no unit, source and date")));
+    };
+    let (mut numbers, mut words) = (BTreeMap::new(), BTreeMap::new());
+    for (key, v) in table {
+        let key = key.get_ref().as_ref();
+        let name = format!("{path}.{key}");
+        match key {
+            "value" | "low" | "high" => {
+                numbers.insert(key, float(v).ok_or_else(|| at.wrong(&name, v, "a number"))?);
+            }
+            "unit" | "source" | "date" | "direction" | "sparsity" | "note" => {
+                words.insert(key, at.string(&name, v)?);
+            }
+            _ => return Err(fail(format!("unknown key {name}"))),
+        }
+    }
+    Ok((numbers, words))
+}
+
+/// One of two words that a number says if it is of one dimension, and only then.
+struct Either<T> {
+    key: &'static str,
+    of: Dimension,
+    /// What numbers of that dimension are called.
+    rates: &'static str,
+    words: [(&'static str, T); 2],
+}
+
+const DIRECTION: Either<Direction> = Either {
+    key: "direction",
+    of: Dimension::LinkRate,
+    rates: "link rates",
+    words: [("one-way", Direction::OneWay), ("both-ways", Direction::BothWays)],
+};
+
+const SPARSITY: Either<Sparsity> = Either {
+    key: "sparsity",
+    of: Dimension::FlopRate,
+    rates: "arithmetic rates",
+    words: [("dense", Sparsity::Dense), ("sparse", Sparsity::Sparse2To4)],
+};
+
+impl<T: Copy> Either<T> {
+    fn read(
+        &self,
+        fail: impl Fn(String) -> Error,
+        path: &str,
+        dimension: Dimension,
+        found: Option<&String>,
+    ) -> Result<Option<T>> {
+        let (key, say) = (self.key, format!("say {}", self.words.map(|(word, _)| word).join(" or ")));
+        match found {
+            None if dimension != self.of => Ok(None),
+            Some(_) if dimension != self.of => Err(fail(format!("{path} has a {key} but is {dimension}"))
+                .hint(format!("remove {key}: only {} have one", self.rates))),
+            None => Err(fail(format!("{path} has no {key}")).hint(format!("{say}: vendors print both"))),
+            Some(found) => match self.words.iter().find(|(word, _)| word == found) {
+                Some((_, said)) => Ok(Some(*said)),
+                None => Err(fail(format!("{path}.{key} = \"{found}\"")).hint(say)),
+            },
+        }
     }
 }
 

@@ -91,8 +91,8 @@ impl Config<'_> {
         let mut rope = self.rope(max_positions)?;
         let keys = ["rope_parameters", "rope_scaling"];
         let map = keys.iter().find_map(|key| self.get(key)?.as_object());
-        if let (RopeScaling::Yarn { mscale_all_dim, .. }, Some(map)) = (&mut rope.scaling, map) {
-            *mscale_all_dim = Config(map).number_or("mscale_all_dim", Some(0.0))?;
+        if let (RopeScaling::Yarn(yarn), Some(map)) = (&mut rope.scaling, map) {
+            yarn.mscale_all_dim = Config(map).number_or("mscale_all_dim", Some(0.0))?;
         }
         Ok(rope)
     }
@@ -204,7 +204,7 @@ impl ModelSpec {
     pub(super) fn hf_deepseek(&self) -> std::result::Result<&'static Family, &'static str> {
         let rope = match &self.position {
             Position::Rope(rope) => {
-                matches!(rope.scaling, RopeScaling::Default | RopeScaling::Yarn { .. })
+                matches!(rope.scaling, RopeScaling::Default | RopeScaling::Yarn(_))
             }
             Position::Learned { .. } => false,
         };

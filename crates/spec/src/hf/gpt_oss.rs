@@ -3,7 +3,9 @@
 use serde_json::{Value, json};
 
 use super::{Config, Family, HEADS, HIDDEN, LAYERS, wide};
-use crate::{Activation, Error, Experts, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router};
+use crate::{
+    Activation, Error, Experts, ModelSpec, NormKind, Position, Result, Rope, RopeScaling, Router, Yarn,
+};
 
 pub(super) const GPT_OSS: Family = Family {
     model_type: "gpt_oss",
@@ -68,7 +70,7 @@ impl Config<'_> {
     fn gpt_oss_rope(&self, max_positions: usize) -> Result<Rope> {
         let mut rope = self.rope(max_positions)?;
         if !["rope_scaling", "rope_parameters"].iter().any(|key| self.0.contains_key(*key)) {
-            rope.scaling = RopeScaling::Yarn {
+            rope.scaling = RopeScaling::Yarn(Yarn {
                 factor: 32.0,
                 beta_fast: 32.0,
                 beta_slow: 1.0,
@@ -76,7 +78,7 @@ impl Config<'_> {
                 attention_factor: None,
                 truncate: false,
                 mscale_all_dim: 0.0,
-            };
+            });
         }
         let said = |map: Option<&Value>| map.is_some_and(|m| m.get("rope_theta").is_some());
         if self.get("rope_theta").is_none() && !said(self.get("rope_parameters")) {

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::Config;
 use crate::model::yarn_scale;
-use crate::{Error, Result, Rope, RopeScaling};
+use crate::{Error, Result, Rope, RopeScaling, Yarn};
 
 impl Config<'_> {
     /// `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
@@ -86,7 +86,7 @@ impl Config<'_> {
                 }
                 _ => None,
             };
-        Ok(RopeScaling::Yarn {
+        Ok(RopeScaling::Yarn(Yarn {
             factor,
             beta_fast: self.number_or("beta_fast", Some(32.0))?,
             beta_slow: self.number_or("beta_slow", Some(1.0))?,
@@ -94,7 +94,7 @@ impl Config<'_> {
             attention_factor,
             truncate: self.flag_or("truncate", true)?,
             mscale_all_dim: 0.0,
-        })
+        }))
     }
 }
 

@@ -2,7 +2,10 @@
 
 use crate::layout_check::MAX_WORLD;
 use crate::model_check::MAX_POSITIONS;
-use crate::run::trouble::{OnCorruption, OnNan, OnSpike};
+use crate::run::{Attend, DeviceChoice, OnCorruption, OnNan, OnSpike, Optimizer};
+use crate::{
+    Activation, ContextMode, ExpertRows, NormKind, PipelineSchedule, Recompute, Reduce, ScheduleKind, Score,
+};
 
 /// Most threads of a process: more than any machine has cores, and few enough that every system starts them.
 pub const THREADS_MAX: usize = 1024;
@@ -137,7 +140,7 @@ pub(crate) static KEYS: &[Key] = &[
     key("model.heads", SIZE, "", "query heads"),
     key("model.kv_heads", SIZE, "", "key and value heads; as many as heads unless the preset groups them"),
     key("model.head_dim", SIZE, "", "width of one head; hidden / heads unless the preset differs"),
-    key("model.norm", KeyKind::Choice(&["rms", "layer"]), "", "normalisation"),
+    key("model.norm", KeyKind::Choice(NormKind::WORDS), "", "normalisation"),
     key("model.norm_eps", ANY, "", "added to the variance in every norm"),
     key("model.position", KeyKind::Choice(&["rope", "learned"]), "", "how positions enter"),
     key("model.max_positions", SIZE, "", "longest sequence the model takes, in tokens"),
@@ -177,12 +180,7 @@ pub(crate) static KEYS: &[Key] = &[
         "",
         "yarn: latent attention's scores are scaled by (0.1 m ln(factor) + 1)^2; 0 = not",
     ),
-    key(
-        "model.activation",
-        KeyKind::Choice(&["swiglu", "swiglu_clamped", "gelu_tanh", "gelu"]),
-        "",
-        "feed-forward non-linearity",
-    ),
+    key("model.activation", KeyKind::Choice(Activation::WORDS), "", "feed-forward non-linearity"),
     key("model.qkv_bias", KeyKind::Flag, "", "biases on query, key and value projections"),
     key("model.attn_out_bias", KeyKind::Flag, "", "bias on the attention output projection"),
     key("model.mlp_bias", KeyKind::Flag, "", "biases in the feed-forward layer"),
@@ -198,7 +196,7 @@ pub(crate) static KEYS: &[Key] = &[
     key("model.experts.every", SIZE, "", "every how many layers one has experts"),
     key(
         "model.experts.score",
-        KeyKind::Choice(&["softmax", "sigmoid"]),
+        KeyKind::Choice(Score::WORDS),
         "",
         "scores of experts: a softmax over all, or a sigmoid of each logit",
     ),
@@ -257,7 +255,7 @@ pub(crate) static KEYS: &[Key] = &[
     key("data.eod", KeyKind::Text, "", "token that ends a document; the tokenizer's own if absent"),
     key(
         "data.attend",
-        KeyKind::Choice(&["all", "documents"]),
+        KeyKind::Choice(Attend::WORDS),
         "\"all\"",
         "what attention sees of a sequence: all before a token, or its own document alone",
     ),
@@ -274,7 +272,7 @@ pub(crate) static KEYS: &[Key] = &[
     ),
     key(
         "optim.kind",
-        KeyKind::Choice(&["adamw", "muon"]),
+        KeyKind::Choice(Optimizer::WORDS),
         "\"adamw\"",
         "muon orthogonalises the momentum of matrices inside layers; the rest is AdamW's",
     ),
@@ -298,7 +296,7 @@ pub(crate) static KEYS: &[Key] = &[
     ),
     key(
         "schedule.kind",
-        KeyKind::Choice(&["cosine", "wsd", "linear", "constant"]),
+        KeyKind::Choice(ScheduleKind::WORDS),
         "\"cosine\"",
         "course of the learning rate after warmup",
     ),
@@ -368,7 +366,7 @@ pub(crate) static KEYS: &[Key] = &[
     key("layout.cp", count(1, MAX_WORLD), "1", "context-parallel ranks: each holds a part of every sequence"),
     key(
         "layout.context",
-        KeyKind::Choice(&["ring", "heads"]),
+        KeyKind::Choice(ContextMode::WORDS),
         "\"ring\"",
         "with cp, attention by keys and values that walk around its ranks, or by an exchange of rows for heads",
     ),
@@ -380,7 +378,7 @@ pub(crate) static KEYS: &[Key] = &[
     ),
     key(
         "layout.expert_rows",
-        KeyKind::Choice(&["all", "even"]),
+        KeyKind::Choice(ExpertRows::WORDS),
         "\"all\"",
         "with ep, room for all rows that can come to a rank's experts, or for an even share (to plan)",
     ),
@@ -404,7 +402,7 @@ pub(crate) static KEYS: &[Key] = &[
     ),
     key(
         "layout.schedule",
-        KeyKind::Choice(&["gpipe", "1f1b", "interleaved", "zero-bubble"]),
+        KeyKind::Choice(PipelineSchedule::WORDS),
         "\"1f1b\"",
         "order of forward and backward work on the stages",
     ),
@@ -423,13 +421,13 @@ pub(crate) static KEYS: &[Key] = &[
     ),
     key(
         "layout.recompute",
-        KeyKind::Choice(&["none", "selective", "full"]),
+        KeyKind::Choice(Recompute::WORDS),
         "\"none\"",
         "activations recomputed in backward",
     ),
     key(
         "layout.reduce",
-        KeyKind::Choice(&["tree", "ring"]),
+        KeyKind::Choice(Reduce::WORDS),
         "\"tree\"",
         "gradient sums: tree is bit-identical for every layout",
     ),
@@ -473,7 +471,7 @@ pub(crate) static KEYS: &[Key] = &[
     ),
     key(
         "run.device",
-        KeyKind::Choice(&["auto", "cpu", "cuda"]),
+        KeyKind::Choice(DeviceChoice::WORDS),
         "\"auto\"",
         "what ranks compute on: auto takes a GPU if one can be used (see phalanx devices)",
     ),

@@ -2,7 +2,6 @@ use super::keys::{KEYS, Key, MAX_BATCH_TOKENS, VOCAB_MIN};
 use super::*;
 use crate::doc::{Doc, Val};
 use crate::model_toml::read_model;
-use crate::run::DeviceChoice;
 use crate::{ContextMode, Error, ExpertRows, PipelineSchedule, Recompute, Reduce, Result, Zero};
 use std::path::Path;
 
@@ -206,11 +205,7 @@ fn read_place(doc: &Doc) -> Result<RunDirSpec> {
     Ok(RunDirSpec {
         dir: directory(doc, "run.dir")?,
         threads: doc.count_or_off("run.threads")?,
-        device: match doc.choice("run.device")? {
-            "cpu" => DeviceChoice::Cpu,
-            "cuda" => DeviceChoice::Cuda,
-            _ => DeviceChoice::Auto,
-        },
+        device: DeviceChoice::of(doc, "run.device")?,
         timeout_s: doc.count("run.timeout_s")? as u64,
         verify_every: doc.count_or_off("run.verify_every")?,
         straggler_window: doc.count_or_off("run.straggler_window")?,
@@ -267,7 +262,7 @@ fn read_data(doc: &Doc) -> Result<DataSpec> {
         field: doc.text_or_none("data.field")?,
         skip_bad: doc.flag("data.skip_bad")?,
         eod: doc.text_or_none("data.eod")?,
-        attend: if doc.choice("data.attend")? == "documents" { Attend::Documents } else { Attend::All },
+        attend: Attend::of(doc, "data.attend")?,
         split: read_split(doc)?,
         cache_dir: doc.text_or_none("data.cache_dir")?.map(PathBuf::from),
     })
@@ -338,9 +333,8 @@ fn read_batch(doc: &Doc, longest: usize) -> Result<BatchSpec> {
 
 fn read_optim(doc: &Doc) -> Result<OptimSpec> {
     let clip = doc.number_if_set("optim.grad_clip")?.unwrap_or(0.0);
-    let kind = Optimizer::parse(doc.choice("optim.kind")?).unwrap_or_default();
     Ok(OptimSpec {
-        kind,
+        kind: Optimizer::of(doc, "optim.kind")?,
         lr: doc.number("optim.lr")?,
         beta1: doc.number("optim.beta1")?,
         beta2: doc.number("optim.beta2")?,
@@ -355,12 +349,7 @@ fn read_optim(doc: &Doc) -> Result<OptimSpec> {
 fn read_schedule(doc: &Doc, steps: usize, lr: f64) -> Result<ScheduleSpec> {
     /// Longer warmups are asked for, not assumed.
     const MOST_DEFAULT_WARMUP: usize = 100;
-    let kind = match doc.choice("schedule.kind")? {
-        "wsd" => ScheduleKind::Wsd,
-        "linear" => ScheduleKind::Linear,
-        "constant" => ScheduleKind::Constant,
-        _ => ScheduleKind::Cosine,
-    };
+    let kind = ScheduleKind::of(doc, "schedule.kind")?;
     let warmup_steps = match doc.has("schedule.warmup_steps") {
         true => doc.count("schedule.warmup_steps")?,
         false => (steps / 10).min(MOST_DEFAULT_WARMUP),
@@ -422,44 +411,22 @@ fn read_train(doc: &Doc) -> Result<TrainSpec> {
 }
 
 fn read_layout(doc: &Doc) -> Result<Layout> {
-    let zero = match doc.count("layout.zero")? {
-        1 => Zero::Optimizer,
-        2 => Zero::Gradients,
-        3 => Zero::Parameters,
-        _ => Zero::Off,
-    };
     Ok(Layout {
         dp: doc.count("layout.dp")?,
         tp: doc.count("layout.tp")?,
         pp: doc.count("layout.pp")?,
         cp: doc.count("layout.cp")?,
-        context: if doc.choice("layout.context")? == "heads" {
-            ContextMode::Heads
-        } else {
-            ContextMode::Ring
-        },
+        context: ContextMode::of(doc, "layout.context")?,
         ep: doc.count("layout.ep")?,
         sequence_parallel: doc.flag("layout.sequence_parallel")?,
-        zero,
+        zero: Zero::try_from(doc.count("layout.zero")? as u8).map_err(Error::failure)?,
         shard: doc.count_or_off("layout.shard")?,
-        schedule: match doc.choice("layout.schedule")? {
-            "gpipe" => PipelineSchedule::Gpipe,
-            "interleaved" => PipelineSchedule::Interleaved,
-            "zero-bubble" => PipelineSchedule::ZeroBubble,
-            _ => PipelineSchedule::OneFOneB,
-        },
+        schedule: PipelineSchedule::of(doc, "layout.schedule")?,
         chunks: doc.count("layout.chunks")?,
         stage_layers: doc.counts("layout.stage_layers")?,
         micro_batch: doc.count("layout.micro_batch")?,
-        recompute: match doc.choice("layout.recompute")? {
-            "selective" => Recompute::Selective,
-            "full" => Recompute::Full,
-            _ => Recompute::None,
-        },
-        reduce: if doc.choice("layout.reduce")? == "ring" { Reduce::Ring } else { Reduce::Tree },
-        expert_rows: match doc.choice("layout.expert_rows")? {
-            "even" => ExpertRows::Even,
-            _ => ExpertRows::All,
-        },
+        recompute: Recompute::of(doc, "layout.recompute")?,
+        reduce: Reduce::of(doc, "layout.reduce")?,
+        expert_rows: ExpertRows::of(doc, "layout.expert_rows")?,
     })
 }

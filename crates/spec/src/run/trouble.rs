@@ -2,6 +2,7 @@
 
 use super::{CheckpointSpec, RunSpec};
 use crate::doc::Doc;
+use crate::words::words;
 use crate::{Error, Result};
 
 /// `[trouble]`: steps whose loss or gradient norm is not finite or far above those before, and state that has changed by
@@ -61,29 +62,6 @@ pub enum OnCorruption {
     Rollback,
 }
 
-/// Words of a run file and what they mean, in the order in which they are listed.
-macro_rules! words {
-    ($what:ident: $($word:literal => $value:ident),*) => {
-        impl $what {
-            /// The words of a run file.
-            pub const WORDS: &'static [&'static str] = &[$($word),*];
-
-            /// As a run file has it.
-            pub fn name(self) -> &'static str {
-                match self {
-                    $($what::$value => $word),*
-                }
-            }
-
-            fn of(doc: &Doc, key: &'static str) -> Result<$what> {
-                let word = doc.choice(key)?;
-                let found = [$($what::$value),*].into_iter().find(|v| v.name() == word);
-                found.ok_or_else(|| Error::failure(format!("{key} = {word} has no meaning")))
-            }
-        }
-    };
-}
-
 words!(OnNan: "stop" => Stop, "skip" => Skip, "rollback" => Rollback);
 words!(OnSpike: "ignore" => Ignore, "stop" => Stop, "skip" => Skip, "rollback" => Rollback);
 words!(OnCorruption: "stop" => Stop, "restore" => Restore, "rollback" => Rollback);
@@ -103,7 +81,7 @@ impl TroubleSpec {
     }
 
     /// Whether some step may send the run back to a checkpoint.
-    pub fn rolls_back(&self) -> bool {
+    pub(crate) fn rolls_back(&self) -> bool {
         self.on_nan == OnNan::Rollback || self.on_spike == OnSpike::Rollback
     }
 }

@@ -1,8 +1,6 @@
 use super::keys::KEYS;
 use super::*;
-use crate::{
-    Activation, Error, ExpertRows, Experts, Mtp, NormKind, Position, Recompute, Reduce, Score, Window,
-};
+use crate::{Error, Experts, Mtp, Position, Window};
 use std::fmt;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
@@ -257,7 +255,7 @@ fn model_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
         ("model.heads", model.heads.to_string()),
         ("model.kv_heads", model.kv_heads.to_string()),
         ("model.head_dim", model.head_dim.to_string()),
-        ("model.norm", quoted(if model.norm == NormKind::Layer { "layer" } else { "rms" })),
+        ("model.norm", quoted(model.norm.name())),
         ("model.norm_eps", single(model.norm_eps)),
     ];
     match &model.position {
@@ -280,15 +278,7 @@ fn model_values(model: &ModelSpec) -> Vec<(&'static str, String)> {
         }
     }
     values.extend([
-        (
-            "model.activation",
-            quoted(match model.activation {
-                Activation::SwiGlu => "swiglu",
-                Activation::SwiGluClamped => "swiglu_clamped",
-                Activation::GeluTanh => "gelu_tanh",
-                Activation::Gelu => "gelu",
-            }),
-        ),
+        ("model.activation", quoted(model.activation.name())),
         ("model.qkv_bias", model.qkv_bias.to_string()),
         ("model.attn_out_bias", model.attn_out_bias.to_string()),
         ("model.mlp_bias", model.mlp_bias.to_string()),
@@ -334,7 +324,7 @@ fn experts_values(e: &Experts) -> Vec<(&'static str, String)> {
         ("model.experts.shared_ffn", e.shared_ffn.to_string()),
         ("model.experts.dense_layers", e.dense_layers.to_string()),
         ("model.experts.every", e.every.to_string()),
-        ("model.experts.score", quoted(if e.router.score == Score::Softmax { "softmax" } else { "sigmoid" })),
+        ("model.experts.score", quoted(e.router.score.name())),
         ("model.experts.renormalise", e.router.renormalise.to_string()),
         ("model.experts.scale", single(e.router.scale)),
         ("model.experts.groups", e.router.groups.to_string()),
@@ -365,16 +355,9 @@ fn layout_values(layout: &Layout, values: &mut Vec<(&'static str, String)>) {
         ("layout.chunks", layout.chunks.to_string()),
         ("layout.stage_layers", format!("{:?}", layout.stage_layers)),
         ("layout.micro_batch", layout.micro_batch.to_string()),
-        (
-            "layout.recompute",
-            quoted(match layout.recompute {
-                Recompute::None => "none",
-                Recompute::Selective => "selective",
-                Recompute::Full => "full",
-            }),
-        ),
-        ("layout.reduce", quoted(if layout.reduce == Reduce::Ring { "ring" } else { "tree" })),
-        ("layout.expert_rows", quoted(if layout.expert_rows == ExpertRows::Even { "even" } else { "all" })),
+        ("layout.recompute", quoted(layout.recompute.name())),
+        ("layout.reduce", quoted(layout.reduce.name())),
+        ("layout.expert_rows", quoted(layout.expert_rows.name())),
     ]);
 }
 

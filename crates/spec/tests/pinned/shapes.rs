@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use spec::hash::fnv1a;
 use spec::{
     Activation, Experts, Latent, ModelSpec, NormKind, Position, Rope, RopeScaling, Router, Score, Window,
+    Yarn,
 };
 
 use crate::check::check;
@@ -43,14 +44,16 @@ fn experts(d: &mut Draw) -> Experts {
 }
 
 fn scaling(d: &mut Draw) -> RopeScaling {
-    let yarn = |attention_factor, truncate| RopeScaling::Yarn {
-        factor: 4.0,
-        beta_fast: 32.0,
-        beta_slow: 1.5,
-        original_max_positions: 32,
-        attention_factor,
-        truncate,
-        mscale_all_dim: 0.0,
+    let yarn = |attention_factor, truncate| {
+        RopeScaling::Yarn(Yarn {
+            factor: 4.0,
+            beta_fast: 32.0,
+            beta_slow: 1.5,
+            original_max_positions: 32,
+            attention_factor,
+            truncate,
+            mscale_all_dim: 0.0,
+        })
     };
     let llama3 = RopeScaling::Llama3 {
         factor: 8.0,
@@ -381,7 +384,7 @@ fn constant_bounds() -> Vec<(String, Change)> {
     }));
     let yarn = |m: &mut ModelSpec, factor, beta_fast, beta_slow, original_max_positions, attention_factor| {
         let truncate = true;
-        let scaling = RopeScaling::Yarn {
+        let scaling = RopeScaling::Yarn(Yarn {
             factor,
             beta_fast,
             beta_slow,
@@ -389,7 +392,7 @@ fn constant_bounds() -> Vec<(String, Change)> {
             attention_factor,
             truncate,
             mscale_all_dim: 0.0,
-        };
+        });
         with_rope(m, |r| r.scaling = scaling);
     };
     all.extend(numbers("yarn factor", &factors, move |m, x| yarn(m, x, 32.0, 1.0, 8, None)));

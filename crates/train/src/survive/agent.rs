@@ -115,7 +115,7 @@ impl Agent {
     }
 
     /// Where the executor shows that it lives.
-    pub fn pulse(&self) -> Arc<Pulse> {
+    pub(crate) fn pulse(&self) -> Arc<Pulse> {
         self.pulse.clone()
     }
 

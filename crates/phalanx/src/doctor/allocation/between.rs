@@ -154,9 +154,7 @@ fn receive(world: &World, peer: usize) -> Result<()> {
 
 /// Makes a finding of each link: against what the catalogue says of such a cluster, else against the other links.
 pub(super) fn judge(cards: &mut [Card], expected: Option<(f64, &str)>) {
-    let mut rates: Vec<f64> = cards.iter().filter_map(|c| Some(c.link.as_ref()?.bytes_per_s)).collect();
-    rates.sort_by(f64::total_cmp);
-    let Some(median) = rates.get(rates.len() / 2).copied() else { return };
+    let median = spec::stats::median(cards.iter().filter_map(|c| Some(c.link.as_ref()?.bytes_per_s)));
     for card in cards {
         let Some(link) = &card.link else { continue };
         let rate = format!("{:.2} GB/s, {:.0} us", link.bytes_per_s / 1e9, link.latency_s * 1e6);
