@@ -60,8 +60,9 @@ fn played_steps_are_as_right_as_estimated_ones() {
 }
 
 /// Where torchtitan cuts products over a node and shards parameters over nodes, streams meet: messages beside products in
-/// pieces, gathers of the next layer, stages. The player is right there where the closed form smears. Of each pair of rows
-/// with and without asynchronous tensor parallelism it says by how much that helps.
+/// pieces, gathers of the next layer, stages. In the mean of these rows the player errs less than the closed form. By how much
+/// asynchronous tensor parallelism helps is right within 2 % in three pairs of rows; of the fourth the player expects 7 % too
+/// much, where the closed form is right.
 #[test]
 fn streams_that_meet_are_played_better_than_added_up() {
     let r = played(&table("torchtitan"));
@@ -73,7 +74,12 @@ fn streams_that_meet_are_played_better_than_added_up() {
     let (estimated, played) = (mean(&|row| row.estimated), mean(&|row| row.played));
     assert!(meet.len() == 10 && played < 0.071 && played < 0.8 * estimated, "{played} {estimated}");
     let row = |id: &str| r.rows.iter().find(|row| row.id == id).unwrap_or_else(|| panic!("{id}"));
-    for (pair, within) in [("70b-fp8tensorwise", 0.02), ("70b-fp8rowwise", 0.03), ("8b-fp8rowwise", 0.02)] {
+    for (pair, within) in [
+        ("70b-fp8tensorwise", 0.01),
+        ("70b-fp8rowwise", 0.021),
+        ("8b-fp8rowwise", 0.01),
+        ("8b-fp8tensorwise", 0.075),
+    ] {
         let of = |way: &str| row(&format!("titan-asynctp-{pair}-{way}"));
         let (apart, beside) = (of("vanilla"), of("async"));
         let off = beside.played / apart.played / (beside.published / apart.published) - 1.0;
