@@ -134,35 +134,40 @@ impl Prepared {
     /// # Errors
     /// If the model allows none.
     pub fn choose(&mut self, constants: Constants) -> Result<Estimate> {
+        let (estimate, layout) = self.near(constants, 1.0)?[0];
+        self.chosen = layout;
+        Ok(estimate)
+    }
+
+    /// The fastest layout that fits under these constants, first, and those that take up to `within` times as long.
+    ///
+    /// # Errors
+    /// If the model allows none.
+    pub(crate) fn near(&mut self, constants: Constants, within: f64) -> Result<Vec<(Estimate, usize)>> {
         self.problem.constants = constants;
         let mut estimator = Estimator::new(&self.problem, self.run.placements[0].format)?
             .with_templates(std::mem::take(&mut self.templates));
         let accelerator = &self.problem.cluster.accelerator;
         let host = if accelerator.shares_host_memory { HOST_MEMORY } else { 1.0 };
         let room = accelerator.memory_bytes.value * MEMORY_TOLERANCE * host;
-        let mut best: Option<((f64, f64), Estimate, usize)> = None;
-        let mut refused = None;
-        for (i, placement) in self.run.placements.iter().enumerate() {
-            match estimator.estimate(placement) {
-                Ok(estimate) => {
-                    // What does not fit is ranked by how far it is from fitting.
-                    let over = (estimate.memory.total() / room).max(1.0);
-                    if best.is_none_or(|(b, _, _)| (over, estimate.step_s) < b) {
-                        best = Some(((over, estimate.step_s), estimate, i));
-                    }
-                }
+        let estimates: Vec<Result<Estimate>> =
+            self.run.placements.iter().map(|placement| estimator.estimate(placement)).collect();
+        self.templates = estimator.templates();
+        let (mut found, mut refused) = (Vec::new(), None);
+        for (i, estimate) in estimates.into_iter().enumerate() {
+            match estimate {
+                // What does not fit is ranked by how far it is from fitting.
+                Ok(estimate) => found.push(((estimate.memory.total() / room).max(1.0), estimate, i)),
                 Err(error) => refused = Some(error),
             }
         }
-        self.templates = estimator.templates();
-        match (best, refused) {
-            (Some((_, estimate, i)), _) => {
-                self.chosen = i;
-                Ok(estimate)
-            }
-            (None, Some(error)) => Err(error),
-            (None, None) => Err(spec::Error::user(format!("{}: no layout", self.run.id))),
-        }
+        found.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.step_s.total_cmp(&b.1.step_s)));
+        let Some(&(over, best, _)) = found.first() else {
+            let none = || spec::Error::user(format!("{}: no layout", self.run.id));
+            return Err(refused.unwrap_or_else(none));
+        };
+        found.retain(|(o, estimate, _)| *o == over && estimate.step_s <= within * best.step_s);
+        Ok(found.into_iter().map(|(_, estimate, i)| (estimate, i)).collect())
     }
 
     /// The run.
@@ -175,9 +180,9 @@ impl Prepared {
         &self.problem
     }
 
-    /// Takes constants for [`problem`](Self::problem) without estimating.
-    pub(crate) fn set(&mut self, constants: Constants) {
-        self.problem.constants = constants;
+    /// Takes a layout by its place among the run's.
+    pub(crate) fn take(&mut self, layout: usize) {
+        self.chosen = layout;
     }
 
     /// Fits what takes so many times as long as the closed form says.

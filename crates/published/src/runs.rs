@@ -307,6 +307,7 @@ impl Reader<'_> {
         }
         // Its float8 recipe gathers in 8 bit; scales by rows do not allow that.
         software.low_precision_gathers = torchtitan && recipe == "fp8";
+        software.overlap_tp_gathers = !(torchtitan && recipe == "fp8-rowwise");
         Ok(software)
     }
 

@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use plan::calibration::Calibration;
-use published::rehearsed::{Contention, Rehearsed, rehearse};
+use published::rehearsed::{Contention, Rehearsed, Row, rehearse};
 use spec::Catalog;
 
 fn table(folder: &str) -> String {
@@ -29,10 +29,8 @@ fn played(text: &str) -> Rehearsed {
     rehearse("published", text, &Catalog::builtin().unwrap(), &Calibration::builtin().unwrap()).unwrap()
 }
 
-/// The player is about as right as the closed form, whose constants it takes, whether groups contend or not; and where
-/// nothing contends both say the same of nine rows in ten. Ratchets, in percent. Where ZeRO 3 crosses nodes it is not: it
-/// lets all but one piece of a product hide its own message, where the closed form lets half of all products hide all of them,
-/// and rows whose messages are longer than their products (asynchronous tensor parallelism in 8 bit) come out too fast.
+/// The player is as right as the closed form, whose constants it takes, whether groups contend or not, and where nothing
+/// contends both say the same of nine rows in ten. Ratchets, in percent.
 #[test]
 fn played_steps_are_as_right_as_estimated_ones() {
     let r = played(&all());
@@ -47,17 +45,45 @@ fn played_steps_are_as_right_as_estimated_ones() {
         assert!(percent(s.p90_apart) <= apart, "{s:?}");
         s
     };
-    check(Contention::ShardsOverNodes.name(), 65, 3.0, 17.5, 6.0);
-    let alike = [
+    let shares = [
         check(Contention::Nothing.name(), 1640, 4.7, 16.2, 0.9),
+        check(Contention::ShardsOverNodes.name(), 65, 2.8, 8.8, 3.3),
         check(Contention::Experts.name(), 70, 6.5, 20.2, 3.0),
         check(Contention::TensorOverNodes.name(), 170, 12.5, 66.0, 1.5),
-        check("all that contend", 310, 9.0, 29.5, 2.5),
+        check("all that contend", 310, 8.7, 29.4, 2.0),
         check("all", 1950, 5.2, 19.2, 1.1),
     ];
-    for s in alike {
+    for s in shares {
         assert!(s.played.median_abs_error < s.estimated.median_abs_error + 0.005, "{s:?}");
         assert!(s.played.p90_abs_error < s.estimated.p90_abs_error + 0.005, "{s:?}");
+    }
+}
+
+/// Where torchtitan cuts products over a node and shards parameters over nodes, streams meet: messages beside products in
+/// pieces, gathers of the next layer, stages. In the mean of these rows the player errs less than the closed form. By how much
+/// asynchronous tensor parallelism helps is right within 2 % in three pairs of rows; of the fourth the player expects 7 % too
+/// much, where the closed form is right.
+#[test]
+fn streams_that_meet_are_played_better_than_added_up() {
+    let r = played(&table("torchtitan"));
+    let meet: Vec<_> =
+        r.rows.iter().filter(|row| row.layout.contains("tp=8") && !row.id.ends_with("vanilla")).collect();
+    let mean = |of: &dyn Fn(&Row) -> f64| {
+        meet.iter().map(|row| (of(row) / row.published).ln().abs()).sum::<f64>() / meet.len() as f64
+    };
+    let (estimated, played) = (mean(&|row| row.estimated), mean(&|row| row.played));
+    assert!(meet.len() == 10 && played < 0.071 && played < 0.8 * estimated, "{played} {estimated}");
+    let row = |id: &str| r.rows.iter().find(|row| row.id == id).unwrap_or_else(|| panic!("{id}"));
+    for (pair, within) in [
+        ("70b-fp8tensorwise", 0.01),
+        ("70b-fp8rowwise", 0.021),
+        ("8b-fp8rowwise", 0.01),
+        ("8b-fp8tensorwise", 0.075),
+    ] {
+        let of = |way: &str| row(&format!("titan-asynctp-{pair}-{way}"));
+        let (apart, beside) = (of("vanilla"), of("async"));
+        let off = beside.played / apart.played / (beside.published / apart.published) - 1.0;
+        assert!(off.abs() < within, "{pair}: {off:+.3}");
     }
 }
 

@@ -228,7 +228,7 @@ mod tests {
             let capacity = prop::collection::vec(1_000_000u64..1_000_000_000_000, links);
             let uses = prop::collection::btree_map(0..links, 1u64..4, 1..=links.min(3));
             let uses = uses.prop_map(|u| u.into_iter().collect::<Vec<_>>());
-            let limit = prop_oneof![Just(u64::MAX), 1_000u64..200_000_000_000];
+            let limit = prop_oneof![Just(u64::MAX), 100_000u64..1_000_000, 1_000u64..200_000_000_000];
             let flow = (0u64..1_000_000_000_000, uses, limit, 1u64..10_000_000_000);
             let change = (0u64..1_000_000_000_000, 0..links, 1_000_000u64..1_000_000_000_000);
             (capacity, prop::collection::vec(flow, 1..10), change)
@@ -274,15 +274,26 @@ mod tests {
                 now_capacity[link] = rate;
             }
             flows.settle(now, |e| ends.push(Reverse((e.at, e.flow, e.version))));
+            assert_fair(&flows, &now_capacity);
         }
         moved
+    }
+
+    /// Flows have the rates that all of them together would be given anew.
+    fn assert_fair(flows: &Flows<'_>, capacity: &[u64]) {
+        let alive: Vec<&Flow<'_>> = flows.flows.iter().flatten().collect();
+        let demands: Vec<Demand<'_>> =
+            alive.iter().map(|f| Demand { uses: f.uses, limit: f.limit }).collect();
+        let rates: Vec<u64> = alive.iter().map(|f| f.rate).collect();
+        assert_eq!(rates, max_min(capacity, &demands));
     }
 
     proptest! {
         #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
 
         /// Every byte that is sent arrives, and none more but for the last tick; at no moment does a link carry more than
-        /// it can, whatever begins, ends or changes; and the order in which flows are named changes nothing.
+        /// it can, nor less than fair shares fill, whatever begins, ends or changes; and the order in which flows are named
+        /// changes nothing.
         #[test]
         fn bytes_are_conserved(case in cases()) {
             let moved = played(&case);

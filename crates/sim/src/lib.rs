@@ -33,7 +33,7 @@ use clock::seconds;
 use mesh::{AXES, Axis, RankGrid};
 pub use play::Spent;
 pub use recording::{Bar, PathLink, Recording, Shares};
-use steps::{Beside, StageSteps};
+use steps::{Beside, STREAMS, StageSteps, Stream};
 use world::{Disturbed, Folding, StorageUse, World};
 
 /// A step ready to be played, with any disturbance.
@@ -160,7 +160,10 @@ impl<'a> Rehearsal<'a> {
 
     fn played(&self, world: &World, keeps: usize) -> Result<play::Played> {
         let chunks = self.mesh.placement.layout.chunks;
-        let (micro_batches, tax) = (self.parts.micro_batches, self.parts.replicas.tax);
+        let micro_batches = self.parts.micro_batches;
+        let mut tax = [0.0; STREAMS];
+        tax[Stream::Data as usize] = self.parts.replicas.tax;
+        tax[Stream::Tensor as usize] = self.problem.software.overlap_tp_tax;
         let (stages, stop) = (&self.stages, self.stop);
         play::play(play::Play { world, stages, chunks, micro_batches, tax, keeps, stop })
     }

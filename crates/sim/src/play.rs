@@ -143,8 +143,8 @@ struct Player<'w> {
     stages: &'w [StageSteps],
     chunks: usize,
     micro_batches: usize,
-    /// Speed of kernels beside messages of replicas.
-    taxed: Speed,
+    /// Speed of kernels beside messages of each stream.
+    taxed: [Speed; STREAMS],
     ranks: Vec<Rank>,
     meetings: Vec<Meeting>,
     transfers: Vec<Transfer>,
@@ -169,8 +169,8 @@ pub(crate) struct Play<'a> {
     pub(crate) stages: &'a [StageSteps],
     pub(crate) chunks: usize,
     pub(crate) micro_batches: usize,
-    /// Time that kernels lose for each second of a collective of replicas beside them.
-    pub(crate) tax: f64,
+    /// Time that kernels lose for each second of a message beside them, by its stream.
+    pub(crate) tax: [f64; STREAMS],
     /// How much of what happens is kept; of a step in which more happens, nothing.
     pub(crate) keeps: usize,
     /// Set when no more is to be played.
@@ -188,7 +188,7 @@ pub(crate) fn play(play: Play<'_>) -> Result<Played> {
         stages,
         chunks,
         micro_batches,
-        taxed: ((1.0 - tax) * USUAL as f64).round() as Speed,
+        taxed: tax.map(|tax| ((1.0 - tax) * USUAL as f64).round() as Speed),
         ranks: world.classes.iter().map(|_| Rank::new(2 * chunks * micro_batches)).collect(),
         meetings: vec![Meeting::default(); world.groups.len()],
         transfers: Vec::new(),
@@ -422,15 +422,16 @@ impl<'w> Player<'w> {
         }
     }
 
-    /// Kernels of ranks whose replicas talk are slower meanwhile.
+    /// Kernels of ranks whose groups talk are slower meanwhile.
     fn tax(&mut self, kind: Kind, now: Ticks, begins: bool) {
         let Kind::Group(g) = kind else { return };
         let group = &self.world.groups[g];
-        if stream(group.axis) != Stream::Data || self.taxed == USUAL {
+        let stream = stream(group.axis) as usize;
+        if self.taxed[stream] == USUAL {
             return;
         }
         for &class in &group.members {
-            self.ranks[class].taxed = begins;
+            self.ranks[class].taxed[stream] = begins;
             self.set_speed(class, now);
         }
     }
@@ -442,8 +443,10 @@ impl<'w> Player<'w> {
         for window in mark.windows.iter().filter(|w| w.from <= now && now < w.to) {
             speed = speed * u128::from(window.speed) / u128::from(USUAL);
         }
-        if self.ranks[class].taxed {
-            speed = speed * u128::from(self.taxed) / u128::from(USUAL);
+        for (taxed, by) in self.ranks[class].taxed.into_iter().zip(self.taxed) {
+            if taxed {
+                speed = speed * u128::from(by) / u128::from(USUAL);
+            }
         }
         if let Some((at, version)) = self.ranks[class].change_speed(now, speed as Speed) {
             self.heap.push(Reverse((at, Event::Due { class, version })));

@@ -129,7 +129,8 @@ pub(crate) struct StageSteps {
 /// What the streams of a layout may do beside each other.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Beside {
-    tensor: bool,
+    gathers: bool,
+    scatters: bool,
     experts: bool,
     grads: bool,
     params: bool,
@@ -140,9 +141,11 @@ impl Beside {
     pub(crate) fn of(software: &Software, placement: &Placement, tp_domains: f64, ep_domains: f64) -> Self {
         use plan::software::Overlap;
         let l = &placement.layout;
+        // Between nodes nothing hides: the kernels that do it move data by loads and stores.
+        let tensor = software.overlap_tp && l.tp > 1 && tp_domains <= 1.0;
         Beside {
-            // Between nodes nothing hides: the kernels that do it move data by loads and stores.
-            tensor: software.overlap_tp && l.tp > 1 && tp_domains <= 1.0,
+            gathers: tensor && software.overlap_tp_gathers,
+            scatters: tensor,
             experts: match software.overlap_experts {
                 Overlap::Never => false,
                 Overlap::BetweenNodes => ep_domains > 1.0,
@@ -427,12 +430,12 @@ impl<'a> Writer<'a> {
         while at < pieces.len() {
             let again = gathers(&pieces[at..]);
             let taken = match &pieces[at..] {
-                rest if self.beside.tensor && again > 1 => self.gathered_again(ops, rest, again),
+                rest if self.beside.gathers && again > 1 => self.gathered_again(ops, rest, again),
                 [
                     Piece::Talk { what: Collective::AllGather, axis: TalkAxis::Tp, traffic },
                     product @ Piece::Gemm { .. },
                     ..,
-                ] if self.beside.tensor => {
+                ] if self.beside.gathers => {
                     self.gathered_product(ops, *traffic, self.compute(product));
                     2
                 }
@@ -440,7 +443,7 @@ impl<'a> Writer<'a> {
                     product @ Piece::Gemm { .. },
                     Piece::Talk { what: Collective::ReduceScatter, axis: TalkAxis::Tp, traffic },
                     ..,
-                ] if self.beside.tensor => {
+                ] if self.beside.scatters => {
                     self.scattered_product(ops, *traffic, self.compute(product));
                     2
                 }

@@ -137,4 +137,19 @@ proptest! {
         let each: Vec<u64> = rates(&apart).into_iter().step_by(times as usize).collect();
         prop_assert_eq!(rates(&counted), each);
     }
+
+    /// Which of several links that are full at once is named first changes no rate, however bytes are left over.
+    #[test]
+    fn the_order_of_links_and_flows_changes_no_rate(n in networks(), few in prop::collection::vec(1u64..40, 7)) {
+        let capacity: Vec<u64> = n.capacity.iter().zip(&few).map(|(_, few)| *few).collect();
+        let links = capacity.len();
+        let turn = |uses: &Vec<(usize, u64)>| uses.iter().map(|(l, c)| (links - 1 - l, *c)).collect();
+        let turned = Network {
+            capacity: capacity.iter().rev().copied().collect(),
+            flows: n.flows.iter().rev().map(|(uses, limit)| (turn(uses), *limit)).collect(),
+        };
+        let mut again = rates(&turned);
+        again.reverse();
+        prop_assert_eq!(rates(&Network { capacity, ..n }), again);
+    }
 }

@@ -68,12 +68,13 @@ fn measure(args: &BenchPredict, case: &Case) -> Result<Steps> {
 fn print(rows: &[Prediction], as_json: bool) {
     let mut errors: Vec<f64> = rows.iter().map(|r| r.error.abs()).collect();
     let (median, worst) = (quantile(&mut errors, 0.5), quantile(&mut errors, 1.0));
-    let tau = order(rows);
+    let order = order(rows);
     let memory_equal = rows.iter().all(|r| r.memory_equal);
     if as_json {
         let out = serde_json::json!({
             "rows": rows, "median_abs_error": median, "worst_abs_error": worst, "memory_equal": memory_equal,
-            "kendall_tau": tau,
+            "kendall_tau": order.map(|o| o.kendall_tau),
+            "order": order,
             "load_average": load_average(),
         });
         output::print(&serde_json::to_string_pretty(&out).expect("numbers are JSON"));
@@ -104,10 +105,12 @@ fn print(rows: &[Prediction], as_json: bool) {
             )?;
         }
         writeln!(out, "error: median {:.1} %, worst {:.1} %", 100.0 * median, 100.0 * worst)?;
-        match tau {
-            Some(tau) => writeln!(out, "order: Kendall tau {tau:.2}"),
-            None => Ok(()),
+        let Some(o) = order else { return Ok(()) };
+        write!(out, "order: Kendall tau {:.2}", o.kendall_tau)?;
+        if let Some(tau) = o.kendall_tau_told_apart {
+            write!(out, "; {tau:.2} of the {} pairs of {} that the steps tell apart", o.told_apart, o.pairs)?;
         }
+        writeln!(out)
     };
     write().expect("writing to a string");
     output::print(&out);

@@ -43,7 +43,8 @@ pub(super) struct Rank {
     left: u128,
     worked: Ticks,
     speed: Speed,
-    pub(super) taxed: bool,
+    /// Streams whose messages are under way beside its kernels.
+    pub(super) taxed: [bool; STREAMS],
     /// Kernels begun.
     kernels: u64,
     /// How often its next event was set anew.
@@ -82,7 +83,7 @@ impl Rank {
             left: 0,
             worked: 0,
             speed: USUAL,
-            taxed: false,
+            taxed: [false; STREAMS],
             kernels: 0,
             version: 0,
             computed: 0,
