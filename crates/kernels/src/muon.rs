@@ -3,7 +3,7 @@
 use half::bf16;
 
 use crate::gemm::{self, Left, Out, Right, Workspace};
-use crate::optim::squares;
+use crate::optim::sum_squares;
 use crate::pool::{Parts, Pool};
 use crate::qk_clip::scale as rescale;
 use crate::simd::{LANES, kernel};
@@ -13,8 +13,6 @@ use crate::storage::Acc;
 const QUINTIC: [f32; 3] = [3.4445, -4.7750, 2.0315];
 /// A matrix whose norm is below this is divided by it instead: no gradient gives no update.
 const SMALLEST_NORM: f64 = 1e-7;
-/// Columns of a symmetric product that are computed together, from the diagonal down.
-const STRIP: usize = 128;
 
 /// Momentum `m` goes towards the gradient, `m += (1 - beta)(g - m)`, and `update` looks ahead of it (Nesterov's form):
 /// `g + beta (m - g)`. Gradients are multiplied by `scale` first.
@@ -74,7 +72,11 @@ kernel! { fn apply(c: (f32, f32), w: &mut [f32], update: &[f32], mut_out: Option
 } }
 
 /// Replaces `x`, `rows` by `cols`, by nearly its orthogonal factor (`U V^T` of its singular value decomposition) times
-/// `scale`: so many `steps` of Newton and Schulz's iteration with a quintic (Jordan 2024). Zero stays zero.
+/// `scale`: so many `steps`, two or more, of Newton and Schulz's iteration with a quintic (Jordan 2024). Zero stays zero.
+///
+/// A step multiplies `x` by a polynomial in its Gram matrix, all of which commute: half of the steps are taken on small
+/// symmetric matrices alone, and their product meets `x` once. The other half begins anew with the Gram matrix of what
+/// came of it, for rounding errors in it grow with its smallest eigenvalues, up to twelvefold a step.
 ///
 /// ```
 /// use kernels::{Pool, orthogonalise, orthogonalise_workspace_len};
@@ -95,73 +97,106 @@ pub fn orthogonalise(
     ws: &mut [f32],
 ) {
     assert_eq!(x.len(), rows * cols, "matrix");
+    assert!(steps >= 2, "two halves of steps");
     let (m, n) = (rows.min(cols), rows.max(cols));
     let mut ws = Workspace::new(ws);
-    let (spare, gram, square) = (ws.take(m * n), ws.take(m * m), ws.take(m * m));
+    let (spare, small) = (ws.take(m * n), ws.take(4 * m * m));
     let ws = ws.rest();
-    let norm = squares(x).sqrt().max(SMALLEST_NORM);
-    rescale(pool, (1.0 / norm) as f32, x);
-    let (mut from, mut to) = (&mut *x, spare);
-    // The smaller side makes the Gram matrix.
-    if rows > cols {
-        transpose(pool, from, (rows, cols), to);
-        std::mem::swap(&mut from, &mut to);
-    }
-    let [a, b, c] = QUINTIC;
-    for _ in 0..steps {
-        symmetric_square(pool, from, (m, n), gram, ws);
-        symmetric_square(pool, gram, (m, m), square, ws);
-        polynomial(pool, (a, b, c), gram, square, m);
-        let out = Out { y: to, ld: n, acc: Acc::None, bias: None };
-        gemm::product(pool, Left { data: &*square, ld: m }, Right::Rows(&*from), out, (m, m, n), ws);
-        std::mem::swap(&mut from, &mut to);
-    }
-    rescale(pool, scale, from);
-    // The matrix is in `x` after an even number of swaps.
-    let swaps = steps + usize::from(rows > cols);
-    match (rows > cols, swaps.is_multiple_of(2)) {
-        (false, true) => {}
-        (false, false) => to.copy_from_slice(from),
-        (true, false) => transpose(pool, from, (cols, rows), to),
-        (true, true) => {
-            transpose(pool, from, (cols, rows), to);
-            from.copy_from_slice(to);
+    rescale(pool, (1.0 / norm(pool, x).max(SMALLEST_NORM)) as f32, x);
+    let (mut from, mut to) = (x, spare);
+    for (steps, scale) in [(steps.div_ceil(2), 1.0), (steps / 2, scale)] {
+        // The smaller side makes the Gram matrix.
+        let wide = if rows > cols {
+            transpose(pool, from, (rows, cols), to);
+            &*to
+        } else {
+            &*from
+        };
+        symmetric_product(pool, wide, Right::Columns(wide), &mut small[..m * m], (m, n), ws);
+        let factor = factor(pool, small, m, steps, ws);
+        rescale(pool, scale, factor);
+        let out = Out { y: &mut *to, ld: cols, acc: Acc::None, bias: None };
+        if rows > cols {
+            gemm::product(pool, Left { data: &*from, ld: m }, Right::Rows(&*factor), out, (n, m, m), ws);
+        } else {
+            gemm::product(pool, Left { data: factor, ld: m }, Right::Rows(&*from), out, (m, m, n), ws);
         }
+        std::mem::swap(&mut from, &mut to);
     }
 }
 
 /// Floats of workspace for [`orthogonalise`].
 pub fn orthogonalise_workspace_len(rows: usize, cols: usize, threads: usize) -> usize {
     let (m, n) = (rows.min(cols), rows.max(cols));
-    let products = [(m, n, STRIP.min(m)), (m, m, STRIP.min(m)), (m, m, n)];
+    let last = if rows > cols { (n, m, m) } else { (m, m, n) };
     let product = |(rows, k, cols)| gemm::product_workspace_len(rows, k, cols, threads);
-    let product = products.into_iter().map(product).max().unwrap_or(0);
-    Workspace::room(m * n) + 2 * Workspace::room(m * m) + product
+    let product = [(m, n, m), (m, m, m), last].into_iter().map(product).max().unwrap_or(0);
+    Workspace::room(m * n) + Workspace::room(4 * m * m) + product
 }
 
-/// `out = x x^T`, `x` being `m` by `k`: from the diagonal down, and mirrored. Element (i, j) is one chain, and the same
-/// as (j, i) would be.
-fn symmetric_square(pool: &Pool, x: &[f32], (m, k): (usize, usize), out: &mut [f32], ws: &mut [f32]) {
-    for first in (0..m).step_by(STRIP) {
-        let width = STRIP.min(m - first);
-        let left = Left { data: &x[first * k..], ld: k };
-        let right = Right::Columns(&x[first * k..(first + width) * k]);
-        let y = Out { y: &mut out[first * m + first..], ld: m, acc: Acc::None, bias: None };
-        gemm::product(pool, left, right, y, (m - first, k, width), ws);
+/// What `steps` of the iteration multiply a matrix by whose Gram matrix, `m` by `m`, comes first in `small`; the rest of
+/// it is room for three more.
+fn factor<'a>(pool: &Pool, small: &'a mut [f32], m: usize, steps: usize, ws: &mut [f32]) -> &'a mut [f32] {
+    let (gram, rest) = small.split_at_mut(m * m);
+    let (mut step, rest) = rest.split_at_mut(m * m);
+    let (mut all, mut room) = rest.split_at_mut(m * m);
+    let mut product = |left: &[f32], right: &[f32], out: &mut [f32]| {
+        symmetric_product(pool, left, Right::Rows(right), out, (m, m), ws);
+    };
+    for i in 0..steps {
+        product(gram, gram, step);
+        polynomial(pool, QUINTIC, gram, step, m);
+        if i + 1 < steps {
+            product(step, gram, room);
+            product(room, step, gram);
+        }
+        if i == 0 {
+            std::mem::swap(&mut all, &mut step);
+        } else {
+            product(all, step, room);
+            std::mem::swap(&mut all, &mut room);
+        }
     }
-    let whole = Parts::new(out);
-    pool.rows(m, m, &|range, _| {
-        for i in range {
-            for j in i + 1..m {
-                // SAFETY: only task i writes above the diagonal of row i, and nobody below it.
-                unsafe { whole.part(i * m + j..i * m + j + 1)[0] = whole.part(j * m + i..j * m + i + 1)[0] };
+    all
+}
+
+/// The root of the sum of squares, whose order does not depend on the number of threads.
+fn norm(pool: &Pool, x: &[f32]) -> f64 {
+    let mut partials = [0.0; 64];
+    let chunk = x.len().div_ceil(partials.len()).max(1);
+    sum_squares(pool, x, &mut partials[..x.len().div_ceil(chunk)], chunk);
+    partials.iter().sum::<f64>().sqrt()
+}
+
+/// `out`, `m` by `m`, is the product of `left`, `m` by `k`, and `right`, which is symmetric: what is below the diagonal,
+/// and its mirror image.
+fn symmetric_product(
+    pool: &Pool,
+    left: &[f32],
+    right: Right<'_, f32>,
+    out: &mut [f32],
+    (m, k): (usize, usize),
+    ws: &mut [f32],
+) {
+    gemm::product_below_diagonal(pool, Left { data: left, ld: k }, right, out, (m, k), ws);
+    let out = Parts::new(out);
+    pool.rows(m.div_ceil(LANES), LANES * m / 2, &|range, _| {
+        for row in range.map(|block| block * LANES) {
+            let rows = LANES.min(m - row);
+            for col in (0..row).step_by(LANES) {
+                // SAFETY: only this task writes these columns above the diagonal, and nobody below it.
+                unsafe { turn((&out, row * m + col, m), (&out, col * m + row, m), (rows, LANES)) };
+            }
+            for (i, j) in (0..rows).flat_map(|i| (0..i).map(move |j| (row + i, row + j))) {
+                // SAFETY: as above.
+                unsafe { out.part(j * m + i..j * m + i + 1)[0] = out.part(i * m + j..i * m + j + 1)[0] };
             }
         }
     });
 }
 
 /// `square = a I + b gram + c square`.
-fn polynomial(pool: &Pool, (a, b, c): (f32, f32, f32), gram: &[f32], square: &mut [f32], m: usize) {
+fn polynomial(pool: &Pool, [a, b, c]: [f32; 3], gram: &[f32], square: &mut [f32], m: usize) {
     let square = Parts::new(square);
     pool.rows(m, 2 * m, &|range, _| {
         for i in range {
@@ -182,18 +217,42 @@ kernel! { fn combine(k: (f32, f32), gram: &[f32], square: &mut [f32]) = |s: S| {
 } }
 
 /// `to`, `cols` by `rows`, is the transpose of `from`.
-fn transpose(pool: &Pool, from: &[f32], (rows, cols): (usize, usize), to: &mut [f32]) {
-    let to = Parts::new(to);
-    let blocks = cols.div_ceil(LANES);
-    pool.rows(blocks, LANES * rows, &|range, _| {
-        for block in range {
-            let across = block * LANES..cols.min((block + 1) * LANES);
-            for i in 0..rows {
-                for j in across.clone() {
-                    // SAFETY: tasks have disjoint rows of the result.
-                    unsafe { to.part(j * rows + i..j * rows + i + 1)[0] = from[i * cols + j] };
-                }
+fn transpose(pool: &Pool, from: &mut [f32], (rows, cols): (usize, usize), to: &mut [f32]) {
+    let (from, to) = (Parts::new(from), Parts::new(to));
+    pool.rows(cols.div_ceil(LANES), LANES * rows, &|range, _| {
+        for col in range.map(|block| block * LANES) {
+            for row in (0..rows).step_by(LANES) {
+                let block = (LANES.min(rows - row), LANES.min(cols - col));
+                // SAFETY: tasks have disjoint rows of the result, and nobody writes the other.
+                unsafe { turn((&from, row * cols + col, cols), (&to, col * rows + row, rows), block) };
             }
         }
     });
 }
+
+/// Elements of a matrix: where they begin, and how far its rows are apart.
+type Block<'a> = (&'a Parts<'a, f32>, usize, usize);
+
+/// The block `to` is the transpose of the block `from` of `rows` by `cols`, at most [`LANES`] each.
+///
+/// # Safety
+/// Nobody writes `from` or touches `to` meanwhile, and they do not overlap.
+unsafe fn turn(from: Block<'_>, to: Block<'_>, shape: (usize, usize)) {
+    turned(from, to, shape);
+}
+
+kernel! { fn turned(from: Block<'_>, to: Block<'_>, shape: (usize, usize)) = |s: S| {
+    let (rows, cols) = shape;
+    let mut block = [s.splat(0.0); LANES];
+    for (i, row) in block.iter_mut().take(rows).enumerate() {
+        let at = from.1 + i * from.2;
+        // SAFETY: by the contract of `turn`, as below.
+        *row = s.load(unsafe { from.0.part(at..at + cols) });
+    }
+    s.transpose(&mut block);
+    for (j, &row) in block.iter().take(cols).enumerate() {
+        let at = to.1 + j * to.2;
+        // SAFETY: as above.
+        s.store(unsafe { to.0.part(at..at + rows) }, row);
+    }
+} }

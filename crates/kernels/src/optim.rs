@@ -155,7 +155,7 @@ pub fn sum_squares(pool: &Pool, x: &[f32], partials: &mut [f64], chunk: usize) {
     });
 }
 
-kernel! { pub(crate) fn squares(x: &[f32]) -> f64 = |s: S| {
+kernel! { fn squares(x: &[f32]) -> f64 = |s: S| {
     let mut sums = [0.0f64; LANES];
     let (whole, rest) = x.as_chunks::<LANES>();
     for x in whole {

@@ -2,7 +2,7 @@
 
 use machine::{Machine, StepEstimate, estimate};
 use serde::{Deserialize, Serialize};
-use spec::stats::{kendall_tau, median, quantile};
+use spec::stats::{median, quantile};
 use spec::{Result, RunSpec};
 
 use crate::workload;

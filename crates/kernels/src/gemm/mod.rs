@@ -14,7 +14,9 @@ use crate::simd::prefetch_far;
 
 pub(crate) use micro::{Tile, tile};
 pub(crate) use pack::pack_columns;
-pub(crate) use product::{Left, Out, Right, product, product_of_runs, product_workspace_len};
+pub(crate) use product::{
+    Left, Out, Right, product, product_below_diagonal, product_of_runs, product_workspace_len,
+};
 pub(crate) use weight::{
     weight_gradient, weight_gradient_of_leaves, weight_gradient_of_leaves_workspace_len,
     weight_gradient_workspace_len,

@@ -100,7 +100,8 @@ pub(crate) fn product_of_runs<T: Element>(
     for first in (0..cols).step_by(step) {
         let width = step.min(cols - first);
         pack(pool, right, k, cols, first..first + width, packed);
-        let job = Job { left, packed, y: &y, ld: out.ld, acc: out.acc, bias: out.bias, first, k, cols };
+        let (ld, acc, bias) = (out.ld, out.acc, out.bias);
+        let job = Job { left, packed, y: &y, ld, acc, bias, first, k, cols, below: false };
         let across = width.div_ceil(shape.1);
         let down = |r: usize| run(r).len().div_ceil(shape.0);
         let all_down = (0..runs).map(down).sum::<usize>();
@@ -116,6 +117,46 @@ pub(crate) fn product_of_runs<T: Element>(
             let own = unsafe { scratch.part(thread * (sums + widened)..(thread + 1) * (sums + widened)) };
             let (sums, widened) = own.split_at_mut(sums);
             job.block(i..rows.end.min(i + shape.0), j..width.min(j + shape.1), sums, widened);
+        });
+    }
+}
+
+/// Computes what is on and below the diagonal of a product, `m` x `m`, into `y`, and leaves alone what is above it, but
+/// for some of it next to the diagonal. Workspace is that of [`product`].
+pub(crate) fn product_below_diagonal(
+    pool: &Pool,
+    left: Left<'_, f32>,
+    right: Right<'_, f32>,
+    y: &mut [f32],
+    (m, k): (usize, usize),
+    ws: &mut [f32],
+) {
+    if m == 0 {
+        return;
+    }
+    assert!(left.ld >= k && left.data.len() >= (m - 1) * left.ld + k, "left operand");
+    assert_eq!(y.len(), m * m, "output");
+    let step = strip(k, m);
+    // Half of the tasks have nothing to do.
+    let shape = task_shape(m, step, 2 * pool.threads());
+    let (sums, widened) = scratch_len(k, shape);
+    let mut ws = Workspace::new(ws);
+    let packed = ws.take(step * k);
+    let scratch = Parts::new(ws.take(pool.threads() * (sums + widened)));
+    let y = Parts::new(y);
+    for first in (0..m).step_by(step) {
+        let width = step.min(m - first);
+        pack(pool, right, k, m, first..first + width, packed);
+        let (acc, bias) = (Acc::None, None);
+        let job = Job { left, packed, y: &y, ld: m, acc, bias, first, k, cols: m, below: true };
+        let (down, across) = ((m - first).div_ceil(shape.0), width.div_ceil(shape.1));
+        // From the bottom up, for the longest come first.
+        pool.run(down * across, &|task, thread| {
+            let (i, j) = (first + (down - 1 - task / across) * shape.0, task % across * shape.1);
+            // SAFETY: each thread has its own part and runs one task at a time.
+            let own = unsafe { scratch.part(thread * (sums + widened)..(thread + 1) * (sums + widened)) };
+            let (sums, widened) = own.split_at_mut(sums);
+            job.block(i..m.min(i + shape.0), j..width.min(j + shape.1), sums, widened);
         });
     }
 }
@@ -155,6 +196,8 @@ struct Job<'a, T> {
     first: usize,
     k: usize,
     cols: usize,
+    /// Leave out tiles above the diagonal?
+    below: bool,
 }
 
 impl<T: Element> Job<'_, T> {
@@ -168,10 +211,14 @@ impl<T: Element> Job<'_, T> {
             let kc = step.min(k - k0);
             let (a, a_row) = self.left_block(rows.clone(), k0..k0 + kc, widened);
             for (across, j) in cols.clone().step_by(nr).enumerate() {
-                let n = nr.min(cols.end - j);
+                let most = nr.min(cols.end - j);
                 let b = &self.packed[j / nr * nr * k + k0 * nr..][..kc * nr];
                 for (down, i) in (0..rows.len()).step_by(MR).enumerate() {
                     let m = MR.min(rows.len() - i);
+                    let n = self.width(rows.start + i + m, j, most);
+                    if n == 0 {
+                        continue;
+                    }
                     let at = if k > KC { (across * tiles_down + down) * MR * nr } else { 0 };
                     let c = &mut sums[at..at + MR * nr];
                     let t = Tile {
@@ -198,6 +245,11 @@ impl<T: Element> Job<'_, T> {
                 }
             }
         }
+    }
+
+    /// How many of a tile's `most` columns from `col` of the strip on are wanted, if its rows end before `row`.
+    fn width(&self, row: usize, col: usize, most: usize) -> usize {
+        if self.below { most.min(row.saturating_sub(self.first + col)) } else { most }
     }
 
     /// A pointer to, and the row stride of, a block of the left operand in `f32`.

@@ -92,3 +92,18 @@ fn large_matrices_are_what_small_ones_are() {
 fn zero_stays_zero() {
     assert_eq!(ours(&[0.0; 12], (3, 4), 1.0, 1), [0.0; 12]);
 }
+
+/// Gradients have few large singular values and many small ones, whose squares rounding errors of the largest would drown.
+#[test]
+fn directions_beside_a_much_larger_one_keep_their_digits() {
+    let shape @ (rows, cols) = if cfg!(miri) { (6, 8) } else { (96, 160) };
+    let mut r = Numbers::new(5);
+    let (left, right, rest) = (r.vec(rows), r.vec(cols), r.vec(rows * cols));
+    let at = |i: usize| left[i / cols] * right[i % cols] + 1e-3 * rest[i];
+    let x: Vec<f32> = (0..rows * cols).map(at).collect();
+    let (got, want) = (ours(&x, shape, 1.0, 2), reference(&x, shape));
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let apart = norm(&mut got.iter().zip(&want).map(|(a, b)| f64::from(*a) - b));
+    let off = apart / norm(&mut want.iter().copied());
+    assert!(off < 2e-4, "{off}");
+}
