@@ -26,7 +26,7 @@ use crate::template::{Key, Template};
 pub use replicas::{Among, Said};
 use section::{Links, Passes, Timed};
 use step::Stages;
-pub(crate) use step::virtual_layers;
+pub use step::virtual_layers;
 
 /// What is trained, where, and with what.
 #[derive(Clone, Debug)]
@@ -259,7 +259,7 @@ impl<'a> Estimator<'a> {
             if format.bytes() < 2.0 { Chip::of(accelerator, accelerator.sixteen_bit())? } else { chip };
         let tokens = problem.sequences as f64 * problem.sequence as f64;
         Ok(Estimator {
-            net: NetworkModel::of(&problem.cluster),
+            net: NetworkModel { one_ring: problem.software.one_ring, ..NetworkModel::of(&problem.cluster) },
             chip,
             wide_chip,
             templates: HashMap::new(),

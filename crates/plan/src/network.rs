@@ -58,6 +58,8 @@ pub struct NetworkModel {
     pub ring_step_s: (f64, f64),
     /// Bytes of a message between nodes from which on its rate falls as it grows; without bound where none was measured.
     pub message_full: f64,
+    /// Collectives walk one ring over all ranks ([`crate::software::Software::one_ring`]), else nodes add first.
+    pub one_ring: bool,
 }
 
 /// Bytes at which the ramp begins.
@@ -99,6 +101,7 @@ impl NetworkModel {
             scale_out_step_s: family.collective_step_out_s.value + fabric.hop_latency_s.value,
             ramp_s: family.collective_ramp_s.map_or(0.0, |ramp| ramp.value),
             ring_step_s: ring_step_s(cluster),
+            one_ring: false,
             message_full: fabric.measured.as_ref().and_then(|m| m.full_bytes).unwrap_or(f64::INFINITY),
         }
     }
@@ -319,7 +322,10 @@ pub fn traffic(net: &NetworkModel, what: Collective, span: &Extent, size: usize,
         Collective::Send if k > 1.0 => (0.0, bytes),
         Collective::Send => (bytes, 0.0),
         Collective::AllToAll => (bytes * (j - 1.0) / n, bytes * (n - j) / n),
-        _ => (passes * bytes * (j - 1.0) / j, passes * bytes / j * (k - 1.0) / k),
+        _ => {
+            let crossing = if net.one_ring && k > 1.0 { (n - 1.0) / n } else { (k - 1.0) / k };
+            (passes * bytes * (j - 1.0) / j, passes * bytes / j * crossing)
+        }
     };
     let in_switch = match (what, net.scale_up_in_switch) {
         // Gathers gain nothing (361 against 368 GB/s measured).
@@ -467,6 +473,7 @@ mod tests {
             scale_out_step_s: 1e5,
             ramp_s: 0.0,
             ring_step_s: (0.0, 0.0),
+            one_ring: false,
             message_full: f64::INFINITY,
         };
         (cluster, net)

@@ -43,6 +43,19 @@ pub struct Software {
     pub grad_wire_bytes: f64,
     /// Activations and parameters are gathered in the format of the products (torchao's float8 all-gather).
     pub low_precision_gathers: bool,
+    /// Collectives over several nodes walk one ring over all ranks, so that each byte passes the ports of a node for every
+    /// rank but one, not once a node. NCCL weighs rings against trees by its tables of bandwidths (`src/graph/tuning.cc`).
+    /// On A100 over two nodes rings won: DGX were measured at 192 GB/s of 200 (NVIDIA/nccl issue 812), and vTrain's runs
+    /// over 16 ranks take what a ring takes, which is where this was read off. Since, trees do (NVIDIA/nccl-tests issue 196).
+    pub one_ring: bool,
+    /// Gradients are summed between groups that shard when all of them are there: XLA combined such messages up to
+    /// gigabytes (`xla_gpu_all_reduce_combine_threshold_bytes` in MaxText's scripts for A3 machines).
+    pub groups_sum_last: bool,
+    /// Attention's products are in the format of the others.
+    pub low_precision_attention: bool,
+    /// Owners of sharded optimiser state send what they updated one after another, each around all ranks (InternEvo's
+    /// `broadcast_params` in `internlm/solver/optimizer/hybrid_zero_optim.py`), where others gather once.
+    pub owners_broadcast: bool,
     /// Gathers and scatters use one port of a node at a time, not all of them (DeepSpeed of 2021).
     pub flat_collectives: bool,
     /// Gradients of micro-batches are summed in a fixed tree, whose partial sums are kept.
@@ -51,6 +64,8 @@ pub struct Software {
     pub gathers_whole_units: bool,
     /// Kernels are launched one by one from Python, else from graphs or compiled programs.
     pub eager: bool,
+    /// The host waits for each kernel to end before it launches the next (`CUDA_LAUNCH_BLOCKING=1`).
+    pub blocking: bool,
     /// Ops' worth of the host's time that a collective inside layers takes for each of its members: stacks that gather
     /// and scatter through lists of tensors handle each member's on its own.
     pub ops_per_member: f64,
@@ -123,10 +138,15 @@ const MEGATRON_2021: Software = Software {
     overlap_experts: Overlap::Never,
     grad_wire_bytes: 4.0,
     low_precision_gathers: false,
+    low_precision_attention: false,
+    owners_broadcast: false,
+    one_ring: true,
+    groups_sum_last: false,
     flat_collectives: false,
     tree_sums: false,
     gathers_whole_units: true,
     eager: true,
+    blocking: false,
     ops_per_member: 0.0,
     loss_bytes: LOSS_BYTES,
     stages_by_cost: false,
@@ -154,10 +174,15 @@ const MEGATRON_CORE: Software = Software {
     overlap_experts: Overlap::Never,
     grad_wire_bytes: 4.0,
     low_precision_gathers: false,
+    low_precision_attention: false,
+    owners_broadcast: false,
+    one_ring: false,
+    groups_sum_last: false,
     flat_collectives: false,
     tree_sums: false,
     gathers_whole_units: true,
     eager: true,
+    blocking: false,
     ops_per_member: 0.0,
     loss_bytes: 0.0,
     stages_by_cost: false,
@@ -185,10 +210,15 @@ const FSDP: Software = Software {
     overlap_experts: Overlap::Never,
     grad_wire_bytes: 2.0,
     low_precision_gathers: false,
+    low_precision_attention: false,
+    owners_broadcast: false,
+    one_ring: false,
+    groups_sum_last: false,
     flat_collectives: false,
     tree_sums: false,
     gathers_whole_units: true,
     eager: true,
+    blocking: false,
     ops_per_member: 0.0,
     loss_bytes: 0.0,
     stages_by_cost: false,
@@ -238,6 +268,8 @@ pub const ALL: [Software; 22] = [
         attention: AttentionKernel::Flash2,
         overlap_grads: true,
         overlap_params: false,
+        one_ring: true,
+        owners_broadcast: true,
         grad_wire_bytes: 2.0,
         ..MEGATRON_CORE
     },
@@ -285,6 +317,7 @@ pub const ALL: [Software; 22] = [
         lineage: "maxtext-gpu",
         attention: AttentionKernel::Tuned,
         overlap_tp: true,
+        groups_sum_last: true,
         eager: false,
         ..FSDP
     },

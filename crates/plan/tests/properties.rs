@@ -3,11 +3,11 @@
 
 use plan::calibration::Calibration;
 use plan::compute::Chip;
-use plan::estimate::{Estimator, Problem};
+use plan::estimate::{Estimator, Problem, virtual_layers};
 use plan::placement::{Order, Placement};
 use plan::search::{Space, search};
 use plan::shape::Shape;
-use plan::software::Software;
+use plan::software::{self, Software};
 use proptest::prelude::*;
 use spec::cluster::Knob;
 use spec::{Catalog, Layout, ModelSpec, NumberFormat, PipelineSchedule, Recompute, Reduce, Zero};
@@ -75,6 +75,27 @@ proptest! {
             let faster = Estimator::new(&better, placement.format).unwrap().estimate(&placement).unwrap();
             prop_assert!(faster.step_s <= estimate.step_s * (1.0 + 1e-9), "{knob:?}");
         }
+    }
+
+    /// Whatever the stack, its virtual stages hold each layer once; where layers count alike none holds more than an even
+    /// share, rounded up.
+    #[test]
+    fn virtual_stages_hold_all_layers(
+        stack in 0..software::ALL.len(),
+        layers in 1usize..200,
+        pp in 1usize..40,
+        chunks in 1usize..13,
+    ) {
+        let mut problem = problem("gpt3-13b", "dgx-superpod-h100", pp, 128, 2048);
+        problem.shape.model.layers = layers;
+        problem.software = software::ALL[stack].clone();
+        let layout = Layout { pp, chunks: if pp == 1 { 1 } else { chunks }, ..Layout::default() };
+        let virtuals = pp * layout.chunks;
+        let dealt = virtual_layers(&problem, &Placement::of(layout, NumberFormat::Bf16));
+        prop_assert_eq!(dealt.len(), virtuals);
+        prop_assert_eq!(dealt.iter().sum::<usize>(), layers);
+        let most = dealt.iter().copied().max().unwrap();
+        prop_assert!(problem.software.stages_by_cost || most == layers.div_ceil(virtuals), "{dealt:?}");
     }
 }
 

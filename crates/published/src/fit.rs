@@ -20,7 +20,7 @@ use crate::validate::quantile;
 const STEPS: usize = 16;
 /// How often a step that makes things worse is halved: where one term takes over from another, slopes change.
 const HALVINGS: usize = 4;
-/// Steps when some runs are left out: the start is close.
+/// Steps when some runs are left out: the start is close, but where experts are few slopes change.
 const LEAVE_OUT_STEPS: usize = 4;
 /// How far a logarithm is moved to find a slope.
 const NUDGE: f64 = 0.02;
@@ -234,14 +234,7 @@ pub fn fit(runs: &mut [Prepared]) -> Calibration {
         }
         let linear = Linear::of(runs, &calibration);
         let all = vec![true; runs.len()];
-        let (from, before) = (calibration.clone(), linear.loss(&linear.base, &mut calibration));
-        linear.step(&mut calibration, &linear.base, &all);
-        for _ in 0..HALVINGS {
-            if linear.loss(&residuals(runs, &calibration), &mut calibration) <= before {
-                break;
-            }
-            linear.halfway(&mut calibration, &from);
-        }
+        linear.damped(runs, &mut calibration, &all);
     }
     choose_all(runs, &calibration);
     calibration
@@ -254,8 +247,8 @@ fn choose_all(runs: &mut [Prepared], calibration: &Calibration) {
 
 /// The fit with each group of runs left out in turn, by what `group` says: the calibration that has not seen it.
 ///
-/// Each starts from the fit on all runs and takes steps with that fit's slopes, which change little; what it misses by
-/// that is far below the errors it is to judge.
+/// Each starts from the fit on all runs, whose slopes serve for the first step. Against fits from the prior the rows of
+/// TPU v5e's and Ironwood's tables, the farthest from what is left, then miss by the same to 0.02 at most.
 pub fn leave_out(
     runs: &mut [Prepared],
     fitted: &Calibration,
@@ -266,11 +259,11 @@ pub fn leave_out(
     let mut out = BTreeMap::new();
     for name in groups {
         let kept: Vec<bool> = runs.iter().map(|p| group(&p.run) != name).collect();
+        // The first step is taken whole: half of it would leave half of what the fit on all runs knew of these.
         let mut calibration = fitted.clone();
         linear.step(&mut calibration, &linear.base, &kept);
         for _ in 1..LEAVE_OUT_STEPS {
-            let base = residuals(runs, &calibration);
-            linear.step(&mut calibration, &base, &kept);
+            Linear::of(runs, &calibration).damped(runs, &mut calibration, &kept);
         }
         out.insert(name, calibration);
     }
@@ -324,15 +317,28 @@ impl Linear {
         Linear { effects: effects.into_iter().map(|(e, r, _)| (e, r)).collect(), jacobian, base, weights }
     }
 
-    /// What a fit makes least: squares of errors, linear for outliers, and of what the ridges hold.
-    fn loss(&self, base: &[f64], calibration: &mut Calibration) -> f64 {
+    /// What a fit makes least: squares of errors of the runs kept, linear for outliers, and of what the ridges hold.
+    fn loss(&self, base: &[f64], calibration: &mut Calibration, kept: &[bool]) -> f64 {
         let huber = |r: f64| if r <= HUBER { r * r } else { HUBER * (2.0 * r - HUBER) };
-        let errors = base.iter().zip(&self.weights).map(|(r, w)| w * w * huber(r.abs())).sum::<f64>();
+        let of_kept = base.iter().zip(&self.weights).zip(kept).filter(|(_, kept)| **kept);
+        let errors = of_kept.map(|((r, w), _)| w * w * huber(r.abs())).sum::<f64>();
         let ridges = self.effects.iter().map(|(effect, ridge)| {
             let squares = effect.factors(calibration).iter().map(|f| f * f).sum::<f64>();
             ridge * squares
         });
         errors + ridges.sum::<f64>()
+    }
+
+    /// One step on the runs kept, halved while it makes them worse.
+    fn damped(&self, runs: &mut [Prepared], calibration: &mut Calibration, kept: &[bool]) {
+        let (from, before) = (calibration.clone(), self.loss(&self.base, calibration, kept));
+        self.step(calibration, &self.base, kept);
+        for _ in 0..HALVINGS {
+            if self.loss(&residuals(runs, calibration), calibration, kept) <= before {
+                break;
+            }
+            self.halfway(calibration, &from);
+        }
     }
 
     /// Takes half of a step back.

@@ -305,6 +305,9 @@ impl Reader<'_> {
         if known::is_graphed(id) {
             software.eager = false;
         }
+        software.sequence_parallel &= known::splits_sequences(id);
+        software.blocking = id.starts_with(known::BLOCKING);
+        software.low_precision_attention = known::attends_in_8_bit(id);
         // Its float8 recipe gathers in 8 bit; scales by rows do not allow that.
         software.low_precision_gathers = torchtitan && recipe == "fp8";
         software.overlap_tp_gathers = !(torchtitan && recipe == "fp8-rowwise");
@@ -312,7 +315,8 @@ impl Reader<'_> {
     }
 
     fn format(&mut self, family: &str) -> (&'static str, NumberFormat) {
-        let text = self.text("precision").to_ascii_lowercase();
+        let said = self.text("precision").to_ascii_lowercase();
+        let text = known::precision(self.text("id")).map_or(said, str::to_owned);
         match text.as_str() {
             t if t.contains("int8") => ("int8", NumberFormat::Int8),
             t if t.starts_with("nvfp4") || t.starts_with("fp4") => ("nvfp4", NumberFormat::Fp4),
@@ -390,8 +394,9 @@ impl Reader<'_> {
         let vocab = match self.count("vocab")? {
             Some(vocab) => vocab,
             None => {
-                self.assume("vocabulary not published: 51200");
-                51_200
+                let vocab = known::vocab(self.text("source"));
+                self.assume(format!("vocabulary not published: {vocab}"));
+                vocab
             }
         };
         if !heads.is_multiple_of(kv_heads) {

@@ -89,24 +89,6 @@ fn schedule_name(schedule: PipelineSchedule) -> &'static str {
     }
 }
 
-/// Layers of each stage where the planner spreads them unevenly: off the last stage first, then off the first.
-fn uneven_stages(layers: usize, pp: usize) -> Vec<usize> {
-    let full = layers.div_ceil(pp);
-    let mut missing = full * pp - layers;
-    let mut stages = vec![full; pp];
-    let off_last = missing.div_ceil(2);
-    let mut take = |stage: &mut usize, most: usize| {
-        let off = most.min(missing).min(*stage - 1);
-        *stage -= off;
-        missing -= off;
-    };
-    take(&mut stages[pp - 1], off_last);
-    for stage in &mut stages {
-        take(stage, usize::MAX);
-    }
-    stages
-}
-
 #[cfg(test)]
 mod tests;
 

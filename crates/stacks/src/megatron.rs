@@ -1,4 +1,4 @@
-use plan::estimate::Problem;
+use plan::estimate::{Problem, virtual_layers};
 use plan::placement::{Order, Placement};
 use plan::software::AttentionKernel;
 use spec::{
@@ -7,7 +7,7 @@ use spec::{
 };
 
 use crate::traits::{beyond_positions, llama31, unsaid, whole};
-use crate::{Emitted, arguments, lacks, schedule_name, uneven_stages};
+use crate::{Emitted, arguments, lacks, schedule_name};
 
 const NAME: &str = "Megatron-LM";
 
@@ -235,7 +235,6 @@ fn positions(m: &ModelSpec, unsaid_ones: &mut Vec<&'static str>) -> Vec<String> 
 /// The schedule, and how layers are spread over stages and chunks.
 fn stages(p: &Problem, placement: &Placement) -> Result<Vec<String>> {
     let l = &placement.layout;
-    let layers = p.shape.model.layers;
     if l.pp == 1 {
         return Ok(Vec::new());
     }
@@ -249,32 +248,30 @@ fn stages(p: &Problem, placement: &Placement) -> Result<Vec<String>> {
     }
     let virtuals = l.pp * l.chunks;
     let mut args = Vec::new();
-    let per_chunk = if layers.is_multiple_of(virtuals) {
-        Some(layers / virtuals)
-    } else if (layers + 2).is_multiple_of(virtuals) {
+    let dealt = virtual_layers(p, placement);
+    let last = virtuals - 1;
+    // The embedding and the head counted, which is how Megatron spares the ends.
+    let counted = |v: usize| dealt[v] + usize::from(v == 0) + usize::from(v == last);
+    let even = dealt.iter().all(|n| *n == dealt[0]);
+    if !even && (1..virtuals).all(|v| counted(v) == counted(0)) {
         args.push(
             "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split".to_owned(),
         );
-        Some((layers + 2) / virtuals)
-    } else {
-        None
-    };
-    match per_chunk {
-        Some(n) if l.chunks > 1 => args.push(format!("--num-layers-per-virtual-pipeline-stage {n}")),
-        Some(_) => {}
-        None => {
-            let stages = uneven_stages(layers, virtuals);
-            let last = stages.len() - 1;
-            let text: Vec<String> = stages
-                .iter()
-                .enumerate()
-                .map(|(i, n)| {
-                    let (first, end) = (if i == 0 { "E" } else { "" }, if i == last { "L" } else { "" });
-                    format!("{first}t*{n}{end}")
-                })
-                .collect();
-            args.push(format!("--pipeline-model-parallel-layout '{}'", text.join("|")));
-        }
+    } else if !even {
+        let of = |(v, n): (usize, &usize)| {
+            let (first, end) = (if v == 0 { "E" } else { "" }, if v == last { "L" } else { "" });
+            let layers = if *n == 0 { String::new() } else { format!("t*{n}") };
+            format!("{first}{layers}{end}")
+        };
+        let text: Vec<String> = dealt.iter().enumerate().map(of).collect();
+        args.push(format!("--pipeline-model-parallel-layout '{}'", text.join("|")));
+        return Ok(args);
+    }
+    if l.chunks > 1 {
+        args.push(format!(
+            "--num-layers-per-virtual-pipeline-stage {}",
+            if even { dealt[0] } else { counted(0) }
+        ));
     }
     Ok(args)
 }

@@ -202,8 +202,7 @@ fn megatron_is_told_how_uneven_stages_are() {
         .collect();
     assert_eq!((stages.len(), stages.iter().sum::<usize>()), (16, 61), "{line}");
     assert!(text.contains("--q-lora-rank 1536") && text.contains("'[0,0,0,1,"), "{text}");
-    assert_eq!(uneven_stages(5, 4), [1, 1, 2, 1]);
-    assert_eq!(uneven_stages(7, 4), [2, 2, 2, 1]);
+    assert_eq!(stages, plan::estimate::virtual_layers(&p, &given), "as they were priced");
 }
 
 /// `key = value` and `key: value` lines.

@@ -243,6 +243,9 @@ mod tests {
         check("megatron-core-2024", 6, 2, 2, &[1, 2, 2, 1]);
         check("megatron-core-2024", 5, 4, 1, &[1, 2, 1, 1]);
         check("megatron-core-2024", 40, 16, 1, &[2, 3, 3, 3, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2, 2, 2]);
+        // Two ends of four chunks cannot spare eight layers.
+        let twos = [&[1][..], &[2; 8], &[1; 7], &[2; 16]].concat();
+        check("megatron-core-2024", 56, 16, 2, &twos);
         check("phalanx", 7, 2, 1, &[4, 3]);
         check("phalanx", 7, 2, 2, &[2, 1, 2, 2]);
         check("phalanx", 10, 4, 1, &[2, 3, 3, 2]);

@@ -236,10 +236,10 @@ impl Estimator<'_> {
         Extent::of(&self.problem.cluster, &self.net, group)
     }
 
-    /// Seconds that everything takes which is said beside the forward passes, or beside the backward ones.
-    fn said_s(&self, r: &Replicas, forward: bool) -> f64 {
+    /// Seconds that all takes of what `of` says yes to.
+    fn said_s(&self, r: &Replicas, of: impl Fn(&Said) -> bool) -> f64 {
         let of = |(said, holders): (&[Said; 4], &Holders)| -> f64 {
-            let spoken = said.iter().filter(|s| s.forward == forward);
+            let spoken = said.iter().filter(|s| of(s));
             spoken.map(|s| self.talk(r, holders, s) * s.times).sum()
         };
         r.said.iter().zip(&r.holders).map(of).sum()
@@ -258,7 +258,14 @@ impl Estimator<'_> {
             span
         };
         let comm = on_span(&self.net, s.what, &span, group.size, bytes);
-        comm.latency_s * r.calls + (comm.seconds - comm.latency_s) / self.problem.constants.network
+        let latency_s = if self.problem.software.owners_broadcast && s.what == Collective::AllGather {
+            // Each owner's part passes all ranks.
+            let (n, k) = (group.size as f64, span.domains);
+            n * ((n - k) * self.net.scale_up_step_s + (k - 1.0) * self.net.scale_out_step_s)
+        } else {
+            comm.latency_s * r.calls
+        };
+        latency_s + (comm.seconds - comm.latency_s) / self.problem.constants.network
     }
 
     /// Gradients, sharded parameters and the optimiser, into `d`. `busy_port_s` of each micro-batch the ports between
@@ -349,7 +356,10 @@ impl Estimator<'_> {
             talk / units + (talk * (1.0 - 1.0 / units) - compute).max(0.0) + r.tax * talk.min(compute)
         };
         let n = stages.micro_batches;
-        (exposed(self.said_s(r, true) / n, windows.0) + exposed(self.said_s(r, false) / n, windows.1)) * n
+        let last = |s: &Said| self.problem.software.groups_sum_last && s.among == Among::Owners;
+        let forward = exposed(self.said_s(r, |s| s.forward) / n, windows.0);
+        let backward = exposed(self.said_s(r, |s| !s.forward && !last(s)) / n, windows.1);
+        (forward + backward) * n + self.said_s(r, last)
     }
 
     /// ZeRO 0 to 2: gradients are summed in the backward pass of the last micro-batch (ZeRO 2: of each), updated
@@ -371,8 +381,8 @@ impl Estimator<'_> {
             LAST_PASS
         };
         let times = if l.zero == Zero::Gradients { stages.micro_batches } else { 1.0 };
-        exposed(self.said_s(r, false) / times, windows.1 * share, software.overlap_grads) * times
-            + exposed(self.said_s(r, true), windows.0 * share, software.overlap_params)
+        exposed(self.said_s(r, |s| !s.forward) / times, windows.1 * share, software.overlap_grads) * times
+            + exposed(self.said_s(r, |s| s.forward), windows.0 * share, software.overlap_params)
     }
 }
 

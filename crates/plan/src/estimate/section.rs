@@ -297,7 +297,8 @@ impl Estimator<'_> {
         let pieces = if placement.layout.deals_heads() { 1 } else { placement.layout.cp };
         let sequence = self.problem.sequence as f64 / pieces as f64;
         let tuned = self.problem.software.attention == AttentionKernel::Tuned;
-        let rate = self.wide_chip.attention(tuned, sequence, dim, backward) * c.attention;
+        let chip = if self.problem.software.low_precision_attention { &self.chip } else { &self.wide_chip };
+        let rate = chip.attention(tuned, sequence, dim, backward) * c.attention;
         (flops / rate).max(stream_s(&self.wide_chip, bytes))
     }
 

@@ -1,11 +1,10 @@
 //! A step added up from its sections: the slowest stage, the pipeline around it, and what happens once a step.
 
-use spec::Result;
+use spec::{Layout, Result};
 
 use crate::network::{Collective, Extent, Group, on_span};
 use crate::pipeline::{Pipeline, Stage, makespan_s, uneven_s};
 use crate::placement::Placement;
-use crate::software::Software;
 use crate::template::Hidden;
 
 use super::replicas::Share;
@@ -32,10 +31,7 @@ impl Stages {
     pub(super) fn of(problem: &Problem, placement: &Placement, expert_layers: f64) -> Self {
         let l = &placement.layout;
         let layers = problem.shape.model.layers;
-        let dealt = match head_by_cost(problem, placement) {
-            Some(head) => StageLayers::by_cost(l.pp, layers, head),
-            None => stage_layers(placement, layers, &problem.software),
-        };
+        let dealt = StageLayers::of(&virtual_layers(problem, placement), l.pp);
         let most = dealt.first.max(dealt.between).max(dealt.last);
         let micro_batches = (problem.sequences as f64 / (l.dp * l.micro_batch) as f64).max(1.0);
         Stages { most, layers: dealt, mix: expert_layers / layers as f64, micro_batches }
@@ -62,10 +58,10 @@ impl Stages {
         Share { dense: self.most - experts, experts, embed: true, head }
     }
 
-    /// The layers of one stage as the trainer deals them.
+    /// The layers of one stage.
     pub(super) fn share_of(&self, problem: &Problem, placement: &Placement, stage: usize) -> Share {
         let (l, model) = (&placement.layout, &problem.shape.model);
-        let dealt = l.deal(model.layers);
+        let dealt = virtual_layers(problem, placement);
         let ends = |v: usize| dealt[..v].iter().sum();
         let of_chunk = |c: usize| ends(c * l.pp + stage)..ends(c * l.pp + stage + 1);
         let layers = || (0..l.chunks).flat_map(of_chunk);
@@ -262,12 +258,16 @@ impl Estimator<'_> {
     /// Kernels are of uneven lengths: the host falls behind on short ones and cannot be ahead without end on long ones,
     /// so that where both take about as long, neither hides the other. Their times add as the sides of a right angle
     /// do: the slower one sets the pace far from the corner. Ranks that wait for messages between nodes give the host
-    /// time to catch up, and what it does for each member of a group nothing hides.
+    /// time to catch up, and what it does for each member of a group nothing hides. A host that waits for each kernel
+    /// launches none beside another.
     pub(super) fn host_wait(&self, t: &Times) -> f64 {
         if !self.problem.software.eager {
             return 0.0;
         }
         let (host, busy) = (t.kernels * self.problem.constants.host_s, t.busy());
+        if self.problem.software.blocking {
+            return host + t.members * self.problem.constants.host_s;
+        }
         let uneven = host.hypot(busy - t.far);
         uneven.max(busy).max(host + t.members * self.problem.constants.host_s) - busy
     }
@@ -283,70 +283,55 @@ struct StageLayers {
 }
 
 impl StageLayers {
-    /// From the layers of each stage.
-    fn of(layers: usize, stages: usize, own: impl Fn(usize) -> usize) -> Self {
-        let between = (1..stages.saturating_sub(1)).map(&own).max();
+    /// From the layers of each virtual stage.
+    fn of(dealt: &[usize], stages: usize) -> Self {
+        let own = |s: usize| dealt[s..].iter().step_by(stages).sum::<usize>() as f64;
         let (first, last) = (own(0), own(stages - 1));
-        Self::ends(layers, stages, first, last, between.unwrap_or(first.max(last)))
-    }
-
-    /// Where blocks are dealt by cost, the head's in layers: a stage takes blocks up to the first that passes its share of
-    /// the sum.
-    fn by_cost(stages: usize, layers: usize, head: f64) -> Self {
-        let end = |stage| Self::end_by_cost(stages, layers, head, stage);
-        Self::of(layers, stages, |stage| end(stage + 1) - end(stage))
-    }
-
-    /// Layers in front of a stage that blocks are dealt to by cost.
-    fn end_by_cost(stages: usize, layers: usize, head: f64, stage: usize) -> usize {
-        let whole = layers as f64 + head;
-        match stage {
-            0 => 0,
-            s if s == stages => layers,
-            s => ((whole * s as f64 / stages as f64).floor() as usize + 1).min(layers),
-        }
-    }
-
-    /// From those of the ends and of the fullest between; the rest is what the ends leave.
-    fn ends(layers: usize, stages: usize, first: usize, last: usize, between: usize) -> Self {
-        let rest = (layers as f64 - (first + last) as f64) / (stages as f64 - 2.0);
-        let mean = if stages > 2 { rest } else { between as f64 };
-        StageLayers { first: first as f64, between: between as f64, mean, last: last as f64 }
+        let between = (1..stages.saturating_sub(1)).map(own);
+        let mean = between.clone().sum::<f64>() / (stages as f64 - 2.0);
+        let most = between.reduce(f64::max).unwrap_or(first.max(last));
+        StageLayers { first, between: most, mean: if stages > 2 { mean } else { most }, last }
     }
 }
 
-/// The cost of the head in layers, for stacks that deal stages by cost.
-fn head_by_cost(problem: &Problem, placement: &Placement) -> Option<f64> {
-    let (l, shape) = (&placement.layout, &problem.shape);
-    let by_cost = problem.software.stages_by_cost && l.pp > 1 && l.stage_layers.is_empty();
-    by_cost.then(|| shape.table_params() * shape.model.layers as f64 / shape.layers_params().1)
+/// Layers of each virtual stage in the order in which they run: what was given, or as the stack deals them.
+pub fn virtual_layers(problem: &Problem, placement: &Placement) -> Vec<usize> {
+    let (l, shape, software) = (&placement.layout, &problem.shape, &problem.software);
+    let layers = shape.model.layers;
+    if l.pp == 1 || l.stage_layers.len() == l.pp * l.chunks {
+        return l.deal(layers);
+    }
+    if software.stages_by_cost {
+        let head = shape.table_params() * layers as f64 / shape.layers_params().1;
+        return by_cost(l, layers, head);
+    }
+    let spared = software.tolerance.empty_ends.then(|| ends_spared(l, layers));
+    spared.flatten().unwrap_or_else(|| l.deal(layers))
 }
 
-/// Layers of each virtual stage in the order in which they run, so that stages hold what an estimate says of them.
-pub(crate) fn virtual_layers(problem: &Problem, placement: &Placement) -> Vec<usize> {
-    let (l, layers, software) = (&placement.layout, problem.shape.model.layers, &problem.software);
+/// Where blocks are dealt by cost, the head's in layers: a stage takes blocks up to the first that passes its share of
+/// the sum, and its chunks share them evenly.
+fn by_cost(l: &Layout, layers: usize, head: f64) -> Vec<usize> {
+    let end = |stage: usize| match stage {
+        0 => 0,
+        s if s == l.pp => layers,
+        s => (((layers as f64 + head) * s as f64 / l.pp as f64).floor() as usize + 1).min(layers),
+    };
+    let share = |n: usize, i: usize| n * (i + 1) / l.chunks - n * i / l.chunks;
+    (0..l.pp * l.chunks).map(|v| share(end(v % l.pp + 1) - end(v % l.pp), v / l.pp)).collect()
+}
+
+/// Some stacks let the embedding and the head count as layers: all chunks hold as many, but the last ones of the last
+/// stage, for the head's sake, and then the first ones of the first, which may hold none. `None` if these two stages
+/// cannot spare what is missing.
+fn ends_spared(l: &Layout, layers: usize) -> Option<Vec<usize>> {
     let virtuals = l.pp * l.chunks;
-    let share = |n: usize, parts: usize, i: usize| n * (i + 1) / parts - n * i / parts;
-    if let Some(head) = head_by_cost(problem, placement) {
-        let end = |s: usize| StageLayers::end_by_cost(l.pp, layers, head, s);
-        let of = |v: usize| share(end(v % l.pp + 1) - end(v % l.pp), l.chunks, v / l.pp);
-        return (0..virtuals).map(of).collect();
-    }
-    if !spares_ends(placement, layers, software) {
-        return l.deal(layers);
-    }
-    let dealt = stage_layers(placement, layers, software);
-    if l.chunks == 1 && dealt.mean < dealt.between {
-        // Stages between the ends are of two sizes.
-        let (first, last, between) = (dealt.first as usize, dealt.last as usize, l.pp - 2);
-        let own = |i| spec::shares::even(layers - first - last, between, i).len();
-        return std::iter::once(first).chain((0..between).map(own)).chain([last]).collect();
-    }
     let each = layers.div_ceil(virtuals);
-    if (dealt.between as usize) < each * l.chunks {
-        return l.deal(layers);
+    let missing = each * virtuals - layers;
+    let off_last = missing.div_ceil(2);
+    if off_last >= each * l.chunks || layers + 2 < virtuals {
+        return None;
     }
-    // The first chunks of the first stage and the last ones of the last go without.
     let mut all = vec![each; virtuals];
     let mut take = |mut missing: usize, of: &mut dyn Iterator<Item = usize>| {
         for v in of {
@@ -355,38 +340,7 @@ pub(crate) fn virtual_layers(problem: &Problem, placement: &Placement) -> Vec<us
             missing -= off;
         }
     };
-    let full = each * l.chunks;
-    take(full - dealt.first as usize, &mut (0..virtuals).step_by(l.pp));
-    take(full - dealt.last as usize, &mut (0..virtuals).rev().step_by(l.pp));
-    all
-}
-
-/// Some stacks let the embedding and the head count as a layer each, unless layers are given: their chunks may hold nothing
-/// else.
-fn spares_ends(placement: &Placement, layers: usize, software: &Software) -> bool {
-    let l = &placement.layout;
-    let (virtuals, given) = (l.pp * l.chunks, l.stage_layers.len());
-    given != virtuals && software.tolerance.empty_ends && layers + 2 >= virtuals && l.pp > 1
-}
-
-/// How layers are dealt to the stages of a pipeline.
-fn stage_layers(placement: &Placement, layers: usize, software: &Software) -> StageLayers {
-    let l = &placement.layout;
-    let virtuals = l.pp * l.chunks;
-    if !spares_ends(placement, layers, software) {
-        let dealt = l.deal(layers);
-        return StageLayers::of(layers, l.pp, |s| dealt[s..].iter().step_by(l.pp).sum());
-    }
-    // Layers are taken off the last stage first, for the head's sake, then off the first.
-    let full = layers.div_ceil(virtuals) * l.chunks;
-    let missing = full * l.pp - layers;
-    let off_last = missing.div_ceil(2);
-    if off_last < full {
-        return StageLayers::ends(layers, l.pp, full - (missing - off_last), full - off_last, full);
-    }
-    // What the ends cannot spare alone, stages between do without too: 40 layers over 16 stages are twos and threes, and
-    // the ends have twos.
-    let (least, more) = (layers / l.pp, layers % l.pp);
-    let first = least + usize::from(more + 1 >= l.pp);
-    StageLayers::ends(layers, l.pp, first, least, least + usize::from(more > 0))
+    take(missing - off_last, &mut (0..virtuals).step_by(l.pp));
+    take(off_last, &mut (0..virtuals).rev().step_by(l.pp));
+    Some(all)
 }

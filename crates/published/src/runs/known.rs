@@ -33,7 +33,8 @@ const SOURCES: &[(&str, &str, &str, &str)] = &[
     ("fms-fsdp", "a100", "", "fsdp-2023"),
     ("torchtitan", "500w", "grand-teton-h100-500w", "torchtitan"),
     ("torchtitan", "", "", "torchtitan"),
-    ("maxtext/configs/gpu/a3", "h100", "gcp-a3-mega", "maxtext-gpu"),
+    // Its device type is h100-80gb-8, that of the machines before Mega.
+    ("maxtext/configs/gpu/a3", "h100", "gcp-a3-high", "maxtext-gpu"),
     ("maxtext", "", "", "maxtext-2024"),
     ("tpu-recipes", "", "", "maxtext-2025"),
     ("Google/results", "", "", "maxtext-2024"),
@@ -71,6 +72,34 @@ pub(crate) fn is_graphed(id: &str) -> bool {
     let has = |parts: &[&str]| parts.iter().any(|part| id.contains(part));
     let bridge = id.starts_with("mbridge");
     bridge && GRAPHED.iter().any(|(release, model, chips)| has(release) && id.contains(model) && has(chips))
+}
+
+/// Ids of runs whose host waited for each kernel: BLOOM's layout tests, which hung otherwise on so many accelerators
+/// ("dealing with JZ hanging", bigscience `train/tr11-176B-ml/chronicles-prequel.md`).
+pub(crate) const BLOCKING: &str = "bloompre";
+
+/// Entries of the vocabulary where a row does not say: BLOOM's layout tests had 250k (the same file), others mostly GPT-2's.
+pub(crate) fn vocab(source: &str) -> usize {
+    if source.contains("chronicles-prequel") { 250_000 } else { 51_200 }
+}
+
+/// Whether activations of runs that do not say are split along the sequence: Megatron-DeepSpeed of vTrain's time, unlike the
+/// Megatron-LM that its kernels are those of, had no such thing (its single-node table says so).
+pub(crate) fn splits_sequences(id: &str) -> bool {
+    !id.starts_with("vtrain")
+}
+
+/// The precision of rows that name another: MaxText's script for GPT-3 on TPU v5p asks for `quantization=int8`
+/// (`MaxText/configs/v5p/gpt3_175b/gpt3_175b_base.sh` of AI-Hypercomputer/maxtext at d32d207).
+pub(crate) fn precision(id: &str) -> Option<&'static str> {
+    (id == "tpurec-v5p-GPT3-175B").then_some("int8")
+}
+
+/// Whether attention's products are in 8 bit: DeepSeek-V3's on GB300 in the recipes of Megatron-Bridge v0.5.0
+/// (`fp8_dot_product_attention`).
+pub(crate) fn attends_in_8_bit(id: &str) -> bool {
+    let release = id.starts_with("mbridge26.06-") || id.starts_with("mbridge26.08-");
+    release && id.contains("DeepSeekV3-GB300-MXFP8")
 }
 
 /// The node or platform that an accelerator usually comes in.

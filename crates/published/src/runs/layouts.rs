@@ -44,7 +44,7 @@ pub(crate) fn placements(
         Some(tp) => vec![chips(tp, product([tp, pp, cp, published_dp.unwrap_or(1)]), p)],
         None => vec![1, 2, 4, 8],
     };
-    let recomputes = recomputes(r, p.software);
+    let recomputes = recomputes(r, p);
     let per_group = group_size(r.text("zero_fsdp"));
     // Sources count the context-parallel ranks that shard among them.
     let shard = |dp: usize| per_group.map(|group| (group / cp).max(1)).filter(|group| *group < dp);
@@ -203,11 +203,17 @@ fn sequence_parallel(text: &str, p: &Problem<'_>, tp: usize) -> bool {
     }
 }
 
-fn recomputes(r: &Reader<'_>, software: &Software) -> Vec<Recompute> {
+fn recomputes(r: &Reader<'_>, p: &Problem<'_>) -> Vec<Recompute> {
+    let software = p.software;
     match r.text("recompute") {
         "full" | "qkv_proj_offloaded" | "selective (qkv_proj_offloaded)" => vec![Recompute::Full],
         "none" => vec![Recompute::None],
         t if t.starts_with("selective") => vec![Recompute::Selective],
+        // Megatron-Bridge's recipes for mixtures name modules or nothing to recompute, never layers (`recompute_modules` in
+        // `scripts/performance/configs` of NVIDIA-NeMo/Megatron-Bridge, v0.1.0rc4 to v0.5.0).
+        _ if r.text("id").starts_with("mbridge") && p.shape.expert_layers() > 0 => {
+            vec![Recompute::None, Recompute::Selective]
+        }
         _ if software.name.starts_with("megatron-core") => {
             vec![Recompute::None, Recompute::Selective, Recompute::Full]
         }
