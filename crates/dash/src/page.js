@@ -13,7 +13,7 @@ const CURVES = [
   ["memory_bytes", "Memory of rank 0", bytes],
 ];
 /** Columns of a point as the server appends them. */
-const COLUMNS = ["loss", "grad_norm", "lr", "tokens_per_s", "mfu", "memory_bytes", "step_s", "exposed_comm_s"];
+const COLUMNS = ["loss", "grad_norm", "lr", "tokens_per_s", "mfu", "memory_bytes", "step_s", "exposed_comm_s", "mtp_loss"];
 /** Points appended to a curve before neighbours are left to the server to gather. */
 const APPENDED_MAX = 4096;
 
@@ -179,6 +179,7 @@ function fill(box, { facts: f }) {
   for (const [key, title, text] of CURVES) {
     if (l[key] !== null && l[key] !== undefined) rows.push([key, { tokens_per_s: "tokens/s", mfu: "MFU", grad_norm: "gradient norm", step_s: "a step", exposed_comm_s: "of it waiting", memory_bytes: "memory" }[key] ?? title.toLowerCase(), text(l[key])]);
   }
+  if (Number.isFinite(l.mtp_loss)) rows.push(["mtp_loss", "loss of one token more", l.mtp_loss.toPrecision(5)]);
   if (l.step && l.loss === null) rows.push(["loss", "loss", "not finite"]);
   if (f.eval) rows.push(["eval", `held out, step ${f.eval.step}`, f.eval.loss === null ? "not finite" : f.eval.loss.toFixed(4)]);
   if (l.tokens) rows.push(["tokens", "tokens", count(l.tokens)]);
@@ -238,6 +239,8 @@ function lines(key) {
     const tint = css(`--c${i % COLOURS}`);
     const name = runs.length > 1 ? run.facts.name : key === "loss" ? "training" : "";
     if (s) found.push({ name, colour: tint, xs: places(run, c), mean: smoothed(s.mean, weight), min: s.min, max: s.max });
+    const ahead = key === "loss" && c.series.mtp_loss;
+    if (ahead) found.push({ name: `${runs.length > 1 ? `${name} ` : ""}one token more`, colour: css(`--c${(i + 2) % COLOURS}`), xs: places(run, c), mean: smoothed(ahead.mean, weight), min: ahead.min, max: ahead.max });
     const held = key === "loss" && run.evals?.series[0];
     if (held) found.push({ name: `${runs.length > 1 ? `${name} ` : ""}held out`, colour: css(`--c${(i + 1) % COLOURS}`), xs: places(run, { ...run.evals, time: run.evals.time_ms }), mean: held.mean, dots: held.mean.length < 200 });
   });

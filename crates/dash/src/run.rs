@@ -13,8 +13,17 @@ use crate::curve::{At, Bucket, Columns, Curve, columns};
 use crate::ranks::{Rank, SpansAt};
 
 /// What steps are drawn of.
-pub const SERIES: [&str; 8] =
-    ["loss", "grad_norm", "lr", "tokens_per_s", "mfu", "memory_bytes", "step_s", "exposed_comm_s"];
+pub const SERIES: [&str; 9] = [
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens_per_s",
+    "mfu",
+    "memory_bytes",
+    "step_s",
+    "exposed_comm_s",
+    "mtp_loss",
+];
 
 /// Points kept one by one for those who look live; who is further behind gets the curves anew.
 pub(crate) const RECENT_MAX: usize = 1024;
@@ -52,6 +61,7 @@ impl Point {
             memory_bytes,
             step_s,
             exposed_comm_s,
+            mtp_loss,
             ..
         }) = record
         else {
@@ -66,6 +76,7 @@ impl Point {
             *memory_bytes as f64,
             *step_s,
             exposed_comm_s.unwrap_or(f64::NAN),
+            mtp_loss.unwrap_or(f64::NAN),
         ];
         Some(Point { at: At { step: *step, tokens: *tokens, time_us: *time_us }, values })
     }

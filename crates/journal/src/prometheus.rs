@@ -108,8 +108,10 @@ impl Metrics {
         self.set("phalanx_tokens_per_second", step.tokens_per_s);
         self.set("phalanx_last_step_seconds", step.step_s);
         self.set("phalanx_last_step_timestamp_seconds", step.time_us as f64 / 1e6);
-        if let Some(mfu) = step.mfu {
-            self.set("phalanx_mfu_ratio", mfu);
+        for (family, value) in [("phalanx_mfu_ratio", step.mfu), ("phalanx_mtp_loss", step.mtp_loss)] {
+            if let Some(value) = value {
+                self.set(family, value);
+            }
         }
         self.add("phalanx_steps_total", 1.0);
         self.add("phalanx_tokens_total", step.valid_tokens as f64);

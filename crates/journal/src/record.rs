@@ -392,6 +392,10 @@ pub struct Step {
     /// model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expert_counts: Option<Vec<Vec<u64>>>,
+    /// Mean loss of the module that predicts one token more, in nats per valid token of the step, before its weight; absent
+    /// for a model without.
+    #[serde(with = "float::option", default, skip_serializing_if = "Option::is_none")]
+    pub mtp_loss: Option<f64>,
 }
 
 /// One execution of one op.
@@ -462,6 +466,7 @@ pub(crate) mod tests {
             exposed_comm_s: None,
             waits_s: BTreeMap::new(),
             expert_counts: None,
+            mtp_loss: None,
         })
     }
 
@@ -487,12 +492,13 @@ pub(crate) mod tests {
             let record = Record::Step(Step {
                 time_us, step, loss, grad_norm: -loss, lr: loss, tokens, valid_tokens: 0, tokens_per_s: 1.0, mfu,
                 step_s: 0.0, memory_bytes: 0, exposed_comm_s: mfu, waits_s: BTreeMap::new(),
-                expert_counts: Some(vec![vec![], vec![3, 0]]),
+                expert_counts: Some(vec![vec![], vec![3, 0]]), mtp_loss: mfu,
             });
             let text = serde_json::to_string(&record).unwrap();
-            let Record::Step(Step { loss: l, grad_norm: g, mfu: m, exposed_comm_s: e, .. }) =
+            let Record::Step(Step { loss: l, grad_norm: g, mfu: m, exposed_comm_s: e, mtp_loss: a, .. }) =
                 serde_json::from_str(&text).unwrap() else { unreachable!() };
-            prop_assert_eq!((bits(l), bits(g), m.map(bits), e.map(bits)), (bits(loss), bits(-loss), mfu.map(bits), mfu.map(bits)));
+            prop_assert_eq!((bits(l), bits(g)), (bits(loss), bits(-loss)));
+            prop_assert!([m, e, a].iter().all(|x| x.map(bits) == mfu.map(bits)));
         }
 
         #[test]

@@ -124,7 +124,8 @@ impl<W: Write> EventWriter<W> {
     /// When writing fails.
     pub fn record(&mut self, record: &Record) -> Result<()> {
         match record {
-            Record::Step(Step { time_us, step, loss, grad_norm, lr, tokens_per_s, mfu, step_s, .. }) => {
+            Record::Step(s) => {
+                let Step { time_us, step, loss, grad_norm, lr, tokens_per_s, mfu, step_s, mtp_loss, .. } = s;
                 let mut values = vec![
                     ("train/loss", *loss),
                     ("train/grad_norm", *grad_norm),
@@ -133,6 +134,7 @@ impl<W: Write> EventWriter<W> {
                     ("speed/step_s", *step_s),
                 ];
                 values.extend(mfu.map(|mfu| ("speed/mfu", mfu)));
+                values.extend(mtp_loss.map(|loss| ("train/mtp_loss", loss)));
                 self.scalars(*time_us, *step, &values)
             }
             Record::Eval { time_us, step, loss, average_loss, .. } => {

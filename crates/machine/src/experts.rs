@@ -50,8 +50,13 @@ pub(crate) fn busiest(shares: &[Vec<f64>], op: &Op, message: &Message, p: &Progr
 }
 
 fn of_rank(shares: &[Vec<f64>], place: Place, p: &Program, ep: usize) -> f64 {
-    let Place::Layer(layer) = place else { return 1.0 };
-    let Some(of_layer) = shares.get(layer).filter(|s| !s.is_empty()) else { return 1.0 };
+    let of_layer = match place {
+        Place::Layer(layer) => shares.get(layer),
+        // Behind the last layer.
+        Place::Mtp => shares.last(),
+        _ => None,
+    };
+    let Some(of_layer) = of_layer.filter(|s| !s.is_empty()) else { return 1.0 };
     let held = of_layer.len() / p.layout.ep;
     of_layer.iter().skip(ep * held).take(held).sum::<f64>() * p.layout.ep as f64
 }

@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use program::{Coords, Program, check_mixture};
+use program::{Coords, Program, When, check_mixture};
 use rayon::prelude::*;
 use serde::Serialize;
 use spec::{ContextMode, Error, Layout, PipelineSchedule, Recompute, Result, Zero, divisors};
 
-use crate::{Machine, StepEstimate, Workload, estimate, estimate_programs, kernel, program_of};
+use crate::{LinkOp, Machine, StepEstimate, Workload, estimate, estimate_programs, kernel, program_of};
 
 /// A layout and what its step takes.
 #[derive(Clone, Debug, Serialize)]
@@ -43,9 +43,14 @@ pub struct Chosen {
     pub too_large: usize,
     /// Layouts that the model or the batch does not allow.
     pub not_allowed: usize,
-    /// Layouts that cut sequences and need what was not measured.
+    /// Layouts that need what the calibration lacks.
     pub not_measured: usize,
+    /// What that is.
+    pub lacks: Lacks,
 }
+
+/// What a calibration knows nothing of: kinds of op, and operations between ranks.
+pub type Lacks = BTreeSet<&'static str>;
 
 /// Layouts kept, the best included.
 const KEEP: usize = 5;
@@ -58,17 +63,16 @@ const MEMORY_SHARE: f64 = 0.9;
 ///
 /// Tensor parallelism changes the order of sums inside products, context parallelism that of sums over the tokens of a
 /// sequence, so what is trained would depend on the machine. They are taken only where no other layout of so many ranks is
-/// allowed or fits. Experts are spread over ranks wherever that is faster: the bits are the same.
+/// allowed or fits. Experts are spread over ranks wherever that is faster: the bits are the same. Layouts that need what
+/// was not measured are left out.
 ///
 /// # Errors
-/// If no layout is allowed, or none fits in the memory; then the message says what the smallest one takes.
+/// If no layout is allowed, or none was measured, or none fits in the memory; then the message says what the smallest one
+/// takes.
 pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Chosen> {
     let (mut allowed, mut not_allowed, mut why) = (Vec::new(), 0, None);
-    let ramp: Vec<usize> = load.recipe.ramp.iter().flat_map(|b| b.stages().map(|s| s.sequences)).collect();
     for layout in layouts(load, ranks) {
-        let fits = |sequences: &usize| layout.validate(load.model, *sequences, load.sequence);
-        let legal = ramp.iter().chain([&load.sequences]).try_for_each(fits);
-        match legal.and_then(|()| check_mixture(load.model, &layout)) {
+        match check(load, &layout) {
             Ok(()) => allowed.push(layout),
             Err(e) => {
                 not_allowed += 1;
@@ -82,17 +86,28 @@ pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Ch
         return Err(Error::user(format!("no layout of {ranks} ranks trains {name}: {why}"))
             .hint(why.hint_text().unwrap_or("start another number of ranks, or set batch.sequences")));
     }
-    let all = allowed.len();
-    let timed: Vec<Choice> = allowed
-        .par_iter()
-        .filter_map(|layout| match quick(machine, load, layout) {
-            // A file that is older than what cuts sequences estimates the rest.
-            Err(_) if layout.deals_heads() => None,
-            timed => Some(timed),
-        })
-        .collect::<Result<_>>()?;
+    let known = Known::of(machine, load);
+    let found: Vec<Quick> =
+        allowed.par_iter().map(|layout| quick(machine, load, &known, layout)).collect::<Result<_>>()?;
+    let (mut timed, mut lacks) = (Vec::new(), Lacks::new());
+    for found in found {
+        match found {
+            Quick::Priced(choice) => timed.push(choice),
+            Quick::Lacks(what) => lacks.extend(what),
+        }
+    }
     let layouts_estimated = timed.len();
-    let not_measured = all - layouts_estimated;
+    let not_measured = allowed.len() - layouts_estimated;
+    if timed.is_empty() {
+        let what = lacks.into_iter().collect::<Vec<_>>().join(", ");
+        return Err(Error::user(format!(
+            "no layout of {} can be priced: the calibration of {} knows nothing of {what}",
+            load.model.name, machine.host
+        ))
+        .hint(
+            "measure this machine again: phalanx bench machine; or set layout keys instead, as layout.dp=2",
+        ));
+    }
     let smallest = timed.iter().map(|c| c.total_bytes).min().unwrap_or(0);
     let most = MEMORY_SHARE * machine.memory_bytes as f64;
     let mut fit: Vec<Choice> = timed.into_iter().filter(|c| c.total_bytes as f64 <= most).collect();
@@ -117,33 +132,66 @@ pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Ch
     let faster_with_other_bits = other.into_iter().next().filter(|f| f.step_s < same[0].step_s);
     same.truncate(KEEP);
     let best = same.iter().map(|c| exact(machine, load, c)).collect::<Result<_>>()?;
-    Ok(Chosen { best, faster_with_other_bits, layouts_estimated, too_large, not_allowed, not_measured })
+    Ok(Chosen {
+        best,
+        faster_with_other_bits,
+        layouts_estimated,
+        too_large,
+        not_allowed,
+        not_measured,
+        lacks,
+    })
 }
 
-/// Kinds of op that the layouts of a search have and the calibration knows nothing of.
+/// Whether a layout trains the model, at every size of its batch.
+fn check(load: &Workload<'_>, layout: &Layout) -> Result<()> {
+    let ramp = load.recipe.ramp.iter().flat_map(|b| b.stages().map(|s| s.sequences));
+    ramp.chain([load.sequences])
+        .try_for_each(|sequences| layout.validate(load.model, sequences, load.sequence))?;
+    check_mixture(load.model, layout)
+}
+
+/// What the calibration lacks of the layouts that a search would price.
 ///
 /// # Errors
 /// If the program of a layout that is allowed cannot be built.
-pub fn lacking(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<BTreeSet<&'static str>> {
-    // One layout for each thing that brings ops of its own stands for all.
-    let axes = [
-        Layout::default(),
-        Layout { dp: 2, zero: Zero::Gradients, ..Layout::default() },
-        Layout { tp: 2, ..Layout::default() },
-        Layout { pp: 2, ..Layout::default() },
-    ];
-    let is_searched = |l: &&Layout| {
-        ranks.is_multiple_of(l.world()) && l.validate(load.model, load.sequences, load.sequence).is_ok()
+pub fn lacking(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Lacks> {
+    // Other schedules, recomputing and larger micro-batches do the same again.
+    let plain = |l: &Layout| {
+        (l.schedule, l.recompute, l.micro_batch) == (PipelineSchedule::OneFOneB, Recompute::None, 1)
     };
-    let known: BTreeSet<&str> = machine.kernels.keys().map(|key| key.kind.as_str()).collect();
-    let mut lacks = BTreeSet::new();
-    for layout in axes.iter().filter(is_searched) {
-        for rank in 0..layout.world() {
-            lacks.extend(kinds(&program_of(load, layout, rank)?));
+    let known = Known::of(machine, load);
+    let searched: Vec<Layout> =
+        layouts(load, ranks).into_iter().filter(|l| plain(l) && check(load, l).is_ok()).collect();
+    let lacks: Vec<Lacks> =
+        searched.par_iter().map(|l| Ok(known.lacks(&built(load, l)?))).collect::<Result<_>>()?;
+    Ok(lacks.into_iter().flatten().collect())
+}
+
+/// What a calibration has tables of.
+struct Known<'a> {
+    kinds: BTreeSet<&'a str>,
+    between_ranks: BTreeSet<&'a str>,
+}
+
+impl<'a> Known<'a> {
+    fn of(machine: &'a Machine, load: &Workload<'_>) -> Known<'a> {
+        let over = machine.links.keys().filter(|key| key.transport == load.transport);
+        Known {
+            kinds: machine.kernels.keys().map(|key| key.kind.as_str()).collect(),
+            between_ranks: over.map(|key| key.op.as_str()).collect(),
         }
     }
-    lacks.retain(|kind| !known.contains(kind));
-    Ok(lacks)
+
+    /// What of the programs of a layout's ranks is not there.
+    fn lacks(&self, programs: &BTreeMap<usize, Program>) -> Lacks {
+        let ops = || programs.values().flat_map(|p| &p.blocks).flat_map(|block| &block.ops);
+        let said = ops().filter_map(|op| op.comm.as_ref());
+        let said = said.filter(|c| !matches!(c.when, When::Ends(_)) && !c.messages.is_empty());
+        let between = said.map(|c| LinkOp::of(c.what).name()).filter(|op| !self.between_ranks.contains(op));
+        let kinds = programs.values().flat_map(kinds).filter(|kind| !self.kinds.contains(kind));
+        between.chain(kinds).collect()
+    }
 }
 
 /// The kinds of op of a run on one rank.
@@ -160,20 +208,33 @@ fn kinds(p: &Program) -> BTreeSet<&'static str> {
     ops.filter_map(|op| kernel(op, p)).filter(|k| k.work > 0.0).map(|k| k.kind).collect()
 }
 
-/// The estimate with one program for each stage and tensor shard: ranks that hold the same differ in rounding only, and in
-/// how many rows come to their experts, which is no part of a program.
-fn quick(machine: &Machine, load: &Workload<'_>, layout: &Layout) -> Result<Choice> {
-    // The last of those that shard owns the most under ZeRO.
-    let of = |rank: usize| Coords { dp: layout.dp - 1, cp: layout.cp - 1, tp: 0, ..Coords::of(rank, layout) };
-    let mut built: BTreeMap<usize, Program> = BTreeMap::new();
-    for rank in 0..layout.world() {
-        let stands = of(rank).rank(layout);
-        if let std::collections::btree_map::Entry::Vacant(v) = built.entry(stands) {
-            v.insert(program_of(load, layout, stands)?);
-        }
+/// A layout's estimate, or why there is none.
+enum Quick {
+    Priced(Choice),
+    Lacks(Lacks),
+}
+
+/// The estimate with one program for each stage and tensor shard ([`built`]).
+fn quick(machine: &Machine, load: &Workload<'_>, known: &Known<'_>, layout: &Layout) -> Result<Quick> {
+    let built = built(load, layout)?;
+    let lacks = known.lacks(&built);
+    if !lacks.is_empty() {
+        return Ok(Quick::Lacks(lacks));
     }
-    let programs: Vec<&Program> = (0..layout.world()).map(|rank| &built[&of(rank).rank(layout)]).collect();
-    estimate_programs(machine, load, &programs).map(|e| choice(machine, load, layout, &e))
+    let programs: Vec<&Program> = (0..layout.world()).map(|rank| &built[&stands_for(rank, layout)]).collect();
+    estimate_programs(machine, load, &programs).map(|e| Quick::Priced(choice(machine, load, layout, &e)))
+}
+
+/// The programs of a layout's ranks, one for each stage and tensor shard: ranks that hold the same differ in rounding only,
+/// and in how many rows come to their experts, which is no part of a program.
+fn built(load: &Workload<'_>, layout: &Layout) -> Result<BTreeMap<usize, Program>> {
+    let different: BTreeSet<usize> = (0..layout.world()).map(|rank| stands_for(rank, layout)).collect();
+    different.into_iter().map(|rank| Ok((rank, program_of(load, layout, rank)?))).collect()
+}
+
+/// Whose program stands for that of a rank. The last of those that shard owns the most under ZeRO.
+fn stands_for(rank: usize, layout: &Layout) -> usize {
+    Coords { dp: layout.dp - 1, cp: layout.cp - 1, tp: 0, ..Coords::of(rank, layout) }.rank(layout)
 }
 
 fn exact(machine: &Machine, load: &Workload<'_>, c: &Choice) -> Result<Choice> {

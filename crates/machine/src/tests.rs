@@ -6,7 +6,7 @@ use program::{OpKind, Program, Recipe};
 use spec::{ContextMode, DType, Kind, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
 
 use super::*;
-use crate::search::search;
+use crate::search::{lacking, search};
 use crate::table::{KernelKey, LinkKey, Machine, Message, Sample};
 
 /// Every kernel runs at `rate`, every message takes `message_s`.
@@ -315,8 +315,38 @@ fn the_search_takes_the_fastest_that_keeps_the_bits_and_is_the_same_every_time()
     older.links.retain(|k, _| k.op != "all_to_all");
     let found = search(&older, &load(&model), 2).expect("a choice");
     assert!(found.not_measured > 0 && found.layouts_estimated > found.not_measured);
+    assert_eq!(found.lacks, ["all_to_all"].into());
     // Where one rank alone must do, there is nothing to share.
     assert_eq!(search(&m, &load(&model), 1).expect("a choice").best[0].layout.world(), 1);
+}
+
+/// What is to be measured first is what the search would go without.
+#[test]
+fn what_a_calibration_lacks_is_what_the_search_goes_without() {
+    let full = machine(1e9, 1e-30);
+    for model in [tiny(), mixture()] {
+        let load = load(&model);
+        assert_eq!(lacking(&full, &load, 4).expect("programs"), [].into());
+        for lost in
+            ["all_to_all", "send", "split_heads", "shard_grads", "xent_combine", "route", "slice", "norm"]
+        {
+            let mut m = machine(1e9, 1e-30);
+            m.links.retain(|k, _| k.op != lost);
+            m.kernels.retain(|k, _| k.kind != lost);
+            let lacks = lacking(&m, &load, 4).expect("programs");
+            match search(&m, &load, 4) {
+                Ok(found) => {
+                    assert_eq!((found.lacks, found.not_measured > 0), (lacks.clone(), !lacks.is_empty()))
+                }
+                Err(e) => assert!(e.to_string().ends_with("knows nothing of norm"), "{lost}: {e}"),
+            }
+            assert_eq!(
+                lacks.is_empty(),
+                model.experts.is_none() && ["route", "slice"].contains(&lost),
+                "{lost}"
+            );
+        }
+    }
 }
 
 #[test]

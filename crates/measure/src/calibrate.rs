@@ -6,9 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use machine::Machine;
 use machine::search::kinds_of;
 use machine::table::{Conditions, LinkKey, Message};
+use machine::{LinkOp, Machine};
 use spec::{Result, RunSpec};
 use train::CpuClock;
 
@@ -67,12 +67,16 @@ impl Calibration<'_> {
         })
     }
 
-    /// Measures kinds of op that a calibration of this machine lacks, and adds them to it. Of kinds that no program here has
-    /// nothing is added.
+    /// Measures kinds of op and operations between ranks that a calibration of this machine lacks, and adds them to it. Of
+    /// kinds that no program here has nothing is added.
     ///
     /// # Errors
     /// As [`Calibration::measure`].
     pub fn add(&self, machine: &mut Machine, lacks: &BTreeSet<&str>) -> Result<()> {
+        if LinkOp::ALL.iter().any(|op| lacks.contains(op.name())) {
+            let lacking = |key: &LinkKey| lacks.contains(key.op.as_str());
+            machine.links.extend(self.links()?.into_iter().filter(|(key, _)| lacking(key)));
+        }
         let mut measured = Measured::default();
         let has = |run: &RunSpec| -> Result<bool> {
             let load = crate::workload(run, 1, "shm");

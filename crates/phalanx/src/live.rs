@@ -167,15 +167,17 @@ fn line(record: &Record, steps: u64, eta: f64) -> Option<String> {
             exposed_comm_s,
             step_s,
             expert_counts,
+            mtp_loss,
             ..
         }) => {
+            let ahead = mtp_loss.map(|loss| format!("  mtp {loss:.4}")).unwrap_or_default();
             let experts = expert_counts.as_deref().and_then(busiest).unwrap_or_default();
             let mfu = mfu.map(|m| format!("  mfu {:.1} %", 100.0 * m)).unwrap_or_default();
             // The share of the step in which this rank did nothing but wait for others.
             let comm =
                 exposed_comm_s.map(|c| format!("  comm {:.1} %", 100.0 * c / step_s)).unwrap_or_default();
             format!(
-                "step {step}/{steps}  loss {loss:.4}  norm {grad_norm:.3}  lr {lr:.2e}  {tokens_per_s:.0} tokens/s{mfu}{comm}{experts}  memory {}  eta {}",
+                "step {step}/{steps}  loss {loss:.4}{ahead}  norm {grad_norm:.3}  lr {lr:.2e}  {tokens_per_s:.0} tokens/s{mfu}{comm}{experts}  memory {}  eta {}",
                 HumanBytes(*memory_bytes),
                 clock(eta),
             )

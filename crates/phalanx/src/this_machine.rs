@@ -54,33 +54,27 @@ pub(crate) fn choose(
         ));
         bench::calibrate(path, true)?
     };
-    if missing == Missing::Measure {
-        complete(&mut machine, path, run, nproc)?;
-    }
     // MPI was not measured; between ranks that share no memory it is nearest to TCP.
     let transport = if ["tcp", "mpi"].contains(&transport) { "tcp" } else { "shm" };
+    if missing == Missing::Measure {
+        complete(&mut machine, path, &measure::workload(run, 1, transport), nproc)?;
+    }
     let chosen = on(&machine, run, nproc, transport, None)?;
     explain(&chosen, &machine);
     set(run, chosen.best[0].layout.clone());
     Ok(())
 }
 
-/// Measures what the calibration in `path` lacks of the run's kinds of op, which takes seconds, and adds it there.
-fn complete(machine: &mut Machine, path: &Path, run: &RunSpec, ranks: usize) -> Result<()> {
-    let lacks = lacking(machine, &measure::workload(run, 1, "shm"), ranks)?;
+/// Measures what the calibration in `path` lacks of a run's layouts, which takes seconds, and adds it there. Layouts that
+/// need what nothing here measures are left out of the search.
+fn complete(machine: &mut Machine, path: &Path, load: &Workload<'_>, ranks: usize) -> Result<()> {
+    let lacks = lacking(machine, load, ranks)?;
     if lacks.is_empty() {
         return Ok(());
     }
-    let kinds = lacks.iter().copied().collect::<Vec<_>>().join(", ");
-    output::say(&format!("{} knows nothing of {kinds}: measuring that, which takes seconds", path.display()));
-    bench::add(machine, path, &lacks)?;
-    let still = lacking(machine, &measure::workload(run, 1, "shm"), ranks)?;
-    if still.is_empty() {
-        return Ok(());
-    }
-    let kinds = still.into_iter().collect::<Vec<_>>().join(", ");
-    Err(Error::user(format!("no layout of {} can be priced: nothing here measures {kinds}", run.model.name))
-        .hint("set layout keys instead, as layout.dp=2"))
+    let what = lacks.iter().copied().collect::<Vec<_>>().join(", ");
+    output::say(&format!("{} knows nothing of {what}: measuring that, which takes seconds", path.display()));
+    bench::add(machine, path, &lacks)
 }
 
 fn set(run: &mut RunSpec, layout: Layout) {
@@ -122,8 +116,9 @@ fn explain(chosen: &Chosen, machine: &Machine) {
         if chosen.not_measured > 0 {
             write!(
                 say,
-                "; {} that deal heads are left out, which it is too old for: phalanx bench machine measures it again",
-                chosen.not_measured
+                "; {} others need {}, of which it knows nothing: phalanx bench machine measures it again",
+                chosen.not_measured,
+                chosen.lacks.iter().copied().collect::<Vec<_>>().join(", ")
             )?;
         }
         if machine.cpu != train::processor() || machine.cores != output::threads(0) {
@@ -235,7 +230,7 @@ pub(crate) fn plan(args: &Plan) -> Result<u8> {
         return Err(Error::user("--accelerators 0, expected at least one rank")
             .hint("leave it out for one rank on each core"));
     }
-    complete(&mut machine, path, &run, n)?;
+    complete(&mut machine, path, &measure::workload(&run, 1, "shm"), n)?;
     let start = Instant::now();
     let experts = args.experts_of.as_deref().map(|dir| shares(dir, &run)).transpose()?;
     let chosen = on(&machine, &run, n, "shm", experts.as_deref())?;
@@ -345,6 +340,7 @@ fn answer(
             "too_large": chosen.too_large,
             "not_allowed": chosen.not_allowed,
             "not_measured": chosen.not_measured,
+            "lacks": chosen.lacks,
         },
         "best": &chosen.best[..chosen.best.len().min(args.keep.max(1))],
         "faster_with_other_bits": chosen.faster_with_other_bits,
@@ -371,7 +367,8 @@ fn shares(dir: &Path, run: &RunSpec) -> Result<Vec<Vec<f64>>> {
     let found = measure::expert_shares(dir)?;
     let model = &run.model;
     let wanted = |layer: usize| model.experts.filter(|_| model.has_experts(layer)).map_or(0, |e| e.count);
-    let fits = found.len() == model.layers && found.iter().enumerate().all(|(i, s)| s.len() == wanted(i));
+    let fits =
+        found.len() == model.all_layers() && found.iter().enumerate().all(|(i, s)| s.len() == wanted(i));
     if !fits {
         return Err(Error::user(format!(
             "{} has other layers or experts than {}",

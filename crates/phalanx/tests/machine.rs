@@ -250,6 +250,9 @@ fn counts_of_experts_come_from_a_run_of_the_same_model() {
     };
     let this = "--cluster this --model mixture/run.toml --experts-of";
     lab.ok(&format!("plan {this} mixture"));
+    // The module that predicts one token more has experts too.
+    lab.train("ahead", &format!("{EXPERTS} --set model.mtp.depth=1"));
+    lab.ok("plan --cluster this --model ahead/run.toml --experts-of ahead");
     check(
         &format!("{this} plain"),
         "no counts of experts are recorded in plain",

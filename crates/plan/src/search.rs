@@ -10,6 +10,7 @@ mod nothing;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use program::check_mixture;
 use rayon::prelude::*;
 use serde::Serialize;
 use spec::{
@@ -36,7 +37,7 @@ pub struct Space {
     pub keep: usize,
     /// Largest micro-batch.
     pub micro_batch_max: usize,
-    /// Leave axes out that do not train yet (context and expert parallelism).
+    /// Leave out what this program plans for others and does not train.
     pub trainable_only: bool,
     /// Only layouts of this strategy.
     pub strategy: Option<Strategy>,
@@ -163,30 +164,29 @@ fn jobs(problem: &Problem, space: &Space) -> Vec<SharedAxes> {
     let m = &problem.shape.model;
     let n = space.accelerators;
     // Each as one replica of a stage, whatever the rest.
-    let allowed = |tp: usize, cp: usize, sequence_parallel: bool| {
-        let layout = Layout { tp, cp, sequence_parallel, ..Placement::foreign() };
+    let allowed = |tp: usize, (cp, context): (usize, ContextMode), sequence_parallel: bool| {
+        let layout = Layout { tp, cp, context, sequence_parallel, ..Placement::foreign() };
         layout.check(m, 1, problem.sequence, problem.software.tolerance).is_ok()
     };
-    let tps: Vec<usize> = divisors(n).filter(|tp| *tp <= TP_MAX && allowed(*tp, 1, false)).collect();
-    let contexts: Vec<usize> = if space.trainable_only || problem.sequence < CONTEXT_FROM {
-        vec![1]
-    } else {
-        CONTEXTS.into_iter().filter(|cp| n.is_multiple_of(*cp) && allowed(1, *cp, false)).collect()
-    };
+    let whole = (1, ContextMode::Ring);
+    let tps: Vec<usize> = divisors(n).filter(|tp| *tp <= TP_MAX && allowed(*tp, whole, false)).collect();
+    let contexts: Vec<(usize, ContextMode)> =
+        contexts(problem, space).into_iter().filter(|cut| allowed(1, *cut, false)).collect();
     let experts: Vec<usize> = match problem.shape.experts {
-        Some(e) if !space.trainable_only => divisors(e.count).filter(|ep| n.is_multiple_of(*ep)).collect(),
-        _ => vec![1],
+        Some(e) => divisors(e.count).filter(|ep| n.is_multiple_of(*ep)).collect(),
+        None => vec![1],
     };
     let micro_batches: Vec<usize> =
         divisors(problem.sequences).filter(|b| *b <= space.micro_batch_max).collect();
     let mut jobs = Vec::new();
     for &tp in &tps {
-        for &cp in contexts.iter().filter(|cp| space.strategy.is_none_or(|s| s.allows_inside(tp, **cp))) {
+        let inside = |cp: usize| space.strategy.is_none_or(|s| s.allows_inside(tp, cp));
+        for &(cp, context) in contexts.iter().filter(|(cp, _)| inside(*cp)) {
             for &ep in &experts {
                 for &micro_batch in &micro_batches {
                     for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
-                        for sequence_parallel in [true, false].into_iter().filter(|m| allowed(tp, cp, *m)) {
-                            let context = ContextMode::Ring;
+                        let modes = [true, false].into_iter().filter(|m| allowed(tp, (cp, context), *m));
+                        for sequence_parallel in modes {
                             jobs.push(SharedAxes {
                                 tp,
                                 cp,
@@ -203,6 +203,18 @@ fn jobs(problem: &Problem, space: &Space) -> Vec<SharedAxes> {
         }
     }
     jobs
+}
+
+/// How sequences are cut: long ones, and by dealing heads only where this program is planned for, for no published run of
+/// another stack did so that estimates could be held to.
+fn contexts(problem: &Problem, space: &Space) -> Vec<(usize, ContextMode)> {
+    let own = space.trainable_only || problem.software.name == "phalanx";
+    let degrees = CONTEXTS.into_iter().filter(|cp| space.accelerators.is_multiple_of(*cp));
+    let cut = degrees.filter(|cp| *cp == 1 || problem.sequence >= CONTEXT_FROM);
+    let modes = [ContextMode::Ring, ContextMode::Heads];
+    cut.flat_map(|cp| modes.map(|mode| (cp, mode)))
+        .filter(|(cp, mode)| *mode == ContextMode::Ring || (own && *cp > 1))
+        .collect()
 }
 
 /// What a job found.
@@ -291,15 +303,21 @@ impl Part {
     fn shards(
         &mut self,
         estimator: &Estimator<'_>,
-        (keep, goal): (usize, Goal<'_>),
+        (space, goal): (&Space, Goal<'_>),
         whole: &Placement,
         shared: &Shared,
         twins: &mut Vec<(Option<usize>, f64)>,
     ) {
-        let problem = estimator.problem();
+        let (problem, keep) = (estimator.problem(), space.keep);
         let mut unspoken_s: f64 = 0.0;
         for shard in std::iter::once(None).chain(groups(problem, whole).into_iter().map(Some)) {
             let layout = Layout { shard, ..whole.layout.clone() };
+            // Estimates are of experts that are chosen evenly; a run has room for all that may come.
+            let trained = || Layout { expert_rows: ExpertRows::All, ..layout.clone() };
+            if space.trainable_only && check_mixture(&problem.shape.model, &trained()).is_err() {
+                self.refuse("experts are not trained so");
+                continue;
+            }
             let placement = Placement { layout, ..*whole };
             let (least_s, memory) = estimator.bound(&placement, shared);
             let fits = memory <= problem.cluster.accelerator.memory_bytes.value;
@@ -458,7 +476,7 @@ fn run(estimator: &mut Estimator<'_>, (space, goal): (&Space, Goal<'_>), job: Sh
                         continue;
                     }
                     let whole = Placement { layout, format: space.format, order };
-                    part.shards(estimator, (space.keep, goal), &whole, shared, &mut twins);
+                    part.shards(estimator, (space, goal), &whole, shared, &mut twins);
                 }
             }
         }

@@ -418,7 +418,7 @@ impl Derive<'_> {
 
     /// The ops that turn the final norm's output into losses, and with `train` into gradients: one sequence at a time, so
     /// that logits of more than one never exist, or a whole micro-batch. Likewise, in turn, of the output of the module
-    /// that predicts one token more, whose loss is in the gradients alone. Gives the gradients of both.
+    /// that predicts one token more, whose loss is summed beside the other. Gives the gradients of both.
     fn loss_ops(&mut self, x: ValueId, mtp: Option<ValueId>, train: bool) -> Vec<ValueId> {
         let cx = self.cx;
         let w = self.table();
@@ -439,10 +439,10 @@ impl Derive<'_> {
             for (turn, head) in heads.iter().enumerate() {
                 let sequences = Sequences { first: leaf, count, turns: heads.len(), turn };
                 let loss = self.loss_of(head, w, sequences);
-                for i in (0..count).filter(|_| turn == 0) {
+                for i in 0..count {
                     let one = Operand { row0: i * cx.sequence, rows: cx.sequence, ..loss.0 };
-                    let sum = OpKind::LossSum { sequence: leaf + i };
-                    let name = format!("head.{}.sum", leaf + i);
+                    let sum = OpKind::LossSum { sequence: leaf + i, ahead: turn > 0 };
+                    let name = format!("{}.{}.sum", head.name, leaf + i);
                     self.push(sum, name, vec![one], vec![sums], Phase::Input);
                 }
                 self.loss_grads(head, w, sequences, loss.1);

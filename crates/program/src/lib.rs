@@ -259,6 +259,10 @@ fn is_zero(bytes: &usize) -> bool {
     *bytes == 0
 }
 
+fn is_one(n: &usize) -> bool {
+    *n == 1
+}
+
 /// What one rank does in one training step.
 #[derive(Clone, Debug, Serialize)]
 pub struct Program {
@@ -345,12 +349,16 @@ pub struct Io {
     /// Position in its sequence at which each token's document begins, where attention keeps inside documents: of this
     /// rank's tokens, or of all where heads are dealt ([`Program::seen`]).
     pub starts: Option<BufferId>,
-    /// One f64 loss sum for each local sequence.
+    /// One f64 loss sum for each local sequence; where the rank learns to predict one token more, as many of that behind
+    /// them.
     pub loss_leaves: BufferId,
+    /// Losses of a sequence: the model's, and that of the module that predicts one token more, whoever holds it.
+    #[serde(skip_serializing_if = "is_one")]
+    pub losses: usize,
     /// Sums of squared gradients by chunk of [`NORM_CHUNK`] elements, over the whole model, then the maxima of
     /// [`Io::logit_maxima`] of each data-parallel rank, `[dp, layers, all heads]`, then the counts of
-    /// [`Io::expert_counts`] over all ranks, then the loss sums of all sequences of the global batch, then the number of
-    /// ranks that want to stop.
+    /// [`Io::expert_counts`] over all ranks, then the loss sums of all sequences of the global batch, those of the model
+    /// last ([`Io::losses`]), then the number of ranks that want to stop.
     pub norm_chunks: BufferId,
     /// The greatest score of attention of each of this rank's heads in this step, `[layers, heads]`, if they are bounded.
     #[serde(skip_serializing_if = "Option::is_none")]

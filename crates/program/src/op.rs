@@ -230,6 +230,9 @@ pub enum OpKind {
     LossSum {
         /// Which sequence of the micro-batch.
         sequence: usize,
+        /// Of the module that predicts one token more, and not of the model.
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        ahead: bool,
     },
     /// Sum over the axis, in place.
     AllReduce { axis: Axis },

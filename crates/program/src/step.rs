@@ -32,7 +32,7 @@ fn balance(cx: &Rank<'_>, placer: &Placer<'_>) -> Option<Op> {
     let (bias, counts) = (placer.io.expert_bias?, placer.io.expert_counts?);
     let rows = placer.buffers[counts.0 as usize].len();
     let sums = whole(&placer.buffers, placer.io.norm_chunks);
-    let row0 = sums.rows - 1 - cx.request.sequences - rows;
+    let row0 = sums.rows - 1 - placer.io.losses * cx.request.sequences - rows;
     let (ins, outs) = (vec![View { row0, rows, ..sums }], vec![whole(&placer.buffers, bias)]);
     let mut balance = op("experts.balance".into(), OpKind::BalanceExperts { rate }, ins, outs);
     // Counts are read, biases read and written.

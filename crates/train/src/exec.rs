@@ -137,6 +137,8 @@ pub struct StepOutputs {
     pub loss: f64,
     /// Global norm of the gradient before clipping.
     pub grad_norm: f64,
+    /// Mean loss of the module that predicts one token more, over as many tokens, before its weight.
+    pub mtp_loss: Option<f64>,
     /// Some rank was asked to stop: all do after this step.
     pub stop: bool,
     /// Every rank has written its share of the checkpoint under way.

@@ -38,10 +38,16 @@ pub(crate) fn losses(p: &Program) -> Slice {
     Slice { buffer, first: p.buffer(buffer).len() - 1 - p.sequences, count: p.sequences }
 }
 
-/// The stretch in front of it, in which the counts of all layers' experts lie.
+/// The stretch in front of it, in which those of the module lie that predicts one token more.
+pub(crate) fn losses_ahead(p: &Program) -> Slice {
+    let (losses, count) = (losses(p), (p.io.losses - 1) * p.sequences);
+    Slice { first: losses.first - count, count, ..losses }
+}
+
+/// The stretch in front of those, in which the counts of all layers' experts lie.
 pub(crate) fn expert_counts(p: &Program) -> Slice {
     let count = p.io.expert_counts.map_or(0, |id| p.buffer(id).len());
-    let losses = losses(p);
+    let losses = losses_ahead(p);
     Slice { first: losses.first - count, count, ..losses }
 }
 
@@ -121,8 +127,9 @@ fn implied(p: &Program, op: &Op, call: &mut Call) {
         OpKind::Rope { .. } | OpKind::LatentRope { .. } | OpKind::LatentRopeGrad { .. } => {
             call.ins.extend([p.io.cos, p.io.sin].map(|id| Address::whole(p, id)))
         }
-        OpKind::LossSum { sequence } => {
-            call.outs = vec![Address::whole(p, p.io.loss_leaves).walk(sequence, 1, p.micro_batch())];
+        OpKind::LossSum { sequence, ahead } => {
+            let first = sequence + if ahead { p.local_sequences } else { 0 };
+            call.outs = vec![Address::whole(p, p.io.loss_leaves).walk(first, 1, p.micro_batch())];
         }
         OpKind::AttentionCached { layer, .. } | OpKind::LatentCached { layer, .. } => {
             let rows = p.mode.positions();

@@ -39,7 +39,12 @@ impl Executor {
     /// none depends on who held what.
     fn grad_norm(&mut self, block: usize, i: usize, inputs: &StepInputs) -> Result<StepOutputs> {
         let (norms, losses, vote) = self.shared_sums();
-        self.spread_losses(losses)?;
+        let ahead = resolve::losses_ahead(&self.program);
+        let ahead = self.whole(ahead.buffer).part(ahead.first, ahead.count);
+        self.spread_losses(losses, 0)?;
+        if ahead.len() > 0 {
+            self.spread_losses(ahead, 1)?;
+        }
         self.spread_expert_counts()?;
         self.spread_logit_maxima()?;
         let own = f64::from(u8::from(inputs.stop)) + RANKS_MAX * f64::from(u8::from(inputs.saved));
@@ -50,12 +55,14 @@ impl Executor {
             self.device.copy_in(first, &sum.to_ne_bytes())?;
         }
         self.communicate(block, i, Turn::default())?;
-        let votes = self.device.sum(vote)?;
+        let (votes, tokens) = (self.device.sum(vote)?, inputs.valid_tokens.max(1) as f64);
+        let mtp = (ahead.len() > 0).then(|| self.device.sum(ahead)).transpose()?;
         Ok(StepOutputs {
             stop: votes % RANKS_MAX > 0.0,
             saved: (votes / RANKS_MAX).floor() == self.program.layout.world() as f64,
             grad_norm: self.device.sum(norms)?.sqrt(),
-            loss: self.device.sum(losses)? / inputs.valid_tokens.max(1) as f64,
+            loss: self.device.sum(losses)? / tokens,
+            mtp_loss: mtp.map(|sum| sum / tokens),
         })
     }
 
@@ -123,23 +130,24 @@ impl Executor {
     }
 
     /// Puts the losses of this rank's sequences at their places in the global batch: on one rank for each of them or, where
-    /// cp cuts sequences, on those that hold a part, whose sums are added.
-    fn spread_losses(&mut self, all: Operand) -> Result<()> {
+    /// cp cuts sequences, on those that hold a part, whose sums are added. `which` of a sequence's losses it is.
+    fn spread_losses(&mut self, all: Operand, which: usize) -> Result<()> {
         let own = self.whole(self.program.io.loss_leaves);
         let Executor { program: p, device, .. } = self;
         if p.coords.pp + 1 != p.layout.pp || p.coords.tp != 0 {
             return Ok(());
         }
-        let count = p.micro_batch();
-        (0..p.micro_batches())
-            .try_for_each(|m| device.copy(own.part(m * count, count), all.part(p.first_sequence(m), count)))
+        let (count, first) = (p.micro_batch(), which * p.local_sequences);
+        (0..p.micro_batches()).try_for_each(|m| {
+            device.copy(own.part(first + m * count, count), all.part(p.first_sequence(m), count))
+        })
     }
 
     /// The sum of the losses of all tokens of the global batch.
     pub(crate) fn loss_sum(&mut self) -> Result<f64> {
         let (_, losses, _) = self.shared_sums();
         self.device.clear(losses)?;
-        self.spread_losses(losses)?;
+        self.spread_losses(losses, 0)?;
         let Executor { eval_sum, device, mesh, .. } = self;
         for message in eval_sum.iter().flat_map(|talk| talk.messages(0)) {
             device.say(mesh, &message, None)?;

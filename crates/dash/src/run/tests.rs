@@ -21,6 +21,7 @@ fn step(n: u64, loss: f64) -> Record {
         exposed_comm_s: None,
         waits_s: BTreeMap::new(),
         expert_counts: None,
+        mtp_loss: None,
     })
 }
 

@@ -50,6 +50,7 @@ pub const FAMILIES: &[Family] = &[
     gauge("phalanx_parameters", "Parameters of the model"),
     gauge("phalanx_step", "Optimiser steps done"),
     gauge("phalanx_loss", "Training loss per valid token, in nats"),
+    gauge("phalanx_mtp_loss", "Training loss of the module that predicts one token more, likewise"),
     gauge("phalanx_grad_norm", "Norm of the gradient before clipping"),
     gauge("phalanx_learning_rate", "Learning rate"),
     gauge("phalanx_tokens_per_second", "Tokens per second of all ranks"),

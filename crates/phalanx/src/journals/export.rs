@@ -139,9 +139,10 @@ impl<'a> Table<'a> {
                 ("step_s", Float),
                 ("memory_bytes", Int),
                 ("exposed_comm_s", Float),
+                ("mtp_loss", Float),
             ],
         };
-        let waits = if fixed.len() == 12 { self.counts.axes.iter() } else { Default::default() };
+        let waits = if fixed.len() == 13 { self.counts.axes.iter() } else { Default::default() };
         let fixed = fixed.iter().map(|(name, of)| ((*name).to_owned(), *of));
         fixed.chain(waits.map(|axis| (format!("wait_{axis}_s"), Float))).collect()
     }
@@ -214,6 +215,7 @@ fn row(kind: &str, record: &Record, axes: &BTreeSet<String>) -> Option<(u64, Vec
                 Float(Some(s.step_s)),
                 Int(s.memory_bytes),
                 Float(s.exposed_comm_s),
+                Float(s.mtp_loss),
             ];
             row.extend(axes.iter().map(|axis| Float(s.waits_s.get(axis).copied())));
             (s.step, row)

@@ -14,7 +14,7 @@ pub(super) fn line(run: &Run, now_us: u64) -> String {
     let mut parts = vec![run.name.clone(), state(run, now_us)];
     if let Some(l) = &run.latest {
         let of = run.steps_wanted.map(|n| format!("/{n}")).unwrap_or_default();
-        let [loss, norm, lr, tokens_per_s, mfu, memory, step_s, _] = l.values;
+        let [loss, norm, lr, tokens_per_s, mfu, memory, step_s, ..] = l.values;
         parts.push(format!("step {}{of}", l.at.step));
         parts.push(format!("loss {loss:.4}"));
         parts.push(format!("norm {norm:.3}"));

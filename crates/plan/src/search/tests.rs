@@ -98,6 +98,33 @@ fn bounds_lose_nothing() {
     assert!(found.layouts_pruned > 0);
 }
 
+/// Sequences are cut and experts spread, by what a run would not refuse.
+#[test]
+fn what_trains_has_every_axis() {
+    let long = problem("mixtral-8x7b", "dgx-h100", 16, 16, 32768);
+    let space = Space { keep: 50, ..space(16) };
+    let all = jobs(&long, &space);
+    let has = |cp, context, ep| all.iter().any(|j| (j.cp, j.context, j.ep) == (cp, context, ep));
+    let (ring, heads) = (ContextMode::Ring, ContextMode::Heads);
+    assert!(has(2, ring, 1) && has(2, heads, 8) && !has(1, heads, 1));
+    let found = search(&long, &space, &|_, _| ()).unwrap();
+    for f in found.best.iter().chain(&found.pareto) {
+        let layout = Layout { expert_rows: ExpertRows::All, ..f.placement.layout.clone() };
+        layout.validate(&long.shape.model, long.sequences, long.sequence).unwrap();
+        check_mixture(&long.shape.model, &layout).unwrap();
+    }
+    assert!(found.best.iter().any(|f| f.placement.layout.ep > 1));
+    // Other stacks are planned with rings alone.
+    assert!(jobs(&long, &Space { trainable_only: false, ..space }).iter().all(|j| j.context == ring));
+    // Sums over whole sequences, which no rank has where they are cut.
+    let mut balanced = long.clone();
+    let experts = balanced.shape.model.experts.as_mut().unwrap();
+    experts.router.balance_loss = 0.01;
+    let refused = search(&balanced, &space, &|_, _| ()).unwrap();
+    assert!(refused.best.iter().all(|f| f.placement.layout.tp * f.placement.layout.cp == 1));
+    assert!(refused.refused["experts are not trained so"] > 0);
+}
+
 /// Parameters are gathered inside a node, and only shards of gradients cross to the others, once a step.
 #[test]
 fn the_fastest_of_several_sizes_are_those_of_their_own_searches() {

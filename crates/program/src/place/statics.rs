@@ -10,7 +10,7 @@ use crate::muon;
 use crate::params::{GroupId, ParamGroup, chunks, table};
 use crate::role::{Place, Role};
 use crate::zero::owned;
-use crate::{Bucket, GroupBuffers, Io, NORM_CHUNK};
+use crate::{Bucket, GroupBuffers, Io, Mode, NORM_CHUNK};
 
 /// Gradients are reduced in runs of about this many bytes: large enough for full bandwidth, small enough to begin
 /// while most of the backward pass is still ahead.
@@ -219,7 +219,8 @@ impl Placer<'_> {
         let layers = model.all_layers();
         let clips = self.cx.request.recipe.qk_clip > 0.0 && !self.cx.generates();
         let maxima = if clips { self.cx.layout.dp * layers * model.heads } else { 0 };
-        let shared = norm_chunks + maxima + layers * experts + sequences + 1;
+        let losses = 1 + usize::from(model.mtp.is_some() && self.cx.request.mode == Mode::Train);
+        let shared = norm_chunks + maxima + layers * experts + losses * sequences + 1;
         let positions = sequence.max(self.cx.request.mode.positions());
         let rotated = model.latent.map_or(model.head_dim, |l| l.rope_dim);
         let half = if matches!(model.position, Position::Rope(_)) { rotated / 2 } else { 0 };
@@ -237,7 +238,8 @@ impl Placer<'_> {
             next_tokens: mtp.then(|| table("next_tokens", n, 1, DType::U32)),
             next_targets: mtp.then(|| table("next_targets", n, 1, DType::U32)),
             starts: documents.then(|| table("starts", seen, 1, DType::U32)),
-            loss_leaves: table("loss_leaves", local_sequences, 1, DType::F64),
+            loss_leaves: table("loss_leaves", (1 + usize::from(mtp)) * local_sequences, 1, DType::F64),
+            losses,
             norm_chunks: table("norm_chunks", shared, 1, DType::F64),
             logit_maxima: clips.then(|| table("logit_maxima", layers, heads.q, DType::F64)),
             expert_counts: (experts > 0).then(|| table("expert_counts", layers, experts, DType::F64)),

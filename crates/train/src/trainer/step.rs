@@ -105,6 +105,7 @@ impl Trainer {
             step,
             loss: out.loss,
             grad_norm: out.grad_norm,
+            mtp_loss: out.mtp_loss,
             lr,
             tokens: batch.samples_before(step) * sequence,
             valid_tokens: tokens,
