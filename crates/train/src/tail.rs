@@ -42,7 +42,7 @@ impl Executor {
         let ahead = resolve::losses_ahead(&self.program);
         let ahead = self.whole(ahead.buffer).part(ahead.first, ahead.count);
         self.spread_losses(losses, 0)?;
-        if ahead.len() > 0 {
+        if !ahead.is_empty() {
             self.spread_losses(ahead, 1)?;
         }
         self.spread_expert_counts()?;
@@ -56,7 +56,7 @@ impl Executor {
         }
         self.communicate(block, i, Turn::default())?;
         let (votes, tokens) = (self.device.sum(vote)?, inputs.valid_tokens.max(1) as f64);
-        let mtp = (ahead.len() > 0).then(|| self.device.sum(ahead)).transpose()?;
+        let mtp = (!ahead.is_empty()).then(|| self.device.sum(ahead)).transpose()?;
         Ok(StepOutputs {
             stop: votes % RANKS_MAX > 0.0,
             saved: (votes / RANKS_MAX).floor() == self.program.layout.world() as f64,
