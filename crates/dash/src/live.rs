@@ -132,7 +132,7 @@ mod tests {
         add(&mut runs[1], 1);
         let told = next(&runs);
         assert_eq!(names(&told), ["points"], "facts wait a moment: {told}");
-        assert!(told.contains("[1,1,0,1.5,1.0,0.1,1.0,null,1.0,0.5,null]"), "{told}");
+        assert!(told.contains("[1,1,0,1.5,1.0,0.1,1.0,null,1.0,0.5,null,null]"), "{told}");
         let facts = (0..30).map(|_| next(&runs)).find(|t| !t.is_empty()).expect("facts in the end");
         assert_eq!(names(&facts), ["facts"]);
         assert!(facts.lines().all(|l| l.is_empty() || l.starts_with("event: ") || l.starts_with("data: ")));

@@ -99,27 +99,13 @@ pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Ch
     let layouts_estimated = timed.len();
     let not_measured = allowed.len() - layouts_estimated;
     if timed.is_empty() {
-        let what = lacks.into_iter().collect::<Vec<_>>().join(", ");
-        return Err(Error::user(format!(
-            "no layout of {} can be priced: the calibration of {} knows nothing of {what}",
-            load.model.name, machine.host
-        ))
-        .hint(
-            "measure this machine again: phalanx bench machine; or set layout keys instead, as layout.dp=2",
-        ));
+        return Err(nothing_measured(machine, load, lacks));
     }
     let smallest = timed.iter().map(|c| c.total_bytes).min().unwrap_or(0);
     let most = MEMORY_SHARE * machine.memory_bytes as f64;
     let mut fit: Vec<Choice> = timed.into_iter().filter(|c| c.total_bytes as f64 <= most).collect();
     if fit.is_empty() {
-        let gib = |bytes: f64| bytes / (1u64 << 30) as f64;
-        return Err(Error::user(format!(
-            "no layout of {ranks} ranks fits: the smallest takes {:.1} GiB, and runs may take {:.1} GiB of {}",
-            gib(smallest as f64),
-            gib(most),
-            machine.host
-        ))
-        .hint("a smaller model or batch takes less"));
+        return Err(nothing_fits(machine, ranks, smallest as f64, most));
     }
     let too_large = layouts_estimated - fit.len();
     // A stable sort: of equals the first in the order of the search stays first, on every rank.
@@ -141,6 +127,26 @@ pub fn search(machine: &Machine, load: &Workload<'_>, ranks: usize) -> Result<Ch
         not_measured,
         lacks,
     })
+}
+
+fn nothing_measured(machine: &Machine, load: &Workload<'_>, lacks: Lacks) -> Error {
+    let what = lacks.into_iter().collect::<Vec<_>>().join(", ");
+    Error::user(format!(
+        "no layout of {} can be priced: the calibration of {} knows nothing of {what}",
+        load.model.name, machine.host
+    ))
+    .hint("measure this machine again: phalanx bench machine; or set layout keys instead, as layout.dp=2")
+}
+
+fn nothing_fits(machine: &Machine, ranks: usize, smallest: f64, most: f64) -> Error {
+    let gib = |bytes: f64| bytes / (1u64 << 30) as f64;
+    Error::user(format!(
+        "no layout of {ranks} ranks fits: the smallest takes {:.1} GiB, and runs may take {:.1} GiB of {}",
+        gib(smallest),
+        gib(most),
+        machine.host
+    ))
+    .hint("a smaller model or batch takes less")
 }
 
 /// Whether a layout trains the model, at every size of its batch.

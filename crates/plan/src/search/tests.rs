@@ -101,8 +101,8 @@ fn bounds_lose_nothing() {
 /// Sequences are cut and experts spread, by what a run would not refuse.
 #[test]
 fn what_trains_has_every_axis() {
-    let long = problem("mixtral-8x7b", "dgx-h100", 16, 16, 32768);
-    let space = Space { keep: 50, ..space(16) };
+    let long = problem("mixtral-8x7b", "dgx-h100", 32, 32, 32768);
+    let space = Space { keep: 50, ..space(32) };
     let all = jobs(&long, &space);
     let has = |cp, context, ep| all.iter().any(|j| (j.cp, j.context, j.ep) == (cp, context, ep));
     let (ring, heads) = (ContextMode::Ring, ContextMode::Heads);
