@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::sees::{Places, Queries, View};
-use super::{AHEAD, Attention, KEYS, Keys, SCORES, Sees, copy_scaled, pack_keys};
-use crate::gemm::{MR, NR, Tile, Workspace, tile};
+use super::{AHEAD, Attention, KEYS, Keys, SCORES, Sees, copy_scaled, pack_keys, pack_values, panel_width};
+use crate::gemm::{MR, NR, Tile, Workspace, panel, tile};
 use crate::math::exp;
 use crate::pool::{Parts, Pool};
 use crate::simd::{LANES, kernel};
@@ -52,7 +52,7 @@ struct Scratch<'a> {
     key_panels: &'a mut [f32],
     /// A block of values, by columns.
     value_panels: &'a mut [f32],
-    /// A block of keys, by rows.
+    /// A block of keys, by rows, in panels.
     keys: &'a mut [f32],
     /// A head's queries, scaled.
     queries: &'a mut [f32],
@@ -138,7 +138,7 @@ impl<T: Element> BackwardJob<'_, T> {
                 let count = KEYS.min(span.keys - first);
                 let (k, v) = self.keys.head(&shape, sequence, kv_head, first);
                 pack_keys(k, self.keys.ld, count, h, key_panels);
-                copy_scaled(k, self.keys.ld, count, h, 1.0, keys, wide);
+                pack_values(k, self.keys.ld, count, h, keys);
                 pack_keys(v, self.keys.ld, count, values_h, value_panels);
                 // Queries before the block see none of its keys. Groups of queries start at fixed positions.
                 let seeing = (first.saturating_sub(span.shift) / QUERIES * QUERIES).max(span.queries.start);
@@ -291,8 +291,8 @@ impl Block<'_> {
         for i in (self.start..self.end).step_by(MR) {
             let m = MR.min(self.end - i);
             let seen = self.seen(i).start..self.seen(i + m - 1).end;
-            for j in (seen.start / NR * NR..seen.end).step_by(NR) {
-                let n = NR.min(seen.end - j);
+            for j in (seen.start / panel() * panel()..seen.end).step_by(panel()) {
+                let n = panel().min(seen.end - j);
                 self.scores(i, m, j, n, (self.queries, keys), self.key_panels, p);
                 self.scores(i, m, j, n, (self.grads, values), self.value_panels, ds);
             }
@@ -304,8 +304,11 @@ impl Block<'_> {
             }
             if !seen.is_empty() {
                 let a = &ds[(i - self.start) * SCORES + seen.start..];
-                let right = &self.keys[seen.start * self.wide..];
-                sum(m, seen.len(), (a, SCORES, 1), right, &mut dq[i * self.wide..], keys);
+                for j in (0..self.h).step_by(panel()) {
+                    let nr = panel_width(j, self.h);
+                    let right = (&self.keys[j * self.count + seen.start * nr..], nr);
+                    sum(m, seen.len(), (a, SCORES, 1), right, (&mut dq[i * self.wide + j..], self.wide), nr);
+                }
             }
         }
         // Later queries see none of the keys before.
@@ -320,9 +323,9 @@ impl Block<'_> {
             let at = (from - self.start) * SCORES + j;
             let (key, n) = (self.first + j, self.end - from);
             let (grads, dv) = (&self.grads[from * self.values_wide..], &mut dv[key * self.values_wide..]);
-            sum(m, n, (&p[at..], 1, SCORES), grads, dv, values);
+            sum_rows(m, n, (&p[at..], 1, SCORES), grads, dv, values);
             let (queries, dk) = (&self.queries[from * self.wide..], &mut dk[key * self.wide..]);
-            sum(m, n, (&ds[at..], 1, SCORES), queries, dk, keys);
+            sum_rows(m, n, (&ds[at..], 1, SCORES), queries, dk, keys);
         }
     }
 
@@ -347,8 +350,8 @@ impl Block<'_> {
             a: left[i * wide..].as_ptr(),
             a_row: wide,
             a_col: 1,
-            b: panels[j / NR * NR * h..].as_ptr(),
-            b_row: NR,
+            b: panels[j / panel() * panel() * h..].as_ptr(),
+            b_row: panel(),
             c: out[(i - self.start) * SCORES + j..].as_mut_ptr(),
             c_row: SCORES,
             load: false,
@@ -358,9 +361,8 @@ impl Block<'_> {
     }
 }
 
-/// Goes on with the chains in `m` rows of `out` over `k` weights of `a` (slice, row and column stride) and rows of
-/// `right`; both have rows of `h` in `wide` floats.
-fn sum(
+/// [`sum`] for `right` and `out` that both have rows of `h` in `wide` floats.
+fn sum_rows(
     m: usize,
     k: usize,
     a: (&[f32], usize, usize),
@@ -368,23 +370,37 @@ fn sum(
     out: &mut [f32],
     (h, wide): (usize, usize),
 ) {
-    debug_assert!(a.0.len() > (m - 1) * a.1 + (k - 1) * a.2);
-    debug_assert!(right.len() >= k * wide && out.len() >= m * wide);
     for j in (0..h).step_by(NR) {
-        let t = Tile {
-            k,
-            a: a.0.as_ptr(),
-            a_row: a.1,
-            a_col: a.2,
-            b: right[j..].as_ptr(),
-            b_row: wide,
-            c: out[j..].as_mut_ptr(),
-            c_row: wide,
-            load: true,
-        };
-        // SAFETY: lengths as asserted above; rows of `right` and `out` are whole vectors.
-        unsafe { tile(m, NR.min(h - j), &t) };
+        sum(m, k, a, (&right[j..], wide), (&mut out[j..], wide), NR.min(h - j));
     }
+}
+
+/// Goes on with the chains in `m` rows of `out` (with its row stride) over `k` weights of `a` (slice, row and column
+/// stride) and `n` columns of rows of `right`, which are whole vectors.
+fn sum(
+    m: usize,
+    k: usize,
+    a: (&[f32], usize, usize),
+    (right, b_row): (&[f32], usize),
+    (out, c_row): (&mut [f32], usize),
+    n: usize,
+) {
+    let wide = n.next_multiple_of(LANES);
+    assert!(a.0.len() > (m - 1) * a.1 + (k - 1) * a.2);
+    assert!(right.len() >= (k - 1) * b_row + wide && out.len() >= (m - 1) * c_row + wide);
+    let t = Tile {
+        k,
+        a: a.0.as_ptr(),
+        a_row: a.1,
+        a_col: a.2,
+        b: right.as_ptr(),
+        b_row,
+        c: out.as_mut_ptr(),
+        c_row,
+        load: true,
+    };
+    // SAFETY: lengths as asserted above.
+    unsafe { tile(m, n, &t) };
 }
 
 kernel! {

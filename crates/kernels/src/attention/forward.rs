@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::sees::{Places, Queries, View};
-use super::{AHEAD, Attention, KEYS, Keys, SCORES, Sees, copy_scaled, pack_keys};
-use crate::gemm::{MR, NR, Tile, Workspace, tile};
+use super::{AHEAD, Attention, KEYS, Keys, SCORES, Sees, copy_scaled, pack_keys, pack_values, panel_width};
+use crate::gemm::{MR, Tile, Workspace, panel, tile};
 use crate::math::{exp, ln};
 use crate::pool::{Parts, Pool};
 use crate::simd::{LANES, kernel};
@@ -67,7 +67,7 @@ fn scratch_len(shape: &Attention) -> [usize; 7] {
 struct Scratch<'a> {
     /// A block of keys, by columns.
     keys: &'a mut [f32],
-    /// A block of values, by rows.
+    /// A block of values, by rows, in panels.
     values: &'a mut [f32],
     /// The queries, scaled.
     queries: &'a mut [f32],
@@ -146,7 +146,7 @@ impl<T: Element> ForwardJob<'_, T> {
             let count = KEYS.min(last - first);
             let (k, v) = self.keys.head(&shape, sequence, kv_head, first);
             pack_keys(k, self.keys.ld, count, h, keys);
-            copy_scaled(v, self.keys.ld, count, values_h, 1.0, values, values_wide);
+            pack_values(v, self.keys.ld, count, values_h, values);
             for g in 0..shape.group() {
                 for start in (0..n).step_by(QUERIES) {
                     let end = n.min(start + QUERIES);
@@ -312,8 +312,8 @@ impl Block<'_> {
         for i in (0..rows).step_by(MR) {
             let m = MR.min(rows - i);
             let seen = self.seen_by(i, m);
-            for j in seen.clone().step_by(NR) {
-                self.score(i, m, j, NR.min(seen.end - j), scores);
+            for j in seen.clone().step_by(panel()) {
+                self.score(i, m, j, panel().min(seen.end - j), scores);
             }
         }
         for i in (0..rows).step_by(MR) {
@@ -333,21 +333,21 @@ impl Block<'_> {
                 let own = own.start.saturating_sub(first)..own.end.saturating_sub(first);
                 softmax(scores, own.start, own.end, &mut max[row], &mut total[row], sums, self.later);
             }
-            for j in (0..self.values_h).step_by(NR) {
+            for j in (0..self.values_h).step_by(panel()) {
+                let nr = panel_width(j, self.values_h);
                 let t = Tile {
                     k: seen.len(),
                     a: scores[i * SCORES + first..].as_ptr(),
                     a_row: SCORES,
                     a_col: 1,
-                    b: self.values[first * self.values_wide + j..].as_ptr(),
-                    b_row: self.values_wide,
+                    b: self.values[j * self.count + first * nr..].as_ptr(),
+                    b_row: nr,
                     c: sums[i * self.values_wide + j..].as_mut_ptr(),
                     c_row: self.values_wide,
                     load: self.later,
                 };
-                // SAFETY: m rows of as many scores as keys are seen, as many rows of values, m rows of sums, both
-                // `values_wide`.
-                unsafe { tile(m, NR.min(self.values_h - j), &t) };
+                // SAFETY: m rows of as many scores as keys are seen, as many rows of a panel, m rows of sums.
+                unsafe { tile(m, nr, &t) };
             }
         }
     }
@@ -360,7 +360,7 @@ impl Block<'_> {
     /// Keys of the block in whole panels, up to the last that one of `m` queries from `i` on sees.
     fn seen_by(&self, i: usize, m: usize) -> Range<usize> {
         let (first, end) = (self.seen(i).start, self.seen(i + m - 1).end);
-        if first < end { first / NR * NR..end } else { end..end }
+        if first < end { first / panel() * panel()..end } else { end..end }
     }
 
     /// Scores of `m` queries from `i` on against `n` keys from `j` on.
@@ -370,8 +370,8 @@ impl Block<'_> {
             a: self.queries[i * self.wide..].as_ptr(),
             a_row: self.wide,
             a_col: 1,
-            b: self.keys[j / NR * NR * self.h..].as_ptr(),
-            b_row: NR,
+            b: self.keys[j / panel() * panel() * self.h..].as_ptr(),
+            b_row: panel(),
             c: scores[i * SCORES + j..].as_mut_ptr(),
             c_row: SCORES,
             load: false,

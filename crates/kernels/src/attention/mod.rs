@@ -28,7 +28,7 @@ pub use ring::{
 pub use sees::Sees;
 pub use sinks::{attention_sinks_dw, attention_sinks_dw_workspace_len};
 
-use crate::gemm::NR;
+use crate::gemm::{NR, panel};
 use crate::simd::{LANES, kernel, prefetch_far};
 use crate::storage::Element;
 
@@ -145,15 +145,30 @@ kernel! {
     }
 }
 
-/// Packs `keys` rows of a head (row stride `ld`) by columns: panels of [`NR`] keys.
+/// Packs `keys` rows of a head (row stride `ld`) by columns: panels of [`panel`] keys.
 fn pack_keys<T: Element>(src: &[T], ld: usize, keys: usize, head_dim: usize, panels: &mut [f32]) {
-    for (panel, first) in (0..keys).step_by(NR).enumerate() {
-        let to = &mut panels[panel * NR * head_dim..(panel + 1) * NR * head_dim];
-        for row in first + NR..keys.min(first + 2 * NR) {
+    let nr = panel();
+    for (first, to) in (0..keys).step_by(nr).zip(panels.chunks_exact_mut(nr * head_dim)) {
+        for row in first + NR..keys.min(first + NR + nr) {
             for j in (0..head_dim).step_by(LANES) {
                 prefetch_far(src.as_ptr().wrapping_add(row * ld + j));
             }
         }
-        crate::gemm::pack_columns(&src[first * ld..], ld, head_dim, NR.min(keys - first), NR, to);
+        crate::gemm::pack_columns(&src[first * ld..], ld, head_dim, nr.min(keys - first), nr, to);
     }
+}
+
+/// Packs `rows` rows of `cols` elements (row stride `ld`) into panels of [`panel`] columns, the last as wide as whole
+/// vectors make it.
+fn pack_values<T: Element>(src: &[T], ld: usize, rows: usize, cols: usize, panels: &mut [f32]) {
+    for j in (0..cols).step_by(panel()) {
+        let nr = panel_width(j, cols);
+        let to = &mut panels[j * rows..(j + nr) * rows];
+        crate::gemm::pack_rows(&src[j..], ld, rows, nr.min(cols - j), nr, to);
+    }
+}
+
+/// Row length of the panel at column `j` of [`pack_values`].
+fn panel_width(j: usize, cols: usize) -> usize {
+    panel().min((cols - j).next_multiple_of(LANES))
 }

@@ -12,8 +12,8 @@ mod weight;
 
 use crate::simd::prefetch_far;
 
-pub(crate) use micro::{Tile, tile};
-pub(crate) use pack::pack_columns;
+pub(crate) use micro::{Tile, panel, tile};
+pub(crate) use pack::{pack_columns, pack_rows};
 pub(crate) use product::{
     Left, Out, Right, product, product_below_diagonal, product_of_runs, product_workspace_len,
 };

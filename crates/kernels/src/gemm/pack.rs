@@ -8,6 +8,8 @@ use crate::storage::Element;
 /// How far ahead of their use rows and columns are asked for: enough to hide memory behind the copying.
 const AHEAD_ROWS: usize = 16;
 const AHEAD_COLUMNS: usize = 2 * LANES;
+/// Rows that are packed at a time into all panels, so that lines which follow each other are written together.
+const PACK_ROWS: usize = 8;
 
 kernel! {
     /// Packs a panel of `cols <= nr` columns and `k` rows of a row-major `src` (row stride `ld`): row p goes to
@@ -26,22 +28,26 @@ kernel! {
 }
 
 kernel! {
-    /// Packs all columns of `src` (dense rows of `cols`) into panels of `nr` columns that are `stride` apart; row p of a panel goes to
-    /// `dst[p * nr..]`.
+    /// Packs `rows` rows of `cols` elements (row stride `ld`) into panels of `nr` columns that are `stride` apart; row p of a panel
+    /// goes to `dst[p * nr..]`.
     ///
     /// The panels are parts of a whole that other tasks fill for other rows; `at` is the offset of the first row.
     pub(crate) fn pack_all_rows[T: Element](
-        src: &[T], cols: usize, nr: usize, whole: &Parts<'_, f32>, at: usize, stride: usize
+        src: &[T], ld: usize, rows: usize, cols: usize, nr: usize, whole: &Parts<'_, f32>, at: usize, stride: usize
     ) = |s: S| {
-        for (p, from) in src.chunks_exact(cols.max(1)).enumerate() {
-            let ahead = from.as_ptr().wrapping_add(AHEAD_ROWS / 4 * cols);
-            for (panel, from) in from.chunks(nr).enumerate() {
-                let to = panel * stride + at + p * nr;
-                // SAFETY: a row of a panel belongs to one task.
-                let to = unsafe { whole.part(to..to + nr) };
-                for j in (0..from.len()).step_by(LANES) {
-                    s.prefetch(ahead.wrapping_add(panel * nr + j).cast());
-                    s.store(&mut to[j..j + LANES], T::get(s, &from[j..]));
+        for p in (0..rows).step_by(PACK_ROWS) {
+            let block = p..rows.min(p + PACK_ROWS);
+            for (panel, j) in (0..cols).step_by(nr).enumerate() {
+                for p in block.clone() {
+                    let from = &src[p * ld + j..p * ld + cols.min(j + nr)];
+                    let ahead = from.as_ptr().wrapping_add(PACK_ROWS * ld);
+                    let to = panel * stride + at + p * nr;
+                    // SAFETY: a row of a panel belongs to one task.
+                    let to = unsafe { whole.part(to..to + nr) };
+                    for j in (0..from.len()).step_by(LANES) {
+                        s.prefetch(ahead.wrapping_add(j).cast());
+                        s.store(&mut to[j..j + LANES], T::get(s, &from[j..]));
+                    }
                 }
             }
         }

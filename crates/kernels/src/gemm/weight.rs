@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::micro::{Tile, panel, tile};
-use super::pack::{pack_all_rows, pack_left, pack_rows};
+use super::pack::{pack_all_rows, pack_left};
 use super::{KC, LINE, MR, NR, PACKED, Workspace, ask_panel, block, task_shape};
 use crate::pool::{Parts, Pool};
 use crate::simd::{LANES, kernel, prefetch_far};
@@ -35,8 +35,9 @@ pub(crate) fn weight_gradient_workspace_len(
 ) -> usize {
     let (_, rows) = split(n, tree);
     // The shape of one thread is the largest, so that more threads never need less.
-    let lens = scratch_len(shared_len(n, ins) == 0, rows, task_shape(outs, ins, 1), tree);
-    Workspace::room(shared_len(n, ins)) + Workspace::room(threads * lens.iter().sum::<usize>())
+    let shared = shared_len(n, ins);
+    let lens = scratch_len(shared == 0, rows, task_shape(outs, ins, 1), tree);
+    Workspace::room(shared) + Workspace::room(threads * lens.iter().sum::<usize>())
 }
 
 /// Adds dy^T x to the levels of `grad` (each `outs` x `ins`); `dy` is `n` x `outs` and `x` is `n` x `ins`.
@@ -122,8 +123,8 @@ fn weight_gradient_of<T: Element>(
         let wide = ins.next_multiple_of(nr);
         pool.run(pieces((tree, rows, leaf)).count(), &|task, _| {
             for piece in pieces((tree, rows, leaf)).skip(task).take(1) {
-                let from = &x[piece.row * ins..(piece.row + piece.len) * ins];
-                pack_all_rows(from, ins, nr, &packed, piece.row * wide, piece.len * nr);
+                let Piece { row, len, .. } = piece;
+                pack_all_rows(&x[row * ins..], ins, len, ins, nr, &packed, row * wide, len * nr);
             }
         });
     }
@@ -227,6 +228,9 @@ impl<T: Element> Job<'_, T> {
                 if piece.is_last
                     && let Step::Root { .. } = at_leaf
                 {
+                    for level in (0..self.merge.merge).filter(|&level| level != self.merge.store) {
+                        grad.ask(grad_at + level * apart, (m, n), self.ins);
+                    }
                     grad.ask(grad_at + self.merge.store * apart, (m, n), self.ins);
                 }
                 // SAFETY: the packed operands hold kc rows with the tile's m and `nr` columns, and `c` MR rows of `nr`.
@@ -262,11 +266,8 @@ impl<T: Element> Job<'_, T> {
         }
         pack_left(&self.dy[row * self.outs + outs.start..], self.outs, kc, outs.len(), left);
         if self.packed.is_empty() {
-            let nr = panel();
-            for (panel, j) in ins.clone().step_by(nr).enumerate() {
-                let to = &mut right[panel * nr * kc..(panel + 1) * nr * kc];
-                pack_rows(&self.x[row * self.ins + j..], self.ins, kc, nr.min(ins.end - j), nr, to);
-            }
+            let (from, nr) = (&self.x[row * self.ins + ins.start..], panel());
+            pack_all_rows(from, self.ins, kc, ins.len(), nr, &Parts::new(right), 0, kc * nr);
         }
     }
 
