@@ -429,3 +429,34 @@ fn a_bad_file_is_refused_with_its_line() {
     );
     check(&good[..good.len() - 10], "m.toml:");
 }
+
+/// What an op or a buffer is, is told by its type.
+#[test]
+fn other_names_change_no_number() {
+    let m = machine(1e9, 1e-4);
+    let zero3 = Layout { dp: 2, zero: Zero::Three, ..Layout::default() };
+    let experts = Layout { dp: 2, pp: 2, ep: 2, ..Layout::default() };
+    for (model, layout) in [
+        (tiny(), Layout { tp: 2, dp: 2, micro_batch: 2, ..Layout::default() }),
+        (tiny(), zero3),
+        (tiny(), Layout { cp: 2, recompute: Recompute::Full, ..Layout::default() }),
+        (mixture(), experts),
+    ] {
+        let load = load(&model);
+        let mut programs: Vec<Program> =
+            (0..layout.world()).map(|rank| program_of(&load, &layout, rank).expect("a program")).collect();
+        let numbers = |programs: &[Program]| {
+            let e = estimate_programs(&m, &load, &programs.iter().collect::<Vec<_>>()).expect("an estimate");
+            let ranks: Vec<_> = e.ranks.iter().map(|r| (r.exposed_comm_s, r.ops.len())).collect();
+            (e.step_s, e.low_s, e.high_s, ranks)
+        };
+        let named = numbers(&programs);
+        for p in &mut programs {
+            let ops = p.blocks.iter_mut().flat_map(|b| &mut b.ops).map(|op| &mut op.name);
+            let names = ops.chain(p.buffers.iter_mut().map(|b| &mut b.name));
+            let names = names.chain(p.groups.iter_mut().map(|g| &mut g.name));
+            names.enumerate().for_each(|(i, name)| *name = format!("n{i}"));
+        }
+        assert_eq!(numbers(&programs), named, "{layout}");
+    }
+}
