@@ -10,6 +10,7 @@ use train::{Cpu, Device, Mesh};
 
 use crate::args::Devices;
 use crate::output;
+use crate::version;
 
 /// The device of a rank: what the run asks for, or a GPU if one can be used.
 pub(crate) fn open(choice: DeviceChoice, local_rank: usize, threads: usize) -> Result<Box<dyn Device>> {
@@ -17,7 +18,8 @@ pub(crate) fn open(choice: DeviceChoice, local_rank: usize, threads: usize) -> R
     match choice {
         DeviceChoice::Cpu => Ok(cpu()),
         DeviceChoice::Cuda => {
-            Ok(Box::new(Cuda::new(local_rank).map_err(|e| e.context("run.device = \"cuda\""))?))
+            let device = version::loads(version::IS_STATIC).and_then(|()| Cuda::new(local_rank));
+            Ok(Box::new(device.map_err(|e| e.context("run.device = \"cuda\""))?))
         }
         DeviceChoice::Auto => match Cuda::new(local_rank) {
             Ok(device) => Ok(Box::new(device)),
@@ -30,6 +32,11 @@ pub(crate) fn open(choice: DeviceChoice, local_rank: usize, threads: usize) -> R
             }
         },
     }
+}
+
+/// Refuses a GPU where there is no driver: before data is prepared, which can take long.
+pub(crate) fn expect(choice: DeviceChoice) -> Result<()> {
+    if choice == DeviceChoice::Cuda && !cuda::has_driver() { open(choice, 0, 1).map(drop) } else { Ok(()) }
 }
 
 /// Refuses ranks on devices of different kinds: their sums would differ, and with them the bits of a run.
@@ -72,7 +79,10 @@ fn as_text(census: &Census) -> String {
                 );
             }
         }
-        Err(e) => explain(&mut text, "cuda", e),
+        Err(e) => explain(&mut text, "cuda", version::loads(version::IS_STATIC).as_ref().err().unwrap_or(e)),
+    }
+    if version::IS_STATIC {
+        return text;
     }
     for found in &census.libraries {
         match &found.result {

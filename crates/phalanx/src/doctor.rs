@@ -76,6 +76,10 @@ pub(crate) fn run(args: &Doctor) -> Result<u8> {
         let looked = Rank::meet(env, transport).and_then(|rank| allocation::run(args, rank));
         return looked.map_err(|e| e.context(format!("rank {me}")));
     }
+    if let Some(name) = &args.cluster {
+        allocation::expected(name, args)?;
+        output::say("one machine: no links between nodes to hold to --cluster");
+    }
     let mut checks = machine();
     checks.extend(disk::checks(&args.dir)?);
     let worst = checks.iter().map(|c| c.verdict).max().unwrap_or(Verdict::Ok);

@@ -9,6 +9,7 @@ use launch::{Launcher, LocalJob, RankEnv, RankStore, Saving};
 use spec::{Context, Error, Result};
 
 use crate::output;
+use crate::version;
 
 /// The exit code of a run that was interrupted and has saved its state.
 pub(crate) const INTERRUPTED: u8 = 130;
@@ -168,7 +169,7 @@ pub(crate) fn check_mpi(transport: TransportChoice) -> Result<()> {
     if transport != TransportChoice::Mpi {
         return Ok(());
     }
-    find_mpi().context("--transport mpi")?;
+    version::loads(version::IS_STATIC).and_then(|()| find_mpi().map(drop)).context("--transport mpi")?;
     if RankEnv::read()?.is_some_and(|env| env.mpi) {
         return Ok(());
     }

@@ -50,6 +50,7 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
         );
     }
     let mut run = load(args, nproc)?;
+    device::expect(run.run.device)?;
     let fresh = fresh(args);
     let _lock = own(&run, fresh)?;
     let mut env = Vec::new();
@@ -97,6 +98,7 @@ fn as_rank(args: &Train, mut run: RunSpec, rank: &Rank, early: Early) -> Result<
     rank.say_how_they_talk(&world, transport);
     let mut mine = None;
     if first {
+        device::expect(run.run.device)?;
         let lock = if started_by_us { None } else { Some(own(&run, fresh)?) };
         let mut begin = begin(args, &run, asked(args))?;
         begin.prepare(&run, &|_| {})?;

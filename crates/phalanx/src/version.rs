@@ -23,24 +23,39 @@ pub(crate) fn long() -> &'static str {
         format!(
             "{}\ncommit: {commit}\nfeatures: {}\ntarget: {}-{}, {profile}",
             env!("CARGO_PKG_VERSION"),
-            FEATURES.join(", "),
+            features(IS_STATIC).join(", "),
             std::env::consts::ARCH,
             std::env::consts::OS,
         )
     })
 }
 
+/// Linked to a C library that cannot load others (musl's `dlopen` in a static program always fails).
+pub(crate) const IS_STATIC: bool = cfg!(all(target_env = "musl", target_feature = "crt-static"));
+
 /// What is built in; libraries of GPUs and MPI are looked for when they are wanted.
-const FEATURES: &[&str] = &[
-    "cpu",
-    "cuda (loaded at run time)",
-    "shared memory",
-    "tcp",
-    "mpi (loaded at run time)",
-    "dash",
-    #[cfg(feature = "object-store")]
-    "object stores",
-];
+fn features(is_static: bool) -> Vec<&'static str> {
+    let loaded =
+        if is_static { vec![] } else { vec!["cuda (loaded at run time)", "mpi (loaded at run time)"] };
+    let stores = cfg!(feature = "object-store").then_some("object stores");
+    let last = is_static.then_some("static, so no cuda and no mpi");
+    ["cpu", "shared memory", "tcp"]
+        .into_iter()
+        .chain(loaded)
+        .chain(["dash"])
+        .chain(stores)
+        .chain(last)
+        .collect()
+}
+
+/// Refuses what needs a library of the machine, which a static program cannot load, wherever it lies.
+pub(crate) fn loads(is_static: bool) -> Result<()> {
+    if !is_static {
+        return Ok(());
+    }
+    Err(Error::user("this program is static: it loads no libraries, so neither a GPU's driver nor an MPI")
+        .hint("take one that is linked to the C library (cargo install, or the wheel); Containerfile says how for pods with GPUs"))
+}
 
 pub(crate) fn completions(args: &Completions) -> Result<u8> {
     let mut script = Vec::new();
@@ -70,4 +85,20 @@ fn pages(dir: &Path, command: &clap::Command, name: &str) -> Result<()> {
     std::fs::write(&path, page).map_err(io)?;
     let below = command.get_subcommands().filter(|c| !c.is_hide_set() && c.get_name() != "help");
     below.into_iter().try_for_each(|c| pages(dir, c, &format!("{name}-{}", c.get_name())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_static_program_says_what_it_cannot_do() {
+        assert!(loads(false).is_ok());
+        let e = loads(true).unwrap_err();
+        assert!(e.exit_code() == 2 && e.hint_text().is_some(), "{e}");
+        let shown = |is_static| features(is_static).join(", ");
+        assert!(shown(false).contains("mpi (loaded at run time)") && !shown(false).contains("static"));
+        assert!(shown(true).ends_with("static, so no cuda and no mpi"), "{}", shown(true));
+        assert!(!shown(true).contains("loaded"), "{}", shown(true));
+    }
 }

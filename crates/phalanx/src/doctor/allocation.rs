@@ -82,7 +82,7 @@ pub(super) fn run(args: &Doctor, rank: Rank) -> Result<u8> {
 }
 
 /// Bytes per second that one connection of a node can have at best.
-fn expected(name: &str, args: &Doctor) -> Result<f64> {
+pub(super) fn expected(name: &str, args: &Doctor) -> Result<f64> {
     let cluster = crate::files::catalog(&args.catalog)?.cluster(name, None)?;
     let out = &cluster.scale_out;
     if out.bytes_per_s.value <= 0.0 {

@@ -3,6 +3,7 @@
 use cuda::census;
 
 use super::{Check, Verdict};
+use crate::version;
 
 pub(super) fn checks() -> Vec<Check> {
     let mut all = gpus();
@@ -14,6 +15,11 @@ pub(super) fn checks() -> Vec<Check> {
 fn gpus() -> Vec<Check> {
     let census = census();
     let why = "run.device = \"cuda\" computes on them; the CPU does without";
+    let no_driver = if version::IS_STATIC {
+        "none: this program is static, it loads no driver"
+    } else {
+        "none: no NVIDIA driver"
+    };
     let mut all = Vec::new();
     match &census.cards {
         Ok(cards) if cards.is_empty() => all.push(Check::ok("GPUs", "none", why)),
@@ -29,7 +35,7 @@ fn gpus() -> Vec<Check> {
                 });
             }
         }
-        Err(_) if !cuda::has_driver() => all.push(Check::ok("GPUs", "none: no NVIDIA driver", why)),
+        Err(_) if !cuda::has_driver() => all.push(Check::ok("GPUs", no_driver, why)),
         Err(e) => {
             let hint = e.hint_text().unwrap_or("phalanx devices says more");
             all.push(Check::ok("GPUs", e.to_string(), why).amiss(Verdict::Bad, hint));
@@ -52,7 +58,7 @@ fn gpus() -> Vec<Check> {
 /// What `--transport mpi` would load.
 fn mpi() -> Check {
     let why = "--transport mpi sends messages through it; Phalanx itself needs no MPI";
-    match comm::find_mpi() {
+    match version::loads(version::IS_STATIC).and_then(|()| comm::find_mpi()) {
         Ok(library) => Check::ok("MPI", format!("{} ({})", library.version, library.path.display()), why),
         Err(e) => Check::ok("MPI", e.to_string(), why),
     }

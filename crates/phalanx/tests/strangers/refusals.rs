@@ -30,6 +30,7 @@ fn nonsense_is_refused_before_anything_is_done() {
     bad("launch --node-rank 5 true", "--node-rank=5: expected a rank below --nnodes=1");
     bad("launch --local-ranks-filter 9 true", "--local-ranks-filter=9: expected local ranks below 1");
     bad("dash . --machine none.toml", "read none.toml");
+    bad("doctor --cluster nope", "nope");
     let ranks = "--set layout.dp=65536 --set batch.sequences=65536";
     bad(&format!("program check {ranks}"), "a layout of 65536 ranks, of which at most 16384 are checked");
     let muon = "plan --model llama3-8b --cluster dgx-h100 --accelerators 8 --layout zero-1 --optimizer muon";
@@ -83,6 +84,24 @@ fn what_cannot_begin_anew_leaves_the_run_where_it_is() {
     let documents = "--fresh --set model.position=learned --set data.attend=documents";
     check(&lab, &tiny("r", documents), 2, "learned positions");
     assert!(lab.path("r/checkpoints").exists());
+}
+
+#[test]
+fn a_gpu_that_is_not_there_is_told_of_before_data_is_prepared() {
+    let lab = Lab::new();
+    if lab.json("devices --json")["libraries"]["driver"]["error"].is_null() {
+        eprintln!("skipped: there is a driver here");
+        return;
+    }
+    for ranks in ["", "--nproc 2"] {
+        check(
+            &lab,
+            &tiny("gpu", &format!("--set run.device=cuda {ranks}")),
+            2,
+            "run.device = \"cuda\": driver not",
+        );
+        assert!(!lab.path("cache").exists() && !lab.path("gpu/data.json").exists(), "{ranks}");
+    }
 }
 
 #[test]
