@@ -173,7 +173,7 @@ impl Scenario {
         }
         let spread = file.spread.unwrap_or(0.0);
         if !(0.0..=SPREAD_MAX).contains(&spread) {
-            let what = format!("{place}: spread = {spread}, expected 0 to {SPREAD_MAX}");
+            let what = format!("{place}: spread = {}, expected 0 to {SPREAD_MAX}", short(spread));
             return Err(
                 Error::user(what).hint("the standard deviation of the nodes' speed, as a share of it")
             );
@@ -456,10 +456,18 @@ impl Reader<'_> {
     fn number(&self, at: &str, key: &str, n: Option<f64>, min: f64, max: f64, hint: &str) -> Result<f64> {
         match n {
             Some(n) if (min..=max).contains(&n) => Ok(n),
-            Some(n) => Err(self.error(at, &format!("{key} = {n}, expected {min} to {max}"), hint)),
+            Some(n) => {
+                let [n, min, max] = [n, min, max].map(short);
+                Err(self.error(at, &format!("{key} = {n}, expected {min} to {max}"), hint))
+            }
             None => Err(self.error(at, &format!("no {key}"), hint)),
         }
     }
+}
+
+/// A number in the fewest digits: `1e300`, not three hundred zeros.
+fn short(n: f64) -> String {
+    format!("{n:?}").trim_end_matches(".0").to_owned()
 }
 
 #[cfg(test)]
@@ -481,6 +489,8 @@ mod tests {
         check("[[slow]]\nnode = 8\nfactor = 1.5", "s.toml: slow 1: node 8 does not exist");
         check("[[slow]]\nrank = 1\nfactor = -2", "s.toml: slow 1: factor = -2, expected");
         check("[[slow]]\nrank = 1\nfactor = nan", "s.toml: slow 1: factor = NaN, expected");
+        check("[[slow]]\nrank = 1\nfactor = 1e300", "s.toml: slow 1: factor = 1e300, expected 0.001 to 1000");
+        check("[[pause]]\nrank = 1\nfor_s = 0", "s.toml: pause 1: for_s = 0, expected 1e-12 to 1000000");
         check("[[link]]\nrank = 1\nfactor = 0", "s.toml: link 1: factor = 0, expected");
         check("[[link]]\nrank = 1\nnode = 1\nfactor = 0.5", "s.toml: link 1: expected either rank or node");
         check("[[switch]]\ntier = 9\ngroup = 0\nfactor = 0.5", "s.toml: switch 1: tier 9 does not exist");
@@ -506,5 +516,6 @@ mod tests {
         check("[[slow]]\nrank = 1\nfactor = 2\ninside = true", "s.toml: slow 1: has no use for inside");
         check("[[slwo]]\nrank = 1", "s.toml: TOML");
         check("spread = 3", "s.toml: spread = 3, expected");
+        check("spread = 1e200", "s.toml: spread = 1e200, expected 0 to 0.2");
     }
 }
