@@ -89,14 +89,13 @@ def runs(a):
         got = train(a, a.folder / "runs" / precision / slug(run.name), precision, run.keys, run.ranks, a.device)
         a.trained[precision, run.name] = got
 
-    return [lambda p=p, r=r: one(p, r) for r in matrix.RUNS for p in matrix.PRECISIONS]
+    return [lambda p=p, r=r: one(p, r) for r in matrix.RUNS for p in r.precisions]
 
 
 def agree(a):
     for precision in matrix.PRECISIONS:
-        base = a.trained.get((precision, matrix.RUNS[0].name))
-        for run in matrix.RUNS:
-            got = a.trained.get((precision, run.name))
+        for run in (r for r in matrix.RUNS if precision in r.precisions):
+            base, got = a.trained.get((precision, run.of)), a.trained.get((precision, run.name))
             judge(a, "runs", f"{precision} {run.name}", got, base, run.same_bits, matrix.CLOSE[precision])
     for precision, item, got, same_bits in sorted(a.continued, key=lambda c: c[:2]):
         base = a.trained.get((precision, matrix.RUNS[0].name))

@@ -21,6 +21,9 @@ class Run:
     keys: tuple = ()
     ranks: int = 1
     same_bits: bool = True
+    # The run that it is held to, and in which precisions.
+    of: str = "alone"
+    precisions: tuple = PRECISIONS
 
 
 RUNS = [
@@ -43,6 +46,17 @@ RUNS = [
     Run("dp 2, pp 2, zero 1", ("layout.dp=2", "layout.pp=2", "layout.zero=1", "layout.micro_batch=1"), 4),
     Run("tp 2", ("layout.tp=2", "layout.micro_batch=4"), 2, same_bits=False),
 ]
+# Recipes and models with other ops, each held to itself under other splits and layouts.
+OTHERS = {
+    "losses, dropout, average": ("train.z_loss=1e-3", "model.logit_softcap=30", "train.dropout=0.1", "train.ema=0.9"),
+    "windows, sinks": ("model.window.tokens=24", "model.window.full_every=2", "model.sinks=true"),
+}
+for _name, _keys in OTHERS.items():
+    RUNS += [
+        Run(_name, (*_keys, "layout.micro_batch=8"), of=_name, precisions=("bf16",)),
+        Run(f"{_name}: split", (*_keys, "layout.recompute=full", "layout.micro_batch=2"), of=_name, precisions=("bf16",)),
+        Run(f"{_name}: dp 2, zero 1", (*_keys, "layout.dp=2", "layout.zero=1", "layout.micro_batch=2"), 2, of=_name, precisions=("bf16",)),
+    ]
 # Relative distance of a step's loss where bits may differ: tensor parallelism, and a checkpoint that changes device.
 CLOSE = {"f32": 1e-4, "bf16": 1e-2}
 

@@ -37,6 +37,11 @@ gemm_leaves 20 leaves used before they have landed
 gemm_leaves 21 leaves given back before products are done
 gemm_leaves 22 a leaf's sum used before its products are done
 gemm_leaves 23 leaves overwritten while others read them
+loss 30 a sum of exponentials without its greatest in the squared log-sum-exp
+rows 31 elements left out by rows of the launch and not by places in the batch
+attention 32 a query sees a key before its window or document
+attention 33 a key's gradient has queries that do not see it
+columns 34 no barrier between warps' sums of a sink and their total
 gemm_f32 24 factors used before others have stored them
 END
 exit $status

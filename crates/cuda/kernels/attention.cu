@@ -8,12 +8,14 @@
 //     ROWS              128    128    128    128    128    128     64
 //     THREADS           128    128    128    128    128    128    128
 //     BYTES           12288  20480  32768  45056  53248  65536  65536
+//   attention_fwd_seen_bf16_d<D>: the same within bounds (sight.h): keys that no query of a block sees are not read
 //   attention_decode_<T>: grid heads, 256 threads, no dynamic shared memory; head widths: multiples of 8 up to 256
 //
 // Keys are taken in ascending order in blocks that depend on positions alone, so that the bits of a sequence depend on
 // nothing beside it.
 #include "device.h"
 #include "tiles.h"
+#include "sight.h"
 
 template <int D> struct Forward {
   static constexpr int TILES = D <= 128 ? 2 : 1;  // of 16 rows, for a warp: each row of keys it reads serves them all
@@ -24,9 +26,9 @@ template <int D> struct Forward {
   static constexpr int BYTES = (ROWS + 2 * KEYS) * Tile<D>::LD * (int)sizeof(bf16);
 };
 
-template <int D>
+template <int D, bool BOUNDED>
 __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, float* lse, int sequence, int heads,
-                                                  int kv_heads, float scale) {
+                                                  int kv_heads, float scale, Sight sight) {
   using F = Forward<D>;
   using T = Tile<D>;
   constexpr int OWN = F::TILES * 16;
@@ -43,9 +45,20 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
   const bf16* k = rows + (heads + turn.head / (heads / kv_heads)) * D;
   const bf16* v = k + kv_heads * D;
   int steps = (min(first + F::ROWS, sequence) + F::KEYS - 1) / F::KEYS;
+  // The first key that rows see: of the block, the warp, and the lane's own rows.
+  int begin = BOUNDED ? sight.first(turn.sequence, sequence, first) / F::KEYS : 0;
+  int nearest = BOUNDED ? sight.first(turn.sequence, sequence, min(own, sequence - 1)) : 0;
+  int seen[F::TILES][2] = {};
+  if (BOUNDED) {
+#pragma unroll
+    for (int i = 0; i < F::TILES * 2; ++i) {
+      int position = min(own + i * 8 + (lane >> 2), sequence - 1);
+      seen[i / 2][i % 2] = sight.first(turn.sequence, sequence, position);
+    }
+  }
 
   T::template fetch<F::ROWS, F::THREADS>(queries, rows + turn.head * D, ld, first, sequence);
-  T::template fetch<F::KEYS, F::THREADS>(keys, k, ld, 0, sequence);
+  T::template fetch<F::KEYS, F::THREADS>(keys, k, ld, begin * F::KEYS, sequence);
   cp_async_commit();
 
   bf16* mine = queries + warp * OWN * T::LD;
@@ -66,10 +79,10 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
   for (int t = 0; t < F::TILES; ++t) max[t][0] = max[t][1] = -INFINITY;
 
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    // The first block has a key that every query sees, so maxima are finite from there on.
+  for (int step = begin; step < steps; ++step) {
+    // Without bounds the first block has a key that every query sees, so maxima are finite from there on.
     int key = step * F::KEYS;
-    bool sees = own < sequence && key < own + OWN;
+    bool sees = own < sequence && key < own + OWN && (!BOUNDED || key + F::KEYS > nearest);
     cp_async_wait<0>();
     __syncthreads();  // the keys have landed, and nobody needs the values before
     T::template fetch<F::KEYS, F::THREADS>(values, v, ld, key, sequence);
@@ -109,8 +122,8 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
       uint32_t p[F::TILES][F::KEYS / 16][4];
 #pragma unroll
       for (int t = 0; t < F::TILES; ++t) {
-        softmax<F::KEYS, D>(s[t], acc[t], max[t], sum[t], scale * LOG2_E, key + F::KEYS > own + 1,
-                            own + t * 16 + (lane >> 2), key + 2 * (lane & 3));
+        softmax<F::KEYS, D, BOUNDED>(s[t], acc[t], max[t], sum[t], scale * LOG2_E, key + F::KEYS > own + 1,
+                                     own + t * 16 + (lane >> 2), key + 2 * (lane & 3), seen[t]);
 #pragma unroll
         for (int c = 0; c < F::KEYS / 16; ++c) as_left(p[t][c], s[t][2 * c], s[t][2 * c + 1]);
       }
@@ -137,11 +150,16 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
       float total = sum[t][h];
       total += __shfl_xor_sync(~0u, total, 1);
       total += __shfl_xor_sync(~0u, total, 2);
-      inverse[h] = 1.0f / total;
       int position = own + t * 16 + h * 8 + (lane >> 2);
-      if ((lane & 3) == 0 && position < sequence) {
-        lse[((long long)turn.sequence * heads + turn.head) * sequence + position] = max[t][h] * scale + logf(total);
+      bool writes = (lane & 3) == 0 && position < sequence;
+      float top = max[t][h] * scale, factor = 1.0f;
+      long long at = ((long long)turn.sequence * heads + turn.head) * sequence + position;
+      if (BOUNDED) {
+        if (writes && sight.maxima) sight.maxima[at] = top;
+        factor = with_sink(top, total, sight.sinks ? bf2f(((const bf16*)sight.sinks)[turn.head]) : -INFINITY);
       }
+      inverse[h] = factor / total;
+      if (writes) lse[at] = top + logf(total);
     }
     T::template put<D>(mine + t * 16 * T::LD, acc[t], inverse[0], inverse[1], lane);
   }
@@ -155,7 +173,12 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
   extern "C" __global__ void __launch_bounds__(Forward<D>::THREADS, 2)                                             \
       attention_fwd_bf16_d##D(const bf16* __restrict__ qkv, bf16* __restrict__ o, float* __restrict__ lse,         \
                               int sequence, int heads, int kv_heads, float scale) {                                \
-    attention_forward<D>(qkv, o, lse, sequence, heads, kv_heads, scale);                                           \
+    attention_forward<D, false>(qkv, o, lse, sequence, heads, kv_heads, scale, ALL_BEFORE);                        \
+  }                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(Forward<D>::THREADS, 2)                                             \
+      attention_fwd_seen_bf16_d##D(const bf16* __restrict__ qkv, bf16* __restrict__ o, float* __restrict__ lse,    \
+                                   int sequence, int heads, int kv_heads, float scale, Sight sight) {              \
+    attention_forward<D, true>(qkv, o, lse, sequence, heads, kv_heads, scale, sight);                              \
   }
 FORWARD(16)
 FORWARD(32)
@@ -173,7 +196,7 @@ constexpr int DECODE_THREADS = 256, TEAM = 8, TEAMS = DECODE_THREADS / TEAM, MOS
 
 template <class T>
 __device__ __forceinline__ void attention_decode(const T* qkv, T* keys, T* values, T* o, const int* at, int position,
-                                                 int heads, int kv_heads, int dim, float scale) {
+                                                 int heads, int kv_heads, int dim, float scale, Sight sight) {
   SHARED_ARRAY(float, sums, TEAMS * 256);
   SHARED_ARRAY(float, maxima, TEAMS);
   SHARED_ARRAY(float, totals, TEAMS);
@@ -199,7 +222,8 @@ __device__ __forceinline__ void attention_decode(const T* qkv, T* keys, T* value
   }
   float max = -INFINITY, total = 0.0f;
   // All lanes of a warp go the same number of rounds, since they exchange parts of dot products.
-  for (int base = 0; base <= position; base += TEAMS) {
+  int begin = sight.window > 0 && position >= sight.window ? position + 1 - sight.window : 0;
+  for (int base = begin; base <= position; base += TEAMS) {
     int i = base + team;
     bool real = i <= position;
     // The token's own rows are read where they came from: other blocks may not have seen the cache's yet.
@@ -245,23 +269,24 @@ __device__ __forceinline__ void attention_decode(const T* qkv, T* keys, T* value
   for (int t = 1; t < TEAMS; ++t) top = fmaxf(top, maxima[t]);
   for (int col = threadIdx.x; col < dim; col += DECODE_THREADS) {
     float sum = 0.0f, weight = 0.0f;
-    for (int t = 0; t < TEAMS && t <= position; ++t) {
+    for (int t = 0; t < TEAMS && begin + t <= position; ++t) {
       float factor = expf(maxima[t] - top);
       weight = fmaf(totals[t], factor, weight);
       sum = fmaf(sums[t * 256 + col], factor, sum);
     }
+    if (sight.sinks) weight += expf(as_f32(((const T*)sight.sinks)[head]) - top);
     put_f32(o + head * dim + col, sum / weight);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(DECODE_THREADS)
     attention_decode_bf16(const bf16* qkv, bf16* keys, bf16* values, bf16* o, const int* at, int position, int heads,
-                          int kv_heads, int dim, float scale) {
-  attention_decode<bf16>(qkv, keys, values, o, at, position, heads, kv_heads, dim, scale);
+                          int kv_heads, int dim, float scale, Sight sight) {
+  attention_decode<bf16>(qkv, keys, values, o, at, position, heads, kv_heads, dim, scale, sight);
 }
 
 extern "C" __global__ void __launch_bounds__(DECODE_THREADS)
     attention_decode_f32(const float* qkv, float* keys, float* values, float* o, const int* at, int position, int heads,
-                         int kv_heads, int dim, float scale) {
-  attention_decode<float>(qkv, keys, values, o, at, position, heads, kv_heads, dim, scale);
+                         int kv_heads, int dim, float scale, Sight sight) {
+  attention_decode<float>(qkv, keys, values, o, at, position, heads, kv_heads, dim, scale, sight);
 }

@@ -8,6 +8,7 @@
 //   attention_bwd_dq_f32: grid (ceil(sequence / 32), heads, sequences), 256 threads
 //     shared memory of both: (128 * (dim + 1) + 64 * 33) * 4 bytes
 #include "device.h"
+#include "sight.h"
 
 constexpr int ROWS = 32, LANES = 8, THREADS = ROWS * LANES;
 constexpr int MOST = 256 / LANES;    // columns of a lane
@@ -56,7 +57,7 @@ __device__ __forceinline__ float team_sum(float x) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_fwd_f32(const float* __restrict__ qkv, float* __restrict__ o, float* __restrict__ lse, int sequence,
-                      int heads, int kv_heads, int dim, float scale) {
+                      int heads, int kv_heads, int dim, float scale, Sight sight) {
   SHARED(float, shared);
   float* queries = shared;
   float* keys = queries + ROWS * (dim + 1);
@@ -68,7 +69,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const float* k = qkv + token * ld + (heads + head / (heads / kv_heads)) * dim;
   copy_rows(queries, qkv + token * ld + head * dim, ld, first, sequence, dim);
   float acc[MOST] = {}, max = -INFINITY, total = 0.0f;
-  for (int key = 0; key <= first; key += ROWS) {
+  int seen = sight.first(blockIdx.z, sequence, min(position, sequence - 1));
+  for (int key = sight.first(blockIdx.z, sequence, first) / ROWS * ROWS; key <= first; key += ROWS) {
     __syncthreads();
     copy_rows(keys, k, ld, key, sequence, dim);
     copy_rows(values, k + kv_heads * dim, ld, key, sequence, dim);
@@ -78,16 +80,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < EACH; ++i) {
       int at = lane + i * LANES;
       s[i] = dot_rows(queries + row * (dim + 1), keys + at * (dim + 1), dim) * scale;
-      if (key + at > position) s[i] = -INFINITY;
+      if (key + at > position || key + at < seen) s[i] = -INFINITY;
       top = fmaxf(top, s[i]);
     }
 #pragma unroll
     for (int step = 1; step < LANES; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    float factor = expf(max - top), sum = 0.0f;
+    // Rows that have seen nothing so far have no maximum to subtract.
+    float factor = max == top ? 1.0f : expf(max - top), sum = 0.0f, low = top == -INFINITY ? 0.0f : top;
     max = top;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-      float p = expf(s[i] - top);
+      float p = expf(s[i] - low);
       scores[row * SCORES + lane + i * LANES] = p;
       sum += p;
     }
@@ -98,8 +101,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     add_rows(acc, scores + row * SCORES, values, dim, lane);
   }
   if (position < sequence) {
-    write_row(o + ((token + position) * heads + head) * dim, acc, 1.0f / total, dim, lane);
-    if (lane == 0) lse[((long long)blockIdx.z * heads + head) * sequence + position] = max + logf(total);
+    long long at = ((long long)blockIdx.z * heads + head) * sequence + position;
+    if (sight.maxima && lane == 0) sight.maxima[at] = max;
+    float factor = sight.sinks ? with_sink(max, total, ((const float*)sight.sinks)[head]) : 1.0f;
+    write_row(o + ((token + position) * heads + head) * dim, acc, factor / total, dim, lane);
+    if (lane == 0) lse[at] = max + logf(total);
   }
 }
 
@@ -124,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_bwd_dkv_f32(const float* __restrict__ qkv, const float* __restrict__ d_o, const float* __restrict__ lse,
                           const float* __restrict__ delta, float* __restrict__ dqkv, int sequence, int heads,
-                          int kv_heads, int dim, float scale) {
+                          int kv_heads, int dim, float scale, Sight sight) {
   SHARED(float, shared);
   int len = ROWS * (dim + 1);
   float *keys = shared, *values = keys + len, *queries = values + len, *grads = queries + len;
@@ -135,9 +141,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   copy_rows(keys, qkv + token * ld + own, ld, first, sequence, dim);
   copy_rows(values, qkv + token * ld + own + kv_heads * dim, ld, first, sequence, dim);
   float dk[MOST] = {}, dv[MOST] = {};
+  int end = sight.end(blockIdx.z, sequence, min(first + ROWS, sequence) - 1);
   for (int head = blockIdx.y * group; head < (int)(blockIdx.y + 1) * group; ++head) {
     long long at = ((long long)blockIdx.z * heads + head) * sequence;
-    for (int query = first; query < sequence; query += ROWS) {
+    for (int query = first; query < end; query += ROWS) {
       __syncthreads();
       copy_rows(queries, qkv + token * ld + head * dim, ld, query, sequence, dim);
       copy_rows(grads, d_o + token * o_ld + head * dim, o_ld, query, sequence, dim);
@@ -145,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       for (int i = lane; i < ROWS; i += LANES) {
         int position = query + i;
         float p = 0.0f, ds = 0.0f;
-        if (position < sequence && first + row <= position) {
+        if (position < end && first + row <= position && first + row >= sight.first(blockIdx.z, sequence, position)) {
           float s = dot_rows(queries + i * (dim + 1), keys + row * (dim + 1), dim);
           p = expf(s * scale - lse[at + position]);
           ds = p * (dot_rows(grads + i * (dim + 1), values + row * (dim + 1), dim) - delta[at + position]);
@@ -168,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_bwd_dq_f32(const float* __restrict__ qkv, const float* __restrict__ d_o, const float* __restrict__ lse,
                          const float* __restrict__ delta, float* __restrict__ dqkv, int sequence, int heads,
-                         int kv_heads, int dim, float scale) {
+                         int kv_heads, int dim, float scale, Sight sight) {
   SHARED(float, shared);
   int len = ROWS * (dim + 1);
   float *keys = shared, *values = keys + len, *queries = values + len, *grads = queries + len;
@@ -181,14 +188,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   copy_rows(grads, d_o + token * o_ld + head * dim, o_ld, first, sequence, dim);
   long long at = ((long long)blockIdx.z * heads + head) * sequence + min(position, sequence - 1);
   float log = lse[at], dot = delta[at], dq[MOST] = {};
-  for (int key = 0; key <= first; key += ROWS) {
+  int seen = sight.first(blockIdx.z, sequence, min(position, sequence - 1));
+  for (int key = sight.first(blockIdx.z, sequence, first) / ROWS * ROWS; key <= first; key += ROWS) {
     __syncthreads();
     copy_rows(keys, k, ld, key, sequence, dim);
     copy_rows(values, k + kv_heads * dim, ld, key, sequence, dim);
     __syncthreads();
     for (int i = lane; i < ROWS; i += LANES) {
       float ds = 0.0f;
-      if (key + i <= position) {
+      if (key + i <= position && key + i >= seen) {
         float s = dot_rows(queries + row * (dim + 1), keys + i * (dim + 1), dim);
         float dp = dot_rows(grads + row * (dim + 1), values + i * (dim + 1), dim);
         ds = expf(s * scale - log) * (dp - dot);

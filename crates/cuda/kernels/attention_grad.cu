@@ -13,8 +13,11 @@
 //     ROWS              128    128    128    128    128    128     64
 //     THREADS           128    128    128    128    128    128    128
 //     BYTES           24576  40960  65536  67584  79872  98304  98304
+//   attention_bwd_dkv_seen_bf16_d<D>, attention_bwd_dq_seen_bf16_d<D>: the same within bounds (sight.h); the former has
+//     SEEN_BYTES = BYTES + 4 * queries of all stages: 512 up to a width of 64, 256 up to 128, 128 beyond
 #include "device.h"
 #include "tiles.h"
+#include "sight.h"
 
 // delta[sequence, head, position] = o . d_o, over the rows of a launch, [tokens, heads * dim]: eight lanes a head.
 extern "C" __global__ void __launch_bounds__(256)
@@ -53,14 +56,15 @@ template <int D> struct GradKeys {
   static constexpr int SLICES = D / WIDTH;
   static constexpr int BYTES =
       (KEYS + STAGES * QUERIES) * 2 * Tile<D>::LD * (int)sizeof(bf16) + STAGES * 2 * QUERIES * (int)sizeof(float);
+  static constexpr int SEEN_BYTES = BYTES + STAGES * QUERIES * (int)sizeof(int);
 };
 
 // A warp has its keys along the rows of all products, so that probabilities and their gradients go from one product to
 // the next in registers.
-template <int D>
+template <int D, bool BOUNDED>
 __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16* d_o, const float* lse,
                                                     const float* delta, bf16* dqkv, int sequence, int heads,
-                                                    int kv_heads, float scale) {
+                                                    int kv_heads, float scale, Sight sight) {
   using G = GradKeys<D>;
   using T = Tile<D>;
   constexpr int OWN = G::TILES * 16, STEP = 32, LEN = G::QUERIES * T::LD;
@@ -71,6 +75,7 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
   bf16* grads = queries + G::STAGES * LEN;        // of each stage
   float* logs = (float*)(grads + G::STAGES * LEN);  // of each stage
   float* dots = logs + G::STAGES * G::QUERIES;    // of each stage
+  int* seen = (int*)(dots + G::STAGES * G::QUERIES);  // the first key that each query sees, of each stage
 
   Turn turn = take_turn(false);
   int slice = turn.block % G::SLICES * G::WIDTH, first = turn.block / G::SLICES * G::KEYS;
@@ -81,9 +86,12 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
   const bf16* k = qkv + row * ld + (heads + turn.head) * D;
 
   // A step is a query head of the group and a block of queries; those before the block of keys see none of it.
-  int from = first / G::QUERIES, blocks = (sequence + G::QUERIES - 1) / G::QUERIES - from;
+  int from = first / G::QUERIES;
+  int end = BOUNDED ? sight.end(turn.sequence, sequence, min(first + G::KEYS, sequence) - 1) : sequence;
+  int blocks = (end + G::QUERIES - 1) / G::QUERIES - from;
   int steps = group * blocks;
   float next_log = 0.0f, next_dot = 0.0f;
+  int next_seen = 0;
   auto fetch = [&](int step) {
     int head = turn.head * group + step / blocks, query = (from + step % blocks) * G::QUERIES;
     int at = G::STAGES == 2 ? (step & 1) * LEN : 0;
@@ -96,6 +104,7 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
       // The exponential of minus infinity: queries past the end weigh nothing.
       next_log = position < sequence ? lse[i] * LOG2_E : INFINITY;
       next_dot = delta[i];
+      if (BOUNDED) next_seen = sight.first(turn.sequence, sequence, min(position, sequence - 1));
     }
   };
   auto keep = [&](int step) {
@@ -103,6 +112,7 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
       int at = (G::STAGES == 2 ? (step & 1) * G::QUERIES : 0) + threadIdx.x;
       logs[at] = next_log;
       dots[at] = next_dot;
+      if (BOUNDED) seen[at] = next_seen;
     }
   };
   T::template fetch<G::KEYS, G::THREADS>(keys, k, ld, first, sequence);
@@ -131,6 +141,8 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
       const bf16* g = grads + stage * LEN + sub * T::LD;
       const float* log = logs + stage * G::QUERIES + sub + 2 * (lane & 3);
       const float* dot = dots + stage * G::QUERIES + sub + 2 * (lane & 3);
+      const int* lows = seen + stage * G::QUERIES + sub;
+      if (BOUNDED && lows[0] >= own + OWN) continue;
       float p[G::TILES][STEP / 8][4] = {}, ds[G::TILES][STEP / 8][4];
       add_dots<D, STEP>(p, my_keys, q, left, right);
       bool masked = query < own + OWN - 1;
@@ -147,6 +159,9 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
             if (masked && key >= position) p[t][n][i] = 0.0f;
 #else
             if (masked && key > position) p[t][n][i] = 0.0f;
+#endif
+#if FAULT != 33
+            if (BOUNDED && key < lows[n * 8 + 2 * (lane & 3) + (i & 1)]) p[t][n][i] = 0.0f;
 #endif
             // The sum below starts from what would be taken off it.
             ds[t][n][i] = i & 1 ? -d.y : -d.x;
@@ -198,10 +213,10 @@ template <int D> struct GradQueries {
   static constexpr int BYTES = (ROWS + STAGES * KEYS) * 2 * Tile<D>::LD * (int)sizeof(bf16);
 };
 
-template <int D>
+template <int D, bool BOUNDED>
 __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf16* d_o, const float* lse,
                                                        const float* delta, bf16* dqkv, int sequence, int heads,
-                                                       int kv_heads, float scale) {
+                                                       int kv_heads, float scale, Sight sight) {
   using G = GradQueries<D>;
   using T = Tile<D>;
   constexpr int OWN = G::TILES * 16, STEP = 32, LEN = G::KEYS * T::LD;
@@ -219,6 +234,8 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
   const bf16* k = qkv + row * ld + (heads + turn.head / (heads / kv_heads)) * D;
   const bf16* v = k + kv_heads * D;
   int steps = (min(first + G::ROWS, sequence) + G::KEYS - 1) / G::KEYS;
+  int begin = BOUNDED ? sight.first(turn.sequence, sequence, first) / G::KEYS : 0;
+  int nearest = BOUNDED ? sight.first(turn.sequence, sequence, min(own, sequence - 1)) : 0;
 
   auto fetch = [&](int step) {
     int at = G::STAGES == 2 ? (step & 1) * LEN : 0;
@@ -228,13 +245,14 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
   };
   T::template fetch<G::ROWS, G::THREADS>(queries, qkv + row * ld + turn.head * D, ld, first, sequence);
   T::template fetch<G::ROWS, G::THREADS>(grads, d_o + row * o_ld + turn.head * D, o_ld, first, sequence);
-  fetch(0);
+  fetch(begin);
 
   int left = T::left(lane), right = T::right(lane);
   bf16* my_queries = queries + warp * OWN * T::LD;
   const bf16* my_grads = grads + warp * OWN * T::LD;
   float acc[G::TILES][D / 8][4] = {};
   float log[G::TILES][2], dot[G::TILES][2];
+  int seen[G::TILES][2] = {};
 #pragma unroll
   for (int t = 0; t < G::TILES; ++t) {
 #pragma unroll
@@ -243,14 +261,15 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
       long long i = ((long long)turn.sequence * heads + turn.head) * sequence + position;
       log[t][h] = -lse[i] * LOG2_E;
       dot[t][h] = -delta[i];
+      if (BOUNDED) seen[t][h] = sight.first(turn.sequence, sequence, position);
     }
   }
 
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  for (int step = begin; step < steps; ++step) {
     int stage = G::STAGES == 2 ? step & 1 : 0;
 #if FAULT == 5
-    if (step == 0)
+    if (step == begin)
 #endif
     cp_async_wait<0>();
     __syncthreads();  // this step's keys have landed, and nobody needs those of the step before
@@ -258,7 +277,7 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
 #pragma unroll 1
     for (int sub = 0; sub < G::KEYS; sub += STEP) {
       int key = step * G::KEYS + sub;
-      if (key >= own + OWN || own >= sequence) continue;
+      if (key >= own + OWN || own >= sequence || (BOUNDED && key + STEP <= nearest)) continue;
       const bf16* kt = keys + stage * LEN + sub * T::LD;
       const bf16* vt = values + stage * LEN + sub * T::LD;
       float p[G::TILES][STEP / 8][4] = {}, ds[G::TILES][STEP / 8][4];
@@ -273,6 +292,7 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
             p[t][n][i] = exp2_fast(fmaf(p[t][n][i], scale * LOG2_E, log[t][i >> 1]));
             int at = key + n * 8 + 2 * (lane & 3) + (i & 1), position = own + t * 16 + (i >> 1) * 8 + (lane >> 2);
             if (masked && at > position) p[t][n][i] = 0.0f;
+            if (BOUNDED && at < seen[t][i >> 1]) p[t][n][i] = 0.0f;
             ds[t][n][i] = dot[t][i >> 1];
           }
         }
@@ -303,13 +323,27 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
       attention_bwd_dkv_bf16_d##D(const bf16* __restrict__ qkv, const bf16* __restrict__ d_o,                      \
                                   const float* __restrict__ lse, const float* __restrict__ delta,                  \
                                   bf16* __restrict__ dqkv, int sequence, int heads, int kv_heads, float scale) {   \
-    attention_grad_keys<D>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale);                          \
+    attention_grad_keys<D, false>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale, ALL_BEFORE);       \
   }                                                                                                                \
   extern "C" __global__ void __launch_bounds__(GradQueries<D>::THREADS, 2)                                         \
       attention_bwd_dq_bf16_d##D(const bf16* __restrict__ qkv, const bf16* __restrict__ d_o,                       \
                                  const float* __restrict__ lse, const float* __restrict__ delta,                   \
                                  bf16* __restrict__ dqkv, int sequence, int heads, int kv_heads, float scale) {    \
-    attention_grad_queries<D>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale);                       \
+    attention_grad_queries<D, false>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale, ALL_BEFORE);    \
+  }                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(GradKeys<D>::THREADS, 256 / GradKeys<D>::THREADS)                   \
+      attention_bwd_dkv_seen_bf16_d##D(const bf16* __restrict__ qkv, const bf16* __restrict__ d_o,                 \
+                                       const float* __restrict__ lse, const float* __restrict__ delta,             \
+                                       bf16* __restrict__ dqkv, int sequence, int heads, int kv_heads,             \
+                                       float scale, Sight sight) {                                                 \
+    attention_grad_keys<D, true>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale, sight);             \
+  }                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(GradQueries<D>::THREADS, 2)                                         \
+      attention_bwd_dq_seen_bf16_d##D(const bf16* __restrict__ qkv, const bf16* __restrict__ d_o,                  \
+                                      const float* __restrict__ lse, const float* __restrict__ delta,              \
+                                      bf16* __restrict__ dqkv, int sequence, int heads, int kv_heads, float scale, \
+                                      Sight sight) {                                                               \
+    attention_grad_queries<D, true>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale, sight);          \
   }
 GRAD(16)
 GRAD(32)

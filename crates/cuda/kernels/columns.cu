@@ -2,6 +2,7 @@
 //
 //   *_dw: grid (ceil(dim / 64), parts), 256 threads; parts = leaves * ceil(leaf_rows / chunk): each is the sum of a run of
 //     `chunk` rows, and none crosses leaves
+//   sink_dw_*: the same of sinks, grid (heads, parts): a head a block
 //   fold_columns: grid (ceil(dim / 32), 1 or 2), 256 threads, at most 64 leaves
 #include "device.h"
 #include "lanes.h"
@@ -120,6 +121,37 @@ __device__ __forceinline__ void qk_norm_dw(const T* dy, const T* qkv, const floa
   }
 }
 
+// The gradient of a head's sink, over a run of rows: less its probability times the dot product of output and output
+// gradient. A warp a row.
+template <class T>
+__device__ __forceinline__ void sink_dw(const T* d_o, const T* o, const float* lse, const T* sinks, float* parts,
+                                        int sequence, int heads, int dim, int chunk, int leaf_rows, float* slots) {
+  Chunk rows(chunk, leaf_rows);
+  int head = (int)blockIdx.x, warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+  bool wide = dim % 8 == 0 && aligned16(o) && aligned16(d_o);
+  float sink = as_f32(sinks[head]), sum = 0, g[8], v[8];
+  for (int i = warp; i < rows.count; i += WARPS) {
+    long long row = rows.first + i, at = (row * heads + head) * dim;
+    float dot = 0;
+    for (int column = lane * 8; column < dim; column += 32 * 8) {
+      get8(d_o + at, column, dim, wide).unpack(g);
+      get8(o + at, column, dim, wide).unpack(v);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) dot = fmaf(g[j], v[j], dot);
+    }
+    float log = lse[(row / sequence * heads + head) * sequence + row % sequence];
+    sum -= expf(sink - log) * warp_sum(dot);
+  }
+  if (lane == 0) slots[warp] = sum;
+#if FAULT != 34
+  __syncthreads();
+#endif
+  if (threadIdx.x == 0) {
+    for (int i = 1; i < WARPS; ++i) sum += slots[i];
+    parts[(long long)blockIdx.y * heads + head] = sum;
+  }
+}
+
 // Loads of a thread that are on their way together.
 constexpr int LOADS = 16;
 constexpr int FOLDED = 32, MOST_LEAVES = 64;
@@ -190,6 +222,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                      int kv_heads, int dim, int chunk, int leaf_rows) {                                              \
     SHARED_ARRAY(float, slots, 1024);                                                                                \
     qk_norm_dw(dy, qkv, rstd, parts_q, parts_k, heads, kv_heads, dim, chunk, leaf_rows, slots);                      \
+  }                                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+      sink_dw_##S(const T* d_o, const T* o, const float* lse, const T* sinks, float* parts, int sequence, int heads, \
+                  int dim, int chunk, int leaf_rows) {                                                               \
+    SHARED_ARRAY(float, slots, WARPS);                                                                               \
+    sink_dw(d_o, o, lse, sinks, parts, sequence, heads, dim, chunk, leaf_rows, slots);                               \
   }
 
 COLUMN_KERNELS(bf16, bf16)

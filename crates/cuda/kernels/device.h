@@ -10,6 +10,10 @@
 struct Numbers {
   float loss_scale, grad_scale, keep, keep_no_decay, one_minus_beta1, beta2, one_minus_beta2, root_correction2, eps,
       minus_step_size;
+  // Of an average of the weights.
+  float average_keep, average_share;
+  // Of what is left out at random.
+  uint64_t draws;
 };
 
 // The order in which the leaves of a gradient are added: radices above 1, from the leaves up. The children of a node

@@ -1,7 +1,8 @@
 // Cross-entropy over rows of logits, whole or split over shards of the vocabulary.
 //
 //   xent, xent_stats, xent_grad: grid rows, a block of 256 to 1024 threads (a multiple of 32) that is the same in every
-//     launch, since the order of sums follows from it; xent_combine: a thread a row; loss_sum: one block of 1024
+//     launch, since the order of sums follows from it; xent_combine: a thread a row; loss_sum: one block of 1024; soft_cap: any
+//     grid, 256 threads
 // Whether 8 logits are read at once follows from the vocabulary alone and not from where a row starts: buffers start at
 // multiples of 16 bytes.
 #include "device.h"
@@ -57,19 +58,31 @@ __device__ __forceinline__ Stats stats_of(T* row, uint32_t target, int vocab0, i
   return {max, block_sum(sum, slots + 32), logit};
 }
 
-// Writes (softmax - onehot) scale over the logits; gives the row's loss.
+// What the gradient has beside the cross-entropy's: `z` is the factor of the squared log-sum-exp of a row, and logits
+// were squeezed to `1 / per_cap` (0: they were not). Without either, nothing is rounded otherwise.
+struct Terms {
+  float scale, z, per_cap;
+};
+
+// Writes (softmax - onehot) scale, and what `terms` has beside it, over the logits; gives the row's loss.
 template <class T>
-__device__ __forceinline__ float gradient(T* row, uint32_t target, int vocab0, int vocab, Stats s, float scale) {
+__device__ __forceinline__ float gradient(T* row, uint32_t target, int vocab0, int vocab, Stats s, Terms terms) {
   bool counts = target != IGNORED;
   float inverse = 1.0f / s.sum;
+  // d/dx of z lse^2 is 2 z lse softmax(x).
+#if FAULT == 30
+  float more = 1.0f + 2.0f * terms.z * logf(s.sum);
+#else
+  float more = 1.0f + 2.0f * terms.z * (logf(s.sum) + s.max);
+#endif
   uint32_t at_target = counts && target >= (uint32_t)vocab0 ? target - (uint32_t)vocab0 : IGNORED;
   each_logit(row, vocab, [&](const float(&v)[8], int at, int step) {
     float g[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float p = expf(v[i] - s.max) * inverse;
+      float p = expf(v[i] - s.max) * inverse * more, share = v[i] * terms.per_cap;
       if ((uint32_t)(at + i * step) == at_target) p -= 1.0f;
-      g[i] = counts ? p * scale : 0.0f;
+      g[i] = counts ? p * fmaf(-share, share, 1.0f) * terms.scale : 0.0f;
     }
     if (step == 1) {
       put8(row, at, vocab, true, g);
@@ -83,14 +96,30 @@ __device__ __forceinline__ float gradient(T* row, uint32_t target, int vocab0, i
   return counts ? logf(s.sum) + (s.max - s.target) : 0.0f;
 }
 
+// Squeezes logits in place: cap tanh(x / cap).
+template <class T> __device__ __forceinline__ void soft_cap(T* logits, long long len, float cap) {
+  float inverse = 1.0f / cap;
+  bool wide = len % 8 == 0;
+  long long step = (long long)gridDim.x * blockDim.x * 8;
+  for (long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 8; at < len; at += step) {
+    int rest = (int)min(len - at, 8LL);
+    float v[8];
+    get8(logits + at, 0, rest, wide).unpack(v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = tanhf(v[i] * inverse) * cap;
+    put8(logits + at, 0, rest, wide, v);
+  }
+}
+
 #define LOSS_KERNELS(T, S)                                                                                        \
   extern "C" __global__ void xent_##S(T* logits, const uint32_t* targets, const Numbers* numbers, float* losses,  \
-                                      int vocab) {                                                                \
+                                      int vocab, Terms terms) {                                                   \
     SHARED_ARRAY(float, slots, 64);                                                                               \
     T* row = logits + (long long)blockIdx.x * vocab;                                                              \
     uint32_t target = targets[blockIdx.x];                                                                        \
     Stats s = stats_of(row, target, 0, vocab, slots);                                                             \
-    float loss = gradient(row, target, 0, vocab, s, numbers->loss_scale);                                         \
+    terms.scale *= numbers->loss_scale;                                                                           \
+    float loss = gradient(row, target, 0, vocab, s, terms);                                                       \
     if (threadIdx.x == 0) losses[blockIdx.x] = loss;                                                              \
   }                                                                                                               \
   extern "C" __global__ void xent_stats_##S(const T* logits, const uint32_t* targets, int vocab0, float* stats,   \
@@ -103,12 +132,15 @@ __device__ __forceinline__ float gradient(T* row, uint32_t target, int vocab0, i
     }                                                                                                             \
   }                                                                                                               \
   extern "C" __global__ void xent_grad_##S(T* logits, const uint32_t* targets, int vocab0, const float* stats,    \
-                                           const Numbers* numbers, float* losses, int vocab) {                    \
+                                           const Numbers* numbers, float* losses, int vocab, Terms terms) {       \
     const float* from = stats + 3LL * blockIdx.x;                                                                 \
     Stats s = {from[0], from[1], from[2]};                                                                        \
-    float loss = gradient(logits + (long long)blockIdx.x * vocab, targets[blockIdx.x], vocab0, vocab, s,          \
-                          numbers->loss_scale);                                                                   \
+    terms.scale *= numbers->loss_scale;                                                                           \
+    float loss = gradient(logits + (long long)blockIdx.x * vocab, targets[blockIdx.x], vocab0, vocab, s, terms);  \
     if (threadIdx.x == 0) losses[blockIdx.x] = loss;                                                              \
+  }                                                                                                               \
+  extern "C" __global__ void __launch_bounds__(256) soft_cap_##S(T* logits, long long len, float cap) {           \
+    soft_cap(logits, len, cap);                                                                                   \
   }
 
 LOSS_KERNELS(bf16, bf16)

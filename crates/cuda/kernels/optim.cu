@@ -3,6 +3,7 @@
 //
 //   sum_squares: a block of 256 threads for each 4096 elements; sum_f64: one block of 1024
 //   adamw_*: any grid, 256 threads
+//   average, swap_average_*: any grid, 256 threads
 //   sum_squares_all, adamw_all: the same of many tensors in one launch, a block for each 4096 elements of one of them
 #include "device.h"
 #include "lanes.h"
@@ -139,4 +140,33 @@ extern "C" __global__ void __launch_bounds__(256, 4)
   const Updated t = mine(tensors, count);
   long long first = ((long long)blockIdx.x - t.first_block) * UPDATE_CHUNK;
   update(t, numbers, first + (int)threadIdx.x * 4, min(first + UPDATE_CHUNK, t.len), 256 * 4);
+}
+
+template <class Body> __device__ __forceinline__ void each(long long len, Body body) {
+  long long step = (long long)gridDim.x * blockDim.x;
+#pragma unroll 4
+  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < len; i += step) body(i);
+}
+
+// mean = keep mean + share w.
+extern "C" __global__ void __launch_bounds__(256)
+    average(float* mean, const float* w, const Numbers* numbers, long long len) {
+  float keep = numbers->average_keep, share = numbers->average_share;
+  each(len, [&](long long i) { mean[i] = __fadd_rn(__fmul_rn(keep, mean[i]), __fmul_rn(share, w[i])); });
+}
+
+// Weights and their average change places; `param` gets the weights rounded.
+extern "C" __global__ void __launch_bounds__(256) swap_average_f32(float* w, float* mean, long long len) {
+  each(len, [&](long long i) {
+    float x = w[i];
+    w[i] = mean[i], mean[i] = x;
+  });
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    swap_average_bf16(bf16* param, float* master, float* mean, long long len) {
+  each(len, [&](long long i) {
+    float x = mean[i];
+    mean[i] = master[i], master[i] = x, param[i] = f2bf(x);
+  });
 }

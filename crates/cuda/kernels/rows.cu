@@ -493,6 +493,61 @@ __device__ __forceinline__ void add(const T* x, const T* y, const T* b, T* out, 
   });
 }
 
+// SplitMix64 at state `x`.
+__device__ __forceinline__ uint64_t mix(uint64_t x) {
+  x += 0x9e3779b97f4a7c15ull;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+// Where the rows of a launch lie: `row0` of a micro-batch is the first of them, whose first sequence is the global batch's
+// `sequence0`. The rows of a sequence are two runs of positions, from `front` and from `back` on.
+struct Rows {
+  int row0, sequence0, sequence, front, back;
+  __device__ __forceinline__ uint64_t place(long long i) const {
+    long long row = row0 + i;
+    int in_micro_batch = (int)(row / sequence), at = (int)(row % sequence), half = sequence / 2;
+    int position = at < half ? front + at : back + at - half;
+    return (uint64_t)(sequence0 + in_micro_batch) << 32 | (uint32_t)position;
+  }
+};
+
+// y = acc + kept(x + bias): what is drawn for an element follows from key, place and column, four draws of 16 bits from
+// one number; those below `cut` are left out. `acc` may be `y`.
+template <class T>
+__device__ __forceinline__ void dropout(const T* x, const T* bias, const T* acc, T* y, uint64_t key, Rows rows, int n,
+                                        int dim, uint32_t cut, float scale) {
+  bool wide = dim % 8 == 0 && aligned16(x) && aligned16(y) && (!bias || aligned16(bias)) && (!acc || aligned16(acc));
+  each8_of_rows(n, dim, [&](long long row, int at) {
+    float v[8], w[8];
+    get8(x + row * dim, at, dim, wide).unpack(v);
+    if (bias) {
+      get8(bias, at, dim, wide).unpack(w);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] += w[i];
+    }
+#if FAULT == 31
+    uint64_t of_row = mix(key ^ mix((uint64_t)row));
+#else
+    uint64_t of_row = mix(key ^ mix(rows.place(row)));
+#endif
+#pragma unroll
+    for (int i = 0; i < 8; ++i) w[i] = 0.0f;
+    if (acc) get8(acc + row * dim, at, dim, wide).unpack(w);
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      uint64_t drawn = mix(of_row + (uint64_t)(at / 4 + q) * 0x9e3779b97f4a7c15ull);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float factor = ((uint32_t)(drawn >> 16 * i) & 0xffff) >= cut ? scale : 0.0f;
+        v[4 * q + i] = fmaf(v[4 * q + i], factor, w[4 * q + i]);
+      }
+    }
+    put8(y + row * dim, at, dim, wide, v);
+  });
+}
+
 #define ELEMENT_KERNELS(T, S)                                                                                      \
   extern "C" __global__ void __launch_bounds__(256) swiglu_##S(const T* gate_up, T* h, int n, int F) {             \
     swiglu(gate_up, h, n, F);                                                                                      \
@@ -511,6 +566,11 @@ __device__ __forceinline__ void add(const T* x, const T* y, const T* b, T* out, 
   extern "C" __global__ void __launch_bounds__(256)                                                                \
       add_##S(const T* x, const T* y, const T* b, T* out, long long len, int dim) {                                \
     add(x, y, b, out, len, dim);                                                                                   \
+  }                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(256)                                                                \
+      dropout_##S(const T* x, const T* bias, const T* acc, T* y, uint64_t site, const Numbers* numbers, Rows rows, \
+                  int n, int dim, uint32_t cut, float scale) {                                                     \
+    dropout(x, bias, acc, y, site ^ numbers->draws, rows, n, dim, cut, scale);                                     \
   }
 
 ELEMENT_KERNELS(bf16, bf16)

@@ -92,10 +92,10 @@ __device__ __forceinline__ void mma_pair(float (&c0)[4], float (&c1)[4], const u
 }
 
 // Scores of 16 rows against N columns, of which the lane holds two rows, become exponentials over the running maximum.
-// `position` is the lane's first row's, `key` its first column's.
-template <int N, int D>
+// `position` is the lane's first row's, `key` its first column's. BOUNDED: keys before those `seen` by each row are not.
+template <int N, int D, bool BOUNDED = false>
 __device__ __forceinline__ void softmax(float (&s)[N / 8][4], float (&o)[D / 8][4], float (&max)[2], float (&sum)[2],
-                                        float scale, bool masked, int position, int key) {
+                                        float scale, bool masked, int position, int key, const int (&seen)[2]) {
   if (masked) {
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
@@ -105,6 +105,19 @@ __device__ __forceinline__ void softmax(float (&s)[N / 8][4], float (&o)[D / 8][
         if (key + n * 8 + (i & 1) > position + (i >> 1) * 8 + 1) s[n][i] = -INFINITY;
 #else
         if (key + n * 8 + (i & 1) > position + (i >> 1) * 8) s[n][i] = -INFINITY;
+#endif
+      }
+    }
+  }
+  if (BOUNDED) {
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#if FAULT == 32
+        if (key + n * 8 + (i & 1) + 1 < seen[i >> 1]) s[n][i] = -INFINITY;
+#else
+        if (key + n * 8 + (i & 1) < seen[i >> 1]) s[n][i] = -INFINITY;
 #endif
       }
     }
@@ -122,7 +135,7 @@ __device__ __forceinline__ void softmax(float (&s)[N / 8][4], float (&o)[D / 8][
   if (__any_sync(~0u, top[0] > max[0] || top[1] > max[1])) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float factor = exp2_fast((max[h] - top[h]) * scale);
+      float factor = BOUNDED && max[h] == top[h] ? 1.0f : exp2_fast((max[h] - top[h]) * scale);
       sum[h] *= factor;
       max[h] = top[h];
 #pragma unroll
@@ -134,7 +147,8 @@ __device__ __forceinline__ void softmax(float (&s)[N / 8][4], float (&o)[D / 8][
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float low = top[h] * scale;
+    // A row that has seen nothing so far has no maximum to subtract.
+    float low = BOUNDED && top[h] == -INFINITY ? 0.0f : top[h] * scale;
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
 #pragma unroll

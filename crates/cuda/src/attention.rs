@@ -22,23 +22,46 @@ struct Variant {
 #[derive(Clone, Copy)]
 struct Tile {
     name: &'static str,
+    /// The same within bounds.
+    seen: &'static str,
     rows: usize,
     /// Blocks that share rows, each for some of the columns.
     slices: usize,
     threads: usize,
     shared_bytes: usize,
+    /// Beside them within bounds.
+    seen_bytes: usize,
 }
 
 const fn tile(name: &'static str, rows: usize, slices: usize, threads: usize, shared_bytes: usize) -> Tile {
-    Tile { name, rows, slices, threads, shared_bytes }
+    Tile { name, seen: name, rows, slices, threads, shared_bytes, seen_bytes: 0 }
+}
+
+impl Tile {
+    /// The kernel within bounds is another, with so many bytes more.
+    const fn or(self, seen: &'static str, seen_bytes: usize) -> Tile {
+        Tile { seen, seen_bytes, ..self }
+    }
+}
+
+/// Bytes for the first key that each query of a step sees.
+const fn seen_bytes(dim: usize) -> usize {
+    match dim {
+        ..=64 => 512,
+        65..=128 => 256,
+        _ => 128,
+    }
 }
 
 macro_rules! bf16_variant {
     ($d:literal, $rows:expr, $forward:expr, ($keys:expr, $slices:expr, $threads:expr, $kb:expr), $qb:expr) => {
         Variant {
-            forward: tile(concat!("attention_fwd_bf16_d", $d), $rows, 1, 128, $forward),
-            keys: tile(concat!("attention_bwd_dkv_bf16_d", $d), $keys, $slices, $threads, $kb),
-            queries: tile(concat!("attention_bwd_dq_bf16_d", $d), $rows, 1, 128, $qb),
+            forward: tile(concat!("attention_fwd_bf16_d", $d), $rows, 1, 128, $forward)
+                .or(concat!("attention_fwd_seen_bf16_d", $d), 0),
+            keys: tile(concat!("attention_bwd_dkv_bf16_d", $d), $keys, $slices, $threads, $kb)
+                .or(concat!("attention_bwd_dkv_seen_bf16_d", $d), seen_bytes($d)),
+            queries: tile(concat!("attention_bwd_dq_bf16_d", $d), $rows, 1, 128, $qb)
+                .or(concat!("attention_bwd_dq_seen_bf16_d", $d), 0),
         }
     };
 }
@@ -50,13 +73,13 @@ impl Variant {
             return (dim <= 256).then(|| Variant::f32(dim));
         }
         Some(match dim {
-            16 => bf16_variant!("16", 128, 12_288, (128, 1, 128, 25_600), 24_576),
-            32 => bf16_variant!("32", 128, 20_480, (128, 1, 128, 41_984), 40_960),
-            64 => bf16_variant!("64", 128, 32_768, (128, 1, 128, 66_560), 65_536),
-            80 => bf16_variant!("80", 128, 45_056, (128, 1, 256, 68_096), 67_584),
-            96 => bf16_variant!("96", 128, 53_248, (128, 1, 256, 80_384), 79_872),
-            128 => bf16_variant!("128", 128, 65_536, (128, 1, 256, 98_816), 98_304),
-            256 => bf16_variant!("256", 64, 65_536, (64, 2, 128, 98_560), 98_304),
+            16 => bf16_variant!(16, 128, 12_288, (128, 1, 128, 25_600), 24_576),
+            32 => bf16_variant!(32, 128, 20_480, (128, 1, 128, 41_984), 40_960),
+            64 => bf16_variant!(64, 128, 32_768, (128, 1, 128, 66_560), 65_536),
+            80 => bf16_variant!(80, 128, 45_056, (128, 1, 256, 68_096), 67_584),
+            96 => bf16_variant!(96, 128, 53_248, (128, 1, 256, 80_384), 79_872),
+            128 => bf16_variant!(128, 128, 65_536, (128, 1, 256, 98_816), 98_304),
+            256 => bf16_variant!(256, 64, 65_536, (64, 2, 128, 98_560), 98_304),
             _ => return None,
         })
     }
@@ -91,6 +114,37 @@ impl Variant {
     }
 }
 
+/// What bounds the keys that queries see, and what else is asked of a softmax, as `kernels/sight.h` has it.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Sight {
+    window: i32,
+    starts: u64,
+    sinks: u64,
+    maxima: u64,
+}
+
+impl Sight {
+    /// With the operands that say so, which follow `first` others. A derivative has the sinks in its sums.
+    fn of(d: &Cuda, l: &Launch<'_>, sees: Sees, first: usize) -> Sight {
+        let derivative = matches!(l.kind(), OpKind::AttentionGrad { .. });
+        let sinks = sees.sinks && !derivative;
+        let maxima = matches!(l.kind(), OpKind::Attention { .. }) && l.outputs() > 2;
+        Sight {
+            window: int(sees.window.unwrap_or(0)),
+            starts: if sees.documents { d.at(l.input(first)) } else { 0 },
+            sinks: if sinks { d.at(l.input(first + usize::from(sees.documents))) } else { 0 },
+            maxima: if maxima { d.at(l.output(2)) } else { 0 },
+        }
+    }
+
+    /// Whether a kernel that knows nothing of it would do.
+    fn is_all(self) -> bool {
+        let Sight { window, starts, sinks, maxima } = self;
+        window == 0 && starts == 0 && sinks == 0 && maxima == 0
+    }
+}
+
 /// A map of the rows of whole sequences.
 fn map(d: &Cuda, of: Operand, sequence: usize) -> Result<TensorMap> {
     TensorMap::of_leaves(d.at(of), of.rows / sequence, sequence, of.cols)
@@ -110,11 +164,8 @@ impl Tile {
     }
 }
 
-/// Whether there are kernels for heads of this width that see this far.
-pub(crate) fn can_run(dtype: DType, heads: Heads, sees: Sees) -> Result<(), Lack> {
-    if sees != Sees::ALL {
-        return Err(Lack::Sees);
-    }
+/// Whether there are kernels for heads of this width.
+pub(crate) fn can_run(dtype: DType, heads: Heads) -> Result<(), Lack> {
     Variant::of(dtype, heads.dim).map(|_| ()).ok_or(Lack::HeadWidth)
 }
 
@@ -131,10 +182,11 @@ fn variant_of(l: &Launch<'_>, h: Heads) -> Result<Variant> {
 }
 
 pub(crate) fn forward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
-    let OpKind::Attention { heads, .. } = *l.kind() else { not_mine!(l) };
+    let OpKind::Attention { heads, sees } = *l.kind() else { not_mine!(l) };
     let qkv = l.input(0);
     let sequences = qkv.rows / l.sequence();
-    if let Some(Variant { forward, .. }) = Variant::wide(d, l, heads) {
+    let sight = Sight::of(d, l, sees, 1);
+    if let Some(Variant { forward, .. }) = Variant::wide(d, l, heads).filter(|_| sight.is_all()) {
         let params = Params::new().with(map(d, qkv, l.sequence())?);
         let params = params.with(d.at(l.output(0))).with(d.at(l.output(1))).with(int(sequences));
         let geometry = forward.persistent(d, l.sequence(), heads.q, sequences);
@@ -142,18 +194,34 @@ pub(crate) fn forward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     }
     let tile = variant_of(l, heads)?.forward;
     let params = Params::new().with(d.at(qkv)).with(d.at(l.output(0))).with(d.at(l.output(1)));
-    d.start(tile.name, tile.geometry(l.sequence(), heads.q, sequences), shape(params, l, heads))
+    let geometry = tile.geometry(l.sequence(), heads.q, sequences);
+    bounded(d, l, tile, geometry, (shape(params, l, heads), sight))
+}
+
+/// Starts a kernel, or its like within bounds. That of float32 is one for both.
+fn bounded(
+    d: &mut Cuda,
+    l: &Launch<'_>,
+    tile: Tile,
+    g: Geometry,
+    (params, sight): (Params, Sight),
+) -> Result<()> {
+    if l.precision() == DType::Bf16 && sight.is_all() {
+        return d.start(tile.name, g, params);
+    }
+    d.start(tile.seen, Geometry { shared_bytes: g.shared_bytes + tile.seen_bytes, ..g }, params.with(sight))
 }
 
 pub(crate) fn backward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
-    let OpKind::AttentionGrad { heads, .. } = *l.kind() else { not_mine!(l) };
+    let OpKind::AttentionGrad { heads, sees } = *l.kind() else { not_mine!(l) };
+    let sight = Sight::of(d, l, sees, 4);
     let [qkv, o, lse, dy] = [0, 1, 2, 3].map(|i| l.input(i));
     let (n, sequence) = (qkv.rows, l.sequence());
     let delta: Operand = l.workspace().part(0, n * heads.q);
     let params = Params::new().with(d.at(o)).with(d.at(dy)).with(d.at(delta));
     let params = params.with(int(n)).with(int(sequence)).with(int(heads.q)).with(int(heads.dim));
     d.start(variant!(l, "attention_bwd_prep"), Geometry::line((n * heads.q).div_ceil(32), 256), params)?;
-    if let Some(Variant { keys, queries, .. }) = Variant::wide(d, l, heads) {
+    if let Some(Variant { keys, queries, .. }) = Variant::wide(d, l, heads).filter(|_| sight.is_all()) {
         for (tile, per) in [(keys, heads.kv), (queries, heads.q)] {
             let params = Params::new().with(map(d, qkv, sequence)?).with(map(d, dy, sequence)?);
             let params = params.with(d.at(lse)).with(d.at(delta)).with(d.at(l.output(0)));
@@ -166,14 +234,15 @@ pub(crate) fn backward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     for (tile, per) in [(keys, heads.kv), (queries, heads.q)] {
         let params = Params::new().with(d.at(qkv)).with(d.at(dy)).with(d.at(lse)).with(d.at(delta));
         let params = shape(params.with(d.at(l.output(0))), l, heads);
-        d.start(tile.name, tile.geometry(sequence, per, n / sequence), params)?;
+        bounded(d, l, tile, tile.geometry(sequence, per, n / sequence), (params, sight))?;
     }
     Ok(())
 }
 
 /// Appends the token's keys and values to the layer's cache and attends over all of it so far.
 pub(crate) fn decode(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
-    let OpKind::AttentionCached { heads, .. } = *l.kind() else { not_mine!(l) };
+    let OpKind::AttentionCached { heads, sees, .. } = *l.kind() else { not_mine!(l) };
+    let sight = Sight::of(d, l, sees, 1);
     let params = Params::new()
         .with(d.at(l.input(0)))
         .with(d.at(l.output(1)))
@@ -184,6 +253,7 @@ pub(crate) fn decode(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
         .with(int(heads.q))
         .with(int(heads.kv))
         .with(int(heads.dim))
-        .with(heads.scale());
+        .with(heads.scale())
+        .with(sight);
     d.start(variant!(l, "attention_decode"), Geometry::line(heads.q, 256), params)
 }

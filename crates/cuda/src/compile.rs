@@ -17,10 +17,11 @@ pub(crate) struct Source {
 }
 
 /// What sources include, by name.
-const HEADERS: [(&str, &str); 8] = [
+const HEADERS: [(&str, &str); 9] = [
     ("device.h", include_str!("../kernels/device.h")),
     ("gpu.h", include_str!("../kernels/gpu.h")),
     ("hopper.h", include_str!("../kernels/hopper.h")),
+    ("sight.h", include_str!("../kernels/sight.h")),
     ("leaves.h", include_str!("../kernels/leaves.h")),
     ("warpgroup.h", include_str!("../kernels/warpgroup.h")),
     ("tiles_wgmma.h", include_str!("../kernels/tiles_wgmma.h")),

@@ -4,7 +4,7 @@ use train::Turn;
 
 use crate::driver::{Memory, Stream};
 
-/// What kernels read of a turn, as `kernels/gpu.h` declares it. It lies on the card, so that a recorded stretch runs
+/// What kernels read of a turn, as `kernels/device.h` declares it. It lies on the card, so that a recorded stretch runs
 /// again with other numbers.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -19,6 +19,9 @@ struct Layout {
     root_correction2: f32,
     eps: f32,
     minus_step_size: f32,
+    average_keep: f32,
+    average_share: f32,
+    draws: u64,
 }
 
 /// A turn's numbers on the card.
@@ -43,7 +46,7 @@ impl Numbers {
 
     /// The numbers of a turn; those of the optimiser stay where it has none.
     fn next(&self, turn: &Turn) -> Layout {
-        let mut next = Layout { loss_scale: turn.loss_scale, ..self.now };
+        let mut next = Layout { loss_scale: turn.loss_scale, draws: turn.draws, ..self.now };
         if let Some(update) = turn.update {
             let plain = AdamW { weight_decay: 0.0, ..update }.scalars();
             let AdamWScalars {
@@ -56,8 +59,10 @@ impl Numbers {
                 minus_step_size,
                 grad_scale,
             } = update.scalars();
+            let share = kernels::average_share(turn.ema, update.step);
             next = Layout {
-                loss_scale: next.loss_scale,
+                average_keep: (1.0 - share) as f32,
+                average_share: share as f32,
                 grad_scale,
                 keep,
                 keep_no_decay: plain.keep,
@@ -67,6 +72,7 @@ impl Numbers {
                 root_correction2,
                 eps,
                 minus_step_size,
+                ..next
             };
         }
         next
@@ -79,7 +85,7 @@ impl Numbers {
             return Ok(());
         }
         self.now = next;
-        // SAFETY: a plain struct of f32 without padding.
+        // SAFETY: a plain struct without padding: twelve f32 and a u64.
         let bytes =
             unsafe { std::slice::from_raw_parts((&raw const self.now).cast::<u8>(), size_of::<Layout>()) };
         stream.upload(self.memory.base, bytes)

@@ -1,6 +1,6 @@
 //! Which kernels an op's kind is, and what they are called with. Parameters follow the kernels' declarations.
 
-use program::{GroupId, Heads, LossTerms, Op, OpKind, Program, Sees, View};
+use program::{GroupId, Heads, LossTerms, Op, OpKind, Program, View};
 use spec::{DType, NormKind, Result};
 use train::{Gradient, Lack, Launch, Operand};
 
@@ -36,7 +36,7 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
         EmbedGrad { .. } => embed_grad,
         PosGrad => pos_grad,
         Norm { .. } | NormGradInput { .. } => norm,
-        NormGradWeight { .. } | BiasGrad | HeadNormGradWeight { .. } => column_sums,
+        NormGradWeight { .. } | BiasGrad | HeadNormGradWeight { .. } | SinkGrad { .. } => column_sums,
         HeadNorm { .. } | HeadNormGradInput { .. } => head_norm,
         Linear | LinearGradInput => products::linear,
         LinearGradWeight => products::grad_weight,
@@ -46,11 +46,18 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
         AttentionCached { .. } => attention::decode,
         SwiGlu { clamped: false } | SwiGluGrad { clamped: false } => elementwise,
         Gelu { .. } | GeluGrad { .. } | Add => elementwise,
-        Xent { .. } | XentStats { .. } | XentCombine { .. } | XentGrad { .. } | LossSum { .. } => loss,
+        Dropout { .. } => dropout,
+        SoftCap { .. }
+        | Xent { .. }
+        | XentStats { .. }
+        | XentCombine { .. }
+        | XentGrad { .. }
+        | LossSum { .. } => loss,
         ShardGrads { .. } => shard_grads,
         TieGrads { .. } => tie_grads,
         GradNorm => update::grad_norm,
         AdamW { .. } => update::adamw,
+        Average { .. } | SwapAverage { .. } => update::average,
         other => return Err(Lack::of(other)),
     })
 }
@@ -59,13 +66,9 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
 pub(crate) fn can_run(kind: &OpKind, precision: DType) -> Result<(), Lack> {
     kernel(kind)?;
     match kind {
-        OpKind::Attention { heads, sees } | OpKind::AttentionGrad { heads, sees } => {
-            attention::can_run(precision, *heads, *sees)
+        OpKind::Attention { heads, .. } | OpKind::AttentionGrad { heads, .. } => {
+            attention::can_run(precision, *heads)
         }
-        OpKind::Xent { terms } | OpKind::XentGrad { terms, .. } if *terms != LossTerms::default() => {
-            Err(Lack::LossTerms)
-        }
-        OpKind::AttentionCached { sees, .. } if *sees != Sees::ALL => Err(Lack::Sees),
         _ => Ok(()),
     }
 }
@@ -107,6 +110,7 @@ pub fn workspace_len(op: &Op, p: &Program, hopper: bool) -> usize {
             let cols = cols(op.ins[0]);
             op.grads.len() * parts(&op.kind, rows(0), leaves(), cols).0 * cols
         }
+        SinkGrad { heads } => parts(&op.kind, rows(0), leaves(), heads.q).0 * heads.q,
         HeadNormGradWeight { heads } => 2 * parts(&op.kind, rows(0), leaves(), heads.dim).0 * heads.dim,
         EmbedGrad { .. } => rows(0) * cols(op.ins[1]) + group(op.grads[0].group).rows,
         AttentionGrad { heads, .. } => rows(0) * heads.q,
@@ -349,10 +353,11 @@ fn column_sums(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let at = |d: &Cuda, i: usize| d.at(l.input(i));
     let g = l.gradient(0);
     let leaves = Tree::of(g.inner).leaves();
-    let mut dim = dy.cols;
-    if let OpKind::HeadNormGradWeight { heads } = *l.kind() {
-        dim = heads.dim;
-    }
+    let dim = match *l.kind() {
+        OpKind::HeadNormGradWeight { heads } => heads.dim,
+        OpKind::SinkGrad { heads } => heads.q,
+        _ => dy.cols,
+    };
     let ((count, chunk), leaf_rows) = (parts(l.kind(), n, leaves, dim), n / leaves);
     let part = |i: usize, dim: usize| l.workspace().part(i * count * dim, count * dim);
     let (name, outs, params) = match *l.kind() {
@@ -374,10 +379,16 @@ fn column_sums(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
             let params = params.with(d.at(part(0, dim))).with(d.at(part(1, dim)));
             (variant!(l, "qk_norm_dw"), 2, params.with(int(h.q)).with(int(h.kv)).with(int(dim)))
         }
+        OpKind::SinkGrad { heads } => {
+            let params = (0..4).fold(Params::new(), |p, i| p.with(at(d, i))).with(d.at(part(0, dim)));
+            let params = params.with(int(l.sequence())).with(int(heads.q)).with(int(dy.cols / heads.q));
+            (variant!(l, "sink_dw"), 1, params)
+        }
         _ => not_mine!(l),
     };
     let params = params.with(int(chunk)).with(int(leaf_rows));
-    let grid = [dim.div_ceil(COLUMNS), count, 1];
+    let across = if matches!(l.kind(), OpKind::SinkGrad { .. }) { dim } else { dim.div_ceil(COLUMNS) };
+    let grid = [across, count, 1];
     d.start(name, Geometry { grid, block: 256, shared_bytes: 0 }, params)?;
     fold_columns(d, l, outs, count / leaves, dim)
 }
@@ -457,6 +468,52 @@ fn elementwise(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     d.start(name, by_element(x.len()), params)
 }
 
+/// Where the rows of a launch lie, as kernels take it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Rows {
+    row0: i32,
+    sequence0: i32,
+    sequence: i32,
+    front: i32,
+    back: i32,
+}
+
+fn dropout(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let OpKind::Dropout { site, rate } = *l.kind() else { not_mine!(l) };
+    let of = kernels::Dropout { key: site, rate };
+    let (x, (sequence0, row0), [front, back]) = (l.input(0), l.first_row(), l.places());
+    let rows = Rows {
+        row0: int(row0),
+        sequence0: int(sequence0),
+        sequence: int(l.sequence()),
+        front: int(front),
+        back: int(back),
+    };
+    let bias = if l.inputs() > 1 { d.at(l.input(1)) } else { 0 };
+    let acc = l.acc().map_or(0, |acc| d.at(acc));
+    let params = Params::new().with(d.at(x)).with(bias).with(acc).with(d.at(l.output(0)));
+    let params = params.with(of.key).with(d.numbers()).with(rows).with(int(x.rows)).with(int(x.cols));
+    d.start(variant!(l, "dropout"), by_element(x.len()), params.with(of.cut()).with(of.factor()))
+}
+
+/// What the gradient of a loss is made of, as kernels take it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Terms {
+    scale: f32,
+    z: f32,
+    per_cap: f32,
+}
+
+impl Terms {
+    /// Times the step's own scale, which kernels read of the step's numbers.
+    fn of(terms: LossTerms) -> Terms {
+        let per_cap = if terms.cap > 0.0 { 1.0 / terms.cap } else { 0.0 };
+        Terms { scale: terms.weight, z: terms.z, per_cap }
+    }
+}
+
 /// Threads for a row of logits.
 const VOCAB_THREADS: usize = 512;
 
@@ -465,9 +522,13 @@ fn loss(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let at = |d: &Cuda, i: usize| d.at(l.input(i));
     let rows = Geometry::line(x.rows, VOCAB_THREADS);
     match *l.kind() {
-        OpKind::Xent { .. } => {
+        OpKind::SoftCap { cap } => {
+            let params = Params::new().with(d.at(l.output(0))).with(x.len() as i64).with(cap);
+            d.start(variant!(l, "soft_cap"), by_element(x.len()), params)
+        }
+        OpKind::Xent { terms } => {
             let params = Params::new().with(d.at(l.output(0))).with(at(d, 1)).with(numbers);
-            let params = params.with(d.at(l.output(1))).with(int(x.cols));
+            let params = params.with(d.at(l.output(1))).with(int(x.cols)).with(Terms::of(terms));
             d.start(variant!(l, "xent"), rows, params)
         }
         OpKind::XentStats { vocab0 } => {
@@ -480,9 +541,10 @@ fn loss(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
             let params = Params::new().with(at(d, 0)).with(int(shards)).with(d.at(l.output(0))).with(int(n));
             d.start("xent_combine", Geometry::line(n.div_ceil(256), 256), params)
         }
-        OpKind::XentGrad { vocab0, .. } => {
+        OpKind::XentGrad { vocab0, terms } => {
             let params = Params::new().with(d.at(l.output(0))).with(at(d, 1)).with(int(vocab0));
             let params = params.with(at(d, 2)).with(numbers).with(d.at(l.output(1))).with(int(x.cols));
+            let params = params.with(Terms::of(terms));
             d.start(variant!(l, "xent_grad"), rows, params)
         }
         OpKind::LossSum { .. } => {

@@ -97,6 +97,26 @@ pub(crate) fn adamw(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     if d.is_in_stretch() { Ok(()) } else { flush(d) }
 }
 
+/// Moves an average towards its weights, or lets them change places.
+pub(crate) fn average(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let out = |d: &Cuda, i: usize| d.at(l.output(i));
+    let len = l.output(0).len();
+    let (name, params) = match l.kind() {
+        OpKind::Average { .. } => {
+            ("average", Params::new().with(out(d, 0)).with(d.at(l.input(0))).with(d.numbers()))
+        }
+        OpKind::SwapAverage { .. } if l.precision() == DType::F32 => {
+            ("swap_average_f32", Params::new().with(out(d, 0)).with(out(d, 1)))
+        }
+        OpKind::SwapAverage { .. } => {
+            ("swap_average_bf16", Params::new().with(out(d, 0)).with(out(d, 1)).with(out(d, 2)))
+        }
+        _ => not_mine!(l),
+    };
+    let grid = len.div_ceil(4 * 256).min(1 << 16);
+    d.start(name, Geometry::line(grid, 256), params.with(len as i64))
+}
+
 /// Puts the updates that wait on the stream, as one launch. Whatever else goes there, and whoever reads the arena, must
 /// come after it.
 pub(crate) fn flush(d: &mut Cuda) -> Result<()> {

@@ -24,13 +24,18 @@ const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
 impl Dropout {
     /// Draws below this are left out.
-    fn cut(self) -> u32 {
+    pub fn cut(self) -> u32 {
         ((f64::from(self.rate) * f64::from(DRAWS)).round() as u32).min(DRAWS - 1)
     }
 
     /// The probability itself: the rate to the nearest draw.
     pub fn dropped(self) -> f64 {
         f64::from(self.cut()) / f64::from(DRAWS)
+    }
+
+    /// What is kept is multiplied by this.
+    pub fn factor(self) -> f32 {
+        (1.0 / (1.0 - self.dropped())) as f32
     }
 
     /// Where the draws of a row begin.
@@ -73,7 +78,7 @@ pub fn dropout<T: Storage>(
     assert_eq!((x.len(), bias.map_or(cols, <[T]>::len)), (y.len(), cols));
     assert_eq!(x.len() % cols.max(1), 0, "whole rows");
     let (rows, y) = (x.len() / cols.max(1), Parts::new(y));
-    let (cut, scale) = (of.cut(), (1.0 / (1.0 - of.dropped())) as f32);
+    let (cut, scale) = (of.cut(), of.factor());
     pool.rows(rows, 4 * cols, &|range: Range<usize>, _| {
         for row in range {
             let at = row * cols..(row + 1) * cols;

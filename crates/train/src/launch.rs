@@ -149,12 +149,19 @@ impl<'a> Launch<'a> {
 
     /// Where row `i` of an activation of the residual stream lies: its sequence in the global batch, and its position there.
     pub fn place(&self, i: usize) -> (usize, usize) {
-        let Call { sequence: t, places, first, .. } = *self.call;
-        let row = self.call.row0 + i;
+        let Call { sequence: t, places, .. } = *self.call;
+        let (sequence0, row0) = self.first_row();
+        let row = row0 + i;
         let (in_micro_batch, at) = (row / t, row % t);
         let half = t / 2;
         let position = if at < half { places[0] + at } else { places[1] + at - half };
-        (first.0 + self.turn.micro_batch * first.1 + in_micro_batch, position)
+        (sequence0 + in_micro_batch, position)
+    }
+
+    /// The micro-batch's first sequence in the global batch, and how many rows of the micro-batch lie before the op's first.
+    pub fn first_row(&self) -> (usize, usize) {
+        let Call { first, row0, .. } = *self.call;
+        (first.0 + self.turn.micro_batch * first.1, row0)
     }
 
     /// Of weights that are changed in place: the first element in their group, and how many elements make a feature.

@@ -8,20 +8,41 @@ struct Kernels {
   void (*forward)(const bf16*, bf16*, float*, int, int, int, float);
   void (*grad_keys)(const bf16*, const bf16*, const float*, const float*, bf16*, int, int, int, float);
   void (*grad_queries)(const bf16*, const bf16*, const float*, const float*, bf16*, int, int, int, float);
+  void (*forward_seen)(const bf16*, bf16*, float*, int, int, int, float, Sight);
+  void (*grad_keys_seen)(const bf16*, const bf16*, const float*, const float*, bf16*, int, int, int, float, Sight);
+  void (*grad_queries_seen)(const bf16*, const bf16*, const float*, const float*, bf16*, int, int, int, float, Sight);
   int rows, threads, bytes;
-  int keys, slices, keys_threads, keys_bytes;
+  int keys, slices, keys_threads, keys_bytes, keys_seen_bytes;
   int queries, queries_threads, queries_bytes;
 };
 #define KERNELS(D)                                                                                                   \
   Kernels {                                                                                                          \
-    D, attention_fwd_bf16_d##D, attention_bwd_dkv_bf16_d##D, attention_bwd_dq_bf16_d##D, Forward<D>::ROWS,            \
+    D, attention_fwd_bf16_d##D, attention_bwd_dkv_bf16_d##D, attention_bwd_dq_bf16_d##D,                               \
+        attention_fwd_seen_bf16_d##D, attention_bwd_dkv_seen_bf16_d##D, attention_bwd_dq_seen_bf16_d##D, Forward<D>::ROWS, \
         Forward<D>::THREADS, Forward<D>::BYTES, GradKeys<D>::KEYS, GradKeys<D>::SLICES, GradKeys<D>::THREADS,        \
-        GradKeys<D>::BYTES, GradQueries<D>::ROWS, GradQueries<D>::THREADS, GradQueries<D>::BYTES                     \
+        GradKeys<D>::BYTES, GradKeys<D>::SEEN_BYTES, GradQueries<D>::ROWS, GradQueries<D>::THREADS, GradQueries<D>::BYTES                     \
   }
 static const Kernels ALL[] = {KERNELS(16), KERNELS(32), KERNELS(64), KERNELS(80),
                               KERNELS(96), KERNELS(128), KERNELS(256)};
 
 static unsigned blocks_of(int n, int size) { return unsigned((n + size - 1) / size); }
+
+// What a test's shape says of keys, in memory that kernels see.
+struct Bounds {
+  Buffer<uint32_t> starts;
+  Buffer<bf16> sinks;
+  explicit Bounds(const AttentionShape& s) : starts(s.starts), sinks(rounded(s.sinks)) {}
+  Sight of(const AttentionShape& s, int from, const AttentionTensors& t) const {
+    size_t token = size_t(from) * s.sequence;
+    const uint32_t* documents = s.starts.empty() ? nullptr : starts + token;
+    return {s.window, documents, s.sinks.empty() ? nullptr : sinks.ptr(), t.maxima + token * s.heads};
+  }
+  static std::vector<bf16> rounded(const std::vector<double>& x) {
+    std::vector<bf16> out;
+    for (double v : x) out.push_back(host_f2bf(float(v)));
+    return out;
+  }
+};
 
 static void forward(const Kernels& k, const AttentionShape& s, int from, int sequences, const AttentionTensors& t) {
   size_t token = size_t(from) * s.sequence;
@@ -30,6 +51,14 @@ static void forward(const Kernels& k, const AttentionShape& s, int from, int seq
   float* lse = t.lse + token * s.heads;
   auto kernel = k.forward;
   dim3 grid(blocks_of(s.sequence, k.rows), unsigned(s.heads), unsigned(sequences));
+  if (s.bounded()) {
+    auto seen = k.forward_seen;
+    Bounds bounds(s);
+    Sight sight = bounds.of(s, from, t);
+    LAUNCH(seen, grid, dim3(unsigned(k.threads)), size_t(k.bytes), qkv, o, lse, s.sequence, s.heads, s.kv_heads,
+           s.scale(), sight);
+    return;
+  }
   LAUNCH(kernel, grid, dim3(unsigned(k.threads)), size_t(k.bytes), qkv, o, lse, s.sequence, s.heads, s.kv_heads,
          s.scale());
 }
@@ -45,10 +74,21 @@ static void backward(const Kernels& k, const AttentionShape& s, int from, int se
          s.sequence, s.heads, s.dim);
   auto keys = k.grad_keys;
   dim3 grid(blocks_of(s.sequence, k.keys) * unsigned(k.slices), unsigned(s.kv_heads), unsigned(sequences));
+  dim3 rows(blocks_of(s.sequence, k.queries), unsigned(s.heads), unsigned(sequences));
+  if (s.bounded()) {
+    auto keys_seen = k.grad_keys_seen;
+    auto queries_seen = k.grad_queries_seen;
+    Bounds bounds(s);
+    Sight sight = bounds.of(s, from, t);
+    LAUNCH(keys_seen, grid, dim3(unsigned(k.keys_threads)), size_t(k.keys_seen_bytes), qkv, d_o, lse, delta, dqkv,
+           s.sequence, s.heads, s.kv_heads, s.scale(), sight);
+    LAUNCH(queries_seen, rows, dim3(unsigned(k.queries_threads)), size_t(k.queries_bytes), qkv, d_o, lse, delta, dqkv,
+           s.sequence, s.heads, s.kv_heads, s.scale(), sight);
+    return;
+  }
   LAUNCH(keys, grid, dim3(unsigned(k.keys_threads)), size_t(k.keys_bytes), qkv, d_o, lse, delta, dqkv, s.sequence,
          s.heads, s.kv_heads, s.scale());
   auto queries = k.grad_queries;
-  dim3 rows(blocks_of(s.sequence, k.queries), unsigned(s.heads), unsigned(sequences));
   LAUNCH(queries, rows, dim3(unsigned(k.queries_threads)), size_t(k.queries_bytes), qkv, d_o, lse, delta, dqkv,
          s.sequence, s.heads, s.kv_heads, s.scale());
 }
@@ -59,10 +99,34 @@ static void test(const Kernels& k, int sequences, int sequence, int heads, int k
       "attention", s, seed, [&](const auto&... a) { forward(k, a...); }, [&](const auto&... a) { backward(k, a...); });
 }
 
+// Windows, documents and sinks, alone and together; `far` is a window that reaches over several blocks of keys.
+static void test_bounded(const Kernels& k, int sequences, int sequence, int heads, int kv_heads, int far, uint64_t seed) {
+  Random random(seed + 77);
+  auto starts = some_documents(random, sequences, sequence);
+  std::vector<double> sinks;
+  for (int h = 0; h < heads; ++h) sinks.push_back(host_bf2f(host_f2bf(float(2 * random.unit() + 1))));
+  AttentionShape plain{sequences, sequence, heads, kv_heads, k.dim};
+  for (int how = 0; how < 5; ++how) {
+    AttentionShape s = plain;
+    if (how == 0 || how == 3) s.window = how == 0 ? 5 : far;
+    if (how == 1 || how == 3) s.starts = starts;
+    if (how >= 2) s.sinks = sinks;
+    if (how == 4) s.window = far;
+    test_attention(
+        "attention within bounds " + std::to_string(how), s, seed, [&](const auto&... a) { forward(k, a...); },
+        [&](const auto&... a) { backward(k, a...); });
+  }
+}
+
 // Generates `length` tokens one after another: each must attend as the last query of a sequence does.
-template <class T> static void test_decode(int length, int heads, int kv_heads, int dim) {
+template <class T> static void test_decode(int length, int heads, int kv_heads, int dim, int window = 0) {
   AttentionShape s{1, length, heads, kv_heads, dim};
   Random random(uint64_t(length + dim));
+  s.window = window;
+  auto sinks = random_values<T>(random, window > 0 ? heads : 0, 2);
+  s.sinks = numbers_of(sinks);
+  Buffer<T> dsinks(sinks);
+  Sight sight{window, nullptr, window > 0 ? dsinks.ptr() : nullptr, nullptr};
   auto qkv = random_values<T>(random, s.qkv_len(), 2.5);
   auto expected = attention_reference(s, numbers_of(qkv), std::vector<double>(s.o_len()));
   size_t cache_len = size_t(length) * kv_heads * dim;
@@ -76,10 +140,10 @@ template <class T> static void test_decode(int length, int heads, int kv_heads, 
     const int* position = i % 2 == 0 ? at.ptr() : nullptr;
     if constexpr (sizeof(T) == 2) {
       LAUNCH(attention_decode_bf16, dim3(unsigned(heads)), dim3(256), size_t(0), token, k, v, o, position, i, heads,
-             kv_heads, dim, s.scale());
+             kv_heads, dim, s.scale(), sight);
     } else {
       LAUNCH(attention_decode_f32, dim3(unsigned(heads)), dim3(256), size_t(0), token, k, v, o, position, i, heads,
-             kv_heads, dim, s.scale());
+             kv_heads, dim, s.scale(), sight);
     }
   }
   std::string name = "decode " + std::string(sizeof(T) == 2 ? "bf16" : "f32") + " d" + std::to_string(dim) + " ";
@@ -139,6 +203,13 @@ int main(int argc, char** argv) {
     }
   }
   for_seeds(3, [](uint64_t seed) { test(ALL[0], 2, 160, 4, 2, 10 + seed); });
+  for (const auto& k : ALL) {
+    test_bounded(k, 2, 150, 2, 1, k.dim == 256 ? 40 : 70, 1);
+    if (k.dim == 16) test_bounded(k, 1, 300, 4, 2, 130, 2), test_bounded(k, 1, 1, 2, 1, 3, 3);
+  }
+  if (ON_DEVICE) test_bounded(ALL[5], 2, 2000, 4, 2, 512, 1);
+  test_decode<bf16>(40, 4, 2, 16, 7);
+  test_decode<float>(70, 2, 1, 80, 40);
   test_decode<bf16>(40, 4, 2, 16);
   test_decode<float>(70, 2, 1, 80);
   test_decode<bf16>(5, 2, 2, 256);

@@ -17,10 +17,19 @@ struct AttentionShape {
   size_t o_len() const { return tokens() * heads * dim; }
   size_t lse_len() const { return tokens() * heads; }
   float scale() const { return 1.0f / std::sqrt(float(dim)); }
+  // What bounds the keys that are seen, and a score for each head that softmaxes sum as well, if any.
+  int window = 0;
+  std::vector<uint32_t> starts = {};
+  std::vector<double> sinks = {};
+  int first(int seq, int t) const {
+    int key = window > 0 ? std::max(t + 1 - window, 0) : 0;
+    return starts.empty() ? key : std::max(key, int(starts[size_t(seq) * sequence + t]));
+  }
+  bool bounded() const { return window > 0 || !starts.empty() || !sinks.empty(); }
 };
 
 struct AttentionReference {
-  std::vector<double> o, lse, dqkv;
+  std::vector<double> o, lse, dqkv, maxima, dsinks;
 };
 
 // Calls `work(i)` for i < n, on all cores.
@@ -50,6 +59,8 @@ inline AttentionReference attention_reference(const AttentionShape& s, const std
   r.o.assign(s.o_len(), 0.0);
   r.lse.assign(s.lse_len(), 0.0);
   r.dqkv.assign(s.qkv_len(), 0.0);
+  r.maxima.assign(s.lse_len(), 0.0);
+  r.dsinks.assign(s.heads, 0.0);
   std::vector<double> delta(s.lse_len());
   int d = s.dim, n = s.sequence;
   double scale = s.scale();
@@ -60,13 +71,15 @@ inline AttentionReference attention_reference(const AttentionShape& s, const std
     for (int head = 0; head < s.heads; ++head) {
       int k = s.heads + head / s.group(), v = k + s.kv_heads;
       in_parallel(n, [&, seq, head, k, v](int t) {
-        std::vector<double> p(t + 1);
+        std::vector<double> p(t + 1, -INFINITY);
         double top = -INFINITY, total = 0;
-        for (int j = 0; j <= t; ++j) {
+        for (int j = s.first(seq, t); j <= t; ++j) {
           p[j] = scale * dot_of(&qkv[row(seq, t, head)], &qkv[row(seq, j, k)], d);
           top = std::max(top, p[j]);
         }
+        r.maxima[stat(seq, t, head)] = top;
         for (auto& x : p) total += x = std::exp(x - top);
+        if (!s.sinks.empty()) total += std::exp(s.sinks[head] - top);
         r.lse[stat(seq, t, head)] = top + std::log(total);
         double* o = &r.o[out(seq, t, head)];
         const double* g = &d_o[out(seq, t, head)];
@@ -77,10 +90,14 @@ inline AttentionReference attention_reference(const AttentionShape& s, const std
           add_to(&r.dqkv[row(seq, t, head)], scale * ds, &qkv[row(seq, j, k)], d);
         }
       });
+      for (int t = 0; t < n && !s.sinks.empty(); ++t) {
+        r.dsinks[head] -= std::exp(s.sinks[head] - r.lse[stat(seq, t, head)]) * delta[stat(seq, t, head)];
+      }
       in_parallel(n, [&, seq, head, k, v](int j) {
         for (int t = j; t < n; ++t) {
           const double* q = &qkv[row(seq, t, head)];
           const double* g = &d_o[out(seq, t, head)];
+          if (j < s.first(seq, t)) continue;
           double p = std::exp(scale * dot_of(q, &qkv[row(seq, j, k)], d) - r.lse[stat(seq, t, head)]);
           double ds = p * (dot_of(g, &qkv[row(seq, j, v)], d) - delta[stat(seq, t, head)]);
           add_to(&r.dqkv[row(seq, j, k)], scale * ds, q, d);
@@ -90,6 +107,19 @@ inline AttentionReference attention_reference(const AttentionShape& s, const std
     }
   }
   return r;
+}
+
+// Packed documents of uneven lengths: where each row's begins.
+inline std::vector<uint32_t> some_documents(Random& r, int sequences, int sequence) {
+  std::vector<uint32_t> starts;
+  for (int i = 0; i < sequences; ++i) {
+    uint32_t start = 0;
+    for (int t = 0; t < sequence; ++t) {
+      if (t > 0 && r.below(23) == 0) start = uint32_t(t);
+      starts.push_back(start);
+    }
+  }
+  return starts;
 }
 
 // The heads of rows of qkv from `first` on.
@@ -106,9 +136,9 @@ std::vector<T> heads_of(const AttentionShape& s, const std::vector<T>& qkv, int 
 // Of a launch, in memory that kernels see.
 struct AttentionTensors {
   Buffer<uint16_t> qkv, o, d_o, dqkv;
-  Buffer<float> lse, delta;
+  Buffer<float> lse, delta, maxima;
   AttentionTensors(const AttentionShape& s, const std::vector<uint16_t>& qkv, const std::vector<uint16_t>& d_o)
-      : qkv(qkv), o(s.o_len()), d_o(d_o), dqkv(s.qkv_len()), lse(s.lse_len()), delta(s.lse_len()) {}
+      : qkv(qkv), o(s.o_len()), d_o(d_o), dqkv(s.qkv_len()), lse(s.lse_len()), delta(s.lse_len()), maxima(s.lse_len()) {}
 };
 
 // Checks what `forward` and `backward` of (shape, first sequence, sequences, tensors) write, and that sequences one by
@@ -129,6 +159,7 @@ void test_attention(const std::string& kind, const AttentionShape& s, uint64_t s
   auto dqkv = t.dqkv.read();
   check(name + "o", t.o.read(), expected.o, 4e-3);
   check(name + "lse", t.lse.read(), expected.lse, 1e-5);
+  if (s.bounded()) check(name + "maxima", t.maxima.read(), expected.maxima, 1e-5);
   const char* names[] = {"dq", "dk", "dv"};
   const int first[] = {0, s.heads, s.heads + s.kv_heads}, count[] = {s.heads, s.kv_heads, s.kv_heads};
   for (int i = 0; i < 3; ++i) {

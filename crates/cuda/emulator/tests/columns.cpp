@@ -37,6 +37,29 @@ template <class T> void column_sums(int leaves, int leaf_rows, int dim, int chun
   check_same(is + " alone", alone.read(), std::vector<float>(all.end() - per_leaf * dim, all.end()));
 }
 
+// Gradients of sinks by parts.
+template <class T> void sink_sums(int leaves, int leaf_rows, int heads, int dim, int chunk, uint64_t seed) {
+  Random r(seed);
+  int n = leaves * leaf_rows, per_leaf = (leaf_rows + chunk - 1) / chunk, parts = leaves * per_leaf;
+  auto o = random_values<T>(r, n * heads * dim), d_o = random_values<T>(r, n * heads * dim);
+  auto sinks = random_values<T>(r, heads);
+  auto lse = random_values<float>(r, n * heads, 1, 2);
+  Numbers64 expected(parts * heads);
+  for (int i = 0; i < n; ++i) {
+    for (int h = 0; h < heads; ++h) {
+      double dot = 0;
+      for (int j = 0; j < dim; ++j) dot += number(o[(i * heads + h) * dim + j]) * number(d_o[(i * heads + h) * dim + j]);
+      double p = std::exp(number(sinks[h]) - lse[(i / leaf_rows * heads + h) * leaf_rows + i % leaf_rows]);
+      expected[(i / leaf_rows * per_leaf + i % leaf_rows / chunk) * heads + h] -= p * dot;
+    }
+  }
+  Buffer<T> do_(o), dd(d_o), ds(sinks);
+  Buffer<float> dl(lse), out(parts * heads);
+  RUN(T, sink_dw, dim3(heads, parts), dim3(256), dd.ptr(), do_.ptr(), dl.ptr(), ds.ptr(), out.ptr(), leaf_rows, heads, dim,
+      chunk, leaf_rows);
+  check(name<T>("sinks", n, dim, seed), out.read(), expected, 3e-6);
+}
+
 // Sums over the heads of packed rows.
 template <class T> void head_sums(int leaves, int leaf_rows, int heads, int kv, int dim, int chunk, uint64_t seed) {
   Random r(seed);
@@ -117,7 +140,10 @@ template <class T> void all(uint64_t seed) {
   head_sums<T>(1, 3, 4, 2, 16, 2, seed);
   head_sums<T>(2, 5, 3, 1, 20, 2, seed);
   head_sums<T>(1, 20, 10, 2, 128, 16, seed);
+  sink_sums<T>(2, 5, 3, 20, 3, seed);
+  sink_sums<T>(1, 100, 2, 264, 64, seed);
   if (ON_DEVICE) {
+    sink_sums<T>(2, 1000, 16, 128, 64, seed);
     column_sums<T>(4, 500, 768, 128, seed);
     column_sums<T>(8, 1024, 768, 64, seed);
     head_sums<T>(2, 500, 16, 8, 128, 16, seed);

@@ -78,10 +78,38 @@ static void together(uint64_t seed) {
   check_same("together squares", s2.read(), s1.read());
 }
 
+// Averages of weights, with the bits of their formula, and weights that change places with them.
+static void averages(int len, uint64_t seed) {
+  Random r(seed);
+  Numbers c{};
+  c.average_keep = 0.75f, c.average_share = 0.25f;
+  auto w = random_values<float>(r, len), mean = random_values<float>(r, len), expected = mean;
+  for (int i = 0; i < len; ++i) {
+    volatile float kept = c.average_keep * mean[i], more = c.average_share * w[i];
+    expected[i] = kept + more;
+  }
+  std::string is = "average of " + std::to_string(len);
+  Buffer<Numbers> numbers(std::vector<Numbers>{c});
+  Buffer<float> dw(w), dm(mean);
+  LAUNCH(average, dim3(2), dim3(256), 0, dm.ptr(), dw.ptr(), numbers.ptr(), (long long)len);
+  check_same(is, dm.read(), expected);
+  LAUNCH(swap_average_f32, dim3(2), dim3(256), 0, dw.ptr(), dm.ptr(), (long long)len);
+  check_same(is + " in place", dw.read(), expected);
+  check_same(is + " weights kept", dm.read(), w);
+  Buffer<uint16_t> param(len);
+  LAUNCH(swap_average_bf16, dim3(3), dim3(256), 0, param.ptr(), dw.ptr(), dm.ptr(), (long long)len);
+  check_same(is + " back", dw.read(), w);
+  check_same(is + " back, average", dm.read(), expected);
+  std::vector<uint16_t> rounded;
+  for (float x : w) rounded.push_back(host_f2bf(x));
+  check_same(is + " back, parameter", param.read(), rounded);
+}
+
 int main() {
   for_seeds(3, together);
   for_seeds(3, [](uint64_t seed) {
     for (int len : {1, 4, 33, 1024, 2500}) updates(len, 1 + int(seed % 2), int(seed % 2), seed);
+    for (int len : {1, 33, 4097}) averages(len, seed);
     Random r(seed);
     for (int len : {1, 33, 4096, 4097, 13000}) {
       auto x = random_values<float>(r, len);

@@ -198,6 +198,47 @@ template <class T> void elements(int n, int F, int blocks, uint64_t seed) {
   }
 }
 
+// Elements left out at random: those of the formula, whatever the launch.
+template <class T> void dropouts(int n, int dim, int blocks, uint64_t seed) {
+  Random r(seed);
+  auto x = random_values<T>(r, n * dim), b = random_values<T>(r, dim), held = random_values<T>(r, n * dim);
+  Numbers c{};
+  c.draws = r.next();
+  uint64_t site = r.next();
+  uint32_t cut = 13107;
+  float scale = float(1 / (1 - cut / 65536.0));
+  Rows rows{5, 9, 4, 2, 12};  // positions 2, 3, 12, 13 of sequences from 10 on
+  const int positions[] = {2, 3, 12, 13};
+  auto mixed = [](uint64_t state) {
+    Random at(0);
+    at.state = state;
+    return at.next();
+  };
+  Buffer<Numbers> numbers(std::vector<Numbers>{c});
+  Buffer<T> dx(x), db(b), dh(held), out(n * dim);
+  for (int how : {0, 1, 2}) {
+    Numbers64 y;
+    int left_out = 0;
+    for (int i = 0; i < n; ++i) {
+      uint64_t place = uint64_t(9 + (5 + i) / 4) << 32 | uint64_t(positions[(5 + i) % 4]);
+      uint64_t key = mixed(site ^ c.draws ^ mixed(place));
+      for (int j = 0; j < dim; ++j) {
+        uint64_t drawn = mixed(key + uint64_t(j / 4) * 0x9e3779b97f4a7c15ull) >> (j % 4 * 16) & 0xffff;
+        left_out += drawn < cut;
+        double v = number(x[i * dim + j]) + (how > 0 ? number(b[j]) : 0);
+        y.push_back((drawn < cut ? 0 : v * scale) + (how > 1 ? number(held[i * dim + j]) : 0));
+      }
+    }
+    auto is = name<T>("dropout", n, dim, seed) + " " + std::to_string(how);
+    // In place where something is added.
+    T* to = how > 1 ? dh.ptr() : out.ptr();
+    RUN(T, dropout, dim3(blocks), dim3(256), dx.ptr(), how > 0 ? db.ptr() : (T*)nullptr, how > 1 ? to : (T*)nullptr, to,
+        site, numbers.ptr(), rows, n, dim, cut, scale);
+    check(is, how > 1 ? dh.read() : out.read(), y, tolerance<T>());
+    if (n * dim > 300) report(is + " share", std::abs(left_out / double(n * dim) - 0.2) < 0.07, left_out);
+  }
+}
+
 template <class T> void all(uint64_t seed) {
   for (int dim : {8, 33, 100, 768}) norms<T>(3, dim, seed);
   norms<T>(1, 2048, seed);
@@ -215,6 +256,7 @@ template <class T> void all(uint64_t seed) {
   elements<T>(3, 64, 1, seed);
   elements<T>(2, 33, 2, seed);
   elements<T>(5, 1000, 2, seed);
+  for (int dim : {8, 33, 96}) dropouts<T>(7, dim, 2, seed);
   if (ON_DEVICE) {
     for (int dim : {768, 1024, 2048, 4096, 8192}) norms<T>(513, dim, seed);
       head_norms<T>(300, 16, 8, 128, seed);

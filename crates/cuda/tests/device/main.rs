@@ -7,6 +7,7 @@
 mod common;
 mod against_cpu;
 mod bits;
+mod cases;
 mod checkpoints;
 mod refusals;
 
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use cuda::Cuda;
-use program::{Mode, Request};
+use program::{Mode, Recipe, Request};
 use spec::{DType, Layout, ModelSpec};
 use train::{Cpu, Device, Executor, Mesh};
 
@@ -48,6 +49,17 @@ fn executor(
     precision: DType,
     record: bool,
 ) -> Executor {
+    executor_of(Recipe::default(), device, model, layout, (precision, record))
+}
+
+/// The same by any recipe.
+fn executor_of(
+    recipe: Recipe,
+    device: Box<dyn Device>,
+    model: &ModelSpec,
+    layout: &Layout,
+    (precision, record): (DType, bool),
+) -> Executor {
     let (sequence, sequences) = (common::SEQUENCE, 4);
     let request = Request {
         model,
@@ -58,7 +70,7 @@ fn executor(
         rank: 0,
         mode: Mode::Train,
         loss: Default::default(),
-        recipe: Default::default(),
+        recipe,
     };
     let mut exec = Executor::on(device, &request, Mesh::alone(), record).expect("a program");
     exec.initialise(model, 11).expect("weights");

@@ -1,0 +1,90 @@
+//! Models and recipes with what the plain ones lack: the numbers of the CPU, and the same bits under other splits.
+
+use program::{Mode, Recipe, Request};
+use spec::{DType, Layout, ModelSpec, Window};
+use train::{Device, Executor, Mesh};
+
+use crate::against_cpu::compare;
+use crate::common::{self, SEQUENCE, first_difference, steps, token, weights};
+use crate::{cpu, executor_of, gpu};
+
+/// A small model whose heads have a width that bf16 takes.
+fn model(layers: usize, tied: bool, gpt2: bool) -> ModelSpec {
+    ModelSpec { head_dim: 16, ..common::model(layers, tied, gpt2) }
+}
+
+/// A model, and how it is trained.
+struct Case {
+    model: ModelSpec,
+    recipe: Recipe,
+}
+
+impl Case {
+    fn check(&self, precision: DType) {
+        let within = if precision == DType::F32 { (2e-5, 2e-5) } else { (1e-2, 2e-2) };
+        compare(&self.recipe, &self.model, precision, within);
+        let one = Layout::default();
+        let run = |layout: &Layout| {
+            let device = Box::new(gpu()?);
+            let mut exec = executor_of(self.recipe, device, &self.model, layout, (precision, false));
+            steps(&mut exec, self.model.vocab, 1, 5);
+            exec.swap_average().expect("swapped");
+            Some(weights(&exec))
+        };
+        let Some(expected) = run(&one) else { return };
+        let found =
+            run(&Layout { micro_batch: 2, recompute: spec::Recompute::Full, ..one }).expect("the same GPU");
+        assert_eq!(first_difference(&expected, &found), None, "{} in {precision}", self.model.name);
+    }
+}
+
+#[test]
+fn losses_dropout_and_averages() {
+    let squeezed = ModelSpec { logit_softcap: 9.0, ..model(2, true, false) };
+    let recipe = Recipe { z_loss: 0.01, dropout: 0.2, ema: true, ..Recipe::default() };
+    Case { model: squeezed.clone(), recipe }.check(DType::F32);
+    Case { model: squeezed, recipe }.check(DType::Bf16);
+    // Biases of GPT-2 are added where elements are left out, and before.
+    Case { model: model(1, false, true), recipe }.check(DType::Bf16);
+}
+
+/// Windows in every second layer, sinks, and documents that attention keeps inside.
+#[test]
+fn windows_sinks_and_documents() {
+    let window = Some(Window { tokens: 5, full_layers: 0, full_every: 2 });
+    let far = ModelSpec { window, ..model(2, false, false) };
+    let recipe = Recipe { documents: true, ..Recipe::default() };
+    let sunk = ModelSpec { sinks: true, ..far.clone() };
+    Case { model: far, recipe: Recipe::default() }.check(DType::Bf16);
+    Case { model: sunk.clone(), recipe }.check(DType::F32);
+    Case { model: ModelSpec { head_dim: 64, ..sunk }, recipe }.check(DType::Bf16);
+}
+
+/// What a token that is generated sees, and logits that are squeezed: those of the CPU.
+#[test]
+fn generation_within_windows() {
+    let window = Some(Window { tokens: 3, full_layers: 0, full_every: 2 });
+    let model = ModelSpec { window, sinks: true, logit_softcap: 9.0, ..model(2, false, false) };
+    let tokens: Vec<u32> = (0..SEQUENCE).map(|i| token(1, 0, i, model.vocab)).collect();
+    let logits = |device: Box<dyn Device>| {
+        let layout = Layout::default();
+        let request = Request {
+            model: &model,
+            layout: &layout,
+            sequence: SEQUENCE,
+            sequences: 1,
+            precision: DType::F32,
+            rank: 0,
+            mode: Mode::Generate { positions: SEQUENCE },
+            loss: Default::default(),
+            recipe: Recipe::default(),
+        };
+        let mut exec = Executor::on(device, &request, Mesh::alone(), false).expect("a program");
+        exec.initialise(&model, 11).expect("weights");
+        exec.all_logits(&tokens).expect("logits").concat()
+    };
+    let Some(gpu) = gpu() else { return };
+    let (ours, theirs) = (logits(Box::new(gpu)), logits(cpu()));
+    let far = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(ours.len() == theirs.len() && far < 1e-4, "logits are off by {far}");
+}
