@@ -48,6 +48,15 @@ fn losses_dropout_and_averages() {
     Case { model: model(1, false, true), recipe }.check(DType::Bf16);
 }
 
+/// The loss of one token more has a weight, and its own sum.
+#[test]
+fn one_token_more() {
+    let mtp = Some(spec::Mtp { weight: 0.3 });
+    let model = ModelSpec { mtp, ..model(1, false, false) };
+    Case { model: model.clone(), recipe: Recipe::default() }.check(DType::F32);
+    Case { model, recipe: Recipe::default() }.check(DType::Bf16);
+}
+
 /// Windows in every second layer, sinks, and documents that attention keeps inside.
 #[test]
 fn windows_sinks_and_documents() {
