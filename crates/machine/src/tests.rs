@@ -434,7 +434,7 @@ fn a_bad_file_is_refused_with_its_line() {
 #[test]
 fn other_names_change_no_number() {
     let m = machine(1e9, 1e-4);
-    let zero3 = Layout { dp: 2, zero: Zero::Three, ..Layout::default() };
+    let zero3 = Layout { dp: 2, zero: Zero::Parameters, ..Layout::default() };
     let experts = Layout { dp: 2, pp: 2, ep: 2, ..Layout::default() };
     for (model, layout) in [
         (tiny(), Layout { tp: 2, dp: 2, micro_batch: 2, ..Layout::default() }),
@@ -457,6 +457,6 @@ fn other_names_change_no_number() {
             let names = names.chain(p.groups.iter_mut().map(|g| &mut g.name));
             names.enumerate().for_each(|(i, name)| *name = format!("n{i}"));
         }
-        assert_eq!(numbers(&programs), named, "{layout}");
+        assert_eq!(numbers(&programs), named, "{layout:?}");
     }
 }

@@ -88,6 +88,7 @@ impl Stepper {
         };
         exec.tokens().fill_with(|| random(run.model.vocab));
         exec.targets().fill_with(|| random(run.model.vocab));
+        exec.behind().as_flattened_mut().fill_with(|| random(run.model.vocab));
         Ok(Stepper { run, exec, threads, step: 0, loss: 0.0 })
     }
 

@@ -259,7 +259,7 @@ fn question(args: &Plan, catalog: &Catalog) -> Result<Question> {
                 .transpose()?
                 .or(said.optimizer)
                 .unwrap_or_default(),
-            average: args.ema,
+            average: args.ema || said.average,
         },
     })
 }
@@ -376,6 +376,8 @@ struct Recipe {
     batch: Option<(usize, usize)>,
     format: Option<&'static str>,
     optimizer: Option<Optimizer>,
+    /// An average of the weights is kept.
+    average: bool,
 }
 
 /// The model, and what its run file says that no flag does.
@@ -391,16 +393,26 @@ fn model_and_recipe(args: &Plan) -> Result<(Shape, Recipe)> {
         batch: has_batch.then_some((run.batch.sequences, run.batch.sequence)),
         format: says(&["train.precision"]).then(|| precision(run.train.precision).name()),
         optimizer: says(&["optim.kind"]).then_some(run.optim.kind),
+        average: run.train.ema > 0.0,
     };
     let flagged = args.sequence.is_some() || args.sequences.is_some() || args.batch.is_some();
     let taken = [
         recipe.batch.filter(|_| !flagged).map(|(n, of)| format!("{n} sequences of {of} tokens")),
         recipe.format.filter(|_| args.format.is_none()).map(|format| format!("--format {format}")),
         recipe.optimizer.filter(|_| args.optimizer.is_none()).map(|o| format!("--optimizer {}", o.name())),
+        (recipe.average && !args.ema).then(|| "--ema".to_owned()),
     ];
     let taken: Vec<String> = taken.into_iter().flatten().collect();
     if !taken.is_empty() {
         output::say(&format!("note: as {} says: {}", args.model, taken.join(", ")));
+    }
+    let ramp = args.economy.ramp.is_none().then_some(("batch.ramp", "batch.ramp (give --ramp)"));
+    let unpriced = [Some(("train.dropout", "train.dropout")), Some(("optim.qk_clip", "optim.qk_clip")), ramp];
+    let unpriced = unpriced.into_iter().flatten().filter(|(key, _)| says(&[key])).map(|(_, said)| said);
+    let unpriced: Vec<&str> = unpriced.collect();
+    if !unpriced.is_empty() {
+        let what = unpriced.join(", ");
+        output::say(&format!("note: not in this price: {what}; with --cluster this their ops are"));
     }
     Ok((Shape::from_model(read.run.model), recipe))
 }

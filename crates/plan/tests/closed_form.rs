@@ -36,15 +36,10 @@ fn model(layers: usize, gated: bool, tied: bool, experts: bool) -> ModelSpec {
     ModelSpec { experts: (gated && experts).then_some(mixture), ..dense("small", sizes) }
 }
 
-/// With a module that predicts one token more, where the model can have one: of whole sequences.
-fn ahead(model: ModelSpec, layout: Layout, ahead: bool) -> (ModelSpec, Layout) {
-    if !ahead || model.tied_embeddings {
-        return (model, layout);
-    }
-    let mut layout = Layout { cp: 1, ..layout };
-    layout.ep = if layout.stage_ranks().is_multiple_of(layout.ep) { layout.ep } else { 1 };
-    layout.shard = layout.shard.filter(|_| layout.check_shard().is_ok());
-    (ModelSpec { mtp: Some(Mtp { weight: 0.3 }), ..model }, layout)
+/// With a module that predicts one token more, where the model can have one.
+fn ahead(model: ModelSpec, ahead: bool) -> ModelSpec {
+    let mtp = (ahead && !model.tied_embeddings).then_some(Mtp { weight: 0.3 });
+    ModelSpec { mtp, ..model }
 }
 
 prop_compose! {
@@ -178,7 +173,7 @@ proptest! {
     ) {
         let model = model(layers, gated, tied, experts);
         let layout = Layout { ep: if model.experts.is_some() { layout.ep } else { 1 }, ..layout };
-        let (model, layout) = ahead(model, layout, mtp);
+        let model = ahead(model, mtp);
         let format = if wide { NumberFormat::Fp32 } else { NumberFormat::Bf16 };
         let programs = programs(&model, &layout, format);
         let (elements, table, slack) = fullest(&programs);
@@ -233,7 +228,7 @@ proptest! {
             e.dense_layers = dense_layers;
         }
         let layout = Layout { ep: if model.experts.is_some() { layout.ep } else { 1 }, ..layout };
-        let (model, layout) = ahead(model, layout, mtp);
+        let model = ahead(model, mtp);
         let format = if wide { NumberFormat::Fp32 } else { NumberFormat::Bf16 };
         let problem = problem(&model, &layout, MICRO_BATCHES);
         let placement = Placement::of(layout.clone(), format);
@@ -303,7 +298,7 @@ proptest! {
     ) {
         let model = model(6, gated, false, experts);
         let layout = Layout { ep: if model.experts.is_some() { layout.ep } else { 1 }, ..layout };
-        let (model, layout) = ahead(model, layout, mtp);
+        let model = ahead(model, mtp);
         for p in programs(&model, &layout, NumberFormat::Bf16) {
             for op in p.blocks.iter().flat_map(|b| &b.ops) {
                 let charged: f64 = tasks(&p, op).iter().map(|t| match *t {

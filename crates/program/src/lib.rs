@@ -63,6 +63,7 @@ pub use op::{Axis, GradSum, LossTerms, Op, OpId, OpKind, Sees};
 pub use params::{GroupId, ParamGroup, ParamPart, Replication};
 pub use pipeline::{Pass, PassTimes, Played, Work, WorkSpan, in_flight, orders, play, spans};
 pub use place::ALIGN;
+pub use qk_clip::{Makes, Scaled};
 pub use recipe::Recipe;
 pub use role::{ParamKey, Place, Role};
 pub use rows::RowFn;
@@ -356,11 +357,12 @@ pub struct Io {
     #[serde(skip_serializing_if = "is_one")]
     pub losses: usize,
     /// Sums of squared gradients by chunk of [`NORM_CHUNK`] elements, over the whole model, then the maxima of
-    /// [`Io::logit_maxima`] of each data-parallel rank, `[dp, layers, all heads]`, then the counts of
+    /// [`Io::logit_maxima`] of each data- and context-parallel rank, `[dp cp, layers, all heads]`, then the counts of
     /// [`Io::expert_counts`] over all ranks, then the loss sums of all sequences of the global batch, those of the model
     /// last ([`Io::losses`]), then the number of ranks that want to stop.
     pub norm_chunks: BufferId,
-    /// The greatest score of attention of each of this rank's heads in this step, `[layers, heads]`, if they are bounded.
+    /// The greatest score of attention of each of this rank's heads in this step, `[layers, heads]`, if they are bounded:
+    /// 0 for those that were dealt to others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logit_maxima: Option<BufferId>,
     /// How many copies of this rank's tokens went to each expert in this step, `[layers, experts]`.
@@ -528,8 +530,9 @@ impl Program {
 
     /// Tokens of a sequence among the rows of an op.
     pub fn sequence_of(&self, kind: &OpKind) -> usize {
+        use OpKind::*;
         let attends =
-            matches!(kind, OpKind::Attention { .. } | OpKind::AttentionGrad { .. } | OpKind::SinkGrad { .. });
+            matches!(kind, Attention { .. } | AttentionGrad { .. } | SinkGrad { .. } | LogitMax { .. });
         if attends && self.layout.deals_heads() { self.sequence } else { self.local_sequence() }
     }
 

@@ -9,6 +9,7 @@ use crate::graph::Phase;
 use crate::heads::Heads;
 use crate::muon::{Matrix, Shares};
 use crate::params::GroupId;
+use crate::qk_clip::Makes;
 use crate::role::Place;
 use crate::rows::RowFn;
 
@@ -303,8 +304,9 @@ pub enum OpKind {
     },
     /// `() -> (param, [master])` in place, of the owned range of what makes queries, keys and values: rows of the queries and
     /// keys of heads whose greatest score `s` in the step was above `tau` are scaled by `sqrt(tau / s)`, so that their scores
-    /// are by `tau / s` (Kimi Team 2025, arXiv 2507.20534, section 2.1). Heads that share a key go by the greatest of them.
-    QkClip { group: GroupId, heads: Heads, layer: usize, tau: f32 },
+    /// are by `tau / s` (Kimi Team 2025, arXiv 2507.20534, section 2.1). Heads that share a key go by the greatest of them;
+    /// where all share a part of their keys, as in latent attention, what meets it of the queries is scaled by all of it.
+    QkClip { group: GroupId, heads: Heads, makes: Makes, layer: usize, tau: f32 },
     /// `(grad) -> (param, [master], first moment, second moment)` in place: AdamW on the owned range of a group.
     AdamW {
         group: GroupId,

@@ -48,7 +48,7 @@ impl<'a> Rank<'a> {
             )
             .hint("set data.attend=all, or model.position=rope"));
         }
-        qk_clip::check(request, layout.cp)?;
+        qk_clip::check(request)?;
         let shares = layout.replicas() > 1 || model.experts.is_some() && layout.expert_replicas() > 1;
         let zero = if shares { layout.zero } else { Zero::Off };
         let shard = layout.shard.filter(|shard| zero != Zero::Off && *shard < layout.dp);

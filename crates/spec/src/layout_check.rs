@@ -39,7 +39,6 @@ impl Layout {
     ) -> Checked<'a> {
         self.check_sizes(sequences)?;
         self.check_context(sequence, tolerance)?;
-        self.check_mtp(model)?;
         self.check_tensor(model, sequence, tolerance)?;
         self.check_heads(model, sequence, tolerance)?;
         self.check_shard()?;
@@ -131,20 +130,6 @@ impl Layout {
                 pieces * cp
             );
             Error::user(what).hint(values("layout.cp", divisors(sequence).filter(|&c| works(c))))
-        })
-    }
-
-    /// The token after the next one of a piece's last is another rank's.
-    fn check_mtp<'a>(&'a self, model: &'a ModelSpec) -> Checked<'a> {
-        if model.mtp.is_none() || self.cp == 1 {
-            return Ok(());
-        }
-        broken(Rule::Context, || {
-            Error::user(format!(
-                "layout.cp = {} with model.mtp.depth = 1, which needs whole sequences",
-                self.cp
-            ))
-            .hint("set layout.cp=1, or model.mtp.depth=0")
         })
     }
 

@@ -9,7 +9,7 @@ use program::{Axis, BufferId, Layer, Members, Op, Program, Request, Ticket, When
 use spec::random::mix;
 use spec::{Error, ModelSpec, Result};
 
-use crate::ahead::look_ahead;
+use crate::ahead;
 use crate::cpu::Cpu;
 use crate::device::{Device, Stretch, check_ops, check_ramp};
 use crate::documents::document_starts;
@@ -45,9 +45,9 @@ pub struct Executor {
     pub(crate) norm_start_ns: u64,
     /// The last step failed of something that every rank sees alike.
     pub(crate) failed_alike: bool,
-    /// The batch of this rank on its way to the device: tokens, targets, where documents begin, and the tokens and targets
-    /// behind those.
-    pub(crate) batch: [Vec<u32>; 5],
+    /// The batch of this rank on its way to the device: tokens, targets, where documents begin, the tokens and targets
+    /// behind those; and, which does not go there, [`Executor::behind`].
+    pub(crate) batch: [Vec<u32>; 6],
     /// The token that ends a document, where attention keeps inside documents.
     document_end: Option<u32>,
     /// Tickets that were begun, with block and index of the op that began them.
@@ -368,6 +368,7 @@ impl Executor {
             self.targets()[to.clone()].copy_from_slice(&sample[piece.start + 1..piece.end + 1]);
             at = to.end;
         }
+        self.take_behind(i, sample);
         let (Some(end), true) = (self.document_end, self.program.io.starts.is_some()) else { return };
         let seen = self.program.seen();
         let mut at = i * seen.iter().map(Range::len).sum::<usize>();
@@ -389,9 +390,7 @@ impl Executor {
     fn load(&mut self) -> Result<()> {
         let io = &self.program.io;
         if io.next_tokens.is_some() {
-            let [tokens, targets, _, next_tokens, next_targets] = &mut self.batch;
-            let t = self.program.local_sequence();
-            look_ahead((tokens, targets), (next_tokens, next_targets), t);
+            ahead::look(&self.program, &mut self.batch)?;
         }
         let inputs = [Some(io.tokens), Some(io.targets), io.starts, io.next_tokens, io.next_targets];
         for (ids, to) in self.batch.iter().zip(inputs) {

@@ -114,7 +114,7 @@ impl<'a> Launch<'a> {
     /// | `MuonMomentum` | gradient | momentum, update, the owned range of each |
     /// | `Muon` | update | parameter, \[master\], in place |
     /// | `LogitMax` | as they are | the layer's maxima |
-    /// | `QkClip` | maxima of this rank's heads, one for each data-parallel rank | parameter, \[master\], the owned range of each |
+    /// | `QkClip` | maxima of this rank's heads, one for each data- and context-parallel rank | parameter, \[master\], the owned range of each |
     /// | `Average` | parameter or master | average, the owned range of each |
     /// | `SwapAverage` | | parameter, \[master\], average, likewise |
     /// | `AdamW` | gradient | parameter, first and second moment, \[master\], in place |

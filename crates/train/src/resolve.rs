@@ -51,10 +51,10 @@ pub(crate) fn expert_counts(p: &Program) -> Slice {
     Slice { first: losses.first - count, count, ..losses }
 }
 
-/// The stretch in front of those, in which the greatest scores of all data-parallel ranks' heads lie.
+/// The stretch in front of those, in which the greatest scores of all data- and context-parallel ranks' heads lie.
 pub(crate) fn logit_maxima(p: &Program) -> Slice {
     let own = p.io.logit_maxima.map_or(0, |id| p.buffer(id).len());
-    let count = own * p.layout.tp * p.layout.dp;
+    let count = own * p.layout.tp * p.layout.replicas();
     let counts = expert_counts(p);
     Slice { first: counts.first - count, count, ..counts }
 }
@@ -188,13 +188,15 @@ fn updated(p: &Program, op: &Op, call: &mut Call) {
             call.ins = vec![owned(group, op.ins[0].buffer)];
             call.outs = [b.param].into_iter().chain(b.master).map(|id| owned(group, id)).collect();
         }
-        OpKind::LogitMax { layer, .. } => {
-            let row = p.io.logit_maxima.map(|buffer| Address::view(p, View { buffer, row0: layer, rows: 1 }));
-            call.outs = row.into_iter().collect();
+        OpKind::LogitMax { layer, heads } => {
+            // Where heads are dealt, those of this rank among all.
+            let first = |all: usize| layer * all + if heads.q < all { p.coords.cp * heads.q } else { 0 };
+            let row = |buffer| Slice { buffer, first: first(p.buffer(buffer).cols), count: heads.q };
+            call.outs = p.io.logit_maxima.map(|buffer| Address::slice(p, row(buffer))).into_iter().collect();
         }
         OpKind::QkClip { group, layer, .. } => {
             let b = buffers(group);
-            call.ins = (0..p.layout.dp).map(|replica| maxima_of(p, replica, layer)).collect();
+            call.ins = (0..p.layout.replicas()).map(|replica| maxima_of(p, replica, layer)).collect();
             call.outs = [b.param].into_iter().chain(b.master).map(|id| owned(group, id)).collect();
             // A row of a matrix, or an element of a bias, is a feature.
             let of = p.group(group);
@@ -214,7 +216,7 @@ fn updated(p: &Program, op: &Op, call: &mut Call) {
     }
 }
 
-/// The greatest scores of this rank's heads of a layer, as the data-parallel rank `replica` has seen them.
+/// The greatest scores of this rank's heads of a layer, as one of the data- and context-parallel ranks has seen them.
 fn maxima_of(p: &Program, replica: usize, layer: usize) -> Address {
     let all = logit_maxima(p);
     let (layers, heads) = p.io.logit_maxima.map_or((0, 0), |id| (p.buffer(id).rows, p.buffer(id).cols));

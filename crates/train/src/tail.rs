@@ -96,12 +96,13 @@ impl Executor {
         }
         let all = self.whole(slice.buffer).part(slice.first, slice.count);
         let all = self.device.read::<f64>(all)?;
-        let replica = slice.count / self.program.layout.dp;
+        let replica = slice.count / self.program.layout.replicas();
         let most = |i: usize| all.iter().skip(i).step_by(replica).copied().fold(0.0, f64::max);
         Ok(Some((0..replica).map(most).collect()))
     }
 
-    /// Puts the greatest scores of this rank's heads in their places: those of a data-parallel rank, a layer and a head.
+    /// Puts the greatest scores of this rank's heads in their places: those of a data- and context-parallel rank, a layer
+    /// and a head.
     fn spread_logit_maxima(&mut self) -> Result<()> {
         let Some(own) = self.program.io.logit_maxima else { return Ok(()) };
         let slice = resolve::logit_maxima(&self.program);
@@ -110,7 +111,8 @@ impl Executor {
         let Executor { program: p, device, .. } = self;
         let (layers, heads) = (own.rows, own.cols);
         (0..layers).try_for_each(|layer| {
-            let row = (p.coords.dp * layers + layer) * p.layout.tp + p.coords.tp;
+            let replica = p.coords.dp * p.layout.cp + p.coords.cp;
+            let row = (replica * layers + layer) * p.layout.tp + p.coords.tp;
             device.copy(own.part(layer * heads, heads), all.part(row * heads, heads))
         })
     }

@@ -55,6 +55,11 @@ fn a_run_file_says_batch_format_and_optimizer_and_flags_go_over_it() {
         "--sequence 1024 --sequences 64 --optimizer muon --format bf16",
     );
     check("model.toml", "", "");
+    // An average has bytes and time; what has no price is named.
+    let recipe = "train.ema = 0.999\ntrain.dropout = 0.1\noptim.qk_clip = 100\n";
+    lab.write("recipe.toml", format!("model.preset = \"llama3.2-1b\"\ndata.prefix = \"unread\"\n{recipe}"));
+    check("recipe.toml", "recipe.toml says: --ema\n", "--ema");
+    check("recipe.toml", "not in this price: train.dropout, optim.qk_clip;", "--ema");
 }
 
 #[test]

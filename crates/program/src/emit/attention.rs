@@ -96,10 +96,7 @@ impl Emitter<'_> {
 
     /// The layer that is being emitted, if its greatest scores are looked at.
     fn layer_that_clips(&self) -> Option<usize> {
-        match self.g.place {
-            Place::Layer(layer) if self.clips => Some(layer),
-            _ => None,
-        }
+        self.cx.layer_of(self.g.place).filter(|_| self.clips)
     }
 
     /// What the layer that is being emitted sees: a window as long as the sequence bounds nothing.

@@ -218,7 +218,7 @@ impl Placer<'_> {
         let (norm_chunks, sequences) = (self.norm_chunks, self.cx.request.sequences);
         let layers = model.all_layers();
         let clips = self.cx.request.recipe.qk_clip > 0.0 && !self.cx.generates();
-        let maxima = if clips { self.cx.layout.dp * layers * model.heads } else { 0 };
+        let maxima = if clips { self.cx.layout.replicas() * layers * model.heads } else { 0 };
         let losses = 1 + usize::from(model.mtp.is_some() && self.cx.request.mode == Mode::Train);
         let shared = norm_chunks + maxima + layers * experts + losses * sequences + 1;
         let positions = sequence.max(self.cx.request.mode.positions());

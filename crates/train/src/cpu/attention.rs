@@ -96,7 +96,12 @@ fn ring_forward<T: Number>(pool: &Pool, a: &Args<'_, T>) {
             let (sees, sight, ws) = (seen(a, sees, 1), sight(a, hop), a.workspace());
             kernels::attention_part(pool, &shape, qkv, kv, sees, sight, &mut softmax, ws);
         }
-        Part::End => kernels::attention_parts(pool, &shape, &mut softmax, a.out(0)),
+        Part::End => {
+            if a.launch().outputs() > 5 {
+                a.out_floats(5).copy_from_slice(softmax.max);
+            }
+            kernels::attention_parts(pool, &shape, &mut softmax, a.out(0));
+        }
         Part::Whole | Part::Join(_) => not_mine!(a),
     }
 }
@@ -164,15 +169,11 @@ pub(super) fn attention_cached<T: Number>(pool: &Pool, a: &Args<'_, T>) {
 pub(super) fn qk_clip<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     match *a.launch().kind() {
         OpKind::LogitMax { .. } => kernels::head_maxima(a.floats(0), a.launch().sequence(), a.out_doubles(0)),
-        OpKind::QkClip { heads, tau, .. } => {
-            let group = heads.q / heads.kv;
-            // Queries' heads, then keys', each with those that share its key.
-            for head in 0..heads.q + heads.kv {
-                let key = if head < heads.q { head / group } else { head - heads.q };
-                let most = greatest(a, key * group..(key + 1) * group);
-                if most > f64::from(tau) {
-                    let factor = (f64::from(tau) / most).sqrt() as f32;
-                    scale_features(pool, a, head * heads.dim..(head + 1) * heads.dim, factor);
+        OpKind::QkClip { heads, makes, tau, .. } => {
+            for of in makes.scaled(heads) {
+                let factor = f64::from(tau) / greatest(a, of.heads);
+                if factor < 1.0 {
+                    scale_features(pool, a, of.rows, (if of.alone { factor } else { factor.sqrt() }) as f32);
                 }
             }
         }
@@ -180,7 +181,7 @@ pub(super) fn qk_clip<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     }
 }
 
-/// The greatest score of some heads over all data-parallel ranks.
+/// The greatest score of some heads over all ranks that have seen any.
 fn greatest<T: Number>(a: &Args<'_, T>, heads: Range<usize>) -> f64 {
     let of_rank = |i: usize| a.doubles(i)[heads.clone()].iter().copied().fold(0.0, f64::max);
     (0..a.launch().inputs()).map(of_rank).fold(0.0, f64::max)

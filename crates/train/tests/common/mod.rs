@@ -102,6 +102,15 @@ pub fn fill(exec: &mut Executor, vocab: usize, k: u64) -> u64 {
             exec.tokens()[i * local + at] = token(k, s, j, vocab);
             exec.targets()[i * local + at] = target(k, s, j, vocab);
         }
+        let ends = exec.program.positions().map(|run| run.end);
+        // Runs that follow each other are one.
+        let runs = exec.behind().len() / exec.program.local_sequences;
+        for (at, end) in ends[ends.len() - runs..].iter().enumerate() {
+            exec.behind()[i * runs + at] = match *end < t {
+                true => [token(k, s, *end, vocab), target(k, s, *end, vocab)],
+                false => [target(k, s, t - 1, vocab), u32::MAX],
+            };
+        }
         let seen: Vec<usize> = exec.program.seen().into_iter().flatten().filter(|_| packed).collect();
         for (at, j) in seen.iter().enumerate() {
             exec.starts()[i * seen.len() + at] = document(k, s, *j);
