@@ -77,12 +77,19 @@ impl Beginning {
             notes: Vec::new(),
             accepted: Vec::new(),
         };
-        let begin = match (saved.is_empty(), begin.asked.init.clone()) {
+        let mut begin = match (saved.is_empty(), begin.asked.init.clone()) {
             (false, _) => begin.with_checkpoints(run, &dir, saved)?,
             (true, Some(other)) => begin.with_run(run, &other)?,
             (true, None) => Beginning { tokenizer: identity::only(identity::brought(run)?)?, ..begin },
         };
         begin.check_vocabulary(run)?;
+        let (window, sequence) = (run.model.window.map_or(0, |w| w.tokens), run.batch.sequence);
+        if window >= sequence {
+            begin.notes.push(format!(
+                "model.window.tokens = {window} bounds nothing: a sequence has {sequence} tokens; 1 to {} do",
+                sequence - 1
+            ));
+        }
         Ok(begin)
     }
 

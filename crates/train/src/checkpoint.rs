@@ -197,8 +197,15 @@ pub(crate) fn adopt(exec: &mut Executor, run: &RunSpec, from: &Path) -> Result<(
         theirs.router = Router { balance_loss, z_loss, bias_rate, ..theirs.router };
     }
     if shape != run.model {
-        return Err(Error::user(format!("the model of {} is not the model of this run", from.display()))
-            .hint(format!("take its [model] section from {}", other.run_file().display())));
+        let theirs = RunSpec { model: shape, ..theirs };
+        let differences = run.differences(&theirs);
+        let of_model = differences.iter().filter(|d| d.key.starts_with("model."));
+        let list: Vec<String> = of_model.map(ToString::to_string).collect();
+        let what =
+            format!("the model of {} is not the model of this run: {}", from.display(), list.join("; "));
+        return Err(
+            Error::user(what).hint(format!("take its [model] section from {}", other.run_file().display()))
+        );
     }
     let checkpoint = other.open_newest()?;
     exec.set_params_from(&checkpoint)

@@ -167,3 +167,21 @@ fn the_tiny_preset_trains_with_one_more_key() {
     assert!(lab.run(tiny).err.contains("hint: set model.vocab=257"));
     lab.ok(&format!("{} --set model.vocab=257", tiny.replace("bad", "good")));
 }
+
+#[test]
+fn what_another_model_has_is_named_key_by_key() {
+    let lab = Lab::new();
+    lab.train("r", "");
+    check(
+        &lab,
+        &tiny("new", "--init r --set model.layers=3"),
+        2,
+        "is not the model of this run: model.layers = 3, was 2",
+    );
+    let wide = lab.run(&tiny("wide", "--set model.window.tokens=100000"));
+    assert!(
+        wide.code == Some(0) && wide.err.contains("model.window.tokens = 100000 bounds nothing"),
+        "{}",
+        wide.err
+    );
+}
