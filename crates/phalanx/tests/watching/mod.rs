@@ -355,7 +355,7 @@ fn shells_and_manuals_know_every_command() {
     }
     assert!(lab.path("pages/phalanx-journal-export.1").exists());
     let version = lab.ok("--version");
-    for said in ["phalanx 0.", "commit: ", "features: cpu, cuda"] {
+    for said in ["phalanx 0.", "commit: ", "features: cpu, ", "cuda"] {
         assert!(version.contains(said), "{version}");
     }
     assert_eq!(lab.ok("-V").lines().count(), 1);
