@@ -48,7 +48,8 @@ def main():
 
 def trainer(args):
     """A function that takes one optimiser step and returns its seconds; making the batch is not counted."""
-    model = Model(args)
+    mlp = lambda: Experts(args.experts, args.top_k, args.hidden) if args.experts else Mlp(args.hidden)
+    model = Model(args.rotary, mlp)
     run = torch.compile(model) if args.compile else model
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
@@ -65,14 +66,13 @@ def trainer(args):
 
 
 class Model(nn.Module):
-    def __init__(self, args):
+    def __init__(self, rotary, mlp=lambda: Mlp(HIDDEN)):
         super().__init__()
         self.embedding = nn.Embedding(VOCAB, WIDTH)
-        mlp = lambda: Experts(args.experts, args.top_k, args.hidden) if args.experts else Mlp(args.hidden)
         self.layers = nn.ModuleList(Layer(mlp()) for _ in range(LAYERS))
         self.norm = nn.RMSNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
-        self.register_buffer("turn", turns() if args.rotary else None)
+        self.register_buffer("turn", turns() if rotary else None)
 
     def forward(self, tokens, targets):
         x = self.embedding(tokens)
