@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use journal::{Record, Span};
-use program::{BlockWork, Coords, OpKind, Pass, Program, Request};
+use program::{BlockWork, Coords, OpKind, Pass, Program, Replication, Request};
 use sim::trace::{Blame, Kind, Row, blame};
 use spec::{Error, Result, RunSpec};
 
@@ -34,12 +34,8 @@ pub fn rows(dir: &Path, run: &RunSpec) -> Result<Vec<Row>> {
         if coords.tp > 0 {
             continue;
         }
-        let worker = Worker {
-            ops: known_ops(run, rank)?,
-            dp_rank: coords.dp * run.layout.cp + coords.cp,
-            stage: coords.pp,
-            replicas: run.layout.dp * run.layout.cp,
-        };
+        let (replicas, dp_rank) = coords.replicas(Replication::Data, &run.layout);
+        let worker = Worker { ops: known_ops(run, rank)?, dp_rank, stage: coords.pp, replicas };
         for (step, spans) in steps {
             if let Some(origin_us) = origins.get(step) {
                 worker.step(*step, *origin_us, spans, &mut out);

@@ -406,10 +406,11 @@ fn model_and_recipe(args: &Plan) -> Result<(Shape, Recipe)> {
     if !taken.is_empty() {
         output::say(&format!("note: as {} says: {}", args.model, taken.join(", ")));
     }
-    let ramp = args.economy.ramp.is_none().then_some(("batch.ramp", "batch.ramp (give --ramp)"));
-    let unpriced = [Some(("train.dropout", "train.dropout")), Some(("optim.qk_clip", "optim.qk_clip")), ramp];
-    let unpriced = unpriced.into_iter().flatten().filter(|(key, _)| says(&[key])).map(|(_, said)| said);
-    let unpriced: Vec<&str> = unpriced.collect();
+    let mut unpriced = ["train.dropout", "optim.qk_clip"].to_vec();
+    unpriced.retain(|key| says(&[key]));
+    if args.economy.ramp.is_none() && says(&["batch.ramp"]) {
+        unpriced.push("batch.ramp (give --ramp)");
+    }
     if !unpriced.is_empty() {
         let what = unpriced.join(", ");
         output::say(&format!("note: not in this price: {what}; with --cluster this their ops are"));

@@ -288,20 +288,12 @@ impl<'a> Estimator<'a> {
     }
 
     fn key(&self, placement: &Placement) -> Key {
-        let l = &placement.layout;
         Key {
-            tp: l.tp,
-            cp: l.cp,
-            context: l.context,
-            ep: l.ep,
-            sequence_parallel: l.sequence_parallel,
-            micro_batch: l.micro_batch,
-            recompute: l.recompute,
             whole_layers: self.problem.software.recompute_whole_layers,
             stops_early: self.problem.software.recompute_stops_early,
             unfused_attention: self.problem.software.attention == AttentionKernel::Unfused,
-            sequence: self.problem.sequence,
             precision: placement.precision(),
+            ..Key::of(&placement.layout, self.problem.sequence)
         }
     }
 

@@ -7,7 +7,7 @@
 mod stand_in;
 mod tasks;
 
-use spec::{ContextMode, DType, Recompute, Result};
+use spec::{ContextMode, DType, Layout, Recompute, Result};
 
 use crate::network::Collective;
 use crate::shape::Shape;
@@ -181,6 +181,20 @@ impl Key {
             unfused_attention: false,
             sequence,
             precision: DType::Bf16,
+        }
+    }
+
+    /// A rank of a layout, of the same kind otherwise.
+    pub fn of(layout: &Layout, sequence: usize) -> Self {
+        Key {
+            tp: layout.tp,
+            cp: layout.cp,
+            context: layout.context,
+            ep: layout.ep,
+            sequence_parallel: layout.sequence_parallel,
+            micro_batch: layout.micro_batch,
+            recompute: layout.recompute,
+            ..Key::alone(sequence)
         }
     }
 }

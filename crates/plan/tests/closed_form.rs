@@ -267,20 +267,8 @@ proptest! {
         let model = model(6, gated, false, false);
         let layout = Layout { ep: 1, ..layout };
         let format = if wide { NumberFormat::Fp32 } else { NumberFormat::Bf16 };
-        let key = Key {
-            tp: layout.tp,
-            cp: layout.cp,
-            context: layout.context,
-            ep: 1,
-            sequence_parallel: layout.sequence_parallel,
-            micro_batch: layout.micro_batch,
-            recompute: layout.recompute,
-            whole_layers: false,
-            stops_early: false,
-            unfused_attention: false,
-            sequence: SEQUENCE,
-            precision: Placement::of(layout.clone(), format).precision(),
-        };
+        let precision = Placement::of(layout.clone(), format).precision();
+        let key = Key { precision, ..Key::of(&layout, SEQUENCE) };
         let charged = Template::build(&Shape::from_model(model.clone()), &key).unwrap().boundary_bytes;
         for p in programs(&model, &layout, format) {
             let said = p.blocks.iter().flat_map(|b| &b.ops).filter_map(|op| op.comm.as_ref());

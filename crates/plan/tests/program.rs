@@ -107,21 +107,7 @@ fn section(s: &Section) -> [f64; 4] {
 
 /// The template of a layout against the programs of every stage's first rank, one micro-batch of each pass.
 fn check_fold(model: &ModelSpec, layout: &Layout) {
-    let key = Key {
-        tp: layout.tp,
-        cp: layout.cp,
-        context: layout.context,
-        ep: layout.ep,
-        sequence_parallel: layout.sequence_parallel,
-        micro_batch: layout.micro_batch,
-        recompute: layout.recompute,
-        whole_layers: false,
-        stops_early: false,
-        unfused_attention: false,
-        sequence: SEQUENCE,
-        precision: DType::Bf16,
-    };
-    let t = Template::build(&Shape::from_model(model.clone()), &key).unwrap();
+    let t = Template::build(&Shape::from_model(model.clone()), &Key::of(layout, SEQUENCE)).unwrap();
     let (embed, layer, head) = (section(&t.embed), section(&t.layer), section(&t.head));
     let expert = t.expert_layer.as_ref().map_or([0.0; 4], section);
     let with = model.expert_layers() as f64;

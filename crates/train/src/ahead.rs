@@ -19,13 +19,10 @@ impl Executor {
 
     /// Puts there what lies behind the runs of this rank's sequence `i`, of which `sample` is all, and the token behind it.
     pub(crate) fn take_behind(&mut self, i: usize, sample: &[u32]) {
-        if self.behind().is_empty() {
-            return;
-        }
-        let (runs, token) = (ends(&self.program), |at: usize| sample.get(at).copied().unwrap_or(u32::MAX));
-        let count = ends(&self.program).count();
-        for (j, end) in runs.enumerate() {
-            self.behind()[i * count + j] = [token(end), token(end + 1)];
+        let (ends, token) = (ends(&self.program), |at: usize| sample.get(at).copied().unwrap_or(u32::MAX));
+        let count = self.behind().len() / self.program.local_sequences.max(1);
+        for (to, end) in self.behind().iter_mut().skip(i * count).take(count).zip(ends) {
+            *to = [token(end), token(end + 1)];
         }
     }
 }

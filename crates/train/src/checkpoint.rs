@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use program::Request;
+use spec::run::Difference;
 use spec::{Context, Error, Result, Router, RunSpec};
 
 use crate::begin::{fell_back, how_to_fall_back, whole};
@@ -199,10 +200,8 @@ pub(crate) fn adopt(exec: &mut Executor, run: &RunSpec, from: &Path) -> Result<(
     if shape != run.model {
         let theirs = RunSpec { model: shape, ..theirs };
         let differences = run.differences(&theirs);
-        let of_model = differences.iter().filter(|d| d.key.starts_with("model."));
-        let list: Vec<String> = of_model.map(ToString::to_string).collect();
-        let what =
-            format!("the model of {} is not the model of this run: {}", from.display(), list.join("; "));
+        let list = Difference::list(differences.iter().filter(|d| d.key.starts_with("model.")));
+        let what = format!("the model of {} is not the model of this run: {list}", from.display());
         return Err(
             Error::user(what).hint(format!("take its [model] section from {}", other.run_file().display()))
         );

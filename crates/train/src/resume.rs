@@ -51,8 +51,7 @@ pub(crate) fn check(
         return Err(run.not_the_run(&differences));
     }
     let Some(change) = past_rate(run, &earlier, step) else { return Ok(()) };
-    let list: Vec<String> = differences.iter().map(Difference::to_string).collect();
-    let what = format!("{}: {change}", list.join("; "));
+    let what = format!("{}: {change}", Difference::list(&differences));
     if begin.asked.accept_changed_schedule {
         begin.accepted.push(format!("--accept-changed-schedule: {what}"));
         return Ok(());

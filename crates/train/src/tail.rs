@@ -1,5 +1,5 @@
 use kernels::AdamW;
-use program::OpKind;
+use program::{OpKind, Replication};
 use spec::{Error, Result};
 
 use crate::exec::{Executor, StepInputs, StepOutputs};
@@ -111,7 +111,7 @@ impl Executor {
         let Executor { program: p, device, .. } = self;
         let (layers, heads) = (own.rows, own.cols);
         (0..layers).try_for_each(|layer| {
-            let replica = p.coords.dp * p.layout.cp + p.coords.cp;
+            let (_, replica) = p.coords.replicas(Replication::Data, &p.layout);
             let row = (replica * layers + layer) * p.layout.tp + p.coords.tp;
             device.copy(own.part(layer * heads, heads), all.part(row * heads, heads))
         })

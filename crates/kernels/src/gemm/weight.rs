@@ -34,8 +34,8 @@ pub(crate) fn weight_gradient_workspace_len(
     threads: usize,
 ) -> usize {
     let (_, rows) = split(n, tree);
-    // The shape of one thread is the largest, so that more threads never need less.
     let shared = shared_len(n, ins);
+    // The shape of one thread is the largest, so that more threads never need less.
     let lens = scratch_len(shared == 0, rows, task_shape(outs, ins, 1), tree);
     Workspace::room(shared) + Workspace::room(threads * lens.iter().sum::<usize>())
 }

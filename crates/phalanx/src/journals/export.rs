@@ -142,7 +142,10 @@ impl<'a> Table<'a> {
                 ("mtp_loss", Float),
             ],
         };
-        let waits = if fixed.len() == 13 { self.counts.axes.iter() } else { Default::default() };
+        let waits = match self.kind {
+            "eval" | "checkpoint" => Default::default(),
+            _ => self.counts.axes.iter(),
+        };
         let fixed = fixed.iter().map(|(name, of)| ((*name).to_owned(), *of));
         fixed.chain(waits.map(|axis| (format!("wait_{axis}_s"), Float))).collect()
     }

@@ -19,6 +19,13 @@ pub struct Difference {
     pub there: String,
 }
 
+impl Difference {
+    /// Several in one line.
+    pub fn list<'a>(of: impl IntoIterator<Item = &'a Difference>) -> String {
+        of.into_iter().map(Difference::to_string).collect::<Vec<_>>().join("; ")
+    }
+}
+
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} = {}, was {}", self.key, self.here, self.there)
@@ -84,11 +91,10 @@ impl RunSpec {
 
     /// The refusal to continue a run from which this one differs.
     pub fn not_the_run(&self, differences: &[Difference]) -> Error {
-        let list: Vec<String> = differences.iter().map(Difference::to_string).collect();
         Error::user(format!(
             "this is not the run that was started in {}: {}",
             self.run.dir.display(),
-            list.join("; ")
+            Difference::list(differences)
         ))
         .hint("set these keys back, or start another run with run.dir=PATH")
     }
