@@ -1,16 +1,23 @@
 #!/bin/sh
-# Plants faults in kernels, `#if FAULT != n`, and fails unless the test named beside each sees it.
-set -u
+# check-faults.sh [DIR]    plants faults in kernels, `FAULT != n`, and fails unless the test named beside each sees it
+#
+# DIR has what `run-tests.sh build` made; without it that is done here.
+set -eu
 cd "$(dirname "$0")"
-status=0
-while read -r test fault what; do
-    if FLAGS="-DFAULT=$fault" ./run-tests.sh "$test" > /dev/null 2>&1; then
-        echo "not caught: $test, fault $fault: $what"
-        status=1
-    else
-        echo "caught: $test, fault $fault: $what"
+if [ $# -eq 0 ]; then
+    set -- "$(mktemp -d)"
+    trap 'rm -rf "$1"' EXIT
+    ./run-tests.sh build "$1"
+fi
+xargs -d '\n' -n 1 -P 2 sh -c '
+    what=$1
+    set -- $1
+    [ -x "$0/$1" ] || exit 1  # what does not start notices nothing
+    if PHALANX_PLANTED_FAULT=$2 "$0/$1" > /dev/null 2>&1; then
+        echo "not caught: $what"
+        exit 1
     fi
-done <<'END'
+    echo "caught: $what"' "$1" <<'END'
 rows 1 no barrier in the sum over a block
 loss 1 no barrier in the sum over a block
 optim 1 no barrier in the sum over a block
@@ -44,4 +51,3 @@ attention 33 a key's gradient has queries that do not see it
 columns 34 no barrier between warps' sums of a sink and their total
 gemm_f32 24 factors used before others have stored them
 END
-exit $status

@@ -2,6 +2,7 @@
 // lane layouts.
 #pragma once
 #include <cmath>
+#include <cstdlib>
 #include <type_traits>
 
 #include "block.h"
@@ -112,6 +113,12 @@ template <class T, class V> T atomicMin(T* p, V v) {
 }
 
 using bf16 = uint16_t;
+
+// Which fault is planted, by its number in check-faults.sh.
+inline const int FAULT = [] {
+  const char* number = std::getenv("PHALANX_PLANTED_FAULT");
+  return number ? std::atoi(number) : 0;
+}();
 
 inline float bf2f(bf16 x) { return __uint_as_float(uint32_t(x) << 16); }
 inline bf16 f2bf(float x) {

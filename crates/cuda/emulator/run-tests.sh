@@ -1,7 +1,8 @@
 #!/bin/sh
-# run-tests.sh               builds and runs all tests of kernels in the emulator
+# run-tests.sh [NAME...]     builds and runs the tests of kernels in the emulator, all or the named ones
+# run-tests.sh build DIR     builds all into DIR
+# run-tests.sh run DIR       runs what was built there
 # run-tests.sh device DIR    builds them for a GPU (sm_90a, or $ARCH) into DIR, with $NVCC and $NVCC_FLAGS; runs nothing
-# run-tests.sh NAME...       the named tests in the emulator; $FLAGS are added, for planted faults (-DFAULT=1)
 set -eu
 cd "$(dirname "$0")"
 if [ "${1:-}" = device ]; then
@@ -13,9 +14,15 @@ if [ "${1:-}" = device ]; then
             -DPHALANX_ON_DEVICE -o "$0/$(basename {} .cpp)" {}' "$out"
     exit
 fi
-[ $# -gt 0 ] || set -- $(basename -s .cpp tests/*.cpp)
-out=$(mktemp -d)
-trap 'rm -rf "$out"' EXIT
-printf '%s\n' "$@" | OUT=$out xargs -P 2 -I{} sh -c '
-    ${CXX:-g++} -std=c++17 -O2 -DPHALANX_EMULATOR ${FLAGS:-} -o "$OUT/{}" tests/{}.cpp &&
-    { "$OUT/{}" > "$OUT/{}.log" 2>&1; status=$?; sed "s/^/{}: /" "$OUT/{}.log"; [ $status -eq 0 ]; }'
+build='${CXX:-g++} -std=c++17 -O2 -DPHALANX_EMULATOR -Wno-psabi -o "$OUT/{}" tests/{}.cpp'
+run='{ "$OUT/{}" > "$OUT/{}.log" 2>&1; status=$?; sed "s/^/{}: /" "$OUT/{}.log"; [ $status -eq 0 ]; }'
+case "${1:-}" in
+build) OUT=$2 each=$build ;;
+run) OUT=$2 each=$run ;;
+*) OUT=$(mktemp -d) each="$build && $run"
+    trap 'rm -rf "$OUT"' EXIT ;;
+esac
+mkdir -p "$OUT"
+export OUT
+case "${1:-}" in build | run | "") set -- $(basename -s .cpp tests/*.cpp) ;; esac
+printf '%s\n' "$@" | xargs -P 2 -I{} sh -c "$each"

@@ -161,6 +161,9 @@ inline int failures = 0, cases = 0;
 inline void report(const std::string& name, bool good, double figure) {
   ++cases;
   failures += !good;
+#ifndef PHALANX_ON_DEVICE
+  if (FAULT != 0 && !good) std::exit(1);  // the fault was noticed
+#endif
   if (!good || std::getenv("PHALANX_TEST_ALL") || ON_DEVICE) {
     std::printf("%s %s %.3g\n", good ? "ok    " : "FAILED", name.c_str(), figure);
     std::fflush(stdout);

@@ -106,14 +106,8 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
         }
       }
     }
-#if FAULT == 1
-    cp_async_wait<1>();
-#else
-    cp_async_wait<0>();
-#endif
-#if FAULT != 2
-    __syncthreads();  // the values have landed, and nobody needs the keys any more
-#endif
+    FAULT == 1 ? cp_async_wait<1>() : cp_async_wait<0>();
+    if (FAULT != 2) __syncthreads();  // the values have landed, and nobody needs the keys any more
     if (step + 1 < steps) {
       T::template fetch<F::KEYS, F::THREADS>(keys, k, ld, key + F::KEYS, sequence);
       cp_async_commit();

@@ -129,9 +129,7 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
   for (int step = 0; step < steps; ++step) {
     int stage = G::STAGES == 2 ? step & 1 : 0, query0 = (from + step % blocks) * G::QUERIES;
     cp_async_wait<0>();
-#if FAULT != 4
-    __syncthreads();  // this step's queries have landed, and nobody needs those of the step before
-#endif
+    if (FAULT != 4) __syncthreads();  // this step's queries have landed, and nobody needs those of the step before
     if (G::STAGES == 2 && step + 1 < steps) fetch(step + 1);
 #pragma unroll 1
     for (int sub = 0; sub < G::QUERIES; sub += STEP) {
@@ -155,14 +153,8 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
           for (int i = 0; i < 4; ++i) {
             p[t][n][i] = exp2_fast(fmaf(p[t][n][i], scale * LOG2_E, i & 1 ? -l.y : -l.x));
             int key = own + t * 16 + (lane >> 2) + (i >> 1) * 8, position = query + n * 8 + 2 * (lane & 3) + (i & 1);
-#if FAULT == 6
-            if (masked && key >= position) p[t][n][i] = 0.0f;
-#else
-            if (masked && key > position) p[t][n][i] = 0.0f;
-#endif
-#if FAULT != 33
-            if (BOUNDED && key < lows[n * 8 + 2 * (lane & 3) + (i & 1)]) p[t][n][i] = 0.0f;
-#endif
+            if (masked && key > position - (FAULT == 6)) p[t][n][i] = 0.0f;
+            if (FAULT != 33 && BOUNDED && key < lows[n * 8 + 2 * (lane & 3) + (i & 1)]) p[t][n][i] = 0.0f;
             // The sum below starts from what would be taken off it.
             ds[t][n][i] = i & 1 ? -d.y : -d.x;
           }
@@ -268,10 +260,7 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
 #pragma unroll 1
   for (int step = begin; step < steps; ++step) {
     int stage = G::STAGES == 2 ? step & 1 : 0;
-#if FAULT == 5
-    if (step == begin)
-#endif
-    cp_async_wait<0>();
+    if (FAULT != 5 || step == begin) cp_async_wait<0>();
     __syncthreads();  // this step's keys have landed, and nobody needs those of the step before
     if (G::STAGES == 2 && step + 1 < steps) fetch(step + 1);
 #pragma unroll 1

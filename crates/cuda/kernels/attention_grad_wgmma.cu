@@ -75,9 +75,7 @@ __device__ __forceinline__ void attention_grad_keys_wide(const TensorMap* qkv, c
       for (int step = 0; step < shared_by * blocks; ++step, ++count) {
         int head = turn.head * shared_by + step / blocks, query = first + step % blocks * G::STEP;
         uint32_t stage = count % G::STAGES;
-#if FAULT != 9
-        mbarrier_wait(&gates->free[stage], (count / G::STAGES & 1) ^ 1);
-#endif
+        if (FAULT != 9) mbarrier_wait(&gates->free[stage], (count / G::STAGES & 1) ^ 1);
         long long at = ((long long)turn.sequence * heads + head) * sequence;
         for (int q = lane; q < G::STEP; q += WARP) {
           bool real = query + q < sequence;
@@ -190,9 +188,7 @@ __device__ __forceinline__ void attention_grad_queries_wide(const TensorMap* qkv
       Turn turn = tiles.at(i, true);
       int first = turn.block * G::ROWS, kv = heads + turn.head / (heads / kv_heads);
       int steps = (min(first + G::ROWS, sequence) + G::STEP - 1) / G::STEP;
-#if FAULT != 10
-      mbarrier_wait(&gates->own_free, (turns & 1) ^ 1);
-#endif
+      if (FAULT != 10) mbarrier_wait(&gates->own_free, (turns & 1) ^ 1);
       mbarrier_expect(&gates->own, 2 * G::ROWS * D * (int)sizeof(bf16));
       fetch_tile<G::ROWS, D>(queries, qkv, &gates->own, turn.head * D, first, turn.sequence);
       fetch_tile<G::ROWS, D>(grads, d_o, &gates->own, turn.head * D, first, turn.sequence);

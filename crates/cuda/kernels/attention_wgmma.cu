@@ -169,9 +169,7 @@ __device__ __forceinline__ void attention_forward_wide(const TensorMap* map, bf1
       wgmma_commit();
       last = step == steps - 1 && i + (int)gridDim.x >= tiles.count && group == F::GROUPS - 1;
       if (!last) barrier_arrive(TURNS + next, 256);
-#if FAULT != 7
-      wgmma_wait<1>();
-#endif
+      if (FAULT != 7) wgmma_wait<1>();
       if (lane == 0) mbarrier_arrive(&gates->keys_free[stage]);
       int key = step * F::KEYS;
       bool grew = exponentials<F::KEYS>(s, max, sum, factor, scale * LOG2_E, key + F::KEYS > own + 1, row, key + col);
@@ -181,9 +179,7 @@ __device__ __forceinline__ void attention_forward_wide(const TensorMap* map, bf1
       if (grew) shrink<D>(acc, factor);
       as_lefts<F::KEYS>(p, s);
     }
-#if FAULT != 8
-    mbarrier_wait(&gates->values[count % F::STAGES], count / F::STAGES & 1);
-#endif
+    if (FAULT != 8) mbarrier_wait(&gates->values[count % F::STAGES], count / F::STAGES & 1);
     wgmma_fence();
     multiply_columns<D, F::KEYS>(acc, p, values + count % F::STAGES * LEN, F::KEYS);
     wgmma_commit();

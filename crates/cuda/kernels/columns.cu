@@ -39,9 +39,7 @@ __device__ __forceinline__ void sum_columns(const float (&sums)[8], float* slots
   float* slot = slots + warp * COLUMNS + lane % 8 * 8 + (high ? 4 : 0) + (odd ? 2 : 0);
   slot[0] = two[0];
   slot[1] = two[1];
-#if FAULT != 3
-  __syncthreads();
-#endif
+  if (FAULT != 3) __syncthreads();
   int column = (int)blockIdx.x * COLUMNS + (int)threadIdx.x;
   if (threadIdx.x < COLUMNS && column < dim) {
     float sum = slots[threadIdx.x];
@@ -143,9 +141,7 @@ __device__ __forceinline__ void sink_dw(const T* d_o, const T* o, const float* l
     sum -= expf(sink - log) * warp_sum(dot);
   }
   if (lane == 0) slots[warp] = sum;
-#if FAULT != 34
-  __syncthreads();
-#endif
+  if (FAULT != 34) __syncthreads();
   if (threadIdx.x == 0) {
     for (int i = 1; i < WARPS; ++i) sum += slots[i];
     parts[(long long)blockIdx.y * heads + head] = sum;
@@ -189,9 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     sums[leaf * FOLDED + lane] = sum;
   }
-#if FAULT != 5
-  __syncthreads();
-#endif
+  if (FAULT != 5) __syncthreads();
   if (!mine) return;
   float r = sum_tree<float>(tree, [&](int leaf) { return sums[leaf * FOLDED + lane]; });
 #pragma unroll

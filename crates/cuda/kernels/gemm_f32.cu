@@ -83,9 +83,7 @@ __device__ __forceinline__ void multiply32(float (&c)[F32_FOURS][4], Factor32<LE
     // The other half of `tiles` may still be read; this one was left two barriers ago.
     left.store(now);
     right.store(now + LEN);
-#if FAULT != 24
-    __syncthreads();
-#endif
+    if (FAULT != 24) __syncthreads();
     if (k + F32_DEPTH < inner) {
       left.load(k + F32_DEPTH, inner);
       right.load(k + F32_DEPTH, inner);

@@ -23,10 +23,6 @@
 #include "hopper.h"
 #include "leaves.h"
 
-#ifndef FAULT
-#define FAULT 0  // a test takes out what it should miss
-#endif
-
 enum class Form { NT, NN, TN };
 
 template <int WIDTH> struct GemmTile {
@@ -112,9 +108,7 @@ __device__ __forceinline__ void gemm_multiply(float (&c)[WIDTH / 8][4], const Ri
   int before = 0;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-#if FAULT != 20
-    mbarrier_wait(&ring.full[turn.stage], turn.parity);
-#endif
+    if (FAULT != 20) mbarrier_wait(&ring.full[turn.stage], turn.parity);
     uint32_t stage = base + turn.stage * G::STAGE_BYTES;
     uint64_t left = wgmma_operand(stage + group * NEXT, NEXT);
     uint64_t right = wgmma_operand(stage + G::LEFT_BYTES, NEXT);
@@ -126,16 +120,12 @@ __device__ __forceinline__ void gemm_multiply(float (&c)[WIDTH / 8][4], const Ri
     }
     wgmma_commit();
     // The step before is done when only this one is under way.
-#if FAULT != 21
-    wgmma_wait<1>();
-#endif
+    if (FAULT != 21) wgmma_wait<1>();
     if (step > 0 && lane == 0) mbarrier_arrive(&ring.empty[before]);
     before = turn.stage;
     turn.next();
   }
-#if FAULT != 22
-  wgmma_wait<0>();
-#endif
+  if (FAULT != 22) wgmma_wait<0>();
   if (lane == 0) mbarrier_arrive(&ring.empty[before]);
 }
 
@@ -276,9 +266,7 @@ __device__ __forceinline__ void gemm(const TensorMap* left, const TensorMap* rig
       raster.at(i - part * raster.count, row, col);
       for (int leaf = part * leaves; leaf < (part + 1) * leaves; ++leaf) {
         for (int step = 0; step < steps; ++step) {
-#if FAULT != 23
-          mbarrier_wait(&ring.empty[turn.stage], turn.parity ^ 1);
-#endif
+          if (FAULT != 23) mbarrier_wait(&ring.empty[turn.stage], turn.parity ^ 1);
           mbarrier_expect(&ring.full[turn.stage], G::STAGE_BYTES);
           gemm_fetch<FORM, WIDTH>(ring.stages + turn.stage * G::STAGE_BYTES, &ring.full[turn.stage], left, right,
                                   row * G::ROWS, col * WIDTH, step * G::DEPTH, leaf);

@@ -18,6 +18,9 @@ typedef long long int64_t;
 
 typedef unsigned short bf16;
 
+// Which fault is planted: in the emulator, by tests that must notice it.
+constexpr int FAULT = 0;
+
 // The dynamic shared memory of a block, 1024-byte aligned.
 #define SHARED(T, name)                                                  \
   extern __shared__ __align__(1024) unsigned char phalanx_shared[];      \

@@ -2,10 +2,6 @@
 // and sums in the order of a tree.
 #pragma once
 
-#ifndef FAULT
-#define FAULT 0
-#endif
-
 // Eight neighbouring elements as they lie in memory: what a thread keeps between two passes over a row.
 template <class T> struct Eight;
 
@@ -89,9 +85,7 @@ template <class S> __device__ __forceinline__ S block_sum(S x, S* slots) {
   x = warp_sum(x);
   if (blockDim.x <= 32) return x;
   if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = x;
-#if FAULT != 1
-  __syncthreads();
-#endif
+  if (FAULT != 1) __syncthreads();
   S sum = slots[0];
   for (int i = 1; i < (int)blockDim.x / 32; ++i) sum += slots[i];
   return sum;
@@ -102,9 +96,7 @@ __device__ __forceinline__ float block_max(float x, float* slots) {
   for (int bits = 16; bits > 0; bits >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, bits));
   if (blockDim.x <= 32) return x;
   if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = x;
-#if FAULT != 2
-  __syncthreads();
-#endif
+  if (FAULT != 2) __syncthreads();
   float most = slots[0];
   for (int i = 1; i < (int)blockDim.x / 32; ++i) most = fmaxf(most, slots[i]);
   return most;

@@ -70,11 +70,7 @@ __device__ __forceinline__ float gradient(T* row, uint32_t target, int vocab0, i
   bool counts = target != IGNORED;
   float inverse = 1.0f / s.sum;
   // d/dx of z lse^2 is 2 z lse softmax(x).
-#if FAULT == 30
-  float more = 1.0f + 2.0f * terms.z * logf(s.sum);
-#else
-  float more = 1.0f + 2.0f * terms.z * (logf(s.sum) + s.max);
-#endif
+  float more = 1.0f + 2.0f * terms.z * (FAULT == 30 ? logf(s.sum) : logf(s.sum) + s.max);
   uint32_t at_target = counts && target >= (uint32_t)vocab0 ? target - (uint32_t)vocab0 : IGNORED;
   each_logit(row, vocab, [&](const float(&v)[8], int at, int step) {
     float g[8];

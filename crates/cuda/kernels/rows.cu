@@ -527,11 +527,7 @@ __device__ __forceinline__ void dropout(const T* x, const T* bias, const T* acc,
 #pragma unroll
       for (int i = 0; i < 8; ++i) v[i] += w[i];
     }
-#if FAULT == 31
-    uint64_t of_row = mix(key ^ mix((uint64_t)row));
-#else
-    uint64_t of_row = mix(key ^ mix(rows.place(row)));
-#endif
+    uint64_t of_row = mix(key ^ mix(FAULT == 31 ? (uint64_t)row : rows.place(row)));
 #pragma unroll
     for (int i = 0; i < 8; ++i) w[i] = 0.0f;
     if (acc) get8(acc + row * dim, at, dim, wide).unpack(w);

@@ -119,9 +119,7 @@ __device__ __forceinline__ void find_ids(const uint32_t* ids, int base, int end,
     uint32_t word = __ballot_sync(~0u, at < end && ids[at] == id);
     if (threadIdx.x % 32 == 0) mask[j * warps + (int)threadIdx.x / 32] = word;
   }
-#if FAULT != 4
-  __syncthreads();
-#endif
+  if (FAULT != 4) __syncthreads();
 }
 
 // Adds the rows of dy from `base` on that `word` has, in order; four are loaded at a time.
@@ -237,9 +235,7 @@ __device__ __forceinline__ void embed_rows(const uint32_t* ids, const T* dy, flo
     }
   }
   // What the list holds is read before sums go where it is.
-#if FAULT != 6
-  __syncthreads();
-#endif
+  if (FAULT != 6) __syncthreads();
   bool wide = dim % 8 == 0 && aligned16(dy);
   bool wide_rows = dim % 8 == 0 && aligned16(rows);
   for (int first = 0; first < dim; first += (int)blockDim.x * 8) {
