@@ -3,6 +3,7 @@
 mod door;
 mod via;
 
+use crate::awake::Awake;
 use crate::control::{CONTROL_BYTES, Control, MAX_LOCAL};
 use crate::inner::{Core, Failure, Near, Peer, Transport};
 use crate::link::{Io, Line, Way};
@@ -17,6 +18,7 @@ use crate::world::{Bootstrap, TransportChoice, patience};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use spec::{Error, Result};
+use std::cell::Cell;
 use std::net::{SocketAddr, TcpListener};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener};
@@ -25,6 +27,8 @@ use std::time::{Duration, Instant};
 
 /// How often a rank that waits for others looks whether one of them has given up.
 const LOOK: Duration = Duration::from_millis(250);
+/// What may lie between two looks, where the store is slow.
+const LONGEST_LOOK: Duration = Duration::from_secs(20);
 /// How often it looks which of them are missing, which costs the store more.
 const LOOK_FOR_MISSING: Duration = Duration::from_secs(2);
 
@@ -126,7 +130,7 @@ pub fn give_up(store: &crate::StoreClient, session: &str, why: &str) -> Result<(
 
 fn join(b: &Bootstrap, gave_up: &str) -> Result<Arc<Core>> {
     let began = Instant::now();
-    let wait = Wait { b, gave_up, began, until: began + b.timeout };
+    let wait = Wait { b, gave_up, began, awake: Cell::new(Awake::begin()) };
     let doors = Doors::open(b)?;
     let own = publish(b, &doors)?;
     let cards = collect(&wait, &own)?;
@@ -189,7 +193,7 @@ struct Wait<'a> {
     b: &'a Bootstrap,
     gave_up: &'a str,
     began: Instant,
-    until: Instant,
+    awake: Cell<Awake>,
 }
 
 impl Wait<'_> {
@@ -206,12 +210,19 @@ impl Wait<'_> {
         why.map_or_else(|| os_error(doing, e), |why| did_not_start(&why))
     }
 
+    fn left(&self) -> Duration {
+        self.b.timeout.saturating_sub(self.awake.get().now())
+    }
+
     /// The time until the next look; fails if the deadline has passed or a rank has given up.
     fn next(&self, missing: impl Fn() -> String) -> Result<Duration> {
         if let Some(why) = self.b.store.try_get(self.gave_up)? {
             return Err(did_not_start(&why));
         }
-        let left = self.until.saturating_duration_since(Instant::now());
+        let mut awake = self.awake.get();
+        awake.paused(LONGEST_LOOK);
+        self.awake.set(awake);
+        let left = self.left();
         if left.is_zero() {
             return Err(Error::failure(format!(
                 "rank {} of {} waited {:.1} s for {}",

@@ -49,6 +49,7 @@
 //! shared memory), `p2p` and `link` (messages, in memory, over sockets and through `mpi`), `mesh` (collectives made of messages),
 //! `group` (which of these, or both levels), `progress` (who polls), `connect` (how ranks find each other), `secret` and `seal` (how they know each other), [`store`].
 
+mod awake;
 mod bench;
 mod connect;
 mod control;
@@ -77,6 +78,7 @@ mod tree;
 mod waiting;
 mod world;
 
+pub use awake::Awake;
 pub use bench::{BENCH_SIZES, BenchOp, Row, bench_collectives};
 pub use connect::{give_up, host_id};
 pub use element::{Element, ElementType, OpTag, Order, RawSlice, even_ranges};

@@ -3,6 +3,7 @@
 //! There is no waker and no reactor. A future looks at memory; whoever polls it spins for a moment and then sleeps on
 //! the rank's bell, which is rung by everyone who makes progress for the rank.
 
+use crate::awake::Awake;
 use crate::control::publish;
 use crate::element::OpTag;
 use crate::inner::Core;
@@ -49,7 +50,7 @@ pub(crate) async fn until<T>(
     missing: impl Fn() -> String,
     mut check: impl FnMut() -> Option<Result<T>>,
 ) -> Result<T> {
-    let mut began = None;
+    let mut awake: Option<Awake> = None;
     let mut words = Words::new();
     let mut polls = 0u32;
     poll_fn(move |_| {
@@ -62,8 +63,7 @@ pub(crate) async fn until<T>(
         }
         polls = polls.wrapping_add(1);
         if polls.is_multiple_of(POLLS_PER_LOOK) || LOOK.get() {
-            let now = Instant::now();
-            let waited = now - *began.get_or_insert(now);
+            let waited = awake.get_or_insert_with(Awake::begin).paused(MAX_NAP);
             if waited >= core.timeout {
                 // A last look: progress made while this thread was not scheduled counts.
                 return Poll::Ready(check().unwrap_or_else(|| Err(core.timed_out(&missing()))));

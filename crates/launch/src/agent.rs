@@ -12,13 +12,13 @@ use crate::signals::{self, Signals};
 use crate::tail::Tail;
 use crate::warden::Warden;
 use crate::worker::{Worker, command_line};
+use comm::Awake;
 use elastic::crew::{Action, Crew, Event, Limits, Next};
 use group::Group;
 use spec::{Error, Result};
 use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::time::Instant;
 use supervise::End;
 
 /// How a launch ended on this node.
@@ -100,7 +100,7 @@ pub fn run(options: &Options, program: OsString, args: &[OsString]) -> Result<Ou
         trust,
         bind,
         crew,
-        began: Instant::now(),
+        clock: Awake::begin(),
         workers: Vec::new(),
         tails: Vec::new(),
         failures: Vec::new(),
@@ -144,7 +144,7 @@ struct Agent<'a> {
     bind: Option<IpAddr>,
     crew: Crew,
     /// The crew's time counts from here.
-    began: Instant,
+    clock: Awake,
     /// The last worker of each place that was ever filled.
     workers: Vec<Worker>,
     tails: Vec<Tail>,

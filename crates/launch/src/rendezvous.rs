@@ -2,7 +2,7 @@
 
 use crate::door::Doors;
 use crate::heir::Standby;
-use comm::{Secret, StoreClient, Waiting};
+use comm::{Awake, Secret, StoreClient, Waiting};
 use elastic::rendezvous::{Action, Agreed, Member, News, Node, NodeId, Offer, Rules, Times, Wish};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 const WRITES_IN_A_ROW: usize = 16;
 /// One attempt to reach the store, so that the end of the agent is noticed between two.
 const CONNECT_SLICE: Duration = Duration::from_secs(1);
+/// What a turn may take, whose calls of the store have deadlines of their own.
+const LONGEST_TURN: Duration = Duration::from_secs(30);
 /// Added to the pause between two looks for each node, so that the store's load does not grow with their square.
 const PAUSE_PER_NODE: Duration = Duration::from_micros(500);
 
@@ -139,7 +141,6 @@ impl Drop for Teller {
 
 /// The thread: until the agent drops its handle, or the store is lost.
 fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller, endpoint: &Endpoint) -> Result<()> {
-    let start = Instant::now();
     let mut early = Vec::new();
     let Some(client) = connect(&setup, wished, &mut early)? else { return Ok(()) };
     if setup.me.id.addr.is_empty() {
@@ -155,10 +156,10 @@ fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller, endpoint: &
         Seen { client, prefix, raw: None, shared: Agreed::default(), beats: Vec::new(), looked: None };
     let mut this = Thread {
         setup,
+        clock: Awake::begin(),
         node,
         doors,
         standby,
-        start,
         next_beat: Duration::ZERO,
         trouble: None,
         contact: Duration::ZERO,
@@ -173,23 +174,28 @@ fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller, endpoint: &
         }
         let pause =
             this.setup.interval.max(PAUSE_PER_NODE * u32::try_from(seen.shared.members.len()).unwrap_or(0));
-        match wished.recv_timeout(pause) {
+        this.clock.pause();
+        let wish = wished.recv_timeout(pause);
+        this.clock.paused(pause);
+        match wish {
             Ok(word) => this.hear(word),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         }
-        match this.turn(&mut seen, teller) {
-            Ok(()) => (this.trouble, this.contact) = (None, start.elapsed()),
+        let turned = this.turn(&mut seen, teller);
+        this.clock.paused(LONGEST_TURN);
+        match turned {
+            Ok(()) => (this.trouble, this.contact) = (None, this.clock.now()),
             Err(error) => {
                 // What is lost on a closed job is no loss.
                 if let Some(closed) = seen.shared.closed.take() {
                     teller.tell(Ok(News::Closed(closed)));
                     return Ok(());
                 }
-                let since = *this.trouble.get_or_insert(start.elapsed());
+                let since = *this.trouble.get_or_insert(this.clock.now());
                 let hope = this.follow(&mut seen, endpoint);
                 let patience = this.setup.times.heartbeat * if hope { 2 } else { 1 };
-                if start.elapsed().saturating_sub(since) >= patience {
+                if this.clock.now().saturating_sub(since) >= patience {
                     return Err(error.context("the job's store is lost").hint(
                         "the node that runs it (--rdzv-endpoint or --master-addr) is gone or cannot be reached",
                     ));
@@ -237,7 +243,7 @@ struct Thread {
     node: Node,
     doors: Doors,
     standby: Standby,
-    start: Instant,
+    clock: Awake,
     next_beat: Duration,
     trouble: Option<Duration>,
     /// When the store was last reached.
@@ -257,7 +263,7 @@ struct Seen {
 impl Thread {
     fn hear(&mut self, word: Word) {
         match word {
-            Word::Wish(wish, offer) => self.node.wish(wish, offer, self.start.elapsed()),
+            Word::Wish(wish, offer) => self.node.wish(wish, offer, self.clock.now()),
             Word::Progress(stepped) => self.node.note(stepped),
         }
     }
@@ -278,7 +284,7 @@ impl Thread {
         let dead = self.dead(&seen.shared);
         let mut memory = seen.shared.clone();
         memory.recovers |= self.node.recovers();
-        let times = (self.start.elapsed().saturating_sub(self.contact), self.setup.times.heartbeat);
+        let times = (self.clock.now().saturating_sub(self.contact), self.setup.times.heartbeat);
         match self.standby.follow(self.node.id(), &seen.prefix, &memory, &dead, times) {
             None => false,
             Some(Ok(Some(moved))) => {
@@ -301,7 +307,7 @@ impl Thread {
 
     /// One look, and all the writes that follow from it.
     fn turn(&mut self, seen: &mut Seen, teller: &Teller) -> Result<()> {
-        let now = self.start.elapsed();
+        let now = self.clock.now();
         if now >= self.next_beat {
             seen.client.add(&seen.beat_key(self.node.id()), 1)?;
             self.next_beat = now + self.setup.times.keep_alive_interval;
@@ -316,7 +322,7 @@ impl Thread {
         let gone = self.dead(&seen.shared);
         self.node.gone(gone);
         for _ in 0..WRITES_IN_A_ROW {
-            let actions = self.node.step(&seen.shared, &seen.beats, self.start.elapsed());
+            let actions = self.node.step(&seen.shared, &seen.beats, self.clock.now());
             let mut wrote = false;
             for action in actions {
                 match action {

@@ -152,7 +152,7 @@ impl Meeting<'_> {
             self.wait.kept(&format!("rank {} cannot reach {}", b.rank, self.place(rank)), &e)
         };
         let left = self.wait.next(|| names([rank]))?.max(Duration::from_secs(1));
-        let left = left.max(self.wait.until.saturating_duration_since(Instant::now()));
+        let left = left.max(self.wait.left());
         let socket: OwnedFd = if is_near {
             UnixAddr::from_abstract_name(&self.cards[rank].near)
                 .and_then(|a| UnixStream::connect_addr(&a))

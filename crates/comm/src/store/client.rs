@@ -1,6 +1,7 @@
 use super::auth::{Line, Refusal};
 use super::wire::{self, Reply, Request};
 use super::{MAX_KEY_BYTES, MAX_VALUE_BYTES, MAX_WAIT_KEYS};
+use crate::awake::Awake;
 use crate::os::{is_out_of_files, os_error};
 use crate::secret::Secret;
 use crate::waiting::Waiting;
@@ -248,12 +249,12 @@ impl StoreClient {
         timeout: Duration,
         mut ask: impl FnMut(Duration) -> Result<Result<T, Vec<String>>>,
     ) -> Result<T> {
-        let until = Instant::now().checked_add(timeout);
+        let mut awake = Awake::begin();
         loop {
-            let left = until.map_or(WAIT_SLICE, |u| u.saturating_duration_since(Instant::now()));
-            match ask(left.min(WAIT_SLICE))? {
+            let slice = timeout.saturating_sub(awake.now()).min(WAIT_SLICE);
+            match ask(slice)? {
                 Ok(value) => return Ok(value),
-                Err(missing) if left <= WAIT_SLICE && until.is_some() => {
+                Err(missing) if awake.paused(slice) >= timeout => {
                     let mut shown = missing.iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", ");
                     if missing.len() > 8 {
                         shown += &format!(" and {} more", missing.len() - 8);
@@ -378,12 +379,15 @@ fn greet(mut stream: TcpStream, left: Duration) -> io::Result<TcpStream> {
     let mut hello = [0; wire::HELLO.len()];
     let mut got = 0;
     while got < hello.len() {
-        let n = stream.read(&mut hello[got..]).map_err(|e| match e.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                io::Error::new(io::ErrorKind::TimedOut, "it takes connections and says nothing")
+        let n = match stream.read(&mut hello[got..]) {
+            Ok(n) => n,
+            // A process that was stopped and goes on.
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "it takes connections and says nothing"));
             }
-            _ => e,
-        })?;
+            Err(e) => return Err(e),
+        };
         got += n;
         if n == 0 || hello[..got] != wire::HELLO[..got] {
             // Who hangs up may be a store that is just ending.

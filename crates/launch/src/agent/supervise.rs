@@ -166,7 +166,7 @@ impl Agent<'_> {
 
     /// Tells the crew; its time begins with the agent.
     fn tell(&mut self, event: Event) -> Vec<Action> {
-        self.crew.step(event, self.began.elapsed())
+        self.crew.step(event, self.clock.now())
     }
 
     /// Tells the crew what happened and does what it says.
@@ -352,16 +352,20 @@ impl Agent<'_> {
     }
 
     /// Sleeps until a worker ends or speaks, a signal comes, another node speaks, or the crew wants to know the time.
-    fn sleep(&self) -> Result<()> {
+    fn sleep(&mut self) -> Result<()> {
+        self.clock.pause();
         let running = || self.workers.iter().filter(|w| w.ended().is_none());
         let own = [Some(self.signals.fd()), self.group.fd()];
         let theirs = running().flat_map(|w| [w.fd(), w.reports_fd()]);
         let all = own.into_iter().chain(theirs).flatten();
         let mut fds: Vec<PollFd<'_>> = all.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-        let crews = self.crew.wakes_at().map(|at| at.saturating_sub(self.began.elapsed()));
+        let crews = self.crew.wakes_at().map(|at| at.saturating_sub(self.clock.now()));
         let blind = running().any(|w| w.fd().is_none()).then_some(LOOK_INTERVAL);
         let asked = self.group.has_news().then_some(Duration::ZERO);
-        wait_for(&mut fds, [crews, blind, asked].into_iter().flatten().min())
+        let pause = [crews, blind, asked].into_iter().flatten().min();
+        let done = wait_for(&mut fds, pause);
+        self.clock.paused(pause.unwrap_or(Duration::MAX));
+        done
     }
 
     /// Who keeps its memory, for people.

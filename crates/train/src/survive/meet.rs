@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use data::Streams;
 use elastic::{Orders, Report};
@@ -225,10 +225,11 @@ impl Lifeline {
 
     /// `None` if none come in time, the agent is gone, or this rank is asked to stop.
     fn await_orders(&mut self, timeout: Duration, stop: &AtomicBool) -> Option<Orders> {
-        let began = Instant::now();
+        let mut awake = comm::Awake::begin();
         loop {
             let found = self.agent.orders(self.orders.round, LOOK_EVERY);
-            let is_over = self.agent.is_gone() || stop.load(Ordering::Relaxed) || began.elapsed() >= timeout;
+            let waited = awake.paused(LOOK_EVERY);
+            let is_over = self.agent.is_gone() || stop.load(Ordering::Relaxed) || waited >= timeout;
             if found.is_some() || is_over {
                 return found;
             }
