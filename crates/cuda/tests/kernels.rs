@@ -47,6 +47,6 @@ fn planted_faults_are_noticed() {
 #[test]
 fn stand_ins_do_what_they_stand_for() {
     if has_compiler() {
-        run("selftest/run.sh", &[&Path::new(env!("CARGO_TARGET_TMPDIR")).join("stand-ins")]);
+        run("selftest/run.sh", &[&Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator")]);
     }
 }
