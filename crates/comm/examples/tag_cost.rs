@@ -1,6 +1,8 @@
-//! What tags cost on TCP: two ranks of one process with two worlds over loopback, of which one carries no tags, take turns.
+//! What tags cost on TCP: two ranks with two worlds, of which one carries no tags, take turns. They are threads that talk
+//! over loopback, or processes that meet at an address of rank 0's machine.
 //!
 //!     cargo run --release -p phalanx-comm --features bench-untagged --example tag_cost -- [ROUNDS] [BYTES]...
+//!     tag_cost --rank 0 10.0.0.1:4000 [ROUNDS] [BYTES]...     # there, and with --rank 1 elsewhere
 
 use comm::{Bootstrap, OpTag, Order, StoreClient, StoreServer, TransportChoice, World};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -15,11 +17,22 @@ const BATCH: usize = 8;
 const QUANTILES: [(f64, &str); 3] = [(0.02, "fastest 2 %"), (0.1, "fastest 10 %"), (0.5, "median")];
 
 fn main() -> spec::Result<()> {
-    let args: Vec<usize> = std::env::args().skip(1).filter_map(|arg| arg.parse().ok()).collect();
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    let process = (args.first().is_some_and(|arg| arg == "--rank") && args.len() > 2)
+        .then(|| (args[1] == "1", args.drain(..3).next_back().unwrap_or_default()));
+    let args: Vec<usize> = args.iter().filter_map(|arg| arg.parse().ok()).collect();
     let rounds = args.first().copied().unwrap_or(500);
     let sizes = if args.len() > 1 { &args[1..] } else { &[64 << 10, 1 << 20, 16 << 20][..] };
-    let server = StoreServer::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    if let Some((true, addr)) = &process {
+        return rank(1, &StoreClient::connect(addr, TIMEOUT)?, rounds, sizes);
+    }
+    let here = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let at = process.as_ref().map_or(Ok(here), |(_, addr)| addr.parse());
+    let server = StoreServer::start(at.map_err(|e| spec::Error::user(format!("address: {e}")))?)?;
     let store = StoreClient::connect(&server.addr().to_string(), TIMEOUT)?;
+    if process.is_some() {
+        return rank(0, &store, rounds, sizes);
+    }
     std::thread::scope(|s| {
         let other = s.spawn(|| rank(1, &store, rounds, sizes));
         rank(0, &store, rounds, sizes)?;
