@@ -146,6 +146,29 @@ fn a_stopped_worker_is_killed_and_replaced() {
     running.end().check(0, &["killing rank 0", "no sign of life for 1.5 s", "rank 1 keeps its memory"]);
 }
 
+/// As by `scontrol suspend`: agent and workers are stopped for longer than a worker may be silent, then go on.
+#[test]
+fn a_job_that_was_stopped_whole_goes_on() {
+    let (folder, other) = (Folder::new(), Folder::new());
+    let flags = |silence| ["--nproc-per-node", "2", "--max-restarts", "1", "--silence-timeout", silence];
+    let running = start(&folder, &flags("1"));
+    let workers = wait_all(&folder, 0, 2);
+    let clock = start(&other, &flags("4"));
+    let stopped = wait_all(&other, 0, 2)[0].pid;
+    let all = [running.pid(), workers[0].pid, workers[1].pid];
+    all.iter().for_each(|pid| kill(*pid, libc::SIGSTOP));
+    // As long as another agent takes to give a worker up.
+    kill(stopped, libc::SIGSTOP);
+    wait_all(&other, 1, 2);
+    all.iter().for_each(|pid| kill(*pid, libc::SIGCONT));
+    finish(&folder);
+    let ended = running.end();
+    ended.check(0, &[]);
+    assert!(!ended.stderr.contains("no sign of life"), "{ended:?}");
+    finish(&other);
+    clock.end().check(0, &["no sign of life for 4.0 s"]);
+}
+
 #[test]
 fn without_restarts_left_the_job_ends_or_shrinks() {
     let check = |flags: &[&str], code: i32, parts: &[&str]| {
