@@ -209,11 +209,12 @@ fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller, endpoint: &
 fn connect(setup: &Setup, wished: &Receiver<Word>, early: &mut Vec<Word>) -> Result<Option<StoreClient>> {
     let until = Instant::now() + setup.times.join;
     let most = setup.times.join.as_secs();
+    let mut mute_since = None;
     let spoken =
         Waiting::begin("phalanx launch:", format!("the job's store at {}, {most} s at most", setup.endpoint));
     loop {
         let slice = CONNECT_SLICE.min(until.saturating_duration_since(Instant::now()));
-        match StoreClient::connect_with(&setup.endpoint, &setup.secret, slice) {
+        match StoreClient::connect_again(&setup.endpoint, &setup.secret, slice, &mut mute_since) {
             Ok(client) => return Ok(Some(client)),
             Err(e) if e.kind() == spec::Kind::User => {
                 return Err(e.context("rendezvous").hint("another program may use that port"));

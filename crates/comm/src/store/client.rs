@@ -7,7 +7,7 @@ use crate::secret::Secret;
 use crate::waiting::Waiting;
 use spec::{Error, Result};
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -55,14 +55,25 @@ impl StoreClient {
     /// The address cannot be parsed or resolved, nobody listens there in time, or it is no store, or one with another
     /// secret.
     pub fn connect_with(addr: &str, secret: &Secret, deadline: Duration) -> Result<StoreClient> {
-        if addr.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
-            return Err(Error::user(format!("store address {addr:?}: expected host:port")));
-        }
+        StoreClient::connect_again(addr, secret, deadline, &mut None)
+    }
+
+    /// The same for who does other things between tries: `mute_since` is kept from one to the next, and says since when
+    /// whoever takes connections there has said nothing.
+    ///
+    /// # Errors
+    /// As [`StoreClient::connect_with`].
+    pub fn connect_again(
+        addr: &str,
+        secret: &Secret,
+        deadline: Duration,
+        mute_since: &mut Option<Instant>,
+    ) -> Result<StoreClient> {
+        check_address(addr)?;
         let began = Instant::now();
         let until = began + deadline;
         let doing = format!("connect to the store at {addr}");
         let mut spoken: Option<Waiting> = None;
-        let mut mute_since = None;
         let line = loop {
             let tried = Instant::now();
             let failed = match open(addr, secret, until) {
@@ -72,7 +83,7 @@ impl StoreClient {
             let e = match failed {
                 Failed::Connect(e) if is_out_of_files(&e) => return Err(os_error(&doing, &e)),
                 Failed::Connect(e) => {
-                    mute_since = None;
+                    *mute_since = None;
                     e
                 }
                 Failed::Greet(e) => {
@@ -397,6 +408,19 @@ fn greet(mut stream: TcpStream, left: Duration) -> io::Result<TcpStream> {
         }
     }
     Ok(stream)
+}
+
+/// What can be no address is not asked of a name server again and again.
+fn check_address(addr: &str) -> Result<()> {
+    let Some((host, _)) = addr.rsplit_once(':').filter(|(_, port)| port.parse::<u16>().is_ok()) else {
+        return Err(Error::user(format!("store address {addr:?}: expected host:port")));
+    };
+    let is_number = host.split('.').count() == 4 && host.chars().all(|c| c.is_ascii_digit() || c == '.');
+    if is_number && host.parse::<Ipv4Addr>().is_err() {
+        return Err(Error::user(format!("store address {addr}: {host} is no IPv4 address"))
+            .hint("four numbers up to 255, or the name of the host"));
+    }
+    Ok(())
 }
 
 fn checked_key(key: &str) -> Result<String> {
