@@ -43,5 +43,8 @@ attention 32 a query sees a key before its window or document
 attention 33 a key's gradient has queries that do not see it
 columns 34 no barrier between warps' sums of a sink and their total
 gemm_f32 24 factors used before others have stored them
+muon 40 no barrier between a patch and its transpose
+muon 41 weights scaled up where scores are small
+gemm_f32 42 a symmetric product without its mirror image
 END
 exit $status

@@ -6,8 +6,11 @@
 //   gemm_tn_f32: for each of `subtrees` parts: the leaves' products dy^T x [rows, cols], each of leaf_rows rows, summed in
 //     the order of `tree`; the sum meets levels + part * subtree_stride: for l < merge r = levels[l] + r, then
 //     levels[store] = r, with levels level_len apart
+//   symmetric_nt_f32: out [side, side] = x x^T, x [side, inner]; symmetric_nn_f32: out = left right of symmetric matrices
+//     that commute. What is below the diagonal is computed, and put above it as well
 // Any shape and alignment; x has rows ld_x apart, y and acc ld_y, the others are dense.
 //   grid   min(tiles, any number), tiles = ceil(rows / 128) * ceil(cols / 128) * subtrees; block 256
+//          of symmetric ones tiles = t (t + 1) / 2 with t = ceil(side / 128)
 //   held   of gemm_tn: float[grid][tree's depth][128 * 128]
 #include "device.h"
 #include "lanes.h"
@@ -161,6 +164,44 @@ extern "C" __global__ void __launch_bounds__(256)
                 int inner, long long ld_x, long long ld_y) {
   SHARED_ARRAY(float4, tiles, F32_SIDE * F32_DEPTH);
   gemm32<false>(x, w, y, acc, bias, rows, cols, inner, ld_x, ld_y, tiles);
+}
+
+template <bool RIGHT_ALONG>
+__device__ __forceinline__ void symmetric32(const float* x, const float* w, float* out, int side, int inner,
+                                            float4* tiles) {
+  int across = (side + F32_SIDE - 1) / F32_SIDE, count = across * (across + 1) / 2;
+  Factor32<true> left = {x, inner, side, 0, aligned16(x) && inner % 4 == 0, {}};
+  Factor32<RIGHT_ALONG> right = {w, RIGHT_ALONG ? inner : side, side, 0, false, {}};
+  right.wide = aligned16(w) && right.ld % 4 == 0;
+  for (int i = blockIdx.x; i < count; i += gridDim.x) {
+    int row0 = 0, col0 = i;
+    while (col0 > row0) col0 -= ++row0;
+    left.first = row0 * F32_SIDE;
+    right.first = col0 * F32_SIDE;
+    float c[F32_FOURS][4];
+    multiply32(c, left, right, inner, tiles);
+    each_row32(c, left.first, right.first, [&](float(&v)[4], int row, int col) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (row >= side || col + j > row) continue;
+        out[(long long)row * side + col + j] = v[j];
+#if FAULT != 42
+        out[(long long)(col + j) * side + row] = v[j];
+#endif
+      }
+    });
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    symmetric_nt_f32(const float* x, const float* w, float* out, int side, int inner) {
+  SHARED_ARRAY(float4, tiles, F32_SIDE * F32_DEPTH);
+  symmetric32<true>(x, w, out, side, inner, tiles);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    symmetric_nn_f32(const float* x, const float* w, float* out, int side, int inner) {
+  SHARED_ARRAY(float4, tiles, F32_SIDE * F32_DEPTH);
+  symmetric32<false>(x, w, out, side, inner, tiles);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

@@ -110,6 +110,13 @@ __device__ __forceinline__ float block_max(float x, float* slots) {
   return most;
 }
 
+// Calls `body` with each of `len` elements, on any grid along x.
+template <class Body> __device__ __forceinline__ void each(long long len, Body body) {
+  long long step = (long long)gridDim.x * blockDim.x;
+#pragma unroll 4
+  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < len; i += step) body(i);
+}
+
 __device__ __forceinline__ float plus(float a, float b) { return a + b; }
 __device__ __forceinline__ float4 plus(float4 a, float4 b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);

@@ -36,12 +36,13 @@ macro_rules! source {
 }
 
 /// All kernels but those for Hopper alone.
-pub(crate) const SOURCES: [Source; 9] = [
+pub(crate) const SOURCES: [Source; 10] = [
     source!("rows"),
     source!("columns"),
     source!("sums"),
     source!("loss"),
     source!("optim"),
+    source!("muon"),
     source!("attention"),
     source!("attention_grad"),
     source!("attention_f32"),

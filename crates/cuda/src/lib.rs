@@ -17,6 +17,7 @@ mod grad_weight;
 mod row_products;
 mod products;
 mod update;
+mod muon;
 mod attention;
 mod numbers;
 mod host_messages;

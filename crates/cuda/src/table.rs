@@ -7,7 +7,7 @@ use train::{Gradient, Lack, Launch, Operand};
 use crate::attention;
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
-use crate::{products, row_products, update};
+use crate::{muon, products, row_products, update};
 
 /// The two variants of a kernel, by the type of activations.
 macro_rules! variant {
@@ -57,7 +57,9 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
         TieGrads { .. } => tie_grads,
         GradNorm => update::grad_norm,
         AdamW { .. } => update::adamw,
-        Average { .. } | SwapAverage { .. } => update::average,
+        MuonMomentum { .. } | Muon { .. } => muon::elementwise,
+        Orthogonalise { .. } => muon::orthogonalise,
+        LogitMax { .. } | QkClip { .. } => muon::qk_clip,
         other => return Err(Lack::of(other)),
     })
 }
@@ -114,6 +116,7 @@ pub fn workspace_len(op: &Op, p: &Program, hopper: bool) -> usize {
         HeadNormGradWeight { heads } => 2 * parts(&op.kind, rows(0), leaves(), heads.dim).0 * heads.dim,
         EmbedGrad { .. } => rows(0) * cols(op.ins[1]) + group(op.grads[0].group).rows,
         AttentionGrad { heads, .. } => rows(0) * heads.q,
+        Orthogonalise { matrices, shares } => muon::workspace_len(matrices, *shares, cols(op.outs[0])),
         _ => 0,
     }
 }
@@ -157,7 +160,7 @@ fn by_row(rows: usize, dim: usize) -> Geometry {
 }
 
 /// As many blocks as elements want, eight elements to a thread.
-fn by_element(len: usize) -> Geometry {
+pub(crate) fn by_element(len: usize) -> Geometry {
     Geometry::line(len.div_ceil(8 * 256).clamp(1, 1 << 16), 256)
 }
 

@@ -1,10 +1,11 @@
 //! Models and recipes with what the plain ones lack: the numbers of the CPU, and the same bits under other splits.
 
 use program::{Mode, Recipe, Request};
-use spec::{DType, Layout, ModelSpec, Window};
+use spec::{DType, Layout, ModelSpec, Optimizer, Window, Zero};
 use train::{Device, Executor, Mesh};
 
 use crate::against_cpu::compare;
+use crate::bits::together;
 use crate::common::{self, SEQUENCE, first_difference, steps, token, weights};
 use crate::{cpu, executor_of, gpu};
 
@@ -35,6 +36,25 @@ impl Case {
         let found =
             run(&Layout { micro_batch: 2, recompute: spec::Recompute::Full, ..one }).expect("the same GPU");
         assert_eq!(first_difference(&expected, &found), None, "{} in {precision}", self.model.name);
+    }
+
+    /// Holds ranks that share the GPU to one alone: in bits, or within a share of each step's loss.
+    fn check_ranks(&self, layout: &Layout, within: Option<f64>) {
+        let Case { model, recipe } = self;
+        let precision = if within.is_some() { DType::F32 } else { DType::Bf16 };
+        let Some(device) = gpu() else { return };
+        let mut exec = executor_of(*recipe, Box::new(device), model, &Layout::default(), (precision, false));
+        let alone = steps(&mut exec, model.vocab, 1, 6);
+        let (found, losses) = together(*recipe, model, layout, precision);
+        let Some(within) = within else {
+            assert_eq!(first_difference(&weights(&exec), &found), None, "{} under {layout:?}", model.name);
+            return;
+        };
+        assert_eq!(losses.len(), alone.len());
+        for (step, (a, b)) in losses.iter().zip(&alone).enumerate() {
+            let off = (a / b.loss - 1.0).abs();
+            assert!(off < within, "step {step} of {} under {layout:?}: {a} against {}", model.name, b.loss);
+        }
     }
 }
 
@@ -67,6 +87,20 @@ fn windows_sinks_and_documents() {
     Case { model: far, recipe: Recipe::default() }.check(DType::Bf16);
     Case { model: sunk.clone(), recipe }.check(DType::F32);
     Case { model: ModelSpec { head_dim: 64, ..sunk }, recipe }.check(DType::Bf16);
+}
+
+/// Muon's matrices, tall ones and wide, and scores that are bounded.
+#[test]
+fn muon_and_bounded_scores() {
+    let recipe = Recipe { optimizer: Optimizer::Muon, qk_clip: 0.5, ..Recipe::default() };
+    let model = model(2, false, false);
+    let case = Case { model, recipe };
+    case.check(DType::F32);
+    case.check(DType::Bf16);
+    // Ranks take matrices by turns.
+    case.check_ranks(&Layout { dp: 2, zero: Zero::Optimizer, ..Layout::default() }, None);
+    // Of each matrix they hold parts, by rows or by columns: sums inside products go in another order.
+    case.check_ranks(&Layout { tp: 2, ..Layout::default() }, Some(1e-5));
 }
 
 /// What a token that is generated sees, and logits that are squeezed: those of the CPU.
