@@ -18,6 +18,7 @@ mod row_products;
 mod products;
 mod update;
 mod muon;
+mod experts;
 mod attention;
 mod numbers;
 mod host_messages;
