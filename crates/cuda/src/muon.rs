@@ -41,7 +41,7 @@ pub(crate) fn elementwise(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
 
 /// Where the matrices of `newton_schulz` lie in the work space, and what is between its launches.
 struct Room {
-    /// By `Piece::index`.
+    /// By `MatrixName::index`.
     pieces: [Operand; 6],
     /// Sums of squares, and theirs.
     squares: Operand,

@@ -109,7 +109,7 @@ pub fn orthogonalise(
     newton_schulz(rows > cols, steps, scale, &mut |MatrixStep { op, of: [a, b], out: to }| {
         // The result is another matrix than the factors.
         let out = std::mem::take(&mut matrices[to.index()]);
-        let of = |p: Piece| &*matrices[p.index()];
+        let of = |p: MatrixName| &*matrices[p.index()];
         match op {
             MatrixOp::Normalise => rescale(pool, (1.0 / norm(pool, out).max(SMALLEST_NORM)) as f32, out),
             MatrixOp::Transpose => transpose(pool, matrices[a.index()], (rows, cols), out),
@@ -130,7 +130,7 @@ pub fn orthogonalise(
 
 /// A matrix that [`newton_schulz`] works with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Piece {
+pub enum MatrixName {
     /// The matrix itself, `rows` by `cols`.
     X,
     /// Room for another of its size.
@@ -139,13 +139,13 @@ pub enum Piece {
     Small(usize),
 }
 
-impl Piece {
+impl MatrixName {
     /// A number below 6.
     pub fn index(self) -> usize {
         match self {
-            Piece::X => 0,
-            Piece::Spare => 1,
-            Piece::Small(i) => 2 + i,
+            MatrixName::X => 0,
+            MatrixName::Spare => 1,
+            MatrixName::Small(i) => 2 + i,
         }
     }
 }
@@ -175,9 +175,9 @@ pub struct MatrixStep {
     /// What is done.
     pub op: MatrixOp,
     /// With which matrices, `a` and `b`, where it reads any.
-    pub of: [Piece; 2],
+    pub of: [MatrixName; 2],
     /// What is written.
-    pub out: Piece,
+    pub out: MatrixName,
 }
 
 /// What [`orthogonalise`] does, step by step, for whoever has the matrices; a `tall` one is higher than wide.
@@ -192,7 +192,7 @@ pub fn newton_schulz<E>(
 ) -> Result<(), E> {
     assert!(steps >= 2, "two halves of steps");
     let mut run = |op, of, out| run(MatrixStep { op, of, out });
-    let (x, spare) = (Piece::X, Piece::Spare);
+    let (x, spare) = (MatrixName::X, MatrixName::Spare);
     run(MatrixOp::Normalise, [x; 2], x)?;
     let halves = [(steps.div_ceil(2), 1.0, x, spare), (steps / 2, scale, spare, x)];
     for (steps, scale, from, to) in halves {
@@ -200,7 +200,7 @@ pub fn newton_schulz<E>(
         if tall {
             run(MatrixOp::Transpose, [from; 2], to)?;
         }
-        run(MatrixOp::Gram, [if tall { to } else { from }; 2], Piece::Small(0))?;
+        run(MatrixOp::Gram, [if tall { to } else { from }; 2], MatrixName::Small(0))?;
         let factor = factor(steps, &mut run)?;
         run(MatrixOp::Scale(scale), [factor; 2], factor)?;
         run(MatrixOp::Product, if tall { [from, factor] } else { [factor, from] }, to)?;
@@ -211,9 +211,9 @@ pub fn newton_schulz<E>(
 /// What `steps` of the iteration multiply a matrix by whose Gram matrix comes first among the small ones.
 fn factor<E>(
     steps: usize,
-    run: &mut impl FnMut(MatrixOp, [Piece; 2], Piece) -> Result<(), E>,
-) -> Result<Piece, E> {
-    let [gram, mut step, mut all, mut room] = [0, 1, 2, 3].map(Piece::Small);
+    run: &mut impl FnMut(MatrixOp, [MatrixName; 2], MatrixName) -> Result<(), E>,
+) -> Result<MatrixName, E> {
+    let [gram, mut step, mut all, mut room] = [0, 1, 2, 3].map(MatrixName::Small);
     for i in 0..steps {
         run(MatrixOp::Symmetric, [gram, gram], step)?;
         run(MatrixOp::Polynomial, [gram; 2], step)?;
