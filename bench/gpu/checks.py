@@ -1,6 +1,7 @@
 """Stages of accept.sh that say right or wrong: device, kernels, tests, runs that must agree, checkpoints, goldens."""
 
 import hashlib
+import json
 import re
 import shutil
 
@@ -130,7 +131,7 @@ class Trained:
 
 
 def train(a, folder, precision, keys, ranks, device, stop_after=None, export=True):
-    """Trains the compared model; gives losses and norms of its steps, and the hash of its exported weights."""
+    """Trains the compared model; gives losses and norms of its steps, and the hash of its last checkpoint's tensors."""
     got = Trained()
     sets = [*matrix.COMPARED, f"data.prefix={a.prefix}", f"train.precision={precision}", f"run.dir={folder}", *keys,
             *(matrix.COMPARED_TINY if a.rehearse else []), *a.device_keys(device)]
@@ -143,15 +144,27 @@ def train(a, folder, precision, keys, ranks, device, stop_after=None, export=Tru
     if done.state != OK and not (stop_after and done.status == 130):
         got.problem = done.why()
     elif export:
-        out = folder.with_name(folder.name + "-weights")
-        done = a.runner.run([a.phalanx, "export", folder, out], 30)
+        out = folder.with_name(folder.name + "-whole")
+        done = a.runner.run([a.phalanx, "ckpt", "reshard", "--ranks", 1, folder, out], 30)
         if done.state != OK:
-            got.problem = f"export: {done.why()}"
+            got.problem = f"ckpt reshard: {done.why()}"
         else:
-            weights = sorted(out.glob("*.safetensors"))
-            got.weights = hashlib.sha256(b"".join(p.read_bytes() for p in weights)).hexdigest()
+            got.weights = contents(next(out.glob("*/*.safetensors")))
             shutil.rmtree(out)
     return got
+
+
+def contents(path):
+    """A hash of all tensors of a file, weights and moments, by name; a part of one is called NAME@FIRST+LENGTH."""
+    data, parts = path.read_bytes(), []
+    start = 8 + int.from_bytes(data[:8], "little")
+    for key, tensor in json.loads(data[8:start]).items():
+        name, _, part = key.partition("@")
+        if name != "__metadata__":
+            first, end = tensor["data_offsets"]
+            parts.append((name, int(part.partition("+")[0] or 0), data[start + first:start + end]))
+    parts.sort()
+    return hashlib.sha256(b"".join((b"" if first else name.encode()) + bits for name, first, bits in parts)).hexdigest()
 
 
 def checkpoints(a):

@@ -50,10 +50,16 @@ RUNS = [
 OTHERS = {
     "losses, dropout, average": ("train.z_loss=1e-3", "model.logit_softcap=30", "train.dropout=0.1", "train.ema=0.9"),
     "windows, sinks": ("model.window.tokens=24", "model.window.full_every=2", "model.sinks=true"),
+    "muon, bounded scores": ("optim.kind=muon", "optim.qk_clip=2"),
+    "a batch that grows": ("batch.ramp=[4,4,12]",),
+    "mixture": ("model.experts.count=6", "model.experts.top_k=2", "model.experts.ffn=136", "model.experts.dense_layers=1", "model.experts.balance_loss=0.01",
+                "model.experts.score=sigmoid", "model.experts.expert_bias=true", "model.experts.bias_rate=0.01"),
+    "mixture with biases and bounds": ("model.experts.count=8", "model.experts.top_k=3", "model.experts.ffn=96", "model.experts.router_bias=true",
+                                       "model.mlp_bias=true", "model.activation=swiglu_clamped", "optim.kind=muon"),
 }
 for _name, _keys in OTHERS.items():
     RUNS += [
-        Run(_name, (*_keys, "layout.micro_batch=8"), of=_name, precisions=("bf16",)),
+        Run(_name, (*_keys, "layout.micro_batch=4"), of=_name, precisions=("bf16",)),
         Run(f"{_name}: split", (*_keys, "layout.recompute=full", "layout.micro_batch=2"), of=_name, precisions=("bf16",)),
         Run(f"{_name}: dp 2, zero 1", (*_keys, "layout.dp=2", "layout.zero=1", "layout.micro_batch=2"), 2, of=_name, precisions=("bf16",)),
     ]

@@ -50,4 +50,13 @@ attention 32 a query sees a key before its window or document
 attention 33 a key's gradient has queries that do not see it
 columns 34 no barrier between warps' sums of a sink and their total
 gemm_f32 24 factors used before others have stored them
+muon 40 no barrier between a patch and its transpose
+muon 41 weights scaled up where scores are small
+experts 50 of experts that are equally good the last
+experts 51 no barrier between warps' counts of copies and their sums
+experts 52 a token's copies added in another order
+grouped 53 factors used before they have landed
+grouped 54 factors overwritten while others read them
+grouped 55 rows of the next expert written
+gemm_f32 42 a symmetric product without its mirror image
 END

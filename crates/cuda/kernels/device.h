@@ -8,10 +8,11 @@
 
 // What kernels read of a turn. It lies in device memory, so that a recorded stretch runs again with other numbers.
 struct Numbers {
-  float loss_scale, grad_scale, keep, keep_no_decay, one_minus_beta1, beta2, one_minus_beta2, root_correction2, eps,
-      minus_step_size;
+  float loss_scale, grad_scale, keep, one_minus_beta1, beta2, one_minus_beta2, root_correction2, eps, minus_step_size;
   // Of an average of the weights.
   float average_keep, average_share;
+  // Muon's.
+  float momentum, momentum_rest, minus_lr;
   // Of what is left out at random.
   uint64_t draws;
 };

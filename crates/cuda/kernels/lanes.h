@@ -102,6 +102,13 @@ __device__ __forceinline__ float block_max(float x, float* slots) {
   return most;
 }
 
+// Calls `body` with each of `len` elements, on any grid along x.
+template <class Body> __device__ __forceinline__ void each(long long len, Body body) {
+  long long step = (long long)gridDim.x * blockDim.x;
+#pragma unroll 4
+  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < len; i += step) body(i);
+}
+
 __device__ __forceinline__ float plus(float a, float b) { return a + b; }
 __device__ __forceinline__ float4 plus(float4 a, float4 b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
@@ -154,4 +161,22 @@ template <class V, class Leaf> __device__ __forceinline__ V sum_shallow(const Tr
 
 template <class V, class Leaf> __device__ __forceinline__ V sum_tree(const Tree& tree, Leaf leaf) {
   return tree.depth <= SHALLOW ? sum_shallow<V>(tree, leaf) : sum_deep<V>(tree, leaf);
+}
+
+// Calls `body(at)` for each group of 8 below `len`.
+template <class Body> __device__ __forceinline__ void each8(long long len, Body body) {
+  long long step = (long long)gridDim.x * blockDim.x * 8;
+  for (long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 8; at < len; at += step) body(at);
+}
+
+// Rows of F, each rounded up to groups of 8, in the order of memory.
+template <class Body> __device__ __forceinline__ void each8_of_rows(int n, int F, Body body) {
+  int groups = (F + 7) / 8;
+  each8((long long)n * groups * 8, [&](long long at) {
+    long long group = at / 8;
+    // Division of 32 bits is much faster, and nearly always enough.
+    bool small = group >> 32 == 0;
+    long long row = small ? (uint32_t)group / (uint32_t)groups : group / groups;
+    body(row, (int)(group - row * groups) * 8);
+  });
 }

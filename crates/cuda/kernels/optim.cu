@@ -94,7 +94,7 @@ struct Updated {
 __device__ __forceinline__ void update(const Updated& t, const Numbers* numbers, long long first, long long end,
                                        long long step) {
   const Numbers c = *numbers;
-  float keep = t.decay ? c.keep : c.keep_no_decay;
+  float keep = t.decay ? c.keep : 1.0f;
   bool wide = aligned16(t.w) && aligned16(t.m) && aligned16(t.v) && aligned16(t.grad) &&
               ((unsigned long long)t.param & 7) == 0;
 #pragma unroll 1
@@ -140,12 +140,6 @@ extern "C" __global__ void __launch_bounds__(256, 4)
   const Updated t = mine(tensors, count);
   long long first = ((long long)blockIdx.x - t.first_block) * UPDATE_CHUNK;
   update(t, numbers, first + (int)threadIdx.x * 4, min(first + UPDATE_CHUNK, t.len), 256 * 4);
-}
-
-template <class Body> __device__ __forceinline__ void each(long long len, Body body) {
-  long long step = (long long)gridDim.x * blockDim.x;
-#pragma unroll 4
-  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < len; i += step) body(i);
 }
 
 // mean = keep mean + share w.

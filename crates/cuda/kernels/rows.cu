@@ -360,13 +360,7 @@ __device__ __forceinline__ void rope(T* qkv, const float* cosines, const float* 
 ROW_KERNELS(bf16, bf16)
 ROW_KERNELS(float, f32)
 
-// Elementwise (swiglu*, gelu*, add): any grid, 256 threads, 8 elements a thread at a time.
-
-// Calls `body(at)` for each group of 8 below `len`.
-template <class Body> __device__ __forceinline__ void each8(long long len, Body body) {
-  long long step = (long long)gridDim.x * blockDim.x * 8;
-  for (long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 8; at < len; at += step) body(at);
-}
+// Elementwise (gelu*, add): any grid, 256 threads, 8 elements a thread at a time.
 
 // The elements at `at` of `len`, where `len` may pass 2^31.
 template <class T>
@@ -376,53 +370,6 @@ __device__ __forceinline__ void take8(float (&v)[8], const T* x, long long at, l
 template <class T>
 __device__ __forceinline__ void give8(T* x, long long at, long long len, bool wide, const float (&v)[8]) {
   put8(x + at, 0, (int)min(len - at, 8LL), wide, v);
-}
-
-__device__ __forceinline__ float sigmoid(float x) {
-  float e = expf(-fabsf(x));
-  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
-}
-
-// Rows of F, each rounded up to groups of 8, in the order of memory.
-template <class Body> __device__ __forceinline__ void each8_of_rows(int n, int F, Body body) {
-  int groups = (F + 7) / 8;
-  each8((long long)n * groups * 8, [&](long long at) {
-    long long group = at / 8;
-    // Division of 32 bits is much faster, and nearly always enough.
-    bool small = group >> 32 == 0;
-    long long row = small ? (uint32_t)group / (uint32_t)groups : group / groups;
-    body(row, (int)(group - row * groups) * 8);
-  });
-}
-
-template <class T> __device__ __forceinline__ void swiglu(const T* gate_up, T* h, int n, int F) {
-  bool wide = F % 8 == 0 && aligned16(gate_up) && aligned16(h);
-  each8_of_rows(n, F, [&](long long row, int at) {
-    float g[8], u[8];
-    get8(gate_up + row * 2 * F, at, F, wide).unpack(g);
-    get8(gate_up + row * 2 * F + F, at, F, wide).unpack(u);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) g[i] = g[i] * sigmoid(g[i]) * u[i];
-    put8(h + row * F, at, F, wide, g);
-  });
-}
-
-template <class T> __device__ __forceinline__ void swiglu_dx(const T* dh, const T* gate_up, T* dgate_up, int n, int F) {
-  bool wide = F % 8 == 0 && aligned16(gate_up) && aligned16(dh) && aligned16(dgate_up);
-  each8_of_rows(n, F, [&](long long row, int at) {
-    float g[8], u[8], d[8];
-    get8(gate_up + row * 2 * F, at, F, wide).unpack(g);
-    get8(gate_up + row * 2 * F + F, at, F, wide).unpack(u);
-    get8(dh + row * F, at, F, wide).unpack(d);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float s = sigmoid(g[i]), silu = g[i] * s;
-      g[i] = d[i] * u[i] * fmaf(silu, 1.0f - s, s);
-      u[i] = d[i] * silu;
-    }
-    put8(dgate_up + row * 2 * F, at, F, wide, g);
-    put8(dgate_up + row * 2 * F + F, at, F, wide, u);
-  });
 }
 
 constexpr float TANH_SCALE = 0.7978845608f;   // sqrt(2 / pi)
@@ -545,13 +492,6 @@ __device__ __forceinline__ void dropout(const T* x, const T* bias, const T* acc,
 }
 
 #define ELEMENT_KERNELS(T, S)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(256) swiglu_##S(const T* gate_up, T* h, int n, int F) {             \
-    swiglu(gate_up, h, n, F);                                                                                      \
-  }                                                                                                                \
-  extern "C" __global__ void __launch_bounds__(256)                                                                \
-      swiglu_dx_##S(const T* dh, const T* gate_up, T* dgate_up, int n, int F) {                                    \
-    swiglu_dx(dh, gate_up, dgate_up, n, F);                                                                        \
-  }                                                                                                                \
   extern "C" __global__ void __launch_bounds__(256) gelu_##S(const T* a, T* h, long long len, int by_tanh) {       \
     gelu(a, h, len, by_tanh);                                                                                      \
   }                                                                                                                \

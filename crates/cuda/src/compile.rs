@@ -17,7 +17,7 @@ pub(crate) struct Source {
 }
 
 /// What sources include, by name.
-const HEADERS: [(&str, &str); 9] = [
+const HEADERS: [(&str, &str); 11] = [
     ("device.h", include_str!("../kernels/device.h")),
     ("gpu.h", include_str!("../kernels/gpu.h")),
     ("hopper.h", include_str!("../kernels/hopper.h")),
@@ -26,6 +26,8 @@ const HEADERS: [(&str, &str); 9] = [
     ("warpgroup.h", include_str!("../kernels/warpgroup.h")),
     ("tiles_wgmma.h", include_str!("../kernels/tiles_wgmma.h")),
     ("tiles.h", include_str!("../kernels/tiles.h")),
+    ("tiles_f32.h", include_str!("../kernels/tiles_f32.h")),
+    ("groups.h", include_str!("../kernels/groups.h")),
     ("lanes.h", include_str!("../kernels/lanes.h")),
 ];
 
@@ -36,12 +38,16 @@ macro_rules! source {
 }
 
 /// All kernels but those for Hopper alone.
-pub(crate) const SOURCES: [Source; 9] = [
+pub(crate) const SOURCES: [Source; 13] = [
     source!("rows"),
     source!("columns"),
     source!("sums"),
     source!("loss"),
     source!("optim"),
+    source!("muon"),
+    source!("glu"),
+    source!("experts"),
+    source!("grouped"),
     source!("attention"),
     source!("attention_grad"),
     source!("attention_f32"),

@@ -189,6 +189,17 @@ impl Device for Cuda {
         self.arena.bytes
     }
 
+    fn takes_programs(&self) -> bool {
+        true
+    }
+
+    fn forget(&mut self) -> Result<()> {
+        self.synchronise()?;
+        self.graphs.clear();
+        self.warm.clear();
+        Ok(())
+    }
+
     fn copy_in(&mut self, to: Operand, bytes: &[u8]) -> Result<()> {
         self.context.bind()?;
         update::flush(self)?;

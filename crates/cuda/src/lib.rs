@@ -17,6 +17,8 @@ mod grad_weight;
 mod row_products;
 mod products;
 mod update;
+mod muon;
+mod experts;
 mod attention;
 mod numbers;
 mod host_messages;

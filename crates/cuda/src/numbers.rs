@@ -1,4 +1,4 @@
-use kernels::{AdamW, AdamWScalars};
+use kernels::AdamWScalars;
 use spec::Result;
 use train::Turn;
 
@@ -12,7 +12,6 @@ struct Layout {
     loss_scale: f32,
     grad_scale: f32,
     keep: f32,
-    keep_no_decay: f32,
     one_minus_beta1: f32,
     beta2: f32,
     one_minus_beta2: f32,
@@ -21,6 +20,9 @@ struct Layout {
     minus_step_size: f32,
     average_keep: f32,
     average_share: f32,
+    momentum: f32,
+    momentum_rest: f32,
+    minus_lr: f32,
     draws: u64,
 }
 
@@ -48,7 +50,6 @@ impl Numbers {
     fn next(&self, turn: &Turn) -> Layout {
         let mut next = Layout { loss_scale: turn.loss_scale, draws: turn.draws, ..self.now };
         if let Some(update) = turn.update {
-            let plain = AdamW { weight_decay: 0.0, ..update }.scalars();
             let AdamWScalars {
                 keep,
                 one_minus_beta1,
@@ -63,9 +64,11 @@ impl Numbers {
             next = Layout {
                 average_keep: (1.0 - share) as f32,
                 average_share: share as f32,
+                momentum: turn.momentum as f32,
+                momentum_rest: (1.0 - turn.momentum) as f32,
+                minus_lr: -update.lr as f32,
                 grad_scale,
                 keep,
-                keep_no_decay: plain.keep,
                 one_minus_beta1,
                 beta2,
                 one_minus_beta2,
@@ -85,7 +88,7 @@ impl Numbers {
             return Ok(());
         }
         self.now = next;
-        // SAFETY: a plain struct without padding: twelve f32 and a u64.
+        // SAFETY: a plain struct without padding: fourteen f32 and a u64.
         let bytes =
             unsafe { std::slice::from_raw_parts((&raw const self.now).cast::<u8>(), size_of::<Layout>()) };
         stream.upload(self.memory.base, bytes)

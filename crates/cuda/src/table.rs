@@ -7,7 +7,7 @@ use train::{Gradient, Lack, Launch, Operand};
 use crate::attention;
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
-use crate::{products, row_products, update};
+use crate::{experts, muon, products, row_products, update};
 
 /// The two variants of a kernel, by the type of activations.
 macro_rules! variant {
@@ -44,8 +44,7 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
         Attention { .. } => attention::forward,
         AttentionGrad { .. } => attention::backward,
         AttentionCached { .. } => attention::decode,
-        SwiGlu { clamped: false } | SwiGluGrad { clamped: false } => elementwise,
-        Gelu { .. } | GeluGrad { .. } | Add => elementwise,
+        SwiGlu { .. } | SwiGluGrad { .. } | Gelu { .. } | GeluGrad { .. } | Add => elementwise,
         Dropout { .. } => dropout,
         SoftCap { .. }
         | Xent { .. }
@@ -57,6 +56,15 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
         TieGrads { .. } => tie_grads,
         GradNorm => update::grad_norm,
         AdamW { .. } => update::adamw,
+        MuonMomentum { .. } | Muon { .. } => muon::elementwise,
+        Orthogonalise { .. } => muon::orthogonalise,
+        LogitMax { .. } | QkClip { .. } => muon::qk_clip,
+        Route { .. } | RouteGrad { .. } => experts::route,
+        Permute { .. } | PermuteGrad | Unpermute { .. } | UnpermuteGrad => experts::permute,
+        GroupedLinear { .. } | GroupedLinearGradInput { .. } => experts::grouped_linear,
+        GroupedLinearGradWeight { .. } | GroupedBiasGrad { .. } => experts::grad_weight,
+        BalanceExperts { .. } => experts::balance,
+        Slice { .. } => experts::slice,
         Average { .. } | SwapAverage { .. } => update::average,
         other => return Err(Lack::of(other)),
     })
@@ -114,6 +122,16 @@ pub fn workspace_len(op: &Op, p: &Program, hopper: bool) -> usize {
         HeadNormGradWeight { heads } => 2 * parts(&op.kind, rows(0), leaves(), heads.dim).0 * heads.dim,
         EmbedGrad { .. } => rows(0) * cols(op.ins[1]) + group(op.grads[0].group).rows,
         AttentionGrad { heads, .. } => rows(0) * heads.q,
+        Route { router, .. } => experts::route_workspace_len(rows(0), cols(op.ins[0]), router),
+        RouteGrad { router, .. } => experts::route_workspace_len(rows(1), cols(op.ins[1]), router),
+        GroupedLinear { experts, .. }
+        | GroupedLinearGradInput { experts, .. }
+        | GroupedBiasGrad { experts } => experts::starts_len(*experts),
+        GroupedLinearGradWeight { experts, .. } => {
+            let (out, in_) = (cols(op.ins[0]), cols(op.ins[1]));
+            experts::grad_weight_workspace_len(*experts, out, in_, &op.grads[0].inner)
+        }
+        Orthogonalise { matrices, shares } => muon::workspace_len(matrices, *shares, cols(op.outs[0])),
         _ => 0,
     }
 }
@@ -152,12 +170,12 @@ fn row_threads(dim: usize) -> usize {
 }
 
 /// A block for each row.
-fn by_row(rows: usize, dim: usize) -> Geometry {
+pub(crate) fn by_row(rows: usize, dim: usize) -> Geometry {
     Geometry::line(rows, row_threads(dim))
 }
 
 /// As many blocks as elements want, eight elements to a thread.
-fn by_element(len: usize) -> Geometry {
+pub(crate) fn by_element(len: usize) -> Geometry {
     Geometry::line(len.div_ceil(8 * 256).clamp(1, 1 << 16), 256)
 }
 
@@ -442,13 +460,15 @@ fn elementwise(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let at = |d: &Cuda, i: usize| d.at(l.input(i));
     let out = d.at(y);
     let (name, params) = match *l.kind() {
-        OpKind::SwiGlu { .. } => {
+        // Of experts' rows there are as many as there is room for: counts say no more.
+        OpKind::SwiGlu { clamped } => {
             let params = Params::new().with(at(d, 0)).with(out).with(int(x.rows)).with(int(x.cols / 2));
-            (variant!(l, "swiglu"), params)
+            (if clamped { variant!(l, "swiglu_clamped") } else { variant!(l, "swiglu") }, params)
         }
-        OpKind::SwiGluGrad { .. } => {
+        OpKind::SwiGluGrad { clamped } => {
             let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(out);
-            (variant!(l, "swiglu_dx"), params.with(int(x.rows)).with(int(x.cols)))
+            let name = if clamped { variant!(l, "swiglu_clamped_dx") } else { variant!(l, "swiglu_dx") };
+            (name, params.with(int(x.rows)).with(int(x.cols)))
         }
         OpKind::Gelu { tanh } => {
             let params = Params::new().with(at(d, 0)).with(out).with(x.len() as i64).with(i32::from(tanh));

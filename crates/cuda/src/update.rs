@@ -150,7 +150,7 @@ pub(crate) fn flush(d: &mut Cuda) -> Result<()> {
 
 impl Cuda {
     /// Where a table of these words lies on the card; `None` if it would have to be made within a recording.
-    fn table(&mut self, words: &[u64]) -> Result<Option<u64>> {
+    pub(crate) fn table(&mut self, words: &[u64]) -> Result<Option<u64>> {
         let made = !self.is_recording();
         self.tables.place(&self.stream, words, made)
     }

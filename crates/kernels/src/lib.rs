@@ -76,7 +76,10 @@ pub use crate::linear::{
     bias_grad, bias_grad_workspace_len, linear, linear_dw, linear_dw_workspace_len, linear_dx,
     linear_dx_workspace_len, linear_strided, linear_workspace_len,
 };
-pub use crate::muon::{muon, muon_bf16, muon_momentum, orthogonalise, orthogonalise_workspace_len};
+pub use crate::muon::{
+    MatrixName, MatrixOp, MatrixStep, QUINTIC, SMALLEST_NORM, muon, muon_bf16, muon_momentum, newton_schulz,
+    orthogonalise, orthogonalise_workspace_len,
+};
 pub use crate::norm::{
     layer_norm, layer_norm_dw, layer_norm_dx, norm_dw_workspace_len, rms_norm, rms_norm_dw, rms_norm_dx,
 };

@@ -1,5 +1,7 @@
 //! Muon: the momentum of a matrix, its orthogonal factor, and the update along it.
 
+use std::convert::Infallible;
+
 use half::bf16;
 
 use crate::gemm::{self, Left, Out, Right, Workspace};
@@ -10,9 +12,9 @@ use crate::simd::{LANES, kernel};
 use crate::storage::Acc;
 
 /// The quintic whose iteration drives every singular value from above 0 to near 1 (Jordan 2024): `a x + b x^3 + c x^5`.
-const QUINTIC: [f32; 3] = [3.4445, -4.7750, 2.0315];
+pub const QUINTIC: [f32; 3] = [3.4445, -4.7750, 2.0315];
 /// A matrix whose norm is below this is divided by it instead: no gradient gives no update.
-const SMALLEST_NORM: f64 = 1e-7;
+pub const SMALLEST_NORM: f64 = 1e-7;
 
 /// Momentum `m` goes towards the gradient, `m += (1 - beta)(g - m)`, and `update` looks ahead of it (Nesterov's form):
 /// `g + beta (m - g)`. Gradients are multiplied by `scale` first.
@@ -97,32 +99,136 @@ pub fn orthogonalise(
     ws: &mut [f32],
 ) {
     assert_eq!(x.len(), rows * cols, "matrix");
-    assert!(steps >= 2, "two halves of steps");
     let (m, n) = (rows.min(cols), rows.max(cols));
     let mut ws = Workspace::new(ws);
     let (spare, small) = (ws.take(m * n), ws.take(4 * m * m));
     let ws = ws.rest();
-    rescale(pool, (1.0 / norm(pool, x).max(SMALLEST_NORM)) as f32, x);
-    let (mut from, mut to) = (x, spare);
-    for (steps, scale) in [(steps.div_ceil(2), 1.0), (steps / 2, scale)] {
-        // The smaller side makes the Gram matrix.
-        let wide = if rows > cols {
-            transpose(pool, from, (rows, cols), to);
-            &*to
-        } else {
-            &*from
-        };
-        symmetric_product(pool, wide, Right::Columns(wide), &mut small[..m * m], (m, n), ws);
-        let factor = factor(pool, small, m, steps, ws);
-        rescale(pool, scale, factor);
-        let out = Out { y: &mut *to, ld: cols, acc: Acc::None, bias: None };
-        if rows > cols {
-            gemm::product(pool, Left { data: &*from, ld: m }, Right::Rows(&*factor), out, (n, m, m), ws);
-        } else {
-            gemm::product(pool, Left { data: factor, ld: m }, Right::Rows(&*from), out, (m, m, n), ws);
+    let mut small = small.chunks_exact_mut((m * m).max(1));
+    let mut matrices = [x, spare].into_iter().chain(small.by_ref());
+    let mut matrices: [&mut [f32]; 6] = std::array::from_fn(|_| matrices.next().unwrap_or_default());
+    newton_schulz(rows > cols, steps, scale, &mut |MatrixStep { op, of: [a, b], out: to }| {
+        // The result is another matrix than the factors.
+        let out = std::mem::take(&mut matrices[to.index()]);
+        let of = |p: MatrixName| &*matrices[p.index()];
+        match op {
+            MatrixOp::Normalise => rescale(pool, (1.0 / norm(pool, out).max(SMALLEST_NORM)) as f32, out),
+            MatrixOp::Transpose => transpose(pool, matrices[a.index()], (rows, cols), out),
+            MatrixOp::Gram => symmetric_product(pool, of(a), Right::Columns(of(a)), out, (m, n), ws),
+            MatrixOp::Symmetric => symmetric_product(pool, of(a), Right::Rows(of(b)), out, (m, m), ws),
+            MatrixOp::Polynomial => polynomial(pool, QUINTIC, of(a), out, m),
+            MatrixOp::Scale(by) => rescale(pool, by, out),
+            MatrixOp::Product => {
+                let to = Out { y: &mut *out, ld: cols, acc: Acc::None, bias: None };
+                gemm::product(pool, Left { data: of(a), ld: m }, Right::Rows(of(b)), to, (rows, m, cols), ws);
+            }
         }
-        std::mem::swap(&mut from, &mut to);
+        matrices[to.index()] = out;
+        Ok::<(), Infallible>(())
+    })
+    .unwrap_or_else(|never| match never {});
+}
+
+/// A matrix that [`newton_schulz`] works with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MatrixName {
+    /// The matrix itself, `rows` by `cols`.
+    X,
+    /// Room for another of its size.
+    Spare,
+    /// Room for symmetric matrices of its smaller side.
+    Small(usize),
+}
+
+impl MatrixName {
+    /// A number below 6.
+    pub fn index(self) -> usize {
+        match self {
+            MatrixName::X => 0,
+            MatrixName::Spare => 1,
+            MatrixName::Small(i) => 2 + i,
+        }
     }
+}
+
+/// What a step of [`newton_schulz`] does with the matrices `a` and `b` for its result `out`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum MatrixOp {
+    /// `out` is divided by the root of its sum of squares, or by [`SMALLEST_NORM`] if that is more.
+    Normalise,
+    /// `out = a^T`, where `a` is higher than wide.
+    Transpose,
+    /// `out = a a^T`, where `a` is as high as its smaller side.
+    Gram,
+    /// `out = a b` of small matrices that commute: what is below the diagonal, and its mirror image.
+    Symmetric,
+    /// `out = k I + l a + m out` of small matrices, with [`QUINTIC`]'s coefficients.
+    Polynomial,
+    /// A small `out` is multiplied by a number.
+    Scale(f32),
+    /// `out = a b`, of which one is small and the other, like `out`, has the size of the whole.
+    Product,
+}
+
+/// One step of [`newton_schulz`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MatrixStep {
+    /// What is done.
+    pub op: MatrixOp,
+    /// With which matrices, `a` and `b`, where it reads any.
+    pub of: [MatrixName; 2],
+    /// What is written.
+    pub out: MatrixName,
+}
+
+/// What [`orthogonalise`] does, step by step, for whoever has the matrices; a `tall` one is higher than wide.
+///
+/// # Errors
+/// The first of `run`.
+pub fn newton_schulz<E>(
+    tall: bool,
+    steps: usize,
+    scale: f32,
+    run: &mut dyn FnMut(MatrixStep) -> Result<(), E>,
+) -> Result<(), E> {
+    assert!(steps >= 2, "two halves of steps");
+    let mut run = |op, of, out| run(MatrixStep { op, of, out });
+    let (x, spare) = (MatrixName::X, MatrixName::Spare);
+    run(MatrixOp::Normalise, [x; 2], x)?;
+    let halves = [(steps.div_ceil(2), 1.0, x, spare), (steps / 2, scale, spare, x)];
+    for (steps, scale, from, to) in halves {
+        // The smaller side makes the Gram matrix.
+        if tall {
+            run(MatrixOp::Transpose, [from; 2], to)?;
+        }
+        run(MatrixOp::Gram, [if tall { to } else { from }; 2], MatrixName::Small(0))?;
+        let factor = factor(steps, &mut run)?;
+        run(MatrixOp::Scale(scale), [factor; 2], factor)?;
+        run(MatrixOp::Product, if tall { [from, factor] } else { [factor, from] }, to)?;
+    }
+    Ok(())
+}
+
+/// What `steps` of the iteration multiply a matrix by whose Gram matrix comes first among the small ones.
+fn factor<E>(
+    steps: usize,
+    run: &mut impl FnMut(MatrixOp, [MatrixName; 2], MatrixName) -> Result<(), E>,
+) -> Result<MatrixName, E> {
+    let [gram, mut step, mut all, mut room] = [0, 1, 2, 3].map(MatrixName::Small);
+    for i in 0..steps {
+        run(MatrixOp::Symmetric, [gram, gram], step)?;
+        run(MatrixOp::Polynomial, [gram; 2], step)?;
+        if i + 1 < steps {
+            run(MatrixOp::Symmetric, [step, gram], room)?;
+            run(MatrixOp::Symmetric, [room, step], gram)?;
+        }
+        if i == 0 {
+            std::mem::swap(&mut all, &mut step);
+        } else {
+            run(MatrixOp::Symmetric, [all, step], room)?;
+            std::mem::swap(&mut all, &mut room);
+        }
+    }
+    Ok(all)
 }
 
 /// Floats of workspace for [`orthogonalise`].
@@ -132,32 +238,6 @@ pub fn orthogonalise_workspace_len(rows: usize, cols: usize, threads: usize) -> 
     let product = |(rows, k, cols)| gemm::product_workspace_len(rows, k, cols, threads);
     let product = [(m, n, m), (m, m, m), last].into_iter().map(product).max().unwrap_or(0);
     Workspace::room(m * n) + Workspace::room(4 * m * m) + product
-}
-
-/// What `steps` of the iteration multiply a matrix by whose Gram matrix, `m` by `m`, comes first in `small`; the rest of
-/// it is room for three more.
-fn factor<'a>(pool: &Pool, small: &'a mut [f32], m: usize, steps: usize, ws: &mut [f32]) -> &'a mut [f32] {
-    let (gram, rest) = small.split_at_mut(m * m);
-    let (mut step, rest) = rest.split_at_mut(m * m);
-    let (mut all, mut room) = rest.split_at_mut(m * m);
-    let mut product = |left: &[f32], right: &[f32], out: &mut [f32]| {
-        symmetric_product(pool, left, Right::Rows(right), out, (m, m), ws);
-    };
-    for i in 0..steps {
-        product(gram, gram, step);
-        polynomial(pool, QUINTIC, gram, step, m);
-        if i + 1 < steps {
-            product(step, gram, room);
-            product(room, step, gram);
-        }
-        if i == 0 {
-            std::mem::swap(&mut all, &mut step);
-        } else {
-            product(all, step, room);
-            std::mem::swap(&mut all, &mut room);
-        }
-    }
-    all
 }
 
 /// The root of the sum of squares, whose order does not depend on the number of threads.

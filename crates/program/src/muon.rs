@@ -17,6 +17,15 @@ use crate::step::{op, whole};
 /// Iterations of Newton and Schulz (Jordan 2024).
 pub const NEWTON_SCHULZ_STEPS: usize = 5;
 
+/// Of an orthogonal matrix whose larger side is `n`, entries are about `1 / sqrt(n)` in size; AdamW's updates usually
+/// 0.2 to 0.4 (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+const USUAL_UPDATE: f64 = 0.2;
+
+/// What the orthogonal factor of a matrix of so many rows and columns is multiplied by.
+pub fn update_scale((rows, cols): (usize, usize)) -> f32 {
+    (USUAL_UPDATE * (rows.max(cols) as f64).sqrt()) as f32
+}
+
 /// One matrix of a group, which Muon orthogonalises by itself: queries, keys and values, gate and up, and each expert's
 /// are matrices of their own, though they lie under one another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -70,9 +70,17 @@ pub trait Device: Any + Send {
         Ok(false)
     }
 
-    /// Whether another program of the same rank may take over its arena between two steps: nothing is recorded.
+    /// Whether another program of the same rank may take over its arena between two steps, behind [`Device::forget`].
     fn takes_programs(&self) -> bool {
         false
+    }
+
+    /// Drops what it has recorded: calls of another program follow.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    fn forget(&mut self) -> Result<()> {
+        Ok(())
     }
 
     /// Bytes of the arena.

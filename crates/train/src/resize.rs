@@ -39,7 +39,7 @@ impl Executor {
     ///
     /// # Errors
     /// If the layout does not suit the size, or the device is lost.
-    pub(crate) fn resize(&mut self, run: &RunSpec, sequences: usize) -> Result<()> {
+    pub fn resize(&mut self, run: &RunSpec, sequences: usize) -> Result<()> {
         if sequences == self.program.sequences {
             return Ok(());
         }
@@ -52,6 +52,7 @@ impl Executor {
                 self.program.sequences
             )));
         }
+        self.device.forget()?;
         std::mem::swap(&mut self.program, &mut next.program);
         std::mem::swap(&mut self.actions, &mut next.actions);
         std::mem::swap(&mut self.eval_sum, &mut next.eval_sum);

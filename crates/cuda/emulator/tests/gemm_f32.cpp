@@ -89,6 +89,35 @@ static void test_leaves(int out, int in, int leaf_rows, const Tree& tree, int me
   check_same(name + ", leaves apart", fold_leaves(parts.read(), tree, levels, merge, len), result);
 }
 
+// Products that are symmetric: of a matrix with itself, and of matrices that commute; the mirror image has its bits.
+static void test_symmetric(bool transposed, int side, int inner, uint64_t seed) {
+  Random random(seed);
+  auto x = random_values<float>(random, size_t(side) * inner), w = x;
+  if (!transposed) {
+    // Polynomials in one matrix commute: here a symmetric one, and its multiple.
+    inner = side;
+    x.assign(size_t(side) * side, 0.0f);
+    for (int i = 0; i < side; ++i) {
+      for (int j = 0; j <= i; ++j) x[size_t(i) * side + j] = x[size_t(j) * side + i] = float(random.unit());
+    }
+    w = x;
+    for (auto& v : w) v *= 3.0f;
+  }
+  Buffer<float> dx(x), dw(w), out(size_t(side) * side);
+  auto kernel = transposed ? symmetric_nt_f32 : symmetric_nn_f32;
+  int across = (side + 127) / 128, tiles = across * (across + 1) / 2, most = ON_DEVICE ? 264 : 2;
+  START(kernel, dim3(unsigned(tiles < most ? tiles : most)), dim3(256), BYTES, dx, dw, out, side, inner);
+  finish_launch();
+  auto found = out.read(), mirrored = found;
+  for (int i = 0; i < side; ++i) {
+    for (int j = 0; j < i; ++j) mirrored[size_t(j) * side + i] = found[size_t(i) * side + j];
+  }
+  std::string name = std::string("f32 symmetric ") + (transposed ? "nt " : "nn ") + std::to_string(side) + " x " +
+                     std::to_string(inner) + " seed " + std::to_string(seed);
+  check(name, found, reference_rows(transposed, x, w, side, side, inner, inner), tolerance<float>());
+  check_same(name + ", mirrored", found, mirrored);
+}
+
 int main() {
 #ifdef PHALANX_ON_DEVICE
   for (bool transposed : {true, false}) test_rows(transposed, 1000, 520, 1024, 0, 1);
@@ -100,6 +129,9 @@ int main() {
       test_rows(transposed, 131, 260, 36, 8, seed);
       test_rows(transposed, 30, 133, 77, 1, seed);
     }
+    test_symmetric(true, 1, 3, seed);
+    test_symmetric(true, 150, 37, seed);
+    test_symmetric(false, 137, 0, seed);
     test_leaves(5, 3, 1, Tree{}, 0, 0, seed);
     test_leaves(136, 140, 40, Tree{1, {2}}, 1, 0, seed);
     test_leaves(31, 29, 21, Tree{2, {3, 2}}, 2, 2, seed);

@@ -1,5 +1,6 @@
 // Kernels over rows against their formulas in double precision, in bf16 and f32, aligned widths and others.
 #include "../../kernels/rows.cu"
+#include "../../kernels/glu.cu"
 #include "rows.h"
 
 // One row of either norm and of its gradient.
@@ -157,9 +158,9 @@ static double gelu64(double x, bool by_tanh) {
 
 template <class T> void elements(int n, int F, int blocks, uint64_t seed) {
   Random r(seed);
-  auto gu = random_values<T>(r, n * 2 * F, 6), dh = random_values<T>(r, n * F), b = random_values<T>(r, F);
+  auto gu = random_values<T>(r, n * 2 * F, 9), dh = random_values<T>(r, n * F), b = random_values<T>(r, F);
   auto a = random_values<T>(r, n * F, 6);
-  Numbers64 h, dgu(n * 2 * F), sum, sum_b;
+  Numbers64 h, dgu(n * 2 * F), bounded, dbounded(n * 2 * F), sum, sum_b;
   for (int i = 0; i < n; ++i) {
     for (int j = 0; j < F; ++j) {
       double g = number(gu[i * 2 * F + j]), u = number(gu[i * 2 * F + F + j]), d = number(dh[i * F + j]);
@@ -167,6 +168,11 @@ template <class T> void elements(int n, int F, int blocks, uint64_t seed) {
       h.push_back(g * s * u);
       dgu[i * 2 * F + j] = d * u * s * (1 + g * (1 - s));
       dgu[i * 2 * F + F + j] = d * g * s;
+      // With bounds that a part of them passes.
+      double top = std::min(g, 7.0), middle = std::max(-7.0, std::min(u, 7.0)), s2 = 1 / (1 + std::exp(-1.702 * top));
+      bounded.push_back(top * s2 * (middle + 1));
+      dbounded[i * 2 * F + j] = g > 7 ? 0 : d * (middle + 1) * (s2 + 1.702 * top * s2 * (1 - s2));
+      dbounded[i * 2 * F + F + j] = std::abs(u) > 7 ? 0 : d * top * s2;
       sum.push_back(number(a[i * F + j]) + d);
       sum_b.push_back(sum.back() + number(b[j]));
     }
@@ -180,6 +186,10 @@ template <class T> void elements(int n, int F, int blocks, uint64_t seed) {
   check(is + " swiglu", out.read(), h, tol);
   RUN(T, swiglu_dx, grid, block, ddh.ptr(), dgu_.ptr(), wide.ptr(), n, F);
   check(is + " swiglu dx", wide.read(), dgu, tol);
+  RUN(T, swiglu_clamped, grid, block, dgu_.ptr(), out.ptr(), n, F);
+  check(is + " swiglu with bounds", out.read(), bounded, tol);
+  RUN(T, swiglu_clamped_dx, grid, block, ddh.ptr(), dgu_.ptr(), wide.ptr(), n, F);
+  check(is + " swiglu with bounds dx", wide.read(), dbounded, tol);
   RUN(T, add, grid, block, da.ptr(), ddh.ptr(), (T*)nullptr, out.ptr(), len, F);
   check(is + " add", out.read(), sum, tol);
   RUN(T, add, grid, block, da.ptr(), ddh.ptr(), db.ptr(), out.ptr(), len, F);

@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 
 use comm::World;
-use program::{Mode, Request};
+use program::{Mode, Recipe, Request};
 use spec::{DType, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
 use train::{Executor, Mesh};
 
 use crate::common::{SEQUENCE, first_difference, steps, weights};
 use crate::{Cuda, executor, gpu, models};
 
-type Weights = BTreeMap<String, Vec<u32>>;
+pub(crate) type Weights = BTreeMap<String, Vec<u32>>;
 
 /// Weights after five steps of one rank: two call by call, the rest as recorded.
 fn alone(model: &ModelSpec, layout: &Layout, precision: DType, record: bool) -> Option<Weights> {
@@ -19,10 +19,15 @@ fn alone(model: &ModelSpec, layout: &Layout, precision: DType, record: bool) -> 
     Some(weights(&exec))
 }
 
-/// The same over the ranks of a layout, which share the GPU.
-fn together(model: &ModelSpec, layout: &Layout, precision: DType) -> Weights {
+/// The same over the ranks of a layout, which share the GPU, by any recipe; and the losses of the steps.
+pub(crate) fn together(
+    recipe: Recipe,
+    model: &ModelSpec,
+    layout: &Layout,
+    precision: DType,
+) -> (Weights, Vec<f64>) {
     let worlds = World::threads(layout.world()).expect("ranks");
-    let all: Vec<Weights> = std::thread::scope(|scope| {
+    let all: Vec<(Weights, Vec<f64>)> = std::thread::scope(|scope| {
         let ranks: Vec<_> = worlds
             .into_iter()
             .map(|world| {
@@ -39,19 +44,20 @@ fn together(model: &ModelSpec, layout: &Layout, precision: DType) -> Weights {
                         rank,
                         mode,
                         loss: Default::default(),
-                        recipe: Default::default(),
+                        recipe,
                     };
                     let device = Box::new(Cuda::new(rank).expect("the same GPU"));
                     let mut exec = Executor::on(device, &request, mesh, false).expect("a program");
                     exec.initialise(model, 11).expect("weights");
-                    steps(&mut exec, model.vocab, 1, 6);
-                    weights(&exec)
+                    let losses = steps(&mut exec, model.vocab, 1, 6).iter().map(|s| s.loss).collect();
+                    (weights(&exec), losses)
                 })
             })
             .collect();
         ranks.into_iter().map(|r| r.join().expect("a rank")).collect()
     });
-    all.into_iter().flatten().collect()
+    let losses = all[0].1.clone();
+    (all.into_iter().flat_map(|(weights, _)| weights).collect(), losses)
 }
 
 fn check(expected: &Weights, found: &Weights, what: &str) -> Option<String> {
@@ -102,7 +108,7 @@ fn layouts() {
     let pipeline = Layout { pp: 2, schedule: PipelineSchedule::OneFOneB, ..one.clone() };
     let both = Layout { pp: 2, dp: 2, ..one };
     accept(of_zero.into_iter().chain([pipeline, both]).filter_map(|layout| {
-        let found = together(model, &layout, DType::Bf16);
+        let found = together(Recipe::default(), model, &layout, DType::Bf16).0;
         // Under ZeRO 3 no rank holds a whole parameter.
         (!found.is_empty()).then(|| check(&expected, &found, &format!("{layout:?}")))
     }));

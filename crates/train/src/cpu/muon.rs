@@ -8,10 +8,6 @@ use spec::DType;
 use super::args::Args;
 use super::table::{Number, not_mine};
 
-/// Of an orthogonal matrix whose larger side is `n`, entries are about `1 / sqrt(n)` in size; AdamW's updates usually
-/// 0.2 to 0.4 (Liu et al. 2025, arXiv 2502.16982, section 2.2).
-const USUAL_UPDATE: f64 = 0.2;
-
 pub(super) fn muon<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     let turn = a.launch().turn;
     let Some(update) = turn.update else { unreachable!("the tail of a step has its numbers") };
@@ -46,7 +42,7 @@ fn orthogonalise<T: Number>(pool: &Pool, a: &Args<'_, T>, matrices: &[Matrix], s
             continue;
         }
         let whole = shares.whole(m.rows, cols);
-        let scale = (USUAL_UPDATE * (whole.0.max(whole.1) as f64).sqrt()) as f32;
+        let scale = program::update_scale(whole);
         if shares == Shares::Whole {
             kernels::orthogonalise(pool, own, whole, NEWTON_SCHULZ_STEPS, scale, ws);
             continue;
