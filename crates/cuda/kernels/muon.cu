@@ -43,10 +43,10 @@ extern "C" __global__ void __launch_bounds__(256) muon_bf16(bf16* param, float* 
 
 // Divides by the root of a sum of squares, or by `smallest` if that is more.
 extern "C" __global__ void __launch_bounds__(256)
-    normalise(float* x, const double* squares, double smallest, long long len) {
+    normalise(const float* x, float* out, const double* squares, double smallest, long long len) {
   double norm = sqrt(*squares);
   float by = (float)(1.0 / (norm > smallest ? norm : smallest));
-  each(len, [&](long long i) { x[i] = __fmul_rn(x[i], by); });
+  each(len, [&](long long i) { out[i] = __fmul_rn(x[i], by); });
 }
 
 // square = a I + b gram + c square, all [side, side].

@@ -80,7 +80,7 @@ impl Room {
         let (m, len) = (self.side(), self.pieces[out.index()].len());
         let [a, b, out] = [a, b, out].map(|piece| d.at(self.pieces[piece.index()]));
         match op {
-            MatrixOp::Normalise => self.normalise(d, out, len),
+            MatrixOp::Normalise => self.normalise(d, a, out, len),
             MatrixOp::Transpose => {
                 let params = Params::new().with(a).with(out).with(int(self.rows)).with(int(self.cols));
                 let grid = [self.cols.div_ceil(PATCH), self.rows.div_ceil(PATCH), 1];
@@ -107,7 +107,7 @@ impl Room {
         }
     }
 
-    fn normalise(&self, d: &mut Cuda, x: u64, len: usize) -> Result<()> {
+    fn normalise(&self, d: &mut Cuda, x: u64, out: u64, len: usize) -> Result<()> {
         let chunks = len.div_ceil(NORM_CHUNK);
         let sum = d.at(self.squares);
         let partials = sum + 8;
@@ -115,7 +115,7 @@ impl Room {
         d.start("sum_squares", Geometry::line(chunks, 256), params)?;
         let params = Params::new().with(partials).with(sum).with(chunks as i64);
         d.start("sum_f64", Geometry::line(1, 1024), params)?;
-        let params = Params::new().with(x).with(sum).with(SMALLEST_NORM).with(len as i64);
+        let params = Params::new().with(x).with(out).with(sum).with(SMALLEST_NORM).with(len as i64);
         d.start("normalise", by_element(len), params)
     }
 }
@@ -150,7 +150,7 @@ pub(crate) fn orthogonalise(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
                 place(d, (shares, rank), (part, matrix), (m.rows, out.cols), true)?;
             }
         }
-        newton_schulz(whole.0 > whole.1, NEWTON_SCHULZ_STEPS, update_scale(whole), &mut |step| {
+        newton_schulz(whole, NEWTON_SCHULZ_STEPS, update_scale(whole), &mut |step| {
             room.launch(d, step)
         })?;
         if let Shares::Rows { index, .. } | Shares::Cols { index, .. } = shares {

@@ -34,6 +34,7 @@ fn main() {
     bench.products();
     bench.attention();
     bench.rows();
+    bench.muon();
 }
 
 struct Bench {
@@ -148,6 +149,18 @@ impl Bench {
         self.line("rope", 0.0, &mut |pool| {
             rope(pool, &mut dqkv, &cos, &sin, ROWS, SEQ, HEADS, HEADS, HEAD_DIM, 0, false);
         });
+    }
+
+    /// Muon's iterations on the matrices of a layer, FLOPs as `program::newton_schulz_flops` counts them.
+    fn muon(&self) {
+        for (rows, cols) in [(DIM, DIM), (HIDDEN, DIM), (DIM, HIDDEN)] {
+            let (m, n) = (rows.min(cols) as f64, rows.max(cols) as f64);
+            let mut x = numbers(rows * cols);
+            let mut ws = vec![0.0; orthogonalise_workspace_len(rows, cols, 2)];
+            self.line(&format!("muon {rows}x{cols}"), m * m * (3.0 * n + 17.0 * m), &mut |pool| {
+                orthogonalise(pool, &mut x, (rows, cols), 5, 1.0, &mut ws);
+            });
+        }
     }
 
     fn rows(&self) {

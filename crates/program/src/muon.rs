@@ -87,13 +87,12 @@ pub(crate) fn updates(cx: &Rank<'_>, group: &ParamGroup) -> bool {
         && group.key.role.is_hidden_matrix()
 }
 
-/// FLOPs of orthogonalising a matrix in two halves of the iterations: for each `X X^T`, counted at half for it is
-/// symmetric, what its iterations multiply by, all of small symmetric products (four an iteration, less three that the
-/// first and the last do without), and the product of that with `X`.
+/// FLOPs of orthogonalising a matrix: `X X^T`, counted at half for it is symmetric, what the iterations multiply by, all of
+/// small symmetric products (four an iteration, less three that the first and the last do without), and the product of
+/// that with `X`. A square matrix takes as many whether it is done in one go or, as it is, in two.
 pub fn newton_schulz_flops(rows: usize, cols: usize) -> u64 {
     let (m, n) = (rows.min(cols) as u64, rows.max(cols) as u64);
-    let halves = [NEWTON_SCHULZ_STEPS.div_ceil(2) as u64, NEWTON_SCHULZ_STEPS as u64 / 2];
-    halves.map(|steps| 3 * m * m * n + (4 * steps - 3) * m * m * m).iter().sum()
+    3 * m * m * n + (4 * NEWTON_SCHULZ_STEPS as u64 - 3) * m * m * m
 }
 
 /// Whose turn it is to orthogonalise the next matrix, by which ranks hold the same ones.

@@ -52,11 +52,10 @@ static void matrices(int rows, int cols, uint64_t seed) {
   check_same(of("transpose", rows, seed) + " x " + std::to_string(cols), to.read(), turned);
   LAUNCH(scale, dim3(2), dim3(256), 0, dy.ptr(), 0.3f, (long long)len);
   check_same(of("scale", len, seed), dy.read(), scaled);
-  dy.write(x);
-  LAUNCH(normalise, dim3(2), dim3(256), 0, dy.ptr(), sum.ptr(), 1e-7, (long long)len);
+  LAUNCH(normalise, dim3(2), dim3(256), 0, dx.ptr(), dy.ptr(), sum.ptr(), 1e-7, (long long)len);
   check_same(of("normalise", len, seed), dy.read(), divided);
   dy.fill(0);
-  LAUNCH(normalise, dim3(1), dim3(256), 0, dy.ptr(), none.ptr(), 1e-7, (long long)len);
+  LAUNCH(normalise, dim3(1), dim3(256), 0, dy.ptr(), dy.ptr(), none.ptr(), 1e-7, (long long)len);
   check_same(of("normalise nothing", len, seed), dy.read(), std::vector<float>(len));
   for (int i = 0; i < rows * rows; ++i) {
     volatile float b = -4.775f * gram[i], c = 2.0315f * square[i], both = b + c;

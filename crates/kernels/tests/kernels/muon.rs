@@ -93,17 +93,27 @@ fn zero_stays_zero() {
     assert_eq!(ours(&[0.0; 12], (3, 4), 1.0, 1), [0.0; 12]);
 }
 
-/// Gradients have few large singular values and many small ones, whose squares rounding errors of the largest would drown.
+/// Gradients have few large singular values and many small ones, whose squares rounding errors of the largest would drown:
+/// `torch.optim.Muon` rounds to 8 bits, 4e-3.
 #[test]
 fn directions_beside_a_much_larger_one_keep_their_digits() {
-    let shape @ (rows, cols) = if cfg!(miri) { (6, 8) } else { (96, 160) };
+    let shapes = if cfg!(miri) { [(6, 8), (8, 6), (7, 7)] } else { [(96, 160), (160, 96), (128, 128)] };
+    for ((rows, cols), most) in shapes.into_iter().zip([1e-3, 1e-3, 2e-4]) {
+        for small in [1e-2, 1e-3, 1e-4] {
+            let off = beside_a_larger_one((rows, cols), small);
+            assert!(off < most, "{off} for {rows} x {cols}, {small}");
+        }
+    }
+}
+
+/// How far off the result is, in its norm, of a matrix of rank 1 with others `small` beside it.
+fn beside_a_larger_one(shape @ (rows, cols): (usize, usize), small: f32) -> f64 {
     let mut r = Numbers::new(5);
     let (left, right, rest) = (r.vec(rows), r.vec(cols), r.vec(rows * cols));
-    let at = |i: usize| left[i / cols] * right[i % cols] + 1e-3 * rest[i];
+    let at = |i: usize| left[i / cols] * right[i % cols] + small * rest[i];
     let x: Vec<f32> = (0..rows * cols).map(at).collect();
     let (got, want) = (ours(&x, shape, 1.0, 2), reference(&x, shape));
     let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
     let apart = norm(&mut got.iter().zip(&want).map(|(a, b)| f64::from(*a) - b));
-    let off = apart / norm(&mut want.iter().copied());
-    assert!(off < 2e-4, "{off}");
+    apart / norm(&mut want.iter().copied())
 }
