@@ -150,9 +150,7 @@ pub(crate) fn orthogonalise(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
                 place(d, (shares, rank), (part, matrix), (m.rows, out.cols), true)?;
             }
         }
-        newton_schulz(whole, NEWTON_SCHULZ_STEPS, update_scale(whole), &mut |step| {
-            room.launch(d, step)
-        })?;
+        newton_schulz(whole, NEWTON_SCHULZ_STEPS, update_scale(whole), &mut |step| room.launch(d, step))?;
         if let Shares::Rows { index, .. } | Shares::Cols { index, .. } = shares {
             place(d, (shares, index), (own, matrix), (m.rows, out.cols), false)?;
         }
