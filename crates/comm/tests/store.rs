@@ -184,3 +184,15 @@ fn a_foreign_server_is_recognised_by_its_answer() {
     assert_eq!(error.exit_code(), 2);
     assert!(error.hint_text().is_some_and(|hint| hint.contains("port")), "{error}");
 }
+
+#[test]
+fn a_port_that_is_taken_and_an_address_that_is_not_ours_are_told_apart() {
+    let check = |bind: SocketAddr, hint: &str| {
+        let e = StoreServer::start(bind).err().unwrap();
+        assert!(format!("{e:?}").contains(hint), "{e:?}");
+    };
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    check(taken.local_addr().unwrap(), "another program has this port");
+    // Kept for documentation (RFC 5737).
+    check("192.0.2.1:0".parse().unwrap(), "must be one of this machine's");
+}

@@ -64,8 +64,14 @@ impl StoreServer {
     pub fn start_with(bind: SocketAddr, secret: &Secret) -> Result<StoreServer> {
         raise_file_limit();
         let listener = TcpListener::bind(bind).map_err(|e| {
-            Error::user(format!("start the store on {bind}: {e}"))
-                .hint("choose a free port, or 0 to have one chosen")
+            let hint = match e.kind() {
+                std::io::ErrorKind::AddrInUse => "another program has this port: give all ranks another one",
+                std::io::ErrorKind::AddrNotAvailable => {
+                    "the first rank's address must be one of this machine's"
+                }
+                _ => "give all ranks a port that this process may listen on",
+            };
+            Error::user(format!("start the store on {bind}: {e}")).hint(hint)
         })?;
         let addr =
             listener.local_addr().map_err(|e| Error::failure(format!("start the store on {bind}: {e}")))?;
