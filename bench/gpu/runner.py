@@ -42,7 +42,7 @@ class Results:
 
 
 def line(row):
-    return f"{row['stage']:<12}{row['item']:<34.34}{row['state']:<10}{row['seconds']:>7.1f} s  {row['note']}".rstrip()
+    return f"{row['stage']:<12}{row['item']:<37.36}{row['state']:<10}{row['seconds']:>7.1f} s  {row['note']}".rstrip()
 
 
 class Done:
