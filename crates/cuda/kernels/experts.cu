@@ -22,12 +22,6 @@ struct Router {
 // Keeps sums of sigmoids away from 0.
 constexpr float TINY = 1e-20f;
 
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int bits = 16; bits > 0; bits >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, bits));
-  return x;
-}
-
 // Scores of a row, and the logarithm of its sum of exponentials where they are a softmax. Each lane has every 32nd.
 template <class T>
 __device__ __forceinline__ float score(const T* logits, bool sigmoid, float* scores, int experts, int lane) {

@@ -80,6 +80,12 @@ template <class S> __device__ __forceinline__ S warp_sum(S x) {
   return x;
 }
 
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int bits = 16; bits > 0; bits >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, bits));
+  return x;
+}
+
 // The sum over the block, in every thread. `slots` (one for each warp) is not used otherwise in the kernel.
 template <class S> __device__ __forceinline__ S block_sum(S x, S* slots) {
   x = warp_sum(x);
@@ -92,8 +98,7 @@ template <class S> __device__ __forceinline__ S block_sum(S x, S* slots) {
 }
 
 __device__ __forceinline__ float block_max(float x, float* slots) {
-#pragma unroll
-  for (int bits = 16; bits > 0; bits >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, bits));
+  x = warp_max(x);
   if (blockDim.x <= 32) return x;
   if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = x;
   if (FAULT != 2) __syncthreads();

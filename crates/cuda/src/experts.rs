@@ -2,8 +2,8 @@
 //! that lie there, so that the host waits for nothing and a step is recorded as that of any model.
 
 use program::OpKind;
-use spec::{DType, Result, Score};
-use train::{Gradient, Launch, Operand};
+use spec::{DType, Result};
+use train::{Gradient, Launch, Operand, router};
 
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
@@ -30,19 +30,17 @@ struct Router {
     z: f32,
 }
 
-impl Router {
-    /// Its own losses as shares of `sequences`, each of so many tokens.
-    fn of(top_k: usize, r: &spec::Router, sequences: usize, sequence: usize) -> Router {
-        let mean = 1.0 / sequences.max(1) as f32;
+impl From<kernels::Router> for Router {
+    fn from(r: kernels::Router) -> Router {
         Router {
-            top_k: int(top_k),
-            sigmoid: i32::from(r.score == Score::Sigmoid),
+            top_k: int(r.top_k),
+            sigmoid: i32::from(r.sigmoid),
             renormalise: i32::from(r.renormalise),
             groups: int(r.groups),
             top_groups: int(r.top_groups),
             scale: r.scale,
-            balance: r.balance_loss * mean,
-            z: r.z_loss * mean / sequence.max(1) as f32,
+            balance: r.balance,
+            z: r.z,
         }
     }
 }
@@ -73,8 +71,11 @@ pub(crate) fn route(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
             let (n, experts, leaves) = (logits.rows, logits.cols, counts.cols);
             let biases = if l.inputs() > 1 { at(d, 1) } else { 0 };
             let params = Params::new().with(at(d, 0)).with(biases).with(out(d, 0)).with(out(d, 1));
-            let params =
-                params.with(int(n)).with(int(experts)).with(room(d)).with(Router::of(top_k, r, 0, 0));
+            let params = params
+                .with(int(n))
+                .with(int(experts))
+                .with(room(d))
+                .with(Router::from(router(top_k, r, 0, 0)));
             d.start(variant!(l, "route"), geometry(n, experts, r), params)?;
             ["route_counts", "route_places"].into_iter().try_for_each(|name| {
                 let params = Params::new().with(out(d, 1)).with(out(d, 2)).with(int(top_k));
@@ -87,7 +88,7 @@ pub(crate) fn route(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
             let (n, experts, leaves) = (logits.rows, logits.cols, counts.cols);
             let params = (0..4).fold(Params::new(), |p, i| p.with(at(d, i))).with(out(d, 0));
             let params = params.with(int(n)).with(int(experts)).with(int(leaves));
-            let params = params.with(room(d)).with(Router::of(top_k, r, sequences, l.context()));
+            let params = params.with(room(d)).with(Router::from(router(top_k, r, sequences, l.context())));
             d.start(variant!(l, "route_dx"), geometry(n, experts, r), params)?;
             let params = Params::new().with(out(d, 1)).with(at(d, 3)).with(int(experts)).with(int(leaves));
             d.start("route_load", Geometry::line(experts.div_ceil(256), 256), params)

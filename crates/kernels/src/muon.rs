@@ -105,8 +105,7 @@ pub fn orthogonalise(
     let mut ws = Workspace::new(ws);
     let (spare, small) = (ws.take(m * n), ws.take(4 * m * m));
     let ws = ws.rest();
-    let mut small = small.chunks_exact_mut((m * m).max(1));
-    let mut matrices = [x, spare].into_iter().chain(small.by_ref());
+    let mut matrices = [x, spare].into_iter().chain(small.chunks_exact_mut((m * m).max(1)));
     let mut matrices: [&mut [f32]; 6] = std::array::from_fn(|_| matrices.next().unwrap_or_default());
     newton_schulz((rows, cols), steps, scale, &mut |MatrixStep { op, of: [a, b], out: to }| {
         // The result is another matrix than the factors, or, normalised, the matrix itself.

@@ -23,6 +23,8 @@ use crate::mesh::Mesh;
 use crate::workspace::workspace_len;
 use args::Args;
 
+pub use experts::router;
+
 /// A pool of threads on one arena; messages go over the host's own transport.
 pub struct Cpu {
     pool: Pool,

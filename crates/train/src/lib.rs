@@ -43,7 +43,7 @@ mod workspace;
 pub use arena::Arena;
 pub use begin::{Asked, Beginning};
 pub use checkpoint::import_weights;
-pub use cpu::Cpu;
+pub use cpu::{Cpu, router};
 pub use device::{Device, Lack, Stretch, check_run};
 pub use drill::Drill;
 pub use exec::{Executor, StepInputs, StepOutputs};

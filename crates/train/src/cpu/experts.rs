@@ -8,8 +8,8 @@ use super::args::Args;
 use super::table::{Number, not_mine};
 use crate::launch::Gradient;
 
-/// A router as its kernels take it: its own losses as shares of `sequences`, each of so many tokens.
-fn router(top_k: usize, r: &Router, sequences: usize, sequence: usize) -> kernels::Router {
+/// A router as kernels take it: its own losses as shares of `sequences`, each of so many tokens.
+pub fn router(top_k: usize, r: &Router, sequences: usize, sequence: usize) -> kernels::Router {
     let mean = 1.0 / sequences.max(1) as f32;
     kernels::Router {
         top_k,
