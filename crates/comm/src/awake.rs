@@ -42,6 +42,12 @@ impl Awake {
         self.look(Instant::now(), asked)
     }
 
+    /// As if `by` had passed, awake.
+    #[cfg(test)]
+    pub(crate) fn skip(&mut self, by: Duration) {
+        self.before += by;
+    }
+
     fn look(&mut self, now: Instant, asked: Duration) -> Duration {
         let passed = now.saturating_duration_since(self.looked);
         self.looked = now;

@@ -91,7 +91,7 @@ pub use op::{Op, Ranges};
 pub use os::os_error;
 pub use progress::{Handle, Times};
 pub use secret::Secret;
-pub use store::{StoreClient, StoreServer};
+pub use store::{StoreClient, StoreServer, Tries};
 pub use tree::tree_radices;
 pub use waiting::Waiting;
 pub use world::{Bootstrap, DEFAULT_TIMEOUT, SharedArena, TransportChoice, World};

@@ -25,7 +25,7 @@ mod client;
 mod server;
 mod wire;
 
-pub use client::StoreClient;
+pub use client::{StoreClient, Tries};
 pub use server::StoreServer;
 
 /// In a refusal, what stands between the reason and what to do about it.

@@ -1,6 +1,6 @@
 //! The store over real sockets: values, waits, races, and servers and clients that go away.
 
-use comm::{Secret, StoreClient, StoreServer};
+use comm::{StoreClient, StoreServer};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
@@ -137,22 +137,6 @@ fn a_stranger_on_the_port_harms_nobody() {
     let error = StoreClient::connect(&addr, LONG).unwrap_err().to_string();
     assert!(error.contains("not a store"), "{error}");
     talk.join().unwrap();
-}
-
-/// Tries of a moment each, with a mute stranger for long enough, find what one long try finds.
-#[test]
-fn a_mute_server_is_no_store_however_often_it_is_asked() {
-    let mute = TcpListener::bind("127.0.0.1:0").unwrap();
-    let addr = mute.local_addr().unwrap().to_string();
-    let mut since = None;
-    let ask = |since: &mut Option<Instant>| {
-        StoreClient::connect_again(&addr, &Secret::none(), SHORT, since).unwrap_err()
-    };
-    assert_eq!(ask(&mut since).exit_code(), 1);
-    since = since.map(|at| at - LONG);
-    let error = ask(&mut since);
-    assert_eq!(error.exit_code(), 2);
-    assert!(error.to_string().contains("what listens there is not a store"), "{error}");
 }
 
 #[test]

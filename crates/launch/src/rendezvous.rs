@@ -2,7 +2,7 @@
 
 use crate::door::Doors;
 use crate::heir::Standby;
-use comm::{Awake, Secret, StoreClient, Waiting};
+use comm::{Awake, Secret, StoreClient, Tries, Waiting};
 use elastic::rendezvous::{Action, Agreed, Member, News, Node, NodeId, Offer, Rules, Times, Wish};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,7 +10,7 @@ use spec::{Error, Result};
 use std::net::IpAddr;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Writes that lose against another node's in a row before the thread takes a breath.
 const WRITES_IN_A_ROW: usize = 16;
@@ -207,19 +207,18 @@ fn drive(mut setup: Setup, wished: &Receiver<Word>, teller: &Teller, endpoint: &
 
 /// Connects to the store within the join time; `None` if the agent has gone or goes meanwhile.
 fn connect(setup: &Setup, wished: &Receiver<Word>, early: &mut Vec<Word>) -> Result<Option<StoreClient>> {
-    let until = Instant::now() + setup.times.join;
+    let mut tries = Tries::begin();
     let most = setup.times.join.as_secs();
-    let mut mute_since = None;
     let spoken =
         Waiting::begin("phalanx launch:", format!("the job's store at {}, {most} s at most", setup.endpoint));
     loop {
-        let slice = CONNECT_SLICE.min(until.saturating_duration_since(Instant::now()));
-        match StoreClient::connect_again(&setup.endpoint, &setup.secret, slice, &mut mute_since) {
+        let slice = CONNECT_SLICE.min(setup.times.join.saturating_sub(tries.spent()));
+        match StoreClient::connect_again(&setup.endpoint, &setup.secret, slice, &mut tries) {
             Ok(client) => return Ok(Some(client)),
             Err(e) if e.kind() == spec::Kind::User => {
                 return Err(e.context("rendezvous").hint("another program may use that port"));
             }
-            Err(e) if Instant::now() >= until => {
+            Err(e) if tries.spent() >= setup.times.join => {
                 let seconds = setup.times.join.as_secs_f64();
                 return Err(e.context(format!(
                     "the node that runs the job's store did not come within {seconds:.0} s"

@@ -55,11 +55,10 @@ impl StoreClient {
     /// The address cannot be parsed or resolved, nobody listens there in time, or it is no store, or one with another
     /// secret.
     pub fn connect_with(addr: &str, secret: &Secret, deadline: Duration) -> Result<StoreClient> {
-        StoreClient::connect_again(addr, secret, deadline, &mut None)
+        StoreClient::connect_again(addr, secret, deadline, &mut Tries::begin())
     }
 
-    /// The same for who does other things between tries: `mute_since` is kept from one to the next, and says since when
-    /// whoever takes connections there has said nothing.
+    /// The same for who does other things between `tries`.
     ///
     /// # Errors
     /// As [`StoreClient::connect_with`].
@@ -67,28 +66,31 @@ impl StoreClient {
         addr: &str,
         secret: &Secret,
         deadline: Duration,
-        mute_since: &mut Option<Instant>,
+        tries: &mut Tries,
     ) -> Result<StoreClient> {
         check_address(addr)?;
-        let began = Instant::now();
-        let until = began + deadline;
+        let (began, until) = (Instant::now(), tries.spent() + deadline);
         let doing = format!("connect to the store at {addr}");
         let mut spoken: Option<Waiting> = None;
         let line = loop {
-            let tried = Instant::now();
-            let failed = match open(addr, secret, until) {
+            let tried = tries.spent();
+            let left = until.saturating_sub(tried);
+            let opened = open(addr, secret, left);
+            tries.awake.paused(left);
+            let failed = match opened {
                 Ok(line) => break line,
                 Err(failed) => failed,
             };
             let e = match failed {
                 Failed::Connect(e) if is_out_of_files(&e) => return Err(os_error(&doing, &e)),
                 Failed::Connect(e) => {
-                    *mute_since = None;
+                    tries.mute_since = None;
                     e
                 }
                 Failed::Greet(e) => {
                     let is_foreign = e.kind() == io::ErrorKind::InvalidData;
-                    if is_foreign || mute_since.get_or_insert(tried).elapsed() >= MUTE_TIMEOUT {
+                    let mute = tries.spent() - *tries.mute_since.get_or_insert(tried);
+                    if is_foreign || mute >= MUTE_TIMEOUT {
                         return Err(Error::user(format!(
                             "{doing}: what listens there is not a store of this version ({e})"
                         ))
@@ -98,7 +100,7 @@ impl StoreClient {
                 }
                 failed => return Err(failed.into_error(&doing)),
             };
-            if Instant::now() + RETRY_PAUSE >= until {
+            if tries.spent() + RETRY_PAUSE >= until {
                 return Err(Error::failure(format!(
                     "{doing}: {e} (tried for {:.1} s)",
                     deadline.as_secs_f64()
@@ -113,6 +115,7 @@ impl StoreClient {
                 }
             }
             std::thread::sleep(RETRY_PAUSE);
+            tries.awake.paused(RETRY_PAUSE);
         };
         drop(spoken);
         let local = line
@@ -294,13 +297,10 @@ impl StoreClient {
         let idle = self.inner.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut line = match idle {
             Some(line) => line,
-            None => {
-                let until = Instant::now() + CALL_TIMEOUT;
-                open(&self.inner.addr, &self.inner.secret, until).map_err(|e| match e {
-                    Failed::Connect(e) | Failed::Greet(e) => gone(e),
-                    failed => failed.into_error(&format!("call the store at {}", self.inner.addr)),
-                })?
-            }
+            None => open(&self.inner.addr, &self.inner.secret, CALL_TIMEOUT).map_err(|e| match e {
+                Failed::Connect(e) | Failed::Greet(e) => gone(e),
+                failed => failed.into_error(&format!("call the store at {}", self.inner.addr)),
+            })?,
         };
         let body = exchange(&mut line, request, wait).map_err(gone)?;
         let reply = Reply::decode(&body)
@@ -340,6 +340,26 @@ fn exchange(line: &mut Line<TcpStream>, request: &Request, wait: Duration) -> io
     line.receive()?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
+/// Tries to reach a store, one after another.
+#[derive(Debug)]
+pub struct Tries {
+    awake: Awake,
+    /// Since when whoever takes connections there has said nothing.
+    mute_since: Option<Duration>,
+}
+
+impl Tries {
+    /// None as yet.
+    pub fn begin() -> Tries {
+        Tries { awake: Awake::begin(), mute_since: None }
+    }
+
+    /// How long these tries have taken, without what this process was stopped for.
+    pub fn spent(&self) -> Duration {
+        self.awake.now()
+    }
+}
+
 /// Why there is no connection: nobody answers, or not as a store does, or as the store of another job, or of one that
 /// has no room.
 enum Failed {
@@ -362,7 +382,8 @@ impl Failed {
     }
 }
 
-fn open(addr: &str, secret: &Secret, until: Instant) -> Result<Line<TcpStream>, Failed> {
+fn open(addr: &str, secret: &Secret, within: Duration) -> Result<Line<TcpStream>, Failed> {
+    let until = Instant::now() + within;
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
     let addrs: Vec<SocketAddr> = addr.to_socket_addrs().map_err(Failed::Connect)?.collect();
     for addr in addrs {
@@ -441,4 +462,27 @@ fn checked_value(key: &str, value: &[u8]) -> Result<Vec<u8>> {
         )));
     }
     Ok(value.to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    /// Tries of a moment each, with a mute stranger for long enough, find what one long try finds.
+    #[test]
+    fn a_mute_server_is_no_store_however_often_it_is_asked() {
+        let mute = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = mute.local_addr().unwrap().to_string();
+        let mut tries = Tries::begin();
+        let mut ask = |passed: fn(&mut Awake)| {
+            passed(&mut tries.awake);
+            let moment = Duration::from_millis(60);
+            StoreClient::connect_again(&addr, &Secret::none(), moment, &mut tries).unwrap_err()
+        };
+        assert_eq!(ask(|_| ()).exit_code(), 1);
+        let error = ask(|awake| awake.skip(MUTE_TIMEOUT));
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("what listens there is not a store"), "{error}");
+    }
 }
