@@ -74,6 +74,9 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
 pub(crate) fn can_run(kind: &OpKind, precision: DType) -> Result<(), Lack> {
     kernel(kind)?;
     match kind {
+        OpKind::Attention { sees, .. } | OpKind::AttentionGrad { sees, .. } if sees.dropout.is_some() => {
+            Err(Lack::AttentionDropout)
+        }
         OpKind::Attention { heads, .. } | OpKind::AttentionGrad { heads, .. } => {
             attention::can_run(precision, *heads)
         }

@@ -142,6 +142,14 @@ impl Bench {
         self.line("attention dx, windows of an eighth", 5.0 * square, &mut |pool| {
             attention_dx(pool, &shape, &qkv, near, &o, &lse, &d, &mut dqkv, &mut ws);
         });
+        let of = Dropout { key: 1, rate: 0.1 };
+        let some = Sees { dropout: Some(AttentionDropout { of, sequence: 0, head: 0 }), ..Sees::ALL };
+        self.line("attention f, a tenth left out", 2.0 * square, &mut |pool| {
+            attention(pool, &shape, &qkv, some, &mut o, &mut lse, &mut ws);
+        });
+        self.line("attention dx, a tenth left out", 5.0 * square, &mut |pool| {
+            attention_dx(pool, &shape, &qkv, some, &o, &lse, &d, &mut dqkv, &mut ws);
+        });
         self.line("attention dx", 5.0 * square, &mut |pool| {
             attention_dx(pool, &shape, &qkv, Sees::ALL, &o, &lse, &d, &mut dqkv, &mut ws);
         });

@@ -38,10 +38,33 @@ impl Dropout {
         (1.0 / (1.0 - self.dropped())) as f32
     }
 
+    /// Other draws for each `plane`, of a stack of rows and columns.
+    pub(crate) fn of_plane(self, plane: u64) -> Dropout {
+        Dropout { key: mix(self.key.wrapping_add(mix(plane))), ..self }
+    }
+
+    /// What the element of a row and column is multiplied by: 0 or [`Dropout::factor`].
+    pub(crate) fn of(self, row: u64, col: usize) -> f32 {
+        let draw = draws(self.row(row), col / DRAWS_AT_ONCE)[col % DRAWS_AT_ONCE];
+        if u32::from(draw) >= self.cut() { self.factor() } else { 0.0 }
+    }
+
+    /// [`Dropout::of`] for columns from `col` on.
+    pub(crate) fn of_row(self, row: u64, col: usize, factors: &mut [f32]) {
+        row_factors((self.row(row), self.cut(), self.factor()), col, factors);
+    }
+
     /// Where the draws of a row begin.
     fn row(self, row: u64) -> u64 {
         mix(self.key ^ mix(row))
     }
+}
+
+/// The draws of four columns, of a row that begins at `key`.
+#[inline(always)]
+fn draws(key: u64, four: usize) -> [u16; DRAWS_AT_ONCE] {
+    let drawn = mix(key.wrapping_add((four as u64).wrapping_mul(GOLDEN)));
+    std::array::from_fn(|i| (drawn >> (16 * i)) as u16)
 }
 
 /// SplitMix64 at state `x`.
@@ -101,11 +124,8 @@ kernel! { fn row_kept[T: Element](
     for j in (0..y.len()).step_by(LANES) {
         let mut factors = [0.0f32; LANES];
         for (q, four) in factors.chunks_exact_mut(DRAWS_AT_ONCE).enumerate() {
-            let counter = (j / DRAWS_AT_ONCE + q) as u64;
-            let drawn = mix(key.wrapping_add(counter.wrapping_mul(GOLDEN)));
-            for (i, factor) in four.iter_mut().enumerate() {
-                let draw = (drawn >> (16 * i)) as u32 % DRAWS;
-                *factor = if draw >= cut { scale } else { 0.0 };
+            for (factor, draw) in four.iter_mut().zip(draws(key, j / DRAWS_AT_ONCE + q)) {
+                *factor = if u32::from(draw) >= cut { scale } else { 0.0 };
             }
         }
         let mut v = T::get(s, &x[j..]);
@@ -119,5 +139,28 @@ kernel! { fn row_kept[T: Element](
             None => s.mul(v, factors),
         };
         T::put(s, &mut y[j..], sum);
+    }
+} }
+
+/// Elements whose draws are made together, as many as keep a processor's widest vectors busy.
+const TOGETHER: usize = 32;
+
+kernel! { fn row_factors[](c: (u64, u32, f32), col: usize, factors: &mut [f32]) = |_s: S| {
+    let (key, cut, scale) = c;
+    let put = |to: &mut [f32], drawn: &[u16]| {
+        for (to, draw) in to.iter_mut().zip(drawn) {
+            *to = if u32::from(*draw) >= cut { scale } else { 0.0 };
+        }
+    };
+    let (mut four, skip) = (col / DRAWS_AT_ONCE, col % DRAWS_AT_ONCE);
+    let (begun, rest) = factors.split_at_mut(factors.len().min((DRAWS_AT_ONCE - skip) % DRAWS_AT_ONCE));
+    if skip > 0 {
+        put(begun, &draws(key, four)[skip..]);
+        four += 1;
+    }
+    for to in rest.chunks_mut(TOGETHER) {
+        let drawn: [[u16; DRAWS_AT_ONCE]; TOGETHER / DRAWS_AT_ONCE] = std::array::from_fn(|i| draws(key, four + i));
+        put(to, drawn.as_flattened());
+        four += TOGETHER / DRAWS_AT_ONCE;
     }
 } }

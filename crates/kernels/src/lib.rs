@@ -49,10 +49,10 @@
 
 pub use crate::act::{Gelu, Glu, add, gelu, gelu_dx, glu, glu_dx};
 pub use crate::attention::{
-    Attention, Sees, Sight, Softmax, attention, attention_decode, attention_decode_workspace_len,
-    attention_dx, attention_dx_workspace_len, attention_maxima, attention_part, attention_part_dx,
-    attention_parts, attention_parts_dx, attention_sinks_dw, attention_sinks_dw_workspace_len,
-    attention_workspace_len, join_heads, pack_kv, split_heads,
+    Attention, AttentionDropout, Sees, Sight, Softmax, attention, attention_decode,
+    attention_decode_workspace_len, attention_dx, attention_dx_workspace_len, attention_maxima,
+    attention_part, attention_part_dx, attention_parts, attention_parts_dx, attention_sinks_dw,
+    attention_sinks_dw_workspace_len, attention_workspace_len, join_heads, pack_kv, split_heads,
 };
 pub use crate::average::{average, average_share, swap};
 pub use crate::convert::{copy, fill, from_f32, to_f32};

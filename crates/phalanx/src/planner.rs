@@ -406,7 +406,7 @@ fn model_and_recipe(args: &Plan) -> Result<(Shape, Recipe)> {
     if !taken.is_empty() {
         output::say(&format!("note: as {} says: {}", args.model, taken.join(", ")));
     }
-    let mut unpriced = ["train.dropout", "optim.qk_clip"].to_vec();
+    let mut unpriced = ["train.dropout", "train.attention_dropout", "optim.qk_clip"].to_vec();
     unpriced.retain(|key| says(&[key]));
     if args.economy.ramp.is_none() && says(&["batch.ramp"]) {
         unpriced.push("batch.ramp (give --ramp)");

@@ -400,7 +400,7 @@ pub enum GradSum {
 
 /// What bounds the keys that a query sees, beside its own position, and what else its softmax sums. Operands that it says
 /// are there follow the others, in its order.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Sees {
     /// Tokens of a window; `None` where it sees all of the sequence before it.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -411,11 +411,26 @@ pub struct Sees {
     /// A learned score for each head: `sinks [1, H]`.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub sinks: bool,
+    /// Which probabilities are left out at random.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dropout: Option<AttentionDropout>,
+}
+
+/// Probabilities of attention that are left out at random: what is drawn for one follows from the site, the step, the
+/// places of sequence and head, and the positions of query and key.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct AttentionDropout {
+    /// Which attention of the model.
+    pub site: u64,
+    /// Share that is left out.
+    pub rate: f32,
+    /// Place of the first head at hand among the model's.
+    pub head0: usize,
 }
 
 impl Sees {
     /// Everything up to itself, and nothing else.
-    pub const ALL: Sees = Sees { window: None, documents: false, sinks: false };
+    pub const ALL: Sees = Sees { window: None, documents: false, sinks: false, dropout: None };
 
     /// Twice the keys that a query of `sequence` tokens sees in the mean: as many as the sequence has where it sees all
     /// before it (causal attention is counted at half). Documents are as data has them, and not counted.

@@ -14,6 +14,8 @@ pub struct Recipe {
     pub documents: bool,
     /// Share of embeddings and of what layers add that training leaves out; 0 without.
     pub dropout: f32,
+    /// Share of the probabilities of attention that training leaves out; 0 without.
+    pub attention_dropout: f32,
     /// Greatest score of attention that updates leave a head; 0 without.
     pub qk_clip: f32,
     /// An average of the weights over steps is kept.
@@ -28,8 +30,15 @@ impl Recipe {
         let documents = run.data.attend == Attend::Documents;
         let ramp = run.batch.ramp.map(|_| run.batch);
         let RunSpec { optim, train, .. } = run;
-        let (optimizer, z_loss, dropout) = (optim.kind, train.z_loss, train.dropout);
-        let (qk_clip, ema) = (optim.qk_clip, train.ema > 0.0);
-        Recipe { optimizer, z_loss, documents, dropout, qk_clip, ema, ramp }
+        Recipe {
+            optimizer: optim.kind,
+            z_loss: train.z_loss,
+            documents,
+            dropout: train.dropout,
+            attention_dropout: train.attention_dropout,
+            qk_clip: optim.qk_clip,
+            ema: train.ema > 0.0,
+            ramp,
+        }
     }
 }

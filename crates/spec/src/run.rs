@@ -212,6 +212,8 @@ pub struct TrainSpec {
     pub z_loss: f32,
     /// Share of what layers add to the residual stream, and of embeddings, that training leaves out; 0 leaves all in.
     pub dropout: f32,
+    /// Share of the probabilities of attention that training leaves out; 0 leaves all in.
+    pub attention_dropout: f32,
     /// Decay of the average of the weights over steps that evaluation looks at too; 0 keeps none.
     pub ema: f64,
     /// Steps between evaluations; `None` never evaluates.

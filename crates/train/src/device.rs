@@ -233,6 +233,8 @@ pub enum Lack {
     Average,
     /// Kernels that leave elements out at random.
     Dropout,
+    /// Attention that leaves probabilities out at random.
+    AttentionDropout,
     /// Kernels that bound scores of attention.
     QkClip,
     /// Attention for heads of this width.
@@ -246,6 +248,9 @@ impl Lack {
     pub fn of(kind: &OpKind) -> Lack {
         use OpKind::*;
         match kind {
+            Attention { sees, .. } | AttentionGrad { sees, .. } if sees.dropout.is_some() => {
+                Lack::AttentionDropout
+            }
             Route { .. }
             | RouteGrad { .. }
             | Permute { .. }
@@ -355,6 +360,10 @@ pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result
             .hint("set train.ema=0, or run.device=cpu"),
         Lack::Dropout => Error::user(format!("train.dropout: {} has no kernels for it", device.name()))
             .hint("set train.dropout=0, or run.device=cpu"),
+        Lack::AttentionDropout => {
+            let what = format!("train.attention_dropout: {} has no kernels for it", device.name());
+            Error::user(what).hint("set train.attention_dropout=0, or run.device=cpu")
+        }
         Lack::QkClip => Error::user(format!("optim.qk_clip: {} has no kernels for it", device.name()))
             .hint("set optim.qk_clip=0, or run.device=cpu"),
         Lack::HeadWidth => Error::user(format!(

@@ -7,11 +7,11 @@ mod common;
 use std::collections::BTreeMap;
 
 use comm::World;
-use common::{Trained, fill, first_difference, inputs, model, train};
+use common::{Trained, fill, first_difference, inputs, latent, model, train, windowed};
 use program::{Mode, Recipe, Request};
 use spec::{
-    ContextMode, DType, Experts, Latent, Layout, ModelSpec, NormKind, PipelineSchedule, Recompute, Router,
-    RunSpec, Window, Zero,
+    ContextMode, DType, Experts, Layout, ModelSpec, NormKind, PipelineSchedule, Recompute, Router, RunSpec,
+    Zero,
 };
 use train::{Executor, Mesh};
 
@@ -135,17 +135,6 @@ fn bits_of_a_cut_do_not_depend_on_what_does_not_cut_it() {
             }
         }
     }
-}
-
-/// A model in which a query sees what of a sequence lies on several ranks, and not all of that.
-fn windowed() -> ModelSpec {
-    let window = Some(Window { tokens: 5, full_layers: 0, full_every: 2 });
-    ModelSpec { window, sinks: true, ..model(3, false, false) }
-}
-
-fn latent() -> ModelSpec {
-    let latent = Latent { query_rank: Some(10), kv_rank: 12, nope_dim: 6, rope_dim: 4, value_dim: 8 };
-    ModelSpec { latent: Some(latent), kv_heads: 4, ..model(3, false, false) }
 }
 
 /// A step's loss before any update, as f64, and gradients as bits, all of each parameter on the first rank.

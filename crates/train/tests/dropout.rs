@@ -5,14 +5,15 @@ mod common;
 use std::collections::BTreeMap;
 
 use common::{
-    PLAIN, Trained, executor_of, fill, inputs, mixture, model, same_bits, train_from_seed, weights,
+    PLAIN, Trained, executor_of, fill, inputs, latent, mixture, model, same_bits, train_from_seed, weights,
+    windowed,
 };
 use program::Recipe;
-use spec::{DType, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
+use spec::{ContextMode, DType, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
 use train::{Executor, StepInputs};
 
 const SEQUENCES: usize = 8;
-const DROPS: Recipe = Recipe { dropout: 0.25, ..PLAIN };
+const DROPS: Recipe = Recipe { dropout: 0.25, attention_dropout: 0.25, ..PLAIN };
 
 fn run(m: &ModelSpec, layout: &Layout, precision: DType, lr: f64) -> Trained {
     train_from_seed(DROPS, m, layout, (SEQUENCES, precision, lr))
@@ -46,6 +47,7 @@ fn bits_do_not_depend_on_the_layout() {
     ];
     check(&model(4, true, false), DType::F32, &layouts);
     check(&model(4, false, true), DType::F32, &layouts[1..5]);
+    check(&latent(), DType::F32, &layouts[..1]);
     check(&model(4, false, false), DType::Bf16, &layouts[2..6]);
     let over = |dp, ep, zero| Layout { dp, ep, zero, ..Layout::default() };
     check(&mixture(), DType::F32, &[over(2, 2, Zero::Off), over(4, 2, Zero::Parameters)]);
@@ -63,6 +65,7 @@ fn tensor_and_context_parallel_within_tolerance() {
             Layout { tp: 2, sequence_parallel: true, micro_batch: 2, ..plain.clone() },
             Layout { tp: 2, dp: 2, sequence_parallel: true, zero: Zero::Parameters, ..plain.clone() },
             Layout { cp: 2, dp: 2, ..plain.clone() },
+            Layout { cp: 2, context: ContextMode::Heads, ..plain.clone() },
             Layout { cp: 2, tp: 2, sequence_parallel: true, ..plain.clone() },
         ] {
             let got = run(&m, &layout, DType::F32, 1e-3);
@@ -78,7 +81,7 @@ fn tensor_and_context_parallel_within_tolerance() {
 fn every_step_and_seed_leaves_out_others_and_evaluation_nothing() {
     let m = model(2, true, false);
     let one = |recipe| executor_of(recipe, &m, &Layout::default(), (SEQUENCES, DType::F32, 2));
-    let loss = |recipe, step, seed| {
+    let loss = |recipe: Recipe, step, seed| {
         let mut exec = one(recipe);
         let valid = fill(&mut exec, m.vocab, 1);
         let evaluated = exec.evaluate().expect("evaluated");
@@ -90,14 +93,21 @@ fn every_step_and_seed_leaves_out_others_and_evaluation_nothing() {
     assert_ne!(loss(DROPS, 2, 1).0, first);
     assert_ne!(loss(DROPS, 1, 2).0, first);
     let plain = loss(Recipe::default(), 1, 1);
-    assert_ne!(plain.0, first);
+    let only = |recipe: Recipe| loss(recipe, 1, 1).0;
+    let kinds = [
+        plain.0,
+        first,
+        only(Recipe { attention_dropout: 0.0, ..DROPS }),
+        only(Recipe { dropout: 0.0, ..DROPS }),
+    ];
+    assert!(kinds.iter().enumerate().all(|(i, k)| kinds[..i].iter().all(|other| k != other)), "{kinds:?}");
     assert_eq!(plain.1, evaluated, "an evaluation is of the whole model");
 }
 
 /// The gradient is that of the very function that was computed: along it the loss falls by as much as it says.
 #[test]
 fn gradients_are_those_of_what_was_left_in() {
-    for m in [model(2, true, false), model(2, false, true)] {
+    for m in [model(2, true, false), model(2, false, true), latent(), windowed()] {
         let mut exec = executor_of(DROPS, &m, &Layout::default(), (SEQUENCES, DType::F32, 1));
         let valid = fill(&mut exec, m.vocab, 1);
         let at =

@@ -157,6 +157,7 @@ impl<T: Element> BackwardJob<'_, T> {
                         first,
                         count,
                         view,
+                        head,
                         shift: span.shift,
                         start,
                         end: span.queries.end.min(start + QUERIES),
@@ -275,6 +276,7 @@ struct Block<'a> {
     first: usize,
     count: usize,
     view: View<'a>,
+    head: usize,
     /// What is added to the row of a query for its position among the keys.
     shift: usize,
     start: usize,
@@ -288,6 +290,7 @@ struct Block<'a> {
 impl Block<'_> {
     fn run(&self, p: &mut [f32], ds: &mut [f32], dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]) {
         let (keys, values) = ((self.h, self.wide), (self.values_h, self.values_wide));
+        let mut kept = [0.0; SCORES];
         for i in (self.start..self.end).step_by(MR) {
             let m = MR.min(self.end - i);
             let seen = self.seen(i).start..self.seen(i + m - 1).end;
@@ -300,7 +303,9 @@ impl Block<'_> {
             for q in i..i + m {
                 let row = (q - self.start) * SCORES..(q - self.start) * SCORES + len;
                 let own = self.seen(q);
-                gradient(&mut p[row.clone()], &mut ds[row], own.start, own.end, self.lse[q], self.dots[q]);
+                let (p, ds) = (&mut p[row.clone()], &mut ds[row]);
+                let kept = self.view.kept((self.head, q), self.first, &mut kept[..len]);
+                gradient(p, ds, own.start, own.end, self.lse[q], self.dots[q], kept);
             }
             if !seen.is_empty() {
                 let a = &ds[(i - self.start) * SCORES + seen.start..];
@@ -405,8 +410,11 @@ fn sum(
 
 kernel! {
     /// Turns scores into probabilities p and products with values into score gradients p (ds - dot); both are 0 before
-    /// `first` and from `end` on.
-    fn gradient(p: &mut [f32], ds: &mut [f32], first: usize, end: usize, lse: f32, dot: f32) = |s: S| {
+    /// `first` and from `end` on. With factors by which probabilities were `kept`, ds is multiplied by them first, and p
+    /// last.
+    fn gradient(
+        p: &mut [f32], ds: &mut [f32], first: usize, end: usize, lse: f32, dot: f32, kept: Option<&[f32]>
+    ) = |s: S| {
         let zero = s.splat(0.0);
         let (lse, dot) = (s.splat(lse), s.splat(dot));
         for j in (0..p.len()).step_by(LANES) {
@@ -417,7 +425,11 @@ kernel! {
                 continue;
             }
             let mut prob = exp(s, s.sub(s.load(p), lse));
-            let mut grad = s.mul(prob, s.sub(s.load(ds), dot));
+            let mut of_value = s.load(ds);
+            let kept = kept.map(|kept| s.load(&kept[j..]));
+            of_value = kept.map_or(of_value, |kept| s.mul(of_value, kept));
+            let mut grad = s.mul(prob, s.sub(of_value, dot));
+            prob = kept.map_or(prob, |kept| s.mul(prob, kept));
             if end < j + LANES {
                 let edge = s.splat((end - j) as f32);
                 prob = s.less(s.iota(), edge, prob, zero);

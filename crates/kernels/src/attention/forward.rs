@@ -161,6 +161,7 @@ impl<T: Element> ForwardJob<'_, T> {
                         later: continues || first > 0,
                         count,
                         view,
+                        head: kv_head * shape.group() + g,
                         row: rows.start + start,
                         h,
                         wide,
@@ -298,6 +299,7 @@ struct Block<'a> {
     /// Keys in the block.
     count: usize,
     view: View<'a>,
+    head: usize,
     /// Row of the first query.
     row: usize,
     h: usize,
@@ -308,7 +310,7 @@ struct Block<'a> {
 
 impl Block<'_> {
     fn run(&self, scores: &mut [f32], sums: &mut [f32], max: &mut [f32], total: &mut [f32]) {
-        let rows = max.len();
+        let (rows, mut kept) = (max.len(), [0.0; SCORES]);
         for i in (0..rows).step_by(MR) {
             let m = MR.min(rows - i);
             let seen = self.seen_by(i, m);
@@ -331,7 +333,9 @@ impl Block<'_> {
                 let sums = &mut sums[row * self.values_wide..(row + 1) * self.values_wide];
                 let own = self.seen(row);
                 let own = own.start.saturating_sub(first)..own.end.saturating_sub(first);
-                softmax(scores, own.start, own.end, &mut max[row], &mut total[row], sums, self.later);
+                let kept = &mut kept[..scores.len()];
+                let kept = self.view.kept((self.head, self.row + row), self.first + first, kept);
+                softmax(scores, own.start, own.end, &mut max[row], &mut total[row], sums, self.later, kept);
             }
             for j in (0..self.values_h).step_by(panel()) {
                 let nr = panel_width(j, self.values_h);
@@ -383,9 +387,10 @@ impl Block<'_> {
 
 kernel! {
     /// Turns a row of scores, of which those from `first` to `end` count, into exponentials over the running maximum;
-    /// when that rises, what was summed so far shrinks.
+    /// when that rises, what was summed so far shrinks. Exponentials are `kept` by these factors once they are summed.
     fn softmax(
-        scores: &mut [f32], first: usize, end: usize, max: &mut f32, total: &mut f32, sums: &mut [f32], later: bool
+        scores: &mut [f32], first: usize, end: usize, max: &mut f32, total: &mut f32, sums: &mut [f32], later: bool,
+        kept: Option<&[f32]>
     ) = |s: S| {
         let lowest = s.splat(f32::NEG_INFINITY);
         let mut top = lowest;
@@ -409,7 +414,7 @@ kernel! {
         for j in (0..scores.len()).step_by(LANES) {
             let p = exp(s, s.sub(s.load(&scores[j..]), m));
             sum = s.add(sum, p);
-            s.store(&mut scores[j..], p);
+            s.store(&mut scores[j..], kept.map_or(p, |kept| s.mul(p, s.load(&kept[j..]))));
         }
         let sum = s.sum(sum);
         if later {

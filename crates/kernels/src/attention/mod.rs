@@ -25,7 +25,7 @@ pub use heads::{join_heads, split_heads};
 pub use ring::{
     Sight, Softmax, attention_part, attention_part_dx, attention_parts, attention_parts_dx, pack_kv,
 };
-pub use sees::Sees;
+pub use sees::{AttentionDropout, Sees};
 pub use sinks::{attention_sinks_dw, attention_sinks_dw_workspace_len};
 
 use crate::gemm::{NR, panel};

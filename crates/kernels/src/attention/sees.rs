@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use crate::dropout::Dropout;
+
 /// What bounds the keys that a query sees, beside its own position, and what else is in the sum of its softmax.
 #[derive(Clone, Copy, Debug)]
 pub struct Sees<'a, T> {
@@ -12,11 +14,40 @@ pub struct Sees<'a, T> {
     /// For each query head a score without a value, which every softmax sums as well (GPT-OSS, arXiv 2508.10925,
     /// section 2.1; Miller 2023).
     pub sinks: Option<&'a [T]>,
+    /// Which probabilities of keys are left out at random.
+    pub dropout: Option<AttentionDropout>,
+}
+
+/// Probabilities of keys that are left out at random, after the softmax, whose sum counts them (GPT-2's `attn_pdrop`).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionDropout {
+    /// How many, and the key of what is drawn for sequence, head, query and key.
+    pub of: Dropout,
+    /// Place of the first sequence in the global batch.
+    pub sequence: usize,
+    /// Place of the first query head among the model's.
+    pub head: usize,
+}
+
+impl AttentionDropout {
+    /// What the probability that a query of a sequence and head gives a key is multiplied by: sequence and head as they are
+    /// counted here, query and key by their positions.
+    pub fn factor(&self, sequence: usize, head: usize, query: usize, key: usize) -> f32 {
+        self.plane(head).of(self.row(sequence, query), key)
+    }
+
+    fn plane(&self, head: usize) -> Dropout {
+        self.of.of_plane((self.head + head) as u64)
+    }
+
+    fn row(&self, sequence: usize, query: usize) -> u64 {
+        ((self.sequence + sequence) as u64) << 32 | query as u64
+    }
 }
 
 impl<T> Sees<'_, T> {
     /// Every key up to its own.
-    pub const ALL: Self = Sees { window: None, starts: None, sinks: None };
+    pub const ALL: Self = Sees { window: None, starts: None, sinks: None, dropout: None };
 
     pub(super) fn check(&self, rows: usize, heads: usize) {
         assert!(self.window != Some(0), "a window of no keys");
@@ -32,7 +63,7 @@ impl<T> Sees<'_, T> {
     /// What the queries of one sequence see of `seq` rows each.
     pub(super) fn of<'b>(&'b self, span: &'b Queries, sequence: usize, seq: usize) -> View<'b> {
         let starts = self.starts.map(|s| &s[sequence * seq..(sequence + 1) * seq]);
-        View { span, window: self.window, starts }
+        View { span, window: self.window, starts, sequence, dropout: self.dropout.as_ref() }
     }
 }
 
@@ -93,6 +124,8 @@ pub(super) struct View<'a> {
     span: &'a Queries,
     window: Option<usize>,
     starts: Option<&'a [u32]>,
+    sequence: usize,
+    dropout: Option<&'a AttentionDropout>,
 }
 
 impl View<'_> {
@@ -109,6 +142,24 @@ impl View<'_> {
     pub(super) fn of(&self, row: usize, first: usize, count: usize) -> Range<usize> {
         let end = (row + self.span.shift + 1).saturating_sub(first).min(count);
         self.first(row).saturating_sub(first).min(end)..end
+    }
+
+    /// What the probabilities of keys from row `first` on are multiplied by, for the query of a head in a row; `None` where
+    /// all are kept.
+    pub(super) fn kept<'b>(
+        &self,
+        (head, row): (usize, usize),
+        first: usize,
+        factors: &'b mut [f32],
+    ) -> Option<&'b [f32]> {
+        let dropout = self.dropout?;
+        let (of, query) = (dropout.plane(head), dropout.row(self.sequence, self.span.at.position(row)));
+        // Positions go on but for where the back half of the rows begins.
+        let half = self.span.of.half.saturating_sub(first).min(factors.len());
+        let (front, back) = factors.split_at_mut(half);
+        of.of_row(query, self.span.of.position(first), front);
+        of.of_row(query, self.span.of.position(first + half), back);
+        Some(factors)
     }
 }
 

@@ -59,7 +59,9 @@ fn by_heads<T: Storage>(
     for (rank, (qkv, d)) in qkv.iter().zip(&d).enumerate() {
         let (mut o, mut lse) = (vec![T::default(); d.len()], vec![0.0; whole.seqs * whole.seq * own.heads]);
         let mut dqkv = vec![T::default(); qkv.len()];
-        let sees = Sees { sinks: sees.sinks.map(|s| &s[rank * own.heads..][..own.heads]), ..sees };
+        let sinks = sees.sinks.map(|s| &s[rank * own.heads..][..own.heads]);
+        let dropout = sees.dropout.map(|d| AttentionDropout { head: rank * own.heads, ..d });
+        let sees = Sees { sinks, dropout, ..sees };
         attention(pool, &own, qkv, sees, &mut o, &mut lse, &mut ws);
         attention_dx(pool, &own, qkv, Sees { sinks: None, ..sees }, &o, &lse, d, &mut dqkv, &mut ws);
         os.push(o);
@@ -90,7 +92,8 @@ fn check<T: Storage + PartialEq + std::fmt::Debug>(
     let n = s.seqs * s.seq;
     let (qkv, d, sinks) = (vec(n * ld(&s)), vec(n * s.heads * s.value_dim), vec(s.heads));
     let starts: Vec<u32> = (0..n).map(|row| (row % s.seq / 5 * 5) as u32).collect();
-    let sees = Sees { window: Some(4), starts: Some(&starts), sinks: Some(&sinks) };
+    let dropout = Some(AttentionDropout { of: Dropout { key: 5, rate: 0.25 }, sequence: 3, head: 0 });
+    let sees = Sees { window: Some(4), starts: Some(&starts), sinks: Some(&sinks), dropout };
     for sees in [Sees::ALL, sees] {
         let (mut o, mut lse) = (vec![T::default(); d.len()], vec![0.0; n * s.heads]);
         let mut dqkv = vec![T::default(); qkv.len()];

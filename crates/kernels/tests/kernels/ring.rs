@@ -135,7 +135,8 @@ fn parts_see_as_far_as_the_whole() {
         let s = Attention { seqs: 2, seq, heads: 4, kv_heads: 2, head_dim: 16, value_dim: 8, scale: 0.4 };
         let sinks = [0.3, -1.0, 2.0, 0.0];
         let starts: Vec<u32> = (0..2 * seq).map(|i| (i % seq / 77 * 77) as u32).collect();
-        let sees = Sees { window: Some(window), starts: Some(&starts), sinks: Some(&sinks) };
+        let dropout = Some(AttentionDropout { of: Dropout { key: 5, rate: 0.25 }, sequence: 3, head: 2 });
+        let sees = Sees { window: Some(window), starts: Some(&starts), sinks: Some(&sinks), dropout };
         check(s, sees, cp, seq as u64);
         check(s, Sees { starts: None, ..sees }, cp, seq as u64);
         check(s, Sees { window: None, ..sees }, cp, seq as u64);

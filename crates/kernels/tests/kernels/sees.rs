@@ -11,11 +11,13 @@ struct Seen {
     window: Option<usize>,
     starts: Option<Vec<u32>>,
     sinks: Option<Vec<f32>>,
+    dropout: Option<AttentionDropout>,
 }
 
 impl Seen {
     fn sees(&self) -> Sees<'_, f32> {
-        Sees { window: self.window, starts: self.starts.as_deref(), sinks: self.sinks.as_deref() }
+        let (starts, sinks) = (self.starts.as_deref(), self.sinks.as_deref());
+        Sees { window: self.window, starts, sinks, dropout: self.dropout }
     }
 }
 
@@ -44,7 +46,9 @@ fn reference(s: &Attention, seen: &Seen, qkv: &[f64], sinks: &[f64]) -> Vec<f64>
             let sink = sinks.get(head).map_or(0.0, |x| x.exp());
             let total = sink + (first..=row).map(|r| score(r).exp()).sum::<f64>();
             for r in first..=row {
-                let p = score(r).exp() / total;
+                let at = |row: usize| row % s.seq;
+                let kept = |d: &AttentionDropout| f64::from(d.factor(row / s.seq, head, at(row), at(r)));
+                let p = score(r).exp() / total * seen.dropout.as_ref().map_or(1.0, kept);
                 for j in 0..v {
                     o[(row * s.heads + head) * v + j] += p * value(r)[j];
                 }
@@ -91,7 +95,10 @@ fn documents(r: &mut Numbers, seqs: usize, seq: usize) -> Vec<u32> {
 }
 
 fn seen(r: &mut Numbers, s: &Attention, window: usize, documents_too: bool, sinks: bool) -> Seen {
+    let of = Dropout { key: r.below(1 << 20) as u64, rate: 0.3 };
+    let dropout = AttentionDropout { of, sequence: r.below(9), head: r.below(9) };
     Seen {
+        dropout: (r.below(2) == 0).then_some(dropout),
         window: (window > 0).then_some(window),
         starts: documents_too.then(|| documents(r, s.seqs, s.seq)),
         sinks: sinks.then(|| r.vec(s.heads)),
@@ -148,7 +155,7 @@ fn bounds_that_bound_nothing_change_no_bit() {
     let (s, mut r) = (plain(2, 700, 2, 2, 24, 24), Numbers::new(3));
     let (qkv, d) = (r.vec(1400 * ld(&s)), r.vec(1400 * s.heads * 24));
     let all = run(&s, &Seen::default(), &qkv, &d);
-    let wide = run(&s, &Seen { window: Some(700), starts: Some(vec![0; 1400]), sinks: None }, &qkv, &d);
+    let wide = run(&s, &Seen { window: Some(700), starts: Some(vec![0; 1400]), ..Seen::default() }, &qkv, &d);
     assert_eq!((bits(&all.o), bits(&all.dqkv)), (bits(&wide.o), bits(&wide.dqkv)));
 }
 

@@ -3,7 +3,7 @@ use spec::{DType, Position};
 use super::Emitter;
 use crate::graph::{Source, ValueId};
 use crate::heads::Heads;
-use crate::op::{Axis, OpKind, Sees};
+use crate::op::{AttentionDropout, Axis, OpId, OpKind, Sees};
 use crate::role::{Place, Role};
 
 impl Emitter<'_> {
@@ -37,8 +37,9 @@ impl Emitter<'_> {
     /// exchanged for all rows of its heads before it, and back behind it.
     pub(super) fn attention(&mut self, name: &str, qkv: ValueId) -> ValueId {
         let (heads, ranks) = (self.cx.heads(), self.cx.layout.cp);
+        let head0 = self.cx.coords.tp * heads.q;
         if !self.cx.layout.deals_heads() {
-            return self.attend(name, heads, qkv);
+            return self.attend(name, (heads, head0), qkv);
         }
         let p = |s: &str| format!("{name}.{s}");
         let own = heads.dealt(ranks);
@@ -46,15 +47,16 @@ impl Emitter<'_> {
         let parts = self.moved(OpKind::SplitHeads { heads, ranks }, &p("split"), qkv, (all, own.packed()));
         let exchange = OpKind::AllToAll { axis: Axis::Cp };
         let seen = self.map(exchange.clone(), &p("in"), parts);
-        let o = self.attend(name, own, seen);
+        let o = self.attend(name, (own, head0 + self.cx.coords.cp * own.q), seen);
         let parts = self.map(exchange, &p("out"), o);
         let kind = OpKind::JoinHeads { heads: heads.of_output(), ranks };
         self.moved(kind, &p("join"), parts, (rows, heads.out_cols()))
     }
 
-    /// Attention with these heads over the rows at hand.
-    fn attend(&mut self, name: &str, heads: Heads, qkv: ValueId) -> ValueId {
-        let sees = self.sees();
+    /// Attention with these heads, the first of them `head0` of the model's, over the rows at hand.
+    fn attend(&mut self, name: &str, (heads, head0): (Heads, usize), qkv: ValueId) -> ValueId {
+        let drops = AttentionDropout { site: OpId::of(name).0, rate: self.attention_dropout, head0 };
+        let sees = Sees { dropout: (drops.rate > 0.0).then_some(drops), ..self.sees() };
         let rows = self.g.get(qkv).rows;
         let o = self.act(name, rows, heads.out_cols());
         let mut ins = vec![self.g.all(qkv)];
@@ -108,6 +110,7 @@ impl Emitter<'_> {
             window,
             documents: self.cx.request.recipe.documents && !self.cx.generates(),
             sinks: self.cx.model.sinks,
+            dropout: None,
         }
     }
 }

@@ -36,8 +36,14 @@ pub(crate) struct Forward {
 pub(crate) fn forward(cx: &Rank<'_>, chunk: &Chunk, trains: bool) -> Forward {
     let mtp = trains && chunk.mtp;
     let recipe = &cx.request.recipe;
-    let (dropout, clips) = if trains { (recipe.dropout, recipe.qk_clip > 0.0) } else { (0.0, false) };
-    let mut e = Emitter { cx, g: Graph::default(), params: vec![None; cx.groups.len()], dropout, clips };
+    let mut e = Emitter {
+        cx,
+        g: Graph::default(),
+        params: vec![None; cx.groups.len()],
+        dropout: if trains { recipe.dropout } else { 0.0 },
+        attention_dropout: if trains { recipe.attention_dropout } else { 0.0 },
+        clips: trains && recipe.qk_clip > 0.0,
+    };
     let input = if chunk.embed { e.embedding() } else { e.receive(chunk) };
     let mut x = input;
     let mut boundaries = vec![input];
@@ -86,6 +92,7 @@ pub struct Emitter<'a> {
     params: Vec<Option<ValueId>>,
     /// Share that is left out of embeddings and of what layers add to the residual stream.
     dropout: f32,
+    attention_dropout: f32,
     /// The greatest scores of attention are looked at.
     clips: bool,
 }

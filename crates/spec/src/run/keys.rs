@@ -334,6 +334,12 @@ pub(crate) static KEYS: &[Key] = &[
         "share of embeddings, and of what layers add to the residual stream, left out at random in training; 0 = none",
     ),
     key(
+        "train.attention_dropout",
+        BELOW_ONE,
+        "0",
+        "share of the probabilities of attention left out at random in training; 0 = none",
+    ),
+    key(
         "train.ema",
         BELOW_ONE,
         "0",

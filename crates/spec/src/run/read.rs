@@ -401,6 +401,7 @@ fn read_train(doc: &Doc) -> Result<TrainSpec> {
         precision: if doc.choice("train.precision")? == "bf16" { DType::Bf16 } else { DType::F32 },
         z_loss: doc.number("train.z_loss")? as f32,
         dropout: doc.number("train.dropout")? as f32,
+        attention_dropout: doc.number("train.attention_dropout")? as f32,
         ema: doc.number("train.ema")?,
         eval_every: doc.count_or_off("train.eval_every")?,
         eval_batches: doc.count("train.eval_batches")?,

@@ -104,7 +104,8 @@ impl RunSpec {
             Some(("model", name)) => name != "name",
             Some(("data", name)) => ["vocab_size", "split", "attend"].contains(&name),
             Some(("train", name)) => {
-                ["steps", "precision", "z_loss", "dropout", "ema", "seed"].contains(&name)
+                ["steps", "precision", "z_loss", "dropout", "attention_dropout", "ema", "seed"]
+                    .contains(&name)
             }
             Some((section, _)) => ["batch", "optim", "schedule"].contains(&section),
             None => false,
@@ -140,6 +141,8 @@ impl RunSpec {
         ]);
         values.extend((train.z_loss != 0.0).then(|| ("train.z_loss", single(train.z_loss))));
         values.extend((train.dropout != 0.0).then(|| ("train.dropout", single(train.dropout))));
+        let attention = train.attention_dropout;
+        values.extend((attention != 0.0).then(|| ("train.attention_dropout", single(attention))));
         values.extend((train.ema != 0.0).then(|| ("train.ema", float(train.ema))));
         values.extend([
             ("train.seed", train.seed.to_string()),

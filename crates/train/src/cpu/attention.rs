@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use half::bf16;
-use kernels::{Pool, Sees, Sight, Softmax};
+use kernels::{AttentionDropout, Pool, Sees, Sight, Softmax};
 use program::{Heads, OpKind};
 use spec::DType;
 
@@ -47,7 +47,12 @@ pub(super) fn seen<'a, T: Number>(a: &Args<'a, T>, sees: program::Sees, first: u
         Attention { heads, .. } => &all[own_heads(a, heads, all.len())],
         _ => all,
     });
-    Sees { window: sees.window, starts, sinks }
+    let dropout = sees.dropout.map(|drops| AttentionDropout {
+        of: kernels::Dropout { key: drops.site ^ a.launch().turn.draws, rate: drops.rate },
+        sequence: a.launch().place(0).0,
+        head: drops.head0,
+    });
+    Sees { window: sees.window, starts, sinks, dropout }
 }
 
 /// Which of so many heads this rank's are: all, or a share of them where context-parallel ranks deal heads.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use comm::World;
 use program::{Mode, Recipe, Request};
-use spec::{DType, Experts, Layout, ModelSpec, Optimizer, Router};
+use spec::{DType, Experts, Latent, Layout, ModelSpec, Optimizer, Router, Window};
 use train::{Executor, Mesh, StepInputs, StepOutputs};
 
 pub const SEQUENCE: usize = 16;
@@ -21,6 +21,7 @@ pub const PLAIN: Recipe = Recipe {
     z_loss: 0.0,
     documents: false,
     dropout: 0.0,
+    attention_dropout: 0.0,
     qk_clip: 0.0,
     ema: false,
     ramp: None,
@@ -37,6 +38,18 @@ pub fn mixture() -> ModelSpec {
 pub fn model(layers: usize, tied: bool, gpt2: bool) -> ModelSpec {
     let family = ModelSpec::preset(if gpt2 { "tiny-gpt2" } else { "tiny" }).expect("a preset");
     ModelSpec { layers, qk_norm: !gpt2 && tied, tied_embeddings: tied, init_std: 0.08, ..family }
+}
+
+/// A model in which a query sees what of a sequence lies on several ranks, and not all of that.
+pub fn windowed() -> ModelSpec {
+    let window = Some(Window { tokens: 5, full_layers: 0, full_every: 2 });
+    ModelSpec { window, sinks: true, ..model(3, false, false) }
+}
+
+/// One with latent attention.
+pub fn latent() -> ModelSpec {
+    let latent = Latent { query_rank: Some(10), kv_rank: 12, nope_dim: 6, rope_dim: 4, value_dim: 8 };
+    ModelSpec { latent: Some(latent), kv_heads: 4, ..model(3, false, false) }
 }
 
 pub fn executor(
