@@ -28,7 +28,8 @@ pub struct Exported {
 ///
 /// `source` gives one logical parameter at a time, whole and row-major; not more than one tensor of the result is in
 /// memory at once. With a tokenizer go the settings that `transformers` needs to read it as it is and to stop where a
-/// text ends. The directory appears whole or not at all.
+/// text ends. The directory appears whole or not at all. Where a family has no factor of experts' weights, what experts give
+/// is multiplied by it instead, which changes no bit of what the model computes if it is a power of two.
 ///
 /// # Errors
 /// When the model belongs to no family, `dtype` is neither float32 nor bfloat16, `out_dir` exists and holds something,
@@ -44,6 +45,15 @@ pub fn export(
     if !matches!(dtype, DType::F32 | DType::Bf16) {
         return Err(Error::user(format!("export as {dtype}: expected f32 or bf16")));
     }
+    let (spec, factor) = names::without_scale(spec);
+    let spec = spec.as_ref();
+    let source = |name: &str| {
+        let mut values = source(name)?;
+        if factor != 1.0 && names::is_given_by_an_expert(name) {
+            values.iter_mut().for_each(|x| *x *= factor);
+        }
+        Ok(values)
+    };
     let table = names::table(spec)?;
     let companions = tokenizer.map_or_else(|| Ok(Companions::default()), |t| Companions::gather(t, spec))?;
     let target = Target::prepare(out_dir)?;

@@ -74,7 +74,11 @@ fn families() -> Vec<ModelSpec> {
     let untied = ModelSpec { tied_embeddings: false, ..gpt2() };
     let window = Some(Window { tokens: 5, full_layers: 0, full_every: 0 });
     let mistral = ModelSpec { name: "mistral".into(), window, ..llama() };
-    let all = [llama(), biased, mistral, qwen2, qwen3, gpt_oss(), gpt2(), untied];
+    let experts = Experts { router: Router::PLAIN, ..gpt_oss().experts.expect("a mixture") };
+    let mixtral = ModelSpec { name: "mixtral".into(), ffn: 7, experts: Some(experts), ..llama() };
+    let qwen3_moe =
+        ModelSpec { name: "qwen3_moe".into(), qk_norm: true, ffn: llama().ffn, ..mixtral.clone() };
+    let all = [llama(), biased, mistral, qwen2, qwen3, mixtral, qwen3_moe, gpt_oss(), gpt2(), untied];
     all.into_iter().chain(deepseek()).chain([ahead()]).collect()
 }
 
@@ -140,6 +144,32 @@ fn round_trip_of_every_family() {
             }
         }
     }
+}
+
+/// Mixtral and Qwen 3 MoE have no factor of experts' weights: what experts give has it.
+#[test]
+fn a_factor_of_experts_weights_is_in_what_they_give() {
+    let mut checked = 0;
+    for spec in families() {
+        let Some(e) = spec.experts.filter(|e| e.router.scale == 1.0) else { continue };
+        let router = Router { scale: 4.0, ..e.router };
+        let scaled = ModelSpec { experts: Some(Experts { router, ..e }), ..spec.clone() };
+        if scaled.hf_architecture().is_ok() {
+            continue;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        export(&scaled, weights(&spec), &out, DType::F32, u64::MAX, None).unwrap();
+        let (found, read) = import(&out).unwrap();
+        assert_eq!(ModelSpec { name: spec.name.clone(), ..found }, spec);
+        for name in read.names() {
+            let factor = if name.contains("experts") && name.contains("down") { 4.0 } else { 1.0 };
+            let all = read_all(&read, name);
+            assert!(all.iter().enumerate().all(|(i, x)| *x == factor * value(name, i)), "{name}");
+        }
+        checked += 1;
+    }
+    assert!(checked >= 3, "{checked} families");
 }
 
 #[test]
