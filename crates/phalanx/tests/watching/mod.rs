@@ -1,6 +1,7 @@
 //! Runs and machines watched: `dash`, `top`, `journal`, `doctor`, and what shells and manuals know.
 
 mod browser;
+mod collector;
 mod devtools;
 mod terminal;
 
