@@ -140,7 +140,7 @@ fn bounds(args: &Simulate) -> Result<()> {
     }
     match args.days {
         Some(days) if !(days > 0.0 && days <= DAYS_MAX) => {
-            Err(Error::user(format!("--days {days}, expected more than 0, up to {DAYS_MAX}"))
+            Err(Error::user(format!("--days {days:?}, expected more than 0, up to {DAYS_MAX}"))
                 .hint("how long the run is, as 54"))
         }
         _ => Ok(()),
