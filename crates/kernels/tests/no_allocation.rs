@@ -128,7 +128,7 @@ fn mixture(pool: &Pool) -> impl FnMut() {
     let mut counters = vec(4 * DIM);
     let lens = [
         route_workspace_len(4, threads),
-        grouped_linear_workspace_len(4, 2 * N, DIM, DIM, threads),
+        grouped_linear_workspace_len((4, 4), 2 * N, DIM, DIM, threads),
         grouped_linear_dw_workspace_len(4, (2 * N, N), DIM, DIM, &tree, threads),
     ];
     let mut ws = vec(lens.into_iter().max().unwrap_or(0));

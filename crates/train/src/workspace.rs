@@ -27,20 +27,15 @@ pub fn workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
         RowsGrad { .. } => kernels::row_fn_workspace_len(2 * cols(op.ins[1]), cols(op.ins[0]), threads),
         Route { .. } => kernels::route_workspace_len(cols(op.ins[0]), threads),
         RouteGrad { .. } => kernels::route_dx_workspace_len(cols(op.ins[1]), threads),
-        GroupedLinear { .. } => kernels::grouped_linear_workspace_len(
-            rows(2),
-            rows(0),
-            cols(op.ins[0]),
-            cols(op.outs[0]),
-            threads,
-        ),
-        GroupedLinearGradInput { .. } => kernels::grouped_linear_workspace_len(
-            rows(2),
-            rows(0),
-            cols(op.ins[0]),
-            cols(op.outs[0]),
-            threads,
-        ),
+        GroupedLinear { experts, .. } | GroupedLinearGradInput { experts, .. } => {
+            kernels::grouped_linear_workspace_len(
+                (rows(2), *experts),
+                rows(0),
+                cols(op.ins[0]),
+                cols(op.outs[0]),
+                threads,
+            )
+        }
         GroupedLinearGradWeight { leaf_rows, .. } => kernels::grouped_linear_dw_workspace_len(
             rows(2),
             (rows(0), *leaf_rows),

@@ -1,9 +1,7 @@
 //! The linear layer of many experts: rows lie in the order of (rank that sent them, expert), and each expert has a
 //! weight of its own, `[out, in]`, one under another.
 
-use std::ops::Range;
-
-use crate::gemm::{self, Left, Out, Right, TASK, Workspace};
+use crate::gemm::{self, Left, Out, Right, Workspace};
 use crate::linear::{add_rows, column_sums_of_leaves, column_sums_workspace_len};
 use crate::pool::Pool;
 use crate::storage::{Acc, Storage};
@@ -52,15 +50,16 @@ impl Groups<'_> {
     }
 }
 
-/// Floats of workspace for [`grouped_linear`], and with `in_` and `out` swapped for [`grouped_linear_dx`], of up to `rows` rows.
+/// Floats of workspace for [`grouped_linear`], and with `in_` and `out` swapped for [`grouped_linear_dx`], of up to `rows` rows
+/// for `experts` experts, which are in `units` with each rank that sends some.
 pub fn grouped_linear_workspace_len(
-    units: usize,
+    (units, experts): (usize, usize),
     rows: usize,
     in_: usize,
     out: usize,
     threads: usize,
 ) -> usize {
-    Workspace::room(units + 1) + gemm::product_workspace_len(rows.min(TASK.0), in_, out, threads)
+    Workspace::room(units + 1) + gemm::product_of_groups_workspace_len(experts, rows, in_, out, threads)
 }
 
 /// y = x w^T + b for each expert's rows; `w` is `[experts out, in]`, and `b`, if there is one, `[experts, out]`. Rows behind those that are counted are left alone.
@@ -73,7 +72,7 @@ pub fn grouped_linear<T: Storage>(
     (in_, out): (usize, usize),
     ws: &mut [f32],
 ) {
-    grouped(pool, x, (w, b), groups, y, (in_, out), &|w| Right::Columns(w), ws);
+    grouped(pool, x, (w, b), groups, y, (in_, out), Right::Columns, ws);
 }
 
 /// dx = dy w for each expert's rows: the gradient of [`grouped_linear`]'s input.
@@ -86,36 +85,35 @@ pub fn grouped_linear_dx<T: Storage>(
     (in_, out): (usize, usize),
     ws: &mut [f32],
 ) {
-    grouped(pool, dy, (w, None), groups, dx, (out, in_), &|w| Right::Rows(w), ws);
+    grouped(pool, dy, (w, None), groups, dx, (out, in_), Right::Rows, ws);
 }
 
 fn grouped<'a, T: Storage>(
     pool: &Pool,
     x: &[T],
-    (w, b): (&'a [T], Option<&[T]>),
+    (w, b): (&'a [T], Option<&'a [T]>),
     groups: Groups<'_>,
     y: &mut [T],
     (k, cols): (usize, usize),
-    right: &dyn Fn(&'a [T]) -> Right<'a, T>,
+    right: fn(&'a [T]) -> Right<'a, T>,
     ws: &mut [f32],
 ) {
-    assert_eq!(w.len(), groups.experts * k * cols, "weights");
-    assert!(b.is_none_or(|b| b.len() == groups.experts * cols), "biases");
+    let experts = groups.experts;
+    assert_eq!(w.len(), experts * k * cols, "weights");
+    assert!(b.is_none_or(|b| b.len() == experts * cols), "biases");
     let mut workspace = Workspace::new(ws);
-    let starts = groups.starts(&mut workspace);
-    let ws = workspace.rest();
-    let (peers, experts) = (groups.peers(), groups.experts);
-    for (e, w) in w.chunks_exact((k * cols).max(1)).enumerate() {
-        let run = |peer: usize| -> Range<usize> {
-            let unit = peer * experts + e;
-            starts[unit] as usize..starts[unit + 1] as usize
-        };
-        let rows: usize = (0..peers).map(|p| run(p).len()).sum();
+    let starts = &*groups.starts(&mut workspace);
+    let run = |e: usize, peer: usize| {
+        let unit = peer * experts + e;
+        starts[unit] as usize..starts[unit + 1] as usize
+    };
+    let operand = |e: usize| {
         let bias = b.map(|b| &b[e * cols..(e + 1) * cols]);
-        let out = Out { y: &mut *y, ld: cols, acc: Acc::None, bias };
-        let left = Left { data: x, ld: k };
-        gemm::product_of_runs(pool, left, right(w), out, (peers, &run), (rows, k, cols), ws);
-    }
+        (right(&w[e * k * cols..(e + 1) * k * cols]), bias)
+    };
+    let of = gemm::Groups { groups: experts, runs: groups.peers(), run: &run, right: &operand };
+    let out = Out { y, ld: cols, acc: Acc::None, bias: None };
+    gemm::product_of_groups(pool, Left { data: x, ld: k }, of, out, (k, cols), workspace.rest());
 }
 
 /// Floats of workspace for [`grouped_linear_dw`] of up to `rows` rows, up to `leaf_rows` of them in a leaf.
@@ -128,7 +126,7 @@ pub fn grouped_linear_dw_workspace_len(
     threads: usize,
 ) -> usize {
     Workspace::room(units + 1)
-        + gemm::weight_gradient_of_leaves_workspace_len((rows, leaf_rows), in_, out, tree, threads)
+        + gemm::weight_gradients_workspace_len((rows, leaf_rows), in_, out, tree, threads)
 }
 
 /// The gradient of [`grouped_linear`]'s weights into the levels of `dw_grad`, `[levels, experts out, in]`.
@@ -143,34 +141,27 @@ pub fn grouped_linear_dw<T: Storage>(
     dw_grad: &mut [f32],
     (in_, out, leaf_rows): (usize, usize, usize),
     tree: &[u32],
-    merge: &dyn Fn(usize) -> (usize, Merge),
+    merge: &(dyn Fn(usize) -> (usize, Merge) + Sync),
     ws: &mut [f32],
 ) {
     assert_eq!(leaves(tree), groups.leaves, "leaves");
     let most = dy.len() / out.max(1);
     let mut workspace = Workspace::new(ws);
-    let starts = groups.starts(&mut workspace);
-    let ws = workspace.rest();
+    let starts = &*groups.starts(&mut workspace);
     let apart = groups.experts * out * in_;
-    for e in 0..groups.experts {
-        for peer in 0..groups.peers() {
-            let unit = peer * groups.experts + e;
-            let (first, end) = (starts[unit] as usize, starts[unit + 1] as usize);
-            let counts = groups.unit(peer, e);
-            let (level, merge) = merge(peer);
-            gemm::weight_gradient_of_leaves(
-                pool,
-                &dy[first * out..end * out],
-                &x[first * in_..end * in_],
-                (dw_grad, (level * apart + e * out * in_, apart)),
-                (end - first, in_, out),
-                (most, leaf_rows),
-                (tree, &|leaf| counts[leaf] as usize),
-                merge,
-                ws,
-            );
-        }
-    }
+    let into = |e: usize, peer: usize| {
+        let (level, merge) = merge(peer);
+        (level * apart + e * out * in_, merge)
+    };
+    let of = gemm::GradientGroups {
+        groups: groups.experts,
+        peers: groups.peers(),
+        start: &|unit| starts[unit] as usize,
+        leaf: &|unit, leaf| groups.counts[unit * groups.leaves + leaf] as usize,
+        into: &into,
+    };
+    let sizes = (most, leaf_rows);
+    gemm::weight_gradients(pool, dy, x, (dw_grad, apart), of, (in_, out), sizes, tree, workspace.rest());
 }
 
 /// Floats of workspace for [`grouped_bias_grad`].

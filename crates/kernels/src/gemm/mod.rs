@@ -15,11 +15,12 @@ use crate::simd::prefetch_far;
 pub(crate) use micro::{Tile, panel, tile};
 pub(crate) use pack::{pack_columns, pack_rows};
 pub(crate) use product::{
-    Left, Out, Right, product, product_below_diagonal, product_of_runs, product_workspace_len,
+    Groups, Left, Out, Right, product, product_below_diagonal, product_of_groups,
+    product_of_groups_workspace_len, product_workspace_len,
 };
 pub(crate) use weight::{
-    weight_gradient, weight_gradient_of_leaves, weight_gradient_of_leaves_workspace_len,
-    weight_gradient_workspace_len,
+    Groups as GradientGroups, weight_gradient, weight_gradient_workspace_len, weight_gradients,
+    weight_gradients_workspace_len,
 };
 
 /// Rows of a register tile.

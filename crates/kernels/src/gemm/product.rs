@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::micro::{Tile, panel, tile};
 use super::pack::{pack_columns, pack_rows, widen};
-use super::{KC, LINE, MR, NR, PACKED, Workspace, ask_panel, block, task_shape};
+use super::{KC, LINE, MR, NR, PACKED, TASK, Workspace, ask_panel, block, task_shape};
 use crate::pool::{Parts, Pool};
 use crate::simd::{LANES, ask_rows, kernel};
 use crate::storage::{Acc, Element};
@@ -35,6 +35,45 @@ pub(crate) struct Out<'a, T> {
     pub(crate) bias: Option<&'a [T]>,
 }
 
+/// What rows are multiplied by: groups of them by one operand each, of which each has as many runs of rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Groups<'f, 'a, T> {
+    pub(crate) groups: usize,
+    pub(crate) runs: usize,
+    /// Where a run of a group lies in the left operand and the output.
+    pub(crate) run: &'f (dyn Fn(usize, usize) -> Range<usize> + Sync),
+    /// A group's right operand and bias.
+    pub(crate) right: &'f (dyn Fn(usize) -> (Right<'a, T>, Option<&'a [T]>) + Sync),
+}
+
+impl<T> Groups<'_, '_, T> {
+    /// Blocks of at most `most` rows that a run of a group is cut into, equal ones, and how many rows they have.
+    fn blocks(&self, group: usize, run: usize, most: usize) -> (usize, usize) {
+        let len = (self.run)(group, run).len();
+        let rows = block(len, MR, most);
+        (len.div_ceil(rows.max(1)), rows)
+    }
+
+    /// Blocks of all runs of a group.
+    fn down(&self, group: usize, most: usize) -> usize {
+        (0..self.runs).map(|r| self.blocks(group, r, most).0).sum()
+    }
+
+    /// The rows of a group's block.
+    fn rows(&self, group: usize, mut block: usize, most: usize) -> Range<usize> {
+        let mut r = 0;
+        loop {
+            let (blocks, rows) = self.blocks(group, r, most);
+            if block < blocks {
+                let run = (self.run)(group, r);
+                let first = run.start + block * rows;
+                return first..run.end.min(first + rows);
+            }
+            (block, r) = (block - blocks, r + 1);
+        }
+    }
+}
+
 /// Columns packed at a time.
 fn strip(k: usize, cols: usize) -> usize {
     let most = (PACKED / k.max(1) / NR).max(4) * NR;
@@ -47,12 +86,28 @@ fn scratch_len(k: usize, (mc, nc): (usize, usize)) -> (usize, usize) {
     (sums.next_multiple_of(LINE), (mc * KC.min(k)).next_multiple_of(LINE))
 }
 
+/// How many of so many groups' right operands are packed at a time.
+fn together(groups: usize, k: usize, cols: usize) -> usize {
+    (PACKED / (k * cols.next_multiple_of(NR)).max(1)).clamp(1, groups.max(1))
+}
+
 /// Floats of workspace for [`product`], for any storage type.
 pub(crate) fn product_workspace_len(rows: usize, k: usize, cols: usize, threads: usize) -> usize {
+    product_of_groups_workspace_len(1, rows, k, cols, threads)
+}
+
+/// The same of [`product_of_groups`].
+pub(crate) fn product_of_groups_workspace_len(
+    groups: usize,
+    rows: usize,
+    k: usize,
+    cols: usize,
+    threads: usize,
+) -> usize {
     let strip = strip(k, cols);
     // The shape of one thread is the largest, so that more threads never need less.
-    let (sums, left) = scratch_len(k, task_shape(rows, strip, 1));
-    Workspace::room(strip * k) + Workspace::room(threads * (sums + left))
+    let (sums, left) = scratch_len(k, task_shape(rows.min(TASK.0), strip, 1));
+    Workspace::room(together(groups, k, cols) * strip * k) + Workspace::room(threads * (sums + left))
 }
 
 /// Computes the product of `left` (`rows` x `k`) and `right` (`k` x `cols`) into `out`.
@@ -64,60 +119,77 @@ pub(crate) fn product<T: Element>(
     (rows, k, cols): (usize, usize, usize),
     ws: &mut [f32],
 ) {
-    product_of_runs(pool, left, right, out, (1, &|_| 0..rows), (rows, k, cols), ws);
+    let bias = out.bias;
+    let of = Groups { groups: 1, runs: 1, run: &|_, _| 0..rows, right: &|_| (right, bias) };
+    product_of_groups(pool, left, of, Out { bias: None, ..out }, (k, cols), ws);
 }
 
-/// [`product`] for some runs of rows of `left` and `out` alone, all against one right operand: `runs` of them, each where
-/// `run` says, of at most `rows` rows together. Rows between them are left as they are.
-pub(crate) fn product_of_runs<T: Element>(
+/// [`product`] for groups of rows of `left` and `out`, each against a right operand of its own, and with a bias of its own.
+/// Rows of no group are left as they are.
+pub(crate) fn product_of_groups<T: Element>(
     pool: &Pool,
     left: Left<'_, T>,
-    right: Right<'_, T>,
+    of: Groups<'_, '_, T>,
     out: Out<'_, T>,
-    (runs, run): (usize, &(dyn Fn(usize) -> Range<usize> + Sync)),
-    (most, k, cols): (usize, usize, usize),
+    (k, cols): (usize, usize),
     ws: &mut [f32],
 ) {
-    let rows = (0..runs).map(run).filter(|r| !r.is_empty()).map(|r| r.end).max().unwrap_or(0);
+    let runs = || (0..of.groups).flat_map(|g| (0..of.runs).map(move |r| (of.run)(g, r)));
+    let rows = runs().filter(|r| !r.is_empty()).map(|r| r.end).max().unwrap_or(0);
     if rows == 0 || cols == 0 {
         return;
     }
     assert!(left.ld >= k && left.data.len() >= (rows - 1) * left.ld + k, "left operand");
     assert!(out.ld >= cols && out.y.len() >= (rows - 1) * out.ld + cols, "output");
-    let (Right::Rows(data) | Right::Columns(data)) = right;
-    assert_eq!(data.len(), k * cols, "right operand");
-    assert!(out.bias.is_none_or(|bias| bias.len() == cols), "bias");
+    for (right, bias) in (0..of.groups).map(of.right) {
+        let (Right::Rows(data) | Right::Columns(data)) = right;
+        assert_eq!(data.len(), k * cols, "right operand");
+        assert!(bias.is_none_or(|bias| bias.len() == cols), "bias");
+    }
     if let Acc::From(from) = out.acc {
         assert!(from.len() >= rows * cols, "accumulator");
     }
-    let step = strip(k, cols);
-    let shape = task_shape(most, step, pool.threads());
-    let (sums, widened) = scratch_len(k, shape);
+    let (step, at_once) = (strip(k, cols), together(of.groups, k, cols));
+    let (most, wide) = task_shape(runs().map(|r| r.len()).sum(), step, pool.threads());
+    let (sums, widened) = scratch_len(k, (most, wide));
     let mut ws = Workspace::new(ws);
-    let packed = ws.take(step * k);
+    let packed = ws.take(at_once * step * k);
     let scratch = Parts::new(ws.take(pool.threads() * (sums + widened)));
-    let y = Parts::new(out.y);
-    for first in (0..cols).step_by(step) {
-        let width = step.min(cols - first);
-        pack(pool, right, k, cols, first..first + width, packed);
-        let (ld, acc, bias) = (out.ld, out.acc, out.bias);
-        let job = Job { left, packed, y: &y, ld, acc, bias, first, k, cols, below: false };
-        let across = width.div_ceil(shape.1);
-        let down = |r: usize| run(r).len().div_ceil(shape.0);
-        let all_down = (0..runs).map(down).sum::<usize>();
-        // Down first: the part of the right operand that tasks share stays in the second-level cache.
-        pool.run(all_down * across, &|task, thread| {
-            let (mut r, mut block) = (0, task % all_down);
-            while block >= down(r) {
-                (block, r) = (block - down(r), r + 1);
-            }
-            let rows = run(r);
-            let (i, j) = (rows.start + block * shape.0, task / all_down * shape.1);
-            // SAFETY: each thread has its own part and runs one task at a time.
-            let own = unsafe { scratch.part(thread * (sums + widened)..(thread + 1) * (sums + widened)) };
-            let (sums, widened) = own.split_at_mut(sums);
-            job.block(i..rows.end.min(i + shape.0), j..width.min(j + shape.1), sums, widened);
-        });
+    let (y, ld, acc, nr) = (Parts::new(out.y), out.ld, out.acc, panel());
+    for first_group in (0..of.groups).step_by(at_once) {
+        let groups = first_group..of.groups.min(first_group + at_once);
+        for first in (0..cols).step_by(step) {
+            let width = step.min(cols - first);
+            let (panels, whole) = (width.div_ceil(nr), Parts::new(&mut *packed));
+            pool.run(groups.len() * panels, &|task, _| {
+                let (g, panel) = (task / panels, task % panels);
+                if of.down(groups.start + g, most) > 0 {
+                    let at = g * step * k + panel * nr * k;
+                    // SAFETY: each task has its own panel.
+                    let to = unsafe { whole.part(at..at + nr * k) };
+                    pack((of.right)(groups.start + g).0, k, cols, (first + panel * nr, first + width), to);
+                }
+            });
+            let packed = &*packed;
+            let across = width.div_ceil(wide);
+            let tasks = groups.clone().map(|g| of.down(g, most) * across).sum();
+            // Down first: the part of the right operand that tasks share stays in the second-level cache.
+            pool.run(tasks, &|task, thread| {
+                let (mut g, mut task) = (groups.start, task);
+                while task >= of.down(g, most) * across {
+                    (task, g) = (task - of.down(g, most) * across, g + 1);
+                }
+                let down = of.down(g, most);
+                let (rows, j) = (of.rows(g, task % down, most), task / down * wide);
+                // SAFETY: each thread has its own part and runs one task at a time.
+                let own = unsafe { scratch.part(thread * (sums + widened)..(thread + 1) * (sums + widened)) };
+                let (sums, widened) = own.split_at_mut(sums);
+                let packed = &packed[(g - groups.start) * step * k..][..step * k];
+                let bias = (of.right)(g).1;
+                let job = Job { left, packed, y: &y, ld, acc, bias, first, k, cols, below: false };
+                job.block(rows, j..width.min(j + wide), sums, widened);
+            });
+        }
     }
 }
 
@@ -146,7 +218,13 @@ pub(crate) fn product_below_diagonal(
     let y = Parts::new(y);
     for first in (0..m).step_by(step) {
         let width = step.min(m - first);
-        pack(pool, right, k, m, first..first + width, packed);
+        let (whole, nr) = (Parts::new(&mut *packed), panel());
+        pool.run(width.div_ceil(nr), &|panel, _| {
+            // SAFETY: each task has its own panel.
+            let to = unsafe { whole.part(panel * nr * k..(panel + 1) * nr * k) };
+            pack(right, k, m, (first + panel * nr, first + width), to);
+        });
+        let packed = &*packed;
         let (acc, bias) = (Acc::None, None);
         let job = Job { left, packed, y: &y, ld: m, acc, bias, first, k, cols: m, below: true };
         let (down, across) = ((m - first).div_ceil(shape.0), width.div_ceil(shape.1));
@@ -161,27 +239,20 @@ pub(crate) fn product_below_diagonal(
     }
 }
 
-/// Packs the columns `range` of the right operand into panels.
+/// Packs the columns of the right operand from `first` on, which end at `end`, into a panel.
 fn pack<T: Element>(
-    pool: &Pool,
     right: Right<'_, T>,
     k: usize,
     cols: usize,
-    range: Range<usize>,
-    packed: &mut [f32],
+    (first, end): (usize, usize),
+    to: &mut [f32],
 ) {
-    let (packed, nr) = (Parts::new(packed), panel());
-    pool.run(range.len().div_ceil(nr), &|panel, _| {
-        let from = range.start + panel * nr;
-        let n = nr.min(range.end - from);
-        // SAFETY: each task has its own panel.
-        let to = unsafe { packed.part(panel * nr * k..(panel + 1) * nr * k) };
-        match right {
-            Right::Rows(b) if k > 0 => pack_rows(&b[from..], cols, k, n, nr, to),
-            Right::Columns(b) => pack_columns(&b[from * k..], k, k, n, nr, to),
-            Right::Rows(_) => {}
-        }
-    });
+    let (nr, n) = (panel(), panel().min(end - first));
+    match right {
+        Right::Rows(b) if k > 0 => pack_rows(&b[first..], cols, k, n, nr, to),
+        Right::Columns(b) => pack_columns(&b[first * k..], k, k, n, nr, to),
+        Right::Rows(_) => {}
+    }
 }
 
 /// The product over one strip of columns.

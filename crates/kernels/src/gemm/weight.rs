@@ -52,13 +52,50 @@ pub(crate) fn weight_gradient<T: Element>(
     ws: &mut [f32],
 ) {
     let (_, rows) = split(n, tree);
-    let shared = shared_len(n, ins);
-    let at = (0, outs * ins);
-    weight_gradient_of(pool, dy, x, (grad, at), (n, ins, outs), (tree, rows, &|_| rows), merge, shared, ws);
+    let of =
+        Groups { groups: 1, peers: 1, start: &|unit| unit * n, leaf: &|_, _| rows, into: &|_, _| (0, merge) };
+    weight_gradients(pool, dy, x, (grad, outs * ins), of, (ins, outs), (n, rows), tree, ws);
 }
 
-/// Floats of workspace for [`weight_gradient_of_leaves`], for up to `most` rows in leaves of up to `rows`.
-pub(crate) fn weight_gradient_of_leaves_workspace_len(
+/// Whose gradients are summed: those of `groups` weights, each from the rows of `peers`, one after another. Rows lie in the
+/// order of units: peers, and of each its groups.
+#[derive(Clone, Copy)]
+pub(crate) struct Groups<'a> {
+    pub(crate) groups: usize,
+    pub(crate) peers: usize,
+    /// Where a unit's rows begin; behind the last unit, where they end.
+    pub(crate) start: &'a (dyn Fn(usize) -> usize + Sync),
+    /// How many rows each leaf of a unit has.
+    pub(crate) leaf: &'a (dyn Fn(usize, usize) -> usize + Sync),
+    /// Where the first level of a group's gradient begins that a peer's sum goes to, and how it joins the levels.
+    pub(crate) into: &'a (dyn Fn(usize, usize) -> (usize, Merge) + Sync),
+}
+
+impl Groups<'_> {
+    /// The units of some groups, a group's together.
+    fn units(&self, of: Range<usize>) -> impl Iterator<Item = usize> + use<> {
+        let (groups, peers) = (self.groups, self.peers);
+        of.flat_map(move |group| (0..peers).map(move |peer| peer * groups + group))
+    }
+
+    fn len(&self, unit: usize) -> usize {
+        (self.start)(unit + 1) - (self.start)(unit)
+    }
+
+    /// Rows of some groups.
+    fn rows(&self, of: Range<usize>) -> usize {
+        self.units(of).map(|unit| self.len(unit)).sum()
+    }
+
+    /// Of the groups from `first` on those whose right operands are packed together: one at least.
+    fn together(&self, first: usize, ins: usize) -> Range<usize> {
+        let fits = |end: &usize| shared_len(self.rows(first..*end), ins) > 0;
+        first..(first + 2..=self.groups).take_while(fits).last().unwrap_or(first + 1)
+    }
+}
+
+/// Floats of workspace for [`weight_gradients`], for up to `most` rows in leaves of up to `rows`.
+pub(crate) fn weight_gradients_workspace_len(
     (most, rows): (usize, usize),
     ins: usize,
     outs: usize,
@@ -75,72 +112,128 @@ fn most_shared(most: usize, ins: usize) -> usize {
     PACKED.min(most * ins.next_multiple_of(NR))
 }
 
-/// [`weight_gradient`] for leaves of uneven length: leaf i has `leaf(i)` rows, at most `rows`, of at most `most` in all.
-/// The gradient's first level begins at `at` of `grad`, the others `apart` from each other.
-pub(crate) fn weight_gradient_of_leaves<T: Element>(
+/// [`weight_gradient`] for many weights at once, in leaves of uneven length, of at most `rows` each and `most` in all.
+/// Levels of a gradient are `apart` from each other.
+pub(crate) fn weight_gradients<T: Element>(
     pool: &Pool,
     dy: &[T],
     x: &[T],
-    (grad, at): (&mut [f32], (usize, usize)),
-    (n, ins, outs): (usize, usize, usize),
+    (grad, apart): (&mut [f32], usize),
+    of: Groups<'_>,
+    (ins, outs): (usize, usize),
     (most, rows): (usize, usize),
-    (tree, leaf): (&[u32], &(dyn Fn(usize) -> usize + Sync)),
-    merge: Merge,
+    tree: &[u32],
     ws: &mut [f32],
 ) {
-    let shared = most_shared(most, ins);
-    weight_gradient_of(pool, dy, x, (grad, at), (n, ins, outs), (tree, rows, leaf), merge, shared, ws);
+    check(dy, x, (&*grad, apart), &of, (ins, outs), rows, tree);
+    let shape = task_shape(outs, ins, pool.threads().div_ceil(of.groups.max(1)));
+    let mut ws = Workspace::new(ws);
+    // Alone, what does not fit is not packed here at all.
+    let alone = of.groups * of.peers == 1;
+    let room = ws.take(if alone { shared_len(most, ins) } else { most_shared(most, ins) });
+    let rest = ws.rest();
+    let (grad, nr) = (Parts::new(grad), panel());
+    let (wide, across) = (ins.next_multiple_of(nr), ins.div_ceil(shape.1));
+    let blocks = outs.div_ceil(shape.0) * across;
+    let mut first = 0;
+    while first < of.groups {
+        let groups = of.together(first, ins);
+        first = groups.end;
+        let n = of.rows(groups.clone());
+        let shared = shared_len(n, ins);
+        let packed = &mut room[..shared];
+        if shared > 0 {
+            pack_units(pool, x, (&of, groups.clone()), (ins, rows), tree, &Parts::new(&mut *packed));
+        }
+        let packed = &*packed;
+        let lens = scratch_len(shared == 0 && n > 0, rows, shape, tree);
+        let own_len = lens.iter().sum::<usize>();
+        let scratch = Parts::new(Workspace::new(&mut *rest).take(pool.threads() * own_len));
+        pool.run(groups.len() * blocks, &|task, thread| {
+            let (group, block) = (groups.start + task / blocks, task % blocks);
+            let (i, j) = (block / across * shape.0, block % across * shape.1);
+            let mut at = of.rows(groups.start..group);
+            for (peer, unit) in of.units(group..group + 1).enumerate() {
+                // SAFETY: each thread has its own part and runs one task at a time.
+                let own = unsafe { scratch.part(thread * own_len..(thread + 1) * own_len) };
+                let (left, rest) = own.split_at_mut(lens[0]);
+                let (right, rest) = rest.split_at_mut(lens[1]);
+                let (sums, levels) = rest.split_at_mut(lens[2]);
+                let scratch = Scratch { left, right, sums, levels };
+                let (start, (level, merge)) = ((of.start)(unit), (of.into)(group, peer));
+                let job = Job {
+                    dy: &dy[start * outs..],
+                    x: &x[start * ins..],
+                    packed: packed.get(at * wide..).unwrap_or_default(),
+                    grad: (&grad, level, apart),
+                    ins,
+                    outs,
+                    rows,
+                    leaf: &|leaf| (of.leaf)(unit, leaf),
+                    tree,
+                    merge,
+                };
+                job.block(i..outs.min(i + shape.0), j..ins.min(j + shape.1), scratch);
+                at += of.len(unit);
+            }
+        });
+    }
+}
+
+fn check<T>(
+    dy: &[T],
+    x: &[T],
+    (grad, apart): (&[f32], usize),
+    of: &Groups<'_>,
+    (ins, outs): (usize, usize),
+    rows: usize,
+    tree: &[u32],
+) {
+    let n = (of.start)(of.groups * of.peers);
+    assert!(dy.len() >= n * outs, "output gradient");
+    assert!(x.len() >= n * ins, "input");
+    for group in 0..of.groups {
+        for (peer, unit) in of.units(group..group + 1).enumerate() {
+            let (at, merge) = (of.into)(group, peer);
+            assert!(grad.len() >= at + (merge.levels() - 1) * apart + outs * ins, "gradient levels");
+            let leaf = |i| (of.leaf)(unit, i);
+            assert!((0..leaves(tree)).all(|i| leaf(i) <= rows), "rows of a leaf");
+            assert_eq!((0..leaves(tree)).map(leaf).sum::<usize>(), of.len(unit), "rows of all leaves");
+        }
+    }
+}
+
+/// Packs the right operands of some groups, unit after unit, piece by piece.
+fn pack_units<T: Element>(
+    pool: &Pool,
+    x: &[T],
+    (of, groups): (&Groups<'_>, Range<usize>),
+    (ins, rows): (usize, usize),
+    tree: &[u32],
+    packed: &Parts<'_, f32>,
+) {
+    let nr = panel();
+    let (wide, leaves, longest) = (ins.next_multiple_of(nr), leaves(tree), longest_piece(rows));
+    let parts = rows.div_ceil(longest).max(1);
+    pool.run(groups.len() * of.peers * leaves * parts, &|task, _| {
+        let (index, leaf, part) = (task / parts / leaves, task / parts % leaves, task % parts);
+        let before: usize = of.units(groups.clone()).take(index).map(|unit| of.len(unit)).sum();
+        let Some(unit) = of.units(groups.clone()).nth(index) else { return };
+        let begun = (0..leaf).map(|l| (of.leaf)(unit, l)).sum::<usize>() + part * longest;
+        let len = longest.min((of.leaf)(unit, leaf).saturating_sub(part * longest));
+        if len > 0 {
+            let from = &x[((of.start)(unit) + begun) * ins..];
+            pack_all_rows(from, ins, len, ins, nr, packed, (before + begun) * wide, len * nr);
+        }
+    });
 }
 
 /// The leaves of a tree: its radices, the most rows of a leaf, the rows of each.
 type Leaves<'a> = (&'a [u32], usize, &'a (dyn Fn(usize) -> usize + Sync));
 
-fn weight_gradient_of<T: Element>(
-    pool: &Pool,
-    dy: &[T],
-    x: &[T],
-    (grad, (at, apart)): (&mut [f32], (usize, usize)),
-    (n, ins, outs): (usize, usize, usize),
-    (tree, rows, leaf): Leaves<'_>,
-    merge: Merge,
-    most_shared: usize,
-    ws: &mut [f32],
-) {
-    assert_eq!(dy.len(), n * outs, "output gradient");
-    assert_eq!(x.len(), n * ins, "input");
-    assert!(grad.len() >= at + (merge.levels() - 1) * apart + outs * ins, "gradient levels");
-    assert!((0..leaves(tree)).all(|i| leaf(i) <= rows), "rows of a leaf");
-    assert_eq!((0..leaves(tree)).map(leaf).sum::<usize>(), n, "rows of all leaves");
-    let shape = task_shape(outs, ins, pool.threads());
-    let shared = shared_len(n, ins);
-    let lens = scratch_len(shared == 0 && n > 0, rows, shape, tree);
-    let own_len = lens.iter().sum::<usize>();
-    let mut ws = Workspace::new(ws);
-    let packed = &mut ws.take(most_shared)[..shared];
-    let scratch = Parts::new(ws.take(pool.threads() * own_len));
-    if !packed.is_empty() {
-        let (packed, nr) = (Parts::new(packed), panel());
-        let wide = ins.next_multiple_of(nr);
-        pool.run(pieces((tree, rows, leaf)).count(), &|task, _| {
-            for piece in pieces((tree, rows, leaf)).skip(task).take(1) {
-                let Piece { row, len, .. } = piece;
-                pack_all_rows(&x[row * ins..], ins, len, ins, nr, &packed, row * wide, len * nr);
-            }
-        });
-    }
-    let grad = (&Parts::new(grad), at, apart);
-    let job = Job { dy, x, packed, grad, ins, outs, rows, leaf, tree, merge };
-    let across = ins.div_ceil(shape.1);
-    pool.run(outs.div_ceil(shape.0) * across, &|task, thread| {
-        let (i, j) = (task / across * shape.0, task % across * shape.1);
-        // SAFETY: each thread has its own part and runs one task at a time.
-        let own = unsafe { scratch.part(thread * own_len..(thread + 1) * own_len) };
-        let (left, rest) = own.split_at_mut(lens[0]);
-        let (right, rest) = rest.split_at_mut(lens[1]);
-        let (sums, levels) = rest.split_at_mut(lens[2]);
-        let scratch = Scratch { left, right, sums, levels };
-        job.block(i..outs.min(i + shape.0), j..ins.min(j + shape.1), scratch);
-    });
+/// The most rows of a piece where a leaf has up to `rows`.
+fn longest_piece(rows: usize) -> usize {
+    block(rows, 1, KC).max(1)
 }
 
 /// Rows of a leaf that are taken in at a time.
@@ -154,7 +247,7 @@ struct Piece {
 
 /// The pieces of all leaves in order: at least one of each leaf, so that an empty one gives zeros.
 fn pieces<'a>((tree, rows, leaf): Leaves<'a>) -> impl Iterator<Item = Piece> + use<'a> {
-    let most = block(rows, 1, KC).max(1);
+    let most = longest_piece(rows);
     let (mut at, mut done, mut row) = (0, 0, 0);
     std::iter::from_fn(move || {
         let of = (at < leaves(tree)).then(|| leaf(at))?;

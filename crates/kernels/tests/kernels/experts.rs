@@ -188,65 +188,94 @@ proptest! {
     fn grouped_products_are_plain_products(
         experts in 1usize..4, peers in 1usize..3, leaves in 1usize..4, dims in (1usize..40, 1usize..70), most in 0usize..30, spare in 0usize..5, seed: u64,
     ) {
-        let (in_, out) = dims;
         let mut numbers = Numbers::new(seed);
-        let pool = pool();
         let counts: Vec<u32> = (0..peers * experts * leaves).map(|_| numbers.below(most + 1) as u32).collect();
-        let groups = Groups { counts: &counts, experts, leaves };
-        let rows = groups.rows() + spare;
-        let (x, w, dy) = (numbers.vec(rows * in_), numbers.vec(experts * out * in_), numbers.vec(rows * out));
-        let tree = [leaves as u32];
-        let units = peers * experts;
-        let len = grouped_linear_workspace_len(units, rows, in_, out, 2)
-            .max(grouped_linear_workspace_len(units, rows, out, in_, 2));
-        let mut ws = scratch(len);
-        let (mut y, mut dx) = (vec![7.0; rows * out], vec![7.0; rows * in_]);
-        let b = numbers.vec(experts * out);
-        grouped_linear(&pool, &x, (&w, Some(&b)), groups, &mut y, (in_, out), &mut ws);
-        grouped_linear_dx(&pool, &dy, &w, groups, &mut dx, (in_, out), &mut ws);
-        let mut dw = vec![f32::NAN; 2 * experts * out * in_];
-        let mut ws = scratch(grouped_linear_dw_workspace_len(units, (rows, most), in_, out, &tree, 2));
-        let merge = |peer: usize| (0, Merge { merge: peer, store: peer });
-        grouped_linear_dw(&pool, &dy, &x, groups, &mut dw, (in_, out, most), &tree, &merge, &mut ws);
+        grouped_like_plain(&mut numbers, (&counts, experts, leaves), dims, (most, spare));
+    }
+}
 
-        let mut db = vec![f32::NAN; 2 * experts * out];
-        let mut ws = scratch(grouped_bias_grad_workspace_len(units, out, &tree));
-        grouped_bias_grad(&pool, &dy, groups, &mut db, out, &tree, &merge, &mut ws);
+/// As many rows as are packed in several goes, and as wide a weight.
+#[test]
+#[cfg_attr(miri, ignore = "takes too long")]
+fn grouped_products_of_more_than_is_packed_at_a_time() {
+    let mut numbers = Numbers::new(1);
+    grouped_like_plain(&mut numbers, (&[15_000; 6], 3, 2), (1, 1), (15_000, 2));
+    grouped_like_plain(&mut numbers, (&[4, 0, 2, 1, 3, 7], 3, 1), (30_000, 1), (7, 0));
+}
 
-        let mut ws = scratch(4_000_000);
-        let (mut want_y, mut want_dx) = (vec![7.0; rows * out], vec![7.0; rows * in_]);
-        let mut sums: Vec<Vec<Vec<f32>>> = vec![Vec::new(); experts];
-        let mut of_biases = sums.clone();
-        let mut at = 0;
-        for (unit, counts) in counts.chunks(leaves).enumerate() {
-            let e = unit % experts;
-            let (w, b) = (&w[e * out * in_..][..out * in_], &b[e * out..][..out]);
-            let (mut of_leaves, mut of_bias) = (Vec::new(), Vec::new());
-            for n in counts.iter().map(|c| *c as usize) {
-                let (x, dy) = (&x[at * in_..(at + n) * in_], &dy[at * out..(at + n) * out]);
-                linear(&pool, x, w, Some(b), Acc::None, &mut want_y[at * out..(at + n) * out], n, in_, out, &mut ws);
-                linear_dx(&pool, dy, w, Acc::None, &mut want_dx[at * in_..(at + n) * in_], n, in_, out, &mut ws);
-                let mut dw = vec![0.0; out * in_];
-                linear_dw(&pool, dy, x, &mut dw, n, in_, out, &[], Merge { merge: 0, store: 0 }, &mut ws);
-                of_leaves.push(dw);
-                let mut db = vec![0.0; out];
-                bias_grad(&pool, dy, &mut db, n, out, &[], Merge { merge: 0, store: 0 }, &mut ws);
-                of_bias.push(db);
-                at += n;
-            }
-            sums[e].push(add_tree(&of_leaves, &tree));
-            of_biases[e].push(add_tree(&of_bias, &tree));
+fn grouped_like_plain(
+    numbers: &mut Numbers,
+    (counts, experts, leaves): (&[u32], usize, usize),
+    (in_, out): (usize, usize),
+    (most, spare): (usize, usize),
+) {
+    let peers = counts.len() / experts / leaves;
+    let pool = pool();
+    let groups = Groups { counts, experts, leaves };
+    let rows = groups.rows() + spare;
+    let (x, w, dy) = (numbers.vec(rows * in_), numbers.vec(experts * out * in_), numbers.vec(rows * out));
+    let tree = [leaves as u32];
+    let units = peers * experts;
+    let len = grouped_linear_workspace_len((units, experts), rows, in_, out, 2)
+        .max(grouped_linear_workspace_len((units, experts), rows, out, in_, 2));
+    let mut ws = scratch(len);
+    let (mut y, mut dx) = (vec![7.0; rows * out], vec![7.0; rows * in_]);
+    let b = numbers.vec(experts * out);
+    grouped_linear(&pool, &x, (&w, Some(&b)), groups, &mut y, (in_, out), &mut ws);
+    grouped_linear_dx(&pool, &dy, &w, groups, &mut dx, (in_, out), &mut ws);
+    let mut dw = vec![f32::NAN; 2 * experts * out * in_];
+    let mut ws = scratch(grouped_linear_dw_workspace_len(units, (rows, most), in_, out, &tree, 2));
+    let merge = |peer: usize| (0, Merge { merge: peer, store: peer });
+    grouped_linear_dw(&pool, &dy, &x, groups, &mut dw, (in_, out, most), &tree, &merge, &mut ws);
+
+    let mut db = vec![f32::NAN; 2 * experts * out];
+    let mut ws = scratch(grouped_bias_grad_workspace_len(units, out, &tree));
+    grouped_bias_grad(&pool, &dy, groups, &mut db, out, &tree, &merge, &mut ws);
+
+    let mut ws = scratch(4_000_000);
+    let (mut want_y, mut want_dx) = (vec![7.0; rows * out], vec![7.0; rows * in_]);
+    let mut sums: Vec<Vec<Vec<f32>>> = vec![Vec::new(); experts];
+    let mut of_biases = sums.clone();
+    let mut at = 0;
+    for (unit, counts) in counts.chunks(leaves).enumerate() {
+        let e = unit % experts;
+        let (w, b) = (&w[e * out * in_..][..out * in_], &b[e * out..][..out]);
+        let (mut of_leaves, mut of_bias) = (Vec::new(), Vec::new());
+        for n in counts.iter().map(|c| *c as usize) {
+            let (x, dy) = (&x[at * in_..(at + n) * in_], &dy[at * out..(at + n) * out]);
+            linear(
+                &pool,
+                x,
+                w,
+                Some(b),
+                Acc::None,
+                &mut want_y[at * out..(at + n) * out],
+                n,
+                in_,
+                out,
+                &mut ws,
+            );
+            linear_dx(&pool, dy, w, Acc::None, &mut want_dx[at * in_..(at + n) * in_], n, in_, out, &mut ws);
+            let mut dw = vec![0.0; out * in_];
+            linear_dw(&pool, dy, x, &mut dw, n, in_, out, &[], Merge { merge: 0, store: 0 }, &mut ws);
+            of_leaves.push(dw);
+            let mut db = vec![0.0; out];
+            bias_grad(&pool, dy, &mut db, n, out, &[], Merge { merge: 0, store: 0 }, &mut ws);
+            of_bias.push(db);
+            at += n;
         }
-        prop_assert_eq!(bits(&y), bits(&want_y));
-        prop_assert_eq!(bits(&dx), bits(&want_dx));
-        for (e, of_peers) in sums.iter().enumerate() {
-            let last = (peers - 1) * experts * out * in_ + e * out * in_;
-            let want = add_tree(of_peers, &[peers as u32]);
-            prop_assert_eq!(bits(&dw[last..][..out * in_]), bits(&want));
-            let last = (peers - 1) * experts * out + e * out;
-            let want = add_tree(&of_biases[e], &[peers as u32]);
-            prop_assert_eq!(bits(&db[last..][..out]), bits(&want));
-        }
+        sums[e].push(add_tree(&of_leaves, &tree));
+        of_biases[e].push(add_tree(&of_bias, &tree));
+    }
+    assert_eq!(bits(&y), bits(&want_y));
+    assert_eq!(bits(&dx), bits(&want_dx));
+    for (e, of_peers) in sums.iter().enumerate() {
+        let last = (peers - 1) * experts * out * in_ + e * out * in_;
+        let want = add_tree(of_peers, &[peers as u32]);
+        assert_eq!(bits(&dw[last..][..out * in_]), bits(&want));
+        let last = (peers - 1) * experts * out + e * out;
+        let want = add_tree(&of_biases[e], &[peers as u32]);
+        assert_eq!(bits(&db[last..][..out]), bits(&want));
     }
 }
 

@@ -116,7 +116,7 @@ pub(super) fn grouped_linear<T: Number>(pool: &Pool, a: &Args<'_, T>) {
 }
 
 /// Which of an expert's partial sums a peer's share joins.
-type OfPeer<'a> = dyn Fn(usize) -> (usize, Merge) + 'a;
+type OfPeer<'a> = dyn Fn(usize) -> (usize, Merge) + Sync + 'a;
 
 /// Runs the derivative of an expert's parameter, and adds up the counters of the ranks whose rows it met.
 fn into_streams(
