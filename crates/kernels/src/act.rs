@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::math::{normal_cdf, sigmoid, tanh};
 use crate::pool::{Parts, Pool};
-use crate::simd::{LANES, Simd, kernel};
+use crate::simd::{LANES, STREAM, Simd, ask_ahead, kernel};
 use crate::storage::{Element, Storage};
 
 /// Which gated linear unit.
@@ -43,6 +43,8 @@ kernel! { fn swiglu_rows[T: Element](gu: &[T], h: &mut [T], f: usize) = |s: S| {
     for (gu, h) in gu.chunks_exact(2 * f).zip(h.chunks_exact_mut(f)) {
         let (gate, up) = gu.split_at(f);
         for j in (0..f).step_by(LANES) {
+            ask_ahead(s, [gate[j..].as_ptr(), up[j..].as_ptr()], 2 * f);
+            ask_ahead(s, [h[j..].as_ptr()], f);
             let g = T::get(s, &gate[j..]);
             let silu = s.mul(g, sigmoid(s, g));
             T::put(s, &mut h[j..], s.mul(silu, T::get(s, &up[j..])));
@@ -58,6 +60,8 @@ kernel! { fn clamped_rows[T: Element](gu: &[T], h: &mut [T], f: usize) = |s: S| 
     for (gu, h) in gu.chunks_exact(2 * f).zip(h.chunks_exact_mut(f)) {
         let (gate, up) = gu.split_at(f);
         for j in (0..f).step_by(LANES) {
+            ask_ahead(s, [gate[j..].as_ptr(), up[j..].as_ptr()], 2 * f);
+            ask_ahead(s, [h[j..].as_ptr()], f);
             // The bound comes first, so that NaN stays.
             let g = s.min(limit, T::get(s, &gate[j..]));
             let u = s.max(low, s.min(limit, T::get(s, &up[j..])));
@@ -164,6 +168,7 @@ fn tanh_argument<S: Simd>(s: S, x: S::V) -> S::V {
 kernel! { fn gelu_range[T: Element](kind: Gelu, x: &[T], y: &mut [T]) = |s: S| {
     let (half, one) = (s.splat(0.5), s.splat(1.0));
     for j in (0..x.len()).step_by(LANES) {
+        ask_ahead(s, [x[j..].as_ptr(), y[j..].as_ptr()], STREAM);
         let x = T::get(s, &x[j..]);
         let part = match kind {
             Gelu::Tanh => s.mul(half, s.add(one, tanh(s, tanh_argument(s, x)))),
@@ -188,6 +193,7 @@ pub fn gelu_dx<T: Storage>(pool: &Pool, kind: Gelu, dy: &[T], x: &[T], dx: &mut 
 kernel! { fn gelu_range_dx[T: Element](kind: Gelu, dy: &[T], x: &[T], dx: &mut [T]) = |s: S| {
     let (half, one) = (s.splat(0.5), s.splat(1.0));
     for j in (0..x.len()).step_by(LANES) {
+        ask_ahead(s, [&x[j..], &dy[j..], &dx[j..]].map(<[T]>::as_ptr), STREAM);
         let (x, dy) = (T::get(s, &x[j..]), T::get(s, &dy[j..]));
         let slope = match kind {
             Gelu::Tanh => {
@@ -220,6 +226,7 @@ pub fn add<T: Storage>(pool: &Pool, a: &[T], b: &[T], y: &mut [T]) {
 
 kernel! { fn add_range[T: Element](a: &[T], b: &[T], y: &mut [T]) = |s: S| {
     for j in (0..y.len()).step_by(LANES) {
+        ask_ahead(s, [&a[j..], &b[j..], &y[j..]].map(<[T]>::as_ptr), STREAM);
         let sum = s.add(T::get(s, &a[j..]), T::get(s, &b[j..]));
         T::put(s, &mut y[j..], sum);
     }

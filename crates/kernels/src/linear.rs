@@ -1,8 +1,9 @@
 //! The linear layer and its derivatives. Weights are `[out, in]`.
 
 use crate::gemm::{self, Left, Out, Right, Workspace};
+use crate::norm::ROWS;
 use crate::pool::{Parts, Pool};
-use crate::simd::{LANES, kernel};
+use crate::simd::{LANES, ask_ahead, kernel};
 use crate::storage::{Acc, Element, Storage};
 use crate::tree::{Merge, Step, depth, leaves, split, step};
 
@@ -127,6 +128,7 @@ kernel! { pub(crate) fn add_rows[T: Element](
     for row in rows {
         let dy = &dy[row * ld + cols.start..row * ld + cols.end];
         for j in (0..dy.len()).step_by(LANES) {
+            ask_ahead(s, [dy[j..].as_ptr()], ROWS * ld);
             let sum = s.add(s.load(&sums[j..]), T::get(s, &dy[j..]));
             s.store(&mut sums[j..], sum);
         }

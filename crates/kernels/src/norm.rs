@@ -2,7 +2,7 @@
 
 use crate::linear::{bias_grad, column_sums, column_sums_workspace_len};
 use crate::pool::{Parts, Pool};
-use crate::simd::{LANES, Simd, kernel};
+use crate::simd::{LANES, STREAM, Simd, ask_ahead, kernel};
 use crate::storage::{Acc, Element, Storage};
 use crate::tree::Merge;
 
@@ -40,6 +40,7 @@ pub(crate) fn rms_row<S: Simd, T: Element>(s: S, x: &[T], w: &[T], y: &mut [T], 
     let dim = x.len();
     let mut squares = s.splat(0.0);
     for j in (0..dim).step_by(LANES) {
+        ask_ahead(s, [x[j..].as_ptr(), y[j..].as_ptr()], STREAM);
         let x = T::get(s, &x[j..]);
         squares = s.fma(x, x, squares);
     }
@@ -120,12 +121,16 @@ pub(crate) fn rms_row_dx<S: Simd, T: Element>(
     let dim = x.len();
     let mut dot = s.splat(0.0);
     for j in (0..dim).step_by(LANES) {
+        ask_ahead(s, [&dy[j..], &x[j..], &dx[j..]].map(<[T]>::as_ptr), STREAM);
         let g = s.mul(T::get(s, &dy[j..]), T::get(s, &w[j..]));
         dot = s.fma(g, T::get(s, &x[j..]), dot);
     }
     let back = s.splat(-(rstd * rstd * (s.sum(dot) / dim as f32)));
     let r = s.splat(rstd);
     for j in (0..dim).step_by(LANES) {
+        if let Acc::From(from) = acc {
+            ask_ahead(s, [from[j..].as_ptr()], STREAM);
+        }
         let g = s.mul(T::get(s, &dy[j..]), T::get(s, &w[j..]));
         let v = s.mul(s.fma(T::get(s, &x[j..]), back, g), r);
         put_acc(s, acc, dx, j, v);
@@ -157,6 +162,9 @@ pub fn norm_dw_workspace_len(dim: usize, tree: &[u32]) -> usize {
     column_sums_workspace_len(dim, tree)
 }
 
+/// Rows ahead of their use at which columns are asked for.
+pub(crate) const ROWS: usize = 16;
+
 kernel! { fn add_normed[T: Element](
     dy: &[T], x: &[T], mean: Option<&[f32]>, rstd: &[f32], ld: usize,
     rows: std::ops::Range<usize>, cols: std::ops::Range<usize>, sums: &mut [f32],
@@ -166,6 +174,7 @@ kernel! { fn add_normed[T: Element](
         let mean = s.splat(mean.map_or(0.0, |mean| mean[row]));
         let r = s.splat(rstd[row]);
         for j in (0..dy.len()).step_by(LANES) {
+            ask_ahead(s, [dy[j..].as_ptr(), x[j..].as_ptr()], ROWS * ld);
             let normed = s.mul(s.sub(T::get(s, &x[j..]), mean), r);
             let sum = s.fma(T::get(s, &dy[j..]), normed, s.load(&sums[j..]));
             s.store(&mut sums[j..], sum);
@@ -205,6 +214,7 @@ kernel! { fn layer_rows[T: Element](
         let (x, y) = (&x[i * dim..(i + 1) * dim], &mut y[i * dim..(i + 1) * dim]);
         let mut sum = zero;
         for j in (0..dim).step_by(LANES) {
+            ask_ahead(s, [x[j..].as_ptr(), y[j..].as_ptr()], STREAM);
             sum = s.add(sum, T::get(s, &x[j..]));
         }
         mean[i] = s.sum(sum) / dim as f32;
@@ -264,6 +274,7 @@ kernel! { fn layer_rows_dx[T: Element](
         let (m, r) = (s.splat(mean[i]), s.splat(rstd[i]));
         let (mut sum, mut dot) = (zero, zero);
         for j in (0..dim).step_by(LANES) {
+            ask_ahead(s, [&dy[j..], &x[j..], &dx[j..]].map(<[T]>::as_ptr), STREAM);
             // Lanes beyond the row have g = 0.
             let g = s.mul(T::get(s, &dy[j..]), T::get(s, &w[j..]));
             let normed = s.mul(s.sub(T::get(s, &x[j..]), m), r);

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use crate::pool::{Parts, Pool};
-use crate::simd::{LANES, Simd, kernel};
+use crate::simd::{LANES, STREAM, Simd, ask_ahead, kernel};
 
 /// One AdamW step with decoupled weight decay (Loshchilov and Hutter 2019), in PyTorch's formula and order.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -118,6 +118,7 @@ kernel! { fn update(
     let mut out = mut_out;
     for j in (0..grad.len()).step_by(LANES) {
         let (w, m, v) = (&mut w[j..], &mut m[j..], &mut v[j..]);
+        ask_ahead(s, [w.as_ptr(), m.as_ptr(), v.as_ptr(), grad[j..].as_ptr()], STREAM);
         let new = update_lanes(s, c, s.load(w), m, v, s.load(&grad[j..]));
         s.store(w, new);
         if let Some(out) = &mut out {
@@ -159,6 +160,7 @@ kernel! { fn squares(x: &[f32]) -> f64 = |s: S| {
     let mut sums = [0.0f64; LANES];
     let (whole, rest) = x.as_chunks::<LANES>();
     for x in whole {
+        ask_ahead(s, [x.as_ptr()], STREAM);
         for (sum, &x) in sums.iter_mut().zip(x) {
             // The square of an f32 is exact in an f64.
             *sum += f64::from(x) * f64::from(x);

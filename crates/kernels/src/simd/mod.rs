@@ -162,6 +162,17 @@ pub(crate) fn prefetch_far<T>(p: *const T) {
     let _ = p;
 }
 
+/// How far ahead of their use streams are asked for, in elements: some pages, of which a processor foresees one.
+pub(crate) const STREAM: usize = 1 << 11;
+
+/// Asks for what lies `ahead` elements behind each of these, which need not be readable.
+#[inline(always)]
+pub(crate) fn ask_ahead<S: Simd, T, const N: usize>(s: S, of: [*const T; N], ahead: usize) {
+    for p in of {
+        s.prefetch(p.wrapping_add(ahead).cast());
+    }
+}
+
 /// Asks for the cache lines of `rows` rows of `cols` elements, `ld` apart.
 #[inline(always)]
 pub(crate) fn ask_rows<T>(from: *const T, (rows, cols): (usize, usize), ld: usize) {
