@@ -243,18 +243,8 @@ fn grouped_like_plain(
         let (mut of_leaves, mut of_bias) = (Vec::new(), Vec::new());
         for n in counts.iter().map(|c| *c as usize) {
             let (x, dy) = (&x[at * in_..(at + n) * in_], &dy[at * out..(at + n) * out]);
-            linear(
-                &pool,
-                x,
-                w,
-                Some(b),
-                Acc::None,
-                &mut want_y[at * out..(at + n) * out],
-                n,
-                in_,
-                out,
-                &mut ws,
-            );
+            let to = &mut want_y[at * out..(at + n) * out];
+            linear(&pool, x, w, Some(b), Acc::None, to, n, in_, out, &mut ws);
             linear_dx(&pool, dy, w, Acc::None, &mut want_dx[at * in_..(at + n) * in_], n, in_, out, &mut ws);
             let mut dw = vec![0.0; out * in_];
             linear_dw(&pool, dy, x, &mut dw, n, in_, out, &[], Merge { merge: 0, store: 0 }, &mut ws);
