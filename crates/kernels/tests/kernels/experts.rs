@@ -121,7 +121,13 @@ proptest! {
             order.sort_by(|a, b| good(*b).total_cmp(&good(*a)));
             let mut open: Vec<usize> = order[..r.top_groups].iter().flat_map(|g| g * size..(g + 1) * size).collect();
             open.sort_by(|a, b| rank[*b].total_cmp(&rank[*a]));
-            prop_assert_eq!(out.chosen(row, r.top_k), &open[..r.top_k]);
+            // Scores in single precision may choose otherwise between two that differ by less than they can tell apart.
+            let close = |of: Vec<f64>| of.windows(2).any(|pair| pair[0] - pair[1] < 1e-6);
+            let told = !close(order.iter().map(|g| good(*g)).collect())
+                && !close(open.iter().take(r.top_k + 1).map(|e| rank[*e]).collect());
+            if told {
+                prop_assert_eq!(out.chosen(row, r.top_k), &open[..r.top_k]);
+            }
         }
         let dgates = numbers.vec(n * r.top_k);
         let mut dlogits = vec![f32::NAN; n * experts];
