@@ -409,7 +409,9 @@ fn windows_are_read_and_written() {
 #[test]
 fn every_preset_survives_the_round_trip() {
     for name in ModelSpec::preset_names() {
-        check_round_trip(&ModelSpec::preset(name).expect(name));
+        let (model, factor) = ModelSpec::preset(name).expect(name).exported();
+        check_round_trip(&model);
+        assert_eq!(factor, if name == "moe-tiny" { 4.0 } else { 1.0 }, "{name}");
     }
 }
 

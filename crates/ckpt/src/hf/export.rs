@@ -45,12 +45,11 @@ pub fn export(
     if !matches!(dtype, DType::F32 | DType::Bf16) {
         return Err(Error::user(format!("export as {dtype}: expected f32 or bf16")));
     }
-    let (spec, factor) = names::without_scale(spec);
-    let spec = spec.as_ref();
+    let (spec, factor) = &spec.exported();
     let source = |name: &str| {
         let mut values = source(name)?;
-        if factor != 1.0 && names::is_given_by_an_expert(name) {
-            values.iter_mut().for_each(|x| *x *= factor);
+        if *factor != 1.0 && names::is_given_by_an_expert(name) {
+            values.iter_mut().for_each(|x| *x *= *factor);
         }
         Ok(values)
     };

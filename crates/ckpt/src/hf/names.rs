@@ -1,8 +1,6 @@
 //! The one table of names: which Hugging Face tensor holds which logical parameters, and how.
 
-use std::borrow::Cow;
-
-use spec::{Experts, Latent, ModelSpec, NormKind, Position, Result, Router};
+use spec::{Experts, Latent, ModelSpec, NormKind, Position, Result};
 
 /// A tensor in a Hugging Face file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,15 +108,6 @@ pub(crate) fn copies(spec: &ModelSpec) -> Vec<(String, &'static str)> {
     let name = |of: &str| format!("layers.{}.{of}.weight", spec.layers);
     let all = [(name("embed_tokens"), EMBEDDING), (name("shared_head.head"), "head.weight")];
     all.into_iter().filter(|_| spec.mtp.is_some()).collect()
-}
-
-/// A model whose family has no factor of experts' weights, without it, and what their outputs are multiplied by instead.
-pub(crate) fn without_scale(spec: &ModelSpec) -> (Cow<'_, ModelSpec>, f32) {
-    let same = (Cow::Borrowed(spec), 1.0);
-    let Some(e) = spec.experts.filter(|_| spec.hf_architecture().is_err()) else { return same };
-    let router = Router { scale: 1.0, ..e.router };
-    let plain = ModelSpec { experts: Some(Experts { router, ..e }), ..spec.clone() };
-    if plain.hf_architecture().is_ok() { (Cow::Owned(plain), e.router.scale) } else { same }
 }
 
 /// Whether a parameter gives a routed expert's output.

@@ -14,6 +14,16 @@ impl ModelSpec {
         self.hf_family().map(|family| family.architecture)
     }
 
+    /// The model that is written for this one, and what its experts' outputs are multiplied by: another where the families
+    /// that have such a model have no factor of experts' weights.
+    pub fn exported(&self) -> (ModelSpec, f32) {
+        let same = (self.clone(), 1.0);
+        let Some(e) = self.experts.filter(|_| self.hf_architecture().is_err()) else { return same };
+        let router = Router { scale: 1.0, ..e.router };
+        let plain = ModelSpec { experts: Some(Experts { router, ..e }), ..self.clone() };
+        if plain.hf_architecture().is_ok() { (plain, e.router.scale) } else { same }
+    }
+
     pub(super) fn experts_json(&self, family: &Family, own: &mut Value) {
         let Some(e) = self.experts else { return };
         own["num_experts_per_tok"] = json!(e.top_k);

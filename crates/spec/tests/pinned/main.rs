@@ -239,7 +239,7 @@ fn read(config: &Value) -> Vec<String> {
 }
 
 fn models() -> Vec<(&'static str, ModelSpec)> {
-    let preset = |name| (name, ModelSpec::preset(name).expect("a preset"));
+    let preset = |name| (name, ModelSpec::preset(name).expect("a preset").exported().0);
     let latent = HfModel::read(&base("deepseek_v3").to_string()).expect("a model of DeepSeek's kind").model;
     vec![preset("tiny"), preset("moe-tiny"), ("latent", ModelSpec { norm_eps: 1e-6, ..latent })]
 }
