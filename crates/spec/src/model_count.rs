@@ -228,7 +228,7 @@ fn narrow(params: u128) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Latent;
+    use crate::{Latent, Mtp};
 
     /// Counted by hand for 4 heads of keys 6 + 2 and values 4 wide, over a residual stream of 32.
     #[test]
@@ -243,5 +243,19 @@ mod tests {
         };
         check(Some(12), 32 * 12 + 12 + 12 * 4 * 8);
         check(None, 32 * 4 * 8);
+    }
+
+    /// Counted by hand for a layer of 4 heads and 2 of keys, 8 wide, and a gated MLP of 48, over a residual stream of 32.
+    #[test]
+    fn a_module_for_one_token_more_has_these_parameters_and_flops() {
+        let plain = ModelSpec::preset("tiny").expect("a preset");
+        let model = ModelSpec { mtp: Some(Mtp { weight: 0.3 }), ..plain.clone() };
+        let layer = 32 * (4 + 2 + 2) * 8 + 4 * 8 * 32 + 3 * 32 * 48 + 2 * 32;
+        let own = layer + 2 * 32 * 32 + 3 * 32;
+        assert_eq!(model.param_count(), plain.param_count() + own);
+        assert_eq!(model.active_param_count(), plain.active_param_count() + own);
+        let (attention, head) = (6 * 256 * 32, 6 * 96 * 32);
+        let more = (6 * own + attention + head) as f64;
+        assert_eq!(model.flops_per_token(256), plain.flops_per_token(256) + more);
     }
 }
