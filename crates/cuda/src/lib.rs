@@ -19,6 +19,8 @@ mod products;
 mod update;
 mod muon;
 mod experts;
+mod columns;
+mod latent;
 mod attention;
 mod numbers;
 mod host_messages;
