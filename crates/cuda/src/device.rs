@@ -38,6 +38,8 @@ pub struct Cuda {
     pub(crate) tables: Tables,
     /// Between [`Device::replay`] and [`Device::recorded`].
     in_stretch: bool,
+    /// Whether the host computed in the stretch that runs, which nothing can record.
+    asked_host: bool,
     /// What [`update::flush`] puts on the stream.
     pub(crate) updates: Updates,
     /// Whether it has the instructions of sm_90a.
@@ -76,6 +78,7 @@ impl Cuda {
             numbers: Numbers::new()?,
             tables: Tables::default(),
             in_stretch: false,
+            asked_host: false,
             updates: Updates::default(),
             hopper: card.capability.0 == 9,
             scalar: Memory::new(8)?,
@@ -110,6 +113,15 @@ impl Cuda {
     /// Whether calls of a stretch follow, which are the same in every step.
     pub(crate) fn is_in_stretch(&self) -> bool {
         self.in_stretch
+    }
+
+    /// The host computes in this stretch: it is run call by call from here on.
+    ///
+    /// # Errors
+    /// If it is being recorded, which no stretch is that the host computed in.
+    pub(crate) fn ask_host(&mut self) -> Result<()> {
+        self.asked_host = true;
+        if self.is_recording() { Err(Error::failure("the host computes in a recording")) } else { Ok(()) }
     }
 
     /// Streaming multiprocessors.
@@ -281,6 +293,7 @@ impl Device for Cuda {
             return ran.map(|()| true);
         }
         self.in_stretch = true;
+        self.asked_host = false;
         if !self.alone {
             return Ok(false);
         }
@@ -295,6 +308,9 @@ impl Device for Cuda {
     fn recorded(&mut self) -> Result<()> {
         update::flush(self)?;
         self.in_stretch = false;
+        if self.asked_host && self.alone {
+            self.warm.pop();
+        }
         let Some(stretch) = self.recording.take() else { return Ok(()) };
         let graph = self.stream.end_recording().map_err(|e| e.context(self.place()))?;
         self.stream.run(&graph).map_err(|e| e.context(self.place()))?;

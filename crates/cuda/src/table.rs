@@ -8,7 +8,7 @@ use crate::attention;
 use crate::columns::{self, parts};
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
-use crate::{experts, latent, muon, products, row_products, update};
+use crate::{experts, latent, muon, products, row_products, rows, update};
 
 /// The two variants of a kernel, by the type of activations.
 macro_rules! variant {
@@ -51,6 +51,7 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
         Attention { .. } => attention::forward,
         AttentionGrad { .. } => attention::backward,
         AttentionCached { .. } => attention::decode,
+        Rows { .. } | RowsGrad { .. } => rows::on_host,
         SwiGlu { .. } | SwiGluGrad { .. } | Gelu { .. } | GeluGrad { .. } | Add => elementwise,
         Dropout { .. } => dropout,
         SoftCap { .. }

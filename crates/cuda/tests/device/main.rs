@@ -9,6 +9,7 @@ mod against_cpu;
 mod bits;
 mod cases;
 mod checkpoints;
+mod own_layers;
 mod refusals;
 
 use std::path::{Path, PathBuf};
