@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use program::{Collective, Loss, Op, OpKind, Program, Ticket};
+use program::{Loss, Op, OpKind, Program, Ticket};
 use spec::{DType, Error, Result};
 use train::{Device, Lack, Launch, Mesh, Message, Operand, Stretch, Turn};
 
@@ -159,11 +159,7 @@ impl Device for Cuda {
     }
 
     fn can_run(&self, op: &Op, precision: DType) -> Result<(), Lack> {
-        match op.comm.as_ref().map(|c| c.what) {
-            Some(Collective::AllToAll | Collective::Ring) => Err(Lack::of(&op.kind)),
-            Some(_) if op.only_talks() => Ok(()),
-            _ => table::can_run(&op.kind, precision),
-        }
+        if op.only_talks() { Ok(()) } else { table::can_run(&op.kind, precision) }
     }
 
     fn loss(&self) -> Loss {

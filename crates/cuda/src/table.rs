@@ -143,12 +143,11 @@ pub fn workspace_len(op: &Op, p: &Program, hopper: bool) -> usize {
         AttentionGrad { heads, .. } => rows(0) * heads.q,
         Route { router, .. } => experts::route_workspace_len(rows(0), cols(op.ins[0]), router),
         RouteGrad { router, .. } => experts::route_workspace_len(rows(1), cols(op.ins[1]), router),
-        GroupedLinear { experts, .. }
-        | GroupedLinearGradInput { experts, .. }
-        | GroupedBiasGrad { experts } => experts::starts_len(*experts),
+        GroupedLinear { .. } | GroupedLinearGradInput { .. } => experts::starts_len(rows(2)),
+        GroupedBiasGrad { .. } => experts::starts_len(rows(1)),
         GroupedLinearGradWeight { experts, .. } => {
             let (out, in_) = (cols(op.ins[0]), cols(op.ins[1]));
-            experts::grad_weight_workspace_len(*experts, out, in_, &op.grads[0].inner)
+            experts::grad_weight_workspace_len((rows(2), *experts), out, in_, &op.grads[0].inner)
         }
         Orthogonalise { matrices, shares } => muon::workspace_len(matrices, *shares, cols(op.outs[0])),
         _ => 0,

@@ -10,6 +10,7 @@ mod bits;
 mod cases;
 mod checkpoints;
 mod own_layers;
+mod ranks;
 mod refusals;
 
 use std::path::{Path, PathBuf};
