@@ -39,7 +39,7 @@ macro_rules! source {
 }
 
 /// All kernels but those for Hopper alone.
-pub(crate) const SOURCES: [Source; 14] = [
+pub(crate) const SOURCES: [Source; 15] = [
     source!("rows"),
     source!("columns"),
     source!("sums"),
@@ -53,6 +53,7 @@ pub(crate) const SOURCES: [Source; 14] = [
     source!("attention"),
     source!("attention_grad"),
     source!("attention_f32"),
+    source!("contexts"),
     source!("gemm_f32"),
 ];
 

@@ -22,6 +22,7 @@ mod experts;
 mod columns;
 mod latent;
 mod attention;
+mod contexts;
 mod rows;
 mod numbers;
 mod host_messages;

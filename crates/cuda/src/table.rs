@@ -8,7 +8,7 @@ use crate::attention;
 use crate::columns::{self, parts};
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
-use crate::{experts, latent, muon, products, row_products, rows, update};
+use crate::{contexts, experts, latent, muon, products, row_products, rows, update};
 
 /// The two variants of a kernel, by the type of activations.
 macro_rules! variant {
@@ -51,6 +51,9 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
         Attention { .. } => attention::forward,
         AttentionGrad { .. } => attention::backward,
         AttentionCached { .. } => attention::decode,
+        RingAttention { .. } => contexts::forward,
+        RingAttentionGrad { .. } => contexts::backward,
+        SplitHeads { .. } | JoinHeads { .. } => contexts::deal_heads,
         Rows { .. } | RowsGrad { .. } => rows::on_host,
         SwiGlu { .. } | SwiGluGrad { .. } | Gelu { .. } | GeluGrad { .. } | Add => elementwise,
         Dropout { .. } => dropout,
@@ -84,6 +87,9 @@ pub(crate) fn can_run(kind: &OpKind, precision: DType) -> Result<(), Lack> {
     match kind {
         OpKind::Attention { heads, .. } | OpKind::AttentionGrad { heads, .. } => {
             attention::can_run(precision, *heads)
+        }
+        OpKind::RingAttention { heads, .. } | OpKind::RingAttentionGrad { heads, .. } => {
+            contexts::can_run(precision, *heads)
         }
         _ => Ok(()),
     }
@@ -140,7 +146,7 @@ pub fn workspace_len(op: &Op, p: &Program, hopper: bool) -> usize {
         }
         LatentCached { heads, .. } => heads.q * p.mode.positions(),
         EmbedGrad { .. } => rows(0) * cols(op.ins[1]) + group(op.grads[0].group).rows,
-        AttentionGrad { heads, .. } => rows(0) * heads.q,
+        AttentionGrad { heads, .. } | RingAttentionGrad { heads, .. } => rows(0) * heads.q,
         Route { router, .. } => experts::route_workspace_len(rows(0), cols(op.ins[0]), router),
         RouteGrad { router, .. } => experts::route_workspace_len(rows(1), cols(op.ins[1]), router),
         GroupedLinear { .. } | GroupedLinearGradInput { .. } => experts::starts_len(rows(2)),
@@ -215,6 +221,8 @@ fn embed(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
         .with(int(vocab0))
         .with(int(table.rows))
         .with(int(l.sequence()))
+        .with(int(l.places()[0]))
+        .with(int(l.places()[1]))
         .with(int(out.cols));
     d.start(variant!(l, "embed"), by_row(ids.len(), out.cols), params)
 }
@@ -256,6 +264,12 @@ fn embed_grad(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
 
 fn pos_grad(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let (dy, g) = (l.input(0), l.gradient(0));
+    if l.ring().1 > 1 {
+        let params = Params::new().with(d.at(dy)).with(d.at(g.levels)).with(int(g.rows)).with(int(g.cols));
+        let params = params.with(int(l.sequence())).with(int(l.places()[0])).with(int(l.places()[1]));
+        let params = params.with(Tree::of(g.inner)).with(int(g.merge.merge)).with(int(g.merge.store));
+        return d.start(variant!(l, "pos_dw"), by_element(g.rows * g.cols), params);
+    }
     let len = l.sequence() * g.cols;
     let parts = Parts { stride: len, parts: 1, part_stride: 0, len };
     fold(d, variant!(l, "fold"), dy, parts, &g)

@@ -1,10 +1,11 @@
-//! Experts that several ranks hold, which share the GPU: how many rows each gets the card alone knows.
+//! Experts and sequences that several ranks hold, which share the GPU: rows whose numbers the card alone knows, keys
+//! around a ring, and heads that are dealt.
 
 use program::Recipe;
-use spec::{Activation, DType, Layout, ModelSpec, Router, Zero};
+use spec::{Activation, ContextMode, DType, Latent, Layout, ModelSpec, Router, Window, Zero};
 
 use crate::bits::together;
-use crate::cases::mixture;
+use crate::cases::{mixture, model};
 use crate::common::steps;
 use crate::{executor_of, gpu};
 
@@ -50,4 +51,47 @@ fn experts_on_several_ranks() {
     let Some(expected) = alone(recipe, &model, DType::F32) else { return };
     let cut = Layout { dp: 2, ep: 2, tp: 2, sequence_parallel: true, ..Layout::default() };
     near(&together(recipe, &model, &cut, DType::F32).1, &expected, 1e-5, "experts and tensor-parallel ranks");
+}
+
+/// Around a ring sums go in another order; where heads are dealt every token has the loss that it has on one rank.
+#[test]
+fn sequences_on_several_ranks() {
+    let window = Some(Window { tokens: 5, full_layers: 0, full_every: 2 });
+    let windowed = ModelSpec { window, sinks: true, ..model(2, false, false) };
+    let latent = Latent { query_rank: Some(10), kv_rank: 12, nope_dim: 6, rope_dim: 4, value_dim: 8 };
+    let latent = ModelSpec { latent: Some(latent), kv_heads: 4, ..model(1, false, false) };
+    let ring = Layout { cp: 2, ..Layout::default() };
+    let dealt = Layout { context: ContextMode::Heads, ..ring.clone() };
+    let bounded = Recipe { documents: true, ..Recipe::default() };
+    let clipped = Recipe { dropout: 0.1, qk_clip: 0.5, ..Recipe::default() };
+    for (model, recipe) in
+        [(model(1, false, true), Recipe::default()), (windowed, bounded), (latent, clipped)]
+    {
+        let Some(expected) = alone(recipe, &model, DType::F32) else { return };
+        for layout in [
+            ring.clone(),
+            Layout { cp: 4, micro_batch: 2, ..ring.clone() },
+            Layout { dp: 2, zero: Zero::Parameters, ..ring.clone() },
+        ] {
+            let what = format!("{} under {layout:?}", model.name);
+            near(&together(recipe, &model, &layout, DType::F32).1, &expected, 2e-5, &what);
+        }
+        for layout in [dealt.clone(), Layout { cp: 4, recompute: spec::Recompute::Full, ..dealt.clone() }] {
+            let (_, losses) = together(recipe, &model, &layout, DType::F32);
+            assert_eq!(losses[0], expected[0], "{} under {layout:?}", model.name);
+            near(&losses, &expected, 2e-5, &format!("{} under {layout:?}", model.name));
+        }
+    }
+}
+
+/// The same in bf16, and with experts on several ranks too.
+#[test]
+fn sequences_and_experts_on_several_ranks_in_bf16() {
+    let model = mixture(Router::PLAIN, Activation::SwiGlu);
+    let recipe = Recipe::default();
+    let Some(expected) = alone(recipe, &model, DType::Bf16) else { return };
+    for context in [ContextMode::Ring, ContextMode::Heads] {
+        let layout = Layout { dp: 2, ep: 2, cp: 2, context, ..Layout::default() };
+        near(&together(recipe, &model, &layout, DType::Bf16).1, &expected, 2e-2, &format!("{layout:?}"));
+    }
 }
