@@ -40,6 +40,8 @@ pub struct Cuda {
     in_stretch: bool,
     /// Whether the host computed in the stretch that runs, which nothing can record.
     asked_host: bool,
+    /// The host's threads, once it has computed.
+    pub(crate) host: Option<kernels::Pool>,
     /// What [`update::flush`] puts on the stream.
     pub(crate) updates: Updates,
     /// Whether it has the instructions of sm_90a.
@@ -79,6 +81,7 @@ impl Cuda {
             tables: Tables::default(),
             in_stretch: false,
             asked_host: false,
+            host: None,
             updates: Updates::default(),
             hopper: card.capability.0 == 9,
             scalar: Memory::new(8)?,

@@ -17,6 +17,8 @@ pub(crate) fn on_host(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
 }
 
 fn run<T: Storage + Pod>(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
+    let threads = || std::thread::available_parallelism().map_or(1, |n| n.get());
+    let pool = d.host.take().unwrap_or_else(|| Pool::new(threads()));
     let fetch = |i: usize| -> Result<Vec<T>> {
         let mut rows = vec![T::zeroed(); l.input(i).len()];
         d.stream.download(d.at(l.input(i)), bytemuck::cast_slice_mut(&mut rows))?;
@@ -24,7 +26,6 @@ fn run<T: Storage + Pod>(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     };
     let (n, x, cols) = (l.input(0).rows, fetch(0)?, l.output(0).cols);
     let mut out = vec![T::zeroed(); l.output(0).len()];
-    let pool = Pool::new(std::thread::available_parallelism().map_or(1, |n| n.get()));
     let mut room = vec![0.0; kernels::row_fn_workspace_len(2 * l.input(0).cols, 2 * cols, pool.threads())];
     match *l.kind() {
         OpKind::Rows { of } => kernels::row_fn(&pool, of.forward, &x, &mut out, n, &mut room),
@@ -33,5 +34,6 @@ fn run<T: Storage + Pod>(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
         }
         _ => not_mine!(l),
     }
+    d.host = Some(pool);
     d.stream.upload(d.at(l.output(0)), bytemuck::cast_slice(&out))
 }
