@@ -45,6 +45,8 @@ RUNS = [
     Run("pp 4, zero-bubble", ("layout.pp=4", "layout.schedule=zero-bubble", "layout.micro_batch=1"), 4),
     Run("dp 2, pp 2, zero 1", ("layout.dp=2", "layout.pp=2", "layout.zero=1", "layout.micro_batch=1"), 4),
     Run("tp 2", ("layout.tp=2", "layout.micro_batch=4"), 2, same_bits=False),
+    Run("cp 2", ("layout.cp=2", "layout.micro_batch=4"), 2, same_bits=False),
+    Run("cp 2, heads dealt", ("layout.cp=2", "layout.context=heads", "layout.micro_batch=4"), 2, same_bits=False),
 ]
 # Recipes and models with other ops, each held to itself under other splits and layouts.
 OTHERS = {
@@ -56,6 +58,9 @@ OTHERS = {
                 "model.experts.score=sigmoid", "model.experts.expert_bias=true", "model.experts.bias_rate=0.01"),
     "mixture with biases and bounds": ("model.experts.count=8", "model.experts.top_k=3", "model.experts.ffn=96", "model.experts.router_bias=true",
                                        "model.mlp_bias=true", "model.activation=swiglu_clamped", "optim.kind=muon"),
+    "latents, experts, bounded scores": ("model.kv_heads=4", "model.latent.query_rank=96", "model.latent.kv_rank=64", "model.latent.nope_dim=128",
+                                         "model.latent.rope_dim=64", "model.latent.value_dim=128", "model.experts.count=6", "model.experts.top_k=2",
+                                         "model.experts.ffn=136", "optim.qk_clip=2"),
 }
 for _name, _keys in OTHERS.items():
     RUNS += [
@@ -63,6 +68,13 @@ for _name, _keys in OTHERS.items():
         Run(f"{_name}: split", (*_keys, "layout.recompute=full", "layout.micro_batch=2"), of=_name, precisions=("bf16",)),
         Run(f"{_name}: dp 2, zero 1", (*_keys, "layout.dp=2", "layout.zero=1", "layout.micro_batch=2"), 2, of=_name, precisions=("bf16",)),
     ]
+# Experts of whole chunks of the norm, which ranks of them ask for.
+EXPERTS = ("model.experts.count=8", "model.experts.top_k=2", "model.experts.ffn=128", "model.experts.balance_loss=0.01")
+RUNS += [
+    Run("experts", (*EXPERTS, "layout.micro_batch=4"), of="experts"),
+    Run("experts: ep 2", (*EXPERTS, "layout.dp=2", "layout.ep=2", "layout.micro_batch=2"), 2, of="experts"),
+    Run("experts: ep 2, zero 1", (*EXPERTS, "layout.dp=4", "layout.ep=2", "layout.zero=1", "layout.micro_batch=1"), 4, of="experts"),
+]
 # Relative distance of a step's loss where bits may differ: tensor parallelism, and a checkpoint that changes device.
 CLOSE = {"f32": 1e-4, "bf16": 1e-2}
 

@@ -58,5 +58,11 @@ experts 52 a token's copies added in another order
 grouped 53 factors used before they have landed
 grouped 54 factors overwritten while others read them
 grouped 55 rows of the next expert written
+grouped 56 rows of all ranks meet the levels of the first
+contexts 70 a query sees a key too many of another rank
+contexts 71 gradients of queries that do not go on with those of earlier hops
+contexts 72 copies of a head added in another order
+latent 60 the gradients of the shared part of keys added in another order
+latent 61 no barrier between a query among latents and its use
 gemm_f32 42 a symmetric product without its mirror image
 END

@@ -1,13 +1,14 @@
 // Causal attention with grouped queries on tensor cores, forward (Dao 2023, arXiv:2307.08691), and attention of one
 // token over a cache. Layouts are those of the host's CPU kernels: a row of qkv holds `heads` query heads, `kv_heads`
-// key heads and `kv_heads` value heads; o is [tokens, heads * D]; lse is [sequences, heads, sequence], natural
-// logarithms of the softmax's denominators.
+// key heads, all of D elements, and `kv_heads` value heads of V; o is [tokens, heads * V]; lse is [sequences, heads,
+// sequence], natural logarithms of the softmax's denominators.
 //
 //   attention_fwd_bf16_d<D>: grid (ceil(sequence / ROWS), heads, sequences), THREADS threads, BYTES of shared memory
-//     D                  16     32     64     80     96    128    256
-//     ROWS              128    128    128    128    128    128     64
-//     THREADS           128    128    128    128    128    128    128
-//     BYTES           12288  20480  32768  45056  53248  65536  65536
+//     D, and V where it is another   16     32     64     80     96    128    256   96, 64   192, 128
+//     ROWS                          128    128    128    128    128    128     64      128        128
+//     THREADS                       128    128    128    128    128    128    128      128        128
+//     BYTES                       12288  20480  32768  45056  53248  65536  65536    48128      93184
+//   attention_fwd_bf16_d<D>v<V>: the same for values of another width
 //   attention_fwd_seen_bf16_d<D>: the same within bounds (sight.h): keys that no query of a block sees are not read
 //   attention_decode_<T>: grid heads, 256 threads, no dynamic shared memory; head widths: multiples of 8 up to 256
 //
@@ -17,20 +18,22 @@
 #include "tiles.h"
 #include "sight.h"
 
-template <int D> struct Forward {
-  static constexpr int TILES = D <= 128 ? 2 : 1;  // of 16 rows, for a warp: each row of keys it reads serves them all
+template <int D, int V = D> struct Forward {
+  static_assert(V <= D, "outputs take the place of queries");
+  static constexpr int TILES = D <= 192 ? 2 : 1;  // of 16 rows, for a warp: each row of keys it reads serves them all
   static constexpr int WARPS = 4, THREADS = WARPS * WARP;
   static constexpr int ROWS = WARPS * TILES * 16;  // queries of a block
-  static constexpr int KEYS = D <= 128 ? 64 : 32;  // of a step
+  static constexpr int KEYS = D <= 192 ? 64 : 32;  // of a step
   static constexpr bool KEPT = D <= 64;            // are a warp's queries kept in registers?
-  static constexpr int BYTES = (ROWS + 2 * KEYS) * Tile<D>::LD * (int)sizeof(bf16);
+  static constexpr int BYTES = ((ROWS + KEYS) * Tile<D>::LD + KEYS * Tile<V>::LD) * (int)sizeof(bf16);
 };
 
-template <int D, bool BOUNDED>
+template <int D, int V, bool BOUNDED>
 __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, float* lse, int sequence, int heads,
                                                   int kv_heads, float scale, Sight sight) {
-  using F = Forward<D>;
+  using F = Forward<D, V>;
   using T = Tile<D>;
+  using U = Tile<V>;
   constexpr int OWN = F::TILES * 16;
   SHARED(bf16, shared);
   bf16* queries = shared;
@@ -40,10 +43,10 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
   Turn turn = take_turn(true);
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int first = turn.block * F::ROWS, own = first + warp * OWN;
-  int ld = (heads + 2 * kv_heads) * D;
+  int ld = (heads + 2 * kv_heads) * D - kv_heads * (D - V), kv_head = turn.head / (heads / kv_heads);
   const bf16* rows = qkv + (long long)turn.sequence * sequence * ld;
-  const bf16* k = rows + (heads + turn.head / (heads / kv_heads)) * D;
-  const bf16* v = k + kv_heads * D;
+  const bf16* k = rows + (heads + kv_head) * D;
+  const bf16* v = k + kv_heads * D - kv_head * (D - V);
   int steps = (min(first + F::ROWS, sequence) + F::KEYS - 1) / F::KEYS;
   // The first key that rows see: of the block, the warp, and the lane's own rows.
   int begin = BOUNDED ? sight.first(turn.sequence, sequence, first) / F::KEYS : 0;
@@ -62,7 +65,7 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
   cp_async_commit();
 
   bf16* mine = queries + warp * OWN * T::LD;
-  int left = T::left(lane), right = T::right(lane);
+  int left = T::left(lane), right = T::right(lane), value_left = V == D ? left : U::left(lane);
   uint32_t kept[F::KEPT ? D / 16 : 1][F::TILES][4];
   if (F::KEPT) {
     cp_async_wait<0>();
@@ -73,7 +76,7 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
       for (int t = 0; t < F::TILES; ++t) ldmatrix_x4(kept[c][t], mine + T::move(left, t * 16, c * 2));
     }
   }
-  float acc[F::TILES][D / 8][4] = {};
+  float acc[F::TILES][V / 8][4] = {};
   float max[F::TILES][2], sum[F::TILES][2] = {};
 #pragma unroll
   for (int t = 0; t < F::TILES; ++t) max[t][0] = max[t][1] = -INFINITY;
@@ -85,7 +88,7 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
     bool sees = own < sequence && key < own + OWN && (!BOUNDED || key + F::KEYS > nearest);
     cp_async_wait<0>();
     __syncthreads();  // the keys have landed, and nobody needs the values before
-    T::template fetch<F::KEYS, F::THREADS>(values, v, ld, key, sequence);
+    U::template fetch<F::KEYS, F::THREADS>(values, v, ld, key, sequence);
     cp_async_commit();
 
     float s[F::TILES][F::KEYS / 8][4] = {};
@@ -116,7 +119,7 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
       uint32_t p[F::TILES][F::KEYS / 16][4];
 #pragma unroll
       for (int t = 0; t < F::TILES; ++t) {
-        softmax<F::KEYS, D, BOUNDED>(s[t], acc[t], max[t], sum[t], scale * LOG2_E, key + F::KEYS > own + 1,
+        softmax<F::KEYS, V, BOUNDED>(s[t], acc[t], max[t], sum[t], scale * LOG2_E, key + F::KEYS > own + 1,
                                      own + t * 16 + (lane >> 2), key + 2 * (lane & 3), seen[t]);
 #pragma unroll
         for (int c = 0; c < F::KEYS / 16; ++c) as_left(p[t][c], s[t][2 * c], s[t][2 * c + 1]);
@@ -124,9 +127,9 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
 #pragma unroll
       for (int c = 0; c < F::KEYS / 16; ++c) {
 #pragma unroll
-        for (int n = 0; n < D / 16; ++n) {
+        for (int n = 0; n < V / 16; ++n) {
           uint32_t b[4];
-          ldmatrix_x4_trans(b, values + T::move(left, c * 16, n * 2));
+          ldmatrix_x4_trans(b, values + U::move(value_left, c * 16, n * 2));
 #pragma unroll
           for (int t = 0; t < F::TILES; ++t) mma_pair(acc[t][2 * n], acc[t][2 * n + 1], p[t][c], b);
         }
@@ -155,32 +158,34 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
       inverse[h] = factor / total;
       if (writes) lse[at] = top + logf(total);
     }
-    T::template put<D>(mine + t * 16 * T::LD, acc[t], inverse[0], inverse[1], lane);
+    T::template put<V>(mine + t * 16 * T::LD, acc[t], inverse[0], inverse[1], lane);
   }
   __syncwarp();
-  int o_ld = heads * D;
-  bf16* to = o + ((long long)turn.sequence * sequence + own) * o_ld + turn.head * D;
-  T::template store<OWN, D>(mine, to, o_ld, sequence - own, lane);
+  int o_ld = heads * V;
+  bf16* to = o + ((long long)turn.sequence * sequence + own) * o_ld + turn.head * V;
+  T::template store<OWN, V>(mine, to, o_ld, sequence - own, lane);
 }
 
-#define FORWARD(D)                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(Forward<D>::THREADS, 2)                                             \
-      attention_fwd_bf16_d##D(const bf16* __restrict__ qkv, bf16* __restrict__ o, float* __restrict__ lse,         \
-                              int sequence, int heads, int kv_heads, float scale) {                                \
-    attention_forward<D, false>(qkv, o, lse, sequence, heads, kv_heads, scale, ALL_BEFORE);                        \
+#define FORWARD(NAME, D, V)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(Forward<D, V>::THREADS, 2)                                          \
+      attention_fwd_bf16_##NAME(const bf16* __restrict__ qkv, bf16* __restrict__ o, float* __restrict__ lse,       \
+                                int sequence, int heads, int kv_heads, float scale) {                              \
+    attention_forward<D, V, false>(qkv, o, lse, sequence, heads, kv_heads, scale, ALL_BEFORE);                     \
   }                                                                                                                \
-  extern "C" __global__ void __launch_bounds__(Forward<D>::THREADS, 2)                                             \
-      attention_fwd_seen_bf16_d##D(const bf16* __restrict__ qkv, bf16* __restrict__ o, float* __restrict__ lse,    \
-                                   int sequence, int heads, int kv_heads, float scale, Sight sight) {              \
-    attention_forward<D, true>(qkv, o, lse, sequence, heads, kv_heads, scale, sight);                              \
+  extern "C" __global__ void __launch_bounds__(Forward<D, V>::THREADS, 2)                                          \
+      attention_fwd_seen_bf16_##NAME(const bf16* __restrict__ qkv, bf16* __restrict__ o, float* __restrict__ lse,  \
+                                     int sequence, int heads, int kv_heads, float scale, Sight sight) {            \
+    attention_forward<D, V, true>(qkv, o, lse, sequence, heads, kv_heads, scale, sight);                           \
   }
-FORWARD(16)
-FORWARD(32)
-FORWARD(64)
-FORWARD(80)
-FORWARD(96)
-FORWARD(128)
-FORWARD(256)
+FORWARD(d16, 16, 16)
+FORWARD(d32, 32, 32)
+FORWARD(d64, 64, 64)
+FORWARD(d80, 80, 80)
+FORWARD(d96, 96, 96)
+FORWARD(d128, 128, 128)
+FORWARD(d256, 256, 256)
+FORWARD(d96v64, 96, 64)
+FORWARD(d192v128, 192, 128)
 #undef FORWARD
 
 // One token: its keys and values join the cache at `position` (at `*at` if given, which a captured launch can change),

@@ -1,79 +1,38 @@
 // Causal attention with grouped queries in true float32, forward and derivative, with the layouts and the order of sums
-// of the bf16 kernels: 32 rows a block against 32 rows a step, eight lanes a row. Heads of up to 256 elements.
+// of the bf16 kernels: 32 rows a block against 32 rows a step, eight lanes a row. Heads of up to 256 elements: `dim` of
+// queries and keys, `value_dim` of values and outputs.
 //
 //   attention_fwd_f32: grid (ceil(sequence / 32), heads, sequences), 256 threads
-//     shared memory: (96 * (dim + 1) + 32 * 33) * 4 bytes
+//     shared memory: (64 * (dim + 1) + 32 * (value_dim + 1) + 32 * 33) * 4 bytes
 //   attention_bwd_prep_f32: grid ceil(tokens * heads / 32), 256 threads; before the other two
 //   attention_bwd_dkv_f32: grid (ceil(sequence / 32), kv_heads, sequences), 256 threads
 //   attention_bwd_dq_f32: grid (ceil(sequence / 32), heads, sequences), 256 threads
-//     shared memory of both: (128 * (dim + 1) + 64 * 33) * 4 bytes
+//     shared memory of both: (64 * (dim + 1 + value_dim + 1) + 64 * 33) * 4 bytes
 #include "device.h"
 #include "sight.h"
-
-constexpr int ROWS = 32, LANES = 8, THREADS = ROWS * LANES;
-constexpr int MOST = 256 / LANES;    // columns of a lane
-constexpr int EACH = ROWS / LANES;   // scores of a lane
-constexpr int SCORES = ROWS + 1;     // row stride that keeps columns off the same banks
-
-// Copies 32 rows of `dim` elements to rows of dim + 1; rows from `limit` on are 0.
-__device__ __forceinline__ void copy_rows(float* to, const float* from, long long ld, int first, int limit, int dim) {
-  for (int i = threadIdx.x; i < ROWS * dim; i += THREADS) {
-    int row = i / dim, col = i % dim;
-    to[row * (dim + 1) + col] = first + row < limit ? from[(first + row) * ld + col] : 0.0f;
-  }
-}
-
-__device__ __forceinline__ float dot_rows(const float* a, const float* b, int dim) {
-  float sum = 0.0f;
-  for (int i = 0; i < dim; ++i) sum = fmaf(a[i], b[i], sum);
-  return sum;
-}
-
-// sums[j] += weights . rows[.][lane + 8 j]
-__device__ __forceinline__ void add_rows(float (&sums)[MOST], const float* weights, const float* rows, int dim,
-                                         int lane) {
-  for (int i = 0; i < ROWS; ++i) {
-    float weight = weights[i];
-    const float* row = rows + i * (dim + 1) + lane;
-#pragma unroll
-    for (int j = 0; j < MOST; ++j) {
-      if (lane + j * LANES < dim) sums[j] = fmaf(weight, row[j * LANES], sums[j]);
-    }
-  }
-}
-
-__device__ __forceinline__ void write_row(float* to, const float (&sums)[MOST], float factor, int dim, int lane) {
-#pragma unroll
-  for (int j = 0; j < MOST; ++j) {
-    if (lane + j * LANES < dim) to[lane + j * LANES] = sums[j] * factor;
-  }
-}
-
-__device__ __forceinline__ float team_sum(float x) {
-#pragma unroll
-  for (int step = 1; step < LANES; step *= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
-}
+#include "attention_rows.h"
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_fwd_f32(const float* __restrict__ qkv, float* __restrict__ o, float* __restrict__ lse, int sequence,
-                      int heads, int kv_heads, int dim, float scale, Sight sight) {
+                      int heads, int kv_heads, int dim, int value_dim, float scale, Sight sight) {
   SHARED(float, shared);
   float* queries = shared;
   float* keys = queries + ROWS * (dim + 1);
   float* values = keys + ROWS * (dim + 1);
-  float* scores = values + ROWS * (dim + 1);
+  float* scores = values + ROWS * (value_dim + 1);
   int block = gridDim.x - 1 - blockIdx.x, head = blockIdx.y;
   int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, first = block * ROWS, position = first + row;
-  long long ld = (heads + 2 * kv_heads) * dim, token = (long long)blockIdx.z * sequence;
-  const float* k = qkv + token * ld + (heads + head / (heads / kv_heads)) * dim;
+  long long ld = heads * dim + kv_heads * (dim + value_dim), token = (long long)blockIdx.z * sequence;
+  int kv_head = head / (heads / kv_heads);
+  const float* k = qkv + token * ld + (heads + kv_head) * dim;
+  const float* v = qkv + token * ld + (heads + kv_heads) * dim + kv_head * value_dim;
   copy_rows(queries, qkv + token * ld + head * dim, ld, first, sequence, dim);
   float acc[MOST] = {}, max = -INFINITY, total = 0.0f;
   int seen = sight.first(blockIdx.z, sequence, min(position, sequence - 1));
   for (int key = sight.first(blockIdx.z, sequence, first) / ROWS * ROWS; key <= first; key += ROWS) {
     __syncthreads();
     copy_rows(keys, k, ld, key, sequence, dim);
-    copy_rows(values, k + kv_heads * dim, ld, key, sequence, dim);
+    copy_rows(values, v, ld, key, sequence, value_dim);
     __syncthreads();
     float s[EACH], top = max;
 #pragma unroll
@@ -98,13 +57,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int j = 0; j < MOST; ++j) acc[j] *= factor;
     __syncwarp();
-    add_rows(acc, scores + row * SCORES, values, dim, lane);
+    add_rows(acc, scores + row * SCORES, values, value_dim, lane);
   }
   if (position < sequence) {
     long long at = ((long long)blockIdx.z * heads + head) * sequence + position;
     if (sight.maxima && lane == 0) sight.maxima[at] = max;
     float factor = sight.sinks ? with_sink(max, total, ((const float*)sight.sinks)[head]) : 1.0f;
-    write_row(o + ((token + position) * heads + head) * dim, acc, factor / total, dim, lane);
+    write_row(o + ((token + position) * heads + head) * value_dim, acc, factor / total, value_dim, lane);
     if (lane == 0) lse[at] = max + logf(total);
   }
 }
@@ -130,16 +89,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_bwd_dkv_f32(const float* __restrict__ qkv, const float* __restrict__ d_o, const float* __restrict__ lse,
                           const float* __restrict__ delta, float* __restrict__ dqkv, int sequence, int heads,
-                          int kv_heads, int dim, float scale, Sight sight) {
+                          int kv_heads, int dim, int value_dim, float scale, Sight sight) {
   SHARED(float, shared);
-  int len = ROWS * (dim + 1);
-  float *keys = shared, *values = keys + len, *queries = values + len, *grads = queries + len;
-  float *weights = grads + len, *slopes = weights + ROWS * SCORES;
+  int len = ROWS * (dim + 1), value_len = ROWS * (value_dim + 1);
+  float *keys = shared, *values = keys + len, *queries = values + value_len, *grads = queries + len;
+  float *weights = grads + value_len, *slopes = weights + ROWS * SCORES;
   int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, first = blockIdx.x * ROWS, group = heads / kv_heads;
-  long long ld = (heads + 2 * kv_heads) * dim, o_ld = heads * dim, token = (long long)blockIdx.z * sequence;
-  long long own = (heads + blockIdx.y) * dim;
+  long long ld = heads * dim + kv_heads * (dim + value_dim), o_ld = heads * value_dim;
+  long long token = (long long)blockIdx.z * sequence;
+  long long own = (heads + blockIdx.y) * dim, own_value = (heads + kv_heads) * dim + blockIdx.y * value_dim;
   copy_rows(keys, qkv + token * ld + own, ld, first, sequence, dim);
-  copy_rows(values, qkv + token * ld + own + kv_heads * dim, ld, first, sequence, dim);
+  copy_rows(values, qkv + token * ld + own_value, ld, first, sequence, value_dim);
   float dk[MOST] = {}, dv[MOST] = {};
   int end = sight.end(blockIdx.z, sequence, min(first + ROWS, sequence) - 1);
   for (int head = blockIdx.y * group; head < (int)(blockIdx.y + 1) * group; ++head) {
@@ -147,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int query = first; query < end; query += ROWS) {
       __syncthreads();
       copy_rows(queries, qkv + token * ld + head * dim, ld, query, sequence, dim);
-      copy_rows(grads, d_o + token * o_ld + head * dim, o_ld, query, sequence, dim);
+      copy_rows(grads, d_o + token * o_ld + head * value_dim, o_ld, query, sequence, value_dim);
       __syncthreads();
       for (int i = lane; i < ROWS; i += LANES) {
         int position = query + i;
@@ -155,50 +115,54 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (position < end && first + row <= position && first + row >= sight.first(blockIdx.z, sequence, position)) {
           float s = dot_rows(queries + i * (dim + 1), keys + row * (dim + 1), dim);
           p = expf(s * scale - lse[at + position]);
-          ds = p * (dot_rows(grads + i * (dim + 1), values + row * (dim + 1), dim) - delta[at + position]);
+          float dp = dot_rows(grads + i * (value_dim + 1), values + row * (value_dim + 1), value_dim);
+          ds = p * (dp - delta[at + position]);
         }
         weights[row * SCORES + i] = p;
         slopes[row * SCORES + i] = ds;
       }
       __syncwarp();
-      add_rows(dv, weights + row * SCORES, grads, dim, lane);
+      add_rows(dv, weights + row * SCORES, grads, value_dim, lane);
       add_rows(dk, slopes + row * SCORES, queries, dim, lane);
     }
   }
   if (first + row < sequence) {
-    float* to = dqkv + (token + first + row) * ld + own;
-    write_row(to, dk, scale, dim, lane);
-    write_row(to + kv_heads * dim, dv, 1.0f, dim, lane);
+    float* to = dqkv + (token + first + row) * ld;
+    write_row(to + own, dk, scale, dim, lane);
+    write_row(to + own_value, dv, 1.0f, value_dim, lane);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_bwd_dq_f32(const float* __restrict__ qkv, const float* __restrict__ d_o, const float* __restrict__ lse,
                          const float* __restrict__ delta, float* __restrict__ dqkv, int sequence, int heads,
-                         int kv_heads, int dim, float scale, Sight sight) {
+                         int kv_heads, int dim, int value_dim, float scale, Sight sight) {
   SHARED(float, shared);
-  int len = ROWS * (dim + 1);
-  float *keys = shared, *values = keys + len, *queries = values + len, *grads = queries + len;
-  float* slopes = grads + len;
+  int len = ROWS * (dim + 1), value_len = ROWS * (value_dim + 1);
+  float *keys = shared, *values = keys + len, *queries = values + value_len, *grads = queries + len;
+  float* slopes = grads + value_len;
   int head = blockIdx.y, row = threadIdx.x / LANES, lane = threadIdx.x % LANES;
   int first = (gridDim.x - 1 - blockIdx.x) * ROWS, position = first + row;
-  long long ld = (heads + 2 * kv_heads) * dim, o_ld = heads * dim, token = (long long)blockIdx.z * sequence;
-  const float* k = qkv + token * ld + (heads + head / (heads / kv_heads)) * dim;
+  long long ld = heads * dim + kv_heads * (dim + value_dim), o_ld = heads * value_dim;
+  long long token = (long long)blockIdx.z * sequence;
+  int kv_head = head / (heads / kv_heads);
+  const float* k = qkv + token * ld + (heads + kv_head) * dim;
+  const float* v = qkv + token * ld + (heads + kv_heads) * dim + kv_head * value_dim;
   copy_rows(queries, qkv + token * ld + head * dim, ld, first, sequence, dim);
-  copy_rows(grads, d_o + token * o_ld + head * dim, o_ld, first, sequence, dim);
+  copy_rows(grads, d_o + token * o_ld + head * value_dim, o_ld, first, sequence, value_dim);
   long long at = ((long long)blockIdx.z * heads + head) * sequence + min(position, sequence - 1);
   float log = lse[at], dot = delta[at], dq[MOST] = {};
   int seen = sight.first(blockIdx.z, sequence, min(position, sequence - 1));
   for (int key = sight.first(blockIdx.z, sequence, first) / ROWS * ROWS; key <= first; key += ROWS) {
     __syncthreads();
     copy_rows(keys, k, ld, key, sequence, dim);
-    copy_rows(values, k + kv_heads * dim, ld, key, sequence, dim);
+    copy_rows(values, v, ld, key, sequence, value_dim);
     __syncthreads();
     for (int i = lane; i < ROWS; i += LANES) {
       float ds = 0.0f;
       if (key + i <= position && key + i >= seen) {
         float s = dot_rows(queries + row * (dim + 1), keys + i * (dim + 1), dim);
-        float dp = dot_rows(grads + row * (dim + 1), values + i * (dim + 1), dim);
+        float dp = dot_rows(grads + row * (value_dim + 1), values + i * (value_dim + 1), value_dim);
         ds = expf(s * scale - log) * (dp - dot);
       }
       slopes[row * SCORES + i] = ds;

@@ -4,15 +4,16 @@
 //
 //   attention_bwd_prep_bf16: grid ceil(tokens * heads / 32), 256 threads; before the other two
 //   attention_bwd_dkv_bf16_d<D>: grid (ceil(sequence / KEYS) * SLICES, kv_heads, sequences)
-//     D                  16     32     64     80     96    128    256
-//     KEYS              128    128    128    128    128    128     64
-//     SLICES              1      1      1      1      1      1      2
-//     THREADS           128    128    128    256    256    256    128
-//     BYTES           25600  41984  66560  68096  80384  98816  98560
+//     D, V        16     32     64     80     96    128    256   96, 64   192, 128
+//     KEYS       128    128    128    128    128    128     64      128         64
+//     SLICES       1      1      1      1      1      1      2        1          1
+//     THREADS    128    128    128    256    256    256    128      256        128
+//     BYTES    25600  41984  66560  68096  80384  98816  98560    65024      84480
 //   attention_bwd_dq_bf16_d<D>: grid (ceil(sequence / ROWS), heads, sequences)
-//     ROWS              128    128    128    128    128    128     64
-//     THREADS           128    128    128    128    128    128    128
-//     BYTES           24576  40960  65536  67584  79872  98304  98304
+//     ROWS       128    128    128    128    128    128     64      128         64
+//     THREADS    128    128    128    128    128    128    128      128        128
+//     BYTES    24576  40960  65536  67584  79872  98304  98304    64512      83968
+//   the same with d<D>v<V> for values of another width
 //   attention_bwd_dkv_seen_bf16_d<D>, attention_bwd_dq_seen_bf16_d<D>: the same within bounds (sight.h); the former has
 //     SEEN_BYTES = BYTES + 4 * queries of all stages: 512 up to a width of 64, 256 up to 128, 128 beyond
 #include "device.h"
@@ -46,42 +47,46 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 }
 
-template <int D> struct GradKeys {
+template <int D, int V = D> struct GradKeys {
   static constexpr int TILES = D <= 64 ? 2 : 1;  // of 16 keys, for a warp
   static constexpr int WARPS = D > 64 && D <= 128 ? 8 : 4, THREADS = WARPS * WARP;
   static constexpr int KEYS = WARPS * TILES * 16;
   static constexpr int QUERIES = D <= 64 ? 64 : 32;  // of a step
-  static constexpr int STAGES = D <= 128 ? 2 : 1;
-  static constexpr int WIDTH = D <= 128 ? D : 128;  // columns that a block sums; the others are another block's
-  static constexpr int SLICES = D / WIDTH;
-  static constexpr int BYTES =
-      (KEYS + STAGES * QUERIES) * 2 * Tile<D>::LD * (int)sizeof(bf16) + STAGES * 2 * QUERIES * (int)sizeof(float);
+  static constexpr int STAGES = D <= 192 ? 2 : 1;
+  static constexpr int SLICES = D <= 192 ? 1 : 2;
+  static_assert(D == V || SLICES == 1, "slices of keys and of values are the same");
+  // Columns of keys and of values that a block sums; the others are another block's.
+  static constexpr int WIDTH = D / SLICES, VALUE_WIDTH = V / SLICES;
+  static constexpr int BYTES = (KEYS + STAGES * QUERIES) * (Tile<D>::LD + Tile<V>::LD) * (int)sizeof(bf16) +
+                               STAGES * 2 * QUERIES * (int)sizeof(float);
   static constexpr int SEEN_BYTES = BYTES + STAGES * QUERIES * (int)sizeof(int);
 };
 
 // A warp has its keys along the rows of all products, so that probabilities and their gradients go from one product to
 // the next in registers.
-template <int D, bool BOUNDED>
+template <int D, int V, bool BOUNDED>
 __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16* d_o, const float* lse,
                                                     const float* delta, bf16* dqkv, int sequence, int heads,
                                                     int kv_heads, float scale, Sight sight) {
-  using G = GradKeys<D>;
+  using G = GradKeys<D, V>;
   using T = Tile<D>;
-  constexpr int OWN = G::TILES * 16, STEP = 32, LEN = G::QUERIES * T::LD;
+  using U = Tile<V>;
+  constexpr int OWN = G::TILES * 16, STEP = 32, LEN = G::QUERIES * T::LD, VALUE_LEN = G::QUERIES * U::LD;
   SHARED(bf16, shared);
   bf16* keys = shared;
   bf16* values = keys + G::KEYS * T::LD;
-  bf16* queries = values + G::KEYS * T::LD;       // of each stage
+  bf16* queries = values + G::KEYS * U::LD;       // of each stage
   bf16* grads = queries + G::STAGES * LEN;        // of each stage
-  float* logs = (float*)(grads + G::STAGES * LEN);  // of each stage
+  float* logs = (float*)(grads + G::STAGES * VALUE_LEN);  // of each stage
   float* dots = logs + G::STAGES * G::QUERIES;    // of each stage
   int* seen = (int*)(dots + G::STAGES * G::QUERIES);  // the first key that each query sees, of each stage
 
   Turn turn = take_turn(false);
-  int slice = turn.block % G::SLICES * G::WIDTH, first = turn.block / G::SLICES * G::KEYS;
+  int first = turn.block / G::SLICES * G::KEYS;
+  int slice = turn.block % G::SLICES * G::WIDTH, value_slice = V == D ? slice : 0;
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, own = first + warp * OWN;
   int group = heads / kv_heads;
-  int ld = (heads + 2 * kv_heads) * D, o_ld = heads * D;
+  int ld = (heads + 2 * kv_heads) * D - kv_heads * (D - V), o_ld = heads * V;
   long long row = (long long)turn.sequence * sequence;
   const bf16* k = qkv + row * ld + (heads + turn.head) * D;
 
@@ -94,9 +99,9 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
   int next_seen = 0;
   auto fetch = [&](int step) {
     int head = turn.head * group + step / blocks, query = (from + step % blocks) * G::QUERIES;
-    int at = G::STAGES == 2 ? (step & 1) * LEN : 0;
+    int at = G::STAGES == 2 ? (step & 1) * LEN : 0, value_at = G::STAGES == 2 ? (step & 1) * VALUE_LEN : 0;
     T::template fetch<G::QUERIES, G::THREADS>(queries + at, qkv + row * ld + head * D, ld, query, sequence);
-    T::template fetch<G::QUERIES, G::THREADS>(grads + at, d_o + row * o_ld + head * D, o_ld, query, sequence);
+    U::template fetch<G::QUERIES, G::THREADS>(grads + value_at, d_o + row * o_ld + head * V, o_ld, query, sequence);
     cp_async_commit();
     if (threadIdx.x < G::QUERIES) {
       int position = query + threadIdx.x;
@@ -116,14 +121,15 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
     }
   };
   T::template fetch<G::KEYS, G::THREADS>(keys, k, ld, first, sequence);
-  T::template fetch<G::KEYS, G::THREADS>(values, k + kv_heads * D, ld, first, sequence);
+  U::template fetch<G::KEYS, G::THREADS>(values, k + kv_heads * D - turn.head * (D - V), ld, first, sequence);
   fetch(0);
   keep(0);
 
   int left = T::left(lane), right = T::right(lane);
+  int value_left = V == D ? left : U::left(lane), value_right = V == D ? right : U::right(lane);
   const bf16* my_keys = keys + warp * OWN * T::LD;
-  const bf16* my_values = values + warp * OWN * T::LD;
-  float dk[G::TILES][G::WIDTH / 8][4] = {}, dv[G::TILES][G::WIDTH / 8][4] = {};
+  const bf16* my_values = values + warp * OWN * U::LD;
+  float dk[G::TILES][G::WIDTH / 8][4] = {}, dv[G::TILES][G::VALUE_WIDTH / 8][4] = {};
 
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
@@ -136,7 +142,7 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
       int query = query0 + sub;
       if (query + STEP <= own || query >= sequence || own >= sequence) continue;
       const bf16* q = queries + stage * LEN + sub * T::LD;
-      const bf16* g = grads + stage * LEN + sub * T::LD;
+      const bf16* g = grads + stage * VALUE_LEN + sub * U::LD;
       const float* log = logs + stage * G::QUERIES + sub + 2 * (lane & 3);
       const float* dot = dots + stage * G::QUERIES + sub + 2 * (lane & 3);
       const int* lows = seen + stage * G::QUERIES + sub;
@@ -165,9 +171,9 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
         uint32_t a[G::TILES][4];
 #pragma unroll
         for (int t = 0; t < G::TILES; ++t) as_left(a[t], p[t][2 * c], p[t][2 * c + 1]);
-        add_weighted<D, G::WIDTH>(dv, a, g, left, c, slice);
+        add_weighted<V, G::VALUE_WIDTH>(dv, a, g, value_left, c, value_slice);
       }
-      add_dots<D, STEP>(ds, my_values, g, left, right);
+      add_dots<V, STEP>(ds, my_values, g, value_left, value_right);
 #pragma unroll
       for (int c = 0; c < STEP / 16; ++c) {
         uint32_t a[G::TILES][4];
@@ -189,59 +195,62 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
 #pragma unroll
   for (int t = 0; t < G::TILES; ++t) {
     T::template put<G::WIDTH>(keys + (warp * OWN + t * 16) * T::LD, dk[t], scale, scale, lane);
-    T::template put<G::WIDTH>(values + (warp * OWN + t * 16) * T::LD, dv[t], 1.0f, 1.0f, lane);
+    U::template put<G::VALUE_WIDTH>(values + (warp * OWN + t * 16) * U::LD, dv[t], 1.0f, 1.0f, lane);
   }
   __syncwarp();
   T::template store<OWN, G::WIDTH>(my_keys, to, ld, sequence - own, lane);
-  T::template store<OWN, G::WIDTH>(my_values, to + kv_heads * D, ld, sequence - own, lane);
+  U::template store<OWN, G::VALUE_WIDTH>(my_values, to + kv_heads * D - turn.head * (D - V), ld, sequence - own, lane);
 }
 
-template <int D> struct GradQueries {
+template <int D, int V = D> struct GradQueries {
   static constexpr int TILES = D <= 128 ? 2 : 1;  // of 16 queries, for a warp
   static constexpr int WARPS = 4, THREADS = WARPS * WARP;
   static constexpr int ROWS = WARPS * TILES * 16;
   static constexpr int KEYS = D <= 64 ? 64 : 32;  // of a step
-  static constexpr int STAGES = D <= 128 ? 2 : 1;
-  static constexpr int BYTES = (ROWS + STAGES * KEYS) * 2 * Tile<D>::LD * (int)sizeof(bf16);
+  static constexpr int STAGES = D <= 192 ? 2 : 1;
+  static constexpr int BYTES = (ROWS + STAGES * KEYS) * (Tile<D>::LD + Tile<V>::LD) * (int)sizeof(bf16);
 };
 
-template <int D, bool BOUNDED>
+template <int D, int V, bool BOUNDED>
 __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf16* d_o, const float* lse,
                                                        const float* delta, bf16* dqkv, int sequence, int heads,
                                                        int kv_heads, float scale, Sight sight) {
-  using G = GradQueries<D>;
+  using G = GradQueries<D, V>;
   using T = Tile<D>;
-  constexpr int OWN = G::TILES * 16, STEP = 32, LEN = G::KEYS * T::LD;
+  using U = Tile<V>;
+  constexpr int OWN = G::TILES * 16, STEP = 32, LEN = G::KEYS * T::LD, VALUE_LEN = G::KEYS * U::LD;
   SHARED(bf16, shared);
   bf16* queries = shared;
   bf16* grads = queries + G::ROWS * T::LD;
-  bf16* keys = grads + G::ROWS * T::LD;       // of each stage
+  bf16* keys = grads + G::ROWS * U::LD;       // of each stage
   bf16* values = keys + G::STAGES * LEN;      // of each stage
 
   Turn turn = take_turn(true);
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int first = turn.block * G::ROWS, own = first + warp * OWN;
-  int ld = (heads + 2 * kv_heads) * D, o_ld = heads * D;
+  int ld = (heads + 2 * kv_heads) * D - kv_heads * (D - V), o_ld = heads * V;
+  int kv_head = turn.head / (heads / kv_heads);
   long long row = (long long)turn.sequence * sequence;
-  const bf16* k = qkv + row * ld + (heads + turn.head / (heads / kv_heads)) * D;
-  const bf16* v = k + kv_heads * D;
+  const bf16* k = qkv + row * ld + (heads + kv_head) * D;
+  const bf16* v = k + kv_heads * D - kv_head * (D - V);
   int steps = (min(first + G::ROWS, sequence) + G::KEYS - 1) / G::KEYS;
   int begin = BOUNDED ? sight.first(turn.sequence, sequence, first) / G::KEYS : 0;
   int nearest = BOUNDED ? sight.first(turn.sequence, sequence, min(own, sequence - 1)) : 0;
 
   auto fetch = [&](int step) {
-    int at = G::STAGES == 2 ? (step & 1) * LEN : 0;
+    int at = G::STAGES == 2 ? (step & 1) * LEN : 0, value_at = G::STAGES == 2 ? (step & 1) * VALUE_LEN : 0;
     T::template fetch<G::KEYS, G::THREADS>(keys + at, k, ld, step * G::KEYS, sequence);
-    T::template fetch<G::KEYS, G::THREADS>(values + at, v, ld, step * G::KEYS, sequence);
+    U::template fetch<G::KEYS, G::THREADS>(values + value_at, v, ld, step * G::KEYS, sequence);
     cp_async_commit();
   };
   T::template fetch<G::ROWS, G::THREADS>(queries, qkv + row * ld + turn.head * D, ld, first, sequence);
-  T::template fetch<G::ROWS, G::THREADS>(grads, d_o + row * o_ld + turn.head * D, o_ld, first, sequence);
+  U::template fetch<G::ROWS, G::THREADS>(grads, d_o + row * o_ld + turn.head * V, o_ld, first, sequence);
   fetch(begin);
 
   int left = T::left(lane), right = T::right(lane);
+  int value_left = V == D ? left : U::left(lane), value_right = V == D ? right : U::right(lane);
   bf16* my_queries = queries + warp * OWN * T::LD;
-  const bf16* my_grads = grads + warp * OWN * T::LD;
+  const bf16* my_grads = grads + warp * OWN * U::LD;
   float acc[G::TILES][D / 8][4] = {};
   float log[G::TILES][2], dot[G::TILES][2];
   int seen[G::TILES][2] = {};
@@ -268,7 +277,7 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
       int key = step * G::KEYS + sub;
       if (key >= own + OWN || own >= sequence || (BOUNDED && key + STEP <= nearest)) continue;
       const bf16* kt = keys + stage * LEN + sub * T::LD;
-      const bf16* vt = values + stage * LEN + sub * T::LD;
+      const bf16* vt = values + stage * VALUE_LEN + sub * U::LD;
       float p[G::TILES][STEP / 8][4] = {}, ds[G::TILES][STEP / 8][4];
       add_dots<D, STEP>(p, my_queries, kt, left, right);
       bool masked = key + STEP > own + 1;
@@ -286,7 +295,7 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
           }
         }
       }
-      add_dots<D, STEP>(ds, my_grads, vt, left, right);
+      add_dots<V, STEP>(ds, my_grads, vt, value_left, value_right);
 #pragma unroll
       for (int c = 0; c < STEP / 16; ++c) {
         uint32_t a[G::TILES][4];
@@ -307,38 +316,40 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
   T::template store<OWN, D>(my_queries, dqkv + (row + own) * ld + turn.head * D, ld, sequence - own, lane);
 }
 
-#define GRAD(D)                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(GradKeys<D>::THREADS, 256 / GradKeys<D>::THREADS)                   \
-      attention_bwd_dkv_bf16_d##D(const bf16* __restrict__ qkv, const bf16* __restrict__ d_o,                      \
+#define GRAD(NAME, D, V)                                                                                           \
+  extern "C" __global__ void __launch_bounds__(GradKeys<D, V>::THREADS, 256 / GradKeys<D, V>::THREADS)             \
+      attention_bwd_dkv_bf16_##NAME(const bf16* __restrict__ qkv, const bf16* __restrict__ d_o,                    \
                                   const float* __restrict__ lse, const float* __restrict__ delta,                  \
                                   bf16* __restrict__ dqkv, int sequence, int heads, int kv_heads, float scale) {   \
-    attention_grad_keys<D, false>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale, ALL_BEFORE);       \
+    attention_grad_keys<D, V, false>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale, ALL_BEFORE);    \
   }                                                                                                                \
-  extern "C" __global__ void __launch_bounds__(GradQueries<D>::THREADS, 2)                                         \
-      attention_bwd_dq_bf16_d##D(const bf16* __restrict__ qkv, const bf16* __restrict__ d_o,                       \
+  extern "C" __global__ void __launch_bounds__(GradQueries<D, V>::THREADS, 2)                                      \
+      attention_bwd_dq_bf16_##NAME(const bf16* __restrict__ qkv, const bf16* __restrict__ d_o,                     \
                                  const float* __restrict__ lse, const float* __restrict__ delta,                   \
                                  bf16* __restrict__ dqkv, int sequence, int heads, int kv_heads, float scale) {    \
-    attention_grad_queries<D, false>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale, ALL_BEFORE);    \
+    attention_grad_queries<D, V, false>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale, ALL_BEFORE); \
   }                                                                                                                \
-  extern "C" __global__ void __launch_bounds__(GradKeys<D>::THREADS, 256 / GradKeys<D>::THREADS)                   \
-      attention_bwd_dkv_seen_bf16_d##D(const bf16* __restrict__ qkv, const bf16* __restrict__ d_o,                 \
+  extern "C" __global__ void __launch_bounds__(GradKeys<D, V>::THREADS, 256 / GradKeys<D, V>::THREADS)             \
+      attention_bwd_dkv_seen_bf16_##NAME(const bf16* __restrict__ qkv, const bf16* __restrict__ d_o,               \
                                        const float* __restrict__ lse, const float* __restrict__ delta,             \
                                        bf16* __restrict__ dqkv, int sequence, int heads, int kv_heads,             \
                                        float scale, Sight sight) {                                                 \
-    attention_grad_keys<D, true>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale, sight);             \
+    attention_grad_keys<D, V, true>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale, sight);          \
   }                                                                                                                \
-  extern "C" __global__ void __launch_bounds__(GradQueries<D>::THREADS, 2)                                         \
-      attention_bwd_dq_seen_bf16_d##D(const bf16* __restrict__ qkv, const bf16* __restrict__ d_o,                  \
+  extern "C" __global__ void __launch_bounds__(GradQueries<D, V>::THREADS, 2)                                      \
+      attention_bwd_dq_seen_bf16_##NAME(const bf16* __restrict__ qkv, const bf16* __restrict__ d_o,                \
                                       const float* __restrict__ lse, const float* __restrict__ delta,              \
                                       bf16* __restrict__ dqkv, int sequence, int heads, int kv_heads, float scale, \
                                       Sight sight) {                                                               \
-    attention_grad_queries<D, true>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale, sight);          \
+    attention_grad_queries<D, V, true>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale, sight);       \
   }
-GRAD(16)
-GRAD(32)
-GRAD(64)
-GRAD(80)
-GRAD(96)
-GRAD(128)
-GRAD(256)
+GRAD(d16, 16, 16)
+GRAD(d32, 32, 32)
+GRAD(d64, 64, 64)
+GRAD(d80, 80, 80)
+GRAD(d96, 96, 96)
+GRAD(d128, 128, 128)
+GRAD(d256, 256, 256)
+GRAD(d96v64, 96, 64)
+GRAD(d192v128, 192, 128)
 #undef GRAD

@@ -2,7 +2,7 @@
 //
 //   *_dw: grid (ceil(dim / 64), parts), 256 threads; parts = leaves * ceil(leaf_rows / chunk): each is the sum of a run of
 //     `chunk` rows, and none crosses leaves
-//   sink_dw_*: the same of sinks, grid (heads, parts): a head a block
+//   sink_dw_*: the same of sinks, grid (all heads, parts): a head a block; of heads that others have the sum is 0
 //   fold_columns: grid (ceil(dim / 32), 1 or 2), 256 threads, at most 64 leaves
 #include "device.h"
 #include "lanes.h"
@@ -51,12 +51,14 @@ __device__ __forceinline__ void sum_columns(const float (&sums)[8], float* slots
 
 enum { BIAS = 1, RMS = 2, LAYER_NORM = 3 };
 
+// Rows of x are `ld` elements apart, and their rstd `ld_rstd`.
 template <class T, int KIND>
-__device__ __forceinline__ void norm_dw(const T* dy, const T* x, const float* mean, const float* rstd, float* parts_w,
-                                        float* parts_b, int dim, int chunk, int leaf_rows, float* slots) {
+__device__ __forceinline__ void norm_dw(const T* dy, const T* x, int ld, const float* mean, const float* rstd,
+                                        int ld_rstd, float* parts_w, float* parts_b, int dim, int chunk, int leaf_rows,
+                                        float* slots) {
   Chunk rows(chunk, leaf_rows);
   int at = (int)blockIdx.x * COLUMNS + (int)threadIdx.x % 8 * 8;
-  bool wide = dim % 8 == 0 && aligned16(dy) && (KIND == BIAS || aligned16(x));
+  bool wide = dim % 8 == 0 && aligned16(dy) && (KIND == BIAS || (ld % 8 == 0 && aligned16(x)));
   float w[8] = {0, 0, 0, 0, 0, 0, 0, 0}, b[8] = {0, 0, 0, 0, 0, 0, 0, 0}, g[8], v[8];
   // Rows of a thread that are on their way together; one that is not there is all 0, and adds nothing.
   constexpr int BATCH = sizeof(T) == 2 || KIND == BIAS ? 4 : 2;
@@ -69,9 +71,9 @@ __device__ __forceinline__ void norm_dw(const T* dy, const T* x, const float* me
       long long row = rows.first + first + (has ? k * ROW_LANES : 0);
       gradients[k] = get8(dy + row * dim, at, has ? dim : 0, wide);
       if (KIND != BIAS) {
-        inputs[k] = get8(x + row * dim, at, has ? dim : 0, wide);
+        inputs[k] = get8(x + row * ld, at, has ? dim : 0, wide);
         m[k] = KIND == LAYER_NORM ? mean[row] : 0.0f;
-        r[k] = rstd[row];
+        r[k] = rstd[row * ld_rstd];
       }
     }
 #pragma unroll
@@ -120,14 +122,21 @@ __device__ __forceinline__ void qk_norm_dw(const T* dy, const T* qkv, const floa
 }
 
 // The gradient of a head's sink, over a run of rows: less its probability times the dot product of output and output
-// gradient. A warp a row.
+// gradient. A warp a row. `heads` of all are here, from `head0` on.
 template <class T>
 __device__ __forceinline__ void sink_dw(const T* d_o, const T* o, const float* lse, const T* sinks, float* parts,
-                                        int sequence, int heads, int dim, int chunk, int leaf_rows, float* slots) {
+                                        int sequence, int heads, int head0, int dim, int chunk, int leaf_rows,
+                                        float* slots) {
   Chunk rows(chunk, leaf_rows);
-  int head = (int)blockIdx.x, warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+  int head = (int)blockIdx.x - head0;
+  float* to = parts + (long long)blockIdx.y * gridDim.x + blockIdx.x;
+  if (head < 0 || head >= heads) {
+    if (threadIdx.x == 0) *to = 0.0f;
+    return;
+  }
+  int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
   bool wide = dim % 8 == 0 && aligned16(o) && aligned16(d_o);
-  float sink = as_f32(sinks[head]), sum = 0, g[8], v[8];
+  float sink = as_f32(sinks[blockIdx.x]), sum = 0, g[8], v[8];
   for (int i = warp; i < rows.count; i += WARPS) {
     long long row = rows.first + i, at = (row * heads + head) * dim;
     float dot = 0;
@@ -144,7 +153,7 @@ __device__ __forceinline__ void sink_dw(const T* d_o, const T* o, const float* l
   if (FAULT != 34) __syncthreads();
   if (threadIdx.x == 0) {
     for (int i = 1; i < WARPS; ++i) sum += slots[i];
-    parts[(long long)blockIdx.y * heads + head] = sum;
+    *to = sum;
   }
 }
 
@@ -198,18 +207,24 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
       bias_dw_##S(const T* dy, float* parts, int dim, int chunk, int leaf_rows) {                                    \
     SHARED_ARRAY(float, slots, 1024);                                                                                \
-    norm_dw<T, BIAS>(dy, nullptr, nullptr, nullptr, nullptr, parts, dim, chunk, leaf_rows, slots);                   \
+    norm_dw<T, BIAS>(dy, nullptr, dim, nullptr, nullptr, 1, nullptr, parts, dim, chunk, leaf_rows, slots);           \
   }                                                                                                                  \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
       rms_norm_dw_##S(const T* dy, const T* x, const float* rstd, float* parts, int dim, int chunk, int leaf_rows) { \
     SHARED_ARRAY(float, slots, 512);                                                                                 \
-    norm_dw<T, RMS>(dy, x, nullptr, rstd, parts, nullptr, dim, chunk, leaf_rows, slots);                             \
+    norm_dw<T, RMS>(dy, x, dim, nullptr, rstd, 1, parts, nullptr, dim, chunk, leaf_rows, slots);                     \
+  }                                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+      latent_norm_dw_##S(const T* dy, const T* x, int ld, const float* rstd, int ld_rstd, float* parts, int dim,     \
+                         int chunk, int leaf_rows) {                                                                 \
+    SHARED_ARRAY(float, slots, 512);                                                                                 \
+    norm_dw<T, RMS>(dy, x, ld, nullptr, rstd, ld_rstd, parts, nullptr, dim, chunk, leaf_rows, slots);                \
   }                                                                                                                  \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
       layer_norm_dw_##S(const T* dy, const T* x, const float* stats, float* parts_w, float* parts_b, int n, int dim, \
                         int chunk, int leaf_rows) {                                                                  \
     SHARED_ARRAY(float, slots, 1024);                                                                                \
-    norm_dw<T, LAYER_NORM>(dy, x, stats, stats + n, parts_w, parts_b, dim, chunk, leaf_rows, slots);                 \
+    norm_dw<T, LAYER_NORM>(dy, x, dim, stats, stats + n, 1, parts_w, parts_b, dim, chunk, leaf_rows, slots);         \
   }                                                                                                                  \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
       qk_norm_dw_##S(const T* dy, const T* qkv, const float* rstd, float* parts_q, float* parts_k, int heads,        \
@@ -219,9 +234,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }                                                                                                                  \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
       sink_dw_##S(const T* d_o, const T* o, const float* lse, const T* sinks, float* parts, int sequence, int heads, \
-                  int dim, int chunk, int leaf_rows) {                                                               \
+                  int head0, int dim, int chunk, int leaf_rows) {                                                    \
     SHARED_ARRAY(float, slots, WARPS);                                                                               \
-    sink_dw(d_o, o, lse, sinks, parts, sequence, heads, dim, chunk, leaf_rows, slots);                               \
+    sink_dw(d_o, o, lse, sinks, parts, sequence, heads, head0, dim, chunk, leaf_rows, slots);                        \
   }
 
 COLUMN_KERNELS(bf16, bf16)

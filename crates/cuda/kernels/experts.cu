@@ -235,11 +235,11 @@ extern "C" __global__ void __launch_bounds__(256)
   sums[e] += sum;
 }
 
-// Where each expert's rows begin, and its tiles of so many rows: see groups.h.
+// Where each unit's rows begin, and its tiles of so many rows: see groups.h.
 extern "C" __global__ void __launch_bounds__(256)
-    group_starts(const uint32_t* counts, int* starts, int experts, int leaves, int tile_rows) {
-  int* tiles = starts + experts + 1;
-  for (int e = (int)threadIdx.x; e < experts; e += (int)blockDim.x) {
+    group_starts(const uint32_t* counts, int* starts, int units, int leaves, int tile_rows) {
+  int* tiles = starts + units + 1;
+  for (int e = (int)threadIdx.x; e < units; e += (int)blockDim.x) {
     int sum = 0;
     for (int leaf = 0; leaf < leaves; ++leaf) sum += (int)counts[e * leaves + leaf];
     starts[e] = sum;
@@ -247,8 +247,8 @@ extern "C" __global__ void __launch_bounds__(256)
   __syncthreads();
   if (threadIdx.x != 0) return;
   int row = 0, tile = 0;
-  for (int e = 0; e <= experts; ++e) {
-    int count = e < experts ? starts[e] : 0;
+  for (int e = 0; e <= units; ++e) {
+    int count = e < units ? starts[e] : 0;
     starts[e] = row, tiles[e] = tile;
     row += count, tile += (count + tile_rows - 1) / tile_rows;
   }

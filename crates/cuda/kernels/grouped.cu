@@ -3,9 +3,10 @@
 //
 //   grouped_nt_*: y [rows, cols] = x [rows, inner] w_e [cols, inner]^T (+ b_e)
 //   grouped_nn_*: y [rows, cols] = x [rows, inner] w_e [inner, cols]
-//     grid any, as many as there are tiles at most: ceil(rows / 128) + experts - 1 by ceil(cols / 128)
+//     grid any, as many as there are tiles at most: ceil(rows / 128) + units - 1 by ceil(cols / 128)
 //   grouped_tn_*: of each expert its leaves' products dy^T x [rows, cols], summed in the order of `tree`; the sum meets
-//     levels [levels, experts, rows, cols] as in gemm_f32.cu
+//     levels [levels, experts, rows, cols] as in gemm_f32.cu. Rows of several ranks come rank after rank: each has levels
+//     of its own, `apart` of them, or, with `apart` 0, joins the sum of those before
 //     grid any, experts * ceil(rows / 128) * ceil(cols / 128) at most; held float[grid][tree's depth][128 * 128]
 //   grouped_bias_*: the same of column sums; grid (ceil(cols / 256), experts)
 // 256 threads. A result's sum goes through the inner dimension in order, in f32, in bf16 by steps of 16, so its bits depend
@@ -155,8 +156,8 @@ __device__ __forceinline__ void grouped(const T* x, const T* w, const T* bias, T
                                         int inner, void* shared) {
   int across = (cols + SIDE - 1) / SIDE, count = groups.tiles() * across;
   for (int i = blockIdx.x; i < count; i += gridDim.x) {
-    int tile = i / across, e = groups.expert_of(tile), end = groups.end(e);
-    int row0 = groups.first(e) + (tile - groups.first_tile(e)) * SIDE, col0 = i % across * SIDE;
+    int tile = i / across, unit = groups.unit_of(tile), end = groups.end(unit), e = unit % groups.experts;
+    int row0 = groups.first(unit) + (tile - groups.first_tile(unit)) * SIDE, col0 = i % across * SIDE;
     auto left = Kind<T>::template factor<true>(x, inner, end, row0);
     const T* of_expert = w + (long long)e * cols * inner;
     auto right = Kind<T>::template factor<RIGHT_ALONG>(of_expert, RIGHT_ALONG ? inner : cols, cols, col0);
@@ -174,10 +175,20 @@ __device__ __forceinline__ void grouped(const T* x, const T* w, const T* bias, T
   }
 }
 
+// Where the sum over a rank's rows goes: what it meets, and where it is left.
+struct Meeting {
+  long long first;  // level
+  int merge, store;
+  __device__ __forceinline__ Meeting(int peer, int apart, int merge, int store)
+      : first(apart > 0 ? peer * apart : peer > 0 ? store : 0),
+        merge(apart > 0 || peer == 0 ? merge : 1),
+        store(apart > 0 || peer == 0 ? store : 0) {}
+};
+
 template <class T>
 __device__ __forceinline__ void grouped_tn(const T* dy, const T* x, const uint32_t* counts, const Groups& groups,
                                            float* levels, long long level_len, float* held, int leaves, int rows,
-                                           int cols, const Tree& tree, int merge, int store, void* shared) {
+                                           int cols, const Tree& tree, int merge, int store, int apart, void* shared) {
   int across = (cols + SIDE - 1) / SIDE, tiles = (rows + SIDE - 1) / SIDE * across;
   HeldSums<FOURS, 0, THREADS> sums;
   sums.memory = (float4*)held + blockIdx.x * tree.depth * sums.STEP + threadIdx.x;
@@ -186,25 +197,28 @@ __device__ __forceinline__ void grouped_tn(const T* dy, const T* x, const uint32
     int e = i / tiles, row0 = i % tiles / across * SIDE, col0 = i % tiles % across * SIDE;
     long long from = groups.first(e);
 #pragma unroll 1
-    for (int leaf = 0; leaf < leaves; ++leaf) {
-      int count = (int)counts[e * leaves + leaf];
+    for (int at = 0; at < groups.units / groups.experts * leaves; ++at) {
+      int peer = at / leaves, leaf = at % leaves, unit = peer * groups.experts + e;
+      if (leaf == 0) from = groups.first(unit);
+      int count = (int)counts[unit * leaves + leaf];
       auto left = Kind<T>::template factor<false>(dy + from * rows, rows, rows, row0);
       auto right = Kind<T>::template factor<false>(x + from * cols, cols, cols, col0);
       from += count;
       float c[FOURS][4];
       Kind<T>::multiply(c, left, right, count, shared);
       if (!sums.climb(c, tree, leaf)) continue;
-      float* of_expert = levels + (long long)e * rows * cols;
+      Meeting meets(FAULT == 56 ? 0 : peer, apart, merge, store);
+      float* of_expert = levels + meets.first * level_len + (long long)e * rows * cols;
       Kind<T>::each(c, row0, col0, [&](float(&v)[Kind<T>::WIDTH], int row, int col) {
         if (row >= rows || col >= cols) return;
         float* to = of_expert + (long long)row * cols + col;
 #pragma unroll 1
-        for (int l = 0; l < merge; ++l) {
+        for (int l = 0; l < meets.merge; ++l) {
           const float* held = to + l * level_len;
 #pragma unroll
           for (int j = 0; j < Kind<T>::WIDTH; ++j) v[j] = (col + j < cols ? held[j] : 0.0f) + v[j];
         }
-        to += store * level_len;
+        to += meets.store * level_len;
 #pragma unroll
         for (int j = 0; j < Kind<T>::WIDTH; ++j) {
           if (col + j < cols) to[j] = v[j];
@@ -217,46 +231,50 @@ __device__ __forceinline__ void grouped_tn(const T* dy, const T* x, const uint32
 template <class T>
 __device__ __forceinline__ void grouped_bias(const T* dy, const uint32_t* counts, const Groups& groups, float* levels,
                                              long long level_len, int leaves, int cols, const Tree& tree, int merge,
-                                             int store) {
+                                             int store, int apart) {
   int e = (int)blockIdx.y, col = (int)(blockIdx.x * blockDim.x + threadIdx.x);
   if (col >= cols) return;
-  long long row = groups.first(e);
-  float v = sum_tree<float>(tree, [&](int leaf) {
-    long long end = row + counts[e * leaves + leaf];
-    float sum = 0.0f;
-    for (; row < end; ++row) sum += as_f32(dy[row * cols + col]);
-    return sum;
-  });
-  float* to = levels + (long long)e * cols + col;
-  for (int l = 0; l < merge; ++l) v = to[l * level_len] + v;
-  to[store * level_len] = v;
+  for (int unit = e, peer = 0; unit < groups.units; unit += groups.experts, ++peer) {
+    long long row = groups.first(unit);
+    float v = sum_tree<float>(tree, [&](int leaf) {
+      long long end = row + counts[unit * leaves + leaf];
+      float sum = 0.0f;
+      for (; row < end; ++row) sum += as_f32(dy[row * cols + col]);
+      return sum;
+    });
+    Meeting meets(peer, apart, merge, store);
+    float* to = levels + meets.first * level_len + (long long)e * cols + col;
+    for (int l = 0; l < meets.merge; ++l) v = to[l * level_len] + v;
+    to[meets.store * level_len] = v;
+  }
 }
 
 #define GROUPED(T, S)                                                                                               \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                             \
-      grouped_nt_##S(const T* x, const T* w, const T* bias, T* y, const int* starts, int experts, int cols,         \
-                     int inner) {                                                                                   \
+      grouped_nt_##S(const T* x, const T* w, const T* bias, T* y, const int* starts, int units, int experts,        \
+                     int cols, int inner) {                                                                         \
     SHARED_ARRAY(uint4, shared, Kind<T>::BYTES / 16);                                                               \
-    grouped<T, true>(x, w, bias, y, {starts, experts}, cols, inner, shared);                                        \
+    grouped<T, true>(x, w, bias, y, {starts, units, experts}, cols, inner, shared);                                 \
   }                                                                                                                 \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                             \
-      grouped_nn_##S(const T* x, const T* w, T* y, const int* starts, int experts, int cols, int inner) {           \
+      grouped_nn_##S(const T* x, const T* w, T* y, const int* starts, int units, int experts, int cols,             \
+                     int inner) {                                                                                   \
     SHARED_ARRAY(uint4, shared, Kind<T>::BYTES / 16);                                                               \
-    grouped<T, false>(x, w, nullptr, y, {starts, experts}, cols, inner, shared);                                    \
+    grouped<T, false>(x, w, nullptr, y, {starts, units, experts}, cols, inner, shared);                             \
   }                                                                                                                 \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                             \
       grouped_tn_##S(const T* dy, const T* x, const uint32_t* counts, const int* starts, float* levels,             \
-                     long long level_len, float* held, int experts, int leaves, int rows, int cols,                 \
-                     const __grid_constant__ Tree tree, int merge, int store) {                                     \
+                     long long level_len, float* held, int units, int experts, int leaves, int rows, int cols,      \
+                     const __grid_constant__ Tree tree, int merge, int store, int apart) {                          \
     SHARED_ARRAY(uint4, shared, Kind<T>::BYTES / 16);                                                               \
-    grouped_tn(dy, x, counts, {starts, experts}, levels, level_len, held, leaves, rows, cols, tree, merge, store,   \
-               shared);                                                                                             \
+    grouped_tn(dy, x, counts, {starts, units, experts}, levels, level_len, held, leaves, rows, cols, tree, merge,   \
+               store, apart, shared);                                                                               \
   }                                                                                                                 \
   extern "C" __global__ void __launch_bounds__(256)                                                                 \
       grouped_bias_##S(const T* dy, const uint32_t* counts, const int* starts, float* levels, long long level_len,  \
-                       int experts, int leaves, int cols, const __grid_constant__ Tree tree, int merge,             \
-                       int store) {                                                                                 \
-    grouped_bias(dy, counts, {starts, experts}, levels, level_len, leaves, cols, tree, merge, store);               \
+                       int units, int experts, int leaves, int cols, const __grid_constant__ Tree tree, int merge,  \
+                       int store, int apart) {                                                                      \
+    grouped_bias(dy, counts, {starts, units, experts}, levels, level_len, leaves, cols, tree, merge, store, apart); \
   }
 GROUPED(bf16, bf16)
 GROUPED(float, f32)

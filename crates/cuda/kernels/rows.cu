@@ -9,13 +9,15 @@
 
 constexpr int MOST_THREADS = 256;
 
+// Of a sequence's rows the first half lie from position `front` on, the others from `back` on.
 template <class T>
 __device__ __forceinline__ void embed(const uint32_t* ids, const T* table, const T* positions, T* out, int vocab0,
-                                      int rows, int sequence, int dim) {
-  int t = (int)blockIdx.x;
+                                      int rows, int sequence, int front, int back, int dim) {
+  int t = (int)blockIdx.x, at_row = t % sequence, half = sequence / 2;
   uint32_t id = ids[t] - (uint32_t)vocab0;
   const T* word = id < (uint32_t)rows ? table + (long long)id * dim : nullptr;
-  const T* place = positions ? positions + (long long)(t % sequence) * dim : nullptr;
+  long long position = at_row < half ? front + at_row : back + at_row - half;
+  const T* place = positions ? positions + position * dim : nullptr;
   T* to = out + (long long)t * dim;
   bool wide = dim % 8 == 0 && aligned16(table) && aligned16(out) && (!positions || aligned16(positions));
   for (int at = (int)threadIdx.x * 8; at < dim; at += (int)blockDim.x * 8) {
@@ -314,8 +316,8 @@ __device__ __forceinline__ void rope(T* qkv, const float* cosines, const float* 
 #define ROW_KERNELS(T, S)                                                                                             \
   extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
       embed_##S(const uint32_t* ids, const T* table, const T* positions, T* out, int vocab0, int rows, int sequence,  \
-                int dim) {                                                                                            \
-    embed(ids, table, positions, out, vocab0, rows, sequence, dim);                                                   \
+                int front, int back, int dim) {                                                                       \
+    embed(ids, table, positions, out, vocab0, rows, sequence, front, back, dim);                                      \
   }                                                                                                                   \
   extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                          \
       rms_norm_##S(const T* x, const T* w, T* y, float* rstd, int dim, float eps) {                                   \

@@ -98,6 +98,32 @@ __device__ __forceinline__ void fold(const T* parts, long long leaf_stride, int 
 FOLD(bf16, bf16)
 FOLD(float, f32)
 
+// The gradient of positions [positions, dim] where a rank's rows of a sequence are two pieces of it, from `front` and from
+// `back` on: a leaf is a sequence, and positions that no row has get +0.
+template <class T>
+__device__ __forceinline__ void pos_dw(const T* dy, float* levels, int positions, int dim, int sequence, int front,
+                                       int back, const Tree& tree, int merge, int store) {
+  int half = sequence / 2;
+  each((long long)positions * dim, [&](long long at) {
+    int position = (int)(at / dim), col = (int)(at % dim), row = position - front;
+    if (row < 0 || row >= half) row = position < back || position >= back + sequence - half ? -1 : half + position - back;
+    float v = sum_tree<float>(tree, [&](int leaf) {
+      return row < 0 ? 0.0f : as_f32(dy[((long long)leaf * sequence + row) * dim + col]);
+    });
+    for (int l = 0; l < merge; ++l) v = levels[(long long)l * positions * dim + at] + v;
+    levels[(long long)store * positions * dim + at] = v;
+  });
+}
+
+#define POSITIONS(T, S)                                                                                             \
+  extern "C" __global__ void __launch_bounds__(256)                                                                  \
+      pos_dw_##S(const T* dy, float* levels, int positions, int dim, int sequence, int front, int back,              \
+                 const __grid_constant__ Tree tree, int merge, int store) {                                          \
+    pos_dw(dy, levels, positions, dim, sequence, front, back, tree, merge, store);                                   \
+  }
+POSITIONS(bf16, bf16)
+POSITIONS(float, f32)
+
 extern "C" __global__ void __launch_bounds__(256) accumulate_f32(const float* x, float* y, long long len) {
   bool wide = aligned16(x) && aligned16(y);
   long long step = (long long)gridDim.x * blockDim.x * 4;

@@ -5,6 +5,7 @@ use program::{Heads, OpKind, Sees};
 use spec::{DType, Result};
 use train::{Lack, Launch, Operand};
 
+use crate::columns::own_heads;
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
 use crate::table::{int, not_mine, variant};
@@ -54,23 +55,38 @@ const fn seen_bytes(dim: usize) -> usize {
 }
 
 macro_rules! bf16_variant {
-    ($d:literal, $rows:expr, $forward:expr, ($keys:expr, $slices:expr, $threads:expr, $kb:expr), $qb:expr) => {
+    ($d:literal, $name:literal, ($rows:expr, $fb:expr), ($keys:expr, $slices:expr, $threads:expr, $kb:expr),
+     ($queries:expr, $qb:expr)) => {
         Variant {
-            forward: tile(concat!("attention_fwd_bf16_d", $d), $rows, 1, 128, $forward)
-                .or(concat!("attention_fwd_seen_bf16_d", $d), 0),
-            keys: tile(concat!("attention_bwd_dkv_bf16_d", $d), $keys, $slices, $threads, $kb)
-                .or(concat!("attention_bwd_dkv_seen_bf16_d", $d), seen_bytes($d)),
-            queries: tile(concat!("attention_bwd_dq_bf16_d", $d), $rows, 1, 128, $qb)
-                .or(concat!("attention_bwd_dq_seen_bf16_d", $d), 0),
+            forward: tile(concat!("attention_fwd_bf16_d", $name), $rows, 1, 128, $fb)
+                .or(concat!("attention_fwd_seen_bf16_d", $name), 0),
+            keys: tile(concat!("attention_bwd_dkv_bf16_d", $name), $keys, $slices, $threads, $kb)
+                .or(concat!("attention_bwd_dkv_seen_bf16_d", $name), seen_bytes($d)),
+            queries: tile(concat!("attention_bwd_dq_bf16_d", $name), $queries, 1, 128, $qb)
+                .or(concat!("attention_bwd_dq_seen_bf16_d", $name), 0),
         }
+    };
+    ($d:literal, $rows:expr, $forward:expr, $keys:tt, $qb:expr) => {
+        bf16_variant!($d, $d, ($rows, $forward), $keys, ($rows, $qb))
     };
 }
 
 impl Variant {
-    /// The kernels for a type and a width, if there are any.
-    fn of(dtype: DType, dim: usize) -> Option<Variant> {
+    /// The kernels for a type and the widths of keys and values, if there are any.
+    fn of(dtype: DType, (dim, value_dim): (usize, usize)) -> Option<Variant> {
         if dtype != DType::Bf16 {
-            return (dim <= 256).then(|| Variant::f32(dim));
+            return (dim.max(value_dim) <= 256).then(|| Variant::f32(dim, value_dim));
+        }
+        if dim != value_dim {
+            return Some(match (dim, value_dim) {
+                (96, 64) => {
+                    bf16_variant!(96, "96v64", (128, 48_128), (128, 1, 256, 65_024), (128, 64_512))
+                }
+                (192, 128) => {
+                    bf16_variant!(192, "192v128", (128, 93_184), (64, 1, 128, 84_480), (64, 83_968))
+                }
+                _ => return None,
+            });
         }
         Some(match dim {
             16 => bf16_variant!(16, 128, 12_288, (128, 1, 128, 25_600), 24_576),
@@ -90,6 +106,7 @@ impl Variant {
             return None;
         }
         Some(match heads.dim {
+            _ if heads.dim != heads.value_dim => return None,
             64 => Variant {
                 forward: tile("attention_fwd_wgmma_bf16_d64", 192, 1, 512, 90_240),
                 keys: tile("attention_bwd_dkv_wgmma_bf16_d64", 128, 1, 384, 83_584),
@@ -104,8 +121,9 @@ impl Variant {
         })
     }
 
-    fn f32(dim: usize) -> Variant {
-        let (forward, back) = (4 * (96 * (dim + 1) + 32 * 33), 4 * (128 * (dim + 1) + 64 * 33));
+    fn f32(dim: usize, value_dim: usize) -> Variant {
+        let (row, value_row) = (32 * (dim + 1), 32 * (value_dim + 1));
+        let (forward, back) = (4 * (2 * row + value_row + 32 * 33), 4 * (2 * row + 2 * value_row + 64 * 33));
         Variant {
             forward: tile("attention_fwd_f32", 32, 1, 256, forward),
             keys: tile("attention_bwd_dkv_f32", 32, 1, 256, back),
@@ -133,7 +151,7 @@ impl Sight {
         Sight {
             window: int(sees.window.unwrap_or(0)),
             starts: if sees.documents { d.at(l.input(first)) } else { 0 },
-            sinks: if sinks { d.at(l.input(first + usize::from(sees.documents))) } else { 0 },
+            sinks: if sinks { own_sinks(d, l, l.input(first + usize::from(sees.documents))) } else { 0 },
             maxima: if maxima { d.at(l.output(2)) } else { 0 },
         }
     }
@@ -143,6 +161,12 @@ impl Sight {
         let Sight { window, starts, sinks, maxima } = self;
         window == 0 && starts == 0 && sinks == 0 && maxima == 0
     }
+}
+
+/// The sinks of this rank's heads among those of all.
+fn own_sinks(d: &Cuda, l: &Launch<'_>, all: Operand) -> u64 {
+    let OpKind::Attention { heads, .. } = *l.kind() else { return d.at(all) };
+    d.at(all) + (own_heads(l, heads, all.len()) * all.dtype.bytes()) as u64
 }
 
 /// A map of the rows of whole sequences.
@@ -166,18 +190,18 @@ impl Tile {
 
 /// Whether there are kernels for heads of this width.
 pub(crate) fn can_run(dtype: DType, heads: Heads) -> Result<(), Lack> {
-    Variant::of(dtype, heads.dim).map(|_| ()).ok_or(Lack::HeadWidth)
+    Variant::of(dtype, (heads.dim, heads.value_dim)).map(|_| ()).ok_or(Lack::HeadWidth)
 }
 
-/// Heads, and what scores are multiplied by; the width too where the kernel is not made for one.
+/// Heads, and what scores are multiplied by; their widths too where the kernel is not made for one.
 fn shape(p: Params, l: &Launch<'_>, h: Heads) -> Params {
     let p = p.with(int(l.sequence())).with(int(h.q)).with(int(h.kv));
-    let p = if l.precision() == DType::Bf16 { p } else { p.with(int(h.dim)) };
+    let p = if l.precision() == DType::Bf16 { p } else { p.with(int(h.dim)).with(int(h.value_dim)) };
     p.with(h.scale())
 }
 
 fn variant_of(l: &Launch<'_>, h: Heads) -> Result<Variant> {
-    Variant::of(l.precision(), h.dim)
+    Variant::of(l.precision(), (h.dim, h.value_dim))
         .ok_or_else(|| spec::Error::failure(format!("no attention for heads of {} elements", h.dim)))
 }
 
@@ -219,7 +243,7 @@ pub(crate) fn backward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let (n, sequence) = (qkv.rows, l.sequence());
     let delta: Operand = l.workspace().part(0, n * heads.q);
     let params = Params::new().with(d.at(o)).with(d.at(dy)).with(d.at(delta));
-    let params = params.with(int(n)).with(int(sequence)).with(int(heads.q)).with(int(heads.dim));
+    let params = params.with(int(n)).with(int(sequence)).with(int(heads.q)).with(int(heads.value_dim));
     d.start(variant!(l, "attention_bwd_prep"), Geometry::line((n * heads.q).div_ceil(32), 256), params)?;
     if let Some(Variant { keys, queries, .. }) = Variant::wide(d, l, heads).filter(|_| sight.is_all()) {
         for (tile, per) in [(keys, heads.kv), (queries, heads.q)] {

@@ -17,11 +17,12 @@ pub(crate) struct Source {
 }
 
 /// What sources include, by name.
-const HEADERS: [(&str, &str); 11] = [
+const HEADERS: [(&str, &str); 12] = [
     ("device.h", include_str!("../kernels/device.h")),
     ("gpu.h", include_str!("../kernels/gpu.h")),
     ("hopper.h", include_str!("../kernels/hopper.h")),
     ("sight.h", include_str!("../kernels/sight.h")),
+    ("attention_rows.h", include_str!("../kernels/attention_rows.h")),
     ("leaves.h", include_str!("../kernels/leaves.h")),
     ("warpgroup.h", include_str!("../kernels/warpgroup.h")),
     ("tiles_wgmma.h", include_str!("../kernels/tiles_wgmma.h")),
@@ -38,7 +39,7 @@ macro_rules! source {
 }
 
 /// All kernels but those for Hopper alone.
-pub(crate) const SOURCES: [Source; 13] = [
+pub(crate) const SOURCES: [Source; 15] = [
     source!("rows"),
     source!("columns"),
     source!("sums"),
@@ -48,9 +49,11 @@ pub(crate) const SOURCES: [Source; 13] = [
     source!("glu"),
     source!("experts"),
     source!("grouped"),
+    source!("latent"),
     source!("attention"),
     source!("attention_grad"),
     source!("attention_f32"),
+    source!("contexts"),
     source!("gemm_f32"),
 ];
 

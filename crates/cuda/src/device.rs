@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use program::{Collective, Loss, Op, OpKind, Program, Ticket};
+use program::{Loss, Op, OpKind, Program, Ticket};
 use spec::{DType, Error, Result};
 use train::{Device, Lack, Launch, Mesh, Message, Operand, Stretch, Turn};
 
@@ -38,6 +38,10 @@ pub struct Cuda {
     pub(crate) tables: Tables,
     /// Between [`Device::replay`] and [`Device::recorded`].
     in_stretch: bool,
+    /// Whether the host computed in the stretch that runs, which nothing can record.
+    asked_host: bool,
+    /// The host's threads, once it has computed.
+    pub(crate) host: Option<kernels::Pool>,
     /// What [`update::flush`] puts on the stream.
     pub(crate) updates: Updates,
     /// Whether it has the instructions of sm_90a.
@@ -76,6 +80,8 @@ impl Cuda {
             numbers: Numbers::new()?,
             tables: Tables::default(),
             in_stretch: false,
+            asked_host: false,
+            host: None,
             updates: Updates::default(),
             hopper: card.capability.0 == 9,
             scalar: Memory::new(8)?,
@@ -110,6 +116,15 @@ impl Cuda {
     /// Whether calls of a stretch follow, which are the same in every step.
     pub(crate) fn is_in_stretch(&self) -> bool {
         self.in_stretch
+    }
+
+    /// The host computes in this stretch: it is run call by call from here on.
+    ///
+    /// # Errors
+    /// If it is being recorded, which no stretch is that the host computed in.
+    pub(crate) fn ask_host(&mut self) -> Result<()> {
+        self.asked_host = true;
+        if self.is_recording() { Err(Error::failure("the host computes in a recording")) } else { Ok(()) }
     }
 
     /// Streaming multiprocessors.
@@ -147,11 +162,7 @@ impl Device for Cuda {
     }
 
     fn can_run(&self, op: &Op, precision: DType) -> Result<(), Lack> {
-        match op.comm.as_ref().map(|c| c.what) {
-            Some(Collective::AllToAll | Collective::Ring) => Err(Lack::of(&op.kind)),
-            Some(_) if op.only_talks() => Ok(()),
-            _ => table::can_run(&op.kind, precision),
-        }
+        if op.only_talks() { Ok(()) } else { table::can_run(&op.kind, precision) }
     }
 
     fn loss(&self) -> Loss {
@@ -281,6 +292,7 @@ impl Device for Cuda {
             return ran.map(|()| true);
         }
         self.in_stretch = true;
+        self.asked_host = false;
         if !self.alone {
             return Ok(false);
         }
@@ -295,6 +307,9 @@ impl Device for Cuda {
     fn recorded(&mut self) -> Result<()> {
         update::flush(self)?;
         self.in_stretch = false;
+        if self.asked_host && self.alone {
+            self.warm.pop();
+        }
         let Some(stretch) = self.recording.take() else { return Ok(()) };
         let graph = self.stream.end_recording().map_err(|e| e.context(self.place()))?;
         self.stream.run(&graph).map_err(|e| e.context(self.place()))?;

@@ -1,6 +1,7 @@
 //! Mixtures of experts. How many rows each expert has is known on the card alone: products take their tiles from counts
 //! that lie there, so that the host waits for nothing and a step is recorded as that of any model.
 
+use kernels::Merge;
 use program::OpKind;
 use spec::{DType, Result};
 use train::{Gradient, Launch, Operand, router};
@@ -8,7 +9,7 @@ use train::{Gradient, Launch, Operand, router};
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
 use crate::row_products::ROWS;
-use crate::table::{Tree, by_row, int, not_mine, variant};
+use crate::table::{Parts, Tree, by_row, fold, int, not_mine, variant};
 
 /// Rows of a block that routes.
 const ROUTED: usize = 4;
@@ -138,37 +139,37 @@ pub(crate) fn permute(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     d.start(name, by_row(rows, x.cols), params.with(int(k)).with(int(x.cols)))
 }
 
-/// Floats of work space for where each expert's rows begin.
-pub(crate) fn starts_len(experts: usize) -> usize {
-    (2 * experts + 2).next_multiple_of(64)
+/// Floats of work space for where the rows of each unit begin, which are those of one expert from one rank.
+pub(crate) fn starts_len(units: usize) -> usize {
+    (2 * units + 2).next_multiple_of(64)
 }
 
-/// Puts where each expert's rows begin in front of the work space.
-fn starts(d: &mut Cuda, l: &Launch<'_>, counts: Operand, experts: usize) -> Result<Operand> {
-    let starts = l.workspace().part(0, 2 * experts + 2);
-    let params = Params::new().with(d.at(counts)).with(d.at(starts)).with(int(experts));
-    let params = params.with(int(counts.len() / experts)).with(int(ROWS));
+/// Puts where each unit's rows begin in front of the work space.
+fn starts(d: &mut Cuda, l: &Launch<'_>, counts: Operand) -> Result<Operand> {
+    let starts = l.workspace().part(0, 2 * counts.rows + 2);
+    let params = Params::new().with(d.at(counts)).with(d.at(starts)).with(int(counts.rows));
+    let params = params.with(int(counts.cols)).with(int(ROWS));
     d.start("group_starts", Geometry::line(1, 256), params)?;
     Ok(starts)
 }
 
 pub(crate) fn grouped_linear(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
-    let (x, w, y) = (l.input(0), l.input(1), l.output(0));
+    let (x, w, counts, y) = (l.input(0), l.input(1), l.input(2), l.output(0));
     let (name, experts) = match *l.kind() {
         OpKind::GroupedLinear { experts, .. } => (variant!(l, "grouped_nt"), experts),
         OpKind::GroupedLinearGradInput { experts, .. } => (variant!(l, "grouped_nn"), experts),
         _ => not_mine!(l),
     };
-    let starts = starts(d, l, l.input(2), experts)?;
+    let starts = starts(d, l, counts)?;
     let params = Params::new().with(d.at(x)).with(d.at(w));
     let params = match l.kind() {
         OpKind::GroupedLinear { .. } => params.with(if l.inputs() > 3 { d.at(l.input(3)) } else { 0 }),
         _ => params,
     };
-    let params =
-        params.with(d.at(y)).with(d.at(starts)).with(int(experts)).with(int(y.cols)).with(int(x.cols));
+    let params = params.with(d.at(y)).with(d.at(starts)).with(int(counts.rows)).with(int(experts));
+    let params = params.with(int(y.cols)).with(int(x.cols));
     // As many tiles as rows can come to, however they fall.
-    let tiles = (x.rows / ROWS + experts) * y.cols.div_ceil(ROWS);
+    let tiles = (x.rows / ROWS + counts.rows) * y.cols.div_ceil(ROWS);
     d.start(name, Geometry::line(tiles.min(2 * d.processors()), 256), params)
 }
 
@@ -179,39 +180,62 @@ fn grad_weight_blocks(experts: usize, out: usize, in_: usize) -> usize {
     (experts * out.div_ceil(ROWS) * in_.div_ceil(ROWS)).min(2 * PROCESSORS)
 }
 
-/// Floats of work space for the gradient of experts' matrices `[out, in_]`.
-pub(crate) fn grad_weight_workspace_len(experts: usize, out: usize, in_: usize, inner: &[u32]) -> usize {
-    starts_len(experts) + grad_weight_blocks(experts, out, in_) * Tree::of(inner).depth() * ROWS * ROWS
+/// Floats of work space for the gradient of experts' matrices `[out, in_]`, over so many units.
+pub(crate) fn grad_weight_workspace_len(
+    (units, experts): (usize, usize),
+    out: usize,
+    in_: usize,
+    inner: &[u32],
+) -> usize {
+    starts_len(units) + grad_weight_blocks(experts, out, in_) * Tree::of(inner).depth() * ROWS * ROWS
 }
 
 /// Gradients of experts' matrices and biases: of each expert its rows by leaf, leaves in the order of the tree.
 pub(crate) fn grad_weight(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let (dy, g) = (l.input(0), l.gradient(0));
     let (len, out) = (g.rows * g.cols, dy.cols);
-    let end = |p: Params, g: &Gradient<'_>| {
-        p.with(Tree::of(g.inner)).with(int(g.merge.merge)).with(int(g.merge.store))
+    // Whose rows come from one rank alone, or in no fixed order, has one counter.
+    let apart = if g.streams > 1 { g.levels.rows / (g.rows * g.streams) } else { 0 };
+    let end = |p: Params| {
+        let p = p.with(Tree::of(g.inner)).with(int(g.merge.merge)).with(int(g.merge.store));
+        p.with(int(apart))
     };
     match *l.kind() {
         OpKind::GroupedLinearGradWeight { experts, .. } => {
             let (x, counts) = (l.input(1), l.input(2));
-            let starts = starts(d, l, counts, experts)?;
-            let ws = l.workspace();
-            let held = ws.part(starts_len(experts), ws.len() - starts_len(experts));
+            let starts = starts(d, l, counts)?;
+            let (ws, used) = (l.workspace(), starts_len(counts.rows));
+            let held = ws.part(used, ws.len() - used);
             let params = Params::new().with(d.at(dy)).with(d.at(x)).with(d.at(counts)).with(d.at(starts));
-            let params = params.with(d.at(g.levels)).with(len as i64).with(d.at(held)).with(int(experts));
+            let params = params.with(d.at(g.levels)).with(len as i64).with(d.at(held));
+            let params = params.with(int(counts.rows)).with(int(experts));
             let params = params.with(int(counts.cols)).with(int(out)).with(int(x.cols));
             let geometry = Geometry::line(grad_weight_blocks(experts, out, x.cols), 256);
-            d.start(variant!(l, "grouped_tn"), geometry, end(params, &g))
+            d.start(variant!(l, "grouped_tn"), geometry, end(params))?;
         }
         OpKind::GroupedBiasGrad { experts } => {
             let counts = l.input(1);
-            let starts = starts(d, l, counts, experts)?;
+            let starts = starts(d, l, counts)?;
             let params = Params::new().with(d.at(dy)).with(d.at(counts)).with(d.at(starts));
-            let params = params.with(d.at(g.levels)).with(len as i64).with(int(experts));
+            let params =
+                params.with(d.at(g.levels)).with(len as i64).with(int(counts.rows)).with(int(experts));
             let params = params.with(int(counts.cols)).with(int(out));
             let geometry = Geometry { grid: [out.div_ceil(256), experts, 1], block: 256, shared_bytes: 0 };
-            d.start(variant!(l, "grouped_bias"), geometry, end(params, &g))
+            d.start(variant!(l, "grouped_bias"), geometry, end(params))?;
         }
         _ => not_mine!(l),
     }
+    match g.upper.filter(|_| apart > 0) {
+        Some(upper) => add_streams(d, &g, apart, upper),
+        None => Ok(()),
+    }
+}
+
+/// Adds up the roots of all ranks' counters, each in the last of its levels, into the last of all.
+fn add_streams(d: &mut Cuda, g: &Gradient<'_>, apart: usize, upper: &[u32]) -> Result<()> {
+    let len = g.rows * g.cols;
+    let roots = g.levels.part((apart - 1) * len, ((g.streams - 1) * apart + 1) * len);
+    let parts = Parts { stride: apart * len, parts: 1, part_stride: 0, len };
+    let merge = Merge { merge: 0, store: g.streams * apart - 1 };
+    fold(d, "fold_f32", roots, parts, &Gradient { inner: upper, merge, ..*g })
 }

@@ -1,6 +1,7 @@
 //! Messages of ranks that no library of the cards connects: over the host's memory and its own transport.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use comm::{ElementType, RawSlice};
 use program::Ticket;
@@ -16,6 +17,8 @@ pub(crate) struct HostMessages {
     copies: HashMap<(usize, usize), Vec<u64>>,
     /// What comes back to the card when a ticket ends.
     under_way: Vec<(Ticket, (usize, usize), u64)>,
+    /// Elements of rows that go to and come from each member, of the message that is said.
+    ranges: [Vec<Range<usize>>; 2],
 }
 
 impl HostMessages {
@@ -31,6 +34,15 @@ impl HostMessages {
         message: &Message<'_>,
         ticket: Option<Ticket>,
     ) -> Result<()> {
+        if let Some((counts, _)) = message.counted {
+            let mut ranges = std::mem::take(&mut self.ranges);
+            let [leave, arrive] = [read(stream, arena, counts[0])?, read(stream, arena, counts[1])?];
+            message.count([&leave, &arrive], &mut ranges)?;
+            let known = Message { parts: &ranges[0], arrive: &ranges[1], counted: None, ..*message };
+            self.say(stream, arena, mesh, &known, ticket)?;
+            self.ranges = ranges;
+            return Ok(());
+        }
         // Where only one end is named, what others give lands beside what this rank has there.
         let takes_in_place = message.to.is_none() || message.from.is_none();
         let from = message.from.map(|o| self.fetch(stream, arena, o, true)).transpose()?;
@@ -81,6 +93,13 @@ impl HostMessages {
         let copy: &[u8] = bytemuck::cast_slice(&self.copies[&key]);
         stream.upload(address, &copy[..key.1])
     }
+}
+
+/// How many rows go to whom is known on the card alone.
+fn read(stream: &Stream, arena: &Memory, of: Operand) -> Result<Vec<u32>> {
+    let mut counts = vec![0; of.len()];
+    stream.download(arena.base + of.offset as u64, bytemuck::cast_slice_mut(&mut counts))?;
+    Ok(counts)
 }
 
 fn sends_only(message: &Message<'_>) -> bool {

@@ -19,7 +19,11 @@ mod products;
 mod update;
 mod muon;
 mod experts;
+mod columns;
+mod latent;
 mod attention;
+mod contexts;
+mod rows;
 mod numbers;
 mod host_messages;
 

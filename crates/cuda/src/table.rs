@@ -5,9 +5,10 @@ use spec::{DType, NormKind, Result};
 use train::{Gradient, Lack, Launch, Operand};
 
 use crate::attention;
+use crate::columns::{self, parts};
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
-use crate::{experts, muon, products, row_products, update};
+use crate::{contexts, experts, latent, muon, products, row_products, rows, update};
 
 /// The two variants of a kernel, by the type of activations.
 macro_rules! variant {
@@ -36,7 +37,13 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
         EmbedGrad { .. } => embed_grad,
         PosGrad => pos_grad,
         Norm { .. } | NormGradInput { .. } => norm,
-        NormGradWeight { .. } | BiasGrad | HeadNormGradWeight { .. } | SinkGrad { .. } => column_sums,
+        NormGradWeight { .. } | BiasGrad | HeadNormGradWeight { .. } | SinkGrad { .. } => {
+            columns::column_sums
+        }
+        LatentNorm { .. } | LatentNormGradInput => latent::norm,
+        LatentNormGradWeight => columns::latent_weights,
+        LatentRope { .. } | LatentRopeGrad { .. } => latent::rope,
+        LatentCached { .. } => latent::decode,
         HeadNorm { .. } | HeadNormGradInput { .. } => head_norm,
         Linear | LinearGradInput => products::linear,
         LinearGradWeight => products::grad_weight,
@@ -44,6 +51,10 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
         Attention { .. } => attention::forward,
         AttentionGrad { .. } => attention::backward,
         AttentionCached { .. } => attention::decode,
+        RingAttention { .. } => contexts::forward,
+        RingAttentionGrad { .. } => contexts::backward,
+        SplitHeads { .. } | JoinHeads { .. } => contexts::deal_heads,
+        Rows { .. } | RowsGrad { .. } => rows::on_host,
         SwiGlu { .. } | SwiGluGrad { .. } | Gelu { .. } | GeluGrad { .. } | Add => elementwise,
         Dropout { .. } => dropout,
         SoftCap { .. }
@@ -73,12 +84,15 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
 /// Whether there is a kernel.
 pub(crate) fn can_run(kind: &OpKind, precision: DType) -> Result<(), Lack> {
     kernel(kind)?;
+    if kind.sees().is_some_and(|sees| sees.dropout.is_some()) {
+        return Err(Lack::AttentionDropout);
+    }
     match kind {
-        OpKind::Attention { sees, .. } | OpKind::AttentionGrad { sees, .. } if sees.dropout.is_some() => {
-            Err(Lack::AttentionDropout)
-        }
         OpKind::Attention { heads, .. } | OpKind::AttentionGrad { heads, .. } => {
             attention::can_run(precision, *heads)
+        }
+        OpKind::RingAttention { heads, .. } | OpKind::RingAttentionGrad { heads, .. } => {
+            contexts::can_run(precision, *heads)
         }
         _ => Ok(()),
     }
@@ -121,18 +135,28 @@ pub fn workspace_len(op: &Op, p: &Program, hopper: bool) -> usize {
             let cols = cols(op.ins[0]);
             op.grads.len() * parts(&op.kind, rows(0), leaves(), cols).0 * cols
         }
-        SinkGrad { heads } => parts(&op.kind, rows(0), leaves(), heads.q).0 * heads.q,
+        SinkGrad { .. } => {
+            let heads = op.ins[3].rows * cols(op.ins[3]);
+            parts(&op.kind, rows(0), leaves(), heads).0 * heads
+        }
         HeadNormGradWeight { heads } => 2 * parts(&op.kind, rows(0), leaves(), heads.dim).0 * heads.dim,
+        LatentNormGradWeight => {
+            let len = |i: usize| {
+                let cols = cols(op.ins[i]);
+                parts(&op.kind, rows(0), leaves(), cols).0 * cols
+            };
+            (0..op.grads.len()).map(len).max().unwrap_or(0)
+        }
+        LatentCached { heads, .. } => heads.q * p.mode.positions(),
         EmbedGrad { .. } => rows(0) * cols(op.ins[1]) + group(op.grads[0].group).rows,
-        AttentionGrad { heads, .. } => rows(0) * heads.q,
+        AttentionGrad { heads, .. } | RingAttentionGrad { heads, .. } => rows(0) * heads.q,
         Route { router, .. } => experts::route_workspace_len(rows(0), cols(op.ins[0]), router),
         RouteGrad { router, .. } => experts::route_workspace_len(rows(1), cols(op.ins[1]), router),
-        GroupedLinear { experts, .. }
-        | GroupedLinearGradInput { experts, .. }
-        | GroupedBiasGrad { experts } => experts::starts_len(*experts),
+        GroupedLinear { .. } | GroupedLinearGradInput { .. } => experts::starts_len(rows(2)),
+        GroupedBiasGrad { .. } => experts::starts_len(rows(1)),
         GroupedLinearGradWeight { experts, .. } => {
             let (out, in_) = (cols(op.ins[0]), cols(op.ins[1]));
-            experts::grad_weight_workspace_len(*experts, out, in_, &op.grads[0].inner)
+            experts::grad_weight_workspace_len((rows(2), *experts), out, in_, &op.grads[0].inner)
         }
         Orthogonalise { matrices, shares } => muon::workspace_len(matrices, *shares, cols(op.outs[0])),
         _ => 0,
@@ -200,6 +224,8 @@ fn embed(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
         .with(int(vocab0))
         .with(int(table.rows))
         .with(int(l.sequence()))
+        .with(int(l.places()[0]))
+        .with(int(l.places()[1]))
         .with(int(out.cols));
     d.start(variant!(l, "embed"), by_row(ids.len(), out.cols), params)
 }
@@ -241,21 +267,33 @@ fn embed_grad(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
 
 fn pos_grad(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let (dy, g) = (l.input(0), l.gradient(0));
+    if l.ring().1 > 1 {
+        let params = Params::new().with(d.at(dy)).with(d.at(g.levels)).with(int(g.rows)).with(int(g.cols));
+        let params = params.with(int(l.sequence())).with(int(l.places()[0])).with(int(l.places()[1]));
+        let params = params.with(Tree::of(g.inner)).with(int(g.merge.merge)).with(int(g.merge.store));
+        return d.start(variant!(l, "pos_dw"), by_element(g.rows * g.cols), params);
+    }
     let len = l.sequence() * g.cols;
     let parts = Parts { stride: len, parts: 1, part_stride: 0, len };
     fold(d, variant!(l, "fold"), dy, parts, &g)
 }
 
 /// Where the leaves of a gradient lie: each is the sum of `parts` runs of `len` elements.
-struct Parts {
-    stride: usize,
-    parts: usize,
-    part_stride: usize,
-    len: usize,
+pub(crate) struct Parts {
+    pub(crate) stride: usize,
+    pub(crate) parts: usize,
+    pub(crate) part_stride: usize,
+    pub(crate) len: usize,
 }
 
 /// Folds leaves in the order of the tree, and the root into the gradient's levels.
-fn fold(d: &mut Cuda, name: &'static str, from: Operand, p: Parts, g: &Gradient<'_>) -> Result<()> {
+pub(crate) fn fold(
+    d: &mut Cuda,
+    name: &'static str,
+    from: Operand,
+    p: Parts,
+    g: &Gradient<'_>,
+) -> Result<()> {
     let level_len = g.rows * g.cols;
     let params = Params::new()
         .with(d.at(from))
@@ -333,111 +371,6 @@ fn head_norm(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
         _ => not_mine!(l),
     };
     d.start(name, by_row(l.input(0).rows, (heads.q + heads.kv) * heads.dim), params)
-}
-
-/// Columns of a block of column sums, and of one that folds them.
-const COLUMNS: usize = 64;
-const FOLDED_COLUMNS: usize = 32;
-
-/// Leaves whose sums a block of `fold_columns` can hold.
-const FOLDED_LEAVES: usize = 64;
-
-/// Blocks that keep a card busy.
-const ENOUGH_BLOCKS: usize = 256;
-
-/// Rows that make one part of a leaf's column sums: at most 128, and fewer where one leaf has few blocks. It must follow
-/// from the leaf's shape alone, because the order of sums does.
-fn chunk(leaf_rows: usize, cols: usize, least: usize) -> usize {
-    let blocks = |chunk: usize| cols.div_ceil(COLUMNS) * leaf_rows.div_ceil(chunk);
-    let mut chunk = 128;
-    while chunk > least && blocks(chunk) < ENOUGH_BLOCKS {
-        chunk /= 2;
-    }
-    chunk
-}
-
-/// The least rows of a part: below it a block has too little to do. A row of heads is many rows.
-fn least_chunk(kind: &OpKind) -> usize {
-    if matches!(kind, OpKind::HeadNormGradWeight { .. }) { 8 } else { 64 }
-}
-
-/// Parts of all leaves among `n` rows, and the rows of one: parts never cross leaves.
-fn parts(kind: &OpKind, n: usize, leaves: usize, cols: usize) -> (usize, usize) {
-    let chunk = chunk(n / leaves, cols, least_chunk(kind));
-    (leaves * (n / leaves).div_ceil(chunk), chunk)
-}
-
-/// Gradients that are sums over rows: of norms' weights and of biases.
-fn column_sums(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
-    let dy = l.input(0);
-    let n = dy.rows;
-    let at = |d: &Cuda, i: usize| d.at(l.input(i));
-    let g = l.gradient(0);
-    let leaves = Tree::of(g.inner).leaves();
-    let dim = match *l.kind() {
-        OpKind::HeadNormGradWeight { heads } => heads.dim,
-        OpKind::SinkGrad { heads } => heads.q,
-        _ => dy.cols,
-    };
-    let ((count, chunk), leaf_rows) = (parts(l.kind(), n, leaves, dim), n / leaves);
-    let part = |i: usize, dim: usize| l.workspace().part(i * count * dim, count * dim);
-    let (name, outs, params) = match *l.kind() {
-        OpKind::BiasGrad => {
-            let params = Params::new().with(at(d, 0)).with(d.at(part(0, dim)));
-            (variant!(l, "bias_dw"), 1, params.with(int(dim)))
-        }
-        OpKind::NormGradWeight { norm: NormKind::Rms } => {
-            let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(at(d, 2));
-            (variant!(l, "rms_norm_dw"), 1, params.with(d.at(part(0, dim))).with(int(dim)))
-        }
-        OpKind::NormGradWeight { norm: NormKind::Layer } => {
-            let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(at(d, 2));
-            let params = params.with(d.at(part(0, dim))).with(d.at(part(1, dim)));
-            (variant!(l, "layer_norm_dw"), 2, params.with(int(n)).with(int(dim)))
-        }
-        OpKind::HeadNormGradWeight { heads: h } => {
-            let params = Params::new().with(at(d, 0)).with(at(d, 1)).with(at(d, 2));
-            let params = params.with(d.at(part(0, dim))).with(d.at(part(1, dim)));
-            (variant!(l, "qk_norm_dw"), 2, params.with(int(h.q)).with(int(h.kv)).with(int(dim)))
-        }
-        OpKind::SinkGrad { heads } => {
-            let params = (0..4).fold(Params::new(), |p, i| p.with(at(d, i))).with(d.at(part(0, dim)));
-            let params = params.with(int(l.sequence())).with(int(heads.q)).with(int(dy.cols / heads.q));
-            (variant!(l, "sink_dw"), 1, params)
-        }
-        _ => not_mine!(l),
-    };
-    let params = params.with(int(chunk)).with(int(leaf_rows));
-    let across = if matches!(l.kind(), OpKind::SinkGrad { .. }) { dim } else { dim.div_ceil(COLUMNS) };
-    let grid = [across, count, 1];
-    d.start(name, Geometry { grid, block: 256, shared_bytes: 0 }, params)?;
-    fold_columns(d, l, outs, count / leaves, dim)
-}
-
-/// Folds column sums in the work space, of one gradient or of two, one after the other.
-fn fold_columns(d: &mut Cuda, l: &Launch<'_>, outs: usize, per_leaf: usize, dim: usize) -> Result<()> {
-    let (a, b) = (l.gradient(0), l.gradient(outs - 1));
-    let tree = Tree::of(a.inner);
-    let len = tree.leaves() * per_leaf * dim;
-    if tree.leaves() > FOLDED_LEAVES {
-        let leaf = || Parts { stride: per_leaf * dim, parts: per_leaf, part_stride: dim, len: dim };
-        return (0..outs)
-            .try_for_each(|i| fold(d, "fold_f32", l.workspace().part(i * len, len), leaf(), &l.gradient(i)));
-    }
-    assert!(a.inner == b.inner && [a, b].iter().all(|g| g.rows * g.cols == dim), "gradients of one shape");
-    let params = Params::new()
-        .with(d.at(l.workspace().part(0, outs * len)))
-        .with(int(per_leaf))
-        .with(int(dim))
-        .with(d.at(a.levels))
-        .with(d.at(b.levels))
-        .with(tree)
-        .with(int(a.merge.merge))
-        .with(int(a.merge.store))
-        .with(int(b.merge.merge))
-        .with(int(b.merge.store));
-    let grid = [dim.div_ceil(FOLDED_COLUMNS), outs, 1];
-    d.start("fold_columns", Geometry { grid, block: 256, shared_bytes: 0 }, params)
 }
 
 fn rope(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {

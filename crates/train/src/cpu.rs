@@ -155,18 +155,8 @@ impl Device for Cpu {
     fn say(&mut self, mesh: &mut Mesh, message: &Message<'_>, ticket: Option<Ticket>) -> Result<()> {
         let (from, to) = (message.from.map(|o| self.span(o)), message.to.map(|o| self.span(o)));
         let mut ranges = std::mem::take(&mut self.ranges);
-        if let Some((counts, row)) = message.counted {
-            for ((ranges, counts), room) in ranges.iter_mut().zip(counts).zip([message.from, message.to]) {
-                counted(self.arena.read::<u32>(counts), (message.parts.len(), row), ranges);
-                let (all, room) = (ranges.last().map_or(0, |r| r.end), room.map_or(0, |o| o.len()));
-                if all > room {
-                    return Err(Error::failure(format!(
-                        "{} rows for experts with room for {}",
-                        all / row.max(1),
-                        room / row.max(1)
-                    )));
-                }
-            }
+        if let Some((counts, _)) = message.counted {
+            message.count(counts.map(|c| self.arena.read::<u32>(c)), &mut ranges)?;
         }
         let with_ranges = Message { parts: &ranges[0], arrive: &ranges[1], ..*message };
         let message = if message.counted.is_some() { &with_ranges } else { message };
@@ -184,17 +174,6 @@ impl Device for Cpu {
     fn synchronise(&mut self) -> Result<()> {
         Ok(())
     }
-}
-
-/// The elements of each member's rows, which lie one after another as the counts by (member, expert) say.
-fn counted(counts: &[u32], (members, row): (usize, usize), ranges: &mut Vec<Range<usize>>) {
-    ranges.clear();
-    let mut at = 0;
-    ranges.extend(counts.chunks(counts.len() / members).map(|of_member| {
-        let first = at;
-        at += of_member.iter().map(|c| *c as usize).sum::<usize>() * row;
-        first..at
-    }));
 }
 
 /// Refuses a step that this machine can never hold: the system would hand the memory out and then kill the process.

@@ -247,10 +247,10 @@ impl Lack {
     /// Which part of a model or layout an op belongs to that a device has no kernel for.
     pub fn of(kind: &OpKind) -> Lack {
         use OpKind::*;
+        if kind.sees().is_some_and(|sees| sees.dropout.is_some()) {
+            return Lack::AttentionDropout;
+        }
         match kind {
-            Attention { sees, .. } | AttentionGrad { sees, .. } if sees.dropout.is_some() => {
-                Lack::AttentionDropout
-            }
             Route { .. }
             | RouteGrad { .. }
             | Permute { .. }

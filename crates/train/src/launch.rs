@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use kernels::{AdamW, Merge};
 use program::{BufferId, Collective, Home, Members, OpId, OpKind, Program, Slice, View, When};
-use spec::DType;
+use spec::{DType, Error, Result};
 
 /// Elements in the arena, row by row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -269,6 +269,32 @@ pub struct Message<'a> {
     pub counted: Option<([Operand; 2], usize)>,
     /// Bytes that this rank gives to others.
     pub sent_bytes: u64,
+}
+
+impl Message<'_> {
+    /// Of rows that are counted: the elements of each member's, which lie one after another as the counts of what leaves
+    /// and arrives say.
+    ///
+    /// # Errors
+    /// If there are more than there is room for.
+    pub fn count(&self, counts: [&[u32]; 2], ranges: &mut [Vec<Range<usize>>; 2]) -> Result<()> {
+        let (members, row) = (self.parts.len(), self.counted.map_or(0, |(_, row)| row));
+        for ((ranges, counts), room) in ranges.iter_mut().zip(counts).zip([self.from, self.to]) {
+            let mut at = 0;
+            ranges.clear();
+            ranges.extend(counts.chunks(counts.len() / members).map(|of_member| {
+                let first = at;
+                at += of_member.iter().map(|c| *c as usize).sum::<usize>() * row;
+                first..at
+            }));
+            let room = room.map_or(0, |o| o.len());
+            if at > room {
+                let (rows, room) = (at / row.max(1), room / row.max(1));
+                return Err(Error::failure(format!("{rows} rows for experts with room for {room}")));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// An operand for every micro-batch: at `base`, plus a slot among `slots`, plus a stretch of a whole step's buffer.

@@ -50,7 +50,7 @@ pub use exec::{Executor, StepInputs, StepOutputs};
 pub use generate::{Ended, Sampling};
 pub use generator::{Generator, check_averaged};
 pub use host::{host, memory_bytes, now_us, processor};
-pub use launch::{Gradient, Launch, Message, Operand, Turn};
+pub use launch::{Gradient, Launch, Message, Operand, Part, Turn};
 pub use ledger::{Audit, Tokens};
 pub use lock::DirLock;
 pub use mesh::Mesh;

@@ -4,7 +4,7 @@
 #include "attention_reference.h"
 
 struct Kernels {
-  int dim;
+  int dim, value_dim;
   void (*forward)(const bf16*, bf16*, float*, int, int, int, float);
   void (*grad_keys)(const bf16*, const bf16*, const float*, const float*, bf16*, int, int, int, float);
   void (*grad_queries)(const bf16*, const bf16*, const float*, const float*, bf16*, int, int, int, float);
@@ -15,15 +15,24 @@ struct Kernels {
   int keys, slices, keys_threads, keys_bytes, keys_seen_bytes;
   int queries, queries_threads, queries_bytes;
 };
-#define KERNELS(D)                                                                                                   \
-  Kernels {                                                                                                          \
-    D, attention_fwd_bf16_d##D, attention_bwd_dkv_bf16_d##D, attention_bwd_dq_bf16_d##D,                               \
-        attention_fwd_seen_bf16_d##D, attention_bwd_dkv_seen_bf16_d##D, attention_bwd_dq_seen_bf16_d##D, Forward<D>::ROWS, \
-        Forward<D>::THREADS, Forward<D>::BYTES, GradKeys<D>::KEYS, GradKeys<D>::SLICES, GradKeys<D>::THREADS,        \
-        GradKeys<D>::BYTES, GradKeys<D>::SEEN_BYTES, GradQueries<D>::ROWS, GradQueries<D>::THREADS, GradQueries<D>::BYTES                     \
+#define KERNELS(NAME, D, V)                                                                                     \
+  Kernels {                                                                                                    \
+    D, V, attention_fwd_bf16_##NAME, attention_bwd_dkv_bf16_##NAME, attention_bwd_dq_bf16_##NAME,              \
+        attention_fwd_seen_bf16_##NAME, attention_bwd_dkv_seen_bf16_##NAME, attention_bwd_dq_seen_bf16_##NAME, \
+        Forward<D, V>::ROWS, Forward<D, V>::THREADS, Forward<D, V>::BYTES, GradKeys<D, V>::KEYS,               \
+        GradKeys<D, V>::SLICES, GradKeys<D, V>::THREADS, GradKeys<D, V>::BYTES, GradKeys<D, V>::SEEN_BYTES,    \
+        GradQueries<D, V>::ROWS, GradQueries<D, V>::THREADS, GradQueries<D, V>::BYTES                          \
   }
-static const Kernels ALL[] = {KERNELS(16), KERNELS(32), KERNELS(64), KERNELS(80),
-                              KERNELS(96), KERNELS(128), KERNELS(256)};
+static const Kernels ALL[] = {KERNELS(d16, 16, 16),    KERNELS(d32, 32, 32),       KERNELS(d64, 64, 64),
+                              KERNELS(d80, 80, 80),    KERNELS(d96, 96, 96),       KERNELS(d128, 128, 128),
+                              KERNELS(d256, 256, 256), KERNELS(d96v64, 96, 64), KERNELS(d192v128, 192, 128)};
+
+// Shapes of a kernel's heads.
+static AttentionShape shape_of(const Kernels& k, int sequences, int sequence, int heads, int kv_heads) {
+  AttentionShape s{sequences, sequence, heads, kv_heads, k.dim};
+  s.value_dim = k.value_dim;
+  return s;
+}
 
 static unsigned blocks_of(int n, int size) { return unsigned((n + size - 1) / size); }
 
@@ -47,7 +56,7 @@ struct Bounds {
 static void forward(const Kernels& k, const AttentionShape& s, int from, int sequences, const AttentionTensors& t) {
   size_t token = size_t(from) * s.sequence;
   const bf16* qkv = t.qkv + token * s.width();
-  bf16* o = t.o + token * s.heads * s.dim;
+  bf16* o = t.o + token * s.heads * s.values();
   float* lse = t.lse + token * s.heads;
   auto kernel = k.forward;
   dim3 grid(blocks_of(s.sequence, k.rows), unsigned(s.heads), unsigned(sequences));
@@ -66,12 +75,12 @@ static void forward(const Kernels& k, const AttentionShape& s, int from, int seq
 static void backward(const Kernels& k, const AttentionShape& s, int from, int sequences, const AttentionTensors& t) {
   size_t token = size_t(from) * s.sequence;
   const bf16* qkv = t.qkv + token * s.width();
-  const bf16 *o = t.o + token * s.heads * s.dim, *d_o = t.d_o + token * s.heads * s.dim;
+  const bf16 *o = t.o + token * s.heads * s.values(), *d_o = t.d_o + token * s.heads * s.values();
   bf16* dqkv = t.dqkv + token * s.width();
   float *lse = t.lse + token * s.heads, *delta = t.delta + token * s.heads;
   int tokens = sequences * s.sequence;
   LAUNCH(attention_bwd_prep_bf16, dim3(blocks_of(tokens * s.heads, 32)), dim3(256), size_t(0), o, d_o, delta, tokens,
-         s.sequence, s.heads, s.dim);
+         s.sequence, s.heads, s.values());
   auto keys = k.grad_keys;
   dim3 grid(blocks_of(s.sequence, k.keys) * unsigned(k.slices), unsigned(s.kv_heads), unsigned(sequences));
   dim3 rows(blocks_of(s.sequence, k.queries), unsigned(s.heads), unsigned(sequences));
@@ -94,7 +103,7 @@ static void backward(const Kernels& k, const AttentionShape& s, int from, int se
 }
 
 static void test(const Kernels& k, int sequences, int sequence, int heads, int kv_heads, uint64_t seed) {
-  AttentionShape s{sequences, sequence, heads, kv_heads, k.dim};
+  AttentionShape s = shape_of(k, sequences, sequence, heads, kv_heads);
   test_attention(
       "attention", s, seed, [&](const auto&... a) { forward(k, a...); }, [&](const auto&... a) { backward(k, a...); });
 }
@@ -105,7 +114,7 @@ static void test_bounded(const Kernels& k, int sequences, int sequence, int head
   auto starts = some_documents(random, sequences, sequence);
   std::vector<double> sinks;
   for (int h = 0; h < heads; ++h) sinks.push_back(host_bf2f(host_f2bf(float(2 * random.unit() + 1))));
-  AttentionShape plain{sequences, sequence, heads, kv_heads, k.dim};
+  AttentionShape plain = shape_of(k, sequences, sequence, heads, kv_heads);
   for (int how = 0; how < 5; ++how) {
     AttentionShape s = plain;
     if (how == 0 || how == 3) s.window = how == 0 ? 5 : far;
@@ -148,8 +157,8 @@ template <class T> static void test_decode(int length, int heads, int kv_heads, 
   }
   std::string name = "decode " + std::string(sizeof(T) == 2 ? "bf16" : "f32") + " d" + std::to_string(dim) + " ";
   check(name + "o", out.read(), expected.o, tolerance<T>());
-  check_same(name + "keys", keys.read(), heads_of(s, qkv, heads, kv_heads));
-  check_same(name + "values", values.read(), heads_of(s, qkv, heads + kv_heads, kv_heads));
+  check_same(name + "keys", keys.read(), heads_of(s, qkv, 1));
+  check_same(name + "values", values.read(), heads_of(s, qkv, 2));
 }
 
 #ifdef PHALANX_ON_DEVICE
@@ -158,7 +167,7 @@ template <class T> static void test_decode(int length, int heads, int kv_heads, 
 static void bench(int dim, int sequences, int sequence, int heads, int kv_heads) {
   const Kernels* k = ALL;
   while (k->dim != dim) ++k;
-  AttentionShape s{sequences, sequence, heads, kv_heads, dim};
+  AttentionShape s = shape_of(*k, sequences, sequence, heads, kv_heads);
   Random random(1);
   AttentionTensors t(s, random_values<bf16>(random, s.qkv_len()), random_values<bf16>(random, s.o_len()));
   std::string name = bench_name(s);
@@ -184,15 +193,15 @@ int main(int argc, char** argv) {
 #endif
   if (argc > 1 && std::string(argv[1]) == "--shapes") {
     for (const auto& k : ALL) {
-      std::printf("d%d: forward %d rows, %d threads, %d bytes; dkv %d keys, %d slices, %d threads, %d bytes; dq %d rows, "
+      std::printf("d%d, %d: forward %d rows, %d threads, %d bytes; dkv %d keys, %d slices, %d threads, %d bytes; dq %d rows, "
                   "%d threads, %d bytes\n",
-                  k.dim, k.rows, k.threads, k.bytes, k.keys, k.slices, k.keys_threads, k.keys_bytes, k.queries,
+                  k.dim, k.value_dim, k.rows, k.threads, k.bytes, k.keys, k.slices, k.keys_threads, k.keys_bytes, k.queries,
                   k.queries_threads, k.queries_bytes);
     }
     return 0;
   }
   for (const auto& k : ALL) {
-    bool often = k.dim == 16 || k.dim == 64 || k.dim == 128;
+    bool often = k.dim == 16 || k.dim == 64 || k.dim == 128 || k.dim == 192;
     for (int sequence : {1, 17, 64, 100, 160}) {
       if (!ON_DEVICE && !often && sequence != 100) continue;
       test(k, 2, sequence, 2, 1, 1);
@@ -204,7 +213,7 @@ int main(int argc, char** argv) {
   }
   for_seeds(3, [](uint64_t seed) { test(ALL[0], 2, 160, 4, 2, 10 + seed); });
   for (const auto& k : ALL) {
-    test_bounded(k, 2, 150, 2, 1, k.dim == 256 ? 40 : 70, 1);
+    test_bounded(k, 2, 150, 2, 1, k.dim > 128 ? 40 : 70, 1);
     if (k.dim == 16) test_bounded(k, 1, 300, 4, 2, 130, 2), test_bounded(k, 1, 1, 2, 1, 3, 3);
   }
   if (ON_DEVICE) test_bounded(ALL[5], 2, 2000, 4, 2, 512, 1);

@@ -12,31 +12,32 @@ struct Tensors {
 
 static void run(const AttentionShape& s, int from, int sequences, const Tensors& t) {
   size_t token = size_t(from) * s.sequence;
-  const float *qkv = t.qkv + token * s.width(), *d_o = t.d_o + token * s.heads * s.dim;
-  float *o = t.o + token * s.heads * s.dim, *dqkv = t.dqkv + token * s.width();
+  const float *qkv = t.qkv + token * s.width(), *d_o = t.d_o + token * s.heads * s.values();
+  float *o = t.o + token * s.heads * s.values(), *dqkv = t.dqkv + token * s.width();
   float *lse = t.lse + token * s.heads, *delta = t.delta + token * s.heads;
   Sight sight{s.window, s.starts.empty() ? nullptr : t.starts + token, s.sinks.empty() ? nullptr : t.sinks.ptr(),
               t.maxima + token * s.heads};
   unsigned blocks = unsigned(s.sequence + 31) / 32;
-  size_t row = 32 * size_t(s.dim + 1);
+  size_t row = 32 * size_t(s.dim + 1), value_row = 32 * size_t(s.values() + 1);
   dim3 queries(blocks, unsigned(s.heads), unsigned(sequences)), keys(blocks, unsigned(s.kv_heads), unsigned(sequences));
-  LAUNCH(attention_fwd_f32, queries, dim3(256), 4 * (3 * row + 32 * 33), qkv, o, lse, s.sequence, s.heads, s.kv_heads,
-         s.dim, s.scale(), sight);
+  LAUNCH(attention_fwd_f32, queries, dim3(256), 4 * (2 * row + value_row + 32 * 33), qkv, o, lse, s.sequence, s.heads, s.kv_heads,
+         s.dim, s.values(), s.scale(), sight);
   int tokens = sequences * s.sequence;
   LAUNCH(attention_bwd_prep_f32, dim3(unsigned(tokens * s.heads + 31) / 32), dim3(256), size_t(0), o, d_o, delta, tokens,
-         s.sequence, s.heads, s.dim);
-  size_t bytes = 4 * (4 * row + 64 * 33);
+         s.sequence, s.heads, s.values());
+  size_t bytes = 4 * (2 * row + 2 * value_row + 64 * 33);
   LAUNCH(attention_bwd_dkv_f32, keys, dim3(256), bytes, qkv, d_o, lse, delta, dqkv, s.sequence, s.heads, s.kv_heads,
-         s.dim, s.scale(), sight);
+         s.dim, s.values(), s.scale(), sight);
   LAUNCH(attention_bwd_dq_f32, queries, dim3(256), bytes, qkv, d_o, lse, delta, dqkv, s.sequence, s.heads, s.kv_heads,
-         s.dim, s.scale(), sight);
+         s.dim, s.values(), s.scale(), sight);
 }
 
 static void test(int dim, int sequences, int sequence, int heads, int kv_heads, uint64_t seed, int window = 0,
-                 bool documents = false, bool sinks = false) {
+                 bool documents = false, bool sinks = false, int value_dim = 0) {
   AttentionShape s{sequences, sequence, heads, kv_heads, dim};
   Random bounds(seed);
   s.window = window;
+  s.value_dim = value_dim;
   if (documents) s.starts = some_documents(bounds, sequences, sequence);
   for (int h = 0; sinks && h < heads; ++h) s.sinks.push_back(float(2 * bounds.unit() + 1));
   Random random(seed * 1000 + sequence);
@@ -45,17 +46,17 @@ static void test(int dim, int sequences, int sequence, int heads, int kv_heads, 
   Tensors t(s, qkv, d_o), alone(s, qkv, d_o);
   run(s, 0, sequences, t);
   for (int i = 0; i < sequences; ++i) run(s, i, 1, alone);
-  std::string name = "attention f32 d" + std::to_string(dim) + " " + std::to_string(sequences) + " x " +
+  std::string name = "attention f32 d" + std::to_string(dim) + "/" + std::to_string(s.values()) + " " +
+                     std::to_string(sequences) + " x " +
                      std::to_string(sequence) + " heads " + std::to_string(heads) + "/" + std::to_string(kv_heads) + " ";
   auto dqkv = t.dqkv.read();
   check(name + "o", t.o.read(), expected.o, 2e-6);
   check(name + "lse", t.lse.read(), expected.lse, 1e-6);
   check(name + "maxima", t.maxima.read(), expected.maxima, 1e-6);
   const char* names[] = {"dq", "dk", "dv"};
-  const int first[] = {0, heads, heads + kv_heads}, count[] = {heads, kv_heads, kv_heads};
   for (int i = 0; i < 3; ++i) {
     if (sequence == 1 && i < 2) continue;  // 0 but for rounding
-    check(name + names[i], heads_of(s, dqkv, first[i], count[i]), heads_of(s, expected.dqkv, first[i], count[i]), 2e-6);
+    check(name + names[i], heads_of(s, dqkv, i), heads_of(s, expected.dqkv, i), 2e-6);
   }
   check_same(name + "o, sequences one by one", alone.o.read(), t.o.read());
   check_same(name + "lse, sequences one by one", alone.lse.read(), t.lse.read());
@@ -74,6 +75,8 @@ int main() {
     test(dim, 1, 100, 2, 1, 3, 0, false, true);
     test(dim, 2, 130, 2, 1, 4, 40, true, true);
   }
+  test(12, 2, 50, 2, 2, 5, 0, false, false, 6);
+  test(192, 1, 70, 2, 1, 6, 40, true, true, 128);
   if (ON_DEVICE) test(64, 2, 1500, 4, 2, 1);
   return finish();
 }

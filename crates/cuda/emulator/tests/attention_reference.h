@@ -12,9 +12,9 @@ struct AttentionShape {
   int sequences, sequence, heads, kv_heads, dim;
   int group() const { return heads / kv_heads; }
   size_t tokens() const { return size_t(sequences) * sequence; }
-  size_t width() const { return size_t(heads + 2 * kv_heads) * dim; }
+  size_t width() const { return size_t(heads + kv_heads) * dim + size_t(kv_heads) * values(); }
   size_t qkv_len() const { return tokens() * width(); }
-  size_t o_len() const { return tokens() * heads * dim; }
+  size_t o_len() const { return tokens() * heads * values(); }
   size_t lse_len() const { return tokens() * heads; }
   float scale() const { return 1.0f / std::sqrt(float(dim)); }
   // What bounds the keys that are seen, and a score for each head that softmaxes sum as well, if any.
@@ -25,6 +25,8 @@ struct AttentionShape {
     int key = window > 0 ? std::max(t + 1 - window, 0) : 0;
     return starts.empty() ? key : std::max(key, int(starts[size_t(seq) * sequence + t]));
   }
+  int value_dim = 0;  // of values and outputs, where it is another than that of queries and keys
+  int values() const { return value_dim > 0 ? value_dim : dim; }
   bool bounded() const { return window > 0 || !starts.empty() || !sinks.empty(); }
 };
 
@@ -62,14 +64,15 @@ inline AttentionReference attention_reference(const AttentionShape& s, const std
   r.maxima.assign(s.lse_len(), 0.0);
   r.dsinks.assign(s.heads, 0.0);
   std::vector<double> delta(s.lse_len());
-  int d = s.dim, n = s.sequence;
+  int d = s.dim, e = s.values(), n = s.sequence;
   double scale = s.scale();
-  auto row = [&](int seq, int t, int head) { return ((size_t(seq) * n + t) * (s.heads + 2 * s.kv_heads) + head) * d; };
-  auto out = [&](int seq, int t, int head) { return ((size_t(seq) * n + t) * s.heads + head) * d; };
+  auto row = [&](int seq, int t, int head) { return (size_t(seq) * n + t) * s.width() + size_t(head) * d; };
+  auto value = [&](int seq, int t, int head) { return row(seq, t, s.heads + s.kv_heads) + size_t(head) * e; };
+  auto out = [&](int seq, int t, int head) { return ((size_t(seq) * n + t) * s.heads + head) * e; };
   auto stat = [&](int seq, int t, int head) { return (size_t(seq) * s.heads + head) * n + t; };
   for (int seq = 0; seq < s.sequences; ++seq) {
     for (int head = 0; head < s.heads; ++head) {
-      int k = s.heads + head / s.group(), v = k + s.kv_heads;
+      int v = head / s.group(), k = s.heads + v;
       in_parallel(n, [&, seq, head, k, v](int t) {
         std::vector<double> p(t + 1, -INFINITY);
         double top = -INFINITY, total = 0;
@@ -83,10 +86,10 @@ inline AttentionReference attention_reference(const AttentionShape& s, const std
         r.lse[stat(seq, t, head)] = top + std::log(total);
         double* o = &r.o[out(seq, t, head)];
         const double* g = &d_o[out(seq, t, head)];
-        for (int j = 0; j <= t; ++j) add_to(o, p[j] / total, &qkv[row(seq, j, v)], d);
-        double dot = delta[stat(seq, t, head)] = dot_of(o, g, d);
+        for (int j = 0; j <= t; ++j) add_to(o, p[j] / total, &qkv[value(seq, j, v)], e);
+        double dot = delta[stat(seq, t, head)] = dot_of(o, g, e);
         for (int j = 0; j <= t; ++j) {
-          double ds = p[j] / total * (dot_of(g, &qkv[row(seq, j, v)], d) - dot);
+          double ds = p[j] / total * (dot_of(g, &qkv[value(seq, j, v)], e) - dot);
           add_to(&r.dqkv[row(seq, t, head)], scale * ds, &qkv[row(seq, j, k)], d);
         }
       });
@@ -99,9 +102,9 @@ inline AttentionReference attention_reference(const AttentionShape& s, const std
           const double* g = &d_o[out(seq, t, head)];
           if (j < s.first(seq, t)) continue;
           double p = std::exp(scale * dot_of(q, &qkv[row(seq, j, k)], d) - r.lse[stat(seq, t, head)]);
-          double ds = p * (dot_of(g, &qkv[row(seq, j, v)], d) - delta[stat(seq, t, head)]);
+          double ds = p * (dot_of(g, &qkv[value(seq, j, v)], e) - delta[stat(seq, t, head)]);
           add_to(&r.dqkv[row(seq, j, k)], scale * ds, q, d);
-          add_to(&r.dqkv[row(seq, j, v)], p, g, d);
+          add_to(&r.dqkv[value(seq, j, v)], p, g, e);
         }
       });
     }
@@ -122,13 +125,14 @@ inline std::vector<uint32_t> some_documents(Random& r, int sequences, int sequen
   return starts;
 }
 
-// The heads of rows of qkv from `first` on.
-template <class T>
-std::vector<T> heads_of(const AttentionShape& s, const std::vector<T>& qkv, int first, int count) {
+// The queries (0), keys (1) or values (2) of rows of qkv.
+template <class T> std::vector<T> heads_of(const AttentionShape& s, const std::vector<T>& qkv, int which) {
+  size_t keys = size_t(s.heads) * s.dim, values = keys + size_t(s.kv_heads) * s.dim;
+  const size_t ends[] = {0, keys, values, s.width()};
   std::vector<T> part;
   for (size_t t = 0; t < s.tokens(); ++t) {
-    auto at = qkv.begin() + t * s.width() + size_t(first) * s.dim;
-    part.insert(part.end(), at, at + size_t(count) * s.dim);
+    auto at = qkv.begin() + t * s.width();
+    part.insert(part.end(), at + ends[which], at + ends[which + 1]);
   }
   return part;
 }
@@ -153,7 +157,8 @@ void test_attention(const std::string& kind, const AttentionShape& s, uint64_t s
   AttentionTensors t(s, qkv, d_o);
   forward(s, 0, s.sequences, t);
   backward(s, 0, s.sequences, t);
-  std::string name = kind + " d" + std::to_string(s.dim) + " " + std::to_string(s.sequences) + " x " +
+  std::string name = kind + " d" + std::to_string(s.dim) + "/" + std::to_string(s.values()) + " " +
+                     std::to_string(s.sequences) + " x " +
                      std::to_string(s.sequence) + " heads " + std::to_string(s.heads) + "/" +
                      std::to_string(s.kv_heads) + " seed " + std::to_string(seed) + " ";
   auto dqkv = t.dqkv.read();
@@ -161,11 +166,10 @@ void test_attention(const std::string& kind, const AttentionShape& s, uint64_t s
   check(name + "lse", t.lse.read(), expected.lse, 1e-5);
   if (s.bounded()) check(name + "maxima", t.maxima.read(), expected.maxima, 1e-5);
   const char* names[] = {"dq", "dk", "dv"};
-  const int first[] = {0, s.heads, s.heads + s.kv_heads}, count[] = {s.heads, s.kv_heads, s.kv_heads};
   for (int i = 0; i < 3; ++i) {
     // With one key there is nothing to choose: the gradients of scores are 0 but for what o lost when it was rounded.
     if (s.sequence == 1 && i < 2) continue;
-    check(name + names[i], heads_of(s, dqkv, first[i], count[i]), heads_of(s, expected.dqkv, first[i], count[i]), 6e-3);
+    check(name + names[i], heads_of(s, dqkv, i), heads_of(s, expected.dqkv, i), 6e-3);
   }
   AttentionTensors alone(s, qkv, d_o);
   for (int i = 0; i < s.sequences; ++i) {

@@ -24,6 +24,18 @@ template <class T> void column_sums(int leaves, int leaf_rows, int dim, int chun
   auto is = name<T>("column sums", n, dim, seed);
   RUN(T, rms_norm_dw, grid, block, ddy.ptr(), dx_.ptr(), st.ptr(), a.ptr(), dim, chunk, leaf_rows);
   check(is + " rms", a.read(), rms, 3e-6);
+  // Rows between others: the same bits.
+  int ld = dim + 8;
+  std::vector<T> spread(n * ld);
+  std::vector<float> far(2 * n);
+  for (int i = 0; i < n; ++i) {
+    std::copy(x.begin() + i * dim, x.begin() + (i + 1) * dim, spread.begin() + i * ld + 8);
+    far[2 * i + 1] = stats[i];
+  }
+  Buffer<T> apart(spread);
+  Buffer<float> st_apart(far), e(parts * dim);
+  RUN(T, latent_norm_dw, grid, block, ddy.ptr(), apart + 8, ld, st_apart + 1, 2, e.ptr(), dim, chunk, leaf_rows);
+  check_same(is + " rms of rows apart", e.read(), a.read());
   RUN(T, layer_norm_dw, grid, block, ddy.ptr(), dx_.ptr(), st.ptr(), b.ptr(), c.ptr(), n, dim, chunk, leaf_rows);
   check(is + " layer", b.read(), layer, 3e-6);
   check(is + " layer bias", c.read(), bias, 3e-6);
@@ -55,9 +67,19 @@ template <class T> void sink_sums(int leaves, int leaf_rows, int heads, int dim,
   }
   Buffer<T> do_(o), dd(d_o), ds(sinks);
   Buffer<float> dl(lse), out(parts * heads);
-  RUN(T, sink_dw, dim3(heads, parts), dim3(256), dd.ptr(), do_.ptr(), dl.ptr(), ds.ptr(), out.ptr(), leaf_rows, heads, dim,
-      chunk, leaf_rows);
+  RUN(T, sink_dw, dim3(heads, parts), dim3(256), dd.ptr(), do_.ptr(), dl.ptr(), ds.ptr(), out.ptr(), leaf_rows, heads, 0,
+      dim, chunk, leaf_rows);
   check(name<T>("sinks", n, dim, seed), out.read(), expected, 3e-6);
+  // The same heads among others.
+  std::vector<T> more(heads + 3);
+  std::copy(sinks.begin(), sinks.end(), more.begin() + 2);
+  Buffer<T> all(more);
+  Buffer<float> wide(parts * (heads + 3));
+  RUN(T, sink_dw, dim3(heads + 3, parts), dim3(256), dd.ptr(), do_.ptr(), dl.ptr(), all.ptr(), wide.ptr(), leaf_rows, heads,
+      2, dim, chunk, leaf_rows);
+  std::vector<float> among(parts * (heads + 3)), own = out.read();
+  for (int p = 0; p < parts; ++p) std::copy(own.begin() + p * heads, own.begin() + (p + 1) * heads, among.begin() + p * (heads + 3) + 2);
+  check_same(name<T>("sinks among others", n, dim, seed), wide.read(), among);
 }
 
 // Sums over the heads of packed rows.

@@ -130,7 +130,8 @@ template <class T> void ropes(int n, int sequence, int heads, int kv, int dim, i
 template <class T> void embeds(int n, int sequence, int dim, uint64_t seed) {
   Random r(seed);
   int vocab0 = 5, rows = 7;
-  auto table = random_values<T>(r, rows * dim), positions = random_values<T>(r, sequence * dim);
+  int front = sequence / 2, back = 5 * front;  // a rank's two pieces of a longer sequence
+  auto table = random_values<T>(r, rows * dim), positions = random_values<T>(r, 6 * sequence * dim);
   std::vector<uint32_t> ids(n);
   for (auto& id : ids) id = uint32_t(r.below(16));
   Buffer<uint32_t> dids(ids);
@@ -138,15 +139,15 @@ template <class T> void embeds(int n, int sequence, int dim, uint64_t seed) {
   for (bool placed : {false, true}) {
     Numbers64 y;
     for (int t = 0; t < n; ++t) {
-      int row = int(ids[t]) - vocab0;
+      int row = int(ids[t]) - vocab0, i = t % sequence, place = i < sequence / 2 ? front + i : back + i - sequence / 2;
       for (int j = 0; j < dim; ++j) {
         y.push_back((row >= 0 && row < rows ? number(table[row * dim + j]) : 0) +
-                    (placed ? number(positions[t % sequence * dim + j]) : 0));
+                    (placed ? number(positions[place * dim + j]) : 0));
       }
     }
     Buffer<T> out(n * dim);
     RUN(T, embed, dim3(n), dim3(threads_of(dim)), dids.ptr(), dt.ptr(), placed ? dp.ptr() : (T*)nullptr, out.ptr(), vocab0,
-        rows, sequence, dim);
+        rows, sequence, front, back, dim);
     check(name<T>("embed", n, dim, seed), out.read(), y, placed ? tolerance<T>() : 0);
   }
 }

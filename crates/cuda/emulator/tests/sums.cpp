@@ -159,6 +159,33 @@ template <class T> void embeds(std::vector<int> radices, int leaf_rows, int ids_
   check_same(is + " by leaf", std::vector<float>(levels_of_split.end() - len, levels_of_split.end()), whole.read());
 }
 
+// Positions of two pieces of a sequence, those of others in between.
+template <class T> static void positions(std::vector<int> radices, int sequence, int dim, uint64_t seed) {
+  Random r(seed);
+  int leaves = leaves_of(radices), half = sequence / 2, front = half, back = 4 * half, all = 6 * half;
+  auto dy = random_values<T>(r, leaves * sequence * dim);
+  auto held = random_values<float>(r, 2 * all * dim);
+  auto expected = held;
+  for (int at = 0; at < all * dim; ++at) {
+    int position = at / dim, row = position - front;
+    if (row < 0 || row >= half) row = position >= back && position < back + half ? half + position - back : -1;
+    std::vector<float> of;
+    for (int leaf = 0; leaf < leaves; ++leaf) {
+      of.push_back(row < 0 ? 0.0f : float(number(dy[(leaf * sequence + row) * dim + at % dim])));
+    }
+    expected[all * dim + at] = held[at] + reference(radices, radices.size(), of, 0);
+  }
+  Buffer<T> ddy(dy);
+  Buffer<float> levels(held);
+  Tree tree = tree_of(radices);
+  if constexpr (sizeof(T) == 2) {
+    LAUNCH(pos_dw_bf16, dim3(2), dim3(256), 0, ddy.ptr(), levels.ptr(), all, dim, sequence, front, back, tree, 1, 1);
+  } else {
+    LAUNCH(pos_dw_f32, dim3(2), dim3(256), 0, ddy.ptr(), levels.ptr(), all, dim, sequence, front, back, tree, 1, 1);
+  }
+  check_same("positions of pieces " + text(radices), levels.read(), expected);
+}
+
 int main() {
   for_seeds(3, [](uint64_t seed) {
     for (std::vector<int> radices : {std::vector<int>{}, {2}, {3}, {2, 2}, {3, 2}, {2, 3, 2}, {2, 2, 2, 2}, {2, 2, 3, 2, 2}}) {
@@ -167,6 +194,8 @@ int main() {
         folds<uint16_t>(radices, parts, 33, 50, seed);
         folds<float>(radices, parts, 1100, 1200, seed);
       }
+      positions<float>(radices, 6, 5, seed);
+      positions<uint16_t>(radices, 4, 8, seed);
       split_folds({}, radices, 37, seed);
       split_folds({2, 3}, radices, 40, seed);
       embeds<float>(radices, 5, 12, 33, seed);

@@ -1,7 +1,9 @@
 //! Models and recipes with what the plain ones lack: the numbers of the CPU, and the same bits under other splits.
 
 use program::{Mode, Recipe, Request};
-use spec::{Activation, DType, Experts, Layout, ModelSpec, Optimizer, Router, RunSpec, Score, Window, Zero};
+use spec::{
+    Activation, DType, Experts, Latent, Layout, ModelSpec, Optimizer, Router, RunSpec, Score, Window, Zero,
+};
 use train::{Device, Executor, Mesh};
 
 use crate::against_cpu::compare;
@@ -10,7 +12,7 @@ use crate::common::{self, SEQUENCE, first_difference, steps, token, weights};
 use crate::{cpu, executor_of, gpu};
 
 /// A small model whose heads have a width that bf16 takes.
-fn model(layers: usize, tied: bool, gpt2: bool) -> ModelSpec {
+pub(crate) fn model(layers: usize, tied: bool, gpt2: bool) -> ModelSpec {
     ModelSpec { head_dim: 16, ..common::model(layers, tied, gpt2) }
 }
 
@@ -136,8 +138,30 @@ fn mixtures() {
     case.check_ranks(&Layout { tp: 2, ..Layout::default() }, Some(1e-5));
 }
 
+/// Keys, values and queries out of latents: DeepSeek-V2's, V3's with experts, Kimi's with bounded scores.
+#[test]
+fn latents() {
+    let small = Latent { query_rank: None, kv_rank: 12, nope_dim: 8, rope_dim: 4, value_dim: 6 };
+    let wide = Latent { query_rank: Some(24), kv_rank: 16, nope_dim: 64, rope_dim: 32, value_dim: 64 };
+    let of = |base: ModelSpec, latent| {
+        let (kv_heads, latent) = (base.heads, Some(latent));
+        ModelSpec { kv_heads, latent, ..base }
+    };
+    let plain = Case { model: of(model(2, false, false), small), recipe: Recipe::default() };
+    plain.check(DType::F32);
+    plain.check_ranks(&Layout { dp: 2, zero: Zero::Parameters, ..Layout::default() }, None);
+    plain.check_ranks(&Layout { tp: 2, sequence_parallel: true, ..Layout::default() }, Some(1e-5));
+    let router = Router { score: Score::Sigmoid, scale: 2.5, ..Router::PLAIN };
+    let deep = of(mixture(router, Activation::SwiGlu), wide);
+    Case { model: deep.clone(), recipe: Recipe::default() }.check(DType::Bf16);
+    let recipe = Recipe { optimizer: Optimizer::Muon, qk_clip: 0.5, documents: true, ..Recipe::default() };
+    let case = Case { model: deep, recipe };
+    case.check(DType::F32);
+    case.check_ranks(&Layout { tp: 2, ..Layout::default() }, Some(1e-5));
+}
+
 /// A small model with experts in its layer, and one that all tokens go to.
-fn mixture(router: Router, activation: Activation) -> ModelSpec {
+pub(crate) fn mixture(router: Router, activation: Activation) -> ModelSpec {
     let experts = Experts { count: 4, top_k: 2, ffn: 40, shared_ffn: 24, dense_layers: 0, every: 1, router };
     ModelSpec { experts: Some(experts), activation, ..model(1, false, false) }
 }
@@ -182,11 +206,17 @@ fn batches_that_grow() {
 fn generation_within_windows() {
     let window = Some(Window { tokens: 3, full_layers: 0, full_every: 2 });
     let model = ModelSpec { window, sinks: true, logit_softcap: 9.0, ..model(2, false, false) };
+    check_generation(&model);
+    let latent = Latent { query_rank: Some(20), kv_rank: 12, nope_dim: 8, rope_dim: 4, value_dim: 6 };
+    check_generation(&ModelSpec { kv_heads: model.heads, latent: Some(latent), ..model });
+}
+
+fn check_generation(model: &ModelSpec) {
     let tokens: Vec<u32> = (0..SEQUENCE).map(|i| token(1, 0, i, model.vocab)).collect();
     let logits = |device: Box<dyn Device>| {
         let layout = Layout::default();
         let request = Request {
-            model: &model,
+            model,
             layout: &layout,
             sequence: SEQUENCE,
             sequences: 1,
@@ -197,7 +227,7 @@ fn generation_within_windows() {
             recipe: Recipe::default(),
         };
         let mut exec = Executor::on(device, &request, Mesh::alone(), false).expect("a program");
-        exec.initialise(&model, 11).expect("weights");
+        exec.initialise(model, 11).expect("weights");
         exec.all_logits(&tokens).expect("logits").concat()
     };
     let Some(gpu) = gpu() else { return };

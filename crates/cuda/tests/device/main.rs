@@ -9,6 +9,8 @@ mod against_cpu;
 mod bits;
 mod cases;
 mod checkpoints;
+mod own_layers;
+mod ranks;
 mod refusals;
 
 use std::path::{Path, PathBuf};
