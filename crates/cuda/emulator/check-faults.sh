@@ -58,5 +58,7 @@ experts 52 a token's copies added in another order
 grouped 53 factors used before they have landed
 grouped 54 factors overwritten while others read them
 grouped 55 rows of the next expert written
+ranks 60 another rank's part added instead of one's own
+ranks 61 ranks added one after another
 gemm_f32 42 a symmetric product without its mirror image
 END

@@ -38,10 +38,11 @@ macro_rules! source {
 }
 
 /// All kernels but those for Hopper alone.
-pub(crate) const SOURCES: [Source; 13] = [
+pub(crate) const SOURCES: [Source; 14] = [
     source!("rows"),
     source!("columns"),
     source!("sums"),
+    source!("ranks"),
     source!("loss"),
     source!("optim"),
     source!("muon"),
