@@ -46,7 +46,8 @@ SUM_RANKS(float, float, f32)
 SUM_RANKS(double, double, f64)
 
 // Memory of the host that tells which message is under way, how many were begun, and how many are over.
-extern "C" __global__ void mark(volatile uint32_t* at, uint32_t which, int over) {
+extern "C" __global__ void mark(uint32_t* words, uint32_t which, int over) {
+  volatile uint32_t* at = words;
   if (!over) at[0] = which;
   uint32_t begun = at[1] + !over;
   at[1 + over] = begun;
