@@ -91,7 +91,7 @@ impl Looked {
             });
             *held = match (self.watch.failure(), wrong) {
                 (None, None) => return Ok(()),
-                (Some(failure), _) => Some(self.lost(&failure)),
+                (Some(failure), wrong) => Some(self.lost(&failure, wrong.map(|(i, _)| i))),
                 (None, Some((i, said))) => Some(self.refused(i, said)),
             };
             self.abort();
@@ -99,9 +99,9 @@ impl Looked {
         Err(Error::failure(held.clone().unwrap_or_default()))
     }
 
-    /// The world has failed: in which message this rank was, if in one.
-    fn lost(&self, failure: &Error) -> String {
-        let at = (0..self.ways.len()).find(|&i| self.marks(i).1);
+    /// The world has failed: in which message this rank was, if in one. What NCCL has given up goes on with the next.
+    fn lost(&self, failure: &Error, given_up: Option<usize>) -> String {
+        let at = given_up.or_else(|| (0..self.ways.len()).find(|&i| self.marks(i).1));
         at.map_or_else(|| failure.to_string(), |i| format!("{}: {failure}", self.message(i)))
     }
 
