@@ -60,7 +60,12 @@ pub(crate) fn refusal(why: &str) -> Error {
 }
 
 /// How ranks talk, in a line.
-pub(crate) fn summary(choice: MessageChoice, carried: usize, refused: Option<(&str, &str)>, nccl: &str) -> String {
+pub(crate) fn summary(
+    choice: MessageChoice,
+    carried: usize,
+    refused: Option<(&str, &str)>,
+    nccl: &str,
+) -> String {
     match (choice, refused) {
         (MessageChoice::Host, _) => "messages go over the host's memory, as run.messages says".to_owned(),
         (_, None) => format!("messages go through NCCL {nccl}"),
@@ -90,7 +95,8 @@ mod tests {
 
     #[test]
     fn nccl_is_taken_where_every_rank_has_it_and_a_card_of_its_own() {
-        let all = facts(&[("a", "22809"), ("b", "22809"), ("a", "22809"), ("c", "22705"), ("d", "not found")]);
+        let all =
+            facts(&[("a", "22809"), ("b", "22809"), ("a", "22809"), ("c", "22705"), ("d", "not found")]);
         assert_eq!(agree(&[0, 1], &all), Ok(()));
         let why = |ranks: &[usize]| agree(ranks, &all).expect_err("refused");
         assert_eq!(why(&[1, 2, 0]), "ranks 2 and 0 share a card, which NCCL refuses");
@@ -98,7 +104,9 @@ mod tests {
         assert_eq!(why(&[0, 4]), "rank 4: not found");
         for why in [why(&[1, 2, 0]), why(&[0, 3]), why(&[0, 4])] {
             let error = refusal(&why);
-            assert!(error.to_string().starts_with("run.messages = \"nccl\": ") && error.hint_text().is_some());
+            assert!(
+                error.to_string().starts_with("run.messages = \"nccl\": ") && error.hint_text().is_some()
+            );
         }
     }
 }

@@ -69,11 +69,10 @@ impl Words {
     /// So many, all 0.
     pub(crate) fn new(count: usize) -> Result<Words> {
         let bytes = count.max(1) * size_of::<AtomicU32>();
-        let base: *mut std::ffi::c_void =
-            get("take memory of the host", |out| unsafe {
-                // SAFETY: an out-parameter.
-                sys::cuMemHostAlloc(out, bytes, sys::CU_MEMHOSTALLOC_PORTABLE)
-            })?;
+        let base: *mut std::ffi::c_void = get("take memory of the host", |out| unsafe {
+            // SAFETY: an out-parameter.
+            sys::cuMemHostAlloc(out, bytes, sys::CU_MEMHOSTALLOC_PORTABLE)
+        })?;
         // SAFETY: memory of that size.
         unsafe { base.cast::<u8>().write_bytes(0, bytes) };
         Ok(Words { base: base.cast(), count })

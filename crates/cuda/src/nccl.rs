@@ -233,7 +233,9 @@ impl Communicator {
         calls: impl FnOnce(&mut Calls<'_>) -> Result<()>,
     ) -> Result<()> {
         let held = self.lock();
-        let Some(Handle(raw)) = *held else { return Err(Error::failure("the NCCL communicator was aborted")) };
+        let Some(Handle(raw)) = *held else {
+            return Err(Error::failure("the NCCL communicator was aborted"));
+        };
         // SAFETY: groups are the thread's.
         check(Said(unsafe { (self.library.ncclGroupStart)() }), "begin NCCL calls")?;
         let made = calls(&mut Calls { library: self.library, raw, stream: stream.0.cast() });
@@ -314,7 +316,15 @@ impl Calls<'_> {
         let (raw, stream, dtype) = (self.raw, self.stream, data_type(dtype));
         // SAFETY: as in `send`.
         let said = unsafe {
-            (self.library.ncclAllReduce)(at as *const c_void, at as *mut c_void, count, dtype, SUM, raw, stream)
+            (self.library.ncclAllReduce)(
+                at as *const c_void,
+                at as *mut c_void,
+                count,
+                dtype,
+                SUM,
+                raw,
+                stream,
+            )
         };
         check(Said(said), "sum by NCCL")
     }

@@ -119,7 +119,8 @@ impl Ways {
         // One after another, in the order of the world.
         for w in carried {
             let me = w.ranks.iter().position(|r| *r == rank).unwrap_or(0);
-            let id = ids.get(&w.id()).ok_or_else(|| Error::failure(format!("no id came for {}", w.name())))?;
+            let id =
+                ids.get(&w.id()).ok_or_else(|| Error::failure(format!("no id came for {}", w.name())))?;
             let communicator = Communicator::begin(id, me, w.ranks.len())?;
             let others = w.ranks.iter().copied().filter(|r| *r != rank).collect();
             looked.ways.push(Seen { communicator, name: w.name(), others });
@@ -131,7 +132,8 @@ impl Ways {
         let by_key = carried.iter().enumerate().map(|(i, w)| (w.key, i)).collect();
         let lookout = Lookout::begin(looked)?;
         let tickets = HashMap::new();
-        let mut all = Ways { lookout, ways, by_key, groups, numbers, tickets, staging_bytes: plan.staging_bytes };
+        let mut all =
+            Ways { lookout, ways, by_key, groups, numbers, tickets, staging_bytes: plan.staging_bytes };
         all.connect(speaker)?;
         Ok(all)
     }
@@ -188,7 +190,9 @@ impl Ways {
         ticket: Option<Ticket>,
     ) -> Result<()> {
         self.check()?;
-        let i = self.way(m).ok_or_else(|| Error::failure(format!("NCCL carries nothing among {:?}", m.members)))?;
+        let i = self
+            .way(m)
+            .ok_or_else(|| Error::failure(format!("NCCL carries nothing among {:?}", m.members)))?;
         if matches!(m.what, Collective::Send { .. }) {
             return self.send(speaker, i, m);
         }

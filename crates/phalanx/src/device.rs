@@ -16,8 +16,9 @@ use crate::version;
 pub(crate) fn open(run: &RunDirSpec, local_rank: usize, threads: usize) -> Result<Box<dyn Device>> {
     let cpu = || -> Result<Box<dyn Device>> {
         if run.messages == MessageChoice::Nccl {
-            return Err(Error::user("run.messages = \"nccl\", but ranks compute on the CPU")
-                .hint("set run.device=cuda, or run.messages=auto; phalanx devices says what this machine has"));
+            return Err(Error::user("run.messages = \"nccl\", but ranks compute on the CPU").hint(
+                "set run.device=cuda, or run.messages=auto; phalanx devices says what this machine has",
+            ));
         }
         Ok(Box::new(Cpu::new(threads)))
     };

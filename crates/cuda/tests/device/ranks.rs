@@ -80,7 +80,8 @@ fn each_rank<T: Send>(
                 scope.spawn(move || {
                     let rank = world.rank();
                     let mesh = Mesh::new(world, layout).expect("groups");
-                    let device = Cuda::new(rank).expect("a card").with_messages(talk.messages, talk.staging_bytes);
+                    let device =
+                        Cuda::new(rank).expect("a card").with_messages(talk.messages, talk.staging_bytes);
                     let request = request(model, layout, rank, precision);
                     let mut exec = Executor::on(Box::new(device), &request, mesh, false).expect("a program");
                     exec.initialise(model, 11).expect("weights");
@@ -97,7 +98,8 @@ fn each_rank<T: Send>(
 fn train(model: &ModelSpec, layout: &Layout, precision: DType, talk: Talk) -> (Weights, Vec<u64>) {
     let worlds = World::threads(layout.world()).expect("ranks");
     let all = each_rank(worlds, model, layout, (precision, talk), |mut exec| {
-        let mut losses: Vec<u64> = steps(&mut exec, model.vocab, 1, 6).iter().map(|s| s.loss.to_bits()).collect();
+        let mut losses: Vec<u64> =
+            steps(&mut exec, model.vocab, 1, 6).iter().map(|s| s.loss.to_bits()).collect();
         losses.push(exec.evaluate().expect("evaluated").to_bits());
         (weights(&exec), losses)
     });
@@ -376,7 +378,11 @@ fn a_rank_that_is_killed_is_named() {
         assert!(!second.status.success(), "killed");
         let text = String::from_utf8_lossy(&first.stdout);
         let said = text.split("said: ").nth(1).unwrap_or_default();
-        let at = if std::env::var_os(LOG).is_some() { " among data-parallel ranks (ranks 0, 1) over NCCL: " } else { "" };
+        let at = if std::env::var_os(LOG).is_some() {
+            " among data-parallel ranks (ranks 0, 1) over NCCL: "
+        } else {
+            ""
+        };
         let words = [at, "rank 1 (pid ", " was lost: its connection "];
         assert!(words.iter().all(|w| said.contains(w)), "{text}\n{}", String::from_utf8_lossy(&first.stderr));
         assert_eq!(comm::blamed(said), Some(1));
@@ -405,7 +411,10 @@ fn ranks_that_share_a_card_go_over_the_host() {
                         let request = request(model, layout, rank, DType::F32);
                         let exec = Executor::on(Box::new(device), &request, mesh, false);
                         exec.map(|exec| exec.device().ways().unwrap_or_default()).map_err(|e| {
-                            assert!(e.hint_text().is_some_and(|hint| hint.contains("run.messages=auto")), "{e}");
+                            assert!(
+                                e.hint_text().is_some_and(|hint| hint.contains("run.messages=auto")),
+                                "{e}"
+                            );
                             e.to_string()
                         })
                     })
