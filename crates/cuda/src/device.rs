@@ -130,6 +130,13 @@ impl Cuda {
         self.kernels.launch(&self.stream, name, geometry, &mut params)
     }
 
+    /// Leaves the ranks that it talked to: first what was recorded, which holds on to communicators.
+    fn leave_ranks(&mut self, is_alone: bool) {
+        self.graphs.clear();
+        self.warm.clear();
+        self.talks.leave(is_alone);
+    }
+
     pub(crate) fn place(&self) -> String {
         format!("card {} ({})", self.card.ordinal, self.card.name)
     }
@@ -172,7 +179,7 @@ impl Device for Cuda {
 
     fn allocate(&mut self, bytes: usize, mesh: &Mesh) -> Result<()> {
         self.context.bind()?;
-        self.talks.leave(mesh.is_alone());
+        self.leave_ranks(mesh.is_alone());
         let (free, total) = self.context.memory()?;
         if bytes > free {
             let gib = |b: usize| b as f64 / f64::from(1 << 30);
@@ -199,6 +206,7 @@ impl Device for Cuda {
 
     fn meet(&mut self, program: &Program, mesh: &Mesh) -> Result<()> {
         self.context.bind()?;
+        self.leave_ranks(mesh.is_alone());
         crate::meeting::meet(self, program, mesh)
     }
 
@@ -335,7 +343,7 @@ impl Drop for Cuda {
     fn drop(&mut self) {
         // Memory goes while the context is current, and after all work.
         let _ = self.context.bind();
-        self.talks.leave(true);
+        self.leave_ranks(true);
         let _ = self.stream.wait();
     }
 }

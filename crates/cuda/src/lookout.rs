@@ -117,7 +117,7 @@ impl Looked {
         self.watch.fail(&format!("{}: {}", self.message(i), describe(said))).to_string()
     }
 
-    /// Way `i` was waited for until the deadline.
+    /// What is `missing` was waited for until the deadline.
     fn late(&self, missing: &str) -> Error {
         let mut held = self.held();
         let failure = held.get_or_insert_with(|| self.watch.timed_out(missing).to_string()).clone();

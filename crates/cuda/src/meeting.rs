@@ -62,7 +62,6 @@ impl Talks {
 /// # Errors
 /// If NCCL was asked for and cannot be had, or a rank is lost.
 pub(crate) fn meet(d: &mut Cuda, program: &Program, mesh: &Mesh) -> Result<()> {
-    d.talks.leave(mesh.is_alone());
     let (choice, staging_bytes) = (d.talks.choice, d.talks.staging_bytes);
     if mesh.is_alone() {
         return Ok(());

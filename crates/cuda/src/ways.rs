@@ -42,9 +42,8 @@ struct Way {
     next: usize,
 }
 
-/// All ways of a rank. Dropped after the streams that it used were left: see [`Ways::leave`].
+/// All ways of a rank, to be left before they go: see [`Ways::leave`]. Streams go before what their kernels write.
 pub(crate) struct Ways {
-    lookout: Lookout,
     ways: Vec<Way>,
     by_key: HashMap<Key, usize>,
     /// The group that carries the messages among some ranks, where it is another's.
@@ -52,6 +51,7 @@ pub(crate) struct Ways {
     numbers: HashMap<OpId, u32>,
     tickets: HashMap<(Ticket, usize), (Event, bool)>,
     staging_bytes: usize,
+    lookout: Lookout,
 }
 
 /// What a rank needs to talk: the streams that wait for each other, the memory of operands, and kernels.

@@ -45,9 +45,11 @@ fn model(layers: usize) -> ModelSpec {
 struct Talk {
     messages: MessageChoice,
     staging_bytes: usize,
+    /// How many cards they have together.
+    cards: usize,
 }
 
-const NCCL: Talk = Talk { messages: MessageChoice::Nccl, staging_bytes: cuda::STAGING_BYTES };
+const NCCL: Talk = Talk { messages: MessageChoice::Nccl, staging_bytes: cuda::STAGING_BYTES, cards: 4 };
 const HOST: Talk = Talk { messages: MessageChoice::Host, ..NCCL };
 
 fn request<'a>(model: &'a ModelSpec, layout: &'a Layout, rank: usize, precision: DType) -> Request<'a> {
@@ -80,8 +82,8 @@ fn each_rank<T: Send>(
                 scope.spawn(move || {
                     let rank = world.rank();
                     let mesh = Mesh::new(world, layout).expect("groups");
-                    let device =
-                        Cuda::new(rank).expect("a card").with_messages(talk.messages, talk.staging_bytes);
+                    let device = Cuda::new(rank % talk.cards).expect("a card");
+                    let device = device.with_messages(talk.messages, talk.staging_bytes);
                     let request = request(model, layout, rank, precision);
                     let mut exec = Executor::on(Box::new(device), &request, mesh, false).expect("a program");
                     exec.initialise(model, 11).expect("weights");
@@ -160,6 +162,13 @@ fn pipelines() {
     }
     let both = Layout { pp: 2, dp: 2, zero: Zero::Optimizer, schedule: OneFOneB, ..Layout::default() };
     check(&both, 2, DType::Bf16, NCCL);
+}
+
+/// Of ranks two by two on a card, groups along one axis talk through NCCL, others over the host.
+#[test]
+fn groups_with_and_without_nccl() {
+    let talk = Talk { messages: MessageChoice::Auto, cards: 2, ..NCCL };
+    check(&Layout { pp: 2, dp: 2, ..Layout::default() }, 2, DType::F32, talk);
 }
 
 #[test]
