@@ -31,7 +31,7 @@ class Acceptance:
         self.prefix = self.folder / "tokens"
         self.results = Results(self.out)
         self.runner = Runner(self.results, args.minutes)
-        self.card_gib, self.table = 0.0, []
+        self.card_gib, self.cards, self.table = 0.0, 0, []
         self.unusable = set()
         self.has_torch, self.has_transformers = (self.has(m) for m in ("torch", "transformers"))
         keys = self.runner.run([self.phalanx, "keys"], 20)

@@ -16,6 +16,7 @@ def devices(a):
                   done.why() if done.state != OK else (done.out.strip().splitlines() or [""])[0][:100])
     fields = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.max.sm,power.limit,temperature.gpu"
     done = a.runner.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"], 20)
+    a.cards = len(done.out.strip().splitlines()) if done.state == OK else 0
     if done.state == OK and done.out.strip():
         first = [x.strip() for x in done.out.strip().splitlines()[0].split(",")]
         a.results.facts["gpu"] = dict(zip(fields.split(","), first))
@@ -90,12 +91,20 @@ def runs(a):
         got = train(a, a.folder / "runs" / precision / slug(run.name), precision, run.keys, run.ranks, a.device)
         a.trained[precision, run.name] = got
 
-    return [lambda p=p, r=r: one(p, r) for r in matrix.RUNS for p in r.precisions]
+    return [lambda p=p, r=r: one(p, r) for r in possible(a) for p in r.precisions]
+
+
+def possible(a):
+    """Runs that there are cards for."""
+    return [r for r in matrix.RUNS if r.cards <= max(a.cards, 1)]
 
 
 def agree(a):
+    for cards in sorted({r.cards for r in matrix.RUNS} - {r.cards for r in possible(a)}):
+        many = sum(r.cards == cards for r in matrix.RUNS)
+        a.results.add("runs", f"{many} runs of ranks with a card each", SKIPPED, note=f"they want {cards} cards, here are {a.cards}")
     for precision in matrix.PRECISIONS:
-        for run in (r for r in matrix.RUNS if precision in r.precisions):
+        for run in (r for r in possible(a) if precision in r.precisions):
             base, got = a.trained.get((precision, run.of)), a.trained.get((precision, run.name))
             judge(a, "runs", f"{precision} {run.name}", got, base, run.same_bits, matrix.CLOSE[precision])
     for precision, item, got, same_bits in sorted(a.continued, key=lambda c: c[:2]):

@@ -24,6 +24,8 @@ class Run:
     # The run that it is held to, and in which precisions.
     of: str = "alone"
     precisions: tuple = PRECISIONS
+    # It wants so many cards, one for each rank.
+    cards: int = 1
 
 
 RUNS = [
@@ -47,6 +49,20 @@ RUNS = [
     Run("tp 2", ("layout.tp=2", "layout.micro_batch=4"), 2, same_bits=False),
     Run("cp 2", ("layout.cp=2", "layout.micro_batch=4"), 2, same_bits=False),
     Run("cp 2, heads dealt", ("layout.cp=2", "layout.context=heads", "layout.micro_batch=4"), 2, same_bits=False),
+]
+# Ranks with a card each, through NCCL. Tensor-parallel ranks are held to the same ranks over the host.
+_nccl = ("run.messages=nccl",)
+RUNS += [
+    Run("dp 2, nccl", (*_nccl, "layout.dp=2", "layout.micro_batch=4"), 2, cards=2),
+    Run("dp 2, zero 1, nccl", (*_nccl, "layout.dp=2", "layout.zero=1", "layout.micro_batch=2"), 2, cards=2),
+    Run("dp 2, zero 2, nccl", (*_nccl, "layout.dp=2", "layout.zero=2", "layout.micro_batch=2"), 2, cards=2),
+    Run("dp 2, zero 3, nccl", (*_nccl, "layout.dp=2", "layout.zero=3", "layout.micro_batch=2"), 2, cards=2),
+    Run("pp 2, nccl", (*_nccl, "layout.pp=2", "layout.micro_batch=2"), 2, cards=2),
+    Run("pp 2, interleaved, nccl", (*_nccl, "layout.pp=2", "layout.schedule=interleaved", "layout.chunks=2", "layout.micro_batch=1"), 2, cards=2),
+    Run("tp 2, host", ("run.messages=host", "layout.tp=2", "layout.micro_batch=4"), 2, of="tp 2, host", cards=2),
+    Run("tp 2, nccl", (*_nccl, "layout.tp=2", "layout.micro_batch=4"), 2, of="tp 2, host", cards=2),
+    Run("dp 2, pp 2, zero 1, nccl", (*_nccl, "layout.dp=2", "layout.pp=2", "layout.zero=1", "layout.micro_batch=1"), 4, cards=4),
+    Run("dp 4, zero 3, nccl", (*_nccl, "layout.dp=4", "layout.zero=3", "layout.micro_batch=2"), 4, cards=4),
 ]
 # Recipes and models with other ops, each held to itself under other splits and layouts.
 OTHERS = {

@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
-/// What carries messages between two ranks. A library that serves whole groups (NCCL) is none: it would be one more way
-/// of a [`Group`](crate::Group).
+/// What carries messages between two ranks. A library that serves whole groups (NCCL) is none: it is the device's own, and
+/// keeps to the deadline and the losses of the world by a [`Watch`](crate::Watch).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Transport {
     /// Memory of one process.

@@ -76,6 +76,7 @@ pub mod store;
 mod sum;
 mod tree;
 mod waiting;
+mod watch;
 mod world;
 
 pub use awake::Awake;
@@ -94,4 +95,5 @@ pub use secret::Secret;
 pub use store::{StoreClient, StoreServer, Tries};
 pub use tree::tree_radices;
 pub use waiting::Waiting;
+pub use watch::Watch;
 pub use world::{Bootstrap, DEFAULT_TIMEOUT, SharedArena, TransportChoice, World};

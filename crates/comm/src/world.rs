@@ -6,6 +6,7 @@ use crate::inner::{Core, Failure, Near, Peer, Transport};
 use crate::memory::Mapping;
 use crate::progress::Patience;
 use crate::store::StoreClient;
+use crate::watch::Watch;
 use rustix::fd::OwnedFd;
 use spec::{Error, Result};
 use std::net::{IpAddr, SocketAddr};
@@ -226,6 +227,11 @@ impl World {
     /// The error that all operations give since the world failed, if it has.
     pub fn failure(&self) -> Option<Error> {
         self.core.failure.get()
+    }
+
+    /// A look at the world for what goes on beside it.
+    pub fn watch(&self) -> Watch {
+        Watch::new(&self.core)
     }
 
     /// How long the quietest other rank had given no sign of life when this one knew that the world had failed: the time from

@@ -64,5 +64,7 @@ contexts 71 gradients of queries that do not go on with those of earlier hops
 contexts 72 copies of a head added in another order
 latent 60 the gradients of the shared part of keys added in another order
 latent 61 no barrier between a query among latents and its use
+ranks 60 another rank's part added instead of one's own
+ranks 61 ranks added one after another
 gemm_f32 42 a symmetric product without its mirror image
 END

@@ -329,5 +329,5 @@ EXPORT int cublasLtMatmul(Handle* handle, Product* p, const float* alpha, const 
     return wrong(INVALID_VALUE, "the work space lies in no live allocation, or is not aligned to 16 bytes");
   }
   std::function<int()> work = [call] { return call.run(); };
-  return phalanx_emulator_enqueue(stream, &work) ? EXECUTION_FAILED : SUCCESS;
+  return phalanx_emulator_enqueue(stream, &work, 0) ? EXECUTION_FAILED : SUCCESS;
 }

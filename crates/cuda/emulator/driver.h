@@ -99,6 +99,7 @@ struct Node {
   Work work;
   std::set<int> after;
   int kernels;
+  bool waits;  // for other cards
 };
 // What is or was recorded.
 struct Capture {
@@ -145,7 +146,7 @@ struct Stream {
 // A stream by its handle, the legacy one for null.
 Result stream_of(void* handle, Stream*& stream);
 // Records the work, or runs it, or queues it.
-Result enqueue(Stream* stream, Work work, int kernels = 0);
+Result enqueue(Stream* stream, Work work, int kernels = 0, bool waits = false);
 // Waits for all streams of a context.
 void drain(Context* context);
 // Ends recordings that this thread must not disturb; whether there was one.

@@ -3,12 +3,18 @@
 // It does at once, in the caller, what NCCL leaves to the card, unless streams have threads of their own
 // (PHALANX_EMULATED_STREAMS=async): a program in which a rank waits for what it has only later to offer needs that. An
 // error is also what the call returns then, and not only what `ncclCommGetAsyncError` tells.
+//
+// PHALANX_EMULATED_NCCL_VERSION is what it says it is. Into the file PHALANX_EMULATED_NCCL_LOG goes a line for each
+// operation as it begins: communicator, rank/size, `call` or `graph`, the operation, elements, type, peer or root.
+// PHALANX_EMULATED_FAULT=nccl-hang waits for ranks that have left, as NCCL does within a machine.
 #include "nccl.h"
 
 #include <sys/socket.h>
 
 #include <algorithm>
 #include <climits>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 
@@ -24,6 +30,8 @@ namespace {
 enum What : uint32_t { SEND, ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, REDUCE };
 enum Type : int { I8, U8, I32, U32, I64, U64, F16, F32, F64, BF16 };
 enum Op : int { SUM, PRODUCT, MAXIMUM, MINIMUM, AVERAGE };
+
+constexpr const char* NAMES[] = {"send", "all-reduce", "reduce-scatter", "all-gather", "broadcast", "reduce"};
 
 // Never destroyed: threads may still be at work when the process ends.
 auto& lock = *new std::mutex;  // of the following two
@@ -113,9 +121,10 @@ void fold(int type, const std::vector<const char*>& parts, char* to, size_t coun
 // The operations of a group, together: every transfer of all of them, then what is left to do with what arrived.
 class Batch {
  public:
-  explicit Batch(std::vector<Operation> all) : all_(std::move(all)) {}
+  explicit Batch(std::vector<Operation> all, bool recorded) : all_(std::move(all)), recorded_(recorded) {}
 
   Result run() {
+    log();
     std::vector<Transfer> transfers;
     std::vector<std::function<void()>> after;
     std::vector<std::vector<char>> buffers;
@@ -141,6 +150,26 @@ class Batch {
 
  private:
   std::vector<Operation> all_;
+  bool recorded_;
+
+  void log() const {
+    static const char* path = std::getenv("PHALANX_EMULATED_NCCL_LOG");
+    if (!path) return;
+    std::string lines;
+    for (auto& o : all_) {
+      char line[160];
+      const char* name = o.what == SEND && o.to ? "receive" : NAMES[o.what];
+      std::snprintf(line, sizeof line, "%016llx %d/%d %s %s %zu %d %d\n", (unsigned long long)o.comm->id, o.comm->rank,
+                    o.comm->size, recorded_ ? "graph" : "call", name, o.count, o.type, o.root);
+      lines += line;
+    }
+    static auto& writing = *new std::mutex;
+    std::lock_guard<std::mutex> guard(writing);
+    if (FILE* file = std::fopen(path, "a")) {
+      std::fwrite(lines.data(), 1, lines.size(), file);
+      std::fclose(file);
+    }
+  }
 
   static void plan(const Operation& o, std::vector<Transfer>& transfers, std::vector<std::function<void()>>& after,
                    std::vector<std::vector<char>>& buffers,
@@ -233,7 +262,7 @@ Result issue(std::vector<Operation> operations) {
   if (!recording) {
     for (auto& comm : used) turns.push_back(take_turn(*comm));
   }
-  auto batch = std::make_shared<Batch>(std::move(operations));
+  auto batch = std::make_shared<Batch>(std::move(operations), recording != 0);
   auto outcome = std::make_shared<std::atomic<int>>(SUCCESS);
   std::function<int()> work = [=] {
     auto mine = turns;
@@ -245,14 +274,19 @@ Result issue(std::vector<Operation> operations) {
     for (auto& comm : used) end_turn(*comm);
     return 0;
   };
-  if (phalanx_emulator_enqueue(stream, &work)) {
+  if (phalanx_emulator_enqueue(stream, &work, 1)) {
     for (size_t i = 0; i < turns.size(); ++i) {
       wait_turn(*used[i], turns[i]);
       end_turn(*used[i]);
     }
     return fail(UNHANDLED_CUDA_ERROR, "the card is lost");
   }
-  return Result(outcome->load());
+  bool begun = false;
+  for (auto& comm : used) {
+    if (!comm->blocks) begun = comm->launching = true;
+  }
+  auto result = Result(outcome->load());
+  return result == SUCCESS && begun ? IN_PROGRESS : result;
 }
 
 Shared find(Comm* comm) {
@@ -265,7 +299,7 @@ Shared find(Comm* comm) {
 Result ask(Operation o, size_t read_count, size_t written_count) {
   auto check = [&]() -> Result {
     if (!o.comm) return fail(INVALID_ARGUMENT, "a communicator that is none");
-    if (o.comm->error == IN_PROGRESS) return fail(INVALID_USAGE, "the communicator is not ready");
+    if (o.comm->error == IN_PROGRESS || o.comm->launching) return fail(INVALID_USAGE, "the communicator is not ready");
     size_t size = bytes_of(o.type);
     if (size == 0 || o.type == F16) return fail(INVALID_ARGUMENT, "a type that is not emulated");
     if (o.op < SUM || o.op > AVERAGE) return fail(INVALID_ARGUMENT, "a reduction that is none");
@@ -294,6 +328,8 @@ Result begin(Comm** out, int size, const UniqueId& id, int rank, bool blocks) {
     return fail(UNHANDLED_CUDA_ERROR, "no card is current on this thread");
   }
   comm->card = uint32_t(bus);
+  comm->blocks = blocks;
+  std::memcpy(&comm->id, id.bytes + 8, sizeof comm->id);
   comm->error = IN_PROGRESS;
   {
     std::lock_guard<std::mutex> guard(lock);
@@ -350,7 +386,8 @@ Result fail(Result result, const std::string& why) {
 using namespace nccl;
 
 EXPORT int ncclGetVersion(int* version) {
-  *version = 22809;
+  const char* text = std::getenv("PHALANX_EMULATED_NCCL_VERSION");
+  *version = text ? std::atoi(text) : 22809;
   return SUCCESS;
 }
 EXPORT int ncclGetUniqueId(UniqueId* id) {
@@ -399,7 +436,7 @@ EXPORT int ncclCommAbort(Comm* comm) {
 EXPORT int ncclCommGetAsyncError(Comm* comm, int* error) {
   auto shared = find(comm);
   if (!shared) return INVALID_ARGUMENT;
-  *error = shared->error;
+  *error = shared->launching.exchange(false) ? IN_PROGRESS : Result(shared->error.load());
   return SUCCESS;
 }
 EXPORT int ncclCommCount(Comm* comm, int* size) {

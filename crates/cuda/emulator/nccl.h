@@ -36,6 +36,9 @@ struct Comm {
   std::vector<int> sockets;  // by peer
   std::atomic<int> error{SUCCESS};
   std::atomic<bool> aborted{false};
+  bool blocks = true;
+  std::atomic<bool> launching{false};  // of one that does not block: until somebody asks how it stands
+  uint64_t id = 0;                     // the same on all its ranks
   std::thread beginning;  // of one that does not block
   // Operations run in the order in which they were issued, whatever their streams.
   std::mutex lock;

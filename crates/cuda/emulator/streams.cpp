@@ -119,12 +119,12 @@ Result stream_of(void* handle, Stream*& stream) {
   return SUCCESS;
 }
 
-Result enqueue(Stream* stream, Work work, int kernels) {
+Result enqueue(Stream* stream, Work work, int kernels, bool waits) {
   if (stream->capture) {
     Guard guard(lock());
     Capture& capture = *stream->capture;
     if (capture.invalid) return CAPTURE_INVALIDATED;
-    capture.nodes.push_back({std::move(work), stream->after, kernels});
+    capture.nodes.push_back({std::move(work), stream->after, kernels, waits});
     stream->after = {int(capture.nodes.size()) - 1};
     return SUCCESS;
   }
@@ -179,8 +179,57 @@ bool joined(const Capture& capture) {
   return std::all_of(seen.begin(), seen.end(), [](bool s) { return s; });
 }
 
+// As a card does: what waits for other cards lets all go on that does not come after it. The rest in the order of
+// recording, or in one drawn.
+Result run_beside(const Graph& graph) {
+  std::mutex lock;
+  std::condition_variable changed;
+  std::vector<std::thread> waiting;
+  std::vector<char> begun(graph.nodes.size()), done(graph.nodes.size());
+  Result failure = SUCCESS;
+  uint64_t state = settings().order;
+  std::unique_lock<std::mutex> guard(lock);
+  for (size_t count = 0; count < graph.nodes.size();) {
+    std::vector<size_t> ready;
+    for (size_t i = 0; i < graph.nodes.size(); ++i) {
+      auto& after = graph.nodes[i].after;
+      if (begun[i] || !std::all_of(after.begin(), after.end(), [&](int j) { return done[size_t(j)]; })) continue;
+      if (!graph.nodes[i].waits) {
+        ready.push_back(i);
+        continue;
+      }
+      begun[i] = true;
+      ++count;
+      waiting.emplace_back([&, i] {
+        Result result = graph.nodes[i].work();
+        std::lock_guard<std::mutex> held(lock);
+        if (result && !failure) failure = result;
+        done[i] = true;
+        changed.notify_all();
+      });
+    }
+    if (ready.empty()) {
+      if (count < graph.nodes.size()) changed.wait(guard);
+      continue;
+    }
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    size_t next = ready[settings().order ? size_t(state >> 33) % ready.size() : 0];
+    begun[next] = true;
+    ++count;
+    guard.unlock();
+    Result result = graph.nodes[next].work();
+    guard.lock();
+    if (result && !failure) failure = result;
+    done[next] = true;
+  }
+  guard.unlock();
+  for (auto& t : waiting) t.join();
+  return failure;
+}
+
 // In the order of recording, or in one drawn among all that the graph allows: an edge that is missing then shows.
 Result run(const Graph& graph) {
+  if (settings().asynchronous) return run_beside(graph);
   uint64_t state = settings().order;
   std::vector<bool> done(graph.nodes.size());
   for (size_t count = 0; count < graph.nodes.size(); ++count) {
@@ -485,10 +534,10 @@ EXPORT int cuGraphGetNodes(void* handle, void** nodes, size_t* count) {
 }
 
 // For the other libraries, see stream.h.
-EXPORT int phalanx_emulator_enqueue(void* handle, const std::function<int()>* work) {
+EXPORT int phalanx_emulator_enqueue(void* handle, const std::function<int()>* work, int waits) {
   Stream* stream;
   if (Result result = stream_of(handle, stream)) return result;
-  return enqueue(stream, [work = *work] { return Result(work()); });
+  return enqueue(stream, [work = *work] { return Result(work()); }, 0, waits != 0);
 }
 
 EXPORT int phalanx_emulator_on_card(const void* p, size_t bytes) {

@@ -89,7 +89,7 @@ fn version(library: Library) -> Option<String> {
         Library::Driver => driver_version().ok().map(|v| format!("CUDA {}", dotted(v))),
         Library::Nvrtc => crate::compile::version().ok().map(|(major, minor)| format!("{major}.{minor}")),
         Library::CublasLt => Some(crate::gemm::version()),
-        Library::Nccl => None,
+        Library::Nccl => crate::nccl::found_version().ok().map(crate::nccl::dotted),
     }
 }
 
@@ -140,6 +140,21 @@ pub(crate) fn cards() -> Result<Vec<Counted>> {
         Ok(Counted { card: card(ordinal)?, free_bytes })
     };
     (0..count()? as i32).map(counted).collect()
+}
+
+/// Which card of this machine one is, for comparison: NCCL tells cards apart by their place on the bus.
+pub(crate) fn place(ordinal: i32) -> Result<String> {
+    use Attribute::{
+        CU_DEVICE_ATTRIBUTE_PCI_BUS_ID as BUS, CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID as DEVICE,
+        CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID as DOMAIN,
+    };
+    // SAFETY: out-parameters.
+    let device = get("open the card", |out| unsafe { sys::cuDeviceGet(out, ordinal) })?;
+    let part = |what: Attribute| {
+        // SAFETY: an out-parameter.
+        get("ask the card for its place", |out| unsafe { sys::cuDeviceGetAttribute(out, what, device) })
+    };
+    Ok(format!("{} {:x}:{:x}:{:x}", comm::host_id(), part(DOMAIN)?, part(BUS)?, part(DEVICE)?))
 }
 
 /// How many cards this process may see.

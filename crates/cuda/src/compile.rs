@@ -39,10 +39,11 @@ macro_rules! source {
 }
 
 /// All kernels but those for Hopper alone.
-pub(crate) const SOURCES: [Source; 15] = [
+pub(crate) const SOURCES: [Source; 16] = [
     source!("rows"),
     source!("columns"),
     source!("sums"),
+    source!("ranks"),
     source!("loss"),
     source!("optim"),
     source!("muon"),

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use program::{Loss, Op, OpKind, Program, Ticket};
+use spec::run::MessageChoice;
 use spec::{DType, Error, Result};
 use train::{Device, Lack, Launch, Mesh, Message, Operand, Stretch, Turn};
 
@@ -12,11 +13,13 @@ use crate::compile::HOPPER;
 use crate::driver::{Context, Graph, Memory, Stream};
 use crate::gemm::CublasLt;
 use crate::host_messages::HostMessages;
+use crate::meeting::Talks;
 use crate::module::{Geometry, Kernels, Params};
 use crate::numbers::Numbers;
 use crate::products;
 use crate::table;
 use crate::update::{self, Tables, Updates};
+use crate::ways::Speaker;
 
 /// How much of a micro-batch has logits at a time: all of it, or large vocabularies leave a card idle.
 pub const LOSS: Loss = Loss::MicroBatch;
@@ -31,6 +34,7 @@ pub struct Cuda {
     recording: Option<Stretch>,
     /// Stretches that ran once, launch by launch: what is made lazily is made then.
     warm: Vec<Stretch>,
+    pub(crate) talks: Talks,
     messages: HostMessages,
     pub(crate) kernels: Kernels,
     pub(crate) products: CublasLt,
@@ -47,12 +51,10 @@ pub struct Cuda {
     /// Whether it has the instructions of sm_90a.
     pub(crate) hopper: bool,
     scalar: Memory,
-    arena: Memory,
+    pub(crate) arena: Memory,
     pub(crate) stream: Stream,
-    context: Context,
-    card: Card,
-    /// Whether other ranks carry messages over the host, which nothing can record.
-    alone: bool,
+    pub(crate) context: Context,
+    pub(crate) card: Card,
 }
 
 impl Cuda {
@@ -74,6 +76,7 @@ impl Cuda {
             graphs: HashMap::new(),
             recording: None,
             warm: Vec::new(),
+            talks: Talks::default(),
             messages: HostMessages::default(),
             kernels: Kernels::load(&arch, extra)?,
             products: CublasLt::new()?,
@@ -89,8 +92,13 @@ impl Cuda {
             stream: Stream::new()?,
             context,
             card,
-            alone: true,
         })
+    }
+
+    /// What shall carry messages, and how many bytes of card memory parts of a sum may take in each group.
+    pub fn with_messages(mut self, choice: MessageChoice, staging_bytes: usize) -> Cuda {
+        (self.talks.choice, self.talks.staging_bytes) = (choice, staging_bytes);
+        self
     }
 
     /// Where an operand lies.
@@ -137,7 +145,14 @@ impl Cuda {
         self.kernels.launch(&self.stream, name, geometry, &mut params)
     }
 
-    fn place(&self) -> String {
+    /// Leaves the ranks that it talked to: first what was recorded, which holds on to communicators.
+    fn leave_ranks(&mut self, is_alone: bool) {
+        self.graphs.clear();
+        self.warm.clear();
+        self.talks.leave(is_alone);
+    }
+
+    pub(crate) fn place(&self) -> String {
         format!("card {} ({})", self.card.ordinal, self.card.name)
     }
 }
@@ -175,7 +190,7 @@ impl Device for Cuda {
 
     fn allocate(&mut self, bytes: usize, mesh: &Mesh) -> Result<()> {
         self.context.bind()?;
-        self.alone = mesh.is_alone();
+        self.leave_ranks(mesh.is_alone());
         let (free, total) = self.context.memory()?;
         if bytes > free {
             let gib = |b: usize| b as f64 / f64::from(1 << 30);
@@ -198,6 +213,16 @@ impl Device for Cuda {
 
     fn allocated_bytes(&self) -> usize {
         self.arena.bytes
+    }
+
+    fn meet(&mut self, program: &Program, mesh: &Mesh) -> Result<()> {
+        self.context.bind()?;
+        self.leave_ranks(mesh.is_alone());
+        crate::meeting::meet(self, program, mesh)
+    }
+
+    fn ways(&self) -> Option<String> {
+        self.talks.summary.clone()
     }
 
     fn takes_programs(&self) -> bool {
@@ -224,7 +249,8 @@ impl Device for Cuda {
             return Err(Error::failure("read from the card in the middle of its updates"));
         }
         assert_eq!(from.bytes(), bytes.len());
-        self.stream.download(self.at(from), bytes).map_err(|e| e.context(self.place()))
+        self.stream.download(self.at(from), bytes).map_err(|e| e.context(self.place()))?;
+        self.talks.check()
     }
 
     fn copy(&mut self, from: Operand, to: Operand) -> Result<()> {
@@ -248,6 +274,7 @@ impl Device for Cuda {
         self.start("sum_f64", Geometry::line(1, 1024), params)?;
         let mut sum = [0; 8];
         self.stream.download(self.scalar.base, &mut sum).map_err(|e| e.context(self.place()))?;
+        self.talks.check()?;
         Ok(f64::from_ne_bytes(sum))
     }
 
@@ -266,13 +293,19 @@ impl Device for Cuda {
     fn say(&mut self, mesh: &mut Mesh, message: &Message<'_>, ticket: Option<Ticket>) -> Result<()> {
         self.context.bind()?;
         update::flush(self)?;
-        let Cuda { messages, stream, arena, .. } = self;
+        let Cuda { messages, stream, arena, talks, kernels, .. } = self;
+        if let Some(ways) = talks.ways.as_mut().filter(|w| w.carries(message)) {
+            return ways.say(&mut Speaker { kernels, compute: stream, arena }, message, ticket);
+        }
         messages.say(stream, arena, mesh, message, ticket)
     }
 
     fn end(&mut self, mesh: &mut Mesh, ticket: Ticket, over: &mut dyn FnMut(Instant, Instant)) -> Result<()> {
         self.context.bind()?;
         update::flush(self)?;
+        if let Some(ways) = &mut self.talks.ways {
+            ways.end(&self.stream, ticket)?;
+        }
         mesh.end(ticket, over)?;
         self.messages.ended(&self.stream, ticket)
     }
@@ -280,7 +313,8 @@ impl Device for Cuda {
     fn synchronise(&mut self) -> Result<()> {
         self.context.bind()?;
         update::flush(self)?;
-        self.stream.wait().map_err(|e| e.context(self.place()))
+        self.stream.wait().map_err(|e| e.context(self.place()))?;
+        self.talks.check()
     }
 
     fn replay(&mut self, stretch: Stretch, turn: &Turn) -> Result<bool> {
@@ -293,7 +327,8 @@ impl Device for Cuda {
         }
         self.in_stretch = true;
         self.asked_host = false;
-        if !self.alone {
+        self.talks.join(&self.stream)?;
+        if !self.talks.can_be_recorded {
             return Ok(false);
         }
         if self.warm.contains(&stretch) {
@@ -307,9 +342,10 @@ impl Device for Cuda {
     fn recorded(&mut self) -> Result<()> {
         update::flush(self)?;
         self.in_stretch = false;
-        if self.asked_host && self.alone {
+        if self.asked_host && self.talks.can_be_recorded {
             self.warm.pop();
         }
+        self.talks.join(&self.stream)?;
         let Some(stretch) = self.recording.take() else { return Ok(()) };
         let graph = self.stream.end_recording().map_err(|e| e.context(self.place()))?;
         self.stream.run(&graph).map_err(|e| e.context(self.place()))?;
@@ -322,6 +358,7 @@ impl Drop for Cuda {
     fn drop(&mut self) {
         // Memory goes while the context is current, and after all work.
         let _ = self.context.bind();
+        self.leave_ranks(true);
         let _ = self.stream.wait();
     }
 }

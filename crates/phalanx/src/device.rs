@@ -2,9 +2,9 @@
 
 use std::fmt::Write as _;
 
-use cuda::{Census, Counted, Cuda, census};
+use cuda::{Census, Counted, Cuda, STAGING_BYTES, census};
 use serde_json::json;
-use spec::run::DeviceChoice;
+use spec::run::{DeviceChoice, MessageChoice, RunDirSpec};
 use spec::{Error, Result};
 use train::{Cpu, Device, Mesh};
 
@@ -13,30 +13,40 @@ use crate::output;
 use crate::version;
 
 /// The device of a rank: what the run asks for, or a GPU if one can be used.
-pub(crate) fn open(choice: DeviceChoice, local_rank: usize, threads: usize) -> Result<Box<dyn Device>> {
-    let cpu = || -> Box<dyn Device> { Box::new(Cpu::new(threads)) };
-    match choice {
-        DeviceChoice::Cpu => Ok(cpu()),
-        DeviceChoice::Cuda => {
-            let device = version::loads(version::IS_STATIC).and_then(|()| Cuda::new(local_rank));
-            Ok(Box::new(device.map_err(|e| e.context("run.device = \"cuda\""))?))
+pub(crate) fn open(run: &RunDirSpec, local_rank: usize, threads: usize) -> Result<Box<dyn Device>> {
+    let cpu = || -> Result<Box<dyn Device>> {
+        if run.messages == MessageChoice::Nccl {
+            return Err(Error::user("run.messages = \"nccl\", but ranks compute on the CPU").hint(
+                "set run.device=cuda, or run.messages=auto; phalanx devices says what this machine has",
+            ));
         }
-        DeviceChoice::Auto => match Cuda::new(local_rank) {
-            Ok(device) => Ok(Box::new(device)),
+        Ok(Box::new(Cpu::new(threads)))
+    };
+    let cuda = || Cuda::new(local_rank).map(|d| Box::new(d.with_messages(run.messages, STAGING_BYTES)));
+    match run.device {
+        DeviceChoice::Cpu => cpu(),
+        DeviceChoice::Cuda => {
+            let device = version::loads(version::IS_STATIC).and_then(|()| cuda());
+            Ok(device.map_err(|e| e.context("run.device = \"cuda\""))?)
+        }
+        DeviceChoice::Auto => match cuda() {
+            Ok(device) => Ok(device),
             Err(why) => {
                 // A machine without a driver has no GPU to speak of; one with a driver has a reason worth hearing.
                 if cuda::has_driver() && local_rank == 0 {
                     output::say(&format!("on the CPU, since no GPU can be used: {why}"));
                 }
-                Ok(cpu())
+                cpu()
             }
         },
     }
 }
 
-/// Refuses a GPU where there is no driver: before data is prepared, which can take long.
-pub(crate) fn expect(choice: DeviceChoice) -> Result<()> {
-    if choice == DeviceChoice::Cuda && !cuda::has_driver() { open(choice, 0, 1).map(drop) } else { Ok(()) }
+/// Refuses a GPU where there is no driver, and NCCL where there is no GPU: before data is prepared, which can take long.
+pub(crate) fn expect(run: &RunDirSpec) -> Result<()> {
+    let none = run.device == DeviceChoice::Cpu || !cuda::has_driver();
+    let asked = run.device == DeviceChoice::Cuda || run.messages == MessageChoice::Nccl;
+    if asked && none { open(run, 0, 1).map(drop) } else { Ok(()) }
 }
 
 /// Refuses ranks on devices of different kinds: their sums would differ, and with them the bits of a run.

@@ -86,7 +86,7 @@ impl Way for Places {
     fn device(&self, orders: &Orders, run: &RunSpec, mesh: &Mesh) -> Result<Box<dyn Device>> {
         let share = (output::threads(0) / orders.local_world.max(1)).max(1);
         let threads = run.run.threads.unwrap_or(share);
-        let device = device::open(run.run.device, orders.local_rank, threads)?;
+        let device = device::open(&run.run, orders.local_rank, threads)?;
         device::agree(mesh, &*device)?;
         Ok(device)
     }

@@ -50,7 +50,7 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
         );
     }
     let mut run = load(args, nproc)?;
-    device::expect(run.run.device)?;
+    device::expect(&run.run)?;
     let fresh = fresh(args);
     let _lock = own(&run, fresh)?;
     let mut env = Vec::new();
@@ -66,7 +66,7 @@ pub(crate) fn train(args: &Train) -> Result<u8> {
         return ranks::start(nproc, losses, &env);
     }
     let threads = output::threads(run.run.threads.unwrap_or(0));
-    let device = device::open(run.run.device, 0, threads)?;
+    let device = device::open(&run.run, 0, threads)?;
     go(args, &run, begin, Mesh::alone(), device, threads, early)
 }
 
@@ -98,7 +98,7 @@ fn as_rank(args: &Train, mut run: RunSpec, rank: &Rank, early: Early) -> Result<
     rank.say_how_they_talk(&world, transport);
     let mut mine = None;
     if first {
-        device::expect(run.run.device)?;
+        device::expect(&run.run)?;
         let lock = if started_by_us { None } else { Some(own(&run, fresh)?) };
         let mut begin = begin(args, &run, asked(args))?;
         begin.prepare(&run, &|_| {})?;
@@ -115,7 +115,7 @@ fn as_rank(args: &Train, mut run: RunSpec, rank: &Rank, early: Early) -> Result<
     };
     let threads = run.run.threads.unwrap_or_else(|| rank.threads());
     let mesh = Mesh::new(world, &run.layout)?;
-    let device = device::open(run.run.device, rank.env.local_rank, threads)?;
+    let device = device::open(&run.run, rank.env.local_rank, threads)?;
     device::agree(&mesh, &*device)?;
     go(args, &run, begin, mesh, device, threads, early)
 }
@@ -155,7 +155,7 @@ pub(crate) fn own(run: &RunSpec, fresh: bool) -> Result<DirLock> {
         // What cannot begin moves nothing.
         program::Program::build(&program::Request::of(run, 0), &|_, _| 0)?;
         if run.run.device == DeviceChoice::Cuda {
-            device::open(run.run.device, 0, 1)?;
+            device::open(&run.run, 0, 1)?;
         }
         if move_aside(dir)? {
             lock = DirLock::take(dir)?;
@@ -512,6 +512,7 @@ fn announce(run: &RunSpec, trainer: &mut Trainer, threads: usize) {
         run.train.precision,
         crate::show::binary(bytes),
     ));
+    device.ways().iter().for_each(|ways| output::say(ways));
     output::say(&format!(
         "run {}: {steps} steps of {tokens} tokens, seed {}",
         run.run.dir.display(),

@@ -255,6 +255,8 @@ pub struct RunDirSpec {
     pub threads: Option<usize>,
     /// What ranks compute on.
     pub device: DeviceChoice,
+    /// What carries messages between GPUs.
+    pub messages: MessageChoice,
     /// How long ranks wait for each other before one is held to be lost.
     pub timeout_s: u64,
     /// Steps between comparisons of what several ranks hold alike; `None` compares nothing.
@@ -276,6 +278,20 @@ pub enum DeviceChoice {
 }
 
 words!(DeviceChoice: "auto" => Auto, "cpu" => Cpu, "cuda" => Cuda);
+
+/// What carries messages between ranks that compute on GPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MessageChoice {
+    /// NCCL in every group whose ranks all have it and a GPU of their own, else the host's memory.
+    #[default]
+    Auto,
+    /// The host's memory and its own transport.
+    Host,
+    /// NCCL, or an error that says what is missing.
+    Nccl,
+}
+
+words!(MessageChoice: "auto" => Auto, "host" => Host, "nccl" => Nccl);
 
 /// `[sample]`: how text is generated.
 #[derive(Clone, Debug, PartialEq)]

@@ -70,6 +70,21 @@ pub trait Device: Any + Send {
         Ok(false)
     }
 
+    /// Hears what a program says to the ranks of `mesh` before any of it is said, so that ways can be made for it;
+    /// collective over all ranks.
+    ///
+    /// # Errors
+    /// If ranks are lost, or what was asked for cannot carry it.
+    fn meet(&mut self, program: &Program, mesh: &Mesh) -> Result<()> {
+        let _ = (program, mesh);
+        Ok(())
+    }
+
+    /// What carries messages between ranks, for people, where that is the device's choice.
+    fn ways(&self) -> Option<String> {
+        None
+    }
+
     /// Whether another program of the same rank may take over its arena between two steps, behind [`Device::forget`].
     fn takes_programs(&self) -> bool {
         false

@@ -185,6 +185,7 @@ impl Executor {
         if !is_kept {
             device.allocate(program.memory.total, &mesh)?;
         }
+        device.meet(&program, &mesh)?;
         Ok((Executor::with_memory(program, device, mesh, record), is_kept))
     }
 
@@ -212,6 +213,7 @@ impl Executor {
     ) -> Result<Executor> {
         check_ops(&*device, &program, &request.model.name)?;
         device.allocate(program.memory.total, &mesh)?;
+        device.meet(&program, &mesh)?;
         Ok(Executor::with_memory(program, device, mesh, record))
     }
 

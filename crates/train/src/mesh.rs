@@ -128,6 +128,25 @@ impl Mesh {
         self.world.as_ref().and_then(World::silence).map(|silence| silence.as_secs_f64())
     }
 
+    /// A look at the world for what carries messages beside it; `None` alone.
+    pub fn watch(&self) -> Option<comm::Watch> {
+        self.world.as_ref().map(World::watch)
+    }
+
+    /// The group that messages among `members` go through, which may be another's with the same ranks, and its ranks in
+    /// their order; `None` where this rank has no peers there.
+    pub fn members(&self, members: Members) -> Option<(Members, Vec<usize>)> {
+        let name = [members, of_data(members)].into_iter().find(|m| self.groups.contains_key(m));
+        let name = name.or((members == Members::World && self.world.is_some()).then_some(members))?;
+        Some((name, self.group(name).ok()?.ranks().to_vec()))
+    }
+
+    /// The order in which sums among `members` are added.
+    pub fn order(&self, members: Members) -> Order {
+        // Of what all ranks sum, each element is held by one of them.
+        if members == Members::World { Order::Tree } else { self.order }
+    }
+
     /// Whether there is nobody to talk to.
     pub fn is_alone(&self) -> bool {
         self.world.is_none()
@@ -269,9 +288,7 @@ impl Mesh {
         to: Option<RawSlice>,
         ticket: Option<Ticket>,
     ) -> Result<()> {
-        // Of what all ranks sum, each element is held by one of them.
-        let order = if m.members == Members::World { Order::Tree } else { self.order };
-        let (tag, op) = operation(m, from, to, order)?;
+        let (tag, op) = operation(m, from, to, self.order(m.members))?;
         let group = self.group(m.members)?;
         let Some(ticket) = ticket else {
             // SAFETY: passed on from the caller.

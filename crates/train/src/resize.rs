@@ -58,6 +58,7 @@ impl Executor {
         std::mem::swap(&mut self.eval_sum, &mut next.eval_sum);
         std::mem::swap(&mut self.spans, &mut next.spans);
         std::mem::swap(&mut self.op_waits_ns, &mut next.op_waits_ns);
+        self.device.meet(&self.program, &self.mesh)?;
         self.other = Some(next);
         self.batch = Default::default();
         let anew = self.program.step_statics();

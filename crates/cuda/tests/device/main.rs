@@ -12,6 +12,7 @@ mod checkpoints;
 mod own_layers;
 mod ranks;
 mod refusals;
+mod spread;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -94,13 +95,18 @@ fn in_the_emulator() {
     }
     let Some(libraries) = stand_ins() else { return };
     let tests = std::env::current_exe().expect("this program");
-    let run = |arguments: &[&str], fault: &str| {
+    let run_with = |arguments: &[&str], fault: &str, more: &[(&str, PathBuf)]| {
         let mut command = Command::new(&tests);
-        command.args(arguments).env(EMULATED, "1").env(FAULT, fault);
+        command.args(arguments).env(EMULATED, "1").env(FAULT, fault).envs(more.iter().cloned());
         command.env("LD_LIBRARY_PATH", &libraries).env("XDG_CACHE_HOME", libraries.join("cache"));
         assert!(command.status().expect("started").success(), "the tests fail in the emulator: {fault}");
     };
+    let run = |arguments: &[&str], fault: &str| run_with(arguments, fault, &[]);
     run(&["--test-threads", "2"], "");
+    let several = ranks::environment(&libraries);
+    run_with(&["--test-threads", "1", "ranks::"], "", &several);
+    let old = [("PHALANX_EMULATED_NCCL_VERSION", PathBuf::from("21304"))];
+    run_with(&["--exact", "ranks::ranks_that_share_a_card_go_over_the_host"], "", &old);
     for (fault, _) in refusals::REFUSALS {
         run(&["--exact", "refusals::what_is_wrong_is_said"], fault);
     }

@@ -107,7 +107,7 @@ fn measure(args: &BenchCheckpoint, place: &Path) -> Result<Found> {
     let load_average = measure::load_average();
     let run = super::step::reference(&args.set, true)?;
     let threads = if args.threads > 0 { args.threads } else { output::threads(0) };
-    let device = device::open(run.run.device, 0, threads)?;
+    let device = device::open(&run.run, 0, threads)?;
     let mut stepper = Stepper::open(run, device, false, 0, Mesh::alone())?;
     let [background, saved, eight, six] = PARTS.map(|part| place.join(part));
     let state_bytes = 4 * stepper.exec.state()?.pieces().map(|p| p.data.len() as u64).sum::<u64>();

@@ -35,7 +35,7 @@ pub(super) fn run(args: &BenchStep) -> Result<u8> {
         Some(rank) => {
             let world = rank.world(&run.to_toml(), TransportChoice::Auto, comm::DEFAULT_TIMEOUT)?;
             let (me, mesh) = (world.rank(), Mesh::new(world, &run.layout)?);
-            let device = device::open(run.run.device, rank.env.local_rank, threads(rank.threads()))?;
+            let device = device::open(&run.run, rank.env.local_rank, threads(rank.threads()))?;
             let mut s = Stepper::open(run, device, args.ops, me, mesh)?;
             report(&mut s, args)?;
             drop(s);
@@ -43,7 +43,7 @@ pub(super) fn run(args: &BenchStep) -> Result<u8> {
         }
         None if args.nproc > 1 => ranks::start(args.nproc, ranks::Losses::default(), &[]),
         None => {
-            let device = device::open(run.run.device, 0, threads(output::threads(0)))?;
+            let device = device::open(&run.run, 0, threads(output::threads(0)))?;
             let mut s = Stepper::open(run, device, args.ops, 0, Mesh::alone())?;
             if args.resident { serve(&mut s) } else { report(&mut s, args) }.map(|()| 0)
         }

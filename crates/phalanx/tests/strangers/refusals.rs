@@ -105,6 +105,16 @@ fn a_gpu_that_is_not_there_is_told_of_before_data_is_prepared() {
 }
 
 #[test]
+fn nccl_is_not_for_ranks_on_the_cpu() {
+    let lab = Lab::new();
+    for ranks in ["", "--nproc 2"] {
+        let args = tiny("nccl", &format!("--set run.device=cpu --set run.messages=nccl {ranks}"));
+        check(&lab, &args, 2, "run.messages = \"nccl\", but ranks compute on the CPU");
+        assert!(!lab.path("cache").exists() && !lab.path("nccl/data.json").exists(), "{ranks}");
+    }
+}
+
+#[test]
 fn a_file_that_cannot_be_written_is_told_of_before_the_work_for_it() {
     let lab = Lab::new();
     lab.write("file", "");

@@ -2,7 +2,7 @@
 
 use crate::layout_check::MAX_WORLD;
 use crate::model_check::MAX_POSITIONS;
-use crate::run::{Attend, DeviceChoice, OnCorruption, OnNan, OnSpike, Optimizer};
+use crate::run::{Attend, DeviceChoice, MessageChoice, OnCorruption, OnNan, OnSpike, Optimizer};
 use crate::{
     Activation, ContextMode, ExpertRows, NormKind, PipelineSchedule, Recompute, Reduce, ScheduleKind, Score,
 };
@@ -480,6 +480,12 @@ pub(crate) static KEYS: &[Key] = &[
         KeyKind::Choice(DeviceChoice::WORDS),
         "\"auto\"",
         "what ranks compute on: auto takes a GPU if one can be used (see phalanx devices)",
+    ),
+    key(
+        "run.messages",
+        KeyKind::Choice(MessageChoice::WORDS),
+        "\"auto\"",
+        "what carries messages between GPUs: auto takes NCCL where each rank of a group has a card of its own",
     ),
     key(
         "run.timeout_s",

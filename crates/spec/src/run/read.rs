@@ -206,6 +206,7 @@ fn read_place(doc: &Doc) -> Result<RunDirSpec> {
         dir: directory(doc, "run.dir")?,
         threads: doc.count_or_off("run.threads")?,
         device: DeviceChoice::of(doc, "run.device")?,
+        messages: MessageChoice::of(doc, "run.messages")?,
         timeout_s: doc.count("run.timeout_s")? as u64,
         verify_every: doc.count_or_off("run.verify_every")?,
         straggler_window: doc.count_or_off("run.straggler_window")?,

@@ -167,6 +167,7 @@ impl RunSpec {
             ("run.dir", path(&self.run.dir)),
             ("run.threads", off(self.run.threads)),
             ("run.device", quoted(self.run.device.name())),
+            ("run.messages", quoted(self.run.messages.name())),
             ("run.timeout_s", self.run.timeout_s.to_string()),
             ("run.verify_every", off(self.run.verify_every)),
             ("run.straggler_window", off(self.run.straggler_window)),
