@@ -102,7 +102,7 @@ fn grouped<'a, T: Storage>(
     assert_eq!(w.len(), experts * k * cols, "weights");
     assert!(b.is_none_or(|b| b.len() == experts * cols), "biases");
     let mut workspace = Workspace::new(ws);
-    let starts = &*groups.starts(&mut workspace);
+    let starts = groups.starts(&mut workspace);
     let run = |e: usize, peer: usize| {
         let unit = peer * experts + e;
         starts[unit] as usize..starts[unit + 1] as usize
@@ -147,7 +147,7 @@ pub fn grouped_linear_dw<T: Storage>(
     assert_eq!(leaves(tree), groups.leaves, "leaves");
     let most = dy.len() / out.max(1);
     let mut workspace = Workspace::new(ws);
-    let starts = &*groups.starts(&mut workspace);
+    let starts = groups.starts(&mut workspace);
     let apart = groups.experts * out * in_;
     let into = |e: usize, peer: usize| {
         let (level, merge) = merge(peer);

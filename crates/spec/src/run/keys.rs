@@ -118,6 +118,9 @@ const ABOVE_ZERO: KeyKind =
 const ZERO_UP: KeyKind = KeyKind::Number { expected: "from 0 to 1e6", ok: |x| (0.0..=1e6).contains(&x) };
 const BELOW_ONE: KeyKind =
     KeyKind::Number { expected: "at least 0 and below 1", ok: |x| (0.0..1.0).contains(&x) };
+/// Kept in single precision, where it must be below 1 as well.
+const LEFT_OUT: KeyKind =
+    KeyKind::Number { expected: "at least 0 and below 1", ok: |x| x >= 0.0 && (x as f32) < 1.0 };
 const SHARE: KeyKind = KeyKind::Number { expected: "from 0 to 1", ok: |x| (0.0..=1.0).contains(&x) };
 const PART: KeyKind = KeyKind::Number { expected: "above 0 and at most 1", ok: |x| x > 0.0 && x <= 1.0 };
 /// Model keys: `ModelSpec::validate` knows their range.
@@ -329,13 +332,13 @@ pub(crate) static KEYS: &[Key] = &[
     ),
     key(
         "train.dropout",
-        BELOW_ONE,
+        LEFT_OUT,
         "0",
         "share of embeddings, and of what layers add to the residual stream, left out at random in training; 0 = none",
     ),
     key(
         "train.attention_dropout",
-        BELOW_ONE,
+        LEFT_OUT,
         "0",
         "share of the probabilities of attention left out at random in training; 0 = none",
     ),

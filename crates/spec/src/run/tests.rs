@@ -437,6 +437,11 @@ fn recipes_are_read_refused_and_told_apart() {
             "optim.momentum=1",
             "optim.momentum = 1 in --set optim.momentum=1, expected a number at least 0 and below 1",
         ),
+        (
+            "train.attention_dropout=0.99999999",
+            "train.attention_dropout = 0.99999999 in --set train.attention_dropout=0.99999999, expected a number at least \
+             0 and below 1",
+        ),
         ("train.z_loss=2", "train.z_loss = 2 in --set train.z_loss=2, expected a number from 0 to 1"),
         ("train.z_loss=nan", "train.z_loss = nan in --set train.z_loss=nan, expected a number from 0 to 1"),
         ("model.logit_softcap=0.5", "model.logit_softcap = 0.5, expected 0 or a number from 1 to 1e6"),
