@@ -5,8 +5,13 @@ mod common;
 use std::collections::{BTreeMap, HashMap};
 
 use common::{build, check_world, model};
-use program::{ALIGN, Axis, Home, Members, Mode, OpKind, Program, Request, Role, View, verify};
-use spec::{DType, Latent, Layout, ModelSpec, PipelineSchedule, Reduce, Zero};
+use program::{
+    ALIGN, Axis, Home, Members, Mode, OpKind, Program, Request, Role, View, check_mixture, verify,
+};
+use spec::{
+    ContextMode, DType, ExpertRows, Experts, Latent, Layout, ModelSpec, Mtp, PipelineSchedule, Reduce,
+    Router, Score, Zero,
+};
 
 const ZEROS: [Zero; 4] = [Zero::Off, Zero::Optimizer, Zero::Gradients, Zero::Parameters];
 
@@ -269,5 +274,72 @@ fn rows_fall_into_the_leaves_of_their_tree() {
                 op.name
             );
         }
+    }
+}
+
+/// On a ring attention asks from a rank's own tokens, one piece from the front and its mirror; where heads are dealt, from
+/// all of a sequence.
+#[test]
+fn attention_asks_from_own_tokens_or_from_all() {
+    let m = model(2, false, false);
+    let places = |cp, context| -> Vec<_> {
+        let layout = Layout { cp, context, ..Layout::default() };
+        ranks(&m, &layout).iter().map(|p| (p.positions(), p.seen())).collect()
+    };
+    let ring = [[0..4, 12..16], [4..8, 8..12]];
+    assert_eq!(places(2, ContextMode::Ring), ring.map(|own| (own.clone(), own)));
+    let all = [0..8, 8..16];
+    let pieces = [[0..4, 4..8], [8..12, 12..16]];
+    assert_eq!(places(2, ContextMode::Heads), pieces.map(|own| (own, all.clone())));
+    assert_eq!(places(1, ContextMode::Ring), [(all.clone(), all)]);
+}
+
+/// Biases of experts move by counts that lie in the sums of all ranks before the losses of all sequences, one or two each,
+/// and the number of ranks that want to stop.
+#[test]
+fn experts_are_balanced_by_the_counts_of_all_ranks() {
+    let router = Router { score: Score::Sigmoid, expert_bias: true, bias_rate: 0.01, ..Router::PLAIN };
+    let experts = Experts { count: 8, top_k: 2, ffn: 16, shared_ffn: 0, dense_layers: 0, every: 1, router };
+    let plain = ModelSpec { experts: Some(experts), ..model(3, false, false) };
+    let ahead = ModelSpec { mtp: Some(Mtp { weight: 0.3 }), ..plain.clone() };
+    for (m, layers, losses) in [(plain, 3, 1), (ahead, 4, 2)] {
+        for p in ranks(&m, &Layout { dp: 2, ..Layout::default() }) {
+            let op = ops(&p).find(|op| matches!(op.kind, OpKind::BalanceExperts { .. })).expect("one");
+            let counts = op.ins[0];
+            assert_eq!((counts.buffer, counts.rows), (p.io.norm_chunks, layers * 8));
+            let behind = p.buffer(counts.buffer).rows - (counts.row0 + counts.rows);
+            assert_eq!(behind, losses * 8 + 1, "{} layers", m.layers);
+        }
+    }
+}
+
+/// Where sums have a fixed order a rank's experts are whole chunks of the norm, their biases too; values that work are named.
+#[test]
+fn experts_of_a_rank_are_whole_chunks_of_the_norm() {
+    // A matrix of an expert is half a chunk of 4096.
+    let experts = Experts {
+        count: 8,
+        top_k: 2,
+        ffn: 64,
+        shared_ffn: 0,
+        dense_layers: 0,
+        every: 1,
+        router: Router::PLAIN,
+    };
+    let plain = ModelSpec { experts: Some(experts), ..model(2, false, false) };
+    let biased = ModelSpec { mlp_bias: true, ..plain.clone() };
+    let check = |m: &ModelSpec, ep: usize, reduce: Reduce| {
+        check_mixture(m, &Layout { dp: ep, ep, reduce, expert_rows: ExpertRows::All, ..Layout::default() })
+    };
+    for ep in [1, 2, 4, 8] {
+        check(&plain, ep, Reduce::Ring).expect("sums without a fixed order");
+        assert_eq!(check(&plain, ep, Reduce::Tree).is_ok(), ep < 8, "{ep}");
+        assert_eq!(check(&biased, ep, Reduce::Tree).is_ok(), ep == 1, "{ep} with biases");
+    }
+    for (m, elements, works) in [(&plain, 2048, "1, 2, 4"), (&biased, 2048, "1")] {
+        let refused = check(m, 8, Reduce::Tree).expect_err("half a chunk");
+        assert!(refused.to_string().contains(&format!("have {elements} elements")), "{refused}");
+        let hint = refused.hint_text().expect("a hint");
+        assert!(hint.starts_with(&format!("values of layout.ep that work: {works};")), "{hint}");
     }
 }

@@ -414,3 +414,31 @@ fn is_unscaled(m: &f64) -> bool {
 fn whole_dims() -> bool {
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Read back as those who write it do, `mscale` over `mscale_all_dim`, it is the amplitude, given or not.
+    #[test]
+    fn mscale_stands_for_the_amplitude() {
+        for factor in [4.0, 40.0] {
+            for attention_factor in [None, Some(1.0), Some(0.9), Some(1.3)] {
+                for mscale_all_dim in [0.0, 0.5, 1.0] {
+                    let yarn = Yarn {
+                        factor,
+                        beta_fast: 32.0,
+                        beta_slow: 1.0,
+                        original_max_positions: 4096,
+                        attention_factor,
+                        truncate: true,
+                        mscale_all_dim,
+                    };
+                    let written = RopeScaling::Yarn(yarn).mscale();
+                    let read = yarn_scale(factor, written) / yarn_scale(factor, mscale_all_dim);
+                    assert!((read - yarn.amplitude()).abs() < 1e-12, "{yarn:?}: {written}");
+                }
+            }
+        }
+    }
+}

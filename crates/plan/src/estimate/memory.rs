@@ -54,7 +54,7 @@ impl Estimator<'_> {
             _ if l.chunks > 1 => interleaved(pp, chunks).min(micro_batches),
             _ => pp.min(micro_batches),
         };
-        let activations = in_flight * (kept + t.embed.kept);
+        let activations = in_flight * kept;
         let weight = placement.precision().bytes() as f64;
         let unit = (dense + experts) / stages.most.max(1.0);
         let gathered = if l.zero == Zero::Parameters { UNITS_GATHERED * weight * unit } else { 0.0 };

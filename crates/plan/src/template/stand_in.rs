@@ -75,11 +75,7 @@ impl StandIn {
     }
 
     pub(super) fn embed(&self) -> Section {
-        let mut s = section(&self.first, Place::Embedding);
-        // What the stage keeps beside its layers.
-        let slot = self.first.slot_regions.first().map_or(0, |s| s.bytes) as f64;
-        s.kept_bytes = (slot - LAYERS as f64 * self.layer_kept()).max(0.0);
-        s
+        section(&self.first, Place::Embedding)
     }
 
     pub(super) fn layer(&self) -> Section {
@@ -211,4 +207,29 @@ fn section(p: &Program, place: Place) -> Section {
         of.extend(tasks(p, op));
     }
     s
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the first layer reads is kept in place of what the last one says, and nothing else is, whatever is run again.
+    #[test]
+    fn a_stage_keeps_nothing_beside_its_layers() {
+        for name in ["gpt3-175b", "llama1-65b", "deepseek-v3", "qwen3-30b-a3b"] {
+            let shape = Shape::find(name).unwrap().unwrap();
+            for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
+                for (tp, sequence_parallel, cp, micro_batch) in
+                    [(1, false, 1, 3), (8, true, 1, 1), (2, false, 2, 2)]
+                {
+                    let key = Key { tp, sequence_parallel, cp, micro_batch, recompute, ..Key::alone(2048) };
+                    for experts in [false, true] {
+                        let s = StandIn::build(&shape, &key, experts, false).unwrap();
+                        let slot = s.first.slot_regions[0].bytes as f64;
+                        assert_eq!(slot, LAYERS as f64 * s.layer_kept(), "{name} {key:?}");
+                    }
+                }
+            }
+        }
+    }
 }

@@ -68,7 +68,7 @@ impl Estimator<'_> {
             _ if l.chunks > 1 => super::interleaved(l.pp as f64, l.chunks as f64).min(micro_batches),
             _ => behind.min(micro_batches),
         };
-        let activations = in_flight * (kept + own(t.embed.kept, 0.0));
+        let activations = in_flight * kept;
         // When backward begins all that is kept is there, and the loss; when it ends one micro-batch is gone and all
         // gradients in 16 bit are there, to be added to their sums.
         let logits = own(0.0, pool.logit_bytes * tokens * (model.vocab / l.tp) as f64);
