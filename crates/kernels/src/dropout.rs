@@ -46,7 +46,7 @@ impl Dropout {
     /// What the element of a row and column is multiplied by: 0 or [`Dropout::factor`].
     pub(crate) fn of(self, row: u64, col: usize) -> f32 {
         let draw = draws(self.row(row), col / DRAWS_AT_ONCE)[col % DRAWS_AT_ONCE];
-        if u32::from(draw) >= self.cut() { self.factor() } else { 0.0 }
+        factor_of(draw, (self.cut(), self.factor()))
     }
 
     /// [`Dropout::of`] for columns from `col` on.
@@ -74,6 +74,18 @@ fn mix(x: u64) -> u64 {
     let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)
+}
+
+/// What an element with this draw is multiplied by.
+#[inline(always)]
+fn factor_of(draw: u16, (cut, scale): (u32, f32)) -> f32 {
+    if u32::from(draw) >= cut { scale } else { 0.0 }
+}
+
+/// The same of several.
+#[inline(always)]
+fn put_factors(to: &mut [f32], drawn: &[u16], of: (u32, f32)) {
+    to.iter_mut().zip(drawn).for_each(|(to, draw)| *to = factor_of(*draw, of));
 }
 
 /// `y = acc + kept(x + bias)` by rows of `cols` elements; `place` numbers row `i` wherever it is computed.
@@ -124,9 +136,7 @@ kernel! { fn row_kept[T: Element](
     for j in (0..y.len()).step_by(LANES) {
         let mut factors = [0.0f32; LANES];
         for (q, four) in factors.chunks_exact_mut(DRAWS_AT_ONCE).enumerate() {
-            for (factor, draw) in four.iter_mut().zip(draws(key, j / DRAWS_AT_ONCE + q)) {
-                *factor = if u32::from(draw) >= cut { scale } else { 0.0 };
-            }
+            put_factors(four, &draws(key, j / DRAWS_AT_ONCE + q), (cut, scale));
         }
         let mut v = T::get(s, &x[j..]);
         if let Some(bias) = bias {
@@ -147,20 +157,15 @@ const TOGETHER: usize = 32;
 
 kernel! { fn row_factors[](c: (u64, u32, f32), col: usize, factors: &mut [f32]) = |_s: S| {
     let (key, cut, scale) = c;
-    let put = |to: &mut [f32], drawn: &[u16]| {
-        for (to, draw) in to.iter_mut().zip(drawn) {
-            *to = if u32::from(*draw) >= cut { scale } else { 0.0 };
-        }
-    };
     let (mut four, skip) = (col / DRAWS_AT_ONCE, col % DRAWS_AT_ONCE);
     let (begun, rest) = factors.split_at_mut(factors.len().min((DRAWS_AT_ONCE - skip) % DRAWS_AT_ONCE));
     if skip > 0 {
-        put(begun, &draws(key, four)[skip..]);
+        put_factors(begun, &draws(key, four)[skip..], (cut, scale));
         four += 1;
     }
     for to in rest.chunks_mut(TOGETHER) {
         let drawn: [[u16; DRAWS_AT_ONCE]; TOGETHER / DRAWS_AT_ONCE] = std::array::from_fn(|i| draws(key, four + i));
-        put(to, drawn.as_flattened());
+        put_factors(to, drawn.as_flattened(), (cut, scale));
         four += TOGETHER / DRAWS_AT_ONCE;
     }
 } }

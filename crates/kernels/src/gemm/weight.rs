@@ -213,17 +213,16 @@ fn pack_units<T: Element>(
     packed: &Parts<'_, f32>,
 ) {
     let nr = panel();
-    let (wide, leaves, longest) = (ins.next_multiple_of(nr), leaves(tree), longest_piece(rows));
-    let parts = rows.div_ceil(longest).max(1);
-    pool.run(groups.len() * of.peers * leaves * parts, &|task, _| {
-        let (index, leaf, part) = (task / parts / leaves, task / parts % leaves, task % parts);
-        let before: usize = of.units(groups.clone()).take(index).map(|unit| of.len(unit)).sum();
-        let Some(unit) = of.units(groups.clone()).nth(index) else { return };
-        let begun = (0..leaf).map(|l| (of.leaf)(unit, l)).sum::<usize>() + part * longest;
-        let len = longest.min((of.leaf)(unit, leaf).saturating_sub(part * longest));
-        if len > 0 {
-            let from = &x[((of.start)(unit) + begun) * ins..];
-            pack_all_rows(from, ins, len, ins, nr, packed, (before + begun) * wide, len * nr);
+    let wide = ins.next_multiple_of(nr);
+    let most = leaves(tree) * rows.div_ceil(longest_piece(rows)).max(1);
+    pool.run(groups.len() * of.peers * most, &|task, _| {
+        let mut units = of.units(groups.clone());
+        let before: usize = units.by_ref().take(task / most).map(|unit| of.len(unit)).sum();
+        let Some(unit) = units.next() else { return };
+        let leaf = |leaf| (of.leaf)(unit, leaf);
+        if let Some(Piece { row, len, .. }) = pieces((tree, rows, &leaf)).nth(task % most) {
+            let from = &x[((of.start)(unit) + row) * ins..];
+            pack_all_rows(from, ins, len, ins, nr, packed, (before + row) * wide, len * nr);
         }
     });
 }
