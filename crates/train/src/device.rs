@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::time::Instant;
 
 use bytemuck::Pod;
-use program::{Axis, Loss, Mode, Op, OpKind, Program, Recipe, Request, Ticket};
+use program::{Loss, Mode, Op, OpKind, Program, Recipe, Request, Ticket};
 use spec::{DType, Error, Layout, Result, RunSpec};
 
 use crate::arena::Arena;
@@ -230,20 +230,6 @@ impl dyn Device {
 /// What a device lacks for an op.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Lack {
-    /// Kernels for routed experts.
-    Experts,
-    /// Kernels for latent attention.
-    Latent,
-    /// Attention over sequences that several ranks hold.
-    Contexts,
-    /// Attention over windows, inside documents or with sinks.
-    Sees,
-    /// Messages between experts on several ranks.
-    ExpertRanks,
-    /// A loss beside the cross-entropy, or logits that are squeezed.
-    LossTerms,
-    /// Kernels for Muon.
-    Muon,
     /// Kernels for an average of the weights.
     Average,
     /// Kernels that leave elements out at random.
@@ -266,22 +252,6 @@ impl Lack {
             return Lack::AttentionDropout;
         }
         match kind {
-            Route { .. }
-            | RouteGrad { .. }
-            | Permute { .. }
-            | PermuteGrad
-            | Unpermute { .. }
-            | UnpermuteGrad => Lack::Experts,
-            GroupedLinear { .. } | GroupedLinearGradInput { .. } => Lack::Experts,
-            GroupedLinearGradWeight { .. } | GroupedBiasGrad { .. } => Lack::Experts,
-            LatentNorm { .. } | LatentNormGradInput | LatentNormGradWeight => Lack::Latent,
-            LatentRope { .. } | LatentRopeGrad { .. } | LatentCached { .. } => Lack::Latent,
-            RingAttention { .. } | RingAttentionGrad { .. } => Lack::Contexts,
-            SplitHeads { .. } | JoinHeads { .. } | AllToAll { axis: Axis::Cp } => Lack::Contexts,
-            SinkGrad { .. } => Lack::Sees,
-            AllToAll { .. } => Lack::ExpertRanks,
-            SoftCap { .. } | Xent { .. } | XentGrad { .. } => Lack::LossTerms,
-            MuonMomentum { .. } | Orthogonalise { .. } | Muon { .. } => Lack::Muon,
             Average { .. } | SwapAverage { .. } => Lack::Average,
             Dropout { .. } => Lack::Dropout,
             LogitMax { .. } | QkClip { .. } => Lack::QkClip,
@@ -338,39 +308,6 @@ pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result
     lacks.dedup_by_key(|(lack, _)| *lack);
     let Some((first, op)) = lacks.first() else { return Ok(()) };
     Err(match first {
-        Lack::Experts | Lack::Latent => {
-            let what = if *first == Lack::Latent { "latent attention" } else { "a mixture of experts" };
-            Error::user(format!("{model} has {what}: {} has no kernels for it", device.name()))
-                .hint("set run.device=cpu")
-        }
-        Lack::Contexts => {
-            Error::user(format!("layout.cp = {}: {} has no attention over ranks", p.layout.cp, device.name()))
-                .hint("set layout.cp=1, or run.device=cpu")
-        }
-        Lack::Sees => {
-            let cpu = "set run.device=cpu";
-            let (what, hint) = match op.kind {
-                OpKind::Attention { sees, .. } | OpKind::AttentionCached { sees, .. } if !sees.sinks => {
-                    match sees.documents {
-                        true => ("attention inside documents", "set data.attend=all, or run.device=cpu"),
-                        false => ("attention over windows", cpu),
-                    }
-                }
-                _ => ("attention sinks", cpu),
-            };
-            Error::user(format!("{model} has {what}: {} has no kernels for it", device.name())).hint(hint)
-        }
-        Lack::ExpertRanks => {
-            Error::user(format!("layout.ep = {}: {} has no exchange of rows", p.layout.ep, device.name()))
-                .hint("set layout.ep=1, or run.device=cpu")
-        }
-        Lack::LossTerms => Error::user(format!(
-            "train.z_loss, model.logit_softcap or model.mtp: {} has no kernels for them",
-            device.name()
-        ))
-        .hint("set run.device=cpu, or train.z_loss=0 and model.mtp.depth=0"),
-        Lack::Muon => Error::user(format!("optim.kind = muon: {} has no kernels for it", device.name()))
-            .hint("set optim.kind=adamw, or run.device=cpu"),
         Lack::Average => Error::user(format!("train.ema: {} has no kernels for it", device.name()))
             .hint("set train.ema=0, or run.device=cpu"),
         Lack::Dropout => Error::user(format!("train.dropout: {} has no kernels for it", device.name()))
