@@ -136,9 +136,7 @@ impl Mesh {
     /// The group that messages among `members` go through, which may be another's with the same ranks, and its ranks in
     /// their order; `None` where this rank has no peers there.
     pub fn members(&self, members: Members) -> Option<(Members, Vec<usize>)> {
-        let name = [members, of_data(members)].into_iter().find(|m| self.groups.contains_key(m));
-        let name = name.or((members == Members::World && self.world.is_some()).then_some(members))?;
-        Some((name, self.group(name).ok()?.ranks().to_vec()))
+        self.find(members).map(|(name, group)| (name, group.ranks().to_vec()))
     }
 
     /// The order in which sums among `members` are added.
@@ -328,10 +326,16 @@ impl Mesh {
     }
 
     fn group(&self, members: Members) -> Result<&Group> {
-        let world = self.world.as_ref().filter(|_| members == Members::World).map(World::all);
-        world
-            .or_else(|| self.groups.get(&members).or_else(|| self.groups.get(&of_data(members))))
-            .ok_or_else(|| Error::failure(format!("this rank has no peers along {members:?}")))
+        let found = self.find(members).map(|(_, group)| group);
+        found.ok_or_else(|| Error::failure(format!("this rank has no peers along {members:?}")))
+    }
+
+    /// The group that messages among `members` go through, and its own name.
+    fn find(&self, members: Members) -> Option<(Members, &Group)> {
+        if members == Members::World {
+            return self.world.as_ref().map(|world| (members, world.all()));
+        }
+        [members, of_data(members)].into_iter().find_map(|name| Some((name, self.groups.get(&name)?)))
     }
 }
 
