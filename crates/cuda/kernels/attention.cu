@@ -177,15 +177,7 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
                                      int sequence, int heads, int kv_heads, float scale, Sight sight) {            \
     attention_forward<D, V, true>(qkv, o, lse, sequence, heads, kv_heads, scale, sight);                           \
   }
-FORWARD(d16, 16, 16)
-FORWARD(d32, 32, 32)
-FORWARD(d64, 64, 64)
-FORWARD(d80, 80, 80)
-FORWARD(d96, 96, 96)
-FORWARD(d128, 128, 128)
-FORWARD(d256, 256, 256)
-FORWARD(d96v64, 96, 64)
-FORWARD(d192v128, 192, 128)
+HEAD_WIDTHS(FORWARD)
 #undef FORWARD
 
 // One token: its keys and values join the cache at `position` (at `*at` if given, which a captured launch can change),

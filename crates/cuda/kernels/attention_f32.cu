@@ -34,30 +34,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     copy_rows(keys, k, ld, key, sequence, dim);
     copy_rows(values, v, ld, key, sequence, value_dim);
     __syncthreads();
-    float s[EACH], top = max;
+    float s[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       int at = lane + i * LANES;
       s[i] = dot_rows(queries + row * (dim + 1), keys + at * (dim + 1), dim) * scale;
       if (key + at > position || key + at < seen) s[i] = -INFINITY;
-      top = fmaxf(top, s[i]);
     }
-#pragma unroll
-    for (int step = 1; step < LANES; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    // Rows that have seen nothing so far have no maximum to subtract.
-    float factor = max == top ? 1.0f : expf(max - top), sum = 0.0f, low = top == -INFINITY ? 0.0f : top;
-    max = top;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      float p = expf(s[i] - low);
-      scores[row * SCORES + lane + i * LANES] = p;
-      sum += p;
-    }
-    total = fmaf(total, factor, team_sum(sum));
-#pragma unroll
-    for (int j = 0; j < MOST; ++j) acc[j] *= factor;
-    __syncwarp();
-    add_rows(acc, scores + row * SCORES, values, value_dim, lane);
+    add_softened(acc, max, total, s, scores + row * SCORES, values, value_dim, lane);
   }
   if (position < sequence) {
     long long at = ((long long)blockIdx.z * heads + head) * sequence + position;

@@ -343,13 +343,5 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
                                       Sight sight) {                                                               \
     attention_grad_queries<D, V, true>(qkv, d_o, lse, delta, dqkv, sequence, heads, kv_heads, scale, sight);       \
   }
-GRAD(d16, 16, 16)
-GRAD(d32, 32, 32)
-GRAD(d64, 64, 64)
-GRAD(d80, 80, 80)
-GRAD(d96, 96, 96)
-GRAD(d128, 128, 128)
-GRAD(d256, 256, 256)
-GRAD(d96v64, 96, 64)
-GRAD(d192v128, 192, 128)
+HEAD_WIDTHS(GRAD)
 #undef GRAD

@@ -46,3 +46,28 @@ __device__ __forceinline__ float team_sum(float x) {
   for (int step = 1; step < LANES; step *= 2) x += __shfl_xor_sync(~0u, x, step);
   return x;
 }
+
+// A row's softmax goes on over the keys of a step: its scores `s` become exponentials over the greatest score so far,
+// which rest in `scores` and weigh the rows of `values` in `acc`; what was summed before shrinks.
+__device__ __forceinline__ void add_softened(float (&acc)[MOST], float& max, float& total, float (&s)[EACH],
+                                             float* scores, const float* values, int dim, int lane) {
+  float top = max, sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) top = fmaxf(top, s[i]);
+#pragma unroll
+  for (int step = 1; step < LANES; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+  // Rows that have seen nothing so far have no maximum to subtract.
+  float factor = max == top ? 1.0f : expf(max - top), low = top == -INFINITY ? 0.0f : top;
+  max = top;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    float p = expf(s[i] - low);
+    scores[lane + i * LANES] = p;
+    sum += p;
+  }
+  total = fmaf(total, factor, team_sum(sum));
+#pragma unroll
+  for (int j = 0; j < MOST; ++j) acc[j] *= factor;
+  __syncwarp();
+  add_rows(acc, scores, values, dim, lane);
+}

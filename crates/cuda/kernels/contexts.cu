@@ -85,30 +85,14 @@ __device__ __forceinline__ void ring_forward(const T* qkv, const T* kv, const T*
     copy_rows(keys, k, h.kv(), key, sequence, h.dim);
     copy_rows(values, v, h.kv(), key, sequence, h.value_dim);
     __syncthreads();
-    float s[EACH], top = max;
+    float s[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       int j = lane + i * LANES;
       s[i] = dot_rows(queries + row * (h.dim + 1), keys + j * (h.dim + 1), h.dim) * scale;
       if (key + j >= end + (FAULT == 70) || key + j < seen) s[i] = -INFINITY;
-      top = fmaxf(top, s[i]);
     }
-#pragma unroll
-    for (int step = 1; step < LANES; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    // Rows that have seen nothing so far have no maximum to subtract.
-    float factor = max == top ? 1.0f : expf(max - top), sum = 0.0f, low = top == -INFINITY ? 0.0f : top;
-    max = top;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      float p = expf(s[i] - low);
-      scores[row * SCORES + lane + i * LANES] = p;
-      sum += p;
-    }
-    total = fmaf(total, factor, team_sum(sum));
-#pragma unroll
-    for (int j = 0; j < MOST; ++j) acc[j] *= factor;
-    __syncwarp();
-    add_rows(acc, scores + row * SCORES, values, h.value_dim, lane);
+    add_softened(acc, max, total, s, scores + row * SCORES, values, h.value_dim, lane);
   }
   if (!real) return;
   write_row(own, acc, 1.0f, h.value_dim, lane);

@@ -3,6 +3,12 @@
 constexpr int WARP = 32;
 constexpr float LOG2_E = 1.4426950408889634f;
 
+// Widths of heads that have kernels: how these are called, the width of queries and keys, that of values.
+#define HEAD_WIDTHS(KERNELS)                                                                      \
+  KERNELS(d16, 16, 16) KERNELS(d32, 32, 32) KERNELS(d64, 64, 64) KERNELS(d80, 80, 80)             \
+  KERNELS(d96, 96, 96) KERNELS(d128, 128, 128) KERNELS(d256, 256, 256) KERNELS(d96v64, 96, 64)    \
+  KERNELS(d192v128, 192, 128)
+
 // Rows of D elements. Eight rows of one column of 16-byte chunks, which is what ldmatrix reads at a time, lie in eight
 // different groups of banks: by a swizzle where D is a power of two of at least 64, otherwise by 16 bytes between rows.
 template <int D> struct Tile {

@@ -239,12 +239,10 @@ fn bounded(
 pub(crate) fn backward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let OpKind::AttentionGrad { heads, sees } = *l.kind() else { not_mine!(l) };
     let sight = Sight::of(d, l, sees, 4);
-    let [qkv, o, lse, dy] = [0, 1, 2, 3].map(|i| l.input(i));
+    let [qkv, lse, dy] = [0, 2, 3].map(|i| l.input(i));
     let (n, sequence) = (qkv.rows, l.sequence());
-    let delta: Operand = l.workspace().part(0, n * heads.q);
-    let params = Params::new().with(d.at(o)).with(d.at(dy)).with(d.at(delta));
-    let params = params.with(int(n)).with(int(sequence)).with(int(heads.q)).with(int(heads.value_dim));
-    d.start(variant!(l, "attention_bwd_prep"), Geometry::line((n * heads.q).div_ceil(32), 256), params)?;
+    prepare(d, l, heads)?;
+    let delta = dots(l, heads);
     if let Some(Variant { keys, queries, .. }) = Variant::wide(d, l, heads).filter(|_| sight.is_all()) {
         for (tile, per) in [(keys, heads.kv), (queries, heads.q)] {
             let params = Params::new().with(map(d, qkv, sequence)?).with(map(d, dy, sequence)?);
@@ -261,6 +259,19 @@ pub(crate) fn backward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
         bounded(d, l, tile, tile.geometry(sequence, per, n / sequence), (params, sight))?;
     }
     Ok(())
+}
+
+/// Where a derivative has, for each query, the dot product of output and output gradient.
+pub(crate) fn dots(l: &Launch<'_>, heads: Heads) -> Operand {
+    l.workspace().part(0, l.input(0).rows * heads.q)
+}
+
+/// Puts them there.
+pub(crate) fn prepare(d: &mut Cuda, l: &Launch<'_>, heads: Heads) -> Result<()> {
+    let (n, o, dy) = (l.input(0).rows, l.input(1), l.input(3));
+    let params = Params::new().with(d.at(o)).with(d.at(dy)).with(d.at(dots(l, heads)));
+    let params = params.with(int(n)).with(int(l.sequence())).with(int(heads.q)).with(int(heads.value_dim));
+    d.start(variant!(l, "attention_bwd_prep"), Geometry::line((n * heads.q).div_ceil(32), 256), params)
 }
 
 /// Appends the token's keys and values to the layer's cache and attends over all of it so far.

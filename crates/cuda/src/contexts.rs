@@ -5,6 +5,7 @@ use program::{Heads, OpKind, Sees};
 use spec::{DType, Result};
 use train::{Lack, Launch, Operand, Part};
 
+use crate::attention;
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
 use crate::table::{add_into, by_row, int, not_mine, variant};
@@ -119,18 +120,18 @@ pub(crate) fn forward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
 
 pub(crate) fn backward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let OpKind::RingAttentionGrad { heads: h, sees, .. } = *l.kind() else { not_mine!(l) };
-    let [qkv, o, lse, dy] = [0, 1, 2, 3].map(|i| l.input(i));
+    let [qkv, lse, dy] = [0, 2, 3].map(|i| l.input(i));
     let [dqkv, keys, dq, grads] = [0, 1, 2, 3].map(|i| l.output(i));
     // Two parts come and go, the last is this rank's own.
     let own = half_of(grads, 2, 3);
     match l.turn.part {
-        Part::Begin => pack(d, l, h, half_of(keys, 0, 2)),
+        Part::Begin => {
+            // Nothing else has the work space until the ring ends.
+            attention::prepare(d, l, h)?;
+            pack(d, l, h, half_of(keys, 0, 2))
+        }
         Part::Hop(hop) => {
-            let (n, delta) = (qkv.rows, l.workspace().part(0, qkv.rows * h.q));
-            let params = Params::new().with(d.at(o)).with(d.at(dy)).with(d.at(delta));
-            let params = params.with(int(n)).with(int(l.sequence())).with(int(h.q)).with(int(h.value_dim));
-            let rows = Geometry::line((n * h.q).div_ceil(ROWS), 256);
-            d.start(variant!(l, "attention_bwd_prep"), rows, params)?;
+            let delta = attention::dots(l, h);
             // The first to add is the one that they belong to.
             let dkv = if hop == 0 { half_of(grads, 0, 3) } else { own };
             let kv = half_of(keys, hop % 2, 2);
