@@ -4,46 +4,12 @@
 mod common;
 
 use comm::World;
-use common::{SEQUENCE, STEPS, fill, inputs, model, weights};
-use program::{Emitter, Layer, Loss, Mode, Request, Role, RowFn, ValueId};
+use common::{SEQUENCE, STEPS, fill, inputs, model, weights, with_rows};
+use program::{Emitter, Layer, Loss, Mode, Request, Role, ValueId};
 use spec::{DType, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
 use train::{Cpu, Executor, Mesh, StepOutputs};
 
 const SEQUENCES: usize = 8;
-
-/// silu(gate) up, as the model's own activation, in plain arithmetic.
-const GATED: RowFn = RowFn {
-    name: "gated",
-    forward: |x, y| {
-        let (gate, up) = x.split_at(y.len());
-        for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
-            *y = g / (1.0 + (-g).exp()) * u;
-        }
-    },
-    backward: |dy, x, dx| {
-        let (gate, up) = x.split_at(dy.len());
-        let (dgate, dup) = dx.split_at_mut(dy.len());
-        for i in 0..dy.len() {
-            let s = 1.0 / (1.0 + (-gate[i]).exp());
-            dup[i] = dy[i] * gate[i] * s;
-            dgate[i] = dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
-        }
-    },
-};
-
-/// The model's layer with its activation in a function of rows.
-fn with_rows(e: &mut Emitter<'_>, i: usize, x: ValueId) -> ValueId {
-    let name = |part: &str| format!("layers.{i}.{part}");
-    let h = e.norm(Role::AttentionNorm, &name("attn_norm"), x);
-    let o = e.grouped_queries(&name("attn"), h);
-    let x = e.row_parallel(Role::AttentionOut, &name("attn.o"), o, x);
-    let h = e.norm(Role::MlpNorm, &name("mlp_norm"), x);
-    let h = e.enter_tp(&name("mlp.in"), h);
-    let ffn = e.model().ffn / e.layout().tp;
-    let a = e.linear(Role::Up, &name("mlp.gate_up"), h, 2 * ffn);
-    let h = e.rows(GATED, &name("mlp.gated"), a, ffn);
-    e.row_parallel(Role::Down, &name("mlp.down"), h, x)
-}
 
 type Left = (Vec<StepOutputs>, Vec<u32>);
 

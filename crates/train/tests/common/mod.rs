@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use comm::World;
-use program::{Mode, Recipe, Request};
+use program::{Emitter, Mode, Recipe, Request, Role, RowFn, ValueId};
 use spec::{DType, Experts, Latent, Layout, ModelSpec, Optimizer, Router, Window};
 use train::{Executor, Mesh, StepInputs, StepOutputs};
 
@@ -263,4 +263,38 @@ pub fn first_difference(a: &BTreeMap<String, Vec<u32>>, b: &BTreeMap<String, Vec
 /// The repository's `tests/golden`.
 pub fn golden(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(name)
+}
+
+/// silu(gate) up, as the model's own activation, in plain arithmetic.
+pub const GATED: RowFn = RowFn {
+    name: "gated",
+    forward: |x, y| {
+        let (gate, up) = x.split_at(y.len());
+        for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+            *y = g / (1.0 + (-g).exp()) * u;
+        }
+    },
+    backward: |dy, x, dx| {
+        let (gate, up) = x.split_at(dy.len());
+        let (dgate, dup) = dx.split_at_mut(dy.len());
+        for i in 0..dy.len() {
+            let s = 1.0 / (1.0 + (-gate[i]).exp());
+            dup[i] = dy[i] * gate[i] * s;
+            dgate[i] = dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
+        }
+    },
+};
+
+/// The model's layer with its activation in a function of rows.
+pub fn with_rows(e: &mut Emitter<'_>, i: usize, x: ValueId) -> ValueId {
+    let name = |part: &str| format!("layers.{i}.{part}");
+    let h = e.norm(Role::AttentionNorm, &name("attn_norm"), x);
+    let o = e.grouped_queries(&name("attn"), h);
+    let x = e.row_parallel(Role::AttentionOut, &name("attn.o"), o, x);
+    let h = e.norm(Role::MlpNorm, &name("mlp_norm"), x);
+    let h = e.enter_tp(&name("mlp.in"), h);
+    let ffn = e.model().ffn / e.layout().tp;
+    let a = e.linear(Role::Up, &name("mlp.gate_up"), h, 2 * ffn);
+    let h = e.rows(GATED, &name("mlp.gated"), a, ffn);
+    e.row_parallel(Role::Down, &name("mlp.down"), h, x)
 }
