@@ -1,7 +1,7 @@
 // Muon beside its products (gemm_f32.cu), with the operations of the host's CPU kernels, each rounded; and weights scaled
 // where scores of attention are too great.
 //
-//   muon_momentum, muon_*, normalise, polynomial, scale: any grid, 256 threads
+//   muon_momentum, muon_*, normalise, matrix_sum, scale: any grid, 256 threads
 //   transpose: grid (ceil(cols / 32), ceil(rows / 32)), 256 threads
 //   copy_block: any grid, 256 threads
 //   logit_max: grid heads, 256 threads
@@ -49,12 +49,13 @@ extern "C" __global__ void __launch_bounds__(256)
   each(len, [&](long long i) { out[i] = __fmul_rn(x[i], by); });
 }
 
-// square = a I + b gram + c square, all [side, side].
+// out = k I + l a + m out, all [side, side]; what out holds does not matter where m is 0.
 extern "C" __global__ void __launch_bounds__(256)
-    polynomial(const float* gram, float* square, float a, float b, float c, int side) {
+    matrix_sum(const float* a, float* out, float k, float l, float m, int side) {
   each((long long)side * side, [&](long long i) {
-    float sum = __fadd_rn(__fmul_rn(b, gram[i]), __fmul_rn(c, square[i]));
-    square[i] = i / side == i % side ? __fadd_rn(sum, a) : sum;
+    float sum = __fmul_rn(l, a[i]);
+    if (m != 0.0f) sum = __fadd_rn(sum, __fmul_rn(m, out[i]));
+    out[i] = i / side == i % side ? __fadd_rn(sum, k) : sum;
   });
 }
 

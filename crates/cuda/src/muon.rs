@@ -1,8 +1,8 @@
 //! Muon, and weights scaled by scores of attention. What orthogonalising is made of says `kernels::newton_schulz`: here
 //! is what computes each of its steps.
 
-use kernels::{MatrixOp, MatrixStep, QUINTIC, SMALLEST_NORM, newton_schulz};
-use program::{Matrix, NEWTON_SCHULZ_STEPS, NORM_CHUNK, OpKind, Shares, update_scale};
+use kernels::{MatrixName, MatrixOp, MatrixStep, SMALLEST_NORM, newton_schulz};
+use program::{Matrix, NORM_CHUNK, OpKind, Shares, update_scale};
 use spec::{DType, Result};
 use train::{Launch, Operand};
 
@@ -42,7 +42,7 @@ pub(crate) fn elementwise(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
 /// Where the matrices of `newton_schulz` lie in the work space, and what is between its launches.
 struct Room {
     /// By `MatrixName::index`.
-    pieces: [Operand; 6],
+    pieces: [Operand; MatrixName::COUNT],
     /// Sums of squares, and theirs.
     squares: Operand,
     rows: usize,
@@ -50,10 +50,12 @@ struct Room {
 }
 
 impl Room {
-    /// Floats of each part: the other matrix of its size, four small ones, and sums of squares in f64.
-    fn parts(rows: usize, cols: usize) -> [usize; 6] {
+    /// Floats of each part: the other matrix of its size, small ones, and sums of squares in f64.
+    fn parts(rows: usize, cols: usize) -> [usize; MatrixName::COUNT] {
         let (len, small) = (rows * cols, rows.min(cols).pow(2));
-        [len, small, small, small, small, 2 * (len.div_ceil(NORM_CHUNK) + 1)]
+        let mut parts = [small; MatrixName::COUNT];
+        (parts[0], parts[MatrixName::COUNT - 1]) = (len, 2 * (len.div_ceil(NORM_CHUNK) + 1));
+        parts
     }
 
     /// Floats of it all.
@@ -63,12 +65,12 @@ impl Room {
 
     fn new(x: Operand, (rows, cols): (usize, usize), ws: Operand) -> Room {
         let mut at = 0;
-        let [spare, a, b, c, e, squares] = Room::parts(rows, cols).map(|len| {
+        let [spare, a, b, c, d, e, squares] = Room::parts(rows, cols).map(|len| {
             let part = ws.part(at, len);
             at += len.next_multiple_of(LINE);
             part
         });
-        Room { pieces: [x, spare, a, b, c, e], squares, rows, cols }
+        Room { pieces: [x, spare, a, b, c, d, e], squares, rows, cols }
     }
 
     fn side(&self) -> usize {
@@ -88,10 +90,8 @@ impl Room {
             }
             MatrixOp::Gram => symmetric(d, "symmetric_nt_f32", [a, a, out], (m, self.rows.max(self.cols))),
             MatrixOp::Symmetric => symmetric(d, "symmetric_nn_f32", [a, b, out], (m, m)),
-            MatrixOp::Polynomial => {
-                let params = QUINTIC.into_iter().fold(Params::new().with(a).with(out), Params::with);
-                d.start("polynomial", by_element(len), params.with(int(m)))
-            }
+            MatrixOp::Shift(by) => self.sum(d, [by, 1.0, 0.0], a, out),
+            MatrixOp::Sum(of) => self.sum(d, of, a, out),
             MatrixOp::Scale(by) => {
                 let params = Params::new().with(out).with(by).with(len as i64);
                 d.start("scale", by_element(len), params)
@@ -105,6 +105,12 @@ impl Room {
                 row_products::launch(d, &shape, &operands)
             }
         }
+    }
+
+    fn sum(&self, d: &mut Cuda, of: [f32; 3], a: u64, out: u64) -> Result<()> {
+        let params = of.into_iter().fold(Params::new().with(a).with(out), Params::with);
+        let side = self.side();
+        d.start("matrix_sum", by_element(side * side), params.with(int(side)))
     }
 
     fn normalise(&self, d: &mut Cuda, x: u64, out: u64, len: usize) -> Result<()> {
@@ -131,8 +137,9 @@ fn symmetric(d: &mut Cuda, name: &'static str, of: [u64; 3], (side, inner): (usi
 /// One matrix after the other: each with its parts from all ranks put together, of which this rank's own is kept.
 pub(crate) fn orthogonalise(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
     let OpKind::Orthogonalise { matrices, shares } = l.kind() else { not_mine!(l) };
-    let (out, ws, shares) = (l.output(0), l.workspace(), *shares);
+    let ws = l.workspace();
     for m in matrices {
+        let (out, shares) = (l.output(m.of), shares[m.of]);
         let own = out.part(m.row0 * out.cols, m.rows * out.cols);
         if !m.mine {
             let at = d.at(own);
@@ -146,11 +153,11 @@ pub(crate) fn orthogonalise(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
         let room = Room::new(matrix, whole, ws.part(room, ws.len() - room));
         if together > 0 {
             for rank in 0..shares.ranks() {
-                let part = l.input(0).part((rank * out.rows + m.row0) * out.cols, m.rows * out.cols);
+                let part = l.input(m.of).part((rank * out.rows + m.row0) * out.cols, m.rows * out.cols);
                 place(d, (shares, rank), (part, matrix), (m.rows, out.cols), true)?;
             }
         }
-        newton_schulz(whole, NEWTON_SCHULZ_STEPS, update_scale(whole), &mut |step| room.launch(d, step))?;
+        newton_schulz(whole, update_scale(whole), &mut |step| room.launch(d, step))?;
         if let Shares::Rows { index, .. } | Shares::Cols { index, .. } = shares {
             place(d, (shares, index), (own, matrix), (m.rows, out.cols), false)?;
         }
@@ -176,10 +183,14 @@ fn place(
     d.start("copy_block", by_element(rows * cols), params.with(int(rows)).with(int(cols)))
 }
 
-/// Floats of work space for the matrices that are this rank's, of which each rank holds `cols` columns.
-pub(crate) fn workspace_len(matrices: &[Matrix], shares: Shares, cols: usize) -> usize {
+/// Floats of work space for the matrices that are this rank's, of groups with these shares and so many columns here.
+pub(crate) fn workspace_len(
+    matrices: &[Matrix],
+    shares: &[Shares],
+    cols: &dyn Fn(&Matrix) -> usize,
+) -> usize {
     let room = |m: &Matrix| {
-        let whole = shares.whole(m.rows, cols);
+        let (whole, shares) = (shares[m.of].whole(m.rows, cols(m)), shares[m.of]);
         let together = if shares == Shares::Whole { 0 } else { whole.0 * whole.1 };
         together.next_multiple_of(LINE) + Room::len(whole.0, whole.1)
     };

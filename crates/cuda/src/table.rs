@@ -158,7 +158,7 @@ pub fn workspace_len(op: &Op, p: &Program, hopper: bool) -> usize {
             let (out, in_) = (cols(op.ins[0]), cols(op.ins[1]));
             experts::grad_weight_workspace_len((rows(2), *experts), out, in_, &op.grads[0].inner)
         }
-        Orthogonalise { matrices, shares } => muon::workspace_len(matrices, *shares, cols(op.outs[0])),
+        Orthogonalise { matrices, shares } => muon::workspace_len(matrices, shares, &|m| cols(op.outs[m.of])),
         _ => 0,
     }
 }

@@ -165,8 +165,8 @@ impl Bench {
             let (m, n) = (rows.min(cols) as f64, rows.max(cols) as f64);
             let mut x = numbers(rows * cols);
             let mut ws = vec![0.0; orthogonalise_workspace_len(rows, cols, 2)];
-            self.line(&format!("muon {rows}x{cols}"), m * m * (3.0 * n + 17.0 * m), &mut |pool| {
-                orthogonalise(pool, &mut x, (rows, cols), 5, 1.0, &mut ws);
+            self.line(&format!("muon {rows}x{cols}"), m * m * (3.0 * n + 12.0 * m), &mut |pool| {
+                orthogonalise(pool, &mut x, (rows, cols), 1.0, &mut ws);
             });
         }
     }

@@ -77,15 +77,15 @@ pub use crate::linear::{
     linear_dx_workspace_len, linear_strided, linear_workspace_len,
 };
 pub use crate::muon::{
-    MatrixName, MatrixOp, MatrixStep, QUINTIC, SMALLEST_NORM, muon, muon_bf16, muon_momentum, newton_schulz,
-    orthogonalise, orthogonalise_workspace_len,
+    MatrixName, MatrixOp, MatrixStep, NONICS, Nonic, SMALLEST_NORM, muon, muon_bf16, muon_momentum,
+    newton_schulz, orthogonalise, orthogonalise_workspace_len,
 };
 pub use crate::norm::{
     layer_norm, layer_norm_dw, layer_norm_dx, norm_dw_workspace_len, rms_norm, rms_norm_dw, rms_norm_dx,
 };
 pub use crate::optim::{AdamW, AdamWScalars, adamw, adamw_bf16, sum_squares};
 pub use crate::peak::{fma_peak_gflops, gemm_peak_gflops};
-pub use crate::pool::Pool;
+pub use crate::pool::{Pool, together};
 pub use crate::qk_clip::{head_maxima, scale};
 pub use crate::rope::rope;
 pub use crate::rows::{row_fn, row_fn_dx, row_fn_workspace_len};

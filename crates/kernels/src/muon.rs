@@ -11,8 +11,28 @@ use crate::qk_clip::scale as rescale;
 use crate::simd::{LANES, kernel};
 use crate::storage::Acc;
 
-/// The quintic whose iteration drives every singular value from above 0 to near 1 (Jordan 2024): `a x + b x^3 + c x^5`.
-pub const QUINTIC: [f32; 3] = [3.4445, -4.7750, 2.0315];
+/// A step of [`newton_schulz`]: what it multiplies `x` by, `a + b g + h^2 (c + d h + e h^2)` of the Gram matrix `g`, where `h = g -
+/// centre`: around the middle of the eigenvalues coefficients are small, and so are rounding errors.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Nonic {
+    /// Of the eigenvalues.
+    pub centre: f32,
+    /// `[a, b, c, d, e]`.
+    pub of: [f32; 5],
+}
+
+/// Polynomials of degree 9 that, one after the other, bring singular values from 0.0015 to 1.01 within 0.32 of 1; smaller ones
+/// grow 480 times. Each is the best one of its degree on what those before it leave of the interval, which makes all of them
+/// together the best of their kind (Amsel et al. 2025, arXiv 2505.16932, theorem 4.1). The last hundredth of the interval,
+/// where they are steepest, is beyond what a normalised matrix has.
+///
+/// Jordan's quintic, five times (2024), brings as many within 0.32 of 1, and its smallest grow 485 times; it takes five
+/// products of small matrices more.
+pub const NONICS: [Nonic; 3] = [
+    Nonic { centre: 0.5, of: [-1.7941942, 7.997163, -39.19685, -86.30683, 250.63756] },
+    Nonic { centre: 2.0, of: [-0.27382094, 0.70307815, -1.3119895, -0.5242784, 0.5178011] },
+    Nonic { centre: 1.75, of: [0.49127257, 0.24118742, -0.6315947, -0.42312682, 0.40670007] },
+];
 /// A matrix whose norm is below this is divided by it instead: no gradient gives no update.
 pub const SMALLEST_NORM: f64 = 1e-7;
 
@@ -74,40 +94,34 @@ kernel! { fn apply(c: (f32, f32), w: &mut [f32], update: &[f32], mut_out: Option
 } }
 
 /// Replaces `x`, `rows` by `cols`, by nearly its orthogonal factor (`U V^T` of its singular value decomposition) times
-/// `scale`: so many `steps`, two or more, of Newton and Schulz's iteration with a quintic (Jordan 2024). Zero stays zero.
+/// `scale`, by an iteration after Newton and Schulz, [`NONICS`]. Zero stays zero.
 ///
 /// A step multiplies `x` by a polynomial in its Gram matrix, all of which commute: steps are taken on small symmetric
-/// matrices alone, and their product meets `x` once. With `m` the smaller and `n` the larger side that is `3 m^2 n + (4
-/// steps - 3) m^3` FLOPs, the fewest where `n` is larger. A square matrix takes as many in two halves, of which the second
-/// begins anew with the Gram matrix of what came of the first: rounding errors in it grow with its smallest eigenvalues, up
-/// to twelvefold a step. Directions that are 1e-3 of the largest and less keep 3 digits in one go, 4 in two.
+/// matrices alone, and their product meets `x` once. With `m` the smaller and `n` the larger side that is `3 m^2 n + 12 m^3`
+/// FLOPs, the fewest where `n` is larger. A square matrix takes as many in two parts, of which the second begins anew with the
+/// Gram matrix of what came of the first: rounding errors in it grow with its smallest eigenvalues, as the squares of the
+/// polynomials' slopes. Directions that are 1e-3 of the largest and less are off by 5e-3 in one go, by 4e-4 in two.
 ///
 /// ```
 /// use kernels::{Pool, orthogonalise, orthogonalise_workspace_len};
-/// // A rotation, stretched: every singular value ends within 0.3 of 1, as the iteration's author says.
+/// // A rotation, stretched: every singular value ends within 0.32 of 1.
 /// let (pool, mut x) = (Pool::new(1), [0.6f32, -0.8, 0.4, 0.3]);
 /// let mut ws = vec![0.0; orthogonalise_workspace_len(2, 2, 1)];
-/// orthogonalise(&pool, &mut x, (2, 2), 5, 1.0, &mut ws);
+/// orthogonalise(&pool, &mut x, (2, 2), 1.0, &mut ws);
 /// let [a, b, c, d] = x;
 /// assert!((a * c + b * d).abs() < 1e-5, "rows stay orthogonal");
-/// assert!((a.hypot(b) - 1.0).abs() < 0.35 && (c.hypot(d) - 1.0).abs() < 0.35);
+/// assert!((a.hypot(b) - 1.0).abs() < 0.32 && (c.hypot(d) - 1.0).abs() < 0.32);
 /// ```
-pub fn orthogonalise(
-    pool: &Pool,
-    x: &mut [f32],
-    (rows, cols): (usize, usize),
-    steps: usize,
-    scale: f32,
-    ws: &mut [f32],
-) {
+pub fn orthogonalise(pool: &Pool, x: &mut [f32], (rows, cols): (usize, usize), scale: f32, ws: &mut [f32]) {
     assert_eq!(x.len(), rows * cols, "matrix");
     let (m, n) = (rows.min(cols), rows.max(cols));
     let mut ws = Workspace::new(ws);
-    let (spare, small) = (ws.take(m * n), ws.take(4 * m * m));
+    let (spare, small) = (ws.take(m * n), ws.take(SMALL * m * m));
     let ws = ws.rest();
     let mut matrices = [x, spare].into_iter().chain(small.chunks_exact_mut((m * m).max(1)));
-    let mut matrices: [&mut [f32]; 6] = std::array::from_fn(|_| matrices.next().unwrap_or_default());
-    newton_schulz((rows, cols), steps, scale, &mut |MatrixStep { op, of: [a, b], out: to }| {
+    let mut matrices: [&mut [f32]; MatrixName::COUNT] =
+        std::array::from_fn(|_| matrices.next().unwrap_or_default());
+    newton_schulz((rows, cols), scale, &mut |MatrixStep { op, of: [a, b], out: to }| {
         // The result is another matrix than the factors, or, normalised, the matrix itself.
         let out = std::mem::take(&mut matrices[to.index()]);
         let of = |p: MatrixName| &*matrices[p.index()];
@@ -117,7 +131,8 @@ pub fn orthogonalise(
             MatrixOp::Transpose => transpose(pool, matrices[a.index()], (rows, cols), out),
             MatrixOp::Gram => symmetric_product(pool, of(a), Right::Columns(of(a)), out, (m, n), ws),
             MatrixOp::Symmetric => symmetric_product(pool, of(a), Right::Rows(of(b)), out, (m, m), ws),
-            MatrixOp::Polynomial => polynomial(pool, QUINTIC, of(a), out, m),
+            MatrixOp::Shift(by) => sum(pool, [by, 1.0, 0.0], of(a), out, m),
+            MatrixOp::Sum(k) => sum(pool, k, of(a), out, m),
             MatrixOp::Scale(by) => rescale(pool, by, out),
             MatrixOp::Product => {
                 let to = Out { y: &mut *out, ld: cols, acc: Acc::None, bias: None };
@@ -130,6 +145,9 @@ pub fn orthogonalise(
     .unwrap_or_else(|never| match never {});
 }
 
+/// Small matrices that [`newton_schulz`] works with.
+const SMALL: usize = 5;
+
 /// A matrix that [`newton_schulz`] works with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MatrixName {
@@ -137,12 +155,15 @@ pub enum MatrixName {
     X,
     /// Room for another of its size.
     Spare,
-    /// Room for symmetric matrices of its smaller side.
+    /// Room for symmetric matrices of its smaller side, of which there are five.
     Small(usize),
 }
 
 impl MatrixName {
-    /// A number below 6.
+    /// How many there are.
+    pub const COUNT: usize = 2 + SMALL;
+
+    /// A number below [`MatrixName::COUNT`].
     pub fn index(self) -> usize {
         match self {
             MatrixName::X => 0,
@@ -163,8 +184,10 @@ pub enum MatrixOp {
     Gram,
     /// `out = a b` of small matrices that commute: what is below the diagonal, and its mirror image.
     Symmetric,
-    /// `out = k I + l a + m out` of small matrices, with [`QUINTIC`]'s coefficients.
-    Polynomial,
+    /// `out = a + k I` of small matrices.
+    Shift(f32),
+    /// `out = k I + l a + m out` of small matrices and `[k, l, m]`.
+    Sum([f32; 3]),
     /// A small `out` is multiplied by a number.
     Scale(f32),
     /// `out = a b`, of which one is small and the other, like `out`, has the size of the whole.
@@ -188,15 +211,13 @@ pub struct MatrixStep {
 /// The first of `run`.
 pub fn newton_schulz<E>(
     (rows, cols): (usize, usize),
-    steps: usize,
     scale: f32,
     run: &mut dyn FnMut(MatrixStep) -> Result<(), E>,
 ) -> Result<(), E> {
-    assert!(steps >= 2, "two halves of steps");
     let mut run = |op, of, out| run(MatrixStep { op, of, out });
     let (x, spare) = (MatrixName::X, MatrixName::Spare);
-    let halves = [(steps.div_ceil(2), 1.0, x, spare), (steps / 2, scale, spare, x)];
-    let whole = [(steps, scale, spare, x)];
+    let halves = [(&NONICS[..2], 1.0, x, spare), (&NONICS[2..], scale, spare, x)];
+    let whole = [(&NONICS[..], scale, spare, x)];
     let parts = if rows == cols { &halves[..] } else { &whole };
     // The last product lands in `x`.
     run(MatrixOp::Normalise, [x; 2], parts[0].2)?;
@@ -214,16 +235,20 @@ pub fn newton_schulz<E>(
     Ok(())
 }
 
-/// What `steps` of the iteration multiply a matrix by whose Gram matrix comes first among the small ones.
+/// What the steps multiply a matrix by whose Gram matrix comes first among the small ones. A step's polynomial takes two
+/// products (Paterson and Stockmeyer 1973).
 fn factor<E>(
-    steps: usize,
+    steps: &[Nonic],
     run: &mut impl FnMut(MatrixOp, [MatrixName; 2], MatrixName) -> Result<(), E>,
 ) -> Result<MatrixName, E> {
-    let [gram, mut step, mut all, mut room] = [0, 1, 2, 3].map(MatrixName::Small);
-    for i in 0..steps {
-        run(MatrixOp::Symmetric, [gram, gram], step)?;
-        run(MatrixOp::Polynomial, [gram; 2], step)?;
-        if i + 1 < steps {
+    let [gram, mut room, square, mut step, mut all] = std::array::from_fn(MatrixName::Small);
+    for (i, &Nonic { centre, of: [a, b, c, d, e] }) in steps.iter().enumerate() {
+        run(MatrixOp::Shift(-centre), [gram; 2], room)?;
+        run(MatrixOp::Symmetric, [room; 2], square)?;
+        run(MatrixOp::Sum([c, e, d]), [square; 2], room)?;
+        run(MatrixOp::Symmetric, [square, room], step)?;
+        run(MatrixOp::Sum([a, b, 1.0]), [gram; 2], step)?;
+        if i + 1 < steps.len() {
             run(MatrixOp::Symmetric, [step, gram], room)?;
             run(MatrixOp::Symmetric, [room, step], gram)?;
         }
@@ -243,7 +268,7 @@ pub fn orthogonalise_workspace_len(rows: usize, cols: usize, threads: usize) -> 
     let last = if rows > cols { (n, m, m) } else { (m, m, n) };
     let product = |(rows, k, cols)| gemm::product_workspace_len(rows, k, cols, threads);
     let product = [(m, n, m), (m, m, m), last].into_iter().map(product).max().unwrap_or(0);
-    Workspace::room(m * n) + Workspace::room(4 * m * m) + product
+    Workspace::room(m * n) + Workspace::room(SMALL * m * m) + product
 }
 
 /// What makes the root of the sum of squares 1.
@@ -296,24 +321,28 @@ fn symmetric_product(
     });
 }
 
-/// `square = a I + b gram + c square`.
-fn polynomial(pool: &Pool, [a, b, c]: [f32; 3], gram: &[f32], square: &mut [f32], m: usize) {
-    let square = Parts::new(square);
-    pool.rows(m, 2 * m, &|range, _| {
+/// `out = k I + l a + m out`; what `out` holds does not matter where `m` is 0.
+fn sum(pool: &Pool, [k, l, m]: [f32; 3], a: &[f32], out: &mut [f32], side: usize) {
+    let out = Parts::new(out);
+    pool.rows(side, 2 * side, &|range, _| {
         for i in range {
+            let row = i * side..(i + 1) * side;
             // SAFETY: tasks have disjoint rows.
-            let row = unsafe { square.part(i * m..(i + 1) * m) };
-            combine((b, c), &gram[i * m..(i + 1) * m], row);
-            row[i] += a;
+            let to = unsafe { out.part(row.clone()) };
+            match m {
+                0.0 => to.copy_from_slice(&a[row]),
+                _ => combine((l, m), &a[row], to),
+            }
+            to[i] += k;
         }
     });
 }
 
-kernel! { fn combine(k: (f32, f32), gram: &[f32], square: &mut [f32]) = |s: S| {
-    let (b, c) = (s.splat(k.0), s.splat(k.1));
-    for j in (0..gram.len()).step_by(LANES) {
-        let sum = s.add(s.mul(b, s.load(&gram[j..])), s.mul(c, s.load(&square[j..])));
-        s.store(&mut square[j..], sum);
+kernel! { fn combine(k: (f32, f32), a: &[f32], out: &mut [f32]) = |s: S| {
+    let (l, m) = (s.splat(k.0), s.splat(k.1));
+    for j in (0..a.len()).step_by(LANES) {
+        let sum = s.add(s.mul(l, s.load(&a[j..])), s.mul(m, s.load(&out[j..])));
+        s.store(&mut out[j..], sum);
     }
 } }
 

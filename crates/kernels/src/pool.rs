@@ -5,7 +5,7 @@ use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use crate::simd::ask_rows;
@@ -131,6 +131,32 @@ impl Pool {
         }
     }
 
+    /// Calls `f(task, pool, ws)` for each of so many tasks, the longest first by what `cost` says of each. Those at the front
+    /// that are longer than an even share of what is left are done by all threads together, one after the other; then each thread
+    /// takes one at a time, and is alone with it and its share of `ws`: what it works on stays in the caches of one core.
+    ///
+    /// # Panics
+    /// As [`Pool::run`].
+    pub fn deal(
+        &self,
+        (tasks, cost): (usize, &dyn Fn(usize) -> u64),
+        ws: &mut [f32],
+        f: &(dyn Fn(usize, &Pool, &mut [f32]) + Sync),
+    ) {
+        /// A pool of the caller alone, which has no state.
+        static ALONE: LazyLock<Pool> = LazyLock::new(|| Pool::new(1));
+        let first = together((tasks, cost), self.threads());
+        for task in 0..first {
+            f(task, self, ws);
+        }
+        let room = ws.len() / self.threads();
+        let rooms = Parts::new(ws);
+        self.run(tasks - first, &|task, thread| {
+            // SAFETY: a thread has its own part, and one task at a time.
+            f(first + task, &ALONE, unsafe { rooms.part(thread * room..(thread + 1) * room) });
+        });
+    }
+
     /// Splits `rows` rows of about `cost` elements each into ranges worth a task, and calls `f(range, thread)`.
     pub(crate) fn rows(&self, rows: usize, cost: usize, f: &(dyn Fn(Range<usize>, usize) + Sync)) {
         /// Elements that make a task worth claiming: a few microseconds of streaming work.
@@ -140,6 +166,17 @@ impl Pool {
         let size = rows.div_ceil(4 * self.threads()).max(least).max(1);
         self.run(rows.div_ceil(size), &|task, thread| f(task * size..rows.min((task + 1) * size), thread));
     }
+}
+
+/// How many tasks [`Pool::deal`] gives to all threads together, of which the longest come first.
+pub fn together((tasks, cost): (usize, &dyn Fn(usize) -> u64), threads: usize) -> usize {
+    let mut left: u64 = (0..tasks).map(cost).sum();
+    let long = |task: &usize| {
+        let long = cost(*task) * threads as u64 > left;
+        left -= if long { cost(*task) } else { 0 };
+        long
+    };
+    (0..tasks).take_while(long).count()
 }
 
 impl Drop for Pool {
@@ -273,6 +310,32 @@ impl<'a, T> Parts<'a, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_tasks_are_done_together_and_the_rest_alone() {
+        for (costs, threads, expected) in [
+            (&[20, 20, 20, 15, 1, 1][..], 2, 0),
+            (&[20, 20, 20, 15, 1, 1], 1, 0),
+            (&[20], 2, 1),
+            (&[20, 20], 2, 0),
+            (&[20, 5, 5], 2, 1),
+            (&[20, 20, 20, 15, 1, 1], 8, 6),
+            (&[9, 1, 1, 1, 1], 4, 1),
+            (&[], 3, 0),
+        ] {
+            let cost = |i: usize| costs[i];
+            assert_eq!(together((costs.len(), &cost), threads), expected, "{costs:?} on {threads}");
+            let (pool, mut ws) = (Pool::new(threads), vec![0.0; 7 * threads]);
+            let done: Vec<AtomicUsize> = costs.iter().map(|_| AtomicUsize::new(0)).collect();
+            pool.deal((costs.len(), &cost), &mut ws, &|task, on, ws| {
+                let (threads, room) = if task < expected { (threads, 7 * threads) } else { (1, 7) };
+                assert_eq!((on.threads(), ws.len()), (threads, room));
+                ws.fill(task as f32);
+                done[task].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(done.iter().all(|d| d.load(Ordering::Relaxed) == 1));
+        }
+    }
 
     #[test]
     fn every_task_runs_once() {

@@ -104,6 +104,8 @@ pub struct Section {
 pub struct Hidden {
     /// Elements of this rank.
     pub elements: f64,
+    /// Of these the elements of matrices that lie in parts on the ranks of a tensor group: all but those of heads.
+    pub spread: f64,
     /// FLOPs of orthogonalising all of which it holds a part.
     pub flops: f64,
 }

@@ -58,7 +58,7 @@ pub use emit::{Emitter, Layer};
 pub use graph::{Phase, ValueId};
 pub use heads::Heads;
 pub use mixture::check_mixture;
-pub use muon::{Matrix, NEWTON_SCHULZ_STEPS, Shares, newton_schulz_flops, update_scale};
+pub use muon::{Matrix, Shares, newton_schulz_flops, update_scale};
 pub use op::{AttentionDropout, Axis, GradSum, LossTerms, Op, OpId, OpKind, Sees};
 pub use params::{GroupId, ParamGroup, ParamPart, Replication};
 pub use pipeline::{Pass, PassTimes, Played, Work, WorkSpan, in_flight, orders, play, spans};

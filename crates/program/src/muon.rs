@@ -4,7 +4,6 @@
 use serde::Serialize;
 use spec::{Optimizer, Zero};
 
-use crate::GroupBuffers;
 use crate::buffer::{BufferId, View};
 use crate::coords::Members;
 use crate::cost::Cost;
@@ -12,10 +11,8 @@ use crate::op::{Axis, Op, OpKind};
 use crate::params::{GroupId, ParamGroup, Replication};
 use crate::place::Placer;
 use crate::rank::Rank;
+use crate::role::Place;
 use crate::step::{op, whole};
-
-/// Iterations of Newton and Schulz (Jordan 2024).
-pub const NEWTON_SCHULZ_STEPS: usize = 5;
 
 /// Of an orthogonal matrix whose larger side is `n`, entries are about `1 / sqrt(n)` in size; AdamW's updates usually
 /// 0.2 to 0.4 (Liu et al. 2025, arXiv 2502.16982, section 2.2).
@@ -26,10 +23,12 @@ pub fn update_scale((rows, cols): (usize, usize)) -> f32 {
     (USUAL_UPDATE * (rows.max(cols) as f64).sqrt()) as f32
 }
 
-/// One matrix of a group, which Muon orthogonalises by itself: queries, keys and values, gate and up, and each expert's
-/// are matrices of their own, though they lie under one another.
+/// One matrix of a group, which Muon orthogonalises by itself: queries, keys and values of each head, gate and up, and each
+/// expert's are matrices of their own, though they lie under one another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Matrix {
+    /// Which of the op's groups.
+    pub of: usize,
     /// First row in the group.
     pub row0: usize,
     /// Rows here.
@@ -87,12 +86,12 @@ pub(crate) fn updates(cx: &Rank<'_>, group: &ParamGroup) -> bool {
         && group.key.role.is_hidden_matrix()
 }
 
-/// FLOPs of orthogonalising a matrix: `X X^T`, counted at half for it is symmetric, what the iterations multiply by, all of
-/// small symmetric products (four an iteration, less three that the first and the last do without), and the product of
-/// that with `X`. A square matrix takes as many whether it is done in one go or, as it is, in two.
+/// FLOPs of orthogonalising a matrix: `X X^T`, counted at half for it is symmetric, what the three steps of
+/// `kernels::NONICS` multiply by, all of small symmetric products (five a step, less three that the first and the last do
+/// without), and the product of that with `X`. A square matrix takes as many whether it is done in one go or, as it is, in two.
 pub fn newton_schulz_flops(rows: usize, cols: usize) -> u64 {
     let (m, n) = (rows.min(cols) as u64, rows.max(cols) as u64);
-    3 * m * m * n + (4 * NEWTON_SCHULZ_STEPS as u64 - 3) * m * m * m
+    3 * m * m * n + 12 * m * m * m
 }
 
 /// Whose turn it is to orthogonalise the next matrix, by which ranks hold the same ones.
@@ -113,86 +112,132 @@ impl Turns {
     }
 }
 
-/// Pushes the update of one group. Between its ops whole matrices lie where the micro-batches' activations did.
-pub(crate) fn update(placer: &mut Placer<'_>, id: GroupId, turns: &mut Turns, ops: &mut Vec<Op>) {
+/// What becomes of one group.
+struct Update<'a> {
+    id: GroupId,
+    group: &'a ParamGroup,
+    shares: Shares,
+    /// Several ranks own shares of it.
+    sharded: bool,
+    update: View,
+    /// The update, or the parts of it of all tensor-parallel ranks.
+    whole: View,
+}
+
+/// Pushes the updates of groups that follow one another, those of a layer: their matrices are orthogonalised at once, so that
+/// each thread has one of its own. Between the ops whole matrices lie where the micro-batches' activations did.
+pub(crate) fn update(placer: &mut Placer<'_>, ids: &[GroupId], turns: &mut Turns, ops: &mut Vec<Op>) {
+    if ids.is_empty() {
+        return;
+    }
     let cx = placer.cx;
-    let group = &cx.groups[id.0 as usize];
     // Without ZeRO every replica has all of the gradients, and updates all of the parameters.
-    let (shards, shard) = match cx.layout.zero {
+    let shards = |group: &ParamGroup| match cx.layout.zero {
         Zero::Off => (1, 0),
         _ => cx.shards(group.replication),
     };
-    let shares = shares(cx, group);
-    let (gathers, ranks) = (shards > 1, shares.ranks());
-    let matrix = |part: &crate::ParamPart| Matrix {
-        row0: part.local_row0,
-        rows: part.rows,
-        mine: turns.next(group.replication, shards) == shard,
-    };
-    let matrices: Vec<Matrix> = group.parts.iter().map(matrix).collect();
-    let first = ops.len();
-    let last = first + 2 + 2 * usize::from(gathers) + usize::from(ranks > 1);
-    let (rows, cols) = (group.rows, group.cols);
-    let update = placer.tail_value(format!("update.{}", group.name), (rows, cols), None, (first, last));
-    let gathered = (ranks > 1).then(|| {
-        let name = format!("matrices.{}", group.name);
-        let (orthogonalised, from) = (last - 1 - usize::from(gathers), last - 2 - usize::from(gathers));
-        placer.tail_value(name, (ranks * rows, cols), Some(update), (from, orthogonalised))
-    });
-    let b: GroupBuffers = placer.groups[id.0 as usize].clone();
-    let view = |buffer: BufferId| whole(&placer.buffers, buffer);
-    let named = |what: &str| format!("optim.{}.{what}", group.name);
-    let elements = b.owned.count as u64;
-
-    let momentum = OpKind::MuonMomentum { group: id };
-    let mut momentum =
-        op(named("momentum"), momentum, vec![view(b.grad)], vec![view(b.exp_avg), view(update)]);
-    // The gradient and the momentum are read, the momentum and the update written.
-    momentum.cost = Cost { flops: 0, bytes: 16 * elements };
-    ops.push(momentum);
-    if gathers {
-        let over = Members::Shards(group.replication);
-        ops.push(op(named("whole"), OpKind::GatherUpdate { over, group: id }, vec![], vec![view(update)]));
+    let groups = || ids.iter().map(|id| &cx.groups[id.0 as usize]);
+    let before = |g: &ParamGroup| 1 + usize::from(shards(g).0 > 1) + usize::from(shares(cx, g).ranks() > 1);
+    let orthogonalised = ops.len() + groups().map(before).sum::<usize>();
+    let (mut at, mut last, mut end) = (ops.len(), orthogonalised, 0);
+    let (mut updates, mut matrices) = (Vec::new(), Vec::new());
+    for (of, (&id, group)) in ids.iter().zip(groups()).enumerate() {
+        let ((shards, shard), shares) = (shards(group), shares(cx, group));
+        last += 1 + usize::from(shards > 1);
+        let mut value = |what: &str, rows, alive| {
+            let id = placer.tail_value(format!("{what}.{}", group.name), (rows, group.cols), &mut end, alive);
+            whole(&placer.buffers, id)
+        };
+        let update = value("update", group.rows, (at, last));
+        at += before(group);
+        let ranks = shares.ranks();
+        let gathered = (ranks > 1).then(|| value("matrices", ranks * group.rows, (at - 1, orthogonalised)));
+        for part in &group.parts {
+            let mut row0 = part.local_row0;
+            for rows in group.matrix_rows(part) {
+                matrices.push(Matrix {
+                    of,
+                    row0,
+                    rows,
+                    mine: turns.next(group.replication, shards) == shard,
+                });
+                row0 += rows;
+            }
+        }
+        let (sharded, whole) = (shards > 1, gathered.unwrap_or(update));
+        updates.push(Update { id, group, shares, sharded, update, whole });
     }
-    if let Some(gathered) = gathered {
-        let kind = OpKind::GatherUpdate { over: Members::Axis(Axis::Tp), group: id };
-        ops.push(op(named("matrices"), kind, vec![view(update)], vec![view(gathered)]));
-    }
-    ops.push(orthogonalise(
-        named("orthogonal"),
-        (matrices, shares),
-        view(gathered.unwrap_or(update)),
-        (view(update), cols),
-    ));
-    if gathers {
-        let kind = OpKind::ScatterUpdate { group: id };
-        ops.push(op(named("scatter"), kind, vec![view(update)], vec![]));
-    }
-    let outs = [b.param].into_iter().chain(b.master).map(view).collect();
-    let kind = OpKind::Muon { group: id, decay: group.decay };
-    let mut apply = op(format!("optim.{}", group.name), kind, vec![view(update)], outs);
-    // The update is read, the weight read and written; bf16 weights written too.
-    apply.cost.bytes = elements * if b.master.is_some() { 14 } else { 12 };
-    ops.push(apply);
-    debug_assert_eq!(ops.len(), last + 1, "the last op that reads the update");
+    updates.iter().for_each(|u| u.begin(placer, ops));
+    ops.push(orthogonalise(matrices, &updates));
+    updates.iter().for_each(|u| u.end(placer, ops));
+    debug_assert_eq!(ops.len(), last + 1, "the last op that reads an update");
 }
 
-fn orthogonalise(name: String, of: (Vec<Matrix>, Shares), from: View, (to, cols): (View, usize)) -> Op {
-    let (matrices, shares) = of;
+impl Update<'_> {
+    fn named(&self, what: &str) -> String {
+        format!("optim.{}{what}", self.group.name)
+    }
+
+    /// From the gradient to whole matrices.
+    fn begin(&self, placer: &Placer<'_>, ops: &mut Vec<Op>) {
+        let (group, b) = (self.id, &placer.groups[self.id.0 as usize]);
+        let view = |buffer: BufferId| whole(&placer.buffers, buffer);
+        let outs = vec![view(b.exp_avg), self.update];
+        let kind = OpKind::MuonMomentum { group };
+        let mut momentum = op(self.named(".momentum"), kind, vec![view(b.grad)], outs);
+        // The gradient and the momentum are read, the momentum and the update written.
+        momentum.cost = Cost { flops: 0, bytes: 16 * b.owned.count as u64 };
+        ops.push(momentum);
+        if self.sharded {
+            let kind = OpKind::GatherUpdate { over: Members::Shards(self.group.replication), group };
+            ops.push(op(self.named(".whole"), kind, vec![], vec![self.update]));
+        }
+        if self.whole.buffer != self.update.buffer {
+            let kind = OpKind::GatherUpdate { over: Members::Axis(Axis::Tp), group };
+            ops.push(op(self.named(".matrices"), kind, vec![self.update], vec![self.whole]));
+        }
+    }
+
+    /// From orthogonal matrices to parameters.
+    fn end(&self, placer: &Placer<'_>, ops: &mut Vec<Op>) {
+        let (group, b) = (self.id, &placer.groups[self.id.0 as usize]);
+        if self.sharded {
+            let kind = OpKind::ScatterUpdate { group };
+            ops.push(op(self.named(".scatter"), kind, vec![self.update], vec![]));
+        }
+        let outs = [b.param].into_iter().chain(b.master).map(|b| whole(&placer.buffers, b)).collect();
+        let kind = OpKind::Muon { group, decay: self.group.decay };
+        let mut apply = op(self.named(""), kind, vec![self.update], outs);
+        // The update is read, the weight read and written; bf16 weights written too.
+        apply.cost.bytes = b.owned.count as u64 * if b.master.is_some() { 14 } else { 12 };
+        ops.push(apply);
+    }
+}
+
+/// The largest matrices come first.
+fn orthogonalise(mut matrices: Vec<Matrix>, updates: &[Update<'_>]) -> Op {
     let flops = |m: &Matrix| {
-        let (rows, cols) = shares.whole(m.rows, cols);
+        let (rows, cols) = updates[m.of].shares.whole(m.rows, updates[m.of].group.cols);
         newton_schulz_flops(rows, cols)
     };
-    let flops = matrices.iter().filter(|m| m.mine).map(flops).sum();
-    let bytes = 4 * (cols * (from.rows + to.rows)) as u64;
-    let kind = OpKind::Orthogonalise { matrices, shares };
-    Op { cost: Cost { flops, bytes }, ..op(name, kind, vec![from], vec![to]) }
+    matrices.sort_by_key(|m| std::cmp::Reverse(flops(m)));
+    let cost = Cost {
+        flops: matrices.iter().filter(|m| m.mine).map(flops).sum(),
+        bytes: updates.iter().map(|u| 4 * (u.group.cols * (u.whole.rows + u.update.rows)) as u64).sum(),
+    };
+    let name = match updates[0].group.key.place {
+        Place::Layer(i) => format!("optim.layers.{i}.orthogonal"),
+        _ => "optim.mtp.orthogonal".to_owned(),
+    };
+    let kind = OpKind::Orthogonalise { matrices, shares: updates.iter().map(|u| u.shares).collect() };
+    let (ins, outs) = updates.iter().map(|u| (u.whole, u.update)).unzip();
+    Op { cost, ..op(name, kind, ins, outs) }
 }
 
 /// How tensor-parallel ranks share a group: what is cut by columns has fewer of them than the whole parameter.
 fn shares(cx: &Rank<'_>, group: &ParamGroup) -> Shares {
     let (index, ranks) = (cx.coords.tp, cx.layout.tp);
-    if ranks == 1 || group.replicated_tp || group.key.role.is_expert() {
+    if ranks == 1 || group.replicated_tp || group.key.role.is_expert() || !group.head_rows.is_empty() {
         return Shares::Whole;
     }
     match group.parts.iter().all(|p| p.cols == p.global.1) {

@@ -319,11 +319,16 @@ pub enum OpKind {
     /// Updates of a group from the ranks that own or hold its parts: `([update]) -> update`, all of it, or the parts of
     /// all members, one under another.
     GatherUpdate { over: Members, group: GroupId },
-    /// `(update, or the parts of all tensor-parallel ranks) -> update [rows, D]`: the orthogonal factor of each matrix,
-    /// nearly, by five iterations of Newton and Schulz with the coefficients 3.4445, -4.7750, 2.0315 (Jordan 2024),
+    /// `(update, or the parts of all tensor-parallel ranks) -> update [rows, D]` of each of some groups: the orthogonal factor
+    /// of each matrix, nearly, by an iteration after Newton and Schulz (Jordan 2024; Amsel et al. 2025, arXiv 2505.16932),
     /// times `0.2 sqrt(max(rows, columns))`, which gives it the usual size of AdamW's (Liu et al. 2025, arXiv
     /// 2502.16982, equation 4). Zero for matrices of which another rank has the turn.
-    Orthogonalise { matrices: Vec<Matrix>, shares: Shares },
+    Orthogonalise {
+        /// The largest first.
+        matrices: Vec<Matrix>,
+        /// Of each group.
+        shares: Vec<Shares>,
+    },
     /// `(update) -> update`: the sum over those that took turns, each part to its owner.
     ScatterUpdate { group: GroupId },
     /// `(update) -> (param, [master])` in place on the owned range of a group: decoupled decay, and a step along it.

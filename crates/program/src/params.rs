@@ -24,6 +24,10 @@ pub struct ParamGroup {
     pub decay: bool,
     /// The logical parameters, top to bottom.
     pub parts: Vec<ParamPart>,
+    /// Rows of the matrices that make the queries, keys or values of one head, top to bottom: parts have them head by head. Empty
+    /// where rows are no heads'.
+    #[serde(skip)]
+    pub head_rows: Vec<usize>,
     /// The unit that is gathered together under ZeRO 3: 0 the embedding, `1 + i` layer `i`, `1 + layers` the head,
     /// `2 + layers + i` the experts of layer `i`, which come from other ranks; behind those the module that predicts one
     /// token more, and its experts.
@@ -70,6 +74,15 @@ pub enum Replication {
 }
 
 impl ParamGroup {
+    /// Rows of the matrices that this rank's rows of a part are, top to bottom: those of heads are matrices of their own, which
+    /// no other rank has a part of.
+    pub fn matrix_rows(&self, part: &ParamPart) -> Vec<usize> {
+        match self.head_rows.iter().sum::<usize>() {
+            0 => vec![part.rows],
+            head => self.head_rows.repeat(part.rows / head),
+        }
+    }
+
     /// Local elements.
     pub fn len(&self) -> usize {
         self.rows * self.cols
@@ -188,6 +201,7 @@ pub(crate) fn expert_bias(model: &ModelSpec) -> Option<ParamGroup> {
         rows: model.all_layers(),
         cols: e.count,
         decay: false,
+        head_rows: Vec::new(),
         parts: (0..model.all_layers()).filter(|i| model.has_experts(*i)).map(part).collect(),
         unit: 0,
         replicated_tp: true,
@@ -500,6 +514,13 @@ impl Table<'_> {
             Place::Mtp => 2 + 2 * self.model.layers + usize::from(expert),
             _ => 0,
         };
+        let head_rows = match (key.role, self.model.latent) {
+            _ if key.bias => Vec::new(),
+            (Role::QueryKeyValue, _) => vec![self.model.head_dim],
+            (Role::QueryUp, Some(latent)) => vec![latent.key_dim()],
+            (Role::KeyValueUp, Some(latent)) => vec![latent.nope_dim, latent.value_dim],
+            _ => Vec::new(),
+        };
         self.groups.push(ParamGroup {
             name,
             key,
@@ -507,6 +528,7 @@ impl Table<'_> {
             cols,
             decay,
             parts,
+            head_rows,
             unit,
             replicated_tp: whole,
             replication: if expert { Replication::Expert } else { Replication::Data },

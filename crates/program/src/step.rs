@@ -94,11 +94,15 @@ fn settle(cx: &Rank<'_>, placer: &Placer<'_>) -> Vec<Op> {
 
 /// Pushes the update of every group, by the rule that it is updated by.
 fn updates(cx: &Rank<'_>, placer: &mut Placer<'_>, ops: &mut Vec<Op>) {
-    let mut turns = Turns::default();
+    let (mut turns, mut matrices) = (Turns::default(), Vec::new());
     for (id, group) in (0..).map(GroupId).zip(&cx.groups) {
+        let place = |id: GroupId| cx.groups[id.0 as usize].key.place;
+        if matrices.first().is_some_and(|first| place(*first) != group.key.place) {
+            muon::update(placer, &std::mem::take(&mut matrices), &mut turns, ops);
+        }
         let b = &placer.groups[id.0 as usize];
         let Some(exp_avg_sq) = b.exp_avg_sq else {
-            muon::update(placer, id, &mut turns, ops);
+            matrices.push(id);
             continue;
         };
         let whole = |id: BufferId| whole(&placer.buffers, id);
@@ -111,6 +115,7 @@ fn updates(cx: &Rank<'_>, placer: &mut Placer<'_>, ops: &mut Vec<Op>) {
         adamw.cost.bytes = b.owned.count as u64 * if cx.dtype == DType::F32 { 28 } else { 30 };
         ops.push(adamw);
     }
+    muon::update(placer, &matrices, &mut turns, ops);
 }
 
 /// The ops of a rank's last backward pass, with each bucket's reduction begun as soon as its gradients are complete.

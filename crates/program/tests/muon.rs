@@ -98,9 +98,14 @@ fn ranks_that_shard_take_turns() {
         for p in programs(&m, &layout, Optimizer::Muon, DType::F32) {
             for op in &p.blocks[p.tail].ops {
                 let OpKind::Orthogonalise { matrices, shares } = &op.kind else { continue };
-                assert_eq!(matches!(shares, Shares::Whole), op.name.contains("experts"), "{}", op.name);
-                for (i, matrix) in matrices.iter().enumerate() {
-                    done.entry(format!("tp {} {} {i}", p.coords.tp, op.name)).or_default().push(matrix.mine);
+                let names: Vec<&str> = op.outs.iter().map(|v| p.buffer(v.buffer).name.as_str()).collect();
+                for (name, shares) in names.iter().zip(shares) {
+                    let whole = name.contains("experts") || name.contains("qkv");
+                    assert_eq!(matches!(shares, Shares::Whole), whole, "{name}");
+                }
+                for m in matrices {
+                    let name = format!("tp {} {} {}", p.coords.tp, names[m.of], m.row0);
+                    done.entry(name).or_default().push(m.mine);
                 }
                 *work.entry(p.rank).or_insert(0) += op.cost.flops;
             }

@@ -77,7 +77,7 @@ fn attention_workspace_len(op: &Op, p: &Program, threads: usize) -> usize {
             kernels::attention_dx_workspace_len(&attention_shape(*heads, 1, p.sequence_of(&op.kind)), threads)
         }
         Orthogonalise { matrices, shares } => {
-            muon::workspace_len(matrices, *shares, cols(op.outs[0]), threads)
+            muon::workspace_len(matrices, shares, &|m| cols(op.outs[m.of]), threads)
         }
         SinkGrad { .. } => {
             kernels::attention_sinks_dw_workspace_len(cols(op.ins[3]), op.grads[0].inner.as_slice())

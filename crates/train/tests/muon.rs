@@ -6,6 +6,7 @@ mod common;
 use common::{
     PLAIN, Trained, executor_of, first_difference, mixture, model, same_bits, steps, train_from_seed, weights,
 };
+use kernels::{MatrixOp, newton_schulz};
 use program::Recipe;
 use spec::{DType, Layout, ModelSpec, Optimizer, PipelineSchedule, Recompute, Zero};
 
@@ -87,6 +88,26 @@ fn bits_do_not_depend_on_threads_and_survive_a_checkpoint() {
         let mut other = executor_of(Recipe::default(), &m, &Layout::default(), (SEQUENCES, precision, 1));
         let e = other.restore(&checkpoint).expect_err("the second moment is not there");
         assert!(e.to_string().contains("exp_avg_sq"), "{e}");
+    }
+}
+
+/// The products that are taken, symmetric ones at half.
+#[test]
+fn as_many_flops_are_taken_as_the_program_says() {
+    for (rows, cols) in [(8, 20), (20, 8), (9, 9)] {
+        let (m, n) = (rows.min(cols) as u64, rows.max(cols) as u64);
+        let mut flops = 0;
+        let counted = newton_schulz((rows, cols), 1.0, &mut |step| {
+            flops += match step.op {
+                MatrixOp::Gram => m * m * n,
+                MatrixOp::Symmetric => m * m * m,
+                MatrixOp::Product => 2 * m * m * n,
+                _ => 0,
+            };
+            Ok::<(), std::convert::Infallible>(())
+        });
+        assert!(counted.is_ok());
+        assert_eq!(flops, program::newton_schulz_flops(rows, cols), "{rows} x {cols}");
     }
 }
 

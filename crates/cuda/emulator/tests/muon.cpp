@@ -57,12 +57,18 @@ static void matrices(int rows, int cols, uint64_t seed) {
   dy.fill(0);
   LAUNCH(normalise, dim3(1), dim3(256), 0, dy.ptr(), dy.ptr(), none.ptr(), 1e-7, (long long)len);
   check_same(of("normalise nothing", len, seed), dy.read(), std::vector<float>(len));
+  auto shifted = gram;
   for (int i = 0; i < rows * rows; ++i) {
     volatile float b = -4.775f * gram[i], c = 2.0315f * square[i], both = b + c;
     square[i] = i / rows == i % rows ? both + 3.4445f : both;
+    if (i / rows == i % rows) shifted[i] -= 0.5f;
   }
-  LAUNCH(polynomial, dim3(2), dim3(256), 0, dgram.ptr(), dsquare.ptr(), 3.4445f, -4.775f, 2.0315f, rows);
-  check_same(of("polynomial", rows, seed), dsquare.read(), square);
+  LAUNCH(matrix_sum, dim3(2), dim3(256), 0, dgram.ptr(), dsquare.ptr(), 3.4445f, -4.775f, 2.0315f, rows);
+  check_same(of("sum", rows, seed), dsquare.read(), square);
+  // Nothing is read of what has not been written.
+  dsquare.poison();
+  LAUNCH(matrix_sum, dim3(2), dim3(256), 0, dgram.ptr(), dsquare.ptr(), -0.5f, 1.0f, 0.0f, rows);
+  check_same(of("shift", rows, seed), dsquare.read(), shifted);
   // Two parts, side by side by columns.
   Buffer<float> both(2 * len);
   std::vector<float> beside(2 * len);

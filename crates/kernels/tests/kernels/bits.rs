@@ -131,7 +131,7 @@ fn recipes(pool: &Pool) -> Vec<(&'static str, Vec<u32>)> {
     let (mut update, mut momentum, mut moved) = (vec![0.0; ld * DIM], r.vec(ld * DIM), r.vec(ld * DIM));
     muon_momentum(pool, 0.95, 0.5, &mut momentum, &mut update, &r.vec(ld * DIM));
     for shape in [(ld, DIM), (DIM, ld)] {
-        orthogonalise(pool, &mut update, shape, 5, 0.2, &mut ws);
+        orthogonalise(pool, &mut update, shape, 0.2, &mut ws);
         muon(pool, (0.999, -1e-3), &mut moved, &update);
     }
     let (mut mean, mut left) = (r.vec(ld * DIM), r.vec(ROWS * DIM));

@@ -6,8 +6,6 @@ use proptest::prelude::*;
 
 use crate::reference::*;
 
-const STEPS: usize = 5;
-
 fn product(a: &[f64], b: &[f64], (m, k, n): (usize, usize, usize)) -> Vec<f64> {
     let at = |i: usize, j: usize| (0..k).map(|p| a[i * k + p] * b[p * n + j]).sum();
     (0..m * n).map(|i| at(i / n, i % n)).collect()
@@ -17,7 +15,20 @@ fn transposed(x: &[f64], (rows, cols): (usize, usize)) -> Vec<f64> {
     (0..rows * cols).map(|i| x[i % rows * cols + i / rows]).collect()
 }
 
-/// As `torch.optim.Muon` writes it down, without its rounding to 16 bit.
+/// Coefficients of the powers of the Gram matrix.
+fn powers(Nonic { centre, of }: Nonic) -> [f64; 5] {
+    let (s, [a, b, c, d, e]) = (f64::from(centre), of.map(f64::from));
+    let s2 = s * s;
+    [
+        a + s2 * (c - s * d + s2 * e),
+        b + s * (-2.0 * c + 3.0 * s * d - 4.0 * s2 * e),
+        c - 3.0 * s * d + 6.0 * s2 * e,
+        d - 4.0 * s * e,
+        e,
+    ]
+}
+
+/// Polynomials in `x` itself, in double precision, as they are written down.
 fn reference(x: &[f32], (rows, cols): (usize, usize)) -> Vec<f64> {
     let mut x = wide(x);
     let (m, n) = (rows.min(cols), rows.max(cols));
@@ -26,12 +37,14 @@ fn reference(x: &[f32], (rows, cols): (usize, usize)) -> Vec<f64> {
     }
     let norm = x.iter().map(|v| v * v).sum::<f64>().sqrt().max(1e-7);
     x.iter_mut().for_each(|v| *v /= norm);
-    for _ in 0..STEPS {
+    for step in NONICS {
         let gram = product(&x, &transposed(&x, (m, n)), (m, n, m));
-        let square = product(&gram, &gram, (m, m, m));
-        let sum: Vec<f64> = gram.iter().zip(&square).map(|(g, s)| -4.7750 * g + 2.0315 * s).collect();
-        let more = product(&sum, &x, (m, m, n));
-        x.iter_mut().zip(&more).for_each(|(x, more)| *x = 3.4445 * *x + more);
+        let mut power = x;
+        x = vec![0.0; m * n];
+        for of in powers(step) {
+            x.iter_mut().zip(&power).for_each(|(x, p)| *x += of * p);
+            power = product(&gram, &power, (m, m, n));
+        }
     }
     if rows > cols { transposed(&x, (m, n)) } else { x }
 }
@@ -39,7 +52,7 @@ fn reference(x: &[f32], (rows, cols): (usize, usize)) -> Vec<f64> {
 fn ours(x: &[f32], shape: (usize, usize), scale: f32, threads: usize) -> Vec<f32> {
     let (pool, mut x) = (Pool::new(threads), x.to_vec());
     let mut ws = scratch(orthogonalise_workspace_len(shape.0, shape.1, threads));
-    orthogonalise(&pool, &mut x, shape, STEPS, scale, &mut ws);
+    orthogonalise(&pool, &mut x, shape, scale, &mut ws);
     x
 }
 
@@ -88,6 +101,35 @@ fn large_matrices_are_what_small_ones_are() {
     }
 }
 
+/// Of all odd polynomials of degree 9 each is the best on what those before it make of singular values from 0.0015 to 1.01: its
+/// error has the same size and the other sign at six points, one more than it has coefficients (Chebyshev).
+#[test]
+fn each_polynomial_is_the_best_on_what_is_left() {
+    const POINTS: usize = 1_000_000;
+    let (mut low, mut high) = (0.0015, 1.01);
+    let mut slope = 1.0;
+    for step in NONICS {
+        let step = powers(step);
+        let error = |x: f64| x * step.iter().rev().fold(0.0, |sum, of| sum * x * x + of) - 1.0;
+        let at = |i: usize| low * f64::powf(high / low, i as f64 / POINTS as f64);
+        let errors: Vec<f64> = (0..=POINTS).map(|i| error(at(i))).collect();
+        let extreme = |i: &usize| {
+            let beside = [i.checked_sub(1), Some(i + 1)].into_iter().flatten().filter_map(|i| errors.get(i));
+            beside.into_iter().all(|e| (errors[*i] - e) * errors[*i] >= 0.0)
+        };
+        let extremes: Vec<f64> = (0..=POINTS).filter(extreme).map(|i| errors[i]).collect();
+        let most = errors.iter().fold(0.0, |most: f64, e| most.max(e.abs()));
+        assert_eq!(extremes.len(), 6, "{extremes:?}");
+        for (i, e) in extremes.iter().enumerate() {
+            let sign = if i % 2 == 0 { -1.0 } else { 1.0 };
+            assert!((sign * e / most - 1.0).abs() < 1e-3, "{extremes:?}");
+        }
+        (low, high, slope) = (1.0 - most, 1.0 + most, slope * step[0]);
+    }
+    assert!(high < 1.32, "{high}");
+    assert!((slope - 479.6).abs() < 0.1, "{slope}");
+}
+
 #[test]
 fn zero_stays_zero() {
     assert_eq!(ours(&[0.0; 12], (3, 4), 1.0, 1), [0.0; 12]);
@@ -98,7 +140,7 @@ fn zero_stays_zero() {
 #[test]
 fn directions_beside_a_much_larger_one_keep_their_digits() {
     let shapes = if cfg!(miri) { [(6, 8), (8, 6), (7, 7)] } else { [(96, 160), (160, 96), (128, 128)] };
-    for ((rows, cols), most) in shapes.into_iter().zip([1e-3, 1e-3, 2e-4]) {
+    for ((rows, cols), most) in shapes.into_iter().zip([7e-3, 7e-3, 6e-4]) {
         for small in [1e-2, 1e-3, 1e-4] {
             let off = beside_a_larger_one((rows, cols), small);
             assert!(off < most, "{off} for {rows} x {cols}, {small}");

@@ -324,7 +324,7 @@ impl Estimator<'_> {
             let shards = if placement.layout.zero == Zero::Off { 1 } else { holders.shards.size };
             seconds += kind.flops / shards as f64 * flop_s / self.problem.constants.gemm;
             let whole = SUM_BYTES * kind.elements;
-            let gathered = whole * tensor.size as f64;
+            let gathered = SUM_BYTES * kind.spread * tensor.size as f64;
             let said = [
                 (Collective::AllGather, Group { size: shards, ..holders.shards }, whole),
                 (Collective::ReduceScatter, Group { size: shards, ..holders.shards }, whole),

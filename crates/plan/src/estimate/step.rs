@@ -48,8 +48,11 @@ impl Stages {
             let dense = self.per_layer(field(&t.layer.hidden), field(&t.expert_layer.hidden));
             (dense, self.per_layer(0.0, field(&t.expert_layer.expert_hidden)))
         };
-        let (elements, flops) = (of(|h| h.elements), of(|h| h.flops));
-        (Hidden { elements: elements.0, flops: flops.0 }, Hidden { elements: elements.1, flops: flops.1 })
+        let (elements, spread, flops) = (of(|h| h.elements), of(|h| h.spread), of(|h| h.flops));
+        (
+            Hidden { elements: elements.0, spread: spread.0, flops: flops.0 },
+            Hidden { elements: elements.1, spread: spread.1, flops: flops.1 },
+        )
     }
 
     /// The fullest stage, with the embedding.

@@ -132,11 +132,21 @@ fn hidden(p: &Program, replication: Replication, place: Place) -> Hidden {
     let of = |g: &&program::ParamGroup| {
         g.replication == replication && g.key.place == place && g.key.role.is_hidden_matrix() && !g.key.bias
     };
-    let parts = || p.groups.iter().filter(of).flat_map(|g| &g.parts);
-    Hidden {
-        elements: parts().map(|part| (part.rows * part.cols) as f64).sum(),
-        flops: parts().map(|part| program::newton_schulz_flops(part.global.0, part.global.1) as f64).sum(),
+    let mut hidden = Hidden::default();
+    for group in p.groups.iter().filter(of) {
+        for part in &group.parts {
+            let elements = (part.rows * part.cols) as f64;
+            hidden.elements += elements;
+            if group.head_rows.is_empty() {
+                hidden.spread += elements;
+                hidden.flops += program::newton_schulz_flops(part.global.0, part.global.1) as f64;
+            }
+            let heads = group.matrix_rows(part).into_iter().filter(|_| !group.head_rows.is_empty());
+            hidden.flops +=
+                heads.map(|rows| program::newton_schulz_flops(rows, part.cols) as f64).sum::<f64>();
+        }
     }
+    hidden
 }
 
 /// Elements of parameters that the ops of `place` read, each once a pass.
@@ -171,6 +181,7 @@ impl Section {
         self.expert_params += other.expert_params;
         let hidden = |a: &mut Hidden, b: Hidden| {
             a.elements += b.elements;
+            a.spread += b.spread;
             a.flops += b.flops;
         };
         hidden(&mut self.hidden, other.hidden);

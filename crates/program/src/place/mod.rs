@@ -102,14 +102,13 @@ impl<'a> Placer<'a> {
         &mut self,
         name: String,
         (rows, cols): (usize, usize),
-        behind: Option<BufferId>,
+        end: &mut usize,
         alive: (usize, usize),
     ) -> BufferId {
-        let offset = behind.map_or(0, |b| aligned(self.buffers[b.0 as usize].bytes()));
-        let home = Home::Scratch { offset, alive };
-        let end = offset + aligned(rows * cols * DType::F32.bytes());
-        self.scratch = self.scratch.max(end);
-        self.memory.scratch_bound = self.memory.scratch_bound.max(end);
+        let home = Home::Scratch { offset: *end, alive };
+        *end += aligned(rows * cols * DType::F32.bytes());
+        self.scratch = self.scratch.max(*end);
+        self.memory.scratch_bound = self.memory.scratch_bound.max(*end);
         self.buffer(name, rows, cols, DType::F32, home, Place::Step)
     }
 

@@ -3,6 +3,7 @@
 use spec::{DType, NormKind};
 
 use crate::heads::Heads;
+use crate::muon::Shares;
 use crate::op::OpKind;
 
 /// Rows, columns and element type of an operand.
@@ -296,9 +297,11 @@ fn unstated(kind: &OpKind, ins: &[Shape]) -> Option<Expected> {
             return Some((vec![], vec![]));
         }
         Orthogonalise { shares, .. } => {
-            let all = *ins.first()?;
-            let own = f32(all.rows / shares.ranks().max(1), all.cols);
-            return Some((vec![f32(own.rows * shares.ranks(), all.cols)], vec![own]));
+            let of = |(all, shares): (&Shape, &Shares)| {
+                let own = f32(all.rows / shares.ranks().max(1), all.cols);
+                (f32(own.rows * shares.ranks(), all.cols), own)
+            };
+            return Some(ins.iter().zip(shares).map(of).unzip());
         }
         _ => return None,
     }

@@ -1,6 +1,7 @@
 //! The operands of a launch as slices of the arena.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use bytemuck::Pod;
 use kernels::Acc;
@@ -65,6 +66,12 @@ impl<'a, T: Pod> Args<'a, T> {
 
     pub(super) fn out_floats(&self, i: usize) -> &'a mut [f32] {
         self.write(self.launch.output(i))
+    }
+
+    /// These rows of output `i`, which no other task of the launch takes.
+    pub(super) fn out_rows(&self, i: usize, rows: Range<usize>) -> &'a mut [f32] {
+        let out = self.launch.output(i);
+        self.write(out.part(rows.start * out.cols, rows.len() * out.cols))
     }
 
     pub(super) fn out_ids(&self, i: usize) -> &'a mut [u32] {

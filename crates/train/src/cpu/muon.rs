@@ -2,7 +2,7 @@
 
 use half::bf16;
 use kernels::Pool;
-use program::{Matrix, NEWTON_SCHULZ_STEPS, OpKind, Shares};
+use program::{Matrix, OpKind, Shares};
 use spec::DType;
 
 use super::args::Args;
@@ -16,7 +16,7 @@ pub(super) fn muon<T: Number>(pool: &Pool, a: &Args<'_, T>) {
             let (m, out) = (a.out_floats(0), a.out_floats(1));
             kernels::muon_momentum(pool, turn.momentum, update.grad_scale, m, out, a.floats(0));
         }
-        OpKind::Orthogonalise { matrices, shares } => orthogonalise(pool, a, matrices, *shares),
+        OpKind::Orthogonalise { matrices, shares } => orthogonalise(pool, a, matrices, shares),
         OpKind::Muon { decay, .. } => {
             let decay = if *decay { update.weight_decay } else { 0.0 };
             let numbers = ((1.0 - update.lr * decay) as f32, -update.lr as f32);
@@ -31,35 +31,40 @@ pub(super) fn muon<T: Number>(pool: &Pool, a: &Args<'_, T>) {
     }
 }
 
-/// One matrix after the other: each with its parts from all ranks put together, of which this rank's own is kept.
-fn orthogonalise<T: Number>(pool: &Pool, a: &Args<'_, T>, matrices: &[Matrix], shares: Shares) {
-    let (out, ws) = (a.out_floats(0), a.workspace());
-    let (all_rows, cols) = (a.launch().output(0).rows, a.launch().output(0).cols);
-    for m in matrices {
-        let own = &mut out[m.row0 * cols..(m.row0 + m.rows) * cols];
-        if !m.mine {
-            own.fill(0.0);
-            continue;
-        }
+/// Each matrix with its parts from all ranks put together, of which this rank's own is kept.
+fn orthogonalise<T: Number>(pool: &Pool, a: &Args<'_, T>, matrices: &[Matrix], shares: &[Shares]) {
+    let cols = |m: &Matrix| a.launch().output(m.of).cols;
+    for m in matrices.iter().filter(|m| !m.mine) {
+        a.out_rows(m.of, m.row0..m.row0 + m.rows).fill(0.0);
+    }
+    let mine = |i: usize| matrices.iter().filter(|m| m.mine).nth(i).expect("one of them");
+    let flops = |i: usize| {
+        let (rows, cols) = shares[mine(i).of].whole(mine(i).rows, cols(mine(i)));
+        program::newton_schulz_flops(rows, cols)
+    };
+    let count = matrices.iter().filter(|m| m.mine).count();
+    pool.deal((count, &flops), a.workspace(), &|i, pool, ws| {
+        let (m, shares, cols) = (mine(i), shares[mine(i).of], cols(mine(i)));
+        let own = a.out_rows(m.of, m.row0..m.row0 + m.rows);
         let whole = shares.whole(m.rows, cols);
         let scale = program::update_scale(whole);
         if shares == Shares::Whole {
-            kernels::orthogonalise(pool, own, whole, NEWTON_SCHULZ_STEPS, scale, ws);
-            continue;
+            return kernels::orthogonalise(pool, own, whole, scale, ws);
         }
         let (matrix, ws) = ws.split_at_mut(whole.0 * whole.1);
-        for (rank, part) in a.floats(0).chunks_exact(all_rows * cols).enumerate() {
+        let all_rows = a.launch().output(m.of).rows;
+        for (rank, part) in a.floats(m.of).chunks_exact(all_rows * cols).enumerate() {
             for i in 0..m.rows {
                 let row = &part[(m.row0 + i) * cols..][..cols];
                 matrix[place(shares, (rank, i), (m.rows, cols))..][..cols].copy_from_slice(row);
             }
         }
-        kernels::orthogonalise(pool, matrix, whole, NEWTON_SCHULZ_STEPS, scale, ws);
-        let (Shares::Rows { index, .. } | Shares::Cols { index, .. }) = shares else { continue };
+        kernels::orthogonalise(pool, matrix, whole, scale, ws);
+        let (Shares::Rows { index, .. } | Shares::Cols { index, .. }) = shares else { return };
         for (i, row) in own.chunks_exact_mut(cols).enumerate() {
             row.copy_from_slice(&matrix[place(shares, (index, i), (m.rows, cols))..][..cols]);
         }
-    }
+    });
 }
 
 /// Where row `i` of a rank's part begins in the whole matrix.
@@ -70,12 +75,21 @@ fn place(shares: Shares, (rank, i): (usize, usize), (rows, cols): (usize, usize)
     }
 }
 
-/// Floats of work space for the matrices that are this rank's, of which each rank holds `cols` columns.
-pub(crate) fn workspace_len(matrices: &[Matrix], shares: Shares, cols: usize, threads: usize) -> usize {
-    let room = |m: &Matrix| {
-        let whole = shares.whole(m.rows, cols);
+/// Floats of work space for the matrices that are this rank's, of groups with these shares and so many columns here.
+pub(crate) fn workspace_len(
+    matrices: &[Matrix],
+    shares: &[Shares],
+    cols: &dyn Fn(&Matrix) -> usize,
+    threads: usize,
+) -> usize {
+    let of = |m: &Matrix| (shares[m.of].whole(m.rows, cols(m)), shares[m.of]);
+    let mine: Vec<_> = matrices.iter().filter(|m| m.mine).map(of).collect();
+    let room = |(whole, shares): ((usize, usize), Shares), threads| {
         let together = if shares == Shares::Whole { 0 } else { whole.0 * whole.1 };
         together + kernels::orthogonalise_workspace_len(whole.0, whole.1, threads)
     };
-    matrices.iter().filter(|m| m.mine).map(room).max().unwrap_or(0)
+    let flops = |i: usize| program::newton_schulz_flops(mine[i].0.0, mine[i].0.1);
+    let (together, alone) = mine.split_at(kernels::together((mine.len(), &flops), threads));
+    let alone = threads * alone.iter().map(|m| room(*m, 1)).max().unwrap_or(0);
+    together.iter().map(|m| room(*m, threads)).fold(alone, usize::max)
 }
