@@ -43,7 +43,7 @@ pub(crate) fn backward(cx: &Rank<'_>, chunk: &Chunk, forward: Forward) -> Both {
     Both { graph, backward, boundaries }
 }
 
-/// A chunk's forward ops with the loss behind them, one sequence at a time, without gradients.
+/// A chunk's forward ops with the loss behind them, a few sequences at a time, without gradients.
 pub(crate) fn evaluation(cx: &Rank<'_>, chunk: &Chunk, forward: Forward) -> Graph {
     let Forward { mut graph, output, .. } = forward;
     if chunk.head {
@@ -416,8 +416,8 @@ impl Derive<'_> {
         self.grads.extend([Some(x), mtp].into_iter().flatten().zip(grads));
     }
 
-    /// The ops that turn the final norm's output into losses, and with `train` into gradients: one sequence at a time, so
-    /// that logits of more than one never exist, or a whole micro-batch. Likewise, in turn, of the output of the module
+    /// The ops that turn the final norm's output into losses, and with `train` into gradients: a few sequences at a time, so
+    /// that logits of more never exist, or a whole micro-batch. Likewise, in turn, of the output of the module
     /// that predicts one token more, whose loss is summed beside the other. Gives the gradients of both.
     fn loss_ops(&mut self, x: ValueId, mtp: Option<ValueId>, train: bool) -> Vec<ValueId> {
         let cx = self.cx;
@@ -484,7 +484,7 @@ impl Derive<'_> {
         let name = |part: &str| format!("{}.{}{part}", head.name, s.first);
         let table = self.group_of(w);
         self.push(OpKind::LinearGradInput, name(".dx"), vec![d, w], vec![rows(dx)], Phase::Input);
-        // Logits of a sequence are gone after its turn, so its weight gradient cannot wait.
+        // Logits are gone after their sequences' turn, so the weight gradient cannot wait.
         let ins = vec![d, rows(head.x)];
         let n = self.push(OpKind::LinearGradWeight, name(".dw"), ins, vec![], Phase::Input);
         n.grads = vec![table];

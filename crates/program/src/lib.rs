@@ -113,9 +113,12 @@ impl<'a> Request<'a> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Loss {
-    /// One sequence: the least memory.
-    #[default]
+    /// One sequence.
     OneSequence,
+    /// As many as give products enough rows, and whose logits take no more room than the partial sums of the head's
+    /// gradient that are spared: each addition of two sequences inside of an op spares a level of them.
+    #[default]
+    Few,
     /// All of it: fewer and larger products, for devices that small ones do not fill.
     MicroBatch,
 }

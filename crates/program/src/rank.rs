@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use spec::{DType, Error, Layout, ModelSpec, Position, Result, Zero};
+use spec::{DType, Error, Layout, ModelSpec, Position, Result, SumTree, Zero};
 
 use crate::coords::Coords;
 use crate::emit::Layer;
@@ -11,6 +11,9 @@ use crate::op::Axis;
 use crate::params::{Chunk, GroupId, ParamGroup, Replication, chunks, share, table};
 use crate::role::{ParamKey, Place, Role};
 use crate::{Loss, Mode, Request, qk_clip};
+
+/// Rows beyond which products with a packed weight gain nothing from more.
+const LOSS_ROWS: usize = 1024;
 
 /// A rank with its layers and parameters.
 pub(crate) struct Rank<'a> {
@@ -79,12 +82,45 @@ impl<'a> Rank<'a> {
         self.local_sequences / self.layout.micro_batch
     }
 
+    /// Bottom-up radices of the tree over the sequences that a weight gradient is summed over before ranks talk.
+    pub(crate) fn local_radices(&self) -> Vec<u32> {
+        let tree = SumTree::new(self.request.sequences);
+        let m = self.layout.micro_batch;
+        let covered = if self.layout.zero >= Zero::Gradients { m } else { self.local_sequences };
+        // Without a fixed order over ranks only the local order matters; a micro-batch is a part of it either way.
+        let whole = |n: usize| SumTree::new(n).radices().to_vec();
+        let trees = [tree.inner(covered), Some(whole(covered))];
+        let cut = |radices: &Vec<u32>| cut_at(radices, m).is_some();
+        trees.into_iter().flatten().find(cut).unwrap_or_else(|| [whole(m), whole(covered / m)].concat())
+    }
+
     /// Sequences that have logits at a time.
     pub(crate) fn loss_sequences(&self) -> usize {
         match self.request.loss {
-            Loss::MicroBatch if !self.mtp() => self.layout.micro_batch,
-            _ => 1,
+            _ if self.mtp() => 1,
+            Loss::OneSequence => 1,
+            Loss::Few => self.few(),
+            Loss::MicroBatch => self.layout.micro_batch,
         }
+    }
+
+    /// [`Loss::Few`]: the largest subtree of a micro-batch's sequences.
+    fn few(&self) -> usize {
+        let radices = self.local_radices();
+        let levels = |left: usize| left.max(1);
+        let mut few = 1;
+        for (below, radix) in radices.iter().enumerate() {
+            let count = few * *radix as usize;
+            // Of each column of the vocabulary.
+            let logits = (count - 1) * self.sequence * self.dtype.bytes();
+            let spared = levels(radices.len()) - levels(radices.len() - below - 1);
+            let sums = spared * self.model.hidden * DType::F32.bytes();
+            if count > self.layout.micro_batch || count * self.sequence > LOSS_ROWS || logits > sums {
+                break;
+            }
+            few = count;
+        }
+        few
     }
 
     /// Whether the rank learns to predict one token more.
@@ -192,4 +228,13 @@ fn check_generates(layout: &Layout) -> Result<()> {
         .hint("leave the layout at its defaults"));
     }
     Ok(())
+}
+
+/// After how many radices, bottom-up, a tree has so many leaves below a node.
+pub(crate) fn cut_at(radices: &[u32], leaves: usize) -> Option<usize> {
+    let mut product = 1;
+    (0..=radices.len()).find(|&at| {
+        product *= at.checked_sub(1).map_or(1, |below| radices[below] as usize);
+        product == leaves
+    })
 }

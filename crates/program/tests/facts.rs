@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use common::{build, check_world, model};
 use program::{
-    ALIGN, Axis, Home, Members, Mode, OpKind, Program, Request, Role, View, check_mixture, verify,
+    ALIGN, Axis, BlockWork, Home, Loss, Members, Mode, OpKind, Pass, Program, Request, Role, View,
+    check_mixture, verify,
 };
 use spec::{
     ContextMode, DType, ExpertRows, Experts, Latent, Layout, ModelSpec, Mtp, PipelineSchedule, Reduce,
@@ -222,6 +223,47 @@ fn gradient_sums_are_the_tree_cut_at_a_launch() {
             assert_eq!(met.len(), 1 + usize::from(sequence_parallel), "{met:?}");
         }
     }
+}
+
+/// Several sequences have logits at a time where that takes no more memory than one at a time, and products gain from it.
+#[test]
+fn logits_of_a_few_sequences_take_no_more_memory() {
+    let of = |m: &ModelSpec, layout: &Layout, sequence: usize| {
+        let [few, one] = [Loss::Few, Loss::OneSequence].map(|loss| {
+            let (precision, mode, recipe) = (DType::F32, Mode::Train, Default::default());
+            let request =
+                Request { model: m, layout, sequence, sequences: 8, precision, rank: 0, mode, loss, recipe };
+            Program::build(&request, &|_, _| 0).expect("a valid layout")
+        });
+        let (few_bytes, one_bytes) = (few.memory.total, one.memory.total);
+        assert!(few_bytes <= one_bytes, "{few_bytes} B for {one_bytes} under {layout:?}");
+        let losses = |p: &Program| {
+            let train = p.blocks.iter().find(|b| {
+                matches!(b.work, BlockWork::Train(Pass::Backward) | BlockWork::TrainLast(Pass::Backward))
+            });
+            train.expect("a backward pass").ops.iter().filter(|op| op.name.ends_with(".xent")).count()
+        };
+        assert_eq!(losses(&one), layout.micro_batch);
+        layout.micro_batch / losses(&few)
+    };
+    for (tied, zero) in
+        [(false, Zero::Off), (true, Zero::Off), (false, Zero::Gradients), (true, Zero::Parameters)]
+    {
+        let m = ModelSpec { vocab: 1024, ..model(2, tied, false) };
+        assert_eq!(m.hidden, 64);
+        let layout = |dp, micro_batch| Layout { dp, micro_batch, zero, ..Layout::default() };
+        // The partial sums of two additions are as large as logits of three sequences.
+        assert_eq!(of(&m, &layout(1, 8), 42), 4);
+        assert_eq!(of(&m, &layout(1, 8), 43), 2);
+        assert_eq!(of(&m, &layout(1, 8), 65), 1);
+        assert_eq!(of(&m, &layout(1, 1), 42), 1);
+        // One level there is always.
+        assert_eq!(of(&m, &layout(2, 4), 42), 2);
+        assert_eq!(of(&m, &layout(4, 2), 42), 1);
+    }
+    let wide = ModelSpec { hidden: 2048, ..model(2, false, false) };
+    let layout = Layout { micro_batch: 8, ..Layout::default() };
+    assert_eq!([256, 512, 1024].map(|sequence| of(&wide, &layout, sequence)), [4, 2, 1]);
 }
 
 #[test]

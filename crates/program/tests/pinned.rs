@@ -167,7 +167,7 @@ fn programs_change_only_on_purpose() {
             precision,
             rank: 0,
             mode,
-            loss: Loss::default(),
+            loss: Loss::OneSequence,
             recipe: Default::default(),
         };
         let program = Program::build(&request, &|_, _| 640).expect("a program that generates");

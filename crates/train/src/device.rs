@@ -49,7 +49,7 @@ pub trait Device: Any + Send {
 
     /// How much of a micro-batch it wants to have logits at a time.
     fn loss(&self) -> Loss {
-        Loss::OneSequence
+        Loss::default()
     }
 
     /// Elements of f32 work space that an op wants.

@@ -235,27 +235,30 @@ fn longest_piece(rows: usize) -> usize {
     block(rows, 1, KC).max(1)
 }
 
-/// Rows of a leaf that are taken in at a time.
+/// Rows that are taken in at a time: those of some leaves, or a part of one leaf's.
 struct Piece {
-    leaf: usize,
+    leaves: Range<usize>,
     row: usize,
     len: usize,
     is_first: bool,
     is_last: bool,
 }
 
-/// The pieces of all leaves in order: at least one of each leaf, so that an empty one gives zeros.
+/// The pieces of all leaves in order: every leaf is in one at least, so that an empty one gives zeros. Leaves that fit into
+/// a piece together are taken together, so that what they add up in stays in the first-level cache.
 fn pieces<'a>((tree, rows, leaf): Leaves<'a>) -> impl Iterator<Item = Piece> + use<'a> {
-    let most = longest_piece(rows);
+    let (most, count) = (longest_piece(rows), leaves(tree));
     let (mut at, mut done, mut row) = (0, 0, 0);
     std::iter::from_fn(move || {
-        let of = (at < leaves(tree)).then(|| leaf(at))?;
-        let len = most.min(of - done);
-        let piece = Piece { leaf: at, row, len, is_first: done == 0, is_last: done + len == of };
-        (done, row) = (done + len, row + len);
-        if piece.is_last {
-            (at, done) = (at + 1, 0);
+        let of = (at < count).then(|| leaf(at))?;
+        let (mut len, mut end) = (most.min(of - done), at + 1);
+        let (is_first, is_last) = (done == 0, done + len == of);
+        while is_first && is_last && end < count && len + leaf(end) <= most {
+            (len, end) = (len + leaf(end), end + 1);
         }
+        let piece = Piece { leaves: at..end, row, len, is_first, is_last };
+        row += len;
+        (at, done) = if is_last { (end, 0) } else { (at, done + len) };
         Some(piece)
     })
 }
@@ -292,52 +295,71 @@ impl<T: Element> Job<'_, T> {
         let tiles = tiles_down * tiles_across;
         let (grad, grad_at, apart) = self.grad;
         for piece in pieces((self.tree, self.rows, self.leaf)) {
-            let Piece { row, len: kc, .. } = piece;
-            let at_leaf = step(self.tree, piece.leaf);
-            self.pack(row, kc, &outs, &ins, left, right);
+            let Piece { row, len, .. } = piece;
+            let completes = piece.is_last && piece.leaves.end == leaves(self.tree);
+            self.pack(row, len, &outs, &ins, left, right);
             for index in 0..tiles {
                 let (across, down) = (index / tiles_down, index % tiles_down);
                 let (i, j) = (outs.start + down * MR, ins.start + across * nr);
-                let (m, n) = (MR.min(outs.end - i), nr.min(ins.end - j));
+                let shape = (MR.min(outs.end - i), nr.min(ins.end - j));
                 let at = if self.rows > KC { index * MR * nr } else { 0 };
-                let c = &mut sums[at..at + MR * nr];
-                let b = self.right(row, j, across, kc, right);
-                let t = Tile {
-                    k: kc,
-                    a: left[down * kc * MR..].as_ptr(),
-                    a_row: 1,
-                    a_col: MR,
-                    b,
-                    b_row: nr,
-                    c: c.as_mut_ptr(),
-                    c_row: nr,
-                    load: !piece.is_first,
-                };
+                let b = self.right(row, j, across, len, right);
                 let grad_at = grad_at + i * self.ins + j;
-                self.ask(row + kc, kc, &outs, index, tiles);
+                self.ask(row + len, len, &outs, index, tiles);
                 // The next panel, but for the last.
-                ask_panel(b.wrapping_add(kc * nr), kc * nr, down, tiles_down);
-                if piece.is_last
-                    && let Step::Root { .. } = at_leaf
-                {
+                ask_panel(b.wrapping_add(len * nr), len * nr, down, tiles_down);
+                if completes {
                     for level in (0..self.merge.merge).filter(|&level| level != self.merge.store) {
-                        grad.ask(grad_at + level * apart, (m, n), self.ins);
+                        grad.ask(grad_at + level * apart, shape, self.ins);
                     }
-                    grad.ask(grad_at + self.merge.store * apart, (m, n), self.ins);
-                }
-                // SAFETY: the packed operands hold kc rows with the tile's m and `nr` columns, and `c` MR rows of `nr`.
-                unsafe { tile(m, n, &t) };
-                if !piece.is_last {
-                    continue;
+                    grad.ask(grad_at + self.merge.store * apart, shape, self.ins);
                 }
                 // A tree of one leaf has no levels.
                 let levels = levels.get_mut(index * MR * nr..).unwrap_or_default();
-                match at_leaf {
-                    Step::Keep(merge) => keep(c, nr, n, levels, tiles * MR * nr, merge),
-                    Step::Root { merge } => {
-                        let tree = Levels { levels, len: tiles * MR * nr, merge };
-                        root(c, nr, m, n, tree, grad, grad_at, self.ins, apart, self.merge);
-                    }
+                let operands = (left[down * len * MR..].as_ptr(), b);
+                let sums = &mut sums[at..at + MR * nr];
+                self.tile(&piece, operands, shape, sums, (levels, tiles * MR * nr), grad_at);
+            }
+        }
+    }
+
+    /// Takes a piece's rows into a tile of `m` x `n`, leaf by leaf: `a` and `b` hold its operands, and levels of the tree of
+    /// leaves are `len` apart.
+    fn tile(
+        &self,
+        piece: &Piece,
+        (mut a, mut b): (*const f32, *const f32),
+        (m, n): (usize, usize),
+        sums: &mut [f32],
+        (levels, len): (&mut [f32], usize),
+        grad_at: usize,
+    ) {
+        let (nr, (grad, _, apart)) = (panel(), self.grad);
+        for leaf in piece.leaves.clone() {
+            let k = if piece.leaves.len() == 1 { piece.len } else { (self.leaf)(leaf) };
+            let step = step(self.tree, leaf);
+            // A whole leaf that nothing is added to is computed where it stays.
+            let stays = match step {
+                Step::Keep(Merge { merge: 0, store }) if piece.is_first && piece.is_last => Some(store),
+                _ => None,
+            };
+            let c = match stays {
+                Some(store) => &mut levels[store * len..][..MR * nr],
+                None => &mut *sums,
+            };
+            let (load, c_ptr) = (!piece.is_first, c.as_mut_ptr());
+            let t = Tile { k, a, a_row: 1, a_col: MR, b, b_row: nr, c: c_ptr, c_row: nr, load };
+            // SAFETY: the packed operands hold k rows more with the tile's m and `nr` columns, and `c` MR rows of `nr`.
+            unsafe { tile(m, n, &t) };
+            (a, b) = (a.wrapping_add(k * MR), b.wrapping_add(k * nr));
+            if stays.is_some() || !piece.is_last {
+                continue;
+            }
+            match step {
+                Step::Keep(merge) => keep(sums, nr, n, levels, len, merge),
+                Step::Root { merge } => {
+                    let tree = Levels { levels, len, merge };
+                    root(sums, nr, m, n, tree, grad, grad_at, self.ins, apart, self.merge);
                 }
             }
         }

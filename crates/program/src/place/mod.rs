@@ -4,14 +4,14 @@ mod lifetimes;
 mod offsets;
 mod statics;
 
-use spec::{DType, Reduce, SumTree, Zero};
+use spec::{DType, Reduce, SumTree};
 
 use crate::buffer::{Buffer, BufferId, GradOut, Home, View};
 use crate::cost::cost;
 use crate::graph::{Graph, Node, Operand, Source};
 use crate::op::{Op, OpId, OpKind};
 use crate::params::{GroupId, Replication, expert_bias};
-use crate::rank::Rank;
+use crate::rank::{Rank, cut_at};
 use crate::role::{Place, Role};
 use crate::schedule::{Blocks, Passes, Schedule};
 use crate::zero::{Sums, is_head};
@@ -49,37 +49,12 @@ struct Regions {
     workspace: usize,
 }
 
-/// Bottom-up radices of the tree over the sequences that a weight gradient is summed over before ranks talk.
-fn local_radices(cx: &Rank<'_>) -> Vec<u32> {
-    let tree = SumTree::new(cx.request.sequences);
-    let layout = &cx.layout;
-    let covered = if layout.zero >= Zero::Gradients { layout.micro_batch } else { cx.local_sequences };
-    // Without a fixed order over ranks only the local order matters; a micro-batch is a part of it either way.
-    let whole = |n: usize| SumTree::new(n).radices().to_vec();
-    let cut = |radices: &Vec<u32>| cut_at(radices, layout.micro_batch).is_some();
-    let trees = [tree.inner(covered), Some(whole(covered))];
-    trees
-        .into_iter()
-        .flatten()
-        .find(cut)
-        .unwrap_or_else(|| [whole(layout.micro_batch), whole(covered / layout.micro_batch)].concat())
-}
-
-/// After how many radices, bottom-up, a tree has so many leaves below a node.
-fn cut_at(radices: &[u32], leaves: usize) -> Option<usize> {
-    let mut product = 1;
-    (0..=radices.len()).find(|&at| {
-        product *= at.checked_sub(1).map_or(1, |below| radices[below] as usize);
-        product == leaves
-    })
-}
-
 impl<'a> Placer<'a> {
     /// Places what lives as long as the run.
     pub(crate) fn new(cx: &'a Rank<'a>, schedule: &Schedule) -> Placer<'a> {
         let mut placer = Placer {
             cx,
-            radices: local_radices(cx),
+            radices: cx.local_radices(),
             buffers: Vec::new(),
             groups: Vec::new(),
             buckets: Vec::new(),

@@ -159,7 +159,7 @@ impl Placer<'_> {
         head: bool,
     ) -> (BufferId, BufferId) {
         let g = &self.cx.groups[i];
-        // A tied table's are the output projection's, of sequences one by one.
+        // A tied table's are the output projection's, of as many sequences as have logits at a time.
         let tied =
             self.cx.model.tied_embeddings && (head || g.key.role == Role::Embedding && !holds_embedding);
         let from_head = g.key.role == Role::Head || tied;

@@ -54,7 +54,7 @@ fn layers_of_ones_own_change_only_on_purpose() {
             precision: DType::F32,
             rank: layout.world() - 1,
             mode: Mode::Train,
-            loss: Loss::default(),
+            loss: Loss::OneSequence,
             recipe: Recipe::default(),
         };
         let program = Program::of_layers(&request, &layer, &|_, _| 640).expect("a program");

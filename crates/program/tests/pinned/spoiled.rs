@@ -17,7 +17,7 @@ fn model(name: &str) -> ModelSpec {
 }
 
 fn build(model: &ModelSpec, layout: &Layout, rank: usize, mode: Mode, recipe: Recipe) -> Program {
-    let (precision, loss) = (DType::Bf16, program::Loss::default());
+    let (precision, loss) = (DType::Bf16, program::Loss::OneSequence);
     let sequences = if mode == Mode::Train { 8 } else { 1 };
     let request = Request { model, layout, sequence: 16, sequences, precision, rank, mode, loss, recipe };
     Program::build(&request, &|_, _| 640).expect("a legal layout")
