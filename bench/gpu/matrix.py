@@ -66,7 +66,7 @@ RUNS += [
 ]
 # Recipes and models with other ops, each held to itself under other splits and layouts.
 OTHERS = {
-    "losses, dropout, average": ("train.z_loss=1e-3", "model.logit_softcap=30", "train.dropout=0.1", "train.ema=0.9"),
+    "losses, dropout, average": ("train.z_loss=1e-3", "model.logit_softcap=30", "train.dropout=0.1", "train.attention_dropout=0.1", "train.ema=0.9"),
     "windows, sinks": ("model.window.tokens=24", "model.window.full_every=2", "model.sinks=true"),
     "muon, bounded scores": ("optim.kind=muon", "optim.qk_clip=2"),
     "a batch that grows": ("batch.ramp=[4,4,12]",),

@@ -48,6 +48,12 @@ loss 30 a sum of exponentials without its greatest in the squared log-sum-exp
 rows 31 elements left out by rows of the launch and not by places in the batch
 attention 32 a query sees a key before its window or document
 attention 33 a key's gradient has queries that do not see it
+attention 35 probabilities left out by sequences of the launch and not by places in the batch
+attention 36 probabilities left out by heads at hand and not by those of the model
+attention 37 draws of a query not traded between lanes
+attention 38 draws of a key not traded between lanes
+attention 39 gradients of scores have probabilities that were left out
+attention_f32 35 probabilities left out by sequences of the launch and not by places in the batch
 columns 34 no barrier between warps' sums of a sink and their total
 gemm_f32 24 factors used before others have stored them
 muon 40 no barrier between a patch and its transpose
@@ -62,6 +68,7 @@ grouped 56 rows of all ranks meet the levels of the first
 contexts 70 a query sees a key too many of another rank
 contexts 71 gradients of queries that do not go on with those of earlier hops
 contexts 72 copies of a head added in another order
+contexts 73 probabilities left out by a rank's rows and not by positions of keys
 latent 60 the gradients of the shared part of keys added in another order
 latent 61 no barrier between a query among latents and its use
 ranks 60 another rank's part added instead of one's own

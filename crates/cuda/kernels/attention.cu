@@ -9,7 +9,8 @@
 //     THREADS                       128    128    128    128    128    128    128      128        128
 //     BYTES                       12288  20480  32768  45056  53248  65536  65536    48128      93184
 //   attention_fwd_bf16_d<D>v<V>: the same for values of another width
-//   attention_fwd_seen_bf16_d<D>: the same within bounds (sight.h): keys that no query of a block sees are not read
+//   attention_fwd_seen_bf16_d<D>: the same within bounds (sight.h): keys that no query of a block sees are not read.
+//     Where probabilities are left out it has 8 * ROWS bytes more.
 //   attention_decode_<T>: grid heads, 256 threads, no dynamic shared memory; head widths: multiples of 8 up to 256
 //
 // Keys are taken in ascending order in blocks that depend on positions alone, so that the bits of a sequence depend on
@@ -24,7 +25,7 @@ template <int D, int V = D> struct Forward {
   static constexpr int WARPS = 4, THREADS = WARPS * WARP;
   static constexpr int ROWS = WARPS * TILES * 16;  // queries of a block
   static constexpr int KEYS = D <= 192 ? 64 : 32;  // of a step
-  static constexpr bool KEPT = D <= 64;            // are a warp's queries kept in registers?
+  static constexpr bool HELD = D <= 64;            // are a warp's queries held in registers?
   static constexpr int BYTES = ((ROWS + KEYS) * Tile<D>::LD + KEYS * Tile<V>::LD) * (int)sizeof(bf16);
 };
 
@@ -39,6 +40,8 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
   bf16* queries = shared;
   bf16* keys = queries + F::ROWS * T::LD;
   bf16* values = keys + F::KEYS * T::LD;
+  uint64_t* drawn = (uint64_t*)(values + F::KEYS * U::LD);  // where the draws of each query begin
+  bool drops = BOUNDED && sight.drops.any();
 
   Turn turn = take_turn(true);
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -58,6 +61,9 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
       int position = min(own + i * 8 + (lane >> 2), sequence - 1);
       seen[i / 2][i % 2] = sight.first(turn.sequence, sequence, position);
     }
+    if (drops && threadIdx.x < F::ROWS) {
+      drawn[threadIdx.x] = sight.drops.row(turn.sequence, turn.head, first + threadIdx.x);
+    }
   }
 
   T::template fetch<F::ROWS, F::THREADS>(queries, rows + turn.head * D, ld, first, sequence);
@@ -66,14 +72,14 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
 
   bf16* mine = queries + warp * OWN * T::LD;
   int left = T::left(lane), right = T::right(lane), value_left = V == D ? left : U::left(lane);
-  uint32_t kept[F::KEPT ? D / 16 : 1][F::TILES][4];
-  if (F::KEPT) {
+  uint32_t held[F::HELD ? D / 16 : 1][F::TILES][4];
+  if (F::HELD) {
     cp_async_wait<0>();
     __syncthreads();
 #pragma unroll
-    for (int c = 0; c < (F::KEPT ? D / 16 : 1); ++c) {
+    for (int c = 0; c < (F::HELD ? D / 16 : 1); ++c) {
 #pragma unroll
-      for (int t = 0; t < F::TILES; ++t) ldmatrix_x4(kept[c][t], mine + T::move(left, t * 16, c * 2));
+      for (int t = 0; t < F::TILES; ++t) ldmatrix_x4(held[c][t], mine + T::move(left, t * 16, c * 2));
     }
   }
   float acc[F::TILES][V / 8][4] = {};
@@ -91,6 +97,14 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
     U::template fetch<F::KEYS, F::THREADS>(values, v, ld, key, sequence);
     cp_async_commit();
 
+    uint32_t kept[F::TILES];
+#pragma unroll
+    for (int t = 0; t < F::TILES; ++t) {
+      kept[t] = ~0u;
+      if (drops && sees) {
+        kept[t] = kept_of_queries<F::KEYS>(drawn + warp * OWN + t * 16, key, sight.drops.cut, lane);
+      }
+    }
     float s[F::TILES][F::KEYS / 8][4] = {};
     if (sees) {
 #pragma unroll
@@ -98,14 +112,14 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
         uint32_t a[F::TILES][4];
 #pragma unroll
         for (int t = 0; t < F::TILES; ++t) {
-          if (!F::KEPT) ldmatrix_x4(a[t], mine + T::move(left, t * 16, c * 2));
+          if (!F::HELD) ldmatrix_x4(a[t], mine + T::move(left, t * 16, c * 2));
         }
 #pragma unroll
         for (int n = 0; n < F::KEYS / 16; ++n) {
           uint32_t b[4];
           ldmatrix_x4(b, keys + T::move(right, n * 16, c * 2));
 #pragma unroll
-          for (int t = 0; t < F::TILES; ++t) mma_pair(s[t][2 * n], s[t][2 * n + 1], F::KEPT ? kept[F::KEPT ? c : 0][t] : a[t], b);
+          for (int t = 0; t < F::TILES; ++t) mma_pair(s[t][2 * n], s[t][2 * n + 1], F::HELD ? held[F::HELD ? c : 0][t] : a[t], b);
         }
       }
     }
@@ -122,7 +136,10 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
         softmax<F::KEYS, V, BOUNDED>(s[t], acc[t], max[t], sum[t], scale * LOG2_E, key + F::KEYS > own + 1,
                                      own + t * 16 + (lane >> 2), key + 2 * (lane & 3), seen[t]);
 #pragma unroll
-        for (int c = 0; c < F::KEYS / 16; ++c) as_left(p[t][c], s[t][2 * c], s[t][2 * c + 1]);
+        for (int c = 0; c < F::KEYS / 16; ++c) {
+          as_left(p[t][c], s[t][2 * c], s[t][2 * c + 1]);
+          if (BOUNDED) leave_out(p[t][c], kept[t] >> 8 * c);
+        }
       }
 #pragma unroll
       for (int c = 0; c < F::KEYS / 16; ++c) {
@@ -155,7 +172,7 @@ __device__ __forceinline__ void attention_forward(const bf16* qkv, bf16* o, floa
         if (writes && sight.maxima) sight.maxima[at] = top;
         factor = with_sink(top, total, sight.sinks ? bf2f(((const bf16*)sight.sinks)[turn.head]) : -INFINITY);
       }
-      inverse[h] = factor / total;
+      inverse[h] = BOUNDED ? factor / total * sight.drops.factor : factor / total;
       if (writes) lse[at] = top + logf(total);
     }
     T::template put<V>(mine + t * 16 * T::LD, acc[t], inverse[0], inverse[1], lane);

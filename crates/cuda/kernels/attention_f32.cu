@@ -29,19 +29,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   copy_rows(queries, qkv + token * ld + head * dim, ld, first, sequence, dim);
   float acc[MOST] = {}, max = -INFINITY, total = 0.0f;
   int seen = sight.first(blockIdx.z, sequence, min(position, sequence - 1));
+  uint64_t drawn = sight.drops.row(blockIdx.z, head, position);
   for (int key = sight.first(blockIdx.z, sequence, first) / ROWS * ROWS; key <= first; key += ROWS) {
     __syncthreads();
     copy_rows(keys, k, ld, key, sequence, dim);
     copy_rows(values, v, ld, key, sequence, value_dim);
     __syncthreads();
-    float s[EACH];
+    float s[EACH], kept[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       int at = lane + i * LANES;
       s[i] = dot_rows(queries + row * (dim + 1), keys + at * (dim + 1), dim) * scale;
       if (key + at > position || key + at < seen) s[i] = -INFINITY;
+      kept[i] = sight.drops.factor_of(drawn, key + at);
     }
-    add_softened(acc, max, total, s, scores + row * SCORES, values, value_dim, lane);
+    add_softened(acc, max, total, s, kept, scores + row * SCORES, values, value_dim, lane);
   }
   if (position < sequence) {
     long long at = ((long long)blockIdx.z * heads + head) * sequence + position;
@@ -98,9 +100,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         float p = 0.0f, ds = 0.0f;
         if (position < end && first + row <= position && first + row >= sight.first(blockIdx.z, sequence, position)) {
           float s = dot_rows(queries + i * (dim + 1), keys + row * (dim + 1), dim);
+          float kept = sight.drops.factor_of(sight.drops.row(blockIdx.z, head, position), first + row);
           p = expf(s * scale - lse[at + position]);
           float dp = dot_rows(grads + i * (value_dim + 1), values + row * (value_dim + 1), value_dim);
-          ds = p * (dp - delta[at + position]);
+          ds = p * (kept * dp - delta[at + position]);
+          p *= kept;
         }
         weights[row * SCORES + i] = p;
         slopes[row * SCORES + i] = ds;
@@ -136,6 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   copy_rows(grads, d_o + token * o_ld + head * value_dim, o_ld, first, sequence, value_dim);
   long long at = ((long long)blockIdx.z * heads + head) * sequence + min(position, sequence - 1);
   float log = lse[at], dot = delta[at], dq[MOST] = {};
+  uint64_t drawn = sight.drops.row(blockIdx.z, head, position);
   int seen = sight.first(blockIdx.z, sequence, min(position, sequence - 1));
   for (int key = sight.first(blockIdx.z, sequence, first) / ROWS * ROWS; key <= first; key += ROWS) {
     __syncthreads();
@@ -147,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       if (key + i <= position && key + i >= seen) {
         float s = dot_rows(queries + row * (dim + 1), keys + i * (dim + 1), dim);
         float dp = dot_rows(grads + row * (value_dim + 1), values + i * (value_dim + 1), value_dim);
-        ds = expf(s * scale - log) * (dp - dot);
+        ds = expf(s * scale - log) * (sight.drops.factor_of(drawn, key + i) * dp - dot);
       }
       slopes[row * SCORES + i] = ds;
     }

@@ -15,7 +15,8 @@
 //     BYTES    24576  40960  65536  67584  79872  98304  98304    64512      83968
 //   the same with d<D>v<V> for values of another width
 //   attention_bwd_dkv_seen_bf16_d<D>, attention_bwd_dq_seen_bf16_d<D>: the same within bounds (sight.h); the former has
-//     SEEN_BYTES = BYTES + 4 * queries of all stages: 512 up to a width of 64, 256 up to 128, 128 beyond
+//     SEEN_BYTES = BYTES + 4 * queries of all stages: 512 up to a width of 64, 256 up to 128, 128 beyond. Where
+//     probabilities are left out the former has 8 * queries of all stages more, the latter 8 * ROWS.
 #include "device.h"
 #include "tiles.h"
 #include "sight.h"
@@ -63,7 +64,8 @@ template <int D, int V = D> struct GradKeys {
 };
 
 // A warp has its keys along the rows of all products, so that probabilities and their gradients go from one product to
-// the next in registers.
+// the next in registers. What probabilities that are kept are multiplied by waits for the end: it is a factor of all
+// gradients, once it has divided what is taken off them.
 template <int D, int V, bool BOUNDED>
 __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16* d_o, const float* lse,
                                                     const float* delta, bf16* dqkv, int sequence, int heads,
@@ -80,6 +82,8 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
   float* logs = (float*)(grads + G::STAGES * VALUE_LEN);  // of each stage
   float* dots = logs + G::STAGES * G::QUERIES;    // of each stage
   int* seen = (int*)(dots + G::STAGES * G::QUERIES);  // the first key that each query sees, of each stage
+  uint64_t* drawn = (uint64_t*)(seen + G::STAGES * G::QUERIES);  // where the draws of each query begin, of each stage
+  bool drops = BOUNDED && sight.drops.any();
 
   Turn turn = take_turn(false);
   int first = turn.block / G::SLICES * G::KEYS;
@@ -108,7 +112,7 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
       long long i = ((long long)turn.sequence * heads + head) * sequence + min(position, sequence - 1);
       // The exponential of minus infinity: queries past the end weigh nothing.
       next_log = position < sequence ? lse[i] * LOG2_E : INFINITY;
-      next_dot = delta[i];
+      next_dot = BOUNDED ? delta[i] / sight.drops.factor : delta[i];
       if (BOUNDED) next_seen = sight.first(turn.sequence, sequence, min(position, sequence - 1));
     }
   };
@@ -118,6 +122,10 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
       logs[at] = next_log;
       dots[at] = next_dot;
       if (BOUNDED) seen[at] = next_seen;
+      if (drops) {
+        int head = turn.head * group + step / blocks, query = (from + step % blocks) * G::QUERIES;
+        drawn[at] = sight.drops.row(turn.sequence, head, query + threadIdx.x);
+      }
     }
   };
   T::template fetch<G::KEYS, G::THREADS>(keys, k, ld, first, sequence);
@@ -147,6 +155,15 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
       const float* dot = dots + stage * G::QUERIES + sub + 2 * (lane & 3);
       const int* lows = seen + stage * G::QUERIES + sub;
       if (BOUNDED && lows[0] >= own + OWN) continue;
+      uint32_t kept = ~0u;  // 16 bits for each of the warp's tiles
+      if (drops) {
+        const uint64_t* rows = drawn + stage * G::QUERIES + sub;
+        kept = 0;
+#pragma unroll
+        for (int t = 0; t < G::TILES; ++t) {
+          kept |= kept_of_keys<STEP>(rows, own + t * 16, sight.drops.cut, lane) << 16 * t;
+        }
+      }
       float p[G::TILES][STEP / 8][4] = {}, ds[G::TILES][STEP / 8][4];
       add_dots<D, STEP>(p, my_keys, q, left, right);
       bool masked = query < own + OWN - 1;
@@ -170,10 +187,26 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
       for (int c = 0; c < STEP / 16; ++c) {
         uint32_t a[G::TILES][4];
 #pragma unroll
-        for (int t = 0; t < G::TILES; ++t) as_left(a[t], p[t][2 * c], p[t][2 * c + 1]);
+        for (int t = 0; t < G::TILES; ++t) {
+          as_left(a[t], p[t][2 * c], p[t][2 * c + 1]);
+          if (BOUNDED) leave_out(a[t], kept >> (16 * t + 8 * c));
+        }
         add_weighted<V, G::VALUE_WIDTH>(dv, a, g, value_left, c, value_slice);
       }
       add_dots<V, STEP>(ds, my_values, g, value_left, value_right);
+      if (drops) {
+#pragma unroll
+        for (int n = 0; n < STEP / 8; ++n) {
+          float2 d = *(const float2*)(dot + n * 8);
+#pragma unroll
+          for (int t = 0; t < G::TILES; ++t) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              if (FAULT != 39 && !(kept >> (16 * t + 4 * n + i) & 1)) ds[t][n][i] = i & 1 ? -d.y : -d.x;
+            }
+          }
+        }
+      }
 #pragma unroll
       for (int c = 0; c < STEP / 16; ++c) {
         uint32_t a[G::TILES][4];
@@ -194,8 +227,9 @@ __device__ __forceinline__ void attention_grad_keys(const bf16* qkv, const bf16*
   bf16* to = dqkv + (row + own) * ld + (heads + turn.head) * D + slice;
 #pragma unroll
   for (int t = 0; t < G::TILES; ++t) {
-    T::template put<G::WIDTH>(keys + (warp * OWN + t * 16) * T::LD, dk[t], scale, scale, lane);
-    U::template put<G::VALUE_WIDTH>(values + (warp * OWN + t * 16) * U::LD, dv[t], 1.0f, 1.0f, lane);
+    float factor = BOUNDED ? sight.drops.factor : 1.0f;
+    T::template put<G::WIDTH>(keys + (warp * OWN + t * 16) * T::LD, dk[t], scale * factor, scale * factor, lane);
+    U::template put<G::VALUE_WIDTH>(values + (warp * OWN + t * 16) * U::LD, dv[t], factor, factor, lane);
   }
   __syncwarp();
   T::template store<OWN, G::WIDTH>(my_keys, to, ld, sequence - own, lane);
@@ -224,6 +258,8 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
   bf16* grads = queries + G::ROWS * T::LD;
   bf16* keys = grads + G::ROWS * U::LD;       // of each stage
   bf16* values = keys + G::STAGES * LEN;      // of each stage
+  uint64_t* drawn = (uint64_t*)(values + G::STAGES * VALUE_LEN);  // where the draws of each query begin
+  bool drops = BOUNDED && sight.drops.any();
 
   Turn turn = take_turn(true);
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -261,9 +297,12 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
       int position = min(own + t * 16 + h * 8 + (lane >> 2), sequence - 1);
       long long i = ((long long)turn.sequence * heads + turn.head) * sequence + position;
       log[t][h] = -lse[i] * LOG2_E;
-      dot[t][h] = -delta[i];
+      dot[t][h] = BOUNDED ? -delta[i] / sight.drops.factor : -delta[i];
       if (BOUNDED) seen[t][h] = sight.first(turn.sequence, sequence, position);
     }
+  }
+  if (drops && threadIdx.x < G::ROWS) {
+    drawn[threadIdx.x] = sight.drops.row(turn.sequence, turn.head, first + threadIdx.x);
   }
 
 #pragma unroll 1
@@ -276,6 +315,14 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
     for (int sub = 0; sub < G::KEYS; sub += STEP) {
       int key = step * G::KEYS + sub;
       if (key >= own + OWN || own >= sequence || (BOUNDED && key + STEP <= nearest)) continue;
+      uint32_t kept = ~0u;  // 16 bits for each of the warp's tiles
+      if (drops) {
+        kept = 0;
+#pragma unroll
+        for (int t = 0; t < G::TILES; ++t) {
+          kept |= kept_of_queries<STEP>(drawn + warp * OWN + t * 16, key, sight.drops.cut, lane) << 16 * t;
+        }
+      }
       const bf16* kt = keys + stage * LEN + sub * T::LD;
       const bf16* vt = values + stage * VALUE_LEN + sub * U::LD;
       float p[G::TILES][STEP / 8][4] = {}, ds[G::TILES][STEP / 8][4];
@@ -296,6 +343,18 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
         }
       }
       add_dots<V, STEP>(ds, my_grads, vt, value_left, value_right);
+      if (drops) {
+#pragma unroll
+        for (int t = 0; t < G::TILES; ++t) {
+#pragma unroll
+          for (int n = 0; n < STEP / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              if (!(kept >> (16 * t + 4 * n + i) & 1)) ds[t][n][i] = dot[t][i >> 1];
+            }
+          }
+        }
+      }
 #pragma unroll
       for (int c = 0; c < STEP / 16; ++c) {
         uint32_t a[G::TILES][4];
@@ -311,7 +370,10 @@ __device__ __forceinline__ void attention_grad_queries(const bf16* qkv, const bf
 
   // A warp's rows of the queries are its own; they turn its sums into whole rows.
 #pragma unroll
-  for (int t = 0; t < G::TILES; ++t) T::template put<D>(my_queries + t * 16 * T::LD, acc[t], scale, scale, lane);
+  for (int t = 0; t < G::TILES; ++t) {
+    float factor = BOUNDED ? scale * sight.drops.factor : scale;
+    T::template put<D>(my_queries + t * 16 * T::LD, acc[t], factor, factor, lane);
+  }
   __syncwarp();
   T::template store<OWN, D>(my_queries, dqkv + (row + own) * ld + turn.head * D, ld, sequence - own, lane);
 }

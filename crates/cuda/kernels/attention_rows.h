@@ -48,9 +48,10 @@ __device__ __forceinline__ float team_sum(float x) {
 }
 
 // A row's softmax goes on over the keys of a step: its scores `s` become exponentials over the greatest score so far,
-// which rest in `scores` and weigh the rows of `values` in `acc`; what was summed before shrinks.
+// which rest in `scores`, times `kept`, and weigh the rows of `values` in `acc`; what was summed before shrinks.
 __device__ __forceinline__ void add_softened(float (&acc)[MOST], float& max, float& total, float (&s)[EACH],
-                                             float* scores, const float* values, int dim, int lane) {
+                                             const float (&kept)[EACH], float* scores, const float* values, int dim,
+                                             int lane) {
   float top = max, sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < EACH; ++i) top = fmaxf(top, s[i]);
@@ -62,7 +63,7 @@ __device__ __forceinline__ void add_softened(float (&acc)[MOST], float& max, flo
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
     float p = expf(s[i] - low);
-    scores[lane + i * LANES] = p;
+    scores[lane + i * LANES] = p * kept[i];
     sum += p;
   }
   total = fmaf(total, factor, team_sum(sum));

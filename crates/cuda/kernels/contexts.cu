@@ -1,7 +1,7 @@
 // Attention over sequences that several ranks hold: keys and values that come part by part around a ring (Liu et al.
 // 2023, arXiv 2310.01889), and rows that ranks exchange for all rows of some heads (Jacobs et al. 2023, arXiv
 // 2309.14509). In true float32, whatever rows are kept in, with the order of sums of attention_f32.cu. `kv` has rows of
-// keys and values alone: kv_heads of `dim`, then of `value_dim`.
+// keys and values alone: kv_heads of `dim`, then of `value_dim`. What is left out at random is that of whole sequences.
 //
 //   ring_pack_*, ring_end_*, ring_end_dx_*, split_heads_*, join_heads_*: grid rows of what is written, up to 256
 //     threads
@@ -11,6 +11,7 @@
 //     shared memory of both: (64 * (dim + 1 + value_dim + 1) + 64 * 33) * 4 bytes; 256 threads
 #include "device.h"
 #include "attention_rows.h"
+#include "dropout.h"
 
 // Widths of a row of qkv.
 struct Heads {
@@ -31,12 +32,25 @@ struct Part {
   int of_front, of_back;  // the same of the keys
   int window;             // 0 for all before it
   const uint32_t* starts; // [sequences, sequence]: the position at which a row's document begins; null for 0
+  Drops drops;
+
+  // Where the query in a row stands in the sequence, and where the key does.
+  __device__ __forceinline__ int position(int row) const { return row < half ? front + row : back + row - half; }
+  __device__ __forceinline__ int key_position(int row) const {
+    return FAULT == 73 ? row : row < half ? of_front + row : of_back + row - half;
+  }
+  // Where the draws of the query in a row begin, and what the probability of the key in another is multiplied by.
+  __device__ __forceinline__ uint64_t drawn(long long sequence, int head, int row) const {
+    return drops.row(sequence, head, position(row));
+  }
+  __device__ __forceinline__ float kept(uint64_t drawn, int key) const {
+    return drops.factor_of(drawn, key_position(key));
+  }
 
   __device__ __forceinline__ int end(int row) const { return own ? min(row + 1, keys) : keys; }
   // The first row of keys that the query in a row sees: never less than that of the row before.
   __device__ __forceinline__ int first(long long sequence, int length, int row) const {
-    int position = row < half ? front + row : back + row - half;
-    int low = window > 0 ? max(position + 1 - window, 0) : 0;
+    int low = window > 0 ? max(position(row) + 1 - window, 0) : 0;
     if (starts) low = max(low, (int)starts[sequence * length + row]);
     return min(max(low - of_front, 0), half) + max(low - of_back, 0);
   }
@@ -80,19 +94,21 @@ __device__ __forceinline__ void ring_forward(const T* qkv, const T* kv, const T*
   }
   int seen = real ? part.first(blockIdx.z, sequence, at) : part.keys, end = real ? part.end(at) : 0;
   int begin = part.first(blockIdx.z, sequence, ::max(first, part.begin)) / ROWS * ROWS;
+  uint64_t drawn = part.drawn(blockIdx.z, head, at);
   for (int key = begin; key < part.end(last); key += ROWS) {
     __syncthreads();
     copy_rows(keys, k, h.kv(), key, sequence, h.dim);
     copy_rows(values, v, h.kv(), key, sequence, h.value_dim);
     __syncthreads();
-    float s[EACH];
+    float s[EACH], kept[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       int j = lane + i * LANES;
       s[i] = dot_rows(queries + row * (h.dim + 1), keys + j * (h.dim + 1), h.dim) * scale;
       if (key + j >= end + (FAULT == 70) || key + j < seen) s[i] = -INFINITY;
+      kept[i] = part.kept(drawn, key + j);
     }
-    add_softened(acc, max, total, s, scores + row * SCORES, values, h.value_dim, lane);
+    add_softened(acc, max, total, s, kept, scores + row * SCORES, values, h.value_dim, lane);
   }
   if (!real) return;
   write_row(own, acc, 1.0f, h.value_dim, lane);
@@ -147,9 +163,11 @@ __device__ __forceinline__ void ring_dkv(const T* qkv, const T* kv, const T* d_o
         float p = 0.0f, ds = 0.0f;
         if (q >= part.begin && q < sequence && key < part.end(q) && key >= part.first(blockIdx.z, sequence, q)) {
           float s = dot_rows(queries + i * (h.dim + 1), keys + row * (h.dim + 1), h.dim);
+          float kept = part.kept(part.drawn(blockIdx.z, head, q), key);
           p = expf(s * scale - lse[at + q]);
           float dp = dot_rows(grads + i * (h.value_dim + 1), values + row * (h.value_dim + 1), h.value_dim);
-          ds = p * (dp - delta[at + q]);
+          ds = p * (kept * dp - delta[at + q]);
+          p *= kept;
         }
         weights[row * SCORES + i] = p;
         slopes[row * SCORES + i] = ds;
@@ -193,6 +211,7 @@ __device__ __forceinline__ void ring_dq(const T* qkv, const T* kv, const T* d_o,
   }
   int seen = real ? part.first(blockIdx.z, sequence, at) : part.keys, end = real ? part.end(at) : 0;
   int begin = part.first(blockIdx.z, sequence, max(first, part.begin)) / ROWS * ROWS;
+  uint64_t drawn = part.drawn(blockIdx.z, head, at);
   for (int key = begin; key < part.end(last); key += ROWS) {
     __syncthreads();
     copy_rows(keys, k, h.kv(), key, sequence, h.dim);
@@ -203,7 +222,7 @@ __device__ __forceinline__ void ring_dq(const T* qkv, const T* kv, const T* d_o,
       if (key + i < end && key + i >= seen) {
         float s = dot_rows(queries + row * (h.dim + 1), keys + i * (h.dim + 1), h.dim);
         float dp = dot_rows(grads + row * (h.value_dim + 1), values + i * (h.value_dim + 1), h.value_dim);
-        ds = expf(s * scale - log) * (dp - dot);
+        ds = expf(s * scale - log) * (part.kept(drawn, key + i) * dp - dot);
       }
       slopes[row * SCORES + i] = ds;
     }

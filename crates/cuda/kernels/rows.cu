@@ -5,6 +5,7 @@
 // No dynamic shared memory. Rows are read and written 16 bytes at a time where they are aligned and `dim` (half of it
 // for rope) is a multiple of 8.
 #include "device.h"
+#include "dropout.h"
 #include "lanes.h"
 
 constexpr int MOST_THREADS = 256;
@@ -442,14 +443,6 @@ __device__ __forceinline__ void add(const T* x, const T* y, const T* b, T* out, 
   });
 }
 
-// SplitMix64 at state `x`.
-__device__ __forceinline__ uint64_t mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15ull;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
-
 // Where the rows of a launch lie: `row0` of a micro-batch is the first of them, whose first sequence is the global batch's
 // `sequence0`. The rows of a sequence are two runs of positions, from `front` and from `back` on.
 struct Rows {
@@ -462,8 +455,7 @@ struct Rows {
   }
 };
 
-// y = acc + kept(x + bias): what is drawn for an element follows from key, place and column, four draws of 16 bits from
-// one number; those below `cut` are left out. `acc` may be `y`.
+// y = acc + kept(x + bias), of rows by their places; what draws less than `cut` is left out. `acc` may be `y`.
 template <class T>
 __device__ __forceinline__ void dropout(const T* x, const T* bias, const T* acc, T* y, uint64_t key, Rows rows, int n,
                                         int dim, uint32_t cut, float scale) {
@@ -482,10 +474,10 @@ __device__ __forceinline__ void dropout(const T* x, const T* bias, const T* acc,
     if (acc) get8(acc + row * dim, at, dim, wide).unpack(w);
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
-      uint64_t drawn = mix(of_row + (uint64_t)(at / 4 + q) * 0x9e3779b97f4a7c15ull);
+      uint64_t drawn = draw4(of_row, at / 4 + q);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float factor = ((uint32_t)(drawn >> 16 * i) & 0xffff) >= cut ? scale : 0.0f;
+        float factor = keeps(drawn, i, cut) ? scale : 0.0f;
         v[4 * q + i] = fmaf(v[4 * q + i], factor, w[4 * q + i]);
       }
     }

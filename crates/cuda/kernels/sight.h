@@ -1,11 +1,13 @@
-// What bounds the keys that a query sees beside its own position, and what else its softmax sums.
+// What bounds the keys that a query sees beside its own position, what else its softmax sums, and what it leaves out.
 #pragma once
+#include "dropout.h"
 
 struct Sight {
   int window;              // keys that a query sees, its own the last of them; 0 for all before it
   const uint32_t* starts;  // [sequences, sequence]: the position at which a row's document begins; null for 0
   const void* sinks;       // a score for each query head, of the type of qkv; null for none
   float* maxima;           // [sequences, heads, sequence]: gets each row's greatest score; null if nobody asks
+  Drops drops;
 
   // The first key that the query at a position sees: never less than that of the position before.
   __device__ __forceinline__ int first(long long sequence, int length, int position) const {
@@ -33,4 +35,4 @@ __device__ __forceinline__ float with_sink(float& top, float& total, float sink)
 }
 
 // Everything before it.
-constexpr Sight ALL_BEFORE = {0, nullptr, nullptr, nullptr};
+constexpr Sight ALL_BEFORE = {0, nullptr, nullptr, nullptr, NO_DROPS};

@@ -86,6 +86,14 @@ __device__ __forceinline__ void as_left(uint32_t (&a)[4], const float (&c0)[4], 
   a[3] = pack_bf16(c1[2], c1[3]);
 }
 
+// Those of a left operand that are left out become 0: bit i + 4 n of `kept` is that of c<n>[i].
+__device__ __forceinline__ void leave_out(uint32_t (&a)[4], uint32_t kept) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    a[i] &= (kept >> 2 * i & 1 ? 0xffffu : 0u) | (kept >> (2 * i + 1) & 1 ? 0xffff0000u : 0u);
+  }
+}
+
 // Two neighbouring products with one left operand.
 __device__ __forceinline__ void mma_pair(float (&c0)[4], float (&c1)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[4]) {

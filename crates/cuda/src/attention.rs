@@ -32,38 +32,44 @@ struct Tile {
     shared_bytes: usize,
     /// Beside them within bounds.
     seen_bytes: usize,
+    /// Beside those where probabilities are left out.
+    drawn_bytes: usize,
 }
 
 const fn tile(name: &'static str, rows: usize, slices: usize, threads: usize, shared_bytes: usize) -> Tile {
-    Tile { name, seen: name, rows, slices, threads, shared_bytes, seen_bytes: 0 }
+    Tile { name, seen: name, rows, slices, threads, shared_bytes, seen_bytes: 0, drawn_bytes: 0 }
 }
 
 impl Tile {
-    /// The kernel within bounds is another, with so many bytes more.
-    const fn or(self, seen: &'static str, seen_bytes: usize) -> Tile {
-        Tile { seen, seen_bytes, ..self }
+    /// The kernel within bounds is another, which remembers the draws of its own queries.
+    const fn or(self, seen: &'static str) -> Tile {
+        Tile { seen, drawn_bytes: DRAWN * self.rows, ..self }
+    }
+
+    /// The same for one that goes over queries, and remembers what each of a step's sees, too.
+    const fn or_over(self, seen: &'static str, dim: usize) -> Tile {
+        let queries = match dim {
+            ..=64 => 128,
+            65..=128 => 64,
+            _ => 32,
+        };
+        Tile { seen, seen_bytes: size_of::<i32>() * queries, drawn_bytes: DRAWN * queries, ..self }
     }
 }
 
-/// Bytes for the first key that each query of a step sees.
-const fn seen_bytes(dim: usize) -> usize {
-    match dim {
-        ..=64 => 512,
-        65..=128 => 256,
-        _ => 128,
-    }
-}
+/// Bytes of where the draws of a query begin.
+const DRAWN: usize = size_of::<u64>();
 
 macro_rules! bf16_variant {
     ($d:literal, $name:literal, ($rows:expr, $fb:expr), ($keys:expr, $slices:expr, $threads:expr, $kb:expr),
      ($queries:expr, $qb:expr)) => {
         Variant {
             forward: tile(concat!("attention_fwd_bf16_d", $name), $rows, 1, 128, $fb)
-                .or(concat!("attention_fwd_seen_bf16_d", $name), 0),
+                .or(concat!("attention_fwd_seen_bf16_d", $name)),
             keys: tile(concat!("attention_bwd_dkv_bf16_d", $name), $keys, $slices, $threads, $kb)
-                .or(concat!("attention_bwd_dkv_seen_bf16_d", $name), seen_bytes($d)),
+                .or_over(concat!("attention_bwd_dkv_seen_bf16_d", $name), $d),
             queries: tile(concat!("attention_bwd_dq_bf16_d", $name), $queries, 1, 128, $qb)
-                .or(concat!("attention_bwd_dq_seen_bf16_d", $name), 0),
+                .or(concat!("attention_bwd_dq_seen_bf16_d", $name)),
         }
     };
     ($d:literal, $rows:expr, $forward:expr, $keys:tt, $qb:expr) => {
@@ -132,14 +138,49 @@ impl Variant {
     }
 }
 
+/// Which probabilities are left out at random, as `kernels/dropout.h` has it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Drops {
+    numbers: u64,
+    site: u64,
+    sequence0: i32,
+    head0: i32,
+    cut: u32,
+    factor: f32,
+}
+
+impl Drops {
+    const NONE: Drops = Drops { numbers: 0, site: 0, sequence0: 0, head0: 0, cut: 0, factor: 1.0 };
+
+    pub(crate) fn of(d: &Cuda, l: &Launch<'_>, sees: Sees) -> Drops {
+        sees.dropout.map_or(Drops::NONE, |drops| {
+            let of = kernels::Dropout { key: drops.site, rate: drops.rate };
+            Drops {
+                numbers: d.numbers(),
+                site: of.key,
+                sequence0: int(l.place(0).0),
+                head0: int(drops.head0),
+                cut: of.cut(),
+                factor: of.factor(),
+            }
+        })
+    }
+
+    fn any(self) -> bool {
+        self.numbers != 0
+    }
+}
+
 /// What bounds the keys that queries see, and what else is asked of a softmax, as `kernels/sight.h` has it.
 #[repr(C)]
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Sight {
     window: i32,
     starts: u64,
     sinks: u64,
     maxima: u64,
+    drops: Drops,
 }
 
 impl Sight {
@@ -153,13 +194,14 @@ impl Sight {
             starts: if sees.documents { d.at(l.input(first)) } else { 0 },
             sinks: if sinks { own_sinks(d, l, l.input(first + usize::from(sees.documents))) } else { 0 },
             maxima: if maxima { d.at(l.output(2)) } else { 0 },
+            drops: Drops::of(d, l, sees),
         }
     }
 
     /// Whether a kernel that knows nothing of it would do.
     fn is_all(self) -> bool {
-        let Sight { window, starts, sinks, maxima } = self;
-        window == 0 && starts == 0 && sinks == 0 && maxima == 0
+        let Sight { window, starts, sinks, maxima, drops } = self;
+        window == 0 && starts == 0 && sinks == 0 && maxima == 0 && !drops.any()
     }
 }
 
@@ -233,7 +275,9 @@ fn bounded(
     if l.precision() == DType::Bf16 && sight.is_all() {
         return d.start(tile.name, g, params);
     }
-    d.start(tile.seen, Geometry { shared_bytes: g.shared_bytes + tile.seen_bytes, ..g }, params.with(sight))
+    let drawn = if sight.drops.any() { tile.drawn_bytes } else { 0 };
+    let shared_bytes = g.shared_bytes + tile.seen_bytes + drawn;
+    d.start(tile.seen, Geometry { shared_bytes, ..g }, params.with(sight))
 }
 
 pub(crate) fn backward(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {

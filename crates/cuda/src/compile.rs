@@ -17,10 +17,11 @@ pub(crate) struct Source {
 }
 
 /// What sources include, by name.
-const HEADERS: [(&str, &str); 12] = [
+const HEADERS: [(&str, &str); 13] = [
     ("device.h", include_str!("../kernels/device.h")),
     ("gpu.h", include_str!("../kernels/gpu.h")),
     ("hopper.h", include_str!("../kernels/hopper.h")),
+    ("dropout.h", include_str!("../kernels/dropout.h")),
     ("sight.h", include_str!("../kernels/sight.h")),
     ("attention_rows.h", include_str!("../kernels/attention_rows.h")),
     ("leaves.h", include_str!("../kernels/leaves.h")),

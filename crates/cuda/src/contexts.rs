@@ -5,7 +5,7 @@ use program::{Heads, OpKind, Sees};
 use spec::{DType, Result};
 use train::{Lack, Launch, Operand, Part};
 
-use crate::attention;
+use crate::attention::{self, Drops};
 use crate::device::Cuda;
 use crate::module::{Geometry, Params};
 use crate::table::{add_into, by_row, int, not_mine, variant};
@@ -43,6 +43,7 @@ struct Met {
     of_back: i32,
     window: i32,
     starts: u64,
+    drops: Drops,
 }
 
 impl Met {
@@ -64,6 +65,7 @@ impl Met {
             of_back,
             window: int(sees.window.unwrap_or(0)),
             starts: if sees.documents { d.at(l.input(starts)) } else { 0 },
+            drops: Drops::of(d, l, sees),
         }
     }
 }

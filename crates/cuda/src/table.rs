@@ -84,9 +84,6 @@ fn kernel(kind: &OpKind) -> Result<Kernel, Lack> {
 /// Whether there is a kernel.
 pub(crate) fn can_run(kind: &OpKind, precision: DType) -> Result<(), Lack> {
     kernel(kind)?;
-    if kind.sees().is_some_and(|sees| sees.dropout.is_some()) {
-        return Err(Lack::AttentionDropout);
-    }
     match kind {
         OpKind::Attention { heads, .. } | OpKind::AttentionGrad { heads, .. } => {
             attention::can_run(precision, *heads)

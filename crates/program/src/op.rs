@@ -563,17 +563,6 @@ names! {
 }
 
 impl OpKind {
-    /// What queries see, of attention.
-    pub fn sees(&self) -> Option<Sees> {
-        use OpKind::*;
-        match *self {
-            Attention { sees, .. } | AttentionGrad { sees, .. } => Some(sees),
-            RingAttention { sees, .. } | RingAttentionGrad { sees, .. } => Some(sees),
-            AttentionCached { sees, .. } | LatentCached { sees, .. } => Some(sees),
-            _ => None,
-        }
-    }
-
     /// Whether output 0 is written over input 0.
     pub(crate) fn in_place(&self) -> bool {
         use OpKind::*;

@@ -234,8 +234,6 @@ pub enum Lack {
     Average,
     /// Kernels that leave elements out at random.
     Dropout,
-    /// Attention that leaves probabilities out at random.
-    AttentionDropout,
     /// Kernels that bound scores of attention.
     QkClip,
     /// Attention for heads of this width.
@@ -248,9 +246,6 @@ impl Lack {
     /// Which part of a model or layout an op belongs to that a device has no kernel for.
     pub fn of(kind: &OpKind) -> Lack {
         use OpKind::*;
-        if kind.sees().is_some_and(|sees| sees.dropout.is_some()) {
-            return Lack::AttentionDropout;
-        }
         match kind {
             Average { .. } | SwapAverage { .. } => Lack::Average,
             Dropout { .. } => Lack::Dropout,
@@ -312,10 +307,6 @@ pub(crate) fn check_ops(device: &dyn Device, p: &Program, model: &str) -> Result
             .hint("set train.ema=0, or run.device=cpu"),
         Lack::Dropout => Error::user(format!("train.dropout: {} has no kernels for it", device.name()))
             .hint("set train.dropout=0, or run.device=cpu"),
-        Lack::AttentionDropout => {
-            let what = format!("train.attention_dropout: {} has no kernels for it", device.name());
-            Error::user(what).hint("set train.attention_dropout=0, or run.device=cpu")
-        }
         Lack::QkClip => Error::user(format!("optim.qk_clip: {} has no kernels for it", device.name()))
             .hint("set optim.qk_clip=0, or run.device=cpu"),
         Lack::HeadWidth => Error::user(format!(

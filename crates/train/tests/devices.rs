@@ -166,7 +166,7 @@ impl Device for Card {
 
     fn can_run(&self, op: &Op, _: DType) -> Result<(), Lack> {
         match Lack::of(&op.kind) {
-            Lack::Dropout | Lack::AttentionDropout | Lack::Average | Lack::QkClip => Err(Lack::of(&op.kind)),
+            Lack::Dropout | Lack::Average | Lack::QkClip => Err(Lack::of(&op.kind)),
             _ => Ok(()),
         }
     }
@@ -224,7 +224,6 @@ impl Device for Card {
 fn what_a_device_lacks_of_a_recipe_is_said_before_anything_is_prepared() {
     for (key, without) in [
         ("train.dropout=0.1", "train.dropout=0"),
-        ("train.attention_dropout=0.1", "train.attention_dropout=0"),
         ("train.ema=0.9", "train.ema=0"),
         ("optim.qk_clip=50", "optim.qk_clip=0"),
         ("batch.ramp=[4,4,20]", "batch.ramp=[]"),

@@ -40,11 +40,13 @@ static unsigned blocks_of(int n, int size) { return unsigned((n + size - 1) / si
 struct Bounds {
   Buffer<uint32_t> starts;
   Buffer<bf16> sinks;
-  explicit Bounds(const AttentionShape& s) : starts(s.starts), sinks(rounded(s.sinks)) {}
+  LeftOut left_out;
+  explicit Bounds(const AttentionShape& s) : starts(s.starts), sinks(rounded(s.sinks)), left_out(s) {}
   Sight of(const AttentionShape& s, int from, const AttentionTensors& t) const {
     size_t token = size_t(from) * s.sequence;
     const uint32_t* documents = s.starts.empty() ? nullptr : starts + token;
-    return {s.window, documents, s.sinks.empty() ? nullptr : sinks.ptr(), t.maxima + token * s.heads};
+    return {s.window, documents, s.sinks.empty() ? nullptr : sinks.ptr(), t.maxima + token * s.heads,
+            left_out.of(s, from)};
   }
   static std::vector<bf16> rounded(const std::vector<double>& x) {
     std::vector<bf16> out;
@@ -64,8 +66,9 @@ static void forward(const Kernels& k, const AttentionShape& s, int from, int seq
     auto seen = k.forward_seen;
     Bounds bounds(s);
     Sight sight = bounds.of(s, from, t);
-    LAUNCH(seen, grid, dim3(unsigned(k.threads)), size_t(k.bytes), qkv, o, lse, s.sequence, s.heads, s.kv_heads,
-           s.scale(), sight);
+    size_t bytes = size_t(k.bytes + (s.cut > 0 ? 8 * k.rows : 0));
+    LAUNCH(seen, grid, dim3(unsigned(k.threads)), bytes, qkv, o, lse, s.sequence, s.heads, s.kv_heads, s.scale(),
+           sight);
     return;
   }
   LAUNCH(kernel, grid, dim3(unsigned(k.threads)), size_t(k.bytes), qkv, o, lse, s.sequence, s.heads, s.kv_heads,
@@ -89,10 +92,12 @@ static void backward(const Kernels& k, const AttentionShape& s, int from, int se
     auto queries_seen = k.grad_queries_seen;
     Bounds bounds(s);
     Sight sight = bounds.of(s, from, t);
-    LAUNCH(keys_seen, grid, dim3(unsigned(k.keys_threads)), size_t(k.keys_seen_bytes), qkv, d_o, lse, delta, dqkv,
-           s.sequence, s.heads, s.kv_heads, s.scale(), sight);
-    LAUNCH(queries_seen, rows, dim3(unsigned(k.queries_threads)), size_t(k.queries_bytes), qkv, d_o, lse, delta, dqkv,
-           s.sequence, s.heads, s.kv_heads, s.scale(), sight);
+    size_t keys_bytes = size_t(k.keys_seen_bytes + (s.cut > 0 ? 2 * (k.keys_seen_bytes - k.keys_bytes) : 0));
+    size_t queries_bytes = size_t(k.queries_bytes + (s.cut > 0 ? 8 * k.queries : 0));
+    LAUNCH(keys_seen, grid, dim3(unsigned(k.keys_threads)), keys_bytes, qkv, d_o, lse, delta, dqkv, s.sequence, s.heads,
+           s.kv_heads, s.scale(), sight);
+    LAUNCH(queries_seen, rows, dim3(unsigned(k.queries_threads)), queries_bytes, qkv, d_o, lse, delta, dqkv, s.sequence,
+           s.heads, s.kv_heads, s.scale(), sight);
     return;
   }
   LAUNCH(keys, grid, dim3(unsigned(k.keys_threads)), size_t(k.keys_bytes), qkv, d_o, lse, delta, dqkv, s.sequence,
@@ -108,19 +113,21 @@ static void test(const Kernels& k, int sequences, int sequence, int heads, int k
       "attention", s, seed, [&](const auto&... a) { forward(k, a...); }, [&](const auto&... a) { backward(k, a...); });
 }
 
-// Windows, documents and sinks, alone and together; `far` is a window that reaches over several blocks of keys.
+// Windows, documents, sinks and dropout, alone and together; `far` is a window that reaches over several blocks of
+// keys.
 static void test_bounded(const Kernels& k, int sequences, int sequence, int heads, int kv_heads, int far, uint64_t seed) {
   Random random(seed + 77);
   auto starts = some_documents(random, sequences, sequence);
   std::vector<double> sinks;
   for (int h = 0; h < heads; ++h) sinks.push_back(host_bf2f(host_f2bf(float(2 * random.unit() + 1))));
   AttentionShape plain = shape_of(k, sequences, sequence, heads, kv_heads);
-  for (int how = 0; how < 5; ++how) {
+  for (int how = 0; how < 7; ++how) {
     AttentionShape s = plain;
-    if (how == 0 || how == 3) s.window = how == 0 ? 5 : far;
-    if (how == 1 || how == 3) s.starts = starts;
-    if (how >= 2) s.sinks = sinks;
+    if (how == 0 || how == 3 || how == 6) s.window = how == 0 ? 5 : far;
+    if (how == 1 || how == 3 || how == 6) s.starts = starts;
+    if (how >= 2 && how != 5) s.sinks = sinks;
     if (how == 4) s.window = far;
+    if (how >= 5) s.leave_some_out(random);
     test_attention(
         "attention within bounds " + std::to_string(how), s, seed, [&](const auto&... a) { forward(k, a...); },
         [&](const auto&... a) { backward(k, a...); });
@@ -135,7 +142,7 @@ template <class T> static void test_decode(int length, int heads, int kv_heads, 
   auto sinks = random_values<T>(random, window > 0 ? heads : 0, 2);
   s.sinks = numbers_of(sinks);
   Buffer<T> dsinks(sinks);
-  Sight sight{window, nullptr, window > 0 ? dsinks.ptr() : nullptr, nullptr};
+  Sight sight{window, nullptr, window > 0 ? dsinks.ptr() : nullptr, nullptr, NO_DROPS};
   auto qkv = random_values<T>(random, s.qkv_len(), 2.5);
   auto expected = attention_reference(s, numbers_of(qkv), std::vector<double>(s.o_len()));
   size_t cache_len = size_t(length) * kv_heads * dim;

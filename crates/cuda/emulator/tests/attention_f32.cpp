@@ -5,9 +5,10 @@
 struct Tensors {
   Buffer<float> qkv, o, d_o, dqkv, lse, delta, maxima, sinks;
   Buffer<uint32_t> starts;
+  LeftOut left_out;
   Tensors(const AttentionShape& s, const std::vector<float>& qkv, const std::vector<float>& d_o)
       : qkv(qkv), o(s.o_len()), d_o(d_o), dqkv(s.qkv_len()), lse(s.lse_len()), delta(s.lse_len()),
-        maxima(s.lse_len()), sinks(std::vector<float>(s.sinks.begin(), s.sinks.end())), starts(s.starts) {}
+        maxima(s.lse_len()), sinks(std::vector<float>(s.sinks.begin(), s.sinks.end())), starts(s.starts), left_out(s) {}
 };
 
 static void run(const AttentionShape& s, int from, int sequences, const Tensors& t) {
@@ -16,7 +17,7 @@ static void run(const AttentionShape& s, int from, int sequences, const Tensors&
   float *o = t.o + token * s.heads * s.values(), *dqkv = t.dqkv + token * s.width();
   float *lse = t.lse + token * s.heads, *delta = t.delta + token * s.heads;
   Sight sight{s.window, s.starts.empty() ? nullptr : t.starts + token, s.sinks.empty() ? nullptr : t.sinks.ptr(),
-              t.maxima + token * s.heads};
+              t.maxima + token * s.heads, t.left_out.of(s, from)};
   unsigned blocks = unsigned(s.sequence + 31) / 32;
   size_t row = 32 * size_t(s.dim + 1), value_row = 32 * size_t(s.values() + 1);
   dim3 queries(blocks, unsigned(s.heads), unsigned(sequences)), keys(blocks, unsigned(s.kv_heads), unsigned(sequences));
@@ -33,13 +34,14 @@ static void run(const AttentionShape& s, int from, int sequences, const Tensors&
 }
 
 static void test(int dim, int sequences, int sequence, int heads, int kv_heads, uint64_t seed, int window = 0,
-                 bool documents = false, bool sinks = false, int value_dim = 0) {
+                 bool documents = false, bool sinks = false, int value_dim = 0, bool dropout = false) {
   AttentionShape s{sequences, sequence, heads, kv_heads, dim};
   Random bounds(seed);
   s.window = window;
   s.value_dim = value_dim;
   if (documents) s.starts = some_documents(bounds, sequences, sequence);
   for (int h = 0; sinks && h < heads; ++h) s.sinks.push_back(float(2 * bounds.unit() + 1));
+  if (dropout) s.leave_some_out(bounds);
   Random random(seed * 1000 + sequence);
   auto qkv = random_values<float>(random, s.qkv_len(), 2.5), d_o = random_values<float>(random, s.o_len());
   auto expected = attention_reference(s, numbers_of(qkv), numbers_of(d_o));
@@ -74,6 +76,8 @@ int main() {
     test(dim, 2, 100, 4, 2, 2, 0, true);
     test(dim, 1, 100, 2, 1, 3, 0, false, true);
     test(dim, 2, 130, 2, 1, 4, 40, true, true);
+    test(dim, 2, 100, 4, 2, 5, 0, false, false, 0, true);
+    test(dim, 2, 130, 2, 1, 6, 40, true, true, dim / 2, true);
   }
   test(12, 2, 50, 2, 2, 5, 0, false, false, 6);
   test(192, 1, 70, 2, 1, 6, 40, true, true, 128);

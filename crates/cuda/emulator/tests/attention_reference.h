@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include "../../kernels/dropout.h"
 #include "../test.h"
 
 struct AttentionShape {
@@ -27,7 +28,45 @@ struct AttentionShape {
   }
   int value_dim = 0;  // of values and outputs, where it is another than that of queries and keys
   int values() const { return value_dim > 0 ? value_dim : dim; }
-  bool bounded() const { return window > 0 || !starts.empty() || !sinks.empty(); }
+  // Which probabilities are left out, if any: draws below `cut`, from `site` and `draws`. The first sequence and head
+  // have these places.
+  uint32_t cut = 0;
+  uint64_t site = 0, draws = 0;
+  int sequence0 = 0, head0 = 0;
+  void leave_some_out(Random& r) {
+    cut = 16000 + uint32_t(r.below(1000));
+    site = r.next(), draws = r.next();
+    sequence0 = 1 + r.below(1000), head0 = 1 + r.below(100);
+  }
+  double factor() const { return 1 / (1 - cut / 65536.0); }
+  // What a probability is multiplied by.
+  double kept(int seq, int head, int t, int j) const {
+    if (cut == 0) return 1;
+    auto mixed = [](uint64_t state) {
+      Random at(0);
+      at.state = state;
+      return at.next();
+    };
+    uint64_t plane = mixed((site ^ draws) + mixed(uint64_t(head0 + head)));
+    uint64_t row = mixed(plane ^ mixed(uint64_t(sequence0 + seq) << 32 | uint64_t(t)));
+    uint64_t drawn = mixed(row + uint64_t(j / 4) * 0x9e3779b97f4a7c15ull) >> (j % 4 * 16) & 0xffff;
+    return drawn < cut ? 0 : factor();
+  }
+  bool bounded() const { return window > 0 || !starts.empty() || !sinks.empty() || cut > 0; }
+};
+
+// What a shape leaves out, as kernels take it.
+struct LeftOut {
+  Buffer<Numbers> numbers;
+  explicit LeftOut(const AttentionShape& s) : numbers(std::vector<Numbers>(1)) {
+    Numbers n{};
+    n.draws = s.draws;
+    numbers.write({n});
+  }
+  // From a sequence of the shape on.
+  Drops of(const AttentionShape& s, int from) const {
+    return s.cut == 0 ? NO_DROPS : Drops{numbers.ptr(), s.site, s.sequence0 + from, s.head0, s.cut, float(s.factor())};
+  }
 };
 
 struct AttentionReference {
@@ -86,10 +125,10 @@ inline AttentionReference attention_reference(const AttentionShape& s, const std
         r.lse[stat(seq, t, head)] = top + std::log(total);
         double* o = &r.o[out(seq, t, head)];
         const double* g = &d_o[out(seq, t, head)];
-        for (int j = 0; j <= t; ++j) add_to(o, p[j] / total, &qkv[value(seq, j, v)], e);
+        for (int j = 0; j <= t; ++j) add_to(o, s.kept(seq, head, t, j) * p[j] / total, &qkv[value(seq, j, v)], e);
         double dot = delta[stat(seq, t, head)] = dot_of(o, g, e);
         for (int j = 0; j <= t; ++j) {
-          double ds = p[j] / total * (dot_of(g, &qkv[value(seq, j, v)], e) - dot);
+          double ds = p[j] / total * (s.kept(seq, head, t, j) * dot_of(g, &qkv[value(seq, j, v)], e) - dot);
           add_to(&r.dqkv[row(seq, t, head)], scale * ds, &qkv[row(seq, j, k)], d);
         }
       });
@@ -102,9 +141,10 @@ inline AttentionReference attention_reference(const AttentionShape& s, const std
           const double* g = &d_o[out(seq, t, head)];
           if (j < s.first(seq, t)) continue;
           double p = std::exp(scale * dot_of(q, &qkv[row(seq, j, k)], d) - r.lse[stat(seq, t, head)]);
-          double ds = p * (dot_of(g, &qkv[value(seq, j, v)], e) - delta[stat(seq, t, head)]);
+          double kept = s.kept(seq, head, t, j);
+          double ds = p * (kept * dot_of(g, &qkv[value(seq, j, v)], e) - delta[stat(seq, t, head)]);
           add_to(&r.dqkv[row(seq, j, k)], scale * ds, q, d);
-          add_to(&r.dqkv[value(seq, j, v)], p, g, e);
+          add_to(&r.dqkv[value(seq, j, v)], kept * p, g, e);
         }
       });
     }

@@ -33,10 +33,10 @@ static Numbers64 stats_of(const Numbers64& whole, int sequences, int heads, int 
 }
 
 // Whose keys rank `me` meets after `hop` hops.
-static Part part_of(int me, int hop, int ranks, int sequence, int window, const uint32_t* starts) {
+static Part part_of(int me, int hop, int ranks, int sequence, int window, const uint32_t* starts, Drops drops) {
   int of = (me + ranks - hop) % ranks, half = sequence / 2, far = 2 * ranks - 1;
   return {of > me ? half : 0, of < me ? half : sequence, of == me, half, me * half, (far - me) * half,
-          of * half, (far - of) * half, window, starts};
+          of * half, (far - of) * half, window, starts, drops};
 }
 
 template <class T> void ring(AttentionShape whole, int ranks, uint64_t seed) {
@@ -55,6 +55,7 @@ template <class T> void ring(AttentionShape whole, int ranks, uint64_t seed) {
   // Of each rank: its rows, and what it packs for the others.
   std::deque<Buffer<T>> own, kv;
   std::vector<Numbers64> home(ranks, Numbers64(kv_len));
+  LeftOut left_out(whole);
   for (int me = 0; me < ranks; ++me) {
     own.emplace_back(rows_of(qkv, whole.width(), sequences, me, ranks, sequence));
     kv.emplace_back(kv_len);
@@ -66,7 +67,8 @@ template <class T> void ring(AttentionShape whole, int ranks, uint64_t seed) {
     Buffer<float> sums(size_t(rows) * h.out()), tops(size_t(rows) * h.heads), totals(size_t(rows) * h.heads);
     Buffer<float> maxima(size_t(rows) * h.heads), dq(size_t(rows) * h.queries()), delta(size_t(rows) * h.heads);
     auto met = [&](int hop) {
-      return part_of(me, hop, ranks, sequence, whole.window, whole.starts.empty() ? nullptr : starts.ptr());
+      auto documents = whole.starts.empty() ? nullptr : starts.ptr();
+      return part_of(me, hop, ranks, sequence, whole.window, documents, left_out.of(whole, 0));
     };
     for (int hop = 0; hop < ranks; ++hop) {
       auto kernel = OF(T, ring_fwd);
@@ -172,6 +174,11 @@ template <class T> void all() {
   ring<T>(bounded, 3, 4);
   bounded.starts.clear();
   ring<T>(bounded, 4, 5);
+  bounded.leave_some_out(r);
+  ring<T>(bounded, 4, 6);
+  AttentionShape dropped{2, 80, 4, 2, 24};
+  dropped.leave_some_out(r);
+  ring<T>(dropped, 2, 7);
   deal<T>(2, 3, 2, {4, 2, 6, 4}, 1);
   deal<T>(1, 5, 4, {8, 2, 4, 4}, 2);
   deal<T>(2, 3, 3, {3, 1, 4, 8}, 3);

@@ -76,6 +76,26 @@ fn losses_dropout_and_averages() {
     Case { model: model(1, false, true), recipe }.check(DType::Bf16);
 }
 
+/// Probabilities that attention leaves out: those of the CPU, by micro-batches of any size, on every rank of heads or
+/// stages, with windows, sinks, documents, grouped queries and latents.
+#[test]
+fn dropout_of_probabilities() {
+    let recipe = Recipe { attention_dropout: 0.2, ..Recipe::default() };
+    let plain = Case { model: model(2, true, false), recipe };
+    plain.check(DType::F32);
+    plain.check(DType::Bf16);
+    plain.check_ranks(&Layout { dp: 2, zero: Zero::Gradients, ..Layout::default() }, None);
+    plain.check_ranks(&Layout { pp: 2, micro_batch: 2, ..Layout::default() }, None);
+    plain.check_ranks(&Layout { tp: 2, ..Layout::default() }, Some(1e-5));
+    let window = Some(Window { tokens: 5, full_layers: 0, full_every: 2 });
+    let sunk = ModelSpec { window, sinks: true, head_dim: 64, ..model(2, false, false) };
+    Case { model: sunk, recipe: Recipe { documents: true, dropout: 0.1, ..recipe } }.check(DType::Bf16);
+    let latent = Latent { query_rank: Some(24), kv_rank: 16, nope_dim: 64, rope_dim: 32, value_dim: 64 };
+    let base = model(1, false, false);
+    let latent = ModelSpec { kv_heads: base.heads, latent: Some(latent), ..base };
+    Case { model: latent, recipe }.check(DType::Bf16);
+}
+
 /// The loss of one token more has a weight, and its own sum.
 #[test]
 fn one_token_more() {

@@ -62,8 +62,8 @@ fn sequences_on_several_ranks() {
     let latent = ModelSpec { latent: Some(latent), kv_heads: 4, ..model(1, false, false) };
     let ring = Layout { cp: 2, ..Layout::default() };
     let dealt = Layout { context: ContextMode::Heads, ..ring.clone() };
-    let bounded = Recipe { documents: true, ..Recipe::default() };
-    let clipped = Recipe { dropout: 0.1, qk_clip: 0.5, ..Recipe::default() };
+    let bounded = Recipe { documents: true, attention_dropout: 0.2, ..Recipe::default() };
+    let clipped = Recipe { dropout: 0.1, attention_dropout: 0.2, qk_clip: 0.5, ..Recipe::default() };
     for (model, recipe) in
         [(model(1, false, true), Recipe::default()), (windowed, bounded), (latent, clipped)]
     {
