@@ -249,8 +249,7 @@ fn logits_of_a_few_sequences_take_no_more_memory() {
     for (tied, zero) in
         [(false, Zero::Off), (true, Zero::Off), (false, Zero::Gradients), (true, Zero::Parameters)]
     {
-        let m = ModelSpec { vocab: 1024, ..model(2, tied, false) };
-        assert_eq!(m.hidden, 64);
+        let m = ModelSpec { hidden: 64, vocab: 1024, ..model(2, tied, false) };
         let layout = |dp, micro_batch| Layout { dp, micro_batch, zero, ..Layout::default() };
         // The partial sums of two additions are as large as logits of three sequences.
         assert_eq!(of(&m, &layout(1, 8), 42), 4);
