@@ -126,7 +126,7 @@ fn check_fold(model: &ModelSpec, layout: &Layout) {
             precision: DType::Bf16,
             rank: stage * layout.stage_ranks(),
             mode: program::Mode::Train,
-            loss: Default::default(),
+            loss: program::Loss::OneSequence,
             recipe: Default::default(),
         };
         let p = Program::build(&request, &|_, _| 0).unwrap();

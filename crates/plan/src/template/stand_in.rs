@@ -1,7 +1,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use program::{
-    ALIGN, BlockWork, BufferId, Collective, Home, Mode, Pass, Phase, Place, Program, Replication, Request,
+    ALIGN, BlockWork, BufferId, Collective, Home, Loss, Mode, Pass, Phase, Place, Program, Replication,
+    Request,
 };
 use spec::{ExpertRows, Layout, Recompute, Reduce, Result, Tolerance, lcm};
 
@@ -63,7 +64,8 @@ impl StandIn {
                 precision: key.precision,
                 rank,
                 mode: Mode::Train,
-                loss: Default::default(),
+                // Leaves of equal rows, whatever the model's size.
+                loss: Loss::OneSequence,
                 recipe: Default::default(),
             };
             Program::build(&request, &|_, _| 0)
