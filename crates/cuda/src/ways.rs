@@ -51,6 +51,8 @@ pub(crate) struct Ways {
     numbers: HashMap<OpId, u32>,
     tickets: HashMap<(Ticket, usize), (Event, bool)>,
     staging_bytes: usize,
+    /// The op that sent last.
+    sent: Option<OpId>,
     lookout: Lookout,
 }
 
@@ -131,9 +133,9 @@ impl Ways {
         let groups = members.filter_map(|m| Some((m, mesh.members(m)?.0))).collect();
         let by_key = carried.iter().enumerate().map(|(i, w)| (w.key, i)).collect();
         let lookout = Lookout::begin(looked)?;
-        let tickets = HashMap::new();
-        let mut all =
-            Ways { lookout, ways, by_key, groups, numbers, tickets, staging_bytes: plan.staging_bytes };
+        let (tickets, sent) = Default::default();
+        let staging_bytes = plan.staging_bytes;
+        let mut all = Ways { lookout, ways, by_key, groups, numbers, tickets, staging_bytes, sent };
         all.connect(speaker)?;
         Ok(all)
     }
@@ -211,6 +213,17 @@ impl Ways {
         way.stream.record(&of.0)
     }
 
+    /// Whether compute would wait in [`Ways::end`].
+    pub(crate) fn is_open(&self, ticket: Ticket) -> bool {
+        self.tickets.iter().any(|((t, _), (_, is_open))| *t == ticket && *is_open)
+    }
+
+    /// The op whose message a stage would wait for in [`Ways::join`]: what it sent last.
+    pub(crate) fn sending(&self) -> Option<OpId> {
+        let mut slots = self.ways.iter().flat_map(|way| &way.slots);
+        self.sent.filter(|_| slots.any(|(_, is_open)| *is_open))
+    }
+
     /// Lets compute wait for what was begun with a ticket.
     ///
     /// # Errors
@@ -271,6 +284,7 @@ impl Ways {
     /// A copy of what is sent waits for its receiver; compute goes on.
     fn send(&mut self, speaker: &mut Speaker<'_>, i: usize, m: &Message<'_>) -> Result<()> {
         let from = m.from.ok_or_else(|| lacks(m))?;
+        self.sent = Some(m.op);
         let way = &mut self.ways[i];
         let slot = way.next;
         way.next = (slot + 1) % SLOTS;
