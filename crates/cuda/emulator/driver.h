@@ -119,6 +119,7 @@ struct Mark {
   bool reached();
 };
 struct Event {
+  bool timed = true;
   std::shared_ptr<Mark> mark;
   std::shared_ptr<Capture> capture;
   std::set<int> after;

@@ -315,10 +315,12 @@ EXPORT int cuLaunchHostFunc(void* handle, void (*function)(void*), void* state) 
   });
 }
 
-EXPORT int cuEventCreate(void** out, unsigned) {
+EXPORT int cuEventCreate(void** out, unsigned flags) {
   Context* context;
   if (Result result = current(context)) return result;
-  *out = born(new Event);
+  auto* event = born(new Event);
+  event->timed = !(flags & 2);
+  *out = event;
   return SUCCESS;
 }
 
@@ -351,7 +353,25 @@ EXPORT int cuEventRecord(void* handle, void* on) {
   });
   return SUCCESS;
 }
-EXPORT int cuEventRecordWithFlags(void* event, void* stream, unsigned) { return cuEventRecord(event, stream); }
+// Flag 1: a node of the graph, which the host may ask about once it has run; nothing but recordings may have it.
+EXPORT int cuEventRecordWithFlags(void* handle, void* on, unsigned flags) {
+  Event* event;
+  Stream* stream;
+  if (!(flags & 1)) return cuEventRecord(handle, on);
+  if (Result result = find(handle, event, "event")) return result;
+  if (Result result = stream_of(on, stream)) return result;
+  if (!stream->capture) return wrong(INVALID_VALUE, "an external event on a stream that does not record");
+  auto mark = std::make_shared<Mark>();
+  {
+    Guard guard(lock());
+    event->capture = nullptr;
+    event->mark = mark;
+  }
+  return enqueue(stream, [mark] {
+    mark->reach();
+    return SUCCESS;
+  });
+}
 
 EXPORT int cuStreamWaitEvent(void* on, void* handle, unsigned) {
   Event* event;
@@ -410,7 +430,8 @@ EXPORT int cuEventElapsedTime_v2(float* milliseconds, void* first, void* last) {
   std::shared_ptr<Mark> from, to;
   if (Result result = recorded(first, from)) return result;
   if (Result result = recorded(last, to)) return result;
-  if (!from || !to) return INVALID_HANDLE;
+  bool timed = static_cast<Event*>(first)->timed && static_cast<Event*>(last)->timed;
+  if (!from || !to || !timed) return wrong(INVALID_HANDLE, "the time between events that have none");
   if (!from->reached() || !to->reached()) return NOT_READY;
   *milliseconds = float(to->milliseconds - from->milliseconds);
   return SUCCESS;

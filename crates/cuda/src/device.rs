@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use program::{Loss, Op, OpKind, Program, Ticket};
+use program::{Loss, Op, OpId, OpKind, Program, Ticket};
 use spec::run::MessageChoice;
 use spec::{DType, Error, Result};
 use train::{Device, Lack, Launch, Mesh, Message, Operand, Stretch, Turn};
@@ -19,7 +19,8 @@ use crate::numbers::Numbers;
 use crate::products;
 use crate::table;
 use crate::update::{self, Tables, Updates};
-use crate::ways::Speaker;
+use crate::waits::Waits;
+use crate::ways::{Speaker, Ways};
 
 /// How much of a micro-batch has logits at a time: all of it, or large vocabularies leave a card idle.
 pub const LOSS: Loss = Loss::MicroBatch;
@@ -36,6 +37,7 @@ pub struct Cuda {
     warm: Vec<Stretch>,
     pub(crate) talks: Talks,
     messages: HostMessages,
+    waits: Waits,
     pub(crate) kernels: Kernels,
     pub(crate) products: CublasLt,
     numbers: Numbers,
@@ -78,6 +80,7 @@ impl Cuda {
             warm: Vec::new(),
             talks: Talks::default(),
             messages: HostMessages::default(),
+            waits: Waits::default(),
             kernels: Kernels::load(&arch, extra)?,
             products: CublasLt::new()?,
             numbers: Numbers::new()?,
@@ -147,9 +150,23 @@ impl Cuda {
 
     /// Leaves the ranks that it talked to: first what was recorded, which holds on to communicators.
     fn leave_ranks(&mut self, is_alone: bool) {
-        self.graphs.clear();
-        self.warm.clear();
+        self.drop_recordings();
         self.talks.leave(is_alone);
+    }
+
+    fn drop_recordings(&mut self) {
+        self.graphs.clear();
+        self.waits.forget();
+        self.warm.clear();
+    }
+
+    /// As [`Talks::join`]; where a stage waits for its last messages to be received, that is a wait.
+    fn join(&mut self) -> Result<()> {
+        let sending = self.talks.ways.as_ref().and_then(Ways::sending);
+        let Cuda { waits, stream, talks, recording, .. } = self;
+        sending.map_or(Ok(()), |op| waits.begin(stream, *recording, op))?;
+        talks.join(stream)?;
+        sending.map_or(Ok(()), |_| waits.end(stream, *recording))
     }
 
     pub(crate) fn place(&self) -> String {
@@ -231,8 +248,7 @@ impl Device for Cuda {
 
     fn forget(&mut self) -> Result<()> {
         self.synchronise()?;
-        self.graphs.clear();
-        self.warm.clear();
+        self.drop_recordings();
         Ok(())
     }
 
@@ -293,21 +309,53 @@ impl Device for Cuda {
     fn say(&mut self, mesh: &mut Mesh, message: &Message<'_>, ticket: Option<Ticket>) -> Result<()> {
         self.context.bind()?;
         update::flush(self)?;
-        let Cuda { messages, stream, arena, talks, kernels, .. } = self;
+        let Cuda { messages, stream, arena, talks, kernels, waits, recording, .. } = self;
+        let waited = ticket.is_none();
         if let Some(ways) = talks.ways.as_mut().filter(|w| w.carries(message)) {
-            return ways.say(&mut Speaker { kernels, compute: stream, arena }, message, ticket);
+            if waited {
+                waits.begin(stream, *recording, message.op)?;
+            }
+            ways.say(&mut Speaker { kernels, compute: stream, arena }, message, ticket)?;
+            return if waited { waits.end(stream, *recording) } else { Ok(()) };
         }
-        messages.say(stream, arena, mesh, message, ticket)
+        // What it is given before is no part of the wait.
+        stream.wait()?;
+        let since = Instant::now();
+        messages.say(stream, arena, mesh, message, ticket)?;
+        if waited {
+            waits.add(message.op, since);
+        }
+        Ok(())
     }
 
-    fn end(&mut self, mesh: &mut Mesh, ticket: Ticket, over: &mut dyn FnMut(Instant, Instant)) -> Result<()> {
+    fn end(
+        &mut self,
+        mesh: &mut Mesh,
+        (op, ticket): (OpId, Ticket),
+        over: &mut dyn FnMut(Instant, Instant),
+    ) -> Result<()> {
         self.context.bind()?;
         update::flush(self)?;
-        if let Some(ways) = &mut self.talks.ways {
-            ways.end(&self.stream, ticket)?;
+        let Cuda { waits, stream, talks, recording, messages, .. } = self;
+        if let Some(ways) = talks.ways.as_mut().filter(|ways| ways.is_open(ticket)) {
+            waits.begin(stream, *recording, op)?;
+            ways.end(stream, ticket)?;
+            waits.end(stream, *recording)?;
         }
+        if !messages.are_under_way(ticket) {
+            return mesh.end(ticket, over);
+        }
+        stream.wait()?;
+        let since = Instant::now();
         mesh.end(ticket, over)?;
-        self.messages.ended(&self.stream, ticket)
+        messages.ended(stream, ticket)?;
+        waits.add(op, since);
+        Ok(())
+    }
+
+    fn waits_ns(&mut self) -> Result<Option<&mut HashMap<OpId, u64>>> {
+        self.context.bind()?;
+        self.waits.read().map(Some)
     }
 
     fn synchronise(&mut self) -> Result<()> {
@@ -322,12 +370,13 @@ impl Device for Cuda {
         update::flush(self)?;
         self.numbers.set(&self.stream, turn)?;
         if let Some(graph) = self.graphs.get(&stretch) {
-            let ran = self.stream.run(graph).map_err(|e| e.context(self.place()));
-            return ran.map(|()| true);
+            self.stream.run(graph).map_err(|e| e.context(self.place()))?;
+            self.waits.run(stretch);
+            return Ok(true);
         }
         self.in_stretch = true;
         self.asked_host = false;
-        self.talks.join(&self.stream)?;
+        self.join()?;
         if !self.talks.can_be_recorded {
             return Ok(false);
         }
@@ -345,10 +394,11 @@ impl Device for Cuda {
         if self.asked_host && self.talks.can_be_recorded {
             self.warm.pop();
         }
-        self.talks.join(&self.stream)?;
+        self.join()?;
         let Some(stretch) = self.recording.take() else { return Ok(()) };
         let graph = self.stream.end_recording().map_err(|e| e.context(self.place()))?;
         self.stream.run(&graph).map_err(|e| e.context(self.place()))?;
+        self.waits.run(stretch);
         self.graphs.insert(stretch, graph);
         Ok(())
     }

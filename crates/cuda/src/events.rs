@@ -6,18 +6,40 @@ use cudarc::driver::sys::{self, CUresult};
 use spec::Result;
 
 use crate::driver::{Stream, check, get};
+use crate::libs::symbol;
 
 /// A point in a stream's order.
 pub(crate) struct Event(sys::CUevent);
+
+/// `cuEventElapsedTime`, by the name that every driver has: `cudarc` asks for one of 12.8.
+type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> CUresult;
 
 // SAFETY: as for streams.
 unsafe impl Send for Event {}
 
 impl Event {
     pub(crate) fn new() -> Result<Event> {
-        let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32;
+        Event::with(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// One that knows when it was reached.
+    pub(crate) fn timed() -> Result<Event> {
+        Event::with(sys::CUevent_flags_enum::CU_EVENT_DEFAULT)
+    }
+
+    fn with(flags: sys::CUevent_flags_enum) -> Result<Event> {
         // SAFETY: an out-parameter.
-        get("make an event", |out| unsafe { sys::cuEventCreate(out, flags) }).map(Event)
+        get("make an event", |out| unsafe { sys::cuEventCreate(out, flags as u32) }).map(Event)
+    }
+
+    /// Nanoseconds from this to another, both timed and reached; the card counts by half microseconds.
+    pub(crate) fn ns_until(&self, other: &Event) -> Result<u64> {
+        // SAFETY: a function of this type in every driver.
+        let elapsed: Elapsed = unsafe { std::mem::transmute(symbol("cuEventElapsedTime", "the driver")?) };
+        let mut ms = 0.0;
+        // SAFETY: both are alive; an out-parameter.
+        check(unsafe { elapsed(&mut ms, self.0, other.0) }, || "ask for the time between events".into())?;
+        Ok((f64::from(ms) * 1e6) as u64)
     }
 }
 
@@ -33,6 +55,13 @@ impl Stream {
     pub(crate) fn record(&self, event: &Event) -> Result<()> {
         // SAFETY: both are alive.
         check(unsafe { sys::cuEventRecord(event.0, self.0) }, || "record an event".into())
+    }
+
+    /// The same of a timed event while the stream records: each run of the recording reaches it anew.
+    pub(crate) fn record_node(&self, event: &Event) -> Result<()> {
+        let flags = sys::CUevent_record_flags_enum::CU_EVENT_RECORD_EXTERNAL as u32;
+        // SAFETY: both are alive; whoever keeps the recording keeps the event.
+        check(unsafe { sys::cuEventRecordWithFlags(event.0, self.0, flags) }, || "record an event".into())
     }
 
     /// What the stream is given from now on comes after `event` as it was recorded last.

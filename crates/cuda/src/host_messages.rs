@@ -68,6 +68,11 @@ impl HostMessages {
         }
     }
 
+    /// Whether [`HostMessages::ended`] would bring anything.
+    pub(crate) fn are_under_way(&self, ticket: Ticket) -> bool {
+        self.under_way.iter().any(|(t, ..)| *t == ticket)
+    }
+
     /// Brings to the card what arrived with a ticket that is over.
     ///
     /// # Errors

@@ -32,6 +32,7 @@ mod lookout;
 mod meeting;
 mod nccl;
 mod share_out;
+mod waits;
 mod ways;
 
 pub use cards::{Card, Census, Counted, Found, census, has_driver};

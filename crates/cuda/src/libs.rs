@@ -1,6 +1,6 @@
 //! Where the libraries are: by the loader's own search, then in the folders where they are usually installed.
 
-use std::ffi::CString;
+use std::ffi::{CString, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -89,6 +89,14 @@ fn open(path: &Path) -> bool {
     let Ok(name) = CString::new(path.as_os_str().as_encoded_bytes()) else { return false };
     // SAFETY: a terminated string; the library stays loaded, so nothing that comes of it dangles.
     !unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) }.is_null()
+}
+
+/// A function of `whose` library, which [`load`] has opened.
+pub(crate) fn symbol(name: &str, whose: &str) -> Result<*mut c_void> {
+    let c = CString::new(name).map_err(|_| Error::failure("a name with a zero byte"))?;
+    // SAFETY: a terminated name.
+    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c.as_ptr()) };
+    if found.is_null() { Err(Error::failure(format!("{whose} has no {name}"))) } else { Ok(found) }
 }
 
 /// Folders that exist among those where toolkits and Python packages put libraries.

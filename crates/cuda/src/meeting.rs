@@ -95,7 +95,7 @@ pub(crate) fn meet(d: &mut Cuda, program: &Program, mesh: &Mesh) -> Result<()> {
     let Cuda { kernels, stream, arena, .. } = d;
     let ways = Ways::found(&plan, &carried, &ids, &mut Speaker { kernels, compute: stream, arena });
     let ways = ways.map_err(|e| e.context(format!("{} ({needed} bytes for messages)", d.place())))?;
-    d.talks.can_be_recorded = plan.is_all(&carried);
+    d.talks.can_be_recorded = plan.can_be_recorded(&carried);
     d.talks.ways = Some(ways);
     Ok(())
 }

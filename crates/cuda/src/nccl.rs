@@ -4,13 +4,13 @@
 //! [`Communicator::state`] says so, and [`Communicator::abort`] ends them from any thread. NCCL's user guide, "Creating a
 //! communicator with options" and "Fault tolerance".
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use spec::{DType, Error, Result};
 
 use crate::driver::Stream;
-use crate::libs::{Library, load};
+use crate::libs::{Library, load, symbol};
 
 /// The oldest version whose communicators need not block: 2.14.
 const OLDEST: c_int = 21_400;
@@ -57,7 +57,7 @@ macro_rules! functions {
             fn find() -> Result<Functions> {
                 Ok(Functions {
                     // SAFETY: the library has a function of this name and type, or none.
-                    $($name: unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn($($argument),*) -> $result>(symbol(stringify!($name))?) },)*
+                    $($name: unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn($($argument),*) -> $result>(symbol(stringify!($name), "NCCL")?) },)*
                 })
             }
         }
@@ -81,14 +81,6 @@ functions! {
     ncclAllReduce: fn(*const c_void, *mut c_void, usize, c_int, c_int, Raw, Raw) -> c_int;
 }
 
-/// A symbol of what is loaded for the whole process.
-fn symbol(name: &str) -> Result<*mut c_void> {
-    let c = CString::new(name).map_err(|_| Error::failure("a name with a zero byte"))?;
-    // SAFETY: a terminated name.
-    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c.as_ptr()) };
-    if found.is_null() { Err(Error::failure(format!("NCCL has no {name}"))) } else { Ok(found) }
-}
-
 /// The library's functions, once [`version`] has found them.
 fn library() -> Result<&'static Functions> {
     static FUNCTIONS: OnceLock<Functions> = OnceLock::new();
@@ -106,7 +98,7 @@ pub(crate) fn found_version() -> Result<c_int> {
     load(Library::Nccl)?;
     // SAFETY: a function of this type in every version.
     let ask: unsafe extern "C" fn(*mut c_int) -> c_int =
-        unsafe { std::mem::transmute(symbol("ncclGetVersion")?) };
+        unsafe { std::mem::transmute(symbol("ncclGetVersion", "NCCL")?) };
     let mut version = 0;
     // SAFETY: an out-parameter.
     check(Said(unsafe { ask(&mut version) }), "ask NCCL for its version")?;

@@ -67,11 +67,6 @@ fn kind(members: Members) -> &'static str {
     }
 }
 
-/// Whether a way can carry it.
-pub(crate) fn is_carried(what: Collective) -> bool {
-    !matches!(what, Collective::AllToAll | Collective::Ring)
-}
-
 /// The ways that a program's messages need, in an order of the whole world: ranks that make theirs by it never wait for
 /// each other in a circle. `group` gives the group that carries messages among some ranks, and its ranks.
 pub(crate) fn wanted(
@@ -81,7 +76,7 @@ pub(crate) fn wanted(
 ) -> Vec<Wanted> {
     let mut all: BTreeMap<String, Wanted> = BTreeMap::new();
     let comms = p.blocks.iter().flat_map(|b| &b.ops).filter_map(|op| op.comm.as_ref());
-    for comm in comms.filter(|c| is_carried(c.what)) {
+    for comm in comms {
         let Some((members, ranks)) = group(comm.members) else { continue };
         let place = |rank: usize| ranks.iter().position(|r| *r == rank).unwrap_or(0);
         let (lane, ranks, n) = match comm.what {

@@ -5,9 +5,10 @@
 //! ordered against the compute stream by events, so that all of it can be recorded.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use comm::Order;
-use program::{Collective, Members, OpId, Program, Ticket};
+use program::{Collective, Deal, Members, OpId, Program, Ticket};
 use spec::{DType, Error, Result};
 use train::{Mesh, Message, Operand};
 
@@ -16,7 +17,7 @@ use crate::events::{Event, Words};
 use crate::lookout::{Looked, Lookout, Seen, WORDS};
 use crate::module::{Geometry, Kernels, Params};
 use crate::nccl::{Calls, Communicator, UniqueId};
-use crate::share_out::{ALIGN, Key, Pieces, SLOTS, Wanted, even, is_carried, wanted};
+use crate::share_out::{ALIGN, Key, Pieces, SLOTS, Wanted, even, wanted};
 use crate::table::Tree;
 
 /// Threads of a block that adds up.
@@ -51,6 +52,10 @@ pub(crate) struct Ways {
     numbers: HashMap<OpId, u32>,
     tickets: HashMap<(Ticket, usize), (Event, bool)>,
     staging_bytes: usize,
+    /// Elements of rows that go to and come from each member, of the message that is said.
+    ranges: [Vec<Range<usize>>; 2],
+    /// The op that sent last.
+    sent: Option<OpId>,
     lookout: Lookout,
 }
 
@@ -62,6 +67,13 @@ pub(crate) struct Speaker<'a> {
 }
 
 impl Speaker<'_> {
+    /// What an operand holds once all before it is done: the host waits.
+    fn read(&self, of: Operand) -> Result<Vec<u32>> {
+        let mut held = vec![0; of.len()];
+        self.compute.download(self.at(of), bytemuck::cast_slice_mut(&mut held))?;
+        Ok(held)
+    }
+
     fn at(&self, of: Operand) -> u64 {
         let end = of.offset + of.bytes();
         assert!(end <= self.arena.bytes, "bytes {}..{end} of an arena of {}", of.offset, self.arena.bytes);
@@ -84,10 +96,11 @@ impl Plan<'_> {
         Plan { program, mesh, wanted, staging_bytes }
     }
 
-    /// Whether all that the program says is carried by these ways.
-    pub(crate) fn is_all(&self, carried: &[Wanted]) -> bool {
-        let mut all = self.program.blocks.iter().flat_map(|b| &b.ops).filter_map(|op| op.comm.as_ref());
-        all.all(|comm| is_carried(comm.what)) && carried.len() == self.wanted.len()
+    /// Whether these ways carry all that the program says, and the host need not know how much.
+    pub(crate) fn can_be_recorded(&self, carried: &[Wanted]) -> bool {
+        let all = self.program.blocks.iter().flat_map(|b| &b.ops).filter_map(|op| op.comm.as_ref());
+        let is_counted = |m: &program::Message| matches!(m.deal, Deal::Counted { .. });
+        carried.len() == self.wanted.len() && !all.flat_map(|c| &c.messages).any(is_counted)
     }
 }
 
@@ -131,9 +144,9 @@ impl Ways {
         let groups = members.filter_map(|m| Some((m, mesh.members(m)?.0))).collect();
         let by_key = carried.iter().enumerate().map(|(i, w)| (w.key, i)).collect();
         let lookout = Lookout::begin(looked)?;
-        let tickets = HashMap::new();
-        let mut all =
-            Ways { lookout, ways, by_key, groups, numbers, tickets, staging_bytes: plan.staging_bytes };
+        let (tickets, ranges, sent) = Default::default();
+        let staging_bytes = plan.staging_bytes;
+        let mut all = Ways { lookout, ways, by_key, groups, numbers, tickets, staging_bytes, ranges, sent };
         all.connect(speaker)?;
         Ok(all)
     }
@@ -166,7 +179,7 @@ impl Ways {
 
     /// Whether a message goes this way.
     pub(crate) fn carries(&self, message: &Message<'_>) -> bool {
-        is_carried(message.what) && self.way(message).is_some()
+        self.way(message).is_some()
     }
 
     fn way(&self, m: &Message<'_>) -> Option<usize> {
@@ -190,6 +203,9 @@ impl Ways {
         ticket: Option<Ticket>,
     ) -> Result<()> {
         self.check()?;
+        if let Some((counts, _)) = m.counted {
+            return self.say_counted(speaker, m, counts, ticket);
+        }
         let i = self
             .way(m)
             .ok_or_else(|| Error::failure(format!("NCCL carries nothing among {:?}", m.members)))?;
@@ -209,6 +225,37 @@ impl Ways {
         };
         of.1 = true;
         way.stream.record(&of.0)
+    }
+
+    /// The same of rows whose number the card alone knows: the host asks it, so that no more is sent than there is.
+    fn say_counted(
+        &mut self,
+        speaker: &mut Speaker<'_>,
+        m: &Message<'_>,
+        counts: [Operand; 2],
+        ticket: Option<Ticket>,
+    ) -> Result<()> {
+        let [leave, arrive] = counts.map(|of| speaker.read(of));
+        let counts = [leave?, arrive?];
+        // What came of messages before is only good if nobody was lost.
+        self.check()?;
+        let mut ranges = std::mem::take(&mut self.ranges);
+        m.count([&counts[0], &counts[1]], &mut ranges)?;
+        let known = Message { parts: &ranges[0], arrive: &ranges[1], counted: None, ..*m };
+        self.say(speaker, &known, ticket)?;
+        self.ranges = ranges;
+        Ok(())
+    }
+
+    /// Whether compute would wait in [`Ways::end`].
+    pub(crate) fn is_open(&self, ticket: Ticket) -> bool {
+        self.tickets.iter().any(|((t, _), (_, is_open))| *t == ticket && *is_open)
+    }
+
+    /// The op whose message a stage would wait for in [`Ways::join`]: what it sent last.
+    pub(crate) fn sending(&self) -> Option<OpId> {
+        let mut slots = self.ways.iter().flat_map(|way| &way.slots);
+        self.sent.filter(|_| slots.any(|(_, is_open)| *is_open))
     }
 
     /// Lets compute wait for what was begun with a ticket.
@@ -271,6 +318,7 @@ impl Ways {
     /// A copy of what is sent waits for its receiver; compute goes on.
     fn send(&mut self, speaker: &mut Speaker<'_>, i: usize, m: &Message<'_>) -> Result<()> {
         let from = m.from.ok_or_else(|| lacks(m))?;
+        self.sent = Some(m.op);
         let way = &mut self.ways[i];
         let slot = way.next;
         way.next = (slot + 1) % SLOTS;
@@ -327,8 +375,40 @@ impl Ways {
                 let to = m.to.map_or(own, |to| speaker.at(to));
                 self.sum(speaker, i, &pieces, at, to, from.dtype)
             }
-            what => Err(Error::failure(format!("NCCL carries no {what:?}"))),
+            Collective::AllToAll | Collective::Ring => {
+                let (from, to) = (m.from.ok_or_else(|| lacks(m))?, m.to.ok_or_else(|| lacks(m))?);
+                self.exchange(i, (speaker.at(from), m.parts), (speaker.at(to), m.arrive), from.dtype)
+            }
+            what => Err(Error::failure(format!("NCCL carries no {what:?} beside compute"))),
         }
+    }
+
+    /// Every member's part of what lies at `from` goes there; what comes from each lies at `to`.
+    fn exchange(
+        &self,
+        i: usize,
+        (from, leave): (u64, &[Range<usize>]),
+        (to, arrive): (u64, &[Range<usize>]),
+        dtype: DType,
+    ) -> Result<()> {
+        let (way, size) = (&self.ways[i], dtype.bytes());
+        let at = |base: u64, part: &Range<usize>| base + (part.start * size) as u64;
+        let own = &leave[way.me];
+        if !own.is_empty() {
+            way.stream.copy(at(to, &arrive[way.me]), at(from, own), own.len() * size)?;
+        }
+        self.call(i, |calls| {
+            for other in (0..way.ranks).filter(|other| *other != way.me) {
+                let (theirs, ours) = (&leave[other], &arrive[other]);
+                if !theirs.is_empty() {
+                    calls.send(at(from, theirs), theirs.len(), dtype, other)?;
+                }
+                if !ours.is_empty() {
+                    calls.receive(at(to, ours), ours.len(), dtype, other)?;
+                }
+            }
+            Ok(())
+        })
     }
 
     /// Adds this rank's share of what lies at `at` on all ranks, to `to`.
@@ -386,19 +466,12 @@ impl Ways {
     }
 
     /// Every rank's part, at `own` there, becomes that part of what lies at `to`.
-    fn gather(
-        &self,
-        i: usize,
-        own: u64,
-        to: u64,
-        parts: &[std::ops::Range<usize>],
-        dtype: DType,
-    ) -> Result<()> {
+    fn gather(&self, i: usize, own: u64, to: u64, parts: &[Range<usize>], dtype: DType) -> Result<()> {
         let way = &self.ways[i];
         if let Some(len) = even(parts) {
             return self.call(i, |calls| calls.gather(own, to, len, dtype));
         }
-        let at = |part: &std::ops::Range<usize>| to + (part.start * dtype.bytes()) as u64;
+        let at = |part: &Range<usize>| to + (part.start * dtype.bytes()) as u64;
         let mine = &parts[way.me];
         if own != at(mine) {
             way.stream.copy(at(mine), own, mine.len() * dtype.bytes())?;

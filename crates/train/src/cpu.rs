@@ -13,7 +13,7 @@ use std::time::Instant;
 use comm::{ElementType, RawSlice};
 use half::bf16;
 use kernels::Pool;
-use program::{Op, Program, Ticket};
+use program::{Op, OpId, Program, Ticket};
 use spec::{DType, Error, Result};
 
 use crate::arena::Arena;
@@ -167,7 +167,12 @@ impl Device for Cpu {
         said
     }
 
-    fn end(&mut self, mesh: &mut Mesh, ticket: Ticket, over: &mut dyn FnMut(Instant, Instant)) -> Result<()> {
+    fn end(
+        &mut self,
+        mesh: &mut Mesh,
+        (_, ticket): (OpId, Ticket),
+        over: &mut dyn FnMut(Instant, Instant),
+    ) -> Result<()> {
         mesh.end(ticket, over)
     }
 

@@ -2,10 +2,11 @@
 
 use std::any::Any;
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::time::Instant;
 
 use bytemuck::Pod;
-use program::{Loss, Mode, Op, OpKind, Program, Recipe, Request, Ticket};
+use program::{Loss, Mode, Op, OpId, OpKind, Program, Recipe, Request, Ticket};
 use spec::{DType, Error, Layout, Result, RunSpec};
 
 use crate::arena::Arena;
@@ -153,12 +154,26 @@ pub trait Device: Any + Send {
     /// If a peer or the device is lost.
     fn say(&mut self, mesh: &mut Mesh, message: &Message<'_>, ticket: Option<Ticket>) -> Result<()>;
 
-    /// Lets nothing go on before everything that was begun with `ticket` is over; `over` hears of each message when it
-    /// began and ended, as far as that is known.
+    /// Lets nothing go on before everything that was begun with a ticket is over, as an op says; `over` hears of each
+    /// message when it began and ended, as far as that is known.
     ///
     /// # Errors
     /// If a peer or the device is lost.
-    fn end(&mut self, mesh: &mut Mesh, ticket: Ticket, over: &mut dyn FnMut(Instant, Instant)) -> Result<()>;
+    fn end(
+        &mut self,
+        mesh: &mut Mesh,
+        of: (OpId, Ticket),
+        over: &mut dyn FnMut(Instant, Instant),
+    ) -> Result<()>;
+
+    /// For how many nanoseconds it did nothing but wait for what each op says, since what is known was taken out last; asked
+    /// when everything is done. `None` of a device whose `say` and `end` return when it goes on.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    fn waits_ns(&mut self) -> Result<Option<&mut HashMap<OpId, u64>>> {
+        Ok(None)
+    }
 
     /// Returns when everything is done.
     ///

@@ -1,11 +1,10 @@
 //! The executor: a rank's program, op by op, on a device.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use program::{Axis, BufferId, Layer, Members, Op, Program, Request, Ticket, When};
+use program::{BufferId, Layer, Program, Request, Ticket, When};
 use spec::random::mix;
 use spec::{Error, ModelSpec, Result};
 
@@ -22,6 +21,7 @@ use crate::spans::Spans;
 use crate::survive::Pulse;
 use crate::tail::{self, not_updated};
 use crate::trouble::{Bad, Limits};
+use crate::waited::AXES;
 
 /// Runs a rank's program on a device.
 pub struct Executor {
@@ -35,12 +35,14 @@ pub struct Executor {
     pub(crate) mesh: Mesh,
     /// Start and end of every op of a step, when recorded.
     pub spans: Spans,
-    /// Time in which this step waited for other ranks, by [`WAITS`].
-    pub(crate) comm_ns: [u64; WAITS.len()],
+    /// Time in which this step waited for other ranks, by axis.
+    pub(crate) comm_ns: [u64; AXES],
     /// The same by op of each block, since [`Executor::take_waits`].
     pub(crate) op_waits_ns: Vec<Vec<u64>>,
     /// What was run before this program: evaluations take turns with steps of another size.
     pub(crate) other: Option<Compiled>,
+    /// Whether the device tells where this rank waited.
+    pub(crate) tells_waits: bool,
     /// When the op that yields the gradient norm began.
     pub(crate) norm_start_ns: u64,
     /// The last step failed of something that every rank sees alike.
@@ -58,23 +60,6 @@ pub struct Executor {
     pulse: Arc<Pulse>,
     /// Added to a sum of squared gradients of the next step: a drill.
     pub(crate) disturbance: Option<f64>,
-}
-
-/// What a rank may wait on.
-const WAITS: [&str; 6] = ["dp", "tp", "pp", "cp", "ep", "world"];
-
-/// Index into [`WAITS`] of whom an op talks to. Those that hold the same parameters are replicas, whatever axes they
-/// differ along.
-pub(crate) fn waits_on(op: &Op) -> usize {
-    match op.comm.as_ref().map(|c| c.members) {
-        Some(Members::Replicas(_) | Members::Shards(_) | Members::Owners(_)) => 0,
-        Some(Members::Axis(Axis::Dp)) => 0,
-        Some(Members::Axis(Axis::Tp)) => 1,
-        Some(Members::Axis(Axis::Pp) | Members::Ends) => 2,
-        Some(Members::Axis(Axis::Cp)) => 3,
-        Some(Members::Axis(Axis::Ep)) => 4,
-        Some(Members::World) | None => 5,
-    }
 }
 
 /// What changes from step to step, besides the batch.
@@ -217,14 +202,15 @@ impl Executor {
         Ok(Executor::with_memory(program, device, mesh, record))
     }
 
-    fn with_memory(program: Program, device: Box<dyn Device>, mesh: Mesh, record: bool) -> Executor {
+    fn with_memory(program: Program, mut device: Box<dyn Device>, mesh: Mesh, record: bool) -> Executor {
         let Compiled { program, actions, eval_sum, spans, op_waits_ns } = Compiled::of(program, record);
         Executor {
             actions,
             eval_sum,
             spans,
-            comm_ns: [0; WAITS.len()],
+            comm_ns: [0; AXES],
             op_waits_ns,
+            tells_waits: matches!(device.waits_ns(), Ok(Some(_))),
             other: None,
             norm_start_ns: 0,
             failed_alike: false,
@@ -268,32 +254,6 @@ impl Executor {
     /// The ranks that it talks to.
     pub fn mesh(&self) -> &Mesh {
         &self.mesh
-    }
-
-    /// Seconds of the last step in which this rank did nothing but wait for others.
-    pub fn exposed_comm_s(&self) -> f64 {
-        self.comm_ns.iter().sum::<u64>() as f64 / 1e9
-    }
-
-    /// The same by the axis of the mesh on which it waited; axes without a wait are left out.
-    pub fn waits_s(&self) -> impl Iterator<Item = (&'static str, f64)> {
-        let waits = WAITS.into_iter().zip(self.comm_ns);
-        waits.filter(|(_, ns)| *ns > 0).map(|(axis, ns)| (axis, ns as f64 / 1e9))
-    }
-
-    /// By axis, the name of the op that this rank has waited in most since this was asked last.
-    pub(crate) fn take_waits(&mut self) -> BTreeMap<&'static str, String> {
-        let mut most: BTreeMap<&'static str, (u64, &str)> = BTreeMap::new();
-        for (block, waits) in self.program.blocks.iter().zip(&mut self.op_waits_ns) {
-            for (op, ns) in block.ops.iter().zip(waits) {
-                let ns = std::mem::take(ns);
-                let longest = most.entry(WAITS[waits_on(op)]).or_default();
-                if ns > longest.0 {
-                    *longest = (ns, &op.name);
-                }
-            }
-        }
-        most.into_iter().map(|(axis, (_, name))| (axis, name.to_owned())).collect()
     }
 
     /// Bytes that the device holds for the step: what the program placed.
@@ -417,7 +377,9 @@ impl Executor {
             }
             Ok(())
         })?;
-        self.loss_sum()
+        let sum = self.loss_sum()?;
+        self.hear_waits()?;
+        Ok(sum)
     }
 
     /// Puts the average of the weights over steps in their place, and the weights in its; or back again. Nothing happens
@@ -452,7 +414,7 @@ impl Executor {
     /// If a peer is lost.
     pub fn attempt(&mut self, inputs: &StepInputs, limits: &Limits) -> Result<(StepOutputs, Option<Bad>)> {
         self.spans.begin();
-        self.comm_ns = [0; WAITS.len()];
+        self.comm_ns = [0; AXES];
         self.load()?;
         for table in [self.program.io.expert_counts, self.program.io.logit_maxima].into_iter().flatten() {
             self.device.clear(self.whole(table))?;
@@ -467,6 +429,7 @@ impl Executor {
             exec.settle(turn)
         })?;
         let outputs = self.judge(inputs)?;
+        self.hear_waits()?;
         Ok((outputs, limits.judge(outputs.loss, outputs.grad_norm)))
     }
 
@@ -476,7 +439,8 @@ impl Executor {
     /// If a peer is lost.
     pub fn update_weights(&mut self, inputs: &StepInputs, outputs: &StepOutputs) -> Result<()> {
         self.stretch(Stretch::Update, tail::turn(inputs, outputs), Executor::update)?;
-        self.device.synchronise()
+        self.device.synchronise()?;
+        self.hear_waits()
     }
 
     /// Runs a stretch as the device recorded it, or call by call. When every op is timed, none is replayed.
@@ -553,7 +517,8 @@ impl Executor {
             }
             When::Ends(ticket) => {
                 let Some((_, at)) = begun.iter().find(|(t, _)| *t == ticket) else { return Ok(()) };
-                return device.end(mesh, ticket, &mut |began, ended| over.push((*at, began, ended)));
+                let op = self.program.blocks[block].ops[i].id;
+                return device.end(mesh, (op, ticket), &mut |began, ended| over.push((*at, began, ended)));
             }
         };
         talk.messages(turn.micro_batch).try_for_each(|m| device.say(mesh, &m, ticket))
@@ -565,8 +530,7 @@ impl Executor {
         let end =
             if op.goes_on() { self.spans.now() } else { self.spans.push(block, i, micro_batch, start_ns) };
         if op.only_talks() {
-            self.comm_ns[waits_on(op)] += end - start_ns;
-            self.op_waits_ns[block][i] += end - start_ns;
+            self.waited(block, i, end - start_ns);
         }
         for (at, began, ended) in self.over.drain(..) {
             self.spans.push_between(at.0, at.1, micro_batch, began, ended);

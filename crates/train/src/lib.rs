@@ -38,6 +38,7 @@ mod text;
 mod trainer;
 mod trouble;
 mod verify;
+mod waited;
 mod workspace;
 
 pub use arena::Arena;

@@ -100,7 +100,12 @@ impl Device for Null {
         Ok(())
     }
 
-    fn end(&mut self, _: &mut Mesh, ticket: Ticket, _: &mut dyn FnMut(Instant, Instant)) -> Result<()> {
+    fn end(
+        &mut self,
+        _: &mut Mesh,
+        (_, ticket): (OpId, Ticket),
+        _: &mut dyn FnMut(Instant, Instant),
+    ) -> Result<()> {
         self.under_way.remove(&ticket);
         Ok(())
     }

@@ -3,7 +3,7 @@
 use program::Ticket;
 use spec::Result;
 
-use crate::exec::{Executor, waits_on};
+use crate::exec::Executor;
 use crate::launch::{Part, Turn};
 
 impl Executor {
@@ -53,8 +53,9 @@ impl Executor {
     /// Waits for it.
     fn arrived(&mut self, block: usize, i: usize, ticket: Ticket) -> Result<()> {
         let start_ns = self.spans.now();
-        self.device.end(&mut self.mesh, ticket, &mut |_, _| {})?;
-        self.comm_ns[waits_on(&self.program.blocks[block].ops[i])] += self.spans.now() - start_ns;
+        let op = &self.program.blocks[block].ops[i];
+        self.device.end(&mut self.mesh, (op.id, ticket), &mut |_, _| {})?;
+        self.waited(block, i, self.spans.now() - start_ns);
         Ok(())
     }
 }

@@ -211,8 +211,13 @@ impl Device for Card {
         self.0.say(mesh, message, ticket)
     }
 
-    fn end(&mut self, mesh: &mut Mesh, ticket: Ticket, over: &mut dyn FnMut(Instant, Instant)) -> Result<()> {
-        self.0.end(mesh, ticket, over)
+    fn end(
+        &mut self,
+        mesh: &mut Mesh,
+        of: (OpId, Ticket),
+        over: &mut dyn FnMut(Instant, Instant),
+    ) -> Result<()> {
+        self.0.end(mesh, of, over)
     }
 
     fn synchronise(&mut self) -> Result<()> {

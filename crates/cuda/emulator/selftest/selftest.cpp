@@ -153,6 +153,38 @@ static void replays_graphs() {
   OK(cu("cuGraphExecDestroy", ready));
 }
 
+// Events that are nodes of a graph tell the time of its last run; others of a recording tell nothing.
+static void tells_times_of_graphs() {
+  start();
+  Address x = memory(4 * 64);
+  void *s = stream(), *none = event(), *from, *to, *graph, *ready;
+  float first = -1, second = -1;
+  OK(cu("cuEventCreate", &from, 0u));
+  OK(cu("cuEventCreate", &to, 0u));
+  EXPECT(cu("cuEventRecordWithFlags", from, s, 1u) == 1);
+  function("double_it");
+  put(x, std::vector<float>(64, 1));
+  OK(cu("cuStreamBeginCapture_v2", s, 1));
+  OK(cu("cuEventRecordWithFlags", from, s, 1u));
+  OK(times(s, x, 64, 2));
+  OK(cu("cuEventRecordWithFlags", to, s, 1u));
+  OK(cu("cuEventRecord", none, s));
+  OK(cu("cuStreamEndCapture", s, &graph));
+  OK(cu("cuGraphInstantiateWithFlags", &ready, graph, 0ull));
+  EXPECT(cu("cuEventElapsedTime", &first, from, to) == 600);
+  OK(cu("cuGraphLaunch", ready, s));
+  OK(cu("cuStreamSynchronize", s));
+  OK(cu("cuEventElapsedTime", &first, from, to));
+  OK(cu("cuGraphLaunch", ready, s));
+  OK(cu("cuStreamSynchronize", s));
+  OK(cu("cuEventElapsedTime", &second, from, to));
+  EXPECT(first > 0 && second > 0 && first != second);
+  EXPECT(cu("cuEventElapsedTime", &first, from, none) == 907);
+  OK(cu("cuEventRecord", none, s));
+  OK(cu("cuStreamSynchronize", s));
+  EXPECT(cu("cuEventElapsedTime", &first, from, none) == 400);
+}
+
 static void refuses_recordings() {
   start();
   Address x = memory(256);
@@ -381,6 +413,8 @@ struct Case {
 static const std::vector<Case> cases = {
     {"runs_kernels", runs_kernels, {}},
     {"runs_kernels_async", runs_kernels, {"PHALANX_EMULATED_STREAMS=async"}},
+    {"tells_times_of_graphs", tells_times_of_graphs, {}},
+    {"tells_times_of_graphs_async", tells_times_of_graphs, {"PHALANX_EMULATED_STREAMS=async"}},
     {"replays_graphs", replays_graphs, {}},
     {"replays_graphs_async", replays_graphs, {"PHALANX_EMULATED_STREAMS=async", "PHALANX_EMULATED_ORDER=5"}},
     {"refuses_recordings", refuses_recordings, {}},

@@ -18,6 +18,9 @@ use train::{Executor, Mesh};
 use crate::common::{self, SEQUENCE, first_difference, steps, weights};
 use crate::{Cuda, FAULT, bits::Weights, executor, gpu};
 
+mod exchanges;
+mod waits;
+
 /// Where the stand-in writes what ranks call.
 pub(crate) const LOG: &str = "PHALANX_EMULATED_NCCL_LOG";
 
@@ -100,8 +103,8 @@ fn each_rank<T: Send>(
 fn train(model: &ModelSpec, layout: &Layout, precision: DType, talk: Talk) -> (Weights, Vec<u64>) {
     let worlds = World::threads(layout.world()).expect("ranks");
     let all = each_rank(worlds, model, layout, (precision, talk), |mut exec| {
-        let mut losses: Vec<u64> =
-            steps(&mut exec, model.vocab, 1, 6).iter().map(|s| s.loss.to_bits()).collect();
+        let step = |k| waits::step(&mut exec, model.vocab, k).loss.to_bits();
+        let mut losses: Vec<u64> = (1..6).map(step).collect();
         losses.push(exec.evaluate().expect("evaluated").to_bits());
         (weights(&exec), losses)
     });
@@ -111,21 +114,33 @@ fn train(model: &ModelSpec, layout: &Layout, precision: DType, talk: Talk) -> (W
 
 /// Holds ranks that talk through NCCL to one rank alone, and to ranks that talk over the host.
 fn check(layout: &Layout, layers: usize, precision: DType, talk: Talk) {
+    check_of(&model(layers), layout, precision, talk);
+}
+
+fn check_of(model: &ModelSpec, layout: &Layout, precision: DType, talk: Talk) {
     if !has_cards(layout.world()) {
         return;
     }
     let _alone = ALONE.lock();
-    let model = model(layers);
-    let (found, losses) = train(&model, layout, precision, talk);
-    let over_host = train(&model, layout, precision, HOST);
+    let (found, losses) = train(model, layout, precision, talk);
+    let over_host = train(model, layout, precision, HOST);
     assert_eq!(first_difference(&over_host.0, &found), None, "{layout:?} over the host");
     assert_eq!(over_host.1, losses, "{layout:?} over the host");
     if layout.tp > 1 {
         // No rank holds a whole parameter, and products are cut elsewhere.
         return;
     }
-    let mut exec = executor(Box::new(gpu().expect("a card")), &model, &Layout::default(), precision, false);
-    steps(&mut exec, model.vocab, 1, 6);
+    let mut exec = executor(Box::new(gpu().expect("a card")), model, &Layout::default(), precision, false);
+    let outputs = steps(&mut exec, model.vocab, 1, 6);
+    if layout.cp > 1 {
+        // The contract of cut sequences is of losses.
+        for (step, (one, cut)) in outputs.iter().zip(&losses).enumerate() {
+            let (one, cut) = (one.loss, f64::from_bits(*cut));
+            let within = if precision == DType::F32 { 2e-5 } else { 2e-2 };
+            assert!((one / cut - 1.0).abs() < within, "step {step} of {layout:?}: {cut} against {one}");
+        }
+        return;
+    }
     let mut alone = weights(&exec);
     alone.retain(|name, _| found.contains_key(name));
     // Under ZeRO 3 ranks hold few whole parameters.
@@ -223,20 +238,22 @@ fn stated(p: &Program) -> u64 {
         .sum()
 }
 
-/// What a program states is what goes through NCCL, first call by call and then in graphs, each sum by sends and receives
-/// and a gathering, none by the library's own.
-#[test]
-fn calls_are_those_of_the_program() {
-    let layout = Layout { dp: 2, pp: 2, zero: Zero::Optimizer, ..Layout::default() };
-    if !has_cards(4) || std::env::var_os(LOG).is_none() {
-        return;
+/// What was called before three steps and in each of them, and what `after` says of each rank; nothing where no log is
+/// written.
+fn logged<T: Send>(
+    model: &ModelSpec,
+    layout: &Layout,
+    after: impl Fn(&Executor) -> T + Sync,
+) -> Option<(Vec<Vec<Called>>, Vec<T>)> {
+    let ranks = layout.world();
+    if !has_cards(ranks) || std::env::var_os(LOG).is_none() {
+        return None;
     }
     let _alone = ALONE.lock();
-    let model = model(2);
-    let worlds = World::threads(4).expect("ranks");
-    let barrier = std::sync::Barrier::new(4);
+    let worlds = World::threads(ranks).expect("ranks");
+    let barrier = std::sync::Barrier::new(ranks);
     let logs = Mutex::new(Vec::new());
-    let stated: u64 = each_rank(worlds, &model, &layout, (DType::F32, NCCL), |mut exec| {
+    let said = each_rank(worlds, model, layout, (DType::F32, NCCL), |mut exec| {
         for k in 1..4 {
             // Between two steps nothing is under way anywhere.
             if barrier.wait().is_leader() {
@@ -248,18 +265,29 @@ fn calls_are_those_of_the_program() {
         if barrier.wait().is_leader() {
             logs.lock().expect("no panic").push(called());
         }
-        stated(&exec.program)
-    })
-    .into_iter()
-    .sum();
-    let logs = logs.into_inner().expect("no panic");
+        after(&exec)
+    });
+    Some((logs.into_inner().expect("no panic"), said))
+}
+
+/// Bytes that calls give to other ranks.
+fn sent<'a>(calls: impl IntoIterator<Item = &'a Called>) -> u64 {
+    let of = |c: &Called| match c.what.as_str() {
+        "send" => c.bytes,
+        "all-gather" => c.bytes * (c.ranks as u64 - 1),
+        _ => 0,
+    };
+    calls.into_iter().map(of).sum()
+}
+
+/// What a program states is what goes through NCCL, first call by call and then in graphs, each sum by sends and receives
+/// and a gathering, none by the library's own.
+#[test]
+fn calls_are_those_of_the_program() {
+    let layout = Layout { dp: 2, pp: 2, zero: Zero::Optimizer, ..Layout::default() };
+    let Some((logs, said)) = logged(&model(2), &layout, |exec| stated(&exec.program)) else { return };
     for (step, calls) in logs.iter().enumerate().skip(1) {
-        let sent = |c: &Called| match c.what.as_str() {
-            "send" => c.bytes,
-            "all-gather" => c.bytes * (c.ranks as u64 - 1),
-            _ => 0,
-        };
-        assert_eq!(calls.iter().map(sent).sum::<u64>(), stated, "step {step}");
+        assert_eq!(sent(calls), said.iter().sum::<u64>(), "step {step}");
         assert!(calls.iter().all(|c| ["send", "receive", "all-gather"].contains(&&*c.what)), "step {step}");
         // What step is recorded is run as a graph at once.
         // But for the sum between two graphs, after which the host looks at loss and norm: the only one of all ranks.
@@ -336,6 +364,8 @@ fn a_rank_that_stays_away_is_named() {
 /// Set for a process that is one rank of two: which, and where they meet.
 const RANK: &str = "PHALANX_TESTS_RANK";
 const STORE: &str = "PHALANX_TESTS_STORE";
+/// How its model is spread: see [`exchanges::spread`].
+const SPREAD: &str = "PHALANX_TESTS_SPREAD";
 
 /// What such a process does: rank 1 is killed while rank 0 is in a message of the third step, which tells what became of it.
 #[test]
@@ -344,7 +374,7 @@ fn one_of_two() {
     let rank = rank.parse().expect("a rank");
     let store = StoreClient::connect(&store, comm::DEFAULT_TIMEOUT).expect("the store");
     let world = World::connect(&Bootstrap::new(rank, 2, store, "lost")).expect("a world");
-    let (model, layout) = (model(2), Layout { dp: 2, ..Layout::default() });
+    let (model, layout) = exchanges::spread(&std::env::var(SPREAD).unwrap_or_default());
     let mesh = Mesh::new(world, &layout).expect("groups");
     let device = Cuda::new(rank).expect("a card").with_messages(NCCL.messages, NCCL.staging_bytes);
     let request = request(&model, &layout, rank, DType::F32);
@@ -374,25 +404,22 @@ fn a_rank_that_is_killed_is_named() {
         return;
     }
     let _alone = ALONE.lock();
-    for fault in ["", "nccl-hang"] {
+    for (spread, fault, among) in exchanges::KILLED {
         called();
         let server = StoreServer::start("127.0.0.1:0".parse().expect("an address")).expect("a store");
         let begin = |rank: usize| {
             let mut command = Command::new(std::env::current_exe().expect("this program"));
             command.args(["--exact", "ranks::one_of_two", "--nocapture"]).env(FAULT, fault);
-            command.env(RANK, rank.to_string()).env(STORE, server.addr().to_string());
+            command.env(SPREAD, spread).env(RANK, rank.to_string()).env(STORE, server.addr().to_string());
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("started")
         };
         let [first, second] = [begin(0), begin(1)].map(|child| child.wait_with_output().expect("ended"));
         assert!(!second.status.success(), "killed");
         let text = String::from_utf8_lossy(&first.stdout);
         let said = text.split("said: ").nth(1).unwrap_or_default();
-        let at = if std::env::var_os(LOG).is_some() {
-            " among data-parallel ranks (ranks 0, 1) over NCCL: "
-        } else {
-            ""
-        };
-        let words = [at, "rank 1 (pid ", " was lost: its connection "];
+        let at = format!(" among {among} ranks (ranks 0, 1) over NCCL: ");
+        let at = if std::env::var_os(LOG).is_some() { at } else { String::new() };
+        let words = [&*at, "rank 1 (pid ", " was lost: its connection "];
         assert!(words.iter().all(|w| said.contains(w)), "{text}\n{}", String::from_utf8_lossy(&first.stderr));
         assert_eq!(comm::blamed(said), Some(1));
     }
