@@ -179,8 +179,9 @@ fn checked(result: nvrtcResult, doing: &str) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// What a thread may put away before its loops and fetch after them.
-    const FEW_BYTES: usize = 100;
+    /// What a thread may put away before its loops and fetch after them. Most has the derivative of keys and values of 64-wide
+    /// heads with dropout on sm_80, 116 bytes.
+    const FEW_BYTES: usize = 120;
 
     /// Compiles for an architecture; no kernel may keep more than a few registers in memory, which is what slow kernels
     /// do.
