@@ -177,7 +177,8 @@ fn latents() {
     let recipe = Recipe { optimizer: Optimizer::Muon, qk_clip: 0.5, documents: true, ..Recipe::default() };
     let case = Case { model: deep, recipe };
     case.check(DType::F32);
-    case.check_ranks(&Layout { tp: 2, ..Layout::default() }, Some(1e-5));
+    // Muon's polynomials are steep: what sums over two ranks round differently grows a hundredfold in an update.
+    case.check_ranks(&Layout { tp: 2, ..Layout::default() }, Some(1e-4));
 }
 
 /// A small model with experts in its layer, and one that all tokens go to.
