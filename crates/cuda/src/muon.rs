@@ -90,8 +90,10 @@ impl Room {
             }
             MatrixOp::Gram => symmetric(d, "symmetric_nt_f32", [a, a, out], (m, self.rows.max(self.cols))),
             MatrixOp::Symmetric => symmetric(d, "symmetric_nn_f32", [a, b, out], (m, m)),
-            MatrixOp::Shift(by) => self.sum(d, [by, 1.0, 0.0], a, out),
-            MatrixOp::Sum(of) => self.sum(d, of, a, out),
+            MatrixOp::Sum(of) => {
+                let params = of.into_iter().fold(Params::new().with(a).with(out), Params::with);
+                d.start("matrix_sum", by_element(len), params.with(int(m)))
+            }
             MatrixOp::Scale(by) => {
                 let params = Params::new().with(out).with(by).with(len as i64);
                 d.start("scale", by_element(len), params)
@@ -105,12 +107,6 @@ impl Room {
                 row_products::launch(d, &shape, &operands)
             }
         }
-    }
-
-    fn sum(&self, d: &mut Cuda, of: [f32; 3], a: u64, out: u64) -> Result<()> {
-        let params = of.into_iter().fold(Params::new().with(a).with(out), Params::with);
-        let side = self.side();
-        d.start("matrix_sum", by_element(side * side), params.with(int(side)))
     }
 
     fn normalise(&self, d: &mut Cuda, x: u64, out: u64, len: usize) -> Result<()> {

@@ -131,7 +131,6 @@ pub fn orthogonalise(pool: &Pool, x: &mut [f32], (rows, cols): (usize, usize), s
             MatrixOp::Transpose => transpose(pool, matrices[a.index()], (rows, cols), out),
             MatrixOp::Gram => symmetric_product(pool, of(a), Right::Columns(of(a)), out, (m, n), ws),
             MatrixOp::Symmetric => symmetric_product(pool, of(a), Right::Rows(of(b)), out, (m, m), ws),
-            MatrixOp::Shift(by) => sum(pool, [by, 1.0, 0.0], of(a), out, m),
             MatrixOp::Sum(k) => sum(pool, k, of(a), out, m),
             MatrixOp::Scale(by) => rescale(pool, by, out),
             MatrixOp::Product => {
@@ -184,9 +183,7 @@ pub enum MatrixOp {
     Gram,
     /// `out = a b` of small matrices that commute: what is below the diagonal, and its mirror image.
     Symmetric,
-    /// `out = a + k I` of small matrices.
-    Shift(f32),
-    /// `out = k I + l a + m out` of small matrices and `[k, l, m]`.
+    /// `out = k I + l a + m out` of small matrices and `[k, l, m]`; what `out` holds does not matter where `m` is 0.
     Sum([f32; 3]),
     /// A small `out` is multiplied by a number.
     Scale(f32),
@@ -243,7 +240,7 @@ fn factor<E>(
 ) -> Result<MatrixName, E> {
     let [gram, mut room, square, mut step, mut all] = std::array::from_fn(MatrixName::Small);
     for (i, &Nonic { centre, of: [a, b, c, d, e] }) in steps.iter().enumerate() {
-        run(MatrixOp::Shift(-centre), [gram; 2], room)?;
+        run(MatrixOp::Sum([-centre, 1.0, 0.0]), [gram; 2], room)?;
         run(MatrixOp::Symmetric, [room; 2], square)?;
         run(MatrixOp::Sum([c, e, d]), [square; 2], room)?;
         run(MatrixOp::Symmetric, [square, room], step)?;
@@ -321,7 +318,7 @@ fn symmetric_product(
     });
 }
 
-/// `out = k I + l a + m out`; what `out` holds does not matter where `m` is 0.
+/// As [`MatrixOp::Sum`] says.
 fn sum(pool: &Pool, [k, l, m]: [f32; 3], a: &[f32], out: &mut [f32], side: usize) {
     let out = Parts::new(out);
     pool.rows(side, 2 * side, &|range, _| {
@@ -330,7 +327,7 @@ fn sum(pool: &Pool, [k, l, m]: [f32; 3], a: &[f32], out: &mut [f32], side: usize
             // SAFETY: tasks have disjoint rows.
             let to = unsafe { out.part(row.clone()) };
             match m {
-                0.0 => to.copy_from_slice(&a[row]),
+                0.0 => to.iter_mut().zip(&a[row]).for_each(|(to, a)| *to = l * a),
                 _ => combine((l, m), &a[row], to),
             }
             to[i] += k;
