@@ -1,5 +1,6 @@
 //! What orders streams against each other, and memory that card and host both reach.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use cudarc::driver::sys::{self, CUresult};
@@ -34,13 +35,23 @@ impl Event {
 
     /// Nanoseconds from this to another, both timed and reached; the card counts by half microseconds.
     pub(crate) fn ns_until(&self, other: &Event) -> Result<u64> {
-        // SAFETY: a function of this type in every driver.
-        let elapsed: Elapsed = unsafe { std::mem::transmute(symbol("cuEventElapsedTime", "the driver")?) };
         let mut ms = 0.0;
+        let elapsed = elapsed()?;
         // SAFETY: both are alive; an out-parameter.
         check(unsafe { elapsed(&mut ms, self.0, other.0) }, || "ask for the time between events".into())?;
         Ok((f64::from(ms) * 1e6) as u64)
     }
+}
+
+/// Found once: each wait of a step asks for its time.
+fn elapsed() -> Result<Elapsed> {
+    static FOUND: OnceLock<Elapsed> = OnceLock::new();
+    if let Some(found) = FOUND.get() {
+        return Ok(*found);
+    }
+    // SAFETY: a function of this type in every driver.
+    let found: Elapsed = unsafe { std::mem::transmute(symbol("cuEventElapsedTime", "the driver")?) };
+    Ok(*FOUND.get_or_init(|| found))
 }
 
 impl Drop for Event {
