@@ -139,13 +139,13 @@ fn hidden(p: &Program, replication: Replication, place: Place) -> Hidden {
         for part in &group.parts {
             let elements = (part.rows * part.cols) as f64;
             hidden.elements += elements;
+            let flops = |rows| program::newton_schulz_flops(rows, part.global.1) as f64;
             if group.head_rows.is_empty() {
                 hidden.spread += elements;
-                hidden.flops += program::newton_schulz_flops(part.global.0, part.global.1) as f64;
+                hidden.flops += flops(part.global.0);
+            } else {
+                hidden.flops += group.matrix_rows(part).into_iter().map(flops).sum::<f64>();
             }
-            let heads = group.matrix_rows(part).into_iter().filter(|_| !group.head_rows.is_empty());
-            hidden.flops +=
-                heads.map(|rows| program::newton_schulz_flops(rows, part.cols) as f64).sum::<f64>();
         }
     }
     hidden

@@ -39,12 +39,14 @@ fn orthogonalise<T: Number>(pool: &Pool, a: &Args<'_, T>, matrices: &[Matrix], s
     }
     let mine = |i: usize| matrices.iter().filter(|m| m.mine).nth(i).expect("one of them");
     let flops = |i: usize| {
-        let (rows, cols) = shares[mine(i).of].whole(mine(i).rows, cols(mine(i)));
+        let m = mine(i);
+        let (rows, cols) = shares[m.of].whole(m.rows, cols(m));
         program::newton_schulz_flops(rows, cols)
     };
     let count = matrices.iter().filter(|m| m.mine).count();
     pool.deal((count, &flops), a.workspace(), &|i, pool, ws| {
-        let (m, shares, cols) = (mine(i), shares[mine(i).of], cols(mine(i)));
+        let m = mine(i);
+        let (shares, cols) = (shares[m.of], cols(m));
         let own = a.out_rows(m.of, m.row0..m.row0 + m.rows);
         let whole = shares.whole(m.rows, cols);
         let scale = program::update_scale(whole);
