@@ -131,9 +131,9 @@ impl Pool {
         }
     }
 
-    /// Calls `f(task, pool, ws)` for each of so many tasks, the longest first by what `cost` says of each. Those at the front
-    /// that are longer than an even share of what is left are done by all threads together, one after the other; then each thread
-    /// takes one at a time, and is alone with it and its share of `ws`: what it works on stays in the caches of one core.
+    /// Calls `f(task, pool, ws)` for each of so many tasks, the longest first by what `cost` says of each. Some at the front, see
+    /// [`together`], are done by all threads, one after the other; then each thread takes one at a time, and is alone with it
+    /// and its share of `ws`: what it works on stays in the caches of one core.
     ///
     /// # Panics
     /// As [`Pool::run`].
@@ -168,15 +168,30 @@ impl Pool {
     }
 }
 
-/// How many tasks [`Pool::deal`] gives to all threads together, of which the longest come first.
+/// How many tasks [`Pool::deal`] gives to all threads together, of which the longest come first: as many as let all of it end
+/// soonest, each thread that is free taking the longest task that is left.
 pub fn together((tasks, cost): (usize, &dyn Fn(usize) -> u64), threads: usize) -> usize {
-    let mut left: u64 = (0..tasks).map(cost).sum();
-    let long = |task: &usize| {
-        let long = cost(*task) * threads as u64 > left;
-        left -= if long { cost(*task) } else { 0 };
-        long
+    /// All threads at one task take so many twelfths of an even share of it: they send each other what they write.
+    const TWELFTHS: u64 = 16;
+    let even = |tasks: Range<usize>| tasks.map(cost).sum::<u64>().div_ceil(threads as u64);
+    let alone = |first: usize| {
+        let mut busy = vec![0; threads];
+        for task in first..tasks {
+            let Some(free) = busy.iter_mut().min() else { break };
+            *free += cost(task);
+        }
+        busy.into_iter().max().unwrap_or(0)
     };
-    (0..tasks).take_while(long).count()
+    let mut best = (u64::MAX, 0);
+    // What is left of whole rounds over the threads is not more than there are threads.
+    for first in 0..=tasks.min(threads) {
+        let alone = alone(first);
+        best = best.min((even(0..first) * TWELFTHS / 12 + alone, first));
+        if alone * 12 <= even(first..tasks) * 13 {
+            break;
+        }
+    }
+    best.1
 }
 
 impl Drop for Pool {
@@ -315,11 +330,13 @@ mod tests {
     fn long_tasks_are_done_together_and_the_rest_alone() {
         for (costs, threads, expected) in [
             (&[20, 20, 20, 15, 1, 1][..], 2, 0),
+            (&[20, 20, 20, 1, 1], 2, 1),
+            (&[7, 7, 7, 7, 7, 7], 4, 2),
             (&[20, 20, 20, 15, 1, 1], 1, 0),
             (&[20], 2, 1),
             (&[20, 20], 2, 0),
             (&[20, 5, 5], 2, 1),
-            (&[20, 20, 20, 15, 1, 1], 8, 6),
+            (&[20, 20, 20, 15, 1, 1], 8, 4),
             (&[9, 1, 1, 1, 1], 4, 1),
             (&[], 3, 0),
         ] {
