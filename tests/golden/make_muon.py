@@ -61,17 +61,17 @@ def rows_of_matrices(config, name, tensor):
 
 # Centre and coefficients of each step: crates/kernels/src/muon.rs says where they come from.
 STEPS_OF_MUON = [
-    (0.5, [-1.7941942, 7.997163, -39.19685, -86.30683, 250.63756]),
-    (2.0, [-0.27382094, 0.70307815, -1.3119895, -0.5242784, 0.5178011]),
-    (1.75, [0.49127257, 0.24118742, -0.6315947, -0.42312682, 0.40670007]),
+    (0.5, [0.7154521, -14.169038, 72.842, 279.35568, -990.9901, -1202.1936, 3424.4993]),
+    (1.75, [0.6386149, -0.95656586, 1.1224777, 1.3635035, -1.2414598, -0.5261116, 0.38515016]),
 ]
 
 
 def orthogonal(update):
-    u, s, v = torch.linalg.svd(update / update.norm().clamp(min=1e-7), full_matrices=False)
-    for centre, (a, b, c, d, e) in STEPS_OF_MUON:
-        g, h = s * s, s * s - centre
-        s = s * (a + b * g + h * h * (c + d * h + e * h * h))
+    u, s, v = torch.linalg.svd(update, full_matrices=False)
+    s = s / s.pow(4).sum().clamp(min=1e-28).pow(0.25)
+    for centre, coefficients in STEPS_OF_MUON:
+        h = s * s - centre
+        s = s * sum(c * h**i for i, c in enumerate(coefficients))
     return (u * s) @ v
 
 

@@ -1,7 +1,7 @@
 // Muon beside its products (gemm_f32.cu), with the operations of the host's CPU kernels, each rounded; and weights scaled
 // where scores of attention are too great.
 //
-//   muon_momentum, muon_*, normalise, matrix_sum, scale: any grid, 256 threads
+//   muon_momentum, muon_*, normalise, scale, scale_back, shift, matrix_sum: any grid, 256 threads
 //   transpose: grid (ceil(cols / 32), ceil(rows / 32)), 256 threads
 //   copy_block: any grid, 256 threads
 //   logit_max: grid heads, 256 threads
@@ -41,26 +41,42 @@ extern "C" __global__ void __launch_bounds__(256) muon_bf16(bf16* param, float* 
   });
 }
 
+__device__ __forceinline__ double norm_of(const double* squares, double smallest) {
+  double norm = sqrt(*squares);
+  return norm > smallest ? norm : smallest;
+}
+
+__device__ __forceinline__ void scaled(float* x, float by, long long len) {
+  each(len, [&](long long i) { x[i] = __fmul_rn(x[i], by); });
+}
+
 // Divides by the root of a sum of squares, or by `smallest` if that is more.
 extern "C" __global__ void __launch_bounds__(256)
-    normalise(const float* x, float* out, const double* squares, double smallest, long long len) {
-  double norm = sqrt(*squares);
-  float by = (float)(1.0 / (norm > smallest ? norm : smallest));
-  each(len, [&](long long i) { out[i] = __fmul_rn(x[i], by); });
+    normalise(float* x, const double* squares, double smallest, long long len) {
+  scaled(x, (float)(1.0 / norm_of(squares, smallest)), len);
 }
 
-// out = k I + l a + m out, all [side, side]; what out holds does not matter where m is 0.
+// Multiplies by a number, and divides by the root of what `normalise` divided by.
 extern "C" __global__ void __launch_bounds__(256)
-    matrix_sum(const float* a, float* out, float k, float l, float m, int side) {
+    scale_back(float* x, float by, const double* squares, double smallest, long long len) {
+  scaled(x, (float)((double)by / sqrt(norm_of(squares, smallest))), len);
+}
+
+extern "C" __global__ void __launch_bounds__(256) scale(float* x, float by, long long len) { scaled(x, by, len); }
+
+// Adds a number to the diagonal of x [side, side].
+extern "C" __global__ void __launch_bounds__(256) shift(float* x, float by, int side) {
+  each(side, [&](long long i) { x[i * (side + 1)] = __fadd_rn(x[i * (side + 1)], by); });
+}
+
+// out = k I + l a + m b + n c, all [side, side]; c may be out.
+extern "C" __global__ void __launch_bounds__(256)
+    matrix_sum(const float* a, const float* b, const float* c, float* out, float k, float l, float m, float n, int side) {
   each((long long)side * side, [&](long long i) {
-    float sum = __fmul_rn(l, a[i]);
-    if (m != 0.0f) sum = __fadd_rn(sum, __fmul_rn(m, out[i]));
+    float sum = __fadd_rn(__fmul_rn(l, a[i]), __fmul_rn(m, b[i]));
+    sum = __fadd_rn(sum, __fmul_rn(n, c[i]));
     out[i] = i / side == i % side ? __fadd_rn(sum, k) : sum;
   });
-}
-
-extern "C" __global__ void __launch_bounds__(256) scale(float* x, float by, long long len) {
-  each(len, [&](long long i) { x[i] = __fmul_rn(x[i], by); });
 }
 
 constexpr int PATCH = 32;

@@ -52,9 +52,9 @@ struct Room {
 impl Room {
     /// Floats of each part: the other matrix of its size, small ones, and sums of squares in f64.
     fn parts(rows: usize, cols: usize) -> [usize; MatrixName::COUNT] {
-        let (len, small) = (rows * cols, rows.min(cols).pow(2));
+        let small = rows.min(cols).pow(2);
         let mut parts = [small; MatrixName::COUNT];
-        (parts[0], parts[MatrixName::COUNT - 1]) = (len, 2 * (len.div_ceil(NORM_CHUNK) + 1));
+        (parts[0], parts[MatrixName::COUNT - 1]) = (rows * cols, 2 * (small.div_ceil(NORM_CHUNK) + 1));
         parts
     }
 
@@ -65,12 +65,12 @@ impl Room {
 
     fn new(x: Operand, (rows, cols): (usize, usize), ws: Operand) -> Room {
         let mut at = 0;
-        let [spare, a, b, c, d, e, squares] = Room::parts(rows, cols).map(|len| {
+        let [spare, a, b, c, d, e, f, squares] = Room::parts(rows, cols).map(|len| {
             let part = ws.part(at, len);
             at += len.next_multiple_of(LINE);
             part
         });
-        Room { pieces: [x, spare, a, b, c, d, e], squares, rows, cols }
+        Room { pieces: [x, spare, a, b, c, d, e, f], squares, rows, cols }
     }
 
     fn side(&self) -> usize {
@@ -78,11 +78,12 @@ impl Room {
     }
 
     /// Puts one step on the device's stream.
-    fn launch(&self, d: &mut Cuda, MatrixStep { op, of: [a, b], out }: MatrixStep) -> Result<()> {
+    fn launch(&self, d: &mut Cuda, MatrixStep { op, of: [a, b, c], out }: MatrixStep) -> Result<()> {
         let (m, len) = (self.side(), self.pieces[out.index()].len());
-        let [a, b, out] = [a, b, out].map(|piece| d.at(self.pieces[piece.index()]));
+        let [a, b, c, out] = [a, b, c, out].map(|piece| d.at(self.pieces[piece.index()]));
         match op {
-            MatrixOp::Normalise => self.normalise(d, a, out, len),
+            MatrixOp::Copy => copy_block(d, (a, len), (out, len), (1, len)),
+            MatrixOp::Normalise => self.normalise(d, out, len),
             MatrixOp::Transpose => {
                 let params = Params::new().with(a).with(out).with(int(self.rows)).with(int(self.cols));
                 let grid = [self.cols.div_ceil(PATCH), self.rows.div_ceil(PATCH), 1];
@@ -90,13 +91,20 @@ impl Room {
             }
             MatrixOp::Gram => symmetric(d, "symmetric_nt_f32", [a, a, out], (m, self.rows.max(self.cols))),
             MatrixOp::Symmetric => symmetric(d, "symmetric_nn_f32", [a, b, out], (m, m)),
+            MatrixOp::Shift(by) => {
+                d.start("shift", by_element(m), Params::new().with(out).with(by).with(int(m)))
+            }
             MatrixOp::Sum(of) => {
-                let params = of.into_iter().fold(Params::new().with(a).with(out), Params::with);
-                d.start("matrix_sum", by_element(len), params.with(int(m)))
+                let params = Params::new().with(a).with(b).with(c).with(out);
+                d.start("matrix_sum", by_element(len), of.into_iter().fold(params, Params::with).with(int(m)))
             }
             MatrixOp::Scale(by) => {
                 let params = Params::new().with(out).with(by).with(len as i64);
                 d.start("scale", by_element(len), params)
+            }
+            MatrixOp::ScaleBack(by) => {
+                let params = Params::new().with(out).with(by).with(d.at(self.squares)).with(SMALLEST_NORM);
+                d.start("scale_back", by_element(len), params.with(len as i64))
             }
             MatrixOp::Product => {
                 let Room { rows, cols, .. } = *self;
@@ -109,7 +117,7 @@ impl Room {
         }
     }
 
-    fn normalise(&self, d: &mut Cuda, x: u64, out: u64, len: usize) -> Result<()> {
+    fn normalise(&self, d: &mut Cuda, x: u64, len: usize) -> Result<()> {
         let chunks = len.div_ceil(NORM_CHUNK);
         let sum = d.at(self.squares);
         let partials = sum + 8;
@@ -117,7 +125,7 @@ impl Room {
         d.start("sum_squares", Geometry::line(chunks, 256), params)?;
         let params = Params::new().with(partials).with(sum).with(chunks as i64);
         d.start("sum_f64", Geometry::line(1, 1024), params)?;
-        let params = Params::new().with(x).with(out).with(sum).with(SMALLEST_NORM).with(len as i64);
+        let params = Params::new().with(x).with(sum).with(SMALLEST_NORM).with(len as i64);
         d.start("normalise", by_element(len), params)
     }
 }
@@ -142,12 +150,12 @@ pub(crate) fn orthogonalise(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
             d.stream.fill(at, 0, own.bytes())?;
             continue;
         }
-        let whole = shares.whole(m.rows, out.cols);
-        let together = if shares == Shares::Whole { 0 } else { whole.0 * whole.1 };
-        let matrix = if together == 0 { own } else { ws.part(0, together) };
-        let room = together.next_multiple_of(LINE);
+        let whole = m.whole(shares, out.cols);
+        let apart = apart(m, shares, out.cols);
+        let matrix = if apart == 0 { own } else { ws.part(0, apart) };
+        let room = apart.next_multiple_of(LINE);
         let room = Room::new(matrix, whole, ws.part(room, ws.len() - room));
-        if together > 0 {
+        if apart > 0 {
             for rank in 0..shares.ranks() {
                 let part = l.input(m.of).part((rank * out.rows + m.row0) * out.cols, m.rows * out.cols);
                 place(d, (shares, rank), (part, matrix), (m.rows, out.cols), true)?;
@@ -159,6 +167,12 @@ pub(crate) fn orthogonalise(d: &mut Cuda, l: &Launch<'_>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Floats of room for a matrix of which ranks hold parts.
+fn apart(m: &Matrix, shares: Shares, cols: usize) -> usize {
+    let (rows, cols) = m.whole(shares, cols);
+    if shares == Shares::Whole { 0 } else { rows * cols }
 }
 
 /// Copies a rank's part to its place in the whole matrix, or from there.
@@ -175,6 +189,16 @@ fn place(
     };
     let (part, whole) = ((d.at(part), cols), (d.at(whole) + 4 * first as u64, apart));
     let (from, to) = if there { (part, whole) } else { (whole, part) };
+    copy_block(d, from, to, (rows, cols))
+}
+
+/// Copies rows that lie so many elements apart.
+fn copy_block(
+    d: &mut Cuda,
+    from: (u64, usize),
+    to: (u64, usize),
+    (rows, cols): (usize, usize),
+) -> Result<()> {
     let params = Params::new().with(from.0).with(from.1 as i64).with(to.0).with(to.1 as i64);
     d.start("copy_block", by_element(rows * cols), params.with(int(rows)).with(int(cols)))
 }
@@ -186,9 +210,9 @@ pub(crate) fn workspace_len(
     cols: &dyn Fn(&Matrix) -> usize,
 ) -> usize {
     let room = |m: &Matrix| {
-        let (whole, shares) = (shares[m.of].whole(m.rows, cols(m)), shares[m.of]);
-        let together = if shares == Shares::Whole { 0 } else { whole.0 * whole.1 };
-        together.next_multiple_of(LINE) + Room::len(whole.0, whole.1)
+        let (shares, cols) = (shares[m.of], cols(m));
+        let (rows, whole) = m.whole(shares, cols);
+        apart(m, shares, cols).next_multiple_of(LINE) + Room::len(rows, whole)
     };
     matrices.iter().filter(|m| m.mine).map(room).max().unwrap_or(0)
 }

@@ -161,11 +161,11 @@ impl Bench {
 
     /// Muon's iterations on the matrices of a layer, FLOPs as `program::newton_schulz_flops` counts them.
     fn muon(&self) {
-        for (rows, cols) in [(DIM, DIM), (HIDDEN, DIM), (DIM, HIDDEN)] {
+        for (rows, cols) in [(DIM, DIM), (HEAD_DIM, DIM), (HIDDEN, DIM), (DIM, HIDDEN)] {
             let (m, n) = (rows.min(cols) as f64, rows.max(cols) as f64);
             let mut x = numbers(rows * cols);
             let mut ws = vec![0.0; orthogonalise_workspace_len(rows, cols, 2)];
-            self.line(&format!("muon {rows}x{cols}"), m * m * (3.0 * n + 12.0 * m), &mut |pool| {
+            self.line(&format!("muon {rows}x{cols}"), m * m * (3.0 * n + 9.0 * m), &mut |pool| {
                 orthogonalise(pool, &mut x, (rows, cols), 1.0, &mut ws);
             });
         }

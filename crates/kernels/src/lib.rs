@@ -77,7 +77,7 @@ pub use crate::linear::{
     linear_dx_workspace_len, linear_strided, linear_workspace_len,
 };
 pub use crate::muon::{
-    MatrixName, MatrixOp, MatrixStep, NONICS, Nonic, SMALLEST_NORM, muon, muon_bf16, muon_momentum,
+    MatrixName, MatrixOp, MatrixStep, POLYNOMIALS, Polynomial, SMALLEST_NORM, muon, muon_bf16, muon_momentum,
     newton_schulz, orthogonalise, orthogonalise_workspace_len,
 };
 pub use crate::norm::{

@@ -11,30 +11,32 @@ use crate::qk_clip::scale as rescale;
 use crate::simd::{LANES, kernel};
 use crate::storage::Acc;
 
-/// A step of [`newton_schulz`]: what it multiplies `x` by, `a + b g + h^2 (c + d h + e h^2)` of the Gram matrix `g`, where `h = g -
-/// centre`: around the middle of the eigenvalues coefficients are small, and so are rounding errors.
+/// A step of [`newton_schulz`]: what it multiplies `x` by, `a + b h + c h^2 + h^3 (d + e h + f h^2 + g h^3)` of the Gram matrix
+/// less a number, `h = x x^T - centre`: around the middle of the eigenvalues coefficients are small, and so are rounding errors.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Nonic {
+pub struct Polynomial {
     /// Of the eigenvalues.
     pub centre: f32,
-    /// `[a, b, c, d, e]`.
-    pub of: [f32; 5],
+    /// `[a, b, c, d, e, f, g]`.
+    pub of: [f32; 7],
 }
 
-/// Polynomials of degree 9 that, one after the other, bring singular values from 0.0015 to 1.01 within 0.32 of 1; smaller ones
-/// grow 480 times. Each is the best one of its degree on what those before it leave of the interval, which makes all of them
+/// Polynomials of degree 13 that, one after the other, bring singular values from 0.0055 to 1.01 within 0.32 of 1; smaller ones
+/// grow 131 times. Each is the best one of its degree on what the one before it leaves of the interval, which makes both
 /// together the best of their kind (Amsel et al. 2025, arXiv 2505.16932, theorem 4.1). The last hundredth of the interval,
 /// where they are steepest, is beyond what a normalised matrix has.
-///
-/// Jordan's quintic, five times (2024), brings as many within 0.32 of 1, and its smallest grow 485 times; it takes five
-/// products of small matrices more.
-pub const NONICS: [Nonic; 3] = [
-    Nonic { centre: 0.5, of: [-1.7941942, 7.997163, -39.19685, -86.30683, 250.63756] },
-    Nonic { centre: 2.0, of: [-0.27382094, 0.70307815, -1.3119895, -0.5242784, 0.5178011] },
-    Nonic { centre: 1.75, of: [0.49127257, 0.24118742, -0.6315947, -0.42312682, 0.40670007] },
+pub const POLYNOMIALS: [Polynomial; 2] = [
+    Polynomial {
+        centre: 0.5,
+        of: [0.7154521, -14.169038, 72.842, 279.35568, -990.9901, -1202.1936, 3424.4993],
+    },
+    Polynomial {
+        centre: 1.75,
+        of: [0.6386149, -0.95656586, 1.1224777, 1.3635035, -1.2414598, -0.5261116, 0.38515016],
+    },
 ];
-/// A matrix whose norm is below this is divided by it instead: no gradient gives no update.
-pub const SMALLEST_NORM: f64 = 1e-7;
+/// A Gram matrix whose norm is below this is divided by it instead: no gradient gives no update.
+pub const SMALLEST_NORM: f64 = 1e-14;
 
 /// Momentum `m` goes towards the gradient, `m += (1 - beta)(g - m)`, and `update` looks ahead of it (Nesterov's form):
 /// `g + beta (m - g)`. Gradients are multiplied by `scale` first.
@@ -94,13 +96,17 @@ kernel! { fn apply(c: (f32, f32), w: &mut [f32], update: &[f32], mut_out: Option
 } }
 
 /// Replaces `x`, `rows` by `cols`, by nearly its orthogonal factor (`U V^T` of its singular value decomposition) times
-/// `scale`, by an iteration after Newton and Schulz, [`NONICS`]. Zero stays zero.
+/// `scale`, by an iteration after Newton and Schulz, [`POLYNOMIALS`]. Zero stays zero.
+///
+/// Singular values are divided by the fourth root of the sum of their fourth powers first, which is the root of the Gram
+/// matrix's norm: of several of one size it is nearer to the largest of them than the root of the sum of their squares is, so
+/// that the smallest need not grow as much.
 ///
 /// A step multiplies `x` by a polynomial in its Gram matrix, all of which commute: steps are taken on small symmetric
-/// matrices alone, and their product meets `x` once. With `m` the smaller and `n` the larger side that is `3 m^2 n + 12 m^3`
+/// matrices alone, and their product meets `x` once. With `m` the smaller and `n` the larger side that is `3 m^2 n + 9 m^3`
 /// FLOPs, the fewest where `n` is larger. A square matrix takes as many in two parts, of which the second begins anew with the
 /// Gram matrix of what came of the first: rounding errors in it grow with its smallest eigenvalues, as the squares of the
-/// polynomials' slopes. Directions that are 1e-3 of the largest and less are off by 5e-3 in one go, by 4e-4 in two.
+/// polynomials' slopes. Directions that are 1e-2 of the largest and less are off by up to 1e-2 in one go, by 3e-5 in two.
 ///
 /// ```
 /// use kernels::{Pool, orthogonalise, orthogonalise_workspace_len};
@@ -121,18 +127,25 @@ pub fn orthogonalise(pool: &Pool, x: &mut [f32], (rows, cols): (usize, usize), s
     let mut matrices = [x, spare].into_iter().chain(small.chunks_exact_mut((m * m).max(1)));
     let mut matrices: [&mut [f32]; MatrixName::COUNT] =
         std::array::from_fn(|_| matrices.next().unwrap_or_default());
-    newton_schulz((rows, cols), scale, &mut |MatrixStep { op, of: [a, b], out: to }| {
-        // The result is another matrix than the factors, or, normalised, the matrix itself.
+    let mut root = 1.0;
+    newton_schulz((rows, cols), scale, &mut |MatrixStep { op, of: [a, b, c], out: to }| {
+        // The result is another matrix than what it is made of, unless it is changed in place.
         let out = std::mem::take(&mut matrices[to.index()]);
         let of = |p: MatrixName| &*matrices[p.index()];
         match op {
-            MatrixOp::Normalise if a == to => rescale(pool, unit(pool, out), out),
-            MatrixOp::Normalise => scaled(pool, unit(pool, of(a)), of(a), out),
+            MatrixOp::Copy => copy(pool, of(a), out),
             MatrixOp::Transpose => transpose(pool, matrices[a.index()], (rows, cols), out),
             MatrixOp::Gram => symmetric_product(pool, of(a), Right::Columns(of(a)), out, (m, n), ws),
+            MatrixOp::Normalise => {
+                let norm = norm(pool, out).max(SMALLEST_NORM);
+                root = norm.sqrt();
+                rescale(pool, (1.0 / norm) as f32, out);
+            }
             MatrixOp::Symmetric => symmetric_product(pool, of(a), Right::Rows(of(b)), out, (m, m), ws),
-            MatrixOp::Sum(k) => sum(pool, k, of(a), out, m),
+            MatrixOp::Shift(by) => out.iter_mut().step_by(m + 1).for_each(|x| *x += by),
+            MatrixOp::Sum(k) => sum(pool, k, (of(a), of(b), (c != to).then(|| of(c))), out, m),
             MatrixOp::Scale(by) => rescale(pool, by, out),
+            MatrixOp::ScaleBack(by) => rescale(pool, (f64::from(by) / root) as f32, out),
             MatrixOp::Product => {
                 let to = Out { y: &mut *out, ld: cols, acc: Acc::None, bias: None };
                 gemm::product(pool, Left { data: of(a), ld: m }, Right::Rows(of(b)), to, (rows, m, cols), ws);
@@ -145,7 +158,7 @@ pub fn orthogonalise(pool: &Pool, x: &mut [f32], (rows, cols): (usize, usize), s
 }
 
 /// Small matrices that [`newton_schulz`] works with.
-const SMALL: usize = 5;
+const SMALL: usize = 6;
 
 /// A matrix that [`newton_schulz`] works with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,7 +167,7 @@ pub enum MatrixName {
     X,
     /// Room for another of its size.
     Spare,
-    /// Room for symmetric matrices of its smaller side, of which there are five.
+    /// Room for symmetric matrices of its smaller side, of which there are six.
     Small(usize),
 }
 
@@ -172,21 +185,27 @@ impl MatrixName {
     }
 }
 
-/// What a step of [`newton_schulz`] does with the matrices `a` and `b` for its result `out`.
+/// What a step of [`newton_schulz`] does with the matrices `a`, `b` and `c` for its result `out`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum MatrixOp {
-    /// `out` is `a`, which may be itself, divided by the root of its sum of squares, or by [`SMALLEST_NORM`] if that is more.
-    Normalise,
+    /// `out = a`, of the size of the whole.
+    Copy,
     /// `out = a^T`, where `a` is higher than wide.
     Transpose,
     /// `out = a a^T`, where `a` is as high as its smaller side.
     Gram,
+    /// A small `out` is divided by the root of its sum of squares, or by [`SMALLEST_NORM`] if that is more.
+    Normalise,
     /// `out = a b` of small matrices that commute: what is below the diagonal, and its mirror image.
     Symmetric,
-    /// `out = k I + l a + m out` of small matrices and `[k, l, m]`; what `out` holds does not matter where `m` is 0.
-    Sum([f32; 3]),
+    /// A number is added to what is on the diagonal of a small `out`.
+    Shift(f32),
+    /// `out = k I + l a + m b + n c` of small matrices and `[k, l, m, n]`; `c` may be `out`.
+    Sum([f32; 4]),
     /// A small `out` is multiplied by a number.
     Scale(f32),
+    /// The same, and divided by the root of what [`MatrixOp::Normalise`] divided by.
+    ScaleBack(f32),
     /// `out = a b`, of which one is small and the other, like `out`, has the size of the whole.
     Product,
 }
@@ -196,8 +215,8 @@ pub enum MatrixOp {
 pub struct MatrixStep {
     /// What is done.
     pub op: MatrixOp,
-    /// With which matrices, `a` and `b`, where it reads any.
-    pub of: [MatrixName; 2],
+    /// With which matrices, `a`, `b` and `c`; the result where it reads none.
+    pub of: [MatrixName; 3],
     /// What is written.
     pub out: MatrixName,
 }
@@ -211,49 +230,60 @@ pub fn newton_schulz<E>(
     scale: f32,
     run: &mut dyn FnMut(MatrixStep) -> Result<(), E>,
 ) -> Result<(), E> {
-    let mut run = |op, of, out| run(MatrixStep { op, of, out });
-    let (x, spare) = (MatrixName::X, MatrixName::Spare);
-    let halves = [(&NONICS[..2], 1.0, x, spare), (&NONICS[2..], scale, spare, x)];
-    let whole = [(&NONICS[..], scale, spare, x)];
-    let parts = if rows == cols { &halves[..] } else { &whole };
-    // The last product lands in `x`.
-    run(MatrixOp::Normalise, [x; 2], parts[0].2)?;
-    for &(steps, scale, from, to) in parts {
-        // The smaller side makes the Gram matrix.
-        let tall = rows > cols;
-        if tall {
-            run(MatrixOp::Transpose, [from; 2], to)?;
-        }
-        run(MatrixOp::Gram, [if tall { to } else { from }; 2], MatrixName::Small(0))?;
-        let factor = factor(steps, &mut run)?;
-        run(MatrixOp::Scale(scale), [factor; 2], factor)?;
-        run(MatrixOp::Product, if tall { [from, factor] } else { [factor, from] }, to)?;
+    let mut run = |op, of: &[MatrixName], out| {
+        let of = std::array::from_fn(|i| of.get(i).copied().unwrap_or(out));
+        run(MatrixStep { op, of, out })
+    };
+    let (x, spare, gram) = (MatrixName::X, MatrixName::Spare, MatrixName::Small(0));
+    let (tall, square) = (rows > cols, rows == cols);
+    if square {
+        run(MatrixOp::Gram, &[x], gram)?;
+        run(MatrixOp::Normalise, &[], gram)?;
+        let first = factor(&POLYNOMIALS[..1], &mut run)?;
+        run(MatrixOp::ScaleBack(1.0), &[], first)?;
+        run(MatrixOp::Product, &[first, x], spare)?;
+        run(MatrixOp::Gram, &[spare], gram)?;
+        let second = factor(&POLYNOMIALS[1..], &mut run)?;
+        run(MatrixOp::Scale(scale), &[], second)?;
+        return run(MatrixOp::Product, &[second, spare], x);
     }
-    Ok(())
+    run(MatrixOp::Copy, &[x], spare)?;
+    // The smaller side makes the Gram matrix.
+    if tall {
+        run(MatrixOp::Transpose, &[spare], x)?;
+    }
+    run(MatrixOp::Gram, &[x], gram)?;
+    run(MatrixOp::Normalise, &[], gram)?;
+    let factor = factor(&POLYNOMIALS, &mut run)?;
+    run(MatrixOp::ScaleBack(scale), &[], factor)?;
+    run(MatrixOp::Product, &if tall { [spare, factor] } else { [factor, spare] }, x)
 }
 
-/// What the steps multiply a matrix by whose Gram matrix comes first among the small ones. A step's polynomial takes two
+/// What the steps multiply a matrix by whose Gram matrix comes first among the small ones. A step's polynomial takes three
 /// products (Paterson and Stockmeyer 1973).
 fn factor<E>(
-    steps: &[Nonic],
-    run: &mut impl FnMut(MatrixOp, [MatrixName; 2], MatrixName) -> Result<(), E>,
+    steps: &[Polynomial],
+    run: &mut impl FnMut(MatrixOp, &[MatrixName], MatrixName) -> Result<(), E>,
 ) -> Result<MatrixName, E> {
-    let [gram, mut room, square, mut step, mut all] = std::array::from_fn(MatrixName::Small);
-    for (i, &Nonic { centre, of: [a, b, c, d, e] }) in steps.iter().enumerate() {
-        run(MatrixOp::Sum([-centre, 1.0, 0.0]), [gram; 2], room)?;
-        run(MatrixOp::Symmetric, [room; 2], square)?;
-        run(MatrixOp::Sum([c, e, d]), [square; 2], room)?;
-        run(MatrixOp::Symmetric, [square, room], step)?;
-        run(MatrixOp::Sum([a, b, 1.0]), [gram; 2], step)?;
+    let [mut gram, mut square, mut cube, rest, mut step, mut all] = std::array::from_fn(MatrixName::Small);
+    for (i, &Polynomial { centre, of: [a, b, c, d, e, f, g] }) in steps.iter().enumerate() {
+        run(MatrixOp::Shift(-centre), &[], gram)?;
+        run(MatrixOp::Symmetric, &[gram, gram], square)?;
+        run(MatrixOp::Symmetric, &[square, gram], cube)?;
+        run(MatrixOp::Sum([d, e, f, g]), &[gram, square, cube], rest)?;
+        run(MatrixOp::Symmetric, &[cube, rest], step)?;
+        run(MatrixOp::Sum([a, b, c, 1.0]), &[gram, square, step], step)?;
         if i + 1 < steps.len() {
-            run(MatrixOp::Symmetric, [step, gram], room)?;
-            run(MatrixOp::Symmetric, [room, step], gram)?;
+            run(MatrixOp::Shift(centre), &[], gram)?;
+            run(MatrixOp::Symmetric, &[gram, step], square)?;
+            run(MatrixOp::Symmetric, &[square, step], cube)?;
+            std::mem::swap(&mut gram, &mut cube);
         }
         if i == 0 {
             std::mem::swap(&mut all, &mut step);
         } else {
-            run(MatrixOp::Symmetric, [all, step], room)?;
-            std::mem::swap(&mut all, &mut room);
+            run(MatrixOp::Symmetric, &[all, step], square)?;
+            std::mem::swap(&mut all, &mut square);
         }
     }
     Ok(all)
@@ -268,18 +298,12 @@ pub fn orthogonalise_workspace_len(rows: usize, cols: usize, threads: usize) -> 
     Workspace::room(m * n) + Workspace::room(SMALL * m * m) + product
 }
 
-/// What makes the root of the sum of squares 1.
-fn unit(pool: &Pool, x: &[f32]) -> f32 {
-    (1.0 / norm(pool, x).max(SMALLEST_NORM)) as f32
-}
-
-/// `to` is `factor` times `from`.
-fn scaled(pool: &Pool, factor: f32, from: &[f32], to: &mut [f32]) {
+/// `to` is `from`.
+fn copy(pool: &Pool, from: &[f32], to: &mut [f32]) {
     let to = Parts::new(to);
     pool.rows(from.len(), 2, &|range, _| {
         // SAFETY: tasks have disjoint ranges.
-        let part = unsafe { to.part(range.clone()) };
-        part.iter_mut().zip(&from[range]).for_each(|(to, from)| *to = from * factor);
+        unsafe { to.part(range.clone()) }.copy_from_slice(&from[range]);
     });
 }
 
@@ -318,28 +342,32 @@ fn symmetric_product(
     });
 }
 
-/// As [`MatrixOp::Sum`] says.
-fn sum(pool: &Pool, [k, l, m]: [f32; 3], a: &[f32], out: &mut [f32], side: usize) {
+/// As [`MatrixOp::Sum`] says; without a `c` that is `out`.
+fn sum(
+    pool: &Pool,
+    [k, l, m, n]: [f32; 4],
+    (a, b, c): (&[f32], &[f32], Option<&[f32]>),
+    out: &mut [f32],
+    side: usize,
+) {
     let out = Parts::new(out);
-    pool.rows(side, 2 * side, &|range, _| {
+    pool.rows(side, 4 * side, &|range, _| {
         for i in range {
             let row = i * side..(i + 1) * side;
             // SAFETY: tasks have disjoint rows.
             let to = unsafe { out.part(row.clone()) };
-            match m {
-                0.0 => to.iter_mut().zip(&a[row]).for_each(|(to, a)| *to = l * a),
-                _ => combine((l, m), &a[row], to),
-            }
+            combine((l, m, n), &a[row.clone()], &b[row.clone()], c.map(|c| &c[row]), to);
             to[i] += k;
         }
     });
 }
 
-kernel! { fn combine(k: (f32, f32), a: &[f32], out: &mut [f32]) = |s: S| {
-    let (l, m) = (s.splat(k.0), s.splat(k.1));
+kernel! { fn combine(k: (f32, f32, f32), a: &[f32], b: &[f32], c: Option<&[f32]>, out: &mut [f32]) = |s: S| {
+    let (l, m, n) = (s.splat(k.0), s.splat(k.1), s.splat(k.2));
     for j in (0..a.len()).step_by(LANES) {
-        let sum = s.add(s.mul(l, s.load(&a[j..])), s.mul(m, s.load(&out[j..])));
-        s.store(&mut out[j..], sum);
+        let c = s.load(c.map_or(&out[j..], |c| &c[j..]));
+        let sum = s.add(s.mul(l, s.load(&a[j..])), s.mul(m, s.load(&b[j..])));
+        s.store(&mut out[j..], s.add(sum, s.mul(n, c)));
     }
 } }
 

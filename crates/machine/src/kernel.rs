@@ -129,7 +129,7 @@ fn muon(op: &Op, p: &Program) -> ([f64; 3], f64) {
         let bytes = op.cost.bytes as f64;
         return ([bytes / SUM_BYTES, 1.0, 1.0], bytes);
     };
-    let whole = |m: &program::Matrix| shares[m.of].whole(m.rows, p.buffer(op.outs[m.of].buffer).cols);
+    let whole = |m: &program::Matrix| m.whole(shares[m.of], p.buffer(op.outs[m.of].buffer).cols);
     // The largest comes first.
     let (rows, cols) = matrices.first().map(whole).unwrap_or_default();
     let (m, n) = (rows.min(cols) as f64, rows.max(cols) as f64);

@@ -2,14 +2,14 @@
 //! update where parameters are owned.
 
 use serde::Serialize;
-use spec::{Optimizer, Zero};
+use spec::{DType, Optimizer, Zero};
 
 use crate::buffer::{BufferId, View};
 use crate::coords::Members;
 use crate::cost::Cost;
 use crate::op::{Axis, Op, OpKind};
 use crate::params::{GroupId, ParamGroup, Replication};
-use crate::place::Placer;
+use crate::place::{Placer, aligned};
 use crate::rank::Rank;
 use crate::role::Place;
 use crate::step::{op, whole};
@@ -35,6 +35,19 @@ pub struct Matrix {
     pub rows: usize,
     /// Whether this rank orthogonalises it; the ranks that shard a group take its matrices by turns.
     pub mine: bool,
+}
+
+impl Matrix {
+    /// Rows and columns of all of it, in a group of so many columns that ranks share like that.
+    pub fn whole(&self, shares: Shares, cols: usize) -> (usize, usize) {
+        shares.whole(self.rows, cols)
+    }
+
+    /// FLOPs of orthogonalising it.
+    pub fn flops(&self, shares: Shares, cols: usize) -> u64 {
+        let (rows, cols) = self.whole(shares, cols);
+        newton_schulz_flops(rows, cols)
+    }
 }
 
 /// How the tensor-parallel ranks share a group's matrices.
@@ -69,7 +82,7 @@ impl Shares {
     }
 
     /// Rows and columns of a whole matrix of which each rank holds `rows` x `cols`.
-    pub fn whole(self, rows: usize, cols: usize) -> (usize, usize) {
+    fn whole(self, rows: usize, cols: usize) -> (usize, usize) {
         match self {
             Shares::Whole => (rows, cols),
             Shares::Rows { ranks, .. } => (rows * ranks, cols),
@@ -86,12 +99,12 @@ pub(crate) fn updates(cx: &Rank<'_>, group: &ParamGroup) -> bool {
         && group.key.role.is_hidden_matrix()
 }
 
-/// FLOPs of orthogonalising a matrix: `X X^T`, counted at half for it is symmetric, what the three steps of
-/// `kernels::NONICS` multiply by, all of small symmetric products (five a step, less three that the first and the last do
-/// without), and the product of that with `X`. A square matrix takes as many whether it is done in one go or, as it is, in two.
+/// FLOPs of orthogonalising a matrix: `X X^T`, counted at half for it is symmetric, what the two steps of
+/// `kernels::POLYNOMIALS` multiply by, all of small symmetric products (three a step, and three between them), and the product
+/// of that with `X`. A square matrix takes as many whether it is done in one go or, as it is, in two.
 pub fn newton_schulz_flops(rows: usize, cols: usize) -> u64 {
     let (m, n) = (rows.min(cols) as u64, rows.max(cols) as u64);
-    3 * m * m * n + 12 * m * m * m
+    3 * m * m * n + 9 * m * m * m
 }
 
 /// Whose turn it is to orthogonalise the next matrix, by which ranks hold the same ones.
@@ -124,18 +137,43 @@ struct Update<'a> {
     whole: View,
 }
 
-/// Pushes the updates of groups that follow one another, those of a layer: their matrices are orthogonalised at once, so that
-/// each thread has one of its own. Between the ops whole matrices lie where the micro-batches' activations did.
-pub(crate) fn update(placer: &mut Placer<'_>, ids: &[GroupId], turns: &mut Turns, ops: &mut Vec<Op>) {
-    if ids.is_empty() {
-        return;
+/// Pushes the updates of groups, those of as many layers at a time as there is room for where the micro-batches' activations
+/// lay: the more matrices are orthogonalised at once, the more evenly threads share them, each with one of its own.
+pub(crate) fn update(placer: &mut Placer<'_>, ids: &[GroupId], ops: &mut Vec<Op>) {
+    let (cx, room) = (placer.cx, placer.scratch());
+    let group = |id: GroupId| &cx.groups[id.0 as usize];
+    let len = |id: &GroupId| {
+        let ranks = shares(cx, group(*id)).ranks();
+        let copies = 1 + if ranks > 1 { ranks } else { 0 };
+        copies * aligned(group(*id).len() * DType::F32.bytes())
+    };
+    let (mut turns, mut first, mut end, mut taken) = (Turns::default(), 0, 0, 0);
+    for layer in ids.chunk_by(|a, b| group(*a).key.place == group(*b).key.place) {
+        let more = layer.iter().map(len).sum::<usize>();
+        if end > first && taken + more > room {
+            update_at_once(placer, &ids[first..end], &mut turns, ops);
+            (first, taken) = (end, 0);
+        }
+        (end, taken) = (end + layer.len(), taken + more);
     }
-    let cx = placer.cx;
-    // Without ZeRO every replica has all of the gradients, and updates all of the parameters.
-    let shards = |group: &ParamGroup| match cx.layout.zero {
+    if end > first {
+        update_at_once(placer, &ids[first..end], &mut turns, ops);
+    }
+}
+
+/// How many ranks own shares of a group, and which of them this one is. Without ZeRO every replica has all of the gradients,
+/// and updates all of the parameters.
+fn owners(cx: &Rank<'_>, group: &ParamGroup) -> (usize, usize) {
+    match cx.layout.zero {
         Zero::Off => (1, 0),
         _ => cx.shards(group.replication),
-    };
+    }
+}
+
+/// Pushes the updates of groups whose matrices one op orthogonalises.
+fn update_at_once(placer: &mut Placer<'_>, ids: &[GroupId], turns: &mut Turns, ops: &mut Vec<Op>) {
+    let cx = placer.cx;
+    let shards = |group: &ParamGroup| owners(cx, group);
     let groups = || ids.iter().map(|id| &cx.groups[id.0 as usize]);
     let before = |g: &ParamGroup| 1 + usize::from(shards(g).0 > 1) + usize::from(shares(cx, g).ranks() > 1);
     let orthogonalised = ops.len() + groups().map(before).sum::<usize>();
@@ -214,19 +252,21 @@ impl Update<'_> {
     }
 }
 
-/// The largest matrices come first.
+/// The matrices whose turn is this rank's come first, the largest of them before the others.
 fn orthogonalise(mut matrices: Vec<Matrix>, updates: &[Update<'_>]) -> Op {
-    let flops = |m: &Matrix| {
-        let (rows, cols) = updates[m.of].shares.whole(m.rows, updates[m.of].group.cols);
-        newton_schulz_flops(rows, cols)
-    };
-    matrices.sort_by_key(|m| std::cmp::Reverse(flops(m)));
+    let flops = |m: &Matrix| m.flops(updates[m.of].shares, updates[m.of].group.cols);
+    matrices.sort_by_key(|m| (!m.mine, std::cmp::Reverse(flops(m))));
     let cost = Cost {
         flops: matrices.iter().filter(|m| m.mine).map(flops).sum(),
         bytes: updates.iter().map(|u| 4 * (u.group.cols * (u.whole.rows + u.update.rows)) as u64).sum(),
     };
-    let name = match updates[0].group.key.place {
-        Place::Layer(i) => format!("optim.layers.{i}.orthogonal"),
+    let [first, last] = [updates.first(), updates.last()].map(|u| u.map(|u| u.group.key.place));
+    let name = match (first, last) {
+        (Some(Place::Layer(i)), Some(Place::Layer(j))) if i != j => {
+            format!("optim.layers.{i}-{j}.orthogonal")
+        }
+        (Some(Place::Layer(i)), Some(Place::Layer(_))) => format!("optim.layers.{i}.orthogonal"),
+        (Some(Place::Layer(i)), _) => format!("optim.layers.{i}-mtp.orthogonal"),
         _ => "optim.mtp.orthogonal".to_owned(),
     };
     let kind = OpKind::Orthogonalise { matrices, shares: updates.iter().map(|u| u.shares).collect() };

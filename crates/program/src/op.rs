@@ -324,7 +324,7 @@ pub enum OpKind {
     /// times `0.2 sqrt(max(rows, columns))`, which gives it the usual size of AdamW's (Liu et al. 2025, arXiv
     /// 2502.16982, equation 4). Zero for matrices of which another rank has the turn.
     Orthogonalise {
-        /// The largest first.
+        /// Those whose turn is this rank's first, the largest of them before the others.
         matrices: Vec<Matrix>,
         /// Of each group.
         shares: Vec<Shares>,

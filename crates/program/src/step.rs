@@ -7,7 +7,7 @@ use crate::buffer::{Buffer, BufferId, View};
 use crate::coords::Members;
 use crate::cost::Cost;
 use crate::graph::Phase;
-use crate::muon::{self, Turns};
+use crate::muon;
 use crate::op::{Axis, GradSum, Op, OpId, OpKind};
 use crate::params::{GroupId, ParamGroup};
 use crate::place::Placer;
@@ -94,15 +94,11 @@ fn settle(cx: &Rank<'_>, placer: &Placer<'_>) -> Vec<Op> {
 
 /// Pushes the update of every group, by the rule that it is updated by.
 fn updates(cx: &Rank<'_>, placer: &mut Placer<'_>, ops: &mut Vec<Op>) {
-    let (mut turns, mut matrices) = (Turns::default(), Vec::new());
+    let mut hidden = Vec::new();
     for (id, group) in (0..).map(GroupId).zip(&cx.groups) {
-        let place = |id: GroupId| cx.groups[id.0 as usize].key.place;
-        if matrices.first().is_some_and(|first| place(*first) != group.key.place) {
-            muon::update(placer, &std::mem::take(&mut matrices), &mut turns, ops);
-        }
         let b = &placer.groups[id.0 as usize];
         let Some(exp_avg_sq) = b.exp_avg_sq else {
-            matrices.push(id);
+            hidden.push(id);
             continue;
         };
         let whole = |id: BufferId| whole(&placer.buffers, id);
@@ -115,7 +111,7 @@ fn updates(cx: &Rank<'_>, placer: &mut Placer<'_>, ops: &mut Vec<Op>) {
         adamw.cost.bytes = b.owned.count as u64 * if cx.dtype == DType::F32 { 28 } else { 30 };
         ops.push(adamw);
     }
-    muon::update(placer, &matrices, &mut turns, ops);
+    muon::update(placer, &hidden, ops);
 }
 
 /// The ops of a rank's last backward pass, with each bucket's reduction begun as soon as its gradients are complete.

@@ -100,9 +100,10 @@ fn ranks_that_shard_take_turns() {
                 let OpKind::Orthogonalise { matrices, shares } = &op.kind else { continue };
                 let names: Vec<&str> = op.outs.iter().map(|v| p.buffer(v.buffer).name.as_str()).collect();
                 for (name, shares) in names.iter().zip(shares) {
-                    let whole = name.contains("experts") || name.contains("qkv");
+                    let whole = ["experts", "qkv"].iter().any(|part| name.contains(part));
                     assert_eq!(matches!(shares, Shares::Whole), whole, "{name}");
                 }
+                assert!(matrices.is_sorted_by_key(|m| !m.mine), "those of this rank come first");
                 for m in matrices {
                     let name = format!("tp {} {} {}", p.coords.tp, names[m.of], m.row0);
                     done.entry(name).or_default().push(m.mine);

@@ -418,15 +418,14 @@ fn ranks_meet_whom_they_met() {
     for (rows, cols) in [(3, 5), (5, 3), (64, 64), (1, 9)] {
         let shares =
             [Shares::Whole, Shares::Rows { index: 1, ranks: 3 }, Shares::Cols { index: 0, ranks: 2 }];
-        let whole = shares.map(|s| (s.ranks(), s.whole(rows, cols)));
+        let matrix = Matrix { of: 0, row0: 1, rows, mine: true };
+        let whole = shares.map(|s| (s.ranks(), matrix.whole(s, cols), matrix.flops(s, cols)));
         writeln!(all, "{rows} x {cols}: {whole:?} {}", newton_schulz_flops(rows, cols)).unwrap();
     }
     for (len, parts) in [(1, 2), (4096, 2), (4097, 2), (50_000, 3), (8192, 5), (0, 2)] {
         let owned: Vec<_> = (0..parts).map(|i| owned_range(len, parts, i).range()).collect();
         writeln!(all, "{len} over {parts}: {owned:?}").unwrap();
     }
-    let matrix = Matrix { of: 0, row0: 1, rows: 2, mine: true };
-    writeln!(all, "{matrix:?}").unwrap();
     check("meshes", &all);
 }
 

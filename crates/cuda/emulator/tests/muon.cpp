@@ -42,33 +42,42 @@ static void matrices(int rows, int cols, uint64_t seed) {
   int len = rows * cols;
   auto x = random_values<float>(r, len), square = random_values<float>(r, size_t(rows) * rows);
   auto gram = random_values<float>(r, size_t(rows) * rows);
-  std::vector<float> turned(len), scaled(len), divided(len);
+  std::vector<float> turned(len), scaled(len), divided(len), back(len);
   double squares = 2.25;
   for (int i = 0; i < len; ++i) turned[i % cols * rows + i / cols] = x[i];
   for (int i = 0; i < len; ++i) scaled[i] = x[i] * 0.3f, divided[i] = x[i] * float(1.0 / 1.5);
+  for (int i = 0; i < len; ++i) back[i] = scaled[i] * float(double(0.3f) / std::sqrt(1.5));
   Buffer<float> dx(x), to(len), dy(x), dgram(gram), dsquare(square);
   Buffer<double> sum(std::vector<double>{squares}), none(std::vector<double>{0.0});
   LAUNCH(transpose, dim3((cols + 31) / 32, (rows + 31) / 32), dim3(256), 0, dx.ptr(), to.ptr(), rows, cols);
   check_same(of("transpose", rows, seed) + " x " + std::to_string(cols), to.read(), turned);
   LAUNCH(scale, dim3(2), dim3(256), 0, dy.ptr(), 0.3f, (long long)len);
   check_same(of("scale", len, seed), dy.read(), scaled);
-  LAUNCH(normalise, dim3(2), dim3(256), 0, dx.ptr(), dy.ptr(), sum.ptr(), 1e-7, (long long)len);
+  LAUNCH(scale_back, dim3(2), dim3(256), 0, dy.ptr(), 0.3f, sum.ptr(), 1e-14, (long long)len);
+  check_same(of("scale back", len, seed), dy.read(), back);
+  dy.write(x);
+  LAUNCH(normalise, dim3(2), dim3(256), 0, dy.ptr(), sum.ptr(), 1e-14, (long long)len);
   check_same(of("normalise", len, seed), dy.read(), divided);
   dy.fill(0);
-  LAUNCH(normalise, dim3(1), dim3(256), 0, dy.ptr(), dy.ptr(), none.ptr(), 1e-7, (long long)len);
+  LAUNCH(normalise, dim3(1), dim3(256), 0, dy.ptr(), none.ptr(), 1e-14, (long long)len);
   check_same(of("normalise nothing", len, seed), dy.read(), std::vector<float>(len));
-  auto shifted = gram;
+  auto shifted = gram, cube = random_values<float>(r, size_t(rows) * rows), sums = cube, onto = cube;
   for (int i = 0; i < rows * rows; ++i) {
-    volatile float b = -4.775f * gram[i], c = 2.0315f * square[i], both = b + c;
-    square[i] = i / rows == i % rows ? both + 3.4445f : both;
-    if (i / rows == i % rows) shifted[i] -= 0.5f;
+    volatile float a = 3.0f * gram[i], b = -4.775f * square[i], c = 2.0315f * cube[i], two = a + b, three = two + c;
+    volatile float one = two + cube[i];
+    bool diagonal = i / rows == i % rows;
+    sums[i] = diagonal ? three + 3.4445f : three, onto[i] = diagonal ? one + 3.4445f : one;
+    if (diagonal) shifted[i] -= 0.5f;
   }
-  LAUNCH(matrix_sum, dim3(2), dim3(256), 0, dgram.ptr(), dsquare.ptr(), 3.4445f, -4.775f, 2.0315f, rows);
-  check_same(of("sum", rows, seed), dsquare.read(), square);
-  // Nothing is read of what has not been written.
-  dsquare.poison();
-  LAUNCH(matrix_sum, dim3(2), dim3(256), 0, dgram.ptr(), dsquare.ptr(), -0.5f, 1.0f, 0.0f, rows);
-  check_same(of("shift", rows, seed), dsquare.read(), shifted);
+  Buffer<float> dcube(cube), dsums(size_t(rows) * rows);
+  LAUNCH(matrix_sum, dim3(2), dim3(256), 0, dgram.ptr(), dsquare.ptr(), dcube.ptr(), dsums.ptr(), 3.4445f, 3.0f, -4.775f,
+         2.0315f, rows);
+  check_same(of("sum", rows, seed), dsums.read(), sums);
+  LAUNCH(matrix_sum, dim3(2), dim3(256), 0, dgram.ptr(), dsquare.ptr(), dcube.ptr(), dcube.ptr(), 3.4445f, 3.0f, -4.775f,
+         1.0f, rows);
+  check_same(of("sum in place", rows, seed), dcube.read(), onto);
+  LAUNCH(shift, dim3(1), dim3(256), 0, dgram.ptr(), -0.5f, rows);
+  check_same(of("shift", rows, seed), dgram.read(), shifted);
   // Two parts, side by side by columns.
   Buffer<float> both(2 * len);
   std::vector<float> beside(2 * len);

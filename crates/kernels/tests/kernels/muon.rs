@@ -16,16 +16,15 @@ fn transposed(x: &[f64], (rows, cols): (usize, usize)) -> Vec<f64> {
 }
 
 /// Coefficients of the powers of the Gram matrix.
-fn powers(Nonic { centre, of }: Nonic) -> [f64; 5] {
-    let (s, [a, b, c, d, e]) = (f64::from(centre), of.map(f64::from));
-    let s2 = s * s;
-    [
-        a + s2 * (c - s * d + s2 * e),
-        b + s * (-2.0 * c + 3.0 * s * d - 4.0 * s2 * e),
-        c - 3.0 * s * d + 6.0 * s2 * e,
-        d - 4.0 * s * e,
-        e,
-    ]
+fn powers(Polynomial { centre, of }: Polynomial) -> [f64; 7] {
+    let mut of = of.map(f64::from);
+    // Horner's scheme, again and again, moves a polynomial along.
+    for first in 0..of.len() {
+        for i in (first..of.len() - 1).rev() {
+            of[i] -= f64::from(centre) * of[i + 1];
+        }
+    }
+    of
 }
 
 /// Polynomials in `x` itself, in double precision, as they are written down.
@@ -35,10 +34,11 @@ fn reference(x: &[f32], (rows, cols): (usize, usize)) -> Vec<f64> {
     if rows > cols {
         x = transposed(&x, (rows, cols));
     }
-    let norm = x.iter().map(|v| v * v).sum::<f64>().sqrt().max(1e-7);
-    x.iter_mut().for_each(|v| *v /= norm);
-    for step in NONICS {
-        let gram = product(&x, &transposed(&x, (m, n)), (m, n, m));
+    let gram = |x: &[f64]| product(x, &transposed(x, (m, n)), (m, n, m));
+    let fourth = gram(&x).iter().map(|v| v * v).sum::<f64>().sqrt().max(1e-14).sqrt();
+    x.iter_mut().for_each(|v| *v /= fourth);
+    for step in POLYNOMIALS {
+        let gram = gram(&x);
         let mut power = x;
         x = vec![0.0; m * n];
         for of in powers(step) {
@@ -101,14 +101,14 @@ fn large_matrices_are_what_small_ones_are() {
     }
 }
 
-/// Of all odd polynomials of degree 9 each is the best on what those before it make of singular values from 0.0015 to 1.01: its
-/// error has the same size and the other sign at six points, one more than it has coefficients (Chebyshev).
+/// Of all odd polynomials of degree 13 each is the best on what the one before it makes of singular values from 0.0055 to 1.01: its
+/// error has the same size and the other sign at eight points, one more than it has coefficients (Chebyshev).
 #[test]
 fn each_polynomial_is_the_best_on_what_is_left() {
     const POINTS: usize = 1_000_000;
-    let (mut low, mut high) = (0.0015, 1.01);
+    let (mut low, mut high) = (0.0055, 1.01);
     let mut slope = 1.0;
-    for step in NONICS {
+    for step in POLYNOMIALS {
         let step = powers(step);
         let error = |x: f64| x * step.iter().rev().fold(0.0, |sum, of| sum * x * x + of) - 1.0;
         let at = |i: usize| low * f64::powf(high / low, i as f64 / POINTS as f64);
@@ -119,7 +119,7 @@ fn each_polynomial_is_the_best_on_what_is_left() {
         };
         let extremes: Vec<f64> = (0..=POINTS).filter(extreme).map(|i| errors[i]).collect();
         let most = errors.iter().fold(0.0, |most: f64, e| most.max(e.abs()));
-        assert_eq!(extremes.len(), 6, "{extremes:?}");
+        assert_eq!(extremes.len(), 8, "{extremes:?}");
         for (i, e) in extremes.iter().enumerate() {
             let sign = if i % 2 == 0 { -1.0 } else { 1.0 };
             assert!((sign * e / most - 1.0).abs() < 1e-3, "{extremes:?}");
@@ -127,7 +127,7 @@ fn each_polynomial_is_the_best_on_what_is_left() {
         (low, high, slope) = (1.0 - most, 1.0 + most, slope * step[0]);
     }
     assert!(high < 1.32, "{high}");
-    assert!((slope - 479.6).abs() < 0.1, "{slope}");
+    assert!((slope - 131.4).abs() < 0.1, "{slope}");
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn zero_stays_zero() {
 #[test]
 fn directions_beside_a_much_larger_one_keep_their_digits() {
     let shapes = if cfg!(miri) { [(6, 8), (8, 6), (7, 7)] } else { [(96, 160), (160, 96), (128, 128)] };
-    for ((rows, cols), most) in shapes.into_iter().zip([7e-3, 7e-3, 6e-4]) {
+    for ((rows, cols), most) in shapes.into_iter().zip([1.2e-2, 1.2e-2, 5e-5]) {
         for small in [1e-2, 1e-3, 1e-4] {
             let off = beside_a_larger_one((rows, cols), small);
             assert!(off < most, "{off} for {rows} x {cols}, {small}");

@@ -72,6 +72,11 @@ impl<'a> Placer<'a> {
         placer
     }
 
+    /// Bytes of the scratch region so far.
+    pub(crate) fn scratch(&self) -> usize {
+        self.scratch
+    }
+
     /// A value of the tail of a step, f32, at the start of the scratch region or behind another one.
     pub(crate) fn tail_value(
         &mut self,

@@ -34,21 +34,16 @@ pub(super) fn muon<T: Number>(pool: &Pool, a: &Args<'_, T>) {
 /// Each matrix with its parts from all ranks put together, of which this rank's own is kept.
 fn orthogonalise<T: Number>(pool: &Pool, a: &Args<'_, T>, matrices: &[Matrix], shares: &[Shares]) {
     let cols = |m: &Matrix| a.launch().output(m.of).cols;
-    for m in matrices.iter().filter(|m| !m.mine) {
+    let (mine, others) = mine(matrices);
+    for m in others {
         a.out_rows(m.of, m.row0..m.row0 + m.rows).fill(0.0);
     }
-    let mine = |i: usize| matrices.iter().filter(|m| m.mine).nth(i).expect("one of them");
-    let flops = |i: usize| {
-        let m = mine(i);
-        let (rows, cols) = shares[m.of].whole(m.rows, cols(m));
-        program::newton_schulz_flops(rows, cols)
-    };
-    let count = matrices.iter().filter(|m| m.mine).count();
-    pool.deal((count, &flops), a.workspace(), &|i, pool, ws| {
-        let m = mine(i);
+    let flops = |i: usize| mine[i].flops(shares[mine[i].of], cols(&mine[i]));
+    pool.deal((mine.len(), &flops), a.workspace(), &|i, pool, ws| {
+        let m = &mine[i];
         let (shares, cols) = (shares[m.of], cols(m));
         let own = a.out_rows(m.of, m.row0..m.row0 + m.rows);
-        let whole = shares.whole(m.rows, cols);
+        let whole = m.whole(shares, cols);
         let scale = program::update_scale(whole);
         if shares == Shares::Whole {
             return kernels::orthogonalise(pool, own, whole, scale, ws);
@@ -69,6 +64,11 @@ fn orthogonalise<T: Number>(pool: &Pool, a: &Args<'_, T>, matrices: &[Matrix], s
     });
 }
 
+/// The matrices whose turn is this rank's, and the others.
+fn mine(matrices: &[Matrix]) -> (&[Matrix], &[Matrix]) {
+    matrices.split_at(matrices.partition_point(|m| m.mine))
+}
+
 /// Where row `i` of a rank's part begins in the whole matrix.
 fn place(shares: Shares, (rank, i): (usize, usize), (rows, cols): (usize, usize)) -> usize {
     match shares {
@@ -84,14 +84,14 @@ pub(crate) fn workspace_len(
     cols: &dyn Fn(&Matrix) -> usize,
     threads: usize,
 ) -> usize {
-    let of = |m: &Matrix| (shares[m.of].whole(m.rows, cols(m)), shares[m.of]);
-    let mine: Vec<_> = matrices.iter().filter(|m| m.mine).map(of).collect();
-    let room = |(whole, shares): ((usize, usize), Shares), threads| {
-        let together = if shares == Shares::Whole { 0 } else { whole.0 * whole.1 };
-        together + kernels::orthogonalise_workspace_len(whole.0, whole.1, threads)
+    let (mine, _) = mine(matrices);
+    let room = |m: &Matrix, threads| {
+        let (rows, cols) = m.whole(shares[m.of], cols(m));
+        let apart = if shares[m.of] == Shares::Whole { 0 } else { rows * cols };
+        apart + kernels::orthogonalise_workspace_len(rows, cols, threads)
     };
-    let flops = |i: usize| program::newton_schulz_flops(mine[i].0.0, mine[i].0.1);
+    let flops = |i: usize| mine[i].flops(shares[mine[i].of], cols(&mine[i]));
     let (together, alone) = mine.split_at(kernels::together((mine.len(), &flops), threads));
-    let alone = threads * alone.iter().map(|m| room(*m, 1)).max().unwrap_or(0);
-    together.iter().map(|m| room(*m, threads)).fold(alone, usize::max)
+    let alone = threads * alone.iter().map(|m| room(m, 1)).max().unwrap_or(0);
+    together.iter().map(|m| room(m, threads)).fold(alone, usize::max)
 }
