@@ -84,7 +84,7 @@ def need_programs(a, kind, stage=None):
 def runs(a):
     """Jobs of the invariance matrix; `agree` judges them and the checkpoints afterwards."""
     if not a.prefix.with_name("tokens.bin").exists():
-        tokens.write(a.prefix, tokens.made_up(matrix.COMPARED_VOCAB, matrix.COMPARED_TOKENS, 3))
+        tokens.write(a.prefix, tokens.made_up(matrix.COMPARED_VOCAB, matrix.COMPARED_TOKENS, 3), end=0)
     a.trained, a.continued = {}, []
 
     def one(precision, run):

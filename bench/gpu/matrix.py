@@ -67,7 +67,7 @@ RUNS += [
 # Recipes and models with other ops, each held to itself under other splits and layouts.
 OTHERS = {
     "losses, dropout, average": ("train.z_loss=1e-3", "model.logit_softcap=30", "train.dropout=0.1", "train.attention_dropout=0.1", "train.ema=0.9"),
-    "windows, sinks": ("model.window.tokens=24", "model.window.full_every=2", "model.sinks=true"),
+    "windows, sinks, documents": ("model.window.tokens=24", "model.window.full_every=2", "model.sinks=true", "data.attend=documents"),
     "muon, bounded scores": ("optim.kind=muon", "optim.qk_clip=2"),
     "a batch that grows": ("batch.ramp=[4,4,12]",),
     "mixture": ("model.experts.count=6", "model.experts.top_k=2", "model.experts.ffn=136", "model.experts.dense_layers=1", "model.experts.balance_loss=0.01",

@@ -58,7 +58,7 @@ class Done:
     def why(self):
         """The line that tells most about a failure."""
         if self.timed_out:
-            return f"over its limit, ended after {self.seconds:.0f} s"
+            return f"over its limit, ended after {self.seconds:.0f} s" if self.seconds else self.err
         lines = [x.strip() for x in (self.err + "\n" + self.out).splitlines() if x.strip()]
         telling = [x for x in lines if x.startswith(("error", "FAILED", "panicked")) or "Error" in x or "panicked" in x]
         return f"status {self.status}: {(telling or lines or ['no output'])[0 if telling else -1]}"[:160]

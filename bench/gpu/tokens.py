@@ -5,6 +5,7 @@
 
 import argparse
 import array
+import json
 import pathlib
 import random
 import struct
@@ -35,11 +36,16 @@ def made_up(vocab, count, seed):
     return tokens
 
 
-def write(prefix, tokens):
-    """One document of unsigned 16-bit tokens."""
+def write(prefix, tokens, end=None):
+    """One document of unsigned 16-bit tokens; or many, each with token `end` at its end, which a manifest says."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    if end is not None:
+        told = {"version": 1, "documents": tokens.count(end), "tokens": len(tokens), "text_bytes": 0, "token_type": "u16", "vocab": max(tokens) + 1,
+                "max_token": max(tokens), "unigram_entropy_nats": 0.0, "end_of_document": end, "tokenizer_xxh3": "", "tokens_xxh3": "",
+                "not_utf8": 0, "unreadable": 0, "empty": 0}
+        prefix.with_name(prefix.name + ".json").write_text(json.dumps(told))
     if sys.byteorder == "big":
         tokens.byteswap()
-    prefix.parent.mkdir(parents=True, exist_ok=True)
     prefix.with_name(prefix.name + ".bin").write_bytes(tokens.tobytes())
     header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, U16, 1, 2)
     index = struct.pack("<i", len(tokens)) + struct.pack("<q", 0) + struct.pack("<qq", 0, 1)

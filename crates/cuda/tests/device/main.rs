@@ -14,8 +14,10 @@ mod ranks;
 mod refusals;
 mod spread;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 use cuda::Cuda;
 use program::{Mode, Recipe, Request};
@@ -87,29 +89,68 @@ fn models() -> [ModelSpec; 3] {
         .map(|(tied, gpt2, head_dim)| ModelSpec { head_dim, ..common::model(2, tied, gpt2) })
 }
 
-/// Runs all of the above where there is no GPU.
+/// One of these tests in a process of its own, and what the emulator shall be like for it.
+struct Emulated {
+    test: String,
+    environment: Vec<(&'static str, OsString)>,
+}
+
+/// Runs all of the above where there is no GPU. In one process kernels run one after another, so each test has its own.
 #[test]
 fn in_the_emulator() {
     if std::env::var_os(EMULATED).is_some() || Cuda::new(0).is_ok() {
         return;
     }
     let Some(libraries) = stand_ins() else { return };
-    let tests = std::env::current_exe().expect("this program");
-    let run_with = |arguments: &[&str], fault: &str, more: &[(&str, PathBuf)]| {
-        let mut command = Command::new(&tests);
-        command.args(arguments).env(EMULATED, "1").env(FAULT, fault).envs(more.iter().cloned());
-        command.env("LD_LIBRARY_PATH", &libraries).env("XDG_CACHE_HOME", libraries.join("cache"));
-        assert!(command.status().expect("started").success(), "the tests fail in the emulator: {fault}");
+    let logs = tempfile::tempdir().expect("a folder");
+    let queue = Mutex::new(emulated(logs.path()).into_iter());
+    let failed = Mutex::new(Vec::new());
+    let work = || {
+        loop {
+            let Some(next) = queue.lock().expect("no panic").next() else { return };
+            let said = run(&next, &libraries);
+            failed.lock().expect("no panic").extend(said);
+        }
     };
-    let run = |arguments: &[&str], fault: &str| run_with(arguments, fault, &[]);
-    run(&["--test-threads", "2"], "");
-    let several = ranks::environment(&libraries);
-    run_with(&["--test-threads", "1", "ranks::"], "", &several);
-    let old = [("PHALANX_EMULATED_NCCL_VERSION", PathBuf::from("21304"))];
-    run_with(&["--exact", "ranks::ranks_that_share_a_card_go_over_the_host"], "", &old);
-    for (fault, _) in refusals::REFUSALS {
-        run(&["--exact", "refusals::what_is_wrong_is_said"], fault);
-    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| (0..cores).for_each(|_| drop(scope.spawn(work))));
+    let failed = failed.into_inner().expect("no panic");
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+}
+
+/// Every test with one card, those of ranks with several as well, an old NCCL, and a driver that fails.
+fn emulated(logs: &Path) -> Vec<Emulated> {
+    let listed = Command::new(this()).args(["--list", "--format", "terse"]).output().expect("started");
+    let listed = String::from_utf8(listed.stdout).expect("names");
+    let tests = || listed.lines().filter_map(|line| line.strip_suffix(": test"));
+    let of = |test: &str, environment| Emulated { test: test.to_owned(), environment };
+    let mut all: Vec<Emulated> = tests().map(|test| of(test, Vec::new())).collect();
+    let of_ranks = tests().filter(|test| test.starts_with("ranks::"));
+    all.extend(of_ranks.enumerate().map(|(i, test)| of(test, ranks::environment(&logs.join(i.to_string())))));
+    let old = vec![("PHALANX_EMULATED_NCCL_VERSION", "21304".into())];
+    all.push(of("ranks::ranks_that_share_a_card_go_over_the_host", old));
+    let refused = refusals::REFUSALS.map(|(fault, _)| vec![(FAULT, fault.into())]);
+    all.extend(refused.map(|fault| of("refusals::what_is_wrong_is_said", fault)));
+    assert!(all.iter().all(|e| tests().any(|test| test == e.test)), "tests that have other names now");
+    all
+}
+
+/// Runs one; what it said if it fails.
+fn run(Emulated { test, environment }: &Emulated, libraries: &Path) -> Option<String> {
+    let mut command = Command::new(this());
+    command
+        .args(["--exact", test, "--test-threads", "1"])
+        .env(EMULATED, "1")
+        .envs(environment.iter().cloned());
+    command.env("LD_LIBRARY_PATH", libraries).env("XDG_CACHE_HOME", libraries.join("cache"));
+    let done = command.output().expect("started");
+    let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    let ran = done.status.success() && out.contains("test result: ok. 1 passed");
+    (!ran).then(|| format!("{test} in the emulator, {environment:?}: {}\n{out}\n{err}", done.status))
+}
+
+fn this() -> PathBuf {
+    std::env::current_exe().expect("this program")
 }
 
 /// Builds the stand-ins; nothing and a line that says why if there is no compiler.

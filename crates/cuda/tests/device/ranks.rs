@@ -4,7 +4,7 @@
 //! they are.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::ffi::OsString;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, mpsc};
 use std::time::Duration;
@@ -471,13 +471,9 @@ fn ranks_that_share_a_card_go_over_the_host() {
     }
 }
 
-/// Runs this module's tests where there are several cards.
-pub(crate) fn environment(libraries: &std::path::Path) -> [(&'static str, PathBuf); 4] {
-    let text = PathBuf::from;
-    [
-        (CARDS, text("4")),
-        ("PHALANX_EMULATED_STREAMS", text("async")),
-        ("PHALANX_EMULATED_ORDER", text("7")),
-        (LOG, libraries.join(format!("nccl-{}.log", std::process::id()))),
-    ]
+/// Several cards for a test of this module, whose calls of NCCL go to a log.
+pub(crate) fn environment(log: &std::path::Path) -> Vec<(&'static str, OsString)> {
+    let several = [(CARDS, "4"), ("PHALANX_EMULATED_STREAMS", "async"), ("PHALANX_EMULATED_ORDER", "7")];
+    let several = several.map(|(key, value)| (key, value.into()));
+    several.into_iter().chain([(LOG, log.into())]).collect()
 }
