@@ -7,7 +7,7 @@ use spec::{DType, Layout, ModelSpec};
 use train::{Executor, StepOutputs};
 
 use crate::common::{fill, inputs};
-use crate::{cpu, executor_of, gpu, models};
+use crate::{STEPS, cpu, executor_of, gpu, models};
 
 struct Stepped {
     first: StepOutputs,
@@ -16,7 +16,7 @@ struct Stepped {
     eval: f64,
 }
 
-/// Gradients of one step, and losses of five with updates.
+/// Gradients of one step, and losses of the others, with updates.
 fn run(mut exec: Executor, model: &ModelSpec) -> Stepped {
     let valid = fill(&mut exec, model.vocab, 1);
     let first = exec.step(&train::StepInputs { lr: 0.0, ..inputs(1, valid) }).expect("a step");
@@ -25,7 +25,7 @@ fn run(mut exec: Executor, model: &ModelSpec) -> Stepped {
         grads.insert(part.name.clone(), values.to_vec());
     })
     .expect("gradients");
-    let losses = (1..6)
+    let losses = (1..STEPS)
         .map(|k| {
             let valid = fill(&mut exec, model.vocab, k);
             exec.step(&inputs(k, valid)).expect("a step").loss

@@ -8,14 +8,14 @@ use spec::{DType, Layout, ModelSpec, PipelineSchedule, Recompute, Zero};
 use train::{Executor, Mesh};
 
 use crate::common::{SEQUENCE, first_difference, steps, weights};
-use crate::{Cuda, executor, gpu, models};
+use crate::{Cuda, STEPS, executor, gpu, models};
 
 pub(crate) type Weights = BTreeMap<String, Vec<u32>>;
 
-/// Weights after five steps of one rank: two call by call, the rest as recorded.
+/// Weights after the steps of one rank.
 fn alone(model: &ModelSpec, layout: &Layout, precision: DType, record: bool) -> Option<Weights> {
     let mut exec = executor(Box::new(gpu()?), model, layout, precision, record);
-    steps(&mut exec, model.vocab, 1, 6);
+    steps(&mut exec, model.vocab, 1, STEPS + 1);
     Some(weights(&exec))
 }
 
@@ -49,7 +49,7 @@ pub(crate) fn together(
                     let device = Box::new(Cuda::new(rank).expect("the same GPU"));
                     let mut exec = Executor::on(device, &request, mesh, false).expect("a program");
                     exec.initialise(model, 11).expect("weights");
-                    let losses = steps(&mut exec, model.vocab, 1, 6).iter().map(|s| s.loss).collect();
+                    let losses = steps(&mut exec, model.vocab, 1, STEPS + 1).iter().map(|s| s.loss).collect();
                     (weights(&exec), losses)
                 })
             })

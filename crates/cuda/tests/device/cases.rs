@@ -9,7 +9,7 @@ use train::{Device, Executor, Mesh};
 use crate::against_cpu::compare;
 use crate::bits::together;
 use crate::common::{self, SEQUENCE, first_difference, steps, token, weights};
-use crate::{cpu, executor_of, gpu};
+use crate::{STEPS, cpu, executor_of, gpu};
 
 /// A small model whose heads have a width that bf16 takes.
 pub(crate) fn model(layers: usize, tied: bool, gpt2: bool) -> ModelSpec {
@@ -35,7 +35,7 @@ impl Case {
         let run = |layout: &Layout| {
             let device = Box::new(gpu()?);
             let mut exec = executor_of(self.recipe, device, &self.model, layout, (precision, false));
-            steps(&mut exec, self.model.vocab, 1, 5);
+            steps(&mut exec, self.model.vocab, 1, STEPS + 1);
             exec.swap_average().expect("swapped");
             Some(weights(&exec))
         };
@@ -52,7 +52,7 @@ impl Case {
         // In bf16 a rank under ZeRO has no whole masters.
         let precision = DType::F32;
         let mut exec = executor_of(*recipe, Box::new(device), model, &Layout::default(), (precision, false));
-        let alone = steps(&mut exec, model.vocab, 1, 6);
+        let alone = steps(&mut exec, model.vocab, 1, STEPS + 1);
         let (found, losses) = together(*recipe, model, layout, precision);
         let Some(within) = within else {
             assert_eq!(first_difference(&weights(&exec), &found), None, "{} under {layout:?}", model.name);

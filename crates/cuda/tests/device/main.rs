@@ -30,6 +30,9 @@ const EMULATED: &str = "PHALANX_TESTS_EMULATED";
 /// What the emulated driver shall fail at.
 const FAULT: &str = "PHALANX_EMULATED_FAULT";
 
+/// Steps of runs that are compared: one call by call, one that is recorded, and two as recorded.
+const STEPS: u64 = 4;
+
 /// A GPU, or nothing and a line that says why.
 fn gpu() -> Option<Cuda> {
     match Cuda::new(0) {

@@ -16,7 +16,7 @@ use spec::{DType, Layout, ModelSpec, PipelineSchedule, Reduce, Zero};
 use train::{Executor, Mesh};
 
 use crate::common::{self, SEQUENCE, first_difference, steps, weights};
-use crate::{Cuda, FAULT, bits::Weights, executor, gpu};
+use crate::{Cuda, FAULT, STEPS, bits::Weights, executor, gpu};
 
 mod exchanges;
 mod waits;
@@ -98,13 +98,12 @@ fn each_rank<T: Send>(
     })
 }
 
-/// Weights after five steps, of parameters that a rank holds whole, and the losses of the steps: two call by call, the
-/// others as recorded.
+/// Weights after the steps, of parameters that a rank holds whole, and the losses of the steps.
 fn train(model: &ModelSpec, layout: &Layout, precision: DType, talk: Talk) -> (Weights, Vec<u64>) {
     let worlds = World::threads(layout.world()).expect("ranks");
     let all = each_rank(worlds, model, layout, (precision, talk), |mut exec| {
         let step = |k| waits::step(&mut exec, model.vocab, k).loss.to_bits();
-        let mut losses: Vec<u64> = (1..6).map(step).collect();
+        let mut losses: Vec<u64> = (1..=STEPS).map(step).collect();
         losses.push(exec.evaluate().expect("evaluated").to_bits());
         (weights(&exec), losses)
     });
@@ -131,7 +130,7 @@ fn check_of(model: &ModelSpec, layout: &Layout, precision: DType, talk: Talk) {
         return;
     }
     let mut exec = executor(Box::new(gpu().expect("a card")), model, &Layout::default(), precision, false);
-    let outputs = steps(&mut exec, model.vocab, 1, 6);
+    let outputs = steps(&mut exec, model.vocab, 1, STEPS + 1);
     if layout.cp > 1 {
         // The contract of cut sequences is of losses.
         for (step, (one, cut)) in outputs.iter().zip(&losses).enumerate() {

@@ -7,13 +7,13 @@ use spec::{Activation, ContextMode, DType, Latent, Layout, ModelSpec, Router, Wi
 use crate::bits::together;
 use crate::cases::{mixture, model};
 use crate::common::steps;
-use crate::{executor_of, gpu};
+use crate::{STEPS, executor_of, gpu};
 
-/// The losses of five steps by one rank; nothing where there is no GPU.
+/// The losses of the steps by one rank; nothing where there is no GPU.
 fn alone(recipe: Recipe, model: &ModelSpec, precision: DType) -> Option<Vec<f64>> {
     let device = Box::new(gpu()?);
     let mut exec = executor_of(recipe, device, model, &Layout::default(), (precision, false));
-    Some(steps(&mut exec, model.vocab, 1, 6).iter().map(|s| s.loss).collect())
+    Some(steps(&mut exec, model.vocab, 1, STEPS + 1).iter().map(|s| s.loss).collect())
 }
 
 fn near(a: &[f64], b: &[f64], within: f64, what: &str) {
