@@ -102,7 +102,7 @@ impl Mapping {
         let _ = self.advise(Advice::LinuxHugepage);
     }
 
-    /// Huge pages save a tenth of a step's arithmetic. A memory file has them by its mount's settings, which are "never" by
+    /// Huge pages save a tenth of a step and more. A memory file has them by its mount's settings, which are "never" by
     /// default, or where it is asked to be made of them now (since Linux 6.1); who cannot says so, which is no error.
     fn collapse(&self) {
         let aligned = (self.ptr as usize).is_multiple_of(HUGE_PAGE);
