@@ -359,6 +359,7 @@ impl Core {
     pub(crate) fn share(&self, bytes: usize) -> Result<(u64, Arc<Mapping>, Option<Arc<OwnedFd>>)> {
         if self.io.get().is_none() {
             let mapping = Arc::new(Mapping::anonymous(bytes)?);
+            mapping.prefer_huge();
             return Ok((self.adopt(&mapping, None)?, mapping, None));
         }
         let (mapping, file) = Mapping::shared("phalanx-arena", bytes)?;

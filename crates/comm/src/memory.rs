@@ -59,10 +59,10 @@ impl Mapping {
         if u64::try_from(stat.st_size).is_ok_and(|size| size < bytes as u64) {
             return Err(Error::failure(format!("shared memory of {} bytes, expected {bytes}", stat.st_size)));
         }
-        // SAFETY: a fresh mapping of a file that has so many bytes and cannot shrink.
+        // SAFETY: a fresh mapping of a file that has so many bytes and cannot shrink; the address is only wished for.
         let ptr = unsafe {
             rustix::mm::mmap(
-                std::ptr::null_mut(),
+                huge_page_address(bytes),
                 bytes.max(1),
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::SHARED | MapFlags::NORESERVE,
@@ -84,14 +84,36 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Takes all pages now, so that a machine that is out of memory says so here and not with a signal later.
+    /// Takes all pages now, huge ones where there are, so that a machine that is out of memory says so here and not with a
+    /// signal later.
     pub(crate) fn populate(&self) -> Result<()> {
+        self.collapse();
         match self.advise(Advice::LinuxPopulateWrite) {
             // Kernels before 5.14 do not know the advice; pages then come when touched.
             Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(()),
             Err(e) => Err(Error::failure(format!("take {} bytes of memory: {e}", self.bytes))
                 .hint("use fewer ranks on this machine, or a smaller model or micro-batch")),
         }
+    }
+
+    /// Wishes for huge pages as the memory is touched.
+    pub(crate) fn prefer_huge(&self) {
+        // A system without them says no, which is no error.
+        let _ = self.advise(Advice::LinuxHugepage);
+    }
+
+    /// Huge pages save a tenth of a step and more. A memory file has them by its mount's settings, which are "never" by
+    /// default, or where it is asked to be made of them now (since Linux 6.1); who cannot says so, which is no error.
+    fn collapse(&self) {
+        let aligned = (self.ptr as usize).is_multiple_of(HUGE_PAGE);
+        let whole = if aligned { self.bytes - self.bytes % HUGE_PAGE } else { 0 };
+        for at in (0..whole).step_by(HUGE_PAGE) {
+            // Only a range with a page in it can be made one.
+            // SAFETY: within this mapping, which nobody else has seen.
+            unsafe { self.ptr.add(at).write_volatile(0) };
+        }
+        // SAFETY: the range is this mapping's own, and its contents stay.
+        unsafe { libc::madvise(self.ptr.cast(), whole, libc::MADV_COLLAPSE) };
     }
 
     fn advise(&self, advice: Advice) -> rustix::io::Result<()> {
@@ -114,9 +136,52 @@ impl Mapping {
     }
 }
 
+/// Bytes of a huge page; where they are larger, memory has small ones.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// An address at which `bytes` bytes could have huge pages, free when it was looked for; null for none in particular.
+fn huge_page_address(bytes: usize) -> *mut std::ffi::c_void {
+    if bytes < HUGE_PAGE {
+        return std::ptr::null_mut();
+    }
+    let room = bytes + HUGE_PAGE;
+    // SAFETY: a fresh mapping at an address of the kernel's choice, given back before anybody sees it.
+    unsafe {
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        let Ok(ptr) = rustix::mm::mmap_anonymous(std::ptr::null_mut(), room, ProtFlags::empty(), flags)
+        else {
+            return std::ptr::null_mut();
+        };
+        let _ = rustix::mm::munmap(ptr, room);
+        ptr.map_addr(|at| at.next_multiple_of(HUGE_PAGE))
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours and nobody uses it any more.
         let _ = unsafe { rustix::mm::munmap(self.ptr.cast(), self.bytes) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_could_have_huge_pages_is_aligned_to_them_and_zero() {
+        let bytes = 2 * HUGE_PAGE + 4096;
+        let aligned = |_| {
+            let (mapping, file) = Mapping::shared("test", bytes).unwrap();
+            mapping.populate().unwrap();
+            let peer = Mapping::of_file(&file, bytes).unwrap();
+            for m in [&mapping, &peer] {
+                // SAFETY: the mapping has so many bytes, and nobody writes to them.
+                assert!(unsafe { std::slice::from_raw_parts(m.ptr, bytes) }.iter().all(|b| *b == 0));
+            }
+            [mapping, peer].iter().all(|m| (m.ptr as usize).is_multiple_of(HUGE_PAGE))
+        };
+        // Other tests map memory too, and may be first at an address.
+        assert!((0..20).any(aligned));
     }
 }
