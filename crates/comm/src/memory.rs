@@ -108,9 +108,9 @@ impl Mapping {
         let aligned = (self.ptr as usize).is_multiple_of(HUGE_PAGE);
         let whole = if aligned { self.bytes - self.bytes % HUGE_PAGE } else { 0 };
         for at in (0..whole).step_by(HUGE_PAGE) {
-            // Only a range with a page in it can be made one.
-            // SAFETY: within this mapping, which nobody else has seen.
-            unsafe { self.ptr.add(at).write_volatile(0) };
+            // Only a range with a page in it can be made one. Who is out of memory is told when all of it is taken.
+            // SAFETY: a page of this mapping, which stays as it is.
+            let _ = unsafe { rustix::mm::madvise(self.ptr.add(at).cast(), 1, Advice::LinuxPopulateWrite) };
         }
         // SAFETY: the range is this mapping's own, and its contents stay.
         unsafe { libc::madvise(self.ptr.cast(), whole, libc::MADV_COLLAPSE) };
