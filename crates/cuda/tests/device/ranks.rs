@@ -381,13 +381,14 @@ fn one_of_two() {
     exec.initialise(&model, 11).expect("weights");
     steps(&mut exec, model.vocab, 1, 3);
     if rank == 1 {
-        // The log has what the other begins; where nobody writes one it may not have begun yet.
-        let begun = || {
-            let log = std::env::var_os(LOG).map(|path| std::fs::read_to_string(path).unwrap_or_default());
-            log.map(|text| text.lines().filter(|line| line.contains(" 0/2 ")).count())
+        // The log has what both begin, as many messages in a step, and the other may be in its third one already. Where nobody
+        // writes one it may not have begun yet.
+        let further = |text: String| {
+            let begun = |rank: &str| text.lines().filter(|line| line.contains(rank)).count();
+            begun(" 0/2 ") > begun(" 1/2 ")
         };
-        let before = begun();
-        while before.is_some() && begun() == before {
+        let log = std::env::var_os(LOG);
+        while log.as_ref().is_some_and(|path| !further(std::fs::read_to_string(path).unwrap_or_default())) {
             std::thread::yield_now();
         }
         std::process::abort();
