@@ -82,7 +82,7 @@ impl Room {
         let (m, len) = (self.side(), self.pieces[out.index()].len());
         let [a, b, c, out] = [a, b, c, out].map(|piece| d.at(self.pieces[piece.index()]));
         match op {
-            MatrixOp::Copy => copy_block(d, (a, len), (out, len), (1, len)),
+            MatrixOp::Copy => d.stream.copy(out, a, len * size_of::<f32>()),
             MatrixOp::Normalise => self.normalise(d, out, len),
             MatrixOp::Transpose => {
                 let params = Params::new().with(a).with(out).with(int(self.rows)).with(int(self.cols));
@@ -189,16 +189,6 @@ fn place(
     };
     let (part, whole) = ((d.at(part), cols), (d.at(whole) + 4 * first as u64, apart));
     let (from, to) = if there { (part, whole) } else { (whole, part) };
-    copy_block(d, from, to, (rows, cols))
-}
-
-/// Copies rows that lie so many elements apart.
-fn copy_block(
-    d: &mut Cuda,
-    from: (u64, usize),
-    to: (u64, usize),
-    (rows, cols): (usize, usize),
-) -> Result<()> {
     let params = Params::new().with(from.0).with(from.1 as i64).with(to.0).with(to.1 as i64);
     d.start("copy_block", by_element(rows * cols), params.with(int(rows)).with(int(cols)))
 }

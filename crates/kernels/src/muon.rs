@@ -4,6 +4,7 @@ use std::convert::Infallible;
 
 use half::bf16;
 
+use crate::convert::copy;
 use crate::gemm::{self, Left, Out, Right, Workspace};
 use crate::optim::sum_squares;
 use crate::pool::{Parts, Pool};
@@ -296,15 +297,6 @@ pub fn orthogonalise_workspace_len(rows: usize, cols: usize, threads: usize) -> 
     let product = |(rows, k, cols)| gemm::product_workspace_len(rows, k, cols, threads);
     let product = [(m, n, m), (m, m, m), last].into_iter().map(product).max().unwrap_or(0);
     Workspace::room(m * n) + Workspace::room(SMALL * m * m) + product
-}
-
-/// `to` is `from`.
-fn copy(pool: &Pool, from: &[f32], to: &mut [f32]) {
-    let to = Parts::new(to);
-    pool.rows(from.len(), 2, &|range, _| {
-        // SAFETY: tasks have disjoint ranges.
-        unsafe { to.part(range.clone()) }.copy_from_slice(&from[range]);
-    });
 }
 
 /// The root of the sum of squares, whose order does not depend on the number of threads.

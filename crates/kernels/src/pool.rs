@@ -187,6 +187,7 @@ pub fn together((tasks, cost): (usize, &dyn Fn(usize) -> u64), threads: usize) -
     for first in 0..=tasks.min(threads) {
         let alone = alone(first);
         best = best.min((even(0..first) * TWELFTHS / 12 + alone, first));
+        // Within a twelfth of even shares there is nothing to gain.
         if alone * 12 <= even(first..tasks) * 13 {
             break;
         }
