@@ -161,19 +161,14 @@ pub(crate) fn update(placer: &mut Placer<'_>, ids: &[GroupId], ops: &mut Vec<Op>
     }
 }
 
-/// How many ranks own shares of a group, and which of them this one is. Without ZeRO every replica has all of the gradients,
-/// and updates all of the parameters.
-fn owners(cx: &Rank<'_>, group: &ParamGroup) -> (usize, usize) {
-    match cx.layout.zero {
-        Zero::Off => (1, 0),
-        _ => cx.shards(group.replication),
-    }
-}
-
 /// Pushes the updates of groups whose matrices one op orthogonalises.
 fn update_at_once(placer: &mut Placer<'_>, ids: &[GroupId], turns: &mut Turns, ops: &mut Vec<Op>) {
     let cx = placer.cx;
-    let shards = |group: &ParamGroup| owners(cx, group);
+    // Without ZeRO every replica has all of the gradients, and updates all of the parameters.
+    let shards = |group: &ParamGroup| match cx.layout.zero {
+        Zero::Off => (1, 0),
+        _ => cx.shards(group.replication),
+    };
     let groups = || ids.iter().map(|id| &cx.groups[id.0 as usize]);
     let before = |g: &ParamGroup| 1 + usize::from(shards(g).0 > 1) + usize::from(shares(cx, g).ranks() > 1);
     let orthogonalised = ops.len() + groups().map(before).sum::<usize>();

@@ -426,6 +426,8 @@ fn ranks_meet_whom_they_met() {
         let owned: Vec<_> = (0..parts).map(|i| owned_range(len, parts, i).range()).collect();
         writeln!(all, "{len} over {parts}: {owned:?}").unwrap();
     }
+    let matrix = Matrix { of: 0, row0: 1, rows: 2, mine: true };
+    writeln!(all, "{matrix:?}").unwrap();
     check("meshes", &all);
 }
 
